@@ -1,0 +1,46 @@
+# Every target below first makes .venv if there is none. TORCH_INDEX, where set, is the package index torch comes from.
+PYTHON ?= python3.11
+TORCH_VERSION := 2.13.0
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.PHONY: install demo test soak lint format bench clean
+.DEFAULT_GOAL := help
+
+help: ## Say what the targets do.
+	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):[^#]*## /\1|/' | awk -F'|' '{printf "  make %-9s %s\n", $$1, $$2}'
+
+# torch is installed first and by itself: left to the resolver, its default build drags in gigabytes of CUDA.
+$(STAMP): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet torch==$(TORCH_VERSION) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX))
+	$(BIN)/pip install --quiet -c constraints.txt -e '.[dev]'
+	@touch $@
+
+install: $(STAMP) ## Make the environment; afterwards .venv/bin/metaswarm is the command.
+
+demo: $(STAMP) ## Three local peers hold a third of a model each and answer a question.
+	$(BIN)/metaswarm demo
+
+test: $(STAMP) ## Everything that needs no GPU, about ten minutes on two cores.
+	$(BIN)/python -m pytest -m 'not soak'
+
+soak: $(STAMP) ## The slow tests.
+	$(BIN)/python -m pytest -m soak
+
+lint: $(STAMP) ## Style, types and the direction of the imports.
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: $(STAMP) ## Put the source into its canonical form.
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(STAMP) ## The measured claims of the README.
+	$(BIN)/python -m benchmarks
+
+clean: ## Remove what the other targets made here (not the model cache).
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis .coverage* out

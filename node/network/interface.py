@@ -1,0 +1,176 @@
+"""What the rest of the node sees of a network. `libp2p.py` is the real one, `memory.py` the one for simulations.
+
+No cure for a fault of the library, no type of the library and no exception of the library passes this line.
+"""
+
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import AbstractAsyncContextManager
+from dataclasses import dataclass
+from typing import Protocol
+
+from protocol.identity import PeerId
+
+
+class NetworkError(Exception):
+    """A peer cannot be reached, a stream broke, or a lookup failed. The message is one line, fit for a user."""
+
+
+class StreamClosed(NetworkError):
+    """The stream ended, was reset, or its connection died."""
+
+
+class Stream(Protocol):
+    """A byte stream to one authenticated peer. One task may receive while another sends.
+
+    Cancelling a receive or a send loses no byte that another call would have to see again: what was cut off is kept or,
+    where that is impossible, the stream is reset.
+    """
+
+    @property
+    def peer(self) -> PeerId:
+        """The authenticated peer at the other end."""
+        ...
+
+    @property
+    def protocol(self) -> str:
+        """The negotiated protocol id."""
+        ...
+
+    async def receive_some(self, max_bytes: int = 65536) -> bytes:
+        """Return between 1 and `max_bytes` bytes, or b"" at the end of the stream; raise StreamClosed when it broke."""
+        ...
+
+    async def send_all(self, data: bytes | bytearray | memoryview) -> None:
+        """Send everything, or raise StreamClosed. A peer that takes nothing for the write limit loses its connection."""
+        ...
+
+    async def aclose(self) -> None:
+        """Close in both directions, within a bounded time, also under cancellation."""
+        ...
+
+    async def reset(self) -> None:
+        """Tear the stream down at once: the other side sees a broken stream."""
+        ...
+
+
+StreamHandler = Callable[[Stream], Awaitable[None]]
+"""Serves one inbound stream, which is closed when it returns and reset when it raises. It may not harm the host."""
+
+
+@dataclass(frozen=True, slots=True)
+class GossipMessage:
+    """A message that passed the topic's validator."""
+
+    source: PeerId
+    """Who published it, verified by its signature."""
+    data: bytes
+
+
+GossipValidator = Callable[[PeerId, bytes], bool]
+"""Says whether a message (publisher, payload) is taken and forwarded. Runs on the event loop: quick, pure, may raise (False)."""
+
+RecordValidator = Callable[[str, bytes], bool]
+"""Says whether the bytes may stand under the key. May raise (False)."""
+
+RecordSelector = Callable[[str, Sequence[bytes]], int]
+"""Returns the index of the best of several valid records under a key."""
+
+
+@dataclass(frozen=True, slots=True)
+class PeerConnected:
+    """A connection to the peer is up (the first one, if there are several)."""
+
+    peer: PeerId
+
+
+@dataclass(frozen=True, slots=True)
+class PeerDisconnected:
+    """The last connection to the peer is gone."""
+
+    peer: PeerId
+
+
+class Network(Protocol):
+    """The host of one peer: an identity, connections, streams, gossip and the DHT."""
+
+    @property
+    def peer_id(self) -> PeerId:
+        """Our own id."""
+        ...
+
+    @property
+    def multiaddrs(self) -> tuple[str, ...]:
+        """Addresses, each ending in /p2p/<our id>, at which others may dial us."""
+        ...
+
+    def running(self) -> AbstractAsyncContextManager[None]:
+        """Listen and serve inside the block; leave politely at its end. Handlers and topics are set before."""
+        ...
+
+    def set_stream_handler(self, protocol: str, handler: StreamHandler) -> None:
+        """Serve inbound streams of the protocol."""
+        ...
+
+    async def connect(self, multiaddr: str) -> PeerId:
+        """Dial an address that ends in /p2p/<id>; return the id. Raises NetworkError with the reason."""
+        ...
+
+    async def open_stream(self, peer: PeerId, protocol: str) -> Stream:
+        """Open a stream to a peer, dialling known addresses if need be. Raises NetworkError."""
+        ...
+
+    async def disconnect(self, peer: PeerId) -> None:
+        """Close every connection to the peer."""
+        ...
+
+    def connected_peers(self) -> tuple[PeerId, ...]:
+        """Peers with a live connection now."""
+        ...
+
+    def addresses_of(self, peer: PeerId) -> tuple[str, ...]:
+        """Multiaddrs (each with /p2p/) at which the peer is known."""
+        ...
+
+    def add_addresses(self, peer: PeerId, multiaddrs: Sequence[str]) -> None:
+        """Learn addresses of a peer. Malformed ones are dropped."""
+        ...
+
+    async def ping(self, peer: PeerId) -> float:
+        """Return the round-trip time in seconds by the libp2p ping protocol. Raises NetworkError."""
+        ...
+
+    def events(self) -> AbstractAsyncContextManager[AsyncIterator[PeerConnected | PeerDisconnected]]:
+        """Subscribe to connections coming and going. The buffer is bounded; a reader that lags is told by the newest state."""
+        ...
+
+    def join_topic(self, topic: str, validator: GossipValidator) -> None:
+        """Take part in a gossip topic from the start. Called before `running`."""
+        ...
+
+    def subscribe(self, topic: str) -> AbstractAsyncContextManager[AsyncIterator[GossipMessage]]:
+        """Receive what others publish on a joined topic. Bounded: a reader that lags loses the oldest."""
+        ...
+
+    async def publish(self, topic: str, data: bytes) -> None:
+        """Gossip a message on a joined topic. No promise that anybody gets it."""
+        ...
+
+    def register_record(self, namespace: str, validator: RecordValidator, selector: RecordSelector) -> None:
+        """Accept DHT records under `/<namespace>/…`. Called before `running`."""
+        ...
+
+    async def put_record(self, key: str, value: bytes) -> None:
+        """Store a record at the peers nearest to its key, and here."""
+        ...
+
+    async def get_record(self, key: str) -> bytes | None:
+        """Return the best record under the key that we or the peers nearest to it hold."""
+        ...
+
+    async def provide(self, key: bytes) -> None:
+        """Announce that we provide the content with this key (a sha256)."""
+        ...
+
+    async def find_providers(self, key: bytes, limit: int = 20) -> tuple[PeerId, ...]:
+        """Return peers (without duplicates, without us) that announced the key; their addresses are learned."""
+        ...

@@ -1,0 +1,114 @@
+"""The names of things on the wire: peers, models, jobs, sessions and ranges of blocks.
+
+Identifiers are text in their canonical form, told apart by their types. The `parse_*` functions are the only way in
+from outside; each raises ValueError with one line that says what is wrong, and the caller decides whose fault it is.
+"""
+
+import re
+from dataclasses import dataclass
+from typing import NamedTuple, NewType
+
+import base58
+
+from protocol.limits import MAX_BLOCKS
+
+PeerId = NewType("PeerId", str)
+"""A libp2p peer id in base58btc: the identity multihash of an Ed25519 public key, `12D3KooW…`."""
+
+ModelId = NewType("ModelId", str)
+"""The sha256 of a model's manifest, 64 lower-case hexadecimal digits."""
+
+JobId = NewType("JobId", str)
+"""16 random bytes, 32 lower-case hexadecimal digits, chosen by the coordinator."""
+
+_MODEL_ID = re.compile(r"[0-9a-f]{64}")
+_JOB_ID = re.compile(r"[0-9a-f]{32}")
+_BLOCK_RANGE = re.compile(r"([0-9]{1,4})-([0-9]{1,4})")
+
+# libp2p peer-ids specification: an Ed25519 key is small enough to be inlined, so the id is the identity multihash
+# (0x00, length 0x24) of the protobuf PublicKey{Type: Ed25519 (08 01), Data: 32 bytes (12 20)}.
+_ED25519_PREFIX = bytes.fromhex("002408011220")
+_ED25519_KEY_BYTES = 32
+
+
+class SessionId(NamedTuple):
+    """A job's state on one stage. The stage number is part of it, because one peer may serve two stages of a job.
+
+    Stages count from 0 along the route; the coordinator, which receives the tokens, has the number after the last.
+    """
+
+    job: JobId
+    stage: int
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class BlockRange:
+    """Contiguous transformer blocks `start` to `end`, end exclusive; never empty."""
+
+    start: int
+    end: int
+
+    def __post_init__(self) -> None:
+        """Raise ValueError unless 0 <= start < end <= MAX_BLOCKS."""
+        if not 0 <= self.start < self.end <= MAX_BLOCKS:
+            raise ValueError(
+                f"{self.start}-{self.end} is no range of blocks: expected 0 <= start < end <= {MAX_BLOCKS}"
+            )
+
+    def __len__(self) -> int:
+        return self.end - self.start
+
+    def __contains__(self, block: int) -> bool:
+        return self.start <= block < self.end
+
+    def __str__(self) -> str:
+        return f"{self.start}-{self.end}"
+
+
+def peer_id_from_public_key(public_key: bytes) -> PeerId:
+    """Return the peer id of an Ed25519 public key (32 raw bytes)."""
+    if len(public_key) != _ED25519_KEY_BYTES:
+        raise ValueError(f"an Ed25519 public key has {_ED25519_KEY_BYTES} bytes, not {len(public_key)}")
+    return PeerId(base58.b58encode(_ED25519_PREFIX + public_key).decode("ascii"))
+
+
+def public_key_of(peer: PeerId) -> bytes:
+    """Return the Ed25519 public key (32 raw bytes) inside a peer id."""
+    return base58.b58decode(peer)[len(_ED25519_PREFIX) :]
+
+
+def parse_peer_id(text: str) -> PeerId:
+    """Return `text` as a peer id; only ids of Ed25519 keys are known here."""
+    if len(text) > 64:
+        raise ValueError("a peer id has at most 64 characters")
+    try:
+        raw = base58.b58decode(text)
+    except ValueError:
+        raise ValueError(f"{text!r} is no peer id: not base58") from None
+    if len(raw) != len(_ED25519_PREFIX) + _ED25519_KEY_BYTES or not raw.startswith(_ED25519_PREFIX):
+        raise ValueError(f"{text!r} is no peer id of an Ed25519 key")
+    return PeerId(text)
+
+
+def parse_model_id(text: str) -> ModelId:
+    """Return `text` as a model id."""
+    if _MODEL_ID.fullmatch(text) is None:
+        raise ValueError(f"{text[:80]!r} is no model id: expected 64 hexadecimal digits")
+    return ModelId(text)
+
+
+def parse_job_id(text: str) -> JobId:
+    """Return `text` as a job id."""
+    if _JOB_ID.fullmatch(text) is None:
+        raise ValueError(f"{text[:80]!r} is no job id: expected 32 hexadecimal digits")
+    return JobId(text)
+
+
+def parse_block_range(text: str) -> BlockRange:
+    """Return `START-END`, end exclusive, as a range of blocks."""
+    match = _BLOCK_RANGE.fullmatch(text)
+    if match is None:
+        raise ValueError(
+            f"{text[:80]!r} is no range of blocks: expected START-END, for example 0-15, end exclusive"
+        )
+    return BlockRange(int(match[1]), int(match[2]))

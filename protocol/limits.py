@@ -1,0 +1,75 @@
+"""Every bound on what a remote peer may send, in one place. A remote integer is compared with one of these before use."""
+
+from typing import Final
+
+MAX_FRAME_BYTES: Final = 1 << 20
+"""Body of any frame on a job or blob stream."""
+
+MAX_CONTROL_BYTES: Final = 64 << 10
+"""Body of a control frame, and of the header of a step frame: what is decoded with msgpack."""
+
+MAX_STEP_BYTES: Final = 64 << 20
+"""Tensor payload of one step, all its chunks together."""
+
+MAX_WINDOW_BYTES: Final = MAX_STEP_BYTES
+"""The most a peer may offer in `Hello.window_bytes`: step payload of one session that is sent and not yet consumed."""
+
+MAX_SLICES: Final = 256
+"""Slices in one step frame."""
+
+MAX_SESSIONS: Final = 1024
+"""Sessions that one job stream carries at a time."""
+
+MAX_POSITIONS: Final = 1 << 20
+"""Positions (tokens) of one session: prompt and output together."""
+
+MAX_BLOCKS: Final = 1024
+"""Transformer blocks of one model."""
+
+MAX_STAGES: Final = 64
+"""Stages of one route."""
+
+MAX_WIDTH: Final = 1 << 16
+"""Elements of one row of a tensor (the hidden size)."""
+
+MAX_VOCABULARY: Final = 1 << 22
+"""Token ids are below this."""
+
+MAX_TEXT_BYTES: Final = 1024
+"""UTF-8 bytes of a human-readable string such as a refusal's message; names are shorter still."""
+
+MAX_NAME_BYTES: Final = 256
+"""UTF-8 bytes of a name: a method, an agent, a switch."""
+
+MAX_VOTES: Final = 128
+"""Methods in one vote."""
+
+MAX_STOP_TOKENS: Final = 64
+"""Token ids that end a job."""
+
+MAX_DEPTH: Final = 6
+"""Nesting of maps and arrays in any msgpack value from a peer."""
+
+MAX_ELEMENTS: Final = 4096
+"""Elements of one array or map in any msgpack value from a peer."""
+
+MAX_RECORD_BYTES: Final = 16 << 10
+"""A signed record, envelope included."""
+
+MAX_RECORD_LIFETIME_S: Final = 48 * 3600
+"""The latest a record may expire after it was issued."""
+
+MAX_CLOCK_SKEW_S: Final = 60
+"""How far in the future a record may have been issued, by our clock."""
+
+MAX_SPANS: Final = 64
+"""Spans that one peer announces."""
+
+MAX_ADDRESSES: Final = 16
+"""Multiaddrs that one peer announces."""
+
+MAX_MANIFEST_BYTES: Final = 4 << 20
+"""A model's manifest."""
+
+MAX_BLOB_BYTES: Final = 64 << 30
+"""A file served by the blob protocol."""

@@ -1,0 +1,215 @@
+"""The messages of the job stream. `protocol.connection` says who may send which of them when, and turns them into bytes.
+
+One stream runs from an *initiator* to a *responder*. A coordinator opens sessions on it and sends prompts; a stage sends
+its output to the next stage on it; the last stage sends tokens to the first stage and to the coordinator on it. Whoever
+opened the stream sends work, the other end answers with admission, credit and failures.
+"""
+
+import enum
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from protocol.identity import BlockRange, ModelId, PeerId, SessionId
+from protocol.tensors import Tensor
+
+
+class RefusalReason(enum.StrEnum):
+    """Why a stage refuses to open a session; the coordinator's next move depends on it."""
+
+    FULL = "full"
+    """No KV memory or no slot now: try another peer, come back later."""
+    NOT_SERVED = "not_served"
+    """These blocks of this model are not (or no longer) served here: the directory was stale."""
+    LEAVING = "leaving"
+    """The peer drains before it leaves: avoid it from now on."""
+    INVALID = "invalid"
+    """The request makes no sense to this peer: a defect or a version apart, do not retry."""
+
+
+class FailureReason(enum.StrEnum):
+    """Why a session ended on a stage without being closed by its coordinator."""
+
+    ENGINE = "engine"
+    """The engine failed or its worker process died."""
+    DOWNSTREAM = "downstream"
+    """The next stage cannot be reached or refused the rows; `peer` names it."""
+    UNKNOWN_SESSION = "unknown_session"
+    """Rows came for a session that this peer does not have, or from a peer that may not send them."""
+    EXPIRED = "expired"
+    """Nothing was heard of the session for longer than its idle limit."""
+    LEAVING = "leaving"
+    """The peer leaves now."""
+
+
+class FinishReason(enum.StrEnum):
+    """Why a job's text ended, as in the OpenAI API."""
+
+    STOP = "stop"
+    """A stop token or stop string."""
+    LENGTH = "length"
+    """The limit on new tokens."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Hello:
+    """The first message of each side.
+
+    `window_bytes`: the tensor payload of any one session that the sender of this Hello is willing to hold before it
+    has consumed it; the other side stops there until `Credit` comes.
+    """
+
+    agent: str
+    window_bytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sampling:
+    """How the last stage draws tokens. Temperature 0 is greedy. Draws are keyed by (seed, position): a replay repeats them."""
+
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int = 0
+    max_tokens: int
+    stop_tokens: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Open:
+    """The coordinator asks a stage for a session.
+
+    `positions`: KV positions to reserve. `upstream`: the peers that may send rows of this session, besides the
+    coordinator itself (for the first stage the last stage's peer, for others the stage before). `downstream`: the peer of
+    the next stage; None for the last stage, which sends each token to the coordinator and to `feedback`, the first
+    stage's peer. `sampling` is present for the last stage only.
+    """
+
+    session: SessionId
+    model: ModelId
+    blocks: BlockRange
+    method: str
+    positions: int
+    upstream: tuple[PeerId, ...] = ()
+    downstream: PeerId | None = None
+    feedback: PeerId | None = None
+    sampling: Sampling | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Load:
+    """How busy a stage is, told with every admission and heartbeat."""
+
+    sessions: int = 0
+    queued_rows: int = 0
+    free_positions: int = 0
+    step_s: float = 0.0
+    """Median time of a decode step of late, seconds; 0 when unknown."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Opened:
+    """The stage admits the session: KV memory is reserved. `votes` maps a method's name to its score, log cost, lower is better."""
+
+    session: SessionId
+    load: Load
+    votes: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Refused:
+    """The stage does not admit the session; nothing is held for it."""
+
+    session: SessionId
+    reason: RefusalReason
+    message: str
+    load: Load
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Slice:
+    """The rows of one session inside a step.
+
+    `position`: absolute position of the first row. `rows`: how many. `draws`: after how many trailing rows the last
+    stage draws a token (0 for a part of a prompt, 1 for decoding). `finish_reason`: set on the last token's way to the
+    coordinator.
+    """
+
+    session: SessionId
+    position: int
+    rows: int
+    draws: int = 1
+    finish_reason: FinishReason | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Step:
+    """Rows of one or more sessions that go to the same peer, in one frame: their tensor holds the slices' rows in order.
+
+    Token ids (i32, shape (rows,)) on the way to a first stage or a coordinator, hidden states (rows, hidden size) elsewhere.
+    """
+
+    slices: tuple[Slice, ...]
+    tensor: Tensor
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Credit:
+    """The responder has consumed this much step payload of the session: the initiator may send as much again."""
+
+    session: SessionId
+    consumed_bytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Failed:
+    """The session is lost on this stage and nothing is held for it any more. `peer` is whom the stage blames, where it is not itself."""
+
+    session: SessionId
+    reason: FailureReason
+    message: str
+    peer: PeerId | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Close:
+    """The coordinator ends the session, done or cancelled: the stage frees it at once."""
+
+    session: SessionId
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SessionStatistics:
+    """What a session cost its stage; the ground of the job's observation. Times in seconds."""
+
+    steps: int = 0
+    rows: int = 0
+    compute_s: float = 0.0
+    """Time inside the engine's forward passes."""
+    queue_s: float = 0.0
+    """Time that rows waited for the engine."""
+    bytes_in: int = 0
+    bytes_out: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Closed:
+    """The stage has freed the session."""
+
+    session: SessionId
+    statistics: SessionStatistics
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ping:
+    """Is the other end alive? `nonce` comes back in the Pong."""
+
+    nonce: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pong:
+    """It is."""
+
+    nonce: int
+
+
+Message = Hello | Open | Opened | Refused | Step | Credit | Failed | Close | Closed | Ping | Pong

@@ -1,0 +1,91 @@
+"""Tensors as they travel and as they pass between processes: a dtype, a shape and raw little-endian bytes.
+
+The node never computes on them; only the engine turns them into torch tensors. What the node does need is to cut rows
+out of a batch and to join rows into one, which is slicing of bytes.
+"""
+
+import enum
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+
+class DType(enum.StrEnum):
+    """Element types that may travel."""
+
+    FLOAT32 = "f32"
+    FLOAT16 = "f16"
+    BFLOAT16 = "bf16"
+    INT32 = "i32"
+    INT8 = "i8"
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes of one element."""
+        return _ITEMSIZE[self]
+
+
+_ITEMSIZE = {DType.FLOAT32: 4, DType.FLOAT16: 2, DType.BFLOAT16: 2, DType.INT32: 4, DType.INT8: 1}
+
+
+@dataclass(frozen=True, slots=True)
+class Tensor:
+    """A dense, row-major tensor whose first dimension counts rows.
+
+    `shape` is `(rows,)` for token ids (i32) and `(rows, width)` for hidden states. `data` is not copied.
+    """
+
+    dtype: DType
+    shape: tuple[int, ...]
+    data: bytes | bytearray | memoryview
+
+    def __post_init__(self) -> None:
+        """Raise ValueError when the bytes are not as many as dtype and shape say."""
+        expected = math.prod(self.shape) * self.dtype.itemsize
+        if not self.shape or min(self.shape) < 0 or len(self.data) != expected:
+            raise ValueError(
+                f"a tensor of {self.dtype}{list(self.shape)} has {expected} bytes, not {len(self.data)}"
+            )
+
+    @property
+    def rows(self) -> int:
+        """Rows, that is the first dimension."""
+        return self.shape[0]
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of one row."""
+        return math.prod(self.shape[1:]) * self.dtype.itemsize
+
+    def cut(self, start: int, stop: int) -> "Tensor":
+        """Return rows `start` to `stop` as a view of the same bytes."""
+        if not 0 <= start <= stop <= self.rows:
+            raise ValueError(f"rows {start} to {stop} are not inside a tensor of {self.rows} rows")
+        view = memoryview(self.data)[start * self.row_bytes : stop * self.row_bytes]
+        return Tensor(self.dtype, (stop - start, *self.shape[1:]), view)
+
+
+def join(tensors: Sequence[Tensor]) -> Tensor:
+    """Return the rows of all tensors, in order, as one tensor. They must agree in dtype and width."""
+    first = tensors[0]
+    if len(tensors) == 1:
+        return first
+    if any(tensor.dtype != first.dtype or tensor.shape[1:] != first.shape[1:] for tensor in tensors):
+        raise ValueError("tensors of different dtypes or widths cannot be joined")
+    return Tensor(
+        first.dtype, (sum(t.rows for t in tensors), *first.shape[1:]), b"".join(t.data for t in tensors)
+    )
+
+
+def tensor_from_tokens(tokens: Sequence[int]) -> Tensor:
+    """Return token ids as a tensor of i32 with shape (len(tokens),)."""
+    return Tensor(
+        DType.INT32, (len(tokens),), b"".join(token.to_bytes(4, "little", signed=True) for token in tokens)
+    )
+
+
+def tokens_from_tensor(tensor: Tensor) -> list[int]:
+    """Return the token ids of a tensor of i32 with one dimension; raise ValueError for any other tensor."""
+    if tensor.dtype is not DType.INT32 or len(tensor.shape) != 1:
+        raise ValueError(f"token ids are i32 with one dimension, not {tensor.dtype}{list(tensor.shape)}")
+    return memoryview(tensor.data).cast("B").cast("i").tolist() if tensor.rows else []
