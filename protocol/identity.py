@@ -108,7 +108,5 @@ def parse_block_range(text: str) -> BlockRange:
     """Return `START-END`, end exclusive, as a range of blocks."""
     match = _BLOCK_RANGE.fullmatch(text)
     if match is None:
-        raise ValueError(
-            f"{text[:80]!r} is no range of blocks: expected START-END, for example 0-15, end exclusive"
-        )
+        raise ValueError(f"{text[:80]!r} is no range of blocks: expected START-END, for example 0-15, end exclusive")
     return BlockRange(int(match[1]), int(match[2]))

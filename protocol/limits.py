@@ -1,4 +1,4 @@
-"""Every bound on what a remote peer may send, in one place. A remote integer is compared with one of these before use."""
+"""Every bound on what a remote peer may send. A remote integer is compared with one of these before use."""
 
 from typing import Final
 

@@ -1,8 +1,8 @@
-"""The messages of the job stream. `protocol.connection` says who may send which of them when, and turns them into bytes.
+"""The messages of the job stream. `protocol.connection` says who may send which when, and turns them into bytes.
 
-One stream runs from an *initiator* to a *responder*. A coordinator opens sessions on it and sends prompts; a stage sends
-its output to the next stage on it; the last stage sends tokens to the first stage and to the coordinator on it. Whoever
-opened the stream sends work, the other end answers with admission, credit and failures.
+One stream runs from an *initiator* to a *responder*. A coordinator opens sessions on it and sends prompts; a stage
+sends its output to the next stage on it; the last stage sends tokens to the first stage and to the coordinator on it.
+Whoever opened the stream sends work, the other end answers with admission, credit and failures.
 """
 
 import enum
@@ -64,7 +64,7 @@ class Hello:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sampling:
-    """How the last stage draws tokens. Temperature 0 is greedy. Draws are keyed by (seed, position): a replay repeats them."""
+    """How the last stage draws tokens; temperature 0 is greedy. Keyed by (seed, position): a replay draws the same."""
 
     temperature: float = 0.0
     top_p: float = 1.0
@@ -78,9 +78,9 @@ class Open:
     """The coordinator asks a stage for a session.
 
     `positions`: KV positions to reserve. `upstream`: the peers that may send rows of this session, besides the
-    coordinator itself (for the first stage the last stage's peer, for others the stage before). `downstream`: the peer of
-    the next stage; None for the last stage, which sends each token to the coordinator and to `feedback`, the first
-    stage's peer. `sampling` is present for the last stage only.
+    coordinator itself (for the first stage the last stage's peer, for others the stage before). `downstream`: the peer
+    of the next stage; None for the last stage, which sends each token to the coordinator and to `feedback`, the
+    first stage's peer. `sampling` is present for the last stage only.
     """
 
     session: SessionId
@@ -107,7 +107,10 @@ class Load:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Opened:
-    """The stage admits the session: KV memory is reserved. `votes` maps a method's name to its score, log cost, lower is better."""
+    """The stage admits the session: KV memory is reserved.
+
+    `votes` maps a method's name to its score, the logarithm of its cost: lower is better.
+    """
 
     session: SessionId
     load: Load
@@ -142,9 +145,9 @@ class Slice:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Step:
-    """Rows of one or more sessions that go to the same peer, in one frame: their tensor holds the slices' rows in order.
+    """Rows of one or more sessions that go to the same peer; the tensor holds the slices' rows in order.
 
-    Token ids (i32, shape (rows,)) on the way to a first stage or a coordinator, hidden states (rows, hidden size) elsewhere.
+    Token ids, i32 (rows,), on the way to a first stage or a coordinator; hidden states (rows, hidden size) elsewhere.
     """
 
     slices: tuple[Slice, ...]
@@ -161,7 +164,7 @@ class Credit:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Failed:
-    """The session is lost on this stage and nothing is held for it any more. `peer` is whom the stage blames, where it is not itself."""
+    """The session is lost on this stage, which holds nothing of it any more. `peer`: whom it blames, if not itself."""
 
     session: SessionId
     reason: FailureReason

@@ -43,9 +43,7 @@ class Tensor:
         """Raise ValueError when the bytes are not as many as dtype and shape say."""
         expected = math.prod(self.shape) * self.dtype.itemsize
         if not self.shape or min(self.shape) < 0 or len(self.data) != expected:
-            raise ValueError(
-                f"a tensor of {self.dtype}{list(self.shape)} has {expected} bytes, not {len(self.data)}"
-            )
+            raise ValueError(f"a tensor of {self.dtype}{list(self.shape)} has {expected} bytes, not {len(self.data)}")
 
     @property
     def rows(self) -> int:
@@ -72,16 +70,12 @@ def join(tensors: Sequence[Tensor]) -> Tensor:
         return first
     if any(tensor.dtype != first.dtype or tensor.shape[1:] != first.shape[1:] for tensor in tensors):
         raise ValueError("tensors of different dtypes or widths cannot be joined")
-    return Tensor(
-        first.dtype, (sum(t.rows for t in tensors), *first.shape[1:]), b"".join(t.data for t in tensors)
-    )
+    return Tensor(first.dtype, (sum(t.rows for t in tensors), *first.shape[1:]), b"".join(t.data for t in tensors))
 
 
 def tensor_from_tokens(tokens: Sequence[int]) -> Tensor:
     """Return token ids as a tensor of i32 with shape (len(tokens),)."""
-    return Tensor(
-        DType.INT32, (len(tokens),), b"".join(token.to_bytes(4, "little", signed=True) for token in tokens)
-    )
+    return Tensor(DType.INT32, (len(tokens),), b"".join(token.to_bytes(4, "little", signed=True) for token in tokens))
 
 
 def tokens_from_tensor(tensor: Tensor) -> list[int]:

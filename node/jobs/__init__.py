@@ -1,0 +1,1 @@
+"""Jobs: the coordinator that submits them and the stages that serve them."""

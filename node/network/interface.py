@@ -41,7 +41,7 @@ class Stream(Protocol):
         ...
 
     async def send_all(self, data: bytes | bytearray | memoryview) -> None:
-        """Send everything, or raise StreamClosed. A peer that takes nothing for the write limit loses its connection."""
+        """Send everything, or raise StreamClosed. A peer that takes nothing for too long is cut off."""
         ...
 
     async def aclose(self) -> None:
@@ -67,10 +67,10 @@ class GossipMessage:
 
 
 GossipValidator = Callable[[PeerId, bytes], bool]
-"""Says whether a message (publisher, payload) is taken and forwarded. Runs on the event loop: quick, pure, may raise (False)."""
+"""Says whether a message (publisher, payload) is taken and forwarded. Runs on the event loop; raising means no."""
 
 RecordValidator = Callable[[str, bytes], bool]
-"""Says whether the bytes may stand under the key. May raise (False)."""
+"""Says whether the bytes may stand under the key. Raising means no."""
 
 RecordSelector = Callable[[str, Sequence[bytes]], int]
 """Returns the index of the best of several valid records under a key."""
@@ -140,7 +140,7 @@ class Network(Protocol):
         ...
 
     def events(self) -> AbstractAsyncContextManager[AsyncIterator[PeerConnected | PeerDisconnected]]:
-        """Subscribe to connections coming and going. The buffer is bounded; a reader that lags is told by the newest state."""
+        """Subscribe to connections coming and going. Bounded: a reader that lags loses the oldest."""
         ...
 
     def join_topic(self, topic: str, validator: GossipValidator) -> None:

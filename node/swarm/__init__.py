@@ -1,0 +1,1 @@
+"""Who is there and who serves what: membership, heartbeats and the directory."""
