@@ -71,7 +71,7 @@ class SliceInput:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SliceOutput:
-    """What a step made of one slice: hidden states (rows, hidden_size); on a last span the tokens drawn, i32 (draws,)."""
+    """What a step made of one slice: hidden states (rows, hidden_size); on a last span tokens drawn, i32 (draws,)."""
 
     session: SessionId
     tensor: Tensor
