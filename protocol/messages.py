@@ -22,6 +22,8 @@ class RefusalReason(enum.StrEnum):
     """These blocks of this model are not (or no longer) served here: the directory was stale."""
     LEAVING = "leaving"
     """The peer drains before it leaves: avoid it from now on."""
+    UNREACHABLE = "unreachable"
+    """The stage cannot reach the peer it would have to send its output to; `message` names it: try another pair."""
     INVALID = "invalid"
     """The request makes no sense to this peer: a defect or a version apart, do not retry."""
 
