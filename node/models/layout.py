@@ -1,0 +1,103 @@
+"""Which tensor of a checkpoint belongs to which file of a package, told from its name alone.
+
+A package has one file per transformer block, so that a peer fetches and maps only what it serves, and two more: `embed`
+is what turns token ids into the first block's input, `head` what turns the last block's output into logits. Names
+follow few habits across architectures; they are listed here and nowhere else.
+"""
+
+import re
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Final, Literal
+
+Part = int | Literal["embed", "head"]
+"""A block's number, or one of the two parts around the blocks."""
+
+EMBED_FILE: Final = "embed.safetensors"
+HEAD_FILE: Final = "head.safetensors"
+
+# A decoder's tensors may stand bare (GPT-2 and Bloom on their hub pages) or under any nesting of these modules.
+_DECODER = r"(?:(?:model|transformer|gpt_neox|decoder|language_model)\.)*"
+
+_BLOCK = re.compile(_DECODER + r"(?:layers|h|blocks)\.(\d{1,6})\.(?P<rest>.+)")
+_HEAD = re.compile(
+    _DECODER
+    + r"(?:lm_head|embed_out|norm|ln_f|norm_f|final_norm|final_layer_norm|final_layernorm|project_out)\.[a-z_]+"
+)
+_OUTPUT_MATRIX = re.compile(_DECODER + r"(?:lm_head|embed_out)\.weight")
+_INPUT_MATRIX = re.compile(_DECODER + r"(?:embed_tokens|wte|word_embeddings|embed_in)\.weight")
+
+# Encoders that a multimodal checkpoint carries beside its decoder. They have `layers.N` of their own.
+_OTHER_MODALITY = re.compile(
+    r"(?:model\.)?(?:vision|visual|audio|image|multi_modal|embed_vision|embed_audio)[a-z_]*\..+"
+)
+
+# Constants that old checkpoints stored (causal masks, rotary frequencies); models compute them, and transformers
+# ignores them on loading. GPT-2's masks alone would add 4 MiB to every block.
+_CONSTANT = re.compile(r"(?:attn|attention)\.(?:bias|masked_bias)|.*rotary_emb\.inv_freq")
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """The tensor names of each file of a package, each sorted."""
+
+    embed: tuple[str, ...]
+    head: tuple[str, ...]
+    blocks: tuple[tuple[str, ...], ...]
+
+
+def part_of(tensor: str) -> Part | None:
+    """Return the part that a tensor belongs to, or None for one that no decoder needs."""
+    if _OTHER_MODALITY.fullmatch(tensor):
+        return None
+    block = _BLOCK.fullmatch(tensor)
+    if block is not None:
+        return None if _is_constant(block["rest"]) else int(block[1])
+    if _HEAD.fullmatch(tensor):
+        return "head"
+    return None if tensor.endswith("rotary_emb.inv_freq") else "embed"
+
+
+def arrange(tensors: Iterable[str], block_count: int, *, tied: bool) -> Layout:
+    """Return which tensors go into which file.
+
+    Blocks from `block_count` on are left out: some checkpoints append layers for multi-token prediction that the
+    decoder does not run. With `tied` embeddings the output matrix is the input matrix, so a copy of it stored beside
+    is left out, too, and the last stage needs `embed` as well as `head`. Raises ValueError when a part is missing.
+    """
+    parts: defaultdict[Part, list[str]] = defaultdict(list)
+    for tensor in tensors:
+        part = part_of(tensor)
+        if part is not None and not (tied and _OUTPUT_MATRIX.fullmatch(tensor)):
+            parts[part].append(tensor)
+    missing = next((block for block in range(block_count) if block not in parts), None)
+    if missing is not None:
+        raise ValueError(f"it has no tensors of block {missing}, where {block_count} blocks are expected")
+    if "embed" not in parts:
+        raise ValueError("it has no token embedding")
+    return Layout(
+        embed=tuple(sorted(parts["embed"])),
+        head=tuple(sorted(parts["head"])),
+        blocks=tuple(tuple(sorted(parts[block])) for block in range(block_count)),
+    )
+
+
+def output_matrix(tensors: Iterable[str]) -> str | None:
+    """Return the name of the matrix that makes logits, if it is stored."""
+    return next((tensor for tensor in sorted(tensors) if _OUTPUT_MATRIX.fullmatch(tensor)), None)
+
+
+def input_matrix(tensors: Iterable[str]) -> str | None:
+    """Return the name of the matrix that embeds token ids, if it is known."""
+    return next((tensor for tensor in sorted(tensors) if _INPUT_MATRIX.fullmatch(tensor)), None)
+
+
+def block_file(block: int) -> str:
+    """Return the name of a block's file."""
+    return f"block-{block:03d}.safetensors"
+
+
+def _is_constant(name: str) -> bool:
+    """Say whether a tensor, named relative to its block, is a constant that the model computes itself."""
+    return _CONSTANT.fullmatch(name) is not None
