@@ -1,0 +1,429 @@
+"""A link: one end of a job stream between two peers, shared by all the sessions between them.
+
+`protocol.connection` knows what may be said when; here it meets real streams. A link has one task that reads and one
+that writes, so that nobody who sends is ever cut off in the middle of a frame, and one that asks whether the other side
+is still there. What arrives is handed to plain functions that must not block.
+"""
+
+from abc import ABC, abstractmethod
+from collections import defaultdict, deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+import structlog
+import trio
+from protocol.connection import JobConnection, Role
+
+from node.network.interface import NetworkError, Stream
+from protocol.errors import RemoteProtocolError
+from protocol.identity import PeerId, SessionId
+from protocol.messages import (
+    Close,
+    Closed,
+    Credit,
+    Failed,
+    FailureReason,
+    Hello,
+    Message,
+    Open,
+    Opened,
+    Ping,
+    Pong,
+    Refused,
+    SessionStatistics,
+    Slice,
+    Step,
+)
+from protocol.tensors import Tensor
+
+WINDOW_BYTES = 64 << 20
+"""Step payload of one session that we hold unconsumed. A session can only cause it after it was admitted."""
+
+OUTBOX_BYTES = 8 << 20
+"""Encoded frames that wait for the network before a sender has to wait."""
+
+PING_INTERVAL_S = 1.0
+"""A link that heard nothing for this long asks whether the other side is there."""
+
+SILENCE_LIMIT_S = 3.0
+"""A link that heard nothing for this long, though it asked, is broken: a stopped machine closes no connection."""
+
+ANSWER_TIMEOUT_S = 10.0
+"""How long an opening or a closing may take."""
+
+_logger = structlog.get_logger(__name__)
+
+
+class LinkBroken(Exception):
+    """The link to a peer is gone, and with it everything that was under way on it."""
+
+    def __init__(self, peer: PeerId, message: str) -> None:
+        super().__init__(message)
+        self.peer = peer
+
+
+class SessionRefused(Exception):
+    """A stage did not admit a session."""
+
+    def __init__(self, peer: PeerId, refused: Refused) -> None:
+        super().__init__(refused.message)
+        self.peer = peer
+        self.reason = refused.reason
+
+
+@dataclass(frozen=True, slots=True)
+class SessionLost:
+    """A session is lost beyond a link: the other side says so, or the link broke. `blamed` is the peer at fault."""
+
+    blamed: PeerId
+    reason: FailureReason
+    message: str
+
+
+class Receiver(Protocol):
+    """Takes the rows of one session that arrive here: a stage's session, or the coordinator's end of a job."""
+
+    def permits(self, peer: PeerId) -> bool:
+        """Whether this peer may send rows of the session."""
+        ...
+
+    def receive(self, part: Slice, tensor: Tensor, link: "InboundLink") -> None:
+        """Take rows. Must not block; calls `link.consumed` once they no longer occupy memory."""
+        ...
+
+
+class OpenHandler(Protocol):
+    """The stages of this node: asked to open and close sessions by coordinators."""
+
+    async def open(self, message: Open, link: "InboundLink") -> Opened | Refused:
+        """Admit or refuse a session."""
+        ...
+
+    async def close(self, session: SessionId, link: "InboundLink") -> SessionStatistics:
+        """Free a session that this link opened. An unknown one is no error."""
+        ...
+
+    def link_broken(self, link: "InboundLink") -> None:
+        """Free everything that was opened over the link."""
+        ...
+
+
+class Receivers(Protocol):
+    """Finds who takes the rows of a session."""
+
+    def get(self, session: SessionId) -> Receiver | None:
+        """Return the receiver of a session, if there is one here."""
+        ...
+
+
+class _Link(ABC):
+    """What both directions share: the stream, its tasks, and a bounded outbox."""
+
+    def __init__(self, stream: Stream, role: Role, agent: str) -> None:
+        self.peer = stream.peer
+        self.broken: str | None = None
+        self._stream = stream
+        self._connection = JobConnection(role, agent=agent, window_bytes=WINDOW_BYTES)
+        self._agent = agent
+        self._outbox: deque[bytes | bytearray | memoryview] = deque()
+        self._outbox_bytes = 0
+        self._outbox_filled = trio.Event()
+        self._room = trio.lowlevel.ParkingLot()
+        self._greeted = trio.Event()
+        self._last_heard_s = trio.current_time()
+
+    async def run(self) -> None:
+        """Carry the link until it breaks or is cancelled. Never raises for what the remote or the network did."""
+        try:
+            self._say(Hello(agent=self._agent, window_bytes=WINDOW_BYTES))
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(self._write)
+                nursery.start_soon(self._watch)
+                await self._read(nursery)
+                nursery.cancel_scope.cancel()
+        except* NetworkError as group:
+            self._break(f"connection lost: {_first_line(group)}")
+        except* RemoteProtocolError as group:
+            self._break(f"broke the protocol: {_first_line(group)}")
+            _logger.warning("peer broke the job protocol", peer=self.peer, fault=_first_line(group))
+        finally:
+            self._break("closed")
+            with trio.move_on_after(1, shield=True):
+                await self._stream.reset()
+
+    async def ready(self) -> None:
+        """Wait for the other side's Hello; raise LinkBroken where none comes."""
+        with trio.move_on_after(ANSWER_TIMEOUT_S):
+            await self._greeted.wait()
+        if self.broken or not self._greeted.is_set():
+            raise LinkBroken(self.peer, self.broken or "no greeting")
+
+    async def send(self, message: Message) -> None:
+        """Send a message once there is room; raise LinkBroken where there is no link any more."""
+        while self._outbox_bytes > OUTBOX_BYTES and not self.broken:
+            await self._room.park()
+        self._say(message)
+
+    def _say(self, message: Message) -> None:
+        """Encode a message now, so that the order of calls is the order on the wire."""
+        if self.broken:
+            raise LinkBroken(self.peer, self.broken)
+        for piece in self._connection.send(message):
+            self._outbox.append(piece)
+            self._outbox_bytes += len(piece)
+        self._outbox_filled.set()
+
+    async def _write(self) -> None:
+        while True:
+            await self._outbox_filled.wait()
+            self._outbox_filled = trio.Event()
+            while self._outbox:
+                pieces = self._take_small_pieces()
+                await self._stream.send_all(pieces[0] if len(pieces) == 1 else b"".join(pieces))
+                self._outbox_bytes -= sum(map(len, pieces))
+                self._room.unpark_all()
+
+    def _take_small_pieces(self) -> list[bytes | bytearray | memoryview]:
+        """Take the next piece and those that fit into one packet with it: a send costs far more than a copy."""
+        pieces = [self._outbox.popleft()]
+        size = len(pieces[0])
+        while self._outbox and size + len(self._outbox[0]) <= 64 << 10:
+            pieces.append(self._outbox.popleft())
+            size += len(pieces[-1])
+        return pieces
+
+    async def _read(self, nursery: trio.Nursery) -> None:
+        while data := await self._stream.receive_some():
+            self._last_heard_s = trio.current_time()
+            for message in self._connection.receive_data(data):
+                match message:
+                    case Hello():
+                        self._greeted.set()
+                    case Ping():
+                        self._say(Pong(nonce=message.nonce))
+                    case Pong():
+                        pass
+                    case _:
+                        self._take(message, nursery)
+        self._connection.receive_data(b"")
+        self._break("the peer ended the connection")
+
+    @abstractmethod
+    async def _watch(self) -> None:
+        """Break the link when the other side is silent for too long."""
+
+    @abstractmethod
+    def _take(self, message: Message, nursery: trio.Nursery) -> None:
+        """Act on a message other than greetings and pings."""
+
+    @abstractmethod
+    def _lost(self) -> None:
+        """Tell everybody who depends on the link that it is gone."""
+
+    def _break(self, why: str) -> None:
+        if not self.broken:
+            self.broken = why
+            self._greeted.set()
+            self._room.unpark_all()
+            self._lost()
+
+
+def _first_line(group: BaseExceptionGroup[Exception]) -> str:
+    """Return what the first exception of a group says, in one line."""
+    error: BaseException = group
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    return str(error).partition("\n")[0]
+
+
+class OutboundLink(_Link):
+    """The initiator's end: we open sessions and send rows."""
+
+    def __init__(self, stream: Stream, agent: str) -> None:
+        super().__init__(stream, Role.INITIATOR, agent)
+        self._answers: dict[SessionId, trio.Event] = {}
+        self._answer: dict[SessionId, Opened | Refused | Closed | Failed] = {}
+        self._watchers: dict[SessionId, dict[object, Callable[[SessionLost], None]]] = {}
+        self._credit = trio.lowlevel.ParkingLot()
+
+    async def open(self, message: Open) -> Opened:
+        """Open a session. Raises SessionRefused, or LinkBroken also when no answer comes in time."""
+        answer = await self._ask(message)
+        if isinstance(answer, Refused):
+            raise SessionRefused(self.peer, answer)
+        if not isinstance(answer, Opened):
+            raise LinkBroken(self.peer, f"session lost while it was opened: {answer}")
+        return answer
+
+    async def close(self, session: SessionId) -> SessionStatistics:
+        """Close a session that we opened and return what it cost; nothing is raised for a link that is gone."""
+        try:
+            answer = await self._ask(Close(session=session))
+        except LinkBroken:
+            return SessionStatistics()
+        return answer.statistics if isinstance(answer, Closed) else SessionStatistics()
+
+    async def _ask(self, message: Open | Close) -> Opened | Refused | Closed | Failed:
+        answered = self._answers[message.session] = trio.Event()
+        try:
+            await self.send(message)
+            with trio.fail_after(ANSWER_TIMEOUT_S):
+                await answered.wait()
+        except trio.TooSlowError:
+            raise LinkBroken(self.peer, f"no answer to {type(message).__name__} in {ANSWER_TIMEOUT_S:.0f} s") from None
+        finally:
+            if self._answers.get(message.session) is answered:
+                del self._answers[message.session]
+            answer = self._answer.pop(message.session, None)
+        if answer is None:
+            raise LinkBroken(self.peer, self.broken or "connection lost")
+        return answer
+
+    def try_send_step(self, step: Step) -> bool:
+        """Send a step now if the outbox has room and every session has credit; say whether it was sent."""
+        if self.broken:
+            raise LinkBroken(self.peer, self.broken)
+        if self._outbox_bytes > OUTBOX_BYTES:
+            return False
+        row_bytes = step.tensor.row_bytes
+        if any(part.rows * row_bytes > self._connection.sendable_bytes(part.session) for part in step.slices):
+            return False
+        self._say(step)
+        return True
+
+    async def send_step(self, step: Step) -> None:
+        """Send a step as soon as there is room and credit for it."""
+        while not self.try_send_step(step):
+            await (self._room if self._outbox_bytes > OUTBOX_BYTES else self._credit).park()
+
+    def watch(self, session: SessionId, lost: Callable[[SessionLost], None]) -> Callable[[], None]:
+        """Call `lost` once if the other side gives the session up or the link breaks; return what ends the watch."""
+        if self.broken:
+            raise LinkBroken(self.peer, self.broken)
+        watchers = self._watchers.setdefault(session, {})
+        token = object()
+        watchers[token] = lost
+
+        def unwatch() -> None:
+            watchers.pop(token, None)
+            if not watchers and self._watchers.get(session) is watchers:
+                del self._watchers[session]
+
+        return unwatch
+
+    def forget(self, session: SessionId) -> None:
+        """Drop what the link remembers of a session that somebody else opened."""
+        if not self.broken:
+            self._connection.forget(session)
+
+    def _take(self, message: Message, nursery: trio.Nursery) -> None:
+        match message:
+            case Opened() | Refused() | Closed():
+                self._deliver(message)
+            case Credit():
+                self._credit.unpark_all()
+            case Failed():
+                self._deliver(message)
+                lost = SessionLost(message.peer or self.peer, message.reason, message.message)
+                for watcher in self._watchers.pop(message.session, {}).values():
+                    watcher(lost)
+            case _:
+                raise AssertionError(f"the state tables let {message} through to an initiator")
+
+    def _deliver(self, message: Opened | Refused | Closed | Failed) -> None:
+        if answered := self._answers.get(message.session):
+            self._answer[message.session] = message
+            answered.set()
+
+    async def _watch(self) -> None:
+        nonce = 0
+        while True:
+            await trio.sleep(PING_INTERVAL_S)
+            silence_s = trio.current_time() - self._last_heard_s
+            if silence_s > SILENCE_LIMIT_S:
+                raise NetworkError(f"nothing heard for {silence_s:.1f} s")
+            if silence_s >= PING_INTERVAL_S * 0.9:
+                nonce += 1
+                self._say(Ping(nonce=nonce))
+
+    def _lost(self) -> None:
+        self._credit.unpark_all()
+        for answered in self._answers.values():
+            answered.set()
+        watchers, self._watchers = self._watchers, {}
+        lost = SessionLost(self.peer, FailureReason.DOWNSTREAM, self.broken or "connection lost")
+        for watcher in [watcher for of_session in watchers.values() for watcher in of_session.values()]:
+            watcher(lost)
+
+
+class InboundLink(_Link):
+    """The responder's end: others open sessions and send rows."""
+
+    def __init__(self, stream: Stream, agent: str, receivers: Receivers, stages: OpenHandler) -> None:
+        super().__init__(stream, Role.RESPONDER, agent)
+        self._receivers = receivers
+        self._stages = stages
+        self._consumed: defaultdict[SessionId, int] = defaultdict(int)
+
+    def consumed(self, session: SessionId, consumed_bytes: int) -> None:
+        """Give credit back for rows that were taken on; told to the other side in lumps of a quarter of the window."""
+        self._consumed[session] += consumed_bytes
+        if self._consumed[session] >= WINDOW_BYTES // 4 and not self.broken:
+            self._say(Credit(session=session, consumed_bytes=self._consumed.pop(session)))
+
+    def fail(self, session: SessionId, reason: FailureReason, message: str, peer: PeerId | None = None) -> None:
+        """Tell the other side that a session is lost here."""
+        self._consumed.pop(session, None)
+        if not self.broken:
+            self._say(Failed(session=session, reason=reason, message=message[:200], peer=peer))
+
+    def forget(self, session: SessionId) -> None:
+        """Drop what the link remembers of a session that others opened."""
+        self._consumed.pop(session, None)
+        if not self.broken:
+            self._connection.forget(session)
+
+    def _take(self, message: Message, nursery: trio.Nursery) -> None:
+        match message:
+            case Step():
+                self._spread(message)
+            case Open():
+                nursery.start_soon(self._open, message)
+            case Close():
+                nursery.start_soon(self._close, message)
+            case _:
+                raise AssertionError(f"the state tables let {message} through to a responder")
+
+    def _spread(self, step: Step) -> None:
+        start = 0
+        for part in step.slices:
+            rows = step.tensor.cut(start, start + part.rows)
+            start += part.rows
+            receiver = self._receivers.get(part.session)
+            if receiver is None or not receiver.permits(self.peer):
+                self.fail(part.session, FailureReason.UNKNOWN_SESSION, "no such session here, or not from you")
+            else:
+                receiver.receive(part, rows, self)
+
+    async def _open(self, message: Open) -> None:
+        answer = await self._stages.open(message, self)
+        if not self.broken:
+            await self.send(answer)
+
+    async def _close(self, message: Close) -> None:
+        statistics = await self._stages.close(message.session, self)
+        self._consumed.pop(message.session, None)
+        if not self.broken:
+            await self.send(Closed(session=message.session, statistics=statistics))
+
+    async def _watch(self) -> None:
+        """The initiator asks every second; one that is silent for much longer holds our memory for nothing."""
+        while True:
+            await trio.sleep(PING_INTERVAL_S)
+            silence_s = trio.current_time() - self._last_heard_s
+            if silence_s > 4 * SILENCE_LIMIT_S:
+                raise NetworkError(f"nothing heard for {silence_s:.1f} s")
+
+    def _lost(self) -> None:
+        self._stages.link_broken(self)

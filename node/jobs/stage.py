@@ -1,0 +1,363 @@
+"""The stages of this node: sessions that coordinators open here, and the steps that the engines take for them.
+
+Rows arrive from the stage before (or the coordinator), wait in the span's queue, pass through its engine, and leave for
+the next stage. The last stage draws the token, tells the coordinator, and starts the next round at the first stage, so
+that the coordinator is on nobody's path from one token to the next.
+"""
+
+from collections import deque
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, replace
+
+import structlog
+import trio
+
+from node.engine.interface import Engine, EngineCrashed, EngineError, EngineFull, SliceInput, SpanInfo
+from node.jobs.link import InboundLink, LinkBroken, OutboundLink, SessionLost
+from node.jobs.switchboard import Switchboard
+from node.network.interface import Network
+from protocol.identity import BlockRange, ModelId, PeerId, SessionId
+from protocol.messages import (
+    FailureReason,
+    FinishReason,
+    Load,
+    Open,
+    Opened,
+    RefusalReason,
+    Refused,
+    SessionStatistics,
+    Slice,
+    Step,
+)
+from protocol.tensors import Tensor, tensor_from_tokens, tokens_from_tensor
+
+MAX_BACKLOG = 256
+"""Outputs of one session that wait for credit on the way out; credit on the way in keeps it far below."""
+
+_logger = structlog.get_logger(__name__)
+
+
+@dataclass(slots=True)
+class _Work:
+    """Rows that wait for the engine."""
+
+    session: "StageSession"
+    part: Slice
+    tensor: Tensor
+    link: InboundLink
+    arrived_s: float
+
+
+class StageSession:
+    """One job's session on one span of this node; takes the rows that arrive for it."""
+
+    def __init__(self, message: Open, span: "Span", opened_by: InboundLink) -> None:
+        self.id = message.session
+        self.span = span
+        self.opened_by = opened_by
+        self.sampling = message.sampling
+        self.positions = message.positions
+        self.drawn = 0
+        self.steps = 0
+        self.rows = 0
+        self.compute_s = 0.0
+        self.queue_s = 0.0
+        self.bytes_in = 0
+        self.bytes_out = 0
+        self.ended = False
+        self.sources: set[InboundLink] = set()
+        self.outputs: dict[SessionId, OutboundLink] = {}
+        self.unwatch: list[Callable[[], None]] = []
+        self.opened = trio.Event()
+        self.backlog: deque[tuple[SessionId, Step]] = deque()
+        self._permitted = {opened_by.peer, *message.upstream}
+
+    def permits(self, peer: PeerId) -> bool:
+        """Whether this peer is the coordinator or stands before us on the route."""
+        return peer in self._permitted
+
+    def receive(self, part: Slice, tensor: Tensor, link: InboundLink) -> None:
+        """Queue rows for the engine, unless they would not fit what was reserved: then the session is lost."""
+        self.sources.add(link)
+        self.bytes_in += len(tensor.data)
+        if part.position + part.rows > self.positions:
+            self.span.fail(self, FailureReason.ENGINE, f"rows up to {part.position + part.rows} of {self.positions}")
+            return
+        self.span.queue(_Work(self, part, tensor, link, trio.current_time()))
+
+    def statistics(self) -> SessionStatistics:
+        """Return what the session cost so far."""
+        return SessionStatistics(
+            steps=self.steps,
+            rows=self.rows,
+            compute_s=self.compute_s,
+            queue_s=self.queue_s,
+            bytes_in=self.bytes_in,
+            bytes_out=self.bytes_out,
+        )
+
+
+class Span:
+    """A span served here: an engine, its sessions, and the queue of work for it."""
+
+    def __init__(self, engine: Engine, switchboard: Switchboard) -> None:
+        self.engine = engine
+        self.sessions: dict[SessionId, StageSession] = {}
+        self._switchboard = switchboard
+        self._queue: deque[_Work] = deque()
+        self._queue_filled = trio.Event()
+        self._step_times_s: deque[float] = deque(maxlen=64)
+        self._nursery: trio.Nursery | None = None
+
+    @property
+    def info(self) -> SpanInfo:
+        """What the engine holds."""
+        return self.engine.info
+
+    async def run(self) -> None:
+        """Take steps until cancelled, or until the engine's worker is gone: then EngineCrashed passes."""
+        async with trio.open_nursery() as nursery:
+            self._nursery = nursery
+            try:
+                while True:
+                    while self._queue:
+                        await self._step(self._queue.popleft())
+                    self._queue_filled = trio.Event()
+                    await self._queue_filled.wait()
+            finally:
+                self._nursery = None
+                for session in tuple(self.sessions.values()):
+                    self.fail(session, FailureReason.ENGINE, "the span is no longer served here")
+                nursery.cancel_scope.cancel()
+
+    def load(self) -> Load:
+        """Return how busy the span is."""
+        statistics = self.engine.statistics()
+        times_s = sorted(self._step_times_s)
+        return Load(
+            sessions=len(self.sessions),
+            queued_rows=sum(work.part.rows for work in self._queue),
+            free_positions=max(0, self.info.kv_positions - statistics.reserved_positions),
+            step_s=times_s[len(times_s) // 2] if times_s else 0.0,
+        )
+
+    def queue(self, work: _Work) -> None:
+        """Put rows in line for the engine."""
+        self._queue.append(work)
+        self._queue_filled.set()
+
+    async def _step(self, work: _Work) -> None:
+        session, part = work.session, work.part
+        if session.ended:
+            return
+        session.queue_s += trio.current_time() - work.arrived_s
+        try:
+            result = await self.engine.step(
+                [SliceInput(session=session.id, position=part.position, tensor=work.tensor, draws=part.draws)]
+            )
+        except EngineCrashed:
+            raise
+        except EngineError as error:
+            self.fail(session, FailureReason.ENGINE, str(error))
+            return
+        if part.rows == 1:
+            self._step_times_s.append(result.compute_s)
+        session.steps += 1
+        session.rows += part.rows
+        session.compute_s += result.compute_s
+        if session.ended:
+            return
+        for output in result.outputs:
+            try:
+                self._route(session, part, output.tensor)
+            except LinkBroken as broken:
+                self.fail(session, FailureReason.DOWNSTREAM, str(broken), broken.peer)
+                return
+        work.link.consumed(session.id, len(work.tensor.data))
+
+    def _route(self, session: StageSession, part: Slice, output: Tensor) -> None:
+        """Send what the engine made of a slice where it has to go."""
+        job, stage = session.id
+        if session.sampling is None:
+            following = SessionId(job, stage + 1)
+            self._send(session, following, Step(slices=(replace(part, session=following),), tensor=output))
+            return
+        first_position = part.position + part.rows - part.draws + 1
+        for offset, token in enumerate(tokens_from_tensor(output)):
+            session.drawn += 1
+            finish = _finish_reason(session, token)
+            rows = tensor_from_tokens([token])
+            position = first_position + offset
+            told = Slice(session=SessionId(job, stage + 1), position=position, rows=1, draws=0, finish_reason=finish)
+            self._send(session, told.session, Step(slices=(told,), tensor=rows))
+            if finish:
+                return
+            again = Slice(session=SessionId(job, 0), position=position, rows=1, draws=1)
+            self._send(session, again.session, Step(slices=(again,), tensor=rows))
+
+    def _send(self, session: StageSession, to: SessionId, step: Step) -> None:
+        """Send now where link and credit allow it; else keep the order and send as soon as they do."""
+        session.bytes_out += len(step.tensor.data)
+        if session.backlog or not session.outputs[to].try_send_step(step):
+            session.backlog.append((to, step))
+            if len(session.backlog) > MAX_BACKLOG:
+                self.fail(session, FailureReason.DOWNSTREAM, "the next stage takes nothing", session.outputs[to].peer)
+            elif len(session.backlog) == 1 and self._nursery:
+                self._nursery.start_soon(self._send_backlog, session)
+
+    async def _send_backlog(self, session: StageSession) -> None:
+        try:
+            while session.backlog and not session.ended:
+                to, step = session.backlog[0]
+                await session.outputs[to].send_step(step)
+                if session.backlog:
+                    session.backlog.popleft()
+        except LinkBroken as broken:
+            self.fail(session, FailureReason.DOWNSTREAM, str(broken), broken.peer)
+
+    def fail(self, session: StageSession, reason: FailureReason, message: str, blamed: PeerId | None = None) -> None:
+        """Tell the coordinator that the session is lost here, and free it."""
+        if not session.ended:
+            session.opened_by.fail(session.id, reason, message, blamed)
+            self.end(session)
+
+    def lost(self, session: StageSession, lost: SessionLost) -> None:
+        """Give a session up because the other side of an output did."""
+        self.fail(session, FailureReason.DOWNSTREAM, lost.message, lost.blamed)
+
+    def end(self, session: StageSession) -> None:
+        """Free a session: from now on its rows are unknown here."""
+        if session.ended:
+            return
+        session.ended = True
+        session.backlog.clear()
+        self.sessions.pop(session.id, None)
+        self._switchboard.receivers.remove(session.id)
+        for unwatch in session.unwatch:
+            unwatch()
+        for to, link in session.outputs.items():
+            link.forget(to)
+        for source in session.sources - {session.opened_by}:
+            source.forget(session.id)
+        if self._nursery:
+            self._nursery.start_soon(self._free, session.id)
+
+    async def _free(self, session: SessionId) -> None:
+        try:
+            await self.engine.close(session)
+        except EngineError as error:
+            _logger.debug("engine gone before a session was closed", session=session, error=str(error))
+
+
+class Stages:
+    """All spans of this node: admits sessions and ends them."""
+
+    def __init__(self, network: Network, agent: str) -> None:
+        self.draining = False
+        self.switchboard = Switchboard(network, agent, self)
+        self._spans: dict[tuple[ModelId, BlockRange], Span] = {}
+
+    def spans(self) -> tuple[Span, ...]:
+        """Return the spans that are served now."""
+        return tuple(self._spans.values())
+
+    @asynccontextmanager
+    async def serving(self, engine: Engine) -> AsyncIterator[Span]:
+        """Serve an engine's span inside the block; its end fails the sessions that are left."""
+        key = (engine.info.model, engine.info.blocks)
+        span = Span(engine, self.switchboard)
+        self._spans[key] = span
+        try:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(span.run)
+                yield span
+                nursery.cancel_scope.cancel()
+        finally:
+            del self._spans[key]
+
+    async def open(self, message: Open, link: InboundLink) -> Opened | Refused:
+        """Admit a session if its span is served here, has KV memory for it, and the next stage can be reached."""
+        span = self._spans.get((message.model, message.blocks))
+        if self.draining:
+            return _refusal(message, RefusalReason.LEAVING, "this peer is about to leave", span)
+        if span is None:
+            return _refusal(message, RefusalReason.NOT_SERVED, f"blocks {message.blocks} are not served here", None)
+        if fault := _fault_of(message, span.info):
+            return _refusal(message, RefusalReason.INVALID, fault, span)
+        session = StageSession(message, span, link)
+        try:
+            self.switchboard.receivers.add(message.session, session)
+        except KeyError:
+            return _refusal(message, RefusalReason.INVALID, "the session is open already", span)
+        span.sessions[message.session] = session
+        try:
+            await self._join(session, message)
+            await span.engine.open(message.session, message.positions, message.sampling)
+        except LinkBroken as broken:
+            refused = RefusalReason.UNREACHABLE, f"cannot reach {broken.peer}: {broken}"
+        except EngineFull as error:
+            refused = RefusalReason.FULL, str(error)
+        except EngineError as error:
+            refused = RefusalReason.NOT_SERVED, str(error)
+        else:
+            if session.ended:  # the coordinator went away while the engine reserved memory
+                await span.engine.close(message.session)
+                return _refusal(message, RefusalReason.INVALID, "closed while it was opened", span)
+            return Opened(session=message.session, load=span.load())
+        finally:
+            session.opened.set()
+        span.end(session)
+        return _refusal(message, *refused, span)
+
+    async def close(self, session: SessionId, link: InboundLink) -> SessionStatistics:
+        """Free a session that this link opened and return what it cost. An unknown one is no error."""
+        for span in self._spans.values():
+            found = span.sessions.get(session)
+            if found and found.opened_by is link:
+                await found.opened.wait()
+                span.end(found)
+                return found.statistics()
+        return SessionStatistics()
+
+    def link_broken(self, link: InboundLink) -> None:
+        """Free every session that was opened over the link: nobody is left who could want its tokens."""
+        for span in self._spans.values():
+            for session in tuple(span.sessions.values()):
+                if session.opened_by is link:
+                    span.end(session)
+
+    async def _join(self, session: StageSession, message: Open) -> None:
+        """Link up with those that the session's outputs go to, before the first row: later would be too late."""
+        job, stage = session.id
+        following = SessionId(job, stage + 1)
+        if message.downstream is not None:
+            targets = {following: message.downstream}
+        else:
+            targets = {following: session.opened_by.peer, SessionId(job, 0): message.feedback or session.opened_by.peer}
+        for to, peer in targets.items():
+            link = await self.switchboard.link_to(peer)
+            session.outputs[to] = link
+            session.unwatch.append(link.watch(to, lambda lost: session.span.lost(session, lost)))
+
+
+def _refusal(message: Open, reason: RefusalReason, why: str, span: Span | None) -> Refused:
+    return Refused(session=message.session, reason=reason, message=why, load=span.load() if span else Load())
+
+
+def _fault_of(message: Open, info: SpanInfo) -> str | None:
+    """Return why a request makes no sense for a span, if it does not."""
+    if message.positions > info.max_positions:
+        return f"{message.positions} positions asked, the model allows {info.max_positions}"
+    if info.is_last != (message.sampling is not None) or info.is_last != (message.downstream is None):
+        return "sampling belongs to the last stage, a downstream peer to every other"
+    return None
+
+
+def _finish_reason(session: StageSession, token: int) -> FinishReason | None:
+    sampling = session.sampling
+    if sampling is None:
+        return None
+    if token in sampling.stop_tokens:
+        return FinishReason.STOP
+    return FinishReason.LENGTH if session.drawn >= sampling.max_tokens else None

@@ -1,0 +1,110 @@
+"""The switchboard: every job link of this node, and who here takes the rows of which session."""
+
+from collections import defaultdict
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+import structlog
+import trio
+
+from node.jobs.link import InboundLink, LinkBroken, OpenHandler, OutboundLink, Receiver
+from node.network.interface import Network, NetworkError, Stream
+from node.network.memory import stream_pair
+from protocol.identity import PeerId, SessionId
+
+JOB_PROTOCOL = "/metaswarm/job/1.0.0"
+
+_logger = structlog.get_logger(__name__)
+
+
+class Receivers:
+    """The sessions whose rows this node takes."""
+
+    def __init__(self) -> None:
+        self._receivers: dict[SessionId, Receiver] = {}
+
+    def __len__(self) -> int:
+        return len(self._receivers)
+
+    def add(self, session: SessionId, receiver: Receiver) -> None:
+        """Take rows of a session from now on. Raises KeyError when somebody does already."""
+        if session in self._receivers:
+            raise KeyError(session)
+        self._receivers[session] = receiver
+
+    def remove(self, session: SessionId) -> None:
+        """Take no more rows of a session."""
+        self._receivers.pop(session, None)
+
+    def get(self, session: SessionId) -> Receiver | None:
+        """Return the receiver of a session, if there is one here."""
+        return self._receivers.get(session)
+
+
+class Switchboard:
+    """Opens a link to a peer when it is first needed, keeps it, and accepts the links of others."""
+
+    def __init__(self, network: Network, agent: str, stages: OpenHandler) -> None:
+        self.receivers = Receivers()
+        self._network = network
+        self._agent = agent
+        self._stages = stages
+        self._links: dict[PeerId, OutboundLink] = {}
+        self._dialling: defaultdict[PeerId, trio.Lock] = defaultdict(trio.Lock)
+        self._nursery: trio.Nursery | None = None
+        network.set_stream_handler(JOB_PROTOCOL, self._accept)
+
+    @property
+    def peer_id(self) -> PeerId:
+        """Our own id."""
+        return self._network.peer_id
+
+    @asynccontextmanager
+    async def running(self) -> AsyncIterator[None]:
+        """Carry links inside the block; break them all at its end."""
+        async with trio.open_nursery() as nursery:
+            self._nursery = nursery
+            try:
+                yield
+            finally:
+                self._nursery = None
+                nursery.cancel_scope.cancel()
+
+    async def link_to(self, peer: PeerId) -> OutboundLink:
+        """Return the link to a peer, made if need be. Raises LinkBroken with the reason."""
+        if (link := self._links.get(peer)) and not link.broken:
+            return link
+        async with self._dialling[peer]:
+            if (link := self._links.get(peer)) and not link.broken:
+                return link
+            if self._nursery is None:
+                raise LinkBroken(peer, "this node is leaving")
+            try:
+                stream = await self._open_stream(peer)
+            except NetworkError as error:
+                raise LinkBroken(peer, str(error)) from None
+            link = OutboundLink(stream, self._agent)
+            self._nursery.start_soon(self._carry, link)
+            await link.ready()
+            return link
+
+    async def _carry(self, link: OutboundLink) -> None:
+        self._links[link.peer] = link
+        try:
+            await link.run()
+        finally:
+            if self._links.get(link.peer) is link:
+                del self._links[link.peer]
+
+    async def _open_stream(self, peer: PeerId) -> Stream:
+        if peer != self._network.peer_id:
+            return await self._network.open_stream(peer, JOB_PROTOCOL)
+        # A job that is served where it was submitted takes the same path, over a pipe instead of a socket.
+        near, far = stream_pair(peer, peer, JOB_PROTOCOL)
+        if self._nursery is None:
+            raise NetworkError("this node is leaving")
+        self._nursery.start_soon(self._accept, far)
+        return near
+
+    async def _accept(self, stream: Stream) -> None:
+        await InboundLink(stream, self._agent, self.receivers, self._stages).run()

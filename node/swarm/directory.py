@@ -1,0 +1,112 @@
+"""Who is alive and who serves what, as far as this peer has heard. No I/O and no clock of its own.
+
+Liveness is a matter of hearing: a peer is alive for `LIVENESS_S` after a heartbeat of it arrived, by our monotonic
+clock. The sender's clock decides nothing; its sequence number says which of its heartbeats is the newer.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from protocol.records import Heartbeat, ServedSpan
+
+from protocol.identity import BlockRange, ModelId, PeerId
+from protocol.messages import Load
+
+LIVENESS_S = 10.0
+"""A peer not heard for this long is forgotten (DESIGN §4)."""
+
+MAX_PEERS = 10_000
+"""Peers remembered at a time; the one unheard for longest makes room. Identities cost nothing, memory does."""
+
+
+@dataclass(slots=True)
+class Presence:
+    """What we last heard of one live peer."""
+
+    peer: PeerId
+    sequence: int
+    agent: str
+    multiaddrs: tuple[str, ...]
+    spans: tuple[ServedSpan, ...]
+    last_heard_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """A live peer that serves a span of a model."""
+
+    peer: PeerId
+    blocks: BlockRange
+    load: Load
+
+
+class Directory:
+    """The live peers and their spans."""
+
+    def __init__(self, *, own_peer: PeerId) -> None:
+        self._own_peer = own_peer
+        self._presences: dict[PeerId, Presence] = {}
+        self._departed: dict[PeerId, int] = {}
+
+    def hear(self, heartbeat: Heartbeat, now_s: float) -> bool:
+        """Take in a verified heartbeat; return whether it told anything new.
+
+        A peer that said it leaves is forgotten at once, and older heartbeats of it still under way do not revive it.
+        """
+        known = self._presences.get(heartbeat.peer)
+        newest = known.sequence if known else self._departed.get(heartbeat.peer, -1)
+        if heartbeat.sequence <= newest:
+            return False
+        if heartbeat.leaving:
+            self._presences.pop(heartbeat.peer, None)
+            self._departed[heartbeat.peer] = heartbeat.sequence
+            if len(self._departed) > MAX_PEERS:
+                del self._departed[next(iter(self._departed))]
+            return True
+        self._departed.pop(heartbeat.peer, None)
+        # Taken out and put in again: the dictionary's order is the order of hearing.
+        self._presences.pop(heartbeat.peer, None)
+        self._presences[heartbeat.peer] = Presence(
+            heartbeat.peer, heartbeat.sequence, heartbeat.agent, heartbeat.multiaddrs, heartbeat.spans, now_s
+        )
+        if len(self._presences) > MAX_PEERS:
+            del self._presences[next(iter(self._presences))]
+        return True
+
+    def forget(self, peer: PeerId) -> None:
+        """Drop a peer that was found dead; its next heartbeat revives it."""
+        self._presences.pop(peer, None)
+
+    def expire(self, now_s: float) -> tuple[PeerId, ...]:
+        """Forget the peers that were not heard for too long and return them."""
+        dead = tuple(p.peer for p in self._presences.values() if now_s - p.last_heard_s > LIVENESS_S)
+        for peer in dead:
+            del self._presences[peer]
+        return dead
+
+    def presences(self) -> tuple[Presence, ...]:
+        """Return every live peer, ourselves included where we heard ourselves."""
+        return tuple(self._presences.values())
+
+    def get(self, peer: PeerId) -> Presence | None:
+        """Return what is known of a live peer."""
+        return self._presences.get(peer)
+
+    def candidates(self, model: ModelId, *, without: Iterable[PeerId] = ()) -> tuple[Candidate, ...]:
+        """Return who serves spans of a model now, except some peers."""
+        excluded = set(without)
+        return tuple(
+            Candidate(presence.peer, span.blocks, span.load)
+            for presence in self._presences.values()
+            if presence.peer not in excluded
+            for span in presence.spans
+            if span.model == model
+        )
+
+    def models(self) -> dict[ModelId, tuple[PeerId, ...]]:
+        """Return the models that live peers serve, wholly or in part, and by whom."""
+        found: dict[ModelId, dict[PeerId, None]] = {}
+        for presence in self._presences.values():
+            for span in presence.spans:
+                found.setdefault(span.model, {})[presence.peer] = None
+        return {model: tuple(peers) for model, peers in found.items()}
