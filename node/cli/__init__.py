@@ -1,0 +1,1 @@
+"""The command line: `metaswarm VERB`. Each verb is a module, imported when it is called."""
