@@ -1,0 +1,125 @@
+"""What the HTTP API asks of the node behind it, and the JSON that its `/swarm/…` pages answer with.
+
+The typed dictionaries are the documents themselves: the node fills them, the command line reads them.
+"""
+
+from typing import Literal, Protocol, TypedDict
+
+from node.jobs.interface import Submitter
+
+
+class ServedSpan(TypedDict):
+    """A span that this node serves, and how it is doing. `end` is exclusive."""
+
+    model: str
+    """The model's id."""
+    name: str
+    """The model's name; empty where it has none."""
+    start: int
+    end: int
+    block_count: int
+    """Blocks of the whole model."""
+    sessions: int
+    reserved_positions: int
+    kv_positions: int
+    """Positions that all sessions together may reserve."""
+    weight_bytes: int
+    worker_pid: int | None
+    steps: int
+    compute_s: float
+
+
+class JobCounts(TypedDict):
+    """Jobs submitted at this node since it started."""
+
+    running: int
+    done: int
+    failed: int
+
+
+class Transfers(TypedDict):
+    """Bytes of model files that crossed the blob protocol since this node started."""
+
+    received_bytes: dict[str, int]
+    """From each peer."""
+    served_bytes: int
+    """To all peers."""
+
+
+class NodeStatus(TypedDict):
+    """What this node is and does."""
+
+    peer_id: str
+    agent: str
+    """Program and version, as told to other peers."""
+    multiaddrs: list[str]
+    api_url: str
+    state: Literal["serving", "draining"]
+    uptime_s: float
+    connected_peers: int
+    spans: list[ServedSpan]
+    jobs: JobCounts
+    transfers: Transfers
+
+
+class SpanSummary(TypedDict):
+    """A span as its peer announces it."""
+
+    model: str
+    name: str
+    start: int
+    end: int
+
+
+class PeerStatus(TypedDict):
+    """A peer that this node knows of."""
+
+    peer_id: str
+    addresses: list[str]
+    agent: str
+    connected: bool
+    leaving: bool
+    rtt_s: float | None
+    """Round-trip time; None while it is unknown."""
+    last_seen_s: float | None
+    """How long ago the peer was last heard of; None if it never was."""
+    spans: list[SpanSummary]
+
+
+class ModelStatus(TypedDict):
+    """A model that somebody in the swarm serves, or that is at hand here."""
+
+    model: str
+    """The model's id."""
+    name: str
+    """The model's name; empty where it has none."""
+    block_count: int
+    coverage: list[int]
+    """For each block, how many peers (this one included) serve it."""
+    uncovered: list[tuple[int, int]]
+    """Ranges of blocks that nobody serves, end exclusive."""
+    complete: bool
+    """Whether every block is served: the model can be used now."""
+    local: bool
+    """Whether this node holds the model's manifest."""
+
+
+class NodeView(Protocol):
+    """The node as the HTTP API sees it. Every method answers at once from what the node knows."""
+
+    @property
+    def submitter(self) -> Submitter:
+        """Who takes jobs."""
+        ...
+
+    def status(self) -> NodeStatus:
+        """Return what this node is and does."""
+        ...
+
+    def peers(self) -> list[PeerStatus]:
+        """Return the known peers, without this one."""
+        ...
+
+    def models(self) -> list[ModelStatus]:
+        """Return the known models."""
+        ...
