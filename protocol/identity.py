@@ -87,6 +87,9 @@ def parse_peer_id(text: str) -> PeerId:
         raise ValueError(f"{text!r} is no peer id: not base58") from None
     if len(raw) != len(_ED25519_PREFIX) + _ED25519_KEY_BYTES or not raw.startswith(_ED25519_PREFIX):
         raise ValueError(f"{text!r} is no peer id of an Ed25519 key")
+    # The decoder overlooks white space at the end; a peer has one name only.
+    if base58.b58encode(raw).decode("ascii") != text:
+        raise ValueError(f"{text!r} is no peer id: not in canonical form")
     return PeerId(text)
 
 

@@ -53,6 +53,9 @@ MAX_DEPTH: Final = 6
 MAX_ELEMENTS: Final = 4096
 """Elements of one array or map in any msgpack value from a peer."""
 
+MAX_NODES: Final = 8192
+"""Values of every kind, nested ones included, in any msgpack value from a peer."""
+
 MAX_RECORD_BYTES: Final = 16 << 10
 """A signed record, envelope included."""
 

@@ -1,0 +1,186 @@
+"""One value, one sequence of bytes: the msgpack that peers sign and send, and the JSON that names a model.
+
+Canonical msgpack is the subset of msgpack without extension types in which every value has exactly one encoding: text
+keys sorted by their UTF-8 bytes, integers, lengths and headers in their shortest form, floats always as finite float64.
+
+msgpack allocates an array as soon as it has read its header, so that a few nested headers of three bytes each make it
+take megabytes. `decode` therefore walks over the bytes and checks depth and counts before anything is built.
+"""
+
+import json
+import math
+import struct
+from collections.abc import Mapping, Sequence
+from typing import Final, TypeAlias
+
+import msgpack
+
+from protocol.errors import RemoteProtocolError
+from protocol.limits import MAX_DEPTH, MAX_ELEMENTS, MAX_NODES
+
+Value: TypeAlias = "bool | int | float | str | bytes | Sequence[Value] | Mapping[str, Value] | None"
+"""What canonical msgpack can say. Arrays decode to lists, maps to dicts."""
+
+_FLOATS: Final = {0xCA: struct.Struct(">f"), 0xCB: struct.Struct(">d")}
+_LENGTHS: Final = {1: struct.Struct(">B"), 2: struct.Struct(">H"), 4: struct.Struct(">I")}
+
+# First byte of a token -> its whole size, for tokens that say it in the first byte; 0 for all others.
+_FIXED_SIZES: Final = bytes(
+    1 if first <= 0x7F or first >= 0xE0 or first in {0xC0, 0xC2, 0xC3}  # small integers, nil, false, true
+    else 1 + (first & 0x1F) if 0xA0 <= first <= 0xBF  # short text
+    else {0xCC: 2, 0xCD: 3, 0xCE: 5, 0xCF: 9, 0xD0: 2, 0xD1: 3, 0xD2: 5, 0xD3: 9}.get(first, 0)  # integers
+    for first in range(256)
+)  # fmt: skip
+# First byte of text, bytes, array or map with a length after it -> bytes of that length.
+_TEXT_OR_BYTES: Final = {0xC4: 1, 0xC5: 2, 0xC6: 4, 0xD9: 1, 0xDA: 2, 0xDB: 4}
+_ARRAYS: Final = {0xDC: 2, 0xDD: 4}
+_MAPS: Final = {0xDE: 2, 0xDF: 4}
+
+
+def encode(value: Value) -> bytes:
+    """Return the canonical msgpack of a value; raise ValueError when it has none or exceeds the limits of `decode`."""
+    try:
+        data: bytes = msgpack.packb(_ordered(value, 0))
+    except (OverflowError, TypeError) as error:
+        raise ValueError(str(error)) from None
+    _check_structure(data)
+    return data
+
+
+def decode(data: bytes | bytearray | memoryview, *, max_bytes: int) -> Value:
+    """Return the value of msgpack bytes from a peer, canonical or not.
+
+    Raises RemoteProtocolError, and nothing else, for more than `max_bytes`, for what is not msgpack, for extension
+    types, NaN and infinities, for keys that are not text or occur twice, and for values too deep or too large.
+    """
+    if len(data) > max_bytes:
+        raise RemoteProtocolError(f"msgpack value of {len(data)} bytes exceeds {max_bytes}")
+    data = bytes(data)
+    try:
+        _check_structure(data)
+        value: Value = msgpack.unpackb(data, object_pairs_hook=_unique_map, strict_map_key=False)
+    except (ValueError, TypeError) as error:  # msgpack's own exceptions and UnicodeDecodeError are ValueErrors
+        raise RemoteProtocolError(f"bad msgpack: {error}") from None
+    return value
+
+
+def decode_canonical(data: bytes | bytearray | memoryview, *, max_bytes: int) -> Value:
+    """Return the value like `decode`, and raise RemoteProtocolError as well unless the bytes are its canonical form."""
+    value = decode(data, max_bytes=max_bytes)
+    if encode(value) != data:
+        raise RemoteProtocolError("bad msgpack: not in canonical form")
+    return value
+
+
+def canonical_json(value: Value) -> bytes:
+    """Return JSON in UTF-8 with sorted keys and without white space.
+
+    Raises ValueError for what JSON cannot say: bytes, keys that are not text, NaN and infinities, lone surrogates.
+    """
+    _check_text_keys(value)
+    try:
+        text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+    except (TypeError, RecursionError) as error:
+        raise ValueError(str(error)) from None
+    return text.encode("utf-8")
+
+
+def _ordered(value: Value, depth: int) -> Value:
+    """Return the value with sorted maps, and raise ValueError for what canonical msgpack cannot say."""
+    if value is None or isinstance(value, (int, str, bytes)):
+        return value
+    if isinstance(value, float):
+        if not math.isfinite(value):
+            raise ValueError(f"{value} is not finite")
+        return value
+    if depth == MAX_DEPTH:
+        raise ValueError(f"nested deeper than {MAX_DEPTH}")
+    if isinstance(value, Mapping):
+        if not all(isinstance(key, str) for key in value):
+            raise ValueError("a key is not text")
+        # Code points and their UTF-8 bytes sort alike.
+        return {key: _ordered(value[key], depth + 1) for key in sorted(value)}
+    if isinstance(value, (list, tuple)):
+        return [_ordered(item, depth + 1) for item in value]
+    raise ValueError(f"a {type(value).__name__} cannot be encoded")
+
+
+def _check_structure(data: bytes) -> None:
+    """Walk over the tokens of one value; raise ValueError unless they fill the data and keep to the limits."""
+    position = nodes = 0
+    pending: list[int] = []  # of each open array or map, how many values are still to come
+    while True:
+        if position >= len(data):
+            raise ValueError("truncated")
+        nodes += 1
+        if nodes > MAX_NODES:
+            raise ValueError(f"more than {MAX_NODES} values")
+        first = data[position]
+        size = _FIXED_SIZES[first]
+        if size:
+            position += size
+        else:
+            position, children = _measure_token(data, position, first)
+            if children is not None:
+                if len(pending) == MAX_DEPTH:
+                    raise ValueError(f"nested deeper than {MAX_DEPTH}")
+                pending.append(children + 1)
+        while pending:
+            pending[-1] -= 1
+            if pending[-1]:
+                break
+            pending.pop()
+        else:
+            break
+    if position != len(data):
+        raise ValueError("truncated" if position > len(data) else "bytes after the end")
+
+
+def _measure_token(data: bytes, position: int, first: int) -> tuple[int, int | None]:
+    """Return where a token of no fixed size ends, and how many values it contains if it is an array or a map."""
+    if 0x80 <= first <= 0x8F:
+        return position + 1, 2 * (first & 0x0F)
+    if 0x90 <= first <= 0x9F:
+        return position + 1, first & 0x0F
+    position += 1
+    try:
+        if first in _FLOATS:
+            if not math.isfinite(_FLOATS[first].unpack_from(data, position)[0]):
+                raise ValueError("a float is not finite")
+            return position + _FLOATS[first].size, None
+        if first in _TEXT_OR_BYTES:
+            width = _TEXT_OR_BYTES[first]
+            return position + width + int(_LENGTHS[width].unpack_from(data, position)[0]), None
+        if first in _ARRAYS or first in _MAPS:
+            width = _ARRAYS.get(first) or _MAPS[first]
+            count = int(_LENGTHS[width].unpack_from(data, position)[0])
+            if count > MAX_ELEMENTS:
+                raise ValueError(f"an array or map of {count} elements exceeds {MAX_ELEMENTS}")
+            return position + width, count if first in _ARRAYS else 2 * count
+    except struct.error:
+        raise ValueError("truncated") from None
+    raise ValueError(f"extension or unknown type {first:#04x}")
+
+
+def _unique_map(pairs: list[tuple[object, object]]) -> dict[str, object]:
+    """Return a map of the pairs; raise TypeError for a key that is not text, ValueError for one that comes twice."""
+    result: dict[str, object] = {}
+    for key, value in pairs:
+        if not isinstance(key, str):
+            raise TypeError("a key is not text")
+        if key in result:
+            raise ValueError(f"key {key[:80]!r} comes twice")
+        result[key] = value
+    return result
+
+
+def _check_text_keys(value: Value) -> None:
+    """Raise ValueError if a map inside has a key that is not text: json.dumps would silently make it so."""
+    if isinstance(value, Mapping):
+        if not all(isinstance(key, str) for key in value):
+            raise ValueError("a key is not text")
+        for item in value.values():
+            _check_text_keys(item)
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            _check_text_keys(item)

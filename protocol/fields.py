@@ -1,0 +1,180 @@
+"""Strict reading of the values in a decoded map. Whatever is wrong with one is a RemoteProtocolError that names it.
+
+Nothing is converted: a bool is no integer, an integer no float. Every integer and length is compared with a limit.
+"""
+
+import enum
+import re
+from typing import Final, TypeVar
+
+from protocol.errors import RemoteProtocolError
+from protocol.identity import BlockRange, JobId, ModelId, PeerId, SessionId, parse_peer_id
+from protocol.limits import MAX_BLOCKS, MAX_STAGES
+
+JOB_ID_BYTES: Final = 16
+SHA256_BYTES: Final = 32
+
+CONTROL_CHARACTERS: Final = re.compile(r"[\x00-\x1f\x7f-\x9f]")
+"""What no text on the wire contains, because it ends up in other people's terminals and logs."""
+
+_E = TypeVar("_E", bound=enum.StrEnum)
+
+
+def integer(value: object, low: int, high: int, what: str) -> int:
+    """Return an integer from `low` to `high`, both inclusive."""
+    if type(value) is not int:
+        raise RemoteProtocolError(f"{what} is no integer")
+    if not low <= value <= high:
+        raise RemoteProtocolError(f"{what} is {value}: expected {low} to {high}")
+    return value
+
+
+def number(value: object, low: float, high: float, what: str) -> float:
+    """Return a float from `low` to `high`, both inclusive."""
+    if type(value) is not float:
+        raise RemoteProtocolError(f"{what} is no float")
+    if not low <= value <= high:
+        raise RemoteProtocolError(f"{what} is {value}: expected {low} to {high}")
+    return value
+
+
+def text(value: object, max_bytes: int, what: str) -> str:
+    """Return text of at most `max_bytes` UTF-8 bytes without control characters."""
+    if type(value) is not str:
+        raise RemoteProtocolError(f"{what} is no text")
+    if len(value) > max_bytes or len(value.encode("utf-8")) > max_bytes:
+        raise RemoteProtocolError(f"{what} is longer than {max_bytes} bytes")
+    if CONTROL_CHARACTERS.search(value) is not None:
+        raise RemoteProtocolError(f"{what} contains a control character")
+    return value
+
+
+def name(value: object, max_bytes: int, what: str) -> str:
+    """Return text that is not empty."""
+    result = text(value, max_bytes, what)
+    if not result:
+        raise RemoteProtocolError(f"{what} is empty")
+    return result
+
+
+def raw(value: object, length: int, what: str) -> bytes:
+    """Return exactly `length` bytes."""
+    if type(value) is not bytes or len(value) != length:
+        raise RemoteProtocolError(f"{what} is not {length} bytes")
+    return value
+
+
+def array(value: object, max_count: int, what: str) -> list[object]:
+    """Return an array of at most `max_count` elements."""
+    if type(value) is not list:
+        raise RemoteProtocolError(f"{what} is no array")
+    if len(value) > max_count:
+        raise RemoteProtocolError(f"{what} has {len(value)} elements: at most {max_count} are allowed")
+    return value
+
+
+def tuple_of(value: object, length: int, what: str) -> list[object]:
+    """Return an array of exactly `length` elements."""
+    if type(value) is not list or len(value) != length:
+        raise RemoteProtocolError(f"{what} is no array of {length} elements")
+    return value
+
+
+def choice(value: object, options: type[_E], what: str) -> _E:
+    """Return the member of an enumeration of texts."""
+    try:
+        return options(text(value, 64, what))
+    except ValueError:
+        raise RemoteProtocolError(f"{what} is none of {', '.join(options)}") from None
+
+
+def peer_id(value: object, what: str) -> PeerId:
+    """Return a peer id, which travels as text."""
+    try:
+        return parse_peer_id(text(value, 64, what))
+    except ValueError as error:
+        raise RemoteProtocolError(f"{what}: {error}") from None
+
+
+def model_id(value: object, what: str) -> ModelId:
+    """Return a model id, which travels as the 32 bytes of the sha256."""
+    return ModelId(raw(value, SHA256_BYTES, what).hex())
+
+
+def session_id(value: object, what: str) -> SessionId:
+    """Return a session id, which travels as [16 bytes of the job id, stage]."""
+    job, stage = tuple_of(value, 2, what)
+    return SessionId(JobId(raw(job, JOB_ID_BYTES, what).hex()), integer(stage, 0, MAX_STAGES, what))
+
+
+def block_range(value: object, what: str) -> BlockRange:
+    """Return a range of blocks, which travels as [start, end]."""
+    start, end = tuple_of(value, 2, what)
+    try:
+        return BlockRange(integer(start, 0, MAX_BLOCKS, what), integer(end, 0, MAX_BLOCKS, what))
+    except ValueError as error:
+        raise RemoteProtocolError(f"{what}: {error}") from None
+
+
+class Fields:
+    """The fields of one map, taken out one by one; `finish` refuses what is left."""
+
+    def __init__(self, value: object, what: str) -> None:
+        if not isinstance(value, dict):
+            raise RemoteProtocolError(f"{what} is no map")
+        self._left = dict(value)
+        self.what = what
+
+    def __contains__(self, key: str) -> bool:
+        return key in self._left
+
+    def take(self, key: str) -> object:
+        """Take a field out as it is; raise RemoteProtocolError if it is missing."""
+        try:
+            return self._left.pop(key)
+        except KeyError:
+            raise RemoteProtocolError(f"{self.what} lacks {key!r}") from None
+
+    def integer(self, key: str, low: int, high: int) -> int:
+        """Take an integer from `low` to `high`, both inclusive."""
+        return integer(self.take(key), low, high, f"{self.what} {key}")
+
+    def number(self, key: str, low: float, high: float) -> float:
+        """Take a float from `low` to `high`, both inclusive."""
+        return number(self.take(key), low, high, f"{self.what} {key}")
+
+    def flag(self, key: str) -> bool:
+        """Take a truth value."""
+        value = self.take(key)
+        if not isinstance(value, bool):
+            raise RemoteProtocolError(f"{self.what} {key} is neither true nor false")
+        return value
+
+    def text(self, key: str, max_bytes: int) -> str:
+        """Take text, which may be empty."""
+        return text(self.take(key), max_bytes, f"{self.what} {key}")
+
+    def name(self, key: str, max_bytes: int) -> str:
+        """Take text that is not empty."""
+        return name(self.take(key), max_bytes, f"{self.what} {key}")
+
+    def raw(self, key: str, length: int) -> bytes:
+        """Take exactly `length` bytes."""
+        return raw(self.take(key), length, f"{self.what} {key}")
+
+    def array(self, key: str, max_count: int) -> list[object]:
+        """Take an array of at most `max_count` elements."""
+        return array(self.take(key), max_count, f"{self.what} {key}")
+
+    def choice(self, key: str, options: type[_E]) -> _E:
+        """Take a member of an enumeration of texts."""
+        return choice(self.take(key), options, f"{self.what} {key}")
+
+    def session(self, key: str = "session") -> SessionId:
+        """Take a session id."""
+        return session_id(self.take(key), f"{self.what} {key}")
+
+    def finish(self) -> None:
+        """Raise RemoteProtocolError if a field is left that nobody asked for."""
+        for key in self._left:
+            raise RemoteProtocolError(f"{self.what} has an unknown field {key[:80]!r}")
