@@ -1,0 +1,303 @@
+"""The manifest of a model package: what the model is and which files it consists of. Its sha256 is the model's id.
+
+It says nothing of versions, times or paths, so that everybody who imports the same source gets the same id. Manifests
+come from remote peers, too: `parse_manifest` takes nothing on trust, and every file name in it is one of a closed set.
+"""
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Final, TypeAlias
+
+from node.models.errors import ManifestError
+from node.models.layout import EMBED_FILE, HEAD_FILE, block_file
+from protocol.canonical import canonical_json
+from protocol.identity import BlockRange, ModelId
+from protocol.limits import (
+    MAX_BLOB_BYTES,
+    MAX_BLOCKS,
+    MAX_MANIFEST_BYTES,
+    MAX_NAME_BYTES,
+    MAX_STOP_TOKENS,
+    MAX_VOCABULARY,
+    MAX_WIDTH,
+)
+
+Json: TypeAlias = "bool | int | float | str | list[Json] | dict[str, Json] | None"
+"""A value as json.loads returns it."""
+
+FORMAT: Final = 1
+MANIFEST_FILE: Final = "manifest.json"
+TOKENIZER_FILE: Final = "tokenizer.json"
+TOKENIZER_CONFIG_FILE: Final = "tokenizer_config.json"
+CHAT_TEMPLATE_FILE: Final = "chat_template.jinja"
+TOKENIZER_FILES: Final = (CHAT_TEMPLATE_FILE, TOKENIZER_FILE, TOKENIZER_CONFIG_FILE)
+"""The files that a package may have for its tokenizer, in the manifest's order."""
+
+MAX_TOKENIZER_BYTES: Final = 256 << 20
+"""Size of one tokenizer file: it is read into memory whole."""
+
+_MAX_CONFIG_DEPTH = 8
+_MAX_CONFIG_INTEGER = 1 << 53
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+
+# Who wrote the config, where, and how it was run: nothing of it describes the model. `auto_map` names code outside
+# the package, which is never run.
+_VOLATILE_KEYS = frozenset(
+    {
+        "_attn_implementation",
+        "_attn_implementation_autoset",
+        "_commit_hash",
+        "_name_or_path",
+        "attn_implementation",
+        "auto_map",
+        "name_or_path",
+        "transformers_version",
+    }
+)
+_BLOCK_COUNT_KEYS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
+_HIDDEN_SIZE_KEYS = ("hidden_size", "n_embd", "d_model")
+_POSITIONS_KEYS = ("max_position_embeddings", "n_positions", "seq_length", "max_seq_len")
+
+
+@dataclass(frozen=True, slots=True)
+class FileEntry:
+    """One file of a package. `sha256` is 64 lower-case hexadecimal digits and the file's name on the wire."""
+
+    name: str
+    size_bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a model is (`config`, as in its config.json; token ids that begin and end a text) and its files.
+
+    `config` always says `tie_word_embeddings`: whether the last stage takes its output matrix from `embed`.
+    """
+
+    config: Mapping[str, Json]
+    bos_token_id: int | None
+    eos_token_ids: tuple[int, ...]
+    tokenizer_files: tuple[FileEntry, ...]
+    embed: FileEntry
+    head: FileEntry
+    blocks: tuple[FileEntry, ...]
+
+    @cached_property
+    def data(self) -> bytes:
+        """The manifest's canonical bytes."""
+        return canonical_json(
+            {
+                "format": FORMAT,
+                "config": self.config,
+                "generation": {"bos_token_id": self.bos_token_id, "eos_token_ids": list(self.eos_token_ids)},
+                "tokenizer": [_entry_to_json(file) for file in self.tokenizer_files],
+                "embed": _entry_to_json(self.embed),
+                "head": _entry_to_json(self.head),
+                "blocks": [_entry_to_json(file) for file in self.blocks],
+            }
+        )
+
+    @cached_property
+    def model_id(self) -> ModelId:
+        """The sha256 of the canonical bytes."""
+        return ModelId(hashlib.sha256(self.data).hexdigest())
+
+    @property
+    def block_count(self) -> int:
+        """Blocks of the whole model."""
+        return len(self.blocks)
+
+    @property
+    def tied(self) -> bool:
+        """Whether the matrix that embeds tokens is also the one that makes logits."""
+        return self.config["tie_word_embeddings"] is True
+
+    @property
+    def model_type(self) -> str:
+        """The architecture's name in transformers."""
+        return str(self.config["model_type"])
+
+    @property
+    def hidden_size(self) -> int | None:
+        """Elements of one row of hidden states, where the config says so."""
+        return find_integer(self.config, _HIDDEN_SIZE_KEYS)
+
+    @property
+    def vocabulary_size(self) -> int | None:
+        """Token ids are below this, where the config says so."""
+        return find_integer(self.config, ("vocab_size",))
+
+    @property
+    def max_positions(self) -> int | None:
+        """The longest text in tokens, where the config says so."""
+        return find_integer(self.config, _POSITIONS_KEYS)
+
+    @property
+    def files(self) -> tuple[FileEntry, ...]:
+        """Every file of the whole package except the manifest."""
+        return (*self.tokenizer_files, self.embed, *self.blocks, self.head)
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of the whole package except the manifest."""
+        return sum(file.size_bytes for file in self.files)
+
+    def files_for(self, blocks: BlockRange) -> tuple[FileEntry, ...]:
+        """Return the weight files that a peer needs to serve these blocks; raise ModelError beyond the last block."""
+        if blocks.end > self.block_count:
+            raise ManifestError(f"the model has blocks 0-{self.block_count}, not {blocks}")
+        first, last = blocks.start == 0, blocks.end == self.block_count
+        return (
+            *((self.embed,) if first or (last and self.tied) else ()),
+            *self.blocks[blocks.start : blocks.end],
+            *((self.head,) if last else ()),
+        )
+
+    def bytes_of(self, blocks: BlockRange) -> int:
+        """Return how many bytes of weights a peer needs to serve these blocks."""
+        return sum(file.size_bytes for file in self.files_for(blocks))
+
+
+def parse_manifest(data: bytes) -> Manifest:
+    """Return the manifest of bytes from anywhere; raise ManifestError, and nothing else, for any others."""
+    if len(data) > MAX_MANIFEST_BYTES:
+        raise ManifestError(f"bad manifest: {len(data)} bytes exceed {MAX_MANIFEST_BYTES}")
+    try:
+        value: Json = json.loads(data)
+        manifest = _manifest_from_json(value)
+        is_canonical = manifest.data == data
+    except (ValueError, RecursionError) as error:
+        raise ManifestError(f"bad manifest: {error}") from None
+    if not is_canonical:
+        raise ManifestError("bad manifest: not in canonical form")
+    return manifest
+
+
+def normalise_config(config: Mapping[str, Json]) -> dict[str, Json]:
+    """Return a config.json's content without what says nothing about the model."""
+    normal: dict[str, Json] = {}
+    for key, value in config.items():
+        if key in _VOLATILE_KEYS:
+            continue
+        if key in {"torch_dtype", "dtype"}:
+            normal["dtype"] = value.removeprefix("torch.") if isinstance(value, str) else value
+        else:
+            normal[key] = normalise_config(value) if isinstance(value, dict) else value
+    return normal
+
+
+def block_count_of(config: Mapping[str, Json]) -> int | None:
+    """Return how many blocks a config describes, where it says so."""
+    return find_integer(config, _BLOCK_COUNT_KEYS)
+
+
+def find_integer(config: Mapping[str, Json], keys: tuple[str, ...]) -> int | None:
+    """Return the first integer under one of the keys, in the config or in its decoder's part of it."""
+    decoder = config.get("text_config")
+    for part in (config, decoder if isinstance(decoder, dict) else {}):
+        for key in keys:
+            value = part.get(key)
+            if type(value) is int:
+                return value
+    return None
+
+
+def _entry_to_json(file: FileEntry) -> dict[str, str | int]:
+    return {"name": file.name, "size": file.size_bytes, "sha256": file.sha256}
+
+
+def _manifest_from_json(value: Json) -> Manifest:
+    """Check every field; raise ValueError with what is wrong."""
+    fields = _record(value, "manifest", {"format", "config", "generation", "tokenizer", "embed", "head", "blocks"})
+    if fields["format"] != FORMAT or type(fields["format"]) is not int:
+        raise ValueError(f"format {str(fields['format'])[:20]} is unknown here; this is format {FORMAT}")
+    blocks = _list(fields["blocks"], "blocks", MAX_BLOCKS)
+    if not blocks:
+        raise ValueError("no blocks")
+    tokenizer = tuple(
+        _entry(item, TOKENIZER_FILES, MAX_TOKENIZER_BYTES)
+        for item in _list(fields["tokenizer"], "tokenizer", len(TOKENIZER_FILES))
+    )
+    names = [file.name for file in tokenizer]
+    if names != sorted(set(names)):
+        raise ValueError("tokenizer files out of order")
+    generation = _record(fields["generation"], "generation", {"bos_token_id", "eos_token_ids"})
+    bos, eos = generation["bos_token_id"], _list(generation["eos_token_ids"], "eos_token_ids", MAX_STOP_TOKENS)
+    return Manifest(
+        config=_config(fields["config"], len(blocks)),
+        bos_token_id=None if bos is None else _integer(bos, "bos_token_id", MAX_VOCABULARY - 1),
+        eos_token_ids=tuple(_integer(token, "eos_token_ids", MAX_VOCABULARY - 1) for token in eos),
+        tokenizer_files=tokenizer,
+        embed=_entry(fields["embed"], (EMBED_FILE,), MAX_BLOB_BYTES),
+        head=_entry(fields["head"], (HEAD_FILE,), MAX_BLOB_BYTES),
+        blocks=tuple(_entry(item, (block_file(block),), MAX_BLOB_BYTES) for block, item in enumerate(blocks)),
+    )
+
+
+def _config(value: Json, block_count: int) -> dict[str, Json]:
+    if not isinstance(value, dict) or not value:
+        raise ValueError("config is no object")
+    _check_config_value(value, _MAX_CONFIG_DEPTH)
+    model_type = value.get("model_type")
+    if not isinstance(model_type, str) or not 0 < len(model_type) <= MAX_NAME_BYTES:
+        raise ValueError("config names no model_type")
+    if type(value.get("tie_word_embeddings")) is not bool:
+        raise ValueError("config does not say tie_word_embeddings")
+    if block_count_of(value) != block_count:
+        raise ValueError(f"config describes {block_count_of(value)} blocks, not {block_count}")
+    for keys, limit in ((_HIDDEN_SIZE_KEYS, MAX_WIDTH), (("vocab_size",), MAX_VOCABULARY)):
+        if not 0 < (find_integer(value, keys) or 1) <= limit:
+            raise ValueError(f"{keys[0]} exceeds {limit}")
+    return value
+
+
+def _check_config_value(value: Json, depth: int) -> None:
+    if depth == 0:
+        raise ValueError("config is nested too deep")
+    if isinstance(value, dict):
+        unknown = _VOLATILE_KEYS.intersection(value)
+        if unknown:
+            raise ValueError(f"config may not have {min(unknown)}")
+        for item in value.values():
+            _check_config_value(item, depth - 1)
+    elif isinstance(value, list):
+        for item in value:
+            _check_config_value(item, depth - 1)
+    elif isinstance(value, int) and abs(value) > _MAX_CONFIG_INTEGER:
+        raise ValueError("config has an integer beyond 2^53")
+
+
+def _entry(value: Json, names: tuple[str, ...], max_bytes: int) -> FileEntry:
+    fields = _record(value, "file", {"name", "size", "sha256"})
+    name, sha256 = fields["name"], fields["sha256"]
+    if not isinstance(name, str) or name not in names:
+        raise ValueError(f"file name {str(name)[:80]!r} where {' or '.join(names)} is expected")
+    if not isinstance(sha256, str) or _SHA256.fullmatch(sha256) is None:
+        raise ValueError(f"{name} has no sha256")
+    size = _integer(fields["size"], f"size of {name}", max_bytes)
+    if size == 0:
+        raise ValueError(f"{name} is empty")
+    return FileEntry(name, size, sha256)
+
+
+def _record(value: Json, what: str, keys: set[str]) -> dict[str, Json]:
+    if not isinstance(value, dict) or value.keys() != keys:
+        raise ValueError(f"{what} must have exactly the keys {', '.join(sorted(keys))}")
+    return value
+
+
+def _list(value: Json, what: str, limit: int) -> list[Json]:
+    if not isinstance(value, list) or len(value) > limit:
+        raise ValueError(f"{what} must be a list of at most {limit}")
+    return value
+
+
+def _integer(value: Json, what: str, limit: int) -> int:
+    if type(value) is not int or not 0 <= value <= limit:
+        raise ValueError(f"{what} must be an integer from 0 to {limit}")
+    return value

@@ -1,0 +1,136 @@
+"""The safetensors format, read and written by copying bytes: 8 bytes of header length, a JSON header, raw tensors.
+
+Splitting a checkpoint is a matter of which bytes go where, so it needs neither torch nor the memory for a tensor, and
+what it writes depends on names and bytes alone: the same tensors give the same file, however the source was sharded.
+"""
+
+import json
+import math
+import os
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO, Final
+
+_LENGTH_BYTES: Final = 8
+_ALIGNMENT: Final = 8
+_MAX_HEADER_BYTES: Final = 100_000_000  # the format's own limit
+_COPY_BYTES: Final = 4 << 20
+_BITS: Final = {
+    "BOOL": 8, "U8": 8, "I8": 8, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8,
+    "U16": 16, "I16": 16, "F16": 16, "BF16": 16,
+    "U32": 32, "I32": 32, "F32": 32,
+    "U64": 64, "I64": 64, "F64": 64,
+}  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class TensorSource:
+    """Where a tensor's bytes lie: `size_bytes` from `offset` of a file."""
+
+    path: Path
+    offset: int
+    size_bytes: int
+    dtype: str
+    shape: tuple[int, ...]
+
+
+def read_header(path: Path) -> dict[str, TensorSource]:
+    """Return the tensors of a file by name; raise ValueError, saying why, for a file that is damaged or no safetensors.
+
+    Offsets and sizes are checked against each other, the shapes and the file, so that a copy cannot run astray.
+    """
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(_LENGTH_BYTES), "little")
+        if size < _LENGTH_BYTES or length > min(size - _LENGTH_BYTES, _MAX_HEADER_BYTES):
+            raise ValueError("its header is longer than the file: cut short, or no safetensors file")
+        try:
+            header = json.loads(file.read(length))
+        except (ValueError, RecursionError):
+            raise ValueError("its header is no JSON: damaged, or no safetensors file") from None
+    if not isinstance(header, dict) or not header:
+        raise ValueError("its header names no tensors")
+    start = _LENGTH_BYTES + length
+    header.pop("__metadata__", None)
+    return {str(name): _tensor(path, str(name), info, start, size) for name, info in header.items()}
+
+
+def merge_headers(headers: Iterable[Mapping[str, TensorSource]]) -> dict[str, TensorSource]:
+    """Return the tensors of all shards of a checkpoint; raise ValueError for a name that stands in two of them."""
+    merged: dict[str, TensorSource] = {}
+    for header in headers:
+        for name, tensor in header.items():
+            if name in merged:
+                raise ValueError(f"tensor {name!r} is in {merged[name].path.name} and in {tensor.path.name}")
+            merged[name] = tensor
+    return merged
+
+
+def write_file(path: Path, tensors: Mapping[str, TensorSource], on_bytes: Callable[[int], None]) -> None:
+    """Write tensors, copied from wherever they lie, as one file, and flush it to the disk.
+
+    The order is by falling element size, then name, so that every tensor is aligned. `on_bytes` is told the size of
+    each piece copied. Raises OSError, and ValueError when a source file is shorter than its header said.
+    """
+    names = sorted(tensors, key=lambda name: (-_BITS[tensors[name].dtype], name))
+    with path.open("wb") as file:
+        file.write(_header({name: tensors[name] for name in names}))
+        for name in names:
+            _copy(tensors[name], file, on_bytes)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def same_bytes(first: TensorSource, second: TensorSource) -> bool:
+    """Say whether two tensors are equal in type, shape and every byte."""
+    if (first.dtype, first.shape, first.size_bytes) != (second.dtype, second.shape, second.size_bytes):
+        return False
+    with first.path.open("rb") as one, second.path.open("rb") as other:
+        one.seek(first.offset)
+        other.seek(second.offset)
+        left = first.size_bytes
+        while left:
+            count = min(left, _COPY_BYTES)
+            if one.read(count) != other.read(count):
+                return False
+            left -= count
+    return True
+
+
+def _tensor(path: Path, name: str, info: object, start: int, file_size: int) -> TensorSource:
+    match info:
+        case {"dtype": str(dtype), "shape": [*shape], "data_offsets": [begin, end]}:
+            numbers = (*shape, begin, end)
+        case _:
+            dtype, shape, begin, end, numbers = "", [], 0, 0, ()
+    if dtype not in _BITS or not all(type(number) is int and number >= 0 for number in numbers):
+        raise ValueError(f"its header does not describe tensor {name[:80]!r} in a known way")
+    if end - begin != math.prod(shape) * _BITS[dtype] // 8 or start + end > file_size:
+        raise ValueError(f"tensor {name[:80]!r} does not fit its shape or the file: damaged or cut short")
+    return TensorSource(path, start + begin, end - begin, dtype, tuple(shape))
+
+
+def _header(tensors: Mapping[str, TensorSource]) -> bytes:
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    position = 0
+    for name, tensor in tensors.items():
+        end = position + tensor.size_bytes
+        header[name] = {"dtype": tensor.dtype, "shape": tensor.shape, "data_offsets": (position, end)}
+        position = end
+    text = json.dumps(header, separators=(",", ":")).encode("ascii")
+    text += b" " * (-len(text) % _ALIGNMENT)
+    return len(text).to_bytes(_LENGTH_BYTES, "little") + text
+
+
+def _copy(tensor: TensorSource, target: BinaryIO, on_bytes: Callable[[int], None]) -> None:
+    with tensor.path.open("rb") as source:
+        source.seek(tensor.offset)
+        left = tensor.size_bytes
+        while left:
+            piece = source.read(min(left, _COPY_BYTES))
+            if not piece:
+                raise ValueError(f"{tensor.path.name} became shorter while it was read")
+            target.write(piece)
+            on_bytes(len(piece))
+            left -= len(piece)
