@@ -48,6 +48,10 @@ class ConfigError(Exception):
     """The user's configuration is wrong. The message is one line: where, what, and what was expected."""
 
 
+class StartError(Exception):
+    """The node cannot start on this machine as it is: a port is taken, a file cannot be had. One line for the user."""
+
+
 @dataclass(frozen=True, slots=True)
 class ServeSpec:
     """A model to serve, as the user named it, and which blocks; None leaves the choice to the node."""

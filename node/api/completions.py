@@ -1,0 +1,129 @@
+"""`POST /v1/chat/completions` and `POST /v1/completions`: a request becomes a job, its events the answer.
+
+The job lives exactly as long as somebody waits for it: when the client goes away, the `submit` block is left at once
+and the job is cancelled on every stage.
+"""
+
+import json
+from collections.abc import Callable
+from typing import Any, Final
+
+import trio
+from starlette.responses import JSONResponse
+from starlette.types import Receive, Scope, Send
+
+from node.api.documents import Answer
+from node.api.errors import ApiError
+from node.api.requests import MAX_BODY_BYTES, CompletionRequest
+from node.jobs.interface import JobError, JobResult, JobStarted, Submitter, TextDelta
+
+BODY_TIMEOUT_S: Final = 30.0
+
+
+class CompletionEndpoint:
+    """An ASGI application that answers one kind of completion request."""
+
+    def __init__(self, submitter: Submitter, parse: Callable[[bytes], CompletionRequest]) -> None:
+        self._submitter = submitter
+        self._parse = parse
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer one request. Raises ApiError before anything was sent."""
+        request = self._parse(await _read_body(receive))
+        answer = self._stream if request.stream else self._answer_whole
+        error: JobError | None = None
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(_cancel_on_disconnect, receive, nursery.cancel_scope)
+            error = await answer(request, scope, receive, send)
+            nursery.cancel_scope.cancel()
+        if error is not None:
+            raise ApiError.from_job_error(error)
+
+    async def _answer_whole(
+        self, request: CompletionRequest, scope: Scope, receive: Receive, send: Send
+    ) -> JobError | None:
+        document: dict[str, Any] = {}
+        try:
+            async with self._submitter.submit(request.job) as events:
+                async for event in events:
+                    match event:
+                        case JobStarted():
+                            answer = Answer(event, request.chat)
+                        case JobResult():
+                            document = answer.whole(event)
+        except JobError as error:
+            return error
+        await JSONResponse(document)(scope, receive, send)
+        return None
+
+    async def _stream(self, request: CompletionRequest, scope: Scope, receive: Receive, send: Send) -> JobError | None:
+        del scope, receive
+        stream = _EventStream(send)
+        try:
+            async with self._submitter.submit(request.job) as events:
+                async for event in events:
+                    match event:
+                        case JobStarted():
+                            answer = Answer(event, request.chat)
+                            chunks = answer.first_chunks()
+                        case TextDelta(text=text) if text:
+                            chunks.append(answer.text_chunk(text))
+                        case JobResult():
+                            chunks += answer.last_chunks(event, include_usage=request.include_usage)
+                    # The first chunk waits for the first token: until then an error can still be a status.
+                    if chunks and not isinstance(event, JobStarted):
+                        await stream.send(*chunks)
+                        chunks = []
+        except JobError as error:
+            if not stream.started:
+                return error
+            await stream.send(ApiError.from_job_error(error).document())
+        else:
+            await stream.send("[DONE]")
+        await stream.close()
+        return None
+
+
+class _EventStream:
+    """Server-sent events; the status line goes out with the first one."""
+
+    def __init__(self, send: Send) -> None:
+        self._send = send
+        self.started = False
+
+    async def send(self, *events: dict[str, Any] | str) -> None:
+        if not self.started:
+            self.started = True
+            headers = [
+                (b"content-type", b"text/event-stream; charset=utf-8"),
+                (b"cache-control", b"no-cache"),
+                (b"x-accel-buffering", b"no"),  # a buffering proxy would hold the text back
+            ]
+            await self._send({"type": "http.response.start", "status": 200, "headers": headers})
+        lines = (event if isinstance(event, str) else json.dumps(event, ensure_ascii=False) for event in events)
+        body = "".join(f"data: {line}\n\n" for line in lines).encode()
+        await self._send({"type": "http.response.body", "body": body, "more_body": True})
+
+    async def close(self) -> None:
+        await self._send({"type": "http.response.body", "body": b"", "more_body": False})
+
+
+async def _read_body(receive: Receive) -> bytes:
+    body = bytearray()
+    with trio.move_on_after(BODY_TIMEOUT_S):
+        while True:
+            message = await receive()
+            if message["type"] == "http.disconnect":
+                raise ApiError(400, "the request ended before its body was complete")
+            body += message.get("body", b"")
+            if len(body) > MAX_BODY_BYTES:
+                raise ApiError(413, f"the body has more than {MAX_BODY_BYTES} bytes", code="request_too_large")
+            if not message.get("more_body", False):
+                return bytes(body)
+    raise ApiError(408, f"the body did not arrive within {BODY_TIMEOUT_S:g} seconds")
+
+
+async def _cancel_on_disconnect(receive: Receive, cancel_scope: trio.CancelScope) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+    cancel_scope.cancel()

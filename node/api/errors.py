@@ -1,0 +1,60 @@
+"""Errors in the shape of the OpenAI API: `{"error": {"message", "type", "param", "code"}}`."""
+
+import math
+from typing import Any
+
+from starlette.responses import JSONResponse
+
+from node.jobs.interface import JobError, JobErrorCode
+
+_JOB_ERROR_STATUS = {
+    JobErrorCode.INVALID: 400,
+    JobErrorCode.MODEL_NOT_FOUND: 404,
+    JobErrorCode.CONTEXT_LENGTH: 400,
+    JobErrorCode.UNCOVERED: 503,
+    JobErrorCode.FULL: 503,
+    JobErrorCode.FAILED: 502,
+    JobErrorCode.LEAVING: 503,
+}
+_RETRY_AFTER_S = {JobErrorCode.UNCOVERED: 10.0, JobErrorCode.FULL: 2.0, JobErrorCode.LEAVING: 10.0}
+"""When to try again where the error itself does not say."""
+
+
+class ApiError(Exception):
+    """A request ends with this status and this one line. `param` names the field of the request that is wrong."""
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        param: str | None = None,
+        code: str | None = None,
+        headers: dict[str, str] | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status = status
+        self.message = message
+        self.param = param
+        self.code = code
+        self.headers = headers
+
+    @classmethod
+    def from_job_error(cls, error: JobError) -> "ApiError":
+        """Return what a job's error is to a client of the HTTP API."""
+        status = _JOB_ERROR_STATUS[error.code]
+        headers = None
+        if status == 503:
+            retry_after_s = error.retry_after_s if error.retry_after_s is not None else _RETRY_AFTER_S[error.code]
+            headers = {"Retry-After": str(max(1, math.ceil(retry_after_s)))}
+        param = "model" if error.code is JobErrorCode.MODEL_NOT_FOUND else None
+        return cls(status, error.message, param=param, code=error.code.value, headers=headers)
+
+    def document(self) -> dict[str, Any]:
+        """Return the JSON document."""
+        kind = "server_error" if self.status >= 500 else "invalid_request_error"
+        return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
+
+    def response(self) -> JSONResponse:
+        """Return the whole answer."""
+        return JSONResponse(self.document(), self.status, headers=self.headers)
