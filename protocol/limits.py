@@ -20,6 +20,9 @@ MAX_SLICES: Final = 256
 MAX_SESSIONS: Final = 1024
 """Sessions that one job stream carries at a time."""
 
+MAX_PINGS: Final = 16
+"""Pings on one job stream that await their Pong."""
+
 MAX_POSITIONS: Final = 1 << 20
 """Positions (tokens) of one session: prompt and output together."""
 
@@ -76,3 +79,18 @@ MAX_MANIFEST_BYTES: Final = 4 << 20
 
 MAX_BLOB_BYTES: Final = 64 << 30
 """A file served by the blob protocol."""
+
+MAX_INTEGER: Final = (1 << 53) - 1
+"""Counters, sequence numbers and times that have no tighter bound: what every language's numbers hold exactly."""
+
+MAX_UINT64: Final = (1 << 64) - 1
+"""Seeds and nonces, which nobody calculates with."""
+
+MAX_SECONDS: Final = 1e9
+"""A duration."""
+
+MAX_SCORE: Final = 1e9
+"""A method's score in a vote, either sign."""
+
+MAX_TEMPERATURE: Final = 100.0
+"""A sampling temperature."""

@@ -1,0 +1,460 @@
+"""Messages of the job stream as msgpack maps and back. docs/protocol.md lists the fields of each.
+
+Both directions keep the same rules: what `encode_*` returns has passed through the very checks of `decode_*`, so that
+we never say what we would not accept.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Final, Generic, TypeVar
+
+from protocol.canonical import Value, decode, encode
+from protocol.errors import LocalProtocolError, RemoteProtocolError
+from protocol.fields import (
+    CONTROL_CHARACTERS,
+    JOB_ID_BYTES,
+    Fields,
+    block_range,
+    choice,
+    integer,
+    model_id,
+    name,
+    number,
+    peer_id,
+    raw,
+    tuple_of,
+)
+from protocol.identity import JobId, PeerId, SessionId
+from protocol.limits import (
+    MAX_CONTROL_BYTES,
+    MAX_INTEGER,
+    MAX_NAME_BYTES,
+    MAX_POSITIONS,
+    MAX_SCORE,
+    MAX_SECONDS,
+    MAX_SLICES,
+    MAX_STAGES,
+    MAX_STEP_BYTES,
+    MAX_STOP_TOKENS,
+    MAX_TEMPERATURE,
+    MAX_TEXT_BYTES,
+    MAX_UINT64,
+    MAX_VOCABULARY,
+    MAX_VOTES,
+    MAX_WIDTH,
+    MAX_WINDOW_BYTES,
+)
+from protocol.messages import (
+    Close,
+    Closed,
+    Credit,
+    Failed,
+    FailureReason,
+    FinishReason,
+    Hello,
+    Load,
+    Open,
+    Opened,
+    Ping,
+    Pong,
+    RefusalReason,
+    Refused,
+    Sampling,
+    SessionStatistics,
+    Slice,
+    Step,
+)
+from protocol.tensors import DType, Tensor
+
+ControlMessage = Hello | Open | Opened | Refused | Credit | Failed | Close | Closed | Ping | Pong
+
+_Map = dict[str, Value]
+_M = TypeVar("_M", bound=ControlMessage)
+
+
+@dataclass(frozen=True, slots=True)
+class _Codec(Generic[_M]):
+    """How one kind of control message travels: its `type`, and the two ways between message and map."""
+
+    type_name: str
+    message_type: type[_M]
+    to_map: Callable[[_M], _Map]
+    from_fields: Callable[[Fields], _M]
+
+
+@dataclass(frozen=True, slots=True)
+class StepHeader:
+    """What precedes a step's tensor on the wire."""
+
+    slices: tuple[Slice, ...]
+    dtype: DType
+    shape: tuple[int, ...]
+
+    @classmethod
+    def of(cls, step: Step) -> "StepHeader":
+        """Return the header of a step."""
+        return cls(step.slices, step.tensor.dtype, step.tensor.shape)
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of one row."""
+        return math.prod(self.shape[1:]) * self.dtype.itemsize
+
+    @property
+    def payload_bytes(self) -> int:
+        """Bytes of the whole tensor."""
+        return self.shape[0] * self.row_bytes
+
+    def step(self, payload: bytes | bytearray) -> Step:
+        """Return the step, given `payload_bytes` bytes. Raises RemoteProtocolError for impossible token ids."""
+        tensor = Tensor(self.dtype, self.shape, payload)
+        _check_tokens(tensor)
+        return Step(slices=self.slices, tensor=tensor)
+
+
+def encode_control(message: ControlMessage) -> bytes:
+    """Return the body of a control frame. Raises LocalProtocolError when a value breaks a limit."""
+    codec = _BY_TYPE[type(message)]
+    fields: _Map = codec.to_map(message)
+    try:
+        _from_fields(codec, fields)
+        return encode({"type": codec.type_name, **fields})
+    except (RemoteProtocolError, ValueError) as error:
+        raise LocalProtocolError(str(error)) from None
+
+
+def decode_control(body: bytes | memoryview) -> ControlMessage:
+    """Return the message in the body of a control frame. Raises RemoteProtocolError for anything unknown or illegal."""
+    value = decode(body, max_bytes=MAX_CONTROL_BYTES)
+    type_name = value.get("type") if isinstance(value, dict) else None
+    codec = _BY_NAME.get(type_name) if isinstance(type_name, str) else None
+    if codec is None or not isinstance(value, dict):
+        raise RemoteProtocolError("a control frame is no message of a known type")
+    del value["type"]
+    message: ControlMessage = _from_fields(codec, value)
+    return message
+
+
+def encode_step_header(step: Step) -> bytes:
+    """Return the header of a step frame. Raises LocalProtocolError when a value breaks a limit."""
+    fields: _Map = {
+        "dtype": step.tensor.dtype.value,
+        "shape": list(step.tensor.shape),
+        "slices": [_slice_to_array(part) for part in step.slices],
+    }
+    try:
+        _step_header_from(fields)
+        _check_tokens(step.tensor)
+        return encode(fields)
+    except (RemoteProtocolError, ValueError) as error:
+        raise LocalProtocolError(str(error)) from None
+
+
+def decode_step_header(header: bytes | memoryview) -> StepHeader:
+    """Return the header of a step frame. Raises RemoteProtocolError."""
+    return _step_header_from(decode(header, max_bytes=MAX_CONTROL_BYTES))
+
+
+def load_to_map(load: Load) -> _Map:
+    """Return how a stage's load travels."""
+    return {
+        "sessions": load.sessions,
+        "queued_rows": load.queued_rows,
+        "free_positions": load.free_positions,
+        "step_s": float(load.step_s),
+    }
+
+
+def load_from(value: object, what: str) -> Load:
+    """Return the load in a map from a peer. Raises RemoteProtocolError."""
+    fields = Fields(value, what)
+    load = Load(
+        sessions=fields.integer("sessions", 0, MAX_INTEGER),
+        queued_rows=fields.integer("queued_rows", 0, MAX_INTEGER),
+        free_positions=fields.integer("free_positions", 0, MAX_INTEGER),
+        step_s=fields.number("step_s", 0.0, MAX_SECONDS),
+    )
+    fields.finish()
+    return load
+
+
+def _from_fields(codec: _Codec[_M], value: object) -> _M:
+    fields = Fields(value, codec.type_name)
+    message = codec.from_fields(fields)
+    fields.finish()
+    return message
+
+
+# Steps
+
+
+def _slice_to_array(part: Slice) -> list[Value]:
+    finish = None if part.finish_reason is None else part.finish_reason.value
+    return [bytes.fromhex(part.session.job), part.session.stage, part.position, part.rows, part.draws, finish]
+
+
+def _slice_from(value: object) -> Slice:
+    job, stage, position, rows, draws, finish = tuple_of(value, 6, "slice")
+    first = integer(position, 0, MAX_POSITIONS - 1, "slice position")
+    count = integer(rows, 1, MAX_POSITIONS - first, "slice rows")
+    return Slice(
+        session=SessionId(
+            JobId(raw(job, JOB_ID_BYTES, "slice job").hex()), integer(stage, 0, MAX_STAGES, "slice stage")
+        ),
+        position=first,
+        rows=count,
+        draws=integer(draws, 0, count, "slice draws"),
+        finish_reason=None if finish is None else choice(finish, FinishReason, "slice finish reason"),
+    )
+
+
+def _step_header_from(value: object) -> StepHeader:
+    fields = Fields(value, "step")
+    dtype = fields.choice("dtype", DType)
+    shape = fields.array("shape", 2)
+    slices = tuple(_slice_from(part) for part in fields.array("slices", MAX_SLICES))
+    fields.finish()
+    if not shape or (len(shape) == 1) != (dtype is DType.INT32):
+        raise RemoteProtocolError("step shape: expected [rows] for token ids (i32) and [rows, width] for anything else")
+    row_count = integer(shape[0], 1, MAX_STEP_BYTES, "step rows")
+    dimensions = (row_count, *(integer(width, 1, MAX_WIDTH, "step width") for width in shape[1:]))
+    header = StepHeader(slices, dtype, dimensions)
+    if header.payload_bytes > MAX_STEP_BYTES:
+        raise RemoteProtocolError(f"step of {header.payload_bytes} bytes: at most {MAX_STEP_BYTES} are allowed")
+    if sum(part.rows for part in slices) != row_count:
+        raise RemoteProtocolError(f"the slices' rows do not add up to the tensor's {row_count}")
+    if len({part.session for part in slices}) != len(slices):
+        raise RemoteProtocolError("a session has two slices in one step")
+    return header
+
+
+def _check_tokens(tensor: Tensor) -> None:
+    """Raise RemoteProtocolError if a tensor of token ids holds one outside of every vocabulary."""
+    if tensor.dtype is DType.INT32:
+        # Read as unsigned, a negative id is a large one.
+        largest = max(memoryview(tensor.data).cast("B").cast("I"))
+        if largest >= MAX_VOCABULARY:
+            raise RemoteProtocolError(f"a token id is not from 0 to {MAX_VOCABULARY - 1}")
+
+
+# Control messages, each with its way out and its way in
+
+
+def _hello_to_map(message: Hello) -> _Map:
+    return {"agent": message.agent, "window_bytes": message.window_bytes}
+
+
+def _hello_from(fields: Fields) -> Hello:
+    return Hello(
+        agent=fields.name("agent", MAX_NAME_BYTES), window_bytes=fields.integer("window_bytes", 1, MAX_WINDOW_BYTES)
+    )
+
+
+def _open_to_map(message: Open) -> _Map:
+    optional: Mapping[str, Value] = {
+        "downstream": message.downstream,
+        "feedback": message.feedback,
+        "sampling": None if message.sampling is None else _sampling_to_map(message.sampling),
+    }
+    return {
+        "session": _session_to_array(message.session),
+        "model": bytes.fromhex(message.model),
+        "blocks": [message.blocks.start, message.blocks.end],
+        "method": message.method,
+        "positions": message.positions,
+        "upstream": list(message.upstream),
+        **{key: value for key, value in optional.items() if value is not None},
+    }
+
+
+def _open_from(fields: Fields) -> Open:
+    message = Open(
+        session=fields.session(),
+        model=model_id(fields.take("model"), "open model"),
+        blocks=block_range(fields.take("blocks"), "open blocks"),
+        method=fields.name("method", MAX_NAME_BYTES),
+        positions=fields.integer("positions", 1, MAX_POSITIONS),
+        upstream=tuple(peer_id(peer, "open upstream") for peer in fields.array("upstream", MAX_STAGES)),
+        downstream=_peer_if_any(fields, "downstream"),
+        feedback=_peer_if_any(fields, "feedback"),
+        sampling=_sampling_from(fields.take("sampling")) if "sampling" in fields else None,
+    )
+    if (message.sampling is None) == (message.downstream is None):
+        raise RemoteProtocolError("open: a last stage has sampling and no downstream, any other stage the reverse")
+    return message
+
+
+def _sampling_to_map(sampling: Sampling) -> _Map:
+    return {
+        "temperature": float(sampling.temperature),
+        "top_p": float(sampling.top_p),
+        "seed": sampling.seed,
+        "max_tokens": sampling.max_tokens,
+        "stop_tokens": list(sampling.stop_tokens),
+    }
+
+
+def _sampling_from(value: object) -> Sampling:
+    fields = Fields(value, "sampling")
+    stop_tokens = fields.array("stop_tokens", MAX_STOP_TOKENS)
+    sampling = Sampling(
+        temperature=fields.number("temperature", 0.0, MAX_TEMPERATURE),
+        top_p=fields.number("top_p", 0.0, 1.0),
+        seed=fields.integer("seed", 0, MAX_UINT64),
+        max_tokens=fields.integer("max_tokens", 1, MAX_POSITIONS),
+        stop_tokens=tuple(integer(token, 0, MAX_VOCABULARY - 1, "stop token") for token in stop_tokens),
+    )
+    fields.finish()
+    if sampling.top_p == 0.0:
+        raise RemoteProtocolError("sampling top_p is 0: nothing could be drawn")
+    return sampling
+
+
+def _opened_to_map(message: Opened) -> _Map:
+    return {
+        "session": _session_to_array(message.session),
+        "load": load_to_map(message.load),
+        "votes": {method: float(score) for method, score in message.votes.items()},
+    }
+
+
+def _opened_from(fields: Fields) -> Opened:
+    votes = fields.take("votes")
+    if not isinstance(votes, dict) or len(votes) > MAX_VOTES:
+        raise RemoteProtocolError(f"opened votes are no map of at most {MAX_VOTES} methods")
+    return Opened(
+        session=fields.session(),
+        load=load_from(fields.take("load"), "load"),
+        votes={
+            name(method, MAX_NAME_BYTES, "method"): number(score, -MAX_SCORE, MAX_SCORE, "score")
+            for method, score in votes.items()
+        },
+    )
+
+
+def _refused_to_map(message: Refused) -> _Map:
+    return {
+        "session": _session_to_array(message.session),
+        "reason": message.reason.value,
+        "message": _presentable(message.message),
+        "load": load_to_map(message.load),
+    }
+
+
+def _refused_from(fields: Fields) -> Refused:
+    return Refused(
+        session=fields.session(),
+        reason=fields.choice("reason", RefusalReason),
+        message=fields.text("message", MAX_TEXT_BYTES),
+        load=load_from(fields.take("load"), "load"),
+    )
+
+
+def _credit_to_map(message: Credit) -> _Map:
+    return {"session": _session_to_array(message.session), "consumed_bytes": message.consumed_bytes}
+
+
+def _credit_from(fields: Fields) -> Credit:
+    return Credit(session=fields.session(), consumed_bytes=fields.integer("consumed_bytes", 1, MAX_WINDOW_BYTES))
+
+
+def _failed_to_map(message: Failed) -> _Map:
+    return {
+        "session": _session_to_array(message.session),
+        "reason": message.reason.value,
+        "message": _presentable(message.message),
+        **({} if message.peer is None else {"peer": message.peer}),
+    }
+
+
+def _failed_from(fields: Fields) -> Failed:
+    return Failed(
+        session=fields.session(),
+        reason=fields.choice("reason", FailureReason),
+        message=fields.text("message", MAX_TEXT_BYTES),
+        peer=_peer_if_any(fields, "peer"),
+    )
+
+
+def _close_to_map(message: Close) -> _Map:
+    return {"session": _session_to_array(message.session)}
+
+
+def _close_from(fields: Fields) -> Close:
+    return Close(session=fields.session())
+
+
+def _closed_to_map(message: Closed) -> _Map:
+    statistics = message.statistics
+    return {
+        "session": _session_to_array(message.session),
+        "statistics": {
+            "steps": statistics.steps,
+            "rows": statistics.rows,
+            "compute_s": float(statistics.compute_s),
+            "queue_s": float(statistics.queue_s),
+            "bytes_in": statistics.bytes_in,
+            "bytes_out": statistics.bytes_out,
+        },
+    }
+
+
+def _closed_from(fields: Fields) -> Closed:
+    inner = Fields(fields.take("statistics"), "statistics")
+    statistics = SessionStatistics(
+        steps=inner.integer("steps", 0, MAX_INTEGER),
+        rows=inner.integer("rows", 0, MAX_INTEGER),
+        compute_s=inner.number("compute_s", 0.0, MAX_SECONDS),
+        queue_s=inner.number("queue_s", 0.0, MAX_SECONDS),
+        bytes_in=inner.integer("bytes_in", 0, MAX_INTEGER),
+        bytes_out=inner.integer("bytes_out", 0, MAX_INTEGER),
+    )
+    inner.finish()
+    return Closed(session=fields.session(), statistics=statistics)
+
+
+def _ping_to_map(message: Ping) -> _Map:
+    return {"nonce": message.nonce}
+
+
+def _ping_from(fields: Fields) -> Ping:
+    return Ping(nonce=fields.integer("nonce", 0, MAX_UINT64))
+
+
+def _pong_to_map(message: Pong) -> _Map:
+    return {"nonce": message.nonce}
+
+
+def _pong_from(fields: Fields) -> Pong:
+    return Pong(nonce=fields.integer("nonce", 0, MAX_UINT64))
+
+
+def _session_to_array(session: SessionId) -> list[Value]:
+    return [bytes.fromhex(session.job), session.stage]
+
+
+def _peer_if_any(fields: Fields, key: str) -> PeerId | None:
+    return peer_id(fields.take(key), f"{fields.what} {key}") if key in fields else None
+
+
+def _presentable(message: str) -> str:
+    """Return a message for people as it may travel: a failure must not fail to be told for want of a shorter text."""
+    printable = CONTROL_CHARACTERS.sub(" ", message)
+    return printable.encode("utf-8", "replace")[:MAX_TEXT_BYTES].decode("utf-8", "ignore")
+
+
+_CODECS: Final[tuple[_Codec[Any], ...]] = (
+    _Codec("hello", Hello, _hello_to_map, _hello_from),
+    _Codec("open", Open, _open_to_map, _open_from),
+    _Codec("opened", Opened, _opened_to_map, _opened_from),
+    _Codec("refused", Refused, _refused_to_map, _refused_from),
+    _Codec("credit", Credit, _credit_to_map, _credit_from),
+    _Codec("failed", Failed, _failed_to_map, _failed_from),
+    _Codec("close", Close, _close_to_map, _close_from),
+    _Codec("closed", Closed, _closed_to_map, _closed_from),
+    _Codec("ping", Ping, _ping_to_map, _ping_from),
+    _Codec("pong", Pong, _pong_to_map, _pong_from),
+)
+_BY_TYPE: Final = {codec.message_type: codec for codec in _CODECS}
+_BY_NAME: Final = {codec.type_name: codec for codec in _CODECS}
