@@ -1,0 +1,306 @@
+"""Membership: joins the swarm, says what this node serves, and hears what others do.
+
+Three ways lead to a peer's spans, each for what it is good at. Heartbeats by gossip tell everybody every few seconds
+who is alive and what it serves. Records in the DHT let a newcomer find the peers of a model before any heartbeat has
+reached it. And a dial that fails takes a peer out at once.
+"""
+
+import math
+import random
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+import structlog
+import trio
+from protocol.records import (
+    HEARTBEAT_TOPIC,
+    SPAN_NAMESPACE,
+    Heartbeat,
+    ServedSpan,
+    SpanRecord,
+    provider_key,
+    sign_heartbeat,
+    sign_span_record,
+    span_key,
+    verify_heartbeat,
+    verify_span_record,
+)
+
+from node.identity import Identity
+from node.network.interface import Network, NetworkError
+from node.swarm.directory import Candidate, Directory
+from protocol.errors import RemoteProtocolError
+from protocol.identity import BlockRange, ModelId, PeerId
+from selector.routing import uncovered
+
+HEARTBEAT_INTERVAL_S = 2.5
+"""Four heartbeats fit into the time after which a peer is forgotten: two may get lost."""
+
+RECORD_LIFETIME_S = 1800
+RECORD_REFRESH_S = 600
+
+TARGET_CONNECTIONS = 12
+"""Peers that this node keeps connections to by itself; enough for gossip and the DHT to hold together."""
+
+BOOTSTRAP_BACKOFF_S = (0.5, 30.0)
+"""First and longest pause before a bootstrap address is dialled again."""
+
+SEEK_TIMEOUT_S = 5.0
+"""How long a job waits for the DHT when the heartbeats heard so far do not cover its model."""
+
+_logger = structlog.get_logger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Bootstrap:
+    """How the dialling of one bootstrap address goes; for `status` and the log."""
+
+    multiaddr: str
+    peer: PeerId | None
+    error: str | None
+
+
+class Membership:
+    """This node's place in the swarm."""
+
+    def __init__(
+        self,
+        *,
+        network: Network,
+        identity: Identity,
+        agent: str,
+        bootstrap: Sequence[str],
+        served_spans: Callable[[], tuple[ServedSpan, ...]],
+        jitter: random.Random,
+        wall_clock: Callable[[], float] = time.time,
+    ) -> None:
+        self.directory = Directory(own_peer=network.peer_id)
+        self._network = network
+        self._identity = identity
+        self._agent = agent
+        self._bootstrap = {multiaddr: Bootstrap(multiaddr, None, "not dialled yet") for multiaddr in bootstrap}
+        self._served_spans = served_spans
+        self._jitter = jitter
+        self._wall_clock = wall_clock
+        # A restarted node continues above what it said before, without having to remember it.
+        self._sequence = int(wall_clock() * 1000)
+        self._changed = trio.Event()
+        self._leaving = False
+        network.join_topic(HEARTBEAT_TOPIC, self._validate_heartbeat)
+        network.register_record(SPAN_NAMESPACE, self._validate_span_record, self._select_span_record)
+
+    def bootstrap(self) -> tuple[Bootstrap, ...]:
+        """Return how each bootstrap address fares."""
+        return tuple(self._bootstrap.values())
+
+    def announce(self) -> None:
+        """Tell the swarm soon that what we serve has changed."""
+        self._changed.set()
+
+    async def run(self) -> None:
+        """Take part until cancelled; the network must be running."""
+        async with trio.open_nursery() as nursery:
+            for multiaddr in self._bootstrap:
+                nursery.start_soon(self._keep_dialling, multiaddr)
+            nursery.start_soon(self._listen)
+            nursery.start_soon(self._beat)
+            nursery.start_soon(self._keep_records)
+            nursery.start_soon(self._tend)
+
+    async def leave(self) -> None:
+        """Say goodbye: others forget us at once instead of after ten seconds."""
+        self._leaving = True
+        with trio.move_on_after(2, shield=True):
+            await self._publish_heartbeat()
+            # Gossip leaves with the network's own pace; the goodbye must be out before the network closes.
+            await trio.sleep(0.1)
+
+    def forget(self, peer: PeerId) -> None:
+        """Take a peer for dead until it is heard again."""
+        self.directory.forget(peer)
+
+    async def candidates(self, model: ModelId, block_count: int, *, without: Iterable[PeerId]) -> tuple[Candidate, ...]:
+        """Return the live peers that serve spans of a model; asks the DHT where those heard of do not suffice."""
+        without = tuple(without)
+        found = self.directory.candidates(model, without=without)
+        if uncovered(block_count, ((c.blocks.start, c.blocks.end) for c in found)):
+            with trio.move_on_after(SEEK_TIMEOUT_S):
+                await self.seek(model)
+            found = self.directory.candidates(model, without=without)
+        return found
+
+    async def providers(self, model: ModelId) -> tuple[PeerId, ...]:
+        """Return peers that serve a part of a model, and so have its manifest; asks the DHT where none was heard of."""
+        known = [peer for peer in self.directory.models().get(model, ()) if peer != self._network.peer_id]
+        if known:
+            return tuple(known)
+        try:
+            with trio.move_on_after(SEEK_TIMEOUT_S):
+                return await self._network.find_providers(provider_key(model))
+        except NetworkError as error:
+            _logger.info("no providers found", model=model, reason=str(error))
+        return ()
+
+    async def seek(self, model: ModelId) -> None:
+        """Look a model's peers up in the DHT and take in those that can be reached."""
+        try:
+            peers = await self._network.find_providers(provider_key(model))
+        except NetworkError as error:
+            _logger.info("no providers found", model=model, reason=str(error))
+            return
+        async with trio.open_nursery() as nursery:
+            for peer in peers:
+                if self.directory.get(peer) is None:
+                    nursery.start_soon(self._take_in, peer, model)
+
+    async def _take_in(self, peer: PeerId, model: ModelId) -> None:
+        """Read a peer's span record, and believe it once the peer answers: a record says nothing of liveness."""
+        try:
+            data = await self._network.get_record(span_key(model, peer))
+            if data is None:
+                return
+            record = verify_span_record(data, self._wall_clock())
+            await self._network.ping(peer)
+        except (NetworkError, RemoteProtocolError) as error:
+            _logger.info("provider not available", peer=peer, reason=str(error))
+            return
+        self.directory.hear(
+            Heartbeat(
+                peer=peer,
+                sequence=record.sequence,
+                issued_at_s=record.issued_at_s,
+                multiaddrs=self._network.addresses_of(peer),
+                agent="",
+                spans=tuple(ServedSpan(model=model, blocks=blocks) for blocks in record.spans),
+                leaving=False,
+            ),
+            trio.current_time(),
+        )
+
+    # What others say
+
+    def _validate_heartbeat(self, source: PeerId, data: bytes) -> bool:
+        return verify_heartbeat(data, self._wall_clock()).peer == source
+
+    def _validate_span_record(self, key: str, data: bytes) -> bool:
+        record = verify_span_record(data, self._wall_clock())
+        return key == span_key(record.model, record.peer)
+
+    def _select_span_record(self, key: str, values: Sequence[bytes]) -> int:
+        """Prefer the record with the higher sequence number, and of equal ones the greater bytes."""
+        now_s = self._wall_clock()
+        return max(range(len(values)), key=lambda i: (verify_span_record(values[i], now_s).sequence, values[i]))
+
+    async def _listen(self) -> None:
+        async with self._network.subscribe(HEARTBEAT_TOPIC) as messages:
+            async for message in messages:
+                try:
+                    heartbeat = verify_heartbeat(message.data, self._wall_clock())
+                except RemoteProtocolError:
+                    continue  # it was valid when the validator saw it, and has expired since
+                if self.directory.hear(heartbeat, trio.current_time()):
+                    self._network.add_addresses(heartbeat.peer, heartbeat.multiaddrs)
+
+    # What we say
+
+    async def _beat(self) -> None:
+        while True:
+            await self._publish_heartbeat()
+            with trio.move_on_after(HEARTBEAT_INTERVAL_S * self._jitter.uniform(0.8, 1.2)):
+                await self._changed.wait()
+            self._changed = trio.Event()
+
+    async def _publish_heartbeat(self) -> None:
+        self._sequence += 1
+        heartbeat = Heartbeat(
+            peer=self._network.peer_id,
+            sequence=self._sequence,
+            issued_at_s=int(self._wall_clock()),
+            multiaddrs=self._network.multiaddrs,
+            agent=self._agent,
+            spans=self._served_spans(),
+            leaving=self._leaving,
+        )
+        self.directory.hear(heartbeat, trio.current_time())
+        try:
+            await self._network.publish(HEARTBEAT_TOPIC, sign_heartbeat(heartbeat, self._identity.private_key))
+        except NetworkError as error:
+            _logger.debug("heartbeat not published", reason=str(error))
+
+    async def _keep_records(self) -> None:
+        """Keep our provider and span records in the DHT: on every change, and long before they expire."""
+        told: dict[ModelId, tuple[BlockRange, ...]] = {}
+        told_at_s = -math.inf
+        told_peers = 0
+        while True:
+            spans: dict[ModelId, tuple[BlockRange, ...]] = {}
+            for span in self._served_spans():
+                spans[span.model] = (*spans.get(span.model, ()), span.blocks)
+            peers = len(self._network.connected_peers())
+            # The first peers that we meet have not heard of us: a record put among nobody is with nobody.
+            stale = trio.current_time() - told_at_s >= RECORD_REFRESH_S or (peers and not told_peers)
+            for model in {*spans, *told}:
+                if stale or spans.get(model) != told.get(model):
+                    await self._put_record(model, spans.get(model, ()))
+            if stale or spans != told:
+                told, told_at_s, told_peers = spans, trio.current_time(), peers
+            await trio.sleep(1)
+
+    async def _put_record(self, model: ModelId, spans: tuple[BlockRange, ...]) -> None:
+        self._sequence += 1
+        now_s = int(self._wall_clock())
+        record = SpanRecord(
+            peer=self._network.peer_id,
+            model=model,
+            spans=spans,
+            sequence=self._sequence,
+            issued_at_s=now_s,
+            expires_at_s=now_s + RECORD_LIFETIME_S,
+        )
+        try:
+            if spans:
+                await self._network.provide(provider_key(model))
+            key = span_key(model, record.peer)
+            await self._network.put_record(key, sign_span_record(record, self._identity.private_key))
+        except NetworkError as error:
+            _logger.debug("span record not stored", model=model, reason=str(error))
+
+    # Staying connected
+
+    async def _keep_dialling(self, multiaddr: str) -> None:
+        """Dial a bootstrap address until it answers, and again whenever the connection is gone."""
+        pause_s, longest_s = BOOTSTRAP_BACKOFF_S
+        while True:
+            known = self._bootstrap[multiaddr].peer
+            if known is None or known not in self._network.connected_peers():
+                try:
+                    peer = await self._network.connect(multiaddr)
+                except NetworkError as error:
+                    self._bootstrap[multiaddr] = Bootstrap(multiaddr, known, str(error))
+                    _logger.warning("bootstrap peer not reached", multiaddr=multiaddr, reason=str(error))
+                    pause_s = min(longest_s, pause_s * 2)
+                else:
+                    self._bootstrap[multiaddr] = Bootstrap(multiaddr, peer, None)
+                    pause_s = BOOTSTRAP_BACKOFF_S[0]
+            await trio.sleep(pause_s * self._jitter.uniform(0.8, 1.2))
+
+    async def _tend(self) -> None:
+        """Forget the silent, and keep connections to some of the live."""
+        while True:
+            for peer in self.directory.expire(trio.current_time()):
+                _logger.info("peer forgotten: not heard for too long", peer=peer)
+            connected = set(self._network.connected_peers())
+            strangers = [p.peer for p in self.directory.presences() if p.peer not in connected]
+            if len(connected) < TARGET_CONNECTIONS and (others := [p for p in strangers if p != self._network.peer_id]):
+                await self._meet(self._jitter.choice(others))
+            await trio.sleep(1)
+
+    async def _meet(self, peer: PeerId) -> None:
+        for multiaddr in self._network.addresses_of(peer):
+            try:
+                await self._network.connect(multiaddr)
+            except NetworkError as error:
+                _logger.debug("peer not reached", peer=peer, multiaddr=multiaddr, reason=str(error))
+            else:
+                return
