@@ -116,6 +116,10 @@ class Engine(Protocol):
         """Free a session; an unknown one is no error."""
         ...
 
+    async def wait_crashed(self) -> str:
+        """Wait until the engine is gone for good, and return why in one line; for most engines that is never."""
+        ...
+
     def statistics(self) -> EngineStatistics:
         """Return the counts without waiting for a running step."""
         ...
