@@ -13,9 +13,9 @@ from typing import Protocol
 
 import structlog
 import trio
-from protocol.connection import JobConnection, Role
 
 from node.network.interface import NetworkError, Stream
+from protocol.connection import JobConnection
 from protocol.errors import RemoteProtocolError
 from protocol.identity import PeerId, SessionId
 from protocol.messages import (
@@ -35,6 +35,7 @@ from protocol.messages import (
     Slice,
     Step,
 )
+from protocol.states import Role, SessionState
 from protocol.tensors import Tensor
 
 WINDOW_BYTES = 64 << 20
@@ -51,6 +52,8 @@ SILENCE_LIMIT_S = 3.0
 
 ANSWER_TIMEOUT_S = 10.0
 """How long an opening or a closing may take."""
+
+_AWAITS_ADMISSION = frozenset({SessionState.OPENING, SessionState.CLOSING})
 
 _logger = structlog.get_logger(__name__)
 
@@ -149,7 +152,7 @@ class _Link(ABC):
             _logger.warning("peer broke the job protocol", peer=self.peer, fault=_first_line(group))
         finally:
             self._break("closed")
-            with trio.move_on_after(1, shield=True):
+            with trio.CancelScope(deadline=trio.current_time() + 1, shield=True):
                 await self._stream.reset()
 
     async def ready(self) -> None:
@@ -229,6 +232,12 @@ class _Link(ABC):
             self._lost()
 
 
+def _forget_lent(connection: JobConnection, session: SessionId) -> None:
+    """Forget a session unless it was opened over this very link: then it ends by Close."""
+    if connection.session_state(session) is SessionState.LENT:
+        connection.forget(session)
+
+
 def _first_line(group: BaseExceptionGroup[Exception]) -> str:
     """Return what the first exception of a group says, in one line."""
     error: BaseException = group
@@ -259,6 +268,12 @@ class OutboundLink(_Link):
     async def close(self, session: SessionId) -> SessionStatistics:
         """Close a session that we opened and return what it cost; nothing is raised for a link that is gone."""
         try:
+            state = self._connection.session_state(session)
+            if state is SessionState.IDLE:
+                return SessionStatistics()
+            if state is SessionState.FAILED:
+                await self.send(Close(session=session))  # confirms what the other side said; it has no answer
+                return SessionStatistics()
             answer = await self._ask(Close(session=session))
         except LinkBroken:
             return SessionStatistics()
@@ -314,8 +329,7 @@ class OutboundLink(_Link):
 
     def forget(self, session: SessionId) -> None:
         """Drop what the link remembers of a session that somebody else opened."""
-        if not self.broken:
-            self._connection.forget(session)
+        _forget_lent(self._connection, session)
 
     def _take(self, message: Message, nursery: trio.Nursery) -> None:
         match message:
@@ -379,10 +393,9 @@ class InboundLink(_Link):
             self._say(Failed(session=session, reason=reason, message=message[:200], peer=peer))
 
     def forget(self, session: SessionId) -> None:
-        """Drop what the link remembers of a session that others opened."""
+        """Drop what the link remembers of a session that somebody else opened."""
         self._consumed.pop(session, None)
-        if not self.broken:
-            self._connection.forget(session)
+        _forget_lent(self._connection, session)
 
     def _take(self, message: Message, nursery: trio.Nursery) -> None:
         match message:
@@ -408,14 +421,15 @@ class InboundLink(_Link):
 
     async def _open(self, message: Open) -> None:
         answer = await self._stages.open(message, self)
-        if not self.broken:
-            await self.send(answer)
+        if not self.broken and self._connection.session_state(message.session) in _AWAITS_ADMISSION:
+            self._say(answer)
 
     async def _close(self, message: Close) -> None:
         statistics = await self._stages.close(message.session, self)
         self._consumed.pop(message.session, None)
-        if not self.broken:
-            await self.send(Closed(session=message.session, statistics=statistics))
+        # What was refused or has failed meanwhile was answered by that.
+        if not self.broken and self._connection.session_state(message.session) is SessionState.CLOSING:
+            self._say(Closed(session=message.session, statistics=statistics))
 
     async def _watch(self) -> None:
         """The initiator asks every second; one that is silent for much longer holds our memory for nothing."""

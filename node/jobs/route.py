@@ -142,7 +142,7 @@ class OpenRoute:
         async def close_stage(stage: int) -> None:
             statistics[stage] = await self._links[stage].close(SessionId(self._job, stage))
 
-        with trio.move_on_after(CLOSE_TIMEOUT_S, shield=True):
+        with trio.CancelScope(deadline=trio.current_time() + CLOSE_TIMEOUT_S, shield=True):
             async with trio.open_nursery() as nursery:
                 for stage in self._links:
                     nursery.start_soon(close_stage, stage)

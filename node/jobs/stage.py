@@ -6,8 +6,7 @@ that the coordinator is on nobody's path from one token to the next.
 """
 
 from collections import deque
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import structlog
@@ -65,7 +64,7 @@ class StageSession:
         self.queue_s = 0.0
         self.bytes_in = 0
         self.bytes_out = 0
-        self.ended = False
+        self.ended = trio.Event()
         self.sources: set[InboundLink] = set()
         self.outputs: dict[SessionId, OutboundLink] = {}
         self.unwatch: list[Callable[[], None]] = []
@@ -115,21 +114,25 @@ class Span:
         """What the engine holds."""
         return self.engine.info
 
-    async def run(self) -> None:
+    async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Take steps until cancelled, or until the engine's worker is gone: then EngineCrashed passes."""
-        async with trio.open_nursery() as nursery:
-            self._nursery = nursery
-            try:
+        try:
+            async with trio.open_nursery() as nursery:
+                self._nursery = nursery
+                nursery.start_soon(self._wait_for_crash)
+                task_status.started()
                 while True:
                     while self._queue:
                         await self._step(self._queue.popleft())
                     self._queue_filled = trio.Event()
                     await self._queue_filled.wait()
-            finally:
-                self._nursery = None
-                for session in tuple(self.sessions.values()):
-                    self.fail(session, FailureReason.ENGINE, "the span is no longer served here")
-                nursery.cancel_scope.cancel()
+        finally:
+            self._nursery = None
+            for session in tuple(self.sessions.values()):
+                self.fail(session, FailureReason.ENGINE, "the span is no longer served here")
+
+    async def _wait_for_crash(self) -> None:
+        raise EngineCrashed(await self.engine.wait_crashed())
 
     def load(self) -> Load:
         """Return how busy the span is."""
@@ -149,15 +152,13 @@ class Span:
 
     async def _step(self, work: _Work) -> None:
         session, part = work.session, work.part
-        if session.ended:
+        if session.ended.is_set():
             return
         session.queue_s += trio.current_time() - work.arrived_s
         try:
             result = await self.engine.step(
                 [SliceInput(session=session.id, position=part.position, tensor=work.tensor, draws=part.draws)]
             )
-        except EngineCrashed:
-            raise
         except EngineError as error:
             self.fail(session, FailureReason.ENGINE, str(error))
             return
@@ -166,7 +167,7 @@ class Span:
         session.steps += 1
         session.rows += part.rows
         session.compute_s += result.compute_s
-        if session.ended:
+        if session.ended.is_set():
             return
         for output in result.outputs:
             try:
@@ -208,7 +209,7 @@ class Span:
 
     async def _send_backlog(self, session: StageSession) -> None:
         try:
-            while session.backlog and not session.ended:
+            while session.backlog and not session.ended.is_set():
                 to, step = session.backlog[0]
                 await session.outputs[to].send_step(step)
                 if session.backlog:
@@ -218,7 +219,7 @@ class Span:
 
     def fail(self, session: StageSession, reason: FailureReason, message: str, blamed: PeerId | None = None) -> None:
         """Tell the coordinator that the session is lost here, and free it."""
-        if not session.ended:
+        if not session.ended.is_set():
             session.opened_by.fail(session.id, reason, message, blamed)
             self.end(session)
 
@@ -228,9 +229,9 @@ class Span:
 
     def end(self, session: StageSession) -> None:
         """Free a session: from now on its rows are unknown here."""
-        if session.ended:
+        if session.ended.is_set():
             return
-        session.ended = True
+        session.ended.set()
         session.backlog.clear()
         self.sessions.pop(session.id, None)
         self._switchboard.receivers.remove(session.id)
@@ -262,17 +263,15 @@ class Stages:
         """Return the spans that are served now."""
         return tuple(self._spans.values())
 
-    @asynccontextmanager
-    async def serving(self, engine: Engine) -> AsyncIterator[Span]:
-        """Serve an engine's span inside the block; its end fails the sessions that are left."""
+    async def serve(self, engine: Engine, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        """Serve an engine's span until cancelled, or until its worker is gone; sessions that are left then fail.
+
+        The latter raises EngineCrashed, in a group.
+        """
         key = (engine.info.model, engine.info.blocks)
-        span = Span(engine, self.switchboard)
-        self._spans[key] = span
+        span = self._spans[key] = Span(engine, self.switchboard)
         try:
-            async with trio.open_nursery() as nursery:
-                nursery.start_soon(span.run)
-                yield span
-                nursery.cancel_scope.cancel()
+            await span.run(task_status=task_status)
         finally:
             del self._spans[key]
 
@@ -301,7 +300,7 @@ class Stages:
         except EngineError as error:
             refused = RefusalReason.NOT_SERVED, str(error)
         else:
-            if session.ended:  # the coordinator went away while the engine reserved memory
+            if session.ended.is_set():  # the coordinator went away while the engine reserved memory
                 await span.engine.close(message.session)
                 return _refusal(message, RefusalReason.INVALID, "closed while it was opened", span)
             return Opened(session=message.session, load=span.load())

@@ -9,10 +9,9 @@ import trio
 
 from node.jobs.link import InboundLink, LinkBroken, OpenHandler, OutboundLink, Receiver
 from node.network.interface import Network, NetworkError, Stream
-from node.network.memory import stream_pair
+from node.network.loopback import loopback_pair
+from protocol.connection import PROTOCOL_ID
 from protocol.identity import PeerId, SessionId
-
-JOB_PROTOCOL = "/metaswarm/job/1.0.0"
 
 _logger = structlog.get_logger(__name__)
 
@@ -52,7 +51,7 @@ class Switchboard:
         self._links: dict[PeerId, OutboundLink] = {}
         self._dialling: defaultdict[PeerId, trio.Lock] = defaultdict(trio.Lock)
         self._nursery: trio.Nursery | None = None
-        network.set_stream_handler(JOB_PROTOCOL, self._accept)
+        network.set_stream_handler(PROTOCOL_ID, self._accept)
 
     @property
     def peer_id(self) -> PeerId:
@@ -98,9 +97,8 @@ class Switchboard:
 
     async def _open_stream(self, peer: PeerId) -> Stream:
         if peer != self._network.peer_id:
-            return await self._network.open_stream(peer, JOB_PROTOCOL)
-        # A job that is served where it was submitted takes the same path, over a pipe instead of a socket.
-        near, far = stream_pair(peer, peer, JOB_PROTOCOL)
+            return await self._network.open_stream(peer, PROTOCOL_ID)
+        near, far = loopback_pair(peer, PROTOCOL_ID)
         if self._nursery is None:
             raise NetworkError("this node is leaving")
         self._nursery.start_soon(self._accept, far)

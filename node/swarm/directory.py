@@ -7,10 +7,9 @@ clock. The sender's clock decides nothing; its sequence number says which of its
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from protocol.records import Heartbeat, ServedSpan
-
 from protocol.identity import BlockRange, ModelId, PeerId
 from protocol.messages import Load
+from protocol.records import Heartbeat, ServedSpan
 
 LIVENESS_S = 10.0
 """A peer not heard for this long is forgotten (DESIGN §4)."""

@@ -13,29 +13,33 @@ from dataclasses import dataclass
 
 import structlog
 import trio
-from protocol.records import (
-    HEARTBEAT_TOPIC,
-    SPAN_NAMESPACE,
-    Heartbeat,
-    ServedSpan,
-    SpanRecord,
-    provider_key,
-    sign_heartbeat,
-    sign_span_record,
-    span_key,
-    verify_heartbeat,
-    verify_span_record,
-)
 
 from node.identity import Identity
 from node.network.interface import Network, NetworkError
 from node.swarm.directory import Candidate, Directory
 from protocol.errors import RemoteProtocolError
 from protocol.identity import BlockRange, ModelId, PeerId
+from protocol.messages import Load
+from protocol.records import (
+    DHT_NAMESPACE,
+    HEARTBEAT_TOPIC,
+    Heartbeat,
+    ServedSpan,
+    SpanRecord,
+    provider_key,
+    seal,
+    select,
+    span_key,
+    unseal,
+    unseal_span,
+)
 from selector.routing import uncovered
 
 HEARTBEAT_INTERVAL_S = 2.5
 """Four heartbeats fit into the time after which a peer is forgotten: two may get lost."""
+
+HEARTBEAT_LIFETIME_S = 60
+"""How long a heartbeat is valid by the wall clocks of others, which may differ from ours."""
 
 RECORD_LIFETIME_S = 1800
 RECORD_REFRESH_S = 600
@@ -88,7 +92,7 @@ class Membership:
         self._changed = trio.Event()
         self._leaving = False
         network.join_topic(HEARTBEAT_TOPIC, self._validate_heartbeat)
-        network.register_record(SPAN_NAMESPACE, self._validate_span_record, self._select_span_record)
+        network.register_record(DHT_NAMESPACE, self._validate_record, lambda _, values: select(values))
 
     def bootstrap(self) -> tuple[Bootstrap, ...]:
         """Return how each bootstrap address fares."""
@@ -111,7 +115,7 @@ class Membership:
     async def leave(self) -> None:
         """Say goodbye: others forget us at once instead of after ten seconds."""
         self._leaving = True
-        with trio.move_on_after(2, shield=True):
+        with trio.CancelScope(deadline=trio.current_time() + 2, shield=True):
             await self._publish_heartbeat()
             # Gossip leaves with the network's own pace; the goodbye must be out before the network closes.
             await trio.sleep(0.1)
@@ -157,10 +161,11 @@ class Membership:
     async def _take_in(self, peer: PeerId, model: ModelId) -> None:
         """Read a peer's span record, and believe it once the peer answers: a record says nothing of liveness."""
         try:
-            data = await self._network.get_record(span_key(model, peer))
+            key = span_key(model, peer)
+            data = await self._network.get_record(key)
             if data is None:
                 return
-            record = verify_span_record(data, self._wall_clock())
+            record = unseal_span(key, data, self._wall_clock())
             await self._network.ping(peer)
         except (NetworkError, RemoteProtocolError) as error:
             _logger.info("provider not available", peer=peer, reason=str(error))
@@ -170,10 +175,10 @@ class Membership:
                 peer=peer,
                 sequence=record.sequence,
                 issued_at_s=record.issued_at_s,
+                expires_at_s=record.expires_at_s,
                 multiaddrs=self._network.addresses_of(peer),
                 agent="",
-                spans=tuple(ServedSpan(model=model, blocks=blocks) for blocks in record.spans),
-                leaving=False,
+                spans=tuple(ServedSpan(model=model, blocks=blocks, load=Load()) for blocks in record.blocks),
             ),
             trio.current_time(),
         )
@@ -181,22 +186,17 @@ class Membership:
     # What others say
 
     def _validate_heartbeat(self, source: PeerId, data: bytes) -> bool:
-        return verify_heartbeat(data, self._wall_clock()).peer == source
+        return unseal(Heartbeat, data, self._wall_clock()).peer == source
 
-    def _validate_span_record(self, key: str, data: bytes) -> bool:
-        record = verify_span_record(data, self._wall_clock())
-        return key == span_key(record.model, record.peer)
-
-    def _select_span_record(self, key: str, values: Sequence[bytes]) -> int:
-        """Prefer the record with the higher sequence number, and of equal ones the greater bytes."""
-        now_s = self._wall_clock()
-        return max(range(len(values)), key=lambda i: (verify_span_record(values[i], now_s).sequence, values[i]))
+    def _validate_record(self, key: str, data: bytes) -> bool:
+        unseal_span(key, data, self._wall_clock())
+        return True
 
     async def _listen(self) -> None:
         async with self._network.subscribe(HEARTBEAT_TOPIC) as messages:
             async for message in messages:
                 try:
-                    heartbeat = verify_heartbeat(message.data, self._wall_clock())
+                    heartbeat = unseal(Heartbeat, message.data, self._wall_clock())
                 except RemoteProtocolError:
                     continue  # it was valid when the validator saw it, and has expired since
                 if self.directory.hear(heartbeat, trio.current_time()):
@@ -213,10 +213,12 @@ class Membership:
 
     async def _publish_heartbeat(self) -> None:
         self._sequence += 1
+        now_s = int(self._wall_clock())
         heartbeat = Heartbeat(
             peer=self._network.peer_id,
             sequence=self._sequence,
-            issued_at_s=int(self._wall_clock()),
+            issued_at_s=now_s,
+            expires_at_s=now_s + HEARTBEAT_LIFETIME_S,
             multiaddrs=self._network.multiaddrs,
             agent=self._agent,
             spans=self._served_spans(),
@@ -224,7 +226,7 @@ class Membership:
         )
         self.directory.hear(heartbeat, trio.current_time())
         try:
-            await self._network.publish(HEARTBEAT_TOPIC, sign_heartbeat(heartbeat, self._identity.private_key))
+            await self._network.publish(HEARTBEAT_TOPIC, seal(heartbeat, self._identity.private_key))
         except NetworkError as error:
             _logger.debug("heartbeat not published", reason=str(error))
 
@@ -253,7 +255,7 @@ class Membership:
         record = SpanRecord(
             peer=self._network.peer_id,
             model=model,
-            spans=spans,
+            blocks=spans,
             sequence=self._sequence,
             issued_at_s=now_s,
             expires_at_s=now_s + RECORD_LIFETIME_S,
@@ -262,7 +264,7 @@ class Membership:
             if spans:
                 await self._network.provide(provider_key(model))
             key = span_key(model, record.peer)
-            await self._network.put_record(key, sign_span_record(record, self._identity.private_key))
+            await self._network.put_record(key, seal(record, self._identity.private_key))
         except NetworkError as error:
             _logger.debug("span record not stored", model=model, reason=str(error))
 
