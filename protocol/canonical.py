@@ -43,7 +43,8 @@ def encode(value: Value) -> bytes:
         data: bytes = msgpack.packb(_ordered(value, 0))
     except (OverflowError, TypeError) as error:
         raise ValueError(str(error)) from None
-    _check_structure(data)
+    if len(data) > MAX_ELEMENTS:  # fewer bytes cannot hold too many values, and the depth has been seen to
+        _check_structure(data)
     return data
 
 
