@@ -6,18 +6,17 @@ and the job is cancelled on every stage.
 
 import json
 from collections.abc import Callable
-from typing import Any, Final
+from typing import Any
 
 import trio
+from starlette.requests import Request
 from starlette.responses import JSONResponse
 from starlette.types import Receive, Scope, Send
 
 from node.api.documents import Answer
 from node.api.errors import ApiError
-from node.api.requests import MAX_BODY_BYTES, CompletionRequest
+from node.api.requests import CompletionRequest
 from node.jobs.interface import JobError, JobResult, JobStarted, Submitter, TextDelta
-
-BODY_TIMEOUT_S: Final = 30.0
 
 
 class CompletionEndpoint:
@@ -29,7 +28,7 @@ class CompletionEndpoint:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request. Raises ApiError before anything was sent."""
-        request = self._parse(await _read_body(receive))
+        request = self._parse(await Request(scope, receive).body())
         answer = self._stream if request.stream else self._answer_whole
         error: JobError | None = None
         async with trio.open_nursery() as nursery:
@@ -106,21 +105,6 @@ class _EventStream:
 
     async def close(self) -> None:
         await self._send({"type": "http.response.body", "body": b"", "more_body": False})
-
-
-async def _read_body(receive: Receive) -> bytes:
-    body = bytearray()
-    with trio.move_on_after(BODY_TIMEOUT_S):
-        while True:
-            message = await receive()
-            if message["type"] == "http.disconnect":
-                raise ApiError(400, "the request ended before its body was complete")
-            body += message.get("body", b"")
-            if len(body) > MAX_BODY_BYTES:
-                raise ApiError(413, f"the body has more than {MAX_BODY_BYTES} bytes", code="request_too_large")
-            if not message.get("more_body", False):
-                return bytes(body)
-    raise ApiError(408, f"the body did not arrive within {BODY_TIMEOUT_S:g} seconds")
 
 
 async def _cancel_on_disconnect(receive: Receive, cancel_scope: trio.CancelScope) -> None:

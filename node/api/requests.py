@@ -13,7 +13,6 @@ from node.api.errors import ApiError
 from node.jobs.interface import ChatMessage, JobRequest, Objective, Quality
 from protocol.limits import MAX_NAME_BYTES, MAX_POSITIONS, MAX_VOCABULARY
 
-MAX_BODY_BYTES: Final = 8 << 20
 MAX_MESSAGES: Final = 4096
 MAX_STOPS: Final = 4
 MAX_STOP_CHARACTERS: Final = 256

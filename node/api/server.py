@@ -45,7 +45,7 @@ async def serve(
     log = logging.getLogger("metaswarm.api")
     log.setLevel(logging.WARNING)
     config.errorlog = log
-    shutdown_trigger = (stop or trio.Event()).wait
+    shutdown_trigger = (trio.Event() if stop is None else stop).wait
     async with trio.open_nursery() as nursery:
         run = partial(hypercorn.trio.serve, shutdown_trigger=shutdown_trigger, mode="asgi")
         await nursery.start(run, cast("Any", app), config)

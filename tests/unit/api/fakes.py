@@ -1,0 +1,194 @@
+"""A node without a swarm behind the real HTTP server, on a loopback port."""
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import trio
+
+from node.api.application import make_app
+from node.api.interface import ModelStatus, NodeStatus, PeerStatus
+from node.api.server import serve
+from node.jobs.interface import (
+    Consensus,
+    JobError,
+    JobEvent,
+    JobRequest,
+    JobResult,
+    JobStarted,
+    MethodChoice,
+    RouteStage,
+    TextDelta,
+    Timing,
+    Usage,
+    Vote,
+)
+from protocol.identity import BlockRange, JobId, ModelId, PeerId
+from protocol.messages import FinishReason
+
+JOB = JobId("0123456789abcdef" * 2)
+MODEL = ModelId("ab" * 32)
+PEERS = (PeerId("12D3KooWFirst"), PeerId("12D3KooWSecond"))
+
+
+def make_result(text: str, token_ids: tuple[int, ...]) -> JobResult:
+    return JobResult(
+        job_id=JOB,
+        model=MODEL,
+        model_name="tiny",
+        text=text,
+        token_ids=token_ids,
+        finish_reason=FinishReason.STOP,
+        usage=Usage(prompt_tokens=5, completion_tokens=len(token_ids), cached_tokens=2),
+        timing=Timing(ttft_s=0.25, tpot_s=0.03, total_s=0.5),
+        route=(
+            RouteStage(peer=PEERS[0], blocks=BlockRange(0, 4), compute_s=0.1, queue_s=0.01),
+            RouteStage(peer=PEERS[1], blocks=BlockRange(4, 8), compute_s=0.2, queue_s=0.02),
+        ),
+        method=MethodChoice(
+            name="arithmetic=fp32", switches={"arithmetic": "fp32"}, stage_policy={"batching": "continuous"}
+        ),
+        consensus=Consensus(
+            votes=(Vote(peer=PEERS[0], scores={"arithmetic=fp32": -1.5}),),
+            agreed="arithmetic=fp32",
+            epoch=None,
+            table_digest=None,
+        ),
+        replays=1,
+    )
+
+
+@dataclass
+class FakeSubmitter:
+    """Plays one job after another: says its words, then fails, waits for ever, or ends well."""
+
+    words: tuple[str, ...] = ("Hello", ",", " wörld")
+    refuse: JobError | None = None
+    """Raised on entering the job."""
+    fail: JobError | None = None
+    """Raised after the words."""
+    hang: bool = False
+    """Never end after the words."""
+    requests: list[JobRequest] = field(default_factory=list)
+    entered: trio.Event = field(default_factory=trio.Event)
+    left: trio.Event = field(default_factory=trio.Event)
+    """The job's block was left."""
+
+    @asynccontextmanager
+    async def submit(self, request: JobRequest) -> AsyncIterator[AsyncIterator[JobEvent]]:
+        self.requests.append(request)
+        self.entered.set()
+        if self.refuse:
+            raise self.refuse
+        try:
+            yield self._events()
+        finally:
+            self.left.set()
+
+    async def _events(self) -> AsyncIterator[JobEvent]:
+        yield JobStarted(job_id=JOB, model=MODEL, model_name="tiny", prompt_tokens=5, created_s=1_700_000_000)
+        for index, word in enumerate(self.words):
+            await trio.lowlevel.checkpoint()
+            yield TextDelta(text=word, token_ids=(index,))
+        if self.hang:
+            await trio.sleep_forever()
+        if self.fail:
+            raise self.fail
+        yield make_result("".join(self.words), tuple(range(len(self.words))))
+
+
+@dataclass
+class FakeNode:
+    """A node as the API sees it."""
+
+    submitter: FakeSubmitter = field(default_factory=FakeSubmitter)
+    draining: bool = False
+
+    def status(self) -> NodeStatus:
+        return {
+            "peer_id": PEERS[0],
+            "agent": "metaswarm/0.1.0",
+            "multiaddrs": [f"/ip4/127.0.0.1/tcp/4001/p2p/{PEERS[0]}"],
+            "api_url": "http://127.0.0.1:8642",
+            "state": "draining" if self.draining else "serving",
+            "uptime_s": 12.5,
+            "connected_peers": 1,
+            "spans": [
+                {
+                    "model": MODEL,
+                    "name": "tiny",
+                    "start": 0,
+                    "end": 4,
+                    "block_count": 8,
+                    "sessions": 1,
+                    "reserved_positions": 64,
+                    "kv_positions": 4096,
+                    "weight_bytes": 1 << 20,
+                    "worker_pid": 4242,
+                    "steps": 17,
+                    "compute_s": 0.75,
+                }
+            ],
+            "jobs": {"running": 1, "done": 2, "failed": 3},
+            "transfers": {"received_bytes": {PEERS[1]: 4096}, "served_bytes": 1024},
+        }
+
+    def peers(self) -> list[PeerStatus]:
+        return [
+            {
+                "peer_id": PEERS[1],
+                "addresses": ["/ip4/192.0.2.7/tcp/4001"],
+                "agent": "metaswarm/0.1.0",
+                "connected": True,
+                "leaving": False,
+                "rtt_s": 0.0012,
+                "last_seen_s": 0.4,
+                "spans": [{"model": MODEL, "name": "tiny", "start": 4, "end": 8}],
+            }
+        ]
+
+    def models(self) -> list[ModelStatus]:
+        return [
+            {
+                "model": MODEL,
+                "name": "tiny",
+                "block_count": 8,
+                "coverage": [1, 1, 1, 1, 2, 2, 2, 2],
+                "uncovered": [],
+                "complete": True,
+                "local": True,
+            },
+            {
+                "model": "cd" * 32,
+                "name": "broken",
+                "block_count": 4,
+                "coverage": [1, 0, 0, 1],
+                "uncovered": [(1, 3)],
+                "complete": False,
+                "local": False,
+            },
+        ]
+
+
+@asynccontextmanager
+async def serve_node(node: FakeNode, api_key: str | None = None) -> AsyncIterator[str]:
+    """Serve the node inside the block; give the URL."""
+    async with trio.open_nursery() as nursery:
+        port: int = await nursery.start(partial(serve, make_app(node, api_key), "127.0.0.1", 0))
+        yield f"http://127.0.0.1:{port}"
+        nursery.cancel_scope.cancel()
+
+
+async def send_request(url: str, path: str, body: bytes, length: int | None = None) -> trio.SocketStream:
+    """Send a request on a connection of its own, for tests about how bytes flow; `length` None is the body's own."""
+    stream = await trio.open_tcp_stream("127.0.0.1", int(url.rpartition(":")[2]))
+    length = len(body) if length is None else length
+    head = f"POST {path} HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: {length}\r\n\r\n"
+    await stream.send_all(head.encode() + body)
+    return stream
+
+
+def chat_body(**fields: Any) -> dict[str, Any]:
+    return {"model": "tiny", "messages": [{"role": "user", "content": "Hi"}], **fields}

@@ -1,0 +1,51 @@
+import httpx
+import pytest
+
+from tests.unit.api.fakes import MODEL, PEERS, FakeNode
+
+
+async def test_the_swarm_pages_tell_what_the_node_knows(node: FakeNode, client: httpx.AsyncClient) -> None:
+    assert (await client.get("/swarm/status")).json() == node.status()
+    assert (await client.get("/swarm/peers")).json() == {"peers": node.peers()}
+    models = (await client.get("/swarm/models")).json()["models"]
+    assert [model["model"] for model in models] == [MODEL, "cd" * 32]
+    assert models[1]["uncovered"] == [[1, 3]]
+
+
+async def test_only_complete_models_are_offered(client: httpx.AsyncClient) -> None:
+    listing = (await client.get("/v1/models")).json()
+    assert listing["object"] == "list"
+    (model,) = listing["data"]
+    assert (model["id"], model["object"], model["owned_by"]) == ("tiny", "model", "metaswarm")
+    assert isinstance(model["created"], int)
+    assert (await client.get("/v1/models/tiny")).json() == model
+    assert (await client.get("/v1/models/broken")).status_code == 404
+
+
+async def test_health_tells_a_load_balancer_when_the_node_leaves(node: FakeNode, client: httpx.AsyncClient) -> None:
+    assert (await client.get("/health")).status_code == 200
+    node.draining = True
+    assert (await client.get("/health")).status_code == 503
+
+
+@pytest.mark.parametrize(("method", "path", "status"), [("GET", "/nowhere", 404), ("GET", "/v1/completions", 405)])
+async def test_wrong_pages_answer_in_the_shape_of_all_errors(
+    client: httpx.AsyncClient, method: str, path: str, status: int
+) -> None:
+    response = await client.request(method, path)
+    assert response.status_code == status
+    assert response.json()["error"].keys() == {"message", "type", "param", "code"}
+
+
+async def test_a_defect_is_an_error_of_the_usual_shape_and_tells_nothing(
+    node: FakeNode, client: httpx.AsyncClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail() -> None:
+        raise RuntimeError("secret of the house")
+
+    monkeypatch.setattr(node, "status", fail)
+    response = await client.get("/swarm/status")
+    assert response.status_code == 500
+    assert "secret" not in response.text
+    assert response.json()["error"]["type"] == "server_error"
+    assert (await client.get("/swarm/peers", headers={"X-Peer": PEERS[0]})).status_code == 200

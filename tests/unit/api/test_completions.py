@@ -1,0 +1,218 @@
+import json
+from typing import Any
+
+import httpx
+import pytest
+import trio
+
+from node.jobs.interface import ChatMessage, JobError, JobErrorCode, Objective, Quality
+from tests.unit.api.fakes import JOB, PEERS, FakeNode, chat_body, send_request, serve_node
+
+METASWARM = {
+    "job_id": JOB,
+    "route": [
+        {"peer": PEERS[0], "start": 0, "end": 4, "compute_s": 0.1, "queue_s": 0.01},
+        {"peer": PEERS[1], "start": 4, "end": 8, "compute_s": 0.2, "queue_s": 0.02},
+    ],
+    "method": {
+        "name": "arithmetic=fp32",
+        "switches": {"arithmetic": "fp32"},
+        "stage_policy": {"batching": "continuous"},
+    },
+    "consensus": {
+        "votes": [{"peer": PEERS[0], "scores": {"arithmetic=fp32": -1.5}}],
+        "agreed": "arithmetic=fp32",
+        "epoch": None,
+        "table_digest": None,
+    },
+    "timing": {"ttft_s": 0.25, "tpot_s": 0.03, "total_s": 0.5},
+    "replays": 1,
+    "token_ids": [0, 1, 2],
+}
+USAGE = {
+    "prompt_tokens": 5,
+    "completion_tokens": 3,
+    "total_tokens": 8,
+    "prompt_tokens_details": {"cached_tokens": 2},
+}
+
+
+def completion_body(**fields: Any) -> dict[str, Any]:
+    return {"model": "tiny", "prompt": "Hi", **fields}
+
+
+def events_of(response: httpx.Response) -> list[Any]:
+    """The documents of a stream of server-sent events, the closing [DONE] as text."""
+    assert response.headers["content-type"].startswith("text/event-stream")
+    *events, end = response.text.split("\n\n")
+    assert end == ""
+    data = [event.removeprefix("data: ") for event in events]
+    return [each if each == "[DONE]" else json.loads(each) for each in data]
+
+
+async def test_a_chat_is_answered_in_one_document(client: httpx.AsyncClient) -> None:
+    response = await client.post("/v1/chat/completions", json=chat_body())
+    assert response.status_code == 200
+    assert response.json() == {
+        "id": f"chatcmpl-{JOB}",
+        "object": "chat.completion",
+        "created": 1_700_000_000,
+        "model": "tiny",
+        "choices": [
+            {
+                "index": 0,
+                "message": {"role": "assistant", "content": "Hello, wörld", "refusal": None},
+                "logprobs": None,
+                "finish_reason": "stop",
+            }
+        ],
+        "usage": USAGE,
+        "metaswarm": METASWARM,
+    }
+
+
+async def test_a_completion_is_answered_in_one_document(client: httpx.AsyncClient) -> None:
+    response = await client.post("/v1/completions", json=completion_body())
+    assert response.json() == {
+        "id": f"cmpl-{JOB}",
+        "object": "text_completion",
+        "created": 1_700_000_000,
+        "model": "tiny",
+        "choices": [{"index": 0, "text": "Hello, wörld", "logprobs": None, "finish_reason": "stop"}],
+        "usage": USAGE,
+        "metaswarm": METASWARM,
+    }
+
+
+async def test_a_chat_is_streamed(client: httpx.AsyncClient) -> None:
+    body = chat_body(stream=True, stream_options={"include_usage": True})
+    *chunks, done = events_of(await client.post("/v1/chat/completions", json=body))
+    assert done == "[DONE]"
+    *texts, usage = chunks
+    for chunk in chunks:
+        assert (chunk["id"], chunk["object"]) == (f"chatcmpl-{JOB}", "chat.completion.chunk")
+    deltas = [chunk["choices"][0]["delta"] for chunk in texts]
+    words = [{"content": word} for word in ("Hello", ",", " wörld")]
+    assert deltas == [{"role": "assistant", "content": ""}, *words, {}]
+    assert [chunk["choices"][0]["finish_reason"] for chunk in texts] == [None] * 4 + ["stop"]
+    assert (usage["choices"], usage["usage"], usage["metaswarm"]) == ([], USAGE, METASWARM)
+
+
+async def test_a_completion_is_streamed_and_its_last_chunk_tells_how(client: httpx.AsyncClient) -> None:
+    response = await client.post("/v1/completions", json=completion_body(stream=True))
+    *chunks, done = events_of(response)
+    assert done == "[DONE]"
+    assert [chunk["choices"][0]["text"] for chunk in chunks] == ["Hello", ",", " wörld", ""]
+    assert {chunk["object"] for chunk in chunks} == {"text_completion"}
+    assert [chunk.get("metaswarm") for chunk in chunks] == [None] * 3 + [METASWARM]
+    assert not any("usage" in chunk for chunk in chunks)
+
+
+async def test_text_comes_while_the_job_runs(node: FakeNode) -> None:
+    node.submitter.hang = True
+    with trio.fail_after(5):
+        async with serve_node(node) as url:
+            stream = await send_request(url, "/v1/completions", json.dumps(completion_body(stream=True)).encode())
+            received = b""
+            while "wörld".encode() not in received:
+                received += await stream.receive_some()
+            await stream.aclose()
+
+
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions"])
+@pytest.mark.parametrize("stream", [True, False])
+async def test_a_client_that_goes_away_ends_its_job(node: FakeNode, path: str, stream: bool) -> None:
+    node.submitter.hang = True
+    body = chat_body(stream=stream) | {"prompt": "Hi"}
+    async with serve_node(node) as url:
+        connection = await send_request(url, path, json.dumps(body).encode())
+        await node.submitter.entered.wait()
+        await connection.aclose()
+        with trio.fail_after(1):
+            await node.submitter.left.wait()
+
+
+async def test_what_is_asked_for_reaches_the_job(node: FakeNode, client: httpx.AsyncClient) -> None:
+    fields = {
+        "max_completion_tokens": 7,
+        "temperature": 0.5,
+        "top_p": 0.9,
+        "seed": 11,
+        "stop": ["END", "\n"],
+        "metaswarm": {
+            "objective": "throughput",
+            "budget": 2.5,
+            "quality": "near",
+            "method": "arithmetic=bf16",
+            "ignore_eos": True,
+        },
+    }
+    await client.post("/v1/chat/completions", json=chat_body(**fields))
+    (job,) = node.submitter.requests
+    assert (job.model, job.messages) == ("tiny", (ChatMessage(role="user", content="Hi"),))
+    assert (job.max_tokens, job.temperature, job.top_p, job.seed, job.stop) == (7, 0.5, 0.9, 11, ("END", "\n"))
+    assert (job.objective, job.budget, job.quality) == (Objective.THROUGHPUT, 2.5, Quality.NEAR)
+    assert (job.method, job.ignore_eos) == ("arithmetic=bf16", True)
+
+
+REFUSALS = [
+    (JobErrorCode.INVALID, 400, "invalid_request_error", None),
+    (JobErrorCode.CONTEXT_LENGTH, 400, "invalid_request_error", None),
+    (JobErrorCode.MODEL_NOT_FOUND, 404, "invalid_request_error", None),
+    (JobErrorCode.FAILED, 502, "server_error", None),
+    (JobErrorCode.UNCOVERED, 503, "server_error", "10"),
+    (JobErrorCode.FULL, 503, "server_error", "2"),
+    (JobErrorCode.LEAVING, 503, "server_error", "10"),
+]
+
+
+@pytest.mark.parametrize(("code", "status", "kind", "retry_after"), REFUSALS)
+@pytest.mark.parametrize("stream", [True, False])
+async def test_a_job_that_cannot_be_done_is_a_status(
+    node: FakeNode,
+    client: httpx.AsyncClient,
+    code: JobErrorCode,
+    status: int,
+    kind: str,
+    retry_after: str | None,
+    stream: bool,
+) -> None:
+    node.submitter.refuse = JobError(code, "No.")
+    response = await client.post("/v1/completions", json=completion_body(stream=stream))
+    assert response.status_code == status
+    error = response.json()["error"]
+    assert (error["message"], error["type"], error["code"]) == ("No.", kind, code.value)
+    assert response.headers.get("retry-after") == retry_after
+
+
+async def test_a_job_says_itself_when_to_try_again(node: FakeNode, client: httpx.AsyncClient) -> None:
+    node.submitter.refuse = JobError(JobErrorCode.FULL, "No.", retry_after_s=4.2)
+    response = await client.post("/v1/completions", json=completion_body())
+    assert response.headers["retry-after"] == "5"
+
+
+async def test_a_job_that_fails_before_its_first_token_is_a_status_also_when_streaming(
+    node: FakeNode, client: httpx.AsyncClient
+) -> None:
+    node.submitter.words = ()
+    node.submitter.fail = JobError(JobErrorCode.FULL, "No room.")
+    response = await client.post("/v1/chat/completions", json=chat_body(stream=True))
+    assert response.status_code == 503
+
+
+async def test_a_job_that_fails_after_its_first_token_ends_the_stream_with_an_error(
+    node: FakeNode, client: httpx.AsyncClient
+) -> None:
+    node.submitter.fail = JobError(JobErrorCode.FAILED, "A stage is lost.")
+    response = await client.post("/v1/chat/completions", json=chat_body(stream=True))
+    *_, last = events_of(response)
+    assert last["error"]["message"] == "A stage is lost."
+    assert last["error"]["code"] == "job_failed"
+
+
+async def test_a_job_that_fails_in_the_middle_is_a_status_without_a_stream(
+    node: FakeNode, client: httpx.AsyncClient
+) -> None:
+    node.submitter.fail = JobError(JobErrorCode.FAILED, "A stage is lost.")
+    response = await client.post("/v1/chat/completions", json=chat_body())
+    assert (response.status_code, response.json()["error"]["message"]) == (502, "A stage is lost.")

@@ -1,0 +1,73 @@
+import json
+import socket
+from functools import partial
+
+import httpx
+import pytest
+import trio
+
+from node.api import server
+from node.api.application import make_app
+from node.api.server import GRACE_S, serve, url_of
+from node.config import StartError
+from tests.unit.api.fakes import FakeNode, chat_body, send_request, serve_node
+
+
+async def test_a_taken_port_is_one_clear_line() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(StartError, match=f"port {port} on 127.0.0.1 is taken") as caught:
+            await serve(make_app(FakeNode(), None), "127.0.0.1", port)
+        assert "\n" not in str(caught.value)
+
+
+async def test_an_address_of_another_machine_is_one_clear_line() -> None:
+    with pytest.raises(StartError, match=r"cannot listen on 192\.0\.2\.1:0"):
+        await serve(make_app(FakeNode(), None), "192.0.2.1", 0)
+
+
+async def test_told_to_stop_it_lets_an_answer_under_way_finish_and_returns() -> None:
+    node = FakeNode()
+    stop = trio.Event()
+    with trio.fail_after(GRACE_S):
+        async with trio.open_nursery() as nursery:
+            start = partial(serve, make_app(node, None), "127.0.0.1", 0, stop=stop)
+            port: int = await nursery.start(start)
+            url = f"http://127.0.0.1:{port}/v1/chat/completions"
+            body = chat_body(stream=True)
+            async with httpx.AsyncClient() as client, client.stream("POST", url, json=body) as response:
+                stop.set()
+                text = (await response.aread()).decode()
+    assert text.endswith("data: [DONE]\n\n")
+    with pytest.raises(OSError, match="all attempts to connect"):
+        await trio.open_tcp_stream("127.0.0.1", port)
+
+
+async def test_cancelling_ends_it_at_once_in_the_middle_of_an_answer() -> None:
+    node = FakeNode()
+    node.submitter.hang = True
+    with trio.fail_after(5):
+        async with serve_node(node) as url, httpx.AsyncClient(base_url=url) as client:
+            request = client.build_request("POST", "/v1/chat/completions", json=chat_body(stream=True))
+            await client.send(request, stream=True)
+    assert node.submitter.left.is_set()
+
+
+@pytest.mark.skipif(not hasattr(socket, "TCP_USER_TIMEOUT"), reason="the system has no TCP_USER_TIMEOUT (Linux has)")
+async def test_a_client_that_takes_nothing_of_its_answer_is_cut_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server, "STALL_TIMEOUT_S", 0.3)
+    node = FakeNode()
+    node.submitter.words = ("x" * (1 << 20),) * 64
+    with trio.fail_after(20):
+        async with serve_node(node) as url:
+            body = {"model": "tiny", "prompt": "Hi", "stream": True}
+            stream = await send_request(url, "/v1/completions", json.dumps(body).encode())
+            await node.submitter.left.wait()
+            await stream.aclose()
+
+
+def test_the_url_of_an_api_is_one_that_this_machine_can_use() -> None:
+    assert url_of("127.0.0.1", 8642) == "http://127.0.0.1:8642"
+    assert url_of("0.0.0.0", 8642) == "http://127.0.0.1:8642"
+    assert url_of("::", 8642) == "http://[::1]:8642"
+    assert url_of("swarm.example.org", 80) == "http://swarm.example.org:80"
