@@ -94,3 +94,21 @@ MAX_SCORE: Final = 1e9
 
 MAX_TEMPERATURE: Final = 100.0
 """A sampling temperature."""
+
+MAX_OBSERVATION_AGE_S: Final = 30 * 24 * 3600
+"""How far in the past an observation may have been issued, by our clock; the history reaches back as far."""
+
+MAX_SWITCHES: Final = 16
+"""Switches of a method, and of the stages' policy."""
+
+MAX_SWITCH_BYTES: Final = 64
+"""Characters of a switch's name or value."""
+
+MAX_HARDWARE_BYTES: Final = 64
+"""UTF-8 bytes of a stage's hardware class."""
+
+MAX_SOFTWARE: Final = 16
+"""Programs and libraries whose versions an observation tells."""
+
+MAX_PARALLEL_JOBS: Final = 1 << 16
+"""Jobs under way at a time on one stage."""

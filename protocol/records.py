@@ -51,6 +51,13 @@ _SIGNATURE_BYTES: Final = 64
 _R = TypeVar("_R", bound="Record")
 
 
+class Signed(NamedTuple):
+    """The bytes of a payload whose signature is right, and the peer that signed it."""
+
+    payload: bytes
+    peer: PeerId
+
+
 class Verified(NamedTuple):
     """A payload whose signature and times are right, and the peer that signed it."""
 
@@ -193,18 +200,28 @@ def verify(envelope: bytes, kind: str, now_s: float) -> Verified:
     `kind`: the kind that is expected. `now_s`: Unix time by our clock. Raises RemoteProtocolError when anything is
     wrong: form, kind, signature, or times (expired, issued in the future, living too long).
     """
+    signed = open_envelope(envelope, kind)
+    payload = _decode_payload(signed.payload, kind)
+    _check_times(_take_header(Fields(payload, kind)), kind, now_s)
+    return Verified(payload, signed.peer)
+
+
+def open_envelope(envelope: bytes, kind: str) -> Signed:
+    """Return the bytes that were signed, and by whom, of an envelope of the expected kind.
+
+    For records that never expire, which have times of their own. Raises RemoteProtocolError when form, kind or
+    signature are wrong.
+    """
     fields = _open_envelope(envelope, kind)
     public_key = fields.raw("public_key", _PUBLIC_KEY_BYTES)
-    payload_bytes = _payload_bytes(fields)
+    payload = _payload_bytes(fields)
     signature = fields.raw("signature", _SIGNATURE_BYTES)
     fields.finish()
     try:
-        Ed25519PublicKey.from_public_bytes(public_key).verify(signature, _signed_bytes(kind, payload_bytes))
+        Ed25519PublicKey.from_public_bytes(public_key).verify(signature, _signed_bytes(kind, payload))
     except (InvalidSignature, ValueError):
         raise RemoteProtocolError(f"{kind} record: the signature is wrong") from None
-    payload = _decode_payload(payload_bytes, kind)
-    _check_times(_take_header(Fields(payload, kind)), kind, now_s)
-    return Verified(payload, peer_id_from_public_key(public_key))
+    return Signed(payload, peer_id_from_public_key(public_key))
 
 
 def seal(record: Record, private_key: Ed25519PrivateKey) -> bytes:
