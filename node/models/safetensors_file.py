@@ -4,13 +4,14 @@ Splitting a checkpoint is a matter of which bytes go where, so it needs neither 
 what it writes depends on names and bytes alone: the same tensors give the same file, however the source was sharded.
 """
 
+import hashlib
 import json
 import math
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, Final
+from typing import Final
 
 _LENGTH_BYTES: Final = 8
 _ALIGNMENT: Final = 8
@@ -67,35 +68,33 @@ def merge_headers(headers: Iterable[Mapping[str, TensorSource]]) -> dict[str, Te
     return merged
 
 
-def write_file(path: Path, tensors: Mapping[str, TensorSource], on_bytes: Callable[[int], None]) -> None:
-    """Write tensors, copied from wherever they lie, as one file, and flush it to the disk.
+def write_file(path: Path, tensors: Mapping[str, TensorSource], on_bytes: Callable[[int], None]) -> str:
+    """Write tensors, copied from wherever they lie, as one file flushed to the disk; return its sha256.
 
     The order is by falling element size, then name, so that every tensor is aligned. `on_bytes` is told the size of
     each piece copied. Raises OSError, and ValueError when a source file is shorter than its header said.
     """
     names = sorted(tensors, key=lambda name: (-_BITS[tensors[name].dtype], name))
+    digest = hashlib.sha256()
     with path.open("wb") as file:
-        file.write(_header({name: tensors[name] for name in names}))
+        header = _header({name: tensors[name] for name in names})
+        digest.update(header)
+        file.write(header)
         for name in names:
-            _copy(tensors[name], file, on_bytes)
+            for piece in _pieces(tensors[name]):
+                digest.update(piece)
+                file.write(piece)
+                on_bytes(len(piece))
         file.flush()
         os.fsync(file.fileno())
+    return digest.hexdigest()
 
 
 def same_bytes(first: TensorSource, second: TensorSource) -> bool:
     """Say whether two tensors are equal in type, shape and every byte."""
-    if (first.dtype, first.shape, first.size_bytes) != (second.dtype, second.shape, second.size_bytes):
+    if (first.dtype, first.shape) != (second.dtype, second.shape):
         return False
-    with first.path.open("rb") as one, second.path.open("rb") as other:
-        one.seek(first.offset)
-        other.seek(second.offset)
-        left = first.size_bytes
-        while left:
-            count = min(left, _COPY_BYTES)
-            if one.read(count) != other.read(count):
-                return False
-            left -= count
-    return True
+    return all(one == other for one, other in zip(_pieces(first), _pieces(second), strict=True))
 
 
 def _tensor(path: Path, name: str, info: object, start: int, file_size: int) -> TensorSource:
@@ -123,14 +122,13 @@ def _header(tensors: Mapping[str, TensorSource]) -> bytes:
     return len(text).to_bytes(_LENGTH_BYTES, "little") + text
 
 
-def _copy(tensor: TensorSource, target: BinaryIO, on_bytes: Callable[[int], None]) -> None:
-    with tensor.path.open("rb") as source:
-        source.seek(tensor.offset)
+def _pieces(tensor: TensorSource) -> Iterator[bytes]:
+    with tensor.path.open("rb") as file:
+        file.seek(tensor.offset)
         left = tensor.size_bytes
         while left:
-            piece = source.read(min(left, _COPY_BYTES))
+            piece = file.read(min(left, _COPY_BYTES))
             if not piece:
                 raise ValueError(f"{tensor.path.name} became shorter while it was read")
-            target.write(piece)
-            on_bytes(len(piece))
+            yield piece
             left -= len(piece)

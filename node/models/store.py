@@ -1,0 +1,314 @@
+"""The packages in the user's cache folder, shared by all processes of the user.
+
+    models/<model id>/manifest.json, block-000.safetensors, …   a package; only some of its files may be there
+    staging/<random>/                                           an import under way
+    names.json                                                  names that the user gave to models
+
+A file under its own name is whole: it was written elsewhere, verified, flushed and renamed. Whatever else a crash
+leaves behind counts for nothing and is swept away by the next import.
+"""
+
+import json
+import os
+import re
+import shutil
+import tempfile
+import threading
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from node.config import default_cache_dir
+from node.models.catalogue import CATALOGUE
+from node.models.errors import ModelError
+from node.models.files import (
+    Progress,
+    disk_errors,
+    flush_directory,
+    ignore_progress,
+    lock_file,
+    sha256_of,
+    write_atomically,
+)
+from node.models.manifest import MANIFEST_FILE, FileEntry, Manifest, parse_manifest
+from protocol.identity import BlockRange, ModelId, parse_model_id
+
+_ID_PREFIX = re.compile(r"[0-9a-f]{8,64}")
+_NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
+
+
+class UnknownModelError(ModelError):
+    """Nobody here knows a model by that name or id."""
+
+
+class AmbiguousModelError(ModelError):
+    """What the user typed fits several models."""
+
+
+@dataclass(frozen=True, slots=True)
+class Package:
+    """A model package in the cache, whole or in part."""
+
+    manifest: Manifest
+    path: Path
+
+    @property
+    def model_id(self) -> ModelId:
+        """The model's id."""
+        return self.manifest.model_id
+
+    def path_of(self, file: FileEntry) -> Path:
+        """Return where a file of the package is or would be."""
+        return self.path / file.name
+
+    def has(self, file: FileEntry) -> bool:
+        """Say whether a file is there. Its content was verified before it got its name."""
+        try:
+            return self.path_of(file).stat().st_size == file.size_bytes
+        except FileNotFoundError:
+            return False
+
+    def missing(self, blocks: BlockRange | None = None) -> tuple[FileEntry, ...]:
+        """Return which weight files of a span, or which files of the whole package, are not there."""
+        wanted = self.manifest.files if blocks is None else self.manifest.files_for(blocks)
+        return tuple(file for file in wanted if not self.has(file))
+
+
+@dataclass(frozen=True, slots=True)
+class Verification:
+    """What a check of a package's files by their hashes found."""
+
+    checked: tuple[str, ...]
+    missing: tuple[str, ...]
+    corrupt: tuple[str, ...]
+
+
+class ModelStore:
+    """The model packages in one cache folder. Every method may be called from any thread."""
+
+    def __init__(self, cache_dir: Path | None = None) -> None:
+        if cache_dir is None:
+            configured = os.environ.get("METASWARM_CACHE_DIR")
+            cache_dir = Path(configured).expanduser() if configured else default_cache_dir()
+        self.cache_dir = cache_dir
+        self._models = cache_dir / "models"
+        self._staging = cache_dir / "staging"
+        self._names = cache_dir / "names.json"
+        self._lock = threading.Lock()
+        self._manifests: dict[ModelId, Manifest] = {}
+        self._by_sha256: dict[str, set[Path]] = {}
+
+    def list(self) -> tuple[Package, ...]:
+        """Return every package whose manifest is sound, whole or in part, in the order of their ids."""
+        packages = []
+        for model in self._stored_ids():
+            try:
+                packages.append(self.get(model))
+            except ModelError:  # removed meanwhile, or damaged: `get` says so to whoever asks for it by its id
+                continue
+        return tuple(packages)
+
+    def get(self, model: ModelId) -> Package:
+        """Return a package. Raises UnknownModelError when there is none, ModelError when its manifest is damaged."""
+        path = self._models / model
+        if not (path / MANIFEST_FILE).exists():
+            raise UnknownModelError(f"model {model[:12]} is not in {self.cache_dir}")
+        manifest = self._manifests.get(model)
+        return Package(self._load(model) if manifest is None else manifest, path)
+
+    def find(self, model: ModelId) -> Package | None:
+        """Return a package, or None when there is none. Raises ModelError when its manifest is damaged."""
+        try:
+            return self.get(model)
+        except UnknownModelError:
+            return None
+
+    def missing_files(self, model: ModelId, blocks: BlockRange | None = None) -> tuple[FileEntry, ...]:
+        """Return which weight files of a span, or which files of the whole package, are not there."""
+        return self.get(model).missing(blocks)
+
+    def path_by_sha256(self, sha256: str) -> Path | None:
+        """Return the file with that content, a manifest included, if some package has it."""
+        if sha256 not in self._by_sha256:
+            for model in self._stored_ids():
+                if model not in self._manifests:
+                    try:
+                        self._load(model)
+                    except ModelError:  # a damaged package has nothing to offer
+                        continue
+        return next((path for path in sorted(self._by_sha256.get(sha256, ())) if path.exists()), None)
+
+    def resolve(self, text: str, known: Iterable[ModelId] = ()) -> ModelId:
+        """Return the model that a user means by an id's prefix, a catalogue name or a local name.
+
+        `known` are ids heard of elsewhere, such as those that peers serve. The model need not be in the cache. Raises
+        UnknownModelError and AmbiguousModelError.
+        """
+        names = self.names()
+        matches = {names[text]} if text in names else set()
+        if text in CATALOGUE:
+            matches.add(CATALOGUE[text].model_id)
+        if _ID_PREFIX.fullmatch(text):
+            ids = {*self._stored_ids(), *names.values(), *known, *(entry.model_id for entry in CATALOGUE.values())}
+            matches |= {model for model in ids if model.startswith(text)}
+            if len(text) == 64:
+                matches.add(ModelId(text))
+        if len(matches) == 1:
+            return matches.pop()
+        if matches:
+            which = ", ".join(sorted(model[:16] for model in matches))
+            raise AmbiguousModelError(f"{text!r} fits several models ({which}): give more digits of the id")
+        known_names = ", ".join(sorted({*names, *CATALOGUE}))
+        raise UnknownModelError(
+            f"there is no model {text[:80]!r}: expected an id's prefix of at least 8 hexadecimal digits, or one of "
+            f"{known_names}"
+        )
+
+    def names(self) -> Mapping[str, ModelId]:
+        """Return the names that the user gave to models."""
+        try:
+            names = json.loads(self._names.read_bytes())
+            return {str(name): parse_model_id(str(model)) for name, model in names.items()}
+        except FileNotFoundError:
+            return {}
+        except (ValueError, AttributeError):
+            raise ModelError(f"{self._names} is damaged: delete it, and name your models again") from None
+
+    def name_of(self, model: ModelId) -> str:
+        """Return what to call a model: its catalogue name, else a local name, else the beginning of its id."""
+        catalogued = (entry.name for entry in CATALOGUE.values() if entry.model_id == model)
+        given = (name for name, named in sorted(self.names().items()) if named == model)
+        return next(catalogued, None) or next(given, None) or model[:12]
+
+    def set_name(self, name: str, model: ModelId) -> None:
+        """Give a model a name. Raises ModelError for a name that is malformed or means another model."""
+        if _NAME.fullmatch(name) is None or _ID_PREFIX.fullmatch(name):
+            raise ModelError(
+                f"{name[:80]!r} cannot be a model's name: expected at most 64 lower-case letters, digits, '.', '_' and "
+                "'-', and not the look of an id"
+            )
+        with self._changing(f"cannot name model {model[:12]}"):
+            names = dict(self.names())
+            taken = CATALOGUE[name].model_id if name in CATALOGUE else names.get(name, model)
+            if taken != model:
+                raise ModelError(f"{name!r} already means model {taken[:12]}: choose another name with --name")
+            self._write_names({**names, name: model})
+
+    def add_manifest(self, manifest: Manifest) -> Package:
+        """Begin a package, whose files come later and one by one; no harm when it is there already."""
+        path = self._models / manifest.model_id
+        with self._changing(f"cannot store model {manifest.model_id[:12]}"):
+            if not (path / MANIFEST_FILE).exists():
+                path.mkdir(parents=True, exist_ok=True)
+                write_atomically(path / MANIFEST_FILE, manifest.data)
+                flush_directory(self._models)
+        return self.get(manifest.model_id)
+
+    @contextmanager
+    def staging(self, progress: Progress = ignore_progress) -> Iterator[Path]:
+        """Hold the only import into this cache, in an empty folder that is deleted at the end; see `adopt`.
+
+        Waits while another process imports; `progress` is told so and may raise to give up.
+        """
+        with disk_errors(f"cannot write to {self.cache_dir}"):
+            self._staging.mkdir(parents=True, exist_ok=True)
+            with lock_file(self._staging / ".lock", lambda: progress("waiting for another import", 0, 0)):
+                for leftover in self._staging.iterdir():
+                    if leftover.is_dir():
+                        shutil.rmtree(leftover)
+                folder = Path(tempfile.mkdtemp(dir=self._staging))
+                try:
+                    yield folder
+                finally:
+                    shutil.rmtree(folder, ignore_errors=True)
+
+    def adopt(self, folder: Path, manifest: Manifest) -> Package:
+        """Make a package of a staging folder that holds all the manifest's files, written and flushed.
+
+        Where the package exists already, its files are replaced one by one, which repairs them.
+        """
+        path = self._models / manifest.model_id
+        with self._changing(f"cannot store model {manifest.model_id[:12]}"):
+            write_atomically(folder / MANIFEST_FILE, manifest.data)
+            self._models.mkdir(parents=True, exist_ok=True)
+            if path.exists():
+                for name in (MANIFEST_FILE, *(file.name for file in manifest.files)):
+                    (folder / name).replace(path / name)
+                flush_directory(path)
+            else:
+                folder.replace(path)
+            flush_directory(self._models)
+        return self.get(manifest.model_id)
+
+    def verify(
+        self, model: ModelId, blocks: BlockRange | None = None, progress: Progress = ignore_progress
+    ) -> Verification:
+        """Hash the weight files of a span, or every file of the package, and say which are missing or damaged."""
+        package = self.get(model)
+        missing = package.missing(blocks)
+        wanted = package.manifest.files if blocks is None else package.manifest.files_for(blocks)
+        present = [file for file in wanted if file not in missing]
+        total, done = sum(file.size_bytes for file in present), 0
+
+        def count(read: int) -> None:
+            nonlocal done
+            done += read
+            progress("verify", done, total)
+
+        with disk_errors(f"cannot verify model {model[:12]}"):
+            corrupt = [file for file in present if sha256_of(package.path_of(file), count) != file.sha256]
+        return Verification(
+            checked=tuple(file.name for file in present),
+            missing=tuple(file.name for file in missing),
+            corrupt=tuple(file.name for file in corrupt),
+        )
+
+    def remove(self, model: ModelId) -> None:
+        """Delete a package and its local names, also a damaged one. Raises UnknownModelError when there is none."""
+        path = self._models / model
+        with self._changing(f"cannot remove model {model[:12]}"):
+            if not path.exists():
+                raise UnknownModelError(f"model {model[:12]} is not in {self.cache_dir}")
+            self._staging.mkdir(parents=True, exist_ok=True)
+            grave = Path(tempfile.mkdtemp(dir=self._staging)) / model
+            path.replace(grave)
+            names = self.names()
+            if model in names.values():
+                self._write_names({name: other for name, other in names.items() if other != model})
+            shutil.rmtree(grave.parent, ignore_errors=True)  # an import may sweep it away at the same time
+
+    @contextmanager
+    def _changing(self, failure: str) -> Iterator[None]:
+        """Hold the cache's lock for a short change; `failure` begins the line for the user if the disk fails."""
+        with disk_errors(failure):
+            self.cache_dir.mkdir(parents=True, exist_ok=True)
+            with lock_file(self.cache_dir / ".lock"):
+                yield
+
+    def _write_names(self, names: Mapping[str, ModelId]) -> None:
+        write_atomically(self._names, json.dumps(names, indent=2, sort_keys=True).encode() + b"\n")
+
+    def _stored_ids(self) -> tuple[ModelId, ...]:
+        try:
+            names = sorted(path.name for path in self._models.iterdir())
+        except FileNotFoundError:
+            return ()
+        return tuple(ModelId(name) for name in names if len(name) == 64 and _ID_PREFIX.fullmatch(name))
+
+    def _load(self, model: ModelId) -> Manifest:
+        """Read a package's manifest and index its files."""
+        path = self._models / model
+        try:
+            data = (path / MANIFEST_FILE).read_bytes()
+            manifest = parse_manifest(data)
+        except (OSError, ModelError):
+            manifest = None
+        if manifest is None or manifest.model_id != model:
+            raise ModelError(f"the manifest of model {model[:12]} is damaged: remove the model, and import it again")
+        with self._lock:
+            self._manifests[model] = manifest
+            self._by_sha256.setdefault(model, set()).add(path / MANIFEST_FILE)
+            for file in manifest.files:
+                self._by_sha256.setdefault(file.sha256, set()).add(path / file.name)
+        return manifest
