@@ -16,6 +16,8 @@ $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet torch==$(TORCH_VERSION) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX))
 	$(BIN)/pip install --quiet -c constraints.txt -e '.[dev]'
+	# libp2p brings stubs for a trio of years ago, which the type checker would prefer to trio's own types.
+	rm -rf $(VENV)/lib/python3*/site-packages/trio-stubs
 	@touch $@
 
 install: $(STAMP) ## Make the environment; afterwards .venv/bin/metaswarm is the command.
