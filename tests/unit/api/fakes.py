@@ -1,7 +1,7 @@
 """A node without a swarm behind the real HTTP server, on a loopback port."""
 
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -83,11 +83,12 @@ class FakeSubmitter:
         if self.refuse:
             raise self.refuse
         try:
-            yield self._events()
+            async with aclosing(self._events()) as events:
+                yield events
         finally:
             self.left.set()
 
-    async def _events(self) -> AsyncIterator[JobEvent]:
+    async def _events(self) -> AsyncGenerator[JobEvent, None]:
         yield JobStarted(job_id=JOB, model=MODEL, model_name="tiny", prompt_tokens=5, created_s=1_700_000_000)
         for index, word in enumerate(self.words):
             await trio.lowlevel.checkpoint()

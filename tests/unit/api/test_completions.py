@@ -112,11 +112,11 @@ async def test_text_comes_while_the_job_runs(node: FakeNode) -> None:
     node.submitter.hang = True
     with trio.fail_after(5):
         async with serve_node(node) as url:
-            stream = await send_request(url, "/v1/completions", json.dumps(completion_body(stream=True)).encode())
-            received = b""
-            while "wörld".encode() not in received:
-                received += await stream.receive_some()
-            await stream.aclose()
+            body = json.dumps(completion_body(stream=True)).encode()
+            async with await send_request(url, "/v1/completions", body) as stream:
+                received = b""
+                while "wörld".encode() not in received:
+                    received += await stream.receive_some()
 
 
 @pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions"])

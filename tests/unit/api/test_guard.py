@@ -82,12 +82,15 @@ async def test_a_body_over_the_limit_is_refused_once_it_has_come(
 async def test_a_body_without_end_does_not_hold_its_connection(node: FakeNode, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(guard, "MAX_BODY_BYTES", 1000)
     monkeypatch.setattr(guard, "DISCARD_TIMEOUT_S", 0.1)
+
+    async def send_for_ever(stream: trio.SocketStream) -> None:
+        while True:
+            await stream.send_all(b"x" * 65536)
+
     with trio.fail_after(5):
-        async with serve_node(node) as url:
-            stream = await send_request(url, "/v1/completions", b"", length=1 << 40)
+        async with serve_node(node) as url, await send_request(url, "/v1/completions", b"", length=1 << 40) as stream:
             with pytest.raises(trio.BrokenResourceError):
-                await stream.send_all(b"x" * (1 << 30))
-            await stream.aclose()
+                await send_for_ever(stream)
 
 
 async def test_a_body_that_does_not_come_is_given_up(autojump_clock: object) -> None:

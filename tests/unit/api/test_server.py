@@ -61,9 +61,8 @@ async def test_a_client_that_takes_nothing_of_its_answer_is_cut_off(monkeypatch:
     with trio.fail_after(20):
         async with serve_node(node) as url:
             body = {"model": "tiny", "prompt": "Hi", "stream": True}
-            stream = await send_request(url, "/v1/completions", json.dumps(body).encode())
-            await node.submitter.left.wait()
-            await stream.aclose()
+            async with await send_request(url, "/v1/completions", json.dumps(body).encode()):
+                await node.submitter.left.wait()
 
 
 def test_the_url_of_an_api_is_one_that_this_machine_can_use() -> None:
