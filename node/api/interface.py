@@ -35,6 +35,7 @@ class JobCounts(TypedDict):
     running: int
     done: int
     failed: int
+    cancelled: int
 
 
 class Transfers(TypedDict):

@@ -33,7 +33,8 @@ from node.jobs.interface import (
 )
 from node.jobs.route import Drawn, OpenRoute, Rejection, RouteLost, RouteRejected, Stop
 from node.jobs.switchboard import Switchboard
-from node.models.library import KnownModel, ModelUnavailable
+from node.models.errors import ModelError
+from node.models.library import KnownModel
 from node.models.tokenizer import StopFinder, StreamDecoder
 from node.swarm.directory import Candidate
 from protocol.identity import BlockRange, JobId, ModelId, PeerId
@@ -66,7 +67,7 @@ class Models(Protocol):
     """Knows the models of the swarm; `node.models.library` is the real one."""
 
     async def open(self, text: str) -> KnownModel:
-        """Return the model that the user means. Raises ModelUnavailable with one line for the user."""
+        """Return the model that the user means. Raises ModelError with one line for the user."""
         ...
 
 
@@ -149,7 +150,7 @@ class Coordinator:
             outcome = "failed"
             raise
         finally:
-            if job and job.route:
+            if job is not None and job.route is not None:
                 await job.route.close()
             self._count(running=-1, **{outcome: 1})
 
@@ -167,7 +168,7 @@ class Coordinator:
         method = _method_of(request)
         try:
             model = await self._models.open(request.model)
-        except ModelUnavailable as error:
+        except ModelError as error:
             raise JobError(JobErrorCode.MODEL_NOT_FOUND, str(error)) from None
         prompt = _prompt_tokens(request, model)
         sampling = _sampling_of(request, model, len(prompt))

@@ -29,6 +29,7 @@ from protocol.messages import (
     Slice,
     Step,
 )
+from protocol.records import ServedSpan
 from protocol.tensors import Tensor, tensor_from_tokens, tokens_from_tensor
 
 MAX_BACKLOG = 256
@@ -100,8 +101,9 @@ class StageSession:
 class Span:
     """A span served here: an engine, its sessions, and the queue of work for it."""
 
-    def __init__(self, engine: Engine, switchboard: Switchboard) -> None:
+    def __init__(self, engine: Engine, switchboard: Switchboard, session_ended: trio.lowlevel.ParkingLot) -> None:
         self.engine = engine
+        self._session_ended = session_ended
         self.sessions: dict[SessionId, StageSession] = {}
         self._switchboard = switchboard
         self._queue: deque[_Work] = deque()
@@ -241,6 +243,7 @@ class Span:
             link.forget(to)
         for source in session.sources - {session.opened_by}:
             source.forget(session.id)
+        self._session_ended.unpark_all()
         if self._nursery:
             self._nursery.start_soon(self._free, session.id)
 
@@ -258,10 +261,22 @@ class Stages:
         self.draining = False
         self.switchboard = Switchboard(network, agent, self)
         self._spans: dict[tuple[ModelId, BlockRange], Span] = {}
+        self._session_ended = trio.lowlevel.ParkingLot()
 
     def spans(self) -> tuple[Span, ...]:
         """Return the spans that are served now."""
         return tuple(self._spans.values())
+
+    def served_spans(self) -> tuple[ServedSpan, ...]:
+        """Return the spans that are served now, as heartbeats tell them; none once this node is about to leave."""
+        if self.draining:
+            return ()
+        return tuple(ServedSpan(model=s.info.model, blocks=s.info.blocks, load=s.load()) for s in self.spans())
+
+    async def wait_idle(self) -> None:
+        """Wait until no session is open here."""
+        while any(span.sessions for span in self.spans()):
+            await self._session_ended.park()
 
     async def serve(self, engine: Engine, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Serve an engine's span until cancelled, or until its worker is gone; sessions that are left then fail.
@@ -269,7 +284,7 @@ class Stages:
         The latter raises EngineCrashed, in a group.
         """
         key = (engine.info.model, engine.info.blocks)
-        span = self._spans[key] = Span(engine, self.switchboard)
+        span = self._spans[key] = Span(engine, self.switchboard, self._session_ended)
         try:
             await span.run(task_status=task_status)
         finally:

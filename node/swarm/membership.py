@@ -47,6 +47,9 @@ RECORD_REFRESH_S = 600
 TARGET_CONNECTIONS = 12
 """Peers that this node keeps connections to by itself; enough for gossip and the DHT to hold together."""
 
+PING_ROUND_S = 10.0
+"""How often the round-trip times to the connected peers are measured."""
+
 BOOTSTRAP_BACKOFF_S = (0.5, 30.0)
 """First and longest pause before a bootstrap address is dialled again."""
 
@@ -89,6 +92,7 @@ class Membership:
         self._wall_clock = wall_clock
         # A restarted node continues above what it said before, without having to remember it.
         self._sequence = int(wall_clock() * 1000)
+        self._round_trips_s: dict[PeerId, float] = {}
         self._changed = trio.Event()
         self._leaving = False
         network.join_topic(HEARTBEAT_TOPIC, self._validate_heartbeat)
@@ -97,6 +101,14 @@ class Membership:
     def bootstrap(self) -> tuple[Bootstrap, ...]:
         """Return how each bootstrap address fares."""
         return tuple(self._bootstrap.values())
+
+    def served_models(self) -> tuple[ModelId, ...]:
+        """Return the models that live peers serve, wholly or in part."""
+        return tuple(self.directory.models())
+
+    def round_trip_s(self, peer: PeerId) -> float | None:
+        """Return the round-trip time to a peer as last measured, in seconds."""
+        return self._round_trips_s.get(peer)
 
     def announce(self) -> None:
         """Tell the swarm soon that what we serve has changed."""
@@ -111,6 +123,7 @@ class Membership:
             nursery.start_soon(self._beat)
             nursery.start_soon(self._keep_records)
             nursery.start_soon(self._tend)
+            nursery.start_soon(self._measure_round_trips)
 
     async def leave(self) -> None:
         """Say goodbye: others forget us at once instead of after ten seconds."""
@@ -306,3 +319,15 @@ class Membership:
                 _logger.debug("peer not reached", peer=peer, multiaddr=multiaddr, reason=str(error))
             else:
                 return
+
+    async def _measure_round_trips(self) -> None:
+        """Ping the connected peers, one after another, again and again."""
+        while True:
+            peers = self._network.connected_peers()
+            self._round_trips_s = {peer: s for peer, s in self._round_trips_s.items() if peer in peers}
+            for peer in peers:
+                try:
+                    self._round_trips_s[peer] = await self._network.ping(peer)
+                except NetworkError as error:
+                    _logger.debug("ping failed", peer=peer, reason=str(error))
+            await trio.sleep(PING_ROUND_S * self._jitter.uniform(0.8, 1.2))

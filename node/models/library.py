@@ -1,0 +1,193 @@
+"""The models that can be used from here: named by the user, found in the cache, at peers or in the catalogue."""
+
+from collections import OrderedDict
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Protocol
+
+import structlog
+import trio
+
+from node.models.blobs import BLOB_PROTOCOL, BlobServer, ModelFetcher
+from node.models.catalogue import CATALOGUE
+from node.models.errors import ModelError
+from node.models.files import Progress, ignore_progress
+from node.models.importer import import_model
+from node.models.manifest import Manifest
+from node.models.store import ModelStore, Package
+from node.models.tokenizer import Tokenizer
+from node.network.interface import Network
+from protocol.identity import BlockRange, ModelId, PeerId
+from protocol.limits import MAX_POSITIONS, MAX_VOCABULARY, MAX_WIDTH
+
+KEPT_OPEN = 8
+"""Models whose tokenizers stay in memory."""
+
+MAX_REMOTE_MODELS = 64
+"""Models of others whose manifests are fetched unasked, so that `metaswarm models` can show them."""
+
+LOOK_ROUND_S = 2.0
+"""How often the directory is looked at for models not known yet."""
+
+_logger = structlog.get_logger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class KnownModel:
+    """A model as a coordinator needs it: no weights, only what it takes to describe a job and to read its tokens."""
+
+    id: ModelId
+    name: str
+    manifest: Manifest
+    tokenizer: Tokenizer
+
+    @property
+    def block_count(self) -> int:
+        """Blocks of the whole model."""
+        return self.manifest.block_count
+
+    @property
+    def hidden_size(self) -> int:
+        """Elements of a row of hidden states, or the most there can be where the model does not say."""
+        return self.manifest.hidden_size or MAX_WIDTH
+
+    @property
+    def vocabulary_size(self) -> int:
+        """Token ids are below this."""
+        return self.manifest.vocabulary_size or MAX_VOCABULARY
+
+    @property
+    def max_positions(self) -> int:
+        """The longest text in tokens."""
+        return self.manifest.max_positions or MAX_POSITIONS
+
+
+@dataclass(frozen=True, slots=True)
+class Transfers:
+    """Bytes of model files that this node got from each peer, and gave to all of them."""
+
+    received_bytes: Mapping[PeerId, int]
+    served_bytes: int
+
+
+class Swarm(Protocol):
+    """Knows which peers have which models; `node.swarm.membership` is the real one."""
+
+    def served_models(self) -> tuple[ModelId, ...]:
+        """Return the models that live peers serve."""
+        ...
+
+    async def providers(self, model: ModelId) -> tuple[PeerId, ...]:
+        """Return peers that serve a part of a model, and so have its manifest."""
+        ...
+
+
+class Library:
+    """Finds models by what users call them, and gets what is missing of them."""
+
+    def __init__(self, store: ModelStore, network: Network, swarm: Swarm) -> None:
+        self._store = store
+        self._swarm = swarm
+        self._fetcher = ModelFetcher(store, network)
+        self._server = BlobServer(store)
+        self._open: OrderedDict[ModelId, KnownModel] = OrderedDict()
+        network.set_stream_handler(BLOB_PROTOCOL, self._server.handle)
+
+    def transfers(self) -> Transfers:
+        """Return what crossed the blob protocol so far."""
+        return Transfers(self._fetcher.bytes_by_peer, self._server.served_bytes)
+
+    def local_models(self) -> tuple[ModelId, ...]:
+        """Return the models of which at least the manifest is here."""
+        return tuple(package.model_id for package in self._store.list())
+
+    def local_manifest(self, model: ModelId) -> Manifest | None:
+        """Return a model's manifest if it is here."""
+        try:
+            return self._store.get(model).manifest
+        except ModelError:
+            return None
+
+    def name_of(self, model: ModelId) -> str:
+        """Return what to call a model."""
+        return self._store.name_of(model)
+
+    async def run(self) -> None:
+        """Fetch the manifests of models that others serve, until cancelled."""
+        refused: set[ModelId] = set()
+        while True:
+            unknown = [m for m in self._swarm.served_models() if m not in refused and self.local_manifest(m) is None]
+            for model in unknown[:1] if len(refused) < MAX_REMOTE_MODELS else ():
+                try:
+                    await self._package(model)
+                except ModelError as error:
+                    refused.add(model)
+                    _logger.info("no manifest", model=model, reason=str(error))
+            await trio.sleep(LOOK_ROUND_S)
+
+    async def open(self, text: str) -> KnownModel:
+        """Return the model that the user means, with its tokenizer. Raises ModelError with one line for the user."""
+        model = self._store.resolve(text, self._swarm.served_models())
+        if model in self._open:
+            self._open.move_to_end(model)
+            return self._open[model]
+        package = await self._package(model)
+        if any(not package.has(file) for file in package.manifest.tokenizer_files):
+            await self._fetcher.fetch_tokenizer(package.manifest, await self._swarm.providers(model))
+        tokenizer = await trio.to_thread.run_sync(Tokenizer.load, package)
+        known = KnownModel(model, self.name_of(model), package.manifest, tokenizer)
+        self._open[model] = known
+        if len(self._open) > KEPT_OPEN:
+            self._open.popitem(last=False)
+        return known
+
+    async def manifest(self, text: str, *, use_catalogue: bool, progress: Progress = ignore_progress) -> Manifest:
+        """Return the manifest of the model that the user means, from the cache, a peer, or the catalogue's source."""
+        model = self._store.resolve(text, self._swarm.served_models())
+        try:
+            return (await self._package(model)).manifest
+        except ModelError:
+            if not use_catalogue or self._catalogue_name(model) is None:
+                raise
+        return (await self._import(model, progress)).manifest
+
+    async def weights(
+        self, manifest: Manifest, blocks: BlockRange, *, use_catalogue: bool, progress: Progress = ignore_progress
+    ) -> Package:
+        """Return a package with the files of a span, each verified; what is missing comes from peers or the catalogue.
+
+        A file that is damaged counts as missing. Raises ModelError with one line for the user.
+        """
+        model = manifest.model_id
+        package = self._store.get(model)
+        found = await trio.to_thread.run_sync(partial(self._store.verify, model, blocks, progress))
+        for name in found.corrupt:
+            _logger.warning("damaged model file is fetched again", model=model, file=name)
+            await trio.to_thread.run_sync(self._store.discard, model, name)
+        if not found.missing and not found.corrupt:
+            return package
+        try:
+            await self._fetcher.fetch_files(manifest, blocks, await self._swarm.providers(model), progress)
+        except ModelError:
+            if not use_catalogue or self._catalogue_name(model) is None:
+                raise
+            return await self._import(model, progress)
+        return package
+
+    async def _package(self, model: ModelId) -> Package:
+        """Return a model's package, which may have no more than its manifest."""
+        try:
+            return self._store.get(model)
+        except ModelError:
+            manifest = await self._fetcher.fetch_manifest(model, await self._swarm.providers(model))
+        return self._store.get(manifest.model_id)
+
+    async def _import(self, model: ModelId, progress: Progress) -> Package:
+        name = self._catalogue_name(model)
+        if name is None:
+            raise ModelError(f"model {model[:12]} is not in the catalogue")
+        return await trio.to_thread.run_sync(partial(import_model, name, self._store, progress=progress))
+
+    def _catalogue_name(self, model: ModelId) -> str | None:
+        return next((entry.name for entry in CATALOGUE.values() if entry.model_id == model), None)

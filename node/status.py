@@ -1,0 +1,132 @@
+"""The node as its API shows it: the answers of `/swarm/…`, put together from what the rooms know."""
+
+import time
+
+import trio
+
+from node.api.interface import ModelStatus, NodeStatus, PeerStatus, ServedSpan, SpanSummary
+from node.jobs.coordinator import Coordinator
+from node.jobs.stage import Span, Stages
+from node.models.library import Library
+from node.network.interface import Network
+from node.swarm.membership import Membership
+from protocol.identity import ModelId
+from selector.routing import uncovered
+
+
+class StatusView:
+    """Implements `NodeView`."""
+
+    def __init__(
+        self,
+        *,
+        agent: str,
+        network: Network,
+        membership: Membership,
+        coordinator: Coordinator,
+        stages: Stages,
+        library: Library,
+    ) -> None:
+        self.api_url = ""
+        self.submitter = coordinator
+        self._agent = agent
+        self._network = network
+        self._membership = membership
+        self._stages = stages
+        self._library = library
+        self._started_s = time.monotonic()
+
+    def status(self) -> NodeStatus:
+        """Return what this node is and does."""
+        jobs = self.submitter.statistics()
+        transfers = self._library.transfers()
+        return {
+            "peer_id": self._network.peer_id,
+            "agent": self._agent,
+            "multiaddrs": list(self._network.multiaddrs),
+            "api_url": self.api_url,
+            "state": "draining" if self._stages.draining else "serving",
+            "uptime_s": round(time.monotonic() - self._started_s, 3),
+            "connected_peers": len(self._network.connected_peers()),
+            "spans": [self._served_span(span) for span in self._stages.spans()],
+            "jobs": {
+                "running": jobs.running,
+                "done": jobs.done,
+                "failed": jobs.failed,
+                "cancelled": jobs.cancelled,
+            },
+            "transfers": {
+                "received_bytes": {str(peer): count for peer, count in transfers.received_bytes.items()},
+                "served_bytes": transfers.served_bytes,
+            },
+        }
+
+    def peers(self) -> list[PeerStatus]:
+        """Return the known peers, without this one."""
+        now_s = trio.current_time()
+        connected = set(self._network.connected_peers())
+        heard = {p.peer: p for p in self._membership.directory.presences() if p.peer != self._network.peer_id}
+        peers: list[PeerStatus] = []
+        for peer in sorted({*heard, *connected}):
+            presence = heard.get(peer)
+            peers.append(
+                {
+                    "peer_id": peer,
+                    "addresses": list(presence.multiaddrs if presence else self._network.addresses_of(peer)),
+                    "agent": presence.agent if presence else "",
+                    "connected": peer in connected,
+                    "leaving": False,
+                    "rtt_s": self._membership.round_trip_s(peer),
+                    "last_seen_s": round(now_s - presence.last_heard_s, 3) if presence else None,
+                    "spans": [
+                        SpanSummary(
+                            model=span.model,
+                            name=self._library.name_of(span.model),
+                            start=span.blocks.start,
+                            end=span.blocks.end,
+                        )
+                        for span in (presence.spans if presence else ())
+                    ],
+                }
+            )
+        return peers
+
+    def models(self) -> list[ModelStatus]:
+        """Return the models that somebody serves or that are at hand here."""
+        served = self._membership.directory.models()
+        return [self._model(model) for model in sorted({*served, *self._library.local_models()})]
+
+    def _model(self, model: ModelId) -> ModelStatus:
+        spans = [(c.blocks.start, c.blocks.end) for c in self._membership.directory.candidates(model)]
+        manifest = self._library.local_manifest(model)
+        # Where the manifest is not at hand yet, the blocks that are served are all that is known.
+        block_count = manifest.block_count if manifest else max((end for _, end in spans), default=0)
+        coverage = [sum(start <= block < end for start, end in spans) for block in range(block_count)]
+        missing = uncovered(block_count, spans)
+        return {
+            "model": model,
+            "name": self._library.name_of(model),
+            "block_count": block_count,
+            "coverage": coverage,
+            "uncovered": list(missing),
+            "complete": manifest is not None and not missing,
+            "local": manifest is not None,
+        }
+
+    def _served_span(self, span: Span) -> ServedSpan:
+        info = span.info
+        statistics = span.engine.statistics()
+        return {
+            "model": info.model,
+            "name": self._library.name_of(info.model),
+            "start": info.blocks.start,
+            "end": info.blocks.end,
+            "block_count": info.block_count,
+            "sessions": len(span.sessions),
+            "reserved_positions": statistics.reserved_positions,
+            "kv_positions": info.kv_positions,
+            "weight_bytes": info.weight_bytes,
+            "worker_pid": statistics.worker_pid,
+            "steps": statistics.steps,
+            "compute_s": statistics.compute_s,
+        }
