@@ -1,4 +1,4 @@
-"""What the rest of the node sees of a network. `libp2p.py` is the real one, `memory.py` the one for simulations.
+"""What the rest of the node sees of a network. `host.py` is the real one, `memory.py` the one for simulations.
 
 No cure for a fault of the library, no type of the library and no exception of the library passes this line.
 """

@@ -1,0 +1,130 @@
+"""Multiaddrs as text at our boundary: parsing, what a wildcard stands for, and the bounded book of known peers."""
+
+import ipaddress
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Final
+
+import psutil
+from multiaddr import Multiaddr
+
+from node.network.interface import NetworkError
+from protocol.identity import PeerId, parse_peer_id
+from protocol.limits import MAX_ADDRESSES
+
+MAX_BOOK_PEERS: Final = 4096
+MAX_ADDRESS_CHARACTERS: Final = 256
+
+_HOST_PROTOCOLS: Final = ("ip4", "ip6", "dns", "dns4", "dns6")
+
+
+@dataclass(frozen=True, slots=True)
+class TcpAddress:
+    """A TCP endpoint and, where the multiaddr named one, the peer behind it."""
+
+    kind: str
+    """ip4, ip6, dns, dns4 or dns6."""
+    host: str
+    port: int
+    peer: PeerId | None
+
+    @property
+    def endpoint(self) -> str:
+        """The multiaddr without the peer."""
+        return f"/{self.kind}/{self.host}/tcp/{self.port}"
+
+    def of(self, peer: PeerId) -> str:
+        """Return the multiaddr with this peer."""
+        return f"{self.endpoint}/p2p/{peer}"
+
+
+def parse_address(text: str) -> TcpAddress:
+    """Return a multiaddr like /ip4/192.0.2.1/tcp/4001/p2p/12D3KooW…; raise ValueError with one line."""
+    if len(text) > MAX_ADDRESS_CHARACTERS:
+        raise ValueError(f"a multiaddr has at most {MAX_ADDRESS_CHARACTERS} characters")
+    try:
+        parts = str(Multiaddr(text)).strip("/").split("/")
+    except Exception:  # noqa: BLE001  # the parser raises whatever its codecs raise
+        parts = []
+    if len(parts) not in {4, 6} or parts[0] not in _HOST_PROTOCOLS or parts[2] != "tcp":
+        raise ValueError(f"{text[:80]!r} is no TCP multiaddr: expected for example /ip4/192.0.2.1/tcp/4001")
+    peer = None
+    if len(parts) == 6:
+        if parts[4] != "p2p":
+            raise ValueError(f"{text[:80]!r} is no TCP multiaddr: what follows the port must be /p2p/<peer id>")
+        peer = parse_peer_id(parts[5])
+    return TcpAddress(parts[0], parts[1], int(parts[3]), peer)
+
+
+def expand_wildcard(address: TcpAddress) -> list[TcpAddress]:
+    """Return the addresses of this machine's interfaces for 0.0.0.0 and ::, loopback last; others as they are."""
+    if address.host not in {"0.0.0.0", "::"}:  # noqa: S104  # compared with, not bound to
+        return [address]
+    version = 4 if address.kind == "ip4" else 6
+    found = []
+    for entries in psutil.net_if_addrs().values():
+        for entry in entries:
+            try:
+                ip = ipaddress.ip_address(entry.address)
+            except ValueError:
+                continue  # a hardware address, or one with a zone
+            if ip.version == version and not ip.is_link_local:
+                found.append(ip)
+    found.sort(key=lambda ip: (ip.is_loopback, ip.packed))
+    return [TcpAddress(address.kind, str(ip), address.port, address.peer) for ip in found]
+
+
+def origin(host: str) -> str:
+    """Return what counts as one origin when connections are limited: an IPv4 address, an IPv6 /64."""
+    try:
+        ip = ipaddress.ip_address(host)
+    except ValueError:
+        return host
+    if isinstance(ip, ipaddress.IPv6Address):
+        if ip.ipv4_mapped is not None:
+            return str(ip.ipv4_mapped)
+        return str(ipaddress.ip_network((ip, 64), strict=False))
+    return str(ip)
+
+
+class AddressBook:
+    """Where peers were last said to be. Bounded: the peer that was learned of longest ago is forgotten first."""
+
+    def __init__(self) -> None:
+        self._addresses: dict[PeerId, tuple[TcpAddress, ...]] = {}
+
+    def add(self, peer: PeerId, multiaddrs: Iterable[str]) -> None:
+        """Learn addresses, newest first. Those that are malformed or name another peer are dropped."""
+        learned: list[TcpAddress] = []
+        for text in multiaddrs:
+            try:
+                address = parse_address(text)
+            except ValueError:
+                continue
+            if address.peer in {None, peer} and address.port != 0:
+                learned.append(TcpAddress(address.kind, address.host, address.port, peer))
+        known = self._addresses.pop(peer, ())
+        if merged := tuple(dict.fromkeys([*learned, *known]))[:MAX_ADDRESSES]:
+            self._addresses[peer] = merged
+        while len(self._addresses) > MAX_BOOK_PEERS:
+            del self._addresses[next(iter(self._addresses))]
+
+    def of(self, peer: PeerId) -> tuple[TcpAddress, ...]:
+        """Return the known addresses of a peer, the latest first."""
+        return self._addresses.get(peer, ())
+
+
+def parse_peer_address(multiaddr: str) -> tuple[PeerId, TcpAddress]:
+    """Return the peer and the endpoint of a full address; raise NetworkError with one line."""
+    try:
+        address = parse_address(multiaddr)
+    except ValueError as error:
+        raise NetworkError(str(error)) from None
+    if address.peer is None:
+        raise NetworkError(f"{multiaddr} names no peer: it must end in /p2p/<peer id>")
+    return address.peer, address
+
+
+def as_text(peer: PeerId, addresses: Sequence[TcpAddress]) -> tuple[str, ...]:
+    """Return full multiaddrs."""
+    return tuple(address.of(peer) for address in addresses)

@@ -1,0 +1,155 @@
+"""GossipSub: the library's, with a guard around every message and limits that say what they drop."""
+
+import logging
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Final
+
+import trio
+from libp2p.custom_types import TProtocol
+from libp2p.peer.id import ID
+from libp2p.pubsub.gossipsub import GossipSub
+from libp2p.pubsub.pb import rpc_pb2
+from libp2p.pubsub.pubsub import Pubsub
+
+from node.network.fanout import Fanout
+from node.network.interface import GossipMessage, GossipValidator, NetworkError
+from node.network.swarm import GuardedHost, start_service
+from protocol.identity import PeerId, parse_peer_id
+
+logger = logging.getLogger(__name__)
+
+PROTOCOLS: Final = (TProtocol("/meshsub/1.2.0"), TProtocol("/meshsub/1.1.0"))
+MAX_MESSAGE_BYTES: Final = 64 << 10
+READER_CAPACITY: Final = 1024
+MAX_RATE_HZ: Final = 200.0
+"""Messages a second that one peer may hand to us, its own and those it forwards; twice as many in a burst."""
+
+MAX_SEQUENCE_BYTES: Final = 64
+
+
+class _Bucket:
+    """How many messages a peer may hand to us now."""
+
+    def __init__(self) -> None:
+        self.tokens = 2 * MAX_RATE_HZ
+        self.filled_at = trio.current_time()
+
+    def take(self) -> bool:
+        now = trio.current_time()
+        self.tokens = min(2 * MAX_RATE_HZ, self.tokens + (now - self.filled_at) * MAX_RATE_HZ)
+        self.filled_at = now
+        if self.tokens < 1:
+            return False
+        self.tokens -= 1
+        return True
+
+
+class _GuardedPubsub(Pubsub):
+    """Pubsub that looks at a message before it pays for a signature check, and hands it to our readers."""
+
+    def __init__(self, host: GuardedHost, router: GossipSub, gossip: "Gossip") -> None:
+        super().__init__(host, router, strict_signing=True, allowed_topics=set(gossip.topics))
+        self._gossip = gossip
+        self._buckets: dict[ID, _Bucket] = {}
+
+    async def push_msg(self, msg_forwarder: ID, msg: rpc_pb2.Message) -> None:
+        """Take a message in, from a peer or from ourselves."""
+        if msg_forwarder != self.my_id and not self._acceptable(msg_forwarder, msg):
+            return
+        await super().push_msg(msg_forwarder, msg)
+
+    def _acceptable(self, forwarder: ID, message: rpc_pb2.Message) -> bool:
+        bucket = self._buckets.get(forwarder)
+        if bucket is None:
+            self._buckets = {peer: kept for peer, kept in self._buckets.items() if peer in self.peers}
+            bucket = self._buckets[forwarder] = _Bucket()
+        if not bucket.take():
+            self._gossip.dropped += 1
+            return False
+        return (
+            len(message.topicIDs) == 1
+            and message.topicIDs[0] in self._gossip.topics
+            and len(message.data) <= MAX_MESSAGE_BYTES
+            and len(message.seqno) <= MAX_SEQUENCE_BYTES
+        )
+
+    def notify_subscriptions(self, publish_message: rpc_pb2.Message) -> None:
+        """Hand a message that passed the validator to our readers."""
+        if publish_message.from_id != self.my_id.to_bytes():
+            source = PeerId(ID(publish_message.from_id).to_base58())
+            self._gossip.readers[publish_message.topicIDs[0]].put(GossipMessage(source, publish_message.data))
+
+
+class _Router(GossipSub):
+    """GossipSub without two lists that only its adaptive mode, which is off, would ever shorten."""
+
+    async def publish(self, msg_forwarder: ID, pubsub_msg: rpc_pb2.Message) -> None:
+        """Forward a message."""
+        await super().publish(msg_forwarder, pubsub_msg)
+        self.recent_message_deliveries.clear()
+        self.recent_peer_connections.clear()
+
+
+class Gossip:
+    """The topics of one host."""
+
+    def __init__(self) -> None:
+        self.topics: dict[str, GossipValidator] = {}
+        self.readers: dict[str, Fanout[GossipMessage]] = {}
+        self.dropped = 0
+        self._pubsub: _GuardedPubsub | None = None
+
+    def join(self, topic: str, validator: GossipValidator) -> None:
+        """Take part in a topic; before `start`."""
+        self.topics[topic] = validator
+        self.readers[topic] = Fanout(READER_CAPACITY)
+
+    async def start(self, nursery: trio.Nursery, host: GuardedHost) -> None:
+        """Subscribe to the topics and serve the protocol."""
+        router = _Router(
+            protocols=PROTOCOLS,
+            degree=6,
+            degree_low=4,
+            degree_high=12,
+            heartbeat_interval=1,
+            # What follows is switched off: a silent cap of ten messages a second, and heuristics that change the mesh.
+            spam_protection_enabled=False,
+            adaptive_gossip_enabled=False,
+            eclipse_protection_enabled=False,
+        )
+        pubsub = _GuardedPubsub(host, router, self)
+        for topic in self.topics:
+            pubsub.set_topic_validator(topic, self._validate, is_async_validator=False)
+        await start_service(nursery, pubsub)
+        await start_service(nursery, router)
+        await pubsub.wait_until_ready()
+        for topic in self.topics:
+            await pubsub.subscribe(topic)
+        self._pubsub = pubsub
+
+    def _validate(self, _forwarder: ID, message: rpc_pb2.Message) -> bool:
+        try:
+            source = parse_peer_id(ID(message.from_id).to_base58())
+            return self.topics[message.topicIDs[0]](source, message.data)
+        except Exception as error:  # noqa: BLE001  # the bytes are a stranger's, and a validator that raises says no
+            logger.debug("a gossip validator raised: %r", error)
+            return False
+
+    @asynccontextmanager
+    async def subscribe(self, topic: str) -> AsyncIterator[AsyncIterator[GossipMessage]]:
+        """Read what others publish on a joined topic."""
+        if topic not in self.readers:
+            raise NetworkError(f"the topic {topic} was not joined")
+        with self.readers[topic].reader() as reader:
+            yield reader
+
+    async def publish(self, topic: str, data: bytes) -> None:
+        """Gossip a message."""
+        if topic not in self.topics:
+            raise NetworkError(f"the topic {topic} was not joined")
+        if len(data) > MAX_MESSAGE_BYTES:
+            raise NetworkError(f"a gossip message has at most {MAX_MESSAGE_BYTES} bytes, not {len(data)}")
+        if self._pubsub is None:
+            raise NetworkError("the network is not running")
+        await self._pubsub.publish(topic, data)

@@ -1,0 +1,362 @@
+"""The real network: `Libp2pNetwork` implements `Network` over py-libp2p."""
+
+import logging
+import re
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from dataclasses import dataclass, field
+from typing import Final
+
+import trio
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from libp2p.abc import INetConn, INetStream, INetwork, INotifee
+from libp2p.crypto.ed25519 import create_new_key_pair
+from libp2p.custom_types import TProtocol
+from libp2p.host.ping import ID as PING_PROTOCOL
+from libp2p.peer.id import ID
+from libp2p.peer.peerstore import PeerStoreError
+from multiaddr import Multiaddr
+
+from node.network.addresses import AddressBook, expand_wildcard, parse_address, parse_peer_address
+from node.network.dht import Dht
+from node.network.fanout import Fanout
+from node.network.gossip import Gossip
+from node.network.interface import (
+    GossipMessage,
+    GossipValidator,
+    NetworkError,
+    PeerConnected,
+    PeerDisconnected,
+    RecordSelector,
+    RecordValidator,
+    Stream,
+    StreamHandler,
+)
+from node.network.streams import Libp2pStream, serve, wrap
+from node.network.swarm import GuardedHost, GuardedSwarm, quiet_library, reason, start_service
+from node.network.transport import Admission, Tcp, bind, secure_upgrader
+from node.network.yamux import YamuxLimits, shielded
+from protocol.identity import PeerId, peer_id_from_public_key
+
+logger = logging.getLogger(__name__)
+
+PING_BYTES: Final = 32
+ADDRESS_LIFETIME_S: Final = 600
+EVENT_CAPACITY: Final = 1024
+_SWARM_KEY = re.compile(r"[0-9a-f]{64}", re.IGNORECASE)
+
+
+@dataclass(frozen=True, slots=True)
+class NetworkLimits:
+    """What peers may cost us, and how long we wait for them."""
+
+    dial_timeout_s: float = 5.0
+    request_timeout_s: float = 10.0
+    """For a ping, for the negotiation of a stream, and for every operation on the DHT."""
+    max_connections: int = 512
+    max_connections_per_origin: int = 128
+    """From one IPv4 address or IPv6 /64, unfinished handshakes apart."""
+    streams: YamuxLimits = field(default_factory=YamuxLimits)
+
+
+class _Notifee(INotifee):
+    """Tells us of connections; the library calls it."""
+
+    def __init__(self, connected: Callable[[ID], None], disconnected: Callable[[ID], None]) -> None:
+        self._connected = connected
+        self._disconnected = disconnected
+
+    async def connected(self, network: INetwork, conn: INetConn) -> None:
+        self._connected(conn.muxed_conn.peer_id)
+
+    async def disconnected(self, network: INetwork, conn: INetConn) -> None:
+        self._disconnected(conn.muxed_conn.peer_id)
+
+    async def opened_stream(self, network: INetwork, stream: INetStream) -> None: ...
+
+    async def closed_stream(self, network: INetwork, stream: INetStream) -> None: ...
+
+    async def listen(self, network: INetwork, multiaddr: Multiaddr) -> None: ...
+
+    async def listen_close(self, network: INetwork, multiaddr: Multiaddr) -> None: ...
+
+
+class Libp2pNetwork:
+    """A libp2p host on trio: TCP, Noise, yamux, GossipSub and Kademlia."""
+
+    def __init__(
+        self,
+        seed: bytes,
+        *,
+        listen: Sequence[str] = ("/ip4/0.0.0.0/tcp/0",),
+        announce: Sequence[str] = (),
+        swarm_key: str | None = None,
+        limits: NetworkLimits | None = None,
+    ) -> None:
+        """Describe a host; `running` starts it.
+
+        Args:
+            seed: the Ed25519 private key, 32 bytes.
+            listen: TCP multiaddrs to listen on; port 0 takes a free port, 0.0.0.0 and :: mean every interface.
+            announce: multiaddrs that others are told instead of those we listen on, for instance behind a NAT.
+            swarm_key: 64 hexadecimal characters shared by the peers of a private swarm, which then speak to no others.
+            limits: bounds on what peers may cost.
+
+        Raises:
+            ValueError: with one line, when an address or a key is malformed.
+        """
+        if len(seed) != 32:
+            raise ValueError(f"an Ed25519 seed has 32 bytes, not {len(seed)}")
+        if swarm_key is not None and _SWARM_KEY.fullmatch(swarm_key) is None:
+            raise ValueError("a swarm key has 64 hexadecimal characters")
+        self._seed = seed
+        self._peer_id = peer_id_from_public_key(
+            Ed25519PrivateKey.from_private_bytes(seed).public_key().public_bytes_raw()
+        )
+        self._listen = [parse_address(text) for text in listen]
+        self._announce = [parse_address(text) for text in announce]
+        self._swarm_key = swarm_key
+        self._limits = limits or NetworkLimits()
+        self._book = AddressBook()
+        self._gossip = Gossip()
+        self._dht = Dht(self._limits.request_timeout_s, self.add_addresses)
+        self._handlers: dict[str, StreamHandler] = {}
+        self._events: Fanout[PeerConnected | PeerDisconnected] = Fanout(EVENT_CAPACITY)
+        self._connected: dict[PeerId, None] = {}
+        self._host: GuardedHost | None = None
+        self._swarm: GuardedSwarm | None = None
+
+    @property
+    def peer_id(self) -> PeerId:
+        """Our own id."""
+        return self._peer_id
+
+    @property
+    def multiaddrs(self) -> tuple[str, ...]:
+        """Addresses, each ending in /p2p/<our id>, at which others may dial us; empty while not running."""
+        if self._host is None:
+            return ()
+        return tuple(f"{address}/p2p/{self._peer_id}" for address in self._advertised(self._host.get_transport_addrs()))
+
+    def _advertised(self, listening: list[Multiaddr]) -> list[Multiaddr]:
+        if self._announce:
+            return [Multiaddr(address.endpoint) for address in self._announce]
+        expanded: dict[str, None] = {}
+        for multiaddr in listening:
+            for address in expand_wildcard(parse_address(str(multiaddr))):
+                expanded[address.endpoint] = None
+        return [Multiaddr(text) for text in expanded]
+
+    @asynccontextmanager
+    async def running(self) -> AsyncIterator[None]:
+        """Listen and serve inside the block; leave politely at its end."""
+        quiet_library()
+        bound: dict[str, list[trio.SocketListener]] = {}
+        try:
+            for address in self._listen:
+                bound[str(Multiaddr(address.endpoint))] = await bind(address)
+            fault: Exception | None = None
+            async with trio.open_nursery() as nursery:
+                await self._start(nursery, bound)
+                try:
+                    yield
+                except Exception as error:  # noqa: BLE001  # raised again below, without the nursery's wrapping
+                    fault = error
+                finally:
+                    await self._say_goodbye()
+                    nursery.cancel_scope.cancel()
+            if fault is not None:
+                raise fault
+        finally:
+            for listeners in bound.values():
+                for listener in listeners:
+                    listener.socket.close()
+            self._host = self._swarm = None
+            self._connected.clear()
+
+    async def _start(self, nursery: trio.Nursery, bound: dict[str, list[trio.SocketListener]]) -> None:
+        addresses = [Multiaddr(text) for text in bound]
+        key_pair = create_new_key_pair(self._seed)
+        tcp = Tcp(nursery, bound, Admission(self._limits.max_connections_per_origin))
+        swarm = GuardedSwarm(
+            ID.from_pubkey(key_pair.public_key),
+            secure_upgrader(key_pair, self._limits.streams, self._log_fault),
+            tcp,
+            psk=self._swarm_key,
+            max_connections=self._limits.max_connections,
+            dial_timeout_s=self._limits.dial_timeout_s,
+        )
+        swarm.peerstore.add_key_pair(swarm.self_id, key_pair)
+        swarm.register_notifee(_Notifee(self._on_connected, self._on_disconnected))
+        host = GuardedHost(swarm, nursery, self._advertised)
+        for protocol, handler in self._handlers.items():
+            host.set_stream_handler(TProtocol(protocol), serve(handler))
+        self._host, self._swarm = host, swarm
+        await start_service(nursery, swarm)
+        await self._gossip.start(nursery, host)
+        await self._dht.start(nursery, host)
+        # Only now may strangers come in: everything that serves them is in place.
+        await swarm.listen(*addresses)
+
+    async def _say_goodbye(self) -> None:
+        """Close every connection at once, within a second, also under cancellation."""
+        self._events.end()
+        if self._swarm is None:
+            return
+        with shielded(1):
+            async with trio.open_nursery() as nursery:
+                for connection in self._swarm.get_connections():
+                    nursery.start_soon(connection.muxed_conn.close)
+
+    def _log_fault(self, peer: ID, why: str) -> None:
+        logger.warning("cut off %s: %s", peer, why)
+
+    def _on_connected(self, peer_id: ID) -> None:
+        peer = PeerId(peer_id.to_base58())
+        if peer not in self._connected:
+            self._connected[peer] = None
+            self._events.put(PeerConnected(peer))
+            self._dht.peer_connected()
+
+    def _on_disconnected(self, peer_id: ID) -> None:
+        peer = PeerId(peer_id.to_base58())
+        if peer in self._connected and self._swarm is not None and not self._swarm.live_connections(peer_id):
+            del self._connected[peer]
+            self._events.put(PeerDisconnected(peer))
+
+    # Streams
+
+    def set_stream_handler(self, protocol: str, handler: StreamHandler) -> None:
+        """Serve inbound streams of the protocol."""
+        self._handlers[protocol] = handler
+        if self._host is not None:
+            self._host.set_stream_handler(TProtocol(protocol), serve(handler))
+
+    async def connect(self, multiaddr: str) -> PeerId:
+        """Dial an address that ends in /p2p/<id>; return the id. Raises NetworkError with the reason."""
+        peer, address = parse_peer_address(multiaddr)
+        if peer == self._peer_id:
+            raise NetworkError(f"{multiaddr} is this peer itself")
+        self._book.add(peer, [address.endpoint])
+        await self._dial(peer)
+        return peer
+
+    async def _dial(self, peer: PeerId) -> None:
+        swarm = self._running_swarm()
+        peer_id = ID.from_base58(peer)
+        if swarm.live_connections(peer_id):
+            return
+        if known := self._book.of(peer):
+            swarm.peerstore.add_addrs(peer_id, [Multiaddr(address.endpoint) for address in known], ADDRESS_LIFETIME_S)
+        swarm.unblock_peer(peer_id)
+        try:
+            await swarm.dial_peer(peer_id)
+        except Exception as error:
+            raise NetworkError(f"cannot reach {peer}: {reason(error)}") from error
+
+    def _running_swarm(self) -> GuardedSwarm:
+        if self._swarm is None:
+            raise NetworkError("the network is not running")
+        return self._swarm
+
+    async def open_stream(self, peer: PeerId, protocol: str) -> Stream:
+        """Open a stream to a peer, dialling known addresses if need be. Raises NetworkError."""
+        return await self._open(peer, protocol)
+
+    async def _open(self, peer: PeerId, protocol: str) -> Libp2pStream:
+        if peer == self._peer_id:
+            raise NetworkError("a peer opens no streams to itself")
+        await self._dial(peer)
+        assert self._host is not None
+        try:
+            with trio.fail_after(self._limits.request_timeout_s):
+                return wrap(await self._host.new_stream(ID.from_base58(peer), [TProtocol(protocol)]))
+        except Exception as error:
+            raise NetworkError(f"cannot open a stream of {protocol} to {peer}: {reason(error)}") from error
+
+    async def disconnect(self, peer: PeerId) -> None:
+        """Close every connection to the peer."""
+        swarm = self._running_swarm()
+        with shielded(2):
+            async with trio.open_nursery() as nursery:
+                for connection in swarm.get_connections(ID.from_base58(peer)):
+                    nursery.start_soon(connection.close)
+        await trio.lowlevel.checkpoint()
+
+    def connected_peers(self) -> tuple[PeerId, ...]:
+        """Peers with a live connection now."""
+        return tuple(self._connected)
+
+    def addresses_of(self, peer: PeerId) -> tuple[str, ...]:
+        """Multiaddrs (each with /p2p/) at which the peer is known: what we were told, then what it says itself."""
+        found: dict[str, None] = {address.of(peer): None for address in self._book.of(peer)}
+        if self._swarm is not None:
+            try:
+                for multiaddr in self._swarm.peerstore.addrs(ID.from_base58(peer)):
+                    found[parse_address(str(multiaddr)).of(peer)] = None
+            except (PeerStoreError, ValueError):
+                pass  # it said nothing, or something that we cannot dial
+        return tuple(found)
+
+    def add_addresses(self, peer: PeerId, multiaddrs: Sequence[str]) -> None:
+        """Learn addresses of a peer. Malformed ones are dropped."""
+        self._book.add(peer, multiaddrs)
+
+    async def ping(self, peer: PeerId) -> float:
+        """Return the round-trip time in seconds by the libp2p ping protocol. Raises NetworkError."""
+        stream = await self._open(peer, str(PING_PROTOCOL))
+        try:
+            with trio.fail_after(self._limits.request_timeout_s):
+                started = trio.current_time()
+                await stream.send_all(bytes(PING_BYTES))
+                missing = PING_BYTES
+                while missing:
+                    echo = await stream.receive_some(missing)
+                    if not echo:
+                        raise NetworkError(f"{peer} does not answer pings")
+                    missing -= len(echo)
+                return trio.current_time() - started
+        except trio.TooSlowError:
+            raise NetworkError(f"{peer} did not answer a ping within {self._limits.request_timeout_s:g} s") from None
+        finally:
+            await stream.aclose()
+
+    @asynccontextmanager
+    async def events(self) -> AsyncIterator[AsyncIterator[PeerConnected | PeerDisconnected]]:
+        """Subscribe to connections coming and going. Bounded: a reader that lags loses the oldest."""
+        with self._events.reader() as reader:
+            yield reader
+
+    # Gossip and DHT
+
+    def join_topic(self, topic: str, validator: GossipValidator) -> None:
+        """Take part in a gossip topic from the start. Called before `running`."""
+        self._gossip.join(topic, validator)
+
+    def subscribe(self, topic: str) -> AbstractAsyncContextManager[AsyncIterator[GossipMessage]]:
+        """Receive what others publish on a joined topic. Bounded: a reader that lags loses the oldest."""
+        return self._gossip.subscribe(topic)
+
+    async def publish(self, topic: str, data: bytes) -> None:
+        """Gossip a message on a joined topic. No promise that anybody gets it."""
+        await self._gossip.publish(topic, data)
+
+    def register_record(self, namespace: str, validator: RecordValidator, selector: RecordSelector) -> None:
+        """Accept DHT records under `/<namespace>/…`. Called before `running`."""
+        self._dht.register(namespace, validator, selector)
+
+    async def put_record(self, key: str, value: bytes) -> None:
+        """Store a record at the peers nearest to its key, and here."""
+        await self._dht.put(key, value)
+
+    async def get_record(self, key: str) -> bytes | None:
+        """Return the best record under the key that we or the peers nearest to it hold."""
+        return await self._dht.get(key)
+
+    async def provide(self, key: bytes) -> None:
+        """Announce that we provide the content with this key (a sha256)."""
+        await self._dht.provide(key)
+
+    async def find_providers(self, key: bytes, limit: int = 20) -> tuple[PeerId, ...]:
+        """Return peers (without duplicates, without us) that announced the key; their addresses are learned."""
+        return await self._dht.find_providers(key, limit)

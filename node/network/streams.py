@@ -1,0 +1,102 @@
+"""A stream of ours over a stream of the library's."""
+
+from collections.abc import Awaitable, Callable
+from typing import cast
+
+import trio
+from libp2p.abc import INetStream
+from libp2p.stream_muxer.exceptions import MuxedStreamEOF, MuxedStreamError
+
+from node.network.interface import Stream, StreamClosed
+from node.network.yamux import YamuxStream, shielded
+from protocol.identity import PeerId
+
+
+class Libp2pStream:
+    """Implements `Stream`.
+
+    It reads and writes the multiplexer's stream directly: the library's wrapper around it adds two locks to every call,
+    and is kept only for the library's own accounts.
+    """
+
+    def __init__(self, stream: INetStream, muxed: YamuxStream) -> None:
+        self._stream = stream
+        self._muxed = muxed
+        self._peer = PeerId(muxed.muxed_conn.peer_id.to_base58())
+        self._closed = False
+        self._sending = False
+
+    @property
+    def peer(self) -> PeerId:
+        """The authenticated peer at the other end."""
+        return self._peer
+
+    @property
+    def protocol(self) -> str:
+        """The negotiated protocol id."""
+        return str(self._stream.get_protocol())
+
+    async def receive_some(self, max_bytes: int = 65536) -> bytes:
+        """Return between 1 and `max_bytes` bytes, or b"" at the end of the stream; raise StreamClosed when it broke."""
+        if max_bytes < 1:
+            raise ValueError("max_bytes must be at least 1")
+        if self._closed:
+            raise StreamClosed("the stream was closed on this side")
+        try:
+            return await self._muxed.read(max_bytes)
+        except MuxedStreamEOF:
+            if self._closed:
+                raise StreamClosed("the stream was closed on this side") from None
+            return b""
+        except MuxedStreamError as error:
+            raise StreamClosed(f"the stream from {self._peer} broke: {error}") from error
+
+    async def send_all(self, data: bytes | bytearray | memoryview) -> None:
+        """Send everything, or raise StreamClosed. A peer that takes nothing for too long is cut off."""
+        if self._sending:
+            raise trio.BusyResourceError("another task is sending on this stream")
+        self._sending = True
+        try:
+            await self._muxed.write(data)
+        except MuxedStreamError as error:
+            raise StreamClosed(f"the stream to {self._peer} broke: {error}") from error
+        finally:
+            self._sending = False
+
+    async def aclose(self) -> None:
+        """Close in both directions, within a bounded time, also under cancellation."""
+        self._muxed.close_now(discard=True)
+        await self._release()
+
+    async def reset(self) -> None:
+        """Tear the stream down at once: the other side sees a broken stream."""
+        self._muxed.reset_now()
+        await self._release()
+
+    async def _release(self) -> None:
+        if self._closed:
+            return
+        self._closed = True
+        self._muxed.readable.unpark_all()
+        with shielded(1):
+            await self._stream.remove()  # type: ignore[attr-defined]  # every stream of the library's swarm has it
+
+
+def serve(handler: Callable[[Stream], Awaitable[None]]) -> Callable[[INetStream], Awaitable[None]]:
+    """Return the library's kind of handler for one of ours: its stream is closed at the end, reset when it raises."""
+
+    async def run(stream: INetStream) -> None:
+        ours = wrap(stream)
+        try:
+            await handler(ours)
+        except BaseException:
+            await ours.reset()
+            raise
+        await ours.aclose()
+
+    return run
+
+
+def wrap(stream: INetStream) -> Libp2pStream:
+    """Return our stream for one of the library's, all of which run over our multiplexer."""
+    return Libp2pStream(stream, cast("YamuxStream", stream.muxed_stream))  # type: ignore[attr-defined]

@@ -1,0 +1,307 @@
+"""The library's host, made so that nothing a peer does ends the process or locks others out.
+
+Subclasses and wrappers, no patches: the library is told to use these by its own seams. README.md in this folder lists
+each fault with its cure and the test that shows it.
+"""
+
+import logging
+import os
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any, Final
+
+import trio
+from libp2p.abc import INetConn, INetStream
+from libp2p.host.basic_host import BasicHost
+from libp2p.io.abc import ReadWriteCloser
+from libp2p.network.auto_connector import AutoConnector
+from libp2p.network.config import ConnectionConfig
+from libp2p.network.connection.raw_connection import RawConnection
+from libp2p.network.exceptions import SwarmException
+from libp2p.network.swarm import Swarm
+from libp2p.peer.id import ID
+from libp2p.peer.peerstore import PeerStore, PeerStoreError
+from libp2p.tools.anyio_service import Service
+from libp2p.tools.anyio_service.trio_manager import TrioManager
+from libp2p.transport.upgrader import TransportUpgrader
+from multiaddr import Multiaddr
+
+from node.network.addresses import TcpAddress, parse_address
+from node.network.transport import UPGRADE_TIMEOUT_S, Tcp
+from node.network.yamux import YamuxStream, shielded
+
+logger = logging.getLogger(__name__)
+
+DIAL_STAGGER_S: Final = 0.25
+"""Head start of each address of a peer over its next one."""
+
+MAX_CONCURRENT_DIALS: Final = 32
+RESTART_DELAY_S: Final = 1.0
+HANDLER_TIMEOUT_S: Final = 60.0
+"""How long a stranger may occupy one of the library's short-lived request handlers."""
+
+StreamHandler = Callable[[INetStream], Awaitable[None]]
+AsyncFunction = Callable[..., Awaitable[Any]]
+
+
+def guarded(handler: StreamHandler, timeout_s: float | None = None) -> StreamHandler:
+    """Return a stream handler that never raises but Cancelled: what goes wrong, or lasts too long, costs the stream."""
+
+    async def guard(stream: INetStream) -> None:
+        try:
+            with trio.fail_after(timeout_s if timeout_s is not None else float("inf")):
+                await handler(stream)
+        except Exception as error:  # noqa: BLE001  # a stranger's bytes reach every decoder of the library through here
+            logger.debug("a stream of %s failed: %r", stream.muxed_conn.peer_id, error)
+            await reset(stream)
+
+    return guard
+
+
+async def reset(stream: INetStream) -> None:
+    """Break a stream off, whatever state the library believes it to be in."""
+    with shielded(1):
+        muxed = getattr(stream, "muxed_stream", None)
+        if isinstance(muxed, YamuxStream):
+            muxed.reset_now()
+        await stream.reset()
+
+
+class GuardedManager(TrioManager):
+    """Runs a service of the library whose background tasks may fail without ending the process.
+
+    The library ends a service, and with it the program, on the first exception of any of its tasks, and many of them
+    handle what strangers send. Here a short task that fails is dropped, and one that should run for ever is restarted.
+    """
+
+    def run_task(
+        self,
+        async_fn: AsyncFunction,
+        *args: Any,
+        daemon: bool = False,
+        name: str | None = None,
+        _internal: bool = False,
+    ) -> None:
+        """Start a task in the nursery of the service."""
+        if self._task_nursery is None or not self.is_running:
+            return  # the service is ending: what was to be done in the background is moot
+        run = self._run_for_ever if daemon else self._run_once if not _internal else _run_plainly
+        self._task_nursery.start_soon(run, async_fn, args, name=name or getattr(async_fn, "__qualname__", None))
+
+    def run_daemon_task(self, async_fn: AsyncFunction, *args: Any, name: str | None = None) -> None:
+        """Start a task that should never return."""
+        self.run_task(async_fn, *args, daemon=True, name=name)
+
+    async def _run_once(self, async_fn: AsyncFunction, args: Sequence[Any]) -> None:
+        try:
+            await async_fn(*args)
+        except Exception as error:  # what a peer sent made a task of the library fail
+            logger.debug("%s: a task failed: %r", self._service, error, exc_info=True)
+
+    async def _run_for_ever(self, async_fn: AsyncFunction, args: Sequence[Any]) -> None:
+        while not self.is_cancelled:
+            try:
+                await async_fn(*args)
+            except Exception as error:  # as above
+                logger.warning("%s: a task failed and is restarted: %r", self._service, error, exc_info=True)
+            await trio.sleep(RESTART_DELAY_S)
+
+
+async def _run_plainly(async_fn: AsyncFunction, args: Sequence[Any]) -> None:
+    await async_fn(*args)
+
+
+async def start_service(nursery: trio.Nursery, service: Service) -> None:
+    """Run a service of the library in the nursery; return when it has started."""
+    manager = GuardedManager(service)
+    service._manager = manager  # noqa: SLF001  # as the library's own background_trio_service does
+    nursery.start_soon(manager.run)
+    await manager.wait_started()
+
+
+class _IdleAutoConnector(AutoConnector):
+    """Whom to connect to is the business of node/swarm: the library would dial every peer it ever heard of."""
+
+    async def run_background_task(self, nursery: trio.Nursery) -> None:
+        """Do nothing."""
+
+    async def maybe_connect(self) -> None:
+        """Do nothing."""
+
+
+class _Dial:
+    def __init__(self) -> None:
+        self.done = trio.Event()
+        self.failure = ""
+
+
+class GuardedSwarm(Swarm):
+    """Connections to peers, with dialling of our own."""
+
+    def __init__(
+        self,
+        peer_id: ID,
+        upgrader: TransportUpgrader,
+        tcp: Tcp,
+        *,
+        psk: str | None,
+        max_connections: int,
+        dial_timeout_s: float,
+    ) -> None:
+        config = ConnectionConfig(
+            max_connections=max_connections,
+            min_connections=0,
+            low_watermark=max_connections * 3 // 4,
+            high_watermark=max_connections * 3 // 4,
+            inbound_upgrade_timeout=UPGRADE_TIMEOUT_S,
+            outbound_upgrade_timeout=UPGRADE_TIMEOUT_S,
+        )
+        super().__init__(peer_id, PeerStore(max_peers=4096), upgrader, [tcp], connection_config=config, psk=psk)
+        self._dial_timeout_s = dial_timeout_s
+        self._dials: dict[ID, _Dial] = {}
+        self._dial_limiter = trio.CapacityLimiter(MAX_CONCURRENT_DIALS)
+
+    def _init_connection_management(self) -> None:
+        super()._init_connection_management()
+        self.auto_connector = _IdleAutoConnector(self)
+
+    async def _handle_inbound_connection(self, read_write_closer: ReadWriteCloser, maddr: Multiaddr) -> None:
+        """Admit a connection; return when it is secured.
+
+        The library's own version returns only when the host ends, and holds one of about 250 places until then: a host
+        is deaf for good after so many connections, however short they were.
+        """
+        await self.upgrade_inbound_raw_conn(RawConnection(read_write_closer, initiator=False), maddr)
+
+    def live_connections(self, peer_id: ID) -> list[INetConn]:
+        """Return the open connections to a peer."""
+        return [connection for connection in self.get_connections(peer_id) if not connection.is_closed]
+
+    async def dial_peer(self, peer_id: ID) -> list[INetConn]:
+        """Return connections to a peer, dialling it if there are none; raise SwarmException with the reason.
+
+        Who asks for a peer that is being dialled waits for that dial. The library's own lookups, which know no better
+        than to try every dead peer again, are refused for a minute after a failure; `unblock_peer` lifts that.
+        """
+        if connections := self.live_connections(peer_id):
+            return connections
+        if self._negative_peer_cache.is_blocked(str(peer_id)):
+            raise SwarmException("a dial failed less than a minute ago")
+        dial = self._dials.get(peer_id)
+        if dial is None:
+            dial = self._dials[peer_id] = _Dial()
+            self.manager.run_task(self._run_dial, peer_id, dial)
+        await dial.done.wait()
+        if connections := self.live_connections(peer_id):
+            return connections
+        raise SwarmException(dial.failure or "the connection closed at once")
+
+    async def _run_dial(self, peer_id: ID, dial: _Dial) -> None:
+        dial.failure = "the dial was given up"
+        try:
+            async with self._dial_limiter:
+                await self._dial_addresses(peer_id, dial)
+            if dial.failure:
+                self._negative_peer_cache.mark_failed(str(peer_id))
+            else:
+                self._negative_peer_cache.evict(str(peer_id))
+        finally:
+            del self._dials[peer_id]
+            dial.done.set()
+
+    async def _dial_addresses(self, peer_id: ID, dial: _Dial) -> None:
+        addresses = self._dialable(peer_id)
+        if not addresses:
+            dial.failure = "no address of it is known"
+            return
+        dial.failure = f"{addresses[0]} did not answer within {self._dial_timeout_s:g} s"
+        failures: list[str] = []
+        with trio.move_on_after(self._dial_timeout_s):
+            async with trio.open_nursery() as nursery:
+                for address in addresses:
+                    failed = trio.Event()
+                    nursery.start_soon(self._dial_one, peer_id, address, dial, failures, failed, nursery.cancel_scope)
+                    with trio.move_on_after(DIAL_STAGGER_S if address is not addresses[-1] else 0):
+                        await failed.wait()
+        if dial.failure and len(failures) == len(addresses):
+            dial.failure = "; ".join(failures)
+
+    async def _dial_one(
+        self,
+        peer_id: ID,
+        address: Multiaddr,
+        dial: _Dial,
+        failures: list[str],
+        failed: trio.Event,
+        scope: trio.CancelScope,
+    ) -> None:
+        try:
+            await self._dial_addr_single_attempt(address, peer_id)
+        except Exception as error:  # noqa: BLE001  # a dozen types for a dial that failed
+            failures.append(f"{address}: {reason(error)}")
+            failed.set()
+        else:
+            dial.failure = ""
+            scope.cancel()
+
+    def _dialable(self, peer_id: ID) -> list[Multiaddr]:
+        """Return what we may dial for this peer, loopback last: it means another machine to another machine."""
+        try:
+            known = self.peerstore.addrs(peer_id)
+        except PeerStoreError:
+            return []
+        found: dict[str, TcpAddress] = {}
+        for multiaddr in known:
+            try:
+                address = parse_address(str(multiaddr))
+            except ValueError:
+                continue
+            found[address.endpoint] = address
+        ordered = sorted(found.values(), key=lambda address: address.host in {"127.0.0.1", "::1"})
+        return [Multiaddr(address.endpoint) for address in ordered[:8]]
+
+
+class GuardedHost(BasicHost):
+    """The library's host, whose identify requests run in our nursery: it would start them outside of every nursery."""
+
+    def __init__(
+        self, swarm: GuardedSwarm, nursery: trio.Nursery, advertised: Callable[[list[Multiaddr]], list[Multiaddr]]
+    ) -> None:
+        self._nursery = nursery
+        super().__init__(swarm, addrs_factory=advertised, disable_identify_address_discovery=True)
+        swarm.set_stream_handler(guarded(self._swarm_stream_handler))
+
+    def _schedule_identify(self, peer_id: ID, *, reason: str) -> None:
+        if peer_id == self.get_id() or peer_id in self._identify_inflight or self._has_cached_protocols(peer_id):
+            return
+        if not self._should_identify_peer(peer_id):
+            return
+        self._identify_inflight.add(peer_id)
+        self._nursery.start_soon(self._identify_quietly, peer_id, reason)
+
+    async def _identify_quietly(self, peer_id: ID, why: str) -> None:
+        try:
+            await self._identify_task_entry(peer_id, why)
+        except Exception as error:  # noqa: BLE001  # the answer is a stranger's
+            logger.debug("identify of %s failed: %r", peer_id, error)
+
+
+def quiet_library() -> None:
+    """Keep the library's log to itself: it calls warnings and errors what any stranger does every minute.
+
+    Set LIBP2P_DEBUG to see it. The root logger gets a handler, if it has none, because the library logs through it too,
+    and a first call would install one that writes to the terminal.
+    """
+    if not os.environ.get("LIBP2P_DEBUG"):
+        logging.getLogger("libp2p").setLevel(logging.CRITICAL + 1)
+    if not logging.root.handlers:
+        logging.root.addHandler(logging.NullHandler())
+
+
+def reason(error: BaseException) -> str:
+    """Return the cause at the bottom of a chain of the library's exceptions, as one line."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    if isinstance(error, trio.TooSlowError):
+        return "timed out"
+    text = " ".join(str(error).split())
+    return text[:200] or type(error).__name__

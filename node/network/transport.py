@@ -1,0 +1,275 @@
+"""TCP as the library wants it, and the way to a secured, multiplexed connection: Noise and yamux, nothing else.
+
+The library's own listener binds with SO_REUSEPORT, so that a second daemon on a taken port starts without a word, and
+runs in a task outside of every nursery of ours; its default host also accepts plaintext.
+"""
+
+import errno
+import logging
+import os
+import socket
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Final
+
+import trio
+from libp2p.abc import IListener, IMuxedConn, IRawConnection, ISecureConn, ITransport
+from libp2p.crypto.keys import KeyPair
+from libp2p.crypto.x25519 import create_new_key_pair as create_noise_key_pair
+from libp2p.custom_types import THandler, TProtocol
+from libp2p.io.abc import ReadWriteCloser
+from libp2p.io.exceptions import ConnectionClosedError
+from libp2p.network.connection.raw_connection import RawConnection
+from libp2p.peer.id import ID
+from libp2p.security.noise.transport import PROTOCOL_ID as NOISE_PROTOCOL_ID
+from libp2p.security.noise.transport import Transport as NoiseTransport
+from libp2p.stream_muxer.muxer_multistream import MuxerMultistream
+from libp2p.transport.exceptions import OpenConnectionError
+from libp2p.transport.upgrader import TransportUpgrader
+from multiaddr import Multiaddr
+
+from node.network.addresses import TcpAddress, origin, parse_address
+from node.network.interface import NetworkError
+from node.network.yamux import PROTOCOL_ID as YAMUX_PROTOCOL_ID
+from node.network.yamux import Yamux, YamuxLimits, shielded
+
+logger = logging.getLogger(__name__)
+
+READ_BYTES: Final = 256 << 10
+LISTEN_BACKLOG: Final = 256
+MAX_HANDSHAKES: Final = 256
+MAX_HANDSHAKES_PER_ORIGIN: Final = 32
+UPGRADE_TIMEOUT_S: Final = 5
+
+
+class TcpStream(ReadWriteCloser):
+    """A TCP connection that reads ahead, so that a small Noise message costs one system call and not two."""
+
+    def __init__(self, stream: trio.SocketStream) -> None:
+        self._stream = stream
+        self._ahead = bytearray()
+        self.closed = trio.Event()
+        stream.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        host, port, *_ = stream.socket.getpeername()
+        self._remote = (str(host), int(port))
+
+    async def read(self, n: int | None = None) -> bytes:
+        """Return up to `n` bytes, or b"" at the end."""
+        if n == 0:
+            return b""
+        if not self._ahead:
+            try:
+                data = await self._stream.receive_some(READ_BYTES)
+            except (trio.BrokenResourceError, trio.ClosedResourceError) as error:
+                raise ConnectionClosedError("the TCP connection is gone", transport="tcp") from error
+            if n is None or len(data) <= n:
+                return bytes(data)
+            self._ahead += data
+        ahead = bytes(self._ahead[:n])
+        del self._ahead[:n]
+        return ahead
+
+    async def write(self, data: bytes) -> None:
+        """Send everything."""
+        try:
+            await self._stream.send_all(data)
+        except (trio.BrokenResourceError, trio.ClosedResourceError) as error:
+            raise ConnectionClosedError("the TCP connection is gone", transport="tcp") from error
+
+    async def close(self) -> None:
+        """Close the socket."""
+        self.closed.set()
+        await self._stream.aclose()
+
+    def get_remote_address(self) -> tuple[str, int]:
+        """Return host and port of the peer."""
+        return self._remote
+
+
+class Admission:
+    """Whom we let in: strangers who only hold connections open must not lock out those who talk.
+
+    Unfinished handshakes are few, and a new one pushes out the oldest: an honest peer needs milliseconds. Finished
+    connections are limited for each origin.
+    """
+
+    def __init__(self, max_connections_per_origin: int) -> None:
+        self._max_connections = max_connections_per_origin
+        self._handshakes: dict[str, dict[trio.CancelScope, None]] = {}
+        self._connections: dict[str, int] = {}
+
+    @contextmanager
+    def handshake(self, host: str) -> Iterator[trio.CancelScope]:
+        """Hold a place among the unfinished handshakes; the scope is cancelled when a newer one needs the place."""
+        key = origin(host)
+        scope = trio.CancelScope()
+        scopes = self._handshakes.setdefault(key, {})
+        scopes[scope] = None
+        if len(scopes) > MAX_HANDSHAKES_PER_ORIGIN:
+            next(iter(scopes)).cancel()
+        elif sum(map(len, self._handshakes.values())) > MAX_HANDSHAKES:
+            crowded = max(self._handshakes, key=lambda host: len(self._handshakes[host]))
+            next(iter(self._handshakes[crowded])).cancel()
+        try:
+            with scope:
+                yield scope
+        finally:
+            del scopes[scope]
+            if not scopes and self._handshakes.get(key) is scopes:
+                del self._handshakes[key]
+
+    def full(self, host: str) -> bool:
+        """Whether this origin has all the connections it may have."""
+        return self._connections.get(origin(host), 0) >= self._max_connections
+
+    @contextmanager
+    def connection(self, host: str) -> Iterator[None]:
+        """Count a finished connection."""
+        key = origin(host)
+        self._connections[key] = self._connections.get(key, 0) + 1
+        try:
+            yield
+        finally:
+            self._connections[key] -= 1
+            if not self._connections[key]:
+                del self._connections[key]
+
+
+class TcpListener(IListener):
+    """Serves sockets that `Tcp.bind` has opened, in the nursery of the host."""
+
+    def __init__(self, transport: "Tcp", handler: THandler) -> None:
+        self._transport = transport
+        self._handler = handler
+        self._scope = trio.CancelScope()
+        self._addresses: tuple[Multiaddr, ...] = ()
+
+    async def listen(self, maddr: Multiaddr) -> None:
+        """Serve the sockets bound for this address."""
+        listeners = self._transport.take_listeners(maddr)
+        self._addresses = tuple(_address_of(listener.socket) for listener in listeners)
+        self._transport.nursery.start_soon(self._run, listeners)
+        await trio.lowlevel.checkpoint()
+
+    async def _run(self, listeners: list[trio.SocketListener]) -> None:
+        with self._scope:
+            await trio.serve_listeners(self._serve, listeners)
+
+    async def _serve(self, socket_stream: trio.SocketStream) -> None:
+        try:
+            stream = TcpStream(socket_stream)
+        except OSError:
+            return  # gone before we looked
+        host, _ = stream.get_remote_address()
+        admission = self._transport.admission
+        try:
+            if admission.full(host):
+                return
+            with admission.handshake(host) as scope:
+                await self._handler(stream)
+            if not scope.cancelled_caught:
+                with admission.connection(host):
+                    await stream.closed.wait()
+        except Exception as error:  # noqa: BLE001  # whatever a stranger's handshake makes the library raise
+            logger.debug("inbound connection from %s failed: %r", host, error)
+        finally:
+            with shielded(1):
+                await stream.close()
+
+    def get_addrs(self) -> tuple[Multiaddr, ...]:
+        """Return the addresses with their real ports."""
+        return self._addresses
+
+    async def close(self) -> None:
+        """Stop listening."""
+        self._scope.cancel()
+        await trio.lowlevel.checkpoint()
+
+
+class Tcp(ITransport):
+    """Dials and listens."""
+
+    def __init__(
+        self, nursery: trio.Nursery, bound: dict[str, list[trio.SocketListener]], admission: Admission
+    ) -> None:
+        self.nursery = nursery
+        self.admission = admission
+        self._bound = bound
+
+    def take_listeners(self, address: Multiaddr) -> list[trio.SocketListener]:
+        """Return the sockets bound for an address."""
+        return self._bound.pop(str(address))
+
+    async def dial(self, maddr: Multiaddr) -> IRawConnection:
+        """Connect; raise OpenConnectionError with the reason."""
+        try:
+            address = parse_address(str(maddr))
+            stream = await trio.open_tcp_stream(address.host, address.port)
+            return RawConnection(TcpStream(stream), initiator=True)
+        except (OSError, ValueError) as error:
+            raise OpenConnectionError(_reason(error)) from error
+
+    def create_listener(self, handler_function: THandler) -> TcpListener:
+        """Return a listener that hands each connection to the function."""
+        return TcpListener(self, handler_function)
+
+    def can_dial(self, maddr: Multiaddr) -> bool:
+        """Whether this is plain TCP."""
+        try:
+            parse_address(str(maddr))
+        except ValueError:
+            return False
+        return True
+
+    def can_listen(self, maddr: Multiaddr) -> bool:
+        """Whether this is plain TCP."""
+        return self.can_dial(maddr)
+
+    def protocols(self) -> list[str]:
+        """Return the names of the protocols served."""
+        return ["tcp"]
+
+
+async def bind(address: TcpAddress) -> list[trio.SocketListener]:
+    """Open listening sockets; raise NetworkError with one line, for instance when the port is taken."""
+    try:
+        return list(await trio.open_tcp_listeners(address.port, host=address.host, backlog=LISTEN_BACKLOG))
+    except OSError as error:
+        raise NetworkError(f"cannot listen on {address.endpoint}: {_reason(error)}") from error
+
+
+class YamuxMultistream(MuxerMultistream):
+    """Negotiates yamux and makes it ours: the library's class has its own yamux built in."""
+
+    def __init__(self, limits: YamuxLimits, on_fault: Callable[[ID, str], None]) -> None:
+        super().__init__({TProtocol(YAMUX_PROTOCOL_ID): Yamux})
+        self._limits = limits
+        self._on_fault = on_fault
+
+    async def new_conn(self, conn: ISecureConn, peer_id: ID) -> IMuxedConn:
+        """Return the multiplexed connection."""
+        await self.select_transport(conn)
+        return Yamux(conn, peer_id, self._limits, lambda reason: self._on_fault(peer_id, reason))
+
+
+def secure_upgrader(key_pair: KeyPair, limits: YamuxLimits, on_fault: Callable[[ID, str], None]) -> TransportUpgrader:
+    """Return the way from a TCP connection to streams: Noise, then yamux."""
+    noise = NoiseTransport(key_pair, noise_privkey=create_noise_key_pair().private_key)
+    upgrader = TransportUpgrader({NOISE_PROTOCOL_ID: noise}, {TProtocol(YAMUX_PROTOCOL_ID): Yamux})
+    upgrader.muxer_multistream = YamuxMultistream(limits, on_fault)
+    return upgrader
+
+
+def _address_of(sock: trio.socket.SocketType) -> Multiaddr:
+    host, port, *_ = sock.getsockname()
+    kind = "ip6" if sock.family == socket.AF_INET6 else "ip4"
+    return Multiaddr(f"/{kind}/{host}/tcp/{port}")
+
+
+def _reason(error: OSError | ValueError) -> str:
+    """Return what the system said, without trio's wrapping of several attempts."""
+    if isinstance(error.__cause__, OSError):
+        error = error.__cause__
+    if isinstance(error, OSError) and error.errno is not None and error.errno > 0:
+        return {errno.EADDRINUSE: "address already in use"}.get(error.errno, os.strerror(error.errno).lower())
+    return str(error)

@@ -1,0 +1,553 @@
+"""The stream multiplexer: yamux, as its specification has it, made to withstand hostile and slow peers.
+
+The library's own yamux loses a connection when a write is cancelled, resets a stream whose reader pauses for five
+seconds, lets a peer ignore its windows, polls every 10 ms for a window, and blocks for ever at the 257th stream. This
+one is handed to the library through `MuxerMultistream`; README.md in this folder lists each cure with its test.
+
+One task reads the connection and sorts what arrives into the streams' buffers, which the windows we granted bound, so
+that nobody who pauses or cancels a read loses a byte. Control frames never block their author: they gather in a small
+buffer that goes out with the next write.
+"""
+
+import contextlib
+import logging
+import struct
+from collections import deque
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Final, Self
+
+import trio
+from libp2p.abc import IMuxedConn, IMuxedStream, ISecureConn
+from libp2p.connection_types import ConnectionType
+from libp2p.peer.id import ID
+from libp2p.stream_muxer.exceptions import (
+    MuxedConnUnavailable,
+    MuxedStreamClosed,
+    MuxedStreamEOF,
+    MuxedStreamError,
+    MuxedStreamReset,
+)
+from multiaddr import Multiaddr
+
+logger = logging.getLogger(__name__)
+
+PROTOCOL_ID: Final = "/yamux/1.0.0"
+
+INITIAL_WINDOW_BYTES: Final = 256 << 10
+"""What either side may send on a new stream, by the specification."""
+
+MAX_FRAME_BYTES: Final = 4 * 65519 - 12
+"""With its header, a frame fills exactly four Noise messages."""
+
+MAX_SEND_WINDOW_BYTES: Final = 1 << 30
+MAX_PENDING_CONTROL_BYTES: Final = 64 << 10
+
+_HEADER = struct.Struct("!BBHII")
+_DATA, _WINDOW_UPDATE, _PING, _GO_AWAY = range(4)
+_SYN, _ACK, _FIN, _RST = 1, 2, 4, 8
+_NORMAL, _PROTOCOL_ERROR = 0, 1
+
+
+@dataclass(frozen=True, slots=True)
+class YamuxLimits:
+    """What one connection may cost us, and how long we wait for its peer."""
+
+    max_streams: int = 200
+    """Streams open at a time, counted apart for those we opened and those the peer opened."""
+    max_window_bytes: int = 2 << 20
+    """How far the receive window of a stream that is read swiftly may grow."""
+    max_window_growth_bytes: int = 32 << 20
+    """The same for all streams of the connection together, beyond their initial windows."""
+    write_timeout_s: float = 10.0
+    """A peer that takes no byte for so long is cut off: the stream for want of a window, else the connection."""
+    keepalive_s: float = 10.0
+    """A peer that is silent for so long is pinged, and cut off when it stays silent for as long again."""
+    linger_s: float = 60.0
+    """How long the peer may leave its half of a stream open after we closed ours."""
+
+
+class _PeerFaultError(Exception):
+    """The peer broke the yamux protocol; the connection ends."""
+
+
+def shielded(timeout_s: float) -> trio.CancelScope:
+    """Return a scope for what must be done even under cancellation, bounded in time."""
+    scope = trio.move_on_after(timeout_s)
+    scope.shield = True
+    return scope
+
+
+class YamuxStream(IMuxedStream):
+    """One stream. The library uses read/write/close/reset; our own code the same, through `Libp2pStream`."""
+
+    def __init__(self, connection: "Yamux", stream_id: int, *, ours: bool) -> None:
+        self.muxed_conn: Yamux = connection
+        self.stream_id = stream_id
+        self.ours = ours
+        self.send_window = INITIAL_WINDOW_BYTES
+        self.receive_window = INITIAL_WINDOW_BYTES
+        self.target_window = INITIAL_WINDOW_BYTES
+        self.consumed = 0
+        self.last_update = trio.current_time()
+        self.chunks: deque[bytes] = deque()
+        self.send_closed = False
+        self.finished = False
+        self.broken = False
+        self.closed_at: float | None = None
+        self.discarding = False
+        self.readable = trio.lowlevel.ParkingLot()
+        self.writable = trio.lowlevel.ParkingLot()
+
+    async def read(self, n: int | None = None) -> bytes:
+        """Return what has arrived, at most `n` bytes; raise MuxedStreamEOF at the end. Cancelling it loses nothing."""
+        await trio.lowlevel.checkpoint_if_cancelled()
+        while not self.chunks:
+            if self.finished:
+                raise MuxedStreamEOF("end of stream")
+            if self.broken:
+                raise MuxedStreamReset("stream was reset")
+            await self.readable.park()
+        chunk = self.chunks[0]
+        if n is None or n < 0 or len(chunk) <= n:
+            self.chunks.popleft()
+        else:
+            self.chunks[0] = chunk[n:]
+            chunk = chunk[:n]
+        self.muxed_conn.consumed(self, len(chunk))
+        return chunk
+
+    async def write(self, data: bytes | bytearray | memoryview) -> None:
+        """Send everything. When it is cancelled half-way the stream is reset, and only the stream."""
+        view = memoryview(data)
+        started = False
+        try:
+            while view:
+                size = await self._wait_for_window()
+                async with self.muxed_conn.write_lock:
+                    # Another writer may have had the window, or the stream may have ended, while we queued.
+                    size = min(size, self.send_window, MAX_FRAME_BYTES, len(view))
+                    self._raise_if_unwritable()
+                    if size == 0:
+                        continue
+                    self.send_window -= size
+                    started = True
+                    await self.muxed_conn.write_frame(_HEADER.pack(0, _DATA, 0, self.stream_id, size), view[:size])
+                view = view[size:]
+            await trio.lowlevel.checkpoint_if_cancelled()
+        except trio.Cancelled:
+            if started and view:
+                self.reset_now()
+            raise
+
+    async def _wait_for_window(self) -> int:
+        self._raise_if_unwritable()
+        if self.send_window == 0:
+            with trio.move_on_after(self.muxed_conn.limits.write_timeout_s):
+                while self.send_window == 0 and not self.broken and not self.send_closed:
+                    await self.writable.park()
+            self._raise_if_unwritable()
+            if self.send_window == 0:
+                self.reset_now()
+                raise MuxedStreamReset(f"the peer took nothing for {self.muxed_conn.limits.write_timeout_s:g} s")
+        return self.send_window
+
+    def _raise_if_unwritable(self) -> None:
+        if self.broken:
+            raise MuxedStreamReset("stream was reset")
+        if self.send_closed:
+            raise MuxedStreamClosed("stream is closed for sending")
+
+    async def close(self) -> None:
+        """Say that we send no more. The peer may still send: this is what the library's protocols expect."""
+        self.close_now(discard=False)
+        await trio.lowlevel.checkpoint_if_cancelled()
+
+    def close_now(self, *, discard: bool) -> None:
+        """Close without waiting: the last frame goes out with the next write. `discard`: break off what still comes."""
+        if discard:
+            self.discarding = True
+            self.chunks.clear()
+        if self.send_closed or self.broken:
+            return
+        self.send_closed = True
+        self.closed_at = trio.current_time()
+        self.muxed_conn.queue_control(_WINDOW_UPDATE, _FIN, self.stream_id, 0)
+        self.writable.unpark_all()
+        if self.finished:
+            self.muxed_conn.forget(self)
+
+    async def reset(self) -> None:
+        """Break the stream off in both directions."""
+        self.reset_now()
+        await trio.lowlevel.checkpoint_if_cancelled()
+
+    def reset_now(self) -> None:
+        """Do `reset` without waiting."""
+        if not self.broken and not (self.send_closed and self.finished):
+            self.muxed_conn.queue_control(_WINDOW_UPDATE, _RST, self.stream_id, 0)
+        self.chunks.clear()
+        self.break_off()
+
+    def break_off(self) -> None:
+        """Mark the stream dead and wake everybody. Only what was complete before may still be read."""
+        self.broken = self.send_closed = True
+        if not self.finished:
+            self.chunks.clear()
+        self.muxed_conn.forget(self)
+        self.readable.unpark_all()
+        self.writable.unpark_all()
+
+    @property
+    def is_closed(self) -> bool:
+        """Whether nothing more can pass in either direction."""
+        return self.broken or (self.send_closed and self.finished and not self.chunks)
+
+    def set_deadline(self, ttl: int) -> None:
+        """Yamux has no deadlines; callers use cancel scopes."""
+        raise NotImplementedError("use a cancel scope")
+
+    def get_remote_address(self) -> tuple[str, int] | None:
+        """Return host and port of the peer."""
+        return self.muxed_conn.get_remote_address()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        await self.close()
+
+
+class Yamux(IMuxedConn):
+    """One connection with many streams, over a secured connection."""
+
+    def __init__(
+        self,
+        conn: ISecureConn,
+        peer_id: ID,
+        limits: YamuxLimits | None = None,
+        on_fault: Callable[[str], None] = lambda reason: None,
+    ) -> None:
+        """Wrap `conn`, which is authenticated as `peer_id`; `on_fault` hears why we cut the peer off, if we do."""
+        self.secured_conn = conn
+        self.peer_id = peer_id
+        self.limits = limits or YamuxLimits()
+        self.write_lock = trio.Lock()
+        self.event_started = trio.Event()
+        self.event_closed = trio.Event()
+        # SwarmConn hangs its own hook here; it learns of the end through accept_stream just as well.
+        self.on_close: Callable[[], Awaitable[None]] | None = None
+        self._on_fault = on_fault
+        self._streams: dict[int, YamuxStream] = {}
+        self._ours = self._theirs = 0
+        self._next_id = 1 if conn.is_initiator else 2
+        self._window_growth = 0
+        self._control = bytearray()
+        self._control_pending = trio.lowlevel.ParkingLot()
+        self._arrivals, self._new_streams = trio.open_memory_channel[YamuxStream](self.limits.max_streams)
+        self._scope = trio.CancelScope()
+        self._received_frames = 0
+        self._ping_sent = 0.0
+        self._round_trip_s = 0.0
+
+    @property
+    def is_initiator(self) -> bool:
+        """Whether we dialled."""
+        return self.secured_conn.is_initiator
+
+    @property
+    def is_established(self) -> bool:
+        """Whether streams can be opened."""
+        return self.event_started.is_set() and not self.event_closed.is_set()
+
+    @property
+    def is_closed(self) -> bool:
+        """Whether the connection is gone."""
+        return self.event_closed.is_set()
+
+    def rtt(self) -> float:
+        """Return the last measured round-trip time in seconds, 0 before the first."""
+        return self._round_trip_s
+
+    def get_transport_addresses(self) -> list[Multiaddr]:
+        """Return the addresses of the transport below."""
+        return self.secured_conn.get_transport_addresses()
+
+    def get_connection_type(self) -> ConnectionType:
+        """Return how the peers are connected."""
+        return self.secured_conn.get_connection_type()
+
+    def get_remote_address(self) -> tuple[str, int] | None:
+        """Return host and port of the peer."""
+        return self.secured_conn.get_remote_address()
+
+    async def start(self) -> None:
+        """Serve the connection until it ends. Raises nothing but Cancelled."""
+        try:
+            with self._scope:
+                async with trio.open_nursery() as nursery:
+                    nursery.start_soon(self._flush_control)
+                    nursery.start_soon(self._keep_alive)
+                    self.event_started.set()
+                    await self._serve()
+        finally:
+            self._end()
+            with shielded(1):
+                await self._close_secured()
+
+    async def close(self) -> None:
+        """Say goodbye, if the peer listens, and end the connection. Bounded by a second."""
+        if not self.event_closed.is_set():
+            with shielded(0.5) as scope:
+                self.queue_control(_GO_AWAY, 0, 0, _NORMAL)
+                async with self.write_lock:
+                    await self.write_frame(b"")
+            if scope.cancelled_caught:
+                await trio.lowlevel.checkpoint_if_cancelled()
+        self.abort()
+        with shielded(0.5):
+            await self._close_secured()
+
+    def abort(self, fault: str | None = None) -> None:
+        """End the connection at once; `fault` says what the peer did."""
+        if fault is not None and not self.event_closed.is_set():
+            self._on_fault(fault)
+        self._end()
+        self._scope.cancel()
+
+    def _end(self) -> None:
+        self.event_closed.set()
+        self._arrivals.close()
+        for stream in list(self._streams.values()):
+            stream.break_off()
+        self._control_pending.unpark_all()
+
+    async def _close_secured(self) -> None:
+        # Whatever the layers below say of a dying socket, it is dead.
+        with contextlib.suppress(Exception):
+            await self.secured_conn.close()
+
+    # Streams
+
+    async def open_stream(self) -> YamuxStream:
+        """Open a stream; its first frame goes out with the first write."""
+        await trio.lowlevel.checkpoint_if_cancelled()
+        if self.event_closed.is_set():
+            raise MuxedStreamError("the connection is closed")
+        if self._ours >= self.limits.max_streams:
+            raise MuxedStreamError(f"{self._ours} streams to this peer are open already")
+        stream = YamuxStream(self, self._next_id, ours=True)
+        self._next_id += 2
+        self._streams[stream.stream_id] = stream
+        self._ours += 1
+        self.queue_control(_WINDOW_UPDATE, _SYN, stream.stream_id, 0)
+        return stream
+
+    async def accept_stream(self) -> YamuxStream:
+        """Wait for a stream that the peer opens."""
+        try:
+            return await self._new_streams.receive()
+        except trio.EndOfChannel:
+            raise MuxedConnUnavailable("the connection is closed") from None
+
+    def forget(self, stream: YamuxStream) -> None:
+        """Drop a stream that is closed in both directions."""
+        if self._streams.pop(stream.stream_id, None) is None:
+            return
+        self._window_growth -= stream.target_window - INITIAL_WINDOW_BYTES
+        if stream.ours:
+            self._ours -= 1
+        else:
+            self._theirs -= 1
+
+    def consumed(self, stream: YamuxStream, size: int) -> None:
+        """Grant the peer new window for what was read, in portions of half a window."""
+        if stream.finished or stream.broken:
+            return
+        stream.consumed += size
+        if stream.consumed < stream.target_window // 2:
+            return
+        now = trio.current_time()
+        # As in other implementations: a window used up within four round trips is what limits the sender.
+        if now - stream.last_update < 4 * max(self._round_trip_s, 0.001):
+            growth = min(stream.target_window, self.limits.max_window_bytes - stream.target_window)
+            growth = min(growth, self.limits.max_window_growth_bytes - self._window_growth)
+            if growth > 0:
+                stream.target_window += growth
+                stream.consumed += growth
+                self._window_growth += growth
+        stream.last_update = now
+        stream.receive_window += stream.consumed
+        self.queue_control(_WINDOW_UPDATE, 0, stream.stream_id, stream.consumed)
+        stream.consumed = 0
+
+    # Writing
+
+    def queue_control(self, kind: int, flags: int, stream_id: int, value: int) -> None:
+        """Have a frame without payload sent with the next write, or as soon as the connection is free."""
+        if self.event_closed.is_set():
+            return
+        if len(self._control) >= MAX_PENDING_CONTROL_BYTES:
+            self.abort("it does not read what it asks for")
+            return
+        self._control += _HEADER.pack(0, kind, flags, stream_id, value)
+        self._control_pending.unpark_all()
+
+    async def write_frame(self, header: bytes, payload: memoryview | bytes = b"") -> None:
+        """Write pending control frames and then this one. The caller holds `write_lock`.
+
+        Shielded, for a frame that is cut off would ruin the connection for all streams; a peer that takes nothing for
+        `write_timeout_s` loses the connection instead.
+        """
+        if self.event_closed.is_set():
+            raise MuxedStreamReset("the connection is closed")
+        data = b"".join((self._control, header, payload))
+        self._control.clear()
+        with shielded(self.limits.write_timeout_s) as scope:
+            try:
+                await self.secured_conn.write(data)
+            except Exception as error:  # the layers below raise a dozen types for a dead socket
+                self.abort()
+                raise MuxedStreamReset(f"the connection broke: {error}") from error
+        if scope.cancelled_caught:
+            reason = f"it took nothing for {self.limits.write_timeout_s:g} s"
+            self.abort(reason)
+            raise MuxedStreamReset(f"the connection was closed: the peer took nothing ({reason})")
+
+    async def _flush_control(self) -> None:
+        while not self.event_closed.is_set():
+            if not self._control:
+                await self._control_pending.park()
+            async with self.write_lock:
+                if self._control:
+                    try:
+                        await self.write_frame(b"")
+                    except MuxedStreamError:
+                        return
+
+    async def _keep_alive(self) -> None:
+        while True:
+            before = self._received_frames
+            self._ping_sent = trio.current_time()
+            self.queue_control(_PING, _SYN, 0, 0)
+            await trio.sleep(self.limits.keepalive_s)
+            if self._received_frames == before:
+                self.abort(f"it was silent for {self.limits.keepalive_s:g} s after a ping")
+            overdue = trio.current_time() - self.limits.linger_s
+            for stream in list(self._streams.values()):
+                if stream.closed_at is not None and stream.closed_at < overdue:
+                    stream.reset_now()
+
+    # Reading
+
+    async def _serve(self) -> None:
+        try:
+            await self._receive_frames()
+        except _PeerFaultError as fault:
+            self._on_fault(str(fault))
+            self.queue_control(_GO_AWAY, 0, 0, _PROTOCOL_ERROR)
+            async with self.write_lock:
+                await self._send_last_words()
+        except Exception as error:  # noqa: BLE001  # every layer below has its own way to say that it ended
+            logger.debug("connection to %s ended: %r", self.peer_id, error)
+        self.abort()
+
+    async def _send_last_words(self) -> None:
+        try:
+            with trio.move_on_after(0.5):
+                await self.write_frame(b"")
+        except MuxedStreamError:
+            pass
+
+    async def _receive_frames(self) -> None:
+        buffer = bytearray()
+        while True:
+            while len(buffer) < _HEADER.size:
+                buffer += await self.secured_conn.read(None)
+            version, kind, flags, stream_id, value = _HEADER.unpack_from(buffer)
+            del buffer[: _HEADER.size]
+            self._received_frames += 1
+            if version != 0:
+                raise _PeerFaultError("it speaks another version of yamux")
+            if kind == _DATA:
+                stream = self._incoming_stream(flags, stream_id)
+                self._admit(stream, stream_id, value)
+                while value:
+                    if not buffer:
+                        buffer += await self.secured_conn.read(None)
+                    chunk = bytes(buffer[:value])
+                    del buffer[:value]
+                    value -= len(chunk)
+                    # The stream may end while its frame is still arriving.
+                    if stream is not None and not (stream.finished or stream.broken or stream.discarding):
+                        stream.chunks.append(chunk)
+                        stream.readable.unpark_all()
+                self._handle_flags(stream, flags)
+            elif kind == _WINDOW_UPDATE:
+                stream = self._incoming_stream(flags, stream_id)
+                if stream is not None:
+                    stream.send_window = min(stream.send_window + value, MAX_SEND_WINDOW_BYTES)
+                    stream.writable.unpark_all()
+                self._handle_flags(stream, flags)
+            elif kind == _PING:
+                self._handle_ping(flags, value)
+            elif kind == _GO_AWAY:
+                return
+            else:
+                raise _PeerFaultError(f"it sent a frame of the unknown type {kind}")
+
+    def _incoming_stream(self, flags: int, stream_id: int) -> YamuxStream | None:
+        """Return the stream of a frame, opening it if the frame says so; None for one that is gone or not admitted."""
+        if not flags & _SYN:
+            return self._streams.get(stream_id)
+        if stream_id in self._streams or stream_id == 0 or stream_id % 2 == self._next_id % 2:
+            raise _PeerFaultError(f"it opened stream {stream_id} out of turn")
+        if self._theirs >= self.limits.max_streams:
+            self.queue_control(_WINDOW_UPDATE, _RST, stream_id, 0)
+            return None
+        stream = YamuxStream(self, stream_id, ours=False)
+        try:
+            self._arrivals.send_nowait(stream)
+        except (trio.WouldBlock, trio.BrokenResourceError):
+            self.queue_control(_WINDOW_UPDATE, _RST, stream_id, 0)
+            return None
+        self._streams[stream_id] = stream
+        self._theirs += 1
+        self.queue_control(_WINDOW_UPDATE, _ACK, stream_id, 0)
+        return stream
+
+    def _admit(self, stream: YamuxStream | None, stream_id: int, size: int) -> None:
+        """Charge a data frame to the window of its stream."""
+        if stream is None:
+            # A stream that we broke off: what was under way when we did is dropped, within a window's worth.
+            if size > self.limits.max_window_bytes:
+                raise _PeerFaultError(f"it sent {size} bytes on a closed stream")
+            if size:
+                self.queue_control(_WINDOW_UPDATE, _RST, stream_id, 0)
+            return
+        stream.receive_window -= size
+        if stream.receive_window < 0:
+            raise _PeerFaultError("it sent more than the window of a stream allows")
+        if size and stream.discarding:
+            stream.reset_now()
+
+    def _handle_flags(self, stream: YamuxStream | None, flags: int) -> None:
+        if stream is None:
+            return
+        if flags & _RST:
+            stream.break_off()
+        elif flags & _FIN:
+            stream.finished = True
+            stream.readable.unpark_all()
+            if stream.send_closed:
+                self.forget(stream)
+
+    def _handle_ping(self, flags: int, value: int) -> None:
+        if flags & _SYN:
+            self.queue_control(_PING, _ACK, 0, value)
+        elif flags & _ACK and self._ping_sent:
+            self._round_trip_s = trio.current_time() - self._ping_sent
+            self._ping_sent = 0.0
