@@ -1,0 +1,34 @@
+"""The DHT records of this program: one namespace of the network, in it several kinds, each with its own validator."""
+
+from collections.abc import Sequence
+
+from node.network.interface import Network, RecordValidator
+from protocol.records import DHT_NAMESPACE, select
+
+
+class RecordKinds:
+    """What may stand under `/metaswarm/<kind>/…`.
+
+    A network takes one validator for a namespace; kinds of records come from several rooms. Which of two records about
+    the same thing is the better is decided alike for all of them.
+    """
+
+    def __init__(self, network: Network) -> None:
+        self._validators: dict[str, RecordValidator] = {}
+        network.register_record(DHT_NAMESPACE, self._validate, _select)
+
+    def register(self, kind: str, validator: RecordValidator) -> None:
+        """Accept records of one kind; before the network runs."""
+        if kind in self._validators:
+            raise ValueError(f"records of the kind {kind!r} are registered already")
+        self._validators[kind] = validator
+
+    def _validate(self, key: str, value: bytes) -> bool:
+        parts = key.split("/", 3)
+        validator = self._validators.get(parts[2]) if len(parts) == 4 else None
+        return validator is not None and validator(key, value)
+
+
+def _select(key: str, values: Sequence[bytes]) -> int:
+    del key
+    return select(values)
