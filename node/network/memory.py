@@ -153,9 +153,7 @@ class MemoryNetworkHub:
                 if self.blocked(*pair):
                     still[pair] = self._blocked_since.get(pair, now)
                     if pair not in self._blocked_since:
-                        network.schedule(
-                            now + CUT_OFF_S, _Packet(other, network.peer_id, self._cut_off_check(pair, now))
-                        )
+                        network.schedule(now + CUT_OFF_S, _Packet(pair[0], pair[0], self._cut_off_check(pair, now)))
         self._blocked_since = still
         held, self._held = self._held, []
         for packet in held:
