@@ -88,3 +88,11 @@ def sha256_of(path: Path, on_bytes: Callable[[int], None] = lambda _count: None)
             digest.update(piece)
             on_bytes(len(piece))
     return digest.hexdigest()
+
+
+def size_of(path: Path) -> int | None:
+    """Return a file's size, or None where there is none."""
+    try:
+        return path.stat().st_size
+    except FileNotFoundError:
+        return None

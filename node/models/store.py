@@ -264,6 +264,14 @@ class ModelStore:
             corrupt=tuple(file.name for file in corrupt),
         )
 
+    def discard(self, model: ModelId, name: str) -> None:
+        """Delete one file of a package, which was found damaged, so that it counts as missing."""
+        package = self.get(model)
+        with disk_errors(f"cannot delete {name} of model {model[:12]}"):
+            for file in package.manifest.files:
+                if file.name == name:
+                    package.path_of(file).unlink(missing_ok=True)
+
     def remove(self, model: ModelId) -> None:
         """Delete a package and its local names, also a damaged one. Raises UnknownModelError when there is none."""
         path = self._models / model

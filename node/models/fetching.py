@@ -1,0 +1,314 @@
+"""Fetches one file from peers by the blob protocol.
+
+Whoever sends a file may lie in every byte of it. What comes is bounded by the size that the manifest states, lies under
+a name of its own until its sha256 is right, and counts for nothing before.
+"""
+
+import fcntl
+import hashlib
+import os
+from collections import Counter
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Final
+
+import structlog
+import trio
+
+from node.models.errors import ModelError
+from node.models.files import disk_errors, flush_directory, sha256_of, size_of
+from node.network.interface import Network, NetworkError, Stream
+from protocol.blobs import PROTOCOL_ID, BlobBusy, BlobData, BlobInitiator, BlobMissing, BlobRequest
+from protocol.errors import RemoteProtocolError
+from protocol.identity import ModelId, PeerId
+from protocol.limits import MAX_MANIFEST_BYTES
+
+RANGE_BYTES: Final = 16 << 20
+"""What one request asks for."""
+STALL_S: Final = 15.0
+"""A peer that sends nothing for so long, while it owes us bytes, is given up."""
+RANGE_S: Final = 600.0
+"""The longest one request may take, however busily the peer drips."""
+BUSY_DELAYS_S: Final = (0.5, 1.0, 2.0, 4.0, 8.0)
+"""How long to wait before asking again, when every peer that may have a file is busy."""
+
+_RECEIVE_BYTES: Final = 256 << 10
+_LOCK_POLL_S: Final = 0.2
+
+_logger = structlog.get_logger(__name__)
+
+
+class FetchError(ModelError):
+    """A file could not be had from any peer."""
+
+
+@dataclass(slots=True)
+class Fetched:
+    """What fetching cost and found out."""
+
+    bytes_by_peer: Counter[PeerId] = field(default_factory=Counter)
+    bad_peers: dict[PeerId, str] = field(default_factory=dict)
+    """Peers that sent wrong bytes or broke the protocol, and what they did."""
+
+    def add(self, other: "Fetched") -> None:
+        """Take in what another fetch cost and found out."""
+        self.bytes_by_peer.update(other.bytes_by_peer)
+        self.bad_peers.update(other.bad_peers)
+
+
+async def fetch_blob(
+    network: Network,
+    peers: Sequence[PeerId],
+    sha256: str,
+    size_bytes: int,
+    destination: Path,
+    on_bytes: Callable[[int], None] = lambda _count: None,
+) -> Fetched:
+    """Fetch a file from the first of the peers that can give it, and put it under its name when its sha256 is right.
+
+    What came before a failure or a crash is kept beside `destination` as `.<name>.part`, and fetching goes on from
+    there. `on_bytes` is told of bytes gained, and with a negative number of bytes that had to be thrown away. Raises
+    FetchError when no peer gives it, ModelError for a fault of the disk.
+    """
+    with disk_errors(f"cannot store {destination.name}"):
+        async with _open_part(destination, size_bytes) as part:
+            if part is None:
+                return Fetched()
+            fetch = _Fetch(network, sha256, part, on_bytes)
+            await fetch.run([peer for peer in peers if peer != network.peer_id])
+            await trio.to_thread.run_sync(part.put_in_place)
+            return fetch.fetched
+
+
+@dataclass(slots=True)
+class _Part:
+    """The beginning of a file, under a name that does not count, locked against everybody else who fetches it."""
+
+    handle: int
+    path: Path
+    destination: Path
+    size: int
+    """Bytes of the whole file."""
+    have: int
+    """Bytes that are there."""
+
+    def append(self, data: memoryview) -> None:
+        while data:
+            written = os.pwrite(self.handle, data, self.have)
+            self.have += written
+            data = data[written:]
+
+    def clear(self) -> None:
+        os.ftruncate(self.handle, 0)
+        self.have = 0
+
+    def put_in_place(self) -> None:
+        os.fsync(self.handle)
+        self.path.replace(self.destination)
+        flush_directory(self.destination.parent)
+
+
+@asynccontextmanager
+async def _open_part(destination: Path, size: int) -> AsyncIterator[_Part | None]:
+    """Open and lock the part file of a destination; None when the destination is there, perhaps after a wait."""
+    path = destination.with_name(f".{destination.name}.part")
+    handle = -1
+    try:
+        while size_of(destination) != size:
+            if handle < 0:
+                handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+            if _lock(handle) and _is_open_file(path, handle):
+                break
+            # Somebody else fetches it, or has just put it in place, so that what we opened is no longer the part file.
+            os.close(handle)
+            handle = -1
+            await trio.sleep(_LOCK_POLL_S)
+        if handle < 0 or size_of(destination) == size:
+            yield None
+            return
+        have = os.fstat(handle).st_size
+        if have > size:
+            os.ftruncate(handle, 0)
+            have = 0
+        yield _Part(handle, path, destination, size, have)
+    finally:
+        if handle >= 0:
+            os.close(handle)
+
+
+class _Fetch:
+    """One file on its way into its part file."""
+
+    def __init__(self, network: Network, sha256: str, part: _Part, on_bytes: Callable[[int], None]) -> None:
+        self._network = network
+        self._sha256 = sha256
+        self._part = part
+        self._on_bytes = on_bytes
+        # Whose bytes the part file holds; None stands for a former run's.
+        self._sources: set[PeerId | None] = {None} if part.have else set()
+        self._from_one_peer = False
+        self.fetched = Fetched()
+        on_bytes(part.have)
+
+    async def run(self, peers: list[PeerId]) -> None:
+        """Ask the peers in turn until the whole file is there and right; raise FetchError when nobody is left."""
+        reason = "no peer is known to have it"
+        asked = len(peers)
+        delays = iter(BUSY_DELAYS_S)
+        while self._part.have < self._part.size or not await self._is_right(peers):
+            for peer in tuple(peers):
+                try:
+                    if self._from_one_peer:
+                        self._start_over()
+                    if await self._fetch_from(peer):
+                        break
+                    reason = f"{peer} is busy"
+                except (NetworkError, RemoteProtocolError) as error:
+                    reason = f"{peer}: {error}"
+                    peers.remove(peer)
+                    if isinstance(error, RemoteProtocolError):
+                        self._blame(peer, str(error))
+            else:
+                delay = next(delays, None)
+                if not peers or delay is None:
+                    name = self._part.destination.name
+                    raise FetchError(f"cannot fetch {name} from any of {asked} peers; the last reason: {reason}")
+                await trio.sleep(delay)
+
+    async def _fetch_from(self, peer: PeerId) -> bool:
+        """Fetch all that is missing from one peer; return False if it is busy. Raises when it fails or has it not."""
+
+        async def store(data: memoryview) -> None:
+            await trio.to_thread.run_sync(part.append, data)
+            self._sources.add(peer)
+            self.fetched.bytes_by_peer[peer] += len(data)
+            self._on_bytes(len(data))
+
+        part = self._part
+        async with _blob_stream(self._network, peer) as stream:
+            initiator = BlobInitiator()
+            while part.have < part.size:
+                request = BlobRequest(
+                    sha256=self._sha256, offset=part.have, length=min(part.size - part.have, RANGE_BYTES)
+                )
+                if not await _receive_range(stream, initiator, request, (part.size, part.size), store):
+                    return False
+        return True
+
+    async def _is_right(self, peers: list[PeerId]) -> bool:
+        """Check the whole file's hash; when it is wrong, throw the file away and find out who is to blame."""
+        if await trio.to_thread.run_sync(sha256_of, self._part.path) == self._sha256:
+            return True
+        for peer in self._sources if len(self._sources) == 1 else ():
+            if peer is not None:
+                self._blame(peer, "sent bytes that are not the file's")
+                peers[:] = [other for other in peers if other != peer]
+        # With several sources nobody can be blamed: from now on one peer gives all of it.
+        self._from_one_peer = True
+        self._start_over()
+        return False
+
+    def _start_over(self) -> None:
+        self._on_bytes(-self._part.have)
+        self._part.clear()
+        self._sources = set()
+
+    def _blame(self, peer: PeerId, deed: str) -> None:
+        _logger.warning("peer gave a bad file", peer=peer, sha256=self._sha256, deed=deed)
+        self.fetched.bad_peers[peer] = deed
+
+
+async def fetch_manifest_bytes(network: Network, peers: Sequence[PeerId], model: ModelId) -> tuple[bytes, Fetched]:
+    """Return a manifest's bytes from the first peer that has it, which are those that the model's id is the hash of."""
+    fetched = Fetched()
+    reason = "no peer is known to have it"
+    for peer in (peer for peer in peers if peer != network.peer_id):
+        data = bytearray()
+
+        async def store(piece: memoryview, data: bytearray = data) -> None:
+            data += piece
+
+        request = BlobRequest(sha256=model, offset=0, length=MAX_MANIFEST_BYTES)
+        try:
+            async with _blob_stream(network, peer) as stream:
+                complete = await _receive_range(stream, BlobInitiator(), request, (1, MAX_MANIFEST_BYTES), store)
+        except (NetworkError, RemoteProtocolError) as error:
+            reason = f"{peer}: {error}"
+            if isinstance(error, RemoteProtocolError):
+                fetched.bad_peers[peer] = str(error)
+            continue
+        fetched.bytes_by_peer[peer] += len(data)
+        if not complete:
+            reason = f"{peer} is busy"
+        elif hashlib.sha256(data).hexdigest() == model:
+            return bytes(data), fetched
+        else:
+            reason = fetched.bad_peers[peer] = "sent another manifest than it was asked for"
+    raise FetchError(f"no peer has the manifest of model {model[:12]}; the last reason: {reason}")
+
+
+async def _receive_range(
+    stream: Stream,
+    initiator: BlobInitiator,
+    request: BlobRequest,
+    size_limits: tuple[int, int],
+    store: Callable[[memoryview], Awaitable[None]],
+) -> bool:
+    """Ask for a range and hand its bytes to `store`; return False when the peer is busy.
+
+    `size_limits`: the least and most that the whole file may have. Raises NetworkError when the peer has not got it,
+    stalls or is gone, RemoteProtocolError when it lies.
+    """
+    await stream.send_all(initiator.request(request))
+    deadline = trio.current_time() + RANGE_S
+    while not initiator.idle:
+        try:
+            with trio.fail_at(min(trio.current_time() + STALL_S, deadline)):
+                data = await stream.receive_some(_RECEIVE_BYTES)
+        except trio.TooSlowError:
+            raise NetworkError("it was too slow") from None
+        if not data:
+            raise NetworkError("it ended the stream too early")
+        for event in initiator.receive_data(data):
+            if isinstance(event, BlobData):
+                await store(event.data)
+            elif isinstance(event, BlobBusy):
+                return False
+            elif isinstance(event, BlobMissing):
+                raise NetworkError("it does not have the file")
+            elif not size_limits[0] <= event.size <= size_limits[1]:
+                raise RemoteProtocolError(f"says that the file has {event.size} bytes, which is wrong")
+    return True
+
+
+@asynccontextmanager
+async def _blob_stream(network: Network, peer: PeerId) -> AsyncIterator[Stream]:
+    """Open a stream, which is closed after success and reset after failure. Raises NetworkError."""
+    with trio.move_on_after(STALL_S) as dialling:
+        stream = await network.open_stream(peer, PROTOCOL_ID)
+    if dialling.cancelled_caught:
+        raise NetworkError("it cannot be reached in time")
+    try:
+        yield stream
+    except BaseException:
+        with trio.CancelScope(shield=True):
+            await stream.reset()
+        raise
+    await stream.aclose()
+
+
+def _lock(handle: int) -> bool:
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def _is_open_file(path: Path, handle: int) -> bool:
+    try:
+        return path.stat().st_ino == os.fstat(handle).st_ino
+    except FileNotFoundError:
+        return False
