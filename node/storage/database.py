@@ -1,0 +1,254 @@
+"""The file: opened, checked, migrated, read by several threads and written by one at a time.
+
+Whoever writes waits until the write is committed. While one transaction is on its way to the file, further writes
+gather, and the next transaction takes them all.
+
+What a commit survives: WAL with `synchronous=NORMAL` loses nothing when the process is killed, at any instant. When the
+machine loses power it may lose the latest commits, those since the last checkpoint (about 4 MiB of changes), but the
+file stays whole; other peers have those observations, and give them back.
+"""
+
+import os
+import sqlite3
+import time
+from collections import deque
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final, Generic, TypeVar, cast
+
+import structlog
+import trio
+
+from node.storage.schema import MIGRATIONS
+
+DATABASE_FILE: Final = "metaswarm.sqlite3"
+
+MAX_WAITING_WRITES: Final = 1024
+"""Writes that wait for their transaction; whoever comes after them waits for room."""
+
+MAX_BATCH: Final = 256
+"""Writes in one transaction."""
+
+READERS: Final = 3
+"""Reads at a time."""
+
+BUSY_TIMEOUT_S: Final = 10.0
+"""How long a write waits for that of another process."""
+
+MAX_LOG_BYTES: Final = 64 << 20
+"""The write-ahead log is cut back to this after it has grown in one large transaction."""
+
+_T = TypeVar("_T")
+
+_logger = structlog.get_logger(__name__)
+
+
+class StorageError(Exception):
+    """The database cannot be read or written. The message is one line, fit for a user."""
+
+
+class StorageFull(StorageError):
+    """There is no space left: nothing was written. Later writes work again once there is."""
+
+
+class StorageDamaged(StorageError):
+    """The file is no longer a sound database."""
+
+
+@dataclass(slots=True, eq=False)
+class _Write(Generic[_T]):
+    """A write on its way. Once it is `taken`, whoever holds the lock next finds its `error` or its `value`."""
+
+    work: Callable[[sqlite3.Connection], _T]
+    taken: bool = False
+    error: Exception | None = None
+    value: _T | None = None
+
+
+class Database:
+    """An open database file. `open_database` makes one."""
+
+    def __init__(self, path: Path, *, may_set_aside: bool) -> None:
+        """Open the file; blocks, and raises StorageError."""
+        self.path = path
+        self.set_aside: Path | None = None
+        """Where the damaged file lies that was found here; what it held has to come from the swarm again."""
+        self._room = trio.Semaphore(MAX_WAITING_WRITES)
+        self._waiting: deque[_Write[Any]] = deque()
+        self._writing = trio.Lock()
+        self._committing = trio.CapacityLimiter(1)
+        self._reading = trio.CapacityLimiter(READERS)
+        self._idle_readers: list[sqlite3.Connection] = []
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            damage = _damage(path)
+            if damage:
+                if not may_set_aside:
+                    raise StorageDamaged(f"{path} is damaged ({damage}); a node that starts here sets it aside")
+                self.set_aside = _set_aside(path)
+                _logger.warning("database damaged: set aside", path=str(self.set_aside), damage=damage)
+            self._writer = _connect(path)
+            try:
+                self._writer.execute("PRAGMA journal_mode = WAL")
+                self._writer.execute("PRAGMA synchronous = NORMAL")
+                self._writer.execute(f"PRAGMA journal_size_limit = {MAX_LOG_BYTES}")
+                _migrate(self._writer, path)
+            except BaseException:
+                self._writer.close()
+                raise
+        except (sqlite3.Error, OSError) as error:
+            raise _translated(error, path) from None
+
+    async def write(self, work: Callable[[sqlite3.Connection], _T]) -> _T:
+        """Run `work` in a transaction, in a thread; return its result once that is committed.
+
+        `work` may be run again when a transaction that it shared with others fails. Raises StorageError, and then
+        nothing was written. If the caller is cancelled, it may have been.
+        """
+        async with self._room:
+            write = _Write(work)
+            self._waiting.append(write)
+            try:
+                # Whoever gets here first commits for all who wait behind; they find their write done.
+                async with self._writing:
+                    if not write.taken:
+                        batch = [self._waiting.popleft() for _ in range(min(MAX_BATCH, len(self._waiting)))]
+                        for taken in batch:
+                            taken.taken = True
+                        with trio.CancelScope(shield=True):  # others wait for this batch, too
+                            await trio.to_thread.run_sync(self._commit, batch, limiter=self._committing)
+            finally:
+                if not write.taken:
+                    self._waiting.remove(write)
+        if write.error:
+            raise write.error
+        return cast("_T", write.value)
+
+    async def read(self, work: Callable[[sqlite3.Connection], _T]) -> _T:
+        """Run `work` in a thread, on one state of the database; return its result. Raises StorageError."""
+        return await trio.to_thread.run_sync(self._read, work, limiter=self._reading)
+
+    def close(self) -> None:
+        """Close the file; blocks. Nobody may be reading or writing."""
+        for connection in (*self._idle_readers, self._writer):
+            # Closing also moves the log into the file, which a full disk may forbid; the next opening does it then.
+            with suppress(sqlite3.Error):
+                connection.close()
+
+    def _commit(self, batch: list[_Write[Any]]) -> None:
+        try:
+            self._writer.execute("BEGIN IMMEDIATE")
+            for write in batch:
+                write.value = write.work(self._writer)
+            self._writer.execute("COMMIT")
+        except Exception as error:  # noqa: BLE001  # each write's fault is told to its caller, and to no other
+            if self._writer.in_transaction:
+                with suppress(sqlite3.Error):
+                    self._writer.execute("ROLLBACK")
+            if len(batch) > 1:
+                for write in batch:
+                    self._commit([write])
+                return
+            batch[0].error = _translated(error, self.path) if isinstance(error, sqlite3.Error) else error
+
+    def _read(self, work: Callable[[sqlite3.Connection], _T]) -> _T:
+        try:
+            connection = self._idle_readers.pop() if self._idle_readers else _connect(self.path)
+            try:
+                connection.execute("PRAGMA query_only = ON")
+                connection.execute("BEGIN")
+                value = work(connection)
+                connection.execute("COMMIT")
+            except BaseException:
+                connection.close()
+                raise
+            self._idle_readers.append(connection)
+        except sqlite3.Error as error:
+            raise _translated(error, self.path) from None
+        return value
+
+
+@asynccontextmanager
+async def open_database(path: Path, *, set_aside: bool = True) -> AsyncIterator[Database]:
+    """Open a database file, made now if there is none, for use inside the block.
+
+    `set_aside`: a damaged file is renamed and a new one made, which `Database.set_aside` tells; only for a node that
+    starts, never while another process may have the file open. Raises StorageError.
+    """
+    database = await trio.to_thread.run_sync(lambda: Database(path, may_set_aside=set_aside))
+    try:
+        yield database
+    finally:
+        with trio.CancelScope(shield=True):
+            await trio.to_thread.run_sync(database.close)
+
+
+def _connect(path: Path) -> sqlite3.Connection:
+    # Transactions are begun and ended by hand. Connections move between threads, and are used by one at a time.
+    return sqlite3.connect(path, timeout=BUSY_TIMEOUT_S, isolation_level=None, check_same_thread=False)
+
+
+def _damage(path: Path) -> str | None:
+    """Return what is wrong with an existing file, if anything is."""
+    if not path.exists():
+        return None
+    connection = _connect(path)
+    try:
+        (found,) = connection.execute("PRAGMA quick_check(1)").fetchone()
+    except sqlite3.DatabaseError as error:
+        if isinstance(_translated(error, path), StorageDamaged):
+            return str(error)
+        raise
+    finally:
+        connection.close()
+    return None if found == "ok" else " ".join(str(found).split())
+
+
+def _set_aside(path: Path) -> Path:
+    """Rename a damaged file and return its new name."""
+    stamp = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())
+    kept = path.with_name(f"{path.name}.damaged-{stamp}-{os.getpid()}")
+    # The log first: one that is left beside a new database would be played into it.
+    for suffix in ("-wal", "-shm", ""):
+        with suppress(FileNotFoundError):
+            path.with_name(path.name + suffix).rename(kept.with_name(kept.name + suffix))
+    return kept
+
+
+def _migrate(connection: sqlite3.Connection, path: Path) -> None:
+    """Take the steps that the file has not seen; each is taken whole or not at all."""
+    version = _version(connection)
+    if version > len(MIGRATIONS):
+        raise StorageError(f"{path} was made by a newer metaswarm (version {version}): upgrade this one")
+    while version < len(MIGRATIONS):
+        connection.execute("BEGIN IMMEDIATE")
+        try:
+            version = _version(connection)  # another process may have been faster
+            for statement in MIGRATIONS[version] if version < len(MIGRATIONS) else ():
+                connection.execute(statement)
+            version = min(version + 1, len(MIGRATIONS))
+            connection.execute(f"PRAGMA user_version = {version}")
+        except BaseException:
+            connection.execute("ROLLBACK")
+            raise
+        connection.execute("COMMIT")
+
+
+def _version(connection: sqlite3.Connection) -> int:
+    return int(connection.execute("PRAGMA user_version").fetchone()[0])
+
+
+def _translated(error: Exception, path: Path) -> StorageError:
+    """Return an error of SQLite or the file system in words for the user."""
+    if isinstance(error, OSError):
+        return StorageError(f"cannot use {path}: {error.strerror}")
+    code = getattr(error, "sqlite_errorcode", 0) & 0xFF
+    if code == sqlite3.SQLITE_FULL:
+        return StorageFull(f"no space left to write {path}: nothing was written; free some")
+    if code in {sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB}:
+        return StorageDamaged(f"{path} is damaged ({error}); restart the node, which sets it aside")
+    if code in {sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED}:
+        return StorageError(f"another process has been writing {path} for {BUSY_TIMEOUT_S:.0f} s: nothing was written")
+    return StorageError(f"cannot use {path}: {error}")

@@ -1,0 +1,186 @@
+"""The history of observations on disk: a set of signed records by the hour of their issue."""
+
+import hashlib
+import sqlite3
+from collections.abc import AsyncIterator, Iterable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Final
+
+from node.storage.database import Database
+from protocol.identity import PeerId
+from protocol.observations import ObservationId, SignedObservation, bucket_of, oldest_bucket
+from protocol.reconciliation import BucketDigest
+from selector.history import HistoryBounds, Share, shares_to_drop
+
+PAGE: Final = 500
+"""Records that one read of an iteration holds in memory."""
+
+GRACE_BUCKETS: Final = 1
+"""A bucket is closed so many buckets after its time: what was said in it has reached everybody by then."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Known:
+    revision: int
+    digest: BucketDigest
+
+
+class HistoryStore:
+    """The observations that this node holds. What `add_many` has returned from survives a kill of the process.
+
+    Every method raises StorageError where the database fails it.
+    """
+
+    def __init__(self, database: Database, bounds: HistoryBounds | None = None) -> None:
+        self._database = database
+        self._bounds = bounds or HistoryBounds()
+        self._digests: dict[int, _Known] = {}
+
+    async def add(self, observation: SignedObservation) -> bool:
+        """Keep a verified observation; return whether it is new, once it is safe."""
+        return bool(await self.add_many([observation]))
+
+    async def add_many(self, observations: Sequence[SignedObservation]) -> tuple[SignedObservation, ...]:
+        """Keep verified observations; return those that are new, once they are safe.
+
+        What would exceed the bounds on a flood is left out, or displaces others: see `HistoryBounds`.
+        """
+        if not observations:
+            return ()
+        return await self._database.write(lambda connection: _add(connection, observations, self._bounds))
+
+    async def bucket_digests(self) -> dict[int, BucketDigest]:
+        """Return count and digest of every bucket that is not empty; computed again only where something changed."""
+        known = self._digests
+        self._digests = await self._database.read(lambda connection: _digests(connection, known))
+        return {bucket: found.digest for bucket, found in self._digests.items()}
+
+    async def digest(self) -> BucketDigest:
+        """Return how much there is, and one digest of it all: sha256 over every bucket, ascending, and its digest."""
+        buckets = await self.bucket_digests()
+        hashed = hashlib.sha256()
+        for bucket in sorted(buckets):
+            hashed.update(bucket.to_bytes(4, "big") + buckets[bucket].digest)
+        return BucketDigest(sum(found.count for found in buckets.values()), hashed.digest())
+
+    async def ids_in(self, bucket: int) -> tuple[ObservationId, ...]:
+        """Return the ids of one bucket, ascending."""
+        return await self._database.read(lambda connection: tuple(_ids_in(connection, bucket)))
+
+    async def get_many(self, ids: Sequence[bytes]) -> tuple[bytes, ...]:
+        """Return the envelopes of those of the ids that are here, in their order."""
+        return await self._database.read(lambda connection: tuple(_envelopes(connection, ids)))
+
+    async def count_by_observer(self) -> dict[PeerId, int]:
+        """Return how many observations of each observer there are."""
+        query = "SELECT observer, sum(count) FROM shares GROUP BY observer"
+        return await self._database.read(lambda connection: dict(connection.execute(query).fetchall()))
+
+    async def envelopes(self, *, first_bucket: int = 0) -> AsyncIterator[bytes]:
+        """Yield every envelope by time of issue, in bounded memory.
+
+        What is added meanwhile may or may not be among them.
+        """
+        after = (first_bucket, b"")
+        while True:
+            page = await self._database.read(partial(_page, after=after))
+            for bucket, content_id, envelope in page:
+                after = (bucket, content_id)
+                yield envelope
+            if len(page) < PAGE:
+                return
+
+    async def retain(self, now_s: float) -> int:
+        """Drop what the bounds leave no room for, and what is too old; return how many observations went.
+
+        Cheap where there is nothing to do: call it every minute or so. `now_s`: Unix time.
+        """
+        first_bucket = oldest_bucket(now_s)
+        open_bucket = bucket_of(int(now_s)) - GRACE_BUCKETS
+        excess = await self._database.read(
+            lambda connection: shares_to_drop(
+                _shares(connection), first_bucket=first_bucket, open_bucket=open_bucket, bounds=self._bounds
+            )
+        )
+        # A transaction each: others need not wait until everything has gone.
+        return sum([await self._database.write(partial(_drop, share=share)) for share in sorted(excess)])
+
+
+def _add(
+    connection: sqlite3.Connection, observations: Sequence[SignedObservation], bounds: HistoryBounds
+) -> tuple[SignedObservation, ...]:
+    insert = "INSERT INTO observations (id, bucket, observer, envelope) VALUES (?, ?, ?, ?) ON CONFLICT (id) DO NOTHING"
+    new = {}
+    for signed in observations:
+        row = (signed.id, signed.bucket, signed.observation.observer, signed.envelope)
+        if connection.execute(insert, row).rowcount == 1:
+            new[signed.id] = signed
+    for gone in _trim(connection, {Share(each.bucket, each.observation.observer) for each in new.values()}, bounds):
+        new.pop(gone, None)
+    return tuple(new.values())
+
+
+def _trim(connection: sqlite3.Connection, touched: set[Share], bounds: HistoryBounds) -> list[ObservationId]:
+    """Delete the largest ids of shares and buckets that are over their bound at any time; return them."""
+    gone: list[ObservationId] = []
+    for bucket, observer in sorted(touched):
+        count = "SELECT count FROM shares WHERE bucket = ? AND observer = ?"
+        ids = "SELECT id FROM observations WHERE bucket = ? AND observer = ? ORDER BY id DESC LIMIT ?"
+        (held,) = connection.execute(count, (bucket, observer)).fetchone()
+        if held > bounds.per_share:
+            gone += [row[0] for row in connection.execute(ids, (bucket, observer, held - bounds.per_share))]
+    _delete(connection, gone)
+    for bucket in sorted({share.bucket for share in touched}):
+        ids = "SELECT id FROM observations WHERE bucket = ? ORDER BY id DESC LIMIT ?"
+        (held,) = connection.execute("SELECT count FROM buckets WHERE bucket = ?", (bucket,)).fetchone()
+        if held > bounds.per_bucket:
+            surplus = [row[0] for row in connection.execute(ids, (bucket, held - bounds.per_bucket))]
+            _delete(connection, surplus)
+            gone += surplus
+    return gone
+
+
+def _delete(connection: sqlite3.Connection, ids: Iterable[ObservationId]) -> None:
+    connection.executemany("DELETE FROM observations WHERE id = ?", [(content_id,) for content_id in ids])
+
+
+def _digests(connection: sqlite3.Connection, known: dict[int, _Known]) -> dict[int, _Known]:
+    found: dict[int, _Known] = {}
+    query = "SELECT bucket, count, revision FROM buckets WHERE count > 0"
+    for bucket, count, revision in connection.execute(query).fetchall():
+        before = known.get(bucket)
+        if before and before.revision == revision:
+            found[bucket] = before
+        else:
+            packed = b"".join(_ids_in(connection, bucket))
+            found[bucket] = _Known(revision, BucketDigest(count, hashlib.sha256(packed).digest()))
+    return found
+
+
+def _ids_in(connection: sqlite3.Connection, bucket: int) -> list[ObservationId]:
+    query = "SELECT id FROM observations WHERE bucket = ? ORDER BY id"
+    return [row[0] for row in connection.execute(query, (bucket,))]
+
+
+def _envelopes(connection: sqlite3.Connection, ids: Iterable[bytes]) -> list[bytes]:
+    query = "SELECT envelope FROM observations WHERE id = ?"
+    rows = (connection.execute(query, (content_id,)).fetchone() for content_id in ids)
+    return [row[0] for row in rows if row]
+
+
+def _page(connection: sqlite3.Connection, after: tuple[int, bytes]) -> list[tuple[int, bytes, bytes]]:
+    query = """
+        SELECT bucket, id, envelope FROM observations
+        WHERE (bucket, id) > (?, ?) ORDER BY bucket, id LIMIT ?
+    """
+    return connection.execute(query, (*after, PAGE)).fetchall()
+
+
+def _shares(connection: sqlite3.Connection) -> dict[Share, int]:
+    rows = connection.execute("SELECT bucket, observer, count FROM shares")
+    return {Share(bucket, observer): count for bucket, observer, count in rows}
+
+
+def _drop(connection: sqlite3.Connection, share: Share) -> int:
+    return connection.execute("DELETE FROM observations WHERE bucket = ? AND observer = ?", share).rowcount

@@ -1,0 +1,60 @@
+"""The tables, as numbered steps. A step that was released is never changed: a later one changes what it made."""
+
+from typing import Final
+
+MIGRATIONS: Final[tuple[tuple[str, ...], ...]] = (
+    (
+        # `bucket` is the hour of issue. The index alone answers which ids a bucket has, in order, and whose they are.
+        """
+        CREATE TABLE observations (
+            number INTEGER PRIMARY KEY,
+            id BLOB NOT NULL UNIQUE,
+            bucket INTEGER NOT NULL,
+            observer TEXT NOT NULL,
+            envelope BLOB NOT NULL
+        )
+        """,
+        "CREATE INDEX observations_by_bucket ON observations (bucket, id, observer)",
+        # Triggers keep both of these right, whichever process writes. A bucket's revision grows with every change and
+        # its row stays when it is empty, so that a digest computed at one revision holds as long as that stands.
+        """
+        CREATE TABLE buckets (
+            bucket INTEGER PRIMARY KEY,
+            count INTEGER NOT NULL,
+            revision INTEGER NOT NULL
+        )
+        """,
+        """
+        CREATE TABLE shares (
+            bucket INTEGER NOT NULL,
+            observer TEXT NOT NULL,
+            count INTEGER NOT NULL,
+            PRIMARY KEY (bucket, observer)
+        ) WITHOUT ROWID
+        """,
+        """
+        CREATE TRIGGER observation_added AFTER INSERT ON observations BEGIN
+            INSERT INTO buckets VALUES (new.bucket, 1, 1)
+                ON CONFLICT (bucket) DO UPDATE SET count = count + 1, revision = revision + 1;
+            INSERT INTO shares VALUES (new.bucket, new.observer, 1)
+                ON CONFLICT (bucket, observer) DO UPDATE SET count = count + 1;
+        END
+        """,
+        """
+        CREATE TRIGGER observation_dropped AFTER DELETE ON observations BEGIN
+            UPDATE buckets SET count = count - 1, revision = revision + 1 WHERE bucket = old.bucket;
+            UPDATE shares SET count = count - 1 WHERE bucket = old.bucket AND observer = old.observer;
+            DELETE FROM shares WHERE bucket = old.bucket AND observer = old.observer AND count = 0;
+        END
+        """,
+        # `multiaddrs` is a JSON array.
+        """
+        CREATE TABLE peers (
+            peer TEXT PRIMARY KEY,
+            multiaddrs TEXT NOT NULL,
+            last_seen_s INTEGER NOT NULL
+        )
+        """,
+        "CREATE INDEX peers_by_last_seen ON peers (last_seen_s)",
+    ),
+)
