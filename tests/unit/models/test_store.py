@@ -1,0 +1,186 @@
+import threading
+from pathlib import Path
+
+import pytest
+
+from node.models.catalogue import CATALOGUE
+from node.models.errors import ModelError
+from node.models.files import lock_file
+from node.models.importer import import_model
+from node.models.manifest import parse_manifest
+from node.models.store import AmbiguousModelError, ModelStore, Package, UnknownModelError
+from protocol.identity import BlockRange, ModelId
+from tests.unit.models.checkpoints import llama_tensors, write_checkpoint
+
+DEMO = CATALOGUE["smollm2-135m-instruct"]
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> ModelStore:
+    return ModelStore(tmp_path / "cache")
+
+
+@pytest.fixture
+def package(tmp_path: Path, store: ModelStore) -> Package:
+    return import_model(str(write_checkpoint(tmp_path / "tiny")), store)
+
+
+def test_a_model_is_found_by_id_prefix_name_and_catalogue_name(store: ModelStore, package: Package) -> None:
+    for text in (package.model_id, package.model_id[:8], "tiny"):
+        assert store.resolve(text) == package.model_id
+    for text in (DEMO.name, DEMO.model_id[:8], DEMO.model_id):
+        assert store.resolve(text) == DEMO.model_id
+    assert store.name_of(package.model_id) == "tiny"
+    assert store.name_of(DEMO.model_id) == DEMO.name
+
+
+def test_a_model_that_only_peers_have_is_found_by_its_prefix(store: ModelStore) -> None:
+    remote = ModelId("ab12cd34" + "0" * 56)
+    assert store.resolve("ab12cd34", known=[remote]) == remote
+    assert store.resolve(remote) == remote
+
+
+def test_what_fits_several_models_is_refused(store: ModelStore, package: Package) -> None:
+    twin = ModelId(package.model_id[:10] + "0" * 54)
+    with pytest.raises(AmbiguousModelError, match="give more digits"):
+        store.resolve(package.model_id[:8], known=[twin])
+    assert store.resolve(package.model_id[:12], known=[twin]) == package.model_id
+
+
+@pytest.mark.parametrize("text", ["", "tin", "nobody", "abcdef1", "0" * 63, "ABCDEF12", "../tiny"])
+def test_what_nobody_knows_is_refused_with_what_is_known(store: ModelStore, package: Package, text: str) -> None:
+    with pytest.raises(UnknownModelError, match="smollm2-135m-instruct, tiny"):
+        store.resolve(text)
+
+
+def test_names_survive_and_go_with_their_model(store: ModelStore, package: Package) -> None:
+    store.set_name("other", package.model_id)
+    assert ModelStore(store.cache_dir).resolve("other") == package.model_id
+    store.remove(package.model_id)
+    assert store.names() == {}
+    assert store.list() == ()
+    with pytest.raises(UnknownModelError):
+        store.get(package.model_id)
+    with pytest.raises(UnknownModelError):
+        store.remove(package.model_id)
+
+
+@pytest.mark.parametrize("name", ["", "UPPER", "a b", "../x", "deadbeef", "x" * 65, ".hidden", "smollm2-135m-instruct"])
+def test_a_name_that_could_be_mistaken_is_refused(store: ModelStore, package: Package, name: str) -> None:
+    with pytest.raises(ModelError):
+        store.set_name(name, package.model_id)
+
+
+def test_a_damaged_names_file_is_one_clear_line(store: ModelStore, package: Package) -> None:
+    for content in (b"{", b"[]", b'{"a": "b"}'):
+        (store.cache_dir / "names.json").write_bytes(content)
+        with pytest.raises(ModelError, match=r"names.json is damaged: delete it"):
+            store.resolve("tiny")
+
+
+def test_a_partial_package_knows_what_it_lacks(tmp_path: Path, package: Package) -> None:
+    partial = ModelStore(tmp_path / "other").add_manifest(parse_manifest(package.manifest.data))
+    middle = BlockRange(1, 2)
+    assert [file.name for file in partial.missing(middle)] == ["block-001.safetensors"]
+    assert len(partial.missing()) == len(package.manifest.files)
+    (partial.path / "block-001.safetensors").write_bytes((package.path / "block-001.safetensors").read_bytes())
+    assert partial.missing(middle) == ()
+    (partial.path / "block-001.safetensors").write_bytes(b"too short")
+    assert [file.name for file in partial.missing(middle)] == ["block-001.safetensors"]
+
+
+def test_files_are_found_by_their_content(tmp_path: Path, store: ModelStore, package: Package) -> None:
+    other_process = ModelStore(store.cache_dir)
+    for file in package.manifest.files:
+        found = other_process.path_by_sha256(file.sha256)
+        assert found is not None
+        assert found.name == file.name
+    assert other_process.path_by_sha256(package.model_id) == package.path / "manifest.json"
+    assert other_process.path_by_sha256("0" * 64) is None
+    later = import_model(str(write_checkpoint(tmp_path / "later", llama_tensors(seed=1))), store)
+    assert other_process.path_by_sha256(later.manifest.head.sha256) == later.path / "head.safetensors"
+    store.remove(later.model_id)
+    assert other_process.path_by_sha256(later.manifest.head.sha256) is None
+
+
+def test_content_that_two_packages_share_outlives_one_of_them(tmp_path: Path, store: ModelStore) -> None:
+    tensors = llama_tensors()
+    one = import_model(str(write_checkpoint(tmp_path / "one", tensors)), store)
+    two = import_model(str(write_checkpoint(tmp_path / "two", tensors, config={"rope_theta": 5})), store)
+    shared = one.manifest.embed.sha256
+    assert shared == two.manifest.embed.sha256
+    assert store.path_by_sha256(shared) is not None
+    store.remove(one.model_id)
+    assert store.path_by_sha256(shared) == two.path / "embed.safetensors"
+
+
+def test_verify_tells_the_damaged_from_the_missing(store: ModelStore, package: Package) -> None:
+    reports: list[tuple[str, int, int]] = []
+    assert store.verify(package.model_id, progress=lambda *report: reports.append(report)).corrupt == ()
+    assert reports[-1][1] == reports[-1][2] == package.manifest.size_bytes
+    path = package.path / "block-002.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    (package.path / "head.safetensors").unlink()
+    found = store.verify(package.model_id)
+    assert (found.missing, found.corrupt) == (("head.safetensors",), ("block-002.safetensors",))
+    assert store.verify(package.model_id, BlockRange(0, 2)).corrupt == ()
+    store.discard(package.model_id, "block-002.safetensors")
+    assert store.verify(package.model_id).missing == ("block-002.safetensors", "head.safetensors")
+
+
+def test_a_damaged_manifest_hides_its_package_and_can_be_removed(store: ModelStore, package: Package) -> None:
+    (package.path / "manifest.json").write_bytes(b"{}")
+    fresh = ModelStore(store.cache_dir)
+    assert fresh.list() == ()
+    with pytest.raises(ModelError, match="is damaged: remove the model"):
+        fresh.get(package.model_id)
+    assert fresh.path_by_sha256(package.manifest.head.sha256) is None
+    fresh.remove(package.model_id)
+    assert not package.path.exists()
+
+
+def test_a_cache_that_cannot_be_made_is_one_clear_line(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"")
+    with pytest.raises(ModelError, match="cannot write to"):
+        import_model(str(write_checkpoint(tmp_path / "tiny")), ModelStore(tmp_path / "file" / "cache"))
+
+
+def test_the_cache_folder_comes_from_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("METASWARM_CACHE_DIR", str(tmp_path / "elsewhere"))
+    assert ModelStore().cache_dir == tmp_path / "elsewhere"
+
+
+def test_a_lock_is_held_by_one_at_a_time_and_waiting_can_be_given_up(tmp_path: Path) -> None:
+    class GivenUp(Exception):
+        pass
+
+    def give_up() -> None:
+        raise GivenUp
+
+    with lock_file(tmp_path / "lock"), pytest.raises(GivenUp), lock_file(tmp_path / "lock", give_up):
+        pytest.fail("two hold the lock")
+    with lock_file(tmp_path / "lock", give_up):
+        pass
+
+
+def test_an_import_waits_for_the_one_under_way(tmp_path: Path, store: ModelStore) -> None:
+    waiting = threading.Event()
+    imported: list[Package] = []
+
+    def second() -> None:
+        def progress(stage: str, done: int, total: int) -> None:
+            if "waiting" in stage:
+                waiting.set()
+
+        imported.append(import_model(str(write_checkpoint(tmp_path / "tiny")), store, progress=progress))
+
+    thread = threading.Thread(target=second)
+    with store.staging() as folder:
+        thread.start()
+        assert waiting.wait(10)
+        assert folder.is_dir()
+        assert imported == []
+    thread.join(10)
+    assert len(imported) == 1
