@@ -151,6 +151,11 @@ def is_loopback(host: str) -> bool:
         return False
 
 
+def is_unspecified(host: str) -> bool:
+    """Return whether `host` stands for every address of this machine: one may listen there, not dial it."""
+    return host in {"0.0.0.0", "::"}  # noqa: S104 - recognised here, not bound
+
+
 def load_config(flags: Mapping[str, object], environ: Mapping[str, str] | None = None) -> NodeConfig:
     """Return the configuration that file, environment and flags make together. Raises ConfigError.
 

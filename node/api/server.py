@@ -4,17 +4,14 @@ import errno
 import logging
 import socket
 from functools import partial
-from typing import TYPE_CHECKING, Any, Final, cast
+from typing import Any, Final, cast
 
 import hypercorn
 import hypercorn.trio
 import trio
 from starlette.types import ASGIApp
 
-from node.config import StartError
-
-if TYPE_CHECKING:
-    from trio_typing import TaskStatus
+from node.config import StartError, is_unspecified
 
 GRACE_S: Final = 3.0
 """How long answers under way may take to finish once the server was told to stop."""
@@ -29,7 +26,7 @@ async def serve(
     port: int,
     *,
     stop: trio.Event | None = None,
-    task_status: "TaskStatus[int]" = trio.TASK_STATUS_IGNORED,
+    task_status: trio.TaskStatus[int] = trio.TASK_STATUS_IGNORED,
 ) -> None:
     """Serve until `stop` is set: then no new connection is taken and answers under way get `GRACE_S` to finish.
 
@@ -54,7 +51,7 @@ async def serve(
 
 def url_of(host: str, port: int) -> str:
     """Return the URL at which this machine reaches an API that listens on host and port."""
-    if not host.strip("0.:"):  # the unspecified address of either family
+    if is_unspecified(host):
         host = "::1" if ":" in host else "127.0.0.1"
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 

@@ -1,1 +1,100 @@
-"""The command line: `metaswarm VERB`. Each verb is a module, imported when it is called."""
+"""The command line: `metaswarm VERB`. Each verb is a module of its own, imported only when it is called."""
+
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from importlib import import_module
+from typing import Final
+
+import click
+
+from node.cli.output import CommandError, print_error
+
+VERBS: Final[Mapping[str, tuple[str, str]]] = {
+    "demo": ("node.cli.demo:demo", "Start a small swarm on this machine and let it answer a question."),
+    "node": ("node.cli.daemon:node", "Run the daemon: take part in a swarm and serve blocks of models."),
+    "submit": ("node.cli.submit:submit", "Submit a prompt and stream the text."),
+    "status": ("node.cli.swarm:status", "Show what a node is and does."),
+    "peers": ("node.cli.swarm:peers", "Show who is in the swarm and what they hold."),
+    "models": ("node.cli.swarm:models", "Show which models are complete, block by block."),
+    "model": ("node.cli.models:model", "Import, list, show, verify and remove model packages."),
+    "keygen": ("node.cli.keygen:keygen", "Write the key of a private swarm."),
+}
+"""Where each verb lives, and what it does in one line: `metaswarm --help` imports none of them."""
+
+EXIT_FAILED: Final = 1
+EXIT_USAGE: Final = 2
+EXIT_INTERRUPTED: Final = 130
+
+
+class _Verbs(click.Group):
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(VERBS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in VERBS:
+            return None
+        module, _, name = VERBS[cmd_name][0].partition(":")
+        command = getattr(import_module(module), name)
+        assert isinstance(command, click.Command)
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Verbs"):
+            formatter.write_dl([(verb, summary) for verb, (_, summary) in VERBS.items()])
+
+
+@click.group(cls=_Verbs, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="metaswarm", message="%(prog)s %(version)s")
+def cli() -> None:
+    """Serve large language models together with others, and use what they serve."""
+
+
+def main() -> None:
+    """Run the command line and exit: 0 done, 1 failed, 2 wrong usage, 130 interrupted."""
+    sys.exit(run(sys.argv[1:]))
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Run one verb; whatever goes wrong becomes one line on stderr. Return the exit code."""
+    try:
+        result = cli.main(list(arguments), prog_name="metaswarm", standalone_mode=False)
+    except click.exceptions.NoArgsIsHelpError as error:
+        error.show()
+        return EXIT_USAGE
+    except (click.Abort, KeyboardInterrupt):
+        return EXIT_INTERRUPTED
+    except CommandError as error:
+        error.show()
+        return EXIT_FAILED
+    except click.ClickException as error:
+        verb = error.ctx.command_path if isinstance(error, click.UsageError) and error.ctx else "metaswarm"
+        print_error(f"{error.format_message().rstrip('.')}; see `{verb} --help`")
+        return EXIT_USAGE
+    except BrokenPipeError:
+        # Whoever read our output has had enough. Python would complain once more when it flushes at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_FAILED
+    except (Exception, BaseExceptionGroup) as error:
+        code = _report(error)
+        if code is None:
+            raise
+        return code
+    return result if isinstance(result, int) else 0
+
+
+def _report(error: BaseException) -> int | None:
+    """Print a fault that some room of the node has put into words; return None for anything else, a defect."""
+    from node.config import ConfigError, StartError
+    from node.engine.interface import EngineError
+    from node.models.errors import ModelError
+    from node.network.interface import NetworkError
+
+    while isinstance(error, BaseExceptionGroup) and len(error.exceptions) == 1:  # nurseries wrap what passes them
+        error = error.exceptions[0]
+    if isinstance(error, KeyboardInterrupt):
+        return EXIT_INTERRUPTED
+    if isinstance(error, CommandError | ConfigError | StartError | EngineError | ModelError | NetworkError):
+        print_error(str(error))
+        return EXIT_USAGE if isinstance(error, ConfigError) else EXIT_FAILED
+    return None

@@ -31,6 +31,9 @@ class CommandError(click.ClickException):
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON on stdout, and nothing else there.")
 """The `--json` that every verb has; the verb's argument is `as_json`."""
 
+api_option = click.option("--api", metavar="URL", help="URL of the node's API (default: the node on this machine).")
+"""The `--api` of every verb that talks to a running node."""
+
 
 def print_error(message: str, file: IO[Any] | None = None) -> None:
     """Print `metaswarm: message` as one line on stderr."""

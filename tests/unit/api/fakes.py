@@ -132,7 +132,7 @@ class FakeNode:
                     "compute_s": 0.75,
                 }
             ],
-            "jobs": {"running": 1, "done": 2, "failed": 3},
+            "jobs": {"running": 1, "done": 2, "failed": 3, "cancelled": 4},
             "transfers": {"received_bytes": {PEERS[1]: 4096}, "served_bytes": 1024},
         }
 

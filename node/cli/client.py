@@ -1,0 +1,194 @@
+"""A client of a node's HTTP API: what the verbs that talk to a running node share."""
+
+import json
+import os
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final
+from urllib.parse import urlsplit
+
+import click
+import httpx
+
+from node.api.interface import ModelStatus, NodeStatus, PeerStatus
+from node.cli.output import CommandError
+from node.config import DEFAULT_API, ENVIRONMENT_PREFIX, NodeReady, default_data_dir, is_loopback, is_unspecified
+
+CONNECT_TIMEOUT_S: Final = 5.0
+REQUEST_TIMEOUT_S: Final = 10.0
+"""For what a node answers at once; a completion may take as long as it takes."""
+
+
+def find_api(api: str | None) -> str:
+    """Return the URL of the node to talk to: as told, by METASWARM_API, as `node.json` says, or the default."""
+    told = api or os.environ.get(f"{ENVIRONMENT_PREFIX}API")
+    if told:
+        return _parse_url(told)
+    data_dir = os.environ.get(f"{ENVIRONMENT_PREFIX}DATA_DIR")
+    ready = NodeReady.read(Path(data_dir).expanduser() if data_dir else default_data_dir())
+    return ready.api_url if ready else f"http://{DEFAULT_API}"
+
+
+def _parse_url(text: str) -> str:
+    """Return a URL; `HOST:PORT`, as the daemon takes it, will do."""
+    url = text if "://" in text else f"http://{text}"
+    try:
+        parts = urlsplit(url)
+        port, host = parts.port, parts.hostname
+    except ValueError:
+        port, host = None, None
+    if not host or port == 0 or parts.scheme not in {"http", "https"}:
+        raise click.UsageError(f"{text!r} is no URL of a node's API: expected for example http://{DEFAULT_API}")
+    if is_unspecified(host):
+        url = url.replace(parts.netloc, f"{'[::1]' if ':' in host else '127.0.0.1'}{f':{port}' if port else ''}", 1)
+    return url.rstrip("/")
+
+
+class RefusedError(CommandError):
+    """The node answered with an error; `code` is its machine-readable name, if it gave one."""
+
+    def __init__(self, message: str, code: str | None) -> None:
+        super().__init__(message)
+        self.code = code
+
+
+@dataclass(slots=True)
+class Completion:
+    """A streamed answer, as far as it has come."""
+
+    text: str = ""
+    model: str = ""
+    finish_reason: str | None = None
+    usage: dict[str, Any] = field(default_factory=dict)
+    metaswarm: dict[str, Any] = field(default_factory=dict)
+
+    def take(self, chunk: dict[str, Any]) -> str:
+        """Keep what a chunk tells; return the text in it. Raises RefusedError if it is an error."""
+        if "error" in chunk:
+            raise RefusedError(chunk["error"]["message"], chunk["error"]["code"])
+        self.model = chunk["model"]
+        self.usage = chunk.get("usage") or self.usage
+        self.metaswarm = chunk.get("metaswarm") or self.metaswarm
+        text = ""
+        for choice in chunk["choices"]:
+            self.finish_reason = choice["finish_reason"] or self.finish_reason
+            text += choice["delta"].get("content", "") if "delta" in choice else choice["text"]
+        self.text += text
+        return text
+
+    def document(self) -> dict[str, Any]:
+        """Return the JSON document of `metaswarm submit --json`."""
+        job = self.metaswarm
+        return {
+            "job_id": job["job_id"],
+            "model": self.model,
+            "text": self.text,
+            "token_ids": job["token_ids"],
+            "finish_reason": self.finish_reason,
+            "usage": {
+                "prompt_tokens": self.usage["prompt_tokens"],
+                "completion_tokens": self.usage["completion_tokens"],
+                "cached_tokens": self.usage["prompt_tokens_details"]["cached_tokens"],
+            },
+            "timing": job["timing"],
+            "route": [{key: stage[key] for key in ("peer", "start", "end")} for stage in job["route"]],
+            "method": job["method"],
+            "consensus": job["consensus"],
+            "replays": job["replays"],
+        }
+
+
+class ApiClient:
+    """Talks to one node. Every fault is a CommandError, one line for the user."""
+
+    def __init__(self, url: str, http: httpx.AsyncClient) -> None:
+        self.url = url
+        self._http = http
+
+    async def is_there(self) -> bool:
+        """Return whether anything answers at the URL."""
+        try:
+            await self._http.get("/health")
+        except httpx.TransportError:
+            return False
+        return True
+
+    async def status(self) -> NodeStatus:
+        """Return what the node is and does."""
+        status: NodeStatus = await self._get("/swarm/status")
+        return status
+
+    async def peers(self) -> list[PeerStatus]:
+        """Return whom the node knows."""
+        peers: list[PeerStatus] = (await self._get("/swarm/peers"))["peers"]
+        return peers
+
+    async def models(self) -> list[ModelStatus]:
+        """Return the models that the node knows of."""
+        models: list[ModelStatus] = (await self._get("/swarm/models"))["models"]
+        return models
+
+    async def complete(self, body: dict[str, Any], show: Callable[[str], None]) -> Completion:
+        """Submit a job, a chat if the body has messages; call `show` with its text as it comes."""
+        path = "/v1/chat/completions" if "messages" in body else "/v1/completions"
+        body = body | {"stream": True, "stream_options": {"include_usage": True}}
+        timeout = httpx.Timeout(None, connect=CONNECT_TIMEOUT_S)
+        completion = Completion()
+        with _faults(self.url):
+            async with self._http.stream("POST", path, json=body, timeout=timeout) as response:
+                await _raise_for_error(response, self.url)
+                async for line in response.aiter_lines():
+                    data = line.removeprefix("data: ")
+                    if data and data != "[DONE]":
+                        show(completion.take(json.loads(data)))
+        if not completion.metaswarm:
+            raise CommandError(f"the node at {self.url} ended the answer before it was complete")
+        return completion
+
+    async def _get(self, path: str) -> Any:
+        with _faults(self.url):
+            response = await self._http.get(path)
+            await _raise_for_error(response, self.url)
+            return response.json()
+
+
+@asynccontextmanager
+async def open_client(url: str) -> AsyncIterator[ApiClient]:
+    """Talk to the node at `url` inside the block, with the API key of METASWARM_API_KEY if there is one."""
+    key = os.environ.get(f"{ENVIRONMENT_PREFIX}API_KEY")
+    timeout = httpx.Timeout(REQUEST_TIMEOUT_S, connect=CONNECT_TIMEOUT_S)
+    async with httpx.AsyncClient(
+        base_url=url,
+        headers={"Authorization": f"Bearer {key}"} if key else None,
+        timeout=timeout,
+        limits=httpx.Limits(max_connections=None),
+        trust_env=not is_loopback(urlsplit(url).hostname or ""),  # no proxy stands between us and this machine
+    ) as http:
+        yield ApiClient(url, http)
+
+
+@contextmanager
+def _faults(url: str) -> Iterator[None]:
+    try:
+        yield
+    except (httpx.ConnectError, httpx.ConnectTimeout):
+        raise CommandError(
+            f"no node answers at {url}: start one with `metaswarm node`, or name another with --api URL"
+        ) from None
+    except httpx.TimeoutException:
+        raise CommandError(f"the node at {url} does not answer") from None
+    except httpx.TransportError as error:
+        raise CommandError(f"the connection to the node at {url} broke: {error}") from None
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise CommandError(f"what answers at {url} is no metaswarm node") from None
+
+
+async def _raise_for_error(response: httpx.Response, url: str) -> None:
+    if response.is_success:
+        return
+    if response.status_code == 401:
+        raise RefusedError(f"the node at {url} asks for its API key: set {ENVIRONMENT_PREFIX}API_KEY", None)
+    error = json.loads(await response.aread())["error"]
+    raise RefusedError(error["message"], error["code"])

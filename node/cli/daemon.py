@@ -1,0 +1,108 @@
+"""`metaswarm node`: the daemon."""
+
+import shlex
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from node.cli.output import json_option, print_json
+
+if TYPE_CHECKING:
+    from node.config import NodeConfig, NodeReady
+
+
+@click.command()
+@click.option("--data-dir", metavar="DIR", help="Where identity and history are kept; two nodes need two.")
+@click.option("--cache-dir", metavar="DIR", help="Where model packages are kept; nodes share it.")
+@click.option(
+    "--listen",
+    metavar="MULTIADDR",
+    multiple=True,
+    help="Where other peers reach this one, e.g. /ip4/0.0.0.0/tcp/4001 (the default); port 0 takes a free one.",
+)
+@click.option(
+    "--api", metavar="HOST:PORT", help="Where the HTTP API listens (default 127.0.0.1:8642); port 0 takes a free one."
+)
+@click.option(
+    "--api-key",
+    metavar="KEY",
+    help="What clients of the API must present; needed on any but a loopback address. Others on this machine can see "
+    "flags: METASWARM_API_KEY is better.",
+)
+@click.option(
+    "--bootstrap",
+    metavar="FILE_OR_MULTIADDR",
+    multiple=True,
+    help="Peers to dial first: a multiaddr that ends in /p2p/ and an id, or a YAML file `peers: [...]`.",
+)
+@click.option(
+    "--serve",
+    metavar="MODEL[:START-END]",
+    multiple=True,
+    help="Serve blocks START up to, not including, END of a model; without a range the node chooses.",
+)
+@click.option("--swarm-key", metavar="FILE", help="Key of a private swarm, from `metaswarm keygen`.")
+@click.option("--config", metavar="FILE", help="TOML file with any of these options, dashes as underscores.")
+@click.option("--memory", metavar="BYTES", help="What weights and KV caches may take, e.g. 4GiB.")
+@click.option("--no-catalogue", is_flag=True, help="Never download a model from its source, only from peers.")
+@click.option("--threads", metavar="N", help="Threads of the engine.")
+@click.option("--log-level", metavar="LEVEL", help="debug, info (the default), warning or error.")
+@json_option
+def node(as_json: bool, **flags: Any) -> None:
+    """Run the daemon: take part in a swarm and serve blocks of models.
+
+    Every option can also stand in the --config file or in the environment, as METASWARM_ and its name
+    (METASWARM_DATA_DIR; commas between several values). A flag prevails over the environment, that over the file.
+
+    SIGTERM or Ctrl-C: finish the jobs at hand and leave; a second one leaves at once. With --json one line of JSON, the
+    content of node.json, is printed when the node is ready.
+    """
+    from node.config import load_config
+
+    config = load_config(flags)
+
+    import trio
+
+    from node.app import run_node
+    from node.cli.logs import configure_logging
+
+    configure_logging(config.log_level)
+    announce = _announce_as_json if as_json else partial(_announce, config, flags["swarm_key"])
+    trio.run(run_node, config, announce)
+
+
+def _announce_as_json(ready: "NodeReady") -> None:
+    print_json(ready.to_json())
+
+
+def _announce(config: "NodeConfig", swarm_key: str | None, ready: "NodeReady") -> None:
+    lines = [
+        f"peer     {ready.peer_id}",
+        f"api      {ready.api_url}",
+        *(f"address  {address}" for address in ready.multiaddrs),
+        *(f"serves   {spec}" for spec in config.serve),
+        f"data     {config.data_dir}",
+    ]
+    click.echo("\n".join(lines))
+    address = best_address(ready.multiaddrs)
+    if address is None:
+        return
+    join = ["metaswarm", "node", "--bootstrap", address]
+    if config.swarm_key is not None:
+        join += ["--swarm-key", swarm_key or "FILE"]
+    where = "from this machine only" if is_loopback_address(address) else "on another machine"
+    click.echo(f"\nto join {where}:\n  {shlex.join(join)}")
+
+
+def best_address(multiaddrs: tuple[str, ...]) -> str | None:
+    """Return the multiaddr by which another machine most likely reaches a node; None if there is none."""
+    return min(multiaddrs, key=is_loopback_address, default=None)
+
+
+def is_loopback_address(multiaddr: str) -> bool:
+    """Return whether a multiaddr names a host that only its own machine can dial."""
+    from node.config import is_loopback
+
+    parts = multiaddr.split("/")
+    return len(parts) > 2 and is_loopback(parts[2])

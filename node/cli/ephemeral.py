@@ -1,0 +1,29 @@
+"""A peer without weights that lives for one command: joins a swarm, submits, and leaves."""
+
+import os
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import replace
+from tempfile import TemporaryDirectory
+
+from node.app import Node
+from node.cli.logs import configure_logging
+from node.config import ENVIRONMENT_PREFIX, load_config
+
+
+@asynccontextmanager
+async def ephemeral_peer(bootstrap: Sequence[str]) -> AsyncIterator[str]:
+    """Run a peer inside the block; give its API's URL. The model cache is the user's own."""
+    with TemporaryDirectory(prefix="metaswarm-", ignore_cleanup_errors=True) as data_dir:
+        config = load_config(
+            {
+                "data_dir": data_dir,
+                "api": "127.0.0.1:0",
+                "listen": ["/ip4/0.0.0.0/tcp/0"],
+                "bootstrap": list(bootstrap),
+                "log_level": os.environ.get(f"{ENVIRONMENT_PREFIX}LOG_LEVEL", "warning"),
+            }
+        )
+        configure_logging(config.log_level)
+        async with Node(replace(config, serve=(), api_key=None)).running() as ready:
+            yield ready.api_url

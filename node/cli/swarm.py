@@ -1,0 +1,220 @@
+"""`metaswarm status`, `peers` and `models`: what a node tells of itself and of its swarm."""
+
+import sys
+from collections.abc import Awaitable, Callable
+from functools import partial
+from typing import TYPE_CHECKING, Any, Final
+
+import click
+
+from node.cli.output import (
+    api_option,
+    format_bytes,
+    format_duration,
+    json_option,
+    new_table,
+    out,
+    print_json,
+    printable,
+)
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+    from node.api.interface import ModelStatus, NodeStatus, PeerStatus
+    from node.cli.client import ApiClient
+
+WATCH_INTERVAL_S: Final = 2.0
+
+_watch_option = click.option("--watch", is_flag=True, help="Show it again every two seconds, until Ctrl-C.")
+
+
+@click.command()
+@api_option
+@_watch_option
+@json_option
+def status(api: str | None, watch: bool, as_json: bool) -> None:
+    """Show what a node is and does."""
+
+    async def ask(client: "ApiClient") -> Any:
+        return await client.status()
+
+    _show(ask, render_status, api=api, watch=watch, as_json=as_json)
+
+
+@click.command()
+@api_option
+@_watch_option
+@json_option
+def peers(api: str | None, watch: bool, as_json: bool) -> None:
+    """Show who is in the swarm and what they hold."""
+
+    async def ask(client: "ApiClient") -> Any:
+        return {"peers": await client.peers()}
+
+    _show(ask, render_peers, api=api, watch=watch, as_json=as_json)
+
+
+@click.command()
+@api_option
+@_watch_option
+@json_option
+def models(api: str | None, watch: bool, as_json: bool) -> None:
+    """Show which models are complete, block by block.
+
+    A digit for each block tells how many peers serve it.
+    """
+
+    async def ask(client: "ApiClient") -> Any:
+        return {"models": await client.models()}
+
+    _show(ask, render_models, api=api, watch=watch, as_json=as_json)
+
+
+def _show(
+    ask: Callable[["ApiClient"], Awaitable[Any]],
+    render: Callable[[Any], "RenderableType"],
+    *,
+    api: str | None,
+    watch: bool,
+    as_json: bool,
+) -> None:
+    import trio
+
+    from node.cli.client import find_api
+
+    run = _watch if watch else _once
+    trio.run(run, find_api(api), ask, print_json if as_json else partial(_print, render))
+
+
+def _print(render: Callable[[Any], "RenderableType"], answer: Any) -> None:
+    console = out()
+    if console.is_terminal:
+        console.print(render(answer))
+    else:
+        console.print(render(answer), crop=False, soft_wrap=False, width=max(console.width, 200))
+
+
+async def _once(url: str, ask: Callable[["ApiClient"], Awaitable[Any]], show: Callable[[Any], None]) -> None:
+    from node.cli.client import open_client
+
+    async with open_client(url) as client:
+        show(await ask(client))
+
+
+async def _watch(url: str, ask: Callable[["ApiClient"], Awaitable[Any]], show: Callable[[Any], None]) -> None:
+    import trio
+
+    from node.cli.client import open_client
+
+    async with open_client(url) as client:
+        while True:
+            answer = await ask(client)
+            if sys.stdout.isatty():
+                click.clear()
+            show(answer)
+            await trio.sleep(WATCH_INTERVAL_S)
+
+
+def render_status(status: "NodeStatus") -> "RenderableType":
+    """Return a node's status for people."""
+    from rich.console import Group
+    from rich.text import Text
+
+    jobs, received = status["jobs"], status["transfers"]["received_bytes"]
+    facts = {
+        "peer": status["peer_id"],
+        "agent": status["agent"],
+        "state": f"{status['state']} for {format_duration(status['uptime_s'])}",
+        "api": status["api_url"],
+        "addresses": "\n          ".join(status["multiaddrs"]),
+        "connected": f"{status['connected_peers']} peers",
+        "jobs": ", ".join(f"{count} {kind}" for kind, count in jobs.items()),
+        "received": ", ".join(f"{format_bytes(count)} from {peer}" for peer, count in received.items()) or "nothing",
+        "sent": format_bytes(status["transfers"]["served_bytes"]),
+    }
+    summary = Text("\n".join(f"{name:<9} {printable(value)}" for name, value in facts.items()))
+    if not status["spans"]:
+        return Group(summary, Text("serves    no blocks"))
+    table = new_table("model", ">blocks", ">of", ">sessions", ">positions", ">weights", ">steps", ">compute", ">worker")
+    for span in status["spans"]:
+        table.add_row(
+            *_texts(
+                span["name"] or span["model"][:12],
+                f"{span['start']}-{span['end']}",
+                span["block_count"],
+                span["sessions"],
+                f"{span['reserved_positions']}/{span['kv_positions']}",
+                format_bytes(span["weight_bytes"]),
+                span["steps"],
+                format_duration(span["compute_s"]),
+                span["worker_pid"] or "",
+            )
+        )
+    return Group(summary, Text(), table)
+
+
+def render_peers(answer: dict[str, list["PeerStatus"]]) -> "RenderableType":
+    """Return the peers for people."""
+    from rich.text import Text
+
+    peers = answer["peers"]
+    if not peers:
+        return Text("no other peer is known")
+    table = new_table("peer", "address", "agent", "state", ">round trip", ">heard", "holds")
+    for peer in peers:
+        state = "leaving" if peer["leaving"] else "connected" if peer["connected"] else "known"
+        spans = (f"{span['name'] or span['model'][:12]}:{span['start']}-{span['end']}" for span in peer["spans"])
+        table.add_row(
+            *_texts(
+                peer["peer_id"],
+                short_address(peer["addresses"]),
+                peer["agent"],
+                state,
+                "" if peer["rtt_s"] is None else f"{peer['rtt_s'] * 1000:.1f} ms",
+                "" if peer["last_seen_s"] is None else f"{format_duration(peer['last_seen_s'])} ago",
+                ", ".join(spans),
+            )
+        )
+    return table
+
+
+def render_models(answer: dict[str, list["ModelStatus"]]) -> "RenderableType":
+    """Return the models for people."""
+    from rich.text import Text
+
+    models = answer["models"]
+    if not models:
+        return Text("no model is served: serve one with `metaswarm node --serve MODEL`")
+    table = new_table("model", "id", ">blocks", "peers for each block", "missing", "state")
+    for model in models:
+        table.add_row(
+            *_texts(
+                model["name"],
+                model["model"][:12],
+                model["block_count"],
+                coverage_bar(model["coverage"]),
+                ", ".join(f"{start}-{end}" for start, end in model["uncovered"]),
+                "complete" if model["complete"] else "incomplete",
+            )
+        )
+    return table
+
+
+def coverage_bar(coverage: list[int]) -> str:
+    """Return one character for each block: `.` where nobody serves it, the number of peers, `+` from ten on."""
+    return "".join("." if count == 0 else str(count) if count < 10 else "+" for count in coverage)
+
+
+def short_address(addresses: list[str]) -> str:
+    """Return the first address as HOST:PORT where it has that form."""
+    if not addresses:
+        return ""
+    parts = addresses[0].split("/")
+    return f"{parts[2]}:{parts[4]}" if len(parts) > 4 else addresses[0]
+
+
+def _texts(*cells: object) -> list[Any]:
+    from rich.text import Text
+
+    return [Text(printable(str(cell)), overflow="fold") for cell in cells]
