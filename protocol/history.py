@@ -28,9 +28,6 @@ from protocol.reconciliation import (
 )
 from protocol.records import DHT_NAMESPACE, Header, Record, unseal
 
-OBSERVATION_TOPIC: Final = "metaswarm/1/observations"
-"""The gossip topic of observations."""
-
 MAX_BATCH_BYTES: Final = 32 << 10
 """A gossip message of observations: larger ones get lost more often, and hold up what is behind them."""
 

@@ -206,13 +206,13 @@ class SetTree:
     Whatever looks into a bucket raises `Unloaded` until the bucket's ids are in the cache.
     """
 
-    def __init__(self, buckets: Mapping[int, tuple[int, bytes]], cache: IdCache, *, first_bucket: int = 0) -> None:
+    def __init__(self, buckets: Mapping[int, BucketDigest], cache: IdCache, *, first_bucket: int = 0) -> None:
         """Take count and digest of every bucket; those before `first_bucket` are left out of every comparison."""
         self.cache = cache
         self.buckets = {
-            bucket: BucketDigest(*buckets[bucket])
+            bucket: buckets[bucket]
             for bucket in sorted(buckets)
-            if first_bucket <= bucket <= MAX_BUCKET and buckets[bucket][0]
+            if first_bucket <= bucket <= MAX_BUCKET and buckets[bucket].count
         }
         self._order = list(self.buckets)
 
@@ -220,11 +220,7 @@ class SetTree:
         """Return the part of the set from a bucket on."""
         if not self._order or first_bucket <= self._order[0]:
             return self
-        return SetTree(
-            {bucket: (digest.count, digest.digest) for bucket, digest in self.buckets.items()},
-            self.cache,
-            first_bucket=first_bucket,
-        )
+        return SetTree(self.buckets, self.cache, first_bucket=first_bucket)
 
     def load(self, bucket: int, ids: Iterable[bytes]) -> None:
         """Take in the ids of a bucket. What has changed in it since the snapshot, changes in the snapshot too."""

@@ -1,0 +1,342 @@
+"""One anti-entropy session: two peers compare their histories over a stream and hand each other what is missing.
+
+Everything that arrives is stored as it arrives, so that a session that breaks has not been for nothing. A session has
+an end: what it did not get to is the next one's.
+"""
+
+import random
+from collections import deque
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Protocol, TypeVar
+
+import trio
+
+from node.network.interface import NetworkError, Stream
+from node.swarm.replica import Replica, verification_cost
+from protocol.errors import RemoteProtocolError
+from protocol.reconciliation import Answer, Equal, Gap, Listing, SetTree, Split, Summary
+from protocol.states import Role
+from protocol.sync import (
+    MAX_GET,
+    MAX_PAYLOAD_BYTES,
+    MAX_QUERIES,
+    Answers,
+    Busy,
+    Compare,
+    Get,
+    Greeting,
+    Items,
+    Message,
+    Put,
+    Root,
+    SyncConnection,
+    Taken,
+    answer_bytes,
+    envelope_bytes,
+)
+
+SILENCE_S = 15.0
+"""How long one side waits for the other to say something."""
+
+MAX_BARREN_COMPARES = 64
+"""Messages with queries in a row that brought nothing: more than an honest difference needs, even at its deepest."""
+
+MAX_FRONTIER = 4096
+"""Prefixes that wait to be asked about; what does not fit is found again by the next session."""
+
+MAX_PUT_ENVELOPES = 512
+"""Envelopes that an initiator hands over in one session. A peer that lacks more gets them itself, from many at once."""
+
+MAX_PASSES = 3
+
+MAX_UNDELIVERED = 64
+"""Envelopes that a peer may list and then not have: some may have been dropped meanwhile. More is a lie."""
+
+GET_CHUNK = 64
+VERIFIED_AT_A_TIME = 4
+
+QUERY_COST = 0.1
+HASHING_COST = 1 / 5000
+"""Work of answering a query, and of each id that is hashed for it, measured in signatures verified."""
+
+_M = TypeVar("_M", bound=Message)
+
+
+class Payer(Protocol):
+    """Slows a session down to what its peer and all sessions together are allowed."""
+
+    async def pay_work(self, amount: float) -> None:
+        """Wait until so much work, in signatures to verify, is paid for."""
+        ...
+
+    async def pay_traffic(self, sent_bytes: int) -> None:
+        """Wait until so many bytes are paid for."""
+        ...
+
+
+@dataclass(slots=True)
+class Outcome:
+    """What a session came to."""
+
+    equal: bool = False
+    """At the end both held the same, as far as they compare."""
+    differed: bool = False
+    received: int = 0
+    """Observations that were new to us."""
+    sent: int = 0
+    """Observations that were new to them, or that they asked for."""
+    bytes_received: int = 0
+    bytes_sent: int = 0
+    retry_s: float | None = None
+    """The responder is busy for so long."""
+
+
+class Channel:
+    """A stream with the protocol on it."""
+
+    def __init__(self, stream: Stream, role: Role, outcome: Outcome) -> None:
+        self._stream = stream
+        self._connection = SyncConnection(role)
+        self._outcome = outcome
+        self._heard: deque[Message] = deque()
+
+    async def say(self, message: Message) -> int:
+        """Send a message; return how many bytes it took. Raises NetworkError."""
+        data = self._connection.send(message)
+        await self._stream.send_all(data)
+        self._outcome.bytes_sent += len(data)
+        return len(data)
+
+    async def hear_any(self) -> Message | None:
+        """Return the next message, None at the end. Raises NetworkError and RemoteProtocolError."""
+        while not self._heard:
+            with trio.move_on_after(SILENCE_S) as scope:
+                data = await self._stream.receive_some()
+            if scope.cancelled_caught:
+                raise NetworkError(f"nothing heard for {SILENCE_S:g} s")
+            self._outcome.bytes_received += len(data)
+            self._heard += self._connection.receive_data(data)
+            if not data:
+                return None
+        return self._heard.popleft()
+
+    async def hear(self, expected: type[_M]) -> _M:
+        """Return the next message, which by the state of the conversation is of this type."""
+        message = await self.hear_any()
+        if not isinstance(message, expected):
+            raise NetworkError("the peer ended the session")
+        return message
+
+
+async def admit(envelopes: Iterable[bytes], replica: Replica, payer: Payer, wanted: set[bytes] | None = None) -> int:
+    """Verify envelopes that a peer sent and keep them; return how many were new.
+
+    Those in `wanted` are taken out of it. Raises RemoteProtocolError for an envelope that is not valid or not wanted.
+    """
+    observations = []
+    for number, envelope in enumerate(envelopes, 1):
+        await payer.pay_work(verification_cost(envelope))
+        observation = replica.open(envelope)
+        if wanted is not None:
+            if observation.id not in wanted:
+                raise RemoteProtocolError("an observation came that was not asked for")
+            wanted.remove(observation.id)
+        observations.append(observation)
+        if number % VERIFIED_AT_A_TIME == 0:
+            # Everybody else on the event loop gets a turn every millisecond or so.
+            await trio.lowlevel.checkpoint()
+    return await replica.take_in(observations)
+
+
+class Initiation:
+    """The initiator's side of one session."""
+
+    def __init__(self, stream: Stream, replica: Replica, payer: Payer, jitter: random.Random) -> None:
+        self.outcome = Outcome()
+        self._channel = Channel(stream, Role.INITIATOR, self.outcome)
+        self._replica = replica
+        self._payer = payer
+        self._jitter = jitter
+        self._barren_compares = 0
+        self._puts_left = MAX_PUT_ENVELOPES
+        self._undelivered = 0
+
+    async def run(self) -> None:
+        """Compare and exchange until equal or until the session's bounds; `outcome` tells what came of it.
+
+        Raises NetworkError when the session broke, RemoteProtocolError when the peer cheated.
+        """
+        await self._channel.say(Greeting(first_bucket=self._replica.first_bucket()))
+        match await self._channel.hear_any():
+            case Root() as root:
+                tree = await self._replica.tree(root.first_bucket)
+                if tree.summary("") == Summary("", root.count, root.digest):
+                    self.outcome.equal = True
+                    return
+            case Busy() as busy:
+                self.outcome.retry_s = float(busy.retry_s)
+                return
+            case _:
+                raise NetworkError("the peer ended the session")
+        self.outcome.differed = True
+        for _ in range(MAX_PASSES):
+            before = self.outcome.received + self.outcome.sent
+            await self._walk(tree)
+            tree = await self._replica.tree(root.first_bucket)
+            answer, *_ = await self._compare([tree.summary("")])
+            self.outcome.equal = isinstance(answer, Equal)
+            if self.outcome.equal or self.outcome.received + self.outcome.sent == before:
+                return
+
+    async def _walk(self, tree: SetTree) -> None:
+        """Go down from the root where the sets differ, and exchange what is found on the way."""
+        frontier = [tree.summary("")]
+        missing: list[bytes] = []
+        while frontier and self._barren_compares < MAX_BARREN_COMPARES:
+            queries = frontier[-MAX_QUERIES:]
+            del frontier[-len(queries) :]
+            answers = await self._compare(queries)
+            frontier += queries[len(answers) :]
+            surplus: list[Gap] = []
+            for query, answer in zip(queries, answers, strict=False):
+                found = await self._replica.resolve(tree, partial(tree.difference, query.prefix, answer))
+                for bucket, ids in found.listed:
+                    lacking = await self._replica.resolve(tree, partial(tree.lacking, bucket, ids))
+                    missing += [content_id for content_id in lacking if self._replica.wants(content_id)]
+                surplus += found.surplus
+                # Two sessions at a time rarely go the same way, and so seldom ask for the same.
+                self._jitter.shuffle(found.ask)
+                frontier += found.ask
+            del frontier[:-MAX_FRONTIER]
+            while len(missing) >= MAX_GET or (missing and not frontier):
+                wanted, missing = missing[:MAX_GET], missing[MAX_GET:]
+                await self._get(wanted)
+            await self._put(tree, surplus)
+        if missing:
+            await self._get(missing[:MAX_GET])
+
+    async def _compare(self, queries: Sequence[Summary]) -> Sequence[Answer]:
+        self._barren_compares += 1
+        await self._channel.say(Compare(tuple(queries)))
+        return (await self._channel.hear(Answers)).answers
+
+    async def _get(self, ids: Iterable[bytes]) -> None:
+        wanted = {content_id for content_id in ids if self._replica.wants(content_id)}
+        if not wanted:
+            return
+        asked = frozenset(wanted)
+        self._replica.requested |= asked
+        try:
+            await self._channel.say(Get(tuple(sorted(asked))))
+            last = False
+            while not last:
+                items = await self._channel.hear(Items)
+                last = items.last
+                self.outcome.received += await admit(items.envelopes, self._replica, self._payer, wanted)
+                self._barren_compares = 0
+        finally:
+            self._replica.requested -= asked
+        self._undelivered += len(wanted)
+        if self._undelivered > MAX_UNDELIVERED:
+            raise RemoteProtocolError(f"{self._undelivered} observations were listed and not delivered")
+
+    async def _put(self, tree: SetTree, gaps: list[Gap]) -> None:
+        """Hand over what the responder lacks, as far as the session allows."""
+        self._jitter.shuffle(gaps)
+        for gap in gaps:
+            for bucket in tree.buckets_in(gap):
+                if not self._puts_left:
+                    return
+                ids = await self._replica.resolve(tree, partial(tree.ids_in, gap, bucket))
+                self._jitter.shuffle(ids)
+                del ids[self._puts_left :]
+                self._puts_left -= len(ids)
+                for start in range(0, len(ids), GET_CHUNK):
+                    envelopes = deque(await self._replica.envelopes(ids[start : start + GET_CHUNK]))
+                    while envelopes:
+                        await self._payer.pay_traffic(await self._channel.say(Put(fill_message(envelopes))))
+                        self.outcome.sent += (await self._channel.hear(Taken)).count
+                        self._barren_compares = 0
+
+
+class Response:
+    """The responder's side of one session."""
+
+    def __init__(self, stream: Stream, replica: Replica, payer: Payer) -> None:
+        self.outcome = Outcome()
+        self._channel = Channel(stream, Role.RESPONDER, self.outcome)
+        self._replica = replica
+        self._payer = payer
+
+    async def refuse(self, retry_s: int) -> None:
+        """Send the initiator away for some seconds."""
+        if await self._channel.hear_any() is not None:
+            await self._channel.say(Busy(retry_s=retry_s))
+
+    async def run(self) -> None:
+        """Answer until the initiator ends the session. Raises NetworkError and RemoteProtocolError."""
+        greeting = await self._channel.hear(Greeting)
+        first_bucket = max(greeting.first_bucket, self._replica.first_bucket())
+        tree = await self._replica.tree(first_bucket)
+        root = tree.summary("")
+        await self._channel.say(Root(first_bucket=first_bucket, count=root.count, digest=root.digest))
+        while (message := await self._channel.hear_any()) is not None:
+            self.outcome.differed = True
+            match message:
+                case Compare(queries):
+                    if not queries[0].prefix:
+                        tree = await self._replica.tree(first_bucket)
+                    await self._answer(tree, queries)
+                case Get(ids):
+                    await self._deliver(ids)
+                case Put(envelopes):
+                    taken = await admit(envelopes, self._replica, self._payer)
+                    self.outcome.received += taken
+                    await self._channel.say(Taken(count=taken))
+                case _:
+                    raise AssertionError(f"the table of states lets {message} through to a responder")
+
+    async def _answer(self, tree: SetTree, queries: Sequence[Summary]) -> None:
+        answers: list[Answer] = []
+        room = MAX_PAYLOAD_BYTES
+        for query in queries:
+            answer = await self._replica.resolve(tree, partial(tree.answer, query))
+            room -= answer_bytes(answer)
+            if room < 0 and answers:
+                break
+            answers.append(answer)
+            await self._payer.pay_work(QUERY_COST + HASHING_COST * _count(query, answer))
+        self.outcome.equal = len(answers) == 1 and not queries[0].prefix and isinstance(answers[0], Equal)
+        await self._payer.pay_traffic(await self._channel.say(Answers(tuple(answers))))
+
+    async def _deliver(self, ids: Sequence[bytes]) -> None:
+        for start in range(0, len(ids), GET_CHUNK):
+            envelopes = deque(await self._replica.envelopes(ids[start : start + GET_CHUNK]))
+            while envelopes:
+                items = Items(fill_message(envelopes), last=False)
+                self.outcome.sent += len(items.envelopes)
+                await self._payer.pay_traffic(await self._channel.say(items))
+        await self._channel.say(Items((), last=True))
+
+
+def _count(query: Summary, answer: Answer) -> int:
+    """Return how many ids of ours an answer speaks of."""
+    match answer:
+        case Equal():
+            return query.count
+        case Split(parts):
+            return sum(part.count for part in parts)
+        case Listing(buckets):
+            return sum(len(ids) for _, ids in buckets)
+
+
+def fill_message(envelopes: deque[bytes]) -> tuple[bytes, ...]:
+    """Take envelopes from the left as long as they fit into one message; at least one always does."""
+    taken = []
+    room = MAX_PAYLOAD_BYTES
+    while envelopes and room >= envelope_bytes(envelopes[0]):
+        room -= envelope_bytes(envelopes[0])
+        taken.append(envelopes.popleft())
+    return tuple(taken)
