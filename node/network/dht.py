@@ -22,7 +22,8 @@ from libp2p.peer.peerinfo import PeerInfo
 from libp2p.records.validator import NamespacedValidator, Validator
 
 from node.network.interface import NetworkError, RecordSelector, RecordValidator
-from node.network.swarm import HANDLER_TIMEOUT_S, GuardedHost, guarded, reason, start_service
+from node.network.swarm import HANDLER_TIMEOUT_S, GuardedHost, guarded, start_service
+from node.network.transport import reason
 from protocol.identity import PeerId, parse_peer_id
 from protocol.limits import MAX_RECORD_BYTES
 

@@ -33,8 +33,8 @@ from node.network.interface import (
     StreamHandler,
 )
 from node.network.streams import Libp2pStream, serve, wrap
-from node.network.swarm import GuardedHost, GuardedSwarm, quiet_library, reason, start_service
-from node.network.transport import Admission, Tcp, bind, secure_upgrader
+from node.network.swarm import GuardedHost, GuardedSwarm, quiet_library, start_service
+from node.network.transport import Admission, Tcp, bind, reason, secure_upgrader
 from node.network.yamux import YamuxLimits, shielded
 from protocol.identity import PeerId, peer_id_from_public_key
 

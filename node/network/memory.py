@@ -239,6 +239,7 @@ class MemoryStream:
         view = memoryview(data)
         started = False
         try:
+            await trio.lowlevel.checkpoint_if_cancelled()
             while view:
                 await self._wait_for_window()
                 size = min(self._window, PIECE_BYTES, len(view))

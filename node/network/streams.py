@@ -45,8 +45,6 @@ class Libp2pStream:
         try:
             return await self._muxed.read(max_bytes)
         except MuxedStreamEOF:
-            if self._closed:
-                raise StreamClosed("the stream was closed on this side") from None
             return b""
         except MuxedStreamError as error:
             raise StreamClosed(f"the stream from {self._peer} broke: {error}") from error

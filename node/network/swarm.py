@@ -26,7 +26,7 @@ from libp2p.transport.upgrader import TransportUpgrader
 from multiaddr import Multiaddr
 
 from node.network.addresses import TcpAddress, parse_address
-from node.network.transport import UPGRADE_TIMEOUT_S, Tcp
+from node.network.transport import UPGRADE_TIMEOUT_S, Tcp, reason
 from node.network.yamux import YamuxStream, shielded
 
 logger = logging.getLogger(__name__)
@@ -295,13 +295,3 @@ def quiet_library() -> None:
         logging.getLogger("libp2p").setLevel(logging.CRITICAL + 1)
     if not logging.root.handlers:
         logging.root.addHandler(logging.NullHandler())
-
-
-def reason(error: BaseException) -> str:
-    """Return the cause at the bottom of a chain of the library's exceptions, as one line."""
-    while error.__cause__ is not None:
-        error = error.__cause__
-    if isinstance(error, trio.TooSlowError):
-        return "timed out"
-    text = " ".join(str(error).split())
-    return text[:200] or type(error).__name__

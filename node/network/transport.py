@@ -4,7 +4,6 @@ The library's own listener binds with SO_REUSEPORT, so that a second daemon on a
 runs in a task outside of every nursery of ours; its default host also accepts plaintext.
 """
 
-import errno
 import logging
 import os
 import socket
@@ -207,7 +206,7 @@ class Tcp(ITransport):
             stream = await trio.open_tcp_stream(address.host, address.port)
             return RawConnection(TcpStream(stream), initiator=True)
         except (OSError, ValueError) as error:
-            raise OpenConnectionError(_reason(error)) from error
+            raise OpenConnectionError(reason(error)) from error
 
     def create_listener(self, handler_function: THandler) -> TcpListener:
         """Return a listener that hands each connection to the function."""
@@ -235,7 +234,7 @@ async def bind(address: TcpAddress) -> list[trio.SocketListener]:
     try:
         return list(await trio.open_tcp_listeners(address.port, host=address.host, backlog=LISTEN_BACKLOG))
     except OSError as error:
-        raise NetworkError(f"cannot listen on {address.endpoint}: {_reason(error)}") from error
+        raise NetworkError(f"cannot listen on {address.endpoint}: {reason(error)}") from error
 
 
 class YamuxMultistream(MuxerMultistream):
@@ -266,10 +265,17 @@ def _address_of(sock: trio.socket.SocketType) -> Multiaddr:
     return Multiaddr(f"/{kind}/{host}/tcp/{port}")
 
 
-def _reason(error: OSError | ValueError) -> str:
-    """Return what the system said, without trio's wrapping of several attempts."""
-    if isinstance(error.__cause__, OSError):
-        error = error.__cause__
+def reason(error: BaseException) -> str:
+    """Return what is at the bottom of a chain of exceptions, as one line."""
+    while True:
+        if isinstance(error, BaseExceptionGroup):
+            error = error.exceptions[0]
+        elif error.__cause__ is not None:
+            error = error.__cause__
+        else:
+            break
+    if isinstance(error, trio.TooSlowError):
+        return "timed out"
     if isinstance(error, OSError) and error.errno is not None and error.errno > 0:
-        return {errno.EADDRINUSE: "address already in use"}.get(error.errno, os.strerror(error.errno).lower())
-    return str(error)
+        return os.strerror(error.errno).lower()
+    return " ".join(str(error).split())[:200] or type(error).__name__

@@ -104,9 +104,9 @@ class YamuxStream(IMuxedStream):
         """Return what has arrived, at most `n` bytes; raise MuxedStreamEOF at the end. Cancelling it loses nothing."""
         await trio.lowlevel.checkpoint_if_cancelled()
         while not self.chunks:
-            if self.finished:
+            if self.finished and not self.discarding:
                 raise MuxedStreamEOF("end of stream")
-            if self.broken:
+            if self.broken or self.discarding:
                 raise MuxedStreamReset("stream was reset")
             await self.readable.park()
         chunk = self.chunks[0]
@@ -185,7 +185,9 @@ class YamuxStream(IMuxedStream):
 
     def reset_now(self) -> None:
         """Do `reset` without waiting."""
-        if not self.broken and not (self.send_closed and self.finished):
+        if self.broken:
+            return  # the library resets every stream of a lost connection: what was complete may still be read
+        if not (self.send_closed and self.finished):
             self.muxed_conn.queue_control(_WINDOW_UPDATE, _RST, self.stream_id, 0)
         self.chunks.clear()
         self.break_off()
@@ -301,12 +303,9 @@ class Yamux(IMuxedConn):
     async def close(self) -> None:
         """Say goodbye, if the peer listens, and end the connection. Bounded by a second."""
         if not self.event_closed.is_set():
-            with shielded(0.5) as scope:
+            with shielded(0.5):
                 self.queue_control(_GO_AWAY, 0, 0, _NORMAL)
-                async with self.write_lock:
-                    await self.write_frame(b"")
-            if scope.cancelled_caught:
-                await trio.lowlevel.checkpoint_if_cancelled()
+                await self._send_last_words()
         self.abort()
         with shielded(0.5):
             await self._close_secured()
@@ -449,18 +448,16 @@ class Yamux(IMuxedConn):
         except _PeerFaultError as fault:
             self._on_fault(str(fault))
             self.queue_control(_GO_AWAY, 0, 0, _PROTOCOL_ERROR)
-            async with self.write_lock:
+            with trio.move_on_after(0.5):
                 await self._send_last_words()
         except Exception as error:  # noqa: BLE001  # every layer below has its own way to say that it ended
             logger.debug("connection to %s ended: %r", self.peer_id, error)
         self.abort()
 
     async def _send_last_words(self) -> None:
-        try:
-            with trio.move_on_after(0.5):
+        async with self.write_lock:
+            with contextlib.suppress(MuxedStreamError):
                 await self.write_frame(b"")
-        except MuxedStreamError:
-            pass
 
     async def _receive_frames(self) -> None:
         buffer = bytearray()
