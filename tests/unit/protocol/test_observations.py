@@ -1,0 +1,279 @@
+"""Observations: what others take, and what they do not."""
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from protocol.canonical import decode, encode
+from protocol.errors import LocalProtocolError, RemoteProtocolError
+from protocol.identity import BlockRange
+from protocol.limits import MAX_CLOCK_SKEW_S, MAX_OBSERVATION_AGE_S, MAX_RECORD_BYTES, MAX_STAGES
+from protocol.measurements import MethodInForce, ObservationKind
+from protocol.messages import SessionStatistics
+from protocol.observations import (
+    BUCKET_S,
+    OBSERVATION_KIND,
+    bucket_of,
+    check_countersignature,
+    countersign,
+    oldest_bucket,
+    open_observation,
+    read_observation,
+    sign_observation,
+    verify_observation,
+)
+from protocol.records import sign
+from tests.support.observations import BLOCKS, METHOD, NOW_S, job, key, observation, peer, signed
+
+
+def payload_of(envelope: bytes) -> dict[str, Any]:
+    outer = decode(envelope, max_bytes=MAX_RECORD_BYTES)
+    assert isinstance(outer, dict)
+    payload = decode(outer["payload"], max_bytes=MAX_RECORD_BYTES)
+    assert isinstance(payload, dict)
+    return payload
+
+
+def resigned(observation_number: int = 0, **changes: Any) -> bytes:
+    """Return a rightly signed envelope whose payload has other values; a dotted name goes into a map."""
+    payload = payload_of(signed(observation_number).envelope)
+    for path, value in changes.items():
+        *outer, last = path.split("__")
+        target = payload
+        for part in outer:
+            target = target[part]
+        target[last] = value
+    return sign(OBSERVATION_KIND, payload, key(0))
+
+
+def test_what_one_peer_signs_another_reads() -> None:
+    made = signed(7, observer=1, stages=(2, 3))
+    taken = verify_observation(made.envelope, NOW_S)
+    assert taken == made
+    assert taken.observation == observation(7, observer=1, stages=(2, 3))
+    assert taken.observation.is_countersigned
+    assert read_observation(made.envelope) == made
+
+
+def test_content_decides_the_id_and_the_signature_does_not() -> None:
+    assert signed(1).id == signed(1).id
+    assert signed(1).id != signed(2).id
+    assert signed(1, observer=1).id != signed(1, observer=2).id
+
+
+def test_a_route_as_long_as_allowed_fits_into_a_record() -> None:
+    made = signed(1, stages=range(MAX_STAGES))
+    assert len(made.envelope) <= MAX_RECORD_BYTES
+    assert verify_observation(made.envelope, NOW_S).observation.is_countersigned
+
+
+def test_nobody_signs_for_another() -> None:
+    with pytest.raises(LocalProtocolError, match="is signed by"):
+        sign_observation(observation(observer=1), key(2))
+    stolen = sign(OBSERVATION_KIND, payload_of(signed(1, observer=1).envelope), key(2))
+    with pytest.raises(RemoteProtocolError, match="is signed by"):
+        open_observation(stolen)
+
+
+def test_every_byte_of_an_envelope_counts() -> None:
+    envelope = signed(1, stages=(1, 2)).envelope
+    for position in range(len(envelope)):
+        broken = bytearray(envelope)
+        broken[position] ^= 0x01
+        with pytest.raises(RemoteProtocolError):
+            open_observation(bytes(broken))
+    for length in range(len(envelope)):
+        with pytest.raises(RemoteProtocolError):
+            open_observation(envelope[:length])
+
+
+@pytest.mark.parametrize("what", ["job", "observer", "model", "method", "blocks", "hardware", "statistics"])
+def test_a_countersignature_holds_for_one_job_observer_model_method_and_its_figures(what: str) -> None:
+    stage = observation().route[0]
+    bound: dict[str, Any] = {
+        "job": job(1),
+        "observer": peer(0),
+        "model": observation().model.model,
+        "method": METHOD.name,
+    }
+    stage = countersign(replace(stage, peer=peer(5)), **bound, private_key=key(5))
+    check_countersignature(stage, **bound)
+    others: dict[str, Any] = {"job": job(2), "observer": peer(3), "model": "77" * 32, "method": "arithmetic=bf16"}
+    if what in others:
+        bound[what] = others[what]
+    else:
+        faster = replace(stage.statistics, compute_s=stage.statistics.compute_s / 2)
+        values: dict[str, Any] = {"blocks": BlockRange(0, 1), "hardware": "gpu", "statistics": faster}
+        stage = replace(stage, **{what: values[what]})
+    with pytest.raises(RemoteProtocolError, match="countersignature"):
+        check_countersignature(stage, **bound)
+
+
+def test_figures_invented_for_another_peer_are_found_out() -> None:
+    made = observation(1, stages=(1, 2))
+    first = made.route[0]
+    forged = replace(first, statistics=replace(first.statistics, compute_s=0.001))
+    with pytest.raises(LocalProtocolError, match="countersignature"):
+        sign_observation(replace(made, route=(forged, *made.route[1:])), key(0))
+
+
+def test_a_stage_without_countersignature_is_told_apart() -> None:
+    made = observation(1, stages=(1, 2))
+    silent = replace(made.route[1], countersignature=None)
+    taken = sign_observation(replace(made, route=(made.route[0], silent)), key(0))
+    assert not taken.observation.is_countersigned
+    assert signed(1).observation.is_countersigned, "the observer vouches for its own stage by signing the whole"
+
+
+def test_clocks_may_differ_but_not_much() -> None:
+    verify_observation(signed(issued_at_s=NOW_S + MAX_CLOCK_SKEW_S).envelope, NOW_S)
+    with pytest.raises(RemoteProtocolError, match="in the future"):
+        verify_observation(signed(issued_at_s=NOW_S + MAX_CLOCK_SKEW_S + 1).envelope, NOW_S)
+
+
+def test_what_is_too_old_goes_by_whole_buckets() -> None:
+    oldest_s = oldest_bucket(NOW_S) * BUCKET_S
+    assert NOW_S - MAX_OBSERVATION_AGE_S - BUCKET_S < oldest_s <= NOW_S - MAX_OBSERVATION_AGE_S
+    verify_observation(signed(issued_at_s=oldest_s).envelope, NOW_S)
+    with pytest.raises(RemoteProtocolError, match="too long"):
+        verify_observation(signed(issued_at_s=oldest_s - 1).envelope, NOW_S)
+    assert open_observation(signed(issued_at_s=oldest_s - 1).envelope).bucket == bucket_of(oldest_s) - 1
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"version": 2}, "version 2"),
+        ({"version": True}, "no integer"),
+        ({"extra": 1}, "unknown field"),
+        ({"kind": "guessed"}, "none of"),
+        ({"issued_at_s": -1}, "expected"),
+        ({"job": b"short"}, "16 bytes"),
+        ({"workload__prompt_tokens": 0}, "expected"),
+        ({"workload__prompt_tokens": 8190}, "8192 positions"),
+        ({"workload__cached_tokens": 64}, "from a cache"),
+        ({"workload__shared_prefix_share": 1.5}, "expected"),
+        ({"workload__concurrency": 0}, "expected"),
+        ({"workload__objective": "fame"}, "none of"),
+        ({"model__hidden_size": 1 << 40}, "expected"),
+        ({"model__active_expert_count": 8}, "experts"),
+        ({"method__switches": {"a|b": "c"}}, "a name or value"),
+        ({"method__switches": {"a": "b=c"}}, "a name or value"),
+        ({"method__switches": {}}, "empty"),
+        ({"method__switches": {f"switch{i}": "on" for i in range(17)}}, "at most 16"),
+        ({"method__switches": {f"s{i}" + "x" * 30: "on" for i in range(16)}}, "longer than"),
+        ({"software": {"torch": ""}}, "empty"),
+        ({"software": ["torch"]}, "no map"),
+        ({"measurements__ttft_s": -0.1}, "expected"),
+        ({"measurements__ttft_s": 1}, "no float"),
+        ({"measurements__ttft_s": 2.5}, "tokens took"),
+        ({"measurements__tpot_s": 0.01}, "tokens took"),
+        ({"measurements__total_s": 0.0}, "expected"),
+        ({"measurements__total_s": 1e300}, "expected"),
+        ({"measurements__tokens_per_s": 1.0}, "tokens_per_s"),
+        ({"measurements__tokens_per_s": 100.0}, "tokens_per_s"),
+        ({"measurements__log_ratio_to_baseline": -0.5}, "nothing to be compared"),
+        ({"kind": "probe"}, "lacks its ratio"),
+        ({"kind": "assigned"}, "lacks its ratio"),
+        ({"route": []}, "no stages"),
+        ({"route": "all"}, "no array"),
+    ],
+)
+def test_impossible_values_are_turned_down(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(RemoteProtocolError, match=message):
+        open_observation(resigned(**changes))
+
+
+@pytest.mark.parametrize(
+    ("statistics", "message"),
+    [
+        (SessionStatistics(steps=1, rows=1, compute_s=5.0), "computed in a job"),
+        (SessionStatistics(steps=1, rows=1, queue_s=50.0), "waited longer"),
+        (SessionStatistics(steps=5, rows=4), "cannot be"),
+        (SessionStatistics(steps=5, rows=64 * 96 + 1), "cannot be"),
+        (SessionStatistics(steps=0, rows=1), "cannot be|without a step"),
+        (SessionStatistics(steps=0, compute_s=0.1), "without a step"),
+        (SessionStatistics(steps=-1), "expected"),
+        (SessionStatistics(compute_s=float("nan")), "finite"),
+    ],
+)
+def test_impossible_figures_of_a_stage_are_turned_down(statistics: SessionStatistics, message: str) -> None:
+    made = observation()
+    stage = replace(made.route[0], statistics=statistics)
+    with pytest.raises(LocalProtocolError, match=message):
+        sign_observation(replace(made, route=(stage,)), key(0))
+
+
+@pytest.mark.parametrize(
+    ("ranges", "message"),
+    [
+        ([(0, 20), (21, BLOCKS)], "do not follow"),
+        ([(0, 20), (19, BLOCKS)], "do not follow"),
+        ([(30, BLOCKS), (0, 30)], "do not follow"),
+        ([(0, BLOCKS + 1)], "do not follow"),
+        ([(0, BLOCKS - 1)], "do not cover"),
+        ([(1, BLOCKS)], "do not cover"),
+    ],
+)
+def test_a_job_goes_through_every_block_once(ranges: list[tuple[int, int]], message: str) -> None:
+    made = observation()
+    route = tuple(replace(made.route[0], blocks=BlockRange(*blocks)) for blocks in ranges)
+    with pytest.raises(LocalProtocolError, match=message):
+        sign_observation(replace(made, route=route), key(0))
+
+
+def test_a_benchmark_measures_the_blocks_its_peer_has() -> None:
+    made = observation()
+    part = replace(
+        made,
+        kind=ObservationKind.BENCH,
+        route=(replace(made.route[0], blocks=BlockRange(3, 9)),),
+        workload=replace(made.workload, concurrency=8),
+        measurements=replace(made.measurements, tokens_per_s=100.0, log_ratio_to_baseline=-1.1),
+    )
+    assert sign_observation(part, key(0)).observation == part
+
+
+def test_one_token_takes_no_time_per_further_token() -> None:
+    made = observation()
+    single = replace(
+        made,
+        workload=replace(made.workload, completion_tokens=1),
+        measurements=replace(made.measurements, ttft_s=1.0, tpot_s=0.0, total_s=1.0, tokens_per_s=1.0),
+    )
+    assert sign_observation(single, key(0)).observation == single
+    with pytest.raises(LocalProtocolError, match="single token"):
+        sign_observation(replace(single, measurements=replace(single.measurements, tpot_s=0.1)), key(0))
+
+
+def test_a_method_is_named_by_its_sorted_switches() -> None:
+    method = MethodInForce(switches={"speculation": "ngram-4", "arithmetic": "bf16"}, stage_policy={})
+    assert method.name == "arithmetic=bf16|speculation=ngram-4"
+
+
+def test_a_record_of_another_kind_is_no_observation() -> None:
+    payload = payload_of(signed().envelope)
+    with pytest.raises(RemoteProtocolError, match="was expected"):
+        open_observation(sign("heartbeat", payload, key(0)))
+
+
+def test_what_is_not_canonical_is_turned_down() -> None:
+    outer = decode(signed().envelope, max_bytes=MAX_RECORD_BYTES)
+    assert isinstance(outer, dict)
+    canonical: bytes = outer["payload"]
+    assert canonical.startswith(b"\x8b")
+    # The same map with its length in three bytes instead of one.
+    outer["payload"] = b"\xde\x00\x0b" + canonical[1:]
+    outer["signature"] = key(0).sign(b"metaswarm/1/observation\n" + outer["payload"])
+    with pytest.raises(RemoteProtocolError, match="canonical"):
+        open_observation(encode(outer))
+
+
+def test_what_was_never_verified_is_not_read() -> None:
+    with pytest.raises(RemoteProtocolError):
+        read_observation(b"")
+    with pytest.raises(RemoteProtocolError):
+        read_observation(encode({"payload": "text"}))
+    with pytest.raises(RemoteProtocolError):
+        read_observation(encode({"payload": encode({"version": 1})}))
