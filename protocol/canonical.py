@@ -78,8 +78,8 @@ def canonical_json(value: Value) -> bytes:
 
     Raises ValueError for what JSON cannot say: bytes, keys that are not text, NaN and infinities, lone surrogates.
     """
-    _check_text_keys(value)
     try:
+        _check_text_keys(value)
         text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
     except (TypeError, RecursionError) as error:
         raise ValueError(str(error)) from None

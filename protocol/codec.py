@@ -116,8 +116,8 @@ class StepHeader:
 def encode_control(message: ControlMessage) -> bytes:
     """Return the body of a control frame. Raises LocalProtocolError when a value breaks a limit."""
     codec = _BY_TYPE[type(message)]
-    fields: _Map = codec.to_map(message)
     try:
+        fields: _Map = codec.to_map(message)
         _from_fields(codec, fields)
         return encode({"type": codec.type_name, **fields})
     except (RemoteProtocolError, ValueError) as error:
@@ -138,12 +138,12 @@ def decode_control(body: bytes | memoryview) -> ControlMessage:
 
 def encode_step_header(step: Step) -> bytes:
     """Return the header of a step frame. Raises LocalProtocolError when a value breaks a limit."""
-    fields: _Map = {
-        "dtype": step.tensor.dtype.value,
-        "shape": list(step.tensor.shape),
-        "slices": [_slice_to_array(part) for part in step.slices],
-    }
     try:
+        fields: _Map = {
+            "dtype": step.tensor.dtype.value,
+            "shape": list(step.tensor.shape),
+            "slices": [_slice_to_array(part) for part in step.slices],
+        }
         _step_header_from(fields)
         _check_tokens(step.tensor)
         return encode(fields)

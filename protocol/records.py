@@ -234,10 +234,10 @@ def seal(record: Record, private_key: Ed25519PrivateKey) -> bytes:
         "issued_at_s": record.issued_at_s,
         "expires_at_s": record.expires_at_s,
     }
-    envelope = sign(record.kind, {**header, **record.body()}, private_key)
     try:
+        envelope = sign(record.kind, {**header, **record.body()}, private_key)
         same = unseal(type(record), envelope, record.issued_at_s) == record
-    except RemoteProtocolError as error:
+    except (RemoteProtocolError, ValueError) as error:
         raise LocalProtocolError(str(error)) from None
     if not same:
         raise LocalProtocolError(f"{record.kind} record: the key is not that of {record.peer}")

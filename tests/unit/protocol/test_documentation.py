@@ -1,0 +1,125 @@
+"""docs/protocol.md is what others implement from: its tables, limits and examples must be the code's."""
+
+import re
+import struct
+from pathlib import Path
+
+import pytest
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
+from protocol import limits
+from protocol.blobs import BlobFound, BlobInitiator, BlobRequest, BlobResponder
+from protocol.codec import encode_control
+from protocol.connection import JobConnection
+from protocol.framing import FrameType, encode_frame
+from protocol.identity import BlockRange, JobId, ModelId, SessionId, peer_id_from_public_key
+from protocol.messages import Credit, Hello, Message, Open, Ping, Sampling, Slice, Step
+from protocol.records import SpanRecord, seal
+from protocol.states import CONNECTION_TABLE, SESSION_TABLE, Direction, Role
+from protocol.tensors import DType, Tensor
+
+DOCUMENT = (Path(__file__).parents[3] / "docs" / "protocol.md").read_text()
+
+SESSION = SessionId(JobId(bytes(range(16)).hex()), 1)
+MODEL = ModelId("ab" * 32)
+KEY = Ed25519PrivateKey.from_private_bytes(bytes(range(32)))
+PEER = peer_id_from_public_key(KEY.public_key().public_bytes_raw())
+
+
+def documented_rows(heading: str) -> list[tuple[str, ...]]:
+    """Return the cells of the table right under a heading, without its two header lines."""
+    lines = DOCUMENT.split(f"{heading}\n\n", 1)[1].split("\n\n", 1)[0].splitlines()
+    return [tuple(cell.strip() for cell in line.strip("|").split("|")) for line in lines[2:]]
+
+
+def event(direction: Direction, message_type: type[Message]) -> str:
+    return f"{'send' if direction is Direction.SENT else 'receive'} {message_type.__name__}"
+
+
+@pytest.mark.parametrize("role", Role)
+def test_the_documented_states_of_the_connection_are_the_codes(role: Role) -> None:
+    actual = [
+        (str(state), event(direction, message_type), str(following))
+        for (whose, state, message_type, direction), following in CONNECTION_TABLE.items()
+        if whose is role
+    ]
+    assert documented_rows(f"#### Connection states of the {role}") == actual
+
+
+@pytest.mark.parametrize("role", Role)
+def test_the_documented_states_of_a_session_are_the_codes(role: Role) -> None:
+    actual = [
+        (str(state), event(direction, message_type), str(following.next), "quiet" if following.quiet else "")
+        for (whose, state, message_type, direction), following in SESSION_TABLE.items()
+        if whose is role
+    ]
+    assert documented_rows(f"#### Session states of the {role}") == actual
+
+
+def test_the_documented_limits_are_the_codes() -> None:
+    documented = {name.strip("`"): float(value) for name, value, _ in documented_rows("## Limits")}
+    assert documented == {name: float(getattr(limits, name)) for name in documented}
+    assert set(re.findall(r"`(MAX_[A-Z_0-9]+)`", DOCUMENT)) == set(documented)
+
+
+def control(message: Hello | Open | Credit | Ping) -> bytes:
+    return encode_frame(FrameType.CONTROL, encode_control(message))
+
+
+def step() -> bytes:
+    initiator = JobConnection(Role.INITIATOR, agent="a", window_bytes=1)
+    initiator.send_hello()
+    initiator.receive_data(control(Hello(agent="b", window_bytes=8)))
+    tensor = Tensor(DType.FLOAT32, (1, 2), struct.pack("<ff", 1.0, -2.0))
+    return b"".join(initiator.send(Step(slices=(Slice(session=SESSION, position=7, rows=1),), tensor=tensor)))
+
+
+def blob_request() -> BlobRequest:
+    return BlobRequest(
+        sha256="ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad", offset=0, length=1 << 20
+    )
+
+
+def blob_answer() -> bytes:
+    responder = BlobResponder()
+    responder.receive_data(BlobInitiator().request(blob_request()))
+    return responder.answer(BlobFound(size=3, length=3)) + b"".join(responder.send_data(b"abc"))
+
+
+EXAMPLES = {
+    "hello": control(Hello(agent="metaswarm/0.1.0", window_bytes=8 << 20)),
+    "open": control(
+        Open(
+            session=SESSION,
+            model=MODEL,
+            blocks=BlockRange(10, 20),
+            method="arithmetic=fp32",
+            positions=160,
+            upstream=(PEER,),
+            feedback=PEER,
+            sampling=Sampling(max_tokens=32, stop_tokens=(2,)),
+        )
+    ),
+    "credit": control(Credit(session=SESSION, consumed_bytes=8)),
+    "ping": control(Ping(nonce=7)),
+    "step": step(),
+    "get": BlobInitiator().request(blob_request()),
+    "found": blob_answer(),
+    "span": seal(
+        SpanRecord(
+            peer=PEER,
+            model=MODEL,
+            blocks=(BlockRange(0, 15),),
+            sequence=1,
+            issued_at_s=1_700_000_000,
+            expires_at_s=1_700_003_600,
+        ),
+        KEY,
+    ),
+}
+
+
+def test_the_documented_examples_are_exactly_what_the_code_sends() -> None:
+    documented = dict(re.findall(r"```hex (\w+)\n([0-9a-f\n]+)```", DOCUMENT))
+    assert {name: bytes.fromhex(text) for name, text in documented.items()} == EXAMPLES
+    assert PEER in DOCUMENT

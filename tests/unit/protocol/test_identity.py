@@ -1,0 +1,83 @@
+import pytest
+
+from protocol.identity import (
+    BlockRange,
+    parse_block_range,
+    parse_job_id,
+    parse_model_id,
+    parse_peer_id,
+    peer_id_from_public_key,
+    public_key_of,
+)
+from protocol.limits import MAX_BLOCKS
+
+KEY = bytes(range(32))
+
+
+def test_a_peer_id_holds_its_key() -> None:
+    peer = peer_id_from_public_key(KEY)
+    assert peer.startswith("12D3KooW")
+    assert parse_peer_id(peer) == peer
+    assert public_key_of(peer) == KEY
+
+
+@pytest.mark.parametrize("length", [0, 31, 33])
+def test_only_ed25519_keys_have_peer_ids_here(length: int) -> None:
+    with pytest.raises(ValueError, match="32 bytes"):
+        peer_id_from_public_key(bytes(length))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "x",
+        "0OIl",
+        "é",
+        "QmYyQSo1c1Ym7orWxLYvCrM2EmxFTANf8wXmmE7DWjhx5N",
+        "1" * 65,
+        peer_id_from_public_key(KEY)[:-1],
+        peer_id_from_public_key(KEY) + "1",
+        "1" + peer_id_from_public_key(KEY),
+        peer_id_from_public_key(KEY) + "\n",
+        " " + peer_id_from_public_key(KEY),
+        peer_id_from_public_key(KEY) + " ",
+    ],
+)
+def test_a_peer_has_one_name(text: str) -> None:
+    with pytest.raises(ValueError, match="peer id"):
+        parse_peer_id(text)
+
+
+def test_model_and_job_ids_are_lower_case_hexadecimal() -> None:
+    assert parse_model_id("0a" * 32) == "0a" * 32
+    assert parse_job_id("0a" * 16) == "0a" * 16
+    for unit, end in (("", ""), ("0A", ""), ("0a", "0"), ("0a", "\n"), ("zz", "")):
+        with pytest.raises(ValueError, match="model id"):
+            parse_model_id(unit * 32 + end)
+        with pytest.raises(ValueError, match="job id"):
+            parse_job_id(unit * 16 + end)
+
+
+def test_a_range_of_blocks_is_not_empty_and_ends_exclusive() -> None:
+    blocks = parse_block_range("3-7")
+    assert blocks == BlockRange(3, 7)
+    assert str(blocks) == "3-7"
+    assert len(blocks) == 4
+    assert [block in blocks for block in (2, 3, 6, 7)] == [False, True, True, False]
+
+
+@pytest.mark.parametrize(
+    "text", ["", "3", "3-", "-7", "3-3", "7-3", "a-b", "3-7 ", "0-1025", "3-7\n", "\u0663-\u0667", "00001-2"]
+)
+def test_what_is_no_range_of_blocks_is_refused(text: str) -> None:
+    with pytest.raises(ValueError, match="range of blocks"):
+        parse_block_range(text)
+
+
+def test_a_model_has_no_more_blocks_than_allowed() -> None:
+    assert BlockRange(0, MAX_BLOCKS).end == MAX_BLOCKS
+    with pytest.raises(ValueError, match="range of blocks"):
+        BlockRange(0, MAX_BLOCKS + 1)
+    with pytest.raises(ValueError, match="range of blocks"):
+        BlockRange(-1, 1)

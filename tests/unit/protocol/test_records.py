@@ -1,0 +1,276 @@
+import hashlib
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
+from protocol.canonical import decode_canonical, encode
+from protocol.errors import LocalProtocolError, RemoteProtocolError
+from protocol.identity import BlockRange, ModelId, peer_id_from_public_key
+from protocol.limits import (
+    MAX_ADDRESSES,
+    MAX_CLOCK_SKEW_S,
+    MAX_INTEGER,
+    MAX_NAME_BYTES,
+    MAX_RECORD_BYTES,
+    MAX_RECORD_LIFETIME_S,
+    MAX_SPANS,
+)
+from protocol.messages import Load
+from protocol.records import (
+    Heartbeat,
+    Record,
+    ServedSpan,
+    SpanRecord,
+    blob_provider_key,
+    parse_span_key,
+    provider_key,
+    seal,
+    select,
+    sign,
+    span_key,
+    unseal,
+    unseal_span,
+    verify,
+)
+
+KEY = Ed25519PrivateKey.from_private_bytes(bytes(range(32)))
+PEER = peer_id_from_public_key(KEY.public_key().public_bytes_raw())
+OTHER_KEY = Ed25519PrivateKey.from_private_bytes(bytes(32))
+OTHER_PEER = peer_id_from_public_key(OTHER_KEY.public_key().public_bytes_raw())
+MODEL = ModelId("5a" * 32)
+NOW_S = 1_700_000_000
+
+SPAN = SpanRecord(
+    peer=PEER,
+    model=MODEL,
+    blocks=(BlockRange(0, 8), BlockRange(16, 24)),
+    sequence=7,
+    issued_at_s=NOW_S,
+    expires_at_s=NOW_S + 600,
+)
+HEARTBEAT = Heartbeat(
+    peer=PEER,
+    sequence=8,
+    issued_at_s=NOW_S,
+    expires_at_s=NOW_S + 60,
+    multiaddrs=(f"/ip4/127.0.0.1/tcp/4001/p2p/{PEER}",),
+    agent="metaswarm/0.1.0",
+    spans=(ServedSpan(model=MODEL, blocks=BlockRange(0, 8), load=Load(sessions=1, step_s=0.5)),),
+    leaving=True,
+)
+
+
+def forged(signed_kind: str, payload: Any, /, **changes: Any) -> bytes:
+    """Return an envelope with a right signature over whatever payload, then changed."""
+    payload_bytes = payload if isinstance(payload, bytes) else encode(payload)
+    envelope: dict[str, Any] = {
+        "kind": signed_kind,
+        "public_key": KEY.public_key().public_bytes_raw(),
+        "payload": payload_bytes,
+        "signature": KEY.sign(f"metaswarm/1/{signed_kind}\n".encode() + payload_bytes),
+    }
+    return encode({**envelope, **changes})
+
+
+def payload_of(record: Record) -> dict[str, Any]:
+    return dict(verify(seal(record, KEY), record.kind, NOW_S).payload)
+
+
+@pytest.mark.parametrize("record", [SPAN, HEARTBEAT, replace(SPAN, blocks=()), replace(HEARTBEAT, spans=())])
+def test_a_record_is_read_as_it_was_signed(record: Record) -> None:
+    envelope = seal(record, KEY)
+    assert unseal(type(record), envelope, NOW_S) == record
+    assert verify(envelope, record.kind, NOW_S).peer == PEER
+
+
+def test_the_largest_heartbeat_fits() -> None:
+    load = Load(sessions=MAX_INTEGER, queued_rows=MAX_INTEGER, free_positions=MAX_INTEGER, step_s=0.1)
+    largest = replace(
+        HEARTBEAT,
+        sequence=MAX_INTEGER,
+        multiaddrs=("/" + "a" * (MAX_NAME_BYTES - 1),) * MAX_ADDRESSES,
+        agent="a" * MAX_NAME_BYTES,
+        spans=(ServedSpan(model=MODEL, blocks=BlockRange(1000, 1024), load=load),) * MAX_SPANS,
+    )
+    assert unseal(Heartbeat, seal(largest, KEY), NOW_S) == largest
+
+
+def test_a_record_is_of_one_kind() -> None:
+    with pytest.raises(RemoteProtocolError, match="a span record where a heartbeat record was expected"):
+        unseal(Heartbeat, seal(SPAN, KEY), NOW_S)
+    relabelled = forged("span", payload_of(SPAN), kind="heartbeat")
+    with pytest.raises(RemoteProtocolError, match="signature is wrong"):
+        verify(relabelled, "heartbeat", NOW_S)
+
+
+def test_nobody_signs_for_another() -> None:
+    with pytest.raises(LocalProtocolError, match="not that of"):
+        seal(SPAN, OTHER_KEY)
+    theirs = OTHER_KEY.public_key().public_bytes_raw()
+    with pytest.raises(RemoteProtocolError, match="signature is wrong"):
+        verify(forged("span", payload_of(SPAN), public_key=theirs), "span", NOW_S)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"public_key": bytes(31)},
+        {"public_key": bytes(32)},
+        {"public_key": b"\xff" * 32},
+        {"signature": bytes(63)},
+        {"signature": bytes(64)},
+        {"signature": "x"},
+        {"payload": "x"},
+        {"payload": b""},
+        {"kind": ""},
+        {"kind": 1},
+        {"more": 1},
+    ],
+)
+def test_a_damaged_envelope_is_refused(changes: dict[str, Any]) -> None:
+    with pytest.raises(RemoteProtocolError):
+        verify(forged("span", payload_of(SPAN), **changes), "span", NOW_S)
+
+
+@pytest.mark.parametrize("data", [b"", b"\xc0", b"\x80", b"\x84", bytes(MAX_RECORD_BYTES + 1)])
+def test_what_is_no_envelope_is_refused(data: bytes) -> None:
+    with pytest.raises(RemoteProtocolError):
+        verify(data, "span", NOW_S)
+    with pytest.raises(RemoteProtocolError):
+        select([data])
+
+
+def test_a_payload_has_one_form() -> None:
+    payload = encode(payload_of(SPAN))
+    longer = payload.replace(b"sequence\x07", b"sequence\xcc\x07")
+    assert longer != payload
+    with pytest.raises(RemoteProtocolError, match="canonical"):
+        verify(forged("span", longer), "span", NOW_S)
+    with pytest.raises(RemoteProtocolError, match="no map"):
+        verify(forged("span", []), "span", NOW_S)
+
+
+@pytest.mark.parametrize(
+    ("issued_at_s", "expires_at_s", "valid"),
+    [
+        (NOW_S, NOW_S + 1, True),
+        (NOW_S - 100, NOW_S + 1, True),
+        (NOW_S - 100, NOW_S, False),
+        (NOW_S + MAX_CLOCK_SKEW_S, NOW_S + MAX_CLOCK_SKEW_S + 1, True),
+        (NOW_S + MAX_CLOCK_SKEW_S + 1, NOW_S + MAX_CLOCK_SKEW_S + 2, False),
+        (NOW_S, NOW_S + MAX_RECORD_LIFETIME_S, True),
+        (NOW_S, NOW_S + MAX_RECORD_LIFETIME_S + 1, False),
+        (NOW_S + 10, NOW_S + 10, False),
+        (NOW_S + 20, NOW_S + 10, False),
+        (0, MAX_INTEGER, False),
+    ],
+)
+def test_a_record_holds_for_a_time(issued_at_s: int, expires_at_s: int, valid: bool) -> None:
+    envelope = forged("span", {**payload_of(SPAN), "issued_at_s": issued_at_s, "expires_at_s": expires_at_s})
+    if valid:
+        assert unseal(SpanRecord, envelope, NOW_S).expires_at_s == expires_at_s
+    else:
+        with pytest.raises(RemoteProtocolError, match=r"expired|future|lives"):
+            unseal(SpanRecord, envelope, NOW_S)
+
+
+@pytest.mark.parametrize(
+    ("record", "key", "value"),
+    [
+        (SPAN, "sequence", -1),
+        (SPAN, "sequence", MAX_INTEGER + 1),
+        (SPAN, "sequence", True),
+        (SPAN, "issued_at_s", 1.5),
+        (SPAN, "model", MODEL),
+        (SPAN, "blocks", [[0, 0]]),
+        (SPAN, "blocks", [[0, 1]] * (MAX_SPANS + 1)),
+        (SPAN, "more", 1),
+        (HEARTBEAT, "multiaddrs", ["/a"] * (MAX_ADDRESSES + 1)),
+        (HEARTBEAT, "multiaddrs", ["ip4/1.2.3.4"]),
+        (HEARTBEAT, "multiaddrs", [""]),
+        (HEARTBEAT, "multiaddrs", ["/" + "a" * MAX_NAME_BYTES]),
+        (HEARTBEAT, "agent", ""),
+        (HEARTBEAT, "agent", "a\n"),
+        (HEARTBEAT, "leaving", 0),
+        (HEARTBEAT, "spans", [{}]),
+        (HEARTBEAT, "spans", [[]]),
+        (HEARTBEAT, "more", 1),
+    ],
+)
+def test_a_signed_record_has_bounds_all_the_same(record: Record, key: str, value: Any) -> None:
+    with pytest.raises(RemoteProtocolError):
+        unseal(type(record), forged(record.kind, {**payload_of(record), key: value}), NOW_S)
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        replace(SPAN, sequence=-1),
+        replace(SPAN, expires_at_s=NOW_S),
+        replace(SPAN, expires_at_s=NOW_S + MAX_RECORD_LIFETIME_S + 1),
+        replace(SPAN, blocks=(BlockRange(0, 1),) * (MAX_SPANS + 1)),
+        replace(SPAN, model=ModelId("z")),
+        replace(HEARTBEAT, agent=""),
+        replace(HEARTBEAT, multiaddrs=("localhost",)),
+    ],
+)
+def test_we_do_not_sign_what_nobody_would_take(record: Record) -> None:
+    with pytest.raises(LocalProtocolError):
+        seal(record, KEY)
+
+
+def test_a_record_is_not_larger_than_allowed() -> None:
+    with pytest.raises(LocalProtocolError, match="exceeds"):
+        sign("span", {"x": bytes(MAX_RECORD_BYTES)}, KEY)
+
+
+def test_the_better_of_two_records_is_the_newer() -> None:
+    low, high = seal(SPAN, KEY), seal(replace(SPAN, sequence=8, issued_at_s=NOW_S - 5), KEY)
+    assert select([low, high]) == 1
+    assert select([high, low]) == 0
+    later = seal(replace(SPAN, issued_at_s=NOW_S + 1), KEY)
+    assert select([later, low]) == 0
+    fewer = seal(replace(SPAN, blocks=()), KEY)
+    assert [low, fewer][select([low, fewer])] == max(low, fewer)
+    assert select([low, low]) == 0
+
+
+def test_a_span_record_lies_under_the_key_of_its_peer_and_model() -> None:
+    key = span_key(MODEL, PEER)
+    assert key == f"/metaswarm/span/{MODEL}/{PEER}"
+    assert parse_span_key(key) == (MODEL, PEER)
+    envelope = seal(SPAN, KEY)
+    assert unseal_span(key, envelope, NOW_S) == SPAN
+    for other in (span_key(MODEL, OTHER_PEER), span_key(ModelId("00" * 32), PEER), "", key + "/"):
+        with pytest.raises(RemoteProtocolError, match="under another key"):
+            unseal_span(other, envelope, NOW_S)
+
+
+@pytest.mark.parametrize(
+    "key",
+    ["", "/", f"/metaswarm/span/{MODEL}", f"/metaswarm/cap/{MODEL}/{PEER}", f"/metaswarm/span/{MODEL}/{PEER}/",
+     f"/metaswarm/span/{MODEL[1:]}/{PEER}", f"/metaswarm/span/{MODEL}/{PEER} ", f"metaswarm/span/{MODEL}/{PEER}/"],
+)  # fmt: skip
+def test_no_other_key_is_that_of_a_span_record(key: str) -> None:
+    with pytest.raises(ValueError, match=r"key|model id|peer id"):
+        parse_span_key(key)
+
+
+def test_provider_keys_are_hashes() -> None:
+    assert provider_key(MODEL) == hashlib.sha256(b"metaswarm/model/" + MODEL.encode()).digest()
+    assert blob_provider_key(MODEL) == bytes.fromhex(MODEL)
+    for text in ("", "5a", "z" * 64):
+        with pytest.raises(ValueError, match=r"sha256|hexadecimal"):
+            blob_provider_key(text)
+
+
+def test_an_envelope_is_canonical_msgpack() -> None:
+    envelope = seal(SPAN, KEY)
+    fields = decode_canonical(envelope, max_bytes=MAX_RECORD_BYTES)
+    assert isinstance(fields, dict)
+    assert list(fields) == ["kind", "payload", "public_key", "signature"]
+    unordered = b"\x84" + b"".join(encode(part) for key in reversed(fields) for part in (key, fields[key]))
+    with pytest.raises(RemoteProtocolError, match="canonical"):
+        verify(unordered, "span", NOW_S)

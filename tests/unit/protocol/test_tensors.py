@@ -1,0 +1,52 @@
+import pytest
+
+from protocol.tensors import DType, Tensor, join, tensor_from_tokens, tokens_from_tensor
+
+
+def test_rows_are_cut_out_and_joined_again() -> None:
+    tensor = Tensor(DType.FLOAT16, (3, 2), bytes(range(12)))
+    assert (tensor.rows, tensor.row_bytes) == (3, 4)
+    assert tensor.cut(1, 2) == Tensor(DType.FLOAT16, (1, 2), bytes([4, 5, 6, 7]))
+    assert tensor.cut(1, 1).rows == 0
+    assert join([tensor.cut(0, 1), tensor.cut(1, 3)]) == tensor
+    assert join([tensor]) is tensor
+
+
+def test_a_cut_is_a_view_and_no_copy() -> None:
+    data = bytearray(8)
+    row = Tensor(DType.INT8, (2, 4), data).cut(1, 2)
+    data[4] = 7
+    assert bytes(row.data) == b"\x07\0\0\0"
+
+
+@pytest.mark.parametrize(("start", "stop"), [(-1, 1), (2, 1), (0, 4)])
+def test_only_rows_that_exist_can_be_cut(start: int, stop: int) -> None:
+    with pytest.raises(ValueError, match="not inside"):
+        Tensor(DType.INT8, (3,), b"abc").cut(start, stop)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "shape", "size"),
+    [(DType.FLOAT32, (2, 3), 23), (DType.INT8, (), 1), (DType.INT8, (-1, -1), 1), (DType.BFLOAT16, (1,), 1)],
+)
+def test_a_tensor_has_the_bytes_of_its_shape(dtype: DType, shape: tuple[int, ...], size: int) -> None:
+    with pytest.raises(ValueError, match="bytes"):
+        Tensor(dtype, shape, bytes(size))
+
+
+def test_tensors_of_different_kinds_are_not_joined() -> None:
+    row = Tensor(DType.INT8, (1, 2), b"ab")
+    for other in (Tensor(DType.INT8, (1, 3), b"abc"), Tensor(DType.FLOAT16, (1, 2), b"abcd")):
+        with pytest.raises(ValueError, match="joined"):
+            join([row, other])
+
+
+def test_token_ids_travel_as_little_endian_i32() -> None:
+    tokens = [0, 1, 258, 49151, (1 << 31) - 1]
+    tensor = tensor_from_tokens(tokens)
+    assert bytes(tensor.data[8:12]) == b"\x02\x01\0\0"
+    assert tokens_from_tensor(tensor) == tokens
+    assert tokens_from_tensor(tensor.cut(1, 3)) == [1, 258]
+    assert tokens_from_tensor(tensor_from_tokens([])) == []
+    with pytest.raises(ValueError, match="token ids"):
+        tokens_from_tensor(Tensor(DType.INT32, (1, 1), bytes(4)))
