@@ -114,20 +114,28 @@ class NodeReady:
         temporary.replace(data_dir / READY_FILE)
 
     @classmethod
-    def read(cls, data_dir: Path) -> "NodeReady | None":
-        """Return what the last node to use the directory wrote; None where there is nothing of use.
-
-        The node may have died since: only asking its API tells.
-        """
+    def parse(cls, text: str) -> "NodeReady":
+        """Return what `to_json` gave, from its JSON. Raises ValueError where it is something else."""
         try:
-            value = json.loads((data_dir / READY_FILE).read_text(encoding="utf-8"))
+            value = json.loads(text)
             return cls(
                 peer_id=parse_peer_id(value["peer_id"]),
                 multiaddrs=tuple(str(address) for address in value["multiaddrs"]),
                 api_url=str(value["api_url"]),
                 pid=int(value["pid"]),
             )
-        except (OSError, ValueError, TypeError, KeyError):
+        except (TypeError, KeyError) as error:
+            raise ValueError(f"not what a ready node says of itself: {error}") from None
+
+    @classmethod
+    def read(cls, data_dir: Path) -> "NodeReady | None":
+        """Return what the last node to use the directory wrote; None where there is nothing of use.
+
+        The node may have died since: only asking its API tells.
+        """
+        try:
+            return cls.parse((data_dir / READY_FILE).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
             return None
 
 

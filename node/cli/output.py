@@ -8,13 +8,15 @@ import sys
 import unicodedata
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any, Final
 
 import click
 
 if TYPE_CHECKING:
-    from rich.console import Console
+    from rich.console import Console, RenderableType
     from rich.table import Table
+
+WIDTH_OF_A_FILE: Final = 200
 
 ProgressCallback = Callable[[str, int, int], None]
 """Told (stage, done, total) as work goes on, from any thread; a total of 0 means that nobody knows."""
@@ -79,6 +81,12 @@ def new_table(*columns: str, title: str | None = None) -> "Table":
     for column in columns:
         table.add_column(column.removeprefix(">"), justify="right" if column.startswith(">") else "left")
     return table
+
+
+def print_rendered(renderable: "RenderableType") -> None:
+    """Print a table or the like on stdout; in a file or a pipe lines are as long as they need to be."""
+    console = out()
+    console.print(renderable, width=None if console.is_terminal else max(console.width, WIDTH_OF_A_FILE))
 
 
 @contextmanager

@@ -2,7 +2,6 @@
 
 import sys
 from collections.abc import Awaitable, Callable
-from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
 import click
@@ -13,8 +12,8 @@ from node.cli.output import (
     format_duration,
     json_option,
     new_table,
-    out,
     print_json,
+    print_rendered,
     printable,
 )
 
@@ -84,15 +83,7 @@ def _show(
     from node.cli.client import find_api
 
     run = _watch if watch else _once
-    trio.run(run, find_api(api), ask, print_json if as_json else partial(_print, render))
-
-
-def _print(render: Callable[[Any], "RenderableType"], answer: Any) -> None:
-    console = out()
-    if console.is_terminal:
-        console.print(render(answer))
-    else:
-        console.print(render(answer), crop=False, soft_wrap=False, width=max(console.width, 200))
+    trio.run(run, find_api(api), ask, print_json if as_json else lambda answer: print_rendered(render(answer)))
 
 
 async def _once(url: str, ask: Callable[["ApiClient"], Awaitable[Any]], show: Callable[[Any], None]) -> None:

@@ -1,0 +1,170 @@
+"""`metaswarm demo`: three local peers, a third of the blocks each, answer a question."""
+
+from collections.abc import Sequence
+from contextlib import ExitStack
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+import click
+
+from node.cli.output import (
+    CommandError,
+    ProgressCallback,
+    format_duration,
+    json_option,
+    new_table,
+    print_json,
+    print_rendered,
+    printable,
+    progress_bars,
+)
+
+if TYPE_CHECKING:
+    from node.cli.client import ApiClient, Completion
+    from node.demo import LocalPeer
+
+DEFAULT_PROMPT: Final = "What is the capital of France, and what is it known for?"
+COMPLETE_TIMEOUT_S: Final = 60.0
+"""How long the swarm may take, once its peers are ready, to know that the model is complete."""
+POLL_INTERVAL_S: Final = 0.1
+
+
+@click.command()
+@click.option("--nodes", type=click.IntRange(1), default=3, show_default=True, metavar="N", help="How many peers.")
+@click.option("--prompt", default=DEFAULT_PROMPT, show_default=True, metavar="P", help="A user's turn in a chat.")
+@click.option("--max-tokens", type=click.IntRange(1), default=128, show_default=True, metavar="N")
+@click.option("--keep", is_flag=True, help="Leave the peers running until Ctrl-C, to talk to them.")
+@json_option
+def demo(nodes: int, prompt: str, max_tokens: int, keep: bool, as_json: bool) -> None:
+    """Start a small swarm on this machine and let it answer a question.
+
+    Imports the demo model if it is not there yet, starts N peers that hold an equal share of its blocks each, submits
+    the prompt to one of them, streams the text, and shows which way it went and how long it took.
+    """
+    import trio
+
+    from node.demo import DaemonDiedError
+    from node.models.catalogue import DEMO_MODEL
+    from node.models.importer import import_model
+    from node.models.store import ModelStore
+
+    store = ModelStore()
+    with progress_bars() as progress:
+        package = import_model(DEMO_MODEL, store, progress=progress)
+    swarm = (DEMO_MODEL, package.manifest.block_count, nodes, store.cache_dir)
+    try:
+        trio.run(partial(_run, swarm, prompt=prompt, max_tokens=max_tokens, keep=keep, as_json=as_json))
+    except DaemonDiedError as error:
+        for line in error.log_lines:
+            click.echo(printable(line), err=True)
+        raise CommandError(str(error)) from None
+
+
+async def _run(swarm: tuple[str, int, int, Path], *, prompt: str, max_tokens: int, keep: bool, as_json: bool) -> None:
+    import trio
+
+    from node.cli.client import open_client
+    from node.demo import local_swarm
+
+    model, block_count = swarm[:2]
+    began_s = trio.current_time()
+    with ExitStack() as bars:
+        progress = bars.enter_context(progress_bars())
+        async with local_swarm(*swarm, progress) as peers, open_client(peers[0].ready.api_url) as client:
+            await _wait_until_complete(client, model, block_count, progress)
+            bars.close()
+            start_s = trio.current_time() - began_s
+            body = {
+                "model": model,
+                "messages": [{"role": "user", "content": prompt}],
+                "temperature": 0,
+                "max_tokens": max_tokens,
+            }
+            if not as_json:
+                click.secho(f"> {prompt}", bold=True)
+            completion = await client.complete(body, _say_nothing if as_json else _show_text)
+            report = make_report(completion, peers, start_s)
+            if as_json:
+                print_json(report)
+            else:
+                _print_report(report)
+            if keep:
+                _print_how_to_talk(peers)
+                await trio.sleep_forever()
+
+
+async def _wait_until_complete(client: "ApiClient", model: str, block_count: int, progress: ProgressCallback) -> None:
+    import trio
+
+    progress("find every block", 0, block_count)
+    with trio.move_on_after(COMPLETE_TIMEOUT_S):
+        while True:
+            for each in await client.models():
+                if each["name"] == model:
+                    progress("find every block", sum(count > 0 for count in each["coverage"]), block_count)
+                    if each["complete"]:
+                        return
+            await trio.sleep(POLL_INTERVAL_S)
+    raise CommandError(f"the peers did not find each other's blocks within {COMPLETE_TIMEOUT_S:.0f} seconds")
+
+
+def _show_text(text: str) -> None:
+    click.echo(printable(text), nl=False)
+
+
+def _say_nothing(text: str) -> None:
+    del text
+
+
+def make_report(completion: "Completion", peers: Sequence["LocalPeer"], start_s: float) -> dict[str, Any]:
+    """Return the document of `metaswarm demo --json`: that of a job, and what each peer of the swarm did for it."""
+    at = {peer.ready.peer_id: peer for peer in peers}
+    stages = [
+        {
+            "peer": stage["peer"],
+            "start": stage["start"],
+            "end": stage["end"],
+            "multiaddr": next(iter(at[stage["peer"]].ready.multiaddrs), ""),
+            "api_url": at[stage["peer"]].ready.api_url,
+            "pid": at[stage["peer"]].ready.pid,
+            "compute_s": stage["compute_s"],
+        }
+        for stage in completion.metaswarm["route"]
+    ]
+    return completion.document() | {"stages": stages, "start_s": start_s}
+
+
+def _print_report(report: dict[str, Any]) -> None:
+    timing, usage, method = report["timing"], report["usage"], report["method"]
+    table = new_table("stage", "peer", "blocks", "address", ">compute")
+    for number, stage in enumerate(report["stages"], 1):
+        host_and_port = ":".join(stage["multiaddr"].split("/")[2:5:2])
+        blocks = f"{stage['start']}-{stage['end']}"
+        table.add_row(str(number), stage["peer"], blocks, host_and_port, format_duration(stage["compute_s"]))
+    click.echo("\n")
+    print_rendered(table)
+    votes = len(report["consensus"]["votes"])
+    rate = f"{1 / timing['tpot_s']:.1f}" if timing["tpot_s"] > 0 else "-"
+    facts = {
+        "method": f"{method['name']}, the choice of {votes} vote{'' if votes == 1 else 's'}",
+        "tokens": f"{usage['prompt_tokens']} in, {usage['completion_tokens']} out, {rate} tokens/s",
+        "timing": f"first token after {format_duration(timing['ttft_s'])}, then one every "
+        f"{format_duration(timing['tpot_s'])}, {format_duration(timing['total_s'])} in all",
+        "start-up": f"{format_duration(report['start_s'])} until every block was served",
+    }
+    for name, value in facts.items():
+        click.echo(f"{name:<9} {printable(value)}")
+
+
+def _print_how_to_talk(peers: Sequence["LocalPeer"]) -> None:
+    ready = peers[0].ready
+    lines = [
+        "",
+        "The peers go on until Ctrl-C. Talk to them from another terminal:",
+        f'  metaswarm submit --chat "Tell me a joke." --api {ready.api_url}',
+        f"  metaswarm models --watch --api {ready.api_url}",
+        f"  metaswarm node --listen /ip4/127.0.0.1/tcp/0 --bootstrap {ready.multiaddrs[0]}",
+        f"or with any client of the OpenAI API at {ready.api_url}/v1",
+    ]
+    click.echo("\n".join(lines), err=True)

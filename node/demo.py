@@ -1,0 +1,197 @@
+"""A small swarm on this machine: real daemons, each in a process and a data directory of its own."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Final
+
+import trio
+
+from node.config import ENVIRONMENT_PREFIX, ConfigError, NodeReady, StartError
+from node.identity import load_or_create
+from protocol.identity import BlockRange
+
+COMMAND: Final = (sys.executable, "-P", "-m", "node", "node")
+"""A daemon with this very interpreter; -P, because the user may be in a folder that has a `node` of its own."""
+START_TIMEOUT_S: Final = 180.0
+STOP_TIMEOUT_S: Final = 20.0
+"""How long a daemon may take to leave before it is killed."""
+LOG_LINES: Final = 15
+"""Of a dead daemon's log, the last lines that are shown."""
+MAX_READY_BYTES: Final = 64 << 10
+
+
+class DaemonDiedError(StartError):
+    """A daemon of the local swarm ended by itself; `log_lines` are its last words."""
+
+    def __init__(self, message: str, log_lines: list[str]) -> None:
+        super().__init__(message)
+        self.log_lines = log_lines
+
+
+@dataclass(frozen=True, slots=True)
+class LocalPeer:
+    """A running daemon of the local swarm."""
+
+    ready: NodeReady
+    blocks: BlockRange
+    data_dir: Path
+
+
+def split_evenly(block_count: int, parts: int) -> list[BlockRange]:
+    """Return `parts` ranges that together are all blocks; none is more than one block longer than another."""
+    if not 1 <= parts <= block_count:
+        raise ConfigError(f"a model of {block_count} blocks can be split over 1 to {block_count} peers, not {parts}")
+    bounds = [block_count * part // parts for part in range(parts + 1)]
+    return [BlockRange(start, end) for start, end in pairwise(bounds)]
+
+
+@asynccontextmanager
+async def local_swarm(
+    model: str, block_count: int, peers: int, cache_dir: Path, progress: Callable[[str, int, int], None]
+) -> AsyncIterator[list[LocalPeer]]:
+    """Run a swarm inside the block, begun once every daemon has loaded its blocks; leave nothing behind.
+
+    All start at the same time: the first one's address is settled beforehand, and the others dial it until it is
+    there. Raises DaemonDiedError when a daemon ends by itself, whenever that is; the block is cancelled then.
+    """
+    spans = split_evenly(block_count, peers)
+    causes: list[BaseException] = []
+    daemons: list[_Daemon] = []
+    with TemporaryDirectory(prefix="metaswarm-demo-", ignore_cleanup_errors=True) as folder:
+        try:
+            async with trio.open_nursery() as nursery:
+                await nursery.start(_heed_signals, causes, nursery.cancel_scope)
+                for daemon in _plan(Path(folder), model, spans):
+                    daemons.append(daemon)
+                    await daemon.start(cache_dir, threads=max(1, (os.cpu_count() or 1) // peers))
+                    nursery.start_soon(_watch, daemon, causes, nursery.cancel_scope)
+                progress("start peers", 0, peers)
+                running: list[LocalPeer] = []
+                with trio.move_on_after(START_TIMEOUT_S) as patience:
+                    for daemon in daemons:
+                        running.append(await daemon.wait_ready())
+                        progress("start peers", len(running), peers)
+                if patience.cancelled_caught:
+                    raise StartError(f"the peers were not ready within {START_TIMEOUT_S:.0f} seconds")
+                yield running
+                nursery.cancel_scope.cancel()
+        finally:
+            with trio.CancelScope(shield=True):
+                await _stop(daemons)
+            if causes:
+                raise causes[0]
+
+
+class _Daemon:
+    """One `metaswarm node` process."""
+
+    def __init__(self, name: str, data_dir: Path, blocks: BlockRange, arguments: list[str]) -> None:
+        self.name = name
+        self.blocks = blocks
+        self.process: trio.Process | None = None
+        self._data_dir = data_dir
+        self._log = data_dir / "log"
+        self._arguments = arguments
+
+    async def start(self, cache_dir: Path, threads: int) -> None:
+        # What configures the user's own node is not for these.
+        environment = {key: value for key, value in os.environ.items() if not key.startswith(ENVIRONMENT_PREFIX)}
+        environment[f"{ENVIRONMENT_PREFIX}CACHE_DIR"] = str(cache_dir)
+        command = [*COMMAND, "--json", "--no-catalogue", "--data-dir", str(self._data_dir)]
+        command += ["--api", "127.0.0.1:0", "--threads", str(threads), *self._arguments]
+        with self._log.open("wb") as log:
+            # A session of its own: Ctrl-C is for us, and we stop them in order.
+            self.process = await trio.lowlevel.open_process(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=log,
+                env=environment,
+                start_new_session=True,
+            )
+
+    async def wait_ready(self) -> LocalPeer:
+        """Return what the daemon says of itself in its only line of output; wait for ever if it ends before."""
+        assert self.process is not None
+        assert self.process.stdout is not None
+        output = bytearray()
+        while b"\n" not in output and len(output) < MAX_READY_BYTES:
+            chunk = await self.process.stdout.receive_some()
+            if not chunk:
+                await trio.sleep_forever()  # whoever watches the process knows more
+            output += chunk
+        return LocalPeer(ready=NodeReady.parse(output.decode()), blocks=self.blocks, data_dir=self._data_dir)
+
+    def last_log_lines(self) -> list[str]:
+        return self._log.read_text(encoding="utf-8", errors="replace").splitlines()[-LOG_LINES:]
+
+
+def _plan(folder: Path, model: str, spans: list[BlockRange]) -> list[_Daemon]:
+    daemons: list[_Daemon] = []
+    bootstrap = ""
+    for number, blocks in enumerate(spans, 1):
+        data_dir = folder / f"peer-{number}"
+        data_dir.mkdir(mode=0o700)
+        serve = ["--serve", f"{model}:{blocks}"]
+        if bootstrap:
+            network = ["--listen", "/ip4/127.0.0.1/tcp/0", "--bootstrap", bootstrap]
+        else:
+            address = f"/ip4/127.0.0.1/tcp/{_free_port()}"
+            bootstrap = f"{address}/p2p/{load_or_create(data_dir).peer_id}"
+            network = ["--listen", address]
+        daemons.append(_Daemon(f"peer {number} of {len(spans)}", data_dir, blocks, network + serve))
+    return daemons
+
+
+def _free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port: int = listener.getsockname()[1]
+        return port
+
+
+async def _heed_signals(
+    causes: list[BaseException],
+    scope: trio.CancelScope,
+    *,
+    task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
+) -> None:
+    """Let SIGTERM and SIGHUP end the swarm as Ctrl-C does, which would otherwise outlive us."""
+    with trio.open_signal_receiver(signal.SIGTERM, signal.SIGHUP) as signals:
+        task_status.started()
+        async for _ in signals:
+            causes.append(KeyboardInterrupt())
+            scope.cancel()
+
+
+async def _watch(daemon: _Daemon, causes: list[BaseException], scope: trio.CancelScope) -> None:
+    assert daemon.process is not None
+    code = await daemon.process.wait()
+    message = f"{daemon.name}, blocks {daemon.blocks}, ended with exit code {code}"
+    causes.append(DaemonDiedError(message, daemon.last_log_lines()))
+    scope.cancel()
+
+
+async def _stop(daemons: list[_Daemon]) -> None:
+    """Ask the daemons to leave, wait for them, and kill those that stay."""
+    processes = [daemon.process for daemon in daemons if daemon.process is not None]
+    for process in processes:
+        if process.poll() is None:
+            process.terminate()
+    with trio.move_on_after(STOP_TIMEOUT_S):
+        for process in processes:
+            await process.wait()
+    for process in processes:
+        if process.poll() is None:
+            process.kill()
+            await process.wait()
+        if process.stdout is not None:
+            await process.stdout.aclose()
