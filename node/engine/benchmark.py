@@ -1,0 +1,100 @@
+"""Measures what this machine sustains: `python -m node.engine.benchmark --directory DIR [--threads N]`.
+
+A process of its own, because only the engine may import torch, and because drivers of accelerators crash. It runs at
+idle priority and takes about five seconds. Prints one JSON document:
+
+    {"cpu": throughput, "accelerators": [accelerator], "disk_read_bytes_per_s": figure, "gaps": [text]}
+
+where throughput and accelerator are as in capability records; what could not be measured is left out and named in
+`gaps`.
+"""
+
+import argparse
+import fcntl
+import json
+import mmap
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+
+import psutil
+
+from protocol.capabilities import accelerator_to_map, throughput_to_map
+
+DISK_BYTES = 64 << 20
+DISK_WRITE_S = 0.5
+DISK_READ_S = 0.5
+PIECE_BYTES = 4 << 20
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Measure, print the document, and return the exit code."""
+    parser = argparse.ArgumentParser(prog="python -m node.engine.benchmark")
+    parser.add_argument("--directory", type=Path, required=True, help="where the disk is measured")
+    parser.add_argument("--threads", type=int, default=psutil.cpu_count(logical=False) or 1)
+    options = parser.parse_args(arguments)
+    _yield_to_others()
+
+    # Importing torch is most of the work on a slow machine: not before the priority is low.
+    from node.engine.throughput import measure_accelerators, measure_cpu
+
+    gaps: list[str] = []
+    document: dict[str, object] = {
+        "cpu": throughput_to_map(measure_cpu(options.threads, psutil.virtual_memory().available, gaps)),
+        "accelerators": [accelerator_to_map(accelerator) for accelerator in measure_accelerators(gaps)],
+    }
+    try:
+        document["disk_read_bytes_per_s"] = measure_disk_read(options.directory)
+    except OSError as error:
+        gaps.append(f"disk: {error.strerror}")
+    document["gaps"] = gaps
+    sys.stdout.write(json.dumps(document) + "\n")
+    return 0
+
+
+def measure_disk_read(directory: Path) -> float:
+    """Return how many bytes a second are read from a new file in a directory, past the system's cache where it lets us.
+
+    Raises OSError where there is no room or no right to write.
+    """
+    with tempfile.TemporaryFile(dir=directory, buffering=0) as file, mmap.mmap(-1, PIECE_BYTES) as piece:
+        descriptor = file.fileno()
+        piece.write(os.urandom(PIECE_BYTES))  # nothing that a file system could compress
+        size = 0
+        started = time.perf_counter()
+        while size < DISK_BYTES and time.perf_counter() - started < DISK_WRITE_S:
+            size += os.pwrite(descriptor, piece, size)
+            os.fsync(descriptor)  # each piece: what is written at last at once takes as long as it likes
+        _bypass_cache(descriptor)
+
+        position = 0
+        started = time.perf_counter()
+        while position < size and time.perf_counter() - started < DISK_READ_S:
+            position += os.preadv(descriptor, [piece], position)
+        return position / (time.perf_counter() - started)
+
+
+def _bypass_cache(descriptor: int) -> None:
+    if sys.platform == "darwin":
+        fcntl.fcntl(descriptor, fcntl.F_NOCACHE, 1)
+    else:
+        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+        with suppress(OSError):  # a file system without direct access has let go of its cache as far as it can
+            fcntl.fcntl(descriptor, fcntl.F_SETFL, fcntl.fcntl(descriptor, fcntl.F_GETFL) | os.O_DIRECT)
+
+
+def _yield_to_others() -> None:
+    """Take only what nobody else wants of the processor and the disk."""
+    os.nice(19)
+    if sys.platform == "linux":
+        with suppress(OSError, psutil.Error):  # a sandbox may forbid it
+            os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
+            psutil.Process().ionice(psutil.IOPRIO_CLASS_IDLE)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
