@@ -346,7 +346,8 @@ class OutboundLink(_Link):
                 raise AssertionError(f"the state tables let {message} through to an initiator")
 
     def _deliver(self, message: Opened | Refused | Closed | Failed) -> None:
-        if answered := self._answers.get(message.session):
+        answered = self._answers.get(message.session)
+        if answered is not None:
             self._answer[message.session] = message
             answered.set()
 

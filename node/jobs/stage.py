@@ -123,15 +123,20 @@ class Span:
                 self._nursery = nursery
                 nursery.start_soon(self._wait_for_crash)
                 task_status.started()
-                while True:
-                    while self._queue:
-                        await self._step(self._queue.popleft())
-                    self._queue_filled = trio.Event()
-                    await self._queue_filled.wait()
+                try:
+                    await self._work()
+                finally:
+                    self._nursery = None
         finally:
-            self._nursery = None
             for session in tuple(self.sessions.values()):
                 self.fail(session, FailureReason.ENGINE, "the span is no longer served here")
+
+    async def _work(self) -> None:
+        while True:
+            while self._queue:
+                await self._step(self._queue.popleft())
+            self._queue_filled = trio.Event()
+            await self._queue_filled.wait()
 
     async def _wait_for_crash(self) -> None:
         raise EngineCrashed(await self.engine.wait_crashed())

@@ -1,0 +1,94 @@
+"""Runs real daemons on loopback, as child processes."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import trio
+
+MODEL = "smollm2-135m-instruct"
+START_TIMEOUT_S = 90
+
+
+@dataclass
+class Daemon:
+    """A running daemon."""
+
+    process: trio.Process
+    peer_id: str
+    multiaddr: str
+    api_url: str
+    data_dir: Path
+
+    async def get(self, path: str) -> Any:
+        async with httpx.AsyncClient(base_url=self.api_url, timeout=30) as client:
+            answer = await client.get(path)
+            answer.raise_for_status()
+            return answer.json()
+
+    async def complete(self, **body: Any) -> dict[str, Any]:
+        """Return the whole answer of /v1/completions, greedy unless said otherwise."""
+        async with httpx.AsyncClient(base_url=self.api_url, timeout=120) as client:
+            answer = await client.post("/v1/completions", json={"model": MODEL, "temperature": 0, **body})
+        result: dict[str, Any] = answer.json()
+        return result
+
+    async def kill(self) -> None:
+        self.process.send_signal(signal.SIGKILL)
+        await self.process.wait()
+
+
+StartDaemon = Callable[..., Awaitable[Daemon]]
+
+
+@asynccontextmanager
+async def running_daemon(
+    data_dir: Path, *flags: str, environment: dict[str, str] | None = None
+) -> AsyncIterator[Daemon]:
+    """Run `metaswarm node` until it is ready, and stop it at the end; what it logs goes to this process's stderr."""
+    command = [sys.executable, "-m", "node", "node", "--json", "--data-dir", str(data_dir)]
+    command += ["--listen", "/ip4/127.0.0.1/tcp/0", "--api", "127.0.0.1:0", *flags]
+    process = await trio.lowlevel.open_process(
+        command, stdout=subprocess.PIPE, env={**os.environ, **(environment or {})}, start_new_session=True
+    )
+    assert process.stdout is not None
+    try:
+        line = b""
+        with trio.fail_after(START_TIMEOUT_S):
+            while not line.endswith(b"\n"):
+                data = await process.stdout.receive_some()
+                assert data, f"the daemon ended with {await process.wait()} before it was ready"
+                line += data
+        ready = json.loads(line)
+        yield Daemon(process, ready["peer_id"], ready["multiaddrs"][0], ready["api_url"], data_dir)
+    finally:
+        with trio.CancelScope(shield=True):
+            if process.poll() is None:
+                process.terminate()
+                with trio.move_on_after(15):
+                    await process.wait()
+                if process.poll() is None:
+                    process.kill()
+                    await process.wait()
+            await process.stdout.aclose()
+
+
+async def is_complete(daemon: Daemon) -> bool:
+    """Whether the daemon sees every block of the model served."""
+    models = (await daemon.get("/swarm/models"))["models"]
+    return any(model["complete"] for model in models)
+
+
+async def until(condition: Callable[[], Awaitable[bool]], timeout_s: float = 30) -> None:
+    """Wait for something that other processes will make true; they tell nobody, so it is asked for again and again."""
+    with trio.fail_after(timeout_s):
+        while not await condition():
+            await trio.sleep(0.05)

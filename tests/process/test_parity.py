@@ -1,0 +1,86 @@
+"""A swarm of real daemons says, token for token, what transformers says."""
+
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from node.models.store import Package
+from node.models.tokenizer import load_tokenizer
+from tests.process.daemons import Daemon
+
+NEW_TOKENS = 12
+TEXT = (
+    "The committee met on a rainy Thursday. Its chairman, a retired engineer of bridges, began with the minutes of "
+    "the last meeting, in which nothing had been decided, and went on to the matter of the clock tower. "
+)
+PROMPTS = (
+    "The",
+    "Hello world",
+    "What is the capital of France?",
+    "def fibonacci(n):\n    if n < 2:\n        return n\n    return",
+    "Привет, мир! 你好，世界 🌍",
+    TEXT,
+    TEXT * 5,
+    TEXT * 17,
+)
+"""From 1 to about 700 tokens."""
+
+StartSwarm = Callable[..., Awaitable[list[Daemon]]]
+
+
+@pytest.fixture(scope="module")
+def expected(package: Package) -> list[tuple[list[int], list[int]]]:
+    """For each prompt its token ids, and those that the whole model generates greedily after it."""
+    model = whole_model(package.path, dict(package.manifest.config))
+    tokenizer = load_tokenizer(package)
+    return [(prompt := tokenizer.encode(text), generate(model, prompt)) for text in PROMPTS]
+
+
+def whole_model(folder: Path, config: dict[str, object]) -> torch.nn.Module:
+    """Load the model undivided, by transformers alone."""
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config), dtype=torch.float32)
+    tensors = {
+        name: tensor for file in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(file).items()
+    }
+    missing, unexpected = model.load_state_dict(tensors, strict=False)
+    assert not unexpected
+    assert set(missing) <= {"lm_head.weight"}  # tied to the embedding
+    model.tie_weights()
+    return model.eval()
+
+
+def generate(model: torch.nn.Module, prompt: list[int]) -> list[int]:
+    model.generation_config.eos_token_id = None
+    ids = torch.tensor([prompt])
+    output = model.generate(
+        ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=NEW_TOKENS, pad_token_id=0
+    )
+    return output[0, len(prompt) :].tolist()
+
+
+def test_the_prompts_are_short_and_long(expected: list[tuple[list[int], list[int]]]) -> None:
+    lengths = [len(prompt) for prompt, _ in expected]
+    assert min(lengths) == 1
+    assert 600 <= max(lengths) <= 800
+
+
+@pytest.mark.parametrize(
+    "spans",
+    [("0-30",), ("0-15", "15-30"), ("0-10", "10-20", "20-30"), ("0-7", "7-15", "15-22", "22-30")],
+    ids=["1 stage", "2 stages", "3 stages", "4 stages"],
+)
+async def test_every_greedy_token_is_that_of_transformers(
+    start_swarm: StartSwarm, expected: list[tuple[list[int], list[int]]], spans: tuple[str, ...]
+) -> None:
+    daemons = await start_swarm(*spans)
+    for number, (prompt, tokens) in enumerate(expected):
+        # Every peer of the swarm takes its turn as the coordinator.
+        daemon = daemons[number % len(daemons)]
+        answer = await daemon.complete(prompt=prompt, max_tokens=NEW_TOKENS, metaswarm={"ignore_eos": True})
+        assert answer["metaswarm"]["token_ids"] == tokens
+        assert len(answer["metaswarm"]["route"]) == len(spans)
+        assert answer["usage"]["prompt_tokens"] == len(prompt)

@@ -1,0 +1,168 @@
+"""Whole peers over the in-memory network: real membership, stages and coordinator; an engine that is a hash chain."""
+
+import random
+from collections.abc import AsyncIterator, Iterable, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import trio
+
+from node.engine.fake import FakeEngine, fake_span_info
+from node.engine.interface import EngineCrashed
+from node.identity import Identity
+from node.jobs.coordinator import Coordinator
+from node.jobs.interface import JobRequest, JobResult
+from node.jobs.stage import Stages
+from node.models.library import KnownModel
+from node.network.memory import LinkModel, MemoryNetwork, MemoryNetworkHub
+from node.swarm.membership import Membership
+from protocol.identity import BlockRange, PeerId, SessionId
+from protocol.messages import Slice, Step
+from protocol.tensors import tensor_from_tokens
+
+BLOCKS = 9
+VOCABULARY = 1000
+
+
+class NumberTokenizer:
+    """Its text is numbers: token 7 reads "7 "."""
+
+    is_byte_level = True
+    stop_tokens: tuple[int, ...] = ()
+
+    def encode(self, text: str) -> list[int]:
+        return [int(word) for word in text.split()]
+
+    def render_chat(self, messages: Sequence[dict[str, str]]) -> list[int]:
+        return [token for message in messages for token in self.encode(message["content"])]
+
+    def bytes_of(self, token: int) -> bytes:
+        return f"{token} ".encode()
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        return "".join(f"{token} " for token in tokens)
+
+
+@dataclass(frozen=True)
+class _Shape:
+    block_count: int = BLOCKS
+    hidden_size: int = 32
+    vocabulary_size: int = VOCABULARY
+    max_positions: int = 4096
+
+
+class OneModel:
+    """Knows the fake engine's model under any name."""
+
+    def __init__(self, tokenizer: NumberTokenizer) -> None:
+        info = fake_span_info(BlockRange(0, BLOCKS), block_count=BLOCKS)
+        self.known = KnownModel(info.model, "fake", cast("Any", _Shape()), cast("Any", tokenizer))
+
+    async def open(self, text: str) -> KnownModel:
+        await trio.lowlevel.checkpoint()
+        return self.known
+
+
+@dataclass
+class Peer:
+    """One peer of the swarm."""
+
+    network: MemoryNetwork
+    stages: Stages
+    membership: Membership
+    coordinator: Coordinator
+    tokenizer: NumberTokenizer
+    engines: list[FakeEngine] = field(default_factory=list)
+
+    @property
+    def id(self) -> PeerId:
+        return self.network.peer_id
+
+    async def run(self, request: JobRequest) -> JobResult:
+        """Run a job to its end."""
+        async with self.coordinator.submit(request) as events:
+            async for event in events:
+                if isinstance(event, JobResult):
+                    return event
+        raise AssertionError("a job ends with its result")
+
+    def held(self) -> tuple[int, int]:
+        """Return the sessions and the KV positions that this peer holds."""
+        statistics = [engine.statistics() for engine in self.engines]
+        return sum(len(s.sessions) for s in self.stages.spans()), sum(s.reserved_positions for s in statistics)
+
+
+class Swarm:
+    """Peers that come and go on a network in memory."""
+
+    def __init__(self, nursery: trio.Nursery, seed: int = 1, link: LinkModel | None = None) -> None:
+        self.hub = MemoryNetworkHub(random.Random(seed), link)
+        self.peers: list[Peer] = []
+        self._nursery = nursery
+        self._rng = random.Random(seed)
+
+    async def join(self, *spans: tuple[int, int], step_s: float = 0.01, **shape: Any) -> Peer:
+        """Start a peer that serves spans of the fake model; the first peer of the swarm is its bootstrap peer."""
+        identity = Identity(self._rng.randbytes(32))
+        network = self.hub.network(identity.peer_id)
+        stages = Stages(network, "test/1")
+        bootstrap = self.peers[0].network.multiaddrs if self.peers else ()
+        membership = Membership(
+            network=network,
+            identity=identity,
+            agent="test/1",
+            bootstrap=bootstrap,
+            served_spans=stages.served_spans,
+            jitter=self._rng,
+            wall_clock=lambda: 1_800_000_000 + trio.current_time(),
+        )
+        tokenizer = NumberTokenizer()
+        coordinator = Coordinator(OneModel(tokenizer), membership, stages.switchboard, self._rng)
+        peer = Peer(network, stages, membership, coordinator, tokenizer)
+        self.peers.append(peer)
+        await self._nursery.start(self._carry, peer, spans, step_s, shape)
+        return peer
+
+    async def _carry(
+        self,
+        peer: Peer,
+        spans: Iterable[tuple[int, int]],
+        step_s: float,
+        shape: dict[str, Any],
+        *,
+        task_status: trio.TaskStatus[None],
+    ) -> None:
+        async with peer.network.running(), peer.stages.switchboard.running(), trio.open_nursery() as nursery:
+            nursery.start_soon(peer.membership.run)
+            for start, end in spans:
+                info = fake_span_info(BlockRange(start, end), block_count=BLOCKS, **shape)
+                engine = FakeEngine(info, step_s=step_s, row_s=step_s / 100)
+                peer.engines.append(engine)
+                await nursery.start(self._serve, peer, engine)
+            task_status.started()
+            await trio.sleep_forever()
+
+    async def _serve(self, peer: Peer, engine: FakeEngine, *, task_status: trio.TaskStatus[None]) -> None:
+        try:
+            await peer.stages.serve(engine, task_status=task_status)
+        except* EngineCrashed:
+            peer.membership.announce()
+
+    async def settle(self) -> None:
+        """Wait until every peer has heard of every other."""
+        while any(len(peer.membership.directory.presences()) < len(self.peers) for peer in self.peers):
+            await trio.sleep(0.1)
+
+
+@asynccontextmanager
+async def open_swarm(seed: int = 1, link: LinkModel | None = None) -> AsyncIterator[Swarm]:
+    """Hold a swarm inside the block."""
+    async with trio.open_nursery() as nursery:
+        yield Swarm(nursery, seed, link)
+        nursery.cancel_scope.cancel()
+
+
+def a_step(session: SessionId) -> Step:
+    """Return rows for the first stage of a job."""
+    return Step(slices=(Slice(session=session, position=0, rows=1),), tensor=tensor_from_tokens([1]))

@@ -1,0 +1,241 @@
+"""Jobs over several stages: what the submitter gets, and what the stages hold afterwards."""
+
+import pytest
+import trio
+
+from node.engine.fake import expected_tokens, fake_span_info
+from node.jobs.interface import JobError, JobErrorCode, JobRequest, JobResult, JobStarted, TextDelta
+from protocol.identity import BlockRange
+from protocol.messages import FinishReason, Sampling
+from tests.unit.jobs.peers import BLOCKS, Peer, Swarm, a_step, open_swarm
+
+PROMPT = "3 1 4 1 5 9 2 6"
+TOKENS = [3, 1, 4, 1, 5, 9, 2, 6]
+THIRDS = ((0, 3), (3, 6), (6, 9))
+
+pytestmark = pytest.mark.usefixtures("autojump_clock")
+
+
+def right_tokens(count: int, sampling: Sampling | None = None) -> tuple[int, ...]:
+    """What the whole model says, undisturbed and undivided."""
+    return expected_tokens(fake_span_info(BlockRange(0, BLOCKS), block_count=BLOCKS), TOKENS, count, sampling)
+
+
+async def swarm_of_thirds(swarm: Swarm) -> Peer:
+    """Three peers with a third of the blocks each, and one without any, which is returned."""
+    for span in THIRDS:
+        await swarm.join(span)
+    coordinator = await swarm.join()
+    await swarm.settle()
+    return coordinator
+
+
+async def all_free(swarm: Swarm) -> None:
+    """Wait, at most a second, until no peer holds anything of any job."""
+    with trio.fail_after(1):
+        while any(peer.held() != (0, 0) for peer in swarm.peers):
+            await trio.sleep(0.01)
+    assert all(len(peer.stages.switchboard.receivers) == 0 for peer in swarm.peers)
+
+
+async def test_three_stages_say_what_one_would() -> None:
+    async with open_swarm() as swarm:
+        peer = await swarm_of_thirds(swarm)
+        result = await peer.run(JobRequest(model="fake", prompt=PROMPT, max_tokens=20))
+        assert result.token_ids == right_tokens(20)
+        assert result.text == "".join(f"{token} " for token in result.token_ids)
+        assert result.finish_reason is FinishReason.LENGTH
+        assert (result.usage.prompt_tokens, result.usage.completion_tokens) == (8, 20)
+        assert [(stage.peer, str(stage.blocks)) for stage in result.route] == [
+            (peer.id, f"{start}-{end}") for peer, (start, end) in zip(swarm.peers, THIRDS, strict=False)
+        ]
+        assert all(stage.compute_s > 0 for stage in result.route)
+        assert 0 < result.timing.ttft_s < result.timing.total_s
+        await all_free(swarm)
+
+
+@pytest.mark.parametrize("spans", [((0, 9),), ((0, 4), (4, 9)), ((0, 1), (1, 2), (2, 8), (8, 9))])
+async def test_every_division_says_the_same(spans: tuple[tuple[int, int], ...]) -> None:
+    async with open_swarm() as swarm:
+        for span in spans:
+            await swarm.join(span)
+        await swarm.settle()
+        for peer in swarm.peers:  # each coordinates a job of which it also serves a stage
+            assert (await peer.run(JobRequest(model="fake", prompt=PROMPT, max_tokens=9))).token_ids == right_tokens(9)
+
+
+async def test_one_peer_may_serve_several_stages_of_a_job() -> None:
+    async with open_swarm() as swarm:
+        first = await swarm.join((0, 3), (6, 9))
+        await swarm.join((3, 6))
+        await swarm.settle()
+        assert (await first.run(JobRequest(model="fake", prompt=PROMPT, max_tokens=9))).token_ids == right_tokens(9)
+        await all_free(swarm)
+
+
+async def test_jobs_run_side_by_side() -> None:
+    async with open_swarm() as swarm:
+        peer = await swarm_of_thirds(swarm)
+        results: list[JobResult] = []
+
+        async def submit(seed: int) -> None:
+            request = JobRequest(model="fake", prompt=PROMPT, max_tokens=10, temperature=1, seed=seed)
+            results.append(await peer.run(request))
+
+        async with trio.open_nursery() as nursery:
+            for seed in range(12):
+                nursery.start_soon(submit, seed)
+        sampled = {right_tokens(10, Sampling(temperature=1, seed=seed, max_tokens=10)) for seed in range(12)}
+        assert {result.token_ids for result in results} == sampled
+        await all_free(swarm)
+
+
+async def test_events_come_in_order_and_as_tokens_do() -> None:
+    async with open_swarm() as swarm:
+        peer = await swarm_of_thirds(swarm)
+        async with peer.coordinator.submit(JobRequest(model="fake", prompt=PROMPT, max_tokens=4)) as events:
+            kinds = [type(event) async for event in events]
+        assert kinds == [JobStarted, TextDelta, TextDelta, TextDelta, TextDelta, JobResult]
+
+
+async def test_a_stop_token_and_a_stop_string_end_a_job() -> None:
+    async with open_swarm() as swarm:
+        peer = await swarm_of_thirds(swarm)
+        tokens = right_tokens(6)
+        stopped = await peer.run(JobRequest(model="fake", prompt=PROMPT, max_tokens=20, stop=(f" {tokens[3]} ",)))
+        assert stopped.text == "".join(f"{token} " for token in tokens[:3]).rstrip()
+        assert stopped.finish_reason is FinishReason.STOP
+        peer.tokenizer.stop_tokens = (tokens[2],)
+        stopped = await peer.run(JobRequest(model="fake", prompt=PROMPT, max_tokens=20))
+        assert stopped.token_ids == tokens[:3]
+        assert stopped.finish_reason is FinishReason.STOP
+        ignored = await peer.run(JobRequest(model="fake", prompt=PROMPT, max_tokens=6, ignore_eos=True))
+        assert ignored.token_ids == tokens
+        await all_free(swarm)
+
+
+async def test_who_goes_away_leaves_nothing_behind() -> None:
+    async with open_swarm() as swarm:
+        peer = await swarm_of_thirds(swarm)
+        async with peer.coordinator.submit(JobRequest(model="fake", prompt=PROMPT, max_tokens=500)) as events:
+            async for event in events:
+                if isinstance(event, TextDelta):
+                    break
+        await all_free(swarm)
+        with trio.move_on_after(0.5):
+            await peer.run(JobRequest(model="fake", prompt=PROMPT, max_tokens=500))
+        await all_free(swarm)
+        assert peer.coordinator.statistics().cancelled == 2
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2])
+@pytest.mark.parametrize("way", ["kill", "stop", "crash"])
+async def test_a_lost_stage_is_replaced_and_the_text_is_the_same(stage: int, way: str) -> None:
+    async with open_swarm() as swarm:
+        for span in (*THIRDS, *THIRDS):
+            await swarm.join(span)
+        peer = await swarm.join()
+        await swarm.settle()
+        tokens: list[int] = []
+        wanted = BlockRange(*THIRDS[stage])
+        async with peer.coordinator.submit(JobRequest(model="fake", prompt=PROMPT, max_tokens=40)) as events:
+            async for event in events:
+                if isinstance(event, TextDelta):
+                    tokens += event.token_ids
+                    if len(tokens) == 10:
+                        victim = next(
+                            p for p in swarm.peers if p.held()[0] and p.engines[0].info.blocks.start == 3 * stage
+                        )
+                        lost_s = trio.current_time()
+                        if way == "kill":
+                            swarm.hub.kill(victim.id)
+                        elif way == "stop":
+                            swarm.hub.stop(victim.id)
+                        else:
+                            victim.engines[0].crash()
+                    if len(tokens) == 12:
+                        assert trio.current_time() - lost_s < (5 if way == "stop" else 1)
+                if isinstance(event, JobResult):
+                    assert event.token_ids == right_tokens(40) == tuple(tokens)
+                    assert event.replays == 1
+                    assert victim.id not in {s.peer for s in event.route}
+
+
+async def test_blocks_that_nobody_serves_are_named() -> None:
+    async with open_swarm() as swarm:
+        await swarm.join((0, 3))
+        await swarm.join((6, 8))
+        await swarm.settle()
+        with pytest.raises(JobError, match=r"no peer serves blocks 3-6, 8-9 of fake") as caught:
+            await swarm.peers[0].run(JobRequest(model="fake", prompt=PROMPT))
+        assert caught.value.code is JobErrorCode.UNCOVERED
+        assert caught.value.retry_after_s
+
+
+async def test_a_full_peer_says_so_and_serves_again_once_it_has_room() -> None:
+    async with open_swarm() as swarm:
+        for span in THIRDS:
+            await swarm.join(span, kv_positions=100)
+        peer = await swarm.join()
+        await swarm.settle()
+        async with peer.coordinator.submit(JobRequest(model="fake", prompt=PROMPT, max_tokens=80)):
+            with pytest.raises(JobError, match="have no room now") as caught:
+                await peer.run(JobRequest(model="fake", prompt=PROMPT, max_tokens=80))
+            assert caught.value.code is JobErrorCode.FULL
+        assert (await peer.run(JobRequest(model="fake", prompt=PROMPT, max_tokens=80))).token_ids == right_tokens(80)
+        await all_free(swarm)
+
+
+async def test_a_draining_peer_finishes_what_it_has_and_takes_nothing_new() -> None:
+    async with open_swarm() as swarm:
+        peer = await swarm_of_thirds(swarm)
+        leaving = swarm.peers[1]
+        async with peer.coordinator.submit(JobRequest(model="fake", prompt=PROMPT, max_tokens=30)) as events:
+            leaving.stages.draining = True
+            await leaving.membership.leave()
+            with pytest.raises(JobError) as caught:
+                await peer.run(JobRequest(model="fake", prompt=PROMPT))
+            assert caught.value.code is JobErrorCode.UNCOVERED
+            assert [event async for event in events][-1].token_ids == right_tokens(30)  # type: ignore[union-attr]
+        with trio.fail_after(1):
+            await leaving.stages.wait_idle()
+
+
+async def test_rows_of_a_stranger_do_not_enter_a_session() -> None:
+    async with open_swarm() as swarm:
+        peer = await swarm_of_thirds(swarm)
+        stranger = await swarm.join()
+        await swarm.settle()
+        async with peer.coordinator.submit(JobRequest(model="fake", prompt=PROMPT, max_tokens=20)) as events:
+            (session,) = swarm.peers[0].stages.spans()[0].sessions
+            link = await stranger.stages.switchboard.link_to(swarm.peers[0].id)
+            lost = trio.Event()
+            link.watch(session, lambda _: lost.set())
+            await link.send_step(a_step(session))
+            with trio.fail_after(1):
+                await lost.wait()
+            assert [event async for event in events][-1].token_ids == right_tokens(20)  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize(
+    ("changes", "code"),
+    [
+        ({"prompt": ""}, JobErrorCode.INVALID),
+        ({"prompt": None}, JobErrorCode.INVALID),
+        ({"prompt": None, "prompt_tokens": (1000,)}, JobErrorCode.INVALID),
+        ({"max_tokens": 0}, JobErrorCode.INVALID),
+        ({"max_tokens": 4090}, JobErrorCode.CONTEXT_LENGTH),
+        ({"prompt": "7 " * 4096}, JobErrorCode.CONTEXT_LENGTH),
+        ({"temperature": -1}, JobErrorCode.INVALID),
+        ({"temperature": float("nan")}, JobErrorCode.INVALID),
+        ({"top_p": 0}, JobErrorCode.INVALID),
+        ({"method": "magic"}, JobErrorCode.INVALID),
+    ],
+)
+async def test_a_request_that_makes_no_sense_is_told_why(changes: dict[str, object], code: JobErrorCode) -> None:
+    async with open_swarm() as swarm:
+        peer = await swarm_of_thirds(swarm)
+        with pytest.raises(JobError) as caught:
+            await peer.run(JobRequest(**{"model": "fake", "prompt": PROMPT, **changes}))  # type: ignore[arg-type]
+        assert caught.value.code is code
+        assert "\n" not in caught.value.message
