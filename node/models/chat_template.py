@@ -26,15 +26,17 @@ from jinja2.visitor import NodeTransformer
 MAX_TEMPLATE_CHARACTERS: Final = 1 << 20
 MAX_OUTPUT_CHARACTERS: Final = 8 << 20
 MAX_STEPS: Final = 200_000
-MAX_WORK_CHARACTERS: Final = 128 << 20
-MAX_RENDER_S: Final = 10.0
+MAX_WORK_CHARACTERS: Final = 64 << 20
+MAX_RENDER_S: Final = 5.0
 
 _MAX_INTEGER_BITS = 64
 _MAX_WIDTH = 1000
+_ITEM_CHARACTERS = 48  # what an item of a list costs, though its text be short
 _WIDE_FORMAT = re.compile(r"%[^a-zA-Z%]*(?:\d{4,}|\*)")
 
-# Methods that make long texts out of short ones, and formatting, whose widths hide in the text.
-_FORBIDDEN_METHODS = frozenset({"center", "expandtabs", "format", "format_map", "ljust", "rjust", "translate", "zfill"})
+# Methods that make long texts out of short ones.
+_FORBIDDEN_METHODS = frozenset({"center", "expandtabs", "ljust", "rjust", "translate", "zfill"})
+_QUICK_FILTERS = frozenset({"count", "d", "default", "first", "items", "last", "length"})
 _FORBIDDEN_FILTERS = ("attr", "format", "pprint", "random", "urlize", "wordwrap", "xmlattr")
 
 
@@ -128,10 +130,10 @@ def _charge_value(value: object) -> None:
             if isinstance(item, str):
                 budget.charge(characters=len(item) + 1)
             elif isinstance(item, Mapping):
-                budget.charge(characters=2 * len(item) + 1)
+                budget.charge(characters=_cost(item))
                 todo += [item.keys(), item.values()]
             elif isinstance(item, (list, tuple)):
-                budget.charge(characters=len(item) + 1)
+                budget.charge(characters=_cost(item))
                 todo.append(item)
 
 
@@ -147,12 +149,11 @@ class _Sandbox(ImmutableSandboxedEnvironment):
         elif operator == "*":
             times, sequence = (left, right) if isinstance(left, int) else (right, left)
             if isinstance(times, int) and isinstance(sequence, (str, list, tuple)):
-                _budget.get().charge(characters=len(sequence) * max(times, 0))
+                _budget.get().charge(characters=_cost(sequence) * max(times, 0))
         elif operator == "%" and isinstance(left, str) and _WIDE_FORMAT.search(left):
             raise ChatTemplateError("the model's chat template formats texts that are too wide")
         else:
-            for side in (left, right):
-                _charge_value(side if operator == "%" or isinstance(side, str) else [None] * _length(side))
+            _charge_value(right) if operator == "%" else _budget.get().charge(characters=_cost(left) + _cost(right))
         return super().call_binop(context, operator, left, right)
 
     def call(__self, __context: Any, __obj: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: N805 - as the base class
@@ -165,6 +166,11 @@ class _Sandbox(ImmutableSandboxedEnvironment):
                 return _FILTERS_WITH_PRICE[method](*((args[0], owner) if method == "join" else (owner, *args)))
             budget.charge(characters=len(owner))
         return super().call(__context, __obj, *args, **kwargs)
+
+    def wrap_str_format(self, value: Any) -> Callable[..., str] | None:
+        if super().wrap_str_format(value) is not None:
+            raise ChatTemplateError("the model's chat template formats texts in a way that is not supported")
+        return None
 
     def is_safe_attribute(self, obj: Any, attr: str, value: Any) -> bool:
         forbidden = isinstance(obj, (str, bytes)) and attr in _FORBIDDEN_METHODS
@@ -220,7 +226,7 @@ def _join(items: Iterable[object], separator: object = "", attribute: str | int 
     if attribute is not None:
         raise ChatTemplateError("the model's chat template joins by attribute, which is not supported")
     taken = _charge_loop(items)
-    _charge_value([*taken, str(separator) * 1])
+    _charge_value(taken)
     _budget.get().charge(characters=len(str(separator)) * len(taken))
     return str(separator).join(map(str, taken))
 
@@ -265,8 +271,8 @@ def _new_environment() -> _Sandbox:
     environment = _Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols, _Generation])
     for name in _FORBIDDEN_FILTERS:
         del environment.filters[name]
-    for name, function in environment.filters.items():
-        environment.filters[name] = _with_price(function)
+    for name in environment.filters.keys() - _QUICK_FILTERS:
+        environment.filters[name] = _with_price(environment.filters[name])
     environment.filters.update(_FILTERS_WITH_PRICE)
     environment.finalize = _finalize
     environment.globals["raise_exception"] = _raise_exception
@@ -281,7 +287,7 @@ def _with_price(function: Callable[..., Any]) -> Callable[..., Any]:
 
     def charged(*args: Any, **kwargs: Any) -> Any:
         _check_widths(args, kwargs)
-        _budget.get().charge(steps=1, characters=sum(_length(argument) for argument in args))
+        _budget.get().charge(steps=1, characters=sum(_cost(argument) for argument in args))
         return function(*args, **kwargs)
 
     if hasattr(function, "jinja_pass_arg"):  # how jinja2 marks filters that want its context as first argument
@@ -312,8 +318,11 @@ def _strftime_now(layout: str) -> str:
     return datetime.now().astimezone().strftime(layout)
 
 
-def _length(value: object) -> int:
-    return len(value) if isinstance(value, (str, list, tuple, dict)) else 1
+def _cost(value: object) -> int:
+    """Return what looking at each part of a value once costs, in characters."""
+    if isinstance(value, str):
+        return len(value) + 1
+    return _ITEM_CHARACTERS * (len(value) + 1) if isinstance(value, (list, tuple, dict, range)) else 1
 
 
 def _bits(number: float) -> int:

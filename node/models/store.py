@@ -113,7 +113,7 @@ class ModelStore:
         """Return a package. Raises UnknownModelError when there is none, ModelError when its manifest is damaged."""
         path = self._models / model
         if not (path / MANIFEST_FILE).exists():
-            raise UnknownModelError(f"model {model[:12]} is not in {self.cache_dir}")
+            raise UnknownModelError(f"model {model[:12]} is not in {self.cache_dir}: import it first")
         manifest = self._manifests.get(model)
         return Package(self._load(model) if manifest is None else manifest, path)
 

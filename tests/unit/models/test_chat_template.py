@@ -1,0 +1,148 @@
+import time
+from typing import Any
+
+import pytest
+from transformers.utils.chat_template_utils import render_jinja_template
+
+from node.models.chat_template import ChatTemplate, ChatTemplateError
+
+TURNS = [
+    {"role": "system", "content": "Be brief & <kind>."},
+    {"role": "user", "content": "  What's 2+2?\n\n"},
+    {"role": "assistant", "content": "Four — “4”."},
+    {"role": "user", "content": "日本語で? 🎉"},
+]
+SPECIAL = {"bos_token": "<s>", "eos_token": "</s>"}
+
+# One habit of real templates each.
+TEMPLATES = {
+    "concatenation": "{% for m in messages %}{{ '<|' + m['role'] + '|>\n' + m['content'] + eos_token }}{% endfor %}",
+    "attributes and tilde": "{% for m in messages %}{{ m.role ~ ': ' ~ m.content ~ loop.index ~ '\n' }}{% endfor %}",
+    "blocks on lines of their own": """
+{%- if messages[0].role == 'system' %}
+    {%- set system = messages[0].content | trim %}
+    {%- set messages = messages[1:] %}
+{%- endif %}
+{{- bos_token }}
+{% for message in messages %}
+    {% if (message.role == 'user') != (loop.index0 % 2 == 0) %}
+        {{ raise_exception('roles must alternate') }}
+    {% endif %}
+  [{{ message.role | upper }}] {{ message.content.strip() }}
+{% endfor %}
+{%- if add_generation_prompt %}[ASSISTANT]{% endif %}
+""",
+    "namespace and reverse": """
+{%- set ns = namespace(last=none, count=0) %}
+{%- for m in messages[::-1] %}{% if m.role == 'user' and not ns.last %}{% set ns.last = m.content %}{% endif %}
+{%- set ns.count = ns.count + 1 %}{% endfor %}{{ ns.last }}{{ ns.count }}""",
+    "macro and filters": """
+{%- macro show(m, open='<') -%}
+    {{ open }}{{ m.role | capitalize }}{{ caller() if caller is defined else '' }}>
+{%- endmacro %}
+{%- for m in messages if m.role != 'system' %}{{ show(m) }}{{ m.content | replace('2', 'two') | length }}{% endfor %}
+{{- messages | map(attribute='role') | unique | join(', ') }}
+{{ messages | selectattr('role', 'equalto', 'user') | list | length }}""",
+    "json": "{{ messages | tojson }}{{ messages[0] | tojson(indent=2) }}{{ 'é<' | tojson }}{{ tools is none }}",
+    "loop controls and tests": """
+{%- for m in messages %}{% if loop.index > 2 %}{% break %}{% endif %}
+{%- if m.role not in ['system'] %}{% continue %}{% endif %}
+{{- m.content is string and m.content is not mapping }}{{ 'x' if m.tool_calls is defined else 'y' }}{% endfor %}""",
+    "generation mark": "{% for m in messages %}{% generation %}{{ m.content }}{% endgeneration %}{% endfor %}",
+    "text methods": """
+{%- for m in messages %}{{ m.content.split(' ')[0] }}{{ m.content.startswith('B') }}{{ m['content'].replace('B', 'b') }}
+{{- ' '.join(['a', 'b']) }}{{ '%s-%02d' % (m.role, loop.index) }}{{ 'ab' * 3 }}{{ m.items() | list | length }}
+{%- endfor %}""",
+    "undefined": "{{ nothing }}{{ bos_token }}{% if documents %}no{% endif %}{{ unk_token }}",
+    "date": "{{ strftime_now('%Y') }}",
+}
+
+
+@pytest.mark.parametrize("source", TEMPLATES.values(), ids=TEMPLATES)
+def test_a_template_renders_as_transformers_renders_it(source: str) -> None:
+    options: dict[str, Any] = {"chat_template": source, "add_generation_prompt": True, **SPECIAL}
+    expected = render_jinja_template([TURNS], **options)[0][0]
+    assert ChatTemplate(source).render(TURNS, SPECIAL) == expected
+
+
+def test_a_template_may_refuse_a_conversation_in_its_own_words() -> None:
+    template = ChatTemplate("{% if messages | length < 2 %}{{ raise_exception('too\n short') }}{% endif %}")
+    with pytest.raises(ChatTemplateError, match="these messages: too short"):
+        template.render(TURNS[:1], {})
+    assert template.render(TURNS, {}) == ""
+
+
+def repeat(body: str, start: str = "'x'") -> str:
+    return "{% set n = namespace(x=START) %}{% for a in range(60) %}{% set n.x = BODY %}{% endfor %}".replace(
+        "START", start
+    ).replace("BODY", body)
+
+
+HOSTILE = {
+    "endless loop": "{% for a in range(9999) %}" * 3 + "{% endfor %}" * 3,
+    "huge range": "{{ range(999999999) | list }}",
+    "long output": "{% for a in range(9999) %}{{ 'x' * 9999 }}{% endfor %}",
+    "doubling by tilde": repeat("n.x ~ n.x"),
+    "doubling by plus": repeat("n.x + n.x"),
+    "doubling a list": repeat("n.x + n.x", start="[1]"),
+    "nesting a list": repeat("[n.x, n.x]") + "{{ n.x }}",
+    "nesting a list as JSON": repeat("[n.x, n.x]") + "{{ n.x | tojson }}",
+    "nesting a list as text": repeat("[n.x, n.x]") + "{% set y = n.x | string %}",
+    "squaring": repeat("n.x * n.x", start="9"),
+    "multiplied text": "{{ 'x' * 99999999999 }}",
+    "multiplied list": "{{ [1] * 99999999999 }}",
+    "power": "{{ 9 ** 9 ** 9 }}",
+    "replace": "{% set x = 'x' * 99999 %}{{ x | replace('x', x) }}",
+    "replace method": "{% set x = 'x' * 99999 %}{{ x.replace('x', x) }}",
+    "replace nothing": "{% set x = 'x' * 99999 %}{{ x.replace('', x) }}",
+    "join": "{% set x = 'x' * 99999 %}{{ range(99999) | join(x) }}",
+    "join method": "{% set x = 'x' * 99999 %}{{ x.join(x) }}",
+    "pad": "{{ 'x'.ljust(9999999999) }}",
+    "center": "{{ 'x' | center(9999999999) }}",
+    "indent": "{{ 'x\nx' | indent(9999999999) }}",
+    "batch": "{{ [1] | batch(9999999999, 'x') | list }}",
+    "format": "{{ '%9999999999d' % 1 }}",
+    "format with a star": "{{ '%*d' % (9999999999, 1) }}",
+    "format filter": "{{ '%9999999999d' | format(1) }}",
+    "format method": "{{ '{:>9999999999}'.format(1) }}",
+    "date": "{{ strftime_now('%9999999999Y') }}",
+    "recursion": "{% macro f() %}{{ f() }}{{ f() }}{% endmacro %}{{ f() }}",
+    "deep recursion": "{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% endmacro %}{{ f(100) }}",
+    "recursive loop": "{% for a in [1] recursive %}{{ loop([1]) }}{% endfor %}",
+    "sorting": "{% for a in range(9999) %}{% set x = range(99999) | sort %}{% endfor %}",
+    "escape by class": "{{ ''.__class__.__mro__[1].__subclasses__() }}",
+    "escape by attr": "{{ '' | attr('__class__') }}",
+    "escape by format": "{{ '{0.__class__}'.format(1) }}",
+    "escape by self": "{{ self.__init__.__globals__ }}",
+    "changing the messages": "{{ messages.append(1) }}",
+    "include": "{% include '/etc/passwd' %}",
+    "import": "{% import 'os' as os %}",
+    "syntax": "{% for %}",
+    "unknown filter": "{{ 1 | nonsense }}",
+    "division": "{{ 1 / 0 }}",
+    "type": "{{ messages + 1 }}",
+    "endless template": "{{ 1 }}" * 999999,
+    "deep template": "{{ " + "(" * 5000 + "1" + ")" * 5000 + " }}",
+}
+
+
+@pytest.mark.parametrize("source", HOSTILE.values(), ids=HOSTILE)
+def test_a_hostile_template_costs_its_job_and_little_else(source: str) -> None:
+    began = time.monotonic()
+    with pytest.raises(ChatTemplateError) as error:
+        ChatTemplate(source).render(TURNS, SPECIAL)
+    assert "\n" not in str(error.value)
+    assert len(str(error.value)) < 500
+    assert time.monotonic() - began < 8
+
+
+def test_what_is_internal_to_python_is_undefined() -> None:
+    for source in ("{{ raise_exception.__globals__ }}", "{{ ''.__class__ }}", "{{ namespace.__init__ }}"):
+        assert ChatTemplate(source).render(TURNS, SPECIAL) == ""
+
+
+def test_a_long_conversation_fits() -> None:
+    source = TEMPLATES["blocks on lines of their own"] + "{% for m in messages %}{{ messages | length }}{% endfor %}"
+    turns = [{"role": "system", "content": "x"}]
+    turns += [{"role": role, "content": "word " * 1000} for _ in range(250) for role in ("user", "assistant")]
+    assert len(ChatTemplate(source).render(turns, SPECIAL)) > 2_500_000
