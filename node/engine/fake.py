@@ -210,7 +210,7 @@ def _digest(*parts: object) -> bytes:
 
 def _hidden(info: SpanInfo, state: bytes) -> bytes:
     """Return a state as hidden_size elements of f32: small whole numbers, which bf16 and f16 keep exactly."""
-    return array("f", hashlib.shake_128(state).digest(info.hidden_size)).tobytes()
+    return array("f", list(hashlib.shake_128(state).digest(info.hidden_size))).tobytes()
 
 
 def _embed(info: SpanInfo, token: int) -> bytes:

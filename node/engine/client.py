@@ -1,0 +1,337 @@
+"""The real engine as the node sees it: a worker process of its own, so that computing never holds up the network loop.
+
+Whatever happens to the worker, nothing here raises but EngineError and its kinds, and only in the calls that it
+concerns. KV positions are counted on this side: opening and closing never wait for a computation.
+"""
+
+import itertools
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections import deque
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import psutil
+import trio
+
+from node.engine import wire
+from node.engine.admission import Reservations
+from node.engine.interface import (
+    EngineCrashed,
+    EngineError,
+    EngineStatistics,
+    SliceInput,
+    SliceOutput,
+    SpanInfo,
+    StepResult,
+)
+from node.engine.source import EngineOptions, ShardSource, source_from_package
+from node.models.store import Package
+from protocol.identity import BlockRange, SessionId
+from protocol.messages import Sampling
+
+_STDERR = 2
+_ROOT = Path(__file__).parents[2]
+_DEATH_S = 5.0
+"""How long a worker that closed its socket may take to become a corpse with a cause of death."""
+
+
+@asynccontextmanager
+async def start_engine(
+    package: Package, blocks: BlockRange, options: EngineOptions | None = None
+) -> AsyncIterator["WorkerEngine"]:
+    """Run an engine for a span of a model package whose files are there; see `start_worker`."""
+    async with start_worker(source_from_package(package, blocks), blocks, options) as engine:
+        yield engine
+
+
+@asynccontextmanager
+async def start_worker(
+    source: ShardSource, blocks: BlockRange, options: EngineOptions | None = None
+) -> AsyncIterator["WorkerEngine"]:
+    """Run a worker process with a span loaded, until the block is left; then it is killed, having nothing to lose.
+
+    Raises EngineError if the span cannot be served here, ever, and EngineCrashed if the worker died while it loaded.
+    What is raised inside the block comes out in an ExceptionGroup, as from any nursery.
+    """
+    options = options or EngineOptions()
+    ours, theirs = socket.socketpair()
+    with ours:
+        with theirs:
+            try:
+                process = await trio.lowlevel.open_process(
+                    [sys.executable, "-m", "node.engine.worker", str(theirs.fileno())],
+                    stdin=subprocess.DEVNULL,
+                    stdout=_STDERR,  # ours may be somebody's JSON
+                    pass_fds=[theirs.fileno()],
+                    env=_environment(options),
+                )
+            except OSError as error:
+                raise EngineError(f"the worker of blocks {blocks} cannot be started: {error}") from error
+        try:
+            connection = _Connection(trio.socket.from_stdlib_socket(ours), process, f"the worker of blocks {blocks}")
+            engine = WorkerEngine(connection, await _load(connection, source, blocks, options))
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(engine.receive_forever)
+                nursery.start_soon(engine.send_forever)
+                yield engine
+                nursery.cancel_scope.cancel()
+        finally:
+            with trio.CancelScope(shield=True):
+                process.kill()
+                await process.wait()
+
+
+async def _load(connection: "_Connection", source: ShardSource, blocks: BlockRange, options: EngineOptions) -> SpanInfo:
+    """Tell the worker what to be, and wait until it is."""
+    with trio.move_on_after(options.start_timeout_s):
+        try:
+            await connection.send(wire.encode_load(source, blocks, options))
+            header, _ = await connection.receive()
+        except _HungUp:
+            raise EngineCrashed(await connection.epitaph()) from None
+        if header["did"] == "failed":
+            raise EngineError(header["error"])
+        return wire.decode_ready(header)
+    raise EngineError(f"{connection.name} did not load within {options.start_timeout_s:g} s")
+
+
+class WorkerEngine:
+    """Implements Engine over a worker process. Made by `start_engine`, which runs its two tasks."""
+
+    def __init__(self, connection: "_Connection", info: SpanInfo) -> None:
+        self._connection = connection
+        self._info = info
+        self._reservations = Reservations(info)
+        # The frame that opened a session tells it from an earlier one of the same name.
+        self._sessions: dict[SessionId, _Frame] = {}
+        # Bounded by the sessions that fit (an open or a close each) and by the callers that wait for a step.
+        self._outbox: deque[_Frame] = deque()
+        self._outbox_filled = trio.Event()
+        self._calls: dict[int, _Call] = {}
+        self._numbers = itertools.count()
+        self._crashed = trio.Event()
+        self._reason = ""
+        self._steps = 0
+        self._compute_s = 0.0
+
+    @property
+    def info(self) -> SpanInfo:
+        """What it holds."""
+        return self._info
+
+    async def open(self, session: SessionId, positions: int, sampling: Sampling | None) -> None:
+        """Reserve KV memory for a session; see Engine."""
+        await trio.lowlevel.checkpoint()
+        self._raise_if_crashed()
+        self._reservations.open(session, positions, sampling)
+        self._sessions[session] = self._post(wire.encode_open(session, positions, sampling))
+
+    async def step(self, slices: Sequence[SliceInput]) -> StepResult:
+        """Run one step in the worker; see Engine. If the caller is cancelled, a step that is under way still runs."""
+        self._raise_if_crashed()
+        sessions = tuple(rows.session for rows in slices)
+        if unknown := [session for session in sessions if session not in self._sessions]:
+            for session in sessions:
+                self._close(session)
+            raise EngineError(f"session {unknown[0].job}/{unknown[0].stage} is not open")
+        number = next(self._numbers)
+        call = self._calls[number] = _Call({session: self._sessions[session] for session in sessions}, sessions)
+        frame = self._post(wire.encode_step(number, slices))
+        try:
+            await call.answered.wait()
+        finally:
+            if not frame.taken:
+                self._outbox.remove(frame)
+                del self._calls[number]
+        if call.result is None:
+            raise call.error or EngineCrashed(self._reason)
+        return call.result
+
+    async def close(self, session: SessionId) -> None:
+        """Free a session; see Engine."""
+        await trio.lowlevel.checkpoint()
+        self._close(session)
+
+    async def wait_crashed(self) -> str:
+        """Wait until the worker is dead, and return why; see Engine."""
+        await self._crashed.wait()
+        return self._reason
+
+    def statistics(self) -> EngineStatistics:
+        """Return the counts; see Engine."""
+        return EngineStatistics(
+            sessions=len(self._reservations),
+            reserved_positions=self._reservations.total,
+            steps=self._steps,
+            compute_s=self._compute_s,
+            worker_pid=None if self._crashed.is_set() else self._connection.process.pid,
+        )
+
+    async def send_forever(self) -> None:
+        """Send what is posted, in order, until the worker hangs up."""
+        try:
+            while True:
+                while self._outbox:
+                    frame = self._outbox.popleft()
+                    frame.taken = True
+                    await self._connection.send(frame.buffers)
+                self._outbox_filled = trio.Event()
+                await self._outbox_filled.wait()
+        except _HungUp:
+            return  # receive_forever notices, too, and tells everybody
+
+    async def receive_forever(self) -> None:
+        """Hand out answers until the worker hangs up; then end every call that waits for one."""
+        try:
+            while True:
+                self._answer(*await self._connection.receive())
+        except _HungUp:
+            self._reason = await self._connection.epitaph()
+        self._crashed.set()
+        for frame in self._outbox:
+            frame.taken = True
+        self._outbox.clear()
+        for session in tuple(self._sessions):
+            self._free(session)
+        for call in self._calls.values():
+            call.answered.set()
+        self._calls.clear()
+
+    def _answer(self, header: wire.Header, payload: memoryview) -> None:
+        call = self._calls.pop(header["call"])
+        if header["did"] == "error":
+            call.error = EngineError(header["error"])
+            for session, opened in call.opened.items():  # the worker has closed them already
+                if self._sessions.get(session) is opened:
+                    self._free(session)
+        else:
+            tensors = wire.cut_tensors(header["tensors"], payload)
+            outputs = (SliceOutput(session=s, tensor=tensor) for s, tensor in zip(call.order, tensors, strict=True))
+            call.result = StepResult(outputs=tuple(outputs), compute_s=header["compute_s"])
+            self._steps += 1
+            self._compute_s += call.result.compute_s
+        call.answered.set()
+
+    def _post(self, buffers: list[wire.Buffer]) -> "_Frame":
+        frame = _Frame(buffers)
+        self._outbox.append(frame)
+        self._outbox_filled.set()
+        return frame
+
+    def _close(self, session: SessionId) -> None:
+        opened = self._sessions.get(session)
+        if opened is None:
+            return
+        self._free(session)
+        if opened.taken:
+            self._post(wire.encode_close(session))
+        else:  # the worker never hears of it
+            self._outbox.remove(opened)
+
+    def _free(self, session: SessionId) -> None:
+        self._reservations.close(session)
+        del self._sessions[session]
+
+    def _raise_if_crashed(self) -> None:
+        if self._crashed.is_set():
+            raise EngineCrashed(self._reason)
+
+
+@dataclass(slots=True, eq=False)
+class _Frame:
+    """Something to send; `taken` once sending has begun, after which it cannot be taken back."""
+
+    buffers: list[wire.Buffer]
+    taken: bool = False
+
+
+@dataclass(slots=True, eq=False)
+class _Call:
+    """A step that waits for its answer. `order`: the session of each slice."""
+
+    opened: dict[SessionId, _Frame]
+    order: tuple[SessionId, ...]
+    answered: trio.Event = field(default_factory=trio.Event)
+    result: StepResult | None = None
+    error: EngineError | None = None
+
+
+class _HungUp(Exception):
+    """The worker closed its end."""
+
+
+class _Connection:
+    """Frames to and from a worker process; one task may send while another receives."""
+
+    def __init__(self, sock: trio.socket.SocketType, process: trio.Process, name: str) -> None:
+        self.name = name
+        self.process = process
+        self._socket = sock
+
+    async def send(self, buffers: list[wire.Buffer]) -> None:
+        """Send the buffers of a frame."""
+        try:
+            for buffer in buffers:
+                data = memoryview(buffer)
+                while data:
+                    data = data[await self._socket.send(data) :]
+        except OSError as error:
+            raise _HungUp from error
+
+    async def receive(self) -> tuple[wire.Header, memoryview]:
+        """Return the next frame."""
+        prefix = await self._receive_exactly(wire.PREFIX.size)
+        header_bytes, payload_bytes = wire.PREFIX.unpack(prefix)
+        header = wire.decode_header(await self._receive_exactly(header_bytes))
+        return header, await self._receive_exactly(payload_bytes)
+
+    async def _receive_exactly(self, count: int) -> memoryview:
+        data = memoryview(bytearray(count))
+        received = 0
+        while received < count:
+            try:
+                size = await self._socket.recv_into(data[received:])
+            except OSError as error:
+                raise _HungUp from error
+            if size == 0:
+                raise _HungUp
+            received += size
+        return data
+
+    async def epitaph(self) -> str:
+        """Return what the worker died of, in one line."""
+        with trio.move_on_after(_DEATH_S):
+            code = await self.process.wait()
+            return f"{self.name} " + (
+                f"was killed by {signal.Signals(-code).name}" if code < 0 else f"exited with {code}"
+            )
+        return f"{self.name} closed its socket"
+
+
+def _environment(options: EngineOptions) -> dict[str, str]:
+    """Return the environment of a worker: no spinning threads, no hub, no chatter."""
+    threads = str(options.threads or physical_cores())
+    return os.environ | {
+        "PYTHONPATH": os.pathsep.join(filter(None, [str(_ROOT), os.environ.get("PYTHONPATH")])),
+        "OMP_NUM_THREADS": threads,
+        "MKL_NUM_THREADS": threads,
+        # Threads that wait by spinning would take the cores from the node's event loop.
+        "OMP_WAIT_POLICY": "PASSIVE",
+        "GOMP_SPINCOUNT": "0",
+        "KMP_BLOCKTIME": "0",
+        "HF_HUB_OFFLINE": "1",
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+        "TRANSFORMERS_VERBOSITY": "error",
+    }
+
+
+def physical_cores() -> int:
+    """Return how many physical cores this process may use."""
+    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return max(1, min(psutil.cpu_count(logical=False) or 1, allowed or 1))

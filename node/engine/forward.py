@@ -1,0 +1,127 @@
+"""The forward pass of one span, run by transformers' own code.
+
+The base model's own forward runs, so masks, rotary embeddings and the order of things are transformers'. A stage that
+is not the first puts the hidden states it received in front of its first block, by a hook, whatever the embedding part
+of the forward made before: learned positions, embedding norms and multipliers belong to the first stage, and so no
+architecture needs a rule of its own here. Likewise, a stage that is not the last takes its output right behind its last
+block. The last one runs the whole model, with its head and whatever scales or caps the logits.
+"""
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from node.engine.cache import RewindableCache
+from node.engine.interface import EngineError
+from node.engine.loading import LoadedSpan
+
+_TRIAL_ROWS = 2
+
+
+class SpanModel:
+    """The blocks of one span, ready to run."""
+
+    def __init__(self, span: LoadedSpan, *, first: bool, last: bool) -> None:
+        self._span = span
+        self._first = first
+        self._last = last
+        self._model = span.model
+        self._base = span.model.base_model
+        self._base_options = _options_of(self._base.forward)
+        self._model_options = _options_of(self._model.forward, self._base.forward)
+        self._entering: torch.Tensor | None = None
+        self._leaving: torch.Tensor | None = None
+        if not first:
+            span.blocks[0].register_forward_pre_hook(self._enter, with_kwargs=True)
+        if not last:
+            span.blocks[-1].register_forward_hook(self._leave)
+
+    def new_cache(self, capacity: int) -> RewindableCache:
+        """Return an empty KV cache for at most `capacity` positions."""
+        return RewindableCache(self._span.windows, capacity)
+
+    def try_out(self) -> int:
+        """Run a few rows, which fetches the weights from disk; return the bytes of one cached position.
+
+        Raises EngineError where the architecture cannot be divided between stages.
+        """
+        cache = self.new_cache(_TRIAL_ROWS)
+        size = self._span.hidden_size
+        dtype = next(self._span.blocks.parameters()).dtype
+        rows = (
+            torch.zeros(_TRIAL_ROWS, dtype=torch.long) if self._first else torch.zeros(_TRIAL_ROWS, size, dtype=dtype)
+        )
+        try:
+            output = self.run(rows, cache, position=0, draws=1)
+        except EngineError:
+            raise
+        except Exception as error:  # whatever an architecture that nobody tried here trips over
+            raise EngineError(f"{self._name} models cannot be served: {' '.join(str(error).split())[:200]}") from error
+        expected = (1, self._span.vocabulary_size) if self._last else (_TRIAL_ROWS, size)
+        if tuple(output.shape) != expected or output.is_meta or cache.length != _TRIAL_ROWS:
+            raise EngineError(f"{self._name} models cannot be served: their forward pass is no plain stack of blocks")
+        return cache.bytes_per_position
+
+    @torch.inference_mode()
+    def run(self, rows: torch.Tensor, cache: RewindableCache, *, position: int, draws: int) -> torch.Tensor:
+        """Run rows at `position` on top of what is cached before it.
+
+        `rows`: token ids i64 (rows,) on a first span, else hidden states (rows, hidden size) in the model's dtype.
+        Returns hidden states (rows, hidden size); on a last span logits (draws, vocabulary size), f32.
+        """
+        cache.rewind(position)
+        batch = rows.unsqueeze(0)
+        options: dict[str, Any] = {
+            "input_ids" if self._first else "inputs_embeds": batch,
+            "position_ids": torch.arange(position, position + len(rows)).unsqueeze(0),
+            "past_key_values": cache,
+            "use_cache": True,
+            "logits_to_keep": draws,
+        }
+        self._entering = None if self._first else batch
+        if self._last and draws:
+            output = self._model(**_only(options, self._model_options))
+            logits: torch.Tensor = output.logits[0, -draws:]
+            return logits.float()
+        self._base(**_only(options, self._base_options))
+        if self._last:
+            return torch.empty(0, self._span.vocabulary_size)
+        assert self._leaving is not None
+        leaving, self._leaving = self._leaving[0], None
+        return leaving
+
+    @property
+    def _name(self) -> str:
+        return str(self._model.config.model_type)
+
+    def _enter(
+        self, _block: nn.Module, inputs: tuple[Any, ...], options: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Give the first block the hidden states that came from the stage before."""
+        embedded = inputs[0] if inputs else options.get("hidden_states")
+        assert self._entering is not None
+        if not isinstance(embedded, torch.Tensor) or embedded.shape != self._entering.shape:
+            raise EngineError(f"{self._name} models cannot be served: their blocks take more than hidden states")
+        if inputs:
+            return (self._entering, *inputs[1:]), options
+        return (), {**options, "hidden_states": self._entering}
+
+    def _leave(self, _block: nn.Module, _inputs: tuple[Any, ...], output: Any) -> None:
+        """Keep what the last block gives."""
+        hidden = output[0] if isinstance(output, tuple) else output
+        assert isinstance(hidden, torch.Tensor)
+        self._leaving = hidden
+
+
+def _options_of(forward: Callable[..., Any], inner: Callable[..., Any] | None = None) -> frozenset[str]:
+    """Return the names that a forward pass takes; also those of the inner one if it hands on what it does not know."""
+    parameters = inspect.signature(forward).parameters
+    hands_on = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
+    return frozenset(parameters) | (_options_of(inner) if inner is not None and hands_on else frozenset())
+
+
+def _only(options: dict[str, Any], names: frozenset[str]) -> dict[str, Any]:
+    return {name: value for name, value in options.items() if name in names}

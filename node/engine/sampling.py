@@ -1,0 +1,48 @@
+"""Draws tokens from logits, the same ones again for the same seed and position.
+
+The random numbers come from a counter-based generator (Philox) keyed by the seed and counted by position: there is no
+state that a replay on another peer would have to bring along.
+"""
+
+import numpy as np
+import numpy.typing as npt
+
+from node.engine.interface import EngineError
+from protocol.messages import Sampling
+
+Logits = npt.NDArray[np.float32]
+"""Shape (vocabulary,)."""
+
+_KEY_BITS = 64
+
+
+def draw(logits: Logits, sampling: Sampling, position: int) -> int:
+    """Return the token that takes absolute `position`. Raises EngineError for logits that are no numbers."""
+    best = int(np.argmax(logits))
+    if not np.isfinite(logits[best]):
+        raise EngineError("the model made no sense of its input: its logits are not finite")
+    if sampling.temperature <= 0:
+        return best
+    # Relative to the best, so that no temperature can overflow.
+    weights = np.exp((logits.astype(np.float64) - float(logits[best])) / sampling.temperature)
+    number = uniform(sampling.seed, position)
+    if sampling.top_p >= 1:
+        return _inverse(weights, number)
+    # The smallest set of likely tokens with at least top_p of the whole; equal ones in the order of their ids.
+    order = np.argsort(-weights, kind="stable")
+    cumulated = np.cumsum(weights[order])
+    kept = order[: int(np.searchsorted(cumulated, sampling.top_p * cumulated[-1])) + 1]
+    return int(kept[_inverse(weights[kept], number)])
+
+
+def uniform(seed: int, position: int) -> float:
+    """Return a number from 0 up to but not including 1 that depends on seed and position alone."""
+    bits = np.random.Philox(key=seed % (1 << _KEY_BITS), counter=position)
+    return float(np.random.Generator(bits).random())
+
+
+def _inverse(weights: npt.NDArray[np.float64], number: float) -> int:
+    """Return the index whose share of the cumulated weights holds `number`."""
+    cumulated = np.cumsum(weights)
+    index = int(np.searchsorted(cumulated, number * cumulated[-1], side="right"))
+    return min(index, len(weights) - 1)

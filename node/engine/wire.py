@@ -1,0 +1,144 @@
+"""What the node and its worker process say to each other over a socket: a msgpack header and raw tensor bytes.
+
+    frame = u32 header length · u64 payload length (both little-endian) · header · payload
+
+Both ends are this very program, so unlike what comes from peers the frames are taken on trust. The tensors of a frame
+lie in its payload one after another; the header has their dtypes and shapes.
+
+| from the node | header |
+|---|---|
+| load | source, blocks, options |
+| open | session, positions, sampling; never answered: the node has reserved the positions already |
+| close | session; never answered |
+| step | call, slices, each [session, position, draws, dtype, shape] |
+
+| from the worker | header |
+|---|---|
+| ready | the span's info |
+| failed | error, a line: the span cannot be loaded |
+| result | call, compute_s, tensors, each [dtype, shape], in the order of the slices |
+| error | call, error, a line: the sessions of the step are closed |
+"""
+
+import math
+import struct
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import msgpack
+
+from node.engine.interface import SliceInput, SpanInfo
+from node.engine.source import EngineOptions, ShardSource
+from protocol.identity import BlockRange, JobId, SessionId
+from protocol.messages import Sampling
+from protocol.tensors import DType, Tensor
+
+Header = dict[str, Any]
+Buffer = bytes | bytearray | memoryview
+
+PREFIX = struct.Struct("<IQ")
+
+_JOIN_BYTES = 64 << 10
+"""Up to here one send is cheaper than one for each tensor."""
+
+
+def encode_frame(header: Header, tensors: Sequence[Tensor] = ()) -> list[Buffer]:
+    """Return the buffers of a frame, to be sent in order."""
+    packed: bytes = msgpack.packb(header)
+    payload_bytes = sum(len(tensor.data) for tensor in tensors)
+    buffers: list[Buffer] = [PREFIX.pack(len(packed), payload_bytes), packed, *(tensor.data for tensor in tensors)]
+    return [b"".join(buffers)] if payload_bytes <= _JOIN_BYTES else buffers
+
+
+def decode_header(data: Buffer) -> Header:
+    """Return a frame's header."""
+    header: Header = msgpack.unpackb(data, strict_map_key=False)
+    return header
+
+
+def cut_tensors(described: Iterable[tuple[str, Sequence[int]]], payload: memoryview) -> list[Tensor]:
+    """Return the tensors of a payload as views of it."""
+    tensors, start = [], 0
+    for dtype, shape in described:
+        end = start + math.prod(shape) * DType(dtype).itemsize
+        tensors.append(Tensor(DType(dtype), tuple(shape), payload[start:end]))
+        start = end
+    return tensors
+
+
+def encode_open(session: SessionId, positions: int, sampling: Sampling | None) -> list[Buffer]:
+    """Return the frame that opens a session."""
+    drawing = None if sampling is None else asdict(sampling)
+    return encode_frame({"do": "open", "session": session, "positions": positions, "sampling": drawing})
+
+
+def encode_close(session: SessionId) -> list[Buffer]:
+    """Return the frame that closes a session."""
+    return encode_frame({"do": "close", "session": session})
+
+
+def encode_step(call: int, slices: Sequence[SliceInput]) -> list[Buffer]:
+    """Return the frame of a step."""
+    described = [(rows.session, rows.position, rows.draws, rows.tensor.dtype, rows.tensor.shape) for rows in slices]
+    return encode_frame({"do": "step", "call": call, "slices": described}, [rows.tensor for rows in slices])
+
+
+def decode_step(header: Header, payload: memoryview) -> list[SliceInput]:
+    """Return the slices of a step."""
+    described = header["slices"]
+    tensors = cut_tensors(((dtype, shape) for *_, dtype, shape in described), payload)
+    return [
+        SliceInput(session=decode_session(session), position=position, tensor=tensor, draws=draws)
+        for (session, position, draws, *_), tensor in zip(described, tensors, strict=True)
+    ]
+
+
+def decode_session(value: Sequence[Any]) -> SessionId:
+    """Return a session's id."""
+    return SessionId(JobId(value[0]), value[1])
+
+
+def decode_sampling(value: Header | None) -> Sampling | None:
+    """Return how to draw."""
+    return None if value is None else Sampling(**{**value, "stop_tokens": tuple(value["stop_tokens"])})
+
+
+def encode_load(source: ShardSource, blocks: BlockRange, options: EngineOptions) -> list[Buffer]:
+    """Return the frame that tells a worker what to be."""
+    return encode_frame(
+        {
+            "do": "load",
+            "model": source.model,
+            "config": dict(source.config),
+            "block_files": {block: str(path) for block, path in source.block_files.items()},
+            "embed_file": source.embed_file and str(source.embed_file),
+            "head_file": source.head_file and str(source.head_file),
+            "blocks": [blocks.start, blocks.end],
+            "options": asdict(options),
+        }
+    )
+
+
+def decode_load(header: Header) -> tuple[ShardSource, BlockRange, EngineOptions]:
+    """Return what a worker is to be."""
+    source = ShardSource(
+        model=header["model"],
+        config=header["config"],
+        block_files={block: Path(path) for block, path in header["block_files"].items()},
+        embed_file=header["embed_file"] and Path(header["embed_file"]),
+        head_file=header["head_file"] and Path(header["head_file"]),
+    )
+    return source, BlockRange(*header["blocks"]), EngineOptions(**header["options"])
+
+
+def encode_ready(info: SpanInfo) -> list[Buffer]:
+    """Return the frame of a worker that can begin."""
+    return encode_frame({"did": "ready", "info": asdict(info)})
+
+
+def decode_ready(header: Header) -> SpanInfo:
+    """Return what a worker holds."""
+    info = header["info"]
+    return SpanInfo(**{**info, "blocks": BlockRange(**info["blocks"])})

@@ -1,0 +1,101 @@
+"""The process that computes: `python -m node.engine.worker FD`, started by `client.py`, which has the other end of FD.
+
+It does one thing at a time, in the order in which it was asked, and keeps nothing that would be missed: it may be
+killed at any moment. It ends by itself when the other end of its socket closes, also in the middle of a forward pass.
+"""
+
+import os
+import select
+import socket
+import sys
+import threading
+from typing import NoReturn
+
+from node.engine.interface import EngineError
+from node.engine.wire import (
+    PREFIX,
+    Buffer,
+    Header,
+    decode_header,
+    decode_load,
+    decode_sampling,
+    decode_session,
+    decode_step,
+    encode_frame,
+    encode_ready,
+)
+
+
+def main() -> None:
+    """Serve the socket whose number is the first argument."""
+    connection = socket.socket(fileno=int(sys.argv[1]))
+    threading.Thread(target=_exit_on_hang_up, args=[connection.fileno()], daemon=True).start()
+    header, _ = _receive(connection)
+    source, blocks, options = decode_load(header)
+    os.nice(options.niceness)
+    # Heavy: only now that there is somebody who notices when the parent goes away meanwhile.
+    import torch
+
+    from node.engine.shard import Shard
+
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
+    try:
+        shard = Shard(source, blocks, options)
+    except EngineError as error:
+        _send(connection, encode_frame({"did": "failed", "error": str(error)}))
+        return
+    _send(connection, encode_ready(shard.info))
+    while True:
+        header, payload = _receive(connection)
+        match header["do"]:
+            case "open":
+                session = decode_session(header["session"])
+                shard.open(session, header["positions"], decode_sampling(header["sampling"]))
+            case "close":
+                shard.close(decode_session(header["session"]))
+            case "step":
+                try:
+                    result = shard.step(decode_step(header, payload))
+                except EngineError as error:
+                    _send(connection, encode_frame({"did": "error", "call": header["call"], "error": str(error)}))
+                    continue
+                tensors = [output.tensor for output in result.outputs]
+                described = [(tensor.dtype, tensor.shape) for tensor in tensors]
+                answer = {"did": "result", "call": header["call"], "compute_s": result.compute_s, "tensors": described}
+                _send(connection, encode_frame(answer, tensors))
+
+
+def _exit_on_hang_up(descriptor: int) -> NoReturn:
+    """End the process as soon as nobody holds the other end any more."""
+    poll = select.poll()
+    poll.register(descriptor, getattr(select, "POLLRDHUP", 0))
+    poll.poll()
+    os._exit(0)
+
+
+def _receive(connection: socket.socket) -> tuple[Header, memoryview]:
+    prefix = _receive_exactly(connection, PREFIX.size)
+    header_bytes, payload_bytes = PREFIX.unpack(prefix)
+    header = decode_header(_receive_exactly(connection, header_bytes))
+    return header, _receive_exactly(connection, payload_bytes)
+
+
+def _receive_exactly(connection: socket.socket, count: int) -> memoryview:
+    data = memoryview(bytearray(count))
+    received = 0
+    while received < count:
+        size = connection.recv_into(data[received:])
+        if size == 0:
+            sys.exit(0)
+        received += size
+    return data
+
+
+def _send(connection: socket.socket, buffers: list[Buffer]) -> None:
+    for buffer in buffers:
+        connection.sendall(buffer)
+
+
+if __name__ == "__main__":
+    main()
