@@ -251,6 +251,7 @@ class Yamux(IMuxedConn):
         self._control_pending = trio.lowlevel.ParkingLot()
         self._arrivals, self._new_streams = trio.open_memory_channel[YamuxStream](self.limits.max_streams)
         self._scope = trio.CancelScope()
+        self._writing: trio.CancelScope | None = None
         self._received_frames = 0
         self._ping_sent = 0.0
         self._round_trip_s = 0.0
@@ -323,6 +324,8 @@ class Yamux(IMuxedConn):
         for stream in list(self._streams.values()):
             stream.break_off()
         self._control_pending.unpark_all()
+        if self._writing is not None:
+            self._writing.cancel()
 
     async def _close_secured(self) -> None:
         # Whatever the layers below say of a dying socket, it is dead.
@@ -406,11 +409,16 @@ class Yamux(IMuxedConn):
         data = b"".join((self._control, header, payload))
         self._control.clear()
         with shielded(self.limits.write_timeout_s) as scope:
+            self._writing = scope
             try:
                 await self.secured_conn.write(data)
             except Exception as error:  # the layers below raise a dozen types for a dead socket
                 self.abort()
                 raise MuxedStreamReset(f"the connection broke: {error}") from error
+            finally:
+                self._writing = None
+        if self.event_closed.is_set():
+            raise MuxedStreamReset("the connection was closed")
         if scope.cancelled_caught:
             reason = f"it took nothing for {self.limits.write_timeout_s:g} s"
             self.abort(reason)

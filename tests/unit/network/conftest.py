@@ -2,7 +2,7 @@
 
 import random
 from collections.abc import AsyncIterator, Callable
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AbstractContextManager, AsyncExitStack, asynccontextmanager
 from typing import Any
 
 import pytest
@@ -71,10 +71,11 @@ async def receive_all(stream: Stream) -> bytes:
     return bytes(received)
 
 
-@pytest.fixture(autouse=True)
-def _everything_ends(request: pytest.FixtureRequest) -> None:
-    """Nothing here may hang: see `limited`, which every test that waits uses through trio.fail_after."""
-
-
-def limited(seconds: float = 10.0) -> Any:
+def limited(seconds: float = 10.0) -> AbstractContextManager[Any]:
+    """Bound a test: nothing here may hang."""
     return trio.fail_after(seconds)
+
+
+async def send_for_ever(stream: Stream) -> None:
+    while True:
+        await stream.send_all(b"anybody there?")

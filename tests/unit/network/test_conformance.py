@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import pytest
 import trio
+import trio.testing
 
 from node.network.interface import (
     GossipMessage,
@@ -19,7 +20,7 @@ from node.network.interface import (
 from protocol.identity import PeerId
 from protocol.limits import MAX_RECORD_BYTES
 
-from .conftest import Workbench, echo, limited, receive_all, receive_exactly
+from .conftest import Workbench, echo, limited, receive_all, receive_exactly, send_for_ever
 
 ECHO = "/test/echo/1"
 OTHER = "/test/other/1"
@@ -195,8 +196,7 @@ async def test_a_send_cancelled_halfway_breaks_its_stream_and_no_other(bench: Wo
             with pytest.raises(StreamClosed):
                 await near.send_all(b"more")
             with pytest.raises(StreamClosed):
-                while await far.receive_some():
-                    pass
+                await receive_all(far)
             await neighbour.send_all(b"still here")
             assert await receive_exactly(neighbour, 10) == b"still here"
 
@@ -250,8 +250,7 @@ async def test_closing_ends_both_directions_and_may_be_repeated(bench: Workbench
                     await operation
             assert await far.receive_some() == b""
             with pytest.raises(StreamClosed):
-                while True:
-                    await far.send_all(b"anybody there?")
+                await send_for_ever(far)
 
 
 async def test_closing_works_under_cancellation(bench: Workbench) -> None:
