@@ -1,0 +1,60 @@
+"""What a killed process leaves behind: every observation that it had acknowledged. And one that may write no more."""
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from node.storage.database import open_database
+from node.storage.history import HistoryStore
+from protocol.observations import open_observation
+
+KILLS = 20
+REOPEN_LIMIT_S = 0.5
+ROOT = Path(__file__).parents[2]
+
+
+def kill_while_writing(writers: "subprocess.Popen[str]", first: int, acknowledged: int) -> set[bytes]:
+    """Have a process write, kill it once it has told so many ids, and return all that it told."""
+    assert writers.stdin
+    assert writers.stdout
+    writers.stdin.write(f"{first}\n")
+    writers.stdin.flush()
+    pid = int(writers.stdout.readline())
+    told = {bytes.fromhex(writers.stdout.readline()) for _ in range(acknowledged)}
+    os.kill(pid, signal.SIGKILL)
+    return told | {bytes.fromhex(line) for line in iter(writers.stdout.readline, "dead\n")}
+
+
+async def test_a_kill_loses_nothing_that_was_acknowledged(tmp_path: Path) -> None:
+    path, dice = tmp_path / "metaswarm.sqlite3", random.Random(20)
+    acknowledged: set[bytes] = set()
+    slowest_s = 0.0
+    command = [sys.executable, "-m", "tests.support.history_writer", str(path)]
+    with subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as writers:
+        for kill in range(KILLS):
+            acknowledged |= kill_while_writing(writers, kill * 1_000_000, dice.randint(1, 120))
+            began_s = time.perf_counter()
+            async with open_database(path) as database:
+                slowest_s = max(slowest_s, time.perf_counter() - began_s)
+                assert database.set_aside is None
+                assert len(await HistoryStore(database).get_many(list(acknowledged))) == len(acknowledged)
+    async with open_database(path) as database, open_database(tmp_path / "other") as other:
+        store, fresh = HistoryStore(database), HistoryStore(other)
+        kept = [open_observation(envelope) async for envelope in store.envelopes()]
+        await fresh.add_many(kept)
+        assert await store.digest() == await fresh.digest(), "digests and counts fit what is there"
+        assert {each.id for each in kept} >= acknowledged
+    print(f"{len(acknowledged)} acknowledged, {len(kept)} kept, slowest reopening {slowest_s * 1000:.0f} ms")
+    assert slowest_s < REOPEN_LIMIT_S
+
+
+def test_a_process_whose_files_may_not_grow_lives_and_writes_again_later(tmp_path: Path) -> None:
+    """The operating system refuses the write: an I/O error in the middle of a transaction, as on a failing disk."""
+    command = [sys.executable, "-m", "tests.support.limited_writer", str(tmp_path / "metaswarm.sqlite3")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) > 3

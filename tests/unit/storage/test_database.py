@@ -1,0 +1,199 @@
+"""The database file: made, migrated, damaged, full, in use by others."""
+
+import sqlite3
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from node.storage import schema
+from node.storage.database import Database, StorageDamaged, StorageError, StorageFull, open_database
+from node.storage.history import HistoryStore
+from tests.support.observations import signed
+
+RECORDS = [signed(n) for n in range(60)]
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "node" / "metaswarm.sqlite3"
+
+
+def content(path: Path) -> bytes:
+    return path.read_bytes()
+
+
+async def filled(path: Path) -> None:
+    async with open_database(path) as database:
+        await HistoryStore(database).add_many(RECORDS)
+
+
+async def test_a_new_file_is_made_with_its_folder(path: Path) -> None:
+    async with open_database(path) as database:
+        assert database.set_aside is None
+        assert await HistoryStore(database).bucket_digests() == {}
+    assert content(path).startswith(b"SQLite")
+
+
+def cut_in_the_middle_of_a_page(path: Path) -> None:
+    data = path.read_bytes()
+    path.write_bytes(data[: len(data) // 2 + 100])
+
+
+def overwrite_the_beginning(path: Path) -> None:
+    with path.open("r+b") as file:
+        file.write(b"\xa5" * 4096)
+
+
+def overwrite_pages_inside(path: Path) -> None:
+    with path.open("r+b") as file:
+        file.seek(3 * 4096)
+        file.write(b"\xa5" * 5 * 4096)
+
+
+def replace_by_text(path: Path) -> None:
+    path.write_text("this was a database once\n" * 100)
+
+
+@pytest.mark.parametrize(
+    "damage", [cut_in_the_middle_of_a_page, overwrite_the_beginning, overwrite_pages_inside, replace_by_text]
+)
+async def test_a_damaged_file_is_set_aside_and_a_new_one_works(path: Path, damage: Callable[[Path], None]) -> None:
+    await filled(path)
+    damage(path)
+    broken = content(path)
+    with pytest.raises(StorageDamaged, match="is damaged"):
+        async with open_database(path, set_aside=False):
+            pass
+    assert content(path) == broken, "only a starting node may set a file aside"
+    async with open_database(path) as database:
+        assert database.set_aside is not None
+        assert content(database.set_aside) == broken
+        store = HistoryStore(database)
+        assert await store.bucket_digests() == {}
+        assert len(await store.add_many(RECORDS)) == len(RECORDS)
+    async with open_database(path) as database:
+        assert database.set_aside is None
+        assert (await HistoryStore(database).digest()).count == len(RECORDS)
+
+
+def copy_crashed(path: Path, to: Path) -> None:
+    """Copy a file in use with its log, as a crash would leave them, and spoil the file."""
+    for suffix in ("", "-wal"):
+        to.with_name(to.name + suffix).write_bytes(path.with_name(path.name + suffix).read_bytes())
+    replace_by_text(to)
+
+
+async def test_the_log_of_a_damaged_file_is_not_played_into_the_new_one(path: Path, tmp_path: Path) -> None:
+    await filled(path)
+    crashed = tmp_path / "crashed.sqlite3"
+    async with open_database(path) as database:
+        await HistoryStore(database).add(signed(100))
+        copy_crashed(path, crashed)
+    async with open_database(crashed) as database:
+        assert database.set_aside is not None
+        assert len(content(database.set_aside.with_name(database.set_aside.name + "-wal"))) > 0
+        assert await HistoryStore(database).bucket_digests() == {}
+        assert len(await HistoryStore(database).add_many(RECORDS)) == len(RECORDS)
+
+
+async def test_damage_found_later_is_an_error_and_the_next_start_cures_it(path: Path) -> None:
+    await filled(path)
+    async with open_database(path) as database:
+        overwrite_pages_inside(path)
+        with pytest.raises(StorageDamaged, match="restart"):
+            async for _ in HistoryStore(database).envelopes():
+                pass
+    async with open_database(path) as database:
+        assert database.set_aside is not None
+
+
+async def limit_pages(database: Database, extra: int) -> None:
+    """Leave room for a number of further pages, as a disk would."""
+
+    def limit(connection: sqlite3.Connection) -> None:
+        (pages,) = connection.execute("PRAGMA page_count").fetchone()
+        connection.execute(f"PRAGMA max_page_count = {pages + extra}")
+
+    await database.write(limit)
+
+
+async def test_a_full_disk_is_one_error_per_write_and_later_writes_work(path: Path) -> None:
+    async with open_database(path) as database:
+        store = HistoryStore(database)
+        await store.add(RECORDS[0])
+        await limit_pages(database, extra=2)
+        for _ in range(3):
+            with pytest.raises(StorageFull, match=r"no space left to write .*metaswarm\.sqlite3"):
+                await store.add_many(RECORDS)
+        assert (await store.digest()).count == 1, "nothing of a failed write is left"
+        assert await store.get_many([RECORDS[0].id]) == (RECORDS[0].envelope,)
+        await limit_pages(database, extra=1000)
+        assert len(await store.add_many(RECORDS)) == len(RECORDS) - 1
+
+
+async def test_a_file_of_a_newer_version_is_left_alone(path: Path) -> None:
+    await filled(path)
+    with sqlite3.connect(path) as connection:
+        connection.execute("PRAGMA user_version = 99")
+    connection.close()
+    with pytest.raises(StorageError, match="newer metaswarm"):
+        async with open_database(path):
+            pass
+    assert list(path.parent.glob("*damaged*")) == []
+
+
+async def test_migrations_bring_an_older_file_up_to_date_and_keep_its_content(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await filled(path)
+    step = ("CREATE TABLE later (value INTEGER)", "INSERT INTO later SELECT count(*) FROM observations")
+    monkeypatch.setattr("node.storage.database.MIGRATIONS", (*schema.MIGRATIONS, step))
+    for _ in range(2):
+        async with open_database(path) as database:
+            rows = await database.read(lambda connection: connection.execute("SELECT value FROM later").fetchall())
+            assert rows == [(len(RECORDS),)]
+            assert (await HistoryStore(database).digest()).count == len(RECORDS)
+
+
+async def test_a_step_that_fails_leaves_the_file_as_it_was(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    await filled(path)
+    step = ("CREATE TABLE later (value INTEGER)", "INSERT INTO nowhere VALUES (1)")
+    with monkeypatch.context() as patch:
+        patch.setattr("node.storage.database.MIGRATIONS", (*schema.MIGRATIONS, step))
+        with pytest.raises(StorageError, match="nowhere"):
+            async with open_database(path):
+                pass
+    async with open_database(path) as database:
+        names = await database.read(lambda connection: connection.execute("SELECT name FROM sqlite_master").fetchall())
+        assert ("later",) not in names
+        assert (await HistoryStore(database).digest()).count == len(RECORDS)
+
+
+async def test_another_process_that_writes_for_too_long_is_named(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    await filled(path)
+    monkeypatch.setattr("node.storage.database.BUSY_TIMEOUT_S", 0.0)
+    async with open_database(path) as database:
+        other = sqlite3.connect(path, isolation_level=None)
+        other.execute("BEGIN IMMEDIATE")
+        with pytest.raises(StorageError, match="another process"):
+            await HistoryStore(database).add(signed(100))
+        other.execute("ROLLBACK")
+        other.close()
+        assert await HistoryStore(database).add(signed(100))
+
+
+async def test_a_place_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(StorageError, match="cannot use") as caught:
+        async with open_database(tmp_path / "file" / "metaswarm.sqlite3"):
+            pass
+    assert "\n" not in str(caught.value)
+
+
+async def test_readers_cannot_write(path: Path) -> None:
+    await filled(path)
+    async with open_database(path) as database:
+        with pytest.raises(StorageError, match="readonly"):
+            await database.read(lambda connection: connection.execute("DELETE FROM observations"))
+        assert (await HistoryStore(database).digest()).count == len(RECORDS)

@@ -1,0 +1,238 @@
+"""The history on disk: a set that comes back as it was, whatever order it came in."""
+
+import hashlib
+import random
+import sqlite3
+from pathlib import Path
+
+import pytest
+import trio
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from node.storage.database import Database, open_database
+from node.storage.history import PAGE, HistoryStore
+from protocol.limits import MAX_OBSERVATION_AGE_S
+from protocol.observations import BUCKET_S, SignedObservation, bucket_of
+from protocol.reconciliation import BucketDigest, IdCache, SetTree
+from selector.history import HistoryBounds
+from tests.support.observations import NOW_S, peer, signed
+
+POOL = [signed(n, observer=n % 3, issued_at_s=NOW_S - (n % 5) * BUCKET_S) for n in range(40)]
+
+
+def file(tmp_path: Path) -> Path:
+    return tmp_path / "metaswarm.sqlite3"
+
+
+async def envelopes_of(store: HistoryStore, first_bucket: int = 0) -> list[bytes]:
+    return [envelope async for envelope in store.envelopes(first_bucket=first_bucket)]
+
+
+async def test_what_was_added_comes_back_also_after_opening_again(tmp_path: Path) -> None:
+    async with open_database(file(tmp_path)) as database:
+        store = HistoryStore(database)
+        assert await store.add_many(POOL) == tuple(POOL)
+        digest = await store.digest()
+    async with open_database(file(tmp_path)) as database:
+        assert database.set_aside is None
+        store = HistoryStore(database)
+        assert sorted(await envelopes_of(store)) == sorted(each.envelope for each in POOL)
+        assert await store.digest() == digest
+        assert digest.count == len(POOL)
+
+
+async def test_what_is_known_is_not_new(tmp_path: Path) -> None:
+    async with open_database(file(tmp_path)) as database:
+        store = HistoryStore(database)
+        assert await store.add(POOL[0])
+        assert not await store.add(POOL[0])
+        digest = await store.digest()
+        assert await store.add_many([POOL[0], POOL[1], POOL[1]]) == (POOL[1],)
+        assert await store.add_many([]) == ()
+        assert (await store.digest()).count == 2
+        assert await store.digest() != digest
+
+
+async def test_digests_are_those_that_peers_compare(tmp_path: Path) -> None:
+    async with open_database(file(tmp_path)) as database:
+        store = HistoryStore(database)
+        assert await store.bucket_digests() == {}
+        await store.add_many(POOL)
+        digests = await store.bucket_digests()
+        for bucket, found in digests.items():
+            ids = sorted(each.id for each in POOL if each.bucket == bucket)
+            assert found == BucketDigest(len(ids), hashlib.sha256(b"".join(ids)).digest())
+            assert list(await store.ids_in(bucket)) == ids
+        assert set(digests) == {each.bucket for each in POOL}
+        assert await store.ids_in(7) == ()
+        root = SetTree(digests, IdCache()).summary("")
+        assert await store.digest() == BucketDigest(root.count, root.digest)
+
+
+@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.lists(st.lists(st.sampled_from(POOL), max_size=12), max_size=6), st.randoms(use_true_random=False))
+def test_digests_do_not_depend_on_order_or_repetition(
+    tmp_path_factory: pytest.TempPathFactory, batches: list[list[SignedObservation]], shuffle: random.Random
+) -> None:
+    tmp_path = tmp_path_factory.mktemp("order")
+    everything = [each for batch in batches for each in batch]
+    shuffle.shuffle(everything)
+
+    async def check() -> None:
+        async with open_database(tmp_path / "one") as one, open_database(tmp_path / "other") as other:
+            first, second = HistoryStore(one), HistoryStore(other)
+            for batch in batches:
+                await first.add_many(batch)
+                await first.bucket_digests()
+            for each in everything:
+                await second.add(each)
+            assert await first.bucket_digests() == await second.bucket_digests()
+
+    trio.run(check)
+
+
+async def test_digests_follow_what_another_process_writes(tmp_path: Path) -> None:
+    """`history import` writes into the file of a running node: here with a connection of its own."""
+    async with open_database(file(tmp_path)) as database, open_database(file(tmp_path), set_aside=False) as other:
+        store, importer = HistoryStore(database), HistoryStore(other)
+        await store.add_many(POOL[:10])
+        before = await store.digest()
+        await importer.add_many(POOL)
+        assert await store.digest() == await importer.digest() != before
+
+
+async def test_writers_in_two_processes_lose_nothing(tmp_path: Path) -> None:
+    async with open_database(file(tmp_path)) as database, open_database(file(tmp_path), set_aside=False) as other:
+        async with trio.open_nursery() as nursery:
+            for number, each in enumerate(POOL):
+                nursery.start_soon(HistoryStore(other if number % 2 else database).add, each)
+        assert (await HistoryStore(database).digest()).count == len(POOL)
+
+
+async def test_many_writers_share_transactions(tmp_path: Path) -> None:
+    commits = 0
+
+    def count(statement: str) -> None:
+        nonlocal commits
+        commits += statement == "COMMIT"
+
+    async with open_database(file(tmp_path)) as database:
+        store = HistoryStore(database)
+        await database.write(lambda connection: connection.set_trace_callback(count))
+        async with trio.open_nursery() as nursery:
+            for each in POOL:
+                nursery.start_soon(store.add, each)
+        assert (await store.digest()).count == len(POOL)
+    assert commits < len(POOL) / 2
+
+
+async def test_one_writers_fault_is_not_the_others(tmp_path: Path) -> None:
+    failed = []
+
+    def spoil(connection: sqlite3.Connection) -> None:
+        connection.execute("DELETE FROM observations")
+        raise ZeroDivisionError
+
+    async def fail(database: Database) -> None:
+        try:
+            await database.write(spoil)
+        except ZeroDivisionError as error:
+            failed.append(error)
+
+    async with open_database(file(tmp_path)) as database:
+        store = HistoryStore(database)
+        async with trio.open_nursery() as nursery:
+            for number, each in enumerate(POOL):
+                nursery.start_soon(store.add, each)
+                if number in {10, 30}:
+                    nursery.start_soon(fail, database)
+        assert len(failed) == 2
+        assert (await store.digest()).count == len(POOL)
+
+
+async def test_a_cancelled_writer_stops_nobody(tmp_path: Path) -> None:
+    async with open_database(file(tmp_path)) as database:
+        store = HistoryStore(database)
+        async with trio.open_nursery() as nursery:
+            for each in POOL[:20]:
+                nursery.start_soon(store.add, each)
+            await trio.lowlevel.checkpoint()
+            nursery.cancel_scope.cancel()
+        async with trio.open_nursery() as nursery:
+            for each in POOL[20:]:
+                nursery.start_soon(store.add, each)
+        await store.add_many(POOL)
+        assert (await store.digest()).count == len(POOL)
+
+
+async def test_envelopes_are_found_by_their_ids(tmp_path: Path) -> None:
+    async with open_database(file(tmp_path)) as database:
+        store = HistoryStore(database)
+        await store.add_many(POOL[:5])
+        wanted = [POOL[3].id, POOL[20].id, POOL[0].id]
+        assert await store.get_many(wanted) == (POOL[3].envelope, POOL[0].envelope)
+        assert await store.get_many([]) == ()
+
+
+async def test_iteration_goes_by_time_and_page_by_page(tmp_path: Path) -> None:
+    records = [signed(n, issued_at_s=NOW_S + (n % 3) * BUCKET_S) for n in range(PAGE + 10)]
+    async with open_database(file(tmp_path)) as database:
+        store = HistoryStore(database)
+        await store.add_many(records)
+        ordered = sorted(records, key=lambda each: (each.bucket, each.id))
+        assert await envelopes_of(store) == [each.envelope for each in ordered]
+        late = bucket_of(NOW_S) + 1
+        assert await envelopes_of(store, late) == [each.envelope for each in ordered if each.bucket >= late]
+
+
+async def test_observations_are_counted_by_observer(tmp_path: Path) -> None:
+    async with open_database(file(tmp_path)) as database:
+        store = HistoryStore(database)
+        await store.add_many(POOL)
+        assert await store.count_by_observer() == {peer(0): 14, peer(1): 13, peer(2): 13}
+
+
+async def test_retention_drops_whole_closed_shares_and_peers_agree(tmp_path: Path) -> None:
+    hour = BUCKET_S
+    records = [signed(n, observer=1, issued_at_s=NOW_S - 4 * hour) for n in range(6)]
+    records += [signed(n, observer=1, issued_at_s=NOW_S - 3 * hour) for n in range(10, 14)]
+    records += [signed(n, observer=2, issued_at_s=NOW_S - 4 * hour) for n in range(20, 23)]
+    records += [signed(n, observer=1, issued_at_s=NOW_S) for n in range(30, 50)]
+    records += [signed(n, observer=2, issued_at_s=NOW_S - MAX_OBSERVATION_AGE_S - hour) for n in range(60, 62)]
+    bounds = HistoryBounds(per_observer=8, in_all=100)
+    async with open_database(tmp_path / "one") as one, open_database(tmp_path / "other") as other:
+        first, second = HistoryStore(one, bounds), HistoryStore(other, bounds)
+        await first.add_many(records)
+        await second.add_many(records[::-1])
+        assert await first.retain(NOW_S) == 8
+        assert await first.retain(NOW_S) == 0
+        assert await second.retain(NOW_S) == 8
+        assert await first.bucket_digests() == await second.bucket_digests()
+        assert await first.count_by_observer() == {peer(1): 24, peer(2): 3}
+        assert (await first.bucket_digests()).keys() == {bucket_of(NOW_S - h * hour) for h in (0, 3, 4)}
+
+
+async def test_a_flood_is_bounded_at_once_and_alike_everywhere(tmp_path: Path) -> None:
+    flood = [signed(n, observer=1) for n in range(30)]
+    honest = [signed(n, observer=2) for n in range(100, 104)]
+    smallest = sorted(each.id for each in flood)[:8]
+    bounds = HistoryBounds(per_share=8)
+    async with open_database(tmp_path / "one") as one, open_database(tmp_path / "other") as other:
+        first, second = HistoryStore(one, bounds), HistoryStore(other, bounds)
+        new = await first.add_many(flood + honest)
+        assert {each.id for each in new} == {*smallest, *(each.id for each in honest)}
+        for each in honest + flood[::-1]:
+            await second.add(each)
+        assert await first.bucket_digests() == await second.bucket_digests()
+        assert await first.count_by_observer() == {peer(1): 8, peer(2): 4}
+        assert await first.add_many(flood) == ()
+
+
+async def test_all_floods_together_are_bounded_too(tmp_path: Path) -> None:
+    floods = [signed(n, observer=n) for n in range(30)]
+    async with open_database(file(tmp_path)) as database:
+        store = HistoryStore(database, HistoryBounds(per_bucket=8))
+        for each in floods:
+            await store.add(each)
+        assert list(await store.ids_in(bucket_of(NOW_S))) == sorted(each.id for each in floods)[:8]
