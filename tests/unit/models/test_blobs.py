@@ -1,0 +1,402 @@
+import hashlib
+import random
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import AsyncExitStack, asynccontextmanager
+from functools import partial
+from pathlib import Path
+
+import pytest
+import trio
+
+from node.models import blobs, fetching
+from node.models.blobs import BlobServer, ModelFetcher
+from node.models.errors import ModelError
+from node.models.fetching import FetchError, fetch_blob
+from node.models.importer import import_model
+from node.models.store import ModelStore, Package
+from node.network.interface import Stream, StreamClosed
+from node.network.memory import LinkModel, MemoryNetwork, MemoryNetworkHub
+from protocol.blobs import PROTOCOL_ID, BlobBusy, BlobFound, BlobInitiator, BlobMissing, BlobRequest, BlobResponder
+from protocol.framing import FrameType, encode_chunks, encode_frame
+from protocol.identity import BlockRange, PeerId, peer_id_from_public_key
+from tests.unit.models.checkpoints import write_checkpoint
+
+Handler = Callable[[Stream], Awaitable[None]]
+
+CONTENT = random.Random(0).randbytes(1_500_000)
+SHA256 = hashlib.sha256(CONTENT).hexdigest()
+
+
+@asynccontextmanager
+async def swarm(*handlers: Handler) -> AsyncIterator[tuple[MemoryNetwork, list[PeerId]]]:
+    """Run a client's network, connected to one peer for each handler; yield it and their ids, in order."""
+    hub = MemoryNetworkHub(random.Random(0), LinkModel(latency_s=0.0))
+    client = hub.network(peer_id_from_public_key(bytes(32)))
+    async with AsyncExitStack() as stack:
+        await stack.enter_async_context(client.running())
+        peers = []
+        for number, handler in enumerate(handlers, 1):
+            network = hub.network(peer_id_from_public_key(bytes([number]) * 32))
+            network.set_stream_handler(PROTOCOL_ID, handler)
+            await stack.enter_async_context(network.running())
+            peers.append(await client.connect(network.multiaddrs[0]))
+        yield client, peers
+
+
+async def serve(
+    stream: Stream,
+    *,
+    content: bytes = CONTENT,
+    size: int | None = None,
+    stop_after: int | None = None,
+    answer: BlobBusy | BlobMissing | None = None,
+    requests: list[BlobRequest] | None = None,
+) -> None:
+    """Serve `content` as whatever is asked for; claim another size, break off, or refuse if told to."""
+    responder = BlobResponder()
+    while data := await stream.receive_some():
+        for request in responder.receive_data(data):
+            if requests is not None:
+                requests.append(request)
+            if answer is not None:
+                await stream.send_all(responder.answer(answer))
+                continue
+            claimed = len(content) if size is None else size
+            await stream.send_all(responder.answer(BlobFound(size=claimed, length=request.available(claimed))))
+            body = content[request.offset :][: request.available(claimed)]
+            for frame in responder.send_data(body[:stop_after]) if body else ():
+                await stream.send_all(frame)
+            if stop_after is not None:
+                return
+
+
+wrong = partial(serve, content=bytes(len(CONTENT)))
+
+
+@pytest.fixture
+def destination(tmp_path: Path) -> Path:
+    return tmp_path / "block-000.safetensors"
+
+
+def part_of(destination: Path) -> Path:
+    return destination.with_name(f".{destination.name}.part")
+
+
+def is_whole(path: Path) -> bool:
+    return path.read_bytes() == CONTENT
+
+
+def is_there(path: Path) -> bool:
+    return path.exists()
+
+
+def delete(path: Path) -> None:
+    path.unlink()
+
+
+async def fetch(client: MemoryNetwork, peers: list[PeerId], destination: Path) -> fetching.Fetched:
+    with trio.fail_after(20):
+        return await fetch_blob(client, peers, SHA256, len(CONTENT), destination)
+
+
+async def test_a_file_crosses_whole_and_its_bytes_are_counted(
+    destination: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fetching, "RANGE_BYTES", 400_000)
+    requests: list[BlobRequest] = []
+    async with swarm(partial(serve, requests=requests)) as (client, peers):
+        fetched = await fetch(client, peers, destination)
+    assert is_whole(destination)
+    assert fetched.bytes_by_peer == {peers[0]: len(CONTENT)}
+    assert fetched.bad_peers == {}
+    assert [request.offset for request in requests] == [0, 400_000, 800_000, 1_200_000]
+    assert list(destination.parent.iterdir()) == [destination]
+
+
+async def test_fetching_goes_on_where_it_was_broken_off(destination: Path) -> None:
+    requests: list[BlobRequest] = []
+    first, second = partial(serve, stop_after=600_000), partial(serve, requests=requests)
+    async with swarm(first, second) as (client, peers):
+        with pytest.raises(FetchError, match="ended the stream too early"):
+            await fetch(client, peers[:1], destination)
+        assert not is_there(destination)
+        assert part_of(destination).stat().st_size == 600_000
+        fetched = await fetch(client, peers[1:], destination)
+    assert is_whole(destination)
+    assert [request.offset for request in requests] == [600_000]
+    assert fetched.bytes_by_peer == {peers[1]: 900_000}
+
+
+async def test_the_next_peer_takes_over_from_one_that_breaks_off(destination: Path) -> None:
+    async with swarm(partial(serve, stop_after=600_000), serve) as (client, peers):
+        fetched = await fetch(client, peers, destination)
+    assert is_whole(destination)
+    assert fetched.bytes_by_peer == {peers[0]: 600_000, peers[1]: 900_000}
+    assert fetched.bad_peers == {}
+
+
+async def test_a_peer_with_wrong_bytes_is_found_out_and_the_next_one_asked(destination: Path) -> None:
+    async with swarm(wrong, serve) as (client, peers):
+        fetched = await fetch(client, peers, destination)
+    assert is_whole(destination)
+    assert list(fetched.bad_peers) == [peers[0]]
+
+
+async def test_of_several_sources_the_liar_is_found_out(destination: Path) -> None:
+    liar = partial(serve, content=bytes(len(CONTENT)), stop_after=600_000)
+    async with swarm(liar, serve) as (client, peers):
+        fetched = await fetch(client, peers, destination)
+    assert is_whole(destination)
+    assert peers[1] not in fetched.bad_peers
+
+
+async def test_leftovers_that_are_wrong_are_thrown_away(destination: Path) -> None:
+    for leftover in (bytes(1000), bytes(len(CONTENT)), bytes(len(CONTENT) + 1)):
+        part_of(destination).write_bytes(leftover)
+        async with swarm(serve) as (client, peers):
+            fetched = await fetch(client, peers, destination)
+        assert is_whole(destination)
+        assert fetched.bad_peers == {}
+        delete(destination)
+
+
+async def test_wrong_bytes_from_everybody_leave_no_file(destination: Path) -> None:
+    async with swarm(wrong, wrong) as (client, peers):
+        with pytest.raises(FetchError, match=r"cannot fetch block-000\.safetensors from any of 2 peers"):
+            await fetch(client, peers, destination)
+    assert not is_there(destination)
+    assert part_of(destination).stat().st_size == 0
+
+
+async def flood(stream: Stream) -> None:
+    """Announce the right range and then send without end."""
+    responder = BlobResponder()
+    (request,) = responder.receive_data(await stream.receive_some())
+    await stream.send_all(responder.answer(BlobFound(size=len(CONTENT), length=request.available(len(CONTENT)))))
+    while True:
+        for frame in encode_chunks(bytes(100_000)):
+            await stream.send_all(frame)
+
+
+async def garbage(stream: Stream) -> None:
+    await stream.receive_some()
+    await stream.send_all(b"HTTP/1.1 200 OK\r\n\r\n" * 100)
+
+
+async def unasked(stream: Stream) -> None:
+    await stream.receive_some()
+    await stream.send_all(encode_frame(FrameType.CHUNK, b"x" * 1000))
+
+
+LIARS: dict[str, Handler] = {
+    "a larger file": partial(serve, size=len(CONTENT) + 1),
+    "a smaller file": partial(serve, size=len(CONTENT) - 1),
+    "an enormous file": partial(serve, size=64 << 30),
+    "more bytes than promised": flood,
+    "garbage": garbage,
+    "bytes before the answer": unasked,
+}
+
+
+@pytest.mark.parametrize("liar", LIARS.values(), ids=LIARS)
+async def test_a_liar_costs_a_try_and_no_more_disk_than_the_file(destination: Path, liar: Handler) -> None:
+    async with swarm(liar) as (client, peers):
+        with pytest.raises(FetchError):
+            await fetch(client, peers, destination)
+        assert part_of(destination).stat().st_size <= len(CONTENT)
+        assert not is_there(destination)
+    async with swarm(liar, serve) as (client, peers):
+        fetched = await fetch(client, peers, destination)
+    assert is_whole(destination)
+    assert peers[0] in fetched.bad_peers
+    assert peers[1] not in fetched.bad_peers
+
+
+async def test_a_peer_that_goes_silent_is_given_up(destination: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fetching, "STALL_S", 0.05)
+
+    async def silent(stream: Stream) -> None:
+        await trio.sleep_forever()
+
+    async with swarm(silent, serve) as (client, peers):
+        fetched = await fetch(client, peers, destination)
+    assert fetched.bytes_by_peer == {peers[1]: len(CONTENT)}
+    assert fetched.bad_peers == {}
+
+
+async def test_a_peer_that_drips_is_given_up(destination: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fetching, "RANGE_S", 0.2)
+
+    async def drip(stream: Stream) -> None:
+        responder = BlobResponder()
+        (request,) = responder.receive_data(await stream.receive_some())
+        await stream.send_all(responder.answer(BlobFound(size=len(CONTENT), length=request.available(len(CONTENT)))))
+        for byte in CONTENT:
+            await stream.send_all(encode_chunks(bytes([byte]))[0])
+            await trio.sleep(0.01)
+
+    async with swarm(drip, serve) as (client, peers):
+        fetched = await fetch(client, peers, destination)
+    assert is_whole(destination)
+    assert fetched.bytes_by_peer[peers[0]] < 100
+
+
+async def test_those_who_lack_the_file_are_passed_over_and_the_busy_asked_again(
+    destination: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fetching, "BUSY_DELAYS_S", (0.01, 0.01))
+    asked = 0
+
+    async def busy_at_first(stream: Stream) -> None:
+        nonlocal asked
+        asked += 1
+        await serve(stream, answer=BlobBusy() if asked < 3 else None)
+
+    async with swarm(partial(serve, answer=BlobMissing()), busy_at_first) as (client, peers):
+        fetched = await fetch(client, peers, destination)
+        assert asked == 3
+        assert fetched.bytes_by_peer == {peers[1]: len(CONTENT)}
+        delete(destination)
+        asked = -10
+        with pytest.raises(FetchError, match="is busy"):
+            await fetch(client, peers, destination)
+
+
+async def test_without_peers_the_line_says_so(destination: Path) -> None:
+    async with swarm() as (client, _):
+        with pytest.raises(FetchError, match="no peer is known to have it"):
+            await fetch(client, [client.peer_id], destination)
+
+
+async def test_two_who_fetch_the_same_file_fetch_it_once(destination: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fetching, "_LOCK_POLL_S", 0.01)
+    requests: list[BlobRequest] = []
+    async with swarm(partial(serve, requests=requests)) as (client, peers), trio.open_nursery() as nursery:
+        for _ in range(3):
+            nursery.start_soon(fetch, client, peers, destination)
+    assert is_whole(destination)
+    assert len(requests) == 1
+
+
+async def test_a_disk_that_fails_is_one_clear_line(tmp_path: Path) -> None:
+    async with swarm(serve) as (client, peers):
+        with pytest.raises(ModelError, match=r"cannot store block-000\.safetensors"):
+            await fetch(client, peers, tmp_path / "nowhere" / "block-000.safetensors")
+
+
+@pytest.fixture
+def package(tmp_path: Path) -> Package:
+    folder = write_checkpoint(tmp_path / "tiny")
+    (folder / "tokenizer.json").write_text("{}")
+    return import_model(str(folder), ModelStore(tmp_path / "server"))
+
+
+@pytest.fixture
+def server(tmp_path: Path, package: Package) -> BlobServer:
+    return BlobServer(ModelStore(tmp_path / "server"))
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> ModelStore:
+    return ModelStore(tmp_path / "client")
+
+
+async def test_an_empty_cache_gets_what_it_needs_from_peers(
+    package: Package, server: BlobServer, store: ModelStore
+) -> None:
+    async with swarm(server.handle, server.handle) as (client, peers):
+        fetcher = ModelFetcher(client, store)
+        with trio.fail_after(20):
+            mine = await fetcher.fetch_manifest(package.model_id, peers)
+            assert mine.manifest == package.manifest
+            await fetcher.fetch_tokenizer(mine.manifest, peers)
+            assert next(file.name for file in mine.missing()) == "embed.safetensors"
+            reports: list[tuple[int, int]] = []
+            fetched = await fetcher.fetch_files(
+                mine.manifest, BlockRange(1, 3), peers, lambda stage, done, total: reports.append((done, total))
+            )
+    verification = store.verify(package.model_id)
+    assert verification.corrupt == ()
+    assert verification.missing == ("embed.safetensors", "block-000.safetensors")
+    expected = package.manifest.bytes_of(BlockRange(1, 3))
+    assert fetched.bytes_by_peer.total() == expected
+    assert set(fetched.bytes_by_peer) == set(peers)
+    assert reports[-1] == (expected, expected)
+    all_bytes = expected + len(package.manifest.data) + sum(f.size_bytes for f in package.manifest.tokenizer_files)
+    assert sum(fetcher.bytes_by_peer.values()) == all_bytes
+    assert server.statistics().bytes_by_peer == {client.peer_id: all_bytes}
+    assert server.statistics().transfers == 0
+
+
+async def test_what_is_there_is_not_fetched_again(package: Package, server: BlobServer, store: ModelStore) -> None:
+    async with swarm(server.handle) as (client, peers):
+        fetcher = ModelFetcher(client, store)
+        await fetcher.fetch_files(package.manifest, BlockRange(0, 3), peers)
+        requests = server.statistics().requests
+        assert (await fetcher.fetch_manifest(package.model_id, [])).missing(BlockRange(0, 3)) == ()
+        fetched = await fetcher.fetch_files(package.manifest, BlockRange(0, 3), [])
+        assert fetched.bytes_by_peer == {}
+        assert server.statistics().requests == requests
+
+
+async def test_a_forged_manifest_is_refused(package: Package, server: BlobServer, store: ModelStore) -> None:
+    forger = partial(serve, content=package.manifest.data.replace(b'"size":', b'"size":1'))
+    async with swarm(forger, garbage, partial(serve, content=b""), server.handle) as (client, peers):
+        fetcher = ModelFetcher(client, store)
+        with pytest.raises(FetchError, match="no peer has the manifest"):
+            await fetcher.fetch_manifest(package.model_id, peers[:3])
+        assert store.list() == ()
+        assert (await fetcher.fetch_manifest(package.model_id, peers)).model_id == package.model_id
+        assert peers[0] in fetcher.bad_peers
+
+
+async def test_one_file_that_nobody_has_fails_the_rest_in_one_line(
+    package: Package, server: BlobServer, store: ModelStore
+) -> None:
+    (package.path / "block-001.safetensors").unlink()
+    async with swarm(server.handle) as (client, peers):
+        with pytest.raises(FetchError, match=r"cannot fetch block-001\.safetensors .*does not have the file"):
+            await ModelFetcher(client, store).fetch_files(package.manifest, BlockRange(0, 3), peers)
+
+
+async def ask(client: MemoryNetwork, peer: PeerId, request: BlobRequest) -> list[object]:
+    stream = await client.open_stream(peer, PROTOCOL_ID)
+    initiator = BlobInitiator()
+    await stream.send_all(initiator.request(request))
+    events: list[object] = []
+    while not initiator.idle:
+        events += initiator.receive_data(await stream.receive_some())
+    await stream.aclose()
+    return events
+
+
+async def test_the_server_refuses_what_it_lacks_and_what_is_too_much(
+    package: Package, server: BlobServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with swarm(server.handle) as (client, peers):
+        nothing = BlobRequest(sha256="0" * 64, offset=0, length=1)
+        assert await ask(client, peers[0], nothing) == [BlobMissing()]
+        embed = package.manifest.embed
+        past_the_end = BlobRequest(sha256=embed.sha256, offset=embed.size_bytes + 5, length=5)
+        assert await ask(client, peers[0], past_the_end) == [BlobFound(size=embed.size_bytes, length=0)]
+        monkeypatch.setattr(blobs, "MAX_TRANSFERS_PER_PEER", 0)
+        assert await ask(client, peers[0], nothing) == [BlobBusy()]
+        monkeypatch.undo()
+        assert await ask(client, peers[0], nothing) == [BlobMissing()]
+
+
+@pytest.mark.parametrize(
+    "data",
+    [b"\xff" * 100, encode_frame(FrameType.CHUNK, b"x"), encode_frame(FrameType.CONTROL, b"\x80")],
+    ids=["noise", "a file that nobody asked for", "an empty request"],
+)
+async def test_garbage_costs_its_sender_the_stream_and_the_server_nothing(
+    package: Package, server: BlobServer, data: bytes
+) -> None:
+    async with swarm(server.handle) as (client, peers):
+        stream = await client.open_stream(peers[0], PROTOCOL_ID)
+        await stream.send_all(data)
+        with trio.fail_after(5), pytest.raises(StreamClosed):
+            await stream.receive_some()
+        good = BlobRequest(sha256=package.model_id, offset=0, length=10)
+        assert (await ask(client, peers[0], good))[0] == BlobFound(size=len(package.manifest.data), length=10)
