@@ -3,10 +3,12 @@
 A process of its own, because only the engine may import torch, and because drivers of accelerators crash. It runs at
 idle priority and takes about five seconds. Prints one JSON document:
 
-    {"cpu": throughput, "accelerators": [accelerator], "disk_read_bytes_per_s": figure, "gaps": [text]}
+    {"cpu": throughput, "cpu_share": share, "accelerators": [accelerator], "disk_read_bytes_per_s": figure,
+     "gaps": [text]}
 
 where throughput and accelerator are as in capability records; what could not be measured is left out and named in
-`gaps`.
+`gaps`. `cpu_share`: how much of the processor time it wanted for the CPU's figures it got; far below 1, others were
+busy and the figures are too low.
 """
 
 import argparse
@@ -43,8 +45,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from node.engine.throughput import measure_accelerators, measure_cpu
 
     gaps: list[str] = []
+    available_bytes = psutil.virtual_memory().available
+    wall_s, cpu_s = time.perf_counter(), time.process_time()
+    cpu = measure_cpu(options.threads, available_bytes, gaps)
+    wall_s, cpu_s = time.perf_counter() - wall_s, time.process_time() - cpu_s
     document: dict[str, object] = {
-        "cpu": throughput_to_map(measure_cpu(options.threads, psutil.virtual_memory().available, gaps)),
+        "cpu": throughput_to_map(cpu),
+        "cpu_share": min(1.0, cpu_s / (wall_s * options.threads)),
         "accelerators": [accelerator_to_map(accelerator) for accelerator in measure_accelerators(gaps)],
     }
     try:

@@ -1,0 +1,95 @@
+"""Everything that is known of this node's own capabilities, kept current."""
+
+import dataclasses
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Final
+
+import structlog
+import trio
+
+from node.capabilities.measure import (
+    MeasurementError,
+    Measurements,
+    load_measurements,
+    run_benchmark,
+    save_measurements,
+)
+from node.capabilities.probe import available_memory, fingerprint, probe
+from node.capabilities.traffic import TrafficMeter
+from protocol.capabilities import Capabilities
+
+GOOD_SHARE: Final = 0.75
+"""With less of the processor than this, a benchmark saw how busy the machine was and not what it is capable of."""
+
+REPEAT_AFTER_S: Final = (600.0, 1800.0, 7200.0)
+"""Pauses before a measurement on a busy machine is made again; then the best so far must do."""
+
+Benchmark = Callable[[Path, int], Awaitable[Measurements]]
+
+_logger = structlog.get_logger(__name__)
+
+
+class Inventory:
+    """Facts as soon as they are read, figures as soon as they are measured, and links as traffic shows them."""
+
+    def __init__(
+        self,
+        *,
+        data_dir: Path,
+        models_dir: Path,
+        traffic: TrafficMeter,
+        threads: int | None = None,
+        read_facts: Callable[[], Capabilities] = probe,
+        benchmark: Benchmark = run_benchmark,
+    ) -> None:
+        """Measure with `threads` threads, or one for each physical core, and the disk where models are kept."""
+        self._data_dir = data_dir
+        self._models_dir = models_dir
+        self._traffic = traffic
+        self._threads = threads
+        self._read_facts = read_facts
+        self._benchmark = benchmark
+        self._facts: Capabilities | None = None
+
+    def capabilities(self) -> Capabilities | None:
+        """Return what is known now; None until the first facts are read."""
+        if self._facts is None:
+            return None
+        memory = dataclasses.replace(
+            self._facts.memory, available_bytes=min(available_memory(), self._facts.memory.total_bytes)
+        )
+        return dataclasses.replace(self._facts, memory=memory, links=self._traffic.links())
+
+    async def run(self) -> None:
+        """Read the facts, measure what was not measured on this hardware before, and return."""
+        facts = await trio.to_thread.run_sync(self._read_facts)
+        self._facts = facts
+        threads = self._threads or facts.processor.physical_cores
+        identifier = await trio.to_thread.run_sync(fingerprint, facts, threads)
+        best = await trio.to_thread.run_sync(load_measurements, self._data_dir, identifier)
+        if best is not None:
+            self._facts = _with_measurements(facts, best)
+        for pause_s in (0.0, *REPEAT_AFTER_S):
+            if best is not None and best.cpu_share >= GOOD_SHARE:
+                return
+            await trio.sleep(pause_s)
+            try:
+                measured = await self._benchmark(self._models_dir, threads)
+            except MeasurementError as error:
+                _logger.warning("this machine was not measured", reason=str(error))
+                return
+            _logger.info("measured this machine", cpu_share=round(measured.cpu_share, 2), gaps=measured.gaps)
+            if best is None or measured.cpu_share > best.cpu_share:
+                best = measured
+                self._facts = _with_measurements(facts, best)
+                await trio.to_thread.run_sync(save_measurements, self._data_dir, identifier, best)
+
+
+def _with_measurements(facts: Capabilities, measured: Measurements) -> Capabilities:
+    return dataclasses.replace(
+        facts,
+        processor=dataclasses.replace(facts.processor, throughput=measured.cpu),
+        accelerators=measured.accelerators,
+        disk_read_bytes_per_s=measured.disk_read_bytes_per_s,
+    )

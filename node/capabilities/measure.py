@@ -1,0 +1,145 @@
+"""Has this machine measured by a process of its own, and remembers the figures across restarts."""
+
+import json
+import sys
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final, Self
+
+import structlog
+import trio
+
+from protocol.canonical import Value
+from protocol.capabilities import (
+    MAX_ACCELERATORS,
+    MAX_BYTES_PER_S,
+    MIN_FIGURE,
+    Accelerator,
+    Throughput,
+    accelerator_from,
+    accelerator_to_map,
+    throughput_from,
+    throughput_to_map,
+)
+from protocol.errors import RemoteProtocolError
+from protocol.fields import Fields
+
+# -P: a file named torch.py in the directory where the daemon was started is not to be run.
+BENCHMARK: Final = (sys.executable, "-P", "-m", "node.engine.benchmark")
+
+TIME_LIMIT_S: Final = 60.0
+"""A benchmark takes some five seconds; a machine that swaps, or has many accelerators to wake, takes longer."""
+
+CACHE_FILE: Final = "measurements.json"
+
+MAX_GAPS: Final = 1024
+MAX_GAP_CHARACTERS: Final = 500
+
+_logger = structlog.get_logger(__name__)
+
+
+class MeasurementError(Exception):
+    """The benchmark did not do its work. The message is one line."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Measurements:
+    """What the benchmark found."""
+
+    cpu: Throughput
+    cpu_share: float
+    """How much of the processor time that it wanted the benchmark got; with little, the CPU's figures are too low."""
+    accelerators: tuple[Accelerator, ...]
+    disk_read_bytes_per_s: float | None
+    gaps: tuple[str, ...] = ()
+    """What could not be measured, one line each."""
+
+    def to_json(self) -> dict[str, Value]:
+        """Return the document as the benchmark prints it."""
+        disk = self.disk_read_bytes_per_s
+        return {
+            "cpu": throughput_to_map(self.cpu),
+            "cpu_share": self.cpu_share,
+            "accelerators": [accelerator_to_map(accelerator) for accelerator in self.accelerators],
+            **({} if disk is None else {"disk_read_bytes_per_s": disk}),
+            "gaps": list(self.gaps),
+        }
+
+    @classmethod
+    def parse(cls, document: bytes | str) -> Self:
+        """Return the measurements in a document. Raises MeasurementError."""
+        try:
+            fields = Fields(json.loads(document), "measurements")
+            measurements = cls(
+                cpu=throughput_from(fields.take("cpu"), "cpu"),
+                cpu_share=fields.number("cpu_share", 0.0, 1.0),
+                accelerators=tuple(
+                    accelerator_from(item, "accelerator") for item in fields.array("accelerators", MAX_ACCELERATORS)
+                ),
+                disk_read_bytes_per_s=(
+                    fields.number("disk_read_bytes_per_s", MIN_FIGURE, MAX_BYTES_PER_S)
+                    if "disk_read_bytes_per_s" in fields
+                    else None
+                ),
+                gaps=tuple(str(gap)[:MAX_GAP_CHARACTERS] for gap in fields.array("gaps", MAX_GAPS)),
+            )
+            fields.finish()
+        except (ValueError, RecursionError, RemoteProtocolError) as error:
+            raise MeasurementError(f"the benchmark's answer makes no sense: {error}") from None
+        return measurements
+
+
+async def run_benchmark(
+    directory: Path, threads: int, *, command: Sequence[str] = BENCHMARK, time_limit_s: float = TIME_LIMIT_S
+) -> Measurements:
+    """Measure this machine with `threads` threads, and the disk in `directory`.
+
+    Takes some five seconds, at idle priority in another process, which is killed when it takes longer than
+    `time_limit_s` or when this is cancelled. Raises MeasurementError.
+    """
+    arguments = [*command, "--directory", str(directory), "--threads", str(threads)]
+    with trio.move_on_after(time_limit_s) as scope:
+        try:
+            done = await trio.run_process(
+                arguments, capture_stdout=True, capture_stderr=True, check=False, deliver_cancel=_kill
+            )
+        except OSError as error:
+            raise MeasurementError(f"the benchmark cannot be started: {error.strerror}") from None
+    if scope.cancelled_caught:
+        raise MeasurementError(f"the benchmark took longer than {time_limit_s:g} s")
+    if done.returncode != 0:
+        last_words = done.stderr.decode("utf-8", "replace").strip().splitlines()[-1:] or ["it said nothing"]
+        raise MeasurementError(
+            f"the benchmark failed with code {done.returncode}: {last_words[0][:MAX_GAP_CHARACTERS]}"
+        )
+    return Measurements.parse(done.stdout)
+
+
+async def _kill(process: trio.Process) -> None:
+    process.kill()
+
+
+def load_measurements(data_dir: Path, fingerprint: str) -> Measurements | None:
+    """Return what was measured before on this very hardware and software; None where there is nothing of use."""
+    try:
+        kept = json.loads((data_dir / CACHE_FILE).read_text(encoding="utf-8"))
+        if kept["fingerprint"] != fingerprint:
+            return None
+        return Measurements.parse(json.dumps(kept["measurements"]))
+    except (OSError, ValueError, TypeError, KeyError, MeasurementError):
+        return None
+
+
+def save_measurements(data_dir: Path, fingerprint: str, measurements: Measurements) -> None:
+    """Remember measurements for the next start, whole or not at all. A disk that takes nothing costs just that."""
+    temporary = data_dir / f".{CACHE_FILE}"
+    document = {"fingerprint": fingerprint, "measurements": measurements.to_json()}
+    try:
+        temporary.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+        temporary.replace(data_dir / CACHE_FILE)
+    except OSError as error:
+        _logger.warning("measurements not kept: the next start measures again", reason=error.strerror)
+        with suppress(OSError):
+            temporary.unlink()
