@@ -8,8 +8,9 @@ import structlog
 import trio
 
 from node.config import ServeSpec, StartError
-from node.engine.client import EngineOptions, start_engine
+from node.engine.client import start_engine
 from node.engine.interface import EngineCrashed, EngineError
+from node.engine.source import EngineOptions
 from node.jobs.stage import Stages
 from node.models.errors import ModelError
 from node.models.library import Library

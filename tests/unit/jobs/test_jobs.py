@@ -2,6 +2,7 @@
 
 import pytest
 import trio
+from trio.testing import MockClock
 
 from node.engine.fake import expected_tokens, fake_span_info
 from node.jobs.interface import JobError, JobErrorCode, JobRequest, JobResult, JobStarted, TextDelta
@@ -12,8 +13,6 @@ from tests.unit.jobs.peers import BLOCKS, Peer, Swarm, a_step, open_swarm
 PROMPT = "3 1 4 1 5 9 2 6"
 TOKENS = [3, 1, 4, 1, 5, 9, 2, 6]
 THIRDS = ((0, 3), (3, 6), (6, 9))
-
-pytestmark = pytest.mark.usefixtures("autojump_clock")
 
 
 def right_tokens(count: int, sampling: Sampling | None = None) -> tuple[int, ...]:
@@ -38,7 +37,7 @@ async def all_free(swarm: Swarm) -> None:
     assert all(len(peer.stages.switchboard.receivers) == 0 for peer in swarm.peers)
 
 
-async def test_three_stages_say_what_one_would() -> None:
+async def test_three_stages_say_what_one_would(autojump_clock: MockClock) -> None:
     async with open_swarm() as swarm:
         peer = await swarm_of_thirds(swarm)
         result = await peer.run(JobRequest(model="fake", prompt=PROMPT, max_tokens=20))
@@ -55,7 +54,7 @@ async def test_three_stages_say_what_one_would() -> None:
 
 
 @pytest.mark.parametrize("spans", [((0, 9),), ((0, 4), (4, 9)), ((0, 1), (1, 2), (2, 8), (8, 9))])
-async def test_every_division_says_the_same(spans: tuple[tuple[int, int], ...]) -> None:
+async def test_every_division_says_the_same(autojump_clock: MockClock, spans: tuple[tuple[int, int], ...]) -> None:
     async with open_swarm() as swarm:
         for span in spans:
             await swarm.join(span)
@@ -64,7 +63,7 @@ async def test_every_division_says_the_same(spans: tuple[tuple[int, int], ...]) 
             assert (await peer.run(JobRequest(model="fake", prompt=PROMPT, max_tokens=9))).token_ids == right_tokens(9)
 
 
-async def test_one_peer_may_serve_several_stages_of_a_job() -> None:
+async def test_one_peer_may_serve_several_stages_of_a_job(autojump_clock: MockClock) -> None:
     async with open_swarm() as swarm:
         first = await swarm.join((0, 3), (6, 9))
         await swarm.join((3, 6))
@@ -73,7 +72,7 @@ async def test_one_peer_may_serve_several_stages_of_a_job() -> None:
         await all_free(swarm)
 
 
-async def test_jobs_run_side_by_side() -> None:
+async def test_jobs_run_side_by_side(autojump_clock: MockClock) -> None:
     async with open_swarm() as swarm:
         peer = await swarm_of_thirds(swarm)
         results: list[JobResult] = []
@@ -90,7 +89,7 @@ async def test_jobs_run_side_by_side() -> None:
         await all_free(swarm)
 
 
-async def test_events_come_in_order_and_as_tokens_do() -> None:
+async def test_events_come_in_order_and_as_tokens_do(autojump_clock: MockClock) -> None:
     async with open_swarm() as swarm:
         peer = await swarm_of_thirds(swarm)
         async with peer.coordinator.submit(JobRequest(model="fake", prompt=PROMPT, max_tokens=4)) as events:
@@ -98,7 +97,7 @@ async def test_events_come_in_order_and_as_tokens_do() -> None:
         assert kinds == [JobStarted, TextDelta, TextDelta, TextDelta, TextDelta, JobResult]
 
 
-async def test_a_stop_token_and_a_stop_string_end_a_job() -> None:
+async def test_a_stop_token_and_a_stop_string_end_a_job(autojump_clock: MockClock) -> None:
     async with open_swarm() as swarm:
         peer = await swarm_of_thirds(swarm)
         tokens = right_tokens(6)
@@ -114,7 +113,7 @@ async def test_a_stop_token_and_a_stop_string_end_a_job() -> None:
         await all_free(swarm)
 
 
-async def test_who_goes_away_leaves_nothing_behind() -> None:
+async def test_who_goes_away_leaves_nothing_behind(autojump_clock: MockClock) -> None:
     async with open_swarm() as swarm:
         peer = await swarm_of_thirds(swarm)
         async with peer.coordinator.submit(JobRequest(model="fake", prompt=PROMPT, max_tokens=500)) as events:
@@ -130,7 +129,9 @@ async def test_who_goes_away_leaves_nothing_behind() -> None:
 
 @pytest.mark.parametrize("stage", [0, 1, 2])
 @pytest.mark.parametrize("way", ["kill", "stop", "crash"])
-async def test_a_lost_stage_is_replaced_and_the_text_is_the_same(stage: int, way: str) -> None:
+async def test_a_lost_stage_is_replaced_and_the_text_is_the_same(
+    autojump_clock: MockClock, stage: int, way: str
+) -> None:
     async with open_swarm() as swarm:
         for span in (*THIRDS, *THIRDS):
             await swarm.join(span)
@@ -143,9 +144,7 @@ async def test_a_lost_stage_is_replaced_and_the_text_is_the_same(stage: int, way
                 if isinstance(event, TextDelta):
                     tokens += event.token_ids
                     if len(tokens) == 10:
-                        victim = next(
-                            p for p in swarm.peers if p.held()[0] and p.engines[0].info.blocks.start == 3 * stage
-                        )
+                        victim = next(p for p in swarm.peers if p.held()[0] and p.engines[0].info.blocks == wanted)
                         lost_s = trio.current_time()
                         if way == "kill":
                             swarm.hub.kill(victim.id)
@@ -161,7 +160,7 @@ async def test_a_lost_stage_is_replaced_and_the_text_is_the_same(stage: int, way
                     assert victim.id not in {s.peer for s in event.route}
 
 
-async def test_blocks_that_nobody_serves_are_named() -> None:
+async def test_blocks_that_nobody_serves_are_named(autojump_clock: MockClock) -> None:
     async with open_swarm() as swarm:
         await swarm.join((0, 3))
         await swarm.join((6, 8))
@@ -172,7 +171,7 @@ async def test_blocks_that_nobody_serves_are_named() -> None:
         assert caught.value.retry_after_s
 
 
-async def test_a_full_peer_says_so_and_serves_again_once_it_has_room() -> None:
+async def test_a_full_peer_says_so_and_serves_again_once_it_has_room(autojump_clock: MockClock) -> None:
     async with open_swarm() as swarm:
         for span in THIRDS:
             await swarm.join(span, kv_positions=100)
@@ -186,7 +185,7 @@ async def test_a_full_peer_says_so_and_serves_again_once_it_has_room() -> None:
         await all_free(swarm)
 
 
-async def test_a_draining_peer_finishes_what_it_has_and_takes_nothing_new() -> None:
+async def test_a_draining_peer_finishes_what_it_has_and_takes_nothing_new(autojump_clock: MockClock) -> None:
     async with open_swarm() as swarm:
         peer = await swarm_of_thirds(swarm)
         leaving = swarm.peers[1]
@@ -201,7 +200,7 @@ async def test_a_draining_peer_finishes_what_it_has_and_takes_nothing_new() -> N
             await leaving.stages.wait_idle()
 
 
-async def test_rows_of_a_stranger_do_not_enter_a_session() -> None:
+async def test_rows_of_a_stranger_do_not_enter_a_session(autojump_clock: MockClock) -> None:
     async with open_swarm() as swarm:
         peer = await swarm_of_thirds(swarm)
         stranger = await swarm.join()
@@ -232,7 +231,9 @@ async def test_rows_of_a_stranger_do_not_enter_a_session() -> None:
         ({"method": "magic"}, JobErrorCode.INVALID),
     ],
 )
-async def test_a_request_that_makes_no_sense_is_told_why(changes: dict[str, object], code: JobErrorCode) -> None:
+async def test_a_request_that_makes_no_sense_is_told_why(
+    autojump_clock: MockClock, changes: dict[str, object], code: JobErrorCode
+) -> None:
     async with open_swarm() as swarm:
         peer = await swarm_of_thirds(swarm)
         with pytest.raises(JobError) as caught:
