@@ -129,11 +129,11 @@ Answer = Equal | Split | Listing
 
 
 class Gap(NamedTuple):
-    """Keys from `low` up to `end`, except the listed ids: a part of a set that the other side was found to lack."""
+    """Keys from `low` up to `end` except those listed by bucket and id: a part that the other side was found to lack."""
 
     low: int
     end: int
-    listed: frozenset[bytes] = frozenset()
+    listed: frozenset[tuple[int, bytes]] = frozenset()
 
 
 @dataclass(slots=True)
@@ -280,7 +280,9 @@ class SetTree:
                 pass
             case Listing(buckets):
                 found.listed = buckets
-                found.surplus.append(Gap(low, end, frozenset(content_id for _, ids in buckets for content_id in ids)))
+                found.surplus.append(
+                    Gap(low, end, frozenset((bucket, content_id) for bucket, ids in buckets for content_id in ids))
+                )
             case Split(summaries):
                 for part in summaries:
                     own_part = self.summary(part.prefix)
@@ -305,7 +307,9 @@ class SetTree:
     def ids_in(self, gap: Gap, bucket: int) -> list[bytes]:
         """Return the ids of one bucket in a gap."""
         return [
-            content_id for content_id in self._ids_between(bucket, gap.low, gap.end) if content_id not in gap.listed
+            content_id
+            for content_id in self._ids_between(bucket, gap.low, gap.end)
+            if (bucket, content_id) not in gap.listed
         ]
 
     def _buckets_between(self, low: int, end: int) -> list[int]:
