@@ -30,7 +30,7 @@ from node.models.manifest import (
     parse_manifest,
 )
 from node.models.safetensors_file import TensorSource, merge_headers, read_header, same_bytes, write_file
-from node.models.store import ModelStore, Package
+from node.models.store import ModelStore, Package, check_name
 from protocol.canonical import canonical_json
 from protocol.limits import MAX_BLOCKS
 
@@ -62,6 +62,8 @@ def import_model(
     `name` becomes the model's local name; by default it is that of the folder, file or repository, unless that name
     means another model already. Raises ModelError.
     """
+    if name is not None:
+        check_name(name)  # before the work rather than after it
     if source in CATALOGUE:
         package = _import_catalogued(source, store, progress)
         suggestion = None

@@ -46,6 +46,15 @@ class AmbiguousModelError(ModelError):
     """What the user typed fits several models."""
 
 
+def check_name(name: str) -> None:
+    """Raise ModelError for what cannot be a model's name."""
+    if _NAME.fullmatch(name) is None or _ID_PREFIX.fullmatch(name):
+        raise ModelError(
+            f"{name[:80]!r} cannot be a model's name: expected at most 64 lower-case letters, digits, '.', '_' and "
+            "'-', and not the look of an id"
+        )
+
+
 @dataclass(frozen=True, slots=True)
 class Package:
     """A model package in the cache, whole or in part."""
@@ -183,11 +192,7 @@ class ModelStore:
 
     def set_name(self, name: str, model: ModelId) -> None:
         """Give a model a name. Raises ModelError for a name that is malformed or means another model."""
-        if _NAME.fullmatch(name) is None or _ID_PREFIX.fullmatch(name):
-            raise ModelError(
-                f"{name[:80]!r} cannot be a model's name: expected at most 64 lower-case letters, digits, '.', '_' and "
-                "'-', and not the look of an id"
-            )
+        check_name(name)
         with self._changing(f"cannot name model {model[:12]}"):
             names = dict(self.names())
             taken = CATALOGUE[name].model_id if name in CATALOGUE else names.get(name, model)
