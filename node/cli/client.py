@@ -59,15 +59,17 @@ class Completion:
     """A streamed answer, as far as it has come."""
 
     text: str = ""
+    error: RefusedError | None = None
     model: str = ""
     finish_reason: str | None = None
     usage: dict[str, Any] = field(default_factory=dict)
     metaswarm: dict[str, Any] = field(default_factory=dict)
 
     def take(self, chunk: dict[str, Any]) -> str:
-        """Keep what a chunk tells; return the text in it. Raises RefusedError if it is an error."""
+        """Keep what a chunk tells; return the text in it."""
         if "error" in chunk:
-            raise RefusedError(chunk["error"]["message"], chunk["error"]["code"])
+            self.error = RefusedError(chunk["error"]["message"], chunk["error"]["code"])
+            return ""
         self.model = chunk["model"]
         self.usage = chunk.get("usage") or self.usage
         self.metaswarm = chunk.get("metaswarm") or self.metaswarm
@@ -143,6 +145,8 @@ class ApiClient:
                     data = line.removeprefix("data: ")
                     if data and data != "[DONE]":
                         show(completion.take(json.loads(data)))
+        if completion.error is not None:
+            raise completion.error
         if not completion.metaswarm:
             raise CommandError(f"the node at {self.url} ended the answer before it was complete")
         return completion

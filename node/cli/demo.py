@@ -14,8 +14,8 @@ from node.cli.output import (
     format_duration,
     json_option,
     new_table,
+    out,
     print_json,
-    print_rendered,
     printable,
     progress_bars,
 )
@@ -143,7 +143,7 @@ def _print_report(report: dict[str, Any]) -> None:
         blocks = f"{stage['start']}-{stage['end']}"
         table.add_row(str(number), stage["peer"], blocks, host_and_port, format_duration(stage["compute_s"]))
     click.echo("\n")
-    print_rendered(table)
+    out().print(table)
     votes = len(report["consensus"]["votes"])
     rate = f"{1 / timing['tpot_s']:.1f}" if timing["tpot_s"] > 0 else "-"
     facts = {

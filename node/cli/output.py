@@ -4,6 +4,7 @@ rich is imported where it is used: `metaswarm --help` should not wait for it.
 """
 
 import json
+import os
 import sys
 import unicodedata
 from collections.abc import Callable, Iterator
@@ -13,10 +14,11 @@ from typing import IO, TYPE_CHECKING, Any, Final
 import click
 
 if TYPE_CHECKING:
-    from rich.console import Console, RenderableType
+    from rich.console import Console
     from rich.table import Table
 
 WIDTH_OF_A_FILE: Final = 200
+"""In a file or a pipe a table's lines are as long as they need to be."""
 
 ProgressCallback = Callable[[str, int, int], None]
 """Told (stage, done, total) as work goes on, from any thread; a total of 0 means that nobody knows."""
@@ -62,7 +64,8 @@ def out() -> "Console":
     """Return a console on stdout, for results. Colours only on a terminal; NO_COLOR is respected."""
     from rich.console import Console
 
-    return Console(highlight=False, markup=False, emoji=False)
+    width = None if sys.stdout.isatty() or "COLUMNS" in os.environ else WIDTH_OF_A_FILE
+    return Console(highlight=False, markup=False, emoji=False, width=width)
 
 
 def err() -> "Console":
@@ -81,12 +84,6 @@ def new_table(*columns: str, title: str | None = None) -> "Table":
     for column in columns:
         table.add_column(column.removeprefix(">"), justify="right" if column.startswith(">") else "left")
     return table
-
-
-def print_rendered(renderable: "RenderableType") -> None:
-    """Print a table or the like on stdout; in a file or a pipe lines are as long as they need to be."""
-    console = out()
-    console.print(renderable, width=None if console.is_terminal else max(console.width, WIDTH_OF_A_FILE))
 
 
 @contextmanager

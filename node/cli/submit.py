@@ -203,15 +203,22 @@ async def _run_one(
 ) -> None:
     (job,) = jobs
     is_terminal = sys.stdout.isatty()
+    line_is_open = False
 
     def show(text: str) -> None:
+        nonlocal line_is_open
+        line_is_open = True
         click.echo(printable(text) if is_terminal else text, nl=False)
 
-    completion = await client.complete(make_body(job, default_model), _say_nothing if as_json else show)
+    body = make_body(job, default_model)
     if as_json:
-        print_json(completion.document())
+        print_json((await client.complete(body, _say_nothing)).document())
         return
-    click.echo()
+    try:
+        completion = await client.complete(body, show)
+    finally:
+        if line_is_open:
+            click.echo()
     if sys.stderr.isatty():
         click.secho(_summarise(completion), dim=True, err=True)
 

@@ -12,8 +12,8 @@ from node.cli.output import (
     format_duration,
     json_option,
     new_table,
+    out,
     print_json,
-    print_rendered,
     printable,
 )
 
@@ -83,7 +83,7 @@ def _show(
     from node.cli.client import find_api
 
     run = _watch if watch else _once
-    trio.run(run, find_api(api), ask, print_json if as_json else lambda answer: print_rendered(render(answer)))
+    trio.run(run, find_api(api), ask, print_json if as_json else lambda answer: out().print(render(answer)))
 
 
 async def _once(url: str, ask: Callable[["ApiClient"], Awaitable[Any]], show: Callable[[Any], None]) -> None:

@@ -1,0 +1,27 @@
+import json
+from pathlib import Path
+
+import pytest
+
+from node.cli import run
+from node.config import load_config
+
+
+def test_the_key_is_one_that_a_node_takes_and_nobody_else_can_read(tmp_path: Path) -> None:
+    file = tmp_path / "swarm.key"
+    assert run(["keygen", str(file)]) == 0
+    assert file.stat().st_mode & 0o777 == 0o600
+    key = load_config({"swarm_key": str(file)}, {}).swarm_key
+    assert key is not None
+    assert key == file.read_text().strip()
+    assert len(key) == 64
+
+
+def test_no_two_keys_are_the_same_and_none_is_overwritten(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["keygen", str(tmp_path / "a"), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == {"swarm_key": str(tmp_path / "a")}
+    assert run(["keygen", str(tmp_path / "b")]) == 0
+    key = (tmp_path / "a").read_text()
+    assert key != (tmp_path / "b").read_text()
+    assert run(["keygen", str(tmp_path / "a")]) == 1
+    assert (tmp_path / "a").read_text() == key

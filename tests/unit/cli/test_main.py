@@ -1,0 +1,81 @@
+import subprocess
+import sys
+
+import click
+import pytest
+
+from node import cli
+from node.cli import VERBS, run
+from node.cli.output import CommandError
+from node.config import ConfigError, StartError
+from node.network.interface import NetworkError
+
+
+def test_help_names_every_verb_and_needs_none_of_the_heavy_libraries() -> None:
+    program = (
+        "import sys; from node.cli import run; code = run(['--help']);"
+        "print(code, sorted({'httpx', 'rich', 'trio', 'starlette', 'numpy', 'torch', 'libp2p'} & set(sys.modules)))"
+    )
+    output = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
+    *lines, last = output.splitlines()
+    assert last == "0 []"
+    assert [line.split()[0] for line in lines[-len(VERBS) :]] == list(VERBS)
+
+
+@pytest.mark.parametrize("verb", sorted(VERBS))
+def test_every_verb_has_help(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run([verb, "--help"]) == 0
+    assert f"metaswarm {verb}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("verb", sorted({*VERBS} - {"model"}))
+def test_every_verb_speaks_json(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run([verb, "--help"]) == 0
+    assert "--json" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("arguments", [["nonsense"], ["status", "--nonsense"], ["submit"], ["node", "--threads", "x"]])
+def test_wrong_usage_is_one_line_and_exit_code_2(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(arguments) == 2
+    output = capsys.readouterr()
+    assert output.out == ""
+    assert output.err.startswith("metaswarm: ")
+    assert output.err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (CommandError("It broke."), 1),
+        (StartError("It broke."), 1),
+        (NetworkError("It broke."), 1),
+        (ExceptionGroup("", [ExceptionGroup("", [StartError("It broke.")])]), 1),
+        (ConfigError("It broke."), 2),
+    ],
+)
+def test_a_fault_is_one_line(
+    error: Exception, code: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    raise_in_a_verb(error, monkeypatch)
+    assert run(["status"]) == code
+    assert capsys.readouterr() == ("", "metaswarm: It broke.\n")
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), BaseExceptionGroup("", [KeyboardInterrupt()])])
+def test_an_interruption_is_exit_code_130(error: BaseException, monkeypatch: pytest.MonkeyPatch) -> None:
+    raise_in_a_verb(error, monkeypatch)
+    assert run(["status"]) == 130
+
+
+def test_a_defect_is_not_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
+    raise_in_a_verb(ZeroDivisionError(), monkeypatch)
+    with pytest.raises(ZeroDivisionError):
+        run(["status"])
+
+
+def raise_in_a_verb(error: BaseException, monkeypatch: pytest.MonkeyPatch) -> None:
+    @click.command()
+    def verb() -> None:
+        raise error
+
+    monkeypatch.setattr(cli._Verbs, "get_command", lambda *_: verb)

@@ -1,0 +1,204 @@
+import io
+import json
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from node.cli import run
+from node.jobs.interface import ChatMessage, JobError, JobErrorCode, Objective, Quality
+from tests.unit.api.fakes import JOB, PEERS, FakeNode
+from tests.unit.cli.conftest import ServeNode
+
+DOCUMENT = {
+    "job_id": JOB,
+    "model": "tiny",
+    "text": "Hello, wörld",
+    "token_ids": [0, 1, 2],
+    "finish_reason": "stop",
+    "usage": {"prompt_tokens": 5, "completion_tokens": 3, "cached_tokens": 2},
+    "timing": {"ttft_s": 0.25, "tpot_s": 0.03, "total_s": 0.5},
+    "route": [{"peer": PEERS[0], "start": 0, "end": 4}, {"peer": PEERS[1], "start": 4, "end": 8}],
+    "method": {
+        "name": "arithmetic=fp32",
+        "switches": {"arithmetic": "fp32"},
+        "stage_policy": {"batching": "continuous"},
+    },
+    "consensus": {
+        "votes": [{"peer": PEERS[0], "scores": {"arithmetic=fp32": -1.5}}],
+        "agreed": "arithmetic=fp32",
+        "epoch": None,
+        "table_digest": None,
+    },
+    "replays": 1,
+}
+
+
+@pytest.fixture
+def node() -> FakeNode:
+    return FakeNode()
+
+
+@pytest.fixture
+def api(node: FakeNode, serve: ServeNode) -> list[str]:
+    return ["--api", serve(node)]
+
+
+def test_the_text_is_streamed_to_stdout(api: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["submit", "Hi", *api]) == 0
+    assert capsys.readouterr() == ("Hello, wörld\n", "")
+
+
+@pytest.mark.parametrize("chat", [[], ["--chat"]])
+def test_json_is_the_documented_document(api: list[str], chat: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["submit", "Hi", "--json", *chat, *api]) == 0
+    assert json.loads(capsys.readouterr().out) == DOCUMENT
+
+
+def test_without_options_a_job_is_greedy_and_takes_the_only_complete_model(node: FakeNode, api: list[str]) -> None:
+    assert run(["submit", "Hi", *api]) == 0
+    (job,) = node.submitter.requests
+    assert (job.model, job.prompt, job.messages) == ("tiny", "Hi", None)
+    assert (job.temperature, job.max_tokens, job.seed, job.stop) == (0.0, 256, None, ())
+
+
+def test_every_option_reaches_the_job(node: FakeNode, api: list[str]) -> None:
+    options = "--model other --chat --max-tokens 7 --temperature 0.5 --top-p 0.9 --seed 11 --stop A --stop B"
+    more = "--objective throughput --budget 2.5 --quality near --method arithmetic=bf16 --ignore-eos"
+    assert run(["submit", "Hi", *options.split(), *more.split(), *api]) == 0
+    (job,) = node.submitter.requests
+    assert (job.model, job.messages) == ("other", (ChatMessage(role="user", content="Hi"),))
+    assert (job.max_tokens, job.temperature, job.top_p, job.seed, job.stop) == (7, 0.5, 0.9, 11, ("A", "B"))
+    assert (job.objective, job.budget, job.quality) == (Objective.THROUGHPUT, 2.5, Quality.NEAR)
+    assert (job.method, job.ignore_eos) == ("arithmetic=bf16", True)
+
+
+def test_a_dash_reads_the_prompt_from_stdin(node: FakeNode, api: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO("wörld\n".encode())))
+    assert run(["submit", "-", *api]) == 0
+    assert node.submitter.requests[0].prompt == "wörld\n"
+
+
+@pytest.mark.parametrize(
+    ("complete", "says"),
+    [
+        ([], "no model is complete in this swarm: serve one with `metaswarm node --serve MODEL`; incomplete: tiny"),
+        ([0, 1], "several models are complete; choose one with --model: tiny, broken"),
+    ],
+)
+def test_where_the_model_is_not_clear_the_user_is_told(
+    complete: list[int],
+    says: str,
+    node: FakeNode,
+    api: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    models = node.models()
+    for index, model in enumerate(models):
+        model["complete"] = index in complete
+    monkeypatch.setattr(node, "models", lambda: models)
+    assert run(["submit", "Hi", *api]) == 1
+    assert capsys.readouterr().err.startswith(f"metaswarm: {says}")
+
+
+@pytest.mark.parametrize("moment", ["refuse", "fail"])
+@pytest.mark.parametrize("as_json", [[], ["--json"]])
+def test_a_job_that_cannot_be_done_is_one_line(
+    moment: str, as_json: list[str], node: FakeNode, api: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    setattr(node.submitter, moment, JobError(JobErrorCode.UNCOVERED, "no peer serves blocks 4-8 of tiny"))
+    assert run(["submit", "Hi", "--model", "tiny", *as_json, *api]) == 1
+    output = capsys.readouterr()
+    assert output.err.endswith("metaswarm: no peer serves blocks 4-8 of tiny\n")
+    assert as_json == [] or output.out == ""
+
+
+def test_without_a_node_the_user_is_told_how_to_start_one(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["submit", "Hi", "--api", "http://127.0.0.1:1"]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "http://127.0.0.1:1" in line
+    assert "`metaswarm node`" in line
+
+
+def test_the_api_key_comes_from_the_environment(
+    serve: ServeNode, node: FakeNode, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    api = ["--api", serve(node, "sesame")]
+    assert run(["submit", "Hi", *api]) == 1
+    assert "METASWARM_API_KEY" in capsys.readouterr().err
+    monkeypatch.setenv("METASWARM_API_KEY", "sesame")
+    assert run(["submit", "Hi", *api]) == 0
+
+
+class TestFile:
+    def write(self, tmp_path: Path, *lines: str) -> list[str]:
+        (tmp_path / "prompts.jsonl").write_text("\n".join(lines) + "\n")
+        return ["--file", str(tmp_path / "prompts.jsonl")]
+
+    def documents(self, capsys: pytest.CaptureFixture[str]) -> list[Any]:
+        return [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+
+    def test_every_line_is_a_job_with_its_own_settings(
+        self, tmp_path: Path, node: FakeNode, api: list[str], capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        lines = (
+            '{"prompt": "a", "max_tokens": 3, "stop": ["x"]}',
+            "",
+            '{"prompt": "b", "chat": true, "model": "other"}',
+        )
+        assert run(["submit", *self.write(tmp_path, *lines), "--seed", "5", *api]) == 0
+        assert self.documents(capsys) == [DOCUMENT, DOCUMENT]
+        first, second = sorted(node.submitter.requests, key=lambda job: job.model, reverse=True)
+        assert (first.prompt, first.max_tokens, first.stop, first.seed) == ("a", 3, ("x",), 5)
+        assert (second.messages, second.max_tokens, second.model, second.seed) == (
+            (ChatMessage(role="user", content="b"),),
+            256,
+            "other",
+            5,
+        )
+
+    def test_a_job_that_fails_has_its_line_and_the_others_go_on(
+        self, tmp_path: Path, api: list[str], capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        file = self.write(tmp_path, '{"prompt": "a", "temperature": 9}', '{"prompt": "b"}')
+        assert run(["submit", *file, *api]) == 1
+        output = capsys.readouterr()
+        refused, done = map(json.loads, output.out.splitlines())
+        assert "temperature" in refused["error"]["message"]
+        assert done == DOCUMENT
+        assert output.err == "metaswarm: 1 of 2 jobs failed; their lines say why\n"
+
+    @pytest.mark.parametrize(
+        ("line", "says"),
+        [
+            ("{", "no valid JSON"),
+            ("[]", '"prompt"'),
+            ('{"text": "a"}', '"prompt"'),
+            ('{"prompt": "a", "chats": 1}', "chats"),
+        ],
+    )
+    def test_a_wrong_line_is_named_before_anything_is_submitted(
+        self, tmp_path: Path, line: str, says: str, node: FakeNode, api: list[str], capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        assert run(["submit", *self.write(tmp_path, '{"prompt": "a"}', line), *api]) == 2
+        error = capsys.readouterr().err
+        assert "line 2" in error
+        assert says in error
+        assert node.submitter.requests == []
+
+
+def test_ctrl_c_cancels_the_job_and_exits_with_130(node: FakeNode, serve: ServeNode) -> None:
+    node.submitter.hang = True
+    command = [sys.executable, "-m", "node", "submit", "Hi", "--api", serve(node)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stdout.read(5) == b"Hello"
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=10)
+    assert process.returncode == 130
+    assert b"Traceback" not in errors
+    assert node.submitter.left.is_set()

@@ -1,0 +1,108 @@
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from node.api.interface import ModelStatus
+from node.cli import run
+from node.cli.client import find_api
+from node.cli.output import out
+from node.cli.swarm import coverage_bar, render_models
+from node.config import NodeReady, default_data_dir
+from protocol.identity import peer_id_from_public_key
+from tests.unit.api.fakes import MODEL, PEERS, FakeNode
+from tests.unit.cli.conftest import ServeNode
+
+
+@pytest.fixture
+def api(serve: ServeNode) -> list[str]:
+    return ["--api", serve(FakeNode())]
+
+
+def test_status_tells_what_a_node_is_and_does(api: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["status", *api]) == 0
+    output = capsys.readouterr().out
+    for fact in (PEERS[0], "serving", "0-4", "64/4096", "1.0 MiB", "4.0 KiB from", "2 done", "4242"):
+        assert fact in output
+
+
+def test_peers_tells_who_is_there_and_what_they_hold(api: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["peers", *api]) == 0
+    output = capsys.readouterr().out
+    for fact in (PEERS[1], "192.0.2.7:4001", "connected", "1.2 ms", "tiny:4-8"):
+        assert fact in output
+
+
+def test_models_tells_block_by_block_what_is_served(api: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["models", *api]) == 0
+    tiny, broken = (line.split() for line in capsys.readouterr().out.splitlines() if "complete" in line)
+    assert tiny == ["tiny", MODEL[:12], "8", "11112222", "complete"]
+    assert broken == ["broken", ("cd" * 32)[:12], "4", "1..1", "1-3", "incomplete"]
+
+
+@pytest.mark.parametrize("verb", ["status", "peers", "models"])
+def test_json_is_what_the_api_says(verb: str, api: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    node = FakeNode()
+    assert run([verb, "--json", *api]) == 0
+    expected = {"status": node.status(), "peers": {"peers": node.peers()}, "models": {"models": node.models()}}
+    assert json.loads(capsys.readouterr().out) == json.loads(json.dumps(expected[verb]))
+
+
+def test_watch_says_it_again_and_again(api: list[str]) -> None:
+    command = [sys.executable, "-c", "import node.cli.swarm as s, node.cli as c; s.WATCH_INTERVAL_S = 0; c.main()"]
+    command += ["status", "--watch", "--json", *api]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        first, second = process.stdout.readline(), process.stdout.readline()
+        process.kill()
+    assert json.loads(first) == json.loads(second)
+
+
+def test_what_is_no_node_is_named(serve: ServeNode, capsys: pytest.CaptureFixture[str]) -> None:
+    url = serve(FakeNode())
+    assert run(["status", "--api", f"{url}/v1"]) == 1
+    assert capsys.readouterr().err.startswith("metaswarm: ")
+
+
+def test_names_from_the_swarm_cannot_drive_the_terminal(api: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    model: ModelStatus = {
+        "model": "ab" * 32,
+        "name": "\x1b[2J[bold]x",
+        "block_count": 12,
+        "coverage": [0, 9, 10, 1000] * 3,
+        "uncovered": [],
+        "complete": True,
+        "local": True,
+    }
+    out().print(render_models({"models": [model]}))
+    output = capsys.readouterr().out
+    assert "\x1b" not in output
+    assert "[bold]x" in output
+    assert coverage_bar(model["coverage"]) in output
+
+
+class TestFindingTheNode:
+    ready = NodeReady(peer_id=peer_id_from_public_key(bytes(32)), multiaddrs=(), api_url="http://127.0.0.1:4242", pid=1)
+
+    def test_it_is_the_one_that_is_named_before_all_others(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("METASWARM_API", "127.0.0.1:7")
+        assert find_api("http://swarm.example.org/") == "http://swarm.example.org"
+        assert find_api(None) == "http://127.0.0.1:7"
+
+    def test_an_address_that_a_daemon_listens_on_will_do(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        assert find_api("0.0.0.0:8642") == "http://127.0.0.1:8642"
+        assert find_api("[::]:8642") == "http://[::1]:8642"
+
+    def test_it_is_the_one_in_the_data_directory(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+        monkeypatch.setenv("METASWARM_DATA_DIR", str(tmp_path))
+        assert find_api(None) == "http://127.0.0.1:8642"
+        self.ready.write(tmp_path)
+        assert find_api(None) == "http://127.0.0.1:4242"
+        monkeypatch.delenv("METASWARM_DATA_DIR")
+        assert default_data_dir() != tmp_path
+
+    @pytest.mark.parametrize("text", ["127.0.0.1:0", "ftp://127.0.0.1", "http://", "http://[::1", "127.0.0.1:x"])
+    def test_what_is_no_url_is_wrong_usage(self, text: str) -> None:
+        assert run(["status", "--api", text]) == 2
