@@ -1,7 +1,7 @@
 """GossipSub: the library's, with a guard around every message and limits that say what they drop."""
 
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager
 from typing import Final
 
@@ -25,6 +25,9 @@ READER_CAPACITY: Final = 1024
 MAX_RATE_HZ: Final = 200.0
 """Messages a second that one peer may hand to us, its own and those it forwards; twice as many in a burst."""
 
+OUTBOUND_CAPACITY: Final = 512
+WARNING_BYTES: Final = 4096
+"""From this size on a message is announced to the mesh before it is sent, so that it does not come twice."""
 MAX_SEQUENCE_BYTES: Final = 64
 
 
@@ -82,13 +85,28 @@ class _GuardedPubsub(Pubsub):
 
 
 class _Router(GossipSub):
-    """GossipSub without two lists that only its adaptive mode, which is off, would ever shorten."""
+    """GossipSub that keeps a burst, says little, and forgets what only its adaptive mode, which is off, would."""
+
+    _worth_a_warning = False
+
+    async def flush_pending_messages(self, peer_id: ID) -> None:
+        """Send what waited for a new peer; this is called as soon as the peer has its outbound queue."""
+        if self.pubsub is not None and (queue := self.pubsub.peer_queues.get(peer_id)) is not None:
+            # A queue of 32 loses most of a burst, for good: those in the mesh are offered nothing a second time.
+            queue._queue.max_size = OUTBOUND_CAPACITY  # noqa: SLF001
+        await super().flush_pending_messages(peer_id)
 
     async def publish(self, msg_forwarder: ID, pubsub_msg: rpc_pb2.Message) -> None:
         """Forward a message."""
+        self._worth_a_warning = len(pubsub_msg.data) >= WARNING_BYTES
         await super().publish(msg_forwarder, pubsub_msg)
         self.recent_message_deliveries.clear()
         self.recent_peer_connections.clear()
+
+    async def _emit_idontwant_for_message(self, msg_id: bytes, topic_ids: Iterable[str]) -> None:
+        # The specification: only for messages that are much larger than the warning itself.
+        if self._worth_a_warning:
+            await super()._emit_idontwant_for_message(msg_id, topic_ids)
 
 
 class Gossip:

@@ -36,6 +36,7 @@ DIAL_STAGGER_S: Final = 0.25
 
 MAX_CONCURRENT_DIALS: Final = 32
 RESTART_DELAY_S: Final = 1.0
+ADDRESS_CACHE_S: Final = 10.0
 HANDLER_TIMEOUT_S: Final = 60.0
 """How long a stranger may occupy one of the library's short-lived request handlers."""
 
@@ -267,8 +268,21 @@ class GuardedHost(BasicHost):
         self, swarm: GuardedSwarm, nursery: trio.Nursery, advertised: Callable[[list[Multiaddr]], list[Multiaddr]]
     ) -> None:
         self._nursery = nursery
+        self._addresses: list[Multiaddr] | None = None
+        self._addresses_until = 0.0
+        self._addresses_of = 0
         super().__init__(swarm, addrs_factory=advertised, disable_identify_address_discovery=True)
         swarm.set_stream_handler(guarded(self._swarm_stream_handler))
+
+    def get_addrs(self) -> list[Multiaddr]:
+        """Return the addresses we advertise. The library asks for them with every message that it sends."""
+        listening = self.get_transport_addrs()
+        now = trio.current_time()
+        if self._addresses is None or now >= self._addresses_until or len(listening) != self._addresses_of:
+            self._addresses = super().get_addrs()
+            self._addresses_until = now + ADDRESS_CACHE_S
+            self._addresses_of = len(listening)
+        return list(self._addresses)
 
     def _schedule_identify(self, peer_id: ID, *, reason: str) -> None:
         if peer_id == self.get_id() or peer_id in self._identify_inflight or self._has_cached_protocols(peer_id):

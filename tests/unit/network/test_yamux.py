@@ -5,6 +5,7 @@ A test named test_library_… shows a fault of the library; when an upgrade make
 
 import random
 from collections.abc import Callable
+from contextlib import suppress
 
 import pytest
 import trio
@@ -310,9 +311,9 @@ async def test_a_peer_that_asks_and_does_not_read_the_answers_is_cut_off() -> No
     with trio.fail_after(5):
         async with started(muxer):
             ping = bytes([0, PING, 0, SYN]) + bytes(8)
-            await far_end.write(ping * 5000)
-            with pytest.raises(ConnectionClosedError):
-                await far_end.write(ping * 5000)
+            with suppress(ConnectionClosedError):
+                await far_end.write(ping * 12_000)
+            await muxer.event_closed.wait()
     assert faults == ["it does not read what it asks for"]
 
 

@@ -1,0 +1,341 @@
+"""What strangers may do to our host without harming it: the cures for the faults shown in test_library_faults.py."""
+
+import gc
+from collections.abc import Callable, Iterator
+
+import pytest
+import trio
+import trio.testing
+
+from node.network.host import Libp2pNetwork, NetworkLimits
+from node.network.interface import Network, NetworkError, PeerConnected, Stream, StreamClosed
+from node.network.swarm import start_service
+from node.network.yamux import YamuxLimits
+from protocol.identity import PeerId
+
+from .conftest import limited
+from .hosts import (
+    ECHO,
+    GARBAGE,
+    TOPIC,
+    FragileService,
+    assert_serves,
+    join,
+    library_host,
+    our_host,
+    plaintext_host,
+    silent_port,
+    throw,
+)
+
+# Some of these strangers are hosts of the library, which leave their sockets to the garbage collector.
+pytestmark = pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")
+
+
+@pytest.fixture(autouse=True)
+def _collect() -> Iterator[None]:
+    yield
+    gc.collect()
+
+
+# Garbage and defects
+
+
+@pytest.mark.parametrize(
+    "protocol",
+    [
+        "/meshsub/1.1.0",
+        "/meshsub/1.2.0",
+        "/ipfs/kad/1.0.0",
+        "/ipfs/id/1.0.0",
+        "/ipfs/id/push/1.0.0",
+        "/ipfs/ping/1.0.0",
+        ECHO,
+    ],
+)
+async def test_garbage_on_any_protocol_costs_its_stream_only(protocol: str) -> None:
+    victim = our_host()
+    with limited(20):
+        async with victim.running():
+            async with library_host(2) as stranger:
+                await throw(stranger, victim.multiaddrs[0], protocol, GARBAGE)
+            await assert_serves(victim)
+
+
+async def test_garbage_on_the_port_costs_its_connection_only() -> None:
+    victim = our_host()
+    with limited(20):
+        async with victim.running():
+            port = int(victim.multiaddrs[0].split("/")[4])
+            for payload in (b"GET / HTTP/1.1\r\n\r\n", b"\x13/multistream/1.0.0\n", *GARBAGE):
+                connection = await trio.open_tcp_stream("127.0.0.1", port)
+                await connection.send_all(payload + b"\x13/multistream/1.0.0\n\x07/noise\n" + payload)
+                await connection.aclose()
+            await assert_serves(victim)
+
+
+async def test_a_failed_task_of_a_service_is_dropped() -> None:
+    service = FragileService()
+    with limited():
+        async with trio.open_nursery() as nursery:
+            await start_service(nursery, service)
+            await service.failed.wait()
+            await trio.testing.wait_all_tasks_blocked()
+            assert service.manager.is_running
+            nursery.cancel_scope.cancel()
+
+
+async def test_nothing_of_the_library_outlives_the_host() -> None:
+    before = trio.lowlevel.current_statistics().tasks_living
+    with limited():
+        first, second = our_host(1), our_host(2)
+        async with first.running(), second.running():
+            await second.connect(first.multiaddrs[0])
+        await trio.testing.wait_all_tasks_blocked()
+        assert trio.lowlevel.current_statistics().tasks_living == before
+
+
+# Listening and being dialled
+
+
+async def test_a_taken_port_is_one_clear_error() -> None:
+    with limited():
+        async with silent_port() as port:
+            taken = Libp2pNetwork(bytes(32), listen=[f"/ip4/127.0.0.1/tcp/{port}"])
+            with pytest.raises(
+                NetworkError, match=f"^cannot listen on /ip4/127.0.0.1/tcp/{port}: address already in use$"
+            ):
+                async with taken.running():
+                    pass
+
+
+async def test_listening_on_every_interface_names_them() -> None:
+    network = Libp2pNetwork(bytes(32), listen=["/ip4/0.0.0.0/tcp/0"])
+    with limited():
+        async with network.running():
+            assert network.multiaddrs
+            assert all("0.0.0.0" not in address and "/tcp/0/" not in address for address in network.multiaddrs)
+            assert all(address.endswith(f"/p2p/{network.peer_id}") for address in network.multiaddrs)
+            assert any(address.startswith("/ip4/127.0.0.1/") for address in network.multiaddrs)
+
+
+async def test_announced_addresses_replace_those_listened_on() -> None:
+    network = our_host(announce=["/dns4/node.example/tcp/4001"])
+    with limited():
+        async with network.running():
+            assert network.multiaddrs == (f"/dns4/node.example/tcp/4001/p2p/{network.peer_id}",)
+
+
+async def test_any_number_of_peers_may_come_and_go() -> None:
+    host = our_host(limits=NetworkLimits(max_connections=4, max_connections_per_origin=4))
+    with limited(20):
+        async with host.running():
+            for number in range(2, 12):
+                await assert_serves(host, number)
+
+
+async def test_idle_connections_do_not_lock_out_an_honest_peer() -> None:
+    host = our_host()
+    with limited(20):
+        async with host.running():
+            port = int(host.multiaddrs[0].split("/")[4])
+            idle = [await trio.open_tcp_stream("127.0.0.1", port) for _ in range(300)]
+            await assert_serves(host)
+            for connection in idle:
+                await connection.aclose()
+
+
+async def test_connections_of_one_origin_are_limited() -> None:
+    host = our_host(limits=NetworkLimits(max_connections_per_origin=2))
+    visitors = [our_host(number) for number in range(2, 5)]
+    with limited(20):
+        async with host.running(), visitors[0].running(), visitors[1].running(), visitors[2].running():
+            for visitor in visitors[:2]:
+                await visitor.connect(host.multiaddrs[0])
+            with pytest.raises(NetworkError):
+                await visitors[2].connect(host.multiaddrs[0])
+
+
+async def test_a_connection_without_encryption_is_refused() -> None:
+    host = our_host()
+    with limited():
+        async with host.running(), plaintext_host() as visitor:
+            with pytest.raises(Exception, match="unable to connect"):
+                await join(visitor, host.multiaddrs[0])
+
+
+# Dialling
+
+
+async def test_a_dial_takes_as_long_as_its_handshake() -> None:
+    host, dialler = our_host(1), our_host(2)
+    with limited():
+        async with host.running(), dialler.running():
+            started = trio.current_time()
+            await dialler.connect(host.multiaddrs[0])
+            assert trio.current_time() - started < 0.25
+
+
+async def test_simultaneous_dials_share_one_connection() -> None:
+    host, dialler = our_host(1), our_host(2)
+    with limited():
+        async with host.running(), dialler.running(), host.events() as events:
+            async with trio.open_nursery() as nursery:
+                for _ in range(10):
+                    nursery.start_soon(dialler.connect, host.multiaddrs[0])
+            assert await anext(events) == PeerConnected(dialler.peer_id)
+            assert host._swarm is not None
+            assert len(host._swarm.get_connections()) == 1
+
+
+async def test_a_cancelled_dial_does_not_take_the_others_down() -> None:
+    host, dialler = our_host(1), our_host(2)
+    with limited():
+        async with host.running(), dialler.running(), trio.open_nursery() as nursery:
+            with trio.CancelScope() as scope:
+                nursery.start_soon(dialler.connect, host.multiaddrs[0])
+                scope.cancel()
+                await dialler.connect(host.multiaddrs[0])
+            await dialler.connect(host.multiaddrs[0])
+
+
+async def test_a_peer_that_accepts_and_says_nothing_fails_the_dial_in_bounded_time() -> None:
+    dialler = our_host(limits=NetworkLimits(dial_timeout_s=0.3))
+    with limited(3):
+        async with dialler.running(), silent_port() as port:
+            with pytest.raises(NetworkError, match=r"did not answer within 0\.3 s"):
+                await dialler.connect(f"/ip4/127.0.0.1/tcp/{port}/p2p/{our_host(2).peer_id}")
+
+
+async def test_a_swarm_key_keeps_strangers_out_in_bounded_time_and_lets_members_in() -> None:
+    limits = NetworkLimits(dial_timeout_s=1)
+    host = our_host(1, swarm_key="ab" * 32)
+    member = our_host(2, swarm_key="AB" * 32)
+    strangers = [our_host(3, swarm_key="cd" * 32, limits=limits), our_host(4, limits=limits)]
+    with limited(15):
+        async with host.running(), member.running(), strangers[0].running(), strangers[1].running():
+            for stranger in strangers:
+                with pytest.raises(NetworkError):
+                    await stranger.connect(host.multiaddrs[0])
+            await member.connect(host.multiaddrs[0])
+            assert await member.ping(host.peer_id) < 1
+
+
+@pytest.mark.parametrize("key", ["", "ab" * 31, "xy" * 32])
+def test_a_malformed_swarm_key_is_one_clear_error(key: str) -> None:
+    with pytest.raises(ValueError, match="64 hexadecimal"):
+        our_host(swarm_key=key)
+
+
+async def test_only_those_are_dialled_who_are_wanted() -> None:
+    known, host = our_host(1), our_host(2)
+    with limited():
+        async with known.running(), known.events() as events, host.running():
+            assert host._swarm is not None
+            await host._swarm.auto_connector.maybe_connect()
+            host.add_addresses(known.peer_id, known.multiaddrs)
+            with trio.move_on_after(0.3):
+                raise AssertionError(await anext(events))
+
+
+# The DHT
+
+
+async def test_what_strangers_store_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("node.network.dht.MAX_STORED_RECORDS", 5)
+    monkeypatch.setattr("node.network.dht.MAX_STORED_PROVIDER_KEYS", 5)
+    keeper, stranger = our_host(1), our_host(2)
+    with limited(20):
+        async with keeper.running(), stranger.running():
+            await stranger.connect(keeper.multiaddrs[0])
+            for number in range(8):
+                await stranger.put_record(f"/metaswarm/{number}", b"x")
+                await stranger.provide(bytes([number] * 32))
+            kad = keeper._dht._kad
+            assert kad is not None
+            assert len(kad.value_store.store) == 5
+            while len(kad.provider_store.providers) < 5:
+                await trio.sleep(0.01)
+            assert len(kad.provider_store.providers) == 5
+            assert await keeper.get_record("/metaswarm/7") == b"x"
+
+
+# Gossip
+
+
+async def test_a_burst_of_gossip_arrives_whole() -> None:
+    listener, publisher = our_host(1), our_host(2)
+    with limited():
+        async with listener.running(), publisher.running(), listener.subscribe(TOPIC) as messages:
+            await publisher.connect(listener.multiaddrs[0])
+            heard: set[bytes] = set()
+            while not heard:
+                await publisher.publish(TOPIC, b"warm up")
+                with trio.move_on_after(0.1):
+                    heard.add((await anext(messages)).data)
+            for number in range(100):
+                await publisher.publish(TOPIC, number.to_bytes(2, "big"))
+            while len(heard) < 101:
+                heard.add((await anext(messages)).data)
+
+
+async def test_a_peer_that_floods_gossip_is_throttled(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("node.network.gossip.MAX_RATE_HZ", 5.0)
+    validated: list[bytes] = []
+
+    def count(peer: PeerId, data: bytes) -> bool:
+        validated.append(data)
+        return True
+
+    listener, publisher = our_host(1), our_host(2)
+    listener.join_topic(TOPIC, count)
+    with limited():
+        async with listener.running(), publisher.running():
+            await publisher.connect(listener.multiaddrs[0])
+            while not validated:
+                await publisher.publish(TOPIC, b"warm up")
+                await trio.sleep(0.05)
+            for number in range(200):
+                await publisher.publish(TOPIC, number.to_bytes(2, "big"))
+            while not listener._gossip.dropped:
+                await trio.sleep(0.01)
+            assert len(validated) < 50
+
+
+# Bounded ends
+
+
+async def test_leaving_takes_bounded_time_although_handlers_wait_for_ever() -> None:
+    async def stay(stream: object) -> None:
+        await trio.sleep_forever()
+
+    host, visitor = our_host(1), our_host(2)
+    host.set_stream_handler("/test/stay/1", stay)
+    with limited():
+        async with visitor.running():
+            async with host.running():
+                await visitor.connect(host.multiaddrs[0])
+                stream = await visitor.open_stream(host.peer_id, "/test/stay/1")
+                left = trio.current_time()
+            assert trio.current_time() - left < 2
+            with pytest.raises(StreamClosed):
+                await stream.receive_some()
+
+
+async def test_more_streams_than_allowed_is_a_clear_error() -> None:
+    limits = NetworkLimits(streams=YamuxLimits(max_streams=8))
+    host, visitor = our_host(1), our_host(2, limits=limits)
+    with limited():
+        async with host.running(), visitor.running():
+            await visitor.connect(host.multiaddrs[0])
+            streams: list[Stream] = []
+            with pytest.raises(NetworkError, match="8 streams to this peer are open already"):
+                await _open_for_ever(visitor, host.peer_id, streams.append)
+            for stream in streams:
+                await stream.aclose()
+            await assert_serves(host)
+
+
+async def _open_for_ever(network: Network, peer: PeerId, keep: Callable[[Stream], None]) -> None:
+    while True:
+        keep(await network.open_stream(peer, ECHO))
