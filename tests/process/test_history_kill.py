@@ -6,7 +6,10 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
+
+import pytest
 
 from node.storage.database import open_database
 from node.storage.history import HistoryStore
@@ -29,19 +32,25 @@ def kill_while_writing(writers: "subprocess.Popen[str]", first: int, acknowledge
     return told | {bytes.fromhex(line) for line in iter(writers.stdout.readline, "dead\n")}
 
 
-async def test_a_kill_loses_nothing_that_was_acknowledged(tmp_path: Path) -> None:
+@pytest.fixture
+def writers(tmp_path: Path) -> Iterator["subprocess.Popen[str]"]:
+    """Start what starts a process for each kill."""
+    command = [sys.executable, "-m", "tests.support.history_writer", str(tmp_path / "metaswarm.sqlite3")]
+    with subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        yield process
+
+
+async def test_a_kill_loses_nothing_that_was_acknowledged(tmp_path: Path, writers: "subprocess.Popen[str]") -> None:
     path, dice = tmp_path / "metaswarm.sqlite3", random.Random(20)
     acknowledged: set[bytes] = set()
     slowest_s = 0.0
-    command = [sys.executable, "-m", "tests.support.history_writer", str(path)]
-    with subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as writers:
-        for kill in range(KILLS):
-            acknowledged |= kill_while_writing(writers, kill * 1_000_000, dice.randint(1, 120))
-            began_s = time.perf_counter()
-            async with open_database(path) as database:
-                slowest_s = max(slowest_s, time.perf_counter() - began_s)
-                assert database.set_aside is None
-                assert len(await HistoryStore(database).get_many(list(acknowledged))) == len(acknowledged)
+    for kill in range(KILLS):
+        acknowledged |= kill_while_writing(writers, kill * 1_000_000, dice.randint(1, 120))
+        began_s = time.perf_counter()
+        async with open_database(path) as database:
+            slowest_s = max(slowest_s, time.perf_counter() - began_s)
+            assert database.set_aside is None
+            assert len(await HistoryStore(database).get_many(list(acknowledged))) == len(acknowledged)
     async with open_database(path) as database, open_database(tmp_path / "other") as other:
         store, fresh = HistoryStore(database), HistoryStore(other)
         kept = [open_observation(envelope) async for envelope in store.envelopes()]

@@ -22,8 +22,8 @@ WRITERS = 4
 
 
 async def write(path: Path, first: int) -> None:
-    """Write with several tasks at once, for ever."""
-    numbers = itertools.count(first)
+    """Write with several tasks at once, for longer than anybody waits before the kill."""
+    numbers = iter(range(first, first + 100_000))
     async with open_database(path) as database, trio.open_nursery() as nursery:
         for _ in range(WRITERS):
             nursery.start_soon(write_on, HistoryStore(database), numbers)
@@ -32,7 +32,7 @@ async def write(path: Path, first: int) -> None:
 async def write_on(store: HistoryStore, numbers: Iterator[int]) -> None:
     """Write batches of one to three observations; print an observation's id when the store has taken it."""
     for number in numbers:
-        batch = [signed(number), *(signed(next(numbers)) for _ in range(number % 3))]
+        batch = [signed(each) for each in (number, *itertools.islice(numbers, number % 3))]
         for new in await store.add_many(batch):
             print(new.id.hex(), flush=True)
 

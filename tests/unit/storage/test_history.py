@@ -3,10 +3,12 @@
 import hashlib
 import random
 import sqlite3
+import threading
 from pathlib import Path
 
 import pytest
 import trio
+import trio.testing
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -151,19 +153,66 @@ async def test_one_writers_fault_is_not_the_others(tmp_path: Path) -> None:
         assert (await store.digest()).count == len(POOL)
 
 
-async def test_a_cancelled_writer_stops_nobody(tmp_path: Path) -> None:
+class HeldWriter:
+    """A write that holds the file until it is let go."""
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+        self._let_go = threading.Event()
+
+    async def hold(self, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        token = trio.lowlevel.current_trio_token()
+
+        def wait(_: sqlite3.Connection) -> None:
+            token.run_sync_soon(task_status.started)
+            self._let_go.wait(timeout=10)
+
+        await self._database.write(wait)
+
+    def let_go(self) -> None:
+        self._let_go.set()
+
+
+async def test_a_writer_that_is_cancelled_while_it_waits_writes_nothing(tmp_path: Path) -> None:
+    async with open_database(file(tmp_path)) as database, trio.open_nursery() as nursery:
+        store, held = HistoryStore(database), HeldWriter(database)
+        await nursery.start(held.hold)
+        async with trio.open_nursery() as waiting:
+            waiting.start_soon(store.add, POOL[0])
+            await trio.testing.wait_all_tasks_blocked()
+            waiting.cancel_scope.cancel()
+        held.let_go()
+        await store.add(POOL[1])
+        assert await store.get_many([POOL[0].id, POOL[1].id]) == (POOL[1].envelope,)
+
+
+async def test_a_writer_that_is_cancelled_when_its_turn_comes_keeps_nobody_from_writing(tmp_path: Path) -> None:
+    async with open_database(file(tmp_path)) as database, trio.open_nursery() as nursery:
+        store, held, scope = HistoryStore(database), HeldWriter(database), trio.CancelScope()
+
+        async def add(number: int) -> None:
+            await store.add(POOL[number])
+
+        async def add_until_cancelled() -> None:
+            with scope:
+                await store.add(POOL[0])
+
+        async def hold_then_cancel(task_status: trio.TaskStatus[None]) -> None:
+            await held.hold(task_status)
+            scope.cancel()  # the next in line has its turn by now, and has not yet begun
+
+        await nursery.start(hold_then_cancel)
+        nursery.start_soon(add_until_cancelled)
+        await trio.testing.wait_all_tasks_blocked()
+        nursery.start_soon(add, 1)
+        await trio.testing.wait_all_tasks_blocked()
+        held.let_go()
+        nursery.start_soon(add, 2)
+        await trio.testing.wait_all_tasks_blocked()
     async with open_database(file(tmp_path)) as database:
-        store = HistoryStore(database)
-        async with trio.open_nursery() as nursery:
-            for each in POOL[:20]:
-                nursery.start_soon(store.add, each)
-            await trio.lowlevel.checkpoint()
-            nursery.cancel_scope.cancel()
-        async with trio.open_nursery() as nursery:
-            for each in POOL[20:]:
-                nursery.start_soon(store.add, each)
-        await store.add_many(POOL)
-        assert (await store.digest()).count == len(POOL)
+        wanted = [POOL[1], POOL[2]]
+        found = await HistoryStore(database).get_many([each.id for each in wanted])
+        assert found == tuple(each.envelope for each in wanted)
 
 
 async def test_envelopes_are_found_by_their_ids(tmp_path: Path) -> None:
