@@ -231,6 +231,7 @@ _INSTRUCTION_RANKS: Final = (
     ("neon", "asimd"),
 )
 _GIGABYTE_STEPS: Final = (1, 2, 3, *(quarters << k for k in range(19) for quarters in (4, 5, 6, 7)))
+_MAX_SLUG: Final = 48
 _NOT_THE_MAKE: Final = frozenset({"cpu", "processor", "gen", "with"})
 
 
@@ -245,7 +246,7 @@ def _make(model: str) -> str:
     if words[:1] != ["apple"]:
         words = list(dropwhile(_has_digit, words))
         words = list(takewhile(lambda word: not _has_digit(word), words))
-    return "-".join(word for word in words if word not in _NOT_THE_MAKE) or "unknown"
+    return _slug("-".join(word for word in words if word not in _NOT_THE_MAKE))
 
 
 def _has_digit(word: str) -> bool:
@@ -253,7 +254,7 @@ def _has_digit(word: str) -> bool:
 
 
 def _slug(text: str) -> str:
-    return re.sub(r"[^a-z0-9.]+", "-", text.lower()).strip("-") or "unknown"
+    return re.sub(r"[^a-z0-9.]+", "-", text.lower())[:_MAX_SLUG].strip("-") or "unknown"
 
 
 def _rounded_gigabytes(size: int) -> str:
