@@ -25,12 +25,12 @@ from node.jobs.interface import (
     Usage,
     Vote,
 )
-from protocol.identity import BlockRange, JobId, ModelId, PeerId
+from protocol.identity import BlockRange, JobId, ModelId, peer_id_from_public_key
 from protocol.messages import FinishReason
 
 JOB = JobId("0123456789abcdef" * 2)
 MODEL = ModelId("ab" * 32)
-PEERS = (PeerId("12D3KooWFirst"), PeerId("12D3KooWSecond"))
+PEERS = (peer_id_from_public_key(b"1" * 32), peer_id_from_public_key(b"2" * 32))
 
 
 def make_result(text: str, token_ids: tuple[int, ...]) -> JobResult:

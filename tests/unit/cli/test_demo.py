@@ -1,0 +1,85 @@
+import json
+import signal
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+
+from node import demo
+from node.cli import run
+from node.models import catalogue, importer
+from tests.unit.api.fakes import PEERS
+
+PREPARE = """if True:
+    import sys
+    from types import SimpleNamespace
+    from node import demo
+    from node.cli import main
+    from node.models import catalogue, importer
+    demo.COMMAND = (sys.executable, "-m", "tests.unit.daemon_stand_in")
+    catalogue.DEMO_MODEL = "tiny"
+    importer.import_model = lambda *_, **__: SimpleNamespace(manifest=SimpleNamespace(block_count=8))
+    main()
+"""
+
+
+@pytest.fixture(autouse=True)
+def stand_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    package = SimpleNamespace(manifest=SimpleNamespace(block_count=8))
+    monkeypatch.setattr(demo, "COMMAND", (sys.executable, "-m", "tests.unit.daemon_stand_in"))
+    monkeypatch.setattr(catalogue, "DEMO_MODEL", "tiny")
+    monkeypatch.setattr(importer, "import_model", lambda *_, **__: package)
+    monkeypatch.setenv("STAND_IN", "well")
+
+
+def test_the_answer_is_shown_with_its_way_and_its_time(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["demo", "--nodes", "2", "--prompt", "Hi there"]) == 0
+    output = capsys.readouterr().out
+    assert "> Hi there\nHello, wörld\n" in output
+    for fact in (*PEERS, "0-4", "4-8", "127.0.0.1:4001", "127.0.0.1:4002", "0.10 s", "0.20 s", "arithmetic=fp32"):
+        assert fact in output
+    for fact in ("33.3 tokens/s", "first token after 0.25 s", "0.50 s in all", "until every block was served"):
+        assert fact in output
+
+
+def test_json_is_that_of_a_job_and_what_each_peer_did(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["demo", "--nodes", "2", "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert (report["text"], report["finish_reason"]) == ("Hello, wörld", "stop")
+    assert [(stage["peer"], stage["start"], stage["end"], stage["compute_s"]) for stage in report["stages"]] == [
+        (PEERS[0], 0, 4, 0.1),
+        (PEERS[1], 4, 8, 0.2),
+    ]
+    assert report["start_s"] > 0
+
+
+def test_the_last_words_of_a_peer_that_dies_are_shown(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("STAND_IN", "dies")
+    assert run(["demo", "--nodes", "2"]) == 1
+    errors = capsys.readouterr().err
+    assert "no more\ufffd of this\n" in errors
+    assert errors.endswith("metaswarm: peer 2 of 2, blocks 4-8, ended with exit code 1\n")
+
+
+def test_more_peers_than_blocks_is_wrong_usage(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["demo", "--nodes", "9"]) == 2
+    assert "1 to 8 peers, not 9" in capsys.readouterr().err
+
+
+def test_kept_peers_go_on_until_ctrl_c() -> None:
+    command = [sys.executable, "-c", PREPARE, "demo", "--nodes", "2", "--keep"]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
+        lines: list[str] = []
+        while not lines or "/v1" not in lines[-1]:
+            lines.append(process.stderr.readline())
+            assert lines[-1], "the demo ended by itself"
+        (submit,) = (line for line in lines if "metaswarm submit" in line)
+        assert run(["submit", "Hi", "--api", submit.split()[-1]]) == 0
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=20)
+    assert process.returncode == 130
+    assert "Traceback" not in errors
