@@ -35,7 +35,7 @@ from node.network.interface import (
 from node.network.streams import Libp2pStream, serve, wrap
 from node.network.swarm import GuardedHost, GuardedSwarm, quiet_library, start_service
 from node.network.transport import Admission, Tcp, bind, reason, secure_upgrader
-from node.network.yamux import YamuxLimits, shielded
+from node.network.yamux_stream import YamuxLimits, shielded
 from protocol.identity import PeerId, peer_id_from_public_key
 
 logger = logging.getLogger(__name__)

@@ -8,7 +8,7 @@ from libp2p.abc import INetStream
 from libp2p.stream_muxer.exceptions import MuxedStreamEOF, MuxedStreamError
 
 from node.network.interface import Stream, StreamClosed
-from node.network.yamux import YamuxStream, shielded
+from node.network.yamux_stream import YamuxStream, shielded
 from protocol.identity import PeerId
 
 

@@ -27,7 +27,7 @@ from multiaddr import Multiaddr
 
 from node.network.addresses import TcpAddress, parse_address
 from node.network.transport import UPGRADE_TIMEOUT_S, Tcp, reason
-from node.network.yamux import YamuxStream, shielded
+from node.network.yamux_stream import YamuxStream, shielded
 
 logger = logging.getLogger(__name__)
 

@@ -30,7 +30,8 @@ from multiaddr import Multiaddr
 from node.network.addresses import TcpAddress, origin, parse_address
 from node.network.interface import NetworkError
 from node.network.yamux import PROTOCOL_ID as YAMUX_PROTOCOL_ID
-from node.network.yamux import Yamux, YamuxLimits, shielded
+from node.network.yamux import Yamux
+from node.network.yamux_stream import YamuxLimits, shielded
 
 logger = logging.getLogger(__name__)
 

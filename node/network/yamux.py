@@ -11,216 +11,48 @@ buffer that goes out with the next write.
 
 import contextlib
 import logging
-import struct
-from collections import deque
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
-from types import TracebackType
-from typing import Final, Self
+from typing import Final
 
 import trio
-from libp2p.abc import IMuxedConn, IMuxedStream, ISecureConn
+from libp2p.abc import IMuxedConn, ISecureConn
 from libp2p.connection_types import ConnectionType
 from libp2p.peer.id import ID
 from libp2p.stream_muxer.exceptions import (
     MuxedConnUnavailable,
-    MuxedStreamClosed,
-    MuxedStreamEOF,
     MuxedStreamError,
     MuxedStreamReset,
 )
 from multiaddr import Multiaddr
 
+from node.network.yamux_stream import (
+    ACK,
+    DATA,
+    FIN,
+    GO_AWAY,
+    HEADER,
+    INITIAL_WINDOW_BYTES,
+    PING,
+    RST,
+    SYN,
+    WINDOW_UPDATE,
+    YamuxLimits,
+    YamuxStream,
+    shielded,
+)
+
 logger = logging.getLogger(__name__)
 
 PROTOCOL_ID: Final = "/yamux/1.0.0"
 
-INITIAL_WINDOW_BYTES: Final = 256 << 10
-"""What either side may send on a new stream, by the specification."""
-
-MAX_FRAME_BYTES: Final = 4 * 65519 - 12
-"""With its header, a frame fills exactly four Noise messages."""
-
 MAX_SEND_WINDOW_BYTES: Final = 1 << 30
 MAX_PENDING_CONTROL_BYTES: Final = 64 << 10
 
-_HEADER = struct.Struct("!BBHII")
-_DATA, _WINDOW_UPDATE, _PING, _GO_AWAY = range(4)
-_SYN, _ACK, _FIN, _RST = 1, 2, 4, 8
 _NORMAL, _PROTOCOL_ERROR = 0, 1
-
-
-@dataclass(frozen=True, slots=True)
-class YamuxLimits:
-    """What one connection may cost us, and how long we wait for its peer."""
-
-    max_streams: int = 200
-    """Streams open at a time, counted apart for those we opened and those the peer opened."""
-    max_window_bytes: int = 2 << 20
-    """How far the receive window of a stream that is read swiftly may grow."""
-    max_window_growth_bytes: int = 32 << 20
-    """The same for all streams of the connection together, beyond their initial windows."""
-    write_timeout_s: float = 10.0
-    """A peer that takes no byte for so long is cut off: the stream for want of a window, else the connection."""
-    keepalive_s: float = 10.0
-    """A peer that is silent for so long is pinged, and cut off when it stays silent for as long again."""
-    linger_s: float = 60.0
-    """How long the peer may leave its half of a stream open after we closed ours."""
 
 
 class _PeerFaultError(Exception):
     """The peer broke the yamux protocol; the connection ends."""
-
-
-def shielded(timeout_s: float) -> trio.CancelScope:
-    """Return a scope for what must be done even under cancellation, bounded in time."""
-    scope = trio.move_on_after(timeout_s)
-    scope.shield = True
-    return scope
-
-
-class YamuxStream(IMuxedStream):
-    """One stream. The library uses read/write/close/reset; our own code the same, through `Libp2pStream`."""
-
-    def __init__(self, connection: "Yamux", stream_id: int, *, ours: bool) -> None:
-        self.muxed_conn: Yamux = connection
-        self.stream_id = stream_id
-        self.ours = ours
-        self.send_window = INITIAL_WINDOW_BYTES
-        self.receive_window = INITIAL_WINDOW_BYTES
-        self.target_window = INITIAL_WINDOW_BYTES
-        self.consumed = 0
-        self.last_update = trio.current_time()
-        self.chunks: deque[bytes] = deque()
-        self.send_closed = False
-        self.finished = False
-        self.broken = False
-        self.closed_at: float | None = None
-        self.discarding = False
-        self.readable = trio.lowlevel.ParkingLot()
-        self.writable = trio.lowlevel.ParkingLot()
-
-    async def read(self, n: int | None = None) -> bytes:
-        """Return what has arrived, at most `n` bytes; raise MuxedStreamEOF at the end. Cancelling it loses nothing."""
-        await trio.lowlevel.checkpoint_if_cancelled()
-        while not self.chunks:
-            if self.finished and not self.discarding:
-                raise MuxedStreamEOF("end of stream")
-            if self.broken or self.discarding:
-                raise MuxedStreamReset("stream was reset")
-            await self.readable.park()
-        chunk = self.chunks[0]
-        if n is None or n < 0 or len(chunk) <= n:
-            self.chunks.popleft()
-        else:
-            self.chunks[0] = chunk[n:]
-            chunk = chunk[:n]
-        self.muxed_conn.consumed(self, len(chunk))
-        return chunk
-
-    async def write(self, data: bytes | bytearray | memoryview) -> None:
-        """Send everything. When it is cancelled half-way the stream is reset, and only the stream."""
-        view = memoryview(data)
-        started = False
-        try:
-            while view:
-                size = await self._wait_for_window()
-                async with self.muxed_conn.write_lock:
-                    # Another writer may have had the window, or the stream may have ended, while we queued.
-                    size = min(size, self.send_window, MAX_FRAME_BYTES, len(view))
-                    self._raise_if_unwritable()
-                    if size == 0:
-                        continue
-                    self.send_window -= size
-                    started = True
-                    await self.muxed_conn.write_frame(_HEADER.pack(0, _DATA, 0, self.stream_id, size), view[:size])
-                view = view[size:]
-            await trio.lowlevel.checkpoint_if_cancelled()
-        except trio.Cancelled:
-            if started and view:
-                self.reset_now()
-            raise
-
-    async def _wait_for_window(self) -> int:
-        self._raise_if_unwritable()
-        if self.send_window == 0:
-            with trio.move_on_after(self.muxed_conn.limits.write_timeout_s):
-                while self.send_window == 0 and not self.broken and not self.send_closed:
-                    await self.writable.park()
-            self._raise_if_unwritable()
-            if self.send_window == 0:
-                self.reset_now()
-                raise MuxedStreamReset(f"the peer took nothing for {self.muxed_conn.limits.write_timeout_s:g} s")
-        return self.send_window
-
-    def _raise_if_unwritable(self) -> None:
-        if self.broken:
-            raise MuxedStreamReset("stream was reset")
-        if self.send_closed:
-            raise MuxedStreamClosed("stream is closed for sending")
-
-    async def close(self) -> None:
-        """Say that we send no more. The peer may still send: this is what the library's protocols expect."""
-        self.close_now(discard=False)
-        await trio.lowlevel.checkpoint_if_cancelled()
-
-    def close_now(self, *, discard: bool) -> None:
-        """Close without waiting: the last frame goes out with the next write. `discard`: break off what still comes."""
-        if discard:
-            self.discarding = True
-            self.chunks.clear()
-        if self.send_closed or self.broken:
-            return
-        self.send_closed = True
-        self.closed_at = trio.current_time()
-        self.muxed_conn.queue_control(_WINDOW_UPDATE, _FIN, self.stream_id, 0)
-        self.writable.unpark_all()
-        if self.finished:
-            self.muxed_conn.forget(self)
-
-    async def reset(self) -> None:
-        """Break the stream off in both directions."""
-        self.reset_now()
-        await trio.lowlevel.checkpoint_if_cancelled()
-
-    def reset_now(self) -> None:
-        """Do `reset` without waiting."""
-        if self.broken:
-            return  # the library resets every stream of a lost connection: what was complete may still be read
-        if not (self.send_closed and self.finished):
-            self.muxed_conn.queue_control(_WINDOW_UPDATE, _RST, self.stream_id, 0)
-        self.chunks.clear()
-        self.break_off()
-
-    def break_off(self) -> None:
-        """Mark the stream dead and wake everybody. Only what was complete before may still be read."""
-        self.broken = self.send_closed = True
-        if not self.finished:
-            self.chunks.clear()
-        self.muxed_conn.forget(self)
-        self.readable.unpark_all()
-        self.writable.unpark_all()
-
-    @property
-    def is_closed(self) -> bool:
-        """Whether nothing more can pass in either direction."""
-        return self.broken or (self.send_closed and self.finished and not self.chunks)
-
-    def set_deadline(self, ttl: int) -> None:
-        """Yamux has no deadlines; callers use cancel scopes."""
-        raise NotImplementedError("use a cancel scope")
-
-    def get_remote_address(self) -> tuple[str, int] | None:
-        """Return host and port of the peer."""
-        return self.muxed_conn.get_remote_address()
-
-    async def __aenter__(self) -> Self:
-        return self
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        await self.close()
 
 
 class Yamux(IMuxedConn):
@@ -305,7 +137,7 @@ class Yamux(IMuxedConn):
         """Say goodbye, if the peer listens, and end the connection. Bounded by a second."""
         if not self.event_closed.is_set():
             with shielded(0.5):
-                self.queue_control(_GO_AWAY, 0, 0, _NORMAL)
+                self.queue_control(GO_AWAY, 0, 0, _NORMAL)
                 await self._send_last_words()
         self.abort()
         with shielded(0.5):
@@ -345,7 +177,7 @@ class Yamux(IMuxedConn):
         self._next_id += 2
         self._streams[stream.stream_id] = stream
         self._ours += 1
-        self.queue_control(_WINDOW_UPDATE, _SYN, stream.stream_id, 0)
+        self.queue_control(WINDOW_UPDATE, SYN, stream.stream_id, 0)
         return stream
 
     async def accept_stream(self) -> YamuxStream:
@@ -383,7 +215,7 @@ class Yamux(IMuxedConn):
                 self._window_growth += growth
         stream.last_update = now
         stream.receive_window += stream.consumed
-        self.queue_control(_WINDOW_UPDATE, 0, stream.stream_id, stream.consumed)
+        self.queue_control(WINDOW_UPDATE, 0, stream.stream_id, stream.consumed)
         stream.consumed = 0
 
     # Writing
@@ -395,7 +227,7 @@ class Yamux(IMuxedConn):
         if len(self._control) >= MAX_PENDING_CONTROL_BYTES:
             self.abort("it does not read what it asks for")
             return
-        self._control += _HEADER.pack(0, kind, flags, stream_id, value)
+        self._control += HEADER.pack(0, kind, flags, stream_id, value)
         self._control_pending.unpark_all()
 
     async def write_frame(self, header: bytes, payload: memoryview | bytes = b"") -> None:
@@ -439,7 +271,7 @@ class Yamux(IMuxedConn):
         while True:
             before = self._received_frames
             self._ping_sent = trio.current_time()
-            self.queue_control(_PING, _SYN, 0, 0)
+            self.queue_control(PING, SYN, 0, 0)
             await trio.sleep(self.limits.keepalive_s)
             if self._received_frames == before:
                 self.abort(f"it was silent for {self.limits.keepalive_s:g} s after a ping")
@@ -455,7 +287,7 @@ class Yamux(IMuxedConn):
             await self._receive_frames()
         except _PeerFaultError as fault:
             self._on_fault(str(fault))
-            self.queue_control(_GO_AWAY, 0, 0, _PROTOCOL_ERROR)
+            self.queue_control(GO_AWAY, 0, 0, _PROTOCOL_ERROR)
             with trio.move_on_after(0.5):
                 await self._send_last_words()
         except Exception as error:  # noqa: BLE001  # every layer below has its own way to say that it ended
@@ -470,14 +302,14 @@ class Yamux(IMuxedConn):
     async def _receive_frames(self) -> None:
         buffer = bytearray()
         while True:
-            while len(buffer) < _HEADER.size:
+            while len(buffer) < HEADER.size:
                 buffer += await self.secured_conn.read(None)
-            version, kind, flags, stream_id, value = _HEADER.unpack_from(buffer)
-            del buffer[: _HEADER.size]
+            version, kind, flags, stream_id, value = HEADER.unpack_from(buffer)
+            del buffer[: HEADER.size]
             self._received_frames += 1
             if version != 0:
                 raise _PeerFaultError("it speaks another version of yamux")
-            if kind == _DATA:
+            if kind == DATA:
                 stream = self._incoming_stream(flags, stream_id)
                 self._admit(stream, stream_id, value)
                 while value:
@@ -491,37 +323,37 @@ class Yamux(IMuxedConn):
                         stream.chunks.append(chunk)
                         stream.readable.unpark_all()
                 self._handle_flags(stream, flags)
-            elif kind == _WINDOW_UPDATE:
+            elif kind == WINDOW_UPDATE:
                 stream = self._incoming_stream(flags, stream_id)
                 if stream is not None:
                     stream.send_window = min(stream.send_window + value, MAX_SEND_WINDOW_BYTES)
                     stream.writable.unpark_all()
                 self._handle_flags(stream, flags)
-            elif kind == _PING:
+            elif kind == PING:
                 self._handle_ping(flags, value)
-            elif kind == _GO_AWAY:
+            elif kind == GO_AWAY:
                 return
             else:
                 raise _PeerFaultError(f"it sent a frame of the unknown type {kind}")
 
     def _incoming_stream(self, flags: int, stream_id: int) -> YamuxStream | None:
         """Return the stream of a frame, opening it if the frame says so; None for one that is gone or not admitted."""
-        if not flags & _SYN:
+        if not flags & SYN:
             return self._streams.get(stream_id)
         if stream_id in self._streams or stream_id == 0 or stream_id % 2 == self._next_id % 2:
             raise _PeerFaultError(f"it opened stream {stream_id} out of turn")
         if self._theirs >= self.limits.max_streams:
-            self.queue_control(_WINDOW_UPDATE, _RST, stream_id, 0)
+            self.queue_control(WINDOW_UPDATE, RST, stream_id, 0)
             return None
         stream = YamuxStream(self, stream_id, ours=False)
         try:
             self._arrivals.send_nowait(stream)
         except (trio.WouldBlock, trio.BrokenResourceError):
-            self.queue_control(_WINDOW_UPDATE, _RST, stream_id, 0)
+            self.queue_control(WINDOW_UPDATE, RST, stream_id, 0)
             return None
         self._streams[stream_id] = stream
         self._theirs += 1
-        self.queue_control(_WINDOW_UPDATE, _ACK, stream_id, 0)
+        self.queue_control(WINDOW_UPDATE, ACK, stream_id, 0)
         return stream
 
     def _admit(self, stream: YamuxStream | None, stream_id: int, size: int) -> None:
@@ -531,7 +363,7 @@ class Yamux(IMuxedConn):
             if size > self.limits.max_window_bytes:
                 raise _PeerFaultError(f"it sent {size} bytes on a closed stream")
             if size:
-                self.queue_control(_WINDOW_UPDATE, _RST, stream_id, 0)
+                self.queue_control(WINDOW_UPDATE, RST, stream_id, 0)
             return
         stream.receive_window -= size
         if stream.receive_window < 0:
@@ -542,17 +374,17 @@ class Yamux(IMuxedConn):
     def _handle_flags(self, stream: YamuxStream | None, flags: int) -> None:
         if stream is None:
             return
-        if flags & _RST:
+        if flags & RST:
             stream.break_off()
-        elif flags & _FIN:
+        elif flags & FIN:
             stream.finished = True
             stream.readable.unpark_all()
             if stream.send_closed:
                 self.forget(stream)
 
     def _handle_ping(self, flags: int, value: int) -> None:
-        if flags & _SYN:
-            self.queue_control(_PING, _ACK, 0, value)
-        elif flags & _ACK and self._ping_sent:
+        if flags & SYN:
+            self.queue_control(PING, ACK, 0, value)
+        elif flags & ACK and self._ping_sent:
             self._round_trip_s = trio.current_time() - self._ping_sent
             self._ping_sent = 0.0

@@ -16,7 +16,8 @@ from libp2p.peer.id import ID
 from libp2p.stream_muxer.yamux.yamux import Yamux as LibraryYamux
 from multiaddr import Multiaddr
 
-from node.network.yamux import Yamux, YamuxLimits
+from node.network.yamux import Yamux
+from node.network.yamux_stream import YamuxLimits
 
 KEY = create_new_key_pair(bytes(32))
 PEER = ID.from_pubkey(KEY.public_key)

@@ -10,7 +10,7 @@ import trio.testing
 from node.network.host import Libp2pNetwork, NetworkLimits
 from node.network.interface import Network, NetworkError, PeerConnected, Stream, StreamClosed
 from node.network.swarm import start_service
-from node.network.yamux import YamuxLimits
+from node.network.yamux_stream import YamuxLimits
 from protocol.identity import PeerId
 
 from .conftest import limited

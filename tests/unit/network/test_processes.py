@@ -12,7 +12,7 @@ import trio
 
 from node.network.host import Libp2pNetwork, NetworkLimits
 from node.network.interface import NetworkError, PeerConnected, PeerDisconnected, StreamClosed
-from node.network.yamux import YamuxLimits
+from node.network.yamux_stream import YamuxLimits
 from protocol.identity import PeerId
 
 from .conftest import limited, receive_exactly

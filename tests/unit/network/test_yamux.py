@@ -16,7 +16,7 @@ from libp2p.abc import IMuxedConn, IMuxedStream
 from libp2p.io.exceptions import ConnectionClosedError
 from libp2p.stream_muxer.exceptions import MuxedStreamEOF, MuxedStreamError, MuxedStreamReset
 
-from node.network.yamux import INITIAL_WINDOW_BYTES, YamuxLimits
+from node.network.yamux_stream import INITIAL_WINDOW_BYTES, YamuxLimits
 
 from .pipes import (
     ACK,

@@ -1,0 +1,193 @@
+"""A stream of our multiplexer: its two windows, its buffer, and who waits for them."""
+
+import struct
+from collections import deque
+from dataclasses import dataclass
+from types import TracebackType
+from typing import TYPE_CHECKING, Final, Self
+
+import trio
+from libp2p.abc import IMuxedStream
+from libp2p.stream_muxer.exceptions import MuxedStreamClosed, MuxedStreamEOF, MuxedStreamReset
+
+if TYPE_CHECKING:
+    from node.network.yamux import Yamux
+
+INITIAL_WINDOW_BYTES: Final = 256 << 10
+"""What either side may send on a new stream, by the specification."""
+
+MAX_FRAME_BYTES: Final = 4 * 65519 - 12
+"""With its header, a frame fills exactly four Noise messages."""
+
+HEADER = struct.Struct("!BBHII")
+DATA, WINDOW_UPDATE, PING, GO_AWAY = range(4)
+SYN, ACK, FIN, RST = 1, 2, 4, 8
+
+
+@dataclass(frozen=True, slots=True)
+class YamuxLimits:
+    """What one connection may cost us, and how long we wait for its peer."""
+
+    max_streams: int = 200
+    """Streams open at a time, counted apart for those we opened and those the peer opened."""
+    max_window_bytes: int = 2 << 20
+    """How far the receive window of a stream that is read swiftly may grow."""
+    max_window_growth_bytes: int = 32 << 20
+    """The same for all streams of the connection together, beyond their initial windows."""
+    write_timeout_s: float = 10.0
+    """A peer that takes no byte for so long is cut off: the stream for want of a window, else the connection."""
+    keepalive_s: float = 10.0
+    """A peer that is silent for so long is pinged, and cut off when it stays silent for as long again."""
+    linger_s: float = 60.0
+    """How long the peer may leave its half of a stream open after we closed ours."""
+
+
+def shielded(timeout_s: float) -> trio.CancelScope:
+    """Return a scope for what must be done even under cancellation, bounded in time."""
+    scope = trio.move_on_after(timeout_s)
+    scope.shield = True
+    return scope
+
+
+class YamuxStream(IMuxedStream):
+    """One stream. The library uses read/write/close/reset; our own code the same, through `Libp2pStream`."""
+
+    def __init__(self, connection: "Yamux", stream_id: int, *, ours: bool) -> None:
+        self.muxed_conn: Yamux = connection
+        self.stream_id = stream_id
+        self.ours = ours
+        self.send_window = INITIAL_WINDOW_BYTES
+        self.receive_window = INITIAL_WINDOW_BYTES
+        self.target_window = INITIAL_WINDOW_BYTES
+        self.consumed = 0
+        self.last_update = trio.current_time()
+        self.chunks: deque[bytes] = deque()
+        self.send_closed = False
+        self.finished = False
+        self.broken = False
+        self.closed_at: float | None = None
+        self.discarding = False
+        self.readable = trio.lowlevel.ParkingLot()
+        self.writable = trio.lowlevel.ParkingLot()
+
+    async def read(self, n: int | None = None) -> bytes:
+        """Return what has arrived, at most `n` bytes; raise MuxedStreamEOF at the end. Cancelling it loses nothing."""
+        await trio.lowlevel.checkpoint_if_cancelled()
+        while not self.chunks:
+            if self.finished and not self.discarding:
+                raise MuxedStreamEOF("end of stream")
+            if self.broken or self.discarding:
+                raise MuxedStreamReset("stream was reset")
+            await self.readable.park()
+        chunk = self.chunks[0]
+        if n is None or n < 0 or len(chunk) <= n:
+            self.chunks.popleft()
+        else:
+            self.chunks[0] = chunk[n:]
+            chunk = chunk[:n]
+        self.muxed_conn.consumed(self, len(chunk))
+        return chunk
+
+    async def write(self, data: bytes | bytearray | memoryview) -> None:
+        """Send everything. When it is cancelled half-way the stream is reset, and only the stream."""
+        view = memoryview(data)
+        started = False
+        try:
+            while view:
+                size = await self._wait_for_window()
+                async with self.muxed_conn.write_lock:
+                    # Another writer may have had the window, or the stream may have ended, while we queued.
+                    size = min(size, self.send_window, MAX_FRAME_BYTES, len(view))
+                    self._raise_if_unwritable()
+                    if size == 0:
+                        continue
+                    self.send_window -= size
+                    started = True
+                    await self.muxed_conn.write_frame(HEADER.pack(0, DATA, 0, self.stream_id, size), view[:size])
+                view = view[size:]
+            await trio.lowlevel.checkpoint_if_cancelled()
+        except trio.Cancelled:
+            if started and view:
+                self.reset_now()
+            raise
+
+    async def _wait_for_window(self) -> int:
+        self._raise_if_unwritable()
+        if self.send_window == 0:
+            with trio.move_on_after(self.muxed_conn.limits.write_timeout_s):
+                while self.send_window == 0 and not self.broken and not self.send_closed:
+                    await self.writable.park()
+            self._raise_if_unwritable()
+            if self.send_window == 0:
+                self.reset_now()
+                raise MuxedStreamReset(f"the peer took nothing for {self.muxed_conn.limits.write_timeout_s:g} s")
+        return self.send_window
+
+    def _raise_if_unwritable(self) -> None:
+        if self.broken:
+            raise MuxedStreamReset("stream was reset")
+        if self.send_closed:
+            raise MuxedStreamClosed("stream is closed for sending")
+
+    async def close(self) -> None:
+        """Say that we send no more. The peer may still send: this is what the library's protocols expect."""
+        self.close_now(discard=False)
+        await trio.lowlevel.checkpoint_if_cancelled()
+
+    def close_now(self, *, discard: bool) -> None:
+        """Close without waiting: the last frame goes out with the next write. `discard`: break off what still comes."""
+        if discard:
+            self.discarding = True
+            self.chunks.clear()
+        if self.send_closed or self.broken:
+            return
+        self.send_closed = True
+        self.closed_at = trio.current_time()
+        self.muxed_conn.queue_control(WINDOW_UPDATE, FIN, self.stream_id, 0)
+        self.writable.unpark_all()
+        if self.finished:
+            self.muxed_conn.forget(self)
+
+    async def reset(self) -> None:
+        """Break the stream off in both directions."""
+        self.reset_now()
+        await trio.lowlevel.checkpoint_if_cancelled()
+
+    def reset_now(self) -> None:
+        """Do `reset` without waiting."""
+        if self.broken:
+            return  # the library resets every stream of a lost connection: what was complete may still be read
+        if not (self.send_closed and self.finished):
+            self.muxed_conn.queue_control(WINDOW_UPDATE, RST, self.stream_id, 0)
+        self.chunks.clear()
+        self.break_off()
+
+    def break_off(self) -> None:
+        """Mark the stream dead and wake everybody. Only what was complete before may still be read."""
+        self.broken = self.send_closed = True
+        if not self.finished:
+            self.chunks.clear()
+        self.muxed_conn.forget(self)
+        self.readable.unpark_all()
+        self.writable.unpark_all()
+
+    @property
+    def is_closed(self) -> bool:
+        """Whether nothing more can pass in either direction."""
+        return self.broken or (self.send_closed and self.finished and not self.chunks)
+
+    def set_deadline(self, ttl: int) -> None:
+        """Yamux has no deadlines; callers use cancel scopes."""
+        raise NotImplementedError("use a cancel scope")
+
+    def get_remote_address(self) -> tuple[str, int] | None:
+        """Return host and port of the peer."""
+        return self.muxed_conn.get_remote_address()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        await self.close()
