@@ -9,15 +9,16 @@ from typing import Protocol
 import structlog
 import trio
 
-from node.models.blobs import BLOB_PROTOCOL, BlobServer, ModelFetcher
+from node.models.blobs import BlobServer, ModelFetcher
 from node.models.catalogue import CATALOGUE
 from node.models.errors import ModelError
 from node.models.files import Progress, ignore_progress
 from node.models.importer import import_model
 from node.models.manifest import Manifest
-from node.models.store import ModelStore, Package
-from node.models.tokenizer import Tokenizer
+from node.models.store import ModelStore, Package, UnknownModelError
+from node.models.tokenizer import Tokenizer, load_tokenizer
 from node.network.interface import Network
+from protocol.blobs import PROTOCOL_ID
 from protocol.identity import BlockRange, ModelId, PeerId
 from protocol.limits import MAX_POSITIONS, MAX_VOCABULARY, MAX_WIDTH
 
@@ -89,14 +90,14 @@ class Library:
     def __init__(self, store: ModelStore, network: Network, swarm: Swarm) -> None:
         self._store = store
         self._swarm = swarm
-        self._fetcher = ModelFetcher(store, network)
+        self._fetcher = ModelFetcher(network, store)
         self._server = BlobServer(store)
         self._open: OrderedDict[ModelId, KnownModel] = OrderedDict()
-        network.set_stream_handler(BLOB_PROTOCOL, self._server.handle)
+        network.set_stream_handler(PROTOCOL_ID, self._server.handle)
 
     def transfers(self) -> Transfers:
         """Return what crossed the blob protocol so far."""
-        return Transfers(self._fetcher.bytes_by_peer, self._server.served_bytes)
+        return Transfers(self._fetcher.bytes_by_peer, sum(self._server.statistics().bytes_by_peer.values()))
 
     def local_models(self) -> tuple[ModelId, ...]:
         """Return the models of which at least the manifest is here."""
@@ -135,7 +136,7 @@ class Library:
         package = await self._package(model)
         if any(not package.has(file) for file in package.manifest.tokenizer_files):
             await self._fetcher.fetch_tokenizer(package.manifest, await self._swarm.providers(model))
-        tokenizer = await trio.to_thread.run_sync(Tokenizer.load, package)
+        tokenizer = await trio.to_thread.run_sync(load_tokenizer, package)
         known = KnownModel(model, self.name_of(model), package.manifest, tokenizer)
         self._open[model] = known
         if len(self._open) > KEPT_OPEN:
@@ -179,9 +180,8 @@ class Library:
         """Return a model's package, which may have no more than its manifest."""
         try:
             return self._store.get(model)
-        except ModelError:
-            manifest = await self._fetcher.fetch_manifest(model, await self._swarm.providers(model))
-        return self._store.get(manifest.model_id)
+        except UnknownModelError:
+            return await self._fetcher.fetch_manifest(model, await self._swarm.providers(model))
 
     async def _import(self, model: ModelId, progress: Progress) -> Package:
         name = self._catalogue_name(model)
