@@ -18,6 +18,7 @@ VERBS: Final[Mapping[str, tuple[str, str]]] = {
     "peers": ("node.cli.swarm:peers", "Show who is in the swarm and what they hold."),
     "models": ("node.cli.swarm:models", "Show which models are complete, block by block."),
     "model": ("node.cli.models:model", "Import, list, show, verify and remove model packages."),
+    "history": ("node.cli.history:history_group", "Export, import and verify the history of observations."),
     "keygen": ("node.cli.keygen:keygen", "Write the key of a private swarm."),
 }
 """Where each verb lives, and what it does in one line: `metaswarm --help` imports none of them."""

@@ -2,10 +2,11 @@
 
 import hashlib
 import sqlite3
-from collections.abc import AsyncIterator, Iterable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Sequence
+from contextlib import aclosing
 from dataclasses import dataclass
 from functools import partial
-from typing import Final
+from typing import Final, NamedTuple
 
 from node.storage.database import Database
 from protocol.identity import PeerId
@@ -24,6 +25,15 @@ GRACE_BUCKETS: Final = 1
 class _Known:
     revision: int
     digest: BucketDigest
+
+
+class StoredObservation(NamedTuple):
+    """An observation as it lies on disk."""
+
+    id: ObservationId
+    bucket: int
+    observer: PeerId
+    envelope: bytes
 
 
 class HistoryStore:
@@ -78,18 +88,26 @@ class HistoryStore:
         return await self._database.read(lambda connection: dict(connection.execute(query).fetchall()))
 
     async def envelopes(self, *, first_bucket: int = 0) -> AsyncIterator[bytes]:
-        """Yield every envelope by time of issue, in bounded memory.
+        """Yield every envelope by time of issue, in bounded memory; see `pages`."""
+        async with aclosing(self.pages(first_bucket=first_bucket)) as pages:
+            async for page in pages:
+                for stored in page:
+                    yield stored.envelope
 
-        What is added meanwhile may or may not be among them.
-        """
+    async def pages(self, *, first_bucket: int = 0) -> AsyncGenerator[list[StoredObservation], None]:
+        """Yield everything by bucket and id, some at a time. What is added meanwhile may or may not be among it."""
         after = (first_bucket, b"")
         while True:
             page = await self._database.read(partial(_page, after=after))
-            for bucket, content_id, envelope in page:
-                after = (bucket, content_id)
-                yield envelope
+            if page:
+                after = (page[-1].bucket, page[-1].id)
+                yield page
             if len(page) < PAGE:
                 return
+
+    async def discard(self, ids: Iterable[ObservationId]) -> None:
+        """Drop observations that were found to be faulty."""
+        await self._database.write(partial(_delete, ids=tuple(ids)))
 
     async def retain(self, now_s: float) -> int:
         """Drop what the bounds leave no room for, and what is too old; return how many observations went.
@@ -169,12 +187,12 @@ def _envelopes(connection: sqlite3.Connection, ids: Iterable[bytes]) -> list[byt
     return [row[0] for row in rows if row]
 
 
-def _page(connection: sqlite3.Connection, after: tuple[int, bytes]) -> list[tuple[int, bytes, bytes]]:
+def _page(connection: sqlite3.Connection, after: tuple[int, bytes]) -> list[StoredObservation]:
     query = """
-        SELECT bucket, id, envelope FROM observations
+        SELECT id, bucket, observer, envelope FROM observations
         WHERE (bucket, id) > (?, ?) ORDER BY bucket, id LIMIT ?
     """
-    return connection.execute(query, (*after, PAGE)).fetchall()
+    return [StoredObservation(*row) for row in connection.execute(query, (*after, PAGE))]
 
 
 def _shares(connection: sqlite3.Connection) -> dict[Share, int]:

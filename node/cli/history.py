@@ -1,0 +1,310 @@
+"""`metaswarm history …`: the observations that this node holds, out of its file and into it.
+
+All of it works whether or not a node runs in the data directory.
+"""
+
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import aclosing, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any, Final
+
+import click
+
+from node.cli.output import CommandError, format_duration, json_option, print_error, print_json, progress_bars
+from node.config import default_data_dir
+
+if TYPE_CHECKING:
+    from node.storage.verification import Verification
+    from protocol.observations import SignedObservation
+
+MAX_SHOWN: Final = 20
+"""Faults told one by one; the rest are only counted."""
+
+BATCH: Final = 500
+
+Progress = Callable[[int, int], None]
+
+_data_dir_option = click.option(
+    "--data-dir",
+    envvar="METASWARM_DATA_DIR",
+    type=click.Path(file_okay=False, path_type=Path),
+    default=default_data_dir,
+    metavar="DIR",
+    help="The node's data directory, instead of METASWARM_DATA_DIR or the user's own.",
+)
+
+
+@click.group("history")
+def history_group() -> None:
+    """Export, import and verify the history of performance observations."""
+
+
+@history_group.command()
+@_data_dir_option
+@click.option(
+    "--output",
+    type=click.Path(dir_okay=False, path_type=Path),
+    metavar="FILE",
+    help="Where to write; without it, JSON lines go to stdout. A name that ends in .parquet means Parquet.",
+)
+@json_option
+def export(data_dir: Path, output: Path | None, as_json: bool) -> None:
+    """Write every observation as one JSON object a line, or as a Parquet file.
+
+    Each has readable fields and, as `record`, the signed original, which `metaswarm history import` reads.
+    """
+    path = _existing(data_dir)
+    if output is None:
+        with _faults_in_words():
+            _export(path, lambda observations: _write_lines(sys.stdout, observations), lambda done, total: None)
+        return
+    with _faults_in_words(), _written_whole(output) as temporary, progress_bars() as progress:
+        shown = _shown(progress, f"exporting to {output}")
+        if output.suffix == ".parquet":
+            from node.storage.parquet import create_parquet
+
+            with create_parquet(temporary) as parquet:
+                count = _export(path, parquet.write, shown)
+        else:
+            with temporary.open("w", encoding="utf-8") as lines:
+                count = _export(path, lambda observations: _write_lines(lines, observations), shown)
+    if as_json:
+        print_json({"exported": count, "file": str(output.absolute())})
+    else:
+        click.echo(f"exported {_observations(count)} to {output}")
+
+
+@history_group.command("import")
+@click.argument("file", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@_data_dir_option
+@json_option
+def import_(file: Path, data_dir: Path, as_json: bool) -> int:
+    """Add the observations in FILE, as written by `metaswarm history export`.
+
+    Each is verified first. What is not right is named with its line and left out, and the exit code is 1.
+    """
+    from node.storage.database import DATABASE_FILE
+
+    with _faults_in_words(), progress_bars() as progress:
+        result = _import(data_dir / DATABASE_FILE, file, _shown(progress, f"importing {file}"))
+    for number, reason in list(result.rejected.items())[:MAX_SHOWN]:
+        print_error(f"{file}, line {number}: {reason}")
+    if len(result.rejected) > MAX_SHOWN:
+        print_error(f"and {len(result.rejected) - MAX_SHOWN} more lines are not right")
+    if as_json:
+        rejected = [{"line": number, "reason": reason} for number, reason in result.rejected.items()]
+        print_json({"read": result.read, "new": result.new, "known": result.known, "rejected": rejected})
+    else:
+        click.echo(
+            f"read {_observations(result.read)}: {result.new} new, {result.known} known already, "
+            f"{len(result.rejected)} rejected"
+        )
+    return 1 if result.rejected else 0
+
+
+@history_group.command()
+@_data_dir_option
+@click.option("--repair", is_flag=True, help="Drop what is not right; the swarm gives back what it has of it.")
+@json_option
+def verify(data_dir: Path, repair: bool, as_json: bool) -> int:
+    """Check every signature, every id and every digest of the history."""
+    path = _existing(data_dir)
+    began_s = time.monotonic()
+    with _faults_in_words(), progress_bars() as progress:
+        found, digest = _verify(path, repair, _shown(progress, "verifying"))
+    faults = {content_id.hex(): reason for content_id, reason in found.faults.items()}
+    for content_id, reason in list(faults.items())[:MAX_SHOWN]:
+        print_error(f"observation {content_id[:16]}…: {reason}")
+    if as_json:
+        print_json(
+            {
+                "observations": found.count,
+                "countersigned": found.countersigned,
+                "digest": digest.hex(),
+                "faults": [{"id": content_id, "reason": reason} for content_id, reason in faults.items()],
+                "repaired": repair,
+            }
+        )
+    else:
+        took = format_duration(time.monotonic() - began_s)
+        click.echo(
+            f"verified {_observations(found.count)} in {took}: {found.countersigned} countersigned by every stage, "
+            f"{len(faults)} not right{' and dropped' if faults and repair else ''}; digest {digest.hex()}"
+        )
+    return 1 if faults and not repair else 0
+
+
+@dataclass(slots=True)
+class _Import:
+    """How an import went. `rejected`: line numbers, from 1, and what is wrong with them."""
+
+    read: int = 0
+    new: int = 0
+    known: int = 0
+    rejected: dict[int, str] = field(default_factory=dict)
+
+
+def _export(path: Path, write: Callable[[Sequence["SignedObservation"]], None], progress: Progress) -> int:
+    import trio
+
+    from node.storage.database import open_database
+    from node.storage.history import HistoryStore
+    from protocol.observations import read_observation
+
+    async def run() -> int:
+        done = 0
+        async with open_database(path, set_aside=False) as database:
+            store = HistoryStore(database)
+            total = sum((await store.count_by_observer()).values())
+            async with aclosing(store.pages()) as pages:
+                async for page in pages:
+                    write([read_observation(stored.envelope) for stored in page])
+                    done += len(page)
+                    progress(done, total)
+        return done
+
+    return trio.run(run)
+
+
+def _import(path: Path, file: Path, progress: Progress) -> _Import:
+    import trio
+
+    from node.storage.database import open_database
+    from node.storage.history import HistoryStore
+
+    result = _Import()
+
+    async def run() -> None:
+        async with open_database(path, set_aside=False) as database:
+            store = HistoryStore(database)
+            for batch in _batches(_verified(file, result, progress)):
+                new = await store.add_many(batch)
+                result.new += len(new)
+                result.known += len(batch) - len(new)
+
+    trio.run(run)
+    return result
+
+
+def _verify(path: Path, repair: bool, progress: Progress) -> tuple["Verification", bytes]:
+    import trio
+
+    from node.storage.database import open_database
+    from node.storage.history import HistoryStore
+    from node.storage.verification import verify_history
+
+    async def run() -> tuple["Verification", bytes]:
+        async with open_database(path, set_aside=False) as database:
+            store = HistoryStore(database)
+            total = sum((await store.count_by_observer()).values())
+            found = await verify_history(database, store, lambda done: progress(done, total))
+            if repair:
+                await store.discard(found.faults)
+            return found, (await store.digest()).digest
+
+    return trio.run(run)
+
+
+def _verified(file: Path, result: _Import, progress: Progress) -> Iterator["SignedObservation"]:
+    """Yield the good observations of a dataset; count all of them, and note the bad ones."""
+    from node.storage.dataset import DatasetError, from_line, from_row
+    from node.storage.parquet import read_parquet
+
+    size = file.stat().st_size
+    rows: Iterator[Any] = read_parquet(file) if file.suffix == ".parquet" else _lines(file, progress, size)
+    read = from_row if file.suffix == ".parquet" else from_line
+    for number, row in enumerate(rows, 1):
+        if row == b"\n":
+            continue
+        result.read += 1
+        try:
+            yield read(row, time.time())
+        except DatasetError as error:
+            result.rejected[number] = str(error)
+    progress(size, size)
+
+
+def _lines(file: Path, progress: Progress, size: int) -> Iterator[bytes]:
+    from node.storage.dataset import MAX_LINE_BYTES
+
+    done = 0
+    with file.open("rb") as opened:
+        while line := opened.readline(MAX_LINE_BYTES + 2):
+            done += len(line)
+            if len(line) > MAX_LINE_BYTES + 1:
+                # The rest of a line that is too long is skipped, without holding it.
+                while rest := opened.readline(MAX_LINE_BYTES):
+                    done += len(rest)
+                    if rest.endswith(b"\n"):
+                        break
+            progress(done, size)
+            yield line
+
+
+def _batches(observations: Iterator["SignedObservation"]) -> Iterator[list["SignedObservation"]]:
+    batch: list[SignedObservation] = []
+    for observation in observations:
+        batch.append(observation)
+        if len(batch) == BATCH:
+            yield batch
+            batch = []
+    if batch:
+        yield batch
+
+
+def _write_lines(file: IO[str], observations: Sequence["SignedObservation"]) -> None:
+    from node.storage.dataset import to_row
+
+    for signed in observations:
+        file.write(json.dumps(to_row(signed), ensure_ascii=False) + "\n")
+
+
+def _existing(data_dir: Path) -> Path:
+    from node.storage.database import DATABASE_FILE
+
+    path = data_dir / DATABASE_FILE
+    if not path.exists():
+        raise CommandError(f"there is no history in {data_dir}: name the data directory of a node with --data-dir")
+    return path
+
+
+@contextmanager
+def _written_whole(output: Path) -> Iterator[Path]:
+    """Give a temporary name beside a file to write to; it takes the file's place at the end, or goes."""
+    temporary = output.with_name(f".{output.name}.{os.getpid()}")
+    try:
+        yield temporary
+        temporary.replace(output)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def _faults_in_words() -> Iterator[None]:
+    from node.storage.database import StorageError
+    from node.storage.dataset import DatasetError
+    from protocol.errors import RemoteProtocolError
+
+    try:
+        yield
+    except (StorageError, DatasetError) as error:
+        raise CommandError(str(error)) from None
+    except RemoteProtocolError as error:
+        raise CommandError(f"the history holds what is no observation ({error}): `metaswarm history verify`") from None
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise CommandError(f"cannot use {error.filename}: {error.strerror}") from None
+
+
+def _shown(progress: Callable[[str, int, int], None], stage: str) -> Progress:
+    return lambda done, total: progress(stage, done, total)
+
+
+def _observations(count: int) -> str:
+    return "1 observation" if count == 1 else f"{count} observations"

@@ -1,0 +1,200 @@
+import base64
+import json
+import sqlite3
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import trio
+
+from node.cli import run
+from node.storage.database import open_database
+from node.storage.dataset import MAX_LINE_BYTES, to_row
+from node.storage.history import HistoryStore
+from protocol.observations import SignedObservation
+from tests.support.observations import signed
+
+NOW_S = int(time.time())
+RECORDS = [signed(n, observer=n % 3, issued_at_s=NOW_S - 1800 * n, stages=(1, 2) if n % 2 else ()) for n in range(8)]
+
+
+def fill(data_dir: Path, records: list[SignedObservation]) -> None:
+    async def add() -> None:
+        async with open_database(data_dir / "metaswarm.sqlite3") as database:
+            await HistoryStore(database).add_many(records)
+
+    trio.run(add)
+
+
+def held(data_dir: Path) -> set[bytes]:
+    async def read() -> set[bytes]:
+        async with open_database(data_dir / "metaswarm.sqlite3") as database:
+            return {envelope async for envelope in HistoryStore(database).envelopes()}
+
+    return trio.run(read)
+
+
+@pytest.fixture
+def data_dir(tmp_path: Path) -> Path:
+    """Give the data directory of a node with a history."""
+    fill(tmp_path / "node", RECORDS)
+    return tmp_path / "node"
+
+
+@pytest.fixture
+def dataset(tmp_path: Path) -> Path:
+    """Give a dataset with the same history."""
+    file = tmp_path / "given.jsonl"
+    file.write_text("".join(json.dumps(to_row(record)) + "\n" for record in RECORDS), encoding="utf-8")
+    return file
+
+
+def history(verb: str, data_dir: Path, *arguments: Any) -> int:
+    return run(["history", verb, "--data-dir", str(data_dir), *map(str, arguments)])
+
+
+def test_export_prints_one_observation_a_line(data_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert history("export", data_dir) == 0
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert {row["id"]: row for row in rows} == {record.id.hex(): to_row(record) for record in RECORDS}
+    assert rows[0]["method"]["name"] == "arithmetic=fp32|speculation=off"
+
+
+def test_the_environment_says_where_the_history_is(
+    data_dir: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("METASWARM_DATA_DIR", str(data_dir))
+    assert run(["history", "export"]) == 0
+    assert len(capsys.readouterr().out.splitlines()) == len(RECORDS)
+
+
+def test_what_is_exported_can_be_imported_elsewhere(
+    data_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file, other = tmp_path / "history.jsonl", tmp_path / "other"
+    assert history("export", data_dir, "--output", file, "--json") == 0
+    assert json.loads(capsys.readouterr().out) == {"exported": len(RECORDS), "file": str(file)}
+    fill(other, RECORDS[:3])
+    assert history("import", other, file, "--json") == 0
+    assert json.loads(capsys.readouterr().out) == {"read": 8, "new": 5, "known": 3, "rejected": []}
+    assert held(other) == held(data_dir)
+    assert history("import", other, file) == 0
+    assert capsys.readouterr().out == "read 8 observations: 0 new, 8 known already, 0 rejected\n"
+
+
+def test_bad_lines_are_named_and_the_good_ones_taken(
+    tmp_path: Path, dataset: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines = dataset.read_text().splitlines()
+    edited = json.loads(lines[1])
+    edited["measurements"]["total_s"] /= 2
+    forged = json.loads(lines[2])
+    envelope = RECORDS[2].envelope
+    forged["record"] = base64.b64encode(envelope[:-1] + bytes([envelope[-1] ^ 1])).decode()
+    old = to_row(signed(99, issued_at_s=NOW_S - 40 * 86400))
+    bad = ["{", "[1]", "{}", json.dumps(edited), json.dumps(forged), json.dumps(old), "x" * 3 * MAX_LINE_BYTES]
+    file = tmp_path / "mixed.jsonl"
+    file.write_text("\n".join([lines[0], *bad, "", lines[3]]), encoding="utf-8")
+    assert history("import", tmp_path / "new", file, "--json") == 1
+    answer = capsys.readouterr()
+    result = json.loads(answer.out)
+    assert (result["read"], result["new"]) == (9, 2)
+    assert [entry["line"] for entry in result["rejected"]] == [2, 3, 4, 5, 6, 7, 8]
+    reasons = [entry["reason"] for entry in result["rejected"]]
+    for reason, expected in zip(
+        reasons,
+        ["no JSON", "no JSON object", "signed record", "'measurements' is not", "signature", "too long", "longer"],
+        strict=True,
+    ):
+        assert expected in reason
+    assert f"metaswarm: {file}, line 5: 'measurements' is not what was signed\n" in answer.err
+    assert held(tmp_path / "new") == {RECORDS[0].envelope, RECORDS[3].envelope}
+
+
+def test_a_sound_history_is_verified(data_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert history("verify", data_dir, "--json") == 0
+    result = json.loads(capsys.readouterr().out)
+    assert (result["observations"], result["countersigned"], result["faults"]) == (8, 8, [])
+    assert history("verify", data_dir) == 0
+    assert result["digest"] in capsys.readouterr().out
+
+
+def test_what_was_changed_on_disk_is_found_and_dropped_on_request(
+    data_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    connection = sqlite3.connect(data_dir / "metaswarm.sqlite3")
+    other = RECORDS[5].envelope
+    with connection:
+        connection.execute("UPDATE observations SET envelope = ? WHERE id = ?", (b"garbage", RECORDS[0].id))
+        connection.execute("UPDATE observations SET envelope = ? WHERE id = ?", (other, RECORDS[1].id))
+    connection.close()
+    assert history("verify", data_dir, "--json") == 1
+    answer = capsys.readouterr()
+    faults = {fault["id"]: fault["reason"] for fault in json.loads(answer.out)["faults"]}
+    assert faults.keys() == {RECORDS[0].id.hex(), RECORDS[1].id.hex()}
+    assert "another id" in faults[RECORDS[1].id.hex()]
+    assert f"observation {RECORDS[0].id.hex()[:16]}…" in answer.err
+    assert history("export", data_dir) == 1
+    assert "metaswarm history verify" in capsys.readouterr().err
+    assert history("verify", data_dir, "--repair") == 0
+    assert history("verify", data_dir) == 0
+    assert held(data_dir) == {record.envelope for record in RECORDS[2:]}
+
+
+def test_digests_that_do_not_fit_are_found(data_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    connection = sqlite3.connect(data_dir / "metaswarm.sqlite3")
+    with connection:
+        connection.execute("UPDATE buckets SET count = count + 1 WHERE bucket = ?", (RECORDS[0].bucket,))
+    connection.close()
+    assert history("verify", data_dir) == 1
+    assert "does not fit" in capsys.readouterr().err
+
+
+def test_a_directory_without_history_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for verb in ("export", "verify"):
+        assert history(verb, tmp_path / "nobody") == 1
+        assert capsys.readouterr().err.startswith(f"metaswarm: there is no history in {tmp_path / 'nobody'}")
+    assert not (tmp_path / "nobody").exists()
+
+
+def test_a_damaged_history_is_told_and_left_alone(data_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = data_dir / "metaswarm.sqlite3"
+    file.write_bytes(file.read_bytes()[:10_000])
+    assert history("export", data_dir) == 1
+    assert "is damaged" in capsys.readouterr().err
+    assert file.stat().st_size == 10_000
+
+
+def test_an_export_that_fails_leaves_no_half_file(data_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    output = data_dir / "missing" / "history.jsonl"
+    assert history("export", data_dir, "--output", output) == 1
+    assert "No such file" in capsys.readouterr().err
+    connection = sqlite3.connect(data_dir / "metaswarm.sqlite3")
+    with connection:
+        connection.execute("UPDATE observations SET envelope = x'78'")
+    connection.close()
+    assert history("export", data_dir, "--output", data_dir / "history.jsonl") == 1
+    assert not list(data_dir.glob("*history.jsonl*"))
+
+
+def test_parquet_without_its_library_is_one_line(
+    data_dir: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    assert history("export", data_dir, "--output", data_dir / "history.parquet") == 1
+    assert "pip install pyarrow" in capsys.readouterr().err
+    assert not list(data_dir.glob("*.parquet*"))
+
+
+def test_parquet_holds_the_same(data_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("pyarrow", reason="Parquet is optional and needs pyarrow")
+    file = tmp_path / "history.parquet"
+    assert history("export", data_dir, "--output", file) == 0
+    assert history("import", tmp_path / "other", file, "--json") == 0
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["new"] == len(RECORDS)
+    assert held(tmp_path / "other") == held(data_dir)
+    file.write_text("no table")
+    assert history("import", tmp_path / "other", file) == 1
+    assert "is no Parquet file" in capsys.readouterr().err
