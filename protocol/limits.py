@@ -112,3 +112,12 @@ MAX_SOFTWARE: Final = 16
 
 MAX_PARALLEL_JOBS: Final = 1 << 16
 """Jobs under way at a time on one stage."""
+
+MAX_ROWS_PER_TOKEN: Final = 64
+"""Rows a stage computes for each token of prompt and output, the rejected guesses of a speculation included."""
+
+MAX_TOKENS_PER_S: Final = 1e9
+"""Tokens a second, of all jobs that were measured together."""
+
+MAX_LOG_RATIO: Final = 20.0
+"""Natural logarithm of a ratio of costs, either sign."""

@@ -11,10 +11,8 @@ from typing import Final
 
 from protocol.errors import RemoteProtocolError
 from protocol.identity import BlockRange, JobId, ModelId, PeerId
+from protocol.limits import MAX_ROWS_PER_TOKEN
 from protocol.messages import SessionStatistics
-
-MAX_ROWS_PER_TOKEN: Final = 64
-"""Rows a stage computes for each token of prompt and output, the rejected guesses of a speculation included."""
 
 MIN_TOTAL_S: Final = 1e-6
 """No job takes less; the cost's logarithm must exist."""

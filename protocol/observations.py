@@ -34,6 +34,7 @@ from protocol.limits import (
     MAX_CLOCK_SKEW_S,
     MAX_HARDWARE_BYTES,
     MAX_INTEGER,
+    MAX_LOG_RATIO,
     MAX_NAME_BYTES,
     MAX_OBSERVATION_AGE_S,
     MAX_PARALLEL_JOBS,
@@ -44,6 +45,7 @@ from protocol.limits import (
     MAX_STAGES,
     MAX_SWITCH_BYTES,
     MAX_SWITCHES,
+    MAX_TOKENS_PER_S,
     MAX_VOCABULARY,
     MAX_WIDTH,
 )
@@ -73,10 +75,6 @@ OBSERVATIONS_TOPIC: Final = "metaswarm/1/observations"
 
 BUCKET_S: Final = 3600
 """Observations are compared, and dropped, by the hour of their issue."""
-
-MAX_TOKENS_PER_S: Final = 1e9
-MAX_LOG_RATIO: Final = 20.0
-"""Natural logarithm of a cost ratio, either sign: a factor of half a billion."""
 
 _SIGNATURE_BYTES: Final = 64
 _COUNTERSIGNED: Final = b"metaswarm/1/countersignature\n"

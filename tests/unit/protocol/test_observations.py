@@ -1,19 +1,32 @@
 """Observations: what others take, and what they do not."""
 
+import re
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
+from protocol import limits
 from protocol.canonical import decode, encode
 from protocol.errors import LocalProtocolError, RemoteProtocolError
-from protocol.identity import BlockRange
+from protocol.identity import BlockRange, JobId, ModelId, peer_id_from_public_key
 from protocol.limits import MAX_CLOCK_SKEW_S, MAX_OBSERVATION_AGE_S, MAX_RECORD_BYTES, MAX_STAGES
-from protocol.measurements import MethodInForce, ObservationKind
+from protocol.measurements import (
+    Measurements,
+    MethodInForce,
+    ModelFacts,
+    Observation,
+    ObservationKind,
+    StageObservation,
+    Workload,
+)
 from protocol.messages import SessionStatistics
 from protocol.observations import (
     BUCKET_S,
     OBSERVATION_KIND,
+    OBSERVATIONS_TOPIC,
     bucket_of,
     check_countersignature,
     countersign,
@@ -277,3 +290,58 @@ def test_what_was_never_verified_is_not_read() -> None:
         read_observation(encode({"payload": "text"}))
     with pytest.raises(RemoteProtocolError):
         read_observation(encode({"payload": encode({"version": 1})}))
+
+
+EXAMPLE_KEY = Ed25519PrivateKey.from_private_bytes(bytes(range(32)))
+EXAMPLE = sign_observation(
+    Observation(
+        observer=peer_id_from_public_key(EXAMPLE_KEY.public_key().public_bytes_raw()),
+        job=JobId(bytes(range(16)).hex()),
+        kind=ObservationKind.SERVED,
+        issued_at_s=1_700_000_000,
+        model=ModelFacts(
+            model=ModelId("ab" * 32),
+            architecture="llama",
+            block_count=30,
+            hidden_size=576,
+            vocabulary_size=49152,
+            max_positions=8192,
+            weight_bytes=1 << 20,
+        ),
+        workload=Workload(prompt_tokens=8, completion_tokens=3),
+        method=MethodInForce(switches={"arithmetic": "fp32"}, stage_policy={"batching": "one"}),
+        measurements=Measurements(ttft_s=0.5, tpot_s=0.25, total_s=1.0, tokens_per_s=3.0),
+        route=(
+            countersign(
+                StageObservation(
+                    peer=peer_id_from_public_key(EXAMPLE_KEY.public_key().public_bytes_raw()),
+                    blocks=BlockRange(0, 30),
+                    hardware="cpu",
+                    statistics=SessionStatistics(steps=3, rows=10, compute_s=0.75, bytes_in=40, bytes_out=24),
+                ),
+                job=JobId(bytes(range(16)).hex()),
+                observer=peer_id_from_public_key(EXAMPLE_KEY.public_key().public_bytes_raw()),
+                model=ModelId("ab" * 32),
+                method="arithmetic=fp32",
+                private_key=EXAMPLE_KEY,
+            ),
+        ),
+        software={"metaswarm": "0.1.0"},
+    ),
+    EXAMPLE_KEY,
+)
+DOCUMENT = (Path(__file__).parents[3] / "docs" / "protocol.md").read_text()
+
+
+def test_the_documented_example_is_exactly_what_the_code_signs() -> None:
+    (documented,) = re.findall(r"```observation\n([0-9a-f\n]+)```", DOCUMENT)
+    assert bytes.fromhex(documented) == EXAMPLE.envelope
+    assert EXAMPLE.id.hex() in DOCUMENT
+
+
+def test_every_limit_that_the_document_names_is_one_and_is_told() -> None:
+    section = DOCUMENT.split("\n### Observations\n")[1].split("\n## ")[0]
+    assert f"`{OBSERVATIONS_TOPIC}`" in section
+    for limit in re.findall(r"`(MAX_[A-Z_]+)`", section):
+        assert hasattr(limits, limit), limit
+        assert f"| `{limit}` | " in DOCUMENT, limit
