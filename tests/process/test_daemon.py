@@ -85,11 +85,13 @@ async def test_a_client_that_goes_away_frees_every_stage(start_swarm: StartSwarm
     body = json.dumps(request).encode()
     host, port = daemons[0].api_url.removeprefix("http://").split(":")
     async with await trio.open_tcp_stream(host, int(port)) as client:
-        await client.send_all(b"POST /v1/completions HTTP/1.1\r\nHost: node\r\nContent-Type: application/json\r\n")
+        await client.send_all(b"POST /v1/completions HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\n")
         await client.send_all(b"Content-Length: %d\r\n\r\n%b" % (len(body), body))
         answer = b""
         while b"data: " not in answer:
-            answer += await client.receive_some()
+            more = await client.receive_some()
+            assert more, answer
+            answer += more
         assert await held(daemons[1])
 
     async def nothing_held() -> bool:
