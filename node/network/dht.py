@@ -22,7 +22,7 @@ from libp2p.peer.peerinfo import PeerInfo
 from libp2p.records.validator import NamespacedValidator, Validator
 
 from node.network.interface import NetworkError, RecordSelector, RecordValidator
-from node.network.swarm import HANDLER_TIMEOUT_S, GuardedHost, guarded, start_service
+from node.network.swarm import GuardedHost, rationed, start_service
 from node.network.transport import reason
 from protocol.identity import PeerId, parse_peer_id
 from protocol.limits import MAX_RECORD_BYTES
@@ -146,10 +146,14 @@ class Dht:
         # The library takes ten announcements in ten seconds from a peer, and drops a model's other files in silence.
         kad._provider_rate_max = 1000  # noqa: SLF001
         kad._inbound_limiter.total_tokens = 64  # noqa: SLF001
-        host.set_stream_handler(PROTOCOL_ID, guarded(kad.handle_stream, HANDLER_TIMEOUT_S))
+        host.set_stream_handler(PROTOCOL_ID, rationed(kad.handle_stream))
         await start_service(nursery, kad)
         nursery.start_soon(self._refresh_after_arrivals, kad)
         self._kad = kad
+
+    def stopped(self) -> None:
+        """Refuse further operations."""
+        self._kad = None
 
     def peer_connected(self) -> None:
         """Have the routing table refreshed soon: the library leaves it empty after a connection."""

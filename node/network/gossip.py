@@ -6,15 +6,19 @@ from contextlib import asynccontextmanager
 from typing import Final
 
 import trio
+from libp2p.abc import INetStream
 from libp2p.custom_types import TProtocol
+from libp2p.network.stream.net_stream import NetStream
 from libp2p.peer.id import ID
 from libp2p.pubsub.gossipsub import GossipSub
 from libp2p.pubsub.pb import rpc_pb2
 from libp2p.pubsub.pubsub import Pubsub
+from libp2p.tools.timed_cache.last_seen_cache import LastSeenCache
 
 from node.network.fanout import Fanout
 from node.network.interface import GossipMessage, GossipValidator, NetworkError
 from node.network.swarm import GuardedHost, start_service
+from node.network.yamux import Yamux
 from protocol.identity import PeerId, parse_peer_id
 
 logger = logging.getLogger(__name__)
@@ -28,33 +32,102 @@ MAX_RATE_HZ: Final = 200.0
 OUTBOUND_CAPACITY: Final = 512
 WARNING_BYTES: Final = 4096
 """From this size on a message is announced to the mesh before it is sent, so that it does not come twice."""
+CUT_OFF_DEBT: Final = 2000
+"""A peer that sends so many messages beyond what it may send is disconnected."""
+SEEN_LIFETIME_S: Final = 120.0
+MAX_SEEN: Final = 65536
 MAX_SEQUENCE_BYTES: Final = 64
 
 
 class _Bucket:
-    """How many messages a peer may hand to us now."""
+    """How many messages a peer may hand to us now; below zero it is in debt for those that were dropped."""
 
     def __init__(self) -> None:
         self.tokens = 2 * MAX_RATE_HZ
         self.filled_at = trio.current_time()
 
-    def take(self) -> bool:
+    def take(self) -> float:
+        """Take a token; return how many were left."""
         now = trio.current_time()
-        self.tokens = min(2 * MAX_RATE_HZ, self.tokens + (now - self.filled_at) * MAX_RATE_HZ)
+        left = min(2 * MAX_RATE_HZ, self.tokens + (now - self.filled_at) * MAX_RATE_HZ)
+        self.tokens = left - 1
         self.filled_at = now
-        if self.tokens < 1:
+        return left
+
+
+class _SeenMessages(LastSeenCache):
+    """The ids of messages that were seen lately. The library's cache starts a thread and knows no bound."""
+
+    def __init__(self) -> None:
+        self._expiry: dict[bytes, float] = {}
+
+    def add(self, key: bytes) -> bool:
+        """Note an id; return whether it is new."""
+        new = not self.has(key)
+        self._expiry[key] = trio.current_time() + SEEN_LIFETIME_S
+        while len(self._expiry) > MAX_SEEN or self._expiry[next(iter(self._expiry))] < trio.current_time():
+            del self._expiry[next(iter(self._expiry))]
+        return new
+
+    def has(self, key: bytes) -> bool:
+        """Whether an id was seen lately; if so it is kept longer."""
+        expiry = self._expiry.pop(key, None)
+        if expiry is None or expiry < trio.current_time():
             return False
-        self.tokens -= 1
+        self._expiry[key] = trio.current_time() + SEEN_LIFETIME_S
         return True
 
 
 class _GuardedPubsub(Pubsub):
-    """Pubsub that looks at a message before it pays for a signature check, and hands it to our readers."""
+    """Pubsub that looks at a message before it pays for a signature check, and that survives a reconnection.
+
+    The library forgets what a peer subscribed to when its own stream to that peer breaks, although the peer, whose
+    stream to us is whole, will not say it again; and it keeps a dead stream when the peer has another connection.
+    """
 
     def __init__(self, host: GuardedHost, router: GossipSub, gossip: "Gossip") -> None:
         super().__init__(host, router, strict_signing=True, allowed_topics=set(gossip.topics))
+        self.seen_messages.stop()
+        self.seen_messages = _SeenMessages()
         self._gossip = gossip
         self._buckets: dict[ID, _Bucket] = {}
+        self._inbound: dict[ID, int] = {}
+
+    async def stream_handler(self, stream: INetStream) -> None:
+        """Read what a peer says, for as long as its stream lasts."""
+        peer = stream.muxed_conn.peer_id
+        self._inbound[peer] = self._inbound.get(peer, 0) + 1
+        try:
+            await super().stream_handler(stream)
+        finally:
+            self._inbound[peer] -= 1
+            if not self._inbound[peer]:
+                del self._inbound[peer]
+                self._forget_all_subscriptions(peer)
+
+    def _forget_all_subscriptions(self, peer_id: ID) -> None:
+        if peer_id not in self._inbound:
+            super()._forget_all_subscriptions(peer_id)
+
+    async def _handle_new_peer(self, peer_id: ID) -> None:
+        if self._outbound_is_dead(peer_id):
+            del self.peers[peer_id]
+            if (queue := self.peer_queues.pop(peer_id, None)) is not None:
+                queue.close()
+            self.router.remove_peer(peer_id)
+        await super()._handle_new_peer(peer_id)
+
+    async def handle_dead_peer_queue(self) -> None:
+        """Take note of lost connections; a peer that has another one gets a new stream."""
+        async with self.dead_peer_receive_channel:
+            self.event_handle_dead_peer_queue_started.set()
+            async for peer_id in self.dead_peer_receive_channel:
+                if self._outbound_is_dead(peer_id) or not self._peer_is_connected(peer_id):
+                    self._handle_dead_peer(peer_id)
+
+    def _outbound_is_dead(self, peer_id: ID) -> bool:
+        stream = self.peers.get(peer_id)
+        return isinstance(stream, NetStream) and stream.is_closed
 
     async def push_msg(self, msg_forwarder: ID, msg: rpc_pb2.Message) -> None:
         """Take a message in, from a peer or from ourselves."""
@@ -67,8 +140,11 @@ class _GuardedPubsub(Pubsub):
         if bucket is None:
             self._buckets = {peer: kept for peer, kept in self._buckets.items() if peer in self.peers}
             bucket = self._buckets[forwarder] = _Bucket()
-        if not bucket.take():
+        left = bucket.take()
+        if left < 1:
             self._gossip.dropped += 1
+            if left < -CUT_OFF_DEBT:
+                self._cut_off(forwarder)
             return False
         return (
             len(message.topicIDs) == 1
@@ -76,6 +152,11 @@ class _GuardedPubsub(Pubsub):
             and len(message.data) <= MAX_MESSAGE_BYTES
             and len(message.seqno) <= MAX_SEQUENCE_BYTES
         )
+
+    def _cut_off(self, forwarder: ID) -> None:
+        for connection in self.host.get_network().get_connections(forwarder):
+            if isinstance(connection.muxed_conn, Yamux):
+                connection.muxed_conn.abort("it floods us with gossip")
 
     def notify_subscriptions(self, publish_message: rpc_pb2.Message) -> None:
         """Hand a message that passed the validator to our readers."""
@@ -145,6 +226,12 @@ class Gossip:
         for topic in self.topics:
             await pubsub.subscribe(topic)
         self._pubsub = pubsub
+
+    def stopped(self) -> None:
+        """Let the readers come to their end."""
+        self._pubsub = None
+        for reader in self.readers.values():
+            reader.end()
 
     def _validate(self, _forwarder: ID, message: rpc_pb2.Message) -> bool:
         try:

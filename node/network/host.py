@@ -42,6 +42,7 @@ logger = logging.getLogger(__name__)
 
 PING_BYTES: Final = 32
 ADDRESS_LIFETIME_S: Final = 600
+PEERSTORE_SWEEP_S: Final = 60
 EVENT_CAPACITY: Final = 1024
 _SWARM_KEY = re.compile(r"[0-9a-f]{64}", re.IGNORECASE)
 
@@ -173,6 +174,8 @@ class Libp2pNetwork:
                     listener.socket.close()
             self._host = self._swarm = None
             self._connected.clear()
+            self._gossip.stopped()
+            self._dht.stopped()
 
     async def _start(self, nursery: trio.Nursery, bound: dict[str, list[trio.SocketListener]]) -> None:
         addresses = [Multiaddr(text) for text in bound]
@@ -185,6 +188,7 @@ class Libp2pNetwork:
             psk=self._swarm_key,
             max_connections=self._limits.max_connections,
             dial_timeout_s=self._limits.dial_timeout_s,
+            remember=self._remember,
         )
         swarm.peerstore.add_key_pair(swarm.self_id, key_pair)
         swarm.register_notifee(_Notifee(self._on_connected, self._on_disconnected))
@@ -192,6 +196,7 @@ class Libp2pNetwork:
         for protocol, handler in self._handlers.items():
             host.set_stream_handler(TProtocol(protocol), serve(handler))
         self._host, self._swarm = host, swarm
+        nursery.start_soon(swarm.peerstore.start_cleanup_task, PEERSTORE_SWEEP_S)
         await start_service(nursery, swarm)
         await self._gossip.start(nursery, host)
         await self._dht.start(nursery, host)
@@ -207,6 +212,9 @@ class Libp2pNetwork:
             async with trio.open_nursery() as nursery:
                 for connection in self._swarm.get_connections():
                     nursery.start_soon(connection.muxed_conn.close)
+
+    def _remember(self, peer: ID, endpoints: list[str]) -> None:
+        self._book.add(PeerId(peer.to_base58()), endpoints)
 
     def _log_fault(self, peer: ID, why: str) -> None:
         logger.warning("cut off %s: %s", peer, why)

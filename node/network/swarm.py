@@ -7,11 +7,15 @@ each fault with its cure and the test that shows it.
 import logging
 import os
 from collections.abc import Awaitable, Callable, Sequence
+from contextlib import suppress
 from typing import Any, Final
 
 import trio
 from libp2p.abc import INetConn, INetStream
 from libp2p.host.basic_host import BasicHost
+from libp2p.host.defaults import get_default_protocols
+from libp2p.identity.identify.identify import ID as IDENTIFY_PROTOCOL
+from libp2p.identity.identify_push.identify_push import ID_PUSH as IDENTIFY_PUSH_PROTOCOL
 from libp2p.io.abc import ReadWriteCloser
 from libp2p.network.auto_connector import AutoConnector
 from libp2p.network.config import ConnectionConfig
@@ -19,13 +23,14 @@ from libp2p.network.connection.raw_connection import RawConnection
 from libp2p.network.exceptions import SwarmException
 from libp2p.network.swarm import Swarm
 from libp2p.peer.id import ID
-from libp2p.peer.peerstore import PeerStore, PeerStoreError
+from libp2p.peer.peerstore import PeerStoreError
 from libp2p.tools.anyio_service import Service
 from libp2p.tools.anyio_service.trio_manager import TrioManager
 from libp2p.transport.upgrader import TransportUpgrader
 from multiaddr import Multiaddr
 
 from node.network.addresses import TcpAddress, parse_address
+from node.network.peerstore import BoundedPeerStore
 from node.network.transport import UPGRADE_TIMEOUT_S, Tcp, reason
 from node.network.yamux_stream import YamuxStream, shielded
 
@@ -37,25 +42,46 @@ DIAL_STAGGER_S: Final = 0.25
 MAX_CONCURRENT_DIALS: Final = 32
 RESTART_DELAY_S: Final = 1.0
 ADDRESS_CACHE_S: Final = 10.0
-HANDLER_TIMEOUT_S: Final = 60.0
-"""How long a stranger may occupy one of the library's short-lived request handlers."""
+REQUEST_TIMEOUT_S: Final = 30.0
+"""How long a stranger may occupy one of the library's handlers of short requests."""
+MAX_REQUESTS_PER_PEER: Final = 16
 
 StreamHandler = Callable[[INetStream], Awaitable[None]]
 AsyncFunction = Callable[..., Awaitable[Any]]
 
 
-def guarded(handler: StreamHandler, timeout_s: float | None = None) -> StreamHandler:
-    """Return a stream handler that never raises but Cancelled: what goes wrong, or lasts too long, costs the stream."""
+def guarded(handler: StreamHandler) -> StreamHandler:
+    """Return a stream handler that never raises but Cancelled: what goes wrong costs the stream."""
 
     async def guard(stream: INetStream) -> None:
         try:
-            with trio.fail_after(timeout_s if timeout_s is not None else float("inf")):
-                await handler(stream)
+            await handler(stream)
         except Exception as error:  # noqa: BLE001  # a stranger's bytes reach every decoder of the library through here
             logger.debug("a stream of %s failed: %r", stream.muxed_conn.peer_id, error)
             await reset(stream)
 
     return guard
+
+
+def rationed(handler: StreamHandler) -> StreamHandler:
+    """Return a handler of short requests that no peer can occupy for long, nor many times at once."""
+    busy: dict[ID, int] = {}
+
+    async def ration(stream: INetStream) -> None:
+        peer = stream.muxed_conn.peer_id
+        if busy.get(peer, 0) >= MAX_REQUESTS_PER_PEER:
+            await reset(stream)
+            return
+        busy[peer] = busy.get(peer, 0) + 1
+        try:
+            with trio.fail_after(REQUEST_TIMEOUT_S):
+                await handler(stream)
+        finally:
+            busy[peer] -= 1
+            if not busy[peer]:
+                del busy[peer]
+
+    return ration
 
 
 async def reset(stream: INetStream) -> None:
@@ -147,6 +173,7 @@ class GuardedSwarm(Swarm):
         psk: str | None,
         max_connections: int,
         dial_timeout_s: float,
+        remember: Callable[[ID, list[str]], None],
     ) -> None:
         config = ConnectionConfig(
             max_connections=max_connections,
@@ -156,8 +183,9 @@ class GuardedSwarm(Swarm):
             inbound_upgrade_timeout=UPGRADE_TIMEOUT_S,
             outbound_upgrade_timeout=UPGRADE_TIMEOUT_S,
         )
-        super().__init__(peer_id, PeerStore(max_peers=4096), upgrader, [tcp], connection_config=config, psk=psk)
+        super().__init__(peer_id, BoundedPeerStore(), upgrader, [tcp], connection_config=config, psk=psk)
         self._dial_timeout_s = dial_timeout_s
+        self._remember = remember
         self._dials: dict[ID, _Dial] = {}
         self._dial_limiter = trio.CapacityLimiter(MAX_CONCURRENT_DIALS)
 
@@ -203,6 +231,7 @@ class GuardedSwarm(Swarm):
                 await self._dial_addresses(peer_id, dial)
             if dial.failure:
                 self._negative_peer_cache.mark_failed(str(peer_id))
+                self._forget_addresses(peer_id)
             else:
                 self._negative_peer_cache.evict(str(peer_id))
         finally:
@@ -244,6 +273,12 @@ class GuardedSwarm(Swarm):
             dial.failure = ""
             scope.cancel()
 
+    def _forget_addresses(self, peer_id: ID) -> None:
+        """Let the library's lookups forget a peer that does not answer; who wants it by name still finds it."""
+        self._remember(peer_id, [str(address) for address in self._dialable(peer_id)])
+        with suppress(PeerStoreError):
+            self.peerstore.clear_addrs(peer_id)
+
     def _dialable(self, peer_id: ID) -> list[Multiaddr]:
         """Return what we may dial for this peer, loopback last: it means another machine to another machine."""
         try:
@@ -271,7 +306,12 @@ class GuardedHost(BasicHost):
         self._addresses: list[Multiaddr] | None = None
         self._addresses_until = 0.0
         self._addresses_of = 0
-        super().__init__(swarm, addrs_factory=advertised, disable_identify_address_discovery=True)
+        protocols = get_default_protocols(self)
+        for protocol in (IDENTIFY_PROTOCOL, IDENTIFY_PUSH_PROTOCOL):
+            protocols[protocol] = rationed(protocols[protocol])
+        super().__init__(
+            swarm, default_protocols=protocols, addrs_factory=advertised, disable_identify_address_discovery=True
+        )
         swarm.set_stream_handler(guarded(self._swarm_stream_handler))
 
     def get_addrs(self) -> list[Multiaddr]:

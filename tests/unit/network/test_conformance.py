@@ -422,10 +422,29 @@ async def test_a_network_that_does_not_run_says_so(bench: Workbench) -> None:
     network = bench.network(1)
     network.join_topic(TOPIC, lambda peer, data: True)
     address = f"/ip4/127.0.0.1/tcp/4001/p2p/{bench.peer_id(2)}"
-    assert network.multiaddrs == ()
-    for operation in (network.connect(address), network.publish(TOPIC, b""), network.provide(bytes(32))):
-        with pytest.raises(NetworkError, match="not running"):
-            await operation
+
+    async def refuses() -> None:
+        assert network.multiaddrs == ()
+        for operation in (network.connect(address), network.publish(TOPIC, b""), network.provide(bytes(32))):
+            with pytest.raises(NetworkError, match="not running"):
+                await operation
+
+    with limited():
+        await refuses()
+        async with network.running():
+            assert network.multiaddrs
+        await refuses()
+
+
+async def test_readers_come_to_their_end_when_the_network_stops(bench: Workbench) -> None:
+    network = bench.network(1)
+    network.join_topic(TOPIC, lambda peer, data: True)
+    with limited():
+        async with network.subscribe(TOPIC) as messages, network.events() as events:
+            async with network.running():
+                pass
+            assert [message async for message in messages] == []
+            assert [event async for event in events] == []
 
 
 # Gossip
@@ -475,6 +494,18 @@ async def test_gossip_is_not_echoed_to_its_publisher(bench: Workbench) -> None:
             await hear(listener, publisher, b"from publisher")
             await listener.publish(TOPIC, b"from listener")
             assert (await anext(own)).source == listener.peer_id
+
+
+async def test_gossip_goes_on_both_ways_after_a_reconnection(bench: Workbench) -> None:
+    with limited(30):
+        async with bench.running(2, gossiping) as (one, other):
+            await hear(one, other, b"before")
+            await hear(other, one, b"before")
+            await other.disconnect(one.peer_id)
+            await other.connect(one.multiaddrs[0])
+            for number in range(2):
+                await hear(one, other, b"after %d" % number)
+                await hear(other, one, b"after %d" % number)
 
 
 async def test_gossip_has_bounds(bench: Workbench) -> None:

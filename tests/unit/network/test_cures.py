@@ -1,15 +1,25 @@
 """What strangers may do to our host without harming it: the cures for the faults shown in test_library_faults.py."""
 
 import gc
+import threading
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 
 import pytest
 import trio
 import trio.testing
+from libp2p.crypto.ed25519 import create_new_key_pair
+from libp2p.kad_dht.common import PROTOCOL_ID as DHT_PROTOCOL
+from libp2p.peer.id import ID
+from libp2p.peer.peerstore import create_signed_peer_record
+from multiaddr import Multiaddr
 
+from node.network import gossip
 from node.network.host import Libp2pNetwork, NetworkLimits
-from node.network.interface import Network, NetworkError, PeerConnected, Stream, StreamClosed
+from node.network.interface import Network, NetworkError, PeerConnected, PeerDisconnected, Stream, StreamClosed
+from node.network.peerstore import BoundedPeerStore
 from node.network.swarm import start_service
+from node.network.yamux import Yamux
 from node.network.yamux_stream import YamuxLimits
 from protocol.identity import PeerId
 
@@ -339,3 +349,165 @@ async def test_more_streams_than_allowed_is_a_clear_error() -> None:
 async def _open_for_ever(network: Network, peer: PeerId, keep: Callable[[Stream], None]) -> None:
     while True:
         keep(await network.open_stream(peer, ECHO))
+
+
+async def test_gossip_goes_on_both_ways_when_a_connection_breaks_and_another_takes_its_place() -> None:
+    one, other = our_host(1), our_host(2)
+    with limited(20):
+        async with one.running(), other.running():
+            for broken_by in (one, other):
+                await other.connect(one.multiaddrs[0])
+                await _hear(one, other)
+                await _hear(other, one)
+                assert broken_by._swarm is not None
+                for connection in broken_by._swarm.get_connections():
+                    assert isinstance(connection.muxed_conn, Yamux)
+                    connection.muxed_conn.abort()
+                await trio.testing.wait_all_tasks_blocked()
+            await other.connect(one.multiaddrs[0])
+            for _ in range(2):
+                await _hear(one, other)
+                await _hear(other, one)
+
+
+async def _hear(listener: Network, publisher: Network) -> None:
+    async with listener.subscribe(TOPIC) as messages:
+        while True:
+            await publisher.publish(TOPIC, b"x")
+            with trio.move_on_after(0.1):
+                await anext(messages)
+                return
+
+
+# Memory
+
+
+def test_what_is_remembered_of_a_peer_is_bounded() -> None:
+    store = BoundedPeerStore()
+    peer = ID.from_pubkey(create_new_key_pair(bytes(32)).public_key)
+    for first in (1, 1001, 2001):
+        store.add_addrs(peer, [Multiaddr(f"/ip4/192.0.2.1/tcp/{first + port}") for port in range(1000)], 60)
+    store.set_protocols(peer, [f"/x/{number}" for number in range(1000)])
+    store.add_protocols(peer, [f"/y/{number}" for number in range(1000)])
+    assert [str(address) for address in store.addrs(peer)] == [
+        f"/ip4/192.0.2.1/tcp/{2001 + port}" for port in range(16)
+    ]
+    assert len(store.get_protocols(peer)) == 256
+
+
+def test_a_signed_record_out_of_all_proportion_is_not_taken() -> None:
+    store = BoundedPeerStore()
+    for count, taken in ((3, True), (10_000, False)):
+        pair = create_new_key_pair(bytes(32))
+        addresses = [Multiaddr(f"/ip4/192.0.2.1/tcp/{port}") for port in range(1, count + 1)]
+        envelope = create_signed_peer_record(ID.from_pubkey(pair.public_key), addresses, pair.private_key)
+        assert store.consume_peer_record(envelope, 60) is taken
+
+
+async def test_a_host_leaves_no_thread_behind() -> None:
+    before = threading.active_count()
+    with limited():
+        async with our_host().running():
+            pass
+        assert threading.active_count() <= before
+
+
+async def test_one_peer_cannot_occupy_the_dht() -> None:
+    host, honest = our_host(1), our_host(2)
+    with limited(20):
+        async with host.running(), library_host(3) as greedy:
+            info = await join(greedy, host.multiaddrs[0])
+            for _ in range(80):
+                with suppress(Exception):
+                    stream = await greedy.new_stream(info.peer_id, [DHT_PROTOCOL])
+                    await stream.write(b"\x80")
+            async with honest.running():
+                await honest.connect(host.multiaddrs[0])
+                await honest.put_record("/metaswarm/x", b"1")
+            assert await host.get_record("/metaswarm/x") == b"1"
+
+
+async def test_a_peer_that_goes_on_flooding_is_disconnected(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("node.network.gossip.MAX_RATE_HZ", 5.0)
+    monkeypatch.setattr("node.network.gossip.CUT_OFF_DEBT", 20)
+    listener, publisher = our_host(1), our_host(2)
+    with limited():
+        async with listener.running(), publisher.running(), listener.events() as events:
+            await publisher.connect(listener.multiaddrs[0])
+            assert await anext(events) == PeerConnected(publisher.peer_id)
+
+            with trio.CancelScope() as flooding:
+
+                async def wait() -> None:
+                    assert await anext(events) == PeerDisconnected(publisher.peer_id)
+                    flooding.cancel()
+
+                async with trio.open_nursery() as nursery:
+                    nursery.start_soon(wait)
+                    while True:
+                        await publisher.publish(TOPIC, b"me, me, me")
+                        await trio.lowlevel.checkpoint()
+
+
+def test_seen_messages_are_forgotten_in_time_and_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("node.network.gossip.MAX_SEEN", 3)
+
+    async def main() -> None:
+        seen = gossip._SeenMessages()
+        assert seen.add(b"a")
+        assert not seen.add(b"a")
+        await trio.sleep(119)
+        assert seen.has(b"a")
+        await trio.sleep(119)
+        assert seen.has(b"a")
+        await trio.sleep(121)
+        assert not seen.has(b"a")
+        for key in (b"1", b"2", b"3", b"4"):
+            seen.add(key)
+        assert [seen.has(key) for key in (b"1", b"2", b"3", b"4")] == [False, True, True, True]
+
+    trio.run(main, clock=trio.testing.MockClock(autojump_threshold=0))
+
+
+# Addresses
+
+
+async def test_a_dead_peer_is_forgotten_by_lookups_and_remembered_by_name() -> None:
+    host, dead = our_host(1), our_host(2)
+    async with dead.running():
+        address = dead.multiaddrs[0]
+    with limited():
+        async with host.running():
+            assert host._swarm is not None
+            dead_id = ID.from_base58(dead.peer_id)
+            host._swarm.peerstore.add_addrs(dead_id, [Multiaddr(address)], 600)
+            with pytest.raises(NetworkError, match="refused"):
+                await host.open_stream(dead.peer_id, ECHO)
+            assert host._swarm.peerstore.addrs(dead_id) == []
+            assert host.addresses_of(dead.peer_id) == (address,)
+
+
+@pytest.mark.parametrize("name", ["dns4", "dns"])
+async def test_a_name_is_resolved_when_it_is_dialled(name: str) -> None:
+    host, dialler = our_host(1), our_host(2)
+    with limited():
+        async with host.running(), dialler.running():
+            port = host.multiaddrs[0].split("/")[4]
+            await dialler.connect(f"/{name}/localhost/tcp/{port}/p2p/{host.peer_id}")
+            assert dialler.connected_peers() == (host.peer_id,)
+
+
+async def test_ipv6_is_spoken() -> None:
+    host, dialler = Libp2pNetwork(bytes(32), listen=["/ip6/::1/tcp/0"]), our_host(2)
+    with limited():
+        async with host.running(), dialler.running():
+            assert host.multiaddrs[0].startswith("/ip6/::1/tcp/")
+            await dialler.connect(host.multiaddrs[0])
+
+
+@pytest.mark.parametrize(
+    "address", ["", "4001", "/ip4/1.2.3.4/udp/1", "/ip4/300.0.0.1/tcp/1", "/ip4/1.2.3.4/tcp/99999"]
+)
+def test_a_malformed_listen_address_is_one_clear_error(address: str) -> None:
+    with pytest.raises(ValueError, match="multiaddr"):
+        Libp2pNetwork(bytes(32), listen=[address])

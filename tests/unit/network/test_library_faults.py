@@ -5,6 +5,7 @@ says which cure that is.
 """
 
 import gc
+import threading
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 
@@ -12,12 +13,18 @@ import pytest
 import trio
 import trio.testing
 from libp2p import new_host
-from libp2p.abc import IHost, INetStream
+from libp2p.abc import IHost, INetStream, ISubscriptionAPI
 from libp2p.crypto.ed25519 import create_new_key_pair
 from libp2p.custom_types import TProtocol
+from libp2p.host.exceptions import StreamFailure
+from libp2p.kad_dht.common import PROTOCOL_ID as DHT_PROTOCOL
 from libp2p.kad_dht.kad_dht import DHTMode, KadDHT
 from libp2p.network.config import ConnectionConfig
+from libp2p.network.stream.exceptions import StreamError
 from libp2p.network.swarm import Swarm
+from libp2p.peer.id import ID
+from libp2p.peer.peerstore import PeerStore
+from libp2p.pubsub.pubsub import Pubsub
 from libp2p.records.validator import NamespacedValidator, Validator
 from libp2p.tools.anyio_service import background_trio_service
 from multiaddr import Multiaddr
@@ -244,3 +251,72 @@ async def test_library_drops_gossip_beyond_ten_messages_a_second_in_silence() ->
                 while True:
                     heard.append((await subscription.get()).data)
             assert len(heard) < 50
+
+
+async def test_library_loses_gossip_one_way_for_good_after_a_quick_reconnection() -> None:
+    async def heard(listener: ISubscriptionAPI, publisher: Pubsub) -> bool:
+        with trio.move_on_after(0.7):
+            while True:
+                await publisher.publish(TOPIC, b"x")
+                with trio.move_on_after(0.1):
+                    while (await listener.get()).from_id != publisher.my_id.to_bytes():
+                        pass
+                    return True
+        return False
+
+    with limited(20):
+        async with (
+            library_host(1) as a,
+            library_pubsub(a) as one,
+            library_host(2) as b,
+            library_pubsub(b) as other,
+        ):
+            at_one, at_other = await one.subscribe(TOPIC), await other.subscribe(TOPIC)
+            await join(b, address_of(a))
+            while not (await heard(at_one, other) and await heard(at_other, one)):
+                pass
+            (connection,) = b.get_network().get_connections(a.get_id())
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(connection.close)
+                await trio.sleep(0.01)
+                await join(b, address_of(a))
+            await heard(at_one, other)
+            await heard(at_other, one)
+            assert not (await heard(at_one, other) and await heard(at_other, one))
+
+
+# Memory
+
+
+async def test_library_remembers_any_number_of_addresses_and_protocols() -> None:
+    store = PeerStore()
+    peer = ID.from_pubkey(create_new_key_pair(bytes(32)).public_key)
+    store.add_addrs(peer, [Multiaddr(f"/ip4/192.0.2.1/tcp/{port}") for port in range(1, 1001)], 60)
+    store.set_protocols(peer, [f"/x/{number}" for number in range(1000)])
+    assert len(store.addrs(peer)) == 1000
+    assert len(store.get_protocols(peer)) == 1000
+
+
+async def test_library_leaves_a_thread_behind_for_every_host() -> None:
+    before = threading.active_count()
+    with limited():
+        async with library_host(1) as host, library_pubsub(host) as pubsub:
+            pass
+        assert threading.active_count() > before
+        pubsub.seen_messages.stop()
+
+
+async def test_library_lets_one_peer_occupy_its_dht() -> None:
+    with limited():
+        async with library_host(1) as a, library_host(2) as b, library_host(3) as c, library_dhts(a, b, c):
+            for _ in range(12):
+                stream = await b.new_stream(a.get_id(), [DHT_PROTOCOL])
+                await stream.write(b"\x80")
+            with pytest.raises((StreamError, StreamFailure)):
+                await _ping_dht(c, a.get_id())
+
+
+async def _ping_dht(host: IHost, peer: ID) -> None:
+    stream = await host.new_stream(peer, [DHT_PROTOCOL])
+    await stream.write(b"\x02\x08\x05")
+    await stream.read(1)
