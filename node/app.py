@@ -4,10 +4,12 @@ import fcntl
 import os
 import random
 import signal
+import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager, suppress
 from functools import partial
 from importlib.metadata import version
+from pathlib import Path
 
 import structlog
 import trio
@@ -15,9 +17,13 @@ import trio
 from node.api.application import make_app
 from node.api.server import serve as serve_api
 from node.api.server import url_of
+from node.capabilities.announcer import CapabilityAnnouncer
+from node.capabilities.inventory import Inventory
+from node.capabilities.traffic import TrafficMeter
 from node.config import APPLICATION, READY_FILE, NodeConfig, NodeReady, StartError
 from node.identity import IdentityError, load_or_create
 from node.jobs.coordinator import Coordinator
+from node.jobs.recorder import Recorder
 from node.jobs.stage import Stages
 from node.models.library import Library
 from node.models.store import ModelStore
@@ -25,10 +31,20 @@ from node.network.host import Libp2pNetwork
 from node.network.interface import NetworkError
 from node.serving import Serving
 from node.status import StatusView
+from node.storage.database import DATABASE_FILE, Database, StorageError, open_database
+from node.storage.history import HistoryStore
+from node.storage.peers import PeerBook
+from node.swarm.acquaintances import keep_acquaintances
+from node.swarm.dissemination import Dissemination
 from node.swarm.membership import Membership
+from node.swarm.records import RecordKinds
+from protocol.capabilities import hardware_class
 
 DRAIN_LIMIT_S = 30.0
 """How long a node that was asked to stop waits for the jobs and sessions it has."""
+
+RETENTION_INTERVAL_S = 60.0
+"""How often the history is brought back within its bounds."""
 
 LOCK_FILE = "node.lock"
 
@@ -38,7 +54,7 @@ _logger = structlog.get_logger(__name__)
 class Node:
     """One peer: its rooms, wired. `running` brings it to life."""
 
-    def __init__(self, config: NodeConfig) -> None:
+    def __init__(self, config: NodeConfig, database: Database) -> None:
         try:
             identity = load_or_create(config.data_dir)
             self._network = Libp2pNetwork(identity.seed, listen=config.listen, swarm_key=config.swarm_key)
@@ -47,17 +63,44 @@ class Node:
         agent = f"{APPLICATION}/{version(APPLICATION)}"
         jitter = random.Random(identity.peer_id)
         self._config = config
-        self._stages = Stages(self._network, agent)
+        records = RecordKinds(self._network)
+        traffic = TrafficMeter()
+        self._history = HistoryStore(database)
+        self._peer_book = PeerBook(database)
+        # Measured once for all nodes of this user on this machine: the figures are the machine's.
+        self._inventory = Inventory(
+            data_dir=config.cache_dir, models_dir=config.cache_dir, traffic=traffic, threads=config.threads
+        )
+        self._stages = Stages(self._network, agent, private_key=identity.private_key, hardware=self._hardware)
         self._membership = Membership(
             network=self._network,
             identity=identity,
             agent=agent,
             bootstrap=config.bootstrap,
             served_spans=self._stages.served_spans,
+            records=records,
+            jitter=jitter,
+            on_round_trip=traffic.round_trip,
+        )
+        self._announcer = CapabilityAnnouncer(
+            network=self._network,
+            identity=identity,
+            records=records,
+            capabilities=self._inventory.capabilities,
+            peers=self._network.connected_peers,
             jitter=jitter,
         )
+        self._dissemination = Dissemination(
+            network=self._network, identity=identity, history=self._history, records=records, jitter=jitter
+        )
         self._library = Library(ModelStore(config.cache_dir), self._network, self._membership)
-        self._coordinator = Coordinator(self._library, self._membership, self._stages.switchboard, jitter)
+        self._coordinator = Coordinator(
+            self._library,
+            self._membership,
+            self._stages.switchboard,
+            jitter,
+            Recorder(identity, self._dissemination),
+        )
         self._serving = Serving(
             config.serve,
             library=self._library,
@@ -89,6 +132,11 @@ class Node:
             async with self._stages.switchboard.running(), trio.open_nursery() as nursery:
                 nursery.start_soon(self._membership.run)
                 nursery.start_soon(self._library.run)
+                nursery.start_soon(self._inventory.run)
+                nursery.start_soon(self._announcer.run)
+                nursery.start_soon(self._dissemination.run)
+                nursery.start_soon(self._keep_history_bounded)
+                nursery.start_soon(keep_acquaintances, self._network, self._peer_book)
                 await nursery.start(self._serving.run)
                 yield NodeReady(
                     peer_id=self._network.peer_id,
@@ -99,16 +147,41 @@ class Node:
                 nursery.cancel_scope.cancel()
             api_stop.set()
 
+    def _hardware(self) -> str:
+        """Return the class of this machine's hardware, once it is known."""
+        capabilities = self._inventory.capabilities()
+        return "unknown" if capabilities is None else hardware_class(capabilities)
+
+    async def _keep_history_bounded(self) -> None:
+        while True:
+            try:
+                await self._history.retain(time.time())
+            except StorageError as error:
+                _logger.warning("the history could not be pruned", reason=str(error))
+            await trio.sleep(RETENTION_INTERVAL_S)
+
     async def drain(self) -> None:
         """Take no new work, tell the swarm, and wait a bounded time for the work there is."""
         self._coordinator.draining = True
         self._stages.draining = True
         await self._membership.leave()
+        await self._announcer.withdraw()
         with trio.move_on_after(DRAIN_LIMIT_S) as scope:
             await self._coordinator.wait_idle()
             await self._stages.wait_idle()
         if scope.cancelled_caught:
             _logger.warning("left with work undone", sessions=sum(len(span.sessions) for span in self._stages.spans()))
+
+
+@asynccontextmanager
+async def running_node(config: NodeConfig) -> AsyncIterator[tuple[Node, NodeReady]]:
+    """Open the data directory's database and run a node on it inside the block."""
+    async with open_database(config.data_dir / DATABASE_FILE) as database:
+        if database.set_aside is not None:
+            _logger.warning("damaged history set aside; the swarm refills it", file=str(database.set_aside))
+        node = Node(config, database)
+        async with node.running() as ready:
+            yield node, ready
 
 
 async def run_node(config: NodeConfig, on_ready: Callable[[NodeReady], None] | None = None) -> None:
@@ -123,23 +196,17 @@ async def run_node(config: NodeConfig, on_ready: Callable[[NodeReady], None] | N
                 asked = trio.Event()
                 is_ready = trio.Event()
                 await nursery.start(_heed_signals, asked, is_ready, nursery.cancel_scope)
-                node = Node(config)
-                async with node.running() as ready:
+                async with running_node(config) as (node, ready), _announced(ready, config.data_dir):
                     is_ready.set()
-                    ready.write(config.data_dir)
-                    try:
-                        if on_ready:
-                            on_ready(ready)
-                        await asked.wait()
-                        _logger.info("leaving; a second signal leaves at once")
-                        await node.drain()
-                    finally:
-                        with suppress(FileNotFoundError):
-                            (config.data_dir / READY_FILE).unlink()
+                    if on_ready:
+                        on_ready(ready)
+                    await asked.wait()
+                    _logger.info("leaving; a second signal leaves at once")
+                    await node.drain()
                 nursery.cancel_scope.cancel()
-    except BaseExceptionGroup as group:
-        for error in _leaves(group):
-            if isinstance(error, StartError | NetworkError):
+    except (StorageError, BaseExceptionGroup) as fault:
+        for error in _leaves(fault):
+            if isinstance(error, StartError | NetworkError | StorageError):
                 raise StartError(str(error)) from None
         raise
 
@@ -158,6 +225,17 @@ async def _heed_signals(
             if asked.is_set() or not is_ready.is_set():
                 scope.cancel()
             asked.set()
+
+
+@asynccontextmanager
+async def _announced(ready: NodeReady, data_dir: Path) -> AsyncIterator[None]:
+    """Keep `node.json` in the data directory inside the block."""
+    ready.write(data_dir)
+    try:
+        yield
+    finally:
+        with suppress(FileNotFoundError):
+            (data_dir / READY_FILE).unlink()
 
 
 def _leaves(error: BaseException) -> Iterator[BaseException]:

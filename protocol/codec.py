@@ -28,6 +28,7 @@ from protocol.fields import (
 from protocol.identity import JobId, PeerId, SessionId
 from protocol.limits import (
     MAX_CONTROL_BYTES,
+    MAX_HARDWARE_BYTES,
     MAX_INTEGER,
     MAX_NAME_BYTES,
     MAX_POSITIONS,
@@ -44,6 +45,7 @@ from protocol.limits import (
     MAX_VOTES,
     MAX_WIDTH,
     MAX_WINDOW_BYTES,
+    SIGNATURE_BYTES,
 )
 from protocol.messages import (
     Close,
@@ -387,7 +389,7 @@ def _close_from(fields: Fields) -> Close:
 
 def _closed_to_map(message: Closed) -> _Map:
     statistics = message.statistics
-    return {
+    value: _Map = {
         "session": _session_to_array(message.session),
         "statistics": {
             "steps": statistics.steps,
@@ -397,7 +399,11 @@ def _closed_to_map(message: Closed) -> _Map:
             "bytes_in": statistics.bytes_in,
             "bytes_out": statistics.bytes_out,
         },
+        "hardware": message.hardware,
     }
+    if message.countersignature is not None:
+        value["countersignature"] = message.countersignature
+    return value
 
 
 def _closed_from(fields: Fields) -> Closed:
@@ -411,7 +417,12 @@ def _closed_from(fields: Fields) -> Closed:
         bytes_out=inner.integer("bytes_out", 0, MAX_INTEGER),
     )
     inner.finish()
-    return Closed(session=fields.session(), statistics=statistics)
+    return Closed(
+        session=fields.session(),
+        statistics=statistics,
+        hardware=fields.name("hardware", MAX_HARDWARE_BYTES),
+        countersignature=(fields.raw("countersignature", SIGNATURE_BYTES) if "countersignature" in fields else None),
+    )
 
 
 def _ping_to_map(message: Ping) -> _Map:

@@ -121,3 +121,6 @@ MAX_TOKENS_PER_S: Final = 1e9
 
 MAX_LOG_RATIO: Final = 20.0
 """Natural logarithm of a ratio of costs, either sign."""
+
+SIGNATURE_BYTES: Final = 64
+"""An Ed25519 signature."""

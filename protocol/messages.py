@@ -197,10 +197,16 @@ class SessionStatistics:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Closed:
-    """The stage has freed the session."""
+    """The stage has freed the session.
+
+    `hardware`: the class of hardware it ran on. `countersignature`: the stage's signature of these figures, in the form
+    of `protocol.observations`, for the job's observation; None where it gives none.
+    """
 
     session: SessionId
     statistics: SessionStatistics
+    hardware: str = "unknown"
+    countersignature: bytes | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

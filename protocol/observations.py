@@ -48,6 +48,7 @@ from protocol.limits import (
     MAX_TOKENS_PER_S,
     MAX_VOCABULARY,
     MAX_WIDTH,
+    SIGNATURE_BYTES,
 )
 from protocol.measurements import (
     MIN_TOTAL_S,
@@ -76,7 +77,6 @@ OBSERVATIONS_TOPIC: Final = "metaswarm/1/observations"
 BUCKET_S: Final = 3600
 """Observations are compared, and dropped, by the hour of their issue."""
 
-_SIGNATURE_BYTES: Final = 64
 _COUNTERSIGNED: Final = b"metaswarm/1/countersignature\n"
 _SWITCH: Final = re.compile(r"[a-z0-9_.+-]+")
 
@@ -383,7 +383,7 @@ def _stage_from(value: object) -> StageObservation:
         ),
         round_trip_s=None if round_trip_s is None else number(round_trip_s, 0.0, MAX_SECONDS, "stage round_trip_s"),
         countersignature=(
-            None if countersignature is None else raw(countersignature, _SIGNATURE_BYTES, "stage countersignature")
+            None if countersignature is None else raw(countersignature, SIGNATURE_BYTES, "stage countersignature")
         ),
     )
 

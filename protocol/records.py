@@ -36,6 +36,7 @@ from protocol.limits import (
     MAX_RECORD_BYTES,
     MAX_RECORD_LIFETIME_S,
     MAX_SPANS,
+    SIGNATURE_BYTES,
 )
 from protocol.messages import Load
 
@@ -46,7 +47,6 @@ HEARTBEAT_TOPIC: Final = "metaswarm/1/heartbeats"
 """The gossip topic of heartbeats."""
 
 _PUBLIC_KEY_BYTES: Final = 32
-_SIGNATURE_BYTES: Final = 64
 
 _R = TypeVar("_R", bound="Record")
 
@@ -215,7 +215,7 @@ def open_envelope(envelope: bytes, kind: str) -> Signed:
     fields = _open_envelope(envelope, kind)
     public_key = fields.raw("public_key", _PUBLIC_KEY_BYTES)
     payload = _payload_bytes(fields)
-    signature = fields.raw("signature", _SIGNATURE_BYTES)
+    signature = fields.raw("signature", SIGNATURE_BYTES)
     fields.finish()
     try:
         Ed25519PublicKey.from_public_bytes(public_key).verify(signature, _signed_bytes(kind, payload))

@@ -6,7 +6,7 @@ from contextlib import asynccontextmanager
 from dataclasses import replace
 from tempfile import TemporaryDirectory
 
-from node.app import Node
+from node.app import running_node
 from node.cli.logs import configure_logging
 from node.config import ENVIRONMENT_PREFIX, load_config
 
@@ -25,5 +25,5 @@ async def ephemeral_peer(bootstrap: Sequence[str]) -> AsyncIterator[str]:
             }
         )
         configure_logging(config.log_level)
-        async with Node(replace(config, serve=(), api_key=None)).running() as ready:
+        async with running_node(replace(config, serve=(), api_key=None)) as (_, ready):
             yield ready.api_url

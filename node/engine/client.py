@@ -70,6 +70,7 @@ async def start_worker(
                     stdout=_STDERR,  # ours may be somebody's JSON
                     pass_fds=[theirs.fileno()],
                     env=_environment(options),
+                    start_new_session=True,  # Ctrl-C is for the node, which lets its jobs end first
                 )
             except OSError as error:
                 raise EngineError(f"the worker of blocks {blocks} cannot be started: {error}") from error

@@ -31,6 +31,7 @@ from node.jobs.interface import (
     Usage,
     Vote,
 )
+from node.jobs.recorder import Recorder
 from node.jobs.route import Drawn, OpenRoute, Rejection, RouteLost, RouteRejected, Stop
 from node.jobs.switchboard import Switchboard
 from node.models.errors import ModelError
@@ -38,7 +39,8 @@ from node.models.library import KnownModel
 from node.models.tokenizer import StopFinder, StreamDecoder
 from node.swarm.directory import Candidate
 from protocol.identity import BlockRange, JobId, ModelId, PeerId
-from protocol.messages import FinishReason, RefusalReason, Sampling, SessionStatistics
+from protocol.measurements import StageObservation
+from protocol.messages import Closed, FinishReason, RefusalReason, Sampling
 from selector.routing import NoRouteError, Offer, find_route
 from selector.task import METHODS, Method
 
@@ -114,8 +116,17 @@ class _Job:
 class Coordinator:
     """Takes jobs submitted at this node; implements `Submitter`."""
 
-    def __init__(self, models: Models, finder: Finder, switchboard: Switchboard, jitter: random.Random) -> None:
+    def __init__(
+        self,
+        models: Models,
+        finder: Finder,
+        switchboard: Switchboard,
+        jitter: random.Random,
+        recorder: Recorder | None = None,
+    ) -> None:
+        """Take no job yet. `recorder` is told of every job that was done."""
         self.draining = False
+        self._recorder = recorder
         self._models = models
         self._finder = finder
         self._switchboard = switchboard
@@ -266,7 +277,7 @@ class Coordinator:
         route = job.route
         if route is None:
             raise AssertionError("a job that ends has a route")
-        statistics = await route.close()
+        closed = await route.close()
         job.route = None
         count = len(job.tokens)
         votes = tuple(
@@ -274,7 +285,7 @@ class Coordinator:
             for stop, answer in zip(route.stops, route.answers, strict=True)
             if answer
         )
-        return JobResult(
+        result = JobResult(
             job_id=job.id,
             model=job.model.id,
             model_name=job.model.name,
@@ -287,16 +298,37 @@ class Coordinator:
                 tpot_s=(ended_s - job.first_token_s) / (count - 1) if count > 1 else 0.0,
                 total_s=ended_s - job.began_s,
             ),
-            route=tuple(map(_stage_of, route.stops, statistics)),
+            route=tuple(map(_stage_of, route.stops, closed)),
             method=MethodChoice(
                 name=job.method.name, switches=dict(job.method.session), stage_policy=dict(job.method.stage)
             ),
             consensus=Consensus(votes=votes, agreed=job.method.name, epoch=None, table_digest=None),
             replays=job.replays,
         )
+        if self._recorder is not None:
+            await self._recorder.record(
+                result,
+                job.request,
+                job.model.manifest,
+                job=route.job,
+                route=tuple(map(_observed, route.stops, closed)),
+                concurrency=max((answer.load.sessions for answer in route.answers if answer), default=1),
+            )
+        return result
 
 
-def _stage_of(stop: Stop, statistics: SessionStatistics) -> RouteStage:
+def _observed(stop: Stop, closed: Closed) -> StageObservation:
+    return StageObservation(
+        peer=stop.peer,
+        blocks=stop.blocks,
+        hardware=closed.hardware,
+        statistics=closed.statistics,
+        countersignature=closed.countersignature,
+    )
+
+
+def _stage_of(stop: Stop, closed: Closed) -> RouteStage:
+    statistics = closed.statistics
     return RouteStage(peer=stop.peer, blocks=stop.blocks, compute_s=statistics.compute_s, queue_s=statistics.queue_s)
 
 

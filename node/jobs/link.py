@@ -103,8 +103,8 @@ class OpenHandler(Protocol):
         """Admit or refuse a session."""
         ...
 
-    async def close(self, session: SessionId, link: "InboundLink") -> SessionStatistics:
-        """Free a session that this link opened. An unknown one is no error."""
+    async def close(self, session: SessionId, link: "InboundLink") -> Closed:
+        """Free a session that this link opened and say what it cost. An unknown one is no error."""
         ...
 
     def link_broken(self, link: "InboundLink") -> None:
@@ -265,19 +265,20 @@ class OutboundLink(_Link):
             raise LinkBroken(self.peer, f"session lost while it was opened: {answer}")
         return answer
 
-    async def close(self, session: SessionId) -> SessionStatistics:
+    async def close(self, session: SessionId) -> Closed:
         """Close a session that we opened and return what it cost; nothing is raised for a link that is gone."""
+        unknown = Closed(session=session, statistics=SessionStatistics())
         try:
             state = self._connection.session_state(session)
             if state is SessionState.IDLE:
-                return SessionStatistics()
+                return unknown
             if state is SessionState.FAILED:
                 await self.send(Close(session=session))  # confirms what the other side said; it has no answer
-                return SessionStatistics()
+                return unknown
             answer = await self._ask(Close(session=session))
         except LinkBroken:
-            return SessionStatistics()
-        return answer.statistics if isinstance(answer, Closed) else SessionStatistics()
+            return unknown
+        return answer if isinstance(answer, Closed) else unknown
 
     async def _ask(self, message: Open | Close) -> Opened | Refused | Closed | Failed:
         answered = self._answers[message.session] = trio.Event()
@@ -426,11 +427,11 @@ class InboundLink(_Link):
             self._say(answer)
 
     async def _close(self, message: Close) -> None:
-        statistics = await self._stages.close(message.session, self)
+        closed = await self._stages.close(message.session, self)
         self._consumed.pop(message.session, None)
         # What was refused or has failed meanwhile was answered by that.
         if not self.broken and self._connection.session_state(message.session) is SessionState.CLOSING:
-            self._say(Closed(session=message.session, statistics=statistics))
+            self._say(closed)
 
     async def _watch(self) -> None:
         """The initiator asks every second; one that is silent for much longer holds our memory for nothing."""

@@ -11,6 +11,7 @@ from node.jobs.switchboard import Switchboard
 from protocol.identity import BlockRange, JobId, ModelId, PeerId, SessionId
 from protocol.limits import MAX_STEP_BYTES
 from protocol.messages import (
+    Closed,
     FailureReason,
     FinishReason,
     Open,
@@ -130,23 +131,29 @@ class OpenRoute:
                 raise AssertionError("the channel of tokens ends only when a stage is lost") from None
             raise RouteLost(self._lost) from None
 
-    async def close(self) -> tuple[SessionStatistics, ...]:
+    @property
+    def job(self) -> JobId:
+        """The id under which the stages know the job; a replay has another."""
+        return self._job
+
+    async def close(self) -> tuple[Closed, ...]:
         """Close every stage, within a bounded time even under cancellation; return what each has cost."""
         self._switchboard.receivers.remove(self._sink)
         for unwatch in self._unwatch:
             unwatch()
         for source in self._sources:
             source.forget(self._sink)
-        statistics = [SessionStatistics()] * len(self.stops)
+        sessions = [SessionId(self._job, stage) for stage in range(len(self.stops))]
+        closed = [Closed(session=session, statistics=SessionStatistics()) for session in sessions]
 
         async def close_stage(stage: int) -> None:
-            statistics[stage] = await self._links[stage].close(SessionId(self._job, stage))
+            closed[stage] = await self._links[stage].close(SessionId(self._job, stage))
 
         with trio.CancelScope(deadline=trio.current_time() + CLOSE_TIMEOUT_S, shield=True):
             async with trio.open_nursery() as nursery:
                 for stage in self._links:
                     nursery.start_soon(close_stage, stage)
-        return tuple(statistics)
+        return tuple(closed)
 
     async def open(self, model: ModelId, method: str, positions: int, sampling: Sampling) -> None:
         """Open all stages at once. Raises RouteRejected with everything that is against it."""

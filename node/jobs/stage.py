@@ -11,13 +11,16 @@ from dataclasses import dataclass, replace
 
 import structlog
 import trio
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from node.engine.interface import Engine, EngineCrashed, EngineError, EngineFull, SliceInput, SpanInfo
 from node.jobs.link import InboundLink, LinkBroken, OutboundLink, SessionLost
 from node.jobs.switchboard import Switchboard
 from node.network.interface import Network
 from protocol.identity import BlockRange, ModelId, PeerId, SessionId
+from protocol.measurements import StageObservation
 from protocol.messages import (
+    Closed,
     FailureReason,
     FinishReason,
     Load,
@@ -29,6 +32,7 @@ from protocol.messages import (
     Slice,
     Step,
 )
+from protocol.observations import countersign
 from protocol.records import ServedSpan
 from protocol.tensors import Tensor, tensor_from_tokens, tokens_from_tensor
 
@@ -56,6 +60,7 @@ class StageSession:
         self.id = message.session
         self.span = span
         self.opened_by = opened_by
+        self.method = message.method
         self.sampling = message.sampling
         self.positions = message.positions
         self.drawn = 0
@@ -262,8 +267,13 @@ class Span:
 class Stages:
     """All spans of this node: admits sessions and ends them."""
 
-    def __init__(self, network: Network, agent: str) -> None:
+    def __init__(
+        self, network: Network, agent: str, *, private_key: Ed25519PrivateKey, hardware: Callable[[], str]
+    ) -> None:
+        """Serve nothing yet. `private_key` countersigns what jobs cost here; `hardware` names what they ran on."""
         self.draining = False
+        self._private_key = private_key
+        self._hardware = hardware
         self.switchboard = Switchboard(network, agent, self)
         self._spans: dict[tuple[ModelId, BlockRange], Span] = {}
         self._session_ended = trio.lowlevel.ParkingLot()
@@ -329,15 +339,38 @@ class Stages:
         span.end(session)
         return _refusal(message, *refused, span)
 
-    async def close(self, session: SessionId, link: InboundLink) -> SessionStatistics:
-        """Free a session that this link opened and return what it cost. An unknown one is no error."""
+    async def close(self, session: SessionId, link: InboundLink) -> Closed:
+        """Free a session that this link opened and say what it cost. An unknown one is no error."""
         for span in self._spans.values():
             found = span.sessions.get(session)
             if found and found.opened_by is link:
                 await found.opened.wait()
                 span.end(found)
-                return found.statistics()
-        return SessionStatistics()
+                return self._countersigned(found)
+        return Closed(session=session, statistics=SessionStatistics())
+
+    def _countersigned(self, session: StageSession) -> Closed:
+        """Return what a session cost here, signed for its coordinator, who may tell it to everybody."""
+        info = session.span.info
+        observed = countersign(
+            StageObservation(
+                peer=self.switchboard.peer_id,
+                blocks=info.blocks,
+                hardware=self._hardware(),
+                statistics=session.statistics(),
+            ),
+            job=session.id.job,
+            observer=session.opened_by.peer,
+            model=info.model,
+            method=session.method,
+            private_key=self._private_key,
+        )
+        return Closed(
+            session=session.id,
+            statistics=observed.statistics,
+            hardware=observed.hardware,
+            countersignature=observed.countersignature,
+        )
 
     def link_broken(self, link: InboundLink) -> None:
         """Free every session that was opened over the link: nobody is left who could want its tokens."""

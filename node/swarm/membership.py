@@ -17,18 +17,17 @@ import trio
 from node.identity import Identity
 from node.network.interface import Network, NetworkError
 from node.swarm.directory import Candidate, Directory
+from node.swarm.records import RecordKinds
 from protocol.errors import RemoteProtocolError
 from protocol.identity import BlockRange, ModelId, PeerId
 from protocol.messages import Load
 from protocol.records import (
-    DHT_NAMESPACE,
     HEARTBEAT_TOPIC,
     Heartbeat,
     ServedSpan,
     SpanRecord,
     provider_key,
     seal,
-    select,
     span_key,
     unseal,
     unseal_span,
@@ -79,9 +78,12 @@ class Membership:
         agent: str,
         bootstrap: Sequence[str],
         served_spans: Callable[[], tuple[ServedSpan, ...]],
+        records: RecordKinds,
         jitter: random.Random,
         wall_clock: Callable[[], float] = time.time,
+        on_round_trip: Callable[[PeerId, float], None] | None = None,
     ) -> None:
+        """Take no part yet. `on_round_trip` is told of every round trip that is measured, in seconds."""
         self.directory = Directory(own_peer=network.peer_id)
         self._network = network
         self._identity = identity
@@ -94,9 +96,10 @@ class Membership:
         self._sequence = int(wall_clock() * 1000)
         self._round_trips_s: dict[PeerId, float] = {}
         self._changed = trio.Event()
+        self._on_round_trip = on_round_trip
         self._leaving = False
         network.join_topic(HEARTBEAT_TOPIC, self._validate_heartbeat)
-        network.register_record(DHT_NAMESPACE, self._validate_record, lambda _, values: select(values))
+        records.register(SpanRecord.kind, self._validate_record)
 
     def bootstrap(self) -> tuple[Bootstrap, ...]:
         """Return how each bootstrap address fares."""
@@ -327,7 +330,11 @@ class Membership:
             self._round_trips_s = {peer: s for peer, s in self._round_trips_s.items() if peer in peers}
             for peer in peers:
                 try:
-                    self._round_trips_s[peer] = await self._network.ping(peer)
+                    round_trip_s = await self._network.ping(peer)
                 except NetworkError as error:
                     _logger.debug("ping failed", peer=peer, reason=str(error))
+                    continue
+                self._round_trips_s[peer] = round_trip_s
+                if self._on_round_trip is not None:
+                    self._on_round_trip(peer, round_trip_s)
             await trio.sleep(PING_ROUND_S * self._jitter.uniform(0.8, 1.2))

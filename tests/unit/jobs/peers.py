@@ -15,8 +15,10 @@ from node.jobs.coordinator import Coordinator
 from node.jobs.interface import JobRequest, JobResult
 from node.jobs.stage import Stages
 from node.models.library import KnownModel
-from node.network.memory import LinkModel, MemoryNetwork, MemoryNetworkHub
+from node.network.interface import Network
+from node.network.memory import LinkModel, MemoryNetworkHub
 from node.swarm.membership import Membership
+from node.swarm.records import RecordKinds
 from protocol.identity import BlockRange, PeerId, SessionId
 from protocol.messages import Slice, Step
 from protocol.tensors import tensor_from_tokens
@@ -68,7 +70,7 @@ class OneModel:
 class Peer:
     """One peer of the swarm."""
 
-    network: MemoryNetwork
+    network: Network
     stages: Stages
     membership: Membership
     coordinator: Coordinator
@@ -106,7 +108,7 @@ class Swarm:
         """Start a peer that serves spans of the fake model; the first peer of the swarm is its bootstrap peer."""
         identity = Identity(self._rng.randbytes(32))
         network = self.hub.network(identity.peer_id)
-        stages = Stages(network, "test/1")
+        stages = Stages(network, "test/1", private_key=identity.private_key, hardware=lambda: "test")
         bootstrap = self.peers[0].network.multiaddrs if self.peers else ()
         membership = Membership(
             network=network,
@@ -114,6 +116,7 @@ class Swarm:
             agent="test/1",
             bootstrap=bootstrap,
             served_spans=stages.served_spans,
+            records=RecordKinds(network),
             jitter=self._rng,
             wall_clock=lambda: 1_800_000_000 + trio.current_time(),
         )
