@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: install demo test soak lint format bench clean
+.PHONY: help install demo test coverage soak lint format bench clean
 .DEFAULT_GOAL := help
 
 help: ## Say what the targets do.
@@ -27,6 +27,11 @@ demo: $(STAMP) ## Three local peers hold a third of a model each and answer a qu
 
 test: $(STAMP) ## Everything that needs no GPU, about ten minutes on two cores.
 	$(BIN)/python -m pytest -m 'not soak'
+
+coverage: $(STAMP) ## The same, and which lines it did not reach.
+	$(BIN)/coverage run -m pytest -m 'not soak'
+	$(BIN)/coverage combine
+	$(BIN)/coverage report
 
 soak: $(STAMP) ## The slow tests.
 	$(BIN)/python -m pytest -m soak
