@@ -258,7 +258,9 @@ class Libp2pNetwork:
             swarm.peerstore.add_addrs(peer_id, [Multiaddr(address.endpoint) for address in known], ADDRESS_LIFETIME_S)
         swarm.unblock_peer(peer_id)
         try:
-            await swarm.dial_peer(peer_id)
+            # Twice: once for those that are dialled before it, when there are many.
+            with trio.fail_after(2 * self._limits.dial_timeout_s):
+                await swarm.dial_peer(peer_id)
         except Exception as error:
             raise NetworkError(f"cannot reach {peer}: {reason(error)}") from error
 

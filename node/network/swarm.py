@@ -201,6 +201,10 @@ class GuardedSwarm(Swarm):
         """
         await self.upgrade_inbound_raw_conn(RawConnection(read_write_closer, initiator=False), maddr)
 
+    def _select_connection(self, connections: list[INetConn], peer_id: ID) -> INetConn:
+        """Choose the latest connection: an older one may be left over from a peer that has crashed and come back."""
+        return connections[-1]
+
     def live_connections(self, peer_id: ID) -> list[INetConn]:
         """Return the open connections to a peer."""
         return [connection for connection in self.get_connections(peer_id) if not connection.is_closed]
@@ -229,11 +233,11 @@ class GuardedSwarm(Swarm):
         try:
             async with self._dial_limiter:
                 await self._dial_addresses(peer_id, dial)
-            if dial.failure:
+            if not dial.failure:
+                self._negative_peer_cache.evict(str(peer_id))
+            elif self._dialable(peer_id):
                 self._negative_peer_cache.mark_failed(str(peer_id))
                 self._forget_addresses(peer_id)
-            else:
-                self._negative_peer_cache.evict(str(peer_id))
         finally:
             del self._dials[peer_id]
             dial.done.set()

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import trio
+import trio.testing
 
 from node.network.host import Libp2pNetwork
 from node.network.interface import Network, Stream
@@ -74,6 +75,12 @@ async def receive_all(stream: Stream) -> bytes:
 def limited(seconds: float = 10.0) -> AbstractContextManager[Any]:
     """Bound a test: nothing here may hang."""
     return trio.fail_after(seconds)
+
+
+async def until(condition: Callable[[], object]) -> None:
+    """Wait until what other tasks do makes the condition true."""
+    while not condition():
+        await trio.testing.wait_all_tasks_blocked(0.01)
 
 
 async def send_for_ever(stream: Stream) -> None:

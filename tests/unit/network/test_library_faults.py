@@ -31,7 +31,7 @@ from multiaddr import Multiaddr
 
 from node.network.swarm import start_service
 
-from .conftest import limited
+from .conftest import limited, until
 from .hosts import (
     ECHO,
     GARBAGE,
@@ -168,8 +168,7 @@ async def test_library_dials_whomever_it_has_heard_of() -> None:
             host = new_host(create_new_key_pair(bytes(32)))
             host.get_peerstore().add_addrs(known.get_id(), known.get_transport_addrs(), 600)
             async with host.run([Multiaddr(LOOPBACK)]):
-                while not host.get_connected_peers():
-                    await trio.sleep(0.01)
+                await until(host.get_connected_peers)
                 scope.cancel()
 
 
@@ -278,7 +277,7 @@ async def test_library_loses_gossip_one_way_for_good_after_a_quick_reconnection(
             (connection,) = b.get_network().get_connections(a.get_id())
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(connection.close)
-                await trio.sleep(0.01)
+                await until(lambda: not b.get_network().get_connections(a.get_id()))
                 await join(b, address_of(a))
             await heard(at_one, other)
             await heard(at_other, one)

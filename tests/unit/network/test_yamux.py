@@ -242,11 +242,13 @@ async def test_a_peer_may_open_only_so_many_streams() -> None:
     with trio.fail_after(5):
         async with started(muxer):
             raw = RawPeer(far_end)
-            for number in range(4):
-                await raw.send(WINDOW_UPDATE, SYN, 2 * number + 2, 0)
+            streams = []
+            for number in (2, 4, 6):
+                await raw.send(WINDOW_UPDATE, SYN, number, 0)
+                streams.append(await muxer.accept_stream())
+            await raw.send(WINDOW_UPDATE, SYN, 8, 0)
             assert (await raw.receive_kind(WINDOW_UPDATE, RST))[2] == 8
-            first = await muxer.accept_stream()
-            await first.reset()
+            await streams[0].reset()
             await raw.send(WINDOW_UPDATE, SYN, 10, 0)
             assert (await raw.receive_kind(WINDOW_UPDATE, ACK))[2] == 10
 
