@@ -147,7 +147,7 @@ def _print_report(report: dict[str, Any]) -> None:
     votes = len(report["consensus"]["votes"])
     rate = f"{1 / timing['tpot_s']:.1f}" if timing["tpot_s"] > 0 else "-"
     facts = {
-        "method": f"{method['name']}, the choice of {votes} vote{'' if votes == 1 else 's'}",
+        "method": method["name"] + (f", the choice of {votes} vote{'' if votes == 1 else 's'}" if votes else ""),
         "tokens": f"{usage['prompt_tokens']} in, {usage['completion_tokens']} out, {rate} tokens/s",
         "timing": f"first token after {format_duration(timing['ttft_s'])}, then one every "
         f"{format_duration(timing['tpot_s'])}, {format_duration(timing['total_s'])} in all",

@@ -283,7 +283,7 @@ class Coordinator:
         votes = tuple(
             Vote(peer=stop.peer, scores=dict(answer.votes))
             for stop, answer in zip(route.stops, route.answers, strict=True)
-            if answer
+            if answer is not None and answer.votes
         )
         result = JobResult(
             job_id=job.id,
