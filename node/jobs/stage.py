@@ -36,8 +36,11 @@ from protocol.observations import countersign
 from protocol.records import ServedSpan
 from protocol.tensors import Tensor, tensor_from_tokens, tokens_from_tensor
 
-MAX_BACKLOG = 256
-"""Outputs of one session that wait for credit on the way out; credit on the way in keeps it far below."""
+IDLE_LIMIT_S = 300.0
+"""A session whose coordinator lives, but that gets no rows for this long, gives its memory back."""
+
+IDLE_ROUND_S = 10.0
+"""How often idle sessions are looked for."""
 
 _logger = structlog.get_logger(__name__)
 
@@ -76,6 +79,9 @@ class StageSession:
         self.unwatch: list[Callable[[], None]] = []
         self.opened = trio.Event()
         self.backlog: deque[tuple[SessionId, Step]] = deque()
+        self.owed: list[tuple[InboundLink, int]] = []
+        """Credit for rows whose outputs are in the backlog; given once they have left."""
+        self.active_s = trio.current_time()
         self._permitted = {opened_by.peer, *message.upstream}
 
     def permits(self, peer: PeerId) -> bool:
@@ -85,6 +91,7 @@ class StageSession:
     def receive(self, part: Slice, tensor: Tensor, link: InboundLink) -> None:
         """Queue rows for the engine, unless they would not fit what was reserved: then the session is lost."""
         self.sources.add(link)
+        self.active_s = trio.current_time()
         self.bytes_in += len(tensor.data)
         if part.position + part.rows > self.positions:
             self.span.fail(self, FailureReason.ENGINE, f"rows up to {part.position + part.rows} of {self.positions}")
@@ -127,6 +134,7 @@ class Span:
             async with trio.open_nursery() as nursery:
                 self._nursery = nursery
                 nursery.start_soon(self._wait_for_crash)
+                nursery.start_soon(self._expire_idle)
                 task_status.started()
                 try:
                     await self._work()
@@ -145,6 +153,14 @@ class Span:
 
     async def _wait_for_crash(self) -> None:
         raise EngineCrashed(await self.engine.wait_crashed())
+
+    async def _expire_idle(self) -> None:
+        while True:
+            await trio.sleep(IDLE_ROUND_S)
+            oldest_s = trio.current_time() - IDLE_LIMIT_S
+            for session in tuple(self.sessions.values()):
+                if session.active_s < oldest_s:
+                    self.fail(session, FailureReason.EXPIRED, f"no rows came for {IDLE_LIMIT_S:.0f} s")
 
     def load(self) -> Load:
         """Return how busy the span is."""
@@ -187,7 +203,9 @@ class Span:
             except LinkBroken as broken:
                 self.fail(session, FailureReason.DOWNSTREAM, str(broken), broken.peer)
                 return
-        work.link.consumed(session.id, len(work.tensor.data))
+        session.owed.append((work.link, len(work.tensor.data)))
+        if not session.backlog:
+            self._pay(session)
 
     def _route(self, session: StageSession, part: Slice, output: Tensor) -> None:
         """Send what the engine made of a slice where it has to go."""
@@ -214,10 +232,14 @@ class Span:
         session.bytes_out += len(step.tensor.data)
         if session.backlog or not session.outputs[to].try_send_step(step):
             session.backlog.append((to, step))
-            if len(session.backlog) > MAX_BACKLOG:
-                self.fail(session, FailureReason.DOWNSTREAM, "the next stage takes nothing", session.outputs[to].peer)
-            elif len(session.backlog) == 1 and self._nursery:
+            if len(session.backlog) == 1 and self._nursery:
                 self._nursery.start_soon(self._send_backlog, session)
+
+    def _pay(self, session: StageSession) -> None:
+        """Give credit for the rows whose outputs have all left: so a slow next stage slows the one before, too."""
+        for link, consumed_bytes in session.owed:
+            link.consumed(session.id, consumed_bytes)
+        session.owed.clear()
 
     async def _send_backlog(self, session: StageSession) -> None:
         try:
@@ -226,6 +248,7 @@ class Span:
                 await session.outputs[to].send_step(step)
                 if session.backlog:
                     session.backlog.popleft()
+            self._pay(session)
         except LinkBroken as broken:
             self.fail(session, FailureReason.DOWNSTREAM, str(broken), broken.peer)
 
@@ -245,6 +268,7 @@ class Span:
             return
         session.ended.set()
         session.backlog.clear()
+        session.owed.clear()
         self.sessions.pop(session.id, None)
         self._switchboard.receivers.remove(session.id)
         for unwatch in session.unwatch:

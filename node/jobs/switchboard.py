@@ -73,19 +73,28 @@ class Switchboard:
         """Return the link to a peer, made if need be. Raises LinkBroken with the reason."""
         if (link := self._links.get(peer)) and not link.broken:
             return link
-        async with self._dialling[peer]:
-            if (link := self._links.get(peer)) and not link.broken:
-                return link
-            if self._nursery is None:
-                raise LinkBroken(peer, "this node is leaving")
-            try:
-                stream = await self._open_stream(peer)
-            except NetworkError as error:
-                raise LinkBroken(peer, str(error)) from None
-            link = OutboundLink(stream, self._agent)
-            self._nursery.start_soon(self._carry, link)
-            await link.ready()
+        lock = self._dialling[peer]
+        try:
+            async with lock:
+                return await self._make_link(peer)
+        finally:
+            # Strangers may name any number of peers to send rows to; none of them stays here.
+            if not lock.statistics().tasks_waiting:
+                self._dialling.pop(peer, None)
+
+    async def _make_link(self, peer: PeerId) -> OutboundLink:
+        if (link := self._links.get(peer)) and not link.broken:
             return link
+        if self._nursery is None:
+            raise LinkBroken(peer, "this node is leaving")
+        try:
+            stream = await self._open_stream(peer)
+        except NetworkError as error:
+            raise LinkBroken(peer, str(error)) from None
+        link = OutboundLink(stream, self._agent)
+        self._nursery.start_soon(self._carry, link)
+        await link.ready()
+        return link
 
     async def _carry(self, link: OutboundLink) -> None:
         self._links[link.peer] = link

@@ -19,8 +19,8 @@ from node.network.interface import Network
 from node.network.memory import LinkModel, MemoryNetworkHub
 from node.swarm.membership import Membership
 from node.swarm.records import RecordKinds
-from protocol.identity import BlockRange, PeerId, SessionId
-from protocol.messages import Slice, Step
+from protocol.identity import BlockRange, JobId, PeerId, SessionId
+from protocol.messages import Open, Sampling, Slice, Step
 from protocol.tensors import tensor_from_tokens
 
 BLOCKS = 9
@@ -169,3 +169,16 @@ async def open_swarm(seed: int = 1, link: LinkModel | None = None) -> AsyncItera
 def a_step(session: SessionId) -> Step:
     """Return rows for the first stage of a job."""
     return Step(slices=(Slice(session=session, position=0, rows=1),), tensor=tensor_from_tokens([1]))
+
+
+def an_opening(peer: Peer) -> Open:
+    """Return what opens a session of the whole fake model at a peer, with nearly all its memory."""
+    info = peer.engines[0].info
+    return Open(
+        session=SessionId(JobId("00" * 16), 0),
+        model=info.model,
+        blocks=info.blocks,
+        method="baseline",
+        positions=4000,
+        sampling=Sampling(max_tokens=10),
+    )

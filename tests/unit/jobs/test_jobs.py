@@ -6,9 +6,10 @@ from trio.testing import MockClock
 
 from node.engine.fake import expected_tokens, fake_span_info
 from node.jobs.interface import JobError, JobErrorCode, JobRequest, JobResult, JobStarted, TextDelta
+from node.jobs.stage import IDLE_LIMIT_S
 from protocol.identity import BlockRange
 from protocol.messages import FinishReason, Sampling
-from tests.unit.jobs.peers import BLOCKS, Peer, Swarm, a_step, open_swarm
+from tests.unit.jobs.peers import BLOCKS, Peer, Swarm, a_step, an_opening, open_swarm
 
 PROMPT = "3 1 4 1 5 9 2 6"
 TOKENS = [3, 1, 4, 1, 5, 9, 2, 6]
@@ -214,6 +215,19 @@ async def test_rows_of_a_stranger_do_not_enter_a_session(autojump_clock: MockClo
             with trio.fail_after(1):
                 await lost.wait()
             assert [event async for event in events][-1].token_ids == right_tokens(20)  # type: ignore[union-attr]
+
+
+async def test_a_session_that_gets_no_rows_gives_its_memory_back(autojump_clock: MockClock) -> None:
+    async with open_swarm() as swarm:
+        peer = await swarm.join((0, 9))
+        hoarder = await swarm.join()
+        await swarm.settle()
+        link = await hoarder.stages.switchboard.link_to(peer.id)
+        await link.open(an_opening(peer))
+        assert peer.held() == (1, 4000)
+        await trio.sleep(IDLE_LIMIT_S + 20)
+        assert not link.broken
+        assert peer.held() == (0, 0)
 
 
 @pytest.mark.parametrize(
