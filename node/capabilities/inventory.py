@@ -70,7 +70,8 @@ class Inventory:
         best = await trio.to_thread.run_sync(load_measurements, self._data_dir, identifier)
         if best is not None:
             self._facts = _with_measurements(facts, best)
-        for pause_s in (0.0, *REPEAT_AFTER_S):
+        # A node that starts has better things to do than to better figures that it has.
+        for pause_s in REPEAT_AFTER_S if best is not None else (0.0, *REPEAT_AFTER_S):
             if best is not None and best.cpu_share >= GOOD_SHARE:
                 return
             await trio.sleep(pause_s)
