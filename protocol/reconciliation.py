@@ -129,7 +129,7 @@ Answer = Equal | Split | Listing
 
 
 class Gap(NamedTuple):
-    """Keys from `low` up to `end` except those listed by bucket and id: a part that the other side was found to lack."""
+    """Keys from `low` up to `end`, except those listed by bucket and id: a part that the other side lacks."""
 
     low: int
     end: int
@@ -306,11 +306,8 @@ class SetTree:
 
     def ids_in(self, gap: Gap, bucket: int) -> list[bytes]:
         """Return the ids of one bucket in a gap."""
-        return [
-            content_id
-            for content_id in self._ids_between(bucket, gap.low, gap.end)
-            if (bucket, content_id) not in gap.listed
-        ]
+        ids = self._ids_between(bucket, gap.low, gap.end)
+        return [content_id for content_id in ids if (bucket, content_id) not in gap.listed]
 
     def _buckets_between(self, low: int, end: int) -> list[int]:
         first = bisect_left(self._order, low >> _ID_BITS)
