@@ -29,7 +29,7 @@ class SpanModel:
         self._first = first
         self._last = last
         self._model = span.model
-        self._base = span.model.base_model
+        self._base = span.base
         self._base_options = _options_of(self._base.forward)
         self._model_options = _options_of(self._model.forward, self._base.forward)
         self._entering: torch.Tensor | None = None

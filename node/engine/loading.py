@@ -39,6 +39,7 @@ from node.models.layout import part_of
 from protocol.identity import BlockRange
 
 _BLOCK_LISTS = frozenset({"layers", "h", "blocks"})
+_NUMBERS = frozenset({"layer_idx", "layer_id"})
 
 # What a config from elsewhere may ask for that is not the model's business: code, kernels, devices.
 _FOREIGN_KEYS = frozenset({"auto_map", "attn_implementation", "experts_implementation", "fusion_config", "device_map"})
@@ -48,10 +49,12 @@ _FOREIGN_KEYS = frozenset({"auto_map", "attn_implementation", "experts_implement
 class LoadedSpan:
     """A model of transformers that consists of one span's blocks.
 
-    `windows`: the sliding window of each block, None where it sees everything. `blocks`: the blocks themselves.
+    `base`: the model without its head. `blocks`: the blocks themselves. `windows`: the sliding window of each, None
+    where it sees everything.
     """
 
     model: PreTrainedModel
+    base: nn.Module
     blocks: nn.ModuleList
     windows: tuple[int | None, ...]
     block_count: int
@@ -70,9 +73,9 @@ class Absent(nn.Module):
     """
 
     def forward(self, *inputs: Any, **_options: Any) -> torch.Tensor:
-        """Return the first input if it is a tensor of numbers, else a zero."""
+        """Return the first input if it has the form of hidden states, else a zero."""
         first = inputs[0] if inputs else None
-        return first if isinstance(first, torch.Tensor) and first.is_floating_point() else torch.zeros(())
+        return first if isinstance(first, torch.Tensor) and first.dim() == 3 else torch.zeros(())
 
 
 def load_span(source: ShardSource, blocks: BlockRange, dtype: torch.dtype) -> LoadedSpan:
@@ -95,6 +98,7 @@ def load_span(source: ShardSource, blocks: BlockRange, dtype: torch.dtype) -> Lo
     assert isinstance(span, nn.ModuleList)
     return LoadedSpan(
         model=model,
+        base=model.get_submodule(path.partition(".")[0]),
         blocks=span,
         windows=windows[blocks.start : blocks.end],
         block_count=block_count,
@@ -137,8 +141,9 @@ def _find_blocks(model: PreTrainedModel, config: PreTrainedConfig) -> tuple[str,
     """Return the decoder's list of blocks and its path in the model."""
     found = [
         (path, module)
-        for path, module in model.base_model.named_modules(prefix=model.base_model_prefix)
+        for path, module in model.named_modules()
         if isinstance(module, nn.ModuleList)
+        and path.count(".") > 0
         and path.rpartition(".")[2] in _BLOCK_LISTS
         and len(module) == config.num_hidden_layers
     ]
@@ -188,8 +193,9 @@ def _cut(model: PreTrainedModel, path: str, blocks: BlockRange, block_count: int
     setattr(model.get_submodule(parent), name, kept)
     for module in kept.modules():
         # It names the layer of the cache; what depends on the absolute number was settled when the block was made.
-        if isinstance(number := getattr(module, "layer_idx", None), int):
-            setattr(module, "layer_idx", number - blocks.start)  # noqa: B010 - torch declares other types
+        for number in _NUMBERS & vars(module).keys():
+            if isinstance(absolute := getattr(module, number), int):
+                setattr(module, number, absolute - blocks.start)
     elsewhere = {part for part, here in (("embed", blocks.start == 0), ("head", blocks.end == block_count)) if not here}
     for weight, tensor in list(model.named_parameters(remove_duplicate=False)):
         owner = weight.rpartition(".")[0]

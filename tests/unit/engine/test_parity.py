@@ -1,0 +1,27 @@
+"""However a model is cut into spans, greedy tokens are those of transformers' generate, for every architecture."""
+
+from collections.abc import Callable
+
+import pytest
+
+from node.engine.shard import Shard
+from node.engine.source import EngineOptions
+from protocol.identity import BlockRange
+from tests.unit.engine.driving import InProcess, decode, spans
+from tests.unit.engine.tiny_models import BLOCKS, COUNT, FAMILIES, PROMPT, TinyModel
+
+OPTIONS = EngineOptions(kv_positions=64)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+async def test_spans_give_the_tokens_of_generate(family: str, make_tiny_model: Callable[[str], TinyModel]) -> None:
+    tiny = make_tiny_model(family)
+    shards: dict[BlockRange, InProcess] = {}
+    for count in range(1, BLOCKS + 1):
+        for blocks in spans(BLOCKS, count):
+            if blocks not in shards:
+                shards[blocks] = InProcess(Shard(tiny.source(blocks), blocks, OPTIONS))
+        engines = [shards[blocks] for blocks in spans(BLOCKS, count)]
+        assert await decode(engines, PROMPT, COUNT) == tiny.tokens, f"{count} spans"
+    # The cuts above are 1, 2, 3 and 4 spans; a prompt that arrives in parts must not matter either.
+    assert await decode(engines, PROMPT, COUNT, chunk=4) == tiny.tokens
