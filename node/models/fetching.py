@@ -128,11 +128,7 @@ async def _open_part(destination: Path, size: int) -> AsyncIterator[_Part | None
         if handle < 0 or size_of(destination) == size:
             yield None
             return
-        have = os.fstat(handle).st_size
-        if have > size:
-            os.ftruncate(handle, 0)
-            have = 0
-        yield _Part(handle, path, destination, size, have)
+        yield _Part(handle, path, destination, size, os.fstat(handle).st_size)
     finally:
         if handle >= 0:
             os.close(handle)

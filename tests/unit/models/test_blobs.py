@@ -14,8 +14,8 @@ from node.models.errors import ModelError
 from node.models.fetching import FetchError, fetch_blob
 from node.models.importer import import_model
 from node.models.store import ModelStore, Package
-from node.network.interface import Stream, StreamClosed
-from node.network.memory import LinkModel, MemoryNetwork, MemoryNetworkHub
+from node.network.interface import Network, Stream, StreamClosed
+from node.network.memory import LinkModel, MemoryNetworkHub
 from protocol.blobs import PROTOCOL_ID, BlobBusy, BlobFound, BlobInitiator, BlobMissing, BlobRequest, BlobResponder
 from protocol.framing import FrameType, encode_chunks, encode_frame
 from protocol.identity import BlockRange, PeerId, peer_id_from_public_key
@@ -28,7 +28,7 @@ SHA256 = hashlib.sha256(CONTENT).hexdigest()
 
 
 @asynccontextmanager
-async def swarm(*handlers: Handler) -> AsyncIterator[tuple[MemoryNetwork, list[PeerId]]]:
+async def swarm(*handlers: Handler) -> AsyncIterator[tuple[Network, list[PeerId]]]:
     """Run a client's network, connected to one peer for each handler; yield it and their ids, in order."""
     hub = MemoryNetworkHub(random.Random(0), LinkModel(latency_s=0.0))
     client = hub.network(peer_id_from_public_key(bytes(32)))
@@ -94,7 +94,7 @@ def delete(path: Path) -> None:
     path.unlink()
 
 
-async def fetch(client: MemoryNetwork, peers: list[PeerId], destination: Path) -> fetching.Fetched:
+async def fetch(client: Network, peers: list[PeerId], destination: Path) -> fetching.Fetched:
     with trio.fail_after(20):
         return await fetch_blob(client, peers, SHA256, len(CONTENT), destination)
 
@@ -148,6 +148,30 @@ async def test_of_several_sources_the_liar_is_found_out(destination: Path) -> No
         fetched = await fetch(client, peers, destination)
     assert is_whole(destination)
     assert peers[1] not in fetched.bad_peers
+
+
+async def test_a_liar_that_hides_behind_others_does_not_keep_the_file_from_us(
+    destination: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fetching, "RANGE_BYTES", 600_000)
+
+    async def one_wrong_range_then_busy(stream: Stream) -> None:
+        responder = BlobResponder()
+        answered = False
+        while data := await stream.receive_some():
+            for request in responder.receive_data(data):
+                if answered:
+                    await stream.send_all(responder.answer(BlobBusy()))
+                    continue
+                length = request.available(len(CONTENT))
+                await stream.send_all(responder.answer(BlobFound(size=len(CONTENT), length=length)))
+                for frame in responder.send_data(bytes(length)):
+                    await stream.send_all(frame)
+                answered = True
+
+    async with swarm(one_wrong_range_then_busy, serve) as (client, peers):
+        await fetch(client, peers, destination)
+    assert is_whole(destination)
 
 
 async def test_leftovers_that_are_wrong_are_thrown_away(destination: Path) -> None:
@@ -359,7 +383,7 @@ async def test_one_file_that_nobody_has_fails_the_rest_in_one_line(
             await ModelFetcher(client, store).fetch_files(package.manifest, BlockRange(0, 3), peers)
 
 
-async def ask(client: MemoryNetwork, peer: PeerId, request: BlobRequest) -> list[object]:
+async def ask(client: Network, peer: PeerId, request: BlobRequest) -> list[object]:
     stream = await client.open_stream(peer, PROTOCOL_ID)
     initiator = BlobInitiator()
     await stream.send_all(initiator.request(request))

@@ -80,6 +80,7 @@ def repeat(body: str, start: str = "'x'") -> str:
 
 HOSTILE = {
     "endless loop": "{% for a in range(9999) %}" * 3 + "{% endfor %}" * 3,
+    "endless loop without a call": "{% set l = range(999) | list %}" + "{% for a in l %}" * 4 + "{% endfor %}" * 4,
     "huge range": "{{ range(999999999) | list }}",
     "long output": "{% for a in range(9999) %}{{ 'x' * 9999 }}{% endfor %}",
     "doubling by tilde": repeat("n.x ~ n.x"),

@@ -20,6 +20,7 @@ from node.models import importer, sources
 from node.models.catalogue import CATALOGUE, CatalogueEntry
 from node.models.errors import ModelError
 from node.models.importer import import_model
+from node.models.safetensors_file import read_header
 from node.models.store import ModelStore
 from protocol.identity import ModelId
 from tests.unit.models.checkpoints import llama_tensors, write_checkpoint
@@ -41,6 +42,8 @@ def test_every_tensor_of_a_folder_ends_in_the_file_of_its_part(tmp_path: Path, s
     for file in package.manifest.files:
         part = load_file(package.path_of(file))
         found |= part
+        for stored in read_header(package.path_of(file)).values():
+            assert stored.offset % {"F32": 4, "F16": 2, "I8": 1}[stored.dtype] == 0
         if file.name == "block-001.safetensors":
             assert set(part) == {name for name in tensors if name.startswith("model.layers.1.")}
     assert found.keys() == tensors.keys()
@@ -227,6 +230,7 @@ def test_a_killed_import_leaves_no_package_and_the_next_one_sweeps_up(tmp_path: 
     assert store.list() == ()
     package = import_model(str(folder), store)
     assert files_in(store) == {path.name for path in package.path.iterdir()} | {"names.json"}
+    assert [path.name for path in (store.cache_dir / "staging").iterdir()] == [".lock"]
 
 
 def test_importing_again_repairs_a_package(tmp_path: Path, store: ModelStore) -> None:
