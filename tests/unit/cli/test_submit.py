@@ -3,12 +3,14 @@ import json
 import signal
 import subprocess
 import sys
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from node.cli import run
+from node.cli import ephemeral, run, submit
 from node.jobs.interface import ChatMessage, JobError, JobErrorCode, Objective, Quality
 from tests.unit.api.fakes import JOB, PEERS, FakeNode
 from tests.unit.cli.conftest import ServeNode
@@ -132,6 +134,49 @@ def test_the_api_key_comes_from_the_environment(
     assert "METASWARM_API_KEY" in capsys.readouterr().err
     monkeypatch.setenv("METASWARM_API_KEY", "sesame")
     assert run(["submit", "Hi", *api]) == 0
+
+
+class TestBootstrap:
+    @pytest.fixture
+    def joined(self, serve: ServeNode, monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, ...]]:
+        """Whom ephemeral peers joined; each is a fake node that hears of its model only after a while."""
+        joined = []
+
+        @asynccontextmanager
+        async def ephemeral_peer(bootstrap: tuple[str, ...]) -> AsyncIterator[str]:
+            joined.append(bootstrap)
+            node = FakeNode()
+            answers = iter([[], [], node.models()])
+            monkeypatch.setattr(node, "models", lambda: next(answers))
+            yield serve(node)
+
+        monkeypatch.setattr(ephemeral, "ephemeral_peer", ephemeral_peer)
+        monkeypatch.setattr(submit, "DISCOVERY_INTERVAL_S", 0)
+        return joined
+
+    @pytest.mark.parametrize("model", [[], ["--model", "tiny"]])
+    def test_where_no_node_runs_an_ephemeral_peer_joins(
+        self,
+        model: list[str],
+        joined: list[tuple[str, ...]],
+        monkeypatch: pytest.MonkeyPatch,
+        capsys: pytest.CaptureFixture[str],
+    ) -> None:
+        monkeypatch.setenv("METASWARM_API", "127.0.0.1:1")
+        assert run(["submit", "Hi", "--bootstrap", "peers.yaml", *model]) == 0
+        assert capsys.readouterr().out == "Hello, wörld\n"
+        assert joined == [("peers.yaml",)]
+
+    def test_where_one_runs_it_is_used(
+        self, joined: list[tuple[str, ...]], api: list[str], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setenv("METASWARM_API", api[1])
+        assert run(["submit", "Hi", "--bootstrap", "peers.yaml"]) == 0
+        assert joined == []
+
+    def test_where_one_is_named_no_other_is_started(self, joined: list[tuple[str, ...]]) -> None:
+        assert run(["submit", "Hi", "--bootstrap", "peers.yaml", "--api", "http://127.0.0.1:1"]) == 1
+        assert joined == []
 
 
 class TestFile:
