@@ -164,6 +164,8 @@ class Dht:
             await self._peer_arrived.wait()
             await trio.sleep(REFRESH_DEBOUNCE_S)
             self._peer_arrived = trio.Event()
+            if not kad.host.get_connected_peers():
+                continue  # gone already: a lookup would only dial it again
             try:
                 with trio.move_on_after(self._timeout_s):
                     await kad.refresh_routing_table()

@@ -110,24 +110,19 @@ class _GuardedPubsub(Pubsub):
             super()._forget_all_subscriptions(peer_id)
 
     async def _handle_new_peer(self, peer_id: ID) -> None:
-        if self._outbound_is_dead(peer_id):
-            del self.peers[peer_id]
-            if (queue := self.peer_queues.pop(peer_id, None)) is not None:
-                queue.close()
-            self.router.remove_peer(peer_id)
-        await super()._handle_new_peer(peer_id)
+        # Opening a stream would dial a peer that has just gone, or that we have just sent away.
+        if self._peer_is_connected(peer_id):
+            await super()._handle_new_peer(peer_id)
 
     async def handle_dead_peer_queue(self) -> None:
         """Take note of lost connections; a peer that has another one gets a new stream."""
         async with self.dead_peer_receive_channel:
             self.event_handle_dead_peer_queue_started.set()
             async for peer_id in self.dead_peer_receive_channel:
-                if self._outbound_is_dead(peer_id) or not self._peer_is_connected(peer_id):
+                stream = self.peers.get(peer_id)
+                dead = isinstance(stream, NetStream) and stream.is_closed
+                if dead or not self._peer_is_connected(peer_id):
                     self._handle_dead_peer(peer_id)
-
-    def _outbound_is_dead(self, peer_id: ID) -> bool:
-        stream = self.peers.get(peer_id)
-        return isinstance(stream, NetStream) and stream.is_closed
 
     async def push_msg(self, msg_forwarder: ID, msg: rpc_pb2.Message) -> None:
         """Take a message in, from a peer or from ourselves."""

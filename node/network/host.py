@@ -287,9 +287,11 @@ class Libp2pNetwork:
     async def disconnect(self, peer: PeerId) -> None:
         """Close every connection to the peer."""
         swarm = self._running_swarm()
+        peer_id = ID.from_base58(peer)
+        swarm.leave_alone(peer_id)
         with shielded(2):
             async with trio.open_nursery() as nursery:
-                for connection in swarm.get_connections(ID.from_base58(peer)):
+                for connection in swarm.get_connections(peer_id):
                     nursery.start_soon(connection.close)
         await trio.lowlevel.checkpoint()
 

@@ -81,15 +81,14 @@ class Libp2pStream:
 
 
 def serve(handler: Callable[[Stream], Awaitable[None]]) -> Callable[[INetStream], Awaitable[None]]:
-    """Return the library's kind of handler for one of ours: its stream is closed at the end, reset when it raises."""
+    """Return the library's kind of handler for one of ours, whose stream is closed at the end.
+
+    When it raises, the guard around all handlers resets the stream.
+    """
 
     async def run(stream: INetStream) -> None:
         ours = wrap(stream)
-        try:
-            await handler(ours)
-        except BaseException:
-            await ours.reset()
-            raise
+        await handler(ours)
         await ours.aclose()
 
     return run

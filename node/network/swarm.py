@@ -228,6 +228,10 @@ class GuardedSwarm(Swarm):
             return connections
         raise SwarmException(dial.failure or "the connection closed at once")
 
+    def leave_alone(self, peer_id: ID) -> None:
+        """Keep the library's own lookups from dialling a peer for a minute."""
+        self._negative_peer_cache.mark_failed(str(peer_id))
+
     async def _run_dial(self, peer_id: ID, dial: _Dial) -> None:
         dial.failure = "the dial was given up"
         try:
@@ -236,7 +240,7 @@ class GuardedSwarm(Swarm):
             if not dial.failure:
                 self._negative_peer_cache.evict(str(peer_id))
             elif self._dialable(peer_id):
-                self._negative_peer_cache.mark_failed(str(peer_id))
+                self.leave_alone(peer_id)
                 self._forget_addresses(peer_id)
         finally:
             del self._dials[peer_id]

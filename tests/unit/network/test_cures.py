@@ -217,6 +217,30 @@ async def test_streams_go_over_the_latest_connection() -> None:
             assert stream._muxed.muxed_conn is latest.muxed_conn
 
 
+async def test_a_peer_is_there_until_its_last_connection_is_gone_and_gossip_goes_on() -> None:
+    host, dialler = our_host(1), our_host(2)
+    with limited(20):
+        async with host.running(), dialler.running(), dialler.events() as events:
+            await dialler.connect(host.multiaddrs[0])
+            await _hear(host, dialler)
+            await _hear(dialler, host)
+            swarm = dialler._swarm
+            assert swarm is not None
+            host_id = ID.from_base58(host.peer_id)
+            (first,) = swarm.live_connections(host_id)
+            await swarm.dial_addr(Multiaddr(host.multiaddrs[0]), host_id)
+            await first.close()
+            for _ in range(2):
+                await _hear(host, dialler)
+                await _hear(dialler, host)
+            assert dialler.connected_peers() == (host.peer_id,)
+            assert await anext(events) == PeerConnected(host.peer_id)
+            with trio.move_on_after(0.3):
+                raise AssertionError(await anext(events))
+            await dialler.disconnect(host.peer_id)
+            assert await anext(events) == PeerDisconnected(host.peer_id)
+
+
 async def test_a_cancelled_dial_does_not_take_the_others_down() -> None:
     host, dialler = our_host(1), our_host(2)
     with limited():
@@ -283,6 +307,15 @@ async def test_an_old_copy_here_does_not_answer_for_the_network() -> None:
             assert kad is not None
             kad.value_store.put(dht.wire_key("/new/x").encode(), dht.wire_value("/new/x", b"1"))
             assert await reader.get_record("/new/x") == b"2"
+
+
+async def test_the_routing_table_is_filled_after_connecting() -> None:
+    host, dialler = our_host(1), our_host(2)
+    with limited():
+        async with host.running(), dialler.running():
+            await dialler.connect(host.multiaddrs[0])
+            tables = [network._dht._kad for network in (host, dialler)]
+            await until(lambda: all(table is not None and table.get_routing_table_size() for table in tables))
 
 
 async def test_thirty_announcements_in_a_row_are_all_kept() -> None:
@@ -409,6 +442,20 @@ async def test_gossip_goes_on_both_ways_when_a_connection_breaks_and_another_tak
             for _ in range(2):
                 await _hear(one, other)
                 await _hear(other, one)
+
+
+async def test_gossip_goes_on_both_ways_when_one_of_its_streams_breaks() -> None:
+    one, other = our_host(1), our_host(2)
+    with limited(20):
+        async with one.running(), other.running():
+            await other.connect(one.multiaddrs[0])
+            await _hear(one, other)
+            await _hear(other, one)
+            assert one._gossip._pubsub is not None
+            await one._gossip._pubsub.peers[ID.from_base58(other.peer_id)].reset()
+            for _ in range(2):
+                await _hear(other, one)
+                await _hear(one, other)
 
 
 async def _hear(listener: Network, publisher: Network) -> None:

@@ -150,6 +150,11 @@ async def test_garbage_draws_no_word_on_standard_output_or_error(server: Server)
             await network.connect(server.address)
             with pytest.raises(NetworkError):
                 await network.open_stream(server.peer, "/no/such/protocol")
+            for garbage in (b"\x80\x80", b"\x05hello"):
+                for protocol in ("/ipfs/kad/1.0.0", "/meshsub/1.1.0"):
+                    stream = await network.open_stream(server.peer, protocol)
+                    await stream.send_all(garbage)
+                    await stream.aclose()
             stream = await network.open_stream(server.peer, ECHO)
             await stream.send_all(b"x")
             assert await receive_exactly(stream, 1) == b"x"
