@@ -48,6 +48,10 @@ RECORD_INTERVAL_S = 60
 RECORDS_ASKED_FOR = 8
 RECORD_TIMEOUT_S = 5.0
 
+LEAVE_S = 3.0
+LEAVE_ATTEMPTS = 3
+"""How long, and with how many neighbours, a leaving peer tries to hand over what it alone may have."""
+
 BUSY_S = 3
 """How long an initiator is sent away when too many sessions are under way, seconds."""
 
@@ -206,6 +210,17 @@ class Dissemination:
             nursery.start_soon(self._keep_record)
             nursery.start_soon(self._look_for_sources)
 
+    async def leave(self) -> None:
+        """Before a polite end: see that a neighbour holds what we hold, within a bounded time."""
+        with trio.move_on_after(LEAVE_S):
+            for _ in range(LEAVE_ATTEMPTS):
+                if (peer := self._choose_neighbour()) is None:
+                    return
+                self._talking_to.add(peer)
+                outcome = await self._compare_with(peer)
+                if outcome.equal:
+                    return
+
     # Gossip
 
     async def _publish_batches(self) -> None:
@@ -312,7 +327,7 @@ class Dissemination:
         promising = max(willing, key=lambda peer: self._promising.get(peer, 0))
         return promising if self._promising.pop(promising, 0) else self._jitter.choice(willing)
 
-    async def _compare_with(self, peer: PeerId) -> None:
+    async def _compare_with(self, peer: PeerId) -> Outcome:
         """Run one session with a neighbour, and draw the conclusions."""
         standing = self._standings.of(peer, trio.current_time())
         self._statistics.sessions_initiated += 1
@@ -337,6 +352,7 @@ class Dissemination:
         finally:
             self._talking_to.discard(peer)
             self._count(outcome)
+        return outcome
 
     def _conclude(self, standing: Standing, outcome: Outcome) -> None:
         now_s = trio.current_time()
