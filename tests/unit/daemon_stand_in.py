@@ -18,6 +18,8 @@ async def main(arguments: list[str]) -> None:
     data_dir = Path(arguments[arguments.index("--data-dir") + 1])
     number = int(data_dir.name.removeprefix("peer-"))
     (data_dir / "arguments.json").write_text(json.dumps(arguments))
+    settings = {name: value for name, value in os.environ.items() if name.startswith("METASWARM_")}
+    (data_dir / "settings.json").write_text(json.dumps(settings))
     behaviour = os.environ["STAND_IN"]
     print("all is well so far", file=sys.stderr)
     if behaviour == "stubborn":

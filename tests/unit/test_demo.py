@@ -59,7 +59,9 @@ async def test_the_peers_know_the_first_and_hold_all_blocks_between_them(tmp_pat
         assert [peer.ready.peer_id for peer in peers] == list(PEERS)
         assert [peer.blocks for peer in peers] == [BlockRange(0, 4), BlockRange(4, 8)]
         first, second = (json.loads((peer.data_dir / "arguments.json").read_text()) for peer in peers)
+        settings = [json.loads((peer.data_dir / "settings.json").read_text()) for peer in peers]
         assert all(is_alive(peer) for peer in peers)
+    assert settings == [{"METASWARM_CACHE_DIR": str(tmp_path)}] * 2  # and nothing that configures the user's own node
     assert (first[first.index("--serve") + 1], second[second.index("--serve") + 1]) == ("tiny:0-4", "tiny:4-8")
     assert "--bootstrap" not in first
     assert second[second.index("--bootstrap") + 1].startswith(first[first.index("--listen") + 1] + "/p2p/")
