@@ -27,7 +27,7 @@ MAX_BUCKET: Final = (1 << 4 * BUCKET_DIGITS) - 1
 MAX_COUNT: Final = 1 << 32
 """Ids of a set, more than any store holds."""
 
-LEAF_COUNT: Final = 24
+LEAF_COUNT: Final = 48
 """Up to so many ids are listed at once: another round of digests would cost as much."""
 
 MAX_LISTED: Final = 512

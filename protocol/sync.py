@@ -56,18 +56,19 @@ _T = TypeVar("_T", bytes, str, int)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Greeting:
-    """The initiator begins: compare from this bucket on, because it keeps nothing older."""
-
-    first_bucket: int
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Root:
-    """The responder agrees: from the later of both first buckets on it has so many ids, with this digest."""
+    """The initiator begins: from this bucket on it has so many ids, with this digest, and keeps nothing older."""
 
     first_bucket: int
     count: int
     digest: bytes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Welcome:
+    """The responder agrees to compare from the later of both first buckets on; what it has there is its answer."""
+
+    first_bucket: int
+    answer: Answer
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -120,7 +121,7 @@ class Taken:
     count: int
 
 
-Message: TypeAlias = Greeting | Root | Busy | Compare | Answers | Get | Items | Put | Taken
+Message: TypeAlias = Greeting | Welcome | Busy | Compare | Answers | Get | Items | Put | Taken
 
 
 class SyncState(enum.StrEnum):
@@ -150,7 +151,7 @@ _I, _R = Role.INITIATOR, Role.RESPONDER
 
 TABLE: Final[Mapping[tuple[SyncState, type[Message]], Transition]] = {
     (SyncState.NEW, Greeting): Transition(_I, SyncState.GREETED),
-    (SyncState.GREETED, Root): Transition(_R, SyncState.IDLE),
+    (SyncState.GREETED, Welcome): Transition(_R, SyncState.IDLE),
     (SyncState.GREETED, Busy): Transition(_R, SyncState.REFUSED),
     (SyncState.IDLE, Compare): Transition(_I, SyncState.COMPARING),
     (SyncState.COMPARING, Answers): Transition(_R, SyncState.IDLE),
@@ -211,6 +212,8 @@ class SyncConnection:
             raise RemoteProtocolError(f"a {frame.type.name} frame on a sync stream")
         message = _from_map(Fields(decode(frame.body, max_bytes=MAX_CONTROL_BYTES), "message"))
         following = self._follow(message, Direction.RECEIVED)
+        if isinstance(message, Welcome):
+            _check_answers((message.answer,), self._queries)
         if isinstance(message, Answers):
             _check_answers(message.answers, self._queries)
         if isinstance(message, Items) and len(message.envelopes) > self._wanted:
@@ -230,7 +233,9 @@ class SyncConnection:
 
     def _enter(self, state: SyncState, message: Message) -> None:
         self._state = state
-        if isinstance(message, Compare):
+        if isinstance(message, Greeting):
+            self._queries = (Summary("", message.count, message.digest),)
+        elif isinstance(message, Compare):
             self._queries = message.queries
         elif isinstance(message, Get):
             self._wanted = len(message.ids)
@@ -257,13 +262,17 @@ def envelope_bytes(envelope: bytes) -> int:
 def _to_map(message: Message) -> dict[str, Value]:
     match message:
         case Greeting():
-            return {"type": "greeting", "first_bucket": message.first_bucket}
-        case Root():
             return {
-                "type": "root",
+                "type": "greeting",
                 "first_bucket": message.first_bucket,
                 "count": message.count,
                 "digest": message.digest,
+            }
+        case Welcome():
+            return {
+                "type": "welcome",
+                "first_bucket": message.first_bucket,
+                "answer": _answer_to_value(message.answer),
             }
         case Busy():
             return {"type": "busy", "retry_s": message.retry_s}
@@ -297,12 +306,15 @@ def _from_map(taken: Fields) -> Message:
     message: Message
     match kind:
         case "greeting":
-            message = Greeting(first_bucket=taken.integer("first_bucket", 0, MAX_BUCKET))
-        case "root":
-            message = Root(
+            message = Greeting(
                 first_bucket=taken.integer("first_bucket", 0, MAX_BUCKET),
                 count=taken.integer("count", 0, MAX_COUNT),
                 digest=taken.raw("digest", ID_BYTES),
+            )
+        case "welcome":
+            message = Welcome(
+                first_bucket=taken.integer("first_bucket", 0, MAX_BUCKET),
+                answer=_answer(taken.take("answer")),
             )
         case "busy":
             message = Busy(retry_s=taken.integer("retry_s", 0, MAX_BUSY_S))

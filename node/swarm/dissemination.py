@@ -39,8 +39,9 @@ MAX_WAITING = 256
 STALE_S = 30.0
 """What has waited for so long is with everybody by anti-entropy: gossip would only repeat it."""
 
-SOURCES_WINDOW_S = 30.0
-MAX_SOURCES = 1024
+TOPIC_WINDOW_S = 10.0
+MAX_HEARD = 1024
+"""Batches of the last seconds that are remembered, to know how full the topic is."""
 
 RECORD_LIFETIME_S = 1800
 RECORD_REFRESH_S = 600
@@ -67,8 +68,8 @@ class DisseminationLimits:
 
     batch_interval_s: float = 1.0
     """At most one gossip batch in so long."""
-    topic_batches_per_s: float = 4.0
-    """Batches that all peers together should publish: each publishes the less, the more sources it hears."""
+    topic_batches_per_s: float = 6.0
+    """Batches that all peers together should publish: each publishes less often while it hears more than these."""
     gossip_work: Allowance = field(default=Allowance(1000, 4000))
     gossip_work_per_peer: Allowance = field(default=Allowance(200, 1000))
     get_work: Allowance = field(default=Allowance(4000, 8000))
@@ -176,7 +177,8 @@ class Dissemination:
         self._traffic = limits.traffic.bucket(0.0)
         self._waiting: deque[tuple[float, bytes]] = deque(maxlen=MAX_WAITING)
         self._waiting_filled = trio.Event()
-        self._sources: dict[PeerId, float] = {}
+        self._heard_at_s: deque[tuple[float, PeerId]] = deque(maxlen=MAX_HEARD)
+        self._batch_interval_s = limits.batch_interval_s
         self._interval_s = limits.shortest_interval_s
         self._hurry = trio.Event()
         self._talking_to: set[PeerId] = set()
@@ -235,7 +237,8 @@ class Dissemination:
                 else:
                     self._statistics.batches_published += 1
                     self._statistics.gossip_bytes_sent += len(batch)
-                await trio.sleep(self._batch_interval_s() * self._jitter.uniform(0.9, 1.1))
+                self._adapt_batch_interval()
+                await trio.sleep(self._batch_interval_s * self._jitter.uniform(0.8, 1.2))
 
     def _next_batch(self) -> bytes | None:
         now_s = trio.current_time()
@@ -250,11 +253,21 @@ class Dissemination:
             self._waiting.popleft()
         return batch
 
-    def _batch_interval_s(self) -> float:
-        """Return how long to wait between two batches, so that all sources together keep to the topic's rate."""
+    def _adapt_batch_interval(self) -> None:
+        """Publish less often while the topic is full, so that nobody's validators and meshes are overrun.
+
+        Slower by half, at most to a fair share of the topic; faster again by a fifth.
+        """
         now_s = trio.current_time()
-        self._sources = {peer: at_s for peer, at_s in self._sources.items() if now_s - at_s < SOURCES_WINDOW_S}
-        return max(self._limits.batch_interval_s, (1 + len(self._sources)) / self._limits.topic_batches_per_s)
+        while self._heard_at_s and now_s - self._heard_at_s[0][0] > TOPIC_WINDOW_S:
+            self._heard_at_s.popleft()
+        limits = self._limits
+        if len(self._heard_at_s) > limits.topic_batches_per_s * TOPIC_WINDOW_S:
+            sources = 1 + len({source for _, source in self._heard_at_s})
+            fair_s = max(limits.batch_interval_s, sources / limits.topic_batches_per_s)
+            self._batch_interval_s = min(fair_s, self._batch_interval_s * 1.5)
+        else:
+            self._batch_interval_s = max(limits.batch_interval_s, self._batch_interval_s / 1.2)
 
     def _validate_batch(self, source: PeerId, data: bytes) -> bool:
         """Say whether a batch is forwarded. Verifies every signature in it, within the publisher's allowance."""
@@ -286,10 +299,7 @@ class Dissemination:
         async for message in messages:
             self._statistics.batches_received += 1
             self._statistics.gossip_bytes_received += len(message.data)
-            self._sources.pop(message.source, None)
-            self._sources[message.source] = trio.current_time()
-            if len(self._sources) > MAX_SOURCES:
-                del self._sources[next(iter(self._sources))]
+            self._heard_at_s.append((trio.current_time(), message.source))
             observations = [self._replica.open(envelope) for envelope in decode_batch(message.data)]
             try:
                 self._statistics.new_by_gossip += await self._replica.take_in(observations)

@@ -30,9 +30,9 @@ from protocol.sync import (
     Items,
     Message,
     Put,
-    Root,
     SyncConnection,
     Taken,
+    Welcome,
     answer_bytes,
     envelope_bytes,
 )
@@ -168,37 +168,38 @@ class Initiation:
 
         Raises NetworkError when the session broke, RemoteProtocolError when the peer cheated.
         """
-        await self._channel.say(Greeting(first_bucket=self._replica.first_bucket()))
+        tree = await self._replica.tree()
+        root = tree.summary("")
+        greeting = Greeting(first_bucket=self._replica.first_bucket(), count=root.count, digest=root.digest)
+        await self._channel.say(greeting)
         match await self._channel.hear_any():
-            case Root() as root:
-                tree = await self._replica.tree(root.first_bucket)
-                if tree.summary("") == Summary("", root.count, root.digest):
-                    self.outcome.equal = True
-                    return
+            case Welcome(first_bucket=first_bucket, answer=answer):
+                pass
             case Busy() as busy:
                 self.outcome.retry_s = float(busy.retry_s)
                 return
             case _:
                 raise NetworkError("the peer ended the session")
-        self.outcome.differed = True
+        self.outcome.equal = isinstance(answer, Equal)
+        tree = tree.since(first_bucket)
         for _ in range(MAX_PASSES):
+            if self.outcome.equal:
+                return
+            self.outcome.differed = True
             before = self.outcome.received + self.outcome.sent
-            await self._walk(tree)
-            tree = await self._replica.tree(root.first_bucket)
+            await self._walk(tree, answer)
+            tree = await self._replica.tree(first_bucket)
             answer, *_ = await self._compare([tree.summary("")])
             self.outcome.equal = isinstance(answer, Equal)
-            if self.outcome.equal or self.outcome.received + self.outcome.sent == before:
+            if self.outcome.received + self.outcome.sent == before:
                 return
 
-    async def _walk(self, tree: SetTree) -> None:
-        """Go down from the root where the sets differ, and exchange what is found on the way."""
-        frontier = [tree.summary("")]
+    async def _walk(self, tree: SetTree, root: Answer) -> None:
+        """Go down from the answer about the root to where the sets differ, and exchange what is found on the way."""
+        frontier: list[Summary] = []
         missing: list[bytes] = []
-        while frontier and self._barren_compares < MAX_BARREN_COMPARES:
-            queries = frontier[-MAX_QUERIES:]
-            del frontier[-len(queries) :]
-            answers = await self._compare(queries)
-            frontier += queries[len(answers) :]
+        queries, answers = [tree.summary("")], [root]
+        while True:
             surplus: list[Gap] = []
             for query, answer in zip(queries, answers, strict=False):
                 found = await self._replica.resolve(tree, partial(tree.difference, query.prefix, answer))
@@ -209,18 +210,24 @@ class Initiation:
                 # Two sessions at a time rarely go the same way, and so seldom ask for the same.
                 self._jitter.shuffle(found.ask)
                 frontier += found.ask
+            frontier += queries[len(answers) :]
             del frontier[:-MAX_FRONTIER]
             while len(missing) >= MAX_GET or (missing and not frontier):
                 wanted, missing = missing[:MAX_GET], missing[MAX_GET:]
                 await self._get(wanted)
             await self._put(tree, surplus)
+            if not frontier or self._barren_compares >= MAX_BARREN_COMPARES:
+                break
+            queries = frontier[-MAX_QUERIES:]
+            del frontier[-len(queries) :]
+            answers = await self._compare(queries)
         if missing:
-            await self._get(missing[:MAX_GET])
+            await self._get(missing)
 
-    async def _compare(self, queries: Sequence[Summary]) -> Sequence[Answer]:
+    async def _compare(self, queries: Sequence[Summary]) -> list[Answer]:
         self._barren_compares += 1
         await self._channel.say(Compare(tuple(queries)))
-        return (await self._channel.hear(Answers)).answers
+        return list((await self._channel.hear(Answers)).answers)
 
     async def _get(self, ids: Iterable[bytes]) -> None:
         wanted = {content_id for content_id in ids if self._replica.wants(content_id)}
@@ -280,10 +287,12 @@ class Response:
         greeting = await self._channel.hear(Greeting)
         first_bucket = max(greeting.first_bucket, self._replica.first_bucket())
         tree = await self._replica.tree(first_bucket)
-        root = tree.summary("")
-        await self._channel.say(Root(first_bucket=first_bucket, count=root.count, digest=root.digest))
+        query = Summary("", greeting.count, greeting.digest)
+        answer = await self._replica.resolve(tree, partial(tree.answer, query))
+        self.outcome.equal = isinstance(answer, Equal)
+        self.outcome.differed = not self.outcome.equal
+        await self._payer.pay_traffic(await self._channel.say(Welcome(first_bucket=first_bucket, answer=answer)))
         while (message := await self._channel.hear_any()) is not None:
-            self.outcome.differed = True
             match message:
                 case Compare(queries):
                     if not queries[0].prefix:
