@@ -77,7 +77,6 @@ class CapabilityAnnouncer:
         self._jitter = jitter
         self._wall_clock = wall_clock
         self._sequence = 0
-        self._putting = trio.Lock()
         self._told: Capabilities | None = None
         self._told_at_s = 0.0
         self._told_anybody = False
@@ -116,9 +115,12 @@ class CapabilityAnnouncer:
             nursery.start_soon(self._keep_learning)
 
     async def withdraw(self) -> None:
-        """Take back what we said, before the network closes: nobody should count on this node any more."""
+        """Take back what we said, before the network closes: nobody should count on this node any more.
+
+        What is just being said is overtaken as well: the withdrawal has the higher sequence number.
+        """
         self._withdrawn = True
-        if self._told is not None:
+        if self._sequence:
             with trio.move_on_after(WITHDRAWAL_TIMEOUT_S, shield=True):
                 await self._say(None)
 
@@ -192,20 +194,18 @@ class CapabilityAnnouncer:
         return now_s - self._told_at_s >= GRADUAL_INTERVAL_S and _drifted(self._told, capabilities)
 
     async def _say(self, capabilities: Capabilities | None) -> None:
-        # One at a time: a withdrawal is not to be overtaken by what it withdraws.
-        async with self._putting:
-            now_s = trio.current_time()
-            told_anybody = bool(self._network.connected_peers())
-            try:
-                await self._put(capabilities)
-            except (NetworkError, LocalProtocolError) as error:
-                # Local: what the system says of this hardware has no place in a record. We serve all the same.
-                pause_s = RETRY_S if isinstance(error, NetworkError) else RECORD_REFRESH_S
-                self._not_before_s = now_s + pause_s * self._jitter.uniform(0.8, 1.2)
-                _logger.info("capabilities not announced", reason=str(error))
-            else:
-                self._told, self._told_at_s, self._told_anybody = capabilities, now_s, told_anybody
-                self._refresh_at_s = now_s + RECORD_REFRESH_S * self._jitter.uniform(0.8, 1.0)
+        now_s = trio.current_time()
+        told_anybody = bool(self._network.connected_peers())
+        try:
+            await self._put(capabilities)
+        except (NetworkError, LocalProtocolError) as error:
+            # Local: what the system says of this hardware has no place in a record. We serve all the same.
+            pause_s = RETRY_S if isinstance(error, NetworkError) else RECORD_REFRESH_S
+            self._not_before_s = now_s + pause_s * self._jitter.uniform(0.8, 1.2)
+            _logger.info("capabilities not announced", reason=str(error))
+        else:
+            self._told, self._told_at_s, self._told_anybody = capabilities, now_s, told_anybody
+            self._refresh_at_s = now_s + RECORD_REFRESH_S * self._jitter.uniform(0.8, 1.0)
 
     async def _put(self, capabilities: Capabilities | None) -> None:
         wall_s = self._wall_clock()

@@ -1,9 +1,11 @@
 """Has this machine measured by a process of its own, and remembers the figures across restarts."""
 
+import fcntl
 import json
+import os
 import sys
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Self
@@ -32,7 +34,7 @@ BENCHMARK: Final = (sys.executable, "-P", "-m", "node.engine.benchmark")
 TIME_LIMIT_S: Final = 60.0
 """A benchmark takes some five seconds; a machine that swaps, or has many accelerators to wake, takes longer."""
 
-CACHE_FILE: Final = "measurements.json"
+LOCK_FILE: Final = "measurements.lock"
 
 MAX_GAPS: Final = 1024
 MAX_GAP_CHARACTERS: Final = 500
@@ -121,10 +123,30 @@ async def _kill(process: trio.Process) -> None:
     process.kill()
 
 
-def load_measurements(data_dir: Path, fingerprint: str) -> Measurements | None:
+@contextmanager
+def measuring_alone(directory: Path) -> Iterator[bool]:
+    """Yield whether no other node measures this machine now; none does until the end of the block then.
+
+    Nodes that measure at the same time measure each other. `directory`: where they keep their measurements.
+    """
+    try:
+        lock = (directory / LOCK_FILE).open("w")
+    except OSError:
+        yield True  # nothing can be kept here, and nobody to wait for
+        return
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            yield False
+        else:
+            yield True
+
+
+def load_measurements(directory: Path, fingerprint: str) -> Measurements | None:
     """Return what was measured before on this very hardware and software; None where there is nothing of use."""
     try:
-        kept = json.loads((data_dir / CACHE_FILE).read_text(encoding="utf-8"))
+        kept = json.loads(_cache_file(directory, fingerprint).read_text(encoding="utf-8"))
         if kept["fingerprint"] != fingerprint:
             return None
         return Measurements.parse(json.dumps(kept["measurements"]))
@@ -132,14 +154,20 @@ def load_measurements(data_dir: Path, fingerprint: str) -> Measurements | None:
         return None
 
 
-def save_measurements(data_dir: Path, fingerprint: str, measurements: Measurements) -> None:
+def save_measurements(directory: Path, fingerprint: str, measurements: Measurements) -> None:
     """Remember measurements for the next start, whole or not at all. A disk that takes nothing costs just that."""
-    temporary = data_dir / f".{CACHE_FILE}"
+    path = _cache_file(directory, fingerprint)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
     document = {"fingerprint": fingerprint, "measurements": measurements.to_json()}
     try:
         temporary.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
-        temporary.replace(data_dir / CACHE_FILE)
+        temporary.replace(path)
     except OSError as error:
         _logger.warning("measurements not kept: the next start measures again", reason=error.strerror)
         with suppress(OSError):
             temporary.unlink()
+
+
+def _cache_file(directory: Path, fingerprint: str) -> Path:
+    # A file each: nodes on one machine may differ in their threads or in the accelerators that they are shown.
+    return directory / f"measurements-{fingerprint[:16]}.json"

@@ -1,0 +1,402 @@
+"""Announcers of several peers over the network in memory, in virtual time."""
+
+import random
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import replace
+
+import pytest
+import trio
+from trio.testing import MockClock
+
+from node.capabilities.announcer import (
+    GRADUAL_INTERVAL_S,
+    LOOKUP_AGAIN_S,
+    MAX_KNOWN,
+    RECORD_LIFETIME_S,
+    RECORD_REFRESH_S,
+    CapabilityAnnouncer,
+)
+from node.identity import Identity
+from node.network.interface import NetworkError
+from node.network.memory import LinkModel, MemoryNetworkHub
+from node.swarm.records import RecordKinds
+from protocol.capabilities import (
+    CAPABILITY_TOPIC,
+    Capabilities,
+    CapabilityRecord,
+    Links,
+    Neighbour,
+    Throughput,
+    capability_key,
+    unseal_capabilities,
+)
+from protocol.identity import PeerId
+from protocol.records import seal
+from tests.support.capabilities import EPYC, GIB, H100, peer_of
+
+FACTS = replace(EPYC, processor=replace(EPYC.processor, throughput=Throughput()))
+BETTER = replace(EPYC, accelerators=(H100,))
+
+
+class Peer:
+    """One peer of a swarm, which does nothing but say what it is capable of."""
+
+    def __init__(self, hub: MemoryNetworkHub, number: int, capabilities: Capabilities | None) -> None:
+        self.capabilities = capabilities
+        self.clock_ahead_s = 0.0
+        self.meets: list[PeerId] = []
+        self.identity = Identity(number.to_bytes(32, "big"))
+        self.id = self.identity.peer_id
+        self.network = hub.network(self.id)
+        self.announcer = CapabilityAnnouncer(
+            network=self.network,
+            identity=self.identity,
+            records=RecordKinds(self.network),
+            capabilities=lambda: self.capabilities,
+            peers=lambda: self.meets,
+            jitter=random.Random(number),
+            wall_clock=self.wall_clock,
+        )
+
+    def wall_clock(self) -> float:
+        return 1_700_000_000 + trio.current_time() + self.clock_ahead_s
+
+    def record(self, capabilities: Capabilities | None, *, sequence: int, lifetime_s: int = 600) -> CapabilityRecord:
+        now_s = int(self.wall_clock())
+        return CapabilityRecord(
+            peer=self.id,
+            sequence=sequence,
+            issued_at_s=now_s,
+            expires_at_s=now_s + lifetime_s,
+            capabilities=capabilities,
+        )
+
+    def stored(self, peer: PeerId) -> CapabilityRecord | None:
+        """Return the record of a peer that this one keeps for the DHT."""
+        key = capability_key(peer)
+        data = self.network.stored_record(key)
+        return None if data is None else unseal_capabilities(key, data, self.wall_clock())
+
+    async def join(self, *others: "Peer") -> None:
+        for other in others:
+            await self.network.connect(other.network.multiaddrs[0])
+
+
+class Swarm:
+    """Makes peers with numbers that count up."""
+
+    def __init__(self) -> None:
+        self.hub = MemoryNetworkHub(random.Random(1), LinkModel(latency_s=0.01))
+        self._count = 0
+
+    @asynccontextmanager
+    async def peer(
+        self, capabilities: Capabilities | None = EPYC, *, polite: bool = True, announcing: bool = True
+    ) -> AsyncIterator[Peer]:
+        """Run a peer; at the end a polite one withdraws what it said."""
+        self._count += 1
+        peer = Peer(self.hub, self._count, capabilities)
+        async with peer.network.running(), trio.open_nursery() as nursery:
+            if announcing:
+                nursery.start_soon(peer.announcer.run)
+            yield peer
+            nursery.cancel_scope.cancel()
+            if polite:
+                await peer.announcer.withdraw()
+
+
+@pytest.fixture
+def swarm() -> Swarm:
+    return Swarm()
+
+
+async def test_what_a_peer_says_is_known_to_all_and_stands_in_the_dht(swarm: Swarm, autojump_clock: MockClock) -> None:
+    async with swarm.peer(BETTER) as alice, swarm.peer() as bob, swarm.peer(announcing=False) as carol:
+        await bob.join(alice)
+        await carol.join(bob)
+        await trio.sleep(5)
+        assert bob.announcer.known(alice.id) == BETTER
+        assert alice.announcer.known(bob.id) == EPYC
+        assert alice.announcer.known(alice.id) == BETTER
+        # Carol has heard no gossip: she did not listen.
+        assert carol.announcer.known(alice.id) is None
+        assert await carol.announcer.lookup(alice.id) == BETTER
+        assert await carol.announcer.lookup(bob.id) == EPYC
+        assert carol.announcer.known(alice.id) == BETTER
+
+
+async def test_what_was_said_among_nobody_is_said_again_to_the_first_peer(
+    swarm: Swarm, autojump_clock: MockClock
+) -> None:
+    async with swarm.peer(BETTER) as alice, swarm.peer(announcing=False) as bob:
+        await trio.sleep(30)
+        assert bob.stored(alice.id) is None
+        await bob.join(alice)
+        await trio.sleep(3)
+        assert bob.stored(alice.id) is not None
+
+
+async def test_a_newcomer_learns_of_those_that_it_meets(swarm: Swarm, autojump_clock: MockClock) -> None:
+    async with swarm.peer(BETTER) as alice, swarm.peer() as bob:
+        await bob.join(alice)
+        await trio.sleep(60)
+        async with swarm.peer(capabilities=None) as carol:
+            await carol.join(bob)
+            carol.meets = [alice.id, bob.id, carol.id, peer_of(500)]
+            await trio.sleep(5)
+            assert carol.announcer.known(alice.id) == BETTER
+            assert carol.announcer.known(bob.id) == EPYC
+            assert carol.announcer.known(carol.id) is None
+
+
+async def test_a_peer_that_had_nothing_to_say_is_asked_again_later(swarm: Swarm, autojump_clock: MockClock) -> None:
+    async with swarm.peer(announcing=False) as alice, swarm.peer(capabilities=None) as bob:
+        await bob.join(alice)
+        bob.meets = [alice.id]
+        await trio.sleep(5)
+        envelope = seal(alice.record(EPYC, sequence=1), alice.identity.private_key)
+        await alice.network.put_record(capability_key(alice.id), envelope)
+        await trio.sleep(LOOKUP_AGAIN_S)
+        assert bob.announcer.known(alice.id) == EPYC
+
+
+async def test_a_record_is_refreshed_long_before_it_expires(swarm: Swarm, autojump_clock: MockClock) -> None:
+    async with swarm.peer() as alice, swarm.peer() as bob:
+        await bob.join(alice)
+        await trio.sleep(5)
+        sequences = set()
+        for _ in range(100):
+            record = bob.stored(alice.id)
+            assert record is not None
+            assert record.expires_at_s - bob.wall_clock() > RECORD_LIFETIME_S - RECORD_REFRESH_S - 60
+            sequences.add(record.sequence)
+            await trio.sleep(60)
+        assert 100 * 60 / RECORD_REFRESH_S <= len(sequences) <= 2 * 100 * 60 / RECORD_REFRESH_S
+
+
+async def test_what_nobody_refreshes_expires(swarm: Swarm, autojump_clock: MockClock) -> None:
+    async with swarm.peer() as bob:
+        async with swarm.peer(BETTER, polite=False) as alice:
+            await alice.join(bob)
+            await trio.sleep(5)
+            assert bob.announcer.known(alice.id) == BETTER
+        await trio.sleep(RECORD_LIFETIME_S)
+        assert bob.announcer.known(alice.id) is None
+        assert await bob.announcer.lookup(alice.id) is None
+
+
+async def test_a_graceful_stop_takes_back_what_was_said(swarm: Swarm, autojump_clock: MockClock) -> None:
+    async with swarm.peer() as bob, swarm.peer(announcing=False) as carol:
+        await carol.join(bob)
+        async with swarm.peer(BETTER) as alice:
+            await alice.join(bob)
+            await trio.sleep(5)
+            assert await carol.announcer.lookup(alice.id) == BETTER
+        await trio.sleep(1)
+        assert bob.announcer.known(alice.id) is None
+        assert await carol.announcer.lookup(alice.id) is None
+
+
+async def test_what_is_just_being_said_is_taken_back_too(swarm: Swarm, autojump_clock: MockClock) -> None:
+    async with swarm.peer() as bob, swarm.peer(capabilities=None, polite=False) as alice:
+        await alice.join(bob)
+        alice.capabilities = BETTER
+        while alice.announcer.known(alice.id) is None:
+            await trio.sleep(0.001)
+        assert bob.stored(alice.id) is None, "the record is under way"
+        await alice.announcer.withdraw()
+        await trio.sleep(30)
+        record = bob.stored(alice.id)
+        assert record is not None
+        assert record.capabilities is None
+
+
+async def test_who_said_nothing_takes_nothing_back(swarm: Swarm, autojump_clock: MockClock) -> None:
+    async with swarm.peer() as bob:
+        async with swarm.peer(capabilities=None) as alice:
+            await alice.join(bob)
+            await trio.sleep(5)
+        await trio.sleep(1)
+        assert bob.stored(alice.id) is None
+
+
+async def test_a_peer_that_comes_back_is_believed_again(swarm: Swarm, autojump_clock: MockClock) -> None:
+    async with swarm.peer() as bob:
+        async with swarm.peer(BETTER) as alice:
+            await alice.join(bob)
+            await trio.sleep(5)
+        await trio.sleep(1)
+        assert bob.announcer.known(alice.id) is None
+        again = Peer(swarm.hub, 2, EPYC)
+        async with again.network.running(), trio.open_nursery() as nursery:
+            nursery.start_soon(again.announcer.run)
+            await again.join(bob)
+            await trio.sleep(5)
+            assert again.id == alice.id
+            assert await bob.announcer.lookup(alice.id) == EPYC
+            nursery.cancel_scope.cancel()
+
+
+async def test_news_are_told_at_once(swarm: Swarm, autojump_clock: MockClock) -> None:
+    async with swarm.peer(FACTS) as alice, swarm.peer() as bob:
+        await bob.join(alice)
+        await trio.sleep(5)
+        assert bob.announcer.known(alice.id) == FACTS
+        alice.capabilities = EPYC
+        await trio.sleep(2)
+        assert bob.announcer.known(alice.id) == EPYC
+
+
+def moved(step: int) -> Capabilities:
+    """Return a machine whose free memory and links change all the time."""
+    neighbours = (Neighbour(peer=peer_of(100 + step), round_trip_s=0.01),)
+    memory = replace(EPYC.memory, available_bytes=(20 - 10 * (step % 2)) * GIB)
+    return replace(EPYC, memory=memory, links=Links(upload_bytes_per_s=10.0**step, neighbours=neighbours))
+
+
+async def test_what_changes_all_the_time_is_told_now_and_then(swarm: Swarm, autojump_clock: MockClock) -> None:
+    async with swarm.peer(moved(0)) as alice, swarm.peer() as bob:
+        await bob.join(alice)
+        await trio.sleep(5)
+        told = set()
+        for step in range(60):
+            alice.capabilities = moved(step % 10)
+            await trio.sleep(10)
+            record = bob.stored(alice.id)
+            assert record is not None
+            told.add(record.sequence)
+        assert 600 / GRADUAL_INTERVAL_S <= len(told) <= 600 / GRADUAL_INTERVAL_S + 2
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        replace(EPYC, memory=replace(EPYC.memory, available_bytes=10 * GIB)),
+        replace(EPYC, links=replace(EPYC.links, upload_bytes_per_s=1e7)),
+        replace(EPYC, links=replace(EPYC.links, download_bytes_per_s=1e7)),
+        replace(EPYC, links=replace(EPYC.links, neighbours=())),
+        replace(EPYC, links=replace(EPYC.links, neighbours=(replace(EPYC.links.neighbours[0], round_trip_s=0.2),))),
+    ],
+    ids=["memory", "upload", "download", "neighbours", "round trip"],
+)
+async def test_what_has_clearly_changed_is_told_before_the_next_refresh(
+    swarm: Swarm, changed: Capabilities, autojump_clock: MockClock
+) -> None:
+    async with swarm.peer(EPYC) as alice, swarm.peer() as bob:
+        await bob.join(alice)
+        await trio.sleep(5)
+        alice.capabilities = changed
+        await trio.sleep(GRADUAL_INTERVAL_S + 1)
+        assert bob.announcer.known(alice.id) == changed
+
+
+@pytest.mark.parametrize(
+    "barely",
+    [
+        replace(EPYC, memory=replace(EPYC.memory, available_bytes=EPYC.memory.available_bytes - GIB)),
+        replace(EPYC, links=replace(EPYC.links, upload_bytes_per_s=6e6)),
+    ],
+    ids=["memory", "upload"],
+)
+async def test_what_has_barely_changed_is_not_worth_telling(
+    swarm: Swarm, barely: Capabilities, autojump_clock: MockClock
+) -> None:
+    async with swarm.peer(EPYC) as alice, swarm.peer() as bob:
+        await bob.join(alice)
+        await trio.sleep(5)
+        before = bob.stored(alice.id)
+        alice.capabilities = barely
+        # Well before the first refresh, and after gradual changes may be told.
+        await trio.sleep(GRADUAL_INTERVAL_S + 30)
+        assert bob.stored(alice.id) == before
+
+
+async def test_nobody_speaks_for_another_peer(swarm: Swarm, autojump_clock: MockClock) -> None:
+    async with (
+        swarm.peer(EPYC) as alice,
+        swarm.peer(announcing=False) as mallory,
+        swarm.peer() as bob,
+    ):
+        await bob.join(alice, mallory)
+        await trio.sleep(5)
+        key = capability_key(alice.id)
+        theirs = seal(mallory.record(BETTER, sequence=1 << 50), mallory.identity.private_key)
+        genuine = seal(alice.record(BETTER, sequence=1 << 50), alice.identity.private_key)
+        for envelope in (theirs, genuine[:-1] + bytes([genuine[-1] ^ 1]), b"", b"\xff" * 100):
+            with pytest.raises(NetworkError):
+                await mallory.network.put_record(key, envelope)
+            assert not bob.network.keep_record(key, envelope)
+        # Alice's own words, but published by another: nobody knows how old they are.
+        await mallory.network.publish(CAPABILITY_TOPIC, genuine)
+        await mallory.network.publish(CAPABILITY_TOPIC, b"\xff" * 100)
+        await trio.sleep(5)
+        assert bob.announcer.known(alice.id) == EPYC
+        assert await bob.announcer.lookup(alice.id) == EPYC
+
+
+async def test_an_older_record_does_not_replace_a_newer_one(swarm: Swarm, autojump_clock: MockClock) -> None:
+    async with swarm.peer(EPYC) as alice, swarm.peer() as bob:
+        await bob.join(alice)
+        await trio.sleep(5)
+        replayed = seal(alice.record(BETTER, sequence=1), alice.identity.private_key)
+        assert not bob.network.keep_record(capability_key(alice.id), replayed)
+        await alice.network.publish(CAPABILITY_TOPIC, replayed)
+        await trio.sleep(5)
+        assert bob.announcer.known(alice.id) == EPYC
+
+
+async def test_a_peer_whose_clock_is_far_ahead_is_not_believed(swarm: Swarm, autojump_clock: MockClock) -> None:
+    async with swarm.peer(EPYC) as alice, swarm.peer() as bob:
+        alice.clock_ahead_s = 300
+        await bob.join(alice)
+        await trio.sleep(5)
+        assert bob.announcer.known(alice.id) is None
+        assert await bob.announcer.lookup(alice.id) is None
+
+
+async def test_a_network_that_does_not_take_the_record_is_asked_again_after_a_while(
+    swarm: Swarm, autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with swarm.peer(capabilities=None) as alice, swarm.peer() as bob:
+        await bob.join(alice)
+        # A node whose clock was set back: for a minute, what it said before the restart has the higher number.
+        said = alice.record(BETTER, sequence=int(alice.wall_clock() * 1000) + 60_000)
+        await alice.network.put_record(capability_key(alice.id), seal(said, alice.identity.private_key))
+        asked_at_s = []
+
+        put_record = alice.network.put_record
+
+        async def watched_put_record(key: str, value: bytes) -> None:
+            asked_at_s.append(trio.current_time())
+            await put_record(key, value)
+
+        monkeypatch.setattr(alice.network, "put_record", watched_put_record)
+        alice.capabilities = EPYC
+        await trio.sleep(30)
+        assert await bob.announcer.lookup(alice.id) == BETTER
+        await trio.sleep(60)
+        assert await bob.announcer.lookup(alice.id) == EPYC
+        assert 4 <= len(asked_at_s) <= 12
+
+
+async def test_hardware_that_no_record_can_describe_does_not_end_the_node(
+    swarm: Swarm, autojump_clock: MockClock
+) -> None:
+    strange = replace(EPYC, processor=replace(EPYC.processor, model="\x1b"))
+    async with swarm.peer(strange) as alice, swarm.peer() as bob:
+        await bob.join(alice)
+        await trio.sleep(5)
+        assert bob.announcer.known(alice.id) is None
+        assert alice.announcer.known(alice.id) is None
+
+
+async def test_what_is_remembered_of_strangers_is_bounded(swarm: Swarm, autojump_clock: MockClock) -> None:
+    async with swarm.peer(announcing=False) as alice:
+        others = [Peer(swarm.hub, 1000 + number, EPYC) for number in range(MAX_KNOWN + 1)]
+        for other in others:
+            envelope = seal(other.record(EPYC, sequence=1), other.identity.private_key)
+            assert alice.network.keep_record(capability_key(other.id), envelope)
+            await alice.announcer.lookup(other.id)
+        assert alice.announcer.known(others[0].id) is None
+        assert all(alice.announcer.known(other.id) == EPYC for other in others[1:])

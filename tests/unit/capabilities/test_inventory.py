@@ -1,0 +1,185 @@
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import trio
+from trio.testing import MockClock
+
+from node.capabilities.inventory import REPEAT_AFTER_S, Inventory
+from node.capabilities.measure import MeasurementError, Measurements, save_measurements
+from node.capabilities.probe import fingerprint
+from node.capabilities.traffic import TrafficMeter
+from protocol.capabilities import Capabilities, Throughput
+from tests.support.capabilities import EPYC, H100, peer_of
+
+FACTS = replace(
+    EPYC,
+    processor=replace(EPYC.processor, throughput=Throughput()),
+    disk_read_bytes_per_s=None,
+    memory=replace(EPYC.memory, total_bytes=1 << 45),
+)
+
+
+def measurements(share: float) -> Measurements:
+    return Measurements(
+        cpu=Throughput(fp32_flop_per_s=share * 1e9),
+        cpu_share=share,
+        accelerators=(H100,),
+        disk_read_bytes_per_s=1e9,
+    )
+
+
+class FakeBenchmark:
+    """Takes three seconds, and finds the machine as busy as it is told."""
+
+    def __init__(self, shares: Sequence[float | str]) -> None:
+        self.asked: list[tuple[Path, int]] = []
+        self.asked_at_s: list[float] = []
+        self.known_before: list[float | None] = []
+        self.started = trio.Event()
+        self.inventory: Inventory | None = None
+        self._shares = iter(shares)
+
+    async def __call__(self, directory: Path, threads: int) -> Measurements:
+        self.asked.append((directory, threads))
+        self.asked_at_s.append(trio.current_time())
+        if self.inventory is not None:
+            self.known_before.append(fp32(self.inventory))
+        self.started.set()
+        await trio.sleep(3)
+        share = next(self._shares)
+        if isinstance(share, str):
+            raise MeasurementError(share)
+        return measurements(share)
+
+
+def inventory(tmp_path: Path, *shares: float | str, threads: int | None = None) -> tuple[Inventory, FakeBenchmark]:
+    benchmark = FakeBenchmark(shares)
+    made = Inventory(
+        data_dir=tmp_path,
+        models_dir=tmp_path / "models",
+        traffic=TrafficMeter(),
+        threads=threads,
+        read_facts=lambda: FACTS,
+        benchmark=benchmark,
+    )
+    benchmark.inventory = made
+    return made, benchmark
+
+
+def known(found: Inventory) -> Capabilities:
+    capabilities = found.capabilities()
+    assert capabilities is not None
+    return capabilities
+
+
+def fp32(found: Inventory) -> float | None:
+    return known(found).processor.throughput.fp32_flop_per_s
+
+
+async def test_facts_are_there_before_the_figures(tmp_path: Path, autojump_clock: MockClock) -> None:
+    found, benchmark = inventory(tmp_path, 0.9)
+    assert found.capabilities() is None
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(found.run)
+        await benchmark.started.wait()
+        assert known(found).processor == FACTS.processor
+        assert fp32(found) is None
+    assert fp32(found) == pytest.approx(0.9e9)
+    assert known(found).accelerators == (H100,)
+    assert known(found).disk_read_bytes_per_s == 1e9
+    assert benchmark.asked == [(tmp_path / "models", FACTS.processor.physical_cores)]
+
+
+async def test_a_restart_does_not_measure_again(tmp_path: Path, autojump_clock: MockClock) -> None:
+    first, _ = inventory(tmp_path, 0.9)
+    await first.run()
+    second, benchmark = inventory(tmp_path)
+    await second.run()
+    assert benchmark.asked == []
+    assert replace(known(second), memory=FACTS.memory) == replace(known(first), memory=FACTS.memory)
+
+
+async def test_other_threads_are_measured_anew(tmp_path: Path, autojump_clock: MockClock) -> None:
+    first, _ = inventory(tmp_path, 0.9)
+    await first.run()
+    second, benchmark = inventory(tmp_path, 0.8, threads=1)
+    await second.run()
+    assert benchmark.asked == [(tmp_path / "models", 1)]
+
+
+async def test_a_busy_machine_is_measured_again_until_it_is_quiet(tmp_path: Path, autojump_clock: MockClock) -> None:
+    found, benchmark = inventory(tmp_path, 0.3, 0.2, 0.9, 1.0)
+    await found.run()
+    assert benchmark.known_before == [None, pytest.approx(0.3e9), pytest.approx(0.3e9)], "the better of two stays"
+    assert fp32(found) == pytest.approx(0.9e9)
+    first, second, third = benchmark.asked_at_s
+    assert second - first >= REPEAT_AFTER_S[0]
+    assert third - second >= REPEAT_AFTER_S[1]
+
+
+async def test_a_machine_that_is_always_busy_is_left_alone_in_the_end(
+    tmp_path: Path, autojump_clock: MockClock
+) -> None:
+    found, benchmark = inventory(tmp_path, *[0.3] * 10)
+    await found.run()
+    assert len(benchmark.asked) == 1 + len(REPEAT_AFTER_S)
+
+
+async def test_nodes_on_one_machine_measure_it_once(tmp_path: Path, autojump_clock: MockClock) -> None:
+    nodes = [inventory(tmp_path, 0.9) for _ in range(3)]
+    async with trio.open_nursery() as nursery:
+        for found, _ in nodes:
+            nursery.start_soon(found.run)
+    assert sum(len(benchmark.asked) for _, benchmark in nodes) == 1
+    assert [fp32(found) for found, _ in nodes] == [pytest.approx(0.9e9)] * 3
+
+
+async def test_a_node_that_dies_while_it_measures_leaves_it_to_the_next(
+    tmp_path: Path, autojump_clock: MockClock
+) -> None:
+    (dying, started), (found, benchmark) = inventory(tmp_path, 0.9), inventory(tmp_path, 0.8)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(dying.run)
+        await started.started.wait()
+        nursery.cancel_scope.cancel()
+    await found.run()
+    assert len(benchmark.asked) == 1
+    assert fp32(found) == pytest.approx(0.8e9)
+
+
+async def test_better_figures_of_another_node_will_do(tmp_path: Path, autojump_clock: MockClock) -> None:
+    found, benchmark = inventory(tmp_path, 0.3)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(found.run)
+        await benchmark.started.wait()
+        while fp32(found) is None:
+            await trio.sleep(0.01)
+        identifier = fingerprint(FACTS, FACTS.processor.physical_cores)
+        save_measurements(tmp_path, identifier, measurements(0.95))
+    assert len(benchmark.asked) == 1
+    assert fp32(found) == pytest.approx(0.95e9)
+
+
+async def test_a_failed_measurement_is_a_gap(tmp_path: Path, autojump_clock: MockClock) -> None:
+    found, _ = inventory(tmp_path, "the driver crashed")
+    await found.run()
+    assert known(found).processor == FACTS.processor
+    assert fp32(found) is None
+
+
+async def test_links_and_free_memory_are_as_of_now(tmp_path: Path, autojump_clock: MockClock) -> None:
+    traffic = TrafficMeter()
+    found = Inventory(
+        data_dir=tmp_path,
+        models_dir=tmp_path,
+        traffic=traffic,
+        read_facts=lambda: FACTS,
+        benchmark=FakeBenchmark([0.9]),
+    )
+    await found.run()
+    assert known(found).links.neighbours == ()
+    traffic.round_trip(peer_of(5), 0.1)
+    assert [neighbour.peer for neighbour in known(found).links.neighbours] == [peer_of(5)]
+    assert 0 < known(found).memory.available_bytes < FACTS.memory.total_bytes

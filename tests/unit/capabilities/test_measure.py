@@ -1,0 +1,125 @@
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import trio
+
+from node.capabilities.measure import (
+    MeasurementError,
+    Measurements,
+    load_measurements,
+    measuring_alone,
+    run_benchmark,
+    save_measurements,
+)
+from protocol.capabilities import Throughput
+from tests.support.capabilities import EPYC, H100
+
+MEASURED = Measurements(
+    cpu=EPYC.processor.throughput,
+    cpu_share=0.97,
+    accelerators=(H100,),
+    disk_read_bytes_per_s=1.5e9,
+    gaps=("int8 on the CPU: not implemented",),
+)
+
+
+def child(program: str) -> tuple[str, ...]:
+    """Return the command of a benchmark that does something else."""
+    return (sys.executable, "-c", program)
+
+
+async def test_this_machine_is_measured_within_its_time(tmp_path: Path) -> None:
+    measured = await run_benchmark(tmp_path, 1)
+    cpu = measured.cpu
+    assert measured.gaps == ()
+    assert measured.disk_read_bytes_per_s is not None
+    # Whatever the machine and however busy it is: between a slow board's and a fast core's.
+    assert 1e8 < (cpu.memory_read_bytes_per_s or 0) < 1e12
+    for rate in (cpu.fp32_flop_per_s, cpu.bf16_flop_per_s, cpu.int8_op_per_s):
+        assert 1e8 < (rate or 0) < 1e14
+    assert list(await trio.Path(tmp_path).iterdir()) == [], "nothing is left behind"
+
+
+async def test_a_disk_that_cannot_be_written_is_a_gap(tmp_path: Path) -> None:
+    program = """
+import sys
+import node.engine.throughput as throughput
+from node.engine import benchmark
+from protocol.capabilities import Throughput
+throughput.measure_cpu = lambda *_: Throughput(fp32_flop_per_s=1e9)
+throughput.measure_accelerators = lambda gaps: ()
+sys.exit(benchmark.main())
+"""
+    measured = await run_benchmark(tmp_path / "missing", 1, command=child(program))
+    assert measured.disk_read_bytes_per_s is None
+    assert measured.cpu == Throughput(fp32_flop_per_s=1e9)
+    assert measured.gaps == ("disk: No such file or directory",)
+
+
+@pytest.mark.parametrize(
+    ("program", "reason"),
+    [
+        ("import sys; sys.exit('no such device')", "failed with code 1: no such device"),
+        ("import os; os.abort()", "failed with code -6: it said nothing"),
+        ("print('surprise')", "makes no sense"),
+        ("print('[' * 100000)", "makes no sense"),
+        ("print('{\"cpu\": {}}')", "makes no sense"),
+        ("", "makes no sense"),
+        ("import time; time.sleep(60)", "took longer than 0.5 s"),
+    ],
+    ids=["fails", "crashes", "babbles", "nests", "is unfinished", "is silent", "hangs"],
+)
+async def test_a_benchmark_that_goes_wrong_says_so_in_a_line(tmp_path: Path, program: str, reason: str) -> None:
+    limit_s = 0.5 if "sleep" in program else 20.0
+    with pytest.raises(MeasurementError, match=reason) as raised:
+        await run_benchmark(tmp_path, 1, command=child(program), time_limit_s=limit_s)
+    assert "\n" not in str(raised.value)
+
+
+async def test_a_benchmark_that_cannot_be_started_says_so(tmp_path: Path) -> None:
+    with pytest.raises(MeasurementError, match="cannot be started: No such file"):
+        await run_benchmark(tmp_path, 1, command=[str(tmp_path / "nothing")])
+
+
+def test_measurements_survive_a_restart(tmp_path: Path) -> None:
+    without_disk = replace(MEASURED, disk_read_bytes_per_s=None)
+    save_measurements(tmp_path, "this machine", MEASURED)
+    assert load_measurements(tmp_path, "another machine") is None
+    save_measurements(tmp_path, "another machine", without_disk)
+    assert load_measurements(tmp_path, "this machine") == MEASURED
+    assert load_measurements(tmp_path, "another machine") == without_disk
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+@pytest.mark.parametrize(
+    "damage", ["", "{", "[]", "null", '{"fingerprint": "x"}', '{"fingerprint": "x", "measurements": 1}']
+)
+def test_a_damaged_file_is_measured_anew(tmp_path: Path, damage: str) -> None:
+    save_measurements(tmp_path, "x", MEASURED)
+    (path,) = tmp_path.iterdir()
+    path.write_text(damage)
+    assert load_measurements(tmp_path, "x") is None
+
+
+@pytest.mark.parametrize("changed", [("fingerprint", "y"), ("measurements", {"cpu": {"fp32_flop_per_s": -1.0}})])
+def test_a_file_that_says_what_cannot_be_is_measured_anew(tmp_path: Path, changed: tuple[str, object]) -> None:
+    save_measurements(tmp_path, "x", MEASURED)
+    (path,) = tmp_path.iterdir()
+    path.write_text(json.dumps(json.loads(path.read_text()) | dict([changed])))
+    assert load_measurements(tmp_path, "x") is None
+
+
+def test_one_node_measures_at_a_time(tmp_path: Path) -> None:
+    with measuring_alone(tmp_path) as first, measuring_alone(tmp_path) as second:
+        assert (first, second) == (True, False)
+    with measuring_alone(tmp_path) as alone, measuring_alone(tmp_path / "missing") as elsewhere:
+        assert alone
+        assert elsewhere
+
+
+def test_a_disk_that_takes_nothing_costs_only_the_memory_of_it(tmp_path: Path) -> None:
+    save_measurements(tmp_path / "missing", "x", MEASURED)
+    assert load_measurements(tmp_path / "missing", "x") is None

@@ -1,0 +1,102 @@
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from node.capabilities.traffic import MAX_PEERS, MIN_TRANSFER_BYTES, TrafficMeter
+from protocol.capabilities import (
+    MAX_NEIGHBOURS,
+    MAX_ROUND_TRIP_S,
+    Capabilities,
+    Links,
+    capabilities_from,
+    capabilities_to_map,
+)
+from tests.support.capabilities import EPYC, peer_of
+
+ALICE, BOB = peer_of(1), peer_of(2)
+MIB = 1 << 20
+
+
+def test_no_traffic_says_nothing() -> None:
+    assert TrafficMeter().links() == Links()
+
+
+def test_a_neighbour_is_described_by_what_passed() -> None:
+    meter = TrafficMeter()
+    meter.sent(ALICE, 10 * MIB, 2.0)
+    meter.received(ALICE, 30 * MIB, 2.0)
+    meter.round_trip(ALICE, 0.05)
+    links = meter.links()
+    (alice,) = links.neighbours
+    assert (alice.peer, alice.round_trip_s) == (ALICE, 0.05)
+    assert alice.upload_bytes_per_s == links.upload_bytes_per_s == pytest.approx(5 * MIB)
+    assert alice.download_bytes_per_s == links.download_bytes_per_s == pytest.approx(15 * MIB)
+
+
+def test_the_best_neighbour_shows_what_our_own_link_can_do() -> None:
+    meter = TrafficMeter()
+    meter.sent(ALICE, MIB, 1.0)
+    meter.sent(BOB, MIB, 0.1)
+    assert meter.links().upload_bytes_per_s == pytest.approx(10 * MIB)
+    assert meter.links().download_bytes_per_s is None
+
+
+def test_one_slow_round_trip_does_not_make_a_slow_link() -> None:
+    meter = TrafficMeter()
+    for seconds in (0.01, 0.01, 5.0, 0.01, 0.01):
+        meter.round_trip(ALICE, seconds)
+    assert meter.links().neighbours[0].round_trip_s == 0.01
+
+
+def test_a_large_transfer_counts_for_more_than_a_small_one() -> None:
+    meter = TrafficMeter()
+    meter.received(ALICE, 100 * MIB, 10.0)
+    meter.received(ALICE, MIB, 1.0)
+    assert meter.links().download_bytes_per_s == pytest.approx(10 * MIB, rel=0.1)
+
+
+def test_a_link_that_has_changed_is_seen_to_have_changed() -> None:
+    meter = TrafficMeter()
+    meter.received(ALICE, 100 * MIB, 1.0)
+    for _ in range(20):
+        meter.received(ALICE, 100 * MIB, 100.0)
+    assert meter.links().download_bytes_per_s == pytest.approx(MIB, rel=0.1)
+
+
+def test_small_transfers_show_no_rate() -> None:
+    meter = TrafficMeter()
+    meter.sent(ALICE, MIN_TRANSFER_BYTES - 1, 1.0)
+    meter.received(ALICE, 10 * MIB, 0.0)
+    assert meter.links() == Links()
+
+
+def test_the_latest_neighbours_are_told_and_the_oldest_forgotten() -> None:
+    meter = TrafficMeter()
+    for number in range(MAX_PEERS + 1):
+        meter.round_trip(peer_of(number), 0.01)
+    meter.sent(peer_of(0), MIB, 1.0)
+    neighbours = meter.links().neighbours
+    assert len(neighbours) == MAX_NEIGHBOURS
+    assert neighbours[0].peer == peer_of(0)
+    assert neighbours[0].round_trip_s is None
+    assert neighbours[1].peer == peer_of(MAX_PEERS)
+
+
+@given(
+    st.lists(
+        st.tuples(
+            st.sampled_from(["sent", "received"]),
+            st.integers(0, 1 << 60),
+            st.floats(0, 1e9),
+            st.floats(-1, 2 * MAX_ROUND_TRIP_S),
+        ),
+        max_size=20,
+    )
+)
+def test_whatever_passed_can_be_said_in_a_record(events: list[tuple[str, int, float, float]]) -> None:
+    meter = TrafficMeter()
+    for direction, byte_count, seconds, round_trip_s in events:
+        getattr(meter, direction)(ALICE, byte_count, seconds)
+        meter.round_trip(BOB, round_trip_s)
+    said = Capabilities(processor=EPYC.processor, memory=EPYC.memory, software=EPYC.software, links=meter.links())
+    assert capabilities_from(capabilities_to_map(said), "capabilities") == said
