@@ -169,6 +169,7 @@ class Node:
         with trio.move_on_after(DRAIN_LIMIT_S) as scope:
             await self._coordinator.wait_idle()
             await self._stages.wait_idle()
+        await self._dissemination.leave()
         if scope.cancelled_caught:
             _logger.warning("left with work undone", sessions=sum(len(span.sessions) for span in self._stages.spans()))
 

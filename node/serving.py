@@ -72,6 +72,8 @@ class Serving:
         pause_s, longest_s = RETRY_S
         loaded = False
         while True:
+            # What never was served may end the start of a node; what was served once never ends the node.
+            passing: tuple[type[Exception], ...] = (ModelError, EngineCrashed, *((StartError,) if loaded else ()))
             try:
                 async with trio.open_nursery() as nursery:
                     await nursery.start(self._serve, spec)
@@ -79,7 +81,7 @@ class Serving:
                     if not loaded:
                         loaded = True
                         task_status.started()
-            except* (ModelError, EngineCrashed) as group:
+            except* passing as group:
                 _logger.warning("span not served now", span=str(spec), reason=_reasons(group), again_in_s=pause_s)
             self._membership.announce()
             await trio.sleep(pause_s * self._jitter.uniform(0.8, 1.2))

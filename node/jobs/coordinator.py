@@ -181,7 +181,7 @@ class Coordinator:
             model = await self._models.open(request.model)
         except ModelError as error:
             raise JobError(JobErrorCode.MODEL_NOT_FOUND, str(error)) from None
-        prompt = _prompt_tokens(request, model)
+        prompt = await trio.to_thread.run_sync(_prompt_tokens, request, model)
         sampling = _sampling_of(request, model, len(prompt))
         return _Job(JobId(secrets.token_hex(16)), request, model, prompt, sampling, method, began_s)
 
@@ -197,13 +197,16 @@ class Coordinator:
             route = OpenRoute(stops, self._switchboard, sampling)
             job.route = route
             try:
-                await route.open(job.model.id, job.method.name, positions, sampling)
-                await route.send_prompt([*job.prompt, *job.tokens], job.model.hidden_size)
+                with trio.fail_after(STALL_LIMIT_S):
+                    await route.open(job.model.id, job.method.name, positions, sampling)
+                    await route.send_prompt([*job.prompt, *job.tokens], job.model.hidden_size)
             except RouteRejected as rejected:
                 for rejection in rejected.rejections:
                     self._avoid(job, rejection)
             except RouteLost as lost:
-                self._avoid(job, Rejection(lost.blamed, None, lost.message))
+                self._avoid_culprit(job, route, lost)
+            except trio.TooSlowError:
+                self._avoid(job, Rejection(stops[0].peer, None, f"took nothing for {STALL_LIMIT_S:.0f} s"))
             else:
                 return
             await route.close()
@@ -216,6 +219,11 @@ class Coordinator:
         job.avoided[rejection.peer] = rejection
         if rejection.reason is None and rejection.peer != self._switchboard.peer_id:
             self._finder.forget(rejection.peer)
+
+    def _avoid_culprit(self, job: _Job, route: OpenRoute, lost: RouteLost) -> None:
+        """Avoid whom a stage blames if it is on the route, else the stage itself: nobody may slander outsiders."""
+        culprit = lost.blamed if lost.blamed in {stop.peer for stop in route.stops} else lost.reporter
+        self._avoid(job, Rejection(culprit, None, lost.message))
 
     async def _find_stops(self, job: _Job) -> list[Stop]:
         candidates = await self._finder.candidates(job.model.id, job.model.block_count, without=job.avoided)
@@ -244,6 +252,8 @@ class Coordinator:
             job.first_token_s = job.first_token_s or trio.current_time()
             job.tokens.append(drawn.token)
             finish = drawn.finish_reason
+            if finish is None and len(job.tokens) >= job.sampling.max_tokens:
+                finish = FinishReason.LENGTH  # the last stage should have said so
             piece = finder.feed(decoder.feed(drawn.token))
             if finder.found:
                 finish = FinishReason.STOP
@@ -268,7 +278,7 @@ class Coordinator:
                 job.replays += 1
                 if job.replays > MAX_ATTEMPTS:
                     raise JobError(JobErrorCode.FAILED, f"stages were lost too often, last {lost}") from None
-                self._avoid(job, Rejection(lost.blamed, None, lost.message))
+                self._avoid_culprit(job, job.route, lost)
                 await job.route.close()
                 job.route = None
                 await self._open_route(job)
@@ -360,7 +370,7 @@ def _prompt_tokens(request: JobRequest, model: KnownModel) -> tuple[int, ...]:
             tokens = tuple(model.tokenizer.encode(request.prompt))
         else:
             tokens = request.prompt_tokens or ()
-    except ValueError as error:
+    except (ValueError, ModelError) as error:
         raise JobError(JobErrorCode.INVALID, str(error)) from None
     if not tokens:
         raise JobError(JobErrorCode.INVALID, "the prompt is empty")

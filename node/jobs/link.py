@@ -16,7 +16,7 @@ import trio
 
 from node.network.interface import NetworkError, Stream
 from protocol.connection import JobConnection
-from protocol.errors import RemoteProtocolError
+from protocol.errors import LocalProtocolError, RemoteProtocolError
 from protocol.identity import PeerId, SessionId
 from protocol.messages import (
     Close,
@@ -50,6 +50,9 @@ PING_INTERVAL_S = 1.0
 SILENCE_LIMIT_S = 3.0
 """A link that heard nothing for this long, though it asked, is broken: a stopped machine closes no connection."""
 
+MAX_UNANSWERED = 8
+"""Pings without a pong after which a link is broken, whatever else trickles in."""
+
 ANSWER_TIMEOUT_S = 10.0
 """How long an opening or a closing may take."""
 
@@ -77,8 +80,12 @@ class SessionRefused(Exception):
 
 @dataclass(frozen=True, slots=True)
 class SessionLost:
-    """A session is lost beyond a link: the other side says so, or the link broke. `blamed` is the peer at fault."""
+    """A session is lost beyond a link: the other side says so, or the link broke.
 
+    `reporter` is the peer at the other end of the link; `blamed` whom it says to be at fault, itself or another.
+    """
+
+    reporter: PeerId
     blamed: PeerId
     reason: FailureReason
     message: str
@@ -135,6 +142,8 @@ class _Link(ABC):
         self._room = trio.lowlevel.ParkingLot()
         self._greeted = trio.Event()
         self._last_heard_s = trio.current_time()
+        self._unanswered = 0
+        """Pings since the last pong."""
 
     async def run(self) -> None:
         """Carry the link until it breaks or is cancelled. Never raises for what the remote or the network did."""
@@ -147,6 +156,8 @@ class _Link(ABC):
                 nursery.cancel_scope.cancel()
         except* NetworkError as group:
             self._break(f"connection lost: {_first_line(group)}")
+        except* (LinkBroken, LocalProtocolError) as group:
+            self._break(_first_line(group))
         except* RemoteProtocolError as group:
             self._break(f"broke the protocol: {_first_line(group)}")
             _logger.warning("peer broke the job protocol", peer=self.peer, fault=_first_line(group))
@@ -199,18 +210,34 @@ class _Link(ABC):
     async def _read(self, nursery: trio.Nursery) -> None:
         while data := await self._stream.receive_some():
             self._last_heard_s = trio.current_time()
-            for message in self._connection.receive_data(data):
+            for message in self._receive(data):
                 match message:
                     case Hello():
-                        self._greeted.set()
+                        self._greet()
                     case Ping():
                         self._say(Pong(nonce=message.nonce))
                     case Pong():
-                        pass
+                        self._unanswered = 0
                     case _:
                         self._take(message, nursery)
-        self._connection.receive_data(b"")
+            await self._make_room()
+        self._receive(b"")
         self._break("the peer ended the connection")
+
+    def _receive(self, data: bytes) -> list[Message]:
+        try:
+            return self._connection.receive_data(data)
+        except RemoteProtocolError as error:
+            # At once: nobody may say anything on this link any more, also not while its tasks come to their end.
+            self._break(f"broke the protocol: {error}")
+            raise
+
+    def _greet(self) -> None:
+        self._greeted.set()
+
+    @abstractmethod
+    async def _make_room(self) -> None:
+        """Wait before reading on, where answering what is read could fill our memory."""
 
     @abstractmethod
     async def _watch(self) -> None:
@@ -340,7 +367,7 @@ class OutboundLink(_Link):
                 self._credit.unpark_all()
             case Failed():
                 self._deliver(message)
-                lost = SessionLost(message.peer or self.peer, message.reason, message.message)
+                lost = SessionLost(self.peer, message.peer or self.peer, message.reason, message.message)
                 for watcher in self._watchers.pop(message.session, {}).values():
                     watcher(lost)
             case _:
@@ -357,18 +384,26 @@ class OutboundLink(_Link):
         while True:
             await trio.sleep(PING_INTERVAL_S)
             silence_s = trio.current_time() - self._last_heard_s
-            if silence_s > SILENCE_LIMIT_S:
-                raise NetworkError(f"nothing heard for {silence_s:.1f} s")
-            if silence_s >= PING_INTERVAL_S * 0.9:
+            if silence_s > SILENCE_LIMIT_S or self._unanswered >= MAX_UNANSWERED:
+                raise NetworkError(f"nothing heard for {silence_s:.1f} s, {self._unanswered} pings without an answer")
+            if silence_s >= PING_INTERVAL_S * 0.9 and not self.broken:
                 nonce += 1
+                self._unanswered += 1
                 self._say(Ping(nonce=nonce))
+
+    async def _make_room(self) -> None:
+        """Go on reading: an initiator is answered, and answers nothing."""
+
+    def _greet(self) -> None:
+        super()._greet()
+        self._credit.unpark_all()  # from now on the window is known
 
     def _lost(self) -> None:
         self._credit.unpark_all()
         for answered in self._answers.values():
             answered.set()
         watchers, self._watchers = self._watchers, {}
-        lost = SessionLost(self.peer, FailureReason.DOWNSTREAM, self.broken or "connection lost")
+        lost = SessionLost(self.peer, self.peer, FailureReason.DOWNSTREAM, self.broken or "connection lost")
         for watcher in [watcher for of_session in watchers.values() for watcher in of_session.values()]:
             watcher(lost)
 
@@ -398,6 +433,11 @@ class InboundLink(_Link):
         """Drop what the link remembers of a session that somebody else opened."""
         self._consumed.pop(session, None)
         _forget_lent(self._connection, session)
+
+    async def _make_room(self) -> None:
+        # Initiators read all the time, so that this cannot lock up; a stranger who asks and never listens waits.
+        while self._outbox_bytes > OUTBOX_BYTES and not self.broken:
+            await self._room.park()
 
     def _take(self, message: Message, nursery: trio.Nursery) -> None:
         match message:

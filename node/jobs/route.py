@@ -58,6 +58,7 @@ class RouteLost(Exception):
 
     def __init__(self, lost: SessionLost) -> None:
         super().__init__(f"{lost.blamed}: {lost.message}")
+        self.reporter = lost.reporter
         self.blamed = lost.blamed
         self.reason = lost.reason
         self.message = lost.message
@@ -87,6 +88,7 @@ class OpenRoute:
         # The last stage may send this many tokens and no more: the channel is full only if it lies.
         self._tokens_in, self._tokens = trio.open_memory_channel[Drawn](sampling.max_tokens)
         self._lost: SessionLost | None = None
+        self._sending = trio.CancelScope()
 
     def permits(self, peer: PeerId) -> bool:
         """Only the last stage tells the coordinator tokens."""
@@ -101,12 +103,13 @@ class OpenRoute:
             for offset, token in enumerate(tokens_from_tensor(tensor)):
                 self._tokens_in.send_nowait(Drawn(part.position + offset, token, part.finish_reason))
         except (ValueError, trio.WouldBlock):
-            self.lose(SessionLost(link.peer, FailureReason.ENGINE, "sent what cannot be the job's tokens"))
+            self.lose(SessionLost(link.peer, link.peer, FailureReason.ENGINE, "sent what cannot be the job's tokens"))
         link.consumed(part.session, len(tensor.data))
 
     def lose(self, lost: SessionLost) -> None:
         """Take note that a stage is lost: the next `next_token` raises RouteLost."""
         self._lost = self._lost or lost
+        self._sending.cancel()
         self._tokens_in.close()
 
     async def send_prompt(self, tokens: Sequence[int], hidden_size: int) -> None:
@@ -114,13 +117,16 @@ class OpenRoute:
         part_rows = max(1, MAX_STEP_BYTES // (4 * hidden_size))
         first = SessionId(self._job, 0)
         try:
-            for start in range(0, len(tokens), part_rows):
-                rows = tokens[start : start + part_rows]
-                draws = 1 if start + len(rows) == len(tokens) else 0
-                part = Slice(session=first, position=start, rows=len(rows), draws=draws)
-                await self._links[0].send_step(Step(slices=(part,), tensor=tensor_from_tokens(rows)))
+            with self._sending:
+                for start in range(0, len(tokens), part_rows):
+                    rows = tokens[start : start + part_rows]
+                    draws = 1 if start + len(rows) == len(tokens) else 0
+                    part = Slice(session=first, position=start, rows=len(rows), draws=draws)
+                    await self._links[0].send_step(Step(slices=(part,), tensor=tensor_from_tokens(rows)))
         except LinkBroken as broken:
-            raise RouteLost(SessionLost(broken.peer, FailureReason.DOWNSTREAM, str(broken))) from None
+            raise RouteLost(SessionLost(broken.peer, broken.peer, FailureReason.DOWNSTREAM, str(broken))) from None
+        if self._lost is not None:
+            raise RouteLost(self._lost)
 
     async def next_token(self) -> Drawn:
         """Wait for the next token; raise RouteLost when a stage is lost."""

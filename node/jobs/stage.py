@@ -17,7 +17,9 @@ from node.engine.interface import Engine, EngineCrashed, EngineError, EngineFull
 from node.jobs.link import InboundLink, LinkBroken, OutboundLink, SessionLost
 from node.jobs.switchboard import Switchboard
 from node.network.interface import Network
+from protocol.errors import LocalProtocolError
 from protocol.identity import BlockRange, ModelId, PeerId, SessionId
+from protocol.limits import MAX_STAGES, MAX_STEP_BYTES
 from protocol.measurements import StageObservation
 from protocol.messages import (
     Closed,
@@ -82,6 +84,8 @@ class StageSession:
         self.owed: list[tuple[InboundLink, int]] = []
         """Credit for rows whose outputs are in the backlog; given once they have left."""
         self.active_s = trio.current_time()
+        self.sending = trio.CancelScope()
+        """Around the task that sends the backlog; it ends with the session."""
         self._permitted = {opened_by.peer, *message.upstream}
 
     def permits(self, peer: PeerId) -> bool:
@@ -203,6 +207,9 @@ class Span:
             except LinkBroken as broken:
                 self.fail(session, FailureReason.DOWNSTREAM, str(broken), broken.peer)
                 return
+            except LocalProtocolError as error:  # what came in made it impossible to say what follows from it
+                self.fail(session, FailureReason.ENGINE, str(error))
+                return
         session.owed.append((work.link, len(work.tensor.data)))
         if not session.backlog:
             self._pay(session)
@@ -230,6 +237,9 @@ class Span:
     def _send(self, session: StageSession, to: SessionId, step: Step) -> None:
         """Send now where link and credit allow it; else keep the order and send as soon as they do."""
         session.bytes_out += len(step.tensor.data)
+        if len(step.tensor.data) > MAX_STEP_BYTES:
+            self.fail(session, FailureReason.ENGINE, "the rows are too many for one step: send them in parts")
+            return
         if session.backlog or not session.outputs[to].try_send_step(step):
             session.backlog.append((to, step))
             if len(session.backlog) == 1 and self._nursery:
@@ -243,12 +253,12 @@ class Span:
 
     async def _send_backlog(self, session: StageSession) -> None:
         try:
-            while session.backlog and not session.ended.is_set():
-                to, step = session.backlog[0]
-                await session.outputs[to].send_step(step)
-                if session.backlog:
+            with session.sending:
+                while session.backlog:
+                    to, step = session.backlog[0]
+                    await session.outputs[to].send_step(step)
                     session.backlog.popleft()
-            self._pay(session)
+                self._pay(session)
         except LinkBroken as broken:
             self.fail(session, FailureReason.DOWNSTREAM, str(broken), broken.peer)
 
@@ -267,8 +277,10 @@ class Span:
         if session.ended.is_set():
             return
         session.ended.set()
+        session.sending.cancel()
         session.backlog.clear()
         session.owed.clear()
+        self._queue = deque(work for work in self._queue if work.session is not session)
         self.sessions.pop(session.id, None)
         self._switchboard.receivers.remove(session.id)
         for unwatch in session.unwatch:
@@ -323,6 +335,8 @@ class Stages:
         The latter raises EngineCrashed, in a group.
         """
         key = (engine.info.model, engine.info.blocks)
+        if key in self._spans:
+            raise EngineError(f"blocks {engine.info.blocks} are served already")
         span = self._spans[key] = Span(engine, self.switchboard, self._session_ended)
         try:
             await span.run(task_status=task_status)
@@ -413,6 +427,8 @@ class Stages:
             targets = {following: session.opened_by.peer, SessionId(job, 0): message.feedback or session.opened_by.peer}
         for to, peer in targets.items():
             link = await self.switchboard.link_to(peer)
+            if session.ended.is_set():
+                raise LinkBroken(peer, "the session was lost while it was opened")
             session.outputs[to] = link
             session.unwatch.append(link.watch(to, lambda lost: session.span.lost(session, lost)))
 
@@ -423,6 +439,8 @@ def _refusal(message: Open, reason: RefusalReason, why: str, span: Span | None) 
 
 def _fault_of(message: Open, info: SpanInfo) -> str | None:
     """Return why a request makes no sense for a span, if it does not."""
+    if message.session.stage >= MAX_STAGES:
+        return f"a route has at most {MAX_STAGES} stages"
     if message.positions > info.max_positions:
         return f"{message.positions} positions asked, the model allows {info.max_positions}"
     if info.is_last != (message.sampling is not None) or info.is_last != (message.downstream is None):

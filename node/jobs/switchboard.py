@@ -72,6 +72,7 @@ class Switchboard:
     async def link_to(self, peer: PeerId) -> OutboundLink:
         """Return the link to a peer, made if need be. Raises LinkBroken with the reason."""
         if (link := self._links.get(peer)) and not link.broken:
+            await link.ready()
             return link
         lock = self._dialling[peer]
         try:
@@ -84,6 +85,7 @@ class Switchboard:
 
     async def _make_link(self, peer: PeerId) -> OutboundLink:
         if (link := self._links.get(peer)) and not link.broken:
+            await link.ready()
             return link
         if self._nursery is None:
             raise LinkBroken(peer, "this node is leaving")

@@ -28,6 +28,9 @@ KEPT_OPEN = 8
 MAX_REMOTE_MODELS = 64
 """Models of others whose manifests are fetched unasked, so that `metaswarm models` can show them."""
 
+MAX_HEARD = 256
+"""Models that are looked at in one round."""
+
 LOOK_ROUND_S = 2.0
 """How often the directory is looked at for models not known yet."""
 
@@ -116,14 +119,20 @@ class Library:
 
     async def run(self) -> None:
         """Fetch the manifests of models that others serve, until cancelled."""
-        refused: set[ModelId] = set()
+        fetched: set[ModelId] = set()
+        refused: OrderedDict[ModelId, None] = OrderedDict()
         while True:
-            unknown = [m for m in self._swarm.served_models() if m not in refused and self.local_manifest(m) is None]
-            for model in unknown[:1] if len(refused) < MAX_REMOTE_MODELS else ():
+            heard = self._swarm.served_models()[:MAX_HEARD]
+            unknown = [m for m in heard if m not in refused and m not in fetched and self.local_manifest(m) is None]
+            # Anybody can make up models: a few of those unasked for are kept, and failures are tried again in time.
+            for model in unknown[:1] if len(fetched) < MAX_REMOTE_MODELS else ():
                 try:
                     await self._package(model)
+                    fetched.add(model)
                 except ModelError as error:
-                    refused.add(model)
+                    refused[model] = None
+                    if len(refused) > MAX_REMOTE_MODELS:
+                        refused.popitem(last=False)
                     _logger.info("no manifest", model=model, reason=str(error))
             await trio.sleep(LOOK_ROUND_S)
 

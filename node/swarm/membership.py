@@ -18,8 +18,9 @@ from node.identity import Identity
 from node.network.interface import Network, NetworkError
 from node.swarm.directory import Candidate, Directory
 from node.swarm.records import RecordKinds
-from protocol.errors import RemoteProtocolError
+from protocol.errors import LocalProtocolError, RemoteProtocolError
 from protocol.identity import BlockRange, ModelId, PeerId
+from protocol.limits import MAX_ADDRESSES
 from protocol.messages import Load
 from protocol.records import (
     HEARTBEAT_TOPIC,
@@ -235,7 +236,7 @@ class Membership:
             sequence=self._sequence,
             issued_at_s=now_s,
             expires_at_s=now_s + HEARTBEAT_LIFETIME_S,
-            multiaddrs=self._network.multiaddrs,
+            multiaddrs=self._network.multiaddrs[:MAX_ADDRESSES],
             agent=self._agent,
             spans=self._served_spans(),
             leaving=self._leaving,
@@ -243,7 +244,7 @@ class Membership:
         self.directory.hear(heartbeat, trio.current_time())
         try:
             await self._network.publish(HEARTBEAT_TOPIC, seal(heartbeat, self._identity.private_key))
-        except NetworkError as error:
+        except (NetworkError, LocalProtocolError) as error:
             _logger.debug("heartbeat not published", reason=str(error))
 
     async def _keep_records(self) -> None:
@@ -281,7 +282,7 @@ class Membership:
                 await self._network.provide(provider_key(model))
             key = span_key(model, record.peer)
             await self._network.put_record(key, seal(record, self._identity.private_key))
-        except NetworkError as error:
+        except (NetworkError, LocalProtocolError) as error:
             _logger.debug("span record not stored", model=model, reason=str(error))
 
     # Staying connected

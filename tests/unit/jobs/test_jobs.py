@@ -1,13 +1,16 @@
 """Jobs over several stages: what the submitter gets, and what the stages hold afterwards."""
 
+from dataclasses import replace
+
 import pytest
 import trio
 from trio.testing import MockClock
 
 from node.engine.fake import expected_tokens, fake_span_info
 from node.jobs.interface import JobError, JobErrorCode, JobRequest, JobResult, JobStarted, TextDelta
+from node.jobs.link import SessionRefused
 from node.jobs.stage import IDLE_LIMIT_S
-from protocol.identity import BlockRange
+from protocol.identity import BlockRange, SessionId
 from protocol.messages import FinishReason, Sampling
 from tests.unit.jobs.peers import BLOCKS, Peer, Swarm, a_step, an_opening, open_swarm
 
@@ -215,6 +218,18 @@ async def test_rows_of_a_stranger_do_not_enter_a_session(autojump_clock: MockClo
             with trio.fail_after(1):
                 await lost.wait()
             assert [event async for event in events][-1].token_ids == right_tokens(20)  # type: ignore[union-attr]
+
+
+async def test_a_stage_beyond_every_route_is_refused(autojump_clock: MockClock) -> None:
+    async with open_swarm() as swarm:
+        peer = await swarm.join((0, 9))
+        stranger = await swarm.join()
+        await swarm.settle()
+        link = await stranger.stages.switchboard.link_to(peer.id)
+        opening = an_opening(peer)
+        with pytest.raises(SessionRefused, match="at most 64 stages"):
+            await link.open(replace(opening, session=SessionId(opening.session.job, 64)))
+        assert peer.held() == (0, 0)
 
 
 async def test_a_session_that_gets_no_rows_gives_its_memory_back(autojump_clock: MockClock) -> None:
