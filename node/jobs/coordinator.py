@@ -53,6 +53,9 @@ MAX_ATTEMPTS = 5
 STALL_LIMIT_S = 120.0
 """A job that gets no token for this long gives its route up, though every stage still answers pings."""
 
+SHORT_PROMPT_CHARACTERS = 4096
+"""Longer prompts, and conversations, whose templates may do anything, are tokenised in a thread."""
+
 RETRY_AFTER_S = 2.0
 """What a client is told to wait where blocks are not served or peers are full."""
 
@@ -181,7 +184,10 @@ class Coordinator:
             model = await self._models.open(request.model)
         except ModelError as error:
             raise JobError(JobErrorCode.MODEL_NOT_FOUND, str(error)) from None
-        prompt = await trio.to_thread.run_sync(_prompt_tokens, request, model)
+        if request.messages is not None or len(request.prompt or "") > SHORT_PROMPT_CHARACTERS:
+            prompt = await trio.to_thread.run_sync(_prompt_tokens, request, model)
+        else:
+            prompt = _prompt_tokens(request, model)
         sampling = _sampling_of(request, model, len(prompt))
         return _Job(JobId(secrets.token_hex(16)), request, model, prompt, sampling, method, began_s)
 
