@@ -24,7 +24,7 @@ GOOD_SHARE: Final = 0.75
 """With less of the processor than this, a benchmark saw how busy the machine was and not what it is capable of."""
 
 REPEAT_AFTER_S: Final = (600.0, 1800.0, 7200.0)
-"""Pauses before a measurement on a busy machine is made again; then the best so far must do."""
+"""Pauses before a measurement that failed, or that a busy machine spoiled, is made again; then that must do."""
 
 OTHERS_TURN_S: Final = 5.0
 """While another node measures this machine, ours looks so often whether it is done."""
@@ -86,7 +86,7 @@ class Inventory:
                 measured = await self._measure(identifier, threads, best)
             except MeasurementError as error:
                 _logger.warning("this machine was not measured", reason=str(error))
-                return
+                continue
             if best is None or measured.cpu_share > best.cpu_share:
                 best = measured
                 self._facts = _with_measurements(facts, best)

@@ -2,7 +2,7 @@
 
 import random
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import replace
 
 import pytest
@@ -18,6 +18,7 @@ from node.capabilities.announcer import (
     CapabilityAnnouncer,
 )
 from node.identity import Identity
+from node.network.host import Libp2pNetwork
 from node.network.interface import NetworkError
 from node.network.memory import LinkModel, MemoryNetworkHub
 from node.swarm.records import RecordKinds
@@ -400,3 +401,37 @@ async def test_what_is_remembered_of_strangers_is_bounded(swarm: Swarm, autojump
             await alice.announcer.lookup(other.id)
         assert alice.announcer.known(others[0].id) is None
         assert all(alice.announcer.known(other.id) == EPYC for other in others[1:])
+
+
+async def test_the_same_holds_over_libp2p() -> None:
+    async with AsyncExitStack() as stack:
+        networks = []
+        announcers = []
+        for number in (1, 2, 3):
+            identity = Identity(number.to_bytes(32, "big"))
+            network = Libp2pNetwork(identity.seed, listen=["/ip4/127.0.0.1/tcp/0"])
+            announcer = CapabilityAnnouncer(
+                network=network,
+                identity=identity,
+                records=RecordKinds(network),
+                capabilities=lambda: BETTER,
+                peers=tuple,
+                jitter=random.Random(number),
+            )
+            await stack.enter_async_context(network.running())
+            networks.append(network)
+            announcers.append(announcer)
+        alice, bob, carol = networks
+        await alice.connect(bob.multiaddrs[0])
+        await carol.connect(bob.multiaddrs[0])
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(announcers[0].run)
+            # Carol does not listen to gossip: what she knows she has looked up.
+            with trio.fail_after(30):
+                while await announcers[2].lookup(alice.peer_id) != BETTER:
+                    await trio.sleep(0.1)
+            await announcers[0].withdraw()
+            with trio.fail_after(30):
+                while await announcers[2].lookup(alice.peer_id) is not None:
+                    await trio.sleep(0.1)
+            nursery.cancel_scope.cancel()

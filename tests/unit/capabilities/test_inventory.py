@@ -163,10 +163,18 @@ async def test_better_figures_of_another_node_will_do(tmp_path: Path, autojump_c
 
 
 async def test_a_failed_measurement_is_a_gap(tmp_path: Path, autojump_clock: MockClock) -> None:
-    found, _ = inventory(tmp_path, "the driver crashed")
+    found, benchmark = inventory(tmp_path, *["the driver crashed"] * 10)
     await found.run()
     assert known(found).processor == FACTS.processor
     assert fp32(found) is None
+    assert len(benchmark.asked) == 1 + len(REPEAT_AFTER_S)
+
+
+async def test_a_measurement_that_failed_is_made_up_for_later(tmp_path: Path, autojump_clock: MockClock) -> None:
+    found, benchmark = inventory(tmp_path, "it took too long", 0.9)
+    await found.run()
+    assert fp32(found) == pytest.approx(0.9e9)
+    assert benchmark.asked_at_s[1] - benchmark.asked_at_s[0] >= REPEAT_AFTER_S[0]
 
 
 async def test_links_and_free_memory_are_as_of_now(tmp_path: Path, autojump_clock: MockClock) -> None:
