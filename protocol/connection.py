@@ -1,8 +1,8 @@
 """The job stream without I/O: bytes in, messages out, and back.
 
 Feed `receive_data` with what the stream brings, write what `send` returns. Each piece that `send` returns is one frame.
-The pieces of a step go out in order and not among those of another step; pieces of control messages may go between any
-two, so that a Close need not wait behind 64 MiB of rows.
+Pieces go out in the order in which they were returned, save that control messages may overtake the pieces of a step
+after its first, so that a Close need not wait behind 64 MiB of rows.
 
 `protocol.states` says who may send what when. A fault of the remote raises RemoteProtocolError, after which the
 connection refuses everything; a fault of ours raises LocalProtocolError and changes nothing.

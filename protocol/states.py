@@ -4,12 +4,14 @@ The first is of the connection: hello from both ends, then work from the initiat
 second is of each session on it. What is not in a table is a fault of whoever said it.
 
 Messages of the two ends cross on their way. The entries that allow for this are `quiet`: such a message is not passed
-on when it is received, and not put on the wire when we are about to send it. Two rules keep what crosses unambiguous:
+on when it is received, and not put on the wire when we are about to send it. Three rules keep what crosses unambiguous:
 
 - Every Open is answered by exactly one end: Refused, Failed or Closed. Close is a request; a responder that has already
   said Refused or Failed says nothing more.
 - After Failed both ends remember the session until the initiator's Close, which follows whatever rows were still under
-  way, so that a later Open of the same session is not taken for the old one.
+  way, so that nothing said about those is taken for something new.
+- A session is not opened on a stream on which rows of it were sent before: an answer to those rows could be taken for
+  one to the Open. Coordinators have no need to, because they choose a fresh job id for every route.
 """
 
 import enum
@@ -145,9 +147,6 @@ SESSION_TABLE: Final[Mapping[tuple[Role, SessionState, MessageType, Direction], 
     (_I, _OPENING, Opened, _RECEIVED): Transition(_OPEN),
     (_I, _OPENING, Refused, _RECEIVED): Transition(_IDLE),
     (_I, _OPENING, Close, _SENT): Transition(_CLOSING),
-    # The session was lent before we opened it: these answer rows of that time. An opening fails by Refused alone.
-    (_I, _OPENING, Credit, _RECEIVED): Transition(_OPENING, quiet=True),
-    (_I, _OPENING, Failed, _RECEIVED): Transition(_OPENING, quiet=True),
     (_I, _OPEN, Step, _SENT): Transition(_OPEN),
     (_I, _OPEN, Credit, _RECEIVED): Transition(_OPEN),
     (_I, _OPEN, Failed, _RECEIVED): Transition(_FAILED),
@@ -156,7 +155,6 @@ SESSION_TABLE: Final[Mapping[tuple[Role, SessionState, MessageType, Direction], 
     (_I, _LENT, Step, _SENT): Transition(_LENT),
     (_I, _LENT, Credit, _RECEIVED): Transition(_LENT),
     (_I, _LENT, Failed, _RECEIVED): Transition(_IDLE),
-    (_I, _LENT, Open, _SENT): Transition(_OPENING),
     # What the responder said before our Close reached it; one of Refused, Failed and Closed comes, and is the last.
     (_I, _CLOSING, Opened, _RECEIVED): Transition(_CLOSING, quiet=True),
     (_I, _CLOSING, Credit, _RECEIVED): Transition(_CLOSING, quiet=True),
@@ -174,8 +172,7 @@ SESSION_TABLE: Final[Mapping[tuple[Role, SessionState, MessageType, Direction], 
     (_R, _OPENING, Opened, _SENT): Transition(_OPEN),
     (_R, _OPENING, Refused, _SENT): Transition(_IDLE),
     (_R, _OPENING, Close, _RECEIVED): Transition(_CLOSING),
-    # As for the initiator: answers to rows from before the Open have lost their meaning.
-    (_R, _OPENING, Credit, _SENT): Transition(_OPENING, quiet=True),
+    # Lost before it was admitted: whoever found that out still owes the answer to the Open, which is Refused.
     (_R, _OPENING, Failed, _SENT): Transition(_OPENING, quiet=True),
     (_R, _OPEN, Step, _RECEIVED): Transition(_OPEN),
     (_R, _OPEN, Credit, _SENT): Transition(_OPEN),
@@ -184,7 +181,6 @@ SESSION_TABLE: Final[Mapping[tuple[Role, SessionState, MessageType, Direction], 
     (_R, _LENT, Step, _RECEIVED): Transition(_LENT),
     (_R, _LENT, Credit, _SENT): Transition(_LENT),
     (_R, _LENT, Failed, _SENT): Transition(_IDLE),
-    (_R, _LENT, Open, _RECEIVED): Transition(_OPENING),
     # Rows that another of the initiator's tasks sent late. They are delivered; credit for them is nobody's concern.
     (_R, _CLOSING, Step, _RECEIVED): Transition(_CLOSING),
     (_R, _CLOSING, Opened, _SENT): Transition(_CLOSING, quiet=True),

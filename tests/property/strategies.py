@@ -1,0 +1,184 @@
+"""Hypothesis strategies for everything that travels between peers."""
+
+from hypothesis import strategies as st
+
+from protocol.canonical import Value
+from protocol.codec import ControlMessage
+from protocol.identity import BlockRange, JobId, ModelId, PeerId, SessionId, peer_id_from_public_key
+from protocol.limits import (
+    MAX_INTEGER,
+    MAX_NAME_BYTES,
+    MAX_POSITIONS,
+    MAX_SCORE,
+    MAX_SECONDS,
+    MAX_STAGES,
+    MAX_TEMPERATURE,
+    MAX_TEXT_BYTES,
+    MAX_UINT64,
+    MAX_VOCABULARY,
+    MAX_WINDOW_BYTES,
+)
+from protocol.messages import (
+    Close,
+    Closed,
+    Credit,
+    Failed,
+    FailureReason,
+    FinishReason,
+    Hello,
+    Load,
+    Open,
+    Opened,
+    Ping,
+    Pong,
+    RefusalReason,
+    Refused,
+    Sampling,
+    SessionStatistics,
+    Slice,
+    Step,
+)
+from protocol.tensors import DType, Tensor, tensor_from_tokens
+
+
+def values(max_leaves: int = 40) -> st.SearchStrategy[Value]:
+    """Values that have a canonical form; no deeper than allowed."""
+    scalars: st.SearchStrategy[Value] = st.one_of(
+        st.none(),
+        st.booleans(),
+        st.integers(-(1 << 63), (1 << 64) - 1),
+        st.floats(allow_nan=False, allow_infinity=False),
+        st.text(max_size=40),
+        st.binary(max_size=300),
+    )
+    value = scalars
+    for _ in range(5):
+        value = st.one_of(
+            scalars, st.lists(value, max_size=max_leaves // 8), st.dictionaries(st.text(), value, max_size=5)
+        )
+    return value
+
+
+def presentable(max_bytes: int, min_size: int = 0) -> st.SearchStrategy[str]:
+    """Text without control characters."""
+    characters = st.characters(exclude_categories=("Cc", "Cs"))
+    return st.text(characters, min_size=min_size, max_size=max_bytes // 4)
+
+
+def pieces(data: bytes) -> st.SearchStrategy[list[bytes]]:
+    """All ways to cut bytes into pieces."""
+    cuts = st.lists(st.integers(0, len(data)), max_size=12).map(sorted)
+    return cuts.map(
+        lambda places: [
+            part for start, stop in zip([0, *places], [*places, len(data)], strict=True) if (part := data[start:stop])
+        ]
+    )
+
+
+names = presentable(MAX_NAME_BYTES, min_size=1)
+seconds = st.floats(0, MAX_SECONDS)
+counts = st.integers(0, MAX_INTEGER)
+model_ids = st.binary(min_size=32, max_size=32).map(lambda raw: ModelId(raw.hex()))
+job_ids = st.binary(min_size=16, max_size=16).map(lambda raw: JobId(raw.hex()))
+sessions = st.builds(SessionId, job_ids, st.integers(0, MAX_STAGES))
+peers: st.SearchStrategy[PeerId] = st.binary(min_size=32, max_size=32).map(peer_id_from_public_key)
+block_ranges = st.tuples(st.integers(0, 1023), st.integers(1, 1024)).map(
+    lambda pair: BlockRange(min(pair[0], pair[1] - 1), max(pair[0] + 1, pair[1]))
+)
+loads = st.builds(Load, sessions=counts, queued_rows=counts, free_positions=counts, step_s=seconds)
+samplings = st.builds(
+    Sampling,
+    temperature=st.floats(0, MAX_TEMPERATURE),
+    top_p=st.floats(0, 1, exclude_min=True),
+    seed=st.integers(0, MAX_UINT64),
+    max_tokens=st.integers(1, MAX_POSITIONS),
+    stop_tokens=st.lists(st.integers(0, MAX_VOCABULARY - 1), max_size=5).map(tuple),
+)
+_last_or_not = st.one_of(st.tuples(st.none(), samplings, st.none() | peers), st.tuples(peers, st.none(), st.none()))
+
+
+@st.composite
+def opens(draw: st.DrawFn) -> Open:
+    """Open for a last stage or another."""
+    downstream, sampling, feedback = draw(_last_or_not)
+    return Open(
+        session=draw(sessions),
+        model=draw(model_ids),
+        blocks=draw(block_ranges),
+        method=draw(names),
+        positions=draw(st.integers(1, MAX_POSITIONS)),
+        upstream=tuple(draw(st.lists(peers, max_size=3))),
+        downstream=downstream,
+        feedback=feedback,
+        sampling=sampling,
+    )
+
+
+control_messages: st.SearchStrategy[ControlMessage] = st.one_of(
+    st.builds(Hello, agent=names, window_bytes=st.integers(1, MAX_WINDOW_BYTES)),
+    opens(),
+    st.builds(
+        Opened,
+        session=sessions,
+        load=loads,
+        votes=st.dictionaries(names, st.floats(-MAX_SCORE, MAX_SCORE), max_size=4),
+    ),
+    st.builds(
+        Refused,
+        session=sessions,
+        reason=st.sampled_from(RefusalReason),
+        message=presentable(MAX_TEXT_BYTES),
+        load=loads,
+    ),
+    st.builds(Credit, session=sessions, consumed_bytes=st.integers(1, MAX_WINDOW_BYTES)),
+    st.builds(
+        Failed,
+        session=sessions,
+        reason=st.sampled_from(FailureReason),
+        message=presentable(MAX_TEXT_BYTES),
+        peer=st.none() | peers,
+    ),
+    st.builds(Close, session=sessions),
+    st.builds(
+        Closed,
+        session=sessions,
+        statistics=st.builds(
+            SessionStatistics,
+            steps=counts,
+            rows=counts,
+            compute_s=seconds,
+            queue_s=seconds,
+            bytes_in=counts,
+            bytes_out=counts,
+        ),
+    ),
+    st.builds(Ping, nonce=st.integers(0, MAX_UINT64)),
+    st.builds(Pong, nonce=st.integers(0, MAX_UINT64)),
+)
+
+
+@st.composite
+def slices(draw: st.DrawFn, session: SessionId) -> Slice:
+    """A few rows of a session."""
+    rows = draw(st.integers(1, 6))
+    return Slice(
+        session=session,
+        position=draw(st.integers(0, MAX_POSITIONS - rows)),
+        rows=rows,
+        draws=draw(st.integers(0, rows)),
+        finish_reason=draw(st.none() | st.sampled_from(FinishReason)),
+    )
+
+
+@st.composite
+def steps(draw: st.DrawFn) -> Step:
+    """Steps of token ids or of hidden states."""
+    parts = [draw(slices(session)) for session in draw(st.lists(sessions, min_size=1, max_size=5, unique=True))]
+    rows = sum(part.rows for part in parts)
+    if draw(st.booleans()):
+        tokens = draw(st.lists(st.integers(0, MAX_VOCABULARY - 1), min_size=rows, max_size=rows))
+        return Step(slices=tuple(parts), tensor=tensor_from_tokens(tokens))
+    dtype = draw(st.sampled_from([DType.FLOAT32, DType.FLOAT16, DType.BFLOAT16, DType.INT8]))
+    width = draw(st.integers(1, 20))
+    size = rows * width * dtype.itemsize
+    return Step(slices=tuple(parts), tensor=Tensor(dtype, (rows, width), draw(st.binary(min_size=size, max_size=size))))

@@ -1,0 +1,439 @@
+import random
+import tracemalloc
+
+import pytest
+
+from protocol.codec import encode_step_header
+from protocol.connection import JobConnection
+from protocol.errors import LocalProtocolError, RemoteProtocolError
+from protocol.framing import FrameType, encode_chunks, encode_frame
+from protocol.limits import MAX_FRAME_BYTES, MAX_PINGS, MAX_SESSIONS, MAX_STEP_BYTES, MAX_WINDOW_BYTES
+from protocol.messages import Close, Message, Ping, Pong, Slice, Step
+from protocol.states import ConnectionState, Role, SessionState
+from protocol.tensors import DType, Tensor
+from tests.unit.protocol.job_streams import (
+    ROW_BYTES,
+    SESSION,
+    WINDOW,
+    close,
+    closed,
+    credit,
+    failed,
+    greeted,
+    greeted_pair,
+    hello,
+    new_connection,
+    open_message,
+    opened,
+    refused,
+    rows,
+    session_id,
+    step_message,
+    wire,
+)
+
+WINDOW_ROWS = WINDOW // ROW_BYTES
+
+
+def carry(sender: JobConnection, receiver: JobConnection, *messages: Message) -> list[Message]:
+    return receiver.receive_data(b"".join(piece for message in messages for piece in sender.send(message)))
+
+
+# The course of a session
+
+
+def test_a_session_from_hello_to_closed() -> None:
+    initiator, responder = new_connection(Role.INITIATOR), new_connection(Role.RESPONDER)
+    assert responder.receive_data(b"".join(initiator.send_hello())) == [hello()]
+    assert initiator.receive_data(b"".join(responder.send_hello())) == [hello()]
+    assert initiator.remote_hello == responder.remote_hello == hello()
+    assert carry(initiator, responder, open_message()) == [open_message()]
+    assert carry(responder, initiator, opened()) == [opened()]
+    assert carry(initiator, responder, rows(3), rows(1)) == [rows(3), rows(1)]
+    assert carry(responder, initiator, credit(4)) == [credit(4)]
+    assert carry(initiator, responder, close()) == [close()]
+    assert carry(responder, initiator, closed()) == [closed()]
+    assert initiator.session_count == responder.session_count == 0
+    assert initiator.receive_data(b"") == responder.receive_data(b"") == []
+    assert initiator.state is responder.state is ConnectionState.CLOSED
+
+
+def test_sessions_are_opened_before_the_other_side_has_said_hello_but_no_rows_sent() -> None:
+    initiator, responder = new_connection(Role.INITIATOR), new_connection(Role.RESPONDER)
+    early = initiator.send_hello() + initiator.send(open_message()) + initiator.send(Ping(nonce=1))
+    assert responder.receive_data(b"".join(early)) == [hello(), open_message(), Ping(nonce=1)]
+    assert initiator.sendable_bytes(SESSION) == 0
+    with pytest.raises(LocalProtocolError, match="hello sent"):
+        initiator.send(rows(1, session_id(1)))
+    with pytest.raises(LocalProtocolError, match="hello received"):
+        responder.send(opened())
+    responder.send_hello()
+    with pytest.raises(RemoteProtocolError, match="hello sent"):
+        initiator.receive_data(wire(opened(), hello()))
+
+
+def test_a_hello_within_the_limits_is_needed() -> None:
+    for agent, window_bytes in (("", 1), ("a", 0), ("a", MAX_WINDOW_BYTES + 1), ("a" * 1000, 1)):
+        with pytest.raises(LocalProtocolError):
+            JobConnection(Role.INITIATOR, agent=agent, window_bytes=window_bytes)
+
+
+def test_an_error_of_ours_changes_nothing() -> None:
+    initiator, _ = greeted_pair()
+    initiator.send(open_message())
+    for message in (open_message(), rows(1), opened(), Close(session=session_id(1))):
+        with pytest.raises(LocalProtocolError):
+            initiator.send(message)
+    assert initiator.session_state(SESSION) is SessionState.OPENING
+    initiator.receive_data(wire(opened()))
+    with pytest.raises(LocalProtocolError, match="window"):
+        initiator.send(step_message((session_id(1), 1), (SESSION, WINDOW_ROWS + 1)))
+    assert initiator.session_state(session_id(1)) is SessionState.IDLE
+    assert initiator.sendable_bytes(SESSION) == WINDOW
+
+
+def test_after_a_fault_of_the_remote_nothing_goes_any_more() -> None:
+    initiator, _ = greeted_pair()
+    initiator.send(open_message())
+    with pytest.raises(RemoteProtocolError):
+        initiator.receive_data(wire(opened()) + b"\xff" * 5)
+    assert initiator.state is ConnectionState.ERROR
+    assert initiator.sendable_bytes(session_id(1)) == 0
+    for data in (wire(opened()), b""):
+        with pytest.raises(RemoteProtocolError):
+            initiator.receive_data(data)
+    with pytest.raises(LocalProtocolError):
+        initiator.send(close())
+
+
+# Steps and their pieces
+
+
+def test_control_messages_stand_between_the_pieces_of_a_step() -> None:
+    initiator, responder = greeted_pair(MAX_WINDOW_BYTES)
+    width = 1 << 16
+    tensor = Tensor(DType.INT8, (40, width), bytes(40 * width))
+    message = Step(slices=(Slice(session=SESSION, position=0, rows=40),), tensor=tensor)
+    first, second, *others = initiator.send(message)
+    received = []
+    for piece in (first, *initiator.send(Ping(nonce=1)), second, *initiator.send(open_message(session_id(1))), *others):
+        received += responder.receive_data(piece)
+    assert received == [Ping(nonce=1), open_message(session_id(1)), message]
+
+
+def test_a_session_that_is_closed_amid_its_last_step_is_closed_first() -> None:
+    initiator, responder = greeted_pair(MAX_WINDOW_BYTES)
+    carry(initiator, responder, open_message())
+    carry(responder, initiator, opened())
+    tensor = Tensor(DType.INT8, (20, 1 << 16), bytes(20 << 16))
+    message = Step(slices=(Slice(session=SESSION, position=0, rows=20),), tensor=tensor)
+    first, *others = initiator.send(message)
+    data = b"".join([first, *initiator.send(close()), *others])
+    assert responder.receive_data(data) == [close(), message]
+    assert carry(responder, initiator, closed()) == [closed()]
+
+
+def test_one_step_is_in_progress_at_a_time() -> None:
+    responder = greeted(Role.RESPONDER)
+    payload = step_message((SESSION, 2)).tensor.data
+    header = encode_step_header(step_message((SESSION, 2)))
+    begun = encode_frame(FrameType.STEP, len(header).to_bytes(4, "big"), header, payload[:9])
+    assert responder.receive_data(begun) == []
+    with pytest.raises(RemoteProtocolError, match="before the last one was complete"):
+        responder.receive_data(wire(rows(1, session_id(1))))
+
+
+@pytest.mark.parametrize("sent", [0, 1, 15, 16])
+def test_a_step_brings_exactly_its_bytes(sent: int) -> None:
+    responder = greeted(Role.RESPONDER)
+    header = encode_step_header(step_message((SESSION, 2)))
+    payload = bytes(range(ROW_BYTES)) * 2
+    begun = encode_frame(FrameType.STEP, len(header).to_bytes(4, "big"), header, payload[:sent])
+    rest = b"".join(encode_chunks(payload[sent:]))
+    assert responder.receive_data(begun + rest) == [step_message((SESSION, 2))]
+    with pytest.raises(RemoteProtocolError, match="without a step"):
+        responder.receive_data(b"".join(encode_chunks(b"x")))
+    responder = greeted(Role.RESPONDER)
+    with pytest.raises(RemoteProtocolError, match=r"were missing|without a step"):
+        responder.receive_data(begun + b"".join(encode_chunks(payload[sent:] + b"x")))
+
+
+@pytest.mark.parametrize("cut", [1, 4, 5, 20])
+def test_a_stream_that_ends_within_a_message_is_a_fault(cut: int) -> None:
+    responder = greeted(Role.RESPONDER)
+    responder.receive_data(wire(open_message())[:cut])
+    with pytest.raises(RemoteProtocolError, match="middle"):
+        responder.receive_data(b"")
+
+
+def test_a_stream_that_ends_within_a_step_is_a_fault() -> None:
+    responder = greeted(Role.RESPONDER)
+    header = encode_step_header(step_message((SESSION, 2)))
+    responder.receive_data(encode_frame(FrameType.STEP, len(header).to_bytes(4, "big"), header))
+    with pytest.raises(RemoteProtocolError, match="middle"):
+        responder.receive_data(b"")
+
+
+def test_nothing_is_fed_after_the_end() -> None:
+    responder = greeted(Role.RESPONDER)
+    assert responder.receive_data(b"") == []
+    assert responder.receive_data(b"") == []
+    with pytest.raises(LocalProtocolError, match="after the end"):
+        responder.receive_data(wire(open_message()))
+
+
+def test_64_mib_cross_exactly() -> None:
+    initiator, responder = greeted_pair(MAX_WINDOW_BYTES)
+    payload = random.Random(0).randbytes(MAX_STEP_BYTES)
+    tensor = Tensor(DType.FLOAT32, (4096, 4096), payload)
+    message = Step(slices=(Slice(session=SESSION, position=0, rows=4096, draws=0),), tensor=tensor)
+    pieces = initiator.send(message)
+    assert all(len(piece) <= MAX_FRAME_BYTES for piece in pieces)
+    received: list[Message] = []
+    for piece in pieces:
+        for start in range(0, len(piece), 300_000):
+            received += responder.receive_data(piece[start : start + 300_000])
+    [step] = received
+    assert isinstance(step, Step)
+    assert step.slices == message.slices
+    assert step.tensor.shape == tensor.shape
+    assert step.tensor.data == payload
+
+
+def test_promised_rows_take_no_memory_until_they_come() -> None:
+    responder = greeted(Role.RESPONDER)
+    large = Tensor(DType.INT8, (1024, 1 << 16), memoryview(bytes(1 << 26)))
+    header = encode_step_header(Step(slices=(Slice(session=SESSION, position=0, rows=1024),), tensor=large))
+    for window, connection in (("too small", responder), ("large", greeted_pair(MAX_WINDOW_BYTES)[1])):
+        frame = encode_frame(FrameType.STEP, len(header).to_bytes(4, "big"), header, bytes(10))
+        tracemalloc.start()
+        if window == "large":
+            assert connection.receive_data(frame) == []
+        else:
+            with pytest.raises(RemoteProtocolError, match="exceeds the window"):
+                connection.receive_data(frame)
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert peak < 100_000
+
+
+# Credit
+
+
+def test_rows_are_sent_as_far_as_the_window_goes() -> None:
+    initiator, responder = greeted_pair()
+    carry(initiator, responder, open_message())
+    assert initiator.sendable_bytes(SESSION) == 0
+    carry(responder, initiator, opened())
+    assert initiator.sendable_bytes(SESSION) == WINDOW
+    carry(initiator, responder, rows(WINDOW_ROWS - 1))
+    assert initiator.sendable_bytes(SESSION) == ROW_BYTES
+    with pytest.raises(LocalProtocolError, match="window"):
+        initiator.send(rows(2))
+    carry(initiator, responder, rows(1))
+    assert initiator.sendable_bytes(SESSION) == 0
+    carry(responder, initiator, credit(3))
+    assert initiator.sendable_bytes(SESSION) == 3 * ROW_BYTES
+    carry(initiator, responder, close())
+    assert initiator.sendable_bytes(SESSION) == 0
+    assert responder.sendable_bytes(SESSION) == 0
+
+
+def test_each_session_has_a_window_of_its_own() -> None:
+    initiator, responder = greeted_pair()
+    full, free = session_id(1), session_id(2)
+    carry(initiator, responder, rows(WINDOW_ROWS, full))
+    assert initiator.sendable_bytes(full) == 0
+    assert initiator.sendable_bytes(free) == WINDOW
+    assert carry(initiator, responder, rows(1, free)) == [rows(1, free)]
+    with pytest.raises(LocalProtocolError, match="window"):
+        initiator.send(step_message((free, 1), (full, 1)))
+    assert initiator.sendable_bytes(free) == WINDOW - ROW_BYTES
+
+
+def test_rows_beyond_the_window_cost_their_sender() -> None:
+    responder = greeted(Role.RESPONDER)
+    responder.receive_data(wire(rows(WINDOW_ROWS)))
+    with pytest.raises(RemoteProtocolError, match="exceeds the window by 8 bytes"):
+        responder.receive_data(wire(rows(1)))
+
+
+@pytest.mark.parametrize("is_open", [True, False])
+def test_nobody_credits_what_was_not_sent(is_open: bool) -> None:
+    initiator, responder = greeted_pair()
+    if is_open:
+        carry(initiator, responder, open_message())
+        carry(responder, initiator, opened())
+    carry(initiator, responder, rows(2))
+    with pytest.raises(LocalProtocolError, match="too much"):
+        responder.send(credit(3))
+    assert carry(responder, initiator, credit(1)) == [credit(1)]
+    with pytest.raises(RemoteProtocolError, match="too much"):
+        initiator.receive_data(wire(credit(2)))
+
+
+# Sessions that somebody else opened
+
+
+def test_rows_of_an_unknown_session_are_a_matter_of_the_session_only() -> None:
+    initiator, responder = greeted_pair()
+    assert carry(initiator, responder, rows(WINDOW_ROWS)) == [rows(WINDOW_ROWS)]
+    assert carry(responder, initiator, failed()) == [failed()]
+    assert initiator.session_count == responder.session_count == 0
+    assert initiator.sendable_bytes(SESSION) == WINDOW
+    # Two steps, both complained about.
+    assert carry(initiator, responder, rows(1), rows(1)) == [rows(1), rows(1)]
+    assert carry(responder, initiator, failed()) == [failed()]
+    assert responder.send(failed()) == []
+
+
+def test_a_lent_session_is_forgotten_with_its_last_credit() -> None:
+    initiator, responder = greeted_pair()
+    carry(initiator, responder, rows(2))
+    carry(responder, initiator, credit(1))
+    assert initiator.session_state(SESSION) is responder.session_state(SESSION) is SessionState.LENT
+    carry(responder, initiator, credit(1))
+    assert initiator.session_count == responder.session_count == 0
+
+
+def test_a_lent_session_that_is_over_is_forgotten_at_either_end() -> None:
+    initiator, responder = greeted_pair()
+    carry(initiator, responder, rows(2))
+    initiator.forget(SESSION)
+    assert initiator.session_state(SESSION) is SessionState.IDLE
+    # What the responder says before it forgets, too, crosses.
+    assert carry(responder, initiator, credit(1), failed()) == []
+    carry(initiator, responder, rows(2, session_id(1)))
+    responder.forget(session_id(1))
+    assert responder.session_count == 0
+    assert responder.send(credit(2, session_id(1))) == []
+    responder.forget(session_id(2))
+
+
+def test_an_opened_session_is_not_forgotten_but_closed() -> None:
+    initiator, _ = greeted_pair()
+    initiator.send(open_message())
+    with pytest.raises(LocalProtocolError, match="cannot be forgotten"):
+        initiator.forget(SESSION)
+
+
+def test_a_lent_session_is_not_opened() -> None:
+    initiator, responder = greeted_pair()
+    carry(initiator, responder, rows(3))
+    with pytest.raises(LocalProtocolError, match="lent"):
+        initiator.send(open_message())
+    with pytest.raises(RemoteProtocolError, match="lent"):
+        responder.receive_data(wire(open_message()))
+
+
+# Messages that cross
+
+
+def test_close_crosses_every_answer_to_open() -> None:
+    initiator, responder = greeted_pair()
+    for answer, heard in ((opened(), []), (refused(), [refused()])):
+        carry(initiator, responder, open_message())
+        answer_pieces = responder.send(answer)
+        close_pieces = initiator.send(close())
+        assert initiator.receive_data(b"".join(answer_pieces)) == heard
+        assert responder.receive_data(b"".join(close_pieces)) == ([close()] if not heard else [])
+        if not heard:
+            assert carry(responder, initiator, closed()) == [closed()]
+        assert initiator.session_count == responder.session_count == 0
+
+
+def test_close_crosses_credit_and_failed() -> None:
+    initiator, responder = greeted_pair()
+    carry(initiator, responder, open_message())
+    carry(responder, initiator, opened())
+    carry(initiator, responder, rows(2))
+    answers = responder.send(credit(1)) + responder.send(failed())
+    request = initiator.send(close())
+    assert initiator.receive_data(b"".join(answers)) == [failed()]
+    assert responder.receive_data(b"".join(request)) == []
+    assert initiator.session_count == responder.session_count == 0
+
+
+def test_a_session_that_is_lost_before_it_is_admitted_is_refused() -> None:
+    initiator, responder = greeted_pair()
+    carry(initiator, responder, open_message())
+    assert responder.send(failed()) == []
+    assert carry(responder, initiator, refused()) == [refused()]
+    assert initiator.session_count == responder.session_count == 0
+
+
+def test_an_answer_that_comes_too_late_is_not_sent() -> None:
+    initiator, responder = greeted_pair()
+    carry(initiator, responder, open_message(), close())
+    assert responder.send(opened()) == responder.send(credit(1)) == []
+    assert carry(responder, initiator, refused()) == [refused()]
+    assert initiator.session_count == responder.session_count == 0
+
+
+def test_rows_that_cross_failed_do_not_hurt_the_session_opened_after_it() -> None:
+    initiator, responder = greeted_pair()
+    carry(initiator, responder, open_message())
+    carry(responder, initiator, opened())
+    late = initiator.send(rows(WINDOW_ROWS))
+    verdict = responder.send(failed())
+    assert initiator.receive_data(b"".join(verdict)) == [failed()]
+    with pytest.raises(LocalProtocolError):
+        initiator.send(open_message())  # not before the failure is confirmed
+    again = initiator.send(close()) + initiator.send(open_message())
+    assert responder.receive_data(b"".join(late)) == [rows(WINDOW_ROWS)]
+    assert responder.send(failed()) == []  # has been said before
+    assert responder.receive_data(b"".join(again)) == [open_message()]
+    assert carry(responder, initiator, opened()) == [opened()]
+    assert carry(initiator, responder, rows(WINDOW_ROWS)) == [rows(WINDOW_ROWS)]
+
+
+# Bounds
+
+
+def test_a_stream_carries_no_more_sessions_than_allowed() -> None:
+    initiator, responder = greeted_pair()
+    for number in range(MAX_SESSIONS - 1):
+        carry(initiator, responder, open_message(session_id(number)))
+    carry(initiator, responder, rows(1, session_id(MAX_SESSIONS)))
+    assert initiator.session_count == responder.session_count == MAX_SESSIONS
+    one_more = session_id(MAX_SESSIONS + 1)
+    assert initiator.sendable_bytes(one_more) == 0
+    assert initiator.sendable_bytes(session_id(MAX_SESSIONS)) == WINDOW - ROW_BYTES
+    for message in (open_message(one_more), rows(1, one_more)):
+        with pytest.raises(LocalProtocolError, match="1024 sessions"):
+            initiator.send(message)
+    carry(responder, initiator, refused(session_id(0)))
+    assert carry(initiator, responder, open_message(one_more)) == [open_message(one_more)]
+    with pytest.raises(RemoteProtocolError, match="1024 sessions"):
+        responder.receive_data(wire(rows(1, session_id(0))))
+
+
+def test_a_step_with_too_many_new_sessions_changes_nothing() -> None:
+    initiator, _ = greeted_pair()
+    for number in range(MAX_SESSIONS - 1):
+        initiator.send(open_message(session_id(number)))
+    with pytest.raises(LocalProtocolError, match="1024 sessions"):
+        initiator.send(step_message((session_id(5000), 1), (session_id(5001), 1)))
+    assert initiator.session_count == MAX_SESSIONS - 1
+
+
+def test_pongs_answer_pings_in_their_order() -> None:
+    initiator, responder = greeted_pair()
+    carry(initiator, responder, Ping(nonce=1), Ping(nonce=2))
+    with pytest.raises(LocalProtocolError, match="no ping"):
+        responder.send(Pong(nonce=2))
+    assert carry(responder, initiator, Pong(nonce=1), Pong(nonce=2)) == [Pong(nonce=1), Pong(nonce=2)]
+    with pytest.raises(LocalProtocolError, match="no ping"):
+        responder.send(Pong(nonce=2))
+    with pytest.raises(RemoteProtocolError, match="no ping"):
+        initiator.receive_data(wire(Pong(nonce=2)))
+
+
+def test_pings_that_await_their_pong_are_bounded() -> None:
+    initiator, responder = greeted_pair()
+    for nonce in range(MAX_PINGS):
+        carry(initiator, responder, Ping(nonce=nonce))
+    with pytest.raises(LocalProtocolError, match="pings"):
+        initiator.send(Ping(nonce=99))
+    with pytest.raises(RemoteProtocolError, match="pings"):
+        responder.receive_data(wire(Ping(nonce=99)))
