@@ -4,106 +4,105 @@
 
 Three swarms of real daemons on loopback hold the whole model in one, two and three stages. Jobs take turns between
 them, so that a noisy minute is noisy for all. The overhead of a token is its time minus what the stages' forward passes
-took; the cost of a hop is how much it grows with each stage. The parts of a hop are measured beside it, on the very
-frame that crosses it: one row of hidden states.
+took; the cost of a hop is the slope of the overhead over the number of stages. The second stage brings two crossings of
+the network (its rows come, the token goes back), the third one more; so the two steps are shown apart, too.
 """
 
 import json
-import os
-import socket
-import statistics
-import subprocess
-import sys
-import time
-from collections.abc import AsyncIterator, Callable
-from contextlib import AsyncExitStack, asynccontextmanager
+from collections.abc import Mapping
+from contextlib import AsyncExitStack
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import click
 import httpx
 import trio
-from cryptography.hazmat.primitives.ciphers.aead import ChaCha20Poly1305
 
-from node.config import default_cache_dir
-from node.demo import local_swarm
-from node.engine import wire
-from node.engine.interface import SliceInput
+from benchmarks.common import Spread, demo_package, describe_machine, spread_of, verdict, whole_model
+from benchmarks.parts import measure_parts
 from node.models.catalogue import DEMO_MODEL
-from node.network.host import Libp2pNetwork
-from node.network.interface import Stream
-from protocol.connection import JobConnection
-from protocol.identity import JobId, SessionId
-from protocol.messages import Hello, Slice, Step
-from protocol.states import Role
-from protocol.tensors import DType, Tensor
+from node.models.store import Package
+from protocol.identity import BlockRange
 
-BLOCKS = 30
-HIDDEN_SIZE = 576
-TARGET_S = 0.003
-ECHO_PROTOCOL = "/metaswarm/benchmark-echo/1.0.0"
+TARGET_MS = 3.0
+STAGES = (1, 2, 3)
+MIDDLE = BlockRange(10, 20)
+PART_COUNT = 300
+"""How often each part of a hop is measured."""
 
-SESSION = SessionId(JobId("00" * 16), 1)
-ROW = Tensor(DType.FLOAT32, (1, HIDDEN_SIZE), os.urandom(4 * HIDDEN_SIZE))
-STEP = Step(slices=(Slice(session=SESSION, position=100, rows=1),), tensor=ROW)
+PARTS = {
+    "serialisation": "serialisation: the job stream's step, both ends",
+    "crypto": "crypto: ChaCha20-Poly1305, both ends",
+    "transport": "transport: half a libp2p round trip, less crypto",
+    "worker_codec": "to the worker and back: codec and socket alone",
+    "worker": "to the worker and back: all but the forward pass",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """One job: milliseconds a token took, and those of them inside the stages' forward passes."""
+
+    token_ms: float
+    engine_ms: float
+
+    @property
+    def overhead_ms(self) -> float:
+        """What the forward passes do not account for."""
+        return self.token_ms - self.engine_ms
 
 
 @click.command()
-@click.option("--rounds", default=7, show_default=True, help="Jobs for each number of stages.")
-@click.option("--tokens", default=32, show_default=True, help="New tokens of a job.")
+@click.option("--rounds", type=click.IntRange(1), default=7, show_default=True, help="Jobs for each number of stages.")
+@click.option("--tokens", type=click.IntRange(2), default=24, show_default=True, help="New tokens of a job.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
 def main(rounds: int, tokens: int, as_json: bool) -> None:
     """Measure the cost of a hop."""
-    result = trio.run(measure, rounds, tokens)
-    if as_json:
-        click.echo(json.dumps(result))
-        return
-    click.echo(f"load average {result['load_average']:.1f} on {os.cpu_count()} cores; medians, milliseconds a token\n")
-    click.echo("stages   time   in the engine   overhead")
-    for row in result["stages"]:
-        click.echo(f"{row['stages']:6} {row['token_ms']:6.1f} {row['engine_ms']:15.1f} {row['overhead_ms']:10.2f}")
-    click.echo(
-        f"\none more stage costs {result['hop_ms']:.2f} ms (target: at most {TARGET_S * 1e3:.0f} ms). Its parts:"
-    )
-    for name, value in result["parts_ms"].items():
-        click.echo(f"  {name:<44} {value:6.3f}")
+    result = trio.run(measure, demo_package(), rounds, tokens)
+    click.echo(json.dumps(result) if as_json else report(result))
 
 
-async def measure(rounds: int, tokens: int) -> dict[str, Any]:
-    """Return all figures."""
-    load_average = os.getloadavg()[0]
-    samples: dict[int, list[tuple[float, float]]] = {1: [], 2: [], 3: []}
-    async with AsyncExitStack() as stack:
-        urls = {}
-        for stages in samples:
-            swarm = local_swarm(DEMO_MODEL, BLOCKS, stages, default_cache_dir(), lambda *_: None)
-            peers = await stack.enter_async_context(swarm)
-            # Submitted where the first stage is, so that one more stage is one more peer and nothing else.
-            urls[stages] = peers[0].ready.api_url
-        for round_number in range(rounds + 1):
-            for stages, url in urls.items():
-                sample = await run_job(url, tokens)
-                if round_number:  # the first round warms up
-                    samples[stages].append(sample)
-    rows: list[dict[str, float]] = []
-    for stages, of_stages in samples.items():
-        token_s = statistics.median(token_s for token_s, _ in of_stages)
-        engine_s = statistics.median(engine_s for _, engine_s in of_stages)
-        overhead_s = statistics.median(token_s - engine_s for token_s, engine_s in of_stages)
-        rows.append(
-            {"stages": stages, "token_ms": token_s * 1e3, "engine_ms": engine_s * 1e3, "overhead_ms": overhead_s * 1e3}
-        )
-    hop_ms = (rows[-1]["overhead_ms"] - rows[0]["overhead_ms"]) / 2
+async def measure(package: Package, rounds: int, tokens: int) -> dict[str, Any]:
+    """Return all figures, in milliseconds."""
+    samples = await sample_jobs(package, rounds, tokens)
+    machine = describe_machine()
+    overheads = {stages: [sample.overhead_ms for sample in of_stages] for stages, of_stages in samples.items()}
+    # The slope of a line through three points is half the way from the first to the last, whatever the middle one is.
+    hops = [(last - first) / 2 for first, last in zip(overheads[1], overheads[3], strict=True)]
+    hop = spread_of(hops)
+    parts = await measure_parts(package, MIDDLE, PART_COUNT)
     return {
-        "load_average": load_average,
-        "stages": rows,
-        "hop_ms": hop_ms,
-        "target_ms": TARGET_S * 1e3,
-        "parts_ms": {name: seconds * 1e3 for name, seconds in (await measure_parts()).items()},
+        **machine,
+        "stages": [describe_stages(stages, of_stages) for stages, of_stages in samples.items()],
+        "second_stage_ms": spread_of([b - a for a, b in zip(overheads[1], overheads[2], strict=True)]).median,
+        "third_stage_ms": spread_of([b - a for a, b in zip(overheads[2], overheads[3], strict=True)]).median,
+        "hop_ms": asdict(hop),
+        "parts_ms": {name: asdict(spread) for name, spread in parts.items()},
+        "waiting_ms": hop.median - sum(parts[name].median for name in PARTS if name != "worker_codec"),
+        "target_ms": TARGET_MS,
+        "verdict": verdict(hop.median, TARGET_MS),
     }
 
 
-async def run_job(url: str, tokens: int) -> tuple[float, float]:
-    """Return the seconds that a token took, and those of them inside the stages' forward passes."""
+async def sample_jobs(package: Package, rounds: int, tokens: int) -> dict[int, list[Sample]]:
+    """Run jobs over one, two and three stages in turn; return what they cost."""
+    samples: dict[int, list[Sample]] = {stages: [] for stages in STAGES}
+    async with AsyncExitStack() as swarms:
+        urls = {}
+        for stages in STAGES:
+            # Submitted where the first stage is, so that one more stage is one more peer and nothing else.
+            urls[stages] = (await swarms.enter_async_context(whole_model(package, stages))).api_url
+        client = await swarms.enter_async_context(httpx.AsyncClient(timeout=300))
+        for round_number in range(rounds + 1):
+            for stages, url in urls.items():
+                sample = await run_job(client, url, stages, tokens)
+                if round_number:  # the first round warms up
+                    samples[stages].append(sample)
+    return samples
+
+
+async def run_job(client: httpx.AsyncClient, url: str, stages: int, tokens: int) -> Sample:
+    """Run one job over a route of so many stages."""
     body = {
         "model": DEMO_MODEL,
         "prompt": "Once",
@@ -111,119 +110,53 @@ async def run_job(url: str, tokens: int) -> tuple[float, float]:
         "temperature": 0,
         "metaswarm": {"ignore_eos": True},
     }
-    async with httpx.AsyncClient(timeout=300) as client:
-        answer = (await client.post(f"{url}/v1/completions", json=body)).raise_for_status().json()["metaswarm"]
+    answer = (await client.post(f"{url}/v1/completions", json=body)).raise_for_status().json()
+    assert answer["usage"]["completion_tokens"] == tokens
+    job = answer["metaswarm"]
+    assert len(job["route"]) == stages
     # Each token, the first included, is one step of one row: the prompt is one token.
-    engine_s = sum(stage["compute_s"] for stage in answer["route"]) / tokens
-    return answer["timing"]["tpot_s"], engine_s
+    assert answer["usage"]["prompt_tokens"] == 1
+    engine_s = sum(stage["compute_s"] for stage in job["route"]) / tokens
+    return Sample(token_ms=job["timing"]["tpot_s"] * 1e3, engine_ms=engine_s * 1e3)
 
 
-async def measure_parts() -> dict[str, float]:
-    """Return the median seconds of each part of a hop."""
-    round_trip_s = await measure_round_trip()
-    crypto_s = median_s(crypto())
+def describe_stages(stages: int, samples: list[Sample]) -> dict[str, Any]:
+    """Return the figures of the jobs over so many stages."""
     return {
-        "serialisation: the job stream's step, both ends": median_s(serialisation()),
-        "worker pipe: to the engine and back, both ends": median_s(worker_pipe()),
-        "crypto: ChaCha20-Poly1305, both ends": crypto_s,
-        "transport: half a libp2p round trip, less crypto": round_trip_s / 2 - crypto_s,
+        "stages": stages,
+        "token_ms": asdict(spread_of([sample.token_ms for sample in samples])),
+        "engine_ms": asdict(spread_of([sample.engine_ms for sample in samples])),
+        "overhead_ms": asdict(spread_of([sample.overhead_ms for sample in samples])),
     }
 
 
-def median_s(action: Callable[[], None], count: int = 1000) -> float:
-    """Return the median time of an action."""
-    times = []
-    for _ in range(count):
-        start_s = time.perf_counter()
-        action()
-        times.append(time.perf_counter() - start_s)
-    return statistics.median(times)
-
-
-def serialisation() -> Callable[[], None]:
-    """Return what turns a step into bytes and back."""
-    sender = JobConnection(Role.INITIATOR, agent="benchmark", window_bytes=1 << 26)
-    receiver = JobConnection(Role.RESPONDER, agent="benchmark", window_bytes=1 << 26)
-    for one, other in ((sender, receiver), (receiver, sender)):
-        other.receive_data(b"".join(one.send(Hello(agent="benchmark", window_bytes=1 << 26))))
-
-    def run() -> None:
-        (message,) = receiver.receive_data(b"".join(sender.send(STEP)))
-        assert isinstance(message, Step)
-
-    return run
-
-
-def worker_pipe() -> Callable[[], None]:
-    """Return what takes a step's rows through a socket pair as they go to a worker, twice, for there and back."""
-    near, far = socket.socketpair()
-    frame = b"".join(wire.encode_step(1, [SliceInput(session=SESSION, position=100, tensor=ROW, draws=1)]))
-    received = bytearray(len(frame))
-
-    def run() -> None:
-        for one, other in ((near, far), (far, near)):
-            one.sendall(b"".join(wire.encode_step(1, [SliceInput(session=SESSION, position=100, tensor=ROW, draws=1)])))
-            other.recv_into(received, len(frame), socket.MSG_WAITALL)
-
-    return run
-
-
-def crypto() -> Callable[[], None]:
-    """Return what encrypts and decrypts a frame as Noise does."""
-    cipher = ChaCha20Poly1305(ChaCha20Poly1305.generate_key())
-    frame, nonce = bytes(ROW.data) + bytes(120), bytes(12)
-
-    def run() -> None:
-        cipher.decrypt(nonce, cipher.encrypt(nonce, frame, None), None)
-
-    return run
-
-
-async def measure_round_trip(count: int = 300) -> float:
-    """Return the median round trip of a frame between two processes over libp2p."""
-    async with echo_process() as multiaddr:
-        network = Libp2pNetwork(os.urandom(32), listen=["/ip4/127.0.0.1/tcp/0"])
-        async with network.running():
-            stream = await network.open_stream(await network.connect(multiaddr), ECHO_PROTOCOL)
-            frame, times = bytes(ROW.data) + bytes(120), []
-            for _ in range(count):
-                start_s = time.perf_counter()
-                await stream.send_all(frame)
-                received = 0
-                while received < len(frame):
-                    received += len(await stream.receive_some())
-                times.append(time.perf_counter() - start_s)
-            await stream.aclose()
-    return statistics.median(times)
-
-
-@asynccontextmanager
-async def echo_process() -> AsyncIterator[str]:
-    """Run a libp2p host that echoes, in a process of its own; give its address."""
-    command = [sys.executable, "-c", "import trio; from benchmarks.hop import echo; trio.run(echo)"]
-    process = await trio.lowlevel.open_process(command, stdout=subprocess.PIPE)
-    assert process.stdout is not None
-    try:
-        yield (await process.stdout.receive_some()).decode().strip()
-    finally:
-        process.kill()
-        with trio.CancelScope(shield=True):
-            await process.wait()
-            await process.stdout.aclose()
-
-
-async def echo() -> None:
-    """Echo on every stream until killed."""
-
-    async def handle(stream: Stream) -> None:
-        while data := await stream.receive_some():
-            await stream.send_all(data)
-
-    network = Libp2pNetwork(os.urandom(32), listen=["/ip4/127.0.0.1/tcp/0"])
-    network.set_stream_handler(ECHO_PROTOCOL, handle)
-    async with network.running():
-        print(network.multiaddrs[0], flush=True)
-        await trio.sleep_forever()
+def report(result: Mapping[str, Any]) -> str:
+    """Return the figures as a table."""
+    lines = [
+        f"load average {result['load_average']:.1f} on {result['cores']} cores; milliseconds a token, medians of jobs",
+        "",
+        "stages    time   in the engine   overhead   worst job's",
+    ]
+    for row in result["stages"]:
+        token_ms, engine_ms, overhead_ms = (row[name] for name in ("token_ms", "engine_ms", "overhead_ms"))
+        lines.append(
+            f"{row['stages']:6} {token_ms['median']:7.1f} {engine_ms['median']:15.1f} {overhead_ms['median']:10.2f}"
+            f" {overhead_ms['greatest']:13.2f}"
+        )
+    hop = result["hop_ms"]
+    lines += [
+        "",
+        f"one more stage costs {hop['median']:.2f} ms (worst round: {hop['greatest']:.2f})",
+        f"the second costs {result['second_stage_ms']:.2f} ms, the third {result['third_stage_ms']:.2f}",
+        f"target: at most {result['target_ms']:.0f} ms at the median: {result['verdict']}",
+        "",
+        f"{'its parts, each by itself':<50}  median      p99",
+    ]
+    for name, title in PARTS.items():
+        part = Spread(**result["parts_ms"][name])
+        lines.append(f"  {title:<48} {part.median:7.3f}  {part.p99:7.3f}")
+    lines.append(f"  {'the rest: tasks and processes take turns':<48} {result['waiting_ms']:7.3f}")
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":

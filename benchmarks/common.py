@@ -1,0 +1,77 @@
+"""What the benchmarks share: the model they measure with, how times are summed up, and how busy the machine was."""
+
+import os
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+
+import httpx
+import numpy as np
+import trio
+
+from node.config import NodeReady, default_cache_dir
+from node.demo import local_swarm
+from node.models.catalogue import DEMO_MODEL
+from node.models.importer import import_model
+from node.models.store import ModelStore, Package
+
+
+def demo_package() -> Package:
+    """Return the demo model, imported if it is not in the user's cache yet: daemons are then ready at once."""
+    return import_model(DEMO_MODEL, ModelStore())
+
+
+@asynccontextmanager
+async def whole_model(package: Package, peers: int) -> AsyncIterator[NodeReady]:
+    """Run a swarm that serves the whole model, in equal parts; give the first peer once it sees every block served."""
+    block_count = package.manifest.block_count
+    async with (
+        local_swarm(DEMO_MODEL, block_count, peers, default_cache_dir(), lambda *_: None) as swarm,
+        httpx.AsyncClient(base_url=swarm[0].ready.api_url, timeout=60) as client,
+    ):
+        with trio.fail_after(60):
+            while not await _is_complete(client):
+                await trio.sleep(0.1)
+        yield swarm[0].ready
+
+
+async def _is_complete(client: httpx.AsyncClient) -> bool:
+    answer = (await client.get("/swarm/models")).raise_for_status().json()
+    return any(model["complete"] for model in answer["models"])
+
+
+def describe_machine() -> dict[str, float]:
+    """Return how many cores there are, and how many processes wanted one during the last minute."""
+    return {"cores": os.cpu_count() or 1, "load_average": os.getloadavg()[0]}
+
+
+@dataclass(frozen=True, slots=True)
+class Spread:
+    """Where the values of a sample lie."""
+
+    median: float
+    p99: float
+    greatest: float
+
+
+def spread_of(values: Sequence[float]) -> Spread:
+    """Return the spread of at least one value."""
+    return Spread(
+        median=float(np.percentile(values, 50)), p99=float(np.percentile(values, 99)), greatest=float(max(values))
+    )
+
+
+def times_ms(action: Callable[[], None], count: int) -> list[float]:
+    """Return how long an action took each time, in milliseconds."""
+    times = []
+    for _ in range(count):
+        start_s = time.perf_counter()
+        action()
+        times.append((time.perf_counter() - start_s) * 1e3)
+    return times
+
+
+def verdict(value: float, target: float) -> str:
+    """Return whether a figure that should be small is small enough."""
+    return "met" if value <= target else "missed"

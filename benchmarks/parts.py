@@ -1,0 +1,168 @@
+"""The parts of a hop, each measured by itself on the very frame that crosses it: one row of hidden states.
+
+What is left of a hop once they are taken away is waiting: the tasks of two event loops and the processes of one machine
+take turns.
+"""
+
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+
+import trio
+from cryptography.hazmat.primitives.ciphers.aead import ChaCha20Poly1305
+
+from benchmarks.common import Spread, spread_of, times_ms
+from node.engine import wire
+from node.engine.client import start_engine
+from node.engine.interface import SliceInput
+from node.engine.source import EngineOptions
+from node.models.store import Package
+from node.network.host import Libp2pNetwork
+from node.network.interface import Stream
+from protocol.connection import JobConnection
+from protocol.identity import BlockRange, JobId, SessionId
+from protocol.messages import Hello, Slice, Step
+from protocol.states import Role
+from protocol.tensors import DType, Tensor
+
+ECHO_PROTOCOL = "/metaswarm/benchmark-echo/1.0.0"
+LISTEN = ("/ip4/127.0.0.1/tcp/0",)
+WINDOW_BYTES = 1 << 26
+
+HIDDEN_SIZE = 576
+SESSION = SessionId(JobId("00" * 16), 1)
+ROW = Tensor(DType.FLOAT32, (1, HIDDEN_SIZE), bytes(4 * HIDDEN_SIZE))
+STEP = Step(slices=(Slice(session=SESSION, position=100, rows=1),), tensor=ROW)
+
+WARM_UP = 20
+"""First values that are thrown away."""
+
+
+async def measure_parts(package: Package, blocks: BlockRange, count: int) -> dict[str, Spread]:
+    """Return the spread of each part, in milliseconds. `blocks`: a span in the middle of the model."""
+    connections = _connected_pair()
+    frame = b"".join(connections[0].send(STEP))
+    connections[1].receive_data(frame)
+    encryption_ms = times_ms(_crypto(frame), count)
+    crypto_ms = spread_of(encryption_ms).median
+    crossings_ms = [round_trip_ms / 2 - crypto_ms for round_trip_ms in await _round_trips_ms(frame, count)]
+    return {
+        "serialisation": spread_of(times_ms(_serialisation(*connections), count)[WARM_UP:]),
+        "crypto": spread_of(encryption_ms[WARM_UP:]),
+        "transport": spread_of(crossings_ms[WARM_UP:]),
+        "worker_codec": spread_of(times_ms(_worker_codec(), count)[WARM_UP:]),
+        "worker": spread_of((await _worker_detours_ms(package, blocks, count))[WARM_UP:]),
+    }
+
+
+def _connected_pair() -> tuple[JobConnection, JobConnection]:
+    """Return the two ends of a job stream that have said hello."""
+    sender = JobConnection(Role.INITIATOR, agent="benchmark", window_bytes=WINDOW_BYTES)
+    receiver = JobConnection(Role.RESPONDER, agent="benchmark", window_bytes=WINDOW_BYTES)
+    hello = Hello(agent="benchmark", window_bytes=WINDOW_BYTES)
+    for one, other in ((sender, receiver), (receiver, sender)):
+        other.receive_data(b"".join(one.send(hello)))
+    return sender, receiver
+
+
+def _serialisation(sender: JobConnection, receiver: JobConnection) -> Callable[[], None]:
+    """Return what turns a step into bytes and back."""
+
+    def run() -> None:
+        (message,) = receiver.receive_data(b"".join(sender.send(STEP)))
+        assert isinstance(message, Step)
+
+    return run
+
+
+def _crypto(frame: bytes) -> Callable[[], None]:
+    """Return what encrypts and decrypts a frame with the cipher of Noise."""
+    cipher = ChaCha20Poly1305(ChaCha20Poly1305.generate_key())
+    nonce = bytes(12)
+
+    def run() -> None:
+        cipher.decrypt(nonce, cipher.encrypt(nonce, frame, None), None)
+
+    return run
+
+
+def _worker_codec() -> Callable[[], None]:
+    """Return what takes a step's rows to a worker and back as bytes through a socket pair, all in this process."""
+    near, far = socket.socketpair()
+    rows = SliceInput(session=SESSION, position=100, tensor=ROW, draws=0)
+
+    def run() -> None:
+        for one, other in ((near, far), (far, near)):
+            for buffer in wire.encode_step(1, [rows]):
+                one.sendall(buffer)
+            header_bytes, payload_bytes = wire.PREFIX.unpack(other.recv(wire.PREFIX.size, socket.MSG_WAITALL))
+            header = wire.decode_header(other.recv(header_bytes, socket.MSG_WAITALL))
+            wire.decode_step(header, memoryview(other.recv(payload_bytes, socket.MSG_WAITALL)))
+
+    return run
+
+
+async def _worker_detours_ms(package: Package, blocks: BlockRange, count: int) -> list[float]:
+    """Return how much longer each decode step of a real worker took than its forward pass."""
+    detours_ms = []
+    async with start_engine(package, blocks, EngineOptions(threads=1, kv_positions=count)) as engine:
+        await engine.open(SESSION, count, None)
+        for position in range(count):
+            start_s = time.perf_counter()
+            result = await engine.step([SliceInput(session=SESSION, position=position, tensor=ROW, draws=0)])
+            detours_ms.append((time.perf_counter() - start_s - result.compute_s) * 1e3)
+        await engine.close(SESSION)
+    return detours_ms
+
+
+async def _round_trips_ms(frame: bytes, count: int) -> list[float]:
+    """Return how long a frame took each time to another process over libp2p and back."""
+    round_trips_ms = []
+    network = Libp2pNetwork(os.urandom(32), listen=LISTEN)
+    async with _echo_process() as multiaddr, network.running():
+        stream = await network.open_stream(await network.connect(multiaddr), ECHO_PROTOCOL)
+        for _ in range(count):
+            start_s = time.perf_counter()
+            await stream.send_all(frame)
+            received = 0
+            while received < len(frame):
+                received += len(await stream.receive_some())
+            round_trips_ms.append((time.perf_counter() - start_s) * 1e3)
+        await stream.aclose()
+    return round_trips_ms
+
+
+@asynccontextmanager
+async def _echo_process() -> AsyncIterator[str]:
+    """Run a libp2p host that echoes, in a process of its own; give its address."""
+    process = await trio.lowlevel.open_process([sys.executable, "-m", "benchmarks.parts"], stdout=subprocess.PIPE)
+    assert process.stdout is not None
+    try:
+        yield (await process.stdout.receive_some()).decode().strip()
+    finally:
+        process.kill()
+        with trio.CancelScope(shield=True):
+            await process.wait()
+            await process.stdout.aclose()
+
+
+async def echo() -> None:
+    """Echo on every stream until killed."""
+
+    async def handle(stream: Stream) -> None:
+        while data := await stream.receive_some():
+            await stream.send_all(data)
+
+    network = Libp2pNetwork(os.urandom(32), listen=LISTEN)
+    network.set_stream_handler(ECHO_PROTOCOL, handle)
+    async with network.running():
+        print(network.multiaddrs[0], flush=True)
+        await trio.sleep_forever()
+
+
+if __name__ == "__main__":
+    trio.run(echo)
