@@ -1,9 +1,10 @@
 """Material for tests of the job stream: messages of every type, and raw frames as a remote would send them."""
 
-from protocol.codec import encode_control, encode_step_header
+from protocol.codec import ControlMessage, encode_control, encode_step_header
 from protocol.connection import JobConnection
 from protocol.framing import FrameType, encode_frame, encode_step
-from protocol.identity import BlockRange, JobId, ModelId, SessionId
+from protocol.identity import BlockRange, JobId, ModelId, SessionId, peer_id_from_public_key
+from protocol.limits import MAX_POSITIONS, MAX_UINT64, MAX_WINDOW_BYTES
 from protocol.messages import (
     Close,
     Closed,
@@ -100,6 +101,38 @@ EVERY_MESSAGE: tuple[Message, ...] = (
     Ping(nonce=1),
     Pong(nonce=1),
 )
+
+
+PEER = peer_id_from_public_key(bytes(range(32)))
+LOAD = Load(sessions=3, queued_rows=70000, free_positions=1 << 40, step_s=0.025)
+
+# Every control message by the name of its type, with its optional fields where they may stand together.
+MESSAGES: dict[str, ControlMessage] = {
+    "hello": Hello(agent="metaswarm/0.1.0", window_bytes=MAX_WINDOW_BYTES),
+    "open": Open(
+        session=SESSION,
+        model=ModelId("0f" * 32),
+        blocks=BlockRange(10, 20),
+        method="arithmetic=fp32|engine=torch",
+        positions=MAX_POSITIONS,
+        upstream=(PEER,),
+        feedback=PEER,
+        sampling=Sampling(temperature=0.7, top_p=0.9, seed=MAX_UINT64, max_tokens=5, stop_tokens=(0, 49151)),
+    ),
+    "opened": Opened(session=SESSION, load=LOAD, votes={"arithmetic=fp32": -1.25, "arithmetic=bf16": -2.0}),
+    "refused": Refused(session=SESSION, reason=RefusalReason.FULL, message="no room", load=LOAD),
+    "credit": Credit(session=SESSION, consumed_bytes=1),
+    "failed": Failed(session=SESSION, reason=FailureReason.DOWNSTREAM, message="gone", peer=PEER),
+    "close": Close(session=SESSION),
+    "closed": Closed(
+        session=SESSION,
+        statistics=SessionStatistics(steps=1, rows=2, compute_s=0.5, queue_s=0.0, bytes_in=3, bytes_out=1 << 50),
+        hardware="cpu",
+        countersignature=bytes(range(64)),
+    ),
+    "ping": Ping(nonce=MAX_UINT64),
+    "pong": Pong(nonce=0),
+}
 
 
 def wire(*messages: Message) -> bytes:

@@ -9,7 +9,7 @@ import pytest
 from protocol.canonical import decode, encode
 from protocol.codec import ControlMessage, decode_control, decode_step_header, encode_control, encode_step_header
 from protocol.errors import LocalProtocolError, RemoteProtocolError
-from protocol.identity import BlockRange, JobId, ModelId, SessionId, peer_id_from_public_key
+from protocol.identity import BlockRange, JobId, ModelId, SessionId
 from protocol.limits import (
     MAX_CONTROL_BYTES,
     MAX_NAME_BYTES,
@@ -19,7 +19,6 @@ from protocol.limits import (
     MAX_STEP_BYTES,
     MAX_STOP_TOKENS,
     MAX_TEXT_BYTES,
-    MAX_UINT64,
     MAX_VOCABULARY,
     MAX_VOTES,
     MAX_WIDTH,
@@ -27,7 +26,6 @@ from protocol.limits import (
 )
 from protocol.messages import (
     Close,
-    Closed,
     Credit,
     Failed,
     FailureReason,
@@ -37,45 +35,14 @@ from protocol.messages import (
     Open,
     Opened,
     Ping,
-    Pong,
-    RefusalReason,
-    Refused,
-    Sampling,
-    SessionStatistics,
     Slice,
     Step,
 )
 from protocol.tensors import DType, Tensor, tensor_from_tokens
+from tests.unit.protocol.job_streams import LOAD, MESSAGES, PEER
 
 JOB = JobId("00112233445566778899aabbccddeeff")
 SESSION = SessionId(JOB, 2)
-PEER = peer_id_from_public_key(bytes(range(32)))
-LOAD = Load(sessions=3, queued_rows=70000, free_positions=1 << 40, step_s=0.025)
-
-MESSAGES: dict[str, ControlMessage] = {
-    "hello": Hello(agent="metaswarm/0.1.0", window_bytes=MAX_WINDOW_BYTES),
-    "open": Open(
-        session=SESSION,
-        model=ModelId("0f" * 32),
-        blocks=BlockRange(10, 20),
-        method="arithmetic=fp32|engine=torch",
-        positions=MAX_POSITIONS,
-        upstream=(PEER,),
-        feedback=PEER,
-        sampling=Sampling(temperature=0.7, top_p=0.9, seed=MAX_UINT64, max_tokens=5, stop_tokens=(0, 49151)),
-    ),
-    "opened": Opened(session=SESSION, load=LOAD, votes={"arithmetic=fp32": -1.25, "arithmetic=bf16": -2.0}),
-    "refused": Refused(session=SESSION, reason=RefusalReason.FULL, message="no room", load=LOAD),
-    "credit": Credit(session=SESSION, consumed_bytes=1),
-    "failed": Failed(session=SESSION, reason=FailureReason.DOWNSTREAM, message="gone", peer=PEER),
-    "close": Close(session=SESSION),
-    "closed": Closed(
-        session=SESSION,
-        statistics=SessionStatistics(steps=1, rows=2, compute_s=0.5, queue_s=0.0, bytes_in=3, bytes_out=1 << 50),
-    ),
-    "ping": Ping(nonce=MAX_UINT64),
-    "pong": Pong(nonce=0),
-}
 
 
 def fields_of(name: str) -> dict[str, Any]:
@@ -110,7 +77,7 @@ def test_what_is_optional_is_left_out() -> None:
 @pytest.mark.parametrize("name", MESSAGES)
 def test_every_field_is_needed_and_no_other_is_taken(name: str) -> None:
     fields = fields_of(name)
-    optional = {"downstream", "feedback", "sampling", "peer"}
+    optional = {"downstream", "feedback", "sampling", "peer", "countersignature"}
     for key in fields.keys() - optional:
         lacking = {other: value for other, value in fields.items() if other != key}
         with pytest.raises(RemoteProtocolError, match=r"lacks|known type"):

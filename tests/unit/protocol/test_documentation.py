@@ -9,14 +9,27 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from protocol import limits
 from protocol.blobs import BlobFound, BlobInitiator, BlobRequest, BlobResponder
+from protocol.canonical import decode
 from protocol.codec import encode_control
 from protocol.connection import JobConnection
 from protocol.framing import FrameType, encode_frame
 from protocol.identity import BlockRange, JobId, ModelId, SessionId, peer_id_from_public_key
-from protocol.messages import Credit, Hello, Message, Open, Ping, Sampling, Slice, Step
+from protocol.messages import (
+    Credit,
+    FailureReason,
+    Hello,
+    Message,
+    Open,
+    Ping,
+    RefusalReason,
+    Sampling,
+    Slice,
+    Step,
+)
 from protocol.records import SpanRecord, seal
 from protocol.states import CONNECTION_TABLE, SESSION_TABLE, Direction, Role
 from protocol.tensors import DType, Tensor
+from tests.unit.protocol.job_streams import MESSAGES
 
 DOCUMENT = (Path(__file__).parents[3] / "docs" / "protocol.md").read_text()
 
@@ -64,6 +77,29 @@ def test_the_documented_limits_are_the_codes() -> None:
 
 def control(message: Hello | Open | Credit | Ping) -> bytes:
     return encode_frame(FrameType.CONTROL, encode_control(message))
+
+
+def documented_fields(name: str) -> set[str]:
+    """Return the fields in the table of a message."""
+    table = DOCUMENT.split(f"**`{name}`**", 1)[1].split("|---|---|---|\n", 1)[1].split("\n\n", 1)[0]
+    return {field for line in table.splitlines() for field in re.findall(r"^\| `(\w+)`", line)}
+
+
+@pytest.mark.parametrize("name", MESSAGES)
+def test_the_documented_fields_of_a_message_are_the_codes(name: str) -> None:
+    fields = decode(encode_control(MESSAGES[name]), max_bytes=limits.MAX_CONTROL_BYTES)
+    assert isinstance(fields, dict)
+    optional = {"open": {"downstream"}, "closed": {"countersignature"}}
+    assert documented_fields("ping`**, **`pong" if name in {"ping", "pong"} else name) == (
+        fields.keys() - {"type"} | optional.get(name, set())
+    )
+
+
+@pytest.mark.parametrize("reasons", [RefusalReason, FailureReason])
+def test_every_reason_is_documented(reasons: type[RefusalReason | FailureReason]) -> None:
+    name = "refused" if reasons is RefusalReason else "failed"
+    [line] = re.findall(rf"\*\*`{name}`\*\*.*?(\| `reason` \|.*?)\n", DOCUMENT, re.DOTALL)
+    assert re.findall(r"`(\w+)`:", line) == [str(reason) for reason in reasons]
 
 
 def step() -> bytes:
