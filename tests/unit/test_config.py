@@ -242,6 +242,16 @@ class TestBootstrapFile:
         lines = ["a0: &a0 [x, x]"] + [f"a{n}: &a{n} [*a{n - 1}, *a{n - 1}]" for n in range(1, 64)]
         assert "line 1: expected `peers:`" in self.fault(tmp_path, "\n".join(lines))
 
+    @pytest.mark.parametrize("place", ["node/bootstrap_peers.yaml", "bootstrap_peers.yaml"])
+    def test_the_one_that_ships_is_found_in_a_wheel_and_in_a_checkout(
+        self, place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        (tmp_path / "node").mkdir()
+        (tmp_path / place).write_text(f"peers: [{ADDRESS}]")
+        monkeypatch.setattr("importlib.resources.files", lambda package: tmp_path / package)
+        assert load().bootstrap == (ADDRESS,)
+        assert load(bootstrap=[OTHER_ADDRESS]).bootstrap == (OTHER_ADDRESS,)
+
 
 class TestReadyFile:
     ready = NodeReady(peer_id=PEER, multiaddrs=(ADDRESS,), api_url="http://127.0.0.1:8642", pid=17)
