@@ -87,7 +87,7 @@ class Node:
             identity=identity,
             records=records,
             capabilities=self._inventory.capabilities,
-            peers=self._network.connected_peers,
+            peers=lambda: [presence.peer for presence in self._membership.directory.presences()],
             jitter=jitter,
         )
         self._dissemination = Dissemination(
