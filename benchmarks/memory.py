@@ -4,88 +4,94 @@
 
 Proportional set sizes from /proc: pages that processes share are divided among them, save those of model files. A job
 is run before the figures are read, because mapped weights weigh nothing until they are used. A worker brings torch
-along, whatever it serves; so the blocks are weighed as the difference between 30 and 10 of them.
+along, whatever it serves; so the blocks are weighed as the difference between a worker with all of them, with the
+embedding that a whole model needs, and a worker with the 10 in the middle. All the while one other daemon serves the
+rest of the blocks, so that every worker that is weighed shares torch's pages with as many others.
 """
 
 import json
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import click
 import httpx
 import psutil
 import trio
 
+from benchmarks.common import demo_package, describe_machine, verdict
 from node.models.catalogue import DEMO_MODEL
-from node.models.store import ModelStore
+from node.models.store import Package
 from protocol.identity import BlockRange
 from tests.process.daemons import Daemon, running_daemon
 
 TARGET = 0.15
+MIDDLE = BlockRange(10, 20)
+WHOLE = BlockRange(0, 30)
+QUIET = ("--log-level", "error")
+MIB = 2**20
 
 
 @click.command()
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
 def main(as_json: bool) -> None:
     """Weigh a daemon."""
-    result = trio.run(measure)
-    if as_json:
-        click.echo(json.dumps(result))
-        return
-    click.echo("MiB               daemon   worker   files of the span")
-    for name in ("idle", "blocks 10-20", "blocks 0-30"):
-        row = result[name]
-        click.echo(f"{name:14} {row['daemon']:9.0f} {row['worker']:8.0f} {row['files']:19.0f}")
-    blocks = result["blocks"]
-    click.echo(
-        f"20 blocks, embedding and head add {blocks['added']:.0f} MiB and are {blocks['files']:.0f} MiB on disk: "
-        f"{blocks['excess']:+.1%} (target: within {TARGET:.0%})"
-    )
+    result = trio.run(measure, demo_package())
+    click.echo(json.dumps(result) if as_json else report(result))
 
 
-async def measure() -> dict[str, dict[str, float]]:
+async def measure(package: Package) -> dict[str, Any]:
     """Return all figures, in MiB."""
-    store = ModelStore()
-    manifest = store.get(store.resolve(DEMO_MODEL)).manifest
-    result: dict[str, dict[str, float]] = {}
-    for name, blocks in (("idle", None), ("blocks 10-20", BlockRange(10, 20)), ("blocks 0-30", BlockRange(0, 30))):
-        async with weighed_daemons(blocks) as daemon:
-            daemon_bytes, worker_bytes = weigh(daemon.process.pid)
-        files = manifest.bytes_of(blocks) if blocks else 0
-        result[name] = {"daemon": daemon_bytes / 2**20, "worker": worker_bytes / 2**20, "files": files / 2**20}
-    added = result["blocks 0-30"]["worker"] - result["blocks 10-20"]["worker"]
-    on_disk = result["blocks 0-30"]["files"] - result["blocks 10-20"]["files"]
-    result["blocks"] = {"added": added, "files": on_disk, "excess": added / on_disk - 1}
-    return result
-
-
-@asynccontextmanager
-async def weighed_daemons(blocks: BlockRange | None) -> AsyncIterator[Daemon]:
-    """Run a daemon with the blocks, and one with the rest of the model; give it after a job has touched everything."""
     with TemporaryDirectory() as folder:
         path = Path(folder)
-        if blocks is None:
-            async with running_daemon(path / "weighed") as daemon:
-                yield daemon
-            return
-        async with running_daemon(path / "weighed", "--serve", f"{DEMO_MODEL}:{blocks}") as daemon:
-            rest = [f"{DEMO_MODEL}:{r}" for r in (f"0-{blocks.start}", f"{blocks.end}-30") if r not in ("0-0", "30-30")]
-            flags = [flag for spec in rest for flag in ("--serve", spec)]
-            async with running_daemon(path / "rest", *flags, "--bootstrap", daemon.multiaddr) as other:
-                async with httpx.AsyncClient(timeout=120) as client:
-                    body = {"model": DEMO_MODEL, "prompt": "Once", "max_tokens": 8, "metaswarm": {"ignore_eos": True}}
-                    with trio.fail_after(60):
-                        while (await client.post(f"{other.api_url}/v1/completions", json=body)).is_error:
-                            await trio.sleep(0.5)
-                yield daemon
+        rest = (f"{DEMO_MODEL}:0-{MIDDLE.start}", f"{DEMO_MODEL}:{MIDDLE.end}-{WHOLE.end}")
+        async with running_daemon(path / "rest", *QUIET, "--serve", rest[0], "--serve", rest[1]) as neighbour:
+            bootstrap = (*QUIET, "--bootstrap", neighbour.multiaddr)
+            async with running_daemon(path / "idle", *bootstrap) as daemon:
+                idle = weigh(daemon, package, None)
+            rows = [idle]
+            for blocks in (MIDDLE, WHOLE):
+                flags = (*bootstrap, "--serve", f"{DEMO_MODEL}:{blocks}")
+                async with running_daemon(path / str(blocks), *flags) as daemon:
+                    await run_job_through(daemon, neighbour)
+                    rows.append(weigh(daemon, package, blocks))
+    _, middle, whole = rows
+    added, on_disk = whole["worker_mib"] - middle["worker_mib"], whole["files_mib"] - middle["files_mib"]
+    excess = added / on_disk - 1
+    return {
+        **describe_machine(),
+        "daemons": rows,
+        "worker_fixed_mib": middle["worker_mib"] - middle["files_mib"] * (1 + excess),
+        "blocks": {"added_mib": added, "files_mib": on_disk, "excess": excess},
+        "target": TARGET,
+        "verdict": verdict(abs(excess), TARGET),
+    }
 
 
-def weigh(pid: int) -> tuple[int, int]:
-    """Return the proportional set size of a daemon and of its worker, in bytes."""
+async def run_job_through(daemon: Daemon, neighbour: Daemon) -> None:
+    """Submit a job of a few tokens to the neighbour until one went through the daemon."""
+    body = {"model": DEMO_MODEL, "prompt": "Once", "max_tokens": 8, "metaswarm": {"ignore_eos": True}}
+    async with httpx.AsyncClient(timeout=120) as client:
+        with trio.fail_after(60):
+            while True:
+                answer = await client.post(f"{neighbour.api_url}/v1/completions", json=body)
+                route = () if answer.is_error else answer.json()["metaswarm"]["route"]
+                if any(stage["peer"] == daemon.peer_id for stage in route):
+                    return
+                await trio.sleep(0.2)  # it is not known there yet, or one that has left still is
+
+
+def weigh(daemon: Daemon, package: Package, blocks: BlockRange | None) -> dict[str, Any]:
+    """Return what a daemon and its worker weigh, and the files that they need on disk."""
+    pid = daemon.process.pid
     workers = [child.pid for child in psutil.Process(pid).children() if "node.engine.worker" in child.cmdline()]
-    return proportional_set_size(pid), sum(map(proportional_set_size, workers))
+    return {
+        "blocks": str(blocks) if blocks else None,
+        "daemon_mib": proportional_set_size(pid) / MIB,
+        "worker_mib": sum(map(proportional_set_size, workers)) / MIB,
+        "files_mib": package.manifest.bytes_of(blocks) / MIB if blocks else 0.0,
+    }
 
 
 def proportional_set_size(pid: int) -> int:
@@ -93,15 +99,31 @@ def proportional_set_size(pid: int) -> int:
 
     Who else on this machine happens to map the same files should not make this process look lighter.
     """
-    total = 0
+    total_bytes = 0
     is_weights = False
     for line in Path(f"/proc/{pid}/smaps").read_text().splitlines():
         field, _, value = line.partition(":")
         if field == ("Rss" if is_weights else "Pss"):
-            total += int(value.split()[0]) * 1024
+            total_bytes += int(value.split()[0]) * 1024
         elif "-" in field.split(" ")[0]:
             is_weights = line.endswith(".safetensors")
-    return total
+    return total_bytes
+
+
+def report(result: Mapping[str, Any]) -> str:
+    """Return the figures as a table."""
+    lines = ["MiB              daemon   worker   files of the span"]
+    for row in result["daemons"]:
+        name = f"blocks {row['blocks']}" if row["blocks"] else "idle"
+        lines.append(f"{name:14} {row['daemon_mib']:8.0f} {row['worker_mib']:8.0f} {row['files_mib']:19.0f}")
+    blocks = result["blocks"]
+    lines += [
+        "",
+        f"a worker without any blocks, mostly torch: {result['worker_fixed_mib']:.0f} MiB",
+        f"20 blocks and the embedding add {blocks['added_mib']:.0f} MiB and are {blocks['files_mib']:.0f} MiB on disk",
+        f"that is {blocks['excess']:+.1%}; target: within {result['target']:.0%}: {result['verdict']}",
+    ]
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":
