@@ -96,12 +96,14 @@ def connection_pair(*, lockstep: bool = False) -> tuple[PipeConnection, PipeConn
 
 @asynccontextmanager
 async def started(*muxers: IMuxedConn) -> AsyncIterator[None]:
-    async with trio.open_nursery() as nursery:
-        for muxer in muxers:
-            nursery.start_soon(muxer.start)
-            await muxer.event_started.wait()
-        yield
-        nursery.cancel_scope.cancel()
+    """Run multiplexers inside the block, for two hours at most: of a virtual clock that is an instant."""
+    with trio.fail_after(7200):
+        async with trio.open_nursery() as nursery:
+            for muxer in muxers:
+                nursery.start_soon(muxer.start)
+                await muxer.event_started.wait()
+            yield
+            nursery.cancel_scope.cancel()
 
 
 class RawPeer:

@@ -14,7 +14,7 @@ from node.network.memory import LinkModel, MemoryNetworkHub
 from node.network.memory_network import MemoryNetwork
 from protocol.identity import PeerId, peer_id_from_public_key
 
-from .conftest import echo, receive_exactly
+from .conftest import echo, limited, receive_exactly
 
 CLOCK = trio.testing.MockClock
 ECHO = "/test/echo/1"
@@ -33,7 +33,8 @@ def prepare(network: MemoryNetwork) -> MemoryNetwork:
 
 
 async def start(stack: AsyncExitStack, hub: MemoryNetworkHub, count: int) -> list[MemoryNetwork]:
-    """Run so many networks, each connected to up to three before it."""
+    """Run so many networks, each connected to up to three before it, for a virtual hour at most."""
+    stack.enter_context(trio.fail_after(3600))
     networks = [prepare(hub.network(peer(number))) for number in range(count)]
     for index, network in enumerate(networks):
         await stack.enter_async_context(network.running())
@@ -165,6 +166,17 @@ async def test_killing_a_peer_ends_what_runs_inside_it_and_breaks_its_streams(au
                 ended.append("inside")
         ended.append("outside")
 
+    with limited(3600):
+        await _kill(hub, survivor, victim, live, ended)
+
+
+async def _kill(
+    hub: MemoryNetworkHub,
+    survivor: MemoryNetwork,
+    victim: MemoryNetwork,
+    live: Callable[[], Awaitable[None]],
+    ended: list[str],
+) -> None:
     async with survivor.running(), survivor.events() as events, trio.open_nursery() as nursery:
         nursery.start_soon(live)
         await trio.testing.wait_all_tasks_blocked()
