@@ -30,7 +30,7 @@ from node.engine.interface import (
     SpanInfo,
     StepResult,
 )
-from node.engine.source import EngineOptions, ShardSource, source_from_package
+from node.engine.source import EngineOptions, ShardSource
 from node.models.store import Package
 from protocol.identity import BlockRange, SessionId
 from protocol.messages import Sampling
@@ -100,6 +100,19 @@ async def _load(connection: "_Connection", source: ShardSource, blocks: BlockRan
             raise EngineError(header["error"])
         return wire.decode_ready(header)
     raise EngineError(f"{connection.name} did not load within {options.start_timeout_s:g} s")
+
+
+def source_from_package(package: Package, blocks: BlockRange) -> ShardSource:
+    """Return where the files of a span lie in a model package."""
+    manifest = package.manifest
+    first, last = blocks.start == 0, blocks.end == manifest.block_count
+    return ShardSource(
+        model=manifest.model_id,
+        config=manifest.config,
+        block_files={block: package.path_of(manifest.blocks[block]) for block in range(blocks.start, blocks.end)},
+        embed_file=package.path_of(manifest.embed) if first or (last and manifest.tied) else None,
+        head_file=package.path_of(manifest.head) if last else None,
+    )
 
 
 class WorkerEngine:

@@ -5,8 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from node.models.store import Package
-from protocol.identity import BlockRange, ModelId
+from protocol.identity import ModelId
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,26 +29,12 @@ class EngineOptions:
 
     `memory_bytes`: for weights and KV caches together; None takes half of what the machine has free. `kv_positions`:
     positions for all sessions together, where they should be fewer than the memory allows. `threads`: None takes one
-    for each physical core. `dtype`: of weights, activations and caches. `niceness`: how far the worker steps back for
-    other processes, 0 to 19. `start_timeout_s`: how long loading may take.
+    for each physical core. `dtype`: of weights, activations and caches.
+    `start_timeout_s`: how long loading may take.
     """
 
     memory_bytes: int | None = None
     kv_positions: int | None = None
     threads: int | None = None
     dtype: Literal["float32", "bfloat16"] = "float32"
-    niceness: int = 0
     start_timeout_s: float = 600.0
-
-
-def source_from_package(package: Package, blocks: BlockRange) -> ShardSource:
-    """Return where the files of a span lie in a model package."""
-    manifest = package.manifest
-    first, last = blocks.start == 0, blocks.end == manifest.block_count
-    return ShardSource(
-        model=manifest.model_id,
-        config=manifest.config,
-        block_files={block: package.path_of(manifest.blocks[block]) for block in range(blocks.start, blocks.end)},
-        embed_file=package.path_of(manifest.embed) if first or (last and manifest.tied) else None,
-        head_file=package.path_of(manifest.head) if last else None,
-    )

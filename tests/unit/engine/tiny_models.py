@@ -206,7 +206,7 @@ def tiny_model(family: str, folder: Path) -> TinyModel:
 
 
 def _generate(model: Any) -> list[int]:
-    """Return the greedy tokens of a whole model (Any: transformers' annotations of `generate` contradict each other)."""
+    """Return the greedy tokens of a whole model (Any: the annotations of `generate` contradict each other)."""
     model.generation_config.eos_token_id = None
     model.generation_config.pad_token_id = 0
     mask = torch.ones(1, len(PROMPT), dtype=torch.long)

@@ -1,0 +1,244 @@
+"""Sessions of one shard: what is reserved, taken back, drawn, refused."""
+
+import json
+import shutil
+from array import array
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from node.engine.interface import EngineError, EngineFull, SliceInput
+from node.engine.shard import Shard
+from node.engine.source import EngineOptions, ShardSource
+from protocol.identity import BlockRange, ModelId, SessionId
+from protocol.messages import Sampling
+from protocol.tensors import DType, Tensor, tensor_from_tokens, tokens_from_tensor
+from tests.unit.engine.driving import GREEDY, InProcess, decode, session, spans, step
+from tests.unit.engine.tiny_models import BLOCKS, COUNT, PROMPT, TinyModel
+
+MakeTinyModel = Callable[[str], TinyModel]
+WHOLE = BlockRange(0, BLOCKS)
+OPTIONS = EngineOptions(kv_positions=100)
+
+
+def shard_of(tiny: TinyModel, blocks: BlockRange = WHOLE, options: EngineOptions = OPTIONS) -> Shard:
+    return Shard(tiny.source(blocks), blocks, options)
+
+
+def tokens_of(shard: Shard, of: SessionId, position: int, tokens: Sequence[int], draws: int) -> list[int]:
+    rows = SliceInput(session=of, position=position, tensor=tensor_from_tokens(tokens), draws=draws)
+    return tokens_from_tensor(shard.step([rows]).outputs[0].tensor)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3", "mistral"])
+async def test_going_back_gives_the_same_tokens_again(family: str, make_tiny_model: MakeTinyModel) -> None:
+    tiny = make_tiny_model(family)
+    engines = [InProcess(shard_of(tiny, blocks)) for blocks in spans(BLOCKS, 3)]
+    for engine in engines:
+        await engine.open(session(1), 60, GREEDY)
+    text = PROMPT + tiny.tokens
+    drawn = tokens_from_tensor(await step(engines, session(1), 0, text[:-1], COUNT))
+    assert drawn == tiny.tokens
+    # Further back than the sliding windows of 6 reach, twice, and over other tokens than those that stood there.
+    await step(engines, session(1), 20, [1, 2, 3, 4, 5], 0)
+    for position in (19, 9):
+        rows = await step(engines, session(1), position, text[position:-1], 1)
+        assert tokens_from_tensor(rows) == tiny.tokens[-1:]
+
+
+async def test_sessions_do_not_disturb_each_other(make_tiny_model: MakeTinyModel) -> None:
+    tiny = make_tiny_model("qwen2")
+    shard = shard_of(tiny)
+    prompts = [PROMPT, PROMPT[:5], PROMPT[3:]]
+    alone = [await decode([InProcess(shard)], prompt, 6) for prompt in prompts]
+    for number, prompt in enumerate(prompts):
+        shard.open(session(number), len(prompt) + 6, GREEDY)
+    together: list[list[int]] = [[], [], []]
+    rows = list(prompts)
+    for _ in range(6):
+        inputs = [
+            SliceInput(
+                session=session(number),
+                position=len(prompts[number]) + len(together[number]) - (len(together[number]) > 0),
+                tensor=tensor_from_tokens(rows[number]),
+                draws=1,
+            )
+            if together[number]
+            else SliceInput(session=session(number), position=0, tensor=tensor_from_tokens(rows[number]), draws=1)
+            for number in range(3)
+        ]
+        for number, output in enumerate(shard.step(inputs).outputs):
+            assert output.session == session(number)
+            rows[number] = tokens_from_tensor(output.tensor)
+            together[number] += rows[number]
+    assert together == alone
+
+
+def test_a_part_of_a_prompt_draws_nothing(make_tiny_model: MakeTinyModel) -> None:
+    shard = shard_of(make_tiny_model("llama"))
+    shard.open(session(1), 20, GREEDY)
+    assert tokens_of(shard, session(1), 0, PROMPT[:4], draws=0) == []
+
+
+async def test_sampling_is_replayed_on_other_spans(make_tiny_model: MakeTinyModel) -> None:
+    tiny = make_tiny_model("llama")
+    cuts = [[InProcess(shard_of(tiny, blocks)) for blocks in spans(BLOCKS, count)] for count in (1, 3)]
+    warm = Sampling(max_tokens=1, temperature=1.5, top_p=0.9, seed=7)
+    first, again = [await decode(engines, PROMPT, COUNT, sampling=warm) for engines in cuts]
+    assert first == again
+    assert first != tiny.tokens
+    assert await decode(cuts[0], PROMPT, COUNT, sampling=replace(warm, seed=8)) != first
+
+
+def test_reservations_are_never_overcommitted_and_always_freed(make_tiny_model: MakeTinyModel) -> None:
+    shard = shard_of(make_tiny_model("llama"))
+    shard.open(session(1), 60, GREEDY)
+    with pytest.raises(EngineFull, match="40 of 100 are free"):
+        shard.open(session(2), 41, GREEDY)
+    shard.open(session(2), 40, GREEDY)
+    with pytest.raises(EngineError, match="not open"):
+        tokens_of(shard, session(3), 0, PROMPT, 1)
+    with pytest.raises(EngineError, match="exceed"):
+        tokens_of(shard, session(2), 0, list(range(41)), 1)
+    shard.open(session(4), 40, GREEDY)  # the failed step has closed session 2
+    shard.close(session(1))
+    shard.close(session(1))
+    shard.open(session(5), 60, GREEDY)
+    with pytest.raises(EngineFull):
+        shard.open(session(6), 1, GREEDY)
+
+
+@pytest.mark.parametrize(
+    ("position", "tensor", "draws", "complaint"),
+    [
+        (1, tensor_from_tokens([1]), 1, "do not follow"),
+        (-1, tensor_from_tokens([1]), 1, "do not follow"),
+        (0, tensor_from_tokens([]), 0, "0 rows"),
+        (0, tensor_from_tokens([1]), 2, "cannot draw 2"),
+        (0, tensor_from_tokens([1, 97]), 1, "not below 97"),
+        (0, tensor_from_tokens([-1]), 1, "not below 97"),
+        (0, Tensor(DType.FLOAT32, (1, 32), bytes(128)), 1, "takes token ids"),
+    ],
+)
+def test_bad_rows_cost_their_session_alone(
+    position: int, tensor: Tensor, draws: int, complaint: str, make_tiny_model: MakeTinyModel
+) -> None:
+    shard = shard_of(make_tiny_model("llama"))
+    for number in (1, 2):
+        shard.open(session(number), 50, GREEDY)
+    with pytest.raises(EngineError, match=complaint):
+        shard.step([SliceInput(session=session(1), position=position, tensor=tensor, draws=draws)])
+    with pytest.raises(EngineError, match="not open"):
+        tokens_of(shard, session(1), 0, PROMPT, 1)
+    assert tokens_of(shard, session(2), 0, PROMPT, 1) == make_tiny_model("llama").tokens[:1]
+
+
+def test_hidden_states_of_another_model_are_refused(make_tiny_model: MakeTinyModel) -> None:
+    shard = shard_of(make_tiny_model("llama"), BlockRange(1, 2))
+    shard.open(session(1), 50, None)
+    rows = Tensor(DType.FLOAT32, (1, 16), bytes(64))
+    with pytest.raises(EngineError, match="hidden states of 32 elements"):
+        shard.step([SliceInput(session=session(1), position=0, tensor=rows, draws=0)])
+
+
+def test_not_a_number_is_an_error_and_not_a_token(make_tiny_model: MakeTinyModel) -> None:
+    shard = shard_of(make_tiny_model("llama"), BlockRange(3, 4))
+    shard.open(session(1), 50, GREEDY)
+    rows = Tensor(DType.FLOAT32, (1, 32), array("f", [float("nan")] * 32).tobytes())
+    with pytest.raises(EngineError, match="not finite"):
+        shard.step([SliceInput(session=session(1), position=0, tensor=rows, draws=1)])
+
+
+def test_a_span_holds_its_own_weights_only(make_tiny_model: MakeTinyModel) -> None:
+    tiny = make_tiny_model("llama")
+    info = shard_of(tiny, BlockRange(1, 3)).info
+    files = [tiny.folder / f"{block}.safetensors" for block in (1, 2)]
+    headers = sum(8 + int.from_bytes(file.read_bytes()[:8], "little") for file in files)
+    assert info.weight_bytes == sum(file.stat().st_size for file in files) - headers
+    assert info.kv_bytes_per_position == 2 * 2 * 2 * 8 * 4  # blocks · keys and values · heads · head size · f32
+
+
+def test_memory_bounds_the_positions(make_tiny_model: MakeTinyModel) -> None:
+    tiny = make_tiny_model("llama")
+    blocks = BlockRange(1, 3)
+    info = shard_of(tiny, blocks).info
+    memory_bytes = info.weight_bytes + 10 * info.kv_bytes_per_position
+    assert shard_of(tiny, blocks, EngineOptions(memory_bytes=memory_bytes)).info.kv_positions == 10
+    with pytest.raises(EngineError, match="bytes of memory are too few"):
+        shard_of(tiny, blocks, EngineOptions(memory_bytes=info.weight_bytes))
+
+
+async def test_bfloat16_halves_weights_and_caches(make_tiny_model: MakeTinyModel) -> None:
+    tiny = make_tiny_model("llama")
+    exact = shard_of(tiny).info
+    half = [InProcess(shard_of(tiny, blocks, replace(OPTIONS, dtype="bfloat16"))) for blocks in spans(BLOCKS, 2)]
+    assert sum(engine.info.weight_bytes for engine in half) * 2 == exact.weight_bytes
+    assert half[0].info.kv_bytes_per_position * 4 == exact.kv_bytes_per_position
+    assert len(await decode(half, PROMPT, 4)) == 4
+
+
+CANNOT_BE_SERVED: dict[str, tuple[dict[str, Any], str]] = {
+    "nonesuch": ({"model_type": "nonesuch"}, "does not know the architecture 'nonesuch'"),
+    "nothing": ({}, "does not know the architecture 'None'"),
+    "mamba": (
+        {"model_type": "mamba", "hidden_size": 32, "num_hidden_layers": 2, "vocab_size": 97},
+        "mamba models cannot be served: their blocks keep",
+    ),
+    "t5": ({"model_type": "t5"}, "t5 models cannot be served"),
+    "quantised": ({"model_type": "llama", "quantization_config": {"quant_method": "fp8"}}, "import unquantised ones"),
+    "odd sizes": ({"model_type": "gpt2", "n_embd": 33, "n_head": 4, "n_layer": 2}, "makes no sense"),
+    "wrong types": ({"model_type": "llama", "hidden_size": "wide"}, "makes no sense"),
+}
+
+
+@pytest.mark.parametrize("case", CANNOT_BE_SERVED)
+def test_what_cannot_be_served_is_said_in_one_line(case: str) -> None:
+    config, complaint = CANNOT_BE_SERVED[case]
+    source = ShardSource(model=ModelId("0" * 64), config=config, block_files={0: Path("0"), 1: Path("1")})
+    with pytest.raises(EngineError, match=complaint) as caught:
+        Shard(source, BlockRange(0, 2), OPTIONS)
+    assert "\n" not in str(caught.value)
+
+
+def test_files_that_lack_or_spoil_weights_are_refused(make_tiny_model: MakeTinyModel, tmp_path: Path) -> None:
+    tiny = make_tiny_model("llama")
+    sound = tiny.source(WHOLE)
+    spoilt, other = tmp_path / "spoilt.safetensors", tmp_path / "other.safetensors"
+    spoilt.write_bytes(sound.block_files[1].read_bytes()[:-100])
+    shutil.copy(sound.block_files[2], other)
+    wide = {**tiny.config, "intermediate_size": 64}
+    for source, complaint in (
+        (replace(sound, head_file=None), r"lack (model\.norm|lm_head)\.weight"),
+        (replace(sound, embed_file=None), r"lack model\.embed_tokens\.weight"),
+        (replace(sound, block_files={**sound.block_files, 1: other}), r"lack model\.layers\.1\."),
+        (replace(sound, block_files={**sound.block_files, 1: spoilt}), "cannot be loaded"),
+        (replace(sound, block_files={**sound.block_files, 1: tmp_path / "gone"}), "cannot be loaded"),
+        (replace(sound, block_files={0: sound.block_files[0]}), "file of block 1 is not given"),
+        (replace(sound, config=wide), "do not fit the model's config"),
+    ):
+        with pytest.raises(EngineError, match=complaint) as caught:
+            Shard(source, WHOLE, OPTIONS)
+        assert "\n" not in str(caught.value)
+
+
+def test_the_decoder_of_a_multimodal_checkpoint_is_served(make_tiny_model: MakeTinyModel, tmp_path: Path) -> None:
+    tiny = make_tiny_model("gemma3")
+    for file in tiny.folder.glob("*.safetensors"):
+        nest_names(file, tmp_path / file.name)
+    text_config = {"model_type": "gemma3_text", **{k: v for k, v in tiny.config.items() if k != "model_type"}}
+    nested = replace(tiny, folder=tmp_path, config={**tiny.config, "model_type": "gemma3", "text_config": text_config})
+    shard = shard_of(nested)
+    shard.open(session(1), 50, GREEDY)
+    assert tokens_of(shard, session(1), 0, PROMPT + tiny.tokens[:-1], COUNT) == tiny.tokens
+
+
+def nest_names(source: Path, target: Path) -> None:
+    """Rename tensors as multimodal checkpoints do: one level deeper."""
+    data = source.read_bytes()
+    length = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + length])
+    nested = json.dumps({k if k.startswith("__") else f"language_model.{k}": v for k, v in header.items()}).encode()
+    target.write_bytes(len(nested).to_bytes(8, "little") + nested + data[8 + length :])

@@ -1,0 +1,195 @@
+"""The engine in real worker processes: exact, in order, and its faults are those of the calls they concern."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager, suppress
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import trio
+import trio.testing
+
+from node.engine.client import WorkerEngine, start_worker
+from node.engine.interface import EngineCrashed, EngineError, EngineFull, SliceInput
+from node.engine.source import EngineOptions
+from protocol.identity import BlockRange
+from protocol.tensors import tensor_from_tokens, tokens_from_tensor
+from tests.unit.engine.driving import GREEDY, decode, session, spans, step
+from tests.unit.engine.tiny_models import BLOCKS, COUNT, PROMPT, TinyModel
+
+MakeTinyModel = Callable[[str], TinyModel]
+WHOLE = BlockRange(0, BLOCKS)
+OPTIONS = EngineOptions(kv_positions=100, threads=1)
+PATIENCE_S = 60
+"""Longer than anything here takes on a busy machine."""
+
+
+@asynccontextmanager
+async def workers(tiny: TinyModel, count: int) -> AsyncIterator[list[WorkerEngine]]:
+    """Run a model in several worker processes, started together."""
+    engines: dict[BlockRange, WorkerEngine] = {}
+    leave = trio.Event()
+
+    async def run(blocks: BlockRange, *, task_status: trio.TaskStatus[None]) -> None:
+        async with start_worker(tiny.source(blocks), blocks, OPTIONS) as engine:
+            engines[blocks] = engine
+            task_status.started()
+            await leave.wait()
+
+    async with trio.open_nursery() as nursery:
+        async with trio.open_nursery() as starting:
+            for blocks in spans(BLOCKS, count):
+                starting.start_soon(nursery.start, run, blocks)
+        yield [engines[blocks] for blocks in spans(BLOCKS, count)]
+        leave.set()
+
+
+@asynccontextmanager
+async def stopped(engine: WorkerEngine) -> AsyncIterator[int]:
+    """Stop the worker as if it computed for a long time; give its process id."""
+    pid = engine.statistics().worker_pid
+    assert pid is not None
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        yield pid
+    finally:
+        with suppress(ProcessLookupError):  # the test may have killed it
+            os.kill(pid, signal.SIGCONT)
+
+
+def rows(number: int, position: int, tokens: list[int]) -> SliceInput:
+    return SliceInput(session=session(number), position=position, tensor=tensor_from_tokens(tokens), draws=1)
+
+
+@pytest.mark.parametrize("family", ["mixtral", "gemma3"])
+async def test_spans_in_processes_give_the_tokens_of_generate(family: str, make_tiny_model: MakeTinyModel) -> None:
+    tiny = make_tiny_model(family)
+    async with workers(tiny, 2) as engines:
+        assert await decode(engines, PROMPT, COUNT, chunk=4) == tiny.tokens
+        statistics = engines[1].statistics()
+        assert (statistics.sessions, statistics.reserved_positions, statistics.steps) == (0, 0, 3 + COUNT - 1)
+        assert 0 < statistics.compute_s < PATIENCE_S
+
+
+async def test_overlapping_steps_are_taken_in_the_order_of_the_calls(make_tiny_model: MakeTinyModel) -> None:
+    tiny = make_tiny_model("llama")
+    text = PROMPT + tiny.tokens
+    drawn: dict[int, list[int]] = {}
+    async with start_worker(tiny.source(WHOLE), WHOLE, OPTIONS) as engine:
+        await engine.open(session(1), 60, GREEDY)
+
+        async def take(position: int) -> None:
+            result = await engine.step([rows(1, position, text[position : position + 4])])
+            drawn[position] = tokens_from_tensor(result.outputs[0].tensor)
+
+        async with stopped(engine), trio.open_nursery() as nursery:
+            for position in range(0, 24, 4):
+                nursery.start_soon(take, position)
+                await trio.testing.wait_all_tasks_blocked()
+            os.kill(engine.statistics().worker_pid or 0, signal.SIGCONT)
+        assert drawn == {position: [text[position + 4]] if position >= 8 else drawn[position] for position in drawn}
+        assert list(drawn) == list(range(0, 24, 4))
+
+
+async def test_a_cancelled_step_leaves_no_trace_in_other_answers(make_tiny_model: MakeTinyModel) -> None:
+    tiny = make_tiny_model("llama")
+    async with start_worker(tiny.source(WHOLE), WHOLE, OPTIONS) as engine:
+        await engine.open(session(1), 60, GREEDY)
+        await engine.open(session(2), 30, GREEDY)
+        async with stopped(engine):
+            # More bytes than fit into the socket: some calls are cancelled before they were sent, some after. None is
+            # legal, so that they cost no time.
+            with trio.move_on_after(0.2):
+                async with trio.open_nursery() as nursery:
+                    for _ in range(20):
+                        nursery.start_soon(engine.step, [rows(2, 0, [1] * 10_000)])
+        drawn = await step([engine], session(1), 0, PROMPT, 1)
+        assert tokens_from_tensor(drawn) == tiny.tokens[:1]
+
+
+async def test_opening_and_closing_do_not_wait_for_a_computation(make_tiny_model: MakeTinyModel) -> None:
+    tiny = make_tiny_model("llama")
+    async with start_worker(tiny.source(WHOLE), WHOLE, OPTIONS) as engine:
+        async with stopped(engine):
+            with trio.fail_after(PATIENCE_S):
+                await engine.open(session(1), 60, GREEDY)
+                with pytest.raises(EngineFull):
+                    await engine.open(session(2), 41, GREEDY)
+                await engine.close(session(1))
+                await engine.close(session(1))
+                for number in range(10_000):
+                    await engine.open(session(number), 100, GREEDY)
+                    await engine.close(session(number))
+        assert engine.statistics().reserved_positions == 0
+        assert await decode([engine], PROMPT, COUNT) == tiny.tokens
+
+
+async def test_a_failed_step_is_the_fault_of_its_sessions_only(make_tiny_model: MakeTinyModel) -> None:
+    tiny = make_tiny_model("llama")
+    async with start_worker(tiny.source(WHOLE), WHOLE, OPTIONS) as engine:
+        for number in (1, 2, 3):
+            await engine.open(session(number), 30, GREEDY)
+        with pytest.raises(EngineError, match="not below 97"):
+            await engine.step([rows(1, 0, PROMPT), rows(2, 0, [97])])
+        assert engine.statistics().reserved_positions == 30
+        with pytest.raises(EngineError, match="not open"):
+            await engine.step([rows(1, 0, PROMPT)])
+        await engine.open(session(1), 30, GREEDY)
+        result = await engine.step([rows(1, 0, PROMPT), rows(3, 0, PROMPT)])
+        assert [tokens_from_tensor(output.tensor) for output in result.outputs] == [tiny.tokens[:1]] * 2
+
+
+async def test_a_killed_worker_is_an_error_of_its_calls(make_tiny_model: MakeTinyModel) -> None:
+    tiny = make_tiny_model("llama")
+    raised: list[str] = []
+    async with start_worker(tiny.source(WHOLE), WHOLE, OPTIONS) as engine:
+        await engine.open(session(1), 60, GREEDY)
+
+        async def take() -> None:
+            with pytest.raises(EngineCrashed) as caught:
+                await engine.step([rows(1, 0, PROMPT)])
+            raised.append(str(caught.value))
+
+        async with stopped(engine) as pid, trio.open_nursery() as nursery:
+            for _ in range(3):
+                nursery.start_soon(take)
+            await trio.testing.wait_all_tasks_blocked()
+            os.kill(pid, signal.SIGKILL)
+            with trio.fail_after(PATIENCE_S):
+                reason = await engine.wait_crashed()
+        assert raised == [reason] * 3
+        assert reason == "the worker of blocks 0-4 was killed by SIGKILL"
+        with pytest.raises(EngineCrashed):
+            await engine.open(session(2), 1, GREEDY)
+        await engine.close(session(1))
+        statistics = engine.statistics()
+        assert (statistics.sessions, statistics.reserved_positions, statistics.worker_pid) == (0, 0, None)
+
+
+async def test_a_span_that_cannot_be_loaded_is_said_in_one_line(make_tiny_model: MakeTinyModel, tmp_path: Path) -> None:
+    source = replace(make_tiny_model("llama").source(WHOLE), head_file=tmp_path / "gone")
+    with pytest.raises(EngineError, match=r"^blocks 0-4 cannot be loaded: .*gone") as caught:
+        async with start_worker(source, WHOLE, OPTIONS):
+            pass
+    assert not isinstance(caught.value, EngineCrashed)
+
+
+async def test_a_start_that_hangs_has_an_end(make_tiny_model: MakeTinyModel) -> None:
+    source = make_tiny_model("llama").source(WHOLE)
+    with pytest.raises(EngineError, match=r"did not load within 0\.01 s"):
+        async with start_worker(source, WHOLE, replace(OPTIONS, start_timeout_s=0.01)):
+            pass
+
+
+def test_a_worker_ends_with_its_parent() -> None:
+    ours, theirs = socket.socketpair()
+    command = [sys.executable, "-m", "node.engine.worker", str(theirs.fileno())]
+    with subprocess.Popen(command, pass_fds=[theirs.fileno()]) as worker:
+        theirs.close()
+        ours.close()
+        assert worker.wait(PATIENCE_S) == 0
