@@ -62,6 +62,13 @@ HEARTBEAT = Heartbeat(
 )
 
 
+SPAN_FIELDS = {
+    "model": bytes(32),
+    "blocks": [0, 1],
+    "load": {"sessions": 0, "queued_rows": 0, "free_positions": 0, "step_s": 0.0},
+}
+
+
 def forged(signed_kind: str, payload: Any, /, **changes: Any) -> bytes:
     """Return an envelope with a right signature over whatever payload, then changed."""
     payload_bytes = payload if isinstance(payload, bytes) else encode(payload)
@@ -176,6 +183,14 @@ def test_a_record_holds_for_a_time(issued_at_s: int, expires_at_s: int, valid: b
             unseal(SpanRecord, envelope, NOW_S)
 
 
+def test_what_others_signed_is_taken() -> None:
+    """The ground of the test below: what it spoils is right."""
+    for record in (SPAN, HEARTBEAT):
+        assert unseal(type(record), forged(record.kind, payload_of(record)), NOW_S) == record
+    heartbeat = unseal(Heartbeat, forged("heartbeat", {**payload_of(HEARTBEAT), "spans": [SPAN_FIELDS]}), NOW_S)
+    assert heartbeat.spans == (ServedSpan(model=ModelId("00" * 32), blocks=BlockRange(0, 1), load=Load()),)
+
+
 @pytest.mark.parametrize(
     ("record", "key", "value"),
     [
@@ -195,6 +210,7 @@ def test_a_record_holds_for_a_time(issued_at_s: int, expires_at_s: int, valid: b
         (HEARTBEAT, "agent", "a\n"),
         (HEARTBEAT, "leaving", 0),
         (HEARTBEAT, "spans", [{}]),
+        (HEARTBEAT, "spans", [{**SPAN_FIELDS, "more": 1}]),
         (HEARTBEAT, "spans", [[]]),
         (HEARTBEAT, "more", 1),
     ],
@@ -230,8 +246,11 @@ def test_the_better_of_two_records_is_the_newer() -> None:
     low, high = seal(SPAN, KEY), seal(replace(SPAN, sequence=8, issued_at_s=NOW_S - 5), KEY)
     assert select([low, high]) == 1
     assert select([high, low]) == 0
-    later = seal(replace(SPAN, issued_at_s=NOW_S + 1), KEY)
-    assert select([later, low]) == 0
+    # Of records with equal sequence numbers, whichever bytes are the greater.
+    for blocks in ((), SPAN.blocks, (BlockRange(1000, 1024),)):
+        later = seal(replace(SPAN, issued_at_s=NOW_S + 1, blocks=blocks), KEY)
+        assert select([later, low]) == 0
+        assert select([low, later]) == 1
     fewer = seal(replace(SPAN, blocks=()), KEY)
     assert [low, fewer][select([low, fewer])] == max(low, fewer)
     assert select([low, low]) == 0
