@@ -1,7 +1,7 @@
 """The parts of a hop, each measured by itself on the very frame that crosses it: one row of hidden states.
 
-What is left of a hop once they are taken away is waiting: the tasks of two event loops and the processes of one machine
-take turns.
+A process that has computed for a while, as a worker does, waits for a core where others want one, too. So the parts'
+fifth percentile tells what the code costs, and their median what the machine makes of it.
 """
 
 import os
