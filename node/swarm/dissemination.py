@@ -19,7 +19,7 @@ import structlog
 import trio
 
 from node.identity import Identity
-from node.network.interface import GossipMessage, Network, NetworkError, Stream
+from node.network.interface import GossipMessage, Network, NetworkError, PeerConnected, Stream
 from node.storage.database import StorageError
 from node.swarm.exchange import Initiation, Outcome, Response
 from node.swarm.history import History
@@ -210,7 +210,7 @@ class Dissemination:
             nursery.start_soon(self._listen)
             nursery.start_soon(self._keep_comparing, nursery)
             nursery.start_soon(self._keep_record)
-            nursery.start_soon(self._look_for_sources)
+            nursery.start_soon(self._heed_connections)
 
     async def leave(self) -> None:
         """Before a polite end: see that a neighbour holds what we hold, within a bounded time."""
@@ -473,17 +473,28 @@ class Dissemination:
                 _logger.debug("history record not stored", reason=str(error))
             await trio.sleep(RECORD_INTERVAL_S * self._jitter.uniform(0.75, 1.25))
 
-    async def _look_for_sources(self) -> None:
-        """Once, on the first neighbours: read from their records who holds most of what we lack, and begin there."""
+    async def _heed_connections(self) -> None:
+        """Compare with new neighbours first: behind a new link may be all that a partition has kept from us.
+
+        Of the first ones also read from their records who holds most of what we lack, and begin there.
+        """
+        asked = 0
         async with self._network.events() as events:
-            if not self._network.connected_peers():
-                async for _ in events:
-                    break
-        for peer in self._network.connected_peers()[:RECORDS_ASKED_FOR]:
-            with trio.move_on_after(RECORD_TIMEOUT_S):
-                try:
-                    if data := await self._network.get_record(history_key(peer)):
-                        record = unseal_history(history_key(peer), data, self._wall_clock())
-                        self._promising[peer] = record.estimate_lacking(await self._replica.tree())
-                except (NetworkError, RemoteProtocolError, StorageError) as error:
-                    _logger.debug("history record not read", peer=peer, reason=str(error))
+            async for event in events:
+                if isinstance(event, PeerConnected):
+                    self._promising.setdefault(event.peer, 1)
+                    self._speed_up()
+                    if asked < RECORDS_ASKED_FOR:
+                        asked += 1
+                        await self._read_record(event.peer)
+                else:
+                    self._promising.pop(event.peer, None)
+
+    async def _read_record(self, peer: PeerId) -> None:
+        with trio.move_on_after(RECORD_TIMEOUT_S):
+            try:
+                if data := await self._network.get_record(history_key(peer)):
+                    record = unseal_history(history_key(peer), data, self._wall_clock())
+                    self._promising[peer] = 1 + record.estimate_lacking(await self._replica.tree())
+            except (NetworkError, RemoteProtocolError, StorageError) as error:
+                _logger.debug("history record not read", peer=peer, reason=str(error))

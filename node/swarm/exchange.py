@@ -46,7 +46,7 @@ MAX_BARREN_COMPARES = 64
 MAX_FRONTIER = 4096
 """Prefixes that wait to be asked about; what does not fit is found again by the next session."""
 
-MAX_PUT_ENVELOPES = 512
+MAX_PUT_ENVELOPES = 128
 """Envelopes that an initiator hands over in one session. A peer that lacks more gets them itself, from many at once."""
 
 MAX_PASSES = 3

@@ -3,15 +3,16 @@
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
+from unittest.mock import patch
 
 import trio
 
 from node.network.memory import LinkModel
+from node.swarm import directory, membership
 from tests.simulation import virtual_time
 from tests.simulation.swarm import SimulatedPeer, Swarm, signatures_verified_once
 
 SETTLE_S = 10.0
-IDLE_S = 30.0
 CONVERGENCE_LIMIT_S = 300.0
 
 
@@ -29,7 +30,13 @@ class Scenario:
     leaves_per_s: float = 1.0
     observations_per_s: float = 5.0
     clock_skew_s: float = 20.0
+    idle_s: float = 10.0
     with_membership: bool = True
+
+    @property
+    def heartbeat_interval_s(self) -> float:
+        """Between the heartbeats of a peer: in a large swarm it must be longer, or heartbeats are all there is."""
+        return max(membership.HEARTBEAT_INTERVAL_S, self.peers / 4)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,7 +79,11 @@ def play(scenario: Scenario) -> Result:
         async with swarm.running(scenario.peers):
             return await _Play(scenario, swarm).run()
 
-    with signatures_verified_once():
+    with (
+        signatures_verified_once(),
+        patch.object(membership, "HEARTBEAT_INTERVAL_S", scenario.heartbeat_interval_s),
+        patch.object(directory, "LIVENESS_S", 4 * scenario.heartbeat_interval_s),
+    ):
         return virtual_time.run(program, seed=scenario.seed)
 
 
@@ -86,7 +97,7 @@ class _Play:
 
     async def run(self) -> Result:
         scenario, swarm = self._scenario, self._swarm
-        await trio.sleep(SETTLE_S)
+        await trio.sleep(SETTLE_S + 2 * scenario.heartbeat_interval_s)
         before = self._bytes_sent()
         with trio.move_on_after(scenario.faults_s):
             async with trio.open_nursery() as nursery:
@@ -97,7 +108,7 @@ class _Play:
         busy_bytes = self._bytes_sent() - before
         convergence_s = await swarm.until_converged(CONVERGENCE_LIMIT_S)
         before = self._bytes_sent()
-        await trio.sleep(IDLE_S)
+        await trio.sleep(scenario.idle_s)
         idle_bytes = self._bytes_sent() - before
         live = swarm.live()
         held = live[0].history.envelopes.keys()
@@ -113,7 +124,7 @@ class _Play:
             median_delay_s=delays_s[len(delays_s) // 2],
             p99_delay_s=delays_s[len(delays_s) * 99 // 100],
             busy_bytes_per_s=busy_bytes / scenario.faults_s / scenario.peers,
-            idle_bytes_per_s=idle_bytes / IDLE_S / len(live),
+            idle_bytes_per_s=idle_bytes / scenario.idle_s / len(live),
             sync_share=sync_bytes / self._bytes_sent(),
             trace=swarm.trace.digest(),
         )
