@@ -1,0 +1,151 @@
+import hashlib
+from collections import deque
+
+import pytest
+
+from protocol.canonical import encode
+from protocol.errors import LocalProtocolError, RemoteProtocolError
+from protocol.history import (
+    MAX_BATCH_BYTES,
+    MAX_BATCH_ENVELOPES,
+    MAX_PARTS,
+    HistoryDigest,
+    decode_batch,
+    encode_batch,
+    history_key,
+    parse_history_key,
+    summarise,
+    take_batch,
+    unseal_history,
+)
+from protocol.limits import MAX_RECORD_BYTES
+from protocol.reconciliation import IdCache, SetTree, Summary, digest_of
+from protocol.records import seal
+from tests.support.observations import NOW_S, key, peer
+
+BUCKET = NOW_S // 3600
+
+
+def tree_of(counts: dict[int, int]) -> SetTree:
+    """Return the tree of a set with so many ids in each bucket."""
+    return SetTree(
+        {
+            bucket: digest_of(hashlib.sha256(f"{bucket} {number}".encode()).digest() for number in range(count))
+            for bucket, count in counts.items()
+        },
+        IdCache(),
+    )
+
+
+def digest(tree: SetTree, **changes: object) -> HistoryDigest:
+    root = tree.summary("")
+    values = {
+        "peer": peer(1),
+        "sequence": 1,
+        "issued_at_s": NOW_S,
+        "expires_at_s": NOW_S + 1800,
+        "first_bucket": BUCKET - 720,
+        "count": root.count,
+        "digest": root.digest,
+        "parts": summarise(tree),
+        **changes,
+    }
+    return HistoryDigest(**values)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("bucket_count", [0, 1, 5, 100, 720])
+def test_a_digest_record_covers_everything_within_its_bound(bucket_count: int) -> None:
+    tree = tree_of({BUCKET - number: 1 + number % 3 for number in range(bucket_count)})
+    record = digest(tree)
+    sealed = seal(record, key(1))
+    assert len(sealed) <= MAX_RECORD_BYTES
+    assert unseal_history(history_key(peer(1)), sealed, NOW_S) == record
+    assert len(record.parts) <= MAX_PARTS
+    assert sum(part.count for part in record.parts) == tree.summary("").count
+    assert all(part == tree.summary(part.prefix) for part in record.parts)
+
+
+def test_the_newest_buckets_stand_alone() -> None:
+    tree = tree_of({BUCKET - number: 1 for number in range(720)})
+    alone = {part.prefix for part in summarise(tree) if len(part.prefix) == 8}
+    assert {f"{BUCKET - number:08x}" for number in range(24)} <= alone
+
+
+def test_a_newcomer_learns_how_much_it_lacks() -> None:
+    theirs = tree_of({BUCKET: 100, BUCKET - 1: 50})
+    record = digest(theirs)
+    assert record.estimate_lacking(tree_of({})) == 150
+    assert record.estimate_lacking(tree_of({BUCKET: 100})) == 50
+    assert record.estimate_lacking(theirs) == 0
+
+
+def test_a_record_stands_only_under_its_peers_key() -> None:
+    sealed = seal(digest(tree_of({BUCKET: 1})), key(1))
+    with pytest.raises(RemoteProtocolError, match="another key"):
+        unseal_history(history_key(peer(2)), sealed, NOW_S)
+    with pytest.raises(RemoteProtocolError, match="expired"):
+        unseal_history(history_key(peer(1)), sealed, NOW_S + 1800)
+    assert parse_history_key(history_key(peer(1))) == peer(1)
+    for wrong in ("/metaswarm/history", f"/metaswarm/span/{peer(1)}", "/metaswarm/history/nobody", "history"):
+        with pytest.raises(ValueError, match=r"no key|no peer"):
+            parse_history_key(wrong)
+
+
+@pytest.mark.parametrize(
+    "parts",
+    [
+        (Summary("1", 1, bytes(32)), Summary("12", 1, bytes(32))),
+        (Summary("2", 1, bytes(32)), Summary("1", 1, bytes(32))),
+        (Summary("1", 1, bytes(32)), Summary("1", 1, bytes(32))),
+        (Summary("1", 1, bytes(32)),),
+        (Summary("000000000", 2, bytes(32)),),
+        (Summary("x", 2, bytes(32)),),
+        (Summary("1", 2, bytes(31)),),
+        (Summary("1", 2, bytes(32)), Summary("2", 0, bytes(32))),
+    ],
+    ids=["overlap", "descend", "twice", "do not add up", "inside a bucket", "no digit", "short digest", "empty"],
+)
+def test_parts_that_make_no_sense_are_refused(parts: tuple[Summary, ...]) -> None:
+    with pytest.raises(LocalProtocolError, match="history"):
+        seal(digest(tree_of({}), count=2, parts=parts), key(1))
+
+
+def test_batches_take_what_fits_in_order() -> None:
+    envelopes = [bytes([number]) * 1000 for number in range(100)]
+    waiting = deque(envelopes)
+    taken: list[bytes] = []
+    while waiting:
+        batch = take_batch(waiting)
+        assert len(batch) <= MAX_BATCH_BYTES
+        taken += decode_batch(batch)
+    assert taken == envelopes
+    waiting = deque([b"small"] * (MAX_BATCH_ENVELOPES + 1))
+    take_batch(waiting)
+    assert len(waiting) == 1
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        {"envelopes": []},
+        {"envelopes": [b""]},
+        {"envelopes": [b"x"], "more": 1},
+        {"envelopes": ["text"]},
+        {"envelopes": [b"x"] * (MAX_BATCH_ENVELOPES + 1)},
+        {"envelopes": [bytes(MAX_RECORD_BYTES + 1)]},
+        {},
+        [],
+    ],
+    ids=lambda value: str(value)[:40],
+)
+def test_what_is_no_batch_is_refused(value: dict[str, list[bytes]]) -> None:
+    with pytest.raises(RemoteProtocolError):
+        decode_batch(encode(value))
+
+
+def test_a_batch_that_is_too_large_is_neither_made_nor_taken() -> None:
+    envelopes = [bytes(MAX_RECORD_BYTES)] * 2
+    with pytest.raises(LocalProtocolError):
+        encode_batch(envelopes)
+    with pytest.raises(RemoteProtocolError):
+        decode_batch(encode({"envelopes": envelopes}))
