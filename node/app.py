@@ -36,9 +36,11 @@ from node.storage.history import HistoryStore
 from node.storage.peers import PeerBook
 from node.swarm.acquaintances import keep_acquaintances
 from node.swarm.dissemination import Dissemination
+from node.swarm.links import LinkEstimates
 from node.swarm.membership import Membership
 from node.swarm.records import RecordKinds
-from protocol.capabilities import hardware_class
+from protocol.capabilities import Links, hardware_class
+from protocol.identity import PeerId
 
 DRAIN_LIMIT_S = 30.0
 """How long a node that was asked to stop waits for the jobs and sessions it has."""
@@ -99,6 +101,7 @@ class Node:
             self._membership,
             self._stages.switchboard,
             jitter,
+            LinkEstimates(self._network.peer_id, self._membership.round_trip_s, self._links_of).between,
             Recorder(identity, self._dissemination),
         )
         self._serving = Serving(
@@ -151,6 +154,11 @@ class Node:
         """Return the class of this machine's hardware, once it is known."""
         capabilities = self._inventory.capabilities()
         return "unknown" if capabilities is None else hardware_class(capabilities)
+
+    def _links_of(self, peer: PeerId) -> Links | None:
+        """Return what a peer said of its links to others."""
+        capabilities = self._announcer.known(peer)
+        return None if capabilities is None else capabilities.links
 
     async def _keep_history_bounded(self) -> None:
         while True:

@@ -1,24 +1,89 @@
-"""Which stages a job passes: the cheapest chain of spans that covers every block once. Pure graph search."""
+"""Which stages a job passes: the chain of spans that is predicted to serve it soonest. Pure graph search.
 
-import heapq
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+A token goes round: through every stage in order, and from the last one, which draws it, back to the first. So what a
+route costs depends on who follows whom, and its end on its beginning. Spans may overlap: a peer that can run a part of
+what it holds is entered and left at any block; of one that cannot, the whole span is a stage.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Final, NamedTuple, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+MAX_OFFERS: Final = 64
+"""Offers that are compared with each other; of more, the quickest for every block are."""
+
+TOKEN_BYTES: Final = 4
+
+
+class Link(NamedTuple):
+    """What lies between two peers, the time to handle a message included."""
+
+    round_trip_s: float
+    bytes_per_s: float
+
+
+Links: TypeAlias = Callable[[str, str], Link]
+"""The link from one peer to another; a peer may follow itself, with another of its spans."""
 
 
 @dataclass(frozen=True, slots=True, order=True)
 class Offer:
-    """A peer's offer to run blocks `start` to `end` (exclusive) for `cost_s` seconds a token, its hop included."""
+    """A peer's offer to run blocks of its span, `start` to `end` (exclusive), and what that is predicted to cost.
+
+    `block_s`: one block's part of a decode step, and `step_s` what every step waits and costs besides, both for the
+    job's method and the load there is. `row_block_s`: what one row of a prompt costs in one block. `trust`: the share
+    of jobs that this peer is expected to bear to their end, above 0. `free_positions`: KV room, None where unknown.
+    """
 
     start: int
     end: int
     peer: str
+    block_s: float
+    step_s: float = 0.0
+    row_block_s: float = 0.0
+    trust: float = 1.0
+    free_positions: int | None = None
+    divisible: bool = True
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Demand:
+    """What a job needs of a route. `row_bytes`: a row of hidden states as it travels."""
+
+    block_count: int
+    prompt_rows: int
+    new_tokens: int
+    row_bytes: int
+
+    @property
+    def positions(self) -> int:
+        """KV positions that every stage has to hold."""
+        return self.prompt_rows + self.new_tokens
+
+
+class Stage(NamedTuple):
+    """Blocks `start` to `end` (exclusive), run by a peer."""
+
+    start: int
+    end: int
+    peer: str
+
+
+@dataclass(frozen=True, slots=True)
+class Route:
+    """The stages in order, and the predicted seconds from the prompt to the last token."""
+
+    stages: tuple[Stage, ...]
     cost_s: float
 
 
 class NoRouteError(Exception):
     """No chain of offers covers all blocks. `missing` are ranges (start, end) nobody serves.
 
-    It is empty where every block is served, but the spans' edges do not meet.
+    It is empty where every block is served, but the edges of spans that are indivisible do not meet.
     """
 
     def __init__(self, missing: Sequence[tuple[int, int]]) -> None:
@@ -26,28 +91,54 @@ class NoRouteError(Exception):
         self.missing = tuple(missing)
 
 
-def find_route(block_count: int, offers: Iterable[Offer]) -> tuple[Offer, ...]:
-    """Return the chain of offers from block 0 to `block_count` with the least total cost.
+def find_route(demand: Demand, offers: Iterable[Offer], links: Links) -> Route:
+    """Return the route that is predicted to be done first. Raises NoRouteError.
 
-    Dijkstra's algorithm over the boundaries between blocks. Of equal costs the chain with fewer stages wins, then the
-    one that sorts first, so that the answer depends on nothing but the offers. Raises NoRouteError.
+    Peers without KV room for the job are left out, unless there is no route without them: then they may say so.
+    Of equal routes the one whose offers sort first is taken, so that the answer depends on nothing but the arguments.
     """
-    by_start: dict[int, list[Offer]] = {}
-    for offer in offers:
-        if 0 <= offer.start < offer.end <= block_count:
-            by_start.setdefault(offer.start, []).append(offer)
-    settled: set[int] = set()
-    frontier: list[tuple[float, int, tuple[Offer, ...], int]] = [(0.0, 0, (), 0)]
-    while frontier:
-        cost_s, stages, chain, boundary = heapq.heappop(frontier)
-        if boundary == block_count:
-            return chain
-        if boundary in settled:
-            continue
-        settled.add(boundary)
-        for offer in by_start.get(boundary, ()):
-            heapq.heappush(frontier, (cost_s + offer.cost_s, stages + 1, (*chain, offer), offer.end))
-    raise NoRouteError(uncovered(block_count, ((o.start, o.end) for of_start in by_start.values() for o in of_start)))
+    fitting = [offer for offer in offers if 0 <= offer.start < offer.end <= demand.block_count]
+    for allowed in (_with_room(fitting, demand), fitting):
+        route = _Search(demand, 0, demand.block_count, allowed, links).round_trip()
+        if route is not None:
+            return route
+    raise NoRouteError(uncovered(demand.block_count, ((offer.start, offer.end) for offer in fitting)))
+
+
+def find_replacement(
+    demand: Demand, stages: Sequence[Stage], lost: int, offers: Iterable[Offer], links: Links
+) -> tuple[Stage, ...]:
+    """Return what best takes the place of stage number `lost`, without its peer, while all others stay.
+
+    It may be several stages. Raises NoRouteError where nobody can, with the blocks of the lost stage that are missing.
+    """
+    _, _, peer = stage = stages[lost]
+    rest = [offer for offer in offers if offer.peer != peer]
+    if len(stages) == 1:
+        return find_route(demand, rest, links).stages
+    before, after = stages[lost - 1].peer, stages[(lost + 1) % len(stages)].peer
+    fitting = [clipped for offer in rest if (clipped := _clip(offer, stage.start, stage.end)) is not None]
+    for allowed in (_with_room(fitting, demand), fitting):
+        search = _Search(demand, stage.start, stage.end, allowed, links)
+        found = search.between(before, after, first=lost == 0, last=lost == len(stages) - 1)
+        if found is not None:
+            return found.stages
+    missing = uncovered(demand.block_count, ((offer.start, offer.end) for offer in fitting))
+    raise NoRouteError([span for a, b in missing if (span := (max(a, stage.start), min(b, stage.end)))[0] < span[1]])
+
+
+def find_spares(
+    demand: Demand, stages: Sequence[Stage], offers: Sequence[Offer], links: Links
+) -> tuple[tuple[Stage, ...], ...]:
+    """Return for every stage what would take its place; nothing where nobody can."""
+
+    def spare(number: int) -> tuple[Stage, ...]:
+        try:
+            return find_replacement(demand, stages, number, offers, links)
+        except NoRouteError:
+            return ()
+
+    return tuple(spare(number) for number in range(len(stages)))
 
 
 def uncovered(block_count: int, spans: Iterable[tuple[int, int]]) -> tuple[tuple[int, int], ...]:
@@ -64,3 +155,146 @@ def uncovered(block_count: int, spans: Iterable[tuple[int, int]]) -> tuple[tuple
         else:
             missing.append((block, block + 1))
     return tuple(missing)
+
+
+def stage_cost_s(demand: Demand, offer: Offer, blocks: int) -> float:
+    """Return what a stage of so many blocks adds to a job: its steps and the prompt, over the trust in the peer."""
+    work_s = blocks * (demand.new_tokens * offer.block_s + demand.prompt_rows * offer.row_block_s)
+    return (work_s + demand.new_tokens * offer.step_s) / offer.trust
+
+
+def hop_cost_s(demand: Demand, link: Link) -> float:
+    """Return what a job pays for passing hidden states from one stage to the next."""
+    rows = demand.prompt_rows + demand.new_tokens
+    return (demand.new_tokens + 1) * link.round_trip_s / 2 + rows * demand.row_bytes / link.bytes_per_s
+
+
+def return_cost_s(demand: Demand, link: Link) -> float:
+    """Return what a job pays for the way of its tokens from the last stage to the first."""
+    return demand.new_tokens * (link.round_trip_s / 2 + TOKEN_BYTES / link.bytes_per_s)
+
+
+def _with_room(offers: Sequence[Offer], demand: Demand) -> list[Offer]:
+    return [o for o in offers if o.free_positions is None or o.free_positions >= demand.positions]
+
+
+def _clip(offer: Offer, start: int, end: int) -> Offer | None:
+    """Return what an offer has within a range; None if that is nothing, or cannot be had by itself."""
+    clipped = replace(offer, start=max(offer.start, start), end=min(offer.end, end))
+    if clipped.start >= clipped.end or (not offer.divisible and clipped != offer):
+        return None
+    return clipped
+
+
+_Costs: TypeAlias = NDArray[np.float64]
+
+
+class _Search:
+    """Dynamic programming over blocks: what is left to pay after a block was run by an offer's peer."""
+
+    def __init__(self, demand: Demand, start: int, end: int, offers: Sequence[Offer], links: Links) -> None:
+        self._demand = demand
+        self._start = start
+        self._end = end
+        self._links = links
+        self._offers = offers = _shortlist(demand, sorted(offers))
+        self._enter_s = np.array([stage_cost_s(demand, offer, 0) for offer in offers])
+        self._run_s = np.array([stage_cost_s(demand, offer, 1) for offer in offers]) - self._enter_s
+        starts, ends = (np.array([getattr(o, edge) for o in offers], dtype=int) for edge in ("start", "end"))
+        whole = np.array([not offer.divisible for offer in offers], dtype=bool)
+        blocks = np.arange(start, end)[:, None]
+        self._covers = (starts <= blocks) & (blocks < ends)
+        self._enters = self._covers & (~whole | (starts == blocks))
+        self._leaves = self._covers & (~whole | (ends == blocks + 1))
+        self._hop_s = self._costs_between(hop_cost_s)
+        np.fill_diagonal(self._hop_s, np.inf)
+
+    def round_trip(self) -> Route | None:
+        """Return the best route whose last stage feeds the first.
+
+        The way back depends on both, so each first stage is a search of its own; most are ruled out by what their
+        routes would cost at least, with the shortest way back that there is.
+        """
+        if not self._covers.any(axis=1).all():
+            return None
+        back_s = self._costs_between(return_cost_s)
+        firsts = self._entering_s()
+        least_s = firsts + self._to_go(back_s[:, np.isfinite(firsts)].min(axis=1, initial=np.inf))[0][0]
+        best: Route | None = None
+        for first in np.argsort(least_s, kind="stable"):
+            if not np.isfinite(least_s[first]) or (best is not None and least_s[first] >= best.cost_s):
+                break
+            left_s, following = self._to_go(back_s[:, first])
+            cost_s = float(firsts[first] + left_s[0][first])
+            if np.isfinite(cost_s) and (best is None or cost_s < best.cost_s):
+                best = Route(self._walk(int(first), following), cost_s)
+        return best
+
+    def between(self, before: str, after: str, *, first: bool, last: bool) -> Route | None:
+        """Return the best way from one peer to another; `first` and `last` say that a token passes there, no row."""
+        if not self._covers.any(axis=1).all():
+            return None
+        to_first = return_cost_s if first else hop_cost_s
+        from_last = return_cost_s if last else hop_cost_s
+        peers = [offer.peer for offer in self._offers]
+        arriving_s = np.array([to_first(self._demand, self._links(before, peer)) for peer in peers])
+        left_s, following = self._to_go(np.array([from_last(self._demand, self._links(p, after)) for p in peers]))
+        costs_s = self._entering_s() + arriving_s + left_s[0]
+        best = int(costs_s.argmin())
+        return Route(self._walk(best, following), float(costs_s[best])) if np.isfinite(costs_s[best]) else None
+
+    def _costs_between(self, cost_s: Callable[[Demand, Link], float]) -> _Costs:
+        """Return what a link costs, from the peer of each offer (rows) to that of each other."""
+        peers = [offer.peer for offer in self._offers]
+        costs_s = [[cost_s(self._demand, self._links(a, b)) for b in peers] for a in peers]
+        return np.array(costs_s, dtype=float).reshape(len(peers), len(peers))
+
+    def _entering_s(self) -> _Costs:
+        """Return what it costs to enter the first block at each offer's peer and to run it."""
+        return np.where(self._enters[0], self._enter_s + self._run_s, np.inf)
+
+    def _to_go(self, leaving_s: _Costs) -> tuple[list[_Costs], list[NDArray[np.intp]]]:
+        """Return, for each block and each offer that has just run it, what is left to pay and who runs the next.
+
+        `leaving_s`: what is left after the last block.
+        """
+        left_s = [np.where(self._leaves[-1], leaving_s, np.inf)]
+        following: list[NDArray[np.intp]] = []
+        own = np.arange(len(self._offers))
+        for block in range(self._end - self._start - 1, 0, -1):
+            onward_s = np.where(self._covers[block], self._run_s, np.inf) + left_s[-1]
+            entered_s = np.where(self._enters[block], self._enter_s, np.inf) + onward_s
+            hopping_s = self._hop_s + entered_s[None, :]
+            best = hopping_s.argmin(axis=1)
+            hop_s = np.where(self._leaves[block - 1], hopping_s[own, best], np.inf)
+            stay_s = np.where(self._covers[block - 1], onward_s, np.inf)
+            following.append(np.where(stay_s <= hop_s, own, best))
+            left_s.append(np.minimum(stay_s, hop_s))
+        return left_s[::-1], following[::-1]
+
+    def _walk(self, offer: int, following: Sequence[NDArray[np.intp]]) -> tuple[Stage, ...]:
+        """Return the stages of the way that begins with an offer."""
+        stages: list[Stage] = []
+        begun = self._start
+        for block, choice in enumerate(following, self._start + 1):
+            if choice[offer] != offer:
+                stages.append(Stage(begun, block, self._offers[offer].peer))
+                offer, begun = int(choice[offer]), block
+        return (*stages, Stage(begun, self._end, self._offers[offer].peer))
+
+
+def _shortlist(demand: Demand, offers: Sequence[Offer]) -> Sequence[Offer]:
+    """Return at most MAX_OFFERS offers, in their order: for every block the quickest, then the next, and so on."""
+    if len(offers) <= MAX_OFFERS:
+        return offers
+    cost_s = [stage_cost_s(demand, offer, offer.end - offer.start) / (offer.end - offer.start) for offer in offers]
+    by_speed = sorted(range(len(offers)), key=lambda number: cost_s[number])
+    chosen: set[int] = set()
+    taken = [0] * demand.block_count
+    for depth in range(1, MAX_OFFERS + 1):
+        for number in by_speed:
+            start, end = offers[number].start, offers[number].end
+            if len(chosen) < MAX_OFFERS and number not in chosen and min(taken[start:end]) < depth:
+                chosen.add(number)
+                taken[start:end] = [count + 1 for count in taken[start:end]]
+    return [offers[number] for number in sorted(chosen)]

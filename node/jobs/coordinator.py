@@ -8,7 +8,7 @@ import math
 import random
 import secrets
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Iterable
+from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass, field, replace
 from typing import Protocol
@@ -31,17 +31,17 @@ from node.jobs.interface import (
     Usage,
     Vote,
 )
+from node.jobs.planner import Finder, Planner, RouteNeed
 from node.jobs.recorder import Recorder
 from node.jobs.route import Drawn, OpenRoute, Rejection, RouteLost, RouteRejected, Stop
 from node.jobs.switchboard import Switchboard
 from node.models.errors import ModelError
 from node.models.library import KnownModel
 from node.models.tokenizer import StopFinder, StreamDecoder
-from node.swarm.directory import Candidate
-from protocol.identity import BlockRange, JobId, ModelId, PeerId
+from protocol.identity import JobId, PeerId
 from protocol.measurements import StageObservation
 from protocol.messages import Closed, FinishReason, RefusalReason, Sampling
-from selector.routing import NoRouteError, Offer, find_route
+from selector.routing import Demand, Links, NoRouteError
 from selector.task import METHODS, Method
 
 DEFAULT_MAX_TOKENS = 512
@@ -59,12 +59,6 @@ SHORT_PROMPT_CHARACTERS = 4096
 RETRY_AFTER_S = 2.0
 """What a client is told to wait where blocks are not served or peers are full."""
 
-HOP_S = 0.003
-"""What one more stage costs a token, besides its blocks, where nothing was measured yet."""
-
-UNKNOWN_BLOCK_S = 0.003
-"""What a block costs a token on a peer that has not told its step time yet."""
-
 _logger = structlog.get_logger(__name__)
 
 
@@ -73,18 +67,6 @@ class Models(Protocol):
 
     async def open(self, text: str) -> KnownModel:
         """Return the model that the user means. Raises ModelError with one line for the user."""
-        ...
-
-
-class Finder(Protocol):
-    """Knows who serves what; `node.swarm.membership` is the real one."""
-
-    async def candidates(self, model: ModelId, block_count: int, *, without: Iterable[PeerId]) -> tuple[Candidate, ...]:
-        """Return the live peers that serve spans of a model; asks the DHT where those known do not suffice."""
-        ...
-
-    def forget(self, peer: PeerId) -> None:
-        """Take a peer for dead until it is heard again."""
         ...
 
 
@@ -115,6 +97,18 @@ class _Job:
     avoided: dict[PeerId, Rejection] = field(default_factory=dict)
     route: OpenRoute | None = None
 
+    def need(self) -> RouteNeed:
+        """Return what is needed of a route for what is left of the job."""
+        rows = len(self.prompt) + len(self.tokens)
+        new_tokens = self.sampling.max_tokens - len(self.tokens)
+        demand = Demand(
+            block_count=self.model.block_count,
+            prompt_rows=rows,
+            new_tokens=new_tokens,
+            row_bytes=4 * self.model.hidden_size,
+        )
+        return RouteNeed(model=self.model.id, demand=demand)
+
 
 class Coordinator:
     """Takes jobs submitted at this node; implements `Submitter`."""
@@ -125,13 +119,14 @@ class Coordinator:
         finder: Finder,
         switchboard: Switchboard,
         jitter: random.Random,
+        links: Links,
         recorder: Recorder | None = None,
     ) -> None:
-        """Take no job yet. `recorder` is told of every job that was done."""
+        """Take no job yet. `links`: between any two peers; `recorder` is told of every job that was done."""
         self.draining = False
         self._recorder = recorder
         self._models = models
-        self._finder = finder
+        self._planner = Planner(finder, links, switchboard.peer_id)
         self._switchboard = switchboard
         self._jitter = jitter
         self._statistics = CoordinatorStatistics()
@@ -199,7 +194,10 @@ class Coordinator:
         for attempt in range(MAX_ATTEMPTS):
             if attempt:
                 await trio.sleep(self._jitter.uniform(0.5, 1.5) * 0.05 * 2**attempt)
-            stops = await self._find_stops(job)
+            try:
+                stops = await self._planner.route(job.need(), job.avoided)
+            except NoRouteError as error:
+                raise _no_route(job, error) from None
             route = OpenRoute(stops, self._switchboard, sampling)
             job.route = route
             try:
@@ -223,22 +221,13 @@ class Coordinator:
         """Keep a job away from a peer; one that cannot be reached is taken for dead until it is heard again."""
         _logger.info("stage not available", job=job.id, peer=rejection.peer, reason=rejection.message)
         job.avoided[rejection.peer] = rejection
-        if rejection.reason is None and rejection.peer != self._switchboard.peer_id:
-            self._finder.forget(rejection.peer)
+        if rejection.reason is None:
+            self._planner.failed(rejection.peer, dead=True)
 
     def _avoid_culprit(self, job: _Job, route: OpenRoute, lost: RouteLost) -> None:
         """Avoid whom a stage blames if it is on the route, else the stage itself: nobody may slander outsiders."""
         culprit = lost.blamed if lost.blamed in {stop.peer for stop in route.stops} else lost.reporter
         self._avoid(job, Rejection(culprit, None, lost.message))
-
-    async def _find_stops(self, job: _Job) -> list[Stop]:
-        candidates = await self._finder.candidates(job.model.id, job.model.block_count, without=job.avoided)
-        offers = [_offer_of(candidate) for candidate in candidates]
-        try:
-            route = find_route(job.model.block_count, offers)
-        except NoRouteError as error:
-            raise _no_route(job, error) from None
-        return [Stop(PeerId(offer.peer), BlockRange(offer.start, offer.end)) for offer in route]
 
     async def _events(self, job: _Job) -> AsyncGenerator[JobEvent, None]:
         """Yield the job's events; at the end the route is closed and `job.route` None."""
@@ -295,6 +284,7 @@ class Coordinator:
             raise AssertionError("a job that ends has a route")
         closed = await route.close()
         job.route = None
+        self._planner.served(stop.peer for stop in route.stops)
         count = len(job.tokens)
         votes = tuple(
             Vote(peer=stop.peer, scores=dict(answer.votes))
@@ -346,13 +336,6 @@ def _observed(stop: Stop, closed: Closed) -> StageObservation:
 def _stage_of(stop: Stop, closed: Closed) -> RouteStage:
     statistics = closed.statistics
     return RouteStage(peer=stop.peer, blocks=stop.blocks, compute_s=statistics.compute_s, queue_s=statistics.queue_s)
-
-
-def _offer_of(candidate: Candidate) -> Offer:
-    """Return what a span is predicted to cost a token: its step time, stretched by those who share it, and a hop."""
-    load = candidate.load
-    step_s = load.step_s or UNKNOWN_BLOCK_S * len(candidate.blocks)
-    return Offer(candidate.blocks.start, candidate.blocks.end, candidate.peer, step_s * (1 + load.sessions) + HOP_S)
 
 
 def _method_of(request: JobRequest) -> Method:

@@ -17,6 +17,7 @@ from node.jobs.stage import Stages
 from node.models.library import KnownModel
 from node.network.interface import Network
 from node.network.memory import LinkModel, MemoryNetworkHub
+from node.swarm.links import LinkEstimates
 from node.swarm.membership import Membership
 from node.swarm.records import RecordKinds
 from protocol.identity import BlockRange, JobId, PeerId, SessionId
@@ -121,7 +122,8 @@ class Swarm:
             wall_clock=lambda: 1_800_000_000 + trio.current_time(),
         )
         tokenizer = NumberTokenizer()
-        coordinator = Coordinator(OneModel(tokenizer), membership, stages.switchboard, self._rng)
+        links = LinkEstimates(network.peer_id, membership.round_trip_s, lambda _: None).between
+        coordinator = Coordinator(OneModel(tokenizer), membership, stages.switchboard, self._rng, links)
         peer = Peer(network, stages, membership, coordinator, tokenizer)
         self.peers.append(peer)
         await self._nursery.start(self._carry, peer, spans, step_s, shape)

@@ -1,0 +1,117 @@
+"""Plans routes: turns what is known of the live peers into offers, and remembers who failed."""
+
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import trio
+
+from node.jobs.route import Stop
+from node.swarm.directory import Candidate
+from protocol.identity import BlockRange, ModelId, PeerId
+from selector.routing import Demand, Links, NoRouteError, Offer, find_replacement, find_route
+from selector.routing import Stage as Leg
+from selector.trust import Reliability
+
+UNKNOWN_BLOCK_S = 0.003
+"""What a block costs a token on a peer that has not told its step time yet."""
+
+PROMPT_ROWS_PER_STEP = 12
+"""Rows of a prompt that take as long as one decode step: what reads all weights once for a single row is slow."""
+
+
+class Finder(Protocol):
+    """Knows who serves what; `node.swarm.membership` is the real one."""
+
+    async def candidates(self, model: ModelId, block_count: int, *, without: Iterable[PeerId]) -> tuple[Candidate, ...]:
+        """Return the live peers that serve spans of a model; asks the DHT where those known do not suffice."""
+        ...
+
+    def forget(self, peer: PeerId) -> None:
+        """Take a peer for dead until it is heard again."""
+        ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RouteNeed:
+    """What a job needs of a route."""
+
+    model: ModelId
+    demand: Demand
+
+
+class Planner:
+    """Finds routes for the jobs of this node."""
+
+    def __init__(self, finder: Finder, links: Links, own_peer: PeerId) -> None:
+        self._finder = finder
+        self._links = links
+        self._own_peer = own_peer
+        self._reliability = Reliability()
+
+    async def route(self, need: RouteNeed, without: Collection[PeerId]) -> list[Stop]:
+        """Return the best route without some peers. Raises NoRouteError.
+
+        Whoever failed of late is used only where there is no route without it.
+        """
+        offers = await self._offers(need, without)
+        trusted, everybody = self._trusted(offers), offers
+        try:
+            stages = find_route(need.demand, trusted, self._links).stages
+        except NoRouteError:
+            stages = find_route(need.demand, everybody, self._links).stages
+        return list(map(_stop, stages))
+
+    async def replacement(
+        self, need: RouteNeed, stops: Sequence[Stop], lost: int, without: Collection[PeerId]
+    ) -> list[Stop]:
+        """Return what best takes the place of one stage of a route, without some peers. Raises NoRouteError."""
+        offers = await self._offers(need, without)
+        legs = [Leg(stop.blocks.start, stop.blocks.end, stop.peer) for stop in stops]
+        try:
+            found = find_replacement(need.demand, legs, lost, self._trusted(offers), self._links)
+        except NoRouteError:
+            found = find_replacement(need.demand, legs, lost, offers, self._links)
+        return list(map(_stop, found))
+
+    def failed(self, peer: PeerId, *, dead: bool) -> None:
+        """Leave a peer alone for a while; one that is taken for dead is out until it is heard again."""
+        self._reliability.failed(peer, trio.current_time())
+        if dead and peer != self._own_peer:
+            self._finder.forget(peer)
+
+    def served(self, peers: Iterable[PeerId]) -> None:
+        """Note that peers bore a job to its end."""
+        for peer in peers:
+            self._reliability.served(peer, trio.current_time())
+
+    async def _offers(self, need: RouteNeed, without: Collection[PeerId]) -> list[Offer]:
+        found = await self._finder.candidates(need.model, need.demand.block_count, without=without)
+        now_s = trio.current_time()
+        return [_offer(candidate, self._reliability.trust(candidate.peer, now_s)) for candidate in found]
+
+    def _trusted(self, offers: Sequence[Offer]) -> list[Offer]:
+        avoided = self._reliability.avoided(trio.current_time())
+        return [offer for offer in offers if offer.peer not in avoided]
+
+
+def _offer(candidate: Candidate, trust: float) -> Offer:
+    """Return what a span is predicted to cost: its step time as it told it last, stretched by those who share it."""
+    load, blocks = candidate.load, candidate.blocks
+    block_s = load.step_s / len(blocks) if load.step_s else UNKNOWN_BLOCK_S
+    shared_s = block_s * (1 + load.sessions)
+    return Offer(
+        start=blocks.start,
+        end=blocks.end,
+        peer=candidate.peer,
+        block_s=shared_s,
+        row_block_s=shared_s / PROMPT_ROWS_PER_STEP,
+        trust=trust,
+        # A stage that has told no load, because only its record was found, says nothing of its room either.
+        free_positions=load.free_positions or None,
+        divisible=False,
+    )
+
+
+def _stop(leg: Leg) -> Stop:
+    return Stop(PeerId(leg.peer), BlockRange(leg.start, leg.end))
