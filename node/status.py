@@ -65,7 +65,10 @@ class StatusView:
         """Return the known peers, without this one."""
         now_s = trio.current_time()
         connected = set(self._network.connected_peers())
-        heard = {p.peer: p for p in self._membership.directory.presences() if p.peer != self._network.peer_id}
+        directory = self._membership.directory
+        # Who left for good has closed its connections; until then it ends the work that it has.
+        leaving = {p.peer: p for p in directory.departing() if p.peer in connected}
+        heard = leaving | {p.peer: p for p in directory.presences() if p.peer != self._network.peer_id}
         peers: list[PeerStatus] = []
         for peer in sorted({*heard, *connected}):
             presence = heard.get(peer)
@@ -75,7 +78,7 @@ class StatusView:
                     "addresses": list(presence.multiaddrs if presence else self._network.addresses_of(peer)),
                     "agent": presence.agent if presence else "",
                     "connected": peer in connected,
-                    "leaving": False,
+                    "leaving": peer in leaving,
                     "rtt_s": self._membership.round_trip_s(peer),
                     "last_seen_s": round(now_s - presence.last_heard_s, 3) if presence else None,
                     "spans": [

@@ -50,6 +50,8 @@ class MemoryNetworkHub:
         self.by_endpoint: dict[str, MemoryNetwork] = {}
         self._hosts = itertools.count(1)
         self.connection_numbers = itertools.count(1)
+        # One count for all: a peer that comes back must not repeat numbers, or its messages count as seen.
+        self.message_numbers = itertools.count(1)
         self._groups: dict[PeerId, int] = {}
         self._stopped: dict[PeerId, None] = {}
         self._blocked_since: dict[tuple[PeerId, PeerId], float] = {}

@@ -69,7 +69,6 @@ class MemoryNetwork:
         self._records: dict[str, bytes] = {}
         self._providers: dict[bytes, dict[PeerId, None]] = {}
         self._events: Fanout[PeerConnected | PeerDisconnected] = Fanout(CAPACITY)
-        self._published = itertools.count()
         self._sequence = itertools.count()
         self._agenda: list[tuple[float, int, Packet]] = []
         self._agenda_changed = trio.lowlevel.ParkingLot()
@@ -332,7 +331,7 @@ class MemoryNetwork:
         if len(data) > MAX_MESSAGE_BYTES:
             raise NetworkError(f"a gossip message has at most {MAX_MESSAGE_BYTES} bytes, not {len(data)}")
         await trio.lowlevel.checkpoint()
-        self.hear(topic, GossipMessage(self._peer_id, bytes(data)), next(self._published), self._peer_id)
+        self.hear(topic, GossipMessage(self._peer_id, bytes(data)), next(self.hub.message_numbers), self._peer_id)
 
     def hear(self, name: str, message: GossipMessage, number: int, forwarder: PeerId) -> None:
         """Take in a message for the first time, and forward it."""

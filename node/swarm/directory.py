@@ -45,47 +45,55 @@ class Directory:
     def __init__(self, *, own_peer: PeerId) -> None:
         self._own_peer = own_peer
         self._presences: dict[PeerId, Presence] = {}
+        self._departing: dict[PeerId, Presence] = {}
         self._departed: dict[PeerId, int] = {}
 
     def hear(self, heartbeat: Heartbeat, now_s: float) -> bool:
         """Take in a verified heartbeat; return whether it told anything new.
 
-        A peer that said it leaves is forgotten at once, and older heartbeats of it still under way do not revive it.
+        A peer that said it leaves is no candidate any more, and older heartbeats of it still under way do not revive
+        it; while it ends its work it goes on saying so.
         """
         known = self._presences.get(heartbeat.peer)
         newest = known.sequence if known else self._departed.get(heartbeat.peer, -1)
         if heartbeat.sequence <= newest:
             return False
+        presence = Presence(
+            heartbeat.peer, heartbeat.sequence, heartbeat.agent, heartbeat.multiaddrs, heartbeat.spans, now_s
+        )
+        self._presences.pop(heartbeat.peer, None)
+        self._departing.pop(heartbeat.peer, None)
+        self._departed.pop(heartbeat.peer, None)
         if heartbeat.leaving:
-            self._presences.pop(heartbeat.peer, None)
+            _remember(self._departing, presence)
             self._departed[heartbeat.peer] = heartbeat.sequence
             if len(self._departed) > MAX_PEERS:
                 del self._departed[next(iter(self._departed))]
-            return True
-        self._departed.pop(heartbeat.peer, None)
-        # Taken out and put in again: the dictionary's order is the order of hearing.
-        self._presences.pop(heartbeat.peer, None)
-        self._presences[heartbeat.peer] = Presence(
-            heartbeat.peer, heartbeat.sequence, heartbeat.agent, heartbeat.multiaddrs, heartbeat.spans, now_s
-        )
-        if len(self._presences) > MAX_PEERS:
-            del self._presences[next(iter(self._presences))]
+        else:
+            _remember(self._presences, presence)
         return True
 
     def forget(self, peer: PeerId) -> None:
         """Drop a peer that was found dead; its next heartbeat revives it."""
         self._presences.pop(peer, None)
+        self._departing.pop(peer, None)
 
     def expire(self, now_s: float) -> tuple[PeerId, ...]:
-        """Forget the peers that were not heard for too long and return them."""
-        dead = tuple(p.peer for p in self._presences.values() if now_s - p.last_heard_s > LIVENESS_S)
+        """Forget the peers that were not heard for too long and return them, without those that said they leave."""
+        dead = _silent(self._presences, now_s)
         for peer in dead:
             del self._presences[peer]
+        for peer in _silent(self._departing, now_s):
+            del self._departing[peer]
         return dead
 
     def presences(self) -> tuple[Presence, ...]:
-        """Return every live peer, ourselves included where we heard ourselves."""
+        """Return every live peer that means to stay, ourselves included where we heard ourselves."""
         return tuple(self._presences.values())
+
+    def departing(self) -> tuple[Presence, ...]:
+        """Return the peers that said they leave and were heard since: they end the work that they have."""
+        return tuple(self._departing.values())
 
     def get(self, peer: PeerId) -> Presence | None:
         """Return what is known of a live peer."""
@@ -109,3 +117,14 @@ class Directory:
             for span in presence.spans:
                 found.setdefault(span.model, {})[presence.peer] = None
         return {model: tuple(peers) for model, peers in found.items()}
+
+
+def _remember(presences: dict[PeerId, Presence], presence: Presence) -> None:
+    """Put a presence last, so that the dictionary's order is the order of hearing, and make room for it."""
+    presences[presence.peer] = presence
+    if len(presences) > MAX_PEERS:
+        del presences[next(iter(presences))]
+
+
+def _silent(presences: dict[PeerId, Presence], now_s: float) -> tuple[PeerId, ...]:
+    return tuple(presence.peer for presence in presences.values() if now_s - presence.last_heard_s > LIVENESS_S)

@@ -199,6 +199,7 @@ async def test_a_draining_peer_finishes_what_it_has_and_takes_nothing_new(autoju
             with pytest.raises(JobError) as caught:
                 await peer.run(JobRequest(model="fake", prompt=PROMPT))
             assert caught.value.code is JobErrorCode.UNCOVERED
+            assert [presence.peer for presence in peer.membership.directory.departing()] == [leaving.id]
             assert [event async for event in events][-1].token_ids == right_tokens(30)  # type: ignore[union-attr]
         with trio.fail_after(1):
             await leaving.stages.wait_idle()

@@ -209,6 +209,22 @@ async def test_a_killed_peer_may_come_back(autojump_clock: CLOCK) -> None:
             assert await receive_exactly(stream, 5) == b"again"
 
 
+async def test_what_a_peer_says_after_it_came_back_is_news(autojump_clock: CLOCK) -> None:
+    hub = MemoryNetworkHub(random.Random(0))
+    async with AsyncExitStack() as stack:
+        a, b = await start(stack, hub, 2)
+        async with a.subscribe(TOPIC) as messages:
+            await b.publish(TOPIC, b"before")
+            assert (await anext(messages)).data == b"before"
+            hub.kill(b.peer_id)
+            reborn = prepare(hub.network(b.peer_id))
+            async with reborn.running():
+                await a.connect(reborn.multiaddrs[0])
+                await reborn.publish(TOPIC, b"after")
+                with trio.fail_after(1):
+                    assert (await anext(messages)).data == b"after"
+
+
 async def test_a_reader_that_takes_nothing_is_cut_off(autojump_clock: CLOCK) -> None:
     async def stay(stream: Stream) -> None:
         await trio.sleep_forever()
