@@ -57,16 +57,22 @@ class Node:
     """One peer: its rooms, wired. `running` brings it to life."""
 
     def __init__(self, config: NodeConfig, database: Database) -> None:
+        traffic = TrafficMeter()
         try:
             identity = load_or_create(config.data_dir)
-            self._network = Libp2pNetwork(identity.seed, listen=config.listen, swarm_key=config.swarm_key)
+            self._network = Libp2pNetwork(
+                identity.seed,
+                listen=config.listen,
+                swarm_key=config.swarm_key,
+                on_sent=traffic.sent,
+                on_received=traffic.received,
+            )
         except (IdentityError, ValueError) as error:
             raise StartError(str(error)) from None
         agent = f"{APPLICATION}/{version(APPLICATION)}"
         jitter = random.Random(identity.peer_id)
         self._config = config
         records = RecordKinds(self._network)
-        traffic = TrafficMeter()
         self._history = HistoryStore(database)
         self._peer_book = PeerBook(database)
         # Measured once for all nodes of this user on this machine: the figures are the machine's.

@@ -56,8 +56,8 @@ class _Link:
 class TrafficMeter:
     """Is told of transfers and round trips, and says what the links to the neighbours are like.
 
-    The seconds of a transfer run until its last byte was consumed at the far end, for example from a request to the end
-    of its answer: a send that returned has only filled buffers.
+    The seconds of a transfer run until its last byte is known to have arrived at the far end: a send that returned has
+    only filled buffers. `node.network` tells of what it sees on its connections.
     """
 
     def __init__(self) -> None:

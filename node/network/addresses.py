@@ -87,6 +87,23 @@ def origin(host: str) -> str:
     return str(ip)
 
 
+def address_range(host: str) -> str | None:
+    """Return what one party is likely to hold as a whole: a public IPv4 /24 or IPv6 /56.
+
+    None for loopback, link-local, private and other addresses that the internet does not route, and for names: whole
+    swarms live within one such range, and nobody buys addresses there.
+    """
+    try:
+        ip = ipaddress.ip_address(host)
+    except ValueError:
+        return None
+    if isinstance(ip, ipaddress.IPv6Address) and ip.ipv4_mapped is not None:
+        ip = ip.ipv4_mapped
+    if not ip.is_global:
+        return None
+    return str(ipaddress.ip_network((ip, 24 if ip.version == 4 else 56), strict=False))
+
+
 class AddressBook:
     """Where peers were last said to be. Bounded: the peer that was learned of longest ago is forgotten first."""
 

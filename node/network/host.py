@@ -18,6 +18,7 @@ from libp2p.peer.peerstore import PeerStoreError
 from multiaddr import Multiaddr
 
 from node.network.addresses import AddressBook, expand_wildcard, parse_address, parse_peer_address
+from node.network.admission import InboundLimits
 from node.network.dht import Dht
 from node.network.fanout import Fanout
 from node.network.gossip import Gossip
@@ -31,10 +32,11 @@ from node.network.interface import (
     RecordValidator,
     Stream,
     StreamHandler,
+    TransferReport,
 )
 from node.network.streams import Libp2pStream, serve, wrap
 from node.network.swarm import GuardedHost, GuardedSwarm, quiet_library, start_service
-from node.network.transport import Admission, Tcp, bind, reason, secure_upgrader
+from node.network.transport import Tcp, bind, reason, secure_upgrader
 from node.network.yamux_stream import YamuxLimits, shielded
 from protocol.identity import PeerId, peer_id_from_public_key
 
@@ -55,8 +57,8 @@ class NetworkLimits:
     request_timeout_s: float = 10.0
     """For a ping, for the negotiation of a stream, and for every operation on the DHT."""
     max_connections: int = 512
-    max_connections_per_origin: int = 128
-    """From one IPv4 address or IPv6 /64, unfinished handshakes apart."""
+    inbound: InboundLimits = field(default=InboundLimits(total=384, per_origin=128, per_range=96))
+    """Finished ones that others opened. The rest is for those whom we want to reach ourselves."""
     streams: YamuxLimits = field(default_factory=YamuxLimits)
 
 
@@ -93,6 +95,8 @@ class Libp2pNetwork:
         announce: Sequence[str] = (),
         swarm_key: str | None = None,
         limits: NetworkLimits | None = None,
+        on_sent: TransferReport | None = None,
+        on_received: TransferReport | None = None,
     ) -> None:
         """Describe a host; `running` starts it.
 
@@ -102,6 +106,8 @@ class Libp2pNetwork:
             announce: multiaddrs that others are told instead of those we listen on, for instance behind a NAT.
             swarm_key: 64 hexadecimal characters shared by the peers of a private swarm, which then speak to no others.
             limits: bounds on what peers may cost.
+            on_sent: hears of transfers to peers that filled the connection, as they happen.
+            on_received: the same of transfers from peers.
 
         Raises:
             ValueError: with one line, when an address or a key is malformed.
@@ -118,6 +124,8 @@ class Libp2pNetwork:
         self._announce = [parse_address(text) for text in announce]
         self._swarm_key = swarm_key
         self._limits = limits or NetworkLimits()
+        self._on_sent = on_sent
+        self._on_received = on_received
         self._book = AddressBook()
         self._gossip = Gossip()
         self._dht = Dht(self._limits.request_timeout_s, self.add_addresses)
@@ -180,13 +188,14 @@ class Libp2pNetwork:
     async def _start(self, nursery: trio.Nursery, bound: dict[str, list[trio.SocketListener]]) -> None:
         addresses = [Multiaddr(text) for text in bound]
         key_pair = create_new_key_pair(self._seed)
-        tcp = Tcp(nursery, bound, Admission(self._limits.max_connections_per_origin))
+        tcp = Tcp(nursery, bound)
         swarm = GuardedSwarm(
             ID.from_pubkey(key_pair.public_key),
-            secure_upgrader(key_pair, self._limits.streams, self._log_fault),
+            secure_upgrader(key_pair, self._limits.streams, self),
             tcp,
             psk=self._swarm_key,
             max_connections=self._limits.max_connections,
+            inbound=self._limits.inbound,
             dial_timeout_s=self._limits.dial_timeout_s,
             remember=self._remember,
         )
@@ -216,8 +225,21 @@ class Libp2pNetwork:
     def _remember(self, peer: ID, endpoints: list[str]) -> None:
         self._book.add(PeerId(peer.to_base58()), endpoints)
 
-    def _log_fault(self, peer: ID, why: str) -> None:
-        logger.warning("cut off %s: %s", peer, why)
+    # What connections report
+
+    def fault(self, peer_id: ID, reason: str) -> None:
+        """Note why a peer was cut off."""
+        logger.warning("cut off %s: %s", peer_id, reason)
+
+    def sent(self, peer_id: ID, byte_count: int, seconds: float) -> None:
+        """Note a transfer to a peer."""
+        if self._on_sent is not None:
+            self._on_sent(PeerId(peer_id.to_base58()), byte_count, seconds)
+
+    def received(self, peer_id: ID, byte_count: int, seconds: float) -> None:
+        """Note a transfer from a peer."""
+        if self._on_received is not None:
+            self._on_received(PeerId(peer_id.to_base58()), byte_count, seconds)
 
     def _on_connected(self, peer_id: ID) -> None:
         peer = PeerId(peer_id.to_base58())

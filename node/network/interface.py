@@ -90,6 +90,10 @@ class PeerDisconnected:
     peer: PeerId
 
 
+TransferReport = Callable[[PeerId, int, float], None]
+"""Takes a peer, the bytes of a transfer that filled the connection, and the seconds that it took."""
+
+
 class Network(Protocol):
     """The host of one peer: an identity, connections, streams, gossip and the DHT."""
 

@@ -11,7 +11,7 @@ from contextlib import suppress
 from typing import Any, Final
 
 import trio
-from libp2p.abc import INetConn, INetStream
+from libp2p.abc import IMuxedConn, INetConn, INetStream
 from libp2p.host.basic_host import BasicHost
 from libp2p.host.defaults import get_default_protocols
 from libp2p.identity.identify.identify import ID as IDENTIFY_PROTOCOL
@@ -20,6 +20,7 @@ from libp2p.io.abc import ReadWriteCloser
 from libp2p.network.auto_connector import AutoConnector
 from libp2p.network.config import ConnectionConfig
 from libp2p.network.connection.raw_connection import RawConnection
+from libp2p.network.connection.swarm_connection import SwarmConn
 from libp2p.network.exceptions import SwarmException
 from libp2p.network.swarm import Swarm
 from libp2p.peer.id import ID
@@ -30,8 +31,10 @@ from libp2p.transport.upgrader import TransportUpgrader
 from multiaddr import Multiaddr
 
 from node.network.addresses import TcpAddress, parse_address
+from node.network.admission import Crowded, InboundLimits, make_room
 from node.network.peerstore import BoundedPeerStore
 from node.network.transport import UPGRADE_TIMEOUT_S, Tcp, reason
+from node.network.yamux import Yamux
 from node.network.yamux_stream import YamuxStream, shielded
 
 logger = logging.getLogger(__name__)
@@ -172,18 +175,21 @@ class GuardedSwarm(Swarm):
         *,
         psk: str | None,
         max_connections: int,
+        inbound: InboundLimits,
         dial_timeout_s: float,
         remember: Callable[[ID, list[str]], None],
     ) -> None:
         config = ConnectionConfig(
             max_connections=max_connections,
             min_connections=0,
-            low_watermark=max_connections * 3 // 4,
-            high_watermark=max_connections * 3 // 4,
+            # Who has to go is decided when somebody comes: see `add_conn`.
+            low_watermark=max_connections,
+            high_watermark=max_connections,
             inbound_upgrade_timeout=UPGRADE_TIMEOUT_S,
             outbound_upgrade_timeout=UPGRADE_TIMEOUT_S,
         )
         super().__init__(peer_id, BoundedPeerStore(), upgrader, [tcp], connection_config=config, psk=psk)
+        self._inbound = inbound
         self._dial_timeout_s = dial_timeout_s
         self._remember = remember
         self._dials: dict[ID, _Dial] = {}
@@ -200,6 +206,21 @@ class GuardedSwarm(Swarm):
         is deaf for good after so many connections, however short they were.
         """
         await self.upgrade_inbound_raw_conn(RawConnection(read_write_closer, initiator=False), maddr)
+
+    async def add_conn(self, muxed_conn: IMuxedConn, direction: str = "unknown") -> SwarmConn:
+        """Take in a finished connection; an idle one may have to make room for it."""
+        if direction == "inbound" and isinstance(muxed_conn, Yamux):
+            # In a library's list, but a connection of ours in every case: the multiplexer is.
+            held = [one.muxed_conn for one in self.get_connections() if isinstance(one.muxed_conn, Yamux)]
+            inbound = [one for one in held if not one.is_initiator and not one.is_closed]
+            try:
+                victim = make_room(muxed_conn, inbound, self._inbound, trio.current_time())
+            except Crowded as error:
+                await muxed_conn.close()
+                raise SwarmException(str(error)) from None
+            if victim is not None:
+                victim.abort()
+        return await super().add_conn(muxed_conn, direction)
 
     def _select_connection(self, connections: list[INetConn], peer_id: ID) -> INetConn:
         """Choose the latest connection: an older one may be left over from a peer that has crashed and come back."""

@@ -7,9 +7,8 @@ runs in a task outside of every nursery of ours; its default host also accepts p
 import logging
 import os
 import socket
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import Final
+from functools import partial
+from typing import Final, Protocol
 
 import trio
 from libp2p.abc import IListener, IMuxedConn, IRawConnection, ISecureConn, ITransport
@@ -27,7 +26,8 @@ from libp2p.transport.exceptions import OpenConnectionError
 from libp2p.transport.upgrader import TransportUpgrader
 from multiaddr import Multiaddr
 
-from node.network.addresses import TcpAddress, origin, parse_address
+from node.network.addresses import TcpAddress, parse_address
+from node.network.admission import Handshakes
 from node.network.interface import NetworkError
 from node.network.yamux import PROTOCOL_ID as YAMUX_PROTOCOL_ID
 from node.network.yamux import Yamux
@@ -37,8 +37,6 @@ logger = logging.getLogger(__name__)
 
 READ_BYTES: Final = 256 << 10
 LISTEN_BACKLOG: Final = 256
-MAX_HANDSHAKES: Final = 256
-MAX_HANDSHAKES_PER_ORIGIN: Final = 32
 UPGRADE_TIMEOUT_S: Final = 5
 
 
@@ -86,55 +84,6 @@ class TcpStream(ReadWriteCloser):
         return self._remote
 
 
-class Admission:
-    """Whom we let in: strangers who only hold connections open must not lock out those who talk.
-
-    Unfinished handshakes are few, and a new one pushes out the oldest: an honest peer needs milliseconds. Finished
-    connections are limited for each origin.
-    """
-
-    def __init__(self, max_connections_per_origin: int) -> None:
-        self._max_connections = max_connections_per_origin
-        self._handshakes: dict[str, dict[trio.CancelScope, None]] = {}
-        self._connections: dict[str, int] = {}
-
-    @contextmanager
-    def handshake(self, host: str) -> Iterator[trio.CancelScope]:
-        """Hold a place among the unfinished handshakes; the scope is cancelled when a newer one needs the place."""
-        key = origin(host)
-        scope = trio.CancelScope()
-        scopes = self._handshakes.setdefault(key, {})
-        scopes[scope] = None
-        if len(scopes) > MAX_HANDSHAKES_PER_ORIGIN:
-            next(iter(scopes)).cancel()
-        elif sum(map(len, self._handshakes.values())) > MAX_HANDSHAKES:
-            crowded = max(self._handshakes, key=lambda host: len(self._handshakes[host]))
-            next(iter(self._handshakes[crowded])).cancel()
-        try:
-            with scope:
-                yield scope
-        finally:
-            del scopes[scope]
-            if not scopes and self._handshakes.get(key) is scopes:
-                del self._handshakes[key]
-
-    def full(self, host: str) -> bool:
-        """Whether this origin has all the connections it may have."""
-        return self._connections.get(origin(host), 0) >= self._max_connections
-
-    @contextmanager
-    def connection(self, host: str) -> Iterator[None]:
-        """Count a finished connection."""
-        key = origin(host)
-        self._connections[key] = self._connections.get(key, 0) + 1
-        try:
-            yield
-        finally:
-            self._connections[key] -= 1
-            if not self._connections[key]:
-                del self._connections[key]
-
-
 class TcpListener(IListener):
     """Serves sockets that `Tcp.bind` has opened, in the nursery of the host."""
 
@@ -161,15 +110,11 @@ class TcpListener(IListener):
         except OSError:
             return  # gone before we looked
         host, _ = stream.get_remote_address()
-        admission = self._transport.admission
         try:
-            if admission.full(host):
-                return
-            with admission.handshake(host) as scope:
+            with self._transport.handshakes.place(host) as scope:
                 await self._handler(stream)
             if not scope.cancelled_caught:
-                with admission.connection(host):
-                    await stream.closed.wait()
+                await stream.closed.wait()
         except Exception as error:  # noqa: BLE001  # whatever a stranger's handshake makes the library raise
             logger.debug("inbound connection from %s failed: %r", host, error)
         finally:
@@ -189,11 +134,9 @@ class TcpListener(IListener):
 class Tcp(ITransport):
     """Dials and listens."""
 
-    def __init__(
-        self, nursery: trio.Nursery, bound: dict[str, list[trio.SocketListener]], admission: Admission
-    ) -> None:
+    def __init__(self, nursery: trio.Nursery, bound: dict[str, list[trio.SocketListener]]) -> None:
         self.nursery = nursery
-        self.admission = admission
+        self.handshakes = Handshakes()
         self._bound = bound
 
     def take_listeners(self, address: Multiaddr) -> list[trio.SocketListener]:
@@ -238,25 +181,49 @@ async def bind(address: TcpAddress) -> list[trio.SocketListener]:
         raise NetworkError(f"cannot listen on {address.endpoint}: {reason(error)}") from error
 
 
+class ConnectionObserver(Protocol):
+    """Is told what happens on all connections."""
+
+    def fault(self, peer_id: ID, reason: str) -> None:
+        """Note why a peer was cut off."""
+        ...
+
+    def sent(self, peer_id: ID, byte_count: int, seconds: float) -> None:
+        """Note what was transferred to a peer without a pause, and how long it took."""
+        ...
+
+    def received(self, peer_id: ID, byte_count: int, seconds: float) -> None:
+        """Note what was transferred from a peer without a pause, and how long it took."""
+        ...
+
+
 class YamuxMultistream(MuxerMultistream):
     """Negotiates yamux and makes it ours: the library's class has its own yamux built in."""
 
-    def __init__(self, limits: YamuxLimits, on_fault: Callable[[ID, str], None]) -> None:
+    def __init__(self, limits: YamuxLimits, observer: ConnectionObserver) -> None:
         super().__init__({TProtocol(YAMUX_PROTOCOL_ID): Yamux})
         self._limits = limits
-        self._on_fault = on_fault
+        self._observer = observer
 
     async def new_conn(self, conn: ISecureConn, peer_id: ID) -> IMuxedConn:
         """Return the multiplexed connection."""
         await self.select_transport(conn)
-        return Yamux(conn, peer_id, self._limits, lambda reason: self._on_fault(peer_id, reason))
+        observer = self._observer
+        return Yamux(
+            conn,
+            peer_id,
+            self._limits,
+            on_fault=partial(observer.fault, peer_id),
+            on_sent=partial(observer.sent, peer_id),
+            on_received=partial(observer.received, peer_id),
+        )
 
 
-def secure_upgrader(key_pair: KeyPair, limits: YamuxLimits, on_fault: Callable[[ID, str], None]) -> TransportUpgrader:
+def secure_upgrader(key_pair: KeyPair, limits: YamuxLimits, observer: ConnectionObserver) -> TransportUpgrader:
     """Return the way from a TCP connection to streams: Noise, then yamux."""
     noise = NoiseTransport(key_pair, noise_privkey=create_noise_key_pair().private_key)
     upgrader = TransportUpgrader({NOISE_PROTOCOL_ID: noise}, {TProtocol(YAMUX_PROTOCOL_ID): Yamux})
-    upgrader.muxer_multistream = YamuxMultistream(limits, on_fault)
+    upgrader.muxer_multistream = YamuxMultistream(limits, observer)
     return upgrader
 
 

@@ -25,6 +25,7 @@ from libp2p.stream_muxer.exceptions import (
 )
 from multiaddr import Multiaddr
 
+from node.network.transfers import MIN_BURST_BYTES, BurstClock, Report
 from node.network.yamux_stream import (
     ACK,
     DATA,
@@ -64,8 +65,14 @@ class Yamux(IMuxedConn):
         peer_id: ID,
         limits: YamuxLimits | None = None,
         on_fault: Callable[[str], None] = lambda reason: None,
+        on_sent: Report = lambda size, seconds: None,
+        on_received: Report = lambda size, seconds: None,
     ) -> None:
-        """Wrap `conn`, which is authenticated as `peer_id`; `on_fault` hears why we cut the peer off, if we do."""
+        """Wrap `conn`, which is authenticated as `peer_id`.
+
+        `on_fault` hears why we cut the peer off, if we do; `on_sent` and `on_received` what was transferred in bursts,
+        as the peer's own grants and our own reads show it.
+        """
         self.secured_conn = conn
         self.peer_id = peer_id
         self.limits = limits or YamuxLimits()
@@ -85,6 +92,11 @@ class Yamux(IMuxedConn):
         self._scope = trio.CancelScope()
         self._writing: trio.CancelScope | None = None
         self._received_frames = 0
+        self.uploads = BurstClock(on_sent)
+        self._downloads = BurstClock(on_received)
+        self.established_s = trio.current_time()
+        self.last_data_s: float | None = None
+        """When the peer last sent anything on a stream; None while it never did."""
         self._ping_sent = 0.0
         self._round_trip_s = 0.0
 
@@ -118,6 +130,12 @@ class Yamux(IMuxedConn):
     def get_remote_address(self) -> tuple[str, int] | None:
         """Return host and port of the peer."""
         return self.secured_conn.get_remote_address()
+
+    @property
+    def host(self) -> str | None:
+        """The address of the peer; None when it is reached through a relay."""
+        address = self.get_remote_address()
+        return None if address is None else address[0]
 
     async def start(self) -> None:
         """Serve the connection until it ends. Raises nothing but Cancelled."""
@@ -312,22 +330,12 @@ class Yamux(IMuxedConn):
             if kind == DATA:
                 stream = self._incoming_stream(flags, stream_id)
                 self._admit(stream, stream_id, value)
-                while value:
-                    if not buffer:
-                        buffer += await self.secured_conn.read(None)
-                    chunk = bytes(buffer[:value])
-                    del buffer[:value]
-                    value -= len(chunk)
-                    # The stream may end while its frame is still arriving.
-                    if stream is not None and not (stream.finished or stream.broken or stream.discarding):
-                        stream.chunks.append(chunk)
-                        stream.readable.unpark_all()
+                await self._receive_data(stream, value, buffer)
                 self._handle_flags(stream, flags)
             elif kind == WINDOW_UPDATE:
                 stream = self._incoming_stream(flags, stream_id)
                 if stream is not None:
-                    stream.send_window = min(stream.send_window + value, MAX_SEND_WINDOW_BYTES)
-                    stream.writable.unpark_all()
+                    self._widen_window(stream, value)
                 self._handle_flags(stream, flags)
             elif kind == PING:
                 self._handle_ping(flags, value)
@@ -335,6 +343,37 @@ class Yamux(IMuxedConn):
                 return
             else:
                 raise _PeerFaultError(f"it sent a frame of the unknown type {kind}")
+
+    async def _receive_data(self, stream: YamuxStream | None, size: int, buffer: bytearray) -> None:
+        """Take the payload of a frame, of which `buffer` holds the beginning."""
+        self.last_data_s = trio.current_time()
+        burst = size >= MIN_BURST_BYTES
+        if burst:
+            self._downloads.begin(self.last_data_s)
+        missing = size
+        while missing:
+            if not buffer:
+                buffer += await self.secured_conn.read(None)
+            chunk = bytes(buffer[:missing])
+            del buffer[:missing]
+            missing -= len(chunk)
+            # The stream may end while its frame is still arriving.
+            if stream is not None and not (stream.finished or stream.broken or stream.discarding):
+                stream.chunks.append(chunk)
+                stream.readable.unpark_all()
+        if burst:
+            self.last_data_s = trio.current_time()
+            self._downloads.arrived(size, self.last_data_s)
+            self._downloads.end(self.last_data_s)
+
+    def _widen_window(self, stream: YamuxStream, size: int) -> None:
+        stream.send_window = min(stream.send_window + size, MAX_SEND_WINDOW_BYTES)
+        stream.writable.unpark_all()
+        # A grant may also be a larger window: no more has arrived than was sent.
+        arrived = min(size, stream.outstanding)
+        stream.outstanding -= arrived
+        if arrived >= MIN_BURST_BYTES:
+            self.uploads.arrived(arrived, trio.current_time())
 
     def _incoming_stream(self, flags: int, stream_id: int) -> YamuxStream | None:
         """Return the stream of a frame, opening it if the frame says so; None for one that is gone or not admitted."""

@@ -10,6 +10,8 @@ import trio
 from libp2p.abc import IMuxedStream
 from libp2p.stream_muxer.exceptions import MuxedStreamClosed, MuxedStreamEOF, MuxedStreamReset
 
+from node.network.transfers import MIN_BURST_BYTES
+
 if TYPE_CHECKING:
     from node.network.yamux import Yamux
 
@@ -57,6 +59,8 @@ class YamuxStream(IMuxedStream):
         self.stream_id = stream_id
         self.ours = ours
         self.send_window = INITIAL_WINDOW_BYTES
+        self.outstanding = 0
+        """Bytes sent of which the peer has not said, by granting new window, that it consumed them."""
         self.receive_window = INITIAL_WINDOW_BYTES
         self.target_window = INITIAL_WINDOW_BYTES
         self.consumed = 0
@@ -92,6 +96,9 @@ class YamuxStream(IMuxedStream):
         """Send everything. When it is cancelled half-way the stream is reset, and only the stream."""
         view = memoryview(data)
         started = False
+        uploads = self.muxed_conn.uploads if len(view) >= MIN_BURST_BYTES else None
+        if uploads is not None:
+            uploads.begin(trio.current_time())
         try:
             while view:
                 size = await self._wait_for_window()
@@ -102,6 +109,7 @@ class YamuxStream(IMuxedStream):
                     if size == 0:
                         continue
                     self.send_window -= size
+                    self.outstanding += size
                     started = True
                     await self.muxed_conn.write_frame(HEADER.pack(0, DATA, 0, self.stream_id, size), view[:size])
                 view = view[size:]
@@ -110,6 +118,9 @@ class YamuxStream(IMuxedStream):
             if started and view:
                 self.reset_now()
             raise
+        finally:
+            if uploads is not None:
+                uploads.end(trio.current_time())
 
     async def _wait_for_window(self) -> int:
         self._raise_if_unwritable()

@@ -16,6 +16,7 @@ from libp2p.peer.id import ID
 from libp2p.stream_muxer.yamux.yamux import Yamux as LibraryYamux
 from multiaddr import Multiaddr
 
+from node.network.transfers import Report
 from node.network.yamux import Yamux
 from node.network.yamux_stream import YamuxLimits
 
@@ -79,8 +80,10 @@ class PipeConnection(ISecureConn):
         return KEY.public_key
 
 
-def ours(connection: PipeConnection, limits: YamuxLimits | None = None, faults: list[str] | None = None) -> Yamux:
-    return Yamux(connection, PEER, limits, faults.append if faults is not None else lambda reason: None)
+def ours(
+    connection: PipeConnection, limits: YamuxLimits | None = None, faults: list[str] | None = None, **reports: Report
+) -> Yamux:
+    return Yamux(connection, PEER, limits, faults.append if faults is not None else lambda reason: None, **reports)
 
 
 def librarys(connection: PipeConnection) -> LibraryYamux:

@@ -3,7 +3,7 @@
 import gc
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import AsyncExitStack, suppress
 
 import pytest
 import trio
@@ -15,6 +15,7 @@ from libp2p.peer.peerstore import create_signed_peer_record
 from multiaddr import Multiaddr
 
 from node.network import dht, gossip
+from node.network.admission import SILENT_S, InboundLimits
 from node.network.host import Libp2pNetwork, NetworkLimits
 from node.network.interface import Network, NetworkError, PeerConnected, PeerDisconnected, Stream, StreamClosed
 from node.network.peerstore import BoundedPeerStore
@@ -31,6 +32,7 @@ from .hosts import (
     TOPIC,
     FragileService,
     assert_serves,
+    idle_connection,
     join,
     library_host,
     our_host,
@@ -138,7 +140,7 @@ async def test_announced_addresses_replace_those_listened_on() -> None:
 
 
 async def test_any_number_of_peers_may_come_and_go() -> None:
-    host = our_host(limits=NetworkLimits(max_connections=4, max_connections_per_origin=4))
+    host = our_host(limits=NetworkLimits(max_connections=4, inbound=InboundLimits(total=4, per_origin=4, per_range=4)))
     with limited(20):
         async with host.running():
             for number in range(2, 12):
@@ -159,8 +161,8 @@ async def test_idle_connections_do_not_lock_out_an_honest_peer() -> None:
                 await connection.aclose()
 
 
-async def test_connections_of_one_origin_are_limited() -> None:
-    host = our_host(limits=NetworkLimits(max_connections_per_origin=2))
+async def test_connections_of_one_origin_are_limited_to_those_that_talk() -> None:
+    host = our_host(limits=NetworkLimits(inbound=InboundLimits(total=9, per_origin=2, per_range=9)))
     visitors = [our_host(number) for number in range(2, 5)]
     with limited(20):
         async with host.running(), visitors[0].running(), visitors[1].running(), visitors[2].running():
@@ -168,6 +170,16 @@ async def test_connections_of_one_origin_are_limited() -> None:
                 await visitor.connect(host.multiaddrs[0])
             with pytest.raises(NetworkError):
                 await visitors[2].connect(host.multiaddrs[0])
+
+
+async def test_who_only_holds_connections_makes_room_for_who_comes_from_the_same_address() -> None:
+    host = our_host(limits=NetworkLimits(inbound=InboundLimits(total=9, per_origin=3, per_range=9)))
+    with limited(20):
+        async with host.running(), AsyncExitStack() as stack:
+            idle = [await stack.enter_async_context(idle_connection(host, number)) for number in range(2, 5)]
+            await trio.sleep(SILENT_S)
+            await assert_serves(host)
+            await until(lambda: any(connection.is_closed for connection in idle))
 
 
 async def test_a_connection_without_encryption_is_refused() -> None:

@@ -1,0 +1,110 @@
+"""Whom we let in, and who has to make room."""
+
+from dataclasses import dataclass
+
+import pytest
+
+from node.network.addresses import address_range, origin
+from node.network.admission import IDLE_S, SILENT_S, Crowded, InboundLimits, make_room
+
+LIMITS = InboundLimits(total=6, per_origin=3, per_range=4)
+NOW_S = 100.0
+
+
+@dataclass(frozen=True)
+class Connection:
+    """A finished connection; by default one that talks."""
+
+    host: str | None
+    established_s: float = 0.0
+    last_data_s: float | None = NOW_S
+
+
+def idle(host: str | None, since_s: float = 0.0) -> Connection:
+    return Connection(host, last_data_s=since_s)
+
+
+def silent(host: str | None, since_s: float = 0.0) -> Connection:
+    return Connection(host, established_s=since_s, last_data_s=None)
+
+
+def newcomer(host: str | None) -> Connection:
+    return Connection(host, established_s=NOW_S, last_data_s=None)
+
+
+@pytest.mark.parametrize(
+    ("held", "host"),
+    [
+        ([], "203.0.112.1"),
+        ([Connection("8.8.8.1")] * 2, "8.8.8.1"),
+        ([Connection("8.8.8.1")] * 3, "8.8.8.2"),
+        ([Connection("8.8.8.1"), Connection("8.8.8.2"), Connection("8.8.8.3")], "8.8.8.4"),
+        ([Connection("10.0.0.1"), Connection("10.0.0.2"), Connection("10.0.0.3"), Connection("10.0.0.4")], "10.0.0.5"),
+    ],
+)
+def test_who_finds_room_costs_nobody(held: list[Connection], host: str) -> None:
+    assert make_room(newcomer(host), held, LIMITS, NOW_S) is None
+
+
+@pytest.mark.parametrize(
+    ("held", "host"),
+    [
+        ([Connection("8.8.8.1")] * 3, "8.8.8.1"),
+        ([Connection("10.0.0.1")] * 3, "10.0.0.1"),
+        ([Connection(f"8.8.8.{n}") for n in range(4)], "8.8.8.9"),
+        ([Connection(f"2600:1:2:3{n}::1") for n in range(4)], "2600:1:2:39::1"),
+        ([Connection(f"10.0.0.{n}") for n in range(6)], "10.0.1.1"),
+        ([Connection(None)] * 6, None),
+    ],
+)
+def test_those_who_talk_keep_their_places(held: list[Connection], host: str) -> None:
+    with pytest.raises(Crowded):
+        make_room(newcomer(host), held, LIMITS, NOW_S)
+
+
+def test_the_longest_idle_of_the_narrowest_full_group_makes_room() -> None:
+    older, elsewhere = idle("8.8.8.1", 20), idle("9.9.9.9", 1)
+    held = [idle("8.8.8.1", 30), older, Connection("8.8.8.1"), elsewhere]
+    assert make_room(newcomer("8.8.8.1"), held, LIMITS, NOW_S) is older
+    range_full = [Connection("8.8.8.1"), idle("8.8.8.2", 5), Connection("8.8.8.3"), Connection("8.8.8.4"), elsewhere]
+    assert make_room(newcomer("8.8.8.5"), range_full, LIMITS, NOW_S) is range_full[1]
+    everywhere = [Connection("10.0.0.1"), idle("10.0.0.2", 8), *([Connection(None)] * 3), elsewhere]
+    assert make_room(newcomer("10.0.0.3"), everywhere, LIMITS, NOW_S) is elsewhere
+
+
+def test_who_never_said_anything_makes_room_sooner() -> None:
+    here = "8.8.8.1"
+    just_come = silent(here, NOW_S - SILENT_S / 2)
+    with pytest.raises(Crowded):
+        make_room(newcomer(here), [just_come] * 3, LIMITS, NOW_S)
+    mute = silent(here, NOW_S - 2 * SILENT_S)
+    assert make_room(newcomer(here), [just_come, mute, Connection(here)], LIMITS, NOW_S) is mute
+    pausing = idle(here, NOW_S - IDLE_S / 2)
+    with pytest.raises(Crowded):
+        make_room(newcomer(here), [pausing] * 3, LIMITS, NOW_S)
+
+
+@pytest.mark.parametrize(
+    ("host", "expected"),
+    [
+        ("8.8.8.8", "8.8.8.0/24"),
+        ("2600:1:2:3456::1", "2600:1:2:3400::/56"),
+        ("::ffff:8.8.8.8", "8.8.8.0/24"),
+        ("127.0.0.1", None),
+        ("10.1.2.3", None),
+        ("192.168.1.1", None),
+        ("100.64.0.1", None),
+        ("169.254.1.1", None),
+        ("::1", None),
+        ("fe80::1", None),
+        ("fd00::1", None),
+        ("node.example", None),
+    ],
+)
+def test_only_public_addresses_have_a_range(host: str, expected: str | None) -> None:
+    assert address_range(host) == expected
+
+
+def test_an_origin_is_an_address_or_the_network_of_one_customer() -> None:
+    assert origin("::ffff:10.0.0.1") == origin("10.0.0.1") == "10.0.0.1"
+    assert origin("2600:1:2:3::1") == origin("2600:1:2:3::2") != origin("2600:1:2:4::1")
