@@ -10,7 +10,7 @@ take megabytes. `decode` therefore walks over the bytes and checks depth and cou
 import json
 import math
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Final, TypeAlias
 
 import msgpack
@@ -56,20 +56,27 @@ def decode(data: bytes | bytearray | memoryview, *, max_bytes: int) -> Value:
     """
     if len(data) > max_bytes:
         raise RemoteProtocolError(f"msgpack value of {len(data)} bytes exceeds {max_bytes}")
-    data = bytes(data)
-    try:
-        _check_structure(data)
-        value: Value = msgpack.unpackb(data, object_pairs_hook=_unique_map, strict_map_key=False)
-    except (ValueError, TypeError) as error:  # msgpack's own exceptions and UnicodeDecodeError are ValueErrors
-        raise RemoteProtocolError(f"bad msgpack: {error}") from None
-    return value
+    return _decode(bytes(data), _unique_map)
 
 
 def decode_canonical(data: bytes | bytearray | memoryview, *, max_bytes: int) -> Value:
     """Return the value like `decode`, and raise RemoteProtocolError as well unless the bytes are its canonical form."""
-    value = decode(data, max_bytes=max_bytes)
-    if encode(value) != data:
+    if len(data) > max_bytes:
+        raise RemoteProtocolError(f"msgpack value of {len(data)} bytes exceeds {max_bytes}")
+    data = bytes(data)
+    value = _decode(data, _ascending_map)
+    # The maps are in order already, so what is left to see is whether every value has its shortest form.
+    if msgpack.packb(value) != data:
         raise RemoteProtocolError("bad msgpack: not in canonical form")
+    return value
+
+
+def _decode(data: bytes, make_map: Callable[[list[tuple[object, object]]], dict[str, object]]) -> Value:
+    try:
+        _check_structure(data)
+        value: Value = msgpack.unpackb(data, object_pairs_hook=make_map, strict_map_key=False)
+    except (ValueError, TypeError) as error:  # msgpack's own exceptions and UnicodeDecodeError are ValueErrors
+        raise RemoteProtocolError(f"bad msgpack: {error}") from None
     return value
 
 
@@ -172,6 +179,15 @@ def _unique_map(pairs: list[tuple[object, object]]) -> dict[str, object]:
         if key in result:
             raise ValueError(f"key {key[:80]!r} comes twice")
         result[key] = value
+    return result
+
+
+def _ascending_map(pairs: list[tuple[object, object]]) -> dict[str, object]:
+    """Return a map of the pairs like `_unique_map`; raise ValueError as well for keys that are not in order."""
+    result = _unique_map(pairs)
+    keys = list(result)
+    if keys != sorted(keys):
+        raise ValueError("not in canonical form")
     return result
 
 

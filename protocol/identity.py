@@ -6,6 +6,7 @@ from outside; each raises ValueError with one line that says what is wrong, and 
 
 import re
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import NamedTuple, NewType
 
 import base58
@@ -29,6 +30,10 @@ _BLOCK_RANGE = re.compile(r"([0-9]{1,4})-([0-9]{1,4})")
 # (0x00, length 0x24) of the protobuf PublicKey{Type: Ed25519 (08 01), Data: 32 bytes (12 20)}.
 _ED25519_PREFIX = bytes.fromhex("002408011220")
 _ED25519_KEY_BYTES = 32
+
+# Base58 is arithmetic on long integers, and every record names the same few peers: a quarter of an observation's check.
+_b58encode = lru_cache(maxsize=4096)(base58.b58encode)
+_b58decode = lru_cache(maxsize=4096)(base58.b58decode)
 
 
 class SessionId(NamedTuple):
@@ -69,12 +74,12 @@ def peer_id_from_public_key(public_key: bytes) -> PeerId:
     """Return the peer id of an Ed25519 public key (32 raw bytes)."""
     if len(public_key) != _ED25519_KEY_BYTES:
         raise ValueError(f"an Ed25519 public key has {_ED25519_KEY_BYTES} bytes, not {len(public_key)}")
-    return PeerId(base58.b58encode(_ED25519_PREFIX + public_key).decode("ascii"))
+    return PeerId(_b58encode(_ED25519_PREFIX + public_key).decode("ascii"))
 
 
 def public_key_of(peer: PeerId) -> bytes:
     """Return the Ed25519 public key (32 raw bytes) inside a peer id."""
-    return base58.b58decode(peer)[len(_ED25519_PREFIX) :]
+    return _b58decode(peer)[len(_ED25519_PREFIX) :]
 
 
 def parse_peer_id(text: str) -> PeerId:
@@ -82,13 +87,13 @@ def parse_peer_id(text: str) -> PeerId:
     if len(text) > 64:
         raise ValueError("a peer id has at most 64 characters")
     try:
-        raw = base58.b58decode(text)
+        raw = _b58decode(text)
     except ValueError:
         raise ValueError(f"{text!r} is no peer id: not base58") from None
     if len(raw) != len(_ED25519_PREFIX) + _ED25519_KEY_BYTES or not raw.startswith(_ED25519_PREFIX):
         raise ValueError(f"{text!r} is no peer id of an Ed25519 key")
     # The decoder overlooks white space at the end; a peer has one name only.
-    if base58.b58encode(raw).decode("ascii") != text:
+    if _b58encode(raw).decode("ascii") != text:
         raise ValueError(f"{text!r} is no peer id: not in canonical form")
     return PeerId(text)
 
