@@ -52,7 +52,7 @@ class Daemon:
 @asynccontextmanager
 async def running_daemon(data_dir: Path, *flags: str) -> AsyncIterator[Daemon]:
     """Run `metaswarm node` on loopback inside the block, begun once it is ready; its log is in the data directory."""
-    data_dir.mkdir(mode=0o700, exist_ok=True)
+    await trio.Path(data_dir).mkdir(mode=0o700, exist_ok=True)
     # What configures the user's own node is not for these.
     environment = {key: value for key, value in os.environ.items() if not key.startswith(ENVIRONMENT_PREFIX)}
     environment[f"{ENVIRONMENT_PREFIX}CACHE_DIR"] = str(default_cache_dir())

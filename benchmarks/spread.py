@@ -180,23 +180,25 @@ def report(result: Mapping[str, Any]) -> str:
     """Return the figures for people."""
     one, everybody = result["one_s"], result["all_s"]
     counts = sorted(set(result["counts"]))
-    return "\n".join(
-        [
-            f"load average {result['load_average']:.1f} on {result['cores']} cores; {result['peers']} daemons",
-            "",
-            f"{result['observations']} observations, {result['rate_per_s']:g} a second       p50      p99      max",
-            f"until it is in a certain file       {one['median']:6.2f} s {one['p99']:6.2f} s {one['greatest']:6.2f} s",
-            f"until it is in the files of all     {everybody['median']:6.2f} s {everybody['p99']:6.2f} s "
-            f"{everybody['greatest']:6.2f} s   target: p99 at most {result['all_target_s']:.0f} s: "
-            f"{result['verdict']['all']}",
-            "",
-            f"{result['history']} observations imported beside one daemon in {result['import_s']:.1f} s; "
-            f"all had them {result['history_spread_s']:.1f} s later",
-            f"a late daemon, from its start (ready after {result['late_ready_s']:.1f} s) until it had all: "
-            f"{result['late_s']:.1f} s   target: {result['late_target_s']:.0f} s: {result['verdict']['late']}",
-            f"counts {counts}, digests {'equal' if result['digests_equal'] else 'DIFFERENT'}",
-        ]
-    )
+    lines = [
+        f"load average {result['load_average']:.1f} on {result['cores']} cores; {result['peers']} daemons",
+        "",
+        f"{result['observations']} observations, {result['rate_per_s']:g} a second       p50      p99      max",
+    ]
+    for title, spread in (("a certain file   ", one), ("the files of all ", everybody)):
+        figures = f"{spread['median']:6.2f} s {spread['p99']:6.2f} s {spread['greatest']:6.2f} s"
+        lines.append(f"until it is in {title}   {figures}")
+    lines += [
+        f"target: p99 until all have it at most {result['all_target_s']:.0f} s: {result['verdict']['all']}",
+        "",
+        f"{result['history']} observations imported beside one daemon in {result['import_s']:.1f} s",
+        f"all daemons had them                        {result['history_spread_s']:6.1f} s later",
+        f"a late daemon was ready after               {result['late_ready_s']:6.1f} s",
+        f"and had all, from its start, after          {result['late_s']:6.1f} s",
+        f"target: at most {result['late_target_s']:.0f} s: {result['verdict']['late']}",
+        f"counts {counts}, digests {'equal' if result['digests_equal'] else 'DIFFERENT'}",
+    ]
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":
