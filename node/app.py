@@ -20,7 +20,7 @@ from node.api.server import url_of
 from node.capabilities.announcer import CapabilityAnnouncer
 from node.capabilities.inventory import Inventory
 from node.capabilities.traffic import TrafficMeter
-from node.config import APPLICATION, READY_FILE, NodeConfig, NodeReady, StartError
+from node.config import APPLICATION, LOCK_FILE, READY_FILE, NodeConfig, NodeReady, StartError
 from node.identity import IdentityError, load_or_create
 from node.jobs.coordinator import Coordinator
 from node.jobs.recorder import Recorder
@@ -47,8 +47,6 @@ DRAIN_LIMIT_S = 30.0
 
 RETENTION_INTERVAL_S = 60.0
 """How often the history is brought back within its bounds."""
-
-LOCK_FILE = "node.lock"
 
 _logger = structlog.get_logger(__name__)
 

@@ -29,6 +29,8 @@ DEFAULT_API: Final = "127.0.0.1:8642"
 LOG_LEVELS: Final = ("debug", "info", "warning", "error")
 BOOTSTRAP_FILE: Final = "bootstrap_peers.yaml"
 READY_FILE: Final = "node.json"
+LOCK_FILE: Final = "node.lock"
+"""Held by the node that runs in a data directory."""
 
 OPTIONS: Final = (
     "data_dir", "cache_dir", "listen", "api", "api_key", "bootstrap", "serve", "swarm_key", "memory", "no_catalogue",

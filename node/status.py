@@ -48,6 +48,10 @@ class StatusView:
             "state": "draining" if self._stages.draining else "serving",
             "uptime_s": round(time.monotonic() - self._started_s, 3),
             "connected_peers": len(self._network.connected_peers()),
+            "bootstrap": [
+                {"multiaddr": each.multiaddr, "peer_id": each.peer, "error": each.error}
+                for each in self._membership.bootstrap()
+            ],
             "spans": [self._served_span(span) for span in self._stages.spans()],
             "jobs": {
                 "running": jobs.running,

@@ -256,6 +256,15 @@ def unseal(record_type: type[_R], envelope: bytes, now_s: float) -> _R:
     return record
 
 
+def issue_time(envelope: bytes, kind: str) -> int:
+    """Return when an envelope says it was issued, in Unix time, however far that is from now.
+
+    Its signature is looked at and nothing else. Raises RemoteProtocolError.
+    """
+    payload = _decode_payload(open_envelope(envelope, kind).payload, kind)
+    return _take_header(Fields(payload, kind)).issued_at_s
+
+
 def select(envelopes: Sequence[bytes]) -> int:
     """Return the index of the best of several valid records about the same thing.
 

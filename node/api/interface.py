@@ -47,6 +47,15 @@ class Transfers(TypedDict):
     """To all peers."""
 
 
+class BootstrapStatus(TypedDict):
+    """How the dialling of one bootstrap address goes."""
+
+    multiaddr: str
+    peer_id: str | None
+    error: str | None
+    """Why it was not reached the last time; None where it was."""
+
+
 class NodeStatus(TypedDict):
     """What this node is and does."""
 
@@ -58,6 +67,7 @@ class NodeStatus(TypedDict):
     state: Literal["serving", "draining"]
     uptime_s: float
     connected_peers: int
+    bootstrap: list[BootstrapStatus]
     spans: list[ServedSpan]
     jobs: JobCounts
     transfers: Transfers

@@ -104,6 +104,14 @@ def address_range(host: str) -> str | None:
     return str(ipaddress.ip_network((ip, 24 if ip.version == 4 else 56), strict=False))
 
 
+def is_private(host: str) -> bool:
+    """Return whether a host is dialled only from within its own network; a name may be anybody's."""
+    try:
+        return not ipaddress.ip_address(host).is_global
+    except ValueError:
+        return False
+
+
 class AddressBook:
     """Where peers were last said to be. Bounded: the peer that was learned of longest ago is forgotten first."""
 

@@ -31,6 +31,8 @@ MAX_WAITING_WRITES: Final = 1024
 MAX_BATCH: Final = 256
 """Writes in one transaction."""
 
+_HEADER_BYTES: Final = 100
+
 READERS: Final = 3
 """Reads at a time."""
 
@@ -83,7 +85,7 @@ class Database:
         self._idle_readers: list[sqlite3.Connection] = []
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            damage = _damage(path)
+            damage = find_damage(path)
             if damage:
                 if not may_set_aside:
                     raise StorageDamaged(f"{path} is damaged ({damage}); a node that starts here sets it aside")
@@ -190,20 +192,34 @@ def _connect(path: Path) -> sqlite3.Connection:
     return sqlite3.connect(path, timeout=BUSY_TIMEOUT_S, isolation_level=None, check_same_thread=False)
 
 
-def _damage(path: Path) -> str | None:
-    """Return what is wrong with an existing file, if anything is."""
+def find_damage(path: Path) -> str | None:
+    """Return what is wrong with an existing file, if anything is. Blocks, and raises StorageError."""
     if not path.exists():
         return None
+    if cut := _is_cut(path):
+        return cut
     connection = _connect(path)
     try:
         (found,) = connection.execute("PRAGMA quick_check(1)").fetchone()
     except sqlite3.DatabaseError as error:
         if isinstance(_translated(error, path), StorageDamaged):
             return str(error)
-        raise
+        raise _translated(error, path) from None
     finally:
         connection.close()
     return None if found == "ok" else " ".join(str(found).split())
+
+
+def _is_cut(path: Path) -> str | None:
+    """Say so where a file ends in the middle of a page, which SQLite itself takes for a page that ends in zeros."""
+    log = path.with_name(path.name + "-wal")
+    if log.exists() and log.stat().st_size:
+        return None  # a full disk may have cut short what the log will write again
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        header = file.read(_HEADER_BYTES)
+    page_size = int.from_bytes(header[16:18], "big")  # 1 means 65536, which we never make
+    return f"it ends in the middle of a page, after {size} bytes" if page_size > 1 and size % page_size else None
 
 
 def _set_aside(path: Path) -> Path:

@@ -116,6 +116,7 @@ class FakeNode:
             "state": "draining" if self.draining else "serving",
             "uptime_s": 12.5,
             "connected_peers": 1,
+            "bootstrap": [],
             "spans": [
                 {
                     "model": MODEL,

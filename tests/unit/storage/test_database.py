@@ -1,5 +1,6 @@
 """The database file: made, migrated, damaged, full, in use by others."""
 
+import os
 import sqlite3
 from collections.abc import Callable
 from pathlib import Path
@@ -40,6 +41,11 @@ def cut_in_the_middle_of_a_page(path: Path) -> None:
     path.write_bytes(data[: len(data) // 2 + 100])
 
 
+def cut_the_end_of_the_last_page(path: Path) -> None:
+    """SQLite's own check finds nothing: it reads zeros where an observation was."""
+    os.truncate(path, path.stat().st_size - 1000)
+
+
 def overwrite_the_beginning(path: Path) -> None:
     with path.open("r+b") as file:
         file.write(b"\xa5" * 4096)
@@ -56,7 +62,14 @@ def replace_by_text(path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "damage", [cut_in_the_middle_of_a_page, overwrite_the_beginning, overwrite_pages_inside, replace_by_text]
+    "damage",
+    [
+        cut_in_the_middle_of_a_page,
+        cut_the_end_of_the_last_page,
+        overwrite_the_beginning,
+        overwrite_pages_inside,
+        replace_by_text,
+    ],
 )
 async def test_a_damaged_file_is_set_aside_and_a_new_one_works(path: Path, damage: Callable[[Path], None]) -> None:
     await filled(path)

@@ -1,0 +1,101 @@
+"""`metaswarm doctor`: why a node cannot join, cannot be reached, or a model is incomplete."""
+
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from node.cli.daemon import node
+from node.cli.output import json_option, out, print_json, printable
+
+if TYPE_CHECKING:
+    from node.config import NodeConfig
+    from node.doctor import Diagnosis, RunningNode
+
+
+@click.command(params=[option for option in node.params if option.name not in {"as_json", "log_level"}])
+@json_option
+def doctor(as_json: bool, **flags: Any) -> int:
+    """Say in one line why a node cannot start, join, be reached or serve, or why a model is incomplete.
+
+    Takes the options of `metaswarm node`, whose configuration it examines, whether or not that node runs. It changes
+    nothing, joins the swarm for some seconds as a peer of its own, and hashes the model files that are to be served.
+    Exit code 0: all is well; 1: something is not.
+    """
+    from node.config import load_config
+
+    config = load_config(flags)
+
+    import trio
+
+    from node.cli.logs import configure_logging
+
+    configure_logging("error")
+    diagnosis = trio.run(_examine, config)
+    if as_json:
+        print_json(to_document(diagnosis))
+    else:
+        out().print(printable(render(diagnosis)))
+    return 0 if diagnosis.healthy else 1
+
+
+async def _examine(config: "NodeConfig") -> "Diagnosis":
+    from dataclasses import replace
+
+    from node.doctor import diagnose
+
+    running = await _running_node(config)
+    if running is not None and not config.bootstrap:
+        config = replace(config, bootstrap=tuple(each["multiaddr"] for each in running.status["bootstrap"]))
+    return await diagnose(config, running)
+
+
+async def _running_node(config: "NodeConfig") -> "RunningNode | None":
+    """Return what the node in the data directory says of itself; None where none answers."""
+    from node.cli.client import open_client
+    from node.cli.output import CommandError
+    from node.config import NodeReady
+    from node.doctor import RunningNode
+
+    ready = NodeReady.read(config.data_dir)
+    if ready is None:
+        return None
+    try:
+        async with open_client(ready.api_url) as client:
+            status = await client.status()
+            if status["peer_id"] != ready.peer_id:
+                return None  # that node has gone, and another one has its port
+            return RunningNode(status, await client.models())
+    except CommandError:
+        return None
+
+
+def render(diagnosis: "Diagnosis") -> str:
+    """Return one line for each finding, the one that matters most first."""
+    lines = [str(finding) for finding in diagnosis.findings]
+    if diagnosis.healthy:
+        peers = len(diagnosis.peers)
+        models = ", ".join(diagnosis.complete_models) or "none"
+        state = "a node runs here" if diagnosis.running else "a node could start here"
+        lines.insert(
+            0, f"all is well: {state}; {peers} {'peer' if peers == 1 else 'peers'} met; models complete: {models}"
+        )
+    return "\n".join(lines)
+
+
+def to_document(diagnosis: "Diagnosis") -> dict[str, Any]:
+    """Return the JSON document."""
+    return {
+        "healthy": diagnosis.healthy,
+        "running": diagnosis.running,
+        "findings": [
+            {
+                "fault": finding.fault,
+                "consequence": finding.consequence,
+                "message": finding.message,
+                "grave": finding.grave,
+            }
+            for finding in diagnosis.findings
+        ],
+        "peers": list(diagnosis.peers),
+        "complete_models": list(diagnosis.complete_models),
+    }

@@ -1,0 +1,36 @@
+"""`metaswarm doctor` beside real daemons: what a user sees when all is well, and when the other one is gone."""
+
+import json
+import subprocess
+import sys
+from typing import Any
+
+import trio
+
+from tests.process.daemons import StartDaemon
+
+
+async def examine(*flags: str) -> tuple[int, Any]:
+    command = [sys.executable, "-m", "node", "doctor", "--json", *flags]
+    done = await trio.run_process(command, capture_stdout=True, check=False)
+    return done.returncode, json.loads(done.stdout)
+
+
+async def test_the_doctor_tells_a_healthy_node_from_one_that_has_lost_its_swarm(start_daemon: StartDaemon) -> None:
+    first = await start_daemon()
+    second = await start_daemon("--bootstrap", first.multiaddr)
+    code, told = await examine("--data-dir", str(second.data_dir))
+    assert (code, told["healthy"], told["running"]) == (0, True, True)
+    assert {first.peer_id, second.peer_id} <= set(told["peers"])
+    await first.kill()
+    code, told = await examine("--data-dir", str(second.data_dir))
+    assert (code, told["healthy"], told["running"]) == (1, False, True)
+    assert told["findings"][0]["fault"] == "closed-port"
+    assert first.multiaddr in told["findings"][0]["message"]
+
+
+async def test_the_doctor_speaks_in_lines_to_people(start_daemon: StartDaemon) -> None:
+    daemon = await start_daemon()
+    command = [sys.executable, "-m", "node", "doctor", "--data-dir", str(daemon.data_dir)]
+    done = await trio.run_process(command, capture_stdout=True, stderr=subprocess.DEVNULL)
+    assert done.stdout.decode().startswith("all is well: a node runs here")

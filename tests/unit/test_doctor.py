@@ -1,0 +1,294 @@
+"""Every fault that the doctor knows, staged with real sockets, real files and real hosts."""
+
+import fcntl
+import os
+import random
+import socket
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import trio
+
+from node.config import LOCK_FILE, NodeConfig, ServeSpec
+from node.doctor import Consequence, Diagnosis, Fault, RunningNode, diagnose
+from node.identity import Identity, load_or_create
+from node.models.importer import import_model
+from node.models.store import ModelStore
+from node.network import greeting
+from node.network.host import Libp2pNetwork
+from node.storage.database import DATABASE_FILE, open_database
+from node.storage.history import HistoryStore
+from node.swarm.membership import Membership
+from node.swarm.records import RecordKinds
+from protocol.identity import BlockRange, ModelId
+from protocol.messages import Load
+from protocol.records import ServedSpan
+from protocol.sync import PROTOCOL_ID
+from tests.support.observations import signed
+from tests.unit.api.fakes import FakeNode
+from tests.unit.models.checkpoints import write_checkpoint
+
+LOOPBACK = "/ip4/127.0.0.1/tcp/0"
+MODEL = ModelId("5a" * 32)
+
+
+@pytest.fixture(autouse=True)
+def impatience(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who says nothing is not waited for as long as on a real network."""
+    monkeypatch.setattr(greeting, "GREETING_TIMEOUT_S", 1.0)
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> NodeConfig:
+    (tmp_path / "data").mkdir()
+    return NodeConfig(
+        data_dir=tmp_path / "data", cache_dir=tmp_path / "cache", listen=(LOOPBACK,), api_port=0, bootstrap=()
+    )
+
+
+@asynccontextmanager
+async def peer(
+    number: int,
+    *,
+    seed: bytes | None = None,
+    swarm_key: str | None = None,
+    spans: Sequence[tuple[int, int]] = (),
+    agent: str = "metaswarm/0.1.0",
+    speaks: str = PROTOCOL_ID,
+) -> AsyncIterator[str]:
+    """Run a host with a real membership; give its address."""
+    identity = Identity(seed or number.to_bytes(32, "big"))
+    network = Libp2pNetwork(identity.seed, listen=[LOOPBACK], swarm_key=swarm_key)
+
+    async def serve(stream: Any) -> None:
+        await stream.receive_some()
+
+    network.set_stream_handler(speaks, serve)
+    served = tuple(ServedSpan(model=MODEL, blocks=BlockRange(*span), load=Load()) for span in spans)
+    membership = Membership(
+        network=network,
+        identity=identity,
+        agent=agent,
+        bootstrap=(),
+        served_spans=lambda: served,
+        records=RecordKinds(network),
+        jitter=random.Random(number),
+    )
+    async with network.running(), trio.open_nursery() as nursery:
+        nursery.start_soon(membership.run)
+        yield network.multiaddrs[0]
+        nursery.cancel_scope.cancel()
+
+
+def closed_address() -> str:
+    """Return an address at which nobody listens."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+    return f"/ip4/127.0.0.1/tcp/{port}/p2p/{Identity(bytes(32)).peer_id}"
+
+
+@asynccontextmanager
+async def listener(serve: Callable[[trio.SocketStream], Any]) -> AsyncIterator[str]:
+    """Run a TCP server; give its address, as if a node were there."""
+    async with trio.open_nursery() as nursery:
+        (served,) = await nursery.start(partial(trio.serve_tcp, serve, 0, host="127.0.0.1"))
+        port = served.socket.getsockname()[1]
+        yield f"/ip4/127.0.0.1/tcp/{port}/p2p/{Identity(bytes(32)).peer_id}"
+        nursery.cancel_scope.cancel()
+
+
+def only(found: Diagnosis) -> tuple[Fault, Consequence]:
+    """Return the one grave finding; its line names what to do."""
+    (finding,) = [finding for finding in found.findings if finding.grave]
+    assert "\n" not in str(finding)
+    assert not found.healthy
+    return finding.fault, finding.consequence
+
+
+def running(**changes: Any) -> RunningNode:
+    return RunningNode({**FakeNode().status(), **changes}, ())  # type: ignore[typeddict-item]  # fields of the same document
+
+
+async def test_a_node_that_could_join_is_well(config: NodeConfig) -> None:
+    async with peer(1, spans=[(0, 4)]) as bootstrap:
+        found = await diagnose(replace(config, bootstrap=(bootstrap,)))
+    assert found.findings == []
+    assert len(found.peers) == 1
+
+
+async def test_closed_port_of_the_bootstrap_peer(config: NodeConfig) -> None:
+    found = await diagnose(replace(config, bootstrap=(closed_address(),)))
+    assert only(found) == (Fault.CLOSED_PORT, Consequence.JOIN)
+
+
+async def test_closed_port_of_this_node(config: NodeConfig) -> None:
+    found = await diagnose(config, running(multiaddrs=[closed_address()], connected_peers=1))
+    assert only(found) == (Fault.CLOSED_PORT, Consequence.REACH)
+
+
+@pytest.mark.parametrize(("theirs", "ours"), [("ab" * 32, "cd" * 32), ("ab" * 32, None), (None, "cd" * 32)])
+async def test_wrong_swarm_key(config: NodeConfig, theirs: str | None, ours: str | None) -> None:
+    async with peer(1, swarm_key=theirs) as bootstrap:
+        found = await diagnose(replace(config, bootstrap=(bootstrap,), swarm_key=ours))
+    assert only(found) == (Fault.WRONG_SWARM_KEY, Consequence.JOIN)
+
+
+async def test_the_right_swarm_key_is_well(config: NodeConfig) -> None:
+    async with peer(1, swarm_key="ab" * 32) as bootstrap:
+        found = await diagnose(replace(config, bootstrap=(bootstrap,), swarm_key="ab" * 32))
+    assert found.findings == []
+
+
+@pytest.mark.parametrize("ahead_s", [-600, 600])
+async def test_clock_off(config: NodeConfig, ahead_s: float) -> None:
+    async with peer(1) as bootstrap:
+        found = await diagnose(replace(config, bootstrap=(bootstrap,)), wall_clock=lambda: time.time() + ahead_s)
+    assert only(found) == (Fault.CLOCK_OFF, Consequence.JOIN)
+    assert ("ahead" if ahead_s > 0 else "behind") in found.findings[0].message
+
+
+async def test_missing_block(config: NodeConfig) -> None:
+    async with peer(1, spans=[(0, 2), (3, 4)]) as bootstrap:
+        found = await diagnose(replace(config, bootstrap=(bootstrap,)))
+    assert only(found) == (Fault.MISSING_BLOCK, Consequence.MODEL)
+    assert f"--serve {MODEL[:12]}:2-3" in found.findings[0].message
+
+
+async def test_no_memory(config: NodeConfig, tmp_path: Path) -> None:
+    package = import_model(str(write_checkpoint(tmp_path / "checkpoint")), ModelStore(config.cache_dir))
+    spec = ServeSpec(package.model_id, BlockRange(0, 2))
+    needed = package.manifest.bytes_of(BlockRange(0, 2))
+    found = await diagnose(replace(config, serve=(spec,), memory_bytes=needed - 1))
+    assert only(found) == (Fault.NO_MEMORY, Consequence.SERVE)
+    assert (await diagnose(replace(config, serve=(spec,), memory_bytes=needed))).healthy
+
+
+async def test_version_apart(config: NodeConfig) -> None:
+    async with listener_of_another_version() as bootstrap:
+        found = await diagnose(replace(config, bootstrap=(bootstrap,)))
+    assert only(found) == (Fault.VERSION_APART, Consequence.JOIN)
+
+
+@asynccontextmanager
+async def listener_of_another_version() -> AsyncIterator[str]:
+    network = Libp2pNetwork(bytes(31) + b"\x01", listen=[LOOPBACK])
+    async with network.running():
+        yield network.multiaddrs[0]
+
+
+async def test_another_release_is_told_and_does_no_harm(config: NodeConfig) -> None:
+    async with peer(1, agent="metaswarm/7.3.0") as bootstrap:
+        found = await diagnose(replace(config, bootstrap=(bootstrap,)))
+    assert [(finding.fault, finding.grave) for finding in found.findings] == [(Fault.VERSION_APART, False)]
+
+
+async def test_bootstrap_dead(config: NodeConfig) -> None:
+    async def say_nothing(stream: trio.SocketStream) -> None:
+        async with stream:
+            await trio.sleep_forever()
+
+    async with listener(say_nothing) as bootstrap:
+        found = await diagnose(replace(config, bootstrap=(bootstrap,)))
+    assert only(found) == (Fault.BOOTSTRAP_DEAD, Consequence.JOIN)
+
+
+async def test_one_dead_bootstrap_peer_of_two_does_no_harm(config: NodeConfig) -> None:
+    async with peer(1) as bootstrap:
+        found = await diagnose(replace(config, bootstrap=(closed_address(), bootstrap)))
+    assert found.healthy
+    assert [finding.fault for finding in found.findings] == [Fault.CLOSED_PORT]
+
+
+async def test_no_bootstrap_peer_is_no_fault_of_a_first_node(config: NodeConfig) -> None:
+    found = await diagnose(config)
+    assert found.healthy
+    assert [finding.fault for finding in found.findings] == [Fault.NO_BOOTSTRAP]
+
+
+async def test_another_program_or_another_peer_where_the_bootstrap_peer_was(config: NodeConfig) -> None:
+    async def refuse(stream: trio.SocketStream) -> None:
+        async with stream:
+            await stream.receive_some()
+            await stream.send_all(b"HTTP/1.1 400 Bad Request\r\n\r\n")
+
+    async with listener(refuse) as bootstrap:
+        found = await diagnose(replace(config, bootstrap=(bootstrap,)))
+    assert only(found) == (Fault.WRONG_PEER, Consequence.JOIN)
+    async with peer(1) as bootstrap:
+        moved = f"{bootstrap.rpartition('/')[0]}/{Identity(bytes(32)).peer_id}"
+        found = await diagnose(replace(config, bootstrap=(moved,)))
+    assert only(found) == (Fault.WRONG_PEER, Consequence.JOIN)
+
+
+async def test_corrupt_file_of_a_model(config: NodeConfig, tmp_path: Path) -> None:
+    package = import_model(str(write_checkpoint(tmp_path / "checkpoint")), ModelStore(config.cache_dir))
+    path = package.path_of(package.manifest.blocks[1])
+    path.chmod(0o600)
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    found = await diagnose(replace(config, serve=(ServeSpec(package.model_id),)))
+    assert only(found) == (Fault.CORRUPT_FILE, Consequence.SERVE)
+    assert package.manifest.blocks[1].name in found.findings[0].message
+    assert (await diagnose(replace(config, serve=(ServeSpec(package.model_id, BlockRange(0, 1)),)))).healthy
+
+
+async def test_corrupt_file_of_the_history(config: NodeConfig) -> None:
+    path = config.data_dir / DATABASE_FILE
+    async with open_database(path) as database:
+        await HistoryStore(database).add_many([signed(number) for number in range(50)])
+    os.truncate(path, path.stat().st_size - 1000)
+    assert only(await diagnose(config)) == (Fault.CORRUPT_FILE, Consequence.SERVE)
+
+
+async def test_corrupt_file_of_the_identity(config: NodeConfig) -> None:
+    (config.data_dir / "peer.key").write_text("ab")
+    (config.data_dir / "peer.key").chmod(0o600)
+    assert only(await diagnose(config)) == (Fault.CORRUPT_FILE, Consequence.START)
+
+
+async def test_relay_only(config: NodeConfig) -> None:
+    relayed = f"{closed_address()}/p2p-circuit/p2p/{Identity(b'1' * 32).peer_id}"
+    found = await diagnose(config, running(multiaddrs=[relayed], connected_peers=1))
+    assert only(found) == (Fault.RELAY_ONLY, Consequence.REACH)
+
+
+async def test_name_taken_directory(config: NodeConfig) -> None:
+    with (config.data_dir / LOCK_FILE).open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        found = await diagnose(config)
+    assert only(found) == (Fault.NAME_TAKEN, Consequence.START)
+
+
+async def test_name_taken_port(config: NodeConfig) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        found = await diagnose(replace(config, listen=(f"/ip4/127.0.0.1/tcp/{port}",)))
+        assert only(found) == (Fault.NAME_TAKEN, Consequence.START)
+        found = await diagnose(replace(config, api_port=port))
+        assert only(found) == (Fault.NAME_TAKEN, Consequence.START)
+
+
+async def test_name_taken_identity(config: NodeConfig) -> None:
+    copied = load_or_create(config.data_dir).seed
+    async with peer(1, seed=copied) as elsewhere:
+        found = await diagnose(replace(config, bootstrap=(elsewhere,)))
+    assert only(found) == (Fault.NAME_TAKEN, Consequence.JOIN)
+
+
+async def test_what_keeps_a_node_from_starting_comes_first(config: NodeConfig) -> None:
+    (config.data_dir / "peer.key").write_text("ab")
+    (config.data_dir / "peer.key").chmod(0o600)
+    found = await diagnose(replace(config, bootstrap=(closed_address(),)))
+    assert [finding.consequence for finding in found.findings] == [Consequence.START, Consequence.JOIN]
+
+
+async def test_the_doctor_changes_nothing(config: NodeConfig) -> None:
+    await diagnose(config)
+    assert list(config.data_dir.iterdir()) == []
