@@ -18,7 +18,7 @@ from cryptography.hazmat.primitives.ciphers.aead import ChaCha20Poly1305
 from benchmarks.common import Spread, spread_of, times_ms
 from node.engine import wire
 from node.engine.client import start_engine
-from node.engine.interface import SliceInput
+from node.engine.interface import SessionOptions, SliceInput
 from node.engine.source import EngineOptions
 from node.models.store import Package
 from node.network.host import Libp2pNetwork
@@ -110,7 +110,8 @@ async def _worker_detours_ms(package: Package, blocks: BlockRange, count: int) -
     """Return how much longer each decode step of a real worker took than its forward pass."""
     detours_ms = []
     async with start_engine(package, blocks, EngineOptions(threads=1, kv_positions=count)) as engine:
-        await engine.open(SESSION, count, None)
+        await engine.open(SESSION, count)
+        await engine.begin(SESSION, SessionOptions())
         for position in range(count):
             start_s = time.perf_counter()
             result = await engine.step([SliceInput(session=SESSION, position=position, tensor=ROW, draws=0)])

@@ -1,53 +1,105 @@
-"""The KV cache of one session: transformers' cache, with rows that can be taken back."""
+"""KV memory in pages, and the cache of one session: transformers' cache, with rows that can be taken back."""
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 from transformers.configuration_utils import PreTrainedConfig
 
-from node.engine.interface import EngineError
+from node.engine.interface import PAGE_POSITIONS, EngineError
+
+
+@dataclass(frozen=True, slots=True)
+class BlockMemory:
+    """Keys and values of one block, (places, heads, head size) each; a place is a position of a page."""
+
+    keys: torch.Tensor
+    values: torch.Tensor
+
+    @property
+    def bytes_per_position(self) -> int:
+        """Bytes of one place."""
+        return self.keys[0].nbytes + self.values[0].nbytes
+
+    def resized(self, places: int) -> "BlockMemory":
+        """Return empty memory of the same shapes."""
+        keys, values = (tensor.new_empty((places, *tensor.shape[1:])) for tensor in (self.keys, self.values))
+        return BlockMemory(keys, values)
+
+
+class KvMemory:
+    """Keys and values of all sessions, block by block. It is the operating system's until a page is first written."""
+
+    def __init__(self, blocks: Sequence[BlockMemory]) -> None:
+        self.blocks = tuple(blocks)
+
+    @torch.inference_mode()
+    def copy(self, sources: Sequence[int], pages: Sequence[int]) -> None:
+        """Copy whole pages."""
+        for source, page in zip(sources, pages, strict=True):
+            here = slice(page * PAGE_POSITIONS, (page + 1) * PAGE_POSITIONS)
+            there = slice(source * PAGE_POSITIONS, (source + 1) * PAGE_POSITIONS)
+            for block in self.blocks:
+                block.keys[here] = block.keys[there]
+                block.values[here] = block.values[there]
+
+
+class Places:
+    """Where the positions of one session lie in KV memory: a slice where its pages are neighbours, else a list."""
+
+    def __init__(self, pages: Sequence[int]) -> None:
+        first = torch.tensor(pages, dtype=torch.long).unsqueeze(1) * PAGE_POSITIONS
+        self.all = (first + torch.arange(PAGE_POSITIONS)).flatten()
+        """By position."""
+        self._start = pages[0] * PAGE_POSITIONS if list(pages) == list(range(pages[0], pages[0] + len(pages))) else None
+
+    def of(self, start: int, end: int) -> slice | torch.Tensor:
+        """Return the places of positions `start` to `end`, as an index."""
+        return self.all[start:end] if self._start is None else slice(self._start + start, self._start + end)
 
 
 class RewindableLayer(DynamicLayer):
-    """Keys and values of one block for every position, in buffers of the size that was reserved.
+    """Keys and values of one block for every position of a session.
 
     transformers' own layers append by copying the whole cache, and those with a sliding window throw away what has
-    left the window, so that a replay could not go back there. Here a window is only a view. Memory is the operating
-    system's until a position is first written.
+    left the window, so that a replay could not go back there. Here a window is only a view.
     """
 
-    def __init__(self, capacity: int, window: int | None) -> None:
+    def __init__(self, places: Places, memory: BlockMemory | None, window: int | None, length: int) -> None:
         # What the base class's own, untyped __init__ sets.
         self.keys: torch.Tensor | None = None
         self.values: torch.Tensor | None = None
-        self.is_initialized = False
+        self.is_initialized = memory is not None
         self.is_sliding = window is not None
-        self._capacity = capacity
+        self.memory = memory
+        self._places = places
         self._window = window
-        self._length = 0
+        self._length = length
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        """Make the buffers, in the shapes of the first rows: (1, heads, rows, head size)."""
-        self.dtype, self.device = key_states.dtype, key_states.device
-        self.keys = key_states.new_empty((*key_states.shape[:2], self._capacity, key_states.shape[3]))
-        self.values = value_states.new_empty((*value_states.shape[:2], self._capacity, value_states.shape[3]))
+        """Make memory of its own, in the shapes of the first rows: (1, heads, rows, head size)."""
+        places = len(self._places.all)
+        self.memory = BlockMemory(
+            *(rows.new_empty((places, rows.shape[1], rows.shape[3])) for rows in (key_states, value_states))
+        )
         self.is_initialized = True
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *_args: Any, **_options: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Add rows; return those that attention may see."""
-        if self.keys is None or self.values is None:
+        if self.memory is None:
             self.lazy_initialization(key_states, value_states)
-        assert self.keys is not None
-        assert self.values is not None
+        assert self.memory is not None
         end = self._length + key_states.shape[-2]
-        self.keys[:, :, self._length : end] = key_states
-        self.values[:, :, self._length : end] = value_states
-        start = self._first_visible
+        added, seen = self._places.of(self._length, end), self._places.of(self._first_visible, end)
+        self.memory.keys[added] = key_states[0].transpose(0, 1)
+        self.memory.values[added] = value_states[0].transpose(0, 1)
         self._length = end
-        return self.keys[:, :, start:end], self.values[:, :, start:end]
+        keys, values = (memory[seen].transpose(0, 1) for memory in (self.memory.keys, self.memory.values))
+        return keys.unsqueeze(0), values.unsqueeze(0)
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Return how many rows attention will see after `query_length` more, and the position of the first."""
@@ -66,21 +118,17 @@ class RewindableLayer(DynamicLayer):
         """The first position that the next row may see: itself and window - 1 before it."""
         return 0 if self._window is None else max(0, self._length - self._window + 1)
 
-    @property
-    def bytes_per_position(self) -> int:
-        """Bytes of one position, once there are rows."""
-        return sum(
-            tensor.element_size() * tensor.shape[0] * tensor.shape[1] * tensor.shape[3]
-            for tensor in (self.keys, self.values)
-            if tensor is not None
-        )
-
 
 class RewindableCache(Cache):
-    """Layers for each block of a span, all of the same length."""
+    """Layers for each block of a span, all of the same length; without `memory` each makes its own."""
 
-    def __init__(self, windows: tuple[int | None, ...], capacity: int) -> None:
-        self._rows = [RewindableLayer(capacity, window) for window in windows]
+    def __init__(
+        self, windows: tuple[int | None, ...], places: Places, memory: KvMemory | None = None, length: int = 0
+    ) -> None:
+        blocks = memory.blocks if memory else (None,) * len(windows)
+        self._rows = [
+            RewindableLayer(places, block, window, length) for block, window in zip(blocks, windows, strict=True)
+        ]
         super().__init__(layers=list(self._rows))
 
     @property
@@ -89,9 +137,9 @@ class RewindableCache(Cache):
         return self._rows[0].get_seq_length()
 
     @property
-    def bytes_per_position(self) -> int:
-        """Bytes of one position in all blocks together, once there are rows."""
-        return sum(layer.bytes_per_position for layer in self._rows)
+    def memory(self) -> tuple[BlockMemory, ...]:
+        """The memory of each block, once there are rows."""
+        return tuple(layer.memory for layer in self._rows if layer.memory is not None)
 
     def rewind(self, position: int) -> None:
         """Forget the rows from `position` on, also those that a failed forward pass left in some blocks."""

@@ -1,7 +1,7 @@
 """The real engine as the node sees it: a worker process of its own, so that computing never holds up the network loop.
 
 Whatever happens to the worker, nothing here raises but EngineError and its kinds, and only in the calls that it
-concerns. KV positions are counted on this side: opening and closing never wait for a computation.
+concerns. KV pages are given out on this side: opening, beginning and closing never wait for a computation.
 """
 
 import itertools
@@ -11,7 +11,7 @@ import socket
 import subprocess
 import sys
 from collections import deque
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,20 +20,24 @@ import psutil
 import trio
 
 from node.engine import wire
-from node.engine.admission import Reservations
+from node.engine.admission import KvPages
 from node.engine.interface import (
     EngineCrashed,
     EngineError,
     EngineStatistics,
+    Lineage,
+    Prefix,
+    SessionOptions,
     SliceInput,
     SliceOutput,
     SpanInfo,
     StepResult,
+    Variant,
+    VariantNotReady,
 )
 from node.engine.source import EngineOptions, ShardSource
 from node.models.store import Package
 from protocol.identity import BlockRange, SessionId
-from protocol.messages import Sampling
 
 _STDERR = 2
 _ROOT = Path(__file__).parents[2]
@@ -76,7 +80,7 @@ async def start_worker(
                 raise EngineError(f"the worker of blocks {blocks} cannot be started: {error}") from error
         try:
             connection = _Connection(trio.socket.from_stdlib_socket(ours), process, f"the worker of blocks {blocks}")
-            engine = WorkerEngine(connection, await _load(connection, source, blocks, options))
+            engine = WorkerEngine(connection, *await _load(connection, source, blocks, options))
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(engine.receive_forever)
                 nursery.start_soon(engine.send_forever)
@@ -88,7 +92,9 @@ async def start_worker(
                 await process.wait()
 
 
-async def _load(connection: "_Connection", source: ShardSource, blocks: BlockRange, options: EngineOptions) -> SpanInfo:
+async def _load(
+    connection: "_Connection", source: ShardSource, blocks: BlockRange, options: EngineOptions
+) -> tuple[SpanInfo, frozenset[Variant]]:
     """Tell the worker what to be, and wait until it is."""
     with trio.move_on_after(options.start_timeout_s):
         try:
@@ -98,7 +104,7 @@ async def _load(connection: "_Connection", source: ShardSource, blocks: BlockRan
             raise EngineCrashed(await connection.epitaph()) from None
         if header["did"] == "failed":
             raise EngineError(header["error"])
-        return wire.decode_ready(header)
+        return wire.decode_loaded(header)
     raise EngineError(f"{connection.name} did not load within {options.start_timeout_s:g} s")
 
 
@@ -118,11 +124,13 @@ def source_from_package(package: Package, blocks: BlockRange) -> ShardSource:
 class WorkerEngine:
     """Implements Engine over a worker process. Made by `start_engine`, which runs its two tasks."""
 
-    def __init__(self, connection: "_Connection", info: SpanInfo) -> None:
+    def __init__(self, connection: "_Connection", info: SpanInfo, variants: frozenset[Variant]) -> None:
         self._connection = connection
         self._info = info
-        self._reservations = Reservations(info)
-        # The frame that opened a session tells it from an earlier one of the same name.
+        self._variants = variants
+        self._building: dict[int, Variant] = {}
+        self._pages = KvPages(info)
+        # The frame that began a session tells it from an earlier one of the same name.
         self._sessions: dict[SessionId, _Frame] = {}
         # Bounded by the sessions that fit (an open or a close each) and by the callers that wait for a step.
         self._outbox: deque[_Frame] = deque()
@@ -139,12 +147,42 @@ class WorkerEngine:
         """What it holds."""
         return self._info
 
-    async def open(self, session: SessionId, positions: int, sampling: Sampling | None) -> None:
+    def variants(self) -> frozenset[Variant]:
+        """Return the variants that are ready; see Engine."""
+        return self._variants
+
+    async def prepare(self, variant: Variant) -> None:
+        """Have the worker build a variant; see Engine. If the caller is cancelled, it is built all the same."""
+        self._raise_if_crashed()
+        if variant in self._variants:
+            return
+        number = next(self._numbers)
+        call = self._calls[number] = _Call({}, ())
+        self._building[number] = variant
+        self._post(wire.encode_prepare(number, variant))
+        await call.answered.wait()
+        if variant not in self._variants:
+            raise call.error or EngineCrashed(self._reason)
+
+    async def open(self, session: SessionId, positions: int, prefix: Prefix | None = None) -> Mapping[Lineage, int]:
         """Reserve KV memory for a session; see Engine."""
         await trio.lowlevel.checkpoint()
         self._raise_if_crashed()
-        self._reservations.open(session, positions, sampling)
-        self._sessions[session] = self._post(wire.encode_open(session, positions, sampling))
+        return self._pages.open(session, positions, prefix)
+
+    async def begin(self, session: SessionId, options: SessionOptions) -> int:
+        """Tell the worker of a session; see Engine."""
+        await trio.lowlevel.checkpoint()
+        self._raise_if_crashed()
+        try:
+            if options.variant not in self._variants:
+                raise VariantNotReady(f"the variant {options.variant} is not ready here")
+            placement = self._pages.begin(session, options)
+        except EngineError:
+            self._close(session, keep=False)
+            raise
+        self._sessions[session] = self._post(wire.encode_begin(session, options, placement))
+        return placement.cached
 
     async def step(self, slices: Sequence[SliceInput]) -> StepResult:
         """Run one step in the worker; see Engine. If the caller is cancelled, a step that is under way still runs."""
@@ -152,10 +190,13 @@ class WorkerEngine:
         sessions = tuple(rows.session for rows in slices)
         if unknown := [session for session in sessions if session not in self._sessions]:
             for session in sessions:
-                self._close(session)
-            raise EngineError(f"session {unknown[0].job}/{unknown[0].stage} is not open")
+                self._close(session, keep=False)
+            raise EngineError(f"session {unknown[0].job}/{unknown[0].stage} is not open, or has not begun")
+        for rows in slices:
+            self._pages.rewind(rows.session, rows.position)
         number = next(self._numbers)
-        call = self._calls[number] = _Call({session: self._sessions[session] for session in sessions}, sessions)
+        ends = {rows.session: rows.position + rows.tensor.rows for rows in slices}
+        call = self._calls[number] = _Call({session: self._sessions[session] for session in sessions}, sessions, ends)
         frame = self._post(wire.encode_step(number, slices))
         try:
             await call.answered.wait()
@@ -170,7 +211,7 @@ class WorkerEngine:
     async def close(self, session: SessionId) -> None:
         """Free a session; see Engine."""
         await trio.lowlevel.checkpoint()
-        self._close(session)
+        self._close(session, keep=True)
 
     async def wait_crashed(self) -> str:
         """Wait until the worker is dead, and return why; see Engine."""
@@ -180,8 +221,12 @@ class WorkerEngine:
     def statistics(self) -> EngineStatistics:
         """Return the counts; see Engine."""
         return EngineStatistics(
-            sessions=len(self._reservations),
-            reserved_positions=self._reservations.total,
+            sessions=len(self._pages),
+            reserved_positions=self._pages.reserved_positions,
+            cached_positions=self._pages.cached_positions,
+            hit_positions=self._pages.hit_positions,
+            evicted_positions=self._pages.evicted_positions,
+            building=tuple(self._building.values()),
             steps=self._steps,
             compute_s=self._compute_s,
             worker_pid=None if self._crashed.is_set() else self._connection.process.pid,
@@ -211,23 +256,31 @@ class WorkerEngine:
         for frame in self._outbox:
             frame.taken = True
         self._outbox.clear()
-        for session in tuple(self._sessions):
-            self._free(session)
+        self._sessions.clear()
+        self._building.clear()
+        self._pages = KvPages(self._info)
         for call in self._calls.values():
             call.answered.set()
         self._calls.clear()
 
     def _answer(self, header: wire.Header, payload: memoryview) -> None:
-        call = self._calls.pop(header["call"])
+        number = header["call"]
+        call = self._calls.pop(number)
+        building = self._building.pop(number, None)
         if header["did"] == "error":
             call.error = EngineError(header["error"])
-            for session, opened in call.opened.items():  # the worker has closed them already
-                if self._sessions.get(session) is opened:
-                    self._free(session)
+            for session, begun in call.begun.items():  # the worker has closed them already
+                if self._sessions.get(session) is begun:
+                    self._free(session, keep=False)
+        elif building is not None:
+            self._variants |= {building}
         else:
             tensors = wire.cut_tensors(header["tensors"], payload)
             outputs = (SliceOutput(session=s, tensor=tensor) for s, tensor in zip(call.order, tensors, strict=True))
             call.result = StepResult(outputs=tuple(outputs), compute_s=header["compute_s"])
+            for session, begun in call.begun.items():
+                if self._sessions.get(session) is begun:
+                    self._pages.advance(session, call.ends[session])
             self._steps += 1
             self._compute_s += call.result.compute_s
         call.answered.set()
@@ -238,19 +291,19 @@ class WorkerEngine:
         self._outbox_filled.set()
         return frame
 
-    def _close(self, session: SessionId) -> None:
-        opened = self._sessions.get(session)
-        if opened is None:
+    def _close(self, session: SessionId, *, keep: bool) -> None:
+        begun = self._sessions.get(session)
+        self._free(session, keep=keep)
+        if begun is None:  # the worker never heard of it
             return
-        self._free(session)
-        if opened.taken:
+        if begun.taken:
             self._post(wire.encode_close(session))
-        else:  # the worker never hears of it
-            self._outbox.remove(opened)
+        else:
+            self._outbox.remove(begun)
 
-    def _free(self, session: SessionId) -> None:
-        self._reservations.close(session)
-        del self._sessions[session]
+    def _free(self, session: SessionId, *, keep: bool) -> None:
+        self._pages.close(session, keep=keep)
+        self._sessions.pop(session, None)
 
     def _raise_if_crashed(self) -> None:
         if self._crashed.is_set():
@@ -267,10 +320,11 @@ class _Frame:
 
 @dataclass(slots=True, eq=False)
 class _Call:
-    """A step that waits for its answer. `order`: the session of each slice."""
+    """A step that waits for its answer. `order`: the session of each slice. `ends`: how far the step takes each."""
 
-    opened: dict[SessionId, _Frame]
+    begun: dict[SessionId, _Frame]
     order: tuple[SessionId, ...]
+    ends: dict[SessionId, int] = field(default_factory=dict)
     answered: trio.Event = field(default_factory=trio.Event)
     result: StepResult | None = None
     error: EngineError | None = None

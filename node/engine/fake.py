@@ -6,27 +6,49 @@ blocks are divided into spans. `expected_tokens` says what an undisturbed job yi
 """
 
 import hashlib
-from array import array
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import product
 
+import numpy as np
 import trio
 
-from node.engine.admission import Reservations, check_slice
+from node.engine.admission import KvPages, Placement, check_slice
+from node.engine.codec import decode_rows, encode_rows
 from node.engine.interface import (
+    PAGE_POSITIONS,
+    REFERENCE,
     EngineCrashed,
     EngineError,
     EngineStatistics,
+    Lineage,
+    Prefix,
+    SessionOptions,
     SliceInput,
     SliceOutput,
     SpanInfo,
     StepResult,
+    Variant,
+    VariantNotReady,
 )
 from protocol.identity import BlockRange, ModelId, SessionId
 from protocol.messages import Sampling
-from protocol.tensors import DType, Tensor, tensor_from_tokens, tokens_from_tensor
+from protocol.tensors import Tensor, tensor_from_tokens, tokens_from_tensor
 
 FAKE_MODEL = ModelId(hashlib.sha256(b"metaswarm fake model").hexdigest())
 """The id of the imaginary model, unless another is given."""
+
+FAKE_VARIANTS = frozenset(
+    {
+        REFERENCE,
+        Variant("fused", "fp32"),
+        Variant("fused", "bf16"),
+        Variant("fused", "int8"),
+        Variant("fused", "w8a8"),
+        Variant("onnxruntime", "fp32"),
+        Variant("onnxruntime", "int8"),
+    }
+)
+"""All of them calculate the same, but none takes another's pages."""
 
 
 def fake_span_info(
@@ -57,14 +79,24 @@ def fake_span_info(
 class FakeEngine:
     """A span of an imaginary model, in this process, on trio's clock.
 
-    A step takes `step_s` plus `row_s` for each of its rows: virtual seconds under a MockClock.
+    A step takes `step_s` plus `row_s` for each of its rows: virtual seconds under a MockClock. What its blocks know
+    lies in pages, as the keys and values of a real one do, so that a page given out twice changes tokens, too.
     """
 
-    def __init__(self, info: SpanInfo, *, step_s: float = 0.0, row_s: float = 0.0) -> None:
+    def __init__(
+        self,
+        info: SpanInfo,
+        *,
+        step_s: float = 0.0,
+        row_s: float = 0.0,
+        variants: Iterable[Variant] = FAKE_VARIANTS,
+    ) -> None:
         self._info = info
         self._step_s = step_s
         self._row_s = row_s
-        self._reservations = Reservations(info)
+        self._variants = set(variants)
+        self._pages = KvPages(info)
+        self._memory = _Memory()
         self._sessions: dict[SessionId, _Session] = {}
         self._turn = trio.StrictFIFOLock()
         self._crashed = trio.Event()
@@ -77,12 +109,37 @@ class FakeEngine:
         """What it pretends to hold."""
         return self._info
 
-    async def open(self, session: SessionId, positions: int, sampling: Sampling | None) -> None:
+    def variants(self) -> frozenset[Variant]:
+        """Return what it pretends to be able to do; see Engine."""
+        return frozenset(self._variants)
+
+    async def prepare(self, variant: Variant) -> None:
+        """Pretend to build a variant, which takes no time; see Engine."""
+        await trio.lowlevel.checkpoint()
+        self._raise_if_crashed()
+        if variant not in FAKE_VARIANTS:
+            raise EngineError(f"there is no variant {variant}")
+        self._variants.add(variant)
+
+    async def open(self, session: SessionId, positions: int, prefix: Prefix | None = None) -> Mapping[Lineage, int]:
         """Reserve positions; see Engine."""
         await trio.lowlevel.checkpoint()
         self._raise_if_crashed()
-        self._reservations.open(session, positions, sampling)
-        self._sessions[session] = _Session(self._info, self._info.blocks, sampling)
+        return self._pages.open(session, positions, prefix)
+
+    async def begin(self, session: SessionId, options: SessionOptions) -> int:
+        """Take up cached pages; see Engine."""
+        await trio.lowlevel.checkpoint()
+        self._raise_if_crashed()
+        try:
+            if options.variant not in self._variants:
+                raise VariantNotReady(f"the variant {options.variant} is not ready here")
+            placement = self._pages.begin(session, options)
+        except EngineError:
+            self._forget(session, keep=False)
+            raise
+        self._sessions[session] = _Session(self._info, self._info.blocks, options, self._memory, placement)
+        return placement.cached
 
     async def step(self, slices: Sequence[SliceInput]) -> StepResult:
         """Hash the rows of each slice in order; see Engine."""
@@ -96,7 +153,7 @@ class FakeEngine:
                 outputs = tuple(SliceOutput(session=rows.session, tensor=self._run(rows)) for rows in slices)
             except EngineError:
                 for rows in slices:
-                    self._forget(rows.session)
+                    self._forget(rows.session, keep=False)
                 raise
             self._steps += 1
             self._compute_s += compute_s
@@ -105,7 +162,7 @@ class FakeEngine:
     async def close(self, session: SessionId) -> None:
         """Free a session; see Engine."""
         await trio.lowlevel.checkpoint()
-        self._forget(session)
+        self._forget(session, keep=True)
 
     async def wait_crashed(self) -> str:
         """Wait until `crash` was called; see Engine."""
@@ -115,8 +172,12 @@ class FakeEngine:
     def statistics(self) -> EngineStatistics:
         """Return the counts; see Engine."""
         return EngineStatistics(
-            sessions=len(self._reservations),
-            reserved_positions=self._reservations.total,
+            sessions=len(self._pages),
+            reserved_positions=self._pages.reserved_positions,
+            cached_positions=self._pages.cached_positions,
+            hit_positions=self._pages.hit_positions,
+            evicted_positions=self._pages.evicted_positions,
+            building=(),
             steps=self._steps,
             compute_s=self._compute_s,
             worker_pid=None,
@@ -126,63 +187,83 @@ class FakeEngine:
         """Behave from now on as an engine does whose worker process died."""
         self._reason = reason
         self._crashed.set()
-        for session in tuple(self._sessions):
-            self._forget(session)
+        self._pages = KvPages(self._info)
+        self._sessions.clear()
 
     def _raise_if_crashed(self) -> None:
         if self._crashed.is_set():
             raise EngineCrashed(self._reason)
 
-    def _forget(self, session: SessionId) -> None:
-        self._reservations.close(session)
+    def _forget(self, session: SessionId, *, keep: bool) -> None:
+        self._pages.close(session, keep=keep)
         self._sessions.pop(session, None)
 
     def _run(self, rows: SliceInput) -> Tensor:
-        reserved = self._reservations.of(rows.session)
-        session = self._sessions[rows.session]
-        check_slice(self._info, rows, cached=session.cached, reserved=reserved)
+        session = self._sessions.get(rows.session)
+        if session is None:
+            raise EngineError(f"session {rows.session.job}/{rows.session.stage} is not open, or has not begun")
+        check_slice(self._info, rows, cached=session.length, reserved=session.positions)
+        self._pages.rewind(rows.session, rows.position)
         if self._info.is_first:
             tokens = tokens_from_tensor(rows.tensor)
             if any(not 0 <= token < self._info.vocabulary_size for token in tokens):
                 raise EngineError(f"a token id is not below {self._info.vocabulary_size}")
             hidden = session.run(rows.position, [_embed(self._info, token) for token in tokens])
         else:
-            hidden = session.run(
-                rows.position, [bytes(rows.tensor.cut(n, n + 1).data) for n in range(rows.tensor.rows)]
-            )
+            states = decode_rows(rows.tensor)
+            hidden = session.run(rows.position, [row.tobytes() for row in states])
+        self._pages.advance(rows.session, session.length)
         if not self._info.is_last:
-            return Tensor(DType.FLOAT32, (len(hidden), self._info.hidden_size), b"".join(hidden))
+            states = np.frombuffer(b"".join(hidden), np.float32).reshape(-1, self._info.hidden_size)
+            return encode_rows(states, session.activations)
         first_drawn = len(hidden) - rows.draws
-        position = rows.position + first_drawn + 1
-        return tensor_from_tokens([session.draw(position + n, row) for n, row in enumerate(hidden[first_drawn:])])
+        drawn: list[int] = []
+        for number, row in enumerate(hidden[first_drawn:]):
+            drawn.append(session.draw(rows.position + first_drawn + number + 1, row))
+            if number < len(rows.drafts) and rows.drafts[number] != drawn[-1]:
+                break
+        return tensor_from_tokens(drawn)
+
+
+_Memory = dict[tuple[int, int], bytes]
+"""What a block knows after a row, by block and place."""
 
 
 class _Session:
     """What some blocks remember of one session."""
 
-    def __init__(self, info: SpanInfo, blocks: BlockRange, sampling: Sampling | None) -> None:
+    def __init__(
+        self, info: SpanInfo, blocks: BlockRange, options: SessionOptions, memory: _Memory, placement: Placement
+    ) -> None:
         self._info = info
-        self._sampling = sampling
-        # By block, by position: what the block knows after that row.
-        self._states: dict[int, list[bytes]] = {block: [] for block in range(blocks.start, blocks.end)}
-
-    @property
-    def cached(self) -> int:
+        self._blocks = range(blocks.start, blocks.end)
+        self._sampling = options.sampling
+        self._memory = memory
+        self._pages = placement.pages
+        self.activations = options.activations
+        self.positions = placement.positions
+        self.length = placement.cached
         """Positions that are remembered."""
-        return len(next(iter(self._states.values())))
+        for source, page in zip(placement.copied, placement.pages, strict=False):
+            for block, offset in product(self._blocks, range(PAGE_POSITIONS)):
+                memory[block, page * PAGE_POSITIONS + offset] = memory[block, source * PAGE_POSITIONS + offset]
 
     def run(self, position: int, rows: Iterable[bytes]) -> list[bytes]:
         """Forget the positions from `position` on, then pass rows through the blocks; return what comes out."""
-        for states in self._states.values():
-            del states[position:]
-        return [self._pass(position + offset, row) for offset, row in enumerate(rows)]
+        self.length = position
+        return [self._pass(row) for row in rows]
 
-    def _pass(self, position: int, row: bytes) -> bytes:
-        for block, states in self._states.items():
-            before = states[-1] if states else b""
-            states.append(_digest(self._info.model, block, position, before, row))
-            row = _hidden(self._info, states[-1])
+    def _pass(self, row: bytes) -> bytes:
+        for block in self._blocks:
+            before = self._memory[block, self._place(self.length - 1)] if self.length else b""
+            state = _digest(self._info.model, block, self.length, before, row)
+            self._memory[block, self._place(self.length)] = state
+            row = _hidden(self._info, state)
+        self.length += 1
         return row
+
+    def _place(self, position: int) -> int:
+        return self._pages[position // PAGE_POSITIONS] * PAGE_POSITIONS + position % PAGE_POSITIONS
 
     def draw(self, position: int, row: bytes) -> int:
         """Return the token that takes `position`, from the row before it."""
@@ -194,7 +275,15 @@ def expected_tokens(
     info: SpanInfo, prompt: Sequence[int], count: int, sampling: Sampling | None = None
 ) -> tuple[int, ...]:
     """Return the first `count` tokens that a model yields after a prompt; `info` describes any of its spans."""
-    session = _Session(info, BlockRange(0, info.block_count), sampling)
+    positions = len(prompt) + count
+    pages = tuple(range(-(-positions // PAGE_POSITIONS)))
+    session = _Session(
+        info,
+        BlockRange(0, info.block_count),
+        SessionOptions(sampling=sampling),
+        {},
+        Placement(positions=positions, pages=pages),
+    )
     tokens: list[int] = []
     rows = session.run(0, [_embed(info, token) for token in prompt])
     while len(tokens) < count:
@@ -209,8 +298,13 @@ def _digest(*parts: object) -> bytes:
 
 
 def _hidden(info: SpanInfo, state: bytes) -> bytes:
-    """Return a state as hidden_size elements of f32: small whole numbers, which bf16 and f16 keep exactly."""
-    return array("f", list(hashlib.shake_128(state).digest(info.hidden_size))).tobytes()
+    """Return a state as hidden_size elements of f32, which every wire codec keeps exactly.
+
+    They are whole numbers up to 127, which is among the first of any 32 of them: so int8 has nothing to scale.
+    """
+    elements = np.frombuffer(hashlib.shake_128(state).digest(info.hidden_size), np.uint8) % 128
+    elements[::32] = 127
+    return elements.astype(np.float32).tobytes()
 
 
 def _embed(info: SpanInfo, token: int) -> bytes:

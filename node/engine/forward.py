@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from node.engine.cache import RewindableCache
+from node.engine.cache import BlockMemory, KvMemory, Places, RewindableCache
 from node.engine.interface import EngineError
 from node.engine.loading import LoadedSpan
 
@@ -39,16 +39,16 @@ class SpanModel:
         if not last:
             span.blocks[-1].register_forward_hook(self._leave)
 
-    def new_cache(self, capacity: int) -> RewindableCache:
-        """Return an empty KV cache for at most `capacity` positions."""
-        return RewindableCache(self._span.windows, capacity)
+    def new_cache(self, places: Places, memory: KvMemory, length: int) -> RewindableCache:
+        """Return a session's KV cache, with `length` positions in it."""
+        return RewindableCache(self._span.windows, places, memory, length)
 
-    def try_out(self) -> int:
-        """Run a few rows, which fetches the weights from disk; return the bytes of one cached position.
+    def try_out(self) -> tuple[BlockMemory, ...]:
+        """Run a few rows, which fetches the weights from disk; return the KV memory that this took, block by block.
 
         Raises EngineError where the architecture cannot be divided between stages.
         """
-        cache = self.new_cache(_TRIAL_ROWS)
+        cache = RewindableCache(self._span.windows, Places([0]))
         size = self._span.hidden_size
         dtype = next(self._span.blocks.parameters()).dtype
         rows = (
@@ -63,7 +63,7 @@ class SpanModel:
         expected = (1, self._span.vocabulary_size) if self._last else (_TRIAL_ROWS, size)
         if tuple(output.shape) != expected or output.is_meta or cache.length != _TRIAL_ROWS:
             raise EngineError(f"{self._name} models cannot be served: their forward pass is no plain stack of blocks")
-        return cache.bytes_per_position
+        return cache.memory
 
     @torch.inference_mode()
     def run(self, rows: torch.Tensor, cache: RewindableCache, *, position: int, draws: int) -> torch.Tensor:

@@ -1,16 +1,23 @@
 """The engine as the rest of the node sees it: tensors in, tensors out, no network.
 
-An engine serves one span of one model. `client.py` runs the real one in a worker process; `fake.py` keeps a hash chain
-of its inputs, so that in a simulation a lost row, a wrong replay or a swapped session changes tokens.
+An engine serves one span of one model, in several variants of one calculation. `client.py` runs the real one in a
+worker process; `fake.py` keeps a hash chain of its inputs, so that in a simulation a lost row, a wrong replay, a
+wrong hit of the prefix cache or a swapped session changes tokens.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Final, NamedTuple, Protocol
 
 from protocol.identity import BlockRange, ModelId, SessionId
 from protocol.messages import Sampling
 from protocol.tensors import Tensor
+
+PAGE_POSITIONS: Final = 32
+"""Positions of one page: the unit in which KV memory is given out, and in which prompts are cached."""
+
+PAGE_HASH_BYTES: Final = 16
+"""Bytes of the hash of a page of a prompt, which covers all pages before it, too."""
 
 
 class EngineError(Exception):
@@ -23,6 +30,80 @@ class EngineCrashed(EngineError):
 
 class EngineFull(EngineError):
     """No KV memory for another session now."""
+
+
+class VariantNotReady(EngineError):
+    """The session asks for a variant that is not there (any more, or yet)."""
+
+
+class Variant(NamedTuple):
+    """One way to calculate a span, with weights of its own: `engine/arithmetic`.
+
+    `engine`: "eager" (transformers' own layers, the reference), "fused" or "onnxruntime". `arithmetic`: "fp32", "bf16",
+    "int8" (weights only) or "w8a8" (activations, too).
+    """
+
+    engine: str
+    arithmetic: str
+
+    def __str__(self) -> str:
+        return f"{self.engine}/{self.arithmetic}"
+
+
+REFERENCE: Final = Variant("eager", "fp32")
+"""What every span can do, and what exactness is measured against."""
+
+
+class Lineage(NamedTuple):
+    """What a session's keys and values depend on besides its tokens: `engine/arithmetic/activations`.
+
+    The variant is the same on all stages of a job, and `activations` is how all of them put their rows on the wire, so
+    a page may be taken over by a session of the same lineage only.
+    """
+
+    variant: Variant
+    activations: str
+
+    def __str__(self) -> str:
+        return f"{self.variant}/{self.activations}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SessionOptions:
+    """How a session is calculated.
+
+    `sampling`: how to draw; on a last span, and only there. `activations`: codec of the rows that the span puts out,
+    "fp32", "bf16" or "int8". `prefix_cache`: whether cached pages are taken up, and this session's kept for others.
+    """
+
+    sampling: Sampling | None = None
+    variant: Variant = REFERENCE
+    activations: str = "fp32"
+    prefix_cache: bool = True
+
+    @property
+    def lineage(self) -> Lineage:
+        """What its keys and values depend on."""
+        return Lineage(self.variant, self.activations)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prefix:
+    """The prompt's whole pages, as the prefix cache knows them.
+
+    `namespace`: whose cache (the coordinator's peer id), so that nobody can poison another's. `hashes`: of each whole
+    page in order, PAGE_HASH_BYTES each, every one covering those before it.
+    """
+
+    namespace: str
+    hashes: bytes
+
+    def __iter__(self) -> Iterator[bytes]:
+        """Return the hashes of the pages in order."""
+        return (
+            self.hashes[start : start + PAGE_HASH_BYTES]
+            for start in range(0, len(self.hashes) - PAGE_HASH_BYTES + 1, PAGE_HASH_BYTES)
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,7 +120,7 @@ class SpanInfo:
     """The longest session the model allows."""
     kv_bytes_per_position: int
     kv_positions: int
-    """Positions that all sessions together may reserve."""
+    """Positions that all sessions together may reserve, in whole pages."""
     weight_bytes: int
     load_s: float
 
@@ -58,20 +139,27 @@ class SpanInfo:
 class SliceInput:
     """Rows of one session for one step.
 
-    `tensor`: token ids i32 (rows,) on a first span, hidden states (rows, hidden_size) elsewhere. `position`: absolute
-    position of the first row; rows already cached from there on are forgotten first (a rollback). `draws`: number of
-    trailing rows after each of which a last span draws a token.
+    `tensor`: token ids i32 (rows,) on a first span, hidden states (rows, hidden_size) in any wire codec elsewhere.
+    `position`: absolute position of the first row; rows already cached from there on are forgotten first (a rollback).
+    `draws`: number of trailing rows after each of which a last span draws a token. `drafts`: on a last span, guesses of
+    the tokens that the trailing rows but the last yield, so one fewer than `draws`; drawing ends with the first token
+    that was guessed wrong, as the rows behind it follow from the guess.
     """
 
     session: SessionId
     position: int
     tensor: Tensor
     draws: int
+    drafts: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SliceOutput:
-    """What a step made of one slice: hidden states (rows, hidden_size); on a last span tokens drawn, i32 (draws,)."""
+    """What a step made of one slice.
+
+    Hidden states (rows, hidden_size) in the session's codec; on a last span the tokens drawn, i32 (draws,), or with
+    drafts 1 to draws of them.
+    """
 
     session: SessionId
     tensor: Tensor
@@ -91,6 +179,15 @@ class EngineStatistics:
 
     sessions: int
     reserved_positions: int
+    """Held by sessions, in whole pages."""
+    cached_positions: int
+    """In the prefix cache without a session that holds them: given up as soon as sessions need the memory."""
+    hit_positions: int
+    """Positions that sessions took from the prefix cache so far."""
+    evicted_positions: int
+    """Positions that left the prefix cache to make room, so far."""
+    building: tuple[Variant, ...]
+    """Variants that are being built."""
     steps: int
     compute_s: float
     worker_pid: int | None
@@ -104,16 +201,39 @@ class Engine(Protocol):
         """What it holds."""
         ...
 
-    async def open(self, session: SessionId, positions: int, sampling: Sampling | None) -> None:
-        """Reserve KV memory for a session. Raises EngineFull, or EngineError when it cannot be served at all."""
+    def variants(self) -> frozenset[Variant]:
+        """Return the variants that are ready: built and warmed at every shape."""
+        ...
+
+    async def prepare(self, variant: Variant) -> None:
+        """Build a variant in the background, and return when it is ready. Raises EngineError if it cannot be had."""
+        ...
+
+    async def open(self, session: SessionId, positions: int, prefix: Prefix | None = None) -> Mapping[Lineage, int]:
+        """Reserve KV memory; return how many positions of the prompt are cached, by lineage.
+
+        The pages found are kept until the session begins. Raises EngineFull, or EngineError when it cannot be served
+        at all.
+        """
+        ...
+
+    async def begin(self, session: SessionId, options: SessionOptions) -> int:
+        """Take up the cached pages of the lineage chosen, let go of the others; return the positions now cached.
+
+        Raises VariantNotReady, or EngineError; the session is closed then.
+        """
         ...
 
     async def step(self, slices: Sequence[SliceInput]) -> StepResult:
-        """Run one step. Raises EngineError: then every session in the step is lost and closed, others live on."""
+        """Run one step over rows of any sessions, grouped by variant.
+
+        A session has at most one slice in it. Raises EngineError: then every session in the step is lost and closed,
+        others live on.
+        """
         ...
 
     async def close(self, session: SessionId) -> None:
-        """Free a session; an unknown one is no error."""
+        """Free a session, whose prompt's whole pages stay in the prefix cache; an unknown one is no error."""
         ...
 
     async def wait_crashed(self) -> str:

@@ -4,6 +4,8 @@ The random numbers come from a counter-based generator (Philox) keyed by the see
 state that a replay on another peer would have to bring along.
 """
 
+from collections.abc import Sequence
+
 import numpy as np
 import numpy.typing as npt
 
@@ -12,6 +14,9 @@ from protocol.messages import Sampling
 
 Logits = npt.NDArray[np.float32]
 """Shape (vocabulary,)."""
+
+Rows = npt.NDArray[np.float32]
+"""Shape (rows, vocabulary)."""
 
 _KEY_BITS = 64
 
@@ -33,6 +38,21 @@ def draw(logits: Logits, sampling: Sampling, position: int) -> int:
     cumulated = np.cumsum(weights[order])
     kept = order[: int(np.searchsorted(cumulated, sampling.top_p * cumulated[-1])) + 1]
     return int(kept[_inverse(weights[kept], number)])
+
+
+def draw_until_wrong(rows: Rows, sampling: Sampling, position: int, drafts: Sequence[int]) -> list[int]:
+    """Return the tokens drawn from rows of logits, the first of which takes absolute `position`.
+
+    `drafts`: guesses of the tokens that all rows but the last yield, or nothing. It ends with the first token that was
+    guessed wrong: later rows follow from the guess. As a draw depends on seed and position alone, the text is the same
+    as without guesses.
+    """
+    tokens: list[int] = []
+    for number, logits in enumerate(rows):
+        tokens.append(draw(logits, sampling, position + number))
+        if number < len(drafts) and tokens[-1] != drafts[number]:
+            break
+    return tokens
 
 
 def uniform(seed: int, position: int) -> float:

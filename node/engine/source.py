@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from protocol.identity import ModelId
 
@@ -29,12 +29,10 @@ class EngineOptions:
 
     `memory_bytes`: for weights and KV caches together; None takes half of what the machine has free. `kv_positions`:
     positions for all sessions together, where they should be fewer than the memory allows. `threads`: None takes one
-    for each physical core. `dtype`: of weights, activations and caches.
-    `start_timeout_s`: how long loading may take.
+    for each physical core. `start_timeout_s`: how long loading may take.
     """
 
     memory_bytes: int | None = None
     kv_positions: int | None = None
     threads: int | None = None
-    dtype: Literal["float32", "bfloat16"] = "float32"
     start_timeout_s: float = 600.0

@@ -8,16 +8,18 @@ lie in its payload one after another; the header has their dtypes and shapes.
 | from the node | header |
 |---|---|
 | load | source, blocks, options |
-| open | session, positions, sampling; never answered: the node has reserved the positions already |
+| prepare | call, variant; answered by `ready` when it is built |
+| begin | session, options, placement; never answered: the node has reserved the pages already |
 | close | session; never answered |
-| step | call, slices, each [session, position, draws, dtype, shape] |
+| step | call, slices, each [session, position, draws, drafts, dtype, shape] |
 
 | from the worker | header |
 |---|---|
-| ready | the span's info |
+| loaded | the span's info, variants |
+| ready | call: the variant is built |
 | failed | error, a line: the span cannot be loaded |
 | result | call, compute_s, tensors, each [dtype, shape], in the order of the slices |
-| error | call, error, a line: the sessions of the step are closed |
+| error | call, error, a line: the sessions of the step are closed, or the variant cannot be had |
 """
 
 import math
@@ -29,7 +31,8 @@ from typing import Any
 
 import msgpack
 
-from node.engine.interface import SliceInput, SpanInfo
+from node.engine.admission import Placement
+from node.engine.interface import SessionOptions, SliceInput, SpanInfo, Variant
 from node.engine.source import EngineOptions, ShardSource
 from protocol.identity import BlockRange, JobId, SessionId
 from protocol.messages import Sampling
@@ -68,10 +71,32 @@ def cut_tensors(described: Iterable[tuple[str, Sequence[int]]], payload: memoryv
     return tensors
 
 
-def encode_open(session: SessionId, positions: int, sampling: Sampling | None) -> list[Buffer]:
-    """Return the frame that opens a session."""
-    drawing = None if sampling is None else asdict(sampling)
-    return encode_frame({"do": "open", "session": session, "positions": positions, "sampling": drawing})
+def encode_begin(session: SessionId, options: SessionOptions, placement: Placement) -> list[Buffer]:
+    """Return the frame that begins a session."""
+    header = {"do": "begin", "session": session, "options": asdict(options), "placement": asdict(placement)}
+    return encode_frame(header)
+
+
+def decode_begin(header: Header) -> tuple[SessionId, SessionOptions, Placement]:
+    """Return a session, how it is calculated, and where it lies."""
+    options, placement = header["options"], header["placement"]
+    sampling = options["sampling"]
+    return (
+        decode_session(header["session"]),
+        SessionOptions(
+            **{
+                **options,
+                "sampling": sampling and Sampling(**{**sampling, "stop_tokens": tuple(sampling["stop_tokens"])}),
+                "variant": Variant(*options["variant"]),
+            }
+        ),
+        Placement(**{**placement, "pages": tuple(placement["pages"]), "copied": tuple(placement["copied"])}),
+    )
+
+
+def encode_prepare(call: int, variant: Variant) -> list[Buffer]:
+    """Return the frame that asks for a variant."""
+    return encode_frame({"do": "prepare", "call": call, "variant": variant})
 
 
 def encode_close(session: SessionId) -> list[Buffer]:
@@ -81,7 +106,9 @@ def encode_close(session: SessionId) -> list[Buffer]:
 
 def encode_step(call: int, slices: Sequence[SliceInput]) -> list[Buffer]:
     """Return the frame of a step."""
-    described = [(rows.session, rows.position, rows.draws, rows.tensor.dtype, rows.tensor.shape) for rows in slices]
+    described = [
+        (rows.session, rows.position, rows.draws, rows.drafts, rows.tensor.dtype, rows.tensor.shape) for rows in slices
+    ]
     return encode_frame({"do": "step", "call": call, "slices": described}, [rows.tensor for rows in slices])
 
 
@@ -90,19 +117,14 @@ def decode_step(header: Header, payload: memoryview) -> list[SliceInput]:
     described = header["slices"]
     tensors = cut_tensors(((dtype, shape) for *_, dtype, shape in described), payload)
     return [
-        SliceInput(session=decode_session(session), position=position, tensor=tensor, draws=draws)
-        for (session, position, draws, *_), tensor in zip(described, tensors, strict=True)
+        SliceInput(session=decode_session(session), position=position, tensor=tensor, draws=draws, drafts=tuple(drafts))
+        for (session, position, draws, drafts, *_), tensor in zip(described, tensors, strict=True)
     ]
 
 
 def decode_session(value: Sequence[Any]) -> SessionId:
     """Return a session's id."""
     return SessionId(JobId(value[0]), value[1])
-
-
-def decode_sampling(value: Header | None) -> Sampling | None:
-    """Return how to draw."""
-    return None if value is None else Sampling(**{**value, "stop_tokens": tuple(value["stop_tokens"])})
 
 
 def encode_load(source: ShardSource, blocks: BlockRange, options: EngineOptions) -> list[Buffer]:
@@ -133,12 +155,13 @@ def decode_load(header: Header) -> tuple[ShardSource, BlockRange, EngineOptions]
     return source, BlockRange(*header["blocks"]), EngineOptions(**header["options"])
 
 
-def encode_ready(info: SpanInfo) -> list[Buffer]:
+def encode_loaded(info: SpanInfo, variants: Iterable[Variant]) -> list[Buffer]:
     """Return the frame of a worker that can begin."""
-    return encode_frame({"did": "ready", "info": asdict(info)})
+    return encode_frame({"did": "loaded", "info": asdict(info), "variants": list(variants)})
 
 
-def decode_ready(header: Header) -> SpanInfo:
-    """Return what a worker holds."""
+def decode_loaded(header: Header) -> tuple[SpanInfo, frozenset[Variant]]:
+    """Return what a worker holds, and the variants that are ready."""
     info = header["info"]
-    return SpanInfo(**{**info, "blocks": BlockRange(**info["blocks"])})
+    variants = frozenset(Variant(*variant) for variant in header["variants"])
+    return SpanInfo(**{**info, "blocks": BlockRange(**info["blocks"])}), variants

@@ -12,18 +12,18 @@ import sys
 import threading
 from typing import NoReturn
 
-from node.engine.interface import EngineError
+from node.engine.interface import EngineError, Variant
 from node.engine.wire import (
     PREFIX,
     Buffer,
     Header,
+    decode_begin,
     decode_header,
     decode_load,
-    decode_sampling,
     decode_session,
     decode_step,
     encode_frame,
-    encode_ready,
+    encode_loaded,
 )
 
 
@@ -48,15 +48,21 @@ def main() -> None:
         return
     gc.freeze()
     gc.enable()
-    _send(connection, encode_ready(shard.info))
+    _send(connection, encode_loaded(shard.info, shard.variants()))
     while True:
         header, payload = _receive(connection)
         match header["do"]:
-            case "open":
-                session = decode_session(header["session"])
-                shard.open(session, header["positions"], decode_sampling(header["sampling"]))
+            case "begin":
+                shard.begin(*decode_begin(header))
             case "close":
                 shard.close(decode_session(header["session"]))
+            case "prepare":
+                try:
+                    shard.prepare(Variant(*header["variant"]))
+                except EngineError as error:
+                    _send(connection, encode_frame({"did": "error", "call": header["call"], "error": str(error)}))
+                    continue
+                _send(connection, encode_frame({"did": "ready", "call": header["call"]}))
             case "step":
                 try:
                     result = shard.step(decode_step(header, payload))

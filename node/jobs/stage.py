@@ -13,7 +13,15 @@ import structlog
 import trio
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from node.engine.interface import Engine, EngineCrashed, EngineError, EngineFull, SliceInput, SpanInfo
+from node.engine.interface import (
+    Engine,
+    EngineCrashed,
+    EngineError,
+    EngineFull,
+    SessionOptions,
+    SliceInput,
+    SpanInfo,
+)
 from node.jobs.link import InboundLink, LinkBroken, OutboundLink, SessionLost
 from node.jobs.switchboard import Switchboard
 from node.network.interface import Network
@@ -360,7 +368,8 @@ class Stages:
         span.sessions[message.session] = session
         try:
             await self._join(session, message)
-            await span.engine.open(message.session, message.positions, message.sampling)
+            await span.engine.open(message.session, message.positions)
+            await span.engine.begin(message.session, SessionOptions(sampling=message.sampling))
         except LinkBroken as broken:
             refused = RefusalReason.UNREACHABLE, f"cannot reach {broken.peer}: {broken}"
         except EngineFull as error:

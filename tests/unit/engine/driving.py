@@ -1,9 +1,20 @@
 """Drives engines the way a job does: a prompt, then token by token, through all spans in order."""
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
-from node.engine.interface import Engine, SliceInput, StepResult
+from node.engine.admission import KvPages
+from node.engine.interface import (
+    REFERENCE,
+    Engine,
+    EngineError,
+    Lineage,
+    Prefix,
+    SessionOptions,
+    SliceInput,
+    StepResult,
+    Variant,
+)
 from node.engine.shard import Shard
 from protocol.identity import BlockRange, JobId, SessionId
 from protocol.messages import Sampling
@@ -23,20 +34,75 @@ def spans(block_count: int, count: int) -> list[BlockRange]:
 
 
 class InProcess:
-    """Gives a Shard, which computes at once, the calls of an Engine."""
+    """Gives a Shard, which computes at once, the calls of an Engine, also without waiting."""
 
     def __init__(self, shard: Shard) -> None:
         self.info = shard.info
-        self._shard = shard
+        self.shard = shard
+        self.pages = KvPages(shard.info)
 
-    async def open(self, session: SessionId, positions: int, sampling: Sampling | None) -> None:
-        self._shard.open(session, positions, sampling)
+    def open_now(self, session: SessionId, positions: int, options: SessionOptions | None = None) -> None:
+        self.pages.open(session, positions, None)
+        self.begin_now(session, options or self.options(GREEDY))
+
+    def options(self, sampling: Sampling) -> SessionOptions:
+        return SessionOptions(sampling=sampling if self.info.is_last else None)
+
+    def begin_now(self, session: SessionId, options: SessionOptions) -> int:
+        placement = self.pages.begin(session, options)
+        self.shard.begin(session, options, placement)
+        return placement.cached
+
+    def step_now(self, slices: Sequence[SliceInput]) -> StepResult:
+        try:
+            for rows in slices:
+                if rows.session in self.pages:
+                    self.pages.rewind(rows.session, rows.position)
+            result = self.shard.step(slices)
+        except EngineError:
+            for rows in slices:
+                self.close_now(rows.session, keep=False)
+            raise
+        for rows in slices:
+            self.pages.advance(rows.session, rows.position + rows.tensor.rows)
+        return result
+
+    def close_now(self, session: SessionId, *, keep: bool = True) -> None:
+        self.pages.close(session, keep=keep)
+        self.shard.close(session)
+
+    def variants(self) -> frozenset[Variant]:
+        return self.shard.variants()
+
+    async def prepare(self, variant: Variant) -> None:
+        self.shard.prepare(variant)
+
+    async def open(self, session: SessionId, positions: int, prefix: Prefix | None = None) -> Mapping[Lineage, int]:
+        return self.pages.open(session, positions, prefix)
+
+    async def begin(self, session: SessionId, options: SessionOptions) -> int:
+        return self.begin_now(session, options)
 
     async def step(self, slices: Sequence[SliceInput]) -> StepResult:
-        return self._shard.step(slices)
+        return self.step_now(slices)
 
     async def close(self, session: SessionId) -> None:
-        self._shard.close(session)
+        self.close_now(session)
+
+
+async def start(
+    engine: "AnyEngine",
+    session: SessionId,
+    positions: int,
+    sampling: Sampling = GREEDY,
+    *,
+    variant: Variant = REFERENCE,
+    activations: str = "fp32",
+) -> None:
+    """Open a session and begin it."""
+    await engine.open(session, positions)
+    sampling_here = sampling if engine.info.is_last else None
+    await engine.begin(session, SessionOptions(sampling=sampling_here, variant=variant, activations=activations))
 
 
 AnyEngine = Engine | InProcess
@@ -59,16 +125,18 @@ async def decode(
     of: SessionId | None = None,
     chunk: int | None = None,
     sampling: Sampling = GREEDY,
+    variant: Variant = REFERENCE,
+    activations: str = "fp32",
 ) -> list[int]:
     """Open a session, take the prompt through in chunks of `chunk` rows, draw `count` tokens, and close it."""
     of = of or session(0)
     for engine in engines:
-        await engine.open(of, len(prompt) + count, sampling)
+        await start(engine, of, len(prompt) + count, sampling, variant=variant, activations=activations)
     chunk = chunk or len(prompt)
-    for start in range(0, len(prompt), chunk):
-        part = prompt[start : start + chunk]
-        last = start + chunk >= len(prompt)
-        rows = await step(engines, of, start, part, 1 if last else 0)
+    for position in range(0, len(prompt), chunk):
+        part = prompt[position : position + chunk]
+        last = position + chunk >= len(prompt)
+        rows = await step(engines, of, position, part, 1 if last else 0)
     tokens = tokens_from_tensor(rows)
     while len(tokens) < count:
         rows = await step(engines, of, len(prompt) + len(tokens) - 1, tokens[-1:], 1)

@@ -7,11 +7,11 @@ import trio
 import trio.testing
 
 from node.engine.fake import FakeEngine, expected_tokens, fake_span_info
-from node.engine.interface import EngineCrashed, EngineError, EngineFull, SliceInput
+from node.engine.interface import EngineCrashed, EngineError, EngineFull, SessionOptions, SliceInput
 from protocol.identity import BlockRange
 from protocol.messages import Sampling
 from protocol.tensors import Tensor, tensor_from_tokens, tokens_from_tensor
-from tests.unit.engine.driving import GREEDY, decode, session, spans, step
+from tests.unit.engine.driving import decode, session, spans, start, step
 
 BLOCKS = 12
 PROMPT = [5, 7, 11, 13, 17, 19]
@@ -40,7 +40,7 @@ async def test_sampled_tokens_depend_on_the_seed_and_are_replayed() -> None:
 async def test_going_back_gives_the_same_tokens_again() -> None:
     three, tokens = engines(3), expected_tokens(INFO, PROMPT, 8)
     for engine in three:
-        await engine.open(session(1), 30, GREEDY)
+        await start(engine, session(1), 30)
     await step(three, session(1), 0, [*PROMPT, 1, 2, 3], 1)
     rows = await step(three, session(1), 4, [*PROMPT[4:], *tokens[:-1]], 8)
     assert tuple(tokens_from_tensor(rows)) == tokens
@@ -56,8 +56,8 @@ def test_every_row_counts(prompt: Sequence[int]) -> None:
 async def test_a_row_of_another_session_or_a_skipped_span_changes_the_token() -> None:
     three = engines(3)
     for engine in three:
-        await engine.open(session(1), 30, GREEDY)
-        await engine.open(session(2), 30, GREEDY)
+        await start(engine, session(1), 30)
+        await start(engine, session(2), 30)
     await step(three, session(1), 0, PROMPT, 1)
     await step(three, session(2), 0, PROMPT[::-1], 1)
     right, wrong = [
@@ -69,17 +69,18 @@ async def test_a_row_of_another_session_or_a_skipped_span_changes_the_token() ->
 
 
 async def test_it_admits_as_the_real_engine_does() -> None:
-    engine = FakeEngine(fake_span_info(BlockRange(0, BLOCKS), block_count=BLOCKS, kv_positions=10, max_positions=12))
-    for positions in (0, 13):
-        with pytest.raises(EngineError, match="has 1 to 12 positions"):
-            await engine.open(session(1), positions, GREEDY)
+    engine = FakeEngine(fake_span_info(BlockRange(0, BLOCKS), block_count=BLOCKS, kv_positions=96, max_positions=100))
+    for positions in (0, 101):
+        with pytest.raises(EngineError, match="has 1 to 100 positions"):
+            await start(engine, session(1), positions)
+    await engine.open(session(1), 1)
     with pytest.raises(EngineError, match="how"):
-        await engine.open(session(1), 1, None)
-    await engine.open(session(1), 6, GREEDY)
-    with pytest.raises(EngineFull):
-        await engine.open(session(2), 5, GREEDY)
+        await engine.begin(session(1), SessionOptions())
+    await start(engine, session(1), 33)
+    with pytest.raises(EngineFull, match="32 of 96 are free"):
+        await start(engine, session(2), 33)
     with pytest.raises(EngineError, match="open already"):
-        await engine.open(session(1), 1, GREEDY)
+        await start(engine, session(1), 1)
     with pytest.raises(EngineError, match="not below 1000"):
         await step([engine], session(1), 0, [1000], 1)
     assert engine.statistics().reserved_positions == 0
@@ -90,7 +91,7 @@ async def test_steps_take_their_time_one_after_another(autojump_clock: trio.test
     ended: list[tuple[float, int]] = []
 
     async def take(number: int) -> None:
-        await engine.open(session(number), 10, GREEDY)
+        await start(engine, session(number), 10)
         await step([engine], session(number), 0, PROMPT[: number + 1], 1)
         ended.append((trio.current_time() - started, number))
 
@@ -105,7 +106,7 @@ async def test_steps_take_their_time_one_after_another(autojump_clock: trio.test
 
 async def test_a_crash_ends_every_call_and_frees_every_session(autojump_clock: trio.testing.MockClock) -> None:
     engine = FakeEngine(INFO, step_s=10.0)
-    await engine.open(session(1), 10, GREEDY)
+    await start(engine, session(1), 10)
 
     async def crash() -> None:
         await trio.sleep(1)
@@ -120,13 +121,13 @@ async def test_a_crash_ends_every_call_and_frees_every_session(autojump_clock: t
     assert await engine.wait_crashed() == "lightning"
     assert engine.statistics().reserved_positions == 0
     with pytest.raises(EngineCrashed):
-        await engine.open(session(2), 1, GREEDY)
+        await start(engine, session(2), 1)
     await engine.close(session(1))
 
 
 async def test_hidden_states_survive_bfloat16() -> None:
     engine = FakeEngine(fake_span_info(BlockRange(0, 4), block_count=BLOCKS))
-    await engine.open(session(1), 10, None)
+    await start(engine, session(1), 10)
     rows: Tensor = await step([engine], session(1), 0, PROMPT, 0)
     assert rows.shape == (len(PROMPT), INFO.hidden_size)
     # The last two bytes of an f32 are what bf16 drops.

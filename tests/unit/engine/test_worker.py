@@ -19,7 +19,7 @@ from node.engine.interface import EngineCrashed, EngineError, EngineFull, SliceI
 from node.engine.source import EngineOptions
 from protocol.identity import BlockRange
 from protocol.tensors import tensor_from_tokens, tokens_from_tensor
-from tests.unit.engine.driving import GREEDY, decode, session, spans, step
+from tests.unit.engine.driving import decode, session, spans, start, step
 from tests.unit.engine.tiny_models import BLOCKS, COUNT, PROMPT, TinyModel
 
 MakeTinyModel = Callable[[str], TinyModel]
@@ -81,7 +81,7 @@ async def test_overlapping_steps_are_taken_in_the_order_of_the_calls(make_tiny_m
     text = PROMPT + tiny.tokens
     drawn: dict[int, list[int]] = {}
     async with start_worker(tiny.source(WHOLE), WHOLE, OPTIONS) as engine:
-        await engine.open(session(1), 60, GREEDY)
+        await start(engine, session(1), 60)
 
         async def take(position: int) -> None:
             result = await engine.step([rows(1, position, text[position : position + 4])])
@@ -99,8 +99,8 @@ async def test_overlapping_steps_are_taken_in_the_order_of_the_calls(make_tiny_m
 async def test_a_cancelled_step_leaves_no_trace_in_other_answers(make_tiny_model: MakeTinyModel) -> None:
     tiny = make_tiny_model("llama")
     async with start_worker(tiny.source(WHOLE), WHOLE, OPTIONS) as engine:
-        await engine.open(session(1), 60, GREEDY)
-        await engine.open(session(2), 30, GREEDY)
+        await start(engine, session(1), 60)
+        await start(engine, session(2), 30)
         async with stopped(engine):
             # More bytes than fit into the socket: some calls are cancelled before they were sent, some after. None is
             # legal, so that they cost no time.
@@ -117,13 +117,13 @@ async def test_opening_and_closing_do_not_wait_for_a_computation(make_tiny_model
     async with start_worker(tiny.source(WHOLE), WHOLE, OPTIONS) as engine:
         async with stopped(engine):
             with trio.fail_after(PATIENCE_S):
-                await engine.open(session(1), 60, GREEDY)
+                await start(engine, session(1), 60)
                 with pytest.raises(EngineFull):
-                    await engine.open(session(2), 41, GREEDY)
+                    await start(engine, session(2), 65)
                 await engine.close(session(1))
                 await engine.close(session(1))
                 for number in range(10_000):
-                    await engine.open(session(number), 100, GREEDY)
+                    await start(engine, session(number), 100)
                     await engine.close(session(number))
         assert engine.statistics().reserved_positions == 0
         assert await decode([engine], PROMPT, COUNT) == tiny.tokens
@@ -133,13 +133,13 @@ async def test_a_failed_step_is_the_fault_of_its_sessions_only(make_tiny_model: 
     tiny = make_tiny_model("llama")
     async with start_worker(tiny.source(WHOLE), WHOLE, OPTIONS) as engine:
         for number in (1, 2, 3):
-            await engine.open(session(number), 30, GREEDY)
+            await start(engine, session(number), 30)
         with pytest.raises(EngineError, match="not below 97"):
             await engine.step([rows(1, 0, PROMPT), rows(2, 0, [97])])
-        assert engine.statistics().reserved_positions == 30
+        assert engine.statistics().reserved_positions == 32
         with pytest.raises(EngineError, match="not open"):
             await engine.step([rows(1, 0, PROMPT)])
-        await engine.open(session(1), 30, GREEDY)
+        await start(engine, session(1), 30)
         result = await engine.step([rows(1, 0, PROMPT), rows(3, 0, PROMPT)])
         assert [tokens_from_tensor(output.tensor) for output in result.outputs] == [tiny.tokens[:1]] * 2
 
@@ -148,7 +148,7 @@ async def test_a_killed_worker_is_an_error_of_its_calls(make_tiny_model: MakeTin
     tiny = make_tiny_model("llama")
     raised: list[str] = []
     async with start_worker(tiny.source(WHOLE), WHOLE, OPTIONS) as engine:
-        await engine.open(session(1), 60, GREEDY)
+        await start(engine, session(1), 60)
 
         async def take() -> None:
             with pytest.raises(EngineCrashed) as caught:
@@ -165,7 +165,7 @@ async def test_a_killed_worker_is_an_error_of_its_calls(make_tiny_model: MakeTin
         assert raised == [reason] * 3
         assert reason == "the worker of blocks 0-4 was killed by SIGKILL"
         with pytest.raises(EngineCrashed):
-            await engine.open(session(2), 1, GREEDY)
+            await start(engine, session(2), 1)
         await engine.close(session(1))
         statistics = engine.statistics()
         assert (statistics.sessions, statistics.reserved_positions, statistics.worker_pid) == (0, 0, None)

@@ -1,0 +1,59 @@
+"""How hidden states are put on the wire: fp32 and bf16. numpy only, shared by the worker and the fake engine."""
+
+from collections.abc import Callable, Mapping
+
+import numpy as np
+import numpy.typing as npt
+
+from node.engine.interface import EngineError
+from protocol.tensors import DType, Tensor
+
+Rows = npt.NDArray[np.float32]
+"""Hidden states, (rows, hidden size)."""
+
+
+def encode_rows(rows: Rows, activations: str) -> Tensor:
+    """Return hidden states as a session's codec writes them. Raises EngineError for a codec that is not known."""
+    try:
+        encode = _ENCODERS[activations]
+    except KeyError:
+        raise EngineError(f"there is no codec {activations!r} for activations") from None
+    return encode(np.ascontiguousarray(rows, np.float32))
+
+
+def decode_rows(tensor: Tensor) -> Rows:
+    """Return the hidden states that a tensor of any codec holds, as an array of its own."""
+    return _DECODERS[tensor.dtype](tensor)
+
+
+def _encode_fp32(rows: Rows) -> Tensor:
+    return Tensor(DType.FLOAT32, rows.shape, rows.data.cast("B"))
+
+
+def _encode_bf16(rows: Rows) -> Tensor:
+    bits = rows.view(np.uint32)
+    # To the nearest, of two equally near ones the even: what is added carries into the half that is kept.
+    rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+    rounded = np.where(np.isnan(rows), 0x7FC0, rounded)
+    return Tensor(DType.BFLOAT16, rows.shape, rounded.astype(np.uint16).data.cast("B"))
+
+
+def _decode_fp32(tensor: Tensor) -> Rows:
+    return np.frombuffer(tensor.data, np.float32).reshape(tensor.shape).copy()
+
+
+def _decode_fp16(tensor: Tensor) -> Rows:
+    return np.frombuffer(tensor.data, np.float16).reshape(tensor.shape).astype(np.float32)
+
+
+def _decode_bf16(tensor: Tensor) -> Rows:
+    bits = np.frombuffer(tensor.data, np.uint16).reshape(tensor.shape).astype(np.uint32) << 16
+    return bits.view(np.float32)
+
+
+_ENCODERS: Mapping[str, Callable[[Rows], Tensor]] = {"fp32": _encode_fp32, "bf16": _encode_bf16}
+_DECODERS: Mapping[DType, Callable[[Tensor], Rows]] = {
+    DType.FLOAT32: _decode_fp32,
+    DType.FLOAT16: _decode_fp16,
+    DType.BFLOAT16: _decode_bf16,
+}
