@@ -16,25 +16,15 @@ from protocol.canonical import Value, decode, encode
 from protocol.errors import LocalProtocolError, RemoteProtocolError
 from protocol.fields import Fields
 from protocol.identity import PeerId, parse_peer_id
-from protocol.limits import MAX_RECORD_BYTES
+from protocol.limits import MAX_BATCH_BYTES, MAX_BATCH_ENVELOPES, MAX_BUCKET, MAX_COUNT, MAX_PARTS, MAX_RECORD_BYTES
 from protocol.reconciliation import (
     BUCKET_DIGITS,
     ID_BYTES,
-    MAX_BUCKET,
-    MAX_COUNT,
     SetTree,
     Summary,
     parse_prefix,
 )
 from protocol.records import DHT_NAMESPACE, Header, Record, unseal
-
-MAX_BATCH_BYTES: Final = 32 << 10
-"""A gossip message of observations: larger ones get lost more often, and hold up what is behind them."""
-
-MAX_BATCH_ENVELOPES: Final = 128
-
-MAX_PARTS: Final = 128
-"""Prefixes whose digests a peer publishes; with them the record stays well within its bound."""
 
 _ENVELOPE_OVERHEAD_BYTES: Final = 5
 

@@ -3,7 +3,7 @@
 from typing import Final
 
 MAX_FRAME_BYTES: Final = 1 << 20
-"""Body of any frame on a job or blob stream."""
+"""Body of any frame on a job, blob or sync stream."""
 
 MAX_CONTROL_BYTES: Final = 64 << 10
 """Body of a control frame, and of the header of a step frame: what is decoded with msgpack."""
@@ -121,6 +121,33 @@ MAX_TOKENS_PER_S: Final = 1e9
 
 MAX_LOG_RATIO: Final = 20.0
 """Natural logarithm of a ratio of costs, either sign."""
+
+MAX_BUCKET: Final = (1 << 32) - 1
+"""A time bucket: an hour, counted from Unix time 0."""
+
+MAX_COUNT: Final = 1 << 32
+"""Observations of a history, more than any store holds."""
+
+MAX_LISTED: Final = 512
+"""Ids that one answer on a sync stream lists: 16 KiB."""
+
+MAX_QUERIES: Final = 64
+"""Prefixes that one message on a sync stream asks about."""
+
+MAX_GET: Final = 512
+"""Envelopes that one message on a sync stream asks for, or carries."""
+
+MAX_BUSY_S: Final = 3600
+"""The longest a busy peer sends another away on a sync stream."""
+
+MAX_PARTS: Final = 128
+"""Prefixes whose digests a peer publishes; with them the record stays well within its bound."""
+
+MAX_BATCH_BYTES: Final = 32 << 10
+"""A gossip message of observations: larger ones get lost more often, and hold up what is behind them."""
+
+MAX_BATCH_ENVELOPES: Final = 128
+"""Observations in one gossip message."""
 
 SIGNATURE_BYTES: Final = 64
 """An Ed25519 signature."""

@@ -18,20 +18,14 @@ from typing import Final, NamedTuple
 
 from protocol.errors import RemoteProtocolError
 from protocol.fields import SHA256_BYTES, text
+from protocol.limits import MAX_BUCKET, MAX_LISTED
 
 ID_BYTES: Final = SHA256_BYTES
 BUCKET_DIGITS: Final = 8
 KEY_DIGITS: Final = BUCKET_DIGITS + 2 * ID_BYTES
 
-MAX_BUCKET: Final = (1 << 4 * BUCKET_DIGITS) - 1
-MAX_COUNT: Final = 1 << 32
-"""Ids of a set, more than any store holds."""
-
 LEAF_COUNT: Final = 48
 """Up to so many ids are listed at once: another round of digests would cost as much."""
-
-MAX_LISTED: Final = 512
-"""Ids that one answer lists: 16 KiB."""
 
 CACHE_BYTES: Final = 8 << 20
 """Ids of buckets kept in memory beside their digests."""

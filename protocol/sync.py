@@ -17,13 +17,19 @@ from protocol.canonical import Value, decode, encode
 from protocol.errors import LocalProtocolError, RemoteProtocolError
 from protocol.fields import Fields
 from protocol.framing import Frame, FrameReader, FrameType, encode_frame
-from protocol.limits import MAX_CONTROL_BYTES, MAX_RECORD_BYTES
+from protocol.limits import (
+    MAX_BUCKET,
+    MAX_BUSY_S,
+    MAX_CONTROL_BYTES,
+    MAX_COUNT,
+    MAX_GET,
+    MAX_LISTED,
+    MAX_QUERIES,
+    MAX_RECORD_BYTES,
+)
 from protocol.reconciliation import (
     ID_BYTES,
     KEY_DIGITS,
-    MAX_BUCKET,
-    MAX_COUNT,
-    MAX_LISTED,
     Answer,
     Equal,
     Listing,
@@ -37,17 +43,8 @@ from protocol.states import Direction, Role
 
 PROTOCOL_ID: Final = "/metaswarm/sync/1.0.0"
 
-MAX_QUERIES: Final = 64
-"""Prefixes that one message asks about."""
-
-MAX_GET: Final = 512
-"""Envelopes that one message asks for."""
-
 MAX_PAYLOAD_BYTES: Final = MAX_CONTROL_BYTES - (4 << 10)
 """What a message carries besides its own few bytes: answers or envelopes."""
-
-MAX_BUSY_S: Final = 3600
-"""The longest a responder sends an initiator away."""
 
 _ID_BITS: Final = 8 * ID_BYTES
 
@@ -331,7 +328,7 @@ def _from_map(taken: Fields) -> Message:
         case "put":
             message = Put(_envelopes(taken))
         case "taken":
-            message = Taken(count=taken.integer("count", 0, MAX_CONTROL_BYTES))
+            message = Taken(count=taken.integer("count", 0, MAX_GET))
         case _:
             raise RemoteProtocolError(f"unknown message {kind!r}")
     taken.finish()

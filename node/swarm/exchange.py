@@ -16,12 +16,11 @@ import trio
 from node.network.interface import NetworkError, Stream
 from node.swarm.replica import Replica, verification_cost
 from protocol.errors import RemoteProtocolError
+from protocol.limits import MAX_GET, MAX_QUERIES
 from protocol.reconciliation import Answer, Equal, Gap, Listing, SetTree, Split, Summary
 from protocol.states import Role
 from protocol.sync import (
-    MAX_GET,
     MAX_PAYLOAD_BYTES,
-    MAX_QUERIES,
     Answers,
     Busy,
     Compare,

@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from protocol.limits import MAX_LISTED
 from protocol.reconciliation import (
-    MAX_LISTED,
     BucketDigest,
     Equal,
     IdCache,

@@ -9,12 +9,10 @@ from hypothesis import strategies as st
 
 from protocol.errors import LocalProtocolError, RemoteProtocolError
 from protocol.framing import FrameType, encode_frame
-from protocol.limits import MAX_CONTROL_BYTES, MAX_RECORD_BYTES
-from protocol.reconciliation import MAX_BUCKET, MAX_COUNT, Answer, Equal, Listing, PackedIds, Split, Summary
+from protocol.limits import MAX_BUCKET, MAX_BUSY_S, MAX_CONTROL_BYTES, MAX_COUNT, MAX_GET, MAX_QUERIES, MAX_RECORD_BYTES
+from protocol.reconciliation import Answer, Equal, Listing, PackedIds, Split, Summary
 from protocol.states import Role
 from protocol.sync import (
-    MAX_BUSY_S,
-    MAX_QUERIES,
     TABLE,
     Answers,
     Busy,
@@ -82,7 +80,7 @@ def conversations(draw: st.DrawFn) -> list[tuple[Role, Message]]:
                 said.append((responder, Items(tuple(found[cut:]), last=True)))
             case "put":
                 said.append((initiator, Put(draw(envelopes))))
-                said.append((responder, Taken(count=draw(st.integers(0, 1000)))))
+                said.append((responder, Taken(count=draw(st.integers(0, MAX_GET)))))
     return said
 
 

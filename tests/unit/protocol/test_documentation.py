@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from protocol import limits
+from protocol import limits, sync
 from protocol.blobs import BlobFound, BlobInitiator, BlobRequest, BlobResponder
 from protocol.canonical import decode
 from protocol.codec import encode_control
@@ -26,6 +26,8 @@ from protocol.messages import (
     Slice,
     Step,
 )
+from protocol.observations import bucket_of
+from protocol.reconciliation import IdCache, SetTree, digest_of
 from protocol.records import SpanRecord, seal
 from protocol.states import CONNECTION_TABLE, SESSION_TABLE, Direction, Role
 from protocol.tensors import DType, Tensor
@@ -67,6 +69,14 @@ def test_the_documented_states_of_a_session_are_the_codes(role: Role) -> None:
         if whose is role
     ]
     assert documented_rows(f"#### Session states of the {role}") == actual
+
+
+def test_the_documented_states_of_a_sync_session_are_the_codes() -> None:
+    actual = [
+        (str(state), str(speaker), message_type.__name__.lower(), str(following))
+        for (state, message_type), (speaker, following) in sync.TABLE.items()
+    ]
+    assert documented_rows("#### States of a session") == actual
 
 
 def test_the_documented_limits_are_the_codes() -> None:
@@ -122,6 +132,21 @@ def blob_answer() -> bytes:
     return responder.answer(BlobFound(size=3, length=3)) + b"".join(responder.send_data(b"abc"))
 
 
+def greeting_and_welcome() -> tuple[bytes, bytes]:
+    """The history of one observation, the documented one, compared with an empty one."""
+    observation_id = bytes.fromhex(re.findall(r"its id is `(\w{64})`", DOCUMENT)[0])
+    bucket = bucket_of(1_700_000_000)
+    summary = SetTree({bucket: digest_of([observation_id])}, IdCache()).summary("")
+    greeting = sync.Greeting(first_bucket=bucket, count=summary.count, digest=summary.digest)
+    responder = sync.SyncConnection(Role.RESPONDER)
+    sent = sync.SyncConnection(Role.INITIATOR).send(greeting)
+    assert responder.receive_data(sent) == [greeting]
+    answer = SetTree({}, IdCache()).answer(summary)
+    return sent, responder.send(sync.Welcome(first_bucket=bucket, answer=answer))
+
+
+GREETING, WELCOME = greeting_and_welcome()
+
 EXAMPLES = {
     "hello": control(Hello(agent="metaswarm/0.1.0", window_bytes=8 << 20)),
     "open": control(
@@ -141,6 +166,8 @@ EXAMPLES = {
     "step": step(),
     "get": BlobInitiator().request(blob_request()),
     "found": blob_answer(),
+    "greeting": GREETING,
+    "welcome": WELCOME,
     "span": seal(
         SpanRecord(
             peer=PEER,

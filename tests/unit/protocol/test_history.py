@@ -6,9 +6,6 @@ import pytest
 from protocol.canonical import encode
 from protocol.errors import LocalProtocolError, RemoteProtocolError
 from protocol.history import (
-    MAX_BATCH_BYTES,
-    MAX_BATCH_ENVELOPES,
-    MAX_PARTS,
     HistoryDigest,
     decode_batch,
     encode_batch,
@@ -18,7 +15,7 @@ from protocol.history import (
     take_batch,
     unseal_history,
 )
-from protocol.limits import MAX_RECORD_BYTES
+from protocol.limits import MAX_BATCH_BYTES, MAX_BATCH_ENVELOPES, MAX_PARTS, MAX_RECORD_BYTES
 from protocol.reconciliation import IdCache, SetTree, Summary, digest_of
 from protocol.records import seal
 from tests.support.observations import NOW_S, key, peer

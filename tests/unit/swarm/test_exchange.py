@@ -19,9 +19,10 @@ from node.swarm.exchange import (
     Response,
 )
 from protocol.errors import RemoteProtocolError
+from protocol.limits import MAX_GET
 from protocol.reconciliation import BUCKET_DIGITS, Listing, PackedIds, Split, Summary, digest_of
 from protocol.states import Role
-from protocol.sync import MAX_GET, Answers, Compare, Get, Greeting, Items, Put, Taken, Welcome
+from protocol.sync import Answers, Compare, Get, Greeting, Items, Put, Taken, Welcome
 from tests.support.observations import NOW_S
 from tests.unit.swarm.sessions import Peer, Talker, made, meet, stream_to, synchronise
 
