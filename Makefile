@@ -4,8 +4,10 @@ TORCH_VERSION := 2.13.0
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+NPM := $(shell command -v npm)
+NPM_STAMP := tests/interop/node_modules/.package-lock.json
 
-.PHONY: help install demo test coverage soak lint format bench clean
+.PHONY: help install interop demo test coverage soak lint format bench clean
 .DEFAULT_GOAL := help
 
 help: ## Say what the targets do.
@@ -22,18 +24,24 @@ $(STAMP): pyproject.toml constraints.txt
 
 install: $(STAMP) ## Make the environment; afterwards .venv/bin/metaswarm is the command.
 
+# js-libp2p for tests/interop, where there is npm. Without it, or without a network, the tests that need it say so and are skipped.
+interop: $(if $(NPM),$(NPM_STAMP))
+
+$(NPM_STAMP): tests/interop/package.json tests/interop/package-lock.json
+	-cd tests/interop && $(NPM) ci --no-audit --no-fund --loglevel=error
+
 demo: $(STAMP) ## Three local peers hold a third of a model each and answer a question.
 	$(BIN)/metaswarm demo
 
-test: $(STAMP) ## Everything that needs no GPU, about ten minutes on two cores.
+test: $(STAMP) interop ## Everything that needs no GPU, about ten minutes on two cores.
 	$(BIN)/python -m pytest -m 'not soak'
 
-coverage: $(STAMP) ## The same, and which lines it did not reach.
+coverage: $(STAMP) interop ## The same, and which lines it did not reach.
 	$(BIN)/coverage run -m pytest -m 'not soak'
 	$(BIN)/coverage combine
 	$(BIN)/coverage report
 
-soak: $(STAMP) ## The slow tests.
+soak: $(STAMP) interop ## The slow tests.
 	$(BIN)/python -m pytest -m soak
 
 lint: $(STAMP) ## Style, types and the direction of the imports.
@@ -50,4 +58,4 @@ bench: $(STAMP) ## The measured claims of the README.
 	$(BIN)/python -m benchmarks
 
 clean: ## Remove what the other targets made here (not the model cache).
-	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis .coverage* out
+	rm -rf $(VENV) tests/interop/node_modules .mypy_cache .ruff_cache .pytest_cache .hypothesis .coverage* out
