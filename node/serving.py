@@ -11,14 +11,16 @@ from node.config import ServeSpec, StartError
 from node.engine.client import start_engine
 from node.engine.interface import EngineCrashed, EngineError
 from node.engine.source import EngineOptions
+from node.jobs.planner import UNKNOWN_BLOCK_S
 from node.jobs.stage import Stages
 from node.models.errors import ModelError
 from node.models.library import Library
 from node.models.manifest import Manifest
 from node.models.store import AmbiguousModelError, UnknownModelError
+from node.swarm.directory import Candidate
 from node.swarm.membership import HEARTBEAT_INTERVAL_S, Membership
 from protocol.identity import BlockRange
-from selector.placement import choose_span
+from selector.placement import Server, choose_span
 
 RETRY_S = (1.0, 30.0)
 """First and longest pause before a span that could not be had, or whose engine died, is tried again."""
@@ -112,11 +114,19 @@ class Serving:
         """Choose the blocks that the swarm lacks most, once there was time to hear what it has."""
         await trio.sleep(2 * HEARTBEAT_INTERVAL_S if self._membership.bootstrap() else 0)
         served = self._membership.directory.candidates(manifest.model_id)
-        coverage = [sum(block in candidate.blocks for candidate in served) for block in range(manifest.block_count)]
         block_bytes = max(file.size_bytes for file in manifest.blocks)
         around_bytes = manifest.embed.size_bytes + manifest.head.size_bytes
         holds = max(1, int((self._span_bytes * WEIGHT_SHARE - around_bytes) // block_bytes))
-        return BlockRange(*choose_span(coverage, holds))
+        length = min(holds, manifest.block_count)
+        others = [server_of(candidate) for candidate in served]
+        return BlockRange(*choose_span(manifest.block_count, others, length, 1 / (UNKNOWN_BLOCK_S * length)))
+
+
+def server_of(candidate: Candidate) -> Server:
+    """Return what a peer adds to its blocks, by its step time as it told it last."""
+    blocks = candidate.blocks
+    step_s = candidate.load.step_s or UNKNOWN_BLOCK_S * len(blocks)
+    return Server(candidate.peer, blocks.start, blocks.end, 1 / step_s)
 
 
 def _reasons(group: BaseExceptionGroup[Exception]) -> str:

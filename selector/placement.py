@@ -1,26 +1,216 @@
-"""Which blocks a node should serve: the stretch that the swarm needs most, within what the node can hold."""
+"""Which blocks each node should serve, so that the block that is served least is served as well as can be.
 
-from collections.abc import Sequence
+Nobody is in charge. A node that joins takes the stretch where the swarm is weakest. Later everybody computes, at the
+same time and from what all tell of themselves, the same plan of moves, and carries out its own part: so a hole is
+filled by those whose moves are in the plan, and not by everybody at once. Where views differ for a moment, a move that
+others have made needless meanwhile is dropped before it is begun; see `still_worthwhile`.
+
+The measure is a mean of the blocks' rates with a high negative power, which the lowest of them dominate; unlike the
+minimum itself it says of every single move whether it helps.
+"""
+
+import random
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Final, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+CLEAR_GAIN: Final = 0.01
+"""Blocks are moved only where the lowest rate of any block rises by more than this share."""
+
+MOVE_COST: Final = 0.1
+"""What it takes of the worth of a plan if everybody moves: loading blocks costs time and traffic."""
+
+ROUND_S: Final = 30.0
+"""Nodes plan whenever Unix time is a multiple of this."""
+
+CUT_S: Final = 5.0
+"""A plan is about what was said until so long before: by the time of planning all have heard it, and plan the same."""
+
+SETTLE_S: Final = (3.0, 5.0)
+"""How long a node that said it would move waits for what others say, before it moves."""
+
+POWERS: Final = (4.0, 10.0, 30.0)
+"""Of the mean, one after another: a low one fills the great holes, a high one the last of them."""
+
+TRIALS: Final = 24
+"""Further tries for a better plan, for up to a hundred servers; fewer for more, each of which takes longer."""
+
+DISTURBED: Final = 5
+"""Servers put somewhere at random before each further try."""
+
+Span: TypeAlias = tuple[int, int]
+_Rates: TypeAlias = NDArray[np.float64]
+_Starts: TypeAlias = NDArray[np.intp]
 
 
-def choose_span(coverage: Sequence[int], holds: int) -> tuple[int, int]:
-    """Return the blocks (start, end) to serve.
+@dataclass(frozen=True, slots=True, order=True)
+class Server:
+    """A node that serves blocks `start` to `end`, each token through all of them, `rate` tokens a second.
 
-    `coverage` counts for each block the peers that serve it; `holds` is how many blocks fit here, at least one. The
-    stretch with the most blocks that nobody serves wins, then the one that is served least, then the first.
+    `movable`: it decides by itself which blocks it serves. One that is about to move counts where it will be.
     """
-    length = min(holds, len(coverage))
+
+    peer: str
+    start: int
+    end: int
+    rate: float
+    movable: bool = True
+
+
+def block_rates(block_count: int, servers: Iterable[Server]) -> _Rates:
+    """Return the tokens a second that each block can take."""
+    rates = np.zeros(block_count)
+    for server in servers:
+        rates[server.start : server.end] += server.rate
+    return rates
+
+
+def choose_span(block_count: int, others: Iterable[Server], length: int, rate: float) -> Span:
+    """Return the blocks that a node should serve that joins; it holds `length` of them, at `rate` tokens a second."""
+    length = min(length, block_count)
     if length < 1:
         raise ValueError("a node that holds no block serves nothing")
-    unserved = _window_sums([count == 0 for count in coverage], length)
-    served = _window_sums(coverage, length)
-    start = min(range(len(served)), key=lambda i: (-unserved[i], served[i], i))
+    scale = max(rate, 1e-9)
+    rates = block_rates(block_count, others) / scale
+    costs = _window_costs(rates[None, :], np.array([length]), np.array([rate / scale]), POWERS[-1])
+    start = int(costs[0].argmin())
     return start, start + length
 
 
-def _window_sums(values: Sequence[int], length: int) -> list[int]:
-    """Return the sum of every window of `length` values."""
-    sums = [sum(values[:length])]
-    for i in range(length, len(values)):
-        sums.append(sums[-1] + values[i] - values[i - length])
-    return sums
+def plan_moves(block_count: int, servers: Iterable[Server], rng: random.Random) -> Mapping[str, Span]:
+    """Return who should serve which other blocks, so that the least served block gains clearly; empty where none does.
+
+    Everybody who knows of the same servers, and draws the same, plans the same. No move can be left out of the plan
+    without losing some of what it gains.
+    """
+    servers = sorted(server for server in servers if 0 <= server.start < server.end <= block_count)
+    swarm = _Swarm(block_count, servers)
+    if not swarm.movable:
+        return {}
+    before = swarm.lowest(swarm.starts)
+    best = swarm.without_needless(swarm.descend(swarm.starts, POWERS)[0])
+    lowest, worth = swarm.lowest(best), swarm.worth(best)
+    for _ in range(min(TRIALS, 100 * TRIALS // len(swarm.movable)) if swarm.pays(before, lowest) else 0):
+        disturbed = best.copy()
+        for number in rng.choices(range(len(swarm.movable)), k=DISTURBED):
+            disturbed[number] = rng.randrange(block_count - swarm.lengths[number] + 1)
+        found, its_lowest = swarm.descend(disturbed, POWERS[1:])
+        if its_lowest[0] >= lowest[0] and its_lowest[1] > lowest[1] * (1 - CLEAR_GAIN):
+            found = swarm.without_needless(found)
+            if (its_worth := swarm.worth(found)) > worth:
+                best, lowest, worth = found, swarm.lowest(found), its_worth
+    if not swarm.pays(before, worth):
+        return {}
+    return {
+        server.peer: (int(start), int(start) + server.end - server.start)
+        for server, start in zip(swarm.movable, best, strict=True)
+        if start != server.start
+    }
+
+
+def still_worthwhile(block_count: int, others: Iterable[Server], now: Server, then: Span) -> bool:
+    """Say whether a move that was planned still helps, now that others may have moved."""
+    rates = block_rates(block_count, others)
+    scale = max(float(rates.mean()), now.rate, 1e-9)
+
+    def cost(span: Span, power: float) -> float:
+        moved = rates.copy()
+        moved[slice(*span)] += now.rate
+        return float(_costs(moved / scale, power).sum())
+
+    return any(cost(then, power) < cost((now.start, now.end), power) * (1 - 1e-9) for power in POWERS)
+
+
+def may_drop(block_count: int, others: Iterable[Server], old: Span, new: Span) -> bool:
+    """Say whether every block of the old span is served by others, or in the new one, so that nothing goes missing."""
+    rates = block_rates(block_count, others)
+    rates[slice(*new)] += 1
+    return bool((rates[slice(*old)] > 0).all())
+
+
+def _costs(rates: _Rates, power: float) -> _Rates:
+    """Return what each block contributes; a block that nobody serves outweighs all others together."""
+    return np.power(np.maximum(rates, 0) + 1e-3, -power)
+
+
+def _window_costs(rates: _Rates, lengths: _Starts, own: _Rates, power: float) -> _Rates:
+    """Return by how much each server would change the sum of costs at each start; infinite where it does not fit.
+
+    `rates`: (servers, blocks), those of the others. Only differences within a row mean anything.
+    """
+    count, blocks = rates.shape
+    change = _costs(rates + own[:, None], power) - _costs(rates, power)
+    sums = np.concatenate([np.zeros((count, 1)), np.cumsum(change, axis=1)], axis=1)
+    starts = np.arange(blocks)
+    ends = starts[None, :] + lengths[:, None]
+    costs = np.take_along_axis(sums, np.minimum(ends, blocks), axis=1) - sums[:, :blocks]
+    return np.where(ends <= blocks, costs, np.inf)
+
+
+class _Swarm:
+    """The servers that can be moved, as arrays, and the rates of those that cannot."""
+
+    def __init__(self, block_count: int, servers: Sequence[Server]) -> None:
+        self.movable = [server for server in servers if server.movable]
+        self.starts: _Starts = np.array([server.start for server in self.movable], dtype=np.intp)
+        self.lengths: _Starts = np.array([server.end - server.start for server in self.movable], dtype=np.intp)
+        scale = max(float(block_rates(block_count, servers).mean()), 1e-9)
+        self._own: _Rates = np.array([server.rate for server in self.movable], dtype=float) / scale
+        self._fixed = block_rates(block_count, (server for server in servers if not server.movable)) / scale
+        self._blocks = np.arange(block_count)
+
+    def lowest(self, starts: _Starts) -> tuple[int, float]:
+        """Return how good an arrangement is: blocks served, then the lowest rate of those."""
+        rates = self._rates(starts)
+        return int((rates > 0).sum()), float(rates[rates > 0].min(initial=np.inf))
+
+    def worth(self, starts: _Starts) -> tuple[int, float]:
+        """Return how good an arrangement is, less what the way to it costs."""
+        served, lowest = self.lowest(starts)
+        return served, lowest * (1 - MOVE_COST * float((starts != self.starts).mean()))
+
+    def pays(self, before: tuple[int, float], after: tuple[int, float]) -> bool:
+        """Say whether an arrangement is clearly better."""
+        return after[0] > before[0] or (after[0] == before[0] and after[1] > before[1] * (1 + CLEAR_GAIN))
+
+    def descend(self, starts: _Starts, powers: Sequence[float]) -> tuple[_Starts, tuple[int, float]]:
+        """Make the best single move again and again while there is one; return the best arrangement on the way."""
+        starts = starts.copy()
+        best, lowest = starts.copy(), self.lowest(starts)
+        everybody = np.arange(len(starts))
+        for power in powers:
+            for _ in range(3 * len(starts)):
+                rates = self._rates(starts)[None, :] - self._covers(starts) * self._own[:, None]
+                costs = _window_costs(rates, self.lengths, self._own, power)
+                targets = costs.argmin(axis=1)
+                gains = costs[everybody, starts] - costs[everybody, targets]
+                mover = int(gains.argmax())
+                if gains[mover] <= 1e-9 * abs(costs[mover, starts[mover]]):
+                    break
+                starts[mover] = targets[mover]
+                found = self.lowest(starts)
+                if found > lowest:
+                    best, lowest = starts.copy(), found
+        return best, lowest
+
+    def without_needless(self, starts: _Starts) -> _Starts:
+        """Return an arrangement without the moves that add next to nothing."""
+        served, lowest = self.lowest(starts)
+        kept = starts.copy()
+        for number in np.flatnonzero(kept != self.starts):
+            moved, kept[number] = kept[number], self.starts[number]
+            if self.lowest(kept) < (served, lowest * (1 - CLEAR_GAIN / 10)):
+                kept[number] = moved
+        return kept
+
+    def _rates(self, starts: _Starts) -> _Rates:
+        rates: _Rates = self._own @ self._covers(starts) + self._fixed
+        # Of what was added up in another order a trace may be left where nobody serves.
+        return np.where(rates < 1e-9, 0.0, rates)
+
+    def _covers(self, starts: _Starts) -> NDArray[np.bool_]:
+        """Return who serves what, (servers, blocks)."""
+        return (starts[:, None] <= self._blocks) & (self._blocks < (starts + self.lengths)[:, None])
