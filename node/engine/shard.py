@@ -8,9 +8,10 @@ import psutil
 import torch
 
 from node.engine.admission import Placement, check_slice
-from node.engine.cache import KvMemory, Places, RewindableCache
+from node.engine.cache import KvMemory, Places
 from node.engine.codec import decode_rows, encode_rows
 from node.engine.forward import SpanModel
+from node.engine.fused import FusedSpan, PackedSpan, Rows, pack_span, refusal
 from node.engine.interface import (
     PAGE_POSITIONS,
     REFERENCE,
@@ -23,6 +24,7 @@ from node.engine.interface import (
     Variant,
     VariantNotReady,
 )
+from node.engine.linear import ARITHMETICS
 from node.engine.loading import load_span
 from node.engine.sampling import draw_until_wrong
 from node.engine.source import EngineOptions, ShardSource
@@ -33,12 +35,20 @@ from protocol.tensors import Tensor, tensor_from_tokens, tokens_from_tensor
 _FREE_MEMORY_SHARE = 0.5
 """Of the memory that is free, where the options do not say how much to use."""
 
+_VARIANT_SHARE = 0.5
+"""Of what the reference's weights leave, at most, for the weights of other variants; the rest is KV memory."""
 
-@dataclass(frozen=True, slots=True)
+_PACKED_BYTES = {"fp32": 4, "bf16": 2, "int8": 1}
+"""Bytes of an element in each packing."""
+
+
+@dataclass(slots=True)
 class _Session:
     options: SessionOptions
     positions: int
-    cache: RewindableCache
+    places: Places
+    length: int
+    """Positions whose keys and values are in KV memory."""
 
 
 class Shard:
@@ -47,9 +57,14 @@ class Shard:
     def __init__(self, source: ShardSource, blocks: BlockRange, options: EngineOptions) -> None:
         started_s = time.perf_counter()
         span = load_span(source, blocks, torch.float32)
+        self._span = span
         self._model = SpanModel(span, first=blocks.start == 0, last=blocks.end == span.block_count)
         tried = self._model.try_out()
         kv_bytes_per_position = sum(block.bytes_per_position for block in tried)
+        memory_bytes = _memory_bytes(options, span.weight_bytes)
+        kv_positions = _kv_positions(
+            options, memory_bytes - span.weight_bytes, span.weight_bytes, kv_bytes_per_position
+        )
         self.info = SpanInfo(
             model=source.model,
             blocks=blocks,
@@ -58,39 +73,58 @@ class Shard:
             vocabulary_size=span.vocabulary_size,
             max_positions=min(span.max_positions or MAX_POSITIONS, MAX_POSITIONS),
             kv_bytes_per_position=kv_bytes_per_position,
-            kv_positions=_kv_positions(options, span.weight_bytes, kv_bytes_per_position),
+            kv_positions=kv_positions,
             weight_bytes=span.weight_bytes,
             load_s=time.perf_counter() - started_s,
         )
-        self._memory = KvMemory([block.resized(self.info.kv_positions) for block in tried])
+        self._variant_bytes = memory_bytes - span.weight_bytes - kv_positions * kv_bytes_per_position
+        self._memory = KvMemory([block.resized(kv_positions) for block in tried])
+        self._packed: dict[str, PackedSpan] = {}
+        self._fused: dict[Variant, FusedSpan] = {}
         self._sessions: dict[SessionId, _Session] = {}
 
     def variants(self) -> frozenset[Variant]:
         """Return the variants that are ready."""
-        return frozenset({REFERENCE})
+        return frozenset({REFERENCE, *self._fused})
 
     def prepare(self, variant: Variant) -> None:
-        """Build a variant. Raises EngineError if it cannot be had."""
-        if variant != REFERENCE:
+        """Build a variant and warm it; may run beside `step` in a thread of its own, one at a time.
+
+        Raises EngineError if it cannot be had: there is no such variant, or not for this architecture, or no memory.
+        """
+        if variant in self.variants():
+            return
+        if variant.engine != "fused" or variant.arithmetic not in ARITHMETICS:
             raise EngineError(f"there is no variant {variant}")
+        if why := refusal(self._span):
+            raise EngineError(why)
+        packing = ARITHMETICS[variant.arithmetic][0]
+        if packing not in self._packed:
+            needed = self.info.weight_bytes * _PACKED_BYTES[packing] // 4
+            free = self._variant_bytes - sum(packed.bytes for packed in self._packed.values())
+            if needed > free:
+                raise EngineError(f"{variant} takes {needed} bytes of memory, of which {max(0, free)} are left")
+            self._packed[packing] = pack_span(self._span, packing, last=self.info.is_last)
+        fused = FusedSpan(self._span, self._packed[packing], variant.arithmetic, first=self.info.is_first)
+        fused.warm(self._memory.blocks)
+        self._fused[variant] = fused
 
     def begin(self, session: SessionId, options: SessionOptions, placement: Placement) -> None:
         """Give a session its pages; raise EngineError for a variant that is not there."""
-        if options.variant != REFERENCE:
+        if options.variant not in self.variants():
             raise VariantNotReady(f"the variant {options.variant} is not ready here")
         self._memory.copy(placement.copied, placement.pages[: len(placement.copied)])
-        cache = self._model.new_cache(Places(placement.pages), self._memory, placement.cached)
-        self._sessions[session] = _Session(options, placement.positions, cache)
+        self._sessions[session] = _Session(options, placement.positions, Places(placement.pages), placement.cached)
 
     def close(self, session: SessionId) -> None:
         """Forget a session; an unknown one is no error."""
         self._sessions.pop(session, None)
 
     def step(self, slices: Sequence[SliceInput]) -> StepResult:
-        """Run the slices in order. Raises EngineError after it has closed every session in the step."""
+        """Run the slices, those of a fused variant together. On EngineError every session in the step is closed."""
         started_s = time.perf_counter()
         try:
-            outputs = tuple(SliceOutput(session=rows.session, tensor=self._run(rows)) for rows in slices)
+            outputs = self._run(slices)
         except Exception as error:  # torch fails in many ways; whichever, these sessions' caches are not to be trusted
             for rows in slices:
                 self.close(rows.session)
@@ -99,18 +133,60 @@ class Shard:
             raise EngineError(f"the forward pass failed: {' '.join(str(error).split())[:300]}") from error
         return StepResult(outputs=outputs, compute_s=time.perf_counter() - started_s)
 
-    def _run(self, rows: SliceInput) -> Tensor:
+    def _run(self, slices: Sequence[SliceInput]) -> tuple[SliceOutput, ...]:
+        sessions = [self._session_of(rows) for rows in slices]
+        if len({rows.session for rows in slices}) < len(slices):
+            raise EngineError("a session has more than one slice in a step")
+        groups: dict[Variant, list[int]] = {}
+        for number, session in enumerate(sessions):
+            groups.setdefault(session.options.variant, []).append(number)
+        computed: dict[int, torch.Tensor] = {}
+        for variant, numbers in groups.items():
+            parts = [
+                Rows(
+                    self._input(slices[number].tensor),
+                    sessions[number].places,
+                    slices[number].position,
+                    slices[number].draws,
+                )
+                for number in numbers
+            ]
+            computed |= zip(numbers, self._compute(variant, parts), strict=True)
+        outputs = []
+        for number, (rows, session) in enumerate(zip(slices, sessions, strict=True)):
+            session.length = rows.position + rows.tensor.rows
+            outputs.append(SliceOutput(session=rows.session, tensor=self._output(rows, session, computed[number])))
+        return tuple(outputs)
+
+    def _compute(self, variant: Variant, parts: Sequence[Rows]) -> Sequence[torch.Tensor]:
+        """Return hidden states or logits of each part."""
+        if variant != REFERENCE:
+            return self._fused[variant].run(parts, self._memory)
+        return [
+            self._model.run(
+                part.rows,
+                self._model.new_cache(part.places, self._memory, part.position),
+                position=part.position,
+                draws=part.draws,
+            )
+            for part in parts
+        ]
+
+    def _session_of(self, rows: SliceInput) -> _Session:
         session = self._sessions.get(rows.session)
         if session is None:
             raise EngineError(f"session {rows.session.job}/{rows.session.stage} is not open, or has not begun")
-        check_slice(self.info, rows, cached=session.cache.length, reserved=session.positions)
-        output = self._model.run(self._input(rows.tensor), session.cache, position=rows.position, draws=rows.draws)
+        check_slice(self.info, rows, cached=session.length, reserved=session.positions)
+        return session
+
+    def _output(self, rows: SliceInput, session: _Session, output: torch.Tensor) -> Tensor:
+        """Return hidden states on the wire, or the tokens drawn from logits."""
         if not self.info.is_last:
-            return encode_rows(output.numpy(), session.options.activations)
+            return encode_rows(output.cpu().numpy(), session.options.activations)
         sampling = session.options.sampling
         assert sampling is not None
         first_drawn = rows.position + rows.tensor.rows - rows.draws + 1
-        return tensor_from_tokens(draw_until_wrong(output.numpy(), sampling, first_drawn, rows.drafts))
+        return tensor_from_tokens(draw_until_wrong(output.cpu().numpy(), sampling, first_drawn, rows.drafts))
 
     def _input(self, tensor: Tensor) -> torch.Tensor:
         """Return rows as the model takes them; token ids are checked, as torch may crash on bad ones."""
@@ -122,16 +198,22 @@ class Shard:
         return torch.tensor(tokens)
 
 
-def _kv_positions(options: EngineOptions, weight_bytes: int, kv_bytes_per_position: int) -> int:
-    """Return how many positions, in whole pages, fit into the memory that the weights leave."""
-    memory_bytes = options.memory_bytes
-    if memory_bytes is None:
-        memory_bytes = weight_bytes + int(psutil.virtual_memory().available * _FREE_MEMORY_SHARE)
-    pages = (memory_bytes - weight_bytes) // max(1, kv_bytes_per_position * PAGE_POSITIONS)
+def _memory_bytes(options: EngineOptions, weight_bytes: int) -> int:
+    """Return how much memory weights, variants and KV memory may take together."""
+    if options.memory_bytes is not None:
+        return options.memory_bytes
+    return weight_bytes + int(psutil.virtual_memory().available * _FREE_MEMORY_SHARE)
+
+
+def _kv_positions(options: EngineOptions, free_bytes: int, weight_bytes: int, kv_bytes_per_position: int) -> int:
+    """Return how many positions, in whole pages, fit into what the weights leave, beside the variants' own weights."""
+    page_bytes = max(1, kv_bytes_per_position * PAGE_POSITIONS)
+    variant_bytes = min(int(free_bytes * _VARIANT_SHARE), sum(_PACKED_BYTES.values()) * weight_bytes // 4)
+    pages = (free_bytes - max(0, variant_bytes)) // page_bytes
     if pages < 1:
         raise EngineError(
-            f"{memory_bytes} bytes of memory are too few: the weights take {weight_bytes}, "
-            f"and each page of {PAGE_POSITIONS} positions {kv_bytes_per_position * PAGE_POSITIONS}"
+            f"{weight_bytes + free_bytes} bytes of memory are too few: the weights take {weight_bytes}, "
+            f"and each page of {PAGE_POSITIONS} positions {page_bytes}"
         )
     if options.kv_positions is not None:
         pages = min(pages, -(-options.kv_positions // PAGE_POSITIONS))

@@ -1,7 +1,8 @@
 """The process that computes: `python -m node.engine.worker FD`, started by `client.py`, which has the other end of FD.
 
-It does one thing at a time, in the order in which it was asked, and keeps nothing that would be missed: it may be
-killed at any moment. It ends by itself when the other end of its socket closes, also in the middle of a forward pass.
+It does one thing at a time, in the order in which it was asked, but for variants, which it builds beside that. It keeps
+nothing that would be missed: it may be killed at any moment. It ends by itself when the other end of its socket closes,
+also in the middle of a forward pass.
 """
 
 import gc
@@ -10,7 +11,8 @@ import select
 import socket
 import sys
 import threading
-from typing import NoReturn
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING, NoReturn
 
 from node.engine.interface import EngineError, Variant
 from node.engine.wire import (
@@ -25,6 +27,12 @@ from node.engine.wire import (
     encode_frame,
     encode_loaded,
 )
+
+if TYPE_CHECKING:
+    from node.engine.shard import Shard
+
+_sending = threading.Lock()
+"""Steps and the variants that are built beside them answer over the same socket."""
 
 
 def main() -> None:
@@ -49,6 +57,7 @@ def main() -> None:
     gc.freeze()
     gc.enable()
     _send(connection, encode_loaded(shard.info, shard.variants()))
+    builder = ThreadPoolExecutor(1, initializer=_yield_to_others)
     while True:
         header, payload = _receive(connection)
         match header["do"]:
@@ -57,12 +66,7 @@ def main() -> None:
             case "close":
                 shard.close(decode_session(header["session"]))
             case "prepare":
-                try:
-                    shard.prepare(Variant(*header["variant"]))
-                except EngineError as error:
-                    _send(connection, encode_frame({"did": "error", "call": header["call"], "error": str(error)}))
-                    continue
-                _send(connection, encode_frame({"did": "ready", "call": header["call"]}))
+                builder.submit(_prepare, shard, header, connection)
             case "step":
                 try:
                     result = shard.step(decode_step(header, payload))
@@ -73,6 +77,26 @@ def main() -> None:
                 described = [(tensor.dtype, tensor.shape) for tensor in tensors]
                 answer = {"did": "result", "call": header["call"], "compute_s": result.compute_s, "tensors": described}
                 _send(connection, encode_frame(answer, tensors))
+
+
+def _prepare(shard: "Shard", header: Header, connection: socket.socket) -> None:
+    """Build a variant, and tell of it."""
+    try:
+        shard.prepare(Variant(*header["variant"]))
+    except Exception as error:  # noqa: BLE001  # whatever torch trips over: the span is served without this variant
+        answer = {"did": "error", "call": header["call"], "error": " ".join(str(error).split())[:300]}
+    else:
+        answer = {"did": "ready", "call": header["call"]}
+    _send(connection, encode_frame(answer))
+
+
+def _yield_to_others() -> None:
+    """Let this thread, and those that torch starts for it, take only what the steps leave of the processor."""
+    if sys.platform == "linux":  # where each thread has a priority of its own
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
+    import torch
+
+    torch.set_num_threads(1)
 
 
 def _exit_on_hang_up(descriptor: int) -> NoReturn:
@@ -102,8 +126,9 @@ def _receive_exactly(connection: socket.socket, count: int) -> memoryview:
 
 
 def _send(connection: socket.socket, buffers: list[Buffer]) -> None:
-    for buffer in buffers:
-        connection.sendall(buffer)
+    with _sending:
+        for buffer in buffers:
+            connection.sendall(buffer)
 
 
 if __name__ == "__main__":

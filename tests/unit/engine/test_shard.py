@@ -165,7 +165,7 @@ def test_memory_bounds_the_positions(make_tiny_model: MakeTinyModel) -> None:
     tiny = make_tiny_model("llama")
     blocks = BlockRange(1, 3)
     info = shard_of(tiny, blocks).info
-    memory_bytes = info.weight_bytes + 70 * info.kv_bytes_per_position
+    memory_bytes = info.weight_bytes + 140 * info.kv_bytes_per_position
     assert shard_of(tiny, blocks, EngineOptions(memory_bytes=memory_bytes)).info.kv_positions == 64
     with pytest.raises(EngineError, match="bytes of memory are too few"):
         shard_of(tiny, blocks, EngineOptions(memory_bytes=info.weight_bytes))

@@ -15,11 +15,22 @@ import trio
 import trio.testing
 
 from node.engine.client import WorkerEngine, start_worker
-from node.engine.interface import EngineCrashed, EngineError, EngineFull, SliceInput
+from node.engine.interface import (
+    REFERENCE,
+    EngineCrashed,
+    EngineError,
+    EngineFull,
+    Lineage,
+    Prefix,
+    SessionOptions,
+    SliceInput,
+    Variant,
+    VariantNotReady,
+)
 from node.engine.source import EngineOptions
 from protocol.identity import BlockRange
 from protocol.tensors import tensor_from_tokens, tokens_from_tensor
-from tests.unit.engine.driving import decode, session, spans, start, step
+from tests.unit.engine.driving import GREEDY, decode, session, spans, start, step
 from tests.unit.engine.tiny_models import BLOCKS, COUNT, PROMPT, TinyModel
 
 MakeTinyModel = Callable[[str], TinyModel]
@@ -193,3 +204,38 @@ def test_a_worker_ends_with_its_parent() -> None:
         theirs.close()
         ours.close()
         assert worker.wait(PATIENCE_S) == 0
+
+
+async def test_variants_are_built_beside_the_steps(make_tiny_model: MakeTinyModel) -> None:
+    tiny = make_tiny_model("llama")
+    fused, wanting = Variant("fused", "fp32"), Variant("fused", "fp4")
+    async with start_worker(tiny.source(WHOLE), WHOLE, OPTIONS) as engine:
+        await engine.open(session(1), 10)
+        with pytest.raises(VariantNotReady, match="fused/fp32 is not ready"):
+            await engine.begin(session(1), SessionOptions(sampling=GREEDY, variant=fused))
+        assert engine.statistics().sessions == 0
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(engine.prepare, fused)
+            await trio.testing.wait_all_tasks_blocked()
+            assert engine.statistics().building == (fused,)
+            assert await decode([engine], PROMPT, COUNT) == tiny.tokens
+        assert engine.variants() == {REFERENCE, fused}
+        assert await decode([engine], PROMPT, COUNT, chunk=4, variant=fused) == tiny.tokens
+        with pytest.raises(EngineError, match="no variant fused/fp4"):
+            await engine.prepare(wanting)
+
+
+async def test_a_later_session_takes_over_the_pages_of_an_earlier_one(make_tiny_model: MakeTinyModel) -> None:
+    tiny = make_tiny_model("llama")
+    text = [*PROMPT, *tiny.tokens, *PROMPT]
+    prefix = Prefix(namespace="me", hashes=b"one page of text")
+    drawn = []
+    async with start_worker(tiny.source(WHOLE), WHOLE, OPTIONS) as engine:
+        for number, found in ((1, {}), (2, {Lineage(REFERENCE, "fp32"): 32})):
+            assert await engine.open(session(number), 48, prefix) == found
+            cached = await engine.begin(session(number), SessionOptions(sampling=GREEDY))
+            drawn.append(tokens_from_tensor(await step([engine], session(number), cached, text[cached:], 1)))
+            await engine.close(session(number))
+        statistics = engine.statistics()
+        assert (statistics.hit_positions, statistics.cached_positions, statistics.reserved_positions) == (32, 32, 0)
+    assert drawn[0] == drawn[1]
