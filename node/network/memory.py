@@ -5,7 +5,9 @@ to trio's clock, so that hours pass in seconds under `trio.testing.MockClock`. B
 windows of 256 KiB, the same errors, the same time-outs.
 """
 
+import heapq
 import itertools
+import math
 import random
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -37,6 +39,8 @@ class LinkModel:
     """Share of packets lost. A gossip message that is lost is gone; a piece of a stream comes late."""
     bandwidth: float | None = None
     """Bytes per second of each directed pair; None is without bound."""
+    resolution_s: float = 0.0
+    """Packets arrive at multiples of this, a little late: in a large swarm many then share one tick of the clock."""
 
 
 class MemoryNetworkHub:
@@ -57,6 +61,10 @@ class MemoryNetworkHub:
         self._blocked_since: dict[tuple[PeerId, PeerId], float] = {}
         self._held: list[Packet] = []
         self._link_free_at: dict[tuple[PeerId, PeerId], float] = {}
+        self._sequence = itertools.count()
+        self._agenda: list[tuple[float, int, MemoryNetwork, Packet]] = []
+        self._agenda_changed = trio.lowlevel.ParkingLot()
+        self._carrying = trio.Lock()
 
     def network(self, peer_id: PeerId) -> "MemoryNetwork":
         """Make the network of a peer; again for one that was killed and comes back."""
@@ -116,9 +124,37 @@ class MemoryNetworkHub:
             when = max(when, self._link_free_at.get(pair, 0.0)) + packet.size / self.link.bandwidth
             self._link_free_at[pair] = when
         when += self.latency(*pair) + (RETRANSMISSION_S if lost else 0.0)
+        if resolution_s := self.link.resolution_s:
+            when = math.ceil(when / resolution_s) * resolution_s
         receiver = self.networks.get(packet.receiver)
         if receiver is not None:
             receiver.schedule(when, packet)
+
+    def schedule(self, when: float, receiver: "MemoryNetwork", packet: "Packet") -> None:
+        """Have a packet arrive at a network at a time, if that still runs then."""
+        heapq.heappush(self._agenda, (when, next(self._sequence), receiver, packet))
+        if self._agenda[0][3] is packet:
+            self._agenda_changed.unpark_all()
+
+    async def carry(self) -> None:
+        """Deliver the packets of all networks, until cancelled. Every running network offers to; one of them does."""
+        async with self._carrying:
+            while True:
+                if not self._agenda:
+                    await self._agenda_changed.park()
+                    continue
+                wait = self._agenda[0][0] - trio.current_time()
+                if wait > 0:
+                    with trio.move_on_after(wait):
+                        await self._agenda_changed.park()
+                    continue
+                _, _, receiver, packet = heapq.heappop(self._agenda)
+                if not receiver.alive:
+                    continue
+                if self.blocked(packet.sender, packet.receiver) and packet.sender != packet.receiver:
+                    self.send(packet)
+                else:
+                    packet.deliver()
 
     def _reachability_changed(self) -> None:
         now = trio.current_time()

@@ -2,7 +2,6 @@
 
 import hashlib
 import heapq
-import itertools
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -69,9 +68,6 @@ class MemoryNetwork:
         self._records: dict[str, bytes] = {}
         self._providers: dict[bytes, dict[PeerId, None]] = {}
         self._events: Fanout[PeerConnected | PeerDisconnected] = Fanout(CAPACITY)
-        self._sequence = itertools.count()
-        self._agenda: list[tuple[float, int, Packet]] = []
-        self._agenda_changed = trio.lowlevel.ParkingLot()
         self._nursery: trio.Nursery | None = None
 
     @property
@@ -95,7 +91,7 @@ class MemoryNetwork:
         fault: Exception | None = None
         async with trio.open_nursery() as nursery:
             self._nursery = nursery
-            nursery.start_soon(self._keep_agenda)
+            nursery.start_soon(self.hub.carry)
             try:
                 yield
             except Exception as error:  # noqa: BLE001  # raised again below, without the nursery's wrapping
@@ -116,34 +112,14 @@ class MemoryNetwork:
             topic.readers.end()
         for peer in list(self.connections):
             self.lose_connection(peer)
-        self._agenda.clear()
         nursery.cancel_scope.cancel()
 
     # Time
 
     def schedule(self, when: float, packet: Packet) -> None:
         """Have a packet arrive here at a time."""
-        if self._nursery is None:
-            return
-        heapq.heappush(self._agenda, (when, next(self._sequence), packet))
-        if self._agenda[0][2] is packet:
-            self._agenda_changed.unpark_all()
-
-    async def _keep_agenda(self) -> None:
-        while True:
-            if not self._agenda:
-                await self._agenda_changed.park()
-                continue
-            wait = self._agenda[0][0] - trio.current_time()
-            if wait > 0:
-                with trio.move_on_after(wait):
-                    await self._agenda_changed.park()
-                continue
-            _, _, packet = heapq.heappop(self._agenda)
-            if self.hub.blocked(packet.sender, packet.receiver) and packet.sender != packet.receiver:
-                self.hub.send(packet)
-            else:
-                packet.deliver()
+        if self._nursery is not None:
+            self.hub.schedule(when, self, packet)
 
     async def _round_trips(self, peer: PeerId, count: float, timeout_s: float, what: str) -> "MemoryNetwork":
         """Wait as long as so many round trips take; return the peer, or raise NetworkError if it does not answer."""

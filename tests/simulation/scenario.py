@@ -14,6 +14,7 @@ from tests.simulation.swarm import SimulatedPeer, Swarm, signatures_verified_onc
 
 SETTLE_S = 10.0
 CONVERGENCE_LIMIT_S = 300.0
+RESOLUTION_S = 0.01
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,7 +73,7 @@ def play(scenario: Scenario) -> Result:
     async def program() -> Result:
         swarm = Swarm(
             seed=scenario.seed,
-            link=LinkModel(latency_s=0.03, jitter_s=0.04, loss=scenario.loss),
+            link=LinkModel(latency_s=0.03, jitter_s=0.04, loss=scenario.loss, resolution_s=RESOLUTION_S),
             clock_skew_s=scenario.clock_skew_s,
             with_membership=scenario.with_membership,
         )
