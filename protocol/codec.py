@@ -4,7 +4,6 @@ Both directions keep the same rules: what `encode_*` returns has passed through 
 we never say what we would not accept.
 """
 
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Final, Generic, TypeVar
@@ -15,29 +14,38 @@ from protocol.fields import (
     CONTROL_CHARACTERS,
     JOB_ID_BYTES,
     Fields,
+    array,
     block_range,
     choice,
     integer,
+    mapping,
     model_id,
     name,
     number,
     peer_id,
     raw,
+    text,
     tuple_of,
 )
 from protocol.identity import JobId, PeerId, SessionId
 from protocol.limits import (
+    MAX_CONTEXT,
     MAX_CONTROL_BYTES,
+    MAX_DRAFTS,
     MAX_HARDWARE_BYTES,
     MAX_INTEGER,
     MAX_NAME_BYTES,
+    MAX_NUMBER,
     MAX_POSITIONS,
+    MAX_PREFIX_BYTES,
     MAX_SCORE,
     MAX_SECONDS,
     MAX_SLICES,
     MAX_STAGES,
     MAX_STEP_BYTES,
     MAX_STOP_TOKENS,
+    MAX_SWITCH_BYTES,
+    MAX_SWITCHES,
     MAX_TEMPERATURE,
     MAX_TEXT_BYTES,
     MAX_UINT64,
@@ -45,9 +53,12 @@ from protocol.limits import (
     MAX_VOTES,
     MAX_WIDTH,
     MAX_WINDOW_BYTES,
+    PREFIX_HASH_BYTES,
     SIGNATURE_BYTES,
 )
 from protocol.messages import (
+    Ballot,
+    Begin,
     Close,
     Closed,
     Credit,
@@ -69,7 +80,7 @@ from protocol.messages import (
 )
 from protocol.tensors import DType, Tensor
 
-ControlMessage = Hello | Open | Opened | Refused | Credit | Failed | Close | Closed | Ping | Pong
+ControlMessage = Hello | Open | Opened | Refused | Begin | Credit | Failed | Close | Closed | Ping | Pong
 
 _Map = dict[str, Value]
 _M = TypeVar("_M", bound=ControlMessage)
@@ -101,7 +112,7 @@ class StepHeader:
     @property
     def row_bytes(self) -> int:
         """Bytes of one row."""
-        return math.prod(self.shape[1:]) * self.dtype.itemsize
+        return self.dtype.row_bytes(*self.shape[1:])
 
     @property
     def payload_bytes(self) -> int:
@@ -193,13 +204,19 @@ def _from_fields(codec: _Codec[_M], value: object) -> _M:
 
 def _slice_to_array(part: Slice) -> list[Value]:
     finish = None if part.finish_reason is None else part.finish_reason.value
-    return [bytes.fromhex(part.session.job), part.session.stage, part.position, part.rows, part.draws, finish]
+    job, stage = part.session
+    return [bytes.fromhex(job), stage, part.position, part.rows, part.draws, list(part.drafts), finish]
 
 
 def _slice_from(value: object) -> Slice:
-    job, stage, position, rows, draws, finish = tuple_of(value, 6, "slice")
+    job, stage, position, rows, draws, drafts, finish = tuple_of(value, 7, "slice")
     first = integer(position, 0, MAX_POSITIONS - 1, "slice position")
     count = integer(rows, 1, MAX_POSITIONS - first, "slice rows")
+    guesses = tuple(
+        integer(token, 0, MAX_VOCABULARY - 1, "slice draft") for token in array(drafts, MAX_DRAFTS, "slice drafts")
+    )
+    if guesses and draws != len(guesses) + 1:
+        raise RemoteProtocolError("slice draws: expected one more than there are drafts")
     return Slice(
         session=SessionId(
             JobId(raw(job, JOB_ID_BYTES, "slice job").hex()), integer(stage, 0, MAX_STAGES, "slice stage")
@@ -207,6 +224,7 @@ def _slice_from(value: object) -> Slice:
         position=first,
         rows=count,
         draws=integer(draws, 0, count, "slice draws"),
+        drafts=guesses,
         finish_reason=None if finish is None else choice(finish, FinishReason, "slice finish reason"),
     )
 
@@ -263,8 +281,10 @@ def _open_to_map(message: Open) -> _Map:
         "session": _session_to_array(message.session),
         "model": bytes.fromhex(message.model),
         "blocks": [message.blocks.start, message.blocks.end],
-        "method": message.method,
+        "methods": list(message.methods),
         "positions": message.positions,
+        "context": {key: value if isinstance(value, str) else float(value) for key, value in message.context.items()},
+        "prefix": message.prefix,
         "upstream": list(message.upstream),
         **{key: value for key, value in optional.items() if value is not None},
     }
@@ -275,16 +295,35 @@ def _open_from(fields: Fields) -> Open:
         session=fields.session(),
         model=model_id(fields.take("model"), "open model"),
         blocks=block_range(fields.take("blocks"), "open blocks"),
-        method=fields.name("method", MAX_NAME_BYTES),
+        methods=tuple(name(method, MAX_NAME_BYTES, "method") for method in fields.array("methods", MAX_VOTES)),
         positions=fields.integer("positions", 1, MAX_POSITIONS),
+        context=_context_from(fields.take("context")),
+        prefix=_prefix_from(fields.take("prefix")),
         upstream=tuple(peer_id(peer, "open upstream") for peer in fields.array("upstream", MAX_STAGES)),
         downstream=_peer_if_any(fields, "downstream"),
         feedback=_peer_if_any(fields, "feedback"),
         sampling=_sampling_from(fields.take("sampling")) if "sampling" in fields else None,
     )
+    if not message.methods or len(set(message.methods)) != len(message.methods):
+        raise RemoteProtocolError("open: expected at least one method, and none twice")
     if (message.sampling is None) == (message.downstream is None):
         raise RemoteProtocolError("open: a last stage has sampling and no downstream, any other stage the reverse")
     return message
+
+
+def _context_from(value: object) -> Mapping[str, str | float]:
+    return {
+        key: text(entry, MAX_NAME_BYTES, "context")
+        if isinstance(entry, str)
+        else number(entry, -MAX_NUMBER, MAX_NUMBER, "context")
+        for key, entry in mapping(value, MAX_CONTEXT, MAX_NAME_BYTES, "context").items()
+    }
+
+
+def _prefix_from(value: object) -> bytes:
+    if type(value) is not bytes or len(value) > MAX_PREFIX_BYTES or len(value) % PREFIX_HASH_BYTES:
+        raise RemoteProtocolError(f"open prefix is not hashes of {PREFIX_HASH_BYTES} bytes each")
+    return value
 
 
 def _sampling_to_map(sampling: Sampling) -> _Map:
@@ -318,20 +357,55 @@ def _opened_to_map(message: Opened) -> _Map:
         "session": _session_to_array(message.session),
         "load": load_to_map(message.load),
         "votes": {method: float(score) for method, score in message.votes.items()},
+        "cached": dict(message.cached),
+        "policy": dict(message.policy),
     }
 
 
 def _opened_from(fields: Fields) -> Opened:
-    votes = fields.take("votes")
-    if not isinstance(votes, dict) or len(votes) > MAX_VOTES:
-        raise RemoteProtocolError(f"opened votes are no map of at most {MAX_VOTES} methods")
+    votes = mapping(fields.take("votes"), MAX_VOTES, MAX_NAME_BYTES, "opened votes")
+    cached = mapping(fields.take("cached"), MAX_VOTES, MAX_NAME_BYTES, "opened cached")
+    policy = mapping(fields.take("policy"), MAX_SWITCHES, MAX_SWITCH_BYTES, "opened policy")
+    if not votes:
+        raise RemoteProtocolError("opened: no method is offered")
     return Opened(
         session=fields.session(),
         load=load_from(fields.take("load"), "load"),
-        votes={
-            name(method, MAX_NAME_BYTES, "method"): number(score, -MAX_SCORE, MAX_SCORE, "score")
-            for method, score in votes.items()
-        },
+        votes={method: number(score, -MAX_SCORE, MAX_SCORE, "score") for method, score in votes.items()},
+        cached={variant: integer(count, 0, MAX_POSITIONS, "cached") for variant, count in cached.items()},
+        policy={switch: name(value, MAX_SWITCH_BYTES, "policy") for switch, value in policy.items()},
+    )
+
+
+def _begin_to_map(message: Begin) -> _Map:
+    return {
+        "session": _session_to_array(message.session),
+        "method": message.method,
+        "ballots": [
+            [ballot.peer, [None if score is None else float(score) for score in ballot.scores]]
+            for ballot in message.ballots
+        ],
+        "start": message.start,
+    }
+
+
+def _begin_from(fields: Fields) -> Begin:
+    return Begin(
+        session=fields.session(),
+        method=fields.name("method", MAX_NAME_BYTES),
+        ballots=tuple(_ballot_from(value) for value in fields.array("ballots", MAX_STAGES)),
+        start=fields.integer("start", 0, MAX_POSITIONS - 1),
+    )
+
+
+def _ballot_from(value: object) -> Ballot:
+    peer, scores = tuple_of(value, 2, "ballot")
+    return Ballot(
+        peer_id(peer, "ballot peer"),
+        tuple(
+            None if score is None else number(score, -MAX_SCORE, MAX_SCORE, "score")
+            for score in array(scores, MAX_VOTES, "ballot scores")
+        ),
     )
 
 
@@ -460,6 +534,7 @@ _CODECS: Final[tuple[_Codec[Any], ...]] = (
     _Codec("open", Open, _open_to_map, _open_from),
     _Codec("opened", Opened, _opened_to_map, _opened_from),
     _Codec("refused", Refused, _refused_to_map, _refused_from),
+    _Codec("begin", Begin, _begin_to_map, _begin_from),
     _Codec("credit", Credit, _credit_to_map, _credit_from),
     _Codec("failed", Failed, _failed_to_map, _failed_from),
     _Codec("close", Close, _close_to_map, _close_from),

@@ -27,7 +27,21 @@ from protocol.errors import LocalProtocolError, ProtocolError, RemoteProtocolErr
 from protocol.framing import Frame, FrameReader, FrameType, encode_frame, encode_step, split_step
 from protocol.identity import SessionId
 from protocol.limits import MAX_PINGS, MAX_SESSIONS
-from protocol.messages import Close, Closed, Credit, Failed, Hello, Message, Open, Opened, Ping, Pong, Refused, Step
+from protocol.messages import (
+    Begin,
+    Close,
+    Closed,
+    Credit,
+    Failed,
+    Hello,
+    Message,
+    Open,
+    Opened,
+    Ping,
+    Pong,
+    Refused,
+    Step,
+)
 from protocol.states import (
     CONNECTION_TABLE,
     SESSION_TABLE,
@@ -43,9 +57,9 @@ __all__ = ["PROTOCOL_ID", "ConnectionState", "Direction", "JobConnection", "Role
 
 PROTOCOL_ID: Final = "/metaswarm/job/1.0.0"
 
-_SessionMessage: TypeAlias = Open | Opened | Refused | Credit | Failed | Close | Closed
+_SessionMessage: TypeAlias = Open | Opened | Refused | Begin | Credit | Failed | Close | Closed
 
-_ACCOUNTED: Final = frozenset({SessionState.OPEN, SessionState.LENT})
+_ACCOUNTED: Final = frozenset({SessionState.BEGUN, SessionState.LENT})
 """States in which rows are counted against the window."""
 
 

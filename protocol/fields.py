@@ -80,6 +80,15 @@ def tuple_of(value: object, length: int, what: str) -> list[object]:
     return value
 
 
+def mapping(value: object, max_count: int, max_key_bytes: int, what: str) -> dict[str, object]:
+    """Return a map of at most `max_count` entries, each under a name of at most `max_key_bytes` UTF-8 bytes."""
+    if not isinstance(value, dict):
+        raise RemoteProtocolError(f"{what} is no map")
+    if len(value) > max_count:
+        raise RemoteProtocolError(f"{what} has {len(value)} entries: at most {max_count} are allowed")
+    return {name(key, max_key_bytes, what): entry for key, entry in value.items()}
+
+
 def choice(value: object, options: type[_E], what: str) -> _E:
     """Return the member of an enumeration of texts."""
     try:

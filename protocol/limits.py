@@ -47,6 +47,24 @@ MAX_NAME_BYTES: Final = 256
 MAX_VOTES: Final = 128
 """Methods in one vote."""
 
+MAX_CONTEXT: Final = 64
+"""Names in a task context that votes are about."""
+
+MAX_NUMBER: Final = 1e18
+"""A number in a task context, either sign."""
+
+PAGE_POSITIONS: Final = 32
+"""Positions of one page of a KV cache: what a prefix hash stands for."""
+
+PREFIX_HASH_BYTES: Final = 16
+"""The hash of one page of a prompt and of everything before it."""
+
+MAX_PREFIX_BYTES: Final = 32 << 10
+"""The prefix hashes of one prompt."""
+
+MAX_DRAFTS: Final = 16
+"""Guessed tokens that travel beside one slice."""
+
 MAX_STOP_TOKENS: Final = 64
 """Token ids that end a job."""
 

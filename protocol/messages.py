@@ -20,6 +20,8 @@ class RefusalReason(enum.StrEnum):
     """No KV memory or no slot now: try another peer, come back later."""
     NOT_SERVED = "not_served"
     """These blocks of this model are not (or no longer) served here: the directory was stale."""
+    NOT_READY = "not_ready"
+    """None of the methods asked for can be offered here now: ask for others, or come back when they are built."""
     LEAVING = "leaving"
     """The peer drains before it leaves: avoid it from now on."""
     UNREACHABLE = "unreachable"
@@ -33,6 +35,8 @@ class FailureReason(enum.StrEnum):
 
     ENGINE = "engine"
     """The engine failed or its worker process died."""
+    TALLY = "tally"
+    """The Begin does not follow from the votes, or from the vote that was given here."""
     DOWNSTREAM = "downstream"
     """The next stage cannot be reached or refused the rows; `peer` names it."""
     UNKNOWN_SESSION = "unknown_session"
@@ -79,7 +83,10 @@ class Sampling:
 class Open:
     """The coordinator asks a stage for a session.
 
-    `positions`: KV positions to reserve. `upstream`: the peers that may send rows of this session, besides the
+    `methods`: the names of the methods that the job admits, at least one, the coordinator's preference first: where the
+    votes leave it open, the order decides. `context`: what the votes are about, names and numbers. `positions`: KV
+    positions to reserve. `prefix`: the chained hashes of the prompt's whole pages, PREFIX_HASH_BYTES each; empty where
+    nothing may be cached. `upstream`: the peers that may send rows of this session, besides the
     coordinator itself (for the first stage the last stage's peer, for others the stage before). `downstream`: the peer
     of the next stage; None for the last stage, which sends each token to the coordinator and to `feedback`, the
     first stage's peer. `sampling` is present for the last stage only.
@@ -88,8 +95,10 @@ class Open:
     session: SessionId
     model: ModelId
     blocks: BlockRange
-    method: str
+    methods: tuple[str, ...]
     positions: int
+    context: Mapping[str, str | float] = field(default_factory=dict)
+    prefix: bytes = b""
     upstream: tuple[PeerId, ...] = ()
     downstream: PeerId | None = None
     feedback: PeerId | None = None
@@ -111,12 +120,41 @@ class Load:
 class Opened:
     """The stage admits the session: KV memory is reserved.
 
-    `votes` maps a method's name to its score, the logarithm of its cost: lower is better.
+    `votes`: of each method asked for that the stage can carry out now, the logarithm of its cost: lower is better. A
+    stage without an opinion gives them all the same. `cached`: positions of the prompt whose keys and values lie here
+    already, by lineage (`engine/arithmetic/activations`). `policy`: the switches of the stage's own that are in force.
     """
 
     session: SessionId
     load: Load
-    votes: Mapping[str, float] = field(default_factory=dict)
+    votes: Mapping[str, float]
+    cached: Mapping[str, int] = field(default_factory=dict)
+    policy: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Ballot:
+    """What one stage voted, as the coordinator tells it to all: scores in the order of `Open.methods`.
+
+    None stands for a method that the stage does not offer.
+    """
+
+    peer: PeerId
+    scores: tuple[float | None, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Begin:
+    """The coordinator begins a session, once, when every stage is open: before it no rows may be computed.
+
+    `method`: what the ballots come to. `ballots`: of every stage of the route, in order. `start`: the first position
+    whose rows the stages compute; those before it are cached on all of them.
+    """
+
+    session: SessionId
+    method: str
+    ballots: tuple[Ballot, ...]
+    start: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -134,14 +172,16 @@ class Slice:
     """The rows of one session inside a step.
 
     `position`: absolute position of the first row. `rows`: how many. `draws`: after how many trailing rows the last
-    stage draws a token (0 for a part of a prompt, 1 for decoding). `finish_reason`: set on the last token's way to the
-    coordinator.
+    stage draws a token (0 for a part of a prompt, 1 for decoding). `drafts`: the tokens that the trailing rows but the
+    first were made of, guessed by the first stage: the last stage goes on drawing while it draws what was guessed, so
+    that `draws` is one more than they are. `finish_reason`: set on the last token's way to the coordinator.
     """
 
     session: SessionId
     position: int
     rows: int
     draws: int = 1
+    drafts: tuple[int, ...] = ()
     finish_reason: FinishReason | None = None
 
 
@@ -223,4 +263,4 @@ class Pong:
     nonce: int
 
 
-Message = Hello | Open | Opened | Refused | Step | Credit | Failed | Close | Closed | Ping | Pong
+Message = Hello | Open | Opened | Refused | Begin | Step | Credit | Failed | Close | Closed | Ping | Pong

@@ -19,6 +19,7 @@ from collections.abc import Mapping
 from typing import Final, NamedTuple, TypeAlias
 
 from protocol.messages import (
+    Begin,
     Close,
     Closed,
     Credit,
@@ -72,7 +73,9 @@ class SessionState(enum.StrEnum):
     OPENING = "opening"
     """Asked for, not yet admitted."""
     OPEN = "open"
-    """Admitted: rows may flow."""
+    """Admitted; it has yet to begin."""
+    BEGUN = "begun"
+    """The method is agreed: rows may flow."""
     LENT = "lent"
     """Opened by somebody else over another stream; rows of it were sent here and are not yet all consumed."""
     CLOSING = "closing"
@@ -98,7 +101,7 @@ _NEW, _HELLO_SENT, _HELLO_RECEIVED, _CONNECTED = (
     ConnectionState.HELLO_RECEIVED,
     ConnectionState.OPEN,
 )
-_IDLE, _OPENING, _OPEN, _LENT, _CLOSING, _FAILED = SessionState
+_IDLE, _OPENING, _OPEN, _BEGUN, _LENT, _CLOSING, _FAILED = SessionState
 
 CONNECTION_TABLE: Final[Mapping[tuple[Role, ConnectionState, MessageType, Direction], ConnectionState]] = {
     (_I, _NEW, Hello, _SENT): _HELLO_SENT,
@@ -110,6 +113,7 @@ CONNECTION_TABLE: Final[Mapping[tuple[Role, ConnectionState, MessageType, Direct
     (_I, _HELLO_SENT, Close, _SENT): _HELLO_SENT,
     (_I, _HELLO_SENT, Ping, _SENT): _HELLO_SENT,
     (_I, _CONNECTED, Open, _SENT): _CONNECTED,
+    (_I, _CONNECTED, Begin, _SENT): _CONNECTED,
     (_I, _CONNECTED, Step, _SENT): _CONNECTED,
     (_I, _CONNECTED, Close, _SENT): _CONNECTED,
     (_I, _CONNECTED, Ping, _SENT): _CONNECTED,
@@ -127,6 +131,7 @@ CONNECTION_TABLE: Final[Mapping[tuple[Role, ConnectionState, MessageType, Direct
     (_R, _HELLO_RECEIVED, Close, _RECEIVED): _HELLO_RECEIVED,
     (_R, _HELLO_RECEIVED, Ping, _RECEIVED): _HELLO_RECEIVED,
     (_R, _CONNECTED, Open, _RECEIVED): _CONNECTED,
+    (_R, _CONNECTED, Begin, _RECEIVED): _CONNECTED,
     (_R, _CONNECTED, Step, _RECEIVED): _CONNECTED,
     (_R, _CONNECTED, Close, _RECEIVED): _CONNECTED,
     (_R, _CONNECTED, Ping, _RECEIVED): _CONNECTED,
@@ -147,10 +152,13 @@ SESSION_TABLE: Final[Mapping[tuple[Role, SessionState, MessageType, Direction], 
     (_I, _OPENING, Opened, _RECEIVED): Transition(_OPEN),
     (_I, _OPENING, Refused, _RECEIVED): Transition(_IDLE),
     (_I, _OPENING, Close, _SENT): Transition(_CLOSING),
-    (_I, _OPEN, Step, _SENT): Transition(_OPEN),
-    (_I, _OPEN, Credit, _RECEIVED): Transition(_OPEN),
+    (_I, _OPEN, Begin, _SENT): Transition(_BEGUN),
     (_I, _OPEN, Failed, _RECEIVED): Transition(_FAILED),
     (_I, _OPEN, Close, _SENT): Transition(_CLOSING),
+    (_I, _BEGUN, Step, _SENT): Transition(_BEGUN),
+    (_I, _BEGUN, Credit, _RECEIVED): Transition(_BEGUN),
+    (_I, _BEGUN, Failed, _RECEIVED): Transition(_FAILED),
+    (_I, _BEGUN, Close, _SENT): Transition(_CLOSING),
     # Lent ends in idle by itself once everything sent has been credited.
     (_I, _LENT, Step, _SENT): Transition(_LENT),
     (_I, _LENT, Credit, _RECEIVED): Transition(_LENT),
@@ -174,10 +182,13 @@ SESSION_TABLE: Final[Mapping[tuple[Role, SessionState, MessageType, Direction], 
     (_R, _OPENING, Close, _RECEIVED): Transition(_CLOSING),
     # Lost before it was admitted: whoever found that out still owes the answer to the Open, which is Refused.
     (_R, _OPENING, Failed, _SENT): Transition(_OPENING, quiet=True),
-    (_R, _OPEN, Step, _RECEIVED): Transition(_OPEN),
-    (_R, _OPEN, Credit, _SENT): Transition(_OPEN),
+    (_R, _OPEN, Begin, _RECEIVED): Transition(_BEGUN),
     (_R, _OPEN, Failed, _SENT): Transition(_FAILED),
     (_R, _OPEN, Close, _RECEIVED): Transition(_CLOSING),
+    (_R, _BEGUN, Step, _RECEIVED): Transition(_BEGUN),
+    (_R, _BEGUN, Credit, _SENT): Transition(_BEGUN),
+    (_R, _BEGUN, Failed, _SENT): Transition(_FAILED),
+    (_R, _BEGUN, Close, _RECEIVED): Transition(_CLOSING),
     (_R, _LENT, Step, _RECEIVED): Transition(_LENT),
     (_R, _LENT, Credit, _SENT): Transition(_LENT),
     (_R, _LENT, Failed, _SENT): Transition(_IDLE),
@@ -188,7 +199,8 @@ SESSION_TABLE: Final[Mapping[tuple[Role, SessionState, MessageType, Direction], 
     (_R, _CLOSING, Refused, _SENT): Transition(_IDLE),
     (_R, _CLOSING, Failed, _SENT): Transition(_IDLE),
     (_R, _CLOSING, Closed, _SENT): Transition(_IDLE),
-    # Rows and a second complaint cross our Failed; the Close that confirms it needs no answer.
+    # Begin, rows and a second complaint cross our Failed; the Close that confirms it needs no answer.
+    (_R, _FAILED, Begin, _RECEIVED): Transition(_FAILED, quiet=True),
     (_R, _FAILED, Step, _RECEIVED): Transition(_FAILED),
     (_R, _FAILED, Credit, _SENT): Transition(_FAILED, quiet=True),
     (_R, _FAILED, Failed, _SENT): Transition(_FAILED, quiet=True),

@@ -8,6 +8,7 @@ import enum
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Final
 
 
 class DType(enum.StrEnum):
@@ -18,12 +19,20 @@ class DType(enum.StrEnum):
     BFLOAT16 = "bf16"
     INT32 = "i32"
     INT8 = "i8"
+    BLOCK_INT8 = "q8"
+    """A row is cut into blocks of BLOCK_ELEMENTS, the last one shorter. First come the blocks' scales, each an f16,
+    then the elements, each an int8; an element stands for itself times the scale of its block."""
 
-    @property
-    def itemsize(self) -> int:
-        """Bytes of one element."""
-        return _ITEMSIZE[self]
+    def row_bytes(self, *dimensions: int) -> int:
+        """Return the bytes of one row, given the shape behind the first dimension."""
+        elements = math.prod(dimensions)
+        if self is DType.BLOCK_INT8:
+            return elements + 2 * -(-elements // BLOCK_ELEMENTS)
+        return elements * _ITEMSIZE[self]
 
+
+BLOCK_ELEMENTS: Final = 32
+"""Elements that share a scale."""
 
 _ITEMSIZE = {DType.FLOAT32: 4, DType.FLOAT16: 2, DType.BFLOAT16: 2, DType.INT32: 4, DType.INT8: 1}
 
@@ -41,7 +50,7 @@ class Tensor:
 
     def __post_init__(self) -> None:
         """Raise ValueError when the bytes are not as many as dtype and shape say."""
-        expected = math.prod(self.shape) * self.dtype.itemsize
+        expected = math.prod(self.shape[:1]) * self.dtype.row_bytes(*self.shape[1:])
         if not self.shape or min(self.shape) < 0 or len(self.data) != expected:
             raise ValueError(f"a tensor of {self.dtype}{list(self.shape)} has {expected} bytes, not {len(self.data)}")
 
@@ -53,7 +62,7 @@ class Tensor:
     @property
     def row_bytes(self) -> int:
         """Bytes of one row."""
-        return math.prod(self.shape[1:]) * self.dtype.itemsize
+        return self.dtype.row_bytes(*self.shape[1:])
 
     def cut(self, start: int, stop: int) -> "Tensor":
         """Return rows `start` to `stop` as a view of the same bytes."""

@@ -22,7 +22,6 @@ lie in its payload one after another; the header has their dtypes and shapes.
 | error | call, error, a line: the sessions of the step are closed, or the variant cannot be had |
 """
 
-import math
 import struct
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
@@ -65,7 +64,7 @@ def cut_tensors(described: Iterable[tuple[str, Sequence[int]]], payload: memoryv
     """Return the tensors of a payload as views of it."""
     tensors, start = [], 0
     for dtype, shape in described:
-        end = start + math.prod(shape) * DType(dtype).itemsize
+        end = start + shape[0] * DType(dtype).row_bytes(*shape[1:])
         tensors.append(Tensor(DType(dtype), tuple(shape), payload[start:end]))
         start = end
     return tensors

@@ -19,6 +19,8 @@ from protocol.limits import (
     MAX_WINDOW_BYTES,
 )
 from protocol.messages import (
+    Ballot,
+    Begin,
     Close,
     Closed,
     Credit,
@@ -105,8 +107,10 @@ def opens(draw: st.DrawFn) -> Open:
         session=draw(sessions),
         model=draw(model_ids),
         blocks=draw(block_ranges),
-        method=draw(names),
+        methods=tuple(draw(st.lists(names, min_size=1, max_size=4, unique=True))),
         positions=draw(st.integers(1, MAX_POSITIONS)),
+        context=draw(st.dictionaries(names, names | st.floats(-1e18, 1e18), max_size=4)),
+        prefix=draw(st.integers(0, 4).flatmap(lambda pages: st.binary(min_size=16 * pages, max_size=16 * pages))),
         upstream=tuple(draw(st.lists(peers, max_size=3))),
         downstream=downstream,
         feedback=feedback,
@@ -121,7 +125,19 @@ control_messages: st.SearchStrategy[ControlMessage] = st.one_of(
         Opened,
         session=sessions,
         load=loads,
-        votes=st.dictionaries(names, st.floats(-MAX_SCORE, MAX_SCORE), max_size=4),
+        votes=st.dictionaries(names, st.floats(-MAX_SCORE, MAX_SCORE), min_size=1, max_size=4),
+        cached=st.dictionaries(names, st.integers(0, MAX_POSITIONS), max_size=4),
+        policy=st.dictionaries(*[presentable(64, min_size=1)] * 2, max_size=2),
+    ),
+    st.builds(
+        Begin,
+        session=sessions,
+        method=names,
+        ballots=st.lists(
+            st.builds(Ballot, peers, st.lists(st.none() | st.floats(-MAX_SCORE, MAX_SCORE), max_size=4).map(tuple)),
+            max_size=3,
+        ).map(tuple),
+        start=st.integers(0, MAX_POSITIONS - 1),
     ),
     st.builds(
         Refused,
@@ -161,11 +177,13 @@ control_messages: st.SearchStrategy[ControlMessage] = st.one_of(
 def slices(draw: st.DrawFn, session: SessionId) -> Slice:
     """A few rows of a session."""
     rows = draw(st.integers(1, 6))
+    drafts = draw(st.lists(st.integers(0, MAX_VOCABULARY - 1), max_size=rows - 1).map(tuple))
     return Slice(
         session=session,
         position=draw(st.integers(0, MAX_POSITIONS - rows)),
         rows=rows,
-        draws=draw(st.integers(0, rows)),
+        draws=len(drafts) + 1 if drafts else draw(st.integers(0, rows)),
+        drafts=drafts,
         finish_reason=draw(st.none() | st.sampled_from(FinishReason)),
     )
 
@@ -178,7 +196,7 @@ def steps(draw: st.DrawFn) -> Step:
     if draw(st.booleans()):
         tokens = draw(st.lists(st.integers(0, MAX_VOCABULARY - 1), min_size=rows, max_size=rows))
         return Step(slices=tuple(parts), tensor=tensor_from_tokens(tokens))
-    dtype = draw(st.sampled_from([DType.FLOAT32, DType.FLOAT16, DType.BFLOAT16, DType.INT8]))
+    dtype = draw(st.sampled_from([DType.FLOAT32, DType.FLOAT16, DType.BFLOAT16, DType.INT8, DType.BLOCK_INT8]))
     width = draw(st.integers(1, 20))
-    size = rows * width * dtype.itemsize
+    size = rows * dtype.row_bytes(width)
     return Step(slices=tuple(parts), tensor=Tensor(dtype, (rows, width), draw(st.binary(min_size=size, max_size=size))))

@@ -15,6 +15,7 @@ from protocol.states import ConnectionState, Role, SessionState
 from tests.property.strategies import control_messages, pieces, steps
 from tests.unit.protocol.job_streams import (
     SESSION,
+    begin,
     close,
     closed,
     credit,
@@ -86,6 +87,7 @@ def feed(role: Role, chunks: list[bytes]) -> JobConnection:
             if message == open_message() and connection.session_state(SESSION) is SessionState.OPENING:
                 connection.send(opened())
             if message == opened():
+                connection.send(begin())
                 connection.send(rows(1))
                 connection.send(close())
     connection.receive_data(b"")

@@ -16,6 +16,7 @@ from protocol.messages import Close, Closed, Credit, Failed, Hello, Message, Ope
 from protocol.states import ConnectionState, Role, SessionState
 from tests.unit.protocol.job_streams import (
     ROW_BYTES,
+    begin,
     close,
     closed,
     failed,
@@ -29,7 +30,7 @@ from tests.unit.protocol.job_streams import (
 
 MAX_ROWS = 6
 SLOTS = 3
-WINDOW_STATES = {SessionState.OPEN, SessionState.LENT}
+WINDOW_STATES = {SessionState.BEGUN, SessionState.LENT}
 
 slots = st.integers(0, SLOTS - 1)
 
@@ -65,7 +66,7 @@ class JobStream(RuleBasedStateMachine):
         return self.ends[Role.RESPONDER]
 
     @initialize(window_rows=st.integers(1, 2 * MAX_ROWS), first=st.sampled_from(Role), patient=st.booleans())
-    def begin(self, window_rows: int, first: Role, patient: bool) -> None:
+    def greet(self, window_rows: int, first: Role, patient: bool) -> None:
         self.window = window_rows * ROW_BYTES
         self.ends = {role: new_connection(role, self.window) for role in Role}
         for role in sorted(Role, key=lambda role: role is not first):
@@ -98,11 +99,22 @@ class JobStream(RuleBasedStateMachine):
             if self.responder.session_state(session) is SessionState.OPENING:
                 self.say(Role.RESPONDER, opened(session))
             self.deliver_everything()
+            self.begin_a_session(slot)
+
+    @rule(slot=slots)
+    def begin_a_session(self, slot: int) -> None:
+        if self.initiator.session_state(self.slots[slot]) is SessionState.OPEN:
+            self.say(Role.INITIATOR, begin(self.slots[slot]))
 
     @rule(slot=slots)
     def end_a_session(self, slot: int) -> None:
         session = self.slots[slot]
-        if self.initiator.session_state(session) in {SessionState.OPENING, SessionState.OPEN, SessionState.FAILED}:
+        if self.initiator.session_state(session) in {
+            SessionState.OPENING,
+            SessionState.OPEN,
+            SessionState.BEGUN,
+            SessionState.FAILED,
+        }:
             self.say(Role.INITIATOR, close(session))
 
     @precondition(lambda self: any(self.rows_allowed(slot) for slot in range(SLOTS)))
@@ -167,7 +179,9 @@ class JobStream(RuleBasedStateMachine):
 
     @rule(data=st.data())
     def fail_a_session(self, data: st.DataObject) -> None:
-        if session := self.borrowed(data, lambda state: state in {*WINDOW_STATES, SessionState.CLOSING}):
+        if session := self.borrowed(
+            data, lambda state: state in {*WINDOW_STATES, SessionState.OPEN, SessionState.CLOSING}
+        ):
             self.held[session] = 0
             self.gone.add(session)
             self.say(Role.RESPONDER, failed(session))
@@ -253,7 +267,7 @@ class JobStream(RuleBasedStateMachine):
     @invariant()
     def the_initiator_knows_of_all_that_the_responder_holds(self) -> None:
         for session in self.slots:
-            if self.ends and all(end.session_state(session) is SessionState.OPEN for end in self.ends.values()):
+            if self.ends and all(end.session_state(session) is SessionState.BEGUN for end in self.ends.values()):
                 assert self.initiator.sendable_bytes(session) <= self.window - self.held[session]
 
     def teardown(self) -> None:
@@ -263,7 +277,11 @@ class JobStream(RuleBasedStateMachine):
         for _ in range(3):
             self.settle()
             for session in self.sessions:
-                if self.initiator.session_state(session) in {SessionState.OPEN, SessionState.FAILED}:
+                if self.initiator.session_state(session) in {
+                    SessionState.OPEN,
+                    SessionState.BEGUN,
+                    SessionState.FAILED,
+                }:
                     self.say(Role.INITIATOR, close(session))
                 if self.initiator.session_state(session) is SessionState.LENT:
                     self.initiator.forget(session)

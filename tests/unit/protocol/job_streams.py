@@ -6,6 +6,8 @@ from protocol.framing import FrameType, encode_frame, encode_step
 from protocol.identity import BlockRange, JobId, ModelId, SessionId, peer_id_from_public_key
 from protocol.limits import MAX_POSITIONS, MAX_UINT64, MAX_WINDOW_BYTES
 from protocol.messages import (
+    Ballot,
+    Begin,
     Close,
     Closed,
     Credit,
@@ -44,7 +46,7 @@ def open_message(session: SessionId = SESSION) -> Open:
         session=session,
         model=ModelId("0f" * 32),
         blocks=BlockRange(0, 30),
-        method="arithmetic=fp32",
+        methods=("arithmetic=fp32",),
         positions=100,
         sampling=Sampling(max_tokens=10),
     )
@@ -73,7 +75,11 @@ def refused(session: SessionId = SESSION) -> Refused:
 
 
 def opened(session: SessionId = SESSION) -> Opened:
-    return Opened(session=session, load=Load())
+    return Opened(session=session, load=Load(), votes={"arithmetic=fp32": 0.0})
+
+
+def begin(session: SessionId = SESSION) -> Begin:
+    return Begin(session=session, method="arithmetic=fp32", ballots=(Ballot(PEER, (0.0,)),))
 
 
 def close(session: SessionId = SESSION) -> Close:
@@ -88,11 +94,15 @@ def hello(window_bytes: int = WINDOW) -> Hello:
     return Hello(agent="test", window_bytes=window_bytes)
 
 
+PEER = peer_id_from_public_key(bytes(range(32)))
+LOAD = Load(sessions=3, queued_rows=70000, free_positions=1 << 40, step_s=0.025)
+
 EVERY_MESSAGE: tuple[Message, ...] = (
     hello(),
     open_message(),
     opened(),
     refused(),
+    begin(),
     rows(1),
     credit(1),
     failed(),
@@ -102,10 +112,6 @@ EVERY_MESSAGE: tuple[Message, ...] = (
     Pong(nonce=1),
 )
 
-
-PEER = peer_id_from_public_key(bytes(range(32)))
-LOAD = Load(sessions=3, queued_rows=70000, free_positions=1 << 40, step_s=0.025)
-
 # Every control message by the name of its type, with its optional fields where they may stand together.
 MESSAGES: dict[str, ControlMessage] = {
     "hello": Hello(agent="metaswarm/0.1.0", window_bytes=MAX_WINDOW_BYTES),
@@ -113,13 +119,22 @@ MESSAGES: dict[str, ControlMessage] = {
         session=SESSION,
         model=ModelId("0f" * 32),
         blocks=BlockRange(10, 20),
-        method="arithmetic=fp32|engine=torch",
+        methods=("arithmetic=bf16|engine=fused", "arithmetic=fp32|engine=fused"),
         positions=MAX_POSITIONS,
+        context={"prompt_tokens": 5.0, "objective": "latency"},
+        prefix=bytes(range(32)),
         upstream=(PEER,),
         feedback=PEER,
         sampling=Sampling(temperature=0.7, top_p=0.9, seed=MAX_UINT64, max_tokens=5, stop_tokens=(0, 49151)),
     ),
-    "opened": Opened(session=SESSION, load=LOAD, votes={"arithmetic=fp32": -1.25, "arithmetic=bf16": -2.0}),
+    "opened": Opened(
+        session=SESSION,
+        load=LOAD,
+        votes={"arithmetic=fp32": -1.25, "arithmetic=bf16": -2.0},
+        cached={"fused/fp32": 64},
+        policy={"batching": "continuous"},
+    ),
+    "begin": Begin(session=SESSION, method="arithmetic=bf16", ballots=(Ballot(PEER, (-1.25, None)),), start=64),
     "refused": Refused(session=SESSION, reason=RefusalReason.FULL, message="no room", load=LOAD),
     "credit": Credit(session=SESSION, consumed_bytes=1),
     "failed": Failed(session=SESSION, reason=FailureReason.DOWNSTREAM, message="gone", peer=PEER),

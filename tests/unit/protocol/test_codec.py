@@ -11,9 +11,12 @@ from protocol.codec import ControlMessage, decode_control, decode_step_header, e
 from protocol.errors import LocalProtocolError, RemoteProtocolError
 from protocol.identity import BlockRange, JobId, ModelId, SessionId
 from protocol.limits import (
+    MAX_CONTEXT,
     MAX_CONTROL_BYTES,
+    MAX_DRAFTS,
     MAX_NAME_BYTES,
     MAX_POSITIONS,
+    MAX_PREFIX_BYTES,
     MAX_SLICES,
     MAX_STAGES,
     MAX_STEP_BYTES,
@@ -62,7 +65,7 @@ def test_what_is_optional_is_left_out() -> None:
         session=SESSION,
         model=ModelId("0f" * 32),
         blocks=BlockRange(0, 1),
-        method="m",
+        methods=("m",),
         positions=1,
         downstream=PEER,
     )
@@ -117,7 +120,18 @@ OUT_OF_RANGE = [
     ("open", "blocks", [-1, 5]),
     ("open", "blocks", [0, 1025]),
     ("open", "blocks", [0, 1.0]),
-    ("open", "method", ""),
+    ("open", "methods", []),
+    ("open", "methods", [""]),
+    ("open", "methods", ["m", "m"]),
+    ("open", "methods", [f"m{index}" for index in range(MAX_VOTES + 1)]),
+    ("open", "methods", ["m" * (MAX_NAME_BYTES + 1)]),
+    ("open", "context", {"": 1.0}),
+    ("open", "context", {"a": 1}),
+    ("open", "context", {"a": 1.1e18}),
+    ("open", "context", {"a": "b" * (MAX_NAME_BYTES + 1)}),
+    ("open", "context", {f"m{index}": 0.0 for index in range(MAX_CONTEXT + 1)}),
+    ("open", "prefix", b"x" * 15),
+    ("open", "prefix", b"x" * (MAX_PREFIX_BYTES + 16)),
     ("open", "positions", 0),
     ("open", "positions", MAX_POSITIONS + 1),
     ("open", "upstream", [PEER] * (MAX_STAGES + 1)),
@@ -131,7 +145,21 @@ OUT_OF_RANGE = [
     ("opened", "votes", {"m": 1}),
     ("opened", "votes", {"m": 1e10}),
     ("opened", "votes", {"m": -1e10}),
+    ("opened", "votes", {}),
+    ("opened", "cached", {"m": -1}),
+    ("opened", "cached", {"m": MAX_POSITIONS + 1}),
+    ("opened", "policy", {"m": ""}),
+    ("opened", "policy", {"m": "v" * 65}),
     ("opened", "load", {}),
+    ("begin", "method", ""),
+    ("begin", "ballots", [[PEER]]),
+    ("begin", "ballots", [[PEER, [1]]]),
+    ("begin", "ballots", [[PEER, [1e10]]]),
+    ("begin", "ballots", [["", [0.0]]]),
+    ("begin", "ballots", [[PEER, [None] * (MAX_VOTES + 1)]]),
+    ("begin", "ballots", [[PEER, []]] * (MAX_STAGES + 1)),
+    ("begin", "start", -1),
+    ("begin", "start", MAX_POSITIONS),
     ("refused", "reason", "bored"),
     ("refused", "message", "m" * (MAX_TEXT_BYTES + 1)),
     ("refused", "message", "two\nlines"),
@@ -215,7 +243,8 @@ def test_what_is_no_message_is_refused(body: bytes) -> None:
         Credit(session=SESSION, consumed_bytes=0),
         Ping(nonce=1 << 64),
         Opened(session=SESSION, load=LOAD, votes={"m": math.nan}),
-        Opened(session=SESSION, load=Load(step_s=math.inf)),
+        Opened(session=SESSION, load=Load(step_s=math.inf), votes={"m": 0.0}),
+        Opened(session=SESSION, load=LOAD, votes={}),
     ],
 )
 def test_we_do_not_say_what_we_would_not_take(message: ControlMessage) -> None:
@@ -243,7 +272,7 @@ def test_whole_numbers_travel_as_floats_where_floats_belong() -> None:
 
 def step(*slices: Slice, width: int = 4, dtype: DType = DType.FLOAT32) -> Step:
     rows = sum(part.rows for part in slices)
-    return Step(slices=slices, tensor=Tensor(dtype, (rows, width), bytes(rows * width * dtype.itemsize)))
+    return Step(slices=slices, tensor=Tensor(dtype, (rows, width), bytes(rows * dtype.row_bytes(width))))
 
 
 def part(stage: int = 0, position: int = 0, rows: int = 1, draws: int = 0) -> Slice:
@@ -282,8 +311,8 @@ def test_the_header_of_one_decode_step_is_small() -> None:
 
 def test_the_largest_header_fits() -> None:
     slices = [
-        Slice(session=SessionId(JobId(f"{n:032x}"), 64), position=900_000, rows=70_000, draws=70_000,
-              finish_reason=FinishReason.LENGTH)
+        Slice(session=SessionId(JobId(f"{n:032x}"), 64), position=900_000, rows=70_000, draws=MAX_DRAFTS + 1,
+              drafts=(MAX_VOCABULARY - 1,) * MAX_DRAFTS, finish_reason=FinishReason.LENGTH)
         for n in range(MAX_SLICES)
     ]  # fmt: skip
     assert len(encode_step_header(step(*slices, width=1, dtype=DType.INT8))) <= MAX_CONTROL_BYTES
@@ -324,8 +353,12 @@ def duplicate(header: dict[str, Any]) -> None:
         with_slice(3, True),
         with_slice(4, -1),
         with_slice(4, 3),
-        with_slice(5, "bored"),
-        with_slice(5, False),
+        with_slice(5, None),
+        with_slice(5, [7]),
+        with_slice(5, [-1]),
+        with_slice(5, [MAX_VOCABULARY]),
+        with_slice(6, "bored"),
+        with_slice(6, False),
         duplicate,
         with_field("slices", []),
         with_field("slices", {}),

@@ -15,6 +15,7 @@ from tests.unit.protocol.job_streams import (
     ROW_BYTES,
     SESSION,
     WINDOW,
+    begin,
     close,
     closed,
     credit,
@@ -49,6 +50,7 @@ def test_a_session_from_hello_to_closed() -> None:
     assert initiator.remote_hello == responder.remote_hello == hello()
     assert carry(initiator, responder, open_message()) == [open_message()]
     assert carry(responder, initiator, opened()) == [opened()]
+    carry(initiator, responder, begin())
     assert carry(initiator, responder, rows(3), rows(1)) == [rows(3), rows(1)]
     assert carry(responder, initiator, credit(4)) == [credit(4)]
     assert carry(initiator, responder, close()) == [close()]
@@ -86,6 +88,7 @@ def test_an_error_of_ours_changes_nothing() -> None:
             initiator.send(message)
     assert initiator.session_state(SESSION) is SessionState.OPENING
     initiator.receive_data(wire(opened()))
+    initiator.send(begin())
     with pytest.raises(LocalProtocolError, match="window"):
         initiator.send(step_message((session_id(1), 1), (SESSION, WINDOW_ROWS + 1)))
     assert initiator.session_state(session_id(1)) is SessionState.IDLE
@@ -125,6 +128,7 @@ def test_a_session_that_is_closed_amid_its_last_step_is_closed_first() -> None:
     initiator, responder = greeted_pair(MAX_WINDOW_BYTES)
     carry(initiator, responder, open_message())
     carry(responder, initiator, opened())
+    carry(initiator, responder, begin())
     tensor = Tensor(DType.INT8, (20, 1 << 16), bytes(20 << 16))
     message = Step(slices=(Slice(session=SESSION, position=0, rows=20),), tensor=tensor)
     first, *others = initiator.send(message)
@@ -225,6 +229,7 @@ def test_rows_are_sent_as_far_as_the_window_goes() -> None:
     carry(initiator, responder, open_message())
     assert initiator.sendable_bytes(SESSION) == 0
     carry(responder, initiator, opened())
+    carry(initiator, responder, begin())
     assert initiator.sendable_bytes(SESSION) == WINDOW
     carry(initiator, responder, rows(WINDOW_ROWS - 1))
     assert initiator.sendable_bytes(SESSION) == ROW_BYTES
@@ -264,6 +269,7 @@ def test_nobody_credits_what_was_not_sent(is_open: bool) -> None:
     if is_open:
         carry(initiator, responder, open_message())
         carry(responder, initiator, opened())
+        carry(initiator, responder, begin())
     carry(initiator, responder, rows(2))
     with pytest.raises(LocalProtocolError, match="too much"):
         responder.send(credit(3))
@@ -346,6 +352,7 @@ def test_close_crosses_credit_and_failed() -> None:
     initiator, responder = greeted_pair()
     carry(initiator, responder, open_message())
     carry(responder, initiator, opened())
+    carry(initiator, responder, begin())
     carry(initiator, responder, rows(2))
     answers = responder.send(credit(1)) + responder.send(failed())
     request = initiator.send(close())
@@ -374,6 +381,7 @@ def test_rows_that_cross_failed_do_not_hurt_the_session_opened_after_it() -> Non
     initiator, responder = greeted_pair()
     carry(initiator, responder, open_message())
     carry(responder, initiator, opened())
+    carry(initiator, responder, begin())
     late = initiator.send(rows(WINDOW_ROWS))
     verdict = responder.send(failed())
     assert initiator.receive_data(b"".join(verdict)) == [failed()]
@@ -384,6 +392,7 @@ def test_rows_that_cross_failed_do_not_hurt_the_session_opened_after_it() -> Non
     assert responder.send(failed()) == []  # has been said before
     assert responder.receive_data(b"".join(again)) == [open_message()]
     assert carry(responder, initiator, opened()) == [opened()]
+    carry(initiator, responder, begin())
     assert carry(initiator, responder, rows(WINDOW_ROWS)) == [rows(WINDOW_ROWS)]
 
 

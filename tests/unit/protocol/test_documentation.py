@@ -15,6 +15,8 @@ from protocol.connection import JobConnection
 from protocol.framing import FrameType, encode_frame
 from protocol.identity import BlockRange, JobId, ModelId, SessionId, peer_id_from_public_key
 from protocol.messages import (
+    Ballot,
+    Begin,
     Credit,
     FailureReason,
     Hello,
@@ -85,7 +87,7 @@ def test_the_documented_limits_are_the_codes() -> None:
     assert set(re.findall(r"`(MAX_[A-Z_0-9]+)`", DOCUMENT)) == set(documented)
 
 
-def control(message: Hello | Open | Credit | Ping) -> bytes:
+def control(message: Hello | Open | Begin | Credit | Ping) -> bytes:
     return encode_frame(FrameType.CONTROL, encode_control(message))
 
 
@@ -154,13 +156,14 @@ EXAMPLES = {
             session=SESSION,
             model=MODEL,
             blocks=BlockRange(10, 20),
-            method="arithmetic=fp32",
+            methods=("arithmetic=fp32",),
             positions=160,
             upstream=(PEER,),
             feedback=PEER,
             sampling=Sampling(max_tokens=32, stop_tokens=(2,)),
         )
     ),
+    "begin": control(Begin(session=SESSION, method="arithmetic=fp32", ballots=(Ballot(PEER, (-1.5,)),))),
     "credit": control(Credit(session=SESSION, consumed_bytes=8)),
     "ping": control(Ping(nonce=7)),
     "step": step(),

@@ -8,6 +8,7 @@ import pytest
 from protocol.connection import JobConnection
 from protocol.errors import LocalProtocolError, RemoteProtocolError
 from protocol.messages import (
+    Begin,
     Close,
     Closed,
     Credit,
@@ -25,6 +26,7 @@ from protocol.states import CONNECTION_TABLE, SESSION_TABLE, ConnectionState, Di
 from tests.unit.protocol.job_streams import (
     EVERY_MESSAGE,
     SESSION,
+    begin,
     close,
     failed,
     greeted,
@@ -40,12 +42,13 @@ from tests.unit.protocol.job_streams import (
 ROADS: dict[SessionState, list[Message]] = {
     SessionState.IDLE: [],
     SessionState.OPENING: [open_message()],
-    SessionState.OPEN: [open_message(), opened(), rows(2)],
+    SessionState.OPEN: [open_message(), opened()],
+    SessionState.BEGUN: [open_message(), opened(), begin(), rows(2)],
     SessionState.LENT: [rows(2)],
     SessionState.CLOSING: [open_message(), opened(), close()],
     SessionState.FAILED: [open_message(), opened(), failed()],
 }
-FROM_INITIATOR = (Open, Step, Close, Ping)
+FROM_INITIATOR = (Open, Begin, Step, Close, Ping)
 
 
 def pass_on(connection: JobConnection, message: Message) -> None:
@@ -151,6 +154,7 @@ def _prepare(connection: JobConnection, message: Message) -> None:
         Pong: [Ping(nonce=1)],
         Opened: [open_message()],
         Refused: [open_message()],
+        Begin: [open_message(), opened()],
         Close: [open_message()],
         Closed: [open_message(), close()],
     }

@@ -50,3 +50,11 @@ def test_token_ids_travel_as_little_endian_i32() -> None:
     assert tokens_from_tensor(tensor_from_tokens([])) == []
     with pytest.raises(ValueError, match="token ids"):
         tokens_from_tensor(Tensor(DType.INT32, (1, 1), bytes(4)))
+
+
+def test_a_row_of_block_int8_carries_a_scale_for_every_32_elements() -> None:
+    tensor = Tensor(DType.BLOCK_INT8, (2, 40), bytes(range(88)))
+    assert tensor.row_bytes == 40 + 2 * 2
+    assert bytes(tensor.cut(1, 2).data) == bytes(range(44, 88))
+    with pytest.raises(ValueError, match="88 bytes"):
+        Tensor(DType.BLOCK_INT8, (2, 40), bytes(80))
