@@ -1,37 +1,306 @@
-"""What is chosen: an acceleration method, a point in a space of independent switches (DESIGN §6)."""
+"""What is chosen: an acceleration method, a point in a space of independent switches (DESIGN §6).
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+Switches of a session are chosen per job and hold on all its stages. Switches of a stage are the policy in force there;
+they change slowly, because a policy per job would tear batches apart.
+"""
+
+import enum
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, fields
+from functools import cached_property
+from types import MappingProxyType
+from typing import Any, Final
+
+
+class Scope(enum.StrEnum):
+    """Whose a switch is."""
+
+    SESSION = "session"
+    """Chosen for each job, the same on all its stages."""
+    STAGE = "stage"
+    """A stage's own policy for all its sessions."""
 
 
 @dataclass(frozen=True, slots=True)
-class Method:
-    """A named, valid combination of switches.
+class Setting:
+    """One value of a switch. `exact`: whether greedy tokens stay those of fp32. `needs`: what it takes, for people."""
 
-    `session` switches are chosen per job and hold on all its stages. `stage` switches are the policy in force on the
-    stages that serve it, which changes slowly: a policy per job would tear batches apart.
-    """
+    exact: bool = True
+    needs: str = ""
 
-    session: Mapping[str, str]
-    stage: Mapping[str, str]
+
+@dataclass(frozen=True, slots=True)
+class Switch:
+    """One of the independent choices; the first of its settings is the baseline's."""
+
+    scope: Scope
+    settings: Mapping[str, Setting]
 
     @property
-    def name(self) -> str:
-        """The canonical name of what a job may choose: its sorted switches."""
-        return "|".join(f"{switch}={value}" for switch, value in sorted(self.session.items()))
+    def baseline(self) -> str:
+        """The plain way."""
+        return next(iter(self.settings))
 
 
-BASELINE = Method(
-    session={
-        "activations": "fp32",
-        "arithmetic": "fp32",
-        "prefill_chunk": "none",
-        "prefix_cache": "off",
-        "speculation": "off",
-    },
-    stage={"batching": "one", "engine": "torch"},
+_LOSSY: Final = Setting(exact=False)
+_VARIANT: Final = "built in the background before it is offered"
+
+SWITCHES: Final[Mapping[str, Switch]] = MappingProxyType(
+    {
+        "activations": Switch(Scope.SESSION, {"fp32": Setting(), "bf16": _LOSSY, "int8": _LOSSY}),
+        "arithmetic": Switch(
+            Scope.SESSION,
+            {
+                "fp32": Setting(),
+                "bf16": Setting(exact=False, needs=_VARIANT),
+                "int8": Setting(exact=False, needs=_VARIANT),
+                "w8a8": Setting(exact=False, needs=_VARIANT),
+            },
+        ),
+        "engine": Switch(
+            Scope.SESSION,
+            {"eager": Setting(), "fused": Setting(needs=_VARIANT), "onnxruntime": Setting(needs=_VARIANT)},
+        ),
+        "prefill_chunk": Switch(
+            Scope.SESSION, {"none": Setting(), "64": Setting(), "128": Setting(), "256": Setting()}
+        ),
+        "prefix_cache": Switch(Scope.SESSION, {"off": Setting(), "on": Setting()}),
+        "speculation": Switch(
+            Scope.SESSION,
+            {
+                "off": Setting(),
+                "ngram-4": Setting(),
+                "ngram-8": Setting(),
+                "draft-4": Setting(needs="a small model of the same vocabulary beside the first span"),
+            },
+        ),
+        "batching": Switch(Scope.STAGE, {"one": Setting(), "static": Setting(), "continuous": Setting()}),
+        "step_rows": Switch(
+            Scope.STAGE, {"512": Setting(), "256": Setting(), "128": Setting(), "64": Setting(), "32": Setting()}
+        ),
+    }
 )
+"""Every switch there is, with its settings."""
+
+VARIANTS: Final[Mapping[str, tuple[str, ...]]] = MappingProxyType(
+    {"eager": ("fp32",), "fused": ("fp32", "bf16", "int8", "w8a8"), "onnxruntime": ("fp32", "int8")}
+)
+"""The arithmetics of each engine."""
+
+
+class MethodError(ValueError):
+    """There is no such method. The message is one line for the user."""
+
+
+@dataclass(frozen=True)
+class Method:
+    """What a job may choose: a setting for every switch of the session."""
+
+    switches: Mapping[str, str]
+
+    @cached_property
+    def name(self) -> str:
+        """The canonical name: the switches, sorted."""
+        return "|".join(f"{switch}={value}" for switch, value in sorted(self.switches.items()))
+
+    @property
+    def engine(self) -> str:
+        """Which code computes."""
+        return self.switches["engine"]
+
+    @property
+    def arithmetic(self) -> str:
+        """In which numbers."""
+        return self.switches["arithmetic"]
+
+    @property
+    def activations(self) -> str:
+        """In which numbers rows travel between stages."""
+        return self.switches["activations"]
+
+    @property
+    def prefill_chunk(self) -> int | None:
+        """Rows of a prompt that are sent at a time; None for as many as fit."""
+        value = self.switches["prefill_chunk"]
+        return None if value == "none" else int(value)
+
+    @property
+    def prefix_cache(self) -> bool:
+        """Whether what is known of the prompt is taken from a cache."""
+        return self.switches["prefix_cache"] == "on"
+
+    @property
+    def drafter(self) -> str:
+        """What guesses the tokens that follow: "off", "ngram" or "draft"."""
+        return self.switches["speculation"].partition("-")[0]
+
+    @property
+    def draft_tokens(self) -> int:
+        """How many tokens it guesses at most."""
+        return int(self.switches["speculation"].partition("-")[2] or 0)
+
+    @property
+    def lineage(self) -> str:
+        """What keys and values depend on besides the tokens: they may be shared within one lineage only."""
+        return f"{self.engine}/{self.arithmetic}/{self.activations}"
+
+    @property
+    def exact(self) -> bool:
+        """Whether its greedy tokens are those of fp32."""
+        return all(SWITCHES[switch].settings[value].exact for switch, value in self.switches.items())
+
+
+def method(**switches: str) -> Method:
+    """Return the method with these switches, and the baseline's settings for all others. Raises MethodError."""
+    chosen = {name: switch.baseline for name, switch in SWITCHES.items() if switch.scope is Scope.SESSION}
+    for name, value in switches.items():
+        if name not in SWITCHES:
+            raise MethodError(f"there is no switch {name!r}; there are {', '.join(chosen)}")
+        if name not in chosen:
+            raise MethodError(f"{name} is the policy of a stage and not of a job: set it where the node is started")
+        if value not in SWITCHES[name].settings:
+            raise MethodError(f"{name} is one of {', '.join(SWITCHES[name].settings)}, not {value!r}")
+        chosen[name] = value
+    if chosen["arithmetic"] not in VARIANTS[chosen["engine"]]:
+        arithmetics = ", ".join(VARIANTS[chosen["engine"]])
+        raise MethodError(f"engine={chosen['engine']} has arithmetic {arithmetics}, not {chosen['arithmetic']}")
+    return Method(MappingProxyType(chosen))
+
+
+BASELINE: Final = method()
 """The plain way, exact by definition, and what every other method is compared with."""
 
-METHODS: Mapping[str, Method] = {"baseline": BASELINE, BASELINE.name: BASELINE}
-"""The methods on offer, by every name that a user may give them."""
+
+def parse_method(text: str) -> Method:
+    """Return the method that a user means: `baseline`, or switches in any order; what is left out is the baseline's.
+
+    Raises MethodError with one line that says what is wrong.
+    """
+    if text == "baseline":
+        return BASELINE
+    switches: dict[str, str] = {}
+    for part in text.split("|"):
+        name, equals, value = part.strip().partition("=")
+        if not equals:
+            raise MethodError(f"{text[:80]!r} is no method: expected baseline, or switch=value|switch=value")
+        if name in switches:
+            raise MethodError(f"{name} is given twice")
+        switches[name] = value
+    return method(**switches)
+
+
+def _portfolio() -> Iterator[Method]:
+    """The combinations that make sense: for each variant the plain way, then what a workload may ask for."""
+    yield BASELINE
+    yield method(prefix_cache="on")
+    yield method(prefill_chunk="128")
+    yield method(speculation="ngram-4")
+    for engine in ("fused", "onnxruntime"):
+        yield method(engine=engine)
+        yield method(engine=engine, prefix_cache="on")
+        yield method(engine=engine, prefill_chunk="64")
+        yield method(engine=engine, prefill_chunk="128", prefix_cache="on")
+        yield method(engine=engine, speculation="ngram-4")
+        yield method(engine=engine, prefix_cache="on", speculation="ngram-8")
+    yield method(engine="fused", speculation="draft-4")
+    for engine, arithmetic in (("fused", "bf16"), ("fused", "int8"), ("fused", "w8a8"), ("onnxruntime", "int8")):
+        yield method(engine=engine, arithmetic=arithmetic)
+        yield method(engine=engine, arithmetic=arithmetic, prefill_chunk="128", prefix_cache="on")
+        yield method(engine=engine, arithmetic=arithmetic, prefix_cache="on", speculation="ngram-8")
+    yield method(engine="fused", activations="bf16")
+    yield method(engine="fused", activations="int8", prefill_chunk="128", prefix_cache="on")
+    yield method(engine="fused", arithmetic="bf16", activations="bf16", prefill_chunk="128")
+    yield method(engine="fused", arithmetic="w8a8", activations="int8", prefill_chunk="128", prefix_cache="on")
+    yield method(engine="fused", arithmetic="int8", activations="int8", prefix_cache="on", speculation="ngram-8")
+
+
+PORTFOLIO: Final[Mapping[str, Method]] = MappingProxyType({each.name: each for each in _portfolio()})
+"""The methods that are chosen from, by name: few enough to be learned, various enough for something to win anywhere."""
+
+
+class QualityBound(enum.StrEnum):
+    """How far a job lets its method stray from fp32."""
+
+    EXACT = "exact"
+    """The same greedy tokens."""
+    NEAR = "near"
+    """Perplexity at most 1 % higher, mean KL divergence at most 0.02."""
+    ANY = "any"
+    """Perplexity at most 5 % higher."""
+
+
+@dataclass(frozen=True, slots=True)
+class MeasuredQuality:
+    """What a lossy method does to a model's answers.
+
+    `perplexity_change`: relative, 0.01 is one per cent more. `mean_kl`: mean divergence from fp32's distribution, nats.
+    """
+
+    perplexity_change: float
+    mean_kl: float
+
+
+def admits(bound: QualityBound, candidate: Method, quality: MeasuredQuality | None) -> bool:
+    """Whether a job with this bound may use a method; a lossy one that was never measured for the model it may not."""
+    if candidate.exact:
+        return True
+    if quality is None or bound is QualityBound.EXACT:
+        return False
+    if bound is QualityBound.NEAR:
+        return quality.perplexity_change <= 0.01 and quality.mean_kl <= 0.02
+    return quality.perplexity_change <= 0.05
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TaskContext:
+    """What the choice of a method depends on: names and numbers, known before a job begins.
+
+    The coordinator describes it, and it travels to the stages, which vote about it. None: not known. `max_tokens`: new
+    tokens asked for. `shared_prefix_share`: part of the prompt, 0 to 1, that other prompts of late began with, too.
+    `repetitiveness`: part of the prompt's tokens, 0 to 1, that looking up what followed the same few tokens before
+    would have guessed. `concurrency`: most jobs on any stage of the route, this one included. `hardware`: the stages'
+    classes of hardware in order, joined by "+". `link_s`: what the links add to the time of one token. `step_s`: time
+    of a decode step of late, all stages together.
+    """
+
+    architecture: str = "unknown"
+    block_count: int = 0
+    hidden_size: int = 0
+    vocabulary_size: int = 0
+    weight_bytes: int = 0
+    intermediate_size: int | None = None
+    head_count: int | None = None
+    kv_head_count: int | None = None
+    expert_count: int | None = None
+    active_expert_count: int | None = None
+    prompt_tokens: int = 1
+    max_tokens: int = 1
+    shared_prefix_share: float = 0.0
+    repetitiveness: float = 0.0
+    concurrency: int = 1
+    stage_count: int = 1
+    hardware: str = "unknown"
+    link_s: float = 0.0
+    queued_rows: int = 0
+    step_s: float = 0.0
+    objective: str = "latency"
+    quality: str = "exact"
+
+    def values(self) -> dict[str, str | float]:
+        """Return it as plain names and numbers, without what is not known."""
+        pairs = ((field.name, getattr(self, field.name)) for field in fields(self))
+        return {name: value if isinstance(value, str) else float(value) for name, value in pairs if value is not None}
+
+    @classmethod
+    def of(cls, values: Mapping[str, str | float]) -> "TaskContext":
+        """Return the context in plain values. From a peer: what is missing, unknown or makes no sense is left out."""
+        taken: dict[str, Any] = {}
+        for field in fields(cls):
+            value = values.get(field.name)
+            if isinstance(value, str):
+                fits = field.type is str
+            else:
+                fits = value is not None and field.type is not str and value >= 0
+            if fits and value is not None:
+                taken[field.name] = value if field.type in {str, float} else int(value)
+        return cls(**taken)

@@ -1,0 +1,127 @@
+"""The portfolio, the names of methods, and what a vote comes to."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from selector.rule import predicted_cost, preference
+from selector.tally import scores, tally
+from selector.task import (
+    BASELINE,
+    PORTFOLIO,
+    SWITCHES,
+    MeasuredQuality,
+    MethodError,
+    QualityBound,
+    TaskContext,
+    admits,
+    method,
+    parse_method,
+)
+
+
+def test_every_method_of_the_portfolio_has_a_name_that_says_it() -> None:
+    assert 20 <= len(PORTFOLIO) <= 40
+    for name, each in PORTFOLIO.items():
+        assert parse_method(name) == each
+        assert parse_method("|".join(reversed(name.split("|")))).name == name
+    assert parse_method("baseline").name == BASELINE.name
+    assert parse_method("engine=fused").name == method(engine="fused").name
+
+
+@pytest.mark.parametrize(
+    ("text", "complaint"),
+    [
+        ("fastest", "is no method"),
+        ("engine=fused|engine=eager", "twice"),
+        ("colour=red", "no switch 'colour'"),
+        ("engine=warp", "one of eager, fused, onnxruntime"),
+        ("batching=static", "policy of a stage"),
+        ("engine=eager|arithmetic=int8", "engine=eager has arithmetic fp32"),
+        ("", "is no method"),
+    ],
+)
+def test_what_is_no_method_is_told_in_one_line(text: str, complaint: str) -> None:
+    with pytest.raises(MethodError, match=complaint) as caught:
+        parse_method(text)
+    assert "\n" not in str(caught.value)
+
+
+def test_what_a_method_says_of_itself() -> None:
+    plain = method(engine="fused", speculation="ngram-8", prefill_chunk="64", prefix_cache="on")
+    assert (plain.drafter, plain.draft_tokens, plain.prefill_chunk, plain.prefix_cache) == ("ngram", 8, 64, True)
+    assert plain.exact
+    assert not method(engine="fused", arithmetic="int8").exact
+    assert not method(activations="bf16").exact
+    assert (BASELINE.drafter, BASELINE.draft_tokens, BASELINE.prefill_chunk) == ("off", 0, None)
+    assert BASELINE.lineage == "eager/fp32/fp32"
+    assert all(value == SWITCHES[switch].baseline for switch, value in BASELINE.switches.items())
+
+
+def test_the_quality_bound_decides_over_lossy_methods_only() -> None:
+    lossy = method(engine="fused", arithmetic="int8")
+    good, fair, bad = MeasuredQuality(0.001, 0.004), MeasuredQuality(0.032, 0.05), MeasuredQuality(0.6, 0.4)
+    admitted = {bound: [admits(bound, lossy, quality) for quality in (None, good, fair, bad)] for bound in QualityBound}
+    assert admitted == {
+        QualityBound.EXACT: [False, False, False, False],
+        QualityBound.NEAR: [False, True, False, False],
+        QualityBound.ANY: [False, True, True, False],
+    }
+    assert all(admits(bound, BASELINE, None) for bound in QualityBound)
+
+
+CONTEXT = TaskContext(
+    architecture="llama", block_count=30, weight_bytes=538_000_000, kv_head_count=3, prompt_tokens=400, max_tokens=32
+)
+
+
+def test_a_context_travels_as_plain_values() -> None:
+    values = CONTEXT.values()
+    assert "expert_count" not in values
+    assert all(isinstance(value, str | float) for value in values.values())
+    assert TaskContext.of(values) == CONTEXT
+    # From a later version, or from a liar.
+    odd: dict[str, str | float] = {**values, "more": 1.0, "prompt_tokens": "many", "link_s": -1.0}
+    assert TaskContext.of(odd).prompt_tokens == TaskContext().prompt_tokens
+    assert TaskContext.of(odd).link_s == 0
+
+
+def test_the_rule_follows_the_workload() -> None:
+    exact = [each for each in PORTFOLIO.values() if each.exact]
+
+    def best(**facts: float) -> dict[str, str]:
+        return dict(preference(TaskContext.of({**CONTEXT.values(), **facts}), exact)[0].switches)
+
+    assert best()["engine"] != "eager"
+    assert best(shared_prefix_share=0.9)["prefix_cache"] == "on"
+    assert best(repetitiveness=0.9, max_tokens=200.0)["speculation"].startswith("ngram")
+    assert best(stage_count=3.0, prompt_tokens=1024.0, max_tokens=1.0)["prefill_chunk"] != "none"
+    assert predicted_cost(CONTEXT, BASELINE) > predicted_cost(CONTEXT, method(engine="onnxruntime"))
+
+
+# The tally
+
+
+def test_the_least_score_wins_and_the_order_decides_between_equals() -> None:
+    assert tally(["a", "b"], [[1.0, 0.5]]) == "b"
+    assert tally(["a", "b"], [[0.0, 0.0], [0.0, 0.0]]) == "a"
+    assert tally(["b", "a"], [[0.0, 0.0], [0.0, 0.0]]) == "b"
+
+
+def test_only_what_every_stage_offers_can_win() -> None:
+    assert tally(["a", "b"], [[5.0, 0.0], [5.0, None]]) == "a"
+    assert tally(["a"], [[None]]) is None
+    with pytest.raises(ValueError, match="each method"):
+        tally(["a", "b"], [[1.0]])
+
+
+def test_a_liar_among_four_does_not_decide() -> None:
+    honest = [[0.0, 1.0]] * 3
+    assert tally(["a", "b"], [*honest, [1e9, -1e9]]) == "a"
+
+
+@given(st.lists(st.lists(st.floats(-1e9, 1e9), min_size=3, max_size=3), min_size=1, max_size=9), st.randoms())
+def test_the_order_of_the_ballots_does_not_matter(ballots: list[list[float]], order: object) -> None:
+    shuffled = list(ballots)
+    order.shuffle(shuffled)  # type: ignore[attr-defined]
+    assert scores(["a", "b", "c"], ballots) == scores(["a", "b", "c"], shuffled)
