@@ -27,7 +27,7 @@ from node.engine.interface import (
 from protocol.identity import SessionId
 from protocol.tensors import DType
 
-_HIDDEN_DTYPES = frozenset({DType.FLOAT32, DType.FLOAT16, DType.BFLOAT16})
+_HIDDEN_DTYPES = frozenset({DType.FLOAT32, DType.FLOAT16, DType.BFLOAT16, DType.BLOCK_INT8})
 _FREE = b"\x01"
 
 
