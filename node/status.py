@@ -6,7 +6,8 @@ import trio
 
 from node.api.interface import ModelStatus, NodeStatus, PeerStatus, ServedSpan, SpanSummary
 from node.jobs.coordinator import Coordinator
-from node.jobs.stage import Span, Stages
+from node.jobs.span import Span
+from node.jobs.stage import Stages
 from node.models.library import Library
 from node.network.interface import Network
 from node.swarm.membership import Membership

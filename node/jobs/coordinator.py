@@ -4,11 +4,10 @@ A stage that is lost in mid-job does not end the job: the tokens so far are repl
 greedy decoding is deterministic and sampling is keyed by position, the text goes on as if nothing had happened.
 """
 
-import math
 import random
 import secrets
 import time
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Sequence
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass, field, replace
 from typing import Protocol
@@ -16,6 +15,7 @@ from typing import Protocol
 import structlog
 import trio
 
+from node.jobs.choosing import Chooser, Ledger, NoLedger, RuleChooser, admitted_methods, describe
 from node.jobs.interface import (
     Consensus,
     JobError,
@@ -32,20 +32,19 @@ from node.jobs.interface import (
     Vote,
 )
 from node.jobs.planner import Finder, Planner, RouteNeed
+from node.jobs.prefix import RecentPrefixes, page_hashes
 from node.jobs.recorder import Recorder
-from node.jobs.route import Drawn, OpenRoute, Rejection, RouteLost, RouteRejected, Stop
+from node.jobs.requests import prompt_tokens, sampling_of
+from node.jobs.route import Drawn, Opening, OpenRoute, Rejection, RouteLost, RouteRejected, Stop
 from node.jobs.switchboard import Switchboard
 from node.models.errors import ModelError
 from node.models.library import KnownModel
 from node.models.tokenizer import StopFinder, StreamDecoder
 from protocol.identity import JobId, PeerId
 from protocol.measurements import StageObservation
-from protocol.messages import Closed, FinishReason, RefusalReason, Sampling
+from protocol.messages import Closed, FinishReason, Opened, RefusalReason, Sampling
 from selector.routing import Demand, Links, NoRouteError
-from selector.task import METHODS, Method
-
-DEFAULT_MAX_TOKENS = 512
-"""New tokens of a job that names no limit, as far as the model's context allows."""
+from selector.task import Method
 
 MAX_ATTEMPTS = 5
 """Routes tried for one job, the first included, while no token comes of them."""
@@ -89,11 +88,18 @@ class _Job:
     model: KnownModel
     prompt: tuple[int, ...]
     sampling: Sampling
-    method: Method
+    admitted: list[Method]
     began_s: float
+    prefix: bytes = b""
+    shared_prefix_share: float = 0.0
+    method: Method | None = None
+    """What the votes came to; kept on every later route that can."""
+    cached_tokens: int = 0
     tokens: list[int] = field(default_factory=list)
     first_token_s: float = 0.0
     replays: int = 0
+    rounds: int = 0
+    """Rounds of the routes that were lost."""
     avoided: dict[PeerId, Rejection] = field(default_factory=dict)
     route: OpenRoute | None = None
 
@@ -121,9 +127,20 @@ class Coordinator:
         jitter: random.Random,
         links: Links,
         recorder: Recorder | None = None,
+        *,
+        chooser: Chooser | None = None,
+        ledger: Ledger | None = None,
     ) -> None:
-        """Take no job yet. `links`: between any two peers; `recorder` is told of every job that was done."""
+        """Take no job yet.
+
+        `links`: between any two peers; `recorder` is told of every job that was done; `chooser` is our own preference
+        among methods; `ledger` says what lossy methods do to a model's answers.
+        """
         self.draining = False
+        self._chooser = chooser or RuleChooser()
+        self._ledger = ledger or NoLedger()
+        self._salt = secrets.token_bytes(16)
+        self._recent = RecentPrefixes()
         self._recorder = recorder
         self._models = models
         self._planner = Planner(finder, links, switchboard.peer_id)
@@ -174,23 +191,23 @@ class Coordinator:
     async def _prepare(self, request: JobRequest) -> _Job:
         """Turn a request into a job: model, token ids and sampling, all within the model's limits."""
         began_s = trio.current_time()
-        method = _method_of(request)
         try:
             model = await self._models.open(request.model)
         except ModelError as error:
             raise JobError(JobErrorCode.MODEL_NOT_FOUND, str(error)) from None
         if request.messages is not None or len(request.prompt or "") > SHORT_PROMPT_CHARACTERS:
-            prompt = await trio.to_thread.run_sync(_prompt_tokens, request, model)
+            prompt = await trio.to_thread.run_sync(prompt_tokens, request, model)
         else:
-            prompt = _prompt_tokens(request, model)
-        sampling = _sampling_of(request, model, len(prompt))
-        return _Job(JobId(secrets.token_hex(16)), request, model, prompt, sampling, method, began_s)
+            prompt = prompt_tokens(request, model)
+        sampling = sampling_of(request, model, len(prompt))
+        admitted = admitted_methods(request, model, self._ledger)
+        job = _Job(JobId(secrets.token_hex(16)), request, model, prompt, sampling, admitted, began_s)
+        job.prefix = page_hashes(prompt, self._salt)
+        job.shared_prefix_share = self._recent.meet(job.prefix, len(prompt))
+        return job
 
     async def _open_route(self, job: _Job) -> None:
         """Open a route for what is left of a job and send the tokens so far; try others where stages do not open."""
-        left = job.sampling.max_tokens - len(job.tokens)
-        sampling = replace(job.sampling, max_tokens=left)
-        positions = len(job.prompt) + job.sampling.max_tokens
         for attempt in range(MAX_ATTEMPTS):
             if attempt:
                 await trio.sleep(self._jitter.uniform(0.5, 1.5) * 0.05 * 2**attempt)
@@ -198,12 +215,15 @@ class Coordinator:
                 stops = await self._planner.route(job.need(), job.avoided)
             except NoRouteError as error:
                 raise _no_route(job, error) from None
-            route = OpenRoute(stops, self._switchboard, sampling)
+            route = OpenRoute(stops, self._switchboard, await self._opening(job, stops))
             job.route = route
+            tokens = [*job.prompt, *job.tokens]
             try:
                 with trio.fail_after(STALL_LIMIT_S):
-                    await route.open(job.model.id, job.method.name, positions, sampling)
-                    await route.send_prompt([*job.prompt, *job.tokens], job.model.hidden_size)
+                    await route.open()
+                    job.method = route.begin(tokens)
+                    job.cached_tokens = min(route.start, len(job.prompt) - 1)
+                    await route.send_prompt(tokens, job.model.hidden_size)
             except RouteRejected as rejected:
                 for rejection in rejected.rejections:
                     self._avoid(job, rejection)
@@ -216,6 +236,31 @@ class Coordinator:
             await route.close()
             job.route = None
         raise _no_route(job, NoRouteError(()))
+
+    async def _opening(self, job: _Job, stops: Sequence[Stop]) -> Opening:
+        """Return what the stages are asked for: methods in our order of preference, and the task they vote about."""
+        left = job.sampling.max_tokens - len(job.tokens)
+        context = describe(
+            job.request,
+            job.model,
+            job.prompt,
+            left,
+            shared_prefix_share=job.shared_prefix_share,
+            loads=[stop.load for stop in stops],
+            link_s=self._planner.round_s(stops),
+        )
+        ordered = await self._chooser.order(context, job.admitted)
+        if job.method is not None and job.method in ordered:
+            # A text goes on as it began: arithmetic is fixed for a job, also on the stages that replace lost ones.
+            ordered = [job.method]
+        return Opening(
+            model=job.model.id,
+            methods={method.name: method for method in ordered},
+            context=context.values(),
+            positions=len(job.prompt) + job.sampling.max_tokens,
+            prefix=job.prefix if any(method.prefix_cache for method in ordered) else b"",
+            sampling=replace(job.sampling, max_tokens=left),
+        )
 
     def _avoid(self, job: _Job, rejection: Rejection) -> None:
         """Keep a job away from a peer; one that cannot be reached is taken for dead until it is heard again."""
@@ -275,6 +320,7 @@ class Coordinator:
                     raise JobError(JobErrorCode.FAILED, f"stages were lost too often, last {lost}") from None
                 self._avoid_culprit(job, job.route, lost)
                 await job.route.close()
+                job.rounds += job.route.rounds
                 job.route = None
                 await self._open_route(job)
 
@@ -285,6 +331,9 @@ class Coordinator:
         closed = await route.close()
         job.route = None
         self._planner.served(stop.peer for stop in route.stops)
+        method = route.method
+        if method is None:
+            raise AssertionError("a job that ends has begun")
         count = len(job.tokens)
         votes = tuple(
             Vote(peer=stop.peer, scores=dict(answer.votes))
@@ -298,7 +347,12 @@ class Coordinator:
             text=text,
             token_ids=tuple(job.tokens),
             finish_reason=finish,
-            usage=Usage(prompt_tokens=len(job.prompt), completion_tokens=count),
+            usage=Usage(
+                prompt_tokens=len(job.prompt),
+                completion_tokens=count,
+                cached_tokens=job.cached_tokens,
+                accepted_draft_tokens=max(0, count - job.rounds - route.rounds),
+            ),
             timing=Timing(
                 ttft_s=job.first_token_s - job.began_s,
                 tpot_s=(ended_s - job.first_token_s) / (count - 1) if count > 1 else 0.0,
@@ -306,9 +360,9 @@ class Coordinator:
             ),
             route=tuple(map(_stage_of, route.stops, closed)),
             method=MethodChoice(
-                name=job.method.name, switches=dict(job.method.session), stage_policy=dict(job.method.stage)
+                name=method.name, switches=dict(method.switches), stage_policy=_stage_policy(route.answers)
             ),
-            consensus=Consensus(votes=votes, agreed=job.method.name, epoch=None, table_digest=None),
+            consensus=Consensus(votes=votes, agreed=method.name, epoch=None, table_digest=None),
             replays=job.replays,
         )
         if self._recorder is not None:
@@ -319,6 +373,7 @@ class Coordinator:
                 job=route.job,
                 route=tuple(map(_observed, route.stops, closed)),
                 concurrency=max((answer.load.sessions for answer in route.answers if answer), default=1),
+                shared_prefix_share=job.shared_prefix_share,
             )
         return result
 
@@ -338,56 +393,13 @@ def _stage_of(stop: Stop, closed: Closed) -> RouteStage:
     return RouteStage(peer=stop.peer, blocks=stop.blocks, compute_s=statistics.compute_s, queue_s=statistics.queue_s)
 
 
-def _method_of(request: JobRequest) -> Method:
-    name = "baseline" if request.method == "auto" else request.method
-    if name not in METHODS:
-        known = ", ".join(sorted(METHODS))
-        raise JobError(JobErrorCode.INVALID, f"there is no method {name!r}; known are auto, {known}")
-    return METHODS[name]
-
-
-def _prompt_tokens(request: JobRequest, model: KnownModel) -> tuple[int, ...]:
-    """Return the prompt as token ids; the request gives it as text, as a conversation, or as ids."""
-    given = [form for form in (request.prompt, request.prompt_tokens, request.messages) if form is not None]
-    if len(given) != 1:
-        raise JobError(JobErrorCode.INVALID, "give exactly one of prompt, prompt tokens and messages")
-    try:
-        if request.messages is not None:
-            turns = [{"role": message.role, "content": message.content} for message in request.messages]
-            tokens = tuple(model.tokenizer.render_chat(turns))
-        elif request.prompt is not None:
-            tokens = tuple(model.tokenizer.encode(request.prompt))
-        else:
-            tokens = request.prompt_tokens or ()
-    except (ValueError, ModelError) as error:
-        raise JobError(JobErrorCode.INVALID, str(error)) from None
-    if not tokens:
-        raise JobError(JobErrorCode.INVALID, "the prompt is empty")
-    if not all(0 <= token < model.vocabulary_size for token in tokens):
-        raise JobError(JobErrorCode.INVALID, f"token ids of this model are 0 to {model.vocabulary_size - 1}")
-    return tokens
-
-
-def _sampling_of(request: JobRequest, model: KnownModel, prompt_length: int) -> Sampling:
-    room = model.max_positions - prompt_length
-    wanted = request.max_tokens
-    if room < 1 or (wanted is not None and wanted > room):
-        raise JobError(
-            JobErrorCode.CONTEXT_LENGTH,
-            f"the prompt has {prompt_length} tokens and {wanted or 'some'} new ones are asked for, "
-            f"but the model's context holds {model.max_positions}: shorten the prompt or ask for fewer",
-        )
-    if wanted is not None and wanted < 1:
-        raise JobError(JobErrorCode.INVALID, "max_tokens must be at least 1")
-    if not (math.isfinite(request.temperature) and 0 <= request.temperature <= 100 and 0 < request.top_p <= 1):
-        raise JobError(JobErrorCode.INVALID, "temperature must be at least 0, and top_p above 0 and at most 1")
-    return Sampling(
-        temperature=request.temperature,
-        top_p=request.top_p,
-        seed=secrets.randbits(32) if request.seed is None else request.seed & (2**64 - 1),
-        max_tokens=min(room, DEFAULT_MAX_TOKENS) if wanted is None else wanted,
-        stop_tokens=() if request.ignore_eos else model.tokenizer.stop_tokens,
-    )
+def _stage_policy(answers: Iterable[Opened | None]) -> dict[str, str]:
+    """Return the stages' own switches; where they differ, all values there are, joined by "+"."""
+    values: dict[str, set[str]] = {}
+    for answer in answers:
+        for switch, value in (answer.policy if answer else {}).items():
+            values.setdefault(switch, set()).add(value)
+    return {switch: "+".join(sorted(found)) for switch, found in values.items()}
 
 
 def _no_route(job: _Job, error: NoRouteError) -> JobError:

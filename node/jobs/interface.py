@@ -68,7 +68,7 @@ class JobRequest:
 
     `model` is what the user typed: a prefix of an id, a catalogue name, a local name. `messages` are rendered by the
     model's chat template. `max_tokens` None means as many as the model's context allows, up to the node's default.
-    `seed` None means that the coordinator draws one. `method` is `auto` or a method's canonical name.
+    `seed` None means that the coordinator draws one. `method` is `auto`, or a method by its switches.
     """
 
     model: str
@@ -109,11 +109,15 @@ class TextDelta:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Usage:
-    """Tokens of the job; `cached_tokens` of the prompt came from a prefix cache."""
+    """Tokens of the job.
+
+    `cached_tokens` of the prompt came from a prefix cache; `accepted_draft_tokens` of the text were guessed right.
+    """
 
     prompt_tokens: int
     completion_tokens: int
     cached_tokens: int = 0
+    accepted_draft_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -19,6 +19,7 @@ from protocol.connection import JobConnection
 from protocol.errors import LocalProtocolError, RemoteProtocolError
 from protocol.identity import PeerId, SessionId
 from protocol.messages import (
+    Begin,
     Close,
     Closed,
     Credit,
@@ -108,6 +109,10 @@ class OpenHandler(Protocol):
 
     async def open(self, message: Open, link: "InboundLink") -> Opened | Refused:
         """Admit or refuse a session."""
+        ...
+
+    async def begin(self, message: Begin, link: "InboundLink") -> None:
+        """Begin a session that this link opened; one that cannot begin fails."""
         ...
 
     async def close(self, session: SessionId, link: "InboundLink") -> Closed:
@@ -292,6 +297,15 @@ class OutboundLink(_Link):
             raise LinkBroken(self.peer, f"session lost while it was opened: {answer}")
         return answer
 
+    def begin(self, message: Begin) -> None:
+        """Begin a session that we opened, at once: before any rows that are sent from now on, over whichever link.
+
+        Raises LinkBroken where the link is gone, or the session is lost already.
+        """
+        if self._connection.session_state(message.session) is not SessionState.OPEN:
+            raise LinkBroken(self.peer, self.broken or "the session was lost before it began")
+        self._say(message)
+
     async def close(self, session: SessionId) -> Closed:
         """Close a session that we opened and return what it cost; nothing is raised for a link that is gone."""
         unknown = Closed(session=session, statistics=SessionStatistics())
@@ -322,6 +336,10 @@ class OutboundLink(_Link):
         if answer is None:
             raise LinkBroken(self.peer, self.broken or "connection lost")
         return answer
+
+    def has_credit(self, session: SessionId, payload_bytes: int) -> bool:
+        """Whether so much more of a session may be sent now; a link that is broken says so when it is used."""
+        return bool(self.broken) or payload_bytes <= self._connection.sendable_bytes(session)
 
     def try_send_step(self, step: Step) -> bool:
         """Send a step now if the outbox has room and every session has credit; say whether it was sent."""
@@ -445,6 +463,8 @@ class InboundLink(_Link):
                 self._spread(message)
             case Open():
                 nursery.start_soon(self._open, message)
+            case Begin():
+                nursery.start_soon(self._stages.begin, message, self)
             case Close():
                 nursery.start_soon(self._close, message)
             case _:

@@ -1,6 +1,6 @@
 """Plans routes: turns what is known of the live peers into offers, and remembers who failed."""
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -9,6 +9,7 @@ import trio
 from node.jobs.route import Stop
 from node.swarm.directory import Candidate
 from protocol.identity import BlockRange, ModelId, PeerId
+from protocol.messages import Load
 from selector.routing import Demand, Links, NoRouteError, Offer, find_replacement, find_route
 from selector.routing import Stage as Leg
 from selector.trust import Reliability
@@ -54,25 +55,30 @@ class Planner:
 
         Whoever failed of late is used only where there is no route without it.
         """
-        offers = await self._offers(need, without)
+        offers, loads = await self._offers(need, without)
         trusted, everybody = self._trusted(offers), offers
         try:
             stages = find_route(need.demand, trusted, self._links).stages
         except NoRouteError:
             stages = find_route(need.demand, everybody, self._links).stages
-        return list(map(_stop, stages))
+        return [_stop(leg, loads) for leg in stages]
 
     async def replacement(
         self, need: RouteNeed, stops: Sequence[Stop], lost: int, without: Collection[PeerId]
     ) -> list[Stop]:
         """Return what best takes the place of one stage of a route, without some peers. Raises NoRouteError."""
-        offers = await self._offers(need, without)
+        offers, loads = await self._offers(need, without)
         legs = [Leg(stop.blocks.start, stop.blocks.end, stop.peer) for stop in stops]
         try:
             found = find_replacement(need.demand, legs, lost, self._trusted(offers), self._links)
         except NoRouteError:
             found = find_replacement(need.demand, legs, lost, offers, self._links)
-        return list(map(_stop, found))
+        return [_stop(leg, loads) for leg in found]
+
+    def round_s(self, stops: Sequence[Stop]) -> float:
+        """Return what the links add to the time of one token: once around the route."""
+        peers = [stop.peer for stop in stops]
+        return sum(self._links(a, b).round_trip_s / 2 for a, b in zip(peers, [*peers[1:], peers[0]], strict=True))
 
     def failed(self, peer: PeerId, *, dead: bool) -> None:
         """Leave a peer alone for a while; one that is taken for dead is out until it is heard again."""
@@ -85,10 +91,11 @@ class Planner:
         for peer in peers:
             self._reliability.served(peer, trio.current_time())
 
-    async def _offers(self, need: RouteNeed, without: Collection[PeerId]) -> list[Offer]:
+    async def _offers(self, need: RouteNeed, without: Collection[PeerId]) -> tuple[list[Offer], dict[PeerId, Load]]:
         found = await self._finder.candidates(need.model, need.demand.block_count, without=without)
         now_s = trio.current_time()
-        return [_offer(candidate, self._reliability.trust(candidate.peer, now_s)) for candidate in found]
+        offers = [_offer(candidate, self._reliability.trust(candidate.peer, now_s)) for candidate in found]
+        return offers, {candidate.peer: candidate.load for candidate in found}
 
     def _trusted(self, offers: Sequence[Offer]) -> list[Offer]:
         avoided = self._reliability.avoided(trio.current_time())
@@ -113,5 +120,6 @@ def _offer(candidate: Candidate, trust: float) -> Offer:
     )
 
 
-def _stop(leg: Leg) -> Stop:
-    return Stop(PeerId(leg.peer), BlockRange(leg.start, leg.end))
+def _stop(leg: Leg, loads: Mapping[PeerId, Load]) -> Stop:
+    peer = PeerId(leg.peer)
+    return Stop(peer, BlockRange(leg.start, leg.end), loads.get(peer, Load()))

@@ -46,8 +46,13 @@ class Recorder:
         job: JobId,
         route: Sequence[StageObservation],
         concurrency: int,
+        shared_prefix_share: float = 0.0,
     ) -> None:
-        """Record a job. `job`: the id that its stages knew it by. `concurrency`: the most sessions on any of them."""
+        """Record a job.
+
+        `job`: the id that its stages knew it by. `concurrency`: the most sessions on any of them.
+        `shared_prefix_share`: of the prompt, what other prompts of the time began with, too.
+        """
         observation = observation_of(
             result,
             request,
@@ -57,6 +62,7 @@ class Recorder:
             route=route,
             issued_at_s=int(self._wall_clock()),
             concurrency=concurrency,
+            shared_prefix_share=shared_prefix_share,
         )
         try:
             await self._publisher.publish(sign_observation(observation, self._identity.private_key))

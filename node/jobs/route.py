@@ -1,8 +1,8 @@
 """An open route: the sessions of one job on all its stages, and the coordinator's end of them."""
 
 import secrets
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import trio
 
@@ -11,9 +11,12 @@ from node.jobs.switchboard import Switchboard
 from protocol.identity import BlockRange, JobId, ModelId, PeerId, SessionId
 from protocol.limits import MAX_STEP_BYTES
 from protocol.messages import (
+    Ballot,
+    Begin,
     Closed,
     FailureReason,
     FinishReason,
+    Load,
     Open,
     Opened,
     RefusalReason,
@@ -23,6 +26,8 @@ from protocol.messages import (
     Step,
 )
 from protocol.tensors import Tensor, tensor_from_tokens, tokens_from_tensor
+from selector.tally import tally
+from selector.task import Method
 
 CLOSE_TIMEOUT_S = 1.0
 """How long the end of a job waits for its stages; a stage that misses it frees the session when the link breaks."""
@@ -30,10 +35,11 @@ CLOSE_TIMEOUT_S = 1.0
 
 @dataclass(frozen=True, slots=True)
 class Stop:
-    """A stage of a route before it is opened: who, and which blocks."""
+    """A stage of a route before it is opened: who, which blocks, and how busy it was when last heard."""
 
     peer: PeerId
     blocks: BlockRange
+    load: Load = field(default_factory=Load, compare=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +70,18 @@ class RouteLost(Exception):
         self.message = lost.message
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Opening:
+    """What every stage of a route is asked for. `methods`: by name, the coordinator's preference first."""
+
+    model: ModelId
+    methods: Mapping[str, Method]
+    context: Mapping[str, str | float]
+    positions: int
+    prefix: bytes
+    sampling: Sampling
+
+
 @dataclass(frozen=True, slots=True)
 class Drawn:
     """A token as it arrived from the last stage."""
@@ -76,9 +94,16 @@ class Drawn:
 class OpenRoute:
     """The stages of one job, and the receiver of the last stage's tokens. `close` follows every `open`."""
 
-    def __init__(self, stops: Sequence[Stop], switchboard: Switchboard, sampling: Sampling) -> None:
+    def __init__(self, stops: Sequence[Stop], switchboard: Switchboard, opening: Opening) -> None:
         self.stops = tuple(stops)
+        self.opening = opening
         self.answers: list[Opened | None] = [None] * len(stops)
+        self.method: Method | None = None
+        """What the votes came to, once it has begun."""
+        self.start = 0
+        """Positions of the prompt that no stage computes, because all of them have them cached."""
+        self.rounds = 0
+        """Times that the last stage has told tokens: fewer than tokens where guesses were right."""
         self._switchboard = switchboard
         self._job = JobId(secrets.token_hex(16))
         self._sink = SessionId(self._job, len(stops))
@@ -86,7 +111,7 @@ class OpenRoute:
         self._unwatch: list[Callable[[], None]] = []
         self._sources: set[InboundLink] = set()
         # The last stage may send this many tokens and no more: the channel is full only if it lies.
-        self._tokens_in, self._tokens = trio.open_memory_channel[Drawn](sampling.max_tokens)
+        self._tokens_in, self._tokens = trio.open_memory_channel[Drawn](opening.sampling.max_tokens)
         self._lost: SessionLost | None = None
         self._sending = trio.CancelScope()
 
@@ -99,9 +124,12 @@ class OpenRoute:
         if self._lost:
             return
         self._sources.add(link)
+        self.rounds += 1
         try:
-            for offset, token in enumerate(tokens_from_tensor(tensor)):
-                self._tokens_in.send_nowait(Drawn(part.position + offset, token, part.finish_reason))
+            tokens = tokens_from_tensor(tensor)
+            for offset, token in enumerate(tokens, 1):
+                finish = part.finish_reason if offset == len(tokens) else None
+                self._tokens_in.send_nowait(Drawn(part.position + offset - 1, token, finish))
         except (ValueError, trio.WouldBlock):
             self.lose(SessionLost(link.peer, link.peer, FailureReason.ENGINE, "sent what cannot be the job's tokens"))
         link.consumed(part.session, len(tensor.data))
@@ -112,15 +140,57 @@ class OpenRoute:
         self._sending.cancel()
         self._tokens_in.close()
 
+    def begin(self, tokens: Sequence[int]) -> Method:
+        """Tally the votes, begin on every stage with what they come to, and return it.
+
+        Every stage is told before this returns, so that no rows overtake it. Raises RouteRejected where no method is
+        ready on all stages, RouteLost where a stage is gone.
+        """
+        method = self._agreed()
+        if method.prefix_cache:
+            cached = [answer.cached.get(method.lineage, 0) for answer in self.answers if answer is not None]
+            self.start = min(*cached, len(tokens) - 1)
+        ballots = self._ballots()
+        try:
+            for stage, link in sorted(self._links.items()):
+                session = SessionId(self._job, stage)
+                link.begin(Begin(session=session, method=method.name, ballots=ballots, start=self.start))
+        except LinkBroken as broken:
+            raise RouteLost(SessionLost(broken.peer, broken.peer, FailureReason.DOWNSTREAM, str(broken))) from None
+        self.method = method
+        return method
+
+    def _ballots(self) -> tuple[Ballot, ...]:
+        names = tuple(self.opening.methods)
+        return tuple(
+            Ballot(stop.peer, tuple(answer.votes.get(name) if answer else None for name in names))
+            for stop, answer in zip(self.stops, self.answers, strict=True)
+        )
+
+    def _agreed(self) -> Method:
+        ballots = self._ballots()
+        name = tally(tuple(self.opening.methods), [ballot.scores for ballot in ballots])
+        if name is not None:
+            return self.opening.methods[name]
+        why = "the peers of this route have no method in common that is ready and that the job admits"
+        raise RouteRejected([Rejection(stop.peer, RefusalReason.NOT_READY, why) for stop in self.stops[-1:]])
+
     async def send_prompt(self, tokens: Sequence[int], hidden_size: int) -> None:
-        """Send the prompt to the first stage, in parts whose hidden states fit into one step later on the route."""
-        part_rows = max(1, MAX_STEP_BYTES // (4 * hidden_size))
+        """Send the prompt to the first stage, in chunks as the method says.
+
+        Never more at a time than rows whose hidden states fit into one step later on the route. What is cached goes
+        first and is not computed: the first stage looks at it to guess what follows.
+        """
+        if self.method is None:
+            raise AssertionError("a prompt is sent once the route has begun")
+        chunk_rows = max(1, min(MAX_STEP_BYTES // (4 * hidden_size), self.method.prefill_chunk or len(tokens)))
+        starts = [*([0] if self.start else []), *range(self.start, len(tokens), chunk_rows)]
         first = SessionId(self._job, 0)
         try:
             with self._sending:
-                for start in range(0, len(tokens), part_rows):
-                    rows = tokens[start : start + part_rows]
-                    draws = 1 if start + len(rows) == len(tokens) else 0
+                for start, end in zip(starts, [*starts[1:], len(tokens)], strict=True):
+                    rows = tokens[start:end]
+                    draws = 1 if end == len(tokens) else 0
                     part = Slice(session=first, position=start, rows=len(rows), draws=draws)
                     await self._links[0].send_step(Step(slices=(part,), tensor=tensor_from_tokens(rows)))
         except LinkBroken as broken:
@@ -161,7 +231,7 @@ class OpenRoute:
                     nursery.start_soon(close_stage, stage)
         return tuple(closed)
 
-    async def open(self, model: ModelId, method: str, positions: int, sampling: Sampling) -> None:
+    async def open(self) -> None:
         """Open all stages at once. Raises RouteRejected with everything that is against it."""
         rejections: list[Rejection] = []
 
@@ -171,7 +241,7 @@ class OpenRoute:
                 link = await self._switchboard.link_to(peer)
                 self._links[stage] = link
                 self._unwatch.append(link.watch(SessionId(self._job, stage), self.lose))
-                self.answers[stage] = await link.open(self._opening(stage, model, method, positions, sampling))
+                self.answers[stage] = await link.open(self._open_message(stage))
             except SessionRefused as refused:
                 rejections.append(Rejection(peer, refused.reason, str(refused)))
                 del self._links[stage]
@@ -185,17 +255,20 @@ class OpenRoute:
         if rejections:
             raise RouteRejected(sorted(rejections, key=lambda rejection: rejection.peer))
 
-    def _opening(self, stage: int, model: ModelId, method: str, positions: int, sampling: Sampling) -> Open:
+    def _open_message(self, stage: int) -> Open:
+        opening = self.opening
         is_last = stage == len(self.stops) - 1
         before = self.stops[stage - 1].peer  # of the first stage: the last one, which feeds tokens back
         return Open(
             session=SessionId(self._job, stage),
-            model=model,
+            model=opening.model,
             blocks=self.stops[stage].blocks,
-            method=method,
-            positions=positions,
+            methods=tuple(opening.methods),
+            positions=opening.positions,
+            context=opening.context,
+            prefix=opening.prefix,
             upstream=(before,),
             downstream=None if is_last else self.stops[stage + 1].peer,
             feedback=self.stops[0].peer if is_last else None,
-            sampling=sampling if is_last else None,
+            sampling=opening.sampling if is_last else None,
         )

@@ -1,321 +1,62 @@
-"""The stages of this node: sessions that coordinators open here, and the steps that the engines take for them.
+"""The stages of this node: admits the sessions that coordinators open here, begins them and ends them.
 
-Rows arrive from the stage before (or the coordinator), wait in the span's queue, pass through its engine, and leave for
-the next stage. The last stage draws the token, tells the coordinator, and starts the next round at the first stage, so
-that the coordinator is on nobody's path from one token to the next.
+What a session is and what becomes of its rows is in `session` and `span`.
 """
 
-from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, replace
 
-import structlog
 import trio
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from node.engine.interface import (
-    Engine,
-    EngineCrashed,
-    EngineError,
-    EngineFull,
-    SessionOptions,
-    SliceInput,
-    SpanInfo,
-)
-from node.jobs.link import InboundLink, LinkBroken, OutboundLink, SessionLost
+from node.engine.interface import Engine, EngineError, EngineFull, Prefix, SpanInfo, Variant
+from node.jobs.choosing import RuleVoter, Voter
+from node.jobs.link import InboundLink, LinkBroken
+from node.jobs.policy import PolicyController
+from node.jobs.session import StageSession
+from node.jobs.span import Span
 from node.jobs.switchboard import Switchboard
 from node.network.interface import Network
-from protocol.errors import LocalProtocolError
 from protocol.identity import BlockRange, ModelId, PeerId, SessionId
-from protocol.limits import MAX_STAGES, MAX_STEP_BYTES
+from protocol.limits import MAX_STAGES
 from protocol.measurements import StageObservation
 from protocol.messages import (
+    Begin,
     Closed,
     FailureReason,
-    FinishReason,
     Load,
     Open,
     Opened,
     RefusalReason,
     Refused,
     SessionStatistics,
-    Slice,
-    Step,
 )
 from protocol.observations import countersign
 from protocol.records import ServedSpan
-from protocol.tensors import Tensor, tensor_from_tokens, tokens_from_tensor
-
-IDLE_LIMIT_S = 300.0
-"""A session whose coordinator lives, but that gets no rows for this long, gives its memory back."""
-
-IDLE_ROUND_S = 10.0
-"""How often idle sessions are looked for."""
-
-_logger = structlog.get_logger(__name__)
-
-
-@dataclass(slots=True)
-class _Work:
-    """Rows that wait for the engine."""
-
-    session: "StageSession"
-    part: Slice
-    tensor: Tensor
-    link: InboundLink
-    arrived_s: float
-
-
-class StageSession:
-    """One job's session on one span of this node; takes the rows that arrive for it."""
-
-    def __init__(self, message: Open, span: "Span", opened_by: InboundLink) -> None:
-        self.id = message.session
-        self.span = span
-        self.opened_by = opened_by
-        self.method = message.method
-        self.sampling = message.sampling
-        self.positions = message.positions
-        self.drawn = 0
-        self.steps = 0
-        self.rows = 0
-        self.compute_s = 0.0
-        self.queue_s = 0.0
-        self.bytes_in = 0
-        self.bytes_out = 0
-        self.ended = trio.Event()
-        self.sources: set[InboundLink] = set()
-        self.outputs: dict[SessionId, OutboundLink] = {}
-        self.unwatch: list[Callable[[], None]] = []
-        self.opened = trio.Event()
-        self.backlog: deque[tuple[SessionId, Step]] = deque()
-        self.owed: list[tuple[InboundLink, int]] = []
-        """Credit for rows whose outputs are in the backlog; given once they have left."""
-        self.active_s = trio.current_time()
-        self.sending = trio.CancelScope()
-        """Around the task that sends the backlog; it ends with the session."""
-        self._permitted = {opened_by.peer, *message.upstream}
-
-    def permits(self, peer: PeerId) -> bool:
-        """Whether this peer is the coordinator or stands before us on the route."""
-        return peer in self._permitted
-
-    def receive(self, part: Slice, tensor: Tensor, link: InboundLink) -> None:
-        """Queue rows for the engine, unless they would not fit what was reserved: then the session is lost."""
-        self.sources.add(link)
-        self.active_s = trio.current_time()
-        self.bytes_in += len(tensor.data)
-        if part.position + part.rows > self.positions:
-            self.span.fail(self, FailureReason.ENGINE, f"rows up to {part.position + part.rows} of {self.positions}")
-            return
-        self.span.queue(_Work(self, part, tensor, link, trio.current_time()))
-
-    def statistics(self) -> SessionStatistics:
-        """Return what the session cost so far."""
-        return SessionStatistics(
-            steps=self.steps,
-            rows=self.rows,
-            compute_s=self.compute_s,
-            queue_s=self.queue_s,
-            bytes_in=self.bytes_in,
-            bytes_out=self.bytes_out,
-        )
-
-
-class Span:
-    """A span served here: an engine, its sessions, and the queue of work for it."""
-
-    def __init__(self, engine: Engine, switchboard: Switchboard, session_ended: trio.lowlevel.ParkingLot) -> None:
-        self.engine = engine
-        self._session_ended = session_ended
-        self.sessions: dict[SessionId, StageSession] = {}
-        self._switchboard = switchboard
-        self._queue: deque[_Work] = deque()
-        self._queue_filled = trio.Event()
-        self._step_times_s: deque[float] = deque(maxlen=64)
-        self._nursery: trio.Nursery | None = None
-
-    @property
-    def info(self) -> SpanInfo:
-        """What the engine holds."""
-        return self.engine.info
-
-    async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
-        """Take steps until cancelled, or until the engine's worker is gone: then EngineCrashed passes."""
-        try:
-            async with trio.open_nursery() as nursery:
-                self._nursery = nursery
-                nursery.start_soon(self._wait_for_crash)
-                nursery.start_soon(self._expire_idle)
-                task_status.started()
-                try:
-                    await self._work()
-                finally:
-                    self._nursery = None
-        finally:
-            for session in tuple(self.sessions.values()):
-                self.fail(session, FailureReason.ENGINE, "the span is no longer served here")
-
-    async def _work(self) -> None:
-        while True:
-            while self._queue:
-                await self._step(self._queue.popleft())
-            self._queue_filled = trio.Event()
-            await self._queue_filled.wait()
-
-    async def _wait_for_crash(self) -> None:
-        raise EngineCrashed(await self.engine.wait_crashed())
-
-    async def _expire_idle(self) -> None:
-        while True:
-            await trio.sleep(IDLE_ROUND_S)
-            oldest_s = trio.current_time() - IDLE_LIMIT_S
-            for session in tuple(self.sessions.values()):
-                if session.active_s < oldest_s:
-                    self.fail(session, FailureReason.EXPIRED, f"no rows came for {IDLE_LIMIT_S:.0f} s")
-
-    def load(self) -> Load:
-        """Return how busy the span is."""
-        statistics = self.engine.statistics()
-        times_s = sorted(self._step_times_s)
-        return Load(
-            sessions=len(self.sessions),
-            queued_rows=sum(work.part.rows for work in self._queue),
-            free_positions=max(0, self.info.kv_positions - statistics.reserved_positions),
-            step_s=times_s[len(times_s) // 2] if times_s else 0.0,
-        )
-
-    def queue(self, work: _Work) -> None:
-        """Put rows in line for the engine."""
-        self._queue.append(work)
-        self._queue_filled.set()
-
-    async def _step(self, work: _Work) -> None:
-        session, part = work.session, work.part
-        if session.ended.is_set():
-            return
-        session.queue_s += trio.current_time() - work.arrived_s
-        try:
-            result = await self.engine.step(
-                [SliceInput(session=session.id, position=part.position, tensor=work.tensor, draws=part.draws)]
-            )
-        except EngineError as error:
-            self.fail(session, FailureReason.ENGINE, str(error))
-            return
-        if part.rows == 1:
-            self._step_times_s.append(result.compute_s)
-        session.steps += 1
-        session.rows += part.rows
-        session.compute_s += result.compute_s
-        if session.ended.is_set():
-            return
-        for output in result.outputs:
-            try:
-                self._route(session, part, output.tensor)
-            except LinkBroken as broken:
-                self.fail(session, FailureReason.DOWNSTREAM, str(broken), broken.peer)
-                return
-            except LocalProtocolError as error:  # what came in made it impossible to say what follows from it
-                self.fail(session, FailureReason.ENGINE, str(error))
-                return
-        session.owed.append((work.link, len(work.tensor.data)))
-        if not session.backlog:
-            self._pay(session)
-
-    def _route(self, session: StageSession, part: Slice, output: Tensor) -> None:
-        """Send what the engine made of a slice where it has to go."""
-        job, stage = session.id
-        if session.sampling is None:
-            following = SessionId(job, stage + 1)
-            self._send(session, following, Step(slices=(replace(part, session=following),), tensor=output))
-            return
-        first_position = part.position + part.rows - part.draws + 1
-        for offset, token in enumerate(tokens_from_tensor(output)):
-            session.drawn += 1
-            finish = _finish_reason(session, token)
-            rows = tensor_from_tokens([token])
-            position = first_position + offset
-            told = Slice(session=SessionId(job, stage + 1), position=position, rows=1, draws=0, finish_reason=finish)
-            self._send(session, told.session, Step(slices=(told,), tensor=rows))
-            if finish:
-                return
-            again = Slice(session=SessionId(job, 0), position=position, rows=1, draws=1)
-            self._send(session, again.session, Step(slices=(again,), tensor=rows))
-
-    def _send(self, session: StageSession, to: SessionId, step: Step) -> None:
-        """Send now where link and credit allow it; else keep the order and send as soon as they do."""
-        session.bytes_out += len(step.tensor.data)
-        if len(step.tensor.data) > MAX_STEP_BYTES:
-            self.fail(session, FailureReason.ENGINE, "the rows are too many for one step: send them in parts")
-            return
-        if session.backlog or not session.outputs[to].try_send_step(step):
-            session.backlog.append((to, step))
-            if len(session.backlog) == 1 and self._nursery:
-                self._nursery.start_soon(self._send_backlog, session)
-
-    def _pay(self, session: StageSession) -> None:
-        """Give credit for the rows whose outputs have all left: so a slow next stage slows the one before, too."""
-        for link, consumed_bytes in session.owed:
-            link.consumed(session.id, consumed_bytes)
-        session.owed.clear()
-
-    async def _send_backlog(self, session: StageSession) -> None:
-        try:
-            with session.sending:
-                while session.backlog:
-                    to, step = session.backlog[0]
-                    await session.outputs[to].send_step(step)
-                    session.backlog.popleft()
-                self._pay(session)
-        except LinkBroken as broken:
-            self.fail(session, FailureReason.DOWNSTREAM, str(broken), broken.peer)
-
-    def fail(self, session: StageSession, reason: FailureReason, message: str, blamed: PeerId | None = None) -> None:
-        """Tell the coordinator that the session is lost here, and free it."""
-        if not session.ended.is_set():
-            session.opened_by.fail(session.id, reason, message, blamed)
-            self.end(session)
-
-    def lost(self, session: StageSession, lost: SessionLost) -> None:
-        """Give a session up because the other side of an output did."""
-        self.fail(session, FailureReason.DOWNSTREAM, lost.message, lost.blamed)
-
-    def end(self, session: StageSession) -> None:
-        """Free a session: from now on its rows are unknown here."""
-        if session.ended.is_set():
-            return
-        session.ended.set()
-        session.sending.cancel()
-        session.backlog.clear()
-        session.owed.clear()
-        self._queue = deque(work for work in self._queue if work.session is not session)
-        self.sessions.pop(session.id, None)
-        self._switchboard.receivers.remove(session.id)
-        for unwatch in session.unwatch:
-            unwatch()
-        for to, link in session.outputs.items():
-            link.forget(to)
-        for source in session.sources - {session.opened_by}:
-            source.forget(session.id)
-        self._session_ended.unpark_all()
-        if self._nursery:
-            self._nursery.start_soon(self._free, session.id)
-
-    async def _free(self, session: SessionId) -> None:
-        try:
-            await self.engine.close(session)
-        except EngineError as error:
-            _logger.debug("engine gone before a session was closed", session=session, error=str(error))
+from selector.tally import tally
+from selector.task import Method, MethodError, TaskContext, parse_method
 
 
 class Stages:
     """All spans of this node: admits sessions and ends them."""
 
     def __init__(
-        self, network: Network, agent: str, *, private_key: Ed25519PrivateKey, hardware: Callable[[], str]
+        self,
+        network: Network,
+        agent: str,
+        *,
+        private_key: Ed25519PrivateKey,
+        hardware: Callable[[], str],
+        voter: Voter | None = None,
+        controller: Callable[[], PolicyController] = PolicyController,
     ) -> None:
-        """Serve nothing yet. `private_key` countersigns what jobs cost here; `hardware` names what they ran on."""
+        """Serve nothing yet.
+
+        `private_key` countersigns what jobs cost here; `hardware` names what they ran on. `voter` says what methods are
+        expected to cost; `controller` makes, for each span, what decides over its policy.
+        """
         self.draining = False
+        self._voter = voter or RuleVoter()
+        self._controller = controller
         self._private_key = private_key
         self._hardware = hardware
         self.switchboard = Switchboard(network, agent, self)
@@ -345,7 +86,7 @@ class Stages:
         key = (engine.info.model, engine.info.blocks)
         if key in self._spans:
             raise EngineError(f"blocks {engine.info.blocks} are served already")
-        span = self._spans[key] = Span(engine, self.switchboard, self._session_ended)
+        span = self._spans[key] = Span(engine, self.switchboard, self._session_ended, self._controller())
         try:
             await span.run(task_status=task_status)
         finally:
@@ -360,6 +101,10 @@ class Stages:
             return _refusal(message, RefusalReason.NOT_SERVED, f"blocks {message.blocks} are not served here", None)
         if fault := _fault_of(message, span.info):
             return _refusal(message, RefusalReason.INVALID, fault, span)
+        offered = _offered(message, span)
+        if not offered:
+            why = "no method that the job admits is ready here; what can be built is being built"
+            return _refusal(message, RefusalReason.NOT_READY, why, span)
         session = StageSession(message, span, link)
         try:
             self.switchboard.receivers.add(message.session, session)
@@ -368,8 +113,9 @@ class Stages:
         span.sessions[message.session] = session
         try:
             await self._join(session, message)
-            await span.engine.open(message.session, message.positions)
-            await span.engine.begin(message.session, SessionOptions(sampling=message.sampling))
+            prefix = Prefix(namespace=link.peer, hashes=message.prefix) if message.prefix else None
+            cached = await span.engine.open(message.session, message.positions, prefix)
+            session.votes = dict(await self._voter.vote(TaskContext.of(message.context), offered))
         except LinkBroken as broken:
             refused = RefusalReason.UNREACHABLE, f"cannot reach {broken.peer}: {broken}"
         except EngineFull as error:
@@ -380,11 +126,41 @@ class Stages:
             if session.ended.is_set():  # the coordinator went away while the engine reserved memory
                 await span.engine.close(message.session)
                 return _refusal(message, RefusalReason.INVALID, "closed while it was opened", span)
-            return Opened(session=message.session, load=span.load())
+            return Opened(
+                session=message.session,
+                load=span.load(),
+                votes=session.votes,
+                cached={str(lineage): positions for lineage, positions in cached.items()},
+                policy=span.policy,
+            )
         finally:
             session.opened.set()
         span.end(session)
         return _refusal(message, *refused, span)
+
+    async def begin(self, message: Begin, link: InboundLink) -> None:
+        """Begin a session that this link opened with what the votes came to, once that was seen to be so."""
+        for span in self._spans.values():
+            session = span.sessions.get(message.session)
+            if session and session.opened_by is link and session.method is None:
+                break
+        else:
+            return  # lost meanwhile, which was said
+        if fault := _tally_fault(session, message, self.switchboard.peer_id):
+            span.fail(session, FailureReason.TALLY, fault)
+            return
+        method = parse_method(message.method)
+        try:
+            cached = await span.engine.begin(session.id, session.options(method))
+        except EngineError as error:
+            span.fail(session, FailureReason.ENGINE, str(error))
+            return
+        if session.ended.is_set():
+            await span.engine.close(session.id)
+        elif cached < message.start:
+            span.fail(session, FailureReason.ENGINE, f"{message.start} positions were to be cached, {cached} are")
+        else:
+            session.begin(message, method)
 
     async def close(self, session: SessionId, link: InboundLink) -> Closed:
         """Free a session that this link opened and say what it cost. An unknown one is no error."""
@@ -398,6 +174,8 @@ class Stages:
 
     def _countersigned(self, session: StageSession) -> Closed:
         """Return what a session cost here, signed for its coordinator, who may tell it to everybody."""
+        if session.method is None:
+            return Closed(session=session.id, statistics=session.statistics(), hardware=self._hardware())
         info = session.span.info
         observed = countersign(
             StageObservation(
@@ -409,7 +187,7 @@ class Stages:
             job=session.id.job,
             observer=session.opened_by.peer,
             model=info.model,
-            method=session.method,
+            method=session.method.name,
             private_key=self._private_key,
         )
         return Closed(
@@ -457,10 +235,38 @@ def _fault_of(message: Open, info: SpanInfo) -> str | None:
     return None
 
 
-def _finish_reason(session: StageSession, token: int) -> FinishReason | None:
-    sampling = session.sampling
-    if sampling is None:
-        return None
-    if token in sampling.stop_tokens:
-        return FinishReason.STOP
-    return FinishReason.LENGTH if session.drawn >= sampling.max_tokens else None
+def _offered(message: Open, span: Span) -> list[Method]:
+    """Return the methods asked for that the span can carry out now, and have those built that it cannot yet."""
+    offered: list[Method] = []
+    lacking: dict[Variant, None] = {}
+    ready = span.engine.variants()
+    for name in message.methods:
+        try:
+            method = parse_method(name)
+        except MethodError:
+            continue  # of another version
+        variant = Variant(method.engine, method.arithmetic)
+        if method.name != name or (span.info.is_first and method.drafter == "draft"):
+            continue
+        if variant in ready:
+            offered.append(method)
+        else:
+            lacking[variant] = None
+    span.want(lacking)
+    return offered
+
+
+def _tally_fault(session: StageSession, message: Begin, peer: PeerId) -> str | None:
+    """Return why a Begin does not follow from the votes, if it does not."""
+    ballots = message.ballots
+    stage = session.id.stage
+    own = tuple(session.votes.get(name) for name in session.methods)
+    if stage >= len(ballots) or ballots[stage].peer != peer or ballots[stage].scores != own:
+        return "the vote given here is not among the ballots as it was given"
+    try:
+        agreed = tally(session.methods, [ballot.scores for ballot in ballots])
+    except ValueError as error:
+        return str(error)
+    if agreed != message.method:
+        return f"the ballots come to {agreed}, not to {message.method}"
+    return None

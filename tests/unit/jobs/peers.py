@@ -8,7 +8,7 @@ from typing import Any, cast
 
 import trio
 
-from node.engine.fake import FakeEngine, fake_span_info
+from node.engine.fake import FAKE_MODEL, FakeEngine, fake_span_info
 from node.engine.interface import EngineCrashed
 from node.identity import Identity
 from node.jobs.coordinator import Coordinator
@@ -20,9 +20,10 @@ from node.network.memory import LinkModel, MemoryNetworkHub
 from node.swarm.links import LinkEstimates
 from node.swarm.membership import Membership
 from node.swarm.records import RecordKinds
-from protocol.identity import BlockRange, JobId, PeerId, SessionId
+from protocol.identity import BlockRange, JobId, ModelId, PeerId, SessionId
 from protocol.messages import Open, Sampling, Slice, Step
 from protocol.tensors import tensor_from_tokens
+from selector.task import BASELINE
 
 BLOCKS = 9
 VOCABULARY = 1000
@@ -48,11 +49,24 @@ class NumberTokenizer:
 
 
 @dataclass(frozen=True)
+class _File:
+    size_bytes: int = 4096
+
+
+@dataclass(frozen=True)
 class _Shape:
+    """What of a manifest a coordinator looks at."""
+
+    model_id: ModelId = FAKE_MODEL
+    model_type: str = "fake"
     block_count: int = BLOCKS
     hidden_size: int = 32
     vocabulary_size: int = VOCABULARY
     max_positions: int = 4096
+    config: dict[str, Any] = field(default_factory=dict)
+    embed: _File = _File()
+    blocks: tuple[_File, ...] = (_File(),) * BLOCKS
+    head: _File = _File()
 
 
 class OneModel:
@@ -180,7 +194,7 @@ def an_opening(peer: Peer) -> Open:
         session=SessionId(JobId("00" * 16), 0),
         model=info.model,
         blocks=info.blocks,
-        method="baseline",
+        methods=(BASELINE.name,),
         positions=4000,
         sampling=Sampling(max_tokens=10),
     )

@@ -9,7 +9,7 @@ from trio.testing import MockClock
 from node.engine.fake import expected_tokens, fake_span_info
 from node.jobs.interface import JobError, JobErrorCode, JobRequest, JobResult, JobStarted, TextDelta
 from node.jobs.link import SessionRefused
-from node.jobs.stage import IDLE_LIMIT_S
+from node.jobs.span import IDLE_LIMIT_S
 from protocol.identity import BlockRange, SessionId
 from protocol.messages import FinishReason, Sampling
 from tests.unit.jobs.peers import BLOCKS, Peer, Swarm, a_step, an_opening, open_swarm

@@ -1,0 +1,146 @@
+"""How a method is chosen: what a job admits, what it depends on, and who has a say.
+
+The coordinator lists the methods that the job admits, the most promising first; every stage votes; the tally decides.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Protocol
+
+from node.jobs.interface import JobError, JobErrorCode, JobRequest
+from node.jobs.observation import model_facts
+from node.jobs.speculation import repetitiveness
+from node.models.library import KnownModel
+from protocol.identity import ModelId
+from protocol.limits import MAX_VOTES
+from protocol.messages import Load
+from selector.rule import predicted_cost, preference
+from selector.task import (
+    PORTFOLIO,
+    MeasuredQuality,
+    Method,
+    MethodError,
+    QualityBound,
+    TaskContext,
+    admits,
+    parse_method,
+)
+
+_LOOKED_AT_TOKENS = 2048
+"""The end of a prompt that is looked at for repetition."""
+
+
+class Ledger(Protocol):
+    """Knows what lossy methods do to a model's answers; `node.engine.quality` is the real one."""
+
+    def quality(self, model: ModelId, method: Method) -> MeasuredQuality | None:
+        """Return what was measured; None where nothing was."""
+        ...
+
+
+class NoLedger:
+    """Knows nothing, so that only exact methods are admitted."""
+
+    def quality(self, model: ModelId, method: Method) -> MeasuredQuality | None:
+        """Return None; see Ledger."""
+        del model, method
+        return None
+
+
+class Chooser(Protocol):
+    """The coordinator's own preference, which decides where the votes leave it open."""
+
+    async def order(self, context: TaskContext, admitted: Sequence[Method]) -> Sequence[Method]:
+        """Return the admitted methods with the most promising first."""
+        ...
+
+
+class RuleChooser:
+    """Prefers what the hand-written rule does."""
+
+    async def order(self, context: TaskContext, admitted: Sequence[Method]) -> Sequence[Method]:
+        """Return the methods by the rule's prediction; see Chooser."""
+        return preference(context, admitted)
+
+
+class Voter(Protocol):
+    """A stage's own opinion."""
+
+    async def vote(self, context: TaskContext, methods: Sequence[Method]) -> Mapping[str, float]:
+        """Return for every method given, by name, the natural logarithm of what it is expected to cost."""
+        ...
+
+
+class RuleVoter:
+    """Votes as the hand-written rule predicts: what a peer without a history goes by."""
+
+    async def vote(self, context: TaskContext, methods: Sequence[Method]) -> Mapping[str, float]:
+        """Return the rule's predictions; see Voter."""
+        return {method.name: predicted_cost(context, method) for method in methods}
+
+
+def admitted_methods(request: JobRequest, model: KnownModel, ledger: Ledger) -> list[Method]:
+    """Return the methods that a job may be served with: one where it names it, else all within its quality bound.
+
+    Raises JobError, with one line, for a method that there is not or that the bound does not admit.
+    """
+    bound = QualityBound(request.quality)
+    if request.method == "auto":
+        admitted = [each for each in PORTFOLIO.values() if admits(bound, each, ledger.quality(model.id, each))]
+        return admitted[:MAX_VOTES]
+    try:
+        named = parse_method(request.method)
+    except MethodError as error:
+        raise JobError(JobErrorCode.INVALID, f"{error}; or use auto") from None
+    quality = ledger.quality(model.id, named)
+    if not admits(bound, named, quality):
+        raise JobError(JobErrorCode.INVALID, _why_not(named, bound, quality))
+    return [named]
+
+
+def _why_not(method: Method, bound: QualityBound, quality: MeasuredQuality | None) -> str:
+    if quality is None and bound is not QualityBound.EXACT:
+        return f"{method.name} was not measured for this model, so its quality is unknown: choose another method"
+    wider = [each for each in QualityBound if admits(each, method, quality)]
+    if wider:
+        return f"{method.name} is not exact: it needs --quality {wider[0]}"
+    if quality is None:
+        return f"{method.name} is not exact: it needs --quality near or any"
+    change = f"{quality.perplexity_change:+.1%}"
+    return f"{method.name} changes this model's perplexity by {change}: too much for any quality bound"
+
+
+def describe(
+    request: JobRequest,
+    model: KnownModel,
+    prompt: Sequence[int],
+    max_tokens: int,
+    *,
+    shared_prefix_share: float,
+    loads: Sequence[Load],
+    link_s: float,
+) -> TaskContext:
+    """Return what the choice of a method for a job depends on. `loads`: of the stages of its route."""
+    facts = model_facts(model.manifest)
+    return TaskContext(
+        architecture=facts.architecture,
+        block_count=facts.block_count,
+        hidden_size=facts.hidden_size,
+        vocabulary_size=facts.vocabulary_size,
+        weight_bytes=facts.weight_bytes,
+        intermediate_size=facts.intermediate_size,
+        head_count=facts.head_count,
+        kv_head_count=facts.kv_head_count,
+        expert_count=facts.expert_count,
+        active_expert_count=facts.active_expert_count,
+        prompt_tokens=len(prompt),
+        max_tokens=max_tokens,
+        shared_prefix_share=shared_prefix_share,
+        repetitiveness=repetitiveness(prompt[-_LOOKED_AT_TOKENS:]),
+        concurrency=1 + max((load.sessions for load in loads), default=0),
+        stage_count=max(1, len(loads)),
+        link_s=link_s,
+        queued_rows=sum(load.queued_rows for load in loads),
+        step_s=sum(load.step_s for load in loads),
+        objective=request.objective.value,
+        quality=request.quality.value,
+    )

@@ -1,0 +1,208 @@
+"""Which rows go into the next step of an engine: a pure rule over the rows that wait.
+
+Three disciplines. `one`: a step holds the rows of one session. `static`: the sessions that wait when a batch forms stay
+together until they have ended, and nobody joins meanwhile. `continuous`: sessions join and leave at every step (Orca,
+OSDI '22), and a newcomer's prompt is cut so that those who decode wait for no more than the step's row budget (Sarathi,
+OSDI '24).
+"""
+
+import enum
+from collections import OrderedDict, deque
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from typing import Final, Generic, TypeVar
+
+from protocol.identity import PeerId, SessionId
+from protocol.limits import MAX_SLICES
+from protocol.messages import Slice
+from protocol.tensors import Tensor
+
+MIN_PREFILL_ROWS: Final = 16
+"""Rows of prompts that a step takes however many sessions decode: else they could keep a newcomer out for ever."""
+
+PREFILL_ROWS: Final = 512
+"""Rows of prompts after which a step takes no further prompt, where nobody decodes: more in one step gains nothing."""
+
+STATIC_PATIENCE_S: Final = 1.0
+"""How long a static batch waits for rows of its own before another forms: its sessions may be stuck elsewhere."""
+
+
+class Batching(enum.StrEnum):
+    """How sessions share the steps of an engine."""
+
+    ONE = "one"
+    STATIC = "static"
+    CONTINUOUS = "continuous"
+
+
+@dataclass(frozen=True, slots=True)
+class StagePolicy:
+    """What a stage does for all its sessions. `step_rows`: the row budget of a step in which some decode."""
+
+    batching: Batching = Batching.CONTINUOUS
+    step_rows: int = 128
+
+    def switches(self) -> dict[str, str]:
+        """Return it as the switches of a method's stage policy."""
+        return {"batching": self.batching.value, "step_rows": str(self.step_rows)}
+
+
+L = TypeVar("L")
+
+
+@dataclass(frozen=True, slots=True)
+class Work(Generic[L]):
+    """Rows that wait for the engine.
+
+    `part.session` is the session's id here. `coordinator`: on whose behalf they come. `origin`: whom their credit
+    belongs to; `payload_bytes`: how much that is, which need not be the tensor's size.
+    """
+
+    part: Slice
+    tensor: Tensor
+    coordinator: PeerId
+    origin: L
+    payload_bytes: int
+    arrived_s: float
+
+    @property
+    def session(self) -> SessionId:
+        """Whose rows they are."""
+        return self.part.session
+
+    @property
+    def rows(self) -> int:
+        """How many rows they are."""
+        return self.part.rows
+
+    @property
+    def is_prefill(self) -> bool:
+        """Whether some of the rows draw nothing: part of a prompt."""
+        return self.part.rows > self.part.draws
+
+    def cut(self, rows: int) -> "tuple[Work[L], Work[L]]":
+        """Return the first `rows` rows, which draw nothing, and the rest."""
+        part = self.part
+        before = replace(part, rows=rows, draws=0, drafts=())
+        after = replace(part, position=part.position + rows, rows=part.rows - rows)
+        share = self.payload_bytes * rows // part.rows
+        return (
+            replace(self, part=before, tensor=self.tensor.cut(0, rows), payload_bytes=share),
+            replace(
+                self, part=after, tensor=self.tensor.cut(rows, part.rows), payload_bytes=self.payload_bytes - share
+            ),
+        )
+
+
+class Scheduler(Generic[L]):
+    """The rows that wait for one engine, and who goes next. Rows of one session keep their order."""
+
+    def __init__(self, policy: StagePolicy | None = None) -> None:
+        self.policy = policy or StagePolicy()
+        self._waiting: OrderedDict[SessionId, deque[Work[L]]] = OrderedDict()
+        self._decoding: set[SessionId] = set()
+        self._members: set[SessionId] = set()
+        self._member_step_s = 0.0
+        self._served: dict[PeerId, int] = {}
+
+    @property
+    def rows(self) -> int:
+        """Rows that wait."""
+        return sum(work.rows for queue in self._waiting.values() for work in queue)
+
+    def add(self, work: Work[L]) -> None:
+        """Put rows in line."""
+        self._waiting.setdefault(work.session, deque()).append(work)
+        # Who comes anew starts level with the one served least, and so has no claim on what was served before.
+        self._served.setdefault(work.coordinator, min(self._served.values(), default=0))
+
+    def remove(self, session: SessionId) -> None:
+        """Forget a session that has ended, and what waits of it."""
+        self._waiting.pop(session, None)
+        self._decoding.discard(session)
+        self._members.discard(session)
+
+    def next_batch(self, now_s: float) -> list[Work[L]]:
+        """Take the rows of the next step out of the line; none where nobody may go yet. At most MAX_SLICES slices."""
+        heads = sorted((queue[0] for queue in self._waiting.values()), key=lambda work: work.arrived_s)
+        match self.policy.batching:
+            case Batching.ONE:
+                chosen = heads[:1]
+            case Batching.STATIC:
+                chosen = self._static(heads, now_s)
+            case Batching.CONTINUOUS:
+                chosen = self._continuous(heads)
+        for work in chosen:
+            self._take(work)
+        waiting = {queue[0].coordinator for queue in self._waiting.values()}
+        self._served = {peer: rows for peer, rows in self._served.items() if peer in waiting}
+        return chosen
+
+    def next_chance_s(self, now_s: float) -> float | None:
+        """Return when somebody who waits may go though nothing new has come; None where that is not foreseen."""
+        if self._waiting and self.policy.batching is Batching.STATIC:
+            return max(now_s, self._member_step_s + STATIC_PATIENCE_S)
+        return None
+
+    def _static(self, heads: list[Work[L]], now_s: float) -> list[Work[L]]:
+        ready = [work for work in heads if work.session in self._members]
+        if not ready and (not self._members or now_s >= self._member_step_s + STATIC_PATIENCE_S):
+            ready = heads
+            self._members = {work.session for work in heads[:MAX_SLICES]}
+        if ready:
+            self._member_step_s = now_s
+        return ready[:MAX_SLICES]
+
+    def _continuous(self, heads: list[Work[L]]) -> list[Work[L]]:
+        step_rows = self.policy.step_rows
+        chosen: list[Work[L]] = []
+        rows = 0
+        for work in heads:
+            if not work.is_prefill and len(chosen) < MAX_SLICES and (not chosen or rows + work.rows <= step_rows):
+                chosen.append(work)
+                rows += work.rows
+        prompts = [work for work in heads if work.is_prefill]
+        budget = max(MIN_PREFILL_ROWS, step_rows - rows)
+        taken = 0
+        for work in self._fairly(prompts):
+            # Those who decode may be at another stage just now: their rows will want to pass here soon.
+            bounded = bool(self._decoding - {work.session})
+            room = (budget if bounded else PREFILL_ROWS) - taken
+            if room <= 0 or len(chosen) == MAX_SLICES:
+                break
+            piece = self._cut(work, room) if bounded else work
+            if piece is None:
+                break
+            chosen.append(piece)
+            taken += piece.rows
+            self._served[work.coordinator] += piece.rows
+        return chosen
+
+    def _fairly(self, prompts: list[Work[L]]) -> Iterable[Work[L]]:
+        """Yield prompts, oldest first, of the coordinator served least so far: many jobs give no right to more."""
+        left = list(prompts)
+        while left:
+            work = min(left, key=lambda each: (self._served.get(each.coordinator, 0), each.arrived_s))
+            left.remove(work)
+            yield work
+
+    def _cut(self, work: Work[L], room: int) -> Work[L] | None:
+        """Return as many rows of a prompt as there is room for, and leave the others where they are."""
+        if work.rows <= room:
+            return work
+        rows = min(room, work.rows - max(1, work.part.draws))
+        if rows < 1:
+            return None
+        before, after = work.cut(rows)
+        queue = self._waiting[work.session]
+        queue[0] = after
+        queue.appendleft(before)
+        return before
+
+    def _take(self, work: Work[L]) -> None:
+        queue = self._waiting[work.session]
+        queue.popleft()
+        if not queue:
+            del self._waiting[work.session]
+        if work.part.draws:
+            self._decoding.add(work.session)

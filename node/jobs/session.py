@@ -1,0 +1,145 @@
+"""One job's session on one span of this node: what is known of it, and the rows that arrive for it."""
+
+from collections import deque
+from collections.abc import Callable
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import trio
+
+from node.engine.interface import SessionOptions, Variant
+from node.jobs.link import InboundLink, OutboundLink
+from node.jobs.scheduler import Work
+from node.jobs.speculation import PromptLookup, TokenFeed
+from protocol.identity import PeerId, SessionId
+from protocol.messages import Begin, FailureReason, FinishReason, Open, SessionStatistics, Slice, Step
+from protocol.tensors import Tensor, tensor_from_tokens, tokens_from_tensor
+from selector.task import Method
+
+if TYPE_CHECKING:
+    from node.jobs.span import Span
+
+
+class StageSession:
+    """A session; takes the rows that arrive for it, once it has begun."""
+
+    def __init__(self, message: Open, span: "Span", opened_by: InboundLink) -> None:
+        self.id = message.session
+        self.span = span
+        self.opened_by = opened_by
+        self.methods = message.methods
+        self.votes: dict[str, float] = {}
+        self.method: Method | None = None
+        """Once it has begun."""
+        self.sampling = message.sampling
+        self.positions = message.positions
+        self.drawn = 0
+        self.steps = 0
+        self.rows = 0
+        self.compute_s = 0.0
+        self.queue_s = 0.0
+        self.bytes_in = 0
+        self.bytes_out = 0
+        self.ended = trio.Event()
+        self.sources: set[InboundLink] = set()
+        self.outputs: dict[SessionId, OutboundLink] = {}
+        self.unwatch: list[Callable[[], None]] = []
+        self.opened = trio.Event()
+        self.backlog: deque[tuple[SessionId, Step]] = deque()
+        self.owed: list[tuple[InboundLink, int]] = []
+        """Credit for rows whose outputs are in the backlog; given once they have left."""
+        self.active_s = trio.current_time()
+        self.sending = trio.CancelScope()
+        """Around the task that sends the backlog; it ends with the session."""
+        self.feed: TokenFeed | None = None
+        """On a first span, once begun."""
+        self._permitted = {opened_by.peer, *message.upstream}
+        self._early: list[tuple[Slice, Tensor, InboundLink]] = []
+        """Rows that came before Begin did, over another link; the session's credit bounds them."""
+
+    def permits(self, peer: PeerId) -> bool:
+        """Whether this peer is the coordinator or stands before us on the route."""
+        return peer in self._permitted
+
+    def receive(self, part: Slice, tensor: Tensor, link: InboundLink) -> None:
+        """Take rows that arrive, unless they would not fit what was reserved: then the session is lost."""
+        self.sources.add(link)
+        self.active_s = trio.current_time()
+        self.bytes_in += len(tensor.data)
+        if part.position + part.rows > self.positions:
+            message = f"rows up to {part.position + part.rows} of {self.positions}"
+            self.span.fail(self, FailureReason.ENGINE, message)
+        elif self.method is None:
+            self._early.append((part, tensor, link))
+        else:
+            self._queue(part, tensor, link)
+
+    def options(self, method: Method) -> SessionOptions:
+        """Return how the engine is to compute with a method."""
+        return SessionOptions(
+            sampling=self.sampling,
+            variant=Variant(method.engine, method.arithmetic),
+            activations=method.activations,
+            prefix_cache=method.prefix_cache,
+        )
+
+    def begin(self, message: Begin, method: Method) -> None:
+        """Begin with a method; rows that came early go into the line."""
+        if self.span.info.is_first:
+            drafter = PromptLookup() if method.drafter == "ngram" else None
+            self.feed = TokenFeed(
+                start=message.start, positions=self.positions, drafter=drafter, draft_tokens=method.draft_tokens
+            )
+        self.method = method
+        early, self._early = self._early, []
+        for part, tensor, link in early:
+            if not self.ended.is_set():
+                self._queue(part, tensor, link)
+
+    def told(self, drawn: list[int]) -> tuple[list[int], FinishReason | None]:
+        """Count the tokens that were drawn; return those that belong to the text, and why it ends with them, if so."""
+        if self.sampling is None:
+            raise AssertionError("tokens are drawn on a last span")
+        for count, token in enumerate(drawn, 1):
+            self.drawn += 1
+            if token in self.sampling.stop_tokens:
+                return drawn[:count], FinishReason.STOP
+            if self.drawn >= self.sampling.max_tokens:
+                return drawn[:count], FinishReason.LENGTH
+        return drawn, None
+
+    def statistics(self) -> SessionStatistics:
+        """Return what the session cost so far."""
+        return SessionStatistics(
+            steps=self.steps,
+            rows=self.rows,
+            compute_s=self.compute_s,
+            queue_s=self.queue_s,
+            bytes_in=self.bytes_in,
+            bytes_out=self.bytes_out,
+        )
+
+    def _queue(self, part: Slice, tensor: Tensor, link: InboundLink) -> None:
+        payload_bytes = len(tensor.data)
+        if self.feed is not None:
+            try:
+                position, rows, drafts = self.feed.take(part.position, tokens_from_tensor(tensor), part.draws)
+            except ValueError as error:
+                self.span.fail(self, FailureReason.ENGINE, str(error))
+                return
+            if not rows:
+                link.consumed(self.id, payload_bytes)
+                return
+            draws = part.draws + len(drafts)
+            part = replace(part, position=position, rows=len(rows), draws=draws, drafts=drafts)
+            tensor = tensor_from_tokens(rows)
+        self.span.queue(
+            Work(
+                part=replace(part, session=self.id),
+                tensor=tensor,
+                coordinator=self.opened_by.peer,
+                origin=link,
+                payload_bytes=payload_bytes,
+                arrived_s=trio.current_time(),
+            )
+        )

@@ -1,0 +1,335 @@
+"""A span served here: an engine, its sessions, and the steps it takes for them.
+
+Rows wait in the scheduler, pass through the engine in batches, and leave for the next stage. The rows of a batch that
+go to the same peer leave in one frame. The last span draws tokens, tells the coordinator, and starts the next round at
+the first stage, so that the coordinator is on nobody's path from one token to the next.
+"""
+
+from collections import deque
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+
+import structlog
+import trio
+
+from node.engine.interface import Engine, EngineCrashed, EngineError, SliceInput, SpanInfo, StepResult, Variant
+from node.jobs.link import InboundLink, LinkBroken, OutboundLink, SessionLost
+from node.jobs.policy import PolicyController
+from node.jobs.scheduler import Scheduler, Work
+from node.jobs.session import StageSession
+from node.jobs.switchboard import Switchboard
+from protocol.errors import LocalProtocolError
+from protocol.identity import PeerId, SessionId
+from protocol.limits import MAX_SLICES, MAX_STEP_BYTES
+from protocol.messages import FailureReason, Load, Slice, Step
+from protocol.tensors import Tensor, join, tensor_from_tokens, tokens_from_tensor
+
+IDLE_LIMIT_S = 300.0
+"""A session whose coordinator lives, but that gets no rows for this long, gives its memory back."""
+
+IDLE_ROUND_S = 10.0
+"""How often idle sessions are looked for."""
+
+_logger = structlog.get_logger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class _Outgoing:
+    """Rows of one session that are to leave. `to`: the session's id where they go."""
+
+    session: StageSession
+    to: SessionId
+    part: Slice
+    tensor: Tensor
+
+
+class Span:
+    """A span served here."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        switchboard: Switchboard,
+        session_ended: trio.lowlevel.ParkingLot,
+        controller: PolicyController | None = None,
+    ) -> None:
+        self.engine = engine
+        self.sessions: dict[SessionId, StageSession] = {}
+        self.drafted = 0
+        """Guesses of speculation that were checked at this span, where it is a first one."""
+        self.accepted = 0
+        self._controller = controller or PolicyController()
+        self._scheduler: Scheduler[InboundLink] = Scheduler(self._controller.policy)
+        self._session_ended = session_ended
+        self._switchboard = switchboard
+        self._queue_filled = trio.Event()
+        self._step_times_s: deque[float] = deque(maxlen=64)
+        self._nursery: trio.Nursery | None = None
+        self._wanted_in, self._wanted = trio.open_memory_channel[Variant](64)
+        self._asked: set[Variant] = set()
+
+    @property
+    def info(self) -> SpanInfo:
+        """What the engine holds."""
+        return self.engine.info
+
+    @property
+    def policy(self) -> dict[str, str]:
+        """The stage's own switches in force."""
+        return self._scheduler.policy.switches()
+
+    async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        """Take steps until cancelled, or until the engine's worker is gone: then EngineCrashed passes."""
+        try:
+            async with trio.open_nursery() as nursery:
+                self._nursery = nursery
+                nursery.start_soon(self._wait_for_crash)
+                nursery.start_soon(self._expire_idle)
+                nursery.start_soon(self._prepare_wanted)
+                task_status.started()
+                try:
+                    await self._work()
+                finally:
+                    self._nursery = None
+        finally:
+            for session in tuple(self.sessions.values()):
+                self.fail(session, FailureReason.ENGINE, "the span is no longer served here")
+
+    def load(self) -> Load:
+        """Return how busy the span is."""
+        statistics = self.engine.statistics()
+        times_s = sorted(self._step_times_s)
+        return Load(
+            sessions=len(self.sessions),
+            queued_rows=self._scheduler.rows,
+            free_positions=max(0, self.info.kv_positions - statistics.reserved_positions),
+            step_s=times_s[len(times_s) // 2] if times_s else 0.0,
+        )
+
+    def want(self, variants: Iterable[Variant]) -> None:
+        """Have variants built that jobs have asked for, one after another; each is asked for once."""
+        for variant in variants:
+            if variant not in self._asked and len(self._asked) < 64:
+                self._asked.add(variant)
+                self._wanted_in.send_nowait(variant)
+
+    def queue(self, work: Work[InboundLink]) -> None:
+        """Put rows in line for the engine."""
+        self._scheduler.add(work)
+        self._queue_filled.set()
+
+    def fail(self, session: StageSession, reason: FailureReason, message: str, blamed: PeerId | None = None) -> None:
+        """Tell the coordinator that the session is lost here, and free it."""
+        if not session.ended.is_set():
+            session.opened_by.fail(session.id, reason, message, blamed)
+            self.end(session)
+
+    def lost(self, session: StageSession, lost: SessionLost) -> None:
+        """Give a session up because the other side of an output did."""
+        self.fail(session, FailureReason.DOWNSTREAM, lost.message, lost.blamed)
+
+    def end(self, session: StageSession) -> None:
+        """Free a session: from now on its rows are unknown here."""
+        if session.ended.is_set():
+            return
+        session.ended.set()
+        session.sending.cancel()
+        session.backlog.clear()
+        session.owed.clear()
+        if session.feed is not None:
+            self.drafted += session.feed.drafted
+            self.accepted += session.feed.accepted
+        self._scheduler.remove(session.id)
+        self.sessions.pop(session.id, None)
+        self._switchboard.receivers.remove(session.id)
+        for unwatch in session.unwatch:
+            unwatch()
+        for to, link in session.outputs.items():
+            link.forget(to)
+        for source in session.sources - {session.opened_by}:
+            source.forget(session.id)
+        self._queue_filled.set()  # a static batch may be over with it
+        self._session_ended.unpark_all()
+        if self._nursery:
+            self._nursery.start_soon(self._free, session.id)
+
+    async def _free(self, session: SessionId) -> None:
+        try:
+            await self.engine.close(session)
+        except EngineError as error:
+            _logger.debug("engine gone before a session was closed", session=session, error=str(error))
+
+    async def _wait_for_crash(self) -> None:
+        raise EngineCrashed(await self.engine.wait_crashed())
+
+    async def _expire_idle(self) -> None:
+        while True:
+            await trio.sleep(IDLE_ROUND_S)
+            oldest_s = trio.current_time() - IDLE_LIMIT_S
+            for session in tuple(self.sessions.values()):
+                if session.active_s < oldest_s:
+                    self.fail(session, FailureReason.EXPIRED, f"no rows came for {IDLE_LIMIT_S:.0f} s")
+
+    async def _prepare_wanted(self) -> None:
+        async for variant in self._wanted:
+            try:
+                await self.engine.prepare(variant)
+            except EngineCrashed:
+                return  # said by the task that waits for it
+            except EngineError as error:
+                _logger.info("variant not to be had", variant=str(variant), span=str(self.info.blocks), why=str(error))
+
+    async def _work(self) -> None:
+        while True:
+            batch = self._scheduler.next_batch(trio.current_time())
+            if batch:
+                await self._step(batch)
+                continue
+            self._queue_filled = trio.Event()
+            chance_s = self._scheduler.next_chance_s(trio.current_time())
+            with trio.CancelScope(deadline=float("inf") if chance_s is None else chance_s):
+                await self._queue_filled.wait()
+
+    async def _step(self, batch: Sequence[Work[InboundLink]]) -> None:
+        now_s = trio.current_time()
+        for work in batch:
+            self.sessions[work.session].queue_s += now_s - work.arrived_s
+        try:
+            result = await self.engine.step([self._input(work) for work in batch])
+        except EngineError as error:
+            for work in batch:
+                if session := self.sessions.get(work.session):
+                    self.fail(session, FailureReason.ENGINE, str(error))
+            return
+        rows = sum(work.rows for work in batch)
+        if not any(work.is_prefill for work in batch):
+            self._step_times_s.append(result.compute_s)
+        self._scheduler.policy = self._controller.observe(rows, result.compute_s, trio.current_time())
+        outgoing: list[_Outgoing] = []
+        served: list[tuple[StageSession, Work[InboundLink]]] = []
+        for work, output in zip(batch, result.outputs, strict=True):
+            session = self.sessions.get(work.session)
+            if session is None:
+                continue
+            self._account(session, work, result, rows)
+            outgoing += self._outputs(session, work.part, output.tensor)
+            served.append((session, work))
+        self._send_all(outgoing)
+        for session, work in served:
+            if not session.ended.is_set():
+                session.owed.append((work.origin, work.payload_bytes))
+                if not session.backlog:
+                    self._pay(session)
+
+    def _input(self, work: Work[InboundLink]) -> SliceInput:
+        part = work.part
+        drafts = part.drafts if self.info.is_last else ()
+        return SliceInput(
+            session=part.session, position=part.position, tensor=work.tensor, draws=part.draws, drafts=drafts
+        )
+
+    def _account(self, session: StageSession, work: Work[InboundLink], result: StepResult, rows: int) -> None:
+        """Put a session's share of a step down to it: that of its rows."""
+        session.active_s = trio.current_time()
+        session.steps += 1
+        session.rows += work.rows
+        session.compute_s += result.compute_s * work.rows / rows
+
+    def _outputs(self, session: StageSession, part: Slice, output: Tensor) -> list[_Outgoing]:
+        """Return where what the engine made of a slice has to go."""
+        job, stage = session.id
+        if session.sampling is None:
+            following = SessionId(job, stage + 1)
+            return [_Outgoing(session, following, replace(part, session=following), output)]
+        if not part.draws:
+            return []
+        position = part.position + part.rows - part.draws + 1
+        tokens, finish = session.told(tokens_from_tensor(output))
+        tensor = tensor_from_tokens(tokens)
+        told = Slice(
+            session=SessionId(job, stage + 1), position=position, rows=len(tokens), draws=0, finish_reason=finish
+        )
+        outgoing = [_Outgoing(session, told.session, told, tensor)]
+        if finish is None:
+            again = replace(told, session=SessionId(job, 0), draws=1)
+            outgoing.append(_Outgoing(session, again.session, again, tensor))
+        return outgoing
+
+    def _send_all(self, outgoing: Iterable[_Outgoing]) -> None:
+        """Send what a batch brought: in one frame for each peer, save for sessions that have to wait for credit."""
+        groups: dict[tuple[OutboundLink, str, tuple[int, ...]], list[_Outgoing]] = {}
+        for each in outgoing:
+            if each.session.ended.is_set():
+                continue
+            if len(each.tensor.data) > MAX_STEP_BYTES:
+                self.fail(each.session, FailureReason.ENGINE, "the rows are too many for one step: send them in parts")
+                continue
+            each.session.bytes_out += len(each.tensor.data)
+            link = each.session.outputs[each.to]
+            if each.session.backlog or not link.has_credit(each.to, len(each.tensor.data)):
+                self._put_off(each)
+            else:
+                groups.setdefault((link, each.tensor.dtype, each.tensor.shape[1:]), []).append(each)
+        for (link, _, _), group in groups.items():
+            for frame in _frames(group):
+                self._send_together(link, frame)
+
+    def _send_together(self, link: OutboundLink, group: Sequence[_Outgoing]) -> None:
+        step = Step(slices=tuple(each.part for each in group), tensor=join([each.tensor for each in group]))
+        try:
+            sent = link.try_send_step(step)
+        except LinkBroken as broken:
+            for each in group:
+                self.fail(each.session, FailureReason.DOWNSTREAM, str(broken), broken.peer)
+            return
+        except LocalProtocolError as error:  # what came in made it impossible to say what follows from it
+            if len(group) == 1:
+                self.fail(group[0].session, FailureReason.ENGINE, str(error))
+            else:
+                for each in group:  # one of them is at fault, the others are not to suffer
+                    self._send_together(link, [each])
+            return
+        if not sent:
+            for each in group:
+                self._put_off(each)
+
+    def _put_off(self, each: _Outgoing) -> None:
+        """Keep the order, and send as soon as link and credit allow it."""
+        session = each.session
+        session.backlog.append((each.to, Step(slices=(each.part,), tensor=each.tensor)))
+        if len(session.backlog) == 1 and self._nursery:
+            self._nursery.start_soon(self._send_backlog, session)
+
+    def _pay(self, session: StageSession) -> None:
+        """Give credit for the rows whose outputs have all left: so a slow next stage slows the one before, too."""
+        for link, consumed_bytes in session.owed:
+            if consumed_bytes:
+                link.consumed(session.id, consumed_bytes)
+        session.owed.clear()
+
+    async def _send_backlog(self, session: StageSession) -> None:
+        try:
+            with session.sending:
+                while session.backlog:
+                    to, step = session.backlog[0]
+                    await session.outputs[to].send_step(step)
+                    session.backlog.popleft()
+                self._pay(session)
+        except LinkBroken as broken:
+            self.fail(session, FailureReason.DOWNSTREAM, str(broken), broken.peer)
+        except LocalProtocolError as error:
+            self.fail(session, FailureReason.ENGINE, str(error))
+
+
+def _frames(group: Sequence[_Outgoing]) -> Iterable[list[_Outgoing]]:
+    """Yield what fits into one step each: the slices and bytes of a step are bounded."""
+    frame: list[_Outgoing] = []
+    payload_bytes = 0
+    for each in group:
+        size = len(each.tensor.data)
+        if frame and (len(frame) == MAX_SLICES or payload_bytes + size > MAX_STEP_BYTES):
+            yield frame
+            frame, payload_bytes = [], 0
+        frame.append(each)
+        payload_bytes += size
+    yield frame
