@@ -177,6 +177,9 @@ class Participant:
             statement = link.statement
             if statement is None or self.peer not in link.committee:
                 continue
+            # Who proposes signs, so that to propose two statements is an equivocation like any other.
+            if statement.proposer not in {*link.signatures, self.peer}:
+                continue
             # Before its turn a proposal may leave out what others are about to reveal.
             turn = link.committee.index(statement.proposer)
             if now_s >= self.clock.proposes_s(epoch, turn) and self._is_right(state, statement):

@@ -63,10 +63,11 @@ class Swarm:
                 self.statements.append(statement)
                 for peer in group:
                     peer.participant.hear_statement(statement)
-            for signature in [v for peer in group if (v := peer.participant.vote(now_s))]:
-                self.signatures.append(signature)
-                for peer in group:
-                    peer.participant.hear_signature(signature)
+            for _ in ("its proposer", "and then the others"):
+                for signature in [v for peer in group if (v := peer.participant.vote(now_s))]:
+                    self.signatures.append(signature)
+                    for peer in group:
+                        peer.participant.hear_signature(signature)
         self._catch_up(group)
 
     def contribution(self, peer: Peer, now_s: float) -> Contribution:

@@ -165,6 +165,8 @@ def test_a_statement_that_does_not_follow_from_the_contributions_is_signed_by_no
     right = next(s for peer in swarm.peers if (s := peer.participant.propose(late_s)))
     forged = replace(right, table_digest=bytes(32))
     voter = next(peer for peer in swarm.peers if peer.name != right.proposer).participant
+    for statement in (forged, right):
+        voter.hear_signature(Signature(swarm.epoch, right.proposer, statement.id))
     voter.hear_statement(forged)
     assert voter.vote(late_s) is None
     voter.hear_statement(right)
