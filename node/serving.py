@@ -20,7 +20,7 @@ from node.models.store import AmbiguousModelError, UnknownModelError
 from node.swarm.directory import Candidate
 from node.swarm.membership import HEARTBEAT_INTERVAL_S, Membership
 from protocol.identity import BlockRange
-from selector.placement import Server, choose_span
+from selector.placement import Server, choose_span, fit_to_neighbours
 
 RETRY_S = (1.0, 30.0)
 """First and longest pause before a span that could not be had, or whose engine died, is tried again."""
@@ -119,7 +119,8 @@ class Serving:
         holds = max(1, int((self._span_bytes * WEIGHT_SHARE - around_bytes) // block_bytes))
         length = min(holds, manifest.block_count)
         others = [server_of(candidate) for candidate in served]
-        return BlockRange(*choose_span(manifest.block_count, others, length, 1 / (UNKNOWN_BLOCK_S * length)))
+        chosen = choose_span(manifest.block_count, others, length, 1 / (UNKNOWN_BLOCK_S * length))
+        return BlockRange(*fit_to_neighbours(manifest.block_count, others, chosen))
 
 
 def server_of(candidate: Candidate) -> Server:
