@@ -31,6 +31,7 @@ from node.jobs.interface import (
     Usage,
     Vote,
 )
+from node.jobs.patience import Patience
 from node.jobs.planner import Finder, Planner, RouteNeed
 from node.jobs.prefix import RecentPrefixes, page_hashes
 from node.jobs.recorder import Recorder
@@ -48,6 +49,9 @@ from selector.task import Method
 
 MAX_ATTEMPTS = 5
 """Routes tried for one job, the first included, while no token comes of them."""
+
+PROBE_TIMEOUT_S = 1.0
+"""How long a stage may take to say that it is there, when a token is late."""
 
 STALL_LIMIT_S = 120.0
 """A job that gets no token for this long gives its route up, though every stage still answers pings."""
@@ -101,7 +105,10 @@ class _Job:
     rounds: int = 0
     """Rounds of the routes that were lost."""
     avoided: dict[PeerId, Rejection] = field(default_factory=dict)
+    stops: list[Stop] = field(default_factory=list)
+    """Of the last route, also of one that was lost."""
     route: OpenRoute | None = None
+    patience: Patience = field(default_factory=Patience)
 
     def need(self) -> RouteNeed:
         """Return what is needed of a route for what is left of the job."""
@@ -212,9 +219,10 @@ class Coordinator:
             if attempt:
                 await trio.sleep(self._jitter.uniform(0.5, 1.5) * 0.05 * 2**attempt)
             try:
-                stops = await self._planner.route(job.need(), job.avoided)
+                stops = await self._planner.route(job.need(), job.avoided, like=job.stops)
             except NoRouteError as error:
                 raise _no_route(job, error) from None
+            job.stops = stops
             route = OpenRoute(stops, self._switchboard, await self._opening(job, stops))
             job.route = route
             tokens = [*job.prompt, *job.tokens]
@@ -311,7 +319,7 @@ class Coordinator:
                 raise AssertionError("a job under way has a route")
             try:
                 with trio.fail_after(STALL_LIMIT_S):
-                    return await job.route.next_token()
+                    return await self._patient_token(job, job.route)
             except trio.TooSlowError:
                 raise JobError(JobErrorCode.FAILED, f"no token came for {STALL_LIMIT_S:.0f} s; gave up") from None
             except RouteLost as lost:
@@ -323,6 +331,16 @@ class Coordinator:
                 job.rounds += job.route.rounds
                 job.route = None
                 await self._open_route(job)
+
+    async def _patient_token(self, job: _Job, route: OpenRoute) -> Drawn:
+        """Wait for the next token; while it is late, see that no stage has fallen silent."""
+        asked_s = trio.current_time()
+        while True:
+            with trio.move_on_after(job.patience.seconds):
+                drawn = await route.next_token()
+                job.patience.learn(trio.current_time() - asked_s)
+                return drawn
+            await route.probe(PROBE_TIMEOUT_S)
 
     async def _finish(self, job: _Job, text: str, finish: FinishReason, ended_s: float) -> JobResult:
         route = job.route

@@ -147,6 +147,8 @@ class _Link(ABC):
         self._room = trio.lowlevel.ParkingLot()
         self._greeted = trio.Event()
         self._last_heard_s = trio.current_time()
+        self._heard = trio.Event()
+        """Set, and replaced, whenever anything is heard."""
         self._unanswered = 0
         """Pings since the last pong."""
 
@@ -215,6 +217,8 @@ class _Link(ABC):
     async def _read(self, nursery: trio.Nursery) -> None:
         while data := await self._stream.receive_some():
             self._last_heard_s = trio.current_time()
+            self._heard.set()
+            self._heard = trio.Event()
             for message in self._receive(data):
                 match message:
                     case Hello():
@@ -287,6 +291,7 @@ class OutboundLink(_Link):
         self._answer: dict[SessionId, Opened | Refused | Closed | Failed] = {}
         self._watchers: dict[SessionId, dict[object, Callable[[SessionLost], None]]] = {}
         self._credit = trio.lowlevel.ParkingLot()
+        self._pings = 0
 
     async def open(self, message: Open) -> Opened:
         """Open a session. Raises SessionRefused, or LinkBroken also when no answer comes in time."""
@@ -358,6 +363,18 @@ class OutboundLink(_Link):
         while not self.try_send_step(step):
             await (self._room if self._outbox_bytes > OUTBOX_BYTES else self._credit).park()
 
+    async def probe(self, timeout_s: float) -> None:
+        """Ask whether the other side is there; break the link, at once and for all, if nothing is heard in time."""
+        if self.broken:
+            return
+        heard = self._heard
+        if self._unanswered < MAX_UNANSWERED:
+            self._ping()
+        with trio.move_on_after(timeout_s) as scope:
+            await heard.wait()
+        if scope.cancelled_caught:
+            self._break(f"silent for {trio.current_time() - self._last_heard_s:.1f} s")
+
     def watch(self, session: SessionId, lost: Callable[[SessionLost], None]) -> Callable[[], None]:
         """Call `lost` once if the other side gives the session up or the link breaks; return what ends the watch."""
         if self.broken:
@@ -398,16 +415,20 @@ class OutboundLink(_Link):
             answered.set()
 
     async def _watch(self) -> None:
-        nonce = 0
         while True:
             await trio.sleep(PING_INTERVAL_S)
+            if self.broken:
+                raise NetworkError(self.broken)
             silence_s = trio.current_time() - self._last_heard_s
             if silence_s > SILENCE_LIMIT_S or self._unanswered >= MAX_UNANSWERED:
                 raise NetworkError(f"nothing heard for {silence_s:.1f} s, {self._unanswered} pings without an answer")
             if silence_s >= PING_INTERVAL_S * 0.9 and not self.broken:
-                nonce += 1
-                self._unanswered += 1
-                self._say(Ping(nonce=nonce))
+                self._ping()
+
+    def _ping(self) -> None:
+        self._pings += 1
+        self._unanswered += 1
+        self._say(Ping(nonce=self._pings))
 
     async def _make_room(self) -> None:
         """Go on reading: an initiator is answered, and answers nothing."""

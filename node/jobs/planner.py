@@ -4,6 +4,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+import structlog
 import trio
 
 from node.jobs.route import Stop
@@ -19,6 +20,9 @@ UNKNOWN_BLOCK_S = 0.003
 
 PROMPT_ROWS_PER_STEP = 12
 """Rows of a prompt that take as long as one decode step: what reads all weights once for a single row is slow."""
+
+
+_logger = structlog.get_logger(__name__)
 
 
 class Finder(Protocol):
@@ -50,11 +54,22 @@ class Planner:
         self._own_peer = own_peer
         self._reliability = Reliability()
 
-    async def route(self, need: RouteNeed, without: Collection[PeerId]) -> list[Stop]:
+    async def route(
+        self, need: RouteNeed, without: Collection[PeerId], *, like: Sequence[Stop] | None = None
+    ) -> list[Stop]:
         """Return the best route without some peers. Raises NoRouteError.
 
-        Whoever failed of late is used only where there is no route without it.
+        Whoever failed of late is used only where there is no route without it. `like`: a former route, of which all
+        stages stay but one, if it is only one that is without its peer now and another can take its place.
         """
+        lost = [number for number, stop in enumerate(like or ()) if stop.peer in without]
+        if like and len(lost) == 1:
+            try:
+                found = await self._replacement(need, like, lost[0], without)
+            except NoRouteError:
+                _logger.debug("no replacement for one stage", blocks=str(like[lost[0]].blocks))
+            else:
+                return [*like[: lost[0]], *found, *like[lost[0] + 1 :]]
         offers, loads = await self._offers(need, without)
         trusted, everybody = self._trusted(offers), offers
         try:
@@ -63,10 +78,9 @@ class Planner:
             stages = find_route(need.demand, everybody, self._links).stages
         return [_stop(leg, loads) for leg in stages]
 
-    async def replacement(
+    async def _replacement(
         self, need: RouteNeed, stops: Sequence[Stop], lost: int, without: Collection[PeerId]
     ) -> list[Stop]:
-        """Return what best takes the place of one stage of a route, without some peers. Raises NoRouteError."""
         offers, loads = await self._offers(need, without)
         legs = [Leg(stop.blocks.start, stop.blocks.end, stop.peer) for stop in stops]
         try:

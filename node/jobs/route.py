@@ -207,6 +207,12 @@ class OpenRoute:
                 raise AssertionError("the channel of tokens ends only when a stage is lost") from None
             raise RouteLost(self._lost) from None
 
+    async def probe(self, timeout_s: float) -> None:
+        """Ask all stages whether they are there; one that says nothing in time is lost."""
+        async with trio.open_nursery() as nursery:
+            for link in self._links.values():
+                nursery.start_soon(link.probe, timeout_s)
+
     @property
     def job(self) -> JobId:
         """The id under which the stages know the job; a replay has another."""
