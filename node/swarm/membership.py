@@ -183,6 +183,8 @@ class Membership:
             if data is None:
                 return
             record = unseal_span(key, data, self._wall_clock())
+            if not record.blocks:
+                return  # it serves none any more, and may be leaving, which its heartbeat told better
             await self._network.ping(peer)
         except (NetworkError, RemoteProtocolError) as error:
             _logger.info("provider not available", peer=peer, reason=str(error))
