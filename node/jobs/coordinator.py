@@ -427,6 +427,10 @@ def _no_route(job: _Job, error: NoRouteError) -> JobError:
         if any(rejection.reason is RefusalReason.FULL for rejection in job.avoided.values()):
             message = f"the peers that serve {job.model.name} have no room now ({reasons}); try again later"
             return JobError(JobErrorCode.FULL, message, retry_after_s=RETRY_AFTER_S)
+        if any(rejection.reason is RefusalReason.NOT_READY for rejection in job.avoided.values()):
+            names = " or ".join(method.name for method in job.admitted)
+            message = f"{names} is not ready on the peers that serve {job.model.name} ({reasons}); try again later"
+            return JobError(JobErrorCode.UNCOVERED, message, retry_after_s=RETRY_AFTER_S)
         missing = _ranges(error) or "some blocks"
         message = f"no peer is left to serve {missing} of {job.model.name} ({reasons})"
         return JobError(JobErrorCode.UNCOVERED, message, retry_after_s=RETRY_AFTER_S)

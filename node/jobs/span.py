@@ -65,6 +65,8 @@ class Span:
         self._queue_filled = trio.Event()
         self._step_times_s: deque[float] = deque(maxlen=64)
         self._nursery: trio.Nursery | None = None
+        self._in_step: set[SessionId] = set()
+        """Sessions in the step that the engine is at; to take one away from under it would cost the others."""
         self._wanted_in, self._wanted = trio.open_memory_channel[Variant](64)
         self._asked: set[Variant] = set()
 
@@ -150,8 +152,12 @@ class Span:
             source.forget(session.id)
         self._queue_filled.set()  # a static batch may be over with it
         self._session_ended.unpark_all()
+        if session.id not in self._in_step:
+            self._start_freeing(session.id)
+
+    def _start_freeing(self, session: SessionId) -> None:
         if self._nursery:
-            self._nursery.start_soon(self._free, session.id)
+            self._nursery.start_soon(self._free, session)
 
     async def _free(self, session: SessionId) -> None:
         try:
@@ -194,6 +200,7 @@ class Span:
         now_s = trio.current_time()
         for work in batch:
             self.sessions[work.session].queue_s += now_s - work.arrived_s
+        self._in_step = {work.session for work in batch}
         try:
             result = await self.engine.step([self._input(work) for work in batch])
         except EngineError as error:
@@ -201,6 +208,11 @@ class Span:
                 if session := self.sessions.get(work.session):
                     self.fail(session, FailureReason.ENGINE, str(error))
             return
+        finally:
+            ended = [session for session in self._in_step if session not in self.sessions]
+            self._in_step = set()
+            for session_id in ended:
+                self._start_freeing(session_id)
         rows = sum(work.rows for work in batch)
         if not any(work.is_prefill for work in batch):
             self._step_times_s.append(result.compute_s)

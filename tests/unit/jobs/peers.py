@@ -1,18 +1,19 @@
 """Whole peers over the in-memory network: real membership, stages and coordinator; an engine that is a hash chain."""
 
 import random
-from collections.abc import AsyncIterator, Iterable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any, cast
 
 import trio
 
-from node.engine.fake import FAKE_MODEL, FakeEngine, fake_span_info
-from node.engine.interface import EngineCrashed
+from node.engine.fake import FAKE_MODEL, FAKE_VARIANTS, FakeEngine, fake_span_info
+from node.engine.interface import EngineCrashed, Variant
 from node.identity import Identity
 from node.jobs.coordinator import Coordinator
 from node.jobs.interface import JobRequest, JobResult
+from node.jobs.policy import PolicyController
 from node.jobs.stage import Stages
 from node.models.library import KnownModel
 from node.network.interface import Network
@@ -113,17 +114,36 @@ class Peer:
 class Swarm:
     """Peers that come and go on a network in memory."""
 
-    def __init__(self, nursery: trio.Nursery, seed: int = 1, link: LinkModel | None = None) -> None:
+    def __init__(
+        self,
+        nursery: trio.Nursery,
+        seed: int = 1,
+        link: LinkModel | None = None,
+        controller: Callable[[], PolicyController] = PolicyController,
+    ) -> None:
+        self._controller = controller
         self.hub = MemoryNetworkHub(random.Random(seed), link)
         self.peers: list[Peer] = []
         self._nursery = nursery
         self._rng = random.Random(seed)
 
-    async def join(self, *spans: tuple[int, int], step_s: float = 0.01, **shape: Any) -> Peer:
+    async def join(
+        self,
+        *spans: tuple[int, int],
+        step_s: float = 0.01,
+        variants: Iterable[Variant] = FAKE_VARIANTS,
+        **shape: Any,
+    ) -> Peer:
         """Start a peer that serves spans of the fake model; the first peer of the swarm is its bootstrap peer."""
         identity = Identity(self._rng.randbytes(32))
         network = self.hub.network(identity.peer_id)
-        stages = Stages(network, "test/1", private_key=identity.private_key, hardware=lambda: "test")
+        stages = Stages(
+            network,
+            "test/1",
+            private_key=identity.private_key,
+            hardware=lambda: "test",
+            controller=self._controller,
+        )
         bootstrap = self.peers[0].network.multiaddrs if self.peers else ()
         membership = Membership(
             network=network,
@@ -140,7 +160,7 @@ class Swarm:
         coordinator = Coordinator(OneModel(tokenizer), membership, stages.switchboard, self._rng, links)
         peer = Peer(network, stages, membership, coordinator, tokenizer)
         self.peers.append(peer)
-        await self._nursery.start(self._carry, peer, spans, step_s, shape)
+        await self._nursery.start(self._carry, peer, spans, step_s, tuple(variants), shape)
         return peer
 
     async def _carry(
@@ -148,6 +168,7 @@ class Swarm:
         peer: Peer,
         spans: Iterable[tuple[int, int]],
         step_s: float,
+        variants: Iterable[Variant],
         shape: dict[str, Any],
         *,
         task_status: trio.TaskStatus[None],
@@ -156,7 +177,7 @@ class Swarm:
             nursery.start_soon(peer.membership.run)
             for start, end in spans:
                 info = fake_span_info(BlockRange(start, end), block_count=BLOCKS, **shape)
-                engine = FakeEngine(info, step_s=step_s, row_s=step_s / 100)
+                engine = FakeEngine(info, step_s=step_s, row_s=step_s / 100, variants=variants)
                 peer.engines.append(engine)
                 await nursery.start(self._serve, peer, engine)
             task_status.started()
@@ -175,10 +196,14 @@ class Swarm:
 
 
 @asynccontextmanager
-async def open_swarm(seed: int = 1, link: LinkModel | None = None) -> AsyncIterator[Swarm]:
+async def open_swarm(
+    seed: int = 1,
+    link: LinkModel | None = None,
+    controller: Callable[[], PolicyController] = PolicyController,
+) -> AsyncIterator[Swarm]:
     """Hold a swarm inside the block."""
     async with trio.open_nursery() as nursery:
-        yield Swarm(nursery, seed, link)
+        yield Swarm(nursery, seed, link, controller)
         nursery.cancel_scope.cancel()
 
 

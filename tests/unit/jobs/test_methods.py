@@ -1,0 +1,205 @@
+"""Methods over several stages: whatever is chosen, the text is the same; the votes decide; nothing stays behind."""
+
+import random
+from dataclasses import replace
+
+import pytest
+import trio
+from trio.testing import MockClock
+
+from node.engine.fake import FAKE_VARIANTS, expected_tokens, fake_span_info
+from node.engine.interface import REFERENCE, Variant
+from node.jobs.interface import JobError, JobErrorCode, JobRequest, JobResult, Quality
+from node.jobs.link import LinkBroken, OutboundLink
+from node.jobs.policy import PolicyController
+from node.jobs.scheduler import Batching
+from protocol.identity import BlockRange
+from protocol.messages import Begin, Sampling
+from selector.task import BASELINE, PORTFOLIO, Method, method
+from tests.unit.jobs.peers import BLOCKS, Peer, open_swarm
+from tests.unit.jobs.test_jobs import THIRDS, all_free, swarm_of_thirds
+
+SHARED = tuple(random.Random(1).randrange(1000) for _ in range(100))
+PROMPTS = [
+    SHARED[:7],
+    (*SHARED, 1, 2, 3),
+    (*SHARED, 9, 9, 9, 9, 9, 9, 9),
+    tuple(range(200)),
+    (5, 6, 7, 8) * 12,
+    SHARED[:96],
+    (*SHARED[:64], *range(40)),
+    (1,),
+]
+EXACT = [each for each in PORTFOLIO.values() if each.exact and each.drafter != "draft"]
+
+
+def right(prompt: tuple[int, ...], count: int, sampling: Sampling | None = None) -> tuple[int, ...]:
+    return expected_tokens(fake_span_info(BlockRange(0, BLOCKS), block_count=BLOCKS), prompt, count, sampling)
+
+
+def request(prompt: tuple[int, ...], max_tokens: int = 12, chosen: Method | None = None, **more: object) -> JobRequest:
+    name = "auto" if chosen is None else chosen.name
+    fields: dict[str, object] = {"model": "fake", "prompt_tokens": prompt, "max_tokens": max_tokens, "method": name}
+    return JobRequest(**{**fields, **more})  # type: ignore[arg-type]
+
+
+async def run_all(peer: Peer, requests: list[JobRequest]) -> list[JobResult]:
+    results: dict[int, JobResult] = {}
+
+    async def run(number: int) -> None:
+        results[number] = await peer.run(requests[number])
+
+    async with trio.open_nursery() as nursery:
+        for number in range(len(requests)):
+            nursery.start_soon(run, number)
+    return [results[number] for number in range(len(requests))]
+
+
+@pytest.mark.parametrize("batching", Batching)
+async def test_every_exact_method_says_the_same_to_eight_at_a_time(
+    autojump_clock: MockClock, batching: Batching
+) -> None:
+    async with open_swarm(controller=lambda: PolicyController(batching=batching, step_rows=64)) as swarm:
+        peer = await swarm_of_thirds(swarm)
+        for chosen in EXACT:
+            results = await run_all(peer, [request(prompt, 12, chosen) for prompt in PROMPTS])
+            assert [result.token_ids for result in results] == [right(prompt, 12) for prompt in PROMPTS], chosen.name
+            assert {result.method.name for result in results} == {chosen.name}
+            assert results[0].method.stage_policy == {"batching": batching.value, "step_rows": "64"}
+        await all_free(swarm)
+
+
+async def test_sampled_text_is_the_same_with_guesses(autojump_clock: MockClock) -> None:
+    async with open_swarm() as swarm:
+        peer = await swarm_of_thirds(swarm)
+        for seed in range(6):
+            for chosen in (BASELINE, method(engine="fused", speculation="ngram-8")):
+                asked = request(PROMPTS[4], 20, chosen, temperature=1.0, seed=seed)
+                sampling = Sampling(temperature=1.0, seed=seed, max_tokens=20)
+                assert (await peer.run(asked)).token_ids == right(PROMPTS[4], 20, sampling)
+
+
+async def test_what_prompts_share_is_computed_once(autojump_clock: MockClock) -> None:
+    cached = method(engine="fused", prefix_cache="on", prefill_chunk="64")
+    async with open_swarm() as swarm:
+        peer = await swarm_of_thirds(swarm)
+        first = await peer.run(request(PROMPTS[1], 5, cached))
+        second = await peer.run(request(PROMPTS[2], 5, cached))
+        assert (first.usage.cached_tokens, second.usage.cached_tokens) == (0, 96)
+        assert second.token_ids == right(PROMPTS[2], 5)
+        assert second.timing.ttft_s < first.timing.ttft_s
+        # Another variant, another wire, another coordinator: none of them finds what is not theirs.
+        assert (await peer.run(request(PROMPTS[2], 5, method(prefix_cache="on")))).usage.cached_tokens == 0
+        assert (await peer.run(request(PROMPTS[2], 5, BASELINE))).usage.cached_tokens == 0
+        assert (await swarm.peers[0].run(request(PROMPTS[2], 5, cached))).usage.cached_tokens == 0
+        await all_free(swarm)
+
+
+async def test_the_choice_is_told_with_its_votes(autojump_clock: MockClock) -> None:
+    async with open_swarm() as swarm:
+        peer = await swarm_of_thirds(swarm)
+        result = await peer.run(request(PROMPTS[0]))
+        assert [vote.peer for vote in result.consensus.votes] == [each.id for each in swarm.peers[:3]]
+        scores = result.consensus.votes[0].scores
+        assert result.method.name == result.consensus.agreed == min(scores, key=lambda name: scores[name])
+        assert all(PORTFOLIO[name].exact for name in scores)
+
+
+async def test_only_what_every_stage_has_ready_is_chosen(autojump_clock: MockClock) -> None:
+    async with open_swarm() as swarm:
+        await swarm.join((0, 5), variants=FAKE_VARIANTS)
+        await swarm.join((5, 9), variants=[REFERENCE])
+        peer = await swarm.join()
+        await swarm.settle()
+        assert (await peer.run(request(PROMPTS[0]))).method.switches["engine"] == "eager"
+        # What was asked for has been built meanwhile.
+        await trio.sleep(1)
+        assert Variant("fused", "fp32") in swarm.peers[1].engines[0].variants()
+        assert (await peer.run(request(PROMPTS[0]))).method.switches["engine"] != "eager"
+
+
+async def test_a_method_that_is_not_ready_yet_is_said_to_be(autojump_clock: MockClock) -> None:
+    async with open_swarm() as swarm:
+        peer = await swarm.join((0, 9), variants=[])
+        await swarm.settle()
+        with pytest.raises(JobError, match="not ready") as caught:
+            await peer.run(request(PROMPTS[0], 5, method(engine="fused", speculation="draft-4")))
+        assert caught.value.retry_after_s
+
+
+@pytest.mark.parametrize(
+    ("name", "quality", "complaint"),
+    [
+        ("engine=fused|arithmetic=int8", Quality.EXACT, "needs --quality"),
+        ("engine=fused|arithmetic=int8", Quality.ANY, "was not measured"),
+        ("batching=static", Quality.EXACT, "policy of a stage"),
+        ("fast", Quality.EXACT, "is no method"),
+    ],
+)
+async def test_a_method_that_a_job_may_not_have_is_an_error_of_one_line(
+    autojump_clock: MockClock, name: str, quality: Quality, complaint: str
+) -> None:
+    async with open_swarm() as swarm:
+        peer = await swarm.join((0, 9))
+        with pytest.raises(JobError, match=complaint) as caught:
+            await peer.run(JobRequest(model="fake", prompt="1 2", method=name, quality=quality))
+        assert caught.value.code is JobErrorCode.INVALID
+        assert "\n" not in caught.value.message
+
+
+@pytest.mark.parametrize("lie", ["method", "ballot", "missing"])
+async def test_a_stage_goes_along_with_nothing_but_what_the_votes_came_to(
+    autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch, lie: str
+) -> None:
+    honest = OutboundLink.begin
+
+    def lying(self: OutboundLink, message: Begin) -> None:
+        ballots = list(message.ballots)
+        if lie == "method":
+            message = replace(message, method=BASELINE.name)
+        elif lie == "missing":
+            message = replace(message, ballots=())
+        else:
+            ballots[0] = replace(ballots[0], scores=tuple(-1.0 for _ in ballots[0].scores))
+            message = replace(message, ballots=tuple(ballots))
+        honest(self, message)
+
+    monkeypatch.setattr(OutboundLink, "begin", lying)
+    async with open_swarm() as swarm:
+        peer = await swarm.join((0, 9))
+        await swarm.settle()
+        with pytest.raises((JobError, LinkBroken)):
+            await peer.run(request(PROMPTS[0]))
+        await all_free(swarm)
+
+
+async def test_a_thousand_jobs_a_third_of_them_cancelled_leave_nothing(autojump_clock: MockClock) -> None:
+    rng = random.Random(7)
+    async with open_swarm() as swarm:
+        for span in THIRDS:
+            await swarm.join(span, step_s=0.002, kv_positions=1 << 15)
+        peer = await swarm.join()
+        await swarm.settle()
+        chosen = [method(prefix_cache="on"), method(engine="fused", speculation="ngram-4", prefix_cache="on"), None]
+        done = cancelled = 0
+
+        async def one(number: int, room: trio.CapacityLimiter) -> None:
+            nonlocal done, cancelled
+            prompt = (*SHARED[: rng.randrange(40)], number % 1000)
+            patience_s = rng.uniform(0, 0.3) if number % 3 == 0 else float("inf")
+            async with room:
+                with trio.move_on_after(patience_s) as scope:
+                    result = await peer.run(request(prompt, rng.randrange(1, 6), rng.choice(chosen)))
+                    if number % 20 == 1:  # the right text takes its time to compute
+                        assert result.token_ids == right(prompt, len(result.token_ids))
+                    done += 1
+                cancelled += scope.cancelled_caught
+
+        room = trio.CapacityLimiter(16)
+        async with trio.open_nursery() as nursery:
+            for number in range(1000):
+                nursery.start_soon(one, number, room)
+        assert done + cancelled == 1000
+        assert cancelled > 100
+        await all_free(swarm)
+        assert peer.coordinator.statistics().running == 0
