@@ -43,7 +43,13 @@ _JOB_OPTIONS: Final = (
 @click.option("--objective", type=click.Choice(["latency", "throughput"]), default="latency", show_default=True)
 @click.option("--budget", type=click.FloatRange(0), metavar="COST", help="The most that the job may cost.")
 @click.option("--quality", type=click.Choice(["exact", "near", "any"]), default="exact", show_default=True)
-@click.option("--method", default="auto", show_default=True, metavar="NAME", help="An acceleration method by its name.")
+@click.option(
+    "--method",
+    default="auto",
+    show_default=True,
+    metavar="NAME",
+    help="auto, or switches: engine=fused|prefix_cache=on.",
+)
 @click.option("--ignore-eos", is_flag=True, help="Go on past the model's end-of-text token, for measurements.")
 @click.option(
     "--file",
