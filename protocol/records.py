@@ -18,7 +18,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey,
 
 from protocol.canonical import Value, decode_canonical, encode
 from protocol.codec import load_from, load_to_map
-from protocol.errors import LocalProtocolError, RemoteProtocolError
+from protocol.errors import LocalProtocolError, RemoteProtocolError, UntimelyError
 from protocol.fields import SHA256_BYTES, Fields, block_range, model_id, name
 from protocol.identity import (
     BlockRange,
@@ -348,9 +348,9 @@ def _check_times(header: Header, kind: str, now_s: float) -> None:
     if not 0 < lifetime_s <= MAX_RECORD_LIFETIME_S:
         raise RemoteProtocolError(f"{kind} record lives {lifetime_s} s: expected 1 to {MAX_RECORD_LIFETIME_S}")
     if header.issued_at_s > now_s + MAX_CLOCK_SKEW_S:
-        raise RemoteProtocolError(f"{kind} record was issued {header.issued_at_s - now_s:.0f} s in the future")
+        raise UntimelyError(f"{kind} record was issued {header.issued_at_s - now_s:.0f} s in the future")
     if header.expires_at_s <= now_s:
-        raise RemoteProtocolError(f"{kind} record expired {now_s - header.expires_at_s:.0f} s ago")
+        raise UntimelyError(f"{kind} record expired {now_s - header.expires_at_s:.0f} s ago")
 
 
 def _precedence(envelope: bytes) -> tuple[int, int, bytes]:

@@ -1,7 +1,9 @@
 """GossipSub: the library's, with a guard around every message and limits that say what they drop."""
 
 import logging
-from collections.abc import AsyncIterator, Iterable
+import random
+from collections import defaultdict
+from collections.abc import AsyncIterator, Collection, Iterable
 from contextlib import asynccontextmanager
 from typing import Final
 
@@ -15,10 +17,13 @@ from libp2p.pubsub.pb import rpc_pb2
 from libp2p.pubsub.pubsub import Pubsub
 from libp2p.tools.timed_cache.last_seen_cache import LastSeenCache
 
+from node.network.addresses import address_range
 from node.network.fanout import Fanout
 from node.network.interface import GossipMessage, GossipValidator, NetworkError
+from node.network.scores import Scores
 from node.network.swarm import GuardedHost, start_service
 from node.network.yamux import Yamux
+from protocol.errors import RemoteProtocolError, UntimelyError
 from protocol.identity import PeerId, parse_peer_id
 
 logger = logging.getLogger(__name__)
@@ -37,6 +42,8 @@ CUT_OFF_DEBT: Final = 2000
 SEEN_LIFETIME_S: Final = 120.0
 MAX_SEEN: Final = 65536
 MAX_SEQUENCE_BYTES: Final = 64
+MAX_MESH_PEERS_PER_RANGE: Final = 3
+"""Of the 6 to 12 in a mesh, so many may have their addresses within one public /24 or /56."""
 
 
 class _Bucket:
@@ -85,13 +92,14 @@ class _GuardedPubsub(Pubsub):
     stream to us is whole, will not say it again; and it keeps a dead stream when the peer has another connection.
     """
 
-    def __init__(self, host: GuardedHost, router: GossipSub, gossip: "Gossip") -> None:
+    def __init__(self, host: GuardedHost, router: "Router", gossip: "Gossip") -> None:
         super().__init__(host, router, strict_signing=True, allowed_topics=set(gossip.topics))
         self.seen_messages.stop()
         self.seen_messages = _SeenMessages()
         self._gossip = gossip
         self._buckets: dict[ID, _Bucket] = {}
         self._inbound: dict[ID, int] = {}
+        self._unverified: set[int] = set()
 
     async def stream_handler(self, stream: INetStream) -> None:
         """Read what a peer says, for as long as its stream lasts."""
@@ -126,11 +134,27 @@ class _GuardedPubsub(Pubsub):
 
     async def push_msg(self, msg_forwarder: ID, msg: rpc_pb2.Message) -> None:
         """Take a message in, from a peer or from ourselves."""
-        if msg_forwarder != self.my_id and not self._acceptable(msg_forwarder, msg):
+        if msg_forwarder == self.my_id:
+            await super().push_msg(msg_forwarder, msg)
             return
-        await super().push_msg(msg_forwarder, msg)
+        if not self._acceptable(msg_forwarder, msg) or self._is_msg_seen(msg):
+            return
+        self._unverified.add(id(msg))
+        try:
+            await super().push_msg(msg_forwarder, msg)
+            if id(msg) in self._unverified:  # it never came to its validator: the signature is wrong
+                self._gossip.scores.invalid(msg_forwarder, msg.topicIDs[0])
+        finally:
+            self._unverified.discard(id(msg))
+
+    async def validate_msg(self, msg_forwarder: ID, msg: rpc_pb2.Message) -> None:
+        """Ask the topic's validator, once the signature is verified."""
+        self._unverified.discard(id(msg))
+        await super().validate_msg(msg_forwarder, msg)
 
     def _acceptable(self, forwarder: ID, message: rpc_pb2.Message) -> bool:
+        if not self._gossip.scores.allow_publish(forwarder, []):
+            return False
         bucket = self._buckets.get(forwarder)
         if bucket is None:
             self._buckets = {peer: kept for peer, kept in self._buckets.items() if peer in self.peers}
@@ -160,10 +184,91 @@ class _GuardedPubsub(Pubsub):
             self._gossip.readers[publish_message.topicIDs[0]].put(GossipMessage(source, publish_message.data))
 
 
-class _Router(GossipSub):
-    """GossipSub that keeps a burst, says little, and forgets what only its adaptive mode, which is off, would."""
+class Router(GossipSub):
+    """GossipSub that keeps a burst, says little, and forgets what only its adaptive mode, which is off, would.
+
+    Its meshes have no place for a peer with a bad score, and few for peers within one public range of addresses.
+    """
 
     _worth_a_warning = False
+
+    def __init__(self, scores: Scores) -> None:
+        super().__init__(
+            protocols=PROTOCOLS,
+            degree=6,
+            degree_low=4,
+            degree_high=12,
+            heartbeat_interval=1,
+            # What follows is switched off: a silent cap of ten messages a second, and heuristics that change the mesh.
+            spam_protection_enabled=False,
+            adaptive_gossip_enabled=False,
+            eclipse_protection_enabled=False,
+        )
+        self.scorer: Scores = scores
+
+    def add_peer(self, peer_id: ID, protocol_id: TProtocol | None) -> None:
+        """Note a new neighbour."""
+        self.scorer.returned(peer_id)
+        super().add_peer(peer_id, protocol_id)
+
+    async def handle_rpc(self, rpc: rpc_pb2.RPC, sender_peer_id: ID) -> None:
+        """Serve what a neighbour asks for."""
+        if not self.scorer.graylisted(sender_peer_id):
+            await super().handle_rpc(rpc, sender_peer_id)
+
+    async def handle_graft(self, graft_msg: rpc_pb2.ControlGraft, sender_peer_id: ID) -> None:
+        """Let a neighbour into a mesh, if there is a place for it."""
+        mesh = self.mesh.get(graft_msg.topicID, set())
+        if sender_peer_id in mesh or self._has_place(sender_peer_id, mesh):
+            await super().handle_graft(graft_msg, sender_peer_id)
+        else:
+            await self.emit_prune(graft_msg.topicID, sender_peer_id, False, False)
+
+    async def on_peer_subscribed(self, peer_id: ID, topic: str) -> None:
+        """Let a neighbour that takes up a topic into its mesh, if there is a place for it."""
+        if self._has_place(peer_id, self.mesh.get(topic, set())):
+            await super().on_peer_subscribed(peer_id, topic)
+
+    def mesh_heartbeat(self) -> tuple[defaultdict[ID, list[str]], defaultdict[ID, list[str]]]:
+        """Keep every mesh at its size; who has a bad score goes."""
+        expelled = [(peer, topic) for topic, mesh in self.mesh.items() for peer in mesh if self.scorer.of(peer) < 0]
+        for peer, topic in expelled:
+            self.mesh[topic].discard(peer)
+            self._add_back_off(peer, topic, False)
+        grafts, prunes = super().mesh_heartbeat()
+        for peer, topic in expelled:
+            prunes[peer].append(topic)
+        return grafts, prunes
+
+    def _get_in_topic_gossipsub_peers_from_minus(
+        self,
+        topic: str,
+        num_to_select: int,
+        minus: Iterable[ID],
+        backoff_check: bool = False,
+    ) -> list[ID]:
+        """Choose peers for a mesh, or to tell them what we have: the library asks here for both."""
+        minus = set(minus)
+        candidates = super()._get_in_topic_gossipsub_peers_from_minus(topic, MAX_SEEN, minus, backoff_check)
+        random.shuffle(candidates)
+        chosen: list[ID] = []
+        for peer in candidates:
+            if len(chosen) < num_to_select and self._has_place(peer, minus.union(chosen)):
+                chosen.append(peer)
+        return chosen
+
+    def _has_place(self, peer: ID, mesh: Collection[ID]) -> bool:
+        if self.scorer.of(peer) < 0:
+            return False
+        here = self._range_of(peer)
+        return here is None or sum(self._range_of(other) == here for other in mesh) < MAX_MESH_PEERS_PER_RANGE
+
+    def _range_of(self, peer: ID) -> str | None:
+        assert self.pubsub is not None
+        for connection in self.pubsub.host.get_network().get_connections(peer):
+            if isinstance(connection.muxed_conn, Yamux) and (host := connection.muxed_conn.host) is not None:
+                return address_range(host)
+        return None
 
     async def flush_pending_messages(self, peer_id: ID) -> None:
         """Send what waited for a new peer; this is called as soon as the peer has its outbound queue."""
@@ -192,6 +297,7 @@ class Gossip:
         self.topics: dict[str, GossipValidator] = {}
         self.readers: dict[str, Fanout[GossipMessage]] = {}
         self.dropped = 0
+        self.scores = Scores(())
         self._pubsub: _GuardedPubsub | None = None
 
     def join(self, topic: str, validator: GossipValidator) -> None:
@@ -201,17 +307,8 @@ class Gossip:
 
     async def start(self, nursery: trio.Nursery, host: GuardedHost) -> None:
         """Subscribe to the topics and serve the protocol."""
-        router = _Router(
-            protocols=PROTOCOLS,
-            degree=6,
-            degree_low=4,
-            degree_high=12,
-            heartbeat_interval=1,
-            # What follows is switched off: a silent cap of ten messages a second, and heuristics that change the mesh.
-            spam_protection_enabled=False,
-            adaptive_gossip_enabled=False,
-            eclipse_protection_enabled=False,
-        )
+        self.scores = Scores(tuple(self.topics))
+        router = Router(self.scores)
         pubsub = _GuardedPubsub(host, router, self)
         for topic in self.topics:
             pubsub.set_topic_validator(topic, self._validate, is_async_validator=False)
@@ -228,10 +325,17 @@ class Gossip:
         for reader in self.readers.values():
             reader.end()
 
-    def _validate(self, _forwarder: ID, message: rpc_pb2.Message) -> bool:
+    def _validate(self, forwarder: ID, message: rpc_pb2.Message) -> bool:
+        topic = message.topicIDs[0]
         try:
             source = parse_peer_id(ID(message.from_id).to_base58())
-            return self.topics[message.topicIDs[0]](source, message.data)
+            return self.topics[topic](source, message.data)
+        except UntimelyError:
+            return False  # by our clock: the neighbour's may say otherwise
+        except RemoteProtocolError as error:
+            logger.debug("an invalid message came from %s: %s", forwarder, error)
+            self.scores.invalid(forwarder, topic)
+            return False
         except Exception as error:  # noqa: BLE001  # the bytes are a stranger's, and a validator that raises says no
             logger.debug("a gossip validator raised: %r", error)
             return False

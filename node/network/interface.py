@@ -67,7 +67,11 @@ class GossipMessage:
 
 
 GossipValidator = Callable[[PeerId, bytes], bool]
-"""Says whether a message (publisher, payload) is taken and forwarded. Runs on the event loop; raising means no."""
+"""Says whether a message (publisher, payload) is taken and forwarded. Runs on the event loop; raising means no.
+
+No honest neighbour hands on what makes it raise RemoteProtocolError, so that counts against the neighbour; False and
+UntimelyError count against nobody.
+"""
 
 RecordValidator = Callable[[str, bytes], bool]
 """Says whether the bytes may stand under the key. Raising means no."""

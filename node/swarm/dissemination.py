@@ -288,7 +288,7 @@ class Dissemination:
         except RemoteProtocolError as error:
             self._statistics.batches_invalid += 1
             self._penalise(source, standing, error)
-            return False
+            raise
         return not any(map(self._replica.untimely_s, observations))
 
     async def _listen(self) -> None:

@@ -10,8 +10,6 @@ from libp2p import new_host
 from libp2p.abc import IHost
 from libp2p.crypto.ed25519 import create_new_key_pair
 from libp2p.custom_types import TProtocol
-from libp2p.network.connection.raw_connection import RawConnection
-from libp2p.peer.id import ID
 from libp2p.peer.peerinfo import PeerInfo, info_from_p2p_addr
 from libp2p.pubsub.gossipsub import GossipSub
 from libp2p.pubsub.pubsub import Pubsub
@@ -21,9 +19,6 @@ from multiaddr import Multiaddr
 
 from node.network.host import Libp2pNetwork
 from node.network.interface import Network
-from node.network.transport import TcpStream, secure_upgrader
-from node.network.yamux import Yamux
-from node.network.yamux_stream import YamuxLimits
 
 from .conftest import echo, receive_exactly
 
@@ -130,23 +125,3 @@ async def assert_serves(network: Network, number: int = 77) -> None:
         stream = await newcomer.open_stream(network.peer_id, ECHO)
         await stream.send_all(b"still there?")
         assert await receive_exactly(stream, 12) == b"still there?"
-
-
-@asynccontextmanager
-async def idle_connection(network: Network, number: int) -> AsyncIterator[Yamux]:
-    """Hold a finished connection on which nothing is ever said or answered but the multiplexer's pings."""
-    observer = Libp2pNetwork(number.to_bytes(32, "big"))
-    key_pair = create_new_key_pair(number.to_bytes(32, "big"))
-    upgrader = secure_upgrader(key_pair, YamuxLimits(), observer)
-    _, kind, host, _, port, _, peer = network.multiaddrs[0].split("/")
-    assert kind == "ip4"
-    peer_id = ID.from_base58(peer)
-    raw = RawConnection(TcpStream(await trio.open_tcp_stream(host, int(port))), initiator=True)
-    muxed = await upgrader.upgrade_connection(await upgrader.upgrade_security(raw, True, peer_id), peer_id)
-    assert isinstance(muxed, Yamux)
-    async with trio.open_nursery() as nursery:
-        nursery.start_soon(muxed.start)
-        try:
-            yield muxed
-        finally:
-            muxed.abort()

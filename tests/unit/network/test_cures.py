@@ -19,6 +19,7 @@ from node.network.admission import SILENT_S, InboundLimits
 from node.network.host import Libp2pNetwork, NetworkLimits
 from node.network.interface import Network, NetworkError, PeerConnected, PeerDisconnected, Stream, StreamClosed
 from node.network.peerstore import BoundedPeerStore
+from node.network.stranger import hold_connection
 from node.network.streams import Libp2pStream
 from node.network.swarm import start_service
 from node.network.yamux import Yamux
@@ -32,7 +33,6 @@ from .hosts import (
     TOPIC,
     FragileService,
     assert_serves,
-    idle_connection,
     join,
     library_host,
     our_host,
@@ -176,10 +176,11 @@ async def test_who_only_holds_connections_makes_room_for_who_comes_from_the_same
     host = our_host(limits=NetworkLimits(inbound=InboundLimits(total=9, per_origin=3, per_range=9)))
     with limited(20):
         async with host.running(), AsyncExitStack() as stack:
-            idle = [await stack.enter_async_context(idle_connection(host, number)) for number in range(2, 5)]
+            address = host.multiaddrs[0]
+            ended = [await stack.enter_async_context(hold_connection(address, secured=True)) for _ in range(3)]
             await trio.sleep(SILENT_S)
             await assert_serves(host)
-            await until(lambda: any(connection.is_closed for connection in idle))
+            await until(lambda: any(event.is_set() for event in ended))
 
 
 async def test_a_connection_without_encryption_is_refused() -> None:

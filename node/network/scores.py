@@ -1,0 +1,100 @@
+"""GossipSub's peer scores: what costs a neighbour our attention, and for how long.
+
+The library scores, and by default every weight is zero. Where it is set, its score is forgotten as soon as a peer
+disconnects, one topic knows nothing of another, a badly scored peer stays in the mesh, whatever a validator does not
+take counts as the neighbour's fault, and a wrong signature counts as nobody's. All of that is put right here and in
+`gossip.py`. Points and decay as in the specification of GossipSub v1.1, P2, P4 and P5.
+"""
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from typing import Final
+
+from libp2p.peer.id import ID
+from libp2p.pubsub.score import PeerScorer, ScoreParams, TopicScoreParams
+
+MAX_RETAINED: Final = 4096
+"""Disconnected peers whose bad score is remembered: coming back must not wash it off."""
+
+FORGIVEN_SCORE: Final = -1.0
+"""A disconnected peer whose score has decayed to this is forgotten."""
+
+PARAMETERS: Final = ScoreParams(
+    # P1 and P3 stay at zero: the library counts joins instead of time, and no deliveries within the mesh.
+    p2_first_message_deliveries=TopicScoreParams(weight=0.5, cap=10, decay=0.98),
+    p4_invalid_messages=TopicScoreParams(weight=10, cap=100, decay=0.99),
+    p5_behavior_penalty_weight=1,
+    p5_behavior_penalty_threshold=30,
+    p5_behavior_penalty_decay=0.95,
+    # P7 stays at zero: neighbours within one range are bounded in the mesh, not gagged; see `gossip.Router`.
+    gossip_threshold=-10,
+    publish_threshold=-40,  # the library asks it of what comes in as well: here the graylist begins
+    graylist_threshold=-40,
+    accept_px_threshold=0,
+)
+"""Decays are per heartbeat, which is a second. Five invalid messages graylist a peer, which is forgiven after half a
+minute; a hundred and more are forgiven after five. What it first delivers of valid messages outweighs half an invalid
+one in each topic, so nobody buys faults with deliveries."""
+
+
+class Scores(PeerScorer):
+    """The scores of all neighbours over all topics together."""
+
+    def __init__(self, topics: Sequence[str]) -> None:
+        super().__init__(PARAMETERS)
+        self._topics = list(topics)
+        self._retained: OrderedDict[ID, None] = OrderedDict()
+
+    def of(self, peer: ID) -> float:
+        """Return the score of a peer; below zero it is not wanted in a mesh."""
+        return super().score(peer, self._topics)
+
+    def score(self, peer: ID, topics: list[str]) -> float:
+        """Return the score of a peer, whatever topic is asked for: who lies in one is believed in none."""
+        del topics
+        return self.of(peer)
+
+    def graylisted(self, peer: ID) -> bool:
+        """Whether nothing that a peer says is looked at."""
+        return self.of(peer) < self.params.graylist_threshold
+
+    def allow_publish(self, peer: ID, topics: list[str]) -> bool:
+        """Whether messages are taken from a peer and sent to it."""
+        del topics
+        return self.of(peer) >= self.params.publish_threshold
+
+    def allow_gossip(self, peer: ID, topics: list[str]) -> bool:
+        """Whether a peer is told which messages we have."""
+        del topics
+        return self.of(peer) >= self.params.gossip_threshold
+
+    def on_invalid_message(self, peer: ID, topic: str) -> None:
+        """Count nothing: the library calls this whatever the reason for which a message was not taken."""
+
+    def invalid(self, peer: ID, topic: str) -> None:
+        """Count a message that no honest peer would have handed on."""
+        count = self.invalid_messages[peer]
+        # Capped here as well: the library caps what the count weighs, and lets it take ever longer to fade.
+        count[topic] = min(count[topic] + 1, self.params.p4_invalid_messages.cap)
+
+    def remove_peer(self, peer: ID) -> None:
+        """Forget a peer that has disconnected, unless its score is bad."""
+        if self.of(peer) >= FORGIVEN_SCORE:
+            super().remove_peer(peer)
+            return
+        self.first_message_deliveries.pop(peer, None)
+        self._retained[peer] = None
+        if len(self._retained) > MAX_RETAINED:
+            oldest, _ = self._retained.popitem(last=False)
+            super().remove_peer(oldest)
+
+    def returned(self, peer: ID) -> None:
+        """Note that a peer is a neighbour again."""
+        self._retained.pop(peer, None)
+
+    def on_heartbeat(self, dt_seconds: float = 1.0) -> None:
+        """Let a second's worth of everything fade."""
+        super().on_heartbeat(dt_seconds)
+        for peer in [peer for peer in self._retained if self.of(peer) >= FORGIVEN_SCORE]:
+            del self._retained[peer]
+            super().remove_peer(peer)
