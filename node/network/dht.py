@@ -140,6 +140,7 @@ class Dht:
             validator_changed=True,
             strict_validation=True,
             max_peers_per_subnet=8,
+            max_peers_per_subnet_table=16,
         )
         kad.value_store = _BoundedValueStore(host, kad.local_peer_id)
         kad.provider_store = _BoundedProviderStore(host, kad.peer_routing)
