@@ -20,6 +20,7 @@ VERBS: Final[Mapping[str, tuple[str, str]]] = {
     "model": ("node.cli.models:model", "Import, list, show, verify and remove model packages."),
     "history": ("node.cli.history:history_group", "Export, import and verify the history of observations."),
     "doctor": ("node.cli.doctor:doctor", "Say why a node cannot join or be reached, or what a model lacks."),
+    "evaluate": ("node.cli.evaluate:evaluate", "Evaluate the meta-model and all baselines on measurements."),
     "keygen": ("node.cli.keygen:keygen", "Write the key of a private swarm."),
 }
 """Where each verb lives, and what it does in one line: `metaswarm --help` imports none of them."""

@@ -1,0 +1,145 @@
+"""`metaswarm evaluate DATASET_DIR`: how well the meta-model chooses, beside every baseline, on contexts not seen."""
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from node.cli.output import CommandError, err, json_option, new_table, out, print_json, printable, progress_bars
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from node.selection.comparison import Comparison
+    from selector.evaluation import Group, Measures
+
+
+@click.command()
+@click.argument("dataset_dir", type=click.Path(exists=True, file_okay=False, path_type=Path))
+@click.option(
+    "--group",
+    type=click.Choice(["random", "model", "hardware"]),
+    default="random",
+    show_default=True,
+    help="What is left out of the training: contexts drawn by lot, or every value of a column in turn.",
+)
+@click.option(
+    "--probes",
+    type=click.IntRange(0, 1000),
+    default=0,
+    show_default=True,
+    metavar="N",
+    help="Measure the N methods predicted to be best, and take the best of them; the baselines get as many.",
+)
+@click.option("--default", metavar="METHOD", help="What speed-ups are told over (default: the most widely measured).")
+@click.option("--sample", type=click.IntRange(2), metavar="N", help="Use only N contexts, drawn by a seeded lot.")
+@click.option("--seed", type=click.IntRange(0, 2**31 - 1), default=0, show_default=True, help="Seed of every lot.")
+@click.option(
+    "--plot",
+    type=click.Path(dir_okay=False, path_type=Path),
+    metavar="FILE",
+    help="Draw the table, as PNG, SVG or PDF.",
+)
+@json_option
+def evaluate(
+    dataset_dir: Path,
+    group: "Group",
+    probes: int,
+    default: str | None,
+    sample: int | None,
+    seed: int,
+    plot: Path | None,
+    as_json: bool,
+) -> None:
+    """Evaluate the meta-model and the baselines on the measurements in DATASET_DIR.
+
+    The folder holds contexts.csv and observations.csv, gzipped or not: see docs/selection.md. Each context of the
+    test folds is chosen for by selectors that saw nothing of what was left out with it.
+    """
+    from node.engine.sentences import find_sentence_encoder
+    from node.selection.comparison import MAX_ROWS, compare
+    from node.selection.folder import read_folder
+    from node.selection.plot import PlotError, check_plot, draw_comparison
+    from selector.dataset import DatasetError
+
+    try:
+        if plot:
+            check_plot(plot)
+        dataset = read_folder(dataset_dir)
+        if default is not None and default not in dataset.pairs.methods:
+            shown = ", ".join(dataset.pairs.methods[:5])
+            raise CommandError(f"{default!r} was not measured in {dataset_dir}; its methods are {shown}, …")
+        contexts = len(set(dataset.pairs.context.tolist()))
+        if sample is None and len(dataset) > MAX_ROWS:
+            sample = max(2, contexts * MAX_ROWS // len(dataset))
+            err().print(
+                f"{len(dataset)} observations are many: {sample} of {contexts} contexts are drawn by lot; see --sample"
+            )
+        if sample is not None:
+            dataset = dataset.sample(sample, seed)
+        with progress_bars() as progress:
+            comparison = compare(
+                dataset,
+                group,
+                probes=probes,
+                default=default,
+                seed=seed,
+                encode=find_sentence_encoder(),
+                threads=min(2, os.cpu_count() or 1),
+                progress=progress,
+            )
+        if plot:
+            draw_comparison(comparison, plot)
+    except (DatasetError, PlotError) as error:
+        raise CommandError(str(error)) from None
+    if as_json:
+        print_json(comparison.as_dict())
+    else:
+        _print_table(comparison)
+
+
+def _print_table(comparison: "Comparison") -> None:
+    dataset, document = comparison.dataset, comparison.as_dict()
+    by = "by random folds" if comparison.group == "random" else f"whole values of {comparison.group} left out"
+    probes = f", best of {comparison.probes} probes" if comparison.probes else ""
+    title = (
+        f"{printable(dataset.name)}: {document['contexts']} contexts, {document['methods']} methods, "
+        f"{document['observations']} observations; {by}, {comparison.folds} folds{probes}"
+    )
+    out().print(_table(comparison, more_than_n=False, title=title))
+    if comparison.probes:
+        more = comparison.rows[0].more_than_n.contexts if comparison.rows else 0
+        title = f"only the {more} contexts with more than {comparison.probes} methods"
+        out().print(_table(comparison, more_than_n=True, title=title))
+    for name, reason in comparison.left_out.items():
+        err().print(f"without {name}: {reason}")
+    for note in dataset.notes:
+        err().print(f"note: {printable(note)}")
+
+
+def _table(comparison: "Comparison", *, more_than_n: bool, title: str) -> "Table":
+    table = new_table(
+        "selector",
+        ">accuracy",
+        ">within 5 %",
+        ">speed-up",
+        ">ratio to best",
+        ">closed gap",
+        ">F1",
+        ">seconds",
+        title=title,
+    )
+    for row in comparison.rows:
+        of = row.more_than_n if more_than_n else row.measures
+        table.add_row(
+            row.selector, *_cells(of), f"{row.seconds:.1f}", style="bold" if row.selector == "metaswarm" else None
+        )
+    return table
+
+
+def _cells(of: "Measures") -> list[str]:
+    figures = (
+        of.accuracy, of.accuracy_within_5_percent, of.mean_speedup, of.ratio_to_virtual_best, of.closed_gap, of.f1,
+    )  # fmt: skip
+    return ["-" if figure is None else f"{figure:.3f}" for figure in figures]

@@ -1,0 +1,1 @@
+"""What the selector needs of the world: files of measurements, a clock, and a process to train in."""

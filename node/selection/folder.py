@@ -1,0 +1,129 @@
+"""Reads a folder of measurements: `contexts.csv` and `observations.csv`, gzipped (`.gz`) or not.
+
+`contexts`: the column `cid`; `model`, `hardware` and `budget`, names, where there are any; every other column is a
+feature. `observations`: `cid`, `method`, and `y`, the natural logarithm of the cost. A row that is wrong is left out.
+"""
+
+import csv
+import gzip
+import io
+import math
+import sys
+import zlib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Final
+
+import numpy as np
+
+from selector.dataset import GROUPS, Contexts, Dataset, DatasetError, FloatArray, build_dataset
+
+MAX_CATEGORIES: Final = 32
+"""A feature that is no number becomes one indicator a value, if it has no more values than this."""
+
+MAX_FIELD_BYTES: Final = 1 << 20
+
+
+def read_folder(folder: Path) -> Dataset:
+    """Return the dataset in a folder. Raises DatasetError: one line that names the file and what it lacks."""
+    contexts, notes = _read_contexts(folder)
+    index = {cid: i for i, cid in enumerate(contexts.ids)}
+    rows: list[tuple[int, str, float]] = []
+    unknown = unnamed = 0
+    with _table(folder, "observations", ("cid", "method", "y")) as (columns, records):
+        cid_at, method_at, cost_at = (columns.index(name) for name in ("cid", "method", "y"))
+        for record in records:
+            context = index.get(record[cid_at])
+            method = sys.intern(record[method_at].strip())
+            if context is None:
+                unknown += 1
+            elif not method:
+                unnamed += 1
+            else:
+                rows.append((context, method, _number(record[cost_at])))
+    if unknown:
+        notes.append(f"left out {unknown} observations of contexts that contexts.csv does not have")
+    if unnamed:
+        notes.append(f"left out {unnamed} observations without a method")
+    try:
+        return build_dataset(contexts, rows, name=folder.resolve().name, notes=notes)
+    except DatasetError as error:
+        raise DatasetError(f"{folder}: observations.csv: {error}") from None
+
+
+def _read_contexts(folder: Path) -> tuple[Contexts, list[str]]:
+    notes: list[str] = []
+    seen: dict[str, list[str]] = {}
+    repeated = 0
+    with _table(folder, "contexts", ("cid",)) as (columns, records):
+        cid_at = columns.index("cid")
+        for record in records:
+            repeated += record[cid_at] in seen
+            seen.setdefault(record[cid_at], record)
+    if not seen:
+        raise DatasetError(f"{folder}: contexts.csv has no rows")
+    if repeated:
+        notes.append(f"contexts.csv has {repeated} rows whose cid came before; the first one counts")
+    records_kept = list(seen.values())
+    names = {
+        name: np.array([record[columns.index(name)] for record in records_kept], dtype=np.str_)
+        for name in GROUPS
+        if name in columns
+    }
+    features: list[str] = []
+    values: list[FloatArray] = []
+    for at, name in enumerate(columns):
+        if name not in {"cid", *GROUPS}:
+            found = _feature(name, [record[at] for record in records_kept])
+            if not found:
+                notes.append(f"left out the column {name!r}: it has no number, and too many values to tell apart")
+            features += [each for each, _ in found]
+            values += [column for _, column in found]
+    table = np.column_stack(values) if values else np.zeros((len(seen), 0))
+    return Contexts(tuple(seen), names, tuple(features), table), notes
+
+
+def _feature(name: str, texts: Sequence[str]) -> list[tuple[str, FloatArray]]:
+    """Return a column as numbers; one of words as an indicator for each of its values."""
+    numbers = np.array([_number(text) for text in texts])
+    words = {text for text, number in zip(texts, numbers, strict=True) if math.isnan(number)} - {"", "nan", "NaN"}
+    if not words:
+        return [(name, numbers)]
+    values = sorted(set(texts))
+    if len(values) > MAX_CATEGORIES:
+        return [(name, numbers)] if np.isfinite(numbers).any() else []
+    return [(f"{name}={value}", np.array([float(text == value) for text in texts])) for value in values]
+
+
+def _number(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        return math.nan
+
+
+@contextmanager
+def _table(folder: Path, stem: str, needed: Sequence[str]) -> Iterator[tuple[list[str], Iterator[list[str]]]]:
+    """Give the columns' names and the records of a CSV file, all of the same length."""
+    candidates = [folder / f"{stem}.csv.gz", folder / f"{stem}.csv"]
+    path = next((path for path in candidates if path.is_file()), None)
+    if path is None:
+        raise DatasetError(f"{folder} has no {stem}.csv or {stem}.csv.gz: it is no folder of measurements")
+    csv.field_size_limit(MAX_FIELD_BYTES)
+    try:
+        with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as opened:
+            reader = csv.reader(io.TextIOWrapper(opened, encoding="utf-8-sig", newline=""))
+            columns = [name.strip() for name in next(reader, [])]
+            if missing := [name for name in needed if name not in columns]:
+                raise DatasetError(f"{path} lacks the column {', '.join(map(repr, missing))}")
+            yield columns, _records(reader, len(columns))
+    except (OSError, EOFError, zlib.error, UnicodeDecodeError, csv.Error) as error:
+        raise DatasetError(f"cannot read {path}: {error}") from None
+
+
+def _records(reader: Iterator[list[str]], width: int) -> Iterator[list[str]]:
+    """Yield every record with exactly `width` fields: short ones are filled up with nothing."""
+    for record in reader:
+        if record:
+            yield (record + [""] * (width - len(record)))[:width]

@@ -1,0 +1,147 @@
+"""Measurements to learn from: a table of contexts, the methods, and rows that say what a method cost in a context."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+import numpy.typing as npt
+
+FloatArray = npt.NDArray[np.float64]
+IntArray = npt.NDArray[np.intp]
+StringArray = npt.NDArray[np.str_]
+
+GROUPS = ("model", "hardware", "budget")
+"""The columns of a context that are names: never features of their own, but what may be left out together."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Contexts:
+    """A table of task contexts.
+
+    `names`: of each column of GROUPS that there is, one string a context. `columns`: the names of the features.
+    `features`: float64, shape (contexts, columns); NaN where a feature is not known.
+    """
+
+    ids: tuple[str, ...]
+    names: Mapping[str, StringArray]
+    columns: tuple[str, ...]
+    features: FloatArray
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def take(self, indices: IntArray) -> "Contexts":
+        """Return some of the contexts, in the order of `indices`."""
+        ids = tuple(self.ids[i] for i in indices)
+        return Contexts(
+            ids, {name: of[indices] for name, of in self.names.items()}, self.columns, self.features[indices]
+        )
+
+    def column(self, name: str) -> FloatArray | None:
+        """Return one feature of every context, or None where there is no such column."""
+        return self.features[:, self.columns.index(name)] if name in self.columns else None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Pairs:
+    """Pairs of a context and a method: the X that every selector is fitted on, and that it predicts for.
+
+    `context` and `method`: for each pair the index into `contexts` and into `methods`.
+    """
+
+    contexts: Contexts
+    methods: tuple[str, ...]
+    context: IntArray
+    method: IntArray
+
+    def __len__(self) -> int:
+        return len(self.context)
+
+    def take(self, rows: npt.NDArray[np.bool_] | IntArray) -> "Pairs":
+        """Return some of the pairs over the same contexts and methods."""
+        return replace(self, context=self.context[rows], method=self.method[rows])
+
+    def method_names(self) -> StringArray:
+        """Return the name of every pair's method."""
+        return np.array(self.methods, dtype=np.str_)[self.method]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Dataset:
+    """What was measured: `cost` is the natural logarithm of each pair's cost; `weight` is how much each is worth.
+
+    `notes`: one line for each thing about the source that a reader should know, such as rows left out.
+    """
+
+    pairs: Pairs
+    cost: FloatArray
+    weight: FloatArray
+    name: str = ""
+    notes: tuple[str, ...] = field(default=())
+
+    def __len__(self) -> int:
+        return len(self.cost)
+
+    def take(self, rows: npt.NDArray[np.bool_] | IntArray) -> "Dataset":
+        """Return some of the rows over the same contexts and methods."""
+        return replace(self, pairs=self.pairs.take(rows), cost=self.cost[rows], weight=self.weight[rows])
+
+    def of_contexts(self, contexts: IntArray) -> "Dataset":
+        """Return the rows of some contexts over the same tables."""
+        wanted = np.zeros(len(self.pairs.contexts), dtype=bool)
+        wanted[contexts] = True
+        return self.take(wanted[self.pairs.context])
+
+    def sample(self, count: int, seed: int = 0) -> "Dataset":
+        """Return the rows of `count` contexts drawn without replacement; all where there are no more."""
+        present = np.unique(self.pairs.context)
+        if len(present) <= count:
+            return self
+        drawn = np.random.default_rng(seed).choice(present, size=count, replace=False)
+        return self.of_contexts(np.sort(drawn))
+
+
+class DatasetError(ValueError):
+    """A dataset cannot be learned from. The message is one line for whoever supplied it."""
+
+
+def build_dataset(
+    contexts: Contexts, rows: Sequence[tuple[int, str, float]], *, name: str = "", notes: Sequence[str] = ()
+) -> Dataset:
+    """Return the dataset of rows (index of a context, method, natural logarithm of the cost).
+
+    Rows whose cost is no finite number are left out; a pair measured more than once counts with its mean. Raises
+    DatasetError where nothing is left.
+    """
+    methods = tuple(sorted({method for _, method, _ in rows}))
+    index = {method: i for i, method in enumerate(methods)}
+    context = np.fromiter((row[0] for row in rows), dtype=np.intp, count=len(rows))
+    method = np.fromiter((index[row[1]] for row in rows), dtype=np.intp, count=len(rows))
+    cost = np.fromiter((row[2] for row in rows), dtype=np.float64, count=len(rows))
+    notes = list(notes)
+    finite = np.isfinite(cost)
+    if not finite.all():
+        notes.append(f"left out {np.count_nonzero(~finite)} rows whose cost is no finite number")
+        context, method, cost = context[finite], method[finite], cost[finite]
+    if not len(cost):
+        raise DatasetError("no row with a finite cost is left")
+    keys, inverse, counts = np.unique(context * len(methods) + method, return_inverse=True, return_counts=True)
+    if len(keys) < len(cost):
+        notes.append(f"averaged {len(cost) - len(keys)} repeated measurements of the same method in the same context")
+    cost = np.bincount(inverse, weights=cost) / counts
+    pairs = Pairs(contexts, methods, keys // len(methods), keys % len(methods))
+    return Dataset(pairs, cost, counts.astype(np.float64), name, tuple(notes))
+
+
+def context_means(values: FloatArray, context: IntArray, count: int, weight: FloatArray | None = None) -> FloatArray:
+    """Return the (weighted) mean of the values of each context, shape (count,); 0 for a context without any."""
+    weight = np.ones_like(values) if weight is None else weight
+    sums = np.bincount(context, weights=weight * values, minlength=count)
+    return sums / np.maximum(np.bincount(context, weights=weight, minlength=count), 1e-300)
+
+
+def context_minima(values: FloatArray, context: IntArray, count: int) -> FloatArray:
+    """Return the least value of each context, shape (count,); infinity for a context without any."""
+    least = np.full(count, np.inf)
+    np.minimum.at(least, context, values)
+    return least

@@ -1,0 +1,201 @@
+"""Pairs of a context and a method as numbers: what the names of methods say, the contexts' features, and physics.
+
+A method is described by the factors that its name consists of, separated by `|`: `vLLM|tp4`, or `switch=value|…`. So
+what is learned of one method is learned of every method that shares a factor with it. Physics makes of both what a
+roofline says [Williams, Waterman, Patterson, CACM 2009]: how long weights and KV cache take through the memory, and
+how long the multiplications take, for the method's own arithmetic and number of devices. Where a dataset lacks a
+column, what would need it is left out.
+"""
+
+import re
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Final, Self
+
+import numpy as np
+
+from selector.dataset import Contexts, FloatArray, Pairs
+
+MAX_CATEGORIES: Final = 32
+"""Values of a named column, or factors of methods, that get an indicator of their own: the most frequent ones."""
+
+_NUMBER: Final = re.compile(r"^(?:([^=]+)=)?([A-Za-z_+-]*?)(\d+(?:\.\d+)?)$")
+_PARALLEL: Final = frozenset({"tp", "pp", "dp", "ep", "cp", "gpu", "gpus", "devices"})
+_BITS: Final = (
+    ("nvfp4", 4), ("mxfp4", 4), ("fp4", 4), ("int4", 4), ("w4", 4), ("q4", 4), ("awq", 4), ("gptq", 4), ("nf4", 4),
+    ("fp8", 8), ("int8", 8), ("w8", 8), ("q8", 8), ("sq", 8), ("bf16", 16), ("bfloat16", 16), ("fp16", 16),
+    ("float16", 16), ("half", 16), ("fp32", 32), ("float32", 32),
+)  # fmt: skip
+_WEIGHT_ONLY: Final = re.compile(r"wo$|_wo|w\d+a16|weight|awq|gptq|nf4|=int8$|^int4")
+
+
+@dataclass(frozen=True, slots=True)
+class Arithmetic:
+    """What a method's name says of its arithmetic: bits of a weight, of a KV element, of a factor in a product."""
+
+    weight_bits: float
+    kv_bits: float
+    compute_bits: float
+    devices: float
+
+
+def arithmetic_of(method: str) -> Arithmetic:
+    """Return what a method's name says; 16 bits and one device where it says nothing."""
+    weight_bits = kv_bits = compute_bits = 16.0
+    devices = 1.0
+    for factor in method.lower().split("|"):
+        number = _NUMBER.match(factor)
+        if number and (number[2] or number[1]) in _PARALLEL:
+            devices *= max(1.0, float(number[3])) if (number[2] or number[1]) in {"tp", "pp", "cp"} else 1.0
+            continue
+        bits = next((float(bits) for word, bits in _BITS if word in factor), None)
+        if bits is None:
+            continue
+        if factor.startswith(("kv", "cache")):
+            kv_bits = bits
+        elif not factor.startswith("activations"):
+            weight_bits = bits
+            compute_bits = 16.0 if _WEIGHT_ONLY.search(factor) else bits
+    return Arithmetic(weight_bits, kv_bits, compute_bits, devices)
+
+
+@dataclass(frozen=True, slots=True)
+class MethodTable:
+    """The factors of methods as a matrix: indicators, then the numbers that factors end in, as log2."""
+
+    tokens: tuple[str, ...]
+    numbers: tuple[str, ...]
+
+    @classmethod
+    def of(cls, methods: Sequence[str]) -> "MethodTable":
+        """Return the table that tells these methods apart."""
+        counts = Counter(token for method in methods for token in set(method.split("|")))
+        tokens = [t for t, n in sorted(counts.items(), key=lambda item: (-item[1], item[0])) if n < len(methods)]
+        numbers = Counter(found[0] for token in counts if (found := _number(token)))
+        return cls(tuple(tokens[: 2 * MAX_CATEGORIES]), tuple(sorted(k for k, n in numbers.items() if n > 1)))
+
+    def matrix(self, methods: Sequence[str]) -> FloatArray:
+        """Return one row a method."""
+        table = np.zeros((len(methods), len(self.tokens) + len(self.numbers)))
+        for i, method in enumerate(methods):
+            for token in method.split("|"):
+                if token in self.tokens:
+                    table[i, self.tokens.index(token)] = 1.0
+                if (found := _number(token)) and found[0] in self.numbers:
+                    table[i, len(self.tokens) + self.numbers.index(found[0])] = np.log2(1.0 + found[1])
+        return table
+
+
+def _number(token: str) -> tuple[str, float] | None:
+    found = _NUMBER.match(token)
+    return (f"{found[1] or ''}={found[2]}", float(found[3])) if found else None
+
+
+PHYSICS: Final = ("total", "decode", "prefill", "memory_over_compute", "fill", "weight_bits", "kv_bits",
+                  "compute_bits", "devices", "rate")  # fmt: skip
+"""The columns of `physics`."""
+
+
+@np.errstate(invalid="ignore")  # a figure that is missing makes what needs it NaN
+def physics(pairs: Pairs) -> FloatArray:
+    """Return what a roofline says of every pair, as log2; shape (pairs, count), NaN where a column is missing."""
+    contexts = pairs.contexts
+
+    def of(name: str, default: float = np.nan) -> FloatArray:
+        found = contexts.column(name)
+        return np.full(len(pairs), default) if found is None else found[pairs.context]
+
+    if not len(pairs) or not {"l_params", "l_bw", "l_bf"} <= set(contexts.columns):
+        return np.full((len(pairs), len(PHYSICS)), np.nan)
+    facts = [arithmetic_of(method) for method in pairs.methods]
+    table = np.array([[f.weight_bits, f.kv_bits, f.compute_bits, f.devices] for f in facts]).reshape(-1, 4)
+    weight_bits, kv_bits, compute_bits, devices = np.log2(table[pairs.method]).T
+    devices = devices + of("l_tp", 0.0)
+    active = of("l_active") if "l_active" in contexts.columns else of("l_params")
+    rate = of("l_bf") + np.where(compute_bits <= 2, of("l_f4", 0.0), np.where(compute_bits <= 3, of("l_f8", 0.0), 0.0))
+    rate = rate + np.where(compute_bits >= 5, -1.0, 0.0)
+    weight_bytes = of("l_params") + 30 + weight_bits - 3
+    kv_bytes = np.log2(np.maximum(of("kvgb"), 1e-6)) + 30 + kv_bits - 4
+    read = np.logaddexp2(active + 30 + weight_bits - 3, kv_bytes) - of("l_bw") - devices
+    multiply = active + 31 + of("l_bs", 0.0) - rate - devices
+    decode = np.maximum(read, multiply) + of("l_osl", 0.0)
+    prefill = np.maximum(multiply + of("l_isl", 0.0), active + 30 + weight_bits - 3 - of("l_bw") - devices)
+    total = np.logaddexp2(decode, prefill)
+    memory = of("l_mem") if "l_mem" in contexts.columns else np.log2(np.maximum(of("memgb"), 1e-6)) + 30
+    fill = np.logaddexp2(weight_bytes, kv_bytes) - memory - devices
+    return np.column_stack(
+        [total, decode, prefill, read - multiply, fill, weight_bits, kv_bits, compute_bits, devices, rate]
+    )
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ContextTable:
+    """Contexts as numbers: the features that differ among those trained on, and indicators of the budget.
+
+    `centre`, `scale`: median and standard deviation of each kept column. NaN is what a context does not say.
+    """
+
+    kept: tuple[int, ...]
+    budgets: tuple[str, ...]
+    centre: FloatArray
+    scale: FloatArray
+
+    @classmethod
+    def of(cls, contexts: Contexts) -> "ContextTable":
+        """Return the table that tells these contexts apart."""
+        table = _finite(contexts.features)
+        kept = tuple(j for j in range(table.shape[1]) if _differs(table[:, j]))
+        centre = np.array([np.nanmedian(table[:, j]) for j in kept])
+        scale = np.array([np.nanstd(table[:, j]) for j in kept])
+        budgets: tuple[str, ...] = ()
+        if "budget" in contexts.names:
+            values, counts = np.unique(contexts.names["budget"], return_counts=True)
+            if len(values) > 1:
+                budgets = tuple(values[np.argsort(-counts, kind="stable")][:MAX_CATEGORIES].tolist())
+        return cls(kept, budgets, centre, scale)
+
+    def matrix(self, contexts: Contexts) -> FloatArray:
+        """Return one row a context, in the units of the dataset."""
+        table = _finite(contexts.features)[:, list(self.kept)]
+        return np.hstack([table, self._indicators(contexts)])
+
+    def standardised(self, contexts: Contexts) -> FloatArray:
+        """Return one row a context, each column about 0 and of about equal weight; what is missing is 0."""
+        table = (_finite(contexts.features)[:, list(self.kept)] - self.centre) / self.scale
+        return np.hstack([np.clip(np.nan_to_num(table), -5.0, 5.0), self._indicators(contexts)])
+
+    def _indicators(self, contexts: Contexts) -> FloatArray:
+        if not self.budgets:
+            return np.zeros((len(contexts), 0))
+        indicators: FloatArray = (contexts.names["budget"][:, None] == np.array(self.budgets)).astype(np.float64)
+        return indicators
+
+
+class PairTable:
+    """Pairs as numbers: their contexts' features, their methods' factors, and what physics says of both."""
+
+    def fit(self, pairs: Pairs) -> Self:
+        """Learn which columns tell these pairs apart."""
+        used = np.unique(pairs.context)
+        self.contexts_ = ContextTable.of(pairs.contexts.take(used))
+        self.methods_ = MethodTable.of([pairs.methods[i] for i in np.unique(pairs.method)])
+        table = physics(pairs)
+        self.physics_ = tuple(j for j in range(table.shape[1]) if _differs(table[:, j]))
+        return self
+
+    def transform(self, pairs: Pairs) -> FloatArray:
+        """Return one row a pair."""
+        contexts = self.contexts_.matrix(pairs.contexts)[pairs.context]
+        methods = self.methods_.matrix(pairs.methods)[pairs.method]
+        return np.hstack([contexts, methods, physics(pairs)[:, list(self.physics_)]])
+
+
+def _finite(table: FloatArray) -> FloatArray:
+    """Return the table with NaN for what is no finite number, nor one that single precision can hold."""
+    return np.where(np.abs(table) < 1e30, table, np.nan)
+
+
+def _differs(column: FloatArray) -> bool:
+    known = column[np.isfinite(column)]
+    return len(known) > 1 and bool(np.ptp(known) > 0)

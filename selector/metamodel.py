@@ -1,0 +1,262 @@
+"""The meta-model: one joint regression over pairs of context and method, so that methods learn from one another.
+
+Six members: histogram gradient boosting and extremely randomised trees [Geurts, Ernst, Wehenkel, Machine Learning
+2006], each on three targets: the logarithm of the cost itself; the same relative to what the context costs by itself;
+and what a linear fit on the logarithms of the roofline's times leaves over. The first sees most, the second only what
+decides a choice, the third extrapolates to hardware and models beyond those seen. How much each member says follows
+from cross-validation on the history at hand, in which whole groups of contexts are left out [stacked regressions:
+Breiman, Machine Learning 1996], and so does how far a prediction may be off.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Final, Self
+
+import numpy as np
+from sklearn.ensemble import ExtraTreesRegressor, HistGradientBoostingRegressor
+from sklearn.linear_model import LinearRegression, Ridge
+from sklearn.model_selection import GroupKFold
+from sklearn.utils.validation import check_is_fitted
+
+from selector.dataset import FloatArray, IntArray, Pairs, context_means, context_minima
+from selector.effects import fit_effects
+from selector.estimator import Selector, weights_of
+from selector.features import PairTable
+
+MEMBERS: Final = (
+    ("boosting", "cost"),
+    ("trees", "cost"),
+    ("boosting", "relative"),
+    ("trees", "relative"),
+    ("boosting", "residual"),
+    ("trees", "residual"),
+)
+"""Each member's regression and its target."""
+
+MIN_CONTEXTS_TO_WEIGH: Final = 12
+"""With fewer contexts the members count alike: there is too little to leave out."""
+
+EQUAL_SHARE: Final = 0.3
+"""How much of the weights is shared out equally whatever cross-validation says, which is noisy itself."""
+
+LEAF_FLOOR: Final = 1e-3
+"""The least standard deviation that is told, in natural logarithms of cost."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Prediction:
+    """What a meta-model says of pairs.
+
+    `cost`: predicted natural logarithms of cost. `relative`: the same, less the mean of the context's pairs: that is
+    what a choice goes by. `deviation`: the standard deviation that `relative` is expected to be off by.
+    """
+
+    cost: FloatArray
+    relative: FloatArray
+    deviation: FloatArray
+
+
+class MetaModel(Selector):
+    """The ensemble.
+
+    `group`: the column of the contexts whose values are left out whole in cross-validation; None for single contexts.
+    `max_rows`: at most so many rows are learned from, whole contexts drawn by lot. `max_leaves`: of all trees of one
+    extra-trees member, which bounds its size in memory to some 100 bytes a leaf. `n_jobs`: threads.
+    """
+
+    def __init__(
+        self,
+        group: str | None = None,
+        *,
+        boosting_rounds: int = 200,
+        tree_count: int = 100,
+        max_rows: int = 60_000,
+        max_leaves: int = 400_000,
+        random_state: int = 0,
+        n_jobs: int = 1,
+    ) -> None:
+        self.group = group
+        self.boosting_rounds = boosting_rounds
+        self.tree_count = tree_count
+        self.max_rows = max_rows
+        self.max_leaves = max_leaves
+        self.random_state = random_state
+        self.n_jobs = n_jobs
+
+    def fit(self, X: Pairs, y: FloatArray, sample_weight: FloatArray | None = None) -> Self:  # noqa: N803
+        """Learn members, weights and uncertainty."""
+        weight = weights_of(y, sample_weight)
+        rows = self._draw_rows(X)
+        X, y, weight = X.take(rows), y[rows], weight[rows]  # noqa: N806
+        self.weights_ = np.full(len(MEMBERS), 1.0 / len(MEMBERS))
+        self.variance_ = np.array([max(float(np.var(y)), LEAF_FLOOR**2), 1.0])
+        held_out = self._cross_validate(X, y, weight)
+        if held_out is not None:
+            self._weigh(X, y, weight, held_out)
+        self.ensemble_ = _Ensemble(self, scale=1.0).fit(X, y, weight)
+        return self
+
+    def predict(self, X: Pairs) -> FloatArray:  # noqa: N803
+        """Return predicted logarithms of cost."""
+        return self.predict_all(X).cost
+
+    def predict_all(self, X: Pairs) -> Prediction:  # noqa: N803
+        """Return predicted costs, and how far they may be off."""
+        check_is_fitted(self)
+        said = self.ensemble_.predict(X)
+        cost = said @ self.weights_
+        centred = _centred(said, X)
+        relative = centred @ self.weights_
+        spread = ((centred - relative[:, None]) ** 2) @ self.weights_
+        deviation = np.sqrt(np.maximum(self.variance_[0] + self.variance_[1] * spread, LEAF_FLOOR**2))
+        return Prediction(cost, relative, deviation)
+
+    def _draw_rows(self, pairs: Pairs) -> IntArray:
+        """Return the rows of as many whole contexts, drawn by lot, as `max_rows` leaves room for."""
+        if len(pairs) <= self.max_rows:
+            return np.arange(len(pairs))
+        drawn = np.random.default_rng(self.random_state).permutation(len(pairs.contexts))
+        counts = np.bincount(pairs.context, minlength=len(pairs.contexts))[drawn]
+        kept = np.zeros(len(pairs.contexts), dtype=bool)
+        kept[drawn[np.cumsum(counts) <= self.max_rows]] = True
+        return np.flatnonzero(kept[pairs.context])
+
+    def _cross_validate(self, pairs: Pairs, y: FloatArray, weight: FloatArray) -> FloatArray | None:
+        """Return what smaller members say of rows held out of their training, shape (rows, members)."""
+        groups = _groups(pairs, self.group)
+        count = min(3, len(np.unique(groups)))
+        if count < 2 or len(np.unique(pairs.context)) < MIN_CONTEXTS_TO_WEIGH:
+            return None
+        said = np.empty((len(pairs), len(MEMBERS)))
+        for train, test in GroupKFold(count).split(groups, groups=groups):
+            ensemble = _Ensemble(self, scale=0.4).fit(pairs.take(train), y[train], weight[train])
+            said[test] = ensemble.predict(pairs.take(test))
+        return said
+
+    def _weigh(self, pairs: Pairs, y: FloatArray, weight: FloatArray, said: FloatArray) -> None:
+        """Weigh members by how well they order the methods of contexts not seen, and learn how far they are off."""
+        centred, truth = _centred(said, pairs), _centred(y[:, None], pairs)[:, 0]
+        regret = y - context_minima(y, pairs.context, len(pairs.contexts))[pairs.context]
+        found = _non_negative_fit(centred, truth, weight * np.exp(-regret))  # a choice is among the best
+        if found.sum() > 0:
+            self.weights_ = EQUAL_SHARE / len(MEMBERS) + (1 - EQUAL_SHARE) * found / found.sum()
+        mean = centred @ self.weights_
+        spread = ((centred - mean[:, None]) ** 2) @ self.weights_
+        design = np.column_stack([np.ones(len(spread)), spread])
+        self.variance_ = _non_negative_fit(design, (truth - mean) ** 2, weight)
+
+
+class _Ensemble:
+    """The six members, fitted on the same rows."""
+
+    def __init__(self, of: MetaModel, scale: float) -> None:
+        self._boosting: dict[str, Any] = {
+            "max_iter": max(20, int(of.boosting_rounds * scale)),
+            "learning_rate": 0.1 if scale == 1.0 else 0.15,
+            "max_leaf_nodes": 24,
+            "l2_regularization": 1.0,
+            "early_stopping": False,
+            "random_state": of.random_state,
+        }
+        count = max(10, int(of.tree_count * scale))
+        self._trees: dict[str, Any] = {
+            "n_estimators": count,
+            "min_samples_leaf": 2,
+            "max_features": 0.4,
+            "max_leaf_nodes": max(2, of.max_leaves // count),
+            "n_jobs": of.n_jobs,
+            "random_state": of.random_state,
+        }
+
+    def fit(self, pairs: Pairs, y: FloatArray, weight: FloatArray) -> Self:
+        self._table = PairTable().fit(pairs)
+        effects = fit_effects(pairs, y, weight)
+        self._effect = dict(
+            zip(pairs.methods, np.column_stack([effects.of_method, effects.support]).tolist(), strict=True)
+        )
+        table = self._matrix(pairs)
+        self._line = _Line().fit(table, y, weight)
+        residual = y - self._line.predict(table)
+        targets = {"cost": y, "relative": y - effects.of_context[pairs.context], "residual": residual}
+        self._members = [
+            self._new(kind, len(y)).fit(table, targets[target], sample_weight=weight) for kind, target in MEMBERS
+        ]
+        return self
+
+    def predict(self, pairs: Pairs) -> FloatArray:
+        """Return what each member says, shape (pairs, members), in logarithms of cost."""
+        table = self._matrix(pairs)
+        said = np.column_stack([member.predict(table) for member in self._members])
+        line = self._line.predict(table)
+        for j, (_, target) in enumerate(MEMBERS):
+            if target == "residual":
+                said[:, j] += line
+        # The relative members know nothing of a context's level: they take it from the others.
+        level = [j for j, (_, target) in enumerate(MEMBERS) if target != "relative"]
+        mean = context_means(said[:, level].mean(axis=1), pairs.context, len(pairs.contexts))[pairs.context]
+        for j, (_, target) in enumerate(MEMBERS):
+            if target == "relative":
+                own = context_means(said[:, j], pairs.context, len(pairs.contexts))[pairs.context]
+                said[:, j] += mean - own
+        return said
+
+    def _matrix(self, pairs: Pairs) -> FloatArray:
+        unknown = [0.0, 0.0]
+        effects = np.array([self._effect.get(method, unknown) for method in pairs.methods]).reshape(-1, 2)
+        return np.hstack([self._table.transform(pairs), effects[pairs.method]])
+
+    def _new(self, kind: str, rows: int) -> Any:
+        if kind == "trees":
+            return ExtraTreesRegressor(**self._trees)
+        return HistGradientBoostingRegressor(min_samples_leaf=int(np.clip(rows // 40, 2, 10)), **self._boosting)
+
+
+class _Line:
+    """A ridge regression on the features, which are logarithms for the most part: the roofline's straight lines."""
+
+    def fit(self, table: FloatArray, y: FloatArray, weight: FloatArray) -> Self:
+        with np.errstate(invalid="ignore"):
+            known = np.isfinite(table)
+            counts = np.maximum(known.sum(axis=0), 1)
+            filled = np.where(known, table, 0.0)
+            self._centre = filled.sum(axis=0) / counts
+            deviation = np.sqrt((np.where(known, table - self._centre, 0.0) ** 2).sum(axis=0) / counts)
+        self._scale = np.where(deviation > 0, deviation, 1.0)
+        self._ridge = Ridge(alpha=10.0).fit(self._standardised(table), y, sample_weight=weight)
+        return self
+
+    def predict(self, table: FloatArray) -> FloatArray:
+        line: FloatArray = self._ridge.predict(self._standardised(table))
+        return line
+
+    def _standardised(self, table: FloatArray) -> FloatArray:
+        """Return columns about 0; what lies far outside of what was seen extends no line."""
+        columns: FloatArray = np.clip(np.nan_to_num((table - self._centre) / self._scale), -4.0, 4.0)
+        return columns
+
+
+def _centred(values: FloatArray, pairs: Pairs) -> FloatArray:
+    """Return the columns of values, each less its mean over the pairs of the same context."""
+    count = len(pairs.contexts)
+    means = [context_means(values[:, j], pairs.context, count)[pairs.context] for j in range(values.shape[1])]
+    return values - np.column_stack(means)
+
+
+def _non_negative_fit(table: FloatArray, y: FloatArray, weight: FloatArray) -> FloatArray:
+    """Return the coefficients, none negative, of least squares through the origin."""
+    fit = LinearRegression(fit_intercept=False, positive=True).fit(table, y, sample_weight=weight)
+    coefficients: FloatArray = fit.coef_
+    return coefficients
+
+
+def _groups(pairs: Pairs, column: str | None) -> IntArray:
+    """Return for each pair the number of what is left out together: a value of the column, else its context."""
+    names = pairs.contexts.names
+    if column is not None and column in names and len(np.unique(names[column][pairs.context])) > 2:
+        return np.unique(names[column], return_inverse=True)[1].astype(np.intp)[pairs.context]
+    return pairs.context
+
+
+def member_names() -> Sequence[str]:
+    """Return the members' names, in the order of `MetaModel.weights_`."""
+    return tuple(f"{kind} on {target}" for kind, target in MEMBERS)

@@ -1,0 +1,57 @@
+"""Contexts and methods in words, and a plain way to make vectors of words: what the text-embedding baseline reads."""
+
+import re
+from collections.abc import Callable, Sequence
+from typing import Final
+
+import numpy as np
+from sklearn.feature_extraction.text import HashingVectorizer
+
+from selector.dataset import Contexts, FloatArray, IntArray
+
+Encoder = Callable[[Sequence[str]], FloatArray]
+"""Turns texts into vectors, shape (texts, width)."""
+
+_WORDS: Final = {
+    "l_params": "billion parameters", "l_active": "billion active parameters", "layers": "layers",
+    "l_hidden": "hidden size", "gqa": "query heads per KV head", "l_hd": "head size", "ff_ratio": "feed-forward ratio",
+    "l_bf": "FLOP/s", "l_bw": "bytes/s memory bandwidth", "l_mem": "bytes of memory", "l_link": "bytes/s interconnect",
+    "l_isl": "input tokens", "l_osl": "output tokens", "l_bs": "batch size", "l_tp": "tensor parallel",
+}  # fmt: skip
+MAX_OTHERS: Final = 12
+
+
+def describe_context(contexts: Contexts, indices: IntArray) -> list[str]:
+    """Return a description of each of these contexts, as a person would put it: names first, then figures."""
+    columns = [(j, _WORDS[name], name.startswith("l_")) for j, name in enumerate(contexts.columns) if name in _WORDS]
+    if not columns:
+        columns = [(j, name, False) for j, name in enumerate(contexts.columns[:MAX_OTHERS])]
+    texts = []
+    for i in indices:
+        names = [f"{name} {values[i]}" for name, values in contexts.names.items()]
+        row = contexts.features[i]
+        figures = [f"{_figure(row[j], is_log2)} {word}" for j, word, is_log2 in columns if np.isfinite(row[j])]
+        texts.append(", ".join(names + figures))
+    return texts
+
+
+def describe_method(method: str) -> str:
+    """Return a method's name in words."""
+    return "method " + re.sub(r"[|=_]+", " ", method)
+
+
+def _figure(value: float, is_log2: bool) -> str:
+    return f"{2.0 ** min(value, 1000.0) if is_log2 else value:.3g}"
+
+
+class HashedNgrams:
+    """Counts of character n-grams, hashed into a vector of fixed width: an encoder that needs no model."""
+
+    def __init__(self, width: int = 256) -> None:
+        self.width = width
+
+    def __call__(self, texts: Sequence[str]) -> FloatArray:
+        """Return one vector of length 1 for each text."""
+        hashed = HashingVectorizer(analyzer="char_wb", ngram_range=(2, 4), n_features=self.width)
+        vectors: FloatArray = hashed.transform(texts).toarray()
+        return vectors

@@ -1,0 +1,93 @@
+import csv
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+from node.cli import run
+from node.selection import comparison
+from selector.baselines import BASELINES
+from selector.metamodel import MetaModel
+from tests.unit.selector.measurements import made_up
+
+NAMES = [
+    "metaswarm", "random", "single_best", "nearest_neighbours", "isac", "alors", "random_forest", "gradient_boosting",
+    "text_embedding", "virtual_best",
+]  # fmt: skip
+MEASURES = {"accuracy", "accuracy_within_5_percent", "mean_speedup", "ratio_to_virtual_best", "closed_gap", "f1"}
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Small models: what the verb does is tested here, not how good they are. No sentence encoder, installed or not."""
+    monkeypatch.setattr(comparison, "MetaModel", lambda group, **_: MetaModel(group, boosting_rounds=20, tree_count=10))
+    monkeypatch.setattr("node.engine.sentences.PACKAGE", "no_such_package")
+
+
+@pytest.fixture(name="folder", scope="module")
+def make_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("measurements")
+    dataset = made_up(contexts=40)
+    pairs = dataset.pairs
+    write(folder / "contexts.csv", ["cid", *pairs.contexts.names, *pairs.contexts.columns], [
+        [cid, *(names[i] for names in pairs.contexts.names.values()), *pairs.contexts.features[i]]
+        for i, cid in enumerate(pairs.contexts.ids)
+    ])  # fmt: skip
+    rows = zip(pairs.context, pairs.method_names(), dataset.cost, strict=True)
+    write(folder / "observations.csv", ["cid", "method", "y"], [[f"c{i}", name, cost] for i, name, cost in rows])
+    return folder
+
+
+def write(path: Path, header: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
+    with path.open("w", newline="") as opened:
+        csv.writer(opened).writerows([header, *rows])
+
+
+def test_prints_every_selector_and_measure_as_json(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["evaluate", str(folder), "--group", "model", "--probes", "2", "--json"]) == 0
+    document = json.loads(capsys.readouterr().out)
+    assert (document["dataset"], document["group"], document["probes"]) == (folder.name, "model", 2)
+    assert [row["selector"] for row in document["rows"]] == NAMES
+    assert set(document["left_out"]) == {"rule"} == set(BASELINES) - set(NAMES)
+    for row in document["rows"]:
+        assert row.keys() >= MEASURES | {"seconds", "more_than_n"}
+        assert row["more_than_n"].keys() >= MEASURES
+    assert document["rows"][-1]["accuracy"] == 1.0
+
+
+def test_prints_a_table_and_draws_a_plot(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    plot = tmp_path / "plot.png"
+    assert run(["evaluate", str(folder), "--sample", "20", "--plot", str(plot)]) == 0
+    printed = capsys.readouterr().out
+    assert "20 contexts" in printed
+    assert "metaswarm" in printed
+    assert plot.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--default", "no such method"], "was not measured"),
+        (["--plot", "plot.txt"], "its name must end in .png"),
+        (["--plot", "no/such/folder/plot.png"], "there is no folder"),
+    ],
+)
+def test_what_cannot_be_done_is_said_in_one_line_before_any_work(
+    folder: Path, arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(["evaluate", str(folder), *arguments]) == 1
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert message in printed.err
+    assert printed.err.count("\n") == 1
+
+
+def test_one_method_in_all_contexts_is_a_sane_result(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write(tmp_path / "contexts.csv", ["cid", "l_isl"], [[i, i % 7] for i in range(12)])
+    write(tmp_path / "observations.csv", ["cid", "method", "y"], [[i, "only", 1.0] for i in range(12)])
+    assert run(["evaluate", str(tmp_path), "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)["rows"]
+    assert all((row["accuracy"], row["closed_gap"]) == (1.0, None) for row in rows)
+    assert run(["evaluate", str(tmp_path), "--group", "model"]) == 1
+    assert "no column 'model'" in capsys.readouterr().err

@@ -1,0 +1,30 @@
+"""Small made-up measurements whose best methods are known, because the formula that made them is."""
+
+import numpy as np
+
+from selector.dataset import Contexts, Dataset, build_dataset
+
+METHODS = tuple(f"{engine}|{bits}|tp{devices}" for engine in "ab" for bits in ("bf16", "fp8") for devices in (1, 2))
+
+
+def made_up(contexts: int = 60, per_context: int = 5, seed: int = 1, noise: float = 0.02) -> Dataset:
+    """Engine `a` is slower by half; fp8 wins for large batches and loses for small ones; two devices win a little."""
+    generator = np.random.default_rng(seed)
+    features = generator.uniform(4, 12, size=(contexts, 4))
+    table = Contexts(
+        tuple(f"c{i}" for i in range(contexts)),
+        {
+            "model": np.array([f"m{i % 4}" for i in range(contexts)]),
+            "hardware": np.array([f"h{i % 3}" for i in range(contexts)]),
+            "budget": np.array([str(i % 2) for i in range(contexts)]),
+        },
+        ("l_isl", "l_osl", "l_bs", "l_params"),
+        features,
+    )
+    rows = []
+    for i in range(contexts):
+        for method in generator.choice(METHODS, size=per_context, replace=False).tolist():
+            cost = features[i, 0] + 0.1 * features[i, 1]
+            cost += 0.5 * method.startswith("a") - 0.2 * ("tp2" in method) + (8 - features[i, 2]) * ("fp8" in method)
+            rows.append((i, method, float(cost + generator.normal(scale=noise))))
+    return build_dataset(table, rows, name="made up")
