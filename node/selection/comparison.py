@@ -87,7 +87,8 @@ def compare(
     Raises DatasetError where nothing can be left out.
     """
     folds = split(dataset, group, seed)
-    with threadpool_limits(threads):  # or OpenMP's threads wait for one another wherever others use the machine, too
+    # OpenMP's threads spin while they wait for one another: on a machine that others use too, two are far slower than one.
+    with threadpool_limits(1):
         return _compare(dataset, group, folds, probes, default, seed, encode, threads, progress)
 
 
