@@ -180,7 +180,9 @@ class Alors(Selector):
             self.factors_ = _solve(matrix.T, known.T, of_context, self.ridge)
         self.table_ = ContextTable.of(X.contexts.take(used))
         forest = RandomForestRegressor(60, min_samples_leaf=2, random_state=self.random_state)
-        self.forest_ = forest.fit(_or_constant(self.table_.matrix(X.contexts.take(used))), of_context)
+        self.forest_ = forest.fit(
+            _or_constant(self.table_.matrix(X.contexts.take(used))), of_context if rank > 1 else of_context[:, 0]
+        )
         return self
 
     def predict(self, X: Pairs) -> FloatArray:  # noqa: N803

@@ -87,7 +87,7 @@ def compare(
     Raises DatasetError where nothing can be left out.
     """
     folds = split(dataset, group, seed)
-    # OpenMP's threads spin while they wait for one another: on a machine that others use too, two are far slower than one.
+    # OpenMP's threads spin while they wait for one another: two are far slower than one where others compute, too.
     with threadpool_limits(1):
         return _compare(dataset, group, folds, probes, default, seed, encode, threads, progress)
 
