@@ -8,7 +8,7 @@ from node.models.store import Package
 from tests.process.daemons import MODEL, StartDaemon, is_complete, until
 
 JOIN_LIMIT_S = 60.0
-"""Of a machine on which much else may run; `benchmarks/joining.py` says how long it takes."""
+"""Of a machine on which much else may run."""
 
 
 def cache_with(package: Package, folder: Path, blocks: tuple[int, ...]) -> Path:

@@ -60,6 +60,7 @@ def test_clocks_that_differ_by_more_than_is_allowed_only_delay() -> None:
 
 
 @pytest.mark.soak
+@pytest.mark.timeout(3600)
 @pytest.mark.parametrize("peers", [300, 1000])
 def test_large_swarms_hold_the_same_too(peers: int) -> None:
     result = play(Scenario(peers=peers))
