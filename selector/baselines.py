@@ -268,7 +268,7 @@ class TextEmbedding(Selector):
     `encode` turns texts into vectors, shape (texts, width); hashed n-grams unless a sentence encoder is given.
     """
 
-    def __init__(self, encode: Encoder | None = None, components: int = 48, random_state: int = 0) -> None:
+    def __init__(self, encode: Encoder | None = None, components: int = 24, random_state: int = 0) -> None:
         self.encode = encode
         self.components = components
         self.random_state = random_state
@@ -279,7 +279,7 @@ class TextEmbedding(Selector):
         used = np.unique(X.context)
         self.contexts_ = _Embedding(encode, self.components).fit(describe_context(X.contexts, used))
         self.methods_ = _Embedding(encode, self.components).fit([describe_method(method) for method in X.methods])
-        trees = HistGradientBoostingRegressor(max_iter=200, early_stopping=False, random_state=self.random_state)
+        trees = HistGradientBoostingRegressor(max_iter=100, early_stopping=False, random_state=self.random_state)
         self.trees_ = trees.fit(self._table(X), y, sample_weight=weights_of(y, sample_weight))
         return self
 

@@ -34,10 +34,13 @@ MEMBERS: Final = (
 """Each member's regression and its target."""
 
 MIN_CONTEXTS_TO_WEIGH: Final = 12
-"""With fewer contexts the members count alike: there is too little to leave out."""
+"""With fewer contexts the members weigh what the prior says: there is too little to leave out."""
 
-EQUAL_SHARE: Final = 0.3
-"""How much of the weights is shared out equally whatever cross-validation says, which is noisy itself."""
+PRIOR: Final = np.array([2.0 if kind == "boosting" else 1.0 for kind, _ in MEMBERS]) / 9.0
+"""The members' weights before cross-validation: boosting extrapolates better to hardware and models not seen."""
+
+PRIOR_SHARE: Final = 0.5
+"""How much of the weights stays with the prior whatever cross-validation says, which is noisy itself."""
 
 LEAF_FLOOR: Final = 1e-3
 """The least standard deviation that is told, in natural logarithms of cost."""
@@ -68,7 +71,7 @@ class MetaModel(Selector):
         self,
         group: str | None = None,
         *,
-        boosting_rounds: int = 200,
+        boosting_rounds: int = 100,
         tree_count: int = 100,
         max_rows: int = 60_000,
         max_leaves: int = 400_000,
@@ -88,7 +91,7 @@ class MetaModel(Selector):
         weight = weights_of(y, sample_weight)
         rows = self._draw_rows(X)
         X, y, weight = X.take(rows), y[rows], weight[rows]  # noqa: N806
-        self.weights_ = np.full(len(MEMBERS), 1.0 / len(MEMBERS))
+        self.weights_ = PRIOR
         self.variance_ = np.array([max(float(np.var(y)), LEAF_FLOOR**2), 1.0])
         held_out = self._cross_validate(X, y, weight)
         if held_out is not None:
@@ -139,7 +142,7 @@ class MetaModel(Selector):
         regret = y - context_minima(y, pairs.context, len(pairs.contexts))[pairs.context]
         found = _non_negative_fit(centred, truth, weight * np.exp(-regret))  # a choice is among the best
         if found.sum() > 0:
-            self.weights_ = EQUAL_SHARE / len(MEMBERS) + (1 - EQUAL_SHARE) * found / found.sum()
+            self.weights_ = PRIOR_SHARE * PRIOR + (1 - PRIOR_SHARE) * found / found.sum()
         mean = centred @ self.weights_
         spread = ((centred - mean[:, None]) ** 2) @ self.weights_
         design = np.column_stack([np.ones(len(spread)), spread])
