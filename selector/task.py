@@ -59,7 +59,7 @@ SWITCHES: Final[Mapping[str, Switch]] = MappingProxyType(
         ),
         "engine": Switch(
             Scope.SESSION,
-            {"eager": Setting(), "fused": Setting(needs=_VARIANT), "onnxruntime": Setting(needs=_VARIANT)},
+            {"eager": Setting(), "fused": Setting(needs=_VARIANT)},
         ),
         "prefill_chunk": Switch(
             Scope.SESSION, {"none": Setting(), "64": Setting(), "128": Setting(), "256": Setting()}
@@ -67,12 +67,7 @@ SWITCHES: Final[Mapping[str, Switch]] = MappingProxyType(
         "prefix_cache": Switch(Scope.SESSION, {"off": Setting(), "on": Setting()}),
         "speculation": Switch(
             Scope.SESSION,
-            {
-                "off": Setting(),
-                "ngram-4": Setting(),
-                "ngram-8": Setting(),
-                "draft-4": Setting(needs="a small model of the same vocabulary beside the first span"),
-            },
+            {"off": Setting(), "ngram-4": Setting(), "ngram-8": Setting()},
         ),
         "batching": Switch(Scope.STAGE, {"one": Setting(), "static": Setting(), "continuous": Setting()}),
         "step_rows": Switch(
@@ -83,7 +78,7 @@ SWITCHES: Final[Mapping[str, Switch]] = MappingProxyType(
 """Every switch there is, with its settings."""
 
 VARIANTS: Final[Mapping[str, tuple[str, ...]]] = MappingProxyType(
-    {"eager": ("fp32",), "fused": ("fp32", "bf16", "int8", "w8a8"), "onnxruntime": ("fp32", "int8")}
+    {"eager": ("fp32",), "fused": ("fp32", "bf16", "int8", "w8a8")}
 )
 """The arithmetics of each engine."""
 
@@ -131,7 +126,7 @@ class Method:
 
     @property
     def drafter(self) -> str:
-        """What guesses the tokens that follow: "off", "ngram" or "draft"."""
+        """What guesses the tokens that follow: "off" or "ngram"."""
         return self.switches["speculation"].partition("-")[0]
 
     @property
@@ -157,7 +152,7 @@ def method(**switches: str) -> Method:
         if name not in SWITCHES:
             raise MethodError(f"there is no switch {name!r}; there are {', '.join(chosen)}")
         if name not in chosen:
-            raise MethodError(f"{name} is the policy of a stage and not of a job: set it where the node is started")
+            raise MethodError(f"{name} is the policy of a stage, which each node sets by its load, and not of a job")
         if value not in SWITCHES[name].settings:
             raise MethodError(f"{name} is one of {', '.join(SWITCHES[name].settings)}, not {value!r}")
         chosen[name] = value
@@ -195,18 +190,16 @@ def _portfolio() -> Iterator[Method]:
     yield method(prefix_cache="on")
     yield method(prefill_chunk="128")
     yield method(speculation="ngram-4")
-    for engine in ("fused", "onnxruntime"):
-        yield method(engine=engine)
-        yield method(engine=engine, prefix_cache="on")
-        yield method(engine=engine, prefill_chunk="64")
-        yield method(engine=engine, prefill_chunk="128", prefix_cache="on")
-        yield method(engine=engine, speculation="ngram-4")
-        yield method(engine=engine, prefix_cache="on", speculation="ngram-8")
-    yield method(engine="fused", speculation="draft-4")
-    for engine, arithmetic in (("fused", "bf16"), ("fused", "int8"), ("fused", "w8a8"), ("onnxruntime", "int8")):
-        yield method(engine=engine, arithmetic=arithmetic)
-        yield method(engine=engine, arithmetic=arithmetic, prefill_chunk="128", prefix_cache="on")
-        yield method(engine=engine, arithmetic=arithmetic, prefix_cache="on", speculation="ngram-8")
+    yield method(engine="fused")
+    yield method(engine="fused", prefix_cache="on")
+    yield method(engine="fused", prefill_chunk="64")
+    yield method(engine="fused", prefill_chunk="128", prefix_cache="on")
+    yield method(engine="fused", speculation="ngram-4")
+    yield method(engine="fused", prefix_cache="on", speculation="ngram-8")
+    for arithmetic in ("bf16", "int8", "w8a8"):
+        yield method(engine="fused", arithmetic=arithmetic)
+        yield method(engine="fused", arithmetic=arithmetic, prefill_chunk="128", prefix_cache="on")
+        yield method(engine="fused", arithmetic=arithmetic, prefix_cache="on", speculation="ngram-8")
     yield method(engine="fused", activations="bf16")
     yield method(engine="fused", activations="int8", prefill_chunk="128", prefix_cache="on")
     yield method(engine="fused", arithmetic="bf16", activations="bf16", prefill_chunk="128")

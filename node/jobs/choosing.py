@@ -30,7 +30,7 @@ _LOOKED_AT_TOKENS = 2048
 
 
 class Ledger(Protocol):
-    """Knows what lossy methods do to a model's answers; `node.engine.quality` is the real one."""
+    """Knows what lossy methods do to a model's answers."""
 
     def quality(self, model: ModelId, method: Method) -> MeasuredQuality | None:
         """Return what was measured; None where nothing was."""

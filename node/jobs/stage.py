@@ -246,7 +246,7 @@ def _offered(message: Open, span: Span) -> list[Method]:
         except MethodError:
             continue  # of another version
         variant = Variant(method.engine, method.arithmetic)
-        if method.name != name or (span.info.is_first and method.drafter == "draft"):
+        if method.name != name:
             continue
         if variant in ready:
             offered.append(method)

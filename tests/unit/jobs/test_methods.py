@@ -30,7 +30,7 @@ PROMPTS = [
     (*SHARED[:64], *range(40)),
     (1,),
 ]
-EXACT = [each for each in PORTFOLIO.values() if each.exact and each.drafter != "draft"]
+EXACT = [each for each in PORTFOLIO.values() if each.exact]
 
 
 def right(prompt: tuple[int, ...], count: int, sampling: Sampling | None = None) -> tuple[int, ...]:
@@ -123,7 +123,7 @@ async def test_a_method_that_is_not_ready_yet_is_said_to_be(autojump_clock: Mock
         peer = await swarm.join((0, 9), variants=[])
         await swarm.settle()
         with pytest.raises(JobError, match="not ready") as caught:
-            await peer.run(request(PROMPTS[0], 5, method(engine="fused", speculation="draft-4")))
+            await peer.run(request(PROMPTS[0], 5, method(engine="fused", speculation="ngram-4")))
         assert caught.value.retry_after_s
 
 

@@ -35,7 +35,7 @@ def test_every_method_of_the_portfolio_has_a_name_that_says_it() -> None:
         ("fastest", "is no method"),
         ("engine=fused|engine=eager", "twice"),
         ("colour=red", "no switch 'colour'"),
-        ("engine=warp", "one of eager, fused, onnxruntime"),
+        ("engine=warp", "one of eager, fused"),
         ("batching=static", "policy of a stage"),
         ("engine=eager|arithmetic=int8", "engine=eager has arithmetic fp32"),
         ("", "is no method"),
@@ -96,7 +96,7 @@ def test_the_rule_follows_the_workload() -> None:
     assert best(shared_prefix_share=0.9)["prefix_cache"] == "on"
     assert best(repetitiveness=0.9, max_tokens=200.0)["speculation"].startswith("ngram")
     assert best(stage_count=3.0, prompt_tokens=1024.0, max_tokens=1.0)["prefill_chunk"] != "none"
-    assert predicted_cost(CONTEXT, BASELINE) > predicted_cost(CONTEXT, method(engine="onnxruntime"))
+    assert predicted_cost(CONTEXT, BASELINE) > predicted_cost(CONTEXT, method(engine="fused"))
 
 
 # The tally
