@@ -125,6 +125,8 @@ class Node:
             coordinator=self._coordinator,
             stages=self._stages,
             library=self._library,
+            history=self._history,
+            dissemination=self._dissemination,
         )
 
     @asynccontextmanager

@@ -4,12 +4,15 @@ import time
 
 import trio
 
-from node.api.interface import ModelStatus, NodeStatus, PeerStatus, ServedSpan, SpanSummary
+from node.api.interface import HistoryStatus, ModelStatus, NodeStatus, PeerStatus, ServedSpan, SpanSummary
 from node.jobs.coordinator import Coordinator
 from node.jobs.span import Span
 from node.jobs.stage import Stages
 from node.models.library import Library
 from node.network.interface import Network
+from node.storage.database import StorageError
+from node.storage.history import HistoryStore
+from node.swarm.dissemination import Dissemination
 from node.swarm.membership import Membership
 from protocol.identity import ModelId
 from selector.routing import uncovered
@@ -27,6 +30,8 @@ class StatusView:
         coordinator: Coordinator,
         stages: Stages,
         library: Library,
+        history: HistoryStore,
+        dissemination: Dissemination,
     ) -> None:
         self.api_url = ""
         self.submitter = coordinator
@@ -35,9 +40,11 @@ class StatusView:
         self._membership = membership
         self._stages = stages
         self._library = library
+        self._history = history
+        self._dissemination = dissemination
         self._started_s = time.monotonic()
 
-    def status(self) -> NodeStatus:
+    async def status(self) -> NodeStatus:
         """Return what this node is and does."""
         jobs = self.submitter.statistics()
         transfers = self._library.transfers()
@@ -60,10 +67,26 @@ class StatusView:
                 "failed": jobs.failed,
                 "cancelled": jobs.cancelled,
             },
+            "history": await self._history_status(),
             "transfers": {
                 "received_bytes": {str(peer): count for peer, count in transfers.received_bytes.items()},
                 "served_bytes": transfers.served_bytes,
             },
+        }
+
+    async def _history_status(self) -> HistoryStatus | None:
+        try:
+            held = await self._history.digest()
+        except StorageError:
+            return None
+        statistics = self._dissemination.statistics()
+        equal_s = statistics.last_equal_s
+        return {
+            "count": held.count,
+            "digest": held.digest.hex(),
+            "new_by_gossip": statistics.new_by_gossip,
+            "new_by_sync": statistics.new_by_sync,
+            "last_equal_s": None if equal_s is None else round(trio.current_time() - equal_s, 3),
         }
 
     def peers(self) -> list[PeerStatus]:

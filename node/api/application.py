@@ -35,13 +35,13 @@ def make_app(node: NodeView, api_key: str | None) -> ASGIApp:
         raise ApiError(404, f"no complete model {name!r} in the swarm", param="model", code="model_not_found")
 
     async def health(_: Request) -> JSONResponse:
-        state = node.status()["state"]
+        state = (await node.status())["state"]
         if state == "serving":
             return JSONResponse({"status": "ok"})
         return JSONResponse({"status": state}, 503)
 
     async def status(_: Request) -> JSONResponse:
-        return JSONResponse(node.status())
+        return JSONResponse(await node.status())
 
     async def peers(_: Request) -> JSONResponse:
         return JSONResponse({"peers": node.peers()})

@@ -56,6 +56,20 @@ class BootstrapStatus(TypedDict):
     """Why it was not reached the last time; None where it was."""
 
 
+class HistoryStatus(TypedDict):
+    """The observations that this node holds."""
+
+    count: int
+    digest: str
+    """Of them all, in hexadecimal: nodes with the same digest hold the same."""
+    new_by_gossip: int
+    """That came by gossip since this node started."""
+    new_by_sync: int
+    """That came by comparing histories with neighbours since this node started."""
+    last_equal_s: float | None
+    """How long ago a neighbour was found to hold the same; None if none was yet."""
+
+
 class NodeStatus(TypedDict):
     """What this node is and does."""
 
@@ -70,6 +84,8 @@ class NodeStatus(TypedDict):
     bootstrap: list[BootstrapStatus]
     spans: list[ServedSpan]
     jobs: JobCounts
+    history: HistoryStatus | None
+    """None where the database cannot be read."""
     transfers: Transfers
 
 
@@ -116,14 +132,14 @@ class ModelStatus(TypedDict):
 
 
 class NodeView(Protocol):
-    """The node as the HTTP API sees it. Every method answers at once from what the node knows."""
+    """The node as the HTTP API sees it. Every method answers from what the node knows, without asking other peers."""
 
     @property
     def submitter(self) -> Submitter:
         """Who takes jobs."""
         ...
 
-    def status(self) -> NodeStatus:
+    async def status(self) -> NodeStatus:
         """Return what this node is and does."""
         ...
 

@@ -20,7 +20,7 @@ from node.cli.output import (
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-    from node.api.interface import ModelStatus, NodeStatus, PeerStatus
+    from node.api.interface import HistoryStatus, ModelStatus, NodeStatus, PeerStatus
     from node.cli.client import ApiClient
 
 WATCH_INTERVAL_S: Final = 2.0
@@ -121,6 +121,7 @@ def render_status(status: "NodeStatus") -> "RenderableType":
         "addresses": "\n          ".join(status["multiaddrs"]),
         "connected": f"{status['connected_peers']} peers",
         "jobs": ", ".join(f"{count} {kind}" for kind, count in jobs.items()),
+        "history": _describe_history(status["history"]),
         "received": ", ".join(f"{format_bytes(count)} from {peer}" for peer, count in received.items()) or "nothing",
         "sent": format_bytes(status["transfers"]["served_bytes"]),
     }
@@ -143,6 +144,16 @@ def render_status(status: "NodeStatus") -> "RenderableType":
             )
         )
     return Group(summary, Text(), table)
+
+
+def _describe_history(history: "HistoryStatus | None") -> str:
+    if history is None:
+        return "the database cannot be read"
+    equal_s = history["last_equal_s"]
+    agrees = (
+        "no neighbour had the same yet" if equal_s is None else f"a neighbour's the same {format_duration(equal_s)} ago"
+    )
+    return f"{history['count']} observations, digest {history['digest'][:12]}, {agrees}"
 
 
 def render_peers(answer: dict[str, list["PeerStatus"]]) -> "RenderableType":

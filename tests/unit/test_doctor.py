@@ -112,7 +112,7 @@ def only(found: Diagnosis) -> tuple[Fault, Consequence]:
 
 
 def running(**changes: Any) -> RunningNode:
-    return RunningNode({**FakeNode().status(), **changes}, ())  # type: ignore[typeddict-item]  # fields of the same document
+    return RunningNode({**FakeNode().status_document(), **changes}, ())  # type: ignore[typeddict-item]  # fields of the same document
 
 
 async def test_a_node_that_could_join_is_well(config: NodeConfig) -> None:

@@ -107,7 +107,10 @@ class FakeNode:
     submitter: FakeSubmitter = field(default_factory=FakeSubmitter)
     draining: bool = False
 
-    def status(self) -> NodeStatus:
+    async def status(self) -> NodeStatus:
+        return self.status_document()
+
+    def status_document(self) -> NodeStatus:
         return {
             "peer_id": PEERS[0],
             "agent": "metaswarm/0.1.0",
@@ -134,6 +137,13 @@ class FakeNode:
                 }
             ],
             "jobs": {"running": 1, "done": 2, "failed": 3, "cancelled": 4},
+            "history": {
+                "count": 7,
+                "digest": "5a" * 32,
+                "new_by_gossip": 4,
+                "new_by_sync": 2,
+                "last_equal_s": 3.0,
+            },
             "transfers": {"received_bytes": {PEERS[1]: 4096}, "served_bytes": 1024},
         }
 

@@ -5,7 +5,7 @@ from tests.unit.api.fakes import MODEL, PEERS, FakeNode
 
 
 async def test_the_swarm_pages_tell_what_the_node_knows(node: FakeNode, client: httpx.AsyncClient) -> None:
-    assert (await client.get("/swarm/status")).json() == node.status()
+    assert (await client.get("/swarm/status")).json() == node.status_document()
     assert (await client.get("/swarm/peers")).json() == {"peers": node.peers()}
     models = (await client.get("/swarm/models")).json()["models"]
     assert [model["model"] for model in models] == [MODEL, "cd" * 32]

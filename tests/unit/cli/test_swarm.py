@@ -24,7 +24,18 @@ def api(serve: ServeNode) -> list[str]:
 def test_status_tells_what_a_node_is_and_does(api: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["status", *api]) == 0
     output = capsys.readouterr().out
-    for fact in (PEERS[0], "serving", "0-4", "64/4096", "1.0 MiB", "4.0 KiB from", "2 done", "4242"):
+    for fact in (
+        PEERS[0],
+        "serving",
+        "0-4",
+        "64/4096",
+        "1.0 MiB",
+        "4.0 KiB from",
+        "2 done",
+        "4242",
+        "7 observations",
+        "5a5a5a5a5a5a,",
+    ):
         assert fact in output
 
 
@@ -46,7 +57,7 @@ def test_models_tells_block_by_block_what_is_served(api: list[str], capsys: pyte
 def test_json_is_what_the_api_says(verb: str, api: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     node = FakeNode()
     assert run([verb, "--json", *api]) == 0
-    expected = {"status": node.status(), "peers": {"peers": node.peers()}, "models": {"models": node.models()}}
+    expected = {"status": node.status_document(), "peers": {"peers": node.peers()}, "models": {"models": node.models()}}
     assert json.loads(capsys.readouterr().out) == json.loads(json.dumps(expected[verb]))
 
 
