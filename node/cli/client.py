@@ -47,11 +47,15 @@ def _parse_url(text: str) -> str:
 
 
 class RefusedError(CommandError):
-    """The node answered with an error; `code` is its machine-readable name, if it gave one."""
+    """The node answered with an error.
 
-    def __init__(self, message: str, code: str | None) -> None:
+    `code` is its machine-readable name, `retry_after_s` when to ask again, each None where the node did not say.
+    """
+
+    def __init__(self, message: str, code: str | None, retry_after_s: float | None = None) -> None:
         super().__init__(message)
         self.code = code
+        self.retry_after_s = retry_after_s
 
 
 @dataclass(slots=True)
@@ -195,4 +199,5 @@ async def _raise_for_error(response: httpx.Response, url: str) -> None:
     if response.status_code == 401:
         raise RefusedError(f"the node at {url} asks for its API key: set {ENVIRONMENT_PREFIX}API_KEY", None)
     error = json.loads(await response.aread())["error"]
-    raise RefusedError(error["message"], error["code"])
+    retry_after = response.headers.get("Retry-After")
+    raise RefusedError(error["message"], error["code"], float(retry_after) if retry_after else None)

@@ -1,6 +1,7 @@
 """`metaswarm submit`: a client of the HTTP API that streams text."""
 
 import json
+import random
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
@@ -19,6 +20,12 @@ if TYPE_CHECKING:
 DEFAULT_MAX_TOKENS: Final = 256
 CONCURRENCY: Final = 8
 """Prompts of a --file that are under way at a time."""
+FULL: Final = "peers_full"
+"""The code of the error that is worth waiting for."""
+FULL_TIMEOUT_S: Final = 600.0
+"""How long a prompt of a --file waits for peers that have no room, before its line says so."""
+FULL_SPREAD: Final = (0.5, 1.5)
+"""Of the pause that the node asks for: those who were refused together do not come back together."""
 DISCOVERY_TIMEOUT_S: Final = 20.0
 """How long an ephemeral peer may take to hear of the model."""
 DISCOVERY_INTERVAL_S: Final = 0.25
@@ -56,7 +63,8 @@ _JOB_OPTIONS: Final = (
     "prompts_file",
     type=click.Path(exists=True, dir_okay=False, allow_dash=True, path_type=Path),
     metavar="PROMPTS.jsonl",
-    help='Many prompts, one {"prompt": …} a line, which may set any option of a job; prints one document a line.',
+    help='Many prompts, one {"prompt": …} a line, which may set any option of a job; prints one document a line, and '
+    "waits while the peers are full.",
 )
 @click.option(
     "--bootstrap",
@@ -254,7 +262,7 @@ async def _run_many(client: "ApiClient", jobs: Sequence[Mapping[str, Any]], defa
         nonlocal printed, failed
         async with limiter:
             try:
-                completion = await client.complete(make_body(job, default_model), _say_nothing)
+                completion = await _complete_when_there_is_room(client, make_body(job, default_model))
                 documents[index] = completion.document()
             except RefusedError as error:
                 failed += 1
@@ -268,3 +276,20 @@ async def _run_many(client: "ApiClient", jobs: Sequence[Mapping[str, Any]], defa
             nursery.start_soon(run, index, job)
     if failed:
         raise CommandError(f"{failed} of {len(jobs)} jobs failed; their lines say why")
+
+
+async def _complete_when_there_is_room(client: "ApiClient", body: dict[str, Any]) -> "Completion":
+    """Submit a job, again while the peers are full. Raises RefusedError for every other reason, and when time is up."""
+    import trio
+
+    from node.cli.client import RefusedError
+
+    deadline_s = trio.current_time() + FULL_TIMEOUT_S
+    while True:
+        try:
+            return await client.complete(body, _say_nothing)
+        except RefusedError as error:
+            if error.code != FULL or error.retry_after_s is None or trio.current_time() > deadline_s:
+                raise
+            pause_s = error.retry_after_s * random.uniform(*FULL_SPREAD)
+        await trio.sleep(pause_s)

@@ -67,6 +67,8 @@ class FakeSubmitter:
     words: tuple[str, ...] = ("Hello", ",", " wörld")
     refuse: JobError | None = None
     """Raised on entering the job."""
+    refusals: int | None = None
+    """How often at most; None for always."""
     fail: JobError | None = None
     """Raised after the words."""
     hang: bool = False
@@ -80,7 +82,7 @@ class FakeSubmitter:
     async def submit(self, request: JobRequest) -> AsyncIterator[AsyncIterator[JobEvent]]:
         self.requests.append(request)
         self.entered.set()
-        if self.refuse:
+        if self.refuse and (self.refusals is None or len(self.requests) <= self.refusals):
             raise self.refuse
         try:
             async with aclosing(self._events()) as events:

@@ -217,6 +217,36 @@ class TestFile:
         assert done == DOCUMENT
         assert output.err == "metaswarm: 1 of 2 jobs failed; their lines say why\n"
 
+    def test_a_job_waits_while_the_peers_are_full(
+        self,
+        tmp_path: Path,
+        node: FakeNode,
+        api: list[str],
+        capsys: pytest.CaptureFixture[str],
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        monkeypatch.setattr("node.cli.submit.FULL_SPREAD", (0.0, 0.0))
+        node.submitter.refuse = JobError(JobErrorCode.FULL, "no room now", retry_after_s=2)
+        node.submitter.refusals = 2
+        assert run(["submit", *self.write(tmp_path, '{"prompt": "a"}'), *api]) == 0
+        assert self.documents(capsys) == [DOCUMENT]
+        assert len(node.submitter.requests) == 3
+
+    def test_it_does_not_wait_for_ever(
+        self,
+        tmp_path: Path,
+        node: FakeNode,
+        api: list[str],
+        capsys: pytest.CaptureFixture[str],
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        monkeypatch.setattr("node.cli.submit.FULL_TIMEOUT_S", 0.0)
+        monkeypatch.setattr("node.cli.submit.FULL_SPREAD", (0.0, 0.0))
+        node.submitter.refuse = JobError(JobErrorCode.FULL, "no room now", retry_after_s=2)
+        assert run(["submit", *self.write(tmp_path, '{"prompt": "a"}'), *api]) == 1
+        [document] = self.documents(capsys)
+        assert document["error"] == {"message": "no room now", "code": "peers_full"}
+
     @pytest.mark.parametrize(
         ("line", "says"),
         [
