@@ -4,6 +4,7 @@ Each is an estimator like the meta-model itself. What the literature trains for 
 many methods were measured in each context; that is shown by the evaluation, and not said here.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Final, Self
 
@@ -202,7 +203,7 @@ def _solve(matrix: FloatArray, known: FloatArray, factors: FloatArray, ridge: fl
     return solved[:, :, 0]
 
 
-class PerMethod(Selector):
+class PerMethod(Selector, ABC):
     """A regression of its own for each method, from the features of a context to its logarithm of cost."""
 
     def __init__(self, min_rows: int = 8, random_state: int = 0) -> None:
@@ -239,9 +240,9 @@ class PerMethod(Selector):
                 scores[rows] = self.mean_.get(name, UNKNOWN)
         return scores
 
+    @abstractmethod
     def new_model(self) -> RandomForestRegressor | HistGradientBoostingRegressor:
         """Return the regression, not fitted yet."""
-        raise NotImplementedError
 
 
 class RandomForest(PerMethod):
