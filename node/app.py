@@ -36,6 +36,7 @@ from node.storage.history import HistoryStore
 from node.storage.peers import PeerBook
 from node.swarm.acquaintances import keep_acquaintances
 from node.swarm.dissemination import Dissemination
+from node.swarm.lan import find_neighbours
 from node.swarm.links import LinkEstimates
 from node.swarm.membership import Membership
 from node.swarm.records import RecordKinds
@@ -146,6 +147,8 @@ class Node:
                 nursery.start_soon(self._dissemination.run)
                 nursery.start_soon(self._keep_history_bounded)
                 nursery.start_soon(keep_acquaintances, self._network, self._peer_book)
+                if config.mdns:
+                    nursery.start_soon(find_neighbours, self._network, config.swarm_key)
                 await nursery.start(self._serving.run)
                 yield NodeReady(
                     peer_id=self._network.peer_id,

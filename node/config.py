@@ -34,7 +34,7 @@ LOCK_FILE: Final = "node.lock"
 
 OPTIONS: Final = (
     "data_dir", "cache_dir", "listen", "api", "api_key", "bootstrap", "serve", "swarm_key", "memory", "no_catalogue",
-    "threads", "log_level",
+    "no_mdns", "threads", "log_level",
 )  # fmt: skip
 """The names of all options, the same in the file, the environment and (with dashes) on the command line."""
 
@@ -83,6 +83,8 @@ class NodeConfig:
     memory_bytes: int | None = None
     """What weights and KV caches may take together; None lets the node decide."""
     no_catalogue: bool = False
+    mdns: bool = False
+    """Whether to look for peers on the local network, and to be found there."""
     threads: int | None = None
     """Threads of an engine; None lets the node decide."""
     log_level: str = "info"
@@ -194,6 +196,7 @@ def load_config(flags: Mapping[str, object], environ: Mapping[str, str] | None =
         swarm_key=given.get("swarm_key", _parse_swarm_key),
         memory_bytes=given.get("memory", _parse_memory),
         no_catalogue=given.get("no_catalogue", _parse_boolean) or False,
+        mdns=not given.get("no_mdns", _parse_boolean),
         threads=given.get("threads", _parse_threads),
         log_level=given.get("log_level", _parse_log_level) or "info",
     )

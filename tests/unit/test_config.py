@@ -39,6 +39,8 @@ def test_without_any_option_a_node_is_open_to_peers_and_its_api_closed_to_others
     assert (config.data_dir, config.cache_dir) == (default_data_dir(), default_cache_dir())
     assert (config.serve, config.swarm_key, config.memory_bytes, config.no_catalogue) == ((), None, None, False)
     assert config.bootstrap == ()
+    assert config.mdns
+    assert not load(no_mdns="true").mdns
 
 
 def test_a_flag_prevails_over_the_environment_and_that_over_the_file(tmp_path: Path) -> None:
@@ -63,6 +65,7 @@ def test_every_option_can_stand_in_the_file_and_in_the_environment(tmp_path: Pat
         "METASWARM_SWARM_KEY": str(key),
         "METASWARM_MEMORY": "512MiB",
         "METASWARM_NO_CATALOGUE": "1",
+        "METASWARM_NO_MDNS": "0",
         "METASWARM_THREADS": "2",
         "METASWARM_LOG_LEVEL": "DEBUG",
     }
@@ -79,6 +82,7 @@ def test_every_option_can_stand_in_the_file_and_in_the_environment(tmp_path: Pat
         swarm_key="ab" * 32,
         memory_bytes=512 << 20,
         no_catalogue=True,
+        mdns=True,
         threads=2,
         log_level="debug",
     )
@@ -96,6 +100,7 @@ def test_every_option_can_stand_in_the_file_and_in_the_environment(tmp_path: Pat
         swarm_key = "swarm.key"
         memory = 536870912
         no_catalogue = true
+        no_mdns = false
         threads = 2
         log_level = "debug"
         """
