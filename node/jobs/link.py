@@ -153,7 +153,7 @@ class _Link(ABC):
         """Pings since the last pong."""
 
     async def run(self) -> None:
-        """Carry the link until it breaks or is cancelled. Never raises for what the remote or the network did."""
+        """Carry the link until it breaks or is cancelled. Raises nothing else: a link never ends the node."""
         try:
             self._say(Hello(agent=self._agent, window_bytes=WINDOW_BYTES))
             async with trio.open_nursery() as nursery:
@@ -168,6 +168,9 @@ class _Link(ABC):
         except* RemoteProtocolError as group:
             self._break(f"broke the protocol: {_first_line(group)}")
             _logger.warning("peer broke the job protocol", peer=self.peer, fault=_first_line(group))
+        except* Exception as group:  # a defect of ours, which a peer has found: it costs this link only
+            self._break("this node could not go on with the link")
+            _logger.exception("link ended by a defect", peer=self.peer, exc_info=group)
         finally:
             self._break("closed")
             with trio.CancelScope(deadline=trio.current_time() + 1, shield=True):
@@ -403,7 +406,8 @@ class OutboundLink(_Link):
             case Failed():
                 self._deliver(message)
                 lost = SessionLost(self.peer, message.peer or self.peer, message.reason, message.message)
-                for watcher in self._watchers.pop(message.session, {}).values():
+                # A copy: who loses a session ends its watches, also those that others hold here.
+                for watcher in tuple(self._watchers.pop(message.session, {}).values()):
                     watcher(lost)
             case _:
                 raise AssertionError(f"the state tables let {message} through to an initiator")

@@ -30,6 +30,12 @@ IDLE_LIMIT_S = 300.0
 IDLE_ROUND_S = 10.0
 """How often idle sessions are looked for."""
 
+BUILD_PATIENCE_S = 30.0
+"""So long a variant waits for the span to have no sessions; then it is built beside them, which slows them down."""
+
+IDLE_MOMENT_S = 1.0
+"""Without a session for so long a span counts as idle."""
+
 _logger = structlog.get_logger(__name__)
 
 
@@ -178,12 +184,23 @@ class Span:
 
     async def _prepare_wanted(self) -> None:
         async for variant in self._wanted:
+            with trio.move_on_after(BUILD_PATIENCE_S):
+                await self._idle()
             try:
                 await self.engine.prepare(variant)
             except EngineCrashed:
                 return  # said by the task that waits for it
             except EngineError as error:
                 _logger.info("variant not to be had", variant=str(variant), span=str(self.info.blocks), why=str(error))
+
+    async def _idle(self) -> None:
+        """Wait until there has been no session for a moment."""
+        while True:
+            while self.sessions:
+                await self._session_ended.park()
+            await trio.sleep(IDLE_MOMENT_S)
+            if not self.sessions:
+                return
 
     async def _work(self) -> None:
         while True:
