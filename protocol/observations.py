@@ -11,8 +11,7 @@ import re
 from dataclasses import dataclass, replace
 from typing import Final, NewType
 
-from cryptography.exceptions import InvalidSignature
-from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from protocol.canonical import Value, decode, decode_canonical, encode
 from protocol.errors import LocalProtocolError, RemoteProtocolError
@@ -65,6 +64,7 @@ from protocol.measurements import (
 )
 from protocol.messages import SessionStatistics
 from protocol.records import open_envelope, sign
+from protocol.signatures import is_signed
 
 OBSERVATION_KIND: Final = "observation"
 """The kind in an observation's envelope."""
@@ -126,11 +126,9 @@ def check_countersignature(
     stage: StageObservation, *, job: JobId, observer: PeerId, model: ModelId, method: str
 ) -> None:
     """Raise RemoteProtocolError unless the stage's peer has signed these figures for this job, observer and method."""
-    try:
-        key = Ed25519PublicKey.from_public_bytes(public_key_of(stage.peer))
-        key.verify(stage.countersignature or b"", _countersigned_bytes(stage, job, observer, model, method))
-    except (InvalidSignature, ValueError):
-        raise RemoteProtocolError(f"the countersignature of {stage.peer} is wrong") from None
+    message = _countersigned_bytes(stage, job, observer, model, method)
+    if not is_signed(message, stage.countersignature or b"", public_key_of(stage.peer)):
+        raise RemoteProtocolError(f"the countersignature of {stage.peer} is wrong")
 
 
 def sign_observation(observation: Observation, private_key: Ed25519PrivateKey) -> SignedObservation:
