@@ -72,8 +72,8 @@ class DisseminationLimits:
     """Batches that all peers together should publish: each publishes less often while it hears more than these."""
     gossip_work: Allowance = field(default=Allowance(1000, 4000))
     gossip_work_per_peer: Allowance = field(default=Allowance(200, 1000))
-    get_work: Allowance = field(default=Allowance(4000, 8000))
-    """For what we asked for."""
+    get_work: Allowance = field(default=Allowance(4000, 64_000))
+    """For what we asked for. A newcomer takes in most of a history at once; who has it takes in what is new."""
     serve_work: Allowance = field(default=Allowance(2000, 4000))
     serve_work_per_peer: Allowance = field(default=Allowance(1000, 4000))
     traffic: Allowance = field(default=Allowance(4 << 20, 8 << 20))
