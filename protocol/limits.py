@@ -167,5 +167,11 @@ MAX_BATCH_BYTES: Final = 32 << 10
 MAX_BATCH_ENVELOPES: Final = 128
 """Observations in one gossip message."""
 
+MAX_HEARTBEAT_INTERVAL_MS: Final = 300_000
+"""The longest that a peer may be silent between two heartbeats."""
+
+MAX_PRESENT: Final = 10_000
+"""Heartbeats that one answer on a presence stream hands on."""
+
 SIGNATURE_BYTES: Final = 64
 """An Ed25519 signature."""

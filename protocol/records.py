@@ -13,8 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Final, NamedTuple, Self, TypeVar
 
-from cryptography.exceptions import InvalidSignature
-from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from protocol.canonical import Value, decode_canonical, encode
 from protocol.codec import load_from, load_to_map
@@ -31,6 +30,7 @@ from protocol.identity import (
 from protocol.limits import (
     MAX_ADDRESSES,
     MAX_CLOCK_SKEW_S,
+    MAX_HEARTBEAT_INTERVAL_MS,
     MAX_INTEGER,
     MAX_NAME_BYTES,
     MAX_RECORD_BYTES,
@@ -39,6 +39,7 @@ from protocol.limits import (
     SIGNATURE_BYTES,
 )
 from protocol.messages import Load
+from protocol.signatures import is_signed
 
 DHT_NAMESPACE: Final = "metaswarm"
 """The first part of every DHT key of ours."""
@@ -135,10 +136,14 @@ class ServedSpan:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Heartbeat(Record):
-    """A peer is alive: where it is reached, what it runs and serves, and whether it is about to leave."""
+    """A peer is alive: where it is reached, what it runs and serves, and whether it is about to leave.
+
+    `interval_ms`: how long it will be, about, until the peer says so again.
+    """
 
     kind: ClassVar[str] = "heartbeat"
 
+    interval_ms: int
     multiaddrs: tuple[str, ...]
     agent: str
     spans: tuple[ServedSpan, ...] = ()
@@ -147,6 +152,7 @@ class Heartbeat(Record):
     def body(self) -> dict[str, Value]:
         """Return the fields of this kind as they travel."""
         return {
+            "interval_ms": self.interval_ms,
             "multiaddrs": list(self.multiaddrs),
             "agent": self.agent,
             "spans": [
@@ -168,6 +174,7 @@ class Heartbeat(Record):
             sequence=header.sequence,
             issued_at_s=header.issued_at_s,
             expires_at_s=header.expires_at_s,
+            interval_ms=fields.integer("interval_ms", 1, MAX_HEARTBEAT_INTERVAL_MS),
             multiaddrs=tuple(_multiaddr(address) for address in fields.array("multiaddrs", MAX_ADDRESSES)),
             agent=fields.name("agent", MAX_NAME_BYTES),
             spans=tuple(_served_span(span) for span in fields.array("spans", MAX_SPANS)),
@@ -217,10 +224,8 @@ def open_envelope(envelope: bytes, kind: str) -> Signed:
     payload = _payload_bytes(fields)
     signature = fields.raw("signature", SIGNATURE_BYTES)
     fields.finish()
-    try:
-        Ed25519PublicKey.from_public_bytes(public_key).verify(signature, _signed_bytes(kind, payload))
-    except (InvalidSignature, ValueError):
-        raise RemoteProtocolError(f"{kind} record: the signature is wrong") from None
+    if not is_signed(_signed_bytes(kind, payload), signature, public_key):
+        raise RemoteProtocolError(f"{kind} record: the signature is wrong")
     return Signed(payload, peer_id_from_public_key(public_key))
 
 

@@ -1,21 +1,20 @@
 """Who is alive and who serves what, as far as this peer has heard. No I/O and no clock of its own.
 
-Liveness is a matter of hearing: a peer is alive for `LIVENESS_S` after a heartbeat of it arrived, by our monotonic
-clock. The sender's clock decides nothing; its sequence number says which of its heartbeats is the newer.
+Liveness is a matter of hearing: after a heartbeat arrived a peer is alive for `LIFE_IN_INTERVALS` of the intervals that
+it names, by our monotonic clock. The sender's clock decides nothing; its sequence number says which heartbeat of it is
+the newer.
 """
 
 from collections.abc import Iterable
 from dataclasses import dataclass
 
 from protocol.identity import BlockRange, ModelId, PeerId
+from protocol.limits import MAX_PRESENT
 from protocol.messages import Load
 from protocol.records import Heartbeat, ServedSpan
 
-LIVENESS_S = 10.0
-"""A peer not heard for this long is forgotten (DESIGN §4)."""
-
-MAX_PEERS = 10_000
-"""Peers remembered at a time; the one unheard for longest makes room. Identities cost nothing, memory does."""
+LIFE_IN_INTERVALS = 4
+"""A peer that misses so many heartbeats is forgotten: two may get lost. In a swarm of up to ten peers that is 10 s."""
 
 
 @dataclass(slots=True)
@@ -28,6 +27,10 @@ class Presence:
     multiaddrs: tuple[str, ...]
     spans: tuple[ServedSpan, ...]
     last_heard_s: float
+    silent_at_s: float
+    """When it is forgotten unless it is heard again."""
+    envelope: bytes | None
+    """Its last heartbeat as it signed it; None where we know of it otherwise."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,8 +51,8 @@ class Directory:
         self._departing: dict[PeerId, Presence] = {}
         self._departed: dict[PeerId, int] = {}
 
-    def hear(self, heartbeat: Heartbeat, now_s: float) -> bool:
-        """Take in a verified heartbeat; return whether it told anything new.
+    def hear(self, heartbeat: Heartbeat, now_s: float, envelope: bytes | None = None) -> bool:
+        """Take in a verified heartbeat, and its envelope to hand it on; return whether it told anything new.
 
         A peer that said it leaves is no candidate any more, and older heartbeats of it still under way do not revive
         it; while it ends its work it goes on saying so.
@@ -59,7 +62,14 @@ class Directory:
         if heartbeat.sequence <= newest:
             return False
         presence = Presence(
-            heartbeat.peer, heartbeat.sequence, heartbeat.agent, heartbeat.multiaddrs, heartbeat.spans, now_s
+            peer=heartbeat.peer,
+            sequence=heartbeat.sequence,
+            agent=heartbeat.agent,
+            multiaddrs=heartbeat.multiaddrs,
+            spans=heartbeat.spans,
+            last_heard_s=now_s,
+            silent_at_s=now_s + LIFE_IN_INTERVALS * heartbeat.interval_ms / 1000,
+            envelope=envelope,
         )
         self._presences.pop(heartbeat.peer, None)
         self._departing.pop(heartbeat.peer, None)
@@ -67,7 +77,7 @@ class Directory:
         if heartbeat.leaving:
             _remember(self._departing, presence)
             self._departed[heartbeat.peer] = heartbeat.sequence
-            if len(self._departed) > MAX_PEERS:
+            if len(self._departed) > MAX_PRESENT:
                 del self._departed[next(iter(self._departed))]
         else:
             _remember(self._presences, presence)
@@ -122,9 +132,9 @@ class Directory:
 def _remember(presences: dict[PeerId, Presence], presence: Presence) -> None:
     """Put a presence last, so that the dictionary's order is the order of hearing, and make room for it."""
     presences[presence.peer] = presence
-    if len(presences) > MAX_PEERS:
+    if len(presences) > MAX_PRESENT:
         del presences[next(iter(presences))]
 
 
 def _silent(presences: dict[PeerId, Presence], now_s: float) -> tuple[PeerId, ...]:
-    return tuple(presence.peer for presence in presences.values() if now_s - presence.last_heard_s > LIVENESS_S)
+    return tuple(presence.peer for presence in presences.values() if now_s > presence.silent_at_s)

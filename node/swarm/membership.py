@@ -15,13 +15,15 @@ import structlog
 import trio
 
 from node.identity import Identity
-from node.network.interface import Network, NetworkError
-from node.swarm.directory import Candidate, Directory
+from node.network.interface import Network, NetworkError, PeerConnected
+from node.swarm.directory import LIFE_IN_INTERVALS, Candidate, Directory
+from node.swarm.presence import PresenceServer, ask_who_is_here
 from node.swarm.records import RecordKinds
-from protocol.errors import LocalProtocolError, RemoteProtocolError
+from protocol.errors import LocalProtocolError, RemoteProtocolError, UntimelyError
 from protocol.identity import BlockRange, ModelId, PeerId
-from protocol.limits import MAX_ADDRESSES
+from protocol.limits import MAX_ADDRESSES, MAX_HEARTBEAT_INTERVAL_MS
 from protocol.messages import Load
+from protocol.presence import PROTOCOL_ID
 from protocol.records import (
     HEARTBEAT_TOPIC,
     Heartbeat,
@@ -36,10 +38,16 @@ from protocol.records import (
 from selector.routing import uncovered
 
 HEARTBEAT_INTERVAL_S = 2.5
-"""Four heartbeats fit into the time after which a peer is forgotten: two may get lost."""
+"""Between a peer's heartbeats in a small swarm."""
+
+HEARTBEATS_PER_S = 4
+"""Of all peers together. Everybody hears them all, at milliseconds of CPU each: in a large swarm each says less."""
 
 HEARTBEAT_LIFETIME_S = 60
-"""How long a heartbeat is valid by the wall clocks of others, which may differ from ours."""
+"""How long a heartbeat is valid at least by the wall clocks of others, which may differ from ours."""
+
+NEIGHBOURS_ASKED = 3
+"""Of its first neighbours a node asks so many who is here; one may know as little as we do."""
 
 RECORD_LIFETIME_S = 1800
 RECORD_REFRESH_S = 600
@@ -66,6 +74,11 @@ class Bootstrap:
     multiaddr: str
     peer: PeerId | None
     error: str | None
+
+
+def heartbeat_interval_s(peers: int) -> float:
+    """Return the pause between the heartbeats of each of so many peers."""
+    return min(MAX_HEARTBEAT_INTERVAL_MS / 1000, max(HEARTBEAT_INTERVAL_S, peers / HEARTBEATS_PER_S))
 
 
 class Membership:
@@ -100,6 +113,7 @@ class Membership:
         self._on_round_trip = on_round_trip
         self._leaving = False
         network.join_topic(HEARTBEAT_TOPIC, self._validate_heartbeat)
+        network.set_stream_handler(PROTOCOL_ID, PresenceServer(self.directory).handle)
         records.register(SpanRecord.kind, self._validate_record)
 
     def bootstrap(self) -> tuple[Bootstrap, ...]:
@@ -124,13 +138,14 @@ class Membership:
             for multiaddr in self._bootstrap:
                 nursery.start_soon(self._keep_dialling, multiaddr)
             nursery.start_soon(self._listen)
+            nursery.start_soon(self._ask_first_neighbours)
             nursery.start_soon(self._beat)
             nursery.start_soon(self._keep_records)
             nursery.start_soon(self._tend)
             nursery.start_soon(self._measure_round_trips)
 
     async def leave(self) -> None:
-        """Say goodbye: others forget us at once instead of after ten seconds."""
+        """Say goodbye: others forget us at once instead of when they have not heard us for long."""
         self._leaving = True
         with trio.CancelScope(deadline=trio.current_time() + 2, shield=True):
             await self._publish_heartbeat()
@@ -195,6 +210,7 @@ class Membership:
                 sequence=record.sequence,
                 issued_at_s=record.issued_at_s,
                 expires_at_s=record.expires_at_s,
+                interval_ms=self._interval_ms(),
                 multiaddrs=self._network.addresses_of(peer),
                 agent="",
                 spans=tuple(ServedSpan(model=model, blocks=blocks, load=Load()) for blocks in record.blocks),
@@ -214,38 +230,60 @@ class Membership:
     async def _listen(self) -> None:
         async with self._network.subscribe(HEARTBEAT_TOPIC) as messages:
             async for message in messages:
-                try:
-                    heartbeat = unseal(Heartbeat, message.data, self._wall_clock())
-                except RemoteProtocolError:
-                    continue  # it was valid when the validator saw it, and has expired since
-                if self.directory.hear(heartbeat, trio.current_time()):
-                    self._network.add_addresses(heartbeat.peer, heartbeat.multiaddrs)
+                self._hear(message.data)
+
+    def _hear(self, envelope: bytes) -> None:
+        """Take in a heartbeat, whoever hands it on. Raises RemoteProtocolError."""
+        try:
+            heartbeat = unseal(Heartbeat, envelope, self._wall_clock())
+        except UntimelyError:
+            return  # it was valid when it was handed on, by that peer's clock
+        if heartbeat.peer != self._network.peer_id and self.directory.hear(heartbeat, trio.current_time(), envelope):
+            self._network.add_addresses(heartbeat.peer, heartbeat.multiaddrs)
+
+    async def _ask_first_neighbours(self) -> None:
+        """Ask the first few peers that we meet who is here."""
+        asked = 0
+        async with self._network.events() as events:
+            async for event in events:
+                if asked < NEIGHBOURS_ASKED and isinstance(event, PeerConnected):
+                    asked += 1
+                    try:
+                        await ask_who_is_here(self._network, event.peer, self._hear)
+                    except (NetworkError, RemoteProtocolError) as error:
+                        _logger.debug("not told who is here", peer=event.peer, reason=str(error))
 
     # What we say
 
     async def _beat(self) -> None:
         while True:
             await self._publish_heartbeat()
-            with trio.move_on_after(HEARTBEAT_INTERVAL_S * self._jitter.uniform(0.8, 1.2)):
+            with trio.move_on_after(self._interval_ms() / 1000 * self._jitter.uniform(0.8, 1.2)):
                 await self._changed.wait()
             self._changed = trio.Event()
+
+    def _interval_ms(self) -> int:
+        return int(1000 * heartbeat_interval_s(len(self.directory.presences())))
 
     async def _publish_heartbeat(self) -> None:
         self._sequence += 1
         now_s = int(self._wall_clock())
+        interval_ms = self._interval_ms()
         heartbeat = Heartbeat(
             peer=self._network.peer_id,
             sequence=self._sequence,
             issued_at_s=now_s,
-            expires_at_s=now_s + HEARTBEAT_LIFETIME_S,
+            expires_at_s=now_s + max(HEARTBEAT_LIFETIME_S, LIFE_IN_INTERVALS * interval_ms // 1000),
+            interval_ms=interval_ms,
             multiaddrs=self._network.multiaddrs[:MAX_ADDRESSES],
             agent=self._agent,
             spans=self._served_spans(),
             leaving=self._leaving,
         )
-        self.directory.hear(heartbeat, trio.current_time())
         try:
-            await self._network.publish(HEARTBEAT_TOPIC, seal(heartbeat, self._identity.private_key))
+            envelope = seal(heartbeat, self._identity.private_key)
+            self.directory.hear(heartbeat, trio.current_time(), envelope)
+            await self._network.publish(HEARTBEAT_TOPIC, envelope)
         except (NetworkError, LocalProtocolError) as error:
             _logger.debug("heartbeat not published", reason=str(error))
 

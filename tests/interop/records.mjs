@@ -127,6 +127,7 @@ const MAX_COUNT = 2 ** 32
 const kinds = {
   span: { model: bytes(32), blocks: array(blocks, 0, 64) },
   heartbeat: {
+    interval_ms: integer(1, 300_000),
     multiaddrs: array(multiaddr, 0, 16),
     agent: name(256),
     spans: array(map({ model: bytes(32), blocks, load }), 0, 64),

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from protocol.errors import RemoteProtocolError
 from protocol.identity import BlockRange, ModelId, peer_id_from_public_key
-from protocol.limits import MAX_INTEGER, MAX_RECORD_LIFETIME_S
+from protocol.limits import MAX_HEARTBEAT_INTERVAL_MS, MAX_INTEGER, MAX_RECORD_LIFETIME_S
 from protocol.messages import Load
 from protocol.records import Heartbeat, Record, ServedSpan, SpanRecord, seal, select, unseal, verify
 from tests.property.strategies import block_ranges, loads, model_ids, names
@@ -28,6 +28,7 @@ RECORDS: st.SearchStrategy[Record] = st.one_of(
     st.builds(
         Heartbeat,
         **HEADER,
+        interval_ms=st.integers(1, MAX_HEARTBEAT_INTERVAL_MS),
         multiaddrs=st.lists(names.map(lambda name: "/" + name), max_size=3).map(tuple),
         agent=names,
         spans=st.lists(st.builds(ServedSpan, model=model_ids, blocks=block_ranges, load=loads), max_size=3).map(tuple),
@@ -49,6 +50,7 @@ EXAMPLES: list[Record] = [
         sequence=1,
         issued_at_s=NOW_S,
         expires_at_s=NOW_S + 60,
+        interval_ms=2500,
         multiaddrs=("/ip4/127.0.0.1/tcp/4001",),
         agent="metaswarm/0.1.0",
         spans=(ServedSpan(model=MODEL, blocks=BlockRange(0, 15), load=Load()),),

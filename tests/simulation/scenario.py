@@ -3,12 +3,11 @@
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
-from unittest.mock import patch
 
 import trio
 
 from node.network.memory import LinkModel
-from node.swarm import directory, membership
+from node.swarm.membership import heartbeat_interval_s
 from tests.simulation import virtual_time
 from tests.simulation.swarm import SimulatedPeer, Swarm, signatures_verified_once
 
@@ -36,8 +35,8 @@ class Scenario:
 
     @property
     def heartbeat_interval_s(self) -> float:
-        """Between the heartbeats of a peer: in a large swarm it must be longer, or heartbeats are all there is."""
-        return max(membership.HEARTBEAT_INTERVAL_S, self.peers / 4)
+        """Between the heartbeats of a peer, once all know each other."""
+        return heartbeat_interval_s(self.peers)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,11 +79,7 @@ def play(scenario: Scenario) -> Result:
         async with swarm.running(scenario.peers):
             return await _Play(scenario, swarm).run()
 
-    with (
-        signatures_verified_once(),
-        patch.object(membership, "HEARTBEAT_INTERVAL_S", scenario.heartbeat_interval_s),
-        patch.object(directory, "LIVENESS_S", 4 * scenario.heartbeat_interval_s),
-    ):
+    with signatures_verified_once():
         return virtual_time.run(program, seed=scenario.seed)
 
 

@@ -95,6 +95,7 @@ class SimulatedPeer:
     clock_skew_s: float
     network: MemoryNetwork
     dissemination: Dissemination = field(init=False)
+    membership: Membership | None = field(init=False, default=None)
 
     @property
     def peer_id(self) -> PeerId:
@@ -188,9 +189,8 @@ class Swarm:
             return EPOCH_S + trio.current_time() + peer.clock_skew_s
 
         records = RecordKinds(network)
-        membership = None
         if self._with_membership:
-            membership = Membership(
+            peer.membership = Membership(
                 network=network,
                 identity=peer.identity,
                 agent="simulated",
@@ -212,7 +212,9 @@ class Swarm:
         )
         async with network.running(), trio.open_nursery() as nursery:
             task_status.started()
-            nursery.start_soon(membership.run if membership else partial(self._keep_neighbours, network, jitter))
+            nursery.start_soon(
+                peer.membership.run if peer.membership else partial(self._keep_neighbours, network, jitter)
+            )
             nursery.start_soon(peer.dissemination.run)
 
     async def _keep_neighbours(self, network: MemoryNetwork, jitter: random.Random) -> None:

@@ -27,6 +27,7 @@ from protocol.history import HistoryDigest, decode_batch, encode_batch
 from protocol.identity import BlockRange, ModelId
 from protocol.messages import Load
 from protocol.observations import open_observation
+from protocol.presence import PresenceReader, encode_present
 from protocol.reconciliation import Equal, Listing, PackedIds, Split, Summary
 from protocol.records import Heartbeat, Record, ServedSpan, SpanRecord, open_envelope, seal, unseal
 from protocol.states import Role
@@ -88,6 +89,7 @@ def targets() -> tuple[Target, ...]:
         Target("blob request", (BlobInitiator().request(_REQUEST),), lambda data: BlobResponder().receive_data(data)),
         Target("blob answer", (_blob_answer(),), _hear_blob),
         *_sync_targets(),
+        Target("presence", (b"".join(encode_present(_PRESENT)),), lambda data: PresenceReader().receive_data(data)),
         Target("batch of envelopes", (encode_batch([signed(1).envelope, signed(2).envelope]),), decode_batch),
         *_signed_targets("observation", [signed(1).envelope, signed(2, stages=(3, 4, 5)).envelope], open_observation),
         *(
@@ -221,6 +223,7 @@ _RECORDS: Final[tuple[Record, ...]] = (
     SpanRecord(peer=peer(0), model=_MODEL, blocks=(BlockRange(0, 15), BlockRange(20, 22)), **_TIMES),
     Heartbeat(
         peer=peer(0),
+        interval_ms=2500,
         multiaddrs=("/ip4/127.0.0.1/tcp/4001",),
         agent="metaswarm/0.1.0",
         spans=(ServedSpan(model=_MODEL, blocks=BlockRange(0, 15), load=Load(sessions=2, step_s=0.02)),),
@@ -231,6 +234,8 @@ _RECORDS: Final[tuple[Record, ...]] = (
         peer=peer(0), first_bucket=7, count=3, digest=_DIGEST, parts=(Summary("00000007", 3, _DIGEST),), **_TIMES
     ),
 )
+
+_PRESENT: Final = [seal(record, key(0)) for record in _RECORDS if isinstance(record, Heartbeat)]
 
 _COMMIT: Final = CommitRecord(
     chain=_DIGEST, epoch=5, parent=_DIGEST, hardware="cpu", commitment=_DIGEST, observations=(_DIGEST,)

@@ -55,6 +55,7 @@ HEARTBEAT = Heartbeat(
     sequence=8,
     issued_at_s=NOW_S,
     expires_at_s=NOW_S + 60,
+    interval_ms=2500,
     multiaddrs=(f"/ip4/127.0.0.1/tcp/4001/p2p/{PEER}",),
     agent="metaswarm/0.1.0",
     spans=(ServedSpan(model=MODEL, blocks=BlockRange(0, 8), load=Load(sessions=1, step_s=0.5)),),

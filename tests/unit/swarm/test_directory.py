@@ -1,6 +1,6 @@
 """Who is alive, as far as a peer has heard: leaving, dying, coming back."""
 
-from node.swarm.directory import LIVENESS_S, Directory
+from node.swarm.directory import LIFE_IN_INTERVALS, Directory
 from protocol.identity import BlockRange, ModelId, PeerId, peer_id_from_public_key
 from protocol.messages import Load
 from protocol.records import Heartbeat, ServedSpan
@@ -10,12 +10,13 @@ US = peer_id_from_public_key(bytes([1] * 32))
 MODEL = ModelId("ab" * 32)
 
 
-def heartbeat(sequence: int, *, leaving: bool = False, peer: PeerId = PEER) -> Heartbeat:
+def heartbeat(sequence: int, *, leaving: bool = False, peer: PeerId = PEER, interval_ms: int = 2000) -> Heartbeat:
     return Heartbeat(
         peer=peer,
         sequence=sequence,
         issued_at_s=1_800_000_000,
         expires_at_s=1_800_000_060,
+        interval_ms=interval_ms,
         multiaddrs=(),
         agent="",
         spans=(ServedSpan(model=MODEL, blocks=BlockRange(0, 3), load=Load()),),
@@ -49,8 +50,17 @@ def test_who_is_not_heard_is_forgotten_also_while_it_leaves() -> None:
     directory.hear(heartbeat(1), 0.0)
     directory.hear(heartbeat(1, peer=other, leaving=True), 0.0)
     directory.hear(heartbeat(2, peer=other, leaving=True), 5.0)
-    assert directory.expire(LIVENESS_S) == ()
-    assert directory.expire(LIVENESS_S + 1) == (PEER,)
+    life_s = LIFE_IN_INTERVALS * 2.0
+    assert directory.expire(life_s) == ()
+    assert directory.expire(life_s + 1) == (PEER,)
     assert directory.departing()
-    assert directory.expire(LIVENESS_S + 6) == ()
+    assert directory.expire(life_s + 6) == ()
     assert not directory.departing()
+
+
+def test_who_says_less_often_that_it_lives_is_forgotten_later() -> None:
+    directory = Directory(own_peer=US)
+    directory.hear(heartbeat(1, interval_ms=60_000), 0.0)
+    assert directory.expire(LIFE_IN_INTERVALS * 60.0) == ()
+    directory.hear(heartbeat(2, interval_ms=1000), 240.0)
+    assert directory.expire(240.0 + LIFE_IN_INTERVALS + 1) == (PEER,)
