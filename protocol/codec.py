@@ -29,6 +29,7 @@ from protocol.fields import (
 )
 from protocol.identity import JobId, PeerId, SessionId
 from protocol.limits import (
+    MAX_BALLOTS,
     MAX_CONTEXT,
     MAX_CONTROL_BYTES,
     MAX_DRAFTS,
@@ -393,7 +394,7 @@ def _begin_from(fields: Fields) -> Begin:
     return Begin(
         session=fields.session(),
         method=fields.name("method", MAX_NAME_BYTES),
-        ballots=tuple(_ballot_from(value) for value in fields.array("ballots", MAX_STAGES)),
+        ballots=tuple(_ballot_from(value) for value in fields.array("ballots", MAX_BALLOTS)),
         start=fields.integer("start", 0, MAX_POSITIONS - 1),
     )
 

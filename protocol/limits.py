@@ -44,6 +44,9 @@ MAX_TEXT_BYTES: Final = 1024
 MAX_NAME_BYTES: Final = 256
 """UTF-8 bytes of a name: a method, an agent, a switch."""
 
+MAX_BALLOTS: Final = MAX_STAGES + 1
+"""Ballots about the method of one job: of every stage, and the coordinator's."""
+
 MAX_VOTES: Final = 128
 """Methods in one vote."""
 

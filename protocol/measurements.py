@@ -80,7 +80,9 @@ class Workload:
 
     `cached_tokens`: of the prompt, taken from a prefix cache. `concurrency`: the most jobs that any stage of the route
     served when this one was admitted, this one included. `shared_prefix_share`: the part of the prompt, from 0 to 1,
-    that it has in common with other jobs of the time.
+    that it has in common with other jobs of the time. `repetitiveness`: the part of its tokens, from 0 to 1, that
+    looking up what followed the same few tokens before would have guessed. `link_s`: what the links of the route add to
+    the time of a token.
     """
 
     prompt_tokens: int
@@ -88,6 +90,8 @@ class Workload:
     cached_tokens: int = 0
     concurrency: int = 1
     shared_prefix_share: float = 0.0
+    repetitiveness: float = 0.0
+    link_s: float = 0.0
     objective: Objective = Objective.LATENCY
     quality: QualityBound = QualityBound.EXACT
 

@@ -134,9 +134,9 @@ class Opened:
 
 @dataclass(frozen=True, slots=True)
 class Ballot:
-    """What one stage voted, as the coordinator tells it to all: scores in the order of `Open.methods`.
+    """What one stage voted, or the coordinator itself, as it tells all: scores in the order of `Open.methods`.
 
-    None stands for a method that the stage does not offer.
+    None stands for a method that the stage does not offer, or that the coordinator does not accept.
     """
 
     peer: PeerId
@@ -147,8 +147,8 @@ class Ballot:
 class Begin:
     """The coordinator begins a session, once, when every stage is open: before it no rows may be computed.
 
-    `method`: what the ballots come to. `ballots`: of every stage of the route, in order. `start`: the first position
-    whose rows the stages compute; those before it are cached on all of them.
+    `method`: what the ballots come to. `ballots`: of every stage of the route, in order, then the coordinator's own.
+    `start`: the first position whose rows the stages compute; those before it are cached on all of them.
     """
 
     session: SessionId

@@ -234,6 +234,8 @@ def _to_payload(observation: Observation) -> dict[str, Value]:
             "cached_tokens": workload.cached_tokens,
             "concurrency": workload.concurrency,
             "shared_prefix_share": float(workload.shared_prefix_share),
+            "repetitiveness": float(workload.repetitiveness),
+            "link_s": float(workload.link_s),
             "objective": workload.objective.value,
             "quality": workload.quality.value,
         },
@@ -331,6 +333,8 @@ def _workload_from(value: object) -> Workload:
         cached_tokens=fields.integer("cached_tokens", 0, MAX_POSITIONS),
         concurrency=fields.integer("concurrency", 1, MAX_PARALLEL_JOBS),
         shared_prefix_share=fields.number("shared_prefix_share", 0.0, 1.0),
+        repetitiveness=fields.number("repetitiveness", 0.0, 1.0),
+        link_s=fields.number("link_s", 0.0, MAX_SECONDS),
         objective=fields.choice("objective", Objective),
         quality=fields.choice("quality", QualityBound),
     )

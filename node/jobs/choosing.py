@@ -4,9 +4,10 @@ The coordinator lists the methods that the job admits, the most promising first;
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
-from node.jobs.interface import JobError, JobErrorCode, JobRequest
+from node.jobs.interface import AUTO, JobError, JobErrorCode, JobRequest, Outcome, Selection
 from node.jobs.observation import model_facts
 from node.jobs.speculation import repetitiveness
 from node.models.library import KnownModel
@@ -46,20 +47,71 @@ class NoLedger:
         return None
 
 
-class Chooser(Protocol):
-    """The coordinator's own preference, which decides where the votes leave it open."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Question:
+    """What is to be chosen: one of the methods that a job admits, for a task.
 
-    async def order(self, context: TaskContext, admitted: Sequence[Method]) -> Sequence[Method]:
-        """Return the admitted methods with the most promising first."""
+    `is_free`: whether the user left the choice to us, and no text has begun yet that must go on as it began.
+    `may_explore`: whether the job bears a method that is only perhaps a good one; one with a budget does not.
+    """
+
+    context: TaskContext
+    admitted: Sequence[Method]
+    is_free: bool = True
+    may_explore: bool = False
+
+
+class Choice(Protocol):
+    """The choice for one job in the making."""
+
+    @property
+    def order(self) -> Sequence[Method]:
+        """The admitted methods with the most promising first; it decides between equal scores."""
+        ...
+
+    def ballot(self, votes: Sequence[Mapping[str, float]]) -> Mapping[str, float]:
+        """Return the coordinator's own scores, once those of the stages are known.
+
+        What is left out is not accepted. Where all stages offer a method at all, one of those is accepted.
+        """
         ...
 
 
-class RuleChooser:
-    """Prefers what the hand-written rule does."""
+class Chooser(Protocol):
+    """The coordinator's side of the choice, which sees the prediction, the votes and what came of it."""
 
-    async def order(self, context: TaskContext, admitted: Sequence[Method]) -> Sequence[Method]:
+    async def choose(self, question: Question) -> Choice:
+        """Return the choice, at once: what is not known yet is not waited for."""
+        ...
+
+    def served(self, choice: Choice, outcome: Outcome) -> Selection | None:
+        """Take note of what a job took, and return what the choice looked like; None where nothing was predicted."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class RuleChoice:
+    """The hand-written rule's opinion: it accepts whatever the job admits."""
+
+    context: TaskContext
+    order: Sequence[Method]
+
+    def ballot(self, votes: Sequence[Mapping[str, float]]) -> Mapping[str, float]:
+        """Return the rule's predictions; see Choice."""
+        del votes
+        return {method.name: predicted_cost(self.context, method) for method in self.order}
+
+
+class RuleChooser:
+    """Prefers what the hand-written rule does, and learns nothing."""
+
+    async def choose(self, question: Question) -> Choice:
         """Return the methods by the rule's prediction; see Chooser."""
-        return preference(context, admitted)
+        return RuleChoice(question.context, preference(question.context, question.admitted))
+
+    def served(self, choice: Choice, outcome: Outcome) -> None:
+        """Take no note; see Chooser."""
+        del choice, outcome
 
 
 class Voter(Protocol):
@@ -84,7 +136,7 @@ def admitted_methods(request: JobRequest, model: KnownModel, ledger: Ledger) -> 
     Raises JobError, with one line, for a method that there is not or that the bound does not admit.
     """
     bound = QualityBound(request.quality)
-    if request.method == "auto":
+    if request.method == AUTO:
         admitted = [each for each in PORTFOLIO.values() if admits(bound, each, ledger.quality(model.id, each))]
         return admitted[:MAX_VOTES]
     try:
@@ -117,9 +169,10 @@ def describe(
     *,
     shared_prefix_share: float,
     loads: Sequence[Load],
+    hardware: Sequence[str],
     link_s: float,
 ) -> TaskContext:
-    """Return what the choice of a method for a job depends on. `loads`: of the stages of its route."""
+    """Return what the choice of a method for a job depends on. `loads`, `hardware`: of the stages of its route."""
     facts = model_facts(model.manifest)
     return TaskContext(
         architecture=facts.architecture,
@@ -138,6 +191,7 @@ def describe(
         repetitiveness=repetitiveness(prompt[-_LOOKED_AT_TOKENS:]),
         concurrency=1 + max((load.sessions for load in loads), default=0),
         stage_count=max(1, len(loads)),
+        hardware="+".join(hardware) or "unknown",
         link_s=link_s,
         queued_rows=sum(load.queued_rows for load in loads),
         step_s=sum(load.step_s for load in loads),

@@ -7,7 +7,7 @@ greedy decoding is deterministic and sampling is keyed by position, the text goe
 import random
 import secrets
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Sequence
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass, field, replace
 from typing import Protocol
@@ -15,8 +15,18 @@ from typing import Protocol
 import structlog
 import trio
 
-from node.jobs.choosing import Chooser, Ledger, NoLedger, RuleChooser, admitted_methods, describe
+from node.jobs.choosing import (
+    Choice,
+    Chooser,
+    Ledger,
+    NoLedger,
+    Question,
+    RuleChooser,
+    admitted_methods,
+    describe,
+)
 from node.jobs.interface import (
+    AUTO,
     Consensus,
     JobError,
     JobErrorCode,
@@ -25,6 +35,7 @@ from node.jobs.interface import (
     JobResult,
     JobStarted,
     MethodChoice,
+    Outcome,
     RouteStage,
     TextDelta,
     Timing,
@@ -45,7 +56,7 @@ from protocol.identity import JobId, PeerId
 from protocol.measurements import StageObservation
 from protocol.messages import Closed, FinishReason, Opened, RefusalReason, Sampling
 from selector.routing import Demand, Links, NoRouteError
-from selector.task import Method
+from selector.task import Method, TaskContext
 
 MAX_ATTEMPTS = 5
 """Routes tried for one job, the first included, while no token comes of them."""
@@ -96,6 +107,9 @@ class _Job:
     began_s: float
     prefix: bytes = b""
     shared_prefix_share: float = 0.0
+    context: TaskContext = field(default_factory=TaskContext)
+    """As described for the first route that opened; and what was chosen from for it."""
+    choice: Choice | None = None
     method: Method | None = None
     """What the votes came to; kept on every later route that can."""
     cached_tokens: int = 0
@@ -137,15 +151,17 @@ class Coordinator:
         *,
         chooser: Chooser | None = None,
         ledger: Ledger | None = None,
+        hardware: Callable[[PeerId], str] = lambda peer: "unknown",
     ) -> None:
         """Take no job yet.
 
         `links`: between any two peers; `recorder` is told of every job that was done; `chooser` is our own preference
-        among methods; `ledger` says what lossy methods do to a model's answers.
+        among methods; `ledger` says what lossy methods do to a model's answers; `hardware` is the class of a peer's.
         """
         self.draining = False
         self._chooser = chooser or RuleChooser()
         self._ledger = ledger or NoLedger()
+        self._hardware = hardware
         self._salt = secrets.token_bytes(16)
         self._recent = RecentPrefixes()
         self._recorder = recorder
@@ -255,15 +271,26 @@ class Coordinator:
             left,
             shared_prefix_share=job.shared_prefix_share,
             loads=[stop.load for stop in stops],
+            hardware=[self._hardware(stop.peer) for stop in stops],
             link_s=self._planner.round_s(stops),
         )
-        ordered = await self._chooser.order(context, job.admitted)
-        if job.method is not None and job.method in ordered:
-            # A text goes on as it began: arithmetic is fixed for a job, also on the stages that replace lost ones.
-            ordered = [job.method]
+        # A text goes on as it began: arithmetic is fixed for a job, also on the stages that replace lost ones.
+        begun = job.method is not None and job.method in job.admitted
+        choice = await self._chooser.choose(
+            Question(
+                context=context,
+                admitted=[job.method] if job.method is not None and begun else job.admitted,
+                is_free=job.request.method == AUTO and not begun,
+                may_explore=job.request.budget is None,
+            )
+        )
+        if not begun:
+            job.context, job.choice = context, choice
+        ordered = choice.order
         return Opening(
             model=job.model.id,
             methods={method.name: method for method in ordered},
+            ballot=choice.ballot,
             context=context.values(),
             positions=len(job.prompt) + job.sampling.max_tokens,
             prefix=job.prefix if any(method.prefix_cache for method in ordered) else b"",
@@ -383,6 +410,15 @@ class Coordinator:
             consensus=Consensus(votes=votes, agreed=method.name, epoch=None, table_digest=None),
             replays=job.replays,
         )
+        if job.choice is not None:
+            outcome = Outcome(
+                job_id=job.id,
+                method=method.name,
+                completion_tokens=count,
+                total_s=result.timing.total_s,
+                replays=job.replays,
+            )
+            result = replace(result, selection=self._chooser.served(job.choice, outcome))
         if self._recorder is not None:
             await self._recorder.record(
                 result,
@@ -392,6 +428,8 @@ class Coordinator:
                 route=tuple(map(_observed, route.stops, closed)),
                 concurrency=max((answer.load.sessions for answer in route.answers if answer), default=1),
                 shared_prefix_share=job.shared_prefix_share,
+                repetitiveness=job.context.repetitiveness,
+                link_s=job.context.link_s,
             )
         return result
 

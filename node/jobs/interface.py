@@ -4,10 +4,13 @@ import enum
 from collections.abc import AsyncIterator
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Final, Protocol
 
 from protocol.identity import BlockRange, JobId, ModelId, PeerId
 from protocol.messages import FinishReason
+
+AUTO: Final = "auto"
+"""In place of a method: the swarm chooses."""
 
 
 class Objective(enum.StrEnum):
@@ -85,7 +88,7 @@ class JobRequest:
     objective: Objective = Objective.LATENCY
     budget: float | None = None
     quality: Quality = Quality.EXACT
-    method: str = "auto"
+    method: str = AUTO
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -167,6 +170,48 @@ class Consensus:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class PredictedCost:
+    """What a method was expected to cost this job, seconds, and over the baseline.
+
+    `deviation`: the standard deviation that the logarithm of the speed-up is expected to be off by.
+    """
+
+    cost_s: float
+    speedup: float
+    deviation: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Selection:
+    """How this node saw the choice of the method, for as many tokens as came.
+
+    `basis`: `rule` or `model`. `experiences`: measurements that the model was trained on. `accepted`: the methods that
+    the votes were about to decide between; `explored`: whether that was one to try out. `regret_s`: what the method
+    was expected to cost more than the best one.
+    """
+
+    basis: str
+    experiences: int
+    predictions: dict[str, PredictedCost]
+    accepted: tuple[str, ...]
+    explored: bool
+    predicted_s: float
+    predicted_speedup: float
+    regret_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outcome:
+    """What a job took in the end. `replays`: stages lost and replaced on the way."""
+
+    job_id: JobId
+    method: str
+    completion_tokens: int
+    total_s: float
+    replays: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class JobResult:
     """The last event of a job that was done."""
 
@@ -182,6 +227,7 @@ class JobResult:
     method: MethodChoice
     consensus: Consensus
     replays: int
+    selection: Selection | None = None
 
 
 JobEvent = JobStarted | TextDelta | JobResult

@@ -39,6 +39,8 @@ def observation_of(
     issued_at_s: int,
     concurrency: int,
     shared_prefix_share: float = 0.0,
+    repetitiveness: float = 0.0,
+    link_s: float = 0.0,
 ) -> Observation:
     """Return what a job that was served here has shown; `protocol.observations.sign_observation` is the next step.
 
@@ -60,6 +62,8 @@ def observation_of(
             cached_tokens=usage.cached_tokens,
             concurrency=max(1, concurrency),
             shared_prefix_share=shared_prefix_share,
+            repetitiveness=repetitiveness,
+            link_s=link_s,
             objective=Objective(request.objective),
             quality=QualityBound(request.quality),
         ),

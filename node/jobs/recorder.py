@@ -47,6 +47,8 @@ class Recorder:
         route: Sequence[StageObservation],
         concurrency: int,
         shared_prefix_share: float = 0.0,
+        repetitiveness: float = 0.0,
+        link_s: float = 0.0,
     ) -> None:
         """Record a job.
 
@@ -63,6 +65,8 @@ class Recorder:
             issued_at_s=int(self._wall_clock()),
             concurrency=concurrency,
             shared_prefix_share=shared_prefix_share,
+            repetitiveness=repetitiveness,
+            link_s=link_s,
         )
         try:
             await self._publisher.publish(sign_observation(observation, self._identity.private_key))

@@ -72,10 +72,14 @@ class RouteLost(Exception):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Opening:
-    """What every stage of a route is asked for. `methods`: by name, the coordinator's preference first."""
+    """What every stage of a route is asked for.
+
+    `methods`: by name, the coordinator's preference first. `ballot`: its own scores, once the stages' are known.
+    """
 
     model: ModelId
     methods: Mapping[str, Method]
+    ballot: Callable[[Sequence[Mapping[str, float]]], Mapping[str, float]]
     context: Mapping[str, str | float]
     positions: int
     prefix: bytes
@@ -146,11 +150,11 @@ class OpenRoute:
         Every stage is told before this returns, so that no rows overtake it. Raises RouteRejected where no method is
         ready on all stages, RouteLost where a stage is gone.
         """
-        method = self._agreed()
+        ballots = self._ballots()
+        method = self._agreed(ballots)
         if method.prefix_cache:
             cached = [answer.cached.get(method.lineage, 0) for answer in self.answers if answer is not None]
             self.start = min(*cached, len(tokens) - 1)
-        ballots = self._ballots()
         try:
             for stage, link in sorted(self._links.items()):
                 session = SessionId(self._job, stage)
@@ -160,15 +164,21 @@ class OpenRoute:
         self.method = method
         return method
 
+    def votes(self) -> list[Mapping[str, float]]:
+        """Return what the stages voted, in order."""
+        return [answer.votes if answer else {} for answer in self.answers]
+
     def _ballots(self) -> tuple[Ballot, ...]:
+        """Return the ballots of the stages, then our own."""
+        votes = self.votes()
+        peers = [*(stop.peer for stop in self.stops), self._switchboard.peer_id]
         names = tuple(self.opening.methods)
         return tuple(
-            Ballot(stop.peer, tuple(answer.votes.get(name) if answer else None for name in names))
-            for stop, answer in zip(self.stops, self.answers, strict=True)
+            Ballot(peer, tuple(scores.get(name) for name in names))
+            for peer, scores in zip(peers, [*votes, self.opening.ballot(votes)], strict=True)
         )
 
-    def _agreed(self) -> Method:
-        ballots = self._ballots()
+    def _agreed(self, ballots: Sequence[Ballot]) -> Method:
         name = tally(tuple(self.opening.methods), [ballot.scores for ballot in ballots])
         if name is not None:
             return self.opening.methods[name]

@@ -261,7 +261,9 @@ def _tally_fault(session: StageSession, message: Begin, peer: PeerId) -> str | N
     ballots = message.ballots
     stage = session.id.stage
     own = tuple(session.votes.get(name) for name in session.methods)
-    if stage >= len(ballots) or ballots[stage].peer != peer or ballots[stage].scores != own:
+    if not ballots or ballots[-1].peer != session.opened_by.peer:
+        return "the coordinator's own ballot is not the last"
+    if stage >= len(ballots) - 1 or ballots[stage].peer != peer or ballots[stage].scores != own:
         return "the vote given here is not among the ballots as it was given"
     try:
         agreed = tally(session.methods, [ballot.scores for ballot in ballots])

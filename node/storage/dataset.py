@@ -60,6 +60,8 @@ def to_fields(observation: Observation) -> dict[str, Any]:
             "cached_tokens": workload.cached_tokens,
             "concurrency": workload.concurrency,
             "shared_prefix_share": workload.shared_prefix_share,
+            "repetitiveness": workload.repetitiveness,
+            "link_s": workload.link_s,
             "objective": workload.objective.value,
             "quality": workload.quality.value,
         },

@@ -107,7 +107,7 @@ def _schema(pa: Any) -> Any:
             ),
             "workload": struct(
                 **integers("prompt_tokens", "completion_tokens", "cached_tokens", "concurrency"),
-                **floats("shared_prefix_share"),
+                **floats("shared_prefix_share", "repetitiveness", "link_s"),
                 objective=pa.string(),
                 quality=pa.string(),
             ),

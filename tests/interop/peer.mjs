@@ -145,6 +145,8 @@ function observe (model, blockCount, software) {
       cached_tokens: 0,
       concurrency: 1,
       shared_prefix_share: new Float(0),
+      repetitiveness: new Float(0),
+      link_s: new Float(0),
       objective: 'latency',
       quality: 'exact'
     },

@@ -225,6 +225,8 @@ const observationOf = map({
     cached_tokens: integer(0, MAX_POSITIONS),
     concurrency: integer(1, 65536),
     shared_prefix_share: float(0, 1),
+    repetitiveness: float(0, 1),
+    link_s: float(0, 1e9),
     objective: one('latency', 'throughput'),
     quality: one('exact', 'near', 'any')
   }),

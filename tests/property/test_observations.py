@@ -79,6 +79,8 @@ def observations(draw: st.DrawFn) -> tuple[Observation, int]:
             cached_tokens=draw(st.integers(0, prompt - 1)),
             concurrency=draw(positive),
             shared_prefix_share=draw(st.floats(0.0, 1.0)),
+            repetitiveness=draw(st.floats(0.0, 1.0)),
+            link_s=draw(st.floats(0.0, 1e9)),
             objective=draw(st.sampled_from(Objective)),
             quality=draw(st.sampled_from(QualityBound)),
         ),

@@ -11,9 +11,11 @@ import trio
 from node.engine.fake import FAKE_MODEL, FAKE_VARIANTS, FakeEngine, fake_span_info
 from node.engine.interface import EngineCrashed, Variant
 from node.identity import Identity
+from node.jobs.choosing import Chooser, Voter
 from node.jobs.coordinator import Coordinator
 from node.jobs.interface import JobRequest, JobResult
 from node.jobs.policy import PolicyController
+from node.jobs.recorder import Recorder
 from node.jobs.stage import Stages
 from node.models.library import KnownModel
 from node.network.interface import Network
@@ -132,6 +134,9 @@ class Swarm:
         *spans: tuple[int, int],
         step_s: float = 0.01,
         variants: Iterable[Variant] = FAKE_VARIANTS,
+        chooser: Chooser | None = None,
+        voter: Voter | None = None,
+        recorder: Recorder | None = None,
         **shape: Any,
     ) -> Peer:
         """Start a peer that serves spans of the fake model; the first peer of the swarm is its bootstrap peer."""
@@ -142,6 +147,7 @@ class Swarm:
             "test/1",
             private_key=identity.private_key,
             hardware=lambda: "test",
+            voter=voter,
             controller=self._controller,
         )
         bootstrap = self.peers[0].network.multiaddrs if self.peers else ()
@@ -157,7 +163,16 @@ class Swarm:
         )
         tokenizer = NumberTokenizer()
         links = LinkEstimates(network.peer_id, membership.round_trip_s, lambda _: None).between
-        coordinator = Coordinator(OneModel(tokenizer), membership, stages.switchboard, self._rng, links)
+        coordinator = Coordinator(
+            OneModel(tokenizer),
+            membership,
+            stages.switchboard,
+            self._rng,
+            links,
+            recorder,
+            chooser=chooser,
+            hardware=lambda _: "test",
+        )
         peer = Peer(network, stages, membership, coordinator, tokenizer)
         self.peers.append(peer)
         await self._nursery.start(self._carry, peer, spans, step_s, tuple(variants), shape)

@@ -1,6 +1,7 @@
 """Methods over several stages: whatever is chosen, the text is the same; the votes decide; nothing stays behind."""
 
 import random
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import pytest
@@ -9,6 +10,7 @@ from trio.testing import MockClock
 
 from node.engine.fake import FAKE_VARIANTS, expected_tokens, fake_span_info
 from node.engine.interface import REFERENCE, Variant
+from node.jobs.choosing import Choice, Question, RuleChoice, RuleChooser
 from node.jobs.interface import JobError, JobErrorCode, JobRequest, JobResult, Quality
 from node.jobs.link import LinkBroken, OutboundLink
 from node.jobs.policy import PolicyController
@@ -147,7 +149,7 @@ async def test_a_method_that_a_job_may_not_have_is_an_error_of_one_line(
         assert "\n" not in caught.value.message
 
 
-@pytest.mark.parametrize("lie", ["method", "ballot", "missing"])
+@pytest.mark.parametrize("lie", ["method", "ballot", "missing", "no own ballot"])
 async def test_a_stage_goes_along_with_nothing_but_what_the_votes_came_to(
     autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch, lie: str
 ) -> None:
@@ -159,6 +161,8 @@ async def test_a_stage_goes_along_with_nothing_but_what_the_votes_came_to(
             message = replace(message, method=BASELINE.name)
         elif lie == "missing":
             message = replace(message, ballots=())
+        elif lie == "no own ballot":
+            message = replace(message, ballots=tuple(ballots[:-1]))
         else:
             ballots[0] = replace(ballots[0], scores=tuple(-1.0 for _ in ballots[0].scores))
             message = replace(message, ballots=tuple(ballots))
@@ -171,6 +175,25 @@ async def test_a_stage_goes_along_with_nothing_but_what_the_votes_came_to(
         with pytest.raises((JobError, LinkBroken)):
             await peer.run(request(PROMPTS[0]))
         await all_free(swarm)
+
+
+async def test_the_coordinator_accepts_what_it_will_and_the_stages_go_along(autojump_clock: MockClock) -> None:
+    class Wary(RuleChoice):
+        def ballot(self, votes: Sequence[Mapping[str, float]]) -> Mapping[str, float]:
+            assert all(set(scores) == {method.name for method in self.order} for scores in votes)
+            return {BASELINE.name: 0.0}
+
+    class WaryChooser(RuleChooser):
+        async def choose(self, question: Question) -> Choice:
+            return Wary(question.context, question.admitted)
+
+    async with open_swarm() as swarm:
+        for span in THIRDS:
+            peer = await swarm.join(span, chooser=WaryChooser())
+        await swarm.settle()
+        result = await peer.run(request(PROMPTS[0]))
+        assert result.method.name == BASELINE.name
+        assert len(result.consensus.votes[0].scores) > 1
 
 
 async def test_a_thousand_jobs_a_third_of_them_cancelled_leave_nothing(autojump_clock: MockClock) -> None:

@@ -11,6 +11,7 @@ from protocol.codec import ControlMessage, decode_control, decode_step_header, e
 from protocol.errors import LocalProtocolError, RemoteProtocolError
 from protocol.identity import BlockRange, JobId, ModelId, SessionId
 from protocol.limits import (
+    MAX_BALLOTS,
     MAX_CONTEXT,
     MAX_CONTROL_BYTES,
     MAX_DRAFTS,
@@ -157,7 +158,7 @@ OUT_OF_RANGE = [
     ("begin", "ballots", [[PEER, [1e10]]]),
     ("begin", "ballots", [["", [0.0]]]),
     ("begin", "ballots", [[PEER, [None] * (MAX_VOTES + 1)]]),
-    ("begin", "ballots", [[PEER, []]] * (MAX_STAGES + 1)),
+    ("begin", "ballots", [[PEER, []]] * (MAX_BALLOTS + 1)),
     ("begin", "start", -1),
     ("begin", "start", MAX_POSITIONS),
     ("refused", "reason", "bored"),

@@ -167,6 +167,8 @@ def test_what_is_too_old_goes_by_whole_buckets() -> None:
         ({"workload__prompt_tokens": 8190}, "8192 positions"),
         ({"workload__cached_tokens": 64}, "from a cache"),
         ({"workload__shared_prefix_share": 1.5}, "expected"),
+        ({"workload__repetitiveness": -0.1}, "expected"),
+        ({"workload__link_s": -1.0}, "expected"),
         ({"workload__concurrency": 0}, "expected"),
         ({"workload__objective": "fame"}, "none of"),
         ({"model__hidden_size": 1 << 40}, "expected"),

@@ -1,0 +1,286 @@
+"""The history as measurements to learn from: what was measured where, by whom, and how much each is worth to one peer.
+
+Absolute times do not travel between machines. What is learned is therefore how far a measurement is from what the
+hand-written rule expects, less what all measurements on the same route within the same hour have in common. So a busy
+evening, or a machine twice as slow, is nobody's merit or fault.
+"""
+
+import math
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Final
+
+import numpy as np
+
+from selector.dataset import Contexts, Dataset, FloatArray, IntArray, Pairs
+from selector.effects import fit_effects
+from selector.rule import predicted_cost
+from selector.task import BASELINE, MethodError, TaskContext, parse_method
+
+MAX_EXPERIENCES: Final = 20_000
+"""The newest so many are learned from."""
+
+MAX_SURPRISE: Final = 2.5
+"""Natural logarithm. What is further from the rule and its route's level than a factor of twelve counts as that."""
+
+HALF_LIFE_HOURS: Final = 7 * 24
+MAX_HARDWARE: Final = 8
+"""Classes of hardware that are told apart, the most frequent ones."""
+
+_SERVED_WORTH: Final = 0.5
+"""Of a served job beside a measurement against the baseline, which all that changes from hour to hour has left."""
+
+_OTHERS_WORTH: Final = 0.5
+_UNVOUCHED_WORTH: Final = 0.2
+_OTHER_HARDWARE_WORTH: Final = 0.3
+_OTHER_SOFTWARE_WORTH: Final = 0.4
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Experience:
+    """One measurement of a method in a context.
+
+    `log_cost`: natural logarithm of what it cost, seconds. `log_ratio`: of that divided by the baseline's cost,
+    measured alternately on the same route; None for a served job. `route`: what names its stages. `hour`: of its issue,
+    counted from anywhere. `software`: what names the versions in use. `vouched`: whether every stage vouches for its
+    figures.
+    """
+
+    context: TaskContext
+    method: str
+    log_cost: float
+    log_ratio: float | None
+    observer: str
+    route: str
+    hour: int
+    software: str
+    vouched: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Viewpoint:
+    """For whom experiences are weighed: a peer, its class of hardware and its software, at an hour."""
+
+    peer: str
+    hardware: str
+    software: str
+    hour: int
+
+
+def representative(context: TaskContext) -> TaskContext:
+    """Return the context that stands for all that are much like it: predictions are made for it, once, and kept.
+
+    Sizes are rounded to powers of √2, shares to tenths, times to powers of two. What changes from moment to moment and
+    is in no observation is left out.
+    """
+    return replace(
+        context,
+        prompt_tokens=_rounded(context.prompt_tokens, 2),
+        max_tokens=_rounded(context.max_tokens, 2),
+        concurrency=_rounded(context.concurrency, 2),
+        shared_prefix_share=round(context.shared_prefix_share, 1),
+        repetitiveness=round(context.repetitiveness, 1),
+        link_s=0.0 if context.link_s < 1e-4 else 2.0 ** round(math.log2(context.link_s)),
+        queued_rows=0,
+        step_s=0.0,
+        quality="exact",
+    )
+
+
+def kind_of(context: TaskContext) -> str:
+    """Return the name of a kind of task, in which the same method is taken to be best: what is adopted holds for it.
+
+    Sizes count by factors of four, shares by thirds, links by factors of eight.
+    """
+    sizes = (_rounded(size, 0.5) for size in (context.prompt_tokens, context.max_tokens, context.concurrency))
+    shares = (min(2, int(3 * share)) for share in (context.shared_prefix_share, context.repetitiveness))
+    link = 0 if context.link_s < 1e-3 else 1 + int(math.log(context.link_s / 1e-3, 8))
+    model = (context.architecture, context.block_count, context.hidden_size, context.weight_bytes)
+    parts = (*model, *sizes, *shares, link, context.stage_count, context.hardware, context.objective)
+    return "/".join(map(str, parts))
+
+
+def _rounded(count: int, steps_per_octave: float) -> int:
+    return int(0.5 + 2.0 ** (round(math.log2(max(1, count)) * steps_per_octave) / steps_per_octave))
+
+
+@dataclass(frozen=True, slots=True)
+class ContextColumns:
+    """Which features contexts are described by; `hardware`: the classes that have an indicator."""
+
+    hardware: tuple[str, ...]
+
+    @classmethod
+    def of(cls, contexts: Sequence[TaskContext]) -> "ContextColumns":
+        """Return the columns that tell these contexts apart."""
+        counts = Counter(context.hardware for context in contexts)
+        return cls(tuple(sorted(name for name, _ in counts.most_common(MAX_HARDWARE))))
+
+    def table(self, contexts: Sequence[TaskContext]) -> Contexts:
+        """Return the contexts as a table."""
+        names = {
+            "model": np.array([context.architecture for context in contexts], dtype=np.str_),
+            "hardware": np.array([context.hardware for context in contexts], dtype=np.str_),
+            "budget": np.array([context.objective for context in contexts], dtype=np.str_),
+        }
+        rows = [_features(context) for context in contexts]
+        columns = (*rows[0], *(f"hardware={name}" for name in self.hardware))
+        same = [[float(context.hardware == name) for name in self.hardware] for context in contexts]
+        table = np.hstack([np.array([list(row.values()) for row in rows]), np.array(same).reshape(len(rows), -1)])
+        return Contexts(tuple(str(i) for i in range(len(rows))), names, columns, table)
+
+
+def _features(context: TaskContext) -> dict[str, float]:
+    def log2(value: float | None) -> float:
+        return math.log2(value) if value else math.nan
+
+    new_rows = context.prompt_tokens * (1 - context.shared_prefix_share)
+    return {
+        "l_weight_bytes": log2(context.weight_bytes),
+        "l_hidden": log2(context.hidden_size),
+        "blocks": float(context.block_count),
+        "l_vocabulary": log2(context.vocabulary_size),
+        "l_intermediate": log2(context.intermediate_size),
+        "l_gqa": log2((context.head_count or 0) / (context.kv_head_count or 1)),
+        "l_experts": log2(context.expert_count),
+        "l_prompt": log2(context.prompt_tokens),
+        "l_new": log2(context.max_tokens),
+        "l_rows": math.log2(1 + new_rows),
+        "l_prompt_over_new": math.log2((1 + new_rows) / max(1, context.max_tokens)),
+        "shared": context.shared_prefix_share,
+        "repetitiveness": context.repetitiveness,
+        "l_concurrency": log2(context.concurrency),
+        "stages": float(context.stage_count),
+        "l_link": math.log2(1e-4 + context.link_s),
+    }
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Lesson:
+    """What there is to learn: a dataset whose cost is the surprise over the rule, and how the contexts are described.
+
+    `support`: of each method, the weight of all that was measured of it.
+    """
+
+    dataset: Dataset
+    columns: ContextColumns
+    support: Mapping[str, float]
+
+
+def lesson_of(experiences: Sequence[Experience], viewpoint: Viewpoint) -> Lesson | None:
+    """Return what experiences teach a peer; None where there is nothing to compare.
+
+    Measurements of methods that this version does not know are left out.
+    """
+    newest = sorted(experiences, key=lambda each: each.hour)[-MAX_EXPERIENCES:]
+    weights = _weights(newest, viewpoint)
+    rows: list[_Row] = []
+    for each, weight in zip(newest, weights, strict=True):
+        rows += _rows_of(each, weight)
+    if len({row.method for row in rows}) < 2:
+        return None
+    surprise = _less_common_level(rows)
+    contexts: dict[tuple[object, ...], int] = {}
+    described: list[TaskContext] = []
+    context = np.empty(len(rows), dtype=np.intp)
+    for i, row in enumerate(rows):
+        if row.place not in contexts:
+            contexts[row.place] = len(described)
+            described.append(row.context)
+        context[i] = contexts[row.place]
+    columns = ContextColumns.of(described)
+    methods = sorted({row.method for row in rows})
+    method = np.array([methods.index(row.method) for row in rows], dtype=np.intp)
+    worth = np.array([row.weight for row in rows])
+    pairs, cost, merged = _merged(columns.table(described), tuple(methods), context, method, surprise, worth)
+    support = np.bincount(pairs.method, weights=merged, minlength=len(methods))
+    dataset = Dataset(pairs, cost, merged, name="history")
+    return Lesson(dataset, columns, dict(zip(methods, support.tolist(), strict=True)))
+
+
+@dataclass(frozen=True, slots=True)
+class _Row:
+    context: TaskContext
+    method: str
+    surprise: float
+    weight: float
+    place: tuple[object, ...]
+    """What is measured in the same place is compared with one another."""
+    level: tuple[str, int]
+    """What is measured on one route within one hour has a level in common."""
+
+
+def _rows_of(each: Experience, weight: float) -> list[_Row]:
+    """Return an experience as rows: one against the baseline tells of the baseline, too."""
+    try:
+        method = parse_method(each.method)
+    except MethodError:
+        return []
+    context = representative(each.context)
+    level = (each.route, each.hour)
+
+    def row(name: str, log_cost: float, expected: float, place: tuple[object, ...]) -> _Row:
+        return _Row(context, name, log_cost - expected, weight, place, level)
+
+    if each.log_ratio is None:
+        place: tuple[object, ...] = (context, each.route)
+        return [row(method.name, each.log_cost, predicted_cost(context, method), place)]
+    place = (context, *level, each.observer)
+    return [
+        row(method.name, each.log_cost, predicted_cost(context, method), place),
+        row(BASELINE.name, each.log_cost - each.log_ratio, predicted_cost(context, BASELINE), place),
+    ]
+
+
+def _weights(experiences: Sequence[Experience], viewpoint: Viewpoint) -> list[float]:
+    """Return what each experience is worth; nobody else's are worth more in all than one's own, or than is usual."""
+    weights: list[float] = []
+    of_observer: defaultdict[str, float] = defaultdict(float)
+    for each in experiences:
+        weight = 0.5 ** (max(0, viewpoint.hour - each.hour) / HALF_LIFE_HOURS)
+        weight *= _SERVED_WORTH if each.log_ratio is None else 1.0
+        if each.observer != viewpoint.peer:
+            weight *= _OTHERS_WORTH if each.vouched else _UNVOUCHED_WORTH
+        if viewpoint.hardware not in each.context.hardware.split("+"):
+            weight *= _OTHER_HARDWARE_WORTH
+        if each.software != viewpoint.software:
+            weight *= _OTHER_SOFTWARE_WORTH
+        weights.append(weight)
+        of_observer[each.observer] += weight
+    if not of_observer:
+        return weights
+    usual = sorted(of_observer.values())[(len(of_observer) - 1) // 2]
+    limit = max(usual, of_observer[viewpoint.peer])
+    return [
+        weight * min(1.0, limit / of_observer[each.observer]) if each.observer != viewpoint.peer else weight
+        for each, weight in zip(experiences, weights, strict=True)
+    ]
+
+
+def _less_common_level(rows: Sequence[_Row]) -> FloatArray:
+    """Return every row's surprise, less what its route and hour have in common, within bounds."""
+    levels = {level: i for i, level in enumerate(sorted({row.level for row in rows}))}
+    methods = {method: i for i, method in enumerate(sorted({row.method for row in rows}))}
+    nothing = Contexts(tuple(map(str, levels.values())), {}, (), np.zeros((len(levels), 0)))
+    level = np.array([levels[row.level] for row in rows], dtype=np.intp)
+    method = np.array([methods[row.method] for row in rows], dtype=np.intp)
+    pairs = Pairs(nothing, tuple(methods), level, method)
+    surprise = np.array([row.surprise for row in rows])
+    effects = fit_effects(pairs, surprise, np.array([row.weight for row in rows]))
+    return np.clip(surprise - effects.of_context[level], -MAX_SURPRISE, MAX_SURPRISE)
+
+
+def _merged(
+    contexts: Contexts,
+    methods: tuple[str, ...],
+    context: IntArray,
+    method: IntArray,
+    cost: FloatArray,
+    weight: FloatArray,
+) -> tuple[Pairs, FloatArray, FloatArray]:
+    """Return one row for each pair that was measured: its weighted mean, and all its weight."""
+    keys, inverse = np.unique(context * len(methods) + method, return_inverse=True)
+    sums: FloatArray = np.asarray(np.bincount(inverse, weights=weight), dtype=np.float64)
+    means = np.bincount(inverse, weights=weight * cost) / np.maximum(sums, 1e-300)
+    return Pairs(contexts, methods, keys // len(methods), keys % len(methods)), means, sums

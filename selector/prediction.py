@@ -1,0 +1,97 @@
+"""What each method is expected to cost, and how sure that is: by the rule at first, by the history more and more."""
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Final
+
+import numpy as np
+
+from selector.dataset import FloatArray, Pairs
+from selector.experience import ContextColumns, Experience, Viewpoint, lesson_of, representative
+from selector.metamodel import MetaModel
+from selector.rule import predicted_cost
+from selector.task import PORTFOLIO, Method, TaskContext
+
+RULE_DEVIATION: Final = 0.4
+"""Standard deviation that the rule is expected to be off by, about a factor of 1.5 either way."""
+
+UNSEEN_DEVIATION: Final = 0.3
+"""What is added for a method that was never measured."""
+
+HALF_TRUST: Final = 20.0
+"""The weight of measurements with which rule and model have the same say."""
+
+MIN_EXPERIENCES: Final = 5
+"""With fewer there is no model."""
+
+
+@dataclass(frozen=True, slots=True)
+class Expectation:
+    """What a method is expected to cost: natural logarithm of seconds, and the standard deviation of a comparison."""
+
+    log_cost: float
+    deviation: float
+
+
+Table = Mapping[str, Expectation]
+"""Expectations by the methods' names."""
+
+
+def rule_table(context: TaskContext, methods: Iterable[Method]) -> Table:
+    """Return what the rule expects."""
+    return {each.name: Expectation(predicted_cost(context, each), RULE_DEVIATION) for each in methods}
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Predictor:
+    """A meta-model trained on a history. It never leaves the machine that trained it.
+
+    `experiences`: how many it was trained on. `weight`: what those were worth to this peer, in measurements of its own.
+    """
+
+    model: MetaModel
+    columns: ContextColumns
+    support: Mapping[str, float]
+    experiences: int
+    weight: float
+
+    @property
+    def share(self) -> float:
+        """How much the model has to say beside the rule, from 0 to 1."""
+        return self.weight / (self.weight + HALF_TRUST)
+
+    def table(self, context: TaskContext, methods: Sequence[Method] = tuple(PORTFOLIO.values())) -> Table:
+        """Return what each method is expected to cost in a context: what the rule says, and the model adds."""
+        context = representative(context)
+        count = len(methods)
+        pairs = Pairs(
+            self.columns.table([context]),
+            tuple(method.name for method in methods),
+            np.zeros(count, dtype=np.intp),
+            np.arange(count, dtype=np.intp),
+        )
+        said = self.model.predict_all(pairs)
+        relative: FloatArray = said.relative
+        table: dict[str, Expectation] = {}
+        for i, method in enumerate(methods):
+            unseen = UNSEEN_DEVIATION**2 / (1.0 + self.support.get(method.name, 0.0))
+            learned = float(said.deviation[i]) ** 2 + unseen
+            variance = self.share * learned + (1 - self.share) * RULE_DEVIATION**2
+            cost = predicted_cost(context, method) + self.share * float(relative[i])
+            table[method.name] = Expectation(cost, math.sqrt(variance))
+        return table
+
+
+def train(experiences: Sequence[Experience], viewpoint: Viewpoint) -> Predictor | None:
+    """Return what a peer learns from a history; None where that is too little to say anything beyond the rule."""
+    if len(experiences) < MIN_EXPERIENCES:
+        return None
+    lesson = lesson_of(experiences, viewpoint)
+    if lesson is None:
+        return None
+    # Trees weigh rows against their settings for single rows: on average a row counts as one.
+    weight = lesson.dataset.weight
+    model = MetaModel(max_rows=2 * len(experiences), max_leaves=100_000, tree_count=60)
+    model.fit(lesson.dataset.pairs, lesson.dataset.cost, weight * (len(weight) / max(weight.sum(), 1e-300)))
+    return Predictor(model, lesson.columns, lesson.support, len(experiences), float(weight.sum()))
