@@ -25,7 +25,6 @@ from node.identity import IdentityError, load_or_create
 from node.jobs.coordinator import Coordinator
 from node.jobs.recorder import Recorder
 from node.jobs.stage import Stages
-from node.jobs.trial import Trials
 from node.models.library import Library
 from node.models.store import ModelStore
 from node.network.host import Libp2pNetwork
@@ -102,14 +101,13 @@ class Node:
             network=self._network, identity=identity, history=self._history, records=records, jitter=jitter
         )
         self._library = Library(ModelStore(config.cache_dir), self._network, self._membership)
-        recorder = Recorder(identity, self._dissemination)
         self._coordinator = Coordinator(
             self._library,
             self._membership,
             self._stages.switchboard,
             jitter,
             LinkEstimates(self._network.peer_id, self._membership.round_trip_s, self._links_of).between,
-            recorder,
+            Recorder(identity, self._dissemination),
         )
         self._serving = Serving(
             config.serve,
@@ -118,6 +116,7 @@ class Node:
             stages=self._stages,
             memory_bytes=config.memory_bytes,
             threads=config.threads,
+            graphs_dir=config.cache_dir / "graphs",
             use_catalogue=not config.no_catalogue,
             jitter=jitter,
         )
@@ -126,7 +125,6 @@ class Node:
             network=self._network,
             membership=self._membership,
             coordinator=self._coordinator,
-            trials=Trials(self._coordinator, recorder),
             stages=self._stages,
             library=self._library,
             history=self._history,

@@ -2,6 +2,7 @@
 
 import random
 from collections.abc import Sequence
+from pathlib import Path
 
 import psutil
 import structlog
@@ -46,6 +47,7 @@ class Serving:
         stages: Stages,
         memory_bytes: int | None,
         threads: int | None,
+        graphs_dir: Path,
         use_catalogue: bool,
         jitter: random.Random,
     ) -> None:
@@ -54,6 +56,7 @@ class Serving:
         self._membership = membership
         self._stages = stages
         self._threads = threads
+        self._graphs_dir = graphs_dir
         self._use_catalogue = use_catalogue
         self._jitter = jitter
         budget_bytes = memory_bytes or int(psutil.virtual_memory().available * MEMORY_SHARE)
@@ -97,7 +100,7 @@ class Serving:
             if blocks.end > manifest.block_count:
                 raise StartError(f"cannot serve {spec}: the model has blocks 0-{manifest.block_count}")
             package = await self._library.weights(manifest, blocks, use_catalogue=self._use_catalogue)
-            options = EngineOptions(memory_bytes=self._span_bytes, threads=self._threads)
+            options = EngineOptions(memory_bytes=self._span_bytes, threads=self._threads, cache_dir=self._graphs_dir)
             async with start_engine(package, blocks, options) as engine, trio.open_nursery() as nursery:
                 await nursery.start(self._stages.serve, engine)
                 self._membership.announce()

@@ -24,6 +24,8 @@ _SPEEDS: Final = {
     ("fused", "bf16"): _Speed(0.8, (26.0, 35.0, 59.0)),
     ("fused", "int8"): _Speed(1.7, (15.2, 37.0, 98.0)),
     ("fused", "w8a8"): _Speed(0.75, (17.5, 31.0, 60.0)),
+    ("onnxruntime", "fp32"): _Speed(1.4, (22.0, 36.0, 75.0)),
+    ("onnxruntime", "int8"): _Speed(1.5, (12.0, 34.0, 80.0)),
 }
 _ACTIVATIONS: Final = {"fp32": 1.0, "bf16": 0.5, "int8": 0.27}
 

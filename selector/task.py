@@ -59,7 +59,7 @@ SWITCHES: Final[Mapping[str, Switch]] = MappingProxyType(
         ),
         "engine": Switch(
             Scope.SESSION,
-            {"eager": Setting(), "fused": Setting(needs=_VARIANT)},
+            {"eager": Setting(), "fused": Setting(needs=_VARIANT), "onnxruntime": Setting(needs=_VARIANT)},
         ),
         "prefill_chunk": Switch(
             Scope.SESSION, {"none": Setting(), "64": Setting(), "128": Setting(), "256": Setting()}
@@ -78,7 +78,7 @@ SWITCHES: Final[Mapping[str, Switch]] = MappingProxyType(
 """Every switch there is, with its settings."""
 
 VARIANTS: Final[Mapping[str, tuple[str, ...]]] = MappingProxyType(
-    {"eager": ("fp32",), "fused": ("fp32", "bf16", "int8", "w8a8")}
+    {"eager": ("fp32",), "fused": ("fp32", "bf16", "int8", "w8a8"), "onnxruntime": ("fp32", "int8")}
 )
 """The arithmetics of each engine."""
 
@@ -190,16 +190,17 @@ def _portfolio() -> Iterator[Method]:
     yield method(prefix_cache="on")
     yield method(prefill_chunk="128")
     yield method(speculation="ngram-4")
-    yield method(engine="fused")
-    yield method(engine="fused", prefix_cache="on")
-    yield method(engine="fused", prefill_chunk="64")
-    yield method(engine="fused", prefill_chunk="128", prefix_cache="on")
-    yield method(engine="fused", speculation="ngram-4")
-    yield method(engine="fused", prefix_cache="on", speculation="ngram-8")
-    for arithmetic in ("bf16", "int8", "w8a8"):
-        yield method(engine="fused", arithmetic=arithmetic)
-        yield method(engine="fused", arithmetic=arithmetic, prefill_chunk="128", prefix_cache="on")
-        yield method(engine="fused", arithmetic=arithmetic, prefix_cache="on", speculation="ngram-8")
+    for engine in ("fused", "onnxruntime"):
+        yield method(engine=engine)
+        yield method(engine=engine, prefix_cache="on")
+        yield method(engine=engine, prefill_chunk="64")
+        yield method(engine=engine, prefill_chunk="128", prefix_cache="on")
+        yield method(engine=engine, speculation="ngram-4")
+        yield method(engine=engine, prefix_cache="on", speculation="ngram-8")
+    for engine, arithmetic in (("fused", "bf16"), ("fused", "int8"), ("fused", "w8a8"), ("onnxruntime", "int8")):
+        yield method(engine=engine, arithmetic=arithmetic)
+        yield method(engine=engine, arithmetic=arithmetic, prefill_chunk="128", prefix_cache="on")
+        yield method(engine=engine, arithmetic=arithmetic, prefix_cache="on", speculation="ngram-8")
     yield method(engine="fused", activations="bf16")
     yield method(engine="fused", activations="int8", prefill_chunk="128", prefix_cache="on")
     yield method(engine="fused", arithmetic="bf16", activations="bf16", prefill_chunk="128")

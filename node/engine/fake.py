@@ -44,6 +44,8 @@ FAKE_VARIANTS = frozenset(
         Variant("fused", "bf16"),
         Variant("fused", "int8"),
         Variant("fused", "w8a8"),
+        Variant("onnxruntime", "fp32"),
+        Variant("onnxruntime", "int8"),
     }
 )
 """All of them calculate the same, but none takes another's pages."""

@@ -39,8 +39,8 @@ class VariantNotReady(EngineError):
 class Variant(NamedTuple):
     """One way to calculate a span, with weights of its own: `engine/arithmetic`.
 
-    `engine`: "eager" (transformers' own layers, the reference) or "fused". `arithmetic`: "fp32", "bf16", "int8"
-    (weights only) or "w8a8" (activations, too).
+    `engine`: "eager" (transformers' own layers, the reference), "fused" or "onnxruntime". `arithmetic`: "fp32", "bf16",
+    "int8" (weights; onnxruntime rounds activations, too, in blocks) or "w8a8" (activations, too, row by row).
     """
 
     engine: str

@@ -10,8 +10,9 @@ import torch
 from node.engine.admission import Placement, check_slice
 from node.engine.cache import KvMemory, Places
 from node.engine.codec import decode_rows, encode_rows
+from node.engine.folders import FolderCache
 from node.engine.forward import SpanModel
-from node.engine.fused import FusedSpan, PackedSpan, Rows, pack_span, refusal
+from node.engine.fused import FusedSegments, PackedSpan, pack_span
 from node.engine.interface import (
     PAGE_POSITIONS,
     REFERENCE,
@@ -26,6 +27,7 @@ from node.engine.interface import (
 )
 from node.engine.linear import ARITHMETICS
 from node.engine.loading import load_span
+from node.engine.ragged import RaggedSpan, Rows, Segments, refusal
 from node.engine.sampling import draw_until_wrong
 from node.engine.source import EngineOptions, ShardSource
 from protocol.identity import BlockRange, SessionId
@@ -38,8 +40,13 @@ _FREE_MEMORY_SHARE = 0.5
 _VARIANT_SHARE = 0.5
 """Of what the reference's weights leave, at most, for the weights of other variants; the rest is KV memory."""
 
-_PACKED_BYTES = {"fp32": 4, "bf16": 2, "int8": 1}
-"""Bytes of an element in each packing."""
+_PACKED_BYTES = {
+    "fused": {"fp32": 4.0, "bf16": 2.0, "int8": 1.0},
+    "onnxruntime": {"fp32": 4.0, "int8": 1.125},
+}
+"""Bytes of an element in each packing of each engine; onnxruntime's int8 has a scale for each 32 elements."""
+
+_ALL_PACKED_BYTES = sum(sum(packings.values()) for packings in _PACKED_BYTES.values())
 
 
 @dataclass(slots=True)
@@ -79,13 +86,17 @@ class Shard:
         )
         self._variant_bytes = memory_bytes - span.weight_bytes - kv_positions * kv_bytes_per_position
         self._memory = KvMemory([block.resized(kv_positions) for block in tried])
+        self._threads = torch.get_num_threads()
+        self._graph_cache = None if options.cache_dir is None else FolderCache(options.cache_dir)
         self._packed: dict[str, PackedSpan] = {}
-        self._fused: dict[Variant, FusedSpan] = {}
+        self._ragged: dict[Variant, RaggedSpan] = {}
+        self._taken_bytes: dict[tuple[str, str], int] = {}
+        """By engine and packing: variants of the same share their weights."""
         self._sessions: dict[SessionId, _Session] = {}
 
     def variants(self) -> frozenset[Variant]:
         """Return the variants that are ready."""
-        return frozenset({REFERENCE, *self._fused})
+        return frozenset({REFERENCE, *self._ragged})
 
     def prepare(self, variant: Variant) -> None:
         """Build a variant and warm it; may run beside `step` in a thread of its own, one at a time.
@@ -94,20 +105,43 @@ class Shard:
         """
         if variant in self.variants():
             return
-        if variant.engine != "fused" or variant.arithmetic not in ARITHMETICS:
+        packing = _packing(variant)
+        if packing is None:
             raise EngineError(f"there is no variant {variant}")
         if why := refusal(self._span):
             raise EngineError(why)
-        packing = ARITHMETICS[variant.arithmetic][0]
+        needed = int(self.info.weight_bytes * _PACKED_BYTES[variant.engine][packing] / 4)
+        shared = (variant.engine, packing)
+        free = self._variant_bytes - sum(self._taken_bytes.values())
+        if shared not in self._taken_bytes and needed > free:
+            raise EngineError(f"{variant} takes {needed} bytes of memory, of which {max(0, free)} are left")
+        segments = self._fuse(variant, packing) if variant.engine == "fused" else self._open_graphs(variant)
+        ragged = RaggedSpan(self._span, segments, first=self.info.is_first, last=self.info.is_last)
+        ragged.warm(self._memory.blocks)
+        self._taken_bytes[shared] = needed
+        self._ragged[variant] = ragged
+
+    def start_threads(self, variant: Variant) -> None:
+        """Start the threads that a variant's steps will need; from the thread of the steps, whose priority they get."""
+        if variant.engine == "onnxruntime":
+            from node.engine.graphs import start_threads  # only where it is asked for: it takes its time and memory
+
+            start_threads(self._threads)
+
+    def _fuse(self, variant: Variant, packing: str) -> Segments:
         if packing not in self._packed:
-            needed = self.info.weight_bytes * _PACKED_BYTES[packing] // 4
-            free = self._variant_bytes - sum(packed.bytes for packed in self._packed.values())
-            if needed > free:
-                raise EngineError(f"{variant} takes {needed} bytes of memory, of which {max(0, free)} are left")
             self._packed[packing] = pack_span(self._span, packing, last=self.info.is_last)
-        fused = FusedSpan(self._span, self._packed[packing], variant.arithmetic, first=self.info.is_first)
-        fused.warm(self._memory.blocks)
-        self._fused[variant] = fused
+        return FusedSegments(self._span, self._packed[packing], variant.arithmetic)
+
+    def _open_graphs(self, variant: Variant) -> Segments:
+        from node.engine.graphs import open_graphs
+
+        self.start_threads(variant)
+        name = f"{self.info.model}-{self.info.blocks.start}-{self.info.blocks.end}"
+        try:
+            return open_graphs(self._span, name, variant.arithmetic, self._graph_cache, last=self.info.is_last)
+        except OSError as error:
+            raise EngineError(f"no graphs for {variant}: {error}") from error
 
     def begin(self, session: SessionId, options: SessionOptions, placement: Placement) -> None:
         """Give a session its pages; raise EngineError for a variant that is not there."""
@@ -121,7 +155,7 @@ class Shard:
         self._sessions.pop(session, None)
 
     def step(self, slices: Sequence[SliceInput]) -> StepResult:
-        """Run the slices, those of a fused variant together. On EngineError every session in the step is closed."""
+        """Run the slices, those of a variant together. On EngineError every session in the step is closed."""
         started_s = time.perf_counter()
         try:
             outputs = self._run(slices)
@@ -161,7 +195,7 @@ class Shard:
     def _compute(self, variant: Variant, parts: Sequence[Rows]) -> Sequence[torch.Tensor]:
         """Return hidden states or logits of each part."""
         if variant != REFERENCE:
-            return self._fused[variant].run(parts, self._memory)
+            return self._ragged[variant].run(parts, self._memory)
         return [
             self._model.run(
                 part.rows,
@@ -198,6 +232,13 @@ class Shard:
         return torch.tensor(tokens)
 
 
+def _packing(variant: Variant) -> str | None:
+    """Return how a variant's weights are packed; None where there is no such variant."""
+    packing = ARITHMETICS[variant.arithmetic][0] if variant.arithmetic in ARITHMETICS else None
+    known = _PACKED_BYTES.get(variant.engine, {})
+    return packing if variant.engine == "fused" or variant.arithmetic in known else None
+
+
 def _memory_bytes(options: EngineOptions, weight_bytes: int) -> int:
     """Return how much memory weights, variants and KV memory may take together."""
     if options.memory_bytes is not None:
@@ -208,7 +249,7 @@ def _memory_bytes(options: EngineOptions, weight_bytes: int) -> int:
 def _kv_positions(options: EngineOptions, free_bytes: int, weight_bytes: int, kv_bytes_per_position: int) -> int:
     """Return how many positions, in whole pages, fit into what the weights leave, beside the variants' own weights."""
     page_bytes = max(1, kv_bytes_per_position * PAGE_POSITIONS)
-    variant_bytes = min(int(free_bytes * _VARIANT_SHARE), sum(_PACKED_BYTES.values()) * weight_bytes // 4)
+    variant_bytes = min(int(free_bytes * _VARIANT_SHARE), int(_ALL_PACKED_BYTES * weight_bytes / 4))
     pages = (free_bytes - max(0, variant_bytes)) // page_bytes
     if pages < 1:
         raise EngineError(

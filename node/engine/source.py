@@ -29,10 +29,12 @@ class EngineOptions:
 
     `memory_bytes`: for weights and KV caches together; None takes half of what the machine has free. `kv_positions`:
     positions for all sessions together, where they should be fewer than the memory allows. `threads`: None takes one
-    for each physical core. `start_timeout_s`: how long loading may take.
+    for each physical core. `start_timeout_s`: how long loading may take. `cache_dir`: where what is
+    built for a variant is kept for the next time, if anywhere.
     """
 
     memory_bytes: int | None = None
     kv_positions: int | None = None
     threads: int | None = None
     start_timeout_s: float = 600.0
+    cache_dir: Path | None = None

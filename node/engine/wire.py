@@ -137,7 +137,7 @@ def encode_load(source: ShardSource, blocks: BlockRange, options: EngineOptions)
             "embed_file": source.embed_file and str(source.embed_file),
             "head_file": source.head_file and str(source.head_file),
             "blocks": [blocks.start, blocks.end],
-            "options": asdict(options),
+            "options": asdict(options) | {"cache_dir": options.cache_dir and str(options.cache_dir)},
         }
     )
 
@@ -151,7 +151,9 @@ def decode_load(header: Header) -> tuple[ShardSource, BlockRange, EngineOptions]
         embed_file=header["embed_file"] and Path(header["embed_file"]),
         head_file=header["head_file"] and Path(header["head_file"]),
     )
-    return source, BlockRange(*header["blocks"]), EngineOptions(**header["options"])
+    options = header["options"]
+    options["cache_dir"] = options["cache_dir"] and Path(options["cache_dir"])
+    return source, BlockRange(*header["blocks"]), EngineOptions(**options)
 
 
 def encode_loaded(info: SpanInfo, variants: Iterable[Variant]) -> list[Buffer]:

@@ -66,6 +66,7 @@ def main() -> None:
             case "close":
                 shard.close(decode_session(header["session"]))
             case "prepare":
+                shard.start_threads(Variant(*header["variant"]))
                 builder.submit(_prepare, shard, header, connection)
             case "step":
                 try:

@@ -1,4 +1,4 @@
-"""The fast path gives the reference's tokens, however sessions, parts of prompts and decode rows are mixed."""
+"""The fast paths give the reference's tokens, however sessions, parts of prompts and decode rows are mixed."""
 
 import hashlib
 import random
@@ -25,7 +25,7 @@ from tests.unit.engine.tiny_models import BLOCKS, COUNT, PROMPT, TinyModel
 
 MakeTinyModel = Callable[[str], TinyModel]
 OPTIONS = EngineOptions(kv_positions=512)
-FUSED = Variant("fused", "fp32")
+FUSED, GRAPHS = EXACT = Variant("fused", "fp32"), Variant("onnxruntime", "fp32")
 FAMILIES = ["llama", "llama, tied", "qwen2", "qwen2, sliding from block 2", "qwen3", "mistral"]
 
 
@@ -37,13 +37,14 @@ def engines_of(tiny: TinyModel, count: int, *variants: Variant) -> list[InProces
     return engines
 
 
+@pytest.mark.parametrize("variant", EXACT, ids=str)
 @pytest.mark.parametrize("family", FAMILIES)
-async def test_spans_give_the_tokens_of_generate(family: str, make_tiny_model: MakeTinyModel) -> None:
+async def test_spans_give_the_tokens_of_generate(family: str, variant: Variant, make_tiny_model: MakeTinyModel) -> None:
     tiny = make_tiny_model(family)
     for count in (1, 2, 3):
-        engines = engines_of(tiny, count, FUSED)
-        assert await decode(engines, PROMPT, COUNT, variant=FUSED) == tiny.tokens, f"{count} spans"
-    assert await decode(engines, PROMPT, COUNT, chunk=4, variant=FUSED) == tiny.tokens
+        engines = engines_of(tiny, count, variant)
+        assert await decode(engines, PROMPT, COUNT, variant=variant) == tiny.tokens, f"{count} spans"
+    assert await decode(engines, PROMPT, COUNT, chunk=4, variant=variant) == tiny.tokens
 
 
 def pages_of(text: Sequence[int]) -> Prefix:
@@ -58,7 +59,7 @@ async def test_drawn_mixtures_of_sessions_give_the_tokens_of_each_alone(
     family: str, seed: int, make_tiny_model: MakeTinyModel
 ) -> None:
     chance = random.Random(seed)
-    engines = engines_of(make_tiny_model(family), chance.choice([1, 2, 3]), FUSED)
+    engines = engines_of(make_tiny_model(family), chance.choice([1, 2, 3]), *EXACT)
     shared = [chance.randrange(97) for _ in range(40)]
     texts = [
         shared[: chance.choice([0, 34, 40])] + [chance.randrange(97) for _ in range(chance.randrange(1, 20))]
@@ -74,7 +75,7 @@ async def test_drawn_mixtures_of_sessions_give_the_tokens_of_each_alone(
             running.append(number)
             for engine in engines:
                 await engine.open(session(number), len(texts[number]) + 6, pages_of(texts[number]))
-                variant = REFERENCE if number == 3 else FUSED
+                variant = (REFERENCE, FUSED, FUSED, GRAPHS)[number % 4]
                 sampling = GREEDY if engine.info.is_last else None
                 cached = await engine.begin(session(number), SessionOptions(sampling=sampling, variant=variant))
             done[number] = min(cached, len(texts[number]) - 1)
@@ -108,14 +109,14 @@ async def test_drawn_mixtures_of_sessions_give_the_tokens_of_each_alone(
 
 async def test_pages_in_pieces_are_read_as_well(make_tiny_model: MakeTinyModel) -> None:
     tiny = make_tiny_model("llama")
-    for variant in (REFERENCE, FUSED):
-        engine = engines_of(tiny, 1, FUSED)[0]
+    for variant in (REFERENCE, *EXACT):
+        engine = engines_of(tiny, 1, *EXACT)[0]
         for number in range(16):
             await engine.open(session(number), 32)
         for number in range(1, 16, 2):
             await engine.close(session(number))
         text = [*range(3, 60)]
-        alone = await decode(engines_of(tiny, 1, FUSED), text, 8, variant=variant)
+        alone = await decode(engines_of(tiny, 1, *EXACT), text, 8, variant=variant)
         assert await decode([engine], text, 8, of=session(50), chunk=20, variant=variant) == alone
 
 
@@ -132,10 +133,10 @@ async def test_drafts_leave_the_text_as_it_is(make_tiny_model: MakeTinyModel) ->
     assert len(drawn) >= 4
 
 
-@pytest.mark.parametrize("arithmetic", ["bf16", "int8", "w8a8"])
-async def test_lossy_arithmetic_stays_close(arithmetic: str, make_tiny_model: MakeTinyModel) -> None:
+@pytest.mark.parametrize("name", ["fused/bf16", "fused/int8", "fused/w8a8", "onnxruntime/int8"])
+async def test_lossy_arithmetic_stays_close(name: str, make_tiny_model: MakeTinyModel) -> None:
     tiny = make_tiny_model("llama")
-    lossy = Variant("fused", arithmetic)
+    lossy = Variant(*name.split("/"))
     text = PROMPT + tiny.tokens[:-1]
     hits = 0
     engine = engines_of(tiny, 1, lossy)[0]
@@ -163,6 +164,8 @@ def test_what_has_no_fast_path_or_no_memory_is_said(make_tiny_model: MakeTinyMod
     tiny = make_tiny_model("llama")
     with pytest.raises(EngineError, match="no variant fused/fp4"):
         engines_of(tiny, 1, Variant("fused", "fp4"))
+    with pytest.raises(EngineError, match="no variant onnxruntime/w8a8"):
+        engines_of(tiny, 1, Variant("onnxruntime", "w8a8"))
     info = Shard(tiny.source(blocks), blocks, OPTIONS).info
     memory_bytes = info.weight_bytes + 80 * info.kv_bytes_per_position
     shard = Shard(tiny.source(blocks), blocks, EngineOptions(memory_bytes=memory_bytes))

@@ -206,10 +206,14 @@ def test_a_worker_ends_with_its_parent() -> None:
         assert worker.wait(PATIENCE_S) == 0
 
 
-async def test_variants_are_built_beside_the_steps(make_tiny_model: MakeTinyModel) -> None:
+def has_one_entry(folder: Path) -> bool:
+    return len(list(folder.iterdir())) == 1
+
+
+async def test_variants_are_built_beside_the_steps(make_tiny_model: MakeTinyModel, tmp_path: Path) -> None:
     tiny = make_tiny_model("llama")
-    fused, wanting = Variant("fused", "fp32"), Variant("fused", "fp4")
-    async with start_worker(tiny.source(WHOLE), WHOLE, OPTIONS) as engine:
+    fused, graphs, wanting = Variant("fused", "fp32"), Variant("onnxruntime", "fp32"), Variant("fused", "fp4")
+    async with start_worker(tiny.source(WHOLE), WHOLE, replace(OPTIONS, cache_dir=tmp_path)) as engine:
         await engine.open(session(1), 10)
         with pytest.raises(VariantNotReady, match="fused/fp32 is not ready"):
             await engine.begin(session(1), SessionOptions(sampling=GREEDY, variant=fused))
@@ -219,8 +223,11 @@ async def test_variants_are_built_beside_the_steps(make_tiny_model: MakeTinyMode
             await trio.testing.wait_all_tasks_blocked()
             assert engine.statistics().building == (fused,)
             assert await decode([engine], PROMPT, COUNT) == tiny.tokens
-        assert engine.variants() == {REFERENCE, fused}
-        assert await decode([engine], PROMPT, COUNT, chunk=4, variant=fused) == tiny.tokens
+        await engine.prepare(graphs)
+        assert engine.variants() == {REFERENCE, fused, graphs}
+        for variant in (fused, graphs):
+            assert await decode([engine], PROMPT, COUNT, chunk=4, variant=variant) == tiny.tokens
+        assert has_one_entry(tmp_path), "the graphs are not kept"
         with pytest.raises(EngineError, match="no variant fused/fp4"):
             await engine.prepare(wanting)
 

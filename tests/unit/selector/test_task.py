@@ -35,7 +35,7 @@ def test_every_method_of_the_portfolio_has_a_name_that_says_it() -> None:
         ("fastest", "is no method"),
         ("engine=fused|engine=eager", "twice"),
         ("colour=red", "no switch 'colour'"),
-        ("engine=warp", "one of eager, fused"),
+        ("engine=warp", "one of eager, fused, onnxruntime"),
         ("batching=static", "policy of a stage"),
         ("engine=eager|arithmetic=int8", "engine=eager has arithmetic fp32"),
         ("", "is no method"),
