@@ -25,6 +25,7 @@ from node.identity import IdentityError, load_or_create
 from node.jobs.coordinator import Coordinator
 from node.jobs.recorder import Recorder
 from node.jobs.stage import Stages
+from node.jobs.trial import Trials
 from node.models.library import Library
 from node.models.store import ModelStore
 from node.network.host import Libp2pNetwork
@@ -101,13 +102,14 @@ class Node:
             network=self._network, identity=identity, history=self._history, records=records, jitter=jitter
         )
         self._library = Library(ModelStore(config.cache_dir), self._network, self._membership)
+        recorder = Recorder(identity, self._dissemination)
         self._coordinator = Coordinator(
             self._library,
             self._membership,
             self._stages.switchboard,
             jitter,
             LinkEstimates(self._network.peer_id, self._membership.round_trip_s, self._links_of).between,
-            Recorder(identity, self._dissemination),
+            recorder,
         )
         self._serving = Serving(
             config.serve,
@@ -125,6 +127,7 @@ class Node:
             network=self._network,
             membership=self._membership,
             coordinator=self._coordinator,
+            trials=Trials(self._coordinator, recorder),
             stages=self._stages,
             library=self._library,
             history=self._history,

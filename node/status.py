@@ -8,6 +8,7 @@ from node.api.interface import HistoryStatus, ModelStatus, NodeStatus, PeerStatu
 from node.jobs.coordinator import Coordinator
 from node.jobs.span import Span
 from node.jobs.stage import Stages
+from node.jobs.trial import Trial, Trials, TrialSpec
 from node.models.library import Library
 from node.network.interface import Network
 from node.storage.database import StorageError
@@ -28,6 +29,7 @@ class StatusView:
         network: Network,
         membership: Membership,
         coordinator: Coordinator,
+        trials: Trials,
         stages: Stages,
         library: Library,
         history: HistoryStore,
@@ -35,6 +37,7 @@ class StatusView:
     ) -> None:
         self.api_url = ""
         self.submitter = coordinator
+        self._trials = trials
         self._agent = agent
         self._network = network
         self._membership = membership
@@ -43,6 +46,10 @@ class StatusView:
         self._history = history
         self._dissemination = dissemination
         self._started_s = time.monotonic()
+
+    async def bench(self, spec: TrialSpec) -> Trial:
+        """Measure methods against the baseline; see `NodeView`."""
+        return await self._trials.run(spec)
 
     async def status(self) -> NodeStatus:
         """Return what this node is and does."""

@@ -10,6 +10,7 @@ from starlette.responses import JSONResponse
 from starlette.routing import Route
 from starlette.types import ASGIApp
 
+from node.api.bench import BenchEndpoint
 from node.api.completions import CompletionEndpoint
 from node.api.errors import ApiError
 from node.api.guard import Guard
@@ -60,6 +61,7 @@ def make_app(node: NodeView, api_key: str | None) -> ASGIApp:
         Route("/swarm/status", status, methods=["GET"]),
         Route("/swarm/peers", peers, methods=["GET"]),
         Route("/swarm/models", swarm_models, methods=["GET"]),
+        Route("/swarm/bench", BenchEndpoint(node.bench), methods=["POST"]),
     ]
     handlers: dict[Any, Any] = {ApiError: _on_api_error, HTTPException: _on_http_exception, Exception: _on_defect}
     return Guard(Starlette(routes=routes, exception_handlers=handlers), api_key)

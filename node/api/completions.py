@@ -32,7 +32,7 @@ class CompletionEndpoint:
         answer = self._stream if request.stream else self._answer_whole
         error: JobError | None = None
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(_cancel_on_disconnect, receive, nursery.cancel_scope)
+            nursery.start_soon(cancel_on_disconnect, receive, nursery.cancel_scope)
             error = await answer(request, scope, receive, send)
             nursery.cancel_scope.cancel()
         if error is not None:
@@ -107,7 +107,8 @@ class _EventStream:
         await self._send({"type": "http.response.body", "body": b"", "more_body": False})
 
 
-async def _cancel_on_disconnect(receive: Receive, cancel_scope: trio.CancelScope) -> None:
+async def cancel_on_disconnect(receive: Receive, cancel_scope: trio.CancelScope) -> None:
+    """Cancel the scope as soon as the client has gone away."""
     while (await receive())["type"] != "http.disconnect":
         pass
     cancel_scope.cancel()

@@ -6,6 +6,7 @@ The typed dictionaries are the documents themselves: the node fills them, the co
 from typing import Literal, Protocol, TypedDict
 
 from node.jobs.interface import Submitter
+from node.jobs.trial import Trial, TrialSpec
 
 
 class ServedSpan(TypedDict):
@@ -137,6 +138,10 @@ class NodeView(Protocol):
     @property
     def submitter(self) -> Submitter:
         """Who takes jobs."""
+        ...
+
+    async def bench(self, spec: TrialSpec) -> Trial:
+        """Measure methods against the baseline, by real jobs. Raises JobError."""
         ...
 
     async def status(self) -> NodeStatus:

@@ -66,35 +66,35 @@ class CompletionRequest:
 
 def parse_chat_request(body: bytes) -> CompletionRequest:
     """Return the body of `POST /v1/chat/completions` as a request. Raises ApiError."""
-    fields = _Fields(_parse_json(body))
+    fields = Fields(parse_json(body))
     fields.refuse_unless_neutral(_NEUTRAL_FOR_CHAT)
     messages = fields.get("messages", _parse_messages)
     if messages is None:
-        _refuse("messages", "is missing")
-    max_tokens = fields.get("max_completion_tokens", _parse_count)
+        refuse("messages", "is missing")
+    max_tokens = fields.get("max_completion_tokens", parse_count)
     if max_tokens is None:
-        max_tokens = fields.get("max_tokens", _parse_count)
+        max_tokens = fields.get("max_tokens", parse_count)
     return _parse_common(fields, chat=True, messages=messages, max_tokens=max_tokens)
 
 
 def parse_completion_request(body: bytes) -> CompletionRequest:
     """Return the body of `POST /v1/completions` as a request. Raises ApiError."""
-    fields = _Fields(_parse_json(body))
+    fields = Fields(parse_json(body))
     fields.refuse_unless_neutral(_NEUTRAL_FOR_COMPLETION)
     prompt = fields.get("prompt", _parse_prompt)
     if prompt is None:
-        _refuse("prompt", "is missing")
+        refuse("prompt", "is missing")
     return _parse_common(
         fields,
         chat=False,
         prompt=prompt if isinstance(prompt, str) else None,
         prompt_tokens=prompt if isinstance(prompt, tuple) else None,
-        max_tokens=fields.get("max_tokens", _parse_count) or DEFAULT_COMPLETION_TOKENS,
+        max_tokens=fields.get("max_tokens", parse_count) or DEFAULT_COMPLETION_TOKENS,
     )
 
 
 def _parse_common(
-    fields: "_Fields",
+    fields: "Fields",
     *,
     chat: bool,
     max_tokens: int | None,
@@ -102,19 +102,19 @@ def _parse_common(
     prompt_tokens: tuple[int, ...] | None = None,
     messages: tuple[ChatMessage, ...] | None = None,
 ) -> CompletionRequest:
-    model = fields.get("model", _parse_text)
+    model = fields.get("model", parse_text)
     if not model:
-        _refuse("model", "is missing")
-    extras = _Fields(fields.get("metaswarm", _parse_object) or {}, "metaswarm.")
+        refuse("model", "is missing")
+    extras = Fields(fields.get("metaswarm", parse_object) or {}, "metaswarm.")
     extras.refuse_unless_known({"objective", "budget", "quality", "method", "ignore_eos"})
     stream = fields.get("stream", _parse_boolean) or False
-    stream_options = fields.get("stream_options", _parse_object)
+    stream_options = fields.get("stream_options", parse_object)
     if stream_options is not None and not stream:
-        _refuse("stream_options", "makes sense only together with stream: true")
-    temperature = fields.get("temperature", _number_between(0, 2))
-    top_p = fields.get("top_p", _number_between(0, 1))
+        refuse("stream_options", "makes sense only together with stream: true")
+    temperature = fields.get("temperature", number_between(0, 2))
+    top_p = fields.get("top_p", number_between(0, 1))
     if top_p == 0:
-        _refuse("top_p", "must be above 0 and at most 1")
+        refuse("top_p", "must be above 0 and at most 1")
     job = JobRequest(
         model=model,
         prompt=prompt,
@@ -127,15 +127,15 @@ def _parse_common(
         stop=fields.get("stop", _parse_stop) or (),
         ignore_eos=extras.get("ignore_eos", _parse_boolean) or False,
         objective=extras.get("objective", _parse_objective) or Objective.LATENCY,
-        budget=extras.get("budget", _number_between(0, 1e18)),
-        quality=extras.get("quality", _parse_quality) or Quality.EXACT,
-        method=extras.get("method", _parse_method) or "auto",
+        budget=extras.get("budget", number_between(0, 1e18)),
+        quality=extras.get("quality", parse_quality) or Quality.EXACT,
+        method=extras.get("method", parse_method) or "auto",
     )
-    include_usage = _Fields(stream_options or {}, "stream_options.").get("include_usage", _parse_boolean) or False
+    include_usage = Fields(stream_options or {}, "stream_options.").get("include_usage", _parse_boolean) or False
     return CompletionRequest(job=job, chat=chat, stream=stream, include_usage=include_usage)
 
 
-class _Fields:
+class Fields:
     """A JSON object being read; absent and null are the same, as in the OpenAI API."""
 
     def __init__(self, values: Mapping[str, Any], prefix: str = "") -> None:
@@ -143,10 +143,12 @@ class _Fields:
         self._prefix = prefix
 
     def get(self, name: str, parse: Callable[[str, Any], T]) -> T | None:
+        """Return a field, parsed, or None where it is absent."""
         value = self._values.get(name)
         return None if value is None else parse(self._prefix + name, value)
 
     def refuse_unless_neutral(self, neutral: Mapping[str, tuple[Any, ...]]) -> None:
+        """Refuse fields that would change something."""
         for name, values in neutral.items():
             value = self._values.get(name)
             # JSON tells 0 from false and 1 from true, Python's == does not.
@@ -154,19 +156,22 @@ class _Fields:
                 value == other and isinstance(value, bool) == isinstance(other, bool) for other in values
             ):
                 allowed = ", ".join(json.dumps(other) for other in (None, *values))
-                _refuse(name, f"is not supported here, except with a value that changes nothing: {allowed}")
+                refuse(name, f"is not supported here, except with a value that changes nothing: {allowed}")
 
     def refuse_unless_known(self, names: set[str]) -> None:
+        """Refuse fields that nobody knows."""
         unknown = self._values.keys() - names
         if unknown:
-            _refuse(self._prefix + min(unknown), f"is unknown; there are {', '.join(sorted(names))}")
+            refuse(self._prefix + min(unknown), f"is unknown; there are {', '.join(sorted(names))}")
 
 
-def _refuse(param: str, fault: str) -> NoReturn:
+def refuse(param: str, fault: str) -> NoReturn:
+    """Raise the ApiError that says what is wrong with a field."""
     raise ApiError(400, f"{param} {fault}", param=param)
 
 
-def _parse_json(body: bytes) -> dict[str, Any]:
+def parse_json(body: bytes) -> dict[str, Any]:
+    """Return the JSON object in a body. Raises ApiError."""
     try:
         value = json.loads(body, parse_constant=_refuse_constant)
     except (ValueError, RecursionError) as error:
@@ -181,44 +186,49 @@ def _refuse_constant(name: str) -> NoReturn:
     raise ValueError(f"{name} is no JSON")
 
 
-def _parse_text(param: str, value: Any) -> str:
+def parse_text(param: str, value: Any) -> str:
+    """Return a string that is valid Unicode."""
     if not isinstance(value, str):
-        _refuse(param, "must be a string")
+        refuse(param, "must be a string")
     try:
         value.encode()
     except UnicodeEncodeError:  # JSON can spell half a surrogate pair, which no tokenizer takes
-        _refuse(param, "is no valid Unicode text")
+        refuse(param, "is no valid Unicode text")
     return value
 
 
-def _parse_object(param: str, value: Any) -> dict[str, Any]:
+def parse_object(param: str, value: Any) -> dict[str, Any]:
+    """Return a JSON object."""
     if not isinstance(value, dict):
-        _refuse(param, "must be an object")
+        refuse(param, "must be an object")
     return value
 
 
 def _parse_boolean(param: str, value: Any) -> bool:
     if not isinstance(value, bool):
-        _refuse(param, "must be true or false")
+        refuse(param, "must be true or false")
     return value
 
 
-def _parse_count(param: str, value: Any) -> int:
+def parse_count(param: str, value: Any) -> int:
+    """Return a number of tokens, or of whatever there are no more of."""
     if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= MAX_POSITIONS:
-        _refuse(param, f"must be an integer from 1 to {MAX_POSITIONS}")
+        refuse(param, f"must be an integer from 1 to {MAX_POSITIONS}")
     return value
 
 
 def _parse_seed(param: str, value: Any) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= MAX_SEED:
-        _refuse(param, f"must be an integer from 0 to {MAX_SEED}")
+        refuse(param, f"must be an integer from 0 to {MAX_SEED}")
     return value
 
 
-def _number_between(low: float, high: float) -> Callable[[str, Any], float]:
+def number_between(low: float, high: float) -> Callable[[str, Any], float]:
+    """Return a parser of numbers within bounds."""
+
     def parse(param: str, value: Any) -> float:
         if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
-            _refuse(param, f"must be a number from {low:g} to {high:g}")
+            refuse(param, f"must be a number from {low:g} to {high:g}")
         return float(value)
 
     return parse
@@ -227,56 +237,56 @@ def _number_between(low: float, high: float) -> Callable[[str, Any], float]:
 def _parse_stop(param: str, value: Any) -> tuple[str, ...]:
     values = [value] if isinstance(value, str) else value
     if not isinstance(values, list) or len(values) > MAX_STOPS:
-        _refuse(param, f"must be a string or a list of at most {MAX_STOPS} strings")
-    stops = tuple(_parse_text(param, each) for each in values)
+        refuse(param, f"must be a string or a list of at most {MAX_STOPS} strings")
+    stops = tuple(parse_text(param, each) for each in values)
     if any(not 1 <= len(stop) <= MAX_STOP_CHARACTERS for stop in stops):
-        _refuse(param, f"strings must have 1 to {MAX_STOP_CHARACTERS} characters")
+        refuse(param, f"strings must have 1 to {MAX_STOP_CHARACTERS} characters")
     return stops
 
 
 def _parse_prompt(param: str, value: Any) -> str | tuple[int, ...]:
     if isinstance(value, list) and value and isinstance(value[0], str | list):
         if len(value) > 1:
-            _refuse(param, "may hold one prompt only: send a request for each")
+            refuse(param, "may hold one prompt only: send a request for each")
         value = value[0]
     if isinstance(value, str):
-        return _parse_text(param, value)
+        return parse_text(param, value)
     if not isinstance(value, list) or not 1 <= len(value) <= MAX_POSITIONS:
-        _refuse(param, "must be a string or a list of token ids that is not empty")
+        refuse(param, "must be a string or a list of token ids that is not empty")
     if any(type(token) is not int or not 0 <= token < MAX_VOCABULARY for token in value):
-        _refuse(param, f"token ids must be integers from 0 to {MAX_VOCABULARY - 1}")
+        refuse(param, f"token ids must be integers from 0 to {MAX_VOCABULARY - 1}")
     return tuple(value)
 
 
 def _parse_messages(param: str, value: Any) -> tuple[ChatMessage, ...]:
     if not isinstance(value, list) or not 1 <= len(value) <= MAX_MESSAGES:
-        _refuse(param, f"must be a list of 1 to {MAX_MESSAGES} messages")
+        refuse(param, f"must be a list of 1 to {MAX_MESSAGES} messages")
     return tuple(_parse_message(f"{param}[{index}]", each) for index, each in enumerate(value))
 
 
 def _parse_message(param: str, value: Any) -> ChatMessage:
-    fields = _Fields(_parse_object(param, value), f"{param}.")
-    role = fields.get("role", _parse_text)
+    fields = Fields(parse_object(param, value), f"{param}.")
+    role = fields.get("role", parse_text)
     if role not in _ROLES:
-        _refuse(f"{param}.role", f"must be one of {', '.join(_ROLES)}; tools are not supported")
+        refuse(f"{param}.role", f"must be one of {', '.join(_ROLES)}; tools are not supported")
     for name in ("tool_calls", "function_call", "audio"):
         if value.get(name):
-            _refuse(f"{param}.{name}", "is not supported")
+            refuse(f"{param}.{name}", "is not supported")
     content = fields.get("content", _parse_content)
     if content is None:
-        _refuse(f"{param}.content", "is missing")
+        refuse(f"{param}.content", "is missing")
     return ChatMessage(role=_ROLES[role], content=content)
 
 
 def _parse_content(param: str, value: Any) -> str:
     if not isinstance(value, list):
-        return _parse_text(param, value)
+        return parse_text(param, value)
     texts = []
     for index, part in enumerate(value):
-        fields = _Fields(_parse_object(f"{param}[{index}]", part), f"{param}[{index}].")
-        text = fields.get("text", _parse_text)
-        if fields.get("type", _parse_text) != "text" or text is None:
-            _refuse(f"{param}[{index}]", "must be of type text: nothing else is supported")
+        fields = Fields(parse_object(f"{param}[{index}]", part), f"{param}[{index}].")
+        text = fields.get("text", parse_text)
+        if fields.get("type", parse_text) != "text" or text is None:
+            refuse(f"{param}[{index}]", "must be of type text: nothing else is supported")
         texts.append(text)
     return "".join(texts)
 
@@ -285,18 +295,20 @@ def _parse_objective(param: str, value: Any) -> Objective:
     try:
         return Objective(value)
     except ValueError:
-        _refuse(param, f"must be one of {', '.join(Objective)}")
+        refuse(param, f"must be one of {', '.join(Objective)}")
 
 
-def _parse_quality(param: str, value: Any) -> Quality:
+def parse_quality(param: str, value: Any) -> Quality:
+    """Return a quality bound."""
     try:
         return Quality(value)
     except ValueError:
-        _refuse(param, f"must be one of {', '.join(Quality)}")
+        refuse(param, f"must be one of {', '.join(Quality)}")
 
 
-def _parse_method(param: str, value: Any) -> str:
-    method = _parse_text(param, value)
+def parse_method(param: str, value: Any) -> str:
+    """Return the name of a method as it was written."""
+    method = parse_text(param, value)
     if not 1 <= len(method.encode()) <= MAX_NAME_BYTES:
-        _refuse(param, f"must have 1 to {MAX_NAME_BYTES} bytes")
+        refuse(param, f"must have 1 to {MAX_NAME_BYTES} bytes")
     return method

@@ -18,6 +18,7 @@ VERBS: Final[Mapping[str, tuple[str, str]]] = {
     "peers": ("node.cli.swarm:peers", "Show who is in the swarm and what they hold."),
     "models": ("node.cli.swarm:models", "Show which models are complete, block by block."),
     "model": ("node.cli.models:model", "Import, list, show, verify and remove model packages."),
+    "bench": ("node.cli.bench:bench", "Measure the methods over a grid of workloads, and add that to the history."),
     "history": ("node.cli.history:history_group", "Export, import and verify the history of observations."),
     "doctor": ("node.cli.doctor:doctor", "Say why a node cannot join or be reached, or what a model lacks."),
     "evaluate": ("node.cli.evaluate:evaluate", "Evaluate the meta-model and all baselines on measurements."),

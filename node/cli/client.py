@@ -155,6 +155,15 @@ class ApiClient:
             raise CommandError(f"the node at {self.url} ended the answer before it was complete")
         return completion
 
+    async def bench(self, body: dict[str, Any]) -> dict[str, Any]:
+        """Have methods measured, which takes as long as it takes; return the document."""
+        timeout = httpx.Timeout(None, connect=CONNECT_TIMEOUT_S)
+        with _faults(self.url):
+            response = await self._http.post("/swarm/bench", json=body, timeout=timeout)
+            await _raise_for_error(response, self.url)
+            document: dict[str, Any] = response.json()
+            return document
+
     async def _get(self, path: str) -> Any:
         with _faults(self.url):
             response = await self._http.get(path)

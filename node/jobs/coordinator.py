@@ -45,7 +45,7 @@ from node.jobs.interface import (
 from node.jobs.patience import Patience
 from node.jobs.planner import Finder, Planner, RouteNeed
 from node.jobs.prefix import RecentPrefixes, page_hashes
-from node.jobs.recorder import Recorder
+from node.jobs.recorder import Recorder, ServedJob
 from node.jobs.requests import prompt_tokens, sampling_of
 from node.jobs.route import Drawn, Opening, OpenRoute, Rejection, RouteLost, RouteRejected, Stop
 from node.jobs.switchboard import Switchboard
@@ -105,6 +105,8 @@ class _Job:
     sampling: Sampling
     admitted: list[Method]
     began_s: float
+    on_served: Callable[[ServedJob], None] | None = None
+    """Who is told instead of the recorder when the job is done."""
     prefix: bytes = b""
     shared_prefix_share: float = 0.0
     context: TaskContext = field(default_factory=TaskContext)
@@ -181,9 +183,21 @@ class Coordinator:
         """Wait until no job is under way."""
         await self._idle.wait()
 
+    async def model(self, text: str) -> KnownModel:
+        """Return the model that a user means. Raises JobError."""
+        try:
+            return await self._models.open(text)
+        except ModelError as error:
+            raise JobError(JobErrorCode.MODEL_NOT_FOUND, str(error)) from None
+
     @asynccontextmanager
-    async def submit(self, request: JobRequest) -> AsyncIterator[AsyncIterator[JobEvent]]:
-        """Run a job inside the block; see `Submitter`."""
+    async def submit(
+        self, request: JobRequest, on_served: Callable[[ServedJob], None] | None = None
+    ) -> AsyncIterator[AsyncIterator[JobEvent]]:
+        """Run a job inside the block; see `Submitter`.
+
+        `on_served` is told of the job once it is done, which then leaves no observation of its own.
+        """
         if self.draining:
             raise JobError(JobErrorCode.LEAVING, "this node is about to leave; submit at another peer")
         self._count(running=1)
@@ -191,6 +205,7 @@ class Coordinator:
         job: _Job | None = None
         try:
             job = await self._prepare(request)
+            job.on_served = on_served
             await self._open_route(job)
             async with aclosing(self._events(job)) as events:
                 yield events
@@ -214,10 +229,7 @@ class Coordinator:
     async def _prepare(self, request: JobRequest) -> _Job:
         """Turn a request into a job: model, token ids and sampling, all within the model's limits."""
         began_s = trio.current_time()
-        try:
-            model = await self._models.open(request.model)
-        except ModelError as error:
-            raise JobError(JobErrorCode.MODEL_NOT_FOUND, str(error)) from None
+        model = await self.model(request.model)
         if request.messages is not None or len(request.prompt or "") > SHORT_PROMPT_CHARACTERS:
             prompt = await trio.to_thread.run_sync(prompt_tokens, request, model)
         else:
@@ -419,18 +431,21 @@ class Coordinator:
                 replays=job.replays,
             )
             result = replace(result, selection=self._chooser.served(job.choice, outcome))
-        if self._recorder is not None:
-            await self._recorder.record(
-                result,
-                job.request,
-                job.model.manifest,
-                job=route.job,
-                route=tuple(map(_observed, route.stops, closed)),
-                concurrency=max((answer.load.sessions for answer in route.answers if answer), default=1),
-                shared_prefix_share=job.shared_prefix_share,
-                repetitiveness=job.context.repetitiveness,
-                link_s=job.context.link_s,
-            )
+        served = ServedJob(
+            result=result,
+            request=job.request,
+            manifest=job.model.manifest,
+            job=route.job,
+            route=tuple(map(_observed, route.stops, closed)),
+            concurrency=max((answer.load.sessions for answer in route.answers if answer), default=1),
+            shared_prefix_share=job.shared_prefix_share,
+            repetitiveness=job.context.repetitiveness,
+            link_s=job.context.link_s,
+        )
+        if job.on_served is not None:
+            job.on_served(served)
+        elif self._recorder is not None:
+            await self._recorder.record(served)
         return result
 
 

@@ -3,6 +3,7 @@
 import ipaddress
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Final
 
 import psutil
@@ -38,6 +39,7 @@ class TcpAddress:
         return f"{self.endpoint}/p2p/{peer}"
 
 
+@lru_cache(maxsize=MAX_BOOK_PEERS)
 def parse_address(text: str) -> TcpAddress:
     """Return a multiaddr like /ip4/192.0.2.1/tcp/4001/p2p/12D3KooW…; raise ValueError with one line."""
     if len(text) > MAX_ADDRESS_CHARACTERS:

@@ -1,16 +1,34 @@
-"""Draws a comparison of selectors. Needs matplotlib, which is not installed unless asked for: `metaswarm[plot]`."""
+"""Draws comparisons of selectors and of methods.
 
+Needs matplotlib, which is not installed unless asked for: `metaswarm[plot]`.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from node.selection.comparison import METAMODEL, Comparison
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 SUFFIXES: Final = (".png", ".svg", ".pdf")
 
 
 class PlotError(Exception):
     """A plot cannot be drawn. The message is one line for the user."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Panel:
+    """Bars with the intervals that they are in."""
+
+    title: str
+    names: Sequence[str]
+    values: Sequence[float]
+    intervals: Sequence[tuple[float, float]]
 
 
 def check_plot(path: Path) -> None:
@@ -48,6 +66,33 @@ def draw_comparison(comparison: Comparison, path: Path) -> None:
         axis.spines[["top", "right"]].set_visible(False)
     probes = f", {comparison.probes} probes" if comparison.probes else ""
     figure.suptitle(f"{comparison.dataset.name}, folds by {comparison.group}{probes}", fontsize=11)
+    _save(figure, path)
+
+
+def draw_panels(panels: Sequence[Panel], path: Path, title: str) -> None:
+    """Draw panels one below the other."""
+    from matplotlib.figure import Figure
+
+    heights = [1 + 0.25 * len(panel.names) for panel in panels]
+    figure = Figure(figsize=(11, 0.5 + sum(heights)), layout="constrained")
+    axes = figure.subplots(len(panels), 1, squeeze=False, gridspec_kw={"height_ratios": heights})[:, 0]
+    for axis, panel in zip(axes, panels, strict=True):
+        most = 1.5 * max(panel.values)
+        off = [
+            [value - low for value, (low, _) in zip(panel.values, panel.intervals, strict=True)],
+            [min(high, most) - value for value, (_, high) in zip(panel.values, panel.intervals, strict=True)],
+        ]
+        axis.barh(panel.names, panel.values, xerr=off, color="tab:blue", ecolor="tab:gray")
+        axis.axvline(1.0, color="black", linewidth=0.8)
+        axis.invert_yaxis()
+        axis.set_title(panel.title, fontsize=10, loc="left")
+        axis.tick_params(labelsize=8)
+        axis.spines[["top", "right"]].set_visible(False)
+    figure.suptitle(title, fontsize=11)
+    _save(figure, path)
+
+
+def _save(figure: "Figure", path: Path) -> None:
     try:
         figure.savefig(path, dpi=150)
     except OSError as error:

@@ -137,7 +137,6 @@ class Membership:
         async with trio.open_nursery() as nursery:
             for multiaddr in self._bootstrap:
                 nursery.start_soon(self._keep_dialling, multiaddr)
-            nursery.start_soon(self._listen)
             nursery.start_soon(self._ask_first_neighbours)
             nursery.start_soon(self._beat)
             nursery.start_soon(self._keep_records)
@@ -221,25 +220,27 @@ class Membership:
     # What others say
 
     def _validate_heartbeat(self, source: PeerId, data: bytes) -> bool:
-        return unseal(Heartbeat, data, self._wall_clock()).peer == source
+        """Take a heartbeat in, and say whether it is handed on: to read the topic besides would verify it twice."""
+        heartbeat = unseal(Heartbeat, data, self._wall_clock())
+        if heartbeat.peer != source:
+            return False
+        self._hear(heartbeat, data)
+        return True
 
     def _validate_record(self, key: str, data: bytes) -> bool:
         unseal_span(key, data, self._wall_clock())
         return True
 
-    async def _listen(self) -> None:
-        async with self._network.subscribe(HEARTBEAT_TOPIC) as messages:
-            async for message in messages:
-                self._hear(message.data)
-
-    def _hear(self, envelope: bytes) -> None:
-        """Take in a heartbeat, whoever hands it on. Raises RemoteProtocolError."""
-        try:
-            heartbeat = unseal(Heartbeat, envelope, self._wall_clock())
-        except UntimelyError:
-            return  # it was valid when it was handed on, by that peer's clock
+    def _hear(self, heartbeat: Heartbeat, envelope: bytes) -> None:
         if heartbeat.peer != self._network.peer_id and self.directory.hear(heartbeat, trio.current_time(), envelope):
             self._network.add_addresses(heartbeat.peer, heartbeat.multiaddrs)
+
+    def _hear_of(self, envelope: bytes) -> None:
+        """Take in a heartbeat that a neighbour has of somebody. Raises RemoteProtocolError."""
+        try:
+            self._hear(unseal(Heartbeat, envelope, self._wall_clock()), envelope)
+        except UntimelyError:
+            return  # by that neighbour's clock it was valid
 
     async def _ask_first_neighbours(self) -> None:
         """Ask the first few peers that we meet who is here."""
@@ -249,7 +250,7 @@ class Membership:
                 if asked < NEIGHBOURS_ASKED and isinstance(event, PeerConnected):
                     asked += 1
                     try:
-                        await ask_who_is_here(self._network, event.peer, self._hear)
+                        await ask_who_is_here(self._network, event.peer, self._hear_of)
                     except (NetworkError, RemoteProtocolError) as error:
                         _logger.debug("not told who is here", peer=event.peer, reason=str(error))
 

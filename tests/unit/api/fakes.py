@@ -2,9 +2,10 @@
 
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing, asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import trio
 
@@ -25,8 +26,11 @@ from node.jobs.interface import (
     Usage,
     Vote,
 )
+from node.jobs.recorder import ServedJob
+from node.jobs.trial import MethodTrial, Run, Trial, TrialSpec
 from protocol.identity import BlockRange, JobId, ModelId, peer_id_from_public_key
 from protocol.messages import FinishReason
+from selector.task import BASELINE
 
 JOB = JobId("0123456789abcdef" * 2)
 MODEL = ModelId("ab" * 32)
@@ -108,6 +112,34 @@ class FakeNode:
 
     submitter: FakeSubmitter = field(default_factory=FakeSubmitter)
     draining: bool = False
+    benched: list[TrialSpec] = field(default_factory=list)
+    bench_left: trio.Event = field(default_factory=trio.Event)
+    """A measurement was left, done or not."""
+    bench_hangs: bool = False
+
+    async def bench(self, spec: TrialSpec) -> Trial:
+        """Measure every job as half as long as the baseline's, to within a tenth."""
+        self.benched.append(spec)
+        try:
+            if self.bench_hangs:
+                await trio.sleep_forever()
+        finally:
+            self.bench_left.set()
+
+        def run(seconds: float) -> Run:
+            result = replace(make_result("x", (1,)), timing=Timing(ttft_s=seconds, tpot_s=0.0, total_s=seconds))
+            served = SimpleNamespace(result=result)
+            return Run(jobs=[cast("ServedJob", served)])
+
+        plain = [run(1.0) for _ in range(spec.rounds)]
+        faster = [run(0.5 + 0.05 * (number % 2)) for number in range(spec.rounds)]
+        tried = [
+            MethodTrial(method=each, error="not ready")
+            if each.engine == "eager"
+            else MethodTrial(method=each, runs=faster)
+            for each in spec.methods
+        ]
+        return Trial(baseline=MethodTrial(method=BASELINE, runs=plain), methods=tried, observations=spec.rounds)
 
     async def status(self) -> NodeStatus:
         return self.status_document()

@@ -33,13 +33,13 @@ VOCABULARY = 1000
 
 
 class NumberTokenizer:
-    """Its text is numbers: token 7 reads "7 "."""
+    """Its text is numbers: token 7 reads "7 "; of other words it makes some number."""
 
     is_byte_level = True
     stop_tokens: tuple[int, ...] = ()
 
     def encode(self, text: str) -> list[int]:
-        return [int(word) for word in text.split()]
+        return [(int(word) if word.isdecimal() else sum(word.encode())) % VOCABULARY for word in text.split()]
 
     def render_chat(self, messages: Sequence[dict[str, str]]) -> list[int]:
         return [token for message in messages for token in self.encode(message["content"])]

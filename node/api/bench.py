@@ -1,0 +1,127 @@
+"""`POST /swarm/bench`: has one cell of a grid measured, methods against the baseline under one workload.
+
+The measuring lives as long as the client waits for it. Who wants a grid asks for one cell after another, so that what
+was measured is kept when it is stopped.
+"""
+
+from collections.abc import Awaitable, Callable
+from typing import Any, Final
+
+import trio
+from starlette.requests import Request
+from starlette.responses import JSONResponse
+from starlette.types import Receive, Scope, Send
+
+from node.api.completions import cancel_on_disconnect
+from node.api.errors import ApiError
+from node.api.requests import (
+    Fields,
+    number_between,
+    parse_count,
+    parse_json,
+    parse_method,
+    parse_object,
+    parse_quality,
+    parse_text,
+    refuse,
+)
+from node.jobs.interface import JobError, Objective, Quality
+from node.jobs.trial import MethodTrial, Run, Trial, TrialSpec, TrialWorkload
+from selector.task import BASELINE, PORTFOLIO, Method, MethodError
+from selector.task import parse_method as method_of
+
+MAX_ROUNDS: Final = 100
+MAX_CONCURRENCY: Final = 64
+MAX_METHODS: Final = 64
+
+
+class BenchEndpoint:
+    """An ASGI application that answers one request to measure."""
+
+    def __init__(self, measure: Callable[[TrialSpec], Awaitable[Trial]]) -> None:
+        self._measure = measure
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer one request. Raises ApiError before anything was sent."""
+        spec = parse_spec(await Request(scope, receive).body())
+        error: JobError | None = None
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(cancel_on_disconnect, receive, nursery.cancel_scope)
+            try:
+                document = describe_trial(await self._measure(spec))
+                await JSONResponse(document)(scope, receive, send)
+            except JobError as caught:
+                error = caught
+            nursery.cancel_scope.cancel()
+        if error is not None:
+            raise ApiError.from_job_error(error)
+
+
+def parse_spec(body: bytes) -> TrialSpec:
+    """Return what is to be measured. Without `methods` that is the portfolio. Raises ApiError."""
+    fields = Fields(parse_json(body))
+    fields.refuse_unless_known({"model", "methods", "workload", "rounds", "quality", "seed"})
+    model = fields.get("model", parse_text)
+    if not model:
+        refuse("model", "is missing")
+    workload = Fields(fields.get("workload", parse_object) or {}, "workload.")
+    workload.refuse_unless_known(
+        {"concurrency", "prompt_tokens", "max_tokens", "shared_prefix_share", "repetitiveness"}
+    )
+    plain = TrialWorkload()
+    return TrialSpec(
+        model=model,
+        methods=fields.get("methods", _parse_methods) or [each for each in PORTFOLIO.values() if each != BASELINE],
+        workload=TrialWorkload(
+            concurrency=workload.get("concurrency", _count_up_to(MAX_CONCURRENCY)) or plain.concurrency,
+            prompt_tokens=workload.get("prompt_tokens", parse_count) or plain.prompt_tokens,
+            max_tokens=workload.get("max_tokens", parse_count) or plain.max_tokens,
+            shared_prefix_share=workload.get("shared_prefix_share", number_between(0, 1)) or 0.0,
+            repetitiveness=workload.get("repetitiveness", number_between(0, 1)) or 0.0,
+        ),
+        rounds=fields.get("rounds", _count_up_to(MAX_ROUNDS)) or 3,
+        quality=fields.get("quality", parse_quality) or Quality.EXACT,
+        seed=fields.get("seed", _count_up_to(2**31 - 1)),
+    )
+
+
+def describe_trial(trial: Trial) -> dict[str, Any]:
+    """Return what a trial found as a JSON document. Times in seconds; a speed-up's logarithm for each round."""
+    return {
+        "baseline": _describe(trial, trial.baseline),
+        "methods": [_describe(trial, tried) for tried in trial.methods],
+        "observations": trial.observations,
+    }
+
+
+def _describe(trial: Trial, tried: MethodTrial) -> dict[str, Any]:
+    def mean(figure: Callable[[Run], float]) -> float | None:
+        return sum(map(figure, tried.runs)) / len(tried.runs) if tried.runs else None
+
+    return {
+        "method": tried.method.name,
+        "error": tried.error,
+        "log_ratios": {objective.value: trial.log_ratios(tried, objective) for objective in Objective},
+        "ttft_s": mean(lambda run: run.ttft_s),
+        "tpot_s": mean(lambda run: run.tpot_s),
+        "tokens_per_s": mean(lambda run: run.tokens_per_s),
+        "makespan_s": mean(lambda run: run.makespan_s),
+    }
+
+
+def _parse_methods(param: str, value: Any) -> list[Method]:
+    if not isinstance(value, list) or not 1 <= len(value) <= MAX_METHODS:
+        refuse(param, f"must be a list of 1 to {MAX_METHODS} methods")
+    try:
+        return [method_of(parse_method(f"{param}[{index}]", each)) for index, each in enumerate(value)]
+    except MethodError as error:
+        raise ApiError(400, str(error), param=param) from None
+
+
+def _count_up_to(most: int) -> Callable[[str, Any], int]:
+    def parse(param: str, value: Any) -> int:
+        if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= most:
+            refuse(param, f"must be an integer from 1 to {most}")
+        return value
+
+    return parse

@@ -1,0 +1,291 @@
+"""`metaswarm bench`: the portfolio over a grid of workloads, by real jobs of a running node."""
+
+import itertools
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final, TypeVar
+
+import click
+
+from node.cli.output import (
+    CommandError,
+    api_option,
+    err,
+    json_option,
+    new_table,
+    out,
+    print_json,
+    printable,
+    progress_bars,
+)
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from node.selection.paired import Speedup
+
+F = TypeVar("F", bound=Callable[..., Any])
+Workload = dict[str, float]
+
+AXES: Final[Mapping[str, float]] = {
+    "concurrency": 1,
+    "prompt_tokens": 64,
+    "max_tokens": 32,
+    "shared_prefix_share": 0.0,
+    "repetitiveness": 0.0,
+}
+"""What a workload consists of, and what it is where only other axes are given."""
+
+WORKLOADS: Final[Sequence[Workload]] = tuple(
+    dict(zip(AXES, values, strict=True))
+    for values in (
+        (1, 16, 32, 0, 0),
+        (1, 64, 64, 0, 0.9),
+        (1, 512, 1, 0, 0),
+        (1, 1024, 16, 0, 0),
+        (8, 32, 32, 0, 0),
+        (8, 400, 8, 0.9, 0),
+        (8, 256, 16, 0, 0),
+        (32, 32, 16, 0, 0),
+    )
+)
+"""The grid where nothing is asked for: few workloads, unlike one another."""
+
+
+@dataclass(frozen=True, slots=True)
+class Standing:
+    """How a method fared under a workload, by what counts there. `speedup` None: it could not be had, for `error`."""
+
+    method: str
+    speedup: "Speedup | None"
+    error: str | None
+    figures: Mapping[str, Any]
+
+
+def _axis(name: str, what: str, kind: "click.ParamType[Any]") -> Callable[[F], F]:
+    return click.option(
+        f"--{name.replace('_', '-')}", name, type=kind, multiple=True, metavar="N", help=f"{what} Can be repeated."
+    )
+
+
+@click.command()
+@click.option("--model", metavar="MODEL", help="What to measure with (default: the model that is complete).")
+@api_option
+@_axis("concurrency", "Jobs at a time, 1 to 64.", click.IntRange(1, 64))
+@_axis("prompt_tokens", "Tokens of a prompt.", click.IntRange(1))
+@_axis("max_tokens", "Tokens of an answer.", click.IntRange(1))
+@_axis("shared_prefix_share", "Part of the prompts, 0 to 1, that all begin with.", click.FloatRange(0, 1))
+@_axis("repetitiveness", "Part of a prompt, 0 to 1, that is one phrase again and again.", click.FloatRange(0, 1))
+@click.option("--method", "methods", multiple=True, metavar="NAME", help="A method; repeatable (default: all).")
+@click.option("--quality", type=click.Choice(["exact", "near", "any"]), default="exact", show_default=True)
+@click.option("--rounds", type=click.IntRange(1, 100), default=3, show_default=True, help="Runs of every method.")
+@click.option(
+    "--resume",
+    type=click.Path(dir_okay=False, path_type=Path),
+    metavar="FILE",
+    help="Keep what is measured in FILE, and skip what is in it: a bench that was stopped goes on.",
+)
+@click.option("--plot", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE", help="Draw it: PNG, SVG, PDF.")
+@json_option
+def bench(
+    model: str | None,
+    api: str | None,
+    methods: tuple[str, ...],
+    quality: str,
+    rounds: int,
+    resume: Path | None,
+    plot: Path | None,
+    as_json: bool,
+    **axes: tuple[float, ...],
+) -> None:
+    """Measure the methods over a grid of workloads, and add what is seen to the history.
+
+    In every round each method and the baseline do the same workload once, in a random order, by real jobs of the
+    running node and its swarm; what counts is a method's time over the baseline's within a round. The grid is the
+    product of the axes given, or a few workloads that differ where none is. Speed-ups are told with the interval that
+    holds them with 95 % confidence: of mean latency for single jobs, of the time for all of them otherwise.
+    """
+    import trio
+
+    from node.cli.client import find_api
+    from node.selection.plot import PlotError, check_plot
+
+    try:
+        if plot:
+            check_plot(plot)
+        cells = [
+            {"methods": list(methods) or None, "quality": quality, "rounds": rounds, "workload": workload}
+            for workload in grid(axes)
+        ]
+        results = trio.run(_measure, find_api(api), model, cells, resume)
+        if plot:
+            draw(results, plot)
+    except PlotError as error:
+        raise CommandError(str(error)) from None
+    if as_json:
+        print_json({"cells": results})
+    else:
+        for cell in results:
+            out().print(table(cell))
+
+
+def grid(axes: Mapping[str, Sequence[float]]) -> list[Workload]:
+    """Return the workloads of a grid: the product of the axes that have values, or the usual few."""
+    if not any(axes.values()):
+        return [dict(workload) for workload in WORKLOADS]
+    values = [axes.get(name) or (plain,) for name, plain in AXES.items()]
+    return [dict(zip(AXES, point, strict=True)) for point in itertools.product(*values)]
+
+
+async def _measure(
+    url: str, model: str | None, cells: Sequence[dict[str, Any]], resume: Path | None
+) -> list[dict[str, Any]]:
+    """Return each cell with its result; what is measured is in the file at once."""
+    from node.cli.client import open_client
+
+    results: list[dict[str, Any]] = []
+    async with open_client(url) as client:
+        if model is None:
+            complete = [each["name"] or each["model"] for each in await client.models() if each["complete"]]
+            if len(complete) != 1:
+                which = f"there are {', '.join(complete)}" if complete else "the swarm has none that is complete"
+                raise CommandError(f"which model? {which}; name one with --model")
+            model = complete[0]
+        kept = _read(resume)
+        with progress_bars() as show:
+            for number, cell in enumerate(cells):
+                show("measuring", number, len(cells))
+                cell = {"model": model, **cell}
+                result = next((each["result"] for each in kept if each["cell"] == cell), None)
+                if result is None:
+                    try:
+                        result = await client.bench({name: value for name, value in cell.items() if value is not None})
+                    except CommandError as error:
+                        err().print(f"{describe(cell['workload'])}: {printable(error.format_message())}")
+                        continue
+                    _keep(resume, cell, result)
+                results.append({"cell": cell, "result": result})
+            show("measuring", len(cells), len(cells))
+    if not results:
+        raise CommandError("nothing could be measured")
+    return results
+
+
+def _read(file: Path | None) -> list[dict[str, Any]]:
+    if file is None or not file.exists():
+        return []
+    try:
+        # A line that a kill has cut off is measured again.
+        lines = file.read_text(encoding="utf-8").split("\n")[:-1]
+        return [json.loads(line) for line in lines if line]
+    except (OSError, ValueError) as error:
+        raise CommandError(f"cannot go on from {file}: {error}") from None
+
+
+def _keep(file: Path | None, cell: Mapping[str, Any], result: Mapping[str, Any]) -> None:
+    if file is None:
+        return
+    try:
+        with file.open("a+b") as opened:
+            end = opened.tell()
+            if end:
+                opened.seek(end - 1)
+                if opened.read(1) != b"\n":  # what a kill has cut off
+                    opened.seek(0)
+                    opened.truncate(opened.read().rfind(b"\n") + 1)
+            opened.write(json.dumps({"cell": cell, "result": result}).encode() + b"\n")
+    except OSError as error:
+        raise CommandError(f"cannot keep what was measured in {file}: {error.strerror}") from None
+
+
+def standings(cell: Mapping[str, Any]) -> list[Standing]:
+    """Return how the methods of a cell fared, the fastest first, those that could not be had last."""
+    from node.selection.paired import speedup_of
+
+    counts = "latency" if cell["cell"]["workload"]["concurrency"] == 1 else "throughput"
+    result = cell["result"]
+    tried = [
+        Standing(
+            each["method"],
+            speedup_of(each["log_ratios"][counts]) if each["log_ratios"][counts] else None,
+            each["error"],
+            each,
+        )
+        for each in (result["baseline"], *result["methods"])
+    ]
+    return sorted(tried, key=lambda standing: -standing.speedup.mean if standing.speedup else 1.0)
+
+
+def lead(cell: Mapping[str, Any]) -> "Speedup | None":
+    """Return the speed-up of the fastest method over the second, by pairs within the rounds; None for one method."""
+    from node.selection.paired import speedup_of
+
+    counts = "latency" if cell["cell"]["workload"]["concurrency"] == 1 else "throughput"
+    ratios = [each.figures["log_ratios"][counts] for each in standings(cell) if each.speedup]
+    if len(ratios) < 2:
+        return None
+    return speedup_of([first - second for first, second in zip(ratios[0], ratios[1], strict=True)])
+
+
+def describe(workload: Mapping[str, float]) -> str:
+    """Return a workload for people."""
+    jobs = int(workload["concurrency"])
+    parts = [f"{jobs} job{'s' if jobs > 1 else ''}", f"{workload['prompt_tokens']:.0f} in"]
+    parts.append(f"{workload['max_tokens']:.0f} out")
+    if workload["shared_prefix_share"]:
+        parts.append(f"{workload['shared_prefix_share']:.0%} shared")
+    if workload["repetitiveness"]:
+        parts.append(f"{workload['repetitiveness']:.0%} repetitive")
+    return ", ".join(parts)
+
+
+def short(name: str) -> str:
+    """Return a method's name without what is the baseline's."""
+    from selector.task import BASELINE
+
+    plain = BASELINE.switches
+    pairs = (part.split("=") for part in name.split("|"))
+    return "|".join(f"{switch}={value}" for switch, value in pairs if plain.get(switch) != value) or "baseline"
+
+
+def table(cell: Mapping[str, Any]) -> "Table":
+    """Return the methods of a cell, the fastest first."""
+    shown = new_table("method", ">speed-up", ">95 %", ">TTFT s", ">TPOT ms", ">tokens/s", title=_title(cell))
+    for standing in standings(cell):
+        if standing.speedup is None:
+            shown.add_row(short(standing.method), "-", printable(standing.error or ""))
+            continue
+        figures, speedup = standing.figures, standing.speedup
+        shown.add_row(
+            short(standing.method),
+            f"{speedup.mean:.2f}",
+            f"{speedup.low:.2f} to {speedup.high:.2f}",
+            f"{figures['ttft_s']:.2f}",
+            f"{1e3 * figures['tpot_s']:.0f}",
+            f"{figures['tokens_per_s']:.1f}",
+        )
+    return shown
+
+
+def _title(cell: Mapping[str, Any]) -> str:
+    return f"{describe(cell['cell']['workload'])} ({cell['result']['observations']} observations)"
+
+
+def draw(cells: Iterable[Mapping[str, Any]], path: Path) -> None:
+    """Draw the speed-ups of every cell, one panel each. Raises PlotError."""
+    from node.selection.plot import Panel, draw_panels
+
+    panels = []
+    for cell in cells:
+        had = [(short(each.method), each.speedup) for each in standings(cell) if each.speedup]
+        panels.append(
+            Panel(
+                title=describe(cell["cell"]["workload"]),
+                names=[name for name, _ in had],
+                values=[speedup.mean for _, speedup in had],
+                intervals=[(speedup.low, speedup.high) for _, speedup in had],
+            )
+        )
+    draw_panels(panels, path, "speed-up over the baseline")

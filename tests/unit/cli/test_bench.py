@@ -1,0 +1,51 @@
+import json
+from pathlib import Path
+
+import pytest
+
+from node.cli import run
+from node.cli.bench import WORKLOADS, grid, short
+from selector.task import BASELINE, PORTFOLIO, method
+from tests.unit.api.fakes import FakeNode
+from tests.unit.cli.conftest import ServeNode
+
+
+def test_the_grid_is_the_product_of_the_axes_given(serve: ServeNode, capsys: pytest.CaptureFixture[str]) -> None:
+    node = FakeNode()
+    axes = ["--concurrency", "1", "--concurrency", "8", "--prompt-tokens", "16", "--prompt-tokens", "32"]
+    assert run(["bench", "--api", serve(node), *axes, "--rounds", "2"]) == 0
+    assert [(spec.workload.concurrency, spec.workload.prompt_tokens) for spec in node.benched] == [
+        (1, 16), (1, 32), (8, 16), (8, 32),
+    ]  # fmt: skip
+    assert [each.name for each in node.benched[0].methods] == [name for name in PORTFOLIO if name != BASELINE.name]
+    shown = capsys.readouterr().out
+    for fact in ("1 job, 16 in, 32 out", "engine=fused", "1.91", "not ready", "baseline"):
+        assert fact in shown
+    assert grid({}) == list(WORKLOADS)
+
+
+def test_a_bench_that_was_stopped_goes_on(serve: ServeNode, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    node = FakeNode()
+    kept = tmp_path / "bench.jsonl"
+    command = ["bench", "--api", serve(node), "--method", "engine=fused", "--resume", str(kept), "--json"]
+    assert run([*command, "--concurrency", "1"]) == 0
+    with kept.open("a") as file:
+        file.write('{"cell": {"mod')  # a kill in the middle of a line
+    assert run([*command, "--concurrency", "1", "--concurrency", "4"]) == 0
+    assert [spec.workload.concurrency for spec in node.benched] == [1, 4]
+    assert run([*command, "--concurrency", "1", "--concurrency", "4"]) == 0
+    assert len(node.benched) == 2
+    documents = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [len(document["cells"]) for document in documents] == [1, 2, 2]
+    assert documents[1] == documents[2]
+
+
+def test_what_cannot_be_measured_is_one_line(serve: ServeNode, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["bench", "--api", serve(FakeNode()), "--method", "engine=steam"]) == 1
+    assert "engine is one of eager" in capsys.readouterr().err
+    assert run(["bench", "--concurrency", "1000"]) == 2
+
+
+def test_a_method_is_called_by_what_it_changes() -> None:
+    assert short(method(engine="fused", prefix_cache="on").name) == "engine=fused|prefix_cache=on"
+    assert short(BASELINE.name) == "baseline"
