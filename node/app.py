@@ -21,6 +21,8 @@ from node.capabilities.announcer import CapabilityAnnouncer
 from node.capabilities.inventory import Inventory
 from node.capabilities.traffic import TrafficMeter
 from node.config import APPLICATION, LOCK_FILE, READY_FILE, NodeConfig, NodeReady, StartError
+from node.consensus.measuring import AGENDA, TrialMeter
+from node.consensus.service import Consensus, swarm_name
 from node.identity import IdentityError, load_or_create
 from node.jobs.coordinator import Coordinator
 from node.jobs.recorder import Recorder
@@ -32,6 +34,7 @@ from node.network.host import Libp2pNetwork
 from node.network.interface import NetworkError
 from node.serving import Serving
 from node.status import StatusView
+from node.storage.consensus import ConsensusStore
 from node.storage.database import DATABASE_FILE, Database, StorageError, open_database
 from node.storage.history import HistoryStore
 from node.storage.peers import PeerBook
@@ -42,7 +45,8 @@ from node.swarm.links import LinkEstimates
 from node.swarm.membership import Membership
 from node.swarm.records import RecordKinds
 from protocol.capabilities import Links, hardware_class
-from protocol.identity import PeerId
+from protocol.identity import ModelId, PeerId
+from selector.consensus.clock import EpochClock
 
 DRAIN_LIMIT_S = 30.0
 """How long a node that was asked to stop waits for the jobs and sessions it has."""
@@ -101,16 +105,33 @@ class Node:
         self._dissemination = Dissemination(
             network=self._network, identity=identity, history=self._history, records=records, jitter=jitter
         )
+        self._consensus = Consensus(
+            network=self._network,
+            identity=identity,
+            store=ConsensusStore(database),
+            history=self._history,
+            models=self._models,
+            hardware=self._known_hardware,
+            meter=self._meter,
+            swarm=swarm_name(config.swarm_key),
+            agenda=AGENDA,
+            clock=EpochClock(config.epoch_s),
+            checkpoints=config.checkpoints,
+            jitter=jitter,
+        )
+        self._jitter = jitter
         self._library = Library(ModelStore(config.cache_dir), self._network, self._membership)
-        recorder = Recorder(identity, self._dissemination)
+        self._recorder = Recorder(identity, self._dissemination)
         self._coordinator = Coordinator(
             self._library,
             self._membership,
             self._stages.switchboard,
             jitter,
             LinkEstimates(self._network.peer_id, self._membership.round_trip_s, self._links_of).between,
-            recorder,
+            self._recorder,
+            agreed=self._consensus.agreement,
         )
+        self._trials = Trials(self._coordinator, self._recorder)
         self._serving = Serving(
             config.serve,
             library=self._library,
@@ -127,11 +148,12 @@ class Node:
             network=self._network,
             membership=self._membership,
             coordinator=self._coordinator,
-            trials=Trials(self._coordinator, recorder),
+            trials=self._trials,
             stages=self._stages,
             library=self._library,
             history=self._history,
             dissemination=self._dissemination,
+            consensus=self._consensus,
         )
 
     @asynccontextmanager
@@ -149,6 +171,7 @@ class Node:
                 nursery.start_soon(self._inventory.run)
                 nursery.start_soon(self._announcer.run)
                 nursery.start_soon(self._dissemination.run)
+                nursery.start_soon(self._consensus.run)
                 nursery.start_soon(self._keep_history_bounded)
                 nursery.start_soon(keep_acquaintances, self._network, self._peer_book)
                 if config.mdns:
@@ -167,6 +190,20 @@ class Node:
         """Return the class of this machine's hardware, once it is known."""
         capabilities = self._inventory.capabilities()
         return "unknown" if capabilities is None else hardware_class(capabilities)
+
+    def _known_hardware(self) -> str | None:
+        return None if self._inventory.capabilities() is None else self._hardware()
+
+    def _models(self) -> dict[ModelId, bool]:
+        """Return the models that live peers serve, and whether this node does and means to stay."""
+        served = {span.info.model for span in self._stages.spans()} if not self._stages.draining else set()
+        return {model: model in served for model in (*self._membership.directory.models(), *served)}
+
+    def _meter(self, model: ModelId) -> TrialMeter:
+        return TrialMeter(self._trials, self._recorder, model, self._is_busy, self._jitter)
+
+    def _is_busy(self) -> bool:
+        return self._coordinator.statistics().running > 0 or any(span.sessions for span in self._stages.spans())
 
     def _links_of(self, peer: PeerId) -> Links | None:
         """Return what a peer said of its links to others."""

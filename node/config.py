@@ -19,6 +19,7 @@ from typing import Any, Final, TypeVar
 import platformdirs
 
 from protocol.identity import BlockRange, PeerId, parse_block_range, parse_peer_id
+from selector.consensus.clock import EPOCH_S
 
 T = TypeVar("T")
 
@@ -26,6 +27,8 @@ APPLICATION: Final = "metaswarm"
 ENVIRONMENT_PREFIX: Final = "METASWARM_"
 DEFAULT_LISTEN: Final = ("/ip4/0.0.0.0/tcp/4001",)
 DEFAULT_API: Final = "127.0.0.1:8642"
+MIN_EPOCH_S: Final = 5
+MAX_EPOCH_S: Final = 86_400
 LOG_LEVELS: Final = ("debug", "info", "warning", "error")
 BOOTSTRAP_FILE: Final = "bootstrap_peers.yaml"
 READY_FILE: Final = "node.json"
@@ -34,12 +37,13 @@ LOCK_FILE: Final = "node.lock"
 
 OPTIONS: Final = (
     "data_dir", "cache_dir", "listen", "api", "api_key", "bootstrap", "serve", "swarm_key", "memory", "no_catalogue",
-    "no_mdns", "threads", "log_level",
+    "no_mdns", "threads", "epoch", "checkpoint", "log_level",
 )  # fmt: skip
 """The names of all options, the same in the file, the environment and (with dashes) on the command line."""
 
 _MULTIADDR_START = re.compile(r"/(?:ip4|ip6|dns|dns4|dns6|dnsaddr)/")
 _SWARM_KEY = re.compile(r"[0-9a-fA-F]{64}")
+_DIGEST = re.compile(r"[0-9a-fA-F]{64}")
 _MEMORY = re.compile(r"([0-9]{1,18}(?:\.[0-9]{1,6})?) ?([A-Za-z]*)")
 _MEMORY_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 _MEMORY_UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
@@ -87,6 +91,10 @@ class NodeConfig:
     """Whether to look for peers on the local network, and to be found there."""
     threads: int | None = None
     """Threads of an engine; None lets the node decide."""
+    epoch_s: float = EPOCH_S
+    """The length of an epoch of the consensus; peers with another one agree among themselves only."""
+    checkpoints: tuple[bytes, ...] = ()
+    """Statements whose branch of a chain is stood by, however many have signed another."""
     log_level: str = "info"
 
     def __post_init__(self) -> None:
@@ -198,6 +206,8 @@ def load_config(flags: Mapping[str, object], environ: Mapping[str, str] | None =
         no_catalogue=given.get("no_catalogue", _parse_boolean) or False,
         mdns=not given.get("no_mdns", _parse_boolean),
         threads=given.get("threads", _parse_threads),
+        epoch_s=given.get("epoch", _parse_epoch) or EPOCH_S,
+        checkpoints=given.get("checkpoint", _parse_checkpoints) or (),
         log_level=given.get("log_level", _parse_log_level) or "info",
     )
 
@@ -247,7 +257,7 @@ class _Options:
             variable = ENVIRONMENT_PREFIX + name.upper()
             value = environ.get(variable)
             if value:
-                several = name in {"listen", "bootstrap", "serve"}
+                several = name in {"listen", "bootstrap", "serve", "checkpoint"}
                 parts = [part.strip() for part in value.split(",") if part.strip()] if several else value
                 self._given[name] = _Given(parts, variable)
 
@@ -278,6 +288,25 @@ def _parse_threads(given: _Given) -> int:
     if not re.fullmatch(r"[0-9]{1,4}", text) or not 1 <= int(text) <= 1024:
         raise ConfigError(f"{given.where}: expected a number of threads from 1 to 1024, not {given.value!r}")
     return int(text)
+
+
+def _parse_epoch(given: _Given) -> float:
+    text = str(given.value)
+    if not re.fullmatch(r"[0-9]{1,5}", text) or not MIN_EPOCH_S <= int(text) <= MAX_EPOCH_S:
+        raise ConfigError(
+            f"{given.where}: expected seconds from {MIN_EPOCH_S} to {MAX_EPOCH_S}, the same at every peer, "
+            f"not {given.value!r}"
+        )
+    return float(text)
+
+
+def _parse_checkpoints(given: _Given) -> tuple[bytes, ...]:
+    for text in given.texts():
+        if not _DIGEST.fullmatch(text):
+            raise ConfigError(
+                f"{given.where}: {text!r} is no statement: expected 64 hexadecimal digits, as `metaswarm status` shows"
+            )
+    return tuple(bytes.fromhex(text) for text in given.texts())
 
 
 def _parse_log_level(given: _Given) -> str:

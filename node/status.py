@@ -4,7 +4,9 @@ import time
 
 import trio
 
-from node.api.interface import HistoryStatus, ModelStatus, NodeStatus, PeerStatus, ServedSpan, SpanSummary
+from node.api.interface import ChainStatus, HistoryStatus, ModelStatus, NodeStatus, PeerStatus, ServedSpan, SpanSummary
+from node.consensus.keeper import Keeper
+from node.consensus.service import Consensus
 from node.jobs.coordinator import Coordinator
 from node.jobs.span import Span
 from node.jobs.stage import Stages
@@ -16,6 +18,7 @@ from node.storage.history import HistoryStore
 from node.swarm.dissemination import Dissemination
 from node.swarm.membership import Membership
 from protocol.identity import ModelId
+from selector.consensus.reputation import WEIGHT_SCALE
 from selector.routing import uncovered
 
 
@@ -34,6 +37,7 @@ class StatusView:
         library: Library,
         history: HistoryStore,
         dissemination: Dissemination,
+        consensus: Consensus,
     ) -> None:
         self.api_url = ""
         self.submitter = coordinator
@@ -45,6 +49,7 @@ class StatusView:
         self._library = library
         self._history = history
         self._dissemination = dissemination
+        self._consensus = consensus
         self._started_s = time.monotonic()
 
     async def bench(self, spec: TrialSpec) -> Trial:
@@ -75,6 +80,7 @@ class StatusView:
                 "cancelled": jobs.cancelled,
             },
             "history": await self._history_status(),
+            "consensus": [self._chain_status(model, keeper) for model, keeper in self._consensus.keepers().items()],
             "transfers": {
                 "received_bytes": {str(peer): count for peer, count in transfers.received_bytes.items()},
                 "served_bytes": transfers.served_bytes,
@@ -94,6 +100,22 @@ class StatusView:
             "new_by_gossip": statistics.new_by_gossip,
             "new_by_sync": statistics.new_by_sync,
             "last_equal_s": None if equal_s is None else round(trio.current_time() - equal_s, 3),
+        }
+
+    def _chain_status(self, model: ModelId, keeper: Keeper) -> ChainStatus:
+        agreement = keeper.agreement
+        weight = agreement.weights.get(self._network.peer_id) if agreement else None
+        return {
+            "model": model,
+            "name": self._library.name_of(model),
+            "epoch": agreement.epoch if agreement else None,
+            "statement": agreement.statement.hex() if agreement else None,
+            "table_digest": agreement.table_digest.hex() if agreement else None,
+            "members": len(agreement.weights) if agreement else 0,
+            "cells": len(agreement.table) if agreement else 0,
+            "firm_cells": sum(entry.firm for entry in agreement.table.values()) if agreement else 0,
+            "weight": None if weight is None else round(weight / WEIGHT_SCALE, 3),
+            "measured": keeper.statistics.measured,
         }
 
     def peers(self) -> list[PeerStatus]:

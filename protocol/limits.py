@@ -176,5 +176,23 @@ MAX_HEARTBEAT_INTERVAL_MS: Final = 300_000
 MAX_PRESENT: Final = 10_000
 """Heartbeats that one answer on a presence stream hands on."""
 
+MAX_LOCATOR: Final = 40
+"""Statements by which a peer says on a chain stream how far it stands."""
+
+MAX_HAVE: Final = 7000
+"""Records of late that a peer says on a chain stream that it holds."""
+
+MAX_CHAIN_ITEMS: Final = 256
+"""Envelopes that one message on a chain stream carries."""
+
+MAX_PART_MEMBERS: Final = 320
+"""Members, or expelled peers, in one part of a state on a chain stream."""
+
+MAX_PART_CELLS: Final = 64
+"""Cells in one part of a state on a chain stream."""
+
+MAX_CELL_REPLICAS: Final = 16
+"""Readings of one cell."""
+
 SIGNATURE_BYTES: Final = 64
 """An Ed25519 signature."""

@@ -71,6 +71,30 @@ class HistoryStatus(TypedDict):
     """How long ago a neighbour was found to hold the same; None if none was yet."""
 
 
+class ChainStatus(TypedDict):
+    """What the swarm has agreed about a model's methods, as far as this node has verified it."""
+
+    model: str
+    """The model's id."""
+    name: str
+    """The model's name; empty where it has none."""
+    epoch: int | None
+    """Of the statement that stands; None before the first."""
+    statement: str | None
+    """Its digest, in hexadecimal; `--checkpoint` takes it."""
+    table_digest: str | None
+    """Of the agreed table, in hexadecimal: nodes with the same digest go by the same."""
+    members: int
+    cells: int
+    """Of the agreed table: methods in contexts that were measured."""
+    firm_cells: int
+    """Supported by enough members to be more than a hint."""
+    weight: float | None
+    """Of this node's word, in natural units of log odds; None for one that is no member."""
+    measured: int
+    """Cells that this node was drawn for and has measured since it started."""
+
+
 class NodeStatus(TypedDict):
     """What this node is and does."""
 
@@ -87,6 +111,8 @@ class NodeStatus(TypedDict):
     jobs: JobCounts
     history: HistoryStatus | None
     """None where the database cannot be read."""
+    consensus: list[ChainStatus]
+    """Of each model whose chain this node follows."""
     transfers: Transfers
 
 

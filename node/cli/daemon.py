@@ -48,6 +48,15 @@ if TYPE_CHECKING:
 @click.option("--no-mdns", is_flag=True, help="Neither look for peers on the local network nor be found there.")
 @click.option("--no-catalogue", is_flag=True, help="Never download a model from its source, only from peers.")
 @click.option("--threads", metavar="N", help="Threads of the engine.")
+@click.option(
+    "--epoch", metavar="SECONDS", help="Length of an epoch of the consensus (default 600), the same at every peer."
+)
+@click.option(
+    "--checkpoint",
+    metavar="STATEMENT",
+    multiple=True,
+    help="Stand by the branch with this statement, as `metaswarm status` shows it, whoever signed another.",
+)
 @click.option("--log-level", metavar="LEVEL", help="debug, info (the default), warning or error.")
 @json_option
 def node(as_json: bool, **flags: Any) -> None:

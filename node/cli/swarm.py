@@ -20,7 +20,7 @@ from node.cli.output import (
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-    from node.api.interface import HistoryStatus, ModelStatus, NodeStatus, PeerStatus
+    from node.api.interface import ChainStatus, HistoryStatus, ModelStatus, NodeStatus, PeerStatus
     from node.cli.client import ApiClient
 
 WATCH_INTERVAL_S: Final = 2.0
@@ -122,6 +122,7 @@ def render_status(status: "NodeStatus") -> "RenderableType":
         "connected": f"{status['connected_peers']} peers",
         "jobs": ", ".join(f"{count} {kind}" for kind, count in jobs.items()),
         "history": _describe_history(status["history"]),
+        "agreed": "\n          ".join(map(_describe_chain, status["consensus"])) or "nothing",
         "received": ", ".join(f"{format_bytes(count)} from {peer}" for peer, count in received.items()) or "nothing",
         "sent": format_bytes(status["transfers"]["served_bytes"]),
     }
@@ -154,6 +155,17 @@ def _describe_history(history: "HistoryStatus | None") -> str:
         "no neighbour had the same yet" if equal_s is None else f"a neighbour's the same {format_duration(equal_s)} ago"
     )
     return f"{history['count']} observations, digest {history['digest'][:12]}, {agrees}"
+
+
+def _describe_chain(chain: "ChainStatus") -> str:
+    name = chain["name"] or chain["model"][:12]
+    if chain["epoch"] is None or chain["table_digest"] is None:
+        return f"{name}: nothing yet"
+    weight = "no member" if chain["weight"] is None else f"this node's word weighs {chain['weight']:.2f}"
+    return (
+        f"{name}: epoch {chain['epoch']}, table {chain['table_digest'][:12]} with {chain['firm_cells']} of "
+        f"{chain['cells']} cells firm, {chain['members']} members, {weight}"
+    )
 
 
 def render_peers(answer: dict[str, list["PeerStatus"]]) -> "RenderableType":

@@ -27,6 +27,7 @@ from node.jobs.choosing import (
 )
 from node.jobs.interface import (
     AUTO,
+    Agreed,
     Consensus,
     JobError,
     JobErrorCode,
@@ -52,7 +53,7 @@ from node.jobs.switchboard import Switchboard
 from node.models.errors import ModelError
 from node.models.library import KnownModel
 from node.models.tokenizer import StopFinder, StreamDecoder
-from protocol.identity import JobId, PeerId
+from protocol.identity import JobId, ModelId, PeerId
 from protocol.measurements import StageObservation
 from protocol.messages import Closed, FinishReason, Opened, RefusalReason, Sampling
 from selector.routing import Demand, Links, NoRouteError
@@ -154,16 +155,19 @@ class Coordinator:
         chooser: Chooser | None = None,
         ledger: Ledger | None = None,
         hardware: Callable[[PeerId], str] = lambda peer: "unknown",
+        agreed: Callable[[ModelId], Agreed | None] = lambda model: None,
     ) -> None:
         """Take no job yet.
 
         `links`: between any two peers; `recorder` is told of every job that was done; `chooser` is our own preference
-        among methods; `ledger` says what lossy methods do to a model's answers; `hardware` is the class of a peer's.
+        among methods; `ledger` says what lossy methods do to a model's answers; `hardware` is the class of a peer's;
+        `agreed` says what the swarm has agreed about a model.
         """
         self.draining = False
         self._chooser = chooser or RuleChooser()
         self._ledger = ledger or NoLedger()
         self._hardware = hardware
+        self._agreed = agreed
         self._salt = secrets.token_bytes(16)
         self._recent = RecentPrefixes()
         self._recorder = recorder
@@ -392,6 +396,7 @@ class Coordinator:
         if method is None:
             raise AssertionError("a job that ends has begun")
         count = len(job.tokens)
+        agreed = self._agreed(job.model.id)
         votes = tuple(
             Vote(peer=stop.peer, scores=dict(answer.votes))
             for stop, answer in zip(route.stops, route.answers, strict=True)
@@ -419,7 +424,12 @@ class Coordinator:
             method=MethodChoice(
                 name=method.name, switches=dict(method.switches), stage_policy=_stage_policy(route.answers)
             ),
-            consensus=Consensus(votes=votes, agreed=method.name, epoch=None, table_digest=None),
+            consensus=Consensus(
+                votes=votes,
+                agreed=method.name,
+                epoch=agreed.epoch if agreed else None,
+                table_digest=agreed.table_digest.hex() if agreed else None,
+            ),
             replays=job.replays,
         )
         if job.choice is not None:

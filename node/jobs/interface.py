@@ -159,6 +159,20 @@ class Vote:
     scores: dict[str, float]
 
 
+class Agreed(Protocol):
+    """What the swarm has agreed about a model's methods; see `selector.consensus`."""
+
+    @property
+    def epoch(self) -> int:
+        """The epoch of the statement that stands."""
+        ...
+
+    @property
+    def table_digest(self) -> bytes:
+        """The digest of the agreed table."""
+        ...
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Consensus:
     """What the stages voted and agreed; `epoch` and `table_digest` name the agreed history behind it, if any."""

@@ -10,7 +10,7 @@ import math
 import random
 import secrets
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Final
 
@@ -19,7 +19,6 @@ import trio
 from node.jobs.coordinator import Coordinator
 from node.jobs.interface import JobError, JobErrorCode, JobRequest, JobResult, Objective, Quality
 from node.jobs.recorder import Recorder, ServedJob
-from node.models.library import KnownModel
 from node.models.sample import sample_text
 from protocol.measurements import Measurements, Observation, ObservationKind
 from selector.task import BASELINE, Method
@@ -144,8 +143,8 @@ class Trials:
         self._recorder = recorder
         self._turn = trio.Lock()
 
-    async def run(self, spec: TrialSpec) -> Trial:
-        """Measure methods against the baseline and add what was seen to the history.
+    async def run(self, spec: TrialSpec, keep: Callable[[Observation], Awaitable[bool]] | None = None) -> Trial:
+        """Measure methods against the baseline and add what was seen to the history, or give it to `keep` instead.
 
         Takes rounds x (methods + 1) runs, and as many short ones before to build and warm what is needed. A method
         that cannot be had is told with the reason. Raises JobError where the baseline itself cannot be had, or where
@@ -172,7 +171,7 @@ class Trials:
                     errors[method.name] = error.message
             able = [method for name, method in methods.items() if name not in errors]
             rounds = await self._rounds(spec, able, text, rng)
-            observations = await self._record(spec, model, rounds)
+            observations = await self._record(spec, rounds, keep or self._recorder.publish)
 
             def tried(method: Method) -> MethodTrial:
                 if method.name in errors:
@@ -257,15 +256,17 @@ class Trials:
                     return served[0]
         raise AssertionError("a job ends with its result")
 
-    async def _record(self, spec: TrialSpec, model: KnownModel, rounds: Sequence[Mapping[str, Run]]) -> int:
-        """Add an observation for each run and objective to the history; return how many there were."""
+    async def _record(
+        self, spec: TrialSpec, rounds: Sequence[Mapping[str, Run]], keep: Callable[[Observation], Awaitable[bool]]
+    ) -> int:
+        """Keep an observation for each run and objective; return how many there were."""
         objectives = [Objective.LATENCY, *([Objective.THROUGHPUT] if spec.workload.concurrency > 1 else [])]
         count = 0
         for runs in rounds:
             for run in runs.values():
                 for objective in objectives:
                     ratio = math.log(run.cost_s(objective) / runs[BASELINE.name].cost_s(objective))
-                    count += await self._recorder.publish(self._observation(spec, run, objective, ratio))
+                    count += await keep(self._observation(spec, run, objective, ratio))
         return count
 
     def _observation(self, spec: TrialSpec, run: Run, objective: Objective, log_ratio: float) -> Observation:

@@ -57,4 +57,37 @@ MIGRATIONS: Final[tuple[tuple[str, ...], ...]] = (
         """,
         "CREATE INDEX peers_by_last_seen ON peers (last_seen_s)",
     ),
+    (
+        # What this node has said itself, so that it never says two things where one may be said; proofs against others.
+        """
+        CREATE TABLE consensus_records (
+            id BLOB PRIMARY KEY,
+            chain BLOB NOT NULL,
+            epoch INTEGER NOT NULL,
+            envelope BLOB NOT NULL
+        ) WITHOUT ROWID
+        """,
+        "CREATE INDEX consensus_records_by_epoch ON consensus_records (chain, epoch)",
+        # The branch that stands, from the genesis on, for newcomers to verify. `signatures`: envelopes, see the code.
+        """
+        CREATE TABLE consensus_statements (
+            chain BLOB NOT NULL,
+            epoch INTEGER NOT NULL,
+            id BLOB NOT NULL,
+            envelope BLOB NOT NULL,
+            signatures BLOB NOT NULL,
+            PRIMARY KEY (chain, epoch)
+        )
+        """,
+        "CREATE INDEX consensus_statements_by_id ON consensus_statements (id)",
+        # The state after the last statement of that branch, and how far into the history our commits have named it.
+        """
+        CREATE TABLE consensus_states (
+            chain BLOB PRIMARY KEY,
+            statement BLOB NOT NULL,
+            state BLOB NOT NULL
+        )
+        """,
+        "CREATE TABLE consensus_named (chain BLOB PRIMARY KEY, number INTEGER NOT NULL)",
+    ),
 )

@@ -4,7 +4,7 @@ What is held is a growing set of statements and signatures; the head is a functi
 the same stand by the same, in whatever order they heard it.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -72,12 +72,12 @@ class Link:
 class Chain:
     """A tree of statements, of which one branch stands."""
 
-    def __init__(self, genesis: Digest, checkpoint: Digest | None = None) -> None:
-        """Begin with nobody. `checkpoint`: only branches through this statement are stood by, once it is heard."""
+    def __init__(self, genesis: Digest, checkpoints: Collection[Digest] = ()) -> None:
+        """Begin with nobody. `checkpoints`: a branch through one of these statements is stood by before any other."""
         self.genesis = genesis
         self.root = Link(genesis, GENESIS_EPOCH, ())
         self.head = self.root
-        self._checkpoint = checkpoint
+        self._checkpoints = frozenset(checkpoints)
         self._links: dict[Digest, Link] = {genesis: self.root}
         self._early: dict[Digest, dict[str, Signature]] = {}
 
@@ -168,7 +168,7 @@ class Chain:
         waiting = [child]
         while waiting:
             each = waiting.pop()
-            pinned |= each.id == self._checkpoint
+            pinned |= each.id in self._checkpoints
             signed.update((each.epoch, peer) for peer in each.signatures)
             waiting += [later for later in each.children if later.is_quorate]
         members = set(link.members)
@@ -200,6 +200,23 @@ class Chain:
         raise InvalidStatement("there are too many statements without a quorum")
 
 
+def members_after(members: Sequence[str], epoch: int, statement: Statement) -> tuple[tuple[str, ...], bool]:
+    """Return who are the members after a statement, and whether it founds the chain again.
+
+    `members`, `epoch`: of the statement before it. Raises InvalidStatement.
+    """
+    if statement.epoch <= epoch:
+        raise InvalidStatement(f"epoch {statement.epoch} does not come after {epoch}")
+    founds = has_lapsed(len(members), statement.epoch - epoch)
+    before = set() if founds else set(members)
+    joined, gone = {*statement.joined}, {*statement.left, *statement.expelled}
+    if joined & before or not {*statement.left} <= before or joined & gone:
+        raise InvalidStatement("its list of members does not follow from the one before")
+    if not (following := (before | joined) - gone):
+        raise InvalidStatement("it leaves no members")
+    return tuple(sorted(following)), founds
+
+
 def _proposer(link: Link) -> str:
     assert link.statement is not None
     return link.statement.proposer
@@ -209,16 +226,7 @@ def _placed(statement: Statement, parent: Link, chain: Digest) -> Link:
     """Return a statement in its place after another. Raises InvalidStatement."""
     if statement.chain != chain:
         raise InvalidStatement("it belongs to another chain")
-    if statement.epoch <= parent.epoch:
-        raise InvalidStatement(f"epoch {statement.epoch} does not come after {parent.epoch}")
-    founds = has_lapsed(len(parent.members), statement.epoch - parent.epoch)
-    before = set() if founds else set(parent.members)
-    joined, gone = {*statement.joined}, {*statement.left, *statement.expelled}
-    if joined & before or not {*statement.left} <= before or joined & gone:
-        raise InvalidStatement("its list of members does not follow from the one before")
-    members = tuple(sorted((before | joined) - gone))
-    if not members:
-        raise InvalidStatement("it leaves no members")
+    members, founds = members_after(parent.members, parent.epoch, statement)
     signers = members if founds else parent.members
     committee = draw_committee(beacon_of(parent.id, statement.epoch), signers)
     if statement.proposer not in committee:

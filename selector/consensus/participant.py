@@ -101,6 +101,10 @@ class Participant:
         """Return the state that follows from the head, None where it is not known yet."""
         return self._states.get(self.chain.head.id)
 
+    def state_after(self, statement: Digest) -> State | None:
+        """Return the state that follows from a statement, None where it is not known any more, or not yet."""
+        return self._states.get(statement)
+
     def assigned(self, now_s: float) -> tuple[Cell, ...]:
         """Return the cells that we are to measure in this epoch."""
         if (state := self.state()) is None:
@@ -123,6 +127,22 @@ class Participant:
         complete = self._complete.get(epoch, set())
         heard = self._commits.get((epoch, self.chain.head.id), {})
         return [each.commit for each in heard.values() if each.commit.id not in complete]
+
+    def contributors(self, epoch: int) -> tuple[str, ...]:
+        """Return who has committed to something in an epoch, after the head."""
+        return tuple(self._commits.get((epoch, self.chain.head.id), {}))
+
+    def deduce(self) -> bool:
+        """Find out the head's state from the contributions that it names; return whether it is known.
+
+        Where too many of them were missed, somebody else has to tell it: `learn_state`.
+        """
+        unknown: list[Link] = []
+        for link in self.chain.head.path():
+            if link.id in self._states:
+                return all(self._deduced(each) for each in reversed(unknown))
+            unknown.append(link)
+        return False
 
     # What goes out
 
@@ -163,7 +183,7 @@ class Participant:
             return None
         if any(link.statement and link.statement.proposer == self.peer for link in self.chain.candidates(epoch)):
             return None
-        return self._conclude(state, epoch, self.peer, contributions, self.offenders).statement
+        return self._conclude(self.chain.head, state, epoch, self.peer, contributions, self.offenders).statement
 
     def vote(self, now_s: float) -> Signature | None:
         """Return our signature for the first statement of this epoch that we find right, if it is due.
@@ -220,18 +240,36 @@ class Participant:
         if not {*statement.commits} <= held.keys():
             return False
         contributions = [held[commit] for commit in statement.commits]
-        outcome = self._conclude(state, statement.epoch, statement.proposer, contributions, statement.expelled)
+        outcome = self._conclude(
+            self.chain.head, state, statement.epoch, statement.proposer, contributions, statement.expelled
+        )
+        return outcome.statement == statement
+
+    def _deduced(self, link: Link) -> bool:
+        """Whether the state after a statement follows from contributions that are held. Its parent's is known."""
+        statement, parent = link.statement, link.parent
+        if statement is None or parent is None:
+            return False
+        reveals = self._reveals.get(link.epoch, {})
+        held = {heard.commit.id: heard.commit for heard in self._commits.get((link.epoch, parent.id), {}).values()}
+        commits = [held[commit] for commit in statement.commits if commit in held]
+        contributions = [Contribution(each, reveals[each.commitment]) for each in commits if each.commitment in reveals]
+        if len(contributions) < len(statement.commits):
+            return False
+        outcome = self._conclude(
+            parent, self._states[parent.id], link.epoch, statement.proposer, contributions, statement.expelled
+        )
         return outcome.statement == statement
 
     def _conclude(
         self,
+        head: Link,
         state: State,
         epoch: int,
         proposer: str,
         contributions: Sequence[Contribution],
         offenders: Sequence[str] | set[str],
     ) -> Outcome:
-        head = self.chain.head
         outcome = conclude(
             self.chain.genesis,
             head.id,

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Final, NamedTuple
 
-from selector.consensus.draw import Agenda, beacon_of, draw_assignments, draw_committee
+from selector.consensus.draw import REPLICAS, Agenda, beacon_of, draw_assignments, draw_committee
 from selector.consensus.reputation import Reputation
 from selector.consensus.table import (
     Entry,
@@ -144,7 +144,7 @@ def conclude(
     before = set() if refounds else {*state.peers()}
     remaining = {member.peer for member in members}
     commits = tuple(sorted(c.commit.id for c in counted if c.commit.peer in remaining))
-    measured = _bounded({**state.measured, **fresh})
+    measured = _bounded({**state.measured, **_kept(state, assignments, fresh, epoch)})
     after = State(epoch, members, measured, outlaws, digest_of("set", state.set_digest, epoch, commits))
     statement = Statement(
         chain=chain,
@@ -178,6 +178,26 @@ def _readings(
         if replicas:
             fresh[cell] = Replicas(epoch, tuple(replicas))
     return fresh
+
+
+def _kept(
+    state: State, assignments: Mapping[Cell, Sequence[str]], fresh: Mapping[Cell, Replicas], epoch: int
+) -> dict[Cell, Replicas]:
+    """Return what there is of the cells that were drawn: what was read now, or what was read before.
+
+    Too few readings do not take the place of more: else one liar could empty a cell while the others are busy. A cell
+    that nobody could measure is marked as drawn all the same, so that it does not keep the others from their turn.
+    """
+    needed = needed_support(len(state.members))
+    kept: dict[Cell, Replicas] = {}
+    for cell in assignments:
+        now = {replica.peer: replica for replica in fresh[cell].replicas} if cell in fresh else {}
+        if len(now) < needed and cell in state.measured:
+            for replica in state.measured[cell].replicas:
+                if len(now) < REPLICAS:
+                    now.setdefault(replica.peer, replica)
+        kept[cell] = Replicas(epoch, tuple(now[peer] for peer in sorted(now)))
+    return kept
 
 
 def _founding_members(state: State, present: Mapping[str, Contribution]) -> tuple[Member, ...]:

@@ -20,7 +20,7 @@ class Replica(NamedTuple):
 
 
 class Replicas(NamedTuple):
-    """What was measured of a cell, and in which epoch; ascending by peer."""
+    """What was measured of a cell, ascending by peer, and in which epoch it was drawn last."""
 
     epoch: int
     replicas: tuple[Replica, ...]
@@ -74,7 +74,9 @@ def table_of(measured: Mapping[Cell, Replicas], weights: Mapping[str, int], memb
     What was measured long ago is judged with today's weights: a liar that is found out loses its old cells, too.
     """
     needed = needed_support(member_count)
-    return {cell: agree_on(measured[cell].replicas, weights, needed) for cell in sorted(measured)}
+    return {
+        cell: agree_on(measured[cell].replicas, weights, needed) for cell in sorted(measured) if measured[cell].replicas
+    }
 
 
 def digest_of_table(table: Mapping[Cell, Entry]) -> Digest:

@@ -67,6 +67,8 @@ def test_every_option_can_stand_in_the_file_and_in_the_environment(tmp_path: Pat
         "METASWARM_NO_CATALOGUE": "1",
         "METASWARM_NO_MDNS": "0",
         "METASWARM_THREADS": "2",
+        "METASWARM_EPOCH": "30",
+        "METASWARM_CHECKPOINT": "cd" * 32,
         "METASWARM_LOG_LEVEL": "DEBUG",
     }
     assert environ.keys() == {f"METASWARM_{name.upper()}" for name in OPTIONS}
@@ -84,6 +86,8 @@ def test_every_option_can_stand_in_the_file_and_in_the_environment(tmp_path: Pat
         no_catalogue=True,
         mdns=True,
         threads=2,
+        epoch_s=30.0,
+        checkpoints=(b"\xcd" * 32,),
         log_level="debug",
     )
     assert load(environ) == expected
@@ -102,6 +106,8 @@ def test_every_option_can_stand_in_the_file_and_in_the_environment(tmp_path: Pat
         no_catalogue = true
         no_mdns = false
         threads = 2
+        epoch = 30
+        checkpoint = ["{"cd" * 32}"]
         log_level = "debug"
         """
     )
@@ -168,6 +174,9 @@ def test_memory_is_bytes_with_or_without_a_unit(text: str, count: int) -> None:
         ("memory", "4 apples", "--memory"),
         ("threads", "0", "--threads"),
         ("threads", "many", "--threads"),
+        ("epoch", "1", "--epoch"),
+        ("epoch", "soon", "--epoch"),
+        ("checkpoint", ["cd"], "--checkpoint"),
         ("log_level", "loud", "--log-level"),
         ("api", "8642", "--api: expected HOST:PORT"),
         ("api", "http://127.0.0.1:8642", "--api: expected HOST:PORT"),

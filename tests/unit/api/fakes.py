@@ -178,6 +178,20 @@ class FakeNode:
                 "new_by_sync": 2,
                 "last_equal_s": 3.0,
             },
+            "consensus": [
+                {
+                    "model": MODEL,
+                    "name": "tiny",
+                    "epoch": 2916666,
+                    "statement": "5b" * 32,
+                    "table_digest": "5c" * 32,
+                    "members": 3,
+                    "cells": 12,
+                    "firm_cells": 10,
+                    "weight": 2.303,
+                    "measured": 4,
+                }
+            ],
             "transfers": {"received_bytes": {PEERS[1]: 4096}, "served_bytes": 1024},
         }
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from protocol import limits, sync
+from protocol import chains, limits, sync
 from protocol.blobs import BlobFound, BlobInitiator, BlobRequest, BlobResponder
 from protocol.canonical import decode
 from protocol.codec import encode_control
@@ -71,6 +71,14 @@ def test_the_documented_states_of_a_session_are_the_codes(role: Role) -> None:
         if whose is role
     ]
     assert documented_rows(f"#### Session states of the {role}") == actual
+
+
+def test_the_documented_states_of_a_chain_session_are_the_codes() -> None:
+    actual = [
+        (str(state), str(speaker), message_type.__name__.lower(), str(following))
+        for (state, message_type), (speaker, following) in chains.TABLE.items()
+    ]
+    assert documented_rows("One party speaks at a time:") == actual
 
 
 def test_the_documented_states_of_a_sync_session_are_the_codes() -> None:

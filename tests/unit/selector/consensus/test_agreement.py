@@ -243,7 +243,7 @@ def test_a_pinned_checkpoint_outweighs_any_number_of_signatures() -> None:
     few.play()
     many.play()
     (checkpoint,) = few.heads()
-    for pinned, heads in ((None, many.heads()), (checkpoint, few.heads())):
+    for pinned, heads in (((), many.heads()), ((checkpoint,), few.heads())):
         chain = Chain(GENESIS, pinned)
         for swarm in (few, many):
             for link in swarm.peers[0].participant.chain.standing():

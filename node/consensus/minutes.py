@@ -1,0 +1,123 @@
+"""The minutes of one chain: the signed records that were heard of late, and those that prove what stands.
+
+They are what is handed to others, who need not trust us for it. Bounded: of each kind so many are held of an epoch, and
+epochs that are over go.
+"""
+
+import hashlib
+from collections import Counter
+from collections.abc import Collection
+from typing import Final, NamedTuple
+
+from protocol.chains import SHORT_ID_BYTES
+from protocol.consensus import (
+    CommitRecord,
+    EquivocationRecord,
+    RevealRecord,
+    Said,
+    SignatureRecord,
+    StatementRecord,
+    contradicts,
+    offender_of,
+)
+from protocol.identity import PeerId
+from protocol.limits import MAX_HAVE
+
+MAX_PER_EPOCH: Final = {CommitRecord: 768, RevealRecord: 768, StatementRecord: 64, SignatureRecord: 640}
+"""Records of one epoch that are held. An epoch counts at most 304 contributions and has 5 proposals and 128 signers."""
+
+MAX_OFFENCES: Final = 256
+
+MAX_EVIDENCE: Final = 2048
+"""Statements whose signatures are held, the newest ones."""
+
+
+class Contradiction(NamedTuple):
+    """Two records of one peer that cannot both stand."""
+
+    first: Said
+    second: Said
+
+
+class Minutes:
+    """What was said in one chain, and who can prove it."""
+
+    def __init__(self) -> None:
+        self.statements: dict[bytes, Said] = {}
+        """By the statement's own digest, which is for the caller to know."""
+        self.signatures: dict[bytes, dict[PeerId, Said]] = {}
+        """By statement, then by signer."""
+        self.offences: dict[PeerId, Said] = {}
+        self._recent: dict[bytes, Said] = {}
+        self._said_once: dict[tuple[object, ...], Said] = {}
+        self._counts: Counter[tuple[int, type]] = Counter()
+
+    def add(self, said: Said, current_epoch: int) -> Contradiction | None:
+        """Take in a record; return what it contradicts of what its signer said before.
+
+        Of statements and signatures also old ones are taken, as evidence; of all others those of the current epoch, the
+        one before and the one after: clocks differ.
+        """
+        body = said.body
+        if isinstance(body, EquivocationRecord):
+            if len(self.offences) < MAX_OFFENCES:
+                self.offences.setdefault(offender_of(body), said)
+            return None
+        contradicted = self._contradicted(said)
+        is_recent = abs(body.epoch - current_epoch) <= 1
+        key = (body.epoch, type(body))
+        if is_recent and said.id not in self._recent and self._counts[key] < MAX_PER_EPOCH[type(body)]:
+            self._recent[said.id] = said
+            self._counts[key] += 1
+        if isinstance(body, SignatureRecord):
+            self.signatures.setdefault(body.statement, {}).setdefault(said.peer, said)
+        return contradicted
+
+    def add_statement(self, statement: bytes, said: Said) -> None:
+        """Keep the record of a statement under its digest."""
+        self.statements.setdefault(statement, said)
+
+    def is_full(self, said: Said) -> bool:
+        """Whether of this record's kind and epoch no more are held."""
+        body = said.body
+        if isinstance(body, EquivocationRecord):
+            return len(self.offences) >= MAX_OFFENCES
+        return self._counts[body.epoch, type(body)] >= MAX_PER_EPOCH[type(body)]
+
+    def prune(self, current_epoch: int, needed: Collection[bytes]) -> None:
+        """Forget epochs that are over, and evidence of statements that are not `needed`."""
+        oldest = current_epoch - 1
+        self._recent = {key: said for key, said in self._recent.items() if _epoch(said) >= oldest}
+        self._said_once = {key: said for key, said in self._said_once.items() if _epoch(said) >= oldest}
+        self._counts = Counter({key: count for key, count in self._counts.items() if key[0] >= oldest})
+        for held in (self.statements, self.signatures):
+            for statement in [each for each in held if each not in needed][: max(0, len(held) - MAX_EVIDENCE)]:
+                del held[statement]
+
+    def recent(self) -> dict[bytes, Said]:
+        """Return what was heard of late, by short ids, ascending."""
+        found = {said.id[:SHORT_ID_BYTES]: said for said in (*self._recent.values(), *self.offences.values())}
+        return {key: found[key] for key in sorted(found)[:MAX_HAVE]}
+
+    def digest(self) -> bytes:
+        """Return one digest of what was heard of late."""
+        return hashlib.sha256(b"".join(self.recent())).digest()
+
+    def _contradicted(self, said: Said) -> Contradiction | None:
+        match said.body:
+            case SignatureRecord() as body:
+                key: tuple[object, ...] = (said.peer, body.epoch)
+            case CommitRecord() as body:
+                key = (said.peer, body.epoch, body.parent)
+            case _:
+                return None
+        first = self._said_once.get(key)
+        if first is None:
+            if len(self._said_once) < 4 * MAX_HAVE:
+                self._said_once[key] = said
+            return None
+        return Contradiction(first, said) if contradicts(first, said) else None
+
+
+def _epoch(said: Said) -> int:
+    return -1 if isinstance(said.body, EquivocationRecord) else said.body.epoch

@@ -1,0 +1,381 @@
+"""The chain protocol: a peer has a neighbour tell it what it missed of a consensus. Bytes in, messages out, and back.
+
+Gossip loses messages; this does not. The initiator says how far it stands and what it heard of late; the responder
+hands over the statements after that with their signatures, then whatever of late the initiator lacks, and on request
+the state after a statement, which is checked against the statement's digests. Nothing here needs trust: what is handed
+over are the signed records of `protocol.consensus`, and everybody may ask everybody.
+
+One party speaks at a time. `TABLE` says who may say what when, and is the same for both ends. The responder remembers
+nothing from one request to the next but which chain was asked about.
+"""
+
+import enum
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Final, NamedTuple, TypeAlias
+
+from protocol.canonical import Value, decode, encode
+from protocol.consensus import MAX_EPOCH, MAX_READING
+from protocol.errors import LocalProtocolError, RemoteProtocolError
+from protocol.fields import SHA256_BYTES, Fields, array, integer, name, peer_id, raw, tuple_of
+from protocol.framing import Frame, FrameReader, FrameType, encode_frame
+from protocol.identity import PeerId, peer_id_from_public_key, public_key_of
+from protocol.limits import (
+    MAX_BUSY_S,
+    MAX_CELL_REPLICAS,
+    MAX_CHAIN_ITEMS,
+    MAX_CONTROL_BYTES,
+    MAX_HARDWARE_BYTES,
+    MAX_HAVE,
+    MAX_INTEGER,
+    MAX_LOCATOR,
+    MAX_NAME_BYTES,
+    MAX_PART_CELLS,
+    MAX_PART_MEMBERS,
+    MAX_RECORD_BYTES,
+)
+from protocol.states import Direction, Role
+
+PROTOCOL_ID: Final = "/metaswarm/chain/1.0.0"
+
+SHORT_ID_BYTES: Final = 8
+"""The first bytes of a record's id stand for it where records are only counted up. Two that are alike by ill will cost
+those who made them."""
+
+MAX_PAYLOAD_BYTES: Final = MAX_CONTROL_BYTES - (4 << 10)
+"""What a message carries besides its own few bytes."""
+
+
+class Rest(enum.StrEnum):
+    """What an answer has left out."""
+
+    NOTHING = "nothing"
+    STANDING = "standing"
+    """More statements follow those that were handed over: ask again from there."""
+    RECENT = "recent"
+    """What was heard of late differs: say what you have."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ask:
+    """The initiator asks about a chain.
+
+    `locator`: statements it stands by, the newest first, ever fewer further back; the responder begins after the first
+    that it stands by itself. `digest`: of the short ids of the records of late that it holds, ascending, end to end.
+    """
+
+    chain: bytes
+    locator: tuple[bytes, ...]
+    digest: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Have:
+    """The initiator holds these records of late, by their short ids, ascending."""
+
+    ids: tuple[bytes, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Items:
+    """Signed records, a statement before its signatures and before those that follow it.
+
+    The last message of an answer says what was left out.
+    """
+
+    envelopes: tuple[bytes, ...]
+    last: bool
+    rest: Rest = Rest.NOTHING
+
+
+@dataclass(frozen=True, slots=True)
+class Want:
+    """The initiator wants the state after a statement."""
+
+    statement: bytes
+
+
+class MemberState(NamedTuple):
+    """A member, its class of hardware, how often it agreed and deviated, and how often it was missed."""
+
+    peer: PeerId
+    hardware: str
+    agreed: int
+    deviated: int
+    absences: int
+
+
+class CellState(NamedTuple):
+    """A cell, when it was drawn last, and who read what of it."""
+
+    hardware: str
+    workload: str
+    method: str
+    epoch: int
+    replicas: tuple[tuple[PeerId, int], ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StatePart:
+    """A part of a state. A state that the responder does not know is one part without anything in it."""
+
+    members: tuple[MemberState, ...] = ()
+    cells: tuple[CellState, ...] = ()
+    expelled: tuple[PeerId, ...] = ()
+    last: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Busy:
+    """The responder does not want to now; come back after this many seconds."""
+
+    retry_s: int
+
+
+Message: TypeAlias = Ask | Have | Items | Want | StatePart | Busy
+
+
+class ChainState(enum.StrEnum):
+    """How far the conversation is; the same at both ends."""
+
+    IDLE = "idle"
+    ASKED = "asked"
+    WANTED = "wanted"
+    REFUSED = "refused"
+    CLOSED = "closed"
+    """The remote ended the stream."""
+    ERROR = "error"
+    """The remote broke the protocol."""
+
+
+class Transition(NamedTuple):
+    """Who says a message, and the state that follows."""
+
+    speaker: Role
+    next: ChainState
+
+
+_I, _R = Role.INITIATOR, Role.RESPONDER
+
+TABLE: Final[Mapping[tuple[ChainState, type[Message]], Transition]] = {
+    (ChainState.IDLE, Ask): Transition(_I, ChainState.ASKED),
+    (ChainState.IDLE, Have): Transition(_I, ChainState.ASKED),
+    # Items and parts of a state that are not the last leave the state as it is.
+    (ChainState.ASKED, Items): Transition(_R, ChainState.IDLE),
+    (ChainState.ASKED, Busy): Transition(_R, ChainState.REFUSED),
+    (ChainState.IDLE, Want): Transition(_I, ChainState.WANTED),
+    (ChainState.WANTED, StatePart): Transition(_R, ChainState.IDLE),
+}
+
+
+class ChainConnection:
+    """One end of a chain stream."""
+
+    def __init__(self, role: Role) -> None:
+        self._role = role
+        self._state = ChainState.IDLE
+        self._reader = FrameReader()
+        self._has_asked = False
+
+    @property
+    def state(self) -> ChainState:
+        """How far the conversation is."""
+        return self._state
+
+    def send(self, message: Message) -> bytes:
+        """Return the bytes of a message. Raises LocalProtocolError, and changes nothing, when it may not be said."""
+        following = self._follow(message, Direction.SENT)
+        try:
+            frame = encode_frame(FrameType.CONTROL, encode(_to_map(message)))
+        except ValueError as error:
+            raise LocalProtocolError(f"{type(message).__name__}: {error}") from None
+        self._enter(following, message)
+        return frame
+
+    def receive_data(self, data: bytes) -> list[Message]:
+        """Return the messages that are complete with this data; b"" is the end of the stream, and may come any time.
+
+        Raises RemoteProtocolError, then and ever after, when the remote broke the protocol.
+        """
+        if self._state is ChainState.ERROR:
+            raise RemoteProtocolError("the remote has broken the protocol before")
+        if not data:
+            self._state = ChainState.CLOSED
+            return []
+        try:
+            return [self._receive_frame(frame) for frame in self._reader.receive_data(data)]
+        except RemoteProtocolError:
+            self._state = ChainState.ERROR
+            raise
+
+    def _receive_frame(self, frame: Frame) -> Message:
+        if frame.type is not FrameType.CONTROL:
+            raise RemoteProtocolError(f"a {frame.type.name} frame on a chain stream")
+        message = _from_map(Fields(decode(frame.body, max_bytes=MAX_CONTROL_BYTES), "message"))
+        self._enter(self._follow(message, Direction.RECEIVED), message)
+        return message
+
+    def _follow(self, message: Message, direction: Direction) -> ChainState:
+        """Return the state that follows a message; raise the error of whoever is not to say it now."""
+        transition = TABLE.get((self._state, type(message)))
+        out_of_turn = transition is None or (transition.speaker is self._role) is not (direction is Direction.SENT)
+        if transition is None or out_of_turn or (isinstance(message, Have | Want) and not self._has_asked):
+            error = LocalProtocolError if direction is Direction.SENT else RemoteProtocolError
+            raise error(f"{type(message).__name__} {direction} while {self._state}")
+        if isinstance(message, Items | StatePart) and not message.last:
+            return self._state
+        return transition.next
+
+    def _enter(self, state: ChainState, message: Message) -> None:
+        self._state = state
+        self._has_asked = self._has_asked or isinstance(message, Ask)
+
+
+def fill_items(envelopes: Iterable[bytes], rest: Rest) -> Iterator[Items]:
+    """Yield envelopes in as few messages as they fit into, at least one, of which the last says what is left out."""
+    taken: list[bytes] = []
+    room = MAX_PAYLOAD_BYTES
+    for envelope in envelopes:
+        if taken and (len(envelope) + 5 > room or len(taken) == MAX_CHAIN_ITEMS):
+            yield Items(envelopes=tuple(taken), last=False)
+            taken, room = [], MAX_PAYLOAD_BYTES
+        taken.append(envelope)
+        room -= len(envelope) + 5
+    yield Items(envelopes=tuple(taken), last=True, rest=rest)
+
+
+def split_state(
+    members: Sequence[MemberState], cells: Sequence[CellState], expelled: Sequence[PeerId]
+) -> Iterator[StatePart]:
+    """Yield a state in parts, of which each fits into a message."""
+    for start in range(0, len(members), MAX_PART_MEMBERS):
+        yield StatePart(members=tuple(members[start : start + MAX_PART_MEMBERS]))
+    for start in range(0, len(expelled), MAX_PART_MEMBERS):
+        yield StatePart(expelled=tuple(expelled[start : start + MAX_PART_MEMBERS]))
+    for start in range(0, len(cells), MAX_PART_CELLS):
+        yield StatePart(cells=tuple(cells[start : start + MAX_PART_CELLS]))
+    yield StatePart(last=True)
+
+
+def encode_state(parts: Iterable[StatePart]) -> bytes:
+    """Return the bytes of a state as it is kept: its parts, each in a frame."""
+    return b"".join(encode_frame(FrameType.CONTROL, encode(_to_map(part))) for part in parts)
+
+
+def decode_state(data: bytes) -> list[StatePart]:
+    """Return the parts that `encode_state` was given. Raises RemoteProtocolError where the bytes are something else."""
+    parts = []
+    for frame in FrameReader().receive_data(data):
+        message = _from_map(Fields(decode(frame.body, max_bytes=MAX_CONTROL_BYTES), "message"))
+        if not isinstance(message, StatePart):
+            raise RemoteProtocolError("no part of a state")
+        parts.append(message)
+    return parts
+
+
+def _to_map(message: Message) -> dict[str, Value]:
+    match message:
+        case Ask():
+            locator = b"".join(message.locator)
+            return {"type": "ask", "chain": message.chain, "locator": locator, "digest": message.digest}
+        case Have():
+            return {"type": "have", "ids": b"".join(message.ids)}
+        case Items():
+            return {"type": "items", "envelopes": message.envelopes, "last": message.last, "rest": str(message.rest)}
+        case Want():
+            return {"type": "want", "statement": message.statement}
+        case StatePart():
+            return {
+                "type": "statepart",
+                "members": [[public_key_of(each.peer), *each[1:]] for each in message.members],
+                "cells": [
+                    [*cell[:4], [[public_key_of(p), value] for p, value in cell.replicas]] for cell in message.cells
+                ],
+                "expelled": b"".join(map(public_key_of, message.expelled)),
+                "last": message.last,
+            }
+        case Busy():
+            return {"type": "busy", "retry_s": message.retry_s}
+
+
+def _from_map(taken: Fields) -> Message:
+    kind = taken.name("type", 16)
+    message: Message
+    match kind:
+        case "ask":
+            message = Ask(
+                chain=taken.raw("chain", SHA256_BYTES),
+                locator=_packed(taken.take("locator"), SHA256_BYTES, MAX_LOCATOR, "locator"),
+                digest=taken.raw("digest", SHA256_BYTES),
+            )
+        case "have":
+            message = Have(_packed(taken.take("ids"), SHORT_ID_BYTES, MAX_HAVE, "ids"))
+            if list(message.ids) != sorted(set(message.ids)):
+                raise RemoteProtocolError("ids do not ascend")
+        case "items":
+            message = Items(envelopes=_envelopes(taken), last=taken.flag("last"), rest=taken.choice("rest", Rest))
+        case "want":
+            message = Want(taken.raw("statement", SHA256_BYTES))
+        case "statepart":
+            message = StatePart(
+                members=tuple(_member(each) for each in taken.array("members", MAX_PART_MEMBERS)),
+                cells=tuple(_cell(each) for each in taken.array("cells", MAX_PART_CELLS)),
+                expelled=tuple(
+                    peer_id(peer_id_from_public_key(key), "expelled")
+                    for key in _packed(taken.take("expelled"), SHA256_BYTES, MAX_PART_MEMBERS, "expelled")
+                ),
+                last=taken.flag("last"),
+            )
+        case "busy":
+            message = Busy(retry_s=taken.integer("retry_s", 0, MAX_BUSY_S))
+        case _:
+            raise RemoteProtocolError(f"unknown message {kind!r}")
+    taken.finish()
+    return message
+
+
+def _member(value: object) -> MemberState:
+    key, hardware, agreed, deviated, absences = tuple_of(value, 5, "member")
+    return MemberState(
+        _peer(key, "member"),
+        name(hardware, MAX_HARDWARE_BYTES, "member hardware"),
+        integer(agreed, 0, MAX_INTEGER, "member agreed"),
+        integer(deviated, 0, MAX_INTEGER, "member deviated"),
+        integer(absences, 0, MAX_EPOCH, "member absences"),
+    )
+
+
+def _cell(value: object) -> CellState:
+    hardware, workload, method, epoch, replicas = tuple_of(value, 5, "cell")
+    return CellState(
+        name(hardware, MAX_HARDWARE_BYTES, "cell hardware"),
+        name(workload, MAX_NAME_BYTES, "cell workload"),
+        name(method, MAX_NAME_BYTES, "cell method"),
+        integer(epoch, 0, MAX_EPOCH, "cell epoch"),
+        tuple(_replica(each) for each in array(replicas, MAX_CELL_REPLICAS, "cell replicas")),
+    )
+
+
+def _replica(value: object) -> tuple[PeerId, int]:
+    key, reading = tuple_of(value, 2, "replica")
+    return _peer(key, "replica"), integer(reading, -MAX_READING, MAX_READING, "replica value")
+
+
+def _peer(key: object, what: str) -> PeerId:
+    return peer_id(peer_id_from_public_key(raw(key, SHA256_BYTES, what)), what)
+
+
+def _packed(value: object, size: int, max_count: int, what: str) -> tuple[bytes, ...]:
+    """Return ids of equal length that travel end to end; there may be none."""
+    if type(value) is not bytes or len(value) % size or len(value) > max_count * size:
+        raise RemoteProtocolError(f"{what} are not at most {max_count} times {size} bytes")
+    return tuple(value[start : start + size] for start in range(0, len(value), size))
+
+
+def _envelopes(taken: Fields) -> tuple[bytes, ...]:
+    envelopes = []
+    for envelope in taken.array("envelopes", MAX_CHAIN_ITEMS):
+        if type(envelope) is not bytes or not 0 < len(envelope) <= MAX_RECORD_BYTES:
+            raise RemoteProtocolError(f"an envelope is not 1 to {MAX_RECORD_BYTES} bytes")
+        envelopes.append(envelope)
+    return tuple(envelopes)

@@ -1,0 +1,281 @@
+"""Peers agree over links that lose, through partitions, kills and lies; the daemon's own code, in virtual time."""
+
+import math
+import random
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass, field
+from functools import lru_cache
+
+import trio
+
+from node.consensus.keeper import Agreement, Keeper, in_line
+from node.consensus.memory import MemoryStore
+from node.consensus.service import Consensus
+from node.identity import Identity
+from node.network.interface import NetworkError
+from node.network.memory import LinkModel, MemoryNetworkHub
+from node.network.memory_network import MemoryNetwork
+from node.swarm.history import MemoryHistory
+from protocol.consensus import CommitRecord, SignatureRecord, open_said, say
+from protocol.identity import ModelId
+from selector.consensus.clock import EpochClock
+from selector.consensus.draw import Agenda
+from selector.consensus.values import Cell
+from tests.simulation import virtual_time
+
+MODEL = ModelId("ab" * 32)
+AGENDA = Agenda(("long", "short"), ("fast", "odd", "slow"))
+EPOCH_S = 60.0
+BEGINNING_S = 1_750_000_020.0
+HARDWARE = "two cores"
+NEIGHBOURS = 6
+
+_open_said_once = lru_cache(maxsize=1 << 16)(open_said)
+
+
+def truth(cell: Cell) -> float:
+    return {"fast": -1.0, "slow": 0.7, "odd": 0.0}[cell.method] + len(cell.workload) / 100
+
+
+def lie(cell: Cell) -> float:
+    return -3.0 if cell.method == "slow" else truth(cell)
+
+
+@dataclass
+class Meter:
+    """What a peer measures, or says that it did."""
+
+    reading: Callable[[Cell], float]
+    seconds: float = 3.0
+    measured: list[Cell] = field(default_factory=list)
+
+    async def measure(self, cell: Cell) -> float | None:
+        await trio.sleep(self.seconds)
+        self.measured.append(cell)
+        return self.reading(cell)
+
+    async def revealed(self) -> None:
+        await trio.lowlevel.checkpoint()
+
+
+@dataclass
+class Peer:
+    """A peer, also while it is down: identity and store outlive the process."""
+
+    identity: Identity
+    meter: Meter
+    serves: bool
+    skew_s: float
+    network: MemoryNetwork
+    store: MemoryStore = field(default_factory=MemoryStore)
+    consensus: Consensus = field(init=False)
+
+    @property
+    def agreement(self) -> Agreement | None:
+        return self.consensus.agreement(MODEL)
+
+    @property
+    def keeper(self) -> Keeper:
+        return self.consensus.keepers()[MODEL]
+
+
+class Swarm:
+    def __init__(self, seed: int, loss: float = 0.0, skew_s: float = 1.0) -> None:
+        self.rng = random.Random(seed)
+        link = LinkModel(latency_s=0.03, jitter_s=0.04, loss=loss, resolution_s=0.01)
+        self.hub = MemoryNetworkHub(random.Random(self.rng.random()), link)
+        self.peers: list[Peer] = []
+        self._skew_s = skew_s
+        self._nursery: trio.Nursery | None = None
+
+    @asynccontextmanager
+    async def running(self, count: int, liars: int = 0) -> AsyncIterator[None]:
+        async with trio.open_nursery() as self._nursery:
+            for number in range(count):
+                await self.join(lie if number < liars else truth)
+            yield
+            self._nursery.cancel_scope.cancel()
+
+    async def join(self, reading: Callable[[Cell], float] = truth, *, serves: bool = True) -> Peer:
+        identity = Identity(self.rng.randbytes(32))
+        skew_s = self.rng.uniform(-self._skew_s, self._skew_s)
+        peer = Peer(identity, Meter(reading), serves, skew_s, self.hub.network(identity.peer_id))
+        self.peers.append(peer)
+        await self.start(peer)
+        return peer
+
+    async def restart(self, peer: Peer) -> None:
+        peer.network = self.hub.network(peer.identity.peer_id)
+        await self.start(peer)
+
+    async def start(self, peer: Peer) -> None:
+        assert self._nursery is not None
+        await self._nursery.start(self._run, peer)
+
+    async def _run(self, peer: Peer, task_status: trio.TaskStatus[None]) -> None:
+        jitter = random.Random(self.rng.random())
+        peer.consensus = Consensus(
+            network=peer.network,
+            identity=peer.identity,
+            store=peer.store,
+            history=MemoryHistory(),
+            models=lambda: {MODEL: peer.serves},
+            hardware=lambda: HARDWARE,
+            meter=lambda _: peer.meter,
+            swarm=b"swarm",
+            agenda=AGENDA,
+            clock=EpochClock(EPOCH_S),
+            jitter=jitter,
+            wall_clock=lambda: BEGINNING_S + trio.current_time() + peer.skew_s,
+            offload=in_line,
+            nonce=lambda: jitter.randbytes(32),
+            open_envelope=_open_said_once,
+        )
+        async with peer.network.running(), trio.open_nursery() as nursery:
+            task_status.started()
+            nursery.start_soon(self._keep_neighbours, peer, jitter)
+            nursery.start_soon(peer.consensus.run)
+
+    async def _keep_neighbours(self, peer: Peer, jitter: random.Random) -> None:
+        while True:
+            live = [each.network for each in self.peers if each.network.alive and each is not peer]
+            missing = NEIGHBOURS - len(peer.network.connected_peers())
+            for other in jitter.sample(live, max(0, min(missing, len(live)))):
+                with suppress(NetworkError):
+                    await peer.network.connect(other.multiaddrs[0])
+            await trio.sleep(jitter.uniform(2, 4))
+
+    def heads(self, peers: list[Peer] | None = None) -> set[bytes | None]:
+        live = [peer for peer in peers or self.peers if peer.network.alive]
+        return {peer.agreement.statement if peer.agreement else None for peer in live}
+
+    async def until_one_head(self, within_s: float, after_epoch: int = -1) -> Agreement:
+        """Wait until everybody alive stands by one statement, of a later epoch; return what it comes to."""
+        with trio.fail_after(within_s):
+            while True:
+                await trio.sleep(1)
+                agreement = self.peers[-1].agreement
+                if agreement and agreement.epoch > after_epoch and self.heads() == {agreement.statement}:
+                    return agreement
+
+
+def test_peers_agree_over_links_that_lose_a_fifth_of_all_messages() -> None:
+    async def program() -> tuple[Agreement, int]:
+        swarm = Swarm(seed=1, loss=0.2)
+        async with swarm.running(9):
+            await trio.sleep(6 * EPOCH_S)
+            agreement = await swarm.until_one_head(EPOCH_S)
+            return agreement, max(len(peer.meter.measured) for peer in swarm.peers)
+
+    agreement, measured = virtual_time.run(program, seed=1)
+    assert agreement.epoch >= (BEGINNING_S + 5 * EPOCH_S) // EPOCH_S
+    assert len(agreement.weights) == 9
+    assert len(agreement.table) == 6
+    assert all(math.isclose(entry.value / 1e6, truth(cell), abs_tol=1e-6) for cell, entry in agreement.table.items())
+    assert 1 <= measured <= 2 * 8
+
+
+def test_a_partition_heals_to_the_branch_with_the_quorum() -> None:
+    async def program() -> tuple[int, set[bytes | None], set[bytes], int]:
+        swarm = Swarm(seed=2)
+        async with swarm.running(9):
+            before = await swarm.until_one_head(4 * EPOCH_S)
+            most, few = swarm.peers[:7], swarm.peers[7:]
+            swarm.hub.partition([[peer.identity.peer_id for peer in group] for group in (most, few)])
+            await trio.sleep(4 * EPOCH_S)
+            assert swarm.heads(few) != swarm.heads(most)
+            standing = swarm.heads(most)
+            swarm.hub.heal()
+            agreement = await swarm.until_one_head(3 * EPOCH_S)
+            path = {link.id for link in few[0].keeper.participant.chain.standing()}
+            return before.epoch, standing, path, agreement.epoch
+
+    before, standing, path, after = virtual_time.run(program, seed=2)
+    assert standing <= path
+    assert after >= before + 3
+
+
+def test_liars_lose_their_weight() -> None:
+    async def program() -> tuple[Agreement, list[str], list[str]]:
+        swarm = Swarm(seed=3)
+        async with swarm.running(12, liars=3):
+            await trio.sleep(15 * EPOCH_S)
+            agreement = await swarm.until_one_head(EPOCH_S)
+            names = [peer.identity.peer_id for peer in swarm.peers]
+            return agreement, [*names[:3]], [*names[3:]]
+
+    agreement, liars, honest = virtual_time.run(program, seed=3)
+    assert max(agreement.weights[peer] for peer in liars) < min(agreement.weights[peer] for peer in honest)
+    assert all(math.isclose(entry.value / 1e6, truth(cell), abs_tol=1e-6) for cell, entry in agreement.table.items())
+
+
+def test_one_who_contradicts_itself_is_convicted_by_whoever_hears_both() -> None:
+    async def program() -> tuple[list[tuple[str, ...]], str]:
+        swarm = Swarm(seed=4)
+        async with swarm.running(6):
+            await swarm.until_one_head(4 * EPOCH_S)
+            cheat = swarm.peers[0]
+            epoch = cheat.keeper.clock.epoch_at(cheat.keeper.now_s())
+            for statement in (bytes(32), bytes([1]) * 32):
+                body = SignatureRecord(chain=cheat.keeper.genesis, epoch=epoch, statement=statement)
+                cheat.consensus._publish([say(body, cheat.identity.private_key)])
+                await trio.sleep(1)
+            await trio.sleep(3 * EPOCH_S)
+            states = [peer.keeper.participant.state() for peer in swarm.peers[1:]]
+            return [state.expelled for state in states if state], cheat.identity.peer_id
+
+    expelled, cheat = virtual_time.run(program, seed=4)
+    assert expelled == [(cheat,)] * 5
+
+
+def test_a_newcomer_adopts_what_is_agreed_though_it_serves_nothing() -> None:
+    async def program() -> tuple[float, bytes, bytes]:
+        swarm = Swarm(seed=5)
+        async with swarm.running(4):
+            await trio.sleep(8 * EPOCH_S + 10)
+            standing = swarm.peers[0].agreement
+            assert standing
+            newcomer = await swarm.join(serves=False)
+            began_s = trio.current_time()
+            with trio.fail_after(20):
+                while newcomer.agreement is None or newcomer.agreement.statement != standing.statement:
+                    await trio.sleep(0.1)
+            return trio.current_time() - began_s, standing.table_digest, newcomer.agreement.table_digest
+
+    seconds, table, adopted = virtual_time.run(program, seed=5)
+    assert table == adopted
+    assert seconds < 20
+
+
+def test_peers_that_are_killed_again_and_again_never_say_two_things() -> None:
+    async def program() -> tuple[dict[tuple[str, int, bytes | None], set[bytes]], int, int]:
+        swarm = Swarm(seed=6, loss=0.1)
+        said: dict[tuple[str, int, bytes | None], set[bytes]] = {}
+
+        def open_and_note(envelope: bytes) -> object:
+            heard = _open_said_once(envelope)
+            body = heard.body
+            if isinstance(body, CommitRecord):
+                said.setdefault((heard.peer, body.epoch, body.parent), set()).add(envelope)
+            elif isinstance(body, SignatureRecord):
+                said.setdefault((heard.peer, body.epoch, None), set()).add(envelope)
+            return heard
+
+        async with swarm.running(5):
+            for peer in swarm.peers:
+                peer.consensus._open_unknown = open_and_note  # type: ignore[assignment]
+            for number in range(60):
+                await trio.sleep(swarm.rng.uniform(1, 15))
+                peer = swarm.peers[number % 3]
+                swarm.hub.kill(peer.identity.peer_id)
+                await trio.sleep(swarm.rng.uniform(0, 3))
+                await swarm.restart(peer)
+            agreement = await swarm.until_one_head(6 * EPOCH_S)
+            offences = sum(peer.keeper.statistics.offences for peer in swarm.peers)
+            return said, offences, agreement.epoch
+
+    said, offences, _ = virtual_time.run(program, seed=6)
+    assert len(said) > 20
+    assert {len(envelopes) for envelopes in said.values()} == {1}
+    assert offences == 0
