@@ -18,7 +18,7 @@ from selector.dataset import FloatArray, IntArray, Pairs
 from selector.effects import fit_effects, mean_regrets
 from selector.estimator import NotApplicableError, Selector, weights_of
 from selector.features import PHYSICS, ContextTable, physics
-from selector.text import Encoder, HashedNgrams, describe_context, describe_method
+from selector.text import Encoder, HashedNgrams, describe_contexts, describe_method
 
 UNKNOWN: Final = 1e6
 """The score of a method never measured: after every other."""
@@ -266,6 +266,7 @@ class GradientBoosting(PerMethod):
 class TextEmbedding(Selector):
     """The pipeline of MetaInf [arXiv 2410.21340]: descriptions in words, embedded, then boosted trees.
 
+    Model, hardware, workload and method are described and embedded each on its own: few texts are distinct.
     `encode` turns texts into vectors, shape (texts, width); hashed n-grams unless a sentence encoder is given.
     """
 
@@ -278,7 +279,8 @@ class TextEmbedding(Selector):
         """Embed the descriptions and fit the trees."""
         encode: Encoder = self.encode or HashedNgrams()
         used = np.unique(X.context)
-        self.contexts_ = _Embedding(encode, self.components).fit(describe_context(X.contexts, used))
+        described = describe_contexts(X.contexts, used)
+        self.contexts_ = [_Embedding(encode, self.components).fit(texts) for texts in described]
         self.methods_ = _Embedding(encode, self.components).fit([describe_method(method) for method in X.methods])
         trees = HistGradientBoostingRegressor(max_iter=100, early_stopping=False, random_state=self.random_state)
         self.trees_ = trees.fit(self._table(X), y, sample_weight=weights_of(y, sample_weight))
@@ -292,9 +294,10 @@ class TextEmbedding(Selector):
 
     def _table(self, pairs: Pairs) -> FloatArray:
         used, position = np.unique(pairs.context, return_inverse=True)
-        contexts = self.contexts_.transform(describe_context(pairs.contexts, used))
+        described = describe_contexts(pairs.contexts, used)
+        contexts = [embedding.transform(texts) for embedding, texts in zip(self.contexts_, described, strict=True)]
         methods = self.methods_.transform([describe_method(method) for method in pairs.methods])
-        return np.hstack([contexts[position], methods[pairs.method]])
+        return np.hstack([*(table[position] for table in contexts), methods[pairs.method]])
 
 
 class _Embedding:
@@ -305,13 +308,15 @@ class _Embedding:
         self._components = components
 
     def fit(self, texts: Sequence[str]) -> Self:
-        vectors = self._encode(texts)
+        distinct = sorted(set(texts))
+        vectors = self._encode(distinct)
         self._mean = vectors.mean(axis=0)
         self._axes = np.linalg.svd(vectors - self._mean, full_matrices=False)[2][: self._components].T
         return self
 
     def transform(self, texts: Sequence[str]) -> FloatArray:
-        components: FloatArray = (self._encode(texts) - self._mean) @ self._axes
+        distinct, position = np.unique(np.array(texts, dtype=np.str_), return_inverse=True)
+        components: FloatArray = ((self._encode(distinct.tolist()) - self._mean) @ self._axes)[position]
         return components
 
 

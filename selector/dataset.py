@@ -37,6 +37,15 @@ class Contexts:
             ids, {name: of[indices] for name, of in self.names.items()}, self.columns, self.features[indices]
         )
 
+    def siblings(self) -> IntArray:
+        """Return a number for each context, the same for those that differ in nothing but their budget."""
+        keys = [
+            (*(names[i] for name, names in self.names.items() if name != "budget"), self.features[i].tobytes())
+            for i in range(len(self))
+        ]
+        numbers: dict[tuple[object, ...], int] = {}
+        return np.array([numbers.setdefault(key, len(numbers)) for key in keys], dtype=np.intp)
+
     def column(self, name: str) -> FloatArray | None:
         """Return one feature of every context, or None where there is no such column."""
         return self.features[:, self.columns.index(name)] if name in self.columns else None

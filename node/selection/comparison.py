@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -10,14 +11,14 @@ from threadpoolctl import threadpool_limits
 from selector.baselines import BASELINES, TextEmbedding, VirtualBest
 from selector.dataset import Dataset, FloatArray
 from selector.estimator import NotApplicableError, Selector
-from selector.evaluation import Fold, Group, Measures, outcomes, predict_folds, split
+from selector.evaluation import Fold, Group, Measures, checked, outcomes, split
 from selector.metamodel import MetaModel
 from selector.text import Encoder
 
 METAMODEL: Final = "metaswarm"
 """The meta-model's name in tables."""
 
-MAX_ROWS: Final = 200_000
+MAX_ROWS: Final = 20_000
 """A dataset with more rows is sampled, unless its reader asks for another sample: whole contexts are drawn by lot."""
 
 Progress = Callable[[str, int, int], None]
@@ -25,7 +26,7 @@ Progress = Callable[[str, int, int], None]
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One selector's measures. `seconds`: its training and predicting over all folds."""
+    """One selector's measures. `seconds`: its training and predicting, summed over all folds."""
 
     selector: str
     measures: Measures
@@ -87,9 +88,9 @@ def compare(
     Raises DatasetError where nothing can be left out.
     """
     folds = split(dataset, group, seed)
-    # OpenMP's threads spin while they wait for one another: two are far slower than one where others compute, too.
-    with threadpool_limits(1):
-        return _compare(dataset, group, folds, probes, default, seed, encode, threads, progress)
+    # A fold a thread. OpenMP's own threads spin while they wait for one another; their number is set thread by thread.
+    with threadpool_limits(1), ThreadPoolExecutor(threads, initializer=threadpool_limits, initargs=(1,)) as pool:
+        return _compare(dataset, group, folds, probes, default, seed, encode, pool, progress)
 
 
 def _compare(
@@ -100,39 +101,53 @@ def _compare(
     default: str | None,
     seed: int,
     encode: Encoder | None,
-    threads: int,
+    pool: ThreadPoolExecutor,
     progress: Progress,
 ) -> Comparison:
     makers: dict[str, Callable[[], Selector]] = {
-        METAMODEL: lambda: MetaModel(None if group == "random" else group, random_state=seed, n_jobs=threads),
+        METAMODEL: lambda: MetaModel(None if group == "random" else group, random_state=seed),
         **BASELINES,
         "text_embedding": lambda: TextEmbedding(encode),
     }
     rows: list[Row] = []
     left_out: dict[str, str] = {}
     for name, make in makers.items():
-        began_s = time.perf_counter()
         try:
-            scores = _scores(dataset, folds, make, lambda done, name=name: progress(name, done, len(folds)))  # type: ignore[misc]
+            scores, seconds = _scores(dataset, folds, name, make, pool, progress)
         except NotApplicableError as error:
             left_out[name] = str(error)
             progress(name, len(folds), len(folds))
             continue
-        seconds = time.perf_counter() - began_s
         found = outcomes(dataset, folds, scores, probes=probes, default=default)
         rows.append(Row(name, found.measures(), found.measures(more_than=probes), seconds))
     return Comparison(dataset, group, probes, len(folds), tuple(rows), left_out)
 
 
 def _scores(
-    dataset: Dataset, folds: Sequence[Fold], make: Callable[[], Selector], progress: Callable[[int], None]
-) -> list[FloatArray]:
+    dataset: Dataset,
+    folds: Sequence[Fold],
+    name: str,
+    make: Callable[[], Selector],
+    pool: ThreadPoolExecutor,
+    progress: Progress,
+) -> tuple[list[FloatArray], float]:
+    """Return the scores of every fold's test rows, and the seconds that all folds took together."""
     oracle = VirtualBest().fit_dataset(dataset) if isinstance(make(), VirtualBest) else None
-    scores = []
-    progress(0)
-    for fold_scores in predict_folds(
-        dataset, folds, lambda training, test: (oracle or make().fit_dataset(training)).predict(test)
-    ):
-        scores.append(fold_scores)
-        progress(len(scores))
-    return scores
+
+    def of_fold(fold: Fold) -> tuple[FloatArray, float]:
+        began_s = time.perf_counter()
+        selector = oracle or make().fit_dataset(dataset.take(fold.train))
+        scores = selector.predict(dataset.pairs.take(fold.test))
+        return checked(scores, fold), time.perf_counter() - began_s
+
+    progress(name, 0, len(folds))
+    pending = [pool.submit(of_fold, fold) for fold in folds]
+    try:
+        found = []
+        for each in pending:
+            found.append(each.result())
+            progress(name, len(found), len(folds))
+    finally:
+        for each in pending:
+            each.cancel()
+    return [scores for scores, _ in found], sum(seconds for _, seconds in found)
