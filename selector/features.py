@@ -10,12 +10,12 @@ column, what would need it is left out.
 import re
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from typing import Final, Self
 
 import numpy as np
 
-from selector.dataset import Contexts, FloatArray, Pairs
+from selector.dataset import Contexts, FloatArray, IntArray, Pairs
 
 MAX_CATEGORIES: Final = 32
 """Values of a named column, or factors of methods, that get an indicator of their own: the most frequent ones."""
@@ -92,25 +92,33 @@ def _number(token: str) -> tuple[str, float] | None:
     return (f"{found[1] or ''}={found[2]}", float(found[3])) if found else None
 
 
-PHYSICS: Final = ("total", "decode", "prefill", "memory_over_compute", "fill", "weight_bits", "kv_bits",
-                  "compute_bits", "devices", "rate")  # fmt: skip
-"""The columns of `physics`."""
+PHYSICS: Final = ("total", "decode", "prefill", "memory_over_compute", "fill", "weight_bits", "kv_bits", "compute_bits",
+                  "devices", "rate", "gain", "gain_of_decode", "gain_of_prefill", "communication")  # fmt: skip
+"""The columns of `physics`. A gain is the time relative to a plain method's, and so is what devices exchange."""
+
+PLAIN: Final = Arithmetic(weight_bits=16.0, kv_bits=16.0, compute_bits=16.0, devices=1.0)
+"""What is taken of a method whose name says nothing."""
 
 
 @np.errstate(invalid="ignore")  # a figure that is missing makes what needs it NaN
 def physics(pairs: Pairs) -> FloatArray:
     """Return what a roofline says of every pair, as log2; shape (pairs, count), NaN where a column is missing."""
+    if not len(pairs) or not {"l_params", "l_bw", "l_bf"} <= set(pairs.contexts.columns):
+        return np.full((len(pairs), len(PHYSICS)), np.nan)
+    facts = np.array([astuple(arithmetic_of(method)) for method in pairs.methods])
+    own, plain = _roofline(pairs, facts[pairs.method]), _roofline(pairs, np.tile(astuple(PLAIN), (len(pairs), 1)))
+    return np.column_stack([own[:, :-1], own[:, :3] - plain[:, :3], own[:, -1]])
+
+
+def _roofline(pairs: Pairs, table: FloatArray) -> FloatArray:
+    """Return the columns of `physics` but for the gains. `table`: each pair's `Arithmetic`, shape (pairs, 4)."""
     contexts = pairs.contexts
 
     def of(name: str, default: float = np.nan) -> FloatArray:
         found = contexts.column(name)
         return np.full(len(pairs), default) if found is None else found[pairs.context]
 
-    if not len(pairs) or not {"l_params", "l_bw", "l_bf"} <= set(contexts.columns):
-        return np.full((len(pairs), len(PHYSICS)), np.nan)
-    facts = [arithmetic_of(method) for method in pairs.methods]
-    table = np.array([[f.weight_bits, f.kv_bits, f.compute_bits, f.devices] for f in facts]).reshape(-1, 4)
-    weight_bits, kv_bits, compute_bits, devices = np.log2(table[pairs.method]).T
+    weight_bits, kv_bits, compute_bits, devices = np.log2(table).T
     devices = devices + of("l_tp", 0.0)
     active = of("l_active") if "l_active" in contexts.columns else of("l_params")
     rate = of("l_bf") + np.where(compute_bits <= 2, of("l_f4", 0.0), np.where(compute_bits <= 3, of("l_f8", 0.0), 0.0))
@@ -124,9 +132,14 @@ def physics(pairs: Pairs) -> FloatArray:
     total = np.logaddexp2(decode, prefill)
     memory = of("l_mem") if "l_mem" in contexts.columns else np.log2(np.maximum(of("memgb"), 1e-6)) + 30
     fill = np.logaddexp2(weight_bytes, kv_bytes) - memory - devices
+    # Two all-reduces a layer, each of 2 (n - 1) / n times the activations in 16 bits.
+    share = np.log2(np.maximum(1.0 - 2.0**-devices, 2.0**-10))
+    tokens = of("l_bs", 0.0) + np.logaddexp2(of("l_isl", 0.0), of("l_osl", 0.0))
+    exchanged = np.log2(of("layers")) + of("l_hidden") + tokens + share + 3.0 - of("l_link")
     return np.column_stack(
-        [total, decode, prefill, read - multiply, fill, weight_bits, kv_bits, compute_bits, devices, rate]
-    )
+        [total, decode, prefill, read - multiply, fill, weight_bits, kv_bits, compute_bits, devices, rate,
+         exchanged - total]
+    )  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -183,6 +196,18 @@ class PairTable:
         table = physics(pairs)
         self.physics_ = tuple(j for j in range(table.shape[1]) if _differs(table[:, j]))
         return self
+
+    def columns_of_group(self, pairs: Pairs, group: str | None) -> IntArray:
+        """Return the columns that only say which value of `group` a context has: constant for each of its values."""
+        if group is None or group not in pairs.contexts.names:
+            return np.zeros(0, dtype=np.intp)
+        used = np.unique(pairs.context)
+        names = pairs.contexts.names[group][used]
+        table = _finite(pairs.contexts.features[used])[:, list(self.contexts_.kept)]
+        varies = np.zeros(table.shape[1], dtype=bool)
+        for name in np.unique(names):
+            varies |= [_differs(column) for column in table[names == name].T]
+        return np.flatnonzero(~varies)
 
     def transform(self, pairs: Pairs) -> FloatArray:
         """Return one row a pair."""

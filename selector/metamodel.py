@@ -1,14 +1,14 @@
 """The meta-model: one joint regression over pairs of context and method, so that methods learn from one another.
 
-Six members: histogram gradient boosting and extremely randomised trees [Geurts, Ernst, Wehenkel, Machine Learning
-2006], each on three targets: the logarithm of the cost itself; the same relative to what the context costs by itself;
-and what a linear fit on the logarithms of the roofline's times leaves over. The first sees most, the second only what
-decides a choice, the third extrapolates to hardware and models beyond those seen. How much each member says follows
-from cross-validation on the history at hand, in which whole groups of contexts are left out [stacked regressions:
-Breiman, Machine Learning 1996], and so does how far a prediction may be off.
+Its members are histogram gradient boosting and extremely randomised trees [Geurts, Ernst, Wehenkel, Machine Learning
+2006] on three targets: the logarithm of the cost itself; the same relative to what the context costs by itself; and
+what a linear fit on the logarithms of the roofline's times leaves over. The first sees most, the second only what
+decides a choice, the third extrapolates to hardware and models beyond those seen. Where whole values of a column are
+new, some members do not see the features that only say which value it is: what can be learned of those is by heart.
+How much each member says follows from cross-validation on the history at hand, in which whole groups of contexts are
+left out [stacked regressions: Breiman, Machine Learning 1996], and so does how far a prediction may be off.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Final, Self
 
@@ -23,24 +23,27 @@ from selector.effects import fit_effects
 from selector.estimator import Selector, weights_of
 from selector.features import PairTable
 
-MEMBERS: Final = (
-    ("boosting", "cost"),
-    ("trees", "cost"),
-    ("boosting", "relative"),
-    ("trees", "relative"),
-    ("boosting", "residual"),
-    ("trees", "residual"),
+FITS: Final = (
+    ("boosting", ("cost",), "all"),
+    ("boosting", ("relative",), "all"),
+    ("boosting", ("residual",), "all"),
+    ("trees", ("relative",), "all"),
+    ("trees", ("cost", "residual"), "all"),
+    ("boosting", ("cost",), "general"),
+    ("boosting", ("relative",), "general"),
+    ("trees", ("relative",), "general"),
+    ("trees", ("cost", "residual"), "general"),
 )
-"""Each member's regression and its target."""
+"""The regressions, the targets of each, and the features that it sees. Each target is a member.
+
+Trees may share their splits among targets, which costs one fit instead of two; relative costs want splits of their own.
+"""
 
 MIN_CONTEXTS_TO_WEIGH: Final = 12
-"""With fewer contexts the members weigh what the prior says: there is too little to leave out."""
+"""With fewer contexts all members weigh the same: there is too little to leave out."""
 
-PRIOR: Final = np.array([2.0 if kind == "boosting" else 1.0 for kind, _ in MEMBERS]) / 9.0
-"""The members' weights before cross-validation: boosting extrapolates better to hardware and models not seen."""
-
-PRIOR_SHARE: Final = 0.5
-"""How much of the weights stays with the prior whatever cross-validation says, which is noisy itself."""
+PRIOR_SHARE: Final = 0.4
+"""How much of the weights is the same for all members whatever cross-validation says, which is noisy itself."""
 
 LEAF_FLOOR: Final = 1e-3
 """The least standard deviation that is told, in natural logarithms of cost."""
@@ -71,8 +74,8 @@ class MetaModel(Selector):
         self,
         group: str | None = None,
         *,
-        boosting_rounds: int = 100,
-        tree_count: int = 100,
+        boosting_rounds: int = 60,
+        tree_count: int = 40,
         max_rows: int = 60_000,
         max_leaves: int = 400_000,
         random_state: int = 0,
@@ -91,12 +94,12 @@ class MetaModel(Selector):
         weight = weights_of(y, sample_weight)
         rows = self._draw_rows(X)
         X, y, weight = X.take(rows), y[rows], weight[rows]  # noqa: N806
-        self.weights_ = PRIOR
         self.variance_ = np.array([max(float(np.var(y)), LEAF_FLOOR**2), 1.0])
+        self.ensemble_ = _Ensemble(self, scale=1.0).fit(X, y, weight)
+        self.weights_ = np.full(len(self.ensemble_.members), 1.0 / len(self.ensemble_.members))
         held_out = self._cross_validate(X, y, weight)
         if held_out is not None:
             self._weigh(X, y, weight, held_out)
-        self.ensemble_ = _Ensemble(self, scale=1.0).fit(X, y, weight)
         return self
 
     def predict(self, X: Pairs) -> FloatArray:  # noqa: N803
@@ -130,9 +133,10 @@ class MetaModel(Selector):
         count = min(3, len(np.unique(groups)))
         if count < 2 or len(np.unique(pairs.context)) < MIN_CONTEXTS_TO_WEIGH:
             return None
-        said = np.empty((len(pairs), len(MEMBERS)))
+        said = np.empty((len(pairs), len(self.weights_)))
         for train, test in GroupKFold(count).split(groups, groups=groups):
-            ensemble = _Ensemble(self, scale=0.4).fit(pairs.take(train), y[train], weight[train])
+            ensemble = _Ensemble(self, scale=0.4, general=self.ensemble_.general)
+            ensemble.fit(pairs.take(train), y[train], weight[train])
             said[test] = ensemble.predict(pairs.take(test))
         return said
 
@@ -142,7 +146,7 @@ class MetaModel(Selector):
         regret = y - context_minima(y, pairs.context, len(pairs.contexts))[pairs.context]
         found = _non_negative_fit(centred, truth, weight * np.exp(-regret))  # a choice is among the best
         if found.sum() > 0:
-            self.weights_ = PRIOR_SHARE * PRIOR + (1 - PRIOR_SHARE) * found / found.sum()
+            self.weights_ = PRIOR_SHARE * self.weights_ + (1 - PRIOR_SHARE) * found / found.sum()
         mean = centred @ self.weights_
         spread = ((centred - mean[:, None]) ** 2) @ self.weights_
         design = np.column_stack([np.ones(len(spread)), spread])
@@ -150,22 +154,23 @@ class MetaModel(Selector):
 
 
 class _Ensemble:
-    """The six members, fitted on the same rows."""
+    """The members, fitted on the same rows. `general`: whether some of them see general features only."""
 
-    def __init__(self, of: MetaModel, scale: float) -> None:
+    def __init__(self, of: MetaModel, scale: float, *, general: bool | None = None) -> None:
+        self._group = of.group
+        self.general = general
         self._boosting: dict[str, Any] = {
             "max_iter": max(20, int(of.boosting_rounds * scale)),
-            "learning_rate": 0.1 if scale == 1.0 else 0.15,
-            "max_leaf_nodes": 24,
+            "learning_rate": 0.12 if scale == 1.0 else 0.18,
+            "max_leaf_nodes": 20,
+            "max_features": 0.5,
             "l2_regularization": 1.0,
             "early_stopping": False,
             "random_state": of.random_state,
         }
-        count = max(10, int(of.tree_count * scale))
+        count = max(8, int(of.tree_count * scale))
         self._trees: dict[str, Any] = {
             "n_estimators": count,
-            "min_samples_leaf": 2,
-            "max_features": 0.4,
             "max_leaf_nodes": max(2, of.max_leaves // count),
             "n_jobs": of.n_jobs,
             "random_state": of.random_state,
@@ -178,26 +183,49 @@ class _Ensemble:
             zip(pairs.methods, np.column_stack([effects.of_method, effects.support]).tolist(), strict=True)
         )
         table = self._matrix(pairs)
+        self._columns = {"all": np.arange(table.shape[1])}
+        by_heart = self._table.columns_of_group(pairs, self._group)
+        if self.general is None:
+            self.general = 0 < len(by_heart) < len(self._table.contexts_.kept)
+        if self.general:
+            self._columns["general"] = np.setdiff1d(self._columns["all"], by_heart)
         self._line = _Line().fit(table, y, weight)
         residual = y - self._line.predict(table)
         targets = {"cost": y, "relative": y - effects.of_context[pairs.context], "residual": residual}
-        self._members = [
-            self._new(kind, len(y)).fit(table, targets[target], sample_weight=weight) for kind, target in MEMBERS
-        ]
+        self._fits = []
+        for kind, names, view in FITS:
+            if view in self._columns:
+                wanted = np.column_stack([targets[name] for name in names])
+                scale = np.maximum(wanted.std(axis=0), LEAF_FLOOR)
+                wanted = (wanted / scale)[:, 0] if len(names) == 1 else wanted / scale
+                model = self._new(kind, len(y), names).fit(table[:, self._columns[view]], wanted, sample_weight=weight)
+                self._fits.append((model, names, view, scale))
         return self
+
+    @property
+    def members(self) -> tuple[str, ...]:
+        """The names of the members, in the order of what `predict` returns."""
+        shown = [(kind, names, view) for kind, names, view in FITS if view in self._columns]
+        return tuple(f"{kind} on {name}, {view} features" for kind, names, view in shown for name in names)
 
     def predict(self, pairs: Pairs) -> FloatArray:
         """Return what each member says, shape (pairs, members), in logarithms of cost."""
         table = self._matrix(pairs)
-        said = np.column_stack([member.predict(table) for member in self._members])
+        said = np.column_stack(
+            [
+                model.predict(table[:, self._columns[view]]).reshape(len(pairs), -1) * scale
+                for model, _, view, scale in self._fits
+            ]
+        )
+        targets = [name for _, names, _, _ in self._fits for name in names]
         line = self._line.predict(table)
-        for j, (_, target) in enumerate(MEMBERS):
+        for j, target in enumerate(targets):
             if target == "residual":
                 said[:, j] += line
         # The relative members know nothing of a context's level: they take it from the others.
-        level = [j for j, (_, target) in enumerate(MEMBERS) if target != "relative"]
+        level = [j for j, target in enumerate(targets) if target != "relative"]
         mean = context_means(said[:, level].mean(axis=1), pairs.context, len(pairs.contexts))[pairs.context]
-        for j, (_, target) in enumerate(MEMBERS):
+        for j, target in enumerate(targets):
             if target == "relative":
                 own = context_means(said[:, j], pairs.context, len(pairs.contexts))[pairs.context]
                 said[:, j] += mean - own
@@ -208,9 +236,10 @@ class _Ensemble:
         effects = np.array([self._effect.get(method, unknown) for method in pairs.methods]).reshape(-1, 2)
         return np.hstack([self._table.transform(pairs), effects[pairs.method]])
 
-    def _new(self, kind: str, rows: int) -> Any:
+    def _new(self, kind: str, rows: int, targets: tuple[str, ...]) -> Any:
         if kind == "trees":
-            return ExtraTreesRegressor(**self._trees)
+            share = 1.0 if len(targets) == 1 else 0.5
+            return ExtraTreesRegressor(min_samples_leaf=2, max_features=share, **self._trees)
         return HistGradientBoostingRegressor(min_samples_leaf=int(np.clip(rows // 40, 2, 10)), **self._boosting)
 
 
@@ -253,13 +282,11 @@ def _non_negative_fit(table: FloatArray, y: FloatArray, weight: FloatArray) -> F
 
 
 def _groups(pairs: Pairs, column: str | None) -> IntArray:
-    """Return for each pair the number of what is left out together: a value of the column, else its context."""
+    """Return for each pair the number of what is left out together.
+
+    That is a value of the column, else contexts that differ in nothing but their budget: they may share measurements.
+    """
     names = pairs.contexts.names
     if column is not None and column in names and len(np.unique(names[column][pairs.context])) > 2:
         return np.unique(names[column], return_inverse=True)[1].astype(np.intp)[pairs.context]
-    return pairs.context
-
-
-def member_names() -> Sequence[str]:
-    """Return the members' names, in the order of `MetaModel.weights_`."""
-    return tuple(f"{kind} on {target}" for kind, target in MEMBERS)
+    return pairs.contexts.siblings()[pairs.context]
