@@ -8,6 +8,7 @@ from torch import nn
 
 from node.engine.linear import ARITHMETICS, Packed, Product, multiply, pack
 from node.engine.loading import LoadedSpan
+from node.engine.ragged import Heads, Turns
 
 
 @dataclass(frozen=True, slots=True)
@@ -16,6 +17,8 @@ class _Block:
 
     norm: torch.Tensor
     qkv: Packed
+    head_norms: tuple[torch.Tensor, torch.Tensor] | None
+    """Of queries and keys, where there are any."""
     out: Packed
     mlp_norm: torch.Tensor
     gate_up: Packed
@@ -54,6 +57,7 @@ def _pack_block(block: Any, packing: str) -> _Block:
     return _Block(
         norm=block.input_layernorm.weight,
         qkv=pack(packing, *fuse(attention.q_proj, attention.k_proj, attention.v_proj)),
+        head_norms=(attention.q_norm.weight, attention.k_norm.weight) if hasattr(attention, "q_norm") else None,
         out=pack(packing, *fuse(attention.o_proj)),
         mlp_norm=block.post_attention_layernorm.weight,
         gate_up=pack(packing, *fuse(mlp.gate_proj, mlp.up_proj)),
@@ -73,15 +77,17 @@ class FusedSegments:
     def __init__(self, span: LoadedSpan, packed: PackedSpan, arithmetic: str) -> None:
         self._packed = packed
         self._product: Product = ARITHMETICS[arithmetic][1]
-        self._epsilon: float = span.model.config.rms_norm_eps
+        config = span.model.config
+        self._epsilon: float = config.rms_norm_eps
+        self._counts = [config.num_attention_heads, config.num_key_value_heads, config.num_key_value_heads]
 
-    def enter(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Return queries, keys and values of the first block."""
-        return self._multiply(self._norm(hidden, self._packed.blocks[0].norm), self._packed.blocks[0].qkv)
+    def enter(self, hidden: torch.Tensor, turns: Turns) -> Heads:
+        """Return what the first block's attention takes."""
+        return self._heads(hidden, self._packed.blocks[0], turns)
 
     def advance(
-        self, number: int, hidden: torch.Tensor, mixed: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        self, number: int, hidden: torch.Tensor, mixed: torch.Tensor, turns: Turns
+    ) -> tuple[torch.Tensor, Heads | None]:
         """Complete a block; return what leaves it, and what the next one's attention takes."""
         block = self._packed.blocks[number]
         hidden = hidden + self._multiply(mixed, block.out)
@@ -89,14 +95,24 @@ class FusedSegments:
         hidden = hidden + self._multiply(nn.functional.silu(gate) * up, block.down)
         if number + 1 == len(self._packed.blocks):
             return hidden, None
-        following = self._packed.blocks[number + 1]
-        return hidden, self._multiply(self._norm(hidden, following.norm), following.qkv)
+        return hidden, self._heads(hidden, self._packed.blocks[number + 1], turns)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Return logits."""
         assert self._packed.norm is not None
         assert self._packed.head is not None
         return self._multiply(self._norm(hidden, self._packed.norm), self._packed.head)
+
+    def _heads(self, hidden: torch.Tensor, block: _Block, turns: Turns) -> Heads:
+        rows = self._multiply(self._norm(hidden, block.norm), block.qkv).view(len(hidden), sum(self._counts), -1)
+        turned, values = rows.split([sum(self._counts[:2]), self._counts[2]], dim=1)
+        if block.head_norms is not None:
+            parts = zip(turned.split(self._counts[:2], dim=1), block.head_norms, strict=True)
+            turned = torch.cat([self._norm(part, norm) for part, norm in parts], dim=1)
+        # Each pair of elements, half a head apart, is turned: (a cos - b sin, b cos + a sin).
+        (cos, sin), (one, other) = (turn.unsqueeze(1) for turn in turns), turned.chunk(2, dim=-1)
+        turned = torch.cat([one * cos - other * sin, other * cos + one * sin], dim=-1)
+        return Heads(turned, values)
 
     def _multiply(self, rows: torch.Tensor, weights: Packed) -> torch.Tensor:
         return multiply(self._product, rows, weights)

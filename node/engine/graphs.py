@@ -26,11 +26,12 @@ from node.engine.folders import FolderCache
 from node.engine.fused import fuse
 from node.engine.interface import EngineError
 from node.engine.loading import LoadedSpan
+from node.engine.ragged import Heads, Turns
 
 ARITHMETICS: Final[Mapping[str, float]] = {"fp32": 4.0, "int8": 1.0 + 4 / 32}
 """Those there are, and the bytes that an element of a matrix takes in each."""
 
-FORMAT: Final = 1
+FORMAT: Final = 2
 """Of the graphs; part of their name in a cache, so that a version with other graphs makes its own."""
 
 _BLOCK_INPUTS = 32
@@ -59,16 +60,18 @@ class GraphSegments:
         except Exception as error:  # onnxruntime's exceptions have no base class but Exception
             raise EngineError(f"the graphs in {folder} cannot be used: {' '.join(str(error).split())[:200]}") from error
 
-    def enter(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Return queries, keys and values of the first block."""
-        return _run(self._between[0], hidden=hidden)[0]
+    def enter(self, hidden: torch.Tensor, turns: Turns) -> Heads:
+        """Return what the first block's attention takes."""
+        return Heads(*_run(self._between[0], hidden=hidden, cos=turns.cos, sin=turns.sin))
 
     def advance(
-        self, number: int, hidden: torch.Tensor, mixed: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        self, number: int, hidden: torch.Tensor, mixed: torch.Tensor, turns: Turns
+    ) -> tuple[torch.Tensor, Heads | None]:
         """Complete a block; return what leaves it, and what the next one's attention takes."""
-        left, *fused = _run(self._between[number + 1], hidden=hidden, mixed=mixed)
-        return left, fused[0] if fused else None
+        if number + 2 == len(self._between):
+            return _run(self._between[-1], hidden=hidden, mixed=mixed)[0], None
+        left, *heads = _run(self._between[number + 1], hidden=hidden, mixed=mixed, cos=turns.cos, sin=turns.sin)
+        return left, Heads(*heads)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Return logits."""
@@ -119,7 +122,7 @@ def _run(session: onnxruntime.InferenceSession, **rows: torch.Tensor) -> list[to
 class _Graph:
     """A graph under construction, whose constants go straight to a file beside it."""
 
-    inputs: Mapping[str, int]
+    inputs: dict[str, int]
     """Names and widths; every input is f32 (rows, width)."""
     int8: bool
     constants: BinaryIO
@@ -145,6 +148,11 @@ class _Graph:
         place = {"location": Path(self.constants.name).name, "offset": start, "length": values.nbytes}
         tensor.external_data.extend(StringStringEntryProto(key=key, value=str(value)) for key, value in place.items())
         self.initializers.append(tensor)
+        return name
+
+    def shape(self, name: str, *values: int) -> str:
+        """Add a constant that shapes depend on, which has to stand in the graph itself; return its name."""
+        self.initializers.append(helper.make_tensor(name, TensorProto.INT64, [len(values)], values))
         return name
 
     def multiply(self, rows: str, to: str, matrix: torch.Tensor, bias: torch.Tensor | None) -> str:
@@ -196,17 +204,17 @@ def _write(span: LoadedSpan, folder: Path, arithmetic: str, *, last: bool) -> No
     for number in range(len(blocks) + 1):
         before, after = (blocks[n] if 0 <= n < len(blocks) else None for n in (number - 1, number))
         with (folder / f"{number}.constants").open("wb") as constants:
-            inputs, outputs = {"hidden": hidden}, {}
+            inputs: dict[str, int] = {"hidden": hidden}
+            outputs: dict[str, int] = {}
             if before is not None:
                 inputs["mixed"], outputs["left"] = before.self_attn.o_proj.in_features, hidden
             graph = _Graph(inputs, arithmetic == "int8", constants)
             entering = "hidden" if before is None else _complete(graph, before, epsilon)
             if after is not None:
-                attention = after.self_attn
-                matrix, bias = fuse(attention.q_proj, attention.k_proj, attention.v_proj)
+                half = after.self_attn.head_dim // 2
+                graph.inputs |= {"cos": half, "sin": half}
                 normed = graph.norm(entering, "entering.normed", after.input_layernorm.weight, epsilon)
-                graph.multiply(normed, "fused", matrix, bias)
-                outputs["fused"] = len(matrix)
+                outputs |= _heads(graph, after.self_attn, normed, epsilon)
             graph.save(folder / f"{number}.onnx", outputs)
     if last:
         base: Any = span.base
@@ -216,6 +224,32 @@ def _write(span: LoadedSpan, folder: Path, arithmetic: str, *, last: bool) -> No
             normed = graph.norm("hidden", "normed", base.norm.weight, epsilon)
             graph.multiply(normed, "logits", head.weight, getattr(head, "bias", None))
             graph.save(folder / "head.onnx", {"logits": span.vocabulary_size})
+
+
+def _heads(graph: _Graph, attention: Any, normed: str, epsilon: float) -> dict[str, int]:
+    """Add what a block's attention takes, given normed rows; return the names and widths of turned heads and values."""
+    queries, keys, values = attention.q_proj, attention.k_proj, attention.v_proj
+    matrix, bias = fuse(queries, keys)
+    size = attention.head_dim
+    count = len(matrix) // size
+    heads = graph.multiply(normed, "heads", matrix, bias)
+    if hasattr(attention, "q_norm"):
+        split = graph.add("Reshape", [heads, graph.shape("by head", 0, count, size)], ["split"])
+        normed_heads = graph.norm(split, "heads.normed", torch.ones(size), epsilon)
+        norms = [
+            norm.weight.float().expand(len(projection.weight) // size, size)
+            for norm, projection in ((attention.q_norm, queries), (attention.k_norm, keys))
+        ]
+        scale = graph.constant("head scales", torch.cat(norms).numpy())
+        scaled = graph.add("Mul", [normed_heads, scale], ["heads.scaled"])
+        heads = graph.add("Reshape", [scaled, graph.shape("by row", 0, count * size)], ["heads.flat"])
+    # The operator wants a batch, and positions as places in its tables, which hold those of the rows in order.
+    batch = graph.add("Unsqueeze", [heads, graph.shape("axis", 0)], ["batch"])
+    inputs = [batch, graph.shape("first", 0), "cos", "sin"]
+    rotated = graph.add("RotaryEmbedding", inputs, ["rotated"], domain=_CONTRIBUTED, num_heads=count)
+    graph.add("Squeeze", [rotated, "axis"], ["turned"])
+    graph.multiply(normed, "values", *fuse(values))
+    return {"turned": count * size, "values": len(values.weight)}
 
 
 def _complete(graph: _Graph, block: Any, epsilon: float) -> str:

@@ -8,7 +8,7 @@ its graphs at the same places, and for the same reason: all but attention is bli
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import nn
@@ -22,6 +22,9 @@ FAMILIES = frozenset({"llama", "mistral", "qwen2", "qwen3"})
 
 _WARM_ROWS = (1, 2, 8, 32)
 
+_MOST_FILLING = 2
+"""Sessions are attended to together while no more than this times what they see is gathered for that."""
+
 
 @dataclass(frozen=True, slots=True)
 class Rows:
@@ -33,19 +36,34 @@ class Rows:
     draws: int
 
 
+class Turns(NamedTuple):
+    """Cosines and sines by which the rows' queries and keys are turned, f32 (rows, half of the head size) each."""
+
+    cos: torch.Tensor
+    sin: torch.Tensor
+
+
+class Heads(NamedTuple):
+    """What a block's attention takes, f32, the rows first: queries and then keys, both turned; and values."""
+
+    turned: torch.Tensor
+    values: torch.Tensor
+
+
 class Segments(Protocol):
     """All of a span but its embedding and its attention. Rows are f32 (rows, hidden size)."""
 
-    def enter(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Return queries, keys and values of the first block, (rows, (heads + 2 groups) * head size)."""
+    def enter(self, hidden: torch.Tensor, turns: Turns) -> Heads:
+        """Return what the first block's attention takes."""
         ...
 
     def advance(
-        self, number: int, hidden: torch.Tensor, mixed: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        self, number: int, hidden: torch.Tensor, mixed: torch.Tensor, turns: Turns
+    ) -> tuple[torch.Tensor, Heads | None]:
         """Complete a block (counted from the span's first), given what entered it and what attention made of that.
 
-        Returns what leaves it, and queries, keys and values of the next block where there is one.
+        `mixed`: f32 (rows, heads * head size). Returns what leaves it, and what the next block's attention takes where
+        there is one.
         """
         ...
 
@@ -54,24 +72,68 @@ class Segments(Protocol):
         ...
 
 
-@dataclass(frozen=True, slots=True)
-class _Attention:
+class _Attention(NamedTuple):
     """What a block's attention needs besides its rows."""
 
-    query_norm: torch.Tensor | None
-    key_norm: torch.Tensor | None
     scaling: float
     window: int | None
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class _Sight:
-    """What the rows of one session see of it in a block: `first` to `end`; `mask` where not all of them see all."""
+    """What the rows of one session see of it in a block; `mask` where not all of them see all."""
 
     span: slice
     seen: slice | torch.Tensor
     mask: torch.Tensor | None
     causal: bool
+
+    def mix(self, queries: torch.Tensor, memory: BlockMemory, scaling: float) -> torch.Tensor:
+        """Return what attention makes of the session's queries: (rows, heads * head size)."""
+        queries = queries[self.span]
+        rows, heads, size = queries.shape
+        groups = memory.keys.shape[1]
+        keys, values = (there[self.seen].transpose(0, 1).unsqueeze(0) for there in (memory.keys, memory.values))
+        if rows == 1:
+            # It sees everything there is, so the heads of a group may pass for rows, and nothing is repeated for them.
+            grouped = queries.view(1, groups, heads // groups, size)
+            mixed = nn.functional.scaled_dot_product_attention(grouped, keys, values, scale=scaling)
+            return mixed.reshape(1, heads * size)
+        mixed = nn.functional.scaled_dot_product_attention(
+            queries.transpose(0, 1).unsqueeze(0),
+            keys,
+            values,
+            attn_mask=self.mask,
+            is_causal=self.causal,
+            scale=scaling,
+            enable_gqa=heads != groups,
+        )
+        return mixed[0].transpose(0, 1).reshape(rows, heads * size)
+
+
+@dataclass(frozen=True, slots=True)
+class _JointSight:
+    """What several sessions see in a block that have a row each.
+
+    Their keys and values are gathered, to be attended to in one operation: what is copied is less than many small
+    operations cost. `seen`: the places of each, filled up to the longest. `mask`: f32 (sessions, 1, 1, longest).
+    """
+
+    seen: torch.Tensor
+    mask: torch.Tensor
+
+    def mix(self, queries: torch.Tensor, memory: BlockMemory, scaling: float) -> torch.Tensor:
+        """Return what attention makes of the sessions' queries, which are the first: (rows, heads * head size)."""
+        rows, longest = len(self.mask), self.mask.shape[-1]
+        _, heads, size = queries.shape
+        groups = memory.keys.shape[1]
+        keys, values = (
+            there.index_select(0, self.seen).view(rows, longest, groups, size).transpose(1, 2)
+            for there in (memory.keys, memory.values)
+        )
+        grouped = queries[:rows].view(rows, groups, heads // groups, size)
+        mixed = nn.functional.scaled_dot_product_attention(grouped, keys, values, attn_mask=self.mask, scale=scaling)
+        return mixed.reshape(rows, heads * size)
 
 
 @dataclass(slots=True)
@@ -79,10 +141,9 @@ class _Plan:
     """What all blocks share in a step."""
 
     places: torch.Tensor
-    cos: torch.Tensor
-    sin: torch.Tensor
+    turns: Turns
     slices: Sequence[Rows]
-    sights: dict[int | None, list[_Sight]] = field(default_factory=dict)
+    sights: dict[int | None, list[_Sight | _JointSight]] = field(default_factory=dict)
     """By sliding window."""
 
 
@@ -107,13 +168,14 @@ class RaggedSpan:
         self._embedding = base.embed_tokens if first else None
         self._rotary = base.rotary_emb
         config = span.model.config
-        self._epsilon: float = config.rms_norm_eps
         self._hidden_size = span.hidden_size
         self._vocabulary_size = span.vocabulary_size
         self._last = last
         self._heads: int = config.num_attention_heads
         blocks: Any = span.blocks
-        self._blocks = [_attention(block.self_attn, window) for block, window in zip(blocks, span.windows, strict=True)]
+        self._blocks = [
+            _Attention(block.self_attn.scaling, window) for block, window in zip(blocks, span.windows, strict=True)
+        ]
         self._device = next(span.blocks.parameters()).device
         self._tables = self._rotary_tables(PAGE_POSITIONS)
 
@@ -135,16 +197,20 @@ class RaggedSpan:
 
         Returns for each hidden states f32 (rows, hidden size), on a last span logits f32 (draws, vocabulary size).
         """
-        plan = self._plan(slices)
-        hidden = torch.cat([part.rows for part in slices])
+        # Sessions with a single row first, and next to each other.
+        order = sorted(range(len(slices)), key=lambda number: len(slices[number].rows) > 1)
+        ordered = [slices[number] for number in order]
+        plan = self._plan(ordered)
+        hidden = torch.cat([part.rows for part in ordered])
         if self._embedding is not None:
             hidden = self._embedding(hidden)
-        fused: torch.Tensor | None = self._segments.enter(hidden)
+        heads: Heads | None = self._segments.enter(hidden, plan.turns)
         for number, (block, there) in enumerate(zip(self._blocks, memory.blocks, strict=True)):
-            assert fused is not None
-            hidden, fused = self._segments.advance(number, hidden, self._attend(block, there, fused, plan))
-        counts = [len(part.rows) for part in slices]
-        return self._logits(hidden, slices) if self._last else list(hidden.split(counts))
+            assert heads is not None
+            hidden, heads = self._segments.advance(number, hidden, self._attend(block, there, heads, plan), plan.turns)
+        counts = [len(part.rows) for part in ordered]
+        outputs = self._logits(hidden, ordered) if self._last else hidden.split(counts)
+        return [output for _, output in sorted(zip(order, outputs, strict=True), key=lambda pair: pair[0])]
 
     def _logits(self, hidden: torch.Tensor, slices: Sequence[Rows]) -> list[torch.Tensor]:
         """Return the logits of the rows after which tokens are drawn."""
@@ -155,26 +221,17 @@ class RaggedSpan:
         drawn = torch.cat([part[len(part) - count :] for part, count in zip(parts, counts, strict=True)])
         return list(self._segments.logits(drawn).split(counts))
 
-    def _attend(self, block: _Attention, memory: BlockMemory, fused: torch.Tensor, plan: _Plan) -> torch.Tensor:
+    def _attend(self, block: _Attention, memory: BlockMemory, heads: Heads, plan: _Plan) -> torch.Tensor:
         """Add the rows' keys and values to KV memory; return what attention makes of them: (rows, heads * size)."""
         groups, size = memory.keys.shape[1:]
-        turned, values = fused.view(len(fused), -1, size).split([self._heads + groups, groups], dim=1)
-        if block.query_norm is not None and block.key_norm is not None:
-            queries, keys = turned.split([self._heads, groups], dim=1)
-            turned = torch.cat([self._norm(queries, block.query_norm), self._norm(keys, block.key_norm)], dim=1)
-        queries, keys = _rotate(turned, plan).split([self._heads, groups], dim=1)
-        memory.keys.index_copy_(0, plan.places, keys)
-        memory.values.index_copy_(0, plan.places, values)
+        turned = heads.turned.view(-1, self._heads + groups, size)
+        queries = turned[:, : self._heads]
+        memory.keys.index_copy_(0, plan.places, turned[:, self._heads :])
+        memory.values.index_copy_(0, plan.places, heads.values.view(-1, groups, size))
         if block.window not in plan.sights:
             plan.sights[block.window] = self._sights(plan.slices, block.window)
-        mixed = [
-            _see(queries[sight.span], memory.keys[sight.seen], memory.values[sight.seen], sight, block.scaling)
-            for sight in plan.sights[block.window]
-        ]
+        mixed = [sight.mix(queries, memory, block.scaling) for sight in plan.sights[block.window]]
         return torch.cat(mixed) if len(mixed) > 1 else mixed[0]
-
-    def _norm(self, rows: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        return nn.functional.rms_norm(rows, weight.shape, weight, self._epsilon)
 
     def _plan(self, slices: Sequence[Rows]) -> _Plan:
         ends = [part.position + len(part.rows) for part in slices]
@@ -183,65 +240,60 @@ class RaggedSpan:
         positions = torch.cat([torch.arange(p.position, end) for p, end in zip(slices, ends, strict=True)])
         positions = positions.to(self._device)
         places = torch.cat([p.places.all[p.position : end] for p, end in zip(slices, ends, strict=True)])
-        cos, sin = (table[positions].unsqueeze(1) for table in self._tables)
-        return _Plan(places.to(self._device), cos, sin, slices)
+        return _Plan(places.to(self._device), Turns(*(table[positions] for table in self._tables)), slices)
 
-    def _sights(self, slices: Sequence[Rows], window: int | None) -> list[_Sight]:
-        sights, start = [], 0
+    def _sights(self, slices: Sequence[Rows], window: int | None) -> list[_Sight | _JointSight]:
+        """Return what the slices see, those with a single row together where that pays."""
+        single = [part for part in slices if len(part.rows) == 1]
+        sights: list[_Sight | _JointSight] = []
+        joint = self._joint_sight(single, window) if len(single) > 1 else None
+        if joint is not None:
+            sights.append(joint)
+        start = 0
         for part in slices:
             count, end = len(part.rows), part.position + len(part.rows)
-            first = 0 if window is None else max(0, part.position - window + 1)
-            mask = None
-            causal = count > 1 and part.position == 0 and (window is None or end <= window)
-            if count > 1 and not causal:
-                # Row r stands at position + r; it sees itself and what is before it, as far as the window reaches.
-                distance = torch.arange(part.position, end).unsqueeze(1) - torch.arange(first, end)
-                mask = (distance >= 0) if window is None else (distance >= 0) & (distance < window)
-                mask = mask.to(self._device)
-            sights.append(_Sight(slice(start, start + count), part.places.of(first, end), mask, causal))
+            if joint is None or count > 1:
+                sights.append(self._sight(part, slice(start, start + count), end, window))
             start += count
         return sights
 
+    def _joint_sight(self, single: Sequence[Rows], window: int | None) -> _JointSight | None:
+        """Return what sessions with a row each see together, if not most of it would be there to fill up."""
+        firsts = [_first_seen(part, window) for part in single]
+        counts = [part.position + 1 - first for part, first in zip(single, firsts, strict=True)]
+        longest = max(counts)
+        if len(single) * longest > _MOST_FILLING * sum(counts):
+            return None
+        seen = torch.zeros(len(single), longest, dtype=torch.long)
+        mask = torch.full((len(single), 1, 1, longest), -torch.inf)
+        for row, (part, first, count) in enumerate(zip(single, firsts, counts, strict=True)):
+            places = part.places.all[first : first + count]
+            seen[row, :count] = places
+            seen[row, count:] = places[0]  # any place of its own, whose numbers are numbers: it is masked
+            mask[row, ..., :count] = 0
+        return _JointSight(seen.flatten().to(self._device), mask.to(self._device))
+
+    def _sight(self, part: Rows, span: slice, end: int, window: int | None) -> _Sight:
+        """Return what the rows of one session see."""
+        first = _first_seen(part, window)
+        count, mask = len(part.rows), None
+        causal = count > 1 and part.position == 0 and (window is None or end <= window)
+        if count > 1 and not causal:
+            # Row r stands at position + r; it sees itself and what is before it, as far as the window reaches.
+            distance = torch.arange(part.position, end).unsqueeze(1) - torch.arange(first, end)
+            mask = (distance >= 0) if window is None else (distance >= 0) & (distance < window)
+            mask = mask.to(self._device)
+        return _Sight(span, part.places.of(first, end), mask, causal)
+
     def _rotary_tables(self, count: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return cosines and sines f32 (positions, head size); of the latter the first half is negated."""
+        """Return cosines and sines f32 (positions, half of the head size)."""
         positions = torch.arange(count, device=self._device).unsqueeze(0)
         with torch.inference_mode():
             cos, sin = self._rotary(torch.zeros(1, device=self._device), positions)
-        half = sin.shape[-1] // 2
-        return cos[0], torch.cat([-sin[0, :, :half], sin[0, :, half:]], dim=-1)
+        half = sin.shape[-1] // 2  # of which the other is a copy
+        return cos[0, :, :half].contiguous(), sin[0, :, :half].contiguous()
 
 
-def _attention(attention: Any, window: int | None) -> _Attention:
-    """Return a block's attention (Any: modules of transformers, whose attributes have no types)."""
-    norms = [getattr(attention, name, None) for name in ("q_norm", "k_norm")]
-    query_norm, key_norm = (None if norm is None else norm.weight for norm in norms)
-    return _Attention(query_norm, key_norm, attention.scaling, window)
-
-
-def _rotate(heads: torch.Tensor, plan: _Plan) -> torch.Tensor:
-    """Turn queries or keys (rows, heads, head size) by their positions."""
-    return torch.addcmul(heads * plan.cos, heads.roll(heads.shape[-1] // 2, dims=-1), plan.sin)
-
-
-def _see(
-    queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, sight: _Sight, scaling: float
-) -> torch.Tensor:
-    """Return (rows, heads * head size) of one session's queries (rows, heads, head size) and all it sees."""
-    rows, heads, size = queries.shape
-    groups = keys.shape[1]
-    keys, values = keys.transpose(0, 1).unsqueeze(0), values.transpose(0, 1).unsqueeze(0)
-    if rows == 1:
-        # It sees everything there is, so the heads of a group may pass for rows, and nothing is repeated for them.
-        grouped = queries.view(1, groups, heads // groups, size)
-        mixed = nn.functional.scaled_dot_product_attention(grouped, keys, values, scale=scaling)
-        return mixed.reshape(1, heads * size)
-    mixed = nn.functional.scaled_dot_product_attention(
-        queries.transpose(0, 1).unsqueeze(0),
-        keys,
-        values,
-        attn_mask=sight.mask,
-        is_causal=sight.causal,
-        scale=scaling,
-        enable_gqa=heads != groups,
-    )
-    return mixed[0].transpose(0, 1).reshape(rows, heads * size)
+def _first_seen(part: Rows, window: int | None) -> int:
+    """Return the first position that the first of a session's rows sees."""
+    return 0 if window is None else max(0, part.position - window + 1)
