@@ -1,23 +1,25 @@
-"""Measures the engine alone, in one process: our variants beside transformers' generate, taken in turn.
+"""Measures the engine alone, in one process: our variants beside other engines with the same model, taken in turn.
 
-    python -m benchmarks.engine [--json] [--rounds N] [--tokens N] [--variant ENGINE/ARITHMETIC]...
+    python -m benchmarks.engine [--json] [--rounds N] [--tokens N] [--variant ENGINE/ARITHMETIC]... [--no-rivals]
 
 Prefill of 512 tokens, then decoding at batch 1 and 8. `bound`: how fast decoding at batch 1 could be if reading the
-variant's weights, at the rate that this process reads memory, were all there is to it.
+weights, at the rate that this process reads memory, were all there is to it. `beside`: the best of ours over the best
+of the others, fp32 with fp32 and int8 with int8. Which others, and how to install them: `benchmarks/rivals.py`.
 """
 
 import argparse
 import json
 import os
 import statistics
+import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
 
 from benchmarks.common import demo_package
+from benchmarks.rivals import Generate, NotInstalledError, rivals
 from node.engine.admission import KvPages
 from node.engine.client import physical_cores, source_from_package
 from node.engine.interface import EngineError, SessionOptions, SliceInput, Variant
@@ -31,8 +33,11 @@ from protocol.tensors import tensor_from_tokens, tokens_from_tensor
 PREFILL = 512
 CONTEXT = 64
 BATCHES = (1, 8)
-ELEMENT_BYTES = {"fp32": 4, "bf16": 2, "int8": 1, "w8a8": 1}
+ELEMENT_BYTES = {"fp32": 4.0, "bf16": 2.0, "int8": 1.0, "w8a8": 1.0, "int4": 0.5}
 READ_BYTES = 256 << 20
+VARIANTS = ("eager/fp32", "fused/fp32", "onnxruntime/fp32", "fused/int8", "onnxruntime/int8")
+QUIET = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "0"}
+"""What our workers run under, too: OpenMP's threads do not spin, which would slow whoever else computes."""
 
 Measured = dict[str, float]
 """Milliseconds of a prefill, and of a token at each batch."""
@@ -44,45 +49,104 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--tokens", type=int, default=24, help="decoded in each round")
     parser.add_argument("--variant", action="append", help="one to measure; by default those that pay without AVX-512")
+    parser.add_argument("--no-rivals", action="store_true", help="measure ours alone")
     options = parser.parse_args()
+    if not QUIET.items() <= os.environ.items():  # OpenMP reads them when it is loaded, which it is by now
+        command = [sys.executable, "-m", "benchmarks.engine", *sys.argv[1:]]
+        os.execve(sys.executable, command, os.environ | QUIET)
     torch.set_num_threads(physical_cores())
     package = demo_package()
-    wanted = options.variant or ["eager/fp32", "fused/fp32", "fused/int8"]
     shard = _shard(package)
-    runs: dict[str, Callable[[], Measured]] = {"transformers/fp32": _transformers(package, options.tokens)}
-    for name in wanted:
+    ours = _ours_all(shard, options.variant or VARIANTS, options.tokens)
+    others: dict[str, Callable[[], Measured]] = {}
+    missing: dict[str, str] = {}
+    for name, rival in () if options.no_rivals else rivals(package, physical_cores()):
+        if isinstance(rival, NotInstalledError):
+            missing[name] = str(rival)
+        else:
+            others[name] = _rival(rival, options.tokens)
+    milliseconds = _medians(ours | others, options.rounds)
+    read_bytes_per_s = _read_bytes_per_s()
+    for name, row in milliseconds.items():
+        row["bound_ms"] = shard.info.weight_bytes / 4 * ELEMENT_BYTES[name.partition("/")[2]] / read_bytes_per_s * 1e3
+    report = {
+        "load": os.getloadavg()[0],
+        "read_bytes_per_s": read_bytes_per_s,
+        "milliseconds": milliseconds,
+        "beside": _beside(milliseconds, ours, others),
+        "not_installed": missing,
+    }
+    if options.json:
+        print(json.dumps(report))
+    else:
+        _show(report)
+
+
+def _medians(runs: dict[str, Callable[[], Measured]], rounds: int) -> dict[str, Measured]:
+    """Return the medians of what is measured, in turn so that whatever else the machine does is felt by all."""
+    measured: dict[str, list[Measured]] = {name: [] for name in runs}
+    for number in range(rounds + 1):
+        for name, run in runs.items():
+            one = run()
+            if number:  # the first warms up
+                measured[name].append(one)
+    return {
+        name: {key: statistics.median(one[key] for one in all_) for key in all_[0]} for name, all_ in measured.items()
+    }
+
+
+def _beside(
+    milliseconds: dict[str, Measured], ours: Iterable[str], others: Iterable[str]
+) -> dict[str, dict[str, float]]:
+    """Return for each arithmetic that both sides have, and each figure, our best over theirs."""
+    best: list[dict[str, Measured]] = []
+    for side in (ours, others):
+        fastest: dict[str, Measured] = {}
+        for name in side:
+            known = fastest.setdefault(name.partition("/")[2], dict(milliseconds[name]))
+            known |= {key: min(value, known[key]) for key, value in milliseconds[name].items()}
+        best.append(fastest)
+    return {
+        arithmetic: {
+            key: best[0][arithmetic][key] / best[1][arithmetic][key] for key in best[0][arithmetic] if key != "bound_ms"
+        }
+        for arithmetic in best[0].keys() & best[1].keys()
+    }
+
+
+def _show(report: dict[str, Any]) -> None:
+    """Print the report as a table."""
+    milliseconds = report["milliseconds"]
+    print(f"load average {report['load']:.1f}, memory read {report['read_bytes_per_s'] / 1e9:.1f} GB/s, medians in ms")
+    columns = list(next(iter(milliseconds.values())))
+    print(f"{'':24}" + "".join(f"{column:>16}" for column in columns))
+    for name, row in milliseconds.items():
+        print(f"{name:24}" + "".join(f"{row[column]:16.1f}" for column in columns))
+    for arithmetic, ratios in report["beside"].items():
+        print(
+            f"{f'best of ours / others, {arithmetic}':24}"
+            + ", ".join(f"{key} {value:.2f}" for key, value in ratios.items())
+        )
+    for name, why in report["not_installed"].items():
+        print(f"{name}: not measured: {why}")
+
+
+def _shard(package: Package) -> Shard:
+    blocks = BlockRange(0, package.manifest.block_count)
+    return Shard(source_from_package(package, blocks), blocks, EngineOptions(kv_positions=8192))
+
+
+def _ours_all(shard: Shard, names: Iterable[str], count: int) -> dict[str, Callable[[], Measured]]:
+    runs = {}
+    for name in names:
         engine, _, arithmetic = name.partition("/")
         variant = Variant(engine, arithmetic)
         try:
             shard.prepare(variant)
         except EngineError as error:
             raise SystemExit(str(error)) from None
-        runs[name] = _ours(shard, variant, options.tokens)
-    rounds: dict[str, list[Measured]] = {name: [] for name in runs}
-    for number in range(options.rounds + 1):
-        for name, run in runs.items():
-            measured = run()
-            if number:  # the first warms up
-                rounds[name].append(measured)
-    read_bytes_per_s = _read_bytes_per_s()
-    report = {
-        name: {key: statistics.median(one[key] for one in measured) for key in measured[0]}
-        | {"bound_ms": shard.info.weight_bytes / 4 * ELEMENT_BYTES[name.partition("/")[2]] / read_bytes_per_s * 1e3}
-        for name, measured in rounds.items()
-    }
-    if options.json:
-        print(json.dumps({"load": os.getloadavg()[0], "read_bytes_per_s": read_bytes_per_s, "milliseconds": report}))
-        return
-    print(f"load average {os.getloadavg()[0]:.1f}, memory read {read_bytes_per_s / 1e9:.1f} GB/s, medians in ms")
-    columns = list(next(iter(report.values())))
-    print(f"{'':20}" + "".join(f"{column:>16}" for column in columns))
-    for name, row in report.items():
-        print(f"{name:20}" + "".join(f"{row[column]:16.1f}" for column in columns))
-
-
-def _shard(package: Package) -> Shard:
-    blocks = BlockRange(0, package.manifest.block_count)
-    return Shard(source_from_package(package, blocks), blocks, EngineOptions(kv_positions=8192))
+        runs[name] = _ours(shard, variant, count)
+    return runs
 
 
 def _ours(shard: Shard, variant: Variant, count: int) -> Callable[[], Measured]:
@@ -118,34 +182,13 @@ def _ours(shard: Shard, variant: Variant, count: int) -> Callable[[], Measured]:
     return run
 
 
-def _transformers(package: Package, count: int) -> Callable[[], Measured]:
-    from safetensors.torch import load_file
-
-    manifest = package.manifest
-    config = {key: value for key, value in manifest.config.items() if key != "model_type"}
-    model: Any = AutoModelForCausalLM.from_config(
-        AutoConfig.for_model(str(manifest.config["model_type"]), **config), dtype=torch.float32
-    )
-    weights: dict[str, torch.Tensor] = {}
-    for entry in (manifest.embed, *manifest.blocks, manifest.head):
-        weights |= load_file(package.path_of(entry))
-    model.load_state_dict(weights, strict=False)
-    model.tie_weights()
-    model.eval()
-    model.generation_config.eos_token_id = None
-    model.generation_config.pad_token_id = 0
-
-    def generate(batch: int, length: int, tokens: int) -> float:
-        rows = torch.tensor([_text(length, number) for number in range(batch)])
-        started_s = time.perf_counter()
-        model.generate(rows, attention_mask=torch.ones_like(rows), max_new_tokens=tokens, do_sample=False)
-        return time.perf_counter() - started_s
-
+def _rival(generate: Generate, count: int) -> Callable[[], Measured]:
     def run() -> Measured:
-        measured = {"prefill_ms": generate(1, PREFILL, 1) * 1e3}
+        measured = {"prefill_ms": generate([_text(PREFILL, 0)], 1) * 1e3}
         for batch in BATCHES:
-            first_s = generate(batch, CONTEXT, 1)
-            measured[f"batch {batch}_ms"] = (generate(batch, CONTEXT, count + 1) - first_s) / count * 1e3
+            prompts = [_text(CONTEXT, number) for number in range(batch)]
+            first_s = generate(prompts, 1)
+            measured[f"batch {batch}_ms"] = (generate(prompts, count + 1) - first_s) / count * 1e3
         return measured
 
     return run

@@ -1,11 +1,14 @@
 """Other engines with the same model, for comparison: those of them that are installed.
 
-`pip install ctranslate2 onnxruntime-genai onnx-ir llama-cpp-python` installs them; none is needed by the project. Their
-forms of the model are made once, beside the models in the user's cache, which takes a minute or two.
+`pip install ctranslate2 onnxruntime-genai onnx-ir` installs them; none is needed by the project. Their forms of the
+model are made once, beside the models in the user's cache, which takes a minute or two. llama.cpp is not among them: PyPI
+has no wheels of its binding, and it reads GGUF files, which packages are not.
 """
 
 import json
 import shutil
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -33,7 +36,6 @@ def rivals(package: Package, threads: int) -> Iterator[tuple[str, Generate | Not
         "ctranslate2/int8": _ctranslate2,
         "onnxruntime-genai/fp32": _genai,
         "onnxruntime-genai/int4": _genai,
-        "llama.cpp/fp32": _llama_cpp,
     }
     for name, make in makers.items():
         try:
@@ -84,11 +86,21 @@ def _ctranslate2(package: Package, threads: int, arithmetic: str) -> Generate:
 
 def _genai(package: Package, threads: int, arithmetic: str) -> Generate:
     import onnxruntime_genai
-    from onnxruntime_genai.models.builder import create_model
 
     def build(folder: Path) -> None:
-        checkpoint = str(_checkpoint(package))
-        create_model("", checkpoint, str(folder), arithmetic, "cpu", str(folder / "build"))
+        builder: list[str | Path] = [
+            sys.executable,
+            "-m",
+            "onnxruntime_genai.models.builder",
+            "-i",
+            _checkpoint(package),
+            "-e",
+            "cpu",
+        ]
+        options: list[str | Path] = ["-o", folder, "-p", arithmetic, "-c", folder / "build"]
+        done = subprocess.run([*builder, *options], stdout=sys.stderr, check=False)
+        if done.returncode:
+            raise NotInstalledError("its model builder failed")
         file = folder / "genai_config.json"
         config = json.loads(file.read_text())
         config["model"]["decoder"]["session_options"] |= {"intra_op_num_threads": threads, "inter_op_num_threads": 1}
@@ -108,12 +120,6 @@ def _genai(package: Package, threads: int, arithmetic: str) -> Generate:
         return time.perf_counter() - started_s
 
     return generate
-
-
-def _llama_cpp(package: Package, threads: int, _arithmetic: str) -> Generate:
-    import llama_cpp
-
-    raise NotInstalledError(f"llama.cpp takes a GGUF file, which a package is not ({llama_cpp.__version__}, {threads})")
 
 
 def _made(package: Package, name: str, make: Callable[[Path], None]) -> Path:

@@ -22,8 +22,8 @@ FAMILIES = frozenset({"llama", "mistral", "qwen2", "qwen3"})
 
 _WARM_ROWS = (1, 2, 8, 32)
 
-_MOST_FILLING = 2
-"""Sessions are attended to together while no more than this times what they see is gathered for that."""
+_MOST_GATHERED = 192
+"""Sessions are attended to together while none sees more than this: beyond, copying costs more than operations."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -258,11 +258,11 @@ class RaggedSpan:
         return sights
 
     def _joint_sight(self, single: Sequence[Rows], window: int | None) -> _JointSight | None:
-        """Return what sessions with a row each see together, if not most of it would be there to fill up."""
+        """Return what sessions with a row each see together, if that is little enough to be gathered."""
         firsts = [_first_seen(part, window) for part in single]
         counts = [part.position + 1 - first for part, first in zip(single, firsts, strict=True)]
         longest = max(counts)
-        if len(single) * longest > _MOST_FILLING * sum(counts):
+        if longest > _MOST_GATHERED:
             return None
         seen = torch.zeros(len(single), longest, dtype=torch.long)
         mask = torch.full((len(single), 1, 1, longest), -torch.inf)
