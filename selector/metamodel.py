@@ -42,8 +42,18 @@ Trees may share their splits among targets, which costs one fit instead of two; 
 MIN_CONTEXTS_TO_WEIGH: Final = 12
 """With fewer contexts all members weigh the same: there is too little to leave out."""
 
-PRIOR_SHARE: Final = 0.4
-"""How much of the weights is the same for all members whatever cross-validation says, which is noisy itself."""
+REGRET_SHARE: Final = 0.6
+"""How much of the weights goes by the regret of what each member would have chosen; the rest by least squares.
+
+Regret is what counts, and sees each member alone; least squares see how members correct one another, and have noise
+for it where few groups can be left out.
+"""
+
+REGRET_POWER: Final = 4
+"""A member with half the regret gets two to this power the weight."""
+
+REGRET_FLOOR: Final = 1e-3
+"""Added to a regret, in natural logarithms of cost: what is smaller is luck."""
 
 LEAF_FLOOR: Final = 1e-3
 """The least standard deviation that is told, in natural logarithms of cost."""
@@ -144,9 +154,12 @@ class MetaModel(Selector):
         """Weigh members by how well they order the methods of contexts not seen, and learn how far they are off."""
         centred, truth = _centred(said, pairs), _centred(y[:, None], pairs)[:, 0]
         regret = y - context_minima(y, pairs.context, len(pairs.contexts))[pairs.context]
+        chosen = _mean_regrets(centred, regret, pairs.context)
+        self.weights_ = (chosen + REGRET_FLOOR) ** -REGRET_POWER
+        self.weights_ /= self.weights_.sum()
         found = _non_negative_fit(centred, truth, weight * np.exp(-regret))  # a choice is among the best
         if found.sum() > 0:
-            self.weights_ = PRIOR_SHARE * self.weights_ + (1 - PRIOR_SHARE) * found / found.sum()
+            self.weights_ = REGRET_SHARE * self.weights_ + (1 - REGRET_SHARE) * found / found.sum()
         mean = centred @ self.weights_
         spread = ((centred - mean[:, None]) ** 2) @ self.weights_
         design = np.column_stack([np.ones(len(spread)), spread])
@@ -272,6 +285,16 @@ def _centred(values: FloatArray, pairs: Pairs) -> FloatArray:
     count = len(pairs.contexts)
     means = [context_means(values[:, j], pairs.context, count)[pairs.context] for j in range(values.shape[1])]
     return values - np.column_stack(means)
+
+
+def _mean_regrets(said: FloatArray, regret: FloatArray, context: IntArray) -> FloatArray:
+    """Return each member's mean regret over the contexts, in each of which it chooses what it says costs least."""
+    found = []
+    for of_member in said.T:
+        order = np.lexsort((of_member, context))
+        first = np.unique(context[order], return_index=True)[1]
+        found.append(float(np.mean(regret[order[first]])))
+    return np.array(found)
 
 
 def _non_negative_fit(table: FloatArray, y: FloatArray, weight: FloatArray) -> FloatArray:
