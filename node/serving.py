@@ -21,7 +21,7 @@ from node.models.store import AmbiguousModelError, UnknownModelError
 from node.swarm.directory import Candidate
 from node.swarm.membership import HEARTBEAT_INTERVAL_S, Membership
 from protocol.identity import BlockRange
-from selector.placement import Server, choose_span, fit_to_neighbours
+from selector.placement import Server, choose_span
 
 RETRY_S = (1.0, 30.0)
 """First and longest pause before a span that could not be had, or whose engine died, is tried again."""
@@ -123,7 +123,7 @@ class Serving:
         length = min(holds, manifest.block_count)
         others = [server_of(candidate) for candidate in served]
         chosen = choose_span(manifest.block_count, others, length, 1 / (UNKNOWN_BLOCK_S * length))
-        return BlockRange(*fit_to_neighbours(manifest.block_count, others, chosen))
+        return BlockRange(*chosen)
 
 
 def server_of(candidate: Candidate) -> Server:

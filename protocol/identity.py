@@ -66,6 +66,10 @@ class BlockRange:
     def __contains__(self, block: int) -> bool:
         return self.start <= block < self.end
 
+    def holds(self, other: "BlockRange") -> bool:
+        """Say whether all blocks of another range are in this one."""
+        return self.start <= other.start and other.end <= self.end
+
     def __str__(self) -> str:
         return f"{self.start}-{self.end}"
 

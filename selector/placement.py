@@ -80,19 +80,6 @@ def choose_span(block_count: int, others: Iterable[Server], length: int, rate: f
     return start, start + length
 
 
-def fit_to_neighbours(block_count: int, others: Iterable[Server], span: Span) -> Span:
-    """Return the longest part of a span whose edges meet those of others, or lie where nobody serves.
-
-    A route passes whole spans, where engines cannot run parts of theirs: what overlaps by halves joins with nobody.
-    """
-    others = list(others)
-    rates = block_rates(block_count, others)
-    edges = {0, block_count, *(edge for server in others for edge in (server.start, server.end))}
-    edges |= {edge for edge in range(1, block_count) if rates[edge - 1] == 0 and rates[edge] == 0}
-    within = sorted(edge for edge in edges if span[0] <= edge <= span[1])
-    return (within[0], within[-1]) if len(within) > 1 else span
-
-
 def plan_moves(block_count: int, servers: Iterable[Server], rng: random.Random) -> Mapping[str, Span]:
     """Return who should serve which other blocks, so that the least served block gains clearly; empty where none does.
 

@@ -29,7 +29,7 @@ Links: TypeAlias = Callable[[str, str], Link]
 """The link from one peer to another; a peer may follow itself, with another of its spans."""
 
 
-@dataclass(frozen=True, slots=True, order=True)
+@dataclass(frozen=True, slots=True)
 class Offer:
     """A peer's offer to run blocks of its span, `start` to `end` (exclusive), and what that is predicted to cost.
 
@@ -174,6 +174,13 @@ def return_cost_s(demand: Demand, link: Link) -> float:
     return demand.new_tokens * (link.round_trip_s / 2 + TOKEN_BYTES / link.bytes_per_s)
 
 
+def _order(offer: Offer) -> tuple[object, ...]:
+    """Return what offers are sorted by: peers may offer the same blocks twice, once without a word of its room."""
+    room = -1 if offer.free_positions is None else offer.free_positions
+    costs_s = offer.block_s, offer.step_s, offer.row_block_s
+    return offer.start, offer.end, offer.peer, costs_s, offer.trust, room, offer.divisible
+
+
 def _with_room(offers: Sequence[Offer], demand: Demand) -> list[Offer]:
     return [o for o in offers if o.free_positions is None or o.free_positions >= demand.positions]
 
@@ -197,7 +204,7 @@ class _Search:
         self._start = start
         self._end = end
         self._links = links
-        self._offers = offers = _shortlist(demand, sorted(offers))
+        self._offers = offers = _shortlist(demand, sorted(offers, key=_order))
         self._enter_s = np.array([stage_cost_s(demand, offer, 0) for offer in offers])
         self._run_s = np.array([stage_cost_s(demand, offer, 1) for offer in offers]) - self._enter_s
         starts, ends = (np.array([getattr(o, edge) for o in offers], dtype=int) for edge in ("start", "end"))

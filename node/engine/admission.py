@@ -127,7 +127,7 @@ class KvPages:
         reservation = self._of(session)
         if reservation.begun:
             raise EngineError(f"session {session.job}/{session.stage} has begun already")
-        if self._info.is_last and options.sampling is None:
+        if self._info.part(options.blocks).is_last and options.sampling is None:
             raise EngineError("the last span draws tokens: a session on it needs to say how")
         wanted = reservation.pinned.get(options.lineage, []) if options.prefix_cache else []
         taken = list(takewhile(self._is_cached, wanted))
@@ -260,7 +260,8 @@ def _pin(found: Mapping[Lineage, Iterable[_Entry]], count: int) -> None:
 def check_slice(info: SpanInfo, rows: SliceInput, *, cached: int, reserved: int) -> None:
     """Raise EngineError unless the rows follow what is cached and fit into what is reserved.
 
-    `cached`: positions of the session whose keys and values the engine holds. `reserved`: positions it may hold.
+    `info`: of the part of the span that the session runs. `cached`: positions of the session whose keys and values the
+    engine holds. `reserved`: positions it may hold.
     """
     count = rows.tensor.rows
     if count < 1 or not 0 <= rows.draws <= count:

@@ -7,6 +7,7 @@ blocks are divided into spans. `expected_tokens` says what an undisturbed job yi
 
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from itertools import product
 
 import numpy as np
@@ -79,8 +80,9 @@ def fake_span_info(
 class FakeEngine:
     """A span of an imaginary model, in this process, on trio's clock.
 
-    A step takes `step_s` plus `row_s` for each of its rows: virtual seconds under a MockClock. What its blocks know
-    lies in pages, as the keys and values of a real one do, so that a page given out twice changes tokens, too.
+    A step through the whole span takes `step_s` plus `row_s` for each of its rows: virtual seconds under a MockClock.
+    What its blocks know lies in pages, as the keys and values of a real one do, so that a page given out twice changes
+    tokens, too.
     """
 
     def __init__(
@@ -138,14 +140,14 @@ class FakeEngine:
         except EngineError:
             self._forget(session, keep=False)
             raise
-        self._sessions[session] = _Session(self._info, self._info.blocks, options, self._memory, placement)
+        self._sessions[session] = _Session(self._info.part(options.blocks), options, self._memory, placement)
         return placement.cached
 
     async def step(self, slices: Sequence[SliceInput]) -> StepResult:
         """Hash the rows of each slice in order; see Engine."""
         self._raise_if_crashed()
         async with self._turn:
-            compute_s = self._step_s + self._row_s * sum(rows.tensor.rows for rows in slices)
+            compute_s = self._step_s * self._share_run(slices) + self._row_s * sum(rows.tensor.rows for rows in slices)
             with trio.move_on_after(compute_s):
                 await self._crashed.wait()
             self._raise_if_crashed()
@@ -158,6 +160,11 @@ class FakeEngine:
             self._steps += 1
             self._compute_s += compute_s
             return StepResult(outputs=outputs, compute_s=compute_s)
+
+    def _share_run(self, slices: Sequence[SliceInput]) -> float:
+        """Return the share of the span's blocks that the sessions of a step run."""
+        ran = [len(session.info.blocks) for rows in slices if (session := self._sessions.get(rows.session))]
+        return max(ran, default=0) / len(self._info.blocks)
 
     async def close(self, session: SessionId) -> None:
         """Free a session; see Engine."""
@@ -202,9 +209,9 @@ class FakeEngine:
         session = self._sessions.get(rows.session)
         if session is None:
             raise EngineError(f"session {rows.session.job}/{rows.session.stage} is not open, or has not begun")
-        check_slice(self._info, rows, cached=session.length, reserved=session.positions)
+        check_slice(session.info, rows, cached=session.length, reserved=session.positions)
         self._pages.rewind(rows.session, rows.position)
-        if self._info.is_first:
+        if session.info.is_first:
             tokens = tokens_from_tensor(rows.tensor)
             if any(not 0 <= token < self._info.vocabulary_size for token in tokens):
                 raise EngineError(f"a token id is not below {self._info.vocabulary_size}")
@@ -213,7 +220,7 @@ class FakeEngine:
             states = decode_rows(rows.tensor)
             hidden = session.run(rows.position, [row.tobytes() for row in states])
         self._pages.advance(rows.session, session.length)
-        if not self._info.is_last:
+        if not session.info.is_last:
             states = np.frombuffer(b"".join(hidden), np.float32).reshape(-1, self._info.hidden_size)
             return encode_rows(states, session.activations)
         first_drawn = len(hidden) - rows.draws
@@ -232,11 +239,9 @@ _Memory = dict[tuple[int, int], bytes]
 class _Session:
     """What some blocks remember of one session."""
 
-    def __init__(
-        self, info: SpanInfo, blocks: BlockRange, options: SessionOptions, memory: _Memory, placement: Placement
-    ) -> None:
-        self._info = info
-        self._blocks = range(blocks.start, blocks.end)
+    def __init__(self, info: SpanInfo, options: SessionOptions, memory: _Memory, placement: Placement) -> None:
+        self.info = info
+        self._blocks = range(info.blocks.start, info.blocks.end)
         self._sampling = options.sampling
         self._memory = memory
         self._pages = placement.pages
@@ -256,9 +261,9 @@ class _Session:
     def _pass(self, row: bytes) -> bytes:
         for block in self._blocks:
             before = self._memory[block, self._place(self.length - 1)] if self.length else b""
-            state = _digest(self._info.model, block, self.length, before, row)
+            state = _digest(self.info.model, block, self.length, before, row)
             self._memory[block, self._place(self.length)] = state
-            row = _hidden(self._info, state)
+            row = _hidden(self.info, state)
         self.length += 1
         return row
 
@@ -268,7 +273,7 @@ class _Session:
     def draw(self, position: int, row: bytes) -> int:
         """Return the token that takes `position`, from the row before it."""
         noise = (self._sampling.seed, position) if self._sampling and self._sampling.temperature else ()
-        return int.from_bytes(_digest("head", row, noise)[:8], "big") % self._info.vocabulary_size
+        return int.from_bytes(_digest("head", row, noise)[:8], "big") % self.info.vocabulary_size
 
 
 def expected_tokens(
@@ -278,8 +283,7 @@ def expected_tokens(
     positions = len(prompt) + count
     pages = tuple(range(-(-positions // PAGE_POSITIONS)))
     session = _Session(
-        info,
-        BlockRange(0, info.block_count),
+        replace(info, blocks=BlockRange(0, info.block_count)),
         SessionOptions(sampling=sampling),
         {},
         Placement(positions=positions, pages=pages),

@@ -4,11 +4,13 @@ The base model's own forward runs, so masks, rotary embeddings and the order of 
 is not the first puts the hidden states it received in front of its first block, by a hook, whatever the embedding part
 of the forward made before: learned positions, embedding norms and multipliers belong to the first stage, and so no
 architecture needs a rule of its own here. Likewise, a stage that is not the last takes its output right behind its last
-block. The last one runs the whole model, with its head and whatever scales or caps the logits.
+block. The last one runs the whole model, with its head and whatever scales or caps the logits. A session that runs a
+part of the span enters and leaves it in the same way; the blocks around the part hand on what they are given.
 """
 
 import inspect
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -34,10 +36,13 @@ class SpanModel:
         self._model_options = _options_of(self._model.forward, self._base.forward)
         self._entering: torch.Tensor | None = None
         self._leaving: torch.Tensor | None = None
-        if not first:
-            span.blocks[0].register_forward_pre_hook(self._enter, with_kwargs=True)
-        if not last:
-            span.blocks[-1].register_forward_hook(self._leave)
+        self._running = range(len(span.blocks))
+        """The blocks that take part in the pass, counted from the span's first."""
+        self._gives_tuples = False
+        for number, block in enumerate(span.blocks):
+            block.register_forward_pre_hook(partial(self._enter, number), with_kwargs=True)
+            block.register_forward_hook(partial(self._leave, number))
+            block.forward = partial(self._pass, number, block.forward)
 
     def new_cache(self, places: Places, memory: KvMemory, length: int) -> RewindableCache:
         """Return a session's KV cache, with `length` positions in it."""
@@ -66,28 +71,42 @@ class SpanModel:
         return cache.memory
 
     @torch.inference_mode()
-    def run(self, rows: torch.Tensor, cache: RewindableCache, *, position: int, draws: int) -> torch.Tensor:
-        """Run rows at `position` on top of what is cached before it.
+    def run(
+        self,
+        rows: torch.Tensor,
+        cache: RewindableCache,
+        *,
+        position: int,
+        draws: int,
+        blocks: range | None = None,
+    ) -> torch.Tensor:
+        """Run rows at `position` on top of what is cached before it, through some of the span's blocks or all of them.
 
-        `rows`: token ids i64 (rows,) on a first span, else hidden states (rows, hidden size) in the model's dtype.
-        Returns hidden states (rows, hidden size); on a last span logits (draws, vocabulary size), f32.
+        `rows`: token ids i64 (rows,) where the model's first block is run, else hidden states (rows, hidden size) in
+        the model's dtype. Returns hidden states (rows, hidden size); behind the model's last block logits (draws,
+        vocabulary size), f32.
         """
+        self._running = range(len(self._span.blocks)) if blocks is None else blocks
+        first = self._first and self._running.start == 0
+        last = self._last and self._running.stop == len(self._span.blocks)
         cache.rewind(position)
         batch = rows.unsqueeze(0)
+        # Where the model's first block is here but not run, its embedding runs for nothing, and so on anything.
+        tokens = batch if first else torch.zeros(1, len(rows), dtype=torch.long)
         options: dict[str, Any] = {
-            "input_ids" if self._first else "inputs_embeds": batch,
+            **({"input_ids": tokens} if self._first else {"inputs_embeds": batch}),
             "position_ids": torch.arange(position, position + len(rows)).unsqueeze(0),
             "past_key_values": cache,
             "use_cache": True,
             "logits_to_keep": draws,
         }
-        self._entering = None if self._first else batch
-        if self._last and draws:
+        self._entering = None if first else batch
+        if last and draws:
             output = self._model(**_only(options, self._model_options))
             logits: torch.Tensor = output.logits[0, -draws:]
             return logits.float()
         self._base(**_only(options, self._base_options))
-        if self._last:
+        if last:
             return torch.empty(0, self._span.vocabulary_size)
         assert self._leaving is not None
         leaving, self._leaving = self._leaving[0], None
@@ -98,19 +117,30 @@ class SpanModel:
         return str(self._model.config.model_type)
 
     def _enter(
-        self, _block: nn.Module, inputs: tuple[Any, ...], options: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Give the first block the hidden states that came from the stage before."""
+        self, number: int, _block: nn.Module, inputs: tuple[Any, ...], options: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        """Give the first block of the pass the hidden states that came from the stage before."""
+        if self._entering is None or number != self._running.start:
+            return None
         embedded = inputs[0] if inputs else options.get("hidden_states")
-        assert self._entering is not None
         if not isinstance(embedded, torch.Tensor) or embedded.shape != self._entering.shape:
             raise EngineError(f"{self._name} models cannot be served: their blocks take more than hidden states")
         if inputs:
             return (self._entering, *inputs[1:]), options
         return (), {**options, "hidden_states": self._entering}
 
-    def _leave(self, _block: nn.Module, _inputs: tuple[Any, ...], output: Any) -> None:
-        """Keep what the last block gives."""
+    def _pass(self, number: int, forward: Callable[..., Any], *inputs: Any, **options: Any) -> Any:
+        """Run a block, or hand on what it is given if it takes no part."""
+        if number in self._running:
+            return forward(*inputs, **options)
+        hidden = inputs[0] if inputs else options["hidden_states"]
+        return (hidden, None) if self._gives_tuples else hidden
+
+    def _leave(self, number: int, _block: nn.Module, _inputs: tuple[Any, ...], output: Any) -> None:
+        """Keep what the last block of the pass gives."""
+        if number != self._running.stop - 1:
+            return
+        self._gives_tuples = isinstance(output, tuple)
         hidden = output[0] if isinstance(output, tuple) else output
         assert isinstance(hidden, torch.Tensor)
         self._leaving = hidden

@@ -81,9 +81,9 @@ class FusedSegments:
         self._epsilon: float = config.rms_norm_eps
         self._counts = [config.num_attention_heads, config.num_key_value_heads, config.num_key_value_heads]
 
-    def enter(self, hidden: torch.Tensor, turns: Turns) -> Heads:
-        """Return what the first block's attention takes."""
-        return self._heads(hidden, self._packed.blocks[0], turns)
+    def enter(self, number: int, hidden: torch.Tensor, turns: Turns) -> Heads:
+        """Return what a block's attention takes."""
+        return self._heads(hidden, self._packed.blocks[number], turns)
 
     def advance(
         self, number: int, hidden: torch.Tensor, mixed: torch.Tensor, turns: Turns

@@ -60,8 +60,10 @@ class GraphSegments:
         except Exception as error:  # onnxruntime's exceptions have no base class but Exception
             raise EngineError(f"the graphs in {folder} cannot be used: {' '.join(str(error).split())[:200]}") from error
 
-    def enter(self, hidden: torch.Tensor, turns: Turns) -> Heads:
-        """Return what the first block's attention takes."""
+    def enter(self, number: int, hidden: torch.Tensor, turns: Turns) -> Heads:
+        """Return what the first block's attention takes: there is no graph that begins at another."""
+        if number:
+            raise EngineError("a graph begins at the first block of its span")
         return Heads(*_run(self._between[0], hidden=hidden, cos=turns.cos, sin=turns.sin))
 
     def advance(

@@ -6,7 +6,7 @@ wrong hit of the prefix cache or a swapped session changes tokens.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final, NamedTuple, Protocol
 
 from protocol.identity import BlockRange, ModelId, SessionId
@@ -53,6 +53,9 @@ class Variant(NamedTuple):
 REFERENCE: Final = Variant("eager", "fp32")
 """What every span can do, and what exactness is measured against."""
 
+DIVISIBLE_ENGINES: Final = frozenset({"eager", "fused"})
+"""Engines of variants that run any part of a span; others, whose graph is the whole span, offer nothing for a part."""
+
 
 class Lineage(NamedTuple):
     """What a session's keys and values depend on besides its tokens: `engine/arithmetic/activations`.
@@ -72,10 +75,12 @@ class Lineage(NamedTuple):
 class SessionOptions:
     """How a session is calculated.
 
-    `sampling`: how to draw; on a last span, and only there. `activations`: codec of the rows that the span puts out,
+    `blocks`: which part of the span; None for all of it. `sampling`: how to draw; where the part has the model's last
+    block, and only there. `activations`: codec of the rows that the span puts out,
     "fp32", "bf16" or "int8". `prefix_cache`: whether cached pages are taken up, and this session's kept for others.
     """
 
+    blocks: BlockRange | None = None
     sampling: Sampling | None = None
     variant: Variant = REFERENCE
     activations: str = "fp32"
@@ -91,8 +96,8 @@ class SessionOptions:
 class Prefix:
     """The prompt's whole pages, as the prefix cache knows them.
 
-    `namespace`: whose cache (the coordinator's peer id), so that nobody can poison another's. `hashes`: of each whole
-    page in order, PAGE_HASH_BYTES each, every one covering those before it.
+    `namespace`: whose cache (the coordinator's peer id), so that nobody can poison another's, and of which blocks.
+    `hashes`: of each whole page in order, PAGE_HASH_BYTES each, every one covering those before it.
     """
 
     namespace: str
@@ -123,6 +128,14 @@ class SpanInfo:
     """Positions that all sessions together may reserve, in whole pages."""
     weight_bytes: int
     load_s: float
+
+    def part(self, blocks: BlockRange | None) -> "SpanInfo":
+        """Describe a part of the span, as a session sees it that runs no more of it. Raises EngineError for others."""
+        if blocks is None or blocks == self.blocks:
+            return self
+        if not self.blocks.holds(blocks):
+            raise EngineError(f"blocks {blocks} are no part of {self.blocks}")
+        return replace(self, blocks=blocks)
 
     @property
     def is_first(self) -> bool:

@@ -53,8 +53,11 @@ class Heads(NamedTuple):
 class Segments(Protocol):
     """All of a span but its embedding and its attention. Rows are f32 (rows, hidden size)."""
 
-    def enter(self, hidden: torch.Tensor, turns: Turns) -> Heads:
-        """Return what the first block's attention takes."""
+    def enter(self, number: int, hidden: torch.Tensor, turns: Turns) -> Heads:
+        """Return what the attention of the block takes that rows enter.
+
+        That is the span's first; others only where the variant's engine is among DIVISIBLE_ENGINES.
+        """
         ...
 
     def advance(
@@ -192,24 +195,27 @@ class RaggedSpan:
             self.run([Rows(rows, Places(range(pages)), 0, min(count, 2))], scratch)
 
     @torch.inference_mode()
-    def run(self, slices: Sequence[Rows], memory: KvMemory) -> list[torch.Tensor]:
-        """Run the rows of several sessions together.
+    def run(self, slices: Sequence[Rows], memory: KvMemory, blocks: range | None = None) -> list[torch.Tensor]:
+        """Run the rows of several sessions together, through some of the span's blocks or all of them.
 
-        Returns for each hidden states f32 (rows, hidden size), on a last span logits f32 (draws, vocabulary size).
+        Returns for each hidden states f32 (rows, hidden size), behind the model's last block logits f32 (draws,
+        vocabulary size).
         """
         # Sessions with a single row first, and next to each other.
         order = sorted(range(len(slices)), key=lambda number: len(slices[number].rows) > 1)
         ordered = [slices[number] for number in order]
         plan = self._plan(ordered)
         hidden = torch.cat([part.rows for part in ordered])
-        if self._embedding is not None:
+        blocks = range(len(self._blocks)) if blocks is None else blocks
+        if self._embedding is not None and blocks.start == 0:
             hidden = self._embedding(hidden)
-        heads: Heads | None = self._segments.enter(hidden, plan.turns)
-        for number, (block, there) in enumerate(zip(self._blocks, memory.blocks, strict=True)):
+        heads: Heads | None = self._segments.enter(blocks.start, hidden, plan.turns)
+        for number in blocks:
             assert heads is not None
-            hidden, heads = self._segments.advance(number, hidden, self._attend(block, there, heads, plan), plan.turns)
-        counts = [len(part.rows) for part in ordered]
-        outputs = self._logits(hidden, ordered) if self._last else hidden.split(counts)
+            mixed = self._attend(self._blocks[number], memory.blocks[number], heads, plan)
+            hidden, heads = self._segments.advance(number, hidden, mixed, plan.turns)
+        last = self._last and blocks.stop == len(self._blocks)
+        outputs = self._logits(hidden, ordered) if last else hidden.split([len(part.rows) for part in ordered])
         return [output for _, output in sorted(zip(order, outputs, strict=True), key=lambda pair: pair[0])]
 
     def _logits(self, hidden: torch.Tensor, slices: Sequence[Rows]) -> list[torch.Tensor]:

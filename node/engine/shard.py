@@ -14,6 +14,7 @@ from node.engine.folders import FolderCache
 from node.engine.forward import SpanModel
 from node.engine.fused import FusedSegments, PackedSpan, pack_span
 from node.engine.interface import (
+    DIVISIBLE_ENGINES,
     PAGE_POSITIONS,
     REFERENCE,
     EngineError,
@@ -52,6 +53,8 @@ _ALL_PACKED_BYTES = sum(sum(packings.values()) for packings in _PACKED_BYTES.val
 @dataclass(slots=True)
 class _Session:
     options: SessionOptions
+    info: SpanInfo
+    """Of the part of the span that it runs."""
     positions: int
     places: Places
     length: int
@@ -147,8 +150,12 @@ class Shard:
         """Give a session its pages; raise EngineError for a variant that is not there."""
         if options.variant not in self.variants():
             raise VariantNotReady(f"the variant {options.variant} is not ready here")
+        info = self.info.part(options.blocks)
+        if info is not self.info and options.variant.engine not in DIVISIBLE_ENGINES:
+            raise VariantNotReady(f"the variant {options.variant} runs the whole span or nothing")
         self._memory.copy(placement.copied, placement.pages[: len(placement.copied)])
-        self._sessions[session] = _Session(options, placement.positions, Places(placement.pages), placement.cached)
+        places = Places(placement.pages)
+        self._sessions[session] = _Session(options, info, placement.positions, places, placement.cached)
 
     def close(self, session: SessionId) -> None:
         """Forget a session; an unknown one is no error."""
@@ -171,37 +178,39 @@ class Shard:
         sessions = [self._session_of(rows) for rows in slices]
         if len({rows.session for rows in slices}) < len(slices):
             raise EngineError("a session has more than one slice in a step")
-        groups: dict[Variant, list[int]] = {}
+        groups: dict[tuple[Variant, BlockRange], list[int]] = {}
         for number, session in enumerate(sessions):
-            groups.setdefault(session.options.variant, []).append(number)
+            groups.setdefault((session.options.variant, session.info.blocks), []).append(number)
         computed: dict[int, torch.Tensor] = {}
-        for variant, numbers in groups.items():
+        for (variant, blocks), numbers in groups.items():
             parts = [
                 Rows(
-                    self._input(slices[number].tensor),
+                    self._input(slices[number].tensor, sessions[number].info),
                     sessions[number].places,
                     slices[number].position,
                     slices[number].draws,
                 )
                 for number in numbers
             ]
-            computed |= zip(numbers, self._compute(variant, parts), strict=True)
+            computed |= zip(numbers, self._compute(variant, blocks, parts), strict=True)
         outputs = []
         for number, (rows, session) in enumerate(zip(slices, sessions, strict=True)):
             session.length = rows.position + rows.tensor.rows
             outputs.append(SliceOutput(session=rows.session, tensor=self._output(rows, session, computed[number])))
         return tuple(outputs)
 
-    def _compute(self, variant: Variant, parts: Sequence[Rows]) -> Sequence[torch.Tensor]:
-        """Return hidden states or logits of each part."""
+    def _compute(self, variant: Variant, blocks: BlockRange, parts: Sequence[Rows]) -> Sequence[torch.Tensor]:
+        """Return what blocks of the span make of each part: hidden states, or logits behind the model's last one."""
+        run = range(blocks.start - self.info.blocks.start, blocks.end - self.info.blocks.start)
         if variant != REFERENCE:
-            return self._ragged[variant].run(parts, self._memory)
+            return self._ragged[variant].run(parts, self._memory, run)
         return [
             self._model.run(
                 part.rows,
                 self._model.new_cache(part.places, self._memory, part.position),
                 position=part.position,
                 draws=part.draws,
+                blocks=run,
             )
             for part in parts
         ]
@@ -210,21 +219,21 @@ class Shard:
         session = self._sessions.get(rows.session)
         if session is None:
             raise EngineError(f"session {rows.session.job}/{rows.session.stage} is not open, or has not begun")
-        check_slice(self.info, rows, cached=session.length, reserved=session.positions)
+        check_slice(session.info, rows, cached=session.length, reserved=session.positions)
         return session
 
     def _output(self, rows: SliceInput, session: _Session, output: torch.Tensor) -> Tensor:
         """Return hidden states on the wire, or the tokens drawn from logits."""
-        if not self.info.is_last:
+        if not session.info.is_last:
             return encode_rows(output.cpu().numpy(), session.options.activations)
         sampling = session.options.sampling
         assert sampling is not None
         first_drawn = rows.position + rows.tensor.rows - rows.draws + 1
         return tensor_from_tokens(draw_until_wrong(output.cpu().numpy(), sampling, first_drawn, rows.drafts))
 
-    def _input(self, tensor: Tensor) -> torch.Tensor:
+    def _input(self, tensor: Tensor, info: SpanInfo) -> torch.Tensor:
         """Return rows as the model takes them; token ids are checked, as torch may crash on bad ones."""
-        if not self.info.is_first:
+        if not info.is_first:
             return torch.from_numpy(decode_rows(tensor))
         tokens = tokens_from_tensor(tensor)
         if min(tokens) < 0 or max(tokens) >= self.info.vocabulary_size:

@@ -79,12 +79,13 @@ def encode_begin(session: SessionId, options: SessionOptions, placement: Placeme
 def decode_begin(header: Header) -> tuple[SessionId, SessionOptions, Placement]:
     """Return a session, how it is calculated, and where it lies."""
     options, placement = header["options"], header["placement"]
-    sampling = options["sampling"]
+    sampling, blocks = options["sampling"], options["blocks"]
     return (
         decode_session(header["session"]),
         SessionOptions(
             **{
                 **options,
+                "blocks": blocks and BlockRange(**blocks),
                 "sampling": sampling and Sampling(**{**sampling, "stop_tokens": tuple(sampling["stop_tokens"])}),
                 "variant": Variant(*options["variant"]),
             }

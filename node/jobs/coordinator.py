@@ -497,10 +497,7 @@ def _no_route(job: _Job, error: NoRouteError) -> JobError:
         missing = _ranges(error) or "some blocks"
         message = f"no peer is left to serve {missing} of {job.model.name} ({reasons})"
         return JobError(JobErrorCode.UNCOVERED, message, retry_after_s=RETRY_AFTER_S)
-    if error.missing:
-        message = f"no peer serves {_ranges(error)} of {job.model.name}; a node started with --serve would"
-    else:
-        message = f"every block of {job.model.name} is served, but the spans do not join without overlap"
+    message = f"no peer serves {_ranges(error)} of {job.model.name}; a node started with --serve would"
     return JobError(JobErrorCode.UNCOVERED, message, retry_after_s=RETRY_AFTER_S)
 
 

@@ -130,7 +130,6 @@ def _offer(candidate: Candidate, trust: float) -> Offer:
         trust=trust,
         # A stage that has told no load, because only its record was found, says nothing of its room either.
         free_positions=load.free_positions or None,
-        divisible=False,
     )
 
 

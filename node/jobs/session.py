@@ -26,6 +26,8 @@ class StageSession:
     def __init__(self, message: Open, span: "Span", opened_by: InboundLink) -> None:
         self.id = message.session
         self.span = span
+        self.info = span.info.part(message.blocks)
+        """Of the part of the span that it runs."""
         self.opened_by = opened_by
         self.methods = message.methods
         self.votes: dict[str, float] = {}
@@ -52,7 +54,7 @@ class StageSession:
         self.sending = trio.CancelScope()
         """Around the task that sends the backlog; it ends with the session."""
         self.feed: TokenFeed | None = None
-        """On a first span, once begun."""
+        """Where the model's first block is run, once begun."""
         self._permitted = {opened_by.peer, *message.upstream}
         self._early: list[tuple[Slice, Tensor, InboundLink]] = []
         """Rows that came before Begin did, over another link; the session's credit bounds them."""
@@ -77,6 +79,7 @@ class StageSession:
     def options(self, method: Method) -> SessionOptions:
         """Return how the engine is to compute with a method."""
         return SessionOptions(
+            blocks=self.info.blocks,
             sampling=self.sampling,
             variant=Variant(method.engine, method.arithmetic),
             activations=method.activations,
@@ -85,7 +88,7 @@ class StageSession:
 
     def begin(self, message: Begin, method: Method) -> None:
         """Begin with a method; rows that came early go into the line."""
-        if self.span.info.is_first:
+        if self.info.is_first:
             drafter = PromptLookup() if method.drafter == "ngram" else None
             self.feed = TokenFeed(
                 start=message.start, positions=self.positions, drafter=drafter, draft_tokens=method.draft_tokens

@@ -232,7 +232,7 @@ class Span:
                 self._start_freeing(session_id)
         rows = sum(work.rows for work in batch)
         if not any(work.is_prefill for work in batch):
-            self._step_times_s.append(result.compute_s)
+            self._step_times_s.append(result.compute_s * self._share_run(batch))
         self._scheduler.policy = self._controller.observe(rows, result.compute_s, trio.current_time())
         outgoing: list[_Outgoing] = []
         served: list[tuple[StageSession, Work[InboundLink]]] = []
@@ -250,9 +250,16 @@ class Span:
                 if not session.backlog:
                     self._pay(session)
 
+    def _share_run(self, batch: Sequence[Work[InboundLink]]) -> float:
+        """Return by how much longer a step would have taken through the whole span: sessions may run a part of it."""
+        parts = {session.info.blocks for work in batch if (session := self.sessions.get(work.session))}
+        blocks = sum(len(part) for part in parts)
+        return len(self.info.blocks) / blocks if blocks else 1.0
+
     def _input(self, work: Work[InboundLink]) -> SliceInput:
         part = work.part
-        drafts = part.drafts if self.info.is_last else ()
+        session = self.sessions.get(work.session)
+        drafts = part.drafts if session is not None and session.info.is_last else ()
         return SliceInput(
             session=part.session, position=part.position, tensor=work.tensor, draws=part.draws, drafts=drafts
         )

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import trio
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from node.engine.interface import Engine, EngineError, EngineFull, Prefix, SpanInfo, Variant
+from node.engine.interface import DIVISIBLE_ENGINES, Engine, EngineError, EngineFull, Prefix, SpanInfo, Variant
 from node.jobs.choosing import RuleVoter, Voter
 from node.jobs.link import InboundLink, LinkBroken
 from node.jobs.policy import PolicyController
@@ -93,13 +93,13 @@ class Stages:
             del self._spans[key]
 
     async def open(self, message: Open, link: InboundLink) -> Opened | Refused:
-        """Admit a session if its span is served here, has KV memory for it, and the next stage can be reached."""
-        span = self._spans.get((message.model, message.blocks))
+        """Admit a session if its blocks are served here, with KV memory for it, and the next stage can be reached."""
+        span = self._span_of(message.model, message.blocks)
         if self.draining:
             return _refusal(message, RefusalReason.LEAVING, "this peer is about to leave", span)
         if span is None:
             return _refusal(message, RefusalReason.NOT_SERVED, f"blocks {message.blocks} are not served here", None)
-        if fault := _fault_of(message, span.info):
+        if fault := _fault_of(message, span.info.part(message.blocks)):
             return _refusal(message, RefusalReason.INVALID, fault, span)
         offered = _offered(message, span)
         if not offered:
@@ -113,7 +113,9 @@ class Stages:
         span.sessions[message.session] = session
         try:
             await self._join(session, message)
-            prefix = Prefix(namespace=link.peer, hashes=message.prefix) if message.prefix else None
+            # What is cached of a part of the span is no use to sessions that run another.
+            namespace = f"{link.peer}/{message.blocks}"
+            prefix = Prefix(namespace=namespace, hashes=message.prefix) if message.prefix else None
             cached = await span.engine.open(message.session, message.positions, prefix)
             session.votes = dict(await self._voter.vote(TaskContext.of(message.context), offered))
         except LinkBroken as broken:
@@ -137,6 +139,11 @@ class Stages:
             session.opened.set()
         span.end(session)
         return _refusal(message, *refused, span)
+
+    def _span_of(self, model: ModelId, blocks: BlockRange) -> Span | None:
+        """Return the span whose blocks these are, else the smallest that has all of them."""
+        holding = [span for key, span in self._spans.items() if key[0] == model and span.info.blocks.holds(blocks)]
+        return min(holding, key=lambda span: len(span.info.blocks), default=None)
 
     async def begin(self, message: Begin, link: InboundLink) -> None:
         """Begin a session that this link opened with what the votes came to, once that was seen to be so."""
@@ -176,7 +183,7 @@ class Stages:
         """Return what a session cost here, signed for its coordinator, who may tell it to everybody."""
         if session.method is None:
             return Closed(session=session.id, statistics=session.statistics(), hardware=self._hardware())
-        info = session.span.info
+        info = session.info
         observed = countersign(
             StageObservation(
                 peer=self.switchboard.peer_id,
@@ -239,6 +246,7 @@ def _offered(message: Open, span: Span) -> list[Method]:
     """Return the methods asked for that the span can carry out now, and have those built that it cannot yet."""
     offered: list[Method] = []
     lacking: dict[Variant, None] = {}
+    divided = message.blocks != span.info.blocks
     ready = span.engine.variants()
     for name in message.methods:
         try:
@@ -246,7 +254,7 @@ def _offered(message: Open, span: Span) -> list[Method]:
         except MethodError:
             continue  # of another version
         variant = Variant(method.engine, method.arithmetic)
-        if method.name != name:
+        if method.name != name or (divided and variant.engine not in DIVISIBLE_ENGINES):
             continue
         if variant in ready:
             offered.append(method)

@@ -250,6 +250,6 @@ class _Simulation:
             return
         left = set(range(*node.serving)) - set(range(*then))
         rates = block_rates(self._block_count, served)
-        self._uncovered_by_moves += sum(rates[block] == 0 for block in left)
+        self._uncovered_by_moves += sum(bool(rates[block] == 0) for block in left)
         node.serving = then
         self._check_next_round(node)

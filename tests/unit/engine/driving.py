@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 from node.engine.admission import KvPages
 from node.engine.interface import (
@@ -90,6 +91,29 @@ class InProcess:
         self.close_now(session)
 
 
+class Part:
+    """A part of an engine's span, as if it were one of its own; several of one engine are sessions of their own."""
+
+    def __init__(self, engine: "Engine | InProcess", blocks: BlockRange) -> None:
+        self.info = engine.info.part(blocks)
+        self._engine = engine
+
+    def _of(self, session: SessionId) -> SessionId:
+        return SessionId(session.job, self.info.blocks.start)
+
+    async def open(self, session: SessionId, positions: int, prefix: Prefix | None = None) -> Mapping[Lineage, int]:
+        return await self._engine.open(self._of(session), positions, prefix)
+
+    async def begin(self, session: SessionId, options: SessionOptions) -> int:
+        return await self._engine.begin(self._of(session), replace(options, blocks=self.info.blocks))
+
+    async def step(self, slices: Sequence[SliceInput]) -> StepResult:
+        return await self._engine.step([replace(rows, session=self._of(rows.session)) for rows in slices])
+
+    async def close(self, session: SessionId) -> None:
+        await self._engine.close(self._of(session))
+
+
 async def start(
     engine: "AnyEngine",
     session: SessionId,
@@ -105,7 +129,7 @@ async def start(
     await engine.begin(session, SessionOptions(sampling=sampling_here, variant=variant, activations=activations))
 
 
-AnyEngine = Engine | InProcess
+AnyEngine = Engine | InProcess | Part
 
 
 async def step(engines: Sequence[AnyEngine], of: SessionId, position: int, tokens: Sequence[int], draws: int) -> Tensor:

@@ -11,7 +11,7 @@ from node.engine.interface import EngineCrashed, EngineError, EngineFull, Sessio
 from protocol.identity import BlockRange
 from protocol.messages import Sampling
 from protocol.tensors import Tensor, tensor_from_tokens, tokens_from_tensor
-from tests.unit.engine.driving import decode, session, spans, start, step
+from tests.unit.engine.driving import Part, decode, session, spans, start, step
 
 BLOCKS = 12
 PROMPT = [5, 7, 11, 13, 17, 19]
@@ -26,6 +26,15 @@ def engines(count: int) -> list[FakeEngine]:
 @pytest.mark.parametrize("chunk", [None, 1, 4])
 async def test_any_cut_and_any_chunks_give_the_same_tokens(count: int, chunk: int | None) -> None:
     assert tuple(await decode(engines(count), PROMPT, 8, chunk=chunk)) == expected_tokens(INFO, PROMPT, 8)
+
+
+async def test_spans_that_overlap_may_be_cut_anywhere() -> None:
+    front, back = (FakeEngine(fake_span_info(blocks, block_count=BLOCKS)) for blocks in (BlockRange(0, 8), INFO.blocks))
+    for cut in (1, 4, 8):
+        parts = [Part(front, BlockRange(0, cut)), Part(back, BlockRange(cut, BLOCKS))]
+        assert tuple(await decode(parts, PROMPT, 8)) == expected_tokens(INFO, PROMPT, 8)
+    with pytest.raises(EngineError, match="no part"):
+        Part(front, BlockRange(4, 9))
 
 
 async def test_sampled_tokens_depend_on_the_seed_and_are_replayed() -> None:

@@ -10,6 +10,7 @@ from node.engine.fake import expected_tokens, fake_span_info
 from node.jobs.interface import JobError, JobErrorCode, JobRequest, JobResult, JobStarted, TextDelta
 from node.jobs.link import SessionRefused
 from node.jobs.span import IDLE_LIMIT_S
+from node.swarm.membership import HEARTBEAT_INTERVAL_S
 from protocol.identity import BlockRange, SessionId
 from protocol.messages import FinishReason, Sampling
 from tests.unit.jobs.peers import BLOCKS, Peer, Swarm, a_step, an_opening, open_swarm
@@ -65,6 +66,20 @@ async def test_every_division_says_the_same(autojump_clock: MockClock, spans: tu
         await swarm.settle()
         for peer in swarm.peers:  # each coordinates a job of which it also serves a stage
             assert (await peer.run(JobRequest(model="fake", prompt=PROMPT, max_tokens=9))).token_ids == right_tokens(9)
+
+
+async def test_spans_that_overlap_are_cut_where_it_is_best(autojump_clock: MockClock) -> None:
+    async with open_swarm() as swarm:
+        first = await swarm.join((0, 6), step_s=0.01)
+        await swarm.join((3, 9), step_s=0.002)
+        await swarm.settle()
+        request = JobRequest(model="fake", prompt=PROMPT, max_tokens=9)
+        for _ in range(2):
+            result = await first.run(request)
+            assert result.token_ids == right_tokens(9)
+            await trio.sleep(2 * HEARTBEAT_INTERVAL_S)
+        assert [str(stage.blocks) for stage in result.route] == ["0-3", "3-9"], "their speed is known by now"
+        await all_free(swarm)
 
 
 async def test_one_peer_may_serve_several_stages_of_a_job(autojump_clock: MockClock) -> None:

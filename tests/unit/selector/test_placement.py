@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from selector.placement import Server, choose_span, fit_to_neighbours, may_drop, plan_moves, still_worthwhile
+from selector.placement import Server, choose_span, may_drop, plan_moves, still_worthwhile
 
 
 def test_the_first_node_takes_the_first_blocks_and_the_next_those_that_nobody_serves() -> None:
@@ -19,15 +19,6 @@ def test_the_first_node_takes_the_first_blocks_and_the_next_those_that_nobody_se
 def test_the_weakest_blocks_come_first_by_throughput_and_not_by_number_of_peers() -> None:
     slow = [Server(f"slow{n}", 0, 6, 1) for n in range(3)]
     assert choose_span(12, [*slow, Server("fast", 6, 12, 100)], 6, 10) == (0, 6)
-
-
-def test_a_span_that_cannot_be_divided_meets_the_edges_of_others() -> None:
-    others = [Server("a", 0, 4, 10), Server("b", 8, 12, 10)]
-    assert fit_to_neighbours(12, others, (2, 9)) == (4, 8)
-    assert fit_to_neighbours(12, others, (4, 7)) == (4, 7)
-    assert fit_to_neighbours(12, [*others, Server("c", 4, 8, 10)], (1, 10)) == (4, 8)
-    assert fit_to_neighbours(12, [*others, Server("c", 4, 8, 10)], (1, 3)) == (1, 3)
-    assert fit_to_neighbours(12, [], (3, 7)) == (3, 7)
 
 
 def test_a_hole_is_filled_by_as_few_as_it_takes() -> None:
