@@ -32,6 +32,7 @@ from node.models.library import Library
 from node.models.store import ModelStore
 from node.network.host import Libp2pNetwork
 from node.network.interface import NetworkError
+from node.placing import Statements
 from node.serving import Serving
 from node.status import StatusView
 from node.storage.consensus import ConsensusStore
@@ -84,6 +85,7 @@ class Node:
             data_dir=config.cache_dir, models_dir=config.cache_dir, traffic=traffic, threads=config.threads
         )
         self._stages = Stages(self._network, agent, private_key=identity.private_key, hardware=self._hardware)
+        self._statements = Statements(lambda: self._membership.announce())
         self._membership = Membership(
             network=self._network,
             identity=identity,
@@ -93,6 +95,7 @@ class Node:
             records=records,
             jitter=jitter,
             on_round_trip=traffic.round_trip,
+            stated=self._statements.current,
         )
         self._announcer = CapabilityAnnouncer(
             network=self._network,
@@ -137,6 +140,8 @@ class Node:
             library=self._library,
             membership=self._membership,
             stages=self._stages,
+            statements=self._statements,
+            own_peer=self._network.peer_id,
             memory_bytes=config.memory_bytes,
             threads=config.threads,
             graphs_dir=config.cache_dir / "graphs",

@@ -1,7 +1,12 @@
-"""What this node serves: gets the files of its spans, runs an engine for each, and starts another when one dies."""
+"""What this node serves: gets the files of its spans, runs an engine for each, and starts another when one dies.
+
+Which blocks those are, where the node chooses them itself, is decided in `placing`.
+"""
 
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractAsyncContextManager
+from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
@@ -10,18 +15,18 @@ import trio
 
 from node.config import ServeSpec, StartError
 from node.engine.client import start_engine
-from node.engine.interface import EngineCrashed, EngineError
+from node.engine.interface import Engine, EngineCrashed, EngineError
 from node.engine.source import EngineOptions
-from node.jobs.planner import UNKNOWN_BLOCK_S
+from node.jobs.span import Span
 from node.jobs.stage import Stages
 from node.models.errors import ModelError
 from node.models.library import Library
 from node.models.manifest import Manifest
-from node.models.store import AmbiguousModelError, UnknownModelError
-from node.swarm.directory import Candidate
+from node.models.store import AmbiguousModelError, Package, UnknownModelError
+from node.placing import Placing, Statements, unknown_rate
 from node.swarm.membership import HEARTBEAT_INTERVAL_S, Membership
-from protocol.identity import BlockRange
-from selector.placement import Server, choose_span
+from protocol.identity import BlockRange, ModelId, PeerId
+from protocol.records import Placement
 
 RETRY_S = (1.0, 30.0)
 """First and longest pause before a span that could not be had, or whose engine died, is tried again."""
@@ -32,7 +37,17 @@ MEMORY_SHARE = 0.75
 WEIGHT_SHARE = 0.75
 """Of a span's memory, when the node chooses the blocks itself; the rest is for KV caches."""
 
+StartEngine = Callable[[Package, BlockRange, EngineOptions], AbstractAsyncContextManager[Engine]]
+
 _logger = structlog.get_logger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class _Held:
+    """A span that is served, until the scope is cancelled."""
+
+    span: Span
+    scope: trio.CancelScope
 
 
 class Serving:
@@ -45,16 +60,23 @@ class Serving:
         library: Library,
         membership: Membership,
         stages: Stages,
+        statements: Statements,
+        own_peer: PeerId,
         memory_bytes: int | None,
         threads: int | None,
         graphs_dir: Path,
         use_catalogue: bool,
         jitter: random.Random,
+        start_engine: StartEngine = start_engine,
     ) -> None:
         self._specs = tuple(dict.fromkeys(specs))
         self._library = library
         self._membership = membership
         self._stages = stages
+        self.statements = statements
+        self._own_peer = own_peer
+        self._placings: dict[ModelId, Placing] = {}
+        self._start_engine = start_engine
         self._threads = threads
         self._graphs_dir = graphs_dir
         self._use_catalogue = use_catalogue
@@ -96,41 +118,108 @@ class Serving:
         """Serve a span until its engine dies. Raises StartError for what no peer and no time can mend."""
         try:
             manifest = await self._library.manifest(spec.model, use_catalogue=self._use_catalogue)
-            blocks = spec.blocks or await self._choose(manifest)
-            if blocks.end > manifest.block_count:
+            if spec.blocks is None:
+                await self._serve_where_needed(manifest, task_status)
+                return
+            if spec.blocks.end > manifest.block_count:
                 raise StartError(f"cannot serve {spec}: the model has blocks 0-{manifest.block_count}")
-            package = await self._library.weights(manifest, blocks, use_catalogue=self._use_catalogue)
-            options = EngineOptions(memory_bytes=self._span_bytes, threads=self._threads, cache_dir=self._graphs_dir)
-            async with start_engine(package, blocks, options) as engine, trio.open_nursery() as nursery:
-                await nursery.start(self._stages.serve, engine)
-                self._membership.announce()
-                _logger.info("serving", model=spec.model, blocks=str(blocks), load_s=round(engine.info.load_s, 2))
+            rate = unknown_rate(len(spec.blocks))
+            said = Placement(model=manifest.model_id, blocks=spec.blocks, rate=rate, movable=False)
+            self.statements.say(spec, said)
+            async with trio.open_nursery() as nursery:
+                await nursery.start(self._hold, manifest, spec.blocks)
                 task_status.started()
         except (UnknownModelError, AmbiguousModelError) as error:
             raise StartError(f"cannot serve {spec}: {error}") from None
-        except EngineCrashed:
-            raise
-        except EngineError as error:
-            raise StartError(f"cannot serve {spec}: {error}") from None
 
-    async def _choose(self, manifest: Manifest) -> BlockRange:
+    async def _serve_where_needed(self, manifest: Manifest, task_status: trio.TaskStatus[None]) -> None:
+        """Serve the blocks that the swarm lacks most, and others when it lacks those more.
+
+        What is new is served before what is old goes, and that goes only once others serve it and its last session has
+        ended.
+        """
+        model = manifest.model_id
+        placing = self._placings.get(model)
+        if placing is None:
+            placing = self._placings[model] = Placing(
+                model,
+                manifest.block_count,
+                own_peer=self._own_peer,
+                membership=self._membership,
+                statements=self.statements,
+                jitter=self._jitter,
+            )
+        said = self.statements.of(model)
+        blocks = said.blocks if said else await self._choose(manifest, placing)
+        placing.say(blocks)
+        async with trio.open_nursery() as nursery:
+            try:
+                held = await nursery.start(self._hold, manifest, blocks)
+            except* (ModelError, StartError):
+                placing.say(None)  # others should not count on us; and next time other blocks may be lacked more
+                raise
+            task_status.started()
+            while True:
+                target = await placing.next_move(blocks, lambda held=held: held.span.load().step_s)  # type: ignore[misc]
+                new = await self._try_to_hold(manifest, target, nursery)
+                if new is None:
+                    placing.bar(target)
+                    placing.say(blocks)
+                    continue
+                await placing.wait_dispensable(blocks, target)
+                self._stages.retire(held.span)
+                self._membership.announce()
+                await self._stages.wait_retired(held.span)
+                held.scope.cancel()
+                _logger.info("moved to other blocks", model=model, dropped=str(blocks), blocks=str(target))
+                held, blocks = new, target
+
+    async def _try_to_hold(self, manifest: Manifest, blocks: BlockRange, nursery: trio.Nursery) -> _Held | None:
+        """Serve a span beside what is served already; None where that fails, which harms nothing."""
+        needed_bytes = sum(file.size_bytes for file in manifest.files_for(blocks))
+        free_bytes = psutil.virtual_memory().available
+        if needed_bytes > free_bytes * MEMORY_SHARE:
+            why = f"they need {needed_bytes} bytes of memory beside the old ones, of {free_bytes} that are free"
+            _logger.warning("stayed with the old blocks", model=manifest.model_id, wanted=str(blocks), reason=why)
+            return None
+        held = None
+        try:
+            held = await nursery.start(self._hold, manifest, blocks)
+        except* (ModelError, EngineError, StartError) as group:
+            why = _reasons(group)
+            _logger.warning("stayed with the old blocks", model=manifest.model_id, wanted=str(blocks), reason=why)
+        return held
+
+    async def _hold(
+        self,
+        manifest: Manifest,
+        blocks: BlockRange,
+        *,
+        task_status: trio.TaskStatus[_Held] = trio.TASK_STATUS_IGNORED,
+    ) -> None:
+        """Get the files of a span, and serve it until its scope is cancelled or its engine dies."""
+        package = await self._library.weights(manifest, blocks, use_catalogue=self._use_catalogue)
+        options = EngineOptions(memory_bytes=self._span_bytes, threads=self._threads, cache_dir=self._graphs_dir)
+        with trio.CancelScope() as scope:
+            try:
+                async with self._start_engine(package, blocks, options) as engine, trio.open_nursery() as nursery:
+                    span = await nursery.start(self._stages.serve, engine)
+                    self._membership.announce()
+                    load_s = round(engine.info.load_s, 2)
+                    _logger.info("serving", model=manifest.model_id, blocks=str(blocks), load_s=load_s)
+                    task_status.started(_Held(span, scope))
+            except EngineCrashed:
+                raise
+            except EngineError as error:
+                name = self._library.name_of(manifest.model_id)
+                raise StartError(f"cannot serve {name}:{blocks}: {error}") from None
+
+    async def _choose(self, manifest: Manifest, placing: Placing) -> BlockRange:
         """Choose the blocks that the swarm lacks most, once there was time to hear what it has."""
         await trio.sleep(2 * HEARTBEAT_INTERVAL_S if self._membership.bootstrap() else 0)
-        served = self._membership.directory.candidates(manifest.model_id)
         block_bytes = max(file.size_bytes for file in manifest.blocks)
         around_bytes = manifest.embed.size_bytes + manifest.head.size_bytes
-        holds = max(1, int((self._span_bytes * WEIGHT_SHARE - around_bytes) // block_bytes))
-        length = min(holds, manifest.block_count)
-        others = [server_of(candidate) for candidate in served]
-        chosen = choose_span(manifest.block_count, others, length, 1 / (UNKNOWN_BLOCK_S * length))
-        return BlockRange(*chosen)
-
-
-def server_of(candidate: Candidate) -> Server:
-    """Return what a peer adds to its blocks, by its step time as it told it last."""
-    blocks = candidate.blocks
-    step_s = candidate.load.step_s or UNKNOWN_BLOCK_S * len(blocks)
-    return Server(candidate.peer, blocks.start, blocks.end, 1 / step_s)
+        return placing.choose(max(1, int((self._span_bytes * WEIGHT_SHARE - around_bytes) // block_bytes)))
 
 
 def _reasons(group: BaseExceptionGroup[Exception]) -> str:

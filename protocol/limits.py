@@ -89,7 +89,7 @@ MAX_RECORD_LIFETIME_S: Final = 48 * 3600
 MAX_CLOCK_SKEW_S: Final = 60
 """How far in the future a record may have been issued, by our clock."""
 
-MAX_SPANS: Final = 64
+MAX_SPANS: Final = 48
 """Spans that one peer announces."""
 
 MAX_ADDRESSES: Final = 16
@@ -172,6 +172,9 @@ MAX_BATCH_ENVELOPES: Final = 128
 
 MAX_HEARTBEAT_INTERVAL_MS: Final = 300_000
 """The longest that a peer may be silent between two heartbeats."""
+
+MAX_RATE: Final = 1e9
+"""Tokens a second that a peer may say that it passes."""
 
 MAX_PRESENT: Final = 10_000
 """Heartbeats that one answer on a presence stream hands on."""

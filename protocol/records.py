@@ -33,6 +33,7 @@ from protocol.limits import (
     MAX_HEARTBEAT_INTERVAL_MS,
     MAX_INTEGER,
     MAX_NAME_BYTES,
+    MAX_RATE,
     MAX_RECORD_BYTES,
     MAX_RECORD_LIFETIME_S,
     MAX_SPANS,
@@ -135,10 +136,25 @@ class ServedSpan:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Placement:
+    """Blocks of a model that a peer means to serve, even while it still loads them.
+
+    `rate`: tokens a second through all of these blocks. `movable`: the peer chose them by itself, and will serve others
+    where the swarm lacks those more.
+    """
+
+    model: ModelId
+    blocks: BlockRange
+    rate: float
+    movable: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Heartbeat(Record):
     """A peer is alive: where it is reached, what it runs and serves, and whether it is about to leave.
 
-    `interval_ms`: how long it will be, about, until the peer says so again.
+    `interval_ms`: how long it will be, about, until the peer says so again. `placed_at_ms`: since when, in Unix time,
+    the peer says these `placements`; whoever plans for all looks at what was said until one moment.
     """
 
     kind: ClassVar[str] = "heartbeat"
@@ -147,6 +163,8 @@ class Heartbeat(Record):
     multiaddrs: tuple[str, ...]
     agent: str
     spans: tuple[ServedSpan, ...] = ()
+    placements: tuple[Placement, ...] = ()
+    placed_at_ms: int = 0
     leaving: bool = False
 
     def body(self) -> dict[str, Value]:
@@ -163,6 +181,16 @@ class Heartbeat(Record):
                 }
                 for span in self.spans
             ],
+            "placements": [
+                {
+                    "model": bytes.fromhex(placement.model),
+                    "blocks": [placement.blocks.start, placement.blocks.end],
+                    "rate": placement.rate,
+                    "movable": placement.movable,
+                }
+                for placement in self.placements
+            ],
+            "placed_at_ms": self.placed_at_ms,
             "leaving": self.leaving,
         }
 
@@ -178,6 +206,8 @@ class Heartbeat(Record):
             multiaddrs=tuple(_multiaddr(address) for address in fields.array("multiaddrs", MAX_ADDRESSES)),
             agent=fields.name("agent", MAX_NAME_BYTES),
             spans=tuple(_served_span(span) for span in fields.array("spans", MAX_SPANS)),
+            placements=tuple(_placement(value) for value in fields.array("placements", MAX_SPANS)),
+            placed_at_ms=fields.integer("placed_at_ms", 0, MAX_INTEGER),
             leaving=fields.flag("leaving"),
         )
 
@@ -380,3 +410,15 @@ def _served_span(value: object) -> ServedSpan:
     )
     fields.finish()
     return span
+
+
+def _placement(value: object) -> Placement:
+    fields = Fields(value, "heartbeat placement")
+    placement = Placement(
+        model=model_id(fields.take("model"), "heartbeat placement model"),
+        blocks=block_range(fields.take("blocks"), "heartbeat placement blocks"),
+        rate=fields.number("rate", 0, MAX_RATE),
+        movable=fields.flag("movable"),
+    )
+    fields.finish()
+    return placement

@@ -35,6 +35,9 @@ from protocol.records import ServedSpan
 from selector.tally import tally
 from selector.task import Method, MethodError, TaskContext, parse_method
 
+RETIRE_S = 5.0
+"""How long a span that is about to go takes what comes from peers who have not heard so yet."""
+
 
 class Stages:
     """All spans of this node: admits sessions and ends them."""
@@ -61,6 +64,8 @@ class Stages:
         self._hardware = hardware
         self.switchboard = Switchboard(network, agent, self)
         self._spans: dict[tuple[ModelId, BlockRange], Span] = {}
+        self._retiring: set[Span] = set()
+        """Spans that are about to go: nobody is told of them any more."""
         self._session_ended = trio.lowlevel.ParkingLot()
 
     def spans(self) -> tuple[Span, ...]:
@@ -71,14 +76,28 @@ class Stages:
         """Return the spans that are served now, as heartbeats tell them; none once this node is about to leave."""
         if self.draining:
             return ()
-        return tuple(ServedSpan(model=s.info.model, blocks=s.info.blocks, load=s.load()) for s in self.spans())
+        return tuple(
+            ServedSpan(model=s.info.model, blocks=s.info.blocks, load=s.load())
+            for s in self.spans()
+            if s not in self._retiring
+        )
 
     async def wait_idle(self) -> None:
         """Wait until no session is open here."""
         while any(span.sessions for span in self.spans()):
             await self._session_ended.park()
 
-    async def serve(self, engine: Engine, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+    def retire(self, span: Span) -> None:
+        """Tell nobody of a span any more, which is about to go."""
+        self._retiring.add(span)
+
+    async def wait_retired(self, span: Span) -> None:
+        """Wait until those who heard of the span before have ended their sessions on it."""
+        await trio.sleep(RETIRE_S)
+        while span.sessions:
+            await self._session_ended.park()
+
+    async def serve(self, engine: Engine, *, task_status: trio.TaskStatus[Span] = trio.TASK_STATUS_IGNORED) -> None:
         """Serve an engine's span until cancelled, or until its worker is gone; sessions that are left then fail.
 
         The latter raises EngineCrashed, in a group.
@@ -88,9 +107,12 @@ class Stages:
             raise EngineError(f"blocks {engine.info.blocks} are served already")
         span = self._spans[key] = Span(engine, self.switchboard, self._session_ended, self._controller())
         try:
-            await span.run(task_status=task_status)
+            async with trio.open_nursery() as nursery:
+                await nursery.start(span.run)
+                task_status.started(span)
         finally:
             del self._spans[key]
+            self._retiring.discard(span)
 
     async def open(self, message: Open, link: InboundLink) -> Opened | Refused:
         """Admit a session if its blocks are served here, with KV memory for it, and the next stage can be reached."""

@@ -7,14 +7,27 @@ the newer.
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import takewhile
+from typing import NamedTuple
 
 from protocol.identity import BlockRange, ModelId, PeerId
 from protocol.limits import MAX_PRESENT
 from protocol.messages import Load
-from protocol.records import Heartbeat, ServedSpan
+from protocol.records import Heartbeat, Placement, ServedSpan
+from selector.placement import Server
 
 LIFE_IN_INTERVALS = 4
 """A peer that misses so many heartbeats is forgotten: two may get lost. In a swarm of up to ten peers that is 10 s."""
+
+KEPT_STATEMENTS = 4
+"""Of a peer's statements of what it means to serve the last few: plans are about what was said until a moment."""
+
+
+class Statement(NamedTuple):
+    """What a peer means to serve, and since when it says so: Unix time in milliseconds, by its own clock."""
+
+    said_at_ms: int
+    placements: tuple[Placement, ...]
 
 
 @dataclass(slots=True)
@@ -26,6 +39,8 @@ class Presence:
     agent: str
     multiaddrs: tuple[str, ...]
     spans: tuple[ServedSpan, ...]
+    statements: tuple[Statement, ...]
+    """The last few that differ, in their order."""
     last_heard_s: float
     silent_at_s: float
     """When it is forgotten unless it is heard again."""
@@ -67,6 +82,7 @@ class Directory:
             agent=heartbeat.agent,
             multiaddrs=heartbeat.multiaddrs,
             spans=heartbeat.spans,
+            statements=_statements(known.statements if known else (), heartbeat),
             last_heard_s=now_s,
             silent_at_s=now_s + LIFE_IN_INTERVALS * heartbeat.interval_ms / 1000,
             envelope=envelope,
@@ -120,6 +136,22 @@ class Directory:
             if span.model == model
         )
 
+    def servers(self, model: ModelId, until_ms: int) -> tuple[Server, ...]:
+        """Return who of the live peers means to serve what of a model, by what they had said until a moment.
+
+        Everybody who heard the same returns the same, whenever it is asked. Who says nothing of what it means to serve
+        is left out: what it serves is in its spans.
+        """
+        found = []
+        for presence in self._presences.values():
+            until = tuple(takewhile(lambda statement: statement.said_at_ms <= until_ms, presence.statements))
+            found += [
+                Server(presence.peer, placed.blocks.start, placed.blocks.end, placed.rate, placed.movable)
+                for placed in (until[-1].placements if until else ())
+                if placed.model == model
+            ]
+        return tuple(sorted(found))
+
     def models(self) -> dict[ModelId, tuple[PeerId, ...]]:
         """Return the models that live peers serve, wholly or in part, and by whom."""
         found: dict[ModelId, dict[PeerId, None]] = {}
@@ -134,6 +166,13 @@ def _remember(presences: dict[PeerId, Presence], presence: Presence) -> None:
     presences[presence.peer] = presence
     if len(presences) > MAX_PRESENT:
         del presences[next(iter(presences))]
+
+
+def _statements(before: tuple[Statement, ...], heartbeat: Heartbeat) -> tuple[Statement, ...]:
+    said = Statement(heartbeat.placed_at_ms, heartbeat.placements)
+    if before and said.said_at_ms <= before[-1].said_at_ms:
+        return before
+    return (*before, said)[-KEPT_STATEMENTS:]
 
 
 def _silent(presences: dict[PeerId, Presence], now_s: float) -> tuple[PeerId, ...]:

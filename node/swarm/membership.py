@@ -16,7 +16,7 @@ import trio
 
 from node.identity import Identity
 from node.network.interface import Network, NetworkError, PeerConnected
-from node.swarm.directory import LIFE_IN_INTERVALS, Candidate, Directory
+from node.swarm.directory import LIFE_IN_INTERVALS, Candidate, Directory, Statement
 from node.swarm.presence import PresenceServer, ask_who_is_here
 from node.swarm.records import RecordKinds
 from protocol.errors import LocalProtocolError, RemoteProtocolError, UntimelyError
@@ -96,8 +96,13 @@ class Membership:
         jitter: random.Random,
         wall_clock: Callable[[], float] = time.time,
         on_round_trip: Callable[[PeerId, float], None] | None = None,
+        stated: Callable[[], Statement] = lambda: Statement(0, ()),
     ) -> None:
-        """Take no part yet. `on_round_trip` is told of every round trip that is measured, in seconds."""
+        """Take no part yet.
+
+        `on_round_trip` is told of every round trip that is measured, in seconds. `stated` says what this node means to
+        serve.
+        """
         self.directory = Directory(own_peer=network.peer_id)
         self._network = network
         self._identity = identity
@@ -111,6 +116,7 @@ class Membership:
         self._round_trips_s: dict[PeerId, float] = {}
         self._changed = trio.Event()
         self._on_round_trip = on_round_trip
+        self._stated = stated
         self._leaving = False
         network.join_topic(HEARTBEAT_TOPIC, self._validate_heartbeat)
         network.set_stream_handler(PROTOCOL_ID, PresenceServer(self.directory).handle)
@@ -270,6 +276,7 @@ class Membership:
         self._sequence += 1
         now_s = int(self._wall_clock())
         interval_ms = self._interval_ms()
+        said = Statement(0, ()) if self._leaving else self._stated()
         heartbeat = Heartbeat(
             peer=self._network.peer_id,
             sequence=self._sequence,
@@ -279,6 +286,8 @@ class Membership:
             multiaddrs=self._network.multiaddrs[:MAX_ADDRESSES],
             agent=self._agent,
             spans=self._served_spans(),
+            placements=said.placements,
+            placed_at_ms=said.said_at_ms,
             leaving=self._leaving,
         )
         try:

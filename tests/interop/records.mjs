@@ -125,12 +125,14 @@ export const prefix = (low, high) => value =>
 const MAX_COUNT = 2 ** 32
 
 const kinds = {
-  span: { model: bytes(32), blocks: array(blocks, 0, 64) },
+  span: { model: bytes(32), blocks: array(blocks, 0, 48) },
   heartbeat: {
     interval_ms: integer(1, 300_000),
     multiaddrs: array(multiaddr, 0, 16),
     agent: name(256),
-    spans: array(map({ model: bytes(32), blocks, load }), 0, 64),
+    spans: array(map({ model: bytes(32), blocks, load }), 0, 48),
+    placements: array(map({ model: bytes(32), blocks, rate: float(0, 1e9), movable: boolean }), 0, 48),
+    placed_at_ms: integer(0, MAX_INTEGER),
     leaving: boolean
   },
   capability: { version: one(1), capabilities: orNil(capabilitiesOf) },

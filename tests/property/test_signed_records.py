@@ -9,7 +9,7 @@ from protocol.errors import RemoteProtocolError
 from protocol.identity import BlockRange, ModelId, peer_id_from_public_key
 from protocol.limits import MAX_HEARTBEAT_INTERVAL_MS, MAX_INTEGER, MAX_RECORD_LIFETIME_S
 from protocol.messages import Load
-from protocol.records import Heartbeat, Record, ServedSpan, SpanRecord, seal, select, unseal, verify
+from protocol.records import Heartbeat, Placement, Record, ServedSpan, SpanRecord, seal, select, unseal, verify
 from tests.property.strategies import block_ranges, loads, model_ids, names
 
 KEY = Ed25519PrivateKey.from_private_bytes(bytes(range(32)))
@@ -32,6 +32,11 @@ RECORDS: st.SearchStrategy[Record] = st.one_of(
         multiaddrs=st.lists(names.map(lambda name: "/" + name), max_size=3).map(tuple),
         agent=names,
         spans=st.lists(st.builds(ServedSpan, model=model_ids, blocks=block_ranges, load=loads), max_size=3).map(tuple),
+        placements=st.lists(
+            st.builds(Placement, model=model_ids, blocks=block_ranges, rate=st.floats(0, 1e9), movable=st.booleans()),
+            max_size=3,
+        ).map(tuple),
+        placed_at_ms=st.integers(0, MAX_INTEGER),
         leaving=st.booleans(),
     ),
 )

@@ -29,7 +29,7 @@ from protocol.messages import Load
 from protocol.observations import open_observation
 from protocol.presence import PresenceReader, encode_present
 from protocol.reconciliation import Equal, Listing, PackedIds, Split, Summary
-from protocol.records import Heartbeat, Record, ServedSpan, SpanRecord, open_envelope, seal, unseal
+from protocol.records import Heartbeat, Placement, Record, ServedSpan, SpanRecord, open_envelope, seal, unseal
 from protocol.states import Role
 from protocol.sync import Answers, Compare, Get, Greeting, Items, Message, Put, SyncConnection, Taken, Welcome
 from tests.support.capabilities import EPYC
@@ -227,6 +227,8 @@ _RECORDS: Final[tuple[Record, ...]] = (
         multiaddrs=("/ip4/127.0.0.1/tcp/4001",),
         agent="metaswarm/0.1.0",
         spans=(ServedSpan(model=_MODEL, blocks=BlockRange(0, 15), load=Load(sessions=2, step_s=0.02)),),
+        placements=(Placement(model=_MODEL, blocks=BlockRange(0, 15), rate=40.0, movable=True),),
+        placed_at_ms=NOW_S * 1000,
         **_TIMES,
     ),
     CapabilityRecord(peer=peer(0), capabilities=EPYC, **_TIMES),

@@ -4,10 +4,12 @@ import random
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, cast
 
 import trio
 
+from node.config import ServeSpec
 from node.engine.fake import FAKE_MODEL, FAKE_VARIANTS, FakeEngine, fake_span_info
 from node.engine.interface import EngineCrashed, Variant
 from node.identity import Identity
@@ -16,10 +18,13 @@ from node.jobs.coordinator import Coordinator
 from node.jobs.interface import JobRequest, JobResult
 from node.jobs.policy import PolicyController
 from node.jobs.recorder import Recorder
+from node.jobs.span import Span
 from node.jobs.stage import Stages
 from node.models.library import KnownModel
 from node.network.interface import Network
 from node.network.memory import LinkModel, MemoryNetworkHub
+from node.placing import Statements
+from node.serving import Serving
 from node.swarm.links import LinkEstimates
 from node.swarm.membership import Membership
 from node.swarm.records import RecordKinds
@@ -71,6 +76,28 @@ class _Shape:
     blocks: tuple[_File, ...] = (_File(),) * BLOCKS
     head: _File = _File()
 
+    def files_for(self, blocks: BlockRange) -> list[_File]:
+        return [_File()] * len(blocks)
+
+
+def wall_clock() -> float:
+    """Return what all clocks show, in virtual time."""
+    return 1_800_000_000 + trio.current_time()
+
+
+class FakeLibrary:
+    """Has every file of the fake model."""
+
+    async def manifest(self, text: str, **options: object) -> Any:
+        return _Shape()
+
+    async def weights(self, manifest: object, blocks: BlockRange, **options: object) -> Any:
+        await trio.sleep(1)
+        return None
+
+    def name_of(self, model: ModelId) -> str:
+        return "fake"
+
 
 class OneModel:
     """Knows the fake engine's model under any name."""
@@ -93,6 +120,7 @@ class Peer:
     membership: Membership
     coordinator: Coordinator
     tokenizer: NumberTokenizer
+    statements: Statements
     engines: list[FakeEngine] = field(default_factory=list)
 
     @property
@@ -150,6 +178,7 @@ class Swarm:
             voter=voter,
             controller=self._controller,
         )
+        statements = Statements(lambda: membership.announce(), wall_clock)
         bootstrap = self.peers[0].network.multiaddrs if self.peers else ()
         membership = Membership(
             network=network,
@@ -159,7 +188,8 @@ class Swarm:
             served_spans=stages.served_spans,
             records=RecordKinds(network),
             jitter=self._rng,
-            wall_clock=lambda: 1_800_000_000 + trio.current_time(),
+            wall_clock=wall_clock,
+            stated=statements.current,
         )
         tokenizer = NumberTokenizer()
         links = LinkEstimates(network.peer_id, membership.round_trip_s, lambda _: None).between
@@ -173,9 +203,38 @@ class Swarm:
             chooser=chooser,
             hardware=lambda _: "test",
         )
-        peer = Peer(network, stages, membership, coordinator, tokenizer)
+        peer = Peer(network, stages, membership, coordinator, tokenizer, statements)
         self.peers.append(peer)
         await self._nursery.start(self._carry, peer, spans, step_s, tuple(variants), shape)
+        return peer
+
+    async def join_where_needed(self, blocks: int, library: Any = None) -> Peer:
+        """Start a peer that serves so many blocks of the fake model, of its own choice."""
+        peer = await self.join()
+        shape = _Shape()
+        memory_bytes = (blocks * shape.blocks[0].size_bytes + shape.embed.size_bytes + shape.head.size_bytes) / 0.75
+
+        @asynccontextmanager
+        async def start_engine(package: object, blocks: BlockRange, options: object) -> AsyncIterator[FakeEngine]:
+            engine = FakeEngine(fake_span_info(blocks, block_count=BLOCKS), step_s=0.01, row_s=0.0001)
+            peer.engines.append(engine)
+            yield engine
+
+        serving = Serving(
+            [ServeSpec("fake")],
+            library=library or cast("Any", FakeLibrary()),
+            membership=peer.membership,
+            stages=peer.stages,
+            statements=peer.statements,
+            own_peer=peer.id,
+            memory_bytes=int(memory_bytes) + 1,
+            threads=1,
+            graphs_dir=Path(),
+            use_catalogue=False,
+            jitter=self._rng,
+            start_engine=start_engine,
+        )
+        await self._nursery.start(serving.run)
         return peer
 
     async def _carry(
@@ -198,16 +257,21 @@ class Swarm:
             task_status.started()
             await trio.sleep_forever()
 
-    async def _serve(self, peer: Peer, engine: FakeEngine, *, task_status: trio.TaskStatus[None]) -> None:
+    async def _serve(self, peer: Peer, engine: FakeEngine, *, task_status: trio.TaskStatus[Span]) -> None:
         try:
             await peer.stages.serve(engine, task_status=task_status)
         except* EngineCrashed:
             peer.membership.announce()
 
     async def settle(self) -> None:
-        """Wait until every peer has heard of every other."""
-        while any(len(peer.membership.directory.presences()) < len(self.peers) for peer in self.peers):
+        """Wait until every peer has heard of every other, and of what it serves."""
+        while not all(self._knows(peer, other) for peer in self.peers for other in self.peers):
             await trio.sleep(0.1)
+
+    def _knows(self, peer: Peer, other: Peer) -> bool:
+        presence = peer.membership.directory.get(other.id)
+        served = {span.blocks for span in other.stages.served_spans()}
+        return presence is not None and {span.blocks for span in presence.spans} == served
 
 
 @asynccontextmanager

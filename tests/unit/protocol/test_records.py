@@ -20,6 +20,7 @@ from protocol.limits import (
 from protocol.messages import Load
 from protocol.records import (
     Heartbeat,
+    Placement,
     Record,
     ServedSpan,
     SpanRecord,
@@ -59,10 +60,13 @@ HEARTBEAT = Heartbeat(
     multiaddrs=(f"/ip4/127.0.0.1/tcp/4001/p2p/{PEER}",),
     agent="metaswarm/0.1.0",
     spans=(ServedSpan(model=MODEL, blocks=BlockRange(0, 8), load=Load(sessions=1, step_s=0.5)),),
+    placements=(Placement(model=MODEL, blocks=BlockRange(0, 8), rate=12.5, movable=True),),
+    placed_at_ms=NOW_S * 1000,
     leaving=True,
 )
 
 
+PLACEMENT_FIELDS = {"model": bytes(32), "blocks": [0, 1], "rate": 1.0, "movable": True}
 SPAN_FIELDS = {
     "model": bytes(32),
     "blocks": [0, 1],
@@ -101,6 +105,8 @@ def test_the_largest_heartbeat_fits() -> None:
         multiaddrs=("/" + "a" * (MAX_NAME_BYTES - 1),) * MAX_ADDRESSES,
         agent="a" * MAX_NAME_BYTES,
         spans=(ServedSpan(model=MODEL, blocks=BlockRange(1000, 1024), load=load),) * MAX_SPANS,
+        placements=(Placement(model=MODEL, blocks=BlockRange(1000, 1024), rate=0.1, movable=True),) * MAX_SPANS,
+        placed_at_ms=MAX_INTEGER,
     )
     assert unseal(Heartbeat, seal(largest, KEY), NOW_S) == largest
 
@@ -213,6 +219,10 @@ def test_what_others_signed_is_taken() -> None:
         (HEARTBEAT, "spans", [{}]),
         (HEARTBEAT, "spans", [{**SPAN_FIELDS, "more": 1}]),
         (HEARTBEAT, "spans", [[]]),
+        (HEARTBEAT, "placements", [{**PLACEMENT_FIELDS, "rate": -1.0}]),
+        (HEARTBEAT, "placements", [{**PLACEMENT_FIELDS, "rate": 2e9}]),
+        (HEARTBEAT, "placements", [{**PLACEMENT_FIELDS, "movable": 1}]),
+        (HEARTBEAT, "placed_at_ms", -1),
         (HEARTBEAT, "more", 1),
     ],
 )
