@@ -28,6 +28,7 @@ from node.jobs.coordinator import Coordinator
 from node.jobs.recorder import Recorder
 from node.jobs.stage import Stages
 from node.jobs.trial import Trials
+from node.models.files import Progress, ignore_progress
 from node.models.library import Library
 from node.models.store import ModelStore
 from node.network.host import Libp2pNetwork
@@ -61,7 +62,7 @@ _logger = structlog.get_logger(__name__)
 class Node:
     """One peer: its rooms, wired. `running` brings it to life."""
 
-    def __init__(self, config: NodeConfig, database: Database) -> None:
+    def __init__(self, config: NodeConfig, database: Database, progress: Progress = ignore_progress) -> None:
         traffic = TrafficMeter()
         try:
             identity = load_or_create(config.data_dir)
@@ -123,7 +124,12 @@ class Node:
             jitter=jitter,
         )
         self._jitter = jitter
-        self._library = Library(ModelStore(config.cache_dir), self._network, self._membership)
+        self._library = Library(
+            ModelStore(config.cache_dir),
+            self._network,
+            self._membership,
+            cache_limit_bytes=config.cache_limit_bytes,
+        )
         self._recorder = Recorder(identity, self._dissemination)
         self._coordinator = Coordinator(
             self._library,
@@ -147,6 +153,7 @@ class Node:
             graphs_dir=config.cache_dir / "graphs",
             use_catalogue=not config.no_catalogue,
             jitter=jitter,
+            progress=progress,
         )
         self._view = StatusView(
             agent=agent,
@@ -238,19 +245,26 @@ class Node:
 
 
 @asynccontextmanager
-async def running_node(config: NodeConfig) -> AsyncIterator[tuple[Node, NodeReady]]:
+async def running_node(
+    config: NodeConfig, progress: Progress = ignore_progress
+) -> AsyncIterator[tuple[Node, NodeReady]]:
     """Open the data directory's database and run a node on it inside the block."""
     async with open_database(config.data_dir / DATABASE_FILE) as database:
         if database.set_aside is not None:
             _logger.warning("damaged history set aside; the swarm refills it", file=str(database.set_aside))
-        node = Node(config, database)
+        node = Node(config, database, progress)
         async with node.running() as ready:
             yield node, ready
 
 
-async def run_node(config: NodeConfig, on_ready: Callable[[NodeReady], None] | None = None) -> None:
+async def run_node(
+    config: NodeConfig,
+    on_ready: Callable[[NodeReady], None] | None = None,
+    progress: Progress = ignore_progress,
+) -> None:
     """Run a node until SIGTERM or SIGINT: the first drains and leaves, a second leaves at once.
 
+    `progress` is told how files are got that are missing, from any thread.
     `on_ready` is called once the API answers and every span of `config.serve` is loaded; from then until the end
     `node.json` is in the data directory. Raises StartError where the node cannot start.
     """
@@ -260,7 +274,7 @@ async def run_node(config: NodeConfig, on_ready: Callable[[NodeReady], None] | N
                 asked = trio.Event()
                 is_ready = trio.Event()
                 await nursery.start(_heed_signals, asked, is_ready, nursery.cancel_scope)
-                async with running_node(config) as (node, ready), _announced(ready, config.data_dir):
+                async with running_node(config, progress) as (node, ready), _announced(ready, config.data_dir):
                     is_ready.set()
                     if on_ready:
                         on_ready(ready)

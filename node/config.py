@@ -36,8 +36,8 @@ LOCK_FILE: Final = "node.lock"
 """Held by the node that runs in a data directory."""
 
 OPTIONS: Final = (
-    "data_dir", "cache_dir", "listen", "api", "api_key", "bootstrap", "serve", "swarm_key", "memory", "no_catalogue",
-    "no_mdns", "threads", "epoch", "checkpoint", "log_level",
+    "data_dir", "cache_dir", "cache_limit", "listen", "api", "api_key", "bootstrap", "serve", "swarm_key", "memory",
+    "no_catalogue", "no_mdns", "threads", "epoch", "checkpoint", "log_level",
 )  # fmt: skip
 """The names of all options, the same in the file, the environment and (with dashes) on the command line."""
 
@@ -86,6 +86,8 @@ class NodeConfig:
     """64 lower-case hexadecimal digits; None for an open swarm."""
     memory_bytes: int | None = None
     """What weights and KV caches may take together; None lets the node decide."""
+    cache_limit_bytes: int | None = None
+    """What weight files from peers may take on the disk; None for no bound."""
     no_catalogue: bool = False
     mdns: bool = False
     """Whether to look for peers on the local network, and to be found there."""
@@ -203,6 +205,7 @@ def load_config(flags: Mapping[str, object], environ: Mapping[str, str] | None =
         serve=given.get("serve", _parse_serve) or (),
         swarm_key=given.get("swarm_key", _parse_swarm_key),
         memory_bytes=given.get("memory", _parse_memory),
+        cache_limit_bytes=given.get("cache_limit", _parse_memory),
         no_catalogue=given.get("no_catalogue", _parse_boolean) or False,
         mdns=not given.get("no_mdns", _parse_boolean),
         threads=given.get("threads", _parse_threads),

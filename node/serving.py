@@ -20,6 +20,7 @@ from node.engine.source import EngineOptions
 from node.jobs.span import Span
 from node.jobs.stage import Stages
 from node.models.errors import ModelError
+from node.models.files import Progress, ignore_progress
 from node.models.library import Library
 from node.models.manifest import Manifest
 from node.models.store import AmbiguousModelError, Package, UnknownModelError
@@ -68,6 +69,7 @@ class Serving:
         use_catalogue: bool,
         jitter: random.Random,
         start_engine: StartEngine = start_engine,
+        progress: Progress = ignore_progress,
     ) -> None:
         self._specs = tuple(dict.fromkeys(specs))
         self._library = library
@@ -77,6 +79,7 @@ class Serving:
         self._own_peer = own_peer
         self._placings: dict[ModelId, Placing] = {}
         self._start_engine = start_engine
+        self._progress = progress
         self._threads = threads
         self._graphs_dir = graphs_dir
         self._use_catalogue = use_catalogue
@@ -198,9 +201,11 @@ class Serving:
         task_status: trio.TaskStatus[_Held] = trio.TASK_STATUS_IGNORED,
     ) -> None:
         """Get the files of a span, and serve it until its scope is cancelled or its engine dies."""
-        package = await self._library.weights(manifest, blocks, use_catalogue=self._use_catalogue)
+        package = await self._library.weights(
+            manifest, blocks, use_catalogue=self._use_catalogue, progress=self._progress
+        )
         options = EngineOptions(memory_bytes=self._span_bytes, threads=self._threads, cache_dir=self._graphs_dir)
-        with trio.CancelScope() as scope:
+        with trio.CancelScope() as scope, self._library.in_use(package, blocks):
             try:
                 async with self._start_engine(package, blocks, options) as engine, trio.open_nursery() as nursery:
                     span = await nursery.start(self._stages.serve, engine)

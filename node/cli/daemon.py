@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from node.cli.output import json_option, print_json
+from node.cli.output import json_option, passing_progress_bars, print_json
 
 if TYPE_CHECKING:
     from node.config import NodeConfig, NodeReady
@@ -15,6 +15,11 @@ if TYPE_CHECKING:
 @click.command()
 @click.option("--data-dir", metavar="DIR", help="Where identity and history are kept; two nodes need two.")
 @click.option("--cache-dir", metavar="DIR", help="Where model packages are kept; nodes share it.")
+@click.option(
+    "--cache-limit",
+    metavar="BYTES",
+    help="What weight files from peers may take there, e.g. 50GiB; those used least recently go, never what is served.",
+)
 @click.option(
     "--listen",
     metavar="MULTIADDR",
@@ -79,7 +84,8 @@ def node(as_json: bool, **flags: Any) -> None:
 
     configure_logging(config.log_level)
     announce = _announce_as_json if as_json else partial(_announce, config, flags["swarm_key"])
-    trio.run(run_node, config, announce)
+    with passing_progress_bars() as progress:
+        trio.run(run_node, config, announce, progress)
 
 
 def _announce_as_json(ready: "NodeReady") -> None:

@@ -9,12 +9,14 @@ import sys
 import unicodedata
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from threading import Lock
 from typing import IO, TYPE_CHECKING, Any, Final
 
 import click
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.progress import ProgressColumn, TaskID
     from rich.table import Table
 
 WIDTH_OF_A_FILE: Final = 200
@@ -93,10 +95,9 @@ def progress_bars() -> Iterator[ProgressCallback]:
         yield _print_stages()
         return
 
-    from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextColumn, TimeRemainingColumn
+    from rich.progress import Progress
 
-    columns = (TextColumn("{task.description}", markup=False), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=err()) as progress:
+    with Progress(*_progress_columns(), console=err()) as progress:
         tasks: dict[str, TaskID] = {}
 
         def show(stage: str, done: int, total: int) -> None:
@@ -105,6 +106,44 @@ def progress_bars() -> Iterator[ProgressCallback]:
             progress.update(tasks[stage], completed=done, total=total or None)
 
         yield show
+
+
+def _progress_columns() -> tuple["ProgressColumn", ...]:
+    from rich.progress import BarColumn, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
+    return TextColumn("{task.description}", markup=False), BarColumn(), TaskProgressColumn(), TimeRemainingColumn()
+
+
+@contextmanager
+def passing_progress_bars() -> Iterator[ProgressCallback]:
+    """Show bars as `progress_bars` does, but only while there is something to do: for what runs on and on.
+
+    Where stderr is no terminal nothing is shown, as what runs on has a log.
+    """
+    from rich.progress import Progress
+
+    if not sys.stderr.isatty():
+        yield lambda _stage, _done, _total: None
+        return
+    lock = Lock()
+    shown = Progress(*_progress_columns(), console=err(), transient=True)
+    tasks: dict[str, TaskID] = {}
+
+    def show(stage: str, done: int, total: int) -> None:
+        with lock:
+            if stage not in tasks:
+                shown.start()
+                tasks[stage] = shown.add_task(printable(stage), total=total or None)
+            shown.update(tasks[stage], completed=done, total=total or None)
+            if done >= total > 0:
+                shown.remove_task(tasks.pop(stage))
+            if not tasks:
+                shown.stop()
+
+    try:
+        yield show
+    finally:
+        shown.stop()
 
 
 def _print_stages() -> ProgressCallback:

@@ -1,15 +1,16 @@
 """Model files between peers: serves those in the cache, and completes packages with what others have."""
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
+import structlog
 import trio
 
 from node.models.errors import ModelError
-from node.models.fetching import Fetched, fetch_blob, fetch_manifest_bytes
+from node.models.fetching import Fetched, FetchError, fetch_blob, fetch_manifest_bytes
 from node.models.files import Progress, ignore_progress, size_of
 from node.models.manifest import FileEntry, Manifest, parse_manifest
 from node.models.store import ModelStore, Package
@@ -29,6 +30,12 @@ IDLE_S: Final = 60.0
 
 _PIECE_BYTES: Final = 512 << 10
 _MAX_PEERS_COUNTED: Final = 4096
+
+
+Holders = Callable[[str], Awaitable[Sequence[PeerId]]]
+"""Looks up who has the file with a sha256."""
+
+_logger = structlog.get_logger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,9 +121,11 @@ class BlobServer:
 class ModelFetcher:
     """Completes packages in a store with what peers have. Concurrent calls, also of other processes, do no harm."""
 
-    def __init__(self, network: Network, store: ModelStore) -> None:
+    def __init__(self, network: Network, store: ModelStore, holders: Holders) -> None:
+        """Fetch nothing yet; `holders` finds peers that have a file, where those that are asked first have not."""
         self._network = network
         self._store = store
+        self._holders = holders
         self._total = Fetched()
 
     @property
@@ -175,18 +184,39 @@ class ModelFetcher:
                 if failures:
                     return
                 try:
-                    target = package.path_of(file)
-                    result.add(await fetch_blob(self._network, order, file.sha256, file.size_bytes, target, count))
+                    result.add(await self._fetch_file(package, file, order, count))
                 except ModelError as error:
                     failures.append(error)
 
+        started_s = trio.current_time()
         async with trio.open_nursery() as nursery:
             for number, file in enumerate(missing):
                 nursery.start_soon(fetch, number, file)
         self._total.add(result)
         if failures:
             raise failures[0]
+        if missing:
+            _logger.info(
+                "files fetched from peers",
+                model=manifest.model_id,
+                files=len(missing),
+                seconds=round(trio.current_time() - started_s, 2),
+                bytes_by_peer={str(peer): received for peer, received in result.bytes_by_peer.items()},
+            )
         return result
+
+    async def _fetch_file(
+        self, package: Package, file: FileEntry, peers: Sequence[PeerId], count: Callable[[int], None]
+    ) -> Fetched:
+        """Fetch a file from the peers of its model, else from whoever has announced it."""
+        target = package.path_of(file)
+        try:
+            return await fetch_blob(self._network, peers, file.sha256, file.size_bytes, target, count)
+        except FetchError:
+            others = [peer for peer in await self._holders(file.sha256) if peer not in peers]
+            if not others:
+                raise
+        return await fetch_blob(self._network, others, file.sha256, file.size_bytes, target, count)
 
 
 def _read_piece(path: Path, offset: int, length: int) -> bytes:

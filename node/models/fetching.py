@@ -18,7 +18,7 @@ import structlog
 import trio
 
 from node.models.errors import ModelError
-from node.models.files import disk_errors, flush_directory, sha256_of, size_of
+from node.models.files import disk_errors, flush_directory, part_of, sha256_of, size_of
 from node.network.interface import Network, NetworkError, Stream
 from protocol.blobs import PROTOCOL_ID, BlobBusy, BlobData, BlobInitiator, BlobMissing, BlobRequest
 from protocol.errors import RemoteProtocolError
@@ -113,7 +113,7 @@ class _Part:
 @asynccontextmanager
 async def _open_part(destination: Path, size: int) -> AsyncIterator[_Part | None]:
     """Open and lock the part file of a destination; None when the destination is there, perhaps after a wait."""
-    path = destination.with_name(f".{destination.name}.part")
+    path = part_of(destination)
     handle = -1
     try:
         while size_of(destination) != size:

@@ -90,6 +90,11 @@ def sha256_of(path: Path, on_bytes: Callable[[int], None] = lambda _count: None)
     return digest.hexdigest()
 
 
+def part_of(path: Path) -> Path:
+    """Return where the beginning of a file lies while it is fetched."""
+    return path.with_name(f".{path.name}.part")
+
+
 def size_of(path: Path) -> int | None:
     """Return a file's size, or None where there is none."""
     try:

@@ -2,6 +2,7 @@
 
 from collections import OrderedDict
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
 from typing import Protocol
@@ -12,9 +13,11 @@ import trio
 from node.models.blobs import BlobServer, ModelFetcher
 from node.models.catalogue import CATALOGUE
 from node.models.errors import ModelError
+from node.models.eviction import in_use, make_room
 from node.models.files import Progress, ignore_progress
 from node.models.importer import import_model
 from node.models.manifest import Manifest
+from node.models.providing import keep_providing
 from node.models.store import ModelStore, Package, UnknownModelError
 from node.models.tokenizer import Tokenizer, load_tokenizer
 from node.network.interface import Network
@@ -86,14 +89,23 @@ class Swarm(Protocol):
         """Return peers that serve a part of a model, and so have its manifest."""
         ...
 
+    async def holders(self, sha256: str) -> tuple[PeerId, ...]:
+        """Return peers that say they have a file, whatever they serve."""
+        ...
+
 
 class Library:
     """Finds models by what users call them, and gets what is missing of them."""
 
-    def __init__(self, store: ModelStore, network: Network, swarm: Swarm) -> None:
+    def __init__(
+        self, store: ModelStore, network: Network, swarm: Swarm, *, cache_limit_bytes: int | None = None
+    ) -> None:
+        """Know what is in the store; `cache_limit_bytes` bounds what weight files from peers take there."""
         self._store = store
+        self._cache_limit_bytes = cache_limit_bytes
         self._swarm = swarm
-        self._fetcher = ModelFetcher(network, store)
+        self._network = network
+        self._fetcher = ModelFetcher(network, store, swarm.holders)
         self._server = BlobServer(store)
         self._open: OrderedDict[ModelId, KnownModel] = OrderedDict()
         network.set_stream_handler(PROTOCOL_ID, self._server.handle)
@@ -118,7 +130,12 @@ class Library:
         return self._store.name_of(model)
 
     async def run(self) -> None:
-        """Fetch the manifests of models that others serve, until cancelled."""
+        """Tell others what files are here, and fetch the manifests of models that they serve, until cancelled."""
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(keep_providing, self._network, self._store)
+            nursery.start_soon(self._fetch_manifests)
+
+    async def _fetch_manifests(self) -> None:
         fetched: set[ModelId] = set()
         refused: OrderedDict[ModelId, None] = OrderedDict()
         while True:
@@ -177,6 +194,9 @@ class Library:
             await trio.to_thread.run_sync(self._store.discard, model, name)
         if not found.missing and not found.corrupt:
             return package
+        wanted = manifest.files_for(blocks)
+        for path in await trio.to_thread.run_sync(make_room, self._store, package, wanted, self._cache_limit_bytes):
+            _logger.info("deleted to make room in the cache", file=str(path))
         try:
             await self._fetcher.fetch_files(manifest, blocks, await self._swarm.providers(model), progress)
         except ModelError:
@@ -184,6 +204,10 @@ class Library:
                 raise
             return await self._import(model, progress)
         return package
+
+    def in_use(self, package: Package, blocks: BlockRange) -> AbstractContextManager[None]:
+        """Keep the files of a span from being deleted to make room, inside the block."""
+        return in_use(package, package.manifest.files_for(blocks))
 
     async def _package(self, model: ModelId) -> Package:
         """Return a model's package, which may have no more than its manifest."""

@@ -143,6 +143,11 @@ class Manifest:
         return (*self.tokenizer_files, self.embed, *self.blocks, self.head)
 
     @property
+    def weight_files(self) -> tuple[FileEntry, ...]:
+        """The files with tensors."""
+        return (self.embed, *self.blocks, self.head)
+
+    @property
     def size_bytes(self) -> int:
         """Bytes of the whole package except the manifest."""
         return sum(file.size_bytes for file in self.files)

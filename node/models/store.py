@@ -34,6 +34,9 @@ from node.models.files import (
 from node.models.manifest import MANIFEST_FILE, FileEntry, Manifest, parse_manifest
 from protocol.identity import BlockRange, ModelId, parse_model_id
 
+FETCHED_MARK = ".fetched"
+"""In a package that was begun with a peer's manifest: its files can be had again, and may go to make room."""
+
 _ID_PREFIX = re.compile(r"[0-9a-f]{8,64}")
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
 
@@ -148,6 +151,15 @@ class ModelStore:
                         continue
         return next((path for path in sorted(self._by_sha256.get(sha256, ())) if path.exists()), None)
 
+    def weight_hashes(self) -> tuple[str, ...]:
+        """Return the sha256 of every weight file that is here."""
+        found: dict[str, None] = {}
+        for package in self.list():
+            for file in package.manifest.weight_files:
+                if package.has(file):
+                    found[file.sha256] = None
+        return tuple(found)
+
     def resolve(self, text: str, known: Iterable[ModelId] = ()) -> ModelId:
         """Return the model that a user means by an id's prefix, a catalogue name or a local name.
 
@@ -206,6 +218,7 @@ class ModelStore:
         with self._changing(f"cannot store model {manifest.model_id[:12]}"):
             if not (path / MANIFEST_FILE).exists():
                 path.mkdir(parents=True, exist_ok=True)
+                (path / FETCHED_MARK).touch()
                 write_atomically(path / MANIFEST_FILE, manifest.data)
                 flush_directory(self._models)
         return self.get(manifest.model_id)
@@ -240,6 +253,7 @@ class ModelStore:
             if path.exists():
                 for name in (MANIFEST_FILE, *(file.name for file in manifest.files)):
                     (folder / name).replace(path / name)
+                (path / FETCHED_MARK).unlink(missing_ok=True)
                 flush_directory(path)
             else:
                 folder.replace(path)

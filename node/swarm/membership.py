@@ -9,6 +9,7 @@ import math
 import random
 import time
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
 import structlog
@@ -29,6 +30,7 @@ from protocol.records import (
     Heartbeat,
     ServedSpan,
     SpanRecord,
+    blob_provider_key,
     provider_key,
     seal,
     span_key,
@@ -176,12 +178,31 @@ class Membership:
         known = [peer for peer in self.directory.models().get(model, ()) if peer != self._network.peer_id]
         if known:
             return tuple(known)
-        try:
-            with trio.move_on_after(SEEK_TIMEOUT_S):
-                return await self._network.find_providers(provider_key(model))
-        except NetworkError as error:
-            _logger.info("no providers found", model=model, reason=str(error))
-        return ()
+        return await self._answering_providers(provider_key(model))
+
+    async def holders(self, sha256: str) -> tuple[PeerId, ...]:
+        """Return peers that announced a file in the DHT and are there."""
+        return await self._answering_providers(blob_provider_key(sha256))
+
+    async def _answering_providers(self, key: bytes) -> tuple[PeerId, ...]:
+        """Look providers up, and leave out those that do not answer: records outlive their peers by hours."""
+        answering: list[PeerId] = []
+
+        async def ask(peer: PeerId) -> None:
+            with suppress(NetworkError):
+                await self._network.ping(peer)
+                answering.append(peer)
+
+        with trio.move_on_after(SEEK_TIMEOUT_S):
+            try:
+                found = await self._network.find_providers(key)
+            except NetworkError as error:
+                _logger.info("no providers found", key=key.hex(), reason=str(error))
+                return ()
+            async with trio.open_nursery() as nursery:
+                for peer in found:
+                    nursery.start_soon(ask, peer)
+        return tuple(answering)
 
     async def seek(self, model: ModelId) -> None:
         """Look a model's peers up in the DHT and take in those that can be reached."""

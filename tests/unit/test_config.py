@@ -57,6 +57,7 @@ def test_every_option_can_stand_in_the_file_and_in_the_environment(tmp_path: Pat
     environ = {
         "METASWARM_DATA_DIR": "/data",
         "METASWARM_CACHE_DIR": "/cache",
+        "METASWARM_CACHE_LIMIT": "20GiB",
         "METASWARM_LISTEN": "/ip4/127.0.0.1/tcp/1, /ip6/::1/tcp/2",
         "METASWARM_API": "[::1]:0",
         "METASWARM_API_KEY": "sesame",
@@ -83,6 +84,7 @@ def test_every_option_can_stand_in_the_file_and_in_the_environment(tmp_path: Pat
         serve=(ServeSpec("tiny", BlockRange(0, 4)), ServeSpec("other")),
         swarm_key="ab" * 32,
         memory_bytes=512 << 20,
+        cache_limit_bytes=20 << 30,
         no_catalogue=True,
         mdns=True,
         threads=2,
@@ -96,6 +98,7 @@ def test_every_option_can_stand_in_the_file_and_in_the_environment(tmp_path: Pat
         f"""
         data_dir = "/data"
         cache_dir = "/cache"
+        cache_limit = "20GiB"
         listen = ["/ip4/127.0.0.1/tcp/1", "/ip6/::1/tcp/2"]
         api = "[::1]:0"
         api_key = "sesame"

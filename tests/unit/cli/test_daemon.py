@@ -23,7 +23,7 @@ class FakeNode:
         self.error: Exception | None = None
         self.config: NodeConfig | None = None
 
-    async def run(self, config: NodeConfig, on_ready: Callable[[NodeReady], None]) -> None:
+    async def run(self, config: NodeConfig, on_ready: Callable[[NodeReady], None], _progress: object) -> None:
         self.config = config
         if self.error:
             raise self.error

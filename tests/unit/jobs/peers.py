@@ -2,7 +2,7 @@
 
 import random
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
-from contextlib import asynccontextmanager
+from contextlib import AbstractContextManager, asynccontextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -94,6 +94,9 @@ class FakeLibrary:
     async def weights(self, manifest: object, blocks: BlockRange, **options: object) -> Any:
         await trio.sleep(1)
         return None
+
+    def in_use(self, package: object, blocks: BlockRange) -> AbstractContextManager[None]:
+        return nullcontext()
 
     def name_of(self, model: ModelId) -> str:
         return "fake"

@@ -7,12 +7,14 @@ from pathlib import Path
 
 import pytest
 import trio
+from trio.testing import MockClock
 
-from node.models import blobs, fetching
+from node.models import blobs, fetching, providing
 from node.models.blobs import BlobServer, ModelFetcher
 from node.models.errors import ModelError
 from node.models.fetching import FetchError, fetch_blob
 from node.models.importer import import_model
+from node.models.providing import ANNOUNCED_AGAIN_S, keep_providing
 from node.models.store import ModelStore, Package
 from node.network.interface import Network, Stream, StreamClosed
 from node.network.memory import LinkModel, MemoryNetworkHub
@@ -68,6 +70,11 @@ async def serve(
                 await stream.send_all(frame)
             if stop_after is not None:
                 return
+
+
+async def nobody(sha256: str) -> tuple[PeerId, ...]:
+    """Find no further holders of a file."""
+    return ()
 
 
 wrong = partial(serve, content=bytes(len(CONTENT)))
@@ -329,7 +336,7 @@ async def test_an_empty_cache_gets_what_it_needs_from_peers(
     package: Package, server: BlobServer, store: ModelStore
 ) -> None:
     async with swarm(server.handle, server.handle) as (client, peers):
-        fetcher = ModelFetcher(client, store)
+        fetcher = ModelFetcher(client, store, nobody)
         with trio.fail_after(20):
             mine = await fetcher.fetch_manifest(package.model_id, peers)
             assert mine.manifest == package.manifest
@@ -354,7 +361,7 @@ async def test_an_empty_cache_gets_what_it_needs_from_peers(
 
 async def test_what_is_there_is_not_fetched_again(package: Package, server: BlobServer, store: ModelStore) -> None:
     async with swarm(server.handle) as (client, peers):
-        fetcher = ModelFetcher(client, store)
+        fetcher = ModelFetcher(client, store, nobody)
         await fetcher.fetch_files(package.manifest, BlockRange(0, 3), peers)
         requests = server.statistics().requests
         assert (await fetcher.fetch_manifest(package.model_id, [])).missing(BlockRange(0, 3)) == ()
@@ -366,7 +373,7 @@ async def test_what_is_there_is_not_fetched_again(package: Package, server: Blob
 async def test_a_forged_manifest_is_refused(package: Package, server: BlobServer, store: ModelStore) -> None:
     forger = partial(serve, content=package.manifest.data.replace(b'"size":', b'"size":1'))
     async with swarm(forger, garbage, partial(serve, content=b""), server.handle) as (client, peers):
-        fetcher = ModelFetcher(client, store)
+        fetcher = ModelFetcher(client, store, nobody)
         with pytest.raises(FetchError, match="no peer has the manifest"):
             await fetcher.fetch_manifest(package.model_id, peers[:3])
         assert store.list() == ()
@@ -380,7 +387,50 @@ async def test_one_file_that_nobody_has_fails_the_rest_in_one_line(
     (package.path / "block-001.safetensors").unlink()
     async with swarm(server.handle) as (client, peers):
         with pytest.raises(FetchError, match=r"cannot fetch block-001\.safetensors .*does not have the file"):
-            await ModelFetcher(client, store).fetch_files(package.manifest, BlockRange(0, 3), peers)
+            await ModelFetcher(client, store, nobody).fetch_files(package.manifest, BlockRange(0, 3), peers)
+
+
+async def test_a_file_that_its_models_peers_lack_comes_from_whoever_announced_it(
+    package: Package, server: BlobServer, store: ModelStore
+) -> None:
+    lacking = partial(serve, answer=BlobMissing())
+    asked: list[str] = []
+    async with swarm(lacking, server.handle) as (client, peers):
+
+        async def holders(sha256: str) -> list[PeerId]:
+            asked.append(sha256)
+            return peers
+
+        fetched = await ModelFetcher(client, store, holders).fetch_files(package.manifest, BlockRange(1, 2), peers[:1])
+    assert store.verify(package.model_id, BlockRange(1, 2)).missing == ()
+    assert asked == [package.manifest.blocks[1].sha256]
+    assert set(fetched.bytes_by_peer) == {peers[1]}
+
+
+async def test_weight_files_are_announced_once_and_again_before_they_are_forgotten(
+    package: Package, autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    autojump_clock.autojump_threshold = 0.05  # the files are looked at in a thread, which no virtual time waits for
+    monkeypatch.setattr(providing, "ROUND_S", ANNOUNCED_AGAIN_S / 4)
+    async with swarm(serve) as (client, _), trio.open_nursery() as nursery:
+        announced: list[bytes] = []
+        monkeypatch.setattr(client, "provide", note(announced))
+        nursery.start_soon(keep_providing, client, ModelStore(package.path.parents[1]))
+        await trio.sleep(ANNOUNCED_AGAIN_S / 2)
+        hashes = [bytes.fromhex(file.sha256) for file in package.manifest.weight_files]
+        assert announced == list(dict.fromkeys(hashes))
+        await trio.sleep(ANNOUNCED_AGAIN_S)
+        assert announced == 2 * list(dict.fromkeys(hashes))
+        nursery.cancel_scope.cancel()
+
+
+def note(announced: list[bytes]) -> Callable[[bytes], Awaitable[None]]:
+    """Return what stands for `Network.provide` and writes down what is announced."""
+
+    async def provide(key: bytes) -> None:
+        announced.append(key)
+
+    return provide
 
 
 async def ask(client: Network, peer: PeerId, request: BlobRequest) -> list[object]:

@@ -1,0 +1,76 @@
+"""What the files from peers may take on the disk, and which go first."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from node.models.errors import ModelError
+from node.models.eviction import in_use, make_room
+from node.models.files import part_of
+from node.models.importer import import_model
+from node.models.store import ModelStore, Package
+from protocol.identity import BlockRange
+from tests.unit.models.checkpoints import write_checkpoint
+
+FIRST, SECOND, LAST = BlockRange(0, 1), BlockRange(1, 2), BlockRange(2, 3)
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> ModelStore:
+    return ModelStore(tmp_path / "cache")
+
+
+@pytest.fixture
+def package(tmp_path: Path, store: ModelStore) -> Package:
+    """A package as if its blocks 0 and 1 had come from peers, block 0 last."""
+    imported = import_model(str(write_checkpoint(tmp_path / "tiny")), ModelStore(tmp_path / "importer"))
+    package = store.add_manifest(imported.manifest)
+    for age_s, file in enumerate(package.manifest.blocks[:2]):
+        path = package.path_of(file)
+        path.write_bytes(imported.path_of(file).read_bytes())
+        os.utime(path, (1_000_000 - age_s, 1_000_000 - age_s))
+    return package
+
+
+def files(package: Package, *names: str) -> list[Path]:
+    return [package.path / f"{name}.safetensors" for name in names]
+
+
+def test_what_was_not_used_for_longest_goes_first(store: ModelStore, package: Package) -> None:
+    block = package.manifest.blocks[2]
+    assert make_room(store, package, [block], 3 * block.size_bytes) == ()
+    assert list(make_room(store, package, [block], 2 * block.size_bytes)) == files(package, "block-001")
+    assert package.has(package.manifest.blocks[0])
+
+
+def test_what_is_served_never_goes_and_what_is_wanted_neither(store: ModelStore, package: Package) -> None:
+    _, second, last = package.manifest.blocks[:3]
+    with in_use(package, [second]):
+        assert list(make_room(store, package, [last], 2 * last.size_bytes)) == files(package, "block-000")
+        with pytest.raises(ModelError, match="raise --cache-limit, or serve fewer blocks"):
+            make_room(store, package, [last], last.size_bytes)
+    assert make_room(store, package, [second], second.size_bytes) == ()
+    assert package.has(second)
+
+
+def test_a_file_that_is_used_again_is_young_again(store: ModelStore, package: Package) -> None:
+    _, second, last = package.manifest.blocks[:3]
+    with in_use(package, [second]):
+        pass
+    assert list(make_room(store, package, [last], 2 * last.size_bytes)) == files(package, "block-000")
+
+
+def test_the_beginning_of_a_file_that_nobody_fetches_any_more_goes_too(store: ModelStore, package: Package) -> None:
+    block = package.manifest.blocks[2]
+    beginning = part_of(package.path_of(package.manifest.embed))
+    beginning.write_bytes(bytes(block.size_bytes))
+    os.utime(beginning, (1, 1))
+    assert make_room(store, package, [block], 3 * block.size_bytes) == (beginning,)
+
+
+def test_what_the_user_imported_stays(tmp_path: Path) -> None:
+    store = ModelStore(tmp_path / "cache")
+    imported = import_model(str(write_checkpoint(tmp_path / "tiny")), store)
+    assert make_room(store, imported, imported.manifest.weight_files, 0) == ()
+    assert not imported.missing()
