@@ -4,7 +4,16 @@ import time
 
 import trio
 
-from node.api.interface import ChainStatus, HistoryStatus, ModelStatus, NodeStatus, PeerStatus, ServedSpan, SpanSummary
+from node.api.interface import (
+    ChainStatus,
+    Gap,
+    HistoryStatus,
+    ModelStatus,
+    NodeStatus,
+    PeerStatus,
+    ServedSpan,
+    SpanSummary,
+)
 from node.consensus.keeper import Keeper
 from node.consensus.service import Consensus
 from node.jobs.coordinator import Coordinator
@@ -13,11 +22,12 @@ from node.jobs.stage import Stages
 from node.jobs.trial import Trial, Trials, TrialSpec
 from node.models.library import Library
 from node.network.interface import Network
+from node.serving import WEIGHT_SHARE
 from node.storage.database import StorageError
 from node.storage.history import HistoryStore
 from node.swarm.dissemination import Dissemination
 from node.swarm.membership import Membership
-from protocol.identity import ModelId
+from protocol.identity import BlockRange, ModelId
 from selector.consensus.reputation import WEIGHT_SCALE
 from selector.routing import uncovered
 
@@ -85,7 +95,24 @@ class StatusView:
                 "received_bytes": {str(peer): count for peer, count in transfers.received_bytes.items()},
                 "served_bytes": transfers.served_bytes,
             },
+            "uncovered": [gap for model in self._membership.served_models() for gap in self._gaps(model)],
         }
+
+    def _gaps(self, model: ModelId) -> list[Gap]:
+        """Return which blocks of a model nobody serves, and what would serve them."""
+        manifest = self._library.local_manifest(model)
+        status = self._model(model)
+        return [
+            Gap(
+                model=model,
+                name=status["name"],
+                start=start,
+                end=end,
+                memory_bytes=int(manifest.bytes_of(BlockRange(start, end)) / WEIGHT_SHARE) if manifest else None,
+                serve=f"{status['name']}:{start}-{end}",
+            )
+            for start, end in status["uncovered"]
+        ]
 
     async def _history_status(self) -> HistoryStatus | None:
         try:

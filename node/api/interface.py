@@ -95,6 +95,19 @@ class ChainStatus(TypedDict):
     """Cells that this node was drawn for and has measured since it started."""
 
 
+class Gap(TypedDict):
+    """Blocks of a model that nobody serves though others of it are served, and what would fill it."""
+
+    model: str
+    name: str
+    start: int
+    end: int
+    memory_bytes: int | None
+    """What a node needs that serves them, KV caches included; None while the manifest is not at hand."""
+    serve: str
+    """What that node is to be told with --serve."""
+
+
 class NodeStatus(TypedDict):
     """What this node is and does."""
 
@@ -114,6 +127,7 @@ class NodeStatus(TypedDict):
     consensus: list[ChainStatus]
     """Of each model whose chain this node follows."""
     transfers: Transfers
+    uncovered: list[Gap]
 
 
 class SpanSummary(TypedDict):

@@ -1,5 +1,6 @@
 """`metaswarm status`, `peers` and `models`: what a node tells of itself and of its swarm."""
 
+import shlex
 import sys
 from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, Any, Final
@@ -20,7 +21,7 @@ from node.cli.output import (
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-    from node.api.interface import ChainStatus, HistoryStatus, ModelStatus, NodeStatus, PeerStatus
+    from node.api.interface import ChainStatus, Gap, HistoryStatus, ModelStatus, NodeStatus, PeerStatus
     from node.cli.client import ApiClient
 
 WATCH_INTERVAL_S: Final = 2.0
@@ -126,7 +127,8 @@ def render_status(status: "NodeStatus") -> "RenderableType":
         "received": ", ".join(f"{format_bytes(count)} from {peer}" for peer, count in received.items()) or "nothing",
         "sent": format_bytes(status["transfers"]["served_bytes"]),
     }
-    summary = Text("\n".join(f"{name:<9} {printable(value)}" for name, value in facts.items()))
+    facts_and_gaps = [*facts.items(), *(("missing", _describe_gap(gap, status)) for gap in status["uncovered"])]
+    summary = Text("\n".join(f"{name:<9} {printable(value)}" for name, value in facts_and_gaps))
     if not status["spans"]:
         return Group(summary, Text("serves    no blocks"))
     table = new_table("model", ">blocks", ">of", ">sessions", ">positions", ">weights", ">steps", ">compute", ">worker")
@@ -145,6 +147,16 @@ def render_status(status: "NodeStatus") -> "RenderableType":
             )
         )
     return Group(summary, Text(), table)
+
+
+def _describe_gap(gap: "Gap", status: "NodeStatus") -> str:
+    """Return which blocks nobody serves, and the command with which a node would."""
+    from node.cli.daemon import best_address
+
+    address = best_address(tuple(status["multiaddrs"]))
+    command = ["metaswarm", "node", *(("--bootstrap", address) if address else ()), "--serve", gap["serve"]]
+    needs = "" if gap["memory_bytes"] is None else f" with {format_bytes(gap['memory_bytes'])} of memory"
+    return f"{gap['serve']}, which nobody serves; a node{needs} would:\n          {shlex.join(command)}"
 
 
 def _describe_history(history: "HistoryStatus | None") -> str:

@@ -193,6 +193,16 @@ class FakeNode:
                 }
             ],
             "transfers": {"received_bytes": {PEERS[1]: 4096}, "served_bytes": 1024},
+            "uncovered": [
+                {
+                    "model": "cd" * 32,
+                    "name": "broken",
+                    "start": 1,
+                    "end": 3,
+                    "memory_bytes": 3 << 20,
+                    "serve": "broken:1-3",
+                }
+            ],
         }
 
     def peers(self) -> list[PeerStatus]:

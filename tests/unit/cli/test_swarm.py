@@ -35,6 +35,8 @@ def test_status_tells_what_a_node_is_and_does(api: list[str], capsys: pytest.Cap
         "4242",
         "7 observations",
         "5a5a5a5a5a5a,",
+        "broken:1-3, which nobody serves; a node with 3.0 MiB of memory would:",
+        "--serve broken:1-3",
     ):
         assert fact in output
 
