@@ -30,7 +30,7 @@ def disk_errors(what: str) -> Iterator[None]:
         yield
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
-        if error.errno in {errno.ENOSPC, errno.EDQUOT}:
+        if error.errno in {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}:  # the last where the user's files are limited
             raise ModelError(f"{what}: the disk is full; free some space, or set METASWARM_CACHE_DIR") from error
         raise ModelError(f"{what}: {where}{error.strerror or error}") from error
 

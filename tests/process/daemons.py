@@ -2,12 +2,14 @@
 
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -51,14 +53,26 @@ StartDaemon = Callable[..., Awaitable[Daemon]]
 
 @asynccontextmanager
 async def running_daemon(
-    data_dir: Path, *flags: str, environment: dict[str, str] | None = None
+    data_dir: Path,
+    *flags: str,
+    environment: dict[str, str] | None = None,
+    file_limit_bytes: int | None = None,
+    on_started: Callable[[trio.Process], None] = lambda _process: None,
 ) -> AsyncIterator[Daemon]:
-    """Run `metaswarm node` until it is ready, and stop it at the end; what it logs goes to this process's stderr."""
+    """Run `metaswarm node` until it is ready, and stop it at the end; what it logs goes to this process's stderr.
+
+    With `file_limit_bytes` no file that it writes may grow beyond that, as on a full disk, until `limit_files` lifts
+    it; its log goes to `log` in the data directory then. `on_started` is told of the process before it is ready.
+    """
     command = [sys.executable, "-m", "node", "node", "--json", "--data-dir", str(data_dir)]
     command += ["--listen", "/ip4/127.0.0.1/tcp/0", "--api", "127.0.0.1:0", *flags]
-    process = await trio.lowlevel.open_process(
-        command, stdout=subprocess.PIPE, env={**os.environ, **(environment or {})}, start_new_session=True
-    )
+    options: dict[str, Any] = {"env": {**os.environ, **(environment or {})}, "start_new_session": True}
+    if file_limit_bytes is not None:
+        await trio.Path(data_dir).mkdir(mode=0o700, exist_ok=True)
+        options["preexec_fn"] = partial(limit_files, 0, file_limit_bytes)
+    with (data_dir / "log").open("wb") if file_limit_bytes is not None else nullcontext() as log:
+        process = await trio.lowlevel.open_process(command, stdout=subprocess.PIPE, stderr=log, **options)
+    on_started(process)
     assert process.stdout is not None
     try:
         line = b""
@@ -79,6 +93,12 @@ async def running_daemon(
                     process.kill()
                     await process.wait()
             await process.stdout.aclose()
+
+
+def limit_files(pid: int, limit_bytes: int | None) -> None:
+    """Let a process (0: this one) write no file beyond a size, or any again: it fails as on a full disk."""
+    soft = resource.RLIM_INFINITY if limit_bytes is None else limit_bytes
+    resource.prlimit(pid, resource.RLIMIT_FSIZE, (soft, resource.RLIM_INFINITY))
 
 
 async def is_complete(daemon: Daemon) -> bool:

@@ -1,0 +1,92 @@
+"""How long it takes a node with an empty disk to serve a third of the demo model, its files coming from two peers.
+
+    python -m benchmarks.joining [--rounds N] [--json]
+
+Each peer serves a third and has every file. The newcomer is told nothing but their addresses and the model's name; it
+is timed from the start of its process until others hear that it serves, so that the model is complete.
+"""
+
+import json
+import time
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import click
+import trio
+
+from benchmarks.common import demo_package, describe_machine, spread_of, verdict
+from node.models.store import Package
+from tests.process.daemons import MODEL, is_complete, running_daemon, until
+
+TARGET_S = 15.0
+
+
+@click.command()
+@click.option("--rounds", type=click.IntRange(1), default=5, show_default=True, help="Newcomers, one after another.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
+def main(rounds: int, as_json: bool) -> None:
+    """Measure how long it takes to join from nothing."""
+    result = trio.run(measure, rounds, demo_package())
+    click.echo(json.dumps(result) if as_json else report(result))
+
+
+async def measure(rounds: int, package: Package) -> dict[str, Any]:
+    """Return all figures; times are in seconds."""
+    manifest = package.manifest
+    third_bytes = sum(file.size_bytes for file in manifest.blocks[10:20])
+    memory_bytes = int((third_bytes + manifest.embed.size_bytes + manifest.head.size_bytes) / 0.75) + (8 << 20)
+    joins = []
+    with TemporaryDirectory(prefix="metaswarm-joining-") as folder:
+        async with (
+            running_daemon(Path(folder, "first"), "--serve", f"{MODEL}:0-10", "--no-mdns") as first,
+            running_daemon(
+                Path(folder, "second"), "--serve", f"{MODEL}:20-30", "--no-mdns", "--bootstrap", first.multiaddr
+            ) as second,
+        ):
+            for number in range(rounds):
+                started_s = time.perf_counter()
+                async with running_daemon(
+                    Path(folder, f"newcomer-{number}"),
+                    *("--serve", MODEL, "--memory", str(memory_bytes), "--no-catalogue", "--no-mdns"),
+                    *("--bootstrap", first.multiaddr, "--bootstrap", second.multiaddr),
+                    environment={"METASWARM_CACHE_DIR": str(Path(folder, f"cache-{number}"))},
+                ) as newcomer:
+                    await until(lambda: is_complete(first), timeout_s=120)
+                    joined_s = time.perf_counter() - started_s
+                    status = await newcomer.get("/swarm/status")
+                    [span] = status["spans"]
+                    received = status["transfers"]["received_bytes"]
+                    joins.append(
+                        {
+                            "joined_s": round(joined_s, 2),
+                            "blocks": f"{span['start']}-{span['end']}",
+                            "bytes_by_peer": [received.get(peer.peer_id, 0) for peer in (first, second)],
+                        }
+                    )
+                # Others forget it before the next one chooses.
+                await until(lambda: _is_incomplete(first), timeout_s=60)
+    return {**describe_machine(), "target_s": TARGET_S, "third_bytes": third_bytes, "joins": joins}
+
+
+async def _is_incomplete(daemon: Any) -> bool:
+    return not await is_complete(daemon)
+
+
+def report(result: dict[str, Any]) -> str:
+    """Return the figures as text."""
+    joins = result["joins"]
+    times_s = [join["joined_s"] for join in joins]
+    median_s = spread_of(times_s).median
+    lines = [
+        f"an empty disk to serving a third: median {median_s:.1f} s, {min(times_s):.1f} to {max(times_s):.1f} s",
+        f"target {TARGET_S:.0f} s: {verdict(median_s, TARGET_S)}",
+    ]
+    for join in joins:
+        first, second = (count / 2**20 for count in join["bytes_by_peer"])
+        lines.append(f"  {join['blocks']}: {join['joined_s']:.1f} s, {first:.0f} MiB and {second:.0f} MiB from the two")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,43 @@
+"""Real daemons that choose their blocks: when a span is lost, one that can be spared takes it up, and jobs go on."""
+
+from pathlib import Path
+
+import trio
+
+from node.models.store import Package
+from tests.process.daemons import MODEL, StartDaemon, is_complete, until
+
+RECOVERY_S = 120.0
+"""To hear that a peer is dead, plan, settle and load, on a machine on which much else may run."""
+
+
+async def test_a_spare_takes_up_the_blocks_of_a_peer_that_is_killed(
+    start_daemon: StartDaemon, package: Package, tmp_path: Path
+) -> None:
+    manifest = package.manifest
+    half_bytes = sum(file.size_bytes for file in manifest.blocks[:15])
+    memory_bytes = int((half_bytes + manifest.embed.size_bytes + manifest.head.size_bytes) / 0.75) + (8 << 20)
+    first = await start_daemon("--serve", f"{MODEL}:0-15", "--threads", "1")
+    second = await start_daemon("--serve", f"{MODEL}:15-30", "--threads", "1", "--bootstrap", first.multiaddr)
+    spare = await start_daemon(
+        "--serve", MODEL, "--memory", str(memory_bytes), "--threads", "1", "--bootstrap", first.multiaddr
+    )
+    await until(lambda: is_complete(first))
+
+    async def blocks_of_spare() -> list[tuple[int, int]]:
+        return [(span["start"], span["end"]) for span in (await spare.get("/swarm/status"))["spans"]]
+
+    [(start, end)] = await blocks_of_spare()
+    assert end - start == 15
+    before = await first.complete(prompt="The capital of France is", max_tokens=8)
+    # Half of the blocks are the spare's; whoever has the other half is lost.
+    lost, hole = (second, (15, 30)) if start == 0 else (first, (0, 15))
+    keeper = first if lost is second else second
+    await lost.kill()
+    with trio.fail_after(RECOVERY_S):
+        while await blocks_of_spare() != [hole]:
+            await trio.sleep(0.5)
+    await until(lambda: is_complete(keeper))
+    after = await keeper.complete(prompt="The capital of France is", max_tokens=8)
+    assert after["choices"][0]["text"] == before["choices"][0]["text"]
+    assert {(stage["start"], stage["end"]) for stage in after["metaswarm"]["route"]} == {(0, 15), (15, 30)}
