@@ -1,8 +1,8 @@
 """Other engines with the same model, for comparison: those of them that are installed.
 
 `pip install ctranslate2 onnxruntime-genai onnx-ir` installs them; none is needed by the project. Their forms of the
-model are made once, beside the models in the user's cache, which takes a minute or two. llama.cpp is not among them: PyPI
-has no wheels of its binding, and it reads GGUF files, which packages are not.
+model are made once, beside the models in the user's cache, which takes a minute or two. llama.cpp is not among them:
+PyPI has no wheels of its binding, and it reads GGUF files, which packages are not.
 """
 
 import json
