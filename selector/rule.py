@@ -1,8 +1,8 @@
 """The hand-written rule: what a method is expected to cost, from a few facts about the task and one table.
 
 It is what a peer without a history goes by, and one of the baselines that the learned selector has to beat. The table
-was measured with a small Llama on two cores with AVX-512; onnxruntime's int8 follows from its ratios to fp32, which were
-measured with AVX2 (prefill 1.67; decode of 1, 8 and 32 sessions 0.48, 1.08 and 1.33). Only ratios matter.
+was measured with a small Llama on two cores with AVX-512. onnxruntime's int8 follows from its ratios to fp32, measured
+with AVX2: 1.67 for a prompt, 0.48 and 1.08 for 1 and 8 sessions, 1.33 for 32 (products alone). Only ratios matter.
 """
 
 import math
