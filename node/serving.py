@@ -38,6 +38,12 @@ MEMORY_SHARE = 0.75
 WEIGHT_SHARE = 0.75
 """Of a span's memory, when the node chooses the blocks itself; the rest is for KV caches."""
 
+HEARD_ROUND_S = 0.1
+"""How often a node that is new looks whether it has heard of anybody."""
+
+SETTLED_S = 1.0
+"""So long after it has, it has heard what there is to hear."""
+
 StartEngine = Callable[[Package, BlockRange, EngineOptions], AbstractAsyncContextManager[Engine]]
 
 _logger = structlog.get_logger(__name__)
@@ -221,7 +227,14 @@ class Serving:
 
     async def _choose(self, manifest: Manifest, placing: Placing) -> BlockRange:
         """Choose the blocks that the swarm lacks most, once there was time to hear what it has."""
-        await trio.sleep(2 * HEARTBEAT_INTERVAL_S if self._membership.bootstrap() else 0)
+        if self._membership.bootstrap():
+            # The first neighbours tell all they know at once; where there is nobody to tell, nobody is waited for long.
+            with trio.move_on_after(2 * HEARTBEAT_INTERVAL_S):
+                while True:
+                    if self._membership.directory.candidates(manifest.model_id):
+                        break
+                    await trio.sleep(HEARD_ROUND_S)
+                await trio.sleep(SETTLED_S)
         block_bytes = max(file.size_bytes for file in manifest.blocks)
         around_bytes = manifest.embed.size_bytes + manifest.head.size_bytes
         return placing.choose(max(1, int((self._span_bytes * WEIGHT_SHARE - around_bytes) // block_bytes)))

@@ -35,11 +35,11 @@ SETTLE_S: Final = (3.0, 5.0)
 POWERS: Final = (4.0, 10.0, 30.0)
 """Of the mean, one after another: a low one fills the great holes, a high one the last of them."""
 
-TRIALS: Final = 24
+TRIALS: Final = 60
 """Further tries for a better plan, for up to a hundred servers; fewer for more, each of which takes longer."""
 
-DISTURBED: Final = 5
-"""Servers put somewhere at random before each further try."""
+DISTURBED: Final = 4
+"""Servers put elsewhere before each further try: anywhere in one, over the block that is served least in the next."""
 
 Span: TypeAlias = tuple[int, int]
 _Rates: TypeAlias = NDArray[np.float64]
@@ -93,10 +93,12 @@ def plan_moves(block_count: int, servers: Iterable[Server], rng: random.Random) 
     before = swarm.lowest(swarm.starts)
     best = swarm.without_needless(swarm.descend(swarm.starts, POWERS)[0])
     lowest, worth = swarm.lowest(best), swarm.worth(best)
-    for _ in range(min(TRIALS, 100 * TRIALS // len(swarm.movable)) if swarm.pays(before, lowest) else 0):
-        disturbed = best.copy()
+    for trial in range(min(TRIALS, 100 * TRIALS // len(swarm.movable)) if swarm.pays(before, lowest) else 0):
+        disturbed, weakest = best.copy(), swarm.weakest(best)
         for number in rng.choices(range(len(swarm.movable)), k=DISTURBED):
-            disturbed[number] = rng.randrange(block_count - swarm.lengths[number] + 1)
+            length = int(swarm.lengths[number])
+            first, last = (max(0, weakest - length + 1), weakest) if trial % 2 else (0, block_count)
+            disturbed[number] = rng.randint(first, min(last, block_count - length))
         found, its_lowest = swarm.descend(disturbed, POWERS[1:])
         if its_lowest[0] >= lowest[0] and its_lowest[1] > lowest[1] * (1 - CLEAR_GAIN):
             found = swarm.without_needless(found)
@@ -166,6 +168,10 @@ class _Swarm:
         """Return how good an arrangement is: blocks served, then the lowest rate of those."""
         rates = self._rates(starts)
         return int((rates > 0).sum()), float(rates[rates > 0].min(initial=np.inf))
+
+    def weakest(self, starts: _Starts) -> int:
+        """Return the block that is served least."""
+        return int(self._rates(starts).argmin())
 
     def worth(self, starts: _Starts) -> tuple[int, float]:
         """Return how good an arrangement is, less what the way to it costs."""

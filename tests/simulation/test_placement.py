@@ -5,7 +5,7 @@ import pytest
 from tests.simulation.placement import play
 
 
-@pytest.mark.parametrize("seed", [1, 4])
+@pytest.mark.parametrize("seed", [30, 44])
 def test_a_hundred_unequal_nodes_share_the_blocks_and_close_the_gaps_that_a_third_leaves(seed: int) -> None:
     result = play(seed)
     assert result.joined_share >= 0.9
