@@ -25,6 +25,7 @@ from node.consensus.measuring import AGENDA, TrialMeter
 from node.consensus.service import Consensus, swarm_name
 from node.identity import IdentityError, load_or_create
 from node.jobs.coordinator import Coordinator
+from node.jobs.observation import software_name, software_versions
 from node.jobs.recorder import Recorder
 from node.jobs.stage import Stages
 from node.jobs.trial import Trials
@@ -34,6 +35,10 @@ from node.models.store import ModelStore
 from node.network.host import Libp2pNetwork
 from node.network.interface import NetworkError
 from node.placing import Statements
+from node.selection.chooser import LearnedChooser, LearnedVoter
+from node.selection.learner import Learner
+from node.selection.opinions import Opinions
+from node.selection.probing import TrialProber
 from node.serving import Serving
 from node.status import StatusView
 from node.storage.consensus import ConsensusStore
@@ -48,7 +53,9 @@ from node.swarm.membership import Membership
 from node.swarm.records import RecordKinds
 from protocol.capabilities import Links, hardware_class
 from protocol.identity import ModelId, PeerId
+from protocol.observations import bucket_of
 from selector.consensus.clock import EpochClock
+from selector.kinds import Viewpoint
 
 DRAIN_LIMIT_S = 30.0
 """How long a node that was asked to stop waits for the jobs and sessions it has."""
@@ -85,7 +92,21 @@ class Node:
         self._inventory = Inventory(
             data_dir=config.cache_dir, models_dir=config.cache_dir, traffic=traffic, threads=config.threads
         )
-        self._stages = Stages(self._network, agent, private_key=identity.private_key, hardware=self._hardware)
+        opinions = Opinions()
+        self._chooser = LearnedChooser(opinions, jitter, share=config.exploration)
+        self._learner = Learner(
+            database.path,
+            opinions,
+            count=self._count_observations,
+            viewpoint=partial(self._viewpoint, identity.peer_id),
+        )
+        self._stages = Stages(
+            self._network,
+            agent,
+            private_key=identity.private_key,
+            hardware=self._hardware,
+            voter=LearnedVoter(opinions),
+        )
         self._statements = Statements(lambda: self._membership.announce())
         self._membership = Membership(
             network=self._network,
@@ -139,6 +160,8 @@ class Node:
             LinkEstimates(self._network.peer_id, self._membership.round_trip_s, self._links_of).between,
             self._recorder,
             agreed=self._consensus.agreement,
+            chooser=self._chooser,
+            hardware=self._hardware_of,
         )
         self._trials = Trials(self._coordinator, self._recorder)
         self._serving = Serving(
@@ -166,6 +189,8 @@ class Node:
             history=self._history,
             dissemination=self._dissemination,
             consensus=self._consensus,
+            chooser=self._chooser,
+            learner=self._learner,
         )
 
     @asynccontextmanager
@@ -184,6 +209,8 @@ class Node:
                 nursery.start_soon(self._announcer.run)
                 nursery.start_soon(self._dissemination.run)
                 nursery.start_soon(self._consensus.run)
+                nursery.start_soon(self._learner.run)
+                nursery.start_soon(self._chooser.run, TrialProber(self._trials), self._is_busy)
                 nursery.start_soon(self._keep_history_bounded)
                 nursery.start_soon(keep_acquaintances, self._network, self._peer_book)
                 if config.mdns:
@@ -216,6 +243,21 @@ class Node:
 
     def _is_busy(self) -> bool:
         return self._coordinator.statistics().running > 0 or any(span.sessions for span in self._stages.spans())
+
+    def _hardware_of(self, peer: PeerId) -> str:
+        """Return the class of a peer's hardware, as far as it was told."""
+        if peer == self._network.peer_id:
+            return self._hardware()
+        capabilities = self._announcer.known(peer)
+        return "unknown" if capabilities is None else hardware_class(capabilities)
+
+    def _viewpoint(self, peer: PeerId) -> Viewpoint:
+        """Return for whom the history is weighed: this node, as it is now."""
+        software = software_name(software_versions())
+        return Viewpoint(peer=peer, hardware=self._hardware(), software=software, hour=bucket_of(int(time.time())))
+
+    async def _count_observations(self) -> int:
+        return sum((await self._history.count_by_observer()).values())
 
     def _links_of(self, peer: PeerId) -> Links | None:
         """Return what a peer said of its links to others."""

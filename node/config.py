@@ -29,6 +29,7 @@ DEFAULT_LISTEN: Final = ("/ip4/0.0.0.0/tcp/4001",)
 DEFAULT_API: Final = "127.0.0.1:8642"
 MIN_EPOCH_S: Final = 5
 MAX_EPOCH_S: Final = 86_400
+DEFAULT_EXPLORATION: Final = 0.1
 LOG_LEVELS: Final = ("debug", "info", "warning", "error")
 BOOTSTRAP_FILE: Final = "bootstrap_peers.yaml"
 READY_FILE: Final = "node.json"
@@ -37,7 +38,7 @@ LOCK_FILE: Final = "node.lock"
 
 OPTIONS: Final = (
     "data_dir", "cache_dir", "cache_limit", "listen", "api", "api_key", "bootstrap", "serve", "swarm_key", "memory",
-    "no_catalogue", "no_mdns", "threads", "epoch", "checkpoint", "log_level",
+    "no_catalogue", "no_mdns", "threads", "epoch", "checkpoint", "exploration", "log_level",
 )  # fmt: skip
 """The names of all options, the same in the file, the environment and (with dashes) on the command line."""
 
@@ -97,6 +98,8 @@ class NodeConfig:
     """The length of an epoch of the consensus; peers with another one agree among themselves only."""
     checkpoints: tuple[bytes, ...] = ()
     """Statements whose branch of a chain is stood by, however many have signed another."""
+    exploration: float = DEFAULT_EXPLORATION
+    """Of the time that jobs take, what trying methods may cost, from 0 to 1."""
     log_level: str = "info"
 
     def __post_init__(self) -> None:
@@ -194,6 +197,7 @@ def load_config(flags: Mapping[str, object], environ: Mapping[str, str] | None =
 
     api_host, api_port = given.get("api", _parse_api) or _parse_api(_Given(DEFAULT_API, "the default"))
     bootstrap = given.get("bootstrap", _parse_bootstrap)
+    exploration = given.get("exploration", _parse_share)
     return NodeConfig(
         data_dir=given.get("data_dir", _parse_path) or default_data_dir(),
         cache_dir=given.get("cache_dir", _parse_path) or default_cache_dir(),
@@ -211,6 +215,7 @@ def load_config(flags: Mapping[str, object], environ: Mapping[str, str] | None =
         threads=given.get("threads", _parse_threads),
         epoch_s=given.get("epoch", _parse_epoch) or EPOCH_S,
         checkpoints=given.get("checkpoint", _parse_checkpoints) or (),
+        exploration=DEFAULT_EXPLORATION if exploration is None else exploration,
         log_level=given.get("log_level", _parse_log_level) or "info",
     )
 
@@ -310,6 +315,13 @@ def _parse_checkpoints(given: _Given) -> tuple[bytes, ...]:
                 f"{given.where}: {text!r} is no statement: expected 64 hexadecimal digits, as `metaswarm status` shows"
             )
     return tuple(bytes.fromhex(text) for text in given.texts())
+
+
+def _parse_share(given: _Given) -> float:
+    text = str(given.value)
+    if not re.fullmatch(r"[0-9]{0,4}\.?[0-9]{0,9}", text) or not re.search("[0-9]", text) or float(text) > 1:
+        raise ConfigError(f"{given.where}: expected a share from 0 to 1 such as 0.1, not {given.value!r}")
+    return float(text)
 
 
 def _parse_log_level(given: _Given) -> str:

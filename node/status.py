@@ -1,11 +1,14 @@
 """The node as its API shows it: the answers of `/swarm/…`, put together from what the rooms know."""
 
 import time
+from collections.abc import Mapping
+from typing import Any
 
 import trio
 
 from node.api.interface import (
     ChainStatus,
+    Explanation,
     Gap,
     HistoryStatus,
     ModelStatus,
@@ -17,11 +20,15 @@ from node.api.interface import (
 from node.consensus.keeper import Keeper
 from node.consensus.service import Consensus
 from node.jobs.coordinator import Coordinator
+from node.jobs.interface import JobRequest
 from node.jobs.span import Span
 from node.jobs.stage import Stages
 from node.jobs.trial import Trial, Trials, TrialSpec
 from node.models.library import Library
 from node.network.interface import Network
+from node.selection.chooser import LearnedChooser
+from node.selection.explanation import explain, selection_status
+from node.selection.learner import Learner
 from node.serving import WEIGHT_SHARE
 from node.storage.database import StorageError
 from node.storage.history import HistoryStore
@@ -48,6 +55,8 @@ class StatusView:
         history: HistoryStore,
         dissemination: Dissemination,
         consensus: Consensus,
+        chooser: LearnedChooser,
+        learner: Learner,
     ) -> None:
         self.api_url = ""
         self.submitter = coordinator
@@ -60,6 +69,8 @@ class StatusView:
         self._history = history
         self._dissemination = dissemination
         self._consensus = consensus
+        self._chooser = chooser
+        self._learner = learner
         self._started_s = time.monotonic()
 
     async def bench(self, spec: TrialSpec) -> Trial:
@@ -91,6 +102,7 @@ class StatusView:
             },
             "history": await self._history_status(),
             "consensus": [self._chain_status(model, keeper) for model, keeper in self._consensus.keepers().items()],
+            "selection": selection_status(self._chooser, self._learner.status),
             "transfers": {
                 "received_bytes": {str(peer): count for peer, count in transfers.received_bytes.items()},
                 "served_bytes": transfers.served_bytes,
@@ -182,6 +194,11 @@ class StatusView:
         """Return the models that somebody serves or that are at hand here."""
         served = self._membership.directory.models()
         return [self._model(model) for model in sorted({*served, *self._library.local_models()})]
+
+    async def explain(self, request: JobRequest, told: Mapping[str, Any]) -> Explanation:
+        """Ask the stages what a job would be served with; see NodeView."""
+        considered = await self.submitter.consider(request, told)
+        return explain(considered, self._chooser, self._learner.status)
 
     def _model(self, model: ModelId) -> ModelStatus:
         spans = [(c.blocks.start, c.blocks.end) for c in self._membership.directory.candidates(model)]

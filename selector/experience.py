@@ -8,15 +8,16 @@ evening, or a machine twice as slow, is nobody's merit or fault.
 import math
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Final
 
 import numpy as np
 
-from selector.dataset import Contexts, Dataset, FloatArray, IntArray, Pairs
+from selector.dataset import Contexts, Dataset, FloatArray, Pairs
 from selector.effects import fit_effects
+from selector.kinds import Viewpoint, kind_of, representative
 from selector.rule import predicted_cost
-from selector.task import BASELINE, MethodError, TaskContext, parse_method
+from selector.task import BASELINE, Method, MethodError, TaskContext, parse_method
 
 MAX_EXPERIENCES: Final = 20_000
 """The newest so many are learned from."""
@@ -27,6 +28,9 @@ MAX_SURPRISE: Final = 2.5
 HALF_LIFE_HOURS: Final = 7 * 24
 MAX_HARDWARE: Final = 8
 """Classes of hardware that are told apart, the most frequent ones."""
+
+FEW: Final = 10.0
+"""Measurements that anybody else is believed, by somebody who has none."""
 
 _SERVED_WORTH: Final = 0.5
 """Of a served job beside a measurement against the baseline, which all that changes from hour to hour has left."""
@@ -58,53 +62,6 @@ class Experience:
     vouched: bool
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Viewpoint:
-    """For whom experiences are weighed: a peer, its class of hardware and its software, at an hour."""
-
-    peer: str
-    hardware: str
-    software: str
-    hour: int
-
-
-def representative(context: TaskContext) -> TaskContext:
-    """Return the context that stands for all that are much like it: predictions are made for it, once, and kept.
-
-    Sizes are rounded to powers of √2, shares to tenths, times to powers of two. What changes from moment to moment and
-    is in no observation is left out.
-    """
-    return replace(
-        context,
-        prompt_tokens=_rounded(context.prompt_tokens, 2),
-        max_tokens=_rounded(context.max_tokens, 2),
-        concurrency=_rounded(context.concurrency, 2),
-        shared_prefix_share=round(context.shared_prefix_share, 1),
-        repetitiveness=round(context.repetitiveness, 1),
-        link_s=0.0 if context.link_s < 1e-4 else 2.0 ** round(math.log2(context.link_s)),
-        queued_rows=0,
-        step_s=0.0,
-        quality="exact",
-    )
-
-
-def kind_of(context: TaskContext) -> str:
-    """Return the name of a kind of task, in which the same method is taken to be best: what is adopted holds for it.
-
-    Sizes count by factors of four, shares by thirds, links by factors of eight.
-    """
-    sizes = (_rounded(size, 0.5) for size in (context.prompt_tokens, context.max_tokens, context.concurrency))
-    shares = (min(2, int(3 * share)) for share in (context.shared_prefix_share, context.repetitiveness))
-    link = 0 if context.link_s < 1e-3 else 1 + int(math.log(context.link_s / 1e-3, 8))
-    model = (context.architecture, context.block_count, context.hidden_size, context.weight_bytes)
-    parts = (*model, *sizes, *shares, link, context.stage_count, context.hardware, context.objective)
-    return "/".join(map(str, parts))
-
-
-def _rounded(count: int, steps_per_octave: float) -> int:
-    return int(0.5 + 2.0 ** (round(math.log2(max(1, count)) * steps_per_octave) / steps_per_octave))
-
-
 @dataclass(frozen=True, slots=True)
 class ContextColumns:
     """Which features contexts are described by; `hardware`: the classes that have an indicator."""
@@ -122,6 +79,7 @@ class ContextColumns:
         names = {
             "model": np.array([context.architecture for context in contexts], dtype=np.str_),
             "hardware": np.array([context.hardware for context in contexts], dtype=np.str_),
+            "task": np.array([kind_of(context) for context in contexts], dtype=np.str_),
             "budget": np.array([context.objective for context in contexts], dtype=np.str_),
         }
         rows = [_features(context) for context in contexts]
@@ -160,12 +118,14 @@ def _features(context: TaskContext) -> dict[str, float]:
 class Lesson:
     """What there is to learn: a dataset whose cost is the surprise over the rule, and how the contexts are described.
 
-    `support`: of each method, the weight of all that was measured of it.
+    `support`: of each method, the weight of all that was measured of it; `weight`: of everything, in measurements of
+    one's own.
     """
 
     dataset: Dataset
     columns: ContextColumns
     support: Mapping[str, float]
+    weight: float
 
 
 def lesson_of(experiences: Sequence[Experience], viewpoint: Viewpoint) -> Lesson | None:
@@ -176,27 +136,23 @@ def lesson_of(experiences: Sequence[Experience], viewpoint: Viewpoint) -> Lesson
     newest = sorted(experiences, key=lambda each: each.hour)[-MAX_EXPERIENCES:]
     weights = _weights(newest, viewpoint)
     rows: list[_Row] = []
-    for each, weight in zip(newest, weights, strict=True):
-        rows += _rows_of(each, weight)
+    for number, (each, weight) in enumerate(zip(newest, weights, strict=True)):
+        rows += _rows_of(each, number, weight)
     if len({row.method for row in rows}) < 2:
         return None
-    surprise = _less_common_level(rows)
-    contexts: dict[tuple[object, ...], int] = {}
-    described: list[TaskContext] = []
-    context = np.empty(len(rows), dtype=np.intp)
-    for i, row in enumerate(rows):
-        if row.place not in contexts:
-            contexts[row.place] = len(described)
-            described.append(row.context)
-        context[i] = contexts[row.place]
-    columns = ContextColumns.of(described)
     methods = sorted({row.method for row in rows})
-    method = np.array([methods.index(row.method) for row in rows], dtype=np.intp)
+    described = [row.context for row in rows if row.opens]
+    columns = ContextColumns.of(described)
+    pairs = Pairs(
+        columns.table(described),
+        tuple(methods),
+        np.cumsum([row.opens for row in rows]) - 1,
+        np.array([methods.index(row.method) for row in rows], dtype=np.intp),
+    )
     worth = np.array([row.weight for row in rows])
-    pairs, cost, merged = _merged(columns.table(described), tuple(methods), context, method, surprise, worth)
-    support = np.bincount(pairs.method, weights=merged, minlength=len(methods))
-    dataset = Dataset(pairs, cost, merged, name="history")
-    return Lesson(dataset, columns, dict(zip(methods, support.tolist(), strict=True)))
+    support = np.bincount(pairs.method, weights=worth, minlength=len(methods))
+    dataset = Dataset(pairs, _less_common_level(rows), worth, name="history")
+    return Lesson(dataset, columns, dict(zip(methods, support.tolist(), strict=True)), sum(weights))
 
 
 @dataclass(frozen=True, slots=True)
@@ -205,36 +161,37 @@ class _Row:
     method: str
     surprise: float
     weight: float
-    place: tuple[object, ...]
-    """What is measured in the same place is compared with one another."""
     level: tuple[str, int]
     """What is measured on one route within one hour has a level in common."""
+    opens: bool
+    """Whether it is the first row of its experience: what is of one experience is compared with one another."""
 
 
-def _rows_of(each: Experience, weight: float) -> list[_Row]:
-    """Return an experience as rows: one against the baseline tells of the baseline, too."""
+def _rows_of(each: Experience, number: int, weight: float) -> list[_Row]:
+    """Return an experience as rows: one against the baseline tells of the baseline, too, and has a level of its own."""
     try:
         method = parse_method(each.method)
     except MethodError:
         return []
     context = representative(each.context)
-    level = (each.route, each.hour)
+    level = (each.route, each.hour) if each.log_ratio is None else (f"experience {number}", each.hour)
 
-    def row(name: str, log_cost: float, expected: float, place: tuple[object, ...]) -> _Row:
-        return _Row(context, name, log_cost - expected, weight, place, level)
+    def row(of: Method, log_cost: float, *, opens: bool) -> _Row:
+        return _Row(context, of.name, log_cost - predicted_cost(context, of), weight, level, opens)
 
+    rows = [row(method, each.log_cost, opens=True)]
     if each.log_ratio is None:
-        place: tuple[object, ...] = (context, each.route)
-        return [row(method.name, each.log_cost, predicted_cost(context, method), place)]
-    place = (context, *level, each.observer)
-    return [
-        row(method.name, each.log_cost, predicted_cost(context, method), place),
-        row(BASELINE.name, each.log_cost - each.log_ratio, predicted_cost(context, BASELINE), place),
-    ]
+        return rows
+    if method.name == BASELINE.name:
+        return []  # compared with itself
+    return [*rows, row(BASELINE, each.log_cost - each.log_ratio, opens=False)]
 
 
 def _weights(experiences: Sequence[Experience], viewpoint: Viewpoint) -> list[float]:
-    """Return what each experience is worth; nobody else's are worth more in all than one's own, or than is usual."""
+    """Return what each experience is worth.
+
+    Nobody else's are worth more in all than half of one's own, or than a few where those are few.
+    """
     weights: list[float] = []
     of_observer: defaultdict[str, float] = defaultdict(float)
     for each in experiences:
@@ -248,10 +205,7 @@ def _weights(experiences: Sequence[Experience], viewpoint: Viewpoint) -> list[fl
             weight *= _OTHER_SOFTWARE_WORTH
         weights.append(weight)
         of_observer[each.observer] += weight
-    if not of_observer:
-        return weights
-    usual = sorted(of_observer.values())[(len(of_observer) - 1) // 2]
-    limit = max(usual, of_observer[viewpoint.peer])
+    limit = max(FEW, of_observer[viewpoint.peer] / 2)
     return [
         weight * min(1.0, limit / of_observer[each.observer]) if each.observer != viewpoint.peer else weight
         for each, weight in zip(experiences, weights, strict=True)
@@ -269,18 +223,3 @@ def _less_common_level(rows: Sequence[_Row]) -> FloatArray:
     surprise = np.array([row.surprise for row in rows])
     effects = fit_effects(pairs, surprise, np.array([row.weight for row in rows]))
     return np.clip(surprise - effects.of_context[level], -MAX_SURPRISE, MAX_SURPRISE)
-
-
-def _merged(
-    contexts: Contexts,
-    methods: tuple[str, ...],
-    context: IntArray,
-    method: IntArray,
-    cost: FloatArray,
-    weight: FloatArray,
-) -> tuple[Pairs, FloatArray, FloatArray]:
-    """Return one row for each pair that was measured: its weighted mean, and all its weight."""
-    keys, inverse = np.unique(context * len(methods) + method, return_inverse=True)
-    sums: FloatArray = np.asarray(np.bincount(inverse, weights=weight), dtype=np.float64)
-    means = np.bincount(inverse, weights=weight * cost) / np.maximum(sums, 1e-300)
-    return Pairs(contexts, methods, keys // len(methods), keys % len(methods)), means, sums

@@ -1,46 +1,25 @@
 """What each method is expected to cost, and how sure that is: by the rule at first, by the history more and more."""
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
 import numpy as np
 
 from selector.dataset import FloatArray, Pairs
-from selector.experience import ContextColumns, Experience, Viewpoint, lesson_of, representative
+from selector.expectation import MIN_EXPERIENCES, RULE_DEVIATION, Expectation, Table
+from selector.experience import ContextColumns, Experience, lesson_of
+from selector.kinds import Viewpoint, representative
 from selector.metamodel import MetaModel
 from selector.rule import predicted_cost
 from selector.task import PORTFOLIO, Method, TaskContext
-
-RULE_DEVIATION: Final = 0.4
-"""Standard deviation that the rule is expected to be off by, about a factor of 1.5 either way."""
 
 UNSEEN_DEVIATION: Final = 0.3
 """What is added for a method that was never measured."""
 
 HALF_TRUST: Final = 20.0
 """The weight of measurements with which rule and model have the same say."""
-
-MIN_EXPERIENCES: Final = 5
-"""With fewer there is no model."""
-
-
-@dataclass(frozen=True, slots=True)
-class Expectation:
-    """What a method is expected to cost: natural logarithm of seconds, and the standard deviation of a comparison."""
-
-    log_cost: float
-    deviation: float
-
-
-Table = Mapping[str, Expectation]
-"""Expectations by the methods' names."""
-
-
-def rule_table(context: TaskContext, methods: Iterable[Method]) -> Table:
-    """Return what the rule expects."""
-    return {each.name: Expectation(predicted_cost(context, each), RULE_DEVIATION) for each in methods}
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -92,6 +71,6 @@ def train(experiences: Sequence[Experience], viewpoint: Viewpoint) -> Predictor 
         return None
     # Trees weigh rows against their settings for single rows: on average a row counts as one.
     weight = lesson.dataset.weight
-    model = MetaModel(max_rows=2 * len(experiences), max_leaves=100_000, tree_count=60)
+    model = MetaModel("task", max_rows=2 * len(experiences), max_leaves=100_000, tree_count=60)
     model.fit(lesson.dataset.pairs, lesson.dataset.cost, weight * (len(weight) / max(weight.sum(), 1e-300)))
-    return Predictor(model, lesson.columns, lesson.support, len(experiences), float(weight.sum()))
+    return Predictor(model, lesson.columns, lesson.support, len(experiences), lesson.weight)

@@ -16,6 +16,8 @@ from node.api.errors import ApiError
 from node.api.guard import Guard
 from node.api.interface import ModelStatus, NodeView
 from node.api.requests import parse_chat_request, parse_completion_request
+from node.api.tasks import parse_task
+from node.jobs.interface import JobError
 
 
 def make_app(node: NodeView, api_key: str | None) -> ASGIApp:
@@ -50,6 +52,9 @@ def make_app(node: NodeView, api_key: str | None) -> ASGIApp:
     async def swarm_models(_: Request) -> JSONResponse:
         return JSONResponse({"models": node.models()})
 
+    async def explain(request: Request) -> JSONResponse:
+        return JSONResponse(await node.explain(*parse_task(request.query_params)))
+
     chat_completions = CompletionEndpoint(node.submitter, parse_chat_request)
     completions = CompletionEndpoint(node.submitter, parse_completion_request)
     routes = [
@@ -62,8 +67,14 @@ def make_app(node: NodeView, api_key: str | None) -> ASGIApp:
         Route("/swarm/peers", peers, methods=["GET"]),
         Route("/swarm/models", swarm_models, methods=["GET"]),
         Route("/swarm/bench", BenchEndpoint(node.bench), methods=["POST"]),
+        Route("/swarm/explain", explain, methods=["GET"]),
     ]
-    handlers: dict[Any, Any] = {ApiError: _on_api_error, HTTPException: _on_http_exception, Exception: _on_defect}
+    handlers: dict[Any, Any] = {
+        ApiError: _on_api_error,
+        JobError: _on_job_error,
+        HTTPException: _on_http_exception,
+        Exception: _on_defect,
+    }
     return Guard(Starlette(routes=routes, exception_handlers=handlers), api_key)
 
 
@@ -78,6 +89,10 @@ def _openai_model(model: ModelStatus, created_s: int) -> dict[str, Any]:
 
 async def _on_api_error(_: Request, error: ApiError) -> JSONResponse:
     return error.response()
+
+
+async def _on_job_error(_: Request, error: JobError) -> JSONResponse:
+    return ApiError.from_job_error(error).response()
 
 
 async def _on_http_exception(request: Request, error: HTTPException) -> JSONResponse:

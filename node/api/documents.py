@@ -1,6 +1,6 @@
 """What a job's answer looks like in the OpenAI API: whole, or chunk by chunk. Values in, JSON documents out."""
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from node.jobs.interface import JobResult, JobStarted
@@ -36,6 +36,7 @@ def describe_job(result: JobResult) -> dict[str, Any]:
             "tpot_s": result.timing.tpot_s,
             "total_s": result.timing.total_s,
         },
+        "selection": None if result.selection is None else asdict(result.selection),
         "replays": result.replays,
         "token_ids": list(result.token_ids),
     }

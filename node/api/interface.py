@@ -3,9 +3,10 @@
 The typed dictionaries are the documents themselves: the node fills them, the command line reads them.
 """
 
-from typing import Literal, Protocol, TypedDict
+from collections.abc import Mapping
+from typing import Any, Literal, Protocol, TypedDict
 
-from node.jobs.interface import Submitter
+from node.jobs.interface import JobRequest, Submitter
 from node.jobs.trial import Trial, TrialSpec
 
 
@@ -108,6 +109,81 @@ class Gap(TypedDict):
     """What that node is to be told with --serve."""
 
 
+class SelectionStatus(TypedDict):
+    """How this node learns which method to use, and what that has cost since it started."""
+
+    basis: Literal["rule", "model"]
+    """What choices and votes go by."""
+    model_version: int
+    """Of the trained model, counted since the start; 0 before the first."""
+    experiences: int
+    """Observations that it was trained on."""
+    training_s: float | None
+    trained_ago_s: float | None
+    jobs: int
+    """Whose method was left to us."""
+    explored_jobs: int
+    """Of those, that were tried on a method that might turn out better."""
+    regret_s: float
+    """What these were expected to take longer for that."""
+    trials: int
+    trial_s: float
+    """What trials took."""
+    budget_left_s: float
+    """What may still be spent on both."""
+
+
+class ExplainedMethod(TypedDict):
+    """What is expected of a method, and what the stages say of it."""
+
+    name: str
+    predicted_s: float
+    predicted_speedup: float
+    """Over the baseline."""
+    speedup_low: float
+    speedup_high: float
+    """The speed-up is expected between these in two of three cases."""
+    votes: dict[str, float]
+    """By peer: natural logarithm of the expected cost, less is better; nothing of who does not offer the method."""
+    accepted: bool
+    trial_speedup: float | None
+    """Over the baseline, in trials of this node for tasks of this kind; None where it was not tried."""
+
+
+class PastDecision(TypedDict):
+    """A choice that was made. `regret_s`: what the method was expected to take more than the best one."""
+
+    job_id: str
+    method: str
+    basis: str
+    explored: bool
+    predicted_s: float
+    actual_s: float
+    regret_s: float
+
+
+class PastDecisions(TypedDict):
+    """How choices turned out. `typical_error`: median of the factor between prediction and what it took, less 1."""
+
+    jobs: int
+    typical_error: float | None
+    mean_regret_s: float
+    recent: list[PastDecision]
+
+
+class Explanation(TypedDict):
+    """What a task would be served with, and why."""
+
+    model: str
+    task: dict[str, str | float]
+    route: list[dict[str, Any]]
+    selection: SelectionStatus
+    methods: list[ExplainedMethod]
+    """The admitted ones, the most promising first."""
+    agreed: str
+    past: PastDecisions
+
+
 class NodeStatus(TypedDict):
     """What this node is and does."""
 
@@ -126,6 +202,7 @@ class NodeStatus(TypedDict):
     """None where the database cannot be read."""
     consensus: list[ChainStatus]
     """Of each model whose chain this node follows."""
+    selection: SelectionStatus
     transfers: Transfers
     uncovered: list[Gap]
 
@@ -173,7 +250,7 @@ class ModelStatus(TypedDict):
 
 
 class NodeView(Protocol):
-    """The node as the HTTP API sees it. Every method answers from what the node knows, without asking other peers."""
+    """The node as the HTTP API sees it. All but `explain` answer from what the node knows."""
 
     @property
     def submitter(self) -> Submitter:
@@ -194,4 +271,8 @@ class NodeView(Protocol):
 
     def models(self) -> list[ModelStatus]:
         """Return the known models."""
+        ...
+
+    async def explain(self, request: JobRequest, told: Mapping[str, Any]) -> Explanation:
+        """Ask the stages what a job would be served with; `told`: what of its task is as told. Raises JobError."""
         ...

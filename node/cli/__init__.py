@@ -17,6 +17,7 @@ VERBS: Final[Mapping[str, tuple[str, str]]] = {
     "status": ("node.cli.swarm:status", "Show what a node is and does."),
     "peers": ("node.cli.swarm:peers", "Show who is in the swarm and what they hold."),
     "models": ("node.cli.swarm:models", "Show which models are complete, block by block."),
+    "explain": ("node.cli.explain:explain", "Show what a task would be served with, and why."),
     "model": ("node.cli.models:model", "Import, list, show, verify and remove model packages."),
     "bench": ("node.cli.bench:bench", "Measure the methods over a grid of workloads, and add that to the history."),
     "history": ("node.cli.history:history_group", "Export, import and verify the history of observations."),

@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,7 +12,7 @@ from urllib.parse import urlsplit
 import click
 import httpx
 
-from node.api.interface import ModelStatus, NodeStatus, PeerStatus
+from node.api.interface import Explanation, ModelStatus, NodeStatus, PeerStatus
 from node.cli.output import CommandError
 from node.config import DEFAULT_API, ENVIRONMENT_PREFIX, NodeReady, default_data_dir, is_loopback, is_unspecified
 
@@ -102,6 +102,7 @@ class Completion:
             "route": [{key: stage[key] for key in ("peer", "start", "end")} for stage in job["route"]],
             "method": job["method"],
             "consensus": job["consensus"],
+            "selection": job["selection"],
             "replays": job["replays"],
         }
 
@@ -136,6 +137,11 @@ class ApiClient:
         models: list[ModelStatus] = (await self._get("/swarm/models"))["models"]
         return models
 
+    async def explain(self, task: Mapping[str, str | int | float]) -> Explanation:
+        """Return what a task would be served with, and why."""
+        explanation: Explanation = await self._get("/swarm/explain", task)
+        return explanation
+
     async def complete(self, body: dict[str, Any], show: Callable[[str], None]) -> Completion:
         """Submit a job, a chat if the body has messages; call `show` with its text as it comes."""
         path = "/v1/chat/completions" if "messages" in body else "/v1/completions"
@@ -164,9 +170,9 @@ class ApiClient:
             document: dict[str, Any] = response.json()
             return document
 
-    async def _get(self, path: str) -> Any:
+    async def _get(self, path: str, query: Mapping[str, str | int | float] | None = None) -> Any:
         with _faults(self.url):
-            response = await self._http.get(path)
+            response = await self._http.get(path, params=query)
             await _raise_for_error(response, self.url)
             return response.json()
 

@@ -62,6 +62,9 @@ if TYPE_CHECKING:
     multiple=True,
     help="Stand by the branch with this statement, as `metaswarm status` shows it, whoever signed another.",
 )
+@click.option(
+    "--exploration", metavar="SHARE", help="Part of the jobs' time that trying methods may cost, 0 to 1 [default: 0.1]."
+)
 @click.option("--log-level", metavar="LEVEL", help="debug, info (the default), warning or error.")
 @json_option
 def node(as_json: bool, **flags: Any) -> None:

@@ -28,6 +28,11 @@ DEFAULT_PROMPT: Final = "What is the capital of France, and what is it known for
 COMPLETE_TIMEOUT_S: Final = 60.0
 """How long the swarm may take, once its peers are ready, to know that the model is complete."""
 POLL_INTERVAL_S: Final = 0.1
+BUILD_TIMEOUT_S: Final = 60.0
+"""How long the demo waits for faster variants of the engine, which peers build in the background."""
+AGAIN: Final = 2
+AGAIN_TOKENS: Final = 24
+"""How often the job is run again by the baseline and by the method, and how many tokens then."""
 
 
 @click.command()
@@ -40,7 +45,8 @@ def demo(nodes: int, prompt: str, max_tokens: int, keep: bool, as_json: bool) ->
     """Start a small swarm on this machine and let it answer a question.
 
     Imports the demo model if it is not there yet, starts N peers that hold an equal share of its blocks each, submits
-    the prompt to one of them, streams the text, and shows which way it went and how long it took.
+    the prompt to one of them, streams the text, and shows which way it went, how long it took, which method the peers
+    voted for, and how much faster that was expected to be, and is, than the baseline.
     """
     import trio
 
@@ -73,6 +79,7 @@ async def _run(swarm: tuple[str, int, int, Path], *, prompt: str, max_tokens: in
         progress = bars.enter_context(progress_bars())
         async with local_swarm(*swarm, progress) as peers, open_client(peers[0].ready.api_url) as client:
             await _wait_until_complete(client, model, block_count, progress)
+            await _wait_until_fast(client, model, progress)
             bars.close()
             start_s = trio.current_time() - began_s
             body = {
@@ -84,7 +91,8 @@ async def _run(swarm: tuple[str, int, int, Path], *, prompt: str, max_tokens: in
             if not as_json:
                 click.secho(f"> {prompt}", bold=True)
             completion = await client.complete(body, _say_nothing if as_json else _show_text)
-            report = make_report(completion, peers, start_s)
+            speedup = await _measure_speedup(client, body, completion)
+            report = make_report(completion, peers, start_s) | {"speedup": speedup}
             if as_json:
                 print_json(report)
             else:
@@ -107,6 +115,44 @@ async def _wait_until_complete(client: "ApiClient", model: str, block_count: int
                         return
             await trio.sleep(POLL_INTERVAL_S)
     raise CommandError(f"the peers did not find each other's blocks within {COMPLETE_TIMEOUT_S:.0f} seconds")
+
+
+async def _wait_until_fast(client: "ApiClient", model: str, progress: ProgressCallback) -> None:
+    """Wait a bounded time until a method better than the baseline is built on all peers, as the swarm would choose."""
+    import trio
+
+    from selector.task import BASELINE
+
+    progress("build faster variants", 0, 1)
+    with trio.move_on_after(BUILD_TIMEOUT_S):
+        while True:
+            if (await client.explain({"model": model}))["agreed"] != BASELINE.name:
+                break
+            await trio.sleep(1.0)
+    progress("build faster variants", 1, 1)
+
+
+async def _measure_speedup(
+    client: "ApiClient", body: dict[str, Any], completion: "Completion"
+) -> dict[str, float | None]:
+    """Run the job again, shorter, by the baseline and by the method that was chosen, in turn; compare them."""
+    import math
+
+    from selector.task import BASELINE
+
+    selection = completion.metaswarm["selection"]
+    chosen = completion.metaswarm["method"]["name"]
+    predicted = selection["predicted_speedup"] if selection else None
+    if chosen == BASELINE.name:
+        return {"predicted": predicted, "actual": 1.0}
+    short = body | {"max_tokens": min(AGAIN_TOKENS, body["max_tokens"])}
+    took_s: dict[str, list[float]] = {BASELINE.name: [], chosen: []}
+    for _ in range(AGAIN):
+        for name, of in took_s.items():
+            again = await client.complete(short | {"metaswarm": {"method": name, "ignore_eos": True}}, _say_nothing)
+            of.append(again.metaswarm["timing"]["total_s"])
+    ratios = [plain / fast for plain, fast in zip(took_s[BASELINE.name], took_s[chosen], strict=True)]
+    return {"predicted": predicted, "actual": math.exp(sum(map(math.log, ratios)) / len(ratios))}
 
 
 def _show_text(text: str) -> None:
@@ -153,6 +199,11 @@ def _print_report(report: dict[str, Any]) -> None:
         f"{format_duration(timing['tpot_s'])}, {format_duration(timing['total_s'])} in all",
         "start-up": f"{format_duration(report['start_s'])} until every block was served",
     }
+    speedup = report["speedup"]
+    if speedup["predicted"] is not None:
+        facts["speed-up"] = (
+            f"{speedup['predicted']:.2f}x predicted over the baseline, {speedup['actual']:.2f}x when both ran in turn"
+        )
     for name, value in facts.items():
         click.echo(f"{name:<9} {printable(value)}")
 

@@ -158,9 +158,9 @@ async def _submit(
         default_model = ""
         for wanted in {job["model"] for job in jobs}:
             if wanted is None:
-                default_model = await _choose_model(client, None, DISCOVERY_TIMEOUT_S if is_new else 0.0)
+                default_model = await choose_model(client, None, DISCOVERY_TIMEOUT_S if is_new else 0.0)
             elif is_new:
-                await _choose_model(client, wanted, DISCOVERY_TIMEOUT_S)
+                await choose_model(client, wanted, DISCOVERY_TIMEOUT_S)
         await run(client, jobs, default_model)
 
 
@@ -184,7 +184,7 @@ async def _find_node(api: str | None, bootstrap: Sequence[str]) -> AsyncIterator
         yield own_url, True
 
 
-async def _choose_model(client: "ApiClient", wanted: str | None, timeout_s: float) -> str:
+async def choose_model(client: "ApiClient", wanted: str | None, timeout_s: float = 0.0) -> str:
     """Return the model to use; wait for a peer that has only just joined to hear of it."""
     import trio
 

@@ -21,7 +21,15 @@ from node.cli.output import (
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-    from node.api.interface import ChainStatus, Gap, HistoryStatus, ModelStatus, NodeStatus, PeerStatus
+    from node.api.interface import (
+        ChainStatus,
+        Gap,
+        HistoryStatus,
+        ModelStatus,
+        NodeStatus,
+        PeerStatus,
+        SelectionStatus,
+    )
     from node.cli.client import ApiClient
 
 WATCH_INTERVAL_S: Final = 2.0
@@ -124,6 +132,7 @@ def render_status(status: "NodeStatus") -> "RenderableType":
         "jobs": ", ".join(f"{count} {kind}" for kind, count in jobs.items()),
         "history": _describe_history(status["history"]),
         "agreed": "\n          ".join(map(_describe_chain, status["consensus"])) or "nothing",
+        "methods": _describe_selection(status["selection"]),
         "received": ", ".join(f"{format_bytes(count)} from {peer}" for peer, count in received.items()) or "nothing",
         "sent": format_bytes(status["transfers"]["served_bytes"]),
     }
@@ -177,6 +186,14 @@ def _describe_chain(chain: "ChainStatus") -> str:
     return (
         f"{name}: epoch {chain['epoch']}, table {chain['table_digest'][:12]} with {chain['firm_cells']} of "
         f"{chain['cells']} cells firm, {chain['members']} members, {weight}"
+    )
+
+
+def _describe_selection(selection: "SelectionStatus") -> str:
+    basis = f"by a model of {selection['experiences']} observations" if selection["experiences"] else "by rule"
+    return (
+        f"chosen {basis}; {selection['trials']} trials took {format_duration(selection['trial_s'])}, "
+        f"{selection['explored_jobs']} of {selection['jobs']} jobs tried something"
     )
 
 

@@ -80,9 +80,9 @@ def fake_span_info(
 class FakeEngine:
     """A span of an imaginary model, in this process, on trio's clock.
 
-    A step through the whole span takes `step_s` plus `row_s` for each of its rows: virtual seconds under a MockClock.
-    What its blocks know lies in pages, as the keys and values of a real one do, so that a page given out twice changes
-    tokens, too.
+    A step through the whole span takes `step_s` plus `row_s` for each of its rows, times what `slowness` says of the
+    variant: virtual seconds under a MockClock. What its blocks know lies in pages, as the keys and values of a real one
+    do, so that a page given out twice changes tokens, too.
     """
 
     def __init__(
@@ -92,8 +92,10 @@ class FakeEngine:
         step_s: float = 0.0,
         row_s: float = 0.0,
         variants: Iterable[Variant] = FAKE_VARIANTS,
+        slowness: Mapping[Variant, float] | None = None,
     ) -> None:
         self._info = info
+        self._slowness = slowness or {}
         self._step_s = step_s
         self._row_s = row_s
         self._variants = set(variants)
@@ -148,6 +150,7 @@ class FakeEngine:
         self._raise_if_crashed()
         async with self._turn:
             compute_s = self._step_s * self._share_run(slices) + self._row_s * sum(rows.tensor.rows for rows in slices)
+            compute_s *= max((self._slowness_of(rows.session) for rows in slices), default=1.0)
             with trio.move_on_after(compute_s):
                 await self._crashed.wait()
             self._raise_if_crashed()
@@ -196,6 +199,10 @@ class FakeEngine:
         self._crashed.set()
         self._pages = KvPages(self._info)
         self._sessions.clear()
+
+    def _slowness_of(self, session: SessionId) -> float:
+        found = self._sessions.get(session)
+        return self._slowness.get(found.variant, 1.0) if found else 1.0
 
     def _raise_if_crashed(self) -> None:
         if self._crashed.is_set():
@@ -246,6 +253,7 @@ class _Session:
         self._memory = memory
         self._pages = placement.pages
         self.activations = options.activations
+        self.variant = options.variant
         self.positions = placement.positions
         self.length = placement.cached
         """Positions that are remembered."""

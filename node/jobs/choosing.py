@@ -55,6 +55,7 @@ class Question:
     `may_explore`: whether the job bears a method that is only perhaps a good one; one with a budget does not.
     """
 
+    model: ModelId
     context: TaskContext
     admitted: Sequence[Method]
     is_free: bool = True

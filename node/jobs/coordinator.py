@@ -7,10 +7,10 @@ greedy decoding is deterministic and sampling is keyed by position, the text goe
 import random
 import secrets
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Mapping, Sequence
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass, field, replace
-from typing import Protocol
+from typing import Any, Protocol
 
 import structlog
 import trio
@@ -53,7 +53,7 @@ from node.jobs.switchboard import Switchboard
 from node.models.errors import ModelError
 from node.models.library import KnownModel
 from node.models.tokenizer import StopFinder, StreamDecoder
-from protocol.identity import JobId, ModelId, PeerId
+from protocol.identity import BlockRange, JobId, ModelId, PeerId
 from protocol.measurements import StageObservation
 from protocol.messages import Closed, FinishReason, Opened, RefusalReason, Sampling
 from selector.routing import Demand, Links, NoRouteError
@@ -95,6 +95,18 @@ class CoordinatorStatistics:
     cancelled: int = 0
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Considered:
+    """What a job would be served with: the task as described, the route, its votes, and what they come to."""
+
+    model: ModelId
+    context: TaskContext
+    route: tuple[tuple[PeerId, BlockRange], ...]
+    votes: tuple[Vote, ...]
+    agreed: str
+    choice: Choice
+
+
 @dataclass(slots=True)
 class _Job:
     """A job under way."""
@@ -113,6 +125,8 @@ class _Job:
     context: TaskContext = field(default_factory=TaskContext)
     """As described for the first route that opened; and what was chosen from for it."""
     choice: Choice | None = None
+    told: Mapping[str, Any] = field(default_factory=dict)
+    """Of the context, what is taken as told and not as it is."""
     method: Method | None = None
     """What the votes came to; kept on every later route that can."""
     cached_tokens: int = 0
@@ -222,6 +236,45 @@ class Coordinator:
                 await job.route.close()
             self._count(running=-1, **{outcome: 1})
 
+    async def consider(self, request: JobRequest, told: Mapping[str, Any]) -> Considered:
+        """Ask what a job would be served with now: the stages vote, and nothing is computed.
+
+        `told`: fields of the task's context that are to be as told. Raises JobError.
+        """
+        job = await self._prepare(request)
+        job.told = told
+        try:
+            stops = await self._planner.route(job.need(), ())
+        except NoRouteError as error:
+            raise _no_route(job, error) from None
+        route = OpenRoute(stops, self._switchboard, await self._opening(job, stops))
+        try:
+            with trio.fail_after(STALL_LIMIT_S):
+                await route.open()
+                method, ballots = route.agree()
+        except RouteRejected as rejected:
+            job.avoided.update({rejection.peer: rejection for rejection in rejected.rejections})
+            raise _no_route(job, NoRouteError(())) from None
+        except trio.TooSlowError:
+            raise JobError(JobErrorCode.FAILED, f"the stages did not vote within {STALL_LIMIT_S:.0f} s") from None
+        finally:
+            await route.close()
+        if job.choice is None:
+            raise AssertionError("a route is opened with a choice")
+        names = tuple(route.opening.methods)
+        votes = tuple(
+            Vote(peer=ballot.peer, scores={n: s for n, s in zip(names, ballot.scores, strict=True) if s is not None})
+            for ballot in ballots[:-1]
+        )
+        return Considered(
+            model=job.model.id,
+            context=job.context,
+            route=tuple((stop.peer, stop.blocks) for stop in stops),
+            votes=votes,
+            agreed=method.name,
+            choice=job.choice,
+        )
+
     def _count(self, **changes: int) -> None:
         for name, change in changes.items():
             setattr(self._statistics, name, getattr(self._statistics, name) + change)
@@ -290,10 +343,12 @@ class Coordinator:
             hardware=[self._hardware(stop.peer) for stop in stops],
             link_s=self._planner.round_s(stops),
         )
+        context = replace(context, **job.told)
         # A text goes on as it began: arithmetic is fixed for a job, also on the stages that replace lost ones.
         begun = job.method is not None and job.method in job.admitted
         choice = await self._chooser.choose(
             Question(
+                model=job.model.id,
                 context=context,
                 admitted=[job.method] if job.method is not None and begun else job.admitted,
                 is_free=job.request.method == AUTO and not begun,

@@ -118,6 +118,11 @@ def software_versions() -> Mapping[str, str]:
     return found
 
 
+def software_name(software: Mapping[str, str]) -> str:
+    """Return one name for the versions that decide the speed."""
+    return ",".join(f"{name}={version}" for name, version in sorted(software.items()) if name != "python")
+
+
 def _without_false_countersignature(
     stage: StageObservation, observer: PeerId, job: JobId, model: ModelFacts, method: str
 ) -> StageObservation:

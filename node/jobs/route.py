@@ -150,8 +150,7 @@ class OpenRoute:
         Every stage is told before this returns, so that no rows overtake it. Raises RouteRejected where no method is
         ready on all stages, RouteLost where a stage is gone.
         """
-        ballots = self._ballots()
-        method = self._agreed(ballots)
+        method, ballots = self.agree()
         if method.prefix_cache:
             cached = [answer.cached.get(method.lineage, 0) for answer in self.answers if answer is not None]
             self.start = min(*cached, len(tokens) - 1)
@@ -178,10 +177,12 @@ class OpenRoute:
             for peer, scores in zip(peers, [*votes, self.opening.ballot(votes)], strict=True)
         )
 
-    def _agreed(self, ballots: Sequence[Ballot]) -> Method:
+    def agree(self) -> tuple[Method, tuple[Ballot, ...]]:
+        """Return what the votes come to, and the ballots. Raises RouteRejected where no method is ready everywhere."""
+        ballots = self._ballots()
         name = tally(tuple(self.opening.methods), [ballot.scores for ballot in ballots])
         if name is not None:
-            return self.opening.methods[name]
+            return self.opening.methods[name], ballots
         why = "the peers of this route have no method in common that is ready and that the job admits"
         raise RouteRejected([Rejection(stop.peer, RefusalReason.NOT_READY, why) for stop in self.stops[-1:]])
 

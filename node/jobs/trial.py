@@ -135,6 +135,14 @@ class Run:
         return replayed or len({tuple(stage.peer for stage in job.result.route) for job in self.jobs}) > 1
 
 
+@dataclass(frozen=True, slots=True)
+class _Source:
+    """What prompts are made of: the sample text's token ids, and the prefix where all runs have the same."""
+
+    text: Sequence[int]
+    common: Sequence[int] | None
+
+
 class Trials:
     """Runs trials at a node, one at a time, by jobs of its coordinator."""
 
@@ -160,17 +168,20 @@ class Trials:
                     f"fit into the {model.max_positions} of the model's context",
                 )
             text = await trio.to_thread.run_sync(model.tokenizer.encode, sample_text())
+            # One job at a time has its prefix in common with those before it; the warm-up computes it.
+            alone = spec.workload.concurrency == 1
+            source = _Source(text, _piece(text, shared_tokens(spec.workload), rng) if alone else None)
             methods = {method.name: method for method in (BASELINE, *spec.methods)}
             errors: dict[str, str] = {}
             for method in methods.values():
                 try:
-                    await self._warm_up(spec, method, text, rng)
+                    await self._warm_up(spec, method, source, rng)
                 except JobError as error:
                     if method == BASELINE:
                         raise
                     errors[method.name] = error.message
             able = [method for name, method in methods.items() if name not in errors]
-            rounds = await self._rounds(spec, able, text, rng)
+            rounds = await self._rounds(spec, able, source, rng)
             observations = await self._record(spec, rounds, keep or self._recorder.publish)
 
             def tried(method: Method) -> MethodTrial:
@@ -182,7 +193,7 @@ class Trials:
             return Trial(baseline=tried(BASELINE), methods=others, observations=observations)
 
     async def _rounds(
-        self, spec: TrialSpec, methods: Sequence[Method], text: Sequence[int], rng: random.Random
+        self, spec: TrialSpec, methods: Sequence[Method], source: "_Source", rng: random.Random
     ) -> list[dict[str, Run]]:
         """Return for every round the run of each method, all of them over the same stages."""
         rounds: list[dict[str, Run]] = []
@@ -190,7 +201,7 @@ class Trials:
         while len(rounds) < spec.rounds:
             runs: dict[str, Run] = {}
             for method in rng.sample(methods, len(methods)):
-                runs[method.name] = await self._run(spec, spec.workload, method, text, rng)
+                runs[method.name] = await self._run(spec, spec.workload, method, source, rng)
             routes = {run.route for run in (*runs.values(), *(rounds[0].values() if rounds else ()))}
             if len(routes) == 1 and not any(run.spoilt for run in runs.values()):
                 rounds.append(runs)
@@ -200,13 +211,13 @@ class Trials:
                 raise JobError(JobErrorCode.FAILED, "the stages of the route keep changing, so nothing can be compared")
         return rounds
 
-    async def _warm_up(self, spec: TrialSpec, method: Method, text: Sequence[int], rng: random.Random) -> None:
+    async def _warm_up(self, spec: TrialSpec, method: Method, source: "_Source", rng: random.Random) -> None:
         """Wait until a method is ready on all stages, and let it do one short job."""
         workload = replace(spec.workload, concurrency=1, max_tokens=min(WARM_UP_TOKENS, spec.workload.max_tokens))
         deadline_s = trio.current_time() + READY_TIMEOUT_S
         while True:
             try:
-                await self._run(spec, workload, method, text, rng)
+                await self._run(spec, workload, method, source, rng)
             except JobError as error:
                 # Stages begin to build what they lack when they are first asked for it.
                 if error.retry_after_s is None or trio.current_time() > deadline_s:
@@ -216,7 +227,7 @@ class Trials:
                 return
 
     async def _run(
-        self, spec: TrialSpec, workload: TrialWorkload, method: Method, text: Sequence[int], rng: random.Random
+        self, spec: TrialSpec, workload: TrialWorkload, method: Method, source: "_Source", rng: random.Random
     ) -> Run:
         """Let a method do a workload once, with prompts that were never there before."""
         done: list[ServedJob] = []
@@ -239,7 +250,7 @@ class Trials:
                 objective=Objective.LATENCY if workload.concurrency == 1 else Objective.THROUGHPUT,
                 method=method.name,
             )
-            for prompt in make_prompts(text, workload, rng)
+            for prompt in make_prompts(source.text, workload, rng, source.common)
         ]
         async with trio.open_nursery() as nursery:
             for request in requests:
@@ -280,7 +291,7 @@ class Trials:
             workload=replace(
                 served.workload,
                 concurrency=max(spec.workload.concurrency, served.workload.concurrency),
-                shared_prefix_share=spec.workload.shared_prefix_share if spec.workload.concurrency > 1 else 0.0,
+                shared_prefix_share=spec.workload.shared_prefix_share,
                 objective=type(served.workload.objective)(objective.value),
             ),
             measurements=Measurements(
@@ -293,14 +304,20 @@ class Trials:
         )
 
 
-def make_prompts(text: Sequence[int], workload: TrialWorkload, rng: random.Random) -> list[tuple[int, ...]]:
+def shared_tokens(workload: TrialWorkload) -> int:
+    """Return the length of the prefix that jobs have in common."""
+    return round(workload.shared_prefix_share * workload.prompt_tokens)
+
+
+def make_prompts(
+    text: Sequence[int], workload: TrialWorkload, rng: random.Random, common: Sequence[int] | None = None
+) -> list[tuple[int, ...]]:
     """Return the prompts of one run: pieces of real text, none of which any other run begins with.
 
-    `text`: the sample text's token ids.
+    `text`: the sample text's token ids. `common`: the prefix, where it is that of other runs, too.
     """
-    shared = round(workload.shared_prefix_share * workload.prompt_tokens)
-    common = _piece(text, shared, rng)
-    own = workload.prompt_tokens - shared
+    common = _piece(text, shared_tokens(workload), rng) if common is None else common
+    own = workload.prompt_tokens - len(common)
     return [(*common, *_own_part(text, workload, own, rng)) for _ in range(workload.concurrency)]
 
 

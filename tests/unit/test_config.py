@@ -70,6 +70,7 @@ def test_every_option_can_stand_in_the_file_and_in_the_environment(tmp_path: Pat
         "METASWARM_THREADS": "2",
         "METASWARM_EPOCH": "30",
         "METASWARM_CHECKPOINT": "cd" * 32,
+        "METASWARM_EXPLORATION": "0.25",
         "METASWARM_LOG_LEVEL": "DEBUG",
     }
     assert environ.keys() == {f"METASWARM_{name.upper()}" for name in OPTIONS}
@@ -90,6 +91,7 @@ def test_every_option_can_stand_in_the_file_and_in_the_environment(tmp_path: Pat
         threads=2,
         epoch_s=30.0,
         checkpoints=(b"\xcd" * 32,),
+        exploration=0.25,
         log_level="debug",
     )
     assert load(environ) == expected
@@ -111,6 +113,7 @@ def test_every_option_can_stand_in_the_file_and_in_the_environment(tmp_path: Pat
         threads = 2
         epoch = 30
         checkpoint = ["{"cd" * 32}"]
+        exploration = 0.25
         log_level = "debug"
         """
     )
@@ -180,6 +183,9 @@ def test_memory_is_bytes_with_or_without_a_unit(text: str, count: int) -> None:
         ("epoch", "1", "--epoch"),
         ("epoch", "soon", "--epoch"),
         ("checkpoint", ["cd"], "--checkpoint"),
+        ("exploration", "1.5", "--exploration"),
+        ("exploration", "a lot", "--exploration"),
+        ("exploration", ".", "--exploration"),
         ("log_level", "loud", "--log-level"),
         ("api", "8642", "--api: expected HOST:PORT"),
         ("api", "http://127.0.0.1:8642", "--api: expected HOST:PORT"),

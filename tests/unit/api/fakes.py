@@ -1,6 +1,6 @@
 """A node without a swarm behind the real HTTP server, on a loopback port."""
 
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -10,7 +10,7 @@ from typing import Any, cast
 import trio
 
 from node.api.application import make_app
-from node.api.interface import ModelStatus, NodeStatus, PeerStatus
+from node.api.interface import Explanation, ModelStatus, NodeStatus, PeerStatus, SelectionStatus
 from node.api.server import serve
 from node.jobs.interface import (
     Consensus,
@@ -30,11 +30,27 @@ from node.jobs.recorder import ServedJob
 from node.jobs.trial import MethodTrial, Run, Trial, TrialSpec
 from protocol.identity import BlockRange, JobId, ModelId, peer_id_from_public_key
 from protocol.messages import FinishReason
-from selector.task import BASELINE
+from selector.task import BASELINE, method
 
 JOB = JobId("0123456789abcdef" * 2)
 MODEL = ModelId("ab" * 32)
 PEERS = (peer_id_from_public_key(b"1" * 32), peer_id_from_public_key(b"2" * 32))
+
+
+FASTER = method(engine="fused").name
+SELECTION: SelectionStatus = {
+    "basis": "model",
+    "model_version": 3,
+    "experiences": 120,
+    "training_s": 2.5,
+    "trained_ago_s": 60.0,
+    "jobs": 40,
+    "explored_jobs": 2,
+    "regret_s": 0.75,
+    "trials": 3,
+    "trial_s": 12.0,
+    "budget_left_s": 20.0,
+}
 
 
 def make_result(text: str, token_ids: tuple[int, ...]) -> JobResult:
@@ -112,6 +128,7 @@ class FakeNode:
 
     submitter: FakeSubmitter = field(default_factory=FakeSubmitter)
     draining: bool = False
+    explained: list[tuple[JobRequest, dict[str, Any]]] = field(default_factory=list)
     benched: list[TrialSpec] = field(default_factory=list)
     bench_left: trio.Event = field(default_factory=trio.Event)
     """A measurement was left, done or not."""
@@ -192,6 +209,7 @@ class FakeNode:
                     "measured": 4,
                 }
             ],
+            "selection": SELECTION,
             "transfers": {"received_bytes": {PEERS[1]: 4096}, "served_bytes": 1024},
             "uncovered": [
                 {
@@ -203,6 +221,32 @@ class FakeNode:
                     "serve": "broken:1-3",
                 }
             ],
+        }
+
+    async def explain(self, request: JobRequest, told: Mapping[str, Any]) -> Explanation:
+        await trio.lowlevel.checkpoint()
+        self.explained.append((request, dict(told)))
+        if self.submitter.refuse:
+            raise self.submitter.refuse
+        return {
+            "model": MODEL,
+            "task": {"architecture": "llama", **told},
+            "route": [{"peer": PEERS[0], "start": 0, "end": 8}],
+            "selection": SELECTION,
+            "methods": [
+                {
+                    "name": FASTER,
+                    "predicted_s": 2.0,
+                    "predicted_speedup": 1.8,
+                    "speedup_low": 1.5,
+                    "speedup_high": 2.25,
+                    "votes": {PEERS[0]: 0.7},
+                    "accepted": True,
+                    "trial_speedup": None,
+                }
+            ],
+            "agreed": FASTER,
+            "past": {"jobs": 0, "typical_error": None, "mean_regret_s": 0.0, "recent": []},
         }
 
     def peers(self) -> list[PeerStatus]:

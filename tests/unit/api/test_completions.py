@@ -26,6 +26,7 @@ METASWARM = {
         "table_digest": None,
     },
     "timing": {"ttft_s": 0.25, "tpot_s": 0.03, "total_s": 0.5},
+    "selection": None,
     "replays": 1,
     "token_ids": [0, 1, 2],
 }

@@ -52,6 +52,7 @@ def test_json_is_that_of_a_job_and_what_each_peer_did(capsys: pytest.CaptureFixt
         (PEERS[1], 4, 8, 0.2),
     ]
     assert report["start_s"] > 0
+    assert report["speedup"] == {"predicted": None, "actual": 1.0}  # both are the fake's one answer
 
 
 def test_the_last_words_of_a_peer_that_dies_are_shown(

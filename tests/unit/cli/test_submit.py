@@ -35,6 +35,7 @@ DOCUMENT = {
         "epoch": None,
         "table_digest": None,
     },
+    "selection": None,
     "replays": 1,
 }
 

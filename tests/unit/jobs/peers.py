@@ -1,9 +1,10 @@
 """Whole peers over the in-memory network: real membership, stages and coordinator; an engine that is a hash chain."""
 
 import random
-from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, asynccontextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -11,7 +12,7 @@ import trio
 
 from node.config import ServeSpec
 from node.engine.fake import FAKE_MODEL, FAKE_VARIANTS, FakeEngine, fake_span_info
-from node.engine.interface import EngineCrashed, Variant
+from node.engine.interface import EngineCrashed, SpanInfo, Variant
 from node.identity import Identity
 from node.jobs.choosing import Chooser, Voter
 from node.jobs.coordinator import Coordinator
@@ -168,6 +169,8 @@ class Swarm:
         chooser: Chooser | None = None,
         voter: Voter | None = None,
         recorder: Recorder | None = None,
+        row_s: float | None = None,
+        slowness: Mapping[Variant, float] | None = None,
         **shape: Any,
     ) -> Peer:
         """Start a peer that serves spans of the fake model; the first peer of the swarm is its bootstrap peer."""
@@ -208,7 +211,14 @@ class Swarm:
         )
         peer = Peer(network, stages, membership, coordinator, tokenizer, statements)
         self.peers.append(peer)
-        await self._nursery.start(self._carry, peer, spans, step_s, tuple(variants), shape)
+        make_engine = partial(
+            FakeEngine,
+            step_s=step_s,
+            row_s=step_s / 100 if row_s is None else row_s,
+            variants=tuple(variants),
+            slowness=slowness,
+        )
+        await self._nursery.start(self._carry, peer, spans, make_engine, shape)
         return peer
 
     async def join_where_needed(self, blocks: int, library: Any = None) -> Peer:
@@ -244,8 +254,7 @@ class Swarm:
         self,
         peer: Peer,
         spans: Iterable[tuple[int, int]],
-        step_s: float,
-        variants: Iterable[Variant],
+        make_engine: Callable[[SpanInfo], FakeEngine],
         shape: dict[str, Any],
         *,
         task_status: trio.TaskStatus[None],
@@ -254,7 +263,7 @@ class Swarm:
             nursery.start_soon(peer.membership.run)
             for start, end in spans:
                 info = fake_span_info(BlockRange(start, end), block_count=BLOCKS, **shape)
-                engine = FakeEngine(info, step_s=step_s, row_s=step_s / 100, variants=variants)
+                engine = make_engine(info)
                 peer.engines.append(engine)
                 await nursery.start(self._serve, peer, engine)
             task_status.started()

@@ -1,0 +1,233 @@
+"""Does the swarm learn? Three daemons with an empty history serve mixed jobs; then the last of them are served again.
+
+Four families of jobs come in turn, from one submitter. The last jobs are replayed in alternation: with the methods that
+the swarm chooses by now, with the hand-written rule's, with each family's best method in hindsight, and with the one
+method that is best over all of them.
+
+`python -m benchmarks.learning [--jobs 300] [--last N] [--replays 5] [--plot FILE.png] [--json]`
+"""
+
+import argparse
+import json
+import math
+import random
+import statistics
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Final
+
+import httpx
+import numpy as np
+import trio
+
+from benchmarks.common import demo_package, describe_machine, whole_model
+from node.models.catalogue import DEMO_MODEL
+from node.models.sample import sample_text
+from selector.rule import preference
+from selector.task import PORTFOLIO, Method, TaskContext
+
+BOOTSTRAPS: Final = 2000
+CONTENDERS: Final = 5
+"""Methods that hindsight looks at, by what the swarm measured of them."""
+
+FAMILIES: Final[dict[str, dict[str, Any]]] = {
+    "short question": {"prompt_words": 24, "max_tokens": 24, "quality": "exact"},
+    "long prompt": {"prompt_words": 360, "max_tokens": 2, "quality": "exact"},
+    "shared prefix": {"prompt_words": 30, "common_words": 240, "max_tokens": 6, "quality": "any"},
+    "copying": {"prompt_words": 12, "repeats": 8, "max_tokens": 32, "quality": "any"},
+}
+
+
+def body_of(family: str, number: int, method: str = "auto") -> dict[str, Any]:
+    """Return the request of one job of a family; the same number asks the same."""
+    shape = FAMILIES[family]
+    words = sample_text().split()
+    rng = random.Random(f"{family} {number}")
+
+    def some(count: int) -> str:
+        start = rng.randrange(len(words) - count)
+        return " ".join(words[start : start + count])
+
+    prompt = some(shape["prompt_words"])
+    if "common_words" in shape:
+        prompt = " ".join(words[: shape["common_words"]]) + f" {number} " + prompt
+    elif "repeats" in shape:
+        prompt = " ".join([f"{number} {prompt}."] * shape["repeats"])
+    else:
+        prompt = f"{number} {prompt}"
+    extras = {"quality": shape["quality"], "method": method, "ignore_eos": True}
+    common = {"model": DEMO_MODEL, "max_tokens": shape["max_tokens"], "temperature": 0, "metaswarm": extras}
+    return {**common, "prompt": prompt}
+
+
+async def serve(client: httpx.AsyncClient, family: str, number: int, method: str = "auto") -> dict[str, Any]:
+    """Run a job; return its field `metaswarm`."""
+    while True:
+        answer = await client.post("/v1/completions", json=body_of(family, number, method))
+        if answer.status_code != httpx.codes.SERVICE_UNAVAILABLE:
+            break
+        await trio.sleep(1.0)
+    document: dict[str, Any] = answer.raise_for_status().json()["metaswarm"]
+    return document
+
+
+async def measure(jobs: int, last: int, replays: int) -> dict[str, Any]:
+    """Return the figures."""
+    package = demo_package()
+    names = list(FAMILIES)
+    async with (
+        whole_model(package, 3) as ready,
+        httpx.AsyncClient(base_url=ready.api_url, timeout=600) as client,
+    ):
+        learning: list[dict[str, Any]] = []
+        for number in range(jobs):
+            family = names[number % len(names)]
+            done = await serve(client, family, number)
+            learning.append({"family": family, **_told(done)})
+        status = (await client.get("/swarm/status")).raise_for_status().json()["selection"]
+        fixed = _contenders(learning)
+        rules = {family: (await _rule(client, family)).name for family in names}
+        costs: dict[str, dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
+        rng = random.Random(1)
+        for _ in range(replays):
+            for number in range(jobs - last, jobs):
+                family = names[number % len(names)]
+                ways = {"swarm": "auto", "rule": rules[family]}
+                ways |= {name: name for name in {*fixed[family], *fixed["everywhere"]} - {rules[family]}}
+                for way in rng.sample(sorted(ways), len(ways)):
+                    told = _told(await serve(client, family, number, ways[way]))
+                    costs[way][number].append(told["total_s"])
+                    if way == "rule":
+                        costs[rules[family]][number].append(told["total_s"])
+        return {
+            **describe_machine(),
+            "jobs": jobs,
+            "selection": status,
+            "learning": learning,
+            **_summary(costs, jobs, last),
+        }
+
+
+def _told(done: dict[str, Any]) -> dict[str, Any]:
+    selection = done["selection"] or {}
+    return {
+        "method": done["method"]["name"],
+        "total_s": done["timing"]["total_s"],
+        "predicted_s": selection.get("predicted_s"),
+        "basis": selection.get("basis"),
+        "explored": selection.get("explored"),
+    }
+
+
+def _contenders(learning: Sequence[dict[str, Any]]) -> dict[str, set[str]]:
+    """Return the methods to look at in hindsight: what was used for a family, and what the bounds admit everywhere."""
+    used: dict[str, list[str]] = defaultdict(list)
+    for each in learning:
+        used[each["family"]].append(each["method"])
+    found = {
+        family: {name for name, _ in _most_frequent(methods)[:CONTENDERS]} | {methods[-1]}
+        for family, methods in used.items()
+    }
+    exact = {name for methods in found.values() for name in methods if PORTFOLIO[name].exact}
+    return {**found, "everywhere": exact}
+
+
+def _most_frequent(names: Sequence[str]) -> list[tuple[str, int]]:
+    counts = {name: names.count(name) for name in set(names)}
+    return sorted(counts.items(), key=lambda item: (-item[1], item[0]))
+
+
+async def _rule(client: httpx.AsyncClient, family: str) -> Method:
+    """Return what the hand-written rule would choose, from a job's own description."""
+    shape = FAMILIES[family]
+    words = shape["prompt_words"] * shape.get("repeats", 1) + shape.get("common_words", 0)
+    tokens = round(1.4 * words)
+    query = {
+        "model": DEMO_MODEL,
+        "prompt_tokens": tokens,
+        "max_tokens": shape["max_tokens"],
+        "quality": shape["quality"],
+        "shared_prefix_share": round(shape.get("common_words", 0) / words, 2),
+        "repetitiveness": 0.8 if "repeats" in shape else 0.0,
+    }
+    explained = (await client.get("/swarm/explain", params=query)).raise_for_status().json()
+    offered = [PORTFOLIO[each["name"]] for each in explained["methods"] if each["votes"] and each["name"] in PORTFOLIO]
+    return preference(TaskContext.of(explained["task"]), offered)[0]
+
+
+def _summary(costs: dict[str, dict[int, list[float]]], jobs: int, last: int) -> dict[str, Any]:
+    names = list(FAMILIES)
+    numbers = range(jobs - last, jobs)
+    mean = {way: {n: statistics.fmean(of) for n, of in by.items()} for way, by in costs.items()}
+    best: dict[str, str] = {}
+    for family in names:
+        own = [n for n in numbers if names[n % len(names)] == family]
+        whole = {way: statistics.fmean(by[n] for n in own) for way, by in mean.items() if set(own) <= by.keys()}
+        best[family] = min((way for way in whole if way in PORTFOLIO), key=lambda way: whole[way])
+    everywhere = {way: statistics.fmean(by.values()) for way, by in mean.items() if set(numbers) <= by.keys()}
+    single = min((way for way in everywhere if way in PORTFOLIO), key=lambda way: everywhere[way], default=None)
+    against = {
+        "best in hindsight": [mean[best[names[n % len(names)]]][n] for n in numbers],
+        "rule": [mean["rule"][n] for n in numbers],
+        **({"single best": [mean[single][n] for n in numbers]} if single else {}),
+    }
+    swarm = [mean["swarm"][n] for n in numbers]
+    ratios = {name: _ratio(swarm, other) for name, other in against.items()}
+    return {"last": last, "best": best, "single_best": single, "ratios": ratios}
+
+
+def _ratio(own: Sequence[float], other: Sequence[float]) -> dict[str, float]:
+    """Return mean cost of the swarm's choices over the other's, with the bootstrap's 95 % interval over jobs."""
+    rng = np.random.default_rng(1)
+    mine, theirs = np.array(own), np.array(other)
+    drawn = rng.integers(0, len(mine), (BOOTSTRAPS, len(mine)))
+    ratios = mine[drawn].mean(axis=1) / theirs[drawn].mean(axis=1)
+    low, high = np.percentile(ratios, (2.5, 97.5))
+    return {"ratio": float(mine.mean() / theirs.mean()), "low": float(low), "high": float(high)}
+
+
+def plot(found: dict[str, Any], path: Path) -> None:
+    """Draw what jobs of each family took, in the order in which they came."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(9, 5))
+    for family in FAMILIES:
+        points = [(i, each["total_s"]) for i, each in enumerate(found["learning"]) if each["family"] == family]
+        axes.plot(*zip(*points, strict=True), ".-", label=family)
+    axes.set(xlabel="job", ylabel="seconds", yscale="log", title="Learning which method to use")
+    axes.legend()
+    figure.savefig(path, dpi=120)
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--jobs", type=int, default=300)
+    parser.add_argument("--last", type=int, help="Jobs that are replayed; a third by default.")
+    parser.add_argument("--replays", type=int, default=5)
+    parser.add_argument("--plot", type=Path)
+    parser.add_argument("--json", action="store_true")
+    options = parser.parse_args()
+    last = options.last or math.ceil(options.jobs / 3)
+    found = trio.run(measure, options.jobs, last, options.replays)
+    if options.plot:
+        plot(found, options.plot)
+    if options.json:
+        print(json.dumps(found))
+        return
+    print(f"load average {found['load_average']:.1f} on {found['cores']:.0f} cores")
+    selection = found["selection"]
+    print(f"{found['jobs']} jobs; {selection['trials']} trials took {selection['trial_s']:.0f} s")
+    for family, name in found["best"].items():
+        mine = [each["method"] for each in found["learning"] if each["family"] == family]
+        print(f"{family:<16} chosen in the end {mine[-1]}\n{'':<16} best in hindsight {name}")
+    for name, of in found["ratios"].items():
+        print(f"last {found['last']} jobs, cost over {name:<18} {of['ratio']:.3f}  [{of['low']:.3f}, {of['high']:.3f}]")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,201 @@
+"""What it costs to learn: a refresh with 10,000 observations in the worker, and the choice of a method.
+
+`python -m benchmarks.selector [--observations N] [--json]`
+"""
+
+import argparse
+import json
+import random
+import sqlite3
+import tempfile
+import time
+from contextlib import closing
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import trio
+
+from benchmarks.common import describe_machine, spread_of
+from node.identity import Identity
+from node.jobs.observation import software_name, software_versions
+from node.selection.learner import Learner
+from node.selection.opinions import Opinions
+from node.storage.database import DATABASE_FILE, open_database
+from node.storage.history import HistoryStore
+from protocol.identity import BlockRange, JobId, ModelId
+from protocol.measurements import (
+    Measurements,
+    MethodInForce,
+    ModelFacts,
+    Observation,
+    ObservationKind,
+    StageObservation,
+    Workload,
+)
+from protocol.messages import SessionStatistics
+from protocol.observations import bucket_of, sign_observation
+from selector.kinds import Viewpoint
+from selector.rule import predicted_cost
+from selector.task import PORTFOLIO, TaskContext
+
+WARM_CHOICES = 1000
+COLD_CHOICES = 100
+MODEL = ModelFacts(
+    model=ModelId("ab" * 32),
+    architecture="llama",
+    block_count=30,
+    hidden_size=576,
+    vocabulary_size=49152,
+    max_positions=8192,
+    weight_bytes=538_000_000,
+)
+
+
+def observations(identity: Identity, count: int) -> list[Observation]:
+    """Return observations of random tasks and methods, whose costs are the rule's with noise and a bias a method."""
+    rng = random.Random(1)
+    bias = {name: rng.gauss(0, 0.3) for name in PORTFOLIO}
+    found: list[Observation] = []
+    now_s = int(time.time())
+    for _ in range(count):
+        method = rng.choice(list(PORTFOLIO.values()))
+        task = _task(rng)
+        total_s = 2.718 ** (predicted_cost(task, method) + bias[method.name] + rng.gauss(0, 0.1))
+        tokens = task.max_tokens
+        tpot_s = total_s / (tokens + 4) if tokens > 1 else 0.0
+        found.append(
+            Observation(
+                observer=identity.peer_id,
+                job=JobId(rng.randbytes(16).hex()),
+                kind=ObservationKind.SERVED,
+                issued_at_s=now_s - rng.randrange(48 * 3600),
+                model=MODEL,
+                workload=Workload(
+                    prompt_tokens=task.prompt_tokens,
+                    completion_tokens=tokens,
+                    concurrency=task.concurrency,
+                    shared_prefix_share=task.shared_prefix_share,
+                    repetitiveness=task.repetitiveness,
+                ),
+                method=MethodInForce(switches=dict(method.switches), stage_policy={"batching": "continuous"}),
+                measurements=Measurements(
+                    ttft_s=total_s - tpot_s * (tokens - 1),
+                    tpot_s=tpot_s,
+                    total_s=total_s,
+                    tokens_per_s=tokens / total_s,
+                ),
+                route=(
+                    StageObservation(
+                        peer=identity.peer_id,
+                        blocks=BlockRange(0, 30),
+                        hardware="cpu",
+                        statistics=SessionStatistics(steps=1, rows=1),
+                    ),
+                ),
+                software=software_versions(),
+            )
+        )
+    return found
+
+
+def _task(rng: random.Random) -> TaskContext:
+    return TaskContext(
+        architecture=MODEL.architecture,
+        block_count=MODEL.block_count,
+        hidden_size=MODEL.hidden_size,
+        vocabulary_size=MODEL.vocabulary_size,
+        weight_bytes=MODEL.weight_bytes,
+        prompt_tokens=rng.choice((16, 64, 256, 1024)),
+        max_tokens=rng.choice((1, 8, 32, 128)),
+        concurrency=rng.choice((1, 1, 2, 8)),
+        shared_prefix_share=rng.choice((0.0, 0.0, 0.5, 0.9)),
+        repetitiveness=rng.choice((0.0, 0.0, 0.8)),
+        hardware="cpu",
+    )
+
+
+async def measure(count: int) -> dict[str, Any]:
+    """Return the figures."""
+    identity = Identity(b"9" * 32)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / DATABASE_FILE
+        signed = [sign_observation(each, identity.private_key) for each in observations(identity, count)]
+        async with open_database(path) as database:
+            store = HistoryStore(database)
+            for start in range(0, count, 1000):
+                await store.add_many(signed[start : start + 1000])
+            opinions = Opinions()
+            viewpoint = Viewpoint(
+                peer=identity.peer_id,
+                hardware="cpu",
+                software=software_name(software_versions()),
+                hour=bucket_of(int(time.time())),
+            )
+
+            async def held() -> int:
+                with closing(sqlite3.connect(path)) as connection:
+                    return int(connection.execute("SELECT count(*) FROM observations").fetchone()[0])
+
+            learner = Learner(path, opinions, count=held, viewpoint=lambda: viewpoint)
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(learner.run)
+                while learner.status is None:
+                    await trio.sleep(0.1)
+                cold, warm = await _choices(opinions)
+                nursery.cancel_scope.cancel()
+    status = learner.status
+    return {
+        **describe_machine(),
+        "observations": count,
+        "experiences": status.experiences,
+        "training_s": status.training_s,
+        "peak_mib": status.peak_bytes / 2**20,
+        "miss_ms": spread_of(cold).median,
+        "miss_p99_ms": spread_of(cold).p99,
+        "choice_ms": spread_of(warm).median,
+        "choice_p99_ms": spread_of(warm).p99,
+        "late": opinions.late,
+    }
+
+
+async def _choices(opinions: Opinions) -> tuple[list[float], list[float]]:
+    """Return what choices took that needed a prediction, and what those took that did not; milliseconds."""
+    methods = list(PORTFOLIO.values())
+
+    async def choose(task: TaskContext) -> float:
+        began_s = time.perf_counter()
+        opinion = await opinions.of(task, methods)
+        min(opinion.table.values(), key=lambda each: each.log_cost)
+        return 1000 * (time.perf_counter() - began_s)
+
+    rng = random.Random(2)
+    tasks = [replace(_task(rng), prompt_tokens=rng.randrange(1, 4096)) for _ in range(COLD_CHOICES)]
+    cold = [await choose(task) for task in tasks]
+    await trio.sleep(1.0)
+    warm = [await choose(rng.choice(tasks)) for _ in range(WARM_CHOICES)]
+    return cold, warm
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--observations", type=int, default=10_000)
+    parser.add_argument("--json", action="store_true")
+    options = parser.parse_args()
+    found = trio.run(measure, options.observations)
+    if options.json:
+        print(json.dumps(found))
+        return
+    print(f"load average {found['load_average']:.1f} on {found['cores']} cores")
+    print(
+        f"refresh with {found['observations']} observations   {found['training_s']:.1f} s, {found['peak_mib']:.0f} MiB"
+    )
+    print(f"choice, table at hand    {found['choice_ms']:.2f} ms, p99 {found['choice_p99_ms']:.2f} ms")
+    print(
+        f"choice, predicted anew    {found['miss_ms']:.1f} ms, p99 {found['miss_p99_ms']:.1f} ms, {found['late']} late"
+    )
+
+
+if __name__ == "__main__":
+    main()

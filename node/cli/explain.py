@@ -1,0 +1,116 @@
+"""`metaswarm explain`: what a task would be served with, why, and how such choices turned out."""
+
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from node.cli.output import api_option, format_duration, json_option, new_table, out, print_json, printable
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+    from node.api.interface import Explanation
+
+MAX_METHOD_COLUMNS = 12
+"""Methods that are shown to people; --json has all."""
+
+
+@click.command()
+@click.option("--model", metavar="M", help="Name or id (8 digits or more); needless where one model is complete.")
+@api_option
+@click.option("--prompt-tokens", type=click.IntRange(1), default=64, show_default=True, metavar="N")
+@click.option("--max-tokens", type=click.IntRange(1), default=64, show_default=True, metavar="N")
+@click.option(
+    "--shared-prefix", type=click.FloatRange(0, 1), default=0.0, metavar="S", help="Part that other prompts begin with."
+)
+@click.option(
+    "--repetitiveness",
+    type=click.FloatRange(0, 1),
+    default=0.0,
+    metavar="R",
+    help="Part that repeats earlier text.",
+)
+@click.option("--concurrency", type=click.IntRange(1), metavar="N", help="Jobs at a time; as it is now by default.")
+@click.option("--objective", type=click.Choice(["latency", "throughput"]), default="latency", show_default=True)
+@click.option("--quality", type=click.Choice(["exact", "near", "any"]), default="exact", show_default=True)
+@json_option
+def explain(as_json: bool, api: str | None, **task: Any) -> None:
+    """Show what a task would be served with, and why.
+
+    For every method that the task admits: the speed-up over the baseline that this node expects, the range in which it
+    lies in two of three cases, what the stages vote, and what trials found. Then how past choices turned out.
+    """
+    import trio
+
+    from node.cli.client import find_api, open_client
+    from node.cli.submit import choose_model
+
+    async def ask() -> "Explanation":
+        async with open_client(find_api(api)) as client:
+            query = {
+                "model": await choose_model(client, task["model"]),
+                "prompt_tokens": task["prompt_tokens"],
+                "max_tokens": task["max_tokens"],
+                "shared_prefix_share": task["shared_prefix"],
+                "repetitiveness": task["repetitiveness"],
+                "objective": task["objective"],
+                "quality": task["quality"],
+            }
+            if task["concurrency"] is not None:
+                query["concurrency"] = task["concurrency"]
+            return await client.explain(query)
+
+    answer = trio.run(ask)
+    if as_json:
+        print_json(answer)
+    else:
+        out().print(render_explanation(answer))
+
+
+def render_explanation(answer: "Explanation") -> "RenderableType":
+    """Return an explanation for people."""
+    from rich.console import Group
+    from rich.text import Text
+
+    table = new_table("method", ">speed-up", ">range", ">expected", ">tried", ">votes", "")
+    for method in answer["methods"][:MAX_METHOD_COLUMNS]:
+        votes = [f"{cost:.2f}" for cost in method["votes"].values()]
+        mark = "chosen" if method["name"] == answer["agreed"] else "accepted" if method["accepted"] else ""
+        cells = (
+            short_method(method["name"]),
+            f"{method['predicted_speedup']:.2f}x",
+            f"{method['speedup_low']:.2f}-{method['speedup_high']:.2f}",
+            format_duration(method["predicted_s"]),
+            "" if method["trial_speedup"] is None else f"{method['trial_speedup']:.2f}x",
+            " ".join(votes),
+            mark,
+        )
+        table.add_row(*(Text(printable(cell), overflow="fold") for cell in cells))
+    selection, past = answer["selection"], answer["past"]
+    basis = (
+        f"a model of {selection['experiences']} observations"
+        if selection["basis"] == "model"
+        else "the hand-written rule: too little was observed yet"
+    )
+    error = past["typical_error"]
+    facts = {
+        "goes by": basis,
+        "tried": f"{selection['trials']} trials in {format_duration(selection['trial_s'])}, "
+        f"{selection['explored_jobs']} of {selection['jobs']} jobs for {format_duration(selection['regret_s'])}",
+        "past": "no jobs yet"
+        if error is None
+        else f"{past['jobs']} jobs, predictions off by {error:.0%}, "
+        f"expected regret {format_duration(past['mean_regret_s'])} a job",
+    }
+    return Group(table, Text("\n".join(f"{name:<8} {value}" for name, value in facts.items())))
+
+
+def short_method(name: str) -> str:
+    """Return the switches of a method that differ from the baseline's; a choice is read by what it changes."""
+    from selector.task import BASELINE, SWITCHES
+
+    if name == BASELINE.name:
+        return "baseline"
+    parts = [part.partition("=") for part in name.split("|")]
+    changed = [f"{key}={value}" for key, _, value in parts if key not in SWITCHES or SWITCHES[key].baseline != value]
+    return " ".join(changed)

@@ -1,0 +1,154 @@
+"""Which methods a peer accepts for its own jobs: those that its own trials confirmed, whatever anybody says.
+
+A prediction may err and votes may lie. So a method that is new to a kind of task is only a candidate until it was
+tried here, in turn with the one in use; what that costs, and what trying methods on jobs costs, comes out of a budget.
+"""
+
+import statistics
+from collections import OrderedDict
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Final
+
+from selector.task import BASELINE
+
+MARGIN: Final = 0.03
+"""Natural logarithm: who is less than that better is not better."""
+
+WORTH_A_TRIAL: Final = 0.1
+"""What a method may be hoped to save, in natural logarithms of the cost, to be worth a trial."""
+
+HOPE: Final = 0.5
+"""Standard deviations that a method is hoped to be better than expected."""
+
+MAX_LOSS: Final = 0.7
+"""Natural logarithm: a job is never tried on a method that is expected to cost more than twice as much."""
+
+RETRY_S: Final = 6 * 3600.0
+"""A method that lost a trial is not tried again for so long."""
+
+CANDIDATES: Final = 2
+"""Methods in one trial beside the baseline and the one in use."""
+
+MAX_KINDS: Final = 512
+"""Kinds of tasks that are remembered."""
+
+
+@dataclass(frozen=True, slots=True)
+class Standing:
+    """What trials said of a method: the logarithm of its cost over the baseline's, and when. Less is better."""
+
+    log_ratio: float
+    tried_s: float
+
+
+class Adoption:
+    """What trials have shown, by kind of task."""
+
+    def __init__(self) -> None:
+        self._kinds: OrderedDict[str, dict[str, Standing]] = OrderedDict()
+
+    def standings(self, kind: str) -> Mapping[str, Standing]:
+        """Return what trials said of methods; of none before the first."""
+        return self._kinds.get(kind, {})
+
+    def in_use(self, kind: str, admitted: Collection[str], default: str) -> str:
+        """Return the best method that was confirmed, of those that a job admits; the default before any trial."""
+        tried = {name: of.log_ratio for name, of in self.standings(kind).items() if name in admitted}
+        return min(tried, key=lambda name: (tried[name], name), default=default)
+
+    def accepted(self, kind: str, admitted: Collection[str], offered: Collection[str], default: str) -> frozenset[str]:
+        """Return the methods that are accepted, of those that all stages offer: never none where any is offered.
+
+        Those are the one in use and what trials found no worse. Where those are not on offer: what was found better
+        than the baseline, else the baseline, else whatever there is.
+        """
+        tried = {name: of.log_ratio for name, of in self.standings(kind).items() if name in admitted}
+        used = self.in_use(kind, admitted, default)
+        alike = {name for name, ratio in tried.items() if ratio <= tried.get(used, -MARGIN) + MARGIN} | {used}
+        better = {name for name, ratio in tried.items() if ratio < 0}
+        best = sorted(better & set(offered), key=lambda name: (tried[name], name))[:1]
+        for acceptable in (alike, best, {BASELINE.name}, admitted):
+            if usable := frozenset(acceptable) & frozenset(offered):
+                return usable
+        return frozenset()
+
+    def candidates(
+        self,
+        kind: str,
+        admitted: Collection[str],
+        default: str,
+        expected: Mapping[str, float],
+        deviations: Mapping[str, float],
+        now_s: float,
+    ) -> list[str]:
+        """Return the methods that are worth a trial, the most promising first.
+
+        `expected`: natural logarithms of the cost, by name, of those on offer; `deviations`: how far they may be off.
+        """
+        used = self.in_use(kind, admitted, default)
+        if used not in expected:
+            return []  # there is nothing to compare with just now
+        hopes: dict[str, float] = {}
+        for name in admitted:
+            tried = self.standings(kind).get(name)
+            if name in {used, BASELINE.name} or (tried and now_s - tried.tried_s < RETRY_S) or name not in expected:
+                continue
+            hope = expected[used] - expected[name] + HOPE * deviations[name]
+            if hope > WORTH_A_TRIAL:
+                hopes[name] = hope
+        return sorted(hopes, key=lambda name: (-hopes[name], name))[:CANDIDATES]
+
+    def settle(self, kind: str, used: str, log_ratios: Mapping[str, Sequence[float]], now_s: float) -> str:
+        """Take note of a trial and return the method that is in use from now on, of those tried.
+
+        `log_ratios`: for each method, of each round the logarithm of its cost over the baseline's. A candidate takes
+        the place of the one in use only if it was better in two rounds of three, and in the median by a margin.
+        """
+        standings = dict(self.standings(kind))
+        standings[BASELINE.name] = Standing(0.0, now_s)
+        rounds = log_ratios.get(used, [0.0] * max(map(len, log_ratios.values()), default=0))
+        base = statistics.median(rounds) if rounds else 0.0
+        standings[used] = Standing(base, now_s)
+        for name, ratios in log_ratios.items():
+            if name == used or not ratios:
+                continue
+            differences = [own - other for own, other in zip(ratios, rounds, strict=True)]
+            won = sum(difference < 0 for difference in differences) * 3 >= 2 * len(differences)
+            own_ratio = base + statistics.median(differences)
+            beaten = won and own_ratio < base - MARGIN
+            standings[name] = Standing(own_ratio if beaten else max(own_ratio, base + 1e-6), now_s)
+        self._kinds[kind] = standings
+        self._kinds.move_to_end(kind)
+        while len(self._kinds) > MAX_KINDS:
+            self._kinds.popitem(last=False)
+        return self.in_use(kind, {*log_ratios, used, BASELINE.name}, used)
+
+
+@dataclass(slots=True)
+class Budget:
+    """What trying methods may cost: a share of the time that jobs take, and something to begin with. Seconds.
+
+    `trial_s`: that trials took. `regret_s`: that jobs were expected to take longer because methods were tried on them.
+    """
+
+    share: float
+    allowance_s: float
+    served_s: float = field(default=0.0)
+    trial_s: float = field(default=0.0)
+    regret_s: float = field(default=0.0)
+    jobs: int = field(default=0)
+    explored_jobs: int = field(default=0)
+    trials: int = field(default=0)
+
+    @property
+    def left_s(self) -> float:
+        """What is left of it; a trial may overdraw it once."""
+        if self.share <= 0:
+            return 0.0
+        return self.allowance_s + self.share * self.served_s - self.trial_s - self.regret_s
+
+    @property
+    def may_explore(self) -> bool:
+        """Whether the next job may be tried on a method: so few were that it stays within the share of jobs."""
+        return self.left_s > 0 and self.explored_jobs + 1 <= self.share * (self.jobs + 1)

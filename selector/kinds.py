@@ -1,0 +1,53 @@
+"""Tasks that are much alike: what holds for one of them, a prediction or a trial, is taken to hold for all."""
+
+import math
+from dataclasses import dataclass, replace
+
+from selector.task import TaskContext
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Viewpoint:
+    """For whom experiences are weighed: a peer, its class of hardware and its software, at an hour."""
+
+    peer: str
+    hardware: str
+    software: str
+    hour: int
+
+
+def representative(context: TaskContext) -> TaskContext:
+    """Return the context that stands for all that are much like it: predictions are made for it, once, and kept.
+
+    Sizes are rounded to powers of √2, shares to tenths, times to powers of two. What changes from moment to moment and
+    is in no observation is left out.
+    """
+    return replace(
+        context,
+        prompt_tokens=_rounded(context.prompt_tokens, 2),
+        max_tokens=_rounded(context.max_tokens, 2),
+        concurrency=_rounded(context.concurrency, 2),
+        shared_prefix_share=round(context.shared_prefix_share, 1),
+        repetitiveness=round(context.repetitiveness, 1),
+        link_s=0.0 if context.link_s < 1e-4 else 2.0 ** round(math.log2(context.link_s)),
+        queued_rows=0,
+        step_s=0.0,
+        quality="exact",
+    )
+
+
+def kind_of(context: TaskContext) -> str:
+    """Return the name of a kind of task, in which the same method is taken to be best: what is adopted holds for it.
+
+    Sizes count by factors of four, shares by thirds, links by factors of eight.
+    """
+    sizes = (_rounded(size, 0.5) for size in (context.prompt_tokens, context.max_tokens, context.concurrency))
+    shares = (min(2, int(3 * share)) for share in (context.shared_prefix_share, context.repetitiveness))
+    link = 0 if context.link_s < 1e-3 else 1 + int(math.log(context.link_s / 1e-3, 8))
+    model = (context.architecture, context.block_count, context.hidden_size, context.weight_bytes)
+    parts = (*model, *sizes, *shares, link, context.stage_count, context.hardware, context.objective)
+    return "/".join(map(str, parts))
+
+
+def _rounded(count: int, steps_per_octave: float) -> int:
+    return int(0.5 + 2.0 ** (round(math.log2(max(1, count)) * steps_per_octave) / steps_per_octave))

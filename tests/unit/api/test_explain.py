@@ -1,0 +1,53 @@
+"""`/swarm/explain`: a task in a query becomes a job that is not run; what makes no sense is an error of one line."""
+
+import httpx
+import pytest
+
+from node.jobs.interface import JobError, JobErrorCode, Objective, Quality
+from tests.unit.api.fakes import FakeNode, FakeSubmitter, serve_node
+
+
+async def ask(node: FakeNode, query: dict[str, str]) -> httpx.Response:
+    async with serve_node(node) as url, httpx.AsyncClient(base_url=url, trust_env=False) as client:
+        return await client.get("/swarm/explain", params=query)
+
+
+async def test_a_task_is_asked_about_as_it_was_described() -> None:
+    node = FakeNode()
+    query = {"model": "tiny", "prompt_tokens": "300", "max_tokens": "7", "concurrency": "4", "quality": "near"}
+    answer = await ask(node, {**query, "shared_prefix_share": "0.5", "objective": "throughput"})
+    assert answer.status_code == 200
+    assert answer.json()["agreed"]
+    ((request, told),) = node.explained
+    assert (request.model, len(request.prompt_tokens or ()), request.max_tokens) == ("tiny", 300, 7)
+    assert (request.quality, request.objective) == (Quality.NEAR, Objective.THROUGHPUT)
+    assert told == {"concurrency": 4, "shared_prefix_share": 0.5, "repetitiveness": 0.0}
+
+
+@pytest.mark.parametrize(
+    "query",
+    [
+        {},
+        {"model": "tiny", "prompt_tokens": "0"},
+        {"model": "tiny", "prompt_tokens": "99999999999999999999"},
+        {"model": "tiny", "max_tokens": "-1"},
+        {"model": "tiny", "concurrency": "many"},
+        {"model": "tiny", "repetitiveness": "nan"},
+        {"model": "tiny", "shared_prefix_share": "1.1"},
+        {"model": "tiny", "quality": "good"},
+        {"model": "tiny", "hurry": "1"},
+    ],
+)
+async def test_what_makes_no_sense_is_refused_in_one_line(query: dict[str, str]) -> None:
+    node = FakeNode()
+    answer = await ask(node, query)
+    assert answer.status_code == 400
+    assert "\n" not in answer.json()["error"]["message"]
+    assert not node.explained
+
+
+async def test_what_the_swarm_refuses_has_the_status_of_a_job_that_it_refuses() -> None:
+    refuse = JobError(JobErrorCode.UNCOVERED, "no peer serves blocks 3-4 of tiny", retry_after_s=2.0)
+    answer = await ask(FakeNode(FakeSubmitter(refuse=refuse)), {"model": "tiny"})
+    assert answer.status_code == 503
+    assert answer.headers["Retry-After"] == "2"

@@ -1,0 +1,42 @@
+"""`metaswarm explain`: what a task would get, for people and for programs."""
+
+import json
+
+import pytest
+
+from node.cli import run
+from node.cli.explain import short_method
+from node.jobs.interface import JobError, JobErrorCode, Objective
+from selector.task import BASELINE, method
+from tests.unit.api.fakes import FASTER, FakeNode, FakeSubmitter
+from tests.unit.cli.conftest import ServeNode
+
+
+def test_the_choice_is_shown_with_what_was_expected(serve: ServeNode, capsys: pytest.CaptureFixture[str]) -> None:
+    node = FakeNode()
+    assert (
+        run(["explain", "--api", serve(node), "--model", "tiny", "--prompt-tokens", "300", "--concurrency", "3"]) == 0
+    )
+    output = capsys.readouterr().out
+    for fact in ("engine=fused", "1.80x", "1.50-2.25", "chosen", "a model of 120 observations", "3 trials in 12"):
+        assert fact in output
+    ((request, told),) = node.explained
+    assert (len(request.prompt_tokens or ()), told["concurrency"]) == (300, 3)
+
+
+def test_json_is_the_document_of_the_api(serve: ServeNode, capsys: pytest.CaptureFixture[str]) -> None:
+    node = FakeNode()
+    assert run(["explain", "--api", serve(node), "--objective", "throughput", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["agreed"] == FASTER
+    assert node.explained[0][0].objective is Objective.THROUGHPUT
+
+
+def test_a_refusal_is_one_line(serve: ServeNode, capsys: pytest.CaptureFixture[str]) -> None:
+    refuse = JobError(JobErrorCode.UNCOVERED, "no peer serves blocks 3-4 of tiny", retry_after_s=2.0)
+    assert run(["explain", "--api", serve(FakeNode(FakeSubmitter(refuse=refuse)))]) == 1
+    assert "no peer serves blocks 3-4 of tiny" in capsys.readouterr().err
+
+
+def test_a_method_is_read_by_what_it_changes() -> None:
+    assert short_method(BASELINE.name) == "baseline"
+    assert short_method(method(engine="fused", prefix_cache="on").name) == "engine=fused prefix_cache=on"
