@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Final
 
-from protocol import canonical
+from protocol import canonical, chains
 from protocol.blobs import BlobFound, BlobInitiator, BlobRequest, BlobResponder
 from protocol.capabilities import CapabilityRecord
 from protocol.codec import decode_control, decode_step_header, encode_control, encode_step_header
@@ -89,6 +89,7 @@ def targets() -> tuple[Target, ...]:
         Target("blob request", (BlobInitiator().request(_REQUEST),), lambda data: BlobResponder().receive_data(data)),
         Target("blob answer", (_blob_answer(),), _hear_blob),
         *_sync_targets(),
+        *_chain_targets(),
         Target("presence", (b"".join(encode_present(_PRESENT)),), lambda data: PresenceReader().receive_data(data)),
         Target("batch of envelopes", (encode_batch([signed(1).envelope, signed(2).envelope]),), decode_batch),
         *_signed_targets("observation", [signed(1).envelope, signed(2, stages=(3, 4, 5)).envelope], open_observation),
@@ -214,6 +215,52 @@ def _converse(said: Sequence[Message]) -> dict[Role, SyncConnection]:
 
 def _other(role: Role) -> Role:
     return Role.INITIATOR if role is Role.RESPONDER else Role.RESPONDER
+
+
+_ASK: Final = chains.Ask(chain=_DIGEST, locator=(_DIGEST, _DIGEST), digest=_DIGEST)
+_CHAIN_CONVERSATIONS: Final[tuple[tuple[chains.Message, ...], ...]] = (
+    (_ASK,),
+    (_ASK, chains.Items(envelopes=(b"one", b"other"), last=True, rest=chains.Rest.STANDING)),
+    (_ASK, chains.Busy(retry_s=5)),
+    (_ASK, chains.Items(envelopes=(), last=True, rest=chains.Rest.RECENT), chains.Have((b"12345678", b"23456789"))),
+    (_ASK, chains.Items(envelopes=(), last=True), chains.Want(_DIGEST)),
+    (
+        _ASK,
+        chains.Items(envelopes=(), last=True),
+        chains.Want(_DIGEST),
+        chains.StatePart(
+            members=(chains.MemberState(peer(0), "two cores", 4096, 1024, 1),),
+            cells=(chains.CellState("two cores", "short", "fast", 7, ((peer(0), -5), (peer(1), 5))),),
+            expelled=(peer(2),),
+            last=True,
+        ),
+    ),
+)
+
+
+def _chain_targets() -> list[Target]:
+    """For every message of the chain protocol the end that hears it, with all that was said before."""
+    found = []
+    for said in _CHAIN_CONVERSATIONS:
+        listener = Role.RESPONDER if len(said) % 2 else Role.INITIATOR
+        data = _converse_about_chains(said[:-1])[_other(listener)].send(said[-1])
+        hear = partial(_hear_next_about_chains, said[:-1], listener)
+        found.append(Target(f"chain {type(said[-1]).__name__.lower()}", (data,), hear))
+    return found
+
+
+def _hear_next_about_chains(said: Sequence[chains.Message], listener: Role, data: bytes) -> None:
+    connection = _converse_about_chains(said)[listener]
+    connection.receive_data(data)
+    connection.receive_data(b"")
+
+
+def _converse_about_chains(said: Sequence[chains.Message]) -> dict[Role, chains.ChainConnection]:
+    ends = {role: chains.ChainConnection(role) for role in Role}
+    for number, message in enumerate(said):
+        speaker = Role.RESPONDER if number % 2 else Role.INITIATOR
+        ends[_other(speaker)].receive_data(ends[speaker].send(message))
+    return ends
 
 
 # Signed records

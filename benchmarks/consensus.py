@@ -1,0 +1,406 @@
+"""How the agreed table fares against colluding liars, and what agreeing costs a peer.
+
+    python -m benchmarks.consensus DATASET_DIR [--peers N] [--epochs N] [--json]
+
+Peers of the hardware in a folder of measurements measure what they are drawn for, through the selector's own epochs;
+liars tell the mirror image of the truth in the cells that decide, all the same one. Meta-models are trained on what
+comes of it, and choose in contexts that nobody measured. Beside it: the same numbers of readings, freely reported.
+"""
+
+import json
+import math
+import time
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from random import Random
+from statistics import median
+
+import click
+import numpy as np
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from threadpoolctl import threadpool_limits
+
+from node.consensus.measuring import AGENDA
+from node.consensus.translation import record_of
+from node.selection.folder import read_folder
+from protocol.consensus import say
+from protocol.history import encode_batch
+from protocol.identity import peer_id_from_public_key
+from selector.consensus.chain import quorum_of
+from selector.consensus.draw import Agenda, beacon_of, draw_committee
+from selector.consensus.evidence import evidence_of
+from selector.consensus.state import Contribution, Member, State, conclude, initial_state
+from selector.consensus.values import (
+    VALUE_SCALE,
+    Cell,
+    Commit,
+    Reading,
+    Reveal,
+    Signature,
+    Statement,
+    commitment_of,
+    digest_of,
+    genesis_of,
+)
+from selector.dataset import Dataset, Pairs, context_minima
+from selector.metamodel import MetaModel
+
+GENESIS = genesis_of(b"benchmark", "model", "rules")
+NOISE = 0.03
+"""Standard deviation of a reading, natural logarithm."""
+
+PROBES = 3
+SAMPLED = 2
+"""Contexts that are looked at for each that is used: some cannot be, and twins stay together."""
+
+GOSSIP_COPIES = 4
+"""How often a peer of a mesh of six to eight neighbours gets the same gossip message, about."""
+
+
+@dataclass(frozen=True)
+class Measurable(Agenda):
+    """The cells of a folder: not every method was measured in every context."""
+
+    measured: tuple[Cell, ...] = ()
+
+    def cells(self, hardware: Iterable[str]) -> tuple[Cell, ...]:
+        """Return the cells for some classes of hardware."""
+        wanted = {*hardware}
+        return tuple(cell for cell in self.measured if cell.hardware in wanted)
+
+
+@dataclass(frozen=True, slots=True)
+class World:
+    """What is true: training cells with their log ratios, and the contexts in which choices are judged."""
+
+    pairs: Pairs
+    """Of all contexts and methods."""
+    contexts: Mapping[str, int]
+    methods: Mapping[str, int]
+    truth: Mapping[Cell, float]
+    """Natural logarithm of the ratio to the baseline, of each cell that may be measured."""
+    lies: Mapping[Cell, float]
+    """What the liars say of the cells that decide."""
+    test: Dataset
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Row:
+    """One way to learn under one share of liars: the mean ratio to the virtual best over contexts never measured."""
+
+    design: str
+    liars: float
+    ratio: float
+    ratio_with_probes: float
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cost:
+    """What one epoch costs a peer, when all are members."""
+
+    peers: int
+    messages: int
+    """Different gossip messages of one epoch, which every peer gets."""
+    own_messages: float
+    """Of them, said by one peer, on average."""
+    payload_bytes: int
+    """Of them all, once."""
+    received_bytes: int
+    """With the copies that a gossip mesh delivers."""
+    conclude_s: float
+    """To compute the statement."""
+
+
+def build_world(folder: Path, train: int, test: int, seed: int) -> World:
+    """Return training cells of some contexts, and others to choose in; twins that differ in budget stay together."""
+    dataset = read_folder(folder).sample(SAMPLED * (train + test), seed)
+    present = np.unique(dataset.pairs.context)
+    pairs = replace(
+        dataset.pairs,
+        contexts=dataset.pairs.contexts.take(present),
+        context=np.searchsorted(present, dataset.pairs.context),
+    )
+    dataset = replace(dataset, pairs=pairs)
+    rng = Random(seed)
+    baseline = int(np.argmax(np.bincount(pairs.method)))
+    costs: dict[int, dict[int, float]] = defaultdict(dict)
+    for context, method, cost in zip(pairs.context, pairs.method, dataset.cost, strict=True):
+        costs[int(context)][int(method)] = float(cost)
+    usable = [context for context, found in sorted(costs.items()) if baseline in found and len(found) > 1]
+    ids = pairs.contexts.ids
+    groups: dict[str, list[int]] = defaultdict(list)
+    for context in usable:
+        groups[ids[context].rpartition("/")[0] or ids[context]].append(context)
+    names = sorted(groups)
+    rng.shuffle(names)
+    order = [context for name in names for context in groups[name]]
+    hardware = pairs.contexts.names["hardware"]
+    truth: dict[Cell, float] = {}
+    lies: dict[Cell, float] = {}
+    for context in order[:train]:
+        found = costs[context]
+        ratios = {method: cost - found[baseline] for method, cost in found.items()}
+        ranked = sorted(ratios, key=lambda method: ratios[method])
+        best, worst = ratios[ranked[0]], ratios[ranked[-1]]
+        deciding = {*ranked[:2], *ranked[-2:]}
+        for method, ratio in ratios.items():
+            cell = Cell(str(hardware[context]), ids[context], pairs.methods[method])
+            truth[cell] = ratio
+            if method in deciding:
+                lies[cell] = best + worst - ratio
+    chosen = np.array(sorted(order[-test:]), dtype=np.intp)
+    return World(
+        pairs=pairs,
+        contexts={name: number for number, name in enumerate(ids)},
+        methods={name: number for number, name in enumerate(pairs.methods)},
+        truth=truth,
+        lies=lies,
+        test=dataset.of_contexts(chosen),
+    )
+
+
+class Population:
+    """Peers of the hardware in a world, some of which collude."""
+
+    def __init__(self, world: World, count: int, liars: float, seed: int) -> None:
+        self.world = world
+        self.rng = Random(seed)
+        kinds = sorted({cell.hardware for cell in world.truth})
+        self.hardware = {f"peer-{number:04}": kinds[number % len(kinds)] for number in range(count)}
+        self.liars = {*self.rng.sample(sorted(self.hardware), round(liars * count))}
+
+    def reads(self, peer: str, cell: Cell) -> float:
+        """Return what a peer says that it measured."""
+        told = self.world.lies.get(cell) if peer in self.liars else None
+        return (self.world.truth[cell] if told is None else told) + self.rng.gauss(0, NOISE)
+
+    def reports(self, each: int) -> list[tuple[str, Cell, float]]:
+        """Return what peers report who choose what to report: liars the cells that decide."""
+        own: dict[str, list[Cell]] = defaultdict(list)
+        deciding: dict[str, list[Cell]] = defaultdict(list)
+        for cell in self.world.truth:
+            own[cell.hardware].append(cell)
+            if cell in self.world.lies:
+                deciding[cell.hardware].append(cell)
+        found = []
+        for peer, kind in self.hardware.items():
+            cells = deciding[kind] if peer in self.liars else own[kind]
+            found += [(peer, cell, self.reads(peer, cell)) for cell in self.rng.choices(cells, k=each)]
+        return found
+
+
+def agree(population: Population, epochs: int) -> State:
+    """Return the state after so many epochs in which everybody is there and says what it says."""
+    agenda = Measurable((), (), tuple(sorted(population.world.truth)))
+    # Newcomers are taken in 64 an epoch; that they all are members is where this begins.
+    members = tuple(Member(peer, kind) for peer, kind in sorted(population.hardware.items()))
+    state = replace(initial_state(GENESIS), members=members)
+    parent = GENESIS
+    for epoch in range(epochs):
+        assigned: dict[str, list[Cell]] = {peer: [] for peer in population.hardware}
+        for cell, peers in state.assignments(parent, epoch, agenda).items():
+            for peer in peers:
+                assigned[peer].append(cell)
+        contributions = []
+        for peer, cells in assigned.items():
+            readings = tuple(sorted(Reading(cell, round(population.reads(peer, cell) * VALUE_SCALE)) for cell in cells))
+            commit = Commit(GENESIS, epoch, parent, peer, population.hardware[peer], commitment_of(peer, b"", readings))
+            contributions.append(Contribution(commit, Reveal(GENESIS, epoch, peer, b"", readings)))
+        statement, state = conclude(
+            GENESIS,
+            parent,
+            state,
+            epoch=epoch,
+            proposer=members[0].peer,
+            contributions=contributions,
+            offenders=(),
+            agenda=agenda,
+        )
+        parent = statement.id
+    return state
+
+
+def choose(world: World, rows: Sequence[tuple[Cell, float, float]]) -> tuple[float, float]:
+    """Return the mean ratio to the virtual best that a meta-model of rows (cell, log ratio, weight) comes to.
+
+    Without probes, and with the best of the PROBES most promising methods once they were measured.
+    """
+    context = np.array([world.contexts[cell.workload] for cell, _, _ in rows], dtype=np.intp)
+    method = np.array([world.methods[cell.method] for cell, _, _ in rows], dtype=np.intp)
+    training = Pairs(world.pairs.contexts, world.pairs.methods, context, method)
+    model = MetaModel().fit(training, np.array([row[1] for row in rows]), np.array([row[2] for row in rows]))
+    said = model.predict(world.test.pairs)
+    of = world.test.pairs.context
+    best = context_minima(world.test.cost, of, len(world.contexts))
+    order = np.lexsort((said, of))
+    rank = np.zeros(len(said), dtype=np.intp)
+    starts = np.flatnonzero(np.diff(of[order], prepend=-1))
+    rank[order] = np.arange(len(said)) - np.repeat(starts, np.diff(starts, append=len(said)))
+    ratios = []
+    for probes in (1, PROBES):
+        tried = rank < probes
+        chosen = context_minima(world.test.cost[tried], of[tried], len(world.contexts))
+        found = np.isfinite(best)
+        ratios.append(float(np.mean(np.exp(best[found] - chosen[found]))))
+    return ratios[0], ratios[1]
+
+
+def compare(world: World, peers: int, liars: float, epochs: int, seed: int) -> list[Row]:
+    """Return how the designs fare under one share of liars."""
+    population = Population(world, peers, liars, seed)
+    began_s = time.perf_counter()
+    state = agree(population, epochs)
+    readings = sum(len(measured.replicas) for measured in state.measured.values())
+    reports = population.reports(max(1, readings // peers))
+    evidence = evidence_of(state.table, reports, state.weights)
+    designs: dict[str, Sequence[tuple[Cell, float, float]]] = {
+        "assigned, agreed table": evidence,
+        "free reports, pooled": [(cell, log_ratio, 1.0) for _, cell, log_ratio in reports],
+        "free reports, cell median": _medians(reports),
+    }
+    rows = []
+    for design, learned in designs.items():
+        ratio, probed = choose(world, learned)
+        seconds = time.perf_counter() - began_s
+        rows.append(Row(design=design, liars=liars, ratio=ratio, ratio_with_probes=probed, seconds=seconds))
+        began_s = time.perf_counter()
+    return rows
+
+
+def _medians(reports: Sequence[tuple[str, Cell, float]]) -> list[tuple[Cell, float, float]]:
+    cells: dict[Cell, list[float]] = defaultdict(list)
+    for _, cell, log_ratio in reports:
+        cells[cell].append(log_ratio)
+    return [(cell, median(values), math.sqrt(len(values))) for cell, values in cells.items()]
+
+
+def cost_of_epoch(peers: int) -> Cost:
+    """Return what an epoch costs a peer, from the records that would be said in it."""
+    keys = [Ed25519PrivateKey.from_private_bytes(number.to_bytes(32, "big")) for number in range(1, peers + 1)]
+    key_of: dict[str, Ed25519PrivateKey] = {
+        peer_id_from_public_key(key.public_key().public_bytes_raw()): key for key in keys
+    }
+    names = sorted(key_of)
+    kinds = [f"{cores} cores, AVX-512, 64 GiB, no accelerator" for cores in (4, 8, 16, 32)]
+    members = tuple(Member(peer, kinds[number % len(kinds)]) for number, peer in enumerate(names))
+    state = replace(initial_state(GENESIS), members=members)
+    beacon = beacon_of(GENESIS, 0)
+    committee = draw_committee(beacon, names)
+    readings: dict[str, list[Reading]] = {peer: [] for peer in committee}
+    for cell, drawn in state.assignments(GENESIS, 0, AGENDA).items():
+        for peer in drawn:
+            readings.setdefault(peer, []).append(Reading(cell, -500_000))
+    batches: list[int] = []
+    contributions = []
+    for peer, found in readings.items():
+        ordered = tuple(sorted(found))
+        commit = Commit(
+            GENESIS, 0, GENESIS, peer, kinds[0], commitment_of(peer, bytes(32), ordered), tuple(_ids(peer, 8))
+        )
+        reveal = Reveal(GENESIS, 0, peer, bytes(32), ordered)
+        contributions.append(Contribution(commit, reveal))
+        batches += [_batch(key_of[peer], commit), _batch(key_of[peer], reveal)]
+    began_s = time.perf_counter()
+    statement, _ = conclude(
+        GENESIS,
+        GENESIS,
+        state,
+        epoch=0,
+        proposer=committee[0],
+        contributions=contributions,
+        offenders=(),
+        agenda=AGENDA,
+    )
+    conclude_s = time.perf_counter() - began_s
+    signatures = [Signature(0, peer, statement.id) for peer in committee]
+    batches.append(_batch(key_of[committee[0]], statement, signatures[0]))
+    batches += [_batch(key_of[each.peer], each) for each in signatures[1:]]
+    assert len(signatures) >= quorum_of(len(committee))
+    return Cost(
+        peers=peers,
+        messages=len(batches),
+        own_messages=len(batches) / peers,
+        payload_bytes=sum(batches),
+        received_bytes=sum(batches) * min(GOSSIP_COPIES, peers - 1),
+        conclude_s=conclude_s,
+    )
+
+
+def _batch(key: Ed25519PrivateKey, *values: Commit | Reveal | Statement | Signature) -> int:
+    return len(encode_batch([say(record_of(value, GENESIS), key).envelope for value in values]))
+
+
+def _ids(peer: str, count: int) -> list[bytes]:
+    return sorted(digest_of(peer, number) for number in range(count))
+
+
+@click.command()
+@click.argument("folder", type=click.Path(exists=True, file_okay=False, path_type=Path))
+@click.option("--peers", type=click.IntRange(20), default=120, show_default=True)
+@click.option("--epochs", type=click.IntRange(1), default=150, show_default=True, help="24 cells are drawn in each.")
+@click.option("--train", type=click.IntRange(10), default=280, show_default=True, help="Contexts that are measured.")
+@click.option("--test", type=click.IntRange(10), default=600, show_default=True, help="Contexts to choose in.")
+@click.option("--liars", type=float, multiple=True, default=(0.0, 0.2, 0.3), show_default=True, help="Their share.")
+@click.option(
+    "--scale", type=int, multiple=True, default=(10, 1000, 10_000), show_default=True, help="Sizes of swarms."
+)
+@click.option("--seed", type=int, default=0, show_default=True)
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
+def main(
+    folder: Path,
+    peers: int,
+    epochs: int,
+    train: int,
+    test: int,
+    liars: tuple[float, ...],
+    scale: tuple[int, ...],
+    seed: int,
+    as_json: bool,
+) -> None:
+    """Simulate the agreement of peers of whom some lie, and count what it costs."""
+    # More threads than idle cores make boosting many times slower: they wait for one another.
+    with threadpool_limits(limits=1):
+        _run(folder, peers, epochs, train, test, liars, scale, seed, as_json)
+
+
+def _run(
+    folder: Path,
+    peers: int,
+    epochs: int,
+    train: int,
+    test: int,
+    liars: Sequence[float],
+    scale: Sequence[int],
+    seed: int,
+    as_json: bool,
+) -> None:
+    world = build_world(folder, train, test, seed)
+    rows = [row for share in liars for row in compare(world, peers, share, epochs, seed)]
+    costs = [cost_of_epoch(count) for count in scale]
+    if as_json:
+        click.echo(json.dumps({"rows": [asdict(row) for row in rows], "scale": [asdict(cost) for cost in costs]}))
+    else:
+        click.echo(report(rows, costs))
+
+
+def report(rows: Sequence[Row], costs: Sequence[Cost]) -> str:
+    """Return the figures as tables."""
+    lines = [f"{'mean ratio to the virtual best':<30} liars   no probes   {PROBES} probes"]
+    lines += [
+        f"{row.design:<30} {row.liars:4.0%}     {row.ratio:.3f}      {row.ratio_with_probes:.3f}"
+        for row in sorted(rows, key=lambda row: (row.design, row.liars))
+    ]
+    lines += ["", " peers   messages an epoch   own   payload   with copies   statement computed in"]
+    lines += [
+        f"{cost.peers:6}   {cost.messages:17}   {cost.own_messages:3.1f}   {cost.payload_bytes / 1024:4.0f} KiB   "
+        f"{cost.received_bytes / 1024:7.0f} KiB   {cost.conclude_s:.2f} s"
+        for cost in costs
+    ]
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()
