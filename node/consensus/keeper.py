@@ -333,10 +333,11 @@ class Keeper:
     def _take_in(self, said: Said, now_s: float) -> Said | None:
         """Take in a record; return the proof of an equivocation where it completes one."""
         epoch = self.clock.epoch_at(now_s)
-        if self.minutes.is_full(said) and _epoch(said) >= epoch - 1:
+        is_member = said.peer in self.participant.chain.head.members
+        if self.minutes.is_full(said, is_member=is_member) and _epoch(said) >= epoch - 1:
             return None
         proof: Said | None = None
-        if contradiction := self.minutes.add(said, epoch):
+        if contradiction := self.minutes.add(said, epoch, is_member=is_member):
             proof = self._prove(contradiction.first, contradiction.second)
         match value_of(said):
             case Commit() as commit:

@@ -23,8 +23,10 @@ from protocol.consensus import (
 from protocol.identity import PeerId
 from protocol.limits import MAX_HAVE
 
-MAX_PER_EPOCH: Final = {CommitRecord: 768, RevealRecord: 768, StatementRecord: 64, SignatureRecord: 640}
-"""Records of one epoch that are held. An epoch counts at most 304 contributions and has 5 proposals and 128 signers."""
+MAX_OF_MEMBERS: Final = {CommitRecord: 576, RevealRecord: 576, StatementRecord: 48, SignatureRecord: 448}
+MAX_OF_OTHERS: Final = {CommitRecord: 192, RevealRecord: 192, StatementRecord: 16, SignatureRecord: 192}
+"""Records of one epoch that are held. An epoch counts at most 304 contributions and has 5 proposals and 128 signers.
+Identities cost nothing: however many strangers speak, there is room for what members say."""
 
 MAX_OFFENCES: Final = 256
 
@@ -50,9 +52,9 @@ class Minutes:
         self.offences: dict[PeerId, Said] = {}
         self._recent: dict[bytes, Said] = {}
         self._said_once: dict[tuple[object, ...], Said] = {}
-        self._counts: Counter[tuple[int, type]] = Counter()
+        self._counts: Counter[tuple[int, type, bool]] = Counter()
 
-    def add(self, said: Said, current_epoch: int) -> Contradiction | None:
+    def add(self, said: Said, current_epoch: int, *, is_member: bool = True) -> Contradiction | None:
         """Take in a record; return what it contradicts of what its signer said before.
 
         Of statements and signatures also old ones are taken, as evidence; of all others those of the current epoch, the
@@ -65,10 +67,9 @@ class Minutes:
             return None
         contradicted = self._contradicted(said)
         is_recent = abs(body.epoch - current_epoch) <= 1
-        key = (body.epoch, type(body))
-        if is_recent and said.id not in self._recent and self._counts[key] < MAX_PER_EPOCH[type(body)]:
+        if is_recent and said.id not in self._recent and not self.is_full(said, is_member=is_member):
             self._recent[said.id] = said
-            self._counts[key] += 1
+            self._counts[body.epoch, type(body), is_member] += 1
         if isinstance(body, SignatureRecord):
             self.signatures.setdefault(body.statement, {}).setdefault(said.peer, said)
         return contradicted
@@ -77,12 +78,13 @@ class Minutes:
         """Keep the record of a statement under its digest."""
         self.statements.setdefault(statement, said)
 
-    def is_full(self, said: Said) -> bool:
-        """Whether of this record's kind and epoch no more are held."""
+    def is_full(self, said: Said, *, is_member: bool) -> bool:
+        """Whether of this record's kind and epoch no more are held, of members or of others."""
         body = said.body
         if isinstance(body, EquivocationRecord):
             return len(self.offences) >= MAX_OFFENCES
-        return self._counts[body.epoch, type(body)] >= MAX_PER_EPOCH[type(body)]
+        bounds = MAX_OF_MEMBERS if is_member else MAX_OF_OTHERS
+        return self._counts[body.epoch, type(body), is_member] >= bounds[type(body)]
 
     def prune(self, current_epoch: int, needed: Collection[bytes]) -> None:
         """Forget epochs that are over, and evidence of statements that are not `needed`."""
