@@ -25,6 +25,7 @@ from node.consensus.measuring import AGENDA, TrialMeter
 from node.consensus.service import Consensus, swarm_name
 from node.identity import IdentityError, load_or_create
 from node.jobs.coordinator import Coordinator
+from node.jobs.ledger import QualityLedger
 from node.jobs.observation import software_name, software_versions
 from node.jobs.recorder import Recorder
 from node.jobs.stage import Stages
@@ -152,6 +153,7 @@ class Node:
             cache_limit_bytes=config.cache_limit_bytes,
         )
         self._recorder = Recorder(identity, self._dissemination)
+        self._ledger = QualityLedger(self._library, config.cache_dir)
         self._coordinator = Coordinator(
             self._library,
             self._membership,
@@ -159,6 +161,7 @@ class Node:
             jitter,
             LinkEstimates(self._network.peer_id, self._membership.round_trip_s, self._links_of).between,
             self._recorder,
+            ledger=self._ledger,
             agreed=self._consensus.agreement,
             chooser=self._chooser,
             hardware=self._hardware_of,
@@ -186,6 +189,7 @@ class Node:
             trials=self._trials,
             stages=self._stages,
             library=self._library,
+            ledger=self._ledger,
             history=self._history,
             dissemination=self._dissemination,
             consensus=self._consensus,
@@ -206,6 +210,7 @@ class Node:
                 nursery.start_soon(self._membership.run)
                 nursery.start_soon(self._library.run)
                 nursery.start_soon(self._inventory.run)
+                nursery.start_soon(self._ledger.run)
                 nursery.start_soon(self._announcer.run)
                 nursery.start_soon(self._dissemination.run)
                 nursery.start_soon(self._consensus.run)

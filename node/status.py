@@ -21,6 +21,7 @@ from node.consensus.keeper import Keeper
 from node.consensus.service import Consensus
 from node.jobs.coordinator import Coordinator
 from node.jobs.interface import JobRequest
+from node.jobs.ledger import QualityLedger
 from node.jobs.span import Span
 from node.jobs.stage import Stages
 from node.jobs.trial import Trial, Trials, TrialSpec
@@ -52,6 +53,7 @@ class StatusView:
         trials: Trials,
         stages: Stages,
         library: Library,
+        ledger: QualityLedger,
         history: HistoryStore,
         dissemination: Dissemination,
         consensus: Consensus,
@@ -66,6 +68,7 @@ class StatusView:
         self._membership = membership
         self._stages = stages
         self._library = library
+        self._ledger = ledger
         self._history = history
         self._dissemination = dissemination
         self._consensus = consensus
@@ -215,6 +218,16 @@ class StatusView:
             "uncovered": list(missing),
             "complete": manifest is not None and not missing,
             "local": manifest is not None,
+            "quality": {
+                lineage: None
+                if each is None
+                else {
+                    "greedy_agreement": each.greedy_agreement,
+                    "mean_kl": each.mean_kl,
+                    "perplexity_change": each.perplexity_change,
+                }
+                for lineage, each in self._ledger.figures(model).items()
+            },
         }
 
     def _served_span(self, span: Span) -> ServedSpan:

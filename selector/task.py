@@ -228,10 +228,12 @@ class MeasuredQuality:
     """What a lossy method does to a model's answers.
 
     `perplexity_change`: relative, 0.01 is one per cent more. `mean_kl`: mean divergence from fp32's distribution, nats.
+    `greedy_agreement`: share of positions, 0 to 1, where the likeliest token is the same; no bound asks for it.
     """
 
     perplexity_change: float
     mean_kl: float
+    greedy_agreement: float | None = None
 
 
 def admits(bound: QualityBound, candidate: Method, quality: MeasuredQuality | None) -> bool:

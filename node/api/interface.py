@@ -231,6 +231,14 @@ class PeerStatus(TypedDict):
     spans: list[SpanSummary]
 
 
+class LineageQuality(TypedDict):
+    """What a lossy way to calculate does to a model's answers; see `node.engine.quality`."""
+
+    greedy_agreement: float | None
+    mean_kl: float
+    perplexity_change: float
+
+
 class ModelStatus(TypedDict):
     """A model that somebody in the swarm serves, or that is at hand here."""
 
@@ -247,6 +255,8 @@ class ModelStatus(TypedDict):
     """Whether every block is served: the model can be used now."""
     local: bool
     """Whether this node holds the model's manifest."""
+    quality: dict[str, LineageQuality | None]
+    """By `engine/arithmetic/activations`, once measured here; None for what cannot be had for this model."""
 
 
 class NodeView(Protocol):

@@ -157,6 +157,15 @@ class Shard:
         places = Places(placement.pages)
         self._sessions[session] = _Session(options, info, placement.positions, places, placement.cached)
 
+    def run_alone(self, variant: Variant, rows: torch.Tensor, *, draws: int) -> torch.Tensor:
+        """Return hidden states of rows from position 0 on or, on a last span, logits after the last `draws` of them.
+
+        For measuring: there must be no sessions, since it writes into any pages. `rows`: token ids i64 (rows,) on a
+        first span, hidden states f32 (rows, hidden size) elsewhere.
+        """
+        pages = range(-(-len(rows) // PAGE_POSITIONS))
+        return self._compute(variant, self.info.blocks, [Rows(rows, Places(pages), 0, draws)])[0]
+
     def close(self, session: SessionId) -> None:
         """Forget a session; an unknown one is no error."""
         self._sessions.pop(session, None)

@@ -3,6 +3,7 @@
 The coordinator lists the methods that the job admits, the most promising first; every stage votes; the tally decides.
 """
 
+import enum
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -26,12 +27,30 @@ from selector.task import (
     parse_method,
 )
 
+MEASURING_RETRY_S = 10.0
+"""What a client is told to wait where the quality of a method is being measured."""
+
 _LOOKED_AT_TOKENS = 2048
 """The end of a prompt that is looked at for repetition."""
 
 
+class Asked(enum.Enum):
+    """What became of the wish to have a model measured."""
+
+    KNOWN = enum.auto()
+    """What can be known of it is known."""
+    UNDER_WAY = enum.auto()
+    """It is being measured, or soon will be."""
+    NEVER = enum.auto()
+    """Nobody here measures."""
+
+
 class Ledger(Protocol):
     """Knows what lossy methods do to a model's answers."""
+
+    def ask(self, model: KnownModel) -> Asked:
+        """Have a model measured unless it was, and return at once: what is not known yet is not waited for."""
+        ...
 
     def quality(self, model: ModelId, method: Method) -> MeasuredQuality | None:
         """Return what was measured; None where nothing was."""
@@ -40,6 +59,11 @@ class Ledger(Protocol):
 
 class NoLedger:
     """Knows nothing, so that only exact methods are admitted."""
+
+    def ask(self, model: KnownModel) -> Asked:
+        """Return NEVER; see Ledger."""
+        del model
+        return Asked.NEVER
 
     def quality(self, model: ModelId, method: Method) -> MeasuredQuality | None:
         """Return None; see Ledger."""
@@ -134,9 +158,11 @@ class RuleVoter:
 def admitted_methods(request: JobRequest, model: KnownModel, ledger: Ledger) -> list[Method]:
     """Return the methods that a job may be served with: one where it names it, else all within its quality bound.
 
+    A model whose quality is not known yet is asked for; until then lossy methods are not admitted.
     Raises JobError, with one line, for a method that there is not or that the bound does not admit.
     """
     bound = QualityBound(request.quality)
+    asked = Asked.NEVER if bound is QualityBound.EXACT else ledger.ask(model)
     if request.method == AUTO:
         admitted = [each for each in PORTFOLIO.values() if admits(bound, each, ledger.quality(model.id, each))]
         return admitted[:MAX_VOTES]
@@ -146,6 +172,9 @@ def admitted_methods(request: JobRequest, model: KnownModel, ledger: Ledger) -> 
         raise JobError(JobErrorCode.INVALID, f"{error}; or use auto") from None
     quality = ledger.quality(model.id, named)
     if not admits(bound, named, quality):
+        if quality is None and asked is Asked.UNDER_WAY:
+            message = f"what {named.name} does to the answers of {model.name} is being measured; try again in a minute"
+            raise JobError(JobErrorCode.FULL, message, retry_after_s=MEASURING_RETRY_S)
         raise JobError(JobErrorCode.INVALID, _why_not(named, bound, quality))
     return [named]
 

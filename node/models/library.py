@@ -209,6 +209,10 @@ class Library:
         """Keep the files of a span from being deleted to make room, inside the block."""
         return in_use(package, package.manifest.files_for(blocks))
 
+    def lacking_bytes(self, manifest: Manifest) -> int:
+        """Return how much of a model's files is not here."""
+        return sum(file.size_bytes for file in self._store.get(manifest.model_id).missing())
+
     async def _package(self, model: ModelId) -> Package:
         """Return a model's package, which may have no more than its manifest."""
         try:

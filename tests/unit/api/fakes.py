@@ -273,6 +273,9 @@ class FakeNode:
                 "uncovered": [],
                 "complete": True,
                 "local": True,
+                "quality": {
+                    "fused/int8/fp32": {"greedy_agreement": 0.98, "mean_kl": 0.003, "perplexity_change": 0.001}
+                },
             },
             {
                 "model": "cd" * 32,
@@ -282,6 +285,7 @@ class FakeNode:
                 "uncovered": [(1, 3)],
                 "complete": False,
                 "local": False,
+                "quality": {},
             },
         ]
 

@@ -88,6 +88,7 @@ def test_names_from_the_swarm_cannot_drive_the_terminal(api: list[str], capsys: 
         "uncovered": [],
         "complete": True,
         "local": True,
+        "quality": {},
     }
     out().print(render_models({"models": [model]}))
     output = capsys.readouterr().out

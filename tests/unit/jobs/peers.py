@@ -14,7 +14,7 @@ from node.config import ServeSpec
 from node.engine.fake import FAKE_MODEL, FAKE_VARIANTS, FakeEngine, fake_span_info
 from node.engine.interface import EngineCrashed, SpanInfo, Variant
 from node.identity import Identity
-from node.jobs.choosing import Chooser, Voter
+from node.jobs.choosing import Chooser, Ledger, Voter
 from node.jobs.coordinator import Coordinator
 from node.jobs.interface import JobRequest, JobResult
 from node.jobs.policy import PolicyController
@@ -171,6 +171,7 @@ class Swarm:
         recorder: Recorder | None = None,
         row_s: float | None = None,
         slowness: Mapping[Variant, float] | None = None,
+        ledger: Ledger | None = None,
         **shape: Any,
     ) -> Peer:
         """Start a peer that serves spans of the fake model; the first peer of the swarm is its bootstrap peer."""
@@ -207,6 +208,7 @@ class Swarm:
             links,
             recorder,
             chooser=chooser,
+            ledger=ledger,
             hardware=lambda _: "test",
         )
         peer = Peer(network, stages, membership, coordinator, tokenizer, statements)

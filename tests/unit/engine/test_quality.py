@@ -1,0 +1,69 @@
+"""What lossy arithmetic does to answers, measured a part of the model at a time."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from node.engine.interface import PAGE_POSITIONS, Lineage, Variant
+from node.engine.quality import PARTS, cut, lineage_of, measure_quality
+from node.engine.shard import Shard
+from node.engine.source import EngineOptions
+from protocol.identity import BlockRange
+from tests.unit.engine.tiny_models import BLOCKS, VOCABULARY, TinyModel
+
+WHOLE = BlockRange(0, BLOCKS)
+EXACT = Lineage(Variant("fused", "fp32"), "fp32")
+BF16 = Lineage(Variant("fused", "bf16"), "fp32")
+BF16_WIRE = Lineage(Variant("fused", "fp32"), "bf16")
+
+
+def windows(length: int = 40) -> list[list[int]]:
+    generator = torch.Generator().manual_seed(5)
+    return torch.randint(0, VOCABULARY, (3, length), generator=generator).tolist()
+
+
+def test_what_is_exact_differs_in_nothing_and_what_is_not_is_told_apart(
+    make_tiny_model: Callable[[str], TinyModel],
+) -> None:
+    model = make_tiny_model("llama")
+    parts = [(blocks, model.source(blocks)) for blocks in cut([1] * BLOCKS)]
+    assert len(parts) == min(PARTS, BLOCKS)
+    found = measure_quality(parts, windows(), [EXACT, BF16, BF16_WIRE, Lineage(Variant("fused", "steam"), "fp32")])
+    exact, bf16, wire = found[EXACT], found[BF16], found[BF16_WIRE]
+    assert exact is not None
+    assert bf16 is not None
+    assert wire is not None
+    assert exact.greedy_agreement == 1.0
+    assert abs(exact.perplexity_change) < 1e-4 > exact.mean_kl
+    assert exact.mean_kl < bf16.mean_kl < 0.1
+    assert exact.mean_kl < wire.mean_kl < 0.1
+    assert abs(bf16.perplexity_change) < 0.1
+    assert found[Lineage(Variant("fused", "steam"), "fp32")] is None
+
+
+def test_the_figures_are_those_of_the_whole_model_at_once(make_tiny_model: Callable[[str], TinyModel]) -> None:
+    model = make_tiny_model("llama")
+    texts = windows()
+    found = measure_quality([(WHOLE, model.source(WHOLE))], texts, [BF16])[BF16]
+    shard = Shard(model.source(WHOLE), WHOLE, EngineOptions(kv_positions=2 * PAGE_POSITIONS))
+    shard.prepare(BF16.variant)
+
+    def logits(variant: Variant) -> torch.Tensor:
+        rows = [shard.run_alone(variant, torch.tensor(text), draws=len(text))[:-1].clone() for text in texts]
+        return torch.log_softmax(torch.cat(rows).double(), dim=-1)
+
+    right, other = logits(Variant("eager", "fp32")), logits(BF16.variant)
+    following = torch.tensor([token for text in texts for token in text[1:]])[:, None]
+    change = (right.gather(1, following) - other.gather(1, following)).mean().exp() - 1
+    assert found is not None
+    assert found.greedy_agreement == pytest.approx((right.argmax(-1) == other.argmax(-1)).double().mean().item())
+    assert found.mean_kl == pytest.approx((right.exp() * (right - other)).sum(-1).mean().item(), rel=1e-3, abs=1e-6)
+    assert found.perplexity_change == pytest.approx(change.item(), abs=1e-5)
+
+
+def test_a_large_model_is_cut_into_more_parts() -> None:
+    assert [len(part) for part in cut([10] * 30)] == [7, 8, 7, 8]
+    assert [len(part) for part in cut([1 << 30] * 10)] == [2] * 5
+    assert [len(part) for part in cut([3 << 30] * 2)] == [1, 1]
+    assert lineage_of(str(BF16_WIRE)) == BF16_WIRE
