@@ -165,10 +165,14 @@ def main() -> int:
 
 
 def _yield_to_others() -> None:
-    """Take only what jobs leave of the processor; in a session of its own, whose weight counts where there are such."""
+    """Take only what jobs leave of the processor.
+
+    Where Linux weighs sessions (autogroup), niceness counts within one only: so the session gets it, too, if it is ours.
+    """
     os.nice(19)
-    with suppress(OSError):
-        Path("/proc/self/autogroup").write_text("19")
+    if os.getsid(0) == os.getpid():
+        with suppress(OSError):
+            Path("/proc/self/autogroup").write_text("19")
 
 
 if __name__ == "__main__":
