@@ -167,7 +167,7 @@ def main() -> int:
 def _yield_to_others() -> None:
     """Take only what jobs leave of the processor.
 
-    Where Linux weighs sessions (autogroup), niceness counts within one only: so the session gets it, too, if it is ours.
+    Where Linux weighs sessions (autogroup), niceness counts within one only: so ours gets it, too.
     """
     os.nice(19)
     if os.getsid(0) == os.getpid():

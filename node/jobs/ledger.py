@@ -9,7 +9,7 @@ by exact methods only. Figures are kept in the cache folder, with the versions t
 import json
 import sys
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
@@ -54,6 +54,10 @@ class Weights(Protocol):
 
     async def weights(self, manifest: Manifest, blocks: BlockRange, *, use_catalogue: bool) -> Package:
         """Return a package with the files of a span. Raises ModelError."""
+        ...
+
+    def in_use(self, package: Package, blocks: BlockRange) -> AbstractContextManager[None]:
+        """Keep the files of a span from being deleted, inside the block."""
         ...
 
     def lacking_bytes(self, manifest: Manifest) -> int:
@@ -121,7 +125,8 @@ class QualityLedger:
         asked = json.dumps({"windows": [window for window in windows if len(window) > 1], "lineages": LINEAGES})
         _logger.info("measuring what lossy methods do to a model", model=model.id)
         began_s = trio.current_time()
-        done = await self._run([*self._command, str(package.path)], asked.encode())
+        with self._weights.in_use(package, whole):
+            done = await self._run([*self._command, str(package.path)], asked.encode())
         figures = _figures_in(done)
         _logger.info("quality measured", model=model.id, seconds=round(trio.current_time() - began_s, 1))
         return figures

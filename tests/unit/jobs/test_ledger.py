@@ -3,7 +3,7 @@
 import json
 import sys
 from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+from contextlib import AbstractContextManager, asynccontextmanager, nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -38,6 +38,9 @@ class Here:
     async def weights(self, manifest: Manifest, blocks: BlockRange, *, use_catalogue: bool) -> Package:
         await trio.lowlevel.checkpoint()
         return cast("Package", SimpleNamespace(path=self.folder))
+
+    def in_use(self, package: Package, blocks: BlockRange) -> AbstractContextManager[None]:
+        return nullcontext()
 
     def lacking_bytes(self, manifest: Manifest) -> int:
         return self.lacking
