@@ -1,0 +1,150 @@
+"""What methods that save round trips are worth where links are slow: real daemons behind relays.
+
+    python -m benchmarks.wan_methods [--delay-ms 20] [--rounds N] [--case NAME …] [--json]
+
+Three stages on loopback, each pair connected through `benchmarks.link`. Chunked prefill: the time to the first token of
+a prompt of 1,024. Speculation: tokens per second on repetitive text. Prefix caching: eight jobs that share 90 % of 400
+tokens, until the last is done, on links without delay. Method and baseline in turn, as `metaswarm bench` runs them.
+"""
+
+import json
+import os
+from collections.abc import AsyncIterator, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, Final
+
+import click
+import httpx
+import trio
+
+from benchmarks.common import demo_package, describe_machine
+from benchmarks.daemons import Daemon, running_daemon, until
+from benchmarks.link import LinkShape, shaped_link
+from node.models.catalogue import DEMO_MODEL
+from node.selection.paired import Speedup, speedup_of
+
+STAGES: Final = ("0-10", "10-20", "20-30")
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """A method on a workload, and the speed-up over the baseline that is wanted."""
+
+    method: str
+    workload: dict[str, float]
+    objective: str
+    target: float
+    delayed: bool = True
+
+
+CASES: Final = {
+    "chunked prefill": Case("prefill_chunk=128", {"prompt_tokens": 1024, "max_tokens": 1}, "latency", 1.5),
+    "speculation": Case(
+        "speculation=ngram-4", {"prompt_tokens": 128, "max_tokens": 64, "repetitiveness": 0.9}, "latency", 2.0
+    ),
+    "prefix cache": Case(
+        "prefix_cache=on",
+        {"concurrency": 8, "prompt_tokens": 400, "max_tokens": 1, "shared_prefix_share": 0.9},
+        "throughput",
+        2.5,
+        delayed=False,
+    ),
+}
+
+
+@click.command()
+@click.option("--delay-ms", type=click.FloatRange(0), default=20.0, show_default=True, help="One way.")
+@click.option("--rounds", type=click.IntRange(1), default=3, show_default=True)
+@click.option("--case", "names", type=click.Choice(list(CASES)), multiple=True, help="Default: all.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
+def main(delay_ms: float, rounds: int, names: Sequence[str], as_json: bool) -> None:
+    """Measure chunked prefill, speculation and prefix caching over three stages."""
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    demo_package()
+    result = trio.run(measure, delay_ms / 1000, rounds, names or list(CASES))
+    click.echo(json.dumps(result) if as_json else report(result))
+
+
+async def measure(delay_s: float, rounds: int, names: Sequence[str]) -> dict[str, Any]:
+    """Return the logarithms of each method's cost over the baseline's, round by round."""
+    machine = describe_machine()
+    found = []
+    for delayed in (True, False):
+        cases = [name for name in names if CASES[name].delayed is delayed]
+        if cases:
+            async with stages(delay_s if delayed else 0.0) as first:
+                found += [await _measure(first, rounds, name) for name in cases]
+    return {**machine, "delay_s": delay_s, "cases": found}
+
+
+async def _measure(first: Daemon, rounds: int, name: str) -> dict[str, Any]:
+    case = CASES[name]
+    body = {"model": DEMO_MODEL, "methods": [case.method], "workload": case.workload, "rounds": rounds}
+    async with httpx.AsyncClient(base_url=first.ready.api_url, timeout=None) as client:
+        answer = await client.post("/swarm/bench", json=body)
+    if answer.is_error:
+        raise click.ClickException(answer.json()["error"]["message"])
+    (tried,) = answer.json()["methods"]
+    if tried["error"]:
+        raise click.ClickException(f"{case.method}: {tried['error']}")
+    return {
+        "case": name,
+        "method": case.method,
+        "target": case.target,
+        "log_ratios": tried["log_ratios"][case.objective],
+        "baseline": answer.json()["baseline"],
+        "tried": tried,
+    }
+
+
+@asynccontextmanager
+async def stages(delay_s: float) -> AsyncIterator[Daemon]:
+    """Run the stages inside the block, each dialling those before it through a relay; give the first."""
+    async with AsyncExitStack() as stack:
+        folder = Path(stack.enter_context(TemporaryDirectory(prefix="metaswarm-wan-")))
+        daemons: list[Daemon] = []
+        relayed: list[str] = []
+        for number, span in enumerate(STAGES):
+            flags = ["--serve", f"{DEMO_MODEL}:{span}", "--threads", "1"]
+            for address in relayed:
+                flags += ["--bootstrap", address]
+            daemon = await stack.enter_async_context(running_daemon(folder / str(number), *flags))
+            daemons.append(daemon)
+            port = int(daemon.ready.multiaddrs[0].split("/")[4])
+            relay = await stack.enter_async_context(shaped_link("127.0.0.1", port, LinkShape(delay_s=delay_s)))
+            relayed.append(f"/ip4/127.0.0.1/tcp/{relay}/p2p/{daemon.ready.peer_id}")
+
+        async def is_settled() -> bool:
+            models = (await daemons[0].get("/swarm/models"))["models"]
+            known = [(await daemon.get("/swarm/peers"))["peers"] for daemon in daemons]
+            rtts_s = [peer["rtt_s"] for peers in known for peer in peers if peer["connected"]]
+            everybody = len(rtts_s) == len(daemons) * (len(daemons) - 1)
+            # A pair that found a shorter way than the relay would spoil the figures.
+            slow = everybody and all(rtt_s is not None and rtt_s >= 2 * delay_s for rtt_s in rtts_s)
+            return slow and any(model["complete"] for model in models)
+
+        await until(is_settled, 60)
+        yield daemons[0]
+
+
+def report(result: dict[str, Any]) -> str:
+    """Return the figures as a table."""
+    delay_ms = 1e3 * result["delay_s"]
+    lines = [
+        f"load average {result['load_average']:.1f} on {result['cores']} cores; links of {delay_ms:.0f} ms each way",
+        "",
+        "case              method                speed-up (95 %)         target",
+    ]
+    for case in result["cases"]:
+        speedup: Speedup = speedup_of(case["log_ratios"])
+        interval = f"{speedup.mean:.2f} ({speedup.low:.2f} to {speedup.high:.2f})"
+        verdict = "met" if speedup.mean >= case["target"] else "missed"
+        lines.append(f"{case['case']:<16}  {case['method']:<20}  {interval:<22}  {case['target']:.1f}  {verdict}")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()
