@@ -74,6 +74,7 @@ from protocol.messages import (
     Pong,
     RefusalReason,
     Refused,
+    Reroute,
     Sampling,
     SessionStatistics,
     Slice,
@@ -81,7 +82,7 @@ from protocol.messages import (
 )
 from protocol.tensors import DType, Tensor
 
-ControlMessage = Hello | Open | Opened | Refused | Begin | Credit | Failed | Close | Closed | Ping | Pong
+ControlMessage = Hello | Open | Opened | Refused | Begin | Credit | Reroute | Failed | Close | Closed | Ping | Pong
 
 _Map = dict[str, Value]
 _M = TypeVar("_M", bound=ControlMessage)
@@ -277,6 +278,7 @@ def _open_to_map(message: Open) -> _Map:
         "downstream": message.downstream,
         "feedback": message.feedback,
         "sampling": None if message.sampling is None else _sampling_to_map(message.sampling),
+        "continues": None if message.continues is None else _session_to_array(message.continues),
     }
     return {
         "session": _session_to_array(message.session),
@@ -304,11 +306,14 @@ def _open_from(fields: Fields) -> Open:
         downstream=_peer_if_any(fields, "downstream"),
         feedback=_peer_if_any(fields, "feedback"),
         sampling=_sampling_from(fields.take("sampling")) if "sampling" in fields else None,
+        continues=fields.session("continues") if "continues" in fields else None,
     )
     if not message.methods or len(set(message.methods)) != len(message.methods):
         raise RemoteProtocolError("open: expected at least one method, and none twice")
     if (message.sampling is None) == (message.downstream is None):
         raise RemoteProtocolError("open: a last stage has sampling and no downstream, any other stage the reverse")
+    if message.continues is not None and message.continues.job == message.session.job:
+        raise RemoteProtocolError("open: a session continues one of another attempt, which has another job id")
     return message
 
 
@@ -360,6 +365,8 @@ def _opened_to_map(message: Opened) -> _Map:
         "votes": {method: float(score) for method, score in message.votes.items()},
         "cached": dict(message.cached),
         "policy": dict(message.policy),
+        "held": message.held,
+        "kept_from": message.kept_from,
     }
 
 
@@ -367,6 +374,7 @@ def _opened_from(fields: Fields) -> Opened:
     votes = mapping(fields.take("votes"), MAX_VOTES, MAX_NAME_BYTES, "opened votes")
     cached = mapping(fields.take("cached"), MAX_VOTES, MAX_NAME_BYTES, "opened cached")
     policy = mapping(fields.take("policy"), MAX_SWITCHES, MAX_SWITCH_BYTES, "opened policy")
+    held = fields.integer("held", 0, MAX_POSITIONS)
     if not votes:
         raise RemoteProtocolError("opened: no method is offered")
     return Opened(
@@ -375,6 +383,8 @@ def _opened_from(fields: Fields) -> Opened:
         votes={method: number(score, -MAX_SCORE, MAX_SCORE, "score") for method, score in votes.items()},
         cached={variant: integer(count, 0, MAX_POSITIONS, "cached") for variant, count in cached.items()},
         policy={switch: name(value, MAX_SWITCH_BYTES, "policy") for switch, value in policy.items()},
+        held=held,
+        kept_from=fields.integer("kept_from", 0, held),
     )
 
 
@@ -387,6 +397,7 @@ def _begin_to_map(message: Begin) -> _Map:
             for ballot in message.ballots
         ],
         "start": message.start,
+        "onward": message.onward,
     }
 
 
@@ -396,6 +407,7 @@ def _begin_from(fields: Fields) -> Begin:
         method=fields.name("method", MAX_NAME_BYTES),
         ballots=tuple(_ballot_from(value) for value in fields.array("ballots", MAX_BALLOTS)),
         start=fields.integer("start", 0, MAX_POSITIONS - 1),
+        onward=fields.integer("onward", 0, MAX_POSITIONS - 1),
     )
 
 
@@ -436,13 +448,25 @@ def _credit_from(fields: Fields) -> Credit:
     return Credit(session=fields.session(), consumed_bytes=fields.integer("consumed_bytes", 1, MAX_WINDOW_BYTES))
 
 
-def _failed_to_map(message: Failed) -> _Map:
+def _complaint_to_map(message: Reroute | Failed) -> _Map:
     return {
         "session": _session_to_array(message.session),
         "reason": message.reason.value,
         "message": _presentable(message.message),
         **({} if message.peer is None else {"peer": message.peer}),
     }
+
+
+def _reroute_from(fields: Fields) -> Reroute:
+    message = Reroute(
+        session=fields.session(),
+        reason=fields.choice("reason", FailureReason),
+        message=fields.text("message", MAX_TEXT_BYTES),
+        peer=_peer_if_any(fields, "peer"),
+    )
+    if message.reason not in {FailureReason.DOWNSTREAM, FailureReason.LEAVING}:
+        raise RemoteProtocolError(f"reroute: {message.reason} is no reason to hold a session and ask for another route")
+    return message
 
 
 def _failed_from(fields: Fields) -> Failed:
@@ -537,7 +561,8 @@ _CODECS: Final[tuple[_Codec[Any], ...]] = (
     _Codec("refused", Refused, _refused_to_map, _refused_from),
     _Codec("begin", Begin, _begin_to_map, _begin_from),
     _Codec("credit", Credit, _credit_to_map, _credit_from),
-    _Codec("failed", Failed, _failed_to_map, _failed_from),
+    _Codec("reroute", Reroute, _complaint_to_map, _reroute_from),
+    _Codec("failed", Failed, _complaint_to_map, _failed_from),
     _Codec("close", Close, _close_to_map, _close_from),
     _Codec("closed", Closed, _closed_to_map, _closed_from),
     _Codec("ping", Ping, _ping_to_map, _ping_from),

@@ -40,6 +40,7 @@ from protocol.messages import (
     Ping,
     Pong,
     Refused,
+    Reroute,
     Step,
 )
 from protocol.states import (
@@ -57,7 +58,7 @@ __all__ = ["PROTOCOL_ID", "ConnectionState", "Direction", "JobConnection", "Role
 
 PROTOCOL_ID: Final = "/metaswarm/job/1.0.0"
 
-_SessionMessage: TypeAlias = Open | Opened | Refused | Begin | Credit | Failed | Close | Closed
+_SessionMessage: TypeAlias = Open | Opened | Refused | Begin | Credit | Reroute | Failed | Close | Closed
 
 _ACCOUNTED: Final = frozenset({SessionState.BEGUN, SessionState.LENT})
 """States in which rows are counted against the window."""

@@ -89,7 +89,8 @@ class Open:
     nothing may be cached. `upstream`: the peers that may send rows of this session, besides the
     coordinator itself (for the first stage the last stage's peer, for others the stage before). `downstream`: the peer
     of the next stage; None for the last stage, which sends each token to the coordinator and to `feedback`, the
-    first stage's peer. `sampling` is present for the last stage only.
+    first stage's peer. `sampling` is present for the last stage only. `continues`: a session that was opened over the
+    same stream for a former attempt at the same job, and ends by this: what it holds is this one's from now on.
     """
 
     session: SessionId
@@ -103,6 +104,7 @@ class Open:
     downstream: PeerId | None = None
     feedback: PeerId | None = None
     sampling: Sampling | None = None
+    continues: SessionId | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -123,6 +125,8 @@ class Opened:
     `votes`: of each method asked for that the stage can carry out now, the logarithm of its cost: lower is better. A
     stage without an opinion gives them all the same. `cached`: positions of the prompt whose keys and values lie here
     already, by lineage (`engine/arithmetic/activations`). `policy`: the switches of the stage's own that are in force.
+    `held`: positions, from the first on, whose keys and values a session that is continued holds. `kept_from`: its
+    outputs from there to `held` can be sent again.
     """
 
     session: SessionId
@@ -130,6 +134,8 @@ class Opened:
     votes: Mapping[str, float]
     cached: Mapping[str, int] = field(default_factory=dict)
     policy: Mapping[str, str] = field(default_factory=dict)
+    held: int = 0
+    kept_from: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,13 +154,15 @@ class Begin:
     """The coordinator begins a session, once, when every stage is open: before it no rows may be computed.
 
     `method`: what the ballots come to. `ballots`: of every stage of the route, in order, then the coordinator's own.
-    `start`: the first position whose rows the stages compute; those before it are cached on all of them.
+    `start`: the first position whose row this stage computes; it holds those before. `onward`: the first whose output
+    it sends on, where the next stage starts; outputs before `start` are those that it has kept.
     """
 
     session: SessionId
     method: str
     ballots: tuple[Ballot, ...]
     start: int = 0
+    onward: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -215,6 +223,20 @@ class Failed:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Reroute:
+    """The stage asks the coordinator to go on over another route, and holds the session until it does.
+
+    `reason` is `downstream` where it cannot send its outputs on, and `leaving` where it would like to go: then it
+    serves the session as before meanwhile. `peer`: whom it blames, if not itself.
+    """
+
+    session: SessionId
+    reason: FailureReason
+    message: str
+    peer: PeerId | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Close:
     """The coordinator ends the session, done or cancelled: the stage frees it at once."""
 
@@ -263,4 +285,4 @@ class Pong:
     nonce: int
 
 
-Message = Hello | Open | Opened | Refused | Begin | Step | Credit | Failed | Close | Closed | Ping | Pong
+Message = Hello | Open | Opened | Refused | Begin | Step | Credit | Reroute | Failed | Close | Closed | Ping | Pong

@@ -163,6 +163,15 @@ class KvPages:
                     reservation.pages[number], reservation.prefix.namespace, reservation.lineage, name, session
                 )
 
+    def rename(self, session: SessionId, successor: SessionId) -> None:
+        """Let a session go on under another id. Raises EngineError where the one is not open, or the other is."""
+        if successor in self._sessions:
+            raise EngineError(f"session {successor.job}/{successor.stage} is open already")
+        reservation = self._of(session)
+        self._sessions[successor] = self._sessions.pop(session)
+        for entry in reservation.entries.values():
+            entry.session = successor
+
     def close(self, session: SessionId, *, keep: bool = True) -> bool:
         """Free what a session holds; return whether it was open. `keep`: whether what it calculated can be trusted."""
         reservation = self._sessions.pop(session, None)

@@ -208,6 +208,15 @@ class WorkerEngine:
             raise call.error or EngineCrashed(self._reason)
         return call.result
 
+    async def rename(self, session: SessionId, successor: SessionId) -> None:
+        """Carry a session on under another id; see Engine."""
+        await trio.lowlevel.checkpoint()
+        self._raise_if_crashed()
+        self._pages.rename(session, successor)
+        if (begun := self._sessions.pop(session, None)) is not None:
+            self._sessions[successor] = begun
+            self._post(wire.encode_rename(session, successor))
+
     async def close(self, session: SessionId) -> None:
         """Free a session; see Engine."""
         await trio.lowlevel.checkpoint()

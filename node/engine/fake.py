@@ -169,6 +169,14 @@ class FakeEngine:
         ran = [len(session.info.blocks) for rows in slices if (session := self._sessions.get(rows.session))]
         return max(ran, default=0) / len(self._info.blocks)
 
+    async def rename(self, session: SessionId, successor: SessionId) -> None:
+        """Carry a session on under another id; see Engine."""
+        await trio.lowlevel.checkpoint()
+        self._raise_if_crashed()
+        self._pages.rename(session, successor)
+        if (begun := self._sessions.pop(session, None)) is not None:
+            self._sessions[successor] = begun
+
     async def close(self, session: SessionId) -> None:
         """Free a session; see Engine."""
         await trio.lowlevel.checkpoint()

@@ -245,6 +245,13 @@ class Engine(Protocol):
         """
         ...
 
+    async def rename(self, session: SessionId, successor: SessionId) -> None:
+        """Carry a session on under another id, with all that it holds; it is in no step meanwhile.
+
+        Raises EngineError where the one is not open, or the other is.
+        """
+        ...
+
     async def close(self, session: SessionId) -> None:
         """Free a session, whose prompt's whole pages stay in the prefix cache; an unknown one is no error."""
         ...

@@ -166,6 +166,11 @@ class Shard:
         pages = range(-(-len(rows) // PAGE_POSITIONS))
         return self._compute(variant, self.info.blocks, [Rows(rows, Places(pages), 0, draws)])[0]
 
+    def rename(self, session: SessionId, successor: SessionId) -> None:
+        """Give a session another id; an unknown one is no error."""
+        if (found := self._sessions.pop(session, None)) is not None:
+            self._sessions[successor] = found
+
     def close(self, session: SessionId) -> None:
         """Forget a session; an unknown one is no error."""
         self._sessions.pop(session, None)

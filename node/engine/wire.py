@@ -10,6 +10,7 @@ lie in its payload one after another; the header has their dtypes and shapes.
 | load | source, blocks, options |
 | prepare | call, variant; answered by `ready` when it is built |
 | begin | session, options, placement; never answered: the node has reserved the pages already |
+| rename | session, successor; never answered |
 | close | session; never answered |
 | step | call, slices, each [session, position, draws, drafts, dtype, shape] |
 
@@ -97,6 +98,11 @@ def decode_begin(header: Header) -> tuple[SessionId, SessionOptions, Placement]:
 def encode_prepare(call: int, variant: Variant) -> list[Buffer]:
     """Return the frame that asks for a variant."""
     return encode_frame({"do": "prepare", "call": call, "variant": variant})
+
+
+def encode_rename(session: SessionId, successor: SessionId) -> list[Buffer]:
+    """Return the frame that gives a session another id."""
+    return encode_frame({"do": "rename", "session": session, "successor": successor})
 
 
 def encode_close(session: SessionId) -> list[Buffer]:

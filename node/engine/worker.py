@@ -63,6 +63,8 @@ def main() -> None:
         match header["do"]:
             case "begin":
                 shard.begin(*decode_begin(header))
+            case "rename":
+                shard.rename(decode_session(header["session"]), decode_session(header["successor"]))
             case "close":
                 shard.close(decode_session(header["session"]))
             case "prepare":

@@ -7,9 +7,10 @@ greedy decoding is deterministic and sampling is keyed by position, the text goe
 import random
 import secrets
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass, field, replace
+from itertools import count
 from typing import Any, Protocol
 
 import structlog
@@ -53,14 +54,20 @@ from node.jobs.switchboard import Switchboard
 from node.models.errors import ModelError
 from node.models.library import KnownModel
 from node.models.tokenizer import StopFinder, StreamDecoder
-from protocol.identity import BlockRange, JobId, ModelId, PeerId
+from protocol.identity import BlockRange, JobId, ModelId, PeerId, SessionId
 from protocol.measurements import StageObservation
 from protocol.messages import Closed, FinishReason, Opened, RefusalReason, Sampling
 from selector.routing import Demand, Links, NoRouteError
 from selector.task import Method, TaskContext
 
 MAX_ATTEMPTS = 5
-"""Routes tried for one job, the first included, while no token comes of them."""
+"""Routes tried for a new job; also routes that a job under way may lose one after another without a token."""
+
+RECOVERY_LIMIT_S = 30.0
+"""How long a job under way waits for a route where there is none: what it has calculated is held meanwhile."""
+
+BACKOFF_S = (0.05, 1.0)
+"""First and longest pause, give or take half, before another route is tried."""
 
 PROBE_TIMEOUT_S = 1.0
 """How long a stage may take to say that it is there, when a token is late."""
@@ -133,12 +140,22 @@ class _Job:
     tokens: list[int] = field(default_factory=list)
     first_token_s: float = 0.0
     replays: int = 0
+    fruitless: int = 0
+    """Routes that were lost since the last token."""
     rounds: int = 0
-    """Rounds of the routes that were lost."""
+    """Rounds of the routes before this one."""
     avoided: dict[PeerId, Rejection] = field(default_factory=dict)
+    bound: set[PeerId] = field(default_factory=set)
+    """Peers that would like to go, and were asked for."""
     stops: list[Stop] = field(default_factory=list)
     """Of the last route, also of one that was lost."""
     route: OpenRoute | None = None
+    former: list[OpenRoute] = field(default_factory=list)
+    """Routes before this one, not closed yet: what their stages hold may be continued."""
+    held: dict[Stop, SessionId] = field(default_factory=dict)
+    """The newest session of the job at each stage that is thought to hold one."""
+    accepted: bool = False
+    """A route was open once."""
     patience: Patience = field(default_factory=Patience)
 
     def need(self) -> RouteNeed:
@@ -152,6 +169,20 @@ class _Job:
             row_bytes=4 * self.model.hidden_size,
         )
         return RouteNeed(model=self.model.id, demand=demand)
+
+    def set_aside(self) -> None:
+        """Take the route for a former one, whose stages are to be continued as far as they are there."""
+        if self.route is None:
+            return
+        holding = self.route.held()
+        for stop, answer in zip(self.route.stops, self.route.answers, strict=True):
+            if stop in holding:
+                self.held[stop] = holding[stop]
+            elif answer is not None:
+                self.held.pop(stop, None)
+        self.rounds += self.route.rounds
+        self.former.append(self.route)
+        self.route = None
 
 
 class Coordinator:
@@ -232,8 +263,9 @@ class Coordinator:
             outcome = "failed"
             raise
         finally:
-            if job is not None and job.route is not None:
-                await job.route.close()
+            if job is not None:
+                job.set_aside()
+                await _close_former(job)
             self._count(running=-1, **{outcome: 1})
 
     async def consider(self, request: JobRequest, told: Mapping[str, Any]) -> Considered:
@@ -299,36 +331,55 @@ class Coordinator:
         return job
 
     async def _open_route(self, job: _Job) -> None:
-        """Open a route for what is left of a job and send the tokens so far; try others where stages do not open."""
-        for attempt in range(MAX_ATTEMPTS):
+        """Open a route for what is left of a job and send the tokens so far; try others where stages do not open.
+
+        Stages that hold what they have calculated for the job go on with it; the routes before are closed when that is
+        so. A job under way waits for a while where there is no route, and forgives whom it has avoided.
+        """
+        job.set_aside()
+        limit_s = trio.current_time() + RECOVERY_LIMIT_S
+        for attempt in count():
             if attempt:
-                await trio.sleep(self._jitter.uniform(0.5, 1.5) * 0.05 * 2**attempt)
+                first_s, longest_s = BACKOFF_S
+                await trio.sleep(self._jitter.uniform(0.5, 1.5) * min(longest_s, first_s * 2**attempt))
+            is_patient = job.accepted and trio.current_time() < limit_s
             try:
-                stops = await self._planner.route(job.need(), job.avoided, like=job.stops)
+                stops = await self._planner.route(job.need(), job.avoided, like=job.stops, held=job.held)
             except NoRouteError as error:
-                raise _no_route(job, error) from None
-            job.stops = stops
-            route = OpenRoute(stops, self._switchboard, await self._opening(job, stops))
-            job.route = route
-            tokens = [*job.prompt, *job.tokens]
-            try:
-                with trio.fail_after(STALL_LIMIT_S):
-                    await route.open()
-                    job.method = route.begin(tokens)
-                    job.cached_tokens = min(route.start, len(job.prompt) - 1)
-                    await route.send_prompt(tokens, job.model.hidden_size)
-            except RouteRejected as rejected:
-                for rejection in rejected.rejections:
-                    self._avoid(job, rejection)
-            except RouteLost as lost:
-                self._avoid_culprit(job, route, lost)
-            except trio.TooSlowError:
-                self._avoid(job, Rejection(stops[0].peer, None, f"took nothing for {STALL_LIMIT_S:.0f} s"))
-            else:
-                return
-            await route.close()
-            job.route = None
-        raise _no_route(job, NoRouteError(()))
+                if not is_patient:
+                    raise _no_route(job, error) from None
+                job.avoided.clear()
+                continue
+            if await self._try_route(job, stops):
+                break
+            job.set_aside()
+            if not is_patient and attempt + 1 >= MAX_ATTEMPTS:
+                raise _no_route(job, NoRouteError(()))
+        job.accepted = True
+        await _close_former(job)
+
+    async def _try_route(self, job: _Job, stops: list[Stop]) -> bool:
+        """Open a route and send the tokens so far; say whether that went well. If not, it is known whom to avoid."""
+        job.stops = stops
+        job.route = route = OpenRoute(stops, self._switchboard, await self._opening(job, stops), job.held)
+        tokens = [*job.prompt, *job.tokens]
+        try:
+            with trio.fail_after(STALL_LIMIT_S):
+                await route.open()
+                job.method = route.begin(tokens)
+                if not job.accepted:
+                    job.cached_tokens = min(*route.starts, len(job.prompt) - 1)
+                await route.send_prompt(tokens, job.model.hidden_size)
+        except RouteRejected as rejected:
+            for rejection in rejected.rejections:
+                self._avoid(job, rejection)
+        except RouteLost as lost:
+            self._blame(job, route, lost)
+        except trio.TooSlowError:
+            self._avoid(job, Rejection(stops[0].peer, None, f"took nothing for {STALL_LIMIT_S:.0f} s"))
+        else:
+            return True
+        return False
 
     async def _opening(self, job: _Job, stops: Sequence[Stop]) -> Opening:
         """Return what the stages are asked for: methods in our order of preference, and the task they vote about."""
@@ -375,10 +426,18 @@ class Coordinator:
         if rejection.reason is None:
             self._planner.failed(rejection.peer, dead=True)
 
-    def _avoid_culprit(self, job: _Job, route: OpenRoute, lost: RouteLost) -> None:
-        """Avoid whom a stage blames if it is on the route, else the stage itself: nobody may slander outsiders."""
+    def _blame(self, job: _Job, route: OpenRoute, lost: RouteLost) -> None:
+        """Go on without whom a stage blames if it is on the route, else without itself: nobody may slander outsiders.
+
+        Taken for dead is only whom we cannot reach ourselves: an engine that failed will be back, and of two peers that
+        do not reach each other both live.
+        """
         culprit = lost.blamed if lost.blamed in {stop.peer for stop in route.stops} else lost.reporter
-        self._avoid(job, Rejection(culprit, None, lost.message))
+        _logger.info("stage lost", job=job.id, peer=culprit, reason=lost.reason, message=lost.message)
+        job.avoided[culprit] = Rejection(culprit, None, lost.message)
+        self._planner.failed(culprit, dead=not self._switchboard.is_linked(culprit))
+        job.set_aside()
+        job.held = {stop: session for stop, session in job.held.items() if stop.peer != culprit}
 
     async def _events(self, job: _Job) -> AsyncGenerator[JobEvent, None]:
         """Yield the job's events; at the end the route is closed and `job.route` None."""
@@ -397,6 +456,7 @@ class Coordinator:
             drawn = await self._next_token(job)
             job.first_token_s = job.first_token_s or trio.current_time()
             job.tokens.append(drawn.token)
+            job.fruitless = 0
             finish = drawn.finish_reason
             if finish is None and len(job.tokens) >= job.sampling.max_tokens:
                 finish = FinishReason.LENGTH  # the last stage should have said so
@@ -411,24 +471,41 @@ class Coordinator:
         yield await self._finish(job, "".join(text), finish, ended_s)
 
     async def _next_token(self, job: _Job) -> Drawn:
-        """Wait for the next token; where a stage is lost, replay over another route first."""
+        """Wait for the next token; where a stage is lost, or would like to go, take another route first."""
         while True:
-            if job.route is None:
+            route = job.route
+            if route is None:
                 raise AssertionError("a job under way has a route")
+            if leaving := route.leaving - job.bound:
+                await self._hand_over(job, leaving)
+                continue
             try:
                 with trio.fail_after(STALL_LIMIT_S):
-                    return await self._patient_token(job, job.route)
+                    return await self._patient_token(job, route)
             except trio.TooSlowError:
                 raise JobError(JobErrorCode.FAILED, f"no token came for {STALL_LIMIT_S:.0f} s; gave up") from None
             except RouteLost as lost:
                 job.replays += 1
-                if job.replays > MAX_ATTEMPTS:
+                job.fruitless += 1
+                if job.fruitless > MAX_ATTEMPTS:
                     raise JobError(JobErrorCode.FAILED, f"stages were lost too often, last {lost}") from None
-                self._avoid_culprit(job, job.route, lost)
-                await job.route.close()
-                job.rounds += job.route.rounds
-                job.route = None
+                self._blame(job, route, lost)
                 await self._open_route(job)
+
+    async def _hand_over(self, job: _Job, leaving: Collection[PeerId]) -> None:
+        """Let others take the places of peers that would like to go, if there are any."""
+        job.bound.update(leaving)
+        without = {*job.avoided, *leaving}
+        held = job.route.held() if job.route else {}
+        try:
+            await self._planner.route(job.need(), without, like=job.stops, held=held)
+        except NoRouteError:
+            _logger.info("nobody to take the place of a peer that leaves", job=job.id, peers=sorted(leaving))
+            return
+        job.replays += 1
+        for peer in leaving:
+            job.avoided[peer] = Rejection(peer, RefusalReason.LEAVING, "is about to leave")
+        await self._open_route(job)
 
     async def _patient_token(self, job: _Job, route: OpenRoute) -> Drawn:
         """Wait for the next token; while it is late, see that no stage has fallen silent."""
@@ -450,7 +527,7 @@ class Coordinator:
         method = route.method
         if method is None:
             raise AssertionError("a job that ends has begun")
-        count = len(job.tokens)
+        token_count = len(job.tokens)
         agreed = self._agreed(job.model.id)
         votes = tuple(
             Vote(peer=stop.peer, scores=dict(answer.votes))
@@ -466,13 +543,13 @@ class Coordinator:
             finish_reason=finish,
             usage=Usage(
                 prompt_tokens=len(job.prompt),
-                completion_tokens=count,
+                completion_tokens=token_count,
                 cached_tokens=job.cached_tokens,
-                accepted_draft_tokens=max(0, count - job.rounds - route.rounds),
+                accepted_draft_tokens=max(0, token_count - job.rounds - route.rounds),
             ),
             timing=Timing(
                 ttft_s=job.first_token_s - job.began_s,
-                tpot_s=(ended_s - job.first_token_s) / (count - 1) if count > 1 else 0.0,
+                tpot_s=(ended_s - job.first_token_s) / (token_count - 1) if token_count > 1 else 0.0,
                 total_s=ended_s - job.began_s,
             ),
             route=tuple(map(_stage_of, route.stops, closed)),
@@ -491,7 +568,7 @@ class Coordinator:
             outcome = Outcome(
                 job_id=job.id,
                 method=method.name,
-                completion_tokens=count,
+                completion_tokens=token_count,
                 total_s=result.timing.total_s,
                 replays=job.replays,
             )
@@ -512,6 +589,14 @@ class Coordinator:
         elif self._recorder is not None:
             await self._recorder.record(served)
         return result
+
+
+async def _close_former(job: _Job) -> None:
+    """Close the routes before the one in force; what has been continued of them is over already."""
+    former, job.former = job.former, []
+    async with trio.open_nursery() as nursery:
+        for route in former:
+            nursery.start_soon(route.close)
 
 
 def _observed(stop: Stop, closed: Closed) -> StageObservation:

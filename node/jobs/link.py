@@ -32,6 +32,7 @@ from protocol.messages import (
     Ping,
     Pong,
     Refused,
+    Reroute,
     SessionStatistics,
     Slice,
     Step,
@@ -84,12 +85,14 @@ class SessionLost:
     """A session is lost beyond a link: the other side says so, or the link broke.
 
     `reporter` is the peer at the other end of the link; `blamed` whom it says to be at fault, itself or another.
+    `held`: the reporter has the session still, and waits for another route.
     """
 
     reporter: PeerId
     blamed: PeerId
     reason: FailureReason
     message: str
+    held: bool = False
 
 
 class Receiver(Protocol):
@@ -403,6 +406,10 @@ class OutboundLink(_Link):
                 self._deliver(message)
             case Credit():
                 self._credit.unpark_all()
+            case Reroute():
+                lost = SessionLost(self.peer, message.peer or self.peer, message.reason, message.message, held=True)
+                for watcher in tuple(self._watchers.get(message.session, {}).values()):
+                    watcher(lost)
             case Failed():
                 self._deliver(message)
                 lost = SessionLost(self.peer, message.peer or self.peer, message.reason, message.message)
@@ -471,6 +478,11 @@ class InboundLink(_Link):
         self._consumed.pop(session, None)
         if not self.broken:
             self._say(Failed(session=session, reason=reason, message=message[:200], peer=peer))
+
+    def reroute(self, session: SessionId, reason: FailureReason, message: str, peer: PeerId | None = None) -> None:
+        """Ask the coordinator for another route; the session is held here."""
+        if not self.broken:
+            self._say(Reroute(session=session, reason=reason, message=message[:200], peer=peer))
 
     def forget(self, session: SessionId) -> None:
         """Drop what the link remembers of a session that somebody else opened."""

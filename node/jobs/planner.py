@@ -55,21 +55,24 @@ class Planner:
         self._reliability = Reliability()
 
     async def route(
-        self, need: RouteNeed, without: Collection[PeerId], *, like: Sequence[Stop] | None = None
+        self,
+        need: RouteNeed,
+        without: Collection[PeerId],
+        *,
+        like: Sequence[Stop] = (),
+        held: Collection[Stop] = (),
     ) -> list[Stop]:
         """Return the best route without some peers. Raises NoRouteError.
 
-        Whoever failed of late is used only where there is no route without it. `like`: a former route, of which all
-        stages stay but one, if it is only one that is without its peer now and another can take its place.
+        Whoever failed of late is used only where there is no route without it. `like`: a former route, of which the
+        stages `held` stay, if others can take the places of the rest.
         """
-        lost = [number for number, stop in enumerate(like or ()) if stop.peer in without]
-        if like and len(lost) == 1:
+        lost = [number for number, stop in enumerate(like) if stop not in held or stop.peer in without]
+        if len(lost) < len(like):
             try:
-                found = await self._replacement(need, like, lost[0], without)
+                return await self._mended(need, like, lost, without)
             except NoRouteError:
-                _logger.debug("no replacement for one stage", blocks=str(like[lost[0]].blocks))
-            else:
-                return [*like[: lost[0]], *found, *like[lost[0] + 1 :]]
+                _logger.debug("no replacement for stages", blocks=[str(like[number].blocks) for number in lost])
         offers, loads = await self._offers(need, without)
         trusted, everybody = self._trusted(offers), offers
         try:
@@ -78,16 +81,21 @@ class Planner:
             stages = find_route(need.demand, everybody, self._links).stages
         return [_stop(leg, loads) for leg in stages]
 
-    async def _replacement(
-        self, need: RouteNeed, stops: Sequence[Stop], lost: int, without: Collection[PeerId]
+    async def _mended(
+        self, need: RouteNeed, like: Sequence[Stop], lost: Sequence[int], without: Collection[PeerId]
     ) -> list[Stop]:
+        stops = list(like)
+        if not lost:
+            return stops
         offers, loads = await self._offers(need, without)
-        legs = [Leg(stop.blocks.start, stop.blocks.end, stop.peer) for stop in stops]
-        try:
-            found = find_replacement(need.demand, legs, lost, self._trusted(offers), self._links)
-        except NoRouteError:
-            found = find_replacement(need.demand, legs, lost, offers, self._links)
-        return [_stop(leg, loads) for leg in found]
+        for number in reversed(lost):  # a stage may be replaced by several, which moves those behind it
+            legs = [Leg(stop.blocks.start, stop.blocks.end, stop.peer) for stop in stops]
+            try:
+                found = find_replacement(need.demand, legs, number, self._trusted(offers), self._links)
+            except NoRouteError:
+                found = find_replacement(need.demand, legs, number, offers, self._links)
+            stops[number : number + 1] = [_stop(leg, loads) for leg in found]
+        return stops
 
     def round_s(self, stops: Sequence[Stop]) -> float:
         """Return what the links add to the time of one token: once around the route."""

@@ -3,9 +3,11 @@
 import secrets
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import trio
 
+from node.jobs.kept import Held, starts_of
 from node.jobs.link import InboundLink, LinkBroken, OutboundLink, SessionLost, SessionRefused
 from node.jobs.switchboard import Switchboard
 from protocol.identity import BlockRange, JobId, ModelId, PeerId, SessionId
@@ -98,16 +100,27 @@ class Drawn:
 class OpenRoute:
     """The stages of one job, and the receiver of the last stage's tokens. `close` follows every `open`."""
 
-    def __init__(self, stops: Sequence[Stop], switchboard: Switchboard, opening: Opening) -> None:
+    def __init__(
+        self,
+        stops: Sequence[Stop],
+        switchboard: Switchboard,
+        opening: Opening,
+        held: Mapping[Stop, SessionId] | None = None,
+    ) -> None:
+        """Open nothing yet. `held`: sessions of former attempts that stages may hold still; those are continued."""
         self.stops = tuple(stops)
         self.opening = opening
         self.answers: list[Opened | None] = [None] * len(stops)
         self.method: Method | None = None
         """What the votes came to, once it has begun."""
-        self.start = 0
-        """Positions of the prompt that no stage computes, because all of them have them cached."""
+        self.starts: list[int] = []
+        """Once it has begun: for each stage the first position whose row it computes."""
+        self.leaving: set[PeerId] = set()
+        """Peers on the route that would like to go."""
         self.rounds = 0
         """Times that the last stage has told tokens: fewer than tokens where guesses were right."""
+        self._continued = dict(held or {})
+        self._gone: set[int] = set()
         self._switchboard = switchboard
         self._job = JobId(secrets.token_hex(16))
         self._sink = SessionId(self._job, len(stops))
@@ -144,6 +157,22 @@ class OpenRoute:
         self._sending.cancel()
         self._tokens_in.close()
 
+    def held(self) -> dict[Stop, SessionId]:
+        """Return the sessions that stages have opened and, as far as is known, hold."""
+        return {
+            stop: SessionId(self._job, stage)
+            for stage, stop in enumerate(self.stops)
+            if self.answers[stage] is not None and stage not in self._gone
+        }
+
+    def _stage_lost(self, stage: int, lost: SessionLost) -> None:
+        if lost.held and lost.reason is FailureReason.LEAVING:
+            self.leaving.add(lost.reporter)
+            return
+        if not lost.held:
+            self._gone.add(stage)
+        self.lose(lost)
+
     def begin(self, tokens: Sequence[int]) -> Method:
         """Tally the votes, begin on every stage with what they come to, and return it.
 
@@ -151,13 +180,15 @@ class OpenRoute:
         ready on all stages, RouteLost where a stage is gone.
         """
         method, ballots = self.agree()
-        if method.prefix_cache:
-            cached = [answer.cached.get(method.lineage, 0) for answer in self.answers if answer is not None]
-            self.start = min(*cached, len(tokens) - 1)
+        self.starts = starts_of([_held(answer, method) for answer in self.answers if answer], len(tokens) - 1)
+        onward = [*self.starts[1:], self.starts[-1]]
         try:
             for stage, link in sorted(self._links.items()):
                 session = SessionId(self._job, stage)
-                link.begin(Begin(session=session, method=method.name, ballots=ballots, start=self.start))
+                start = self.starts[stage]
+                link.begin(
+                    Begin(session=session, method=method.name, ballots=ballots, start=start, onward=onward[stage])
+                )
         except LinkBroken as broken:
             raise RouteLost(SessionLost(broken.peer, broken.peer, FailureReason.DOWNSTREAM, str(broken))) from None
         self.method = method
@@ -189,13 +220,14 @@ class OpenRoute:
     async def send_prompt(self, tokens: Sequence[int], hidden_size: int) -> None:
         """Send the prompt to the first stage, in chunks as the method says.
 
-        Never more at a time than rows whose hidden states fit into one step later on the route. What is cached goes
-        first and is not computed: the first stage looks at it to guess what follows.
+        Never more at a time than rows whose hidden states fit into one step later on the route. What the first stage
+        holds goes first and is not computed: it looks at it to guess what follows.
         """
         if self.method is None:
             raise AssertionError("a prompt is sent once the route has begun")
         chunk_rows = max(1, min(MAX_STEP_BYTES // (4 * hidden_size), self.method.prefill_chunk or len(tokens)))
-        starts = [*([0] if self.start else []), *range(self.start, len(tokens), chunk_rows)]
+        begun = self.starts[0]
+        starts = [*([0] if begun else []), *range(begun, len(tokens), chunk_rows)]
         first = SessionId(self._job, 0)
         try:
             with self._sending:
@@ -250,27 +282,33 @@ class OpenRoute:
 
     async def open(self) -> None:
         """Open all stages at once. Raises RouteRejected with everything that is against it."""
-        rejections: list[Rejection] = []
+        rejections: dict[int, Rejection] = {}
 
         async def open_stage(stage: int) -> None:
             peer = self.stops[stage].peer
             try:
                 link = await self._switchboard.link_to(peer)
                 self._links[stage] = link
-                self._unwatch.append(link.watch(SessionId(self._job, stage), self.lose))
+                self._unwatch.append(link.watch(SessionId(self._job, stage), partial(self._stage_lost, stage)))
                 self.answers[stage] = await link.open(self._open_message(stage))
             except SessionRefused as refused:
-                rejections.append(Rejection(peer, refused.reason, str(refused)))
+                rejections[stage] = Rejection(peer, refused.reason, str(refused))
                 del self._links[stage]
             except LinkBroken as broken:
-                rejections.append(Rejection(peer, None, str(broken)))
+                rejections[stage] = Rejection(peer, None, str(broken))
 
         self._switchboard.receivers.add(self._sink, self)
         async with trio.open_nursery() as nursery:
             for stage in range(len(self.stops)):
                 nursery.start_soon(open_stage, stage)
         if rejections:
-            raise RouteRejected(sorted(rejections, key=lambda rejection: rejection.peer))
+            raise RouteRejected([rejections[stage] for stage in sorted(rejections) if self._is_own(stage, rejections)])
+
+    def _is_own(self, stage: int, rejections: Mapping[int, Rejection]) -> bool:
+        """Whether a rejection is the stage's own matter: that it cannot reach one whom nobody reaches is not."""
+        following = rejections.get((stage + 1) % len(self.stops))
+        is_cut_off = rejections[stage].reason is RefusalReason.UNREACHABLE
+        return not (is_cut_off and following is not None and following.reason is None)
 
     def _open_message(self, stage: int) -> Open:
         opening = self.opening
@@ -288,4 +326,13 @@ class OpenRoute:
             downstream=None if is_last else self.stops[stage + 1].peer,
             feedback=self.stops[0].peer if is_last else None,
             sampling=opening.sampling if is_last else None,
+            continues=self._continued.get(self.stops[stage]),
         )
+
+
+def _held(answer: Opened, method: Method) -> Held:
+    """Return what a stage has of the session: what it calculated for a former attempt, or what is in its cache."""
+    if answer.held:
+        return Held(answer.held, answer.kept_from)
+    cached = answer.cached.get(method.lineage, 0) if method.prefix_cache else 0
+    return Held(cached, cached)

@@ -1,13 +1,14 @@
 """One job's session on one span of this node: what is known of it, and the rows that arrive for it."""
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import trio
 
-from node.engine.interface import SessionOptions, Variant
+from node.engine.interface import Lineage, SessionOptions, Variant
+from node.jobs.kept import KeptRows
 from node.jobs.link import InboundLink, OutboundLink
 from node.jobs.scheduler import Work
 from node.jobs.speculation import PromptLookup, TokenFeed
@@ -33,6 +34,16 @@ class StageSession:
         self.votes: dict[str, float] = {}
         self.method: Method | None = None
         """Once it has begun."""
+        self.calculated_by: Method | None = None
+        """How the engine calculates it, since it or a session that it continues has begun."""
+        self.cached: Mapping[Lineage, int] = {}
+        self.computed = 0
+        """Positions that the engine holds, and whose outputs were handed on."""
+        self.onward = 0
+        """The first position whose output goes on."""
+        self.kept = KeptRows(span.kept_budget)
+        self.cut_off = False
+        """Its outputs cannot be sent on; it waits until it is continued on another route."""
         self.sampling = message.sampling
         self.positions = message.positions
         self.drawn = 0
@@ -76,6 +87,23 @@ class StageSession:
         else:
             self._queue(part, tensor, link)
 
+    @property
+    def kept_from(self) -> int:
+        """The outputs from there to `computed` can be sent again."""
+        return min(self.kept.start, self.computed) if self.kept.end >= self.computed else self.computed
+
+    def take_over(self, former: "StageSession") -> None:
+        """Go on with what a session of a former attempt holds."""
+        self.calculated_by, self.cached, self.computed = former.calculated_by, former.cached, former.computed
+        self.kept = former.kept
+        self.steps, self.rows, self.compute_s, self.queue_s = (
+            former.steps,
+            former.rows,
+            former.compute_s,
+            former.queue_s,
+        )
+        self.bytes_in, self.bytes_out = former.bytes_in, former.bytes_out
+
     def options(self, method: Method) -> SessionOptions:
         """Return how the engine is to compute with a method."""
         return SessionOptions(
@@ -93,7 +121,8 @@ class StageSession:
             self.feed = TokenFeed(
                 start=message.start, positions=self.positions, drafter=drafter, draft_tokens=method.draft_tokens
             )
-        self.method = method
+        self.method = self.calculated_by = method
+        self.onward = message.onward
         early, self._early = self._early, []
         for part, tensor, link in early:
             if not self.ended.is_set():

@@ -13,6 +13,7 @@ import structlog
 import trio
 
 from node.engine.interface import Engine, EngineCrashed, EngineError, SliceInput, SpanInfo, StepResult, Variant
+from node.jobs.kept import Budget
 from node.jobs.link import InboundLink, LinkBroken, OutboundLink, SessionLost
 from node.jobs.policy import PolicyController
 from node.jobs.scheduler import Scheduler, Work
@@ -23,6 +24,7 @@ from protocol.identity import PeerId, SessionId
 from protocol.limits import MAX_SLICES, MAX_STEP_BYTES
 from protocol.messages import FailureReason, Load, Slice, Step
 from protocol.tensors import Tensor, join, tensor_from_tokens, tokens_from_tensor
+from selector.task import Method
 
 IDLE_LIMIT_S = 300.0
 """A session whose coordinator lives, but that gets no rows for this long, gives its memory back."""
@@ -73,6 +75,11 @@ class Span:
         self._nursery: trio.Nursery | None = None
         self._in_step: set[SessionId] = set()
         """Sessions in the step that the engine is at; to take one away from under it would cost the others."""
+        self._stepped = trio.lowlevel.ParkingLot()
+        self._passing_on: dict[SessionId, StageSession] = {}
+        """Sessions that have ended here, and whose successors wait for what they hold."""
+        self.kept_budget = Budget()
+        """For the outputs that sessions keep."""
         self._wanted_in, self._wanted = trio.open_memory_channel[Variant](64)
         self._asked: set[Variant] = set()
 
@@ -133,13 +140,67 @@ class Span:
             self.end(session)
 
     def lost(self, session: StageSession, lost: SessionLost) -> None:
-        """Give a session up because the other side of an output did."""
-        self.fail(session, FailureReason.DOWNSTREAM, lost.message, lost.blamed)
+        """Ask the coordinator for another way on, because the other side of an output gave the session up."""
+        self._cut_off(session, lost.message, lost.blamed)
+
+    def _cut_off(self, session: StageSession, message: str, blamed: PeerId) -> None:
+        """Send nothing of a session on any more, and hold it until its coordinator has found another route."""
+        if session.ended.is_set() or session.cut_off:
+            return
+        if session.method is None:  # it has nothing yet that would be worth holding
+            self.fail(session, FailureReason.DOWNSTREAM, message, blamed)
+            return
+        session.cut_off = True
+        session.sending.cancel()
+        session.backlog.clear()
+        session.opened_by.reroute(session.id, FailureReason.DOWNSTREAM, message, blamed)
+
+    async def carry_on(self, former: StageSession, session: StageSession) -> bool:
+        """Let a session take over what one of a former attempt holds, which ends by that; say whether it could.
+
+        It waits for the step that the former one may be in.
+        """
+        self._passing_on[former.id] = former
+        self._leave(former)
+        with trio.CancelScope(shield=True):  # for a step at most: else nobody would hold what the former one held
+            while former.id in self._in_step:
+                await self._stepped.park()
+            del self._passing_on[former.id]
+            try:
+                await self.engine.rename(former.id, session.id)
+            except EngineError as error:
+                _logger.info("session not carried on", session=former.id, why=str(error))
+                former.kept.drop()
+                await self._free(former.id)
+                return False
+        session.take_over(former)
+        if session.ended.is_set():
+            session.kept.drop()
+        return True
+
+    def send_again(self, session: StageSession, method: Method, start: int) -> None:
+        """Send the next stage the outputs that it lacks and that lie before what is computed now."""
+        if session.onward >= start or session.sampling is not None or self._nursery is None:
+            return
+        following = SessionId(session.id.job, session.id.stage + 1)
+        rows = max(1, min(MAX_STEP_BYTES // (4 * self.info.hidden_size), method.prefill_chunk or start))
+        for position, tensor in session.kept.pieces(session.onward, start, rows):
+            part = Slice(session=following, position=position, rows=tensor.rows, draws=0)
+            session.bytes_out += len(tensor.data)
+            session.backlog.append((following, Step(slices=(part,), tensor=tensor)))
+        self._nursery.start_soon(self._send_backlog, session)
 
     def end(self, session: StageSession) -> None:
         """Free a session: from now on its rows are unknown here."""
         if session.ended.is_set():
             return
+        self._leave(session)
+        session.kept.drop()
+        if session.id not in self._in_step:
+            self._start_freeing(session.id)
+
+    def _leave(self, session: StageSession) -> None:
+        """Take a session out of everything here but the engine."""
         session.ended.set()
         session.sending.cancel()
         session.backlog.clear()
@@ -158,8 +219,6 @@ class Span:
             source.forget(session.id)
         self._queue_filled.set()  # a static batch may be over with it
         self._session_ended.unpark_all()
-        if session.id not in self._in_step:
-            self._start_freeing(session.id)
 
     def _start_freeing(self, session: SessionId) -> None:
         if self._nursery:
@@ -226,10 +285,15 @@ class Span:
                     self.fail(session, FailureReason.ENGINE, str(error))
             return
         finally:
-            ended = [session for session in self._in_step if session not in self.sessions]
+            for session_id in self._in_step:
+                if session_id not in self.sessions and session_id not in self._passing_on:
+                    self._start_freeing(session_id)
             self._in_step = set()
-            for session_id in ended:
-                self._start_freeing(session_id)
+            self._stepped.unpark_all()  # they run once the outcome is handed on: there is no checkpoint before
+        self._hand_on(batch, result)
+
+    def _hand_on(self, batch: Sequence[Work[InboundLink]], result: StepResult) -> None:
+        """Send what a step has brought, and give credit for what went in."""
         rows = sum(work.rows for work in batch)
         if not any(work.is_prefill for work in batch):
             self._step_times_s.append(result.compute_s * self._share_run(batch))
@@ -237,7 +301,7 @@ class Span:
         outgoing: list[_Outgoing] = []
         served: list[tuple[StageSession, Work[InboundLink]]] = []
         for work, output in zip(batch, result.outputs, strict=True):
-            session = self.sessions.get(work.session)
+            session = self.sessions.get(work.session) or self._passing_on.get(work.session)
             if session is None:
                 continue
             self._account(session, work, result, rows)
@@ -270,13 +334,19 @@ class Span:
         session.steps += 1
         session.rows += work.rows
         session.compute_s += result.compute_s * work.rows / rows
+        session.computed = work.part.position + work.rows
 
     def _outputs(self, session: StageSession, part: Slice, output: Tensor) -> list[_Outgoing]:
         """Return where what the engine made of a slice has to go."""
         job, stage = session.id
         if session.sampling is None:
+            session.kept.keep(part.position, output)
+            known = min(part.rows, max(0, session.onward - part.position))
+            if known == part.rows:
+                return []
             following = SessionId(job, stage + 1)
-            return [_Outgoing(session, following, replace(part, session=following), output)]
+            onward = replace(part, session=following, position=part.position + known, rows=part.rows - known)
+            return [_Outgoing(session, following, onward, output.cut(known, part.rows))]
         if not part.draws:
             return []
         position = part.position + part.rows - part.draws + 1
@@ -295,7 +365,7 @@ class Span:
         """Send what a batch brought: in one frame for each peer, save for sessions that have to wait for credit."""
         groups: dict[tuple[OutboundLink, str, tuple[int, ...]], list[_Outgoing]] = {}
         for each in outgoing:
-            if each.session.ended.is_set():
+            if each.session.ended.is_set() or each.session.cut_off:
                 continue
             if len(each.tensor.data) > MAX_STEP_BYTES:
                 self.fail(each.session, FailureReason.ENGINE, "the rows are too many for one step: send them in parts")
@@ -316,7 +386,7 @@ class Span:
             sent = link.try_send_step(step)
         except LinkBroken as broken:
             for each in group:
-                self.fail(each.session, FailureReason.DOWNSTREAM, str(broken), broken.peer)
+                self._cut_off(each.session, str(broken), broken.peer)
             return
         except LocalProtocolError as error:  # what came in made it impossible to say what follows from it
             if len(group) == 1:
@@ -352,7 +422,7 @@ class Span:
                     session.backlog.popleft()
                 self._pay(session)
         except LinkBroken as broken:
-            self.fail(session, FailureReason.DOWNSTREAM, str(broken), broken.peer)
+            self._cut_off(session, str(broken), broken.peer)
         except LocalProtocolError as error:
             self.fail(session, FailureReason.ENGINE, str(error))
 

@@ -115,9 +115,13 @@ class Stages:
             self._retiring.discard(span)
 
     async def open(self, message: Open, link: InboundLink) -> Opened | Refused:
-        """Admit a session if its blocks are served here, with KV memory for it, and the next stage can be reached."""
-        span = self._span_of(message.model, message.blocks)
-        if self.draining:
+        """Admit a session if its blocks are served here, with KV memory for it, and the next stage can be reached.
+
+        One that continues another has its memory already.
+        """
+        former = self._former(message, link)
+        span = former.span if former else self._span_of(message.model, message.blocks)
+        if self.draining and former is None:
             return _refusal(message, RefusalReason.LEAVING, "this peer is about to leave", span)
         if span is None:
             return _refusal(message, RefusalReason.NOT_SERVED, f"blocks {message.blocks} are not served here", None)
@@ -135,10 +139,11 @@ class Stages:
         span.sessions[message.session] = session
         try:
             await self._join(session, message)
-            # What is cached of a part of the span is no use to sessions that run another.
-            namespace = f"{link.peer}/{message.blocks}"
-            prefix = Prefix(namespace=namespace, hashes=message.prefix) if message.prefix else None
-            cached = await span.engine.open(message.session, message.positions, prefix)
+            if former is None or former.ended.is_set() or not await span.carry_on(former, session):
+                # What is cached of a part of the span is no use to sessions that run another.
+                namespace = f"{link.peer}/{message.blocks}"
+                prefix = Prefix(namespace=namespace, hashes=message.prefix) if message.prefix else None
+                session.cached = await span.engine.open(message.session, message.positions, prefix)
             session.votes = dict(await self._voter.vote(TaskContext.of(message.context), offered))
         except LinkBroken as broken:
             refused = RefusalReason.UNREACHABLE, f"cannot reach {broken.peer}: {broken}"
@@ -154,8 +159,10 @@ class Stages:
                 session=message.session,
                 load=span.load(),
                 votes=session.votes,
-                cached={str(lineage): positions for lineage, positions in cached.items()},
+                cached={str(lineage): positions for lineage, positions in session.cached.items()},
                 policy=span.policy,
+                held=session.computed,
+                kept_from=session.kept_from,
             )
         finally:
             session.opened.set()
@@ -166,6 +173,15 @@ class Stages:
         """Return the span whose blocks these are, else the smallest that has all of them."""
         holding = [span for key, span in self._spans.items() if key[0] == model and span.info.blocks.holds(blocks)]
         return min(holding, key=lambda span: len(span.info.blocks), default=None)
+
+    def _former(self, message: Open, link: InboundLink) -> StageSession | None:
+        """Return the session that a new one continues, if it is here, its coordinator's, alike, and large enough."""
+        for span in self._spans.values():
+            former = span.sessions.get(message.continues) if message.continues else None
+            if former is not None and former.opened_by is link and former.opened.is_set():
+                is_alike = (span.info.model, former.info.blocks) == (message.model, message.blocks)
+                return former if is_alike and former.positions >= message.positions else None
+        return None
 
     async def begin(self, message: Begin, link: InboundLink) -> None:
         """Begin a session that this link opened with what the votes came to, once that was seen to be so."""
@@ -179,17 +195,32 @@ class Stages:
             span.fail(session, FailureReason.TALLY, fault)
             return
         method = parse_method(message.method)
-        try:
-            cached = await span.engine.begin(session.id, session.options(method))
-        except EngineError as error:
-            span.fail(session, FailureReason.ENGINE, str(error))
-            return
+        if session.calculated_by is None:
+            try:
+                session.computed = await span.engine.begin(session.id, session.options(method))
+            except EngineError as error:
+                span.fail(session, FailureReason.ENGINE, str(error))
+                return
+            session.kept.drop(session.computed)
         if session.ended.is_set():
             await span.engine.close(session.id)
-        elif cached < message.start:
-            span.fail(session, FailureReason.ENGINE, f"{message.start} positions were to be cached, {cached} are")
+        elif fault := _start_fault(session, message, method):
+            span.fail(session, FailureReason.ENGINE, fault)
         else:
             session.begin(message, method)
+            span.send_again(session, method, message.start)
+            if self.draining:
+                self._ask_to_leave(session)
+
+    def hand_over(self) -> None:
+        """Ask the coordinators of all sessions, but for our own, to go on elsewhere: this node is about to leave."""
+        for span in self._spans.values():
+            for session in span.sessions.values():
+                self._ask_to_leave(session)
+
+    def _ask_to_leave(self, session: StageSession) -> None:
+        if session.method is not None and session.opened_by.peer != self.switchboard.peer_id:
+            session.opened_by.reroute(session.id, FailureReason.LEAVING, "this peer is about to leave")
 
     async def close(self, session: SessionId, link: InboundLink) -> Closed:
         """Free a session that this link opened and say what it cost. An unknown one is no error."""
@@ -251,6 +282,17 @@ class Stages:
 
 def _refusal(message: Open, reason: RefusalReason, why: str, span: Span | None) -> Refused:
     return Refused(session=message.session, reason=reason, message=why, load=span.load() if span else Load())
+
+
+def _start_fault(session: StageSession, message: Begin, method: Method) -> str | None:
+    """Return why a session cannot start where it is to, if it cannot."""
+    if session.calculated_by is not None and session.calculated_by.name != method.name:
+        return f"what was calculated by {session.calculated_by.name} cannot be continued by another method"
+    if message.start > session.computed:
+        return f"{message.start} positions were to be held, {session.computed} are"
+    if session.sampling is None and message.onward < message.start and message.onward < session.kept_from:
+        return f"outputs from position {message.onward} on were to be kept, those from {session.kept_from} on are"
+    return None
 
 
 def _fault_of(message: Open, info: SpanInfo) -> str | None:

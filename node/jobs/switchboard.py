@@ -69,6 +69,10 @@ class Switchboard:
                 self._nursery = None
                 nursery.cancel_scope.cancel()
 
+    def is_linked(self, peer: PeerId) -> bool:
+        """Whether there is a link to a peer that is not broken."""
+        return (link := self._links.get(peer)) is not None and not link.broken
+
     async def link_to(self, peer: PeerId) -> OutboundLink:
         """Return the link to a peer, made if need be. Raises LinkBroken with the reason."""
         if (link := self._links.get(peer)) and not link.broken:

@@ -35,6 +35,7 @@ from protocol.messages import (
     Pong,
     RefusalReason,
     Refused,
+    Reroute,
     Sampling,
     SessionStatistics,
     Slice,
@@ -128,6 +129,8 @@ control_messages: st.SearchStrategy[ControlMessage] = st.one_of(
         votes=st.dictionaries(names, st.floats(-MAX_SCORE, MAX_SCORE), min_size=1, max_size=4),
         cached=st.dictionaries(names, st.integers(0, MAX_POSITIONS), max_size=4),
         policy=st.dictionaries(*[presentable(64, min_size=1)] * 2, max_size=2),
+        held=st.integers(64, MAX_POSITIONS),
+        kept_from=st.integers(0, 64),
     ),
     st.builds(
         Begin,
@@ -138,6 +141,7 @@ control_messages: st.SearchStrategy[ControlMessage] = st.one_of(
             max_size=3,
         ).map(tuple),
         start=st.integers(0, MAX_POSITIONS - 1),
+        onward=st.integers(0, MAX_POSITIONS - 1),
     ),
     st.builds(
         Refused,
@@ -147,6 +151,13 @@ control_messages: st.SearchStrategy[ControlMessage] = st.one_of(
         load=loads,
     ),
     st.builds(Credit, session=sessions, consumed_bytes=st.integers(1, MAX_WINDOW_BYTES)),
+    st.builds(
+        Reroute,
+        session=sessions,
+        reason=st.sampled_from((FailureReason.DOWNSTREAM, FailureReason.LEAVING)),
+        message=presentable(MAX_TEXT_BYTES),
+        peer=st.none() | peers,
+    ),
     st.builds(
         Failed,
         session=sessions,

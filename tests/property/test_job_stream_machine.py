@@ -24,6 +24,7 @@ from tests.unit.protocol.job_streams import (
     open_message,
     opened,
     refused,
+    reroute,
     session_id,
     step_message,
 )
@@ -187,10 +188,16 @@ class JobStream(RuleBasedStateMachine):
             self.say(Role.RESPONDER, failed(session))
 
     @rule(data=st.data())
+    def ask_for_another_route(self, data: st.DataObject) -> None:
+        if session := self.borrowed(data, lambda state: state in {SessionState.BEGUN, SessionState.CLOSING}):
+            self.say(Role.RESPONDER, reroute(session))
+
+    @rule(data=st.data())
     def answer_too_late(self, data: st.DataObject) -> None:
         if session := self.borrowed(data, lambda state: state in {SessionState.IDLE, SessionState.FAILED}):
             assert self.responder.send(Credit(session=session, consumed_bytes=1)) == []
             assert self.responder.send(failed(session)) == []
+            assert self.responder.send(reroute(session)) == []
 
     @rule(data=st.data())
     def confirm_a_close(self, data: st.DataObject) -> None:

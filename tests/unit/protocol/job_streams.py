@@ -22,6 +22,7 @@ from protocol.messages import (
     Pong,
     RefusalReason,
     Refused,
+    Reroute,
     Sampling,
     SessionStatistics,
     Slice,
@@ -70,6 +71,10 @@ def failed(session: SessionId = SESSION) -> Failed:
     return Failed(session=session, reason=FailureReason.ENGINE, message="gone")
 
 
+def reroute(session: SessionId = SESSION) -> Reroute:
+    return Reroute(session=session, reason=FailureReason.DOWNSTREAM, message="cut off")
+
+
 def refused(session: SessionId = SESSION) -> Refused:
     return Refused(session=session, reason=RefusalReason.FULL, message="full", load=Load())
 
@@ -105,6 +110,7 @@ EVERY_MESSAGE: tuple[Message, ...] = (
     begin(),
     rows(1),
     credit(1),
+    reroute(),
     failed(),
     close(),
     closed(),
@@ -126,6 +132,7 @@ MESSAGES: dict[str, ControlMessage] = {
         upstream=(PEER,),
         feedback=PEER,
         sampling=Sampling(temperature=0.7, top_p=0.9, seed=MAX_UINT64, max_tokens=5, stop_tokens=(0, 49151)),
+        continues=SessionId(JobId("ff" * 16), 2),
     ),
     "opened": Opened(
         session=SESSION,
@@ -133,10 +140,15 @@ MESSAGES: dict[str, ControlMessage] = {
         votes={"arithmetic=fp32": -1.25, "arithmetic=bf16": -2.0},
         cached={"fused/fp32": 64},
         policy={"batching": "continuous"},
+        held=70,
+        kept_from=64,
     ),
-    "begin": Begin(session=SESSION, method="arithmetic=bf16", ballots=(Ballot(PEER, (-1.25, None)),), start=64),
+    "begin": Begin(
+        session=SESSION, method="arithmetic=bf16", ballots=(Ballot(PEER, (-1.25, None)),), start=64, onward=32
+    ),
     "refused": Refused(session=SESSION, reason=RefusalReason.FULL, message="no room", load=LOAD),
     "credit": Credit(session=SESSION, consumed_bytes=1),
+    "reroute": Reroute(session=SESSION, reason=FailureReason.DOWNSTREAM, message="cut off", peer=PEER),
     "failed": Failed(session=SESSION, reason=FailureReason.DOWNSTREAM, message="gone", peer=PEER),
     "close": Close(session=SESSION),
     "closed": Closed(

@@ -20,6 +20,7 @@ from protocol.messages import (
     Ping,
     Pong,
     Refused,
+    Reroute,
     Step,
 )
 from protocol.states import CONNECTION_TABLE, SESSION_TABLE, ConnectionState, Direction, Role, SessionState
@@ -157,6 +158,7 @@ def _prepare(connection: JobConnection, message: Message) -> None:
         Begin: [open_message(), opened()],
         Close: [open_message()],
         Closed: [open_message(), close()],
+        Reroute: [open_message(), opened(), begin()],
     }
     for earlier in needs.get(type(message), []):
         pass_on(connection, earlier)
