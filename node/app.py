@@ -278,10 +278,11 @@ class Node:
             await trio.sleep(RETENTION_INTERVAL_S)
 
     async def drain(self) -> None:
-        """Take no new work, tell the swarm, and wait a bounded time for the work there is."""
+        """Take no new work, tell the swarm, hand over what can be, and wait a bounded time for the rest."""
         self._coordinator.draining = True
         self._stages.draining = True
         await self._membership.leave()
+        self._stages.hand_over()
         await self._announcer.withdraw()
         with trio.move_on_after(DRAIN_LIMIT_S) as scope:
             await self._coordinator.wait_idle()

@@ -148,7 +148,7 @@ class _Job:
     bound: set[PeerId] = field(default_factory=set)
     """Peers that would like to go, and were asked for."""
     stops: list[Stop] = field(default_factory=list)
-    """Of the last route, also of one that was lost."""
+    """Of the last route that was open, also of one that was lost."""
     route: OpenRoute | None = None
     former: list[OpenRoute] = field(default_factory=list)
     """Routes before this one, not closed yet: what their stages hold may be continued."""
@@ -351,6 +351,7 @@ class Coordinator:
                 job.avoided.clear()
                 continue
             if await self._try_route(job, stops):
+                job.stops = stops
                 break
             job.set_aside()
             if not is_patient and attempt + 1 >= MAX_ATTEMPTS:
@@ -360,7 +361,6 @@ class Coordinator:
 
     async def _try_route(self, job: _Job, stops: list[Stop]) -> bool:
         """Open a route and send the tokens so far; say whether that went well. If not, it is known whom to avoid."""
-        job.stops = stops
         job.route = route = OpenRoute(stops, self._switchboard, await self._opening(job, stops), job.held)
         tokens = [*job.prompt, *job.tokens]
         try:

@@ -175,6 +175,10 @@ async def test_a_lost_stage_is_replaced_and_the_text_is_the_same(
                             victim.engines[0].crash()
                     if len(tokens) == 12:
                         assert trio.current_time() - lost_s < (2 if way == "stop" else 0.5)
+                        # Who lives has not calculated anything twice, and the newcomer calculated everything once.
+                        sessions = [s for p in swarm.peers for span in p.stages.spans() for s in span.sessions.values()]
+                        assert len(sessions) == (4 if way == "stop" else 3)
+                        assert all(s.rows <= len(TOKENS) + 13 for s in sessions)
                 if isinstance(event, JobResult):
                     assert event.token_ids == right_tokens(40) == tuple(tokens)
                     assert event.replays == 1
@@ -224,6 +228,47 @@ async def test_a_draining_peer_finishes_what_it_has_and_takes_nothing_new(autoju
             assert [event async for event in events][-1].token_ids == right_tokens(30)  # type: ignore[union-attr]
         with trio.fail_after(1):
             await leaving.stages.wait_idle()
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2])
+async def test_a_peer_that_leaves_hands_its_sessions_over(autojump_clock: MockClock, stage: int) -> None:
+    async with open_swarm() as swarm:
+        peer = await swarm_of_thirds(swarm)
+        leaving = swarm.peers[stage]
+        spare = await swarm.join(THIRDS[stage])
+        await swarm.settle()
+        async with peer.coordinator.submit(JobRequest(model="fake", prompt=PROMPT, max_tokens=40)) as events:
+            if not leaving.held()[0]:
+                leaving, spare = spare, leaving
+            result: JobResult | None = None
+            count = 0
+            async for event in events:
+                count += isinstance(event, TextDelta)
+                if count == 10 and not leaving.stages.draining:
+                    leaving.stages.draining = True
+                    await leaving.membership.leave()
+                    leaving.stages.hand_over()
+                if count == 15:
+                    assert leaving.held() == (0, 0)
+                    assert spare.held()[0] == 1
+                    swarm.hub.kill(leaving.id)
+                result = event if isinstance(event, JobResult) else result
+        assert result is not None
+        assert result.token_ids == right_tokens(40)
+        assert result.replays == 1
+
+
+async def test_a_peer_that_nobody_can_replace_serves_to_the_end(autojump_clock: MockClock) -> None:
+    async with open_swarm() as swarm:
+        peer = await swarm_of_thirds(swarm)
+        await swarm.join(THIRDS[1], kv_positions=16)  # has no room
+        await swarm.settle()
+        leaving = swarm.peers[1]
+        async with peer.coordinator.submit(JobRequest(model="fake", prompt=PROMPT, max_tokens=40)) as events:
+            leaving.stages.draining = True
+            await leaving.membership.leave()
+            leaving.stages.hand_over()
+            assert [event async for event in events][-1].token_ids == right_tokens(40)  # type: ignore[union-attr]
 
 
 async def test_rows_of_a_stranger_do_not_enter_a_session(autojump_clock: MockClock) -> None:
