@@ -15,7 +15,7 @@ from typing import Final
 
 import trio
 
-from node.network.addresses import TcpAddress
+from node.network.addresses import AddressBook, TcpAddress
 from node.network.memory_network import MemoryNetwork
 from node.network.memory_stream import Packet
 from protocol.identity import PeerId
@@ -46,8 +46,14 @@ class LinkModel:
 class MemoryNetworkHub:
     """What connects the networks of all peers of a simulation, and the hand of fate."""
 
-    def __init__(self, rng: random.Random, link: LinkModel | None = None) -> None:
-        """Start with no peers; every random choice is drawn from `rng`."""
+    def __init__(
+        self, rng: random.Random, link: LinkModel | None = None, *, address_book: AddressBook | None = None
+    ) -> None:
+        """Start with no peers; every random choice is drawn from `rng`.
+
+        With an `address_book` all peers share it, so that each can be dialled by all.
+        """
+        self.address_book = address_book
         self.rng = rng
         self.link = link or LinkModel()
         self.networks: dict[PeerId, MemoryNetwork] = {}

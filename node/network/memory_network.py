@@ -61,7 +61,7 @@ class MemoryNetwork:
         self._peer_id = peer_id
         self._address = address
         self._position = int.from_bytes(hashlib.sha256(peer_id.encode()).digest(), "big")
-        self._book = AddressBook()
+        self._book = hub.address_book or AddressBook()
         self._handlers: dict[str, StreamHandler] = {}
         self._topics: dict[str, _Topic] = {}
         self._namespaces: dict[str, tuple[RecordValidator, RecordSelector]] = {}

@@ -22,6 +22,7 @@ from node.jobs.recorder import Recorder
 from node.jobs.span import Span
 from node.jobs.stage import Stages
 from node.models.library import KnownModel
+from node.network.addresses import AddressBook
 from node.network.interface import Network
 from node.network.memory import LinkModel, MemoryNetworkHub
 from node.placing import Statements
@@ -32,6 +33,7 @@ from node.swarm.records import RecordKinds
 from protocol.identity import BlockRange, JobId, ModelId, PeerId, SessionId
 from protocol.messages import Open, Sampling, Slice, Step
 from protocol.tensors import tensor_from_tokens
+from selector.routing import Links
 from selector.task import BASELINE
 
 BLOCKS = 9
@@ -154,9 +156,11 @@ class Swarm:
         seed: int = 1,
         link: LinkModel | None = None,
         controller: Callable[[], PolicyController] = PolicyController,
+        *,
+        address_book: AddressBook | None = None,
     ) -> None:
         self._controller = controller
-        self.hub = MemoryNetworkHub(random.Random(seed), link)
+        self.hub = MemoryNetworkHub(random.Random(seed), link, address_book=address_book)
         self.peers: list[Peer] = []
         self._nursery = nursery
         self._rng = random.Random(seed)
@@ -186,20 +190,9 @@ class Swarm:
             controller=self._controller,
         )
         statements = Statements(lambda: membership.announce(), wall_clock)
-        bootstrap = self.peers[0].network.multiaddrs if self.peers else ()
-        membership = Membership(
-            network=network,
-            identity=identity,
-            agent="test/1",
-            bootstrap=bootstrap,
-            served_spans=stages.served_spans,
-            records=RecordKinds(network),
-            jitter=self._rng,
-            wall_clock=wall_clock,
-            stated=statements.current,
-        )
+        membership = self._membership(identity, network, stages, statements)
         tokenizer = NumberTokenizer()
-        links = LinkEstimates(network.peer_id, membership.round_trip_s, lambda _: None).between
+        links = self._links(network, membership)
         coordinator = Coordinator(
             OneModel(tokenizer),
             membership,
@@ -251,6 +244,22 @@ class Swarm:
         )
         await self._nursery.start(serving.run)
         return peer
+
+    def _membership(self, identity: Identity, network: Network, stages: Stages, statements: Statements) -> Membership:
+        return Membership(
+            network=network,
+            identity=identity,
+            agent="test/1",
+            bootstrap=self.peers[0].network.multiaddrs if self.peers else (),
+            served_spans=stages.served_spans,
+            records=RecordKinds(network),
+            jitter=self._rng,
+            wall_clock=wall_clock,
+            stated=statements.current,
+        )
+
+    def _links(self, network: Network, membership: Membership) -> Links:
+        return LinkEstimates(network.peer_id, membership.round_trip_s, lambda _: None).between
 
     async def _carry(
         self,
