@@ -125,6 +125,10 @@ class RumourSwarm(Swarm):
         self.heard_s: dict[PeerId, float] = {}
         self._gone_s: dict[PeerId, float] = {}
 
+    def lives(self, peer: Peer) -> bool:
+        """Whether a peer runs."""
+        return self.hub.networks[peer.id].alive
+
     def silent_s(self, peer: Peer) -> float:
         """Return when the others no longer count on a peer."""
         return self._gone_s.get(peer.id, float("inf"))
@@ -141,7 +145,7 @@ class RumourSwarm(Swarm):
     def bury(self) -> None:
         """Forget whom nobody counts on any more."""
         now_s = trio.current_time()
-        self.peers = [peer for peer in self.peers if peer.network.alive or self.silent_s(peer) > now_s]
+        self.peers = [peer for peer in self.peers if self.lives(peer) or self.silent_s(peer) > now_s]
 
     def _membership(self, identity: Identity, network: Network, stages: Stages, statements: Statements) -> Membership:
         return cast("Membership", Rumours(network, self))
@@ -178,7 +182,7 @@ class _Play:
     def _serving(self) -> list[Peer]:
         """Return the peers that live, serve, and mean to stay."""
         self._swarm.bury()
-        return [p for p in self._swarm.peers[COORDINATORS:] if p.network.alive and not p.stages.draining]
+        return [p for p in self._swarm.peers[COORDINATORS:] if self._swarm.lives(p) and not p.stages.draining]
 
     async def _join_again_and_again(self) -> None:
         while True:
