@@ -39,7 +39,8 @@ class SparedSwarm:
 
     async def start_peer(self, stage: int) -> None:
         self.started += 1
-        flags = ("--serve", f"{MODEL}:{THIRDS[stage]}", "--threads", "1", "--bootstrap", self.coordinator.multiaddr)
+        flags = ("--serve", f"{MODEL}:{THIRDS[stage]}", "--threads", "1", "--no-mdns")
+        flags += ("--bootstrap", self.coordinator.multiaddr)
         daemon = await self.stack.enter_async_context(running_daemon(self.folder / f"peer-{self.started}", *flags))
         self.peers[stage].append(daemon)
 
@@ -97,9 +98,10 @@ class SparedSwarm:
 async def spared_swarm(folder: Path) -> AsyncIterator[SparedSwarm]:
     """Run the swarm inside the block, begun once everybody serves and is known."""
     async with AsyncExitStack() as stack:
-        coordinator = await stack.enter_async_context(running_daemon(folder / "coordinator"))
+        coordinator = await stack.enter_async_context(running_daemon(folder / "coordinator", "--no-mdns"))
         swarm = SparedSwarm(folder, stack, coordinator)
-        for stage in (0, 1, 2, 0, 1, 2):
-            await swarm.start_peer(stage)
+        async with trio.open_nursery() as nursery:
+            for stage in (0, 1, 2, 0, 1, 2):
+                nursery.start_soon(swarm.start_peer, stage)
         await swarm.settle()
         yield swarm

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import init_empty_weights
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -43,11 +44,12 @@ def expected(package: Package) -> list[tuple[list[int], list[int]]]:
 
 def whole_model(folder: Path, config: dict[str, Any]) -> Any:
     """Load the model undivided, by transformers alone."""
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config), dtype=torch.float32)
+    with init_empty_weights(include_buffers=False):  # to draw weights at random would take most of the time
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config), dtype=torch.float32)
     tensors = {
         name: tensor for file in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(file).items()
     }
-    missing, unexpected = model.load_state_dict(tensors, strict=False)
+    missing, unexpected = model.load_state_dict(tensors, strict=False, assign=True)
     assert not unexpected
     assert set(missing) <= {"lm_head.weight"}  # tied to the embedding
     model.tie_weights()
@@ -79,7 +81,8 @@ async def test_every_greedy_token_is_that_of_transformers(
     start_swarm: StartSwarm, expected: list[tuple[list[int], list[int]]], spans: tuple[str, ...]
 ) -> None:
     daemons = await start_swarm(*spans)
-    for number, (prompt, tokens) in enumerate(expected):
+    # All prompts pass through three stages; where else the model is cut, only some of them, the longest among them.
+    for number, (prompt, tokens) in enumerate(expected if len(spans) == 3 else expected[::-3]):
         # Every peer of the swarm takes its turn as the coordinator.
         daemon = daemons[number % len(daemons)]
         answer = await daemon.complete(prompt=prompt, max_tokens=NEW_TOKENS, metaswarm={"ignore_eos": True})
