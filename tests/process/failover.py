@@ -39,8 +39,8 @@ class SparedSwarm:
 
     async def start_peer(self, stage: int) -> None:
         self.started += 1
-        flags = ("--serve", f"{MODEL}:{THIRDS[stage]}", "--threads", "1", "--no-mdns")
-        flags += ("--bootstrap", self.coordinator.multiaddr)
+        flags = ["--serve", f"{MODEL}:{THIRDS[stage]}", "--threads", "1", "--no-mdns"]
+        flags += ["--bootstrap", self.coordinator.multiaddr]
         daemon = await self.stack.enter_async_context(running_daemon(self.folder / f"peer-{self.started}", *flags))
         self.peers[stage].append(daemon)
 
