@@ -27,7 +27,9 @@ from node.identity import IdentityError, load_or_create
 from node.jobs.coordinator import Coordinator
 from node.jobs.ledger import QualityLedger
 from node.jobs.observation import software_name, software_versions
+from node.jobs.policy import PolicyController
 from node.jobs.recorder import Recorder
+from node.jobs.scheduler import Batching
 from node.jobs.stage import Stages
 from node.jobs.trial import Trials
 from node.models.files import Progress, ignore_progress
@@ -107,6 +109,7 @@ class Node:
             private_key=identity.private_key,
             hardware=self._hardware,
             voter=LearnedVoter(opinions),
+            controller=partial(PolicyController, batching=Batching(config.batching)),
         )
         self._statements = Statements(lambda: self._membership.announce())
         self._membership = Membership(

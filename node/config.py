@@ -30,6 +30,7 @@ DEFAULT_API: Final = "127.0.0.1:8642"
 MIN_EPOCH_S: Final = 5
 MAX_EPOCH_S: Final = 86_400
 DEFAULT_EXPLORATION: Final = 0.1
+BATCHING: Final = ("one", "static", "continuous")
 LOG_LEVELS: Final = ("debug", "info", "warning", "error")
 BOOTSTRAP_FILE: Final = "bootstrap_peers.yaml"
 READY_FILE: Final = "node.json"
@@ -38,7 +39,7 @@ LOCK_FILE: Final = "node.lock"
 
 OPTIONS: Final = (
     "data_dir", "cache_dir", "cache_limit", "listen", "api", "api_key", "bootstrap", "serve", "swarm_key", "memory",
-    "no_catalogue", "no_mdns", "threads", "epoch", "checkpoint", "exploration", "log_level",
+    "no_catalogue", "no_mdns", "threads", "batching", "epoch", "checkpoint", "exploration", "log_level",
 )  # fmt: skip
 """The names of all options, the same in the file, the environment and (with dashes) on the command line."""
 
@@ -94,6 +95,8 @@ class NodeConfig:
     """Whether to look for peers on the local network, and to be found there."""
     threads: int | None = None
     """Threads of an engine; None lets the node decide."""
+    batching: str = "continuous"
+    """How sessions share the steps of an engine."""
     epoch_s: float = EPOCH_S
     """The length of an epoch of the consensus; peers with another one agree among themselves only."""
     checkpoints: tuple[bytes, ...] = ()
@@ -213,6 +216,7 @@ def load_config(flags: Mapping[str, object], environ: Mapping[str, str] | None =
         no_catalogue=given.get("no_catalogue", _parse_boolean) or False,
         mdns=not given.get("no_mdns", _parse_boolean),
         threads=given.get("threads", _parse_threads),
+        batching=given.get("batching", _parse_batching) or "continuous",
         epoch_s=given.get("epoch", _parse_epoch) or EPOCH_S,
         checkpoints=given.get("checkpoint", _parse_checkpoints) or (),
         exploration=DEFAULT_EXPLORATION if exploration is None else exploration,
@@ -322,6 +326,13 @@ def _parse_share(given: _Given) -> float:
     if not re.fullmatch(r"[0-9]{0,4}\.?[0-9]{0,9}", text) or not re.search("[0-9]", text) or float(text) > 1:
         raise ConfigError(f"{given.where}: expected a share from 0 to 1 such as 0.1, not {given.value!r}")
     return float(text)
+
+
+def _parse_batching(given: _Given) -> str:
+    batching = given.text().lower()
+    if batching not in BATCHING:
+        raise ConfigError(f"{given.where}: expected one of {', '.join(BATCHING)}, not {given.value!r}")
+    return batching
 
 
 def _parse_log_level(given: _Given) -> str:

@@ -54,6 +54,9 @@ if TYPE_CHECKING:
 @click.option("--no-catalogue", is_flag=True, help="Never download a model from its source, only from peers.")
 @click.option("--threads", metavar="N", help="Threads of the engine.")
 @click.option(
+    "--batching", metavar="HOW", help="How sessions share the engine: one, static or continuous (the default)."
+)
+@click.option(
     "--epoch", metavar="SECONDS", help="Length of an epoch of the consensus (default 600), the same at every peer."
 )
 @click.option(

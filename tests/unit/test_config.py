@@ -68,6 +68,7 @@ def test_every_option_can_stand_in_the_file_and_in_the_environment(tmp_path: Pat
         "METASWARM_NO_CATALOGUE": "1",
         "METASWARM_NO_MDNS": "0",
         "METASWARM_THREADS": "2",
+        "METASWARM_BATCHING": "one",
         "METASWARM_EPOCH": "30",
         "METASWARM_CHECKPOINT": "cd" * 32,
         "METASWARM_EXPLORATION": "0.25",
@@ -89,6 +90,7 @@ def test_every_option_can_stand_in_the_file_and_in_the_environment(tmp_path: Pat
         no_catalogue=True,
         mdns=True,
         threads=2,
+        batching="one",
         epoch_s=30.0,
         checkpoints=(b"\xcd" * 32,),
         exploration=0.25,
@@ -111,6 +113,7 @@ def test_every_option_can_stand_in_the_file_and_in_the_environment(tmp_path: Pat
         no_catalogue = true
         no_mdns = false
         threads = 2
+        batching = "one"
         epoch = 30
         checkpoint = ["{"cd" * 32}"]
         exploration = 0.25
@@ -180,6 +183,7 @@ def test_memory_is_bytes_with_or_without_a_unit(text: str, count: int) -> None:
         ("memory", "4 apples", "--memory"),
         ("threads", "0", "--threads"),
         ("threads", "many", "--threads"),
+        ("batching", "some", "--batching: expected one of one, static, continuous"),
         ("epoch", "1", "--epoch"),
         ("epoch", "soon", "--epoch"),
         ("checkpoint", ["cd"], "--checkpoint"),

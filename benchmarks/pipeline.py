@@ -1,0 +1,134 @@
+"""How busy the stages of a route are while several sessions are in flight: none is to wait for another.
+
+    python -m benchmarks.pipeline [--tokens 64] [--json]
+
+Three daemons with a third of the demo model and one thread each, and a coordinator that serves none; eight jobs at a
+time. First each stage takes one session at a time, then it batches. A stage's share is the time that its engine
+calculates; the cores are measured for all daemons and their workers together.
+"""
+
+import json
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import click
+import httpx
+import psutil
+import trio
+
+from benchmarks.common import demo_package, describe_machine
+from benchmarks.daemons import Daemon, running_daemon, until
+from node.models.catalogue import DEMO_MODEL
+
+SPANS = ("0-10", "10-20", "20-30")
+SESSIONS = 8
+BUSY_TARGET = 0.85
+
+
+@dataclass(frozen=True)
+class Use:
+    """What was used. Shares are of the time that the jobs took; `cores` of all cores there are."""
+
+    batching: str
+    tokens_per_s: float
+    cores: float
+    stages: list[float]
+
+
+@click.command()
+@click.option("--tokens", type=click.IntRange(1), default=64, show_default=True, help="Tokens of each job.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
+def main(tokens: int, as_json: bool) -> None:
+    """Measure how busy stages and cores are."""
+    demo_package()
+    result = trio.run(measure, tokens)
+    click.echo(json.dumps(result) if as_json else report(result))
+
+
+async def measure(tokens: int) -> dict[str, Any]:
+    """Return what was used, without and with batching."""
+    machine = describe_machine()
+    return {**machine, "uses": [asdict(await measure_batching(how, tokens)) for how in ("one", "continuous")]}
+
+
+async def measure_batching(batching: str, tokens: int) -> Use:
+    """Start a swarm that batches in one way, run the jobs twice, and return what was used the second time."""
+    with TemporaryDirectory(prefix="metaswarm-pipeline-") as folder:
+        async with running_daemon(Path(folder) / "coordinator") as coordinator, trio.open_nursery() as nursery:
+            stages: list[Daemon] = []
+
+            async def serve(span: str, *, task_status: trio.TaskStatus[None]) -> None:
+                flags = ("--serve", f"{DEMO_MODEL}:{span}", "--threads", "1", "--batching", batching)
+                first = coordinator.ready.multiaddrs[0]
+                async with running_daemon(Path(folder) / span, *flags, "--bootstrap", first) as daemon:
+                    stages.append(daemon)
+                    task_status.started()
+                    await trio.sleep_forever()
+
+            for span in SPANS:
+                await nursery.start(serve, span)
+
+            async def is_complete() -> bool:
+                return any(model["complete"] for model in (await coordinator.get("/swarm/models"))["models"])
+
+            await until(is_complete, timeout_s=60)
+            await _run_jobs(coordinator, 4)
+            before_s, busy_s, began_s = await _computed_s(stages), _cpu_s([coordinator, *stages]), trio.current_time()
+            await _run_jobs(coordinator, tokens)
+            wall_s = trio.current_time() - began_s
+            after_s = await _computed_s(stages)
+            busy_s = _cpu_s([coordinator, *stages]) - busy_s
+            nursery.cancel_scope.cancel()
+    return Use(
+        batching=batching,
+        tokens_per_s=SESSIONS * tokens / wall_s,
+        cores=busy_s / wall_s / (os.cpu_count() or 1),
+        stages=[(after - before) / wall_s for before, after in zip(before_s, after_s, strict=True)],
+    )
+
+
+async def _run_jobs(coordinator: Daemon, tokens: int) -> None:
+    body = {"model": DEMO_MODEL, "max_tokens": tokens, "temperature": 0, "metaswarm": {"ignore_eos": True}}
+
+    async def run_job(number: int) -> None:
+        async with httpx.AsyncClient(base_url=coordinator.ready.api_url, timeout=600) as client:
+            answer = await client.post("/v1/completions", json={**body, "prompt": f"Chapter {number} begins with"})
+        answer.raise_for_status()
+
+    async with trio.open_nursery() as nursery:
+        for number in range(SESSIONS):
+            nursery.start_soon(run_job, number)
+
+
+async def _computed_s(stages: list[Daemon]) -> list[float]:
+    """Return how long each stage's engine has calculated."""
+    return [(await stage.get("/swarm/status"))["spans"][0]["compute_s"] for stage in stages]
+
+
+def _cpu_s(daemons: list[Daemon]) -> float:
+    """Return the processor time of daemons and their workers."""
+    found = [psutil.Process(daemon.process.pid) for daemon in daemons]
+    times = [p.cpu_times() for process in found for p in (process, *process.children(recursive=True))]
+    return float(sum(t.user + t.system for t in times))
+
+
+def report(result: dict[str, Any]) -> str:
+    """Return the figures as a table."""
+    lines = [
+        f"load average {result['load_average']:.1f} on {result['cores']} cores; {SESSIONS} sessions",
+        "",
+        "batching     tokens/s   cores busy   engines of the stages busy",
+    ]
+    for use in result["uses"]:
+        stages = "  ".join(f"{share:4.0%}" for share in use["stages"])
+        lines.append(f"{use['batching']:<10} {use['tokens_per_s']:10.1f} {use['cores']:12.0%}   {stages}")
+    is_met = result["uses"][0]["cores"] >= BUSY_TARGET
+    lines.append(f"target without batching: cores {BUSY_TARGET:.0%} busy, {'met' if is_met else 'MISSED'}")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()
