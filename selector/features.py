@@ -206,7 +206,8 @@ class PairTable:
         table = _finite(pairs.contexts.features[used])[:, list(self.contexts_.kept)]
         varies = np.zeros(table.shape[1], dtype=bool)
         for name in np.unique(names):
-            varies |= [_differs(column) for column in table[names == name].T]
+            # Where all contexts are alike there are no columns, and a list of none would be of no bools.
+            varies |= np.array([_differs(column) for column in table[names == name].T], dtype=bool)
         return np.flatnonzero(~varies)
 
     def transform(self, pairs: Pairs) -> FloatArray:
