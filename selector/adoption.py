@@ -27,6 +27,9 @@ MAX_LOSS: Final = 0.7
 RETRY_S: Final = 6 * 3600.0
 """A method that lost a trial is not tried again for so long."""
 
+MISSED_RETRY_S: Final = 1800.0
+"""A method that a trial could not have is not tried again for so long."""
+
 CANDIDATES: Final = 2
 """Methods in one trial beside the baseline and the one in use."""
 
@@ -47,6 +50,8 @@ class Adoption:
 
     def __init__(self) -> None:
         self._kinds: OrderedDict[str, dict[str, Standing]] = OrderedDict()
+        self._missed: OrderedDict[str, dict[str, float]] = OrderedDict()
+        """When methods were last found not to be had."""
 
     def standings(self, kind: str) -> Mapping[str, Standing]:
         """Return what trials said of methods; of none before the first."""
@@ -90,14 +95,24 @@ class Adoption:
         if used not in expected:
             return []  # there is nothing to compare with just now
         hopes: dict[str, float] = {}
+        missed = {name for name, at_s in self._missed.get(kind, {}).items() if now_s - at_s < MISSED_RETRY_S}
+        excluded = {used, BASELINE.name, *missed}
         for name in admitted:
             tried = self.standings(kind).get(name)
-            if name in {used, BASELINE.name} or (tried and now_s - tried.tried_s < RETRY_S) or name not in expected:
+            if name in excluded or (tried and now_s - tried.tried_s < RETRY_S) or name not in expected:
                 continue
             hope = expected[used] - expected[name] + HOPE * deviations[name]
             if hope > WORTH_A_TRIAL:
                 hopes[name] = hope
         return sorted(hopes, key=lambda name: (-hopes[name], name))[:CANDIDATES]
+
+    def miss(self, kind: str, names: Collection[str], now_s: float) -> None:
+        """Take note of methods that could not be had for a trial: else they were candidates again at the next job."""
+        if names:
+            self._missed[kind] = {**self._missed.get(kind, {}), **dict.fromkeys(names, now_s)}
+            self._missed.move_to_end(kind)
+            while len(self._missed) > MAX_KINDS:
+                self._missed.popitem(last=False)
 
     def settle(self, kind: str, used: str, log_ratios: Mapping[str, Sequence[float]], now_s: float) -> str:
         """Take note of a trial and return the method that is in use from now on, of those tried.

@@ -5,6 +5,7 @@ hand-written rule expects, less what all measurements on the same route within t
 evening, or a machine twice as slow, is nobody's merit or fault.
 """
 
+import hashlib
 import math
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
@@ -26,6 +27,9 @@ MAX_SURPRISE: Final = 2.5
 """Natural logarithm. What is further from the rule and its route's level than a factor of twelve counts as that."""
 
 HALF_LIFE_HOURS: Final = 7 * 24
+MAX_NAME: Final = 128
+"""Characters of a name in a table, in which every name takes as much room as the longest: of a longer one the hash."""
+
 MAX_HARDWARE: Final = 8
 """Classes of hardware that are told apart, the most frequent ones."""
 
@@ -77,9 +81,9 @@ class ContextColumns:
     def table(self, contexts: Sequence[TaskContext]) -> Contexts:
         """Return the contexts as a table."""
         names = {
-            "model": np.array([context.architecture for context in contexts], dtype=np.str_),
-            "hardware": np.array([context.hardware for context in contexts], dtype=np.str_),
-            "task": np.array([kind_of(context) for context in contexts], dtype=np.str_),
+            "model": np.array([_brief(context.architecture) for context in contexts], dtype=np.str_),
+            "hardware": np.array([_brief(context.hardware) for context in contexts], dtype=np.str_),
+            "task": np.array([_brief(kind_of(context)) for context in contexts], dtype=np.str_),
             "budget": np.array([context.objective for context in contexts], dtype=np.str_),
         }
         rows = [_features(context) for context in contexts]
@@ -87,6 +91,11 @@ class ContextColumns:
         same = [[float(context.hardware == name) for name in self.hardware] for context in contexts]
         table = np.hstack([np.array([list(row.values()) for row in rows]), np.array(same).reshape(len(rows), -1)])
         return Contexts(tuple(str(i) for i in range(len(rows))), names, columns, table)
+
+
+def _brief(name: str) -> str:
+    """Return what stands for a name: a route of many stages may have one that is kilobytes long."""
+    return name if len(name) <= MAX_NAME else hashlib.sha256(name.encode()).hexdigest()
 
 
 def _features(context: TaskContext) -> dict[str, float]:

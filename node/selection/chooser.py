@@ -283,13 +283,16 @@ class LearnedChooser:
                 result = await prober.probe(need)
             except JobError as error:
                 _logger.info("no trial could be held", kind=kind, reason=error.message)
-                self._wanted.discard(kind)
                 continue
-            took_s = trio.current_time() - began_s
+            finally:
+                # What it took is spent, whatever came of it: else a trial that always fails would be held for ever.
+                took_s = trio.current_time() - began_s
+                self.budget.trial_s += took_s
+                self._wanted.discard(kind)
             self.budget.trials += 1
-            self.budget.trial_s += took_s
+            missed = {method.name for method in need.methods} - {*result.log_ratios, BASELINE.name}
+            self.adoption.miss(kind, missed, trio.current_time())
             adopted = self.adoption.settle(kind, in_use, result.log_ratios, trio.current_time())
-            self._wanted.discard(kind)
             means = {name: round(statistics.fmean(of), 3) for name, of in result.log_ratios.items() if of}
             _logger.info(
                 "trial held", kind=kind, before=in_use, now=adopted, log_ratios=means, seconds=round(took_s, 2)

@@ -1,7 +1,8 @@
 """Keeps this node's model of the history fresh: starts a worker that learns whenever enough came to be known.
 
-The worker trains at idle priority and then answers; it is replaced by the next one and has nothing to lose. Training
-rests between two runs for several times as long as one took, so that it never takes more than a share of a core.
+The worker trains at the lowest priority and then answers; it is replaced by the next one and has nothing to lose.
+Training rests between two runs for several times as long as one took, so that it never takes more than a share of a
+core.
 """
 
 import json
@@ -31,8 +32,8 @@ GROWTH: Final = 0.2
 REST: Final = 4.0
 """Between two trainings, in durations of the last one."""
 
-TRAINING_LIMIT_S: Final = 600.0
-"""A training that takes longer is given up."""
+TRAINING_LIMIT_S: Final = 3600.0
+"""A training that takes longer is given up. Where all cores are always full it gets about a hundredth of one."""
 
 ANSWER_LIMIT_S: Final = 10.0
 """A worker that does not answer for so long is given up."""
@@ -84,6 +85,10 @@ class Learner:
                         count = await self._count()
                     except StorageError:
                         count = seen
+                    if worker is not None and not self._opinions.experiences:
+                        # It broke, and what it knew is lost. The history has not grown, but is to be learned again.
+                        await worker.stop()
+                        worker, seen = None, 0
                     if count >= MIN_EXPERIENCES and count >= seen * (1 + GROWTH):
                         began_s = trio.current_time()
                         trained = await self._train()

@@ -117,7 +117,8 @@ class Opinions:
                     if ask == self._ask and experiences == self._experiences:
                         self._tables[like] = {name: Expectation(*pair) for name, pair in said.items()}
             except OSError:
-                self.renew(None, 0)
+                if ask == self._ask:  # else it is one that was replaced meanwhile, and stopped
+                    self.renew(None, 0)
             finally:
                 self._pending.pop(like).set()
             while len(self._tables) > MAX_TABLES:

@@ -1,7 +1,7 @@
 """The process that learns: `python -m node.selection.worker`, started by `learner.py`.
 
-It reads one line of JSON that says from which history to learn, and for whom; trains, at idle priority; says in one
-line what came of it; then answers a line with a context by a line with a prediction for every method, until its
+It reads one line of JSON that says from which history to learn, and for whom; trains, at the lowest priority; says in
+one line what came of it; then answers a line with a context by a line with a prediction for every method, until its
 standard input ends. So the trained model never leaves the process that made it, and nobody else's is ever loaded.
 """
 
@@ -70,9 +70,13 @@ def _answer(predictor: Predictor, values: dict[str, Any]) -> dict[str, tuple[flo
 
 
 def _train(database: str, viewpoint: Viewpoint) -> Predictor | None:
-    """Learn in this thread, which gets only what of the processors nobody else wants."""
-    with suppress(AttributeError, OSError):
-        os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
+    """Learn in this thread, which gets a 68th of what of a processor another thread gets, and what nobody else wants.
+
+    With SCHED_IDLE it would be a 340th: where jobs always fill the processors nothing would ever be learned.
+    """
+    if sys.platform == "linux":  # elsewhere priorities are processes', and the answers must not wait
+        with suppress(OSError):
+            os.setpriority(os.PRIO_PROCESS, 0, 19)
     return train(list(read_experiences(Path(database))), viewpoint)
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from selector.adoption import RETRY_S, Adoption, Budget
+from selector.adoption import MISSED_RETRY_S, RETRY_S, Adoption, Budget
 from selector.task import BASELINE
 
 PLAIN = BASELINE.name
@@ -57,6 +57,16 @@ def test_a_method_that_lost_is_not_tried_again_for_a_while() -> None:
     adoption.settle("kind", "a", {"a": [-0.5] * 3, "b": [-0.1] * 3}, 0.0)
     assert adoption.candidates("kind", ALL, "a", expected, SURE, 1.0) == []
     assert adoption.candidates("kind", ALL, "a", expected, SURE, RETRY_S + 1.0) == ["b"]
+
+
+def test_a_method_that_could_not_be_had_is_not_tried_again_at_once_and_makes_room_for_others() -> None:
+    adoption = Adoption()
+    expected = {PLAIN: 0.0, "a": -0.5, "b": -1.0, "c": -0.7}
+    adoption.miss("kind", {"b"}, 0.0)
+    assert adoption.candidates("kind", ALL, "a", expected, SURE, 1.0) == ["c"]
+    assert adoption.candidates("another kind", ALL, "a", expected, SURE, 1.0) == ["b", "c"]
+    assert adoption.candidates("kind", ALL, "a", expected, SURE, MISSED_RETRY_S + 1.0) == ["b", "c"]
+    assert "b" not in adoption.standings("kind")
 
 
 def test_what_may_well_be_better_is_worth_a_trial_and_what_is_known_to_be_worse_is_not() -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from selector.expectation import MIN_EXPERIENCES, rule_table
-from selector.experience import Experience, lesson_of
+from selector.experience import ContextColumns, Experience, lesson_of
 from selector.kinds import Viewpoint, kind_of, representative
 from selector.prediction import train
 from selector.rule import predicted_cost
@@ -102,6 +102,18 @@ def test_figures_that_cannot_be_are_cut() -> None:
     wild = [experience(FUSED.name, 60.0, observer=f"liar {i}", vouched=False) for i in range(10)]
     assert math.isfinite(expected_ratio(own + wild, FUSED.name))
     assert expected_ratio(own + wild, FUSED.name) < 0.5
+
+
+def test_one_route_of_many_stages_does_not_make_the_whole_history_big() -> None:
+    long = "+".join(f"{i:064}" for i in range(64))
+    others = [f"{long}{i}" for i in range(2)]
+    contexts = [CONTEXT] * 100 + [replace(CONTEXT, hardware=name, architecture=name) for name in others]
+    table = ContextColumns.of(contexts).table(contexts)
+    assert sum(names.nbytes for names in table.names.values()) < 300_000
+    for names in table.names.values():
+        assert names[0] == names[1]
+    for key in ("model", "hardware", "task"):
+        assert len(set(table.names[key].tolist())) == 3
 
 
 def test_old_measurements_other_hardware_and_other_software_count_less() -> None:

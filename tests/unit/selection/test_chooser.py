@@ -1,0 +1,56 @@
+"""What trials cost is spent whatever comes of them, and what they could not have is left alone."""
+
+import random
+
+import trio
+from trio.testing import MockClock
+
+from node.jobs.interface import JobError, JobErrorCode
+from node.selection.chooser import ALLOWANCE_S, LearnedChooser, TrialNeed, TrialResult
+from node.selection.opinions import Opinions
+from protocol.identity import ModelId
+from selector.task import BASELINE, TaskContext, method
+
+FUSED, CHUNKED = method(engine="fused"), method(engine="fused", prefill_chunk="64")
+CONTEXT = TaskContext(architecture="fake", block_count=9, hidden_size=32, hardware="test")
+NEED = TrialNeed(model=ModelId("ab" * 32), context=CONTEXT, methods=[BASELINE, FUSED, CHUNKED])
+
+
+class Prober:
+    """Takes long and then fails, or has no more than one method."""
+
+    def __init__(self, *, fails: bool) -> None:
+        self._fails = fails
+
+    async def probe(self, need: TrialNeed) -> TrialResult:
+        assert need == NEED
+        await trio.sleep(20)
+        if self._fails:
+            raise JobError(JobErrorCode.FAILED, "the stages keep changing")
+        return TrialResult({FUSED.name: [-1.0] * 3})
+
+
+async def hold(chooser: LearnedChooser, prober: Prober) -> None:
+    """Have one trial held."""
+    chooser._needs_in.send_nowait(("kind", BASELINE.name, NEED))
+    with trio.move_on_after(60):
+        await chooser.run(prober, lambda: False)
+
+
+async def test_a_trial_that_fails_has_cost_what_it_took(autojump_clock: MockClock) -> None:
+    chooser = LearnedChooser(Opinions(), random.Random(1))
+    await hold(chooser, Prober(fails=True))
+    assert chooser.budget.left_s == ALLOWANCE_S - 20
+    await hold(chooser, Prober(fails=True))
+    assert chooser.budget.left_s < 0
+    assert chooser.budget.trials == 0
+
+
+async def test_a_method_that_a_trial_could_not_have_is_no_candidate_for_the_next(autojump_clock: MockClock) -> None:
+    chooser = LearnedChooser(Opinions(), random.Random(1))
+    await hold(chooser, Prober(fails=False))
+    names = [each.name for each in NEED.methods]
+    expected = {BASELINE.name: 0.0, FUSED.name: -1.0, CHUNKED.name: -9.0}
+    sure = dict.fromkeys(names, 0.01)
+    assert chooser.adoption.in_use("kind", names, BASELINE.name) == FUSED.name
+    assert not chooser.adoption.candidates("kind", names, BASELINE.name, expected, sure, trio.current_time())
