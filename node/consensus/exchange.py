@@ -209,7 +209,9 @@ class Response:
             await self._channel.say(Busy(retry_s=12 * BUSY_S))
             return
         await self._answer(keeper, ask)
-        while (message := await self._channel.hear_any()) is not None:
+        for _ in range(MAX_ROUNDS + 2):  # the questions, what is held, and the state
+            if (message := await self._channel.hear_any()) is None:
+                return
             match message:
                 case Ask(chain=chain):
                     if chain != keeper.genesis:
@@ -222,6 +224,7 @@ class Response:
                         await self._pay_traffic(await self._channel.say(part))
                 case _:
                     raise AssertionError(f"the table of states lets {message} through to a responder")
+        raise RemoteProtocolError("questions without an end")
 
     async def _answer(self, keeper: Keeper, ask: Ask) -> None:
         found = await keeper.store.epoch_of(keeper.genesis, ask.locator)

@@ -25,6 +25,7 @@ from protocol.consensus import (
     EquivocationRecord,
     RevealRecord,
     Said,
+    SignatureRecord,
     open_said,
     say,
 )
@@ -263,10 +264,16 @@ class Keeper:
     async def load(self) -> None:
         """Go on where the last process stopped."""
         now_s = self._wall_clock()
-        records = [open_said(envelope) for envelope in await self.store.records(self.genesis)]
+        envelopes = await self.store.records(self.genesis)
+        records: list[Said] = []
+        for envelope in envelopes:
+            try:
+                records.append(open_said(envelope))
+            except RemoteProtocolError as error:
+                _logger.warning("a record of our own that was kept is not sound", reason=str(error))
         await self._load_branch()
         participant = self.participant
-        if not records:
+        if not records or len(records) < len(envelopes):
             # Whether we have spoken in this epoch is not known: the database may be new because the old one is lost.
             participant.voted_epoch = self.clock.epoch_at(now_s)
         for said in records:
@@ -333,7 +340,11 @@ class Keeper:
     def _take_in(self, said: Said, now_s: float) -> Said | None:
         """Take in a record; return the proof of an equivocation where it completes one."""
         epoch = self.clock.epoch_at(now_s)
-        is_member = said.peer in self.participant.chain.head.members
+        chain = self.participant.chain
+        link = chain.link(said.body.statement) if isinstance(said.body, SignatureRecord) else None
+        if link is not None and said.peer not in link.committee:
+            return None  # it counts for nothing, and is not to take the room of those that do
+        is_member = said.peer in chain.head.members
         if self.minutes.is_full(said, is_member=is_member) and _epoch(said) >= epoch - 1:
             return None
         proof: Said | None = None
@@ -352,6 +363,8 @@ class Keeper:
                 self._take_offence(said)
             case _:
                 pass
+        if self.minutes.is_overfull:
+            self.minutes.prune(epoch, chain.statements() | self._orphans.keys())
         return proof
 
     def _take_statement(self, said: Said, statement: Statement) -> None:
@@ -410,7 +423,7 @@ class Keeper:
         for orphan in self._orphans.values():
             _logger.debug("statement without the one before it forgotten", epoch=orphan.epoch)
         self._orphans.clear()
-        self.minutes.prune(epoch, {link.id for link in chain.quorate()})
+        self.minutes.prune(epoch, chain.statements())
         self._contributed = {key for key in self._contributed if key[0] >= epoch - 1}
         self._readings = {key: value for key, value in self._readings.items() if key[0] >= epoch}
         self._unrevealed = {key: said for key, said in self._unrevealed.items() if _epoch(said) >= epoch}
@@ -541,6 +554,7 @@ class Keeper:
         except (InvalidStatement, RemoteProtocolError, ValueError) as error:
             _logger.warning("the chain that was kept is not sound; the swarm tells it again", reason=str(error))
             await self.store.keep_standing(self.genesis, -1, (), None)
+            self._kept.clear()
         self._note_agreement()
 
     def _take_evidence(self, said: Said) -> None:

@@ -34,6 +34,10 @@ MAX_EVIDENCE: Final = 2048
 """Statements whose signatures are held, the newest ones."""
 
 
+MAX_SIGNATURES: Final = 512
+"""Held of a statement. A committee is smaller; who is in it may not be known yet."""
+
+
 class Contradiction(NamedTuple):
     """Two records of one peer that cannot both stand."""
 
@@ -71,8 +75,15 @@ class Minutes:
             self._recent[said.id] = said
             self._counts[body.epoch, type(body), is_member] += 1
         if isinstance(body, SignatureRecord):
-            self.signatures.setdefault(body.statement, {}).setdefault(said.peer, said)
+            held = self.signatures.setdefault(body.statement, {})
+            if len(held) < MAX_SIGNATURES:
+                held.setdefault(said.peer, said)
         return contradicted
+
+    @property
+    def is_overfull(self) -> bool:
+        """Whether so much evidence is held that it is time to prune: some peer may never end to tell of the past."""
+        return max(len(self.statements), len(self.signatures)) > 2 * MAX_EVIDENCE
 
     def add_statement(self, statement: bytes, said: Said) -> None:
         """Keep the record of a statement under its digest."""

@@ -88,6 +88,10 @@ class Chain:
         """Return a statement in its place."""
         return self._links.get(statement)
 
+    def statements(self) -> frozenset[Digest]:
+        """Return the ids of all statements held, also of those without a quorum, which may find it yet."""
+        return frozenset(self._links)
+
     def start_from(self, statement: Statement, members: Sequence[str]) -> None:
         """Trust a statement that was verified before, and what it makes of the members; forget what came before."""
         self.root = self.head = Link(statement.id, statement.epoch, tuple(sorted(members)), statement=statement)

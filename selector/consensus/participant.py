@@ -54,6 +54,8 @@ class Participant:
         self._commits: dict[tuple[int, Digest], dict[str, _Heard]] = {}
         self._reveals: dict[int, dict[Digest, Reveal]] = {}
         self._complete: dict[int, set[Digest]] = {}
+        self._assigned: tuple[Digest, int, tuple[Cell, ...]] | None = None
+        """The head and the epoch of the last draw, which takes long in large swarms, and what it came to."""
 
     # What comes in
 
@@ -109,8 +111,12 @@ class Participant:
         """Return the cells that we are to measure in this epoch."""
         if (state := self.state()) is None:
             return ()
-        assignments = state.assignments(self.chain.head.id, self.clock.epoch_at(now_s), self.agenda)
-        return tuple(cell for cell, peers in assignments.items() if self.peer in peers)
+        head, epoch = self.chain.head.id, self.clock.epoch_at(now_s)
+        if self._assigned is None or self._assigned[:2] != (head, epoch):
+            assignments = state.assignments(head, epoch, self.agenda)
+            drawn = tuple(cell for cell, peers in assignments.items() if self.peer in peers)
+            self._assigned = (head, epoch, drawn)
+        return self._assigned[2]
 
     def is_drawn(self, now_s: float) -> bool:
         """Whether the swarm waits for our commit: we are drawn to measure or to sign, or are no member yet."""

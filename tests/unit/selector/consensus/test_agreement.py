@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 from selector.consensus.chain import Chain, InvalidStatement, quorum_of
-from selector.consensus.draw import MAX_CELLS_PER_PEER
+from selector.consensus.draw import MAX_CELLS_PER_PEER, Agenda
 from selector.consensus.participant import Participant
 from selector.consensus.state import MAX_ABSENCES, State
 from selector.consensus.values import Cell, Signature
@@ -50,6 +50,27 @@ def test_no_peer_measures_more_than_its_share_and_every_cell_is_measured() -> No
     swarm.play()
     for peer in swarm.peers:
         assert len(peer.participant.assigned(CLOCK.starts_s(swarm.epoch))) == MAX_CELLS_PER_PEER
+
+
+def test_what_is_to_be_measured_is_drawn_once_in_an_epoch_however_often_it_is_asked(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    swarm = swarm_of(3)
+    swarm.play()
+    drawn: list[int] = []
+    draw = State.assignments
+
+    def counted(state: State, parent: bytes, epoch: int, agenda: Agenda) -> dict[Cell, tuple[str, ...]]:
+        drawn.append(epoch)
+        return draw(state, parent, epoch, agenda)
+
+    monkeypatch.setattr(State, "assignments", counted)
+    participant = swarm.peers[0].participant
+    now_s = CLOCK.starts_s(swarm.epoch)
+    assert participant.assigned(now_s) == participant.assigned(now_s + 1)
+    assert drawn == [swarm.epoch]
+    participant.assigned(CLOCK.starts_s(swarm.epoch + 1))
+    assert drawn == [swarm.epoch, swarm.epoch + 1]
 
 
 def test_liars_lose_their_weight_and_then_the_cells_in_which_they_were_the_majority() -> None:
