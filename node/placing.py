@@ -45,11 +45,14 @@ class Statements:
     """What this node means to serve, as its heartbeats say it."""
 
     def __init__(self, announce: Callable[[], None], wall_clock: Callable[[], float] = time.time) -> None:
-        """Mean to serve nothing yet; `announce` has a heartbeat sent soon."""
+        """Mean to serve nothing yet; `announce` has a heartbeat sent soon.
+
+        That is said from now on, as others may remember what was said before this node was started again.
+        """
         self._announce = announce
         self._wall_clock = wall_clock
         self._placements: dict[Hashable, Placement] = {}
-        self._said_at_ms = 0
+        self._said_at_ms = self.now_ms()
 
     def current(self) -> Statement:
         """Return what is said now."""

@@ -38,6 +38,8 @@ MEMORY_SHARE = 0.75
 WEIGHT_SHARE = 0.75
 """Of a span's memory, when the node chooses the blocks itself; the rest is for KV caches."""
 
+_HALF_PRECISION = ("bfloat16", "float16")
+
 HEARD_ROUND_S = 0.1
 """How often a node that is new looks whether it has heard of anybody."""
 
@@ -185,7 +187,7 @@ class Serving:
 
     async def _try_to_hold(self, manifest: Manifest, blocks: BlockRange, nursery: trio.Nursery) -> _Held | None:
         """Serve a span beside what is served already; None where that fails, which harms nothing."""
-        needed_bytes = sum(file.size_bytes for file in manifest.files_for(blocks))
+        needed_bytes = _loaded_bytes(manifest, sum(file.size_bytes for file in manifest.files_for(blocks)))
         free_bytes = psutil.virtual_memory().available
         if needed_bytes > free_bytes * MEMORY_SHARE:
             why = f"they need {needed_bytes} bytes of memory beside the old ones, of {free_bytes} that are free"
@@ -235,9 +237,14 @@ class Serving:
                         break
                     await trio.sleep(HEARD_ROUND_S)
                 await trio.sleep(SETTLED_S)
-        block_bytes = max(file.size_bytes for file in manifest.blocks)
-        around_bytes = manifest.embed.size_bytes + manifest.head.size_bytes
+        block_bytes = _loaded_bytes(manifest, max(file.size_bytes for file in manifest.blocks))
+        around_bytes = _loaded_bytes(manifest, manifest.embed.size_bytes + manifest.head.size_bytes)
         return placing.choose(max(1, int((self._span_bytes * WEIGHT_SHARE - around_bytes) // block_bytes)))
+
+
+def _loaded_bytes(manifest: Manifest, stored_bytes: int) -> int:
+    """Return what weights take in memory: they are loaded as f32, and may be stored in half the bytes."""
+    return stored_bytes * (2 if manifest.config.get("dtype") in _HALF_PRECISION else 1)
 
 
 def _reasons(group: BaseExceptionGroup[Exception]) -> str:

@@ -3,6 +3,7 @@
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -13,6 +14,8 @@ LIMIT_BYTES: Final = 16 << 30
 _FREE_SHARE = 0.1
 """Of the disk, which stays free whatever the limit allows."""
 _STAGING = ".building-"
+_BUILT_WITHIN_S = 3600.0
+"""A folder that nothing was put into for so long is nobody's any more: whoever built it was killed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,11 +51,14 @@ class FolderCache:
     def _shrink(self, used: Path) -> None:
         """Remove the longest unused folders but for `used`. Files that a process has open live on until it ends."""
         others = sorted((path for path in self.directory.iterdir() if path != used), key=_used_s, reverse=True)
+        abandoned_s = time.time() - _BUILT_WITHIN_S
         disk = shutil.disk_usage(self.directory)
         limit = min(self.limit_bytes, _bytes_of([used, *others]) + disk.free - int(disk.total * _FREE_SHARE))
         taken = _bytes_of([used])
         for path in others:
             if path.name.startswith(_STAGING):
+                if _used_s(path) < abandoned_s:
+                    shutil.rmtree(path, ignore_errors=True)
                 continue
             taken += _bytes_of([path])
             if taken > limit:
@@ -69,7 +75,7 @@ def _used_s(path: Path) -> float:
 def _bytes_of(folders: list[Path]) -> int:
     total = 0
     for folder in folders:
-        for file in folder.rglob("*"):
-            with suppress(OSError):  # another process may be removing it
+        with suppress(OSError):  # another process may be removing it
+            for file in folder.rglob("*"):
                 total += file.stat().st_size
     return total

@@ -43,19 +43,20 @@ def make_room(
     with disk_errors("cannot make room in the cache"):
         others = sorted(cached for cached in _fetched_files(store) if cached.path not in kept)
         taken = sum(cached.size_bytes for cached in others)
-        deleted: list[Path] = []
+        chosen: list[Path] = []
         for cached in others:
             if taken + needed <= limit_bytes:
                 break
-            if _delete_unused(cached.path):
+            if _is_unused(cached.path):
                 taken -= cached.size_bytes
-                deleted.append(cached.path)
-    if taken + needed > limit_bytes:
-        raise ModelError(
-            f"the cache may take {limit_bytes / GIBIBYTE:.2f} GiB, and {needed / GIBIBYTE:.2f} GiB are needed beside "
-            f"{taken / GIBIBYTE:.2f} GiB in use: raise --cache-limit, or serve fewer blocks"
-        )
-    return tuple(deleted)
+                chosen.append(cached.path)
+        if taken + needed > limit_bytes:
+            raise ModelError(
+                f"the cache may take {limit_bytes / GIBIBYTE:.2f} GiB, and {needed / GIBIBYTE:.2f} GiB are needed "
+                f"beside {taken / GIBIBYTE:.2f} GiB in use: raise --cache-limit, or serve fewer blocks"
+            )
+        # What somebody began to use just now stays: for once the cache is a little larger.
+        return tuple(path for path in chosen if _is_unused(path, delete=True))
 
 
 @contextmanager
@@ -85,15 +86,16 @@ def _fetched_files(store: ModelStore) -> Iterator[_Cached]:
                     yield _Cached(status.st_mtime, path, status.st_size)
 
 
-def _delete_unused(path: Path) -> bool:
-    """Delete a file that nobody has locked; return whether it is gone."""
+def _is_unused(path: Path, *, delete: bool = False) -> bool:
+    """Say whether nobody has locked a file, and delete it then if that is asked for."""
     try:
         handle = os.open(path, os.O_RDONLY)
     except FileNotFoundError:
         return True
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        path.unlink(missing_ok=True)
+        if delete:
+            path.unlink(missing_ok=True)
     except BlockingIOError:
         return False
     finally:

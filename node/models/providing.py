@@ -37,7 +37,8 @@ async def keep_providing(network: Network, store: ModelStore) -> None:
                 present = await trio.to_thread.run_sync(store.weight_hashes)
             except ModelError as error:
                 _logger.warning("files not announced", reason=str(error))
-        announced_s = {sha256: when_s for sha256, when_s in announced_s.items() if sha256 in present}
+        kept = frozenset(present)
+        announced_s = {sha256: when_s for sha256, when_s in announced_s.items() if sha256 in kept}
         for sha256 in present[:MAX_ANNOUNCED]:
             if announced_s.get(sha256, float("-inf")) + ANNOUNCED_AGAIN_S > trio.current_time():
                 continue

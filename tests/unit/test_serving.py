@@ -1,5 +1,6 @@
 """Nodes that choose their blocks by themselves: they go where they are needed, and nobody notices."""
 
+from dataclasses import replace
 from typing import Any
 
 import trio
@@ -101,3 +102,16 @@ async def test_a_move_that_fails_leaves_what_was_served(autojump_clock: MockCloc
         assert [str(blocks) for blocks in library.asked] == [*before, "6-9"], "and it is not tried again at once"
         said = spare.statements.current().placements
         assert [str(placement.blocks) for placement in said] == before, "others know where it stays"
+
+
+class HalfPrecision(FakeLibrary):
+    """Has the fake model with weights that take twice the bytes once they are loaded."""
+
+    async def manifest(self, text: str, **options: object) -> Any:
+        return replace(await super().manifest(text, **options), config={"dtype": "bfloat16"})
+
+
+async def test_a_node_takes_as_many_blocks_as_fit_once_they_are_loaded(autojump_clock: MockClock) -> None:
+    async with open_swarm() as swarm:
+        peer = await swarm.join_where_needed(6, HalfPrecision())  # of 8 files' room the ends take 4, and a block 2 each
+        assert [len(span.blocks) for span in peer.stages.served_spans()] == [2]

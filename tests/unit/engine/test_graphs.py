@@ -67,6 +67,16 @@ def test_the_longest_unused_folder_goes_first(tmp_path: Path) -> None:
     assert {path.name for path in tmp_path.iterdir()} == {"larger than all"}
 
 
+def test_what_was_being_built_when_its_process_was_killed_goes_and_what_is_being_built_stays(tmp_path: Path) -> None:
+    cache = FolderCache(tmp_path)
+    for name in (".building-abandoned", ".building-now"):
+        (tmp_path / name).mkdir()
+        fill(100)(tmp_path / name)
+    os.utime(tmp_path / ".building-abandoned", times=(1e9, 1e9))
+    cache.folder("a", fill(100))
+    assert {path.name for path in tmp_path.iterdir()} == {"a", ".building-now"}
+
+
 def test_what_cannot_be_built_leaves_nothing(tmp_path: Path) -> None:
     def fail(folder: Path) -> None:
         fill(100)(folder)

@@ -54,6 +54,13 @@ def test_what_is_served_never_goes_and_what_is_wanted_neither(store: ModelStore,
     assert package.has(second)
 
 
+def test_where_there_cannot_be_room_nothing_is_deleted_in_vain(store: ModelStore, package: Package) -> None:
+    _, second, last = package.manifest.blocks[:3]
+    with in_use(package, [second]), pytest.raises(ModelError, match="raise --cache-limit"):
+        make_room(store, package, [last], last.size_bytes)
+    assert all(path.exists() for path in files(package, "block-000", "block-001"))
+
+
 def test_a_file_that_is_used_again_is_young_again(store: ModelStore, package: Package) -> None:
     _, second, last = package.manifest.blocks[:3]
     with in_use(package, [second]):

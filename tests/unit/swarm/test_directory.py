@@ -1,9 +1,12 @@
 """Who is alive, as far as a peer has heard: leaving, dying, coming back."""
 
+from dataclasses import replace
+
+from node.placing import Statements
 from node.swarm.directory import LIFE_IN_INTERVALS, Directory
 from protocol.identity import BlockRange, ModelId, PeerId, peer_id_from_public_key
 from protocol.messages import Load
-from protocol.records import Heartbeat, ServedSpan
+from protocol.records import Heartbeat, Placement, ServedSpan
 
 PEER = peer_id_from_public_key(bytes(32))
 US = peer_id_from_public_key(bytes([1] * 32))
@@ -64,3 +67,16 @@ def test_who_says_less_often_that_it_lives_is_forgotten_later() -> None:
     assert directory.expire(LIFE_IN_INTERVALS * 60.0) == ()
     directory.hear(heartbeat(2, interval_ms=1000), 240.0)
     assert directory.expire(240.0 + LIFE_IN_INTERVALS + 1) == (PEER,)
+
+
+def test_who_is_started_again_no_longer_means_to_serve_what_it_said_before() -> None:
+    directory = Directory(own_peer=US)
+    for sequence, blocks in enumerate((BlockRange(0, 3), None)):
+        clock_s = 1_800_000_000.0 + sequence
+        statements = Statements(lambda: None, lambda clock_s=clock_s: clock_s)  # type: ignore[misc]
+        if blocks is not None:
+            statements.say(MODEL, Placement(model=MODEL, blocks=blocks, rate=1.0, movable=False))
+        said = statements.current()
+        said_in = replace(heartbeat(sequence), placements=said.placements, placed_at_ms=said.said_at_ms)
+        directory.hear(said_in, float(sequence))
+        assert bool(directory.servers(MODEL, 1_800_000_060_000)) == (blocks is not None)
