@@ -181,7 +181,7 @@ def _figures_in(document: bytes) -> Figures:
 
 def _versions() -> dict[str, str]:
     """Return the versions of what calculates."""
-    return {name: version(name) for name in ("metaswarm", "torch", "transformers")}
+    return {name: version(name) for name in ("metaswarm", "torch", "transformers", "onnxruntime")}
 
 
 async def _kill(process: trio.Process) -> None:

@@ -173,9 +173,10 @@ class Span:
                 former.kept.drop()
                 await self._free(former.id)
                 return False
-        session.take_over(former)
-        if session.ended.is_set():
-            session.kept.drop()
+            session.take_over(former)
+            if session.ended.is_set():  # its coordinator went away, when there was nothing yet to be freed under its id
+                session.kept.drop()
+                await self._free(session.id)
         return True
 
     def send_again(self, session: StageSession, method: Method, start: int) -> None:

@@ -105,7 +105,8 @@ async def test_a_bound_admits_what_was_measured_to_keep_to_it(tmp_path: Path) ->
     assert len(LINEAGES) == len(set(LINEAGES)) > 4
 
 
-async def test_a_model_is_measured_once_and_an_exact_job_asks_for_nothing(tmp_path: Path) -> None:
+@pytest.mark.parametrize("library", ["torch", "onnxruntime"])
+async def test_a_model_is_measured_once_and_an_exact_job_asks_for_nothing(tmp_path: Path, library: str) -> None:
     for _ in range(2):  # the second time after a restart
         ledger = QualityLedger(Here(tmp_path), tmp_path, command=measuring(tmp_path, {INT8.lineage: GOOD}))
         async with running(ledger):
@@ -117,7 +118,7 @@ async def test_a_model_is_measured_once_and_an_exact_job_asks_for_nothing(tmp_pa
     assert (tmp_path / "calls").read_text() == "x"
     # What is damaged, or of other versions, is measured again.
     (kept,) = (tmp_path / "quality").iterdir()
-    kept.write_text(kept.read_text().replace('"torch": "', '"torch": "0.'))
+    kept.write_text(kept.read_text().replace(f'"{library}": "', f'"{library}": "0.'))
     ledger = QualityLedger(Here(tmp_path), tmp_path, command=measuring(tmp_path, {}))
     async with running(ledger):
         await until_known(ledger)
