@@ -53,6 +53,9 @@ WORKLOADS: Final[Sequence[Workload]] = tuple(
 )
 """The grid where nothing is asked for: few workloads, unlike one another."""
 
+LINE_BEGINS: Final = '{"cell": '
+"""How every line of a file begins in which measurements are kept."""
+
 
 @dataclass(frozen=True, slots=True)
 class Standing:
@@ -178,10 +181,14 @@ def _read(file: Path | None) -> list[dict[str, Any]]:
         return []
     try:
         # A line that a kill has cut off is measured again.
-        lines = file.read_text(encoding="utf-8").split("\n")[:-1]
-        return [json.loads(line) for line in lines if line]
+        *lines, cut_off = file.read_text(encoding="utf-8").split("\n")
+        kept = [json.loads(line) for line in lines if line]
     except (OSError, ValueError) as error:
         raise CommandError(f"cannot go on from {file}: {error}") from None
+    ours = all(isinstance(each, dict) and each.keys() == {"cell", "result"} for each in kept)
+    if not ours or not cut_off.startswith(LINE_BEGINS[: len(cut_off)]):
+        raise CommandError(f"cannot go on from {file}: it holds something else than a bench; name another file")
+    return kept
 
 
 def _keep(file: Path | None, cell: Mapping[str, Any], result: Mapping[str, Any]) -> None:

@@ -40,6 +40,23 @@ def test_a_bench_that_was_stopped_goes_on(serve: ServeNode, capsys: pytest.Captu
     assert documents[1] == documents[2]
 
 
+@pytest.mark.parametrize(
+    "text", ["notes of a year", '{"model": "tiny"}', '{"model": "tiny"}\n', "[1]\n", '{"cell": 1}\n']
+)
+def test_a_file_of_something_else_is_left_as_it_is(
+    serve: ServeNode, capsys: pytest.CaptureFixture[str], tmp_path: Path, text: str
+) -> None:
+    file = tmp_path / "notes"
+    file.write_text(text)
+    node = FakeNode()
+    command = ["bench", "--api", serve(node), "--method", "engine=fused", "--concurrency", "1", "--resume", str(file)]
+    assert run(command) == 1
+    [line] = capsys.readouterr().err.splitlines()
+    assert "name another file" in line
+    assert file.read_text() == text
+    assert not node.benched
+
+
 def test_what_cannot_be_measured_is_one_line(serve: ServeNode, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["bench", "--api", serve(FakeNode()), "--method", "engine=steam"]) == 1
     assert "engine is one of eager" in capsys.readouterr().err
