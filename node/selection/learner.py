@@ -27,7 +27,10 @@ POLL_S: Final = 2.0
 """Between two looks at how much the history holds."""
 
 GROWTH: Final = 0.2
-"""The model is refreshed once the history has grown by this share."""
+"""The model is refreshed once the history has grown by this share,"""
+
+MAX_AGE_S: Final = 24 * 3600.0
+"""or after so long in any case: what is old leaves the history, which then changes without growing."""
 
 REST: Final = 4.0
 """Between two trainings, in durations of the last one."""
@@ -78,6 +81,7 @@ class Learner:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._opinions.run)
             seen = 0
+            began_s = trio.current_time()
             worker: _Worker | None = None
             try:
                 while True:
@@ -89,7 +93,8 @@ class Learner:
                         # It broke, and what it knew is lost. The history has not grown, but is to be learned again.
                         await worker.stop()
                         worker, seen = None, 0
-                    if count >= MIN_EXPERIENCES and count >= seen * (1 + GROWTH):
+                    is_due = count >= seen * (1 + GROWTH) or trio.current_time() - began_s >= MAX_AGE_S
+                    if count >= MIN_EXPERIENCES and is_due:
                         began_s = trio.current_time()
                         trained = await self._train()
                         if trained is not None:

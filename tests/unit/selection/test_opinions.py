@@ -7,7 +7,7 @@ import pytest
 import trio
 from trio.testing import MockClock
 
-from node.selection.learner import Learner
+from node.selection.learner import MAX_AGE_S, Learner
 from node.selection.opinions import Opinions
 from selector.kinds import Viewpoint
 from selector.task import PORTFOLIO, TaskContext
@@ -85,3 +85,5 @@ async def test_a_worker_that_broke_is_replaced_though_the_history_has_not_grown(
     await trio.sleep(100)
     assert [worker.stopped for worker in workers] == [True, False]
     assert (await opinions.of(CONTEXT, METHODS)).basis == "model"
+    await trio.sleep(MAX_AGE_S)  # what was learned from may have left the history meanwhile
+    assert [worker.stopped for worker in workers] == [True, True, False]
