@@ -19,6 +19,7 @@ from typing import Any, Final, TypeVar
 import platformdirs
 
 from protocol.identity import BlockRange, PeerId, parse_block_range, parse_peer_id
+from protocol.limits import MAX_SPANS
 from selector.consensus.clock import EPOCH_S
 
 T = TypeVar("T")
@@ -417,7 +418,12 @@ def _peer_address_fault(address: str) -> str | None:
 
 
 def _parse_serve(given: _Given) -> tuple[ServeSpec, ...]:
-    return tuple(_parse_serve_spec(text, given.where) for text in given.texts())
+    texts = given.texts()
+    if len(texts) > MAX_SPANS:  # what its heartbeats could not tell, nobody would ask it for
+        raise ConfigError(
+            f"{given.where}: {len(texts)} spans are too many for one node, which serves {MAX_SPANS} at most"
+        )
+    return tuple(_parse_serve_spec(text, given.where) for text in texts)
 
 
 def _parse_serve_spec(text: str, where: str) -> ServeSpec:

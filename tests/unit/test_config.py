@@ -208,6 +208,7 @@ def test_memory_is_bytes_with_or_without_a_unit(text: str, count: int) -> None:
         ("serve", ["tiny:5-5"], "5-5 is no range of blocks"),
         ("serve", ["tiny:"], "no range of blocks"),
         ("serve", [":0-5"], "names no model"),
+        ("serve", ["tiny"] * 49, "49 spans are too many for one node, which serves 48 at most"),
         ("swarm_key", "none.key", "none.key cannot be read"),
     ],
 )
