@@ -58,7 +58,7 @@ async def test_a_peer_without_any_file_submits(
     answer = json.loads(stdout)
     assert set(answer) == {
         *("job_id", "model", "text", "token_ids", "finish_reason", "usage", "timing"),
-        *("route", "method", "consensus", "replays"),
+        *("route", "method", "selection", "consensus", "replays"),
     }
     assert "Paris" in answer["text"]
     assert answer["route"] == [
@@ -100,13 +100,16 @@ async def test_a_client_that_goes_away_frees_every_stage(start_swarm: StartSwarm
     await until(nothing_held, timeout_s=2)
 
 
-async def test_a_dead_worker_costs_its_jobs_and_not_the_daemon(start_daemon: StartDaemon) -> None:
+async def test_a_dead_worker_costs_its_jobs_time_and_not_the_daemon(start_daemon: StartDaemon) -> None:
     daemon = await start_daemon("--serve", MODEL)
     pid = (await daemon.get("/swarm/status"))["spans"][0]["worker_pid"]
     async with trio.open_nursery() as nursery:
         nursery.start_soon(kill_at_work, daemon, pid)
         answer = await daemon.complete(prompt="Once", max_tokens=200, metaswarm={"ignore_eos": True})
-    assert answer["error"]["code"] in {"job_failed", "blocks_not_served"}
+    if "error" in answer:  # the new worker was not there in time
+        assert answer["error"]["code"] in {"job_failed", "blocks_not_served"}
+    else:
+        assert answer["usage"]["completion_tokens"] == 200
 
     async def serves_again() -> bool:
         spans = (await daemon.get("/swarm/status"))["spans"]
