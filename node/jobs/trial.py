@@ -23,8 +23,8 @@ from node.models.sample import sample_text
 from protocol.measurements import Measurements, Observation, ObservationKind
 from selector.task import BASELINE, Method
 
-READY_TIMEOUT_S: Final = 240.0
-"""How long a method's variants may take to be built on all stages before it counts as not to be had."""
+READY_TIMEOUT_S: Final = 900.0
+"""How long a method may take to be ready, its quality measured and built on all stages, before it is not to be had."""
 
 RETRY_S: Final = 1.0
 """Between two looks whether a method is ready, or the peers have room."""

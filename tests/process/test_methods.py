@@ -1,0 +1,71 @@
+"""Every exact method, over real daemons: eight jobs at a time say, token for token, what transformers says."""
+
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import trio
+
+from node.models.store import Package
+from node.models.tokenizer import load_tokenizer
+from selector.task import PORTFOLIO
+from tests.process.daemons import Daemon
+from tests.process.test_parity import TEXT, generate, whole_model
+
+StartSwarm = Callable[..., Awaitable[list[Daemon]]]
+
+NEW_TOKENS = 6
+PROMPTS = (
+    "The",
+    "What is the capital of France?",
+    TEXT,
+    "one two three four five one two three four five one two three",
+    *(TEXT * 3 + end for end in ("Then he said", "Nobody spoke.", "The minutes of", "In 1911 the")),
+)
+"""Mixed lengths, from one token to about 130; half of them begin alike, and one repeats itself."""
+
+EXACT = [name for name, method in PORTFOLIO.items() if method.exact]
+
+
+@pytest.fixture(scope="module")
+def expected(package: Package) -> list[tuple[list[int], list[int]]]:
+    """For each prompt its token ids, and those that the whole model generates greedily after it."""
+    model = whole_model(Path(package.path), dict(package.manifest.config))
+    tokenizer = load_tokenizer(package)
+    return [(prompt := tokenizer.encode(text), generate(model, prompt)[:NEW_TOKENS]) for text in PROMPTS]
+
+
+@pytest.mark.parametrize("spans", [("0-15", "15-30"), ("0-10", "10-20", "20-30")], ids=["2 stages", "3 stages"])
+async def test_every_exact_method_says_what_transformers_says_to_eight_at_a_time(
+    start_swarm: StartSwarm, expected: list[tuple[list[int], list[int]]], spans: tuple[str, ...]
+) -> None:
+    daemons = await start_swarm(*spans)
+    assert len(EXACT) >= 10
+    for name in EXACT:
+        await _complete(daemons[0], name, [1], 1)  # built on every stage, so that what follows comes at once
+        answers: dict[int, dict[str, Any]] = {}
+
+        async def ask(number: int, name: str = name, answers: dict[int, dict[str, Any]] = answers) -> None:
+            answers[number] = await _complete(daemons[0], name, expected[number][0], NEW_TOKENS)
+
+        async with trio.open_nursery() as nursery:
+            for number in range(len(expected)):
+                nursery.start_soon(ask, number)
+        for number, (_, tokens) in enumerate(expected):
+            told = answers[number]["metaswarm"]
+            assert told["token_ids"] == tokens, name
+            assert told["method"]["name"] == name
+            assert len(told["route"]) == len(spans)
+
+
+async def _complete(daemon: Daemon, method: str, prompt: list[int], max_tokens: int) -> dict[str, Any]:
+    """Submit a job, again while it is refused for the moment: a variant is being built, or a peer was starved."""
+    with trio.fail_after(200):
+        while True:
+            answer = await daemon.complete(
+                prompt=prompt, max_tokens=max_tokens, metaswarm={"ignore_eos": True, "method": method}
+            )
+            if answer.get("error", {}).get("code") not in {"blocks_not_served", "peers_full"}:
+                return answer
+            await trio.sleep(0.5)
