@@ -33,7 +33,7 @@ $(NPM_STAMP): tests/interop/package.json tests/interop/package-lock.json
 demo: $(STAMP) ## Three local peers hold a third of a model each and answer a question.
 	$(BIN)/metaswarm demo
 
-test: $(STAMP) interop ## Everything that needs no GPU, about ten minutes on two cores.
+test: $(STAMP) interop ## Everything that needs no GPU, half an hour on two cores.
 	$(BIN)/python -m pytest -m 'not soak'
 
 coverage: $(STAMP) interop ## The same, and which lines it did not reach.
