@@ -277,6 +277,7 @@ class Swarm:
                 engine = make_engine(info)
                 peer.engines.append(engine)
                 await nursery.start(self._serve, peer, engine)
+                peer.membership.announce()
             task_status.started()
             await trio.sleep_forever()
 
