@@ -46,7 +46,7 @@ from node.jobs.interface import (
 )
 from node.jobs.patience import Patience
 from node.jobs.planner import Finder, Planner, RouteNeed
-from node.jobs.prefix import RecentPrefixes, page_hashes
+from node.jobs.prefix import RecentPrefixes, Turn, page_hashes
 from node.jobs.recorder import Recorder, ServedJob
 from node.jobs.requests import prompt_tokens, sampling_of
 from node.jobs.route import Drawn, Opening, OpenRoute, Rejection, RouteLost, RouteRejected, Stop
@@ -77,6 +77,9 @@ STALL_LIMIT_S = 120.0
 
 SHORT_PROMPT_CHARACTERS = 4096
 """Longer prompts, and conversations, whose templates may do anything, are tokenised in a thread."""
+
+LEADER_PATIENCE_S = 30.0
+"""How long a job waits at most for another to compute what both prompts begin with."""
 
 RETRY_AFTER_S = 2.0
 """What a client is told to wait where blocks are not served or peers are full."""
@@ -128,6 +131,7 @@ class _Job:
     on_served: Callable[[ServedJob], None] | None = None
     """Who is told instead of the recorder when the job is done."""
     prefix: bytes = b""
+    turn: Turn = field(default_factory=lambda: Turn((), None))
     shared_prefix_share: float = 0.0
     context: TaskContext = field(default_factory=TaskContext)
     """As described for the first route that opened; and what was chosen from for it."""
@@ -255,6 +259,7 @@ class Coordinator:
         try:
             job = await self._prepare(request)
             job.on_served = on_served
+            await self._await_leader(job)
             await self._open_route(job)
             async with aclosing(self._events(job)) as events:
                 yield events
@@ -264,6 +269,7 @@ class Coordinator:
             raise
         finally:
             if job is not None:
+                self._recent.end_turn(job.turn)
                 job.set_aside()
                 await _close_former(job)
             self._count(running=-1, **{outcome: 1})
@@ -274,6 +280,7 @@ class Coordinator:
         `told`: fields of the task's context that are to be as told. Raises JobError.
         """
         job = await self._prepare(request)
+        self._recent.end_turn(job.turn)  # nothing of it is computed
         job.told = told
         try:
             stops = await self._planner.route(job.need(), ())
@@ -327,8 +334,15 @@ class Coordinator:
         admitted = admitted_methods(request, model, self._ledger)
         job = _Job(JobId(secrets.token_hex(16)), request, model, prompt, sampling, admitted, began_s)
         job.prefix = page_hashes(prompt, self._salt)
+        job.turn = self._recent.take_turn(job.prefix, len(prompt))
         job.shared_prefix_share = self._recent.meet(job.prefix, len(prompt))
         return job
+
+    async def _await_leader(self, job: _Job) -> None:
+        """Wait while another job computes most of this one's prompt: then it is found cached, and computed once."""
+        if job.turn.leader is not None and any(method.prefix_cache for method in job.admitted):
+            with trio.move_on_after(LEADER_PATIENCE_S):
+                await job.turn.leader.over.wait()
 
     async def _open_route(self, job: _Job) -> None:
         """Open a route for what is left of a job and send the tokens so far; try others where stages do not open.
@@ -367,6 +381,8 @@ class Coordinator:
             with trio.fail_after(STALL_LIMIT_S):
                 await route.open()
                 job.method = route.begin(tokens)
+                if not job.method.prefix_cache:
+                    self._recent.end_turn(job.turn)  # nobody will find what it computes
                 if not job.accepted:
                     job.cached_tokens = min(*route.starts, len(job.prompt) - 1)
                 await route.send_prompt(tokens, job.model.hidden_size)
@@ -455,6 +471,7 @@ class Coordinator:
         while finish is None:
             drawn = await self._next_token(job)
             job.first_token_s = job.first_token_s or trio.current_time()
+            self._recent.end_turn(job.turn)
             job.tokens.append(drawn.token)
             job.fruitless = 0
             finish = drawn.finish_reason

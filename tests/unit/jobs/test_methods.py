@@ -11,6 +11,7 @@ from trio.testing import MockClock
 from node.engine.fake import FAKE_VARIANTS, expected_tokens, fake_span_info
 from node.engine.interface import REFERENCE, Variant
 from node.jobs.choosing import Choice, Question, RuleChoice, RuleChooser
+from node.jobs.coordinator import LEADER_PATIENCE_S
 from node.jobs.interface import JobError, JobErrorCode, JobRequest, JobResult, Quality
 from node.jobs.link import LinkBroken, OutboundLink
 from node.jobs.policy import PolicyController
@@ -95,6 +96,41 @@ async def test_what_prompts_share_is_computed_once(autojump_clock: MockClock) ->
         assert (await peer.run(request(PROMPTS[2], 5, BASELINE))).usage.cached_tokens == 0
         assert (await swarm.peers[0].run(request(PROMPTS[2], 5, cached))).usage.cached_tokens == 0
         await all_free(swarm)
+
+
+async def test_what_prompts_share_that_come_together_is_computed_once(autojump_clock: MockClock) -> None:
+    cached = method(prefix_cache="on")
+    prompts = [(*range(200), number) for number in range(8)]
+    async with open_swarm() as swarm:
+        peer = await swarm_of_thirds(swarm)
+        results = await run_all(peer, [request(prompt, 5, cached) for prompt in prompts])
+        assert sorted(result.usage.cached_tokens for result in results) == [0, *[192] * 7]
+        assert [result.token_ids for result in results] == [right(prompt, 5) for prompt in prompts]
+        await all_free(swarm)
+
+
+async def test_nobody_waits_for_a_prompt_that_is_given_up_or_not_cached(autojump_clock: MockClock) -> None:
+    cached = method(prefix_cache="on")
+    first, second = ((*range(900, 300, -3), number) for number in range(2))
+    third, fourth = ((*range(300, 900, 3), number) for number in range(2))
+    async with open_swarm() as swarm:
+        peer = await swarm_of_thirds(swarm)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(peer.run, request(first, 300, cached))
+            await trio.sleep(0.01)
+            nursery.cancel_scope.cancel()
+        began_s = trio.current_time()
+        result = await peer.run(request(second, 1, cached))
+        assert trio.current_time() - began_s < LEADER_PATIENCE_S / 4
+        assert result.token_ids == right(second, 1)
+        # A leader that caches nothing is not waited for, however long it takes.
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(peer.run, request(third, 300, BASELINE))
+            await trio.sleep(0.01)
+            began_s = trio.current_time()
+            await peer.run(request(fourth, 1, cached))
+            assert trio.current_time() - began_s < LEADER_PATIENCE_S / 4
+            nursery.cancel_scope.cancel()
 
 
 async def test_the_choice_is_told_with_its_votes(autojump_clock: MockClock) -> None:
