@@ -19,7 +19,7 @@ VERBS: Final[Mapping[str, tuple[str, str]]] = {
     "models": ("node.cli.swarm:models", "Show which models are complete, block by block."),
     "explain": ("node.cli.explain:explain", "Show what a task would be served with, and why."),
     "model": ("node.cli.models:model", "Import, list, show, verify and remove model packages."),
-    "bench": ("node.cli.bench:bench", "Measure the methods over a grid of workloads, and add that to the history."),
+    "bench": ("node.cli.bench:bench", "Measure the methods over a grid of workloads, for the history."),
     "history": ("node.cli.history:history_group", "Export, import and verify the history of observations."),
     "doctor": ("node.cli.doctor:doctor", "Say why a node cannot join or be reached, or what a model lacks."),
     "evaluate": ("node.cli.evaluate:evaluate", "Evaluate the meta-model and all baselines on measurements."),
