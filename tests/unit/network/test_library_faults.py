@@ -274,14 +274,17 @@ async def test_library_loses_gossip_one_way_for_good_after_a_quick_reconnection(
             await join(b, address_of(a))
             while not (await heard(at_one, other) and await heard(at_other, one)):
                 pass
-            (connection,) = b.get_network().get_connections(a.get_id())
-            async with trio.open_nursery() as nursery:
-                nursery.start_soon(connection.close)
-                await until(lambda: not b.get_network().get_connections(a.get_id()))
-                await join(b, address_of(a))
-            await heard(at_one, other)
-            await heard(at_other, one)
-            assert not (await heard(at_one, other) and await heard(at_other, one))
+            for _ in range(5):  # a race, which is lost nearly always
+                (connection,) = b.get_network().get_connections(a.get_id())
+                async with trio.open_nursery() as nursery:
+                    nursery.start_soon(connection.close)
+                    await until(lambda: not b.get_network().get_connections(a.get_id()))
+                    await join(b, address_of(a))
+                await heard(at_one, other)
+                await heard(at_other, one)
+                if not (await heard(at_one, other) and await heard(at_other, one)):
+                    return
+            pytest.fail("gossip came through after every reconnection: is the fault cured?")
 
 
 # Memory
