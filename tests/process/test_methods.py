@@ -36,6 +36,7 @@ def expected(package: Package) -> list[tuple[list[int], list[int]]]:
     return [(prompt := tokenizer.encode(text), generate(model, prompt)[:NEW_TOKENS]) for text in PROMPTS]
 
 
+@pytest.mark.timeout(900)  # about thirty methods, each of which the stages first build and warm
 @pytest.mark.parametrize("spans", [("0-15", "15-30"), ("0-10", "10-20", "20-30")], ids=["2 stages", "3 stages"])
 async def test_every_exact_method_says_what_transformers_says_to_eight_at_a_time(
     start_swarm: StartSwarm, expected: list[tuple[list[int], list[int]]], spans: tuple[str, ...]
