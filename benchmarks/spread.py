@@ -150,7 +150,9 @@ async def submit_job(client: httpx.AsyncClient, daemon: Daemon, slots: trio.Sema
     """Submit one short job and wait for its answer."""
     body = {"model": DEMO_MODEL, "prompt": "Once", "max_tokens": 1, "temperature": 0}
     try:
-        (await client.post(f"{daemon.ready.api_url}/v1/completions", json=body)).raise_for_status()
+        answer = await client.post(f"{daemon.ready.api_url}/v1/completions", json=body)
+        if answer.is_error:
+            raise click.ClickException(f"a job was refused with {answer.status_code}: {answer.text}")
     finally:
         slots.release()
 

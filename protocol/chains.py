@@ -16,9 +16,10 @@ from typing import Final, NamedTuple, TypeAlias
 
 from protocol.canonical import Value, decode, encode
 from protocol.consensus import MAX_EPOCH, MAX_READING
-from protocol.errors import LocalProtocolError, RemoteProtocolError
+from protocol.conversation import MAX_PAYLOAD_BYTES, Conversation, Transition
+from protocol.errors import RemoteProtocolError
 from protocol.fields import SHA256_BYTES, Fields, array, integer, name, peer_id, raw, tuple_of
-from protocol.framing import Frame, FrameReader, FrameType, encode_frame
+from protocol.framing import FrameReader, FrameType, encode_frame
 from protocol.identity import PeerId, peer_id_from_public_key, public_key_of
 from protocol.limits import (
     MAX_BUSY_S,
@@ -34,16 +35,13 @@ from protocol.limits import (
     MAX_PART_MEMBERS,
     MAX_RECORD_BYTES,
 )
-from protocol.states import Direction, Role
+from protocol.states import Role
 
 PROTOCOL_ID: Final = "/metaswarm/chain/1.0.0"
 
 SHORT_ID_BYTES: Final = 8
 """The first bytes of a record's id stand for it where records are only counted up. Two that are alike by ill will cost
 those who made them."""
-
-MAX_PAYLOAD_BYTES: Final = MAX_CONTROL_BYTES - (4 << 10)
-"""What a message carries besides its own few bytes."""
 
 
 class Rest(enum.StrEnum):
@@ -138,6 +136,7 @@ Message: TypeAlias = Ask | Have | Items | Want | StatePart | Busy
 class ChainState(enum.StrEnum):
     """How far the conversation is; the same at both ends."""
 
+    NEW = "new"
     IDLE = "idle"
     ASKED = "asked"
     WANTED = "wanted"
@@ -148,16 +147,10 @@ class ChainState(enum.StrEnum):
     """The remote broke the protocol."""
 
 
-class Transition(NamedTuple):
-    """Who says a message, and the state that follows."""
-
-    speaker: Role
-    next: ChainState
-
-
 _I, _R = Role.INITIATOR, Role.RESPONDER
 
-TABLE: Final[Mapping[tuple[ChainState, type[Message]], Transition]] = {
+TABLE: Final[Mapping[tuple[ChainState, type[Message]], Transition[ChainState]]] = {
+    (ChainState.NEW, Ask): Transition(_I, ChainState.ASKED),
     (ChainState.IDLE, Ask): Transition(_I, ChainState.ASKED),
     (ChainState.IDLE, Have): Transition(_I, ChainState.ASKED),
     # Items and parts of a state that are not the last leave the state as it is.
@@ -168,67 +161,13 @@ TABLE: Final[Mapping[tuple[ChainState, type[Message]], Transition]] = {
 }
 
 
-class ChainConnection:
+class ChainConnection(Conversation[Message, ChainState]):
     """One end of a chain stream."""
 
     def __init__(self, role: Role) -> None:
-        self._role = role
-        self._state = ChainState.IDLE
-        self._reader = FrameReader()
-        self._has_asked = False
-
-    @property
-    def state(self) -> ChainState:
-        """How far the conversation is."""
-        return self._state
-
-    def send(self, message: Message) -> bytes:
-        """Return the bytes of a message. Raises LocalProtocolError, and changes nothing, when it may not be said."""
-        following = self._follow(message, Direction.SENT)
-        try:
-            frame = encode_frame(FrameType.CONTROL, encode(_to_map(message)))
-        except ValueError as error:
-            raise LocalProtocolError(f"{type(message).__name__}: {error}") from None
-        self._enter(following, message)
-        return frame
-
-    def receive_data(self, data: bytes) -> list[Message]:
-        """Return the messages that are complete with this data; b"" is the end of the stream, and may come any time.
-
-        Raises RemoteProtocolError, then and ever after, when the remote broke the protocol.
-        """
-        if self._state is ChainState.ERROR:
-            raise RemoteProtocolError("the remote has broken the protocol before")
-        if not data:
-            self._state = ChainState.CLOSED
-            return []
-        try:
-            return [self._receive_frame(frame) for frame in self._reader.receive_data(data)]
-        except RemoteProtocolError:
-            self._state = ChainState.ERROR
-            raise
-
-    def _receive_frame(self, frame: Frame) -> Message:
-        if frame.type is not FrameType.CONTROL:
-            raise RemoteProtocolError(f"a {frame.type.name} frame on a chain stream")
-        message = _from_map(Fields(decode(frame.body, max_bytes=MAX_CONTROL_BYTES), "message"))
-        self._enter(self._follow(message, Direction.RECEIVED), message)
-        return message
-
-    def _follow(self, message: Message, direction: Direction) -> ChainState:
-        """Return the state that follows a message; raise the error of whoever is not to say it now."""
-        transition = TABLE.get((self._state, type(message)))
-        out_of_turn = transition is None or (transition.speaker is self._role) is not (direction is Direction.SENT)
-        if transition is None or out_of_turn or (isinstance(message, Have | Want) and not self._has_asked):
-            error = LocalProtocolError if direction is Direction.SENT else RemoteProtocolError
-            raise error(f"{type(message).__name__} {direction} while {self._state}")
-        if isinstance(message, Items | StatePart) and not message.last:
-            return self._state
-        return transition.next
-
-    def _enter(self, state: ChainState, message: Message) -> None:
-        self._state = state
-        self._has_asked = self._has_asked or isinstance(message, Ask)
+        super().__init__(
+            role, TABLE, _to_map, _from_map, first=ChainState.NEW, closed=ChainState.CLOSED, error=ChainState.ERROR
+        )
 
 
 def fill_items(envelopes: Iterable[bytes], rest: Rest) -> Iterator[Items]:

@@ -289,6 +289,7 @@ def _open_to_map(message: Open) -> _Map:
         "context": {key: value if isinstance(value, str) else float(value) for key, value in message.context.items()},
         "prefix": message.prefix,
         "upstream": list(message.upstream),
+        "background": message.background,
         **{key: value for key, value in optional.items() if value is not None},
     }
 
@@ -307,6 +308,7 @@ def _open_from(fields: Fields) -> Open:
         feedback=_peer_if_any(fields, "feedback"),
         sampling=_sampling_from(fields.take("sampling")) if "sampling" in fields else None,
         continues=fields.session("continues") if "continues" in fields else None,
+        background=fields.flag("background"),
     )
     if not message.methods or len(set(message.methods)) != len(message.methods):
         raise RemoteProtocolError("open: expected at least one method, and none twice")

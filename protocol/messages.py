@@ -91,6 +91,7 @@ class Open:
     of the next stage; None for the last stage, which sends each token to the coordinator and to `feedback`, the
     first stage's peer. `sampling` is present for the last stage only. `continues`: a session that was opened over the
     same stream for a former attempt at the same job, and ends by this: what it holds is this one's from now on.
+    `background`: nobody waits for the job, which is a measurement: it makes way for those of others.
     """
 
     session: SessionId
@@ -105,6 +106,7 @@ class Open:
     feedback: PeerId | None = None
     sampling: Sampling | None = None
     continues: SessionId | None = None
+    background: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

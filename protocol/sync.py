@@ -10,17 +10,16 @@ One party speaks at a time. `TABLE` says who may say what when, and is the same 
 import enum
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Final, NamedTuple, TypeAlias, TypeVar
+from typing import Final, TypeAlias, TypeVar
 
 from protocol import fields
-from protocol.canonical import Value, decode, encode
-from protocol.errors import LocalProtocolError, RemoteProtocolError
+from protocol.canonical import Value
+from protocol.conversation import Conversation, Transition
+from protocol.errors import RemoteProtocolError
 from protocol.fields import Fields
-from protocol.framing import Frame, FrameReader, FrameType, encode_frame
 from protocol.limits import (
     MAX_BUCKET,
     MAX_BUSY_S,
-    MAX_CONTROL_BYTES,
     MAX_COUNT,
     MAX_GET,
     MAX_LISTED,
@@ -39,12 +38,9 @@ from protocol.reconciliation import (
     key_range,
     parse_prefix,
 )
-from protocol.states import Direction, Role
+from protocol.states import Role
 
 PROTOCOL_ID: Final = "/metaswarm/sync/1.0.0"
-
-MAX_PAYLOAD_BYTES: Final = MAX_CONTROL_BYTES - (4 << 10)
-"""What a message carries besides its own few bytes: answers or envelopes."""
 
 _ID_BITS: Final = 8 * ID_BYTES
 
@@ -137,16 +133,9 @@ class SyncState(enum.StrEnum):
     """The remote broke the protocol."""
 
 
-class Transition(NamedTuple):
-    """Who says a message, and the state that follows."""
-
-    speaker: Role
-    next: SyncState
-
-
 _I, _R = Role.INITIATOR, Role.RESPONDER
 
-TABLE: Final[Mapping[tuple[SyncState, type[Message]], Transition]] = {
+TABLE: Final[Mapping[tuple[SyncState, type[Message]], Transition[SyncState]]] = {
     (SyncState.NEW, Greeting): Transition(_I, SyncState.GREETED),
     (SyncState.GREETED, Welcome): Transition(_R, SyncState.IDLE),
     (SyncState.GREETED, Busy): Transition(_R, SyncState.REFUSED),
@@ -160,76 +149,28 @@ TABLE: Final[Mapping[tuple[SyncState, type[Message]], Transition]] = {
 }
 
 
-class SyncConnection:
+class SyncConnection(Conversation[Message, SyncState]):
     """One end of a sync stream.
 
     Checks as well that answers fit what was asked: that they lie under their prefix, and are no more than wanted.
     """
 
     def __init__(self, role: Role) -> None:
-        self._role = role
-        self._state = SyncState.NEW
-        self._reader = FrameReader()
+        super().__init__(
+            role, TABLE, _to_map, _from_map, first=SyncState.NEW, closed=SyncState.CLOSED, error=SyncState.ERROR
+        )
         self._queries: tuple[Summary, ...] = ()
         self._wanted = 0
 
-    @property
-    def state(self) -> SyncState:
-        """How far the conversation is."""
-        return self._state
-
-    def send(self, message: Message) -> bytes:
-        """Return the bytes of a message. Raises LocalProtocolError, and changes nothing, when it may not be said."""
-        following = self._follow(message, Direction.SENT)
-        try:
-            frame = encode_frame(FrameType.CONTROL, encode(_to_map(message)))
-        except ValueError as error:
-            raise LocalProtocolError(f"{type(message).__name__}: {error}") from None
-        self._enter(following, message)
-        return frame
-
-    def receive_data(self, data: bytes) -> list[Message]:
-        """Return the messages that are complete with this data; b"" is the end of the stream, and may come any time.
-
-        Raises RemoteProtocolError, then and ever after, when the remote broke the protocol.
-        """
-        if self._state is SyncState.ERROR:
-            raise RemoteProtocolError("the remote has broken the protocol before")
-        if not data:
-            self._state = SyncState.CLOSED
-            return []
-        try:
-            return [self._receive_frame(frame) for frame in self._reader.receive_data(data)]
-        except RemoteProtocolError:
-            self._state = SyncState.ERROR
-            raise
-
-    def _receive_frame(self, frame: Frame) -> Message:
-        if frame.type is not FrameType.CONTROL:
-            raise RemoteProtocolError(f"a {frame.type.name} frame on a sync stream")
-        message = _from_map(Fields(decode(frame.body, max_bytes=MAX_CONTROL_BYTES), "message"))
-        following = self._follow(message, Direction.RECEIVED)
+    def _check(self, message: Message) -> None:
         if isinstance(message, Welcome):
             _check_answers((message.answer,), self._queries)
         if isinstance(message, Answers):
             _check_answers(message.answers, self._queries)
         if isinstance(message, Items) and len(message.envelopes) > self._wanted:
             raise RemoteProtocolError("more envelopes came than were asked for")
-        self._enter(following, message)
-        return message
 
-    def _follow(self, message: Message, direction: Direction) -> SyncState:
-        """Return the state that follows a message; raise the error of whoever is not to say it now."""
-        transition = TABLE.get((self._state, type(message)))
-        if transition is None or (transition.speaker is self._role) is not (direction is Direction.SENT):
-            error = LocalProtocolError if direction is Direction.SENT else RemoteProtocolError
-            raise error(f"{type(message).__name__} {direction} while {self._state}")
-        if isinstance(message, Items) and not message.last:
-            return self._state
-        return transition.next
-
-    def _enter(self, state: SyncState, message: Message) -> None:
-        self._state = state
+    def _note(self, message: Message) -> None:
         if isinstance(message, Greeting):
             self._queries = (Summary("", message.count, message.digest),)
         elif isinstance(message, Compare):

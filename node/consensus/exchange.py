@@ -1,14 +1,15 @@
 """A chain session: a peer asks a neighbour for what it missed. Everything that comes is checked, so anybody will do."""
 
-from collections import deque
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
-from typing import Final, TypeVar
+from typing import Final
 
 import trio
 
 from node.consensus.keeper import Keeper
 from node.consensus.translation import value_of
+from node.network import channel
+from node.network.channel import Channel
 from node.network.interface import NetworkError, Stream
 from protocol.chains import (
     Ask,
@@ -16,7 +17,6 @@ from protocol.chains import (
     ChainConnection,
     Have,
     Items,
-    Message,
     Rest,
     StatePart,
     Want,
@@ -27,9 +27,6 @@ from protocol.errors import RemoteProtocolError
 from protocol.limits import MAX_LOCATOR
 from protocol.states import Role
 from selector.consensus.values import Statement
-
-SILENCE_S: Final = 15.0
-"""How long one side waits for the other to say something."""
 
 MAX_ROUNDS: Final = 64
 """Questions in one session; a newcomer to a long chain needs several sessions."""
@@ -43,61 +40,15 @@ MAX_STATE_PARTS: Final = 1024
 BUSY_S: Final = 5
 VERIFIED_AT_A_TIME: Final = 4
 
-_M = TypeVar("_M", bound=Message)
-
 OpenEnvelope = Callable[[bytes], Said]
 
 
 @dataclass(slots=True)
-class Outcome:
-    """What a session came to."""
+class Outcome(channel.Outcome):
+    """What a session came to; records that were known are counted as well."""
 
-    received: int = 0
-    """Records that came, known ones included."""
-    sent: int = 0
-    bytes_received: int = 0
-    bytes_sent: int = 0
-    retry_s: float | None = None
-    """The responder is busy for so long."""
     more: bool = False
     """There is more to ask for: the session had reached its bounds."""
-
-
-class Channel:
-    """A stream with the protocol on it."""
-
-    def __init__(self, stream: Stream, role: Role, outcome: Outcome) -> None:
-        self._stream = stream
-        self._connection = ChainConnection(role)
-        self._outcome = outcome
-        self._heard: deque[Message] = deque()
-
-    async def say(self, message: Message) -> int:
-        """Send a message; return how many bytes it took. Raises NetworkError."""
-        data = self._connection.send(message)
-        await self._stream.send_all(data)
-        self._outcome.bytes_sent += len(data)
-        return len(data)
-
-    async def hear_any(self) -> Message | None:
-        """Return the next message, None at the end. Raises NetworkError and RemoteProtocolError."""
-        while not self._heard:
-            with trio.move_on_after(SILENCE_S) as scope:
-                data = await self._stream.receive_some()
-            if scope.cancelled_caught:
-                raise NetworkError(f"nothing heard for {SILENCE_S:g} s")
-            self._outcome.bytes_received += len(data)
-            self._heard += self._connection.receive_data(data)
-            if not data:
-                return None
-        return self._heard.popleft()
-
-    async def hear(self, expected: type[_M]) -> _M:
-        """Return the next message, which by the state of the conversation is of this type."""
-        message = await self.hear_any()
-        if not isinstance(message, expected):
-            raise NetworkError("the peer ended the session")
-        return message
 
 
 class Initiation:
@@ -105,7 +56,7 @@ class Initiation:
 
     def __init__(self, stream: Stream, keeper: Keeper, open_envelope: OpenEnvelope) -> None:
         self.outcome = Outcome()
-        self._channel = Channel(stream, Role.INITIATOR, self.outcome)
+        self._channel = Channel(stream, ChainConnection(Role.INITIATOR), self.outcome)
         self._keeper = keeper
         self._open_envelope = open_envelope
         self._reached: bytes | None = None
@@ -194,7 +145,7 @@ class Response:
 
     def __init__(self, stream: Stream, pay_traffic: Callable[[int], Awaitable[None]]) -> None:
         self.outcome = Outcome()
-        self._channel = Channel(stream, Role.RESPONDER, self.outcome)
+        self._channel = Channel(stream, ChainConnection(Role.RESPONDER), self.outcome)
         self._pay_traffic = pay_traffic
 
     async def refuse(self) -> None:

@@ -433,6 +433,7 @@ class Coordinator:
             positions=len(job.prompt) + job.sampling.max_tokens,
             prefix=job.prefix if any(method.prefix_cache for method in ordered) else b"",
             sampling=replace(job.sampling, max_tokens=left),
+            background=job.request.background,
         )
 
     def _avoid(self, job: _Job, rejection: Rejection) -> None:

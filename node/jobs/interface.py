@@ -89,6 +89,8 @@ class JobRequest:
     budget: float | None = None
     quality: Quality = Quality.EXACT
     method: str = AUTO
+    background: bool = False
+    """Nobody waits for it: it makes way for the jobs of others."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

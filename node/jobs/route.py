@@ -86,6 +86,7 @@ class Opening:
     positions: int
     prefix: bytes
     sampling: Sampling
+    background: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -327,6 +328,7 @@ class OpenRoute:
             feedback=self.stops[0].peer if is_last else None,
             sampling=opening.sampling if is_last else None,
             continues=self._continued.get(self.stops[stage]),
+            background=opening.background,
         )
 
 

@@ -30,6 +30,7 @@ class StageSession:
         self.info = span.info.part(message.blocks)
         """Of the part of the span that it runs."""
         self.opened_by = opened_by
+        self.background = message.background
         self.methods = message.methods
         self.votes: dict[str, float] = {}
         self.method: Method | None = None

@@ -121,8 +121,8 @@ class Stages:
         """
         former = self._former(message, link)
         span = former.span if former else self._span_of(message.model, message.blocks)
-        if self.draining and former is None:
-            return _refusal(message, RefusalReason.LEAVING, "this peer is about to leave", span)
+        if former is None and (objection := self._objection(message, link.peer)):
+            return _refusal(message, *objection, span)
         if span is None:
             return _refusal(message, RefusalReason.NOT_SERVED, f"blocks {message.blocks} are not served here", None)
         if fault := _fault_of(message, span.info.part(message.blocks)):
@@ -173,6 +173,15 @@ class Stages:
         """Return the span whose blocks these are, else the smallest that has all of them."""
         holding = [span for key, span in self._spans.items() if key[0] == model and span.info.blocks.holds(blocks)]
         return min(holding, key=lambda span: len(span.info.blocks), default=None)
+
+    def _objection(self, message: Open, peer: PeerId) -> tuple[RefusalReason, str] | None:
+        """Return why this node takes nothing new from a peer now, if so: a measurement makes way for all others."""
+        if self.draining:
+            return RefusalReason.LEAVING, "this peer is about to leave"
+        sessions = (session for span in self._spans.values() for session in span.sessions.values())
+        if message.background and any(not each.background or each.opened_by.peer != peer for each in sessions):
+            return RefusalReason.FULL, "this peer serves others, who come before a measurement"
+        return None
 
     def _former(self, message: Open, link: InboundLink) -> StageSession | None:
         """Return the session that a new one continues, if it is here, its coordinator's, alike, and large enough."""

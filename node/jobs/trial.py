@@ -144,7 +144,7 @@ class _Source:
 
 
 class Trials:
-    """Runs trials at a node, one at a time, by jobs of its coordinator."""
+    """Runs trials at a node by jobs of its coordinator. Those of several take turns run by run."""
 
     def __init__(self, coordinator: Coordinator, recorder: Recorder) -> None:
         self._coordinator = coordinator
@@ -158,39 +158,38 @@ class Trials:
         that cannot be had is told with the reason. Raises JobError where the baseline itself cannot be had, or where
         stages keep changing.
         """
-        async with self._turn:
-            rng = random.Random(secrets.randbits(64) if spec.seed is None else spec.seed)
-            model = await self._coordinator.model(spec.model)
-            if spec.workload.prompt_tokens + spec.workload.max_tokens > model.max_positions:
-                raise JobError(
-                    JobErrorCode.CONTEXT_LENGTH,
-                    f"{spec.workload.prompt_tokens} tokens of prompt and {spec.workload.max_tokens} new ones do not "
-                    f"fit into the {model.max_positions} of the model's context",
-                )
-            text = await trio.to_thread.run_sync(model.tokenizer.encode, sample_text())
-            # One job at a time has its prefix in common with those before it; the warm-up computes it.
-            alone = spec.workload.concurrency == 1
-            source = _Source(text, _piece(text, shared_tokens(spec.workload), rng) if alone else None)
-            methods = {method.name: method for method in (BASELINE, *spec.methods)}
-            errors: dict[str, str] = {}
-            for method in methods.values():
-                try:
-                    await self._warm_up(spec, method, source, rng)
-                except JobError as error:
-                    if method == BASELINE:
-                        raise
-                    errors[method.name] = error.message
-            able = [method for name, method in methods.items() if name not in errors]
-            rounds = await self._rounds(spec, able, source, rng)
-            observations = await self._record(spec, rounds, keep or self._recorder.publish)
+        rng = random.Random(secrets.randbits(64) if spec.seed is None else spec.seed)
+        model = await self._coordinator.model(spec.model)
+        if spec.workload.prompt_tokens + spec.workload.max_tokens > model.max_positions:
+            raise JobError(
+                JobErrorCode.CONTEXT_LENGTH,
+                f"{spec.workload.prompt_tokens} tokens of prompt and {spec.workload.max_tokens} new ones do not "
+                f"fit into the {model.max_positions} of the model's context",
+            )
+        text = await trio.to_thread.run_sync(model.tokenizer.encode, sample_text())
+        # One job at a time has its prefix in common with those before it; the warm-up computes it.
+        alone = spec.workload.concurrency == 1
+        source = _Source(text, _piece(text, shared_tokens(spec.workload), rng) if alone else None)
+        methods = {method.name: method for method in (BASELINE, *spec.methods)}
+        errors: dict[str, str] = {}
+        for method in methods.values():
+            try:
+                await self._warm_up(spec, method, source, rng)
+            except JobError as error:
+                if method == BASELINE:
+                    raise
+                errors[method.name] = error.message
+        able = [method for name, method in methods.items() if name not in errors]
+        rounds = await self._rounds(spec, able, source, rng)
+        observations = await self._record(spec, rounds, keep or self._recorder.publish)
 
-            def tried(method: Method) -> MethodTrial:
-                if method.name in errors:
-                    return MethodTrial(method=method, error=errors[method.name])
-                return MethodTrial(method=method, runs=[runs[method.name] for runs in rounds])
+        def tried(method: Method) -> MethodTrial:
+            if method.name in errors:
+                return MethodTrial(method=method, error=errors[method.name])
+            return MethodTrial(method=method, runs=[runs[method.name] for runs in rounds])
 
-            others = [tried(method) for method in methods.values() if method != BASELINE]
-            return Trial(baseline=tried(BASELINE), methods=others, observations=observations)
+        others = [tried(method) for method in methods.values() if method != BASELINE]
+        return Trial(baseline=tried(BASELINE), methods=others, observations=observations)
 
     async def _rounds(
         self, spec: TrialSpec, methods: Sequence[Method], source: "_Source", rng: random.Random
@@ -201,7 +200,7 @@ class Trials:
         while len(rounds) < spec.rounds:
             runs: dict[str, Run] = {}
             for method in rng.sample(methods, len(methods)):
-                runs[method.name] = await self._run(spec, spec.workload, method, source, rng)
+                runs[method.name] = await self._patient_run(spec, spec.workload, method, source, rng)
             routes = {run.route for run in (*runs.values(), *(rounds[0].values() if rounds else ()))}
             if len(routes) == 1 and not any(run.spoilt for run in runs.values()):
                 rounds.append(runs)
@@ -214,17 +213,20 @@ class Trials:
     async def _warm_up(self, spec: TrialSpec, method: Method, source: "_Source", rng: random.Random) -> None:
         """Wait until a method is ready on all stages, and let it do one short job."""
         workload = replace(spec.workload, concurrency=1, max_tokens=min(WARM_UP_TOKENS, spec.workload.max_tokens))
+        await self._patient_run(spec, workload, method, source, rng)
+
+    async def _patient_run(
+        self, spec: TrialSpec, workload: TrialWorkload, method: Method, source: "_Source", rng: random.Random
+    ) -> Run:
+        """Run a method once it is ready and the peers have room: they build what they lack once they are asked."""
         deadline_s = trio.current_time() + READY_TIMEOUT_S
         while True:
             try:
-                await self._run(spec, workload, method, source, rng)
+                return await self._run(spec, workload, method, source, rng)
             except JobError as error:
-                # Stages begin to build what they lack when they are first asked for it.
                 if error.retry_after_s is None or trio.current_time() > deadline_s:
                     raise
-                await trio.sleep(RETRY_S)
-            else:
-                return
+                await trio.sleep(RETRY_S * rng.uniform(0.5, 2))
 
     async def _run(
         self, spec: TrialSpec, workload: TrialWorkload, method: Method, source: "_Source", rng: random.Random
@@ -249,10 +251,11 @@ class Trials:
                 quality=spec.quality,
                 objective=Objective.LATENCY if workload.concurrency == 1 else Objective.THROUGHPUT,
                 method=method.name,
+                background=spec.kind is ObservationKind.ASSIGNED,
             )
             for prompt in make_prompts(source.text, workload, rng, source.common)
         ]
-        async with trio.open_nursery() as nursery:
+        async with self._turn, trio.open_nursery() as nursery:
             for request in requests:
                 nursery.start_soon(one, request)
         if errors:

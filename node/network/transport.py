@@ -36,7 +36,9 @@ from node.network.yamux_stream import YamuxLimits, shielded
 logger = logging.getLogger(__name__)
 
 READ_BYTES: Final = 256 << 10
-LISTEN_BACKLOG: Final = 256
+LISTEN_BACKLOG: Final = 4096
+"""A dial that finds the backlog full is tried again by its system after a second, so it holds what a flood brings."""
+
 UPGRADE_TIMEOUT_S: Final = 5
 
 
@@ -112,6 +114,8 @@ class TcpListener(IListener):
         host, _ = stream.get_remote_address()
         try:
             with self._transport.handshakes.place(host) as scope:
+                with trio.fail_after(UPGRADE_TIMEOUT_S):
+                    await trio.lowlevel.wait_readable(socket_stream.socket)  # who says nothing costs no handshake
                 await self._handler(stream)
             if not scope.cancelled_caught:
                 await stream.closed.wait()

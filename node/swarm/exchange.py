@@ -9,25 +9,26 @@ from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Protocol, TypeVar
+from typing import Protocol
 
 import trio
 
+from node.network import channel
+from node.network.channel import Channel
 from node.network.interface import NetworkError, Stream
 from node.swarm.replica import Replica, verification_cost
+from protocol.conversation import MAX_PAYLOAD_BYTES
 from protocol.errors import RemoteProtocolError
 from protocol.limits import MAX_GET, MAX_QUERIES
 from protocol.reconciliation import Answer, Equal, Gap, Listing, SetTree, Split, Summary
 from protocol.states import Role
 from protocol.sync import (
-    MAX_PAYLOAD_BYTES,
     Answers,
     Busy,
     Compare,
     Get,
     Greeting,
     Items,
-    Message,
     Put,
     SyncConnection,
     Taken,
@@ -35,9 +36,6 @@ from protocol.sync import (
     answer_bytes,
     envelope_bytes,
 )
-
-SILENCE_S = 15.0
-"""How long one side waits for the other to say something."""
 
 MAX_BARREN_COMPARES = 64
 """Messages with queries in a row that brought nothing: more than an honest difference needs, even at its deepest."""
@@ -60,8 +58,6 @@ QUERY_COST = 0.1
 HASHING_COST = 1 / 5000
 """Work of answering a query, and of each id that is hashed for it, measured in signatures verified."""
 
-_M = TypeVar("_M", bound=Message)
-
 
 class Payer(Protocol):
     """Slows a session down to what its peer and all sessions together are allowed."""
@@ -76,57 +72,12 @@ class Payer(Protocol):
 
 
 @dataclass(slots=True)
-class Outcome:
-    """What a session came to."""
+class Outcome(channel.Outcome):
+    """What a session came to. `received`: new to us; `sent`: new to them, or what they asked for."""
 
     equal: bool = False
     """At the end both held the same, as far as they compare."""
     differed: bool = False
-    received: int = 0
-    """Observations that were new to us."""
-    sent: int = 0
-    """Observations that were new to them, or that they asked for."""
-    bytes_received: int = 0
-    bytes_sent: int = 0
-    retry_s: float | None = None
-    """The responder is busy for so long."""
-
-
-class Channel:
-    """A stream with the protocol on it."""
-
-    def __init__(self, stream: Stream, role: Role, outcome: Outcome) -> None:
-        self._stream = stream
-        self._connection = SyncConnection(role)
-        self._outcome = outcome
-        self._heard: deque[Message] = deque()
-
-    async def say(self, message: Message) -> int:
-        """Send a message; return how many bytes it took. Raises NetworkError."""
-        data = self._connection.send(message)
-        await self._stream.send_all(data)
-        self._outcome.bytes_sent += len(data)
-        return len(data)
-
-    async def hear_any(self) -> Message | None:
-        """Return the next message, None at the end. Raises NetworkError and RemoteProtocolError."""
-        while not self._heard:
-            with trio.move_on_after(SILENCE_S) as scope:
-                data = await self._stream.receive_some()
-            if scope.cancelled_caught:
-                raise NetworkError(f"nothing heard for {SILENCE_S:g} s")
-            self._outcome.bytes_received += len(data)
-            self._heard += self._connection.receive_data(data)
-            if not data:
-                return None
-        return self._heard.popleft()
-
-    async def hear(self, expected: type[_M]) -> _M:
-        """Return the next message, which by the state of the conversation is of this type."""
-        message = await self.hear_any()
-        if not isinstance(message, expected):
-            raise NetworkError("the peer ended the session")
-        return message
 
 
 async def admit(envelopes: Iterable[bytes], replica: Replica, payer: Payer, wanted: set[bytes] | None = None) -> int:
@@ -154,7 +105,7 @@ class Initiation:
 
     def __init__(self, stream: Stream, replica: Replica, payer: Payer, jitter: random.Random) -> None:
         self.outcome = Outcome()
-        self._channel = Channel(stream, Role.INITIATOR, self.outcome)
+        self._channel = Channel(stream, SyncConnection(Role.INITIATOR), self.outcome)
         self._replica = replica
         self._payer = payer
         self._jitter = jitter
@@ -272,7 +223,7 @@ class Response:
 
     def __init__(self, stream: Stream, replica: Replica, payer: Payer) -> None:
         self.outcome = Outcome()
-        self._channel = Channel(stream, Role.RESPONDER, self.outcome)
+        self._channel = Channel(stream, SyncConnection(Role.RESPONDER), self.outcome)
         self._replica = replica
         self._payer = payer
 

@@ -116,6 +116,7 @@ def opens(draw: st.DrawFn) -> Open:
         downstream=downstream,
         feedback=feedback,
         sampling=sampling,
+        background=draw(st.booleans()),
     )
 
 

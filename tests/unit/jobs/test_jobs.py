@@ -214,6 +214,23 @@ async def test_a_full_peer_says_so_and_serves_again_once_it_has_room(autojump_cl
         await all_free(swarm)
 
 
+async def test_a_measurement_makes_way_for_the_jobs_of_others(autojump_clock: MockClock) -> None:
+    measurement = JobRequest(model="fake", prompt=PROMPT, max_tokens=8, background=True)
+    async with open_swarm() as swarm:
+        peer = await swarm_of_thirds(swarm)
+        other = await swarm.join()
+        await swarm.settle()
+        for request in (replace(measurement, background=False), measurement):
+            async with other.coordinator.submit(request):
+                with pytest.raises(JobError, match="others, who come before a measurement") as caught:
+                    await peer.run(measurement)
+                assert caught.value.retry_after_s
+        async with peer.coordinator.submit(measurement):
+            await peer.run(measurement)  # of one peer several at a time are one measurement
+            await other.run(replace(measurement, background=False))  # nobody waits for it
+        await all_free(swarm)
+
+
 async def test_a_draining_peer_finishes_what_it_has_and_takes_nothing_new(autojump_clock: MockClock) -> None:
     async with open_swarm() as swarm:
         peer = await swarm_of_thirds(swarm)

@@ -5,11 +5,12 @@ import random
 from typing import Any
 
 import pytest
+import trio
 from trio.testing import MockClock
 
 from node.engine.interface import REFERENCE
 from node.identity import Identity
-from node.jobs.interface import JobError, Objective, Quality
+from node.jobs.interface import JobError, JobRequest, Objective, Quality
 from node.jobs.recorder import Recorder
 from node.jobs.trial import Trials, TrialSpec, TrialWorkload, make_prompts
 from protocol.measurements import ObservationKind, check
@@ -74,6 +75,22 @@ async def test_what_is_not_ready_is_built_before_the_clock_runs(autojump_clock: 
         trial = await trials.run(spec(rounds=1))
         assert trial.methods[0].error is None
         assert len(kept.observations) == 2
+
+
+async def test_what_the_swarm_assigns_is_measured_once_nobody_else_is_served(autojump_clock: MockClock) -> None:
+    async with open_swarm() as swarm:
+        trials, kept, _ = await trials_of(swarm)
+        other = await swarm.join()
+        await swarm.settle()
+        async with trio.open_nursery() as nursery:
+            request = JobRequest(model="fake", prompt="1", max_tokens=8)
+            async with other.coordinator.submit(request) as events:
+                nursery.start_soon(trials.run, spec(kind=ObservationKind.ASSIGNED))
+                await trio.sleep(60)
+                assert not kept.observations
+                async for _ in events:
+                    pass
+        assert len(kept.observations) == 3 * 2
 
 
 async def test_a_method_that_cannot_be_had_does_not_spoil_the_others(autojump_clock: MockClock) -> None:

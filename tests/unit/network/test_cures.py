@@ -1,6 +1,7 @@
 """What strangers may do to our host without harming it: the cures for the faults shown in test_library_faults.py."""
 
 import gc
+import select
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import AsyncExitStack, suppress
@@ -15,6 +16,7 @@ from libp2p.peer.peerstore import create_signed_peer_record
 from multiaddr import Multiaddr
 
 from node.network import dht, gossip
+from node.network.addresses import parse_address
 from node.network.admission import SILENT_S, InboundLimits
 from node.network.host import Libp2pNetwork, NetworkLimits
 from node.network.interface import Network, NetworkError, PeerConnected, PeerDisconnected, Stream, StreamClosed
@@ -271,6 +273,19 @@ async def test_a_peer_that_accepts_and_says_nothing_fails_the_dial_in_bounded_ti
         async with dialler.running(), silent_port() as port:
             with pytest.raises(NetworkError, match=r"did not answer within 0\.3 s"):
                 await dialler.connect(f"/ip4/127.0.0.1/tcp/{port}/p2p/{our_host(2).peer_id}")
+
+
+async def test_who_says_nothing_is_told_nothing() -> None:
+    host, other = our_host(1), our_host(2)
+    with limited():
+        async with host.running(), other.running():
+            address = parse_address(host.multiaddrs[0])
+            async with await trio.open_tcp_stream(address.host, address.port) as silent:
+                await other.connect(host.multiaddrs[0])
+                await other.ping(host.peer_id)
+                assert not select.select([silent.socket.fileno()], [], [], 0)[0]
+                await silent.send_all(b"\x13/multistream/1.0.0\n")
+                assert await silent.receive_some(1)
 
 
 async def test_a_swarm_key_keeps_strangers_out_in_bounded_time_and_lets_members_in() -> None:

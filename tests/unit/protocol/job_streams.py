@@ -133,6 +133,7 @@ MESSAGES: dict[str, ControlMessage] = {
         feedback=PEER,
         sampling=Sampling(temperature=0.7, top_p=0.9, seed=MAX_UINT64, max_tokens=5, stop_tokens=(0, 49151)),
         continues=SessionId(JobId("ff" * 16), 2),
+        background=True,
     ),
     "opened": Opened(
         session=SESSION,

@@ -9,12 +9,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from trio.testing import MockClock
 
+from node.network.channel import SILENCE_S
 from node.network.interface import NetworkError, Stream, StreamClosed
 from node.swarm.exchange import (
     MAX_BARREN_COMPARES,
     MAX_PUT_ENVELOPES,
     MAX_UNDELIVERED,
-    SILENCE_S,
     Initiation,
     Response,
 )
