@@ -10,10 +10,11 @@ from typing import Final, Self
 
 import numpy as np
 from sklearn.cluster import KMeans
-from sklearn.ensemble import HistGradientBoostingRegressor, RandomForestRegressor
+from sklearn.ensemble import RandomForestRegressor
 from sklearn.neighbors import NearestNeighbors
 from sklearn.utils.validation import check_is_fitted
 
+from selector.boosting import BoostedTrees
 from selector.dataset import FloatArray, IntArray, Pairs
 from selector.effects import fit_effects, mean_regrets
 from selector.estimator import NotApplicableError, Selector, weights_of
@@ -241,7 +242,7 @@ class PerMethod(Selector, ABC):
         return scores
 
     @abstractmethod
-    def new_model(self) -> RandomForestRegressor | HistGradientBoostingRegressor:
+    def new_model(self) -> RandomForestRegressor | BoostedTrees:
         """Return the regression, not fitted yet."""
 
 
@@ -256,11 +257,9 @@ class RandomForest(PerMethod):
 class GradientBoosting(PerMethod):
     """Boosted trees for each method."""
 
-    def new_model(self) -> HistGradientBoostingRegressor:
+    def new_model(self) -> BoostedTrees:
         """Return boosted trees."""
-        return HistGradientBoostingRegressor(
-            max_iter=100, min_samples_leaf=5, early_stopping=False, random_state=self.random_state
-        )
+        return BoostedTrees(max_iter=100, min_samples_leaf=5, random_state=self.random_state)
 
 
 class TextEmbedding(Selector):
@@ -282,7 +281,7 @@ class TextEmbedding(Selector):
         described = describe_contexts(X.contexts, used)
         self.contexts_ = [_Embedding(encode, self.components).fit(texts) for texts in described]
         self.methods_ = _Embedding(encode, self.components).fit([describe_method(method) for method in X.methods])
-        trees = HistGradientBoostingRegressor(max_iter=100, early_stopping=False, random_state=self.random_state)
+        trees = BoostedTrees(max_iter=100, random_state=self.random_state)
         self.trees_ = trees.fit(self._table(X), y, sample_weight=weights_of(y, sample_weight))
         return self
 

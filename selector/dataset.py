@@ -101,6 +101,11 @@ class Dataset:
         wanted[contexts] = True
         return self.take(wanted[self.pairs.context])
 
+    def compact(self) -> "Dataset":
+        """Return the same rows over a table of only those contexts that were measured."""
+        used, position = np.unique(self.pairs.context, return_inverse=True)
+        return replace(self, pairs=replace(self.pairs, contexts=self.pairs.contexts.take(used), context=position))
+
     def sample(self, count: int, seed: int = 0) -> "Dataset":
         """Return the rows of `count` contexts drawn without replacement; all where there are no more."""
         present = np.unique(self.pairs.context)

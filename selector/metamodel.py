@@ -13,11 +13,12 @@ from dataclasses import dataclass
 from typing import Any, Final, Self
 
 import numpy as np
-from sklearn.ensemble import ExtraTreesRegressor, HistGradientBoostingRegressor
+from sklearn.ensemble import ExtraTreesRegressor
 from sklearn.linear_model import LinearRegression, Ridge
 from sklearn.model_selection import GroupKFold
 from sklearn.utils.validation import check_is_fitted
 
+from selector.boosting import BoostedTrees
 from selector.dataset import FloatArray, IntArray, Pairs, context_means, context_minima
 from selector.effects import fit_effects
 from selector.estimator import Selector, weights_of
@@ -178,7 +179,6 @@ class _Ensemble:
             "max_leaf_nodes": 20,
             "max_features": 0.5,
             "l2_regularization": 1.0,
-            "early_stopping": False,
             "random_state": of.random_state,
         }
         count = max(8, int(of.tree_count * scale))
@@ -253,7 +253,7 @@ class _Ensemble:
         if kind == "trees":
             share = 1.0 if len(targets) == 1 else 0.5
             return ExtraTreesRegressor(min_samples_leaf=2, max_features=share, **self._trees)
-        return HistGradientBoostingRegressor(min_samples_leaf=int(np.clip(rows // 40, 2, 10)), **self._boosting)
+        return BoostedTrees(min_samples_leaf=int(np.clip(rows // 40, 2, 10)), **self._boosting)
 
 
 class _Line:

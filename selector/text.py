@@ -7,7 +7,7 @@ from typing import Final
 import numpy as np
 from sklearn.feature_extraction.text import HashingVectorizer
 
-from selector.dataset import Contexts, FloatArray, IntArray
+from selector.dataset import Contexts, FloatArray, IntArray, Pairs
 
 Encoder = Callable[[Sequence[str]], FloatArray]
 """Turns texts into vectors, shape (texts, width)."""
@@ -55,6 +55,12 @@ def describe_method(method: str) -> str:
     return "method " + re.sub(r"[|=_]+", " ", method)
 
 
+def texts_of(pairs: Pairs) -> set[str]:
+    """Return all descriptions of these pairs' contexts and methods."""
+    described = describe_contexts(pairs.contexts, np.unique(pairs.context))
+    return {*(text for texts in described for text in texts), *(describe_method(method) for method in pairs.methods)}
+
+
 def _figure(value: float, is_log2: bool) -> str:
     return f"{2.0 ** min(value, 1000.0) if is_log2 else value:.3g}"
 
@@ -70,3 +76,15 @@ class HashedNgrams:
         hashed = HashingVectorizer(analyzer="char_wb", ngram_range=(2, 4), n_features=self.width)
         vectors: FloatArray = hashed.transform(texts).toarray()
         return vectors
+
+
+class KnownTexts:
+    """Vectors of texts that another encoder has read: so that it reads each only once, and only where it is."""
+
+    def __init__(self, texts: Sequence[str], vectors: FloatArray) -> None:
+        self._row = {text: i for i, text in enumerate(texts)}
+        self._vectors = vectors
+
+    def __call__(self, texts: Sequence[str]) -> FloatArray:
+        """Return one vector for each text. Raises KeyError for a text that was not read: our fault."""
+        return self._vectors[[self._row[text] for text in texts]]

@@ -14,6 +14,9 @@ if TYPE_CHECKING:
     from node.selection.comparison import Comparison
     from selector.evaluation import Group, Measures
 
+MAX_PROCESSES = 8
+"""Each takes some 300 MiB."""
+
 
 @click.command()
 @click.argument("dataset_dir", type=click.Path(exists=True, file_okay=False, path_type=Path))
@@ -59,6 +62,7 @@ def evaluate(
     """
     from node.engine.sentences import find_sentence_encoder
     from node.selection.comparison import MAX_ROWS, compare
+    from node.selection.fitting import FittingError
     from node.selection.folder import read_folder
     from node.selection.plot import PlotError, check_plot, draw_comparison
     from selector.dataset import DatasetError
@@ -86,12 +90,12 @@ def evaluate(
                 default=default,
                 seed=seed,
                 encode=find_sentence_encoder(),
-                threads=min(2, os.cpu_count() or 1),
+                process_count=min(MAX_PROCESSES, os.cpu_count() or 1),
                 progress=progress,
             )
         if plot:
             draw_comparison(comparison, plot)
-    except (DatasetError, PlotError) as error:
+    except (DatasetError, FittingError, PlotError) as error:
         raise CommandError(str(error)) from None
     if as_json:
         print_json(comparison.as_dict())

@@ -109,9 +109,10 @@ def progress_bars() -> Iterator[ProgressCallback]:
 
 
 def _progress_columns() -> tuple["ProgressColumn", ...]:
-    from rich.progress import BarColumn, TaskProgressColumn, TextColumn, TimeRemainingColumn
+    from rich.progress import BarColumn, SpinnerColumn, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
-    return TextColumn("{task.description}", markup=False), BarColumn(), TaskProgressColumn(), TimeRemainingColumn()
+    description = TextColumn("{task.description}", markup=False)
+    return SpinnerColumn(), description, BarColumn(), TaskProgressColumn(), TimeRemainingColumn()
 
 
 @contextmanager

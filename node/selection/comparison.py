@@ -1,25 +1,33 @@
 """Runs the meta-model and every baseline over the folds of a dataset, and measures them."""
 
-import time
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import closing
 from dataclasses import dataclass
 from typing import Any, Final
 
-from threadpoolctl import threadpool_limits
+import numpy as np
 
+from node.selection.fitting import Answer, Task, fit_all
 from selector.baselines import BASELINES, TextEmbedding, VirtualBest
-from selector.dataset import Dataset, FloatArray
-from selector.estimator import NotApplicableError, Selector
-from selector.evaluation import Fold, Group, Measures, checked, outcomes, split
+from selector.dataset import Dataset
+from selector.estimator import Selector
+from selector.evaluation import Group, Measures, outcomes, split
 from selector.metamodel import MetaModel
-from selector.text import Encoder
+from selector.text import Encoder, KnownTexts, texts_of
 
 METAMODEL: Final = "metaswarm"
 """The meta-model's name in tables."""
 
 MAX_ROWS: Final = 20_000
 """A dataset with more rows is sampled, unless its reader asks for another sample: whole contexts are drawn by lot."""
+
+MIN_ROWS_OF_PROCESSES: Final = 2_000
+"""With fewer rows all is computed sooner than processes would have started."""
+
+TEXTS_AT_ONCE: Final = 64
+
+ORACLE: Final = "virtual_best"
+"""The one selector that may see what it is tested on."""
 
 Progress = Callable[[str, int, int], None]
 
@@ -80,74 +88,60 @@ def compare(
     default: str | None = None,
     seed: int = 0,
     encode: Encoder | None = None,
-    threads: int = 1,
+    process_count: int = 1,
     progress: Progress = lambda stage, done, total: None,
 ) -> Comparison:
     """Evaluate every selector. `encode`: the sentence encoder of the text-embedding baseline, hashed n-grams if None.
 
-    Raises DatasetError where nothing can be left out.
+    Raises DatasetError where nothing can be left out, and FittingError.
     """
-    folds = split(dataset, group, seed)
-    # A fold a thread. OpenMP's own threads spin while they wait for one another; their number is set thread by thread.
-    with threadpool_limits(1), ThreadPoolExecutor(threads, initializer=threadpool_limits, initargs=(1,)) as pool:
-        return _compare(dataset, group, folds, probes, default, seed, encode, pool, progress)
-
-
-def _compare(
-    dataset: Dataset,
-    group: Group,
-    folds: Sequence[Fold],
-    probes: int,
-    default: str | None,
-    seed: int,
-    encode: Encoder | None,
-    pool: ThreadPoolExecutor,
-    progress: Progress,
-) -> Comparison:
+    dataset = dataset.compact()
+    folds = tuple(split(dataset, group, seed))
     makers: dict[str, Callable[[], Selector]] = {
         METAMODEL: lambda: MetaModel(None if group == "random" else group, random_state=seed),
         **BASELINES,
-        "text_embedding": lambda: TextEmbedding(encode),
+        "text_embedding": lambda: TextEmbedding(encode and _read(dataset, encode, progress)),
     }
+    answers: dict[str, dict[int, Answer]] = {name: {} for name in makers}
+    del makers[ORACLE]
+    oracle = VirtualBest().fit_dataset(dataset)
+    for i, fold in enumerate(folds):
+        answers[ORACLE][i] = Answer(ORACLE, i, oracle.predict(dataset.pairs.take(fold.test)), 0.0)
+    if len(dataset) < MIN_ROWS_OF_PROCESSES:
+        process_count = 1
+    with closing(fit_all(dataset, folds, _tasks(makers, len(folds), progress), process_count)) as found:
+        for answer in found:
+            answers[answer.name][answer.fold] = answer
+            progress(answer.name, len(answers[answer.name]), len(folds))
     rows: list[Row] = []
     left_out: dict[str, str] = {}
-    for name, make in makers.items():
-        try:
-            scores, seconds = _scores(dataset, folds, name, make, pool, progress)
-        except NotApplicableError as error:
-            left_out[name] = str(error)
-            progress(name, len(folds), len(folds))
+    for name, by_fold in answers.items():
+        of_folds = [by_fold[i] for i in range(len(folds))]
+        scores = [each.scores for each in of_folds if each.scores is not None]
+        if len(scores) < len(folds):
+            left_out[name] = next(each.inapplicable for each in of_folds if each.scores is None)
             continue
-        found = outcomes(dataset, folds, scores, probes=probes, default=default)
-        rows.append(Row(name, found.measures(), found.measures(more_than=probes), seconds))
+        chosen = outcomes(dataset, folds, scores, probes=probes, default=default)
+        seconds = sum(each.seconds for each in of_folds)
+        rows.append(Row(name, chosen.measures(), chosen.measures(more_than=probes), seconds))
     return Comparison(dataset, group, probes, len(folds), tuple(rows), left_out)
 
 
-def _scores(
-    dataset: Dataset,
-    folds: Sequence[Fold],
-    name: str,
-    make: Callable[[], Selector],
-    pool: ThreadPoolExecutor,
-    progress: Progress,
-) -> tuple[list[FloatArray], float]:
-    """Return the scores of every fold's test rows, and the seconds that all folds took together."""
-    oracle = VirtualBest().fit_dataset(dataset) if isinstance(make(), VirtualBest) else None
+def _tasks(makers: Mapping[str, Callable[[], Selector]], folds: int, progress: Progress) -> Iterator[Task]:
+    """Yield what there is to fit: the meta-model, which takes longest, comes first."""
+    for name, make in makers.items():
+        progress(name, 0, folds)
+        selector = make()
+        for fold in range(folds):
+            yield Task(name, selector, fold)
 
-    def of_fold(fold: Fold) -> tuple[FloatArray, float]:
-        began_s = time.perf_counter()
-        selector = oracle or make().fit_dataset(dataset.take(fold.train))
-        scores = selector.predict(dataset.pairs.take(fold.test))
-        return checked(scores, fold), time.perf_counter() - began_s
 
-    progress(name, 0, len(folds))
-    pending = [pool.submit(of_fold, fold) for fold in folds]
-    try:
-        found = []
-        for each in pending:
-            found.append(each.result())
-            progress(name, len(found), len(folds))
-    finally:
-        for each in pending:
-            each.cancel()
-    return [scores for scores, _ in found], sum(seconds for _, seconds in found)
+def _read(dataset: Dataset, encode: Encoder, progress: Progress) -> KnownTexts:
+    """Return the vectors of all texts that the text-embedding baseline will read: each is encoded only once."""
+    texts = sorted(texts_of(dataset.pairs), key=len)
+    vectors = []
+    for start in range(0, len(texts), TEXTS_AT_ONCE):
+        progress("sentences", start, len(texts))
+        vectors.append(encode(texts[start : start + TEXTS_AT_ONCE]))
+    progress("sentences", len(texts), len(texts))
+    return KnownTexts(texts, np.concatenate(vectors))

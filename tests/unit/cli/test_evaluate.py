@@ -1,15 +1,17 @@
-import csv
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from node.cli import run
-from node.selection import comparison
+from node.selection import comparison, fitting
 from selector.baselines import BASELINES
+from selector.dataset import FloatArray
 from selector.metamodel import MetaModel
-from tests.unit.selector.measurements import made_up
+from selector.text import HashedNgrams
+from tests.unit.selector.measurements import made_up, write, write_folder
 
 NAMES = [
     "metaswarm", "random", "single_best", "nearest_neighbours", "isac", "alors", "random_forest", "gradient_boosting",
@@ -28,20 +30,8 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(name="folder", scope="module")
 def make_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("measurements")
-    dataset = made_up(contexts=40)
-    pairs = dataset.pairs
-    write(folder / "contexts.csv", ["cid", *pairs.contexts.names, *pairs.contexts.columns], [
-        [cid, *(names[i] for names in pairs.contexts.names.values()), *pairs.contexts.features[i]]
-        for i, cid in enumerate(pairs.contexts.ids)
-    ])  # fmt: skip
-    rows = zip(pairs.context, pairs.method_names(), dataset.cost, strict=True)
-    write(folder / "observations.csv", ["cid", "method", "y"], [[f"c{i}", name, cost] for i, name, cost in rows])
+    write_folder(folder, made_up(contexts=40))
     return folder
-
-
-def write(path: Path, header: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
-    with path.open("w", newline="") as opened:
-        csv.writer(opened).writerows([header, *rows])
 
 
 def test_prints_every_selector_and_measure_as_json(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -54,6 +44,43 @@ def test_prints_every_selector_and_measure_as_json(folder: Path, capsys: pytest.
         assert row.keys() >= MEASURES | {"seconds", "more_than_n"}
         assert row["more_than_n"].keys() >= MEASURES
     assert document["rows"][-1]["accuracy"] == 1.0
+
+
+def test_processes_find_what_one_finds(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def evaluate() -> Any:
+        assert run(["evaluate", str(folder), "--group", "hardware", "--json"]) == 0
+        document = json.loads(capsys.readouterr().out)
+        return [{name: value for name, value in row.items() if name != "seconds"} for row in document["rows"]]
+
+    alone = evaluate()
+    monkeypatch.setattr(comparison, "MIN_ROWS_OF_PROCESSES", 0)
+    monkeypatch.setattr("node.cli.evaluate.os.cpu_count", lambda: 2)
+    assert evaluate() == alone
+
+
+def test_a_process_that_is_gone_is_told_in_one_line(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(comparison, "MIN_ROWS_OF_PROCESSES", 0)
+    monkeypatch.setattr("node.cli.evaluate.os.cpu_count", lambda: 2)
+    monkeypatch.setattr(fitting, "COMMAND", "raise SystemExit")
+    assert run(["evaluate", str(folder)]) == 1
+    assert "use --sample with fewer contexts" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_each_text_is_read_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[str] = []
+
+    def encode(texts: Sequence[str]) -> FloatArray:
+        read.extend(texts)
+        return HashedNgrams()(texts)
+
+    monkeypatch.setattr("node.engine.sentences.find_sentence_encoder", lambda: encode)
+    assert run(["evaluate", str(folder)]) == 0
+    assert read
+    assert len(read) == len(set(read))
 
 
 def test_prints_a_table_and_draws_a_plot(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

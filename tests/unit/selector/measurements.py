@@ -1,5 +1,9 @@
 """Small made-up measurements whose best methods are known, because the formula that made them is."""
 
+import csv
+from collections.abc import Sequence
+from pathlib import Path
+
 import numpy as np
 
 from selector.dataset import Contexts, Dataset, build_dataset
@@ -28,3 +32,20 @@ def made_up(contexts: int = 60, per_context: int = 5, seed: int = 1, noise: floa
             cost += 0.5 * method.startswith("a") - 0.2 * ("tp2" in method) + (8 - features[i, 2]) * ("fp8" in method)
             rows.append((i, method, float(cost + generator.normal(scale=noise))))
     return build_dataset(table, rows, name="made up")
+
+
+def write_folder(folder: Path, dataset: Dataset) -> None:
+    """Write a dataset as the two files that `metaswarm evaluate` reads."""
+    pairs = dataset.pairs
+    write(folder / "contexts.csv", ["cid", *pairs.contexts.names, *pairs.contexts.columns], [
+        [cid, *(names[i] for names in pairs.contexts.names.values()), *pairs.contexts.features[i]]
+        for i, cid in enumerate(pairs.contexts.ids)
+    ])  # fmt: skip
+    rows = zip(pairs.context, pairs.method_names(), dataset.cost, strict=True)
+    write(folder / "observations.csv", ["cid", "method", "y"], [[f"c{i}", name, cost] for i, name, cost in rows])
+
+
+def write(path: Path, header: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
+    """Write one CSV file."""
+    with path.open("w", newline="") as opened:
+        csv.writer(opened).writerows([header, *rows])

@@ -1,0 +1,143 @@
+"""Fits selectors in processes side by side: what holds Python's lock gains nothing from threads.
+
+A process reads a dataset, then tasks, and answers each with scores, until whoever started it is gone, which ends it at
+once.
+"""
+
+import os
+import queue
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Generator, Iterable, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from multiprocessing.connection import Connection, Pipe, wait
+from typing import Final
+
+from threadpoolctl import threadpool_limits
+
+from selector.dataset import Dataset, FloatArray
+from selector.estimator import NotApplicableError, Selector
+from selector.evaluation import Fold, checked
+
+COMMAND: Final = f"from {__name__} import main; main()"
+"""What a process runs. With `-m` this module would be another than the one that names what is sent."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Task:
+    """A selector to fit on a fold's training rows. `name`: whose answer it will be."""
+
+    name: str
+    selector: Selector
+    fold: int
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Answer:
+    """The scores of the fold's test rows, and the seconds that fitting and predicting took.
+
+    `inapplicable`: why there are no scores, where the selector can say nothing about such a dataset.
+    """
+
+    name: str
+    fold: int
+    scores: FloatArray | None
+    seconds: float
+    inapplicable: str = ""
+
+
+class FittingError(RuntimeError):
+    """A process that fitted ended before it answered: something ended it, or memory ran out."""
+
+
+def fit_all(dataset: Dataset, folds: tuple[Fold, ...], tasks: Iterable[Task], process_count: int) -> Generator[Answer]:
+    """Yield an answer to each task, in the order in which they come; a task is drawn when a process has time for it.
+
+    With a `process_count` of 1 all is computed in this thread. Raises FittingError.
+    """
+    if process_count > 1:
+        yield from _fit_in_processes(dataset, folds, iter(tasks), process_count)
+        return
+    with threadpool_limits(1):  # OpenMP's threads spin while they wait for one another
+        for task in tasks:
+            yield _fit(dataset, folds, task)
+
+
+def _fit_in_processes(
+    dataset: Dataset, folds: tuple[Fold, ...], tasks: Iterator[Task], process_count: int
+) -> Iterator[Answer]:
+    with ExitStack() as stack:
+        idle = [stack.enter_context(_Process()).connection for _ in range(process_count)]
+        busy: list[Connection] = []
+        try:
+            for each in idle:
+                each.send((dataset, folds))
+            while True:
+                while idle and (task := next(tasks, None)) is not None:
+                    busy.append(idle.pop())
+                    busy[-1].send(task)
+                if not busy:
+                    return
+                for connection in wait(busy):
+                    assert isinstance(connection, Connection)
+                    answer: Answer = connection.recv()
+                    busy.remove(connection)
+                    idle.append(connection)
+                    yield answer
+        except (EOFError, ConnectionError):
+            raise FittingError(
+                "a process that fitted a selector has ended: if memory ran out, use --sample with fewer contexts"
+            ) from None
+
+
+class _Process:
+    """One process, which is killed at the end."""
+
+    def __enter__(self) -> "_Process":
+        self.connection, others = Pipe()
+        with others:
+            self._process = subprocess.Popen(
+                [sys.executable, "-P", "-c", COMMAND, str(others.fileno())],
+                env=os.environ | {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"},
+                stdin=subprocess.DEVNULL,
+                pass_fds=[others.fileno()],
+                start_new_session=True,  # Ctrl-C is for the one who waits for the answers
+            )
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.connection.close()
+        self._process.kill()
+        self._process.wait()
+
+
+def _fit(dataset: Dataset, folds: tuple[Fold, ...], task: Task) -> Answer:
+    began_s = time.perf_counter()
+    fold = folds[task.fold]
+    try:
+        selector = task.selector.fit_dataset(dataset.take(fold.train))
+    except NotApplicableError as error:
+        return Answer(task.name, task.fold, None, 0.0, str(error))
+    scores = checked(selector.predict(dataset.pairs.take(fold.test)), fold)
+    return Answer(task.name, task.fold, scores, time.perf_counter() - began_s)
+
+
+def main() -> None:
+    """Answer tasks until nobody is there to ask."""
+    connection = Connection(int(sys.argv[1]))
+    dataset, folds = connection.recv()
+    tasks: queue.SimpleQueue[Task] = queue.SimpleQueue()
+    threading.Thread(target=_receive, args=(connection, tasks), daemon=True).start()
+    while True:
+        connection.send(_fit(dataset, folds, tasks.get()))
+
+
+def _receive(connection: Connection, tasks: "queue.SimpleQueue[Task]") -> None:
+    try:
+        while True:
+            tasks.put(connection.recv())
+    except (EOFError, OSError):
+        os._exit(0)
