@@ -1,5 +1,6 @@
 import json
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -7,7 +8,7 @@ import pytest
 
 from node.cli import run
 from node.selection import comparison, fitting
-from selector.baselines import BASELINES
+from selector.baselines import BASELINES, GradientBoosting, RandomForest
 from selector.dataset import FloatArray
 from selector.metamodel import MetaModel
 from selector.text import HashedNgrams
@@ -23,6 +24,8 @@ MEASURES = {"accuracy", "accuracy_within_5_percent", "mean_speedup", "ratio_to_v
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Small models: what the verb does is tested here, not how good they are. No sentence encoder, installed or not."""
+    for name, baseline in (("random_forest", RandomForest), ("gradient_boosting", GradientBoosting)):
+        monkeypatch.setitem(comparison.BASELINES, name, partial(baseline, min_rows=1000))
     monkeypatch.setattr(comparison, "MetaModel", lambda group, **_: MetaModel(group, boosting_rounds=20, tree_count=10))
     monkeypatch.setattr("node.engine.sentences.PACKAGE", "no_such_package")
 
