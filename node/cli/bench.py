@@ -156,7 +156,7 @@ async def _measure(
                 which = f"there are {', '.join(complete)}" if complete else "the swarm has none that is complete"
                 raise CommandError(f"which model? {which}; name one with --model")
             model = complete[0]
-        kept = _read(resume)
+        kept = read_kept(resume)
         with progress_bars() as show:
             for number, cell in enumerate(cells):
                 show("measuring", number, len(cells))
@@ -168,7 +168,7 @@ async def _measure(
                     except CommandError as error:
                         err().print(f"{describe(cell['workload'])}: {printable(error.format_message())}")
                         continue
-                    _keep(resume, cell, result)
+                    keep(resume, cell, result)
                 results.append({"cell": cell, "result": result})
             show("measuring", len(cells), len(cells))
     if not results:
@@ -176,7 +176,8 @@ async def _measure(
     return results
 
 
-def _read(file: Path | None) -> list[dict[str, Any]]:
+def read_kept(file: Path | None) -> list[dict[str, Any]]:
+    """Return the cells that a file holds with their results. Raises CommandError for a file of another kind."""
     if file is None or not file.exists():
         return []
     try:
@@ -191,7 +192,8 @@ def _read(file: Path | None) -> list[dict[str, Any]]:
     return kept
 
 
-def _keep(file: Path | None, cell: Mapping[str, Any], result: Mapping[str, Any]) -> None:
+def keep(file: Path | None, cell: Mapping[str, Any], result: Mapping[str, Any]) -> None:
+    """Add a cell and its result to a file. Raises CommandError."""
     if file is None:
         return
     try:
@@ -223,17 +225,6 @@ def standings(cell: Mapping[str, Any]) -> list[Standing]:
         for each in (result["baseline"], *result["methods"])
     ]
     return sorted(tried, key=lambda standing: -standing.speedup.mean if standing.speedup else 1.0)
-
-
-def lead(cell: Mapping[str, Any]) -> "Speedup | None":
-    """Return the speed-up of the fastest method over the second, by pairs within the rounds; None for one method."""
-    from node.selection.paired import speedup_of
-
-    counts = "latency" if cell["cell"]["workload"]["concurrency"] == 1 else "throughput"
-    ratios = [each.figures["log_ratios"][counts] for each in standings(cell) if each.speedup]
-    if len(ratios) < 2:
-        return None
-    return speedup_of([first - second for first, second in zip(ratios[0], ratios[1], strict=True)])
 
 
 def describe(workload: Mapping[str, float]) -> str:
