@@ -25,23 +25,32 @@ from benchmarks.daemons import Daemon, running_daemon, until
 from benchmarks.link import LinkShape, shaped_link
 from node.models.catalogue import DEMO_MODEL
 from node.selection.paired import Speedup, speedup_of
+from selector.task import BASELINE, parse_method
 
 STAGES: Final = ("0-10", "10-20", "20-30")
 
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """A method on a workload, and the speed-up over the baseline that is wanted."""
+    """A method on a workload, and the speed-up that is wanted over another, which is the baseline if none is named."""
 
     method: str
     workload: dict[str, float]
     objective: str
     target: float
     delayed: bool = True
+    over: str = BASELINE.name
 
 
 CASES: Final = {
     "chunked prefill": Case("prefill_chunk=128", {"prompt_tokens": 1024, "max_tokens": 1}, "latency", 1.5),
+    "chunked prefill, onnxruntime": Case(
+        "engine=onnxruntime|prefill_chunk=128",
+        {"prompt_tokens": 1024, "max_tokens": 1},
+        "latency",
+        1.5,
+        over="engine=onnxruntime",
+    ),
     "speculation": Case(
         "speculation=ngram-4", {"prompt_tokens": 128, "max_tokens": 64, "repetitiveness": 0.9}, "latency", 2.0
     ),
@@ -69,7 +78,7 @@ def main(delay_ms: float, rounds: int, names: Sequence[str], as_json: bool) -> N
 
 
 async def measure(delay_s: float, rounds: int, names: Sequence[str]) -> dict[str, Any]:
-    """Return the logarithms of each method's cost over the baseline's, round by round."""
+    """Return the logarithms of each method's cost over that of the one it is compared with, round by round."""
     machine = describe_machine()
     found = []
     for delayed in (True, False):
@@ -82,20 +91,22 @@ async def measure(delay_s: float, rounds: int, names: Sequence[str]) -> dict[str
 
 async def _measure(first: Daemon, rounds: int, name: str) -> dict[str, Any]:
     case = CASES[name]
-    body = {"model": DEMO_MODEL, "methods": [case.method], "workload": case.workload, "rounds": rounds}
+    methods = list(dict.fromkeys(parse_method(each).name for each in (case.method, case.over)))
+    body = {"model": DEMO_MODEL, "methods": methods, "workload": case.workload, "rounds": rounds}
     async with httpx.AsyncClient(base_url=first.ready.api_url, timeout=None) as client:
         answer = await client.post("/swarm/bench", json=body)
     if answer.is_error:
         raise click.ClickException(answer.json()["error"]["message"])
-    (tried,) = answer.json()["methods"]
-    if tried["error"]:
-        raise click.ClickException(f"{case.method}: {tried['error']}")
+    tried = {each["method"]: each for each in (*answer.json()["methods"], answer.json()["baseline"])}
+    for each in tried.values():
+        if each["error"]:
+            raise click.ClickException(f"{each['method']}: {each['error']}")
+    one, other = (tried[name]["log_ratios"][case.objective] for name in methods)
     return {
         "case": name,
         "method": case.method,
         "target": case.target,
-        "log_ratios": tried["log_ratios"][case.objective],
-        "baseline": answer.json()["baseline"],
+        "log_ratios": [first - second for first, second in zip(one, other, strict=True)],
         "tried": tried,
     }
 
@@ -136,13 +147,13 @@ def report(result: dict[str, Any]) -> str:
     lines = [
         f"load average {result['load_average']:.1f} on {result['cores']} cores; links of {delay_ms:.0f} ms each way",
         "",
-        "case              method                speed-up (95 %)         target",
+        "case                          method                                speed-up (95 %)         target",
     ]
     for case in result["cases"]:
         speedup: Speedup = speedup_of(case["log_ratios"])
         interval = f"{speedup.mean:.2f} ({speedup.low:.2f} to {speedup.high:.2f})"
         verdict = "met" if speedup.mean >= case["target"] else "missed"
-        lines.append(f"{case['case']:<16}  {case['method']:<20}  {interval:<22}  {case['target']:.1f}  {verdict}")
+        lines.append(f"{case['case']:<28}  {case['method']:<36}  {interval:<22}  {case['target']:.1f}  {verdict}")
     return "\n".join(lines)
 
 
