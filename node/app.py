@@ -110,6 +110,7 @@ class Node:
             hardware=self._hardware,
             voter=LearnedVoter(opinions),
             controller=partial(PolicyController, batching=Batching(config.batching)),
+            agreed=lambda model: self._consensus.agreement(model),
         )
         self._statements = Statements(lambda: self._membership.announce())
         self._membership = Membership(

@@ -13,6 +13,7 @@ from protocol.errors import LocalProtocolError, RemoteProtocolError
 from protocol.fields import (
     CONTROL_CHARACTERS,
     JOB_ID_BYTES,
+    SHA256_BYTES,
     Fields,
     array,
     block_range,
@@ -369,6 +370,7 @@ def _opened_to_map(message: Opened) -> _Map:
         "policy": dict(message.policy),
         "held": message.held,
         "kept_from": message.kept_from,
+        **({} if message.statement is None else {"statement": message.statement}),
     }
 
 
@@ -387,6 +389,7 @@ def _opened_from(fields: Fields) -> Opened:
         policy={switch: name(value, MAX_SWITCH_BYTES, "policy") for switch, value in policy.items()},
         held=held,
         kept_from=fields.integer("kept_from", 0, held),
+        statement=_statement_if_any(fields),
     )
 
 
@@ -400,6 +403,7 @@ def _begin_to_map(message: Begin) -> _Map:
         ],
         "start": message.start,
         "onward": message.onward,
+        **({} if message.statement is None else {"statement": message.statement}),
     }
 
 
@@ -410,7 +414,12 @@ def _begin_from(fields: Fields) -> Begin:
         ballots=tuple(_ballot_from(value) for value in fields.array("ballots", MAX_BALLOTS)),
         start=fields.integer("start", 0, MAX_POSITIONS - 1),
         onward=fields.integer("onward", 0, MAX_POSITIONS - 1),
+        statement=_statement_if_any(fields),
     )
+
+
+def _statement_if_any(fields: Fields) -> bytes | None:
+    return fields.raw("statement", SHA256_BYTES) if "statement" in fields else None
 
 
 def _ballot_from(value: object) -> Ballot:

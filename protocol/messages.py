@@ -128,7 +128,8 @@ class Opened:
     stage without an opinion gives them all the same. `cached`: positions of the prompt whose keys and values lie here
     already, by lineage (`engine/arithmetic/activations`). `policy`: the switches of the stage's own that are in force.
     `held`: positions, from the first on, whose keys and values a session that is continued holds. `kept_from`: its
-    outputs from there to `held` can be sent again.
+    outputs from there to `held` can be sent again. `statement`: what the swarm agreed of the model as this stage has
+    it, by whose members' reputation it would weigh the votes; None where it stands by nothing.
     """
 
     session: SessionId
@@ -138,6 +139,7 @@ class Opened:
     policy: Mapping[str, str] = field(default_factory=dict)
     held: int = 0
     kept_from: int = 0
+    statement: bytes | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,7 +159,8 @@ class Begin:
 
     `method`: what the ballots come to. `ballots`: of every stage of the route, in order, then the coordinator's own.
     `start`: the first position whose row this stage computes; it holds those before. `onward`: the first whose output
-    it sends on, where the next stage starts; outputs before `start` are those that it has kept.
+    it sends on, where the next stage starts; outputs before `start` are those that it has kept. `statement`: by whose
+    members' reputation the ballots were weighed; None where all weigh the same, because not all stand by the same.
     """
 
     session: SessionId
@@ -165,6 +168,7 @@ class Begin:
     ballots: tuple[Ballot, ...]
     start: int = 0
     onward: int = 0
+    statement: bytes | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,35 +1,53 @@
-"""What the votes of a route's stages come to. Everybody who has the ballots finds the same."""
+"""What the votes of a route's stages come to. Everybody who has the ballots, and the weights, finds the same."""
 
 from collections.abc import Mapping, Sequence
 
+from selector.consensus.reputation import NEWCOMER_WEIGHT
 
-def tally(methods: Sequence[str], ballots: Sequence[Sequence[float | None]]) -> str | None:
+
+def weights_of(peers: Sequence[str], weights: Mapping[str, int]) -> tuple[int, ...]:
+    """Return the weight of each peer's ballot, that of a newcomer for who is no member. `weights`: of the members."""
+    return tuple(weights.get(peer, NEWCOMER_WEIGHT) for peer in peers)
+
+
+def tally(
+    methods: Sequence[str], ballots: Sequence[Sequence[float | None]], weights: Sequence[int] | None = None
+) -> str | None:
     """Return the method with the least score, of those that every stage offers; None where there is none.
 
     `methods`: the coordinator's preference first; it decides between equal scores. `ballots`: of each stage the log
-    cost of each method, in the same order; None for one that it does not offer.
+    cost of each method, in the same order; None for one that it does not offer. `weights`: of the ballots; None where
+    all weigh the same.
     """
-    scored = scores(methods, ballots)
+    scored = scores(methods, ballots, weights)
     return min(scored, key=lambda name: (scored[name], methods.index(name)), default=None)
 
 
-def scores(methods: Sequence[str], ballots: Sequence[Sequence[float | None]]) -> Mapping[str, float]:
-    """Return the score of every method that all stages offer: the trimmed mean of its log costs.
+def scores(
+    methods: Sequence[str], ballots: Sequence[Sequence[float | None]], weights: Sequence[int] | None = None
+) -> Mapping[str, float]:
+    """Return the score of every method that all stages offer: the interquartile mean of its log costs, by weight.
 
-    A quarter of the ballots, rounded down, is left out at either end, so that few stages that lie or err do not decide.
+    A quarter of the weight is left out at either end, so that few stages that lie or err do not decide.
     """
     if any(len(ballot) != len(methods) for ballot in ballots):
         raise ValueError("a ballot has a score for each method, or None")
+    if weights is None or not any(weights):
+        weights = [1] * len(ballots)
     result: dict[str, float] = {}
     for index, name in enumerate(methods):
         costs = [cost for ballot in ballots if (cost := ballot[index]) is not None]
-        if len(costs) == len(ballots):
-            result[name] = _trimmed_mean(costs)
+        if costs and len(costs) == len(ballots):
+            result[name] = _interquartile_mean(sorted(zip(costs, weights, strict=True)))
     return result
 
 
-def _trimmed_mean(values: Sequence[float]) -> float:
-    ordered = sorted(values)
-    cut = len(ordered) // 4
-    kept = ordered[cut : len(ordered) - cut]
-    return sum(kept) / len(kept) if kept else 0.0
+def _interquartile_mean(ordered: Sequence[tuple[float, int]]) -> float:
+    """Return the mean of ascending values between the quartiles of their weights, which are not all 0."""
+    total = sum(weight for _, weight in ordered)
+    passed, mean = 0, 0.0  # weights in quarters, so that quartiles are whole numbers
+    for value, weight in ordered:
+        share = min(passed + 4 * weight, 3 * total) - max(passed, total)
+        mean += value * max(0, share)
+        passed += 4 * weight
+    return mean / (2 * total)

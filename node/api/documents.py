@@ -30,6 +30,7 @@ def describe_job(result: JobResult) -> dict[str, Any]:
             "agreed": result.consensus.agreed,
             "epoch": result.consensus.epoch,
             "table_digest": result.consensus.table_digest,
+            "weighed": result.consensus.weighed,
         },
         "timing": {
             "ttft_s": result.timing.ttft_s,

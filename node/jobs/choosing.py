@@ -94,8 +94,8 @@ class Choice(Protocol):
         """The admitted methods with the most promising first; it decides between equal scores."""
         ...
 
-    def ballot(self, votes: Sequence[Mapping[str, float]]) -> Mapping[str, float]:
-        """Return the coordinator's own scores, once those of the stages are known.
+    def ballot(self, votes: Sequence[Mapping[str, float]], weights: Sequence[int] | None = None) -> Mapping[str, float]:
+        """Return the coordinator's own scores, once those of the stages are known, and what all votes weigh.
 
         What is left out is not accepted. Where all stages offer a method at all, one of those is accepted.
         """
@@ -121,9 +121,9 @@ class RuleChoice:
     context: TaskContext
     order: Sequence[Method]
 
-    def ballot(self, votes: Sequence[Mapping[str, float]]) -> Mapping[str, float]:
+    def ballot(self, votes: Sequence[Mapping[str, float]], weights: Sequence[int] | None = None) -> Mapping[str, float]:
         """Return the rule's predictions; see Choice."""
-        del votes
+        del votes, weights
         return {method.name: predicted_cost(self.context, method) for method in self.order}
 
 

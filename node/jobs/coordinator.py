@@ -434,6 +434,7 @@ class Coordinator:
             prefix=job.prefix if any(method.prefix_cache for method in ordered) else b"",
             sampling=replace(job.sampling, max_tokens=left),
             background=job.request.background,
+            agreed=self._agreed(job.model.id),
         )
 
     def _avoid(self, job: _Job, rejection: Rejection) -> None:
@@ -546,7 +547,7 @@ class Coordinator:
         if method is None:
             raise AssertionError("a job that ends has begun")
         token_count = len(job.tokens)
-        agreed = self._agreed(job.model.id)
+        agreed = route.opening.agreed
         votes = tuple(
             Vote(peer=stop.peer, scores=dict(answer.votes))
             for stop, answer in zip(route.stops, route.answers, strict=True)
@@ -577,6 +578,7 @@ class Coordinator:
             consensus=Consensus(
                 votes=votes,
                 agreed=method.name,
+                weighed=route.weighs(),
                 epoch=agreed.epoch if agreed else None,
                 table_digest=agreed.table_digest.hex() if agreed else None,
             ),

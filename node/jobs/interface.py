@@ -1,7 +1,7 @@
 """A job as its submitter sees it: the request, the text as it comes, the result, and what can go wrong."""
 
 import enum
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from typing import Final, Protocol
@@ -170,6 +170,16 @@ class Agreed(Protocol):
         ...
 
     @property
+    def statement(self) -> bytes:
+        """The id of that statement."""
+        ...
+
+    @property
+    def weights(self) -> Mapping[str, int]:
+        """The weight of each member's word."""
+        ...
+
+    @property
     def table_digest(self) -> bytes:
         """The digest of the agreed table."""
         ...
@@ -177,10 +187,14 @@ class Agreed(Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Consensus:
-    """What the stages voted and agreed; `epoch` and `table_digest` name the agreed history behind it, if any."""
+    """What the stages voted and agreed; `epoch` and `table_digest` name the agreed history behind it, if any.
+
+    `weighed`: whether the votes counted by the reputation of who gave them, because all stages stand by that history.
+    """
 
     votes: tuple[Vote, ...]
     agreed: str
+    weighed: bool
     epoch: int | None
     table_digest: str | None
 

@@ -7,6 +7,7 @@ from functools import partial
 
 import trio
 
+from node.jobs.interface import Agreed
 from node.jobs.kept import Held, starts_of
 from node.jobs.link import InboundLink, LinkBroken, OutboundLink, SessionLost, SessionRefused
 from node.jobs.switchboard import Switchboard
@@ -28,7 +29,7 @@ from protocol.messages import (
     Step,
 )
 from protocol.tensors import Tensor, tensor_from_tokens, tokens_from_tensor
-from selector.tally import tally
+from selector.tally import tally, weights_of
 from selector.task import Method
 
 CLOSE_TIMEOUT_S = 1.0
@@ -76,17 +77,19 @@ class RouteLost(Exception):
 class Opening:
     """What every stage of a route is asked for.
 
-    `methods`: by name, the coordinator's preference first. `ballot`: its own scores, once the stages' are known.
+    `methods`: by name, the coordinator's preference first. `ballot`: its own scores, once the stages' are known, and
+    what all votes weigh. `agreed`: what the swarm has agreed about the model.
     """
 
     model: ModelId
     methods: Mapping[str, Method]
-    ballot: Callable[[Sequence[Mapping[str, float]]], Mapping[str, float]]
+    ballot: Callable[[Sequence[Mapping[str, float]], Sequence[int] | None], Mapping[str, float]]
     context: Mapping[str, str | float]
     positions: int
     prefix: bytes
     sampling: Sampling
     background: bool = False
+    agreed: Agreed | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,6 +184,7 @@ class OpenRoute:
         ready on all stages, RouteLost where a stage is gone.
         """
         method, ballots = self.agree()
+        statement = self.opening.agreed.statement if self.opening.agreed and self.weighs() else None
         self.starts = starts_of([_held(answer, method) for answer in self.answers if answer], len(tokens) - 1)
         onward = [*self.starts[1:], self.starts[-1]]
         try:
@@ -188,7 +192,14 @@ class OpenRoute:
                 session = SessionId(self._job, stage)
                 start = self.starts[stage]
                 link.begin(
-                    Begin(session=session, method=method.name, ballots=ballots, start=start, onward=onward[stage])
+                    Begin(
+                        session=session,
+                        method=method.name,
+                        ballots=ballots,
+                        start=start,
+                        onward=onward[stage],
+                        statement=statement,
+                    )
                 )
         except LinkBroken as broken:
             raise RouteLost(SessionLost(broken.peer, broken.peer, FailureReason.DOWNSTREAM, str(broken))) from None
@@ -199,20 +210,26 @@ class OpenRoute:
         """Return what the stages voted, in order."""
         return [answer.votes if answer else {} for answer in self.answers]
 
-    def _ballots(self) -> tuple[Ballot, ...]:
-        """Return the ballots of the stages, then our own."""
-        votes = self.votes()
-        peers = [*(stop.peer for stop in self.stops), self._switchboard.peer_id]
-        names = tuple(self.opening.methods)
-        return tuple(
-            Ballot(peer, tuple(scores.get(name) for name in names))
-            for peer, scores in zip(peers, [*votes, self.opening.ballot(votes)], strict=True)
-        )
+    def weighs(self) -> bool:
+        """Whether the votes count by the reputation of who gave them: where all stages stand by what we stand by."""
+        agreed = self.opening.agreed
+        return agreed is not None and all(answer and answer.statement == agreed.statement for answer in self.answers)
 
     def agree(self) -> tuple[Method, tuple[Ballot, ...]]:
-        """Return what the votes come to, and the ballots. Raises RouteRejected where no method is ready everywhere."""
-        ballots = self._ballots()
-        name = tally(tuple(self.opening.methods), [ballot.scores for ballot in ballots])
+        """Return what the votes come to, and the ballots: of the stages, then our own.
+
+        Raises RouteRejected where no method is ready everywhere.
+        """
+        votes = self.votes()
+        peers = [*(stop.peer for stop in self.stops), self._switchboard.peer_id]
+        agreed = self.opening.agreed
+        weights = weights_of(peers, agreed.weights) if agreed and self.weighs() else None
+        names = tuple(self.opening.methods)
+        ballots = tuple(
+            Ballot(peer, tuple(scores.get(name) for name in names))
+            for peer, scores in zip(peers, [*votes, self.opening.ballot(votes, weights)], strict=True)
+        )
+        name = tally(names, [ballot.scores for ballot in ballots], weights)
         if name is not None:
             return self.opening.methods[name], ballots
         why = "the peers of this route have no method in common that is ready and that the job admits"

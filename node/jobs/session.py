@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import trio
 
 from node.engine.interface import Lineage, SessionOptions, Variant
+from node.jobs.interface import Agreed
 from node.jobs.kept import KeptRows
 from node.jobs.link import InboundLink, OutboundLink
 from node.jobs.scheduler import Work
@@ -33,6 +34,8 @@ class StageSession:
         self.background = message.background
         self.methods = message.methods
         self.votes: dict[str, float] = {}
+        self.agreed: Agreed | None = None
+        """What the swarm had agreed when it was opened."""
         self.method: Method | None = None
         """Once it has begun."""
         self.calculated_by: Method | None = None

@@ -10,6 +10,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from node.engine.interface import DIVISIBLE_ENGINES, Engine, EngineError, EngineFull, Prefix, SpanInfo, Variant
 from node.jobs.choosing import RuleVoter, Voter
+from node.jobs.interface import Agreed
 from node.jobs.link import InboundLink, LinkBroken
 from node.jobs.policy import PolicyController
 from node.jobs.session import StageSession
@@ -32,7 +33,7 @@ from protocol.messages import (
 )
 from protocol.observations import countersign
 from protocol.records import ServedSpan
-from selector.tally import tally
+from selector.tally import tally, weights_of
 from selector.task import Method, MethodError, TaskContext, parse_method
 
 RETIRE_S = 5.0
@@ -51,17 +52,20 @@ class Stages:
         hardware: Callable[[], str],
         voter: Voter | None = None,
         controller: Callable[[], PolicyController] = PolicyController,
+        agreed: Callable[[ModelId], Agreed | None] = lambda model: None,
     ) -> None:
         """Serve nothing yet.
 
         `private_key` countersigns what jobs cost here; `hardware` names what they ran on. `voter` says what methods are
-        expected to cost; `controller` makes, for each span, what decides over its policy.
+        expected to cost; `controller` makes, for each span, what decides over its policy; `agreed` says what the swarm
+        has agreed about a model.
         """
         self.draining = False
         self._voter = voter or RuleVoter()
         self._controller = controller
         self._private_key = private_key
         self._hardware = hardware
+        self._agreed = agreed
         self.switchboard = Switchboard(network, agent, self)
         self._spans: dict[tuple[ModelId, BlockRange], Span] = {}
         self._retiring: set[Span] = set()
@@ -145,6 +149,7 @@ class Stages:
                 prefix = Prefix(namespace=namespace, hashes=message.prefix) if message.prefix else None
                 session.cached = await span.engine.open(message.session, message.positions, prefix)
             session.votes = dict(await self._voter.vote(TaskContext.of(message.context), offered))
+            session.agreed = self._agreed(message.model)
         except LinkBroken as broken:
             refused = RefusalReason.UNREACHABLE, f"cannot reach {broken.peer}: {broken}"
         except EngineFull as error:
@@ -163,6 +168,7 @@ class Stages:
                 policy=span.policy,
                 held=session.computed,
                 kept_from=session.kept_from,
+                statement=session.agreed.statement if session.agreed else None,
             )
         finally:
             session.opened.set()
@@ -346,8 +352,13 @@ def _tally_fault(session: StageSession, message: Begin, peer: PeerId) -> str | N
         return "the coordinator's own ballot is not the last"
     if stage >= len(ballots) - 1 or ballots[stage].peer != peer or ballots[stage].scores != own:
         return "the vote given here is not among the ballots as it was given"
+    weights = None
+    if message.statement is not None:
+        if session.agreed is None or session.agreed.statement != message.statement:
+            return "the votes were weighed by a statement that this peer did not stand by"
+        weights = weights_of([ballot.peer for ballot in ballots], session.agreed.weights)
     try:
-        agreed = tally(session.methods, [ballot.scores for ballot in ballots])
+        agreed = tally(session.methods, [ballot.scores for ballot in ballots], weights)
     except ValueError as error:
         return str(error)
     if agreed != message.method:

@@ -85,11 +85,11 @@ class LearnedChoice:
     votes: Mapping[str, float] = field(default_factory=dict)
     """What the stages' votes come to, with our own for all methods."""
 
-    def ballot(self, votes: Sequence[Mapping[str, float]]) -> Mapping[str, float]:
+    def ballot(self, votes: Sequence[Mapping[str, float]], weights: Sequence[int] | None = None) -> Mapping[str, float]:
         """Return our scores of the methods that we accept; see Choice."""
         own = {method.name: self.opinion.table[method.name].log_cost for method in self.order}
         names = tuple(own)
-        self.votes = scores(names, [[vote.get(name) for name in names] for vote in (*votes, own)])
+        self.votes = scores(names, [[vote.get(name) for name in names] for vote in (*votes, own)], weights)
         offered = frozenset(self.votes)
         if self.explored in offered and self.explored is not None:
             self.accepted = frozenset({self.explored})

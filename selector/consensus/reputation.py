@@ -58,3 +58,6 @@ def _log2(value: int) -> int:
             mantissa >>= 1
             result |= 1
     return result
+
+
+NEWCOMER_WEIGHT: Final = Reputation().weight

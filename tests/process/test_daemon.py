@@ -69,7 +69,7 @@ async def test_a_peer_without_any_file_submits(
     assert set(answer["usage"]) == {"prompt_tokens", "completion_tokens", "cached_tokens"}
     assert set(answer["timing"]) == {"ttft_s", "tpot_s", "total_s"}
     assert set(answer["method"]) == {"name", "switches", "stage_policy"}
-    assert set(answer["consensus"]) == {"votes", "agreed", "epoch", "table_digest"}
+    assert set(answer["consensus"]) == {"votes", "agreed", "epoch", "table_digest", "weighed"}
     assert answer["replays"] == 0
 
     received = (await third.get("/swarm/status"))["transfers"]["received_bytes"]

@@ -132,6 +132,7 @@ control_messages: st.SearchStrategy[ControlMessage] = st.one_of(
         policy=st.dictionaries(*[presentable(64, min_size=1)] * 2, max_size=2),
         held=st.integers(64, MAX_POSITIONS),
         kept_from=st.integers(0, 64),
+        statement=st.none() | st.binary(min_size=32, max_size=32),
     ),
     st.builds(
         Begin,
@@ -143,6 +144,7 @@ control_messages: st.SearchStrategy[ControlMessage] = st.one_of(
         ).map(tuple),
         start=st.integers(0, MAX_POSITIONS - 1),
         onward=st.integers(0, MAX_POSITIONS - 1),
+        statement=st.none() | st.binary(min_size=32, max_size=32),
     ),
     st.builds(
         Refused,

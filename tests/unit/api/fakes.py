@@ -75,6 +75,7 @@ def make_result(text: str, token_ids: tuple[int, ...]) -> JobResult:
             agreed="arithmetic=fp32",
             epoch=None,
             table_digest=None,
+            weighed=False,
         ),
         replays=1,
     )

@@ -24,6 +24,7 @@ METASWARM = {
         "agreed": "arithmetic=fp32",
         "epoch": None,
         "table_digest": None,
+        "weighed": False,
     },
     "timing": {"ttft_s": 0.25, "tpot_s": 0.03, "total_s": 0.5},
     "selection": None,

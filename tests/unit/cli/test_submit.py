@@ -34,6 +34,7 @@ DOCUMENT = {
         "agreed": "arithmetic=fp32",
         "epoch": None,
         "table_digest": None,
+        "weighed": False,
     },
     "selection": None,
     "replays": 1,

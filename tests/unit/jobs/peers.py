@@ -16,7 +16,7 @@ from node.engine.interface import EngineCrashed, SpanInfo, Variant
 from node.identity import Identity
 from node.jobs.choosing import Chooser, Ledger, Voter
 from node.jobs.coordinator import Coordinator
-from node.jobs.interface import JobRequest, JobResult
+from node.jobs.interface import Agreed, JobRequest, JobResult
 from node.jobs.policy import PolicyController
 from node.jobs.recorder import Recorder
 from node.jobs.span import Span
@@ -176,6 +176,7 @@ class Swarm:
         row_s: float | None = None,
         slowness: Mapping[Variant, float] | None = None,
         ledger: Ledger | None = None,
+        agreed: Agreed | None = None,
         **shape: Any,
     ) -> Peer:
         """Start a peer that serves spans of the fake model; the first peer of the swarm is its bootstrap peer."""
@@ -188,6 +189,7 @@ class Swarm:
             hardware=lambda: "test",
             voter=voter,
             controller=self._controller,
+            agreed=lambda model: agreed,
         )
         statements = Statements(lambda: membership.announce(), wall_clock)
         membership = self._membership(identity, network, stages, statements)
@@ -203,6 +205,7 @@ class Swarm:
             chooser=chooser,
             ledger=ledger,
             hardware=lambda _: "test",
+            agreed=lambda model: agreed,
         )
         peer = Peer(network, stages, membership, coordinator, tokenizer, statements)
         self.peers.append(peer)

@@ -2,7 +2,7 @@
 
 import random
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import pytest
 import trio
@@ -10,7 +10,7 @@ from trio.testing import MockClock
 
 from node.engine.fake import FAKE_VARIANTS, expected_tokens, fake_span_info
 from node.engine.interface import REFERENCE, Variant
-from node.jobs.choosing import Choice, Question, RuleChoice, RuleChooser
+from node.jobs.choosing import Choice, Question, RuleChoice, RuleChooser, RuleVoter
 from node.jobs.coordinator import LEADER_PATIENCE_S
 from node.jobs.interface import JobError, JobErrorCode, JobRequest, JobResult, Quality
 from node.jobs.link import LinkBroken, OutboundLink
@@ -18,7 +18,7 @@ from node.jobs.policy import PolicyController
 from node.jobs.scheduler import Batching
 from protocol.identity import BlockRange
 from protocol.messages import Begin, Sampling
-from selector.task import BASELINE, PORTFOLIO, Method, method
+from selector.task import BASELINE, PORTFOLIO, Method, TaskContext, method
 from tests.unit.jobs.peers import BLOCKS, Peer, open_swarm
 from tests.unit.jobs.test_jobs import THIRDS, all_free, swarm_of_thirds
 
@@ -185,7 +185,57 @@ async def test_a_method_that_a_job_may_not_have_is_an_error_of_one_line(
         assert "\n" not in caught.value.message
 
 
-@pytest.mark.parametrize("lie", ["method", "ballot", "missing", "no own ballot"])
+@dataclass(frozen=True)
+class Standing:
+    """What a swarm may have agreed."""
+
+    weights: dict[str, int]
+    statement: bytes = bytes(32)
+    epoch: int = 3
+    table_digest: bytes = bytes(32)
+
+
+class Partial(RuleVoter):
+    """Says that one method costs nothing, and every other a lot."""
+
+    def __init__(self, favourite: Method) -> None:
+        self._favourite = favourite
+
+    async def vote(self, context: TaskContext, methods: Sequence[Method]) -> Mapping[str, float]:
+        return {method.name: 0.0 if method == self._favourite else 9.0 for method in methods}
+
+
+class NoOpinion(RuleChooser):
+    async def choose(self, question: Question) -> Choice:
+        class Equal(RuleChoice):
+            def ballot(
+                self, votes: Sequence[Mapping[str, float]], weights: Sequence[int] | None = None
+            ) -> Mapping[str, float]:
+                return {method.name: 0.0 for method in self.order}
+
+        return Equal(question.context, question.admitted)
+
+
+async def test_votes_count_by_the_reputation_that_all_stages_agree_on(autojump_clock: MockClock) -> None:
+    first, second = method(engine="fused"), method(engine="onnxruntime")
+    weights: dict[str, int] = {}
+    agreed = Standing(weights)
+    for standings, weighed in (([agreed, agreed], True), ([agreed, Standing({}, statement=b"1" * 32)], False)):
+        async with open_swarm() as swarm:
+            trusted = await swarm.join((0, 5), voter=Partial(first), agreed=standings[0])
+            other = await swarm.join((5, 9), voter=Partial(second), agreed=standings[1])
+            peer = await swarm.join(chooser=NoOpinion(), agreed=agreed)
+            await swarm.settle()
+            for liked, of_first, of_second in ((first, 9000, 10), (second, 10, 9000)):
+                weights.update({trusted.id: of_first, other.id: of_second, peer.id: 10})
+                result = await peer.run(request(PROMPTS[0]))
+                assert result.consensus.weighed is weighed
+                if weighed:
+                    assert result.method.name == liked.name
+            await all_free(swarm)
+
+
+@pytest.mark.parametrize("lie", ["method", "ballot", "missing", "no own ballot", "weights"])
 async def test_a_stage_goes_along_with_nothing_but_what_the_votes_came_to(
     autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch, lie: str
 ) -> None:
@@ -197,6 +247,8 @@ async def test_a_stage_goes_along_with_nothing_but_what_the_votes_came_to(
             message = replace(message, method=BASELINE.name)
         elif lie == "missing":
             message = replace(message, ballots=())
+        elif lie == "weights":
+            message = replace(message, statement=b"7" * 32)
         elif lie == "no own ballot":
             message = replace(message, ballots=tuple(ballots[:-1]))
         else:
@@ -215,7 +267,9 @@ async def test_a_stage_goes_along_with_nothing_but_what_the_votes_came_to(
 
 async def test_the_coordinator_accepts_what_it_will_and_the_stages_go_along(autojump_clock: MockClock) -> None:
     class Wary(RuleChoice):
-        def ballot(self, votes: Sequence[Mapping[str, float]]) -> Mapping[str, float]:
+        def ballot(
+            self, votes: Sequence[Mapping[str, float]], weights: Sequence[int] | None = None
+        ) -> Mapping[str, float]:
             assert all(set(scores) == {method.name for method in self.order} for scores in votes)
             return {BASELINE.name: 0.0}
 

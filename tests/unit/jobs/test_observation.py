@@ -49,7 +49,7 @@ RESULT = JobResult(
     timing=Timing(ttft_s=0.5, tpot_s=0.25, total_s=1.0),
     route=(),
     method=MethodChoice(name=METHOD.name, switches=dict(METHOD.switches), stage_policy=dict(METHOD.stage_policy)),
-    consensus=Consensus(votes=(), agreed=METHOD.name, epoch=None, table_digest=None),
+    consensus=Consensus(votes=(), agreed=METHOD.name, weighed=False, epoch=None, table_digest=None),
     replays=1,
 )
 

@@ -143,9 +143,15 @@ MESSAGES: dict[str, ControlMessage] = {
         policy={"batching": "continuous"},
         held=70,
         kept_from=64,
+        statement=bytes(range(32)),
     ),
     "begin": Begin(
-        session=SESSION, method="arithmetic=bf16", ballots=(Ballot(PEER, (-1.25, None)),), start=64, onward=32
+        session=SESSION,
+        method="arithmetic=bf16",
+        ballots=(Ballot(PEER, (-1.25, None)),),
+        start=64,
+        onward=32,
+        statement=bytes(range(32)),
     ),
     "refused": Refused(session=SESSION, reason=RefusalReason.FULL, message="no room", load=LOAD),
     "credit": Credit(session=SESSION, consumed_bytes=1),

@@ -81,7 +81,7 @@ def test_what_is_optional_is_left_out() -> None:
 @pytest.mark.parametrize("name", MESSAGES)
 def test_every_field_is_needed_and_no_other_is_taken(name: str) -> None:
     fields = fields_of(name)
-    optional = {"downstream", "feedback", "sampling", "continues", "peer", "countersignature"}
+    optional = {"downstream", "feedback", "sampling", "continues", "peer", "countersignature", "statement"}
     for key in fields.keys() - optional:
         lacking = {other: value for other, value in fields.items() if other != key}
         with pytest.raises(RemoteProtocolError, match=r"lacks|known type"):

@@ -4,8 +4,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from selector.consensus.reputation import NEWCOMER_WEIGHT
 from selector.rule import predicted_cost, preference
-from selector.tally import scores, tally
+from selector.tally import scores, tally, weights_of
 from selector.task import (
     BASELINE,
     PORTFOLIO,
@@ -118,6 +119,26 @@ def test_only_what_every_stage_offers_can_win() -> None:
 def test_a_liar_among_four_does_not_decide() -> None:
     honest = [[0.0, 1.0]] * 3
     assert tally(["a", "b"], [*honest, [1e9, -1e9]]) == "a"
+
+
+def test_a_vote_counts_by_its_weight() -> None:
+    two = [[0.0, 1.0], [2.0, 0.0]]  # b is better on the whole
+    assert tally(["a", "b"], two) == "b"
+    assert tally(["a", "b"], two, [3, 1]) == "a"
+    assert tally(["a", "b"], two, [0, 1]) == "b"
+    assert tally(["a", "b"], two, [0, 0]) == "b"
+    assert weights_of(["x", "y"], {"x": 5000}) == (5000, NEWCOMER_WEIGHT)
+
+
+@given(
+    st.lists(st.tuples(st.floats(-1e6, 1e6), st.integers(1, 5)), min_size=1, max_size=9),
+)
+def test_a_ballot_of_weight_n_counts_as_n_ballots(ballots: list[tuple[float, int]]) -> None:
+    costs = [[cost] for cost, _ in ballots]
+    weighed = scores(["a"], costs, [weight for _, weight in ballots])["a"]
+    repeated = scores(["a"], [[cost] for cost, weight in ballots for _ in range(weight)])["a"]
+    assert weighed == pytest.approx(repeated, rel=1e-9, abs=1e-6)
+    assert min(costs)[0] - 1e-6 <= weighed <= max(costs)[0] + 1e-6
 
 
 @given(st.lists(st.lists(st.floats(-1e9, 1e9), min_size=3, max_size=3), min_size=1, max_size=9), st.randoms())
