@@ -261,9 +261,16 @@ class Node:
         return "unknown" if capabilities is None else hardware_class(capabilities)
 
     def _viewpoint(self, peer: PeerId) -> Viewpoint:
-        """Return for whom the history is weighed: this node, as it is now."""
-        software = software_name(software_versions())
-        return Viewpoint(peer=peer, hardware=self._hardware(), software=software, hour=bucket_of(int(time.time())))
+        """Return for whom the history is weighed: this node, as it is now, with what the swarm has agreed of others."""
+        trust, in_strangers = self._consensus.trust()
+        return Viewpoint(
+            peer=peer,
+            hardware=self._hardware(),
+            software=software_name(software_versions()),
+            hour=bucket_of(int(time.time())),
+            trust=trust,
+            trust_in_strangers=in_strangers,
+        )
 
     async def _count_observations(self) -> int:
         return sum((await self._history.count_by_observer()).values())

@@ -146,7 +146,7 @@ def lesson_of(experiences: Sequence[Experience], viewpoint: Viewpoint) -> Lesson
     weights = _weights(newest, viewpoint)
     rows: list[_Row] = []
     for number, (each, weight) in enumerate(zip(newest, weights, strict=True)):
-        rows += _rows_of(each, number, weight)
+        rows += _rows_of(each, number, weight) if weight else []
     if len({row.method for row in rows}) < 2:
         return None
     methods = sorted({row.method for row in rows})
@@ -208,6 +208,7 @@ def _weights(experiences: Sequence[Experience], viewpoint: Viewpoint) -> list[fl
         weight *= _SERVED_WORTH if each.log_ratio is None else 1.0
         if each.observer != viewpoint.peer:
             weight *= _OTHERS_WORTH if each.vouched else _UNVOUCHED_WORTH
+            weight *= viewpoint.trust.get(each.observer, viewpoint.trust_in_strangers)
         if viewpoint.hardware not in each.context.hardware.split("+"):
             weight *= _OTHER_HARDWARE_WORTH
         if each.software != viewpoint.software:
@@ -216,7 +217,7 @@ def _weights(experiences: Sequence[Experience], viewpoint: Viewpoint) -> list[fl
         of_observer[each.observer] += weight
     limit = max(FEW, of_observer[viewpoint.peer] / 2)
     return [
-        weight * min(1.0, limit / of_observer[each.observer]) if each.observer != viewpoint.peer else weight
+        weight if each.observer == viewpoint.peer else weight * limit / max(limit, of_observer[each.observer])
         for each, weight in zip(experiences, weights, strict=True)
     ]
 

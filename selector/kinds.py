@@ -1,19 +1,26 @@
 """Tasks that are much alike: what holds for one of them, a prediction or a trial, is taken to hold for all."""
 
 import math
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 
 from selector.task import TaskContext
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Viewpoint:
-    """For whom experiences are weighed: a peer, its class of hardware and its software, at an hour."""
+    """For whom experiences are weighed: a peer, its class of hardware and its software, at an hour.
+
+    `trust`: how far the word of others is believed, 0 to 1, as the swarm has agreed; `trust_in_strangers`: of everybody
+    who is not among them.
+    """
 
     peer: str
     hardware: str
     software: str
     hour: int
+    trust: Mapping[str, float] = field(default_factory=dict)
+    trust_in_strangers: float = 1.0
 
 
 def representative(context: TaskContext) -> TaskContext:

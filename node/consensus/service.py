@@ -30,6 +30,7 @@ from protocol.history import decode_batch, take_batch
 from protocol.identity import ModelId, PeerId
 from selector.consensus.clock import EpochClock
 from selector.consensus.draw import Agenda
+from selector.consensus.reputation import NEWCOMER_WEIGHT
 from selector.consensus.values import Digest, genesis_of
 
 MAX_CHAINS: Final = 8
@@ -151,6 +152,22 @@ class Consensus:
         """Return what is agreed about a model's methods."""
         keeper = self._keepers.get(model)
         return keeper.agreement if keeper else None
+
+    def trust(self) -> tuple[dict[PeerId, float], float]:
+        """Return how far each member's word is believed, 0 to 1, and that of everybody else.
+
+        It is the weight beside the greatest one; of several chains the least counts. Without any statement everybody is
+        believed.
+        """
+        trust: dict[PeerId, float] = {}
+        in_strangers = 1.0
+        for keeper in self._keepers.values():
+            weights = keeper.agreement.weights if keeper.agreement else {}
+            if most := max(weights.values(), default=0):
+                in_strangers = min(in_strangers, NEWCOMER_WEIGHT / most)
+                for peer, weight in weights.items():
+                    trust[PeerId(peer)] = min(trust.get(PeerId(peer), 1.0), weight / most)
+        return trust, in_strangers
 
     def keepers(self) -> Mapping[ModelId, Keeper]:
         """Return the chains that are followed."""

@@ -97,6 +97,20 @@ def test_ones_own_measurements_outweigh_what_one_other_says_however_often() -> N
     assert flooded < 0
 
 
+def test_whom_the_swarm_found_lying_teaches_nothing() -> None:
+    own = measured({FUSED.name: -1.0}, 30)
+    lies = [each for i in range(20) for each in measured({FUSED.name: 2.0}, 30, observer=f"liar {i}")]
+    warned = replace(VIEWPOINT, trust={f"liar {i}": 0.0 for i in range(20)}, trust_in_strangers=0.2)
+    alone, told, untold = (
+        lesson_of(each, at) for each, at in ((own, warned), (own + lies, warned), (own + lies, VIEWPOINT))
+    )
+    assert alone is not None
+    assert told is not None
+    assert untold is not None
+    assert told.support == alone.support
+    assert untold.support[FUSED.name] > 2 * alone.support[FUSED.name]
+
+
 def test_figures_that_cannot_be_are_cut() -> None:
     own = measured({FUSED.name: -1.0}, 30)
     wild = [experience(FUSED.name, 60.0, observer=f"liar {i}", vouched=False) for i in range(10)]
