@@ -105,7 +105,7 @@ class Chain:
         if parent is None:
             raise InvalidStatement("the statement before it is not known")
         link = _placed(statement, parent, self.genesis)
-        self._make_room(link.epoch)
+        self._make_room(link)
         self._links[link.id] = link
         parent.children.append(link)
         for signature in self._early.pop(link.id, {}).values():
@@ -191,13 +191,13 @@ class Chain:
             waiting += link.children
         self._links = kept
 
-    def _make_room(self, epoch: int) -> None:
-        """Forget old statements that found no quorum, where there are too many."""
+    def _make_room(self, newcomer: Link) -> None:
+        """Forget an old statement that found no quorum, where there are too many."""
         candidates = [link for link in self._links.values() if not link.is_quorate]
         if len(candidates) < MAX_CANDIDATES:
             return
-        for link in sorted(candidates, key=lambda link: (link.epoch >= epoch - 1, link.epoch, link.id)):
-            if not link.children and link.parent is not None:
+        for link in sorted(candidates, key=lambda link: (link.epoch >= newcomer.epoch - 1, link.epoch, link.id)):
+            if not link.children and link.parent is not None and link is not newcomer.parent:
                 link.parent.children.remove(link)
                 del self._links[link.id]
                 return
