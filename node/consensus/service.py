@@ -153,20 +153,20 @@ class Consensus:
         keeper = self._keepers.get(model)
         return keeper.agreement if keeper else None
 
-    def trust(self) -> tuple[dict[PeerId, float], float]:
+    def trust(self) -> tuple[dict[str, float], float]:
         """Return how far each member's word is believed, 0 to 1, and that of everybody else.
 
         It is the weight beside the greatest one; of several chains the least counts. Without any statement everybody is
         believed.
         """
-        trust: dict[PeerId, float] = {}
+        trust: dict[str, float] = {}
         in_strangers = 1.0
         for keeper in self._keepers.values():
             weights = keeper.agreement.weights if keeper.agreement else {}
             if most := max(weights.values(), default=0):
                 in_strangers = min(in_strangers, NEWCOMER_WEIGHT / most)
                 for peer, weight in weights.items():
-                    trust[PeerId(peer)] = min(trust.get(PeerId(peer), 1.0), weight / most)
+                    trust[peer] = min(trust.get(peer, 1.0), weight / most)
         return trust, in_strangers
 
     def keepers(self) -> Mapping[ModelId, Keeper]:

@@ -25,7 +25,7 @@ MEASURES = {"accuracy", "accuracy_within_5_percent", "mean_speedup", "ratio_to_v
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Small models: what the verb does is tested here, not how good they are. No sentence encoder, installed or not."""
     for name, baseline in (("random_forest", RandomForest), ("gradient_boosting", GradientBoosting)):
-        monkeypatch.setitem(comparison.BASELINES, name, partial(baseline, min_rows=1000))
+        monkeypatch.setitem(BASELINES, name, partial(baseline, min_rows=1000))
     monkeypatch.setattr(comparison, "MetaModel", lambda group, **_: MetaModel(group, boosting_rounds=20, tree_count=10))
     monkeypatch.setattr("node.engine.sentences.PACKAGE", "no_such_package")
 
