@@ -205,7 +205,7 @@ class Node:
     async def running(self) -> AsyncIterator[NodeReady]:
         """Take part in the swarm inside the block; begins once the API answers and every span is loaded."""
         config = self._config
-        api_stop = trio.Event()
+        api_stop, started = trio.Event(), trio.Event()
         async with self._network.running(), trio.open_nursery() as api_nursery:
             serve = partial(serve_api, make_app(self._view, config.api_key), config.api_host, config.api_port)
             port = await api_nursery.start(partial(serve, stop=api_stop))
@@ -213,7 +213,7 @@ class Node:
             async with self._stages.switchboard.running(), trio.open_nursery() as nursery:
                 nursery.start_soon(self._membership.run)
                 nursery.start_soon(self._library.run)
-                nursery.start_soon(self._inventory.run)
+                nursery.start_soon(self._inventory.run, started)
                 nursery.start_soon(self._ledger.run)
                 nursery.start_soon(self._announcer.run)
                 nursery.start_soon(self._dissemination.run)
@@ -225,6 +225,7 @@ class Node:
                 if config.mdns:
                     nursery.start_soon(find_neighbours, self._network, config.swarm_key)
                 await nursery.start(self._serving.run)
+                started.set()
                 yield NodeReady(
                     peer_id=self._network.peer_id,
                     multiaddrs=self._network.multiaddrs,

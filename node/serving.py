@@ -17,6 +17,7 @@ from node.config import ServeSpec, StartError
 from node.engine.client import start_engine
 from node.engine.interface import Engine, EngineCrashed, EngineError
 from node.engine.source import EngineOptions
+from node.jobs.kept import kept_bytes_of
 from node.jobs.span import Span
 from node.jobs.stage import Stages
 from node.models.errors import ModelError
@@ -212,11 +213,14 @@ class Serving:
         package = await self._library.weights(
             manifest, blocks, use_catalogue=self._use_catalogue, progress=self._progress
         )
-        options = EngineOptions(memory_bytes=self._span_bytes, threads=self._threads, cache_dir=self._graphs_dir)
+        kept_bytes = kept_bytes_of(self._span_bytes)
+        options = EngineOptions(
+            memory_bytes=self._span_bytes - kept_bytes, threads=self._threads, cache_dir=self._graphs_dir
+        )
         with trio.CancelScope() as scope, self._library.in_use(package, blocks):
             try:
                 async with self._start_engine(package, blocks, options) as engine, trio.open_nursery() as nursery:
-                    span = await nursery.start(self._stages.serve, engine)
+                    span = await nursery.start(self._stages.serve, engine, kept_bytes)
                     self._membership.announce()
                     load_s = round(engine.info.load_s, 2)
                     _logger.info("serving", model=manifest.model_id, blocks=str(blocks), load_s=load_s)

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 CLEAR_GAIN: Final = 0.01
 """Blocks are moved only where the lowest rate of any block rises by more than this share."""
 
-MOVE_COST: Final = 0.1
+MOVE_COST: Final = 0.03
 """What it takes of the worth of a plan if everybody moves: loading blocks costs time and traffic."""
 
 ROUND_S: Final = 30.0
@@ -35,10 +35,10 @@ SETTLE_S: Final = (3.0, 5.0)
 POWERS: Final = (4.0, 10.0, 30.0)
 """Of the mean, one after another: a low one fills the great holes, a high one the last of them."""
 
-TRIALS: Final = 60
+TRIALS: Final = 150
 """Further tries for a better plan, for up to a hundred servers; fewer for more, each of which takes longer."""
 
-DISTURBED: Final = 4
+DISTURBED: Final = 8
 """Servers put elsewhere before each further try: anywhere in one, over the block that is served least in the next."""
 
 Span: TypeAlias = tuple[int, int]

@@ -26,6 +26,9 @@ GOOD_SHARE: Final = 0.75
 REPEAT_AFTER_S: Final = (600.0, 1800.0, 7200.0)
 """Pauses before a measurement that failed, or that a busy machine spoiled, is made again; then that must do."""
 
+STARTING_S: Final = 60.0
+"""So long a first measurement waits at most for the node to be started: both want the whole processor."""
+
 OTHERS_TURN_S: Final = 5.0
 """While another node measures this machine, ours looks so often whether it is done."""
 
@@ -68,8 +71,11 @@ class Inventory:
         )
         return dataclasses.replace(self._facts, memory=memory, links=self._traffic.links())
 
-    async def run(self) -> None:
-        """Read the facts, measure what was not measured on this hardware before, and return."""
+    async def run(self, started: trio.Event | None = None) -> None:
+        """Read the facts, measure what was not measured on this hardware before, and return.
+
+        `started`: set once the node is started, which a first measurement waits for.
+        """
         facts = await trio.to_thread.run_sync(self._read_facts)
         self._facts = facts
         threads = self._threads or facts.processor.physical_cores
@@ -77,6 +83,9 @@ class Inventory:
         best = await trio.to_thread.run_sync(load_measurements, self._data_dir, identifier)
         if best is not None:
             self._facts = _with_measurements(facts, best)
+        elif started is not None:
+            with trio.move_on_after(STARTING_S):
+                await started.wait()
         # A node that starts has better things to do than to better figures that it has.
         for pause_s in REPEAT_AFTER_S if best is not None else (0.0, *REPEAT_AFTER_S):
             if best is not None and best.cpu_share >= GOOD_SHARE:

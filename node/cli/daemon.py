@@ -49,7 +49,7 @@ if TYPE_CHECKING:
 )
 @click.option("--swarm-key", metavar="FILE", help="Key of a private swarm, from `metaswarm keygen`.")
 @click.option("--config", metavar="FILE", help="TOML file with any of these options, dashes as underscores.")
-@click.option("--memory", metavar="BYTES", help="What weights and KV caches may take, e.g. 4GiB.")
+@click.option("--memory", metavar="BYTES", help="What weights, KV caches and kept outputs may take, e.g. 4GiB.")
 @click.option("--no-mdns", is_flag=True, help="Neither look for peers on the local network nor be found there.")
 @click.option("--no-catalogue", is_flag=True, help="Never download a model from its source, only from peers.")
 @click.option("--threads", metavar="N", help="Threads of the engine.")

@@ -63,8 +63,12 @@ from selector.task import Method, TaskContext
 MAX_ATTEMPTS = 5
 """Routes tried for a new job; also routes that a job under way may lose one after another without a token."""
 
-RECOVERY_LIMIT_S = 30.0
-"""How long a job under way waits for a route where there is none: what it has calculated is held meanwhile."""
+RECOVERY_LIMIT_S = 90.0
+"""How long a job under way waits for a route where there is none: what it has calculated is held meanwhile.
+
+A peer that could take a lost stage's place may have to build the job's variant first (`span.BUILD_PATIENCE_S`, and the
+building).
+"""
 
 BACKOFF_S = (0.05, 1.0)
 """First and longest pause, give or take half, before another route is tried."""

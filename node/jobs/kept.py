@@ -9,6 +9,14 @@ from protocol.tensors import Tensor
 KEPT_BYTES: Final = 512 << 20
 """What the outputs kept by a span's sessions may take together: the rows of 200,000 positions of 640 elements."""
 
+KEPT_SHARE: Final = 1 / 16
+"""Of a span's memory, where that is less. A position's output takes a small part of what its keys and values take."""
+
+
+def kept_bytes_of(memory_bytes: int) -> int:
+    """Return what kept outputs may take of a span's memory."""
+    return min(KEPT_BYTES, int(memory_bytes * KEPT_SHARE))
+
 
 class Budget:
     """Bytes that many may take from, and give back."""

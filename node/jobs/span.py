@@ -13,7 +13,7 @@ import structlog
 import trio
 
 from node.engine.interface import Engine, EngineCrashed, EngineError, SliceInput, SpanInfo, StepResult, Variant
-from node.jobs.kept import Budget
+from node.jobs.kept import KEPT_BYTES, Budget
 from node.jobs.link import InboundLink, LinkBroken, OutboundLink, SessionLost
 from node.jobs.policy import PolicyController
 from node.jobs.scheduler import Scheduler, Work
@@ -60,6 +60,7 @@ class Span:
         switchboard: Switchboard,
         session_ended: trio.lowlevel.ParkingLot,
         controller: PolicyController | None = None,
+        kept_bytes: int = KEPT_BYTES,
     ) -> None:
         self.engine = engine
         self.sessions: dict[SessionId, StageSession] = {}
@@ -78,7 +79,7 @@ class Span:
         self._stepped = trio.lowlevel.ParkingLot()
         self._passing_on: dict[SessionId, StageSession] = {}
         """Sessions that have ended here, and whose successors wait for what they hold."""
-        self.kept_budget = Budget()
+        self.kept_budget = Budget(kept_bytes)
         """For the outputs that sessions keep."""
         self._wanted_in, self._wanted = trio.open_memory_channel[Variant](64)
         self._asked: set[Variant] = set()

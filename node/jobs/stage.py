@@ -11,6 +11,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from node.engine.interface import DIVISIBLE_ENGINES, Engine, EngineError, EngineFull, Prefix, SpanInfo, Variant
 from node.jobs.choosing import RuleVoter, Voter
 from node.jobs.interface import Agreed
+from node.jobs.kept import KEPT_BYTES
 from node.jobs.link import InboundLink, LinkBroken
 from node.jobs.policy import PolicyController
 from node.jobs.session import StageSession
@@ -70,6 +71,8 @@ class Stages:
         self._spans: dict[tuple[ModelId, BlockRange], Span] = {}
         self._retiring: set[Span] = set()
         """Spans that are about to go: nobody is told of them any more."""
+        self._retired: set[Span] = set()
+        """Of those, the ones that take nothing new any more."""
         self._session_ended = trio.lowlevel.ParkingLot()
 
     def spans(self) -> tuple[Span, ...]:
@@ -96,20 +99,27 @@ class Stages:
         self._retiring.add(span)
 
     async def wait_retired(self, span: Span) -> None:
-        """Wait until those who heard of the span before have ended their sessions on it."""
+        """Wait until those who heard of the span before have ended their sessions on it; it takes no further ones."""
         await trio.sleep(RETIRE_S)
+        self._retired.add(span)
         while span.sessions:
             await self._session_ended.park()
 
-    async def serve(self, engine: Engine, *, task_status: trio.TaskStatus[Span] = trio.TASK_STATUS_IGNORED) -> None:
+    async def serve(
+        self,
+        engine: Engine,
+        kept_bytes: int = KEPT_BYTES,
+        *,
+        task_status: trio.TaskStatus[Span] = trio.TASK_STATUS_IGNORED,
+    ) -> None:
         """Serve an engine's span until cancelled, or until its worker is gone; sessions that are left then fail.
 
-        The latter raises EngineCrashed, in a group.
+        The latter raises EngineCrashed, in a group. `kept_bytes`: for outputs that are kept for replays.
         """
         key = (engine.info.model, engine.info.blocks)
         if key in self._spans:
             raise EngineError(f"blocks {engine.info.blocks} are served already")
-        span = self._spans[key] = Span(engine, self.switchboard, self._session_ended, self._controller())
+        span = self._spans[key] = Span(engine, self.switchboard, self._session_ended, self._controller(), kept_bytes)
         try:
             async with trio.open_nursery() as nursery:
                 await nursery.start(span.run)
@@ -117,6 +127,7 @@ class Stages:
         finally:
             del self._spans[key]
             self._retiring.discard(span)
+            self._retired.discard(span)
 
     async def open(self, message: Open, link: InboundLink) -> Opened | Refused:
         """Admit a session if its blocks are served here, with KV memory for it, and the next stage can be reached.
@@ -176,8 +187,12 @@ class Stages:
         return _refusal(message, *refused, span)
 
     def _span_of(self, model: ModelId, blocks: BlockRange) -> Span | None:
-        """Return the span whose blocks these are, else the smallest that has all of them."""
-        holding = [span for key, span in self._spans.items() if key[0] == model and span.info.blocks.holds(blocks)]
+        """Return the span whose blocks these are, else the smallest that has all of them, if it takes new sessions."""
+        holding = [
+            span
+            for key, span in self._spans.items()
+            if key[0] == model and span.info.blocks.holds(blocks) and span not in self._retired
+        ]
         return min(holding, key=lambda span: len(span.info.blocks), default=None)
 
     def _objection(self, message: Open, peer: PeerId) -> tuple[RefusalReason, str] | None:

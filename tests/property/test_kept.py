@@ -3,7 +3,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from node.jobs.kept import Budget, Held, KeptRows, starts_of
+from node.jobs.kept import Budget, Held, KeptRows, kept_bytes_of, starts_of
 from protocol.tensors import DType, Tensor
 
 ROW_BYTES = 8
@@ -54,3 +54,8 @@ def test_what_is_kept_is_what_was_sent_last(writes: list[tuple[int, list[int]]],
         assert len(got) <= limit_rows * ROW_BYTES
     kept.drop()
     assert budget.take(limit_rows * ROW_BYTES)  # all was given back
+
+
+@given(st.integers(0, 1 << 50))
+def test_what_is_kept_is_a_small_part_of_the_memory_whatever_there_is(memory_bytes: int) -> None:
+    assert 0 <= kept_bytes_of(memory_bytes) <= min(512 << 20, memory_bytes // 16)

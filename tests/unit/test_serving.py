@@ -3,13 +3,16 @@
 from dataclasses import replace
 from typing import Any
 
+import pytest
 import trio
 from trio.testing import MockClock
 
 from node.jobs.interface import JobRequest
+from node.jobs.link import SessionRefused
+from node.jobs.stage import RETIRE_S
 from node.models.errors import ModelError
 from protocol.identity import BlockRange
-from tests.unit.jobs.peers import FakeLibrary, Peer, Swarm, open_swarm
+from tests.unit.jobs.peers import FakeLibrary, Peer, Swarm, an_opening, open_swarm
 from tests.unit.jobs.test_jobs import PROMPT, right_tokens
 
 
@@ -70,8 +73,17 @@ async def test_what_is_retired_is_told_to_nobody_and_ends_its_sessions(autojump_
             assert span.sessions
             server.stages.retire(span)
             assert spans_of(server) == []
-            await server.stages.wait_retired(span)
-            assert not span.sessions
+            link = await coordinator.stages.switchboard.link_to(server.id)
+            # Who has not heard so yet is not to suffer; later nobody may keep it from going.
+            late = replace(an_opening(server), positions=8)
+            await link.open(late)
+            await link.close(late.session)
+            nursery.start_soon(server.stages.wait_retired, span)
+            await trio.sleep(RETIRE_S + 0.1)
+            assert span.sessions
+            with pytest.raises(SessionRefused, match="not served here"):
+                await link.open(late)
+        assert not span.sessions
         assert results == [right_tokens(300)]
 
 

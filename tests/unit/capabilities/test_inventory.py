@@ -92,6 +92,23 @@ async def test_facts_are_there_before_the_figures(tmp_path: Path, autojump_clock
     assert benchmark.asked == [(tmp_path / "models", FACTS.processor.physical_cores)]
 
 
+async def test_a_node_is_started_before_its_machine_is_measured(tmp_path: Path, autojump_clock: MockClock) -> None:
+    found, benchmark = inventory(tmp_path, 0.9)
+    started = trio.Event()
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(found.run, started)
+        await trio.sleep(20)
+        assert benchmark.asked_at_s == []
+        started.set()
+    assert len(benchmark.asked_at_s) == 1
+
+
+async def test_a_node_that_cannot_serve_is_measured_all_the_same(tmp_path: Path, autojump_clock: MockClock) -> None:
+    found, _ = inventory(tmp_path, 0.9)
+    await found.run(trio.Event())
+    assert fp32(found) == 0.9e9
+
+
 async def test_a_restart_does_not_measure_again(tmp_path: Path, autojump_clock: MockClock) -> None:
     first, _ = inventory(tmp_path, 0.9)
     await first.run()
