@@ -10,10 +10,8 @@ tokens, until the last is done, on links without delay. Method and baseline in t
 import json
 import os
 from collections.abc import AsyncIterator, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any, Final
 
 import click
@@ -21,8 +19,9 @@ import httpx
 import trio
 
 from benchmarks.common import demo_package, describe_machine
-from benchmarks.daemons import Daemon, running_daemon, until
-from benchmarks.link import LinkShape, shaped_link
+from benchmarks.daemons import Daemon
+from benchmarks.link import LinkShape
+from benchmarks.wan import distant_daemons
 from node.models.catalogue import DEMO_MODEL
 from node.selection.paired import Speedup, speedup_of
 from selector.task import BASELINE, parse_method
@@ -114,30 +113,8 @@ async def _measure(first: Daemon, rounds: int, name: str) -> dict[str, Any]:
 @asynccontextmanager
 async def stages(delay_s: float) -> AsyncIterator[Daemon]:
     """Run the stages inside the block, each dialling those before it through a relay; give the first."""
-    async with AsyncExitStack() as stack:
-        folder = Path(stack.enter_context(TemporaryDirectory(prefix="metaswarm-wan-")))
-        daemons: list[Daemon] = []
-        relayed: list[str] = []
-        for number, span in enumerate(STAGES):
-            flags = ["--serve", f"{DEMO_MODEL}:{span}", "--threads", "1"]
-            for address in relayed:
-                flags += ["--bootstrap", address]
-            daemon = await stack.enter_async_context(running_daemon(folder / str(number), *flags))
-            daemons.append(daemon)
-            port = int(daemon.ready.multiaddrs[0].split("/")[4])
-            relay = await stack.enter_async_context(shaped_link("127.0.0.1", port, LinkShape(delay_s=delay_s)))
-            relayed.append(f"/ip4/127.0.0.1/tcp/{relay}/p2p/{daemon.ready.peer_id}")
-
-        async def is_settled() -> bool:
-            models = (await daemons[0].get("/swarm/models"))["models"]
-            known = [(await daemon.get("/swarm/peers"))["peers"] for daemon in daemons]
-            rtts_s = [peer["rtt_s"] for peers in known for peer in peers if peer["connected"]]
-            everybody = len(rtts_s) == len(daemons) * (len(daemons) - 1)
-            # A pair that found a shorter way than the relay would spoil the figures.
-            slow = everybody and all(rtt_s is not None and rtt_s >= 2 * delay_s for rtt_s in rtts_s)
-            return slow and any(model["complete"] for model in models)
-
-        await until(is_settled, 60)
+    flags = [("--serve", f"{DEMO_MODEL}:{span}", "--threads", "1") for span in STAGES]
+    async with distant_daemons(flags, LinkShape(delay_s=delay_s)) as daemons:
         yield daemons[0]
 
 

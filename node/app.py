@@ -23,6 +23,8 @@ from node.capabilities.traffic import TrafficMeter
 from node.config import APPLICATION, LOCK_FILE, READY_FILE, NodeConfig, NodeReady, StartError
 from node.consensus.measuring import AGENDA, TrialMeter
 from node.consensus.service import Consensus, swarm_name
+from node.engine.client import SpareWorker, start_engine
+from node.engine.source import EngineOptions
 from node.identity import IdentityError, load_or_create
 from node.jobs.coordinator import Coordinator
 from node.jobs.ledger import QualityLedger
@@ -171,6 +173,7 @@ class Node:
             hardware=self._hardware_of,
         )
         self._trials = Trials(self._coordinator, self._recorder)
+        self._spare_worker = SpareWorker(EngineOptions(threads=config.threads))
         self._serving = Serving(
             config.serve,
             library=self._library,
@@ -183,6 +186,7 @@ class Node:
             graphs_dir=config.cache_dir / "graphs",
             use_catalogue=not config.no_catalogue,
             jitter=jitter,
+            start_engine=partial(start_engine, spare=self._spare_worker),
             progress=progress,
         )
         self._view = StatusView(
@@ -211,6 +215,8 @@ class Node:
             port = await api_nursery.start(partial(serve, stop=api_stop))
             self._view.api_url = url_of(config.api_host, port)
             async with self._stages.switchboard.running(), trio.open_nursery() as nursery:
+                if config.serve:
+                    nursery.start_soon(self._spare_worker.run)
                 nursery.start_soon(self._membership.run)
                 nursery.start_soon(self._library.run)
                 nursery.start_soon(self._inventory.run, started)

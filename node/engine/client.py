@@ -12,7 +12,7 @@ import subprocess
 import sys
 from collections import deque
 from collections.abc import AsyncIterator, Mapping, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -45,51 +45,86 @@ _DEATH_S = 5.0
 """How long a worker that closed its socket may take to become a corpse with a cause of death."""
 
 
+class SpareWorker:
+    """A worker's process that is started before it is known what it is to serve: what it imports takes seconds."""
+
+    def __init__(self, options: EngineOptions) -> None:
+        """Start nothing yet; `options` are those of the engine that will take it."""
+        self._options = options
+        self._taken = trio.Event()
+        self._connection: _Connection | None = None
+
+    async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        """Have the process until it is taken, or cancelled; where there can be none, whoever needs one will say so."""
+        with suppress(EngineError):
+            self._connection = await _spawn(self._options, "a worker")
+        task_status.started()
+        try:
+            await self._taken.wait()
+        finally:
+            if (connection := self.take()) is not None:
+                await connection.kill()
+
+    def take(self) -> "_Connection | None":
+        """Give the process away, if there is one still."""
+        connection, self._connection = self._connection, None
+        self._taken.set()
+        return connection
+
+
 @asynccontextmanager
 async def start_engine(
-    package: Package, blocks: BlockRange, options: EngineOptions | None = None
+    package: Package, blocks: BlockRange, options: EngineOptions | None = None, *, spare: SpareWorker | None = None
 ) -> AsyncIterator["WorkerEngine"]:
     """Run an engine for a span of a model package whose files are there; see `start_worker`."""
-    async with start_worker(source_from_package(package, blocks), blocks, options) as engine:
+    async with start_worker(source_from_package(package, blocks), blocks, options, spare=spare) as engine:
         yield engine
 
 
 @asynccontextmanager
 async def start_worker(
-    source: ShardSource, blocks: BlockRange, options: EngineOptions | None = None
+    source: ShardSource, blocks: BlockRange, options: EngineOptions | None = None, *, spare: SpareWorker | None = None
 ) -> AsyncIterator["WorkerEngine"]:
     """Run a worker process with a span loaded, until the block is left; then it is killed, having nothing to lose.
 
-    Raises EngineError if the span cannot be served here, ever, and EngineCrashed if the worker died while it loaded.
-    What is raised inside the block comes out in an ExceptionGroup, as from any nursery.
+    `spare`: taken if it is there, else another is started. Raises EngineError if the span cannot be served here, ever,
+    and EngineCrashed if the worker died while it loaded. What is raised inside the block comes out in an
+    ExceptionGroup, as from any nursery.
     """
     options = options or EngineOptions()
+    name = f"the worker of blocks {blocks}"
+    connection = (spare.take() if spare is not None else None) or await _spawn(options, name)
+    connection.name = name
+    try:
+        engine = WorkerEngine(connection, *await _load(connection, source, blocks, options))
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(engine.receive_forever)
+            nursery.start_soon(engine.send_forever)
+            yield engine
+            nursery.cancel_scope.cancel()
+    finally:
+        await connection.kill()
+
+
+async def _spawn(options: EngineOptions, name: str) -> "_Connection":
+    """Start a worker's process. Raises EngineError."""
     ours, theirs = socket.socketpair()
-    with ours:
-        with theirs:
-            try:
-                process = await trio.lowlevel.open_process(
-                    [sys.executable, "-m", "node.engine.worker", str(theirs.fileno())],
-                    stdin=subprocess.DEVNULL,
-                    stdout=_STDERR,  # ours may be somebody's JSON
-                    pass_fds=[theirs.fileno()],
-                    env=_environment(options),
-                    start_new_session=True,  # Ctrl-C is for the node, which lets its jobs end first
-                )
-            except OSError as error:
-                raise EngineError(f"the worker of blocks {blocks} cannot be started: {error}") from error
+    with theirs:
         try:
-            connection = _Connection(trio.socket.from_stdlib_socket(ours), process, f"the worker of blocks {blocks}")
-            engine = WorkerEngine(connection, *await _load(connection, source, blocks, options))
-            async with trio.open_nursery() as nursery:
-                nursery.start_soon(engine.receive_forever)
-                nursery.start_soon(engine.send_forever)
-                yield engine
-                nursery.cancel_scope.cancel()
-        finally:
-            with trio.CancelScope(shield=True):
-                process.kill()
-                await process.wait()
+            process = await trio.lowlevel.open_process(
+                [sys.executable, "-m", "node.engine.worker", str(theirs.fileno())],
+                stdin=subprocess.DEVNULL,
+                stdout=_STDERR,  # ours may be somebody's JSON
+                pass_fds=[theirs.fileno()],
+                env=_environment(options),
+                start_new_session=True,  # Ctrl-C is for the node, which lets its jobs end first
+            )
+        except BaseException as error:
+            ours.close()
+            if isinstance(error, OSError):
+                raise EngineError(f"{name} cannot be started: {error}") from error
+            raise
+    return _Connection(trio.socket.from_stdlib_socket(ours), process, name)
 
 
 async def _load(
@@ -380,6 +415,13 @@ class _Connection:
                 raise _HungUp
             received += size
         return data
+
+    async def kill(self) -> None:
+        """End the process, also under cancellation."""
+        with trio.CancelScope(shield=True):
+            self.process.kill()
+            await self.process.wait()
+        self._socket.close()
 
     async def epitaph(self) -> str:
         """Return what the worker died of, in one line."""

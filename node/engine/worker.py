@@ -39,14 +39,15 @@ def main() -> None:
     """Serve the socket whose number is the first argument."""
     connection = socket.socket(fileno=int(sys.argv[1]))
     threading.Thread(target=_exit_on_hang_up, args=[connection.fileno()], daemon=True).start()
-    header, _ = _receive(connection)
-    source, blocks, options = decode_load(header)
-    # Three thousand modules, which stay: to look among them for garbage would take a fifth of the time.
+    # Three thousand modules, which stay: to look among them for garbage would take a fifth of the time. And before it
+    # is known what to serve, as the node may have to look for that, and for its files, as long as this takes.
     gc.disable()
     import torch
 
     from node.engine.shard import Shard
 
+    header, _ = _receive(connection)
+    source, blocks, options = decode_load(header)
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     try:

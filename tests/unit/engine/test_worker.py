@@ -10,11 +10,12 @@ from contextlib import asynccontextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 
+import psutil
 import pytest
 import trio
 import trio.testing
 
-from node.engine.client import WorkerEngine, start_worker
+from node.engine.client import SpareWorker, WorkerEngine, start_worker
 from node.engine.interface import (
     REFERENCE,
     EngineCrashed,
@@ -195,6 +196,35 @@ async def test_a_start_that_hangs_has_an_end(make_tiny_model: MakeTinyModel) -> 
     with pytest.raises(EngineError, match=r"did not load within 0\.01 s"):
         async with start_worker(source, WHOLE, replace(OPTIONS, start_timeout_s=0.01)):
             pass
+
+
+async def test_a_spare_worker_serves_whoever_needs_one_first(make_tiny_model: MakeTinyModel) -> None:
+    source = make_tiny_model("llama").source(WHOLE)
+    spare = SpareWorker(OPTIONS)
+    async with trio.open_nursery() as nursery:
+        await nursery.start(spare.run)
+        before = workers_of_this_process()
+        async with (
+            start_worker(source, WHOLE, OPTIONS, spare=spare) as first,
+            start_worker(source, WHOLE, OPTIONS, spare=spare) as second,
+        ):
+            assert {first.statistics().worker_pid} == before
+            assert second.statistics().worker_pid not in before
+    assert workers_of_this_process() == set()
+
+
+async def test_a_spare_worker_that_nobody_needs_ends_with_its_node() -> None:
+    async with trio.open_nursery() as nursery:
+        await nursery.start(SpareWorker(OPTIONS).run)
+        assert workers_of_this_process()
+        nursery.cancel_scope.cancel()
+    assert workers_of_this_process() == set()
+
+
+def workers_of_this_process() -> set[int]:
+    """The processes of workers that run."""
+    children = psutil.Process().children()
+    return {child.pid for child in children if "node.engine.worker" in child.cmdline()}
 
 
 def test_a_worker_ends_with_its_parent() -> None:
