@@ -69,17 +69,15 @@ async def measure(rounds: int, cases: Sequence[Case]) -> dict[str, Any]:
 async def measure_case(swarm: SparedSwarm, rounds: int, context: int, how: int) -> dict[str, Any]:
     """Return the pauses of some losses, and how often the text was another than undisturbed."""
     prompt = " ".join(["word"] * (context - AFTER))
+    await swarm.replenish()
     undisturbed = await swarm.run(prompt, 2 * AFTER)
     pauses_s, different = [], 0
     for _ in range(rounds):
+        await swarm.replenish()
         for stage in range(3):
             outcome = await swarm.run(prompt, 2 * AFTER, lose=(stage, AFTER, how))
             pauses_s.append(outcome.pause_s)
             different += outcome.text != undisturbed.text
-        async with trio.open_nursery() as nursery:
-            for stage in range(3):
-                nursery.start_soon(swarm.start_peer, stage)
-        await swarm.settle()
     return {
         "pause_s": asdict(spread_of(pauses_s)),
         "pauses_s": pauses_s,

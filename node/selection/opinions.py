@@ -17,7 +17,7 @@ from selector.rule import predicted_cost
 from selector.task import PORTFOLIO, Method, TaskContext
 
 MISS_LIMIT_S: Final = 0.1
-"""How long a choice waits for a prediction that was never made before."""
+"""How long a choice between methods waits for a prediction that was never made before."""
 
 MAX_TABLES: Final = 4096
 """Tables that are kept, the latest used."""
@@ -74,7 +74,8 @@ class Opinions:
     async def of(self, context: TaskContext, methods: Sequence[Method]) -> Opinion:
         """Return what some methods are expected to cost, after a bounded wait at most."""
         like = representative(context)
-        table = await self._table(like) if self._ask else None
+        # Where there is nothing to choose nobody waits: a text that goes on after a loss has its method already.
+        table = await self._table(like, MISS_LIMIT_S if len(methods) > 1 else 0.0) if self._ask else None
         if table is None:
             return Opinion(rule_table(context, methods), 0)
         # What a job is expected to cost goes by its own size; how methods differ by that of its like.
@@ -86,7 +87,7 @@ class Opinions:
             found[name] = Expectation(predicted_cost(context, method) + shift.get(name, 0.0), deviation)
         return Opinion(found, self._experiences)
 
-    async def _table(self, like: TaskContext) -> Table | None:
+    async def _table(self, like: TaskContext, limit_s: float) -> Table | None:
         if like in self._tables:
             self.hits += 1
             self._tables.move_to_end(like)
@@ -101,7 +102,7 @@ class Opinions:
                 self.late += 1
                 return None
             self._pending[like] = event
-        with trio.move_on_after(MISS_LIMIT_S):
+        with trio.move_on_after(limit_s):
             await event.wait()
         if like not in self._tables:
             self.late += 1

@@ -44,6 +44,14 @@ class SparedSwarm:
         daemon = await self.stack.enter_async_context(running_daemon(self.folder / f"peer-{self.started}", *flags))
         self.peers[stage].append(daemon)
 
+    async def replenish(self) -> None:
+        """Start again whoever was lost, and wait until that is known."""
+        async with trio.open_nursery() as nursery:
+            for stage, peers in self.peers.items():
+                for _ in range(2 - len(peers)):
+                    nursery.start_soon(self.start_peer, stage)
+        await self.settle()
+
     async def settle(self) -> None:
         """Wait until the coordinator knows exactly the peers that live."""
         expected = {daemon.peer_id for peers in self.peers.values() for daemon in peers}
@@ -100,8 +108,5 @@ async def spared_swarm(folder: Path) -> AsyncIterator[SparedSwarm]:
     async with AsyncExitStack() as stack:
         coordinator = await stack.enter_async_context(running_daemon(folder / "coordinator", "--no-mdns"))
         swarm = SparedSwarm(folder, stack, coordinator)
-        async with trio.open_nursery() as nursery:
-            for stage in (0, 1, 2, 0, 1, 2):
-                nursery.start_soon(swarm.start_peer, stage)
-        await swarm.settle()
+        await swarm.replenish()
         yield swarm

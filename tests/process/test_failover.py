@@ -4,7 +4,6 @@ import signal
 from pathlib import Path
 
 import pytest
-import trio
 
 from node.models.store import Package
 from tests.process.failover import spared_swarm
@@ -31,7 +30,4 @@ async def test_the_text_is_the_same_wherever_a_stage_is_killed(package: Package,
             for stage in range(3):
                 outcome = await swarm.run(PROMPT, TOKENS, lose=(stage, position, signal.SIGKILL))
                 assert outcome.text == undisturbed.text, (position, stage)
-            async with trio.open_nursery() as nursery:
-                for stage in range(3):
-                    nursery.start_soon(swarm.start_peer, stage)
-            await swarm.settle()
+            await swarm.replenish()

@@ -87,3 +87,19 @@ async def test_a_worker_that_broke_is_replaced_though_the_history_has_not_grown(
     assert (await opinions.of(CONTEXT, METHODS)).basis == "model"
     await trio.sleep(MAX_AGE_S)  # what was learned from may have left the history meanwhile
     assert [worker.stopped for worker in workers] == [True, True, False]
+
+
+async def test_nobody_waits_for_a_prediction_where_there_is_nothing_to_choose(
+    nursery: trio.Nursery, autojump_clock: MockClock
+) -> None:
+    async def slow(context: TaskContext) -> Mapping[str, tuple[float, float]]:
+        await trio.sleep(0.05)
+        return await sure(context)
+
+    opinions = Opinions()
+    opinions.renew(slow, 10)
+    nursery.start_soon(opinions.run)
+    asked_s = trio.current_time()
+    assert list((await opinions.of(CONTEXT, METHODS[:1])).table) == [METHODS[0].name]
+    assert trio.current_time() == asked_s
+    assert (await opinions.of(CONTEXT, METHODS)).basis == "model"
