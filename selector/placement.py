@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 CLEAR_GAIN: Final = 0.01
 """Blocks are moved only where the lowest rate of any block rises by more than this share."""
 
-MOVE_COST: Final = 0.03
+MOVE_COST: Final = 0.1
 """What it takes of the worth of a plan if everybody moves: loading blocks costs time and traffic."""
 
 ROUND_S: Final = 30.0
