@@ -1,8 +1,10 @@
 """Whom we let in: strangers who only hold connections open must not lock out those who talk."""
 
+import math
+from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Final, Protocol, TypeVar
 
 import trio
@@ -11,6 +13,11 @@ from node.network.addresses import address_range, origin
 
 MAX_HANDSHAKES: Final = 256
 MAX_HANDSHAKES_PER_ORIGIN: Final = 32
+
+HANDSHAKE_INTERVAL_S: Final = 0.025
+"""Between two handshakes of one origin, once it has had its burst: each costs some 10 ms of a processor."""
+
+HANDSHAKE_BURST: Final = 16
 
 SILENT_S: Final = 1.0
 """A connection on which nothing was ever said makes room for a newcomer after this: honest peers talk at once."""
@@ -24,6 +31,7 @@ class Handshakes:
 
     def __init__(self) -> None:
         self._scopes: dict[str, dict[trio.CancelScope, None]] = {}
+        self._turns: OrderedDict[str, _Turn] = OrderedDict()
 
     @contextmanager
     def place(self, host: str) -> Iterator[trio.CancelScope]:
@@ -44,6 +52,25 @@ class Handshakes:
             del scopes[scope]
             if not scopes and self._scopes.get(key) is scopes:
                 del self._scopes[key]
+
+    async def turn(self, host: str) -> None:
+        """Wait until another handshake from there may begin: who connects without end leaves time to others."""
+        turn = self._turns.setdefault(origin(host), _Turn())
+        self._turns.move_to_end(origin(host))
+        while len(self._turns) > MAX_HANDSHAKES:
+            self._turns.popitem(last=False)
+        async with turn.lock:
+            await trio.sleep_until(turn.next_s)
+            earliest_s = trio.current_time() - HANDSHAKE_BURST * HANDSHAKE_INTERVAL_S
+            turn.next_s = max(turn.next_s, earliest_s) + HANDSHAKE_INTERVAL_S
+
+
+@dataclass(slots=True)
+class _Turn:
+    """Whose handshake is the next of one origin, and when it may begin."""
+
+    lock: trio.Lock = field(default_factory=trio.Lock)
+    next_s: float = -math.inf
 
 
 @dataclass(frozen=True, slots=True)

@@ -116,6 +116,7 @@ class TcpListener(IListener):
             with self._transport.handshakes.place(host) as scope:
                 with trio.fail_after(UPGRADE_TIMEOUT_S):
                     await trio.lowlevel.wait_readable(socket_stream.socket)  # who says nothing costs no handshake
+                    await self._transport.handshakes.turn(host)
                 await self._handler(stream)
             if not scope.cancelled_caught:
                 await stream.closed.wait()

@@ -3,9 +3,20 @@
 from dataclasses import dataclass
 
 import pytest
+import trio
+from trio.testing import MockClock
 
 from node.network.addresses import address_range, origin
-from node.network.admission import IDLE_S, SILENT_S, Crowded, InboundLimits, make_room
+from node.network.admission import (
+    HANDSHAKE_BURST,
+    HANDSHAKE_INTERVAL_S,
+    IDLE_S,
+    SILENT_S,
+    Crowded,
+    Handshakes,
+    InboundLimits,
+    make_room,
+)
 
 LIMITS = InboundLimits(total=6, per_origin=3, per_range=4)
 NOW_S = 100.0
@@ -82,6 +93,32 @@ def test_who_never_said_anything_makes_room_sooner() -> None:
     pausing = idle(here, NOW_S - IDLE_S / 2)
     with pytest.raises(Crowded):
         make_room(newcomer(here), [pausing] * 3, LIMITS, NOW_S)
+
+
+async def test_who_connects_without_end_waits_and_nobody_else_does(autojump_clock: MockClock) -> None:
+    handshakes = Handshakes()
+    began_s = trio.current_time()
+    for _ in range(HANDSHAKE_BURST):
+        await handshakes.turn("8.8.8.1")
+    assert trio.current_time() == began_s
+    for _ in range(40):
+        await handshakes.turn("8.8.8.1")
+    late_s = trio.current_time()
+    assert late_s - began_s == pytest.approx(39 * HANDSHAKE_INTERVAL_S, abs=2 * HANDSHAKE_INTERVAL_S)
+    await handshakes.turn("8.8.8.2")
+    assert trio.current_time() == late_s
+
+
+async def test_who_gives_up_waiting_takes_nobodys_turn(autojump_clock: MockClock) -> None:
+    handshakes = Handshakes()
+    for _ in range(HANDSHAKE_BURST + 1):
+        await handshakes.turn("8.8.8.1")
+    began_s = trio.current_time()
+    for _ in range(1000):
+        with trio.move_on_after(0):
+            await handshakes.turn("8.8.8.1")
+    await handshakes.turn("8.8.8.1")
+    assert trio.current_time() - began_s <= 2 * HANDSHAKE_INTERVAL_S
 
 
 @pytest.mark.parametrize(
