@@ -50,6 +50,7 @@ from node.storage.consensus import ConsensusStore
 from node.storage.database import DATABASE_FILE, Database, StorageError, open_database
 from node.storage.history import HistoryStore
 from node.storage.peers import PeerBook
+from node.storage.standings import StandingStore
 from node.swarm.acquaintances import keep_acquaintances
 from node.swarm.dissemination import Dissemination
 from node.swarm.lan import find_neighbours
@@ -98,7 +99,12 @@ class Node:
             data_dir=config.cache_dir, models_dir=config.cache_dir, traffic=traffic, threads=config.threads
         )
         opinions = Opinions()
-        self._chooser = LearnedChooser(opinions, jitter, share=config.exploration)
+        self._chooser = LearnedChooser(
+            opinions,
+            jitter,
+            share=config.exploration,
+            memory=StandingStore(database, software_name(software_versions())),
+        )
         self._learner = Learner(
             database.path,
             opinions,

@@ -106,6 +106,12 @@ class Adoption:
                 hopes[name] = hope
         return sorted(hopes, key=lambda name: (-hopes[name], name))[:CANDIDATES]
 
+    def recall(self, kind: str, standings: Mapping[str, Standing]) -> None:
+        """Take note of what trials said before this process began, unless there have been some since."""
+        self._kinds.setdefault(kind, dict(standings))
+        while len(self._kinds) > MAX_KINDS:
+            self._kinds.popitem(last=False)
+
     def miss(self, kind: str, names: Collection[str], now_s: float) -> None:
         """Take note of methods that could not be had for a trial: else they were candidates again at the next job."""
         if names:

@@ -8,6 +8,7 @@ and the trials cost stays within a share of the time that jobs take.
 import math
 import random
 import statistics
+import time
 from collections import OrderedDict, deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -19,8 +20,10 @@ import trio
 from node.jobs.choosing import Choice, Question
 from node.jobs.interface import JobError, Outcome, PredictedCost, Selection
 from node.selection.opinions import Opinion, Opinions
+from node.storage.database import StorageError
+from node.storage.standings import Standings
 from protocol.identity import JobId, ModelId
-from selector.adoption import MAX_LOSS, Adoption, Budget
+from selector.adoption import MAX_LOSS, Adoption, Budget, Standing
 from selector.kinds import kind_of
 from selector.rule import predicted_cost, preference
 from selector.tally import scores
@@ -60,6 +63,18 @@ class TrialResult:
     """Of each method that could be had, for each round: the logarithm of its cost over the baseline's."""
 
     log_ratios: Mapping[str, Sequence[float]]
+
+
+class Memory(Protocol):
+    """Keeps what trials said; `node.storage.standings` is the real one. Every method may raise StorageError."""
+
+    async def keep(self, kind: str, standings: Standings) -> None:
+        """Keep what trials said about a kind of task."""
+        ...
+
+    async def recall(self) -> Mapping[str, Standings]:
+        """Return what was kept, by kind of task."""
+        ...
 
 
 class Prober(Protocol):
@@ -123,13 +138,20 @@ class LearnedChooser:
         *,
         share: float = DEFAULT_SHARE,
         allowance_s: float = ALLOWANCE_S,
+        memory: Memory | None = None,
+        wall_clock: Callable[[], float] = time.time,
     ) -> None:
-        """Begin without experience. `share`: of the time that jobs take, what trying methods may cost; 0 for none."""
+        """Begin without experience but what `memory` has.
+
+        `share`: of the time that jobs take, what trying methods may cost; 0 for none.
+        """
         self.opinions = opinions
         self.adoption = Adoption()
         self.budget = Budget(share, allowance_s if share > 0 else 0.0)
         self.decisions: deque[Decision] = deque(maxlen=MAX_DECISIONS)
         self._rng = rng
+        self._memory = memory
+        self._wall_clock = wall_clock
         self._levels: OrderedDict[tuple[object, ...], float] = OrderedDict()
         self._wanted: set[str] = set()
         self._needs_in, self._needs = trio.open_memory_channel[tuple[str, str, TrialNeed]](MAX_WAITING)
@@ -272,6 +294,7 @@ class LearnedChooser:
 
     async def run(self, prober: Prober, busy: Callable[[], bool]) -> None:
         """Hold the trials that are wanted, one at a time, until cancelled. `busy`: whether jobs are under way."""
+        await self._recall()
         async for kind, in_use, need in self._needs:
             with trio.move_on_after(IDLE_LIMIT_S):
                 quiet_s = 0.0
@@ -293,10 +316,38 @@ class LearnedChooser:
             missed = {method.name for method in need.methods} - {*result.log_ratios, BASELINE.name}
             self.adoption.miss(kind, missed, trio.current_time())
             adopted = self.adoption.settle(kind, in_use, result.log_ratios, trio.current_time())
+            await self._keep(kind)
             means = {name: round(statistics.fmean(of), 3) for name, of in result.log_ratios.items() if of}
             _logger.info(
                 "trial held", kind=kind, before=in_use, now=adopted, log_ratios=means, seconds=round(took_s, 2)
             )
+
+    async def _recall(self) -> None:
+        """Go on with what trials said before this process began."""
+        if self._memory is None:
+            return
+        began_at_s = self._wall_clock() - trio.current_time()
+        try:
+            kept = await self._memory.recall()
+        except StorageError as error:
+            _logger.warning("what trials said before is not known", reason=str(error))
+            return
+        for kind, standings in kept.items():
+            known = {name: Standing(ratio, at_s - began_at_s) for name, (ratio, at_s) in standings.items()}
+            self.adoption.recall(kind, known)
+
+    async def _keep(self, kind: str) -> None:
+        if self._memory is None:
+            return
+        began_at_s = self._wall_clock() - trio.current_time()
+        found = {
+            name: (each.log_ratio, int(began_at_s + each.tried_s))
+            for name, each in self.adoption.standings(kind).items()
+        }
+        try:
+            await self._memory.keep(kind, found)
+        except StorageError as error:
+            _logger.warning("what a trial said is not kept", reason=str(error))
 
     # What a machine's seconds are to the rule's
 

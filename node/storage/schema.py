@@ -90,4 +90,17 @@ MIGRATIONS: Final[tuple[tuple[str, ...], ...]] = (
         """,
         "CREATE TABLE consensus_named (chain BLOB PRIMARY KEY, number INTEGER NOT NULL)",
     ),
+    (
+        # What this node's own trials said of methods, by kind of task; `software`: the versions that it was found with.
+        """
+        CREATE TABLE standings (
+            kind TEXT NOT NULL,
+            method TEXT NOT NULL,
+            log_ratio REAL NOT NULL,
+            tried_at_s INTEGER NOT NULL,
+            software TEXT NOT NULL,
+            PRIMARY KEY (kind, method)
+        ) WITHOUT ROWID
+        """,
+    ),
 )
