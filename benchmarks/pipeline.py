@@ -1,15 +1,17 @@
 """How busy the stages of a route are while several sessions are in flight: none is to wait for another.
 
-    python -m benchmarks.pipeline [--tokens 64] [--json]
+    python -m benchmarks.pipeline [--tokens 64] [--method NAME] [--json]
 
 Three daemons with a third of the demo model and one thread each, and a coordinator that serves none; eight jobs at a
-time. First each stage takes one session at a time, then it batches. A stage's share is the time that its engine
+time, all by one method, which every stage has built before. First each stage takes one session at a time, then it
+batches. A stage's share is the time that its engine
 calculates; the cores are measured for all daemons and their workers together.
 """
 
 import json
 import os
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -40,21 +42,22 @@ class Use:
 
 @click.command()
 @click.option("--tokens", type=click.IntRange(1), default=64, show_default=True, help="Tokens of each job.")
+@click.option("--method", default="engine=onnxruntime", show_default=True, help="What all jobs are served by.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
-def main(tokens: int, as_json: bool) -> None:
+def main(tokens: int, method: str, as_json: bool) -> None:
     """Measure how busy stages and cores are."""
     demo_package()
-    result = trio.run(measure, tokens)
+    result = trio.run(measure, tokens, method)
     click.echo(json.dumps(result) if as_json else report(result))
 
 
-async def measure(tokens: int) -> dict[str, Any]:
+async def measure(tokens: int, method: str) -> dict[str, Any]:
     """Return what was used, without and with batching."""
     machine = describe_machine()
-    return {**machine, "uses": [asdict(await measure_batching(how, tokens)) for how in ("one", "continuous")]}
+    return {**machine, "uses": [asdict(await measure_batching(how, tokens, method)) for how in ("one", "continuous")]}
 
 
-async def measure_batching(batching: str, tokens: int) -> Use:
+async def measure_batching(batching: str, tokens: int, method: str) -> Use:
     """Start a swarm that batches in one way, run the jobs twice, and return what was used the second time."""
     with TemporaryDirectory(prefix="metaswarm-pipeline-") as folder:
         async with running_daemon(Path(folder) / "coordinator") as coordinator, trio.open_nursery() as nursery:
@@ -75,9 +78,10 @@ async def measure_batching(batching: str, tokens: int) -> Use:
                 return any(model["complete"] for model in (await coordinator.get("/swarm/models"))["models"])
 
             await until(is_complete, timeout_s=60)
-            await _run_jobs(coordinator, 4)
+            await until(partial(_is_ready, coordinator, method), timeout_s=180)
+            await _run_jobs(coordinator, 4, method)
             before_s, busy_s, began_s = await _computed_s(stages), _cpu_s([coordinator, *stages]), trio.current_time()
-            await _run_jobs(coordinator, tokens)
+            await _run_jobs(coordinator, tokens, method)
             wall_s = trio.current_time() - began_s
             after_s = await _computed_s(stages)
             busy_s = _cpu_s([coordinator, *stages]) - busy_s
@@ -90,17 +94,30 @@ async def measure_batching(batching: str, tokens: int) -> Use:
     )
 
 
-async def _run_jobs(coordinator: Daemon, tokens: int) -> None:
-    body = {"model": DEMO_MODEL, "max_tokens": tokens, "temperature": 0, "metaswarm": {"ignore_eos": True}}
+async def _is_ready(coordinator: Daemon, method: str) -> bool:
+    """Whether all stages have the method; what is asked for and missing is built once a stage is idle."""
+    answer = await _run_job(coordinator, 1, method, 0)
+    if answer.status_code == httpx.codes.SERVICE_UNAVAILABLE:
+        await trio.sleep(1)
+        return False
+    answer.raise_for_status()
+    return True
 
+
+async def _run_jobs(coordinator: Daemon, tokens: int, method: str) -> None:
     async def run_job(number: int) -> None:
-        async with httpx.AsyncClient(base_url=coordinator.ready.api_url, timeout=600) as client:
-            answer = await client.post("/v1/completions", json={**body, "prompt": f"Chapter {number} begins with"})
-        answer.raise_for_status()
+        (await _run_job(coordinator, tokens, method, number)).raise_for_status()
 
     async with trio.open_nursery() as nursery:
         for number in range(SESSIONS):
             nursery.start_soon(run_job, number)
+
+
+async def _run_job(coordinator: Daemon, tokens: int, method: str, number: int) -> httpx.Response:
+    body = {"model": DEMO_MODEL, "prompt": f"Chapter {number} begins with", "max_tokens": tokens, "temperature": 0}
+    options = {"ignore_eos": True, "method": method}
+    async with httpx.AsyncClient(base_url=coordinator.ready.api_url, timeout=600) as client:
+        return await client.post("/v1/completions", json={**body, "metaswarm": options})
 
 
 async def _computed_s(stages: list[Daemon]) -> list[float]:

@@ -29,6 +29,8 @@ from node.models.catalogue import DEMO_MODEL
 from node.storage.dataset import to_row
 from tests.support.observations import signed
 
+QUIETLY = ("--exploration", "0")
+"""What the daemons are started with: how they try methods on the one that serves is not what is measured here."""
 POLL_S = 0.02
 JOBS_AT_A_TIME = 4
 OBSERVERS = 40
@@ -65,7 +67,7 @@ async def measure(folder: Path, *, peers: int, jobs: int, rate: float, history: 
         import_s = trio.current_time() - began_s
         spread_s = await until_all_hold(daemons, jobs + history)
         began_s = trio.current_time()
-        flags = ("--bootstrap", daemons[0].ready.multiaddrs[0])
+        flags = ("--bootstrap", daemons[0].ready.multiaddrs[0], *QUIETLY)
         late = await stack.enter_async_context(running_daemon(folder / "late", *flags))
         ready_s = trio.current_time() - began_s
         late_s = ready_s + await until_all_hold([late], jobs + history)
@@ -107,10 +109,10 @@ def write_history(path: Path, count: int) -> None:
 
 async def start_swarm(stack: AsyncExitStack, folder: Path, peers: int) -> list[Daemon]:
     """Start the daemons, of which the first serves the model, and wait until each can submit a job."""
-    first = await stack.enter_async_context(running_daemon(folder / "peer-0", "--serve", DEMO_MODEL))
+    first = await stack.enter_async_context(running_daemon(folder / "peer-0", "--serve", DEMO_MODEL, *QUIETLY))
     daemons = [first]
     for number in range(1, peers):
-        flags = ("--bootstrap", first.ready.multiaddrs[0])
+        flags = ("--bootstrap", first.ready.multiaddrs[0], *QUIETLY)
         daemons.append(await stack.enter_async_context(running_daemon(folder / f"peer-{number}", *flags)))
 
     async def all_see_the_model() -> bool:
