@@ -46,7 +46,7 @@ MAX_HEARD = 1024
 RECORD_LIFETIME_S = 1800
 RECORD_REFRESH_S = 600
 RECORD_INTERVAL_S = 60
-RECORDS_ASKED_FOR = 8
+RECORDS_ASKED_FOR = 3
 RECORD_TIMEOUT_S = 5.0
 
 LEAVE_S = 3.0
@@ -55,6 +55,9 @@ LEAVE_ATTEMPTS = 3
 
 BUSY_S = 3
 """How long an initiator is sent away when too many sessions are under way, seconds."""
+
+CATCHING_UP = 1000
+"""Who gets so many observations in one session is new: what it lacks itself it does not compare with others."""
 
 SHORTEST_WAIT_S = 0.02
 """Debts below this are left to grow: a task that sleeps costs more."""
@@ -182,6 +185,7 @@ class Dissemination:
         self._interval_s = limits.shortest_interval_s
         self._hurry = trio.Event()
         self._talking_to: set[PeerId] = set()
+        self._getting: set[Initiation] = set()
         self._serving = 0
         self._promising: dict[PeerId, int] = {}
         network.join_topic(OBSERVATIONS_TOPIC, self._validate_batch)
@@ -345,11 +349,13 @@ class Dissemination:
         try:
             with trio.move_on_after(self._limits.session_timeout_s):
                 stream = await self._network.open_stream(peer, PROTOCOL_ID)
+                initiation = Initiation(stream, self._replica, self._payer_of_gets(), self._jitter)
+                outcome = initiation.outcome
+                self._getting.add(initiation)
                 try:
-                    initiation = Initiation(stream, self._replica, self._payer_of_gets(), self._jitter)
-                    outcome = initiation.outcome
                     await initiation.run()
                 finally:
+                    self._getting.discard(initiation)
                     await stream.aclose()
         except RemoteProtocolError as error:
             self._penalise(peer, standing, error)
@@ -418,7 +424,9 @@ class Dissemination:
     @contextmanager
     def _slot(self, standing: Standing) -> Iterator[bool]:
         """Hold one of the places for served sessions, if there is one and the peer may have it."""
-        free = self._serving < self._limits.served_sessions and standing.sessions.take(1, trio.current_time())
+        is_new = any(each.outcome.received >= CATCHING_UP for each in self._getting)
+        free = self._serving < self._limits.served_sessions and not is_new
+        free = free and standing.sessions.take(1, trio.current_time())
         if not free:
             self._statistics.sessions_refused += 1
             yield False
