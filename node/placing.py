@@ -16,6 +16,7 @@ import trio
 from node.jobs.planner import UNKNOWN_BLOCK_S
 from node.swarm.directory import Statement
 from node.swarm.membership import Membership
+from node.threads import Offload, in_a_thread
 from protocol.identity import BlockRange, ModelId, PeerId
 from protocol.records import Placement
 from selector.placement import (
@@ -91,6 +92,7 @@ class Placing:
         membership: Membership,
         statements: Statements,
         jitter: random.Random,
+        offload: Offload = in_a_thread,
     ) -> None:
         self._model = model
         self._block_count = block_count
@@ -98,6 +100,7 @@ class Placing:
         self._membership = membership
         self._statements = statements
         self._jitter = jitter
+        self._offload = offload
         self._planned_for: tuple[Server, ...] = ()
         self._barred_until_s: dict[BlockRange, float] = {}
 
@@ -154,7 +157,7 @@ class Placing:
         if known == self._planned_for:
             return None
         # Everybody draws the same, and so plans the same.
-        moves = await trio.to_thread.run_sync(plan_moves, self._block_count, known, random.Random(0))
+        moves = await self._offload(lambda: plan_moves(self._block_count, known, random.Random(0)))
         self._planned_for = known
         span = moves.get(self._own_peer)
         target = None if span is None else BlockRange(*span)

@@ -27,6 +27,7 @@ from node.models.manifest import Manifest
 from node.models.store import AmbiguousModelError, Package, UnknownModelError
 from node.placing import Placing, Statements, unknown_rate
 from node.swarm.membership import HEARTBEAT_INTERVAL_S, Membership
+from node.threads import Offload, in_a_thread
 from protocol.identity import BlockRange, ModelId, PeerId
 from protocol.records import Placement
 
@@ -78,6 +79,7 @@ class Serving:
         use_catalogue: bool,
         jitter: random.Random,
         start_engine: StartEngine = start_engine,
+        offload: Offload = in_a_thread,
         progress: Progress = ignore_progress,
     ) -> None:
         self._specs = tuple(dict.fromkeys(specs))
@@ -88,6 +90,7 @@ class Serving:
         self._own_peer = own_peer
         self._placings: dict[ModelId, Placing] = {}
         self._start_engine = start_engine
+        self._offload = offload
         self._progress = progress
         self._threads = threads
         self._graphs_dir = graphs_dir
@@ -160,6 +163,7 @@ class Serving:
                 membership=self._membership,
                 statements=self.statements,
                 jitter=self._jitter,
+                offload=self._offload,
             )
         said = self.statements.of(model)
         blocks = said.blocks if said else await self._choose(manifest, placing)

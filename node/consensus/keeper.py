@@ -5,9 +5,9 @@ a node that is killed at any instant never says a second thing where it may say 
 """
 
 import secrets
-from collections.abc import Awaitable, Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Final, Protocol, TypeVar
+from typing import Final, Protocol
 
 import structlog
 import trio
@@ -18,6 +18,7 @@ from node.identity import Identity
 from node.storage.consensus import Named, StoredState, StoredStatement
 from node.storage.database import StorageError
 from node.swarm.history import History
+from node.threads import Offload, in_a_thread
 from protocol.chains import StatePart, decode_state, encode_state
 from protocol.consensus import (
     MAX_COMMITTED,
@@ -50,22 +51,7 @@ LOADED_AT_A_TIME: Final = 64
 TURN_PAUSE_S: Final = 0.02
 """Between two turns, however much is heard: what comes meanwhile is taken in together."""
 
-_T = TypeVar("_T")
-
 _logger = structlog.get_logger(__name__)
-
-Offload = Callable[[Callable[[], _T]], Awaitable[_T]]
-
-
-async def in_a_thread(work: Callable[[], _T]) -> _T:
-    """Run what takes long in large swarms beside the event loop."""
-    return await trio.to_thread.run_sync(work)
-
-
-async def in_line(work: Callable[[], _T]) -> _T:
-    """Run it at once: in virtual time a thread would be overtaken by the clock."""
-    await trio.lowlevel.checkpoint()
-    return work()
 
 
 def fresh_nonce() -> bytes:
@@ -166,7 +152,7 @@ class Keeper:
         publish: Callable[[Sequence[Said]], None],
         wall_clock: Callable[[], float],
         checkpoints: Collection[Digest] = (),
-        offload: Callable[[Callable[[], list[Said]]], Awaitable[list[Said]]] = in_a_thread,
+        offload: Offload = in_a_thread,
         nonce: Callable[[], bytes] = fresh_nonce,
     ) -> None:
         """Know nothing yet.

@@ -8,7 +8,7 @@ import hashlib
 import random
 import time
 from collections import OrderedDict, deque
-from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Final
@@ -17,12 +17,13 @@ import structlog
 import trio
 
 from node.consensus.exchange import Initiation, Outcome, Response
-from node.consensus.keeper import Agreement, Keeper, Meter, Store, fresh_nonce, in_a_thread
+from node.consensus.keeper import Agreement, Keeper, Meter, Store, fresh_nonce
 from node.identity import Identity
 from node.network.interface import GossipMessage, Network, NetworkError, PeerConnected, Stream
 from node.storage.database import StorageError
 from node.swarm.history import History
 from node.swarm.standing import Allowance, Standing, Standings, TokenBucket
+from node.threads import Offload, in_a_thread
 from protocol.chains import PROTOCOL_ID
 from protocol.consensus import CONSENSUS_TOPIC, EquivocationRecord, Said, open_said
 from protocol.errors import RemoteProtocolError
@@ -108,7 +109,7 @@ class Consensus:
         jitter: random.Random,
         checkpoints: Collection[Digest] = (),
         wall_clock: Callable[[], float] = time.time,
-        offload: Callable[[Callable[[], list[Said]]], Awaitable[list[Said]]] = in_a_thread,
+        offload: Offload = in_a_thread,
         nonce: Callable[[], bytes] = fresh_nonce,
         open_envelope: Callable[[bytes], Said] = open_said,
     ) -> None:

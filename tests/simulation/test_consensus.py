@@ -9,7 +9,7 @@ from functools import lru_cache
 
 import trio
 
-from node.consensus.keeper import Agreement, Keeper, in_line
+from node.consensus.keeper import Agreement, Keeper
 from node.consensus.memory import MemoryStore
 from node.consensus.service import Consensus
 from node.identity import Identity
@@ -17,6 +17,7 @@ from node.network.interface import NetworkError
 from node.network.memory import LinkModel, MemoryNetworkHub
 from node.network.memory_network import MemoryNetwork
 from node.swarm.history import MemoryHistory
+from node.threads import in_line
 from protocol.consensus import CommitRecord, SignatureRecord, open_said, say
 from protocol.identity import ModelId
 from selector.consensus.clock import EpochClock

@@ -8,10 +8,11 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from node.consensus import minutes
 from node.consensus.exchange import MAX_ROUNDS, Response
-from node.consensus.keeper import Keeper, in_line
+from node.consensus.keeper import Keeper
 from node.consensus.memory import MemoryStore
 from node.identity import Identity
 from node.swarm.history import MemoryHistory
+from node.threads import in_line
 from protocol.chains import PROTOCOL_ID, Ask, ChainConnection, Rest
 from protocol.consensus import Said, SignatureRecord, StatementRecord, say
 from protocol.errors import RemoteProtocolError

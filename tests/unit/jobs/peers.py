@@ -30,6 +30,7 @@ from node.serving import Serving
 from node.swarm.links import LinkEstimates
 from node.swarm.membership import Membership
 from node.swarm.records import RecordKinds
+from node.threads import in_line
 from protocol.identity import BlockRange, JobId, ModelId, PeerId, SessionId
 from protocol.messages import Open, Sampling, Slice, Step
 from protocol.tensors import tensor_from_tokens
@@ -244,6 +245,7 @@ class Swarm:
             use_catalogue=False,
             jitter=self._rng,
             start_engine=start_engine,
+            offload=in_line,
         )
         await self._nursery.start(serving.run)
         return peer

@@ -7,7 +7,7 @@ says which cure that is.
 import gc
 import threading
 from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 
 import pytest
 import trio
@@ -311,9 +311,11 @@ async def test_library_leaves_a_thread_behind_for_every_host() -> None:
 async def test_library_lets_one_peer_occupy_its_dht() -> None:
     with limited():
         async with library_host(1) as a, library_host(2) as b, library_host(3) as c, library_dhts(a, b, c):
-            for _ in range(12):
-                stream = await b.new_stream(a.get_id(), [DHT_PROTOCOL])
-                await stream.write(b"\x80")
+            # The library itself may still be asking when the last of them are opened: then these are refused, too.
+            with suppress(StreamError, StreamFailure):
+                for _ in range(12):
+                    stream = await b.new_stream(a.get_id(), [DHT_PROTOCOL])
+                    await stream.write(b"\x80")
             with pytest.raises((StreamError, StreamFailure)):
                 await _ping_dht(c, a.get_id())
 

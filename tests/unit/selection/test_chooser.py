@@ -1,7 +1,7 @@
 """What trials cost is spent whatever comes of them, and what they could not have is left alone."""
 
 import random
-from pathlib import Path
+from collections.abc import Mapping
 
 import trio
 from trio.testing import MockClock
@@ -9,8 +9,7 @@ from trio.testing import MockClock
 from node.jobs.interface import JobError, JobErrorCode
 from node.selection.chooser import ALLOWANCE_S, LearnedChooser, TrialNeed, TrialResult
 from node.selection.opinions import Opinions
-from node.storage.database import open_database
-from node.storage.standings import StandingStore
+from node.storage.standings import Standings
 from protocol.identity import ModelId
 from selector.task import BASELINE, TaskContext, method
 
@@ -33,27 +32,32 @@ class Prober:
         return TrialResult({FUSED.name: [-1.0] * 3})
 
 
-async def test_what_trials_found_outlives_the_process_and_not_the_software(
-    tmp_path: Path, autojump_clock: MockClock
-) -> None:
+class Kept:
+    """A memory that outlives a process."""
+
+    def __init__(self) -> None:
+        self.kinds: dict[str, Standings] = {}
+
+    async def keep(self, kind: str, standings: Standings) -> None:
+        self.kinds[kind] = standings
+
+    async def recall(self) -> Mapping[str, Standings]:
+        return self.kinds
+
+
+async def test_a_node_that_starts_again_goes_on_with_what_it_had_adopted(autojump_clock: MockClock) -> None:
+    kept = Kept()
+    await hold(LearnedChooser(Opinions(), random.Random(1), memory=kept), Prober(fails=False))
+    again = LearnedChooser(Opinions(), random.Random(1), memory=kept)
+    with trio.move_on_after(1):
+        await again.run(Prober(fails=True), lambda: False)
     names = [each.name for each in NEED.methods]
-
-    async def in_use(software: str) -> tuple[str, list[str]]:
-        """Return what a node that starts now uses, and what it would try."""
-        async with open_database(tmp_path / "db") as database:
-            chooser = LearnedChooser(Opinions(), random.Random(1), memory=StandingStore(database, software))
-            with trio.move_on_after(1):
-                await chooser.run(Prober(fails=True), lambda: False)
-            expected = {BASELINE.name: 0.0, FUSED.name: -0.9, CHUNKED.name: -9.0}
-            sure = dict.fromkeys(names, 0.01)
-            tried = chooser.adoption.candidates("kind", names, BASELINE.name, expected, sure, trio.current_time())
-            return chooser.adoption.in_use("kind", names, BASELINE.name), tried
-
-    async with open_database(tmp_path / "db") as database:
-        chooser = LearnedChooser(Opinions(), random.Random(1), memory=StandingStore(database, "1"))
-        await hold(chooser, Prober(fails=False))
-    assert await in_use("1") == (FUSED.name, [CHUNKED.name])
-    assert (await in_use("2"))[0] == BASELINE.name
+    expected = {BASELINE.name: 0.0, FUSED.name: -0.9, CHUNKED.name: -9.0}
+    sure = dict.fromkeys(names, 0.01)
+    assert again.adoption.in_use("kind", names, BASELINE.name) == FUSED.name
+    assert again.adoption.candidates("kind", names, BASELINE.name, expected, sure, trio.current_time()) == [
+        CHUNKED.name
+    ]
 
 
 async def hold(chooser: LearnedChooser, prober: Prober) -> None:
