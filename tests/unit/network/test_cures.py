@@ -44,7 +44,10 @@ from .hosts import (
 )
 
 # Some of these strangers are hosts of the library, which leave their sockets to the garbage collector.
-pytestmark = pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning"),
+    pytest.mark.usefixtures("leaks_stay_here"),
+]
 
 
 @pytest.fixture(autouse=True)

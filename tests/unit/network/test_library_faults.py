@@ -49,7 +49,10 @@ from .hosts import (
 )
 
 # The library's hosts leave their sockets to the garbage collector.
-pytestmark = pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning"),
+    pytest.mark.usefixtures("leaks_stay_here"),
+]
 
 
 @pytest.fixture(autouse=True)
