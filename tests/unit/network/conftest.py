@@ -1,8 +1,7 @@
 """Both networks, made the same way: what holds for one must hold for the other."""
 
-import gc
 import random
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractContextManager, AsyncExitStack, asynccontextmanager
 from typing import Any
 
@@ -50,13 +49,6 @@ class Workbench:
 @pytest.fixture(params=["libp2p", "memory"])
 def bench(request: pytest.FixtureRequest) -> Workbench:
     return Workbench(request.param)
-
-
-@pytest.fixture(scope="module")
-def leaks_stay_here() -> Iterator[None]:
-    """Find the sockets that the library's own hosts leave open before they are found in somebody else's test."""
-    yield
-    gc.collect()
 
 
 async def echo(stream: Stream) -> None:

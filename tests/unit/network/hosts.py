@@ -1,6 +1,8 @@
 """Hosts for the tests of the cures: ours, and the library's own with its defaults."""
 
+import gc
 import random
+import socket
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager, suppress
 from typing import Any
@@ -95,6 +97,13 @@ async def silent_port() -> AsyncIterator[int]:
     (listener,) = await trio.open_tcp_listeners(0, host="127.0.0.1")
     async with listener:
         yield listener.socket.getsockname()[1]
+
+
+def close_every_socket() -> None:
+    """Close what the library's hosts leave to the garbage collector, which would find it in somebody else's test."""
+    for each in gc.get_objects():
+        if isinstance(each, socket.socket):
+            each.close()
 
 
 def address_of(host: IHost) -> str:

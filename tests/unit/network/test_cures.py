@@ -1,6 +1,5 @@
 """What strangers may do to our host without harming it: the cures for the faults shown in test_library_faults.py."""
 
-import gc
 import select
 import threading
 from collections.abc import Callable, Iterator
@@ -35,6 +34,7 @@ from .hosts import (
     TOPIC,
     FragileService,
     assert_serves,
+    close_every_socket,
     join,
     library_host,
     our_host,
@@ -44,16 +44,13 @@ from .hosts import (
 )
 
 # Some of these strangers are hosts of the library, which leave their sockets to the garbage collector.
-pytestmark = [
-    pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning"),
-    pytest.mark.usefixtures("leaks_stay_here"),
-]
+pytestmark = pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")
 
 
 @pytest.fixture(autouse=True)
-def _collect() -> Iterator[None]:
+def _close_what_the_library_leaves_open() -> Iterator[None]:
     yield
-    gc.collect()
+    close_every_socket()
 
 
 # Garbage and defects

@@ -4,7 +4,6 @@ When an upgrade of the library makes a test here fail, the fault is mended and i
 says which cure that is.
 """
 
-import gc
 import threading
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, suppress
@@ -40,6 +39,7 @@ from .hosts import (
     Crashed,
     FragileService,
     address_of,
+    close_every_socket,
     join,
     library_host,
     library_pubsub,
@@ -49,16 +49,13 @@ from .hosts import (
 )
 
 # The library's hosts leave their sockets to the garbage collector.
-pytestmark = [
-    pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning"),
-    pytest.mark.usefixtures("leaks_stay_here"),
-]
+pytestmark = pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")
 
 
 @pytest.fixture(autouse=True)
-def _collect() -> Iterator[None]:
+def _close_what_the_library_leaves_open() -> Iterator[None]:
     yield
-    gc.collect()
+    close_every_socket()
 
 
 async def test_library_dies_of_garbage_on_its_gossip_protocol() -> None:
