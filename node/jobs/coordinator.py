@@ -7,9 +7,9 @@ greedy decoding is deterministic and sampling is keyed by position, the text goe
 import random
 import secrets
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Collection, Mapping, Sequence
 from contextlib import aclosing, asynccontextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from itertools import count
 from typing import Any, Protocol
 
@@ -29,36 +29,31 @@ from node.jobs.choosing import (
 from node.jobs.interface import (
     AUTO,
     Agreed,
-    Consensus,
     JobError,
     JobErrorCode,
     JobEvent,
     JobRequest,
     JobResult,
     JobStarted,
-    MethodChoice,
     Outcome,
-    RouteStage,
     TextDelta,
-    Timing,
-    Usage,
     Vote,
 )
-from node.jobs.patience import Patience
-from node.jobs.planner import Finder, Planner, RouteNeed
-from node.jobs.prefix import RecentPrefixes, Turn, page_hashes
+from node.jobs.job import Job
+from node.jobs.planner import Finder, Planner
+from node.jobs.prefix import RecentPrefixes, page_hashes
 from node.jobs.recorder import Recorder, ServedJob
 from node.jobs.requests import prompt_tokens, sampling_of
+from node.jobs.result import result_of, served_of
 from node.jobs.route import Drawn, Opening, OpenRoute, Rejection, RouteLost, RouteRejected, Stop
 from node.jobs.switchboard import Switchboard
 from node.models.errors import ModelError
 from node.models.library import KnownModel
 from node.models.tokenizer import StopFinder, StreamDecoder
-from protocol.identity import BlockRange, JobId, ModelId, PeerId, SessionId
-from protocol.measurements import StageObservation
-from protocol.messages import Closed, FinishReason, Opened, RefusalReason, Sampling
-from selector.routing import Demand, Links, NoRouteError
-from selector.task import Method, TaskContext
+from protocol.identity import BlockRange, JobId, ModelId, PeerId
+from protocol.messages import FinishReason, RefusalReason
+from selector.routing import Links, NoRouteError
+from selector.task import TaskContext
 
 MAX_ATTEMPTS = 5
 """Routes tried for a new job; also routes that a job under way may lose one after another without a token."""
@@ -84,9 +79,6 @@ SHORT_PROMPT_CHARACTERS = 4096
 
 LEADER_PATIENCE_S = 30.0
 """How long a job waits at most for another to compute what both prompts begin with."""
-
-RETRY_AFTER_S = 2.0
-"""What a client is told to wait where blocks are not served or peers are full."""
 
 _logger = structlog.get_logger(__name__)
 
@@ -119,78 +111,6 @@ class Considered:
     votes: tuple[Vote, ...]
     agreed: str
     choice: Choice
-
-
-@dataclass(slots=True)
-class _Job:
-    """A job under way."""
-
-    id: JobId
-    request: JobRequest
-    model: KnownModel
-    prompt: tuple[int, ...]
-    sampling: Sampling
-    admitted: list[Method]
-    began_s: float
-    on_served: Callable[[ServedJob], None] | None = None
-    """Who is told instead of the recorder when the job is done."""
-    prefix: bytes = b""
-    turn: Turn = field(default_factory=lambda: Turn((), None))
-    shared_prefix_share: float = 0.0
-    context: TaskContext = field(default_factory=TaskContext)
-    """As described for the first route that opened; and what was chosen from for it."""
-    choice: Choice | None = None
-    told: Mapping[str, Any] = field(default_factory=dict)
-    """Of the context, what is taken as told and not as it is."""
-    method: Method | None = None
-    """What the votes came to; kept on every later route that can."""
-    cached_tokens: int = 0
-    tokens: list[int] = field(default_factory=list)
-    first_token_s: float = 0.0
-    replays: int = 0
-    fruitless: int = 0
-    """Routes that were lost since the last token."""
-    rounds: int = 0
-    """Rounds of the routes before this one."""
-    avoided: dict[PeerId, Rejection] = field(default_factory=dict)
-    bound: set[PeerId] = field(default_factory=set)
-    """Peers that would like to go, and were asked for."""
-    stops: list[Stop] = field(default_factory=list)
-    """Of the last route that was open, also of one that was lost."""
-    route: OpenRoute | None = None
-    former: list[OpenRoute] = field(default_factory=list)
-    """Routes before this one, not closed yet: what their stages hold may be continued."""
-    held: dict[Stop, SessionId] = field(default_factory=dict)
-    """The newest session of the job at each stage that is thought to hold one."""
-    accepted: bool = False
-    """A route was open once."""
-    patience: Patience = field(default_factory=Patience)
-
-    def need(self) -> RouteNeed:
-        """Return what is needed of a route for what is left of the job."""
-        rows = len(self.prompt) + len(self.tokens)
-        new_tokens = self.sampling.max_tokens - len(self.tokens)
-        demand = Demand(
-            block_count=self.model.block_count,
-            prompt_rows=rows,
-            new_tokens=new_tokens,
-            row_bytes=4 * self.model.hidden_size,
-        )
-        return RouteNeed(model=self.model.id, demand=demand)
-
-    def set_aside(self) -> None:
-        """Take the route for a former one, whose stages are to be continued as far as they are there."""
-        if self.route is None:
-            return
-        holding = self.route.held()
-        for stop, answer in zip(self.route.stops, self.route.answers, strict=True):
-            if stop in holding:
-                self.held[stop] = holding[stop]
-            elif answer is not None:
-                self.held.pop(stop, None)
-        self.rounds += self.route.rounds
-        self.former.append(self.route)
-        self.route = None
 
 
 class Coordinator:
@@ -259,7 +179,7 @@ class Coordinator:
             raise JobError(JobErrorCode.LEAVING, "this node is about to leave; submit at another peer")
         self._count(running=1)
         outcome = "cancelled"
-        job: _Job | None = None
+        job: Job | None = None
         try:
             job = await self._prepare(request)
             job.on_served = on_served
@@ -275,7 +195,7 @@ class Coordinator:
             if job is not None:
                 self._recent.end_turn(job.turn)
                 job.set_aside()
-                await _close_former(job)
+                await job.close_former()
             self._count(running=-1, **{outcome: 1})
 
     async def consider(self, request: JobRequest, told: Mapping[str, Any]) -> Considered:
@@ -289,7 +209,7 @@ class Coordinator:
         try:
             stops = await self._planner.route(job.need(), ())
         except NoRouteError as error:
-            raise _no_route(job, error) from None
+            raise job.no_route(error) from None
         route = OpenRoute(stops, self._switchboard, await self._opening(job, stops))
         try:
             with trio.fail_after(STALL_LIMIT_S):
@@ -297,7 +217,7 @@ class Coordinator:
                 method, ballots = route.agree()
         except RouteRejected as rejected:
             job.avoided.update({rejection.peer: rejection for rejection in rejected.rejections})
-            raise _no_route(job, NoRouteError(())) from None
+            raise job.no_route(NoRouteError(())) from None
         except trio.TooSlowError:
             raise JobError(JobErrorCode.FAILED, f"the stages did not vote within {STALL_LIMIT_S:.0f} s") from None
         finally:
@@ -326,7 +246,7 @@ class Coordinator:
         elif self._idle.is_set():
             self._idle = trio.Event()
 
-    async def _prepare(self, request: JobRequest) -> _Job:
+    async def _prepare(self, request: JobRequest) -> Job:
         """Turn a request into a job: model, token ids and sampling, all within the model's limits."""
         began_s = trio.current_time()
         model = await self.model(request.model)
@@ -336,19 +256,19 @@ class Coordinator:
             prompt = prompt_tokens(request, model)
         sampling = sampling_of(request, model, len(prompt))
         admitted = admitted_methods(request, model, self._ledger)
-        job = _Job(JobId(secrets.token_hex(16)), request, model, prompt, sampling, admitted, began_s)
+        job = Job(JobId(secrets.token_hex(16)), request, model, prompt, sampling, admitted, began_s)
         job.prefix = page_hashes(prompt, self._salt)
         job.turn = self._recent.take_turn(job.prefix, len(prompt))
         job.shared_prefix_share = self._recent.meet(job.prefix, len(prompt))
         return job
 
-    async def _await_leader(self, job: _Job) -> None:
+    async def _await_leader(self, job: Job) -> None:
         """Wait while another job computes most of this one's prompt: then it is found cached, and computed once."""
         if job.turn.leader is not None and any(method.prefix_cache for method in job.admitted):
             with trio.move_on_after(LEADER_PATIENCE_S):
                 await job.turn.leader.over.wait()
 
-    async def _open_route(self, job: _Job) -> None:
+    async def _open_route(self, job: Job) -> None:
         """Open a route for what is left of a job and send the tokens so far; try others where stages do not open.
 
         Stages that hold what they have calculated for the job go on with it; the routes before are closed when that is
@@ -365,7 +285,7 @@ class Coordinator:
                 stops = await self._planner.route(job.need(), job.avoided, like=job.stops, held=job.held)
             except NoRouteError as error:
                 if not is_patient:
-                    raise _no_route(job, error) from None
+                    raise job.no_route(error) from None
                 job.avoided.clear()
                 continue
             if await self._try_route(job, stops):
@@ -373,11 +293,11 @@ class Coordinator:
                 break
             job.set_aside()
             if not is_patient and attempt + 1 >= MAX_ATTEMPTS:
-                raise _no_route(job, NoRouteError(()))
+                raise job.no_route(NoRouteError(()))
         job.accepted = True
-        await _close_former(job)
+        await job.close_former()
 
-    async def _try_route(self, job: _Job, stops: list[Stop]) -> bool:
+    async def _try_route(self, job: Job, stops: list[Stop]) -> bool:
         """Open a route and send the tokens so far; say whether that went well. If not, it is known whom to avoid."""
         job.route = route = OpenRoute(stops, self._switchboard, await self._opening(job, stops), job.held)
         tokens = [*job.prompt, *job.tokens]
@@ -401,7 +321,7 @@ class Coordinator:
             return True
         return False
 
-    async def _opening(self, job: _Job, stops: Sequence[Stop]) -> Opening:
+    async def _opening(self, job: Job, stops: Sequence[Stop]) -> Opening:
         """Return what the stages are asked for: methods in our order of preference, and the task they vote about."""
         left = job.sampling.max_tokens - len(job.tokens)
         context = describe(
@@ -441,14 +361,14 @@ class Coordinator:
             agreed=self._agreed(job.model.id),
         )
 
-    def _avoid(self, job: _Job, rejection: Rejection) -> None:
+    def _avoid(self, job: Job, rejection: Rejection) -> None:
         """Keep a job away from a peer; one that cannot be reached is taken for dead until it is heard again."""
         _logger.info("stage not available", job=job.id, peer=rejection.peer, reason=rejection.message)
         job.avoided[rejection.peer] = rejection
         if rejection.reason is None:
             self._planner.failed(rejection.peer, dead=True)
 
-    def _blame(self, job: _Job, route: OpenRoute, lost: RouteLost) -> None:
+    def _blame(self, job: Job, route: OpenRoute, lost: RouteLost) -> None:
         """Go on without whom a stage blames if it is on the route, else without itself: nobody may slander outsiders.
 
         Taken for dead is only whom we cannot reach ourselves: an engine that failed will be back, and of two peers that
@@ -461,7 +381,7 @@ class Coordinator:
         job.set_aside()
         job.held = {stop: session for stop, session in job.held.items() if stop.peer != culprit}
 
-    async def _events(self, job: _Job) -> AsyncGenerator[JobEvent, None]:
+    async def _events(self, job: Job) -> AsyncGenerator[JobEvent, None]:
         """Yield the job's events; at the end the route is closed and `job.route` None."""
         yield JobStarted(
             job_id=job.id,
@@ -493,7 +413,7 @@ class Coordinator:
         ended_s = trio.current_time()
         yield await self._finish(job, "".join(text), finish, ended_s)
 
-    async def _next_token(self, job: _Job) -> Drawn:
+    async def _next_token(self, job: Job) -> Drawn:
         """Wait for the next token; where a stage is lost, or would like to go, take another route first."""
         while True:
             route = job.route
@@ -515,7 +435,7 @@ class Coordinator:
                 self._blame(job, route, lost)
                 await self._open_route(job)
 
-    async def _hand_over(self, job: _Job, leaving: Collection[PeerId]) -> None:
+    async def _hand_over(self, job: Job, leaving: Collection[PeerId]) -> None:
         """Let others take the places of peers that would like to go, if there are any."""
         job.bound.update(leaving)
         without = {*job.avoided, *leaving}
@@ -530,7 +450,7 @@ class Coordinator:
             job.avoided[peer] = Rejection(peer, RefusalReason.LEAVING, "is about to leave")
         await self._open_route(job)
 
-    async def _patient_token(self, job: _Job, route: OpenRoute) -> Drawn:
+    async def _patient_token(self, job: Job, route: OpenRoute) -> Drawn:
         """Wait for the next token; while it is late, see that no stage has fallen silent."""
         asked_s = trio.current_time()
         while True:
@@ -540,132 +460,26 @@ class Coordinator:
                 return drawn
             await route.probe(PROBE_TIMEOUT_S)
 
-    async def _finish(self, job: _Job, text: str, finish: FinishReason, ended_s: float) -> JobResult:
+    async def _finish(self, job: Job, text: str, finish: FinishReason, ended_s: float) -> JobResult:
         route = job.route
         if route is None:
             raise AssertionError("a job that ends has a route")
         closed = await route.close()
         job.route = None
         self._planner.served(stop.peer for stop in route.stops)
-        method = route.method
-        if method is None:
-            raise AssertionError("a job that ends has begun")
-        token_count = len(job.tokens)
-        agreed = route.opening.agreed
-        votes = tuple(
-            Vote(peer=stop.peer, scores=dict(answer.votes))
-            for stop, answer in zip(route.stops, route.answers, strict=True)
-            if answer is not None and answer.votes
-        )
-        result = JobResult(
-            job_id=job.id,
-            model=job.model.id,
-            model_name=job.model.name,
-            text=text,
-            token_ids=tuple(job.tokens),
-            finish_reason=finish,
-            usage=Usage(
-                prompt_tokens=len(job.prompt),
-                completion_tokens=token_count,
-                cached_tokens=job.cached_tokens,
-                accepted_draft_tokens=max(0, token_count - job.rounds - route.rounds),
-            ),
-            timing=Timing(
-                ttft_s=job.first_token_s - job.began_s,
-                tpot_s=(ended_s - job.first_token_s) / (token_count - 1) if token_count > 1 else 0.0,
-                total_s=ended_s - job.began_s,
-            ),
-            route=tuple(map(_stage_of, route.stops, closed)),
-            method=MethodChoice(
-                name=method.name, switches=dict(method.switches), stage_policy=_stage_policy(route.answers)
-            ),
-            consensus=Consensus(
-                votes=votes,
-                agreed=method.name,
-                weighed=route.weighs(),
-                epoch=agreed.epoch if agreed else None,
-                table_digest=agreed.table_digest.hex() if agreed else None,
-            ),
-            replays=job.replays,
-        )
+        result = result_of(job, route, closed, text, finish, ended_s)
         if job.choice is not None:
             outcome = Outcome(
                 job_id=job.id,
-                method=method.name,
-                completion_tokens=token_count,
+                method=result.method.name,
+                completion_tokens=len(job.tokens),
                 total_s=result.timing.total_s,
                 replays=job.replays,
             )
             result = replace(result, selection=self._chooser.served(job.choice, outcome))
-        served = ServedJob(
-            result=result,
-            request=job.request,
-            manifest=job.model.manifest,
-            job=route.job,
-            route=tuple(map(_observed, route.stops, closed)),
-            concurrency=max((answer.load.sessions for answer in route.answers if answer), default=1),
-            shared_prefix_share=job.shared_prefix_share,
-            repetitiveness=job.context.repetitiveness,
-            link_s=job.context.link_s,
-        )
+        served = served_of(job, route, closed, result)
         if job.on_served is not None:
             job.on_served(served)
         elif self._recorder is not None:
             await self._recorder.record(served)
         return result
-
-
-async def _close_former(job: _Job) -> None:
-    """Close the routes before the one in force; what has been continued of them is over already."""
-    former, job.former = job.former, []
-    async with trio.open_nursery() as nursery:
-        for route in former:
-            nursery.start_soon(route.close)
-
-
-def _observed(stop: Stop, closed: Closed) -> StageObservation:
-    return StageObservation(
-        peer=stop.peer,
-        blocks=stop.blocks,
-        hardware=closed.hardware,
-        statistics=closed.statistics,
-        countersignature=closed.countersignature,
-    )
-
-
-def _stage_of(stop: Stop, closed: Closed) -> RouteStage:
-    statistics = closed.statistics
-    return RouteStage(peer=stop.peer, blocks=stop.blocks, compute_s=statistics.compute_s, queue_s=statistics.queue_s)
-
-
-def _stage_policy(answers: Iterable[Opened | None]) -> dict[str, str]:
-    """Return the stages' own switches; where they differ, all values there are, joined by "+"."""
-    values: dict[str, set[str]] = {}
-    for answer in answers:
-        for switch, value in (answer.policy if answer else {}).items():
-            values.setdefault(switch, set()).add(value)
-    return {switch: "+".join(sorted(found)) for switch, found in values.items()}
-
-
-def _no_route(job: _Job, error: NoRouteError) -> JobError:
-    """Say why no route was found: blocks that nobody serves, or peers that would not or could not take the job."""
-    if job.avoided:
-        reasons = "; ".join(f"{r.peer}: {r.message}" for r in job.avoided.values())
-        if any(rejection.reason is RefusalReason.FULL for rejection in job.avoided.values()):
-            message = f"the peers that serve {job.model.name} have no room now ({reasons}); try again later"
-            return JobError(JobErrorCode.FULL, message, retry_after_s=RETRY_AFTER_S)
-        if any(rejection.reason is RefusalReason.NOT_READY for rejection in job.avoided.values()):
-            names = " or ".join(method.name for method in job.admitted)
-            message = f"{names} is not ready on the peers that serve {job.model.name} ({reasons}); try again later"
-            return JobError(JobErrorCode.UNCOVERED, message, retry_after_s=RETRY_AFTER_S)
-        missing = _ranges(error) or "some blocks"
-        message = f"no peer is left to serve {missing} of {job.model.name} ({reasons})"
-        return JobError(JobErrorCode.UNCOVERED, message, retry_after_s=RETRY_AFTER_S)
-    message = f"no peer serves {_ranges(error)} of {job.model.name}; a node started with --serve would"
-    return JobError(JobErrorCode.UNCOVERED, message, retry_after_s=RETRY_AFTER_S)
-
-
-def _ranges(error: NoRouteError) -> str:
-    if not error.missing:
-        return ""
-    return "blocks " + ", ".join(f"{start}-{end}" for start, end in error.missing)
