@@ -246,9 +246,9 @@ class JobConnection:
         transition = self._next_session_state(session, type(message), direction)
         if session not in self._sessions and transition.next is not SessionState.IDLE:
             self._check_room(1, direction)
-        outstanding = 0
+        outstanding = self._outstanding_bytes(session) if transition.next in _ACCOUNTED else 0
         if isinstance(message, Credit) and not transition.quiet:
-            outstanding = self._outstanding_bytes(session) - message.consumed_bytes
+            outstanding -= message.consumed_bytes
             if outstanding < 0:
                 raise _fault(direction, f"credit for {message.consumed_bytes} bytes is {-outstanding} too much")
         over = transition.next is SessionState.LENT and outstanding == 0

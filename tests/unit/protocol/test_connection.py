@@ -27,6 +27,7 @@ from tests.unit.protocol.job_streams import (
     open_message,
     opened,
     refused,
+    reroute,
     rows,
     session_id,
     step_message,
@@ -276,6 +277,17 @@ def test_nobody_credits_what_was_not_sent(is_open: bool) -> None:
     assert carry(responder, initiator, credit(1)) == [credit(1)]
     with pytest.raises(RemoteProtocolError, match="too much"):
         initiator.receive_data(wire(credit(2)))
+
+
+def test_rows_that_were_sent_count_when_another_route_is_asked_for() -> None:
+    initiator, responder = greeted_pair()
+    carry(initiator, responder, open_message())
+    carry(responder, initiator, opened())
+    carry(initiator, responder, begin(), rows(2))
+    carry(responder, initiator, reroute())
+    assert initiator.sendable_bytes(SESSION) == WINDOW - 2 * ROW_BYTES
+    assert carry(responder, initiator, credit(2)) == [credit(2)]
+    assert initiator.sendable_bytes(SESSION) == WINDOW
 
 
 # Sessions that somebody else opened
