@@ -125,16 +125,27 @@ async def start_swarm(stack: AsyncExitStack, folder: Path, peers: int) -> list[D
 
 async def spread_jobs(daemons: Sequence[Daemon], jobs: int, rate: float) -> list[list[float]]:
     """Submit jobs; return for each observation after how many seconds each daemon but the first to have it had it."""
-    seen: dict[bytes, list[float]] = {}
+    seen: dict[bytes, dict[int, float]] = {}
     async with watching(daemons) as tails, trio.open_nursery() as nursery:
         nursery.start_soon(submit_jobs, daemons, jobs, rate)
-        with trio.fail_after(jobs / rate + TIMEOUT_S):
+        with trio.move_on_after(jobs / rate + TIMEOUT_S) as limit:
             while len(seen) < jobs or any(len(times) < len(daemons) for times in seen.values()):
-                for tail in tails:
+                for number, tail in enumerate(tails):
                     for content_id in tail.new():
-                        seen.setdefault(content_id, []).append(trio.current_time())
+                        seen.setdefault(content_id, {})[number] = trio.current_time()
                 await trio.sleep(POLL_S)
-    return [[at_s - first_s for at_s in rest] for first_s, *rest in seen.values()]
+        if limit.cancelled_caught:
+            raise click.ClickException(what_is_missing(seen, jobs, len(daemons)))
+    return [[at_s - first_s for at_s in rest] for first_s, *rest in (sorted(times.values()) for times in seen.values())]
+
+
+def what_is_missing(seen: Mapping[bytes, Mapping[int, float]], jobs: int, peers: int) -> str:
+    """Say how many observations there are and which of them are not everywhere."""
+    lines = [f"{jobs} jobs left {len(seen)} observations"]
+    for content_id, times in seen.items():
+        if absent := sorted(set(range(peers)) - set(times)):
+            lines.append(f"{content_id.hex()} of daemon {min(times, key=times.__getitem__)} is not at {absent}")
+    return "\n".join(lines)
 
 
 async def submit_jobs(daemons: Sequence[Daemon], jobs: int, rate: float) -> None:
