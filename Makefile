@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 NPM := $(shell command -v npm)
 NPM_STAMP := tests/interop/node_modules/.package-lock.json
 
-.PHONY: help install interop demo test coverage soak lint format bench clean
+.PHONY: help install interop demo test gpu coverage soak lint format bench clean
 .DEFAULT_GOAL := help
 
 help: ## Say what the targets do.
@@ -35,6 +35,11 @@ demo: $(STAMP) ## Three local peers hold a third of a model each and answer a qu
 
 test: $(STAMP) interop ## Everything that needs no GPU, half an hour on two cores.
 	$(BIN)/python -m pytest -m 'not soak'
+
+# Where there is a GPU that torch can use. METASWARM_TEST_DEVICE names another: cuda:1, mps.
+gpu: export METASWARM_TEST_DEVICE ?= cuda
+gpu: $(STAMP) ## The tests of the engine, computed on a GPU.
+	$(BIN)/python -m pytest tests/unit/engine
 
 coverage: $(STAMP) interop ## The same, and which lines it did not reach.
 	$(BIN)/coverage run -m pytest -m 'not soak'

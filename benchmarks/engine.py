@@ -1,6 +1,7 @@
 """Measures the engine alone, in one process: our variants beside other engines with the same model, taken in turn.
 
     python -m benchmarks.engine [--json] [--rounds N] [--tokens N] [--variant ENGINE/ARITHMETIC]... [--no-rivals]
+                                [--model MODEL_OR_DIR] [--device cpu|cuda]
 
 Prefill of 512 tokens, then decoding at batch 1 and 8. `bound`: how fast decoding at batch 1 could be if reading the
 weights, at the rate that this process reads memory, were all there is to it. `beside`: the best of ours over the best
@@ -18,14 +19,15 @@ from typing import Any
 
 import torch
 
-from benchmarks.common import demo_package
 from benchmarks.rivals import Generate, NotInstalledError, rivals
 from node.engine.admission import KvPages
 from node.engine.client import physical_cores, source_from_package
 from node.engine.interface import EngineError, SessionOptions, SliceInput, Variant
 from node.engine.shard import Shard
 from node.engine.source import EngineOptions
-from node.models.store import Package
+from node.models.catalogue import DEMO_MODEL
+from node.models.importer import import_model
+from node.models.store import ModelStore, Package
 from protocol.identity import BlockRange, JobId, SessionId
 from protocol.messages import Sampling
 from protocol.tensors import tensor_from_tokens, tokens_from_tensor
@@ -36,6 +38,7 @@ BATCHES = (1, 8)
 ELEMENT_BYTES = {"fp32": 4.0, "bf16": 2.0, "int8": 1.0, "w8a8": 1.0, "int4": 0.5}
 READ_BYTES = 256 << 20
 VARIANTS = ("eager/fp32", "fused/fp32", "onnxruntime/fp32", "fused/int8", "onnxruntime/int8")
+GPU_VARIANTS = ("eager/fp32", "fused/fp32", "fused/bf16", "fused/int8")
 QUIET = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "0"}
 """What our workers run under, too: OpenMP's threads do not spin, which would slow whoever else computes."""
 
@@ -49,24 +52,28 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--tokens", type=int, default=24, help="decoded in each round")
     parser.add_argument("--variant", action="append", help="one to measure; by default those that pay without AVX-512")
+    parser.add_argument("--model", default=DEMO_MODEL, help="another than the demo model, or a folder to import")
+    parser.add_argument("--device", default="cpu", help="what computes, by torch's name")
     parser.add_argument("--no-rivals", action="store_true", help="measure ours alone")
     options = parser.parse_args()
     if not QUIET.items() <= os.environ.items():  # OpenMP reads them when it is loaded, which it is by now
         command = [sys.executable, "-m", "benchmarks.engine", *sys.argv[1:]]
         os.execve(sys.executable, command, os.environ | QUIET)
     torch.set_num_threads(physical_cores())
-    package = demo_package()
-    shard = _shard(package)
-    ours = _ours_all(shard, options.variant or VARIANTS, options.tokens)
+    device = torch.device(options.device)
+    package = import_model(options.model, ModelStore())
+    shard = _shard(package, options.device)
+    variants = options.variant or (VARIANTS if device.type == "cpu" else GPU_VARIANTS)
+    ours = _ours_all(shard, variants, options.tokens)
     others: dict[str, Callable[[], Measured]] = {}
     missing: dict[str, str] = {}
-    for name, rival in () if options.no_rivals else rivals(package, physical_cores()):
+    for name, rival in () if options.no_rivals else rivals(package, physical_cores(), device):
         if isinstance(rival, NotInstalledError):
             missing[name] = str(rival)
         else:
             others[name] = _rival(rival, options.tokens)
     milliseconds = _medians(ours | others, options.rounds)
-    read_bytes_per_s = _read_bytes_per_s()
+    read_bytes_per_s = _read_bytes_per_s(device)
     for name, row in milliseconds.items():
         row["bound_ms"] = shard.info.weight_bytes / 4 * ELEMENT_BYTES[name.partition("/")[2]] / read_bytes_per_s * 1e3
     report = {
@@ -131,9 +138,9 @@ def _show(report: dict[str, Any]) -> None:
         print(f"{name}: not measured: {why}")
 
 
-def _shard(package: Package) -> Shard:
+def _shard(package: Package, device: str) -> Shard:
     blocks = BlockRange(0, package.manifest.block_count)
-    return Shard(source_from_package(package, blocks), blocks, EngineOptions(kv_positions=8192))
+    return Shard(source_from_package(package, blocks), blocks, EngineOptions(kv_positions=8192, device=device))
 
 
 def _ours_all(shard: Shard, names: Iterable[str], count: int) -> dict[str, Callable[[], Measured]]:
@@ -198,12 +205,12 @@ def _text(length: int, seed: int) -> list[int]:
     return [(seed * 7919 + position * 104729) % 40000 + 100 for position in range(length)]
 
 
-def _read_bytes_per_s() -> float:
-    source = torch.ones(READ_BYTES // 4)
+def _read_bytes_per_s(device: torch.device) -> float:
+    source = torch.ones(READ_BYTES // 4, device=device)
     times_s = []
     for _ in range(10):
         started_s = time.perf_counter()
-        source.sum()
+        source.sum().item()
         times_s.append(time.perf_counter() - started_s)
     return READ_BYTES / min(times_s)
 

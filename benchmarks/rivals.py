@@ -28,10 +28,17 @@ class NotInstalledError(Exception):
     """A rival is not here. The message says which and why."""
 
 
-def rivals(package: Package, threads: int) -> Iterator[tuple[str, Generate | NotInstalledError]]:
-    """Give each rival's name (engine/arithmetic) with what generates, or with the reason why it does not."""
+def rivals(package: Package, threads: int, device: torch.device) -> Iterator[tuple[str, Generate | NotInstalledError]]:
+    """Give each rival's name (engine/arithmetic) with what generates, or with the reason why it does not.
+
+    On a GPU only transformers is compared with.
+    """
+    if device.type != "cpu":
+        yield "transformers/fp32", _transformers(package, torch.float32, device)
+        yield "transformers/bf16", _transformers(package, torch.bfloat16, device)
+        return
     makers: Mapping[str, Callable[[Package, int, str], Generate]] = {
-        "transformers/fp32": _transformers,
+        "transformers/fp32": lambda package, _threads, _arithmetic: _transformers(package, torch.float32, device),
         "ctranslate2/fp32": _ctranslate2,
         "ctranslate2/int8": _ctranslate2,
         "onnxruntime-genai/fp32": _genai,
@@ -44,18 +51,18 @@ def rivals(package: Package, threads: int) -> Iterator[tuple[str, Generate | Not
             yield name, NotInstalledError(" ".join(str(error).split())[:200])
 
 
-def _transformers(package: Package, _threads: int, _arithmetic: str) -> Generate:
+def _transformers(package: Package, dtype: torch.dtype, device: torch.device) -> Generate:
     from transformers import AutoModelForCausalLM
 
-    model: Any = AutoModelForCausalLM.from_pretrained(_checkpoint(package), dtype=torch.float32)
-    model.eval()
+    model: Any = AutoModelForCausalLM.from_pretrained(_checkpoint(package), dtype=dtype)
+    model.eval().to(device)
     model.generation_config.eos_token_id = None
     model.generation_config.pad_token_id = 0
 
     def generate(prompts: list[list[int]], count: int) -> float:
-        rows = torch.tensor(prompts)
+        rows = torch.tensor(prompts, device=device)
         started_s = time.perf_counter()
-        model.generate(rows, attention_mask=torch.ones_like(rows), max_new_tokens=count, do_sample=False)
+        model.generate(rows, attention_mask=torch.ones_like(rows), max_new_tokens=count, do_sample=False).cpu()
         return time.perf_counter() - started_s
 
     return generate

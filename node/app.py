@@ -24,6 +24,7 @@ from node.config import APPLICATION, LOCK_FILE, READY_FILE, NodeConfig, NodeRead
 from node.consensus.measuring import AGENDA, TrialMeter
 from node.consensus.service import Consensus, swarm_name
 from node.engine.client import SpareWorker, start_engine
+from node.engine.devices import Device, DeviceError, find_device
 from node.engine.source import EngineOptions
 from node.identity import IdentityError, load_or_create
 from node.jobs.coordinator import Coordinator
@@ -75,7 +76,9 @@ _logger = structlog.get_logger(__name__)
 class Node:
     """One peer: its rooms, wired. `running` brings it to life."""
 
-    def __init__(self, config: NodeConfig, database: Database, progress: Progress = ignore_progress) -> None:
+    def __init__(
+        self, config: NodeConfig, database: Database, device: Device, progress: Progress = ignore_progress
+    ) -> None:
         traffic = TrafficMeter()
         try:
             identity = load_or_create(config.data_dir)
@@ -96,7 +99,11 @@ class Node:
         self._peer_book = PeerBook(database)
         # Measured once for all nodes of this user on this machine: the figures are the machine's.
         self._inventory = Inventory(
-            data_dir=config.cache_dir, models_dir=config.cache_dir, traffic=traffic, threads=config.threads
+            data_dir=config.cache_dir,
+            models_dir=config.cache_dir,
+            traffic=traffic,
+            threads=config.threads,
+            device=device.name,
         )
         opinions = Opinions()
         self._chooser = LearnedChooser(
@@ -189,6 +196,7 @@ class Node:
             own_peer=self._network.peer_id,
             memory_bytes=config.memory_bytes,
             threads=config.threads,
+            device=device,
             graphs_dir=config.cache_dir / "graphs",
             use_catalogue=not config.no_catalogue,
             jitter=jitter,
@@ -324,7 +332,12 @@ async def running_node(
     async with open_database(config.data_dir / DATABASE_FILE) as database:
         if database.set_aside is not None:
             _logger.warning("damaged history set aside; the swarm refills it", file=str(database.set_aside))
-        node = Node(config, database, progress)
+        try:
+            # Only who serves computes; but what others are told of this machine should be what would.
+            device = await find_device(config.device)
+        except DeviceError as error:
+            raise StartError(f"cannot compute on {config.device}: {error}; see --device") from None
+        node = Node(config, database, device, progress)
         async with node.running() as ready:
             yield node, ready
 

@@ -31,6 +31,7 @@ DEFAULT_API: Final = "127.0.0.1:8642"
 MIN_EPOCH_S: Final = 5
 MAX_EPOCH_S: Final = 86_400
 DEFAULT_EXPLORATION: Final = 0.1
+DEFAULT_DEVICE: Final = "auto"
 BATCHING: Final = ("one", "static", "continuous")
 LOG_LEVELS: Final = ("debug", "info", "warning", "error")
 BOOTSTRAP_FILE: Final = "bootstrap_peers.yaml"
@@ -40,7 +41,7 @@ LOCK_FILE: Final = "node.lock"
 
 OPTIONS: Final = (
     "data_dir", "cache_dir", "cache_limit", "listen", "api", "api_key", "bootstrap", "serve", "swarm_key", "memory",
-    "no_catalogue", "no_mdns", "threads", "batching", "epoch", "checkpoint", "exploration", "log_level",
+    "no_catalogue", "no_mdns", "threads", "device", "batching", "epoch", "checkpoint", "exploration", "log_level",
 )  # fmt: skip
 """The names of all options, the same in the file, the environment and (with dashes) on the command line."""
 
@@ -50,6 +51,7 @@ _DIGEST = re.compile(r"[0-9a-fA-F]{64}")
 _MEMORY = re.compile(r"([0-9]{1,18}(?:\.[0-9]{1,6})?) ?([A-Za-z]*)")
 _MEMORY_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 _MEMORY_UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
+_DEVICE = re.compile(r"auto|cpu|mps|cuda(:[0-9]{1,2})?")
 _BOOLEANS = {"1": True, "true": True, "yes": True, "on": True, "0": False, "false": False, "no": False, "off": False}
 
 
@@ -96,6 +98,8 @@ class NodeConfig:
     """Whether to look for peers on the local network, and to be found there."""
     threads: int | None = None
     """Threads of an engine; None lets the node decide."""
+    device: str = DEFAULT_DEVICE
+    """What an engine computes on: `auto`, `cpu`, `cuda`, `cuda:N` or `mps`."""
     batching: str = "continuous"
     """How sessions share the steps of an engine."""
     epoch_s: float = EPOCH_S
@@ -217,6 +221,7 @@ def load_config(flags: Mapping[str, object], environ: Mapping[str, str] | None =
         no_catalogue=given.get("no_catalogue", _parse_boolean) or False,
         mdns=not given.get("no_mdns", _parse_boolean),
         threads=given.get("threads", _parse_threads),
+        device=given.get("device", _parse_device) or DEFAULT_DEVICE,
         batching=given.get("batching", _parse_batching) or "continuous",
         epoch_s=given.get("epoch", _parse_epoch) or EPOCH_S,
         checkpoints=given.get("checkpoint", _parse_checkpoints) or (),
@@ -301,6 +306,13 @@ def _parse_threads(given: _Given) -> int:
     if not re.fullmatch(r"[0-9]{1,4}", text) or not 1 <= int(text) <= 1024:
         raise ConfigError(f"{given.where}: expected a number of threads from 1 to 1024, not {given.value!r}")
     return int(text)
+
+
+def _parse_device(given: _Given) -> str:
+    text = given.text()
+    if not _DEVICE.fullmatch(text):
+        raise ConfigError(f"{given.where}: expected auto, cpu, cuda, cuda:0 (or another number) or mps, not {text!r}")
+    return text
 
 
 def _parse_epoch(given: _Given) -> float:

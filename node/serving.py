@@ -9,12 +9,12 @@ from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from pathlib import Path
 
-import psutil
 import structlog
 import trio
 
 from node.config import ServeSpec, StartError
 from node.engine.client import start_engine
+from node.engine.devices import Device, DeviceError, find_device
 from node.engine.interface import Engine, EngineCrashed, EngineError
 from node.engine.source import EngineOptions
 from node.jobs.kept import kept_bytes_of
@@ -35,7 +35,7 @@ RETRY_S = (1.0, 30.0)
 """First and longest pause before a span that could not be had, or whose engine died, is tried again."""
 
 MEMORY_SHARE = 0.75
-"""Of the memory that is free when the node starts, where --memory says nothing."""
+"""Of the device's memory that is free when the node starts, where --memory says nothing."""
 
 WEIGHT_SHARE = 0.75
 """Of a span's memory, when the node chooses the blocks itself; the rest is for KV caches."""
@@ -75,6 +75,7 @@ class Serving:
         own_peer: PeerId,
         memory_bytes: int | None,
         threads: int | None,
+        device: Device,
         graphs_dir: Path,
         use_catalogue: bool,
         jitter: random.Random,
@@ -93,10 +94,11 @@ class Serving:
         self._offload = offload
         self._progress = progress
         self._threads = threads
+        self._device = device.name
         self._graphs_dir = graphs_dir
         self._use_catalogue = use_catalogue
         self._jitter = jitter
-        budget_bytes = memory_bytes or int(psutil.virtual_memory().available * MEMORY_SHARE)
+        budget_bytes = memory_bytes or int(device.free_bytes * MEMORY_SHARE)
         self._span_bytes = budget_bytes // max(1, len(self._specs))
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
@@ -193,7 +195,11 @@ class Serving:
     async def _try_to_hold(self, manifest: Manifest, blocks: BlockRange, nursery: trio.Nursery) -> _Held | None:
         """Serve a span beside what is served already; None where that fails, which harms nothing."""
         needed_bytes = _loaded_bytes(manifest, sum(file.size_bytes for file in manifest.files_for(blocks)))
-        free_bytes = psutil.virtual_memory().available
+        try:
+            free_bytes = (await find_device(self._device)).free_bytes
+        except DeviceError as error:
+            free_bytes = 0
+            _logger.warning("the device is not to be found any more", device=self._device, reason=str(error))
         if needed_bytes > free_bytes * MEMORY_SHARE:
             why = f"they need {needed_bytes} bytes of memory beside the old ones, of {free_bytes} that are free"
             _logger.warning("stayed with the old blocks", model=manifest.model_id, wanted=str(blocks), reason=why)
@@ -219,7 +225,10 @@ class Serving:
         )
         kept_bytes = kept_bytes_of(self._span_bytes)
         options = EngineOptions(
-            memory_bytes=self._span_bytes - kept_bytes, threads=self._threads, cache_dir=self._graphs_dir
+            memory_bytes=self._span_bytes - kept_bytes,
+            threads=self._threads,
+            cache_dir=self._graphs_dir,
+            device=self._device,
         )
         with trio.CancelScope() as scope, self._library.in_use(package, blocks):
             try:
@@ -227,7 +236,9 @@ class Serving:
                     span = await nursery.start(self._stages.serve, engine, kept_bytes)
                     self._membership.announce()
                     load_s = round(engine.info.load_s, 2)
-                    _logger.info("serving", model=manifest.model_id, blocks=str(blocks), load_s=load_s)
+                    _logger.info(
+                        "serving", model=manifest.model_id, blocks=str(blocks), device=self._device, load_s=load_s
+                    )
                     task_status.started(_Held(span, scope))
             except EngineCrashed:
                 raise

@@ -18,7 +18,7 @@ from node.capabilities.measure import (
 )
 from node.capabilities.probe import available_memory, fingerprint, probe
 from node.capabilities.traffic import TrafficMeter
-from protocol.capabilities import Capabilities
+from protocol.capabilities import AcceleratorKind, Capabilities
 
 GOOD_SHARE: Final = 0.75
 """With less of the processor than this, a benchmark saw how busy the machine was and not what it is capable of."""
@@ -47,17 +47,20 @@ class Inventory:
         models_dir: Path,
         traffic: TrafficMeter,
         threads: int | None = None,
+        device: str = "cpu",
         read_facts: Callable[[], Capabilities] = probe,
         benchmark: Benchmark = run_benchmark,
     ) -> None:
         """Measure with `threads` threads, or one for each physical core, and the disk in `models_dir`.
 
-        `data_dir`: where measurements are kept; the nodes of one machine may share it.
+        `data_dir`: where measurements are kept; the nodes of one machine may share it. `device`: torch's name of what
+        engines compute on; of the accelerators only that one is told of.
         """
         self._data_dir = data_dir
         self._models_dir = models_dir
         self._traffic = traffic
         self._threads = threads
+        self._device = device
         self._read_facts = read_facts
         self._benchmark = benchmark
         self._facts: Capabilities | None = None
@@ -82,7 +85,7 @@ class Inventory:
         identifier = await trio.to_thread.run_sync(fingerprint, facts, threads)
         best = await trio.to_thread.run_sync(load_measurements, self._data_dir, identifier)
         if best is not None:
-            self._facts = _with_measurements(facts, best)
+            self._facts = _with_measurements(facts, best, self._device)
         elif started is not None:
             with trio.move_on_after(STARTING_S):
                 await started.wait()
@@ -98,7 +101,7 @@ class Inventory:
                 continue
             if best is None or measured.cpu_share > best.cpu_share:
                 best = measured
-                self._facts = _with_measurements(facts, best)
+                self._facts = _with_measurements(facts, best, self._device)
 
     async def _measure(self, identifier: str, threads: int, best: Measurements | None) -> Measurements:
         """Return new measurements, or better ones that another node on this machine has made since. Keep the best."""
@@ -116,10 +119,15 @@ class Inventory:
             await trio.sleep(OTHERS_TURN_S)
 
 
-def _with_measurements(facts: Capabilities, measured: Measurements) -> Capabilities:
+def _with_measurements(facts: Capabilities, measured: Measurements, device: str) -> Capabilities:
+    """Return the facts with figures. Accelerators that this node does not compute on are not the swarm's business."""
+    kind, _, number = device.partition(":")
+    # ROCm answers to CUDA's name; each kind's devices are in torch's order.
+    alike = [each for each in measured.accelerators if (each.kind is AcceleratorKind.MPS) == (kind == "mps")]
+    used = () if kind == "cpu" else tuple(alike[int(number or 0) :][:1])
     return dataclasses.replace(
         facts,
         processor=dataclasses.replace(facts.processor, throughput=measured.cpu),
-        accelerators=measured.accelerators,
+        accelerators=used,
         disk_read_bytes_per_s=measured.disk_read_bytes_per_s,
     )

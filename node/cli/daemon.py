@@ -49,10 +49,17 @@ if TYPE_CHECKING:
 )
 @click.option("--swarm-key", metavar="FILE", help="Key of a private swarm, from `metaswarm keygen`.")
 @click.option("--config", metavar="FILE", help="TOML file with any of these options, dashes as underscores.")
-@click.option("--memory", metavar="BYTES", help="What weights, KV caches and kept outputs may take, e.g. 4GiB.")
+@click.option(
+    "--memory",
+    metavar="BYTES",
+    help="What weights, KV caches and kept outputs may take, e.g. 4GiB; with a GPU, of its memory.",
+)
 @click.option("--no-mdns", is_flag=True, help="Neither look for peers on the local network nor be found there.")
 @click.option("--no-catalogue", is_flag=True, help="Never download a model from its source, only from peers.")
 @click.option("--threads", metavar="N", help="Threads of the engine.")
+@click.option(
+    "--device", metavar="NAME", help="What computes: auto (the default: a GPU where torch has one), cpu, cuda:N or mps."
+)
 @click.option(
     "--batching", metavar="HOW", help="How sessions share the engine: one, static or continuous (the default)."
 )

@@ -30,7 +30,10 @@ class BlockMemory:
 
 
 class KvMemory:
-    """Keys and values of all sessions, block by block. It is the operating system's until a page is first written."""
+    """Keys and values of all sessions, block by block.
+
+    Main memory is the operating system's until a page is first written; that of a GPU is taken at once.
+    """
 
     def __init__(self, blocks: Sequence[BlockMemory]) -> None:
         self.blocks = tuple(blocks)

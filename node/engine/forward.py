@@ -32,6 +32,7 @@ class SpanModel:
         self._last = last
         self._model = span.model
         self._base = span.base
+        self._weight = next(span.blocks.parameters())
         self._base_options = _options_of(self._base.forward)
         self._model_options = _options_of(self._model.forward, self._base.forward)
         self._entering: torch.Tensor | None = None
@@ -55,10 +56,8 @@ class SpanModel:
         """
         cache = RewindableCache(self._span.windows, Places([0]))
         size = self._span.hidden_size
-        dtype = next(self._span.blocks.parameters()).dtype
-        rows = (
-            torch.zeros(_TRIAL_ROWS, dtype=torch.long) if self._first else torch.zeros(_TRIAL_ROWS, size, dtype=dtype)
-        )
+        shape, dtype = ((_TRIAL_ROWS,), torch.long) if self._first else ((_TRIAL_ROWS, size), self._weight.dtype)
+        rows = torch.zeros(shape, dtype=dtype, device=self._weight.device)
         try:
             output = self.run(rows, cache, position=0, draws=1)
         except EngineError:
@@ -82,9 +81,9 @@ class SpanModel:
     ) -> torch.Tensor:
         """Run rows at `position` on top of what is cached before it, through some of the span's blocks or all of them.
 
-        `rows`: token ids i64 (rows,) where the model's first block is run, else hidden states (rows, hidden size) in
-        the model's dtype. Returns hidden states (rows, hidden size); behind the model's last block logits (draws,
-        vocabulary size), f32.
+        `rows`, on the model's device: token ids i64 (rows,) where the model's first block is run, else hidden states
+        (rows, hidden size) in the model's dtype. Returns hidden states (rows, hidden size); behind the model's last
+        block logits (draws, vocabulary size), f32.
         """
         self._running = range(len(self._span.blocks)) if blocks is None else blocks
         first = self._first and self._running.start == 0
@@ -92,10 +91,10 @@ class SpanModel:
         cache.rewind(position)
         batch = rows.unsqueeze(0)
         # Where the model's first block is here but not run, its embedding runs for nothing, and so on anything.
-        tokens = batch if first else torch.zeros(1, len(rows), dtype=torch.long)
+        tokens = batch if first else torch.zeros(1, len(rows), dtype=torch.long, device=rows.device)
         options: dict[str, Any] = {
             **({"input_ids": tokens} if self._first else {"inputs_embeds": batch}),
-            "position_ids": torch.arange(position, position + len(rows)).unsqueeze(0),
+            "position_ids": torch.arange(position, position + len(rows), device=rows.device).unsqueeze(0),
             "past_key_values": cache,
             "use_cache": True,
             "logits_to_keep": draws,
@@ -107,7 +106,7 @@ class SpanModel:
             return logits.float()
         self._base(**_only(options, self._base_options))
         if last:
-            return torch.empty(0, self._span.vocabulary_size)
+            return torch.empty(0, self._span.vocabulary_size, device=rows.device)
         assert self._leaving is not None
         leaving, self._leaving = self._leaving[0], None
         return leaving

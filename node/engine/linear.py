@@ -13,6 +13,9 @@ import torch
 _FEW_ROWS = 16
 """Up to here the product with int8 weights beats unpacking them."""
 
+_CUBLAS_ROWS, _CUBLAS_MULTIPLE = 17, 8
+"""cuBLAS multiplies int8 from so many rows on, and where the matrix's sizes are multiples of this."""
+
 _FAST_BF16 = torch.backends.cpu.get_cpu_capability().startswith("AVX512")
 """Without it torch multiplies bf16 seven times as slowly as fp32 where rows are many."""
 
@@ -57,7 +60,9 @@ def _bf16(rows: torch.Tensor, weights: Packed) -> torch.Tensor:
 
 def _int8(rows: torch.Tensor, weights: Packed) -> torch.Tensor:
     assert weights.scale is not None
-    if len(rows) <= _FEW_ROWS and rows.device.type == "cpu":
+    if rows.device.type != "cpu":  # bf16 holds the weights as they are
+        return torch.nn.functional.linear(rows.bfloat16(), weights.matrix.bfloat16()).float().mul_(weights.scale)
+    if len(rows) <= _FEW_ROWS:
         # Its fast kernel takes bf16 only. The scales are applied after it, as they would lose by bf16.
         ones = torch.ones_like(weights.scale, dtype=torch.bfloat16)
         return torch._weight_int8pack_mm(rows.bfloat16(), weights.matrix, ones).float().mul_(weights.scale)  # noqa: SLF001
@@ -68,11 +73,18 @@ def _w8a8(rows: torch.Tensor, weights: Packed) -> torch.Tensor:
     assert weights.scale is not None
     scale = rows.abs().amax(1, keepdim=True).clamp_min_(1e-12).div_(127)
     quantised = (rows / scale).round_().to(torch.int8)
+    return _int8_product(quantised, weights.matrix).mul_(scale).mul_(weights.scale)
+
+
+def _int8_product(rows: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
+    """Return the product of int8 rows and an int8 matrix (outputs, inputs), f32."""
     count = len(rows)
-    if rows.device.type != "cpu" and count <= _FEW_ROWS:  # cuBLAS takes no fewer than 17 rows
-        quantised = torch.nn.functional.pad(quantised, (0, 0, 0, _FEW_ROWS + 1 - count))
-    product = torch._int_mm(quantised, weights.matrix.t())[:count]  # noqa: SLF001  # torch has no public one
-    return product.float().mul_(scale).mul_(weights.scale)
+    if rows.device.type != "cpu":
+        if any(size % _CUBLAS_MULTIPLE for size in matrix.shape):
+            return torch.nn.functional.linear(rows.float(), matrix.float())
+        if count < _CUBLAS_ROWS:
+            rows = torch.nn.functional.pad(rows, (0, 0, 0, _CUBLAS_ROWS - count))
+    return torch._int_mm(rows, matrix.t())[:count].float()  # noqa: SLF001  # torch has no public one
 
 
 ARITHMETICS: Mapping[str, tuple[str, Product]] = {

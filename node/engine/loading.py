@@ -42,6 +42,8 @@ _BLOCK_LISTS = frozenset({"layers", "h", "blocks"})
 _NUMBERS = frozenset({"layer_idx", "layer_id"})
 
 # What a config from elsewhere may ask for that is not the model's business: code, kernels, devices.
+_CPU = torch.device("cpu")
+
 _FOREIGN_KEYS = frozenset({"auto_map", "attn_implementation", "experts_implementation", "fusion_config", "device_map"})
 
 
@@ -78,8 +80,11 @@ class Absent(nn.Module):
         return first if isinstance(first, torch.Tensor) and first.dim() == 3 else torch.zeros(())
 
 
-def load_span(source: ShardSource, blocks: BlockRange, dtype: torch.dtype) -> LoadedSpan:
-    """Build the blocks of a span with weights mapped from their files. Raises EngineError if it cannot be served."""
+def load_span(source: ShardSource, blocks: BlockRange, dtype: torch.dtype, device: torch.device = _CPU) -> LoadedSpan:
+    """Build the blocks of a span with weights mapped from their files, and from there copied to another device.
+
+    Raises EngineError if it cannot be served.
+    """
     config = _config_from(source.config)
     model = _describe(config, dtype)
     path, layers = _find_blocks(model, config)
@@ -93,7 +98,7 @@ def load_span(source: ShardSource, blocks: BlockRange, dtype: torch.dtype) -> Lo
         raise EngineError(f"blocks {blocks} cannot be loaded: {error}") from error
     _cut(model, path, blocks, block_count)
     _slice_config(config, blocks, block_count)
-    model.eval()
+    model.eval().to(device)
     span = model.get_submodule(path)
     assert isinstance(span, nn.ModuleList)
     return LoadedSpan(

@@ -289,7 +289,8 @@ class RaggedSpan:
             distance = torch.arange(part.position, end).unsqueeze(1) - torch.arange(first, end)
             mask = (distance >= 0) if window is None else (distance >= 0) & (distance < window)
             mask = mask.to(self._device)
-        return _Sight(span, part.places.of(first, end), mask, causal)
+        seen = part.places.of(first, end)
+        return _Sight(span, seen if isinstance(seen, slice) else seen.to(self._device), mask, causal)
 
     def _rotary_tables(self, count: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Return cosines and sines f32 (positions, half of the head size)."""

@@ -4,12 +4,12 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import psutil
 import torch
 
 from node.engine.admission import Placement, check_slice
 from node.engine.cache import KvMemory, Places
 from node.engine.codec import decode_rows, encode_rows
+from node.engine.devices import free_bytes
 from node.engine.folders import FolderCache
 from node.engine.forward import SpanModel
 from node.engine.fused import FusedSegments, PackedSpan, pack_span
@@ -66,7 +66,8 @@ class Shard:
 
     def __init__(self, source: ShardSource, blocks: BlockRange, options: EngineOptions) -> None:
         started_s = time.perf_counter()
-        span = load_span(source, blocks, torch.float32)
+        self._device = torch.device(options.device)
+        span = load_span(source, blocks, torch.float32, self._device)
         self._span = span
         self._model = SpanModel(span, first=blocks.start == 0, last=blocks.end == span.block_count)
         tried = self._model.try_out()
@@ -113,6 +114,8 @@ class Shard:
             raise EngineError(f"there is no variant {variant}")
         if why := refusal(self._span):
             raise EngineError(why)
+        if variant.engine == "onnxruntime" and self._device.type != "cpu":
+            raise EngineError(f"{variant} calculates on the CPU, and this span lies on {self._device}")
         needed = int(self.info.weight_bytes * _PACKED_BYTES[variant.engine][packing] / 4)
         shared = (variant.engine, packing)
         free = self._variant_bytes - sum(self._taken_bytes.values())
@@ -163,7 +166,7 @@ class Shard:
         For measuring: there must be no sessions, since it writes into any pages. `rows`: token ids i64 (rows,) on a
         first span, hidden states f32 (rows, hidden size) elsewhere.
         """
-        pages = range(-(-len(rows) // PAGE_POSITIONS))
+        rows, pages = rows.to(self._device), range(-(-len(rows) // PAGE_POSITIONS))
         return self._compute(variant, self.info.blocks, [Rows(rows, Places(pages), 0, draws)])[0]
 
     def rename(self, session: SessionId, successor: SessionId) -> None:
@@ -248,11 +251,11 @@ class Shard:
     def _input(self, tensor: Tensor, info: SpanInfo) -> torch.Tensor:
         """Return rows as the model takes them; token ids are checked, as torch may crash on bad ones."""
         if not info.is_first:
-            return torch.from_numpy(decode_rows(tensor))
+            return torch.from_numpy(decode_rows(tensor)).to(self._device)
         tokens = tokens_from_tensor(tensor)
         if min(tokens) < 0 or max(tokens) >= self.info.vocabulary_size:
             raise EngineError(f"a token id is not below {self.info.vocabulary_size}")
-        return torch.tensor(tokens)
+        return torch.tensor(tokens, device=self._device)
 
 
 def _packing(variant: Variant) -> str | None:
@@ -266,7 +269,7 @@ def _memory_bytes(options: EngineOptions, weight_bytes: int) -> int:
     """Return how much memory weights, variants and KV memory may take together."""
     if options.memory_bytes is not None:
         return options.memory_bytes
-    return weight_bytes + int(psutil.virtual_memory().available * _FREE_MEMORY_SHARE)
+    return weight_bytes + int(free_bytes(torch.device(options.device)) * _FREE_MEMORY_SHARE)
 
 
 def _kv_positions(options: EngineOptions, free_bytes: int, weight_bytes: int, kv_bytes_per_position: int) -> int:

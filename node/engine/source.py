@@ -27,10 +27,11 @@ class ShardSource:
 class EngineOptions:
     """How an engine runs.
 
-    `memory_bytes`: for weights and KV caches together; None takes half of what the machine has free. `kv_positions`:
+    `memory_bytes`: for weights and KV caches together; None takes half of what the device has free. `kv_positions`:
     positions for all sessions together, where they should be fewer than the memory allows. `threads`: None takes one
     for each physical core. `start_timeout_s`: how long loading may take. `cache_dir`: where what is
-    built for a variant is kept for the next time, if anywhere.
+    built for a variant is kept for the next time, if anywhere. `device`: torch's name of what computes, and in whose
+    memory weights and KV caches lie: "cpu", "cuda:0" (ROCm answers to it, too), "mps".
     """
 
     memory_bytes: int | None = None
@@ -38,3 +39,4 @@ class EngineOptions:
     threads: int | None = None
     start_timeout_s: float = 600.0
     cache_dir: Path | None = None
+    device: str = "cpu"

@@ -52,8 +52,8 @@ def main() -> None:
         torch.set_num_threads(options.threads)
     try:
         shard = Shard(source, blocks, options)
-    except EngineError as error:
-        _send(connection, encode_frame({"did": "failed", "error": str(error)}))
+    except (EngineError, torch.OutOfMemoryError) as error:
+        _send(connection, encode_frame({"did": "failed", "error": " ".join(str(error).split())}))
         return
     gc.freeze()
     gc.enable()

@@ -68,6 +68,7 @@ def test_every_option_can_stand_in_the_file_and_in_the_environment(tmp_path: Pat
         "METASWARM_NO_CATALOGUE": "1",
         "METASWARM_NO_MDNS": "0",
         "METASWARM_THREADS": "2",
+        "METASWARM_DEVICE": "cuda:1",
         "METASWARM_BATCHING": "one",
         "METASWARM_EPOCH": "30",
         "METASWARM_CHECKPOINT": "cd" * 32,
@@ -90,6 +91,7 @@ def test_every_option_can_stand_in_the_file_and_in_the_environment(tmp_path: Pat
         no_catalogue=True,
         mdns=True,
         threads=2,
+        device="cuda:1",
         batching="one",
         epoch_s=30.0,
         checkpoints=(b"\xcd" * 32,),
@@ -113,6 +115,7 @@ def test_every_option_can_stand_in_the_file_and_in_the_environment(tmp_path: Pat
         no_catalogue = true
         no_mdns = false
         threads = 2
+        device = "cuda:1"
         batching = "one"
         epoch = 30
         checkpoint = ["{"cd" * 32}"]

@@ -25,7 +25,7 @@ def measurements(share: float) -> Measurements:
     return Measurements(
         cpu=Throughput(fp32_flop_per_s=share * 1e9),
         cpu_share=share,
-        accelerators=(H100,),
+        accelerators=(H100, replace(H100, name="another")),
         disk_read_bytes_per_s=1e9,
     )
 
@@ -54,13 +54,16 @@ class FakeBenchmark:
         return measurements(share)
 
 
-def inventory(tmp_path: Path, *shares: float | str, threads: int | None = None) -> tuple[Inventory, FakeBenchmark]:
+def inventory(
+    tmp_path: Path, *shares: float | str, threads: int | None = None, device: str = "cpu"
+) -> tuple[Inventory, FakeBenchmark]:
     benchmark = FakeBenchmark(shares)
     made = Inventory(
         data_dir=tmp_path,
         models_dir=tmp_path / "models",
         traffic=TrafficMeter(),
         threads=threads,
+        device=device,
         read_facts=lambda: FACTS,
         benchmark=benchmark,
     )
@@ -87,9 +90,18 @@ async def test_facts_are_there_before_the_figures(tmp_path: Path, autojump_clock
         assert known(found).processor == FACTS.processor
         assert fp32(found) is None
     assert fp32(found) == pytest.approx(0.9e9)
-    assert known(found).accelerators == (H100,)
+    assert known(found).accelerators == ()
     assert known(found).disk_read_bytes_per_s == 1e9
     assert benchmark.asked == [(tmp_path / "models", FACTS.processor.physical_cores)]
+
+
+@pytest.mark.parametrize(("device", "told"), [("cuda:0", H100.name), ("cuda:1", "another"), ("mps", None)])
+async def test_of_the_accelerators_the_one_that_computes_is_told_of(
+    device: str, told: str | None, tmp_path: Path, autojump_clock: MockClock
+) -> None:
+    found, _ = inventory(tmp_path, 0.9, device=device)
+    await found.run()
+    assert [each.name for each in known(found).accelerators] == ([told] if told else [])
 
 
 async def test_a_node_is_started_before_its_machine_is_measured(tmp_path: Path, autojump_clock: MockClock) -> None:

@@ -1,6 +1,7 @@
 """Drives engines the way a job does: a prompt, then token by token, through all spans in order."""
 
 import itertools
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
@@ -20,6 +21,9 @@ from node.engine.shard import Shard
 from protocol.identity import BlockRange, JobId, SessionId
 from protocol.messages import Sampling
 from protocol.tensors import Tensor, tensor_from_tokens, tokens_from_tensor
+
+DEVICE = os.environ.get("METASWARM_TEST_DEVICE", "cpu")
+"""What the engines of these tests compute on: `make gpu` has them repeated on a GPU."""
 
 GREEDY = Sampling(max_tokens=1)
 

@@ -20,12 +20,14 @@ from node.engine.shard import Shard
 from node.engine.source import EngineOptions
 from protocol.identity import BlockRange
 from protocol.tensors import tensor_from_tokens, tokens_from_tensor
-from tests.unit.engine.driving import GREEDY, InProcess, decode, session, spans
+from tests.unit.engine.driving import DEVICE, GREEDY, InProcess, decode, session, spans
 from tests.unit.engine.tiny_models import BLOCKS, COUNT, PROMPT, TinyModel
 
 MakeTinyModel = Callable[[str], TinyModel]
-OPTIONS = EngineOptions(kv_positions=512)
-FUSED, GRAPHS = EXACT = Variant("fused", "fp32"), Variant("onnxruntime", "fp32")
+OPTIONS = EngineOptions(kv_positions=512, device=DEVICE)
+FUSED, GRAPHS = Variant("fused", "fp32"), Variant("onnxruntime", "fp32")
+EXACT = (FUSED, GRAPHS) if DEVICE == "cpu" else (FUSED,)
+LOSSY = ["fused/bf16", "fused/int8", "fused/w8a8", *(["onnxruntime/int8"] if DEVICE == "cpu" else [])]
 FAMILIES = ["llama", "llama, tied", "qwen2", "qwen2, sliding from block 2", "qwen3", "mistral"]
 
 
@@ -75,7 +77,7 @@ async def test_drawn_mixtures_of_sessions_give_the_tokens_of_each_alone(
             running.append(number)
             for engine in engines:
                 await engine.open(session(number), len(texts[number]) + 6, pages_of(texts[number]))
-                variant = (REFERENCE, FUSED, FUSED, GRAPHS)[number % 4]
+                variant = (REFERENCE, FUSED, FUSED, EXACT[-1])[number % 4]
                 sampling = GREEDY if engine.info.is_last else None
                 cached = await engine.begin(session(number), SessionOptions(sampling=sampling, variant=variant))
             done[number] = min(cached, len(texts[number]) - 1)
@@ -133,7 +135,7 @@ async def test_drafts_leave_the_text_as_it_is(make_tiny_model: MakeTinyModel) ->
     assert len(drawn) >= 4
 
 
-@pytest.mark.parametrize("name", ["fused/bf16", "fused/int8", "fused/w8a8", "onnxruntime/int8"])
+@pytest.mark.parametrize("name", LOSSY)
 async def test_lossy_arithmetic_stays_close(name: str, make_tiny_model: MakeTinyModel) -> None:
     tiny = make_tiny_model("llama")
     lossy = Variant(*name.split("/"))
@@ -168,7 +170,7 @@ def test_what_has_no_fast_path_or_no_memory_is_said(make_tiny_model: MakeTinyMod
         engines_of(tiny, 1, Variant("onnxruntime", "w8a8"))
     info = Shard(tiny.source(blocks), blocks, OPTIONS).info
     memory_bytes = info.weight_bytes + 80 * info.kv_bytes_per_position
-    shard = Shard(tiny.source(blocks), blocks, EngineOptions(memory_bytes=memory_bytes))
+    shard = Shard(tiny.source(blocks), blocks, EngineOptions(memory_bytes=memory_bytes, device=DEVICE))
     with pytest.raises(EngineError, match=r"fused/fp32 takes .* bytes of memory"):
         shard.prepare(FUSED)
     assert shard.variants() == {REFERENCE}

@@ -8,10 +8,10 @@ from node.engine.interface import REFERENCE, Variant
 from node.engine.shard import Shard
 from node.engine.source import EngineOptions
 from protocol.identity import BlockRange
-from tests.unit.engine.driving import InProcess, Part, decode, spans
+from tests.unit.engine.driving import DEVICE, InProcess, Part, decode, spans
 from tests.unit.engine.tiny_models import BLOCKS, COUNT, FAMILIES, PROMPT, TinyModel
 
-OPTIONS = EngineOptions(kv_positions=64)
+OPTIONS = EngineOptions(kv_positions=64, device=DEVICE)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

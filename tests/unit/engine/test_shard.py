@@ -16,12 +16,12 @@ from node.engine.source import EngineOptions, ShardSource
 from protocol.identity import BlockRange, ModelId, SessionId
 from protocol.messages import Sampling
 from protocol.tensors import DType, Tensor, tensor_from_tokens, tokens_from_tensor
-from tests.unit.engine.driving import InProcess, decode, session, spans, start, step
+from tests.unit.engine.driving import DEVICE, InProcess, decode, session, spans, start, step
 from tests.unit.engine.tiny_models import BLOCKS, COUNT, PROMPT, TinyModel
 
 MakeTinyModel = Callable[[str], TinyModel]
 WHOLE = BlockRange(0, BLOCKS)
-OPTIONS = EngineOptions(kv_positions=100)
+OPTIONS = EngineOptions(kv_positions=100, device=DEVICE)
 
 
 def shard_of(tiny: TinyModel, blocks: BlockRange = WHOLE, options: EngineOptions = OPTIONS) -> InProcess:
@@ -166,9 +166,9 @@ def test_memory_bounds_the_positions(make_tiny_model: MakeTinyModel) -> None:
     blocks = BlockRange(1, 3)
     info = shard_of(tiny, blocks).info
     memory_bytes = info.weight_bytes + 140 * info.kv_bytes_per_position
-    assert shard_of(tiny, blocks, EngineOptions(memory_bytes=memory_bytes)).info.kv_positions == 64
+    assert shard_of(tiny, blocks, EngineOptions(memory_bytes=memory_bytes, device=DEVICE)).info.kv_positions == 64
     with pytest.raises(EngineError, match="bytes of memory are too few"):
-        shard_of(tiny, blocks, EngineOptions(memory_bytes=info.weight_bytes))
+        shard_of(tiny, blocks, EngineOptions(memory_bytes=info.weight_bytes, device=DEVICE))
 
 
 CANNOT_BE_SERVED: dict[str, tuple[dict[str, Any], str]] = {

@@ -31,12 +31,12 @@ from node.engine.interface import (
 from node.engine.source import EngineOptions
 from protocol.identity import BlockRange
 from protocol.tensors import tensor_from_tokens, tokens_from_tensor
-from tests.unit.engine.driving import GREEDY, decode, session, spans, start, step
+from tests.unit.engine.driving import DEVICE, GREEDY, decode, session, spans, start, step
 from tests.unit.engine.tiny_models import BLOCKS, COUNT, PROMPT, TinyModel
 
 MakeTinyModel = Callable[[str], TinyModel]
 WHOLE = BlockRange(0, BLOCKS)
-OPTIONS = EngineOptions(kv_positions=100, threads=1)
+OPTIONS = EngineOptions(kv_positions=100, threads=1, device=DEVICE)
 PATIENCE_S = 60
 """Longer than anything here takes on a busy machine."""
 
@@ -243,7 +243,7 @@ def has_one_entry(folder: Path) -> bool:
 async def test_variants_are_built_beside_the_steps(make_tiny_model: MakeTinyModel, tmp_path: Path) -> None:
     tiny = make_tiny_model("llama")
     fused, graphs, wanting = Variant("fused", "fp32"), Variant("onnxruntime", "fp32"), Variant("fused", "fp4")
-    async with start_worker(tiny.source(WHOLE), WHOLE, replace(OPTIONS, cache_dir=tmp_path)) as engine:
+    async with start_worker(tiny.source(WHOLE), WHOLE, replace(OPTIONS, cache_dir=tmp_path, device="cpu")) as engine:
         await engine.open(session(1), 10)
         with pytest.raises(VariantNotReady, match="fused/fp32 is not ready"):
             await engine.begin(session(1), SessionOptions(sampling=GREEDY, variant=fused))

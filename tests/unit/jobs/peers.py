@@ -11,6 +11,7 @@ from typing import Any, cast
 import trio
 
 from node.config import ServeSpec
+from node.engine.devices import Device
 from node.engine.fake import FAKE_MODEL, FAKE_VARIANTS, FakeEngine, fake_span_info
 from node.engine.interface import EngineCrashed, SpanInfo, Variant
 from node.identity import Identity
@@ -241,6 +242,7 @@ class Swarm:
             own_peer=peer.id,
             memory_bytes=int(memory_bytes) + 1,
             threads=1,
+            device=Device("cpu", 1 << 40),
             graphs_dir=Path(),
             use_catalogue=False,
             jitter=self._rng,
