@@ -5,7 +5,8 @@
 
 Prefill of 512 tokens, then decoding at batch 1 and 8. `bound`: how fast decoding at batch 1 could be if reading the
 weights, at the rate that this process reads memory, were all there is to it. `beside`: the best of ours over the best
-of the others, fp32 with fp32 and int8 with int8. Which others, and how to install them: `benchmarks/rivals.py`.
+of the others, fp32 with fp32 and int8 with int8, whether activations are rounded, too, or not. Which others, and how to
+install them: `benchmarks/rivals.py`.
 """
 
 import argparse
@@ -35,9 +36,13 @@ from protocol.tensors import tensor_from_tokens, tokens_from_tensor
 PREFILL = 512
 CONTEXT = 64
 BATCHES = (1, 8)
+PRECISIONS = {"fp32": "fp32", "bf16": "bf16", "int8": "int8", "w8a8": "int8", "int4": "int4"}
+"""Of each arithmetic: others call it int8, too, when activations are rounded."""
+
 ELEMENT_BYTES = {"fp32": 4.0, "bf16": 2.0, "int8": 1.0, "w8a8": 1.0, "int4": 0.5}
 READ_BYTES = 256 << 20
 VARIANTS = ("eager/fp32", "fused/fp32", "onnxruntime/fp32", "fused/int8", "onnxruntime/int8")
+AVX512_VARIANTS = ("fused/bf16", "fused/w8a8")
 GPU_VARIANTS = ("eager/fp32", "fused/fp32", "fused/bf16", "fused/int8")
 QUIET = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "0"}
 """What our workers run under, too: OpenMP's threads do not spin, which would slow whoever else computes."""
@@ -51,7 +56,7 @@ def main() -> None:
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--tokens", type=int, default=24, help="decoded in each round")
-    parser.add_argument("--variant", action="append", help="one to measure; by default those that pay without AVX-512")
+    parser.add_argument("--variant", action="append", help="one to measure; by default those that pay here")
     parser.add_argument("--model", default=DEMO_MODEL, help="another than the demo model, or a folder to import")
     parser.add_argument("--device", default="cpu", help="what computes, by torch's name")
     parser.add_argument("--no-rivals", action="store_true", help="measure ours alone")
@@ -63,7 +68,7 @@ def main() -> None:
     device = torch.device(options.device)
     package = import_model(options.model, ModelStore())
     shard = _shard(package, options.device)
-    variants = options.variant or (VARIANTS if device.type == "cpu" else GPU_VARIANTS)
+    variants = options.variant or _usual_variants(device)
     ours = _ours_all(shard, variants, options.tokens)
     others: dict[str, Callable[[], Measured]] = {}
     missing: dict[str, str] = {}
@@ -89,6 +94,13 @@ def main() -> None:
         _show(report)
 
 
+def _usual_variants(device: torch.device) -> Sequence[str]:
+    """Return the variants that pay on a device."""
+    if device.type != "cpu":
+        return GPU_VARIANTS
+    return (*VARIANTS, *(AVX512_VARIANTS if torch.backends.cpu.get_cpu_capability().startswith("AVX512") else ()))
+
+
 def _medians(runs: dict[str, Callable[[], Measured]], rounds: int) -> dict[str, Measured]:
     """Return the medians of what is measured, in turn so that whatever else the machine does is felt by all."""
     measured: dict[str, list[Measured]] = {name: [] for name in runs}
@@ -105,19 +117,19 @@ def _medians(runs: dict[str, Callable[[], Measured]], rounds: int) -> dict[str, 
 def _beside(
     milliseconds: dict[str, Measured], ours: Iterable[str], others: Iterable[str]
 ) -> dict[str, dict[str, float]]:
-    """Return for each arithmetic that both sides have, and each figure, our best over theirs."""
+    """Return for each precision that both sides have, and each figure, our best over theirs."""
     best: list[dict[str, Measured]] = []
     for side in (ours, others):
         fastest: dict[str, Measured] = {}
         for name in side:
-            known = fastest.setdefault(name.partition("/")[2], dict(milliseconds[name]))
+            known = fastest.setdefault(PRECISIONS[name.partition("/")[2]], dict(milliseconds[name]))
             known |= {key: min(value, known[key]) for key, value in milliseconds[name].items()}
         best.append(fastest)
     return {
-        arithmetic: {
-            key: best[0][arithmetic][key] / best[1][arithmetic][key] for key in best[0][arithmetic] if key != "bound_ms"
+        precision: {
+            key: best[0][precision][key] / best[1][precision][key] for key in best[0][precision] if key != "bound_ms"
         }
-        for arithmetic in best[0].keys() & best[1].keys()
+        for precision in sorted(best[0].keys() & best[1].keys())
     }
 
 
@@ -129,9 +141,9 @@ def _show(report: dict[str, Any]) -> None:
     print(f"{'':24}" + "".join(f"{column:>16}" for column in columns))
     for name, row in milliseconds.items():
         print(f"{name:24}" + "".join(f"{row[column]:16.1f}" for column in columns))
-    for arithmetic, ratios in report["beside"].items():
+    for precision, ratios in report["beside"].items():
         print(
-            f"{f'best of ours / others, {arithmetic}':24}"
+            f"{f'best of ours / others, {precision}':24} "
             + ", ".join(f"{key} {value:.2f}" for key, value in ratios.items())
         )
     for name, why in report["not_installed"].items():

@@ -1,8 +1,8 @@
 """Does the swarm learn? Three daemons with an empty history serve mixed jobs; then the last of them are served again.
 
-Four families of jobs come in turn, from one submitter. The last jobs are replayed in alternation: with the methods that
-the swarm chooses by now, with the hand-written rule's, with each family's best method in hindsight, and with the one
-method that is best over all of them.
+Four families of jobs come in turn, from one submitter, which has measured before what lossy methods do to the model's
+answers. The last jobs are replayed in alternation: with the methods that the swarm chooses by now, with the
+hand-written rule's, with each family's best method in hindsight, and with the one method that is best over all of them.
 
 `python -m benchmarks.learning [--jobs 300] [--last N] [--replays 5] [--plot FILE.png] [--json]`
 """
@@ -28,6 +28,7 @@ from selector.rule import preference
 from selector.task import PORTFOLIO, Method, TaskContext
 
 BOOTSTRAPS: Final = 2000
+JUDGE_LIMIT_S: Final = 1800.0
 CONTENDERS: Final = 5
 """Methods that hindsight looks at, by what the swarm measured of them."""
 
@@ -72,6 +73,14 @@ async def serve(client: httpx.AsyncClient, family: str, number: int, method: str
     return document
 
 
+async def judge(client: httpx.AsyncClient) -> None:
+    """Have what lossy methods do to the model's answers measured, as a node does once in its idle minutes."""
+    await serve(client, "copying", 0)
+    with trio.fail_after(JUDGE_LIMIT_S):
+        while not any(model["quality"] for model in (await client.get("/swarm/models")).json()["models"]):
+            await trio.sleep(1)
+
+
 async def measure(jobs: int, last: int, replays: int) -> dict[str, Any]:
     """Return the figures."""
     package = demo_package()
@@ -80,6 +89,7 @@ async def measure(jobs: int, last: int, replays: int) -> dict[str, Any]:
         whole_model(package, 3) as ready,
         httpx.AsyncClient(base_url=ready.api_url, timeout=600) as client,
     ):
+        await judge(client)
         learning: list[dict[str, Any]] = []
         for number in range(jobs):
             family = names[number % len(names)]

@@ -15,7 +15,7 @@ import trio
 from node.config import ServeSpec, StartError
 from node.engine.client import start_engine
 from node.engine.devices import Device, DeviceError, find_device
-from node.engine.interface import Engine, EngineCrashed, EngineError
+from node.engine.interface import REFERENCE, Engine, EngineCrashed, EngineError, Variant
 from node.engine.source import EngineOptions
 from node.jobs.kept import kept_bytes_of
 from node.jobs.span import Span
@@ -30,6 +30,7 @@ from node.swarm.membership import HEARTBEAT_INTERVAL_S, Membership
 from node.threads import Offload, in_a_thread
 from protocol.identity import BlockRange, ModelId, PeerId
 from protocol.records import Placement
+from selector.task import PORTFOLIO
 
 RETRY_S = (1.0, 30.0)
 """First and longest pause before a span that could not be had, or whose engine died, is tried again."""
@@ -39,6 +40,15 @@ MEMORY_SHARE = 0.75
 
 WEIGHT_SHARE = 0.75
 """Of a span's memory, when the node chooses the blocks itself; the rest is for KV caches."""
+
+_EXACT_VARIANTS = tuple(
+    variant
+    for variant in dict.fromkeys(
+        Variant(method.engine, method.arithmetic) for method in PORTFOLIO.values() if method.exact
+    )
+    if variant != REFERENCE
+)
+"""Built before any job asks for them: who is to take a lost stage's place has to calculate as that one did."""
 
 _HALF_PRECISION = ("bfloat16", "float16")
 
@@ -234,6 +244,7 @@ class Serving:
             try:
                 async with self._start_engine(package, blocks, options) as engine, trio.open_nursery() as nursery:
                     span = await nursery.start(self._stages.serve, engine, kept_bytes)
+                    span.want(_EXACT_VARIANTS)
                     self._membership.announce()
                     load_s = round(engine.info.load_s, 2)
                     _logger.info(

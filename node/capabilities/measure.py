@@ -105,7 +105,12 @@ async def run_benchmark(
     with trio.move_on_after(time_limit_s) as scope:
         try:
             done = await trio.run_process(
-                arguments, capture_stdout=True, capture_stderr=True, check=False, deliver_cancel=_kill
+                arguments,
+                capture_stdout=True,
+                capture_stderr=True,
+                check=False,
+                start_new_session=True,  # its priority is weighed by session
+                deliver_cancel=_kill,
             )
         except OSError as error:
             raise MeasurementError(f"the benchmark cannot be started: {error.strerror}") from None

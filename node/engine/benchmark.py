@@ -25,6 +25,7 @@ from pathlib import Path
 
 import psutil
 
+from node.priority import yield_to_others
 from protocol.capabilities import accelerator_to_map, throughput_to_map
 
 DISK_BYTES = 64 << 20
@@ -39,7 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--directory", type=Path, required=True, help="where the disk is measured")
     parser.add_argument("--threads", type=int, default=psutil.cpu_count(logical=False) or 1)
     options = parser.parse_args(arguments)
-    _yield_to_others()
+    _idle_only()
 
     # Importing torch is most of the work on a slow machine: not before the priority is low.
     from node.engine.throughput import measure_accelerators, measure_cpu
@@ -94,9 +95,9 @@ def _bypass_cache(descriptor: int) -> None:
             fcntl.fcntl(descriptor, fcntl.F_SETFL, fcntl.fcntl(descriptor, fcntl.F_GETFL) | os.O_DIRECT)
 
 
-def _yield_to_others() -> None:
+def _idle_only() -> None:
     """Take only what nobody else wants of the processor and the disk."""
-    os.nice(19)
+    yield_to_others()
     if sys.platform == "linux":
         with suppress(OSError, psutil.Error):  # a sandbox may forbid it
             os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))

@@ -10,10 +10,8 @@ and out again, as between the stages of a route; there are at least PARTS.
 """
 
 import json
-import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -21,6 +19,7 @@ from typing import TYPE_CHECKING, Final
 
 from node.engine.interface import PAGE_POSITIONS, REFERENCE, EngineError, Lineage, Variant
 from node.engine.source import EngineOptions, ShardSource
+from node.priority import yield_to_others
 from protocol.identity import BlockRange
 
 if TYPE_CHECKING:
@@ -147,7 +146,7 @@ def main() -> int:
     from node.models.manifest import MANIFEST_FILE, parse_manifest
     from node.models.store import Package
 
-    _yield_to_others()
+    yield_to_others()
     asked = json.load(sys.stdin)
     folder = Path(sys.argv[1])
     package = Package(parse_manifest((folder / MANIFEST_FILE).read_bytes()), folder)
@@ -162,17 +161,6 @@ def main() -> int:
         return 1
     json.dump({str(lineage): asdict(each) if each else None for lineage, each in found.items()}, sys.stdout)
     return 0
-
-
-def _yield_to_others() -> None:
-    """Take only what jobs leave of the processor.
-
-    Where Linux weighs sessions (autogroup), niceness counts within one only: so ours gets it, too.
-    """
-    os.nice(19)
-    if os.getsid(0) == os.getpid():
-        with suppress(OSError):
-            Path("/proc/self/autogroup").write_text("19")
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ from typing import Any, Final
 from urllib.parse import quote
 
 from node.jobs.observation import software_name
+from node.priority import LOWEST, weigh_session
 from protocol.errors import RemoteProtocolError
 from protocol.measurements import Observation
 from protocol.observations import bucket_of, read_observation
@@ -30,8 +31,6 @@ from selector.task import PORTFOLIO, TaskContext
 
 MAX_MEMORY_BYTES: Final = 2 << 30
 """Of the whole process; what would take more fails, and the node goes on with what it has."""
-
-_AUTOGROUP: Final = Path("/proc/self/autogroup")
 
 
 def main() -> None:
@@ -45,10 +44,10 @@ def main() -> None:
     found: list[Predictor | None] = []
     # Linux knows priorities of threads: this one's answers later are not held up by what it did before.
     trainer = threading.Thread(target=lambda: found.append(_train(asked["database"], viewpoint)))
-    _set_autogroup(19)
+    weigh_session(LOWEST)
     trainer.start()
     trainer.join()
-    _set_autogroup(0)
+    weigh_session(0)
     predictor = found[0] if found else None
     if predictor is None:
         out.write(json.dumps({"experiences": 0}) + "\n")
@@ -76,21 +75,8 @@ def _train(database: str, viewpoint: Viewpoint) -> Predictor | None:
     """
     if sys.platform == "linux":  # elsewhere priorities are processes', and the answers must not wait
         with suppress(OSError):
-            os.setpriority(os.PRIO_PROCESS, 0, 19)
+            os.setpriority(os.PRIO_PROCESS, 0, LOWEST)
     return train(list(read_experiences(Path(database))), viewpoint)
-
-
-def _set_autogroup(nice: int) -> None:
-    """Weigh this session against others: where Linux groups processes by session, priorities hold only within one."""
-    for _ in range(3):
-        try:
-            _AUTOGROUP.write_text(str(nice))
-        except BlockingIOError:
-            time.sleep(0.15)  # the kernel allows it ten times a second
-        except OSError:
-            return
-        else:
-            return
 
 
 def read_experiences(database: Path) -> Iterator[Experience]:
