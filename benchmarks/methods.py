@@ -1,13 +1,14 @@
 """Which method wins under which workload, on one node and on three: a table of winners with their speed-ups.
 
-    python -m benchmarks.methods [--peers 1|3] [--rounds N] [--workload N …] [--method NAME …] [--quality Q]
-                                 [--resume FILE] [--json]
+    python -m benchmarks.methods [--peers 1|3 …] [--rounds N] [--workload N …] [--method NAME …]
+                                 [--quality exact|near|any …] [--resume FILE] [--json]
 
-Real daemons, measured as `metaswarm bench` does: in every round each method and the baseline once, in an order drawn
-anew, nothing timed before everything is built. A method wins a workload by its lead over the second, from pairs within
-the rounds; the lead counts where it is more than 15 % and its interval excludes a tie. Switches that cannot do anything
-in a workload (a cache where prompts have nothing in common, a chunk as long as the prompt, a wire codec without a wire)
-make no other method: the second is the fastest of those that do something else.
+Each workload is served within each of the bounds on quality, by the methods that it admits. Real daemons, measured as
+`metaswarm bench` does: in every round each method and the baseline once, in an order drawn anew, nothing timed before
+everything is built. A method wins a workload by its lead over the second, from pairs within the rounds; the lead counts
+where it is more than 15 % and its interval excludes a tie. Switches that cannot do anything in a workload (a cache
+where prompts have nothing in common, a chunk as long as the prompt, a wire codec without a wire) make no other method:
+the second is the fastest of those that do something else.
 """
 
 import json
@@ -21,6 +22,7 @@ import httpx
 import trio
 
 from benchmarks.common import demo_package, describe_machine, whole_model
+from benchmarks.learning import judge
 from node.cli.bench import WORKLOADS, Standing, describe, keep, read_kept, short, standings
 from node.models.catalogue import DEMO_MODEL
 from node.selection.paired import Speedup, speedup_of
@@ -35,7 +37,14 @@ MIN_WINNERS: Final = 5
 @click.option("--rounds", type=click.IntRange(1), default=3, show_default=True)
 @click.option("--workload", "numbers", type=click.IntRange(0, len(WORKLOADS) - 1), multiple=True, help="Of the grid.")
 @click.option("--method", "methods", multiple=True, help="Of the portfolio (default: all).")
-@click.option("--quality", type=click.Choice(["exact", "near", "any"]), default="any", show_default=True)
+@click.option(
+    "--quality",
+    "bounds",
+    type=click.Choice(["exact", "near", "any"]),
+    multiple=True,
+    default=("exact", "any"),
+    show_default=True,
+)
 @click.option(
     "--resume", type=click.Path(dir_okay=False, path_type=Path), help="Keep what is measured here, and skip what is."
 )
@@ -45,22 +54,27 @@ def main(
     rounds: int,
     numbers: Sequence[int],
     methods: Sequence[str],
-    quality: str,
+    bounds: Sequence[str],
     resume: Path | None,
     as_json: bool,
 ) -> None:
     """Measure the portfolio over a grid of workloads."""
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     workloads = [WORKLOADS[number] for number in numbers] or list(WORKLOADS)
-    body = {"model": DEMO_MODEL, "rounds": rounds, "quality": quality}
+    bodies = [{"model": DEMO_MODEL, "rounds": rounds, "quality": bound} for bound in dict.fromkeys(bounds)]
     if methods:
-        body["methods"] = list(methods)
-    result = trio.run(measure, tuple(dict.fromkeys(peers)), workloads, body, resume)
+        for body in bodies:
+            chosen = [name for name in methods if body["quality"] != "exact" or parse_method(name).exact]
+            body["methods"] = chosen
+    result = trio.run(measure, tuple(dict.fromkeys(peers)), workloads, bodies, resume)
     click.echo(json.dumps(result) if as_json else report(result))
 
 
 async def measure(
-    peers: Sequence[int], workloads: Sequence[dict[str, float]], body: dict[str, Any], resume: Path | None = None
+    peers: Sequence[int],
+    workloads: Sequence[dict[str, float]],
+    bodies: Sequence[dict[str, Any]],
+    resume: Path | None = None,
 ) -> dict[str, Any]:
     """Return every cell for every number of peers."""
     package = demo_package()
@@ -68,7 +82,7 @@ async def measure(
     kept = read_kept(resume)
     cells: list[dict[str, Any]] = []
     for count in peers:
-        wanted = [{"peers": count, **body, "workload": workload} for workload in workloads]
+        wanted = [{"peers": count, **body, "workload": workload} for workload in workloads for body in bodies]
         cells += [each for each in kept if each["cell"] in wanted]
         missing = [cell for cell in wanted if all(each["cell"] != cell for each in kept)]
         if not missing:
@@ -77,6 +91,8 @@ async def measure(
             whole_model(package, count) as first,
             httpx.AsyncClient(base_url=first.api_url, timeout=None) as client,
         ):
+            if any(cell["quality"] != "exact" for cell in missing):
+                await judge(client)
             for cell in missing:
                 asked = {name: value for name, value in cell.items() if name != "peers"}
                 answer = await client.post("/swarm/bench", json=asked)
@@ -122,12 +138,13 @@ def report(result: dict[str, Any]) -> str:
     lines = [
         f"load average {result['load_average']:.1f} on {result['cores']} cores; speed-ups over the baseline",
         "",
-        "peers  workload                                  winner",
+        "peers  quality  workload                                  winner",
     ]
     winners: set[frozenset[tuple[str, str]]] = set()
     for cell in result["cells"]:
         first = standings(cell)[0]
-        line = f"{cell['cell']['peers']:5}  {describe(cell['cell']['workload']):<40}  {short(first.method)}"
+        asked = cell["cell"]
+        line = f"{asked['peers']:5}  {asked['quality']:<7}  {describe(asked['workload']):<40}  {short(first.method)}"
         if first.speedup is not None:
             line += f" {_told(first.speedup)}"
         if found := lead(cell):

@@ -107,6 +107,7 @@ class _Daemon:
         environment = {key: value for key, value in os.environ.items() if not key.startswith(ENVIRONMENT_PREFIX)}
         environment[f"{ENVIRONMENT_PREFIX}CACHE_DIR"] = str(cache_dir)
         command = [*COMMAND, "--json", "--no-catalogue", "--no-mdns", "--data-dir", str(self._data_dir)]
+        command += ["--device", "cpu"]  # each would take most of one GPU's memory
         command += ["--api", "127.0.0.1:0", "--threads", str(threads), *self._arguments]
         with self._log.open("wb") as log:
             # A session of its own: Ctrl-C is for us, and we stop them in order.

@@ -53,7 +53,12 @@ def main() -> None:
     try:
         shard = Shard(source, blocks, options)
     except (EngineError, torch.OutOfMemoryError) as error:
-        _send(connection, encode_frame({"did": "failed", "error": " ".join(str(error).split())}))
+        why = (
+            str(error)
+            if isinstance(error, EngineError)
+            else f"{options.device} has too little memory left: see --memory"
+        )
+        _send(connection, encode_frame({"did": "failed", "error": why}))
         return
     gc.freeze()
     gc.enable()
