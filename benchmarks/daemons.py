@@ -57,7 +57,7 @@ async def running_daemon(data_dir: Path, *flags: str) -> AsyncIterator[Daemon]:
     environment = {key: value for key, value in os.environ.items() if not key.startswith(ENVIRONMENT_PREFIX)}
     environment[f"{ENVIRONMENT_PREFIX}CACHE_DIR"] = str(default_cache_dir())
     command = [*COMMAND, "node", "--json", "--no-catalogue", "--no-mdns", "--data-dir", str(data_dir)]
-    command += ["--listen", "/ip4/127.0.0.1/tcp/0", "--api", "127.0.0.1:0", *flags]
+    command += ["--listen", "/ip4/127.0.0.1/tcp/0", "--api", "127.0.0.1:0", "--device", "cpu", *flags]
     with (data_dir / "log").open("ab") as log:
         process = await trio.lowlevel.open_process(
             command,

@@ -76,7 +76,8 @@ async def measure_case(swarm: SparedSwarm, rounds: int, context: int, how: int) 
         await swarm.replenish()
         for stage in range(3):
             outcome = await swarm.run(prompt, 2 * AFTER, lose=(stage, AFTER, how))
-            pauses_s.append(outcome.pause_s)
+            if outcome.replays:
+                pauses_s.append(outcome.pause_s)
             different += outcome.text != undisturbed.text
     return {
         "pause_s": asdict(spread_of(pauses_s)),

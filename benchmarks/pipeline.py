@@ -4,8 +4,8 @@
 
 Three daemons with a third of the demo model's work and one thread each, and a coordinator that serves none; eight jobs
 at a time, all by one method, which every stage has built before. First each stage takes one session at a time, then it
-batches. A stage's share is the time that its engine calculates. `ours` is the processor time of all daemons and their
-workers, of that of all cores; `stolen` is what a virtual machine's host gave to others, which no node can use.
+batches. A stage's share is the time that its engine calculates. What counts is the processor time of all daemons and
+their workers, of what there was on all cores but for what a virtual machine's host gave to others (stolen).
 """
 
 import json
@@ -36,7 +36,7 @@ BUSY_TARGET = 0.85
 class Use:
     """What was used. Shares are of the time that the jobs took, on all cores there are.
 
-    `busy`: what was neither idle nor stolen, of what was not stolen.
+    `busy`: what was neither idle nor stolen, of what was not stolen; `ours`: of the same, what daemons and workers had.
     """
 
     batching: str
@@ -90,17 +90,17 @@ async def measure_batching(batching: str, tokens: int, method: str) -> Use:
             before_s, ours_s, began_s = await _computed_s(stages), _cpu_s([coordinator, *stages]), trio.current_time()
             times = psutil.cpu_times()
             await _run_jobs(coordinator, tokens, method)
-            wall_s = trio.current_time() - began_s
+            wall_s, ours_s = trio.current_time() - began_s, _cpu_s([coordinator, *stages]) - ours_s
             idle_s, stolen_s = _unused_s(times, psutil.cpu_times())
             after_s = await _computed_s(stages)
-            ours_s = _cpu_s([coordinator, *stages]) - ours_s
             nursery.cancel_scope.cancel()
     all_s = wall_s * (os.cpu_count() or 1)
+    there_s = all_s - stolen_s
     return Use(
         batching=batching,
         tokens_per_s=SESSIONS * tokens / wall_s,
-        busy=1 - idle_s / (all_s - stolen_s),
-        ours=ours_s / all_s,
+        busy=1 - idle_s / there_s,
+        ours=ours_s / there_s,
         stolen=stolen_s / all_s,
         stages=[(after - before) / wall_s for before, after in zip(before_s, after_s, strict=True)],
     )
@@ -161,7 +161,7 @@ def report(result: dict[str, Any]) -> str:
         stages = "  ".join(f"{share:4.0%}" for share in use["stages"])
         shares = f"{use['busy']:12.0%} {use['ours']:9.0%} {use['stolen']:8.0%}"
         lines.append(f"{use['batching']:<10} {use['tokens_per_s']:10.1f} {shares}   {stages}")
-    is_met = result["uses"][0]["busy"] >= BUSY_TARGET
+    is_met = result["uses"][0]["ours"] >= BUSY_TARGET
     lines.append(f"target without batching: cores {BUSY_TARGET:.0%} busy, {'met' if is_met else 'MISSED'}")
     return "\n".join(lines)
 

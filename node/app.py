@@ -103,7 +103,7 @@ class Node:
             models_dir=config.cache_dir,
             traffic=traffic,
             threads=config.threads,
-            device=device.name,
+            accelerator=device.accelerator,
         )
         opinions = Opinions()
         self._chooser = LearnedChooser(

@@ -22,6 +22,7 @@ import trio
 
 from node.api.interface import ModelStatus, NodeStatus
 from node.config import APPLICATION, LOCK_FILE, NodeConfig, ServeSpec
+from node.engine.devices import DeviceError, find_device
 from node.identity import KEY_FILE, IdentityError, load_or_create
 from node.models.errors import ModelError
 from node.models.store import ModelStore, Package, UnknownModelError
@@ -61,6 +62,7 @@ class Fault(StrEnum):
 
     NAME_TAKEN = "name-taken"
     CORRUPT_FILE = "corrupt-file"
+    NO_DEVICE = "no-device"
     NO_MEMORY = "no-memory"
     DISK_FULL = "disk-full"
     NO_BOOTSTRAP = "no-bootstrap"
@@ -133,7 +135,8 @@ async def diagnose(
     """Find out what is wrong. `running`: the node that answers at the data directory's API, if one does."""
     found = Diagnosis(running=running is not None)
     _check_data_dir(config, found)
-    await trio.to_thread.run_sync(_check_files, config, running, found)
+    free_bytes = await _free_bytes(config, found)
+    await trio.to_thread.run_sync(_check_files, config, free_bytes, running, found)
     if running is None:
         await _check_ports(config, found)
     await _check_swarm(config, running, found, wall_clock)
@@ -175,7 +178,17 @@ def _is_locked(path: Path) -> bool:
     return False
 
 
-def _check_files(config: NodeConfig, running: RunningNode | None, found: Diagnosis) -> None:
+async def _free_bytes(config: NodeConfig, found: Diagnosis) -> int:
+    """Return how much memory is free where the node would compute."""
+    try:
+        return (await find_device(config.device)).free_bytes
+    except DeviceError as error:
+        message = f"cannot compute on {config.device}: {error}; see --device"
+        found.add(Fault.NO_DEVICE, Consequence.START, message)
+        return psutil.virtual_memory().available
+
+
+def _check_files(config: NodeConfig, free_bytes: int, running: RunningNode | None, found: Diagnosis) -> None:
     """Look at key, database and model files; hashes what is to be served, so it may take a while."""
     if (config.data_dir / KEY_FILE).exists():
         try:
@@ -193,7 +206,7 @@ def _check_files(config: NodeConfig, running: RunningNode | None, found: Diagnos
     store = ModelStore(config.cache_dir)
     heard = [ModelId(model["model"]) for model in running.models] if running else []
     for spec in config.serve:
-        _check_span(spec, store, heard, config, running, found)
+        _check_span(spec, store, heard, config, free_bytes, running, found)
 
 
 def _check_span(
@@ -201,6 +214,7 @@ def _check_span(
     store: ModelStore,
     heard: Iterable[ModelId],
     config: NodeConfig,
+    free_bytes: int,
     running: RunningNode | None,
     found: Diagnosis,
 ) -> None:
@@ -232,13 +246,13 @@ def _check_span(
         found.add(Fault.CORRUPT_FILE, Consequence.SERVE, message)
     served = running is not None and any(span["model"] == package.model_id for span in running.status["spans"])
     if not served:
-        _check_memory(spec, package, config, found)
+        _check_memory(spec, package, config, free_bytes, found)
 
 
-def _check_memory(spec: ServeSpec, package: Package, config: NodeConfig, found: Diagnosis) -> None:
+def _check_memory(spec: ServeSpec, package: Package, config: NodeConfig, free_bytes: int, found: Diagnosis) -> None:
     smallest = spec.blocks or BlockRange(0, 1)
     needed_bytes = package.manifest.bytes_of(smallest)
-    budget_bytes = config.memory_bytes or int(psutil.virtual_memory().available * MEMORY_SHARE)
+    budget_bytes = config.memory_bytes or int(free_bytes * MEMORY_SHARE)
     if needed_bytes > budget_bytes // len(config.serve):
         where = "--memory allows" if config.memory_bytes else "are free"
         found.add(

@@ -14,7 +14,7 @@ import trio
 
 from node.config import ServeSpec, StartError
 from node.engine.client import start_engine
-from node.engine.devices import Device, DeviceError, find_device
+from node.engine.devices import CPU, Device, DeviceError, find_device
 from node.engine.interface import REFERENCE, Engine, EngineCrashed, EngineError, Variant
 from node.engine.source import EngineOptions
 from node.jobs.kept import kept_bytes_of
@@ -204,13 +204,16 @@ class Serving:
 
     async def _try_to_hold(self, manifest: Manifest, blocks: BlockRange, nursery: trio.Nursery) -> _Held | None:
         """Serve a span beside what is served already; None where that fails, which harms nothing."""
-        needed_bytes = _loaded_bytes(manifest, sum(file.size_bytes for file in manifest.files_for(blocks)))
+        weight_bytes = _loaded_bytes(manifest, sum(file.size_bytes for file in manifest.files_for(blocks)))
+        needed_bytes = int(weight_bytes / MEMORY_SHARE)
+        if self._device != CPU:  # whose memory is taken at once, all that may be needed
+            needed_bytes = max(needed_bytes, self._span_bytes)
         try:
             free_bytes = (await find_device(self._device)).free_bytes
         except DeviceError as error:
             free_bytes = 0
-            _logger.warning("the device is not to be found any more", device=self._device, reason=str(error))
-        if needed_bytes > free_bytes * MEMORY_SHARE:
+            _logger.warning("how much of the device is free is not known", device=self._device, reason=str(error))
+        if needed_bytes > free_bytes:
             why = f"they need {needed_bytes} bytes of memory beside the old ones, of {free_bytes} that are free"
             _logger.warning("stayed with the old blocks", model=manifest.model_id, wanted=str(blocks), reason=why)
             return None
@@ -235,7 +238,8 @@ class Serving:
         )
         kept_bytes = kept_bytes_of(self._span_bytes)
         options = EngineOptions(
-            memory_bytes=self._span_bytes - kept_bytes,
+            # What is kept for replays lies in main memory, whatever computes.
+            memory_bytes=self._span_bytes - (kept_bytes if self._device == CPU else 0),
             threads=self._threads,
             cache_dir=self._graphs_dir,
             device=self._device,

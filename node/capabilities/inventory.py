@@ -18,7 +18,7 @@ from node.capabilities.measure import (
 )
 from node.capabilities.probe import available_memory, fingerprint, probe
 from node.capabilities.traffic import TrafficMeter
-from protocol.capabilities import AcceleratorKind, Capabilities
+from protocol.capabilities import Accelerator, Capabilities, Throughput
 
 GOOD_SHARE: Final = 0.75
 """With less of the processor than this, a benchmark saw how busy the machine was and not what it is capable of."""
@@ -47,20 +47,20 @@ class Inventory:
         models_dir: Path,
         traffic: TrafficMeter,
         threads: int | None = None,
-        device: str = "cpu",
+        accelerator: Accelerator | None = None,
         read_facts: Callable[[], Capabilities] = probe,
         benchmark: Benchmark = run_benchmark,
     ) -> None:
         """Measure with `threads` threads, or one for each physical core, and the disk in `models_dir`.
 
-        `data_dir`: where measurements are kept; the nodes of one machine may share it. `device`: torch's name of what
-        engines compute on; of the accelerators only that one is told of.
+        `data_dir`: where measurements are kept; the nodes of one machine may share it. `accelerator`: what engines
+        compute on, if not on the CPU; of all there are only that one is told of.
         """
         self._data_dir = data_dir
         self._models_dir = models_dir
         self._traffic = traffic
         self._threads = threads
-        self._device = device
+        self._accelerator = accelerator
         self._read_facts = read_facts
         self._benchmark = benchmark
         self._facts: Capabilities | None = None
@@ -80,12 +80,12 @@ class Inventory:
         `started`: set once the node is started, which a first measurement waits for.
         """
         facts = await trio.to_thread.run_sync(self._read_facts)
-        self._facts = facts
+        self._facts = facts = dataclasses.replace(facts, accelerators=tuple(filter(None, [self._accelerator])))
         threads = self._threads or facts.processor.physical_cores
         identifier = await trio.to_thread.run_sync(fingerprint, facts, threads)
         best = await trio.to_thread.run_sync(load_measurements, self._data_dir, identifier)
         if best is not None:
-            self._facts = _with_measurements(facts, best, self._device)
+            self._facts = _with_measurements(facts, best)
         elif started is not None:
             with trio.move_on_after(STARTING_S):
                 await started.wait()
@@ -101,7 +101,7 @@ class Inventory:
                 continue
             if best is None or measured.cpu_share > best.cpu_share:
                 best = measured
-                self._facts = _with_measurements(facts, best, self._device)
+                self._facts = _with_measurements(facts, best)
 
     async def _measure(self, identifier: str, threads: int, best: Measurements | None) -> Measurements:
         """Return new measurements, or better ones that another node on this machine has made since. Keep the best."""
@@ -119,15 +119,12 @@ class Inventory:
             await trio.sleep(OTHERS_TURN_S)
 
 
-def _with_measurements(facts: Capabilities, measured: Measurements, device: str) -> Capabilities:
+def _with_measurements(facts: Capabilities, measured: Measurements) -> Capabilities:
     """Return the facts with figures. Accelerators that this node does not compute on are not the swarm's business."""
-    kind, _, number = device.partition(":")
-    # ROCm answers to CUDA's name; each kind's devices are in torch's order.
-    alike = [each for each in measured.accelerators if (each.kind is AcceleratorKind.MPS) == (kind == "mps")]
-    used = () if kind == "cpu" else tuple(alike[int(number or 0) :][:1])
+    figures = {dataclasses.replace(each, throughput=Throughput()): each for each in measured.accelerators}
     return dataclasses.replace(
         facts,
         processor=dataclasses.replace(facts.processor, throughput=measured.cpu),
-        accelerators=used,
+        accelerators=tuple(figures.get(each, each) for each in facts.accelerators),
         disk_read_bytes_per_s=measured.disk_read_bytes_per_s,
     )

@@ -52,7 +52,7 @@ if TYPE_CHECKING:
 @click.option(
     "--memory",
     metavar="BYTES",
-    help="What weights, KV caches and kept outputs may take, e.g. 4GiB; with a GPU, of its memory.",
+    help="What weights, KV caches and kept outputs may take, e.g. 4GiB; on a GPU, the first two of its memory.",
 )
 @click.option("--no-mdns", is_flag=True, help="Neither look for peers on the local network nor be found there.")
 @click.option("--no-catalogue", is_flag=True, help="Never download a model from its source, only from peers.")

@@ -9,6 +9,7 @@ from tempfile import TemporaryDirectory
 from node.app import running_node
 from node.cli.logs import configure_logging
 from node.config import ENVIRONMENT_PREFIX, load_config
+from node.engine.devices import CPU
 
 
 @asynccontextmanager
@@ -25,5 +26,5 @@ async def ephemeral_peer(bootstrap: Sequence[str]) -> AsyncIterator[str]:
             }
         )
         configure_logging(config.log_level)
-        async with running_node(replace(config, serve=(), api_key=None)) as (_, ready):
+        async with running_node(replace(config, serve=(), api_key=None, device=CPU)) as (_, ready):
             yield ready.api_url

@@ -8,12 +8,15 @@ import json
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Final
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final
 
 import psutil
 import structlog
 import trio
+
+from protocol.capabilities import Accelerator, accelerator_from, accelerator_to_map
+from protocol.errors import RemoteProtocolError
 
 if TYPE_CHECKING:
     import torch
@@ -36,11 +39,30 @@ class DeviceError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Device:
-    """What an engine computes on. `name`: torch's, with a number where there can be several: `cpu`, `cuda:0`, `mps`."""
+    """What an engine computes on.
+
+    `name`: torch's, with a number where there can be several: `cpu`, `cuda:0`, `mps`. `free_bytes`: of its memory, when
+    it was looked at. `accelerator`: what it is, without figures; None for the CPU.
+    """
 
     name: str
     free_bytes: int
-    """Of its memory, when it was looked at."""
+    accelerator: Accelerator | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """Return it as a document."""
+        accelerator = self.accelerator and accelerator_to_map(self.accelerator)
+        return {"name": self.name, "free_bytes": self.free_bytes, "accelerator": accelerator}
+
+    @classmethod
+    def parse(cls, document: bytes | str) -> "Device":
+        """Return the device in a document. Raises DeviceError."""
+        try:
+            values = json.loads(document)
+            found = values["accelerator"]
+            return cls(values["name"], values["free_bytes"], found and accelerator_from(found, "accelerator"))
+        except (ValueError, TypeError, KeyError, RemoteProtocolError) as error:
+            raise DeviceError(f"what was said of it makes no sense: {error}") from None
 
 
 async def find_device(
@@ -51,14 +73,14 @@ async def find_device(
     `wanted`: `auto`, `cpu`, `cuda`, `cuda:N` or `mps`. Raises DeviceError where there is none such.
     """
     if wanted == CPU or (wanted == AUTO and not any(map(os.path.exists, drivers))):
-        return Device(CPU, psutil.virtual_memory().available)
+        return _cpu()
     try:
         return await _ask([*command, wanted])
     except DeviceError as error:
         if wanted != AUTO:
             raise
         _logger.warning("no GPU is used", reason=str(error))
-        return Device(CPU, psutil.virtual_memory().available)
+        return _cpu()
 
 
 async def _ask(command: Sequence[str]) -> Device:
@@ -71,7 +93,7 @@ async def _ask(command: Sequence[str]) -> Device:
         said = done.stderr.decode(errors="replace").split("\n")
         if done.returncode != 0:
             raise DeviceError(next((line for line in reversed(said) if line.strip()), "torch died of it")[:300])
-        return Device(**json.loads(done.stdout))
+        return Device.parse(done.stdout)
     raise DeviceError(f"torch did not find it within {TIME_LIMIT_S:g} s")
 
 
@@ -79,29 +101,47 @@ def free_bytes(device: "torch.device") -> int:
     """Return how much of a device's memory is free."""
     import torch
 
+    main_bytes = int(psutil.virtual_memory().available)
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
-    if device.type == "mps":
-        return int(torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory())
-    return int(psutil.virtual_memory().available)
+    if device.type == "mps":  # which shares the main memory
+        return min(main_bytes, int(torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory()))
+    return main_bytes
+
+
+def synchronize(device: "torch.device") -> None:
+    """Wait until a device has done what it was told to; the CPU has."""
+    import torch
+
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()
 
 
 def look(wanted: str) -> Device:
-    """Find a device by asking torch. Raises DeviceError."""
+    """Find a device by asking torch, and have it add something up. Raises DeviceError."""
     import torch
 
+    from node.engine.throughput import accelerators
+
     kind, _, number = wanted.partition(":")
-    if kind == "mps":
-        if not torch.backends.mps.is_available():
-            raise DeviceError(f"there is no mps device for torch {torch.__version__} on this machine")
-        return Device("mps", free_bytes(torch.device("mps")))
-    found = [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
-    if number:
-        found = found[int(number) : int(number) + 1]
-    if not found and wanted != AUTO:
-        raise DeviceError(f"there is no {wanted} device for torch {torch.__version__} on this machine")
-    devices = [Device(str(device), free_bytes(device)) for device in found]
-    return max(devices, key=lambda each: each.free_bytes, default=Device(CPU, psutil.virtual_memory().available))
+    names = [wanted] if number or kind == "mps" else [f"cuda:{index}" for index in range(torch.cuda.device_count())]
+    found, faults = [], []
+    for accelerator, device in accelerators():
+        if str(device) in names:
+            try:
+                torch.ones(8, device=device).sum().item()
+                found.append(Device(str(device), free_bytes(device), accelerator))
+            except RuntimeError as error:  # of another architecture than torch was built for, broken, taken, full
+                faults.append(f"{device}: {' '.join(str(error).split())[:200]}")
+    if not found and (faults or wanted != AUTO):
+        raise DeviceError("; ".join(faults) or f"there is no {wanted} device for torch {torch.__version__} here")
+    return max(found, key=lambda each: each.free_bytes, default=_cpu())
+
+
+def _cpu() -> Device:
+    return Device(CPU, psutil.virtual_memory().available)
 
 
 def main() -> int:
@@ -111,7 +151,7 @@ def main() -> int:
     except (DeviceError, RuntimeError) as error:  # torch's complaints of drivers are RuntimeErrors
         sys.stderr.write(" ".join(str(error).split())[:300] + "\n")
         return 1
-    sys.stdout.write(json.dumps(asdict(device)))
+    sys.stdout.write(json.dumps(device.to_json()))
     return 0
 
 

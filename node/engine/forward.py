@@ -60,7 +60,7 @@ class SpanModel:
         rows = torch.zeros(shape, dtype=dtype, device=self._weight.device)
         try:
             output = self.run(rows, cache, position=0, draws=1)
-        except EngineError:
+        except (EngineError, torch.OutOfMemoryError):
             raise
         except Exception as error:  # whatever an architecture that nobody tried here trips over
             raise EngineError(f"{self._name} models cannot be served: {' '.join(str(error).split())[:200]}") from error

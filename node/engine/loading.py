@@ -41,9 +41,9 @@ from protocol.identity import BlockRange
 _BLOCK_LISTS = frozenset({"layers", "h", "blocks"})
 _NUMBERS = frozenset({"layer_idx", "layer_id"})
 
-# What a config from elsewhere may ask for that is not the model's business: code, kernels, devices.
 _CPU = torch.device("cpu")
 
+# What a config from elsewhere may ask for that is not the model's business: code, kernels, devices.
 _FOREIGN_KEYS = frozenset({"auto_map", "attn_implementation", "experts_implementation", "fusion_config", "device_map"})
 
 
@@ -80,10 +80,16 @@ class Absent(nn.Module):
         return first if isinstance(first, torch.Tensor) and first.dim() == 3 else torch.zeros(())
 
 
-def load_span(source: ShardSource, blocks: BlockRange, dtype: torch.dtype, device: torch.device = _CPU) -> LoadedSpan:
+def load_span(
+    source: ShardSource,
+    blocks: BlockRange,
+    dtype: torch.dtype,
+    device: torch.device = _CPU,
+    limit_bytes: int | None = None,
+) -> LoadedSpan:
     """Build the blocks of a span with weights mapped from their files, and from there copied to another device.
 
-    Raises EngineError if it cannot be served.
+    `limit_bytes`: what they may take there. Raises EngineError if the span cannot be served.
     """
     config = _config_from(source.config)
     model = _describe(config, dtype)
@@ -93,6 +99,9 @@ def load_span(source: ShardSource, blocks: BlockRange, dtype: torch.dtype, devic
     block_count, windows = len(layers), attention_windows(config)
     try:
         weights = dict(_weights(source, blocks))
+        needed_bytes = sum(tensor.numel() for tensor in weights.values()) * dtype.itemsize
+        if limit_bytes is not None and needed_bytes > limit_bytes:
+            raise EngineError(f"{limit_bytes} bytes of memory are too few: the weights take {needed_bytes}")
         _load(model, weights, dtype)
     except (OSError, SafetensorError) as error:
         raise EngineError(f"blocks {blocks} cannot be loaded: {error}") from error

@@ -102,6 +102,8 @@ class _Sight:
             grouped = queries.view(1, groups, heads // groups, size)
             mixed = nn.functional.scaled_dot_product_attention(grouped, keys, values, scale=scaling)
             return mixed.reshape(1, heads * size)
+        if queries.device.type != "cpu":  # no kernel for fp32 there shares keys: it would hold all scores at once
+            keys, values = (each.repeat_interleave(heads // groups, dim=1) for each in (keys, values))
         mixed = nn.functional.scaled_dot_product_attention(
             queries.transpose(0, 1).unsqueeze(0),
             keys,
@@ -109,7 +111,7 @@ class _Sight:
             attn_mask=self.mask,
             is_causal=self.causal,
             scale=scaling,
-            enable_gqa=heads != groups,
+            enable_gqa=heads != keys.shape[1],
         )
         return mixed[0].transpose(0, 1).reshape(rows, heads * size)
 

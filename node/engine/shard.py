@@ -9,7 +9,7 @@ import torch
 from node.engine.admission import Placement, check_slice
 from node.engine.cache import KvMemory, Places
 from node.engine.codec import decode_rows, encode_rows
-from node.engine.devices import free_bytes
+from node.engine.devices import free_bytes, synchronize
 from node.engine.folders import FolderCache
 from node.engine.forward import SpanModel
 from node.engine.fused import FusedSegments, PackedSpan, pack_span
@@ -47,8 +47,6 @@ _PACKED_BYTES = {
 }
 """Bytes of an element in each packing of each engine; onnxruntime's int8 has a scale for each 32 elements."""
 
-_ALL_PACKED_BYTES = sum(sum(packings.values()) for packings in _PACKED_BYTES.values())
-
 
 @dataclass(slots=True)
 class _Session:
@@ -67,7 +65,7 @@ class Shard:
     def __init__(self, source: ShardSource, blocks: BlockRange, options: EngineOptions) -> None:
         started_s = time.perf_counter()
         self._device = torch.device(options.device)
-        span = load_span(source, blocks, torch.float32, self._device)
+        span = load_span(source, blocks, torch.float32, self._device, options.memory_bytes)
         self._span = span
         self._model = SpanModel(span, first=blocks.start == 0, last=blocks.end == span.block_count)
         tried = self._model.try_out()
@@ -129,7 +127,7 @@ class Shard:
 
     def start_threads(self, variant: Variant) -> None:
         """Start the threads that a variant's steps will need; from the thread of the steps, whose priority they get."""
-        if variant.engine == "onnxruntime":
+        if variant.engine == "onnxruntime" and self._device.type == "cpu":
             from node.engine.graphs import start_threads  # only where it is asked for: it takes its time and memory
 
             start_threads(self._threads)
@@ -183,6 +181,7 @@ class Shard:
         started_s = time.perf_counter()
         try:
             outputs = self._run(slices)
+            synchronize(self._device)  # what nobody looked at may be under way still
         except Exception as error:  # torch fails in many ways; whichever, these sessions' caches are not to be trusted
             for rows in slices:
                 self.close(rows.session)
@@ -275,7 +274,9 @@ def _memory_bytes(options: EngineOptions, weight_bytes: int) -> int:
 def _kv_positions(options: EngineOptions, free_bytes: int, weight_bytes: int, kv_bytes_per_position: int) -> int:
     """Return how many positions, in whole pages, fit into what the weights leave, beside the variants' own weights."""
     page_bytes = max(1, kv_bytes_per_position * PAGE_POSITIONS)
-    variant_bytes = min(int(free_bytes * _VARIANT_SHARE), int(_ALL_PACKED_BYTES * weight_bytes / 4))
+    engines = _PACKED_BYTES if torch.device(options.device).type == "cpu" else ("fused",)
+    packed_bytes = sum(sum(_PACKED_BYTES[engine].values()) for engine in engines)
+    variant_bytes = min(int(free_bytes * _VARIANT_SHARE), int(packed_bytes * weight_bytes / 4))
     pages = (free_bytes - max(0, variant_bytes)) // page_bytes
     if pages < 1:
         raise EngineError(

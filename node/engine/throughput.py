@@ -16,6 +16,7 @@ from itertools import pairwise
 
 import torch
 
+from node.engine.devices import free_bytes, synchronize
 from protocol.capabilities import Accelerator, AcceleratorKind, Throughput
 
 PART_S = 0.25
@@ -78,14 +79,21 @@ def measure_accelerators(gaps: Gaps) -> tuple[Accelerator, ...]:
     """Return every accelerator that torch can use, measured; of several alike only the first is."""
     measured: dict[Accelerator, Accelerator] = {}
     found = []
-    for device in _devices():
-        if device.accelerator not in measured:
-            measured[device.accelerator] = _measured(device, gaps)
-        found.append(measured[device.accelerator])
+    for accelerator, device in accelerators():
+        if accelerator not in measured:
+            try:
+                known = _Device(accelerator, device, free_bytes(device), partial(synchronize, device))
+            except RuntimeError as error:  # taken by others, or broken
+                gaps.append(f"{accelerator.name}: {' '.join(str(error).split())[:200]}")
+                measured[accelerator] = accelerator
+            else:
+                measured[accelerator] = _measured(known, gaps)
+        found.append(measured[accelerator])
     return tuple(found)
 
 
-def _devices() -> Iterator[_Device]:
+def accelerators() -> Iterator[tuple[Accelerator, torch.device]]:
+    """Yield every accelerator that torch can use, without figures, and torch's name of it."""
     if torch.cuda.is_available():  # ROCm answers to the same name
         for index in range(torch.cuda.device_count()):
             properties = torch.cuda.get_device_properties(index)
@@ -99,13 +107,13 @@ def _devices() -> Iterator[_Device]:
                 memory_bytes=properties.total_memory,
                 compute_capability=capability,
             )
-            free_bytes = torch.cuda.mem_get_info(index)[0]
-            yield _Device(accelerator, torch.device("cuda", index), free_bytes, partial(torch.cuda.synchronize, index))
+            yield accelerator, torch.device("cuda", index)
     if torch.backends.mps.is_available():
         size = torch.mps.recommended_max_memory()
-        accelerator = Accelerator(kind=AcceleratorKind.MPS, name=torch.backends.mps.get_name(), memory_bytes=size)
-        free_bytes = size - torch.mps.driver_allocated_memory()
-        yield _Device(accelerator, torch.device("mps"), free_bytes, torch.mps.synchronize)
+        yield (
+            Accelerator(kind=AcceleratorKind.MPS, name=torch.backends.mps.get_name(), memory_bytes=size),
+            torch.device("mps"),
+        )
 
 
 def _measured(device: _Device, gaps: Gaps) -> Accelerator:

@@ -14,6 +14,7 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, NoReturn
 
+from node.engine.devices import CPU
 from node.engine.interface import EngineError, Variant
 from node.engine.wire import (
     PREFIX,
@@ -30,6 +31,8 @@ from node.engine.wire import (
 
 if TYPE_CHECKING:
     from node.engine.shard import Shard
+    from node.engine.source import EngineOptions, ShardSource
+    from protocol.identity import BlockRange
 
 _sending = threading.Lock()
 """Steps and the variants that are built beside them answer over the same socket."""
@@ -44,21 +47,16 @@ def main() -> None:
     gc.disable()
     import torch
 
-    from node.engine.shard import Shard
+    import node.engine.shard  # noqa: F401  # what it imports takes seconds
 
     header, _ = _receive(connection)
     source, blocks, options = decode_load(header)
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     try:
-        shard = Shard(source, blocks, options)
-    except (EngineError, torch.OutOfMemoryError) as error:
-        why = (
-            str(error)
-            if isinstance(error, EngineError)
-            else f"{options.device} has too little memory left: see --memory"
-        )
-        _send(connection, encode_frame({"did": "failed", "error": why}))
+        shard = _load(source, blocks, options)
+    except EngineError as error:
+        _send(connection, encode_frame({"did": "failed", "error": str(error)}))
         return
     gc.freeze()
     gc.enable()
@@ -80,6 +78,7 @@ def main() -> None:
                 try:
                     result = shard.step(decode_step(header, payload))
                 except EngineError as error:
+                    _exit_if_lost(error.__cause__)
                     _send(connection, encode_frame({"did": "error", "call": header["call"], "error": str(error)}))
                     continue
                 tensors = [output.tensor for output in result.outputs]
@@ -88,15 +87,42 @@ def main() -> None:
                 _send(connection, encode_frame(answer, tensors))
 
 
+def _load(source: "ShardSource", blocks: "BlockRange", options: "EngineOptions") -> "Shard":
+    """Load the span. Raises EngineError where it cannot be served here, also for what a GPU and its driver say."""
+    import torch
+
+    from node.engine.shard import Shard
+
+    try:
+        return Shard(source, blocks, options)
+    except torch.OutOfMemoryError:
+        raise EngineError(f"{options.device} has too little memory left: see --memory") from None
+    except RuntimeError as error:
+        if options.device == CPU:
+            raise
+        raise EngineError(f"{options.device} failed: {' '.join(str(error).split())[:200]}") from None
+
+
 def _prepare(shard: "Shard", header: Header, connection: socket.socket) -> None:
     """Build a variant, and tell of it."""
     try:
         shard.prepare(Variant(*header["variant"]))
     except Exception as error:  # noqa: BLE001  # whatever torch trips over: the span is served without this variant
+        _exit_if_lost(error)
         answer = {"did": "error", "call": header["call"], "error": " ".join(str(error).split())[:300]}
     else:
         answer = {"did": "ready", "call": header["call"]}
     _send(connection, encode_frame(answer))
+
+
+def _exit_if_lost(cause: BaseException | None) -> None:
+    """End the process where a GPU has failed: to this one it stays lost, to the next one perhaps not."""
+    import torch
+
+    lost = getattr(torch, "AcceleratorError", None)  # since torch 2.8
+    if lost is not None and isinstance(cause, lost):
+        sys.stderr.write(f"the GPU is lost: {' '.join(str(cause).split())[:300]}\n")
+        os._exit(1)
 
 
 def _yield_to_others() -> None:

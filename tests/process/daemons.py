@@ -65,7 +65,7 @@ async def running_daemon(
     it; its log goes to `log` in the data directory then. `on_started` is told of the process before it is ready.
     """
     command = [sys.executable, "-m", "node", "node", "--json", "--data-dir", str(data_dir)]
-    command += ["--listen", "/ip4/127.0.0.1/tcp/0", "--api", "127.0.0.1:0", *flags]
+    command += ["--listen", "/ip4/127.0.0.1/tcp/0", "--api", "127.0.0.1:0", "--device", "cpu", *flags]
     options: dict[str, Any] = {"env": {**os.environ, **(environment or {})}, "start_new_session": True}
     if file_limit_bytes is not None:
         await trio.Path(data_dir).mkdir(mode=0o700, exist_ok=True)

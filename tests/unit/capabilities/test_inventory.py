@@ -10,7 +10,7 @@ from node.capabilities.inventory import REPEAT_AFTER_S, Inventory
 from node.capabilities.measure import MeasurementError, Measurements, save_measurements
 from node.capabilities.probe import fingerprint
 from node.capabilities.traffic import TrafficMeter
-from protocol.capabilities import Capabilities, Throughput
+from protocol.capabilities import Accelerator, Capabilities, Throughput
 from tests.support.capabilities import EPYC, H100, peer_of
 
 FACTS = replace(
@@ -55,7 +55,7 @@ class FakeBenchmark:
 
 
 def inventory(
-    tmp_path: Path, *shares: float | str, threads: int | None = None, device: str = "cpu"
+    tmp_path: Path, *shares: float | str, threads: int | None = None, accelerator: Accelerator | None = None
 ) -> tuple[Inventory, FakeBenchmark]:
     benchmark = FakeBenchmark(shares)
     made = Inventory(
@@ -63,7 +63,7 @@ def inventory(
         models_dir=tmp_path / "models",
         traffic=TrafficMeter(),
         threads=threads,
-        device=device,
+        accelerator=accelerator,
         read_facts=lambda: FACTS,
         benchmark=benchmark,
     )
@@ -95,13 +95,18 @@ async def test_facts_are_there_before_the_figures(tmp_path: Path, autojump_clock
     assert benchmark.asked == [(tmp_path / "models", FACTS.processor.physical_cores)]
 
 
-@pytest.mark.parametrize(("device", "told"), [("cuda:0", H100.name), ("cuda:1", "another"), ("mps", None)])
-async def test_of_the_accelerators_the_one_that_computes_is_told_of(
-    device: str, told: str | None, tmp_path: Path, autojump_clock: MockClock
-) -> None:
-    found, _ = inventory(tmp_path, 0.9, device=device)
+async def test_of_the_accelerators_the_one_that_computes_is_told_of(tmp_path: Path, autojump_clock: MockClock) -> None:
+    plain = replace(H100, throughput=Throughput())
+    found, benchmark = inventory(tmp_path, 0.9, accelerator=plain)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(found.run)
+        await benchmark.started.wait()
+        assert known(found).accelerators == (plain,), "a GPU is a GPU before it is measured"
+    assert known(found).accelerators == (H100,)
+    strange = replace(plain, name="not measured")
+    found, _ = inventory(tmp_path / "other", 0.9, accelerator=strange)
     await found.run()
-    assert [each.name for each in known(found).accelerators] == ([told] if told else [])
+    assert known(found).accelerators == (strange,)
 
 
 async def test_a_node_is_started_before_its_machine_is_measured(tmp_path: Path, autojump_clock: MockClock) -> None:

@@ -2,12 +2,15 @@
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import psutil
 import pytest
 
 from node.engine.devices import CPU, Device, DeviceError, find_device
+from protocol.capabilities import Throughput
+from tests.support.capabilities import H100
 
 
 def answering(answer: str, code: int = 0) -> list[str]:
@@ -24,8 +27,8 @@ async def test_without_a_driver_the_cpu_is_taken_and_torch_not_asked(tmp_path: P
 
 
 async def test_a_gpu_that_torch_sees_is_taken() -> None:
-    gpu = {"name": "cuda:1", "free_bytes": 80 << 30}
-    assert await find_device("auto", command=answering(json.dumps(gpu)), drivers=["/"]) == Device("cuda:1", 80 << 30)
+    gpu = Device("cuda:1", 80 << 30, replace(H100, throughput=Throughput()))
+    assert await find_device("auto", command=answering(json.dumps(gpu.to_json())), drivers=["/"]) == gpu
 
 
 async def test_a_driver_without_a_device_leaves_the_cpu() -> None:
@@ -35,6 +38,8 @@ async def test_a_driver_without_a_device_leaves_the_cpu() -> None:
 async def test_a_device_that_was_asked_for_and_is_not_there_is_said() -> None:
     with pytest.raises(DeviceError, match="driver too old"):
         await find_device("cuda", command=answering("warning\ndriver too old\n", 1))
+    with pytest.raises(DeviceError, match="makes no sense"):
+        await find_device("cuda", command=answering("driver says hello {}"))
     with pytest.raises(DeviceError, match="cannot be looked for"):
         await find_device("cuda", command=["/no/such/program"])
     with pytest.raises(DeviceError, match="there is no cuda:99 device for torch"):
