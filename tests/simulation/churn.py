@@ -245,9 +245,10 @@ class _Play:
             outcome.faults.append(f"at {began_s:.1f} s: another text than undisturbed")
 
     def _is_covered(self) -> bool:
-        """Whether a route exists, whoever knows of it."""
-        reached = {0}
-        spans = sorted(span.info.blocks for peer in self._serving() for span in peer.stages.spans())
+        """Whether a route exists that there was time to hear of."""
+        reached, now_s = {0}, trio.current_time()
+        heard = [peer for peer in self._serving() if self._swarm.heard_s.get(peer.id, now_s) < now_s]
+        spans = sorted(span.info.blocks for peer in heard for span in peer.stages.spans())
         for blocks in spans:
             if blocks.start in reached:
                 reached.add(blocks.end)
