@@ -16,7 +16,7 @@ import time
 from collections.abc import Iterator
 from contextlib import closing, suppress
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 from urllib.parse import quote
 
 from node.jobs.observation import software_name
@@ -26,8 +26,10 @@ from protocol.measurements import Observation
 from protocol.observations import bucket_of, read_observation
 from selector.experience import MAX_EXPERIENCES, Experience
 from selector.kinds import Viewpoint
-from selector.prediction import Predictor, train
 from selector.task import PORTFOLIO, TaskContext
+
+if TYPE_CHECKING:
+    from selector.prediction import Predictor
 
 MAX_MEMORY_BYTES: Final = 2 << 30
 """Of the whole process; what would take more fails, and the node goes on with what it has."""
@@ -63,12 +65,12 @@ def main() -> None:
         out.write(json.dumps(_answer(predictor, json.loads(line))) + "\n")
 
 
-def _answer(predictor: Predictor, values: dict[str, Any]) -> dict[str, tuple[float, float]]:
+def _answer(predictor: "Predictor", values: dict[str, Any]) -> dict[str, tuple[float, float]]:
     table = predictor.table(TaskContext.of(values), tuple(PORTFOLIO.values()))
     return {name: (each.log_cost, each.deviation) for name, each in table.items()}
 
 
-def _train(database: str, viewpoint: Viewpoint) -> Predictor | None:
+def _train(database: str, viewpoint: Viewpoint) -> "Predictor | None":
     """Learn in this thread, which gets a 68th of what of a processor another thread gets, and what nobody else wants.
 
     With SCHED_IDLE it would be a 340th: where jobs always fill the processors nothing would ever be learned.
@@ -76,6 +78,8 @@ def _train(database: str, viewpoint: Viewpoint) -> Predictor | None:
     if sys.platform == "linux":  # elsewhere priorities are processes', and the answers must not wait
         with suppress(OSError):
             os.setpriority(os.PRIO_PROCESS, 0, LOWEST)
+    from selector.prediction import train  # what it imports takes as long as learning from a short history
+
     return train(list(read_experiences(Path(database))), viewpoint)
 
 
