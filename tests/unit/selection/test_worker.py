@@ -7,6 +7,7 @@ import threading
 import pytest
 
 from node.selection import worker
+from selector import prediction
 from selector.kinds import Viewpoint
 
 
@@ -20,7 +21,7 @@ def test_the_training_has_the_lowest_priority_that_still_gets_its_share_and_othe
         del experiences, viewpoint
         seen.append((os.getpriority(os.PRIO_PROCESS, 0), os.sched_getscheduler(0)))
 
-    monkeypatch.setattr(worker, "train", train)
+    monkeypatch.setattr(prediction, "train", train)
     monkeypatch.setattr(worker, "read_experiences", lambda database: [])
     before = os.getpriority(os.PRIO_PROCESS, 0)
     viewpoint = Viewpoint(peer="me", hardware="test", software="1", hour=1)
