@@ -9,7 +9,7 @@ import torch
 from node.engine.admission import Placement, check_slice
 from node.engine.cache import KvMemory, Places
 from node.engine.codec import decode_rows, encode_rows
-from node.engine.devices import free_bytes, synchronize
+from node.engine.devices import CPU, free_bytes, synchronize
 from node.engine.folders import FolderCache
 from node.engine.forward import SpanModel
 from node.engine.fused import FusedSegments, PackedSpan, pack_span
@@ -255,6 +255,18 @@ class Shard:
         if min(tokens) < 0 or max(tokens) >= self.info.vocabulary_size:
             raise EngineError(f"a token id is not below {self.info.vocabulary_size}")
         return torch.tensor(tokens, device=self._device)
+
+
+def open_shard(source: ShardSource, blocks: BlockRange, options: EngineOptions) -> Shard:
+    """Return a shard. Raises EngineError where there can be none, also for what a GPU and its driver say."""
+    try:
+        return Shard(source, blocks, options)
+    except torch.OutOfMemoryError:
+        raise EngineError(f"{options.device} has too little memory left: see --memory") from None
+    except RuntimeError as error:
+        if options.device == CPU:
+            raise
+        raise EngineError(f"{options.device} failed: {' '.join(str(error).split())[:200]}") from None
 
 
 def _packing(variant: Variant) -> str | None:

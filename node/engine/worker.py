@@ -14,7 +14,6 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, NoReturn
 
-from node.engine.devices import CPU
 from node.engine.interface import EngineError, Variant
 from node.engine.wire import (
     PREFIX,
@@ -31,8 +30,6 @@ from node.engine.wire import (
 
 if TYPE_CHECKING:
     from node.engine.shard import Shard
-    from node.engine.source import EngineOptions, ShardSource
-    from protocol.identity import BlockRange
 
 _sending = threading.Lock()
 """Steps and the variants that are built beside them answer over the same socket."""
@@ -47,14 +44,14 @@ def main() -> None:
     gc.disable()
     import torch
 
-    import node.engine.shard  # noqa: F401  # what it imports takes seconds
+    from node.engine.shard import open_shard
 
     header, _ = _receive(connection)
     source, blocks, options = decode_load(header)
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     try:
-        shard = _load(source, blocks, options)
+        shard = open_shard(source, blocks, options)
     except EngineError as error:
         _send(connection, encode_frame({"did": "failed", "error": str(error)}))
         return
@@ -85,22 +82,6 @@ def main() -> None:
                 described = [(tensor.dtype, tensor.shape) for tensor in tensors]
                 answer = {"did": "result", "call": header["call"], "compute_s": result.compute_s, "tensors": described}
                 _send(connection, encode_frame(answer, tensors))
-
-
-def _load(source: "ShardSource", blocks: "BlockRange", options: "EngineOptions") -> "Shard":
-    """Load the span. Raises EngineError where it cannot be served here, also for what a GPU and its driver say."""
-    import torch
-
-    from node.engine.shard import Shard
-
-    try:
-        return Shard(source, blocks, options)
-    except torch.OutOfMemoryError:
-        raise EngineError(f"{options.device} has too little memory left: see --memory") from None
-    except RuntimeError as error:
-        if options.device == CPU:
-            raise
-        raise EngineError(f"{options.device} failed: {' '.join(str(error).split())[:200]}") from None
 
 
 def _prepare(shard: "Shard", header: Header, connection: socket.socket) -> None:

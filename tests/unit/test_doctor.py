@@ -169,6 +169,12 @@ async def test_no_memory(config: NodeConfig, tmp_path: Path) -> None:
     assert (await diagnose(replace(config, serve=(spec,), memory_bytes=needed))).healthy
 
 
+async def test_no_device(config: NodeConfig) -> None:
+    found = await diagnose(replace(config, device="cuda:99"))
+    assert only(found) == (Fault.NO_DEVICE, Consequence.START)
+    assert "there is no cuda:99 device" in found.findings[0].message
+
+
 async def test_version_apart(config: NodeConfig) -> None:
     async with listener_of_another_version() as bootstrap:
         found = await diagnose(replace(config, bootstrap=(bootstrap,)))

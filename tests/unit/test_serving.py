@@ -7,6 +7,7 @@ import pytest
 import trio
 from trio.testing import MockClock
 
+from node.engine.interface import REFERENCE, Variant
 from node.jobs.interface import JobRequest
 from node.jobs.link import SessionRefused
 from node.jobs.stage import RETIRE_S
@@ -54,6 +55,14 @@ async def test_a_hole_is_filled_by_one_that_can_be_spared_and_no_job_is_lost(aut
         assert results == [right_tokens(300)]
         await trio.sleep(120)
         assert [len(peer.engines) for peer in (*thirds[:2], spare)] == [1, 1, 2], "once it is filled, nobody moves"
+
+
+async def test_what_exact_methods_need_is_built_before_a_job_asks_for_it(autojump_clock: MockClock) -> None:
+    async with open_swarm() as swarm:
+        peer = await swarm.join_where_needed(3)
+        assert peer.engines[0].variants() == {REFERENCE}, "nobody waits for it"
+        await trio.sleep(60)
+        assert peer.engines[0].variants() == {REFERENCE, Variant("fused", "fp32"), Variant("onnxruntime", "fp32")}
 
 
 async def test_what_is_retired_is_told_to_nobody_and_ends_its_sessions(autojump_clock: MockClock) -> None:

@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+import node.engine.shard
 from node.engine.interface import EngineError, EngineFull, SliceInput
-from node.engine.shard import Shard
+from node.engine.shard import Shard, open_shard
 from node.engine.source import EngineOptions, ShardSource
 from protocol.identity import BlockRange, ModelId, SessionId
 from protocol.messages import Sampling
@@ -169,6 +171,26 @@ def test_memory_bounds_the_positions(make_tiny_model: MakeTinyModel) -> None:
     assert shard_of(tiny, blocks, EngineOptions(memory_bytes=memory_bytes, device=DEVICE)).info.kv_positions == 64
     with pytest.raises(EngineError, match="bytes of memory are too few"):
         shard_of(tiny, blocks, EngineOptions(memory_bytes=info.weight_bytes, device=DEVICE))
+    with pytest.raises(EngineError, match=f"too few: the weights take {info.weight_bytes}$"):
+        shard_of(tiny, blocks, EngineOptions(memory_bytes=info.weight_bytes - 1, device=DEVICE))
+
+
+@pytest.mark.parametrize(
+    ("fault", "says"),
+    [
+        (torch.OutOfMemoryError("tried to allocate"), "cuda:7 has too little memory left: see --memory"),
+        (RuntimeError("CUDA error:\n no kernel image"), "cuda:7 failed: CUDA error: no kernel image"),
+    ],
+)
+def test_what_a_gpu_says_is_one_line(
+    fault: Exception, says: str, make_tiny_model: MakeTinyModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_arguments: object) -> None:
+        raise fault
+
+    monkeypatch.setattr(node.engine.shard, "load_span", fail)
+    with pytest.raises(EngineError, match=f"^{says}$"):
+        open_shard(make_tiny_model("llama").source(WHOLE), WHOLE, EngineOptions(device="cuda:7"))
 
 
 CANNOT_BE_SERVED: dict[str, tuple[dict[str, Any], str]] = {

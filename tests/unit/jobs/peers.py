@@ -13,7 +13,7 @@ import trio
 from node.config import ServeSpec
 from node.engine.devices import Device
 from node.engine.fake import FAKE_MODEL, FAKE_VARIANTS, FakeEngine, fake_span_info
-from node.engine.interface import EngineCrashed, SpanInfo, Variant
+from node.engine.interface import REFERENCE, EngineCrashed, SpanInfo, Variant
 from node.identity import Identity
 from node.jobs.choosing import Chooser, Ledger, Voter
 from node.jobs.coordinator import Coordinator
@@ -229,7 +229,8 @@ class Swarm:
 
         @asynccontextmanager
         async def start_engine(package: object, blocks: BlockRange, options: object) -> AsyncIterator[FakeEngine]:
-            engine = FakeEngine(fake_span_info(blocks, block_count=BLOCKS), step_s=0.01, row_s=0.0001)
+            info = fake_span_info(blocks, block_count=BLOCKS)
+            engine = FakeEngine(info, step_s=0.01, row_s=0.0001, variants=[REFERENCE])
             peer.engines.append(engine)
             yield engine
 
