@@ -12,7 +12,8 @@ import os
 from pathlib import Path
 from node.priority import yield_to_others
 yield_to_others()
-print(os.nice(0), Path({str(AUTOGROUP)!r}).read_text().split()[-1] if Path({str(AUTOGROUP)!r}).exists() else 19)
+print(os.nice(0))
+print(Path({str(AUTOGROUP)!r}).read_text() if Path({str(AUTOGROUP)!r}).exists() else "")
 """
 
 
@@ -20,10 +21,11 @@ print(os.nice(0), Path({str(AUTOGROUP)!r}).read_text().split()[-1] if Path({str(
 def test_who_yields_is_weighed_least_with_its_session_if_it_has_one_of_its_own(own_session: bool) -> None:
     before = AUTOGROUP.read_text() if AUTOGROUP.exists() else ""
     done = subprocess.run(
-        [sys.executable, "-c", PROGRAM], capture_output=True, check=True, start_new_session=own_session
+        [sys.executable, "-c", PROGRAM], capture_output=True, check=True, start_new_session=own_session, text=True
     )
-    nice, of_session = map(int, done.stdout.split())
-    assert nice == 19
-    if own_session:
-        assert of_session == 19
+    nice, *session = done.stdout.split()
+    assert nice == "19"
+    # A session that Linux doesn't weigh has no line here: the first one of the machine, or one in a control group.
+    if own_session and session:
+        assert session[-1] == "19"
     assert not before or AUTOGROUP.read_text() == before, "ours is weighed as it was"
