@@ -1,19 +1,21 @@
 """Does the swarm learn? Three daemons with an empty history serve mixed jobs; then the last of them are served again.
 
-Four families of jobs come in turn, from one submitter, which has measured before what lossy methods do to the model's
-answers. The last jobs are replayed in alternation: with the methods that the swarm chooses by now, with the
-hand-written rule's, with each family's best method in hindsight, and with the one method that is best over all of them.
+Four families of jobs come in turn, two of them exact only, from one submitter, which has measured before what lossy
+methods do to the model's answers. Hindsight then looks for the best method of each family, and for the one that is best
+for all, by a few jobs of each family with each method that was in use. The last jobs are replayed in alternation: with
+the methods that the swarm chooses by now, with the hand-written rule's, and with those two.
 
 `python -m benchmarks.learning [--jobs 300] [--last N] [--replays 5] [--plot FILE.png] [--json]`
 """
 
 import argparse
+import itertools
 import json
 import math
 import random
 import statistics
-from collections import defaultdict
-from collections.abc import Sequence
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -22,6 +24,7 @@ import numpy as np
 import trio
 
 from benchmarks.common import demo_package, describe_machine, whole_model
+from node.cli.bench import short
 from node.models.catalogue import DEMO_MODEL
 from node.models.sample import sample_text
 from selector.rule import preference
@@ -29,19 +32,27 @@ from selector.task import PORTFOLIO, Method, TaskContext
 
 BOOTSTRAPS: Final = 2000
 JUDGE_LIMIT_S: Final = 1800.0
-CONTENDERS: Final = 5
-"""Methods that hindsight looks at, by what the swarm measured of them."""
+SCOUTS: Final = 5
+"""Jobs of each family by which hindsight compares methods."""
+
+CONTENDERS: Final = 4
+"""Methods of each family that hindsight looks at: the most used ones."""
+
+_SERIALS: Final = itertools.count(1000)
 
 FAMILIES: Final[dict[str, dict[str, Any]]] = {
     "short question": {"prompt_words": 24, "max_tokens": 24, "quality": "exact"},
-    "long prompt": {"prompt_words": 360, "max_tokens": 2, "quality": "exact"},
-    "shared prefix": {"prompt_words": 30, "common_words": 240, "max_tokens": 6, "quality": "any"},
+    "long prompt": {"prompt_words": 360, "max_tokens": 2, "quality": "any"},
+    "shared prefix": {"prompt_words": 30, "common_words": 240, "max_tokens": 6, "quality": "exact"},
     "copying": {"prompt_words": 12, "repeats": 8, "max_tokens": 32, "quality": "any"},
 }
 
 
 def body_of(family: str, number: int, method: str = "auto") -> dict[str, Any]:
-    """Return the request of one job of a family; the same number asks the same."""
+    """Return the request of one job of a family; the same number asks the same, under a serial number of its own.
+
+    So no job finds its own prompt in a cache from when it was served before: what prompts share is the family's.
+    """
     shape = FAMILIES[family]
     words = sample_text().split()
     rng = random.Random(f"{family} {number}")
@@ -51,12 +62,13 @@ def body_of(family: str, number: int, method: str = "auto") -> dict[str, Any]:
         return " ".join(words[start : start + count])
 
     prompt = some(shape["prompt_words"])
+    serial = next(_SERIALS)
     if "common_words" in shape:
-        prompt = " ".join(words[: shape["common_words"]]) + f" {number} " + prompt
+        prompt = " ".join(words[: shape["common_words"]]) + f" {serial} " + prompt
     elif "repeats" in shape:
-        prompt = " ".join([f"{number} {prompt}."] * shape["repeats"])
+        prompt = " ".join([f"{serial} {prompt}."] * shape["repeats"])
     else:
-        prompt = f"{number} {prompt}"
+        prompt = f"{serial} {prompt}"
     extras = {"quality": shape["quality"], "method": method, "ignore_eos": True}
     common = {"model": DEMO_MODEL, "max_tokens": shape["max_tokens"], "temperature": 0, "metaswarm": extras}
     return {**common, "prompt": prompt}
@@ -99,26 +111,34 @@ async def measure(jobs: int, last: int, replays: int) -> dict[str, Any]:
             done = await serve(client, family, number)
             learning.append({"family": family, **_told(done)})
         status = (await client.get("/swarm/status")).raise_for_status().json()["selection"]
-        fixed = _contenders(learning)
         rules = {family: (await _rule(client, family)).name for family in names}
+        best, single = await _hindsight(client, _contenders(learning, rules), jobs)
+        ways = {
+            "swarm": dict.fromkeys(names, "auto"),
+            "rule": rules,
+            "best in hindsight": best,
+            "single best": dict.fromkeys(names, single),
+        }
         costs: dict[str, dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
         rng = random.Random(1)
         for _ in range(replays):
             for number in range(jobs - last, jobs):
                 family = names[number % len(names)]
-                ways = {"swarm": "auto", "rule": rules[family]}
-                ways |= {name: name for name in {*fixed[family], *fixed["everywhere"]} - {rules[family]}}
-                for way in rng.sample(sorted(ways), len(ways)):
-                    told = _told(await serve(client, family, number, ways[way]))
-                    costs[way][number].append(told["total_s"])
-                    if way == "rule":
-                        costs[rules[family]][number].append(told["total_s"])
+                told: dict[str, float] = {}
+                for method in _shuffled({way[family] for way in ways.values()}, rng):
+                    told[method] = _told(await serve(client, family, number, method))["total_s"]
+                for name, way in ways.items():
+                    costs[name][number].append(told[way[family]])
         return {
             **describe_machine(),
             "jobs": jobs,
             "selection": status,
             "learning": learning,
-            **_summary(costs, jobs, last),
+            "last": last,
+            "rule": rules,
+            "best": best,
+            "single_best": single,
+            "ratios": _ratios(costs),
         }
 
 
@@ -133,22 +153,37 @@ def _told(done: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _contenders(learning: Sequence[dict[str, Any]]) -> dict[str, set[str]]:
-    """Return the methods to look at in hindsight: what was used for a family, and what the bounds admit everywhere."""
+def _contenders(learning: Sequence[dict[str, Any]], rules: dict[str, str]) -> dict[str, set[str]]:
+    """Return the methods that hindsight looks at: of each family, and all exact ones for every family."""
     used: dict[str, list[str]] = defaultdict(list)
     for each in learning:
         used[each["family"]].append(each["method"])
     found = {
-        family: {name for name, _ in _most_frequent(methods)[:CONTENDERS]} | {methods[-1]}
+        family: {name for name, _ in Counter(methods).most_common(CONTENDERS)} | {methods[-1], rules[family]}
         for family, methods in used.items()
     }
     exact = {name for methods in found.values() for name in methods if PORTFOLIO[name].exact}
-    return {**found, "everywhere": exact}
+    return {family: methods | exact for family, methods in found.items()}
 
 
-def _most_frequent(names: Sequence[str]) -> list[tuple[str, int]]:
-    counts = {name: names.count(name) for name in set(names)}
-    return sorted(counts.items(), key=lambda item: (-item[1], item[0]))
+async def _hindsight(
+    client: httpx.AsyncClient, contenders: dict[str, set[str]], jobs: int
+) -> tuple[dict[str, str], str]:
+    """Return the best method of each family, and the one that is best for all, by jobs that nobody has served yet."""
+    costs: dict[str, dict[str, float]] = defaultdict(lambda: defaultdict(float))
+    rng = random.Random(2)
+    for number in range(jobs, jobs + SCOUTS):
+        for family, methods in contenders.items():
+            for method in _shuffled(methods, rng):
+                costs[family][method] += _told(await serve(client, family, number, method))["total_s"]
+    best = {family: min(by, key=by.__getitem__) for family, by in costs.items()}
+    everywhere = set.intersection(*contenders.values())
+    return best, min(sorted(everywhere), key=lambda method: sum(by[method] for by in costs.values()))
+
+
+def _shuffled(names: Iterable[str], rng: random.Random) -> list[str]:
+    ordered = sorted(names)
+    return rng.sample(ordered, len(ordered))
 
 
 async def _rule(client: httpx.AsyncClient, family: str) -> Method:
@@ -169,25 +204,10 @@ async def _rule(client: httpx.AsyncClient, family: str) -> Method:
     return preference(TaskContext.of(explained["task"]), offered)[0]
 
 
-def _summary(costs: dict[str, dict[int, list[float]]], jobs: int, last: int) -> dict[str, Any]:
-    names = list(FAMILIES)
-    numbers = range(jobs - last, jobs)
-    mean = {way: {n: statistics.fmean(of) for n, of in by.items()} for way, by in costs.items()}
-    best: dict[str, str] = {}
-    for family in names:
-        own = [n for n in numbers if names[n % len(names)] == family]
-        whole = {way: statistics.fmean(by[n] for n in own) for way, by in mean.items() if set(own) <= by.keys()}
-        best[family] = min((way for way in whole if way in PORTFOLIO), key=lambda way: whole[way])
-    everywhere = {way: statistics.fmean(by.values()) for way, by in mean.items() if set(numbers) <= by.keys()}
-    single = min((way for way in everywhere if way in PORTFOLIO), key=lambda way: everywhere[way], default=None)
-    against = {
-        "best in hindsight": [mean[best[names[n % len(names)]]][n] for n in numbers],
-        "rule": [mean["rule"][n] for n in numbers],
-        **({"single best": [mean[single][n] for n in numbers]} if single else {}),
-    }
-    swarm = [mean["swarm"][n] for n in numbers]
-    ratios = {name: _ratio(swarm, other) for name, other in against.items()}
-    return {"last": last, "best": best, "single_best": single, "ratios": ratios}
+def _ratios(costs: dict[str, dict[int, list[float]]]) -> dict[str, dict[str, float]]:
+    """Return what the swarm's choices cost over each other way's."""
+    mean = {way: [statistics.fmean(of) for of in by.values()] for way, by in costs.items()}
+    return {way: _ratio(mean["swarm"], other) for way, other in mean.items() if way != "swarm"}
 
 
 def _ratio(own: Sequence[float], other: Sequence[float]) -> dict[str, float]:
@@ -237,7 +257,10 @@ def main() -> None:
     print(f"{found['jobs']} jobs; {selection['trials']} trials took {selection['trial_s']:.0f} s")
     for family, name in found["best"].items():
         mine = [each["method"] for each in found["learning"] if each["family"] == family]
-        print(f"{family:<16} chosen in the end {mine[-1]}\n{'':<16} best in hindsight {name}")
+        print(f"{family:<16} chosen in the end {short(mine[-1])}")
+        print(f"{'':<16} the rule's        {short(found['rule'][family])}")
+        print(f"{'':<16} best in hindsight {short(name)}")
+    print(f"{'every family':<16} best in hindsight {short(found['single_best'])}")
     for name, of in found["ratios"].items():
         print(f"last {found['last']} jobs, cost over {name:<18} {of['ratio']:.3f}  [{of['low']:.3f}, {of['high']:.3f}]")
 

@@ -32,8 +32,8 @@ from selector.task import BASELINE, Method, TaskContext
 DEFAULT_SHARE: Final = 0.1
 """Of the time that jobs take, what trying methods may cost."""
 
-ALLOWANCE_S: Final = 30.0
-"""What it may cost before anything was served."""
+ALLOWANCE_S: Final = 120.0
+"""What it may cost before anything was served: about five trials of the demo model on two cores."""
 
 IDLE_S: Final = 0.3
 """A trial begins once no job has been under way for so long,"""
@@ -301,6 +301,9 @@ class LearnedChooser:
                 while quiet_s < IDLE_S:
                     await trio.sleep(0.1)
                     quiet_s = 0.0 if busy() else quiet_s + 0.1
+            if self.budget.left_s <= 0:  # spent by those that waited before it
+                self._wanted.discard(kind)
+                continue
             began_s = trio.current_time()
             try:
                 result = await prober.probe(need)

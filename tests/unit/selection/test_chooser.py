@@ -3,6 +3,7 @@
 import random
 from collections.abc import Mapping
 
+import pytest
 import trio
 from trio.testing import MockClock
 
@@ -21,12 +22,15 @@ NEED = TrialNeed(model=ModelId("ab" * 32), context=CONTEXT, methods=[BASELINE, F
 class Prober:
     """Takes long and then fails, or has no more than one method."""
 
-    def __init__(self, *, fails: bool) -> None:
+    def __init__(self, *, fails: bool, takes_s: float = 0.6 * ALLOWANCE_S) -> None:
         self._fails = fails
+        self._takes_s = takes_s
+        self.trials = 0
 
     async def probe(self, need: TrialNeed) -> TrialResult:
         assert need == NEED
-        await trio.sleep(20)
+        self.trials += 1
+        await trio.sleep(self._takes_s)
         if self._fails:
             raise JobError(JobErrorCode.FAILED, "the stages keep changing")
         return TrialResult({FUSED.name: [-1.0] * 3})
@@ -63,17 +67,30 @@ async def test_a_node_that_starts_again_goes_on_with_what_it_had_adopted(autojum
 async def hold(chooser: LearnedChooser, prober: Prober) -> None:
     """Have one trial held."""
     chooser._needs_in.send_nowait(("kind", BASELINE.name, NEED))
-    with trio.move_on_after(60):
+    with trio.move_on_after(2 * ALLOWANCE_S):
         await chooser.run(prober, lambda: False)
 
 
 async def test_a_trial_that_fails_has_cost_what_it_took(autojump_clock: MockClock) -> None:
     chooser = LearnedChooser(Opinions(), random.Random(1))
     await hold(chooser, Prober(fails=True))
-    assert chooser.budget.left_s == ALLOWANCE_S - 20
+    assert chooser.budget.left_s == pytest.approx(0.4 * ALLOWANCE_S)
     await hold(chooser, Prober(fails=True))
     assert chooser.budget.left_s < 0
     assert chooser.budget.trials == 0
+
+
+async def test_of_the_trials_that_wait_one_may_overdraw_the_budget_and_the_others_are_not_held(
+    autojump_clock: MockClock,
+) -> None:
+    chooser = LearnedChooser(Opinions(), random.Random(1))
+    prober = Prober(fails=False, takes_s=1.5 * ALLOWANCE_S)
+    for kind in ("one", "two", "three"):
+        chooser._needs_in.send_nowait((kind, BASELINE.name, NEED))
+    with trio.move_on_after(9 * ALLOWANCE_S):
+        await chooser.run(prober, lambda: False)
+    assert prober.trials == 1
+    assert chooser.budget.left_s == pytest.approx(-0.5 * ALLOWANCE_S)
 
 
 async def test_a_method_that_a_trial_could_not_have_is_no_candidate_for_the_next(autojump_clock: MockClock) -> None:
