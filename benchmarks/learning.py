@@ -41,10 +41,10 @@ CONTENDERS: Final = 4
 _SERIALS: Final = itertools.count(1000)
 
 FAMILIES: Final[dict[str, dict[str, Any]]] = {
-    "short question": {"prompt_words": 24, "max_tokens": 24, "quality": "exact"},
+    "short question": {"prompt_words": 24, "max_tokens": 48, "quality": "any"},
     "long prompt": {"prompt_words": 360, "max_tokens": 2, "quality": "any"},
     "shared prefix": {"prompt_words": 30, "common_words": 240, "max_tokens": 6, "quality": "exact"},
-    "copying": {"prompt_words": 12, "repeats": 8, "max_tokens": 32, "quality": "any"},
+    "copying": {"prompt_words": 12, "repeats": 8, "max_tokens": 32, "quality": "exact"},
 }
 
 
