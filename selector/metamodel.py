@@ -1,12 +1,13 @@
 """The meta-model: one joint regression over pairs of context and method, so that methods learn from one another.
 
-Its members are histogram gradient boosting and extremely randomised trees [Geurts, Ernst, Wehenkel, Machine Learning
-2006] on three targets: the logarithm of the cost itself; the same relative to what the context costs by itself; and
-what a linear fit on the logarithms of the roofline's times leaves over. The first sees most, the second only what
-decides a choice, the third extrapolates to hardware and models beyond those seen. Where whole values of a column are
-new, some members do not see the features that only say which value it is: what can be learned of those is by heart.
-How much each member says follows from cross-validation on the history at hand, in which whole groups of contexts are
-left out [stacked regressions: Breiman, Machine Learning 1996], and so does how far a prediction may be off.
+Its members are histogram gradient boosting, extremely randomised trees [Geurts, Ernst, Wehenkel, Machine Learning
+2006] and kernel ridge regression, which is smooth where trees step, on three targets: the logarithm of the cost itself;
+the same relative to what the context costs by itself; and what a linear fit on the logarithms of the roofline's times
+leaves over. The first sees most, the second only what decides a choice, the third extrapolates to hardware and models
+beyond those seen. Where whole values of a column are new, some members do not see the features that only say which
+value it is: what can be learned of those is by heart. How much each member says follows from cross-validation on the
+history at hand, in which whole groups of contexts are left out [stacked regressions: Breiman, Machine Learning 1996],
+and so does how far a prediction may be off.
 """
 
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from typing import Any, Final, Self
 
 import numpy as np
 from sklearn.ensemble import ExtraTreesRegressor
+from sklearn.kernel_approximation import Nystroem
 from sklearn.linear_model import LinearRegression, Ridge
 from sklearn.model_selection import GroupKFold
 from sklearn.utils.validation import check_is_fitted
@@ -34,24 +36,33 @@ FITS: Final = (
     ("boosting", ("relative",), "general"),
     ("trees", ("relative",), "general"),
     ("trees", ("cost", "residual"), "general"),
+    ("kernel", ("cost", "residual"), "all"),
 )
 """The regressions, the targets of each, and the features that it sees. Each target is a member.
 
 Trees may share their splits among targets, which costs one fit instead of two; relative costs want splits of their own.
 """
 
+KERNEL_POINTS: Final = 1000
+"""Pairs that a kernel compares with, drawn by lot."""
+
+KERNEL_ROWS: Final = 20_000
+"""At most so many rows are in a kernel's fit, drawn by lot: what it holds meanwhile grows with rows times points."""
+
 MIN_CONTEXTS_TO_WEIGH: Final = 12
 """With fewer contexts all members weigh the same: there is too little to leave out."""
 
-REGRET_SHARE: Final = 0.6
-"""How much of the weights goes by the regret of what each member would have chosen; the rest by least squares.
+LEAST_SQUARES_SHARE: Final = 0.7
+LEAST_SQUARES_GROUPS: Final = 40
+"""How much of the weights goes by least squares, and the number of groups to leave out with which it is half of that.
 
-Regret is what counts, and sees each member alone; least squares see how members correct one another, and have noise
-for it where few groups can be left out.
+The rest goes by the regret of what each member would have chosen. Regret is what counts, and sees each member alone;
+least squares see how members correct one another, but with few groups mostly what those happen to have in common.
 """
 
 REGRET_POWER: Final = 4
-"""A member with half the regret gets two to this power the weight."""
+REGRET_GROUPS: Final = 12
+"""A member with half the regret gets two to this power the weight, and the number of groups with which it is half."""
 
 REGRET_FLOOR: Final = 1e-3
 """Added to a regret, in natural logarithms of cost: what is smaller is luck."""
@@ -110,7 +121,7 @@ class MetaModel(Selector):
         self.weights_ = np.full(len(self.ensemble_.members), 1.0 / len(self.ensemble_.members))
         held_out = self._cross_validate(X, y, weight)
         if held_out is not None:
-            self._weigh(X, y, weight, held_out)
+            self._weigh(X, y, weight, held_out, len(np.unique(_groups(X, self.group))))
         return self
 
     def predict(self, X: Pairs) -> FloatArray:  # noqa: N803
@@ -151,16 +162,17 @@ class MetaModel(Selector):
             said[test] = ensemble.predict(pairs.take(test))
         return said
 
-    def _weigh(self, pairs: Pairs, y: FloatArray, weight: FloatArray, said: FloatArray) -> None:
+    def _weigh(self, pairs: Pairs, y: FloatArray, weight: FloatArray, said: FloatArray, groups: int) -> None:
         """Weigh members by how well they order the methods of contexts not seen, and learn how far they are off."""
         centred, truth = _centred(said, pairs), _centred(y[:, None], pairs)[:, 0]
         regret = y - context_minima(y, pairs.context, len(pairs.contexts))[pairs.context]
         chosen = _mean_regrets(centred, regret, pairs.context)
-        self.weights_ = (chosen + REGRET_FLOOR) ** -REGRET_POWER
+        self.weights_ = (chosen + REGRET_FLOOR) ** (-REGRET_POWER * groups / (groups + REGRET_GROUPS))
         self.weights_ /= self.weights_.sum()
         found = _non_negative_fit(centred, truth, weight * np.exp(-regret))  # a choice is among the best
         if found.sum() > 0:
-            self.weights_ = REGRET_SHARE * self.weights_ + (1 - REGRET_SHARE) * found / found.sum()
+            share = LEAST_SQUARES_SHARE * groups / (groups + LEAST_SQUARES_GROUPS)
+            self.weights_ = (1 - share) * self.weights_ + share * found / found.sum()
         mean = centred @ self.weights_
         spread = ((centred - mean[:, None]) ** 2) @ self.weights_
         design = np.column_stack([np.ones(len(spread)), spread])
@@ -188,6 +200,7 @@ class _Ensemble:
             "n_jobs": of.n_jobs,
             "random_state": of.random_state,
         }
+        self._random_state = of.random_state
 
     def fit(self, pairs: Pairs, y: FloatArray, weight: FloatArray) -> Self:
         self._table = PairTable().fit(pairs)
@@ -253,13 +266,15 @@ class _Ensemble:
         if kind == "trees":
             share = 1.0 if len(targets) == 1 else 0.5
             return ExtraTreesRegressor(min_samples_leaf=2, max_features=share, **self._trees)
+        if kind == "kernel":
+            return _Kernel(self._random_state)
         return BoostedTrees(min_samples_leaf=int(np.clip(rows // 40, 2, 10)), **self._boosting)
 
 
-class _Line:
-    """A ridge regression on the features, which are logarithms for the most part: the roofline's straight lines."""
+class _Scale:
+    """Brings columns about 0 and to equal weight; what is missing is 0."""
 
-    def fit(self, table: FloatArray, y: FloatArray, weight: FloatArray) -> Self:
+    def fit(self, table: FloatArray) -> Self:
         with np.errstate(invalid="ignore"):
             known = np.isfinite(table)
             counts = np.maximum(known.sum(axis=0), 1)
@@ -267,17 +282,51 @@ class _Line:
             self._centre = filled.sum(axis=0) / counts
             deviation = np.sqrt((np.where(known, table - self._centre, 0.0) ** 2).sum(axis=0) / counts)
         self._scale = np.where(deviation > 0, deviation, 1.0)
-        self._ridge = Ridge(alpha=10.0).fit(self._standardised(table), y, sample_weight=weight)
+        return self
+
+    def transform(self, table: FloatArray) -> FloatArray:
+        """Return the columns; what lies far outside of what was seen is brought to its edge."""
+        columns: FloatArray = np.clip(np.nan_to_num((table - self._centre) / self._scale), -4.0, 4.0)
+        return columns
+
+
+class _Line:
+    """A ridge regression on the features, which are logarithms for the most part: the roofline's straight lines."""
+
+    def fit(self, table: FloatArray, y: FloatArray, weight: FloatArray) -> Self:
+        self._scale = _Scale().fit(table)
+        self._ridge = Ridge(alpha=10.0).fit(self._scale.transform(table), y, sample_weight=weight)
         return self
 
     def predict(self, table: FloatArray) -> FloatArray:
-        line: FloatArray = self._ridge.predict(self._standardised(table))
+        line: FloatArray = self._ridge.predict(self._scale.transform(table))
         return line
 
-    def _standardised(self, table: FloatArray) -> FloatArray:
-        """Return columns about 0; what lies far outside of what was seen extends no line."""
-        columns: FloatArray = np.clip(np.nan_to_num((table - self._centre) / self._scale), -4.0, 4.0)
-        return columns
+
+class _Kernel:
+    """A ridge regression in the space of a Gaussian kernel, by Nyström's method [Williams, Seeger, NIPS 2000].
+
+    Between what was measured it interpolates without steps; far from all of it what it says goes back to the mean.
+    """
+
+    def __init__(self, random_state: int) -> None:
+        self._random_state = random_state
+
+    def fit(self, table: FloatArray, y: FloatArray, sample_weight: FloatArray) -> Self:
+        rows = np.random.default_rng(self._random_state).permutation(len(y))[:KERNEL_ROWS]
+        self._scale = _Scale().fit(table)
+        self._map = Nystroem(
+            gamma=0.5 / table.shape[1],  # rows are sqrt(2 columns) apart on average
+            n_components=min(KERNEL_POINTS, len(rows)),
+            random_state=self._random_state,
+        )
+        mapped = self._map.fit_transform(self._scale.transform(table[rows]))
+        self._ridge = Ridge(alpha=0.1).fit(mapped, y[rows], sample_weight=sample_weight[rows])
+        return self
+
+    def predict(self, table: FloatArray) -> FloatArray:
+        said: FloatArray = self._ridge.predict(self._map.transform(self._scale.transform(table)))
+        return said
 
 
 def _centred(values: FloatArray, pairs: Pairs) -> FloatArray:
