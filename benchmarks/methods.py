@@ -1,23 +1,24 @@
 """Which method wins under which workload, on one node and on three: a table of winners with their speed-ups.
 
-    python -m benchmarks.methods [--peers 1|3 …] [--rounds N] [--workload N …] [--method NAME …] [--resume FILE]
-                                 [--json]
+    python -m benchmarks.methods [--peers 1|3 …] [--delay-ms N] [--bytes-per-s N] [--rounds N] [--workload N …]
+                                 [--method NAME …] [--resume FILE] [--json]
 
 Real daemons, measured as `metaswarm bench` does: in every round each method and the baseline once, in an order drawn
-anew, nothing timed before everything is built. A workload is a heat and a final. In the heat, of two rounds, the whole
+anew, nothing timed before everything is built. Several peers are as far apart as `--delay-ms` and `--bytes-per-s` say,
+each pair connected through a relay of `benchmarks.link`. A workload is a heat and a final. In the heat the whole
 portfolio runs, less what can do nothing there: a cache where prompts have nothing in common, a chunk as long as the
 prompt, a wire codec without a wire; such a method is the one without that switch. In the final the fastest of the heat
 run, those that keep the outputs exact and those of any quality. Only the final counts. A method wins by its lead over
 the second, from pairs within the rounds, beyond doubt where that is more than 15 % and its interval excludes a tie.
-What only adds switches to a method, or lacks some, and is within the same 15 % of it did the same under that workload:
-the two count as one, with the fewer switches, and are not each other's second.
 """
 
 import json
 import os
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -27,13 +28,16 @@ import trio
 
 from benchmarks.common import demo_package, describe_machine, whole_model
 from benchmarks.learning import judge
+from benchmarks.link import LinkShape
+from benchmarks.wan import distant_daemons
 from node.cli.bench import WORKLOADS, Standing, describe, keep, read_kept, short, standings
+from node.config import NodeReady
+from node.demo import split_evenly
 from node.models.catalogue import DEMO_MODEL
 from node.selection.paired import Speedup, speedup_of
 from selector.task import BASELINE, PORTFOLIO, Method, MethodError, parse_method
 
-HEAT_ROUNDS: Final = 2
-FINALISTS: Final = 5
+FINALISTS: Final = 4
 """That keep the outputs exact, and as many of any quality."""
 
 OF_ONE_TEXT: Final = 6
@@ -47,6 +51,14 @@ Workload = Mapping[str, float]
 
 
 @dataclass(frozen=True, slots=True)
+class Setting:
+    """How many peers, and what is between each two of them."""
+
+    peers: int
+    link: LinkShape
+
+
+@dataclass(frozen=True, slots=True)
 class Kept:
     """The cells that were measured before, and the file for more."""
 
@@ -56,7 +68,9 @@ class Kept:
 
 @click.command()
 @click.option("--peers", type=click.IntRange(1, 8), multiple=True, default=(1, 3), show_default=True)
-@click.option("--rounds", type=click.IntRange(2), default=5, show_default=True, help="Of a final.")
+@click.option("--delay-ms", type=click.FloatRange(0), default=0.0, show_default=True, help="Of each link, one way.")
+@click.option("--bytes-per-s", type=click.FloatRange(0), default=0.0, help="Width of each link; 0: no bound.")
+@click.option("--rounds", type=click.IntRange(2), default=5, show_default=True, help="Of a final; a heat has one.")
 @click.option("--workload", "numbers", type=click.IntRange(0, len(WORKLOADS) - 1), multiple=True, help="Of the grid.")
 @click.option("--method", "methods", multiple=True, help="Of the portfolio (default: all).")
 @click.option(
@@ -65,6 +79,8 @@ class Kept:
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
 def main(
     peers: Sequence[int],
+    delay_ms: float,
+    bytes_per_s: float,
     rounds: int,
     numbers: Sequence[int],
     methods: Sequence[str],
@@ -78,38 +94,59 @@ def main(
         tried = [parse_method(name) for name in methods] or list(PORTFOLIO.values())
     except MethodError as error:
         raise click.BadParameter(str(error)) from None
-    result = trio.run(measure, tuple(dict.fromkeys(peers)), workloads, tried, rounds, resume)
+    link = LinkShape(delay_s=delay_ms / 1000, bytes_per_s=bytes_per_s)
+    settings = [Setting(count, link) for count in dict.fromkeys(peers)]
+    result = trio.run(measure, settings, workloads, tried, rounds, resume)
     click.echo(json.dumps(result) if as_json else report(result))
 
 
 async def measure(
-    peers: Sequence[int], workloads: Sequence[Workload], methods: Sequence[Method], rounds: int, resume: Path | None
+    settings: Sequence[Setting],
+    workloads: Sequence[Workload],
+    methods: Sequence[Method],
+    rounds: int,
+    resume: Path | None,
 ) -> dict[str, Any]:
-    """Return the final of every workload, for every number of peers."""
-    package = demo_package()
+    """Return the final of every workload, in every setting."""
+    demo_package()
     machine = describe_machine()
     kept = Kept(resume, read_kept(resume))
     finals: list[dict[str, Any]] = []
-    for count in peers:
+    for setting in settings:
         async with (
-            whole_model(package, count) as first,
+            running(setting) as first,
             httpx.AsyncClient(base_url=first.api_url, timeout=None) as client,
         ):
             await judge(client)
             for workload in workloads:
-                heat = await run_cell(client, kept, count, workload, unlike(methods, workload, count), HEAT_ROUNDS)
                 of_one_text = workload["concurrency"] == 1 and workload["max_tokens"] >= LONG_ANSWER
-                own_rounds = rounds * (OF_ONE_TEXT if of_one_text else 1)
-                finals.append(await run_cell(client, kept, count, workload, finalists(heat), own_rounds))
+                times = OF_ONE_TEXT if of_one_text else 1
+                run = partial(run_cell, client, kept, setting, workload)
+                heat = await run(unlike(methods, workload, setting.peers), times)
+                finals.append(await run(finalists(heat), rounds * times))
     return {**machine, "cells": finals}
 
 
+@asynccontextmanager
+async def running(setting: Setting) -> AsyncIterator[NodeReady]:
+    """Run the peers inside the block, each with its part of the model; give the first."""
+    package = demo_package()
+    if setting.link == LinkShape():
+        async with whole_model(package, setting.peers) as first:
+            yield first
+        return
+    parts = split_evenly(package.manifest.block_count, setting.peers)
+    flags = [("--serve", f"{DEMO_MODEL}:{part}", "--threads", "1") for part in parts]
+    async with distant_daemons(flags, setting.link) as daemons:
+        yield daemons[0].ready
+
+
 async def run_cell(
-    client: httpx.AsyncClient, kept: Kept, peers: int, workload: Workload, methods: Sequence[str], rounds: int
+    client: httpx.AsyncClient, kept: Kept, setting: Setting, workload: Workload, methods: Sequence[str], rounds: int
 ) -> dict[str, Any]:
     """Return what methods took under a workload, measured now unless it was before."""
     asked = {"model": DEMO_MODEL, "methods": methods, "quality": "any", "rounds": rounds, "workload": workload}
-    cell = {"peers": peers, **asked}
+    cell = {**asdict(setting), **asked}
     for each in kept.cells:
         if each["cell"] == cell:
             return each
@@ -158,17 +195,10 @@ def finalists(heat: Mapping[str, Any]) -> list[str]:
     return sorted(found - {BASELINE.name})
 
 
-def lead(cell: Mapping[str, Any], bound: str) -> tuple[Standing, Standing | None, Speedup | None]:
+def lead(cell: Mapping[str, Any], bound: str) -> tuple[Standing, Standing, Speedup]:
     """Return who is first within a bound, who is second, and by how much the first is ahead."""
-    standing = had(cell, bound)
-    switches = [effect(each.method, cell["cell"]["workload"], cell["cell"]["peers"]) for each in standing]
-    near = [i for i, each in enumerate(standing) if _ahead(cell, standing[0], each).mean <= MIN_LEAD]
-    simplest = min((i for i in near if switches[i] <= switches[0]), key=lambda i: len(switches[i]))
-    for i, other in enumerate(standing):
-        nested = switches[i] <= switches[simplest] or switches[i] >= switches[simplest]
-        if not nested or i not in near:
-            return standing[simplest], other, _ahead(cell, standing[simplest], other)
-    return standing[simplest], None, None
+    first, second, *_ = had(cell, bound)
+    return first, second, _ahead(cell, first, second)
 
 
 def _ahead(cell: Mapping[str, Any], first: Standing, second: Standing) -> Speedup:
@@ -182,19 +212,19 @@ def report(result: dict[str, Any]) -> str:
     lines = [
         f"load average {result['load_average']:.1f} on {result['cores']} cores; speed-ups over the baseline",
         "",
-        "peers  quality  workload                       winner",
+        "peers  links           quality  workload                       winner",
     ]
-    winners: dict[str, set[frozenset[tuple[str, str]]]] = defaultdict(set)
+    winners: dict[str, set[str]] = defaultdict(set)
     for cell in result["cells"]:
-        peers, workload = cell["cell"]["peers"], cell["cell"]["workload"]
+        peers, workload, link = (cell["cell"][name] for name in ("peers", "workload", "link"))
         for bound in ("exact", "any"):
             first, second, ahead = lead(cell, bound)
-            wins = ahead is not None and ahead.mean > MIN_LEAD and ahead.low > 1
+            wins = ahead.mean > MIN_LEAD and ahead.low > 1
             if wins:
-                winners[bound].add(effect(first.method, workload, peers))
+                winners[bound].add(first.method)
             lines.append(
-                f"{peers:5}  {bound:<7}  {describe(workload):<29}  {short(first.method)} {_told(first.speedup)}, "
-                f"{_told(ahead)} times {short(second.method) if second else 'nobody'}{' *' if wins else ''}"
+                f"{peers:5}  {_told_link(link):<14}  {bound:<7}  {describe(workload):<29}  {short(first.method)} "
+                f"{_told(first.speedup)}, {_told(ahead)} times {short(second.method)}{' *' if wins else ''}"
             )
     count = len(set().union(*winners.values()))
     within = ", ".join(f"{len(of)} within {bound}" for bound, of in winners.items())
@@ -205,6 +235,10 @@ def report(result: dict[str, Any]) -> str:
 
 def _told(speedup: Speedup | None) -> str:
     return f"{speedup.mean:.2f} ({speedup.low:.2f} to {speedup.high:.2f})" if speedup else "-"
+
+
+def _told_link(link: Mapping[str, float]) -> str:
+    return f"{1e3 * link['delay_s']:.0f} ms, {8e-6 * link['bytes_per_s']:.0f} Mb/s" if link["delay_s"] else "loopback"
 
 
 if __name__ == "__main__":

@@ -185,27 +185,28 @@ def parse_method(text: str) -> Method:
 
 
 def _portfolio() -> Iterator[Method]:
-    """The combinations that make sense: for each variant the plain way, then what a workload may ask for."""
+    """The combinations that make sense: each variant plain, for prompts of length, and for text that repeats itself.
+
+    A method that another does as well as under every workload is no choice: it would only cost trials. So there is one
+    chunk, one number of guesses, and the cache wherever a method is not the plain one.
+    """
     yield BASELINE
     yield method(prefix_cache="on")
     yield method(prefill_chunk="128")
-    yield method(speculation="ngram-4")
-    for engine in ("fused", "onnxruntime"):
-        yield method(engine=engine)
-        yield method(engine=engine, prefix_cache="on")
-        yield method(engine=engine, prefill_chunk="64")
-        yield method(engine=engine, prefill_chunk="128", prefix_cache="on")
-        yield method(engine=engine, speculation="ngram-4")
-        yield method(engine=engine, prefix_cache="on", speculation="ngram-8")
-    for engine, arithmetic in (("fused", "bf16"), ("fused", "int8"), ("fused", "w8a8"), ("onnxruntime", "int8")):
-        yield method(engine=engine, arithmetic=arithmetic)
-        yield method(engine=engine, arithmetic=arithmetic, prefill_chunk="128", prefix_cache="on")
-        yield method(engine=engine, arithmetic=arithmetic, prefix_cache="on", speculation="ngram-8")
-    yield method(engine="fused", activations="bf16")
-    yield method(engine="fused", activations="int8", prefill_chunk="128", prefix_cache="on")
-    yield method(engine="fused", arithmetic="bf16", activations="bf16", prefill_chunk="128")
-    yield method(engine="fused", arithmetic="w8a8", activations="int8", prefill_chunk="128", prefix_cache="on")
-    yield method(engine="fused", arithmetic="int8", activations="int8", prefix_cache="on", speculation="ngram-8")
+    yield method(prefill_chunk="128", prefix_cache="on")
+    for engine, arithmetics in VARIANTS.items():
+        for arithmetic in arithmetics if engine != BASELINE.engine else ():
+            yield method(engine=engine, arithmetic=arithmetic)
+            yield method(engine=engine, arithmetic=arithmetic, prefill_chunk="128", prefix_cache="on")
+            yield method(engine=engine, arithmetic=arithmetic, prefix_cache="on", speculation="ngram-8")
+    for engine, arithmetic, activations in (
+        ("fused", "bf16", "bf16"),
+        ("onnxruntime", "fp32", "int8"),
+        ("onnxruntime", "int8", "int8"),
+    ):
+        yield method(
+            engine=engine, arithmetic=arithmetic, activations=activations, prefill_chunk="128", prefix_cache="on"
+        )
 
 
 PORTFOLIO: Final[Mapping[str, Method]] = MappingProxyType({each.name: each for each in _portfolio()})
