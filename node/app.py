@@ -189,6 +189,7 @@ class Node:
         self._spare_worker = SpareWorker(EngineOptions(threads=config.threads))
         self._serving = Serving(
             config.serve,
+            draft=config.draft,
             library=self._library,
             membership=self._membership,
             stages=self._stages,

@@ -40,8 +40,9 @@ LOCK_FILE: Final = "node.lock"
 """Held by the node that runs in a data directory."""
 
 OPTIONS: Final = (
-    "data_dir", "cache_dir", "cache_limit", "listen", "api", "api_key", "bootstrap", "serve", "swarm_key", "memory",
-    "no_catalogue", "no_mdns", "threads", "device", "batching", "epoch", "checkpoint", "exploration", "log_level",
+    "data_dir", "cache_dir", "cache_limit", "listen", "api", "api_key", "bootstrap", "serve", "draft", "swarm_key",
+    "memory", "no_catalogue", "no_mdns", "threads", "device", "batching", "epoch", "checkpoint", "exploration",
+    "log_level",
 )  # fmt: skip
 """The names of all options, the same in the file, the environment and (with dashes) on the command line."""
 
@@ -87,6 +88,8 @@ class NodeConfig:
     api_key: str | None = field(default=None, repr=False)
     bootstrap: tuple[str, ...] = ()
     serve: tuple[ServeSpec, ...] = ()
+    draft: str | None = None
+    """The model that guesses what the served one will say, where its first blocks are served here."""
     swarm_key: str | None = field(default=None, repr=False)
     """64 lower-case hexadecimal digits; None for an open swarm."""
     memory_bytes: int | None = None
@@ -111,7 +114,12 @@ class NodeConfig:
     log_level: str = "info"
 
     def __post_init__(self) -> None:
-        """Raise ConfigError for an API that strangers could use."""
+        """Raise ConfigError for an API that strangers could use, and for a draft model that nobody would."""
+        if self.draft is not None and all(spec.blocks is not None and spec.blocks.start for spec in self.serve):
+            raise ConfigError(
+                f"the draft model {self.draft} would never guess: only who serves a model's first blocks does; "
+                "add --serve MODEL:0-N, or leave the draft model out"
+            )
         if self.api_key is None and not is_loopback(self.api_host):
             raise ConfigError(
                 f"the API may listen on {self.api_host}, which others can reach, only with an API key: "
@@ -215,6 +223,7 @@ def load_config(flags: Mapping[str, object], environ: Mapping[str, str] | None =
         api_key=given.get("api_key", _parse_api_key),
         bootstrap=_shipped_bootstrap() if bootstrap is None else bootstrap,
         serve=given.get("serve", _parse_serve) or (),
+        draft=given.get("draft", _Given.text),
         swarm_key=given.get("swarm_key", _parse_swarm_key),
         memory_bytes=given.get("memory", _parse_memory),
         cache_limit_bytes=given.get("cache_limit", _parse_memory),

@@ -4,9 +4,10 @@ Which blocks those are, where the node chooses them itself, is decided in `placi
 """
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import structlog
@@ -58,6 +59,11 @@ HEARD_ROUND_S = 0.1
 SETTLED_S = 1.0
 """So long after it has, it has heard what there is to hear."""
 
+DRAFT_VARIANTS = (Variant("onnxruntime", "int8"), Variant("fused", "int8"))
+"""What a draft model is computed with on a CPU, the quickest first: its guesses need not be exact."""
+
+GPU_DRAFT_VARIANTS = (Variant("fused", "bf16"),)
+
 StartEngine = Callable[[Package, BlockRange, EngineOptions], AbstractAsyncContextManager[Engine]]
 
 _logger = structlog.get_logger(__name__)
@@ -84,6 +90,7 @@ class Serving:
         statements: Statements,
         own_peer: PeerId,
         memory_bytes: int | None,
+        draft: str | None = None,
         threads: int | None,
         device: Device,
         graphs_dir: Path,
@@ -94,6 +101,7 @@ class Serving:
         progress: Progress = ignore_progress,
     ) -> None:
         self._specs = tuple(dict.fromkeys(specs))
+        self._draft = draft
         self._library = library
         self._membership = membership
         self._stages = stages
@@ -109,20 +117,26 @@ class Serving:
         self._use_catalogue = use_catalogue
         self._jitter = jitter
         budget_bytes = memory_bytes or int(device.free_bytes * MEMORY_SHARE)
-        self._span_bytes = budget_bytes // max(1, len(self._specs))
+        self._span_bytes = budget_bytes // max(1, len(self._specs) + (draft is not None))
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Serve until cancelled; started once every span is loaded. Raises StartError where one never can be."""
         async with trio.open_nursery() as nursery:
             async with trio.open_nursery() as starting:
                 for spec in self._specs:
-                    starting.start_soon(nursery.start, self._keep_serving, spec)
+                    starting.start_soon(nursery.start, self._keep, str(spec), partial(self._serve, spec))
+                if self._draft is not None:
+                    starting.start_soon(nursery.start, self._keep, self._draft, partial(self._guess, self._draft))
             task_status.started()
 
-    async def _keep_serving(
-        self, spec: ServeSpec, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
+    async def _keep(
+        self,
+        name: str,
+        serve: Callable[..., Awaitable[None]],
+        *,
+        task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
     ) -> None:
-        """Load and serve a span, again after every failure: what is missing now may come with another peer."""
+        """Load and serve something, again after every failure: what is missing now may come with another peer."""
         pause_s, longest_s = RETRY_S
         loaded = False
         while True:
@@ -130,13 +144,13 @@ class Serving:
             passing: tuple[type[Exception], ...] = (ModelError, EngineCrashed, *((StartError,) if loaded else ()))
             try:
                 async with trio.open_nursery() as nursery:
-                    await nursery.start(self._serve, spec)
+                    await nursery.start(serve)
                     pause_s = RETRY_S[0]
                     if not loaded:
                         loaded = True
                         task_status.started()
             except* passing as group:
-                _logger.warning("span not served now", span=str(spec), reason=_reasons(group), again_in_s=pause_s)
+                _logger.warning("not served now", what=name, reason=_reasons(group), again_in_s=pause_s)
             self._membership.announce()
             await trio.sleep(pause_s * self._jitter.uniform(0.8, 1.2))
             pause_s = min(longest_s, pause_s * 2)
@@ -158,6 +172,49 @@ class Serving:
                 task_status.started()
         except (UnknownModelError, AmbiguousModelError) as error:
             raise StartError(f"cannot serve {spec}: {error}") from None
+
+    async def _guess(self, name: str, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        """Guess with a whole model until its engine dies. Raises StartError where it has none of the served tokens."""
+        try:
+            manifest = await self._library.manifest(name, use_catalogue=self._use_catalogue)
+            served = [
+                await self._library.manifest(spec.model, use_catalogue=self._use_catalogue) for spec in self._specs
+            ]
+        except (UnknownModelError, AmbiguousModelError) as error:
+            raise StartError(f"cannot guess with {name}: {error}") from None
+        models = {each.model_id for each in served if each.has_tokens_of(manifest)}
+        if not models:
+            theirs = " or ".join(dict.fromkeys(spec.model for spec in self._specs))
+            raise StartError(f"cannot guess with {name} what {theirs} says: they have different tokenizers")
+        blocks = BlockRange(0, manifest.block_count)
+        package = await self._library.weights(
+            manifest, blocks, use_catalogue=self._use_catalogue, progress=self._progress
+        )
+        with self._library.in_use(package, blocks):
+            try:
+                async with self._start_engine(package, blocks, self._engine_options(self._span_bytes)) as engine:
+                    variant = await self._quickest(engine)
+                    async with trio.open_nursery() as nursery:
+                        await nursery.start(self._stages.guess, engine, variant, models)
+                        _logger.info("guessing", model=manifest.model_id, variant=str(variant))
+                        task_status.started()
+            except EngineCrashed:
+                raise
+            except EngineError as error:
+                raise StartError(f"cannot guess with {name}: {error}") from None
+
+    async def _quickest(self, engine: Engine) -> Variant:
+        """Build the quickest variant that can be had for a draft model, and return it."""
+        for variant in DRAFT_VARIANTS if self._device == CPU else GPU_DRAFT_VARIANTS:
+            try:
+                await engine.prepare(variant)
+            except EngineCrashed:
+                raise
+            except EngineError as error:
+                _logger.info("variant not to be had", variant=str(variant), why=str(error))
+            else:
+                return variant
+        return REFERENCE
 
     async def _serve_where_needed(self, manifest: Manifest, task_status: trio.TaskStatus[None]) -> None:
         """Serve the blocks that the swarm lacks most, and others when it lacks those more.
@@ -237,13 +294,8 @@ class Serving:
             manifest, blocks, use_catalogue=self._use_catalogue, progress=self._progress
         )
         kept_bytes = kept_bytes_of(self._span_bytes)
-        options = EngineOptions(
-            # What is kept for replays lies in main memory, whatever computes.
-            memory_bytes=self._span_bytes - (kept_bytes if self._device == CPU else 0),
-            threads=self._threads,
-            cache_dir=self._graphs_dir,
-            device=self._device,
-        )
+        # What is kept for replays lies in main memory, whatever computes.
+        options = self._engine_options(self._span_bytes - (kept_bytes if self._device == CPU else 0))
         with trio.CancelScope() as scope, self._library.in_use(package, blocks):
             try:
                 async with self._start_engine(package, blocks, options) as engine, trio.open_nursery() as nursery:
@@ -260,6 +312,11 @@ class Serving:
             except EngineError as error:
                 name = self._library.name_of(manifest.model_id)
                 raise StartError(f"cannot serve {name}:{blocks}: {error}") from None
+
+    def _engine_options(self, memory_bytes: int) -> EngineOptions:
+        return EngineOptions(
+            memory_bytes=memory_bytes, threads=self._threads, cache_dir=self._graphs_dir, device=self._device
+        )
 
     async def _choose(self, manifest: Manifest, placing: Placing) -> BlockRange:
         """Choose the blocks that the swarm lacks most, once there was time to hear what it has."""

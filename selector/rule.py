@@ -36,13 +36,22 @@ _CHUNK_OVERHEAD: Final = 0.02
 _WORTH_GUESSING: Final = 0.3
 """With less repetition than this the guesses of prompt lookup cost more than they save."""
 
+_DRAFT_STEP: Final = 0.4
+"""A draft model's step, as a part of the step of the model that it guesses for."""
+
+_DRAFT_HIT: Final = 0.8
+"""How often a draft model is taken to be right."""
+
 
 def predicted_cost(context: TaskContext, method: Method) -> float:
     """Return the natural logarithm of what a job is expected to cost with a method, seconds."""
     speed = _SPEEDS[method.engine, method.arithmetic]
     prefill_s = _prefill_s(context, method, speed)
-    token_s = _decode_ms(speed, context.concurrency) / 1000 + context.link_s * _on_the_wire(method)
-    return math.log(prefill_s + token_s * context.max_tokens / _tokens_per_round(context, method))
+    step_s = _decode_ms(speed, context.concurrency) / 1000
+    round_s = step_s + context.link_s * _on_the_wire(method)
+    if method.drafter == "draft":
+        round_s += method.draft_tokens * _DRAFT_STEP * step_s
+    return math.log(prefill_s + round_s * context.max_tokens / _tokens_per_round(context, method))
 
 
 def preference(context: TaskContext, methods: Iterable[Method]) -> list[Method]:
@@ -84,7 +93,7 @@ def _tokens_per_round(context: TaskContext, method: Method) -> float:
     """Return how many tokens a round through all stages is expected to bring, less what guessing costs."""
     if method.drafter == "off":
         return 1.0
-    hit = context.repetitiveness
+    hit = _DRAFT_HIT if method.drafter == "draft" else context.repetitiveness
     if hit < _WORTH_GUESSING:
         return 0.97
     accepted = sum(hit**count for count in range(1, method.draft_tokens + 1))

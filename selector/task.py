@@ -67,7 +67,12 @@ SWITCHES: Final[Mapping[str, Switch]] = MappingProxyType(
         "prefix_cache": Switch(Scope.SESSION, {"off": Setting(), "on": Setting()}),
         "speculation": Switch(
             Scope.SESSION,
-            {"off": Setting(), "ngram-4": Setting(), "ngram-8": Setting()},
+            {
+                "off": Setting(),
+                "ngram-4": Setting(),
+                "ngram-8": Setting(),
+                "draft-8": Setting(needs="a draft model where the first blocks are served"),
+            },
         ),
         "batching": Switch(Scope.STAGE, {"one": Setting(), "static": Setting(), "continuous": Setting()}),
         "step_rows": Switch(
@@ -126,13 +131,18 @@ class Method:
 
     @property
     def drafter(self) -> str:
-        """What guesses the tokens that follow: "off" or "ngram"."""
+        """What guesses the tokens that follow: "off", "ngram" or "draft"."""
         return self.switches["speculation"].partition("-")[0]
 
     @property
     def draft_tokens(self) -> int:
         """How many tokens it guesses at most."""
         return int(self.switches["speculation"].partition("-")[2] or 0)
+
+    @property
+    def without_guesses(self) -> "Method":
+        """What computes the same: guesses change when rows are computed, and never what is."""
+        return Method(MappingProxyType({**self.switches, "speculation": SWITCHES["speculation"].baseline}))
 
     @property
     def lineage(self) -> str:
@@ -199,6 +209,8 @@ def _portfolio() -> Iterator[Method]:
             yield method(engine=engine, arithmetic=arithmetic)
             yield method(engine=engine, arithmetic=arithmetic, prefill_chunk="128", prefix_cache="on")
             yield method(engine=engine, arithmetic=arithmetic, prefix_cache="on", speculation="ngram-8")
+    for engine, arithmetic in (("fused", "fp32"), ("fused", "bf16"), ("onnxruntime", "fp32"), ("onnxruntime", "int8")):
+        yield method(engine=engine, arithmetic=arithmetic, prefix_cache="on", speculation="draft-8")
     for engine, arithmetic, activations in (
         ("fused", "bf16", "bf16"),
         ("onnxruntime", "fp32", "int8"),

@@ -53,7 +53,7 @@ from node.models.tokenizer import StopFinder, StreamDecoder
 from protocol.identity import BlockRange, JobId, ModelId, PeerId
 from protocol.messages import FinishReason, RefusalReason
 from selector.routing import Links, NoRouteError
-from selector.task import TaskContext
+from selector.task import Method, TaskContext
 
 MAX_ATTEMPTS = 5
 """Routes tried for a new job; also routes that a job under way may lose one after another without a token."""
@@ -336,12 +336,12 @@ class Coordinator:
         )
         context = replace(context, **job.told)
         # A text goes on as it began: arithmetic is fixed for a job, also on the stages that replace lost ones.
-        begun = job.method is not None and job.method in job.admitted
+        begun = job.method
         choice = await self._chooser.choose(
             Question(
                 model=job.model.id,
                 context=context,
-                admitted=[job.method] if job.method is not None and begun else job.admitted,
+                admitted=_as_begun(begun) if begun else job.admitted,
                 is_free=job.request.method == AUTO and not begun,
                 may_explore=job.request.budget is None,
             )
@@ -483,3 +483,8 @@ class Coordinator:
         elif self._recorder is not None:
             await self._recorder.record(served)
         return result
+
+
+def _as_begun(method: Method) -> list[Method]:
+    """Return how a text may go on: as it began, or without guesses where whoever takes over has no draft model."""
+    return [method, method.without_guesses] if method.drafter == "draft" else [method]

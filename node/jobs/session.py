@@ -1,7 +1,7 @@
 """One job's session on one span of this node: what is known of it, and the rows that arrive for it."""
 
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -12,7 +12,7 @@ from node.jobs.interface import Agreed
 from node.jobs.kept import KeptRows
 from node.jobs.link import InboundLink, OutboundLink
 from node.jobs.scheduler import Work
-from node.jobs.speculation import PromptLookup, TokenFeed
+from node.jobs.speculation import Drafter, TokenFeed
 from protocol.identity import PeerId, SessionId
 from protocol.messages import Begin, FailureReason, FinishReason, Open, SessionStatistics, Slice, Step
 from protocol.tensors import Tensor, tensor_from_tokens, tokens_from_tensor
@@ -70,6 +70,7 @@ class StageSession:
         """Around the task that sends the backlog; it ends with the session."""
         self.feed: TokenFeed | None = None
         """Where the model's first block is run, once begun."""
+        self.drafter: Drafter | None = None
         self._permitted = {opened_by.peer, *message.upstream}
         self._early: list[tuple[Slice, Tensor, InboundLink]] = []
         """Rows that came before Begin did, over another link; the session's credit bounds them."""
@@ -118,13 +119,12 @@ class StageSession:
             prefix_cache=method.prefix_cache,
         )
 
-    def begin(self, message: Begin, method: Method) -> None:
-        """Begin with a method; rows that came early go into the line."""
+    def begin(self, message: Begin, method: Method, drafter: Drafter | None) -> None:
+        """Begin with a method; rows that came early go into the line. `drafter`: guesses, on a first stage."""
         if self.info.is_first:
-            drafter = PromptLookup() if method.drafter == "ngram" else None
-            self.feed = TokenFeed(
-                start=message.start, positions=self.positions, drafter=drafter, draft_tokens=method.draft_tokens
-            )
+            draft_tokens = method.draft_tokens if drafter is not None else 0
+            self.feed = TokenFeed(start=message.start, positions=self.positions, draft_tokens=draft_tokens)
+            self.drafter = drafter
         self.method = self.calculated_by = method
         self.onward = message.onward
         early, self._early = self._early, []
@@ -156,26 +156,41 @@ class StageSession:
         )
 
     def _queue(self, part: Slice, tensor: Tensor, link: InboundLink) -> None:
-        payload_bytes = len(tensor.data)
-        if self.feed is not None:
-            try:
-                position, rows, drafts = self.feed.take(part.position, tokens_from_tensor(tensor), part.draws)
-            except ValueError as error:
-                self.span.fail(self, FailureReason.ENGINE, str(error))
-                return
-            if not rows:
-                link.consumed(self.id, payload_bytes)
-                return
-            draws = part.draws + len(drafts)
-            part = replace(part, position=position, rows=len(rows), draws=draws, drafts=drafts)
-            tensor = tensor_from_tokens(rows)
-        self.span.queue(
-            Work(
-                part=replace(part, session=self.id),
-                tensor=tensor,
-                coordinator=self.opened_by.peer,
-                origin=link,
-                payload_bytes=payload_bytes,
-                arrived_s=trio.current_time(),
-            )
+        work = Work(
+            part=replace(part, session=self.id),
+            tensor=tensor,
+            coordinator=self.opened_by.peer,
+            origin=link,
+            payload_bytes=len(tensor.data),
+            arrived_s=trio.current_time(),
         )
+        if self.feed is None:
+            self.span.queue(work)
+        else:
+            self._feed(self.feed, work)
+
+    def _feed(self, feed: TokenFeed, work: Work[InboundLink]) -> None:
+        """Queue the rows of tokens that are not computed yet, with guesses behind the last where it is to be drawn."""
+        tokens = tokens_from_tensor(work.tensor)
+        try:
+            position, rows = feed.take(work.part.position, tokens, work.part.draws)
+        except ValueError as error:
+            self.span.fail(self, FailureReason.ENGINE, str(error))
+            return
+        if not rows:
+            work.origin.consumed(self.id, work.payload_bytes)
+
+        def queue(drafts: Sequence[int]) -> None:
+            if rows and not self.ended.is_set():
+                feed.guess(drafts)
+                draws = work.part.draws + len(drafts)
+                computed = [*rows, *drafts]
+                part = replace(work.part, position=position, rows=len(computed), draws=draws, drafts=tuple(drafts))
+                self.span.queue(replace(work, part=part, tensor=tensor_from_tokens(computed)))
+
+        if self.drafter is not None:
+            self.drafter.extend(tokens)
+            if work.part.draws == 1 and feed.wanted:
+                self.drafter.draft(feed.wanted, queue)
+                return
+        queue(())

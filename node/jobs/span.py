@@ -210,6 +210,8 @@ class Span:
         if session.feed is not None:
             self.drafted += session.feed.drafted
             self.accepted += session.feed.accepted
+        if session.drafter is not None:
+            session.drafter.close()
         self._scheduler.remove(session.id)
         self.sessions.pop(session.id, None)
         self._switchboard.receivers.remove(session.id)

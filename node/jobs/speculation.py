@@ -1,10 +1,11 @@
 """Guessing the tokens that follow, at the first stage; the last stage checks all of them in one pass of the route.
 
-Prompt lookup (Saxena, 2023): where the last few tokens stood before, what followed then may follow again. Checking is
-exact: a token is drawn from the model's own logits, keyed by seed and position, whether or not it was guessed.
+Prompt lookup (Saxena, 2023): where the last few tokens stood before, what followed then may follow again. A draft model
+(`node.jobs.drafting`) says itself what it would say next. Checking is exact: a token is drawn from the model's own
+logits, keyed by seed and position, whether or not it was guessed.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Final, Protocol
 
 LOOKUP_TOKENS: Final = (3, 2)
@@ -18,8 +19,12 @@ class Drafter(Protocol):
         """Take note of tokens that have come."""
         ...
 
-    def draft(self, count: int) -> Sequence[int]:
-        """Return at most `count` guesses of the tokens that follow."""
+    def draft(self, count: int, then: Callable[[Sequence[int]], None]) -> None:
+        """Call `then`, at once or later, with at most `count` guesses of the tokens that follow."""
+        ...
+
+    def close(self) -> None:
+        """Guess no more; who waits for guesses is not told."""
         ...
 
 
@@ -40,7 +45,14 @@ class PromptLookup:
                     followed[tuple(self._tokens[place - length :])] = place
             self._tokens.append(token)
 
-    def draft(self, count: int) -> list[int]:
+    def draft(self, count: int, then: Callable[[Sequence[int]], None]) -> None:
+        """Guess at once; see Drafter."""
+        then(self.look_up(count))
+
+    def close(self) -> None:
+        """Do nothing; see Drafter."""
+
+    def look_up(self, count: int) -> list[int]:
         """Return what followed before; where that reaches the end of the text, it goes on with itself."""
         for length, followed in self._followed.items():
             place = followed.get(tuple(self._tokens[-length:])) if len(self._tokens) >= length else None
@@ -57,7 +69,7 @@ def repetitiveness(tokens: Sequence[int]) -> float:
     lookup = PromptLookup(LOOKUP_TOKENS[:1])
     right = 0
     for token in tokens:
-        right += lookup.draft(1) == [token]
+        right += lookup.look_up(1) == [token]
         lookup.extend((token,))
     return right / len(tokens) if tokens else 0.0
 
@@ -66,14 +78,11 @@ class TokenFeed:
     """What the first stage makes of tokens that arrive: rows that it has not computed yet, and guesses behind them.
 
     `start`: rows before it are cached everywhere and never computed. `positions`: what the session may hold.
-    `drafter` guesses up to `draft_tokens` at a time; the number follows what became of the last guesses.
+    `draft_tokens`: how many guesses are of use at a time, at most; the number follows what became of the last ones.
     """
 
-    def __init__(
-        self, *, start: int = 0, positions: int, drafter: Drafter | None = None, draft_tokens: int = 0
-    ) -> None:
+    def __init__(self, *, start: int = 0, positions: int, draft_tokens: int = 0) -> None:
         self._positions = positions
-        self._drafter = drafter
         self._most = draft_tokens
         self._count = draft_tokens
         self._tokens: list[int] = []
@@ -84,22 +93,33 @@ class TokenFeed:
         self.drafted = 0
         self.accepted = 0
 
-    def take(self, position: int, tokens: Sequence[int], draws: int) -> tuple[int, list[int], tuple[int, ...]]:
-        """Take tokens, the first of which has `position`; return the first row's position, the rows, the drafts.
+    def take(self, position: int, tokens: Sequence[int], draws: int) -> tuple[int, list[int]]:
+        """Take tokens, the first of which has `position`; return the first row's position, and the rows.
 
-        The drafts are the last of the rows. There are no rows where all of them are computed already and nothing is to
-        be drawn. Raises ValueError for tokens that do not follow those before.
+        There are none where all of them are computed already and nothing is to be drawn. Raises ValueError for tokens
+        that do not follow those before.
         """
         if position != len(self._tokens):
             raise ValueError(f"tokens from position {position} on do not follow the {len(self._tokens)} before")
         self._check_guesses(position, tokens)
         self._tokens.extend(tokens)
-        if self._drafter is not None:
-            self._drafter.extend(tokens)
         first = min(max(self._computed, position), len(self._tokens) - draws)
         self._computed = max(self._computed, len(self._tokens))
-        self._drafts = self._guess() if draws == 1 else []
-        return first, [*self._tokens[first:], *self._drafts], tuple(self._drafts)
+        return first, self._tokens[first:]
+
+    @property
+    def wanted(self) -> int:
+        """How many guesses behind the tokens so far would be of use."""
+        return max(0, min(self._count, self._positions - 1 - len(self._tokens)))
+
+    @property
+    def guesses(self) -> tuple[int, ...]:
+        """What is guessed to follow the tokens so far."""
+        return tuple(self._drafts)
+
+    def guess(self, drafts: Sequence[int]) -> None:
+        """Take note of guesses that are computed behind the tokens so far."""
+        self._drafts = list(drafts)
 
     def _check_guesses(self, position: int, tokens: Sequence[int]) -> None:
         """See how many of the guesses were right: their rows are computed."""
@@ -115,7 +135,3 @@ class TokenFeed:
         self._computed = position + right
         self._count = min(self._most, 2 * right + 1)
         self._drafts = []
-
-    def _guess(self) -> list[int]:
-        count = min(self._count, self._positions - 1 - len(self._tokens))
-        return list(self._drafter.draft(count)) if self._drafter is not None and count > 0 else []

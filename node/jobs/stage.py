@@ -3,19 +3,21 @@
 What a session is and what becomes of its rows is in `session` and `span`.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 import trio
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from node.engine.interface import DIVISIBLE_ENGINES, Engine, EngineError, EngineFull, Prefix, SpanInfo, Variant
 from node.jobs.choosing import RuleVoter, Voter
+from node.jobs.drafting import DraftModel
 from node.jobs.interface import Agreed
 from node.jobs.kept import KEPT_BYTES
 from node.jobs.link import InboundLink, LinkBroken
 from node.jobs.policy import PolicyController
 from node.jobs.session import StageSession
 from node.jobs.span import Span
+from node.jobs.speculation import Drafter, PromptLookup
 from node.jobs.switchboard import Switchboard
 from node.network.interface import Network
 from protocol.identity import BlockRange, ModelId, PeerId, SessionId
@@ -69,6 +71,8 @@ class Stages:
         self._agreed = agreed
         self.switchboard = Switchboard(network, agent, self)
         self._spans: dict[tuple[ModelId, BlockRange], Span] = {}
+        self._drafts: dict[ModelId, DraftModel] = {}
+        """What guesses for jobs on a model whose first blocks are served here."""
         self._retiring: set[Span] = set()
         """Spans that are about to go: nobody is told of them any more."""
         self._retired: set[Span] = set()
@@ -129,6 +133,29 @@ class Stages:
             self._retiring.discard(span)
             self._retired.discard(span)
 
+    async def guess(
+        self,
+        engine: Engine,
+        variant: Variant,
+        models: Collection[ModelId],
+        *,
+        task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
+    ) -> None:
+        """Guess with the engine of a whole model what others will say, until cancelled, or until its worker is gone.
+
+        `models`: those that have the same tokens. A worker that is gone raises EngineCrashed, in a group.
+        """
+        draft = DraftModel(engine, variant)
+        async with trio.open_nursery() as nursery:
+            await nursery.start(draft.run)
+            self._drafts |= dict.fromkeys(models, draft)
+            task_status.started()
+            try:
+                await trio.sleep_forever()
+            finally:
+                for model in models:
+                    del self._drafts[model]
+
     async def open(self, message: Open, link: InboundLink) -> Opened | Refused:
         """Admit a session if its blocks are served here, with KV memory for it, and the next stage can be reached.
 
@@ -142,10 +169,10 @@ class Stages:
             return _refusal(message, RefusalReason.NOT_SERVED, f"blocks {message.blocks} are not served here", None)
         if fault := _fault_of(message, span.info.part(message.blocks)):
             return _refusal(message, RefusalReason.INVALID, fault, span)
-        offered = _offered(message, span)
+        guesses = message.blocks.start > 0 or message.model in self._drafts
+        offered = _offered(message, span, guesses=guesses)
         if not offered:
-            why = "no method that the job admits is ready here; what can be built is being built"
-            return _refusal(message, RefusalReason.NOT_READY, why, span)
+            return _refusal(message, RefusalReason.NOT_READY, _why_nothing(message, guesses=guesses), span)
         session = StageSession(message, span, link)
         try:
             self.switchboard.receivers.add(message.session, session)
@@ -232,15 +259,28 @@ class Stages:
                 span.fail(session, FailureReason.ENGINE, str(error))
                 return
             session.kept.drop(session.computed)
-        if session.ended.is_set():
-            await span.engine.close(session.id)
-        elif fault := _start_fault(session, message, method):
+        if not session.ended.is_set() and (fault := _start_fault(session, message, method)):
             span.fail(session, FailureReason.ENGINE, fault)
+            return
+        drafter = await self._drafter(session, method)
+        if session.ended.is_set():
+            if drafter is not None:
+                drafter.close()
+            await span.engine.close(session.id)
         else:
-            session.begin(message, method)
+            session.begin(message, method, drafter)
             span.send_again(session, method, message.start)
             if self.draining:
                 self._ask_to_leave(session)
+
+    async def _drafter(self, session: StageSession, method: Method) -> Drafter | None:
+        """Return what guesses for a session, on a first stage; nobody does where a draft model has gone meanwhile."""
+        if not session.info.is_first or method.drafter == "off":
+            return None
+        if method.drafter == "ngram":
+            return PromptLookup()
+        model = self._drafts.get(session.info.model)
+        return await model.open(session.id, session.positions) if model is not None else None
 
     def hand_over(self) -> None:
         """Ask the coordinators of all sessions, but for our own, to go on elsewhere: this node is about to leave."""
@@ -316,7 +356,7 @@ def _refusal(message: Open, reason: RefusalReason, why: str, span: Span | None) 
 
 def _start_fault(session: StageSession, message: Begin, method: Method) -> str | None:
     """Return why a session cannot start where it is to, if it cannot."""
-    if session.calculated_by is not None and session.calculated_by.name != method.name:
+    if session.calculated_by is not None and session.calculated_by.without_guesses != method.without_guesses:
         return f"what was calculated by {session.calculated_by.name} cannot be continued by another method"
     if message.start > session.computed:
         return f"{message.start} positions were to be held, {session.computed} are"
@@ -336,8 +376,11 @@ def _fault_of(message: Open, info: SpanInfo) -> str | None:
     return None
 
 
-def _offered(message: Open, span: Span) -> list[Method]:
-    """Return the methods asked for that the span can carry out now, and have those built that it cannot yet."""
+def _offered(message: Open, span: Span, *, guesses: bool) -> list[Method]:
+    """Return the methods asked for that the span can carry out now, and have those built that it cannot yet.
+
+    `guesses`: whether a draft model is here, or is not needed for these blocks.
+    """
     offered: list[Method] = []
     lacking: dict[Variant, None] = {}
     divided = message.blocks != span.info.blocks
@@ -350,12 +393,20 @@ def _offered(message: Open, span: Span) -> list[Method]:
         variant = Variant(method.engine, method.arithmetic)
         if method.name != name or (divided and variant.engine not in DIVISIBLE_ENGINES):
             continue
+        if method.drafter == "draft" and not guesses:
+            continue
         if variant in ready:
             offered.append(method)
         else:
             lacking[variant] = None
     span.want(lacking)
     return offered
+
+
+def _why_nothing(message: Open, *, guesses: bool) -> str:
+    if not guesses and all("speculation=draft" in name for name in message.methods):
+        return "there is no draft model where the first blocks are: a node with --draft would have one"
+    return "no method that the job admits is ready here; what can be built is being built"
 
 
 def _tally_fault(session: StageSession, message: Begin, peer: PeerId) -> str | None:

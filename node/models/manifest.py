@@ -107,6 +107,14 @@ class Manifest:
         """The sha256 of the canonical bytes."""
         return ModelId(hashlib.sha256(self.data).hexdigest())
 
+    def has_tokens_of(self, other: "Manifest") -> bool:
+        """Whether a token id means the same text to both models."""
+        own, others = (
+            [file.sha256 for file in manifest.tokenizer_files if file.name == TOKENIZER_FILE]
+            for manifest in (self, other)
+        )
+        return self.model_id == other.model_id or bool(own and own == others)
+
     @property
     def block_count(self) -> int:
         """Blocks of the whole model."""

@@ -1,6 +1,6 @@
 """Fixtures of the tests with real daemons and the real model."""
 
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack
 from functools import partial
 from pathlib import Path
@@ -31,10 +31,13 @@ async def start_daemon(tmp_path: Path) -> AsyncIterator[StartDaemon]:
 
 @pytest.fixture
 async def start_swarm(start_daemon: StartDaemon, package: Package) -> Callable[..., Awaitable[list[Daemon]]]:
-    """Start one daemon per span, each with the first as its bootstrap peer, and wait until the model is complete."""
+    """Start one daemon per span, each with the first as its bootstrap peer, and wait until the model is complete.
 
-    async def start(*spans: str) -> list[Daemon]:
-        daemons = [await start_daemon("--serve", f"{MODEL}:{spans[0]}")]
+    `flags` are the first one's.
+    """
+
+    async def start(*spans: str, flags: Sequence[str] = ()) -> list[Daemon]:
+        daemons = [await start_daemon("--serve", f"{MODEL}:{spans[0]}", *flags)]
         first = daemons[0]
 
         async def start_another(span: str) -> None:

@@ -179,9 +179,13 @@ class Swarm:
         slowness: Mapping[Variant, float] | None = None,
         ledger: Ledger | None = None,
         agreed: Agreed | None = None,
+        draft: FakeEngine | None = None,
         **shape: Any,
     ) -> Peer:
-        """Start a peer that serves spans of the fake model; the first peer of the swarm is its bootstrap peer."""
+        """Start a peer that serves spans of the fake model; the first peer of the swarm is its bootstrap peer.
+
+        `draft`: the engine of a whole model, which guesses for jobs whose first blocks are served here.
+        """
         identity = Identity(self._rng.randbytes(32))
         network = self.hub.network(identity.peer_id)
         stages = Stages(
@@ -218,7 +222,7 @@ class Swarm:
             variants=tuple(variants),
             slowness=slowness,
         )
-        await self._nursery.start(self._carry, peer, spans, make_engine, shape)
+        await self._nursery.start(self._carry, peer, spans, make_engine, draft, shape)
         return peer
 
     async def join_where_needed(self, blocks: int, library: Any = None) -> Peer:
@@ -274,6 +278,7 @@ class Swarm:
         peer: Peer,
         spans: Iterable[tuple[int, int]],
         make_engine: Callable[[SpanInfo], FakeEngine],
+        draft: FakeEngine | None,
         shape: dict[str, Any],
         *,
         task_status: trio.TaskStatus[None],
@@ -286,8 +291,17 @@ class Swarm:
                 peer.engines.append(engine)
                 await nursery.start(self._serve, peer, engine)
                 peer.membership.announce()
+            if draft is not None:
+                peer.engines.append(draft)
+                await nursery.start(self._guess, peer, draft)
             task_status.started()
             await trio.sleep_forever()
+
+    async def _guess(self, peer: Peer, engine: FakeEngine, *, task_status: trio.TaskStatus[None]) -> None:
+        try:
+            await peer.stages.guess(engine, REFERENCE, [FAKE_MODEL], task_status=task_status)
+        except* EngineCrashed:
+            peer.engines.remove(engine)
 
     async def _serve(self, peer: Peer, engine: FakeEngine, *, task_status: trio.TaskStatus[Span]) -> None:
         try:

@@ -8,7 +8,7 @@ import pytest
 import trio
 from trio.testing import MockClock
 
-from node.engine.fake import FAKE_VARIANTS, expected_tokens, fake_span_info
+from node.engine.fake import FAKE_VARIANTS, FakeEngine, expected_tokens, fake_span_info
 from node.engine.interface import REFERENCE, Variant
 from node.jobs.choosing import Choice, Question, RuleChoice, RuleChooser, RuleVoter
 from node.jobs.coordinator import LEADER_PATIENCE_S
@@ -63,7 +63,12 @@ async def test_every_exact_method_says_the_same_to_eight_at_a_time(
     autojump_clock: MockClock, batching: Batching
 ) -> None:
     async with open_swarm(controller=lambda: PolicyController(batching=batching, step_rows=64)) as swarm:
-        peer = await swarm_of_thirds(swarm)
+        draft = FakeEngine(fake_span_info(BlockRange(0, BLOCKS), block_count=BLOCKS), step_s=0.001)
+        await swarm.join(THIRDS[0], draft=draft)
+        await swarm.join(THIRDS[1])
+        await swarm.join(THIRDS[2])
+        peer = await swarm.join()
+        await swarm.settle()
         for chosen in EXACT:
             results = await run_all(peer, [request(prompt, 12, chosen) for prompt in PROMPTS])
             assert [result.token_ids for result in results] == [right(prompt, 12) for prompt in PROMPTS], chosen.name

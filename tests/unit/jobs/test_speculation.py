@@ -3,14 +3,14 @@
 import hashlib
 import random
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from node.jobs.prefix import RecentPrefixes, page_hashes
-from node.jobs.speculation import PromptLookup, TokenFeed, repetitiveness
+from node.jobs.speculation import Drafter, PromptLookup, TokenFeed, repetitiveness
 from protocol.limits import PAGE_POSITIONS, PREFIX_HASH_BYTES
 
 
@@ -24,14 +24,33 @@ class Oracle:
     def extend(self, tokens: Sequence[int]) -> None:
         self._known += len(tokens)
 
-    def draft(self, count: int) -> list[int]:
-        return self._text[self._known : self._known + count]
+    def draft(self, count: int, then: Callable[[Sequence[int]], None]) -> None:
+        then(self._text[self._known : self._known + count])
+
+    def close(self) -> None:
+        raise AssertionError("nobody closes it here")
+
+
+class Feeding:
+    """A feed with who guesses for it, as a first stage puts them together."""
+
+    def __init__(self, feed: TokenFeed, drafter: Drafter) -> None:
+        self.feed = feed
+        self._drafter = drafter
+
+    def take(self, position: int, tokens: Sequence[int], draws: int) -> tuple[int, list[int], tuple[int, ...]]:
+        first, rows = self.feed.take(position, tokens, draws)
+        self._drafter.extend(tokens)
+        if draws == 1 and self.feed.wanted:
+            self._drafter.draft(self.feed.wanted, self.feed.guess)
+        drafts = self.feed.guesses
+        return first, [*rows, *drafts], drafts
 
 
 def looked_up(tokens: Sequence[int], count: int) -> list[int]:
     lookup = PromptLookup()
     lookup.extend(tokens)
-    return lookup.draft(count)
+    return lookup.look_up(count)
 
 
 def test_what_followed_before_is_guessed_to_follow_again() -> None:
@@ -64,7 +83,7 @@ def test_the_index_takes_the_same_time_for_each_token() -> None:
     started_s = time.process_time()
     for token in tokens:
         lookup.extend((token,))
-        lookup.draft(4)
+        lookup.look_up(4)
     assert time.process_time() - started_s < 20  # a search through the text would take hours
 
 
@@ -79,33 +98,33 @@ def test_repetition_is_a_share_of_the_tokens() -> None:
 
 def test_without_guesses_every_row_is_computed_once() -> None:
     feed = TokenFeed(positions=100)
-    assert feed.take(0, [1, 2, 3], 0) == (0, [1, 2, 3], ())
-    assert feed.take(3, [4], 1) == (3, [4], ())
-    assert feed.take(4, [5], 1) == (4, [5], ())
+    assert feed.take(0, [1, 2, 3], 0) == (0, [1, 2, 3])
+    assert feed.take(3, [4], 1) == (3, [4])
+    assert feed.take(4, [5], 1) == (4, [5])
 
 
 def test_what_is_cached_is_not_computed() -> None:
     feed = TokenFeed(start=3, positions=100)
-    assert feed.take(0, [1, 2], 0) == (2, [], ())
-    assert feed.take(2, [3, 4, 5], 1) == (3, [4, 5], ())
+    assert feed.take(0, [1, 2], 0) == (2, [])
+    assert feed.take(2, [3, 4, 5], 1) == (3, [4, 5])
     # Nothing but the last row is left.
-    assert TokenFeed(start=4, positions=100).take(0, [1, 2, 3, 4, 5], 1) == (4, [5], ())
+    assert TokenFeed(start=4, positions=100).take(0, [1, 2, 3, 4, 5], 1) == (4, [5])
 
 
 def test_right_guesses_are_not_computed_again() -> None:
     text = list(range(10, 40))
-    feed = TokenFeed(positions=100, drafter=Oracle(text, lies_from=6), draft_tokens=4)
+    feed = Feeding(TokenFeed(positions=100, draft_tokens=4), Oracle(text, lies_from=6))
     assert feed.take(0, text[:3], 1) == (0, [10, 11, 12, 13, 14, 15, 17], (13, 14, 15, 17))
     # Three were right; the fourth token is the model's own.
     assert feed.take(3, text[3:7], 1) == (6, [16, 18, 19, 20, 21], (18, 19, 20, 21))
-    assert (feed.drafted, feed.accepted) == (4, 3)
+    assert (feed.feed.drafted, feed.feed.accepted) == (4, 3)
     # None was right: fewer are tried.
     assert feed.take(7, text[7:8], 1) == (7, [17, 19], (19,))
 
 
 def test_no_guess_reaches_beyond_what_is_reserved() -> None:
     text = list(range(50))
-    feed = TokenFeed(positions=6, drafter=Oracle(text, lies_from=99), draft_tokens=8)
+    feed = Feeding(TokenFeed(positions=6, draft_tokens=8), Oracle(text, lies_from=99))
     assert feed.take(0, text[:3], 1) == (0, [0, 1, 2, 3, 4], (3, 4))
     assert feed.take(3, text[3:6], 1) == (5, [5], ())
 
@@ -124,7 +143,7 @@ def test_whatever_is_guessed_the_rows_are_those_of_the_text(data: st.DataObject)
     text = data.draw(st.lists(st.integers(0, 2), min_size=3, max_size=40))
     prompt = data.draw(st.integers(1, len(text) - 1))
     start = data.draw(st.integers(0, prompt - 1))
-    feed = TokenFeed(start=start, positions=len(text), drafter=PromptLookup(), draft_tokens=4)
+    feed = Feeding(TokenFeed(start=start, positions=len(text), draft_tokens=4), PromptLookup())
     held = text[:start]
     position, tokens = 0, text[:prompt]
     while True:
@@ -141,7 +160,7 @@ def test_whatever_is_guessed_the_rows_are_those_of_the_text(data: st.DataObject)
                 break
             drawn = text[position : position + len(drawn) + 1]
         tokens = drawn
-    assert feed.accepted <= feed.drafted
+    assert feed.feed.accepted <= feed.feed.drafted
 
 
 # Prefixes

@@ -1,0 +1,142 @@
+"""A draft model: its guesses save rounds, never change a text, and whatever becomes of it jobs go on."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import trio
+from trio.testing import MockClock
+
+from node.engine.fake import FakeEngine, fake_span_info
+from node.engine.interface import SliceInput, StepResult
+from node.jobs.interface import JobError, JobErrorCode, JobResult, TextDelta
+from protocol.identity import BlockRange
+from protocol.tensors import tensor_from_tokens, tokens_from_tensor
+from selector.task import BASELINE, method
+from tests.unit.jobs.peers import BLOCKS, Peer, Swarm, open_swarm
+from tests.unit.jobs.test_jobs import THIRDS, all_free
+from tests.unit.jobs.test_methods import PROMPTS, request, right, run_all
+
+GUESSED = method(speculation="draft-8")
+
+
+class Mumbling(FakeEngine):
+    """Says what the model would, but for every so many positions."""
+
+    wrong_every = 5
+
+    async def step(self, slices: Sequence[SliceInput]) -> StepResult:
+        result = await super().step(slices)
+        outputs = []
+        for rows, output in zip(slices, result.outputs, strict=True):
+            wrong = int((rows.position + rows.tensor.rows) % self.wrong_every == 0)
+            tokens = [(token + wrong) % self.info.vocabulary_size for token in tokens_from_tensor(output.tensor)]
+            outputs.append(replace(output, tensor=tensor_from_tokens(tokens)))
+        return replace(result, outputs=tuple(outputs))
+
+
+def draft_engine(**shape: Any) -> Mumbling:
+    return Mumbling(fake_span_info(BlockRange(0, BLOCKS), block_count=BLOCKS, **shape), step_s=0.001)
+
+
+async def swarm_with(swarm: Swarm, draft: FakeEngine) -> Peer:
+    """Three peers with a third of the blocks each, the first with a draft model; return one without any."""
+    await swarm.join(THIRDS[0], draft=draft)
+    for span in THIRDS[1:]:
+        await swarm.join(span)
+    peer = await swarm.join()
+    await swarm.settle()
+    return peer
+
+
+async def test_guesses_save_rounds_and_never_change_a_text(autojump_clock: MockClock) -> None:
+    async with open_swarm() as swarm:
+        peer = await swarm_with(swarm, draft_engine())
+        plain = await peer.run(request(PROMPTS[0], 40, BASELINE))
+        guessed = await peer.run(request(PROMPTS[0], 40, GUESSED))
+        assert guessed.token_ids == plain.token_ids == right(PROMPTS[0], 40)
+        assert 25 < guessed.usage.accepted_draft_tokens < 40
+        assert guessed.timing.total_s < plain.timing.total_s / 2
+        await all_free(swarm)
+
+
+async def test_it_guesses_for_many_at_a_time(autojump_clock: MockClock) -> None:
+    async with open_swarm() as swarm:
+        peer = await swarm_with(swarm, draft_engine())
+        results = await run_all(peer, [request(prompt, 24, GUESSED) for prompt in PROMPTS])
+        assert [result.token_ids for result in results] == [right(prompt, 24) for prompt in PROMPTS]
+        assert all(result.usage.accepted_draft_tokens for result in results)
+        sampled = await peer.run(request(PROMPTS[0], 24, GUESSED, temperature=1.0, seed=3))
+        assert (
+            sampled.token_ids == (await peer.run(request(PROMPTS[0], 24, BASELINE, temperature=1.0, seed=3))).token_ids
+        )
+        await all_free(swarm)
+
+
+async def test_nobody_waits_for_who_has_not_read_the_prompt(autojump_clock: MockClock) -> None:
+    draft = Mumbling(fake_span_info(BlockRange(0, BLOCKS), block_count=BLOCKS), step_s=0.001, row_s=1.0)
+    async with open_swarm() as swarm:
+        peer = await swarm_with(swarm, draft)
+        result = await peer.run(request(PROMPTS[3], 20, GUESSED))
+        assert result.token_ids == right(PROMPTS[3], 20)
+        assert result.usage.accepted_draft_tokens == 0
+        assert result.timing.total_s < 2
+        with trio.fail_after(len(PROMPTS[3]) + 10):  # it gives the session up once its step is over
+            while peer.held() != (0, 0) or any(other.held() != (0, 0) for other in swarm.peers):
+                await trio.sleep(1)
+
+
+async def test_a_draft_model_without_room_costs_nothing_but_its_guesses(autojump_clock: MockClock) -> None:
+    async with open_swarm() as swarm:
+        peer = await swarm_with(swarm, draft_engine(kv_positions=16))
+        result = await peer.run(request(PROMPTS[0], 24, GUESSED))
+        assert result.token_ids == right(PROMPTS[0], 24)
+        assert result.usage.accepted_draft_tokens == 0
+        await all_free(swarm)
+
+
+async def test_jobs_go_on_when_the_draft_model_dies(autojump_clock: MockClock) -> None:
+    draft = draft_engine()
+    async with open_swarm() as swarm:
+        peer = await swarm_with(swarm, draft)
+        tokens: list[int] = []
+        async with peer.coordinator.submit(request(PROMPTS[0], 40, GUESSED)) as events:
+            async for event in events:
+                if isinstance(event, TextDelta):
+                    tokens += event.token_ids
+                    if len(tokens) == 12:
+                        draft.crash()
+        assert tuple(tokens) == right(PROMPTS[0], 40)
+        assert peer.coordinator.statistics().done == 1
+        with pytest.raises(JobError, match="a node with --draft would have one") as caught:
+            await peer.run(request(PROMPTS[0], 5, GUESSED))
+        assert caught.value.code is JobErrorCode.UNCOVERED
+        # Where the method is left open, it is one that can be had.
+        assert (await peer.run(request(PROMPTS[0], 5))).method.switches["speculation"] != "draft-8"
+        await all_free(swarm)
+
+
+@pytest.mark.parametrize("stage", [0, 1])
+async def test_who_takes_over_without_a_draft_model_goes_on_without_guesses(
+    autojump_clock: MockClock, stage: int
+) -> None:
+    async with open_swarm() as swarm:
+        await swarm_with(swarm, draft_engine())
+        for span in THIRDS:
+            await swarm.join(span)
+        peer = swarm.peers[3]
+        await swarm.settle()
+        tokens: list[int] = []
+        async with peer.coordinator.submit(request(PROMPTS[0], 60, GUESSED)) as events:
+            async for event in events:
+                if isinstance(event, TextDelta):
+                    tokens += event.token_ids
+                    if len(tokens) == 12:
+                        serving = [each for each in swarm.peers if each.stages.spans() and each.held()[0]]
+                        victim = next(each for each in serving if each.engines[0].info.blocks.start == THIRDS[stage][0])
+                        swarm.hub.kill(victim.id)
+                if isinstance(event, JobResult):
+                    assert event.token_ids == right(PROMPTS[0], 60) == tuple(tokens)
+                    assert event.replays == 1
+                    assert event.method.switches["speculation"] == ("draft-8" if stage else "off")
