@@ -40,7 +40,7 @@ from selector.task import BASELINE, PORTFOLIO, Method, MethodError, parse_method
 FINALISTS: Final = 4
 """That keep the outputs exact, and as many of any quality."""
 
-OF_ONE_TEXT: Final = 6
+OF_ONE_TEXT: Final = 4
 """Times as many rounds where a round is one job with a long answer: some texts are guessed more easily than others."""
 
 LONG_ANSWER: Final = 32
@@ -70,7 +70,7 @@ class Kept:
 @click.option("--peers", type=click.IntRange(1, 8), multiple=True, default=(1, 3), show_default=True)
 @click.option("--delay-ms", type=click.FloatRange(0), default=0.0, show_default=True, help="Of each link, one way.")
 @click.option("--bytes-per-s", type=click.FloatRange(0), default=0.0, help="Width of each link; 0: no bound.")
-@click.option("--rounds", type=click.IntRange(2), default=5, show_default=True, help="Of a final; a heat has one.")
+@click.option("--rounds", type=click.IntRange(2), default=5, show_default=True, help="Of a final.")
 @click.option("--workload", "numbers", type=click.IntRange(0, len(WORKLOADS) - 1), multiple=True, help="Of the grid.")
 @click.option("--method", "methods", multiple=True, help="Of the portfolio (default: all).")
 @click.option(
@@ -120,10 +120,9 @@ async def measure(
             await judge(client)
             for workload in workloads:
                 of_one_text = workload["concurrency"] == 1 and workload["max_tokens"] >= LONG_ANSWER
-                times = OF_ONE_TEXT if of_one_text else 1
                 run = partial(run_cell, client, kept, setting, workload)
-                heat = await run(unlike(methods, workload, setting.peers), times)
-                finals.append(await run(finalists(heat), rounds * times))
+                heat = await run(unlike(methods, workload, setting.peers), 2 if of_one_text else 1)
+                finals.append(await run(finalists(heat), rounds * (OF_ONE_TEXT if of_one_text else 1)))
     return {**machine, "cells": finals}
 
 
