@@ -22,6 +22,8 @@ class RefusalReason(enum.StrEnum):
     """These blocks of this model are not (or no longer) served here: the directory was stale."""
     NOT_READY = "not_ready"
     """None of the methods asked for can be offered here now: ask for others, or come back when they are built."""
+    UNABLE = "unable"
+    """None of the methods asked for can be had here, now or later: ask for others."""
     LEAVING = "leaving"
     """The peer drains before it leaves: avoid it from now on."""
     UNREACHABLE = "unreachable"

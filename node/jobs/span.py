@@ -83,6 +83,8 @@ class Span:
         """For the outputs that sessions keep."""
         self._wanted_in, self._wanted = trio.open_memory_channel[Variant](64)
         self._asked: set[Variant] = set()
+        self.unable: set[Variant] = set()
+        """Variants that were asked for and cannot be built here."""
 
     @property
     def info(self) -> SpanInfo:
@@ -254,6 +256,7 @@ class Span:
             except EngineCrashed:
                 return  # said by the task that waits for it
             except EngineError as error:
+                self.unable.add(variant)
                 _logger.info("variant not to be had", variant=str(variant), span=str(self.info.blocks), why=str(error))
 
     async def _idle(self) -> None:

@@ -3,7 +3,7 @@
 What a session is and what becomes of its rows is in `session` and `span`.
 """
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 
 import trio
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
@@ -169,10 +169,9 @@ class Stages:
             return _refusal(message, RefusalReason.NOT_SERVED, f"blocks {message.blocks} are not served here", None)
         if fault := _fault_of(message, span.info.part(message.blocks)):
             return _refusal(message, RefusalReason.INVALID, fault, span)
-        guesses = message.blocks.start > 0 or message.model in self._drafts
-        offered = _offered(message, span, guesses=guesses)
+        offered, hoped_for = _offered(message, span, message.model in self._drafts)
         if not offered:
-            return _refusal(message, RefusalReason.NOT_READY, _why_nothing(message, guesses=guesses), span)
+            return _refusal(message, *_why_nothing(hoped_for), span)
         session = StageSession(message, span, link)
         try:
             self.switchboard.receivers.add(message.session, session)
@@ -376,13 +375,13 @@ def _fault_of(message: Open, info: SpanInfo) -> str | None:
     return None
 
 
-def _offered(message: Open, span: Span, *, guesses: bool) -> list[Method]:
-    """Return the methods asked for that the span can carry out now, and have those built that it cannot yet.
+def _offered(message: Open, span: Span, has_draft: bool) -> tuple[list[Method], list[Method]]:
+    """Return the methods asked for that the span can carry out now, and those that are being built for it.
 
-    `guesses`: whether a draft model is here, or is not needed for these blocks.
+    `has_draft`: whether a draft model is here, which guesses where the first blocks are.
     """
     offered: list[Method] = []
-    lacking: dict[Variant, None] = {}
+    hoped_for: list[Method] = []
     divided = message.blocks != span.info.blocks
     ready = span.engine.variants()
     for name in message.methods:
@@ -393,20 +392,21 @@ def _offered(message: Open, span: Span, *, guesses: bool) -> list[Method]:
         variant = Variant(method.engine, method.arithmetic)
         if method.name != name or (divided and variant.engine not in DIVISIBLE_ENGINES):
             continue
-        if method.drafter == "draft" and not guesses:
+        if method.drafter == "draft" and message.blocks.start == 0 and not has_draft:
             continue
         if variant in ready:
             offered.append(method)
-        else:
-            lacking[variant] = None
-    span.want(lacking)
-    return offered
+        elif variant not in span.unable:
+            hoped_for.append(method)
+    span.want(dict.fromkeys(Variant(method.engine, method.arithmetic) for method in hoped_for))
+    return offered, hoped_for
 
 
-def _why_nothing(message: Open, *, guesses: bool) -> str:
-    if not guesses and all("speculation=draft" in name for name in message.methods):
-        return "there is no draft model where the first blocks are: a node with --draft would have one"
-    return "no method that the job admits is ready here; what can be built is being built"
+def _why_nothing(hoped_for: Sequence[Method]) -> tuple[RefusalReason, str]:
+    if hoped_for:
+        return RefusalReason.NOT_READY, "no method that the job admits is ready here; what can be built is being built"
+    why = "no method that the job admits can be had here: variants that cannot be built, or no draft model (--draft)"
+    return RefusalReason.UNABLE, why
 
 
 def _tally_fault(session: StageSession, message: Begin, peer: PeerId) -> str | None:

@@ -153,6 +153,8 @@ class LearnedChooser:
         self._memory = memory
         self._wall_clock = wall_clock
         self._levels: OrderedDict[tuple[object, ...], float] = OrderedDict()
+        self._offered: set[str] = set()
+        """Methods that some route has offered: a job is not tried on what cannot be had."""
         self._wanted: set[str] = set()
         self._needs_in, self._needs = trio.open_memory_channel[tuple[str, str, TrialNeed]](MAX_WAITING)
 
@@ -186,7 +188,7 @@ class LearnedChooser:
             return None
         table = choice.opinion.table
         for name in self._candidates(choice, default, {name: of.log_cost for name, of in table.items()}):
-            if table[name].log_cost - table[choice.in_use].log_cost < MAX_LOSS:
+            if name in self._offered and table[name].log_cost - table[choice.in_use].log_cost < MAX_LOSS:
                 return name
         return None
 
@@ -200,6 +202,7 @@ class LearnedChooser:
         """Take note of what a job took, see what is worth a trial, and say how the choice looked; see Chooser."""
         if not isinstance(choice, LearnedChoice):
             raise TypeError("a choice of another chooser")
+        self._offered.update(choice.votes)
         context = choice.question.context
         # A text may end early: what was predicted is told for as many tokens as came.
         shorter = replace(context, max_tokens=outcome.completion_tokens)

@@ -63,6 +63,7 @@ def test_every_option_can_stand_in_the_file_and_in_the_environment(tmp_path: Pat
         "METASWARM_API_KEY": "sesame",
         "METASWARM_BOOTSTRAP": f"{ADDRESS},{OTHER_ADDRESS}",
         "METASWARM_SERVE": "tiny:0-4,other",
+        "METASWARM_DRAFT": "small",
         "METASWARM_SWARM_KEY": str(key),
         "METASWARM_MEMORY": "512MiB",
         "METASWARM_NO_CATALOGUE": "1",
@@ -85,6 +86,7 @@ def test_every_option_can_stand_in_the_file_and_in_the_environment(tmp_path: Pat
         api_key="sesame",
         bootstrap=(ADDRESS, OTHER_ADDRESS),
         serve=(ServeSpec("tiny", BlockRange(0, 4)), ServeSpec("other")),
+        draft="small",
         swarm_key="ab" * 32,
         memory_bytes=512 << 20,
         cache_limit_bytes=20 << 30,
@@ -110,6 +112,7 @@ def test_every_option_can_stand_in_the_file_and_in_the_environment(tmp_path: Pat
         api_key = "sesame"
         bootstrap = ["{ADDRESS}", "{OTHER_ADDRESS}"]
         serve = ["tiny:0-4", "other"]
+        draft = "small"
         swarm_key = "swarm.key"
         memory = 536870912
         no_catalogue = true
@@ -208,6 +211,7 @@ def test_memory_is_bytes_with_or_without_a_unit(text: str, count: int) -> None:
         ("bootstrap", [f"/ip4/203.0.113/tcp/4001/p2p/{PEER}"], "'203.0.113' is no ip4 address"),
         ("bootstrap", ["none.yaml"], "none.yaml cannot be read"),
         ("serve", ["tiny:5"], "'5' is no range of blocks"),
+        ("draft", "small", "small would never guess: only who serves a model's first blocks does"),
         ("serve", ["tiny:5-5"], "5-5 is no range of blocks"),
         ("serve", ["tiny:"], "no range of blocks"),
         ("serve", [":0-5"], "names no model"),

@@ -109,9 +109,10 @@ async def test_jobs_go_on_when_the_draft_model_dies(autojump_clock: MockClock) -
                         draft.crash()
         assert tuple(tokens) == right(PROMPTS[0], 40)
         assert peer.coordinator.statistics().done == 1
-        with pytest.raises(JobError, match="a node with --draft would have one") as caught:
+        with pytest.raises(JobError, match=r"cannot be had .* no draft model \(--draft\)") as caught:
             await peer.run(request(PROMPTS[0], 5, GUESSED))
-        assert caught.value.code is JobErrorCode.UNCOVERED
+        assert caught.value.code is JobErrorCode.INVALID
+        assert caught.value.retry_after_s is None
         # Where the method is left open, it is one that can be had.
         assert (await peer.run(request(PROMPTS[0], 5))).method.switches["speculation"] != "draft-8"
         await all_free(swarm)

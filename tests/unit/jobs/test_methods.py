@@ -275,7 +275,10 @@ async def test_the_coordinator_accepts_what_it_will_and_the_stages_go_along(auto
         def ballot(
             self, votes: Sequence[Mapping[str, float]], weights: Sequence[int] | None = None
         ) -> Mapping[str, float]:
-            assert all(set(scores) == {method.name for method in self.order} for scores in votes)
+            admitted = {method.name for method in self.order}
+            guessed = {method.name for method in self.order if method.drafter == "draft"}
+            # Nobody here has a draft model, which only the first stage needs.
+            assert [set(scores) for scores in votes] == [admitted - guessed, admitted, admitted]
             return {BASELINE.name: 0.0}
 
     class WaryChooser(RuleChooser):
