@@ -188,8 +188,9 @@ class Coordinator:
             async with aclosing(self._events(job)) as events:
                 yield events
             outcome = "done" if job.route is None else "cancelled"
-        except JobError:
-            outcome = "failed"
+        except JobError as error:
+            gives_way = request.background and error.code is JobErrorCode.FULL
+            outcome = "cancelled" if gives_way else "failed"
             raise
         finally:
             if job is not None:

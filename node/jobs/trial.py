@@ -27,7 +27,10 @@ READY_TIMEOUT_S: Final = 900.0
 """How long a method may take to be ready, its quality measured and built on all stages, before it is not to be had."""
 
 RETRY_S: Final = 1.0
-"""Between two looks whether a method is ready, or the peers have room."""
+"""Between two looks whether a method is ready, or the peers have room;"""
+
+BACKGROUND_RETRY_S: Final = 10.0
+"""and where nobody waits for what is measured, which makes way for jobs."""
 
 MAX_SPOILT: Final = 3
 """Rounds that may be spoilt, by a route that changed or a stage that was lost, before the trial gives up."""
@@ -220,13 +223,14 @@ class Trials:
     ) -> Run:
         """Run a method once it is ready and the peers have room: they build what they lack once they are asked."""
         deadline_s = trio.current_time() + READY_TIMEOUT_S
+        pause_s = BACKGROUND_RETRY_S if spec.kind is ObservationKind.ASSIGNED else RETRY_S
         while True:
             try:
                 return await self._run(spec, workload, method, source, rng)
             except JobError as error:
                 if error.retry_after_s is None or trio.current_time() > deadline_s:
                     raise
-                await trio.sleep(RETRY_S * rng.uniform(0.5, 2))
+                await trio.sleep(pause_s * rng.uniform(0.5, 2))
 
     async def _run(
         self, spec: TrialSpec, workload: TrialWorkload, method: Method, source: "_Source", rng: random.Random

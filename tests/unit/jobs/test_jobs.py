@@ -225,6 +225,7 @@ async def test_a_measurement_makes_way_for_the_jobs_of_others(autojump_clock: Mo
                 with pytest.raises(JobError, match="others, who come before a measurement") as caught:
                     await peer.run(measurement)
                 assert caught.value.retry_after_s
+        assert peer.coordinator.statistics().failed == 0
         async with peer.coordinator.submit(measurement):
             await peer.run(measurement)  # of one peer several at a time are one measurement
             await other.run(replace(measurement, background=False))  # nobody waits for it
