@@ -54,8 +54,11 @@ class DraftModel:
                 draft.lose()
             self._drafts.clear()
 
-    async def open(self, session: SessionId, positions: int) -> "Draft | None":
-        """Return what guesses for a session of so many positions; None where there is no room for it."""
+    async def open(self, session: SessionId, positions: int, vocabulary_size: int) -> "Draft | None":
+        """Return what guesses for a session of so many positions; None where there is no room for it.
+
+        `vocabulary_size`: of the model that is guessed for; two that share a tokenizer may be padded differently.
+        """
         options = SessionOptions(sampling=Sampling(max_tokens=positions), variant=self._variant, prefix_cache=False)
         try:
             await self._engine.open(session, positions)
@@ -63,7 +66,7 @@ class DraftModel:
         except EngineError as error:
             _logger.info("no guesses for a session", session=session, why=str(error))
             return None
-        draft = self._drafts[session] = Draft(session, self)
+        draft = self._drafts[session] = Draft(session, self, (self._engine.info.vocabulary_size, vocabulary_size))
         return draft
 
     def wake(self) -> None:
@@ -119,9 +122,11 @@ class DraftModel:
 class Draft:
     """The guesses for one session. Implements `node.jobs.speculation.Drafter`."""
 
-    def __init__(self, session: SessionId, model: DraftModel) -> None:
+    def __init__(self, session: SessionId, model: DraftModel, vocabulary_sizes: tuple[int, int]) -> None:
         self._session = session
         self._model = model
+        self._readable, self._sayable = vocabulary_sizes
+        """Token ids below these mean something to the draft model, and to the model that it guesses for."""
         self._tokens: list[int] = []
         self._guesses: list[int] = []
         """That were made behind the tokens so far."""
@@ -141,6 +146,9 @@ class Draft:
         self._held = min(self._held, len(self._tokens) + right)
         self._guesses = []
         self._tokens.extend(tokens)
+        if any(token >= self._readable for token in tokens):
+            self.close()
+            self.lose()
         self._model.wake()
 
     def draft(self, count: int, then: Callable[[Sequence[int]], None]) -> None:
@@ -179,8 +187,9 @@ class Draft:
         """Take note of rows that are computed, and of the token that was drawn behind the last, if one was."""
         self._held = rows.position + rows.tensor.rows
         self._guesses.extend(drawn)
-        if self._then is not None and len(self._guesses) >= self._wanted:
-            self._answer(tuple(self._guesses))
+        unsayable = any(token >= self._sayable for token in drawn)
+        if self._then is not None and (unsayable or len(self._guesses) >= self._wanted):
+            self._answer(self._guesses[:-1] if unsayable else tuple(self._guesses))
 
     def _answer(self, guesses: Sequence[int]) -> None:
         then, self._then = self._then, None

@@ -279,7 +279,9 @@ class Stages:
         if method.drafter == "ngram":
             return PromptLookup()
         model = self._drafts.get(session.info.model)
-        return await model.open(session.id, session.positions) if model is not None else None
+        if model is None:
+            return None
+        return await model.open(session.id, session.positions, session.info.vocabulary_size)
 
     def hand_over(self) -> None:
         """Ask the coordinators of all sessions, but for our own, to go on elsewhere: this node is about to leave."""

@@ -96,6 +96,33 @@ async def test_a_draft_model_without_room_costs_nothing_but_its_guesses(autojump
         await all_free(swarm)
 
 
+@pytest.mark.parametrize(("vocabulary_size", "some"), [(500, False), (4000, True)])
+async def test_tokens_that_only_one_of_the_models_has_cost_nothing_but_guesses(
+    autojump_clock: MockClock, vocabulary_size: int, some: bool
+) -> None:
+    class Wordy(FakeEngine):
+        """Says what the model would, and every third time what only it knows."""
+
+        async def step(self, slices: Sequence[SliceInput]) -> StepResult:
+            result = await super().step(slices)
+            size = self.info.vocabulary_size
+            outputs = []
+            for rows, output in zip(slices, result.outputs, strict=True):
+                end = rows.position + rows.tensor.rows
+                known = right(PROMPTS[0], 60)[end - len(PROMPTS[0]) :][: len(tokens_from_tensor(output.tensor))]
+                tokens = [size - 1 if end % 3 == 0 else token % size for token in known]
+                outputs.append(replace(output, tensor=tensor_from_tokens(tokens)))
+            return replace(result, outputs=tuple(outputs))
+
+    info = fake_span_info(BlockRange(0, BLOCKS), block_count=BLOCKS, vocabulary_size=vocabulary_size)
+    async with open_swarm() as swarm:
+        peer = await swarm_with(swarm, Wordy(info, step_s=0.001))
+        result = await peer.run(request(PROMPTS[0], 40, GUESSED))
+        assert result.token_ids == right(PROMPTS[0], 40)
+        assert bool(result.usage.accepted_draft_tokens) is some
+        await all_free(swarm)
+
+
 async def test_jobs_go_on_when_the_draft_model_dies(autojump_clock: MockClock) -> None:
     draft = draft_engine()
     async with open_swarm() as swarm:
