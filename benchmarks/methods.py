@@ -5,7 +5,8 @@
 
 Real daemons, measured as `metaswarm bench` does: in every round each method and the baseline once, in an order drawn
 anew, nothing timed before everything is built. Several peers are as far apart as `--delay-ms` and `--bytes-per-s` say,
-each pair connected through a relay of `benchmarks.link`. A workload is a heat and a final. In the heat the whole
+each pair connected through a relay of `benchmarks.link`; then the first has the model itself, in int8, as a draft
+model. A workload is a heat and a final. In the heat the whole
 portfolio runs, less what can do nothing there: a cache where prompts have nothing in common, a chunk as long as the
 prompt, a wire codec without a wire; such a method is the one without that switch. In the final the fastest of the heat
 run, those that keep the outputs exact and those of any quality. Only the final counts. A method wins by its lead over
@@ -135,8 +136,8 @@ async def running(setting: Setting) -> AsyncIterator[NodeReady]:
             yield first
         return
     parts = split_evenly(package.manifest.block_count, setting.peers)
-    flags = [("--serve", f"{DEMO_MODEL}:{part}", "--threads", "1") for part in parts]
-    async with distant_daemons(flags, setting.link) as daemons:
+    first, *others = [("--serve", f"{DEMO_MODEL}:{part}", "--threads", "1") for part in parts]
+    async with distant_daemons([(*first, "--draft", DEMO_MODEL), *others], setting.link) as daemons:
         yield daemons[0].ready
 
 
