@@ -135,9 +135,11 @@ async def running(setting: Setting) -> AsyncIterator[NodeReady]:
         async with whole_model(package, setting.peers) as first:
             yield first
         return
+    flags: list[tuple[str, ...]]
     parts = split_evenly(package.manifest.block_count, setting.peers)
-    first, *others = [("--serve", f"{DEMO_MODEL}:{part}", "--threads", "1") for part in parts]
-    async with distant_daemons([(*first, "--draft", DEMO_MODEL), *others], setting.link) as daemons:
+    flags = [("--serve", f"{DEMO_MODEL}:{part}", "--threads", "1") for part in parts]
+    flags[0] = (*flags[0], "--draft", DEMO_MODEL)
+    async with distant_daemons(flags, setting.link) as daemons:
         yield daemons[0].ready
 
 
@@ -218,6 +220,8 @@ def report(result: dict[str, Any]) -> str:
     for cell in result["cells"]:
         peers, workload, link = (cell["cell"][name] for name in ("peers", "workload", "link"))
         for bound in ("exact", "any"):
+            if len(had(cell, bound)) < 2:
+                continue
             first, second, ahead = lead(cell, bound)
             wins = ahead.mean > MIN_LEAD and ahead.low > 1
             if wins:
@@ -238,7 +242,8 @@ def _told(speedup: Speedup | None) -> str:
 
 
 def _told_link(link: Mapping[str, float]) -> str:
-    return f"{1e3 * link['delay_s']:.0f} ms, {8e-6 * link['bytes_per_s']:.0f} Mb/s" if link["delay_s"] else "loopback"
+    width = f", {8e-6 * link['bytes_per_s']:.0f} Mb/s" if link["bytes_per_s"] else ""
+    return f"{1e3 * link['delay_s']:.0f} ms{width}" if link["delay_s"] or width else "loopback"
 
 
 if __name__ == "__main__":

@@ -186,6 +186,8 @@ class Serving:
         if not models:
             theirs = " or ".join(dict.fromkeys(spec.model for spec in self._specs))
             raise StartError(f"cannot guess with {name} what {theirs} says: they have different tokenizers")
+        self._stages.expect_guesses(models)
+        task_status.started()  # jobs need not wait for who only saves them time
         blocks = BlockRange(0, manifest.block_count)
         package = await self._library.weights(
             manifest, blocks, use_catalogue=self._use_catalogue, progress=self._progress
@@ -197,7 +199,6 @@ class Serving:
                     async with trio.open_nursery() as nursery:
                         await nursery.start(self._stages.guess, engine, variant, models)
                         _logger.info("guessing", model=manifest.model_id, variant=str(variant))
-                        task_status.started()
             except EngineCrashed:
                 raise
             except EngineError as error:

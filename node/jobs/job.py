@@ -112,7 +112,7 @@ class Job:
                 names = " or ".join(method.name for method in self.admitted)
                 message = f"{names} is not ready on the peers that serve {self.model.name} ({reasons}); try again later"
                 return JobError(JobErrorCode.UNCOVERED, message, retry_after_s=RETRY_AFTER_S)
-            if any(rejection.reason is RefusalReason.UNABLE for rejection in self.avoided.values()):
+            if all(rejection.reason is RefusalReason.UNABLE for rejection in self.avoided.values()):
                 names = " or ".join(method.name for method in self.admitted)
                 message = (
                     f"{names} cannot be had on the peers that serve {self.model.name} ({reasons}); ask for another"

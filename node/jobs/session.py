@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import trio
 
-from node.engine.interface import Lineage, SessionOptions, Variant
+from node.engine.interface import Lineage, Prefix, SessionOptions, Variant
 from node.jobs.interface import Agreed
 from node.jobs.kept import KeptRows
 from node.jobs.link import InboundLink, OutboundLink
@@ -33,6 +33,9 @@ class StageSession:
         self.opened_by = opened_by
         self.background = message.background
         self.methods = message.methods
+        # What is cached of a part of the span is no use to sessions that run another.
+        namespace = f"{opened_by.peer}/{message.blocks}"
+        self.prefix = Prefix(namespace=namespace, hashes=message.prefix) if message.prefix else None
         self.votes: dict[str, float] = {}
         self.agreed: Agreed | None = None
         """What the swarm had agreed when it was opened."""
@@ -71,6 +74,8 @@ class StageSession:
         self.feed: TokenFeed | None = None
         """Where the model's first block is run, once begun."""
         self.drafter: Drafter | None = None
+        self._is_guessing = False
+        """Rows wait for guesses; no others may come meanwhile, as nothing was drawn yet that they could follow."""
         self._permitted = {opened_by.peer, *message.upstream}
         self._early: list[tuple[Slice, Tensor, InboundLink]] = []
         """Rows that came before Begin did, over another link; the session's credit bounds them."""
@@ -172,6 +177,9 @@ class StageSession:
     def _feed(self, feed: TokenFeed, work: Work[InboundLink]) -> None:
         """Queue the rows of tokens that are not computed yet, with guesses behind the last where it is to be drawn."""
         tokens = tokens_from_tensor(work.tensor)
+        if self._is_guessing:
+            self.span.fail(self, FailureReason.ENGINE, "rows came where a token was to be drawn first")
+            return
         try:
             position, rows = feed.take(work.part.position, tokens, work.part.draws)
         except ValueError as error:
@@ -181,16 +189,19 @@ class StageSession:
             work.origin.consumed(self.id, work.payload_bytes)
 
         def queue(drafts: Sequence[int]) -> None:
+            self._is_guessing = False
             if rows and not self.ended.is_set():
                 feed.guess(drafts)
                 draws = work.part.draws + len(drafts)
                 computed = [*rows, *drafts]
                 part = replace(work.part, position=position, rows=len(computed), draws=draws, drafts=tuple(drafts))
-                self.span.queue(replace(work, part=part, tensor=tensor_from_tokens(computed)))
+                tensor, now_s = tensor_from_tokens(computed), trio.current_time()
+                self.span.queue(replace(work, part=part, tensor=tensor, arrived_s=now_s))
 
         if self.drafter is not None:
             self.drafter.extend(tokens)
             if work.part.draws == 1 and feed.wanted:
+                self._is_guessing = True
                 self.drafter.draft(feed.wanted, queue)
                 return
         queue(())

@@ -3,12 +3,12 @@
 What a session is and what becomes of its rows is in `session` and `span`.
 """
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 
 import trio
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from node.engine.interface import DIVISIBLE_ENGINES, Engine, EngineError, EngineFull, Prefix, SpanInfo, Variant
+from node.engine.interface import DIVISIBLE_ENGINES, Engine, EngineError, EngineFull, SpanInfo, Variant
 from node.jobs.choosing import RuleVoter, Voter
 from node.jobs.drafting import DraftModel
 from node.jobs.interface import Agreed
@@ -71,8 +71,8 @@ class Stages:
         self._agreed = agreed
         self.switchboard = Switchboard(network, agent, self)
         self._spans: dict[tuple[ModelId, BlockRange], Span] = {}
-        self._drafts: dict[ModelId, DraftModel] = {}
-        """What guesses for jobs on a model whose first blocks are served here."""
+        self._drafts: dict[ModelId, DraftModel | None] = {}
+        """What guesses for jobs on a model whose first blocks are served here; None while it is being loaded."""
         self._retiring: set[Span] = set()
         """Spans that are about to go: nobody is told of them any more."""
         self._retired: set[Span] = set()
@@ -153,8 +153,11 @@ class Stages:
             try:
                 await trio.sleep_forever()
             finally:
-                for model in models:
-                    del self._drafts[model]
+                self.expect_guesses(models)
+
+    def expect_guesses(self, models: Iterable[ModelId]) -> None:
+        """Say that methods with a draft model will be offered for these models, and are not yet."""
+        self._drafts |= dict.fromkeys(models)
 
     async def open(self, message: Open, link: InboundLink) -> Opened | Refused:
         """Admit a session if its blocks are served here, with KV memory for it, and the next stage can be reached.
@@ -169,7 +172,7 @@ class Stages:
             return _refusal(message, RefusalReason.NOT_SERVED, f"blocks {message.blocks} are not served here", None)
         if fault := _fault_of(message, span.info.part(message.blocks)):
             return _refusal(message, RefusalReason.INVALID, fault, span)
-        offered, hoped_for = _offered(message, span, message.model in self._drafts)
+        offered, hoped_for = _offered(message, span, self._drafts)
         if not offered:
             return _refusal(message, *_why_nothing(hoped_for), span)
         session = StageSession(message, span, link)
@@ -181,10 +184,7 @@ class Stages:
         try:
             await self._join(session, message)
             if former is None or former.ended.is_set() or not await span.carry_on(former, session):
-                # What is cached of a part of the span is no use to sessions that run another.
-                namespace = f"{link.peer}/{message.blocks}"
-                prefix = Prefix(namespace=namespace, hashes=message.prefix) if message.prefix else None
-                session.cached = await span.engine.open(message.session, message.positions, prefix)
+                session.cached = await span.engine.open(message.session, message.positions, session.prefix)
             session.votes = dict(await self._voter.vote(TaskContext.of(message.context), offered))
             session.agreed = self._agreed(message.model)
         except LinkBroken as broken:
@@ -257,6 +257,7 @@ class Stages:
             except EngineError as error:
                 span.fail(session, FailureReason.ENGINE, str(error))
                 return
+            session.calculated_by = method
             session.kept.drop(session.computed)
         if not session.ended.is_set() and (fault := _start_fault(session, message, method)):
             span.fail(session, FailureReason.ENGINE, fault)
@@ -281,7 +282,7 @@ class Stages:
         model = self._drafts.get(session.info.model)
         if model is None:
             return None
-        return await model.open(session.id, session.positions, session.info.vocabulary_size)
+        return await model.open(session.id, session.positions, session.info.vocabulary_size, session.prefix)
 
     def hand_over(self) -> None:
         """Ask the coordinators of all sessions, but for our own, to go on elsewhere: this node is about to leave."""
@@ -377,10 +378,12 @@ def _fault_of(message: Open, info: SpanInfo) -> str | None:
     return None
 
 
-def _offered(message: Open, span: Span, has_draft: bool) -> tuple[list[Method], list[Method]]:
+def _offered(
+    message: Open, span: Span, drafts: Mapping[ModelId, DraftModel | None]
+) -> tuple[list[Method], list[Method]]:
     """Return the methods asked for that the span can carry out now, and those that are being built for it.
 
-    `has_draft`: whether a draft model is here, which guesses where the first blocks are.
+    `drafts`: what guesses where the first blocks are; None is being loaded.
     """
     offered: list[Method] = []
     hoped_for: list[Method] = []
@@ -394,9 +397,10 @@ def _offered(message: Open, span: Span, has_draft: bool) -> tuple[list[Method], 
         variant = Variant(method.engine, method.arithmetic)
         if method.name != name or (divided and variant.engine not in DIVISIBLE_ENGINES):
             continue
-        if method.drafter == "draft" and message.blocks.start == 0 and not has_draft:
+        guesses_here = method.drafter == "draft" and message.blocks.start == 0
+        if guesses_here and message.model not in drafts:
             continue
-        if variant in ready:
+        if variant in ready and not (guesses_here and drafts[message.model] is None):
             offered.append(method)
         elif variant not in span.unable:
             hoped_for.append(method)

@@ -163,7 +163,7 @@ class LearnedChooser:
         context, admitted = question.context, question.admitted
         opinion = await self.opinions.of(context, admitted)
         names = [method.name for method in admitted]
-        default = preference(context, admitted)[0].name
+        default = _default(context, admitted)
         kind = kind_of(context)
         in_use = self.adoption.in_use(kind, names, default)
 
@@ -212,6 +212,8 @@ class LearnedChooser:
             - predicted_cost(context, method)
             for method in choice.order
         }
+        if outcome.method not in expected:  # it had to go on without its guesses, which nobody has predicted
+            return None
         level = self._level(context)
         predicted_s = math.exp(expected[outcome.method] + level)
         best = min(expected.values())
@@ -282,7 +284,7 @@ class LearnedChooser:
     def _want_trial(self, choice: LearnedChoice) -> None:
         """Have methods tried that the swarm's votes, or our own hope, put before the one in use."""
         admitted = choice.question.admitted
-        default = preference(choice.question.context, admitted)[0].name
+        default = _default(choice.question.context, admitted)
         candidates = self._candidates(choice, default, choice.votes)
         if not candidates or self.budget.left_s <= 0 or choice.kind in self._wanted:
             return
@@ -382,6 +384,11 @@ class LearnedVoter:
         """Return what methods are expected to cost; see Voter."""
         opinion = await self._opinions.of(context, methods)
         return {name: of.log_cost for name, of in opinion.table.items()}
+
+
+def _default(context: TaskContext, admitted: Sequence[Method]) -> str:
+    """Return what the rule chooses, of what any swarm can offer: few have a draft model."""
+    return preference(context, [each for each in admitted if each.drafter != "draft"] or admitted)[0].name
 
 
 def _place(context: TaskContext) -> tuple[object, ...]:

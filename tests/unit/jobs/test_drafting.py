@@ -1,6 +1,7 @@
 """A draft model: its guesses save rounds, never change a text, and whatever becomes of it jobs go on."""
 
-from collections.abc import Sequence
+import random
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -9,13 +10,18 @@ import trio
 from trio.testing import MockClock
 
 from node.engine.fake import FakeEngine, fake_span_info
-from node.engine.interface import SliceInput, StepResult
+from node.engine.interface import REFERENCE, SliceInput, StepResult
+from node.jobs.drafting import PATIENCE_S, Draft, DraftModel
 from node.jobs.interface import JobError, JobErrorCode, JobResult, TextDelta
-from protocol.identity import BlockRange
+from node.network.memory import LinkModel
+from node.selection.chooser import LearnedChooser
+from node.selection.opinions import Opinions
+from protocol.identity import BlockRange, JobId, SessionId
+from protocol.messages import Slice
 from protocol.tensors import tensor_from_tokens, tokens_from_tensor
 from selector.task import BASELINE, method
 from tests.unit.jobs.peers import BLOCKS, Peer, Swarm, open_swarm
-from tests.unit.jobs.test_jobs import THIRDS, all_free
+from tests.unit.jobs.test_jobs import THIRDS, all_free, swarm_of_thirds
 from tests.unit.jobs.test_methods import PROMPTS, request, right, run_all
 
 GUESSED = method(speculation="draft-8")
@@ -87,6 +93,128 @@ async def test_nobody_waits_for_who_has_not_read_the_prompt(autojump_clock: Mock
                 await trio.sleep(1)
 
 
+async def test_who_guesses_does_not_wait_for_others_to_read(autojump_clock: MockClock) -> None:
+    draft = Mumbling(fake_span_info(BlockRange(0, BLOCKS), block_count=BLOCKS), step_s=0.001, row_s=0.002)
+    async with open_swarm() as swarm:
+        peer = await swarm_with(swarm, draft)
+        alone = await peer.run(request(PROMPTS[7], 24, GUESSED))
+        async with trio.open_nursery() as nursery:
+            for number in range(16):
+                nursery.start_soon(peer.run, request((number, *range(600)), 2, GUESSED))
+            await trio.sleep(0.2)
+            beside = await peer.run(request(PROMPTS[7], 24, GUESSED))
+        assert beside.token_ids == alone.token_ids
+        assert beside.usage.accepted_draft_tokens > 8
+        assert beside.timing.ttft_s < 5
+
+
+async def test_a_draft_model_that_hangs_is_not_waited_for(autojump_clock: MockClock) -> None:
+    class Hanging(Mumbling):
+        hangs = False
+
+        async def step(self, slices: Sequence[SliceInput]) -> StepResult:
+            if self.hangs:
+                await trio.sleep(1000)
+            return await super().step(slices)
+
+    draft = Hanging(draft_engine().info, step_s=0.001)
+    async with open_swarm() as swarm:
+        peer = await swarm_with(swarm, draft)
+        tokens: list[int] = []
+        async with peer.coordinator.submit(request(PROMPTS[0], 60, GUESSED)) as events:
+            async for event in events:
+                if isinstance(event, TextDelta):
+                    tokens += event.token_ids
+                    if len(tokens) == 12:
+                        draft.hangs, hung_s = True, trio.current_time()
+        assert tuple(tokens) == right(PROMPTS[0], 60)
+        assert trio.current_time() - hung_s < PATIENCE_S + 3
+
+
+async def test_what_was_computed_for_a_guess_too_late_is_not_taken_for_the_text(autojump_clock: MockClock) -> None:
+    draft = Mumbling(draft_engine().info, step_s=0.3)
+    async with open_swarm() as swarm:
+        peer = await swarm_with(swarm, draft)
+        result = await peer.run(request(PROMPTS[0], 40, GUESSED))
+        assert result.token_ids == right(PROMPTS[0], 40)
+        assert 0 < result.usage.accepted_draft_tokens < 30
+        await trio.sleep(1)
+        await all_free(swarm)
+
+
+async def test_begin_and_hang_up_leaves_nothing_at_the_draft_model(autojump_clock: MockClock) -> None:
+    engine = draft_engine()
+    model = DraftModel(engine, REFERENCE)
+    async with trio.open_nursery() as nursery:
+        await nursery.start(model.run)
+        for number in range(8):
+            with trio.CancelScope() as scope:
+                scope.cancel() if number % 2 else nursery.start_soon(cancel_at_next_step, scope)
+                opened = await model.open(SessionId(JobId(f"{number:032x}"), 0), 256, 1000, None)
+                assert opened is not None  # it was not cancelled in time
+                opened.close()
+        await trio.sleep(0.1)
+        assert engine.statistics().reserved_positions == 0
+        nursery.cancel_scope.cancel()
+
+
+async def cancel_at_next_step(scope: trio.CancelScope) -> None:
+    await trio.lowlevel.checkpoint()
+    scope.cancel()
+
+
+async def test_who_sends_rows_where_a_token_is_due_loses_nobody_elses_session(
+    autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A last stage that tells the first one two tokens at once, of which the second follows nothing."""
+    honest = Draft.draft
+
+    def slow(self: Draft, count: int, then: Callable[[Sequence[int]], None]) -> None:
+        honest(self, count, then)
+        if self.waits and not repeated:
+            repeated.append(True)
+            session = next(s for s in swarm.peers[0].stages.spans()[0].sessions.values() if s.drafter is self)
+            session.receive(
+                Slice(session=session.id, position=len(PROMPTS[0]) + 1, rows=1, draws=0),
+                tensor_from_tokens([1]),
+                session.opened_by,
+            )
+
+    repeated: list[bool] = []
+    monkeypatch.setattr(Draft, "draft", slow)
+    async with open_swarm() as swarm:
+        peer = await swarm_with(swarm, draft_engine())
+        results = await run_all(peer, [request(prompt, 24, GUESSED) for prompt in PROMPTS])
+        assert repeated
+        assert [result.token_ids for result in results] == [right(prompt, 24) for prompt in PROMPTS]
+        assert sum(result.replays for result in results) == 1
+        await all_free(swarm)
+
+
+async def test_what_is_cached_is_not_read_again(autojump_clock: MockClock) -> None:
+    draft = Mumbling(draft_engine().info, step_s=0.001, row_s=0.01)
+    cached = method(speculation="draft-8", prefix_cache="on")
+    async with open_swarm() as swarm:
+        peer = await swarm_with(swarm, draft)
+        first = await peer.run(request((*PROMPTS[3], 1), 24, cached))
+        await trio.sleep(5)
+        again = await peer.run(request((*PROMPTS[3], 2), 24, cached))
+        assert again.usage.accepted_draft_tokens > first.usage.accepted_draft_tokens
+        await all_free(swarm)
+
+
+@pytest.mark.parametrize("token", [-1, 1000])
+def test_what_is_no_token_is_not_read(token: int) -> None:
+    model = DraftModel(draft_engine(), REFERENCE)
+    session = SessionId(JobId("00" * 16), 0)
+    draft = Draft(session, model, held=0, positions=100, vocabulary_sizes=(1000, 1000))
+    draft.extend([1, 2, token])
+    draft.draft(4, lambda guesses: None)
+    answers: list[Sequence[int]] = []
+    draft.draft(4, answers.append)
+    assert answers == [()]
+
+
 async def test_a_draft_model_without_room_costs_nothing_but_its_guesses(autojump_clock: MockClock) -> None:
     async with open_swarm() as swarm:
         peer = await swarm_with(swarm, draft_engine(kv_positions=16))
@@ -136,13 +264,33 @@ async def test_jobs_go_on_when_the_draft_model_dies(autojump_clock: MockClock) -
                         draft.crash()
         assert tuple(tokens) == right(PROMPTS[0], 40)
         assert peer.coordinator.statistics().done == 1
+        with pytest.raises(JobError, match="not ready") as caught:  # it will be back
+            await peer.run(request(PROMPTS[0], 5, GUESSED))
+        assert caught.value.retry_after_s
+        # Where the method is left open, it is one that can be had.
+        assert (await peer.run(request(PROMPTS[0], 5))).method.switches["speculation"] != "draft-8"
+        await all_free(swarm)
+
+
+async def test_where_there_is_no_draft_model_that_is_said(autojump_clock: MockClock) -> None:
+    async with open_swarm() as swarm:
+        peer = await swarm_of_thirds(swarm)
         with pytest.raises(JobError, match=r"cannot be had .* no draft model \(--draft\)") as caught:
             await peer.run(request(PROMPTS[0], 5, GUESSED))
         assert caught.value.code is JobErrorCode.INVALID
         assert caught.value.retry_after_s is None
-        # Where the method is left open, it is one that can be had.
-        assert (await peer.run(request(PROMPTS[0], 5))).method.switches["speculation"] != "draft-8"
-        await all_free(swarm)
+
+
+@pytest.mark.parametrize("latency_s", [0.001, 0.05])
+async def test_a_method_that_nobody_offers_is_no_default(autojump_clock: MockClock, latency_s: float) -> None:
+    chooser = LearnedChooser(Opinions(), random.Random(1), share=0.0)
+    async with open_swarm(link=LinkModel(latency_s=latency_s)) as swarm:
+        for span in THIRDS:
+            await swarm.join(span)
+        peer = await swarm.join(chooser=chooser)
+        await swarm.settle()
+        result = await peer.run(request(PROMPTS[0], 64))
+        assert result.method.switches["engine"] == "onnxruntime"  # as the rule has it
 
 
 @pytest.mark.parametrize("stage", [0, 1])
@@ -153,7 +301,7 @@ async def test_who_takes_over_without_a_draft_model_goes_on_without_guesses(
         await swarm_with(swarm, draft_engine())
         for span in THIRDS:
             await swarm.join(span)
-        peer = swarm.peers[3]
+        peer = await swarm.join(chooser=LearnedChooser(Opinions(), random.Random(1)))
         await swarm.settle()
         tokens: list[int] = []
         async with peer.coordinator.submit(request(PROMPTS[0], 60, GUESSED)) as events:
@@ -168,3 +316,4 @@ async def test_who_takes_over_without_a_draft_model_goes_on_without_guesses(
                     assert event.token_ids == right(PROMPTS[0], 60) == tuple(tokens)
                     assert event.replays == 1
                     assert event.method.switches["speculation"] == ("draft-8" if stage else "off")
+        assert peer.coordinator.statistics().done == 1
