@@ -7,8 +7,9 @@ import pytest
 import trio
 from trio.testing import MockClock
 
+from node.config import StartError
 from node.engine.interface import REFERENCE, Variant
-from node.jobs.interface import JobRequest
+from node.jobs.interface import JobError, JobRequest
 from node.jobs.link import SessionRefused
 from node.jobs.stage import RETIRE_S
 from node.models.errors import ModelError
@@ -94,6 +95,31 @@ async def test_what_is_retired_is_told_to_nobody_and_ends_its_sessions(autojump_
                 await link.open(late)
         assert not span.sessions
         assert results == [right_tokens(300)]
+
+
+async def test_a_draft_model_comes_when_it_is_ready_and_again_when_it_died(autojump_clock: MockClock) -> None:
+    guessed = JobRequest(model="fake", prompt=PROMPT, max_tokens=40, method="speculation=draft-8")
+    async with open_swarm() as swarm:
+        peer = await swarm.join_where_needed(9, draft="numbers")
+        assert spans_of(peer) == ["0-9"], "nobody waits for who only saves time"
+        for _ in range(2):
+            await trio.sleep(20)
+            result = await peer.run(guessed)
+            assert result.token_ids == right_tokens(40)
+            assert result.usage.accepted_draft_tokens > 20
+            next(each for each in reversed(peer.engines) if Variant("onnxruntime", "int8") in each.variants()).crash()
+            await trio.sleep(0.1)
+            with pytest.raises(JobError, match="not ready") as caught:
+                await peer.run(guessed)
+            assert caught.value.retry_after_s
+
+
+async def test_a_draft_model_of_another_tokenizer_is_refused_at_the_start(autojump_clock: MockClock) -> None:
+    with pytest.RaisesGroup(
+        pytest.RaisesExc(StartError, match="what fake says: they have different tokenizers"), flatten_subgroups=True
+    ):
+        async with open_swarm() as swarm:
+            await swarm.join_where_needed(9, draft="letters")
 
 
 class FailsToMove(FakeLibrary):

@@ -81,8 +81,13 @@ class _Shape:
     blocks: tuple[_File, ...] = (_File(),) * BLOCKS
     head: _File = _File()
 
+    tokenizer: str = "numbers"
+
     def files_for(self, blocks: BlockRange) -> list[_File]:
         return [_File()] * len(blocks)
+
+    def has_tokens_of(self, other: "_Shape") -> bool:
+        return self.tokenizer == other.tokenizer
 
 
 def wall_clock() -> float:
@@ -91,10 +96,10 @@ def wall_clock() -> float:
 
 
 class FakeLibrary:
-    """Has every file of the fake model."""
+    """Has every file of the fake model, which knows numbers, and of one that knows nothing else than letters."""
 
     async def manifest(self, text: str, **options: object) -> Any:
-        return _Shape()
+        return _Shape(tokenizer="letters" if text == "letters" else "numbers")
 
     async def weights(self, manifest: object, blocks: BlockRange, **options: object) -> Any:
         await trio.sleep(1)
@@ -225,7 +230,7 @@ class Swarm:
         await self._nursery.start(self._carry, peer, spans, make_engine, draft, shape)
         return peer
 
-    async def join_where_needed(self, blocks: int, library: Any = None) -> Peer:
+    async def join_where_needed(self, blocks: int, library: Any = None, *, draft: str | None = None) -> Peer:
         """Start a peer that serves so many blocks of the fake model, of its own choice."""
         peer = await self.join()
         shape = _Shape()
@@ -245,7 +250,8 @@ class Swarm:
             stages=peer.stages,
             statements=peer.statements,
             own_peer=peer.id,
-            memory_bytes=int(memory_bytes) + 1,
+            memory_bytes=(int(memory_bytes) + 1) * (1 if draft is None else 2),
+            draft=draft,
             threads=1,
             device=Device("cpu", 1 << 40),
             graphs_dir=Path(),
