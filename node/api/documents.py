@@ -51,6 +51,7 @@ def describe_usage(result: JobResult) -> dict[str, Any]:
         "completion_tokens": usage.completion_tokens,
         "total_tokens": usage.prompt_tokens + usage.completion_tokens,
         "prompt_tokens_details": {"cached_tokens": usage.cached_tokens},
+        "completion_tokens_details": {"accepted_prediction_tokens": usage.accepted_draft_tokens},
     }
 
 

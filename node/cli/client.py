@@ -97,6 +97,7 @@ class Completion:
                 "prompt_tokens": self.usage["prompt_tokens"],
                 "completion_tokens": self.usage["completion_tokens"],
                 "cached_tokens": self.usage["prompt_tokens_details"]["cached_tokens"],
+                "accepted_draft_tokens": self.usage["completion_tokens_details"]["accepted_prediction_tokens"],
             },
             "timing": job["timing"],
             "route": [{key: stage[key] for key in ("peer", "start", "end")} for stage in job["route"]],

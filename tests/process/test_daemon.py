@@ -66,7 +66,7 @@ async def test_a_peer_without_any_file_submits(
         {"peer": second.peer_id, "start": 15, "end": 30},
     ]
     assert answer["usage"]["completion_tokens"] == len(answer["token_ids"])
-    assert set(answer["usage"]) == {"prompt_tokens", "completion_tokens", "cached_tokens"}
+    assert set(answer["usage"]) == {"prompt_tokens", "completion_tokens", "cached_tokens", "accepted_draft_tokens"}
     assert set(answer["timing"]) == {"ttft_s", "tpot_s", "total_s"}
     assert set(answer["method"]) == {"name", "switches", "stage_policy"}
     assert set(answer["consensus"]) == {"votes", "agreed", "epoch", "table_digest", "weighed"}

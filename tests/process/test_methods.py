@@ -58,6 +58,10 @@ async def test_every_exact_method_says_what_transformers_says_to_eight_at_a_time
             assert told["token_ids"] == tokens, name
             assert told["method"]["name"] == name
             assert len(told["route"]) == len(spans)
+        guessed = [
+            answer["usage"]["completion_tokens_details"]["accepted_prediction_tokens"] for answer in answers.values()
+        ]
+        assert any(guessed) or "speculation=draft" not in name
 
 
 async def _complete(daemon: Daemon, method: str, prompt: list[int], max_tokens: int) -> dict[str, Any]:

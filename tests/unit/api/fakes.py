@@ -61,7 +61,7 @@ def make_result(text: str, token_ids: tuple[int, ...]) -> JobResult:
         text=text,
         token_ids=token_ids,
         finish_reason=FinishReason.STOP,
-        usage=Usage(prompt_tokens=5, completion_tokens=len(token_ids), cached_tokens=2),
+        usage=Usage(prompt_tokens=5, completion_tokens=len(token_ids), cached_tokens=2, accepted_draft_tokens=1),
         timing=Timing(ttft_s=0.25, tpot_s=0.03, total_s=0.5),
         route=(
             RouteStage(peer=PEERS[0], blocks=BlockRange(0, 4), compute_s=0.1, queue_s=0.01),

@@ -21,7 +21,7 @@ DOCUMENT = {
     "text": "Hello, wörld",
     "token_ids": [0, 1, 2],
     "finish_reason": "stop",
-    "usage": {"prompt_tokens": 5, "completion_tokens": 3, "cached_tokens": 2},
+    "usage": {"prompt_tokens": 5, "completion_tokens": 3, "cached_tokens": 2, "accepted_draft_tokens": 1},
     "timing": {"ttft_s": 0.25, "tpot_s": 0.03, "total_s": 0.5},
     "route": [{"peer": PEERS[0], "start": 0, "end": 4}, {"peer": PEERS[1], "start": 4, "end": 8}],
     "method": {
