@@ -201,8 +201,8 @@ class Serving:
                         _logger.info("guessing", model=manifest.model_id, variant=str(variant))
             except EngineCrashed:
                 raise
-            except EngineError as error:
-                raise StartError(f"cannot guess with {name}: {error}") from None
+            except EngineError as error:  # no reason to stop serving: it is tried again, as after a crash
+                raise EngineCrashed(f"cannot guess with {name}: {error}") from None
 
     async def _quickest(self, engine: Engine) -> Variant:
         """Build the quickest variant that can be had for a draft model, and return it."""
