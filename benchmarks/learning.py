@@ -139,6 +139,7 @@ async def measure(jobs: int, last: int, replays: int) -> dict[str, Any]:
             "best": best,
             "single_best": single,
             "ratios": _ratios(costs),
+            "costs": costs,
         }
 
 

@@ -31,6 +31,9 @@ DEFAULT_API: Final = "127.0.0.1:8642"
 MIN_EPOCH_S: Final = 5
 MAX_EPOCH_S: Final = 86_400
 DEFAULT_EXPLORATION: Final = 0.1
+MEMORY_SHARE: Final = 0.75
+"""Of the device's memory that is free when the node starts, where `memory` says nothing."""
+
 DEFAULT_DEVICE: Final = "auto"
 BATCHING: Final = ("one", "static", "continuous")
 LOG_LEVELS: Final = ("debug", "info", "warning", "error")

@@ -13,9 +13,10 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Final
 
+import psutil
 import trio
 
-from node.config import ENVIRONMENT_PREFIX, ConfigError, NodeReady, StartError
+from node.config import ENVIRONMENT_PREFIX, MEMORY_SHARE, ConfigError, NodeReady, StartError
 from node.identity import load_or_create
 from protocol.identity import BlockRange
 
@@ -64,6 +65,8 @@ async def local_swarm(
     there. Raises DaemonDiedError when a daemon ends by itself, whenever that is; the block is cancelled then.
     """
     spans = split_evenly(block_count, peers)
+    # Each would take what a node takes that has the machine to itself.
+    memory_bytes = int(psutil.virtual_memory().available * MEMORY_SHARE) // peers
     causes: list[BaseException] = []
     daemons: list[_Daemon] = []
     with TemporaryDirectory(prefix="metaswarm-demo-", ignore_cleanup_errors=True) as folder:
@@ -72,7 +75,7 @@ async def local_swarm(
                 await nursery.start(_heed_signals, causes, nursery.cancel_scope)
                 for daemon in _plan(Path(folder), model, spans):
                     daemons.append(daemon)
-                    await daemon.start(cache_dir, threads=max(1, (os.cpu_count() or 1) // peers))
+                    await daemon.start(cache_dir, max(1, (os.cpu_count() or 1) // peers), memory_bytes)
                     nursery.start_soon(_watch, daemon, causes, nursery.cancel_scope)
                 progress("start peers", 0, peers)
                 running: list[LocalPeer] = []
@@ -102,13 +105,13 @@ class _Daemon:
         self._log = data_dir / "log"
         self._arguments = arguments
 
-    async def start(self, cache_dir: Path, threads: int) -> None:
+    async def start(self, cache_dir: Path, threads: int, memory_bytes: int) -> None:
         # What configures the user's own node is not for these.
         environment = {key: value for key, value in os.environ.items() if not key.startswith(ENVIRONMENT_PREFIX)}
         environment[f"{ENVIRONMENT_PREFIX}CACHE_DIR"] = str(cache_dir)
         command = [*COMMAND, "--json", "--no-catalogue", "--no-mdns", "--data-dir", str(self._data_dir)]
         command += ["--device", "cpu"]  # each would take most of one GPU's memory
-        command += ["--api", "127.0.0.1:0", "--threads", str(threads), *self._arguments]
+        command += ["--api", "127.0.0.1:0", "--threads", str(threads), "--memory", str(memory_bytes), *self._arguments]
         with self._log.open("wb") as log:
             # A session of its own: Ctrl-C is for us, and we stop them in order.
             self.process = await trio.lowlevel.open_process(

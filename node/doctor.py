@@ -21,7 +21,7 @@ import psutil
 import trio
 
 from node.api.interface import ModelStatus, NodeStatus
-from node.config import APPLICATION, LOCK_FILE, NodeConfig, ServeSpec
+from node.config import APPLICATION, LOCK_FILE, MEMORY_SHARE, NodeConfig, ServeSpec
 from node.engine.devices import DeviceError, find_device
 from node.identity import KEY_FILE, IdentityError, load_or_create
 from node.models.errors import ModelError
@@ -31,7 +31,6 @@ from node.network.greeting import Greeting, greet
 from node.network.host import Libp2pNetwork
 from node.network.interface import NetworkError
 from node.network.transport import bind
-from node.serving import MEMORY_SHARE
 from node.storage.database import DATABASE_FILE, StorageError, find_damage
 from node.swarm.directory import Directory
 from node.swarm.membership import HEARTBEAT_INTERVAL_S

@@ -13,7 +13,7 @@ from pathlib import Path
 import structlog
 import trio
 
-from node.config import ServeSpec, StartError
+from node.config import MEMORY_SHARE, ServeSpec, StartError
 from node.engine.client import start_engine
 from node.engine.devices import CPU, Device, DeviceError, find_device
 from node.engine.interface import REFERENCE, Engine, EngineCrashed, EngineError, Variant
@@ -35,9 +35,6 @@ from selector.task import PORTFOLIO
 
 RETRY_S = (1.0, 30.0)
 """First and longest pause before a span that could not be had, or whose engine died, is tried again."""
-
-MEMORY_SHARE = 0.75
-"""Of the device's memory that is free when the node starts, where --memory says nothing."""
 
 WEIGHT_SHARE = 0.75
 """Of a span's memory, when the node chooses the blocks itself; the rest is for KV caches."""
