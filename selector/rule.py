@@ -30,6 +30,9 @@ _SPEEDS: Final = {
 }
 _ACTIVATIONS: Final = {"fp32": 1.0, "bf16": 0.5, "int8": 0.27}
 
+_CODEC_S: Final = 0.0002
+"""What it takes a stage to put a row into a narrower codec, and the next to read it: not worth it on short links."""
+
 _CHUNK_OVERHEAD: Final = 0.02
 """What cutting a prompt costs, as a part of its time, for each chunk up to ten."""
 
@@ -49,6 +52,8 @@ def predicted_cost(context: TaskContext, method: Method) -> float:
     prefill_s = _prefill_s(context, method, speed)
     step_s = _decode_ms(speed, context.concurrency) / 1000
     round_s = step_s + context.link_s * _on_the_wire(method)
+    if method.activations != "fp32":
+        round_s += context.stage_count * _CODEC_S
     if method.drafter == "draft":
         round_s += method.draft_tokens * _DRAFT_STEP * step_s
     return math.log(prefill_s + round_s * context.max_tokens / _tokens_per_round(context, method))
