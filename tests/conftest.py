@@ -2,9 +2,28 @@
 
 import os
 import signal
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import trio
+from trio.testing import MockClock
+
+from node.threads import in_line
 
 # Daemons of tests that run at the same time, and the user's own node, must not find each other.
 os.environ["METASWARM_NO_MDNS"] = "1"
 
 # Started in the background by a shell, tests ignore Ctrl-C, and so would the programs that they start and interrupt.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.fixture
+def autojump_clock(monkeypatch: pytest.MonkeyPatch) -> MockClock:
+    """Virtual time, in which work for a thread is done at once: while all wait for a thread, the clock would jump."""
+
+    async def run_sync(work: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
+        return await in_line(lambda: work(*arguments))
+
+    monkeypatch.setattr(trio.to_thread, "run_sync", run_sync)
+    return MockClock(autojump_threshold=0)
