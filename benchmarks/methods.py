@@ -36,7 +36,8 @@ from node.config import NodeReady
 from node.demo import split_evenly
 from node.models.catalogue import DEMO_MODEL
 from node.selection.paired import Speedup, speedup_of
-from selector.task import BASELINE, PORTFOLIO, Method, MethodError, parse_method
+from selector.kinds import effect_of
+from selector.task import BASELINE, PORTFOLIO, Method, MethodError, TaskContext, parse_method
 
 FINALISTS: Final = 4
 """That keep the outputs exact, and as many of any quality."""
@@ -159,30 +160,17 @@ async def run_cell(
     return {"cell": cell, "result": answer.json()}
 
 
-def effect(name: str, workload: Workload, peers: int) -> frozenset[tuple[str, str]]:
-    """Return the switches in which a method differs from the baseline and that can do anything in a workload."""
-    method = parse_method(name)
-    idle = set()
-    if not workload["shared_prefix_share"]:
-        idle.add("prefix_cache")
-    if method.prefill_chunk is not None and method.prefill_chunk >= workload["prompt_tokens"]:
-        idle.add("prefill_chunk")
-    if peers == 1:
-        idle.add("activations")
-    if workload["max_tokens"] == 1:
-        idle.add("speculation")
-    return frozenset(
-        (switch, value)
-        for switch, value in method.switches.items()
-        if switch not in idle and value != BASELINE.switches[switch]
-    )
-
-
 def unlike(methods: Sequence[Method], workload: Workload, peers: int) -> list[str]:
     """Return the methods that do different things in a workload: of those that do the same, that with least to it."""
-    found: dict[frozenset[tuple[str, str]], Method] = {effect(BASELINE.name, workload, peers): BASELINE}
+    task = TaskContext(
+        prompt_tokens=int(workload["prompt_tokens"]),
+        max_tokens=int(workload["max_tokens"]),
+        shared_prefix_share=workload["shared_prefix_share"],
+        stage_count=peers,
+    )
+    found: dict[frozenset[tuple[str, str]], Method] = {effect_of(BASELINE, task): BASELINE}
     for method in sorted(methods, key=lambda method: len(short(method.name))):
-        found.setdefault(effect(method.name, workload, peers), method)
+        found.setdefault(effect_of(method, task), method)
     return [method.name for method in found.values() if method != BASELINE]
 
 

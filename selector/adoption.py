@@ -6,7 +6,7 @@ tried here, in turn with the one in use; what that costs, and what trying method
 
 import statistics
 from collections import OrderedDict
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -86,25 +86,31 @@ class Adoption:
         expected: Mapping[str, float],
         deviations: Mapping[str, float],
         now_s: float,
+        effects: Mapping[str, Hashable] | None = None,
     ) -> list[str]:
         """Return the methods that are worth a trial, the most promising first.
 
-        `expected`: natural logarithms of the cost, by name, of those on offer; `deviations`: how far they may be off.
+        `expected`: natural logarithms of the cost, by name, of those on offer; `deviations`: how far they may be off;
+        `effects`: what they do to such a task (`selector.kinds.effect_of`): of those that do the same one is tried.
         """
+        of = effects or {name: name for name in admitted}
         used = self.in_use(kind, admitted, default)
         if used not in expected:
             return []  # there is nothing to compare with just now
-        hopes: dict[str, float] = {}
+        recent = {name for name, each in self.standings(kind).items() if now_s - each.tried_s < RETRY_S}
+        known = {of[name] for name in {used, BASELINE.name, *recent} & of.keys()}
         missed = {name for name, at_s in self._missed.get(kind, {}).items() if now_s - at_s < MISSED_RETRY_S}
-        excluded = {used, BASELINE.name, *missed}
+        hopes: dict[str, float] = {}
         for name in admitted:
-            tried = self.standings(kind).get(name)
-            if name in excluded or (tried and now_s - tried.tried_s < RETRY_S) or name not in expected:
+            if name in missed or name not in expected or of[name] in known:
                 continue
             hope = expected[used] - expected[name] + HOPE * deviations[name]
             if hope > WORTH_A_TRIAL:
                 hopes[name] = hope
-        return sorted(hopes, key=lambda name: (-hopes[name], name))[:CANDIDATES]
+        unlike: dict[Hashable, str] = {}
+        for name in sorted(hopes, key=lambda name: (-hopes[name], name)):
+            unlike.setdefault(of[name], name)
+        return list(unlike.values())[:CANDIDATES]
 
     def recall(self, kind: str, standings: Mapping[str, Standing]) -> None:
         """Take note of what trials said before this process began, unless there have been some since."""

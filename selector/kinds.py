@@ -1,10 +1,10 @@
-"""Tasks that are much alike: what holds for one of them, a prediction or a trial, is taken to hold for all."""
+"""Tasks that are much alike, of which what holds for one is taken to hold for all, and methods that do the same to one."""
 
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
-from selector.task import TaskContext
+from selector.task import BASELINE, Method, TaskContext
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,6 +54,28 @@ def kind_of(context: TaskContext) -> str:
     model = (context.architecture, context.block_count, context.hidden_size, context.weight_bytes)
     parts = (*model, *sizes, *shares, link, context.stage_count, context.hardware, context.objective)
     return "/".join(map(str, parts))
+
+
+def effect_of(method: Method, context: TaskContext) -> frozenset[tuple[str, str]]:
+    """Return the settings in which a method differs from the baseline and that can do anything to a task.
+
+    A cache does nothing where prompts have nothing in common, a chunk as long as the prompt, a wire codec without a
+    wire, and guesses where one token is wanted.
+    """
+    idle = set()
+    if round(context.shared_prefix_share, 1) == 0:
+        idle.add("prefix_cache")
+    if method.prefill_chunk is not None and method.prefill_chunk >= context.prompt_tokens:
+        idle.add("prefill_chunk")
+    if context.stage_count == 1:
+        idle.add("activations")
+    if context.max_tokens == 1:
+        idle.add("speculation")
+    return frozenset(
+        (switch, value)
+        for switch, value in method.switches.items()
+        if switch not in idle and value != BASELINE.switches[switch]
+    )
 
 
 def _rounded(count: int, steps_per_octave: float) -> int:

@@ -31,6 +31,7 @@ FITS: Final = (
     ("boosting", ("relative",), "all"),
     ("boosting", ("residual",), "all"),
     ("trees", ("relative",), "all"),
+    ("fine trees", ("relative",), "all"),
     ("trees", ("cost", "residual"), "all"),
     ("boosting", ("cost",), "general"),
     ("boosting", ("relative",), "general"),
@@ -41,6 +42,8 @@ FITS: Final = (
 """The regressions, the targets of each, and the features that it sees. Each target is a member.
 
 Trees may share their splits among targets, which costs one fit instead of two; relative costs want splits of their own.
+Fine trees, many that each know little by heart, are the best where what is asked about is like what was seen; where it
+is not, those that choose among all features are.
 """
 
 KERNEL_POINTS: Final = 1000
@@ -194,13 +197,18 @@ class _Ensemble:
             "random_state": of.random_state,
         }
         count = max(8, int(of.tree_count * scale))
-        self._trees: dict[str, Any] = {
+        self._trees = self._settings_of_trees(of, count)
+        self._fine_trees = self._settings_of_trees(of, 3 * count)
+        self._random_state = of.random_state
+
+    @staticmethod
+    def _settings_of_trees(of: MetaModel, count: int) -> dict[str, Any]:
+        return {
             "n_estimators": count,
             "max_leaf_nodes": max(2, of.max_leaves // count),
             "n_jobs": of.n_jobs,
             "random_state": of.random_state,
         }
-        self._random_state = of.random_state
 
     def fit(self, pairs: Pairs, y: FloatArray, weight: FloatArray) -> Self:
         self._table = PairTable().fit(pairs)
@@ -266,6 +274,8 @@ class _Ensemble:
         if kind == "trees":
             share = 1.0 if len(targets) == 1 else 0.5
             return ExtraTreesRegressor(min_samples_leaf=2, max_features=share, **self._trees)
+        if kind == "fine trees":
+            return ExtraTreesRegressor(min_samples_leaf=1, max_features=0.4, **self._fine_trees)
         if kind == "kernel":
             return _Kernel(self._random_state)
         return BoostedTrees(min_samples_leaf=int(np.clip(rows // 40, 2, 10)), **self._boosting)

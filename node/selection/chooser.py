@@ -24,7 +24,7 @@ from node.storage.database import StorageError
 from node.storage.standings import Standings
 from protocol.identity import JobId, ModelId
 from selector.adoption import MAX_LOSS, Adoption, Budget, Standing
-from selector.kinds import kind_of
+from selector.kinds import effect_of, kind_of, representative
 from selector.rule import predicted_cost, preference
 from selector.tally import scores
 from selector.task import BASELINE, Method, TaskContext
@@ -193,10 +193,12 @@ class LearnedChooser:
         return None
 
     def _candidates(self, choice: LearnedChoice, default: str, expected: Mapping[str, float]) -> list[str]:
+        task = representative(choice.question.context)
+        effects = {method.name: effect_of(method, task) for method in (BASELINE, *choice.question.admitted)}
         names = [method.name for method in choice.question.admitted]
         deviations = {name: of.deviation for name, of in choice.opinion.table.items()}
         now_s = trio.current_time()
-        return self.adoption.candidates(choice.kind, names, default, expected, deviations, now_s)
+        return self.adoption.candidates(choice.kind, names, default, expected, deviations, now_s, effects)
 
     def served(self, choice: Choice, outcome: Outcome) -> Selection | None:
         """Take note of what a job took, see what is worth a trial, and say how the choice looked; see Chooser."""

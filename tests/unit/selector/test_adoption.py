@@ -74,6 +74,15 @@ def test_what_may_well_be_better_is_worth_a_trial_and_what_is_known_to_be_worse_
     assert Adoption().candidates("kind", ALL, "a", expected, {**SURE, "b": 0.5}, 0.0) == ["b"]
 
 
+def test_of_methods_that_do_the_same_to_a_task_one_is_tried() -> None:
+    adoption = Adoption()
+    expected = {PLAIN: 0.0, "a": -0.5, "b": -1.0, "c": -0.9}
+    effects = {PLAIN: "nothing", "a": "something", "b": "more", "c": "more"}
+    assert adoption.candidates("kind", ALL, "a", expected, SURE, 0.0, effects) == ["b"]
+    adoption.settle("kind", "a", {"a": [-0.5] * 3, "b": [-0.1] * 3}, 0.0)
+    assert adoption.candidates("kind", ALL, "a", expected, SURE, 1.0, effects) == []
+
+
 def test_nothing_is_tried_while_the_method_in_use_is_not_on_offer() -> None:
     assert Adoption().candidates("kind", ALL, "a", {PLAIN: 0.0, "b": -9.0}, SURE, 0.0) == []
 
