@@ -28,6 +28,14 @@ class Selector(BaseEstimator):  # type: ignore[misc]  # scikit-learn is not type
         """Return a predicted logarithm of cost for every pair. Raises sklearn.exceptions.NotFittedError."""
         raise NotImplementedError
 
+    def probe_order(self, X: Pairs, count: int) -> FloatArray:  # noqa: N803
+        """Return a score for every pair: so many methods of a context, those with the least, are worth measuring first.
+
+        By default they are those that are predicted to be best.
+        """
+        del count
+        return self.predict(X)
+
     def fit_dataset(self, dataset: Dataset) -> Self:
         """Learn from a dataset, each row with its weight."""
         return self.fit(dataset.pairs, dataset.cost, dataset.weight)

@@ -1,4 +1,4 @@
-"""Tasks that are much alike, of which what holds for one is taken to hold for all, and methods that do the same to one."""
+"""What is taken to be alike: tasks for which the same method is best, and methods that do the same to a task."""
 
 import math
 from collections.abc import Mapping

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any, Final, Self
 
 import numpy as np
+from scipy.stats import norm
 from sklearn.ensemble import ExtraTreesRegressor
 from sklearn.kernel_approximation import Nystroem
 from sklearn.linear_model import LinearRegression, Ridge
@@ -142,6 +143,22 @@ class MetaModel(Selector):
         deviation = np.sqrt(np.maximum(self.variance_[0] + self.variance_[1] * spread, LEAF_FLOOR**2))
         return Prediction(cost, relative, deviation)
 
+    def probe_order(self, X: Pairs, count: int) -> FloatArray:  # noqa: N803
+        """Return by which methods to begin measuring; see Selector.
+
+        First comes the one that is expected to be best, then those that are expected to improve on it the most [Močkus
+        1974], where of a method never measured nobody knows more than how far methods differ.
+        """
+        said = self.predict_all(X)
+        if count < 2:
+            return said.relative
+        first = _first_rows(said.relative, X.context)
+        variance = said.deviation**2 + self.ensemble_.ignorance(X)
+        behind = said.relative - said.relative[first]
+        scale = np.sqrt(variance + variance[first])
+        improvement = scale * norm.pdf(behind / scale) - behind * norm.sf(behind / scale)
+        return np.where(first == np.arange(len(first)), -np.inf, -improvement)
+
     def _draw_rows(self, pairs: Pairs) -> IntArray:
         """Return the rows of as many whole contexts, drawn by lot, as `max_rows` leaves room for."""
         if len(pairs) <= self.max_rows:
@@ -235,6 +252,13 @@ class _Ensemble:
                 model = self._new(kind, len(y), names).fit(table[:, self._columns[view]], wanted, sample_weight=weight)
                 self._fits.append((model, names, view, scale))
         return self
+
+    def ignorance(self, pairs: Pairs) -> FloatArray:
+        """Return the variance of what is not known of each pair's method for want of measurements, shape (pairs,)."""
+        effects = np.array([effect for effect, support in self._effect.values() if support > 0])
+        support = np.array([self._effect.get(method, (0.0, 0.0))[1] for method in pairs.methods])
+        unknown: FloatArray = (float(np.var(effects)) / (1.0 + support))[pairs.method]
+        return unknown
 
     @property
     def members(self) -> tuple[str, ...]:
@@ -348,12 +372,17 @@ def _centred(values: FloatArray, pairs: Pairs) -> FloatArray:
 
 def _mean_regrets(said: FloatArray, regret: FloatArray, context: IntArray) -> FloatArray:
     """Return each member's mean regret over the contexts, in each of which it chooses what it says costs least."""
-    found = []
-    for of_member in said.T:
-        order = np.lexsort((of_member, context))
-        first = np.unique(context[order], return_index=True)[1]
-        found.append(float(np.mean(regret[order[first]])))
-    return np.array(found)
+    return np.array([np.mean(regret[np.unique(_first_rows(of_member, context))]) for of_member in said.T])
+
+
+def _first_rows(said: FloatArray, context: IntArray) -> IntArray:
+    """Return for each row that of the same context with the least of what is said."""
+    order = np.lexsort((said, context))
+    first = np.unique(context[order], return_index=True)[1]
+    of_context = np.zeros(int(context.max(initial=-1)) + 1, dtype=np.intp)
+    of_context[context[order][first]] = order[first]
+    rows: IntArray = of_context[context]
+    return rows
 
 
 def _non_negative_fit(table: FloatArray, y: FloatArray, weight: FloatArray) -> FloatArray:

@@ -109,7 +109,7 @@ def compare(
         answers[ORACLE][i] = Answer(ORACLE, i, oracle.predict(dataset.pairs.take(fold.test)), 0.0)
     if len(dataset) < MIN_ROWS_OF_PROCESSES:
         process_count = 1
-    with closing(fit_all(dataset, folds, _tasks(makers, len(folds), progress), process_count)) as found:
+    with closing(fit_all(dataset, folds, _tasks(makers, len(folds), probes, progress), process_count)) as found:
         for answer in found:
             answers[answer.name][answer.fold] = answer
             progress(answer.name, len(answers[answer.name]), len(folds))
@@ -127,13 +127,13 @@ def compare(
     return Comparison(dataset, group, probes, len(folds), tuple(rows), left_out)
 
 
-def _tasks(makers: Mapping[str, Callable[[], Selector]], folds: int, progress: Progress) -> Iterator[Task]:
+def _tasks(makers: Mapping[str, Callable[[], Selector]], folds: int, probes: int, progress: Progress) -> Iterator[Task]:
     """Yield what there is to fit: the meta-model, which takes longest, comes first."""
     for name, make in makers.items():
         progress(name, 0, folds)
         selector = make()
         for fold in range(folds):
-            yield Task(name, selector, fold)
+            yield Task(name, selector, fold, probes)
 
 
 def _read(dataset: Dataset, encode: Encoder, progress: Progress) -> KnownTexts:

@@ -28,11 +28,15 @@ COMMAND: Final = f"from {__name__} import main; main()"
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Task:
-    """A selector to fit on a fold's training rows. `name`: whose answer it will be."""
+    """A selector to fit on a fold's training rows. `name`: whose answer it will be.
+
+    `probes`: so many methods of each context may be measured.
+    """
 
     name: str
     selector: Selector
     fold: int
+    probes: int = 0
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -121,7 +125,7 @@ def _fit(dataset: Dataset, folds: tuple[Fold, ...], task: Task) -> Answer:
         selector = task.selector.fit_dataset(dataset.take(fold.train))
     except NotApplicableError as error:
         return Answer(task.name, task.fold, None, 0.0, str(error))
-    scores = checked(selector.predict(dataset.pairs.take(fold.test)), fold)
+    scores = checked(selector.probe_order(dataset.pairs.take(fold.test), task.probes), fold)
     return Answer(task.name, task.fold, scores, time.perf_counter() - began_s)
 
 

@@ -10,9 +10,9 @@ from sklearn.ensemble import ExtraTreesRegressor
 from sklearn.exceptions import NotFittedError
 
 from selector.baselines import BASELINES, TextEmbedding
-from selector.dataset import Dataset
+from selector.dataset import Dataset, FloatArray, IntArray
 from selector.estimator import NotApplicableError, Selector
-from selector.evaluation import outcomes, predict_folds, split
+from selector.evaluation import Fold, outcomes, predict_folds, split
 from selector.metamodel import MetaModel
 from tests.unit.selector.measurements import made_up
 
@@ -114,6 +114,28 @@ def test_the_metamodel_learns_a_method_by_its_factors() -> None:
     said = model.predict(dataset.of_contexts(large).pairs)
     of_new = dataset.of_contexts(large).pairs.method == new
     assert said[of_new].mean() < said[~of_new].mean() - 0.5
+
+
+def test_what_is_probed_first_is_what_would_be_chosen(make: Callable[[], Selector]) -> None:
+    selector = make().fit_dataset(DATASET)
+    chosen = outcomes_of(selector.predict(DATASET.pairs))
+    np.testing.assert_array_equal(outcomes_of(selector.probe_order(DATASET.pairs, 1)), chosen)
+    np.testing.assert_array_equal(outcomes_of(selector.probe_order(DATASET.pairs, 2)), chosen)
+
+
+def outcomes_of(scores: FloatArray) -> IntArray:
+    """Return the method with the least score, of each context."""
+    fold = Fold(np.arange(0), np.arange(len(DATASET)))
+    return outcomes(DATASET, [fold], [scores]).chosen_method
+
+
+def test_a_method_never_measured_is_probed_before_others_that_may_be_best() -> None:
+    dataset = made_up(contexts=60, per_context=8)
+    new = dataset.pairs.method == dataset.pairs.methods.index("b|fp8|tp1")
+    model = small_metamodel().fit_dataset(dataset.take(~new))
+    second = np.argsort(np.argsort(model.probe_order(dataset.pairs, 2).reshape(60, 8))) == 1
+    by_mean = np.argsort(np.argsort(model.predict(dataset.pairs).reshape(60, 8))) == 1
+    assert np.mean(second[new.reshape(60, 8)]) > np.mean(by_mean[new.reshape(60, 8)]) + 0.2
 
 
 def test_the_deviation_told_is_about_how_far_predictions_are_off() -> None:
