@@ -8,7 +8,8 @@ anew, nothing timed before everything is built. Several peers are as far apart a
 each pair connected through a relay of `benchmarks.link`; then the first has the model itself, in int8, as a draft
 model. A workload is a heat and a final. In the heat the whole
 portfolio runs, less what can do nothing there: a cache where prompts have nothing in common, a chunk as long as the
-prompt, a wire codec without a wire; such a method is the one without that switch. In the final the fastest of the heat
+prompt, a wire codec without a wire, guesses where one token is wanted; such a method is the one without that switch. In
+the final the fastest of the heat
 run, those that keep the outputs exact and those of any quality. Only the final counts. A method wins by its lead over
 the second, from pairs within the rounds, beyond doubt where that is more than 15 % and its interval excludes a tie.
 """
@@ -36,7 +37,7 @@ from node.config import NodeReady
 from node.demo import split_evenly
 from node.models.catalogue import DEMO_MODEL
 from node.selection.paired import Speedup, speedup_of
-from selector.kinds import effect_of
+from selector.kinds import effect_of, plainest_first
 from selector.task import BASELINE, PORTFOLIO, Method, MethodError, TaskContext, parse_method
 
 FINALISTS: Final = 4
@@ -169,7 +170,7 @@ def unlike(methods: Sequence[Method], workload: Workload, peers: int) -> list[st
         stage_count=peers,
     )
     found: dict[frozenset[tuple[str, str]], Method] = {effect_of(BASELINE, task): BASELINE}
-    for method in sorted(methods, key=lambda method: len(short(method.name))):
+    for method in plainest_first(methods):
         found.setdefault(effect_of(method, task), method)
     return [method.name for method in found.values() if method != BASELINE]
 

@@ -39,10 +39,14 @@ MAX_KINDS: Final = 512
 
 @dataclass(frozen=True, slots=True)
 class Standing:
-    """What trials said of a method: the logarithm of its cost over the baseline's, and when. Less is better."""
+    """What trials said of a method: the logarithm of its cost over the baseline's, and when. Less is better.
+
+    `effect`: what it did to the task that it was tried on; None where that is not known any more.
+    """
 
     log_ratio: float
     tried_s: float
+    effect: Hashable = None
 
 
 class Adoption:
@@ -90,27 +94,29 @@ class Adoption:
     ) -> list[str]:
         """Return the methods that are worth a trial, the most promising first.
 
-        `expected`: natural logarithms of the cost, by name, of those on offer; `deviations`: how far they may be off;
-        `effects`: what they do to such a task (`selector.kinds.effect_of`): of those that do the same one is tried.
+        `admitted`: those that a job admits, the plainest first. `expected`: natural logarithms of the cost, by name, of
+        those on offer; `deviations`: how far they may be off; `effects`: what they do to such a task
+        (`selector.kinds.effect_of`): of those that do the same the plainest is tried. Without, all are unlike.
         """
-        of = effects or {name: name for name in admitted}
         used = self.in_use(kind, admitted, default)
         if used not in expected:
             return []  # there is nothing to compare with just now
-        recent = {name for name, each in self.standings(kind).items() if now_s - each.tried_s < RETRY_S}
-        known = {of[name] for name in {used, BASELINE.name, *recent} & of.keys()}
+        of = {name: name for name in admitted} if effects is None else effects
+        recent = {name: each for name, each in self.standings(kind).items() if now_s - each.tried_s < RETRY_S}
         missed = {name for name, at_s in self._missed.get(kind, {}).items() if now_s - at_s < MISSED_RETRY_S}
-        hopes: dict[str, float] = {}
+        known = {of.get(used), of.get(BASELINE.name), *(each.effect for each in recent.values())}
+        hopes: dict[Hashable, float] = {}
+        plainest: dict[Hashable, str] = {}
         for name in admitted:
-            if name in missed or name not in expected or of[name] in known:
+            if name in {used, BASELINE.name, *recent, *missed} or name not in expected or of[name] in known:
                 continue
             hope = expected[used] - expected[name] + HOPE * deviations[name]
             if hope > WORTH_A_TRIAL:
-                hopes[name] = hope
-        unlike: dict[Hashable, str] = {}
-        for name in sorted(hopes, key=lambda name: (-hopes[name], name)):
-            unlike.setdefault(of[name], name)
-        return list(unlike.values())[:CANDIDATES]
+                effect = of[name]
+                hopes[effect] = max(hope, hopes.get(effect, hope))
+                plainest.setdefault(effect, name)
+        promising = sorted(hopes, key=lambda effect: (-hopes[effect], plainest[effect]))
+        return [plainest[effect] for effect in promising[:CANDIDATES]]
 
     def recall(self, kind: str, standings: Mapping[str, Standing]) -> None:
         """Take note of what trials said before this process began, unless there have been some since."""
@@ -126,17 +132,26 @@ class Adoption:
             while len(self._missed) > MAX_KINDS:
                 self._missed.popitem(last=False)
 
-    def settle(self, kind: str, used: str, log_ratios: Mapping[str, Sequence[float]], now_s: float) -> str:
+    def settle(
+        self,
+        kind: str,
+        used: str,
+        log_ratios: Mapping[str, Sequence[float]],
+        now_s: float,
+        effects: Mapping[str, Hashable] | None = None,
+    ) -> str:
         """Take note of a trial and return the method that is in use from now on, of those tried.
 
         `log_ratios`: for each method, of each round the logarithm of its cost over the baseline's. A candidate takes
         the place of the one in use only if it was better in two rounds of three, and in the median by a margin.
+        `effects`: what the methods do to the task that they were tried on.
         """
+        of = effects or {}
         standings = dict(self.standings(kind))
-        standings[BASELINE.name] = Standing(0.0, now_s)
+        standings[BASELINE.name] = Standing(0.0, now_s, of.get(BASELINE.name))
         rounds = log_ratios.get(used, [0.0] * max(map(len, log_ratios.values()), default=0))
         base = statistics.median(rounds) if rounds else 0.0
-        standings[used] = Standing(base, now_s)
+        standings[used] = Standing(base, now_s, of.get(used))
         for name, ratios in log_ratios.items():
             if name == used or not ratios:
                 continue
@@ -144,7 +159,7 @@ class Adoption:
             won = sum(difference < 0 for difference in differences) * 3 >= 2 * len(differences)
             own_ratio = base + statistics.median(differences)
             beaten = won and own_ratio < base - MARGIN
-            standings[name] = Standing(own_ratio if beaten else max(own_ratio, base + 1e-6), now_s)
+            standings[name] = Standing(own_ratio if beaten else max(own_ratio, base + 1e-6), now_s, of.get(name))
         self._kinds[kind] = standings
         self._kinds.move_to_end(kind)
         while len(self._kinds) > MAX_KINDS:

@@ -28,7 +28,7 @@ class Selector(BaseEstimator):  # type: ignore[misc]  # scikit-learn is not type
         """Return a predicted logarithm of cost for every pair. Raises sklearn.exceptions.NotFittedError."""
         raise NotImplementedError
 
-    def probe_order(self, X: Pairs, count: int) -> FloatArray:  # noqa: N803
+    def probe_scores(self, X: Pairs, count: int) -> FloatArray:  # noqa: N803
         """Return a score for every pair: so many methods of a context, those with the least, are worth measuring first.
 
         By default they are those that are predicted to be best.

@@ -1,7 +1,7 @@
 """What is taken to be alike: tasks for which the same method is best, and methods that do the same to a task."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
 from selector.task import BASELINE, Method, TaskContext
@@ -67,15 +67,24 @@ def effect_of(method: Method, context: TaskContext) -> frozenset[tuple[str, str]
         idle.add("prefix_cache")
     if method.prefill_chunk is not None and method.prefill_chunk >= context.prompt_tokens:
         idle.add("prefill_chunk")
-    if context.stage_count == 1:
+    if context.stage_count <= 1:
         idle.add("activations")
-    if context.max_tokens == 1:
+    if context.max_tokens <= 1:
         idle.add("speculation")
     return frozenset(
         (switch, value)
         for switch, value in method.switches.items()
         if switch not in idle and value != BASELINE.switches[switch]
     )
+
+
+def plainest_first(methods: Iterable[Method]) -> list[Method]:
+    """Return methods in the order in which they stand for those that do the same: exact ones, with little to them."""
+
+    def trappings(method: Method) -> int:
+        return sum(value != BASELINE.switches[switch] for switch, value in method.switches.items())
+
+    return sorted(methods, key=lambda method: (not method.exact, trappings(method), method.name))
 
 
 def _rounded(count: int, steps_per_octave: float) -> int:

@@ -43,8 +43,8 @@ FITS: Final = (
 """The regressions, the targets of each, and the features that it sees. Each target is a member.
 
 Trees may share their splits among targets, which costs one fit instead of two; relative costs want splits of their own.
-Fine trees, many that each know little by heart, are the best where what is asked about is like what was seen; where it
-is not, those that choose among all features are.
+Fine trees, three times as many, which split by chance among fewer features, are the best where what is asked about is
+like what was seen; where it is not, those that choose among all features are.
 """
 
 KERNEL_POINTS: Final = 1000
@@ -143,21 +143,26 @@ class MetaModel(Selector):
         deviation = np.sqrt(np.maximum(self.variance_[0] + self.variance_[1] * spread, LEAF_FLOOR**2))
         return Prediction(cost, relative, deviation)
 
-    def probe_order(self, X: Pairs, count: int) -> FloatArray:  # noqa: N803
+    def probe_scores(self, X: Pairs, count: int) -> FloatArray:  # noqa: N803
         """Return by which methods to begin measuring; see Selector.
 
-        First comes the one that is expected to be best, then those that are expected to improve on it the most [Močkus
-        1974], where of a method never measured nobody knows more than how far methods differ.
+        First comes the one that is expected to be best, then those that are expected to improve on it the most [Jones,
+        Schonlau, Welch, Journal of Global Optimization 1998]. Of a method never measured it is known how far methods
+        differ, and no more.
         """
         said = self.predict_all(X)
         if count < 2:
-            return said.relative
+            return said.cost
         first = _first_rows(said.relative, X.context)
         variance = said.deviation**2 + self.ensemble_.ignorance(X)
         behind = said.relative - said.relative[first]
         scale = np.sqrt(variance + variance[first])
         improvement = scale * norm.pdf(behind / scale) - behind * norm.sf(behind / scale)
-        return np.where(first == np.arange(len(first)), -np.inf, -improvement)
+        improvement[np.unique(first)] = np.inf
+        order = np.lexsort((said.relative, -improvement))  # far behind no improvement is left that a float could hold
+        scores = np.empty(len(order))
+        scores[order] = np.arange(len(order))
+        return scores
 
     def _draw_rows(self, pairs: Pairs) -> IntArray:
         """Return the rows of as many whole contexts, drawn by lot, as `max_rows` leaves room for."""
@@ -255,7 +260,7 @@ class _Ensemble:
 
     def ignorance(self, pairs: Pairs) -> FloatArray:
         """Return the variance of what is not known of each pair's method for want of measurements, shape (pairs,)."""
-        effects = np.array([effect for effect, support in self._effect.values() if support > 0])
+        effects = [effect for effect, support in self._effect.values() if support > 0] or [0.0]
         support = np.array([self._effect.get(method, (0.0, 0.0))[1] for method in pairs.methods])
         unknown: FloatArray = (float(np.var(effects)) / (1.0 + support))[pairs.method]
         return unknown

@@ -71,6 +71,6 @@ def train(experiences: Sequence[Experience], viewpoint: Viewpoint) -> Predictor 
         return None
     # Trees weigh rows against their settings for single rows: on average a row counts as one.
     weight = lesson.dataset.weight
-    model = MetaModel("task", max_rows=2 * len(experiences), max_leaves=100_000, tree_count=60)
+    model = MetaModel("task", max_rows=2 * len(experiences), max_leaves=100_000, tree_count=40)
     model.fit(lesson.dataset.pairs, lesson.dataset.cost, weight * (len(weight) / max(weight.sum(), 1e-300)))
     return Predictor(model, lesson.columns, lesson.support, len(experiences), lesson.weight)

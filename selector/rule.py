@@ -31,7 +31,7 @@ _SPEEDS: Final = {
 _ACTIVATIONS: Final = {"fp32": 1.0, "bf16": 0.5, "int8": 0.27}
 
 _CODEC_S: Final = 0.0002
-"""What it takes a stage to put a row into a narrower codec, and the next to read it: not worth it on short links."""
+"""What it takes in each round to put a row into a narrower codec and to read it again: not worth it on short links."""
 
 _CHUNK_OVERHEAD: Final = 0.02
 """What cutting a prompt costs, as a part of its time, for each chunk up to ten."""
@@ -53,8 +53,8 @@ def predicted_cost(context: TaskContext, method: Method) -> float:
     step_s = _decode_ms(speed, context.concurrency) / 1000
     round_s = step_s + context.link_s * _on_the_wire(method)
     if method.activations != "fp32":
-        round_s += context.stage_count * _CODEC_S
-    if method.drafter == "draft":
+        round_s += (context.stage_count - 1) * _CODEC_S
+    if method.drafter == "draft" and context.max_tokens > 1:
         round_s += method.draft_tokens * _DRAFT_STEP * step_s
     return math.log(prefill_s + round_s * context.max_tokens / _tokens_per_round(context, method))
 
@@ -96,7 +96,7 @@ def _on_the_wire(method: Method) -> float:
 
 def _tokens_per_round(context: TaskContext, method: Method) -> float:
     """Return how many tokens a round through all stages is expected to bring, less what guessing costs."""
-    if method.drafter == "off":
+    if method.drafter == "off" or context.max_tokens <= 1:
         return 1.0
     hit = _DRAFT_HIT if method.drafter == "draft" else context.repetitiveness
     if hit < _WORTH_GUESSING:

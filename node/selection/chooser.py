@@ -10,7 +10,7 @@ import random
 import statistics
 import time
 from collections import OrderedDict, deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Final, Protocol
 
@@ -24,7 +24,7 @@ from node.storage.database import StorageError
 from node.storage.standings import Standings
 from protocol.identity import JobId, ModelId
 from selector.adoption import MAX_LOSS, Adoption, Budget, Standing
-from selector.kinds import effect_of, kind_of, representative
+from selector.kinds import effect_of, kind_of, plainest_first
 from selector.rule import predicted_cost, preference
 from selector.tally import scores
 from selector.task import BASELINE, Method, TaskContext
@@ -187,15 +187,15 @@ class LearnedChooser:
         if self._rng.random() >= 2 * self.budget.share:
             return None
         table = choice.opinion.table
-        for name in self._candidates(choice, default, {name: of.log_cost for name, of in table.items()}):
-            if name in self._offered and table[name].log_cost - table[choice.in_use].log_cost < MAX_LOSS:
+        offered = {name: of.log_cost for name, of in table.items() if name in self._offered or name == choice.in_use}
+        for name in self._candidates(choice, default, offered):
+            if table[name].log_cost - table[choice.in_use].log_cost < MAX_LOSS:
                 return name
         return None
 
     def _candidates(self, choice: LearnedChoice, default: str, expected: Mapping[str, float]) -> list[str]:
-        task = representative(choice.question.context)
-        effects = {method.name: effect_of(method, task) for method in (BASELINE, *choice.question.admitted)}
-        names = [method.name for method in choice.question.admitted]
+        effects = _effects(choice.question.context, choice.question.admitted)
+        names = [method.name for method in plainest_first(choice.question.admitted)]
         deviations = {name: of.deviation for name, of in choice.opinion.table.items()}
         now_s = trio.current_time()
         return self.adoption.candidates(choice.kind, names, default, expected, deviations, now_s, effects)
@@ -325,7 +325,8 @@ class LearnedChooser:
             self.budget.trials += 1
             missed = {method.name for method in need.methods} - {*result.log_ratios, BASELINE.name}
             self.adoption.miss(kind, missed, trio.current_time())
-            adopted = self.adoption.settle(kind, in_use, result.log_ratios, trio.current_time())
+            effects = _effects(need.context, need.methods)
+            adopted = self.adoption.settle(kind, in_use, result.log_ratios, trio.current_time(), effects)
             await self._keep(kind)
             means = {name: round(statistics.fmean(of), 3) for name, of in result.log_ratios.items() if of}
             _logger.info(
@@ -391,6 +392,11 @@ class LearnedVoter:
 def _default(context: TaskContext, admitted: Sequence[Method]) -> str:
     """Return what the rule chooses, of what any swarm can offer: few have a draft model."""
     return preference(context, [each for each in admitted if each.drafter != "draft"] or admitted)[0].name
+
+
+def _effects(context: TaskContext, methods: Sequence[Method]) -> dict[str, Hashable]:
+    """Return what the baseline and methods do to a task, by name."""
+    return {method.name: effect_of(method, context) for method in (BASELINE, *methods)}
 
 
 def _place(context: TaskContext) -> tuple[object, ...]:

@@ -125,7 +125,7 @@ def _fit(dataset: Dataset, folds: tuple[Fold, ...], task: Task) -> Answer:
         selector = task.selector.fit_dataset(dataset.take(fold.train))
     except NotApplicableError as error:
         return Answer(task.name, task.fold, None, 0.0, str(error))
-    scores = checked(selector.probe_order(dataset.pairs.take(fold.test), task.probes), fold)
+    scores = checked(selector.probe_scores(dataset.pairs.take(fold.test), task.probes), fold)
     return Answer(task.name, task.fold, scores, time.perf_counter() - began_s)
 
 

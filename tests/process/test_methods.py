@@ -16,7 +16,9 @@ from tests.process.test_parity import TEXT, generate, whole_model
 StartSwarm = Callable[..., Awaitable[list[Daemon]]]
 
 NEW_TOKENS = 6
-ALONE_TOKENS = 16
+ALONE_TOKENS = 12
+TRIES = 5
+"""In one of them a draft model that is at work has guessed in time, however busy the machine."""
 PROMPTS = (
     "The",
     "What is the capital of France?",
@@ -34,40 +36,37 @@ def expected(package: Package) -> list[tuple[list[int], list[int]]]:
     """For each prompt its token ids, and those that the whole model generates greedily after it."""
     model = whole_model(Path(package.path), dict(package.manifest.config))
     tokenizer = load_tokenizer(package)
-    return [(prompt := tokenizer.encode(text), generate(model, prompt)[:NEW_TOKENS]) for text in PROMPTS]
+    return [(prompt := tokenizer.encode(text), generate(model, prompt)) for text in PROMPTS]
 
 
 @pytest.mark.timeout(900)  # about thirty methods, each of which the stages first build and warm
 @pytest.mark.parametrize("spans", [("0-15", "15-30"), ("0-10", "10-20", "20-30")], ids=["2 stages", "3 stages"])
-async def test_every_exact_method_says_what_transformers_says_to_eight_at_a_time(
+async def test_every_exact_method_says_what_transformers_says_alone_and_to_eight_at_a_time(
     start_swarm: StartSwarm, expected: list[tuple[list[int], list[int]]], spans: tuple[str, ...]
 ) -> None:
     daemons = await start_swarm(*spans, flags=("--draft", MODEL))
     assert len(EXACT) >= 10
-    guessed = 0
+
+    async def check(name: str, number: int, count: int) -> int:
+        """Compare a job's text; return how many of its tokens were guessed."""
+        prompt, tokens = expected[number]
+        answer = await _complete(daemons[0], name, prompt, count)
+        told = answer["metaswarm"]
+        assert told["token_ids"] == tokens[:count], name
+        assert told["method"]["name"] == name
+        assert len(told["route"]) == len(spans)
+        return int(answer["usage"]["completion_tokens_details"]["accepted_prediction_tokens"])
+
     for name in EXACT:
-        # Built on every stage, so that what follows comes at once; and alone, guesses of a draft model come in time.
-        alone = await _complete(daemons[0], name, expected[1][0], ALONE_TOKENS)
-        guessed += _guessed(alone) if "speculation=draft" in name else 0
-        answers: dict[int, dict[str, Any]] = {}
-
-        async def ask(number: int, name: str = name, answers: dict[int, dict[str, Any]] = answers) -> None:
-            answers[number] = await _complete(daemons[0], name, expected[number][0], NEW_TOKENS)
-
+        # Alone first: built on every stage, so that what follows comes at once, and with guesses that come in time.
+        for _ in range(TRIES):
+            if await check(name, 1, ALONE_TOKENS) or "speculation=draft" not in name:
+                break
+        else:
+            pytest.fail(f"the draft model guessed nothing in {TRIES} jobs with {name}")
         async with trio.open_nursery() as nursery:
             for number in range(len(expected)):
-                nursery.start_soon(ask, number)
-        for number, (_, tokens) in enumerate(expected):
-            told = answers[number]["metaswarm"]
-            assert told["token_ids"] == tokens, name
-            assert told["method"]["name"] == name
-            assert len(told["route"]) == len(spans)
-    assert guessed > 0
-
-
-def _guessed(answer: dict[str, Any]) -> int:
-    """Return how many of an answer's tokens were guessed."""
-    return int(answer["usage"]["completion_tokens_details"]["accepted_prediction_tokens"])
+                nursery.start_soon(check, name, number, NEW_TOKENS)
 
 
 async def _complete(daemon: Daemon, method: str, prompt: list[int], max_tokens: int) -> dict[str, Any]:

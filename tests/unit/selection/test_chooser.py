@@ -2,16 +2,18 @@
 
 import random
 from collections.abc import Mapping
+from dataclasses import replace
 
 import pytest
 import trio
 from trio.testing import MockClock
 
-from node.jobs.interface import JobError, JobErrorCode
+from node.jobs.choosing import Question
+from node.jobs.interface import JobError, JobErrorCode, Outcome
 from node.selection.chooser import ALLOWANCE_S, LearnedChooser, TrialNeed, TrialResult
 from node.selection.opinions import Opinions
 from node.storage.standings import Standings
-from protocol.identity import ModelId
+from protocol.identity import JobId, ModelId
 from selector.task import BASELINE, TaskContext, method
 
 FUSED, CHUNKED = method(engine="fused"), method(engine="fused", prefill_chunk="64")
@@ -101,3 +103,25 @@ async def test_a_method_that_a_trial_could_not_have_is_no_candidate_for_the_next
     sure = dict.fromkeys(names, 0.01)
     assert chooser.adoption.in_use("kind", names, BASELINE.name) == FUSED.name
     assert not chooser.adoption.candidates("kind", names, BASELINE.name, expected, sure, trio.current_time())
+
+
+async def test_of_methods_that_do_the_same_to_a_task_the_plainest_gets_a_trial(autojump_clock: MockClock) -> None:
+    tried: list[str] = []
+
+    class Recording(Prober):
+        async def probe(self, need: TrialNeed) -> TrialResult:
+            await trio.lowlevel.checkpoint()
+            tried.extend(each.name for each in need.methods)
+            return TrialResult({each.name: [0.0] * 3 for each in need.methods})
+
+    short = replace(CONTEXT, prompt_tokens=16, max_tokens=16)
+    repeated = method(engine="fused", speculation="ngram-8")
+    admitted = [BASELINE, FUSED, CHUNKED, repeated, method(engine="fused", prefix_cache="on", speculation="ngram-8")]
+    chooser = LearnedChooser(Opinions(), random.Random(1))
+    choice = await chooser.choose(Question(model=NEED.model, context=short, admitted=admitted))
+    outcome = Outcome(job_id=JobId("cd" * 16), method=FUSED.name, completion_tokens=16, total_s=1.0, replays=0)
+    assert list(choice.ballot([])) == [FUSED.name]
+    chooser.served(choice, outcome)
+    with trio.move_on_after(60):
+        await chooser.run(Recording(fails=False), lambda: False)
+    assert tried == [FUSED.name, repeated.name]

@@ -79,8 +79,10 @@ def test_of_methods_that_do_the_same_to_a_task_one_is_tried() -> None:
     expected = {PLAIN: 0.0, "a": -0.5, "b": -1.0, "c": -0.9}
     effects = {PLAIN: "nothing", "a": "something", "b": "more", "c": "more"}
     assert adoption.candidates("kind", ALL, "a", expected, SURE, 0.0, effects) == ["b"]
-    adoption.settle("kind", "a", {"a": [-0.5] * 3, "b": [-0.1] * 3}, 0.0)
+    adoption.settle("kind", "a", {"a": [-0.5] * 3, "b": [-0.1] * 3}, 0.0, effects)
     assert adoption.candidates("kind", ALL, "a", expected, SURE, 1.0, effects) == []
+    elsewhere = {**effects, "b": "less"}  # what b did to the other task, c does to this one
+    assert adoption.candidates("kind", ALL, "a", expected, SURE, 1.0, elsewhere) == []
 
 
 def test_nothing_is_tried_while_the_method_in_use_is_not_on_offer() -> None:

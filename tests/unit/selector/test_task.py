@@ -1,5 +1,7 @@
 """The portfolio, the names of methods, and what a vote comes to."""
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -98,6 +100,15 @@ def test_the_rule_follows_the_workload() -> None:
     assert best(repetitiveness=0.9, max_tokens=200.0)["speculation"].startswith("ngram")
     assert best(stage_count=3.0, prompt_tokens=1024.0, max_tokens=1.0)["prefill_chunk"] != "none"
     assert predicted_cost(CONTEXT, BASELINE) > predicted_cost(CONTEXT, method(engine="fused"))
+
+
+def test_the_rule_takes_a_narrower_wire_where_links_are_long_and_guesses_nothing_behind_the_only_token() -> None:
+    plain, narrow = method(engine="fused"), method(engine="fused", activations="int8")
+    near = replace(CONTEXT, stage_count=3, link_s=0.0005)
+    assert preference(near, [plain, narrow])[0] == plain
+    assert preference(replace(near, link_s=0.06), [plain, narrow])[0] == narrow
+    guessing = method(engine="fused", speculation="draft-8")
+    assert predicted_cost(replace(near, max_tokens=1), guessing) == predicted_cost(replace(near, max_tokens=1), plain)
 
 
 # The tally
