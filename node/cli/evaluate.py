@@ -33,7 +33,7 @@ MAX_PROCESSES = 8
     default=0,
     show_default=True,
     metavar="N",
-    help="Measure the N methods predicted to be best, and take the best of them; the baselines get as many.",
+    help="Measure the N most promising methods, and take the best of them; the baselines get as many.",
 )
 @click.option("--default", metavar="METHOD", help="What speed-ups are told over (default: the most widely measured).")
 @click.option("--sample", type=click.IntRange(2), metavar="N", help="Use only N contexts, drawn by a seeded lot.")
