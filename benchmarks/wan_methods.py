@@ -60,6 +60,14 @@ CASES: Final = {
         2.5,
         delayed=False,
     ),
+    "prefix cache, onnxruntime": Case(
+        "engine=onnxruntime|prefix_cache=on",
+        {"concurrency": 8, "prompt_tokens": 400, "max_tokens": 1, "shared_prefix_share": 0.9},
+        "throughput",
+        2.5,
+        delayed=False,
+        over="engine=onnxruntime",
+    ),
 }
 
 

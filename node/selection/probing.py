@@ -9,8 +9,10 @@ from node.selection.chooser import TrialNeed, TrialResult
 from protocol.measurements import ObservationKind
 
 ROUNDS: Final = 3
-TOKENS: Final = 16
-"""New tokens of a trial's jobs: enough to see what one costs."""
+TOKENS: Final = 48
+"""New tokens of a trial's jobs: what one costs shows in fewer, but a text that begins to repeat itself, and so what
+guesses are worth, does not.
+"""
 
 MAX_JOBS: Final = 8
 """Jobs of one run at a time, however many a kind of task has."""
