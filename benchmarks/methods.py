@@ -6,12 +6,11 @@
 Real daemons, measured as `metaswarm bench` does: in every round each method and the baseline once, in an order drawn
 anew, nothing timed before everything is built. Several peers are as far apart as `--delay-ms` and `--bytes-per-s` say,
 each pair connected through a relay of `benchmarks.link`; then the first has the model itself, in int8, as a draft
-model. A workload is a heat and a final. In the heat the whole
-portfolio runs, less what can do nothing there: a cache where prompts have nothing in common, a chunk as long as the
-prompt, a wire codec without a wire, guesses where one token is wanted; such a method is the one without that switch. In
-the final the fastest of the heat
-run, those that keep the outputs exact and those of any quality. Only the final counts. A method wins by its lead over
-the second, from pairs within the rounds, beyond doubt where that is more than 15 % and its interval excludes a tie.
+model. A workload is a heat and a final. In the heat the whole portfolio runs, less what can do nothing there: a cache
+where prompts have nothing in common, a chunk as long as the prompt, a wire codec without a wire, guesses where one
+token is wanted; such a method is the one without that switch. In the final the fastest of the heat run, those that keep
+the outputs exact and those of any quality. Only the final counts. A method wins by its lead over the second, from pairs
+within the rounds, beyond doubt where that is more than 15 % and its interval excludes a tie.
 """
 
 import json

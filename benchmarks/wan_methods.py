@@ -41,6 +41,8 @@ class Case:
     over: str = BASELINE.name
 
 
+SHARED: Final = {"concurrency": 8, "prompt_tokens": 400, "max_tokens": 1, "shared_prefix_share": 0.9}
+
 CASES: Final = {
     "chunked prefill": Case("prefill_chunk=128", {"prompt_tokens": 1024, "max_tokens": 1}, "latency", 1.5),
     "chunked prefill, onnxruntime": Case(
@@ -53,20 +55,9 @@ CASES: Final = {
     "speculation": Case(
         "speculation=ngram-4", {"prompt_tokens": 128, "max_tokens": 64, "repetitiveness": 0.9}, "latency", 2.0
     ),
-    "prefix cache": Case(
-        "prefix_cache=on",
-        {"concurrency": 8, "prompt_tokens": 400, "max_tokens": 1, "shared_prefix_share": 0.9},
-        "throughput",
-        2.5,
-        delayed=False,
-    ),
+    "prefix cache": Case("prefix_cache=on", SHARED, "throughput", 2.5, delayed=False),
     "prefix cache, onnxruntime": Case(
-        "engine=onnxruntime|prefix_cache=on",
-        {"concurrency": 8, "prompt_tokens": 400, "max_tokens": 1, "shared_prefix_share": 0.9},
-        "throughput",
-        2.5,
-        delayed=False,
-        over="engine=onnxruntime",
+        "engine=onnxruntime|prefix_cache=on", SHARED, "throughput", 2.5, delayed=False, over="engine=onnxruntime"
     ),
 }
 
