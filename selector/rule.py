@@ -31,7 +31,10 @@ _SPEEDS: Final = {
 _ACTIVATIONS: Final = {"fp32": 1.0, "bf16": 0.5, "int8": 0.27}
 
 _CODEC_S: Final = 0.0002
-"""What it takes in each round to put a row into a narrower codec and to read it again: not worth it on short links."""
+"""What a narrower codec costs a round at each crossing: not worth it on short links.
+
+Between what whole jobs on loopback showed, none to half a millisecond; the conversion alone takes 0.02 ms.
+"""
 
 _CHUNK_OVERHEAD: Final = 0.02
 """What cutting a prompt costs, as a part of its time, for each chunk up to ten."""
