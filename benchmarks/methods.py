@@ -7,13 +7,14 @@ Real daemons, measured as `metaswarm bench` does: in every round each method and
 anew, nothing timed before everything is built. Several peers are as far apart as `--delay-ms` and `--bytes-per-s` say,
 each pair connected through a relay of `benchmarks.link`; then the first has the model itself, in int8, as a draft
 model. A workload is a heat and a final. In the heat the whole portfolio runs, less what can do nothing there: a cache
-where prompts have nothing in common, a chunk as long as the prompt, a wire codec without a wire, guesses where one
-token is wanted; such a method is the one without that switch. In the final the fastest of the heat run, those that keep
+where prompts have nothing in common, a chunk as long as the prompt, a wire codec on loopback, guesses where one token
+is wanted; such a method is the one without that switch. In the final the fastest of the heat run, those that keep
 the outputs exact and those of any quality. Only the final counts. A method wins by its lead over the second, from pairs
 within the rounds, beyond doubt where that is more than 15 % and its interval excludes a tie.
 """
 
 import json
+import math
 import os
 from collections import defaultdict
 from collections.abc import AsyncIterator, Mapping, Sequence
@@ -123,7 +124,7 @@ async def measure(
             for workload in workloads:
                 of_one_text = workload["concurrency"] == 1 and workload["max_tokens"] >= LONG_ANSWER
                 run = partial(run_cell, client, kept, setting, workload)
-                heat = await run(unlike(methods, workload, setting.peers), 2 if of_one_text else 1)
+                heat = await run(unlike(methods, workload, setting), 2 if of_one_text else 1)
                 finals.append(await run(finalists(heat), rounds * (OF_ONE_TEXT if of_one_text else 1)))
     return {**machine, "cells": finals}
 
@@ -160,13 +161,14 @@ async def run_cell(
     return {"cell": cell, "result": answer.json()}
 
 
-def unlike(methods: Sequence[Method], workload: Workload, peers: int) -> list[str]:
+def unlike(methods: Sequence[Method], workload: Workload, setting: Setting) -> list[str]:
     """Return the methods that do different things in a workload: of those that do the same, that with least to it."""
     task = TaskContext(
         prompt_tokens=int(workload["prompt_tokens"]),
         max_tokens=int(workload["max_tokens"]),
         shared_prefix_share=workload["shared_prefix_share"],
-        stage_count=peers,
+        stage_count=setting.peers,
+        link_s=0.0 if setting.link == LinkShape() else math.inf,
     )
     found: dict[frozenset[tuple[str, str]], Method] = {effect_of(BASELINE, task): BASELINE}
     for method in plainest_first(methods):

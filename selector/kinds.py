@@ -3,8 +3,12 @@
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from typing import Final
 
 from selector.task import BASELINE, Method, TaskContext
+
+SHORT_LINK_S: Final = 0.01
+"""Links that add less to a token are hardly felt. Peers on one machine have 5 to 8 ms when it is busy."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,9 +35,9 @@ def representative(context: TaskContext) -> TaskContext:
     """
     return replace(
         context,
-        prompt_tokens=_rounded(context.prompt_tokens, 2),
-        max_tokens=_rounded(context.max_tokens, 2),
-        concurrency=_rounded(context.concurrency, 2),
+        prompt_tokens=_rounded(context.prompt_tokens),
+        max_tokens=_rounded(context.max_tokens),
+        concurrency=_rounded(context.concurrency),
         shared_prefix_share=round(context.shared_prefix_share, 1),
         repetitiveness=round(context.repetitiveness, 1),
         link_s=0.0 if context.link_s < 1e-4 else 2.0 ** round(math.log2(context.link_s)),
@@ -46,9 +50,11 @@ def representative(context: TaskContext) -> TaskContext:
 def kind_of(context: TaskContext) -> str:
     """Return the name of a kind of task, in which the same method is taken to be best: what is adopted holds for it.
 
-    Sizes count by factors of four, shares by thirds, links by factors of eight.
+    Sizes count by factors of four, each from over one power of four to the next, shares by thirds, links by factors of
+    eight. Bounds lie between powers of two, about which sizes crowd: 32 and 64 are alike, and what is about as long.
     """
-    sizes = (_rounded(size, 0.5) for size in (context.prompt_tokens, context.max_tokens, context.concurrency))
+    counts = (context.prompt_tokens, context.max_tokens, context.concurrency)
+    sizes = (4 ** math.ceil(_half_octaves(count) / 4) for count in counts)
     shares = (min(2, int(3 * share)) for share in (context.shared_prefix_share, context.repetitiveness))
     link = 0 if context.link_s < 1e-3 else 1 + int(math.log(context.link_s / 1e-3, 8))
     model = (context.architecture, context.block_count, context.hidden_size, context.weight_bytes)
@@ -59,15 +65,15 @@ def kind_of(context: TaskContext) -> str:
 def effect_of(method: Method, context: TaskContext) -> frozenset[tuple[str, str]]:
     """Return the settings in which a method differs from the baseline and that can do anything to a task.
 
-    A cache does nothing where prompts have nothing in common, a chunk as long as the prompt, a wire codec without a
-    wire, and guesses where one token is wanted.
+    A cache does nothing where prompts have nothing in common, a chunk as long as the prompt, a wire codec where links
+    are hardly felt, and guesses where one token is wanted.
     """
     idle = set()
     if round(context.shared_prefix_share, 1) == 0:
         idle.add("prefix_cache")
     if method.prefill_chunk is not None and method.prefill_chunk >= context.prompt_tokens:
         idle.add("prefill_chunk")
-    if context.stage_count <= 1:
+    if context.stage_count <= 1 or context.link_s < SHORT_LINK_S:
         idle.add("activations")
     if context.max_tokens <= 1:
         idle.add("speculation")
@@ -87,5 +93,10 @@ def plainest_first(methods: Iterable[Method]) -> list[Method]:
     return sorted(methods, key=lambda method: (not method.exact, trappings(method), method.name))
 
 
-def _rounded(count: int, steps_per_octave: float) -> int:
-    return int(0.5 + 2.0 ** (round(math.log2(max(1, count)) * steps_per_octave) / steps_per_octave))
+def _rounded(count: int) -> int:
+    return int(0.5 + 2.0 ** (_half_octaves(count) / 2))
+
+
+def _half_octaves(count: int) -> int:
+    """Return the power of √2 that is nearest."""
+    return round(2 * math.log2(max(1, count)))

@@ -1,8 +1,10 @@
-"""Which methods do the same to a task."""
+"""Which tasks are alike, and which methods do the same to a task."""
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from selector.kinds import effect_of
+from selector.kinds import effect_of, kind_of, representative
 from selector.task import BASELINE, TaskContext, method
 
 FUSED = method(engine="fused")
@@ -13,7 +15,8 @@ FUSED = method(engine="fused")
     [
         ({"prefix_cache": "on"}, {}, {"shared_prefix_share": 0.4}),
         ({"prefill_chunk": "128"}, {"prompt_tokens": 128}, {"prompt_tokens": 300}),
-        ({"activations": "int8"}, {}, {"stage_count": 2}),
+        ({"activations": "int8"}, {"link_s": 0.04}, {"stage_count": 2, "link_s": 0.04}),
+        ({"activations": "int8"}, {"stage_count": 3, "link_s": 0.006}, {"stage_count": 3, "link_s": 0.06}),
         ({"speculation": "ngram-8"}, {}, {"max_tokens": 2}),
     ],
 )
@@ -28,3 +31,21 @@ def test_a_switch_that_can_do_nothing_to_a_task_makes_no_other_method(
 def test_the_baseline_does_nothing_to_any_task_and_an_engine_does_to_all() -> None:
     assert effect_of(BASELINE, TaskContext()) == frozenset()
     assert effect_of(FUSED, TaskContext()) == {("engine", "fused")}
+
+
+@pytest.mark.parametrize("size", ["prompt_tokens", "max_tokens"])
+@pytest.mark.parametrize("usual", [8, 32, 64, 128, 512])
+def test_sizes_about_a_usual_one_are_of_one_kind(size: str, usual: int) -> None:
+    kinds = {kind_of(TaskContext.of({size: usual * part})) for part in (0.9, 1, 1.15)}
+    assert len(kinds) == 1
+    assert kind_of(TaskContext.of({size: 4 * usual})) not in kinds
+
+
+def test_a_job_alone_is_of_another_kind_than_two() -> None:
+    assert kind_of(TaskContext.of({"concurrency": 1})) != kind_of(TaskContext.of({"concurrency": 2}))
+
+
+@given(st.integers(1, 100_000), st.integers(1, 100_000))
+def test_what_stands_for_a_task_is_of_its_kind(prompt_tokens: int, max_tokens: int) -> None:
+    context = TaskContext.of({"prompt_tokens": prompt_tokens, "max_tokens": max_tokens})
+    assert kind_of(representative(context)) == kind_of(context)
