@@ -7,8 +7,8 @@ from typing import Final
 
 from selector.task import BASELINE, Method, TaskContext
 
-SHORT_LINK_S: Final = 0.01
-"""Links that add less to a token are hardly felt. Peers on one machine have 5 to 8 ms when it is busy."""
+SHORT_LINK_S: Final = 0.016
+"""Links that add less to a token are hardly felt. Three peers on one machine have 5 ms, up to 14 when it is busy."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,7 +56,7 @@ def kind_of(context: TaskContext) -> str:
     counts = (context.prompt_tokens, context.max_tokens, context.concurrency)
     sizes = (4 ** math.ceil(_half_octaves(count) / 4) for count in counts)
     shares = (min(2, int(3 * share)) for share in (context.shared_prefix_share, context.repetitiveness))
-    link = 0 if context.link_s < 1e-3 else 1 + int(math.log(context.link_s / 1e-3, 8))
+    link = 0 if context.link_s < SHORT_LINK_S else 1 + int(math.log(context.link_s / SHORT_LINK_S, 8))
     model = (context.architecture, context.block_count, context.hidden_size, context.weight_bytes)
     parts = (*model, *sizes, *shares, link, context.stage_count, context.hardware, context.objective)
     return "/".join(map(str, parts))

@@ -45,6 +45,12 @@ def test_a_job_alone_is_of_another_kind_than_two() -> None:
     assert kind_of(TaskContext.of({"concurrency": 1})) != kind_of(TaskContext.of({"concurrency": 2}))
 
 
+def test_links_of_a_machine_to_itself_are_alike_however_busy_it_is() -> None:
+    kinds = {kind_of(TaskContext.of({"stage_count": 3, "link_s": link_s})) for link_s in (0.0005, 0.005, 0.014)}
+    assert len(kinds) == 1
+    assert kind_of(TaskContext.of({"stage_count": 3, "link_s": 0.08})) not in kinds
+
+
 @given(st.integers(1, 100_000), st.integers(1, 100_000))
 def test_what_stands_for_a_task_is_of_its_kind(prompt_tokens: int, max_tokens: int) -> None:
     context = TaskContext.of({"prompt_tokens": prompt_tokens, "max_tokens": max_tokens})
