@@ -168,7 +168,7 @@ def unlike(methods: Sequence[Method], workload: Workload, setting: Setting) -> l
         max_tokens=int(workload["max_tokens"]),
         shared_prefix_share=workload["shared_prefix_share"],
         stage_count=setting.peers,
-        link_s=0.0 if setting.link == LinkShape() else math.inf,
+        transfer_s=0.0 if setting.link == LinkShape() else math.inf,
     )
     found: dict[frozenset[tuple[str, str]], Method] = {effect_of(BASELINE, task): BASELINE}
     for method in plainest_first(methods):

@@ -7,8 +7,11 @@ from typing import Final
 
 from selector.task import BASELINE, Method, TaskContext
 
-SHORT_LINK_S: Final = 0.016
-"""Links that add less to a token are hardly felt. Three peers on one machine have 5 ms, up to 14 when it is busy."""
+SHORT_LINK_S: Final = 2**-6.5
+"""Links that add less than these 11 ms to a token are hardly felt: three peers on one machine have 5 to 10 ms."""
+
+SHORT_TRANSFER_S: Final = 0.1
+"""Nothing is to be saved where all rows of a job take less time than that from stage to stage."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,6 +44,7 @@ def representative(context: TaskContext) -> TaskContext:
         shared_prefix_share=round(context.shared_prefix_share, 1),
         repetitiveness=round(context.repetitiveness, 1),
         link_s=0.0 if context.link_s < 1e-4 else 2.0 ** round(math.log2(context.link_s)),
+        transfer_s=0.0,
         queued_rows=0,
         step_s=0.0,
         quality="exact",
@@ -50,9 +54,10 @@ def representative(context: TaskContext) -> TaskContext:
 def kind_of(context: TaskContext) -> str:
     """Return the name of a kind of task, in which the same method is taken to be best: what is adopted holds for it.
 
-    Sizes count by factors of four, each from over one power of four to the next, shares by thirds, links by factors of
-    eight. Bounds lie between powers of two, about which sizes crowd: 32 and 64 are alike, and what is about as long.
+    Sizes count by factors of four, shares by thirds, links by factors of eight. Bounds lie between powers of two, about
+    which sizes crowd: 32 and 64 are alike, and what is about as long. A task is of the kind of its representative.
     """
+    context = representative(context)
     counts = (context.prompt_tokens, context.max_tokens, context.concurrency)
     sizes = (4 ** math.ceil(_half_octaves(count) / 4) for count in counts)
     shares = (min(2, int(3 * share)) for share in (context.shared_prefix_share, context.repetitiveness))
@@ -65,15 +70,15 @@ def kind_of(context: TaskContext) -> str:
 def effect_of(method: Method, context: TaskContext) -> frozenset[tuple[str, str]]:
     """Return the settings in which a method differs from the baseline and that can do anything to a task.
 
-    A cache does nothing where prompts have nothing in common, a chunk as long as the prompt, a wire codec where links
-    are hardly felt, and guesses where one token is wanted.
+    A cache does nothing where prompts have nothing in common, a chunk as long as the prompt, a wire codec where
+    links are wide, and guesses where one token is wanted.
     """
     idle = set()
     if round(context.shared_prefix_share, 1) == 0:
         idle.add("prefix_cache")
     if method.prefill_chunk is not None and method.prefill_chunk >= context.prompt_tokens:
         idle.add("prefill_chunk")
-    if context.stage_count <= 1 or context.link_s < SHORT_LINK_S:
+    if context.stage_count <= 1 or context.transfer_s < SHORT_TRANSFER_S:
         idle.add("activations")
     if context.max_tokens <= 1:
         idle.add("speculation")

@@ -268,8 +268,9 @@ class TaskContext:
     tokens asked for. `shared_prefix_share`: part of the prompt, 0 to 1, that other prompts of late began with, too.
     `repetitiveness`: part of the prompt's tokens, 0 to 1, that looking up what followed the same few tokens before
     would have guessed. `concurrency`: most jobs on any stage of the route, this one included. `hardware`: the stages'
-    classes of hardware in order, joined by "+". `link_s`: what the links add to the time of one token. `step_s`: time
-    of a decode step of late, all stages together.
+    classes of hardware in order, joined by "+". `link_s`: what the links add to the time of one token.
+    `transfer_s`: what their width adds to the whole job, its rows in fp32. `step_s`: time of a decode step of late, all
+    stages together.
     """
 
     architecture: str = "unknown"
@@ -290,6 +291,7 @@ class TaskContext:
     stage_count: int = 1
     hardware: str = "unknown"
     link_s: float = 0.0
+    transfer_s: float = 0.0
     queued_rows: int = 0
     step_s: float = 0.0
     objective: str = "latency"

@@ -201,6 +201,7 @@ def describe(
     loads: Sequence[Load],
     hardware: Sequence[str],
     link_s: float,
+    transfer_s: float,
 ) -> TaskContext:
     """Return what the choice of a method for a job depends on. `loads`, `hardware`: of the stages of its route."""
     facts = model_facts(model.manifest)
@@ -223,6 +224,7 @@ def describe(
         stage_count=max(1, len(loads)),
         hardware="+".join(hardware) or "unknown",
         link_s=link_s,
+        transfer_s=transfer_s,
         queued_rows=sum(load.queued_rows for load in loads),
         step_s=sum(load.step_s for load in loads),
         objective=request.objective.value,

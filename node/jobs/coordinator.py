@@ -334,6 +334,7 @@ class Coordinator:
             loads=[stop.load for stop in stops],
             hardware=[self._hardware(stop.peer) for stop in stops],
             link_s=self._planner.round_s(stops),
+            transfer_s=self._planner.transfer_s(stops, job.need().demand),
         )
         context = replace(context, **job.told)
         # A text goes on as it began: arithmetic is fixed for a job, also on the stages that replace lost ones.

@@ -2,6 +2,7 @@
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Protocol
 
 import structlog
@@ -101,6 +102,11 @@ class Planner:
         """Return what the links add to the time of one token: once around the route."""
         peers = [stop.peer for stop in stops]
         return sum(self._links(a, b).round_trip_s / 2 for a, b in zip(peers, [*peers[1:], peers[0]], strict=True))
+
+    def transfer_s(self, stops: Sequence[Stop], demand: Demand) -> float:
+        """Return what the links' width adds to a job: the time of all its rows from each stage to the next."""
+        byte_count = (demand.prompt_rows + demand.new_tokens) * demand.row_bytes
+        return sum(byte_count / self._links(a.peer, b.peer).bytes_per_s for a, b in pairwise(stops))
 
     def failed(self, peer: PeerId, *, dead: bool) -> None:
         """Leave a peer alone for a while; one that is taken for dead is out until it is heard again."""

@@ -14,9 +14,10 @@ from node.selection.chooser import ALLOWANCE_S, LearnedChooser, TrialNeed, Trial
 from node.selection.opinions import Opinions
 from node.storage.standings import Standings
 from protocol.identity import JobId, ModelId
-from selector.task import BASELINE, TaskContext, method
+from selector.task import BASELINE, Method, TaskContext, method
 
 FUSED, CHUNKED = method(engine="fused"), method(engine="fused", prefill_chunk="64")
+REPEATED, NARROW = method(engine="fused", speculation="ngram-8"), method(engine="fused", activations="int8")
 CONTEXT = TaskContext(architecture="fake", block_count=9, hidden_size=32, hardware="test")
 NEED = TrialNeed(model=ModelId("ab" * 32), context=CONTEXT, methods=[BASELINE, FUSED, CHUNKED])
 
@@ -105,7 +106,10 @@ async def test_a_method_that_a_trial_could_not_have_is_no_candidate_for_the_next
     assert not chooser.adoption.candidates("kind", names, BASELINE.name, expected, sure, trio.current_time())
 
 
-async def test_of_methods_that_do_the_same_to_a_task_the_plainest_gets_a_trial(autojump_clock: MockClock) -> None:
+@pytest.mark.parametrize(("transfer_s", "worth_it"), [(0.05, [FUSED, REPEATED]), (0.4, [FUSED, REPEATED, NARROW])])
+async def test_of_methods_that_do_the_same_to_a_task_the_plainest_gets_a_trial(
+    transfer_s: float, worth_it: list[Method], autojump_clock: MockClock
+) -> None:
     tried: list[str] = []
 
     class Recording(Prober):
@@ -114,14 +118,14 @@ async def test_of_methods_that_do_the_same_to_a_task_the_plainest_gets_a_trial(a
             tried.extend(each.name for each in need.methods)
             return TrialResult({each.name: [0.0] * 3 for each in need.methods})
 
-    short = replace(CONTEXT, prompt_tokens=16, max_tokens=16)
-    repeated = method(engine="fused", speculation="ngram-8")
-    admitted = [BASELINE, FUSED, CHUNKED, repeated, method(engine="fused", prefix_cache="on", speculation="ngram-8")]
+    short = replace(CONTEXT, prompt_tokens=16, max_tokens=16, stage_count=2, transfer_s=transfer_s)
+    cached = method(engine="fused", prefix_cache="on", speculation="ngram-8")
     chooser = LearnedChooser(Opinions(), random.Random(1))
+    admitted = [BASELINE, FUSED, CHUNKED, REPEATED, cached, NARROW]
     choice = await chooser.choose(Question(model=NEED.model, context=short, admitted=admitted))
     outcome = Outcome(job_id=JobId("cd" * 16), method=FUSED.name, completion_tokens=16, total_s=1.0, replays=0)
     assert list(choice.ballot([])) == [FUSED.name]
     chooser.served(choice, outcome)
     with trio.move_on_after(60):
         await chooser.run(Recording(fails=False), lambda: False)
-    assert tried == [FUSED.name, repeated.name]
+    assert tried == [each.name for each in worth_it]

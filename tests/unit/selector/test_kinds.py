@@ -15,8 +15,8 @@ FUSED = method(engine="fused")
     [
         ({"prefix_cache": "on"}, {}, {"shared_prefix_share": 0.4}),
         ({"prefill_chunk": "128"}, {"prompt_tokens": 128}, {"prompt_tokens": 300}),
-        ({"activations": "int8"}, {"link_s": 0.04}, {"stage_count": 2, "link_s": 0.04}),
-        ({"activations": "int8"}, {"stage_count": 3, "link_s": 0.006}, {"stage_count": 3, "link_s": 0.06}),
+        ({"activations": "int8"}, {"transfer_s": 0.4}, {"stage_count": 2, "transfer_s": 0.4}),
+        ({"activations": "int8"}, {"stage_count": 3, "transfer_s": 0.05}, {"stage_count": 3, "transfer_s": 0.4}),
         ({"speculation": "ngram-8"}, {}, {"max_tokens": 2}),
     ],
 )
@@ -46,12 +46,25 @@ def test_a_job_alone_is_of_another_kind_than_two() -> None:
 
 
 def test_links_of_a_machine_to_itself_are_alike_however_busy_it_is() -> None:
-    kinds = {kind_of(TaskContext.of({"stage_count": 3, "link_s": link_s})) for link_s in (0.0005, 0.005, 0.014)}
+    kinds = {kind_of(TaskContext.of({"stage_count": 3, "link_s": link_s})) for link_s in (0.0005, 0.005, 0.0105)}
     assert len(kinds) == 1
     assert kind_of(TaskContext.of({"stage_count": 3, "link_s": 0.08})) not in kinds
 
 
-@given(st.integers(1, 100_000), st.integers(1, 100_000))
-def test_what_stands_for_a_task_is_of_its_kind(prompt_tokens: int, max_tokens: int) -> None:
-    context = TaskContext.of({"prompt_tokens": prompt_tokens, "max_tokens": max_tokens})
+@given(
+    st.fixed_dictionaries(
+        {
+            "prompt_tokens": st.integers(1, 100_000),
+            "max_tokens": st.integers(1, 100_000),
+            "concurrency": st.integers(1, 100),
+            "shared_prefix_share": st.floats(0, 1),
+            "repetitiveness": st.floats(0, 1),
+            "link_s": st.floats(0, 10),
+            "transfer_s": st.floats(0, 10),
+        }
+    )
+)
+def test_what_stands_for_a_task_is_of_its_kind(values: dict[str, float]) -> None:
+    context = TaskContext.of(values)
+    assert representative(representative(context)) == representative(context)
     assert kind_of(representative(context)) == kind_of(context)
