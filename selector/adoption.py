@@ -7,7 +7,7 @@ tried here, in turn with the one in use; what that costs, and what trying method
 import statistics
 from collections import OrderedDict
 from collections.abc import Collection, Hashable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Final
 
 from selector.task import BASELINE
@@ -143,14 +143,20 @@ class Adoption:
         """Take note of a trial and return the method that is in use from now on, of those tried.
 
         `log_ratios`: for each method, of each round the logarithm of its cost over the baseline's. A candidate takes
-        the place of the one in use only if it was better in two rounds of three, and in the median by a margin.
-        `effects`: what the methods do to the task that they were tried on.
+        the place of the one in use only if it was better in two rounds of three, and in the median by a margin. What
+        was tried before keeps its distance to the one in use, with which it was compared: the baseline's cost goes up
+        and down from trial to trial, and must not bring back what had lost. `effects`: what the methods do to the task
+        that they were tried on.
         """
         of = effects or {}
         standings = dict(self.standings(kind))
         standings[BASELINE.name] = Standing(0.0, now_s, of.get(BASELINE.name))
         rounds = log_ratios.get(used, [0.0] * max(map(len, log_ratios.values()), default=0))
         base = statistics.median(rounds) if rounds else 0.0
+        if used in standings:
+            shift = base - standings[used].log_ratio
+            for name in standings.keys() - log_ratios.keys() - {used, BASELINE.name}:
+                standings[name] = replace(standings[name], log_ratio=standings[name].log_ratio + shift)
         standings[used] = Standing(base, now_s, of.get(used))
         for name, ratios in log_ratios.items():
             if name == used or not ratios:

@@ -50,6 +50,14 @@ def test_the_baseline_takes_the_place_of_what_is_worse_than_it() -> None:
     assert adoption.settle("kind", "a", {"a": [0.2] * 3}, 0.0) == PLAIN
 
 
+def test_what_lost_does_not_come_back_because_the_baseline_was_slow_that_day() -> None:
+    adoption = Adoption()
+    adoption.settle("kind", "a", {"a": [-1.0] * 3, "b": [-1.3] * 3}, 0.0)
+    assert adoption.settle("kind", "b", {"b": [-0.9] * 3, "c": [-0.5] * 3}, 1.0) == "b"
+    assert adoption.in_use("kind", ALL, PLAIN) == "b"
+    assert adoption.accepted("kind", ALL, ALL, PLAIN) == {"b"}
+
+
 def test_a_method_that_lost_is_not_tried_again_for_a_while() -> None:
     adoption = Adoption()
     expected = {PLAIN: 0.0, "a": -0.5, "b": -1.0, "c": -0.4}
