@@ -52,8 +52,17 @@ PING_INTERVAL_S = 1.0
 SILENCE_LIMIT_S = 3.0
 """A link that heard nothing for this long, though it asked, is broken: a stopped machine closes no connection."""
 
+ANSWER_LIMIT_S = 8.0
+"""A link on which a ping has no pong for this long is broken, whatever else trickles in."""
+
 MAX_UNANSWERED = 8
-"""Pings without a pong after which a link is broken, whatever else trickles in."""
+"""Pings that await their pong; there is no use in more."""
+
+UNMARKED_BYTES = 256 << 10
+"""After so much a ping goes out, whose pong tells that it has arrived."""
+
+SLOWEST_BYTES_PER_S = 500e3
+"""What has not arrived is still on its way at this rate, and a pong behind it: a home's upstream of 4 Mb/s."""
 
 ANSWER_TIMEOUT_S = 10.0
 """How long an opening or a closing may take."""
@@ -152,8 +161,8 @@ class _Link(ABC):
         self._last_heard_s = trio.current_time()
         self._heard = trio.Event()
         """Set, and replaced, whenever anything is heard."""
-        self._unanswered = 0
-        """Pings since the last pong."""
+        self._said_bytes = 0
+        """All that was ever given to the outbox."""
 
     async def run(self) -> None:
         """Carry the link until it breaks or is cancelled. Raises nothing else: a link never ends the node."""
@@ -199,6 +208,7 @@ class _Link(ABC):
         for piece in self._connection.send(message):
             self._outbox.append(piece)
             self._outbox_bytes += len(piece)
+            self._said_bytes += len(piece)
         self._outbox_filled.set()
 
     async def _write(self) -> None:
@@ -231,8 +241,6 @@ class _Link(ABC):
                         self._greet()
                     case Ping():
                         self._say(Pong(nonce=message.nonce))
-                    case Pong():
-                        self._unanswered = 0
                     case _:
                         self._take(message, nursery)
             await self._make_room()
@@ -260,7 +268,7 @@ class _Link(ABC):
 
     @abstractmethod
     def _take(self, message: Message, nursery: trio.Nursery) -> None:
-        """Act on a message other than greetings and pings."""
+        """Act on a message that is no greeting and asks for no pong."""
 
     @abstractmethod
     def _lost(self) -> None:
@@ -298,6 +306,12 @@ class OutboundLink(_Link):
         self._watchers: dict[SessionId, dict[object, Callable[[SessionLost], None]]] = {}
         self._credit = trio.lowlevel.ParkingLot()
         self._pings = 0
+        self._asked: deque[tuple[float, int]] = deque()
+        """Of each ping that awaits its pong, when it went out and how much had been said before it."""
+        self._marked_bytes = 0
+        """What had been said before the last ping,"""
+        self._arrived_bytes = 0
+        """and before the last that was answered."""
 
     async def open(self, message: Open) -> Opened:
         """Open a session. Raises SessionRefused, or LinkBroken also when no answer comes in time."""
@@ -362,6 +376,8 @@ class OutboundLink(_Link):
         if any(part.rows * row_bytes > self._connection.sendable_bytes(part.session) for part in step.slices):
             return False
         self._say(step)
+        if self._said_bytes - self._marked_bytes > UNMARKED_BYTES:
+            self._ping()
         return True
 
     async def send_step(self, step: Step) -> None:
@@ -374,9 +390,9 @@ class OutboundLink(_Link):
         if self.broken:
             return
         heard = self._heard
-        if self._unanswered < MAX_UNANSWERED:
+        if not self._asked:  # else an answer is due in any case; many jobs may ask at once
             self._ping()
-        with trio.move_on_after(timeout_s) as scope:
+        with trio.move_on_after(timeout_s + self._on_the_way_s()) as scope:
             await heard.wait()
         if scope.cancelled_caught:
             self._break(f"silent for {trio.current_time() - self._last_heard_s:.1f} s")
@@ -406,6 +422,8 @@ class OutboundLink(_Link):
                 self._deliver(message)
             case Credit():
                 self._credit.unpark_all()
+            case Pong():  # they come in the order of the pings
+                _, self._arrived_bytes = self._asked.popleft()
             case Reroute():
                 lost = SessionLost(self.peer, message.peer or self.peer, message.reason, message.message, held=True)
                 for watcher in tuple(self._watchers.get(message.session, {}).values()):
@@ -430,16 +448,25 @@ class OutboundLink(_Link):
             await trio.sleep(PING_INTERVAL_S)
             if self.broken:
                 raise NetworkError(self.broken)
-            silence_s = trio.current_time() - self._last_heard_s
-            if silence_s > SILENCE_LIMIT_S or self._unanswered >= MAX_UNANSWERED:
-                raise NetworkError(f"nothing heard for {silence_s:.1f} s, {self._unanswered} pings without an answer")
+            now_s, on_the_way_s = trio.current_time(), self._on_the_way_s()
+            silence_s = now_s - self._last_heard_s
+            unanswered_s = now_s - self._asked[0][0] if self._asked else 0.0
+            if silence_s > SILENCE_LIMIT_S + on_the_way_s or unanswered_s > ANSWER_LIMIT_S + on_the_way_s:
+                raise NetworkError(f"nothing heard for {silence_s:.1f} s, and no pong for {unanswered_s:.1f} s")
             if silence_s >= PING_INTERVAL_S * 0.9 and not self.broken:
                 self._ping()
 
     def _ping(self) -> None:
+        if len(self._asked) >= MAX_UNANSWERED:
+            return
         self._pings += 1
-        self._unanswered += 1
+        self._asked.append((trio.current_time(), self._said_bytes))
+        self._marked_bytes = self._said_bytes
         self._say(Ping(nonce=self._pings))
+
+    def _on_the_way_s(self) -> float:
+        """Return how long what was said may still be on its way: what is asked behind it is answered no sooner."""
+        return max(0, self._said_bytes - self._arrived_bytes - UNMARKED_BYTES) / SLOWEST_BYTES_PER_S
 
     async def _make_room(self) -> None:
         """Go on reading: an initiator is answered, and answers nothing."""
