@@ -16,6 +16,9 @@ from collections.abc import Iterable, Iterator, Sized
 from pathlib import Path
 from typing import Any, TypeVar
 
+from node.engine.interface import EngineError
+from node.models.layout import TESTED
+
 Item = TypeVar("Item")
 
 # What transformers adds by itself and what differs between two machines that read the same file.
@@ -76,7 +79,7 @@ def convert_gguf(source: Path, out_dir: Path) -> None:
     # A name that is not found in the folder must be an error, not a look-up in the hub.
     os.environ |= {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "TRANSFORMERS_VERBOSITY": "error"}
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer, modeling_gguf_pytorch_utils
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, modeling_gguf_pytorch_utils
 
     # transformers offers no other way to learn how far the dequantisation is.
     vars(modeling_gguf_pytorch_utils)["tqdm"] = _counted
@@ -84,7 +87,10 @@ def convert_gguf(source: Path, out_dir: Path) -> None:
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=name)
         _report("tokenizer", 1, 1)
+        _try_out(AutoConfig.from_pretrained(folder, gguf_file=name).to_dict())
         model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=name, dtype=torch.float32)
+    except ConversionError:
+        raise
     except Exception as error:  # a damaged or unknown file makes gguf and transformers raise nearly anything
         raise ConversionError(f"{source} cannot be read: {_one_line(error)}") from error
     # The weights are plain numbers now; with these two left, save_pretrained refuses.
@@ -98,6 +104,18 @@ def convert_gguf(source: Path, out_dir: Path) -> None:
         if (path := out_dir / file_name).exists():
             _rewrite_json(path)
     _report("write", 1, 1)
+
+
+def _try_out(config: dict[str, Any]) -> None:
+    """Raise ConversionError if the architecture cannot be served: better now than once everything is dequantised."""
+    if config.get("model_type") in TESTED:
+        return
+    from node.engine.architecture import try_out
+
+    try:
+        try_out(config)
+    except EngineError as error:
+        raise ConversionError(str(error)) from error
 
 
 def _one_line(error: BaseException) -> str:

@@ -21,6 +21,7 @@ from typing import IO, Final
 from node.models.catalogue import CatalogueEntry
 from node.models.errors import ModelError
 from node.models.files import Progress, sha256_of
+from node.models.layout import OuterNames
 
 HUB_ID: Final = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}(?:@[\w./-]{1,200})?")
 """`owner/repository`, with `@revision` if another than the main one is meant."""
@@ -42,7 +43,7 @@ _POLL_S = 0.2
 _COPY_BYTES = 1 << 20
 
 
-def download_from_hub(source: str, progress: Progress) -> Path:
+def download_from_hub(source: str, progress: Progress, patterns: Sequence[str] = HUB_FILES) -> Path:
     """Return the folder, in the hub library's own cache, with the files of `owner/repository[@revision]`."""
     # Imported here, for it takes a while and most commands never ask the hub. Progress is shown by our caller.
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
@@ -53,7 +54,7 @@ def download_from_hub(source: str, progress: Progress) -> Path:
     progress(stage, 0, 0)
     with _hub_errors(repository, revision):
         plan = huggingface_hub.snapshot_download(
-            repository, revision=revision or None, allow_patterns=list(HUB_FILES), dry_run=True
+            repository, revision=revision or None, allow_patterns=list(patterns), dry_run=True
         )
     files = [file for file in plan if "/" not in file.filename]  # the patterns match inside of folders, too
     if not files:
@@ -65,6 +66,34 @@ def download_from_hub(source: str, progress: Progress) -> Path:
         folder, done = Path(path).parent, done + (file.file_size or 0)
         progress(stage, done, total)
     return folder
+
+
+def try_architecture(config: Path, progress: Progress) -> OuterNames:
+    """Return what stands around the blocks of an architecture, given its config.json, once it has been tried out.
+
+    Raises ModelError with the reason if it cannot be served in spans.
+    """
+    progress("try the architecture out", 0, 1)
+    failure, names = "", None
+    with _child([sys.executable, "-P", "-m", "node.engine.architecture", str(config)]) as child:
+        for line in _lines(child.process):
+            try:
+                report = json.loads(line)
+                failure = str(report.get("error", ""))
+                parts = report.get("parts")
+                names = parts and OuterNames(
+                    embed=frozenset(map(str, parts["embed"])),
+                    head=frozenset(map(str, parts["head"])),
+                    output=str(parts["output"]),
+                    input=str(parts["input"]),
+                )
+            except (ValueError, TypeError, AttributeError, KeyError):
+                continue  # something a library printed
+        child.check(f"cannot import {config.parent.name}", failure)
+    if names is None:
+        raise ModelError(f"cannot import {config.parent.name}: nothing came of trying its architecture out")
+    progress("try the architecture out", 1, 1)
+    return names
 
 
 def convert_gguf(source: Path, folder: Path, progress: Progress) -> None:
