@@ -231,6 +231,10 @@ def read_config(folder: Path) -> dict[str, Json]:
     block_count = block_count_of(config)
     if block_count is None or not 0 < block_count <= MAX_BLOCKS:
         raise ModelError(f"{folder / 'config.json'} does not say how many layers the model has, from 1 to {MAX_BLOCKS}")
+    try:
+        canonical_json(config)
+    except ValueError as error:
+        raise ModelError(f"{folder} cannot become a package: {error}") from None
     return config
 
 
