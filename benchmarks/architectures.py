@@ -16,6 +16,8 @@ import time
 import warnings
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -37,6 +39,8 @@ from node.models.store import Package
 from protocol.identity import BlockRange, JobId, SessionId
 from protocol.messages import Sampling
 from protocol.tensors import Tensor, tensor_from_tokens, tokens_from_tensor
+
+_CONTEXT = multiprocessing.get_context("forkserver")
 
 Outcome = tuple[str, str]
 """One of exact, refused, WRONG and FAILED, and the reason."""
@@ -95,44 +99,45 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.architectures", description=__doc__)
     parser.add_argument("names", nargs="*", help="only these, such as phi3 or 'llama, tied'")
     parser.add_argument("--part", default="1/1", help="only a part of them: 2/4 is the second quarter")
+    parser.add_argument("--processes", type=int, default=os.cpu_count() or 1, help="how many at a time")
     parser.add_argument("--timeout-s", type=float, default=120.0, help="for each")
     options = parser.parse_args()
-    torch.set_num_threads(1)
-    warnings.simplefilter("ignore")
     part, parts = map(int, options.part.split("/"))
     names = options.names or [*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, *VARIATIONS][part - 1 :: parts]
     counts: Counter[str] = Counter()
     began_s = time.monotonic()
-    for name in names:
-        start_s = time.monotonic()
-        outcome, reason = _apart(name, options.timeout_s)
-        counts[outcome] += 1
-        print(f"{name:36} {outcome:8} {time.monotonic() - start_s:5.1f} s  {reason}", flush=True)
+    _CONTEXT.set_forkserver_preload(["node.engine.architecture", "node.engine.shard"])
+    with ThreadPoolExecutor(options.processes) as pool:
+        for name, (outcome, reason, took_s) in zip(
+            names, pool.map(partial(_apart, timeout_s=options.timeout_s), names), strict=True
+        ):
+            counts[outcome] += 1
+            print(f"{name:36} {outcome:8} {took_s:5.1f} s  {reason}", flush=True)
     summary = ", ".join(f"{count} {outcome}" for outcome, count in sorted(counts.items()))
     print(f"{len(names)} architectures: {summary}; took {time.monotonic() - began_s:.0f} s")
     return int(any(counts[outcome] for outcome in ("WRONG", "FAILED")))
 
 
-def _apart(name: str, timeout_s: float) -> Outcome:
+def _apart(name: str, timeout_s: float) -> tuple[str, str, float]:
     """Examine an architecture in a process of its own, which has everything imported already."""
-    context = multiprocessing.get_context("fork")
-    receiving, sending = context.Pipe(duplex=False)
-    process = context.Process(target=_answer, args=(name, sending))
+    start_s = time.monotonic()
+    receiving, sending = _CONTEXT.Pipe(duplex=False)
+    process = _CONTEXT.Process(target=_answer, args=(name, sending))
     process.start()
     sending.close()
     try:
-        if not receiving.poll(timeout_s):
-            return "FAILED", f"not done after {timeout_s:g} s"
-        outcome, reason = receiving.recv()
-        return str(outcome), str(reason)
+        outcome, reason = receiving.recv() if receiving.poll(timeout_s) else ("FAILED", f"not done in {timeout_s:g} s")
     except EOFError:
-        return "FAILED", "the process died"
+        outcome, reason = "FAILED", "the process died"
     finally:
         process.kill()
         process.join()
+    return str(outcome), str(reason), time.monotonic() - start_s
 
 
 def _answer(name: str, sending: Connection) -> None:
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
     sending.send(examine(name))
 
 

@@ -37,12 +37,12 @@ from protocol.identity import BlockRange
 
 PROMPTS = ([3, 14, 15, 92, 65, 35, 89, 79, 32, 38, 46], [27, 18, 28], [61, 80, 33, 98, 87, 49, 9])
 """Of different lengths, and longer than the windows of a shrunk config."""
-COUNT = 8
+COUNT = 6
 """Tokens to generate after each."""
 CHUNK = 4
 _PAGES = -(-(max(map(len, PROMPTS)) + COUNT) // PAGE_POSITIONS)
 
-_CUTS = 6
+_CUTS = 4
 _MAX_PARAMETERS = 1 << 26
 _TOLERANCE = 1e-2
 """Of logits, over their spread: chunks round differently, and a fault is a hundred times as large."""
@@ -81,14 +81,15 @@ def try_out(content: Mapping[str, Any]) -> OuterNames:
 
 def tiny_model(content: Mapping[str, Any]) -> PreTrainedModel:
     """Return a model with random weights that make it say many different tokens."""
-    model = describe(content).model
+    model: PreTrainedModel = describe(content).model
     if sum(parameter.numel() for parameter in model.parameters()) > _MAX_PARAMETERS:
         raise EngineError("it has parts that are too large to be tried out")
     config = config_from(content)
     torch.manual_seed(0)
     model = type(model)(config)
     randomise(model, 0)
-    return model.eval()
+    model.eval()
+    return model
 
 
 def randomise(model: PreTrainedModel, seed: int) -> None:

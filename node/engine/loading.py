@@ -233,7 +233,7 @@ class _NoLargeTensors(TorchFunctionMode):
 
 def _find_blocks(model: PreTrainedModel, config: PreTrainedConfig, name: str) -> str:
     """Return the path of the decoder's list of blocks in the model."""
-    found = [
+    found: list[str] = [
         path
         for path, module in model.named_modules()
         if isinstance(module, nn.ModuleList)

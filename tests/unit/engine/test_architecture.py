@@ -9,7 +9,7 @@ from transformers import AutoConfig
 
 from node.engine.architecture import PROMPTS, package_of, references_of, tiny_model, try_out
 from node.engine.client import source_from_package
-from node.engine.interface import EngineError
+from node.engine.interface import EngineError, SliceInput
 from node.engine.loading import describe
 from node.engine.shard import Shard
 from node.engine.shrink import ORIGINAL_POSITIONS, shrink
@@ -19,7 +19,7 @@ from node.models.manifest import constant_positions
 from node.models.store import Package
 from protocol.identity import BlockRange
 from protocol.tensors import tensor_from_tokens, tokens_from_tensor
-from tests.unit.engine.driving import DEVICE, InProcess, SliceInput, decode, session, spans
+from tests.unit.engine.driving import DEVICE, InProcess, decode, session, spans
 
 OPTIONS = EngineOptions(kv_positions=256, device=DEVICE)
 
