@@ -47,7 +47,7 @@ class ApiError(Exception):
         if status == 503:
             retry_after_s = error.retry_after_s if error.retry_after_s is not None else _RETRY_AFTER_S[error.code]
             headers = {"Retry-After": str(max(1, math.ceil(retry_after_s)))}
-        param = "model" if error.code is JobErrorCode.MODEL_NOT_FOUND else None
+        param = "model" if error.code is JobErrorCode.MODEL_NOT_FOUND else error.param
         return cls(status, error.message, param=param, code=error.code.value, headers=headers)
 
     def document(self) -> dict[str, Any]:

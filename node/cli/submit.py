@@ -31,10 +31,14 @@ DISCOVERY_TIMEOUT_S: Final = 20.0
 DISCOVERY_INTERVAL_S: Final = 0.25
 
 _JOB_OPTIONS: Final = (
-    "model", "chat", "max_tokens", "temperature", "top_p", "seed", "stop", "objective", "budget", "quality", "method",
-    "ignore_eos",
+    "model", "chat", "max_tokens", "temperature", "top_p", "seed", "stop", "quality", "method", "ignore_eos",
+    "min_tokens", "top_k", "min_p", "repetition_penalty", "frequency_penalty", "presence_penalty", "logit_bias",
+    "stop_token_ids",
 )  # fmt: skip
 """Options that a line of a --file may set for itself."""
+
+_OPTIONAL_FIELDS: Final = _JOB_OPTIONS[_JOB_OPTIONS.index("min_tokens") :]
+"""Of those, the ones that a request has only where they are given, under the same name."""
 
 
 @click.command()
@@ -45,10 +49,37 @@ _JOB_OPTIONS: Final = (
 @click.option("--max-tokens", type=click.IntRange(1), default=DEFAULT_MAX_TOKENS, show_default=True, metavar="N")
 @click.option("--temperature", type=click.FloatRange(0, 2), default=0.0, metavar="T", help="0, the default, is greedy.")
 @click.option("--top-p", type=click.FloatRange(0, 1, min_open=True), default=1.0, show_default=True, metavar="P")
-@click.option("--seed", type=click.IntRange(0, 2**63 - 1), metavar="N", help="The same seed draws the same text.")
+@click.option("--top-k", type=click.IntRange(0), metavar="K", help="Draw from the K likeliest tokens; 0: from all.")
+@click.option(
+    "--min-p", type=click.FloatRange(0, 1), metavar="P", help="Only tokens P times as likely as the likeliest."
+)
+@click.option(
+    "--repetition-penalty",
+    type=click.FloatRange(0.01, 100),
+    metavar="F",
+    help="Divide the logits of tokens of prompt and text by F; 1 changes nothing.",
+)
+@click.option(
+    "--frequency-penalty", type=click.FloatRange(-2, 2), metavar="F", help="Off a logit for each time in the text."
+)
+@click.option(
+    "--presence-penalty", type=click.FloatRange(-2, 2), metavar="F", help="Off the logits of tokens in the text."
+)
+@click.option(
+    "--logit-bias",
+    multiple=True,
+    callback=lambda _, __, values: _parse_biases(values),
+    metavar="TOKEN=BIAS",
+    help="Add BIAS, -100 to 100, to the logit of a token id; up to 300.",
+)
+@click.option(
+    "--seed", type=click.IntRange(-(2**63), 2**63 - 1), metavar="N", help="The same seed draws the same text."
+)
 @click.option("--stop", multiple=True, metavar="TEXT", help="End before this text; up to four.")
-@click.option("--objective", type=click.Choice(["latency", "throughput"]), default="latency", show_default=True)
-@click.option("--budget", type=click.FloatRange(0), metavar="COST", help="The most that the job may cost.")
+@click.option(
+    "--stop-token-id", "stop_token_ids", type=click.IntRange(0), multiple=True, metavar="ID", help="End there."
+)
+@click.option("--min-tokens", type=click.IntRange(0), metavar="N", help="Neither end-of-text nor stop before N tokens.")
 @click.option("--quality", type=click.Choice(["exact", "near", "any"]), default="exact", show_default=True)
 @click.option(
     "--method",
@@ -108,6 +139,17 @@ def _read_text(name: str) -> str:
         raise CommandError(f"{'the input' if name == '-' else name} is no UTF-8 text: {error}") from None
 
 
+def _parse_biases(texts: Sequence[str]) -> dict[str, float]:
+    biases: dict[str, float] = {}
+    for text in texts:
+        token, _, bias = text.partition("=")
+        try:
+            biases[token.strip()] = float(bias)
+        except ValueError:
+            raise click.BadParameter(f"{text!r} is not TOKEN=BIAS, for example 1234=-100") from None
+    return biases
+
+
 def read_jobs(path: Path, options: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Return the jobs of a file, each line's own settings over `options`. Raises UsageError that names the line."""
     text = _read_text(str(path))
@@ -140,7 +182,8 @@ def make_body(job: Mapping[str, Any], default_model: str) -> dict[str, Any]:
     body = {name: job[name] for name in ("max_tokens", "temperature", "top_p", "seed")}
     body["model"] = job["model"] or default_model
     body["stop"] = list(job["stop"]) if isinstance(job["stop"], tuple) else job["stop"]
-    body["metaswarm"] = {name: job[name] for name in ("objective", "budget", "quality", "method", "ignore_eos")}
+    body |= {name: job[name] for name in _OPTIONAL_FIELDS if job.get(name) not in (None, (), {})}
+    body["metaswarm"] = {name: job[name] for name in ("quality", "method", "ignore_eos")}
     if job["chat"]:
         return body | {"messages": [{"role": "user", "content": prompt}]}
     return body | {"prompt": prompt}

@@ -76,14 +76,12 @@ class Question:
     """What is to be chosen: one of the methods that a job admits, for a task.
 
     `is_free`: whether the user left the choice to us, and no text has begun yet that must go on as it began.
-    `may_explore`: whether the job bears a method that is only perhaps a good one; one with a budget does not.
     """
 
     model: ModelId
     context: TaskContext
     admitted: Sequence[Method]
     is_free: bool = True
-    may_explore: bool = False
 
 
 class Choice(Protocol):
@@ -227,6 +225,5 @@ def describe(
         transfer_s=transfer_s,
         queued_rows=sum(load.queued_rows for load in loads),
         step_s=sum(load.step_s for load in loads),
-        objective=request.objective.value,
         quality=request.quality.value,
     )

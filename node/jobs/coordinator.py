@@ -345,7 +345,6 @@ class Coordinator:
                 context=context,
                 admitted=_as_begun(begun) if begun else job.admitted,
                 is_free=job.request.method == AUTO and not begun,
-                may_explore=job.request.budget is None,
             )
         )
         if not begun:
@@ -405,7 +404,10 @@ class Coordinator:
             finish = drawn.finish_reason
             if finish is None and len(job.tokens) >= job.sampling.max_tokens:
                 finish = FinishReason.LENGTH  # the last stage should have said so
-            piece = finder.feed(decoder.feed(drawn.token))
+            # A stop token is none of the text, and a stop string counts once there are min_tokens.
+            piece = "" if finish is FinishReason.STOP else decoder.feed(drawn.token)
+            if len(job.tokens) > job.request.min_tokens:
+                piece = finder.feed(piece)
             if finder.found:
                 finish = FinishReason.STOP
             elif finish:
