@@ -151,7 +151,7 @@ class _Link(ABC):
         self.peer = stream.peer
         self.broken: str | None = None
         self._stream = stream
-        self._connection = JobConnection(role, agent=agent, window_bytes=WINDOW_BYTES)
+        self._connection = JobConnection(role, agent=agent, window_bytes=WINDOW_BYTES, protocol=stream.protocol)
         self._agent = agent
         self._outbox: deque[bytes | bytearray | memoryview] = deque()
         self._outbox_bytes = 0

@@ -291,20 +291,21 @@ class Libp2pNetwork:
             raise NetworkError("the network is not running")
         return self._swarm
 
-    async def open_stream(self, peer: PeerId, protocol: str) -> Stream:
+    async def open_stream(self, peer: PeerId, *protocols: str) -> Stream:
         """Open a stream to a peer, dialling known addresses if need be. Raises NetworkError."""
-        return await self._open(peer, protocol)
+        return await self._open(peer, *protocols)
 
-    async def _open(self, peer: PeerId, protocol: str) -> Libp2pStream:
+    async def _open(self, peer: PeerId, *protocols: str) -> Libp2pStream:
         if peer == self._peer_id:
             raise NetworkError("a peer opens no streams to itself")
         await self._dial(peer)
         assert self._host is not None
         try:
             with trio.fail_after(self._limits.request_timeout_s):
-                return wrap(await self._host.new_stream(ID.from_base58(peer), [TProtocol(protocol)]))
+                return wrap(await self._host.new_stream(ID.from_base58(peer), [TProtocol(each) for each in protocols]))
         except Exception as error:
-            raise NetworkError(f"cannot open a stream of {protocol} to {peer}: {reason(error)}") from error
+            what = f"cannot open a stream of {' or '.join(protocols)} to {peer}"
+            raise NetworkError(f"{what}: {reason(error)}") from error
 
     async def disconnect(self, peer: PeerId) -> None:
         """Close every connection to the peer."""
