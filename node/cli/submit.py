@@ -144,7 +144,7 @@ def _parse_biases(texts: Sequence[str]) -> dict[str, float]:
     for text in texts:
         token, _, bias = text.partition("=")
         try:
-            biases[token.strip()] = float(bias)
+            biases[str(int(token))] = float(bias)
         except ValueError:
             raise click.BadParameter(f"{text!r} is not TOKEN=BIAS, for example 1234=-100") from None
     return biases

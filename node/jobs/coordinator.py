@@ -293,7 +293,8 @@ class Coordinator:
                 job.stops = stops
                 break
             job.set_aside()
-            if not is_patient and attempt + 1 >= MAX_ATTEMPTS:
+            # Peers of an older version are found out one by one, and cost the job no attempt.
+            if not is_patient and attempt + 1 - len(job.outdated) >= MAX_ATTEMPTS:
                 raise job.no_route(NoRouteError(()))
         job.accepted = True
         await job.close_former()
@@ -365,6 +366,9 @@ class Coordinator:
     def _avoid(self, job: Job, rejection: Rejection) -> None:
         """Keep a job away from a peer; one that cannot be reached is taken for dead until it is heard again."""
         _logger.info("stage not available", job=job.id, peer=rejection.peer, reason=rejection.message)
+        if rejection.outdated:
+            job.outdated[rejection.peer] = rejection
+            return
         job.avoided[rejection.peer] = rejection
         if rejection.reason is None:
             self._planner.failed(rejection.peer, dead=True)
