@@ -121,9 +121,9 @@ class Dialler:
         turns = list(places.values())
         self._jitter.shuffle(turns)
         for _ in range(DIALS_PER_NEIGHBOURHOOD):
-            for place in turns:
-                if place and len(chosen) < limit:
-                    chosen.append(place.pop(self._jitter.randrange(len(place))))
+            for turn in turns:
+                if turn and len(chosen) < limit:
+                    chosen.append(turn.pop(self._jitter.randrange(len(turn))))
         return chosen
 
     def _may_dial(self, presence: Presence, now_s: float) -> bool:
