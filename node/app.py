@@ -4,8 +4,9 @@ import fcntl
 import os
 import random
 import signal
+import stat
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager, suppress
 from functools import partial
 from importlib.metadata import version
@@ -19,8 +20,9 @@ from node.api.server import serve as serve_api
 from node.api.server import url_of
 from node.capabilities.announcer import CapabilityAnnouncer
 from node.capabilities.inventory import Inventory
+from node.capabilities.probe import total_memory
 from node.capabilities.traffic import TrafficMeter
-from node.config import APPLICATION, LOCK_FILE, READY_FILE, NodeConfig, NodeReady, StartError
+from node.config import APPLICATION, LOCK_FILE, MEMORY_SHARE, READY_FILE, NodeConfig, NodeReady, StartError
 from node.consensus.measuring import AGENDA, TrialMeter
 from node.consensus.service import Consensus, swarm_name
 from node.engine.client import SpareWorker, start_engine
@@ -38,8 +40,9 @@ from node.jobs.trial import Trials
 from node.models.files import Progress, ignore_progress
 from node.models.library import Library
 from node.models.store import ModelStore
-from node.network.host import Libp2pNetwork
+from node.network.host import Libp2pNetwork, NetworkLimits
 from node.network.interface import NetworkError
+from node.open_files import open_file_limit, outlasting_shortage, raise_open_file_limit
 from node.placing import Statements
 from node.selection.chooser import LearnedChooser, LearnedVoter
 from node.selection.learner import Learner
@@ -67,6 +70,9 @@ from selector.kinds import Viewpoint
 DRAIN_LIMIT_S = 30.0
 """How long a node that was asked to stop waits for the jobs and sessions it has."""
 
+MIN_MEMORY_BYTES = 1 << 20
+"""A memory budget below this is a slip of the pen."""
+
 RETENTION_INTERVAL_S = 60.0
 """How often the history is brought back within its bounds."""
 
@@ -86,6 +92,7 @@ class Node:
                 identity.seed,
                 listen=config.listen,
                 swarm_key=config.swarm_key,
+                limits=NetworkLimits.within(open_file_limit()),
                 on_sent=traffic.sent,
                 on_received=traffic.received,
             )
@@ -230,21 +237,25 @@ class Node:
             port = await api_nursery.start(partial(serve, stop=api_stop))
             self._view.api_url = url_of(config.api_host, port)
             async with self._stages.switchboard.running(), trio.open_nursery() as nursery:
+                tasks: list[tuple[Callable[..., Awaitable[None]], *tuple[object, ...]]] = [
+                    (self._membership.run,),
+                    (self._library.run,),
+                    (self._inventory.run, started),
+                    (self._ledger.run,),
+                    (self._announcer.run,),
+                    (self._dissemination.run,),
+                    (self._consensus.run,),
+                    (self._learner.run,),
+                    (self._chooser.run, TrialProber(self._trials), self._is_busy),
+                    (self._keep_history_bounded,),
+                    (keep_acquaintances, self._network, self._peer_book),
+                ]
                 if config.serve:
-                    nursery.start_soon(self._spare_worker.run)
-                nursery.start_soon(self._membership.run)
-                nursery.start_soon(self._library.run)
-                nursery.start_soon(self._inventory.run, started)
-                nursery.start_soon(self._ledger.run)
-                nursery.start_soon(self._announcer.run)
-                nursery.start_soon(self._dissemination.run)
-                nursery.start_soon(self._consensus.run)
-                nursery.start_soon(self._learner.run)
-                nursery.start_soon(self._chooser.run, TrialProber(self._trials), self._is_busy)
-                nursery.start_soon(self._keep_history_bounded)
-                nursery.start_soon(keep_acquaintances, self._network, self._peer_book)
+                    tasks.append((self._spare_worker.run,))
                 if config.mdns:
-                    nursery.start_soon(find_neighbours, self._network, config.swarm_key)
+                    tasks.append((find_neighbours, self._network, config.swarm_key))
+                for task in tasks:
+                    nursery.start_soon(outlasting_shortage, *task)
                 await nursery.start(self._serving.run)
                 started.set()
                 yield NodeReady(
@@ -338,6 +349,7 @@ async def running_node(
             device = await find_device(config.device)
         except DeviceError as error:
             raise StartError(f"cannot compute on {config.device}: {error}; see --device") from None
+        _check_memory(config, device)
         node = Node(config, database, device, progress)
         async with node.running() as ready:
             yield node, ready
@@ -354,6 +366,7 @@ async def run_node(
     `on_ready` is called once the API answers and every span of `config.serve` is loaded; from then until the end
     `node.json` is in the data directory. Raises StartError where the node cannot start.
     """
+    raise_open_file_limit()
     try:
         with _own(config):
             async with trio.open_nursery() as nursery:
@@ -411,11 +424,45 @@ def _leaves(error: BaseException) -> Iterator[BaseException]:
         yield error
 
 
+def _keep_private(data_dir: Path) -> None:
+    """Take from others what rights they have to a data directory, unless it is one that many share, like /tmp."""
+    status = data_dir.stat()
+    is_shared = status.st_mode & stat.S_ISVTX or data_dir.resolve() in {Path.home().resolve(), Path("/")}
+    if status.st_uid == os.getuid() and status.st_mode & 0o077 and not is_shared:
+        data_dir.chmod(0o700)
+
+
+def _check_memory(config: NodeConfig, device: Device) -> None:
+    """Raise StartError for a memory budget that this machine does not have, or in which nothing fits."""
+    budget_bytes = config.memory_bytes
+    if budget_bytes is None:
+        return
+    there_bytes = total_memory()
+    where = "this machine"
+    if device.accelerator is not None:
+        there_bytes, where = device.accelerator.memory_bytes, device.accelerator.name
+    if budget_bytes > there_bytes:
+        raise StartError(
+            f"--memory: {_mebibytes(budget_bytes)} is more than {where} has, {_mebibytes(there_bytes)}; "
+            f"give less, or leave it out to use {MEMORY_SHARE:.0%} of what is free"
+        )
+    if budget_bytes < MIN_MEMORY_BYTES:
+        raise StartError(
+            f"--memory: {budget_bytes} bytes are too little to serve anything with; expected at least "
+            f"{_mebibytes(MIN_MEMORY_BYTES)}, for example 4GiB"
+        )
+
+
+def _mebibytes(count: int) -> str:
+    return f"{count / 2**20:,.0f} MiB"
+
+
 @contextmanager
 def _own(config: NodeConfig) -> Iterator[None]:
     """Make the data directory and hold it for ourselves: two nodes with one identity would confuse everybody."""
     try:
         config.data_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
+        _keep_private(config.data_dir)
         lock = (config.data_dir / LOCK_FILE).open("w")
     except OSError as error:
         raise StartError(f"cannot use the data directory {config.data_dir}: {error.strerror}") from None

@@ -149,10 +149,15 @@ class NodeReady:
         return {**asdict(self), "multiaddrs": list(self.multiaddrs)}
 
     def write(self, data_dir: Path) -> None:
-        """Write `node.json`, whole or not at all."""
+        """Write `node.json`, whole or not at all, for its owner only. Raises StartError."""
         temporary = data_dir / f".{READY_FILE}.{self.pid}"
-        temporary.write_text(json.dumps(self.to_json(), indent=2) + "\n", encoding="utf-8")
-        temporary.replace(data_dir / READY_FILE)
+        try:
+            with os.fdopen(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
+                file.write(json.dumps(self.to_json(), indent=2) + "\n")
+            temporary.replace(data_dir / READY_FILE)
+        except OSError as error:
+            temporary.unlink(missing_ok=True)
+            raise StartError(f"cannot write {data_dir / READY_FILE}: {error.strerror}") from None
 
     @classmethod
     def parse(cls, text: str) -> "NodeReady":

@@ -231,6 +231,10 @@ def _weight_files(folder: Path) -> list[Path]:
     if (folder / _WEIGHTS_INDEX).exists():
         weight_map = _read_json(folder / _WEIGHTS_INDEX).get("weight_map")
         names = sorted({str(name) for name in weight_map.values()}) if isinstance(weight_map, dict) else []
+        if outside := [name for name in names if name != Path(name).name or name == ".." or "\\" in name]:
+            raise ModelError(
+                f"{folder / _WEIGHTS_INDEX} names {outside[0][:200]!r}, which is not a file of that folder: refused"
+            )
         missing = [name for name in names if not (folder / name).is_file()]
         if missing or not names:
             raise ModelError(f"{folder} is incomplete: {_WEIGHTS_INDEX} names {missing[0] if missing else 'no files'}")

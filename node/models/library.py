@@ -1,7 +1,7 @@
 """The models that can be used from here: named by the user, found in the cache, at peers or in the catalogue."""
 
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
@@ -29,7 +29,11 @@ KEPT_OPEN = 8
 """Models whose tokenizers stay in memory."""
 
 MAX_REMOTE_MODELS = 64
-"""Models of others whose manifests are fetched unasked, so that `metaswarm models` can show them."""
+MAX_REMOTE_BYTES = 16 << 20
+"""Models of others whose manifests are fetched unasked, so that `metaswarm models` can show them, and their bytes.
+
+They are held in memory: nothing comes into the cache of which nobody here has asked.
+"""
 
 MAX_HEARD = 256
 """Models that are looked at in one round."""
@@ -108,6 +112,7 @@ class Library:
         self._fetcher = ModelFetcher(network, store, swarm.holders)
         self._server = BlobServer(store)
         self._open: OrderedDict[ModelId, KnownModel] = OrderedDict()
+        self._remote: OrderedDict[ModelId, Manifest] = OrderedDict()
         network.set_stream_handler(PROTOCOL_ID, self._server.handle)
 
     def transfers(self) -> Transfers:
@@ -119,11 +124,11 @@ class Library:
         return tuple(package.model_id for package in self._store.list())
 
     def local_manifest(self, model: ModelId) -> Manifest | None:
-        """Return a model's manifest if it is here."""
+        """Return a model's manifest if it is here, in the cache or only in memory."""
         try:
             return self._store.get(model).manifest
         except ModelError:
-            return None
+            return self._remote.get(model)
 
     def name_of(self, model: ModelId) -> str:
         """Return what to call a model."""
@@ -136,22 +141,29 @@ class Library:
             nursery.start_soon(self._fetch_manifests)
 
     async def _fetch_manifests(self) -> None:
-        fetched: set[ModelId] = set()
         refused: OrderedDict[ModelId, None] = OrderedDict()
         while True:
             heard = self._swarm.served_models()[:MAX_HEARD]
-            unknown = [m for m in heard if m not in refused and m not in fetched and self.local_manifest(m) is None]
-            # Anybody can make up models: a few of those unasked for are kept, and failures are tried again in time.
-            for model in unknown[:1] if len(fetched) < MAX_REMOTE_MODELS else ():
+            unknown = [model for model in heard if model not in refused and self.local_manifest(model) is None]
+            for model in unknown[:1]:
                 try:
-                    await self._package(model)
-                    fetched.add(model)
+                    manifest = await self._fetcher.look_at_manifest(model, await self._swarm.providers(model))
+                    self._remember(manifest, heard)
                 except ModelError as error:
                     refused[model] = None
-                    if len(refused) > MAX_REMOTE_MODELS:
+                    if len(refused) > MAX_HEARD:
                         refused.popitem(last=False)
                     _logger.info("no manifest", model=model, reason=str(error))
             await trio.sleep(LOOK_ROUND_S)
+
+    def _remember(self, manifest: Manifest, heard: Sequence[ModelId]) -> None:
+        """Hold a manifest in memory where there is room, which those that nobody serves any more make."""
+        for model in [model for model in self._remote if model not in heard]:
+            del self._remote[model]
+        taken = sum(len(each.data) for each in self._remote.values())
+        if len(self._remote) >= MAX_REMOTE_MODELS or taken + len(manifest.data) > MAX_REMOTE_BYTES:
+            raise ModelError("too many models are served that nobody here has asked for")
+        self._remote[manifest.model_id] = manifest
 
     async def open(self, text: str) -> KnownModel:
         """Return the model that the user means, with its tokenizer. Raises ModelError with one line for the user."""

