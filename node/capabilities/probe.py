@@ -8,7 +8,6 @@ import hashlib
 import os
 import platform
 import re
-import subprocess
 import sys
 from collections.abc import Iterator
 from importlib import metadata
@@ -17,6 +16,7 @@ from typing import Final
 
 import psutil
 
+from node.util.child_process import ChildError, run_blocking
 from protocol.canonical import canonical_json
 from protocol.capabilities import (
     MAX_WORD_BYTES,
@@ -120,12 +120,10 @@ def _apple_processor() -> tuple[str, set[str]]:
 
 def _sysctl(name: str) -> str:
     try:
-        answer = subprocess.run(
-            ["/usr/sbin/sysctl", "-n", name], capture_output=True, text=True, timeout=_SYSCTL_TIMEOUT_S, check=False
-        )
-    except (OSError, subprocess.SubprocessError):
+        answer = run_blocking(["/usr/sbin/sysctl", "-n", name], what="sysctl", time_limit_s=_SYSCTL_TIMEOUT_S)
+    except ChildError:
         return ""
-    return answer.stdout.strip()
+    return answer.decode(errors="replace").strip()
 
 
 def _usable_cores(root: Path) -> tuple[int, int]:

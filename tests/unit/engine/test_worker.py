@@ -15,6 +15,7 @@ import pytest
 import trio
 import trio.testing
 
+from node.engine import client
 from node.engine.client import SpareWorker, WorkerEngine, start_worker
 from node.engine.interface import (
     REFERENCE,
@@ -29,8 +30,10 @@ from node.engine.interface import (
     VariantNotReady,
 )
 from node.engine.source import EngineOptions
+from node.util.child_process import python
 from protocol.identity import BlockRange
 from protocol.tensors import tensor_from_tokens, tokens_from_tensor
+from tests.support import hostile_directory
 from tests.unit.engine.driving import DEVICE, GREEDY, decode, session, spans, start, step
 from tests.unit.engine.tiny_models import BLOCKS, COUNT, PROMPT, TinyModel
 
@@ -189,6 +192,26 @@ async def test_a_span_that_cannot_be_loaded_is_said_in_one_line(make_tiny_model:
         async with start_worker(source, WHOLE, OPTIONS):
             pass
     assert not isinstance(caught.value, EngineCrashed)
+
+
+async def test_a_worker_imports_nothing_from_the_current_directory(
+    make_tiny_model: MakeTinyModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiny = make_tiny_model("llama")
+    mark = hostile_directory.fill(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    async with start_worker(tiny.source(WHOLE), WHOLE, OPTIONS) as engine:
+        assert await decode([engine], PROMPT, COUNT) == tiny.tokens
+    assert not mark.exists()
+
+
+async def test_what_a_worker_died_of_is_told_in_its_own_words(
+    make_tiny_model: MakeTinyModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(client, "python", lambda *_: python("-c", "raise ImportError('no torch here')"))
+    with pytest.raises(EngineCrashed, match=r"^the worker of blocks 0-4 exited with 1: ImportError: no torch here$"):
+        async with start_worker(make_tiny_model("llama").source(WHOLE), WHOLE, OPTIONS):
+            pass
 
 
 async def test_a_start_that_hangs_has_an_end(make_tiny_model: MakeTinyModel) -> None:
