@@ -16,7 +16,16 @@ from node.models import sources
 from node.models.catalogue import CATALOGUE
 from node.models.errors import ModelError
 from node.models.files import Progress, disk_errors, ignore_progress, write_atomically
-from node.models.layout import EMBED_FILE, HEAD_FILE, arrange, block_file, input_matrix, output_matrix
+from node.models.layout import (
+    BY_NAME,
+    EMBED_FILE,
+    HEAD_FILE,
+    OuterNames,
+    arrange,
+    block_file,
+    input_matrix,
+    output_matrix,
+)
 from node.models.manifest import (
     CHAT_TEMPLATE_FILE,
     MAX_TOKENIZER_BYTES,
@@ -124,12 +133,15 @@ def _import_uncatalogued(source: str, store: ModelStore, progress: Progress) -> 
         return store.adopt(staging / "package", manifest), suggestion.lower()
 
 
-def build_package(folder: Path, target: Path, progress: Progress = ignore_progress) -> Manifest:
+def build_package(
+    folder: Path, target: Path, progress: Progress = ignore_progress, names: OuterNames = BY_NAME
+) -> Manifest:
     """Write the files of a package, without the manifest, into the new folder `target`; return the manifest.
 
-    The same tensors and tokenizer give the same bytes, however the checkpoint was sharded. Raises ModelError.
+    `names`: what stands around the architecture's blocks, where that has been found out. The same tensors and tokenizer
+    give the same bytes, however the checkpoint was sharded. Raises ModelError.
     """
-    checkpoint = read_checkpoint(folder)
+    checkpoint = read_checkpoint(folder, names)
     total, done = checkpoint.size_bytes, 0
 
     def count(copied: int) -> None:
@@ -169,7 +181,7 @@ def build_package(folder: Path, target: Path, progress: Progress = ignore_progre
         raise ModelError(f"{folder} cannot become a package: {error}") from None
 
 
-def read_checkpoint(folder: Path) -> Checkpoint:
+def read_checkpoint(folder: Path, names: OuterNames = BY_NAME) -> Checkpoint:
     """Return what a Hugging Face folder contains, having read its JSON files and headers. Raises ModelError."""
     config = normalise_config(_read_json(folder / "config.json"))
     if "quantization_config" in config:
@@ -187,12 +199,12 @@ def read_checkpoint(folder: Path) -> Checkpoint:
             except ValueError as error:
                 raise ModelError(f"{path}: {error}") from None
         try:
-            tied = _is_tied(config, tensors)
-            layout = arrange(tensors, block_count, tied=tied)
+            tied = _is_tied(config, tensors, names)
+            layout = arrange(tensors, block_count, tied=tied, names=names)
         except ValueError as error:
             raise ModelError(f"{folder} is incomplete: {error}") from None
     parts = {EMBED_FILE: layout.embed, HEAD_FILE: layout.head}
-    parts |= {block_file(block): names for block, names in enumerate(layout.blocks)}
+    parts |= {block_file(block): block_tensors for block, block_tensors in enumerate(layout.blocks)}
     generation = _read_json(folder / "generation_config.json", optional=True)
     eos = _token_ids(generation.get("eos_token_id")) or _token_ids(_of_decoder(config, "eos_token_id"))
     bos = _token_ids(generation.get("bos_token_id")) or _token_ids(_of_decoder(config, "bos_token_id"))
@@ -200,17 +212,17 @@ def read_checkpoint(folder: Path) -> Checkpoint:
         config={**config, "tie_word_embeddings": tied},
         bos_token_id=bos[0] if bos else None,
         eos_token_ids=eos,
-        files={file: {name: tensors[name] for name in names} for file, names in parts.items()},
+        files={file: {name: tensors[name] for name in part} for file, part in parts.items()},
     )
 
 
-def _is_tied(config: Mapping[str, Json], tensors: Mapping[str, TensorSource]) -> bool:
+def _is_tied(config: Mapping[str, Json], tensors: Mapping[str, TensorSource], names: OuterNames) -> bool:
     """Say whether logits are made with the embedding matrix; raise ValueError when there is no matrix for them.
 
     Configs often leave it to their class's default. Then the tensors tell, as they tell transformers: a matrix that is
     stored and differs from the embedding is used.
     """
-    output, embedding = output_matrix(tensors), input_matrix(tensors)
+    output, embedding = output_matrix(tensors, names), input_matrix(tensors, names)
     if output is None:
         if _of_decoder(config, "tie_word_embeddings") is False:
             raise ValueError("it has no output matrix (lm_head), and its embeddings are not tied")
