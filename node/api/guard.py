@@ -105,6 +105,7 @@ def _preflight(method: str, headers: Headers) -> Response | None:
     if method != "OPTIONS" or not origin or not wanted or not _is_local(origin):
         return None
     allowed = {
+        "Access-Control-Allow-Origin": origin,
         "Access-Control-Allow-Methods": "GET, POST, OPTIONS",
         "Access-Control-Max-Age": str(_PREFLIGHT_AGE_S),
     }
