@@ -318,6 +318,8 @@ class Membership:
                         await ask_who_is_here(self._network, event.peer, partial(self._hear_of, event.peer))
                     except (NetworkError, RemoteProtocolError) as error:
                         _logger.debug("not told who is here", peer=event.peer, reason=str(error))
+                    if (told := self.directory.told_by(event.peer)) >= MAX_UNREACHED_PER_TELLER:
+                        _logger.warning("a peer told of more peers than one may", peer=event.peer, taken=told)
 
     # What we say
 
