@@ -474,8 +474,8 @@ def _check_conflicts(config: NodeConfig) -> None:
     except StartError as error:
         found.append(str(error))
     if len(found) > 1:
-        options = second_node(config, config.listen[0].split("/")[2])
-        raise StartError(f"{'; '.join(found)}; a second node on this machine takes {shlex.join(options)}")
+        options = shlex.join(second_node(config))
+        raise StartError(f"{'; '.join(found)}; a second node on this machine takes {options}")
 
 
 @contextmanager

@@ -31,11 +31,10 @@ def is_loopback_address(multiaddr: str) -> bool:
 def join_here(config: NodeConfig, ready: NodeReady) -> list[str]:
     """Return the command with which another node of this machine joins, with a data directory and free ports."""
     address = max(ready.multiaddrs, key=is_loopback_address)
-    host = address.split("/")[2] if is_loopback_address(address) else "0.0.0.0"  # noqa: S104  # as the default does
     command = [_program(), "node", "--bootstrap", address]
     for model in config.serve or (DEMO_MODEL,):
         command += ["--serve", str(getattr(model, "model", model))]
-    command += second_node(config, host)
+    command += second_node(config)
     if config.cache_dir != default_cache_dir():
         command += ["--cache-dir", str(config.cache_dir)]
     if config.swarm_key_file is not None:
@@ -56,13 +55,13 @@ def join_elsewhere(config: NodeConfig, ready: NodeReady) -> list[str] | None:
     return command + _shared(config)
 
 
-def second_node(config: NodeConfig, host: str) -> list[str]:
+def second_node(config: NodeConfig) -> list[str]:
     """Return the options that a second node on this machine needs: a data directory and ports that are free."""
+    _, family, host, _, port = config.listen[0].split("/")
     taken = {int(address.split("/")[4]) for address in config.listen} | {config.api_port}
-    listen = _free_port(host, max(taken), taken)
+    listen = _free_port(host, int(port) or 4000, taken)
     api = _free_port(config.api_host, config.api_port or 8642, {*taken, listen})
     api_host = f"[{config.api_host}]" if ":" in config.api_host else config.api_host
-    family = "ip6" if ":" in host else "ip4"
     return [
         *("--listen", f"/{family}/{host}/tcp/{listen}"),
         *("--api", f"{api_host}:{api}"),
