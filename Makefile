@@ -33,8 +33,11 @@ $(NPM_STAMP): tests/interop/package.json tests/interop/package-lock.json
 demo: $(STAMP) ## Three local peers hold a third of a model each and answer a question.
 	$(BIN)/metaswarm demo
 
-test: $(STAMP) interop ## Everything that needs no GPU, half an hour on two cores.
+test: $(STAMP) interop ## Everything that needs no GPU.
 	$(BIN)/python -m pytest -m 'not soak'
+
+test-fast: $(STAMP) ## Unit and property tests but for the slow ones: for while you work.
+	$(BIN)/python -m pytest -q -m 'not slow and not soak' tests/unit tests/property
 
 # Where there is a GPU that torch can use. METASWARM_TEST_DEVICE names another: cuda:1, mps.
 gpu: export METASWARM_TEST_DEVICE ?= cuda

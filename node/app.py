@@ -153,7 +153,7 @@ class Node:
             identity=identity,
             records=records,
             capabilities=self._inventory.capabilities,
-            peers=lambda: [presence.peer for presence in self._membership.directory.presences()],
+            peers=lambda: [presence.peer for presence in self._membership.directory.reached()],
             jitter=jitter,
         )
         self._dissemination = Dissemination(
