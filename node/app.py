@@ -3,6 +3,7 @@
 import fcntl
 import os
 import random
+import shlex
 import signal
 import stat
 import time
@@ -37,6 +38,7 @@ from node.jobs.recorder import Recorder
 from node.jobs.scheduler import Batching
 from node.jobs.stage import Stages
 from node.jobs.trial import Trials
+from node.joining import conflicts, second_node
 from node.models.files import Progress, ignore_progress
 from node.models.library import Library
 from node.models.store import ModelStore
@@ -151,7 +153,7 @@ class Node:
             identity=identity,
             records=records,
             capabilities=self._inventory.capabilities,
-            peers=lambda: [presence.peer for presence in self._membership.directory.presences()],
+            peers=lambda: [presence.peer for presence in self._membership.directory.reached()],
             jitter=jitter,
         )
         self._dissemination = Dissemination(
@@ -213,6 +215,7 @@ class Node:
         )
         self._view = StatusView(
             agent=agent,
+            serve=[str(spec) for spec in config.serve],
             network=self._network,
             membership=self._membership,
             coordinator=self._coordinator,
@@ -225,6 +228,8 @@ class Node:
             consensus=self._consensus,
             chooser=self._chooser,
             learner=self._learner,
+            stage_peers=getattr(self._stages, "peer_statistics", dict),
+            job_peers=getattr(self._coordinator, "peer_records", dict),
         )
 
     @asynccontextmanager
@@ -257,6 +262,8 @@ class Node:
                 for task in tasks:
                     nursery.start_soon(outlasting_shortage, *task)
                 await nursery.start(self._serving.run)
+                if not config.serve:
+                    _logger.warning("this node serves no blocks: start it with --serve MODEL to serve some")
                 started.set()
                 yield NodeReady(
                     peer_id=self._network.peer_id,
@@ -367,6 +374,7 @@ async def run_node(
     `node.json` is in the data directory. Raises StartError where the node cannot start.
     """
     raise_open_file_limit()
+    _check_conflicts(config)
     try:
         with _own(config):
             async with trio.open_nursery() as nursery:
@@ -455,6 +463,19 @@ def _check_memory(config: NodeConfig, device: Device) -> None:
 
 def _mebibytes(count: int) -> str:
     return f"{count / 2**20:,.0f} MiB"
+
+
+def _check_conflicts(config: NodeConfig) -> None:
+    """Raise StartError where a second node was started like a first one: all that they cannot share, at once."""
+    found = conflicts(config)
+    try:
+        with _own(config):
+            pass
+    except StartError as error:
+        found.append(str(error))
+    if len(found) > 1:
+        options = shlex.join(second_node(config))
+        raise StartError(f"{'; '.join(found)}; a second node on this machine takes {options}")
 
 
 @contextmanager

@@ -100,6 +100,8 @@ class NodeConfig:
     """The model that guesses what the served one will say, where its first blocks are served here."""
     swarm_key: str | None = field(default=None, repr=False)
     """64 lower-case hexadecimal digits; None for an open swarm."""
+    swarm_key_file: Path | None = None
+    """Where that was read."""
     memory_bytes: int | None = None
     """What weights and KV caches may take together; None lets the node decide."""
     cache_limit_bytes: int | None = None
@@ -242,6 +244,7 @@ def load_config(
         serve=given.get("serve", _parse_serve) or (),
         draft=given.get("draft", _Given.text),
         swarm_key=given.get("swarm_key", _parse_swarm_key),
+        swarm_key_file=given.get("swarm_key", _parse_path),
         memory_bytes=given.get("memory", _parse_memory),
         cache_limit_bytes=given.get("cache_limit", _parse_memory),
         no_catalogue=given.get("no_catalogue", _parse_boolean) or False,

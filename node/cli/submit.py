@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 DEFAULT_MAX_TOKENS: Final = 256
 CONCURRENCY: Final = 8
 """Prompts of a --file that are under way at a time."""
-FULL: Final = "peers_full"
+WORTH_WAITING: Final = ("peers_full", "quality_being_measured")
 """The code of the error that is worth waiting for."""
 FULL_TIMEOUT_S: Final = 600.0
 """How long a prompt of a --file waits for peers that have no room, before its line says so."""
@@ -322,7 +322,10 @@ async def _run_many(client: "ApiClient", jobs: Sequence[Mapping[str, Any]], defa
 
 
 async def _complete_when_there_is_room(client: "ApiClient", body: dict[str, Any]) -> "Completion":
-    """Submit a job, again while the peers are full. Raises RefusedError for every other reason, and when time is up."""
+    """Submit a job, again while the peers are full or its method is being measured.
+
+    Raises RefusedError for every other reason, and when time is up.
+    """
     import trio
 
     from node.cli.client import RefusedError
@@ -332,7 +335,7 @@ async def _complete_when_there_is_room(client: "ApiClient", body: dict[str, Any]
         try:
             return await client.complete(body, _say_nothing)
         except RefusedError as error:
-            if error.code != FULL or error.retry_after_s is None or trio.current_time() > deadline_s:
+            if error.code not in WORTH_WAITING or error.retry_after_s is None or trio.current_time() > deadline_s:
                 raise
             pause_s = error.retry_after_s * random.uniform(*FULL_SPREAD)
         await trio.sleep(pause_s)

@@ -28,6 +28,7 @@ from node.jobs.choosing import (
 )
 from node.jobs.interface import (
     AUTO,
+    CLIENT_MISTAKES,
     Agreed,
     JobError,
     JobErrorCode,
@@ -93,12 +94,16 @@ class Models(Protocol):
 
 @dataclass(slots=True)
 class CoordinatorStatistics:
-    """Jobs of this node so far."""
+    """Jobs of this node so far. `running` are all of them; `rejected` were the client's mistake, not a failure."""
 
     running: int = 0
     done: int = 0
     failed: int = 0
     cancelled: int = 0
+    rejected: int = 0
+    trials_running: int = 0
+    trials_done: int = 0
+    trials_failed: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -177,7 +182,8 @@ class Coordinator:
         """
         if self.draining:
             raise JobError(JobErrorCode.LEAVING, "this node is about to leave; submit at another peer")
-        self._count(running=1)
+        is_trial = on_served is not None or request.background
+        self._count(running=1, trials_running=is_trial)
         outcome = "cancelled"
         job: Job | None = None
         try:
@@ -190,14 +196,17 @@ class Coordinator:
             outcome = "done" if job.route is None else "cancelled"
         except JobError as error:
             gives_way = request.background and error.code is JobErrorCode.FULL
-            outcome = "cancelled" if gives_way else "failed"
+            mistaken = error.code in CLIENT_MISTAKES
+            outcome = "cancelled" if gives_way else "rejected" if mistaken else "failed"
             raise
         finally:
             if job is not None:
                 self._recent.end_turn(job.turn)
                 job.set_aside()
                 await job.close_former()
-            self._count(running=-1, **{outcome: 1})
+            if is_trial:
+                outcome = "trials_done" if outcome == "done" else "trials_failed"
+            self._count(running=-1, trials_running=-is_trial, **{outcome: 1})
 
     async def consider(self, request: JobRequest, told: Mapping[str, Any]) -> Considered:
         """Ask what a job would be served with now: the stages vote, and nothing is computed.

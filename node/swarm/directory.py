@@ -214,6 +214,10 @@ class Directory:
         """Return the peers that said they leave and were heard since: they end the work that they have."""
         return tuple(self._departing.values())
 
+    def knows(self, peer: PeerId) -> bool:
+        """Return whether a peer was taken in and not forgotten since, or has said that it leaves."""
+        return peer in self._presences or peer in self._departed
+
     def get(self, peer: PeerId) -> Presence | None:
         """Return what is known of a live peer."""
         return self._presences.get(peer)

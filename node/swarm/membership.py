@@ -24,6 +24,7 @@ from node.swarm.dialling import Dialler
 from node.swarm.directory import LIFE_IN_INTERVALS, MAX_UNREACHED_PER_TELLER, Candidate, Directory, Statement
 from node.swarm.presence import PresenceServer, ask_who_is_here
 from node.swarm.records import RecordKinds
+from node.swarm.standing import TokenBucket
 from protocol.errors import LocalProtocolError, RemoteProtocolError, UntimelyError
 from protocol.identity import BlockRange, ModelId, PeerId
 from protocol.limits import MAX_ADDRESSES, MAX_HEARTBEAT_INTERVAL_MS
@@ -48,6 +49,10 @@ HEARTBEAT_INTERVAL_S = 2.5
 
 HEARTBEATS_PER_S = 4
 """Of all peers together. Everybody hears them all, at milliseconds of CPU each: in a large swarm each says less."""
+
+HEARSAY_PER_S = 2 * HEARTBEATS_PER_S
+HEARSAY_AT_ONCE = 128
+"""Peers that are taken in by gossip alone: an honest swarm brings no more, and who is left out is heard again."""
 
 HEARTBEAT_LIFETIME_S = 60
 """How long a heartbeat is valid at least by the wall clocks of others, which may differ from ours."""
@@ -117,6 +122,7 @@ class Membership:
         """
         self.directory = Directory(own_peer=network.peer_id, connected=network.connected_peers)
         self._dialler = Dialler(network, self.directory, jitter)
+        self._hearsay = TokenBucket(HEARSAY_PER_S, HEARSAY_AT_ONCE, trio.current_time())
         self._network = network
         self._identity = identity
         self._agent = agent
@@ -280,7 +286,7 @@ class Membership:
         if heartbeat.peer != source:
             return False
         self._hear(heartbeat, data)
-        return True
+        return heartbeat.peer == self._network.peer_id or self.directory.knows(heartbeat.peer)
 
     def _open(self, envelope: bytes) -> Heartbeat:
         heartbeat = unseal(Heartbeat, envelope, self._wall_clock())
@@ -294,9 +300,14 @@ class Membership:
         return True
 
     def _hear(self, heartbeat: Heartbeat, envelope: bytes, teller: PeerId | None = None) -> None:
-        now_s = trio.current_time()
-        if heartbeat.peer != self._network.peer_id and self.directory.hear(heartbeat, now_s, envelope, teller=teller):
-            self._network.add_addresses(heartbeat.peer, heartbeat.multiaddrs)
+        now_s, peer = trio.current_time(), heartbeat.peer
+        if peer == self._network.peer_id:
+            return
+        is_hearsay = teller is None and peer not in self._network.connected_peers() and not self.directory.knows(peer)
+        if is_hearsay and not self._hearsay.take(1, now_s):
+            return
+        if self.directory.hear(heartbeat, now_s, envelope, teller=teller):
+            self._network.add_addresses(peer, heartbeat.multiaddrs)
 
     def _hear_of(self, teller: PeerId, envelope: bytes) -> bool:
         """Take in a heartbeat that a neighbour has of somebody; return whether it may tell of more.
@@ -318,6 +329,8 @@ class Membership:
                         await ask_who_is_here(self._network, event.peer, partial(self._hear_of, event.peer))
                     except (NetworkError, RemoteProtocolError) as error:
                         _logger.debug("not told who is here", peer=event.peer, reason=str(error))
+                    if (told := self.directory.told_by(event.peer)) >= MAX_UNREACHED_PER_TELLER:
+                        _logger.warning("a peer told of more peers than one may", peer=event.peer, taken=told)
 
     # What we say
 

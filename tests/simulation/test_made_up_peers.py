@@ -8,12 +8,13 @@ from node.identity import Identity
 from node.network.interface import Stream
 from node.network.memory import LinkModel
 from node.swarm.directory import MAX_UNREACHED_PER_TELLER
+from node.swarm.membership import HEARSAY_AT_ONCE, HEARSAY_PER_S
 from protocol.identity import BlockRange, ModelId, PeerId
 from protocol.messages import Load
 from protocol.presence import PROTOCOL_ID, encode_present
 from protocol.records import HEARTBEAT_TOPIC, Heartbeat, ServedSpan, seal
 from tests.simulation import virtual_time
-from tests.simulation.swarm import EPOCH_S, SimulatedPeer, Swarm
+from tests.simulation.swarm import EPOCH_S, SimulatedPeer, Swarm, signatures_verified_once
 
 MADE_UP = 600
 MODEL = ModelId("ab" * 32)
@@ -37,12 +38,12 @@ def count_dials(peer: SimulatedPeer) -> list[PeerId]:
     dialled: list[PeerId] = []
     ping = peer.network.ping
 
-    async def counted(other: PeerId) -> float:
-        if other not in peer.network.connected_peers():
-            dialled.append(other)
-        return await ping(other)
+    async def counted(peer_id: PeerId) -> float:
+        if peer_id not in peer.network.connected_peers():
+            dialled.append(peer_id)
+        return await ping(peer_id)
 
-    peer.network.ping = counted  # type: ignore[method-assign]
+    setattr(peer.network, "ping", counted)  # noqa: B010  # a method, for this one peer
     return dialled
 
 
@@ -94,6 +95,33 @@ def test_an_honest_peer_is_reached_soon_though_made_up_ones_crowd_the_directory(
                     await trio.sleep(0.1)
 
     virtual_time.run(program, seed=2)
+
+
+def test_made_up_peers_that_are_gossiped_are_taken_in_at_the_pace_of_an_honest_swarm_and_so_handed_on() -> None:
+    async def program() -> None:
+        swarm = Swarm(seed=4, link=LinkModel(latency_s=0.01))
+        async with swarm.running(3, bootstrap_count=1):
+            await trio.sleep(5)
+            rng, rounds = random.Random(9), 20
+            handed_on: list[bool] = []
+            for _ in range(rounds):
+                for number in range(100):
+                    identity = Identity(rng.randbytes(32))
+                    envelope = made_up_heartbeat(identity, f"/ip4/10.{number}.1.1/tcp/4001")
+                    for peer in swarm.peers:
+                        assert peer.membership is not None
+                        handed_on.append(peer.membership._validate_heartbeat(identity.peer_id, envelope))
+                await trio.sleep(1)
+            assert sum(handed_on) <= len(swarm.peers) * (HEARSAY_AT_ONCE + HEARSAY_PER_S * rounds)
+            for peer in swarm.peers:
+                assert peer.membership is not None
+                directory = peer.membership.directory
+                assert len(directory.unreached()) <= HEARSAY_AT_ONCE + HEARSAY_PER_S * rounds
+                assert not directory.models()
+                assert len(directory.reached()) == len(swarm.peers)
+
+    with signatures_verified_once():
+        virtual_time.run(program, seed=4)
 
 
 def test_a_heartbeat_that_says_it_is_valid_for_days_is_refused() -> None:

@@ -1,7 +1,9 @@
 """What a node sees to before it starts: who may read what it keeps, and whether the memory it is promised is there."""
 
 import os
+import socket
 import stat
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -78,3 +80,22 @@ def test_a_full_disk_is_one_line_when_node_json_is_written(tmp_path: Path, monke
     with pytest.raises(StartError, match=r"cannot write .*node\.json: No space left"):
         ready.write(tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+def test_what_a_second_node_cannot_share_is_told_at_once_with_what_it_takes(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listen, socket.create_server(("127.0.0.1", 0)) as api:
+        port, api_port = listen.getsockname()[1], api.getsockname()[1]
+        config = replace(
+            config_in(tmp_path), listen=(f"/ip4/127.0.0.1/tcp/{port}",), api_host="127.0.0.1", api_port=api_port
+        )
+        with app._own(config), pytest.raises(StartError) as caught:
+            app._check_conflicts(config)
+    said = str(caught.value)
+    for fact in (f"port {port} on", f"port {api_port} on", f"another node uses {config.data_dir}", "data-2"):
+        assert fact in said
+    assert "\n" not in said
+
+
+def test_one_conflict_is_left_to_what_finds_it(tmp_path: Path) -> None:
+    with app._own(config_in(tmp_path)):
+        app._check_conflicts(replace(config_in(tmp_path), listen=("/ip4/127.0.0.1/tcp/0",), api_port=0))

@@ -239,16 +239,18 @@ class TestFile:
         assert done == DOCUMENT
         assert output.err == "metaswarm: 1 of 2 jobs failed; their lines say why\n"
 
-    def test_a_job_waits_while_the_peers_are_full(
+    @pytest.mark.parametrize("code", [JobErrorCode.FULL, JobErrorCode.MEASURING])
+    def test_a_job_waits_while_the_peers_are_full_or_its_method_is_measured(
         self,
         tmp_path: Path,
         node: FakeNode,
         api: list[str],
         capsys: pytest.CaptureFixture[str],
         monkeypatch: pytest.MonkeyPatch,
+        code: JobErrorCode,
     ) -> None:
         monkeypatch.setattr("node.cli.submit.FULL_SPREAD", (0.0, 0.0))
-        node.submitter.refuse = JobError(JobErrorCode.FULL, "no room now", retry_after_s=2)
+        node.submitter.refuse = JobError(code, "not now", retry_after_s=2)
         node.submitter.refusals = 2
         assert run(["submit", *self.write(tmp_path, '{"prompt": "a"}'), *api]) == 0
         assert self.documents(capsys) == [DOCUMENT]

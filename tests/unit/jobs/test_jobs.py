@@ -232,6 +232,35 @@ async def test_a_measurement_makes_way_for_the_jobs_of_others(autojump_clock: Mo
         await all_free(swarm)
 
 
+async def test_failures_mistakes_of_clients_and_trials_are_counted_apart(autojump_clock: MockClock) -> None:
+    async with open_swarm() as swarm:
+        peer = await swarm_of_thirds(swarm)
+        counts = peer.coordinator.statistics()
+        await peer.run(JobRequest(model="fake", prompt=PROMPT, max_tokens=2))
+        for mistake in (
+            JobRequest(model="fake", prompt=""),
+            JobRequest(model="fake", prompt=PROMPT, max_tokens=0),
+            JobRequest(model="fake", prompt=PROMPT, method="engine=steam"),
+        ):
+            with pytest.raises(JobError):
+                await peer.run(mistake)
+        await peer.run(JobRequest(model="fake", prompt=PROMPT, max_tokens=2, background=True))
+        async with peer.coordinator.submit(
+            JobRequest(model="fake", prompt=PROMPT, max_tokens=2), lambda _: None
+        ) as run:
+            assert (counts.running, counts.trials_running) == (1, 1)
+            async for _ in run:
+                pass
+        for lost in swarm.peers[1:]:
+            swarm.hub.kill(lost.id)
+        with pytest.raises(JobError):
+            await peer.run(JobRequest(model="fake", prompt=PROMPT))
+        with pytest.raises(JobError):
+            await peer.run(JobRequest(model="fake", prompt=PROMPT, background=True))
+        assert (counts.done, counts.rejected, counts.failed, counts.cancelled) == (1, 3, 1, 0)
+        assert (counts.running, counts.trials_running, counts.trials_done, counts.trials_failed) == (0, 0, 2, 1)
+
+
 async def test_a_draining_peer_finishes_what_it_has_and_takes_nothing_new(autojump_clock: MockClock) -> None:
     async with open_swarm() as swarm:
         peer = await swarm_of_thirds(swarm)

@@ -511,3 +511,18 @@ async def test_nothing_comes_into_the_cache_of_a_model_that_nobody_here_asked_fo
         await library.manifest(model, use_catalogue=False)
         assert [package.model_id for package in ours.list()] == [model], "now somebody asked"
         nursery.cancel_scope.cancel()
+
+
+async def test_what_came_is_counted_as_it_comes_and_also_where_the_rest_never_does(tmp_path: Path) -> None:
+    theirs = ModelStore(tmp_path / "theirs")
+    package = import_model(str(write_checkpoint(tmp_path / "model")), theirs)
+
+    async def breaks_off(stream: Stream) -> None:
+        content = next(file for file in package.manifest.weight_files if file.size_bytes > 100)
+        await serve(stream, content=package.path_of(content).read_bytes(), size=content.size_bytes, stop_after=64)
+
+    async with swarm(breaks_off) as (client, peers):
+        fetcher = ModelFetcher(client, ModelStore(tmp_path / "ours"), nobody)
+        with pytest.raises(ModelError):
+            await fetcher.fetch_files(package.manifest, BlockRange(0, 3), peers)
+        assert fetcher.bytes_by_peer[peers[0]] >= 64
