@@ -238,7 +238,7 @@ async def choose_model(client: "ApiClient", wanted: str | None, timeout_s: float
         complete = [model["name"] or model["model"] for model in models if model["complete"]]
         if wanted is None and len(complete) == 1:
             return complete[0]
-        if wanted is not None and any(model["complete"] and _is_called(model, wanted) for model in models):
+        if wanted is not None and any(_is_usable(model) and _is_called(model, wanted) for model in models):
             return wanted
         if trio.current_time() >= deadline_s:
             break
@@ -247,8 +247,18 @@ async def choose_model(client: "ApiClient", wanted: str | None, timeout_s: float
         return wanted  # the node knows better what is wrong with it
     if complete:
         raise CommandError(f"several models are complete; choose one with --model: {', '.join(complete)}")
+    unnamed = [model["model"][:12] for model in models if _is_usable(model)]
+    if unnamed:
+        raise CommandError(
+            f"no model of this swarm is known here; name the one you trust with --model: {', '.join(unnamed)}"
+        )
     partly = "; incomplete: " + ", ".join(model["name"] or model["model"] for model in models) if models else ""
     raise CommandError(f"no model is complete in this swarm: serve one with `metaswarm node --serve MODEL`{partly}")
+
+
+def _is_usable(model: "ModelStatus") -> bool:
+    """Whether a model is complete, as far as that is known: until the user names it, nothing of it is fetched."""
+    return model["complete"] or (not model["local"] and bool(model["block_count"]) and not model["uncovered"])
 
 
 def _is_called(model: "ModelStatus", text: str) -> bool:

@@ -50,7 +50,7 @@ from node.jobs.route import Drawn, Opening, OpenRoute, Rejection, RouteLost, Rou
 from node.jobs.switchboard import Switchboard
 from node.models.errors import ModelError
 from node.models.library import KnownModel
-from node.models.tokenizer import StopFinder, StreamDecoder
+from node.models.streaming import StopFinder, StreamDecoder
 from protocol.identity import BlockRange, JobId, ModelId, PeerId
 from protocol.messages import FinishReason, RefusalReason
 from selector.routing import Links, NoRouteError
@@ -74,9 +74,6 @@ PROBE_TIMEOUT_S = 1.0
 
 STALL_LIMIT_S = 120.0
 """A job that gets no token for this long gives its route up, though every stage still answers pings."""
-
-SHORT_PROMPT_CHARACTERS = 4096
-"""Longer prompts, and conversations, whose templates may do anything, are tokenised in a thread."""
 
 LEADER_PATIENCE_S = 30.0
 """How long a job waits at most for another to compute what both prompts begin with."""
@@ -260,10 +257,7 @@ class Coordinator:
         """Turn a request into a job: model, token ids and sampling, all within the model's limits."""
         began_s = trio.current_time()
         model = await self.model(request.model)
-        if request.messages is not None or len(request.prompt or "") > SHORT_PROMPT_CHARACTERS:
-            prompt = await trio.to_thread.run_sync(prompt_tokens, request, model)
-        else:
-            prompt = prompt_tokens(request, model)
+        prompt = await prompt_tokens(request, model)
         sampling = sampling_of(request, model, len(prompt))
         admitted = admitted_methods(request, model, self._ledger)
         job = Job(JobId(secrets.token_hex(16)), request, model, prompt, sampling, admitted, began_s)
@@ -417,14 +411,17 @@ class Coordinator:
             finish = drawn.finish_reason
             if finish is None and len(job.tokens) >= job.sampling.max_tokens:
                 finish = FinishReason.LENGTH  # the last stage should have said so
-            # A stop token is none of the text, and a stop string counts once there are min_tokens.
-            piece = "" if finish is FinishReason.STOP else decoder.feed(drawn.token)
-            if len(job.tokens) > job.request.min_tokens:
-                piece = finder.feed(piece)
-            if finder.found:
-                finish = FinishReason.STOP
-            elif finish:
-                piece += finder.feed(decoder.finish()) + finder.finish()
+            try:
+                # A stop token is none of the text, and a stop string counts once there are min_tokens.
+                piece = "" if finish is FinishReason.STOP else await decoder.feed(drawn.token)
+                if len(job.tokens) > job.request.min_tokens:
+                    piece = finder.feed(piece)
+                if finder.found:
+                    finish = FinishReason.STOP
+                elif finish:
+                    piece += finder.feed(await decoder.finish()) + finder.finish()
+            except ModelError as error:
+                raise JobError(JobErrorCode.FAILED, str(error)) from None
             text.append(piece)
             yield TextDelta(text=piece, token_ids=(drawn.token,))
         ended_s = trio.current_time()

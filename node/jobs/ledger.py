@@ -118,7 +118,7 @@ class QualityLedger:
             raise QualityError(f"{lacking_bytes} bytes of the model are not here: import it to have it measured")
         whole = BlockRange(0, model.block_count)
         package = await self._weights.weights(model.manifest, whole, use_catalogue=False)
-        text = await trio.to_thread.run_sync(model.tokenizer.encode, sample_text())
+        text = await model.tokenizer.encode(sample_text())
         length = min(WINDOW_TOKENS, model.max_positions)
         windows = [text[start : start + length] for start in range(0, min(len(text), WINDOWS * length) - 1, length)]
         asked = json.dumps({"windows": [window for window in windows if len(window) > 1], "lineages": LINEAGES})

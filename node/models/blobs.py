@@ -150,12 +150,6 @@ class ModelFetcher:
         self._total.add(fetched)
         return await trio.to_thread.run_sync(self._store.add_manifest, parse_manifest(data))
 
-    async def look_at_manifest(self, model: ModelId, peers: Sequence[PeerId]) -> Manifest:
-        """Return the manifest that a peer has, without keeping it. Raises FetchError when no peer has it."""
-        data, fetched = await fetch_manifest_bytes(self._network, peers, model)
-        self._total.add(fetched)
-        return parse_manifest(data)
-
     async def fetch_tokenizer(
         self, manifest: Manifest, peers: Sequence[PeerId], progress: Progress = ignore_progress
     ) -> Fetched:

@@ -281,8 +281,8 @@ def _write_tokenizer(folder: Path, target: Path) -> tuple[FileEntry, ...]:
         contents[CHAT_TEMPLATE_FILE] = template.encode()
     entries = []
     for name, data in sorted(contents.items()):
-        if len(data) > MAX_TOKENIZER_BYTES:
-            raise ModelError(f"{folder / name} is larger than {MAX_TOKENIZER_BYTES >> 20} MiB")
+        if len(data) > MAX_TOKENIZER_BYTES[name]:
+            raise ModelError(f"{folder / name} is larger than {MAX_TOKENIZER_BYTES[name] >> 20} MiB")
         write_atomically(target / name, data)
         entries.append(FileEntry(name, len(data), hashlib.sha256(data).hexdigest()))
     return tuple(entries)

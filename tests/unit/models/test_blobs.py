@@ -14,14 +14,13 @@ from node.models.blobs import BlobServer, ModelFetcher
 from node.models.errors import ModelError
 from node.models.fetching import FetchError, fetch_blob
 from node.models.importer import import_model
-from node.models.library import Library
 from node.models.providing import ANNOUNCED_AGAIN_S, keep_providing
 from node.models.store import ModelStore, Package
 from node.network.interface import Network, Stream, StreamClosed
 from node.network.memory import LinkModel, MemoryNetworkHub
 from protocol.blobs import PROTOCOL_ID, BlobBusy, BlobFound, BlobInitiator, BlobMissing, BlobRequest, BlobResponder
 from protocol.framing import FrameType, encode_chunks, encode_frame
-from protocol.identity import BlockRange, ModelId, PeerId, peer_id_from_public_key
+from protocol.identity import BlockRange, PeerId, peer_id_from_public_key
 from tests.unit.models.checkpoints import write_checkpoint
 
 Handler = Callable[[Stream], Awaitable[None]]
@@ -475,54 +474,3 @@ async def test_garbage_costs_its_sender_the_stream_and_the_server_nothing(
             await stream.receive_some()
         good = BlobRequest(sha256=package.model_id, offset=0, length=10)
         assert (await ask(client, peers[0], good))[0] == BlobFound(size=len(package.manifest.data), length=10)
-
-
-class ServedModels:
-    """Knows which models a peer says it serves."""
-
-    def __init__(self, models: tuple[ModelId, ...], peers: tuple[PeerId, ...]) -> None:
-        self._models = models
-        self._peers = peers
-
-    def served_models(self) -> tuple[ModelId, ...]:
-        return self._models
-
-    async def providers(self, model: ModelId) -> tuple[PeerId, ...]:
-        return self._peers
-
-    async def holders(self, sha256: str) -> tuple[PeerId, ...]:
-        return ()
-
-
-async def test_nothing_comes_into_the_cache_of_a_model_that_nobody_here_asked_for(
-    tmp_path: Path, autojump_clock: MockClock
-) -> None:
-    theirs, ours = ModelStore(tmp_path / "theirs"), ModelStore(tmp_path / "ours")
-    model = import_model(str(write_checkpoint(tmp_path / "model")), theirs).model_id
-    async with swarm(BlobServer(theirs).handle) as (client, peers), trio.open_nursery() as nursery:
-        library = Library(ours, client, ServedModels((model,), tuple(peers)))
-        nursery.start_soon(library.run)
-        with trio.fail_after(60):
-            while (manifest := library.local_manifest(model)) is None:
-                await trio.sleep(0.5)
-        assert manifest.model_id == model, "it can be shown"
-        assert not ours.list()
-        assert not [path for path in (tmp_path / "ours").rglob("*") if path.is_file()]
-        await library.manifest(model, use_catalogue=False)
-        assert [package.model_id for package in ours.list()] == [model], "now somebody asked"
-        nursery.cancel_scope.cancel()
-
-
-async def test_what_came_is_counted_as_it_comes_and_also_where_the_rest_never_does(tmp_path: Path) -> None:
-    theirs = ModelStore(tmp_path / "theirs")
-    package = import_model(str(write_checkpoint(tmp_path / "model")), theirs)
-
-    async def breaks_off(stream: Stream) -> None:
-        content = next(file for file in package.manifest.weight_files if file.size_bytes > 100)
-        await serve(stream, content=package.path_of(content).read_bytes(), size=content.size_bytes, stop_after=64)
-
-    async with swarm(breaks_off) as (client, peers):
-        fetcher = ModelFetcher(client, ModelStore(tmp_path / "ours"), nobody)
-        with pytest.raises(ModelError):
-            await fetcher.fetch_files(package.manifest, BlockRange(0, 3), peers)
-        assert fetcher.bytes_by_peer[peers[0]] >= 64
