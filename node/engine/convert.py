@@ -23,9 +23,11 @@ from math import prod
 from pathlib import Path
 from typing import Any, TypeVar
 
+from node.engine.interface import EngineError
 from node.models.gguf_file import GgufError, GgufModel, read_gguf
 from node.models.gguf_metadata import Requirement, head_size, requirements, ropes
 from node.models.gguf_rope import ROPE_TENSORS, Rope
+from node.models.layout import TESTED
 from node.models.tensor_names import describe_tensors
 
 Item = TypeVar("Item")
@@ -105,6 +107,18 @@ def convert_gguf(source: Path, out_dir: Path) -> None:
     _report("write", 1, 1)
 
 
+def _try_out(config: dict[str, Any]) -> None:
+    """Raise ConversionError if the architecture cannot be served: better now than once everything is dequantised."""
+    if config.get("model_type") in TESTED:
+        return
+    from node.engine.architecture import try_out
+
+    try:
+        try_out(config)
+    except EngineError as error:
+        raise ConversionError(str(error)) from error
+
+
 def _join_parts(file: GgufModel) -> None:
     """Let transformers, which opens one file by its path, see all parts of a split as one; and count what it reads."""
     import gguf
@@ -135,6 +149,7 @@ def _load(file: GgufModel, needs: Sequence[Requirement], embeddings: Mapping[str
         config = _with_requirements(config, file, needs, embeddings)
         with init_empty_weights(include_buffers=False):
             empty = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        _try_out(config.to_dict())
         _check_rope(empty, file, embeddings)
         _check_tensors(empty, file)
         model, report = AutoModelForCausalLM.from_pretrained(

@@ -155,15 +155,17 @@ class DescribedModel:
 def describe(content: Mapping[str, Any], dtype: torch.dtype = torch.float32) -> DescribedModel:
     """Return the model that the content of a config.json describes; raise EngineError if it cannot be split."""
     config = config_from(content)
-    name = f"{architecture_name(config.model_type)} ({config.model_type})"
+    name = name_of(config)
     if config.is_encoder_decoder:
         raise EngineError(f"{name} is an encoder with a decoder, and only decoders are served here")
     try:
         windows = attention_windows(config)
-    except KeyError as kind:  # transformers itself has no cache for it by its config alone
-        raise EngineError(f"{name} uses {kind}, which cannot be split into spans here") from None
+    except EngineError:
+        raise
+    except Exception as error:  # for some, transformers itself knows no cache
+        raise EngineError(f"{name} cannot be served: there is no KV cache for it: {_one_line(error)}") from error
     model = _describe(config, dtype)
-    path = _find_blocks(model, config)
+    path = _find_blocks(model, config, name)
     base = model.get_submodule(path.partition(".")[0])
     if "past_key_values" not in accepted_options(base.forward):
         raise EngineError(f"{name} keeps no keys and values of past positions, so it cannot be split into spans here")
@@ -172,6 +174,11 @@ def describe(content: Mapping[str, Any], dtype: torch.dtype = torch.float32) -> 
     except EngineError as error:
         raise EngineError(f"{name}: {error}") from error
     return DescribedModel(config, model, base, path, windows, outer)
+
+
+def name_of(config: PreTrainedConfig) -> str:
+    """Return how people and how transformers write the name of an architecture."""
+    return f"{architecture_name(config.model_type)} ({config.model_type})"
 
 
 def config_from(content: Mapping[str, Any]) -> PreTrainedConfig:
@@ -194,7 +201,7 @@ def _describe(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
     """Return the whole model without memory for its weights; buffers, such as rotary frequencies, are computed."""
     model_class: object = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
     if not isinstance(model_class, type) or not issubclass(model_class, PreTrainedModel):
-        raise EngineError(f"{config.model_type} models cannot be served: transformers has no causal decoder for them")
+        raise EngineError(f"{name_of(config)} cannot be served: transformers has no causal decoder for it")
     try:
         with local_torch_dtype(dtype), init_empty_weights(include_buffers=False), _NoLargeTensors():
             return model_class(config)
@@ -224,18 +231,18 @@ class _NoLargeTensors(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-def _find_blocks(model: PreTrainedModel, config: PreTrainedConfig) -> str:
+def _find_blocks(model: PreTrainedModel, config: PreTrainedConfig, name: str) -> str:
     """Return the path of the decoder's list of blocks in the model."""
-    found = [
+    found: list[str] = [
         path
         for path, module in model.named_modules()
         if isinstance(module, nn.ModuleList)
         and path.count(".") > 0
         and path.rpartition(".")[2] in _BLOCK_LISTS
-        and len(module) == config.num_hidden_layers
+        and len(module) == getattr(config, "num_hidden_layers", None)
     ]
     if not found:
-        raise EngineError(f"{config.model_type} models cannot be served: they are no plain stack of decoder blocks")
+        raise EngineError(f"{name} cannot be served: it is no plain stack of decoder blocks")
     return found[0]
 
 

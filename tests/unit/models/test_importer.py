@@ -20,6 +20,7 @@ from node.models import importer, sources
 from node.models.catalogue import CATALOGUE, CatalogueEntry
 from node.models.errors import ModelError
 from node.models.importer import import_model
+from node.models.layout import OuterNames
 from node.models.safetensors_file import read_header
 from node.models.store import ModelStore
 from protocol.identity import ModelId
@@ -297,6 +298,37 @@ def test_a_hub_repository_is_downloaded_without_its_pickles(
     assert not any("pytorch_model" in name for name in hub.downloaded)
     assert reports[-1][0] == reports[-1][1] > 0
     assert store.resolve("tiny") == package.model_id
+
+
+def test_nothing_but_the_config_is_downloaded_of_an_architecture_that_cannot_be_split(
+    tmp_path: Path, store: ModelStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import huggingface_hub
+
+    config = {"model_type": "qwen3_next", "num_hidden_layers": 48, "num_attention_heads": 16}
+    hub = FakeHub(write_checkpoint(tmp_path / "model", config=config))
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", hub.snapshot_download)
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", hub.hf_hub_download)
+    with pytest.raises(ModelError, match="uses linear attention, which cannot be split into spans here") as error:
+        import_model("Somebody/Tiny", store)
+    assert "\n" not in str(error.value)
+    assert [name.rpartition("/")[2] for name in hub.downloaded] == ["config.json"]
+    assert store.list() == ()
+
+
+def test_modules_go_where_the_architecture_runs_them(
+    tmp_path: Path, store: ModelStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tensors = llama_tensors()
+    tensors["model.last.weight"] = tensors.pop("model.norm.weight")
+    tensors["project.weight"] = tensors.pop("lm_head.weight")
+    names = OuterNames(embed=frozenset({"embed_tokens"}), head=frozenset({"last", "project"}), output="project")
+    monkeypatch.setattr(sources, "try_architecture", lambda *_: names)
+    folder = write_checkpoint(tmp_path / "model", tensors, config={"model_type": "somewhat new"})
+    package = import_model(str(folder), store)
+    assert load_file(package.path / "head.safetensors").keys() == {"model.last.weight", "project.weight"}
+    assert load_file(package.path / "embed.safetensors").keys() == {"model.embed_tokens.weight"}
+    assert not package.manifest.tied
 
 
 def test_what_the_hub_refuses_is_one_clear_line(store: ModelStore, monkeypatch: pytest.MonkeyPatch) -> None:
