@@ -6,6 +6,7 @@ import secrets
 from node.jobs.interface import JobError, JobErrorCode, JobRequest
 from node.models.errors import ModelError
 from node.models.library import KnownModel
+from node.models.tokenizer import NoTokenizer
 from protocol.messages import Sampling
 
 DEFAULT_MAX_TOKENS = 512
@@ -20,6 +21,8 @@ def prompt_tokens(request: JobRequest, model: KnownModel) -> tuple[int, ...]:
     given = [form for form in (request.prompt, request.prompt_tokens, request.messages) if form is not None]
     if len(given) != 1:
         raise JobError(JobErrorCode.INVALID, "give exactly one of prompt, prompt tokens and messages")
+    if request.stop and isinstance(model.tokenizer, NoTokenizer):
+        raise JobError(JobErrorCode.INVALID, "the model has no tokenizer: its answer has no text that `stop` could end")
     try:
         if request.messages is not None:
             turns = [{"role": message.role, "content": message.content} for message in request.messages]

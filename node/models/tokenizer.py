@@ -107,8 +107,38 @@ class Tokenizer:
         return tuple(sorted({*eos_token_ids, *(token for token in found if token is not None)})[:MAX_STOP_TOKENS])
 
 
+class NoTokenizer(Tokenizer):
+    """Stands in for the tokenizer of a model that has none: it is given token ids and answers in token ids."""
+
+    def __init__(self, eos_token_ids: Sequence[int] = ()) -> None:
+        self.vocabulary_size = 0
+        self.is_byte_level = True
+        self.special_tokens = {}
+        self._pieces = {}
+        self.stop_tokens = tuple(sorted(eos_token_ids)[:MAX_STOP_TOKENS])
+        self._chat_template = None
+
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        """Raise ModelError."""
+        raise ModelError("the model has no tokenizer: give it token ids (the API takes a list of them as prompt)")
+
+    def render_chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
+        """Raise ModelError."""
+        return self.encode("")
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        """Return no text."""
+        return ""
+
+    def text_of(self, token: int) -> str | None:
+        """Return no text."""
+        return None
+
+
 def load_tokenizer(package: Package) -> Tokenizer:
-    """Return the tokenizer of a package, which must have its tokenizer files. Raises ModelError."""
+    """Return the tokenizer of a package, which must have its tokenizer files if it has any. Raises ModelError."""
+    if not package.manifest.tokenizer_files:
+        return NoTokenizer(package.manifest.eos_token_ids)
     contents: dict[str, str] = {}
     for file in package.manifest.tokenizer_files:
         try:
@@ -116,7 +146,7 @@ def load_tokenizer(package: Package) -> Tokenizer:
         except (OSError, ValueError) as error:
             raise ModelError(f"model {package.model_id[:12]}: {file.name} cannot be read: {error}") from None
     if TOKENIZER_FILE not in contents:
-        raise ModelError(f"model {package.model_id[:12]} has no tokenizer: it can only be given token ids")
+        raise ModelError(f"model {package.model_id[:12]}: its tokenizer has no {TOKENIZER_FILE}")
     try:
         config: Json = json.loads(contents.get(TOKENIZER_CONFIG_FILE, "{}"))
         return Tokenizer(
