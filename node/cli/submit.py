@@ -158,7 +158,9 @@ def make_body(job: Mapping[str, Any], default_model: str) -> dict[str, Any]:
     body["model"] = job["model"] or default_model
     body["stop"] = list(job["stop"]) if isinstance(job["stop"], tuple) else job["stop"]
     body["metaswarm"] = {name: job[name] for name in ("objective", "budget", "quality", "method", "ignore_eos")}
-    if job["chat"] and is_text:
+    if job["chat"] and not is_text:
+        raise click.UsageError("a prompt of token ids is not a turn in a chat: leave out chat")
+    if job["chat"]:
         return body | {"messages": [{"role": "user", "content": prompt}]}
     return body | {"prompt": prompt}
 

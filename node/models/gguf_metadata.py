@@ -358,11 +358,13 @@ def _token_requirements(model: GgufModel) -> list[Requirement]:
     ends = [model.metadata.get(name) for name in _EOS_KEYS]
     if ends[0] is None and is_sentencepiece:
         ends[0] = _SENTENCEPIECE_EOS
-    if not all(token is None or type(token) is int for token in (bos, *ends)):
+    padding = model.metadata.get("tokenizer.ggml.padding_token_id")
+    if not all(token is None or type(token) is int for token in (bos, padding, *ends)):
         raise GgufError(f"{model.paths[0].name} is damaged: its special tokens are not token ids")
     eos = list(dict.fromkeys(token for token in ends if type(token) is int))
     return [
         Requirement("bos_token_id", bos if type(bos) is int else None, key),
+        Requirement("pad_token_id", padding if type(padding) is int else None, "tokenizer.ggml.padding_token_id"),
         Requirement("eos_token_id", eos if len(eos) > 1 else eos[0] if eos else None, _EOS_KEYS[0]),
     ]
 

@@ -8,7 +8,7 @@ import gguf
 import numpy as np
 
 VOCABULARY = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *(chr(code) for code in range(ord("!"), ord("~"))), "ab"]
-HIDDEN, HEADS, GROUPS, BLOCKS, INNER = 32, 4, 2, 2, 48
+HIDDEN, HEADS, GROUPS, BLOCKS, INNER = 32, 4, 2, 2, 64
 HEAD_SIZE = HIDDEN // HEADS
 
 Tensors = dict[str, np.ndarray]
@@ -75,6 +75,15 @@ def tensors(architecture: str = "llama", *, output: bool = True, seed: int = 0) 
         }
         if architecture == "qwen3moe":
             of_block |= {"attn_q_norm.weight": (HEAD_SIZE,), "attn_k_norm.weight": (HEAD_SIZE,)}
+        if architecture == "qwen2":
+            of_block |= {f"{name}.bias": (rows[name],) for name in ("attn_q", "attn_k", "attn_v")}
+        if architecture == "gemma3":
+            of_block |= {"attn_q_norm.weight": (HEAD_SIZE,), "attn_k_norm.weight": (HEAD_SIZE,)}
+            of_block |= {"post_attention_norm.weight": (HIDDEN,), "post_ffw_norm.weight": (HIDDEN,)}
+        if architecture == "phi3":
+            of_block = {name: shape for name, shape in of_block.items() if "norm" in name or "output" in name}
+            of_block["attn_qkv.weight"] = (HIDDEN + 2 * GROUPS * HEAD_SIZE, HIDDEN)
+            inner = {"ffn_up": (2 * INNER, HIDDEN), "ffn_down": (HIDDEN, INNER)}
         if architecture == "starcoder2":
             del inner["ffn_gate"]
             biased = {**rows, "attn_norm": HIDDEN, "ffn_norm": HIDDEN, "ffn_up": INNER, "ffn_down": HIDDEN}
@@ -91,14 +100,20 @@ def tensors(architecture: str = "llama", *, output: bool = True, seed: int = 0) 
     return {name: random.standard_normal(shape, dtype=np.float32) for name, shape in shapes.items()}
 
 
-def write_gguf(path: Path, keys: Mapping[str, Any] | None = None, weights: Tensors | None = None) -> Path:
-    """Write one file."""
+def write_gguf(
+    path: Path, keys: Mapping[str, Any] | None = None, weights: Tensors | None = None, *, quantised: str = " "
+) -> Path:
+    """Write one file, with matrices whose names contain `quantised` in 8 bits."""
     keys = dict(metadata() if keys is None else keys)
     writer = gguf.GGUFWriter(path, keys.pop("general.architecture"))
     for key, value in keys.items():
         _add(writer, key, value)
     for name, tensor in (tensors() if weights is None else weights).items():
-        writer.add_tensor(name, tensor)
+        if quantised in name and tensor.ndim == 2:
+            kind = gguf.GGMLQuantizationType.Q8_0
+            writer.add_tensor(name, gguf.quants.quantize(tensor, kind), raw_dtype=kind)
+        else:
+            writer.add_tensor(name, tensor)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

@@ -55,13 +55,15 @@ def test_a_part_of_another_split_is_refused(tmp_path: Path) -> None:
     more = {**tensors(), "output.bias": np.zeros(3, np.float32)}
     others = write_split(tmp_path / "other", weights=more)
     others[1].replace(parts[1])
-    with pytest.raises(GgufError, match="is not a part of the same split as .*: its split.tensors.count is 22, not 21"):
+    with pytest.raises(
+        GgufError, match=r"is not a part of the same split as .*: its split.tensors.count is 22, not 21"
+    ):
         read_gguf(parts[0])
     write_split(tmp_path / "one")[0].replace(parts[1])
     write_split(tmp_path / "one")[1].replace(parts[1])
     split = {"split.no": 0, "split.count": 2, "split.tensors.count": 21}
     write_gguf(parts[1], {"general.architecture": "llama", **split}, tensors())
-    with pytest.raises(GgufError, match="its split.no is 0, not 1"):
+    with pytest.raises(GgufError, match=r"its split.no is 0, not 1"):
         read_gguf(parts[0])
 
 
@@ -69,7 +71,7 @@ def test_a_tensor_in_two_parts_is_refused(tmp_path: Path) -> None:
     parts = write_split(tmp_path)
     split = {"split.no": 1, "split.count": 2, "split.tensors.count": 21}
     write_gguf(parts[1], {"general.architecture": "llama", **split}, tensors())
-    with pytest.raises(GgufError, match="tensor '.*' is in tiny-00001-of-00002.gguf and in tiny-00002-of-00002.gguf"):
+    with pytest.raises(GgufError, match=r"tensor '.*' is in tiny-00001-of-00002.gguf and in tiny-00002-of-00002.gguf"):
         read_gguf(parts[0])
 
 
@@ -156,5 +158,5 @@ def test_tensors_that_do_not_fit_the_file_are_refused(
 def test_a_key_that_is_there_twice_is_refused(tmp_path: Path) -> None:
     keys = key_value(b"general.architecture", b"llama") + key_value(b"general.architecture", b"qwen2")
     (tmp_path / "model.gguf").write_bytes(b"GGUF" + struct.pack("<IQQ", 3, 0, 2) + keys)
-    with pytest.raises(GgufError, match="has the key 'general.architecture' twice"):
+    with pytest.raises(GgufError, match=r"has the key 'general.architecture' twice"):
         read_gguf(tmp_path / "model.gguf")
