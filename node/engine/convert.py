@@ -133,18 +133,23 @@ def _load(file: GgufModel, needs: Sequence[Requirement], embeddings: Mapping[str
     folder, name = file.paths[0].parent, file.paths[0].name
     try:
         config = AutoConfig.from_pretrained(folder, gguf_file=name)
+        if file.architecture == "llama" and config.model_type != "llama":
+            # A file by the name of "mistral", which transformers would give a sliding window, and then not load.
+            named = {"model_type", "sliding_window"}
+            config = AutoConfig.for_model("llama", **{k: v for k, v in config.to_dict().items() if k not in named})
         config = _with_requirements(config, file, needs, embeddings)
         with init_empty_weights(include_buffers=False):
             empty = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
         _check_rope(empty, file, embeddings)
         _check_tensors(empty, file)
-        model, report = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder, gguf_file=name, config=config, dtype=torch.float32, output_loading_info=True
         )
     except ConversionError:
         raise
     except Exception as error:  # a damaged or unknown file makes gguf and transformers raise nearly anything
         raise ConversionError(f"{name} cannot be read: {_one_line(error)}") from error
+    model, report = loaded
     faults = [str(fault) for faults in report.values() for fault in faults]
     if faults:
         raise ConversionError(f"{name} does not fit its architecture: {_one_line(', '.join(sorted(faults)))}")
@@ -243,7 +248,8 @@ def _check_tensors(model: Any, file: GgufModel) -> None:
         get_gguf_hf_weights_map,
     )
 
-    processor = TENSOR_PROCESSORS.get(file.architecture, TensorProcessor)(config=model.config.to_dict())
+    make_processor: Any = TENSOR_PROCESSORS.get(file.architecture, TensorProcessor)
+    processor = make_processor(config=model.config.to_dict())
     sources: defaultdict[str, list[str]] = defaultdict(list)
     for source, target in get_gguf_hf_weights_map(model, processor).items():
         sources[target].append(source if source.endswith((".weight", ".bias")) else f"{source}.weight")
@@ -277,6 +283,7 @@ def _one_line(error: object) -> str:
 def check_checkpoint(description: Path) -> None:
     """Raise ConversionError unless a checkpoint's tensors are those that its config's architecture needs."""
     os.environ |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
+    import torch
     from safetensors.torch import _TYPES
 
     from node.engine.interface import EngineError
@@ -284,7 +291,8 @@ def check_checkpoint(description: Path) -> None:
 
     content = json.loads(description.read_bytes())
     try:
-        tensors = {name: (_TYPES[dtype], tuple(shape)) for name, (dtype, shape) in content["tensors"].items()}
+        types: dict[str, torch.dtype] = {name: dtype for name, dtype in _TYPES.items() if dtype is not None}
+        tensors = {name: (types[dtype], tuple(shape)) for name, (dtype, shape) in content["tensors"].items()}
         check_weights(content["config"], tensors)
     except KeyError as error:
         raise ConversionError(f"it has tensors of type {error}, which are not supported") from None

@@ -217,6 +217,7 @@ def _load(
         step for step in get_model_conversion_mapping(model) if isinstance(step, WeightConverter | WeightRenaming)
     ]
     settings = LoadStateDictConfig(dtype=dtype, weight_mapping=conversions, device_map={"": device})
+    report: LoadStateDictInfo
     report, _ = convert_and_load_state_dict_in_model(model, weights, settings, None)
     faults = [
         *report.error_msgs,

@@ -66,7 +66,7 @@ def read_gguf(path: Path) -> GgufModel:
     """Return the model that a file, and the other parts of its split, describe. Raises GgufError and OSError."""
     metadata, tensors = _read_header(path)
     count = _integer(metadata, "split.count", path)
-    paths = (path,)
+    paths: tuple[Path, ...] = (path,)
     if count > 1:
         paths = _parts_beside(path, _integer(metadata, "split.no", path) + 1, count)
         metadata, tensors = _join(paths)

@@ -160,7 +160,11 @@ def test_llama3_scaling_is_found_again_from_its_factors(
     tmp_path: Path, dimensions: int, base: float, factor: float, low: float, high: float, context: int
 ) -> None:
     factors = published_llama3(dimensions, base, factor, low, high, context)
-    own = {"rope__freq_base": base, "rope__dimension_count": dimensions, "attention__key_length": dimensions}
+    own: dict[str, Any] = {
+        "rope__freq_base": base,
+        "rope__dimension_count": dimensions,
+        "attention__key_length": dimensions,
+    }
     (rope,) = ropes(model(tmp_path, factors={"rope_freqs": factors}, **own)).values()
     said = rope.parameters
     assert said["rope_type"] == "llama3"
