@@ -158,7 +158,7 @@ BROKEN: dict[str, tuple[Any, str]] = {
     ),
     "a shard outside": (
         lambda f: (f / "model.safetensors.index.json").write_text('{"weight_map": {"a": "../x.safetensors"}}'),
-        "names '../x.safetensors', which is not a file in its folder",
+        "names '../x.safetensors', which is not a file of that folder",
     ),
     "a numbered shard missing": (
         lambda f: (f / "model.safetensors").rename(f / "model-00001-of-00002.safetensors"),
