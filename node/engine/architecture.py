@@ -30,7 +30,8 @@ from node.engine.interface import PAGE_POSITIONS, EngineError
 from node.engine.loading import config_from, describe, load_span, name_of
 from node.engine.shrink import shrink
 from node.models.errors import ModelError
-from node.models.importer import build_package
+from node.models.files import ignore_progress
+from node.models.importer import build_package, read_checkpoint
 from node.models.layout import OuterNames
 from node.models.store import Package
 from protocol.identity import BlockRange
@@ -130,7 +131,9 @@ def references_of(model: PreTrainedModel, prompts: Iterable[Sequence[int]] = PRO
 def package_of(model: PreTrainedModel, folder: Path, names: OuterNames) -> Package:
     """Save a model as a checkpoint, and import that."""
     model.save_pretrained(folder / "checkpoint")
-    return Package(build_package(folder / "checkpoint", folder / "package", names=names), folder / "package")
+    checkpoint = read_checkpoint(folder / "checkpoint", names)
+    manifest = build_package(folder / "checkpoint", checkpoint, folder / "package", ignore_progress)
+    return Package(manifest, folder / "package")
 
 
 class _DiffersError(Exception):

@@ -37,8 +37,12 @@ CHAT_TEMPLATE_FILE: Final = "chat_template.jinja"
 TOKENIZER_FILES: Final = (CHAT_TEMPLATE_FILE, TOKENIZER_FILE, TOKENIZER_CONFIG_FILE)
 """The files that a package may have for its tokenizer, in the manifest's order."""
 
-MAX_TOKENIZER_BYTES: Final = 256 << 20
-"""Size of one tokenizer file: it is read into memory whole."""
+MAX_TOKENIZER_BYTES: Final[Mapping[str, int]] = {
+    CHAT_TEMPLATE_FILE: 1 << 20,
+    TOKENIZER_FILE: 64 << 20,
+    TOKENIZER_CONFIG_FILE: 16 << 20,
+}
+"""Size of each tokenizer file: it is read into memory whole. The largest in use have a half of that."""
 
 _MAX_CONFIG_DEPTH = 8
 _MAX_CONFIG_INTEGER = 1 << 53
@@ -313,14 +317,15 @@ def _check_config_value(value: Json, depth: int) -> None:
         raise ValueError("config has an integer beyond 2^53")
 
 
-def _entry(value: Json, names: tuple[str, ...], max_bytes: int) -> FileEntry:
+def _entry(value: Json, names: tuple[str, ...], max_bytes: int | Mapping[str, int]) -> FileEntry:
     fields = _record(value, "file", {"name", "size", "sha256"})
     name, sha256 = fields["name"], fields["sha256"]
     if not isinstance(name, str) or name not in names:
         raise ValueError(f"file name {str(name)[:80]!r} where {' or '.join(names)} is expected")
     if not isinstance(sha256, str) or _SHA256.fullmatch(sha256) is None:
         raise ValueError(f"{name} has no sha256")
-    size = _integer(fields["size"], f"size of {name}", max_bytes)
+    limit = max_bytes if isinstance(max_bytes, int) else max_bytes[name]
+    size = _integer(fields["size"], f"size of {name}", limit)
     if size == 0:
         raise ValueError(f"{name} is empty")
     return FileEntry(name, size, sha256)
