@@ -91,10 +91,15 @@ VARIATIONS: Mapping[str, Mapping[str, Any]] = {
         "hidden_size": 8192,
     },
     "gpt2, scaled by block": {"scale_attn_by_inverse_layer_idx": True},
-    "opt, norms behind": {"do_layer_norm_before": False, "word_embed_proj_dim": 512, "hidden_size": 1024},
+    "opt, norms behind": {
+        "do_layer_norm_before": False,
+        "word_embed_proj_dim": 512,
+        "hidden_size": 1024,
+        "num_attention_heads": 16,
+    },
     "gemma4_text, no inputs per block": {"hidden_size_per_layer_input": 0},
     "gemma4_text, shared keys and values": {"hidden_size_per_layer_input": 0, "num_kv_shared_layers": 10},
-    "granitemoehybrid, attention only": {"layer_types": ["full_attention"] * 32},
+    "granitemoehybrid, attention only": {"layer_types": ["attention"] * 32},
     "lfm2, convolutions": {"layer_types": ["conv", "conv", "full_attention", "conv"] * 8},
 }
 

@@ -216,11 +216,20 @@ def config_from(content: Mapping[str, Any]) -> PreTrainedConfig:
     if model_type not in CONFIG_MAPPING:
         raise EngineError(f"transformers does not know the architecture {str(model_type)[:80]!r}")
     try:
-        config = CONFIG_MAPPING[model_type](**values).get_text_config(decoder=True)
+        config = CONFIG_MAPPING[model_type](**_with_infinities(values)).get_text_config(decoder=True)
     except Exception as error:  # each architecture checks its config in its own way; any complaint is about the config
         raise EngineError(f"the model's config makes no sense: {_one_line(error)}") from error
     assert isinstance(config, PreTrainedConfig)
     return config
+
+
+def _with_infinities(value: Any) -> Any:
+    """Decode numbers that JSON has not, as transformers writes them: {"__float__": "Infinity"}."""
+    if isinstance(value, dict):
+        if value.keys() == {"__float__"}:
+            return float(value["__float__"])
+        return {key: _with_infinities(part) for key, part in value.items()}
+    return [_with_infinities(part) for part in value] if isinstance(value, list) else value
 
 
 def _describe(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
@@ -344,10 +353,14 @@ def _cut(model: PreTrainedModel, path: str, outer: OuterModules, blocks: BlockRa
             if isinstance(absolute := getattr(module, number), int):
                 setattr(module, number, absolute - blocks.start)
     elsewhere = {part for part, here in (("embed", blocks.start == 0), ("head", blocks.end == block_count)) if not here}
+    absent: set[str] = set()
     for weight, tensor in list(model.named_parameters(remove_duplicate=False)):
         owner = weight.rpartition(".")[0]
+        if any(f"{owner}.".startswith(f"{above}.") for above in absent):
+            continue
         if outer.part_of(weight) in elsewhere and not path.startswith(f"{owner}."):
             model.set_submodule(owner, Absent())
+            absent.add(owner)
         elif tensor.is_meta:
             raise EngineError(f"the model's files lack {weight}")
 

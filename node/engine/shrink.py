@@ -67,6 +67,11 @@ class _Shrinking:
 
     def content(self) -> dict[str, Any]:
         content = {key: self._shrunk(str(key), value) for key, value in self._whole.items()}
+        if type(content.get("mamba_d_head")) is int and content.get(
+            "mamba_n_heads"
+        ):  # checked also without such blocks
+            inner = content.get("mamba_expand", 1) * self._new_hidden
+            content["mamba_d_head"] = max(1, inner // content["mamba_n_heads"])
         return {"model_type": self._config.model_type, **content}
 
     def _named(self, name: str) -> int:

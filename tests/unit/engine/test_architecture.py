@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import AutoConfig
 
-from node.engine.architecture import PROMPTS, package_of, references_of, tiny_model, try_out
+from node.engine.architecture import COUNT, PROMPTS, package_of, references_of, tiny_model, try_out
 from node.engine.client import source_from_package
 from node.engine.interface import EngineError, SliceInput
 from node.engine.loading import describe
@@ -123,15 +123,15 @@ def test_sessions_of_different_lengths_share_steps_under_longrope(tmp_path: Path
     described = describe(LONGROPE)
     model = tiny_model(shrink(described.config))
     package = package_of(model, tmp_path, described.names)
-    prompts = [list(range(7, 7 + length)) for length in (3, 11, ORIGINAL_POSITIONS - 8)]
+    prompts = [list(range(7, 7 + length)) for length in (3, 11, ORIGINAL_POSITIONS - COUNT)]
     references = references_of(model, prompts)
     engines = shards_of(package, 2)
     for number, prompt in enumerate(prompts):
         for engine in engines:
-            engine.open_now(session(number), len(prompt) + 8)
+            engine.open_now(session(number), len(prompt) + COUNT)
     texts = [list(prompt) for prompt in prompts]
     starts = [0] * len(texts)
-    for _ in range(8):
+    for _ in range(COUNT):
         rows = [tensor_from_tokens(text[start:]) for text, start in zip(texts, starts, strict=True)]
         for engine in engines:
             slices = [
@@ -142,7 +142,7 @@ def test_sessions_of_different_lengths_share_steps_under_longrope(tmp_path: Path
         for number, tensor in enumerate(rows):
             starts[number] = len(texts[number])
             texts[number] += tokens_from_tensor(tensor)
-    assert [text[-8:] for text in texts] == [list(reference.tokens) for reference in references]
+    assert [text[-COUNT:] for text in texts] == [list(reference.tokens) for reference in references]
 
 
 def test_context_ends_where_rotary_frequencies_would_change(tmp_path: Path) -> None:
@@ -198,5 +198,6 @@ def test_shrunk_config_keeps_what_decides_which_code_runs() -> None:
     experts = shrink(AutoConfig.for_model("deepseek_v3"))
     assert experts["first_k_dense_replace"] == 1 < experts["num_hidden_layers"]
     assert experts["n_group"] <= experts["n_routed_experts"] <= 8
+    describe(shrink(describe({"model_type": "granitemoehybrid", "layer_types": ["attention"] * 32}).config))
     grouped = shrink(AutoConfig.for_model("qwen2_moe", num_attention_heads=16, num_key_value_heads=4))
     assert grouped["num_attention_heads"] > grouped["num_key_value_heads"] > 1
