@@ -333,18 +333,26 @@ class OutboundLink(_Link):
             raise LinkBroken(self.peer, f"session lost while it was opened: {answer}")
         return answer
 
-    def begin(self, message: Begin, history: Sequence[int] = ()) -> None:
+    def tell_history(self, session: SessionId, tokens: Sequence[int]) -> None:
+        """Tell the tokens so far of a session that we opened and that is about to begin, at once.
+
+        Raises LinkBroken where the link is gone, or the session is lost already.
+        """
+        self._raise_unless_open(session)
+        for start in range(0, len(tokens), MAX_HISTORY_TOKENS):
+            self._say(TokenHistory(session=session, tokens=tuple(tokens[start : start + MAX_HISTORY_TOKENS])))
+
+    def begin(self, message: Begin) -> None:
         """Begin a session that we opened, at once: before any rows that are sent from now on, over whichever link.
 
-        `history`: the tokens so far, where its draws depend on them. Raises LinkBroken where the link is gone, or the
-        session is lost already.
+        Raises LinkBroken where the link is gone, or the session is lost already.
         """
-        if self._connection.session_state(message.session) is not SessionState.OPEN:
-            raise LinkBroken(self.peer, self.broken or "the session was lost before it began")
-        for start in range(0, len(history), MAX_HISTORY_TOKENS):
-            tokens = tuple(history[start : start + MAX_HISTORY_TOKENS])
-            self._say(TokenHistory(session=message.session, tokens=tokens))
+        self._raise_unless_open(message.session)
         self._say(message)
+
+    def _raise_unless_open(self, session: SessionId) -> None:
+        if self._connection.session_state(session) is not SessionState.OPEN:
+            raise LinkBroken(self.peer, self.broken or "the session was lost before it began")
 
     async def close(self, session: SessionId) -> Closed:
         """Close a session that we opened and return what it cost; nothing is raised for a link that is gone."""

@@ -195,6 +195,8 @@ class OpenRoute:
             for stage, link in sorted(self._links.items()):
                 session = SessionId(self._job, stage)
                 start = self.starts[stage]
+                if stage == last and self.opening.sampling.needs_history:
+                    link.tell_history(session, tokens)
                 link.begin(
                     Begin(
                         session=session,
@@ -204,7 +206,6 @@ class OpenRoute:
                         onward=onward[stage],
                         statement=statement,
                     ),
-                    history=tokens if stage == last and self.opening.sampling.needs_history else (),
                 )
         except LinkBroken as broken:
             raise RouteLost(SessionLost(broken.peer, broken.peer, FailureReason.DOWNSTREAM, str(broken))) from None

@@ -148,6 +148,10 @@ async def test_guesses_and_going_back_leave_no_penalty_behind(
             await step(engines, session(1), len(PROMPT) + at - 1, rows, len(rows), drafts=drafts)
         )
         assert drawn == plain[: at + 3]
+    for start_at in (6, 3):
+        text = [*PROMPT, *plain[:start_at]]
+        again = await step(engines, session(1), len(text) - 1, text[-1:], 1)
+        assert tokens_from_tensor(again) == [plain[start_at]], "what was drawn behind it counts no more"
     # Another coordinator's route goes on from the middle, and is told the tokens so far anew.
     for start_at in (4, 2):
         text = [*PROMPT, *plain[:start_at]]
