@@ -29,6 +29,8 @@ _EXIT_LIMIT_S: Final = 5.0
 _STDERR_LIMIT_S: Final = 0.5
 """How long the rest of a dead child's stderr is waited for: its own children may hold the pipe open."""
 _STDERR: Final = 2
+_ADVICE: Final = "note: run with `RUST_BACKTRACE"
+"""The last line of every program in Rust that dies, which says nothing."""
 
 # They make an interpreter stay after its work, run files that nobody asked for, or write pages to stderr.
 _UNWANTED: Final = ("PYTHONINSPECT", "PYTHONPROFILEIMPORTTIME", "PYTHONSTARTUP", "PYTHONVERBOSE")
@@ -306,4 +308,4 @@ def _ended(what: str, code: int | None, stderr: bytes) -> ChildError:
 
 def _last_line(data: bytes) -> str:
     lines = [line.strip() for line in data.decode(errors="replace").splitlines()]
-    return next((line for line in reversed(lines) if line), "")[:MAX_LINE_CHARACTERS]
+    return next((line for line in reversed(lines) if line and not line.startswith(_ADVICE)), "")[:MAX_LINE_CHARACTERS]
