@@ -4,8 +4,10 @@ Both directions keep the same rules: what `encode_*` returns has passed through 
 we never say what we would not accept.
 """
 
-from collections.abc import Callable, Mapping
+import struct
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, Final, Generic, TypeVar
 
 from protocol.canonical import Value, decode, encode
@@ -35,9 +37,13 @@ from protocol.limits import (
     MAX_CONTROL_BYTES,
     MAX_DRAFTS,
     MAX_HARDWARE_BYTES,
+    MAX_HISTORY_TOKENS,
     MAX_INTEGER,
+    MAX_LOGIT_BIAS,
+    MAX_LOGIT_BIASES,
     MAX_NAME_BYTES,
     MAX_NUMBER,
+    MAX_PENALTY,
     MAX_POSITIONS,
     MAX_PREFIX_BYTES,
     MAX_SCORE,
@@ -59,6 +65,7 @@ from protocol.limits import (
     SIGNATURE_BYTES,
 )
 from protocol.messages import (
+    LATEST_MINOR,
     Ballot,
     Begin,
     Close,
@@ -73,6 +80,8 @@ from protocol.messages import (
     Opened,
     Ping,
     Pong,
+    Progress,
+    ProgressRequest,
     RefusalReason,
     Refused,
     Reroute,
@@ -80,10 +89,27 @@ from protocol.messages import (
     SessionStatistics,
     Slice,
     Step,
+    TokenHistory,
 )
 from protocol.tensors import DType, Tensor
 
-ControlMessage = Hello | Open | Opened | Refused | Begin | Credit | Reroute | Failed | Close | Closed | Ping | Pong
+ControlMessage = (
+    Hello
+    | Open
+    | Opened
+    | Refused
+    | TokenHistory
+    | Begin
+    | Credit
+    | ProgressRequest
+    | Progress
+    | Reroute
+    | Failed
+    | Close
+    | Closed
+    | Ping
+    | Pong
+)
 
 _Map = dict[str, Value]
 _M = TypeVar("_M", bound=ControlMessage)
@@ -129,9 +155,14 @@ class StepHeader:
         return Step(slices=self.slices, tensor=tensor)
 
 
-def encode_control(message: ControlMessage) -> bytes:
-    """Return the body of a control frame. Raises LocalProtocolError when a value breaks a limit."""
+def encode_control(message: ControlMessage, minor: int = LATEST_MINOR) -> bytes:
+    """Return the body of a control frame, in version 1.`minor`.
+
+    Raises LocalProtocolError when a value breaks a limit, or the version does not have it.
+    """
     codec = _BY_TYPE[type(message)]
+    if minor_of(message) > minor:
+        raise LocalProtocolError(f"{codec.type_name}: version 1.{minor} of the job protocol cannot express this")
     try:
         fields: _Map = codec.to_map(message)
         _from_fields(codec, fields)
@@ -140,8 +171,11 @@ def encode_control(message: ControlMessage) -> bytes:
         raise LocalProtocolError(str(error)) from None
 
 
-def decode_control(body: bytes | memoryview) -> ControlMessage:
-    """Return the message in the body of a control frame. Raises RemoteProtocolError for anything unknown or illegal."""
+def decode_control(body: bytes | memoryview, minor: int = LATEST_MINOR) -> ControlMessage:
+    """Return the message in the body of a control frame, in version 1.`minor`.
+
+    Raises RemoteProtocolError for anything that is illegal, or unknown in this version.
+    """
     value = decode(body, max_bytes=MAX_CONTROL_BYTES)
     type_name = value.get("type") if isinstance(value, dict) else None
     codec = _BY_NAME.get(type_name) if isinstance(type_name, str) else None
@@ -149,7 +183,18 @@ def decode_control(body: bytes | memoryview) -> ControlMessage:
         raise RemoteProtocolError("a control frame is no message of a known type")
     del value["type"]
     message: ControlMessage = _from_fields(codec, value)
+    if minor_of(message) > minor:
+        raise RemoteProtocolError(f"{codec.type_name}: unknown in version 1.{minor} of the job protocol")
     return message
+
+
+def minor_of(message: ControlMessage) -> int:
+    """Return the earliest version 1.x of the job protocol that has everything in a message."""
+    if isinstance(message, TokenHistory | ProgressRequest | Progress):
+        return 1
+    if isinstance(message, Open) and message.sampling is not None and _sampling_extras(message.sampling):
+        return 1
+    return 0
 
 
 def encode_step_header(step: Step) -> bytes:
@@ -342,23 +387,90 @@ def _sampling_to_map(sampling: Sampling) -> _Map:
         "seed": sampling.seed,
         "max_tokens": sampling.max_tokens,
         "stop_tokens": list(sampling.stop_tokens),
+        **_sampling_extras(sampling),
     }
+
+
+def _sampling_extras(sampling: Sampling) -> _Map:
+    """Return the fields that version 1.0 does not have, where they change anything."""
+    extras: _Map = {
+        "top_k": sampling.top_k,
+        "min_p": float(sampling.min_p),
+        "repetition_penalty": float(sampling.repetition_penalty),
+        "frequency_penalty": float(sampling.frequency_penalty),
+        "presence_penalty": float(sampling.presence_penalty),
+        "logit_bias": [[token, float(bias)] for token, bias in sampling.logit_bias],
+        "min_length": sampling.min_length,
+        "prompt_length": sampling.prompt_length,
+    }
+    return {key: value for key, value in extras.items() if value != _NEUTRAL_SAMPLING[key]}
 
 
 def _sampling_from(value: object) -> Sampling:
     fields = Fields(value, "sampling")
     stop_tokens = fields.array("stop_tokens", MAX_STOP_TOKENS)
+    given = {key for key in _NEUTRAL_SAMPLING if key in fields}
+
+    def number_if_any(key: str, low: float, high: float, neutral: float) -> float:
+        return fields.number(key, low, high) if key in given else neutral
+
+    def integer_if_any(key: str, high: int) -> int:
+        return fields.integer(key, 1, high) if key in given else 0
+
     sampling = Sampling(
         temperature=fields.number("temperature", 0.0, MAX_TEMPERATURE),
         top_p=fields.number("top_p", 0.0, 1.0),
         seed=fields.integer("seed", 0, MAX_UINT64),
         max_tokens=fields.integer("max_tokens", 1, MAX_POSITIONS),
         stop_tokens=tuple(integer(token, 0, MAX_VOCABULARY - 1, "stop token") for token in stop_tokens),
+        top_k=integer_if_any("top_k", MAX_VOCABULARY),
+        min_p=number_if_any("min_p", 0.0, 1.0, 0.0),
+        repetition_penalty=number_if_any("repetition_penalty", 1 / MAX_PENALTY, MAX_PENALTY, 1.0),
+        frequency_penalty=number_if_any("frequency_penalty", -MAX_PENALTY, MAX_PENALTY, 0.0),
+        presence_penalty=number_if_any("presence_penalty", -MAX_PENALTY, MAX_PENALTY, 0.0),
+        logit_bias=_logit_bias_from(fields.array("logit_bias", MAX_LOGIT_BIASES)) if "logit_bias" in given else (),
+        min_length=integer_if_any("min_length", MAX_POSITIONS),
+        prompt_length=integer_if_any("prompt_length", MAX_POSITIONS),
     )
     fields.finish()
     if sampling.top_p == 0.0:
         raise RemoteProtocolError("sampling top_p is 0: nothing could be drawn")
+    if given != _sampling_extras(sampling).keys():  # so that one job has one form, and version 1.0 sees none of them
+        raise RemoteProtocolError("sampling: an optional field has the value that it has when it is absent")
     return sampling
+
+
+def _logit_bias_from(value: Sequence[object]) -> tuple[tuple[int, float], ...]:
+    pairs = tuple(
+        (
+            integer(token, 0, MAX_VOCABULARY - 1, "logit bias token"),
+            number(bias, -MAX_LOGIT_BIAS, MAX_LOGIT_BIAS, "logit bias"),
+        )
+        for token, bias in (tuple_of(pair, 2, "logit bias") for pair in value)
+    )
+    if any(first[0] >= second[0] for first, second in pairwise(pairs)):
+        raise RemoteProtocolError("logit bias: token ids are not ascending")
+    return pairs
+
+
+def _token_history_to_map(message: TokenHistory) -> _Map:
+    try:
+        tokens = struct.pack(f"<{len(message.tokens)}I", *message.tokens)
+    except struct.error:
+        raise LocalProtocolError("token history: a token id is no unsigned 32-bit integer") from None
+    return {"session": _session_to_array(message.session), "tokens": tokens}
+
+
+def _token_history_from(fields: Fields) -> TokenHistory:
+    raw_tokens = fields.take("tokens")
+    if type(raw_tokens) is not bytes or not raw_tokens or len(raw_tokens) % 4:
+        raise RemoteProtocolError("token history: expected token ids of 4 bytes each")
+    if len(raw_tokens) > 4 * MAX_HISTORY_TOKENS:
+        raise RemoteProtocolError(f"token history: more than {MAX_HISTORY_TOKENS} tokens")
+    tokens = struct.unpack(f"<{len(raw_tokens) // 4}I", raw_tokens)
+    if max(tokens) >= MAX_VOCABULARY:
+        raise RemoteProtocolError(f"a token id is not from 0 to {MAX_VOCABULARY - 1}")
+    return TokenHistory(session=fields.session(), tokens=tokens)
 
 
 def _opened_to_map(message: Opened) -> _Map:
@@ -480,6 +592,32 @@ def _reroute_from(fields: Fields) -> Reroute:
     return message
 
 
+def _progress_request_to_map(message: ProgressRequest) -> _Map:
+    return {"session": _session_to_array(message.session)}
+
+
+def _progress_request_from(fields: Fields) -> ProgressRequest:
+    return ProgressRequest(session=fields.session())
+
+
+def _progress_to_map(message: Progress) -> _Map:
+    return {
+        "session": _session_to_array(message.session),
+        "received": message.received,
+        "computed": message.computed,
+        "sent": message.sent,
+    }
+
+
+def _progress_from(fields: Fields) -> Progress:
+    return Progress(
+        session=fields.session(),
+        received=fields.integer("received", 0, MAX_POSITIONS),
+        computed=fields.integer("computed", 0, MAX_POSITIONS),
+        sent=fields.integer("sent", 0, MAX_POSITIONS),
+    )
+
+
 def _failed_from(fields: Fields) -> Failed:
     return Failed(
         session=fields.session(),
@@ -570,8 +708,11 @@ _CODECS: Final[tuple[_Codec[Any], ...]] = (
     _Codec("open", Open, _open_to_map, _open_from),
     _Codec("opened", Opened, _opened_to_map, _opened_from),
     _Codec("refused", Refused, _refused_to_map, _refused_from),
+    _Codec("token_history", TokenHistory, _token_history_to_map, _token_history_from),
     _Codec("begin", Begin, _begin_to_map, _begin_from),
     _Codec("credit", Credit, _credit_to_map, _credit_from),
+    _Codec("progress_request", ProgressRequest, _progress_request_to_map, _progress_request_from),
+    _Codec("progress", Progress, _progress_to_map, _progress_from),
     _Codec("reroute", Reroute, _complaint_to_map, _reroute_from),
     _Codec("failed", Failed, _complaint_to_map, _failed_from),
     _Codec("close", Close, _close_to_map, _close_from),
@@ -579,5 +720,17 @@ _CODECS: Final[tuple[_Codec[Any], ...]] = (
     _Codec("ping", Ping, _ping_to_map, _ping_from),
     _Codec("pong", Pong, _pong_to_map, _pong_from),
 )
+_NEUTRAL_SAMPLING: Final[Mapping[str, Value]] = {
+    "top_k": 0,
+    "min_p": 0.0,
+    "repetition_penalty": 1.0,
+    "frequency_penalty": 0.0,
+    "presence_penalty": 0.0,
+    "logit_bias": [],
+    "min_length": 0,
+    "prompt_length": 0,
+}
+"""The fields of a sampling that version 1.0 does not have, and the values at which they change nothing."""
+
 _BY_TYPE: Final = {codec.message_type: codec for codec in _CODECS}
 _BY_NAME: Final = {codec.type_name: codec for codec in _CODECS}

@@ -28,6 +28,7 @@ from protocol.framing import Frame, FrameReader, FrameType, encode_frame, encode
 from protocol.identity import SessionId
 from protocol.limits import MAX_PINGS, MAX_SESSIONS
 from protocol.messages import (
+    LATEST_MINOR,
     Begin,
     Close,
     Closed,
@@ -39,9 +40,12 @@ from protocol.messages import (
     Opened,
     Ping,
     Pong,
+    Progress,
+    ProgressRequest,
     Refused,
     Reroute,
     Step,
+    TokenHistory,
 )
 from protocol.states import (
     CONNECTION_TABLE,
@@ -54,11 +58,27 @@ from protocol.states import (
     Transition,
 )
 
-__all__ = ["PROTOCOL_ID", "ConnectionState", "Direction", "JobConnection", "Role", "SessionState"]
+__all__ = ["PROTOCOL_ID", "PROTOCOL_IDS", "ConnectionState", "Direction", "JobConnection", "Role", "SessionState"]
 
-PROTOCOL_ID: Final = "/metaswarm/job/1.0.0"
+PROTOCOL_IDS: Final = tuple(f"/metaswarm/job/1.{minor}.0" for minor in range(LATEST_MINOR, -1, -1))
+"""Every version of the job stream that is spoken here, the latest first."""
 
-_SessionMessage: TypeAlias = Open | Opened | Refused | Begin | Credit | Reroute | Failed | Close | Closed
+PROTOCOL_ID: Final = PROTOCOL_IDS[0]
+
+_SessionMessage: TypeAlias = (
+    Open
+    | Opened
+    | Refused
+    | TokenHistory
+    | Begin
+    | Credit
+    | ProgressRequest
+    | Progress
+    | Reroute
+    | Failed
+    | Close
+    | Closed
+)
 
 _ACCOUNTED: Final = frozenset({SessionState.BEGUN, SessionState.LENT})
 """States in which rows are counted against the window."""
@@ -80,10 +100,14 @@ class JobConnection:
     """One end of a job stream.
 
     `agent`: our software and version. `window_bytes`: the step payload of any one session that we hold unconsumed.
-    Raises LocalProtocolError when these break a limit.
+    `protocol`: the id that both ends agreed on, one of PROTOCOL_IDS. Raises LocalProtocolError when these break a
+    limit.
     """
 
-    def __init__(self, role: Role, *, agent: str, window_bytes: int) -> None:
+    def __init__(self, role: Role, *, agent: str, window_bytes: int, protocol: str = PROTOCOL_ID) -> None:
+        if protocol not in PROTOCOL_IDS:
+            raise LocalProtocolError(f"{protocol} is not a version of the job protocol")
+        self._minor = LATEST_MINOR - PROTOCOL_IDS.index(protocol)
         self._role = role
         self._hello = Hello(agent=agent, window_bytes=window_bytes)
         encode_control(self._hello)
@@ -98,6 +122,11 @@ class JobConnection:
     def role(self) -> Role:
         """Which end we are."""
         return self._role
+
+    @property
+    def minor(self) -> int:
+        """The version that is spoken: 1.`minor`."""
+        return self._minor
 
     @property
     def state(self) -> ConnectionState:
@@ -144,7 +173,7 @@ class JobConnection:
             header = encode_step_header(message)
             self._follow_step(StepHeader.of(message), Direction.SENT)
             return encode_step(header, message.tensor.data)
-        body = encode_control(message)
+        body = encode_control(message, self._minor)
         if not self._follow_control(message, Direction.SENT):
             return []
         return [encode_frame(FrameType.CONTROL, body)]
@@ -191,7 +220,7 @@ class JobConnection:
     def _receive_frame(self, frame: Frame) -> Message | None:
         """Return the message that is complete with this frame, if there is one to pass on."""
         if frame.type is FrameType.CONTROL:
-            message = decode_control(frame.body)
+            message = decode_control(frame.body, self._minor)
             return message if self._follow_control(message, Direction.RECEIVED) else None
         if frame.type is FrameType.STEP:
             if self._step is not None:

@@ -71,6 +71,18 @@ MAX_DRAFTS: Final = 16
 MAX_STOP_TOKENS: Final = 64
 """Token ids that end a job."""
 
+MAX_LOGIT_BIASES: Final = 300
+"""Tokens of one job whose logits are biased, as in the OpenAI API."""
+
+MAX_LOGIT_BIAS: Final = 100.0
+"""What is added to a token's logit, either sign, as in the OpenAI API."""
+
+MAX_PENALTY: Final = 100.0
+"""A sampling penalty: presence and frequency of either sign, repetition from its inverse on."""
+
+MAX_HISTORY_TOKENS: Final = 8192
+"""Token ids in one TokenHistory: 32 KiB, well within a control frame."""
+
 MAX_DEPTH: Final = 6
 """Nesting of maps and arrays in any msgpack value from a peer."""
 

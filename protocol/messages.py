@@ -8,9 +8,13 @@ Whoever opened the stream sends work, the other end answers with admission, cred
 import enum
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Final
 
 from protocol.identity import BlockRange, ModelId, PeerId, SessionId
 from protocol.tensors import Tensor
+
+LATEST_MINOR: Final = 1
+"""The latest version of the job protocol is 1.LATEST_MINOR; what it adds to 1.0 says so below."""
 
 
 class RefusalReason(enum.StrEnum):
@@ -72,13 +76,35 @@ class Hello:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sampling:
-    """How the last stage draws tokens; temperature 0 is greedy. Keyed by (seed, position): a replay draws the same."""
+    """How the last stage draws tokens; temperature 0 is greedy. Keyed by (seed, position): a replay draws the same.
+
+    All but the first five fields exist since version 1.1. The penalties are those of the OpenAI API (presence and
+    frequency, of the output) and of transformers (repetition, of prompt and output); `logit_bias` is pairs of a token
+    id and what is added to its logit. They need the tokens so far: see `TokenHistory`.
+    """
 
     temperature: float = 0.0
     top_p: float = 1.0
     seed: int = 0
     max_tokens: int
     stop_tokens: tuple[int, ...] = ()
+    top_k: int = 0
+    """Draw among so many likeliest tokens; 0 for all."""
+    min_p: float = 0.0
+    """Draw among tokens at least so probable in relation to the likeliest."""
+    repetition_penalty: float = 1.0
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    min_length: int = 0
+    """No stop token is drawn for a position below this one, prompt included: a replay needs no other value."""
+    prompt_length: int = 0
+    """How many of the first positions are the prompt's."""
+
+    @property
+    def needs_history(self) -> bool:
+        """Whether a draw depends on the tokens so far."""
+        return self.repetition_penalty != 1.0 or self.frequency_penalty != 0.0 or self.presence_penalty != 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -120,6 +146,18 @@ class Load:
     free_positions: int = 0
     step_s: float = 0.0
     """Median time of a decode step of late, seconds; 0 when unknown."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TokenHistory:
+    """The next tokens of a job so far, from the prompt's first on, for a last stage whose draws depend on them.
+
+    The coordinator sends as many of these as it takes before it begins the session: a last stage of a longer route
+    sees hidden states only. Since version 1.1.
+    """
+
+    session: SessionId
+    tokens: tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -221,6 +259,27 @@ class Credit:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ProgressRequest:
+    """The coordinator asks a stage how far it has come. Since version 1.1."""
+
+    session: SessionId
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Progress:
+    """How far a session has come on this stage, in answer to a ProgressRequest. Since version 1.1.
+
+    Each is the first position that is not yet so: `received`, `computed`, and `sent` on to the next stage, which of a
+    last stage are tokens sent to the coordinator. A replay makes them smaller.
+    """
+
+    session: SessionId
+    received: int
+    computed: int
+    sent: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Failed:
     """The session is lost on this stage, which holds nothing of it any more. `peer`: whom it blames, if not itself."""
 
@@ -293,4 +352,21 @@ class Pong:
     nonce: int
 
 
-Message = Hello | Open | Opened | Refused | Begin | Step | Credit | Reroute | Failed | Close | Closed | Ping | Pong
+Message = (
+    Hello
+    | Open
+    | Opened
+    | Refused
+    | TokenHistory
+    | Begin
+    | Step
+    | Credit
+    | ProgressRequest
+    | Progress
+    | Reroute
+    | Failed
+    | Close
+    | Closed
+    | Ping
+    | Pong
+)

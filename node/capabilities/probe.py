@@ -68,6 +68,12 @@ def available_memory(root: Path = ROOT) -> int:
     return max(0, min(memory.available, limit - used))
 
 
+def total_memory(root: Path = ROOT) -> int:
+    """Return the main memory, in bytes, that this process could ever take."""
+    total, limit = psutil.virtual_memory().total, _memory_limit(root)
+    return total if limit is None else min(total, limit)
+
+
 def fingerprint(facts: Capabilities, threads: int, root: Path = ROOT) -> str:
     """Return a text that changes whenever measurements made before may no longer hold."""
     seen = capabilities_to_map(facts)
@@ -145,9 +151,7 @@ def _processor_quota(root: Path) -> float | None:
 
 
 def _memory(root: Path) -> Memory:
-    total = psutil.virtual_memory().total
-    limit = _memory_limit(root)
-    total = total if limit is None else min(total, limit)
+    total = total_memory(root)
     return Memory(total_bytes=total, available_bytes=min(total, available_memory(root)))
 
 

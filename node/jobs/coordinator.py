@@ -28,6 +28,7 @@ from node.jobs.choosing import (
 )
 from node.jobs.interface import (
     AUTO,
+    CLIENT_MISTAKES,
     Agreed,
     JobError,
     JobErrorCode,
@@ -90,12 +91,16 @@ class Models(Protocol):
 
 @dataclass(slots=True)
 class CoordinatorStatistics:
-    """Jobs of this node so far."""
+    """Jobs of this node so far. `running` are all of them; `rejected` were the client's mistake, not a failure."""
 
     running: int = 0
     done: int = 0
     failed: int = 0
     cancelled: int = 0
+    rejected: int = 0
+    trials_running: int = 0
+    trials_done: int = 0
+    trials_failed: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -174,7 +179,8 @@ class Coordinator:
         """
         if self.draining:
             raise JobError(JobErrorCode.LEAVING, "this node is about to leave; submit at another peer")
-        self._count(running=1)
+        is_trial = on_served is not None or request.background
+        self._count(running=1, trials_running=is_trial)
         outcome = "cancelled"
         job: Job | None = None
         try:
@@ -187,14 +193,17 @@ class Coordinator:
             outcome = "done" if job.route is None else "cancelled"
         except JobError as error:
             gives_way = request.background and error.code is JobErrorCode.FULL
-            outcome = "cancelled" if gives_way else "failed"
+            mistaken = error.code in CLIENT_MISTAKES
+            outcome = "cancelled" if gives_way else "rejected" if mistaken else "failed"
             raise
         finally:
             if job is not None:
                 self._recent.end_turn(job.turn)
                 job.set_aside()
                 await job.close_former()
-            self._count(running=-1, **{outcome: 1})
+            if is_trial:
+                outcome = "trials_done" if outcome == "done" else "trials_failed"
+            self._count(running=-1, trials_running=-is_trial, **{outcome: 1})
 
     async def consider(self, request: JobRequest, told: Mapping[str, Any]) -> Considered:
         """Ask what a job would be served with now: the stages vote, and nothing is computed.
@@ -287,7 +296,8 @@ class Coordinator:
                 job.stops = stops
                 break
             job.set_aside()
-            if not is_patient and attempt + 1 >= MAX_ATTEMPTS:
+            # Peers of an older version are found out one by one, and cost the job no attempt.
+            if not is_patient and attempt + 1 - len(job.outdated) >= MAX_ATTEMPTS:
                 raise job.no_route(NoRouteError(()))
         job.accepted = True
         await job.close_former()
@@ -339,7 +349,6 @@ class Coordinator:
                 context=context,
                 admitted=_as_begun(begun) if begun else job.admitted,
                 is_free=job.request.method == AUTO and not begun,
-                may_explore=job.request.budget is None,
             )
         )
         if not begun:
@@ -360,6 +369,9 @@ class Coordinator:
     def _avoid(self, job: Job, rejection: Rejection) -> None:
         """Keep a job away from a peer; one that cannot be reached is taken for dead until it is heard again."""
         _logger.info("stage not available", job=job.id, peer=rejection.peer, reason=rejection.message)
+        if rejection.outdated:
+            job.outdated[rejection.peer] = rejection
+            return
         job.avoided[rejection.peer] = rejection
         if rejection.reason is None:
             self._planner.failed(rejection.peer, dead=True)
@@ -400,7 +412,10 @@ class Coordinator:
             if finish is None and len(job.tokens) >= job.sampling.max_tokens:
                 finish = FinishReason.LENGTH  # the last stage should have said so
             try:
-                piece = finder.feed(await decoder.feed(drawn.token))
+                # A stop token is none of the text, and a stop string counts once there are min_tokens.
+                piece = "" if finish is FinishReason.STOP else await decoder.feed(drawn.token)
+                if len(job.tokens) > job.request.min_tokens:
+                    piece = finder.feed(piece)
                 if finder.found:
                     finish = FinishReason.STOP
                 elif finish:

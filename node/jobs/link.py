@@ -7,7 +7,7 @@ is still there. What arrives is handed to plain functions that must not block.
 
 from abc import ABC, abstractmethod
 from collections import defaultdict, deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -18,6 +18,7 @@ from node.network.interface import NetworkError, Stream
 from protocol.connection import JobConnection
 from protocol.errors import LocalProtocolError, RemoteProtocolError
 from protocol.identity import PeerId, SessionId
+from protocol.limits import MAX_HISTORY_TOKENS
 from protocol.messages import (
     Begin,
     Close,
@@ -36,6 +37,7 @@ from protocol.messages import (
     SessionStatistics,
     Slice,
     Step,
+    TokenHistory,
 )
 from protocol.states import Role, SessionState
 from protocol.tensors import Tensor
@@ -123,6 +125,10 @@ class OpenHandler(Protocol):
         """Admit or refuse a session."""
         ...
 
+    def tell_history(self, message: TokenHistory, link: "InboundLink") -> None:
+        """Take tokens so far of a session that this link opened; see TokenHistory."""
+        ...
+
     async def begin(self, message: Begin, link: "InboundLink") -> None:
         """Begin a session that this link opened; one that cannot begin fails."""
         ...
@@ -151,7 +157,7 @@ class _Link(ABC):
         self.peer = stream.peer
         self.broken: str | None = None
         self._stream = stream
-        self._connection = JobConnection(role, agent=agent, window_bytes=WINDOW_BYTES)
+        self._connection = JobConnection(role, agent=agent, window_bytes=WINDOW_BYTES, protocol=stream.protocol)
         self._agent = agent
         self._outbox: deque[bytes | bytearray | memoryview] = deque()
         self._outbox_bytes = 0
@@ -163,6 +169,11 @@ class _Link(ABC):
         """Set, and replaced, whenever anything is heard."""
         self._said_bytes = 0
         """All that was ever given to the outbox."""
+
+    @property
+    def minor(self) -> int:
+        """The version of the job protocol that both ends speak: 1.`minor`."""
+        return self._connection.minor
 
     async def run(self) -> None:
         """Carry the link until it breaks or is cancelled. Raises nothing else: a link never ends the node."""
@@ -322,13 +333,17 @@ class OutboundLink(_Link):
             raise LinkBroken(self.peer, f"session lost while it was opened: {answer}")
         return answer
 
-    def begin(self, message: Begin) -> None:
+    def begin(self, message: Begin, history: Sequence[int] = ()) -> None:
         """Begin a session that we opened, at once: before any rows that are sent from now on, over whichever link.
 
-        Raises LinkBroken where the link is gone, or the session is lost already.
+        `history`: the tokens so far, where its draws depend on them. Raises LinkBroken where the link is gone, or the
+        session is lost already.
         """
         if self._connection.session_state(message.session) is not SessionState.OPEN:
             raise LinkBroken(self.peer, self.broken or "the session was lost before it began")
+        for start in range(0, len(history), MAX_HISTORY_TOKENS):
+            tokens = tuple(history[start : start + MAX_HISTORY_TOKENS])
+            self._say(TokenHistory(session=message.session, tokens=tokens))
         self._say(message)
 
     async def close(self, session: SessionId) -> Closed:
@@ -527,6 +542,8 @@ class InboundLink(_Link):
                 self._spread(message)
             case Open():
                 nursery.start_soon(self._open, message)
+            case TokenHistory():
+                self._stages.tell_history(message, self)
             case Begin():
                 nursery.start_soon(self._stages.begin, message, self)
             case Close():

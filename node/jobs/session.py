@@ -1,5 +1,6 @@
 """One job's session on one span of this node: what is known of it, and the rows that arrive for it."""
 
+from array import array
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -52,6 +53,11 @@ class StageSession:
         self.cut_off = False
         """Its outputs cannot be sent on; it waits until it is continued on another route."""
         self.sampling = message.sampling
+        self.needs_history = message.sampling is not None and message.sampling.needs_history
+        self.known = 0
+        """Where draws depend on the tokens so far: how many of them the engine knows, or is about to be told."""
+        self._history: array[int] | None = None
+        """Those that it is about to be told."""
         self.positions = message.positions
         self.drawn = 0
         self.steps = 0
@@ -92,10 +98,31 @@ class StageSession:
         if part.position + part.rows > self.positions:
             message = f"rows up to {part.position + part.rows} of {self.positions}"
             self.span.fail(self, FailureReason.ENGINE, message)
+        elif self.needs_history and part.draws and part.position + part.rows - part.draws + 1 > self.known:
+            message = f"draws depend on the tokens so far, of which {self.known} are known"
+            self.span.fail(self, FailureReason.ENGINE, message)
         elif self.method is None:
             self._early.append((part, tensor, link))
         else:
             self._queue(part, tensor, link)
+
+    def tell_history(self, tokens: Sequence[int]) -> str | None:
+        """Take the next of the tokens so far, from position 0 on; return what is wrong with them, if anything is."""
+        if not self.needs_history:
+            return "tokens so far were told, on which no draw depends"
+        if self.known + len(tokens) > self.positions:
+            return f"{self.known + len(tokens)} tokens so far were told of {self.positions} positions"
+        if max(tokens) >= self.info.vocabulary_size:
+            return f"a token so far is not below {self.info.vocabulary_size}"
+        self._history = self._history or array("i")
+        self._history.extend(tokens)
+        self.known += len(tokens)
+        return None
+
+    def take_history(self) -> Sequence[int] | None:
+        """Return the tokens so far that the engine has not been told."""
+        history, self._history = self._history, None
+        return history
 
     @property
     def kept_from(self) -> int:

@@ -10,7 +10,7 @@ import trio
 from node.jobs.link import InboundLink, LinkBroken, OpenHandler, OutboundLink, Receiver
 from node.network.interface import Network, NetworkError, Stream
 from node.network.loopback import loopback_pair
-from protocol.connection import PROTOCOL_ID
+from protocol.connection import PROTOCOL_ID, PROTOCOL_IDS
 from protocol.identity import PeerId, SessionId
 
 _logger = structlog.get_logger(__name__)
@@ -51,7 +51,8 @@ class Switchboard:
         self._links: dict[PeerId, OutboundLink] = {}
         self._dialling: defaultdict[PeerId, trio.Lock] = defaultdict(trio.Lock)
         self._nursery: trio.Nursery | None = None
-        network.set_stream_handler(PROTOCOL_ID, self._accept)
+        for protocol in PROTOCOL_IDS:
+            network.set_stream_handler(protocol, self._accept)
 
     @property
     def peer_id(self) -> PeerId:
@@ -112,7 +113,7 @@ class Switchboard:
 
     async def _open_stream(self, peer: PeerId) -> Stream:
         if peer != self._network.peer_id:
-            return await self._network.open_stream(peer, PROTOCOL_ID)
+            return await self._network.open_stream(peer, *PROTOCOL_IDS)
         near, far = loopback_pair(peer, PROTOCOL_ID)
         if self._nursery is None:
             raise NetworkError("this node is leaving")

@@ -18,7 +18,7 @@ from libp2p.peer.peerstore import PeerStoreError
 from multiaddr import Multiaddr
 
 from node.network.addresses import AddressBook, expand_wildcard, parse_address, parse_peer_address
-from node.network.admission import InboundLimits
+from node.network.admission import MAX_HANDSHAKES, InboundLimits
 from node.network.dht import Dht
 from node.network.fanout import Fanout
 from node.network.gossip import Gossip
@@ -59,7 +59,21 @@ class NetworkLimits:
     max_connections: int = 512
     inbound: InboundLimits = field(default=InboundLimits(total=384, per_origin=128, per_range=96))
     """Finished ones that others opened. The rest is for those whom we want to reach ourselves."""
+    handshakes: int = MAX_HANDSHAKES
+    """Unfinished ones that others opened."""
     streams: YamuxLimits = field(default_factory=YamuxLimits)
+
+    @classmethod
+    def within(cls, open_files: int) -> "NetworkLimits":
+        """Return limits with which connections take at most three eighths of the files that may be open."""
+        usual = cls()
+        connections = max(8, min(usual.max_connections, open_files // 4))
+        inbound = InboundLimits(
+            total=connections * 3 // 4, per_origin=max(2, connections // 4), per_range=max(2, connections * 3 // 16)
+        )
+        return cls(
+            max_connections=connections, inbound=inbound, handshakes=max(4, min(usual.handshakes, open_files // 8))
+        )
 
 
 class _Notifee(INotifee):
@@ -188,7 +202,7 @@ class Libp2pNetwork:
     async def _start(self, nursery: trio.Nursery, bound: dict[str, list[trio.SocketListener]]) -> None:
         addresses = [Multiaddr(text) for text in bound]
         key_pair = create_new_key_pair(self._seed)
-        tcp = Tcp(nursery, bound)
+        tcp = Tcp(nursery, bound, self._limits.handshakes)
         swarm = GuardedSwarm(
             ID.from_pubkey(key_pair.public_key),
             secure_upgrader(key_pair, self._limits.streams, self),
@@ -291,20 +305,21 @@ class Libp2pNetwork:
             raise NetworkError("the network is not running")
         return self._swarm
 
-    async def open_stream(self, peer: PeerId, protocol: str) -> Stream:
+    async def open_stream(self, peer: PeerId, *protocols: str) -> Stream:
         """Open a stream to a peer, dialling known addresses if need be. Raises NetworkError."""
-        return await self._open(peer, protocol)
+        return await self._open(peer, *protocols)
 
-    async def _open(self, peer: PeerId, protocol: str) -> Libp2pStream:
+    async def _open(self, peer: PeerId, *protocols: str) -> Libp2pStream:
         if peer == self._peer_id:
             raise NetworkError("a peer opens no streams to itself")
         await self._dial(peer)
         assert self._host is not None
         try:
             with trio.fail_after(self._limits.request_timeout_s):
-                return wrap(await self._host.new_stream(ID.from_base58(peer), [TProtocol(protocol)]))
+                return wrap(await self._host.new_stream(ID.from_base58(peer), [TProtocol(each) for each in protocols]))
         except Exception as error:
-            raise NetworkError(f"cannot open a stream of {protocol} to {peer}: {reason(error)}") from error
+            what = f"cannot open a stream of {' or '.join(protocols)} to {peer}"
+            raise NetworkError(f"{what}: {reason(error)}") from error
 
     async def disconnect(self, peer: PeerId) -> None:
         """Close every connection to the peer."""

@@ -123,8 +123,11 @@ class Network(Protocol):
         """Dial an address that ends in /p2p/<id>; return the id. Raises NetworkError with the reason."""
         ...
 
-    async def open_stream(self, peer: PeerId, protocol: str) -> Stream:
-        """Open a stream to a peer, dialling known addresses if need be. Raises NetworkError."""
+    async def open_stream(self, peer: PeerId, *protocols: str) -> Stream:
+        """Open a stream to a peer, dialling known addresses if need be. Raises NetworkError.
+
+        `protocols`: ids, preferred first; the stream speaks the first one that the peer serves, its `protocol`.
+        """
         ...
 
     async def disconnect(self, peer: PeerId) -> None:

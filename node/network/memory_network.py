@@ -241,21 +241,22 @@ class MemoryNetwork:
         """Serve inbound streams of the protocol."""
         self._handlers[protocol] = handler
 
-    async def open_stream(self, peer: PeerId, protocol: str) -> Stream:
+    async def open_stream(self, peer: PeerId, *protocols: str) -> Stream:
         """Open a stream to a peer, dialling known addresses if need be. Raises NetworkError."""
         if peer == self._peer_id:
             raise NetworkError("a peer opens no streams to itself")
         await self._dial(peer)
-        what = f"cannot open a stream of {protocol} to {peer}"
+        what = f"cannot open a stream of {' or '.join(protocols)} to {peer}"
         other = await self._round_trips(peer, 1, REQUEST_TIMEOUT_S, what)
         if peer not in self.connections:
             raise NetworkError(f"{what}: the connection broke")
-        ours, theirs = MemoryStream(self, peer, protocol), MemoryStream(other, self._peer_id, protocol)
-        ours.other, theirs.other = theirs, ours
-        if not other.accept(theirs):
-            raise NetworkError(f"{what}: it does not serve that")
-        self.connections[peer].streams[ours] = None
-        return ours
+        for protocol in protocols:
+            ours, theirs = MemoryStream(self, peer, protocol), MemoryStream(other, self._peer_id, protocol)
+            ours.other, theirs.other = theirs, ours
+            if other.accept(theirs):
+                self.connections[peer].streams[ours] = None
+                return ours
+        raise NetworkError(f"{what}: it does not serve that")
 
     def accept(self, stream: MemoryStream) -> bool:
         """Start serving a stream that a peer opened, if we serve its protocol."""

@@ -7,7 +7,9 @@ from protocol.codec import ControlMessage
 from protocol.identity import BlockRange, JobId, ModelId, PeerId, SessionId, peer_id_from_public_key
 from protocol.limits import (
     MAX_INTEGER,
+    MAX_LOGIT_BIAS,
     MAX_NAME_BYTES,
+    MAX_PENALTY,
     MAX_POSITIONS,
     MAX_SCORE,
     MAX_SECONDS,
@@ -33,6 +35,8 @@ from protocol.messages import (
     Opened,
     Ping,
     Pong,
+    Progress,
+    ProgressRequest,
     RefusalReason,
     Refused,
     Reroute,
@@ -40,6 +44,7 @@ from protocol.messages import (
     SessionStatistics,
     Slice,
     Step,
+    TokenHistory,
 )
 from protocol.tensors import DType, Tensor, tensor_from_tokens
 
@@ -96,6 +101,16 @@ samplings = st.builds(
     seed=st.integers(0, MAX_UINT64),
     max_tokens=st.integers(1, MAX_POSITIONS),
     stop_tokens=st.lists(st.integers(0, MAX_VOCABULARY - 1), max_size=5).map(tuple),
+    top_k=st.integers(0, MAX_VOCABULARY),
+    min_p=st.floats(0, 1),
+    repetition_penalty=st.floats(1 / MAX_PENALTY, MAX_PENALTY),
+    frequency_penalty=st.floats(-MAX_PENALTY, MAX_PENALTY),
+    presence_penalty=st.floats(-MAX_PENALTY, MAX_PENALTY),
+    logit_bias=st.dictionaries(
+        st.integers(0, MAX_VOCABULARY - 1), st.floats(-MAX_LOGIT_BIAS, MAX_LOGIT_BIAS), max_size=4
+    ).map(lambda biases: tuple(sorted(biases.items()))),
+    min_length=st.integers(0, MAX_POSITIONS),
+    prompt_length=st.integers(0, MAX_POSITIONS),
 )
 _last_or_not = st.one_of(st.tuples(st.none(), samplings, st.none() | peers), st.tuples(peers, st.none(), st.none()))
 
@@ -152,6 +167,15 @@ control_messages: st.SearchStrategy[ControlMessage] = st.one_of(
         reason=st.sampled_from(RefusalReason),
         message=presentable(MAX_TEXT_BYTES),
         load=loads,
+    ),
+    st.builds(
+        TokenHistory,
+        session=sessions,
+        tokens=st.lists(st.integers(0, MAX_VOCABULARY - 1), min_size=1, max_size=5).map(tuple),
+    ),
+    st.builds(ProgressRequest, session=sessions),
+    st.builds(
+        Progress, session=sessions, **dict.fromkeys(("received", "computed", "sent"), st.integers(0, MAX_POSITIONS))
     ),
     st.builds(Credit, session=sessions, consumed_bytes=st.integers(1, MAX_WINDOW_BYTES)),
     st.builds(

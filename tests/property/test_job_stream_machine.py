@@ -23,10 +23,13 @@ from tests.unit.protocol.job_streams import (
     new_connection,
     open_message,
     opened,
+    progress,
+    progress_request,
     refused,
     reroute,
     session_id,
     step_message,
+    token_history,
 )
 
 MAX_ROWS = 6
@@ -106,6 +109,16 @@ class JobStream(RuleBasedStateMachine):
     def begin_a_session(self, slot: int) -> None:
         if self.initiator.session_state(self.slots[slot]) is SessionState.OPEN:
             self.say(Role.INITIATOR, begin(self.slots[slot]))
+
+    @rule(slot=slots)
+    def tell_the_tokens_so_far(self, slot: int) -> None:
+        if self.initiator.session_state(self.slots[slot]) is SessionState.OPEN:
+            self.say(Role.INITIATOR, token_history(self.slots[slot]))
+
+    @rule(slot=slots)
+    def ask_for_progress(self, slot: int) -> None:
+        if self.initiator.session_state(self.slots[slot]) is SessionState.BEGUN:
+            self.say(Role.INITIATOR, progress_request(self.slots[slot]))
 
     @rule(slot=slots)
     def end_a_session(self, slot: int) -> None:
@@ -193,11 +206,17 @@ class JobStream(RuleBasedStateMachine):
             self.say(Role.RESPONDER, reroute(session))
 
     @rule(data=st.data())
+    def report_progress(self, data: st.DataObject) -> None:
+        if session := self.borrowed(data, lambda state: state in {SessionState.BEGUN, SessionState.CLOSING}):
+            self.say(Role.RESPONDER, progress(session))
+
+    @rule(data=st.data())
     def answer_too_late(self, data: st.DataObject) -> None:
         if session := self.borrowed(data, lambda state: state in {SessionState.IDLE, SessionState.FAILED}):
             assert self.responder.send(Credit(session=session, consumed_bytes=1)) == []
             assert self.responder.send(failed(session)) == []
             assert self.responder.send(reroute(session)) == []
+            assert self.responder.send(progress(session)) == []
 
     @rule(data=st.data())
     def confirm_a_close(self, data: st.DataObject) -> None:

@@ -29,12 +29,14 @@ from node.engine.interface import (
     Variant,
     VariantNotReady,
 )
+from node.engine.shard import Shard
 from node.engine.source import EngineOptions
 from node.util.child_process import python
 from protocol.identity import BlockRange
+from protocol.messages import Sampling
 from protocol.tensors import tensor_from_tokens, tokens_from_tensor
 from tests.support import hostile_directory
-from tests.unit.engine.driving import DEVICE, GREEDY, decode, session, spans, start, step
+from tests.unit.engine.driving import DEVICE, GREEDY, InProcess, decode, session, spans, start, step
 from tests.unit.engine.tiny_models import BLOCKS, COUNT, PROMPT, TinyModel
 
 MakeTinyModel = Callable[[str], TinyModel]
@@ -89,6 +91,29 @@ async def test_spans_in_processes_give_the_tokens_of_generate(family: str, make_
         statistics = engines[1].statistics()
         assert (statistics.sessions, statistics.reserved_positions, statistics.steps) == (0, 0, 3 + COUNT - 1)
         assert 0 < statistics.compute_s < PATIENCE_S
+
+
+async def test_all_that_says_how_to_draw_reaches_the_worker(make_tiny_model: MakeTinyModel) -> None:
+    tiny = make_tiny_model("llama")
+    sampling = Sampling(
+        max_tokens=1,
+        temperature=0.8,
+        seed=2**64 - 1,
+        top_k=9,
+        min_p=0.01,
+        repetition_penalty=1.2,
+        frequency_penalty=0.3,
+        presence_penalty=0.2,
+        logit_bias=((3, -2.0), (5, 1.0)),
+        stop_tokens=(1, 2),
+        min_length=len(PROMPT) + 3,
+        prompt_length=len(PROMPT),
+    )
+    here = InProcess(Shard(tiny.source(WHOLE), WHOLE, OPTIONS))
+    async with workers(tiny, 1) as engines:
+        assert await decode(engines, PROMPT, COUNT, sampling=sampling) == await decode(
+            [here], PROMPT, COUNT, sampling=sampling
+        )
 
 
 async def test_overlapping_steps_are_taken_in_the_order_of_the_calls(make_tiny_model: MakeTinyModel) -> None:

@@ -47,6 +47,7 @@ class NumberTokenizer:
     """Its text is numbers: token 7 reads "7 "; of other words it makes some number."""
 
     stop_tokens: tuple[int, ...] = ()
+    is_absent = False
 
     def __init__(self) -> None:
         self.vocabulary = Vocabulary.build(b"", (f"{token} ".encode() for token in range(VOCABULARY)))

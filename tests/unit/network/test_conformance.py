@@ -86,6 +86,17 @@ async def test_what_was_sent_before_the_close_arrives_before_the_end(bench: Work
             assert await far.receive_some() == b""
 
 
+async def test_opens_stream_of_first_protocol_that_peer_serves(bench: Workbench) -> None:
+    with limited():
+        async with bench.running(2, serve_echo) as (server, client):
+            stream = await client.open_stream(server.peer_id, "/test/later", ECHO)
+            assert stream.protocol == ECHO
+            await stream.send_all(b"hello")
+            assert await stream.receive_some() == b"hello"
+            with pytest.raises(NetworkError, match="/test/later or /test/latest"):
+                await client.open_stream(server.peer_id, "/test/later", "/test/latest")
+
+
 async def test_what_was_sent_before_the_host_left_arrives(bench: Workbench) -> None:
     """The last words of a host that leaves politely are complete."""
     server = bench.network(1)

@@ -20,6 +20,8 @@ from protocol.messages import (
     Opened,
     Ping,
     Pong,
+    Progress,
+    ProgressRequest,
     RefusalReason,
     Refused,
     Reroute,
@@ -27,6 +29,7 @@ from protocol.messages import (
     SessionStatistics,
     Slice,
     Step,
+    TokenHistory,
 )
 from protocol.states import Role
 from protocol.tensors import DType, Tensor
@@ -87,6 +90,18 @@ def begin(session: SessionId = SESSION) -> Begin:
     return Begin(session=session, method="arithmetic=fp32", ballots=(Ballot(PEER, (0.0,)),))
 
 
+def token_history(session: SessionId = SESSION) -> TokenHistory:
+    return TokenHistory(session=session, tokens=(1, 2, 3))
+
+
+def progress_request(session: SessionId = SESSION) -> ProgressRequest:
+    return ProgressRequest(session=session)
+
+
+def progress(session: SessionId = SESSION) -> Progress:
+    return Progress(session=session, received=3, computed=2, sent=1)
+
+
 def close(session: SessionId = SESSION) -> Close:
     return Close(session=session)
 
@@ -107,9 +122,12 @@ EVERY_MESSAGE: tuple[Message, ...] = (
     open_message(),
     opened(),
     refused(),
+    token_history(),
     begin(),
     rows(1),
     credit(1),
+    progress_request(),
+    progress(),
     reroute(),
     failed(),
     close(),
@@ -131,7 +149,21 @@ MESSAGES: dict[str, ControlMessage] = {
         prefix=bytes(range(32)),
         upstream=(PEER,),
         feedback=PEER,
-        sampling=Sampling(temperature=0.7, top_p=0.9, seed=MAX_UINT64, max_tokens=5, stop_tokens=(0, 49151)),
+        sampling=Sampling(
+            temperature=0.7,
+            top_p=0.9,
+            seed=MAX_UINT64,
+            max_tokens=5,
+            stop_tokens=(0, 49151),
+            top_k=40,
+            min_p=0.05,
+            repetition_penalty=1.1,
+            frequency_penalty=-0.5,
+            presence_penalty=2.0,
+            logit_bias=((7, -100.0), (9, 1.5)),
+            min_length=12,
+            prompt_length=10,
+        ),
         continues=SessionId(JobId("ff" * 16), 2),
         background=True,
     ),
@@ -153,8 +185,11 @@ MESSAGES: dict[str, ControlMessage] = {
         onward=32,
         statement=bytes(range(32)),
     ),
+    "token_history": TokenHistory(session=SESSION, tokens=(0, 49151)),
     "refused": Refused(session=SESSION, reason=RefusalReason.FULL, message="no room", load=LOAD),
     "credit": Credit(session=SESSION, consumed_bytes=1),
+    "progress_request": ProgressRequest(session=SESSION),
+    "progress": Progress(session=SESSION, received=MAX_POSITIONS, computed=3, sent=0),
     "reroute": Reroute(session=SESSION, reason=FailureReason.DOWNSTREAM, message="cut off", peer=PEER),
     "failed": Failed(session=SESSION, reason=FailureReason.DOWNSTREAM, message="gone", peer=PEER),
     "close": Close(session=SESSION),

@@ -1,14 +1,15 @@
 import random
 import tracemalloc
+from dataclasses import replace
 
 import pytest
 
 from protocol.codec import encode_step_header
-from protocol.connection import JobConnection
+from protocol.connection import PROTOCOL_IDS, JobConnection
 from protocol.errors import LocalProtocolError, RemoteProtocolError
 from protocol.framing import FrameType, encode_chunks, encode_frame
 from protocol.limits import MAX_FRAME_BYTES, MAX_PINGS, MAX_SESSIONS, MAX_STEP_BYTES, MAX_WINDOW_BYTES
-from protocol.messages import Close, Message, Ping, Pong, Slice, Step
+from protocol.messages import Close, Message, Ping, Pong, Sampling, Slice, Step
 from protocol.states import ConnectionState, Role, SessionState
 from protocol.tensors import DType, Tensor
 from tests.unit.protocol.job_streams import (
@@ -26,11 +27,14 @@ from tests.unit.protocol.job_streams import (
     new_connection,
     open_message,
     opened,
+    progress,
+    progress_request,
     refused,
     reroute,
     rows,
     session_id,
     step_message,
+    token_history,
     wire,
 )
 
@@ -458,3 +462,41 @@ def test_pings_that_await_their_pong_are_bounded() -> None:
         initiator.send(Ping(nonce=99))
     with pytest.raises(RemoteProtocolError, match="pings"):
         responder.receive_data(wire(Ping(nonce=99)))
+
+
+LATER = [
+    token_history(),
+    progress_request(),
+    progress(),
+    replace(open_message(), sampling=Sampling(max_tokens=10, repetition_penalty=1.1)),
+    replace(open_message(), sampling=Sampling(max_tokens=10, min_length=1)),
+]
+
+
+@pytest.mark.parametrize("message", LATER, ids=lambda message: type(message).__name__)
+@pytest.mark.parametrize("role", Role)
+def test_version_1_0_refuses_what_1_1_adds(role: Role, message: Message) -> None:
+    connection = JobConnection(role, agent="test", window_bytes=WINDOW, protocol="/metaswarm/job/1.0.0")
+    connection.send_hello()
+    connection.receive_data(wire(hello()))
+    with pytest.raises(LocalProtocolError, match=r"version 1\.0"):
+        connection.send(message)
+    with pytest.raises(RemoteProtocolError, match=r"version 1\.0"):
+        connection.receive_data(wire(message))
+
+
+def test_neutral_sampling_is_the_same_in_every_version() -> None:
+    sent = set()
+    for protocol in PROTOCOL_IDS:
+        initiator = JobConnection(Role.INITIATOR, agent="test", window_bytes=WINDOW, protocol=protocol)
+        initiator.send_hello()
+        initiator.receive_data(wire(hello()))
+        sent.add(b"".join(initiator.send(open_message())))
+    assert len(sent) == 1
+
+
+def test_explicit_neutral_sampling_field_is_refused() -> None:
+    responder = greeted(Role.RESPONDER)
+    named = wire(replace(open_message(), sampling=Sampling(max_tokens=10, top_k=1)))
+    with pytest.raises(RemoteProtocolError, match="top_k"):
+        responder.receive_data(named.replace(b"\xa5top_k\x01", b"\xa5top_k\x00"))

@@ -19,9 +19,12 @@ from protocol.messages import (
     Opened,
     Ping,
     Pong,
+    Progress,
+    ProgressRequest,
     Refused,
     Reroute,
     Step,
+    TokenHistory,
 )
 from protocol.states import CONNECTION_TABLE, SESSION_TABLE, ConnectionState, Direction, Role, SessionState
 from tests.unit.protocol.job_streams import (
@@ -158,6 +161,9 @@ def _prepare(connection: JobConnection, message: Message) -> None:
         Begin: [open_message(), opened()],
         Close: [open_message()],
         Closed: [open_message(), close()],
+        TokenHistory: [open_message(), opened()],
+        ProgressRequest: [open_message(), opened(), begin()],
+        Progress: [open_message(), opened(), begin()],
         Reroute: [open_message(), opened(), begin()],
     }
     for earlier in needs.get(type(message), []):
