@@ -100,8 +100,8 @@ class NodeConfig:
     """The model that guesses what the served one will say, where its first blocks are served here."""
     swarm_key: str | None = field(default=None, repr=False)
     """64 lower-case hexadecimal digits; None for an open swarm."""
-    swarm_key_file: Path | None = None
-    """Where that was read."""
+    swarm_key_file: Path | None = field(default=None, compare=False)
+    """Where that was read, for the commands with which others join."""
     memory_bytes: int | None = None
     """What weights and KV caches may take together; None lets the node decide."""
     cache_limit_bytes: int | None = None
