@@ -46,6 +46,7 @@ VOCABULARY = 1000
 class NumberTokenizer:
     """Its text is numbers: token 7 reads "7 "; of other words it makes some number."""
 
+    is_absent = False
     stop_tokens: tuple[int, ...] = ()
     is_absent = False
 
