@@ -270,9 +270,9 @@ CANNOT_BE_SERVED: dict[str, tuple[dict[str, Any], str]] = {
     "nothing": ({}, "does not know the architecture 'None'"),
     "mamba": (
         {"model_type": "mamba", "hidden_size": 32, "num_hidden_layers": 2, "vocab_size": 97},
-        "mamba models cannot be served: their blocks keep",
+        r"Mamba \(mamba\) uses state-space \(Mamba\) layers, which cannot be split into spans here",
     ),
-    "t5": ({"model_type": "t5"}, "t5 models cannot be served"),
+    "t5": ({"model_type": "t5"}, r"T5 \(t5\) is an encoder with a decoder"),
     "quantised": ({"model_type": "llama", "quantization_config": {"quant_method": "fp8"}}, "import unquantised ones"),
     "odd sizes": ({"model_type": "gpt2", "n_embd": 33, "n_head": 4, "n_layer": 2}, "makes no sense"),
     "wrong types": ({"model_type": "llama", "hidden_size": "wide"}, "makes no sense"),
