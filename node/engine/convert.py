@@ -1,6 +1,7 @@
 """Turns a GGUF file into a Hugging Face folder: `python -m node.engine.convert gguf SOURCE.gguf OUT_DIR`.
 
-`python -m node.engine.convert check FOLDER` only compares a checkpoint's tensors with what its architecture needs.
+`python -m node.engine.convert check CHECKPOINT.json` only compares a checkpoint's tensors with what its architecture
+needs: the file is `{"config": {...}, "tensors": {name: [dtype, shape]}}`, with the dtypes of safetensors.
 
 A process of its own, because it holds the whole model in memory for half a minute, and because only this package may
 import torch. On stdout it tells its progress in JSON lines `{"stage": ..., "done": n, "total": n}`; when it fails, the
@@ -23,9 +24,11 @@ from math import prod
 from pathlib import Path
 from typing import Any, TypeVar
 
+from node.engine.interface import EngineError
 from node.models.gguf_file import GgufError, GgufModel, read_gguf
 from node.models.gguf_metadata import Requirement, head_size, requirements, ropes
 from node.models.gguf_rope import ROPE_TENSORS, Rope
+from node.models.layout import TESTED
 from node.models.tensor_names import describe_tensors
 
 Item = TypeVar("Item")
@@ -105,6 +108,18 @@ def convert_gguf(source: Path, out_dir: Path) -> None:
     _report("write", 1, 1)
 
 
+def _try_out(config: dict[str, Any]) -> None:
+    """Raise ConversionError if the architecture cannot be served: better now than once everything is dequantised."""
+    if config.get("model_type") in TESTED:
+        return
+    from node.engine.architecture import try_out
+
+    try:
+        try_out(config)
+    except EngineError as error:
+        raise ConversionError(str(error)) from error
+
+
 def _join_parts(file: GgufModel) -> None:
     """Let transformers, which opens one file by its path, see all parts of a split as one; and count what it reads."""
     import gguf
@@ -124,7 +139,7 @@ def _join_parts(file: GgufModel) -> None:
 
 
 def _load(file: GgufModel, needs: Sequence[Requirement], embeddings: Mapping[str | None, Rope]) -> Any:
-    """Return transformers' model of the file, every tensor of which is the file's and every tensor of the file in it."""
+    """Return transformers' model of the file: every tensor of it is in the file, and every one of the file in it."""
     import torch
     from accelerate.big_modeling import init_empty_weights
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -132,18 +147,24 @@ def _load(file: GgufModel, needs: Sequence[Requirement], embeddings: Mapping[str
     folder, name = file.paths[0].parent, file.paths[0].name
     try:
         config = AutoConfig.from_pretrained(folder, gguf_file=name)
+        if file.architecture == "llama" and config.model_type != "llama":
+            # A file by the name of "mistral", which transformers would give a sliding window, and then not load.
+            named = {"model_type", "sliding_window"}
+            config = AutoConfig.for_model("llama", **{k: v for k, v in config.to_dict().items() if k not in named})
         config = _with_requirements(config, file, needs, embeddings)
         with init_empty_weights(include_buffers=False):
             empty = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        _try_out(config.to_dict())
         _check_rope(empty, file, embeddings)
         _check_tensors(empty, file)
-        model, report = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder, gguf_file=name, config=config, dtype=torch.float32, output_loading_info=True
         )
     except ConversionError:
         raise
     except Exception as error:  # a damaged or unknown file makes gguf and transformers raise nearly anything
         raise ConversionError(f"{name} cannot be read: {_one_line(error)}") from error
+    model, report = loaded
     faults = [str(fault) for faults in report.values() for fault in faults]
     if faults:
         raise ConversionError(f"{name} does not fit its architecture: {_one_line(', '.join(sorted(faults)))}")
@@ -242,7 +263,8 @@ def _check_tensors(model: Any, file: GgufModel) -> None:
         get_gguf_hf_weights_map,
     )
 
-    processor = TENSOR_PROCESSORS.get(file.architecture, TensorProcessor)(config=model.config.to_dict())
+    make_processor: Any = TENSOR_PROCESSORS.get(file.architecture, TensorProcessor)
+    processor = make_processor(config=model.config.to_dict())
     sources: defaultdict[str, list[str]] = defaultdict(list)
     for source, target in get_gguf_hf_weights_map(model, processor).items():
         sources[target].append(source if source.endswith((".weight", ".bias")) else f"{source}.weight")
@@ -273,15 +295,40 @@ def _one_line(error: object) -> str:
     return " ".join(str(error).split())[:500] or type(error).__name__
 
 
+def check_checkpoint(description: Path) -> None:
+    """Raise ConversionError unless a checkpoint's tensors are those that its config's architecture needs."""
+    os.environ |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
+    import torch
+    from safetensors.torch import _TYPES
+
+    from node.engine.interface import EngineError
+    from node.engine.loading import check_weights
+
+    content = json.loads(description.read_bytes())
+    try:
+        types: dict[str, torch.dtype] = {name: dtype for name, dtype in _TYPES.items() if dtype is not None}
+        tensors = {name: (types[dtype], tuple(shape)) for name, (dtype, shape) in content["tensors"].items()}
+        check_weights(content["config"], tensors)
+    except KeyError as error:
+        raise ConversionError(f"it has tensors of type {error}, which are not supported") from None
+    except EngineError as error:
+        raise ConversionError(str(error)) from None
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line; return the exit code."""
     parser = argparse.ArgumentParser(prog="python -m node.engine.convert", description=__doc__)
-    parser.add_argument("format", choices=["gguf"])
-    parser.add_argument("source", type=Path)
-    parser.add_argument("out_dir", type=Path)
+    actions = parser.add_subparsers(dest="action", required=True)
+    convert = actions.add_parser("gguf")
+    convert.add_argument("source", type=Path)
+    convert.add_argument("out_dir", type=Path)
+    actions.add_parser("check").add_argument("source", type=Path)
     options = parser.parse_args(arguments)
     try:
-        convert_gguf(options.source, options.out_dir)
+        if options.action == "check":
+            check_checkpoint(options.source)
+        else:
+            convert_gguf(options.source, options.out_dir)
     except (ConversionError, OSError) as error:
         _say({"error": _one_line(error)})
         return 1

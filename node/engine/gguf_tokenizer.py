@@ -18,7 +18,9 @@ _AS_GPT2_BY_DIGIT: Final = frozenset({"command-r", "codeshell", "exaone", "miner
 _NEARLY_GPT2: Final = frozenset({"smollm"})
 _AS_QWEN2: Final = frozenset({"stablelm2"})
 # These begin a text with BOS unless the file says otherwise, and take a word that is a token as that token.
-_WHOLE_WORDS: Final = frozenset({"falcon3", "falcon-h1", "llama-bpe", "llama-v3", "llama3", "midm-2.0", "pixtral", "tekken"})
+_WHOLE_WORDS: Final = frozenset(
+    {"falcon3", "falcon-h1", "llama-bpe", "llama-v3", "llama3", "midm-2.0", "pixtral", "tekken"}
+)
 _NO_TOKENIZER: Final = frozenset({"none", "no_vocab", ""})
 _SENTENCEPIECE_SPACE: Final = "▁"
 

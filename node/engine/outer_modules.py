@@ -150,7 +150,7 @@ def only(options: Mapping[str, Any], names: frozenset[str]) -> dict[str, Any]:
 def _replaced_forwards(replaced: Mapping[nn.Module, Callable[..., Any]]) -> Iterator[None]:
     """Give modules another forward pass, for a while."""
     for module, forward in replaced.items():
-        module.forward = forward  # type: ignore[method-assign]
+        module.forward = forward
     try:
         yield
     finally:

@@ -27,6 +27,8 @@ async def prompt_tokens(request: JobRequest, model: KnownModel) -> tuple[int, ..
     given = [form for form in (request.prompt, request.prompt_tokens, request.messages) if form is not None]
     if len(given) != 1:
         raise JobError(JobErrorCode.INVALID, "give exactly one of prompt, prompt tokens and messages")
+    if request.stop and model.tokenizer.is_absent:
+        raise JobError(JobErrorCode.INVALID, "the model has no tokenizer: its answer has no text that `stop` could end")
     try:
         if request.messages is not None:
             turns = [{"role": message.role, "content": message.content} for message in request.messages]

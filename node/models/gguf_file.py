@@ -9,6 +9,7 @@ import re
 import struct
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, BinaryIO, Final
 
@@ -65,7 +66,7 @@ def read_gguf(path: Path) -> GgufModel:
     """Return the model that a file, and the other parts of its split, describe. Raises GgufError and OSError."""
     metadata, tensors = _read_header(path)
     count = _integer(metadata, "split.count", path)
-    paths = (path,)
+    paths: tuple[Path, ...] = (path,)
     if count > 1:
         paths = _parts_beside(path, _integer(metadata, "split.no", path) + 1, count)
         metadata, tensors = _join(paths)
@@ -83,7 +84,9 @@ def _parts_beside(path: Path, number: int, count: int) -> tuple[Path, ...]:
     if name is None or (int(name["number"]), int(name["count"])) != (number, count):
         wanted = f"NAME-{number:05d}-of-{count:05d}.gguf"
         raise GgufError(f"{this} but not named {wanted}, by which its other parts would be found: rename it")
-    paths = [path.with_name(f"{name['stem']}-{part:05d}-of-{count:05d}{name['suffix']}") for part in range(1, count + 1)]
+    paths = [
+        path.with_name(f"{name['stem']}-{part:05d}-of-{count:05d}{name['suffix']}") for part in range(1, count + 1)
+    ]
     missing = [part.name for part in paths if not part.is_file()]
     if missing:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
@@ -180,11 +183,11 @@ def _place(
             raise GgufError(f"{shown} is damaged: shape {list(shape)} in {kind.name} at offset {offset}")
         size = math.prod(shape) // block * block_bytes
         tensors[name] = GgufTensor(name, shape, kind, path, start + offset, size)
-    end = max((tensor.offset + tensor.size_bytes for tensor in tensors.values()), default=start)
+    end = max((tensor.offset + tensor.size_bytes for tensor in tensors.values()), default=0)
     if end > file_size:
         raise GgufError(f"{path.name} is cut short: it has {file_size} bytes, and its header describes {end}")
     in_order = sorted(tensors.values(), key=lambda tensor: tensor.offset)
-    for one, other in zip(in_order, in_order[1:], strict=False):
+    for one, other in pairwise(in_order):
         if one.offset + one.size_bytes > other.offset:
             raise GgufError(f"{path.name} is damaged: tensors {one.name[:80]!r} and {other.name[:80]!r} overlap")
     return tensors

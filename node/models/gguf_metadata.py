@@ -159,7 +159,12 @@ _ARCHITECTURES: Final[Mapping[str, _Architecture]] = {
     ),
     "gemma3": _Architecture(
         (_RMS, "rms_norm_eps"),
-        {**_GEMMA2, "attn_logit_softcapping": _OFF, "attention.sliding_window_pattern": _HARMLESS, "rope.freq_base_swa": _HARMLESS},
+        {
+            **_GEMMA2,
+            "attn_logit_softcapping": _OFF,
+            "attention.sliding_window_pattern": _HARMLESS,
+            "rope.freq_base_swa": _HARMLESS,
+        },
         derived=_gemma3,
     ),
     "starcoder2": _Architecture((_LAYER_NORM, "norm_epsilon"), derived=lambda _model: {"sliding_window": None}),
@@ -267,7 +272,9 @@ def ropes(model: GgufModel) -> Mapping[str | None, Rope]:
     extra = ROPE_TENSORS.intersection(model.tensors)
     if not architecture.rotary:
         if extra:
-            raise GgufError(f"{model.paths[0].name}: tensor {min(extra)} has no meaning for {model.architecture} models")
+            raise GgufError(
+                f"{model.paths[0].name}: tensor {min(extra)} has no meaning for {model.architecture} models"
+            )
         return {}
     dimensions = whole(model, "rope.dimension_count", head_size(model))
     full = read_rope(model, dimensions, _floats(model))
@@ -304,7 +311,9 @@ def number(model: GgufModel, key: str, default: float) -> float:
 
 def head_size(model: GgufModel) -> int:
     """Return the width of a query's and a key's head."""
-    return whole(model, "attention.key_length", whole(model, "embedding_length") // whole(model, "attention.head_count"))
+    return whole(
+        model, "attention.key_length", whole(model, "embedding_length") // whole(model, "attention.head_count")
+    )
 
 
 def _architecture_of(model: GgufModel) -> _Architecture:
@@ -349,11 +358,13 @@ def _token_requirements(model: GgufModel) -> list[Requirement]:
     ends = [model.metadata.get(name) for name in _EOS_KEYS]
     if ends[0] is None and is_sentencepiece:
         ends[0] = _SENTENCEPIECE_EOS
-    if not all(token is None or type(token) is int for token in (bos, *ends)):
+    padding = model.metadata.get("tokenizer.ggml.padding_token_id")
+    if not all(token is None or type(token) is int for token in (bos, padding, *ends)):
         raise GgufError(f"{model.paths[0].name} is damaged: its special tokens are not token ids")
     eos = list(dict.fromkeys(token for token in ends if type(token) is int))
     return [
         Requirement("bos_token_id", bos if type(bos) is int else None, key),
+        Requirement("pad_token_id", padding if type(padding) is int else None, "tokenizer.ggml.padding_token_id"),
         Requirement("eos_token_id", eos if len(eos) > 1 else eos[0] if eos else None, _EOS_KEYS[0]),
     ]
 

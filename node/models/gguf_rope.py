@@ -155,9 +155,7 @@ def _longrope(
     return Rope(parameters, frequencies, attention_factor)
 
 
-def _llama3(
-    model: GgufModel, keys: "_Keys", dimensions: int, base: float, factors: tuple[float, ...]
-) -> Rope:
+def _llama3(model: GgufModel, keys: "_Keys", dimensions: int, base: float, factors: tuple[float, ...]) -> Rope:
     """Return Llama 3's scaling with parameters that give exactly these factors."""
     plain = _frequencies(dimensions, base)
     context = keys.integer("rope.scaling.original_context_length") or _LLAMA3_CONTEXT
@@ -194,22 +192,24 @@ def _llama3_candidates(
     turns = [frequency * context / (2 * math.pi) for frequency in plain]
     shares = [(1 / factor - 1 / largest) / (1 - 1 / largest) for factor in factors] if largest > 1 else []
     between = [(turn, share) for turn, share in zip(turns, shares, strict=False) if PRECISION < share < 1 - PRECISION]
+    scaled = max((turn for turn, share in zip(turns, shares, strict=False) if share <= PRECISION), default=0.0)
+    unscaled = min(
+        (turn for turn, share in zip(turns, shares, strict=False) if share >= 1 - PRECISION), default=math.inf
+    )
     if len(between) >= 2:
         (first, high_share), (last, low_share) = between[0], between[-1]
         if high_share > low_share:
             low = last - low_share * (first - last) / (high_share - low_share)
-            yield largest, low, low + (first - last) / (high_share - low_share)
-            yield largest, round(low), round(low + (first - last) / (high_share - low_share))
-    elif len(between) == 1:
-        (turn, share), ratio = between[0], 4.0
-        low = turn / (1 + (ratio - 1) * share)
-        yield largest, low, ratio * low
-    elif shares:
-        scaled = max((turn for turn, share in zip(turns, shares, strict=True) if share < 0.5), default=0.0)
-        unscaled = min((turn for turn, share in zip(turns, shares, strict=True) if share > 0.5), default=4 * scaled)
-        ratio = (unscaled / scaled) ** (1 / 3) if 0 < scaled < unscaled else 1.0
-        if ratio > 1:
-            yield largest, scaled * ratio, scaled * ratio * ratio
+            high = low + (first - last) / (high_share - low_share)
+            yield largest, round(low), round(high)
+            yield largest, low, high
+    elif between:
+        (turn, share), *_ = between
+        width = min((turn - scaled) / share, (unscaled - turn) / (1 - share)) / 2
+        yield largest, turn - share * width, turn + (1 - share) * width
+    elif 0 < scaled < unscaled < math.inf:
+        ratio = (unscaled / scaled) ** (1 / 3)
+        yield largest, scaled * ratio, scaled * ratio * ratio
 
 
 def _llama3_factor(frequency: float, factor: float, low: float, high: float, context: int) -> float:

@@ -84,6 +84,10 @@ class OuterNames:
 BY_NAME: Final = OuterNames()
 """For the architectures whose modules have the usual names."""
 
+TESTED: Final = frozenset({"llama", "mistral", "qwen2", "qwen3"})
+"""Architectures that need no trial at import: the engine's tests run them in all ways, and their modules have the usual
+names."""
+
 
 def module_of(path: str) -> str:
     """Return a module's name without those it is nested in, which differ from checkpoint to checkpoint."""

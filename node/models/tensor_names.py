@@ -30,7 +30,7 @@ def describe_tensors(names: Iterable[str]) -> str:
                 runs[-1] = f"{runs[-1].partition('-')[0]}-{number}"
             else:
                 runs[-1] += f"-{number}"
-        example = sorted(blocks[numbers[0]])[0]
+        example = min(blocks[numbers[0]])
         many = "s" if len(numbers) > 1 else ""
         shown.append(f"tensors of block{many} {', '.join(runs[:8])} ({example[:100]}, …)")
     shown += [f"{name[:100]}" for name in others[:_SHOWN]]

@@ -40,6 +40,8 @@ IDLE_S: Final = 120.0
 
 MAX_ANSWER_BYTES: Final = 64 << 20
 
+NO_TOKENIZER: Final = "the model has no tokenizer: give it token ids (the API takes a list of them as prompt)"
+
 _ATTEMPTS = 2
 """A request whose process dies is tried once more: it may have died of what was asked before."""
 _GRACE_S = 2.0
@@ -136,7 +138,7 @@ class TokenizerService:
         manifest = package.manifest
         names = [file.name for file in manifest.tokenizer_files]
         if TOKENIZER_FILE not in names:
-            return ModelTokenizer(None, self.limits, NO_TOKENS, manifest.eos_token_ids, has_chat_template=False)
+            return no_tokenizer(manifest.eos_token_ids)
         size_bytes = sum(file.size_bytes for file in manifest.tokenizer_files)
         load = {
             "do": "load",
@@ -220,6 +222,11 @@ class ModelTokenizer:
         self.has_chat_template = has_chat_template
         """Whether conversations can be rendered."""
 
+    @property
+    def is_absent(self) -> bool:
+        """Whether the model has no tokenizer: it is given token ids, and answers in token ids."""
+        return self._worker is None
+
     async def encode(self, text: str, *, add_special_tokens: bool = True) -> tuple[int, ...]:
         """Return a text's token ids, with the tokens that the model wants around a text (such as BOS) by default.
 
@@ -247,6 +254,8 @@ class ModelTokenizer:
 
         Raises ChatTemplateError and ModelError.
         """
+        if self.is_absent:
+            raise ModelError(NO_TOKENIZER)
         if not self.has_chat_template:
             raise ChatTemplateError("the model has no chat template: give it a plain prompt")
         request = {"do": "render", "messages": [dict(message) for message in messages]}
@@ -263,8 +272,13 @@ class ModelTokenizer:
 
     async def _ask(self, what: str, request: Mapping[str, Any], cpu_s: float, *, urgency: int = 1) -> dict[str, Any]:
         if self._worker is None:
-            raise ModelError("the model has no tokenizer: it can only be given token ids")
+            raise ModelError(NO_TOKENIZER)
         return await self._worker.ask(what, request, cpu_s, urgency=urgency)
+
+
+def no_tokenizer(eos_token_ids: tuple[int, ...] = ()) -> ModelTokenizer:
+    """Return what stands for the tokenizer of a model that has none."""
+    return ModelTokenizer(None, Limits(), NO_TOKENS, eos_token_ids, has_chat_template=False)
 
 
 class _Worker:

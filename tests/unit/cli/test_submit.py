@@ -100,6 +100,20 @@ def test_a_negative_seed_is_a_seed(node: FakeNode, api: list[str]) -> None:
     assert node.submitter.requests[0].seed == -1
 
 
+def test_token_ids_are_a_prompt_and_an_answer(
+    node: FakeNode, api: list[str], capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    for text in ("3 1 4", "[3, 1, 4]"):
+        assert run(["submit", "--token-ids", text, *api]) == 0
+        assert node.submitter.requests.pop().prompt_tokens == (3, 1, 4)
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": [2, 7]}\n')
+    assert run(["submit", "--file", str(tmp_path / "prompts.jsonl"), *api]) == 0
+    assert node.submitter.requests.pop().prompt_tokens == (2, 7)
+    for wrong in (["--token-ids", "3 x"], ["--token-ids", ""], ["--token-ids", "3", "--chat"]):
+        assert run(["submit", *wrong, *api]) == 2
+    assert not node.submitter.requests
+
+
 def test_a_dash_reads_the_prompt_from_stdin(node: FakeNode, api: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO("wörld\n".encode())))
     assert run(["submit", "-", *api]) == 0

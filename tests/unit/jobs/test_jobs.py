@@ -7,13 +7,14 @@ import trio
 from trio.testing import MockClock
 
 from node.engine.fake import expected_tokens, fake_span_info
-from node.jobs.interface import JobError, JobErrorCode, JobRequest, JobResult, JobStarted, TextDelta
+from node.jobs.interface import ChatMessage, JobError, JobErrorCode, JobRequest, JobResult, JobStarted, TextDelta
 from node.jobs.link import SessionRefused
 from node.jobs.span import IDLE_LIMIT_S
+from node.models.tokenizer_process import no_tokenizer
 from node.swarm.membership import HEARTBEAT_INTERVAL_S
 from protocol.identity import BlockRange, SessionId
 from protocol.messages import FinishReason, Sampling
-from tests.unit.jobs.peers import BLOCKS, Peer, Swarm, a_step, an_opening, open_swarm
+from tests.unit.jobs.peers import BLOCKS, VOCABULARY, OneModel, Peer, Swarm, a_step, an_opening, open_swarm
 
 PROMPT = "3 1 4 1 5 9 2 6"
 TOKENS = [3, 1, 4, 1, 5, 9, 2, 6]
@@ -386,3 +387,22 @@ async def test_a_request_that_makes_no_sense_is_told_why(
             await peer.run(JobRequest(**{"model": "fake", "prompt": PROMPT, **changes}))  # type: ignore[arg-type]
         assert caught.value.code is code
         assert "\n" not in caught.value.message
+
+
+async def test_a_model_without_tokenizer_takes_and_gives_token_ids(autojump_clock: MockClock) -> None:
+    async with open_swarm() as swarm:
+        peer = await swarm_of_thirds(swarm)
+        library = peer.coordinator._models
+        assert isinstance(library, OneModel)
+        library.known = replace(library.known, tokenizer=no_tokenizer((VOCABULARY - 1,)))
+        result = await peer.run(JobRequest(model="fake", prompt_tokens=tuple(TOKENS), max_tokens=5))
+        assert (result.token_ids, result.text) == (right_tokens(5), "")
+        for request in (
+            JobRequest(model="fake", prompt=PROMPT),
+            JobRequest(model="fake", messages=(ChatMessage(role="user", content=PROMPT),)),
+            JobRequest(model="fake", prompt_tokens=tuple(TOKENS), stop=("3",)),
+        ):
+            with pytest.raises(JobError, match="the model has no tokenizer") as error:
+                await peer.run(request)
+            assert error.value.code is JobErrorCode.INVALID
+        await all_free(swarm)

@@ -3,7 +3,7 @@
 import hashlib
 from pathlib import Path
 
-from node.models.manifest import CHAT_TEMPLATE_FILE, TOKENIZER_FILE, FileEntry, Manifest
+from node.models.manifest import CHAT_TEMPLATE_FILE, TOKENIZER_FILE, FileEntry, Json, Manifest
 from node.models.store import Package
 
 _FILE = FileEntry("embed.safetensors", 1, "0" * 64)
@@ -18,5 +18,5 @@ def write_package(folder: Path, definition: str | None, template: str | None = N
             data = content.encode()
             (folder / name).write_bytes(data)
             entries.append(FileEntry(name, len(data), hashlib.sha256(data).hexdigest()))
-    config = {"model_type": "llama", "tie_word_embeddings": True, "num_hidden_layers": 1}
+    config: dict[str, Json] = {"model_type": "llama", "tie_word_embeddings": True, "num_hidden_layers": 1}
     return Package(Manifest(config, None, (eos,), tuple(entries), _FILE, _FILE, (_FILE,)), folder)

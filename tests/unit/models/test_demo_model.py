@@ -15,10 +15,10 @@ from node.models.importer import import_model
 from node.models.store import ModelStore, Package
 from node.models.tokenizer import Tokenizer, load_tokenizer
 from protocol.identity import BlockRange
+from tests.unit.models.test_streaming import streamed
 
 GOLDEN: Any = json.loads((Path(__file__).parent / "smollm2_tokens.json").read_text())
 """What transformers' tokenizer, loaded from the GGUF file itself, says to texts and conversations of many kinds."""
-from tests.unit.models.test_streaming import streamed
 
 
 @pytest.fixture(scope="module")
