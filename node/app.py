@@ -63,7 +63,7 @@ from node.swarm.lan import find_neighbours
 from node.swarm.links import LinkEstimates
 from node.swarm.membership import Membership
 from node.swarm.records import RecordKinds
-from protocol.capabilities import Links, hardware_class
+from protocol.capabilities import Links, fastest_bytes_per_s, hardware_class
 from protocol.identity import ModelId, PeerId
 from protocol.observations import bucket_of
 from selector.consensus.clock import EpochClock
@@ -193,6 +193,8 @@ class Node:
             agreed=self._consensus.agreement,
             chooser=self._chooser,
             hardware=self._hardware_of,
+            bandwidth=self._bandwidth_of,
+            expected=self._membership.directory.expected,
         )
         self._trials = Trials(self._coordinator, self._recorder)
         self._spare_worker = SpareWorker(EngineOptions(threads=config.threads))
@@ -299,6 +301,11 @@ class Node:
             return self._hardware()
         capabilities = self._announcer.known(peer)
         return "unknown" if capabilities is None else hardware_class(capabilities)
+
+    def _bandwidth_of(self, peer: PeerId) -> float | None:
+        """Return how many bytes a second a peer says it reads from its fastest memory; None where it says nothing."""
+        capabilities = self._announcer.known(peer)
+        return None if capabilities is None else fastest_bytes_per_s(capabilities)
 
     def _viewpoint(self, peer: PeerId) -> Viewpoint:
         """Return for whom the history is weighed: this node, as it is now, with what the swarm has agreed of others."""

@@ -32,6 +32,8 @@ from protocol.messages import (
     Opened,
     Ping,
     Pong,
+    Progress,
+    ProgressRequest,
     Refused,
     Reroute,
     SessionStatistics,
@@ -96,7 +98,7 @@ class SessionLost:
     """A session is lost beyond a link: the other side says so, or the link broke.
 
     `reporter` is the peer at the other end of the link; `blamed` whom it says to be at fault, itself or another.
-    `held`: the reporter has the session still, and waits for another route.
+    `held`: the reporter has the session still, and waits for another route. `lagged`: it lives and makes no progress.
     """
 
     reporter: PeerId
@@ -104,6 +106,7 @@ class SessionLost:
     reason: FailureReason
     message: str
     held: bool = False
+    lagged: bool = False
 
 
 class Receiver(Protocol):
@@ -131,6 +134,10 @@ class OpenHandler(Protocol):
 
     async def begin(self, message: Begin, link: "InboundLink") -> None:
         """Begin a session that this link opened; one that cannot begin fails."""
+        ...
+
+    def progress(self, session: SessionId, link: "InboundLink") -> Progress:
+        """Return how far a session that this link opened has come."""
         ...
 
     async def close(self, session: SessionId, link: "InboundLink") -> Closed:
@@ -314,6 +321,9 @@ class OutboundLink(_Link):
         super().__init__(stream, Role.INITIATOR, agent)
         self._answers: dict[SessionId, trio.Event] = {}
         self._answer: dict[SessionId, Opened | Refused | Closed | Failed] = {}
+        self._progress_asked: dict[SessionId, trio.Event] = {}
+        self._progress: dict[SessionId, Progress] = {}
+        """Answers that nobody has taken yet: of sessions that were asked about only."""
         self._watchers: dict[SessionId, dict[object, Callable[[SessionLost], None]]] = {}
         self._credit = trio.lowlevel.ParkingLot()
         self._pings = 0
@@ -412,6 +422,22 @@ class OutboundLink(_Link):
         if scope.cancelled_caught:
             self._break(f"silent for {trio.current_time() - self._last_heard_s:.1f} s")
 
+    async def ask_progress(self, session: SessionId, timeout_s: float) -> Progress | None:
+        """Return how far a session that we opened and began has come; None where no answer comes in time.
+
+        A peer of version 1.0 cannot be asked.
+        """
+        is_begun = self._connection.session_state(session) is SessionState.BEGUN
+        if self.broken or self._connection.minor < 1 or not is_begun:
+            return None
+        answered = self._progress_asked.setdefault(session, trio.Event())
+        self._say(ProgressRequest(session=session))
+        with trio.move_on_after(timeout_s):
+            await answered.wait()
+        if self._progress_asked.get(session) is answered:
+            del self._progress_asked[session]
+        return self._progress.pop(session, None)
+
     def watch(self, session: SessionId, lost: Callable[[SessionLost], None]) -> Callable[[], None]:
         """Call `lost` once if the other side gives the session up or the link breaks; return what ends the watch."""
         if self.broken:
@@ -439,6 +465,10 @@ class OutboundLink(_Link):
                 self._credit.unpark_all()
             case Pong():  # they come in the order of the pings
                 _, self._arrived_bytes = self._asked.popleft()
+            case Progress():
+                if (answered := self._progress_asked.pop(message.session, None)) is not None:
+                    self._progress[message.session] = message
+                    answered.set()
             case Reroute():
                 lost = SessionLost(self.peer, message.peer or self.peer, message.reason, message.message, held=True)
                 for watcher in tuple(self._watchers.get(message.session, {}).values()):
@@ -546,6 +576,8 @@ class InboundLink(_Link):
                 self._stages.tell_history(message, self)
             case Begin():
                 nursery.start_soon(self._stages.begin, message, self)
+            case ProgressRequest():
+                self._say(self._stages.progress(message.session, self))
             case Close():
                 nursery.start_soon(self._close, message)
             case _:

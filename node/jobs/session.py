@@ -15,7 +15,7 @@ from node.jobs.link import InboundLink, OutboundLink
 from node.jobs.scheduler import Work
 from node.jobs.speculation import Drafter, TokenFeed
 from protocol.identity import PeerId, SessionId
-from protocol.messages import Begin, FailureReason, FinishReason, Open, SessionStatistics, Slice, Step
+from protocol.messages import Begin, FailureReason, FinishReason, Open, Progress, SessionStatistics, Slice, Step
 from protocol.tensors import Tensor, tensor_from_tokens, tokens_from_tensor
 from selector.task import Method
 
@@ -47,6 +47,10 @@ class StageSession:
         self.cached: Mapping[Lineage, int] = {}
         self.computed = 0
         """Positions that the engine holds, and whose outputs were handed on."""
+        self.reached = 0
+        """The position after the last row that is computed for this route, guesses left out."""
+        self._received = 0
+        """The position after the last row that came, guesses left out."""
         self.onward = 0
         """The first position whose output goes on."""
         self.kept = KeptRows(span.kept_budget)
@@ -95,6 +99,7 @@ class StageSession:
         self.sources.add(link)
         self.active_s = trio.current_time()
         self.bytes_in += len(tensor.data)
+        self._received = max(self._received, part.position + part.rows - len(part.drafts))
         if part.position + part.rows > self.positions:
             message = f"rows up to {part.position + part.rows} of {self.positions}"
             self.span.fail(self, FailureReason.ENGINE, message)
@@ -159,6 +164,7 @@ class StageSession:
             self.drafter = drafter
         self.method = self.calculated_by = method
         self.onward = message.onward
+        self.reached = message.start
         early, self._early = self._early, []
         for part, tensor, link in early:
             if not self.ended.is_set():
@@ -175,6 +181,12 @@ class StageSession:
             if self.drawn >= self.sampling.max_tokens:
                 return drawn[:count], FinishReason.LENGTH
         return drawn, None
+
+    def progress(self) -> Progress:
+        """Return how far the session has come: what has not left yet is in the backlog."""
+        unsent = [part.position for _, step in self.backlog for part in step.slices]
+        sent = min([self.reached + (self.sampling is not None and self.steps > 0), *unsent])
+        return Progress(session=self.id, received=max(self._received, self.reached), computed=self.reached, sent=sent)
 
     def statistics(self) -> SessionStatistics:
         """Return what the session cost so far."""

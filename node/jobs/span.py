@@ -347,6 +347,7 @@ class Span:
         session.rows += work.rows
         session.compute_s += result.compute_s * work.rows / rows
         session.computed = work.part.position + work.rows
+        session.reached = max(session.reached, session.computed - len(work.part.drafts))
 
     def _outputs(self, session: StageSession, part: Slice, output: Tensor) -> list[_Outgoing]:
         """Return where what the engine made of a slice has to go."""

@@ -30,6 +30,7 @@ from protocol.messages import (
     Load,
     Open,
     Opened,
+    Progress,
     RefusalReason,
     Refused,
     SessionStatistics,
@@ -286,6 +287,14 @@ class Stages:
             span.send_again(session, method, message.start)
             if self.draining:
                 self._ask_to_leave(session)
+
+    def progress(self, session: SessionId, link: InboundLink) -> Progress:
+        """Return how far a session that this link opened has come; nowhere where there is none."""
+        for span in self._spans.values():
+            found = span.sessions.get(session)
+            if found is not None and found.opened_by is link:
+                return found.progress()
+        return Progress(session=session, received=0, computed=0, sent=0)
 
     async def _drafter(self, session: StageSession, method: Method) -> Drafter | None:
         """Return what guesses for a session, on a first stage; nobody does where a draft model has gone meanwhile."""

@@ -237,6 +237,14 @@ class Directory:
             if span.model == model
         )
 
+    def expected(self, model: ModelId) -> tuple[BlockRange, ...]:
+        """Return the blocks of a model that live peers serve, or mean to serve, and may be loading."""
+        found = [span.blocks for each in self._presences.values() for span in each.spans if span.model == model]
+        for presence in self._presences.values():
+            meant = presence.statements[-1].placements if presence.statements else ()
+            found += [placed.blocks for placed in meant if placed.model == model]
+        return tuple(dict.fromkeys(found))
+
     def servers(self, model: ModelId, until_ms: int) -> tuple[Server, ...]:
         """Return who of the reached peers means to serve what of a model, by what they had said until a moment.
 

@@ -94,6 +94,8 @@ class FakeSubmitter:
     """Raised after the words."""
     hang: bool = False
     """Never end after the words."""
+    pauses: dict[int, float] = field(default_factory=dict)
+    """Seconds before a word, by its number, and before the end."""
     requests: list[JobRequest] = field(default_factory=list)
     entered: trio.Event = field(default_factory=trio.Event)
     left: trio.Event = field(default_factory=trio.Event)
@@ -114,8 +116,9 @@ class FakeSubmitter:
     async def _events(self) -> AsyncGenerator[JobEvent, None]:
         yield JobStarted(job_id=JOB, model=MODEL, model_name="tiny", prompt_tokens=5, created_s=1_700_000_000)
         for index, word in enumerate(self.words):
-            await trio.lowlevel.checkpoint()
+            await trio.sleep(self.pauses.get(index, 0))
             yield TextDelta(text=word, token_ids=(index,))
+        await trio.sleep(self.pauses.get(len(self.words), 0))
         if self.hang:
             await trio.sleep_forever()
         if self.fail:

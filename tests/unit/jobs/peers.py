@@ -174,7 +174,7 @@ class Swarm:
         self.hub = MemoryNetworkHub(random.Random(seed), link, address_book=address_book)
         self.peers: list[Peer] = []
         self._nursery = nursery
-        self._rng = random.Random(seed)
+        self.rng = random.Random(seed)
 
     async def join(
         self,
@@ -195,7 +195,7 @@ class Swarm:
 
         `draft`: the engine of a whole model, which guesses for jobs whose first blocks are served here.
         """
-        identity = Identity(self._rng.randbytes(32))
+        identity = Identity(self.rng.randbytes(32))
         network = self.hub.network(identity.peer_id)
         stages = Stages(
             network,
@@ -214,13 +214,14 @@ class Swarm:
             OneModel(tokenizer),
             membership,
             stages.switchboard,
-            self._rng,
+            self.rng,
             links,
             recorder,
             chooser=chooser,
             ledger=ledger,
             hardware=lambda _: "test",
             agreed=lambda model: agreed,
+            expected=lambda model: self._expected(membership, model),
         )
         peer = Peer(network, stages, membership, coordinator, tokenizer, statements)
         self.peers.append(peer)
@@ -260,7 +261,7 @@ class Swarm:
             device=Device("cpu", 1 << 40),
             graphs_dir=Path(),
             use_catalogue=False,
-            jitter=self._rng,
+            jitter=self.rng,
             start_engine=start_engine,
             offload=in_line,
         )
@@ -275,10 +276,13 @@ class Swarm:
             bootstrap=self.peers[0].network.multiaddrs if self.peers else (),
             served_spans=stages.served_spans,
             records=RecordKinds(network),
-            jitter=self._rng,
+            jitter=self.rng,
             wall_clock=wall_clock,
             stated=statements.current,
         )
+
+    def _expected(self, membership: Membership, model: ModelId) -> tuple[BlockRange, ...]:
+        return membership.directory.expected(model)
 
     def _links(self, network: Network, membership: Membership) -> Links:
         return LinkEstimates(network.peer_id, membership.round_trip_s, lambda _: None).between
@@ -318,6 +322,14 @@ class Swarm:
             await peer.stages.serve(engine, task_status=task_status)
         except* EngineCrashed:
             peer.membership.announce()
+
+    async def serve_again(self, peer: Peer, span: tuple[int, int], step_s: float = 0.01) -> None:
+        """Have a peer whose engine crashed serve a span again."""
+        peer.engines.clear()
+        engine = FakeEngine(fake_span_info(BlockRange(*span), block_count=BLOCKS), step_s=step_s, row_s=step_s / 100)
+        peer.engines.append(engine)
+        await self._nursery.start(self._serve, peer, engine)
+        peer.membership.announce()
 
     async def settle(self) -> None:
         """Wait until every peer has heard of every other, and of what it serves."""
