@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
-from node.engine.interface import EngineError
+from node.engine.interface import BadRows
 from protocol.messages import Sampling
 
 Logits = npt.NDArray[np.float32]
@@ -22,10 +22,10 @@ _KEY_BITS = 64
 
 
 def draw(logits: Logits, sampling: Sampling, position: int) -> int:
-    """Return the token that takes absolute `position`. Raises EngineError for logits that are no numbers."""
+    """Return the token that takes absolute `position`. Raises BadRows for logits that are no numbers."""
     best = int(np.argmax(logits))
     if not np.isfinite(logits[best]):
-        raise EngineError("the model made no sense of its input: its logits are not finite")
+        raise BadRows("the model made no sense of its input: its logits are not finite")
     if sampling.temperature <= 0:
         return best
     # Relative to the best, so that no temperature can overflow.
