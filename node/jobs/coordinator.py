@@ -379,7 +379,9 @@ class Coordinator:
         culprit = lost.blamed if lost.blamed in {stop.peer for stop in route.stops} else lost.reporter
         _logger.info("stage lost", job=job.id, peer=culprit, reason=lost.reason, message=lost.message)
         job.avoided[culprit] = Rejection(culprit, None, lost.message)
-        self._planner.failed(culprit, dead=not self._switchboard.is_linked(culprit))
+        if culprit == lost.blamed or lost.blamed != self._switchboard.peer_id:
+            # A stage that says that we are at fault may be right: the job goes on elsewhere, and nobody else avoids it.
+            self._planner.failed(culprit, dead=not self._switchboard.is_linked(culprit))
         job.set_aside()
         job.held = {stop: session for stop, session in job.held.items() if stop.peer != culprit}
 
