@@ -30,7 +30,7 @@ from protocol.messages import (
     Slice,
     Step,
 )
-from protocol.tensors import Tensor, tensor_from_tokens, tokens_from_tensor
+from protocol.tensors import DType, Tensor, tensor_from_tokens, tokens_from_tensor
 from selector.tally import tally, weights_of
 from selector.task import Method
 
@@ -161,6 +161,13 @@ class OpenRoute:
     def permits(self, peer: PeerId) -> bool:
         """Only the last stage tells the coordinator tokens."""
         return peer == self.stops[-1].peer
+
+    def admit(self, part: Slice, dtype: DType, width: tuple[int, ...], link: InboundLink) -> bool:
+        """Take no more at a time than the job's tokens."""
+        if dtype is DType.INT32 and part.rows <= self.opening.sampling.max_tokens:
+            return True
+        self.lose(SessionLost(link.peer, link.peer, FailureReason.ENGINE, "sent what cannot be the job's tokens"))
+        return False
 
     def receive(self, part: Slice, tensor: Tensor, link: InboundLink) -> None:
         """Take tokens of the last stage."""

@@ -48,7 +48,6 @@ class NumberTokenizer:
 
     is_absent = False
     stop_tokens: tuple[int, ...] = ()
-    is_absent = False
 
     def __init__(self) -> None:
         self.vocabulary = Vocabulary.build(b"", (f"{token} ".encode() for token in range(VOCABULARY)))
