@@ -230,8 +230,6 @@ class Node:
             consensus=self._consensus,
             chooser=self._chooser,
             learner=self._learner,
-            stage_peers=getattr(self._stages, "peer_statistics", dict),
-            job_peers=getattr(self._coordinator, "peer_records", dict),
         )
 
     @asynccontextmanager

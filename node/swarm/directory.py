@@ -238,9 +238,10 @@ class Directory:
         )
 
     def expected(self, model: ModelId) -> tuple[BlockRange, ...]:
-        """Return the blocks of a model that live peers serve, or mean to serve, and may be loading."""
-        found = [span.blocks for each in self._presences.values() for span in each.spans if span.model == model]
-        for presence in self._presences.values():
+        """Return the blocks of a model that reached peers serve, or mean to serve, and may be loading."""
+        reached = self.reached()
+        found = [span.blocks for each in reached for span in each.spans if span.model == model]
+        for presence in reached:
             meant = presence.statements[-1].placements if presence.statements else ()
             found += [placed.blocks for placed in meant if placed.model == model]
         return tuple(dict.fromkeys(found))
