@@ -200,7 +200,7 @@ async def _rule(client: httpx.AsyncClient, family: str) -> Method:
         "shared_prefix_share": round(shape.get("common_words", 0) / words, 2),
         "repetitiveness": 0.8 if "repeats" in shape else 0.0,
     }
-    explained = (await client.get("/swarm/explain", params=query)).raise_for_status().json()
+    explained = (await client.post("/swarm/explain", json=query)).raise_for_status().json()
     offered = [PORTFOLIO[each["name"]] for each in explained["methods"] if each["votes"] and each["name"] in PORTFOLIO]
     return preference(TaskContext.of(explained["task"]), offered)[0]
 

@@ -2,7 +2,8 @@
 
 Every option has one name: `data_dir` is `data_dir = "…"` in the file, METASWARM_DATA_DIR in the environment and
 `--data-dir` as a flag. A list given in one place replaces the list of a lower one. Everything is checked here, before
-anything starts; a wrong value is a `ConfigError`, one line that says where it stands and what was expected.
+anything starts; a wrong value is a `ConfigError`, one line that says where it stands and what was expected. So is a
+variable METASWARM_… that is no option.
 """
 
 import ipaddress
@@ -18,6 +19,7 @@ from typing import Any, Final, TypeVar
 
 import platformdirs
 
+from node.suggestions import unknown_name
 from protocol.identity import BlockRange, PeerId, parse_block_range, parse_peer_id
 from protocol.limits import MAX_SPANS
 from selector.consensus.clock import EPOCH_S
@@ -48,6 +50,9 @@ OPTIONS: Final = (
     "log_level",
 )  # fmt: skip
 """The names of all options, the same in the file, the environment and (with dashes) on the command line."""
+
+_VARIABLES: Final = (*OPTIONS, "config", "require_all", "test_device")
+"""What the environment may name besides: the configuration file; the last two are the test-suite's."""
 
 _MULTIADDR_START = re.compile(r"/(?:ip4|ip6|dns|dns4|dns6|dnsaddr)/")
 _SWARM_KEY = re.compile(r"[0-9a-fA-F]{64}")
@@ -95,6 +100,8 @@ class NodeConfig:
     """The model that guesses what the served one will say, where its first blocks are served here."""
     swarm_key: str | None = field(default=None, repr=False)
     """64 lower-case hexadecimal digits; None for an open swarm."""
+    swarm_key_file: Path | None = field(default=None, compare=False)
+    """Where that was read, for the commands with which others join."""
     memory_bytes: int | None = None
     """What weights and KV caches may take together; None lets the node decide."""
     cache_limit_bytes: int | None = None
@@ -144,10 +151,15 @@ class NodeReady:
         return {**asdict(self), "multiaddrs": list(self.multiaddrs)}
 
     def write(self, data_dir: Path) -> None:
-        """Write `node.json`, whole or not at all."""
+        """Write `node.json`, whole or not at all, for its owner only. Raises StartError."""
         temporary = data_dir / f".{READY_FILE}.{self.pid}"
-        temporary.write_text(json.dumps(self.to_json(), indent=2) + "\n", encoding="utf-8")
-        temporary.replace(data_dir / READY_FILE)
+        try:
+            with os.fdopen(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
+                file.write(json.dumps(self.to_json(), indent=2) + "\n")
+            temporary.replace(data_dir / READY_FILE)
+        except OSError as error:
+            temporary.unlink(missing_ok=True)
+            raise StartError(f"cannot write {data_dir / READY_FILE}: {error.strerror}") from None
 
     @classmethod
     def parse(cls, text: str) -> "NodeReady":
@@ -200,13 +212,17 @@ def is_unspecified(host: str) -> bool:
     return host in {"0.0.0.0", "::"}  # noqa: S104 - recognised here, not bound
 
 
-def load_config(flags: Mapping[str, object], environ: Mapping[str, str] | None = None) -> NodeConfig:
+def load_config(
+    flags: Mapping[str, object], environ: Mapping[str, str] | None = None, *, strict: bool = True
+) -> NodeConfig:
     """Return the configuration that file, environment and flags make together. Raises ConfigError.
 
     `flags` maps an option's name (and `config`, the file's) to its value as given; None, an empty list and False mean
-    that the flag was not given.
+    that the flag was not given. `strict`: whether a variable METASWARM_… that is no option is an error.
     """
     environ = os.environ if environ is None else environ
+    if strict and (faults := unknown_variables(environ)):
+        raise ConfigError("; ".join(faults))
     given = _Options()
     file = flags.get("config") or environ.get(f"{ENVIRONMENT_PREFIX}CONFIG")
     if file:
@@ -228,6 +244,7 @@ def load_config(flags: Mapping[str, object], environ: Mapping[str, str] | None =
         serve=given.get("serve", _parse_serve) or (),
         draft=given.get("draft", _Given.text),
         swarm_key=given.get("swarm_key", _parse_swarm_key),
+        swarm_key_file=given.get("swarm_key", _parse_path),
         memory_bytes=given.get("memory", _parse_memory),
         cache_limit_bytes=given.get("cache_limit", _parse_memory),
         no_catalogue=given.get("no_catalogue", _parse_boolean) or False,
@@ -240,6 +257,14 @@ def load_config(flags: Mapping[str, object], environ: Mapping[str, str] | None =
         exploration=DEFAULT_EXPLORATION if exploration is None else exploration,
         log_level=given.get("log_level", _parse_log_level) or "info",
     )
+
+
+def unknown_variables(environ: Mapping[str, str] | None = None) -> list[str]:
+    """Return what is wrong with variables that look like options of this program, but are none, a line each."""
+    known = [ENVIRONMENT_PREFIX + name.upper() for name in _VARIABLES]
+    environ = os.environ if environ is None else environ
+    unknown = sorted(name for name in environ if name.startswith(ENVIRONMENT_PREFIX) and environ[name])
+    return [unknown_name("environment variable", name, known) for name in unknown if name not in known]
 
 
 @dataclass(frozen=True, slots=True)
@@ -279,7 +304,9 @@ class _Options:
             raise ConfigError(f"the configuration file {path} is no valid TOML: {error}") from None
         for name, value in table.items():
             if name not in OPTIONS:
-                raise ConfigError(f"{path}: there is no option {name!r}; the options are {', '.join(OPTIONS)}")
+                raise ConfigError(
+                    f"{path}: {unknown_name('option', name, OPTIONS)}; the options are {', '.join(OPTIONS)}"
+                )
             self._given[name] = _Given(value, f"{name} in {path}", path.parent)
 
     def add_environment(self, environ: Mapping[str, str]) -> None:

@@ -138,7 +138,11 @@ class Serving:
         loaded = False
         while True:
             # What never was served may end the start of a node; what was served once never ends the node.
-            passing: tuple[type[Exception], ...] = (ModelError, EngineCrashed, *((StartError,) if loaded else ()))
+            passing: tuple[type[Exception], ...] = (
+                ModelError,
+                EngineCrashed,
+                *((StartError, OSError) if loaded else ()),
+            )
             try:
                 async with trio.open_nursery() as nursery:
                     await nursery.start(serve)

@@ -53,7 +53,7 @@ def make_app(node: NodeView, api_key: str | None) -> ASGIApp:
         return JSONResponse({"models": node.models()})
 
     async def explain(request: Request) -> JSONResponse:
-        return JSONResponse(await node.explain(*parse_task(request.query_params)))
+        return JSONResponse(await node.explain(*parse_task(await request.body())))
 
     chat_completions = CompletionEndpoint(node.submitter, parse_chat_request)
     completions = CompletionEndpoint(node.submitter, parse_completion_request)
@@ -67,7 +67,7 @@ def make_app(node: NodeView, api_key: str | None) -> ASGIApp:
         Route("/swarm/peers", peers, methods=["GET"]),
         Route("/swarm/models", swarm_models, methods=["GET"]),
         Route("/swarm/bench", BenchEndpoint(node.bench), methods=["POST"]),
-        Route("/swarm/explain", explain, methods=["GET"]),
+        Route("/swarm/explain", explain, methods=["POST"]),
     ]
     handlers: dict[Any, Any] = {
         ApiError: _on_api_error,

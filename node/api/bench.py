@@ -16,6 +16,7 @@ from node.api.completions import cancel_on_disconnect
 from node.api.errors import ApiError
 from node.api.requests import (
     Fields,
+    count_between,
     number_between,
     parse_count,
     parse_json,
@@ -25,8 +26,9 @@ from node.api.requests import (
     parse_text,
     refuse,
 )
-from node.jobs.interface import JobError, Objective, Quality
+from node.jobs.interface import JobError, Quality
 from node.jobs.trial import MethodTrial, Run, Trial, TrialSpec, TrialWorkload
+from protocol.measurements import Objective
 from selector.task import BASELINE, PORTFOLIO, Method, MethodError
 from selector.task import parse_method as method_of
 
@@ -73,15 +75,15 @@ def parse_spec(body: bytes) -> TrialSpec:
         model=model,
         methods=fields.get("methods", _parse_methods) or [each for each in PORTFOLIO.values() if each != BASELINE],
         workload=TrialWorkload(
-            concurrency=workload.get("concurrency", _count_up_to(MAX_CONCURRENCY)) or plain.concurrency,
+            concurrency=workload.get("concurrency", count_between(1, MAX_CONCURRENCY)) or plain.concurrency,
             prompt_tokens=workload.get("prompt_tokens", parse_count) or plain.prompt_tokens,
             max_tokens=workload.get("max_tokens", parse_count) or plain.max_tokens,
             shared_prefix_share=workload.get("shared_prefix_share", number_between(0, 1)) or 0.0,
             repetitiveness=workload.get("repetitiveness", number_between(0, 1)) or 0.0,
         ),
-        rounds=fields.get("rounds", _count_up_to(MAX_ROUNDS)) or 3,
+        rounds=fields.get("rounds", count_between(1, MAX_ROUNDS)) or 3,
         quality=fields.get("quality", parse_quality) or Quality.EXACT,
-        seed=fields.get("seed", _count_up_to(2**31 - 1)),
+        seed=fields.get("seed", count_between(1, 2**31 - 1)),
     )
 
 
@@ -116,12 +118,3 @@ def _parse_methods(param: str, value: Any) -> list[Method]:
         return [method_of(parse_method(f"{param}[{index}]", each)) for index, each in enumerate(value)]
     except MethodError as error:
         raise ApiError(400, str(error), param=param) from None
-
-
-def _count_up_to(most: int) -> Callable[[str, Any], int]:
-    def parse(param: str, value: Any) -> int:
-        if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= most:
-            refuse(param, f"must be an integer from 1 to {most}")
-        return value
-
-    return parse

@@ -13,10 +13,16 @@ _JOB_ERROR_STATUS = {
     JobErrorCode.CONTEXT_LENGTH: 400,
     JobErrorCode.UNCOVERED: 503,
     JobErrorCode.FULL: 503,
+    JobErrorCode.MEASURING: 503,
     JobErrorCode.FAILED: 502,
     JobErrorCode.LEAVING: 503,
 }
-_RETRY_AFTER_S = {JobErrorCode.UNCOVERED: 10.0, JobErrorCode.FULL: 2.0, JobErrorCode.LEAVING: 10.0}
+_RETRY_AFTER_S = {
+    JobErrorCode.UNCOVERED: 10.0,
+    JobErrorCode.FULL: 2.0,
+    JobErrorCode.MEASURING: 10.0,
+    JobErrorCode.LEAVING: 10.0,
+}
 """When to try again where the error itself does not say."""
 
 
@@ -47,7 +53,7 @@ class ApiError(Exception):
         if status == 503:
             retry_after_s = error.retry_after_s if error.retry_after_s is not None else _RETRY_AFTER_S[error.code]
             headers = {"Retry-After": str(max(1, math.ceil(retry_after_s)))}
-        param = "model" if error.code is JobErrorCode.MODEL_NOT_FOUND else None
+        param = "model" if error.code is JobErrorCode.MODEL_NOT_FOUND else error.param
         return cls(status, error.message, param=param, code=error.code.value, headers=headers)
 
     def document(self) -> dict[str, Any]:

@@ -6,11 +6,13 @@ here, within bounds, before the application sees the request.
 """
 
 import hmac
+import re
 from typing import Final
 from urllib.parse import urlsplit
 
 import trio
-from starlette.datastructures import Headers
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from node.api.errors import ApiError
@@ -21,12 +23,20 @@ BODY_TIMEOUT_S: Final = 30.0
 DISCARD_TIMEOUT_S: Final = 5.0
 """How long an answer waits for the end of a body that nobody will read: most clients listen only after it."""
 
+PUBLIC: Final = frozenset({"/health"})
+"""Pages that anybody may read, without a key and from any web page."""
+
+_FOREIGN_SITES: Final = frozenset({"cross-site", "same-site"})
+_HEADER_NAMES: Final = re.compile(r"[A-Za-z0-9!#$%&'*+.^_`|~-]{1,64}( ?, ?[A-Za-z0-9!#$%&'*+.^_`|~-]{1,64}){0,63}")
+_PREFLIGHT_AGE_S: Final = 600
+
 
 class Guard:
     """An ASGI application that passes on to another what may pass.
 
     A node without an API key trusts its own machine, but not every web page that is open in a browser there: such a
-    page's requests carry a foreign Origin, or a foreign Host where the page's own name was pointed to this machine.
+    page's requests carry a foreign Origin, or a foreign Host where the page's own name was pointed to this machine, or
+    say that they come from another site.
     """
 
     def __init__(self, app: ASGIApp, api_key: str | None) -> None:
@@ -38,17 +48,26 @@ class Guard:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
+        headers = Headers(scope=scope)
+        origin = headers.get("origin")
+        if origin and _is_local(origin):
+            send = _readable_by(origin, send)
+        preflight = _preflight(scope["method"], headers)
         try:
-            self._check(scope["path"], Headers(scope=scope))
+            if preflight is None:
+                self._check(scope["path"], headers)
+                _check_form(scope["method"], scope["path"], headers)
             body = await _read_body(receive)
         except ApiError as error:
             await _turn_away(error, scope, receive, send)
         else:
-            if body is not None:
+            if preflight is not None:
+                await preflight(scope, receive, send)
+            elif body is not None:
                 await self._app(scope, _replay(body, receive), send)
 
     def _check(self, path: str, headers: Headers) -> None:
-        if path == "/health":
+        if path in PUBLIC:
             return
         if self._api_key is not None:
             scheme, _, key = headers.get("authorization", "").partition(" ")
@@ -60,9 +79,54 @@ class Guard:
                     headers={"WWW-Authenticate": "Bearer"},
                 )
             return
-        host, origin = headers.get("host"), headers.get("origin")
+        host, origin, site = (headers.get(name) for name in ("host", "origin", "sec-fetch-site"))
         if (host and not _is_local(f"//{host}")) or (origin and not _is_local(origin)):
             raise ApiError(403, "a node without an API key answers its own machine only", code="foreign_origin")
+        if not origin and site in _FOREIGN_SITES:
+            message = "a node without an API key answers no web page of another site; open this page by its address"
+            raise ApiError(403, message, code="foreign_origin")
+
+
+def _check_form(method: str, path: str, headers: Headers) -> None:
+    """Refuse what a browser sends for any page without asking first, as forms do; other clients may omit the type."""
+    is_strict = path.startswith("/swarm/") or "origin" in headers or "sec-fetch-site" in headers
+    kind = headers.get("content-type", "").partition(";")[0].strip().lower()
+    if method == "POST" and is_strict and kind != "application/json":
+        message = "the body must be JSON: send the header `Content-Type: application/json`"
+        raise ApiError(415, message, code="unsupported_media_type")
+
+
+def _preflight(method: str, headers: Headers) -> Response | None:
+    """Return the answer to a browser that asks whether a page of this machine may send a request.
+
+    It asks without the API key, which the request itself then has to have. Nothing is said to other pages here.
+    """
+    origin, wanted = headers.get("origin"), headers.get("access-control-request-method")
+    if method != "OPTIONS" or not origin or not wanted or not _is_local(origin):
+        return None
+    allowed = {
+        "Access-Control-Allow-Origin": origin,
+        "Access-Control-Allow-Methods": "GET, POST, OPTIONS",
+        "Access-Control-Max-Age": str(_PREFLIGHT_AGE_S),
+    }
+    names = headers.get("access-control-request-headers", "")
+    if _HEADER_NAMES.fullmatch(names):
+        allowed["Access-Control-Allow-Headers"] = names
+    return Response(status_code=204, headers=allowed)
+
+
+def _readable_by(origin: str, send: Send) -> Send:
+    """Return a `send` whose answer a page of this origin may read."""
+
+    async def send_with_headers(message: Message) -> None:
+        if message["type"] == "http.response.start":
+            headers = MutableHeaders(scope=message)
+            headers["Access-Control-Allow-Origin"] = origin
+            headers["Access-Control-Expose-Headers"] = "Retry-After"
+            headers.add_vary_header("Origin")
+        await send(message)
+
+    return send_with_headers
 
 
 def _is_local(url: str) -> bool:

@@ -1,51 +1,108 @@
 """What clients may ask for: bodies of the OpenAI API, checked, as jobs.
 
-Fields that nobody here knows are ignored, as other servers do. Fields that would change the answer and that are not
-implemented are refused unless they have the value at which they do nothing: a wrong answer is worse than none.
+A field is implemented, or changes nothing in the answer, or is refused by its name: a wrong answer is worse than none.
+What is not implemented is taken with the value at which it does nothing. `docs/http-api.md` lists all of them.
 """
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Set
 from dataclasses import dataclass
 from typing import Any, Final, NoReturn, TypeVar
 
 from node.api.errors import ApiError
-from node.jobs.interface import ChatMessage, JobRequest, Objective, Quality
-from protocol.limits import MAX_NAME_BYTES, MAX_POSITIONS, MAX_VOCABULARY
+from node.jobs.interface import ChatMessage, JobRequest, Quality
+from node.suggestions import unknown_name
+from protocol.limits import (
+    MAX_LOGIT_BIAS,
+    MAX_LOGIT_BIASES,
+    MAX_NAME_BYTES,
+    MAX_PENALTY,
+    MAX_POSITIONS,
+    MAX_STOP_TOKENS,
+    MAX_VOCABULARY,
+)
 
 MAX_MESSAGES: Final = 4096
 MAX_STOPS: Final = 4
 MAX_STOP_CHARACTERS: Final = 256
+MIN_SEED: Final = -(2**63)
 MAX_SEED: Final = 2**63 - 1
 DEFAULT_TEMPERATURE: Final = 1.0
 DEFAULT_COMPLETION_TOKENS: Final = 16
 """The OpenAI API's own default for `/v1/completions`; a chat goes on until the model ends it."""
 
-# A field and the values at which it does nothing.
-_NEUTRAL_FOR_BOTH: dict[str, tuple[Any, ...]] = {
+IMPLEMENTED: Final = frozenset({
+    "model", "stream", "stream_options", "max_tokens", "min_tokens", "temperature", "top_p", "top_k", "min_p",
+    "repetition_penalty", "frequency_penalty", "presence_penalty", "logit_bias", "seed", "stop", "stop_token_ids",
+    "ignore_eos", "metaswarm",
+})  # fmt: skip
+IMPLEMENTED_FOR_CHAT: Final = IMPLEMENTED | {"messages", "max_completion_tokens"}
+IMPLEMENTED_FOR_COMPLETION: Final = IMPLEMENTED | {"prompt"}
+
+IGNORED: Final = frozenset({
+    "user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_retention",
+    "parallel_tool_calls",
+})  # fmt: skip
+"""Fields that change nothing in the answer, whatever they say."""
+
+# A field and the values, besides null, at which it does nothing.
+NEUTRAL: Final[dict[str, tuple[Any, ...]]] = {
     "n": (1,),
-    "presence_penalty": (0,),
-    "frequency_penalty": (0,),
-    "logit_bias": ({},),
-}
-_NEUTRAL_FOR_CHAT: Mapping[str, tuple[Any, ...]] = _NEUTRAL_FOR_BOTH | {
     "logprobs": (False,),
+    "echo": (False,),
+    "response_format": ({"type": "text"},),
+    "use_beam_search": (False,),
+    "length_penalty": (1,),
+    "typical_p": (1,),
+    "include_stop_str_in_output": (False,),
+    "skip_special_tokens": (True,),
+    "spaces_between_special_tokens": (True,),
+    "truncate_prompt_tokens": (),
+    "prompt_logprobs": (),
+    "allowed_token_ids": (),
+    "bad_words": ([],),
+    "logits_processors": ([],),
+    "guided_json": (),
+    "guided_regex": (),
+    "guided_choice": (),
+    "guided_grammar": (),
+    "structured_outputs": (),
+    "return_token_ids": (False,),
+    "return_tokens_as_token_ids": (False,),
+    "priority": (0,),
+}
+NEUTRAL_FOR_CHAT: Final = NEUTRAL | {
     "top_logprobs": (0,),
     "tools": ([],),
     "tool_choice": ("none", "auto"),
     "functions": ([],),
     "function_call": ("none", "auto"),
-    "response_format": ({"type": "text"},),
     "modalities": (["text"],),
     "audio": (),
     "prediction": (),
     "web_search_options": (),
+    "reasoning_effort": (),
+    "verbosity": ("medium",),
+    "chat_template": (),
+    "chat_template_kwargs": ({},),
+    "add_generation_prompt": (True,),
+    "continue_final_message": (False,),
+    "add_special_tokens": (False,),
+    "documents": ([],),
 }
-_NEUTRAL_FOR_COMPLETION: Mapping[str, tuple[Any, ...]] = _NEUTRAL_FOR_BOTH | {
+NEUTRAL_FOR_COMPLETION: Final = NEUTRAL | {
     "best_of": (1,),
-    "logprobs": (False,),
-    "echo": (False,),
     "suffix": ("",),
+    "add_special_tokens": (True,),
+}
+_NEUTRAL_IN_MESSAGE: Final[Mapping[str, tuple[Any, ...]]] = {
+    "tool_calls": ([],),
+    "function_call": (),
+    "audio": (),
+    "refusal": ("",),
+    "annotations": ([],),
+    "reasoning_content": ("",),
+    "reasoning": ("",),
 }
 # Chat templates know the older name of the role that instructs the model.
 _ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
@@ -67,20 +124,25 @@ class CompletionRequest:
 def parse_chat_request(body: bytes) -> CompletionRequest:
     """Return the body of `POST /v1/chat/completions` as a request. Raises ApiError."""
     fields = Fields(parse_json(body))
-    fields.refuse_unless_neutral(_NEUTRAL_FOR_CHAT)
+    fields.refuse_misspelt(IMPLEMENTED_FOR_CHAT | IGNORED | NEUTRAL_FOR_CHAT.keys())
+    fields.refuse_unless_neutral(NEUTRAL_FOR_CHAT)
     messages = fields.get("messages", _parse_messages)
     if messages is None:
         refuse("messages", "is missing")
-    max_tokens = fields.get("max_completion_tokens", parse_count)
-    if max_tokens is None:
-        max_tokens = fields.get("max_tokens", parse_count)
-    return _parse_common(fields, chat=True, messages=messages, max_tokens=max_tokens)
+    max_tokens = fields.get("max_tokens", _parse_limit)
+    return _parse_common(
+        fields,
+        chat=True,
+        messages=messages,
+        max_tokens=fields.get("max_completion_tokens", _parse_limit) or max_tokens,
+    )
 
 
 def parse_completion_request(body: bytes) -> CompletionRequest:
     """Return the body of `POST /v1/completions` as a request. Raises ApiError."""
     fields = Fields(parse_json(body))
-    fields.refuse_unless_neutral(_NEUTRAL_FOR_COMPLETION)
+    fields.refuse_misspelt(IMPLEMENTED_FOR_COMPLETION | IGNORED | NEUTRAL_FOR_COMPLETION.keys())
+    fields.refuse_unless_neutral(NEUTRAL_FOR_COMPLETION)
     prompt = fields.get("prompt", _parse_prompt)
     if prompt is None:
         refuse("prompt", "is missing")
@@ -89,7 +151,7 @@ def parse_completion_request(body: bytes) -> CompletionRequest:
         chat=False,
         prompt=prompt if isinstance(prompt, str) else None,
         prompt_tokens=prompt if isinstance(prompt, tuple) else None,
-        max_tokens=fields.get("max_tokens", parse_count) or DEFAULT_COMPLETION_TOKENS,
+        max_tokens=fields.get("max_tokens", _parse_limit) or DEFAULT_COMPLETION_TOKENS,
     )
 
 
@@ -106,32 +168,44 @@ def _parse_common(
     if not model:
         refuse("model", "is missing")
     extras = Fields(fields.get("metaswarm", parse_object) or {}, "metaswarm.")
-    extras.refuse_unless_known({"objective", "budget", "quality", "method", "ignore_eos"})
+    extras.refuse_unless_known({"quality", "method", "ignore_eos"})
     stream = fields.get("stream", _parse_boolean) or False
     stream_options = fields.get("stream_options", parse_object)
     if stream_options is not None and not stream:
         refuse("stream_options", "makes sense only together with stream: true")
+    options = Fields(stream_options or {}, "stream_options.")
+    options.refuse_unless_known({"include_usage", "include_obfuscation"})
     temperature = fields.get("temperature", number_between(0, 2))
     top_p = fields.get("top_p", number_between(0, 1))
     if top_p == 0:
         refuse("top_p", "must be above 0 and at most 1")
+    repetition_penalty = fields.get("repetition_penalty", number_between(1 / MAX_PENALTY, MAX_PENALTY))
+    min_tokens = fields.get("min_tokens", count_between(0, MAX_POSITIONS)) or 0
+    if max_tokens is not None and min_tokens > max_tokens:
+        refuse("min_tokens", f"must not exceed the {max_tokens} tokens of max_tokens")
     job = JobRequest(
         model=model,
         prompt=prompt,
         prompt_tokens=prompt_tokens,
         messages=messages,
         max_tokens=max_tokens,
+        min_tokens=min_tokens,
         temperature=DEFAULT_TEMPERATURE if temperature is None else temperature,
         top_p=1.0 if top_p is None else top_p,
-        seed=fields.get("seed", _parse_seed),
+        top_k=max(0, fields.get("top_k", count_between(-1, MAX_SEED)) or 0),
+        min_p=fields.get("min_p", number_between(0, 1)) or 0.0,
+        repetition_penalty=1.0 if repetition_penalty is None else repetition_penalty,
+        frequency_penalty=fields.get("frequency_penalty", number_between(-2, 2)) or 0.0,
+        presence_penalty=fields.get("presence_penalty", number_between(-2, 2)) or 0.0,
+        logit_bias=fields.get("logit_bias", _parse_logit_bias) or (),
+        seed=fields.get("seed", count_between(MIN_SEED, MAX_SEED)),
         stop=fields.get("stop", _parse_stop) or (),
-        ignore_eos=extras.get("ignore_eos", _parse_boolean) or False,
-        objective=extras.get("objective", _parse_objective) or Objective.LATENCY,
-        budget=extras.get("budget", number_between(0, 1e18)),
+        stop_token_ids=fields.get("stop_token_ids", _parse_stop_token_ids) or (),
+        ignore_eos=fields.get("ignore_eos", _parse_boolean) or extras.get("ignore_eos", _parse_boolean) or False,
         quality=extras.get("quality", parse_quality) or Quality.EXACT,
         method=extras.get("method", parse_method) or "auto",
     )
-    include_usage = Fields(stream_options or {}, "stream_options.").get("include_usage", _parse_boolean) or False
+    include_usage = options.get("include_usage", _parse_boolean) or False
     return CompletionRequest(job=job, chat=chat, stream=stream, include_usage=include_usage)
 
 
@@ -156,13 +230,22 @@ class Fields:
                 value == other and isinstance(value, bool) == isinstance(other, bool) for other in values
             ):
                 allowed = ", ".join(json.dumps(other) for other in (None, *values))
-                refuse(name, f"is not supported here, except with a value that changes nothing: {allowed}")
+                why = f"is not supported here, except with a value that changes nothing: {allowed}"
+                refuse(self._prefix + name, why)
 
-    def refuse_unless_known(self, names: set[str]) -> None:
-        """Refuse fields that nobody knows."""
+    def refuse_misspelt(self, names: Set[str]) -> None:
+        """Refuse fields that nobody knows, with the name that is meant; for an object of many fields."""
+        for name in self._values:
+            if name not in names:
+                param = self._prefix + name[:MAX_NAME_BYTES]
+                where = f" in {self._prefix.removesuffix('.')}" if self._prefix else ""
+                raise ApiError(400, unknown_name("field", name, names) + where, param=param)
+
+    def refuse_unless_known(self, names: Set[str]) -> None:
+        """Refuse fields that nobody knows; for an object of a few fields."""
         unknown = self._values.keys() - names
         if unknown:
-            refuse(self._prefix + min(unknown), f"is unknown; there are {', '.join(sorted(names))}")
+            refuse(self._prefix + min(unknown)[:MAX_NAME_BYTES], f"is unknown; there are {', '.join(sorted(names))}")
 
 
 def refuse(param: str, fault: str) -> NoReturn:
@@ -217,10 +300,22 @@ def parse_count(param: str, value: Any) -> int:
     return value
 
 
-def _parse_seed(param: str, value: Any) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= MAX_SEED:
-        refuse(param, f"must be an integer from 0 to {MAX_SEED}")
-    return value
+def _parse_limit(param: str, value: Any) -> int:
+    """Return an upper bound of tokens: no job has more than a context holds, however large the bound."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        refuse(param, "must be an integer of at least 1")
+    return min(value, MAX_POSITIONS)
+
+
+def count_between(low: int, high: int) -> Callable[[str, Any], int]:
+    """Return a parser of integers within bounds."""
+
+    def parse(param: str, value: Any) -> int:
+        if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+            refuse(param, f"must be an integer from {low} to {high}")
+        return value
+
+    return parse
 
 
 def number_between(low: float, high: float) -> Callable[[str, Any], float]:
@@ -242,6 +337,24 @@ def _parse_stop(param: str, value: Any) -> tuple[str, ...]:
     if any(not 1 <= len(stop) <= MAX_STOP_CHARACTERS for stop in stops):
         refuse(param, f"strings must have 1 to {MAX_STOP_CHARACTERS} characters")
     return stops
+
+
+def _parse_stop_token_ids(param: str, value: Any) -> tuple[int, ...]:
+    if not isinstance(value, list) or len(value) > MAX_STOP_TOKENS:
+        refuse(param, f"must be a list of at most {MAX_STOP_TOKENS} token ids")
+    return tuple(dict.fromkeys(count_between(0, MAX_VOCABULARY - 1)(param, each) for each in value))
+
+
+def _parse_logit_bias(param: str, value: Any) -> tuple[tuple[int, float], ...]:
+    biases = parse_object(param, value)
+    if len(biases) > MAX_LOGIT_BIASES:
+        refuse(param, f"may have at most {MAX_LOGIT_BIASES} entries")
+    parsed: dict[int, float] = {}
+    for token, bias in biases.items():
+        if not (token.isascii() and token.isdigit() and len(token) <= 9 and int(token) < MAX_VOCABULARY):
+            refuse(param, f"must have token ids as keys, not {token[:32]!r}")
+        parsed[int(token)] = number_between(-MAX_LOGIT_BIAS, MAX_LOGIT_BIAS)(f"{param}[{int(token)}]", bias)
+    return tuple((token, parsed[token]) for token in sorted(parsed) if parsed[token])
 
 
 def _parse_prompt(param: str, value: Any) -> str | tuple[int, ...]:
@@ -269,10 +382,11 @@ def _parse_message(param: str, value: Any) -> ChatMessage:
     role = fields.get("role", parse_text)
     if role not in _ROLES:
         refuse(f"{param}.role", f"must be one of {', '.join(_ROLES)}; tools are not supported")
-    for name in ("tool_calls", "function_call", "audio"):
-        if value.get(name):
-            refuse(f"{param}.{name}", "is not supported")
+    fields.refuse_misspelt({"role", "content", "name", *_NEUTRAL_IN_MESSAGE})
+    fields.refuse_unless_neutral(_NEUTRAL_IN_MESSAGE)
     content = fields.get("content", _parse_content)
+    if content is None and role == "assistant":  # a turn of which only the call of a tool was kept, or nothing
+        content = ""
     if content is None:
         refuse(f"{param}.content", "is missing")
     return ChatMessage(role=_ROLES[role], content=content)
@@ -284,18 +398,12 @@ def _parse_content(param: str, value: Any) -> str:
     texts = []
     for index, part in enumerate(value):
         fields = Fields(parse_object(f"{param}[{index}]", part), f"{param}[{index}].")
+        fields.refuse_misspelt({"type", "text", "image_url", "input_audio", "file", "refusal", "cache_control"})
         text = fields.get("text", parse_text)
         if fields.get("type", parse_text) != "text" or text is None:
             refuse(f"{param}[{index}]", "must be of type text: nothing else is supported")
         texts.append(text)
     return "".join(texts)
-
-
-def _parse_objective(param: str, value: Any) -> Objective:
-    try:
-        return Objective(value)
-    except ValueError:
-        refuse(param, f"must be one of {', '.join(Objective)}")
 
 
 def parse_quality(param: str, value: Any) -> Quality:

@@ -27,6 +27,9 @@ VERBS: Final[Mapping[str, tuple[str, str]]] = {
 }
 """Where each verb lives, and what it does in one line: `metaswarm --help` imports none of them."""
 
+_CONFIGURED: Final = frozenset({"node", "doctor"})
+"""Verbs that read a node's whole configuration, and refuse a variable METASWARM_… that is none; others warn of it."""
+
 EXIT_FAILED: Final = 1
 EXIT_USAGE: Final = 2
 EXIT_INTERRUPTED: Final = 130
@@ -51,12 +54,20 @@ class _Verbs(click.Group):
 
 @click.group(cls=_Verbs, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="metaswarm", message="%(prog)s %(version)s")
-def cli() -> None:
+@click.pass_context
+def cli(context: click.Context) -> None:
     """Serve large language models together with others, and use what they serve."""
+    if context.invoked_subcommand not in _CONFIGURED and any(name.startswith("METASWARM_") for name in os.environ):
+        from node.config import unknown_variables
+
+        for fault in unknown_variables():
+            print_error(f"warning: {fault}")
 
 
 def main() -> None:
     """Run the command line and exit: 0 done, 1 failed, 2 wrong usage, 130 interrupted."""
+    # Libraries start processes, too: none of them is to import what lies in the current directory.
+    os.environ["PYTHONSAFEPATH"] = "1"
     sys.exit(run(sys.argv[1:]))
 
 

@@ -140,8 +140,11 @@ class ApiClient:
 
     async def explain(self, task: Mapping[str, str | int | float]) -> Explanation:
         """Return what a task would be served with, and why."""
-        explanation: Explanation = await self._get("/swarm/explain", task)
-        return explanation
+        with _faults(self.url):
+            response = await self._http.post("/swarm/explain", json=dict(task))
+            await _raise_for_error(response, self.url)
+            explanation: Explanation = response.json()
+            return explanation
 
     async def complete(self, body: dict[str, Any], show: Callable[[str], None]) -> Completion:
         """Submit a job, a chat if the body has messages; call `show` with its text as it comes."""
@@ -171,9 +174,9 @@ class ApiClient:
             document: dict[str, Any] = response.json()
             return document
 
-    async def _get(self, path: str, query: Mapping[str, str | int | float] | None = None) -> Any:
+    async def _get(self, path: str) -> Any:
         with _faults(self.url):
-            response = await self._http.get(path, params=query)
+            response = await self._http.get(path)
             await _raise_for_error(response, self.url)
             return response.json()
 

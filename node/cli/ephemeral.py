@@ -23,7 +23,8 @@ async def ephemeral_peer(bootstrap: Sequence[str]) -> AsyncIterator[str]:
                 "listen": ["/ip4/0.0.0.0/tcp/0"],
                 "bootstrap": list(bootstrap),
                 "log_level": os.environ.get(f"{ENVIRONMENT_PREFIX}LOG_LEVEL", "warning"),
-            }
+            },
+            strict=False,
         )
         configure_logging(config.log_level)
         async with running_node(replace(config, serve=(), api_key=None, device=CPU)) as (_, ready):

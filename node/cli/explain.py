@@ -31,7 +31,6 @@ MAX_METHOD_COLUMNS = 12
     help="Part that repeats earlier text.",
 )
 @click.option("--concurrency", type=click.IntRange(1), metavar="N", help="Jobs at a time; as it is now by default.")
-@click.option("--objective", type=click.Choice(["latency", "throughput"]), default="latency", show_default=True)
 @click.option("--quality", type=click.Choice(["exact", "near", "any"]), default="exact", show_default=True)
 @json_option
 def explain(as_json: bool, api: str | None, **task: Any) -> None:
@@ -53,7 +52,6 @@ def explain(as_json: bool, api: str | None, **task: Any) -> None:
                 "max_tokens": task["max_tokens"],
                 "shared_prefix_share": task["shared_prefix"],
                 "repetitiveness": task["repetitiveness"],
-                "objective": task["objective"],
                 "quality": task["quality"],
             }
             if task["concurrency"] is not None:

@@ -180,7 +180,7 @@ def _store(cache_dir: str | None) -> "ModelStore":
     from node.config import load_config
     from node.models.store import ModelStore
 
-    return ModelStore(load_config({"cache_dir": cache_dir}).cache_dir)
+    return ModelStore(load_config({"cache_dir": cache_dir}, strict=False).cache_dir)
 
 
 def _summary(store: "ModelStore", package: "Package") -> dict[str, Any]:

@@ -8,11 +8,11 @@ from typing import Final
 import structlog
 import trio
 
-from node.jobs.interface import JobError, Objective, Quality
+from node.jobs.interface import JobError, Quality
 from node.jobs.recorder import Recorder
 from node.jobs.trial import Trials, TrialSpec, TrialWorkload
 from protocol.identity import ModelId
-from protocol.measurements import Observation, ObservationKind
+from protocol.measurements import Objective, Observation, ObservationKind
 from selector.consensus.draw import Agenda
 from selector.consensus.values import Cell
 from selector.task import BASELINE, PORTFOLIO, parse_method

@@ -34,6 +34,7 @@ from node.engine.interface import (
     Variant,
     VariantNotReady,
 )
+from node.engine.sampling import history_for
 from protocol.identity import BlockRange, ModelId, SessionId
 from protocol.messages import Sampling
 from protocol.tensors import Tensor, tensor_from_tokens, tokens_from_tensor
@@ -245,6 +246,8 @@ class FakeEngine:
         if not session.info.is_last:
             states = np.frombuffer(b"".join(hidden), np.float32).reshape(-1, self._info.hidden_size)
             return encode_rows(states, session.activations)
+        if session.history is not None and rows.history is not None:
+            session.history.tell(rows.history)
         first_drawn = len(hidden) - rows.draws
         drawn: list[int] = []
         for number, row in enumerate(hidden[first_drawn:]):
@@ -267,6 +270,7 @@ class _Session:
         self._sampling = options.sampling
         self._memory = memory
         self._pages = placement.pages
+        self.history = history_for(options.sampling)
         self.activations = options.activations
         self.variant = options.variant
         self.positions = placement.positions
@@ -294,9 +298,28 @@ class _Session:
         return self._pages[position // PAGE_POSITIONS] * PAGE_POSITIONS + position % PAGE_POSITIONS
 
     def draw(self, position: int, row: bytes) -> int:
-        """Return the token that takes `position`, from the row before it."""
-        noise = (self._sampling.seed, position) if self._sampling and self._sampling.temperature else ()
-        return int.from_bytes(_digest("head", row, noise)[:8], "big") % self.info.vocabulary_size
+        """Return the token that takes `position`, from the row before it, and all that says how it is to be drawn."""
+        sampling, history = self._sampling, self.history
+        if sampling is None:
+            return int.from_bytes(_digest("head", row, ())[:8], "big") % self.info.vocabulary_size
+        noise: tuple[object, ...] = (sampling.seed, position) if sampling.temperature else ()
+        if sampling.temperature and (sampling.top_k or sampling.min_p):
+            noise += (sampling.top_k, sampling.min_p)
+        if sampling.logit_bias:
+            noise += sampling.logit_bias
+        if history is not None:
+            if len(history) < position:
+                raise EngineError(f"{len(history)} tokens are known of the {position} that the penalties depend on")
+            history.rewind(position)
+            text = sorted(zip(*(each.tolist() for each in history.counts()), strict=True))
+            noise += (sampling.repetition_penalty, sorted(history.seen().tolist()))
+            noise += (sampling.frequency_penalty, sampling.presence_penalty, text)
+        token = int.from_bytes(_digest("head", row, noise)[:8], "big") % self.info.vocabulary_size
+        while position < sampling.min_length and token in sampling.stop_tokens:
+            token = (token + 1) % self.info.vocabulary_size
+        if history is not None:
+            history.append(token)
+        return token
 
 
 def expected_tokens(
@@ -311,6 +334,8 @@ def expected_tokens(
         {},
         Placement(positions=positions, pages=pages),
     )
+    if session.history is not None:
+        session.history.tell(prompt)
     tokens: list[int] = []
     rows = session.run(0, [_embed(info, token) for token in prompt])
     while len(tokens) < count:

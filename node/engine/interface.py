@@ -168,7 +168,9 @@ class SliceInput:
     `position`: absolute position of the first row; rows already cached from there on are forgotten first (a rollback).
     `draws`: number of trailing rows after each of which a last span draws a token. `drafts`: on a last span, guesses of
     the tokens that the trailing rows but the last yield, so one fewer than `draws`; drawing ends with the first token
-    that was guessed wrong, as the rows behind it follow from the guess.
+    that was guessed wrong, as the rows behind it follow from the guess. `history`: on a last span, the tokens at all
+    positions before the first that is drawn, where draws depend on them; told with the first slice that draws, and
+    again when a session is carried on. The engine goes on from there by itself.
     """
 
     session: SessionId
@@ -176,6 +178,7 @@ class SliceInput:
     tensor: Tensor
     draws: int
     drafts: tuple[int, ...] = ()
+    history: Sequence[int] | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

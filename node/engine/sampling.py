@@ -1,15 +1,29 @@
 """Draws tokens from logits, the same ones again for the same seed and position.
 
 The random numbers come from a counter-based generator (Philox) keyed by the seed and counted by position: there is no
-state that a replay on another peer would have to bring along.
+state that a replay on another peer would have to bring along. What penalties ask for is the text so far, which a replay
+has, too: `TokenCounts` keeps it by position.
+
+The order of operations is vLLM's:
+
+1. stop tokens are taken out while the text is shorter than `min_length` (transformers' `MinLengthLogitsProcessor`);
+2. `logit_bias` is added;
+3. `repetition_penalty`: logits of tokens of prompt and text are divided by it where positive, else multiplied;
+4. `frequency_penalty` times a token's count in the text, and `presence_penalty` where it is in it, are taken off;
+5. temperature 0 takes the likeliest; else logits are divided by it;
+6. `min_p` keeps the tokens at least so many times as likely as the likeliest;
+7. `top_k` keeps the likeliest k, of equal ones those with the smallest ids;
+8. `top_p` keeps the fewest of the likeliest that have this share of what is left.
 """
 
-from collections.abc import Sequence
+from array import array
+from collections import Counter
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import numpy.typing as npt
 
-from node.engine.interface import BadRows
+from node.engine.interface import BadRows, EngineError
 from protocol.messages import Sampling
 
 Logits = npt.NDArray[np.float32]
@@ -18,38 +32,101 @@ Logits = npt.NDArray[np.float32]
 Rows = npt.NDArray[np.float32]
 """Shape (rows, vocabulary)."""
 
+Scores = npt.NDArray[np.float64]
+"""Logits after all that changes them; shape (vocabulary,)."""
+
 _KEY_BITS = 64
 
 
-def draw(logits: Logits, sampling: Sampling, position: int) -> int:
-    """Return the token that takes absolute `position`. Raises BadRows for logits that are no numbers."""
-    best = int(np.argmax(logits))
-    if not np.isfinite(logits[best]):
+class TokenCounts:
+    """The tokens of one session by position, and how often each occurs: what penalties depend on.
+
+    A rewind takes back what was counted behind it, so guesses that were wrong leave nothing behind.
+    """
+
+    def __init__(self, prompt_length: int) -> None:
+        """Know nothing yet. `prompt_length`: so many of the tokens are the prompt's, all others the text's."""
+        self._prompt_length = prompt_length
+        self._tokens = array("i")
+        self._seen: dict[int, int] = {}
+        self._counts: dict[int, int] = {}
+        """Of the text alone."""
+
+    def __len__(self) -> int:
+        return len(self._tokens)
+
+    def tell(self, tokens: Iterable[int]) -> None:
+        """Forget everything, and take these for the tokens so far, the prompt first."""
+        self._tokens = array("i", tokens)
+        self._seen = dict(Counter(self._tokens))
+        self._counts = dict(Counter(self._tokens[self._prompt_length :]))
+
+    def append(self, token: int) -> None:
+        """Add the token of the next position."""
+        if len(self._tokens) >= self._prompt_length:
+            self._counts[token] = self._counts.get(token, 0) + 1
+        self._seen[token] = self._seen.get(token, 0) + 1
+        self._tokens.append(token)
+
+    def rewind(self, length: int) -> None:
+        """Forget the tokens from position `length` on."""
+        while len(self._tokens) > length:
+            token = self._tokens.pop()
+            _take_off(self._seen, token)
+            if len(self._tokens) >= self._prompt_length:
+                _take_off(self._counts, token)
+
+    def seen(self) -> npt.NDArray[np.int64]:
+        """Return the tokens that occur, each once."""
+        return np.fromiter(self._seen, np.int64, len(self._seen))
+
+    def counts(self) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+        """Return the tokens of the text, each once, and how often each occurs."""
+        size = len(self._counts)
+        return np.fromiter(self._counts, np.int64, size), np.fromiter(self._counts.values(), np.int64, size)
+
+
+def _take_off(counts: dict[int, int], token: int) -> None:
+    if counts[token] == 1:
+        del counts[token]
+    else:
+        counts[token] -= 1
+
+
+def history_for(sampling: Sampling | None) -> TokenCounts | None:
+    """Return an empty history where draws depend on one."""
+    return TokenCounts(sampling.prompt_length) if sampling is not None and sampling.needs_history else None
+
+
+def draw(logits: Logits, sampling: Sampling, position: int, history: TokenCounts | None = None) -> int:
+    """Return the token that takes absolute `position`, and add it to the history.
+
+    Raises BadRows for logits that are no numbers, EngineError where the history does not reach up to the position.
+    """
+    if not np.isfinite(logits[int(np.argmax(logits))]):
         raise BadRows("the model made no sense of its input: its logits are not finite")
-    if sampling.temperature <= 0:
-        return best
-    # Relative to the best, so that no temperature can overflow.
-    weights = np.exp((logits.astype(np.float64) - float(logits[best])) / sampling.temperature)
-    number = uniform(sampling.seed, position)
-    if sampling.top_p >= 1:
-        return _inverse(weights, number)
-    # The smallest set of likely tokens with at least top_p of the whole; equal ones in the order of their ids.
-    order = np.argsort(-weights, kind="stable")
-    cumulated = np.cumsum(weights[order])
-    kept = order[: int(np.searchsorted(cumulated, sampling.top_p * cumulated[-1])) + 1]
-    return int(kept[_inverse(weights[kept], number)])
+    if history is not None:
+        if len(history) < position:
+            raise EngineError(f"{len(history)} tokens are known of the {position} that the penalties depend on")
+        history.rewind(position)
+    token = _choose(_adjusted(logits, sampling, position, history), sampling, position)
+    if history is not None:
+        history.append(token)
+    return token
 
 
-def draw_until_wrong(rows: Rows, sampling: Sampling, position: int, drafts: Sequence[int]) -> list[int]:
+def draw_until_wrong(
+    rows: Rows, sampling: Sampling, position: int, drafts: Sequence[int], history: TokenCounts | None = None
+) -> list[int]:
     """Return the tokens drawn from rows of logits, the first of which takes absolute `position`.
 
     `drafts`: guesses of the tokens that all rows but the last yield, or nothing. It ends with the first token that was
-    guessed wrong: later rows follow from the guess. As a draw depends on seed and position alone, the text is the same
-    as without guesses.
+    guessed wrong: later rows follow from the guess. As a draw depends on seed, position and the tokens before it alone,
+    the text is the same as without guesses.
     """
     tokens: list[int] = []
     for number, logits in enumerate(rows):
-        tokens.append(draw(logits, sampling, position + number))
+        tokens.append(draw(logits, sampling, position + number, history))
         if number < len(drafts) and tokens[-1] != drafts[number]:
             break
     return tokens
@@ -59,6 +136,55 @@ def uniform(seed: int, position: int) -> float:
     """Return a number from 0 up to but not including 1 that depends on seed and position alone."""
     bits = np.random.Philox(key=seed % (1 << _KEY_BITS), counter=position)
     return float(np.random.Generator(bits).random())
+
+
+def _adjusted(logits: Logits, sampling: Sampling, position: int, history: TokenCounts | None) -> Scores:
+    """Return logits after bias and penalties, without stop tokens where the text must not end yet."""
+    scores = logits.astype(np.float64)
+    for token, bias in sampling.logit_bias:
+        if token < len(scores):
+            scores[token] += bias
+    if history is not None:
+        if sampling.repetition_penalty != 1:
+            seen = history.seen()
+            of_seen, penalty = scores[seen], sampling.repetition_penalty
+            scores[seen] = np.where(of_seen > 0, of_seen / penalty, of_seen * penalty)
+        if sampling.frequency_penalty or sampling.presence_penalty:
+            tokens, counts = history.counts()
+            scores[tokens] -= sampling.frequency_penalty * counts + sampling.presence_penalty
+    if position < sampling.min_length:
+        without = scores.copy()
+        without[[token for token in sampling.stop_tokens if token < len(scores)]] = -np.inf
+        if np.isfinite(without.max()):  # else there is nothing but stop tokens to draw
+            return without
+    return scores
+
+
+def _choose(scores: Scores, sampling: Sampling, position: int) -> int:
+    best = int(np.argmax(scores))
+    if sampling.temperature <= 0:
+        return best
+    # Relative to the best, so that no temperature can overflow.
+    weights = np.exp((scores - scores[best]) / sampling.temperature)
+    number = uniform(sampling.seed, position)
+    if sampling.top_p >= 1 and sampling.min_p <= 0 and not 0 < sampling.top_k < len(weights):
+        return _inverse(weights, number)
+    kept = _likeliest(weights, sampling)
+    if sampling.top_p < 1:
+        cumulated = np.cumsum(weights[kept])
+        kept = kept[: int(np.searchsorted(cumulated, sampling.top_p * cumulated[-1])) + 1]
+    return int(kept[_inverse(weights[kept], number)])
+
+
+def _likeliest(weights: Scores, sampling: Sampling) -> npt.NDArray[np.intp]:
+    """Return the tokens that min_p and top_k keep, the likeliest first, equal ones in the order of their ids."""
+    least = sampling.min_p
+    if 0 < sampling.top_k < len(weights):
+        kth = len(weights) - sampling.top_k
+        least = max(least, float(np.partition(weights, kth)[kth]))
+    candidates = np.flatnonzero(weights >= least)
+    order = candidates[np.argsort(-weights[candidates], kind="stable")]
+    return order[: sampling.top_k] if sampling.top_k else order
 
 
 def _inverse(weights: npt.NDArray[np.float64], number: float) -> int:

@@ -33,7 +33,7 @@ from node.engine.interface import (
 from node.engine.linear import ARITHMETICS
 from node.engine.loading import load_span
 from node.engine.ragged import RaggedSpan, Rows, Segments, refusal
-from node.engine.sampling import draw_until_wrong
+from node.engine.sampling import TokenCounts, draw_until_wrong, history_for
 from node.engine.source import EngineOptions, ShardSource
 from protocol.identity import BlockRange, SessionId
 from protocol.limits import MAX_POSITIONS
@@ -61,6 +61,8 @@ class _Session:
     places: Places
     length: int
     """Positions whose keys and values are in KV memory."""
+    history: TokenCounts | None
+    """Where draws depend on the tokens so far."""
 
 
 @dataclass(slots=True)
@@ -177,7 +179,8 @@ class Shard:
             raise VariantNotReady(f"the variant {options.variant} runs the whole span or nothing")
         self._memory.copy(placement.copied, placement.pages[: len(placement.copied)])
         places = Places(placement.pages)
-        self._sessions[session] = _Session(options, info, placement.positions, places, placement.cached)
+        history = history_for(options.sampling)
+        self._sessions[session] = _Session(options, info, placement.positions, places, placement.cached, history)
 
     def run_alone(self, variant: Variant, rows: torch.Tensor, *, draws: int) -> torch.Tensor:
         """Return hidden states of rows from position 0 on or, on a last span, logits after the last `draws` of them.
@@ -297,7 +300,10 @@ class Shard:
         sampling = session.options.sampling
         assert sampling is not None
         first_drawn = rows.position + rows.tensor.rows - rows.draws + 1
-        return tensor_from_tokens(draw_until_wrong(output.cpu().numpy(), sampling, first_drawn, rows.drafts))
+        history = session.history
+        if history is not None and rows.history is not None:
+            history.tell(rows.history)
+        return tensor_from_tokens(draw_until_wrong(output.cpu().numpy(), sampling, first_drawn, rows.drafts, history))
 
     def _input(self, tensor: Tensor, info: SpanInfo) -> torch.Tensor:
         """Return rows as the model takes them; token ids are checked, as torch may crash on bad ones."""

@@ -12,7 +12,7 @@ lie in its payload one after another; the header has their dtypes and shapes.
 | begin | session, options, placement; never answered: the node has reserved the pages already |
 | rename | session, successor; never answered |
 | close | session; never answered |
-| step | call, slices, each [session, position, draws, drafts, dtype, shape] |
+| step | call, slices, each [session, position, draws, drafts, history, dtype, shape] |
 
 | from the worker | header |
 |---|---|
@@ -26,7 +26,7 @@ faults: of each slice that failed, and has no tensor, [session, error, by_rows];
 """
 
 import struct
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -99,12 +99,20 @@ def decode_begin(header: Header) -> tuple[SessionId, SessionOptions, Placement]:
             **{
                 **options,
                 "blocks": blocks and BlockRange(**blocks),
-                "sampling": sampling and Sampling(**{**sampling, "stop_tokens": tuple(sampling["stop_tokens"])}),
+                "sampling": sampling and _decode_sampling(sampling),
                 "variant": Variant(*options["variant"]),
             }
         ),
         Placement(**{**placement, "pages": tuple(placement["pages"]), "copied": tuple(placement["copied"])}),
     )
+
+
+def _decode_sampling(fields: Mapping[str, Any]) -> Sampling:
+    lists = {
+        "stop_tokens": tuple(fields["stop_tokens"]),
+        "logit_bias": tuple((token, bias) for token, bias in fields["logit_bias"]),
+    }
+    return Sampling(**{**fields, **lists})
 
 
 def encode_prepare(call: int, variant: Variant) -> list[Buffer]:
@@ -125,7 +133,16 @@ def encode_close(session: SessionId) -> list[Buffer]:
 def encode_step(call: int, slices: Sequence[SliceInput]) -> list[Buffer]:
     """Return the frame of a step."""
     described = [
-        (rows.session, rows.position, rows.draws, rows.drafts, rows.tensor.dtype, rows.tensor.shape) for rows in slices
+        (
+            rows.session,
+            rows.position,
+            rows.draws,
+            rows.drafts,
+            None if rows.history is None else list(rows.history),
+            rows.tensor.dtype,
+            rows.tensor.shape,
+        )
+        for rows in slices
     ]
     return encode_frame({"do": "step", "call": call, "slices": described}, [rows.tensor for rows in slices])
 
@@ -135,8 +152,15 @@ def decode_step(header: Header, payload: memoryview) -> list[SliceInput]:
     described = header["slices"]
     tensors = cut_tensors(((dtype, shape) for *_, dtype, shape in described), payload)
     return [
-        SliceInput(session=decode_session(session), position=position, tensor=tensor, draws=draws, drafts=tuple(drafts))
-        for (session, position, draws, drafts, *_), tensor in zip(described, tensors, strict=True)
+        SliceInput(
+            session=decode_session(session),
+            position=position,
+            tensor=tensor,
+            draws=draws,
+            drafts=tuple(drafts),
+            history=history,
+        )
+        for (session, position, draws, drafts, history, *_), tensor in zip(described, tensors, strict=True)
     ]
 
 

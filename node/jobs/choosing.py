@@ -76,14 +76,12 @@ class Question:
     """What is to be chosen: one of the methods that a job admits, for a task.
 
     `is_free`: whether the user left the choice to us, and no text has begun yet that must go on as it began.
-    `may_explore`: whether the job bears a method that is only perhaps a good one; one with a budget does not.
     """
 
     model: ModelId
     context: TaskContext
     admitted: Sequence[Method]
     is_free: bool = True
-    may_explore: bool = False
 
 
 class Choice(Protocol):
@@ -174,7 +172,7 @@ def admitted_methods(request: JobRequest, model: KnownModel, ledger: Ledger) -> 
     if not admits(bound, named, quality):
         if quality is None and asked is Asked.UNDER_WAY:
             message = f"what {named.name} does to {model.name}'s answers is being measured; try again in a few minutes"
-            raise JobError(JobErrorCode.FULL, message, retry_after_s=MEASURING_RETRY_S)
+            raise JobError(JobErrorCode.MEASURING, message, retry_after_s=MEASURING_RETRY_S)
         raise JobError(JobErrorCode.INVALID, _why_not(named, bound, quality))
     return [named]
 
@@ -227,6 +225,5 @@ def describe(
         transfer_s=transfer_s,
         queued_rows=sum(load.queued_rows for load in loads),
         step_s=sum(load.step_s for load in loads),
-        objective=request.objective.value,
         quality=request.quality.value,
     )

@@ -28,6 +28,7 @@ from node.jobs.choosing import (
 )
 from node.jobs.interface import (
     AUTO,
+    CLIENT_MISTAKES,
     Agreed,
     JobError,
     JobErrorCode,
@@ -49,7 +50,7 @@ from node.jobs.route import Drawn, Opening, OpenRoute, Rejection, RouteLost, Rou
 from node.jobs.switchboard import Switchboard
 from node.models.errors import ModelError
 from node.models.library import KnownModel
-from node.models.tokenizer import StopFinder, StreamDecoder
+from node.models.streaming import StopFinder, StreamDecoder
 from protocol.identity import BlockRange, JobId, ModelId, PeerId
 from protocol.messages import FinishReason, RefusalReason
 from selector.routing import Links, NoRouteError
@@ -74,9 +75,6 @@ PROBE_TIMEOUT_S = 1.0
 STALL_LIMIT_S = 120.0
 """A job that gets no token for this long gives its route up, though every stage still answers pings."""
 
-SHORT_PROMPT_CHARACTERS = 4096
-"""Longer prompts, and conversations, whose templates may do anything, are tokenised in a thread."""
-
 LEADER_PATIENCE_S = 30.0
 """How long a job waits at most for another to compute what both prompts begin with."""
 
@@ -93,12 +91,16 @@ class Models(Protocol):
 
 @dataclass(slots=True)
 class CoordinatorStatistics:
-    """Jobs of this node so far."""
+    """Jobs of this node so far. `running` are all of them; `rejected` were the client's mistake, not a failure."""
 
     running: int = 0
     done: int = 0
     failed: int = 0
     cancelled: int = 0
+    rejected: int = 0
+    trials_running: int = 0
+    trials_done: int = 0
+    trials_failed: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -177,7 +179,8 @@ class Coordinator:
         """
         if self.draining:
             raise JobError(JobErrorCode.LEAVING, "this node is about to leave; submit at another peer")
-        self._count(running=1)
+        is_trial = on_served is not None or request.background
+        self._count(running=1, trials_running=is_trial)
         outcome = "cancelled"
         job: Job | None = None
         try:
@@ -190,14 +193,17 @@ class Coordinator:
             outcome = "done" if job.route is None else "cancelled"
         except JobError as error:
             gives_way = request.background and error.code is JobErrorCode.FULL
-            outcome = "cancelled" if gives_way else "failed"
+            mistaken = error.code in CLIENT_MISTAKES
+            outcome = "cancelled" if gives_way else "rejected" if mistaken else "failed"
             raise
         finally:
             if job is not None:
                 self._recent.end_turn(job.turn)
                 job.set_aside()
                 await job.close_former()
-            self._count(running=-1, **{outcome: 1})
+            if is_trial:
+                outcome = "trials_done" if outcome == "done" else "trials_failed"
+            self._count(running=-1, trials_running=-is_trial, **{outcome: 1})
 
     async def consider(self, request: JobRequest, told: Mapping[str, Any]) -> Considered:
         """Ask what a job would be served with now: the stages vote, and nothing is computed.
@@ -251,10 +257,7 @@ class Coordinator:
         """Turn a request into a job: model, token ids and sampling, all within the model's limits."""
         began_s = trio.current_time()
         model = await self.model(request.model)
-        if request.messages is not None or len(request.prompt or "") > SHORT_PROMPT_CHARACTERS:
-            prompt = await trio.to_thread.run_sync(prompt_tokens, request, model)
-        else:
-            prompt = prompt_tokens(request, model)
+        prompt = await prompt_tokens(request, model)
         sampling = sampling_of(request, model, len(prompt))
         admitted = admitted_methods(request, model, self._ledger)
         job = Job(JobId(secrets.token_hex(16)), request, model, prompt, sampling, admitted, began_s)
@@ -293,7 +296,8 @@ class Coordinator:
                 job.stops = stops
                 break
             job.set_aside()
-            if not is_patient and attempt + 1 >= MAX_ATTEMPTS:
+            # Peers of an older version are found out one by one, and cost the job no attempt.
+            if not is_patient and attempt + 1 - len(job.outdated) >= MAX_ATTEMPTS:
                 raise job.no_route(NoRouteError(()))
         job.accepted = True
         await job.close_former()
@@ -345,7 +349,6 @@ class Coordinator:
                 context=context,
                 admitted=_as_begun(begun) if begun else job.admitted,
                 is_free=job.request.method == AUTO and not begun,
-                may_explore=job.request.budget is None,
             )
         )
         if not begun:
@@ -366,6 +369,9 @@ class Coordinator:
     def _avoid(self, job: Job, rejection: Rejection) -> None:
         """Keep a job away from a peer; one that cannot be reached is taken for dead until it is heard again."""
         _logger.info("stage not available", job=job.id, peer=rejection.peer, reason=rejection.message)
+        if rejection.outdated:
+            job.outdated[rejection.peer] = rejection
+            return
         job.avoided[rejection.peer] = rejection
         if rejection.reason is None:
             self._planner.failed(rejection.peer, dead=True)
@@ -407,11 +413,17 @@ class Coordinator:
             finish = drawn.finish_reason
             if finish is None and len(job.tokens) >= job.sampling.max_tokens:
                 finish = FinishReason.LENGTH  # the last stage should have said so
-            piece = finder.feed(decoder.feed(drawn.token))
-            if finder.found:
-                finish = FinishReason.STOP
-            elif finish:
-                piece += finder.feed(decoder.finish()) + finder.finish()
+            try:
+                # A stop token is none of the text, and a stop string counts once there are min_tokens.
+                piece = "" if finish is FinishReason.STOP else await decoder.feed(drawn.token)
+                if len(job.tokens) > job.request.min_tokens:
+                    piece = finder.feed(piece)
+                if finder.found:
+                    finish = FinishReason.STOP
+                elif finish:
+                    piece += finder.feed(await decoder.finish()) + finder.finish()
+            except ModelError as error:
+                raise JobError(JobErrorCode.FAILED, str(error)) from None
             text.append(piece)
             yield TextDelta(text=piece, token_ids=(drawn.token,))
         ended_s = trio.current_time()

@@ -13,13 +13,6 @@ AUTO: Final = "auto"
 """In place of a method: the swarm chooses."""
 
 
-class Objective(enum.StrEnum):
-    """What a job wants most."""
-
-    LATENCY = "latency"
-    THROUGHPUT = "throughput"
-
-
 class Quality(enum.StrEnum):
     """How far a method may stray from fp32: `exact` the same greedy tokens, `near` and `any` within stated bounds."""
 
@@ -41,20 +34,30 @@ class JobErrorCode(enum.StrEnum):
     """No peer serves some of the model's blocks, which the message names: 503, worth a retry."""
     FULL = "peers_full"
     """The peers that serve the model have no room now: 503, worth a retry."""
+    MEASURING = "quality_being_measured"
+    """What the method does to the model's answers is being measured here: 503, worth a retry."""
     FAILED = "job_failed"
     """A stage failed and could not be replaced: 502."""
     LEAVING = "node_leaving"
     """This node is about to leave and takes no new jobs: 503."""
 
 
+CLIENT_MISTAKES = frozenset({JobErrorCode.INVALID, JobErrorCode.MODEL_NOT_FOUND, JobErrorCode.CONTEXT_LENGTH})
+"""What no peer can help with: such a job is rejected, it has not failed."""
+
+
 class JobError(Exception):
     """A job cannot be done. The message is one line for the user: what is wrong and what to do."""
 
-    def __init__(self, code: JobErrorCode, message: str, *, retry_after_s: float | None = None) -> None:
+    def __init__(
+        self, code: JobErrorCode, message: str, *, retry_after_s: float | None = None, param: str | None = None
+    ) -> None:
+        """`param`: the field of the request that is wrong, where it is one."""
         super().__init__(message)
         self.code = code
         self.message = message
         self.retry_after_s = retry_after_s
+        self.param = param
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,8 +73,9 @@ class JobRequest:
     """What a user asks for. Exactly one of `prompt`, `prompt_tokens` and `messages` is given.
 
     `model` is what the user typed: a prefix of an id, a catalogue name, a local name. `messages` are rendered by the
-    model's chat template. `max_tokens` None means as many as the model's context allows, up to the node's default.
-    `seed` None means that the coordinator draws one. `method` is `auto`, or a method by its switches.
+    model's chat template. `max_tokens` None means as many as the model's context allows, up to the node's default; a
+    larger one than the context allows is cut. `seed` None means that the coordinator draws one, any other is taken
+    modulo 2**64. `method` is `auto`, or a method by its switches. How tokens are drawn: `node.engine.sampling`.
     """
 
     model: str
@@ -79,14 +83,24 @@ class JobRequest:
     prompt_tokens: tuple[int, ...] | None = None
     messages: tuple[ChatMessage, ...] | None = None
     max_tokens: int | None = None
+    min_tokens: int = 0
+    """No stop token is drawn before there are so many, and no stop string is looked for in their text."""
     temperature: float = 0.0
     top_p: float = 1.0
+    top_k: int = 0
+    """0 keeps all."""
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    """Token ids, each once, and what is added to their logits."""
     seed: int | None = None
     stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    """Besides the model's own end-of-text tokens."""
     ignore_eos: bool = False
     """Go on past the model's end-of-text tokens; for benchmarks and comparisons."""
-    objective: Objective = Objective.LATENCY
-    budget: float | None = None
     quality: Quality = Quality.EXACT
     method: str = AUTO
     background: bool = False

@@ -55,6 +55,8 @@ class Job:
     rounds: int = 0
     """Rounds of the routes before this one."""
     avoided: dict[PeerId, Rejection] = field(default_factory=dict)
+    outdated: dict[PeerId, Rejection] = field(default_factory=dict)
+    """Peers that may serve any stage but the last."""
     bound: set[PeerId] = field(default_factory=set)
     """Peers that would like to go, and were asked for."""
     stops: list[Stop] = field(default_factory=list)
@@ -78,7 +80,7 @@ class Job:
             new_tokens=new_tokens,
             row_bytes=4 * self.model.hidden_size,
         )
-        return RouteNeed(model=self.model.id, demand=demand)
+        return RouteNeed(model=self.model.id, demand=demand, not_last=frozenset(self.outdated))
 
     def set_aside(self) -> None:
         """Take the route for a former one, whose stages are to be continued as far as they are there."""
@@ -103,6 +105,13 @@ class Job:
 
     def no_route(self, error: NoRouteError) -> JobError:
         """Say why no route was found: blocks that nobody serves, or peers that would not or could not take it."""
+        if self.outdated and not self.avoided:
+            reasons = "; ".join(f"{r.peer} {r.message}" for r in self.outdated.values())
+            message = (
+                f"no peer that draws the tokens of {self.model.name} can apply what the job asks for ({reasons}): "
+                "leave out top_k, min_p, penalties, logit_bias and min_tokens, or wait for a peer of a later version"
+            )
+            return JobError(JobErrorCode.UNCOVERED, message, retry_after_s=RETRY_AFTER_S)
         if self.avoided:
             reasons = "; ".join(f"{r.peer}: {r.message}" for r in self.avoided.values())
             if any(rejection.reason is RefusalReason.FULL for rejection in self.avoided.values()):

@@ -7,7 +7,7 @@ is still there. What arrives is handed to plain functions that must not block.
 
 from abc import ABC, abstractmethod
 from collections import defaultdict, deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -19,6 +19,7 @@ from protocol.codec import StepHeader
 from protocol.connection import Admission, JobConnection
 from protocol.errors import LocalProtocolError, RemoteProtocolError
 from protocol.identity import PeerId, SessionId
+from protocol.limits import MAX_HISTORY_TOKENS
 from protocol.messages import (
     Begin,
     Close,
@@ -39,6 +40,7 @@ from protocol.messages import (
     SessionStatistics,
     Slice,
     Step,
+    TokenHistory,
 )
 from protocol.states import Role, SessionState
 from protocol.tensors import DType, Tensor
@@ -145,6 +147,10 @@ class OpenHandler(Protocol):
         """Admit or refuse a session."""
         ...
 
+    def tell_history(self, message: TokenHistory, link: "InboundLink") -> None:
+        """Take tokens so far of a session that this link opened; see TokenHistory."""
+        ...
+
     async def begin(self, message: Begin, link: "InboundLink") -> None:
         """Begin a session that this link opened; one that cannot begin fails."""
         ...
@@ -228,6 +234,11 @@ class _Link(ABC):
         """Set, and replaced, whenever anything is heard."""
         self._said_bytes = 0
         """All that was ever given to the outbox."""
+
+    @property
+    def minor(self) -> int:
+        """The version of the job protocol that both ends speak: 1.`minor`."""
+        return self._connection.minor
 
     async def run(self) -> None:
         """Carry the link until it breaks or is cancelled. Raises nothing else: a link never ends the node."""
@@ -400,13 +411,17 @@ class OutboundLink(_Link):
             raise LinkBroken(self.peer, f"session lost while it was opened: {answer}")
         return answer
 
-    def begin(self, message: Begin) -> None:
+    def begin(self, message: Begin, history: Sequence[int] = ()) -> None:
         """Begin a session that we opened, at once: before any rows that are sent from now on, over whichever link.
 
-        Raises LinkBroken where the link is gone, or the session is lost already.
+        `history`: the tokens so far, where its draws depend on them. Raises LinkBroken where the link is gone, or the
+        session is lost already.
         """
         if self._connection.session_state(message.session) is not SessionState.OPEN:
             raise LinkBroken(self.peer, self.broken or "the session was lost before it began")
+        for start in range(0, len(history), MAX_HISTORY_TOKENS):
+            tokens = tuple(history[start : start + MAX_HISTORY_TOKENS])
+            self._say(TokenHistory(session=message.session, tokens=tokens))
         self._say(message)
 
     async def close(self, session: SessionId) -> Closed:
@@ -641,6 +656,8 @@ class InboundLink(_Link):
                 # At once: a Close may be right behind, whose task may run first.
                 opening = self._openings[message.session] = trio.Event()
                 nursery.start_soon(self._open, message, opening)
+            case TokenHistory():
+                self._stages.tell_history(message, self)
             case Begin():
                 nursery.start_soon(self._stages.begin, message, self)
             case Close():

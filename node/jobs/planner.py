@@ -1,7 +1,7 @@
 """Plans routes: turns what is known of the live peers into offers, and remembers who failed."""
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Protocol
 
@@ -44,6 +44,8 @@ class RouteNeed:
 
     model: ModelId
     demand: Demand
+    not_last: Collection[PeerId] = ()
+    """Peers that may serve any stage but the last."""
 
 
 class Planner:
@@ -121,6 +123,8 @@ class Planner:
 
     async def _offers(self, need: RouteNeed, without: Collection[PeerId]) -> tuple[list[Offer], dict[PeerId, Load]]:
         found = await self._finder.candidates(need.model, need.demand.block_count, without=without)
+        if need.not_last:
+            found = tuple(_without_last(need, found))
         now_s = trio.current_time()
         offers = [_offer(candidate, self._reliability.trust(candidate.peer, now_s)) for candidate in found]
         return offers, {candidate.peer: candidate.load for candidate in found}
@@ -128,6 +132,17 @@ class Planner:
     def _trusted(self, offers: Sequence[Offer]) -> list[Offer]:
         avoided = self._reliability.avoided(trio.current_time())
         return [offer for offer in offers if offer.peer not in avoided]
+
+
+def _without_last(need: RouteNeed, candidates: Iterable[Candidate]) -> Iterator[Candidate]:
+    """Yield what the candidates may serve, some of them without the model's last block."""
+    last = need.demand.block_count - 1
+    for candidate in candidates:
+        blocks = candidate.blocks
+        if candidate.peer not in need.not_last or blocks.end <= last:
+            yield candidate
+        elif blocks.start < last:
+            yield replace(candidate, blocks=BlockRange(blocks.start, last))
 
 
 def _offer(candidate: Candidate, trust: float) -> Offer:

@@ -11,6 +11,7 @@ from node.jobs.interface import Agreed
 from node.jobs.kept import Held, starts_of
 from node.jobs.link import InboundLink, LinkBroken, OutboundLink, SessionLost, SessionRefused
 from node.jobs.switchboard import Switchboard
+from protocol.codec import minor_of
 from protocol.identity import BlockRange, JobId, ModelId, PeerId, SessionId
 from protocol.limits import MAX_STEP_BYTES
 from protocol.messages import (
@@ -52,6 +53,8 @@ class Rejection:
     peer: PeerId
     reason: RefusalReason | None
     message: str
+    outdated: bool = False
+    """The peer's version cannot draw as the job asks: it may serve any stage but the last."""
 
 
 class RouteRejected(Exception):
@@ -194,6 +197,7 @@ class OpenRoute:
         statement = self.opening.agreed.statement if self.opening.agreed and self.weighs() else None
         self.starts = starts_of([_held(answer, method) for answer in self.answers if answer], len(tokens) - 1)
         onward = [*self.starts[1:], self.starts[-1]]
+        last = len(self.stops) - 1
         try:
             for stage, link in sorted(self._links.items()):
                 session = SessionId(self._job, stage)
@@ -206,7 +210,8 @@ class OpenRoute:
                         start=start,
                         onward=onward[stage],
                         statement=statement,
-                    )
+                    ),
+                    history=tokens if stage == last and self.opening.sampling.needs_history else (),
                 )
         except LinkBroken as broken:
             raise RouteLost(SessionLost(broken.peer, broken.peer, FailureReason.DOWNSTREAM, str(broken))) from None
@@ -313,9 +318,14 @@ class OpenRoute:
             peer = self.stops[stage].peer
             try:
                 link = await self._switchboard.link_to(peer)
+                message = self._open_message(stage)
+                if minor_of(message) > link.minor:
+                    why = f"speaks version 1.{link.minor} of the job protocol, which cannot draw as the job asks"
+                    rejections[stage] = Rejection(peer, RefusalReason.UNABLE, why, outdated=True)
+                    return
                 self._links[stage] = link
                 self._unwatch.append(link.watch(SessionId(self._job, stage), partial(self._stage_lost, stage)))
-                self.answers[stage] = await link.open(self._open_message(stage))
+                self.answers[stage] = await link.open(message)
             except SessionRefused as refused:
                 rejections[stage] = Rejection(peer, refused.reason, str(refused))
                 del self._links[stage]

@@ -5,6 +5,7 @@ number when the step's header comes, so that nothing is held that will not be ta
 there. Rows that do not pass cost the session, and whoever sent them is blamed.
 """
 
+from array import array
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -21,7 +22,7 @@ from node.jobs.link import InboundLink, OutboundLink
 from node.jobs.scheduler import Work
 from node.jobs.speculation import Drafter, TokenFeed
 from protocol.identity import PeerId, SessionId
-from protocol.messages import Begin, FinishReason, Open, SessionStatistics, Slice, Step
+from protocol.messages import Begin, FailureReason, FinishReason, Open, SessionStatistics, Slice, Step
 from protocol.tensors import DType, Tensor, tensor_from_tokens, tokens_from_tensor
 from selector.task import Method
 
@@ -62,6 +63,11 @@ class StageSession:
         self.cut_off = False
         """Its outputs cannot be sent on; it waits until it is continued on another route."""
         self.sampling = message.sampling
+        self.needs_history = message.sampling is not None and message.sampling.needs_history
+        self.known = 0
+        """Where draws depend on the tokens so far: how many of them the engine knows, or is about to be told."""
+        self._history: array[int] | None = None
+        """Those that it is about to be told."""
         self.positions = message.positions
         self.drawn = 0
         self.steps = 0
@@ -145,7 +151,10 @@ class StageSession:
         """Take rows that were admitted."""
         self.active_s = trio.current_time()
         self.bytes_in += len(tensor.data)
-        if self._unchecked or len(tensor.data) > CHECKED_AT_ONCE_BYTES:
+        if self.needs_history and part.draws and part.position + part.rows - part.draws + 1 > self.known:
+            message = f"draws depend on the tokens so far, of which {self.known} are known"
+            self.span.fail(self, FailureReason.ENGINE, message)
+        elif self._unchecked or len(tensor.data) > CHECKED_AT_ONCE_BYTES:
             self._unchecked.append((part, tensor, link))
             if len(self._unchecked) == 1:
                 self.span.start_checking(self)
@@ -183,6 +192,24 @@ class StageSession:
             self._early.append((part, tensor, link))
         else:
             self._queue(part, tensor, link)
+
+    def tell_history(self, tokens: Sequence[int]) -> str | None:
+        """Take the next of the tokens so far, from position 0 on; return what is wrong with them, if anything is."""
+        if not self.needs_history:
+            return "tokens so far were told, on which no draw depends"
+        if self.known + len(tokens) > self.positions:
+            return f"{self.known + len(tokens)} tokens so far were told of {self.positions} positions"
+        if max(tokens) >= self.info.vocabulary_size:
+            return f"a token so far is not below {self.info.vocabulary_size}"
+        self._history = self._history or array("i")
+        self._history.extend(tokens)
+        self.known += len(tokens)
+        return None
+
+    def take_history(self) -> Sequence[int] | None:
+        """Return the tokens so far that the engine has not been told."""
+        history, self._history = self._history, None
+        return history
 
     @property
     def kept_from(self) -> int:

@@ -449,7 +449,12 @@ class Span:
         session = self.sessions.get(work.session)
         drafts = part.drafts if session is not None and session.info.is_last else ()
         return SliceInput(
-            session=part.session, position=part.position, tensor=work.tensor, draws=part.draws, drafts=drafts
+            session=part.session,
+            position=part.position,
+            tensor=work.tensor,
+            draws=part.draws,
+            drafts=drafts,
+            history=session.take_history() if session is not None and part.draws else None,
         )
 
     def _account(self, session: StageSession, work: Work[InboundLink], result: StepResult, rows: int) -> None:
@@ -475,6 +480,7 @@ class Span:
             return []
         position = part.position + part.rows - part.draws + 1
         tokens, finish = session.told(tokens_from_tensor(output))
+        session.known = position + len(tokens)
         tensor = tensor_from_tokens(tokens)
         told = Slice(
             session=SessionId(job, stage + 1), position=position, rows=len(tokens), draws=0, finish_reason=finish

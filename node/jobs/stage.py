@@ -37,6 +37,7 @@ from protocol.messages import (
     RefusalReason,
     Refused,
     SessionStatistics,
+    TokenHistory,
 )
 from protocol.observations import countersign
 from protocol.records import ServedSpan
@@ -315,6 +316,15 @@ class Stages:
                 return former if is_alike and former.positions >= message.positions else None
         return None
 
+    def tell_history(self, message: TokenHistory, link: InboundLink) -> None:
+        """Take tokens so far of a session that this link opened and that has not begun."""
+        for span in self._spans.values():
+            session = span.sessions.get(message.session)
+            if session and session.opened_by is link and session.method is None:
+                if fault := session.tell_history(message.tokens):
+                    span.fail(session, FailureReason.ENGINE, fault)
+                return
+
     async def begin(self, message: Begin, link: InboundLink) -> None:
         """Begin a session that this link opened with what the votes came to, once that was seen to be so."""
         for span in self._spans.values():
@@ -325,6 +335,10 @@ class Stages:
             return  # lost meanwhile, which was said
         if fault := _tally_fault(session, message, self.switchboard.peer_id):
             span.fail(session, FailureReason.TALLY, fault)
+            return
+        if session.needs_history and session.known <= message.start:
+            why = f"draws depend on the tokens so far, of which {session.known} were told and {message.start} are held"
+            span.fail(session, FailureReason.ENGINE, why)
             return
         method = parse_method(message.method)
         if session.calculated_by is None:

@@ -17,10 +17,11 @@ from typing import Final
 import trio
 
 from node.jobs.coordinator import Coordinator
-from node.jobs.interface import JobError, JobErrorCode, JobRequest, JobResult, Objective, Quality
+from node.jobs.interface import JobError, JobErrorCode, JobRequest, JobResult, Quality
 from node.jobs.recorder import Recorder, ServedJob
+from node.jobs.requests import prompt_tokens
 from node.models.sample import sample_text
-from protocol.measurements import Measurements, Observation, ObservationKind
+from protocol.measurements import Measurements, Objective, Observation, ObservationKind
 from selector.task import BASELINE, Method
 
 READY_TIMEOUT_S: Final = 900.0
@@ -169,7 +170,7 @@ class Trials:
                 f"{spec.workload.prompt_tokens} tokens of prompt and {spec.workload.max_tokens} new ones do not "
                 f"fit into the {model.max_positions} of the model's context",
             )
-        text = await trio.to_thread.run_sync(model.tokenizer.encode, sample_text())
+        text = await prompt_tokens(JobRequest(model=spec.model, prompt=sample_text()), model)
         # One job at a time has its prefix in common with those before it; the warm-up computes it.
         alone = spec.workload.concurrency == 1
         source = _Source(text, _piece(text, shared_tokens(spec.workload), rng) if alone else None)
@@ -253,7 +254,6 @@ class Trials:
                 max_tokens=workload.max_tokens,
                 ignore_eos=True,
                 quality=spec.quality,
-                objective=Objective.LATENCY if workload.concurrency == 1 else Objective.THROUGHPUT,
                 method=method.name,
                 background=spec.kind is ObservationKind.ASSIGNED,
             )
@@ -299,7 +299,7 @@ class Trials:
                 served.workload,
                 concurrency=max(spec.workload.concurrency, served.workload.concurrency),
                 shared_prefix_share=spec.workload.shared_prefix_share,
-                objective=type(served.workload.objective)(objective.value),
+                objective=objective,
             ),
             measurements=Measurements(
                 ttft_s=run.ttft_s,

@@ -178,7 +178,7 @@ class LearnedChooser:
             in_use=in_use,
             accepts=accepts,
         )
-        if question.is_free and question.may_explore and self.budget.may_explore:
+        if question.is_free and self.budget.may_explore:
             choice.explored = self._to_explore(choice, default)
         return choice
 

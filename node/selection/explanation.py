@@ -62,7 +62,7 @@ def explain(considered: Considered, chooser: LearnedChooser, model: ModelStatus 
     ]
     return {
         "model": considered.model,
-        "task": considered.context.values(),
+        "task": {name: value for name, value in considered.context.values().items() if name != "objective"},
         "route": [{"peer": peer, "start": blocks.start, "end": blocks.end} for peer, blocks in considered.route],
         "selection": selection_status(chooser, model),
         "methods": methods,

@@ -8,7 +8,6 @@ import random
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 
-import pytest
 import trio
 from threadpoolctl import threadpool_limits
 from trio.testing import MockClock
@@ -16,7 +15,7 @@ from trio.testing import MockClock
 from node.engine.interface import Variant
 from node.identity import Identity
 from node.jobs.choosing import Voter
-from node.jobs.interface import JobRequest, JobResult, Quality
+from node.jobs.interface import JobRequest, JobResult
 from node.jobs.recorder import Recorder
 from node.jobs.trial import Trials
 from node.selection.chooser import LearnedChooser, LearnedVoter
@@ -25,11 +24,10 @@ from node.selection.probing import TrialProber
 from node.selection.worker import experience_of
 from protocol.measurements import Observation
 from protocol.observations import SignedObservation
-from selector.adoption import RETRY_S
 from selector.experience import Experience
 from selector.kinds import Viewpoint
 from selector.prediction import train
-from selector.task import BASELINE, PORTFOLIO, Method, TaskContext, method
+from selector.task import PORTFOLIO, Method, TaskContext, method
 from tests.unit.jobs.peers import open_swarm
 
 SLOWNESS = {Variant("onnxruntime", "fp32"): 1.6}
@@ -191,24 +189,3 @@ async def test_without_a_budget_nothing_is_tried(autojump_clock: MockClock) -> N
     assert {each.method.name for found in results.values() for each in found} <= {
         name for name in PORTFOLIO if "engine=onnxruntime" in name
     }
-
-
-@pytest.mark.parametrize("budget", [0.5])
-async def test_a_job_with_a_budget_is_not_tried_on_anything(autojump_clock: MockClock, budget: float) -> None:
-    node = LearningNode()
-    node.chooser = LearnedChooser(node.opinions, random.Random(1), share=1.0, allowance_s=RETRY_S)
-    async with open_swarm() as swarm:
-        peer = await swarm.join((0, 9), step_s=STEP_S, row_s=ROW_S, chooser=node.chooser)
-        await swarm.settle()
-        for number in range(20):
-            request = JobRequest(
-                model="fake",
-                prompt_tokens=(number, 2, 3),
-                max_tokens=2,
-                budget=budget,
-                quality=Quality.EXACT,
-            )
-            result = await peer.run(request)
-            assert result.selection is not None
-            assert not result.selection.explored
-    assert BASELINE.name in {each.name for each in EXACT}

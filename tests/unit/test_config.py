@@ -301,3 +301,22 @@ class TestReadyFile:
         if content is not None:
             (tmp_path / "node.json").write_text(content)
         assert NodeReady.read(tmp_path) is None
+
+
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [
+        ("METASWARM_MEMROY", "METASWARM_MEMORY"),
+        ("METASWARM_DATADIR", "METASWARM_DATA_DIR"),
+        ("METASWARM_APIKEY", "METASWARM_API_KEY"),
+        ("METASWARM_CONFG", "METASWARM_CONFIG"),
+        ("METASWARM_QWERTZ", None),
+    ],
+)
+def test_a_misspelt_variable_is_an_error_that_names_the_right_one(name: str, meant: str | None) -> None:
+    suggestion = f"; did you mean {meant!r}?" if meant else ""
+    assert fault({name: "1"}) == f"unknown environment variable {name!r}{suggestion}"
+
+
+def test_variables_of_others_empty_ones_and_those_of_the_tests_are_none_of_our_business() -> None:
+    load({"METASWARMS": "1", "METASWARM": "1", "METASWARM_MEMROY": "", "METASWARM_REQUIRE_ALL": "1"})

@@ -5,7 +5,7 @@ import httpx
 import pytest
 import trio
 
-from node.jobs.interface import ChatMessage, JobError, JobErrorCode, Objective, Quality
+from node.jobs.interface import ChatMessage, JobError, JobErrorCode, Quality
 from tests.unit.api.fakes import JOB, PEERS, FakeNode, chat_body, send_request, serve_node
 
 METASWARM = {
@@ -126,7 +126,7 @@ async def test_text_comes_while_the_job_runs(node: FakeNode) -> None:
 @pytest.mark.parametrize("stream", [True, False])
 async def test_a_client_that_goes_away_ends_its_job(node: FakeNode, path: str, stream: bool) -> None:
     node.submitter.hang = True
-    body = chat_body(stream=stream) | {"prompt": "Hi"}
+    body = chat_body(stream=stream) if "chat" in path else completion_body(stream=stream)
     async with serve_node(node) as url:
         connection = await send_request(url, path, json.dumps(body).encode())
         await node.submitter.entered.wait()
@@ -143,8 +143,6 @@ async def test_what_is_asked_for_reaches_the_job(node: FakeNode, client: httpx.A
         "seed": 11,
         "stop": ["END", "\n"],
         "metaswarm": {
-            "objective": "throughput",
-            "budget": 2.5,
             "quality": "near",
             "method": "arithmetic=bf16",
             "ignore_eos": True,
@@ -154,8 +152,7 @@ async def test_what_is_asked_for_reaches_the_job(node: FakeNode, client: httpx.A
     (job,) = node.submitter.requests
     assert (job.model, job.messages) == ("tiny", (ChatMessage(role="user", content="Hi"),))
     assert (job.max_tokens, job.temperature, job.top_p, job.seed, job.stop) == (7, 0.5, 0.9, 11, ("END", "\n"))
-    assert (job.objective, job.budget, job.quality) == (Objective.THROUGHPUT, 2.5, Quality.NEAR)
-    assert (job.method, job.ignore_eos) == ("arithmetic=bf16", True)
+    assert (job.quality, job.method, job.ignore_eos) == (Quality.NEAR, "arithmetic=bf16", True)
 
 
 REFUSALS = [
@@ -165,6 +162,7 @@ REFUSALS = [
     (JobErrorCode.FAILED, 502, "server_error", None),
     (JobErrorCode.UNCOVERED, 503, "server_error", "10"),
     (JobErrorCode.FULL, 503, "server_error", "2"),
+    (JobErrorCode.MEASURING, 503, "server_error", "10"),
     (JobErrorCode.LEAVING, 503, "server_error", "10"),
 ]
 

@@ -1,46 +1,49 @@
-"""`/swarm/explain`: a task in a query becomes a job that is not run; what makes no sense is an error of one line."""
+"""`/swarm/explain`: a task in a body becomes a job that is not run; what makes no sense is an error of one line."""
+
+from typing import Any
 
 import httpx
 import pytest
 
-from node.jobs.interface import JobError, JobErrorCode, Objective, Quality
+from node.jobs.interface import JobError, JobErrorCode, Quality
 from tests.unit.api.fakes import FakeNode, FakeSubmitter, serve_node
 
 
-async def ask(node: FakeNode, query: dict[str, str]) -> httpx.Response:
+async def ask(node: FakeNode, task: dict[str, Any]) -> httpx.Response:
     async with serve_node(node) as url, httpx.AsyncClient(base_url=url, trust_env=False) as client:
-        return await client.get("/swarm/explain", params=query)
+        return await client.post("/swarm/explain", json=task)
 
 
 async def test_a_task_is_asked_about_as_it_was_described() -> None:
     node = FakeNode()
-    query = {"model": "tiny", "prompt_tokens": "300", "max_tokens": "7", "concurrency": "4", "quality": "near"}
-    answer = await ask(node, {**query, "shared_prefix_share": "0.5", "objective": "throughput"})
+    task = {"model": "tiny", "prompt_tokens": 300, "max_tokens": 7, "concurrency": 4, "quality": "near"}
+    answer = await ask(node, {**task, "shared_prefix_share": 0.5})
     assert answer.status_code == 200
     assert answer.json()["agreed"]
     ((request, told),) = node.explained
     assert (request.model, len(request.prompt_tokens or ()), request.max_tokens) == ("tiny", 300, 7)
-    assert (request.quality, request.objective) == (Quality.NEAR, Objective.THROUGHPUT)
+    assert request.quality is Quality.NEAR
     assert told == {"concurrency": 4, "shared_prefix_share": 0.5, "repetitiveness": 0.0}
 
 
 @pytest.mark.parametrize(
-    "query",
+    "task",
     [
         {},
-        {"model": "tiny", "prompt_tokens": "0"},
-        {"model": "tiny", "prompt_tokens": "99999999999999999999"},
-        {"model": "tiny", "max_tokens": "-1"},
+        {"model": "tiny", "prompt_tokens": 0},
+        {"model": "tiny", "prompt_tokens": 99999999999999999999},
+        {"model": "tiny", "max_tokens": -1},
         {"model": "tiny", "concurrency": "many"},
         {"model": "tiny", "repetitiveness": "nan"},
-        {"model": "tiny", "shared_prefix_share": "1.1"},
+        {"model": "tiny", "shared_prefix_share": 1.1},
         {"model": "tiny", "quality": "good"},
-        {"model": "tiny", "hurry": "1"},
+        {"model": "tiny", "hurry": 1},
+        {"model": "tiny", "objective": "latency"},
     ],
 )
-async def test_what_makes_no_sense_is_refused_in_one_line(query: dict[str, str]) -> None:
+async def test_what_makes_no_sense_is_refused_in_one_line(task: dict[str, Any]) -> None:
     node = FakeNode()
-    answer = await ask(node, query)
+    answer = await ask(node, task)
     assert answer.status_code == 400
     assert "\n" not in answer.json()["error"]["message"]
     assert not node.explained
@@ -51,3 +54,13 @@ async def test_what_the_swarm_refuses_has_the_status_of_a_job_that_it_refuses() 
     answer = await ask(FakeNode(FakeSubmitter(refuse=refuse)), {"model": "tiny"})
     assert answer.status_code == 503
     assert answer.headers["Retry-After"] == "2"
+
+
+async def test_a_link_cannot_have_a_task_explained() -> None:
+    node = FakeNode()
+    async with serve_node(node) as url, httpx.AsyncClient(base_url=url, trust_env=False) as client:
+        assert (await client.get("/swarm/explain", params={"model": "tiny"})).status_code == 405
+        form = {"Content-Type": "application/x-www-form-urlencoded"}
+        answer = await client.post("/swarm/explain", content=b'{"model": "tiny"}', headers=form)
+    assert (answer.status_code, answer.json()["error"]["code"]) == (415, "unsupported_media_type")
+    assert not node.explained

@@ -1,3 +1,4 @@
+import json
 from collections.abc import AsyncIterator
 
 import httpx
@@ -69,6 +70,93 @@ async def test_this_machine_can_use_an_open_node_under_any_of_its_names(
     client: httpx.AsyncClient, headers: dict[str, str]
 ) -> None:
     assert (await client.get("/swarm/status", headers=headers)).status_code == 200
+
+
+@pytest.mark.parametrize("site", ["cross-site", "same-site"])
+@pytest.mark.parametrize("path", ["/swarm/status", "/swarm/peers", "/swarm/models", "/v1/models", "/nowhere"])
+async def test_a_page_from_elsewhere_cannot_read_by_an_image_or_a_script(
+    client: httpx.AsyncClient, site: str, path: str
+) -> None:
+    response = await client.get(path, headers={"Sec-Fetch-Site": site, "Sec-Fetch-Mode": "no-cors"})
+    assert (response.status_code, response.json()["error"]["code"]) == (403, "foreign_origin")
+    assert "access-control-allow-origin" not in response.headers
+
+
+@pytest.mark.parametrize("headers", [{"Sec-Fetch-Site": "none"}, {"Sec-Fetch-Site": "same-origin"}, {}])
+async def test_an_address_typed_by_the_user_and_the_nodes_own_pages_are_answered(
+    client: httpx.AsyncClient, headers: dict[str, str]
+) -> None:
+    assert (await client.get("/swarm/status", headers=headers)).status_code == 200
+
+
+async def test_health_is_told_to_everybody(client: httpx.AsyncClient) -> None:
+    assert (await client.get("/health", headers={"Sec-Fetch-Site": "cross-site"})).status_code == 200
+
+
+async def test_a_form_of_a_page_cannot_submit_a_job(node: FakeNode, client: httpx.AsyncClient) -> None:
+    body = json.dumps(chat_body()).encode()
+    for headers in ({"Sec-Fetch-Site": "same-origin"}, {"Origin": "http://localhost:3000"}):
+        for kind in ("text/plain", "application/x-www-form-urlencoded", "multipart/form-data; boundary=x"):
+            response = await client.post(
+                "/v1/chat/completions", content=body, headers={**headers, "Content-Type": kind}
+            )
+            assert (response.status_code, response.json()["error"]["code"]) == (415, "unsupported_media_type")
+    assert node.submitter.requests == []
+    # curl -d says nothing of where it comes from, and that it sends a form.
+    kind = "application/x-www-form-urlencoded"
+    response = await client.post("/v1/chat/completions", content=body, headers={"Content-Type": kind})
+    assert response.status_code == 200
+
+
+LOCAL_ORIGINS = ["http://localhost:5173", "http://127.0.0.1:3000", "http://[::1]:8080", "https://localhost"]
+FOREIGN_ORIGINS = [
+    "https://attacker.example",
+    "http://localhost.attacker.example",
+    "http://127.0.0.1.attacker.example:80",
+    "http://attacker.example@evil.example",
+    "http://192.168.0.7:5173",
+    "null",
+]
+ASKS = {"Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "authorization,content-type"}
+
+
+@pytest.mark.parametrize("origin", LOCAL_ORIGINS)
+@pytest.mark.parametrize("api_key", [None, "sesame"])
+async def test_a_page_of_this_machine_may_ask_and_read_the_answer(origin: str, api_key: str | None) -> None:
+    async with serve_node(FakeNode(), api_key) as url, httpx.AsyncClient(base_url=url) as client:
+        for path in ("/v1/chat/completions", "/v1/models", "/swarm/explain"):
+            response = await client.options(path, headers={"Origin": origin, **ASKS})
+            assert response.status_code == 204
+            assert response.headers["access-control-allow-origin"] == origin
+            assert "POST" in response.headers["access-control-allow-methods"]
+            assert response.headers["access-control-allow-headers"] == "authorization,content-type"
+            assert response.headers["vary"] == "Origin"
+        headers = {"Origin": origin, "Sec-Fetch-Site": "cross-site", "Authorization": "Bearer sesame"}
+        for stream in (False, True):
+            response = await client.post("/v1/chat/completions", json=chat_body(stream=stream), headers=headers)
+            assert (response.status_code, response.headers["access-control-allow-origin"]) == (200, origin)
+        for refused in (await client.get("/nowhere", headers=headers), await client.post("/v1/completions", json={})):
+            assert refused.status_code in {400, 401, 404}
+        assert (await client.get("/nowhere", headers=headers)).headers["access-control-allow-origin"] == origin
+
+
+@pytest.mark.parametrize("origin", FOREIGN_ORIGINS)
+@pytest.mark.parametrize("api_key", [None, "sesame"])
+async def test_a_page_from_elsewhere_is_not_told_that_it_may(origin: str, api_key: str | None) -> None:
+    async with serve_node(FakeNode(), api_key) as url, httpx.AsyncClient(base_url=url) as client:
+        response = await client.options("/v1/chat/completions", headers={"Origin": origin, **ASKS})
+        assert response.status_code == (401 if api_key else 403)
+        assert not [name for name in response.headers if name.startswith("access-control-")]
+        response = await client.get("/health", headers={"Origin": origin})
+        assert "access-control-allow-origin" not in response.headers
+
+
+async def test_what_asks_like_a_browser_but_names_no_headers_is_answered(client: httpx.AsyncClient) -> None:
+    asks = {"Origin": "http://localhost:1", "Access-Control-Request-Method": "GET"}
+    for names in ("", "a b", "x" * 5000, "a,,b"):
+        response = await client.options("/v1/models", headers={**asks, "Access-Control-Request-Headers": names})
+        assert response.status_code == 204
+        assert "access-control-allow-headers" not in response.headers
 
 
 async def test_a_body_over_the_limit_is_refused_once_it_has_come(

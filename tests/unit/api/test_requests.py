@@ -1,12 +1,23 @@
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from node.api.errors import ApiError
-from node.api.requests import MAX_SEED, parse_chat_request, parse_completion_request
+from node.api.requests import (
+    IGNORED,
+    IMPLEMENTED_FOR_CHAT,
+    IMPLEMENTED_FOR_COMPLETION,
+    MAX_SEED,
+    MIN_SEED,
+    NEUTRAL_FOR_CHAT,
+    NEUTRAL_FOR_COMPLETION,
+    parse_chat_request,
+    parse_completion_request,
+)
 from node.jobs.interface import ChatMessage
-from protocol.limits import MAX_VOCABULARY
+from protocol.limits import MAX_LOGIT_BIASES, MAX_POSITIONS, MAX_STOP_TOKENS, MAX_VOCABULARY
 
 
 def chat(**fields: Any) -> bytes:
@@ -43,15 +54,139 @@ def test_null_is_as_good_as_absent() -> None:
     assert parse_chat_request(chat(**dict.fromkeys(names))) == parse_chat_request(chat())
 
 
-def test_unknown_fields_are_ignored() -> None:
-    assert parse_chat_request(chat(user="me", store=True, top_k=4)) == parse_chat_request(chat())
+@pytest.mark.parametrize("name", sorted(IGNORED))
+@pytest.mark.parametrize("value", ["x", True, {"a": "b"}])
+def test_fields_that_change_nothing_are_taken_and_change_nothing(name: str, value: Any) -> None:
+    assert parse_chat_request(chat(**{name: value})) == parse_chat_request(chat())
+    assert parse_completion_request(completion(**{name: value})) == parse_completion_request(completion())
+
+
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [
+        ("temprature", "temperature"),
+        ("topk", "top_k"),
+        ("max_token", "max_tokens"),
+        ("repetition_penality", "repetition_penalty"),
+        ("stop_tokens_ids", "stop_token_ids"),
+        ("Temperature", "temperature"),
+        ("mirostat_eta", None),
+        ("x" * 10_000, None),
+    ],
+)
+def test_an_unknown_field_is_refused_with_the_one_that_is_meant(name: str, meant: str | None) -> None:
+    for parse, make in ((parse_chat_request, chat), (parse_completion_request, completion)):
+        with pytest.raises(ApiError) as caught:
+            parse(make(**{name: 1}))
+        suggestion = f"; did you mean {meant!r}?" if meant else ""
+        assert caught.value.message == f"unknown field {name[:64]!r}{suggestion}"
+        assert (caught.value.status, caught.value.param) == (400, name[:256])
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("guided_json", {"type": "object"}),
+        ("guided_regex", "a+"),
+        ("structured_outputs", {"choice": ["a"]}),
+        ("response_format", {"type": "json_schema"}),
+        ("typical_p", 0.5),
+        ("length_penalty", 0.5),
+        ("use_beam_search", True),
+        ("bad_words", ["a"]),
+        ("allowed_token_ids", [1]),
+        ("logits_processors", ["a"]),
+        ("skip_special_tokens", False),
+        ("include_stop_str_in_output", True),
+        ("prompt_logprobs", 0),
+        ("echo", True),
+        ("truncate_prompt_tokens", 5),
+    ],
+)
+@pytest.mark.parametrize("chatting", [True, False])
+def test_a_field_that_would_change_the_answer_is_refused_by_its_name(name: str, value: Any, chatting: bool) -> None:
+    with pytest.raises(ApiError) as caught:
+        parse_chat_request(chat(**{name: value})) if chatting else parse_completion_request(completion(**{name: value}))
+    assert (caught.value.status, caught.value.param) == (400, name)
+    assert caught.value.message.startswith(f"{name} is not supported here")
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"chat_template_kwargs": {"enable_thinking": False}},
+        {"chat_template": "{{ messages }}"},
+        {"reasoning_effort": "high"},
+        {"add_generation_prompt": False},
+        {"continue_final_message": True},
+        {"documents": [{"text": "a"}]},
+        {"verbosity": "low"},
+        {"stream": True, "stream_options": {"continuous_usage_stats": True}},
+        {"messages": [{"role": "assistant", "content": "a", "prefix": True}]},
+        {"messages": [{"role": "assistant", "content": "a", "reasoning_content": "b"}]},
+        {"messages": [{"role": "user", "content": [{"type": "text", "text": "a", "txt": "b"}]}]},
+    ],
+)
+def test_what_would_change_a_chat_is_refused(fields: dict[str, Any]) -> None:
+    with pytest.raises(ApiError) as caught:
+        parse_chat_request(chat(**fields))
+    assert caught.value.status == 400
+    assert caught.value.param is not None
+
+
+def test_the_documentation_lists_every_field() -> None:
+    text = (Path(__file__).parents[3] / "docs" / "http-api.md").read_text()
+    names = IMPLEMENTED_FOR_CHAT | IMPLEMENTED_FOR_COMPLETION | IGNORED
+    names |= NEUTRAL_FOR_CHAT.keys() | NEUTRAL_FOR_COMPLETION.keys()
+    assert sorted(name for name in names if f"`{name}`" not in text) == []
+
+
+@pytest.mark.parametrize("chatting", [True, False])
+def test_what_says_how_to_draw_reaches_the_job(chatting: bool) -> None:
+    fields = {
+        "top_k": 40,
+        "min_p": 0.05,
+        "repetition_penalty": 1.1,
+        "frequency_penalty": 2,
+        "presence_penalty": -2,
+        "logit_bias": {"20": 1, "3": -100, "7": 0},
+        "min_tokens": 5,
+        "max_tokens": 9,
+        "stop_token_ids": [4, 2, 4],
+        "ignore_eos": True,
+    }
+    parsed = parse_chat_request(chat(**fields)) if chatting else parse_completion_request(completion(**fields))
+    job = parsed.job
+    assert (job.top_k, job.min_p, job.repetition_penalty) == (40, 0.05, 1.1)
+    assert (job.frequency_penalty, job.presence_penalty) == (2.0, -2.0)
+    assert job.logit_bias == ((3, -100.0), (20, 1.0))
+    assert (job.min_tokens, job.max_tokens, job.stop_token_ids, job.ignore_eos) == (5, 9, (4, 2), True)
+
+
+def test_top_k_is_off_as_vllm_and_others_say_it() -> None:
+    for value in (-1, 0, None):
+        assert parse_chat_request(chat(top_k=value)).job.top_k == 0
+
+
+@pytest.mark.parametrize("seed", [MIN_SEED, -1, 0, MAX_SEED])
+def test_any_signed_integer_of_64_bits_is_a_seed(seed: int) -> None:
+    assert parse_completion_request(completion(seed=seed)).job.seed == seed
+
+
+@pytest.mark.parametrize("name", ["max_tokens", "max_completion_tokens"])
+@pytest.mark.parametrize("value", [MAX_POSITIONS + 1, 2**31 - 1, 10**30])
+def test_no_upper_bound_of_tokens_is_too_large(name: str, value: int) -> None:
+    assert parse_chat_request(chat(**{name: value})).job.max_tokens == MAX_POSITIONS
 
 
 @pytest.mark.parametrize(
     "fields",
     [
         {"n": 1},
-        {"presence_penalty": 0, "frequency_penalty": 0.0},
+        {"presence_penalty": 0, "frequency_penalty": 0.0, "repetition_penalty": 1, "min_p": 0, "top_k": -1},
+        {"skip_special_tokens": True, "echo": False, "bad_words": [], "typical_p": 1.0},
+        {"chat_template_kwargs": {}, "add_generation_prompt": True},
+        {"guided_json": None, "reasoning_effort": None},
         {"logit_bias": {}},
         {"logprobs": False},
         {"tools": [], "tool_choice": "auto"},
@@ -67,7 +202,26 @@ def test_unsupported_fields_are_accepted_where_they_change_nothing(fields: dict[
     [
         ({"n": 2}, "n"),
         ({"n": True}, "n"),
-        ({"presence_penalty": 0.5}, "presence_penalty"),
+        ({"presence_penalty": 2.5}, "presence_penalty"),
+        ({"frequency_penalty": "1"}, "frequency_penalty"),
+        ({"repetition_penalty": 0}, "repetition_penalty"),
+        ({"repetition_penalty": -1}, "repetition_penalty"),
+        ({"top_k": -2}, "top_k"),
+        ({"top_k": 1.0}, "top_k"),
+        ({"min_p": 1.5}, "min_p"),
+        ({"min_tokens": -1}, "min_tokens"),
+        ({"min_tokens": 6, "max_tokens": 5}, "min_tokens"),
+        ({"stop_token_ids": 5}, "stop_token_ids"),
+        ({"stop_token_ids": ["5"]}, "stop_token_ids"),
+        ({"stop_token_ids": [-1]}, "stop_token_ids"),
+        ({"stop_token_ids": list(range(MAX_STOP_TOKENS + 1))}, "stop_token_ids"),
+        ({"logit_bias": [1]}, "logit_bias"),
+        ({"logit_bias": {"the": 1}}, "logit_bias"),
+        ({"logit_bias": {"-1": 1}}, "logit_bias"),
+        ({"logit_bias": {"1": 101}}, "logit_bias[1]"),
+        ({"logit_bias": {"1": True}}, "logit_bias[1]"),
+        ({"logit_bias": {str(token): 1 for token in range(MAX_LOGIT_BIASES + 1)}}, "logit_bias"),
+        ({"ignore_eos": 1}, "ignore_eos"),
         ({"logprobs": True}, "logprobs"),
         ({"tools": [{"type": "function"}]}, "tools"),
         ({"response_format": {"type": "json_object"}}, "response_format"),
@@ -76,9 +230,10 @@ def test_unsupported_fields_are_accepted_where_they_change_nothing(fields: dict[
         ({"temperature": True}, "temperature"),
         ({"top_p": 0}, "top_p"),
         ({"max_tokens": 0}, "max_tokens"),
-        ({"max_completion_tokens": 1 << 21}, "max_completion_tokens"),
+        ({"max_completion_tokens": -1}, "max_completion_tokens"),
         ({"max_tokens": 1.5}, "max_tokens"),
-        ({"seed": -1}, "seed"),
+        ({"seed": MIN_SEED - 1}, "seed"),
+        ({"seed": 1.0}, "seed"),
         ({"seed": MAX_SEED + 1}, "seed"),
         ({"stop": list("abcde")}, "stop"),
         ({"stop": [""]}, "stop"),
@@ -92,12 +247,14 @@ def test_unsupported_fields_are_accepted_where_they_change_nothing(fields: dict[
         ({"messages": ["Hi"]}, "messages[0]"),
         ({"messages": [{"role": "tool", "content": "Hi"}]}, "messages[0].role"),
         ({"messages": [{"role": "user"}]}, "messages[0].content"),
+        ({"messages": [{"role": "system", "content": None}]}, "messages[0].content"),
+        ({"messages": [{"role": "assistant", "content": None, "tool_calls": [{}]}]}, "messages[0].tool_calls"),
         ({"messages": [{"role": "user", "content": "\ud800"}]}, "messages[0].content"),
         ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages[0].content[0]"),
         ({"metaswarm": {"speed": 1}}, "metaswarm.speed"),
-        ({"metaswarm": {"objective": "cheap"}}, "metaswarm.objective"),
+        ({"metaswarm": {"objective": "latency"}}, "metaswarm.objective"),
         ({"metaswarm": {"quality": ["exact"]}}, "metaswarm.quality"),
-        ({"metaswarm": {"budget": -1}}, "metaswarm.budget"),
+        ({"metaswarm": {"budget": 1}}, "metaswarm.budget"),
         ({"metaswarm": {"method": "x" * 257}}, "metaswarm.method"),
     ],
 )
@@ -117,6 +274,16 @@ def test_messages_may_come_in_parts_and_developers_are_heard() -> None:
         ChatMessage(role="system", content="Be kind."),
         ChatMessage(role="user", content="Good day"),
     )
+
+
+@pytest.mark.parametrize(
+    "turn", [{"content": None}, {}, {"content": None, "tool_calls": [], "refusal": None}, {"content": []}]
+)
+def test_an_assistant_who_said_nothing_said_nothing(turn: dict[str, Any]) -> None:
+    messages = [{"role": "user", "content": "a"}, {"role": "assistant", **turn}, {"role": "user", "content": "b"}]
+    job = parse_chat_request(chat(messages=messages)).job
+    assert job.messages is not None
+    assert job.messages[1] == ChatMessage(role="assistant", content="")
 
 
 @pytest.mark.parametrize(

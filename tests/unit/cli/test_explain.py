@@ -6,7 +6,7 @@ import pytest
 
 from node.cli import run
 from node.cli.explain import short_method
-from node.jobs.interface import JobError, JobErrorCode, Objective
+from node.jobs.interface import JobError, JobErrorCode, Quality
 from selector.task import BASELINE, method
 from tests.unit.api.fakes import FASTER, FakeNode, FakeSubmitter
 from tests.unit.cli.conftest import ServeNode
@@ -26,9 +26,9 @@ def test_the_choice_is_shown_with_what_was_expected(serve: ServeNode, capsys: py
 
 def test_json_is_the_document_of_the_api(serve: ServeNode, capsys: pytest.CaptureFixture[str]) -> None:
     node = FakeNode()
-    assert run(["explain", "--api", serve(node), "--objective", "throughput", "--json"]) == 0
+    assert run(["explain", "--api", serve(node), "--quality", "near", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["agreed"] == FASTER
-    assert node.explained[0][0].objective is Objective.THROUGHPUT
+    assert node.explained[0][0].quality is Quality.NEAR
 
 
 def test_a_refusal_is_one_line(serve: ServeNode, capsys: pytest.CaptureFixture[str]) -> None:

@@ -79,3 +79,15 @@ def raise_in_a_verb(error: BaseException, monkeypatch: pytest.MonkeyPatch) -> No
         raise error
 
     monkeypatch.setattr(cli._Verbs, "get_command", lambda *_: verb)
+
+
+def test_a_misspelt_variable_stops_the_daemon_and_is_a_warning_elsewhere(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("METASWARM_MEMROY", "1GiB")
+    fault = "unknown environment variable 'METASWARM_MEMROY'; did you mean 'METASWARM_MEMORY'?"
+    for verb in ("node", "doctor"):
+        assert run([verb]) == 2
+        assert capsys.readouterr().err == f"metaswarm: {fault}\n"
+    assert run(["model", "list", "--json"]) == 0
+    assert capsys.readouterr().err == f"metaswarm: warning: {fault}\n"

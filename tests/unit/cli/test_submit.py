@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from node.cli import ephemeral, run, submit
-from node.jobs.interface import ChatMessage, JobError, JobErrorCode, Objective, Quality
-from tests.unit.api.fakes import JOB, PEERS, FakeNode
+from node.jobs.interface import ChatMessage, JobError, JobErrorCode, Quality
+from tests.unit.api.fakes import JOB, MODEL, PEERS, FakeNode
 from tests.unit.cli.conftest import ServeNode
 
 DOCUMENT = {
@@ -71,13 +71,47 @@ def test_without_options_a_job_is_greedy_and_takes_the_only_complete_model(node:
 
 def test_every_option_reaches_the_job(node: FakeNode, api: list[str]) -> None:
     options = "--model other --chat --max-tokens 7 --temperature 0.5 --top-p 0.9 --seed 11 --stop A --stop B"
-    more = "--objective throughput --budget 2.5 --quality near --method arithmetic=bf16 --ignore-eos"
-    assert run(["submit", "Hi", *options.split(), *more.split(), *api]) == 0
+    more = "--quality near --method arithmetic=bf16 --ignore-eos"
+    draws = (
+        "--top-k 5 --min-p 0.05 --repetition-penalty 1.2 --frequency-penalty -0.5 --presence-penalty 0.25 "
+        "--logit-bias 7=-100 --logit-bias 9=1.5 --stop-token-id 3 --stop-token-id 4 --min-tokens 2"
+    )
+    assert run(["submit", "Hi", *options.split(), *more.split(), *draws.split(), *api]) == 0
     (job,) = node.submitter.requests
     assert (job.model, job.messages) == ("other", (ChatMessage(role="user", content="Hi"),))
     assert (job.max_tokens, job.temperature, job.top_p, job.seed, job.stop) == (7, 0.5, 0.9, 11, ("A", "B"))
-    assert (job.objective, job.budget, job.quality) == (Objective.THROUGHPUT, 2.5, Quality.NEAR)
-    assert (job.method, job.ignore_eos) == ("arithmetic=bf16", True)
+    assert (job.quality, job.method, job.ignore_eos) == (Quality.NEAR, "arithmetic=bf16", True)
+    assert (job.top_k, job.min_p, job.logit_bias) == (5, 0.05, ((7, -100.0), (9, 1.5)))
+    assert (job.repetition_penalty, job.frequency_penalty, job.presence_penalty) == (1.2, -0.5, 0.25)
+    assert (job.stop_token_ids, job.min_tokens) == ((3, 4), 2)
+
+
+@pytest.mark.parametrize("options", [["--budget", "1"], ["--objective", "latency"], ["--logit-bias", "the=1"]])
+def test_what_binds_nothing_is_not_taken(
+    options: list[str], node: FakeNode, api: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(["submit", "Hi", *options, *api]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+    assert node.submitter.requests == []
+
+
+def test_a_negative_seed_is_a_seed(node: FakeNode, api: list[str]) -> None:
+    assert run(["submit", "Hi", "--seed", "-1", *api]) == 0
+    assert node.submitter.requests[0].seed == -1
+
+
+def test_token_ids_are_a_prompt_and_an_answer(
+    node: FakeNode, api: list[str], capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    for text in ("3 1 4", "[3, 1, 4]"):
+        assert run(["submit", "--token-ids", text, *api]) == 0
+        assert node.submitter.requests.pop().prompt_tokens == (3, 1, 4)
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": [2, 7]}\n')
+    assert run(["submit", "--file", str(tmp_path / "prompts.jsonl"), *api]) == 0
+    assert node.submitter.requests.pop().prompt_tokens == (2, 7)
+    for wrong in (["--token-ids", "3 x"], ["--token-ids", ""], ["--token-ids", "3", "--chat"]):
+        assert run(["submit", *wrong, *api]) == 2
+    assert not node.submitter.requests
 
 
 def test_a_dash_reads_the_prompt_from_stdin(node: FakeNode, api: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -169,6 +203,29 @@ class TestBootstrap:
         assert capsys.readouterr().out == "Hello, wörld\n"
         assert joined == [("peers.yaml",)]
 
+    @pytest.mark.parametrize(("model", "code"), [([], 1), (["--model", "abababab"], 0)])
+    def test_a_model_that_nobody_here_named_is_used_once_it_is_named(
+        self,
+        model: list[str],
+        code: int,
+        serve: ServeNode,
+        monkeypatch: pytest.MonkeyPatch,
+        capsys: pytest.CaptureFixture[str],
+    ) -> None:
+        @asynccontextmanager
+        async def ephemeral_peer(bootstrap: tuple[str, ...]) -> AsyncIterator[str]:
+            node = FakeNode()
+            foreign = node.models()[0] | {"complete": False, "local": False, "name": MODEL[:12]}
+            monkeypatch.setattr(node, "models", lambda: [foreign])
+            yield serve(node)
+
+        monkeypatch.setattr(ephemeral, "ephemeral_peer", ephemeral_peer)
+        monkeypatch.setattr(submit, "DISCOVERY_INTERVAL_S", 0)
+        monkeypatch.setattr(submit, "DISCOVERY_TIMEOUT_S", 60 if model else 0)
+        monkeypatch.setenv("METASWARM_API", "127.0.0.1:1")
+        assert run(["submit", "Hi", "--bootstrap", "peers.yaml", *model]) == code
+        assert (f"name the one you trust with --model: {MODEL[:12]}" in capsys.readouterr().err) is (code == 1)
+
     def test_where_one_runs_it_is_used(
         self, joined: list[tuple[str, ...]], api: list[str], monkeypatch: pytest.MonkeyPatch
     ) -> None:
@@ -219,16 +276,18 @@ class TestFile:
         assert done == DOCUMENT
         assert output.err == "metaswarm: 1 of 2 jobs failed; their lines say why\n"
 
-    def test_a_job_waits_while_the_peers_are_full(
+    @pytest.mark.parametrize("code", [JobErrorCode.FULL, JobErrorCode.MEASURING])
+    def test_a_job_waits_while_the_peers_are_full_or_its_method_is_measured(
         self,
         tmp_path: Path,
         node: FakeNode,
         api: list[str],
         capsys: pytest.CaptureFixture[str],
         monkeypatch: pytest.MonkeyPatch,
+        code: JobErrorCode,
     ) -> None:
         monkeypatch.setattr("node.cli.submit.FULL_SPREAD", (0.0, 0.0))
-        node.submitter.refuse = JobError(JobErrorCode.FULL, "no room now", retry_after_s=2)
+        node.submitter.refuse = JobError(code, "not now", retry_after_s=2)
         node.submitter.refusals = 2
         assert run(["submit", *self.write(tmp_path, '{"prompt": "a"}'), *api]) == 0
         assert self.documents(capsys) == [DOCUMENT]

@@ -140,11 +140,23 @@ async def start(
 AnyEngine = Engine | InProcess | Part
 
 
-async def step(engines: Sequence[AnyEngine], of: SessionId, position: int, tokens: Sequence[int], draws: int) -> Tensor:
+async def step(
+    engines: Sequence[AnyEngine],
+    of: SessionId,
+    position: int,
+    tokens: Sequence[int],
+    draws: int,
+    *,
+    drafts: tuple[int, ...] = (),
+    history: Sequence[int] | None = None,
+) -> Tensor:
     """Take tokens through all spans; return what the last one gives."""
     rows = tensor_from_tokens(tokens)
     for engine in engines:
-        result = await engine.step([SliceInput(session=of, position=position, tensor=rows, draws=draws)])
+        part = SliceInput(session=of, position=position, tensor=rows, draws=draws)
+        if engine.info.is_last:
+            part = replace(part, drafts=drafts, history=history)
+        result = await engine.step([part])
         rows = result.outputs[0].tensor
     return rows
 
@@ -168,7 +180,7 @@ async def decode(
     for position in range(0, len(prompt), chunk):
         part = prompt[position : position + chunk]
         last = position + chunk >= len(prompt)
-        rows = await step(engines, of, position, part, 1 if last else 0)
+        rows = await step(engines, of, position, part, 1 if last else 0, history=list(prompt) if last else None)
     tokens = tokens_from_tensor(rows)
     while len(tokens) < count:
         rows = await step(engines, of, len(prompt) + len(tokens) - 1, tokens[-1:], 1)

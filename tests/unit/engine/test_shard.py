@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 import node.engine.shard
 from node.engine.interface import REFERENCE, EngineError, EngineFull, SliceInput, StepResult, Variant
@@ -94,6 +95,77 @@ async def test_sampling_is_replayed_on_other_spans(make_tiny_model: MakeTinyMode
     assert first == again
     assert first != tiny.tokens
     assert await decode(cuts[0], PROMPT, COUNT, sampling=replace(warm, seed=8)) != first
+
+
+@pytest.mark.parametrize(
+    ("way", "asked"),
+    [
+        ({"repetition_penalty": 1.7, "prompt_length": len(PROMPT)}, {"repetition_penalty": 1.7}),
+        ({"repetition_penalty": 0.6, "prompt_length": len(PROMPT)}, {"repetition_penalty": 0.6}),
+        ({"logit_bias": ((3, 1.5), (26, -100.0))}, {"sequence_bias": [[[3], 1.5], [[26], -100.0]]}),
+    ],
+)
+@pytest.mark.parametrize("count", [1, 3])
+async def test_greedy_text_with_penalties_is_that_of_generate(
+    make_tiny_model: MakeTinyModel, way: dict[str, Any], asked: dict[str, Any], count: int
+) -> None:
+    tiny = make_tiny_model("llama")
+    model: Any = AutoModelForCausalLM.from_pretrained(tiny.folder)
+    model.generation_config.eos_token_id = None
+    whole = model.generate(torch.tensor([PROMPT]), do_sample=False, max_new_tokens=COUNT, pad_token_id=0, **asked)
+    expected = whole[0, len(PROMPT) :].tolist()
+    assert expected != tiny.tokens
+    engines = [shard_of(tiny, blocks) for blocks in spans(BLOCKS, count)]
+    assert await decode(engines, PROMPT, COUNT, sampling=Sampling(max_tokens=1, **way)) == expected
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.5])
+async def test_guesses_and_going_back_leave_no_penalty_behind(
+    make_tiny_model: MakeTinyModel, temperature: float
+) -> None:
+    tiny = make_tiny_model("llama")
+    engines = [shard_of(tiny, blocks) for blocks in spans(BLOCKS, 3)]
+    sampling = Sampling(
+        max_tokens=1,
+        temperature=temperature,
+        top_k=20,
+        seed=4,
+        repetition_penalty=1.3,
+        frequency_penalty=0.7,
+        presence_penalty=0.4,
+        prompt_length=len(PROMPT),
+    )
+    plain = await decode(engines, PROMPT, 12, sampling=sampling)
+    for engine in engines:
+        await start(engine, session(1), 60, sampling)
+    drawn = tokens_from_tensor(await step(engines, session(1), 0, PROMPT, 1, history=PROMPT))
+    wrong = [(token + 1) % 50 for token in plain]
+    while len(drawn) < 9:
+        at = len(drawn)
+        # Two right guesses, then a wrong one and what would follow from it.
+        drafts = (*plain[at : at + 2], wrong[at + 2], wrong[at + 3])
+        rows = [*drawn[-1:], *drafts]
+        drawn += tokens_from_tensor(
+            await step(engines, session(1), len(PROMPT) + at - 1, rows, len(rows), drafts=drafts)
+        )
+        assert drawn == plain[: at + 3]
+    # Another coordinator's route goes on from the middle, and is told the tokens so far anew.
+    for start_at in (4, 2):
+        text = [*PROMPT, *plain[:start_at]]
+        again = await step(engines, session(1), len(text) - 1, text[-1:], 1, history=text)
+        assert tokens_from_tensor(again) == [plain[start_at]]
+
+
+def test_penalties_need_the_tokens_so_far(make_tiny_model: MakeTinyModel) -> None:
+    shard = shard_of(make_tiny_model("llama"))
+    sampling = Sampling(max_tokens=1, presence_penalty=1.0, prompt_length=4)
+    for history in (None, PROMPT[:3]):
+        shard.open_now(session(1), 20, shard.options(sampling))
+        rows = SliceInput(
+            session=session(1), position=0, tensor=tensor_from_tokens(PROMPT[:4]), draws=1, history=history
+        )
+        with pytest.raises(EngineError, match="tokens are known of the 4"):
+            shard.step_now([rows])
 
 
 def test_reservations_are_never_overcommitted_and_always_freed(make_tiny_model: MakeTinyModel) -> None:

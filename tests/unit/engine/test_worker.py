@@ -15,6 +15,7 @@ import pytest
 import trio
 import trio.testing
 
+from node.engine import client
 from node.engine.client import SpareWorker, WorkerEngine, start_worker
 from node.engine.interface import (
     REFERENCE,
@@ -29,10 +30,14 @@ from node.engine.interface import (
     Variant,
     VariantNotReady,
 )
+from node.engine.shard import Shard
 from node.engine.source import EngineOptions
+from node.util.child_process import python
 from protocol.identity import BlockRange
+from protocol.messages import Sampling
 from protocol.tensors import tensor_from_tokens, tokens_from_tensor
-from tests.unit.engine.driving import DEVICE, GREEDY, decode, session, spans, start, step
+from tests.support import hostile_directory
+from tests.unit.engine.driving import DEVICE, GREEDY, InProcess, decode, session, spans, start, step
 from tests.unit.engine.tiny_models import BLOCKS, COUNT, PROMPT, TinyModel
 
 MakeTinyModel = Callable[[str], TinyModel]
@@ -87,6 +92,29 @@ async def test_spans_in_processes_give_the_tokens_of_generate(family: str, make_
         statistics = engines[1].statistics()
         assert (statistics.sessions, statistics.reserved_positions, statistics.steps) == (0, 0, 3 + COUNT - 1)
         assert 0 < statistics.compute_s < PATIENCE_S
+
+
+async def test_all_that_says_how_to_draw_reaches_the_worker(make_tiny_model: MakeTinyModel) -> None:
+    tiny = make_tiny_model("llama")
+    sampling = Sampling(
+        max_tokens=1,
+        temperature=0.8,
+        seed=2**64 - 1,
+        top_k=9,
+        min_p=0.01,
+        repetition_penalty=1.2,
+        frequency_penalty=0.3,
+        presence_penalty=0.2,
+        logit_bias=((3, -2.0), (5, 1.0)),
+        stop_tokens=(1, 2),
+        min_length=len(PROMPT) + 3,
+        prompt_length=len(PROMPT),
+    )
+    here = InProcess(Shard(tiny.source(WHOLE), WHOLE, OPTIONS))
+    async with workers(tiny, 1) as engines:
+        assert await decode(engines, PROMPT, COUNT, sampling=sampling) == await decode(
+            [here], PROMPT, COUNT, sampling=sampling
+        )
 
 
 async def test_overlapping_steps_are_taken_in_the_order_of_the_calls(make_tiny_model: MakeTinyModel) -> None:
@@ -197,6 +225,26 @@ async def test_a_span_that_cannot_be_loaded_is_said_in_one_line(make_tiny_model:
         async with start_worker(source, WHOLE, OPTIONS):
             pass
     assert not isinstance(caught.value, EngineCrashed)
+
+
+async def test_a_worker_imports_nothing_from_the_current_directory(
+    make_tiny_model: MakeTinyModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiny = make_tiny_model("llama")
+    mark = hostile_directory.fill(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    async with start_worker(tiny.source(WHOLE), WHOLE, OPTIONS) as engine:
+        assert await decode([engine], PROMPT, COUNT) == tiny.tokens
+    assert not mark.exists()
+
+
+async def test_what_a_worker_died_of_is_told_in_its_own_words(
+    make_tiny_model: MakeTinyModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(client, "python", lambda *_: python("-c", "raise ImportError('no torch here')"))
+    with pytest.raises(EngineCrashed, match=r"^the worker of blocks 0-4 exited with 1: ImportError: no torch here$"):
+        async with start_worker(make_tiny_model("llama").source(WHOLE), WHOLE, OPTIONS):
+            pass
 
 
 async def test_a_start_that_hangs_has_an_end(make_tiny_model: MakeTinyModel) -> None:

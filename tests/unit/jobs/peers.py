@@ -23,6 +23,7 @@ from node.jobs.recorder import Recorder
 from node.jobs.span import Span
 from node.jobs.stage import Stages
 from node.models.library import KnownModel
+from node.models.vocabulary import Vocabulary
 from node.network.addresses import AddressBook
 from node.network.interface import Network
 from node.network.memory import LinkModel, MemoryNetworkHub
@@ -45,20 +46,22 @@ VOCABULARY = 1000
 class NumberTokenizer:
     """Its text is numbers: token 7 reads "7 "; of other words it makes some number."""
 
-    is_byte_level = True
     stop_tokens: tuple[int, ...] = ()
+    is_absent = False
 
-    def encode(self, text: str) -> list[int]:
-        return [(int(word) if word.isdecimal() else sum(word.encode())) % VOCABULARY for word in text.split()]
+    def __init__(self) -> None:
+        self.vocabulary = Vocabulary.build(b"", (f"{token} ".encode() for token in range(VOCABULARY)))
 
-    def render_chat(self, messages: Sequence[dict[str, str]]) -> list[int]:
-        return [token for message in messages for token in self.encode(message["content"])]
+    async def encode(self, text: str) -> tuple[int, ...]:
+        await trio.lowlevel.checkpoint()
+        return tuple((int(word) if word.isdecimal() else sum(word.encode())) % VOCABULARY for word in text.split())
 
-    def bytes_of(self, token: int) -> bytes:
-        return f"{token} ".encode()
+    async def render_chat(self, messages: Sequence[dict[str, str]]) -> tuple[int, ...]:
+        return tuple([token for message in messages for token in await self.encode(message["content"])])
 
-    def decode(self, tokens: Sequence[int]) -> str:
-        return "".join(f"{token} " for token in tokens)
+    async def decode(self, *sequences: Sequence[int]) -> list[str]:
+        await trio.lowlevel.checkpoint()
+        return ["".join(f"{token} " for token in tokens) for tokens in sequences]
 
 
 @dataclass(frozen=True)

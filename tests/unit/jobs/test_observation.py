@@ -10,7 +10,6 @@ from node.jobs.interface import (
     JobRequest,
     JobResult,
     MethodChoice,
-    Objective,
     Quality,
     Timing,
     Usage,
@@ -74,7 +73,7 @@ def stage(number: int, start: int, end: int) -> StageObservation:
 def observed(*route: StageObservation, result: JobResult = RESULT) -> Observation:
     return observation_of(
         result,
-        JobRequest(model="tiny", prompt="how does it go", objective=Objective.THROUGHPUT, quality=Quality.NEAR),
+        JobRequest(model="tiny", prompt="how does it go", quality=Quality.NEAR),
         model_facts(manifest()),
         observer=peer(0),
         job=job(2),
@@ -90,7 +89,7 @@ def test_a_served_job_gives_an_observation_that_others_take() -> None:
     assert taken.is_countersigned
     assert taken.job == job(2)
     assert (taken.workload.prompt_tokens, taken.workload.completion_tokens, taken.workload.cached_tokens) == (12, 3, 4)
-    assert (taken.workload.objective, taken.workload.quality, taken.workload.concurrency) == ("throughput", "near", 3)
+    assert (taken.workload.objective, taken.workload.quality, taken.workload.concurrency) == ("latency", "near", 3)
     assert (taken.measurements.total_s, taken.measurements.tokens_per_s, taken.measurements.replays) == (1.0, 3.0, 1)
     assert taken.method == METHOD
     assert taken.software == software_versions()

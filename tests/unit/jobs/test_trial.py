@@ -10,10 +10,10 @@ from trio.testing import MockClock
 
 from node.engine.interface import REFERENCE
 from node.identity import Identity
-from node.jobs.interface import JobError, JobRequest, Objective, Quality
+from node.jobs.interface import JobError, JobRequest, Quality
 from node.jobs.recorder import Recorder
 from node.jobs.trial import Trials, TrialSpec, TrialWorkload, make_prompts
-from protocol.measurements import ObservationKind, check
+from protocol.measurements import Objective, ObservationKind, check
 from protocol.observations import SignedObservation
 from selector.task import BASELINE, method
 from tests.unit.jobs.peers import Peer, Swarm, open_swarm
