@@ -69,6 +69,7 @@ def test_two_thousand_early_disconnects_leave_nothing_behind(seed: int) -> None:
             await swarm.join((4, 9), step_s=0.002)
             peers = [await swarm.join(), swarm.peers[0]]
             await swarm.settle()
+            await trio.sleep(5)  # until all have reached each other
             await peers[0].run(REQUEST)
             for _ in range(ROUNDS):
                 async with trio.open_nursery() as nursery:
