@@ -229,18 +229,20 @@ def _describe(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
     if not isinstance(model_class, type) or not issubclass(model_class, PreTrainedModel):
         raise EngineError(f"{name_of(config)} cannot be served: transformers has no causal decoder for it")
     try:
-        with local_torch_dtype(dtype), init_empty_weights(include_buffers=False), _NoLargeTensors():
+        with local_torch_dtype(dtype), init_empty_weights(include_buffers=False), _WithoutMemory():
             return model_class(config)
     except Exception as error:  # sizes that do not fit together show only here, as whatever torch makes of them
         raise EngineError(f"the model's config makes no sense: {_one_line(error)}") from error
 
 
-class _NoLargeTensors(TorchFunctionMode):
-    """Makes large tensors without memory, before they become weights, which have none.
+class _WithoutMemory(TorchFunctionMode):
+    """Makes large tensors without memory, before they become weights, which have none, and initialises no weight.
 
     The experts of a block are made as one tensor: 30 GB at a time in DeepSeek-V3, which few machines have. What is
     computed, such as masks and rotary frequencies, stays.
     """
+
+    _INITIALISERS = frozenset({"normal_", "uniform_", "zero_", "fill_", "erfinv_", "mul_", "add_", "clamp_"})
 
     _MAKERS = frozenset({torch.empty, torch.zeros, torch.ones, torch.rand, torch.randn})
     _LARGE_ELEMENTS = 1 << 24
@@ -249,6 +251,9 @@ class _NoLargeTensors(TorchFunctionMode):
         self, func: Callable[..., Any], _types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        filled = args[0] if args else kwargs.get("tensor")
+        if isinstance(filled, torch.Tensor) and filled.is_meta and func.__name__ in self._INITIALISERS:
+            return filled
         if func in self._MAKERS and kwargs.get("device") is None:
             sizes = args or (kwargs.get("size", ()),)
             sizes = tuple(sizes[0]) if isinstance(sizes[0], tuple | list) else sizes
