@@ -7,11 +7,11 @@ STAMP := $(VENV)/.installed
 NPM := $(shell command -v npm)
 NPM_STAMP := tests/interop/node_modules/.package-lock.json
 
-.PHONY: help install interop demo test gpu coverage soak lint format bench clean
+.PHONY: help install interop demo test test-fast gpu coverage soak lint format bench bench-all clean
 .DEFAULT_GOAL := help
 
 help: ## Say what the targets do.
-	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):[^#]*## /\1|/' | awk -F'|' '{printf "  make %-9s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## /\1|/' | awk -F'|' '{printf "  make %-9s %s\n", $$1, $$2}'
 
 # torch is installed first and by itself: left to the resolver, its default build drags in gigabytes of CUDA.
 $(STAMP): pyproject.toml constraints.txt
@@ -33,8 +33,11 @@ $(NPM_STAMP): tests/interop/package.json tests/interop/package-lock.json
 demo: $(STAMP) ## Three local peers hold a third of a model each and answer a question.
 	$(BIN)/metaswarm demo
 
-test: $(STAMP) interop ## Everything that needs no GPU, half an hour on two cores.
+test: $(STAMP) interop ## Everything that needs no GPU.
 	$(BIN)/python -m pytest -m 'not soak'
+
+test-fast: $(STAMP) ## Unit and property tests but for the slow ones: for while you work.
+	$(BIN)/python -m pytest -q -m 'not slow and not soak' tests/unit tests/property
 
 # Where there is a GPU that torch can use. METASWARM_TEST_DEVICE names another: cuda:1, mps.
 gpu: export METASWARM_TEST_DEVICE ?= cuda
@@ -59,8 +62,11 @@ format: $(STAMP) ## Put the source into its canonical form.
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: $(STAMP) ## The measured claims of the README.
+bench: $(STAMP) ## The quick ones of the benchmarks whose figures the README tells.
 	$(BIN)/python -m benchmarks
+
+bench-all: $(STAMP) ## All of them: hours.
+	$(BIN)/python -m benchmarks --all
 
 clean: ## Remove what the other targets made here (not the model cache).
 	rm -rf $(VENV) tests/interop/node_modules .mypy_cache .ruff_cache .pytest_cache .hypothesis .coverage* out

@@ -1,1 +1,1 @@
-"""The measured claims of the README, each one command."""
+"""Measurements, each one command: those whose figures the README tells, and others."""

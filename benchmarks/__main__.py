@@ -1,14 +1,67 @@
-"""Runs every benchmark of the README: `python -m benchmarks`. Above each table stands the command that gives it."""
+"""Runs the benchmarks one after another; above each table stands the command that gives it.
 
+    python -m benchmarks [--all | --list] [NAME …]
+
+Without arguments those that take minutes, with `--all` every one that needs no file of its own: that takes hours. A
+benchmark that fails does not keep the others from running.
+"""
+
+import argparse
+import ast
 import subprocess
 import sys
 import time
+from pathlib import Path
 
-BENCHMARKS = ("hop", "ping", "memory", "connections", "flood", "spread")
+QUICK = ("hop", "ping", "memory", "connections", "flood", "spread")
+LONG = (
+    *("crash", "mutations", "growth", "failover", "churn", "wan", "joining", "pipeline", "wan_methods", "selector"),
+    *("engine", "methods", "learning", "placement", "paths"),
+)
+WITH_ARGUMENTS = {"consensus": "DATASET_DIR", "trace": "FILE", "link": "HOST:PORT"}
+"""Those that somebody has to give something to."""
 
-began_s = time.monotonic()
-for name in BENCHMARKS:
-    print(f"$ python -m benchmarks.{name}", flush=True)
-    subprocess.run([sys.executable, "-m", f"benchmarks.{name}"], check=True)
-    print(flush=True)
-print(f"took {time.monotonic() - began_s:.0f} s")
+
+def main() -> int:
+    """Run what was asked for; return 1 if anything failed."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__.partition("\n")[0])
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join((*QUICK, *LONG))}")
+    parser.add_argument("--all", action="store_true", help="run them all")
+    parser.add_argument("--list", action="store_true", help="say what each answers, and run none")
+    options = parser.parse_args()
+    if unknown := set(options.names) - {*QUICK, *LONG}:
+        parser.error(f"there is no benchmark {min(unknown)!r} that runs without arguments; --list names them all")
+    if options.list:
+        show()
+        return 0
+    failed = run(options.names or ((*QUICK, *LONG) if options.all else QUICK))
+    if failed:
+        print(f"failed: {', '.join(failed)}")
+    return 1 if failed else 0
+
+
+def show() -> None:
+    """Print the command and the first line of the docstring of each."""
+    for name in (*QUICK, *LONG, *WITH_ARGUMENTS):
+        # Read, not imported: some import torch.
+        source = Path(__file__).with_name(f"{name}.py").read_text(encoding="utf-8")
+        said = ast.get_docstring(ast.parse(source)) or ""
+        command = " ".join(filter(None, (f"python -m benchmarks.{name}", WITH_ARGUMENTS.get(name))))
+        print(f"{command}{'' if name in QUICK else '  (not by default)'}\n    {said.partition(chr(10))[0]}")
+
+
+def run(names: tuple[str, ...] | list[str]) -> list[str]:
+    """Run the benchmarks of these names; return those that failed."""
+    began_s = time.monotonic()
+    failed = []
+    for name in names:
+        print(f"$ python -m benchmarks.{name}", flush=True)
+        if subprocess.run([sys.executable, "-m", f"benchmarks.{name}"], check=False).returncode:
+            failed.append(name)
+        print(flush=True)
+    print(f"took {time.monotonic() - began_s:.0f} s")
+    return failed
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -4,7 +4,6 @@ import os
 import signal
 import sqlite3
 import subprocess
-import sys
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -17,9 +16,10 @@ import trio
 from node.config import ENVIRONMENT_PREFIX, NodeReady, default_cache_dir
 from node.storage.database import DATABASE_FILE, open_database
 from node.storage.history import HistoryStore
+from node.util.child_process import child_environment, python
 from protocol.reconciliation import BucketDigest
 
-COMMAND = (sys.executable, "-m", "node")
+COMMAND = python("-m", "node")
 START_TIMEOUT_S = 180.0
 STOP_TIMEOUT_S = 30.0
 POLL_S = 0.05
@@ -54,8 +54,8 @@ async def running_daemon(data_dir: Path, *flags: str) -> AsyncIterator[Daemon]:
     """Run `metaswarm node` on loopback inside the block, begun once it is ready; its log is in the data directory."""
     await trio.Path(data_dir).mkdir(mode=0o700, exist_ok=True)
     # What configures the user's own node is not for these.
-    environment = {key: value for key, value in os.environ.items() if not key.startswith(ENVIRONMENT_PREFIX)}
-    environment[f"{ENVIRONMENT_PREFIX}CACHE_DIR"] = str(default_cache_dir())
+    inherited = {key: value for key, value in os.environ.items() if not key.startswith(ENVIRONMENT_PREFIX)}
+    environment = child_environment({f"{ENVIRONMENT_PREFIX}CACHE_DIR": str(default_cache_dir())}, base=inherited)
     command = [*COMMAND, "node", "--json", "--no-catalogue", "--no-mdns", "--data-dir", str(data_dir)]
     command += ["--listen", "/ip4/127.0.0.1/tcp/0", "--api", "127.0.0.1:0", "--device", "cpu", *flags]
     with (data_dir / "log").open("ab") as log:

@@ -228,7 +228,10 @@ def report(result: dict[str, Any]) -> str:
 
 
 def _told(speedup: Speedup | None) -> str:
-    return f"{speedup.mean:.2f} ({speedup.low:.2f} to {speedup.high:.2f})" if speedup else "-"
+    if speedup is None:
+        return "-"
+    interval = f" ({speedup.low:.2f} to {speedup.high:.2f})" if speedup.is_bounded else ""
+    return f"{speedup.mean:.2f}{interval}"
 
 
 def _told_link(link: Mapping[str, float]) -> str:

@@ -127,7 +127,9 @@ def report(result: dict[str, Any]) -> str:
     ]
     for case in result["cases"]:
         speedup: Speedup = speedup_of(case["log_ratios"])
-        interval = f"{speedup.mean:.2f} ({speedup.low:.2f} to {speedup.high:.2f})"
+        interval = f"{speedup.mean:.2f}"
+        if speedup.is_bounded:
+            interval += f" ({speedup.low:.2f} to {speedup.high:.2f})"
         verdict = "met" if speedup.mean >= case["target"] else "missed"
         lines.append(f"{case['case']:<28}  {case['method']:<36}  {interval:<22}  {case['target']:.1f}  {verdict}")
     return "\n".join(lines)

@@ -3,9 +3,11 @@
 import fcntl
 import os
 import random
+import shlex
 import signal
+import stat
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager, suppress
 from functools import partial
 from importlib.metadata import version
@@ -19,8 +21,9 @@ from node.api.server import serve as serve_api
 from node.api.server import url_of
 from node.capabilities.announcer import CapabilityAnnouncer
 from node.capabilities.inventory import Inventory
+from node.capabilities.probe import total_memory
 from node.capabilities.traffic import TrafficMeter
-from node.config import APPLICATION, LOCK_FILE, READY_FILE, NodeConfig, NodeReady, StartError
+from node.config import APPLICATION, LOCK_FILE, MEMORY_SHARE, READY_FILE, NodeConfig, NodeReady, StartError
 from node.consensus.measuring import AGENDA, TrialMeter
 from node.consensus.service import Consensus, swarm_name
 from node.engine.client import SpareWorker, start_engine
@@ -35,11 +38,13 @@ from node.jobs.recorder import Recorder
 from node.jobs.scheduler import Batching
 from node.jobs.stage import Stages
 from node.jobs.trial import Trials
+from node.joining import conflicts, second_node
 from node.models.files import Progress, ignore_progress
 from node.models.library import Library
 from node.models.store import ModelStore
-from node.network.host import Libp2pNetwork
+from node.network.host import Libp2pNetwork, NetworkLimits
 from node.network.interface import NetworkError
+from node.open_files import open_file_limit, outlasting_shortage, raise_open_file_limit
 from node.placing import Statements
 from node.selection.chooser import LearnedChooser, LearnedVoter
 from node.selection.learner import Learner
@@ -58,7 +63,7 @@ from node.swarm.lan import find_neighbours
 from node.swarm.links import LinkEstimates
 from node.swarm.membership import Membership
 from node.swarm.records import RecordKinds
-from protocol.capabilities import Links, hardware_class
+from protocol.capabilities import Links, fastest_bytes_per_s, hardware_class
 from protocol.identity import ModelId, PeerId
 from protocol.observations import bucket_of
 from selector.consensus.clock import EpochClock
@@ -66,6 +71,9 @@ from selector.kinds import Viewpoint
 
 DRAIN_LIMIT_S = 30.0
 """How long a node that was asked to stop waits for the jobs and sessions it has."""
+
+MIN_MEMORY_BYTES = 1 << 20
+"""A memory budget below this is a slip of the pen."""
 
 RETENTION_INTERVAL_S = 60.0
 """How often the history is brought back within its bounds."""
@@ -86,6 +94,7 @@ class Node:
                 identity.seed,
                 listen=config.listen,
                 swarm_key=config.swarm_key,
+                limits=NetworkLimits.within(open_file_limit()),
                 on_sent=traffic.sent,
                 on_received=traffic.received,
             )
@@ -144,7 +153,7 @@ class Node:
             identity=identity,
             records=records,
             capabilities=self._inventory.capabilities,
-            peers=lambda: [presence.peer for presence in self._membership.directory.presences()],
+            peers=lambda: [presence.peer for presence in self._membership.directory.reached()],
             jitter=jitter,
         )
         self._dissemination = Dissemination(
@@ -184,6 +193,8 @@ class Node:
             agreed=self._consensus.agreement,
             chooser=self._chooser,
             hardware=self._hardware_of,
+            bandwidth=self._bandwidth_of,
+            expected=self._membership.directory.expected,
         )
         self._trials = Trials(self._coordinator, self._recorder)
         self._spare_worker = SpareWorker(EngineOptions(threads=config.threads))
@@ -206,6 +217,7 @@ class Node:
         )
         self._view = StatusView(
             agent=agent,
+            serve=[str(spec) for spec in config.serve],
             network=self._network,
             membership=self._membership,
             coordinator=self._coordinator,
@@ -230,22 +242,28 @@ class Node:
             port = await api_nursery.start(partial(serve, stop=api_stop))
             self._view.api_url = url_of(config.api_host, port)
             async with self._stages.switchboard.running(), trio.open_nursery() as nursery:
+                tasks: list[tuple[Callable[..., Awaitable[None]], *tuple[object, ...]]] = [
+                    (self._membership.run,),
+                    (self._library.run,),
+                    (self._inventory.run, started),
+                    (self._ledger.run,),
+                    (self._announcer.run,),
+                    (self._dissemination.run,),
+                    (self._consensus.run,),
+                    (self._learner.run,),
+                    (self._chooser.run, TrialProber(self._trials), self._is_busy),
+                    (self._keep_history_bounded,),
+                    (keep_acquaintances, self._network, self._peer_book),
+                ]
                 if config.serve:
-                    nursery.start_soon(self._spare_worker.run)
-                nursery.start_soon(self._membership.run)
-                nursery.start_soon(self._library.run)
-                nursery.start_soon(self._inventory.run, started)
-                nursery.start_soon(self._ledger.run)
-                nursery.start_soon(self._announcer.run)
-                nursery.start_soon(self._dissemination.run)
-                nursery.start_soon(self._consensus.run)
-                nursery.start_soon(self._learner.run)
-                nursery.start_soon(self._chooser.run, TrialProber(self._trials), self._is_busy)
-                nursery.start_soon(self._keep_history_bounded)
-                nursery.start_soon(keep_acquaintances, self._network, self._peer_book)
+                    tasks.append((self._spare_worker.run,))
                 if config.mdns:
-                    nursery.start_soon(find_neighbours, self._network, config.swarm_key)
+                    tasks.append((find_neighbours, self._network, config.swarm_key))
+                for task in tasks:
+                    nursery.start_soon(outlasting_shortage, *task)
                 await nursery.start(self._serving.run)
+                if not config.serve:
+                    _logger.warning("this node serves no blocks: start it with --serve MODEL to serve some")
                 started.set()
                 yield NodeReady(
                     peer_id=self._network.peer_id,
@@ -281,6 +299,11 @@ class Node:
             return self._hardware()
         capabilities = self._announcer.known(peer)
         return "unknown" if capabilities is None else hardware_class(capabilities)
+
+    def _bandwidth_of(self, peer: PeerId) -> float | None:
+        """Return how many bytes a second a peer says it reads from its fastest memory; None where it says nothing."""
+        capabilities = self._announcer.known(peer)
+        return None if capabilities is None else fastest_bytes_per_s(capabilities)
 
     def _viewpoint(self, peer: PeerId) -> Viewpoint:
         """Return for whom the history is weighed: this node, as it is now, with what the swarm has agreed of others."""
@@ -338,6 +361,7 @@ async def running_node(
             device = await find_device(config.device)
         except DeviceError as error:
             raise StartError(f"cannot compute on {config.device}: {error}; see --device") from None
+        _check_memory(config, device)
         node = Node(config, database, device, progress)
         async with node.running() as ready:
             yield node, ready
@@ -354,6 +378,8 @@ async def run_node(
     `on_ready` is called once the API answers and every span of `config.serve` is loaded; from then until the end
     `node.json` is in the data directory. Raises StartError where the node cannot start.
     """
+    raise_open_file_limit()
+    _check_conflicts(config)
     try:
         with _own(config):
             async with trio.open_nursery() as nursery:
@@ -411,11 +437,58 @@ def _leaves(error: BaseException) -> Iterator[BaseException]:
         yield error
 
 
+def _keep_private(data_dir: Path) -> None:
+    """Take from others what rights they have to a data directory, unless it is one that many share, like /tmp."""
+    status = data_dir.stat()
+    is_shared = status.st_mode & stat.S_ISVTX or data_dir.resolve() in {Path.home().resolve(), Path("/")}
+    if status.st_uid == os.getuid() and status.st_mode & 0o077 and not is_shared:
+        data_dir.chmod(0o700)
+
+
+def _check_memory(config: NodeConfig, device: Device) -> None:
+    """Raise StartError for a memory budget that this machine does not have, or in which nothing fits."""
+    budget_bytes = config.memory_bytes
+    if budget_bytes is None:
+        return
+    there_bytes = total_memory()
+    where = "this machine"
+    if device.accelerator is not None:
+        there_bytes, where = device.accelerator.memory_bytes, device.accelerator.name
+    if budget_bytes > there_bytes:
+        raise StartError(
+            f"--memory: {_mebibytes(budget_bytes)} is more than {where} has, {_mebibytes(there_bytes)}; "
+            f"give less, or leave it out to use {MEMORY_SHARE:.0%} of what is free"
+        )
+    if budget_bytes < MIN_MEMORY_BYTES:
+        raise StartError(
+            f"--memory: {budget_bytes} bytes are too little to serve anything with; expected at least "
+            f"{_mebibytes(MIN_MEMORY_BYTES)}, for example 4GiB"
+        )
+
+
+def _mebibytes(count: int) -> str:
+    return f"{count / 2**20:,.0f} MiB"
+
+
+def _check_conflicts(config: NodeConfig) -> None:
+    """Raise StartError where a second node was started like a first one: all that they cannot share, at once."""
+    found = conflicts(config)
+    try:
+        with _own(config):
+            pass
+    except StartError as error:
+        found.append(str(error))
+    if len(found) > 1:
+        options = shlex.join(second_node(config))
+        raise StartError(f"{'; '.join(found)}; a second node on this machine takes {options}")
+
+
 @contextmanager
 def _own(config: NodeConfig) -> Iterator[None]:
     """Make the data directory and hold it for ourselves: two nodes with one identity would confuse everybody."""
     try:
         config.data_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
+        _keep_private(config.data_dir)
         lock = (config.data_dir / LOCK_FILE).open("w")
     except OSError as error:
         raise StartError(f"cannot use the data directory {config.data_dir}: {error.strerror}") from None

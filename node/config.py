@@ -100,6 +100,8 @@ class NodeConfig:
     """The model that guesses what the served one will say, where its first blocks are served here."""
     swarm_key: str | None = field(default=None, repr=False)
     """64 lower-case hexadecimal digits; None for an open swarm."""
+    swarm_key_file: Path | None = field(default=None, compare=False)
+    """Where that was read, for the commands with which others join."""
     memory_bytes: int | None = None
     """What weights and KV caches may take together; None lets the node decide."""
     cache_limit_bytes: int | None = None
@@ -149,10 +151,15 @@ class NodeReady:
         return {**asdict(self), "multiaddrs": list(self.multiaddrs)}
 
     def write(self, data_dir: Path) -> None:
-        """Write `node.json`, whole or not at all."""
+        """Write `node.json`, whole or not at all, for its owner only. Raises StartError."""
         temporary = data_dir / f".{READY_FILE}.{self.pid}"
-        temporary.write_text(json.dumps(self.to_json(), indent=2) + "\n", encoding="utf-8")
-        temporary.replace(data_dir / READY_FILE)
+        try:
+            with os.fdopen(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
+                file.write(json.dumps(self.to_json(), indent=2) + "\n")
+            temporary.replace(data_dir / READY_FILE)
+        except OSError as error:
+            temporary.unlink(missing_ok=True)
+            raise StartError(f"cannot write {data_dir / READY_FILE}: {error.strerror}") from None
 
     @classmethod
     def parse(cls, text: str) -> "NodeReady":
@@ -237,6 +244,7 @@ def load_config(
         serve=given.get("serve", _parse_serve) or (),
         draft=given.get("draft", _Given.text),
         swarm_key=given.get("swarm_key", _parse_swarm_key),
+        swarm_key_file=given.get("swarm_key", _parse_path),
         memory_bytes=given.get("memory", _parse_memory),
         cache_limit_bytes=given.get("cache_limit", _parse_memory),
         no_catalogue=given.get("no_catalogue", _parse_boolean) or False,

@@ -3,8 +3,6 @@
 import os
 import signal
 import socket
-import subprocess
-import sys
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -18,10 +16,11 @@ import trio
 
 from node.config import ENVIRONMENT_PREFIX, MEMORY_SHARE, ConfigError, NodeReady, StartError
 from node.identity import load_or_create
+from node.util.child_process import Child, child_environment, python, start
 from protocol.identity import BlockRange
 
-COMMAND: Final = (sys.executable, "-P", "-m", "node", "node")
-"""A daemon with this very interpreter; -P, because the user may be in a folder that has a `node` of its own."""
+COMMAND: Final = python("-m", "node", "node")
+"""A daemon with this very interpreter."""
 START_TIMEOUT_S: Final = 180.0
 STOP_TIMEOUT_S: Final = 20.0
 """How long a daemon may take to leave before it is killed."""
@@ -100,36 +99,27 @@ class _Daemon:
     def __init__(self, name: str, data_dir: Path, blocks: BlockRange, arguments: list[str]) -> None:
         self.name = name
         self.blocks = blocks
-        self.process: trio.Process | None = None
+        self.child: Child | None = None
         self._data_dir = data_dir
         self._log = data_dir / "log"
         self._arguments = arguments
 
     async def start(self, cache_dir: Path, threads: int, memory_bytes: int) -> None:
         # What configures the user's own node is not for these.
-        environment = {key: value for key, value in os.environ.items() if not key.startswith(ENVIRONMENT_PREFIX)}
-        environment[f"{ENVIRONMENT_PREFIX}CACHE_DIR"] = str(cache_dir)
+        inherited = {key: value for key, value in os.environ.items() if not key.startswith(ENVIRONMENT_PREFIX)}
+        environment = child_environment({f"{ENVIRONMENT_PREFIX}CACHE_DIR": str(cache_dir)}, base=inherited)
         command = [*COMMAND, "--json", "--no-catalogue", "--no-mdns", "--data-dir", str(self._data_dir)]
         command += ["--device", "cpu"]  # each would take most of one GPU's memory
         command += ["--api", "127.0.0.1:0", "--threads", str(threads), "--memory", str(memory_bytes), *self._arguments]
         with self._log.open("wb") as log:
-            # A session of its own: Ctrl-C is for us, and we stop them in order.
-            self.process = await trio.lowlevel.open_process(
-                command,
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.PIPE,
-                stderr=log,
-                env=environment,
-                start_new_session=True,
-            )
+            self.child = await start(command, what=self.name, environment=environment, stdout=True, log=log)
 
     async def wait_ready(self) -> LocalPeer:
         """Return what the daemon says of itself in its only line of output; wait for ever if it ends before."""
-        assert self.process is not None
-        assert self.process.stdout is not None
+        assert self.child is not None
         output = bytearray()
         while b"\n" not in output and len(output) < MAX_READY_BYTES:
-            chunk = await self.process.stdout.receive_some()
+            chunk = await self.child.stdout.receive_some()
             if not chunk:
                 await trio.sleep_forever()  # whoever watches the process knows more
             output += chunk
@@ -177,8 +167,8 @@ async def _heed_signals(
 
 
 async def _watch(daemon: _Daemon, causes: list[BaseException], scope: trio.CancelScope) -> None:
-    assert daemon.process is not None
-    code = await daemon.process.wait()
+    assert daemon.child is not None
+    code = await daemon.child.process.wait()
     message = f"{daemon.name}, blocks {daemon.blocks}, ended with exit code {code}"
     causes.append(DaemonDiedError(message, daemon.last_log_lines()))
     scope.cancel()
@@ -186,16 +176,12 @@ async def _watch(daemon: _Daemon, causes: list[BaseException], scope: trio.Cance
 
 async def _stop(daemons: list[_Daemon]) -> None:
     """Ask the daemons to leave, wait for them, and kill those that stay."""
-    processes = [daemon.process for daemon in daemons if daemon.process is not None]
-    for process in processes:
-        if process.poll() is None:
-            process.terminate()
+    children = [daemon.child for daemon in daemons if daemon.child is not None]
+    for child in children:
+        if child.process.poll() is None:
+            child.process.terminate()
     with trio.move_on_after(STOP_TIMEOUT_S):
-        for process in processes:
-            await process.wait()
-    for process in processes:
-        if process.poll() is None:
-            process.kill()
-            await process.wait()
-        if process.stdout is not None:
-            await process.stdout.aclose()
+        for child in children:
+            await child.process.wait()
+    for child in children:
+        await child.kill()

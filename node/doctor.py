@@ -307,7 +307,7 @@ class _Swarm:
         self.skews_s[heartbeat.peer] = now_s - issued_at_s - 0.5  # of the second that its clock was in
         self.agents[heartbeat.peer] = heartbeat.agent
         self.addresses[heartbeat.peer] = heartbeat.multiaddrs
-        self.directory.hear(heartbeat, 0.0)
+        self.directory.hear(heartbeat, 0.0, dialled=True)  # it judges what is said, whoever it is
         self.first_heard.set()
         return False
 

@@ -38,10 +38,14 @@ def load_or_create(data_dir: Path) -> Identity:
     except OSError as error:
         raise IdentityError(f"cannot write the key file {path}: {error.strerror}") from None
     seed = os.urandom(_SEED_BYTES)
-    with os.fdopen(descriptor, "w") as file:
-        file.write(seed.hex() + "\n")
-        file.flush()
-        os.fsync(file.fileno())
+    try:
+        with os.fdopen(descriptor, "w") as file:
+            file.write(seed.hex() + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        path.unlink(missing_ok=True)  # half a key would count as a damaged one at the next start
+        raise IdentityError(f"cannot write the key file {path}: {error.strerror}") from None
     return Identity(seed)
 
 

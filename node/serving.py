@@ -138,7 +138,11 @@ class Serving:
         loaded = False
         while True:
             # What never was served may end the start of a node; what was served once never ends the node.
-            passing: tuple[type[Exception], ...] = (ModelError, EngineCrashed, *((StartError,) if loaded else ()))
+            passing: tuple[type[Exception], ...] = (
+                ModelError,
+                EngineCrashed,
+                *((StartError, OSError) if loaded else ()),
+            )
             try:
                 async with trio.open_nursery() as nursery:
                     await nursery.start(serve)
@@ -313,7 +317,11 @@ class Serving:
 
     def _engine_options(self, memory_bytes: int) -> EngineOptions:
         return EngineOptions(
-            memory_bytes=memory_bytes, threads=self._threads, cache_dir=self._graphs_dir, device=self._device
+            memory_bytes=memory_bytes,
+            threads=self._threads,
+            cache_dir=self._graphs_dir,
+            device=self._device,
+            plan_rows=self._device == CPU,
         )
 
     async def _choose(self, manifest: Manifest, placing: Placing) -> BlockRange:

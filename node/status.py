@@ -1,18 +1,22 @@
 """The node as its API shows it: the answers of `/swarm/…`, put together from what the rooms know."""
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import trio
 
 from node.api.interface import (
+    Ban,
     ChainStatus,
     Explanation,
     Gap,
     HistoryStatus,
     ModelStatus,
     NodeStatus,
+    PeerCounts,
+    PeerJobs,
+    PeerSessions,
     PeerStatus,
     ServedSpan,
     SpanSummary,
@@ -22,6 +26,8 @@ from node.consensus.service import Consensus
 from node.jobs.coordinator import Coordinator
 from node.jobs.interface import JobRequest
 from node.jobs.ledger import QualityLedger
+from node.jobs.peer_records import StagePeerStatistics
+from node.jobs.planner import PeerRecord
 from node.jobs.span import Span
 from node.jobs.stage import Stages
 from node.jobs.trial import Trial, Trials, TrialSpec
@@ -35,7 +41,7 @@ from node.storage.database import StorageError
 from node.storage.history import HistoryStore
 from node.swarm.dissemination import Dissemination
 from node.swarm.membership import Membership
-from protocol.identity import BlockRange, ModelId
+from protocol.identity import BlockRange, ModelId, PeerId
 from selector.consensus.reputation import WEIGHT_SCALE
 from selector.routing import uncovered
 
@@ -47,6 +53,7 @@ class StatusView:
         self,
         *,
         agent: str,
+        serve: Sequence[str],
         network: Network,
         membership: Membership,
         coordinator: Coordinator,
@@ -64,6 +71,7 @@ class StatusView:
         self.submitter = coordinator
         self._trials = trials
         self._agent = agent
+        self._serve = list(serve)
         self._network = network
         self._membership = membership
         self._stages = stages
@@ -92,16 +100,24 @@ class StatusView:
             "state": "draining" if self._stages.draining else "serving",
             "uptime_s": round(time.monotonic() - self._started_s, 3),
             "connected_peers": len(self._network.connected_peers()),
+            "peers": self._peer_counts(),
             "bootstrap": [
                 {"multiaddr": each.multiaddr, "peer_id": each.peer, "error": each.error}
                 for each in self._membership.bootstrap()
             ],
+            "serve": self._serve,
             "spans": [self._served_span(span) for span in self._stages.spans()],
             "jobs": {
-                "running": jobs.running,
+                "running": jobs.running - jobs.trials_running,
                 "done": jobs.done,
                 "failed": jobs.failed,
                 "cancelled": jobs.cancelled,
+                "rejected": jobs.rejected,
+                "trials": {
+                    "running": jobs.trials_running,
+                    "done": jobs.trials_done,
+                    "failed": jobs.trials_failed,
+                },
             },
             "history": await self._history_status(),
             "consensus": [self._chain_status(model, keeper) for model, keeper in self._consensus.keepers().items()],
@@ -160,6 +176,25 @@ class StatusView:
             "measured": keeper.statistics.measured,
         }
 
+    def _bans(self) -> dict[PeerId, Ban]:
+        bans = self._dissemination.bans() | self._consensus.bans()
+        return {peer: {"left_s": round(ban.left_s, 3), "reason": ban.reason} for peer, ban in bans.items()}
+
+    def _peer_counts(self) -> PeerCounts:
+        directory, asked = self._membership.directory, self._stages.peer_statistics().values()
+        known = [each for each in directory.presences() if each.peer != self._network.peer_id]
+        reached = [each for each in directory.reached() if each.peer != self._network.peer_id]
+        return {
+            "known": len(known),
+            "reached": len(reached),
+            "banned": len(self._bans()),
+            "sessions_opened": sum(each.opened for each in asked),
+            "sessions_refused": sum(sum(each.refused.values()) for each in asked),
+            "sessions_failed": sum(sum(each.failed.values()) for each in asked),
+            "sessions_held": sum(each.sessions for each in asked),
+            "held_bytes": sum(each.bytes for each in asked),
+        }
+
     def peers(self) -> list[PeerStatus]:
         """Return the known peers, without this one."""
         now_s = trio.current_time()
@@ -168,8 +203,10 @@ class StatusView:
         # Who left for good has closed its connections; until then it ends the work that it has.
         leaving = {p.peer: p for p in directory.departing() if p.peer in connected}
         heard = leaving | {p.peer: p for p in directory.presences() if p.peer != self._network.peer_id}
+        reached = {each.peer for each in directory.reached()} | connected
+        bans, sessions, jobs = self._bans(), self._stages.peer_statistics(), self.submitter.peer_records()
         peers: list[PeerStatus] = []
-        for peer in sorted({*heard, *connected}):
+        for peer in sorted({*heard, *connected, *bans, *sessions, *jobs} - {self._network.peer_id}):
             presence = heard.get(peer)
             peers.append(
                 {
@@ -177,6 +214,7 @@ class StatusView:
                     "addresses": list(presence.multiaddrs if presence else self._network.addresses_of(peer)),
                     "agent": presence.agent if presence else "",
                     "connected": peer in connected,
+                    "reached": peer in reached,
                     "leaving": peer in leaving,
                     "rtt_s": self._membership.round_trip_s(peer),
                     "last_seen_s": round(now_s - presence.last_heard_s, 3) if presence else None,
@@ -189,6 +227,9 @@ class StatusView:
                         )
                         for span in (presence.spans if presence else ())
                     ],
+                    "banned": bans.get(peer),
+                    "sessions": _sessions(sessions[peer]) if peer in sessions else None,
+                    "jobs": _jobs(jobs[peer]) if peer in jobs else None,
                 }
             )
         return peers
@@ -247,3 +288,26 @@ class StatusView:
             "steps": statistics.steps,
             "compute_s": statistics.compute_s,
         }
+
+
+def _sessions(asked: StagePeerStatistics) -> PeerSessions:
+    return {
+        "opened": asked.opened,
+        "refused": {str(getattr(reason, "value", reason)): count for reason, count in asked.refused.items()},
+        "failed": {str(getattr(reason, "value", reason)): count for reason, count in asked.failed.items()},
+        "faults": asked.faults,
+        "held_sessions": asked.sessions,
+        "held_positions": asked.positions,
+        "held_bytes": asked.bytes,
+    }
+
+
+def _jobs(shown: PeerRecord) -> PeerJobs:
+    return {
+        "served": shown.served,
+        "failed": shown.failed,
+        "lagged": shown.lagged,
+        "trust": round(shown.trust, 3),
+        "avoided_s": round(shown.avoided_s, 3),
+        "block_s": {str(model): seconds for model, seconds in shown.block_s.items()},
+    }

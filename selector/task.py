@@ -1,4 +1,4 @@
-"""What is chosen: an acceleration method, a point in a space of independent switches (DESIGN §6).
+"""What is chosen: an acceleration method, a point in a space of independent switches.
 
 Switches of a session are chosen per job and hold on all its stages. Switches of a stage are the policy in force there;
 they change slowly, because a policy per job would tear batches apart.

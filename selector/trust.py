@@ -1,8 +1,12 @@
-"""Whom to rely on: what came of the jobs that a peer took part in of late. A failure weighs less with every minute."""
+"""Whom to rely on: what came of the jobs that a peer took part in. A failure weighs less with every minute.
+
+A peer that made no progress where it should have is held to it for longer than one that failed in so many words: it
+costs every job its whole timeout.
+"""
 
 import math
 from collections import OrderedDict
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Final
 
 MAX_PEERS: Final = 4096
@@ -15,49 +19,117 @@ BACKOFF_S: Final = (1.0, 60.0)
 """How long a peer is left alone after a failure, doubled by each that is remembered, and the longest."""
 
 
+LAG_HALF_LIFE_S: Final = 1800.0
+"""After this long a lag counts half."""
+
+LAG_BACKOFF_S: Final = (30.0, 3600.0)
+"""How long a peer is left alone after a lag, doubled by each that is remembered, and the longest."""
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """What came of a peer's jobs so far. `avoided_s`: for how long from now it is used only where nobody else is."""
+
+    served: int = 0
+    failed: int = 0
+    lagged: int = 0
+    trust: float = 1.0
+    avoided_s: float = 0.0
+
+
+@dataclass(slots=True)
+class _Score:
+    """Events that fade, and until when the peer is left alone for them."""
+
+    half_life_s: float
+    backoff_s: tuple[float, float]
+    weight: float = 0.0
+    counted_at_s: float = 0.0
+    avoided_until_s: float = -math.inf
+
+    def fade(self, now_s: float) -> float:
+        self.weight *= math.pow(0.5, max(0.0, now_s - self.counted_at_s) / self.half_life_s)
+        self.counted_at_s = now_s
+        return self.weight
+
+    def count(self, now_s: float) -> None:
+        first_s, longest_s = self.backoff_s
+        backoff_s = min(longest_s, first_s * 2 ** min(64.0, self.fade(now_s)))
+        self.weight += 1
+        self.avoided_until_s = now_s + backoff_s
+
+
 @dataclass(slots=True)
 class _Record:
-    failures: float = 0.0
-    counted_at_s: float = 0.0
-    avoided_until_s: float = 0.0
+    served: int = 0
+    failed: int = 0
+    lagged: int = 0
+    failures: _Score = field(default_factory=lambda: _Score(HALF_LIFE_S, BACKOFF_S))
+    lags: _Score = field(default_factory=lambda: _Score(LAG_HALF_LIFE_S, LAG_BACKOFF_S))
+
+    def avoided_until_s(self) -> float:
+        return max(self.failures.avoided_until_s, self.lags.avoided_until_s)
+
+    def trust(self, now_s: float) -> float:
+        return 1 / (1 + self.failures.fade(now_s) + self.lags.fade(now_s))
 
 
 class Reliability:
-    """What is remembered of the peers that failed."""
+    """What is remembered of the peers that took part in jobs."""
 
     def __init__(self) -> None:
         self._records: OrderedDict[str, _Record] = OrderedDict()
 
     def failed(self, peer: str, now_s: float) -> None:
         """Note that a peer failed: it is avoided for a while, longer each time."""
-        record = self._records.setdefault(peer, _Record())
-        self._records.move_to_end(peer)
-        if len(self._records) > MAX_PEERS:
-            self._records.popitem(last=False)
-        first_s, longest_s = BACKOFF_S
-        backoff_s = min(longest_s, first_s * 2 ** self._fade(record, now_s))
-        record.failures += 1
-        record.avoided_until_s = now_s + backoff_s
+        record = self._touch(peer)
+        record.failed += 1
+        record.failures.count(now_s)
+
+    def lagged(self, peer: str, now_s: float) -> None:
+        """Note that a peer made no progress in time: it is avoided for longer, also when it serves other jobs."""
+        record = self._touch(peer)
+        record.lagged += 1
+        record.lags.count(now_s)
 
     def served(self, peer: str, now_s: float) -> None:
-        """Note that a peer bore a job to its end: half of what is held against it is forgiven."""
-        if (record := self._records.get(peer)) is None:
-            return
-        record.avoided_until_s = now_s
-        record.failures = self._fade(record, now_s) / 2
-        if record.failures < 1 / 8:
-            del self._records[peer]
+        """Note that a peer bore a job to its end: half of the failures held against it is forgiven."""
+        record = self._touch(peer)
+        record.served += 1
+        record.failures.avoided_until_s = now_s
+        record.failures.weight = record.failures.fade(now_s) / 2
+        if record.failures.weight < 1 / 8:
+            record.failures.weight = 0.0
 
     def avoided(self, now_s: float) -> frozenset[str]:
         """Return the peers that are left alone now."""
-        return frozenset(peer for peer, record in self._records.items() if now_s < record.avoided_until_s)
+        return frozenset(peer for peer, record in self._records.items() if now_s < record.avoided_until_s())
 
     def trust(self, peer: str, now_s: float) -> float:
         """Return the share of jobs that a peer is expected to bear to their end: 1 where nothing is known of it."""
         record = self._records.get(peer)
-        return 1.0 if record is None else 1 / (1 + self._fade(record, now_s))
+        return 1.0 if record is None else record.trust(now_s)
 
-    def _fade(self, record: _Record, now_s: float) -> float:
-        record.failures *= math.pow(0.5, max(0.0, now_s - record.counted_at_s) / HALF_LIFE_S)
-        record.counted_at_s = now_s
-        return record.failures
+    def record(self, peer: str, now_s: float) -> Record:
+        """Return what came of a peer's jobs."""
+        found = self._records.get(peer)
+        if found is None:
+            return Record()
+        return Record(
+            served=found.served,
+            failed=found.failed,
+            lagged=found.lagged,
+            trust=found.trust(now_s),
+            avoided_s=max(0.0, found.avoided_until_s() - now_s),
+        )
+
+    def peers(self) -> tuple[str, ...]:
+        """Return the peers of which something is remembered, at most MAX_PEERS."""
+        return tuple(self._records)
+
+    def _touch(self, peer: str) -> _Record:
+        record = self._records.setdefault(peer, _Record())
+        self._records.move_to_end(peer)
+        if len(self._records) > MAX_PEERS:
+            self._records.popitem(last=False)
+        return record

@@ -13,10 +13,16 @@ _JOB_ERROR_STATUS = {
     JobErrorCode.CONTEXT_LENGTH: 400,
     JobErrorCode.UNCOVERED: 503,
     JobErrorCode.FULL: 503,
+    JobErrorCode.MEASURING: 503,
     JobErrorCode.FAILED: 502,
     JobErrorCode.LEAVING: 503,
 }
-_RETRY_AFTER_S = {JobErrorCode.UNCOVERED: 10.0, JobErrorCode.FULL: 2.0, JobErrorCode.LEAVING: 10.0}
+_RETRY_AFTER_S = {
+    JobErrorCode.UNCOVERED: 10.0,
+    JobErrorCode.FULL: 2.0,
+    JobErrorCode.MEASURING: 10.0,
+    JobErrorCode.LEAVING: 10.0,
+}
 """When to try again where the error itself does not say."""
 
 

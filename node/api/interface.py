@@ -32,12 +32,25 @@ class ServedSpan(TypedDict):
 
 
 class JobCounts(TypedDict):
-    """Jobs submitted at this node since it started."""
+    """Jobs submitted at this node since it started, by how they ended; `trials` are in none of the other counts."""
 
     running: int
     done: int
     failed: int
+    """That the swarm could not do."""
     cancelled: int
+    rejected: int
+    """That were the client's mistake: a wrong field, an unknown model, a prompt that is too long."""
+    trials: "TrialCounts"
+
+
+class TrialCounts(TypedDict):
+    """Jobs by which this node measured methods: of `metaswarm bench`, of its own and of what the swarm assigned."""
+
+    running: int
+    done: int
+    failed: int
+    """Also those that could not begin or gave way to jobs of users."""
 
 
 class Transfers(TypedDict):
@@ -184,6 +197,20 @@ class Explanation(TypedDict):
     past: PastDecisions
 
 
+class PeerCounts(TypedDict):
+    """Peers, and what became of the sessions that they opened here since this node started."""
+
+    known: int
+    """That heartbeats were heard of."""
+    reached: int
+    banned: int
+    sessions_opened: int
+    sessions_refused: int
+    sessions_failed: int
+    sessions_held: int
+    held_bytes: int
+
+
 class NodeStatus(TypedDict):
     """What this node is and does."""
 
@@ -195,7 +222,10 @@ class NodeStatus(TypedDict):
     state: Literal["serving", "draining"]
     uptime_s: float
     connected_peers: int
+    peers: PeerCounts
     bootstrap: list[BootstrapStatus]
+    serve: list[str]
+    """What the node was told to serve; where that is nothing, it serves no blocks."""
     spans: list[ServedSpan]
     jobs: JobCounts
     history: HistoryStatus | None
@@ -216,6 +246,45 @@ class SpanSummary(TypedDict):
     end: int
 
 
+class Ban(TypedDict):
+    """Why nothing of a peer is looked at now."""
+
+    left_s: float
+    reason: str
+
+
+class PeerSessions(TypedDict):
+    """What a peer has asked of the stages here since this node started, and what it holds now."""
+
+    opened: int
+    refused: dict[str, int]
+    """Sessions, by reason."""
+    failed: dict[str, int]
+    """Sessions, by reason, whoever was at fault."""
+    faults: int
+    """Times that it sent what could not be taken."""
+    held_sessions: int
+    held_positions: int
+    """Of KV memory."""
+    held_bytes: int
+    """Rows that wait."""
+
+
+class PeerJobs(TypedDict):
+    """How a peer served this node's own jobs."""
+
+    served: int
+    failed: int
+    lagged: int
+    """Jobs in which it made no progress."""
+    trust: float
+    """What its predicted cost is divided by: 1 for who never failed."""
+    avoided_s: float
+    """For how much longer it is used only where nobody else can be."""
+    block_s: dict[str, float]
+    """What a block was measured to take for a token, by model."""
+
+
 class PeerStatus(TypedDict):
     """A peer that this node knows of."""
 
@@ -223,12 +292,19 @@ class PeerStatus(TypedDict):
     addresses: list[str]
     agent: str
     connected: bool
+    reached: bool
+    """Whether it is connected, or was dialled with success: only then counts what it says it serves."""
     leaving: bool
     rtt_s: float | None
     """Round-trip time; None while it is unknown."""
     last_seen_s: float | None
     """How long ago the peer was last heard of; None if it never was."""
     spans: list[SpanSummary]
+    banned: Ban | None
+    sessions: PeerSessions | None
+    """None where it opened none."""
+    jobs: PeerJobs | None
+    """None where it served none."""
 
 
 class LineageQuality(TypedDict):

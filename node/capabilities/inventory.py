@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Final
 
@@ -64,14 +65,16 @@ class Inventory:
         self._read_facts = read_facts
         self._benchmark = benchmark
         self._facts: Capabilities | None = None
+        self._available_bytes = 0
 
     def capabilities(self) -> Capabilities | None:
         """Return what is known now; None until the first facts are read."""
         if self._facts is None:
             return None
-        memory = dataclasses.replace(
-            self._facts.memory, available_bytes=min(available_memory(), self._facts.memory.total_bytes)
-        )
+        with suppress(OSError):  # no file could be opened just now: what was read last stands
+            self._available_bytes = available_memory()
+        available_bytes = min(self._available_bytes, self._facts.memory.total_bytes)
+        memory = dataclasses.replace(self._facts.memory, available_bytes=available_bytes)
         return dataclasses.replace(self._facts, memory=memory, links=self._traffic.links())
 
     async def run(self, started: trio.Event | None = None) -> None:

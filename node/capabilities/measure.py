@@ -3,7 +3,6 @@
 import fcntl
 import json
 import os
-import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -11,8 +10,8 @@ from pathlib import Path
 from typing import Final, Self
 
 import structlog
-import trio
 
+from node.util.child_process import ChildError, python, run
 from protocol.canonical import Value
 from protocol.capabilities import (
     MAX_ACCELERATORS,
@@ -28,8 +27,7 @@ from protocol.capabilities import (
 from protocol.errors import RemoteProtocolError
 from protocol.fields import Fields
 
-# -P: a file named torch.py in the directory where the daemon was started is not to be run.
-BENCHMARK: Final = (sys.executable, "-P", "-m", "node.engine.benchmark")
+BENCHMARK: Final = python("-m", "node.engine.benchmark")
 
 TIME_LIMIT_S: Final = 60.0
 """A benchmark takes some five seconds; a machine that swaps, or has many accelerators to wake, takes longer."""
@@ -102,30 +100,10 @@ async def run_benchmark(
     `time_limit_s` or when this is cancelled. Raises MeasurementError.
     """
     arguments = [*command, "--directory", str(directory), "--threads", str(threads)]
-    with trio.move_on_after(time_limit_s) as scope:
-        try:
-            done = await trio.run_process(
-                arguments,
-                capture_stdout=True,
-                capture_stderr=True,
-                check=False,
-                start_new_session=True,  # its priority is weighed by session
-                deliver_cancel=_kill,
-            )
-        except OSError as error:
-            raise MeasurementError(f"the benchmark cannot be started: {error.strerror}") from None
-    if scope.cancelled_caught:
-        raise MeasurementError(f"the benchmark took longer than {time_limit_s:g} s")
-    if done.returncode != 0:
-        last_words = done.stderr.decode("utf-8", "replace").strip().splitlines()[-1:] or ["it said nothing"]
-        raise MeasurementError(
-            f"the benchmark failed with code {done.returncode}: {last_words[0][:MAX_GAP_CHARACTERS]}"
-        )
-    return Measurements.parse(done.stdout)
-
-
-async def _kill(process: trio.Process) -> None:
-    process.kill()
+    try:
+        return Measurements.parse(await run(arguments, what="the benchmark", time_limit_s=time_limit_s))
+    except ChildError as error:
+        raise MeasurementError(str(error)) from None
 
 
 @contextmanager

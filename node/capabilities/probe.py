@@ -8,7 +8,6 @@ import hashlib
 import os
 import platform
 import re
-import subprocess
 import sys
 from collections.abc import Iterator
 from importlib import metadata
@@ -17,6 +16,7 @@ from typing import Final
 
 import psutil
 
+from node.util.child_process import ChildError, run_blocking
 from protocol.canonical import canonical_json
 from protocol.capabilities import (
     MAX_WORD_BYTES,
@@ -68,6 +68,12 @@ def available_memory(root: Path = ROOT) -> int:
     return max(0, min(memory.available, limit - used))
 
 
+def total_memory(root: Path = ROOT) -> int:
+    """Return the main memory, in bytes, that this process could ever take."""
+    total, limit = psutil.virtual_memory().total, _memory_limit(root)
+    return total if limit is None else min(total, limit)
+
+
 def fingerprint(facts: Capabilities, threads: int, root: Path = ROOT) -> str:
     """Return a text that changes whenever measurements made before may no longer hold."""
     seen = capabilities_to_map(facts)
@@ -114,12 +120,10 @@ def _apple_processor() -> tuple[str, set[str]]:
 
 def _sysctl(name: str) -> str:
     try:
-        answer = subprocess.run(
-            ["/usr/sbin/sysctl", "-n", name], capture_output=True, text=True, timeout=_SYSCTL_TIMEOUT_S, check=False
-        )
-    except (OSError, subprocess.SubprocessError):
+        answer = run_blocking(["/usr/sbin/sysctl", "-n", name], what="sysctl", time_limit_s=_SYSCTL_TIMEOUT_S)
+    except ChildError:
         return ""
-    return answer.stdout.strip()
+    return answer.decode(errors="replace").strip()
 
 
 def _usable_cores(root: Path) -> tuple[int, int]:
@@ -147,9 +151,7 @@ def _processor_quota(root: Path) -> float | None:
 
 
 def _memory(root: Path) -> Memory:
-    total = psutil.virtual_memory().total
-    limit = _memory_limit(root)
-    total = total if limit is None else min(total, limit)
+    total = total_memory(root)
     return Memory(total_bytes=total, available_bytes=min(total, available_memory(root)))
 
 

@@ -259,7 +259,7 @@ def table(cell: Mapping[str, Any]) -> "Table":
         shown.add_row(
             short(standing.method),
             f"{speedup.mean:.2f}",
-            f"{speedup.low:.2f} to {speedup.high:.2f}",
+            f"{speedup.low:.2f} to {speedup.high:.2f}" if speedup.is_bounded else "",
             f"{figures['ttft_s']:.2f}",
             f"{1e3 * figures['tpot_s']:.0f}",
             f"{figures['tokens_per_s']:.1f}",
@@ -283,7 +283,7 @@ def draw(cells: Iterable[Mapping[str, Any]], path: Path) -> None:
                 title=describe(cell["cell"]["workload"]),
                 names=[name for name, _ in had],
                 values=[speedup.mean for _, speedup in had],
-                intervals=[(speedup.low, speedup.high) for _, speedup in had],
+                intervals=[(s.low, s.high) if s.is_bounded else (s.mean, s.mean) for _, s in had],
             )
         )
     draw_panels(panels, path, "speed-up over the baseline")

@@ -2,7 +2,7 @@
 
 import shlex
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 import click
 
@@ -10,6 +10,8 @@ from node.cli.output import json_option, passing_progress_bars, print_json
 
 if TYPE_CHECKING:
     from node.config import NodeConfig, NodeReady
+
+SERVES_NOTHING: Final = "no blocks: start it with --serve MODEL to serve some"
 
 
 @click.command()
@@ -102,7 +104,7 @@ def node(as_json: bool, **flags: Any) -> None:
     from node.cli.logs import configure_logging
 
     configure_logging(config.log_level)
-    announce = _announce_as_json if as_json else partial(_announce, config, flags["swarm_key"])
+    announce = _announce_as_json if as_json else partial(_announce, config)
     with passing_progress_bars() as progress:
         trio.run(run_node, config, announce, progress)
 
@@ -111,34 +113,26 @@ def _announce_as_json(ready: "NodeReady") -> None:
     print_json(ready.to_json())
 
 
-def _announce(config: "NodeConfig", swarm_key: str | None, ready: "NodeReady") -> None:
+def _announce(config: "NodeConfig", ready: "NodeReady") -> None:
+    from node.joining import join_elsewhere, join_here
+
     lines = [
         f"peer     {ready.peer_id}",
         f"api      {ready.api_url}",
         *(f"address  {address}" for address in ready.multiaddrs),
-        *(f"serves   {spec}" for spec in config.serve),
+        *([f"serves   {spec}" for spec in config.serve] or [f"serves   {SERVES_NOTHING}"]),
         *([f"guesses  with {config.draft}"] if config.draft else []),
         f"data     {config.data_dir}",
     ]
     click.echo("\n".join(lines))
-    address = best_address(ready.multiaddrs)
-    if address is None:
+    if not ready.multiaddrs:
         return
-    join = ["metaswarm", "node", "--bootstrap", address]
-    if config.swarm_key is not None:
-        join += ["--swarm-key", swarm_key or "FILE"]
-    where = "from this machine only" if is_loopback_address(address) else "on another machine"
-    click.echo(f"\nto join {where}:\n  {shlex.join(join)}")
-
-
-def best_address(multiaddrs: tuple[str, ...]) -> str | None:
-    """Return the multiaddr by which another machine most likely reaches a node; None if there is none."""
-    return min(multiaddrs, key=is_loopback_address, default=None)
-
-
-def is_loopback_address(multiaddr: str) -> bool:
-    """Return whether a multiaddr names a host that only its own machine can dial."""
-    from node.config import is_loopback
-
-    parts = multiaddr.split("/")
-    return len(parts) > 2 and is_loopback(parts[2])
+    click.echo(f"\nto join from another terminal of this machine:\n  {shlex.join(join_here(config, ready))}")
+    command = join_elsewhere(config, ready)
+    if command is None:
+        click.echo(
+            "\nother machines cannot reach this node: start it with --listen /ip4/0.0.0.0/tcp/4001 if they are to join"
+        )
+        return
+    key = "" if config.swarm_key_file is None else f" that has a copy of {config.swarm_key_file}"
+    click.echo(f"\nto join from another machine{key}:\n  {shlex.join(command)}")

@@ -3,6 +3,7 @@
 import logging
 import os
 import sys
+import time
 
 import structlog
 
@@ -40,8 +41,25 @@ def configure_logging(level: str) -> None:
             processors=[structlog.stdlib.ProcessorFormatter.remove_processors_meta, renderer],
         )
     )
+    logging.getLogger("trio.serve_listeners").addFilter(_SeldomWithoutTraceback(10.0))
     root = logging.getLogger()
     root.handlers = [handler]
     root.setLevel(max(threshold, logging.WARNING))
     for name in ("node", "protocol", "selector", "metaswarm"):
         logging.getLogger(name).setLevel(threshold)
+
+
+class _SeldomWithoutTraceback(logging.Filter):
+    """Passes one record in so many seconds: a listener that can accept nobody says so ten times a second."""
+
+    def __init__(self, pause_s: float) -> None:
+        super().__init__()
+        self._pause_s = pause_s
+        self._next_s = 0.0
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        if time.monotonic() < self._next_s:
+            return False
+        self._next_s = time.monotonic() + self._pause_s
+        record.exc_info = None
+        return True

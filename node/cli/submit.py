@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 DEFAULT_MAX_TOKENS: Final = 256
 CONCURRENCY: Final = 8
 """Prompts of a --file that are under way at a time."""
-FULL: Final = "peers_full"
+WORTH_WAITING: Final = ("peers_full", "quality_being_measured")
 """The code of the error that is worth waiting for."""
 FULL_TIMEOUT_S: Final = 600.0
 """How long a prompt of a --file waits for peers that have no room, before its line says so."""
@@ -45,6 +45,7 @@ _OPTIONAL_FIELDS: Final = _JOB_OPTIONS[_JOB_OPTIONS.index("min_tokens") :]
 @click.argument("prompt", required=False)
 @click.option("--model", metavar="M", help="Name or id (8 digits or more); needless where one model is complete.")
 @api_option
+@click.option("--token-ids", is_flag=True, help="PROMPT is token ids, as 1 2 3: the way for a model without tokenizer.")
 @click.option("--chat", is_flag=True, help="The prompt is a user's turn in a chat: use the model's chat template.")
 @click.option("--max-tokens", type=click.IntRange(1), default=DEFAULT_MAX_TOKENS, show_default=True, metavar="N")
 @click.option("--temperature", type=click.FloatRange(0, 2), default=0.0, metavar="T", help="0, the default, is greedy.")
@@ -110,24 +111,39 @@ def submit(
     api: str | None,
     bootstrap: tuple[str, ...],
     as_json: bool,
+    token_ids: bool,
     **options: Any,
 ) -> None:
-    """Submit PROMPT (`-` reads it from stdin) and stream the text.
+    """Submit PROMPT (`-` reads it from stdin) and stream the text, or what a model without tokenizer gives: token ids.
 
     With --json one document is printed at the end instead. Ctrl-C cancels the job everywhere.
     """
     if (prompt is None) == (prompts_file is None):
         raise click.UsageError("give either a PROMPT or a --file")
+    if token_ids and (prompts_file is not None or options["chat"]):
+        raise click.UsageError("--token-ids goes with a PROMPT only: a line of a --file may have a list of them")
     if prompts_file is not None:
         jobs = read_jobs(prompts_file, options)
     else:
         assert prompt is not None
-        jobs = [options | {"prompt": _read_text("-") if prompt == "-" else prompt}]
+        text = _read_text("-") if prompt == "-" else prompt
+        jobs = [options | {"prompt": _parse_token_ids(text) if token_ids else text}]
 
     import trio
 
     run = partial(_run_one, as_json=as_json) if prompts_file is None else _run_many
     trio.run(_submit, run, jobs, api, bootstrap)
+
+
+def _parse_token_ids(text: str) -> list[int]:
+    pieces = text.replace(",", " ").strip("[] \n").split()
+    if not pieces or not all(piece.isdecimal() and len(piece) < 10 for piece in pieces):
+        raise click.UsageError(f"--token-ids: {text[:40]!r} is not a list of token ids, such as 1 2 3")
+    return [int(piece) for piece in pieces]
+
+
+def _is_prompt(value: object) -> bool:
+    return isinstance(value, str) or (isinstance(value, list) and all(type(token) is int for token in value))
 
 
 def _read_text(name: str) -> str:
@@ -161,8 +177,8 @@ def read_jobs(path: Path, options: Mapping[str, Any]) -> list[dict[str, Any]]:
             job = json.loads(line)
         except ValueError as error:
             raise click.UsageError(f"{path}, line {number}: no valid JSON: {error}") from None
-        if not isinstance(job, dict) or not isinstance(job.get("prompt"), str):
-            raise click.UsageError(f'{path}, line {number}: expected an object with a text "prompt"')
+        if not isinstance(job, dict) or not _is_prompt(job.get("prompt")):
+            raise click.UsageError(f'{path}, line {number}: expected an object with a "prompt", text or token ids')
         unknown = job.keys() - {"prompt", *_JOB_OPTIONS}
         if unknown:
             raise click.UsageError(
@@ -177,13 +193,16 @@ def read_jobs(path: Path, options: Mapping[str, Any]) -> list[dict[str, Any]]:
 def make_body(job: Mapping[str, Any], default_model: str) -> dict[str, Any]:
     """Return the body of a request for one job."""
     prompt = job["prompt"]
-    if not prompt.isascii() and any("\ud800" <= character <= "\udfff" for character in prompt):
+    is_text = isinstance(prompt, str)
+    if is_text and not prompt.isascii() and any("\ud800" <= character <= "\udfff" for character in prompt):
         raise click.UsageError("the prompt is no valid Unicode text")  # the shell handed over bytes that are no UTF-8
     body = {name: job[name] for name in ("max_tokens", "temperature", "top_p", "seed")}
     body["model"] = job["model"] or default_model
     body["stop"] = list(job["stop"]) if isinstance(job["stop"], tuple) else job["stop"]
     body |= {name: job[name] for name in _OPTIONAL_FIELDS if job.get(name) not in (None, (), {})}
     body["metaswarm"] = {name: job[name] for name in ("quality", "method", "ignore_eos")}
+    if job["chat"] and not is_text:
+        raise click.UsageError("a prompt of token ids is not a turn in a chat: leave out chat")
     if job["chat"]:
         return body | {"messages": [{"role": "user", "content": prompt}]}
     return body | {"prompt": prompt}
@@ -238,7 +257,7 @@ async def choose_model(client: "ApiClient", wanted: str | None, timeout_s: float
         complete = [model["name"] or model["model"] for model in models if model["complete"]]
         if wanted is None and len(complete) == 1:
             return complete[0]
-        if wanted is not None and any(model["complete"] and _is_called(model, wanted) for model in models):
+        if wanted is not None and any(_is_usable(model) and _is_called(model, wanted) for model in models):
             return wanted
         if trio.current_time() >= deadline_s:
             break
@@ -247,8 +266,18 @@ async def choose_model(client: "ApiClient", wanted: str | None, timeout_s: float
         return wanted  # the node knows better what is wrong with it
     if complete:
         raise CommandError(f"several models are complete; choose one with --model: {', '.join(complete)}")
+    unnamed = [model["model"][:12] for model in models if _is_usable(model)]
+    if unnamed:
+        raise CommandError(
+            f"no model of this swarm is known here; name the one you trust with --model: {', '.join(unnamed)}"
+        )
     partly = "; incomplete: " + ", ".join(model["name"] or model["model"] for model in models) if models else ""
     raise CommandError(f"no model is complete in this swarm: serve one with `metaswarm node --serve MODEL`{partly}")
+
+
+def _is_usable(model: "ModelStatus") -> bool:
+    """Whether a model is complete, as far as that is known: until the user names it, nothing of it is fetched."""
+    return model["complete"] or (not model["local"] and bool(model["block_count"]) and not model["uncovered"])
 
 
 def _is_called(model: "ModelStatus", text: str) -> bool:
@@ -273,6 +302,9 @@ async def _run_one(
         return
     try:
         completion = await client.complete(body, show)
+        document = completion.document()
+        if document["token_ids"] and not document["text"] and isinstance(job["prompt"], list):
+            show(" ".join(map(str, document["token_ids"])))
     finally:
         if line_is_open:
             click.echo()
@@ -322,7 +354,10 @@ async def _run_many(client: "ApiClient", jobs: Sequence[Mapping[str, Any]], defa
 
 
 async def _complete_when_there_is_room(client: "ApiClient", body: dict[str, Any]) -> "Completion":
-    """Submit a job, again while the peers are full. Raises RefusedError for every other reason, and when time is up."""
+    """Submit a job, again while the peers are full or its method is being measured.
+
+    Raises RefusedError for every other reason, and when time is up.
+    """
     import trio
 
     from node.cli.client import RefusedError
@@ -332,7 +367,7 @@ async def _complete_when_there_is_room(client: "ApiClient", body: dict[str, Any]
         try:
             return await client.complete(body, _say_nothing)
         except RefusedError as error:
-            if error.code != FULL or error.retry_after_s is None or trio.current_time() > deadline_s:
+            if error.code not in WORTH_WAITING or error.retry_after_s is None or trio.current_time() > deadline_s:
                 raise
             pause_s = error.retry_after_s * random.uniform(*FULL_SPREAD)
         await trio.sleep(pause_s)

@@ -25,8 +25,10 @@ if TYPE_CHECKING:
         ChainStatus,
         Gap,
         HistoryStatus,
+        JobCounts,
         ModelStatus,
         NodeStatus,
+        PeerCounts,
         PeerStatus,
         SelectionStatus,
     )
@@ -129,17 +131,19 @@ def render_status(status: "NodeStatus") -> "RenderableType":
         "api": status["api_url"],
         "addresses": "\n          ".join(status["multiaddrs"]),
         "connected": f"{status['connected_peers']} peers",
-        "jobs": ", ".join(f"{count} {kind}" for kind, count in jobs.items()),
+        "peers": _describe_peers(status["peers"]),
+        "jobs": _describe_jobs(jobs),
         "history": _describe_history(status["history"]),
         "agreed": "\n          ".join(map(_describe_chain, status["consensus"])) or "nothing",
         "methods": _describe_selection(status["selection"]),
-        "received": ", ".join(f"{format_bytes(count)} from {peer}" for peer, count in received.items()) or "nothing",
-        "sent": format_bytes(status["transfers"]["served_bytes"]),
+        "fetched": ", ".join(f"{format_bytes(count)} of model files from {peer}" for peer, count in received.items())
+        or "no model files from peers",
+        "gave": f"{format_bytes(status['transfers']['served_bytes'])} of model files to peers",
     }
     facts_and_gaps = [*facts.items(), *(("missing", _describe_gap(gap, status)) for gap in status["uncovered"])]
     summary = Text("\n".join(f"{name:<9} {printable(value)}" for name, value in facts_and_gaps))
     if not status["spans"]:
-        return Group(summary, Text("serves    no blocks"))
+        return Group(summary, Text(f"serves    {_describe_idle(status['serve'])}"))
     table = new_table("model", ">blocks", ">of", ">sessions", ">positions", ">weights", ">steps", ">compute", ">worker")
     for span in status["spans"]:
         table.add_row(
@@ -158,9 +162,32 @@ def render_status(status: "NodeStatus") -> "RenderableType":
     return Group(summary, Text(), table)
 
 
+def _describe_jobs(jobs: "JobCounts") -> str:
+    trials = jobs["trials"]
+    counts = [(jobs["running"], "running"), (jobs["done"], "done"), (jobs["failed"], "failed")]
+    counts += [(jobs["cancelled"], "cancelled"), (jobs["rejected"], "rejected as the client's mistake")]
+    text = ", ".join(f"{count} {kind}" for count, kind in counts)
+    return f"{text}; trials: {trials['running']} running, {trials['done']} done, {trials['failed']} failed"
+
+
+def _describe_peers(peers: "PeerCounts") -> str:
+    text = f"{peers['reached']} reached of {peers['known']} heard of, {peers['banned']} banned"
+    return (
+        f"{text}; their sessions here: {peers['sessions_opened']} opened, {peers['sessions_refused']} refused, "
+        f"{peers['sessions_failed']} failed, {peers['sessions_held']} held with {format_bytes(peers['held_bytes'])}"
+    )
+
+
+def _describe_idle(serve: list[str]) -> str:
+    """Return why a node serves no blocks now."""
+    from node.cli.daemon import SERVES_NOTHING
+
+    return f"no blocks yet of {', '.join(serve)}: the log says what is missing" if serve else SERVES_NOTHING
+
+
 def _describe_gap(gap: "Gap", status: "NodeStatus") -> str:
     """Return which blocks nobody serves, and the command with which a node would."""
-    from node.cli.daemon import best_address
+    from node.joining import best_address
 
     address = best_address(tuple(status["multiaddrs"]))
     command = ["metaswarm", "node", *(("--bootstrap", address) if address else ()), "--serve", gap["serve"]]
@@ -204,9 +231,11 @@ def render_peers(answer: dict[str, list["PeerStatus"]]) -> "RenderableType":
     peers = answer["peers"]
     if not peers:
         return Text("no other peer is known")
-    table = new_table("peer", "address", "agent", "state", ">round trip", ">heard", "holds")
+    table = new_table("peer", "address", "agent", "state", ">round trip", ">heard", "holds", "trouble")
     for peer in peers:
         state = "leaving" if peer["leaving"] else "connected" if peer["connected"] else "known"
+        if not peer["reached"]:
+            state = "not reached"
         spans = (f"{span['name'] or span['model'][:12]}:{span['start']}-{span['end']}" for span in peer["spans"])
         table.add_row(
             *_texts(
@@ -217,9 +246,30 @@ def render_peers(answer: dict[str, list["PeerStatus"]]) -> "RenderableType":
                 "" if peer["rtt_s"] is None else f"{peer['rtt_s'] * 1000:.1f} ms",
                 "" if peer["last_seen_s"] is None else f"{format_duration(peer['last_seen_s'])} ago",
                 ", ".join(spans),
+                _describe_trouble(peer),
             )
         )
     return table
+
+
+def _describe_trouble(peer: "PeerStatus") -> str:
+    """Return what was refused, failed and held: of its sessions here, and of our jobs there."""
+    parts: list[str] = []
+    if ban := peer["banned"]:
+        parts.append(f"banned for {format_duration(ban['left_s'])}: {ban['reason']}")
+    if sessions := peer["sessions"]:
+        for what in ("refused", "failed"):
+            parts += [f"{count} sessions {what}: {reason}" for reason, count in sessions[what].items()]
+        if sessions["faults"]:
+            parts.append(f"{sessions['faults']} faults")
+        if sessions["held_sessions"]:
+            held = f"{sessions['held_positions']} positions and {format_bytes(sessions['held_bytes'])}"
+            parts.append(f"holds {held} in {sessions['held_sessions']} sessions")
+    if jobs := peer["jobs"]:
+        parts += [f"{jobs[what]} jobs {what}" for what in ("failed", "lagged") if jobs[what]]
+        if jobs["avoided_s"]:
+            parts.append(f"avoided for {format_duration(jobs['avoided_s'])}")
+    return "; ".join(parts)
 
 
 def render_models(answer: dict[str, list["ModelStatus"]]) -> "RenderableType":

@@ -22,7 +22,7 @@ from node.identity import Identity
 from node.network.interface import GossipMessage, Network, NetworkError, PeerConnected, Stream
 from node.storage.database import StorageError
 from node.swarm.history import History
-from node.swarm.standing import Allowance, Standing, Standings, TokenBucket
+from node.swarm.standing import Allowance, Ban, Standing, Standings, TokenBucket
 from node.threads import Offload, in_a_thread
 from protocol.chains import PROTOCOL_ID
 from protocol.consensus import CONSENSUS_TOPIC, EquivocationRecord, Said, open_said
@@ -380,8 +380,12 @@ class Consensus:
         self._statistics.session_bytes_received += outcome.bytes_received
         self._statistics.records_fetched += outcome.received
 
+    def bans(self) -> dict[PeerId, Ban]:
+        """Return the peers of which nothing is looked at now, and why."""
+        return self._standings.bans(trio.current_time())
+
     def _penalise(self, peer: PeerId, standing: Standing, error: RemoteProtocolError) -> None:
-        seconds = standing.penalise(trio.current_time())
+        seconds = standing.penalise(trio.current_time(), str(error))
         self._statistics.offences += 1
         _logger.warning("peer barred: it broke a rule of the consensus", peer=peer, seconds=seconds, fault=str(error))
 

@@ -1,14 +1,16 @@
 """KV memory in pages, and the cache of one session: transformers' cache, with rows that can be taken back."""
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import Cache, DummyLayer, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 from transformers.configuration_utils import PreTrainedConfig
 
 from node.engine.interface import PAGE_POSITIONS, EngineError
+from node.models.manifest import architecture_name
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,14 +165,29 @@ def attention_windows(config: PreTrainedConfig) -> tuple[int | None, ...]:
     Raises EngineError for architectures whose blocks keep something else than a key and a value per position.
     """
     windows: list[int | None] = []
-    for layer in DynamicCache(config=config).layers:
+    for number, layer in enumerate(DynamicCache(config=config).layers):
         if type(layer) is DynamicLayer:
             windows.append(None)
         elif type(layer) is DynamicSlidingWindowLayer:
             windows.append(layer.sliding_window)
         else:
             raise EngineError(
-                f"{config.model_type} models cannot be served: their blocks keep a {type(layer).__name__}, "
-                "which cannot be divided by position"
+                f"{architecture_name(config.model_type)} ({config.model_type}) uses "
+                f"{_kind_of(config, number, type(layer))}, which cannot be split into spans here"
             )
     return tuple(windows)
+
+
+def _kind_of(config: PreTrainedConfig, block: int, layer: type) -> str:
+    """Return what a block consists of that keeps something else, in the field's words."""
+    kinds = getattr(config, "layer_types", None) or ()
+    kind = kinds[block] if block < len(kinds) else ""
+    if kind == "conv":
+        return "short convolutions, which keep a state"
+    if layer is DummyLayer:
+        return "blocks that keep no keys and values of their own"
+    if "Linear" not in layer.__name__:
+        return "sparse attention, which keeps an index beside keys and values"
+    if any(re.search("mamba|ssm|state_size", key) for key in config.to_dict()):
+        return "state-space (Mamba) layers"
+    return "linear attention"

@@ -6,15 +6,11 @@ concerns. KV pages are given out on this side: opening, beginning and closing ne
 
 import itertools
 import os
-import signal
 import socket
-import subprocess
-import sys
 from collections import deque
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass, field, replace
 
 import psutil
 import trio
@@ -28,21 +24,18 @@ from node.engine.interface import (
     Lineage,
     Prefix,
     SessionOptions,
+    SliceFault,
     SliceInput,
-    SliceOutput,
     SpanInfo,
+    StepFailed,
     StepResult,
     Variant,
     VariantNotReady,
 )
 from node.engine.source import EngineOptions, ShardSource
 from node.models.store import Package
+from node.util.child_process import Child, ChildError, child_environment, python, start
 from protocol.identity import BlockRange, SessionId
-
-_STDERR = 2
-_ROOT = Path(__file__).parents[2]
-_DEATH_S = 5.0
-"""How long a worker that closed its socket may take to become a corpse with a cause of death."""
 
 
 class SpareWorker:
@@ -94,10 +87,11 @@ async def start_worker(
     options = options or EngineOptions()
     name = f"the worker of blocks {blocks}"
     connection = (spare.take() if spare is not None else None) or await _spawn(options, name)
-    connection.name = name
+    connection.child.what = name
     try:
         engine = WorkerEngine(connection, *await _load(connection, source, blocks, options))
         async with trio.open_nursery() as nursery:
+            nursery.start_soon(connection.child.relay_stderr)
             nursery.start_soon(engine.receive_forever)
             nursery.start_soon(engine.send_forever)
             yield engine
@@ -111,23 +105,36 @@ async def _spawn(options: EngineOptions, name: str) -> "_Connection":
     ours, theirs = socket.socketpair()
     with theirs:
         try:
-            process = await trio.lowlevel.open_process(
-                [sys.executable, "-m", "node.engine.worker", str(theirs.fileno())],
-                stdin=subprocess.DEVNULL,
-                stdout=_STDERR,  # ours may be somebody's JSON
+            child = await start(
+                python("-m", "node.engine.worker", str(theirs.fileno())),
+                what=name,
+                environment=_environment(options),
                 pass_fds=[theirs.fileno()],
-                env=_environment(options),
-                start_new_session=True,  # Ctrl-C is for the node, which lets its jobs end first
             )
         except BaseException as error:
             ours.close()
-            if isinstance(error, OSError):
-                raise EngineError(f"{name} cannot be started: {error}") from error
+            if isinstance(error, ChildError):
+                raise EngineError(str(error)) from error
             raise
-    return _Connection(trio.socket.from_stdlib_socket(ours), process, name)
+    return _Connection(trio.socket.from_stdlib_socket(ours), child)
 
 
 async def _load(
+    connection: "_Connection", source: ShardSource, blocks: BlockRange, options: EngineOptions
+) -> tuple[SpanInfo, frozenset[Variant]]:
+    """Tell the worker what to be, and wait until it is; what it writes to stderr meanwhile is shown."""
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(connection.child.relay_stderr)
+        try:
+            return await _loaded(connection, source, blocks, options)
+        except EngineError as error:
+            failure = error
+        finally:
+            nursery.cancel_scope.cancel()
+    raise failure
+
+
+async def _loaded(
     connection: "_Connection", source: ShardSource, blocks: BlockRange, options: EngineOptions
 ) -> tuple[SpanInfo, frozenset[Variant]]:
     """Tell the worker what to be, and wait until it is."""
@@ -136,11 +143,11 @@ async def _load(
             await connection.send(wire.encode_load(source, blocks, options))
             header, _ = await connection.receive()
         except _HungUp:
-            raise EngineCrashed(await connection.epitaph()) from None
+            raise EngineCrashed(str(await connection.child.epitaph())) from None
         if header["did"] == "failed":
             raise EngineError(header["error"])
         return wire.decode_loaded(header)
-    raise EngineError(f"{connection.name} did not load within {options.start_timeout_s:g} s")
+    raise EngineError(f"{connection.child.what} did not load within {options.start_timeout_s:g} s")
 
 
 def source_from_package(package: Package, blocks: BlockRange) -> ShardSource:
@@ -222,11 +229,17 @@ class WorkerEngine:
     async def step(self, slices: Sequence[SliceInput]) -> StepResult:
         """Run one step in the worker; see Engine. If the caller is cancelled, a step that is under way still runs."""
         self._raise_if_crashed()
+        unknown = tuple(
+            SliceFault(rows.session, f"session {rows.session.job}/{rows.session.stage} is not open, or has not begun")
+            for rows in slices
+            if rows.session not in self._sessions
+        )
+        for fault in unknown:
+            self._close(fault.session, keep=False)
+        slices = [rows for rows in slices if rows.session in self._sessions]
+        if not slices:
+            raise StepFailed(unknown)
         sessions = tuple(rows.session for rows in slices)
-        if unknown := [session for session in sessions if session not in self._sessions]:
-            for session in sessions:
-                self._close(session, keep=False)
-            raise EngineError(f"session {unknown[0].job}/{unknown[0].stage} is not open, or has not begun")
         for rows in slices:
             self._pages.rewind(rows.session, rows.position)
         number = next(self._numbers)
@@ -241,7 +254,7 @@ class WorkerEngine:
                 del self._calls[number]
         if call.result is None:
             raise call.error or EngineCrashed(self._reason)
-        return call.result
+        return replace(call.result, faults=unknown + call.result.faults) if unknown else call.result
 
     async def rename(self, session: SessionId, successor: SessionId) -> None:
         """Carry a session on under another id; see Engine."""
@@ -273,7 +286,7 @@ class WorkerEngine:
             building=tuple(self._building.values()),
             steps=self._steps,
             compute_s=self._compute_s,
-            worker_pid=None if self._crashed.is_set() else self._connection.process.pid,
+            worker_pid=None if self._crashed.is_set() else self._connection.child.process.pid,
         )
 
     async def send_forever(self) -> None:
@@ -295,7 +308,7 @@ class WorkerEngine:
             while True:
                 self._answer(*await self._connection.receive())
         except _HungUp:
-            self._reason = await self._connection.epitaph()
+            self._reason = str(await self._connection.child.epitaph())
         self._crashed.set()
         for frame in self._outbox:
             frame.taken = True
@@ -312,18 +325,22 @@ class WorkerEngine:
         call = self._calls.pop(number)
         building = self._building.pop(number, None)
         if header["did"] == "error":
-            call.error = EngineError(header["error"])
+            faults = wire.decode_faults(header)
+            call.error = StepFailed(faults) if faults else EngineError(header["error"])
             for session, begun in call.begun.items():  # the worker has closed them already
                 if self._sessions.get(session) is begun:
                     self._free(session, keep=False)
         elif building is not None:
             self._variants |= {building}
         else:
-            tensors = wire.cut_tensors(header["tensors"], payload)
-            outputs = (SliceOutput(session=s, tensor=tensor) for s, tensor in zip(call.order, tensors, strict=True))
-            call.result = StepResult(outputs=tuple(outputs), compute_s=header["compute_s"])
+            call.result = wire.decode_result(header, payload, call.order)
+            failed = {fault.session for fault in call.result.faults}
             for session, begun in call.begun.items():
-                if self._sessions.get(session) is begun:
+                if self._sessions.get(session) is not begun:
+                    continue
+                if session in failed:  # the worker has closed it already
+                    self._free(session, keep=False)
+                else:
                     self._pages.advance(session, call.ends[session])
             self._steps += 1
             self._compute_s += call.result.compute_s
@@ -381,9 +398,8 @@ class _HungUp(Exception):
 class _Connection:
     """Frames to and from a worker process; one task may send while another receives."""
 
-    def __init__(self, sock: trio.socket.SocketType, process: trio.Process, name: str) -> None:
-        self.name = name
-        self.process = process
+    def __init__(self, sock: trio.socket.SocketType, child: Child) -> None:
+        self.child = child
         self._socket = sock
 
     async def send(self, buffers: list[wire.Buffer]) -> None:
@@ -418,26 +434,14 @@ class _Connection:
 
     async def kill(self) -> None:
         """End the process, also under cancellation."""
-        with trio.CancelScope(shield=True):
-            self.process.kill()
-            await self.process.wait()
+        await self.child.kill()
         self._socket.close()
-
-    async def epitaph(self) -> str:
-        """Return what the worker died of, in one line."""
-        with trio.move_on_after(_DEATH_S):
-            code = await self.process.wait()
-            return f"{self.name} " + (
-                f"was killed by {signal.Signals(-code).name}" if code < 0 else f"exited with {code}"
-            )
-        return f"{self.name} closed its socket"
 
 
 def _environment(options: EngineOptions) -> dict[str, str]:
     """Return the environment of a worker: no spinning threads, no hub, no chatter."""
     threads = str(options.threads or physical_cores())
-    return os.environ | {
-        "PYTHONPATH": os.pathsep.join(filter(None, [str(_ROOT), os.environ.get("PYTHONPATH")])),
+    changes = {
         "OMP_NUM_THREADS": threads,
         "MKL_NUM_THREADS": threads,
         # Threads that wait by spinning would take the cores from the node's event loop.
@@ -448,6 +452,7 @@ def _environment(options: EngineOptions) -> dict[str, str]:
         "HF_HUB_DISABLE_PROGRESS_BARS": "1",
         "TRANSFORMERS_VERBOSITY": "error",
     }
+    return child_environment(changes)
 
 
 def physical_cores() -> int:

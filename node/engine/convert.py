@@ -1,20 +1,35 @@
 """Turns a GGUF file into a Hugging Face folder: `python -m node.engine.convert gguf SOURCE.gguf OUT_DIR`.
 
+`python -m node.engine.convert check CHECKPOINT.json` only compares a checkpoint's tensors with what its architecture
+needs: the file is `{"config": {...}, "tensors": {name: [dtype, shape]}}`, with the dtypes of safetensors.
+
 A process of its own, because it holds the whole model in memory for half a minute, and because only this package may
 import torch. On stdout it tells its progress in JSON lines `{"stage": ..., "done": n, "total": n}`; when it fails, the
 last line is `{"error": message}` and the exit code 1.
 
 The same file gives the same bytes on every machine: weights are dequantised to float32, and whatever depends on
 versions, paths or times is left out of the JSON files. So everybody who imports a file gets the same model id.
+
+transformers fills in what a file lacks and ignores what it does not know. Here every tensor and every key of the
+metadata has its place in the model that results, or nothing is written.
 """
 
 import argparse
 import json
 import os
 import sys
-from collections.abc import Iterable, Iterator, Sized
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
+from math import prod
 from pathlib import Path
 from typing import Any, TypeVar
+
+from node.engine.interface import EngineError
+from node.models.gguf_file import GgufError, GgufModel, read_gguf
+from node.models.gguf_metadata import Requirement, head_size, requirements, ropes
+from node.models.gguf_rope import ROPE_TENSORS, Rope
+from node.models.layout import TESTED
+from node.models.tensor_names import describe_tensors
 
 Item = TypeVar("Item")
 
@@ -61,38 +76,31 @@ def _rewrite_json(path: Path) -> None:
 
 
 def convert_gguf(source: Path, out_dir: Path) -> None:
-    """Write the model in `source` (a GGUF file) into `out_dir`: safetensors in float32, config and tokenizer files.
+    """Write the model in `source` (any part of a GGUF model) into `out_dir`: float32 tensors, config, tokenizer files.
 
-    Raises ConversionError when the file is no GGUF file or its architecture is unknown to transformers.
+    Raises ConversionError when the file cannot be read, or holds or lacks something by which the model's answers
+    would differ from the file's.
     """
     try:
-        with source.open("rb") as file:
-            magic = file.read(4)
+        file = read_gguf(source)
+        needs, embeddings = requirements(file), ropes(file)
+        _report("tokenizer", 0, 1)
+        # A name that is not found in the folder must be an error, not a look-up in the hub.
+        os.environ |= {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "TRANSFORMERS_VERBOSITY": "error"}
+        from node.engine.gguf_tokenizer import read_tokenizer
+
+        tokenizer = read_tokenizer(file)
+    except GgufError as error:
+        raise ConversionError(str(error)) from None
     except OSError as error:
         raise ConversionError(f"{source}: {error.strerror}") from error
-    if magic != b"GGUF":
-        raise ConversionError(f"{source} is no GGUF file: it starts with {magic!r}")
-    _report("tokenizer", 0, 1)
-    # A name that is not found in the folder must be an error, not a look-up in the hub.
-    os.environ |= {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "TRANSFORMERS_VERBOSITY": "error"}
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer, modeling_gguf_pytorch_utils
-
-    # transformers offers no other way to learn how far the dequantisation is.
-    vars(modeling_gguf_pytorch_utils)["tqdm"] = _counted
-    folder, name = source.parent, source.name
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=name)
-        _report("tokenizer", 1, 1)
-        model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=name, dtype=torch.float32)
-    except Exception as error:  # a damaged or unknown file makes gguf and transformers raise nearly anything
-        raise ConversionError(f"{source} cannot be read: {_one_line(error)}") from error
-    # The weights are plain numbers now; with these two left, save_pretrained refuses.
-    del model.hf_quantizer
-    del model.config.quantization_config
+    _report("tokenizer", 1, 1)
+    _join_parts(file)
+    model = _load(file, needs, embeddings)
     out_dir.mkdir(parents=True, exist_ok=True)
     _report("write", 0, 1)
-    tokenizer.save_pretrained(out_dir)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(out_dir)
     model.save_pretrained(out_dir)
     for file_name in ("config.json", "generation_config.json", "tokenizer_config.json"):
         if (path := out_dir / file_name).exists():
@@ -100,19 +108,227 @@ def convert_gguf(source: Path, out_dir: Path) -> None:
     _report("write", 1, 1)
 
 
-def _one_line(error: BaseException) -> str:
+def _try_out(config: dict[str, Any]) -> None:
+    """Raise ConversionError if the architecture cannot be served: better now than once everything is dequantised."""
+    if config.get("model_type") in TESTED:
+        return
+    from node.engine.architecture import try_out
+
+    try:
+        try_out(config)
+    except EngineError as error:
+        raise ConversionError(str(error)) from error
+
+
+def _join_parts(file: GgufModel) -> None:
+    """Let transformers, which opens one file by its path, see all parts of a split as one; and count what it reads."""
+    import gguf
+    from transformers import modeling_gguf_pytorch_utils
+
+    reader = gguf.GGUFReader
+
+    class JoinedReader:
+        def __init__(self, _path: object) -> None:
+            parts = [reader(path) for path in file.paths]
+            self.fields = parts[0].fields
+            self.tensors = [tensor for part in parts for tensor in part.tensors]
+
+    vars(gguf)["GGUFReader"] = JoinedReader
+    # transformers offers no other way to learn how far the dequantisation is.
+    vars(modeling_gguf_pytorch_utils)["tqdm"] = _counted
+
+
+def _load(file: GgufModel, needs: Sequence[Requirement], embeddings: Mapping[str | None, Rope]) -> Any:
+    """Return transformers' model of the file: every tensor of it is in the file, and every one of the file in it."""
+    import torch
+    from accelerate.big_modeling import init_empty_weights
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    folder, name = file.paths[0].parent, file.paths[0].name
+    try:
+        config = AutoConfig.from_pretrained(folder, gguf_file=name)
+        if file.architecture == "llama" and config.model_type != "llama":
+            # A file by the name of "mistral", which transformers would give a sliding window, and then not load.
+            named = {"model_type", "sliding_window"}
+            config = AutoConfig.for_model("llama", **{k: v for k, v in config.to_dict().items() if k not in named})
+        config = _with_requirements(config, file, needs, embeddings)
+        with init_empty_weights(include_buffers=False):
+            empty = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        _try_out(config.to_dict())
+        _check_rope(empty, file, embeddings)
+        _check_tensors(empty, file)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            folder, gguf_file=name, config=config, dtype=torch.float32, output_loading_info=True
+        )
+    except ConversionError:
+        raise
+    except Exception as error:  # a damaged or unknown file makes gguf and transformers raise nearly anything
+        raise ConversionError(f"{name} cannot be read: {_one_line(error)}") from error
+    model, report = loaded
+    faults = [str(fault) for faults in report.values() for fault in faults]
+    if faults:
+        raise ConversionError(f"{name} does not fit its architecture: {_one_line(', '.join(sorted(faults)))}")
+    # The weights are plain numbers now; with these two left, save_pretrained refuses.
+    del model.hf_quantizer
+    del model.config.quantization_config
+    return model
+
+
+def _with_requirements(
+    config: Any, file: GgufModel, needs: Sequence[Requirement], embeddings: Mapping[str | None, Rope]
+) -> Any:
+    """Return the config that says all that the file asks for; raise ConversionError where it cannot say it."""
+    # For two architectures transformers takes the head to be tied whatever the file has.
+    tied = Requirement("tie_word_embeddings", "output.weight" not in file.tensors, "output.weight")
+    needs = (*needs, tied)
+    changes: dict[str, Any] = {
+        config.attribute_map.get(need.attribute, need.attribute): need.value
+        for need in needs
+        if not _says(config, need)
+    }
+    if rope := _rope_parameters(config, file, embeddings):
+        changes["rope_parameters"] = rope
+    if not changes:
+        return config
+    config = type(config)(**{**config.to_dict(), **changes})
+    for need in needs:
+        if not _says(config, need):
+            raise ConversionError(
+                f"{file.paths[0].name} asks by {need.key} for {need.attribute} = {need.value}, which "
+                f"{config.model_type} models in transformers do not take: import the safetensors checkpoint"
+            )
+    return config
+
+
+def _says(config: Any, need: Requirement) -> bool:
+    has = getattr(config, need.attribute, None)
+    if has is None and need.attribute == "head_dim":
+        has = config.hidden_size // config.num_attention_heads
+    if has is None and need.attribute in {"n_inner", "ffn_hidden_size"}:
+        has = 4 * config.hidden_size
+    if isinstance(has, float) or isinstance(need.value, float):
+        return isinstance(has, int | float) and isinstance(need.value, int | float) and _float32(has, need.value)
+    return bool(has == need.value) and (isinstance(has, bool) == isinstance(need.value, bool))
+
+
+def _float32(one: float, other: float) -> bool:
+    import numpy as np
+
+    return bool(np.float32(one) == np.float32(other))
+
+
+def _rope_parameters(config: Any, file: GgufModel, embeddings: Mapping[str | None, Rope]) -> dict[str, Any]:
+    """Return what the config must say of the rotary embedding; nothing if it says so already."""
+    has = config.rope_parameters if embeddings else {}
+    wanted: dict[str, Any] = {}
+    for kind, rope in embeddings.items():
+        said = has.get(kind, {}) if kind is not None else has
+        share = 2 * len(rope.frequencies) / head_size(file)
+        parameters = dict(rope.parameters)
+        if said.get("partial_rotary_factor", 1.0) != share:
+            parameters["partial_rotary_factor"] = share
+        elif "partial_rotary_factor" in said:
+            parameters["partial_rotary_factor"] = said["partial_rotary_factor"]
+        if kind is None:
+            wanted = parameters
+        else:
+            wanted[kind] = parameters
+    return {} if wanted == has else wanted
+
+
+def _check_rope(model: Any, file: GgufModel, embeddings: Mapping[str | None, Rope]) -> None:
+    """Compare the frequencies that the model calculated from its config with those that the file asks for."""
+    found = False
+    for module in model.modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            if not name.endswith("inv_freq") or "original" in name:
+                continue
+            kind = name.removesuffix("inv_freq").removesuffix("_") or None
+            factor = getattr(module, "attention_scaling" if kind is None else f"{kind}_attention_scaling", 1.0)
+            found = True
+            if kind not in embeddings or embeddings[kind].differs(buffer.tolist(), factor):
+                raise ConversionError(
+                    f"{file.paths[0].name}: transformers' {model.config.model_type} cannot rotate positions as its "
+                    f"{file.architecture}.rope.* keys say: import the safetensors checkpoint"
+                )
+    if embeddings and not found:
+        raise ConversionError(f"transformers' {model.config.model_type} has no rotary embedding to compare")
+
+
+def _check_tensors(model: Any, file: GgufModel) -> None:
+    """Compare the file's tensors with those that the model needs; raise ConversionError for any that has no other."""
+    from transformers.modeling_gguf_pytorch_utils import (
+        TENSOR_PROCESSORS,
+        TensorProcessor,
+        get_gguf_hf_weights_map,
+    )
+
+    make_processor: Any = TENSOR_PROCESSORS.get(file.architecture, TensorProcessor)
+    processor = make_processor(config=model.config.to_dict())
+    sources: defaultdict[str, list[str]] = defaultdict(list)
+    for source, target in get_gguf_hf_weights_map(model, processor).items():
+        sources[target].append(source if source.endswith((".weight", ".bias")) else f"{source}.weight")
+    name, weights = file.paths[0].name, model.state_dict()
+    missing: list[str] = []
+    for target, weight in weights.items():
+        if target in model.all_tied_weights_keys:
+            continue
+        # Experts' matrices are put together of several tensors; else several names mean the same tensor.
+        here = [source for source in sources[target] if source in file.tensors]
+        whole = len(here) == len(sources[target]) if "_exps." in str(sources[target]) else bool(here)
+        if not whole:
+            missing += [source for source in sources[target] if source not in here] or [target]
+        elif sum(prod(file.tensors[source].shape) for source in here) != weight.numel():
+            shapes = ", ".join(f"{source} has shape {list(file.tensors[source].shape)}" for source in here)
+            raise ConversionError(f"{name}: {shapes}, which does not make {list(weight.shape)} of {target}")
+    if missing:
+        raise ConversionError(f"{name} lacks {describe_tensors(missing)}: it is not the whole model")
+    taken = {source for found in sources.values() for source in found} | ROPE_TENSORS
+    if unused := [tensor for tensor in file.tensors if tensor not in taken]:
+        raise ConversionError(
+            f"{name} has {describe_tensors(unused)}, for which transformers' {model.config.model_type} has no place: "
+            "import the model's safetensors checkpoint"
+        )
+
+
+def _one_line(error: object) -> str:
     return " ".join(str(error).split())[:500] or type(error).__name__
+
+
+def check_checkpoint(description: Path) -> None:
+    """Raise ConversionError unless a checkpoint's tensors are those that its config's architecture needs."""
+    os.environ |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
+    import torch
+    from safetensors.torch import _TYPES
+
+    from node.engine.interface import EngineError
+    from node.engine.loading import check_weights
+
+    content = json.loads(description.read_bytes())
+    try:
+        types: dict[str, torch.dtype] = {name: dtype for name, dtype in _TYPES.items() if dtype is not None}
+        tensors = {name: (types[dtype], tuple(shape)) for name, (dtype, shape) in content["tensors"].items()}
+        check_weights(content["config"], tensors)
+    except KeyError as error:
+        raise ConversionError(f"it has tensors of type {error}, which are not supported") from None
+    except EngineError as error:
+        raise ConversionError(str(error)) from None
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line; return the exit code."""
     parser = argparse.ArgumentParser(prog="python -m node.engine.convert", description=__doc__)
-    parser.add_argument("format", choices=["gguf"])
-    parser.add_argument("source", type=Path)
-    parser.add_argument("out_dir", type=Path)
+    actions = parser.add_subparsers(dest="action", required=True)
+    convert = actions.add_parser("gguf")
+    convert.add_argument("source", type=Path)
+    convert.add_argument("out_dir", type=Path)
+    actions.add_parser("check").add_argument("source", type=Path)
     options = parser.parse_args(arguments)
     try:
-        convert_gguf(options.source, options.out_dir)
+        if options.action == "check":
+            check_checkpoint(options.source)
+        else:
+            convert_gguf(options.source, options.out_dir)
     except (ConversionError, OSError) as error:
         _say({"error": _one_line(error)})
         return 1

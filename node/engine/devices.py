@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any, Final
 
 import psutil
 import structlog
-import trio
 
+from node.util.child_process import ChildError, python, run
 from protocol.capabilities import Accelerator, accelerator_from, accelerator_to_map
 from protocol.errors import RemoteProtocolError
 
@@ -26,7 +26,7 @@ CPU: Final = "cpu"
 TIME_LIMIT_S: Final = 60.0
 """torch is imported within seconds; a machine that swaps, or has many GPUs to wake, takes longer."""
 
-COMMAND: Final = (sys.executable, "-P", "-m", "node.engine.devices")
+COMMAND: Final = python("-m", "node.engine.devices")
 DRIVERS: Final = ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")
 """Files that are there where NVIDIA's driver is, or AMD's, or either inside Windows."""
 
@@ -85,16 +85,10 @@ async def find_device(
 
 async def _ask(command: Sequence[str]) -> Device:
     """Have another process look. Raises DeviceError."""
-    with trio.move_on_after(TIME_LIMIT_S):
-        try:
-            done = await trio.run_process(command, capture_stdout=True, capture_stderr=True, check=False)
-        except OSError as error:
-            raise DeviceError(f"the device cannot be looked for: {error}") from None
-        said = done.stderr.decode(errors="replace").split("\n")
-        if done.returncode != 0:
-            raise DeviceError(next((line for line in reversed(said) if line.strip()), "torch died of it")[:300])
-        return Device.parse(done.stdout)
-    raise DeviceError(f"torch did not find it within {TIME_LIMIT_S:g} s")
+    try:
+        return Device.parse(await run(command, what="its process", time_limit_s=TIME_LIMIT_S))
+    except ChildError as error:
+        raise DeviceError(error.last_line or f"the device cannot be looked for: {error}") from None
 
 
 def free_bytes(device: "torch.device") -> int:
@@ -117,6 +111,14 @@ def synchronize(device: "torch.device") -> None:
         torch.cuda.synchronize(device)
     elif device.type == "mps":
         torch.mps.synchronize()
+
+
+def is_lost(cause: BaseException | None) -> bool:
+    """Whether an error says that a GPU has failed: to this process it stays lost, to the next one perhaps not."""
+    import torch
+
+    lost = getattr(torch, "AcceleratorError", None)  # since torch 2.8
+    return lost is not None and isinstance(cause, lost)
 
 
 def look(wanted: str) -> Device:

@@ -8,7 +8,6 @@ block. The last one runs the whole model, with its head and whatever scales or c
 part of the span enters and leaves it in the same way; the blocks around the part hand on what they are given.
 """
 
-import inspect
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -19,6 +18,7 @@ from torch import nn
 from node.engine.cache import BlockMemory, KvMemory, Places, RewindableCache
 from node.engine.interface import EngineError
 from node.engine.loading import LoadedSpan
+from node.engine.outer_modules import accepted_options, only
 
 _TRIAL_ROWS = 2
 
@@ -33,8 +33,8 @@ class SpanModel:
         self._model = span.model
         self._base = span.base
         self._weight = next(span.blocks.parameters())
-        self._base_options = _options_of(self._base.forward)
-        self._model_options = _options_of(self._model.forward, self._base.forward)
+        self._base_options = accepted_options(self._base.forward)
+        self._model_options = accepted_options(self._model.forward, self._base.forward)
         self._entering: torch.Tensor | None = None
         self._leaving: torch.Tensor | None = None
         self._running = range(len(span.blocks))
@@ -101,10 +101,10 @@ class SpanModel:
         }
         self._entering = None if first else batch
         if last and draws:
-            output = self._model(**_only(options, self._model_options))
+            output = self._model(**only(options, self._model_options))
             logits: torch.Tensor = output.logits[0, -draws:]
             return logits.float()
-        self._base(**_only(options, self._base_options))
+        self._base(**only(options, self._base_options))
         if last:
             return torch.empty(0, self._span.vocabulary_size, device=rows.device)
         assert self._leaving is not None
@@ -143,14 +143,3 @@ class SpanModel:
         hidden = output[0] if isinstance(output, tuple) else output
         assert isinstance(hidden, torch.Tensor)
         self._leaving = hidden
-
-
-def _options_of(forward: Callable[..., Any], inner: Callable[..., Any] | None = None) -> frozenset[str]:
-    """Return the names that a forward pass takes; also those of the inner one if it hands on what it does not know."""
-    parameters = inspect.signature(forward).parameters
-    hands_on = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
-    return frozenset(parameters) | (_options_of(inner) if inner is not None and hands_on else frozenset())
-
-
-def _only(options: dict[str, Any], names: frozenset[str]) -> dict[str, Any]:
-    return {name: value for name, value in options.items() if name in names}

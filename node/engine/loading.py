@@ -15,8 +15,9 @@ wrong: their files hold three matrices for each expert (`block_sparse_moe.expert
 span needs is there, or loading ends with an EngineError.
 """
 
+import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,17 +26,22 @@ import torch
 from accelerate.big_modeling import init_empty_weights
 from safetensors import SafetensorError, safe_open
 from torch import nn
+from torch.overrides import TorchFunctionMode
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, convert_and_load_state_dict_in_model
 from transformers.modeling_utils import LoadStateDictConfig, PreTrainedModel, local_torch_dtype
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+from transformers.utils.loading_report import LoadStateDictInfo
 
 from node.engine.cache import attention_windows
 from node.engine.interface import EngineError
+from node.engine.outer_modules import OuterModules, accepted_options, find_outer_modules
 from node.engine.source import ShardSource
-from node.models.layout import part_of
+from node.models.layout import OuterNames, module_of
+from node.models.manifest import architecture_name, constant_positions
+from node.models.tensor_names import describe_tensors
 from protocol.identity import BlockRange
 
 _BLOCK_LISTS = frozenset({"layers", "h", "blocks"})
@@ -91,39 +97,117 @@ def load_span(
 
     `limit_bytes`: what they may take there. Raises EngineError if the span cannot be served.
     """
-    config = _config_from(source.config)
-    model = _describe(config, dtype)
-    path, layers = _find_blocks(model, config)
-    if blocks.end > len(layers):
-        raise EngineError(f"the model has blocks 0-{len(layers)}, not {blocks}")
-    block_count, windows = len(layers), attention_windows(config)
+    described = describe(source.config, dtype)
+    config, model, path = described.config, described.model, described.path
+    block_count = config.num_hidden_layers
+    if blocks.end > block_count:
+        raise EngineError(f"the model has blocks 0-{block_count}, not {blocks}")
     try:
         weights = dict(_weights(source, blocks))
         needed_bytes = sum(tensor.numel() for tensor in weights.values()) * dtype.itemsize
         if limit_bytes is not None and needed_bytes > limit_bytes:
             raise EngineError(f"{limit_bytes} bytes of memory are too few: the weights take {needed_bytes}")
-        _load(model, weights, dtype)
+        report = _load(model, weights, dtype)
     except (OSError, SafetensorError) as error:
         raise EngineError(f"blocks {blocks} cannot be loaded: {error}") from error
-    _cut(model, path, blocks, block_count)
+    _check_buffers(model, report.missing_keys, described.names, blocks, block_count)
+    _cut(model, path, described.outer, blocks, block_count)
     _slice_config(config, blocks, block_count)
     model.eval().to(device)
     span = model.get_submodule(path)
     assert isinstance(span, nn.ModuleList)
     return LoadedSpan(
         model=model,
-        base=model.get_submodule(path.partition(".")[0]),
+        base=described.base,
         blocks=span,
-        windows=windows[blocks.start : blocks.end],
+        windows=described.windows[blocks.start : blocks.end],
         block_count=block_count,
         hidden_size=config.hidden_size,
         vocabulary_size=config.vocab_size,
-        max_positions=getattr(config, "max_position_embeddings", None),
+        max_positions=constant_positions(config.to_dict()),
         weight_bytes=sum({p.data_ptr(): p.numel() * p.element_size() for p in model.parameters()}.values()),
     )
 
 
-def _config_from(content: Mapping[str, Any]) -> PreTrainedConfig:
+@dataclass(frozen=True, slots=True)
+class DescribedModel:
+    """A whole model without its weights, of an architecture whose blocks can be served.
+
+    `base`: the model without its head. `path`: where its list of blocks stands. `windows`: the sliding window of each.
+    """
+
+    config: PreTrainedConfig
+    model: PreTrainedModel
+    base: nn.Module
+    path: str
+    windows: tuple[int | None, ...]
+    outer: OuterModules
+
+    @property
+    def names(self) -> OuterNames:
+        """What stands around the blocks, by the names that they have in any checkpoint."""
+        paths = {module: module_of(path) for path, module in self.model.named_modules()}
+        return OuterNames(
+            embed=frozenset(map(module_of, self.outer.before)),
+            head=frozenset(map(module_of, self.outer.behind)),
+            output=paths.get(self.model.get_output_embeddings(), ""),
+            input=paths.get(self.model.get_input_embeddings(), ""),
+        )
+
+
+def describe(content: Mapping[str, Any], dtype: torch.dtype = torch.float32) -> DescribedModel:
+    """Return the model that the content of a config.json describes; raise EngineError if it cannot be split."""
+    config = config_from(content)
+    name = name_of(config)
+    if config.is_encoder_decoder:
+        raise EngineError(f"{name} is an encoder with a decoder, and only decoders are served here")
+    try:
+        windows = attention_windows(config)
+    except EngineError:
+        raise
+    except Exception as error:  # for some, transformers itself knows no cache
+        raise EngineError(f"{name} cannot be served: there is no KV cache for it: {_one_line(error)}") from error
+    model = _describe(config, dtype)
+    path = _find_blocks(model, config, name)
+    base = model.get_submodule(path.partition(".")[0])
+    if "past_key_values" not in accepted_options(base.forward):
+        raise EngineError(f"{name} keeps no keys and values of past positions, so it cannot be split into spans here")
+    try:
+        outer = find_outer_modules(model, base, path)
+    except EngineError as error:
+        raise EngineError(f"{name}: {error}") from error
+    return DescribedModel(config, model, base, path, windows, outer)
+
+
+def name_of(config: PreTrainedConfig) -> str:
+    """Return how people and how transformers write the name of an architecture."""
+    return f"{architecture_name(config.model_type)} ({config.model_type})"
+
+
+def check_weights(content: Mapping[str, Any], tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]) -> None:
+    """Compare a checkpoint's tensors, by name, with what its config's architecture needs, without reading any.
+
+    Raises EngineError for one that is missing, has another shape, or has no place in the model.
+    """
+    model = _describe(config_from(content), torch.float32)
+    weights = {
+        _name_in_decoder(name): torch.empty(shape, dtype=dtype, device="meta")
+        for name, (dtype, shape) in tensors.items()
+    }
+    report = _load(model, weights, torch.float32, "meta")
+    missing = set(report.missing_keys)
+    for target, source in model.all_tied_weights_keys.items():
+        if not {target, source} <= missing:  # one of the two names is enough
+            missing -= {target, source}
+    if missing:
+        raise EngineError(f"it lacks {describe_tensors(sorted(missing))}")
+    ignored = [re.compile(pattern) for pattern in model._keys_to_ignore_on_load_unexpected or ()]  # noqa: SLF001
+    unexpected = sorted(name for name in report.unexpected_keys if not any(pattern.search(name) for pattern in ignored))
+    if unexpected:
+        raise EngineError(f"it has {describe_tensors(unexpected)}, for which its architecture has no place")
+
+
+def config_from(content: Mapping[str, Any]) -> PreTrainedConfig:
     """Return the decoder's config of what config.json says."""
     values = {key: value for key, value in content.items() if key not in _FOREIGN_KEYS and not key.startswith("_")}
     model_type = values.pop("model_type", None)
@@ -143,26 +227,53 @@ def _describe(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
     """Return the whole model without memory for its weights; buffers, such as rotary frequencies, are computed."""
     model_class: object = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
     if not isinstance(model_class, type) or not issubclass(model_class, PreTrainedModel):
-        raise EngineError(f"{config.model_type} models cannot be served: transformers has no causal decoder for them")
+        raise EngineError(f"{name_of(config)} cannot be served: transformers has no causal decoder for it")
     try:
-        with local_torch_dtype(dtype), init_empty_weights(include_buffers=False):
+        with local_torch_dtype(dtype), init_empty_weights(include_buffers=False), _WithoutMemory():
             return model_class(config)
     except Exception as error:  # sizes that do not fit together show only here, as whatever torch makes of them
         raise EngineError(f"the model's config makes no sense: {_one_line(error)}") from error
 
 
-def _find_blocks(model: PreTrainedModel, config: PreTrainedConfig) -> tuple[str, nn.ModuleList]:
-    """Return the decoder's list of blocks and its path in the model."""
-    found = [
-        (path, module)
+class _WithoutMemory(TorchFunctionMode):
+    """Makes large tensors without memory, before they become weights, which have none, and initialises no weight.
+
+    The experts of a block are made as one tensor: 30 GB at a time in DeepSeek-V3, which few machines have. What is
+    computed, such as masks and rotary frequencies, stays.
+    """
+
+    _INITIALISERS = frozenset({"normal_", "uniform_", "zero_", "fill_", "erfinv_", "mul_", "add_", "clamp_"})
+
+    _MAKERS = frozenset({torch.empty, torch.zeros, torch.ones, torch.rand, torch.randn})
+    _LARGE_ELEMENTS = 1 << 24
+
+    def __torch_function__(
+        self, func: Callable[..., Any], _types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        filled = args[0] if args else kwargs.get("tensor")
+        if isinstance(filled, torch.Tensor) and filled.is_meta and func.__name__ in self._INITIALISERS:
+            return filled
+        if func in self._MAKERS and kwargs.get("device") is None:
+            sizes = args or (kwargs.get("size", ()),)
+            sizes = tuple(sizes[0]) if isinstance(sizes[0], tuple | list) else sizes
+            if all(isinstance(size, int) for size in sizes) and math.prod(sizes) > self._LARGE_ELEMENTS:
+                kwargs = {**kwargs, "device": "meta"}
+        return func(*args, **kwargs)
+
+
+def _find_blocks(model: PreTrainedModel, config: PreTrainedConfig, name: str) -> str:
+    """Return the path of the decoder's list of blocks in the model."""
+    found: list[str] = [
+        path
         for path, module in model.named_modules()
         if isinstance(module, nn.ModuleList)
         and path.count(".") > 0
         and path.rpartition(".")[2] in _BLOCK_LISTS
-        and len(module) == config.num_hidden_layers
+        and len(module) == getattr(config, "num_hidden_layers", None)
     ]
-    if not found or config.is_encoder_decoder:
-        raise EngineError(f"{config.model_type} models cannot be served: they are no plain stack of decoder blocks")
+    if not found:
+        raise EngineError(f"{name} cannot be served: it is no plain stack of decoder blocks")
     return found[0]
 
 
@@ -175,16 +286,23 @@ def _weights(source: ShardSource, blocks: BlockRange) -> Iterator[tuple[str, tor
         if file is not None:
             with safe_open(file, framework="pt") as tensors:
                 for name in tensors.keys():  # noqa: SIM118 - no mapping
-                    # The decoder of a multimodal checkpoint stands one level deeper than the same decoder alone.
-                    yield name.replace("language_model.", "", 1), tensors.get_tensor(name)
+                    yield _name_in_decoder(name), tensors.get_tensor(name)
 
 
-def _load(model: PreTrainedModel, weights: dict[str, torch.Tensor], dtype: torch.dtype) -> None:
-    """Put weights into the model; those that need no conversion stay views of their files."""
+def _name_in_decoder(name: str) -> str:
+    """Return a tensor's name; the decoder of a multimodal checkpoint stands one level deeper than the same alone."""
+    return name.replace("language_model.", "", 1)
+
+
+def _load(
+    model: PreTrainedModel, weights: dict[str, torch.Tensor], dtype: torch.dtype, device: str = "cpu"
+) -> LoadStateDictInfo:
+    """Put weights into the model; those that need no conversion stay views of their files. Return what is missing."""
     conversions = [
         step for step in get_model_conversion_mapping(model) if isinstance(step, WeightConverter | WeightRenaming)
     ]
-    settings = LoadStateDictConfig(dtype=dtype, weight_mapping=conversions)
+    settings = LoadStateDictConfig(dtype=dtype, weight_mapping=conversions, device_map={"": device})
+    report: LoadStateDictInfo
     report, _ = convert_and_load_state_dict_in_model(model, weights, settings, None)
     faults = [
         *report.error_msgs,
@@ -195,10 +313,25 @@ def _load(model: PreTrainedModel, weights: dict[str, torch.Tensor], dtype: torch
         raise EngineError(f"the weights do not fit the model's config: {_one_line(faults[0])}")
     # Of the two names of a tied matrix the files have one, and stages in the middle none.
     if any(source not in report.missing_keys for source in model.all_tied_weights_keys.values()):
-        model.tie_weights(missing_keys=report.missing_keys, recompute_mapping=False)
+        model.tie_weights(missing_keys=set(report.missing_keys), recompute_mapping=False)
+    return report
 
 
-def _cut(model: PreTrainedModel, path: str, blocks: BlockRange, block_count: int) -> None:
+def _check_buffers(
+    model: PreTrainedModel, missing: Iterable[str], outer: OuterNames, blocks: BlockRange, block_count: int
+) -> None:
+    """Raise EngineError for a buffer of the span that a checkpoint stores (such as a router's bias) and this one lacks.
+
+    What a model computes by itself is not among them. Parameters are checked when the span has been cut out.
+    """
+    here = {*range(blocks.start, blocks.end)}
+    for name in sorted({name for name, _ in model.named_buffers()}.intersection(missing)):
+        part = outer.part_of(name)
+        if part in here or (part == "embed" and blocks.start == 0) or (part == "head" and blocks.end == block_count):
+            raise EngineError(f"the model's files lack {name}")
+
+
+def _cut(model: PreTrainedModel, path: str, outer: OuterModules, blocks: BlockRange, block_count: int) -> None:
     """Cut off other stages' blocks, and put something weightless in the place of their other modules."""
     parent, _, name = path.rpartition(".")
     layers = model.get_submodule(path)
@@ -213,7 +346,7 @@ def _cut(model: PreTrainedModel, path: str, blocks: BlockRange, block_count: int
     elsewhere = {part for part, here in (("embed", blocks.start == 0), ("head", blocks.end == block_count)) if not here}
     for weight, tensor in list(model.named_parameters(remove_duplicate=False)):
         owner = weight.rpartition(".")[0]
-        if part_of(weight) in elsewhere and not path.startswith(f"{owner}."):
+        if outer.part_of(weight) in elsewhere and not path.startswith(f"{owner}."):
             model.set_submodule(owner, Absent())
         elif tensor.is_meta:
             raise EngineError(f"the model's files lack {weight}")

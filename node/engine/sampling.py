@@ -23,7 +23,7 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 import numpy.typing as npt
 
-from node.engine.interface import EngineError
+from node.engine.interface import BadRows, EngineError
 from protocol.messages import Sampling
 
 Logits = npt.NDArray[np.float32]
@@ -101,10 +101,10 @@ def history_for(sampling: Sampling | None) -> TokenCounts | None:
 def draw(logits: Logits, sampling: Sampling, position: int, history: TokenCounts | None = None) -> int:
     """Return the token that takes absolute `position`, and add it to the history.
 
-    Raises EngineError for logits that are no numbers, and where the history does not reach up to the position.
+    Raises BadRows for logits that are no numbers, EngineError where the history does not reach up to the position.
     """
     if not np.isfinite(logits[int(np.argmax(logits))]):
-        raise EngineError("the model made no sense of its input: its logits are not finite")
+        raise BadRows("the model made no sense of its input: its logits are not finite")
     if history is not None:
         if len(history) < position:
             raise EngineError(f"{len(history)} tokens are known of the {position} that the penalties depend on")

@@ -172,7 +172,7 @@ def admitted_methods(request: JobRequest, model: KnownModel, ledger: Ledger) -> 
     if not admits(bound, named, quality):
         if quality is None and asked is Asked.UNDER_WAY:
             message = f"what {named.name} does to {model.name}'s answers is being measured; try again in a few minutes"
-            raise JobError(JobErrorCode.FULL, message, retry_after_s=MEASURING_RETRY_S)
+            raise JobError(JobErrorCode.MEASURING, message, retry_after_s=MEASURING_RETRY_S)
         raise JobError(JobErrorCode.INVALID, _why_not(named, bound, quality))
     return [named]
 

@@ -34,10 +34,16 @@ class JobErrorCode(enum.StrEnum):
     """No peer serves some of the model's blocks, which the message names: 503, worth a retry."""
     FULL = "peers_full"
     """The peers that serve the model have no room now: 503, worth a retry."""
+    MEASURING = "quality_being_measured"
+    """What the method does to the model's answers is being measured here: 503, worth a retry."""
     FAILED = "job_failed"
     """A stage failed and could not be replaced: 502."""
     LEAVING = "node_leaving"
     """This node is about to leave and takes no new jobs: 503."""
+
+
+CLIENT_MISTAKES = frozenset({JobErrorCode.INVALID, JobErrorCode.MODEL_NOT_FOUND, JobErrorCode.CONTEXT_LENGTH})
+"""What no peer can help with: such a job is rejected, it has not failed."""
 
 
 class JobError(Exception):

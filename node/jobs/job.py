@@ -55,6 +55,10 @@ class Job:
     rounds: int = 0
     """Rounds of the routes before this one."""
     avoided: dict[PeerId, Rejection] = field(default_factory=dict)
+    unavailable: set[PeerId] = field(default_factory=set)
+    """Peers of which the log says already that they could not take a stage."""
+    disputed: set[PeerId] = field(default_factory=set)
+    """Peers that said to have sent what never arrived at the next stage, which was replaced for it."""
     outdated: dict[PeerId, Rejection] = field(default_factory=dict)
     """Peers that may serve any stage but the last."""
     bound: set[PeerId] = field(default_factory=set)
@@ -80,7 +84,12 @@ class Job:
             new_tokens=new_tokens,
             row_bytes=4 * self.model.hidden_size,
         )
-        return RouteNeed(model=self.model.id, demand=demand, not_last=frozenset(self.outdated))
+        return RouteNeed(
+            model=self.model.id,
+            demand=demand,
+            block_bytes=max((file.size_bytes for file in self.model.manifest.blocks), default=0),
+            not_last=frozenset(self.outdated),
+        )
 
     def set_aside(self) -> None:
         """Take the route for a former one, whose stages are to be continued as far as they are there."""

@@ -7,7 +7,6 @@ by exact methods only. Figures are kept in the cache folder, with the versions t
 """
 
 import json
-import sys
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, suppress
 from dataclasses import asdict
@@ -25,11 +24,11 @@ from node.models.library import KnownModel
 from node.models.manifest import Manifest
 from node.models.sample import sample_text
 from node.models.store import Package
+from node.util.child_process import ChildError, python, run
 from protocol.identity import BlockRange, ModelId
 from selector.task import PORTFOLIO, MeasuredQuality, Method
 
-# -P: a file named torch.py in the directory where the daemon was started is not to be run.
-MEASURE: Final = (sys.executable, "-P", "-m", "node.engine.quality")
+MEASURE: Final = python("-m", "node.engine.quality")
 
 WINDOW_TOKENS: Final = 256
 WINDOWS: Final = 4
@@ -119,37 +118,25 @@ class QualityLedger:
             raise QualityError(f"{lacking_bytes} bytes of the model are not here: import it to have it measured")
         whole = BlockRange(0, model.block_count)
         package = await self._weights.weights(model.manifest, whole, use_catalogue=False)
-        text = await trio.to_thread.run_sync(model.tokenizer.encode, sample_text())
+        text = await model.tokenizer.encode(sample_text())
         length = min(WINDOW_TOKENS, model.max_positions)
         windows = [text[start : start + length] for start in range(0, min(len(text), WINDOWS * length) - 1, length)]
         asked = json.dumps({"windows": [window for window in windows if len(window) > 1], "lineages": LINEAGES})
         _logger.info("measuring what lossy methods do to a model", model=model.id)
         began_s = trio.current_time()
         with self._weights.in_use(package, whole):
-            done = await self._run([*self._command, str(package.path)], asked.encode())
+            try:
+                done = await run(
+                    [*self._command, str(package.path)],
+                    what="the measuring process",
+                    stdin=asked.encode(),
+                    time_limit_s=TIME_LIMIT_S,
+                )
+            except ChildError as error:
+                raise QualityError(str(error)) from None
         figures = _figures_in(done)
         _logger.info("quality measured", model=model.id, seconds=round(trio.current_time() - began_s, 1))
         return figures
-
-    async def _run(self, command: Sequence[str], given: bytes) -> bytes:
-        with trio.move_on_after(TIME_LIMIT_S):
-            try:
-                done = await trio.run_process(
-                    command,
-                    stdin=given,
-                    capture_stdout=True,
-                    capture_stderr=True,
-                    check=False,
-                    start_new_session=True,
-                    deliver_cancel=_kill,
-                )
-            except OSError as error:
-                raise QualityError(f"the measuring process cannot be started: {error.strerror}") from None
-            if done.returncode:
-                last_words = done.stderr.decode(errors="replace").strip().splitlines()[-1:] or ["it said nothing"]
-                raise QualityError(f"the measuring process ended with {done.returncode}: {last_words[0][:300]}")
-            return done.stdout
-        raise QualityError(f"it took longer than {TIME_LIMIT_S:g} s")
 
     def _kept(self, model: ModelId) -> Figures | None:
         """Return what an earlier run has kept, if it holds for this software and is all there."""
@@ -182,7 +169,3 @@ def _figures_in(document: bytes) -> Figures:
 def _versions() -> dict[str, str]:
     """Return the versions of what calculates."""
     return {name: version(name) for name in ("metaswarm", "torch", "transformers", "onnxruntime")}
-
-
-async def _kill(process: trio.Process) -> None:
-    process.kill()

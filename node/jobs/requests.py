@@ -8,14 +8,18 @@ from dataclasses import replace
 from node.jobs.interface import JobError, JobErrorCode, JobRequest
 from node.models.errors import ModelError
 from node.models.library import KnownModel
+from node.models.tokenizer_process import TokenizerBusyError
 from protocol.limits import MAX_POSITIONS, MAX_STOP_TOKENS
 from protocol.messages import Sampling
 
 DEFAULT_MAX_TOKENS = 512
 """New tokens of a job that names no limit, as far as the model's context allows."""
 
+BUSY_RETRY_S = 2.0
+"""What a client is told to wait where too many prompts wait for the model's tokenizer."""
 
-def prompt_tokens(request: JobRequest, model: KnownModel) -> tuple[int, ...]:
+
+async def prompt_tokens(request: JobRequest, model: KnownModel) -> tuple[int, ...]:
     """Return the prompt as token ids; the request gives it as text, as a conversation, or as ids.
 
     Raises JobError.
@@ -23,19 +27,23 @@ def prompt_tokens(request: JobRequest, model: KnownModel) -> tuple[int, ...]:
     given = [form for form in (request.prompt, request.prompt_tokens, request.messages) if form is not None]
     if len(given) != 1:
         raise JobError(JobErrorCode.INVALID, "give exactly one of prompt, prompt tokens and messages")
+    if request.stop and model.tokenizer.is_absent:
+        raise JobError(JobErrorCode.INVALID, "the model has no tokenizer: its answer has no text that `stop` could end")
     try:
         if request.messages is not None:
             turns = [{"role": message.role, "content": message.content} for message in request.messages]
-            tokens = tuple(model.tokenizer.render_chat(turns))
+            tokens = await model.tokenizer.render_chat(turns)
         elif request.prompt is not None:
-            tokens = tuple(model.tokenizer.encode(request.prompt))
+            tokens = await model.tokenizer.encode(request.prompt)
         else:
             tokens = request.prompt_tokens or ()
+    except TokenizerBusyError as error:
+        raise JobError(JobErrorCode.FULL, str(error), retry_after_s=BUSY_RETRY_S) from None
     except (ValueError, ModelError) as error:
         raise JobError(JobErrorCode.INVALID, str(error)) from None
     if not tokens:
         raise JobError(JobErrorCode.INVALID, "the prompt is empty")
-    if not all(0 <= token < model.vocabulary_size for token in tokens):
+    if not 0 <= min(tokens) <= max(tokens) < model.vocabulary_size:
         raise JobError(JobErrorCode.INVALID, f"token ids of this model are 0 to {model.vocabulary_size - 1}")
     return tokens
 

@@ -19,6 +19,7 @@ import trio
 from node.jobs.coordinator import Coordinator
 from node.jobs.interface import JobError, JobErrorCode, JobRequest, JobResult, Quality
 from node.jobs.recorder import Recorder, ServedJob
+from node.jobs.requests import prompt_tokens
 from node.models.sample import sample_text
 from protocol.measurements import Measurements, Objective, Observation, ObservationKind
 from selector.task import BASELINE, Method
@@ -169,7 +170,7 @@ class Trials:
                 f"{spec.workload.prompt_tokens} tokens of prompt and {spec.workload.max_tokens} new ones do not "
                 f"fit into the {model.max_positions} of the model's context",
             )
-        text = await trio.to_thread.run_sync(model.tokenizer.encode, sample_text())
+        text = await prompt_tokens(JobRequest(model=spec.model, prompt=sample_text()), model)
         # One job at a time has its prefix in common with those before it; the warm-up computes it.
         alone = spec.workload.concurrency == 1
         source = _Source(text, _piece(text, shared_tokens(spec.workload), rng) if alone else None)

@@ -192,7 +192,6 @@ class ModelFetcher:
         async with trio.open_nursery() as nursery:
             for number, file in enumerate(missing):
                 nursery.start_soon(fetch, number, file)
-        self._total.add(result)
         if failures:
             raise failures[0]
         if missing:
@@ -211,12 +210,12 @@ class ModelFetcher:
         """Fetch a file from the peers of its model, else from whoever has announced it."""
         target = package.path_of(file)
         try:
-            return await fetch_blob(self._network, peers, file.sha256, file.size_bytes, target, count)
+            return await fetch_blob(self._network, peers, file.sha256, file.size_bytes, target, count, self._total)
         except FetchError:
             others = [peer for peer in await self._holders(file.sha256) if peer not in peers]
             if not others:
                 raise
-        return await fetch_blob(self._network, others, file.sha256, file.size_bytes, target, count)
+        return await fetch_blob(self._network, others, file.sha256, file.size_bytes, target, count, self._total)
 
 
 def _read_piece(path: Path, offset: int, length: int) -> bytes:

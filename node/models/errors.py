@@ -7,3 +7,7 @@ class ModelError(Exception):
 
 class ManifestError(ModelError):
     """The bytes are no manifest: the fault of whoever made or sent them."""
+
+
+class ChatTemplateError(ValueError):
+    """The conversation cannot be rendered: the template refuses it or is broken. The message is one line."""

@@ -65,18 +65,20 @@ async def fetch_blob(
     size_bytes: int,
     destination: Path,
     on_bytes: Callable[[int], None] = lambda _count: None,
+    total: Fetched | None = None,
 ) -> Fetched:
     """Fetch a file from the first of the peers that can give it, and put it under its name when its sha256 is right.
 
     What came before a failure or a crash is kept beside `destination` as `.<name>.part`, and fetching goes on from
-    there. `on_bytes` is told of bytes gained, and with a negative number of bytes that had to be thrown away. Raises
-    FetchError when no peer gives it, ModelError for a fault of the disk.
+    there. `on_bytes` is told of bytes gained, and with a negative number of bytes that had to be thrown away. `total`
+    takes in as it happens what the fetch costs and finds out, also where it fails. Raises FetchError when no peer gives
+    it, ModelError for a fault of the disk.
     """
     with disk_errors(f"cannot store {destination.name}"):
         async with _open_part(destination, size_bytes) as part:
             if part is None:
                 return Fetched()
-            fetch = _Fetch(network, sha256, part, on_bytes)
+            fetch = _Fetch(network, sha256, part, on_bytes, total or Fetched())
             await fetch.run([peer for peer in peers if peer != network.peer_id])
             await trio.to_thread.run_sync(part.put_in_place)
             return fetch.fetched
@@ -137,7 +139,9 @@ async def _open_part(destination: Path, size: int) -> AsyncIterator[_Part | None
 class _Fetch:
     """One file on its way into its part file."""
 
-    def __init__(self, network: Network, sha256: str, part: _Part, on_bytes: Callable[[int], None]) -> None:
+    def __init__(
+        self, network: Network, sha256: str, part: _Part, on_bytes: Callable[[int], None], total: Fetched
+    ) -> None:
         self._network = network
         self._sha256 = sha256
         self._part = part
@@ -146,6 +150,7 @@ class _Fetch:
         self._sources: set[PeerId | None] = {None} if part.have else set()
         self._from_one_peer = False
         self.fetched = Fetched()
+        self._total = total
         on_bytes(part.have)
 
     async def run(self, peers: list[PeerId]) -> None:
@@ -180,6 +185,7 @@ class _Fetch:
             await trio.to_thread.run_sync(part.append, data)
             self._sources.add(peer)
             self.fetched.bytes_by_peer[peer] += len(data)
+            self._total.bytes_by_peer[peer] += len(data)
             self._on_bytes(len(data))
 
         part = self._part
@@ -213,7 +219,7 @@ class _Fetch:
 
     def _blame(self, peer: PeerId, deed: str) -> None:
         _logger.warning("peer gave a bad file", peer=peer, sha256=self._sha256, deed=deed)
-        self.fetched.bad_peers[peer] = deed
+        self.fetched.bad_peers[peer] = self._total.bad_peers[peer] = deed
 
 
 async def fetch_manifest_bytes(network: Network, peers: Sequence[PeerId], model: ModelId) -> tuple[bytes, Fetched]:

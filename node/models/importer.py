@@ -6,6 +6,7 @@ progress callback is called between pieces of work and may raise to cancel, whic
 
 import hashlib
 import json
+import re
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,7 +17,17 @@ from node.models import sources
 from node.models.catalogue import CATALOGUE
 from node.models.errors import ModelError
 from node.models.files import Progress, disk_errors, ignore_progress, write_atomically
-from node.models.layout import EMBED_FILE, HEAD_FILE, arrange, block_file, input_matrix, output_matrix
+from node.models.layout import (
+    BY_NAME,
+    EMBED_FILE,
+    HEAD_FILE,
+    TESTED,
+    OuterNames,
+    arrange,
+    block_file,
+    input_matrix,
+    output_matrix,
+)
 from node.models.manifest import (
     CHAT_TEMPLATE_FILE,
     MAX_TOKENIZER_BYTES,
@@ -34,16 +45,31 @@ from node.models.store import ModelStore, Package, check_name
 from protocol.canonical import canonical_json
 from protocol.limits import MAX_BLOCKS
 
+CONFIG_FILE: Final = "config.json"
 _WEIGHTS_INDEX: Final = "model.safetensors.index.json"
 _PICKLES: Final = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
+_SHARD = re.compile(r"(.+)-(\d{5})-of-(\d{5})(\.safetensors)")
+
+# What says that weights are not plain numbers, and by whom it is written.
+_QUANTISED: Final = {"quantization_config": "", "quantization": ", as MLX writes it", "compression_config": ""}
+_UNQUANTISED: Final = "import the original in full precision, or a GGUF file"
+_SCALE = re.compile(
+    r".+[._](?:weight_scale(?:_inv|_2)?|input_scale|scale_inv|scales|qweight|qzeros|g_idx|absmax|quant_map|quant_state"
+    r"\..+|weight_packed|weight_zero_point|SCB)"
+)
+_WHOLE_NUMBERS: Final = frozenset({"BOOL", "U8", "I8", "U16", "I16", "U32", "I32", "U64", "I64"})
 _MAX_JSON_BYTES: Final = 64 << 20
 
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """A Hugging Face folder, understood: what the model is, and which bytes make which file of its package."""
+    """A Hugging Face folder, understood: what the model is, and which bytes make which file of its package.
+
+    `config` says whether the embeddings are tied, as the tensors tell it; `stated_config` what the folder says of it.
+    """
 
     config: dict[str, Json]
+    stated_config: dict[str, Json]
     bos_token_id: int | None
     eos_token_ids: tuple[int, ...]
     files: Mapping[str, Mapping[str, TensorSource]]
@@ -52,6 +78,11 @@ class Checkpoint:
     def size_bytes(self) -> int:
         """Bytes of all tensors that will be copied."""
         return sum(tensor.size_bytes for tensors in self.files.values() for tensor in tensors.values())
+
+    @property
+    def shapes(self) -> dict[str, tuple[str, tuple[int, ...]]]:
+        """Dtype and shape of all tensors that will be copied."""
+        return {name: (it.dtype, it.shape) for tensors in self.files.values() for name, it in tensors.items()}
 
 
 def import_model(
@@ -92,7 +123,7 @@ def _import_catalogued(name: str, store: ModelStore, progress: Progress) -> Pack
         folder = staging / "checkpoint"
         sources.convert_gguf(gguf, folder, progress)
         gguf.unlink()
-        manifest = build_package(folder, staging / "package", progress)
+        manifest = build_package(folder, read_checkpoint(folder), staging / "package", progress)
         if manifest.model_id != entry.model_id:
             raise ModelError(
                 f"importing {name} gave model {manifest.model_id[:12]} where the catalogue pins {entry.model_id[:12]}: "
@@ -107,12 +138,15 @@ def _import_uncatalogued(source: str, store: ModelStore, progress: Progress) -> 
     with store.staging(progress) as staging:
         if path.is_dir():
             folder, suggestion = path, path.resolve().name
+            names = _try_out(folder, progress)
         elif path.is_file():
             if path.suffix.lower() != ".gguf":
                 raise ModelError(f"{path} is no GGUF file; a checkpoint is imported by the folder it is in")
             folder, suggestion = staging / "checkpoint", path.stem
             sources.convert_gguf(path, folder, progress)
+            names = _try_out(folder, progress)
         elif sources.HUB_ID.fullmatch(source):
+            names = _try_out(sources.download_from_hub(source, progress, (CONFIG_FILE,)), progress)
             folder, suggestion = sources.download_from_hub(source, progress), source.partition("@")[0].split("/")[1]
         else:
             known = ", ".join(sorted(CATALOGUE))
@@ -120,16 +154,23 @@ def _import_uncatalogued(source: str, store: ModelStore, progress: Progress) -> 
                 f"{source[:200]!r} is no folder, no file, no hub repository id (OWNER/NAME) and no catalogue name "
                 f"({known})"
             )
-        manifest = build_package(folder, staging / "package", progress)
+        checkpoint = read_checkpoint(folder, names)
+        sources.check_tensors(source, checkpoint.stated_config, checkpoint.shapes, staging)
+        manifest = build_package(folder, checkpoint, staging / "package", progress)
         return store.adopt(staging / "package", manifest), suggestion.lower()
 
 
-def build_package(folder: Path, target: Path, progress: Progress = ignore_progress) -> Manifest:
+def _try_out(folder: Path, progress: Progress) -> OuterNames:
+    """Return what stands around a model's blocks; raise ModelError if its architecture cannot be served in spans."""
+    config = read_config(folder)
+    return BY_NAME if config["model_type"] in TESTED else sources.try_architecture(folder / CONFIG_FILE, progress)
+
+
+def build_package(folder: Path, checkpoint: Checkpoint, target: Path, progress: Progress) -> Manifest:
     """Write the files of a package, without the manifest, into the new folder `target`; return the manifest.
 
     The same tensors and tokenizer give the same bytes, however the checkpoint was sharded. Raises ModelError.
     """
-    checkpoint = read_checkpoint(folder)
     total, done = checkpoint.size_bytes, 0
 
     def count(copied: int) -> None:
@@ -169,16 +210,13 @@ def build_package(folder: Path, target: Path, progress: Progress = ignore_progre
         raise ModelError(f"{folder} cannot become a package: {error}") from None
 
 
-def read_checkpoint(folder: Path) -> Checkpoint:
-    """Return what a Hugging Face folder contains, having read its JSON files and headers. Raises ModelError."""
-    config = normalise_config(_read_json(folder / "config.json"))
-    if "quantization_config" in config:
-        raise ModelError(f"{folder} is a quantised checkpoint: import the original in full precision, or a GGUF file")
-    if not isinstance(config.get("model_type"), str):
-        raise ModelError(f"{folder / 'config.json'} names no model_type: not a model of transformers")
-    block_count = block_count_of(config)
-    if block_count is None or not 0 < block_count <= MAX_BLOCKS:
-        raise ModelError(f"{folder / 'config.json'} does not say how many layers the model has, from 1 to {MAX_BLOCKS}")
+def read_checkpoint(folder: Path, names: OuterNames = BY_NAME) -> Checkpoint:
+    """Return what a Hugging Face folder contains, having read its JSON files and headers. Raises ModelError.
+
+    `names`: what stands around the architecture's blocks, where that has been found out.
+    """
+    config = read_config(folder)
+    block_count = block_count_of(config) or 0
     tensors: dict[str, TensorSource] = {}
     with disk_errors(f"cannot read {folder}"):
         for path in _weight_files(folder):
@@ -186,31 +224,62 @@ def read_checkpoint(folder: Path) -> Checkpoint:
                 tensors = merge_headers((tensors, read_header(path)))
             except ValueError as error:
                 raise ModelError(f"{path}: {error}") from None
+        _refuse_quantised(folder, tensors)
         try:
-            tied = _is_tied(config, tensors)
-            layout = arrange(tensors, block_count, tied=tied)
+            tied = _is_tied(config, tensors, names)
+            layout = arrange(tensors, block_count, tied=tied, names=names)
         except ValueError as error:
             raise ModelError(f"{folder} is incomplete: {error}") from None
     parts = {EMBED_FILE: layout.embed, HEAD_FILE: layout.head}
-    parts |= {block_file(block): names for block, names in enumerate(layout.blocks)}
+    parts |= {block_file(block): block_tensors for block, block_tensors in enumerate(layout.blocks)}
     generation = _read_json(folder / "generation_config.json", optional=True)
     eos = _token_ids(generation.get("eos_token_id")) or _token_ids(_of_decoder(config, "eos_token_id"))
     bos = _token_ids(generation.get("bos_token_id")) or _token_ids(_of_decoder(config, "bos_token_id"))
     return Checkpoint(
         config={**config, "tie_word_embeddings": tied},
+        stated_config=config if output_matrix(tensors, names) is None else {**config, "tie_word_embeddings": tied},
         bos_token_id=bos[0] if bos else None,
         eos_token_ids=eos,
-        files={file: {name: tensors[name] for name in names} for file, names in parts.items()},
+        files={file: {name: tensors[name] for name in part} for file, part in parts.items()},
     )
 
 
-def _is_tied(config: Mapping[str, Json], tensors: Mapping[str, TensorSource]) -> bool:
+def read_config(folder: Path) -> dict[str, Json]:
+    """Return the config of a Hugging Face folder; raise ModelError if it cannot be that of a model that is served."""
+    config = normalise_config(_read_json(folder / CONFIG_FILE))
+    for key, kind in _QUANTISED.items():
+        if config.get(key) is not None:
+            raise ModelError(f"{folder} is a quantised checkpoint ({key} in its config.json{kind}): {_UNQUANTISED}")
+    if not isinstance(config.get("model_type"), str):
+        raise ModelError(f"{folder / 'config.json'} names no model_type: not a model of transformers")
+    block_count = block_count_of(config)
+    if block_count is None or not 0 < block_count <= MAX_BLOCKS:
+        raise ModelError(f"{folder / 'config.json'} does not say how many layers the model has, from 1 to {MAX_BLOCKS}")
+    try:
+        canonical_json(config)
+    except ValueError as error:
+        raise ModelError(f"{folder} cannot become a package: {error}") from None
+    return config
+
+
+def _refuse_quantised(folder: Path, tensors: Mapping[str, TensorSource]) -> None:
+    """Raise ModelError for weights that mean something only with scales, where the config says nothing of them."""
+    for name, tensor in tensors.items():
+        is_packed = tensor.dtype.startswith("F8_") or (tensor.dtype in _WHOLE_NUMBERS and name.endswith(".weight"))
+        if is_packed or _SCALE.fullmatch(name):
+            raise ModelError(
+                f"{folder} is a quantised checkpoint (tensor {name[:100]!r} of type {tensor.dtype}), and its "
+                f"config.json does not say how (quantization_config): {_UNQUANTISED}"
+            )
+
+
+def _is_tied(config: Mapping[str, Json], tensors: Mapping[str, TensorSource], names: OuterNames) -> bool:
     """Say whether logits are made with the embedding matrix; raise ValueError when there is no matrix for them.
 
     Configs often leave it to their class's default. Then the tensors tell, as they tell transformers: a matrix that is
     stored and differs from the embedding is used.
     """
-    output, embedding = output_matrix(tensors), input_matrix(tensors)
+    output, embedding = output_matrix(tensors, names), input_matrix(tensors, names)
     if output is None:
         if _of_decoder(config, "tie_word_embeddings") is False:
             raise ValueError("it has no output matrix (lm_head), and its embeddings are not tied")
@@ -231,12 +300,17 @@ def _weight_files(folder: Path) -> list[Path]:
     if (folder / _WEIGHTS_INDEX).exists():
         weight_map = _read_json(folder / _WEIGHTS_INDEX).get("weight_map")
         names = sorted({str(name) for name in weight_map.values()}) if isinstance(weight_map, dict) else []
+        if outside := [name for name in names if name != Path(name).name or name == ".." or "\\" in name]:
+            raise ModelError(
+                f"{folder / _WEIGHTS_INDEX} names {outside[0][:200]!r}, which is not a file of that folder: refused"
+            )
         missing = [name for name in names if not (folder / name).is_file()]
         if missing or not names:
             raise ModelError(f"{folder} is incomplete: {_WEIGHTS_INDEX} names {missing[0] if missing else 'no files'}")
         return [folder / name for name in names]
     files = sorted(folder.glob("model*.safetensors")) or sorted(folder.glob("*.safetensors"))
     if files:
+        _check_shards(folder, files)
         return files
     if any(next(folder.glob(pattern), None) for pattern in _PICKLES):
         raise ModelError(
@@ -246,13 +320,21 @@ def _weight_files(folder: Path) -> list[Path]:
     raise ModelError(f"{folder} has no *.safetensors files")
 
 
+def _check_shards(folder: Path, files: list[Path]) -> None:
+    """Raise ModelError when one of several numbered files is not there."""
+    names = {path.name for path in files}
+    for shard in filter(None, map(_SHARD.fullmatch, sorted(names))):
+        for number in range(1, min(int(shard[3]), MAX_BLOCKS * 8) + 1):
+            name = f"{shard[1]}-{number:05d}-of-{shard[3]}{shard[4]}"
+            if name not in names:
+                raise ModelError(f"{folder} is incomplete: it has {shard[0]}, and lacks {name}")
+
+
 def _write_tokenizer(folder: Path, target: Path) -> tuple[FileEntry, ...]:
     """Copy the tokenizer, and write its config and chat template in one form whatever form they come in."""
     if not (folder / TOKENIZER_FILE).exists():
-        if any((folder / name).exists() for name in ("tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")):
-            raise ModelError(
-                f"{folder} has no tokenizer.json: load its tokenizer with transformers once, save it, and import again"
-            )
+        if (other := sources.other_tokenizer(folder) or _named_tokenizer(folder)) is not None:
+            raise ModelError(sources.no_tokenizer_json(folder, other))
         return ()  # a model that is only ever given token ids
     config = _read_json(folder / TOKENIZER_CONFIG_FILE, optional=True)
     special = _read_json(folder / "special_tokens_map.json", optional=True)
@@ -265,11 +347,17 @@ def _write_tokenizer(folder: Path, target: Path) -> tuple[FileEntry, ...]:
         contents[CHAT_TEMPLATE_FILE] = template.encode()
     entries = []
     for name, data in sorted(contents.items()):
-        if len(data) > MAX_TOKENIZER_BYTES:
-            raise ModelError(f"{folder / name} is larger than {MAX_TOKENIZER_BYTES >> 20} MiB")
+        if len(data) > MAX_TOKENIZER_BYTES[name]:
+            raise ModelError(f"{folder / name} is larger than {MAX_TOKENIZER_BYTES[name] >> 20} MiB")
         write_atomically(target / name, data)
         entries.append(FileEntry(name, len(data), hashlib.sha256(data).hexdigest()))
     return tuple(entries)
+
+
+def _named_tokenizer(folder: Path) -> str | None:
+    """Return the tokenizer that the folder's files speak of without having it."""
+    named = _read_json(folder / TOKENIZER_CONFIG_FILE, optional=True).get("tokenizer_class")
+    return f"the class {named[:80]}" if isinstance(named, str) else None
 
 
 def _chat_template(folder: Path, in_config: Json) -> str | None:

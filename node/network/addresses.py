@@ -2,8 +2,10 @@
 
 import ipaddress
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import chain
 from typing import Final
 
 import psutil
@@ -64,16 +66,27 @@ def expand_wildcard(address: TcpAddress) -> list[TcpAddress]:
         return [address]
     version = 4 if address.kind == "ip4" else 6
     found = []
-    for entries in psutil.net_if_addrs().values():
-        for entry in entries:
-            try:
-                ip = ipaddress.ip_address(entry.address)
-            except ValueError:
-                continue  # a hardware address, or one with a zone
-            if ip.version == version and not ip.is_link_local:
-                found.append(ip)
+    for text in _interface_addresses():
+        try:
+            ip = ipaddress.ip_address(text)
+        except ValueError:
+            continue  # a hardware address, or one with a zone
+        if ip.version == version and not ip.is_link_local:
+            found.append(ip)
     found.sort(key=lambda ip: (ip.is_loopback, ip.packed))
     return [TcpAddress(address.kind, str(ip), address.port, address.peer) for ip in found]
+
+
+_interfaces: dict[str, list[str]] = {}
+
+
+def _interface_addresses() -> Iterable[str]:
+    """Return the addresses of all interfaces, as last seen where no file can be opened to ask."""
+    with suppress(OSError):
+        found = {name: [entry.address for entry in entries] for name, entries in psutil.net_if_addrs().items()}
+        _interfaces.clear()
+        _interfaces.update(found)
+    return chain.from_iterable(_interfaces.values())
 
 
 def origin(host: str) -> str:

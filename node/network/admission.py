@@ -12,7 +12,6 @@ import trio
 from node.network.addresses import address_range, origin
 
 MAX_HANDSHAKES: Final = 256
-MAX_HANDSHAKES_PER_ORIGIN: Final = 32
 
 HANDSHAKE_INTERVAL_S: Final = 0.025
 """Between two handshakes of one origin, once it has had its burst: each costs some 10 ms of a processor."""
@@ -29,7 +28,10 @@ IDLE_S: Final = 10.0
 class Handshakes:
     """Unfinished handshakes are few, and a new one pushes out the oldest: an honest peer needs milliseconds."""
 
-    def __init__(self) -> None:
+    def __init__(self, limit: int = MAX_HANDSHAKES) -> None:
+        """Allow so many in all, and an eighth of them from one origin."""
+        self._limit = limit
+        self._limit_per_origin = max(2, limit // 8)
         self._scopes: dict[str, dict[trio.CancelScope, None]] = {}
         self._turns: OrderedDict[str, _Turn] = OrderedDict()
 
@@ -40,9 +42,9 @@ class Handshakes:
         scope = trio.CancelScope()
         scopes = self._scopes.setdefault(key, {})
         scopes[scope] = None
-        if len(scopes) > MAX_HANDSHAKES_PER_ORIGIN:
+        if len(scopes) > self._limit_per_origin:
             next(iter(scopes)).cancel()
-        elif sum(map(len, self._scopes.values())) > MAX_HANDSHAKES:
+        elif sum(map(len, self._scopes.values())) > self._limit:
             crowded = max(self._scopes, key=lambda host: len(self._scopes[host]))
             next(iter(self._scopes[crowded])).cancel()
         try:

@@ -18,7 +18,7 @@ from libp2p.peer.peerstore import PeerStoreError
 from multiaddr import Multiaddr
 
 from node.network.addresses import AddressBook, expand_wildcard, parse_address, parse_peer_address
-from node.network.admission import InboundLimits
+from node.network.admission import MAX_HANDSHAKES, InboundLimits
 from node.network.dht import Dht
 from node.network.fanout import Fanout
 from node.network.gossip import Gossip
@@ -59,7 +59,21 @@ class NetworkLimits:
     max_connections: int = 512
     inbound: InboundLimits = field(default=InboundLimits(total=384, per_origin=128, per_range=96))
     """Finished ones that others opened. The rest is for those whom we want to reach ourselves."""
+    handshakes: int = MAX_HANDSHAKES
+    """Unfinished ones that others opened."""
     streams: YamuxLimits = field(default_factory=YamuxLimits)
+
+    @classmethod
+    def within(cls, open_files: int) -> "NetworkLimits":
+        """Return limits with which connections take at most three eighths of the files that may be open."""
+        usual = cls()
+        connections = max(8, min(usual.max_connections, open_files // 4))
+        inbound = InboundLimits(
+            total=connections * 3 // 4, per_origin=max(2, connections // 4), per_range=max(2, connections * 3 // 16)
+        )
+        return cls(
+            max_connections=connections, inbound=inbound, handshakes=max(4, min(usual.handshakes, open_files // 8))
+        )
 
 
 class _Notifee(INotifee):
@@ -188,7 +202,7 @@ class Libp2pNetwork:
     async def _start(self, nursery: trio.Nursery, bound: dict[str, list[trio.SocketListener]]) -> None:
         addresses = [Multiaddr(text) for text in bound]
         key_pair = create_new_key_pair(self._seed)
-        tcp = Tcp(nursery, bound)
+        tcp = Tcp(nursery, bound, self._limits.handshakes)
         swarm = GuardedSwarm(
             ID.from_pubkey(key_pair.public_key),
             secure_upgrader(key_pair, self._limits.streams, self),

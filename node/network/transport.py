@@ -27,7 +27,7 @@ from libp2p.transport.upgrader import TransportUpgrader
 from multiaddr import Multiaddr
 
 from node.network.addresses import TcpAddress, parse_address
-from node.network.admission import Handshakes
+from node.network.admission import MAX_HANDSHAKES, Handshakes
 from node.network.interface import NetworkError
 from node.network.yamux import PROTOCOL_ID as YAMUX_PROTOCOL_ID
 from node.network.yamux import Yamux
@@ -139,9 +139,11 @@ class TcpListener(IListener):
 class Tcp(ITransport):
     """Dials and listens."""
 
-    def __init__(self, nursery: trio.Nursery, bound: dict[str, list[trio.SocketListener]]) -> None:
+    def __init__(
+        self, nursery: trio.Nursery, bound: dict[str, list[trio.SocketListener]], handshakes: int = MAX_HANDSHAKES
+    ) -> None:
         self.nursery = nursery
-        self.handshakes = Handshakes()
+        self.handshakes = Handshakes(handshakes)
         self._bound = bound
 
     def take_listeners(self, address: Multiaddr) -> list[trio.SocketListener]:

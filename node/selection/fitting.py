@@ -6,24 +6,28 @@ once.
 
 import os
 import queue
-import subprocess
 import sys
 import threading
 import time
 from collections.abc import Generator, Iterable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, Pipe, wait
 from typing import Final
 
 from threadpoolctl import threadpool_limits
 
+from node.util.child_process import ChildError, child_environment, python, running
 from selector.dataset import Dataset, FloatArray
 from selector.estimator import NotApplicableError, Selector
 from selector.evaluation import Fold, checked
 
 COMMAND: Final = f"from {__name__} import main; main()"
 """What a process runs. With `-m` this module would be another than the one that names what is sent."""
+
+_IF_MEMORY_RAN_OUT: Final = "if memory ran out, use --sample with fewer contexts"
+_EXIT_LIMIT_S: Final = 0.2
+"""How long a process whose connection has ended may take to exit."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -74,7 +78,7 @@ def _fit_in_processes(
     dataset: Dataset, folds: tuple[Fold, ...], tasks: Iterator[Task], process_count: int
 ) -> Iterator[Answer]:
     with ExitStack() as stack:
-        idle = [stack.enter_context(_Process()).connection for _ in range(process_count)]
+        idle = [stack.enter_context(_process()) for _ in range(process_count)]
         busy: list[Connection] = []
         try:
             for each in idle:
@@ -92,30 +96,28 @@ def _fit_in_processes(
                     idle.append(connection)
                     yield answer
         except (EOFError, ConnectionError):
-            raise FittingError(
-                "a process that fitted a selector has ended: if memory ran out, use --sample with fewer contexts"
-            ) from None
+            raise FittingError(f"a process that fitted a selector has ended: {_IF_MEMORY_RAN_OUT}") from None
 
 
-class _Process:
-    """One process, which is killed at the end."""
-
-    def __enter__(self) -> "_Process":
-        self.connection, others = Pipe()
-        with others:
-            self._process = subprocess.Popen(
-                [sys.executable, "-P", "-c", COMMAND, str(others.fileno())],
-                env=os.environ | {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"},
-                stdin=subprocess.DEVNULL,
-                pass_fds=[others.fileno()],
-                start_new_session=True,  # Ctrl-C is for the one who waits for the answers
-            )
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.connection.close()
-        self._process.kill()
-        self._process.wait()
+@contextmanager
+def _process() -> Iterator[Connection]:
+    """Run one process, which is killed at the end, and give the connection to it."""
+    ours, theirs = Pipe()
+    command = python("-c", COMMAND, str(theirs.fileno()))
+    environment = child_environment({"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"})
+    with ours, theirs:
+        try:
+            with running(
+                command, what="the process", environment=environment, pass_fds=[theirs.fileno()], own_session=True
+            ) as child:
+                theirs.close()
+                try:
+                    yield ours
+                except (EOFError, ConnectionError):
+                    child.check_ended(_EXIT_LIMIT_S)  # it may have been another one
+                    raise
+        except ChildError as error:
+            raise FittingError(f"cannot fit selectors: {error}; {_IF_MEMORY_RAN_OUT}") from None
 
 
 def _fit(dataset: Dataset, folds: tuple[Fold, ...], task: Task) -> Answer:

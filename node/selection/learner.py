@@ -6,9 +6,6 @@ core.
 """
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,6 +16,7 @@ import trio
 
 from node.selection.opinions import Opinions
 from node.storage.database import StorageError
+from node.util.child_process import Child, ChildError, child_environment, python, start
 from selector.expectation import MIN_EXPERIENCES
 from selector.kinds import Viewpoint
 from selector.task import TaskContext
@@ -42,7 +40,6 @@ ANSWER_LIMIT_S: Final = 10.0
 """A worker that does not answer for so long is given up."""
 
 MAX_LINE_BYTES: Final = 1 << 20
-_ROOT: Final = Path(__file__).parents[2]
 _logger = structlog.get_logger(__name__)
 
 
@@ -96,7 +93,7 @@ class Learner:
                     is_due = count >= seen * (1 + GROWTH) or trio.current_time() - began_s >= MAX_AGE_S
                     if count >= MIN_EXPERIENCES and is_due:
                         began_s = trio.current_time()
-                        trained = await self._train()
+                        trained = await self._train(nursery)
                         if trained is not None:
                             if worker is not None:
                                 await worker.stop()
@@ -109,12 +106,13 @@ class Learner:
                     with trio.CancelScope(shield=True):
                         await worker.stop()
 
-    async def _train(self) -> "_Worker | None":
+    async def _train(self, nursery: trio.Nursery) -> "_Worker | None":
         """Return a worker that has learned, which answers from now on; None where nothing came of it."""
         worker: _Worker | None = None
         done = False
         try:
             worker = await _Worker.start()
+            nursery.start_soon(worker.relay_stderr)
             with trio.fail_after(TRAINING_LIMIT_S):
                 asked = {"database": str(self._database), "viewpoint": asdict(self._viewpoint())}
                 said = await worker.ask(asked)
@@ -130,7 +128,7 @@ class Learner:
                 )
                 _logger.info("learned", **{key: round(value, 3) for key, value in said.items()})
                 done = True
-        except (OSError, ValueError, KeyError, trio.TooSlowError) as error:
+        except (ChildError, OSError, ValueError, KeyError, trio.TooSlowError) as error:
             _logger.warning("nothing learned: the worker failed", reason=str(error))
         finally:
             if worker is not None and not done:
@@ -142,45 +140,44 @@ class Learner:
 class _Worker:
     """One worker process, which is asked one thing at a time."""
 
-    def __init__(self, process: trio.Process) -> None:
-        self._process = process
+    def __init__(self, child: Child) -> None:
+        self._child = child
         self._buffer = bytearray()
         self._turn = trio.Lock()
 
     @classmethod
     async def start(cls) -> "_Worker":
-        """Start a process. Raises OSError."""
-        environment = os.environ | {
-            "PYTHONPATH": os.pathsep.join(filter(None, [str(_ROOT), os.environ.get("PYTHONPATH")])),
-            "OMP_NUM_THREADS": "1",
-            "OPENBLAS_NUM_THREADS": "1",
-        }
-        process = await trio.lowlevel.open_process(
-            [sys.executable, "-P", "-m", "node.selection.worker"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            env=environment,
-            start_new_session=True,  # Ctrl-C is for the node; and its priority is weighed by session
+        """Start a process. Raises ChildError."""
+        child = await start(
+            python("-m", "node.selection.worker"),
+            what="the worker",
+            environment=child_environment({"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}),
+            stdin=True,
+            stdout=True,
         )
-        return cls(process)
+        return cls(child)
+
+    async def relay_stderr(self) -> None:
+        """Show what the worker writes to stderr until it ends."""
+        await self._child.relay_stderr()
 
     async def ask(self, question: Mapping[str, Any]) -> dict[str, Any]:
         """Return the answer to a line. Raises OSError, ValueError where there is none."""
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
         try:
             async with self._turn:
-                await self._process.stdin.send_all(json.dumps(question).encode() + b"\n")
+                await self._child.stdin.send_all(json.dumps(question).encode() + b"\n")
                 while (end := self._buffer.find(b"\n")) < 0:
-                    chunk = await self._process.stdout.receive_some()
-                    if not chunk or len(self._buffer) > MAX_LINE_BYTES:
-                        raise OSError("the worker ended")
+                    chunk = await self._child.stdout.receive_some()
+                    if not chunk:
+                        raise OSError(str(await self._child.epitaph()))
+                    if len(self._buffer) > MAX_LINE_BYTES:
+                        raise OSError(f"the worker's answer has more than {MAX_LINE_BYTES} bytes")
                     self._buffer += chunk
                 line = bytes(self._buffer[:end])
                 del self._buffer[: end + 1]
                 answer = json.loads(line)
         except (trio.BrokenResourceError, trio.ClosedResourceError) as error:
-            raise OSError(f"the worker ended: {error}") from None
+            raise OSError(str(await self._child.epitaph())) from error
         if not isinstance(answer, dict):
             raise OSError("the worker speaks in riddles")
         return answer
@@ -196,8 +193,4 @@ class _Worker:
 
     async def stop(self) -> None:
         """End the process, which has nothing to lose."""
-        self._process.kill()
-        await self._process.wait()
-        for stream in (self._process.stdin, self._process.stdout):
-            if stream is not None:
-                await stream.aclose()
+        await self._child.kill()

@@ -20,6 +20,11 @@ class Speedup:
     high: float
 
     @property
+    def is_bounded(self) -> bool:
+        """Whether there is an interval at all: a single pair gives none."""
+        return math.isfinite(self.high)
+
+    @property
     def excludes_tie(self) -> bool:
         """Whether it is faster or slower beyond doubt."""
         return self.low > 1 or self.high < 1

@@ -10,6 +10,7 @@ file stays whole; other peers have those observations, and give them back.
 
 import os
 import sqlite3
+import stat
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable
@@ -84,13 +85,15 @@ class Database:
         self._reading = trio.CapacityLimiter(READERS)
         self._idle_readers: list[sqlite3.Connection] = []
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
+            path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+            _keep_private(path)
             damage = find_damage(path)
             if damage:
                 if not may_set_aside:
                     raise StorageDamaged(f"{path} is damaged ({damage}); a node that starts here sets it aside")
                 self.set_aside = _set_aside(path)
                 _logger.warning("database damaged: set aside", path=str(self.set_aside), damage=damage)
+            os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))  # SQLite gives its log the same mode
             self._writer = _connect(path)
             try:
                 self._writer.execute("PRAGMA journal_mode = WAL")
@@ -190,6 +193,14 @@ async def open_database(path: Path, *, set_aside: bool = True) -> AsyncIterator[
 def _connect(path: Path) -> sqlite3.Connection:
     # Transactions are begun and ended by hand. Connections move between threads, and are used by one at a time.
     return sqlite3.connect(path, timeout=BUSY_TIMEOUT_S, isolation_level=None, check_same_thread=False)
+
+
+def _keep_private(path: Path) -> None:
+    """Take from others what rights they have to a database that an earlier version made: it holds what was asked."""
+    for file in (path, *path.parent.glob(f"{path.name}[-.]*")):
+        with suppress(FileNotFoundError, PermissionError):  # gone, or not ours: then it is not ours to say
+            if stat.S_IMODE(file.stat().st_mode) & 0o077:
+                file.chmod(0o600)
 
 
 def find_damage(path: Path) -> str | None:

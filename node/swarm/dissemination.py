@@ -25,7 +25,7 @@ from node.swarm.exchange import Initiation, Outcome, Response
 from node.swarm.history import History
 from node.swarm.records import RecordKinds
 from node.swarm.replica import Replica, verification_cost
-from node.swarm.standing import Allowance, Standing, Standings, TokenBucket
+from node.swarm.standing import Allowance, Ban, Standing, Standings, TokenBucket
 from protocol.errors import RemoteProtocolError
 from protocol.history import HistoryDigest, decode_batch, history_key, summarise, take_batch, unseal_history
 from protocol.identity import PeerId
@@ -444,8 +444,12 @@ class Dissemination:
         self._statistics.sync_bytes_sent += outcome.bytes_sent
         self._statistics.sync_bytes_received += outcome.bytes_received
 
+    def bans(self) -> dict[PeerId, Ban]:
+        """Return the peers of which nothing is looked at now, and why."""
+        return self._standings.bans(trio.current_time())
+
     def _penalise(self, peer: PeerId, standing: Standing, error: RemoteProtocolError) -> None:
-        seconds = standing.penalise(trio.current_time())
+        seconds = standing.penalise(trio.current_time(), str(error))
         self._statistics.offences += 1
         _logger.warning("peer barred: it broke a rule of dissemination", peer=peer, seconds=seconds, fault=str(error))
 

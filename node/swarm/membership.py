@@ -3,6 +3,8 @@
 Three ways lead to a peer's spans, each for what it is good at. Heartbeats by gossip tell everybody every few seconds
 who is alive and what it serves. Records in the DHT let a newcomer find the peers of a model before any heartbeat has
 reached it. And a dial that fails takes a peer out at once.
+
+What a peer says it serves counts once the peer was reached: see `node.swarm.directory`.
 """
 
 import math
@@ -11,15 +13,18 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 
 import structlog
 import trio
 
 from node.identity import Identity
 from node.network.interface import Network, NetworkError, PeerConnected
-from node.swarm.directory import LIFE_IN_INTERVALS, Candidate, Directory, Statement
+from node.swarm.dialling import Dialler
+from node.swarm.directory import LIFE_IN_INTERVALS, MAX_UNREACHED_PER_TELLER, Candidate, Directory, Statement
 from node.swarm.presence import PresenceServer, ask_who_is_here
 from node.swarm.records import RecordKinds
+from node.swarm.standing import TokenBucket
 from protocol.errors import LocalProtocolError, RemoteProtocolError, UntimelyError
 from protocol.identity import BlockRange, ModelId, PeerId
 from protocol.limits import MAX_ADDRESSES, MAX_HEARTBEAT_INTERVAL_MS
@@ -45,17 +50,27 @@ HEARTBEAT_INTERVAL_S = 2.5
 HEARTBEATS_PER_S = 4
 """Of all peers together. Everybody hears them all, at milliseconds of CPU each: in a large swarm each says less."""
 
+HEARSAY_PER_S = 2 * HEARTBEATS_PER_S
+HEARSAY_AT_ONCE = 128
+"""Peers that are taken in by gossip alone: an honest swarm brings no more, and who is left out is heard again."""
+
 HEARTBEAT_LIFETIME_S = 60
 """How long a heartbeat is valid at least by the wall clocks of others, which may differ from ours."""
 
 NEIGHBOURS_ASKED = 3
 """Of its first neighbours a node asks so many who is here; one may know as little as we do."""
 
+MAX_HEARTBEAT_LIFETIME_S = max(HEARTBEAT_LIFETIME_S, LIFE_IN_INTERVALS * MAX_HEARTBEAT_INTERVAL_MS // 1000)
+"""The longest that a heartbeat may say it is valid."""
+
 RECORD_LIFETIME_S = 1800
 RECORD_REFRESH_S = 600
 
-TARGET_CONNECTIONS = 12
-"""Peers that this node keeps connections to by itself; enough for gossip and the DHT to hold together."""
+INTERVAL_SLACK = 4
+"""A peer may know of more peers than we do, and so speak less often than we would: by this factor and no more."""
+
+LEAST_LONGEST_INTERVAL_S = 10.0
+"""However small the swarm, a peer may say that it speaks so rarely."""
 
 PING_ROUND_S = 10.0
 """How often the round-trip times to the connected peers are measured."""
@@ -105,7 +120,9 @@ class Membership:
         `on_round_trip` is told of every round trip that is measured, in seconds. `stated` says what this node means to
         serve.
         """
-        self.directory = Directory(own_peer=network.peer_id)
+        self.directory = Directory(own_peer=network.peer_id, connected=network.connected_peers)
+        self._dialler = Dialler(network, self.directory, jitter)
+        self._hearsay = TokenBucket(HEARSAY_PER_S, HEARSAY_AT_ONCE, trio.current_time())
         self._network = network
         self._identity = identity
         self._agent = agent
@@ -129,7 +146,7 @@ class Membership:
         return tuple(self._bootstrap.values())
 
     def served_models(self) -> tuple[ModelId, ...]:
-        """Return the models that live peers serve, wholly or in part."""
+        """Return the models that reached peers serve, wholly or in part."""
         return tuple(self.directory.models())
 
     def round_trip_s(self, peer: PeerId) -> float | None:
@@ -148,7 +165,8 @@ class Membership:
             nursery.start_soon(self._ask_first_neighbours)
             nursery.start_soon(self._beat)
             nursery.start_soon(self._keep_records)
-            nursery.start_soon(self._tend)
+            nursery.start_soon(self._forget_the_silent)
+            nursery.start_soon(self._dialler.run)
             nursery.start_soon(self._measure_round_trips)
 
     async def leave(self) -> None:
@@ -164,19 +182,34 @@ class Membership:
         self.directory.forget(peer)
 
     async def candidates(self, model: ModelId, block_count: int, *, without: Iterable[PeerId]) -> tuple[Candidate, ...]:
-        """Return the live peers that serve spans of a model; asks the DHT where those heard of do not suffice."""
+        """Return the reached peers that serve spans of a model.
+
+        Where they do not suffice those are dialled that were only heard of, and the DHT is asked.
+        """
         without = tuple(without)
-        found = self.directory.candidates(model, without=without)
-        if uncovered(block_count, ((c.blocks.start, c.blocks.end) for c in found)):
+
+        def suffices() -> bool:
+            found = self.directory.candidates(model, without=without)
+            return not uncovered(block_count, ((c.blocks.start, c.blocks.end) for c in found))
+
+        if not suffices():
+            with trio.move_on_after(SEEK_TIMEOUT_S):
+                await self._dialler.reach_servers(model, suffices)
+        if not suffices():
             with trio.move_on_after(SEEK_TIMEOUT_S):
                 await self.seek(model)
-            found = self.directory.candidates(model, without=without)
-        return found
+        return self.directory.candidates(model, without=without)
 
     async def providers(self, model: ModelId) -> tuple[PeerId, ...]:
         """Return peers that serve a part of a model, and so have its manifest; asks the DHT where none was heard of."""
-        known = [peer for peer in self.directory.models().get(model, ()) if peer != self._network.peer_id]
-        if known:
+
+        def known_providers() -> list[PeerId]:
+            return [peer for peer in self.directory.models().get(model, ()) if peer != self._network.peer_id]
+
+        if not known_providers():
+            with trio.move_on_after(SEEK_TIMEOUT_S):
+                await self._dialler.reach_servers(model, lambda: bool(known_providers()))
+        if known := known_providers():
             return tuple(known)
         return await self._answering_providers(provider_key(model))
 
@@ -242,32 +275,48 @@ class Membership:
                 spans=tuple(ServedSpan(model=model, blocks=blocks, load=Load()) for blocks in record.blocks),
             ),
             trio.current_time(),
+            dialled=True,
         )
 
     # What others say
 
     def _validate_heartbeat(self, source: PeerId, data: bytes) -> bool:
         """Take a heartbeat in, and say whether it is handed on: to read the topic besides would verify it twice."""
-        heartbeat = unseal(Heartbeat, data, self._wall_clock())
+        heartbeat = self._open(data)
         if heartbeat.peer != source:
             return False
         self._hear(heartbeat, data)
-        return True
+        return heartbeat.peer == self._network.peer_id or self.directory.knows(heartbeat.peer)
+
+    def _open(self, envelope: bytes) -> Heartbeat:
+        heartbeat = unseal(Heartbeat, envelope, self._wall_clock())
+        lifetime_s = heartbeat.expires_at_s - heartbeat.issued_at_s
+        if lifetime_s > MAX_HEARTBEAT_LIFETIME_S:
+            raise RemoteProtocolError(f"a heartbeat lives {lifetime_s} s: expected at most {MAX_HEARTBEAT_LIFETIME_S}")
+        return heartbeat
 
     def _validate_record(self, key: str, data: bytes) -> bool:
         unseal_span(key, data, self._wall_clock())
         return True
 
-    def _hear(self, heartbeat: Heartbeat, envelope: bytes) -> None:
-        if heartbeat.peer != self._network.peer_id and self.directory.hear(heartbeat, trio.current_time(), envelope):
-            self._network.add_addresses(heartbeat.peer, heartbeat.multiaddrs)
+    def _hear(self, heartbeat: Heartbeat, envelope: bytes, teller: PeerId | None = None) -> None:
+        now_s, peer = trio.current_time(), heartbeat.peer
+        if peer == self._network.peer_id:
+            return
+        is_hearsay = teller is None and peer not in self._network.connected_peers() and not self.directory.knows(peer)
+        if is_hearsay and not self._hearsay.take(1, now_s):
+            return
+        if self.directory.hear(heartbeat, now_s, envelope, teller=teller):
+            self._network.add_addresses(peer, heartbeat.multiaddrs)
 
-    def _hear_of(self, envelope: bytes) -> None:
-        """Take in a heartbeat that a neighbour has of somebody. Raises RemoteProtocolError."""
-        try:
-            self._hear(unseal(Heartbeat, envelope, self._wall_clock()), envelope)
-        except UntimelyError:
-            return  # by that neighbour's clock it was valid
+    def _hear_of(self, teller: PeerId, envelope: bytes) -> bool:
+        """Take in a heartbeat that a neighbour has of somebody; return whether it may tell of more.
+
+        Raises RemoteProtocolError.
+        """
+        with suppress(UntimelyError):  # by that neighbour's clock it was valid
+            self._hear(self._open(envelope), envelope, teller)
+        return self.directory.told_by(teller) < MAX_UNREACHED_PER_TELLER
 
     async def _ask_first_neighbours(self) -> None:
         """Ask the first few peers that we meet who is here."""
@@ -277,9 +326,11 @@ class Membership:
                 if asked < NEIGHBOURS_ASKED and isinstance(event, PeerConnected):
                     asked += 1
                     try:
-                        await ask_who_is_here(self._network, event.peer, self._hear_of)
+                        await ask_who_is_here(self._network, event.peer, partial(self._hear_of, event.peer))
                     except (NetworkError, RemoteProtocolError) as error:
                         _logger.debug("not told who is here", peer=event.peer, reason=str(error))
+                    if (told := self.directory.told_by(event.peer)) >= MAX_UNREACHED_PER_TELLER:
+                        _logger.warning("a peer told of more peers than one may", peer=event.peer, taken=told)
 
     # What we say
 
@@ -291,7 +342,7 @@ class Membership:
             self._changed = trio.Event()
 
     def _interval_ms(self) -> int:
-        return int(1000 * heartbeat_interval_s(len(self.directory.presences())))
+        return int(1000 * heartbeat_interval_s(len(self.directory.reached())))
 
     async def _publish_heartbeat(self) -> None:
         self._sequence += 1
@@ -375,25 +426,12 @@ class Membership:
                     pause_s = BOOTSTRAP_BACKOFF_S[0]
             await trio.sleep(pause_s * self._jitter.uniform(0.8, 1.2))
 
-    async def _tend(self) -> None:
-        """Forget the silent, and keep connections to some of the live."""
+    async def _forget_the_silent(self) -> None:
         while True:
-            for peer in self.directory.expire(trio.current_time()):
+            longest_s = max(LEAST_LONGEST_INTERVAL_S, INTERVAL_SLACK * self._interval_ms() / 1000)
+            for peer in self.directory.expire(trio.current_time(), longest_s):
                 _logger.info("peer forgotten: not heard for too long", peer=peer)
-            connected = set(self._network.connected_peers())
-            strangers = [p.peer for p in self.directory.presences() if p.peer not in connected]
-            if len(connected) < TARGET_CONNECTIONS and (others := [p for p in strangers if p != self._network.peer_id]):
-                await self._meet(self._jitter.choice(others))
             await trio.sleep(1)
-
-    async def _meet(self, peer: PeerId) -> None:
-        for multiaddr in self._network.addresses_of(peer):
-            try:
-                await self._network.connect(multiaddr)
-            except NetworkError as error:
-                _logger.debug("peer not reached", peer=peer, multiaddr=multiaddr, reason=str(error))
-            else:
-                return
 
     async def _measure_round_trips(self) -> None:
         """Ping the connected peers, one after another, again and again."""

@@ -24,7 +24,7 @@ _logger = structlog.get_logger(__name__)
 
 
 class PresenceServer:
-    """Tells those who ask whom we heard last."""
+    """Tells those who ask whom we heard last, of those that we have reached: hearsay is not handed on."""
 
     def __init__(self, directory: Directory) -> None:
         self._directory = directory
@@ -34,7 +34,7 @@ class PresenceServer:
         """Serve one stream."""
         if not self._allowance.take(1, trio.current_time()):
             return
-        heartbeats = [presence.envelope for presence in self._directory.presences() if presence.envelope is not None]
+        heartbeats = [presence.envelope for presence in self._directory.reached() if presence.envelope is not None]
         try:
             with trio.move_on_after(ANSWER_TIMEOUT_S):
                 for frame in encode_present(heartbeats):
@@ -43,8 +43,10 @@ class PresenceServer:
             _logger.debug("presence not told", peer=stream.peer, reason=str(error))
 
 
-async def ask_who_is_here(network: Network, peer: PeerId, hear: Callable[[bytes], None]) -> None:
+async def ask_who_is_here(network: Network, peer: PeerId, hear: Callable[[bytes], bool]) -> None:
     """Have a neighbour tell whom it heard last: `hear` takes each heartbeat, of which none is verified.
+
+    It returns whether to go on: no neighbour may tell of any number of peers.
 
     Raises NetworkError, also when the answer takes too long, and RemoteProtocolError, as `hear` may.
     """
@@ -54,7 +56,8 @@ async def ask_who_is_here(network: Network, peer: PeerId, hear: Callable[[bytes]
         try:
             while data := await stream.receive_some():
                 for envelope in reader.receive_data(data):
-                    hear(envelope)
+                    if not hear(envelope):
+                        return
                     await trio.lowlevel.checkpoint()
             reader.receive_data(b"")
         finally:

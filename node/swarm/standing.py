@@ -7,6 +7,7 @@ again only the latest are kept.
 import math
 from collections import OrderedDict
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from protocol.identity import PeerId
 
@@ -63,6 +64,13 @@ class Allowance:
         return TokenBucket(self.per_s, self.burst, now_s)
 
 
+class Ban(NamedTuple):
+    """For how much longer a peer is barred, and for what."""
+
+    left_s: float
+    reason: str
+
+
 class Standing:
     """What one peer may cost us now."""
 
@@ -74,6 +82,8 @@ class Standing:
         self.traffic = traffic.bucket(now_s)
         self.sessions = sessions.bucket(now_s)
         self.barred_until_s = now_s
+        self.offence = ""
+        """What it was barred for last."""
         self.retry_at_s = now_s
         self._offences = 0.0
         self._offended_at_s = now_s
@@ -83,8 +93,9 @@ class Standing:
         """Whether nothing of this peer is looked at now."""
         return now_s < self.barred_until_s
 
-    def penalise(self, now_s: float) -> float:
+    def penalise(self, now_s: float, offence: str = "") -> float:
         """Bar the peer for an offence; return for how many seconds."""
+        self.offence = offence
         self._offences = max(0.0, self._offences - (now_s - self._offended_at_s) / FORGIVEN_AFTER_S)
         self._offended_at_s = now_s
         first_s, longest_s = PENALTY_S
@@ -126,6 +137,14 @@ class Standings:
         else:
             self._standings.move_to_end(peer)
         return standing
+
+    def bans(self, now_s: float) -> dict[PeerId, Ban]:
+        """Return for how much longer, and for what, peers are barred now."""
+        return {
+            peer: Ban(standing.barred_until_s - now_s, standing.offence)
+            for peer, standing in self._standings.items()
+            if standing.barred(now_s)
+        }
 
     def barred(self, now_s: float) -> tuple[PeerId, ...]:
         """Return the peers that are barred now."""

@@ -1,11 +1,9 @@
 """Runs real daemons on loopback, as child processes."""
 
 import json
-import os
 import resource
 import signal
 import subprocess
-import sys
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, nullcontext
 from dataclasses import dataclass
@@ -15,6 +13,8 @@ from typing import Any
 
 import httpx
 import trio
+
+from node.util.child_process import child_environment, python
 
 MODEL = "smollm2-135m-instruct"
 START_TIMEOUT_S = 90
@@ -64,9 +64,9 @@ async def running_daemon(
     With `file_limit_bytes` no file that it writes may grow beyond that, as on a full disk, until `limit_files` lifts
     it; its log goes to `log` in the data directory then. `on_started` is told of the process before it is ready.
     """
-    command = [sys.executable, "-m", "node", "node", "--json", "--data-dir", str(data_dir)]
+    command = [*python("-m", "node", "node"), "--json", "--data-dir", str(data_dir)]
     command += ["--listen", "/ip4/127.0.0.1/tcp/0", "--api", "127.0.0.1:0", "--device", "cpu", *flags]
-    options: dict[str, Any] = {"env": {**os.environ, **(environment or {})}, "start_new_session": True}
+    options: dict[str, Any] = {"env": child_environment(environment), "start_new_session": True}
     if file_limit_bytes is not None:
         await trio.Path(data_dir).mkdir(mode=0o700, exist_ok=True)
         options["preexec_fn"] = partial(limit_files, 0, file_limit_bytes)

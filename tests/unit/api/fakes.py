@@ -94,6 +94,8 @@ class FakeSubmitter:
     """Raised after the words."""
     hang: bool = False
     """Never end after the words."""
+    pauses: dict[int, float] = field(default_factory=dict)
+    """Seconds before a word, by its number, and before the end."""
     requests: list[JobRequest] = field(default_factory=list)
     entered: trio.Event = field(default_factory=trio.Event)
     left: trio.Event = field(default_factory=trio.Event)
@@ -114,8 +116,9 @@ class FakeSubmitter:
     async def _events(self) -> AsyncGenerator[JobEvent, None]:
         yield JobStarted(job_id=JOB, model=MODEL, model_name="tiny", prompt_tokens=5, created_s=1_700_000_000)
         for index, word in enumerate(self.words):
-            await trio.lowlevel.checkpoint()
+            await trio.sleep(self.pauses.get(index, 0))
             yield TextDelta(text=word, token_ids=(index,))
+        await trio.sleep(self.pauses.get(len(self.words), 0))
         if self.hang:
             await trio.sleep_forever()
         if self.fail:
@@ -171,7 +174,18 @@ class FakeNode:
             "state": "draining" if self.draining else "serving",
             "uptime_s": 12.5,
             "connected_peers": 1,
+            "peers": {
+                "known": 3,
+                "reached": 1,
+                "banned": 1,
+                "sessions_opened": 9,
+                "sessions_refused": 2,
+                "sessions_failed": 1,
+                "sessions_held": 1,
+                "held_bytes": 2048,
+            },
             "bootstrap": [],
+            "serve": ["tiny:0-4"],
             "spans": [
                 {
                     "model": MODEL,
@@ -188,7 +202,14 @@ class FakeNode:
                     "compute_s": 0.75,
                 }
             ],
-            "jobs": {"running": 1, "done": 2, "failed": 3, "cancelled": 4},
+            "jobs": {
+                "running": 1,
+                "done": 2,
+                "failed": 3,
+                "cancelled": 4,
+                "rejected": 5,
+                "trials": {"running": 0, "done": 6, "failed": 7},
+            },
             "history": {
                 "count": 7,
                 "digest": "5a" * 32,
@@ -257,10 +278,29 @@ class FakeNode:
                 "addresses": ["/ip4/192.0.2.7/tcp/4001"],
                 "agent": "metaswarm/0.1.0",
                 "connected": True,
+                "reached": True,
                 "leaving": False,
                 "rtt_s": 0.0012,
                 "last_seen_s": 0.4,
                 "spans": [{"model": MODEL, "name": "tiny", "start": 4, "end": 8}],
+                "banned": {"left_s": 7.0, "reason": "a bad signature"},
+                "sessions": {
+                    "opened": 9,
+                    "refused": {"full": 2},
+                    "failed": {"engine": 1},
+                    "faults": 4,
+                    "held_sessions": 1,
+                    "held_positions": 64,
+                    "held_bytes": 2048,
+                },
+                "jobs": {
+                    "served": 3,
+                    "failed": 2,
+                    "lagged": 1,
+                    "trust": 0.5,
+                    "avoided_s": 30.0,
+                    "block_s": {MODEL: 0.001},
+                },
             }
         ]
 

@@ -70,3 +70,32 @@ def test_the_url_of_an_api_is_one_that_this_machine_can_use() -> None:
     assert url_of("0.0.0.0", 8642) == "http://127.0.0.1:8642"
     assert url_of("::", 8642) == "http://[::1]:8642"
     assert url_of("swarm.example.org", 80) == "http://swarm.example.org:80"
+
+
+async def test_clients_that_only_connect_leave_room_for_those_who_ask(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server, "MAX_CONNECTIONS", 8)
+    with trio.fail_after(20):
+        async with serve_node(FakeNode()) as url:
+            port = int(url.rpartition(":")[2])
+            held = [await trio.open_tcp_stream("127.0.0.1", port) for _ in range(40)]
+            async with httpx.AsyncClient(base_url=url) as client:
+                assert (await client.get("/health")).status_code == 200
+            for stream in held:
+                await stream.aclose()
+
+
+async def test_one_client_too_many_is_told_to_come_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server, "MAX_CONNECTIONS", 8)
+    with trio.fail_after(20):
+        async with serve_node(FakeNode()) as url:
+            held = [await send_request(url, "/v1/completions", b"{", length=1000) for _ in range(8)]
+            async with httpx.AsyncClient(base_url=url) as client:
+                while (answer := await client.get("/health")).status_code == 200:
+                    await trio.lowlevel.checkpoint()  # the server has not looked at all of them yet
+                assert answer.status_code == 503
+                assert answer.headers["retry-after"] == "1"
+                assert answer.json()["error"]["code"] == "too_many_connections"
+                for stream in held:
+                    await stream.aclose()
+                while (await client.get("/health")).status_code != 200:
+                    await trio.sleep(0.01)

@@ -66,3 +66,13 @@ def test_what_cannot_be_measured_is_one_line(serve: ServeNode, capsys: pytest.Ca
 def test_a_method_is_called_by_what_it_changes() -> None:
     assert short(method(engine="fused", prefix_cache="on").name) == "engine=fused|prefix_cache=on"
     assert short(BASELINE.name) == "baseline"
+
+
+def test_one_round_gives_a_speed_up_and_no_interval(serve: ServeNode, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["bench", "--api", serve(FakeNode()), "--method", "engine=fused", "--concurrency", "1", "--rounds"]
+    assert run([*command, "1"]) == 0
+    single = capsys.readouterr().out
+    assert "inf" not in single
+    assert " to " not in single
+    assert run([*command, "3"]) == 0
+    assert " to " in capsys.readouterr().out

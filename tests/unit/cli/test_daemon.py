@@ -1,4 +1,6 @@
 import json
+import shlex
+import socket
 from collections.abc import Callable
 from pathlib import Path
 
@@ -6,9 +8,13 @@ import pytest
 
 from node import app
 from node.cli import daemon, logs, run
-from node.cli.daemon import best_address
 from node.config import NodeConfig, NodeReady, ServeSpec, StartError
+from node.joining import best_address, conflicts, join_elsewhere, join_here
+from node.models.catalogue import DEMO_MODEL
+from node.models.importer import import_model
+from node.models.store import ModelStore
 from protocol.identity import BlockRange, peer_id_from_public_key
+from tests.unit.models.checkpoints import write_checkpoint
 
 PEER = peer_id_from_public_key(bytes(32))
 LOOPBACK = f"/ip4/127.0.0.1/tcp/4001/p2p/{PEER}"
@@ -58,21 +64,75 @@ def test_flags_make_the_configuration(fake_node: FakeNode, tmp_path: Path) -> No
     assert (config.memory_bytes, config.no_catalogue) == (1 << 30, True)
 
 
+def printed_commands(output: str) -> list[list[str]]:
+    return [shlex.split(line) for line in output.splitlines() if line.startswith("  ")]
+
+
+def option(command: list[str], name: str) -> str:
+    return command[command.index(name) + 1]
+
+
 def test_a_ready_node_tells_how_another_machine_joins(fake_node: FakeNode, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(["node", "--serve", "tiny:0-4"]) == 0
+    assert run(["node", "--serve", f"{DEMO_MODEL}:0-4"]) == 0
     output = capsys.readouterr().out
-    for fact in (PEER, LOOPBACK, ELSEWHERE, "http://127.0.0.1:8642", "tiny:0-4"):
+    for fact in (PEER, LOOPBACK, ELSEWHERE, "http://127.0.0.1:8642", f"{DEMO_MODEL}:0-4"):
         assert fact in output
-    assert output.endswith(f"to join on another machine:\n  metaswarm node --bootstrap {ELSEWHERE}\n")
+    end = f"to join from another machine:\n  metaswarm node --bootstrap {ELSEWHERE} --serve {DEMO_MODEL}\n"
+    assert output.endswith(end)
 
 
-def test_who_joins_a_private_swarm_needs_its_key(
+def test_the_line_for_the_same_machine_starts_a_second_node_as_it_is_printed(
     fake_node: FakeNode, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as first, socket.create_server(("127.0.0.1", 0)) as first_api:
+        port, api_port = first.getsockname()[1], first_api.getsockname()[1]
+        options = ["--listen", f"/ip4/127.0.0.1/tcp/{port}", "--api", f"127.0.0.1:{api_port}"]
+        data_dir = tmp_path / "my node"
+        data_dir.mkdir()
+        assert run(["node", "--data-dir", str(data_dir), *options, "--serve", DEMO_MODEL]) == 0
+        here, _ = printed_commands(capsys.readouterr().out)
+        assert here[1] == "node"
+        assert run(here[1:]) == 0, "it can be pasted"
+        second = fake_node.config
+        assert second is not None
+        assert second.bootstrap == (LOOPBACK,)
+        assert second.serve == (ServeSpec(DEMO_MODEL),)
+        assert second.data_dir == tmp_path / "my node-2"
+        assert not conflicts(second)
+        assert not {port, api_port} & {int(second.listen[0].split("/")[4]), second.api_port}
+
+
+def test_the_line_for_another_machine_names_models_as_others_know_them(tmp_path: Path) -> None:
+    store = ModelStore(tmp_path)
+    model = import_model(str(write_checkpoint(tmp_path / "mine")), store, name="mine").model_id
+    config = NodeConfig(data_dir=tmp_path, cache_dir=tmp_path, serve=(ServeSpec("mine"),), epoch_s=60.0)
+    ready = NodeReady(peer_id=PEER, multiaddrs=(LOOPBACK, ELSEWHERE), api_url="", pid=7)
+    elsewhere, here = join_elsewhere(config, ready), join_here(config, ready)
+    assert elsewhere is not None
+    assert option(elsewhere, "--serve") == model
+    assert option(here, "--serve") == "mine"
+    assert option(here, "--cache-dir") == str(tmp_path)
+    assert option(elsewhere, "--epoch") == option(here, "--epoch") == "60"
+
+
+@pytest.mark.parametrize("from_environment", [False, True])
+def test_who_joins_a_private_swarm_needs_its_key(
+    fake_node: FakeNode,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    from_environment: bool,
 ) -> None:
     key = tmp_path / "my swarm.key"
     assert run(["keygen", str(key)]) == 0
-    assert run(["node", "--swarm-key", str(key)]) == 0
-    assert capsys.readouterr().out.endswith(f"metaswarm node --bootstrap {ELSEWHERE} --swarm-key '{key}'\n")
+    if from_environment:
+        monkeypatch.setenv("METASWARM_SWARM_KEY", str(key))
+    assert run(["node", *([] if from_environment else ["--swarm-key", str(key)])]) == 0
+    output = capsys.readouterr().out
+    here, elsewhere = printed_commands(output)
+    assert option(here, "--swarm-key") == str(key)
+    assert option(elsewhere, "--swarm-key") == "my swarm.key"
+    assert f"from another machine that has a copy of {key}" in output
 
 
 def test_a_node_that_only_its_machine_can_reach_says_so(
@@ -80,8 +140,19 @@ def test_a_node_that_only_its_machine_can_reach_says_so(
 ) -> None:
     fake_node.multiaddrs = (LOOPBACK,)
     assert run(["node"]) == 0
-    assert "to join from this machine only" in capsys.readouterr().out
+    output = capsys.readouterr().out
+    assert len(printed_commands(output)) == 1
+    assert "other machines cannot reach this node: start it with --listen" in output
     assert best_address(()) is None
+
+
+def test_a_node_that_serves_nothing_says_what_is_missing(
+    fake_node: FakeNode, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(["node"]) == 0
+    output = capsys.readouterr().out
+    assert "serves   no blocks: start it with --serve MODEL to serve some" in output
+    assert all("--serve" in command for command in printed_commands(output))
 
 
 def test_json_is_one_line_the_content_of_node_json(fake_node: FakeNode, capsys: pytest.CaptureFixture[str]) -> None:

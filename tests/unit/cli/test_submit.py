@@ -12,7 +12,7 @@ import pytest
 
 from node.cli import ephemeral, run, submit
 from node.jobs.interface import ChatMessage, JobError, JobErrorCode, Quality
-from tests.unit.api.fakes import JOB, PEERS, FakeNode
+from tests.unit.api.fakes import JOB, MODEL, PEERS, FakeNode
 from tests.unit.cli.conftest import ServeNode
 
 DOCUMENT = {
@@ -98,6 +98,20 @@ def test_what_binds_nothing_is_not_taken(
 def test_a_negative_seed_is_a_seed(node: FakeNode, api: list[str]) -> None:
     assert run(["submit", "Hi", "--seed", "-1", *api]) == 0
     assert node.submitter.requests[0].seed == -1
+
+
+def test_token_ids_are_a_prompt_and_an_answer(
+    node: FakeNode, api: list[str], capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    for text in ("3 1 4", "[3, 1, 4]"):
+        assert run(["submit", "--token-ids", text, *api]) == 0
+        assert node.submitter.requests.pop().prompt_tokens == (3, 1, 4)
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": [2, 7]}\n')
+    assert run(["submit", "--file", str(tmp_path / "prompts.jsonl"), *api]) == 0
+    assert node.submitter.requests.pop().prompt_tokens == (2, 7)
+    for wrong in (["--token-ids", "3 x"], ["--token-ids", ""], ["--token-ids", "3", "--chat"]):
+        assert run(["submit", *wrong, *api]) == 2
+    assert not node.submitter.requests
 
 
 def test_a_dash_reads_the_prompt_from_stdin(node: FakeNode, api: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -189,6 +203,29 @@ class TestBootstrap:
         assert capsys.readouterr().out == "Hello, wörld\n"
         assert joined == [("peers.yaml",)]
 
+    @pytest.mark.parametrize(("model", "code"), [([], 1), (["--model", "abababab"], 0)])
+    def test_a_model_that_nobody_here_named_is_used_once_it_is_named(
+        self,
+        model: list[str],
+        code: int,
+        serve: ServeNode,
+        monkeypatch: pytest.MonkeyPatch,
+        capsys: pytest.CaptureFixture[str],
+    ) -> None:
+        @asynccontextmanager
+        async def ephemeral_peer(bootstrap: tuple[str, ...]) -> AsyncIterator[str]:
+            node = FakeNode()
+            foreign = node.models()[0] | {"complete": False, "local": False, "name": MODEL[:12]}
+            monkeypatch.setattr(node, "models", lambda: [foreign])
+            yield serve(node)
+
+        monkeypatch.setattr(ephemeral, "ephemeral_peer", ephemeral_peer)
+        monkeypatch.setattr(submit, "DISCOVERY_INTERVAL_S", 0)
+        monkeypatch.setattr(submit, "DISCOVERY_TIMEOUT_S", 60 if model else 0)
+        monkeypatch.setenv("METASWARM_API", "127.0.0.1:1")
+        assert run(["submit", "Hi", "--bootstrap", "peers.yaml", *model]) == code
+        assert (f"name the one you trust with --model: {MODEL[:12]}" in capsys.readouterr().err) is (code == 1)
+
     def test_where_one_runs_it_is_used(
         self, joined: list[tuple[str, ...]], api: list[str], monkeypatch: pytest.MonkeyPatch
     ) -> None:
@@ -239,16 +276,18 @@ class TestFile:
         assert done == DOCUMENT
         assert output.err == "metaswarm: 1 of 2 jobs failed; their lines say why\n"
 
-    def test_a_job_waits_while_the_peers_are_full(
+    @pytest.mark.parametrize("code", [JobErrorCode.FULL, JobErrorCode.MEASURING])
+    def test_a_job_waits_while_the_peers_are_full_or_its_method_is_measured(
         self,
         tmp_path: Path,
         node: FakeNode,
         api: list[str],
         capsys: pytest.CaptureFixture[str],
         monkeypatch: pytest.MonkeyPatch,
+        code: JobErrorCode,
     ) -> None:
         monkeypatch.setattr("node.cli.submit.FULL_SPREAD", (0.0, 0.0))
-        node.submitter.refuse = JobError(JobErrorCode.FULL, "no room now", retry_after_s=2)
+        node.submitter.refuse = JobError(code, "not now", retry_after_s=2)
         node.submitter.refusals = 2
         assert run(["submit", *self.write(tmp_path, '{"prompt": "a"}'), *api]) == 0
         assert self.documents(capsys) == [DOCUMENT]

@@ -9,7 +9,7 @@ from node.api.interface import ModelStatus
 from node.cli import run
 from node.cli.client import find_api
 from node.cli.output import out
-from node.cli.swarm import coverage_bar, render_models
+from node.cli.swarm import _describe_trouble, coverage_bar, render_models, render_status
 from node.config import NodeReady, default_data_dir
 from protocol.identity import peer_id_from_public_key
 from tests.unit.api.fakes import MODEL, PEERS, FakeNode
@@ -30,8 +30,13 @@ def test_status_tells_what_a_node_is_and_does(api: list[str], capsys: pytest.Cap
         "0-4",
         "64/4096",
         "1.0 MiB",
-        "4.0 KiB from",
+        "4.0 KiB of model files from",
         "2 done",
+        "3 failed",
+        "5 rejected as the client's mistake",
+        "trials: 0 running, 6 done, 7 failed",
+        "1 reached of 3 heard of, 1 banned",
+        "9 opened, 2 refused, 1 failed, 1 held with 2.0 KiB",
         "4242",
         "7 observations",
         "5a5a5a5a5a5a,",
@@ -46,6 +51,32 @@ def test_peers_tells_who_is_there_and_what_they_hold(api: list[str], capsys: pyt
     output = capsys.readouterr().out
     for fact in (PEERS[1], "192.0.2.7:4001", "connected", "1.2 ms", "tiny:4-8"):
         assert fact in output
+
+
+def test_peers_tells_what_was_refused_failed_and_is_held() -> None:
+    (peer,) = FakeNode().peers()
+    said = _describe_trouble(peer)
+    for fact in (
+        "banned for 7.00 s: a bad signature",
+        "2 sessions refused: full",
+        "1 sessions failed: engine",
+        "4 faults",
+        "holds 64 positions and 2.0 KiB in 1 sessions",
+        "2 jobs failed",
+        "1 jobs lagged",
+        "avoided for 30 s",
+    ):
+        assert fact in said
+
+
+@pytest.mark.parametrize(("serve", "words"), [([], "start it with --serve MODEL"), (["tiny"], "no blocks yet of tiny")])
+def test_status_of_a_node_that_serves_nothing_says_why(
+    serve: list[str], words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    status = FakeNode().status_document()
+    status["spans"], status["serve"] = [], serve
+    out().print(render_status(status))
+    assert words in " ".join(capsys.readouterr().out.split())
 
 
 def test_models_tells_block_by_block_what_is_served(api: list[str], capsys: pytest.CaptureFixture[str]) -> None:

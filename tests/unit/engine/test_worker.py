@@ -15,6 +15,7 @@ import pytest
 import trio
 import trio.testing
 
+from node.engine import client
 from node.engine.client import SpareWorker, WorkerEngine, start_worker
 from node.engine.interface import (
     REFERENCE,
@@ -25,14 +26,17 @@ from node.engine.interface import (
     Prefix,
     SessionOptions,
     SliceInput,
+    StepFailed,
     Variant,
     VariantNotReady,
 )
 from node.engine.shard import Shard
 from node.engine.source import EngineOptions
+from node.util.child_process import python
 from protocol.identity import BlockRange
 from protocol.messages import Sampling
 from protocol.tensors import tensor_from_tokens, tokens_from_tensor
+from tests.support import hostile_directory
 from tests.unit.engine.driving import DEVICE, GREEDY, InProcess, decode, session, spans, start, step
 from tests.unit.engine.tiny_models import BLOCKS, COUNT, PROMPT, TinyModel
 
@@ -166,18 +170,25 @@ async def test_opening_and_closing_do_not_wait_for_a_computation(make_tiny_model
         assert await decode([engine], PROMPT, COUNT) == tiny.tokens
 
 
-async def test_a_failed_step_is_the_fault_of_its_sessions_only(make_tiny_model: MakeTinyModel) -> None:
+async def test_slice_that_fails_costs_its_own_session_only(make_tiny_model: MakeTinyModel) -> None:
     tiny = make_tiny_model("llama")
     async with start_worker(tiny.source(WHOLE), WHOLE, OPTIONS) as engine:
         for number in (1, 2, 3):
             await start(engine, session(number), 30)
-        with pytest.raises(EngineError, match="not below 97"):
-            await engine.step([rows(1, 0, PROMPT), rows(2, 0, [97])])
-        assert engine.statistics().reserved_positions == 32
-        with pytest.raises(EngineError, match="not open"):
-            await engine.step([rows(1, 0, PROMPT)])
-        await start(engine, session(1), 30)
-        result = await engine.step([rows(1, 0, PROMPT), rows(3, 0, PROMPT)])
+        result = await engine.step([rows(1, 0, PROMPT), rows(2, 0, [97]), rows(4, 0, PROMPT)])
+        assert [tokens_from_tensor(output.tensor) for output in result.outputs] == [tiny.tokens[:1]]
+        faults = {fault.session: fault for fault in result.faults}
+        assert faults.keys() == {session(2), session(4)}
+        assert faults[session(2)].by_rows
+        assert "not open" in faults[session(4)].message
+        assert engine.statistics().reserved_positions == 64
+        with pytest.raises(StepFailed, match="not open"):
+            await engine.step([rows(2, 0, PROMPT)])
+        with pytest.raises(StepFailed, match="not below 97") as failed:
+            await engine.step([rows(3, 0, [97])])
+        assert failed.value.faults[0].by_rows
+        await start(engine, session(2), 30)
+        result = await engine.step([rows(1, 0, PROMPT), rows(2, 0, PROMPT)])
         assert [tokens_from_tensor(output.tensor) for output in result.outputs] == [tiny.tokens[:1]] * 2
 
 
@@ -214,6 +225,26 @@ async def test_a_span_that_cannot_be_loaded_is_said_in_one_line(make_tiny_model:
         async with start_worker(source, WHOLE, OPTIONS):
             pass
     assert not isinstance(caught.value, EngineCrashed)
+
+
+async def test_a_worker_imports_nothing_from_the_current_directory(
+    make_tiny_model: MakeTinyModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiny = make_tiny_model("llama")
+    mark = hostile_directory.fill(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    async with start_worker(tiny.source(WHOLE), WHOLE, OPTIONS) as engine:
+        assert await decode([engine], PROMPT, COUNT) == tiny.tokens
+    assert not mark.exists()
+
+
+async def test_what_a_worker_died_of_is_told_in_its_own_words(
+    make_tiny_model: MakeTinyModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(client, "python", lambda *_: python("-c", "raise ImportError('no torch here')"))
+    with pytest.raises(EngineCrashed, match=r"^the worker of blocks 0-4 exited with 1: ImportError: no torch here$"):
+        async with start_worker(make_tiny_model("llama").source(WHOLE), WHOLE, OPTIONS):
+            pass
 
 
 async def test_a_start_that_hangs_has_an_end(make_tiny_model: MakeTinyModel) -> None:

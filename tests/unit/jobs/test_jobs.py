@@ -7,13 +7,16 @@ import trio
 from trio.testing import MockClock
 
 from node.engine.fake import expected_tokens, fake_span_info
-from node.jobs.interface import JobError, JobErrorCode, JobRequest, JobResult, JobStarted, TextDelta
+from node.jobs.interface import ChatMessage, JobError, JobErrorCode, JobRequest, JobResult, JobStarted, TextDelta
 from node.jobs.link import SessionRefused
 from node.jobs.span import IDLE_LIMIT_S
+from node.models.errors import ModelError
+from node.models.tokenizer_process import no_tokenizer
+from node.models.vocabulary import TokenKind, Vocabulary
 from node.swarm.membership import HEARTBEAT_INTERVAL_S
 from protocol.identity import BlockRange, SessionId
 from protocol.messages import FinishReason, Sampling
-from tests.unit.jobs.peers import BLOCKS, Peer, Swarm, a_step, an_opening, open_swarm
+from tests.unit.jobs.peers import BLOCKS, VOCABULARY, OneModel, Peer, Swarm, a_step, an_opening, open_swarm
 
 PROMPT = "3 1 4 1 5 9 2 6"
 TOKENS = [3, 1, 4, 1, 5, 9, 2, 6]
@@ -132,6 +135,23 @@ async def test_a_stop_token_and_a_stop_string_end_a_job(autojump_clock: MockCloc
         await all_free(swarm)
 
 
+async def test_a_tokenizer_that_fails_in_the_middle_of_a_job_ends_it_in_one_line(
+    autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def fail(*sequences: object) -> list[str]:
+        await trio.lowlevel.checkpoint()
+        raise ModelError("the model's tokenizer took longer than 2 s")
+
+    async with open_swarm() as swarm:
+        peer = await swarm_of_thirds(swarm)
+        monkeypatch.setattr(peer.tokenizer, "vocabulary", Vocabulary.build(bytes([TokenKind.TEXT]) * VOCABULARY, None))
+        monkeypatch.setattr(peer.tokenizer, "decode", fail)
+        with pytest.raises(JobError, match=r"^the model's tokenizer took longer than 2 s$") as caught:
+            await peer.run(JobRequest(model="fake", prompt=PROMPT, max_tokens=5))
+        assert caught.value.code is JobErrorCode.FAILED
+        await all_free(swarm)
+
+
 async def test_who_goes_away_leaves_nothing_behind(autojump_clock: MockClock) -> None:
     async with open_swarm() as swarm:
         peer = await swarm_of_thirds(swarm)
@@ -230,6 +250,35 @@ async def test_a_measurement_makes_way_for_the_jobs_of_others(autojump_clock: Mo
             await peer.run(measurement)  # of one peer several at a time are one measurement
             await other.run(replace(measurement, background=False))  # nobody waits for it
         await all_free(swarm)
+
+
+async def test_failures_mistakes_of_clients_and_trials_are_counted_apart(autojump_clock: MockClock) -> None:
+    async with open_swarm() as swarm:
+        peer = await swarm_of_thirds(swarm)
+        counts = peer.coordinator.statistics()
+        await peer.run(JobRequest(model="fake", prompt=PROMPT, max_tokens=2))
+        for mistake in (
+            JobRequest(model="fake", prompt=""),
+            JobRequest(model="fake", prompt=PROMPT, max_tokens=0),
+            JobRequest(model="fake", prompt=PROMPT, method="engine=steam"),
+        ):
+            with pytest.raises(JobError):
+                await peer.run(mistake)
+        await peer.run(JobRequest(model="fake", prompt=PROMPT, max_tokens=2, background=True))
+        async with peer.coordinator.submit(
+            JobRequest(model="fake", prompt=PROMPT, max_tokens=2), lambda _: None
+        ) as run:
+            assert (counts.running, counts.trials_running) == (1, 1)
+            async for _ in run:
+                pass
+        for lost in swarm.peers[1:]:
+            swarm.hub.kill(lost.id)
+        with pytest.raises(JobError):
+            await peer.run(JobRequest(model="fake", prompt=PROMPT))
+        with pytest.raises(JobError):
+            await peer.run(JobRequest(model="fake", prompt=PROMPT, background=True))
+        assert (counts.done, counts.rejected, counts.failed, counts.cancelled) == (1, 3, 1, 0)
+        assert (counts.running, counts.trials_running, counts.trials_done, counts.trials_failed) == (0, 0, 2, 1)
 
 
 async def test_a_draining_peer_finishes_what_it_has_and_takes_nothing_new(autojump_clock: MockClock) -> None:
@@ -357,3 +406,22 @@ async def test_a_request_that_makes_no_sense_is_told_why(
             await peer.run(JobRequest(**{"model": "fake", "prompt": PROMPT, **changes}))  # type: ignore[arg-type]
         assert caught.value.code is code
         assert "\n" not in caught.value.message
+
+
+async def test_a_model_without_tokenizer_takes_and_gives_token_ids(autojump_clock: MockClock) -> None:
+    async with open_swarm() as swarm:
+        peer = await swarm_of_thirds(swarm)
+        library = peer.coordinator._models
+        assert isinstance(library, OneModel)
+        library.known = replace(library.known, tokenizer=no_tokenizer((VOCABULARY - 1,)))
+        result = await peer.run(JobRequest(model="fake", prompt_tokens=tuple(TOKENS), max_tokens=5))
+        assert (result.token_ids, result.text) == (right_tokens(5), "")
+        for request in (
+            JobRequest(model="fake", prompt=PROMPT),
+            JobRequest(model="fake", messages=(ChatMessage(role="user", content=PROMPT),)),
+            JobRequest(model="fake", prompt_tokens=tuple(TOKENS), stop=("3",)),
+        ):
+            with pytest.raises(JobError, match="the model has no tokenizer") as error:
+                await peer.run(request)
+            assert error.value.code is JobErrorCode.INVALID
+        await all_free(swarm)

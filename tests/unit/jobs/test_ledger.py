@@ -12,7 +12,7 @@ import pytest
 import trio
 
 from node.jobs.choosing import Asked, admitted_methods
-from node.jobs.interface import JobError, JobRequest, Quality
+from node.jobs.interface import JobError, JobErrorCode, JobRequest, Quality
 from node.jobs.ledger import LINEAGES, QualityLedger
 from node.models.library import KnownModel
 from node.models.manifest import Manifest
@@ -87,6 +87,7 @@ async def test_a_bound_admits_what_was_measured_to_keep_to_it(tmp_path: Path) ->
         with pytest.raises(JobError, match="is being measured; try again") as caught:
             admitted_methods(request(Quality.NEAR, INT8.name), known_model(), ledger)
         assert caught.value.retry_after_s
+        assert caught.value.code is JobErrorCode.MEASURING, "the peers have room"
         assert all(each.exact for each in admitted_methods(request(Quality.ANY), known_model(), ledger))
         await until_known(ledger)
     admitted = {

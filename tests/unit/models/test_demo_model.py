@@ -13,8 +13,9 @@ import pytest
 from node.models.catalogue import CATALOGUE, DEMO_MODEL
 from node.models.importer import import_model
 from node.models.store import ModelStore, Package
-from node.models.tokenizer import StreamDecoder, Tokenizer, load_tokenizer
+from node.models.tokenizer import Tokenizer, load_tokenizer
 from protocol.identity import BlockRange
+from tests.unit.models.test_streaming import streamed
 
 GOLDEN: Any = json.loads((Path(__file__).parent / "smollm2_tokens.json").read_text())
 """What transformers' tokenizer, loaded from the GGUF file itself, says to texts and conversations of many kinds."""
@@ -49,8 +50,7 @@ def test_the_catalogue_import_gives_the_pinned_and_complete_model(package: Packa
 def test_texts_become_the_tokens_that_transformers_makes_of_them(tokenizer: Tokenizer, case: Any) -> None:
     assert tokenizer.encode(case["text"]) == case["ids"]
     assert tokenizer.decode(case["ids"]) == case["decoded"]
-    decoder = StreamDecoder(tokenizer)
-    assert "".join([*map(decoder.feed, case["ids"]), decoder.finish()]) == case["decoded"]
+    assert "".join(streamed(tokenizer, case["ids"])) == case["decoded"]
 
 
 @pytest.mark.parametrize("case", GOLDEN["chats"], ids=range(len(GOLDEN["chats"])))

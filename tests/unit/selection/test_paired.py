@@ -15,4 +15,5 @@ def test_a_speedup_is_told_with_its_interval() -> None:
 
 def test_one_pair_proves_nothing() -> None:
     assert not speedup_of([-3.0]).excludes_tie
+    assert not speedup_of([-3.0]).is_bounded
     assert not speedup_of([0.1, -0.2, 0.05]).excludes_tie

@@ -7,6 +7,7 @@ from node.swarm.standing import (
     MAX_PEERS,
     PENALTY_S,
     Allowance,
+    Ban,
     Standing,
     Standings,
     TokenBucket,
@@ -90,3 +91,11 @@ def test_barred_peers_are_listed_while_they_are_barred() -> None:
     standings.of(PeerId("honest"), 0)
     assert standings.barred(1) == (PeerId("liar"),)
     assert standings.barred(standing.PENALTY_S[0]) == ()
+
+
+def test_who_is_barred_and_for_what_can_be_told() -> None:
+    standings = Standings(*[Allowance(1, 1)] * 4)
+    seconds = standings.of(PeerId("liar"), 0).penalise(0, "a wrong signature")
+    standings.of(PeerId("honest"), 0)
+    assert standings.bans(1) == {PeerId("liar"): Ban(seconds - 1, "a wrong signature")}
+    assert standings.bans(seconds) == {}

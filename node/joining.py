@@ -1,0 +1,126 @@
+"""How another node joins: the commands that are printed, and what a second node on this machine must not share."""
+
+import errno
+import os
+import shutil
+import socket
+import sys
+from pathlib import Path
+from typing import Final
+
+from node.config import NodeConfig, NodeReady, default_cache_dir, is_loopback, is_unspecified
+from node.models.catalogue import CATALOGUE, DEMO_MODEL
+from node.models.errors import ModelError
+from node.models.store import ModelStore
+from selector.consensus.clock import EPOCH_S
+
+PORTS_TRIED: Final = 200
+
+
+def best_address(multiaddrs: tuple[str, ...]) -> str | None:
+    """Return the multiaddr by which another machine most likely reaches a node; None if there is none."""
+    return min(multiaddrs, key=is_loopback_address, default=None)
+
+
+def is_loopback_address(multiaddr: str) -> bool:
+    """Return whether a multiaddr names a host that only its own machine can dial."""
+    parts = multiaddr.split("/")
+    return len(parts) > 2 and is_loopback(parts[2])
+
+
+def join_here(config: NodeConfig, ready: NodeReady) -> list[str]:
+    """Return the command with which another node of this machine joins, with a data directory and free ports."""
+    address = max(ready.multiaddrs, key=is_loopback_address)
+    command = [_program(), "node", "--bootstrap", address]
+    for model in config.serve or (DEMO_MODEL,):
+        command += ["--serve", str(getattr(model, "model", model))]
+    command += second_node(config)
+    if config.cache_dir != default_cache_dir():
+        command += ["--cache-dir", str(config.cache_dir)]
+    if config.swarm_key_file is not None:
+        command += ["--swarm-key", str(config.swarm_key_file)]
+    return command + _shared(config)
+
+
+def join_elsewhere(config: NodeConfig, ready: NodeReady) -> list[str] | None:
+    """Return the command with which a node of another machine joins; None where none can reach this one."""
+    address = best_address(ready.multiaddrs)
+    if address is None or is_loopback_address(address):
+        return None
+    command = ["metaswarm", "node", "--bootstrap", address]
+    for name in dict.fromkeys(spec.model for spec in config.serve) or (DEMO_MODEL,):
+        command += ["--serve", _name_for_others(name, config.cache_dir)]
+    if config.swarm_key_file is not None:
+        command += ["--swarm-key", config.swarm_key_file.name]
+    return command + _shared(config)
+
+
+def second_node(config: NodeConfig) -> list[str]:
+    """Return the options that a second node on this machine needs: a data directory and ports that are free."""
+    _, family, host, _, port = config.listen[0].split("/")
+    taken = {int(address.split("/")[4]) for address in config.listen} | {config.api_port}
+    listen = _free_port(host, int(port) or 4000, taken)
+    api = _free_port(config.api_host, config.api_port or 8642, {*taken, listen})
+    api_host = f"[{config.api_host}]" if ":" in config.api_host else config.api_host
+    return [
+        *("--listen", f"/{family}/{host}/tcp/{listen}"),
+        *("--api", f"{api_host}:{api}"),
+        *("--data-dir", str(_free_data_dir(config.data_dir))),
+    ]
+
+
+def conflicts(config: NodeConfig) -> list[str]:
+    """Return which ports that the node is to listen on are taken, a line each."""
+    wanted = [(parts[2], int(parts[4]), "--listen") for parts in (address.split("/") for address in config.listen)]
+    wanted.append((config.api_host, config.api_port, "--api"))
+    return [f"port {port} on {host} is taken ({flag})" for host, port, flag in wanted if port and _is_taken(host, port)]
+
+
+def _shared(config: NodeConfig) -> list[str]:
+    """Return the options that have to be the same at every peer."""
+    return [] if config.epoch_s == EPOCH_S else ["--epoch", f"{config.epoch_s:.0f}"]
+
+
+def _program() -> str:
+    """Return what starts this program from any folder: its name where the shell finds it, else its path."""
+    program = Path(sys.argv[0]).absolute()
+    found = shutil.which("metaswarm")
+    if found is None and program.name == "metaswarm" and os.access(program, os.X_OK):
+        return str(program)
+    return "metaswarm" if found is None or program.name != "metaswarm" or _is_same(found, program) else str(program)
+
+
+def _is_same(found: str, program: Path) -> bool:
+    return Path(found).resolve() == program.resolve()
+
+
+def _name_for_others(name: str, cache_dir: Path) -> str:
+    """Return a model's name where everybody knows it by that, else its id: local names mean nothing elsewhere."""
+    if name in CATALOGUE:
+        return name
+    try:
+        return ModelStore(cache_dir).resolve(name)
+    except ModelError:
+        return name
+
+
+def _free_data_dir(data_dir: Path) -> Path:
+    numbered = (data_dir.with_name(f"{data_dir.name}-{number}") for number in range(2, 10_000))
+    return next(path for path in numbered if not path.exists())
+
+
+def _free_port(host: str, after: int, taken: set[int]) -> int:
+    """Return a port above another that nobody listens on now; 0, which takes any, where none is found soon."""
+    above = (port for port in range(after + 1, min(after + PORTS_TRIED, 65536)) if port not in taken)
+    return next((port for port in above if not _is_taken(host, port)), 0)
+
+
+def _is_taken(host: str, port: int) -> bool:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    if is_unspecified(host):
+        host = ""
+    try:
+        socket.create_server((host, port), family=family).close()
+    except OSError as error:
+        return error.errno == errno.EADDRINUSE
+    return False

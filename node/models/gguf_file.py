@@ -1,0 +1,246 @@
+"""The GGUF format's header: metadata, and where each tensor lies. Reads no tensor data and trusts no number in it.
+
+A model may be split over several files (NAME-00001-of-00003.gguf). `read_gguf` takes any one of them, finds the others
+beside it and returns all as one, or says which part is missing or does not belong.
+"""
+
+import math
+import re
+import struct
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, BinaryIO, Final
+
+from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
+
+Value = bool | int | float | str | list[Any]
+"""A metadata value; lists hold such values again."""
+
+_MAGIC: Final = b"GGUF"
+_OLD_MAGICS: Final = frozenset({b"lmgg", b"tjgg", b"fmgg", b"algg"})
+_VERSIONS: Final = (2, 3)
+_ALIGNMENT: Final = 32
+_MAX_DIMENSIONS: Final = 4
+_MAX_NESTING: Final = 2
+_SCALARS: Final = {
+    0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<?", 10: "<Q", 11: "<q", 12: "<d",
+}  # fmt: skip
+_STRING, _ARRAY = 8, 9
+_PART_NAME = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})(?P<suffix>\.gguf)", re.IGNORECASE)
+_MAX_PARTS: Final = 1000
+
+
+class GgufError(ValueError):
+    """The file cannot be read as a GGUF model. The message is one line, fit for a user."""
+
+
+@dataclass(frozen=True, slots=True)
+class GgufTensor:
+    """A tensor's place in its file. `shape` has the slowest dimension first, as in torch."""
+
+    name: str
+    shape: tuple[int, ...]
+    type: GGMLQuantizationType
+    path: Path
+    offset: int
+    size_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class GgufModel:
+    """A model's metadata, its tensors by name, and the files that they are in, in order."""
+
+    metadata: Mapping[str, Value]
+    tensors: Mapping[str, GgufTensor]
+    paths: tuple[Path, ...]
+
+    @property
+    def architecture(self) -> str:
+        """The architecture's name in llama.cpp."""
+        return str(self.metadata["general.architecture"])
+
+
+def read_gguf(path: Path) -> GgufModel:
+    """Return the model that a file, and the other parts of its split, describe. Raises GgufError and OSError."""
+    metadata, tensors = _read_header(path)
+    count = _integer(metadata, "split.count", path)
+    paths: tuple[Path, ...] = (path,)
+    if count > 1:
+        paths = _parts_beside(path, _integer(metadata, "split.no", path) + 1, count)
+        metadata, tensors = _join(paths)
+    if not isinstance(metadata.get("general.architecture"), str):
+        raise GgufError(f"{paths[0].name} does not name its architecture (general.architecture): not a model")
+    return GgufModel(metadata, tensors, paths)
+
+
+def _parts_beside(path: Path, number: int, count: int) -> tuple[Path, ...]:
+    """Return the paths of all parts of the split that a file is one part of."""
+    this = f"{path.name} is part {number} of {count} (split.count = {count})"
+    name = _PART_NAME.fullmatch(path.name)
+    if count > _MAX_PARTS:
+        raise GgufError(f"{this}: more than {_MAX_PARTS} parts are not supported")
+    if name is None or (int(name["number"]), int(name["count"])) != (number, count):
+        wanted = f"NAME-{number:05d}-of-{count:05d}.gguf"
+        raise GgufError(f"{this} but not named {wanted}, by which its other parts would be found: rename it")
+    paths = [
+        path.with_name(f"{name['stem']}-{part:05d}-of-{count:05d}{name['suffix']}") for part in range(1, count + 1)
+    ]
+    missing = [part.name for part in paths if not part.is_file()]
+    if missing:
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise GgufError(f"{this}, and {missing[0]}{more} is not beside it: put all parts into one folder")
+    return tuple(paths)
+
+
+def _join(paths: tuple[Path, ...]) -> tuple[dict[str, Value], dict[str, GgufTensor]]:
+    """Return the metadata of the first part and the tensors of all; raise GgufError if they are not of one split."""
+    metadata: dict[str, Value] = {}
+    tensors: dict[str, GgufTensor] = {}
+    for number, path in enumerate(paths):
+        of_part, more = _read_header(path)
+        metadata = metadata or of_part
+        for key, wanted in (
+            ("split.no", number),
+            ("split.count", len(paths)),
+            ("split.tensors.count", metadata.get("split.tensors.count")),
+            ("general.architecture", of_part.get("general.architecture") and metadata.get("general.architecture")),
+        ):
+            if of_part.get(key) != wanted:
+                raise GgufError(
+                    f"{path.name} is not a part of the same split as {paths[0].name}: its {key} is "
+                    f"{of_part.get(key)}, not {wanted}"
+                )
+        for name in more.keys() & tensors.keys():
+            raise GgufError(f"tensor {name!r} is in {tensors[name].path.name} and in {path.name}")
+        tensors |= more
+    total = metadata.get("split.tensors.count")
+    if total is not None and total != len(tensors):
+        raise GgufError(f"the parts of {paths[0].name} have {len(tensors)} tensors, not {total} (split.tensors.count)")
+    return metadata, tensors
+
+
+def _integer(metadata: Mapping[str, Value], key: str, path: Path) -> int:
+    value = metadata.get(key, 0)
+    if type(value) is not int or value < 0:
+        raise GgufError(f"{path.name} is damaged: its {key} is {str(value)[:40]}")
+    return value
+
+
+def _read_header(path: Path) -> tuple[dict[str, Value], dict[str, GgufTensor]]:
+    with path.open("rb") as file:
+        size = path.stat().st_size
+        _check_magic(path, file.read(8), size)
+        reader = _Reader(file, path.name, size)
+        tensor_count, key_count = reader.number("<Q"), reader.number("<Q")
+        metadata: dict[str, Value] = {}
+        for _ in range(reader.plausible(key_count, 12)):
+            key = reader.string()
+            if key in metadata:
+                raise GgufError(f"{path.name} is damaged: it has the key {key[:80]!r} twice")
+            metadata[key] = reader.value(reader.number("<I"))
+        infos = [reader.tensor_info() for _ in range(reader.plausible(tensor_count, 24))]
+        position = file.tell()
+    alignment = _integer(metadata, "general.alignment", path) or _ALIGNMENT
+    start = position + -position % alignment
+    return metadata, _place(path, infos, start, alignment, size)
+
+
+def _check_magic(path: Path, beginning: bytes, size: int) -> None:
+    magic, version = beginning[:4], int.from_bytes(beginning[4:8], "little")
+    if magic in _OLD_MAGICS:
+        raise GgufError(f"{path.name} is in a format older than GGUF ({magic[::-1].decode()}): convert the model again")
+    if magic != _MAGIC:
+        raise GgufError(f"{path.name} is not a GGUF file: it starts with {magic!r}")
+    if len(beginning) < 8:
+        raise GgufError(f"{path.name} is cut short: it has only {size} bytes")
+    if version in _VERSIONS:
+        return
+    if version & 0xFFFF == 0 and version:
+        raise GgufError(
+            f"{path.name} is a big-endian GGUF file, which is not supported: convert it with gguf-convert-endian"
+        )
+    age = "too old" if version < min(_VERSIONS) else "unknown here"
+    raise GgufError(f"{path.name} is GGUF version {version}, which is {age}: versions 2 and 3 are supported")
+
+
+def _place(
+    path: Path, infos: Iterable[tuple[str, tuple[int, ...], int, int]], start: int, alignment: int, file_size: int
+) -> dict[str, GgufTensor]:
+    """Check where each tensor lies, against its shape, its neighbours and the file."""
+    tensors: dict[str, GgufTensor] = {}
+    for name, shape, type_number, offset in infos:
+        shown = f"tensor {name[:80]!r} of {path.name}"
+        if name in tensors:
+            raise GgufError(f"{path.name} has the tensor {name[:80]!r} twice")
+        try:
+            kind = GGMLQuantizationType(type_number)
+            block, block_bytes = GGML_QUANT_SIZES[kind]
+        except (ValueError, KeyError):
+            raise GgufError(f"{shown} is of type {type_number}, which is unknown here") from None
+        if not shape or 0 in shape or shape[-1] % block or offset % alignment:
+            raise GgufError(f"{shown} is damaged: shape {list(shape)} in {kind.name} at offset {offset}")
+        size = math.prod(shape) // block * block_bytes
+        tensors[name] = GgufTensor(name, shape, kind, path, start + offset, size)
+    end = max((tensor.offset + tensor.size_bytes for tensor in tensors.values()), default=0)
+    if end > file_size:
+        raise GgufError(f"{path.name} is cut short: it has {file_size} bytes, and its header describes {end}")
+    in_order = sorted(tensors.values(), key=lambda tensor: tensor.offset)
+    for one, other in pairwise(in_order):
+        if one.offset + one.size_bytes > other.offset:
+            raise GgufError(f"{path.name} is damaged: tensors {one.name[:80]!r} and {other.name[:80]!r} overlap")
+    return tensors
+
+
+class _Reader:
+    """Reads the values of a header, never more than the file has."""
+
+    def __init__(self, file: BinaryIO, name: str, size: int) -> None:
+        self._file = file
+        self._name = name
+        self._size = size
+
+    def number(self, layout: str) -> int:
+        value = struct.unpack(layout, self._take(struct.calcsize(layout)))[0]
+        assert isinstance(value, int)
+        return value
+
+    def plausible(self, count: int, least_bytes: int) -> int:
+        """Return a count of things that each take at least so many bytes, if the file can have as many."""
+        if count * least_bytes > self._size - self._file.tell():
+            raise self._cut_short()
+        return count
+
+    def string(self) -> str:
+        return self._take(self.number("<Q")).decode("utf-8", errors="replace")
+
+    def value(self, kind: int, depth: int = 0) -> Value:
+        if kind == _STRING:
+            return self.string()
+        if kind == _ARRAY and depth < _MAX_NESTING:
+            element, count = self.number("<I"), self.number("<Q")
+            if element in _SCALARS:
+                layout = _SCALARS[element]
+                data = self._take(self.plausible(count, struct.calcsize(layout)) * struct.calcsize(layout))
+                return [item for (item,) in struct.iter_unpack(layout, data)]
+            return [self.value(element, depth + 1) for _ in range(self.plausible(count, 8))]
+        if kind in _SCALARS:
+            value: bool | int | float = struct.unpack(_SCALARS[kind], self._take(struct.calcsize(_SCALARS[kind])))[0]
+            return value
+        raise GgufError(f"{self._name} is damaged: its metadata have a value of type {kind}")
+
+    def tensor_info(self) -> tuple[str, tuple[int, ...], int, int]:
+        name, dimensions = self.string(), self.number("<I")
+        if dimensions > _MAX_DIMENSIONS:
+            raise GgufError(f"{self._name} is damaged: tensor {name[:80]!r} has {dimensions} dimensions")
+        shape = tuple(self.number("<Q") for _ in range(dimensions))[::-1]
+        return name, shape, self.number("<I"), self.number("<Q")
+
+    def _take(self, count: int) -> bytes:
+        if count > self._size - self._file.tell():
+            raise self._cut_short()
+        return self._file.read(count)
+
+    def _cut_short(self) -> GgufError:
+        return GgufError(f"{self._name} is cut short or damaged: its header goes on beyond its {self._size} bytes")

@@ -1,0 +1,149 @@
+"""The process that interprets a model's tokenizer and chat template: `python -m node.models.tokenizer_worker`.
+
+Started by `tokenizer_process`, asked over its stdin, answers over its stdout: maps of msgpack, each after its length.
+The files are a stranger's, so the kernel bounds what they may cost: every request has a limit of processor time and
+one of time, at which the process is killed by a signal that says which; its address space is bounded; it can write no
+file. It keeps nothing that would be missed, and may be killed at any moment.
+"""
+
+import os
+import resource
+import signal
+import sys
+from array import array
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any, Final, NoReturn
+
+import msgpack
+
+from node.models.errors import ChatTemplateError, ModelError
+from node.models.tokenizer import Tokenizer, TokenizerPanic, read_tokenizer
+from node.models.tokenizer_wire import OUT_OF_CPU, OUT_OF_TIME, PREFIX
+
+MAX_DECODED_CHARACTERS: Final = 1 << 20
+"""Of one answer to `decode`: a decoder may make long texts of short tokens."""
+
+_MAX_OPEN_FILES = 64
+
+
+def main() -> None:
+    """Answer requests until nobody is there to ask."""
+    requests, answers = os.dup(0), os.dup(1)
+    os.dup2(2, 1)  # what a library prints is not an answer
+    for kind, bound in (
+        (resource.RLIMIT_CORE, 0),
+        (resource.RLIMIT_FSIZE, 0),
+        (resource.RLIMIT_NOFILE, _MAX_OPEN_FILES),
+    ):
+        resource.setrlimit(kind, (bound, bound))
+    for number in (OUT_OF_CPU, OUT_OF_TIME):
+        signal.signal(number, signal.SIG_DFL)
+    tokenizer: Tokenizer | None = None
+    while True:
+        request = msgpack.unpackb(_receive(requests))
+        with _limits(request["cpu_s"], request["wall_s"]):
+            try:
+                if request["do"] == "load":
+                    _limit_memory(request["load_bytes"])
+                    tokenizer = read_tokenizer(Path(request["folder"]), request["files"], request["eos_token_ids"])
+                    answer = _facts(tokenizer, is_first=request["is_first"])
+                    _limit_memory(_address_space() + request["work_bytes"])
+                else:
+                    assert tokenizer is not None
+                    answer = _answer(tokenizer, request)
+                data = msgpack.packb(answer)
+            except MemoryError:
+                data = msgpack.packb({"error": "memory"})
+            except TokenizerPanic as error:
+                data = msgpack.packb({"error": "panic", "message": str(error)})
+            except (ModelError, ChatTemplateError) as error:
+                data = msgpack.packb({"error": "refused", "message": str(error).encode(errors="replace").decode()})
+        _send(answers, data)
+
+
+def _facts(tokenizer: Tokenizer, *, is_first: bool) -> dict[str, Any]:
+    """Return what the daemon should know of a tokenizer; once is enough."""
+    if not is_first:
+        return {}
+    return {
+        "vocabulary": tokenizer.vocabulary().to_map(),
+        "has_chat_template": tokenizer.has_chat_template,
+        "stop_tokens": tokenizer.stop_tokens,
+    }
+
+
+def _answer(tokenizer: Tokenizer, request: dict[str, Any]) -> dict[str, Any]:
+    match request["do"]:
+        case "render":
+            return {"text": tokenizer.render_chat_text(request["messages"])}
+        case "encode":
+            tokens = tokenizer.encode(request["text"], add_special_tokens=request["add_special_tokens"])
+            if len(tokens) > request["max_tokens"]:
+                raise ModelError(f"the prompt has {len(tokens)} tokens; at most {request['max_tokens']} can be")
+            return {"tokens": array("I", tokens).tobytes()}
+        case "decode":
+            texts = [tokenizer.decode(array("I", data)) for data in request["sequences"]]
+            if sum(map(len, texts)) > MAX_DECODED_CHARACTERS:
+                raise ModelError(
+                    f"the model's tokenizer makes more than {MAX_DECODED_CHARACTERS} characters of a token"
+                )
+            return {"texts": texts}
+        case unknown:
+            raise AssertionError(f"{unknown} cannot be asked for")
+
+
+@contextmanager
+def _limits(cpu_s: float, wall_s: float) -> Iterator[None]:
+    """Have the kernel end this process when what is in the block takes longer."""
+    signal.setitimer(signal.ITIMER_PROF, cpu_s)
+    signal.setitimer(signal.ITIMER_REAL, wall_s)
+    yield
+    signal.setitimer(signal.ITIMER_PROF, 0)
+    signal.setitimer(signal.ITIMER_REAL, 0)
+
+
+def _limit_memory(size_bytes: int) -> None:
+    with suppress(ValueError, OSError):  # as on macOS, which has no such limit
+        resource.setrlimit(resource.RLIMIT_AS, (size_bytes, resource.RLIM_INFINITY))
+
+
+def _address_space() -> int:
+    try:
+        return int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    except OSError:
+        return 1 << 30
+
+
+def _receive(descriptor: int) -> bytes:
+    return _receive_exactly(descriptor, PREFIX.unpack(_receive_exactly(descriptor, PREFIX.size))[0])
+
+
+def _receive_exactly(descriptor: int, count: int) -> bytes:
+    data = bytearray()
+    while len(data) < count:
+        piece = os.read(descriptor, count - len(data))
+        if not piece:
+            _exit()
+        data += piece
+    return bytes(data)
+
+
+def _send(descriptor: int, data: bytes) -> None:
+    left = memoryview(PREFIX.pack(len(data)) + data)
+    while left:
+        try:
+            left = left[os.write(descriptor, left) :]
+        except BrokenPipeError:
+            _exit()
+
+
+def _exit() -> NoReturn:
+    """End: whoever asked is gone."""
+    sys.stderr.flush()
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,62 @@
+"""The limit of open files: as high as it may be, and what to do when it is reached all the same.
+
+Whoever can connect to a node can make it reach its limit. That may cost a connection or a sample, never the node.
+"""
+
+import errno
+import resource
+from collections.abc import Awaitable, Callable
+from typing import Final
+
+import structlog
+import trio
+
+ENOUGH_FILES: Final = 65_536
+"""The soft limit is raised to this at most: some programs that inherit it walk through all numbers below it."""
+
+SHORTAGE_PAUSE_S: Final = 1.0
+
+_SHORTAGES: Final = frozenset({errno.EMFILE, errno.ENFILE})
+
+_logger = structlog.get_logger(__name__)
+
+
+def raise_open_file_limit() -> int:
+    """Raise the soft limit of open files as far as this process may, and return it."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = ENOUGH_FILES if hard == resource.RLIM_INFINITY else min(hard, ENOUGH_FILES)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        try:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+        except (OSError, ValueError):
+            return soft  # macOS has a lower limit of its own that it does not tell
+        return wanted
+    return ENOUGH_FILES if soft == resource.RLIM_INFINITY else soft
+
+
+def open_file_limit() -> int:
+    """Return how many files this process may have open."""
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return ENOUGH_FILES if soft == resource.RLIM_INFINITY else soft
+
+
+def is_shortage(error: BaseException) -> bool:
+    """Return whether an exception, or each in a group, says that no more files can be opened now."""
+    if isinstance(error, BaseExceptionGroup):
+        return all(is_shortage(each) for each in error.exceptions)
+    return isinstance(error, OSError) and error.errno in _SHORTAGES
+
+
+async def outlasting_shortage(run: Callable[..., Awaitable[None]], *args: object) -> None:
+    """Run a task of the node, and again when it ended because no file could be opened."""
+    while True:
+        try:
+            await run(*args)
+        except (OSError, ExceptionGroup) as error:
+            if not is_shortage(error):
+                raise
+            task = getattr(run, "__qualname__", repr(run))
+            _logger.warning("too many open files: a task is restarted", task=task, limit=open_file_limit())
+        else:
+            return
+        await trio.sleep(SHORTAGE_PAUSE_S)

@@ -1,0 +1,311 @@
+"""Starts every child process of this program in the same way.
+
+A child runs this interpreter and this package, whatever lies in the current directory: `-P`, and PYTHONSAFEPATH for
+children of its own, keep a `torch.py` or a folder `node/` there from being imported. It has a session of its own, so
+that Ctrl-C reaches only the node, which ends its children itself; and what it said last on stderr is part of the error.
+"""
+
+import os
+import signal
+import subprocess
+import sys
+import sysconfig
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Final
+
+import trio
+
+MAX_LINE_CHARACTERS: Final = 300
+"""Of the last line on stderr, what is told."""
+
+_ROOT: Final = Path(__file__).resolve().parents[2]
+_TAIL_BYTES: Final = 4096
+_EXIT_LIMIT_S: Final = 5.0
+"""How long a child that closed its pipes may take to exit."""
+_STDERR_LIMIT_S: Final = 0.5
+"""How long the rest of a dead child's stderr is waited for: its own children may hold the pipe open."""
+_STDERR: Final = 2
+_ADVICE: Final = "note: run with `RUST_BACKTRACE"
+"""The last line of every program in Rust that dies, which says nothing."""
+
+# They make an interpreter stay after its work, run files that nobody asked for, or write pages to stderr.
+_UNWANTED: Final = ("PYTHONINSPECT", "PYTHONPROFILEIMPORTTIME", "PYTHONSTARTUP", "PYTHONVERBOSE")
+
+
+class ChildError(Exception):
+    """A child process did not do its work. The message is one line; `last_line` is the last one of its stderr."""
+
+    def __init__(self, message: str, last_line: str = "") -> None:
+        super().__init__(f"{message}: {last_line}" if last_line else message)
+        self.last_line = last_line
+
+
+def python(*arguments: str) -> tuple[str, ...]:
+    """Return the command that runs this interpreter, which imports nothing from the current directory."""
+    return (sys.executable, "-P", *arguments)
+
+
+def child_environment(
+    changes: Mapping[str, str] | None = None, *, base: Mapping[str, str] | None = None
+) -> dict[str, str]:
+    """Return the environment of a child: `base`, by default ours, with `changes`, in which this package is found.
+
+    Entries of PYTHONPATH that depend on the current directory are left out.
+    """
+    inherited = os.environ if base is None else base
+    paths = [path for path in inherited.get("PYTHONPATH", "").split(os.pathsep) if Path(path).is_absolute()]
+    if str(_ROOT) not in {sysconfig.get_path("purelib"), sysconfig.get_path("platlib"), *paths}:
+        paths.insert(0, str(_ROOT))  # a checkout; where the package is installed, the interpreter finds it by itself
+    environment = {name: value for name, value in inherited.items() if name not in {"PYTHONPATH", *_UNWANTED}}
+    environment["PYTHONSAFEPATH"] = "1"
+    if paths:
+        environment["PYTHONPATH"] = os.pathsep.join(paths)
+    return environment | dict(changes or {})
+
+
+async def run(
+    command: Sequence[str],
+    *,
+    what: str,
+    stdin: bytes = b"",
+    environment: Mapping[str, str] | None = None,
+    time_limit_s: float,
+) -> bytes:
+    """Run a child to its end and return its stdout; it is killed when it takes longer, or when this is cancelled.
+
+    `what` is the child in words, with which errors begin. Raises ChildError.
+    """
+    with trio.move_on_after(time_limit_s):
+        try:
+            done = await trio.run_process(
+                command,
+                stdin=stdin,
+                capture_stdout=True,
+                capture_stderr=True,
+                check=False,
+                env=child_environment() if environment is None else environment,
+                start_new_session=True,
+                deliver_cancel=_kill,
+            )
+        except OSError as error:
+            raise _cannot_start(what, error) from None
+        _check(what, done.returncode, done.stderr)
+        return done.stdout
+    raise ChildError(f"{what} took longer than {time_limit_s:g} s")
+
+
+def run_blocking(command: Sequence[str], *, what: str, time_limit_s: float) -> bytes:
+    """Run a child to its end and return its stdout, for callers that may block; see `run`."""
+    try:
+        done = subprocess.run(
+            command,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            timeout=time_limit_s,
+            check=False,
+            env=child_environment(),
+        )
+    except OSError as error:
+        raise _cannot_start(what, error) from None
+    except subprocess.TimeoutExpired:
+        raise ChildError(f"{what} took longer than {time_limit_s:g} s") from None
+    _check(what, done.returncode, done.stderr)
+    return done.stdout
+
+
+class Child:
+    """A child process that lives on. Made by `start`; whoever has it kills it at the end."""
+
+    def __init__(self, what: str, process: trio.Process, stderr: trio.abc.ReceiveStream | None) -> None:
+        self.what = what
+        """The child in words."""
+        self.process = process
+        self._stderr = stderr
+        self._tail = b""
+        self._relaying = False
+        self._stderr_ended = trio.Event()
+
+    @property
+    def stdin(self) -> trio.abc.SendStream:
+        """Where to write to the child, if it was started with pipes."""
+        assert self.process.stdin is not None
+        return self.process.stdin
+
+    @property
+    def stdout(self) -> trio.abc.ReceiveStream:
+        """Where to read from the child, if it was started with pipes."""
+        assert self.process.stdout is not None
+        return self.process.stdout
+
+    @property
+    def last_line(self) -> str:
+        """The last line that the child wrote to stderr, as far as that was read."""
+        return _last_line(self._tail)
+
+    async def relay_stderr(self, *, show: bool = True) -> None:
+        """Read the child's stderr, and show it on ours, until it ends or this is cancelled.
+
+        A child whose stderr nobody reads stops when the pipe is full.
+        """
+        if self._stderr is None:
+            return
+        self._relaying = True
+        try:
+            while data := await self._stderr.receive_some():
+                self._tail = (self._tail + data)[-_TAIL_BYTES:]
+                if show:
+                    with suppress(OSError):
+                        os.write(_STDERR, data)
+            self._stderr_ended.set()
+        except trio.ClosedResourceError:
+            self._stderr_ended.set()
+        finally:
+            self._relaying = False
+
+    async def epitaph(self) -> ChildError:
+        """Return what a child that closed its pipes died of."""
+        with trio.move_on_after(_EXIT_LIMIT_S):
+            await self.process.wait()
+        with trio.move_on_after(_STDERR_LIMIT_S):
+            if self._relaying:
+                await self._stderr_ended.wait()
+            else:
+                await self.relay_stderr(show=False)
+        return _ended(self.what, self.process.returncode, self._tail)
+
+    async def kill(self) -> None:
+        """End the process, also under cancellation."""
+        with trio.CancelScope(shield=True):
+            self.process.kill()
+            await self.process.wait()
+            for stream in (self.process.stdin, self.process.stdout, self._stderr):
+                if stream is not None:
+                    await stream.aclose()
+
+
+async def start(
+    command: Sequence[str],
+    *,
+    what: str,
+    environment: Mapping[str, str] | None = None,
+    stdin: bool = False,
+    stdout: bool = False,
+    log: IO[bytes] | None = None,
+    pass_fds: Sequence[int] = (),
+) -> Child:
+    """Start a child that lives on. Raises ChildError.
+
+    `stdin` and `stdout`: whether there is a pipe; else it reads nothing, and what it prints goes where its stderr goes:
+    to the file `log`, or to `Child.relay_stderr`.
+    """
+    read_end, write_end = os.pipe() if log is None else (-1, log.fileno())
+    try:
+        process = await trio.lowlevel.open_process(
+            command,
+            stdin=subprocess.PIPE if stdin else subprocess.DEVNULL,
+            stdout=subprocess.PIPE if stdout else write_end,
+            stderr=write_end,
+            pass_fds=pass_fds,
+            env=child_environment() if environment is None else environment,
+            start_new_session=True,
+        )
+    except BaseException as error:
+        if log is None:
+            os.close(read_end)
+        if isinstance(error, OSError):
+            raise _cannot_start(what, error) from None
+        raise
+    finally:
+        if log is None:
+            os.close(write_end)
+    return Child(what, process, None if log is not None else trio.lowlevel.FdStream(read_end))
+
+
+@dataclass(frozen=True, slots=True)
+class BlockingChild:
+    """A child process of a caller that may block. Made by `running`."""
+
+    what: str
+    process: subprocess.Popen[str]
+    _stderr: IO[bytes]
+
+    def check(self) -> None:
+        """Wait for the end; raise ChildError unless it was a good one."""
+        code = self.process.wait()
+        self._stderr.seek(0)
+        _check(self.what, code, self._stderr.read())
+
+    def check_ended(self, time_limit_s: float) -> None:
+        """Raise ChildError if the process ends within a time, and badly."""
+        with suppress(subprocess.TimeoutExpired):
+            self.process.wait(time_limit_s)
+            self.check()
+
+
+@contextmanager
+def running(
+    command: Sequence[str],
+    *,
+    what: str,
+    environment: Mapping[str, str] | None = None,
+    pass_fds: Sequence[int] = (),
+    own_session: bool = False,
+) -> Iterator[BlockingChild]:
+    """Run a child inside the block, with its stdout as lines of text; it is killed when the block is left early.
+
+    `own_session`: whether Ctrl-C is kept from it. Raises ChildError.
+    """
+    with tempfile.TemporaryFile() as stderr:
+        try:
+            process = subprocess.Popen(
+                command,
+                env=child_environment() if environment is None else environment,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=stderr,
+                pass_fds=pass_fds,
+                start_new_session=own_session,
+                text=True,
+                encoding="utf-8",
+                errors="replace",
+            )
+        except OSError as error:
+            raise _cannot_start(what, error) from None
+        with process:
+            try:
+                yield BlockingChild(what, process, stderr)
+            finally:
+                process.kill()
+
+
+async def _kill(process: trio.Process) -> None:
+    process.kill()
+
+
+def _cannot_start(what: str, error: OSError) -> ChildError:
+    return ChildError(f"{what} cannot be started: {error.strerror or error}")
+
+
+def _check(what: str, code: int, stderr: bytes) -> None:
+    if code != 0:
+        raise _ended(what, code, stderr)
+
+
+def _ended(what: str, code: int | None, stderr: bytes) -> ChildError:
+    last_line = _last_line(stderr)
+    if code is None:
+        return ChildError(f"{what} closed its pipes", last_line)
+    if code >= 0:
+        return ChildError(f"{what} exited with {code}", last_line)
+    if -code == signal.SIGKILL:  # by somebody else, or because memory ran out: it had no say in it
+        return ChildError(f"{what} was killed by SIGKILL")
+    return ChildError(f"{what} was killed by {signal.Signals(-code).name}", last_line)
+
+
+def _last_line(data: bytes) -> str:
+    lines = [line.strip() for line in data.decode(errors="replace").splitlines()]
+    return next((line for line in reversed(lines) if line and not line.startswith(_ADVICE)), "")[:MAX_LINE_CHARACTERS]

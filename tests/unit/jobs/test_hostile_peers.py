@@ -1,0 +1,317 @@
+"""A peer that says what no honest one would: it costs its own sessions, and nobody else anything."""
+
+from array import array
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field, replace
+
+import pytest
+import trio
+from trio.testing import MockClock
+
+from node.engine.fake import expected_tokens, fake_span_info
+from node.jobs.fair_share import may_take
+from node.jobs.interface import JobError, JobErrorCode, JobRequest
+from node.jobs.link import OutboundLink, SessionLost, SessionRefused
+from node.jobs.session import CHECKED_AT_ONCE_BYTES
+from node.jobs.span import BEGIN_LIMIT_S, SHORT_IDLE_LIMIT_S
+from node.network.memory import LinkModel
+from protocol.identity import BlockRange, JobId, PeerId, SessionId, peer_id_from_public_key
+from protocol.messages import Ballot, Begin, FailureReason, Open, Opened, RefusalReason, Sampling, Slice, Step
+from protocol.tensors import DType, Tensor, tensor_from_tokens
+from selector.task import BASELINE
+from tests.unit.jobs.peers import BLOCKS, Peer, Swarm, open_swarm
+from tests.unit.jobs.test_jobs import PROMPT, all_free, right_tokens
+
+HIDDEN, VOCABULARY, POSITIONS = 32, 1000, 64
+REQUEST = JobRequest(model="fake", prompt=PROMPT, max_tokens=12)
+NAN, INFINITY = float("nan"), float("inf")
+
+
+@dataclass
+class Stranger:
+    """Opens sessions at a victim as it likes."""
+
+    peer: Peer
+    victim: Peer
+    link: OutboundLink
+    lost: list[SessionLost] = field(default_factory=list)
+    opened: int = 0
+
+    @property
+    def id(self) -> PeerId:
+        return self.peer.id
+
+    def opening(self, positions: int = POSITIONS) -> Open:
+        """Return what opens a session of the victim's whole span."""
+        info = self.victim.engines[0].info
+        self.opened += 1
+        job = JobId(f"{self.opened:032x}")
+        last = info.is_last
+        return Open(
+            session=SessionId(job, 0),
+            model=info.model,
+            blocks=info.blocks,
+            methods=(BASELINE.name,),
+            positions=positions,
+            downstream=None if last else self.id,
+            sampling=Sampling(max_tokens=positions) if last else None,
+        )
+
+    async def open(self, positions: int = POSITIONS) -> SessionId:
+        """Open a session without beginning it."""
+        await self.open_with(self.opening(positions))
+        return SessionId(JobId(f"{self.opened:032x}"), 0)
+
+    async def open_with(self, opening: Open) -> Opened:
+        self.link.watch(opening.session, self.lost.append)
+        return await self.link.open(opening)
+
+    async def begin(self, positions: int = POSITIONS) -> SessionId:
+        """Open a session and begin it."""
+        opening = self.opening(positions)
+        opened = await self.open_with(opening)
+        ballots = (Ballot(self.victim.id, (opened.votes[BASELINE.name],)), Ballot(self.id, (0.0,)))
+        self.link.begin(Begin(session=opening.session, method=BASELINE.name, ballots=ballots))
+        return opening.session
+
+    async def send(self, part: Slice, tensor: Tensor) -> None:
+        await self.link.send_step(Step(slices=(part,), tensor=tensor))
+
+    async def until_lost(self, count: int = 1) -> SessionLost:
+        with trio.fail_after(5):
+            while len(self.lost) < count:
+                await trio.sleep(0.01)
+        return self.lost[count - 1]
+
+
+async def stranger_at(swarm: Swarm, victim: Peer) -> Stranger:
+    peer = await swarm.join()
+    await swarm.settle()
+    return Stranger(peer, victim, await peer.stages.switchboard.link_to(victim.id))
+
+
+@asynccontextmanager
+async def under_attack(*spans: tuple[int, int]) -> AsyncIterator[tuple[Swarm, Peer, Stranger]]:
+    """Give a swarm, a coordinator, and a stranger at the peer of the middle span."""
+    async with open_swarm() as swarm:
+        for span in spans:
+            await swarm.join(span)
+        coordinator = await swarm.join()
+        yield swarm, coordinator, await stranger_at(swarm, swarm.peers[len(spans) // 2])
+
+
+def hidden(*values: float, rows: int = 1, width: int = HIDDEN) -> Tensor:
+    """Return rows of f32, the first elements of which are given."""
+    elements = array("f", [1.0] * rows * width)
+    elements[: len(values)] = array("f", values)
+    return Tensor(DType.FLOAT32, (rows, width), elements.tobytes())
+
+
+def halves(bits: int, dtype: DType) -> Tensor:
+    """Return a row of 16-bit numbers, the last of which is given."""
+    return Tensor(dtype, (1, HIDDEN), bytes(2 * HIDDEN - 2) + bits.to_bytes(2, "little"))
+
+
+def blocks(scale_bits: int) -> Tensor:
+    """Return a row of int8 with a scale for all of them."""
+    return Tensor(DType.BLOCK_INT8, (1, HIDDEN), scale_bits.to_bytes(2, "little") + b"\x01" * HIDDEN)
+
+
+def a_slice(
+    session: SessionId, tensor: Tensor, position: int = 0, draws: int = 0, drafts: tuple[int, ...] = ()
+) -> Slice:
+    return Slice(session=session, position=position, rows=tensor.rows, draws=draws, drafts=drafts)
+
+
+Case = tuple[Tensor, dict[str, object], str]
+FIRST: dict[str, Case] = {
+    "a token beyond the vocabulary": (tensor_from_tokens([5, VOCABULARY]), {}, "not below 1000"),
+    "hidden states for tokens": (hidden(), {}, "takes token ids"),
+    "a gap": (tensor_from_tokens([1]), {"position": 5}, "do not follow"),
+    "rows beyond what is reserved": (tensor_from_tokens([1] * 8), {"position": POSITIONS - 7}, "rows up to"),
+    "many draws": (tensor_from_tokens([1] * 40), {"draws": 40}, "40 tokens to draw"),
+    "drafts from outside": (tensor_from_tokens([1, 2]), {"draws": 2, "drafts": (2,)}, "without drafts"),
+}
+MIDDLE: dict[str, Case] = {
+    "f32 that is not a number": (hidden(1.0, NAN), {}, "not finite"),
+    "f32 that is infinite": (hidden(-INFINITY), {}, "not finite"),
+    "f32 whose square is infinite": (hidden(1e30), {}, "not finite, or beyond"),
+    "f16 that is not a number": (halves(0x7E00, DType.FLOAT16), {}, "not finite"),
+    "bf16 that is infinite": (halves(0xFF80, DType.BFLOAT16), {}, "not finite"),
+    "a scale that is infinite": (blocks(0x7C00), {}, "not finite"),
+    "a scale that is not a number": (blocks(0xFE01), {}, "not finite"),
+    "another width": (hidden(width=HIDDEN + 1), {}, "hidden states of 32 elements"),
+    "integers": (Tensor(DType.INT8, (1, HIDDEN), bytes(HIDDEN)), {}, "hidden states of 32 elements"),
+    "tokens for hidden states": (tensor_from_tokens([1]), {}, "hidden states of 32 elements"),
+    "a gap": (hidden(), {"position": 3}, "do not follow"),
+    "a draft beyond the vocabulary": (hidden(rows=2), {"draws": 2, "drafts": (VOCABULARY,)}, "a draft is not below"),
+    "many draws": (hidden(rows=9), {"draws": 9}, "9 tokens to draw"),
+}
+CASES: list[tuple[tuple[tuple[int, int], ...], str, Tensor, dict[str, object], str]] = [
+    (((0, 9),), name, *case) for name, case in FIRST.items()
+]
+CASES += [(((0, 3), (3, 6), (6, 9)), name, *case) for name, case in MIDDLE.items()]
+
+
+@pytest.mark.parametrize(("spans", "name", "tensor", "changes", "fault"), CASES, ids=lambda case: str(case)[:40])
+async def test_bad_rows_cost_their_session_and_are_put_down_to_their_sender(
+    autojump_clock: MockClock,
+    spans: tuple[tuple[int, int], ...],
+    name: str,
+    tensor: Tensor,
+    changes: dict[str, object],
+    fault: str,
+) -> None:
+    async with under_attack(*spans) as (swarm, coordinator, stranger):
+        async with coordinator.coordinator.submit(REQUEST) as events:
+            for attempt in range(1, 4):
+                session = await stranger.begin()
+                await stranger.send(a_slice(session, tensor, **changes), tensor)  # type: ignore[arg-type]
+                lost = await stranger.until_lost(attempt)
+                assert lost.reason is FailureReason.ENGINE
+                assert fault in lost.message
+                assert lost.blamed == stranger.id
+                await stranger.link.close(session)
+            assert [event async for event in events][-1].token_ids == right_tokens(12)  # type: ignore[union-attr]
+        statistics = stranger.victim.stages.peer_statistics()
+        assert (statistics[stranger.id].opened, statistics[stranger.id].faults) == (3, 3)
+        assert statistics[stranger.id].failed == {FailureReason.ENGINE: 3}
+        assert statistics[coordinator.id].failed == {}
+        assert not stranger.link.broken
+        await all_free(swarm)
+
+
+async def test_whoever_sends_bad_rows_waits_ever_longer(autojump_clock: MockClock) -> None:
+    async with under_attack((0, 9)) as (_, coordinator, stranger):
+        took_s = []
+        for attempt in range(1, 9):
+            began_s = trio.current_time()
+            session = await stranger.begin()
+            took_s.append(trio.current_time() - began_s)
+            await stranger.send(a_slice(session, tensor_from_tokens([VOCABULARY])), tensor_from_tokens([VOCABULARY]))
+            await stranger.until_lost(attempt)
+            await stranger.link.close(session)
+        assert took_s[0] < 0.1
+        assert 3 < took_s[-1] < 5
+        assert (await coordinator.run(REQUEST)).token_ids == right_tokens(12)
+        assert (await coordinator.run(REQUEST)).timing.total_s < 1
+
+
+async def test_large_rows_are_checked_piece_by_piece_and_keep_their_order(autojump_clock: MockClock) -> None:
+    rows = CHECKED_AT_ONCE_BYTES // (4 * HIDDEN) + 100
+    async with open_swarm() as swarm:
+        await swarm.join((0, 3))
+        victim = await swarm.join((3, 6), kv_positions=1 << 16, max_positions=1 << 16)
+        stranger = await stranger_at(swarm, victim)
+        session = await stranger.begin(rows + 10)
+        bad = hidden(rows=rows)
+        data = bytearray(bad.data)
+        data[-4:] = array("f", [NAN]).tobytes()
+        await stranger.send(a_slice(session, bad), Tensor(bad.dtype, bad.shape, bytes(data)))
+        await stranger.send(a_slice(session, hidden(), position=rows), hidden())
+        lost = await stranger.until_lost()
+        assert "not finite" in lost.message
+        assert victim.engines[0].statistics().steps == 0
+
+
+async def test_rows_beyond_what_is_reserved_end_the_session_and_then_the_link(autojump_clock: MockClock) -> None:
+    async with under_attack((0, 3), (3, 6), (6, 9)) as (_, _coordinator, stranger):
+        stranger.victim.engines[0]._step_s = 100.0  # so that rows wait
+        tensor = hidden(rows=POSITIONS)
+        for attempt in (1, 2):
+            session = await stranger.begin()
+            for _ in range(2):
+                if not stranger.link.broken:
+                    await stranger.send(a_slice(session, tensor), tensor)
+            await stranger.until_lost(attempt)
+        assert "beside 64 that wait" in stranger.lost[0].message
+        with trio.fail_after(2):
+            while not stranger.link.broken:
+                await trio.sleep(0.01)
+        assert stranger.victim.stages.peer_statistics()[stranger.id].bytes == 0
+
+
+async def test_rows_before_begin_are_bounded_by_what_is_reserved(autojump_clock: MockClock) -> None:
+    async with open_swarm() as swarm:
+        victim = await swarm.join((3, 6))
+        opener, sender = await stranger_at(swarm, victim), await stranger_at(swarm, victim)
+        opening = opener.opening()
+        session = opening.session
+        await opener.open_with(replace(opening, upstream=(sender.id,)))
+        tensor = hidden(rows=POSITIONS)
+        await sender.send(a_slice(session, tensor), tensor)
+        await trio.sleep(0.1)
+        assert victim.stages.peer_statistics()[opener.id].bytes == POSITIONS * 4 * HIDDEN
+        await sender.send(a_slice(session, hidden()), hidden())
+        lost = await opener.until_lost()
+        assert lost.blamed == sender.id
+        assert victim.held()[0] == 0
+
+
+async def test_session_that_does_not_begin_ends_and_its_coordinator_is_told(autojump_clock: MockClock) -> None:
+    async with under_attack((0, 9)) as (_, _coordinator, stranger):
+        await stranger.open()
+        await trio.sleep(BEGIN_LIMIT_S - 1)
+        assert stranger.victim.held()[0] == 1
+        await trio.sleep(3)
+        assert stranger.victim.held() == (0, 0)
+        assert [lost.reason for lost in stranger.lost] == [FailureReason.EXPIRED]
+        assert not stranger.link.broken
+
+
+async def test_hoarder_leaves_room_for_the_nodes_own_jobs_and_for_others(autojump_clock: MockClock) -> None:
+    async with under_attack((0, 9)) as (_, coordinator, stranger):
+        for _ in range(8):  # while memory is plenty nobody is refused
+            await stranger.begin(1024)
+        refused: SessionRefused | None = None
+        while refused is None:
+            try:
+                await stranger.begin(1024)
+            except SessionRefused as error:
+                refused = error
+        assert refused.reason is RefusalReason.FULL
+        assert (await stranger.victim.run(REQUEST)).token_ids == right_tokens(12)
+        assert (await coordinator.run(REQUEST)).token_ids == right_tokens(12)
+        # Whoever wants more than there is makes the hoarder's idle sessions end sooner.
+        large = JobRequest(model="fake", prompt=PROMPT, max_tokens=3500)
+        began_s = trio.current_time()
+        while True:
+            try:
+                async with coordinator.coordinator.submit(large):
+                    break
+            except JobError as error:
+                if error.code is not JobErrorCode.FULL:
+                    raise
+                await trio.sleep(10)
+        assert SHORT_IDLE_LIMIT_S - 5 < trio.current_time() - began_s < SHORT_IDLE_LIMIT_S + 15
+
+
+def test_fair_share_refuses_whoever_holds_more_than_it_first() -> None:
+    own, a, b, c = (peer_id_from_public_key(bytes([number]) * 32) for number in range(4))
+    assert may_take(a, 800, own=own, pages=800, held={}), "alone it may have everything"
+    assert may_take(a, 80, own=own, pages=800, held={a: 500})
+    assert not may_take(a, 80, own=own, pages=800, held={a: 590})
+    assert may_take(b, 80, own=own, pages=800, held={a: 590})
+    assert not may_take(b, 200, own=own, pages=800, held={a: 590}), "there is not so much"
+    assert may_take(own, 200, own=own, pages=800, held={a: 590})
+    assert may_take(a, 100, own=own, pages=800, held={a: 250, b: 100, c: 50})
+    assert not may_take(a, 100, own=own, pages=800, held={a: 250, b: 100, c: 50}, waiting=350)
+    assert may_take(b, 100, own=own, pages=800, held={a: 250, b: 100, c: 50}, waiting=350)
+    assert may_take(a, 1, own=own, pages=3, held={a: 1}), "small memory has no room for reserves"
+
+
+async def test_outputs_that_wait_for_a_slow_link_again_and_again_leave_in_order(autojump_clock: MockClock) -> None:
+    """Prompts of several megabytes over links that take a second for each."""
+    slow = LinkModel(latency_s=0.01, bandwidth=2e6)
+    async with open_swarm(link=slow) as swarm:
+        for span in ((0, 3), (3, 6), (6, 9)):
+            await swarm.join(span, hidden_size=2048, kv_positions=1 << 14)
+        coordinator = await swarm.join()
+        await swarm.settle()
+        prompt = tuple(range(900))
+        for count in (2, 3):
+            request = JobRequest(model="fake", prompt_tokens=prompt, max_tokens=count)
+            info = fake_span_info(BlockRange(0, BLOCKS), block_count=BLOCKS, hidden_size=2048)
+            assert (await coordinator.run(request)).token_ids == expected_tokens(info, prompt, count)
+        await all_free(swarm)

@@ -1,0 +1,133 @@
+"""Who holds a route up, by what its stages show."""
+
+import pytest
+
+from node.jobs.watch import MOST_LIMIT_S, PACE_LIMIT, REPORTING_LIMIT, SILENT_LIMIT, Progress, Watch
+
+STEP_S = 0.05
+SILENT_S, REPORTING_S = SILENT_LIMIT[0], REPORTING_LIMIT[0]
+
+
+def a_watch(stages: int = 3, rows: int = 20, step_s: float = STEP_S) -> Watch:
+    return Watch([0] * stages, rows, lambda _, rows: step_s * rows, 0.0)
+
+
+def at(position: int, received: int | None = None) -> Progress:
+    return Progress(received=position if received is None else received, computed=position, sent=position)
+
+
+def suspects(watch: Watch, now_s: float) -> tuple[int, ...]:
+    lag = watch.find(now_s)
+    return () if lag is None else lag.suspects
+
+
+def decoding(stages: int = 3, position: int = 20, step_s: float = STEP_S) -> Watch:
+    """A route whose last token came at 0."""
+    watch = a_watch(stages, position, step_s)
+    watch.token(position, 0.0)
+    watch.wait(0.0)
+    return watch
+
+
+def test_blames_the_first_stage_that_has_its_input_and_has_not_computed_it() -> None:
+    for hanging in range(3):
+        watch = decoding()
+        for stage in range(3):
+            watch.report(stage, at(21) if stage < hanging else at(20, 21 if stage == hanging else 20), 1.0)
+        assert suspects(watch, REPORTING_S - 0.1) == ()
+        assert suspects(watch, REPORTING_S + 0.1) == (hanging,)
+
+
+def test_a_stage_that_shows_nothing_is_judged_by_what_its_neighbours_show() -> None:
+    watch = decoding()
+    watch.report(0, at(21), 1.0)
+    watch.report(2, at(20), 1.0)
+    assert suspects(watch, SILENT_S - 0.1) == ()
+    assert suspects(watch, SILENT_S + 0.1) == (1,)
+    watch.report(2, at(20, 21), 1.0)
+    assert suspects(watch, SILENT_S + 0.1) == (), "its successor has the row: it has computed it"
+    assert suspects(watch, REPORTING_S + 1.1) == (2,)
+
+
+def test_stages_that_all_show_nothing_cannot_be_told_apart() -> None:
+    assert suspects(decoding(), SILENT_S + 0.1) == (0, 1, 2)
+    watch = decoding()
+    watch.report(0, at(21), 1.0)
+    assert suspects(watch, SILENT_S + 0.1) == (1, 2)
+
+
+def test_the_last_stage_is_blamed_for_a_token_that_everybody_says_was_drawn() -> None:
+    watch = decoding()
+    for stage in range(3):
+        watch.report(stage, at(21), 1.0)
+    assert suspects(watch, SILENT_S + 0.1) == (2,)
+
+
+def test_names_the_stage_before_where_the_two_contradict_each_other() -> None:
+    watch = decoding()
+    watch.report(0, at(21), 1.0)
+    watch.report(1, at(20), 1.0)
+    lag = watch.find(SILENT_S + 0.1)
+    assert lag is not None
+    assert (lag.suspects, lag.earlier) == ((1,), 0)
+    watch = decoding()
+    watch.report(0, at(20), 1.0)
+    lag = watch.find(SILENT_S + 0.1)
+    assert lag is not None
+    assert (lag.suspects, lag.earlier) == ((0,), 2), "the token came here, so the last stage has it"
+
+
+def test_a_prompt_that_the_first_stage_says_it_lacks_is_nobody_elses_fault() -> None:
+    watch = a_watch(step_s=0.0)
+    watch.wait(0.0)
+    watch.report(0, at(0), 1.0)
+    lag = watch.find(SILENT_S + 0.1)
+    assert lag is not None
+    assert (lag.suspects, lag.earlier) == ((0,), None)
+
+
+def test_rising_positions_leave_a_stage_alone_but_not_for_ever() -> None:
+    watch = a_watch(1, 1000, step_s=0.001)
+    watch.wait(0.0)
+    blamed_s = 0.0
+    for second in range(1, 60):
+        watch.report(0, at(second, 1000), float(second))
+        if suspects(watch, float(second)) and not blamed_s:
+            blamed_s = second
+    assert blamed_s == pytest.approx(PACE_LIMIT[1] * 1.0, abs=1)
+
+
+def test_positions_that_go_up_and_down_are_no_progress() -> None:
+    watch = decoding(1)
+    for quarter in range(40):
+        watch.report(0, at(20, 21) if quarter % 2 else at(5, 6), quarter / 4)
+    assert suspects(watch, 10.0) == (0,)
+
+
+def test_claims_beyond_what_was_sent_count_as_all_of_it() -> None:
+    watch = decoding(2)
+    watch.report(0, at(10**6), 1.0)
+    assert suspects(watch, SILENT_S + 0.1) == (1,)
+    watch.token(21, 3.0)
+    watch.wait(3.0)
+    watch.report(1, at(21), 4.0)
+    assert suspects(watch, 3.0 + REPORTING_S + 0.1) == (0,), "what it claimed then is no progress now"
+
+
+def test_what_is_expected_stretches_the_limit_up_to_a_cap() -> None:
+    watch = a_watch(1, 100, step_s=0.1)
+    watch.wait(0.0)
+    assert suspects(watch, SILENT_LIMIT[1] * 10 - 0.1) == ()
+    assert suspects(watch, SILENT_LIMIT[1] * 10 + 0.1) == (0,)
+    watch = a_watch(1, 100_000, step_s=0.1)
+    watch.wait(0.0)
+    assert suspects(watch, MOST_LIMIT_S + 0.1) == (0,)
+    watch.leniency = 2.0
+    assert suspects(watch, MOST_LIMIT_S + 0.1) == ()
+
+
+def test_time_before_anybody_waits_is_held_against_nobody() -> None:
+    watch = decoding()
+    watch.wait(1000.0)
+    assert suspects(watch, 1000.0 + SILENT_S - 0.1) == ()
+    assert watch.still_s(1001.0) == pytest.approx(1.0)

@@ -1,0 +1,143 @@
+import time
+from collections.abc import Callable, Coroutine, Sequence
+from itertools import pairwise
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from node.models.streaming import StopFinder, StreamDecoder
+from node.models.tokenizer import Tokenizer
+from tests.unit.models.vocabularies import byte_fallback, byte_level, metaspace
+
+VOCABULARIES: list[Callable[[], str]] = [byte_level, byte_fallback, metaspace]
+
+
+class InThisProcess:
+    """A tokenizer that answers at once."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self.vocabulary = tokenizer.vocabulary()
+        self._tokenizer = tokenizer
+
+    async def decode(self, *sequences: Sequence[int]) -> list[str]:
+        return [self._tokenizer.decode(tokens) for tokens in sequences]
+
+
+def now(work: Coroutine[Any, Any, str]) -> str:
+    """Run what waits for nothing."""
+    try:
+        work.send(None)
+    except StopIteration as result:
+        return str(result.value)
+    raise AssertionError("it waited")
+
+
+def streamed(tokenizer: Tokenizer, tokens: list[int]) -> list[str]:
+    decoder = StreamDecoder(InThisProcess(tokenizer))
+    return [*(now(decoder.feed(token)) for token in tokens), now(decoder.finish())]
+
+
+@pytest.mark.parametrize("vocabulary", VOCABULARIES)
+@given(data=st.data())
+def test_streamed_text_is_the_text_of_the_whole(vocabulary: Callable[[], str], data: st.DataObject) -> None:
+    tokenizer = Tokenizer(vocabulary())
+    # Any tokens at all: a model may stop in the middle of a character, or never make sense.
+    tokens = data.draw(st.lists(st.integers(0, tokenizer.vocabulary_size + 3), max_size=40))
+    pieces = streamed(tokenizer, tokens)
+    assert "".join(pieces) == tokenizer.decode(tokens)
+
+
+@pytest.mark.parametrize("vocabulary", VOCABULARIES)
+@given(text=st.text(max_size=60))
+def test_no_piece_of_a_sensible_text_has_half_a_character(vocabulary: Callable[[], str], text: str) -> None:
+    tokenizer = Tokenizer(vocabulary())
+    tokens = tokenizer.encode(text)
+    pieces = streamed(tokenizer, tokens)
+    whole = tokenizer.decode(tokens)
+    assert "".join(pieces) == whole
+    assert "\ufffd" not in "".join(pieces) or "\ufffd" in whole
+
+
+def test_bytes_of_one_character_come_out_together() -> None:
+    for vocabulary in (byte_level, byte_fallback):
+        tokenizer = Tokenizer(vocabulary())
+        pieces = [piece for piece in streamed(tokenizer, tokenizer.encode("a🦀b")) if piece]
+        assert "".join(pieces) == "a🦀b"
+        assert any("🦀" in piece for piece in pieces)
+
+
+def test_special_tokens_have_no_text_and_break_no_character() -> None:
+    tokenizer = Tokenizer(byte_fallback())
+    crab = tokenizer.encode("🦀")[-4:]
+    tokens = [1, *crab[:2], 2, *crab[2:], 1]
+    assert "".join(streamed(tokenizer, tokens)) == tokenizer.decode(tokens) == "🦀"
+
+
+@pytest.mark.parametrize("vocabulary", [byte_level, byte_fallback])
+def test_streaming_costs_the_same_for_each_token(vocabulary: Callable[[], str]) -> None:
+    tokenizer = Tokenizer(vocabulary())
+    tokens = tokenizer.encode(" word" * 10)[-10:] * 3000
+    decoder = StreamDecoder(InThisProcess(tokenizer))
+    spent = []
+    for start in range(0, len(tokens), len(tokens) // 3):
+        began = time.perf_counter()
+        for token in tokens[start : start + len(tokens) // 3]:
+            now(decoder.feed(token))
+        spent.append(time.perf_counter() - began)
+    assert spent[-1] < 4 * spent[0] + 0.05
+
+
+def find(stops: list[str], pieces: list[str]) -> tuple[str, str | None]:
+    finder = StopFinder(stops)
+    text = "".join(finder.feed(piece) for piece in pieces)
+    return text + finder.finish(), finder.found
+
+
+@pytest.mark.parametrize(
+    ("stops", "pieces", "text", "found"),
+    [
+        (["STOP"], ["no", " such", " thing"], "no such thing", None),
+        (["STOP"], ["be", "fore ST", "OP", " after"], "before ", "STOP"),
+        (["STOP"], ["S", "T", "O", "P"], "", "STOP"),
+        (["STOP"], ["ST", "ST", "OP"], "ST", "STOP"),
+        (["\n\n"], ["a\n", "b\n", "\nc"], "a\nb", "\n\n"),
+        (["aab"], ["a", "a", "a", "b"], "a", "aab"),
+        (["abcd", "bc"], ["abcd"], "a", "bc"),
+        (["bc", "abc"], ["xabc"], "x", "abc"),
+        (["STOP"], ["unfinished ST"], "unfinished ST", None),
+        ([], ["anything"], "anything", None),
+        ([""], ["anything"], "anything", None),
+    ],
+)
+def test_a_stop_string_ends_the_text(stops: list[str], pieces: list[str], text: str, found: str | None) -> None:
+    assert find(stops, pieces) == (text, found)
+
+
+def test_only_what_may_begin_a_stop_string_is_held_back() -> None:
+    finder = StopFinder(["END."])
+    assert finder.feed("the EN") == "the "
+    assert finder.feed("ORMOUS ") == "ENORMOUS "
+    assert finder.feed("E") == ""
+    assert finder.finish() == "E"
+    assert finder.found is None
+
+
+@given(
+    st.text("ab", max_size=30),
+    st.lists(st.text("ab", min_size=1, max_size=4), max_size=3),
+    st.lists(st.integers(0, 30), max_size=5),
+)
+def test_where_the_text_is_cut_makes_no_difference(text: str, stops: list[str], cuts: list[int]) -> None:
+    edges = [0, *sorted(min(cut, len(text)) for cut in cuts), len(text)]
+    pieces = [text[start:stop] for start, stop in pairwise(edges)]
+    expected, found = find(stops, list(text))
+    assert find(stops, pieces) == (expected, found)
+    first_end = min((text.find(stop) + len(stop) for stop in stops if stop in text), default=None)
+    if first_end is None:
+        assert (expected, found) == (text, None)
+    else:
+        assert found is not None
+        assert text.startswith(expected + found)
+        assert len(expected + found) == first_end

@@ -1,0 +1,379 @@
+"""Tokenizers and chat templates in processes with limits: hostile ones cost their own request, and nobody else."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import trio
+import trio.testing
+
+from node.models import tokenizer_process
+from node.models.errors import ChatTemplateError, ModelError
+from node.models.streaming import StreamDecoder
+from node.models.tokenizer import load_tokenizer
+from node.models.tokenizer_process import Limits, ModelTokenizer, TokenizerBusyError, TokenizerService
+from tests.support import hostile_directory
+from tests.unit.models.packages import write_package
+from tests.unit.models.vocabularies import byte_fallback, byte_level, metaspace
+
+TEMPLATE = "{% for m in messages %}[{{ m.role }}]{{ m.content }}<|end|>{% endfor %}"
+TURNS = [{"role": "user", "content": "fox"}]
+LIMITS = Limits(render_s=0.4, encode_s=0.6, decode_s=0.4, load_s=20.0, patience=20.0, work_bytes=128 << 20)
+
+
+@asynccontextmanager
+async def service(**options: Any) -> AsyncIterator[TokenizerService]:
+    """Run a service; at the end none of its processes is left."""
+    service = TokenizerService(**{"limits": LIMITS, **options})
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(service.run)
+        with trio.fail_after(100):
+            yield service
+        nursery.cancel_scope.cancel()
+    assert not [child for child in psutil.Process().children() if "tokenizer_worker" in " ".join(child.cmdline())]
+
+
+def repeat(body: str, start: str = "'x'") -> str:
+    return (
+        ("{% set n = namespace(x=START) %}{% for a in range(60) %}{% set n.x = BODY %}{% endfor %}{{ n.x | length }}")
+        .replace("START", start)
+        .replace("BODY", body)
+    )
+
+
+NESTED = (
+    "{% set n = namespace(x=[1], y=[1]) %}"
+    "{% for a in range(40) %}{% set n.x = [n.x, n.x] %}{% set n.y = [n.y, n.y] %}{% endfor %}"
+)
+
+HOSTILE_TEMPLATES = {
+    "endless loop": "{% for a in range(9999) %}" * 4 + "{% endfor %}" * 4,
+    "endless loop while it is compiled": "{{ 9 ** (9 ** 9) }}",
+    "comparison of nested lists": NESTED + "{{ n.x == n.y }}",
+    "nested list as text": NESTED + "{{ n.x }}",
+    "nested list as JSON": NESTED + "{{ n.x | tojson }}",
+    "doubling a text": repeat("n.x ~ n.x"),
+    "doubling a list": repeat("n.x + n.x", start="[1]"),
+    "squaring a number": repeat("n.x * n.x", start="9"),
+    "multiplied text": "{{ 'x' * 99999999999 }}",
+    "multiplied list": "{% set x = [1] * 99999999999 %}",
+    "bytes": "{% set x = 'x'.encode() * 99999999999 %}",
+    "replace": "{% set x = 'x' * 99999 %}{{ x | replace('x', x) }}",
+    "indent": "{{ 'x\nx' | indent(9999999999) }}",
+    "indented JSON": "{{ messages | tojson(indent=9999999999) }}",
+    "pad": "{{ 'x'.ljust(9999999999) }}",
+    "format": "{{ '%9999999999d' % 1 }}",
+    "format method": "{{ '{:>9999999999}'.format(1) }}",
+    "batch": "{{ [1] | batch(9999999999, 'x') | list }}",
+    "word wrap": "{{ ('x ' * 9999999) | wordwrap(1) | wordwrap(1) | length }}",
+    "sorting": "{% for a in range(9999) %}{% set x = range(99999) | sort %}{% endfor %}",
+    "recursive loop": "{% for a in [[1]] recursive %}{{ loop([[1]]) }}{% endfor %}",
+    "deep template": "{{ " + "-" * 200_000 + "1 }}",
+    "slow regular expression": "{% for a in range(999) %}{{ ('a@' * 50000) | urlize }}{% endfor %}",
+}
+
+
+@pytest.mark.parametrize("source", HOSTILE_TEMPLATES.values(), ids=HOSTILE_TEMPLATES)
+async def test_a_hostile_template_costs_its_request_one_line(source: str, tmp_path: Path) -> None:
+    async with service() as tokenizers:
+        tokenizer = await tokenizers.open(write_package(tmp_path, byte_level(), source))
+        began_s = time.monotonic()
+        with pytest.raises(ChatTemplateError) as caught:
+            await tokenizer.render_chat(TURNS)
+        assert time.monotonic() - began_s < 15
+        assert "\n" not in str(caught.value)
+        assert str(caught.value).startswith("the model's chat template ")
+        assert len(str(caught.value)) < 500
+        assert await tokenizer.decode(await tokenizer.encode("fox")) == ["fox"]
+
+
+async def test_a_template_that_hangs_says_for_how_long(tmp_path: Path) -> None:
+    async with service() as tokenizers:
+        source = HOSTILE_TEMPLATES["endless loop"]
+        tokenizer = await tokenizers.open(write_package(tmp_path, byte_level(), source))
+        with pytest.raises(ChatTemplateError, match=r"^the model's chat template took longer than 0\.4 s$"):
+            await tokenizer.render_chat(TURNS)
+
+
+def changed(change: Callable[[dict[str, Any]], object], definition: str) -> str:
+    """Return a tokenizer.json with a change."""
+    values = json.loads(definition)
+    change(values)
+    return json.dumps(values)
+
+
+def doubling(definition: dict[str, Any]) -> None:
+    one = {"type": "Replace", "pattern": {"String": "x"}, "content": "xx"}
+    definition["normalizer"] = {"type": "Sequence", "normalizers": [one] * 60}
+
+
+def backtracking(definition: dict[str, Any]) -> None:
+    pattern = {"Regex": "(x+x+)+y"}
+    definition["normalizer"] = {"type": "Replace", "pattern": pattern, "content": ""}
+
+
+def slow_decoder(definition: dict[str, Any]) -> None:
+    one = {"type": "Replace", "pattern": {"String": "x"}, "content": "xx"}
+    definition["decoder"] = {"type": "Sequence", "decoders": [one] * 60}
+
+
+def long_decoder(definition: dict[str, Any]) -> None:
+    one = {"type": "Replace", "pattern": {"String": "x"}, "content": "x" * 2_000_000}
+    definition["decoder"] = {"type": "Sequence", "decoders": [one]}
+
+
+def prepending(definition: dict[str, Any]) -> None:
+    one = {"type": "Prepend", "prepend": "x" * 100_000}
+    definition["normalizer"] = {"type": "Sequence", "normalizers": [one] * 20}
+
+
+HOSTILE_TOKENIZERS = {
+    "doubling normalizers": (doubling, byte_level),
+    "backtracking regular expression": (backtracking, byte_level),
+    "prepending normalizers": (prepending, byte_level),
+    "doubling decoders": (slow_decoder, byte_fallback),
+    "a decoder that makes much of little": (long_decoder, byte_fallback),
+}
+
+
+@pytest.mark.parametrize("kind", HOSTILE_TOKENIZERS)
+async def test_a_hostile_tokenizer_costs_its_request_one_line_and_other_models_nothing(
+    kind: str, tmp_path: Path
+) -> None:
+    change, vocabulary = HOSTILE_TOKENIZERS[kind]
+    hostile = write_package(tmp_path / "hostile", changed(change, vocabulary()))
+    async with service() as tokenizers:
+        honest = await tokenizers.open(write_package(tmp_path / "honest", byte_level(), TEMPLATE))
+        began_s = time.monotonic()
+
+        async def use() -> None:
+            tokenizer = await tokenizers.open(hostile)
+            await tokenizer.decode(await tokenizer.encode("x" * 40))
+
+        with pytest.raises(ModelError) as caught:
+            await use()
+        assert time.monotonic() - began_s < 15
+        assert "\n" not in str(caught.value)
+        assert len(str(caught.value)) < 500
+        assert await honest.decode(await honest.render_chat(TURNS)) == ["[user]fox"]
+
+
+HOSTILE_FILES = {
+    "nothing": "",
+    "no JSON": "\x00",
+    "deep": "[" * 100_000,
+    "a token that is a novel": changed(
+        lambda values: values["added_tokens"][-1].update(content="x" * 5000), byte_level()
+    ),
+    "a regular expression that is none": changed(
+        lambda values: values.update(
+            pre_tokenizer={
+                "type": "Split",
+                "pattern": {"Regex": "(((((((("},
+                "behavior": "Isolated",
+                "invert": False,
+            }
+        ),
+        byte_level(),
+    ),
+}
+
+
+@pytest.mark.parametrize("definition", HOSTILE_FILES.values(), ids=HOSTILE_FILES)
+async def test_a_broken_tokenizer_is_one_clear_line(definition: str, tmp_path: Path) -> None:
+    async with service() as tokenizers:
+        with pytest.raises(ModelError, match=r"^model [0-9a-f]{12}: ") as caught:
+            await tokenizers.open(write_package(tmp_path, definition))
+        assert "\n" not in str(caught.value)
+
+
+async def test_a_tokenizer_that_needs_more_memory_than_it_may_is_refused(tmp_path: Path) -> None:
+    limits = Limits(load_bytes=8 << 20, load_bytes_per_byte=1)
+    async with service(limits=limits) as tokenizers:
+        with pytest.raises(ModelError, match=r"memory|failed"):
+            await tokenizers.open(write_package(tmp_path, byte_level()))
+
+
+@pytest.mark.parametrize("vocabulary", [byte_level, byte_fallback, metaspace])
+async def test_it_says_what_the_tokenizer_says_in_this_process(vocabulary: Callable[[], str], tmp_path: Path) -> None:
+    package = write_package(tmp_path, vocabulary(), TEMPLATE)
+    here = load_tokenizer(package)
+    async with service() as tokenizers:
+        tokenizer = await tokenizers.open(package)
+        text = "Grüße, 日本語 🎉 fox\n"
+        assert list(await tokenizer.encode(text)) == here.encode(text)
+        assert list(await tokenizer.encode(text, add_special_tokens=False)) == here.encode(
+            text, add_special_tokens=False
+        )
+        tokens = await tokenizer.encode(text)
+        assert await tokenizer.decode(tokens, tokens[:2]) == [here.decode(tokens), here.decode(tokens[:2])]
+        assert list(await tokenizer.render_chat(TURNS)) == here.render_chat(TURNS)
+        assert tokenizer.stop_tokens == here.stop_tokens
+        decoder = StreamDecoder(tokenizer)
+        pieces = [await decoder.feed(token) for token in (*tokens, 10**6)]
+        assert "".join([*pieces, await decoder.finish()]) == here.decode(tokens)
+
+
+async def test_jobs_under_way_survive_a_template_that_hangs(tmp_path: Path) -> None:
+    """Text streams on over a process that is killed again and again, and comes out as if nothing had happened."""
+    source = "{% if messages[0].content == 'hang' %}" + HOSTILE_TEMPLATES["endless loop"] + "{% endif %}" + TEMPLATE
+    text = "The quick brown fox jumps over the lazy dog. 🎉 " * 3
+    async with service() as tokenizers:
+        tokenizer = await tokenizers.open(write_package(tmp_path, byte_fallback(), source))
+        tokens = await tokenizer.encode(text)
+        first = tokenizers.pids()
+        texts: list[str] = []
+        refused = 0
+
+        async def stream() -> None:
+            decoder = StreamDecoder(tokenizer)
+            pieces = [await decoder.feed(token) for token in tokens]
+            texts.append("".join([*pieces, await decoder.finish()]))
+
+        async def hang() -> None:
+            nonlocal refused
+            with pytest.raises(ChatTemplateError, match="took longer than"):
+                await tokenizer.render_chat([{"role": "user", "content": "hang"}])
+            refused += 1
+
+        async with trio.open_nursery() as nursery:
+            for _ in range(3):
+                nursery.start_soon(stream)
+                nursery.start_soon(hang)
+        assert texts == [text] * 3
+        assert refused == 3
+        assert tokenizers.pids() != first
+
+
+async def test_a_request_whose_process_is_killed_is_made_again(tmp_path: Path) -> None:
+    async with service() as tokenizers:
+        tokenizer = await tokenizers.open(write_package(tmp_path, byte_level()))
+        tokens = await tokenizer.encode("fox")
+        for _ in range(3):
+            os.kill(tokenizers.pids()[0], signal.SIGKILL)
+            assert await tokenizer.encode("fox") == tokens
+
+
+async def test_a_process_that_always_dies_fails_its_request_after_two(tmp_path: Path) -> None:
+    starts = tmp_path / "starts"
+    program = f"import os; open({str(starts)!r}, 'a').write('x'); os.write(2, b'no memory'); os.abort()"
+    async with service(command=[sys.executable, "-c", program]) as tokenizers:
+        with pytest.raises(ModelError, match=r"tokenizer failed: its process was killed by SIGABRT: no memory$"):
+            await tokenizers.open(write_package(tmp_path / "model", byte_level()))
+    assert starts.read_text() == "xx"
+
+
+async def test_a_hung_model_does_not_hold_up_another(tmp_path: Path) -> None:
+    hung = write_package(tmp_path / "hung", byte_level(), HOSTILE_TEMPLATES["endless loop"])
+    async with service(limits=Limits(render_s=60)) as tokenizers, trio.open_nursery() as nursery:
+        tokenizer = await tokenizers.open(hung)
+        nursery.start_soon(tokenizer.render_chat, TURNS)
+        other = await tokenizers.open(write_package(tmp_path / "other", byte_level(), TEMPLATE))
+        assert await other.render_chat(TURNS)
+        nursery.cancel_scope.cancel()  # passes at once
+
+
+async def test_processes_are_few_and_end_when_they_are_idle(tmp_path: Path) -> None:
+    async with service(max_processes=2) as tokenizers:
+        opened = [
+            await tokenizers.open(write_package(tmp_path / str(number), byte_level(), eos=number))
+            for number in range(4)
+        ]
+        assert len(tokenizers.pids()) == 2
+        async with trio.open_nursery() as nursery:
+            for tokenizer in opened * 3:
+                nursery.start_soon(tokenizer.encode, "fox")
+        assert len(tokenizers.pids()) <= 2
+        tokenizers.idle_s = 0.01
+        await opened[0].encode("fox")
+        await opened[1].encode("fox")
+        with trio.fail_after(20):
+            while tokenizers.pids():
+                await trio.testing.wait_all_tasks_blocked(0.02)
+        tokenizers.idle_s = 60
+        assert await opened[3].encode("fox")
+
+
+async def test_too_many_requests_are_refused_and_those_whose_caller_left_are_not_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tokenizer_process, "MAX_WAITING", 2)
+    async with service(limits=Limits(render_s=60)) as tokenizers:
+        hang = "{% if messages[0].content == 'hang' %}" + HOSTILE_TEMPLATES["endless loop"] + "{% endif %}"
+        tokenizer = await tokenizers.open(write_package(tmp_path, byte_level(), hang))
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(tokenizer.render_chat, [{"role": "user", "content": "hang"}])
+            await trio.testing.wait_all_tasks_blocked()
+            nursery.start_soon(tokenizer.encode, "fox")
+            nursery.start_soon(tokenizer.encode, "fox")
+            await trio.testing.wait_all_tasks_blocked()
+            with pytest.raises(TokenizerBusyError, match="2 requests wait"):
+                await tokenizer.encode("fox")
+            nursery.cancel_scope.cancel()
+
+
+async def test_a_model_without_tokenizer_takes_token_ids_only(tmp_path: Path) -> None:
+    async with service() as tokenizers:
+        tokenizer = await tokenizers.open(write_package(tmp_path, None, eos=7))
+        assert tokenizer.stop_tokens == (7,)
+        decoder = StreamDecoder(tokenizer)
+        assert await decoder.feed(5) + await decoder.finish() == ""
+        with pytest.raises(ModelError, match="no tokenizer: it can only be given token ids"):
+            await tokenizer.encode("fox")
+        with pytest.raises(ChatTemplateError, match="no chat template"):
+            await tokenizer.render_chat(TURNS)
+        assert not tokenizers.pids()
+
+
+async def test_a_process_sees_nothing_of_the_environment_nor_of_the_current_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_TOKEN", "secret")
+    package = write_package(tmp_path / "model", byte_level(), TEMPLATE)
+    (tmp_path / "here").mkdir()
+    mark = hostile_directory.fill(tmp_path / "here")
+    monkeypatch.chdir(tmp_path / "here")
+    async with service() as tokenizers:
+        tokenizer = await tokenizers.open(package)
+        assert await tokenizer.render_chat(TURNS)
+        process = psutil.Process(tokenizers.pids()[0])
+        assert "HF_TOKEN" not in process.environ()
+        loaded = {Path(file.path).name for file in process.memory_maps()}
+        assert not [name for name in loaded if "torch" in name]
+    assert not mark.exists()
+
+
+async def test_decoding_a_token_takes_no_time_that_matters(tmp_path: Path) -> None:
+    """A fraction of a millisecond on an idle machine; the bound is for one on which much else runs."""
+    async with service() as tokenizers:
+        for vocabulary, limit_s in ((byte_level, 0.001), (byte_fallback, 0.01)):
+            tokenizer = await tokenizers.open(write_package(tmp_path / vocabulary.__name__, vocabulary()))
+            tokens = await tokenizer.encode("The quick brown fox " * 50)
+            assert await fastest(tokenizer, tokens) < limit_s
+
+
+async def fastest(tokenizer: ModelTokenizer, tokens: tuple[int, ...]) -> float:
+    """Return the seconds that a token takes, in the best of a few rounds: other processes are none of our business."""
+    rounds = []
+    for _ in range(5):
+        decoder = StreamDecoder(tokenizer)
+        began_s = time.perf_counter()
+        for token in tokens:
+            await decoder.feed(token)
+        rounds.append((time.perf_counter() - began_s) / len(tokens))
+    return min(rounds)
+
+
+def test_the_daemon_does_not_even_import_what_interprets_models() -> None:
+    program = "import sys, node.app; print([name for name in ('tokenizers', 'jinja2') if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

@@ -1,0 +1,101 @@
+"""What a node sees to before it starts: who may read what it keeps, and whether the memory it is promised is there."""
+
+import os
+import socket
+import stat
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from node import app
+from node.capabilities.probe import total_memory
+from node.config import NodeConfig, NodeReady, StartError
+from node.engine.devices import Device
+from node.storage.database import open_database
+from protocol.identity import peer_id_from_public_key
+
+CPU = Device("cpu", 1 << 30)
+
+
+def mode(path: Path) -> int:
+    return stat.S_IMODE(path.stat().st_mode)
+
+
+def config_in(folder: Path, memory_bytes: int | None = None) -> NodeConfig:
+    return NodeConfig(data_dir=folder / "data", cache_dir=folder / "cache", memory_bytes=memory_bytes)
+
+
+@pytest.fixture(autouse=True)
+def open_umask() -> object:
+    before = os.umask(0o022)
+    yield
+    os.umask(before)
+
+
+@pytest.mark.parametrize("exists", [False, True])
+async def test_nobody_else_may_read_what_a_node_keeps(tmp_path: Path, exists: bool) -> None:
+    config = config_in(tmp_path)
+    database = config.data_dir / "metaswarm.sqlite3"
+    if exists:  # as an earlier version left it
+        config.data_dir.mkdir(mode=0o755)
+        async with open_database(database):
+            for file in config.data_dir.iterdir():
+                file.chmod(0o644)
+            (config.data_dir / "metaswarm.sqlite3.damaged-1").touch(mode=0o644)
+    with app._own(config):
+        async with open_database(database):
+            ready = NodeReady(peer_id=peer_id_from_public_key(bytes(32)), multiaddrs=(), api_url="", pid=1)
+            ready.write(config.data_dir)
+            kept = {file.name: mode(file) for file in config.data_dir.iterdir() if file.name != "node.lock"}
+            assert {"metaswarm.sqlite3", "metaswarm.sqlite3-wal", "metaswarm.sqlite3-shm", "node.json"} <= kept.keys()
+            assert set(kept.values()) == {0o600}
+            assert mode(config.data_dir) == 0o700
+
+
+def test_a_folder_that_many_share_stays_as_it_is(tmp_path: Path) -> None:
+    tmp_path.chmod(0o1777)
+    app._keep_private(tmp_path)
+    assert mode(tmp_path) == 0o1777
+
+
+@pytest.mark.parametrize("memory_bytes", [99_999 << 40, total_memory() + 1, 1, 4096])
+def test_memory_that_is_not_there_or_holds_nothing_is_refused_in_one_line(tmp_path: Path, memory_bytes: int) -> None:
+    with pytest.raises(StartError, match=r"^--memory: ") as caught:
+        app._check_memory(config_in(tmp_path, memory_bytes), CPU)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("memory_bytes", [None, 1 << 20, total_memory()])
+def test_memory_that_is_there_is_taken(tmp_path: Path, memory_bytes: int | None) -> None:
+    app._check_memory(config_in(tmp_path, memory_bytes), CPU)
+
+
+def test_a_full_disk_is_one_line_when_node_json_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fdopen", full)
+    ready = NodeReady(peer_id=peer_id_from_public_key(bytes(32)), multiaddrs=(), api_url="", pid=1)
+    with pytest.raises(StartError, match=r"cannot write .*node\.json: No space left"):
+        ready.write(tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_a_second_node_cannot_share_is_told_at_once_with_what_it_takes(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listen, socket.create_server(("127.0.0.1", 0)) as api:
+        port, api_port = listen.getsockname()[1], api.getsockname()[1]
+        config = replace(
+            config_in(tmp_path), listen=(f"/ip4/127.0.0.1/tcp/{port}",), api_host="127.0.0.1", api_port=api_port
+        )
+        with app._own(config), pytest.raises(StartError) as caught:
+            app._check_conflicts(config)
+    said = str(caught.value)
+    for fact in (f"port {port} on", f"port {api_port} on", f"another node uses {config.data_dir}", "data-2"):
+        assert fact in said
+    assert "\n" not in said
+
+
+def test_one_conflict_is_left_to_what_finds_it(tmp_path: Path) -> None:
+    with app._own(config_in(tmp_path)):
+        app._check_conflicts(replace(config_in(tmp_path), listen=("/ip4/127.0.0.1/tcp/0",), api_port=0))

@@ -1,0 +1,91 @@
+"""What the status documents tell of peers: what was refused, failed, held, and who is barred."""
+
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any, cast
+
+from node.jobs.peer_records import StagePeerStatistics
+from node.jobs.planner import PeerRecord
+from node.status import StatusView
+from node.swarm.directory import Directory
+from node.swarm.standing import Ban
+from protocol.identity import BlockRange, ModelId, PeerId, peer_id_from_public_key
+from protocol.messages import Load, RefusalReason
+from protocol.records import Heartbeat, ServedSpan
+
+US, CONNECTED, HEARSAY, GONE = (peer_id_from_public_key(bytes([number]) * 32) for number in range(4))
+MODEL = ModelId("ab" * 32)
+
+
+ASKED = StagePeerStatistics(opened=5, refused={RefusalReason.FULL: 3}, faults=2, sessions=1, positions=64, bytes=4096)
+SHOWN = PeerRecord(served=7, failed=1, lagged=1, trust=0.5, avoided_s=12.0, block_s={MODEL: 0.001})
+
+
+def heartbeat(peer: PeerId) -> Heartbeat:
+    return Heartbeat(
+        peer=peer,
+        sequence=1,
+        issued_at_s=1_800_000_000,
+        expires_at_s=1_800_000_060,
+        interval_ms=2500,
+        multiaddrs=(),
+        agent="",
+        spans=(ServedSpan(model=MODEL, blocks=BlockRange(0, 3), load=Load()),),
+    )
+
+
+async def test_of_each_peer_it_is_told_what_was_refused_failed_and_is_held_and_why_it_is_barred() -> None:
+    directory = Directory(own_peer=US, connected=lambda: [CONNECTED])
+    for peer in (US, CONNECTED, HEARSAY):
+        directory.hear(heartbeat(peer), 0.0)
+    nothing = cast("Any", SimpleNamespace())
+    view = StatusView(
+        agent="",
+        serve=[],
+        network=cast(
+            "Any",
+            SimpleNamespace(peer_id=US, connected_peers=lambda: (CONNECTED,), addresses_of=lambda peer: ()),
+        ),
+        membership=cast("Any", SimpleNamespace(directory=directory, round_trip_s=lambda peer: None)),
+        coordinator=cast("Any", SimpleNamespace(peer_records=lambda: {CONNECTED: SHOWN})),
+        trials=nothing,
+        stages=cast(
+            "Any",
+            SimpleNamespace(peer_statistics=lambda: {CONNECTED: ASKED, GONE: replace(ASKED, sessions=0, bytes=0)}),
+        ),
+        library=cast("Any", SimpleNamespace(name_of=lambda model: "tiny")),
+        ledger=nothing,
+        history=nothing,
+        dissemination=cast("Any", SimpleNamespace(bans=lambda: {GONE: Ban(9.0, "garbage")})),
+        consensus=cast("Any", SimpleNamespace(bans=dict)),
+        chooser=nothing,
+        learner=nothing,
+    )
+    peers = {each["peer_id"]: each for each in view.peers()}
+    assert peers.keys() == {CONNECTED, HEARSAY, GONE}
+    assert [peers[peer]["reached"] for peer in (CONNECTED, HEARSAY, GONE)] == [True, False, False]
+    assert peers[GONE]["banned"] == {"left_s": 9.0, "reason": "garbage"}
+    assert peers[CONNECTED]["banned"] is None
+    assert peers[CONNECTED]["sessions"] == {
+        "opened": 5,
+        "refused": {"full": 3},
+        "failed": {},
+        "faults": 2,
+        "held_sessions": 1,
+        "held_positions": 64,
+        "held_bytes": 4096,
+    }
+    shown = peers[CONNECTED]["jobs"]
+    assert shown is not None
+    assert (shown["failed"], shown["lagged"], shown["avoided_s"]) == (1, 1, 12.0)
+    assert peers[HEARSAY]["sessions"] is None
+    assert view._peer_counts() == {
+        "known": 2,
+        "reached": 1,
+        "banned": 1,
+        "sessions_opened": 10,
+        "sessions_refused": 6,
+        "sessions_failed": 0,
+        "sessions_held": 1,
+        "held_bytes": 4096,
+    }
