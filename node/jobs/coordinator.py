@@ -433,7 +433,7 @@ class Coordinator:
         job.avoided[culprit] = Rejection(culprit, None, lost.message, lagged=lost.lagged)
         is_ours = lost.reason is FailureReason.EXPIRED or lost.blamed == self._switchboard.peer_id != culprit
         if not is_ours:
-            # A stage that says that we are at fault may be right: the job goes on elsewhere, and other jobs do not care.
+            # A stage that says that we are at fault may be right: the job goes on elsewhere, and that is all.
             self._planner.failed(culprit, dead=not self._switchboard.is_linked(culprit), lagged=lost.lagged)
         job.set_aside()
         job.held = {stop: session for stop, session in job.held.items() if stop.peer != culprit}
