@@ -100,7 +100,8 @@ class _Door:
             if not self._silent:
                 await self._turn_away(stream)
                 return
-            next(iter(self._silent)).cancel()
+            (silent := next(iter(self._silent))).cancel()
+            del self._silent[silent]
         self._inside += 1
         try:
             if await self._speaks(stream):

@@ -325,7 +325,7 @@ class _Worker:
     async def ask(self, what: str, request: Mapping[str, Any], cpu_s: float, *, urgency: int = 1) -> dict[str, Any]:
         """Return the answer to a request; raise ModelError, or ChatTemplateError where a template is at fault."""
         await self._service.wait_running()
-        if len(self._waiting) >= MAX_WAITING:
+        if urgency and len(self._waiting) >= MAX_WAITING:  # texts under way, of which each job has one, go on
             raise TokenizerBusyError(f"{MAX_WAITING} requests wait for the model's tokenizer; try again later")
         if not self._serving:
             self._service.start_soon(self)

@@ -1,8 +1,9 @@
 """Starts every child process of this program in the same way.
 
 A child runs this interpreter and this package, whatever lies in the current directory: `-P`, and PYTHONSAFEPATH for
-children of its own, keep a `torch.py` or a folder `node/` there from being imported. It has a session of its own, so
-that Ctrl-C reaches only the node, which ends its children itself; and what it said last on stderr is part of the error.
+children of its own, keep a `torch.py` or a folder `node/` there from being imported. What it
+said last on stderr is part of the error. Children of a node have a session of their own, so that Ctrl-C reaches only
+the node, which ends them itself.
 """
 
 import os
