@@ -85,8 +85,8 @@ class StageSession:
         self.outputs: dict[SessionId, OutboundLink] = {}
         self.unwatch: list[Callable[[], None]] = []
         self.opened = trio.Event()
-        self.reserves = False
-        """KV memory is reserved for it, or about to be."""
+        self.reserved_positions = 0
+        """KV memory that is reserved for it, or about to be; more than `positions` where it continues a larger one."""
         self.opened_s = 0.0
         """When it was opened, from which on it may begin."""
         self.backlog: deque[tuple[SessionId, Step]] = deque()
@@ -224,7 +224,7 @@ class StageSession:
     def take_over(self, former: "StageSession") -> None:
         """Go on with what a session of a former attempt holds."""
         self.calculated_by, self.cached, self.computed = former.calculated_by, former.cached, former.computed
-        self.reserves = former.reserves
+        self.reserved_positions = former.reserved_positions
         self.kept = former.kept
         self.steps, self.rows, self.compute_s, self.queue_s = (
             former.steps,

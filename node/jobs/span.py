@@ -167,9 +167,9 @@ class Span:
         """Return how many pages of KV memory the sessions of each peer hold, or are about to."""
         held: dict[PeerId, int] = {}
         for session in (*self.sessions.values(), *self._passing_on.values()):
-            if session.reserves:
+            if session.reserved_positions:
                 peer = session.opened_by.peer
-                held[peer] = held.get(peer, 0) + pages_of(session.positions)
+                held[peer] = held.get(peer, 0) + pages_of(session.reserved_positions)
         return held
 
     def turn_away(self, peer: PeerId, pages: int) -> None:
@@ -254,7 +254,6 @@ class Span:
         with trio.CancelScope(shield=True):  # for a step at most: else nobody would hold what the former one held
             while former.id in self._in_step:
                 await self._stepped.park()
-            del self._passing_on[former.id]
             try:
                 await self.engine.rename(former.id, session.id)
             except EngineError as error:
@@ -262,6 +261,8 @@ class Span:
                 former.kept.drop()
                 await self._free(former.id)
                 return False
+            finally:  # until then the former one counts
+                del self._passing_on[former.id]
             session.take_over(former)
             if session.ended.is_set():  # its coordinator went away, when there was nothing yet to be freed under its id
                 session.kept.drop()

@@ -105,7 +105,7 @@ class Stages:
                 found[peer] = replace(
                     so_far,
                     sessions=so_far.sessions + 1,
-                    positions=so_far.positions + (session.positions if session.reserves else 0),
+                    positions=so_far.positions + session.reserved_positions,
                     bytes=so_far.bytes + session.held_bytes,
                 )
         return found
@@ -306,7 +306,7 @@ class Stages:
                 f"{held.get(peer, 0) * PAGE_POSITIONS} of {span.info.kv_positions} on this span, the rest is held by, "
                 "or reserved for, others"
             )
-        session.reserves = True
+        session.reserved_positions = session.positions
 
     def _former(self, message: Open, link: InboundLink) -> StageSession | None:
         """Return the session that a new one continues, if it is here, its coordinator's, alike, and large enough."""

@@ -10,6 +10,7 @@ import trio
 from trio.testing import MockClock
 
 from node.engine.fake import expected_tokens, fake_span_info
+from node.engine.interface import PAGE_POSITIONS
 from node.jobs.fair_share import may_take
 from node.jobs.interface import JobError, JobErrorCode, JobRequest
 from node.jobs.link import OutboundLink, SessionLost, SessionRefused
@@ -287,9 +288,36 @@ async def test_hoarder_leaves_room_for_the_nodes_own_jobs_and_for_others(autojum
         assert SHORT_IDLE_LIMIT_S - 5 < trio.current_time() - began_s < SHORT_IDLE_LIMIT_S + 15
 
 
+async def test_memory_of_a_session_that_goes_on_as_a_smaller_one_still_counts(autojump_clock: MockClock) -> None:
+    async with under_attack((0, 9)) as (_, _coordinator, stranger):
+        for _ in range(3):
+            former = await stranger.begin(1024)
+            await stranger.open_with(replace(stranger.opening(32), continues=former))
+        statistics = stranger.victim.stages.peer_statistics()[stranger.id]
+        (span,) = stranger.victim.stages.spans()
+        assert (statistics.sessions, statistics.positions) == (3, 3 * 1024)
+        assert span.held_pages() == {stranger.id: 3 * 1024 // PAGE_POSITIONS}
+
+
+async def test_the_first_comer_leaves_the_reserve_to_the_nodes_own_jobs(autojump_clock: MockClock) -> None:
+    async with open_swarm() as swarm:
+        victim = await swarm.join((0, 9), kv_positions=1024, max_positions=1024)
+        stranger = await stranger_at(swarm, victim)
+        with pytest.raises(SessionRefused) as refused:
+            await stranger.begin(1024)
+        assert refused.value.reason is RefusalReason.FULL
+        await stranger.begin(1024 * 7 // 8)
+        assert (await victim.run(REQUEST)).token_ids == right_tokens(12)
+
+
 def test_fair_share_refuses_whoever_holds_more_than_it_first() -> None:
     own, a, b, c = (peer_id_from_public_key(bytes([number]) * 32) for number in range(4))
-    assert may_take(a, 800, own=own, pages=800, held={}), "alone it may have everything"
+    assert may_take(a, 700, own=own, pages=800, held={}), "whoever comes first may have all but the reserve"
+    assert not may_take(a, 701, own=own, pages=800, held={})
+    assert may_take(a, 600, own=own, pages=800, held={own: 200, b: 0})
+    assert not may_take(a, 601, own=own, pages=800, held={own: 200, b: 0})
+    assert may_take(own, 800, own=own, pages=800, held={})
+    assert may_take(a, 3, own=own, pages=3, held={}), "small memory has no room for reserves"
     assert may_take(a, 80, own=own, pages=800, held={a: 500})
     assert not may_take(a, 80, own=own, pages=800, held={a: 590})
     assert may_take(b, 80, own=own, pages=800, held={a: 590})
