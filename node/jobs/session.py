@@ -2,7 +2,8 @@
 
 Rows are checked before they get in line for the engine, where they share a step with those of others: their shape and
 number when the step's header comes, so that nothing is held that will not be taken, and their values when they are
-there. Rows that do not pass cost the session, and whoever sent them is blamed.
+there. Rows that do not pass cost the session. Its opener is told who sent them, and pays, as it says what a stage sends
+where; values that no honest stage sends cost their sender.
 """
 
 from array import array
@@ -130,7 +131,8 @@ class StageSession:
         if self.held_rows + part.rows > self.positions:
             fault = f"{part.rows} rows beside {self.held_rows} that wait, where {self.positions} positions are reserved"
             self.span.reject(self, link, fault)
-            link.overrun(fault)
+            if link.peer == self.opened_by.peer:  # else it may be the opener's doing that so many come
+                link.overrun(fault)
             return False
         self.held_rows += part.rows
         return True
@@ -185,7 +187,8 @@ class StageSession:
             else:
                 check_tensor(tensor)
         except BadRows as fault:
-            self.span.reject(self, link, str(fault))
+            # Token ids may come of another model, with which the opener has linked this one up.
+            self.span.reject(self, link, str(fault), by_sender=not self.info.is_first)
             return False
         return True
 

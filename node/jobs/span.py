@@ -206,17 +206,22 @@ class Span:
             session.opened_by.fail(session.id, reason, message, blamed)
             self.end(session)
 
-    def reject(self, session: StageSession, sender: InboundLink, fault: str) -> None:
-        """Give a session up because of rows that cannot be taken, which is put down to whoever sent them."""
+    def reject(self, session: StageSession, sender: InboundLink, fault: str, *, by_sender: bool = False) -> None:
+        """Give a session up because of rows that cannot be taken.
+
+        The opener is told who sent them. It is put down to the opener, who can make an honest stage send rows of the
+        wrong shape, number or position; `by_sender`: to the sender, because nobody else can have made them.
+        """
         if session.ended.is_set():
             return
-        count = self.records.fault(sender.peer, trio.current_time())
+        opener = session.opened_by.peer
+        count = self.records.fault(sender.peer if by_sender else opener, trio.current_time())
         if is_worth_logging(count):
             _logger.warning(
                 "rows refused",
                 peer=sender.peer,
                 session=str(session.id),
-                opened_by=session.opened_by.peer,
+                opened_by=opener,
                 reason=fault,
                 count=count,
             )
