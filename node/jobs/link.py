@@ -57,7 +57,7 @@ OUTBOXES_BYTES = 24 << 20
 """The same of all links together, beyond which none takes more than what it has no other step to send before."""
 
 PARTIAL_BYTES = 16 << 20
-"""Frames of all links that are not complete yet; where there is more, the peer with most of it loses its links."""
+"""Frames of all links that are not complete yet; where there is more, links break that have brought nothing longest."""
 
 MAX_OPENINGS = 256
 """Sessions that may wait for admission on one link."""
@@ -193,18 +193,18 @@ class LinkBuffers:
         return self._partial_bytes
 
     def note(self, link: "InboundLink", partial_bytes: int) -> None:
-        """Take note of how much a link holds of a frame; where all hold too much, the one with most loses its links."""
+        """Take note of how much a link that was just heard holds of a frame.
+
+        Where all hold too much, those links break that were silent longest: identities cost nothing, so that no peer's
+        share tells it from many others, but who is in the middle of a frame and honest goes on with it.
+        """
         self._partial_bytes += partial_bytes - self._partial.pop(link, 0)
         if partial_bytes:
-            self._partial[link] = partial_bytes
+            self._partial[link] = partial_bytes  # behind all others
         while self._partial_bytes > PARTIAL_BYTES:
-            by_peer: defaultdict[PeerId, int] = defaultdict(int)
-            for each, held_bytes in self._partial.items():
-                by_peer[each.peer] += held_bytes
-            largest = max(by_peer, key=lambda peer: by_peer[peer])
-            for each in [each for each in self._partial if each.peer == largest]:
-                self.drop(each)
-                each.end(f"{by_peer[largest]} bytes of frames are not complete, and memory for such is short")
+            stalest = next(iter(self._partial))
+            self.drop(stalest)
+            stalest.end("a frame is not complete, and memory for such is short")
 
     def drop(self, link: "InboundLink") -> None:
         """Forget a link."""

@@ -41,8 +41,10 @@ from selector.task import Method
 IDLE_LIMIT_S = 300.0
 """A session whose coordinator lives, but that gets no rows for this long, gives its memory back."""
 
-SHORT_IDLE_LIMIT_S = 60.0
-"""The same while KV memory is short, for sessions of the peer that holds most of it."""
+SHORT_IDLE_LIMIT_S = 95.0
+"""The same while KV memory is short, for sessions of the peer that holds most of it.
+
+Sessions that wait for another route are idle, too, and coordinators look for one for 90 s."""
 
 BEGIN_LIMIT_S = 10.0
 """A session that has not begun so long after it was opened gives its memory back."""

@@ -255,7 +255,9 @@ class Stages:
         else:
             if session.ended.is_set():  # the coordinator went away while the engine reserved memory
                 return _refusal(message, RefusalReason.INVALID, "closed while it was opened", span)
-            session.opened_s = trio.current_time()
+            # One that goes on with another that has not begun has no more time than that one had.
+            is_unbegun = former is not None and former.method is None
+            session.opened_s = former.opened_s if former and is_unbegun else trio.current_time()
             return Opened(
                 session=message.session,
                 load=span.load(),

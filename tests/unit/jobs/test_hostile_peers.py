@@ -5,6 +5,7 @@ from array import array
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
+from typing import cast
 
 import pytest
 import trio
@@ -12,9 +13,10 @@ from trio.testing import MockClock
 
 from node.engine.fake import expected_tokens, fake_span_info
 from node.engine.interface import PAGE_POSITIONS
+from node.jobs.coordinator import RECOVERY_LIMIT_S
 from node.jobs.fair_share import may_take
 from node.jobs.interface import JobError, JobErrorCode, JobRequest
-from node.jobs.link import OutboundLink, SessionLost, SessionRefused
+from node.jobs.link import PARTIAL_BYTES, InboundLink, LinkBuffers, OutboundLink, SessionLost, SessionRefused
 from node.jobs.session import CHECKED_AT_ONCE_BYTES
 from node.jobs.span import BEGIN_LIMIT_S, SHORT_IDLE_LIMIT_S
 from node.network.memory import LinkModel
@@ -349,6 +351,43 @@ async def test_session_that_does_not_begin_ends_and_its_coordinator_is_told(auto
         assert stranger.victim.held() == (0, 0)
         assert [lost.reason for lost in stranger.lost] == [FailureReason.EXPIRED]
         assert not stranger.link.broken
+
+
+async def test_session_that_does_not_begin_wins_no_time_by_going_on_as_others(autojump_clock: MockClock) -> None:
+    async with under_attack((0, 9)) as (_, _coordinator, stranger):
+        opening = stranger.opening()
+        await stranger.open_with(opening)
+        for _ in range(2):
+            await trio.sleep(BEGIN_LIMIT_S * 0.45)
+            opening = replace(stranger.opening(), continues=opening.session)
+            await stranger.open_with(opening)
+        await trio.sleep(BEGIN_LIMIT_S * 0.1 + 3)
+        assert stranger.victim.held() == (0, 0)
+
+
+def test_idle_sessions_outlast_the_search_for_another_route_while_memory_is_short() -> None:
+    assert SHORT_IDLE_LIMIT_S > RECOVERY_LIMIT_S
+
+
+def test_of_frames_that_are_not_complete_those_go_first_that_do_not_go_on() -> None:
+    """However many peers have begun one, and each with less than the honest one."""
+    buffers = LinkBuffers()
+    ended: list[str] = []
+
+    class Link:
+        def __init__(self, name: str) -> None:
+            self.peer = PeerId(name)
+
+        def end(self, why: str) -> None:
+            ended.append(self.peer)
+
+    honest, *others = (cast("InboundLink", Link(f"peer {number}")) for number in range(40))
+    for step, other in enumerate(others, 1):
+        buffers.note(honest, (1 << 20) * step // len(others))
+        buffers.note(other, 900 << 10)
+    assert honest.peer not in ended
+    assert ended == [other.peer for other in others[: len(ended)]]
+    assert buffers.partial_bytes <= PARTIAL_BYTES
 
 
 async def test_hoarder_leaves_room_for_the_nodes_own_jobs_and_for_others(autojump_clock: MockClock) -> None:
