@@ -37,12 +37,14 @@ CHECKED_AT_ONCE_BYTES = 2 << 20
 class StageSession:
     """A session; takes the rows that arrive for it, once it has begun."""
 
-    def __init__(self, message: Open, span: "Span", opened_by: InboundLink) -> None:
+    def __init__(self, message: Open, span: "Span", opened_by: InboundLink, description_bytes: int = 0) -> None:
         self.id = message.session
         self.span = span
         self.info = span.info.part(message.blocks)
         """Of the part of the span that it runs."""
         self.opened_by = opened_by
+        self.description_bytes = description_bytes
+        """What is held of the message, about."""
         self.background = message.background
         self.methods = message.methods
         # What is cached of a part of the span is no use to sessions that run another.

@@ -390,6 +390,44 @@ def test_of_frames_that_are_not_complete_those_go_first_that_do_not_go_on() -> N
     assert buffers.partial_bytes <= PARTIAL_BYTES
 
 
+@pytest.mark.parametrize("is_open", [True, False], ids=["open", "being opened"])
+async def test_descriptions_of_sessions_are_bounded_and_leave_room_for_others(
+    autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch, is_open: bool
+) -> None:
+    monkeypatch.setattr("node.jobs.stage.DESCRIPTION_BYTES", 1 << 20)
+    async with under_attack((0, 9)) as (_, coordinator, stranger):
+        if not is_open:
+            stages = stranger.victim.stages
+            for _ in range(99):
+                stages._records.fault(stranger.id, trio.current_time())
+        names = (BASELINE.name, *(f"{number:0256d}" for number in range(127)))
+        outcomes: list[str] = []
+
+        async def open_one() -> None:
+            try:
+                await stranger.open_with(replace(stranger.opening(), methods=names))
+                outcomes.append("opened")
+            except SessionRefused as error:
+                assert error.reason is RefusalReason.FULL
+                assert "no memory to describe another session" in str(error)
+                outcomes.append("refused")
+
+        async with trio.open_nursery() as nursery:
+            for _ in range(40):
+                nursery.start_soon(open_one)
+                if is_open:
+                    await trio.sleep(0.1)
+            await trio.sleep(0.1)
+            assert len(outcomes) == 40 if is_open else set(outcomes) == {"refused"}
+            assert 40 - outcomes.count("refused") <= (1 << 20) // (127 * 256)
+            assert (await coordinator.run(REQUEST)).token_ids == right_tokens(12)
+            assert (await stranger.victim.run(REQUEST)).token_ids == right_tokens(12)
+        assert "opened" in outcomes
+        await trio.sleep(BEGIN_LIMIT_S + 2)
+        await open_one()
+        assert outcomes[-1] == "opened", "what has ended is not counted"
+
+
 async def test_hoarder_leaves_room_for_the_nodes_own_jobs_and_for_others(autojump_clock: MockClock) -> None:
     async with under_attack((0, 9)) as (_, coordinator, stranger):
         for _ in range(8):  # while memory is plenty nobody is refused
