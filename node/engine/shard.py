@@ -256,8 +256,8 @@ class Shard:
                 rows, session = batch.slices[number], batch.sessions[number]
                 try:
                     tensor = self._output(rows, session, output)
-                except EngineError as error:
-                    batch.fail(number, error)
+                except EngineError as error:  # never BadRows: what came in was checked, so that the fault is here
+                    batch.fail(number, EngineError(str(error)))
                     continue
                 session.length = rows.position + rows.tensor.rows
                 batch.outputs[number] = SliceOutput(session=rows.session, tensor=tensor)

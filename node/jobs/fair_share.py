@@ -2,7 +2,8 @@
 
 A part of the memory is reserved for the node's own jobs, and as much again is left for whoever comes next. Beyond that,
 a peer may hold as much as max-min fairness gives it: what is not wanted by those who want little is divided among those
-who want more. While memory is plenty nobody is refused.
+who want more. While memory is plenty nobody is refused. Who comes while no other peer holds anything may take all but
+the node's own part in one session, so that jobs as long as that can be had.
 """
 
 from collections.abc import Collection, Mapping
@@ -22,13 +23,14 @@ def may_take(
     `own`: this node, whose own jobs may take all there is. `held`: pages that each peer's sessions hold. `waiting`:
     pages that other peers were refused a moment ago.
     """
-    used = sum(held.values())
-    if peer == own or not used:
+    if peer == own:
         return True
     reserved = int(pages * RESERVED_SHARE)
     # What own jobs hold already is not reserved once more.
     capacity = pages - max(reserved, held.get(own, 0))
-    others = {each: count for each, count in held.items() if each != own}
+    others = {each: count for each, count in held.items() if each != own and count}
+    if not others:
+        return wanted <= capacity
     demand = others.get(peer, 0) + wanted
     if sum(others.values()) + wanted > capacity:
         return False

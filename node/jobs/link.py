@@ -57,13 +57,13 @@ OUTBOXES_BYTES = 24 << 20
 """The same of all links together, beyond which none takes more than what it has no other step to send before."""
 
 PARTIAL_BYTES = 16 << 20
-"""Frames of all links that are not complete yet; where there is more, the peer with most of it loses its links."""
+"""Frames of all links that are not complete yet; where there is more, links break that have brought nothing longest."""
 
 MAX_OPENINGS = 256
 """Sessions that may wait for admission on one link."""
 
 MAX_OVERRUNS = 1
-"""Times that a link may bring rows beyond what a session has reserved; each ends the session, one more the link."""
+"""Times that a link may bring rows beyond what a session of its peer has reserved; one more ends the link."""
 
 PING_INTERVAL_S = 1.0
 """A link that heard nothing for this long asks whether the other side is there."""
@@ -193,18 +193,18 @@ class LinkBuffers:
         return self._partial_bytes
 
     def note(self, link: "InboundLink", partial_bytes: int) -> None:
-        """Take note of how much a link holds of a frame; where all hold too much, the one with most loses its links."""
+        """Take note of how much a link that was just heard holds of a frame.
+
+        Where all hold too much, those links break that were silent longest: identities cost nothing, so that no peer's
+        share tells it from many others, but who is in the middle of a frame and honest goes on with it.
+        """
         self._partial_bytes += partial_bytes - self._partial.pop(link, 0)
         if partial_bytes:
-            self._partial[link] = partial_bytes
+            self._partial[link] = partial_bytes  # behind all others
         while self._partial_bytes > PARTIAL_BYTES:
-            by_peer: defaultdict[PeerId, int] = defaultdict(int)
-            for each, held_bytes in self._partial.items():
-                by_peer[each.peer] += held_bytes
-            largest = max(by_peer, key=lambda peer: by_peer[peer])
-            for each in [each for each in self._partial if each.peer == largest]:
-                self.drop(each)
-                each.end(f"{by_peer[largest]} bytes of frames are not complete, and memory for such is short")
+            stalest = next(iter(self._partial))
+            self.drop(stalest)
+            stalest.end("a frame is not complete, and memory for such is short")
 
     def drop(self, link: "InboundLink") -> None:
         """Forget a link."""
@@ -645,6 +645,8 @@ class InboundLink(_Link):
         self._stages = stages
         self._openings: dict[SessionId, trio.Event] = {}
         """Of sessions that are being admitted; set when that is over."""
+        self._arriving: deque[list[Receiver]] = deque()
+        """Of each step that is coming, or has come and is not spread yet: who has admitted its slices."""
         self._overruns = 0
         self._consumed: defaultdict[SessionId, int] = defaultdict(int)
 
@@ -661,7 +663,10 @@ class InboundLink(_Link):
             self._say(Failed(session=session, reason=reason, message=message[:200], peer=peer))
 
     def overrun(self, fault: str) -> None:
-        """Take note of rows beyond what a session has reserved. Raises RemoteProtocolError where that is too often."""
+        """Take note of rows beyond what a session of this peer has reserved.
+
+        Raises RemoteProtocolError where that is too often.
+        """
         self._overruns += 1
         if self._overruns > MAX_OVERRUNS:
             raise RemoteProtocolError(fault)
@@ -707,25 +712,27 @@ class InboundLink(_Link):
 
     def _admit(self, header: StepHeader) -> list[bool]:
         """Say which slices of a step, whose rows are still to come, are for somebody here who takes them."""
-        return [self._admits(part, header) for part in header.slices]
+        receivers = [self._admits(part, header) for part in header.slices]
+        if any(receivers):
+            self._arriving.append([receiver for receiver in receivers if receiver is not None])
+        return [receiver is not None for receiver in receivers]
 
-    def _admits(self, part: Slice, header: StepHeader) -> bool:
+    def _admits(self, part: Slice, header: StepHeader) -> Receiver | None:
         receiver = self._receivers.get(part.session)
         if receiver is None or not receiver.permits(self.peer):
             self._disown(part.session)
-            return False
-        return receiver.admit(part, header.dtype, header.shape[1:], self)
+            return None
+        return receiver if receiver.admit(part, header.dtype, header.shape[1:], self) else None
 
     def _disown(self, session: SessionId) -> None:
         self.fail(session, FailureReason.UNKNOWN_SESSION, "no such session here, or not from you")
 
     def _spread(self, step: Step) -> None:
         start = 0
-        for part in step.slices:
+        for part, receiver in zip(step.slices, self._arriving.popleft(), strict=True):
             rows = step.tensor.cut(start, start + part.rows)
             start += part.rows
-            receiver = self._receivers.get(part.session)
-            if receiver is None or not receiver.permits(self.peer):  # any more
+            if self._receivers.get(part.session) is not receiver:  # any more; another has not looked at these rows
                 self._disown(part.session)
                 continue
             if len(step.slices) > 1:  # one that waits is not to hold the memory of those that do not

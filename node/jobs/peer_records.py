@@ -11,8 +11,10 @@ from protocol.messages import FailureReason, RefusalReason
 MAX_PEERS: Final = 256
 """Peers that are remembered; of the others only what they hold is known."""
 
-PENALTY_S: Final = (0.25, 4.0)
-"""How long an Open of a peer waits after its first fault, doubled by each one after, and the longest."""
+PENALTY_S: Final = (0.25, 2.0)
+"""How long an Open of a peer waits after its first fault, doubled by each one after, and the longest.
+
+Coordinators wait for 2.5 s until they look for another stage."""
 
 LOGGED: Final = 10
 """Times that the log tells of the same kind of thing done by the same peer; after that ever more rarely."""
@@ -26,7 +28,7 @@ class StagePeerStatistics:
     """What one peer has asked of the stages here.
 
     `opened`, `refused`, `failed`: sessions that it opened, and those that were refused or failed, by reason. `faults`:
-    rows that it sent for any session and that could not be taken. `sessions`, `positions`, `bytes`: what its sessions
+    sessions that failed for rows that could not be taken, by its fault as opener or as sender. `sessions`, `positions`, `bytes`: what its sessions
     hold now: KV positions reserved, and rows that wait in this process.
     """
 
@@ -78,7 +80,7 @@ class PeerRecords:
         return record.failed[reason]
 
     def fault(self, peer: PeerId, now_s: float) -> int:
-        """Count rows of a peer that could not be taken, and return how many were: its next Opens will wait."""
+        """Count rows that could not be taken by a peer's fault, and return how often they were: its next Opens wait."""
         record = self._of(peer)
         record.faults += 1
         record.score = min(16.0, self._score(record, now_s) + 1)

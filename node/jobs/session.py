@@ -2,7 +2,8 @@
 
 Rows are checked before they get in line for the engine, where they share a step with those of others: their shape and
 number when the step's header comes, so that nothing is held that will not be taken, and their values when they are
-there. Rows that do not pass cost the session, and whoever sent them is blamed.
+there. Rows that do not pass cost the session. Its opener is told who sent them, and pays, as it says what a stage sends
+where; values that no honest stage sends cost their sender.
 """
 
 from array import array
@@ -36,12 +37,14 @@ CHECKED_AT_ONCE_BYTES = 2 << 20
 class StageSession:
     """A session; takes the rows that arrive for it, once it has begun."""
 
-    def __init__(self, message: Open, span: "Span", opened_by: InboundLink) -> None:
+    def __init__(self, message: Open, span: "Span", opened_by: InboundLink, description_bytes: int = 0) -> None:
         self.id = message.session
         self.span = span
         self.info = span.info.part(message.blocks)
         """Of the part of the span that it runs."""
         self.opened_by = opened_by
+        self.description_bytes = description_bytes
+        """What is held of the message, about."""
         self.background = message.background
         self.methods = message.methods
         # What is cached of a part of the span is no use to sessions that run another.
@@ -85,8 +88,8 @@ class StageSession:
         self.outputs: dict[SessionId, OutboundLink] = {}
         self.unwatch: list[Callable[[], None]] = []
         self.opened = trio.Event()
-        self.reserves = False
-        """KV memory is reserved for it, or about to be."""
+        self.reserved_positions = 0
+        """KV memory that is reserved for it, or about to be; more than `positions` where it continues a larger one."""
         self.opened_s = 0.0
         """When it was opened, from which on it may begin."""
         self.backlog: deque[tuple[SessionId, Step]] = deque()
@@ -130,7 +133,8 @@ class StageSession:
         if self.held_rows + part.rows > self.positions:
             fault = f"{part.rows} rows beside {self.held_rows} that wait, where {self.positions} positions are reserved"
             self.span.reject(self, link, fault)
-            link.overrun(fault)
+            if link.peer == self.opened_by.peer:  # else it may be the opener's doing that so many come
+                link.overrun(fault)
             return False
         self.held_rows += part.rows
         return True
@@ -185,7 +189,8 @@ class StageSession:
             else:
                 check_tensor(tensor)
         except BadRows as fault:
-            self.span.reject(self, link, str(fault))
+            # Token ids may come of another model, with which the opener has linked this one up.
+            self.span.reject(self, link, str(fault), by_sender=not self.info.is_first)
             return False
         return True
 
@@ -224,7 +229,7 @@ class StageSession:
     def take_over(self, former: "StageSession") -> None:
         """Go on with what a session of a former attempt holds."""
         self.calculated_by, self.cached, self.computed = former.calculated_by, former.cached, former.computed
-        self.reserves = former.reserves
+        self.reserved_positions = former.reserved_positions
         self.kept = former.kept
         self.steps, self.rows, self.compute_s, self.queue_s = (
             former.steps,

@@ -41,8 +41,10 @@ from selector.task import Method
 IDLE_LIMIT_S = 300.0
 """A session whose coordinator lives, but that gets no rows for this long, gives its memory back."""
 
-SHORT_IDLE_LIMIT_S = 60.0
-"""The same while KV memory is short, for sessions of the peer that holds most of it."""
+SHORT_IDLE_LIMIT_S = 95.0
+"""The same while KV memory is short, for sessions of the peer that holds most of it.
+
+Sessions that wait for another route are idle, too, and coordinators look for one for 90 s."""
 
 BEGIN_LIMIT_S = 10.0
 """A session that has not begun so long after it was opened gives its memory back."""
@@ -167,9 +169,9 @@ class Span:
         """Return how many pages of KV memory the sessions of each peer hold, or are about to."""
         held: dict[PeerId, int] = {}
         for session in (*self.sessions.values(), *self._passing_on.values()):
-            if session.reserves:
+            if session.reserved_positions:
                 peer = session.opened_by.peer
-                held[peer] = held.get(peer, 0) + pages_of(session.positions)
+                held[peer] = held.get(peer, 0) + pages_of(session.reserved_positions)
         return held
 
     def turn_away(self, peer: PeerId, pages: int) -> None:
@@ -206,17 +208,22 @@ class Span:
             session.opened_by.fail(session.id, reason, message, blamed)
             self.end(session)
 
-    def reject(self, session: StageSession, sender: InboundLink, fault: str) -> None:
-        """Give a session up because of rows that cannot be taken, which is put down to whoever sent them."""
+    def reject(self, session: StageSession, sender: InboundLink, fault: str, *, by_sender: bool = False) -> None:
+        """Give a session up because of rows that cannot be taken.
+
+        The opener is told who sent them. It is put down to the opener, who can make an honest stage send rows of the
+        wrong shape, number or position; `by_sender`: to the sender, because nobody else can have made them.
+        """
         if session.ended.is_set():
             return
-        count = self.records.fault(sender.peer, trio.current_time())
+        opener = session.opened_by.peer
+        count = self.records.fault(sender.peer if by_sender else opener, trio.current_time())
         if is_worth_logging(count):
             _logger.warning(
                 "rows refused",
                 peer=sender.peer,
                 session=str(session.id),
-                opened_by=session.opened_by.peer,
+                opened_by=opener,
                 reason=fault,
                 count=count,
             )
@@ -254,7 +261,6 @@ class Span:
         with trio.CancelScope(shield=True):  # for a step at most: else nobody would hold what the former one held
             while former.id in self._in_step:
                 await self._stepped.park()
-            del self._passing_on[former.id]
             try:
                 await self.engine.rename(former.id, session.id)
             except EngineError as error:
@@ -262,6 +268,8 @@ class Span:
                 former.kept.drop()
                 await self._free(former.id)
                 return False
+            finally:  # until then the former one counts
+                del self._passing_on[former.id]
             session.take_over(former)
             if session.ended.is_set():  # its coordinator went away, when there was nothing yet to be freed under its id
                 session.kept.drop()

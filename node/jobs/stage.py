@@ -3,6 +3,7 @@
 What a session is and what becomes of its rows is in `session` and `span`.
 """
 
+from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 
@@ -48,6 +49,9 @@ from selector.task import Method, MethodError, TaskContext, parse_method
 JOIN_LIMIT_S = 8.0
 """How long it may take to reach those that a session's outputs go to; whoever opens it waits for a little longer."""
 
+DESCRIPTION_BYTES = 32 << 20
+"""What the descriptions of all sessions may take, those that are being opened included: shared like KV memory."""
+
 RETIRE_S = 5.0
 """How long a span that is about to go takes what comes from peers who have not heard so yet."""
 
@@ -91,6 +95,8 @@ class Stages:
         """Of those, the ones that take nothing new any more."""
         self._session_ended = trio.lowlevel.ParkingLot()
         self._records = PeerRecords()
+        self._opening_bytes: defaultdict[PeerId, int] = defaultdict(int)
+        """What the descriptions of sessions take that are being opened."""
 
     def peer_statistics(self) -> Mapping[PeerId, StagePeerStatistics]:
         """Return what each peer has asked of the stages here, how that went, and what it holds now.
@@ -105,7 +111,7 @@ class Stages:
                 found[peer] = replace(
                     so_far,
                     sessions=so_far.sessions + 1,
-                    positions=so_far.positions + (session.positions if session.reserves else 0),
+                    positions=so_far.positions + session.reserved_positions,
                     bytes=so_far.bytes + session.held_bytes,
                 )
         return found
@@ -197,10 +203,25 @@ class Stages:
 
         One that continues another has its memory already. A peer that has sent rows that could not be taken waits.
         """
-        penalty_s = self._records.penalty_s(link.peer, trio.current_time())
-        if penalty_s and link.peer != self.switchboard.peer_id:
-            await trio.sleep(penalty_s)
-        answer = await self._admit(message, link)
+        size, peer, held = _description_bytes(message), link.peer, self._described_bytes()
+        answer: Opened | Refused
+        if not may_take(peer, size, own=self.switchboard.peer_id, pages=DESCRIPTION_BYTES, held=held):
+            why = (
+                f"no memory to describe another session: {held.get(peer, 0)} bytes are held for yours, the rest of "
+                f"{DESCRIPTION_BYTES} is held, or reserved, for others"
+            )
+            answer = _refusal(message, RefusalReason.FULL, why, None)
+        else:
+            self._opening_bytes[peer] += size
+            try:
+                penalty_s = self._records.penalty_s(peer, trio.current_time())
+                if penalty_s and peer != self.switchboard.peer_id:
+                    await trio.sleep(penalty_s)
+                answer = await self._admit(message, link)
+            finally:
+                self._opening_bytes[peer] -= size
+                if not self._opening_bytes[peer]:
+                    del self._opening_bytes[peer]
         if isinstance(answer, Opened):
             self._records.opened(link.peer)
         else:
@@ -209,6 +230,15 @@ class Stages:
                 session = str(message.session)
                 _logger.info("session refused", peer=link.peer, session=session, reason=answer.message, count=count)
         return answer
+
+    def _described_bytes(self) -> Mapping[PeerId, int]:
+        """Return what the descriptions of each peer's sessions take."""
+        found = defaultdict(int, self._opening_bytes)
+        for span in self.spans():
+            for session in span.sessions.values():
+                if session.opened.is_set():  # else it is counted as one that is being opened
+                    found[session.opened_by.peer] += session.description_bytes
+        return found
 
     async def _admit(self, message: Open, link: InboundLink) -> Opened | Refused:
         former = self._former(message, link)
@@ -232,7 +262,7 @@ class Stages:
         former: StageSession | None,
         offered: Sequence[Method],
     ) -> Opened | Refused:
-        session = StageSession(message, span, link)
+        session = StageSession(message, span, link, _description_bytes(message))
         try:
             self.switchboard.receivers.add(message.session, session)
         except KeyError:
@@ -255,7 +285,9 @@ class Stages:
         else:
             if session.ended.is_set():  # the coordinator went away while the engine reserved memory
                 return _refusal(message, RefusalReason.INVALID, "closed while it was opened", span)
-            session.opened_s = trio.current_time()
+            # One that goes on with another that has not begun has no more time than that one had.
+            is_unbegun = former is not None and former.method is None
+            session.opened_s = former.opened_s if former and is_unbegun else trio.current_time()
             return Opened(
                 session=message.session,
                 load=span.load(),
@@ -306,7 +338,7 @@ class Stages:
                 f"{held.get(peer, 0) * PAGE_POSITIONS} of {span.info.kv_positions} on this span, the rest is held by, "
                 "or reserved for, others"
             )
-        session.reserves = True
+        session.reserved_positions = session.positions
 
     def _former(self, message: Open, link: InboundLink) -> StageSession | None:
         """Return the session that a new one continues, if it is here, its coordinator's, alike, and large enough."""
@@ -457,6 +489,14 @@ class Stages:
 
 def _refusal(message: Open, reason: RefusalReason, why: str, span: Span | None) -> Refused:
     return Refused(session=message.session, reason=reason, message=why, load=span.load() if span else Load())
+
+
+def _description_bytes(message: Open) -> int:
+    """Return about what is held of a request while its session lives, beside a few KiB for the session itself."""
+    names = sum(len(name) + 150 for name in message.methods)  # with their votes
+    sampling = message.sampling
+    numbers = 200 * len(sampling.logit_bias) + 50 * len(sampling.stop_tokens) if sampling is not None else 0
+    return 8192 + names + numbers + len(message.prefix) + 400 * len(message.context)
 
 
 def _start_fault(session: StageSession, message: Begin, method: Method) -> str | None:

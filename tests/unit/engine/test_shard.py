@@ -260,7 +260,7 @@ def test_forward_pass_that_fails_costs_the_guilty_sessions_alone(
         step_all(sorted(guilty)[:1])
 
 
-def test_rows_that_make_no_number_fail_alone_and_are_the_senders_fault(make_tiny_model: MakeTinyModel) -> None:
+def test_outputs_that_are_no_numbers_fail_alone_and_are_the_engines_own_fault(make_tiny_model: MakeTinyModel) -> None:
     for blocks in (BlockRange(1, 3), BlockRange(3, 4)):
         shard = shard_of(make_tiny_model("llama"), blocks)
         rows = [
@@ -273,7 +273,7 @@ def test_rows_that_make_no_number_fail_alone_and_are_the_senders_fault(make_tiny
             inputs = [replace(each, draws=1) for each in inputs]
         result = shard.step_now(inputs)
         assert [output.session for output in result.outputs] == [session(0), session(2)]
-        assert [(fault.session, fault.by_rows) for fault in result.faults] == [(session(1), True)]
+        assert [(fault.session, fault.by_rows) for fault in result.faults] == [(session(1), False)]
 
 
 def test_hidden_states_of_another_model_are_refused(make_tiny_model: MakeTinyModel) -> None:
