@@ -171,7 +171,7 @@ class OpenRoute:
 
     def receive(self, part: Slice, tensor: Tensor, link: InboundLink) -> None:
         """Take tokens of the last stage."""
-        if self._lost:
+        if self._lost or self._stalled:
             return
         self._sources.add(link)
         self.rounds += 1

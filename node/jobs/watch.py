@@ -67,8 +67,8 @@ class Watch:
         self._since_s = [now_s] * len(starts)
         """Since when each stage stands where it does."""
         self._moved_s = now_s
-        self._whole_s = self.total_s()
-        """What all stages were expected to take together until the next token."""
+        self._whole_s: float | None = None
+        """What all stages were expected to take together until the next token; None until that matters."""
 
     def token(self, position: int, now_s: float) -> None:
         """Note that the token for a position came: every stage has computed the rows before it."""
@@ -83,10 +83,11 @@ class Watch:
         self._wait_from(now_s)
         self._began_s = max(self._began_s, now_s)
         self._moved_s = max(self._moved_s, now_s)
-        self._whole_s = self.total_s()
+        self._whole_s = None
 
     def report(self, stage: int, progress: Progress, now_s: float) -> None:
         """Take in what a stage says of itself; it counts as progress where it goes beyond what was said before."""
+        self._whole()  # before it moves
         before = [(has, self._done(number)) for number, has in enumerate(self._inputs())]
         known, is_first = self._reports[stage], stage not in self._heard
         self._heard.add(stage)
@@ -128,7 +129,7 @@ class Watch:
         computes = report is not None and report.received >= inputs[number] > report.computed
         least_s, factor = REPORTING_LIMIT if computes else SILENT_LIMIT
         limit_s = max(least_s, factor * expected_s)
-        pace_s = max(PACE_LIMIT[0], PACE_LIMIT[1] * self._whole_s)
+        pace_s = max(PACE_LIMIT[0], PACE_LIMIT[1] * self._whole())
         limit_s = self.leniency * min(MOST_LIMIT_S, limit_s)
         waited_s, passed_s = now_s - self._since_s[number], now_s - self._began_s
         if waited_s < limit_s and passed_s < self.leniency * pace_s:
@@ -137,6 +138,15 @@ class Watch:
         if not computes and rows > 0 and (number or self._drawn):
             earlier = (number - 1) % len(left)
         return Lag(tuple(suspects), None if earlier in suspects else earlier, max(waited_s, passed_s), limit_s)
+
+    def _whole(self) -> float:
+        """Return what all stages were expected to take together when the wait for the token began.
+
+        Most tokens are not late, so that it is not asked for.
+        """
+        if self._whole_s is None:
+            self._whole_s = self.total_s()
+        return self._whole_s
 
     def _wait_from(self, now_s: float) -> None:
         self._heard.clear()

@@ -131,3 +131,21 @@ def test_time_before_anybody_waits_is_held_against_nobody() -> None:
     watch.wait(1000.0)
     assert suspects(watch, 1000.0 + SILENT_S - 0.1) == ()
     assert watch.still_s(1001.0) == pytest.approx(1.0)
+
+
+def test_a_token_that_is_not_late_costs_no_estimate() -> None:
+    asked: list[int] = []
+
+    def expected_s(stage: int, rows: int) -> float:
+        asked.append(stage)
+        return STEP_S * rows
+
+    watch = Watch([0] * 3, 20, expected_s, 0.0)
+    for position in range(20, 30):
+        watch.wait(float(position))
+        watch.token(position, float(position))
+    assert not asked
+    watch.wait(30.0)
+    watch.report(0, at(30), 30.5)
+    assert watch.find(31.0) is None
+    assert asked
