@@ -2,6 +2,7 @@
 
 from types import SimpleNamespace
 from typing import Any, cast
+from unittest.mock import Mock
 
 import pytest
 import trio
@@ -17,8 +18,8 @@ PEER = PeerId("a")
 
 async def test_a_token_that_comes_after_the_job_was_given_up_is_dropped() -> None:
     opening = SimpleNamespace(sampling=SimpleNamespace(max_tokens=4))
-    route = OpenRoute([Stop(PEER, BlockRange(0, 9))], cast(Any, None), cast(Any, opening))
-    link = cast(Any, SimpleNamespace(peer=PEER, consumed=lambda session, byte_count: None))
+    route = OpenRoute([Stop(PEER, BlockRange(0, 9))], cast("Any", None), cast("Any", opening))
+    link = cast("Any", Mock(peer=PEER))
     session = SessionId(JobId("00" * 16), 1)
     route.receive(Slice(session=session, position=9, rows=1), tensor_from_tokens([7]), link)
     route.stall(JobError(JobErrorCode.UNCOVERED, "no progress"))
