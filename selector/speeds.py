@@ -33,6 +33,9 @@ EXPLORED_SHARE: Final = 0.1
 UNKNOWN_BLOCK_S: Final = 0.003
 """What a block costs a token on a peer that has neither told nor shown its speed."""
 
+PLAUSIBLE_BLOCK_S: Final = UNKNOWN_BLOCK_S / 10
+"""What a block costs a token on a fast peer. Until anything is measured the reference is no less, whoever says so."""
+
 MAX_BYTES_PER_S: Final = 1e13
 """No memory is read faster, whatever a peer says of its own."""
 
@@ -76,12 +79,15 @@ class Measurements:
 
     def __init__(self) -> None:
         self._estimates: OrderedDict[tuple[str, Hashable], _Estimate] = OrderedDict()
+        self._references: dict[Hashable, float | None] = {}
+        """Of models, until the next job is measured."""
 
     def observe(self, model: Hashable, shares: Sequence[Share], seconds: float) -> None:
         """Take in what the peers of a route took together."""
         shares = [share for share in shares if share.units > 0]
         if not shares or not (math.isfinite(seconds) and seconds > 0):
             return
+        self._references.clear()
         fair_s = seconds / sum(share.units for share in shares)
         estimates = [self._estimate(model, share, fair_s) for share in shares]
         expected_s = sum(s.units * e.mean_s for s, e in zip(shares, estimates, strict=True))
@@ -113,9 +119,13 @@ class Measurements:
 
     def reference_s(self, model: Hashable) -> float | None:
         """Return the best that was proven of any peer; where nothing is proven, the best that was measured."""
-        found = [each for (_, of), each in self._estimates.items() if of == model]
-        proven = [each.mean_s for each in found if each.jobs >= PROVEN_JOBS]
-        return min(proven or [each.mean_s for each in found], default=None)
+        if model not in self._references:
+            found = [each for (_, of), each in self._estimates.items() if of == model]
+            proven = [each.mean_s for each in found if each.jobs >= PROVEN_JOBS]
+            if len(self._references) >= MAX_MEASURED:
+                self._references.clear()
+            self._references[model] = min(proven or [each.mean_s for each in found], default=None)
+        return self._references[model]
 
     def _estimate(self, model: Hashable, share: Share, fair_s: float) -> _Estimate:
         """Return the estimate of a peer; a first one may be as wrong as all stages together took long."""
@@ -166,9 +176,10 @@ def _reference_s(claims: Sequence[Claim], measured: Measurements, model: Hashabl
     known = [*own, *([] if shown_s is None else [shown_s])]
     if known:
         return min(known)
-    # Nothing was measured yet: the upper median of what is said, so that one who promises much does not set it.
+    # Nothing was measured yet: the upper median of what is said, so that one who promises much does not set it, nor
+    # many beyond what is plausible. What their hardware could do is no measure: that is also only said.
     said = sorted({claim.peer: _told_s(claim) for claim in claims}.values())
-    return said[len(said) // 2] if said else UNKNOWN_BLOCK_S
+    return max(PLAUSIBLE_BLOCK_S, said[len(said) // 2]) if said else UNKNOWN_BLOCK_S
 
 
 def _speed(claim: Claim, measured: Measurements, model: Hashable, reference_s: float, *, is_own: bool) -> Speed:

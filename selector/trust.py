@@ -25,6 +25,9 @@ LAG_HALF_LIFE_S: Final = 1800.0
 LAG_BACKOFF_S: Final = (30.0, 3600.0)
 """How long a peer is left alone after a lag, doubled by each that is remembered, and the longest."""
 
+DOUBTFUL_LAG: Final = 0.5
+"""What a lag counts of a peer of which nothing was known to expect, until it serves a job."""
+
 
 @dataclass(frozen=True, slots=True)
 class Record:
@@ -52,10 +55,10 @@ class _Score:
         self.counted_at_s = now_s
         return self.weight
 
-    def count(self, now_s: float) -> None:
+    def count(self, now_s: float, weight: float = 1.0) -> None:
         first_s, longest_s = self.backoff_s
         backoff_s = min(longest_s, first_s * 2 ** min(64.0, self.fade(now_s)))
-        self.weight += 1
+        self.weight += weight
         self.avoided_until_s = now_s + backoff_s
 
 
@@ -66,12 +69,14 @@ class _Record:
     lagged: int = 0
     failures: _Score = field(default_factory=lambda: _Score(HALF_LIFE_S, BACKOFF_S))
     lags: _Score = field(default_factory=lambda: _Score(LAG_HALF_LIFE_S, LAG_BACKOFF_S))
+    doubts: _Score = field(default_factory=lambda: _Score(LAG_HALF_LIFE_S, LAG_BACKOFF_S))
+    """Lags of a time when nothing was known of the peer's speed."""
 
     def avoided_until_s(self) -> float:
-        return max(self.failures.avoided_until_s, self.lags.avoided_until_s)
+        return max(score.avoided_until_s for score in (self.failures, self.lags, self.doubts))
 
     def trust(self, now_s: float) -> float:
-        return 1 / (1 + self.failures.fade(now_s) + self.lags.fade(now_s))
+        return 1 / (1 + sum(score.fade(now_s) for score in (self.failures, self.lags, self.doubts)))
 
 
 class Reliability:
@@ -86,20 +91,27 @@ class Reliability:
         record.failed += 1
         record.failures.count(now_s)
 
-    def lagged(self, peer: str, now_s: float) -> None:
-        """Note that a peer made no progress in time: it is avoided for longer, also when it serves other jobs."""
+    def lagged(self, peer: str, now_s: float, *, is_sure: bool = True) -> None:
+        """Note that a peer made no progress in time: it is avoided for longer, also when it serves other jobs.
+
+        `is_sure`: it was known what to expect of it; if not, it counts less, and only until it serves a job.
+        """
         record = self._touch(peer)
         record.lagged += 1
-        record.lags.count(now_s)
+        if is_sure:
+            record.lags.count(now_s)
+        else:
+            record.doubts.count(now_s, DOUBTFUL_LAG)
 
     def served(self, peer: str, now_s: float) -> None:
-        """Note that a peer bore a job to its end: half of the failures held against it is forgiven."""
+        """Note that a peer bore a job to its end: half of the failures and all doubts held against it are forgiven."""
         record = self._touch(peer)
         record.served += 1
         record.failures.avoided_until_s = now_s
         record.failures.weight = record.failures.fade(now_s) / 2
         if record.failures.weight < 1 / 8:
             record.failures.weight = 0.0
+        record.doubts.weight, record.doubts.avoided_until_s = 0.0, now_s
 
     def avoided(self, now_s: float) -> frozenset[str]:
         """Return the peers that are left alone now."""

@@ -18,6 +18,9 @@ from node.api.errors import ApiError
 from node.api.requests import CompletionRequest
 from node.jobs.interface import JobError, JobResult, JobStarted, Submitter, TextDelta
 
+UNACCEPTED_S: Final = 9.0
+"""How long the first comment waits for the job's route to open: until then an error may still be a status."""
+
 KEEP_ALIVE_S: Final = 5.0
 """After so long without an event a stream carries a comment: proxies and clients give up on one that is silent."""
 
@@ -78,6 +81,7 @@ class CompletionEndpoint:
     async def _send_events(self, request: CompletionRequest, stream: "EventStream") -> None:
         """Run the job and send its events. The first chunk waits for the first token: so long an error is a status."""
         async with self._submitter.submit(request.job) as events:
+            stream.accepted.set()
             async for event in events:
                 match event:
                     case JobStarted():
@@ -102,10 +106,15 @@ class EventStream:
         self._sent_s = trio.current_time()
         self._keeping_alive = trio.CancelScope()
         self.started = False
+        self.accepted = trio.Event()
+        """The job has a route, so that it is no longer refused."""
 
     async def keep_alive(self) -> None:
         """Send a comment whenever nothing else was sent for a while, until `end_keep_alive`."""
         with self._keeping_alive:
+            await trio.sleep_until(self._sent_s + KEEP_ALIVE_S)
+            with trio.move_on_at(self._sent_s + UNACCEPTED_S):
+                await self.accepted.wait()
             while True:
                 await trio.sleep_until(self._sent_s + KEEP_ALIVE_S)
                 async with self._sending:

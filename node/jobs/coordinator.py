@@ -342,7 +342,7 @@ class Coordinator:
             missing = ", ".join(f"{start}-{end}" for start, end in error.missing)
             _logger.warning("no route left; waiting for a peer", job=job.id, model=job.model.name, blocks=missing)
         expected = [(blocks.start, blocks.end) for blocks in self._expected(job.model.id)]
-        if await self._planner.could_serve(job.need(), expected):
+        if self._planner.could_serve(job.need(), expected):
             waiting.hopeless_since_s = trio.current_time()
             return False
         return trio.current_time() - waiting.hopeless_since_s >= HOPELESS_LIMIT_S

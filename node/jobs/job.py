@@ -1,5 +1,6 @@
 """A job under way: what was asked, the tokens so far, and the routes it has taken."""
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -73,6 +74,8 @@ class Job:
     accepted: bool = False
     """A route was open once."""
     patience: Patience = field(default_factory=Patience)
+    searched_s: float = -math.inf
+    """When others were last looked for who could take the place of a stage that lags."""
 
     def need(self) -> RouteNeed:
         """Return what is needed of a route for what is left of the job."""

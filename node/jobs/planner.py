@@ -10,6 +10,7 @@ from typing import Protocol
 import structlog
 import trio
 
+from node.jobs.link import SLOWEST_BYTES_PER_S
 from node.jobs.route import Stop
 from node.swarm.directory import Candidate
 from protocol.identity import BlockRange, ModelId, PeerId
@@ -22,11 +23,11 @@ from selector.trust import Record, Reliability
 SLOW_BYTES_PER_S = 2e9
 """Of a block that nobody was measured with, a step passes so many bytes in a second at worst: a slow processor."""
 
-KNOWN_TIMEOUT_S = 0.2
-"""What is known of live peers is at hand within this; whatever takes longer is a search."""
-
 SHARING_BEYOND_OWN = 3
 """Sessions of others that a peer may say it had beside ours when its speed was measured, which makes it look faster."""
+
+BELIEVED_SLOWNESS = 50
+"""A peer that was never measured is believed to be so many times as slow as one can expect, and no slower."""
 
 PROMPT_ROWS_PER_STEP = 12
 """Rows of a prompt that take as long as one decode step: what reads all weights once for a single row is slow."""
@@ -40,6 +41,10 @@ class Finder(Protocol):
 
     async def candidates(self, model: ModelId, block_count: int, *, without: Iterable[PeerId]) -> tuple[Candidate, ...]:
         """Return the live peers that serve spans of a model; asks the DHT where those known do not suffice."""
+        ...
+
+    def known_candidates(self, model: ModelId, *, without: Iterable[PeerId]) -> tuple[Candidate, ...]:
+        """Return the same of the peers that are known to live, and look for no others."""
         ...
 
     def forget(self, peer: PeerId) -> None:
@@ -147,8 +152,39 @@ class Planner:
         peer that promises more than anybody has shown, save for the share of jobs that try it (`may_explore`). `like`:
         a former route, of which the stages `held` stay, if others can take the places of the rest.
         """
+        found = await self._finder.candidates(need.model, need.demand.block_count, without=without)
+        offers = self._offers(need, found)
+        return self._best(need, offers, without, like, held, may_explore=may_explore, only_trusted=only_trusted)
+
+    def knows_route(
+        self,
+        need: RouteNeed,
+        without: Collection[PeerId],
+        *,
+        like: Sequence[Stop] = (),
+        held: Collection[Stop] = (),
+        only_trusted: bool = False,
+    ) -> bool:
+        """Return whether there is a route, as `route` finds it, among the peers that are known to live."""
+        offers = self._offers(need, self._finder.known_candidates(need.model, without=without))
+        try:
+            self._best(need, offers, without, like, held, may_explore=False, only_trusted=only_trusted)
+        except NoRouteError:
+            return False
+        return True
+
+    def _best(
+        self,
+        need: RouteNeed,
+        offers: _Offers,
+        without: Collection[PeerId],
+        like: Sequence[Stop],
+        held: Collection[Stop],
+        *,
+        may_explore: bool,
+        only_trusted: bool,
+    ) -> list[Stop]:
         lost = [number for number, stop in enumerate(like) if stop not in held or stop.peer in without]
-        offers = await self._offers(need, without)
         if len(lost) < len(like):
             try:
                 return self._mended(need, like, lost, offers, only_trusted=only_trusted)
@@ -224,13 +260,20 @@ class Planner:
         byte_count = (demand.prompt_rows + demand.new_tokens) * demand.row_bytes
         return sum(byte_count / self._links(a.peer, b.peer).bytes_per_s for a, b in pairwise(stops))
 
+    def way_s(self, need: RouteNeed, before: Stop, stop: Stop, rows: int) -> float:
+        """Return how long rows may be on their way from one stage to the next; generous where no link was measured."""
+        link = self._links(before.peer, stop.peer)
+        bytes_per_s = max(SLOWEST_BYTES_PER_S, link.bytes_per_s) if link.is_measured else SLOWEST_BYTES_PER_S
+        return rows * need.demand.row_bytes / bytes_per_s
+
     def failed(self, peer: PeerId, *, dead: bool, lagged: bool = False) -> None:
         """Leave a peer alone for a while; one that is taken for dead is out until it is heard again.
 
-        `lagged`: it was there and made no progress, which is held against it for longer.
+        `lagged`: it was there and made no progress, which is held against it for longer. Of one that was never
+        measured it may just be slow.
         """
         if lagged:
-            self._reliability.lagged(peer, trio.current_time())
+            self._reliability.lagged(peer, trio.current_time(), is_sure=bool(self._blocks.of(peer)))
         else:
             self._reliability.failed(peer, trio.current_time())
         if dead and peer != self._own_peer:
@@ -269,9 +312,11 @@ class Planner:
         `sessions`: those it says it serves, believed within bounds; the jobs that this node has there count fully.
         """
         block_s = self._prior_block_s(need, stop)
-        row_s = self._rows.seconds(stop.peer, need.model) or self._rows.reference_s(need.model)
+        row_s = self._rows.seconds(stop.peer, need.model)
         if row_s is None:
-            row_s = max(block_s, need.block_bytes / SLOW_BYTES_PER_S) / PROMPT_ROWS_PER_STEP
+            known_s = self._rows.reference_s(need.model)
+            slow_s = max(block_s, need.block_bytes / SLOW_BYTES_PER_S) if known_s is None else block_s
+            row_s = max(known_s or 0.0, slow_s / PROMPT_ROWS_PER_STEP)
         own = self._in_flight()[stop.peer]
         times = max(1, own, min(sessions, own + SHARING_BEYOND_OWN))
         return times * len(stop.blocks) * (block_s + max(0, rows - 1) * row_s)
@@ -281,9 +326,10 @@ class Planner:
         shown_s = self._blocks.seconds(stop.peer, need.model)
         if shown_s is not None:
             return shown_s
-        told_s = stop.load.step_s / len(stop.blocks)
-        known_s = self._blocks.reference_s(need.model)
-        return max(told_s, UNKNOWN_BLOCK_S if known_s is None else known_s)
+        known_s = self._blocks.reference_s(need.model) or UNKNOWN_BLOCK_S
+        slow_s = max(known_s, UNKNOWN_BLOCK_S, need.block_bytes / SLOW_BYTES_PER_S)
+        told_s = stop.load.step_s / len(stop.blocks) or UNKNOWN_BLOCK_S
+        return max(known_s, min(told_s, BELIEVED_SLOWNESS * slow_s))
 
     def proven_least(self, model: ModelId, peers: Iterable[PeerId]) -> PeerId:
         """Return of several peers the one that has shown least: if one of them is at fault, most likely it is this."""
@@ -298,13 +344,11 @@ class Planner:
             ),
         )
 
-    async def could_serve(
+    def could_serve(
         self, need: RouteNeed, promised: Iterable[tuple[int, int]], without: Collection[PeerId] = ()
     ) -> bool:
         """Return whether the peers known to live, and `promised` spans that are being loaded, cover all blocks."""
-        found: Sequence[Candidate] = ()
-        with trio.move_on_after(KNOWN_TIMEOUT_S):  # those heard of; to look for others was tried and takes seconds
-            found = await self._finder.candidates(need.model, need.demand.block_count, without=without)
+        found = self._finder.known_candidates(need.model, without=without)
         spans = [(each.blocks.start, each.blocks.end) for each in found]
         return not uncovered(need.demand.block_count, [*spans, *promised])
 
@@ -324,8 +368,7 @@ class Planner:
         """Return the record of every peer of which something is remembered: a bounded number."""
         return {PeerId(peer): self.record(PeerId(peer)) for peer in self._reliability.peers()}
 
-    async def _offers(self, need: RouteNeed, without: Collection[PeerId]) -> _Offers:
-        found = await self._finder.candidates(need.model, need.demand.block_count, without=without)
+    def _offers(self, need: RouteNeed, found: tuple[Candidate, ...]) -> _Offers:
         if need.not_last:
             found = tuple(_without_last(need, found))
         now_s = trio.current_time()

@@ -24,6 +24,7 @@ from protocol.messages import (
     Load,
     Open,
     Opened,
+    ProgressRequest,
     RefusalReason,
     Sampling,
     SessionStatistics,
@@ -171,7 +172,7 @@ class OpenRoute:
 
     def receive(self, part: Slice, tensor: Tensor, link: InboundLink) -> None:
         """Take tokens of the last stage."""
-        if self._lost:
+        if self._lost or self._stalled:
             return
         self._sources.add(link)
         self.rounds += 1
@@ -321,6 +322,11 @@ class OpenRoute:
             if self._lost is None:
                 raise AssertionError("the channel of tokens ends only when a stage is lost") from None
             raise RouteLost(self._lost) from None
+
+    def mute(self) -> set[int]:
+        """Return the stages whose version cannot say how far they are."""
+        needed = minor_of(ProgressRequest(session=self._sink))
+        return {stage for stage, link in self._links.items() if link.minor < needed}
 
     async def ask_progress(self, timeout_s: float) -> None:
         """Ask all stages how far they are, and tell the watch; one whose link says nothing at all in time is lost."""

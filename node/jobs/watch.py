@@ -5,7 +5,7 @@ the route that has its input and goes no further is the one that all others wait
 checked against its neighbours: whoever says to have computed what the next one says never came is in a dispute with it.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Final, NamedTuple
 
@@ -13,7 +13,8 @@ SILENT_LIMIT: Final = 2.0, 3.0
 """A stage that shows nothing may take so many seconds at least, or so many times what is expected of it;"""
 
 REPORTING_LIMIT: Final = 3.0, 8.0
-"""one that says it has its input and computes may take longer: what is expected may be a mere guess;"""
+"""one that says it has its input and computes may take longer, as what is expected may be a mere guess, and so may one
+that cannot say so, being of an older version, and one whose input is still at the stage before;"""
 
 MOST_LIMIT_S: Final = 60.0
 """and none longer than this, whatever is expected of it, while somebody else could do its work."""
@@ -47,15 +48,24 @@ class Lag:
 class Watch:
     """How far each stage of an open route is, as far as it has shown."""
 
-    def __init__(self, starts: Sequence[int], end: int, expected_s: Callable[[int, int], float], now_s: float) -> None:
+    def __init__(
+        self,
+        starts: Sequence[int],
+        end: int,
+        expected_s: Callable[[int, int], float],
+        now_s: float,
+        mute: Collection[int] = (),
+    ) -> None:
         """Begin when the route does.
 
         `starts`: the first position that each stage computes. `end`: the position after the last row that is sent to
-        the first stage. `expected_s`: how long a stage should take for so many rows.
+        the first stage. `expected_s`: how long a stage should take for so many rows, their way to it included. `mute`:
+        stages that cannot report.
         """
         self.leniency = 1.0
         """What all limits are multiplied with."""
         self._expected_s = expected_s
+        self._mute = frozenset(mute)
         self._end = end
         self._drawn = False
         """A token came: what the first stage waits for comes from the last one."""
@@ -67,8 +77,8 @@ class Watch:
         self._since_s = [now_s] * len(starts)
         """Since when each stage stands where it does."""
         self._moved_s = now_s
-        self._whole_s = self.total_s()
-        """What all stages were expected to take together until the next token."""
+        self._whole_s: float | None = None
+        """What all stages were expected to take together until the next token; None until that matters."""
 
     def token(self, position: int, now_s: float) -> None:
         """Note that the token for a position came: every stage has computed the rows before it."""
@@ -83,10 +93,11 @@ class Watch:
         self._wait_from(now_s)
         self._began_s = max(self._began_s, now_s)
         self._moved_s = max(self._moved_s, now_s)
-        self._whole_s = self.total_s()
+        self._whole_s = None
 
     def report(self, stage: int, progress: Progress, now_s: float) -> None:
         """Take in what a stage says of itself; it counts as progress where it goes beyond what was said before."""
+        self._whole()  # before it moves
         before = [(has, self._done(number)) for number, has in enumerate(self._inputs())]
         known, is_first = self._reports[stage], stage not in self._heard
         self._heard.add(stage)
@@ -96,6 +107,8 @@ class Watch:
             return
         if told != known:
             self._since_s[stage] = self._moved_s = now_s
+        if known is not None and told.sent > known.sent and stage + 1 < len(self._since_s):
+            self._since_s[stage + 1] = now_s  # its input is on its way
         after = [(has, self._done(number)) for number, has in enumerate(self._inputs())]
         for number, (stood, stands) in enumerate(zip(before, after, strict=True)):
             if stands != stood:
@@ -126,9 +139,12 @@ class Watch:
                 suspects.append(following)
                 expected_s += self._expected_s(following, max(1, inputs[number] - self._done(following)))
         computes = report is not None and report.received >= inputs[number] > report.computed
-        least_s, factor = REPORTING_LIMIT if computes else SILENT_LIMIT
+        before = self._reports[number - 1] if number else None
+        is_held_back = before is not None and before.sent < min(before.computed, inputs[number])
+        may_take_longer = computes or is_held_back or not self._mute.isdisjoint(suspects)
+        least_s, factor = REPORTING_LIMIT if may_take_longer else SILENT_LIMIT
         limit_s = max(least_s, factor * expected_s)
-        pace_s = max(PACE_LIMIT[0], PACE_LIMIT[1] * self._whole_s)
+        pace_s = max(PACE_LIMIT[0], PACE_LIMIT[1] * self._whole())
         limit_s = self.leniency * min(MOST_LIMIT_S, limit_s)
         waited_s, passed_s = now_s - self._since_s[number], now_s - self._began_s
         if waited_s < limit_s and passed_s < self.leniency * pace_s:
@@ -137,6 +153,15 @@ class Watch:
         if not computes and rows > 0 and (number or self._drawn):
             earlier = (number - 1) % len(left)
         return Lag(tuple(suspects), None if earlier in suspects else earlier, max(waited_s, passed_s), limit_s)
+
+    def _whole(self) -> float:
+        """Return what all stages were expected to take together when the wait for the token began.
+
+        Most tokens are not late, so that it is not asked for.
+        """
+        if self._whole_s is None:
+            self._whole_s = self.total_s()
+        return self._whole_s
 
     def _wait_from(self, now_s: float) -> None:
         self._heard.clear()

@@ -37,8 +37,8 @@ POLL_S = 0.25
 POLL_SHARE = 0.1
 """or, where a token has been late for longer, after this share of it."""
 
-KNOWN_TIMEOUT_S = 0.2
-"""Whether somebody could take a stage's place is known at once, or nobody is known."""
+SEARCH_S = 10.0, 2.0
+"""Where nobody who is known could take a stage's place, others are looked for: so often, and for so long."""
 
 FORGIVING_FACTOR = 4.0
 """After so many times the limit a stage is also replaced by peers that failed or lagged themselves."""
@@ -94,10 +94,12 @@ class Watcher:
         def expected_s(stage: int, rows: int) -> float:
             answer = answers[stage]
             sessions = answer.load.sessions if answer else 1
-            return self._planner.expected_s(need, stops[stage], rows, sessions) + round_s / len(stops)
+            compute_s = self._planner.expected_s(need, stops[stage], rows, sessions)
+            way_s = self._planner.way_s(need, stops[stage - 1], stops[stage], rows) if stage else 0.0
+            return compute_s + way_s + round_s / len(stops)
 
         tokens = len(job.prompt) + len(job.tokens)
-        route.watch = Watch(route.starts, tokens, expected_s, trio.current_time())
+        route.watch = Watch(route.starts, tokens, expected_s, trio.current_time(), route.mute())
         route.watch.leniency = 1.5**job.fruitless
 
     async def token(self, job: Job, route: OpenRoute) -> Drawn:
@@ -155,15 +157,23 @@ class Watcher:
         *,
         only_trusted: bool = True,
     ) -> bool:
-        """Return whether somebody who is known could take the places of peers on a route."""
-        without = {*job.avoided, *peers}
+        """Return whether somebody could take the places of peers on a route; now and then look for others who could."""
+        need, without = job.need(), {*job.avoided, *peers}
         kept = [stop for stop in held if stop.peer not in peers]
-        with trio.move_on_after(KNOWN_TIMEOUT_S):
-            try:
-                await self._planner.route(job.need(), without, like=like, held=kept, only_trusted=only_trusted)
-            except NoRouteError:
-                return False
+        if self._planner.knows_route(need, without, like=like, held=kept, only_trusted=only_trusted):
             return True
+        interval_s, limit_s = SEARCH_S
+        if trio.current_time() < job.searched_s + interval_s:
+            return False
+        with trio.move_on_after(limit_s):
+            try:
+                await self._planner.route(need, without, like=like, held=kept, only_trusted=only_trusted)
+            except NoRouteError:
+                pass
+            else:
+                return True
+            finally:
+                job.searched_s = trio.current_time()
         return False
 
 

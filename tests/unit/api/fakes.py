@@ -88,6 +88,8 @@ class FakeSubmitter:
     words: tuple[str, ...] = ("Hello", ",", " wörld")
     refuse: JobError | None = None
     """Raised on entering the job."""
+    ponders_s: float = 0.0
+    """Seconds before the job is entered or refused."""
     refusals: int | None = None
     """How often at most; None for always."""
     fail: JobError | None = None
@@ -105,6 +107,7 @@ class FakeSubmitter:
     async def submit(self, request: JobRequest) -> AsyncIterator[AsyncIterator[JobEvent]]:
         self.requests.append(request)
         self.entered.set()
+        await trio.sleep(self.ponders_s)
         if self.refuse and (self.refusals is None or len(self.requests) <= self.refusals):
             raise self.refuse
         try:

@@ -272,3 +272,23 @@ async def test_an_error_after_a_comment_is_an_event_and_one_before_it_a_status(
         await run_asgi(node, completion_body(stream=True))
     assert caught.value.status == 503
     assert caught.value.headers == {"Retry-After": "2"}
+
+
+async def test_a_job_that_is_refused_before_its_route_is_open_has_a_status(
+    autojump_clock: MockClock, node: FakeNode
+) -> None:
+    node.submitter.refuse = JobError(JobErrorCode.FULL, "No room.", retry_after_s=2)
+    node.submitter.ponders_s = 8.0
+    with pytest.raises(ApiError) as caught:
+        await run_asgi(node, completion_body(stream=True))
+    assert (caught.value.status, caught.value.headers) == (503, {"Retry-After": "2"})
+
+
+@pytest.mark.parametrize("ponders_s", [6.0, 30.0])
+async def test_says_that_it_waits_also_where_a_route_opens_late(
+    autojump_clock: MockClock, node: FakeNode, ponders_s: float
+) -> None:
+    node.submitter.ponders_s, node.submitter.pauses = ponders_s, {0: 20.0}
+    began_s = trio.current_time()
+    moments = [began_s, *(at_s for at_s, _ in await run_asgi(node, completion_body(stream=True)))]
+    assert max(b - a for a, b in pairwise(moments)) < 10

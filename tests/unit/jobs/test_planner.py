@@ -25,6 +25,9 @@ class Nobody:
     async def candidates(self, model: ModelId, block_count: int, *, without: Iterable[PeerId]) -> tuple[Candidate, ...]:
         return ()
 
+    def known_candidates(self, model: ModelId, *, without: Iterable[PeerId]) -> tuple[Candidate, ...]:
+        return ()
+
     def forget(self, peer: PeerId) -> None: ...
 
 
@@ -50,8 +53,13 @@ class Served:
 
     def __init__(self, **loads: Load) -> None:
         self.loads = loads
+        self.searches = 0
 
     async def candidates(self, model: ModelId, block_count: int, *, without: Iterable[PeerId]) -> tuple[Candidate, ...]:
+        self.searches += 1
+        return self.known_candidates(model, without=without)
+
+    def known_candidates(self, model: ModelId, *, without: Iterable[PeerId]) -> tuple[Candidate, ...]:
         excluded = set(without)
         return tuple(
             Candidate(PeerId(peer), BlockRange(0, 9), load)
@@ -119,6 +127,17 @@ async def test_avoids_a_peer_that_lagged_while_another_is_there_and_remembers_it
     )
 
 
+async def test_looks_for_nobody_to_say_whether_a_route_is_known(autojump_clock: MockClock) -> None:
+    finder = Served(a=HONEST, b=HONEST)
+    planner = Planner(finder, near, C)
+    assert planner.knows_route(NEED, [A])
+    assert not planner.knows_route(NEED, [A, PeerId("b")])
+    planner.failed(A, dead=False, lagged=True)
+    assert not planner.knows_route(NEED, [PeerId("b")], only_trusted=True)
+    assert planner.could_serve(NEED, (), [A])
+    assert finder.searches == 0
+
+
 async def test_expects_what_was_measured_and_more_of_a_peer_that_serves_more(autojump_clock: MockClock) -> None:
     planner = Planner(Served(a=HONEST), near, C)
     stop = Stop(A, BlockRange(0, 9))
@@ -128,3 +147,32 @@ async def test_expects_what_was_measured_and_more_of_a_peer_that_serves_more(aut
     assert planner.expected_s(NEED, stop, 1, sessions=2) == pytest.approx(2 * one_s)
     assert planner.expected_s(NEED, stop, 1, sessions=10**6) < 5 * one_s, "what it says of others is bounded"
     assert planner.expected_s(NEED, stop, 100) > one_s
+
+
+async def test_an_unmeasured_peer_may_be_as_slow_with_a_prompt_as_it_says_within_bounds() -> None:
+    planner = Planner(Served(), near, C)
+    timing = RouteTiming(round_s=0.002, prompt_s=0.02, prompt_rows=(900,), busy=(1.0,))
+    planner.measured(NEED, [Stop(A, BlockRange(0, 9))], [Load(sessions=1)], timing)
+    cpu, endless = (Stop(B, BlockRange(0, 9), Load(step_s=step_s)) for step_s in (0.2, 1e9))
+    assert planner.expected_s(NEED, Stop(A, BlockRange(0, 9)), 2000) < 0.2
+    assert planner.expected_s(NEED, cpu, 2000) > 2000 * 0.2 / 20
+    assert planner.expected_s(NEED, endless, 1) < 10
+
+
+def test_rows_are_given_time_for_their_way_by_the_links_width_or_that_of_a_slow_home() -> None:
+    def way_s(bytes_per_s: float, *, is_measured: bool = True) -> float:
+        planner = Planner(Nobody(), lambda a, b: Link(0.01, bytes_per_s, is_measured), A)
+        return planner.way_s(NEED, Stop(A, BlockRange(0, 4)), Stop(B, BlockRange(4, 9)), 2000)
+
+    assert way_s(1e8) == pytest.approx(0.02)
+    assert way_s(5e7, is_measured=False) == pytest.approx(4.0)
+    assert way_s(1.0) == pytest.approx(4.0), "what a peer says of its link is believed within bounds"
+
+
+async def test_a_lag_before_anything_was_measured_is_forgiven_once_the_peer_serves(autojump_clock: MockClock) -> None:
+    planner = Planner(Served(a=HONEST), near, C)
+    planner.failed(A, dead=False, lagged=True)
+    assert planner.record(A).avoided_s == pytest.approx(LAG_BACKOFF_S[0])
+    assert planner.record(A).trust > 0.6
+    planner.served([A])
+    assert (planner.record(A).avoided_s, planner.record(A).trust, planner.record(A).lagged) == (0, 1, 1)

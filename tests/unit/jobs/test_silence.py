@@ -57,7 +57,9 @@ async def test_passes_a_silent_stage_within_seconds_and_avoids_it_afterwards(
         began_s = trio.current_time()
         result = await peer.run(JobRequest(model="fake", prompt=prompt, max_tokens=20))
         assert hole.begun, "the job went to the hole first"
-        assert trio.current_time() - began_s < BOUND_S
+        # One that cannot report may compute a long prompt: it gets the time for that.
+        is_long_for_mute = protocols == PROTOCOL_IDS[-1:] and prompt != PROMPT
+        assert trio.current_time() - began_s < (2 * BOUND_S if is_long_for_mute else BOUND_S)
         assert result.replays == 1
         if prompt == PROMPT:
             assert result.token_ids == right_tokens(20)

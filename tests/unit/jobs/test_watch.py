@@ -131,3 +131,48 @@ def test_time_before_anybody_waits_is_held_against_nobody() -> None:
     watch.wait(1000.0)
     assert suspects(watch, 1000.0 + SILENT_S - 0.1) == ()
     assert watch.still_s(1001.0) == pytest.approx(1.0)
+
+
+def test_a_token_that_is_not_late_costs_no_estimate() -> None:
+    asked: list[int] = []
+
+    def expected_s(stage: int, rows: int) -> float:
+        asked.append(stage)
+        return STEP_S * rows
+
+    watch = Watch([0] * 3, 20, expected_s, 0.0)
+    for position in range(20, 30):
+        watch.wait(float(position))
+        watch.token(position, float(position))
+    assert not asked
+    watch.wait(30.0)
+    watch.report(0, at(30), 30.5)
+    assert watch.find(31.0) is None
+    assert asked
+
+
+def test_a_stage_of_a_version_that_cannot_report_may_take_as_long_as_one_that_does() -> None:
+    def silent(mute: tuple[int, ...]) -> Watch:
+        watch = Watch([0, 0], 1000, lambda _, rows: rows * 0.6e-3, 0.0, mute)
+        watch.wait(0.0)
+        watch.report(0, at(1000), 0.0)
+        return watch
+
+    assert suspects(silent(()), SILENT_S + 0.1) == (1,)
+    assert suspects(silent((1,)), REPORTING_LIMIT[1] * 0.6 - 0.1) == ()
+    assert suspects(silent((1,)), REPORTING_LIMIT[1] * 0.6 + 0.1) == (1,)
+    short = Watch([0, 0], 20, lambda _, rows: rows * 0.6e-3, 0.0, (0, 1))
+    short.wait(0.0)
+    assert suspects(short, REPORTING_S + 0.1) == (0, 1)
+
+
+def test_rows_that_the_stage_before_still_sends_are_not_held_against_the_next() -> None:
+    watch = a_watch(2, 100, step_s=0.0)
+    watch.wait(0.0)
+    watch.report(0, Progress(received=100, computed=100, sent=0), 0.0)
+    watch.report(1, at(0), 0.0)
+    assert suspects(watch, SILENT_S + 0.5) == ()
+    for second in range(1, 6):
+        watch.report(0, Progress(received=100, computed=100, sent=20 * second), float(second))
+    assert suspects(watch, 5.0 + SILENT_S - 0.1) == (), "the last of it may just have left"
+    assert suspects(watch, 5.0 + SILENT_S + 0.1) == (1,)

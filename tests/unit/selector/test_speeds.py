@@ -17,6 +17,9 @@ from selector.speeds import (
     least_block_s,
 )
 
+NOTHING = Measurements(), "m", "own"
+"""Nothing was measured yet."""
+
 
 def measured(**seconds: float) -> Measurements:
     """Peers that so many jobs have measured as prove their speed, one block each."""
@@ -142,3 +145,22 @@ def test_jobs_that_could_try_no_promise_leave_no_claim_to_try_more_later() -> No
     exploration = Exploration(random.Random(1))
     assert all(exploration.draw(()) is None for _ in range(1000))
     assert exploration.draw({"a"}) is None
+
+
+def test_the_reference_follows_what_is_measured() -> None:
+    known = Measurements()
+    assert known.reference_s("m") is None
+    known.observe("m", [Share("a", 1)], 0.01)
+    assert known.reference_s("m") == pytest.approx(0.01, rel=0.15)
+    assert known.reference_s("other model") is None
+    known.observe("m", [Share("b", 1)], 0.002)
+    assert known.reference_s("m") == pytest.approx(0.002, rel=0.15)
+
+
+@pytest.mark.parametrize("liars", [1, 2, 5])
+def test_until_anything_is_measured_many_that_promise_much_do_not_set_the_reference_either(liars: int) -> None:
+    honest, *lying = judge([Claim("honest", 0.002), *(Claim(f"liar{n}", 1e-9) for n in range(liars))], *NOTHING)
+    assert not honest.is_promise
+    assert all(each.is_promise for each in lying)
+    plausible, _, _ = judge([Claim("fast", 2e-4), Claim("a", 1e-9), Claim("b", 1e-9)], *NOTHING)
+    assert not plausible.is_promise
