@@ -50,10 +50,10 @@ CHUNK = 6
 
 # What a class has no default for, or a default with which transformers itself does not run.
 INCOMPLETE: Mapping[str, Mapping[str, Any]] = {
-    "cohere_compass_text": {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}},
+    "cohere_compass_text": {"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 10000.0}}},
     "dbrx": {"attn_config": {"rope_theta": 500000.0, "kv_n_heads": 8, "clip_qkv": 8.0}},
     "deepseek_v2": {"num_experts_per_tok": 6, "n_group": 8, "topk_group": 3, "topk_method": "group_limited_greedy"},
-    "dots1": {"n_routed_experts": 8, "num_experts_per_tok": 2},
+    "dots1": {"n_routed_experts": 8, "n_shared_experts": 2, "num_experts_per_tok": 2},
     "hunyuan_v1_dense": {"head_dim": 128},
     "hunyuan_v1_moe": {"head_dim": 128},
     "lfm2_moe": {"layer_types": ["full_attention"] * 32},
@@ -84,7 +84,12 @@ VARIATIONS: Mapping[str, Mapping[str, Any]] = {
     },
     "qwen2, sliding from block 14": {"use_sliding_window": True, "max_window_layers": 14},
     "falcon, alibi": {"alibi": True, "new_decoder_architecture": False, "multi_query": False},
-    "falcon, new decoder": {"new_decoder_architecture": True, "num_kv_heads": 8, "num_attention_heads": 64},
+    "falcon, new decoder": {
+        "new_decoder_architecture": True,
+        "num_kv_heads": 8,
+        "num_attention_heads": 128,
+        "hidden_size": 8192,
+    },
     "gpt2, scaled by block": {"scale_attn_by_inverse_layer_idx": True},
     "opt, norms behind": {"do_layer_norm_before": False, "word_embed_proj_dim": 512, "hidden_size": 1024},
     "gemma4_text, no inputs per block": {"hidden_size_per_layer_input": 0},

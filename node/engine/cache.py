@@ -185,7 +185,8 @@ def _kind_of(config: PreTrainedConfig, block: int, layer: type) -> str:
     if kind == "conv":
         return "short convolutions, which keep a state"
     if layer is DummyLayer:
-        return "blocks that keep no keys and values of their own"
+        shared = getattr(config, "kv_sharing_modes", None) is not None
+        return "blocks that share the keys and values of others" if shared else "blocks without attention"
     if "Linear" not in layer.__name__:
         return "sparse attention, which keeps an index beside keys and values"
     if any(re.search("mamba|ssm|state_size", key) for key in config.to_dict()):

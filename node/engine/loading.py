@@ -166,7 +166,7 @@ def describe(content: Mapping[str, Any], dtype: torch.dtype = torch.float32) -> 
     except EngineError:
         raise
     except Exception as error:  # for some, transformers itself knows no cache
-        raise EngineError(f"{name} cannot be served: there is no KV cache for it: {_one_line(error)}") from error
+        raise EngineError(f"{name} keeps more than keys and values, so it cannot be split into spans here") from error
     model = _describe(config, dtype)
     path = _find_blocks(model, config, name)
     base = model.get_submodule(path.partition(".")[0])
@@ -175,7 +175,7 @@ def describe(content: Mapping[str, Any], dtype: torch.dtype = torch.float32) -> 
     try:
         outer = find_outer_modules(model, base, path)
     except EngineError as error:
-        raise EngineError(f"{name}: {error}") from error
+        raise EngineError(f"{name} cannot be split into spans here: {error}") from error
     return DescribedModel(config, model, base, path, windows, outer)
 
 

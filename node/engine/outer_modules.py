@@ -123,15 +123,15 @@ def find_outer_modules(model: nn.Module, base: nn.Module, path: str) -> OuterMod
         },
         names,
     )
-    fault: Exception | None = None
+    faults: list[_OutOfOrderError] = []
     for wrap in _WRAPPINGS:
         try:
             return _Trace(model, path, wrap).run(model, options)
         except _OutOfOrderError as error:
-            fault = error if not isinstance(fault, _OutOfOrderError) else fault
-        except Exception as error:  # noqa: BLE001  # whatever an architecture that nobody tried here trips over
-            fault = fault or error
-    raise EngineError(f"it cannot be split into spans: {' '.join(str(fault).split())[:200]}") from fault
+            faults.append(error)
+        except Exception:  # noqa: BLE001, S112  # whatever an architecture that nobody tried here trips over
+            continue
+    raise EngineError(f"{faults[0] if faults else 'its forward pass is no plain stack of blocks'}")
 
 
 def accepted_options(forward: Callable[..., Any], inner: Callable[..., Any] | None = None) -> frozenset[str]:
