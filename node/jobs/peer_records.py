@@ -28,8 +28,8 @@ class StagePeerStatistics:
     """What one peer has asked of the stages here.
 
     `opened`, `refused`, `failed`: sessions that it opened, and those that were refused or failed, by reason. `faults`:
-    sessions that failed for rows that could not be taken, by its fault as opener or as sender. `sessions`, `positions`, `bytes`: what its sessions
-    hold now: KV positions reserved, and rows that wait in this process.
+    sessions that failed for rows that could not be taken, by its fault as opener or as sender. `sessions`, `positions`,
+    `bytes`: what its sessions hold now: KV positions reserved, and rows that wait in this process.
     """
 
     opened: int = 0

@@ -201,7 +201,7 @@ class Stages:
     async def open(self, message: Open, link: InboundLink) -> Opened | Refused:
         """Admit a session if its blocks are served here, with KV memory for it, and the next stage can be reached.
 
-        One that continues another has its memory already. A peer that has sent rows that could not be taken waits.
+        One that continues another has its memory already. A peer at whose fault rows could not be taken waits.
         """
         size, peer, held = _description_bytes(message), link.peer, self._described_bytes()
         answer: Opened | Refused

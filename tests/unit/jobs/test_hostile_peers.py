@@ -408,9 +408,8 @@ async def test_descriptions_of_sessions_are_bounded_and_leave_room_for_others(
                 await stranger.open_with(replace(stranger.opening(), methods=names))
                 outcomes.append("opened")
             except SessionRefused as error:
-                assert error.reason is RefusalReason.FULL
-                assert "no memory to describe another session" in str(error)
-                outcomes.append("refused")
+                is_as_expected = error.reason is RefusalReason.FULL and "no memory to describe" in str(error)
+                outcomes.append("refused" if is_as_expected else str(error))
 
         async with trio.open_nursery() as nursery:
             for _ in range(40):
