@@ -13,6 +13,7 @@ import trio
 from node.jobs.link import SLOWEST_BYTES_PER_S
 from node.jobs.route import Stop
 from node.swarm.directory import Candidate
+from node.swarm.links import UNKNOWN_BYTES_PER_S
 from protocol.identity import BlockRange, ModelId, PeerId
 from protocol.messages import Load
 from selector.routing import Demand, Links, NoRouteError, Offer, find_replacement, find_route, uncovered
@@ -263,8 +264,8 @@ class Planner:
     def way_s(self, need: RouteNeed, before: Stop, stop: Stop, rows: int) -> float:
         """Return how long rows may be on their way from one stage to the next; generous where no link was measured."""
         link = self._links(before.peer, stop.peer)
-        bytes_per_s = max(SLOWEST_BYTES_PER_S, link.bytes_per_s) if link.is_measured else SLOWEST_BYTES_PER_S
-        return rows * need.demand.row_bytes / bytes_per_s
+        known_bytes_per_s = 0.0 if link.bytes_per_s == UNKNOWN_BYTES_PER_S else link.bytes_per_s
+        return rows * need.demand.row_bytes / max(SLOWEST_BYTES_PER_S, known_bytes_per_s)
 
     def failed(self, peer: PeerId, *, dead: bool, lagged: bool = False) -> None:
         """Leave a peer alone for a while; one that is taken for dead is out until it is heard again.
