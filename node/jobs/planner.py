@@ -12,6 +12,7 @@ import trio
 
 from node.jobs.link import SLOWEST_BYTES_PER_S
 from node.jobs.route import Stop
+from node.jobs.span import OUTGOING_BYTES
 from node.swarm.directory import Candidate
 from node.swarm.links import UNKNOWN_BYTES_PER_S
 from protocol.identity import BlockRange, ModelId, PeerId
@@ -266,6 +267,10 @@ class Planner:
         link = self._links(before.peer, stop.peer)
         known_bytes_per_s = 0.0 if link.bytes_per_s == UNKNOWN_BYTES_PER_S else link.bytes_per_s
         return rows * need.demand.row_bytes / max(SLOWEST_BYTES_PER_S, known_bytes_per_s)
+
+    def step_way_s(self, before: Stop, stop: Stop) -> float:
+        """Return how long the rows of one step are on their way from one stage to the next, if it is a full one."""
+        return OUTGOING_BYTES / max(SLOWEST_BYTES_PER_S, self._links(before.peer, stop.peer).bytes_per_s)
 
     def failed(self, peer: PeerId, *, dead: bool, lagged: bool = False) -> None:
         """Leave a peer alone for a while; one that is taken for dead is out until it is heard again.

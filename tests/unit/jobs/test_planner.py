@@ -177,3 +177,10 @@ async def test_a_lag_before_anything_was_measured_is_forgiven_once_the_peer_serv
     assert planner.record(A).trust > 0.6
     planner.served([A])
     assert (planner.record(A).avoided_s, planner.record(A).trust, planner.record(A).lagged) == (0, 1, 1)
+
+
+@pytest.mark.parametrize(("bytes_per_s", "seconds"), [(1.0, 4.2), (1e6, 2.1), (UNKNOWN_BYTES_PER_S, 0.04)])
+def test_a_step_of_other_sessions_holds_rows_up_on_a_narrow_link(bytes_per_s: float, seconds: float) -> None:
+    planner = Planner(Nobody(), lambda a, b: Link(0.01, bytes_per_s), A)
+    stops = Stop(A, BlockRange(0, 4)), Stop(B, BlockRange(4, 9))
+    assert planner.step_way_s(*stops) == pytest.approx(seconds, rel=0.1)
