@@ -19,11 +19,10 @@ TOKEN_BYTES: Final = 4
 
 
 class Link(NamedTuple):
-    """What lies between two peers, the time to handle a message included. `is_measured`: its width is no mere guess."""
+    """What lies between two peers, the time to handle a message included."""
 
     round_trip_s: float
     bytes_per_s: float
-    is_measured: bool = True
 
 
 Links: TypeAlias = Callable[[str, str], Link]

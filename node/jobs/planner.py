@@ -12,7 +12,9 @@ import trio
 
 from node.jobs.link import SLOWEST_BYTES_PER_S
 from node.jobs.route import Stop
+from node.jobs.span import OUTGOING_BYTES
 from node.swarm.directory import Candidate
+from node.swarm.links import UNKNOWN_BYTES_PER_S
 from protocol.identity import BlockRange, ModelId, PeerId
 from protocol.messages import Load
 from selector.routing import Demand, Links, NoRouteError, Offer, find_replacement, find_route, uncovered
@@ -263,8 +265,12 @@ class Planner:
     def way_s(self, need: RouteNeed, before: Stop, stop: Stop, rows: int) -> float:
         """Return how long rows may be on their way from one stage to the next; generous where no link was measured."""
         link = self._links(before.peer, stop.peer)
-        bytes_per_s = max(SLOWEST_BYTES_PER_S, link.bytes_per_s) if link.is_measured else SLOWEST_BYTES_PER_S
-        return rows * need.demand.row_bytes / bytes_per_s
+        known_bytes_per_s = 0.0 if link.bytes_per_s == UNKNOWN_BYTES_PER_S else link.bytes_per_s
+        return rows * need.demand.row_bytes / max(SLOWEST_BYTES_PER_S, known_bytes_per_s)
+
+    def step_way_s(self, before: Stop, stop: Stop) -> float:
+        """Return how long the rows of one step are on their way from one stage to the next, if it is a full one."""
+        return OUTGOING_BYTES / max(SLOWEST_BYTES_PER_S, self._links(before.peer, stop.peer).bytes_per_s)
 
     def failed(self, peer: PeerId, *, dead: bool, lagged: bool = False) -> None:
         """Leave a peer alone for a while; one that is taken for dead is out until it is heard again.

@@ -55,17 +55,19 @@ class Watch:
         expected_s: Callable[[int, int], float],
         now_s: float,
         mute: Collection[int] = (),
+        floors_s: Sequence[float] = (),
     ) -> None:
         """Begin when the route does.
 
         `starts`: the first position that each stage computes. `end`: the position after the last row that is sent to
         the first stage. `expected_s`: how long a stage should take for so many rows, their way to it included. `mute`:
-        stages that cannot report.
+        stages that cannot report. `floors_s`: what each is given at least.
         """
         self.leniency = 1.0
         """What all limits are multiplied with."""
         self._expected_s = expected_s
         self._mute = frozenset(mute)
+        self._floors_s = tuple(floors_s) or (0.0,) * len(starts)
         self._end = end
         self._drawn = False
         """A token came: what the first stage waits for comes from the last one."""
@@ -143,7 +145,7 @@ class Watch:
         is_held_back = before is not None and before.sent < min(before.computed, inputs[number])
         may_take_longer = computes or is_held_back or not self._mute.isdisjoint(suspects)
         least_s, factor = REPORTING_LIMIT if may_take_longer else SILENT_LIMIT
-        limit_s = max(least_s, factor * expected_s)
+        limit_s = max(least_s, factor * expected_s, *(self._floors_s[suspect] for suspect in suspects))
         pace_s = max(PACE_LIMIT[0], PACE_LIMIT[1] * self._whole())
         limit_s = self.leniency * min(MOST_LIMIT_S, limit_s)
         waited_s, passed_s = now_s - self._since_s[number], now_s - self._began_s

@@ -1,6 +1,7 @@
 """Watches over a job's route: whoever holds it up is replaced within seconds, where somebody else can do its work."""
 
 from collections.abc import Awaitable, Callable, Collection, Sequence
+from itertools import pairwise
 from typing import TypeVar
 
 import structlog
@@ -99,7 +100,9 @@ class Watcher:
             return compute_s + way_s + round_s / len(stops)
 
         tokens = len(job.prompt) + len(job.tokens)
-        route.watch = Watch(route.starts, tokens, expected_s, trio.current_time(), route.mute())
+        # Its row may wait on the link behind a step of other sessions.
+        step_s = [self._planner.step_way_s(before, stop) for before, stop in pairwise(stops)]
+        route.watch = Watch(route.starts, tokens, expected_s, trio.current_time(), route.mute(), [0.0, *step_s])
         route.watch.leniency = 1.5**job.fruitless
 
     async def token(self, job: Job, route: OpenRoute) -> Drawn:

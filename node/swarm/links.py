@@ -35,8 +35,7 @@ class LinkEstimates:
         there, back = self._told(a, b), self._told(b, a)
         rates = (there and there.upload_bytes_per_s, back and back.download_bytes_per_s)
         known = [rate for rate in rates if rate]
-        round_trip_s = self._round_trip(a, b, there, back) + HANDLING_S
-        return Link(round_trip_s, min(known, default=UNKNOWN_BYTES_PER_S), is_measured=bool(known))
+        return Link(self._round_trip(a, b, there, back) + HANDLING_S, min(known, default=UNKNOWN_BYTES_PER_S))
 
     def _round_trip(self, a: PeerId, b: PeerId, there: Neighbour | None, back: Neighbour | None) -> float:
         if self._own_peer in {a, b}:

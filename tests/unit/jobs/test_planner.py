@@ -10,6 +10,7 @@ from trio.testing import MockClock
 from node.jobs.planner import PeerRecord, Planner, RouteNeed, RouteTiming
 from node.jobs.route import Stop
 from node.swarm.directory import Candidate
+from node.swarm.links import UNKNOWN_BYTES_PER_S
 from protocol.identity import BlockRange, ModelId, PeerId
 from protocol.messages import Load
 from selector.routing import Demand, Link, NoRouteError
@@ -160,12 +161,12 @@ async def test_an_unmeasured_peer_may_be_as_slow_with_a_prompt_as_it_says_within
 
 
 def test_rows_are_given_time_for_their_way_by_the_links_width_or_that_of_a_slow_home() -> None:
-    def way_s(bytes_per_s: float, *, is_measured: bool = True) -> float:
-        planner = Planner(Nobody(), lambda a, b: Link(0.01, bytes_per_s, is_measured), A)
+    def way_s(bytes_per_s: float) -> float:
+        planner = Planner(Nobody(), lambda a, b: Link(0.01, bytes_per_s), A)
         return planner.way_s(NEED, Stop(A, BlockRange(0, 4)), Stop(B, BlockRange(4, 9)), 2000)
 
     assert way_s(1e8) == pytest.approx(0.02)
-    assert way_s(5e7, is_measured=False) == pytest.approx(4.0)
+    assert way_s(UNKNOWN_BYTES_PER_S) == pytest.approx(4.0)
     assert way_s(1.0) == pytest.approx(4.0), "what a peer says of its link is believed within bounds"
 
 
@@ -176,3 +177,10 @@ async def test_a_lag_before_anything_was_measured_is_forgiven_once_the_peer_serv
     assert planner.record(A).trust > 0.6
     planner.served([A])
     assert (planner.record(A).avoided_s, planner.record(A).trust, planner.record(A).lagged) == (0, 1, 1)
+
+
+@pytest.mark.parametrize(("bytes_per_s", "seconds"), [(1.0, 4.2), (1e6, 2.1), (UNKNOWN_BYTES_PER_S, 0.04)])
+def test_a_step_of_other_sessions_holds_rows_up_on_a_narrow_link(bytes_per_s: float, seconds: float) -> None:
+    planner = Planner(Nobody(), lambda a, b: Link(0.01, bytes_per_s), A)
+    stops = Stop(A, BlockRange(0, 4)), Stop(B, BlockRange(4, 9))
+    assert planner.step_way_s(*stops) == pytest.approx(seconds, rel=0.1)

@@ -2,14 +2,17 @@
 
 from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager
+from typing import Any
 
 import pytest
 import trio
 from trio.testing import MockClock
 
 from node.engine.interface import SliceInput, StepResult
+from node.jobs import link, planner
 from node.jobs.interface import JobRequest, JobResult, JobStarted, TextDelta
 from node.jobs.span import Span, _Outgoing
+from node.network.memory import LinkModel
 from protocol.connection import PROTOCOL_IDS
 from protocol.identity import JobId, PeerId, SessionId
 from protocol.messages import Progress
@@ -115,9 +118,18 @@ async def test_waits_for_a_silent_stage_that_nobody_could_replace(
         peer = await swarm.join()
         await swarm.settle()
         pause_engine(monkeypatch, swarm.peers[1], at_step=5, seconds=30.0)
+        searches: list[float] = []
+        look = peer.membership.candidates
+
+        async def counted(*args: Any, **named: Any) -> Any:
+            searches.append(trio.current_time())
+            return await look(*args, **named)
+
+        monkeypatch.setattr(peer.membership, "candidates", counted)
         began_s = trio.current_time()
         result = await peer.run(REQUEST)
         assert trio.current_time() - began_s > 30
+        assert len(searches) <= 4, "once for its route, and then now and again"
         assert (result.replays, result.token_ids) == (0, right_tokens(20))
 
 
@@ -222,6 +234,24 @@ async def test_leaves_a_slow_stage_alone_that_goes_on(autojump_clock: MockClock,
         name = method(engine="fused", prefill_chunk=chunk).name
         result = await peer.run(JobRequest(model="fake", prompt="7 " * 1500, max_tokens=4, method=name))
         assert result.timing.ttft_s > 1500 * row_s
+        assert result.replays == 0
+
+
+async def test_leaves_stages_alone_whose_rows_take_long_on_their_way(
+    autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A home's upstream, scaled down as the rows are: 1500 of 128 bytes, which take 4 s to each next stage."""
+    for module in (planner, link):
+        monkeypatch.setattr(module, "SLOWEST_BYTES_PER_S", 40e3)
+    monkeypatch.setattr(link, "UNMARKED_BYTES", 16_000)
+    async with open_swarm(link=LinkModel(bandwidth=50e3)) as swarm:
+        for span in (*THIRDS, *THIRDS):
+            await swarm.join(span)
+        peer = await swarm.join()
+        await swarm.settle()
+        whole = method(engine="fused", prefill_chunk="none").name
+        result = await peer.run(JobRequest(model="fake", prompt="7 " * 1500, max_tokens=4, method=whole))
+        assert result.timing.ttft_s > 7
         assert result.replays == 0
 
 

@@ -176,3 +176,13 @@ def test_rows_that_the_stage_before_still_sends_are_not_held_against_the_next() 
         watch.report(0, Progress(received=100, computed=100, sent=20 * second), float(second))
     assert suspects(watch, 5.0 + SILENT_S - 0.1) == (), "the last of it may just have left"
     assert suspects(watch, 5.0 + SILENT_S + 0.1) == (1,)
+
+
+def test_a_stage_behind_a_narrow_link_is_given_the_time_of_a_full_step() -> None:
+    watch = Watch([0, 0], 20, lambda _, rows: STEP_S * rows, 0.0, floors_s=[0.0, 4.0])
+    watch.token(20, 0.0)
+    watch.wait(0.0)
+    watch.report(0, at(21), 1.0)
+    watch.report(1, at(20), 1.0)
+    assert suspects(watch, 3.9) == ()
+    assert suspects(watch, 4.1) == (1,)
