@@ -44,7 +44,6 @@ from node.models.library import Library
 from node.models.store import ModelStore
 from node.network.host import Libp2pNetwork, NetworkLimits
 from node.network.interface import NetworkError
-from node.open_files import open_file_limit, outlasting_shortage, raise_open_file_limit
 from node.placing import Statements
 from node.selection.chooser import LearnedChooser, LearnedVoter
 from node.selection.learner import Learner
@@ -63,7 +62,8 @@ from node.swarm.lan import find_neighbours
 from node.swarm.links import LinkEstimates
 from node.swarm.membership import Membership
 from node.swarm.records import RecordKinds
-from protocol.capabilities import Links, hardware_class
+from node.util.open_files import open_file_limit, outlasting_shortage, raise_open_file_limit
+from protocol.capabilities import Links, fastest_bytes_per_s, hardware_class
 from protocol.identity import ModelId, PeerId
 from protocol.observations import bucket_of
 from selector.consensus.clock import EpochClock
@@ -193,6 +193,8 @@ class Node:
             agreed=self._consensus.agreement,
             chooser=self._chooser,
             hardware=self._hardware_of,
+            bandwidth=self._bandwidth_of,
+            expected=self._membership.directory.expected,
         )
         self._trials = Trials(self._coordinator, self._recorder)
         self._spare_worker = SpareWorker(EngineOptions(threads=config.threads))
@@ -228,8 +230,6 @@ class Node:
             consensus=self._consensus,
             chooser=self._chooser,
             learner=self._learner,
-            stage_peers=getattr(self._stages, "peer_statistics", dict),
-            job_peers=getattr(self._coordinator, "peer_records", dict),
         )
 
     @asynccontextmanager
@@ -299,6 +299,11 @@ class Node:
             return self._hardware()
         capabilities = self._announcer.known(peer)
         return "unknown" if capabilities is None else hardware_class(capabilities)
+
+    def _bandwidth_of(self, peer: PeerId) -> float | None:
+        """Return how many bytes a second a peer says it reads from its fastest memory; None where it says nothing."""
+        capabilities = self._announcer.known(peer)
+        return None if capabilities is None else fastest_bytes_per_s(capabilities)
 
     def _viewpoint(self, peer: PeerId) -> Viewpoint:
         """Return for whom the history is weighed: this node, as it is now, with what the swarm has agreed of others."""

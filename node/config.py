@@ -19,7 +19,7 @@ from typing import Any, Final, TypeVar
 
 import platformdirs
 
-from node.suggestions import unknown_name
+from node.util.suggestions import did_you_mean
 from protocol.identity import BlockRange, PeerId, parse_block_range, parse_peer_id
 from protocol.limits import MAX_SPANS
 from selector.consensus.clock import EPOCH_S
@@ -100,8 +100,8 @@ class NodeConfig:
     """The model that guesses what the served one will say, where its first blocks are served here."""
     swarm_key: str | None = field(default=None, repr=False)
     """64 lower-case hexadecimal digits; None for an open swarm."""
-    swarm_key_file: Path | None = None
-    """Where that was read."""
+    swarm_key_file: Path | None = field(default=None, compare=False)
+    """Where that was read, for the commands with which others join."""
     memory_bytes: int | None = None
     """What weights and KV caches may take together; None lets the node decide."""
     cache_limit_bytes: int | None = None
@@ -261,10 +261,14 @@ def load_config(
 
 def unknown_variables(environ: Mapping[str, str] | None = None) -> list[str]:
     """Return what is wrong with variables that look like options of this program, but are none, a line each."""
-    known = [ENVIRONMENT_PREFIX + name.upper() for name in _VARIABLES]
     environ = os.environ if environ is None else environ
-    unknown = sorted(name for name in environ if name.startswith(ENVIRONMENT_PREFIX) and environ[name])
-    return [unknown_name("environment variable", name, known) for name in unknown if name not in known]
+    known = [name.upper() for name in _VARIABLES]
+    named = sorted(name for name in environ if name.startswith(ENVIRONMENT_PREFIX) and environ[name])
+    return [
+        f"unknown environment variable {name!r}{did_you_mean(option, known, ENVIRONMENT_PREFIX)}"
+        for name in named
+        if (option := name.removeprefix(ENVIRONMENT_PREFIX)) not in known
+    ]
 
 
 @dataclass(frozen=True, slots=True)
@@ -304,9 +308,8 @@ class _Options:
             raise ConfigError(f"the configuration file {path} is no valid TOML: {error}") from None
         for name, value in table.items():
             if name not in OPTIONS:
-                raise ConfigError(
-                    f"{path}: {unknown_name('option', name, OPTIONS)}; the options are {', '.join(OPTIONS)}"
-                )
+                meant = did_you_mean(name, OPTIONS)
+                raise ConfigError(f"{path}: there is no option {name!r}{meant}; the options are {', '.join(OPTIONS)}")
             self._given[name] = _Given(value, f"{name} in {path}", path.parent)
 
     def add_environment(self, environ: Mapping[str, str]) -> None:

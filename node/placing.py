@@ -13,7 +13,6 @@ from dataclasses import replace
 import structlog
 import trio
 
-from node.jobs.planner import UNKNOWN_BLOCK_S
 from node.swarm.directory import Statement
 from node.swarm.membership import Membership
 from node.threads import Offload, in_a_thread
@@ -29,6 +28,7 @@ from selector.placement import (
     plan_moves,
     still_worthwhile,
 )
+from selector.speeds import UNKNOWN_BLOCK_S
 
 REVISED_RATIO = 2.0
 """A rate is said anew only where it is off by so much: whoever moves for every change of load never rests."""

@@ -317,7 +317,11 @@ class Serving:
 
     def _engine_options(self, memory_bytes: int) -> EngineOptions:
         return EngineOptions(
-            memory_bytes=memory_bytes, threads=self._threads, cache_dir=self._graphs_dir, device=self._device
+            memory_bytes=memory_bytes,
+            threads=self._threads,
+            cache_dir=self._graphs_dir,
+            device=self._device,
+            plan_rows=self._device == CPU,
         )
 
     async def _choose(self, manifest: Manifest, placing: Placing) -> BlockRange:

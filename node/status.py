@@ -1,8 +1,8 @@
 """The node as its API shows it: the answers of `/swarm/…`, put together from what the rooms know."""
 
 import time
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import trio
 
@@ -26,6 +26,8 @@ from node.consensus.service import Consensus
 from node.jobs.coordinator import Coordinator
 from node.jobs.interface import JobRequest
 from node.jobs.ledger import QualityLedger
+from node.jobs.peer_records import StagePeerStatistics
+from node.jobs.planner import PeerRecord
 from node.jobs.span import Span
 from node.jobs.stage import Stages
 from node.jobs.trial import Trial, Trials, TrialSpec
@@ -42,42 +44,6 @@ from node.swarm.membership import Membership
 from protocol.identity import BlockRange, ModelId, PeerId
 from selector.consensus.reputation import WEIGHT_SCALE
 from selector.routing import uncovered
-
-
-class StagePeer(Protocol):
-    """What one peer has asked of the stages here."""
-
-    @property
-    def opened(self) -> int: ...  # noqa: D102
-    @property
-    def refused(self) -> Mapping[Any, int]: ...  # noqa: D102
-    @property
-    def failed(self) -> Mapping[Any, int]: ...  # noqa: D102
-    @property
-    def faults(self) -> int: ...  # noqa: D102
-    @property
-    def sessions(self) -> int: ...  # noqa: D102
-    @property
-    def positions(self) -> int: ...  # noqa: D102
-    @property
-    def bytes(self) -> int: ...  # noqa: D102
-
-
-class JobPeer(Protocol):
-    """What this node's own jobs have shown of a peer."""
-
-    @property
-    def served(self) -> int: ...  # noqa: D102
-    @property
-    def failed(self) -> int: ...  # noqa: D102
-    @property
-    def lagged(self) -> int: ...  # noqa: D102
-    @property
-    def trust(self) -> float: ...  # noqa: D102
-    @property
-    def avoided_s(self) -> float: ...  # noqa: D102
-    @property
-    def block_s(self) -> Mapping[ModelId, float]: ...  # noqa: D102
 
 
 class StatusView:
@@ -100,8 +66,6 @@ class StatusView:
         consensus: Consensus,
         chooser: LearnedChooser,
         learner: Learner,
-        stage_peers: Callable[[], Mapping[PeerId, StagePeer]] = dict,
-        job_peers: Callable[[], Mapping[PeerId, JobPeer]] = dict,
     ) -> None:
         self.api_url = ""
         self.submitter = coordinator
@@ -118,8 +82,6 @@ class StatusView:
         self._consensus = consensus
         self._chooser = chooser
         self._learner = learner
-        self._stage_peers = stage_peers
-        self._job_peers = job_peers
         self._started_s = time.monotonic()
 
     async def bench(self, spec: TrialSpec) -> Trial:
@@ -219,7 +181,7 @@ class StatusView:
         return {peer: {"left_s": round(ban.left_s, 3), "reason": ban.reason} for peer, ban in bans.items()}
 
     def _peer_counts(self) -> PeerCounts:
-        directory, asked = self._membership.directory, self._stage_peers().values()
+        directory, asked = self._membership.directory, self._stages.peer_statistics().values()
         known = [each for each in directory.presences() if each.peer != self._network.peer_id]
         reached = [each for each in directory.reached() if each.peer != self._network.peer_id]
         return {
@@ -242,7 +204,7 @@ class StatusView:
         leaving = {p.peer: p for p in directory.departing() if p.peer in connected}
         heard = leaving | {p.peer: p for p in directory.presences() if p.peer != self._network.peer_id}
         reached = {each.peer for each in directory.reached()} | connected
-        bans, sessions, jobs = self._bans(), self._stage_peers(), self._job_peers()
+        bans, sessions, jobs = self._bans(), self._stages.peer_statistics(), self.submitter.peer_records()
         peers: list[PeerStatus] = []
         for peer in sorted({*heard, *connected, *bans, *sessions, *jobs} - {self._network.peer_id}):
             presence = heard.get(peer)
@@ -328,7 +290,7 @@ class StatusView:
         }
 
 
-def _sessions(asked: StagePeer) -> PeerSessions:
+def _sessions(asked: StagePeerStatistics) -> PeerSessions:
     return {
         "opened": asked.opened,
         "refused": {str(getattr(reason, "value", reason)): count for reason, count in asked.refused.items()},
@@ -340,7 +302,7 @@ def _sessions(asked: StagePeer) -> PeerSessions:
     }
 
 
-def _jobs(shown: JobPeer) -> PeerJobs:
+def _jobs(shown: PeerRecord) -> PeerJobs:
     return {
         "served": shown.served,
         "failed": shown.failed,

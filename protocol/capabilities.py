@@ -194,6 +194,12 @@ def unseal_capabilities(key: str, envelope: bytes, now_s: float) -> CapabilityRe
     return record
 
 
+def fastest_bytes_per_s(capabilities: Capabilities) -> float | None:
+    """Return what the peer says the fastest of its memories sustains; None where nothing was measured."""
+    sustained = [capabilities.processor.throughput, *(each.throughput for each in capabilities.accelerators)]
+    return max((rate for each in sustained if (rate := each.memory_read_bytes_per_s)), default=None)
+
+
 def hardware_class(capabilities: Capabilities) -> HardwareClass:
     """Return the short text that like hardware has in common.
 

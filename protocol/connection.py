@@ -12,7 +12,8 @@ responder's `Hello.window_bytes`, so that one session cannot fill the responder'
 """
 
 from collections import deque
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Final, TypeAlias
 
 from protocol.codec import (
@@ -90,25 +91,66 @@ class _Session:
     outstanding_bytes: int = 0
 
 
-@dataclass(frozen=True, slots=True)
+Admission: TypeAlias = Callable[[StepHeader], Sequence[bool]]
+"""Says of each slice whether its rows are to be kept; asked when the header is there and the payload is yet to come."""
+
+
 class _PartialStep:
-    header: StepHeader
-    payload: bytearray
+    """A step whose payload is coming. What was not admitted of it is counted and not kept."""
+
+    def __init__(self, header: StepHeader, admitted: Sequence[bool]) -> None:
+        self.missing = header.payload_bytes
+        self._payload = bytearray()
+        self._header = header
+        self._parts = deque[tuple[bool, int]]()
+        """Where not all slices were admitted: whether the next bytes are to be kept, and how many they are."""
+        if not all(admitted):
+            sizes = (part.rows * header.row_bytes for part in header.slices)
+            self._parts.extend(zip(admitted, sizes, strict=True))
+            slices = tuple(part for part, keep in zip(header.slices, admitted, strict=True) if keep)
+            shape = (sum(part.rows for part in slices), *header.shape[1:])
+            self._header = replace(header, slices=slices, shape=shape)
+
+    def extend(self, data: memoryview) -> None:
+        """Take bytes of the payload."""
+        self.missing -= len(data)
+        if not self._parts:
+            self._payload += data
+        while self._parts and data:
+            keep, size = self._parts.popleft()
+            here, data = data[:size], data[size:]
+            if keep:
+                self._payload += here
+            if len(here) < size:
+                self._parts.appendleft((keep, size - len(here)))
+
+    def step(self) -> Step | None:
+        """Return the step, once nothing is missing; None where nothing of it was admitted."""
+        return self._header.step(self._payload) if self._header.slices else None
 
 
 class JobConnection:
     """One end of a job stream.
 
     `agent`: our software and version. `window_bytes`: the step payload of any one session that we hold unconsumed.
-    `protocol`: the id that both ends agreed on, one of PROTOCOL_IDS. Raises LocalProtocolError when these break a
-    limit.
+    `protocol`: the id that both ends agreed on, one of PROTOCOL_IDS. `admission`: which slices of steps are kept; it
+    may call `send`, and raise RemoteProtocolError. Raises LocalProtocolError when these break a limit.
     """
 
-    def __init__(self, role: Role, *, agent: str, window_bytes: int, protocol: str = PROTOCOL_ID) -> None:
+    def __init__(
+        self,
+        role: Role,
+        *,
+        agent: str,
+        window_bytes: int,
+        protocol: str = PROTOCOL_ID,
+        admission: Admission | None = None,
+    ) -> None:
         if protocol not in PROTOCOL_IDS:
             raise LocalProtocolError(f"{protocol} is not a version of the job protocol")
         self._minor = LATEST_MINOR - PROTOCOL_IDS.index(protocol)
         self._role = role
+        self._admission = admission
         self._hello = Hello(agent=agent, window_bytes=window_bytes)
         encode_control(self._hello)
         self._remote_hello: Hello | None = None
@@ -142,6 +184,11 @@ class JobConnection:
     def session_count(self) -> int:
         """Sessions of which something is remembered here; at most MAX_SESSIONS."""
         return len(self._sessions)
+
+    @property
+    def held_bytes(self) -> int:
+        """Bytes of a frame that is not complete yet."""
+        return self._reader.held_bytes
 
     def session_state(self, session: SessionId) -> SessionState:
         """Return how far a session is on this stream."""
@@ -229,19 +276,19 @@ class JobConnection:
             header = decode_step_header(header_bytes)
             # Before the payload comes: it must not be kept unless there is credit for it.
             self._follow_step(header, Direction.RECEIVED)
-            step = self._step = _PartialStep(header, bytearray())
+            admitted = self._admission(header) if self._admission else [True] * len(header.slices)
+            step = self._step = _PartialStep(header, admitted)
         else:
             if self._step is None:
                 raise RemoteProtocolError("a chunk came without a step in progress")
             step, part = self._step, frame.body
-        missing = step.header.payload_bytes - len(step.payload)
-        if len(part) > missing:
-            raise RemoteProtocolError(f"a step brought {len(part)} bytes where {missing} were missing")
-        step.payload.extend(part)
-        if len(part) < missing:
+        if len(part) > step.missing:
+            raise RemoteProtocolError(f"a step brought {len(part)} bytes where {step.missing} were missing")
+        step.extend(part)
+        if step.missing:
             return None
         self._step = None
-        return step.header.step(step.payload)
+        return step.step()
 
     def _follow_control(self, message: ControlMessage, direction: Direction) -> bool:
         """Move on with a message; return False if it is to be kept quiet."""

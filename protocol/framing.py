@@ -56,6 +56,11 @@ class FrameReader:
         self._body = bytearray()
 
     @property
+    def held_bytes(self) -> int:
+        """Bytes of a frame that is not complete yet."""
+        return len(self._body)
+
+    @property
     def at_boundary(self) -> bool:
         """Whether everything received so far has been returned as frames: the stream may end here."""
         return self._type is None and not self._prefix

@@ -48,7 +48,7 @@ class FailureReason(enum.StrEnum):
     UNKNOWN_SESSION = "unknown_session"
     """Rows came for a session that this peer does not have, or from a peer that may not send them."""
     EXPIRED = "expired"
-    """Nothing was heard of the session for longer than its idle limit."""
+    """The session did not begin in time, or nothing was heard of it for longer than its idle limit."""
     LEAVING = "leaving"
     """The peer leaves now."""
 

@@ -1,8 +1,12 @@
-"""Whom to rely on: what came of the jobs that a peer took part in of late. A failure weighs less with every minute."""
+"""Whom to rely on: what came of the jobs that a peer took part in. A failure weighs less with every minute.
+
+A peer that made no progress where it should have is held to it for longer than one that failed in so many words: it
+costs every job its whole timeout.
+"""
 
 import math
 from collections import OrderedDict
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Final
 
 MAX_PEERS: Final = 4096
@@ -15,49 +19,129 @@ BACKOFF_S: Final = (1.0, 60.0)
 """How long a peer is left alone after a failure, doubled by each that is remembered, and the longest."""
 
 
+LAG_HALF_LIFE_S: Final = 1800.0
+"""After this long a lag counts half."""
+
+LAG_BACKOFF_S: Final = (30.0, 3600.0)
+"""How long a peer is left alone after a lag, doubled by each that is remembered, and the longest."""
+
+DOUBTFUL_LAG: Final = 0.5
+"""What a lag counts of a peer of which nothing was known to expect, until it serves a job."""
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """What came of a peer's jobs so far. `avoided_s`: for how long from now it is used only where nobody else is."""
+
+    served: int = 0
+    failed: int = 0
+    lagged: int = 0
+    trust: float = 1.0
+    avoided_s: float = 0.0
+
+
+@dataclass(slots=True)
+class _Score:
+    """Events that fade, and until when the peer is left alone for them."""
+
+    half_life_s: float
+    backoff_s: tuple[float, float]
+    weight: float = 0.0
+    counted_at_s: float = 0.0
+    avoided_until_s: float = -math.inf
+
+    def fade(self, now_s: float) -> float:
+        self.weight *= math.pow(0.5, max(0.0, now_s - self.counted_at_s) / self.half_life_s)
+        self.counted_at_s = now_s
+        return self.weight
+
+    def count(self, now_s: float, weight: float = 1.0) -> None:
+        first_s, longest_s = self.backoff_s
+        backoff_s = min(longest_s, first_s * 2 ** min(64.0, self.fade(now_s)))
+        self.weight += weight
+        self.avoided_until_s = now_s + backoff_s
+
+
 @dataclass(slots=True)
 class _Record:
-    failures: float = 0.0
-    counted_at_s: float = 0.0
-    avoided_until_s: float = 0.0
+    served: int = 0
+    failed: int = 0
+    lagged: int = 0
+    failures: _Score = field(default_factory=lambda: _Score(HALF_LIFE_S, BACKOFF_S))
+    lags: _Score = field(default_factory=lambda: _Score(LAG_HALF_LIFE_S, LAG_BACKOFF_S))
+    doubts: _Score = field(default_factory=lambda: _Score(LAG_HALF_LIFE_S, LAG_BACKOFF_S))
+    """Lags of a time when nothing was known of the peer's speed."""
+
+    def avoided_until_s(self) -> float:
+        return max(score.avoided_until_s for score in (self.failures, self.lags, self.doubts))
+
+    def trust(self, now_s: float) -> float:
+        return 1 / (1 + sum(score.fade(now_s) for score in (self.failures, self.lags, self.doubts)))
 
 
 class Reliability:
-    """What is remembered of the peers that failed."""
+    """What is remembered of the peers that took part in jobs."""
 
     def __init__(self) -> None:
         self._records: OrderedDict[str, _Record] = OrderedDict()
 
     def failed(self, peer: str, now_s: float) -> None:
         """Note that a peer failed: it is avoided for a while, longer each time."""
-        record = self._records.setdefault(peer, _Record())
-        self._records.move_to_end(peer)
-        if len(self._records) > MAX_PEERS:
-            self._records.popitem(last=False)
-        first_s, longest_s = BACKOFF_S
-        backoff_s = min(longest_s, first_s * 2 ** self._fade(record, now_s))
-        record.failures += 1
-        record.avoided_until_s = now_s + backoff_s
+        record = self._touch(peer)
+        record.failed += 1
+        record.failures.count(now_s)
+
+    def lagged(self, peer: str, now_s: float, *, is_sure: bool = True) -> None:
+        """Note that a peer made no progress in time: it is avoided for longer, also when it serves other jobs.
+
+        `is_sure`: it was known what to expect of it; if not, it counts less, and only until it serves a job.
+        """
+        record = self._touch(peer)
+        record.lagged += 1
+        if is_sure:
+            record.lags.count(now_s)
+        else:
+            record.doubts.count(now_s, DOUBTFUL_LAG)
 
     def served(self, peer: str, now_s: float) -> None:
-        """Note that a peer bore a job to its end: half of what is held against it is forgiven."""
-        if (record := self._records.get(peer)) is None:
-            return
-        record.avoided_until_s = now_s
-        record.failures = self._fade(record, now_s) / 2
-        if record.failures < 1 / 8:
-            del self._records[peer]
+        """Note that a peer bore a job to its end: half of the failures and all doubts held against it are forgiven."""
+        record = self._touch(peer)
+        record.served += 1
+        record.failures.avoided_until_s = now_s
+        record.failures.weight = record.failures.fade(now_s) / 2
+        if record.failures.weight < 1 / 8:
+            record.failures.weight = 0.0
+        record.doubts.weight, record.doubts.avoided_until_s = 0.0, now_s
 
     def avoided(self, now_s: float) -> frozenset[str]:
         """Return the peers that are left alone now."""
-        return frozenset(peer for peer, record in self._records.items() if now_s < record.avoided_until_s)
+        return frozenset(peer for peer, record in self._records.items() if now_s < record.avoided_until_s())
 
     def trust(self, peer: str, now_s: float) -> float:
         """Return the share of jobs that a peer is expected to bear to their end: 1 where nothing is known of it."""
         record = self._records.get(peer)
-        return 1.0 if record is None else 1 / (1 + self._fade(record, now_s))
+        return 1.0 if record is None else record.trust(now_s)
 
-    def _fade(self, record: _Record, now_s: float) -> float:
-        record.failures *= math.pow(0.5, max(0.0, now_s - record.counted_at_s) / HALF_LIFE_S)
-        record.counted_at_s = now_s
-        return record.failures
+    def record(self, peer: str, now_s: float) -> Record:
+        """Return what came of a peer's jobs."""
+        found = self._records.get(peer)
+        if found is None:
+            return Record()
+        return Record(
+            served=found.served,
+            failed=found.failed,
+            lagged=found.lagged,
+            trust=found.trust(now_s),
+            avoided_s=max(0.0, found.avoided_until_s() - now_s),
+        )
+
+    def peers(self) -> tuple[str, ...]:
+        """Return the peers of which something is remembered, at most MAX_PEERS."""
+        return tuple(self._records)
+
+    def _touch(self, peer: str) -> _Record:
+        record = self._records.setdefault(peer, _Record())
+        self._records.move_to_end(peer)
+        if len(self._records) > MAX_PEERS:
+            self._records.popitem(last=False)
+        return record

@@ -17,6 +17,32 @@ os.environ["METASWARM_NO_MDNS"] = "1"
 # Started in the background by a shell, tests ignore Ctrl-C, and so would the programs that they start and interrupt.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
+SLOW = (
+    "tests/unit/capabilities/test_measure.py",
+    "tests/unit/cli/test_demo.py",
+    "tests/unit/cli/test_evaluate.py",
+    "tests/unit/engine/",
+    "tests/unit/jobs/test_drafting.py",
+    "tests/unit/jobs/test_methods.py",
+    "tests/unit/jobs/test_trial.py",
+    "tests/unit/network/test_library_faults.py",
+    "tests/unit/network/test_processes.py",
+    "tests/unit/selection/",
+    "tests/unit/selector/test_experience.py",
+    "tests/unit/selector/test_selectors.py",
+    "tests/unit/test_demo.py",
+    "tests/unit/test_doctor.py",
+    "tests/unit/test_serving.py",
+)
+"""Where the unit tests are that take most of the time: they load torch, train models, start processes or run swarms."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark the slow tests, which `make test-fast` leaves out."""
+    for item in items:
+        if item.nodeid.startswith(SLOW):
+            item.add_marker(pytest.mark.slow)
+
 
 @pytest.fixture
 def autojump_clock(monkeypatch: pytest.MonkeyPatch) -> MockClock:

@@ -6,7 +6,7 @@ and the job is cancelled on every stage.
 
 import json
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Final
 
 import trio
 from starlette.requests import Request
@@ -17,6 +17,12 @@ from node.api.documents import Answer
 from node.api.errors import ApiError
 from node.api.requests import CompletionRequest
 from node.jobs.interface import JobError, JobResult, JobStarted, Submitter, TextDelta
+
+UNACCEPTED_S: Final = 9.0
+"""How long the first comment waits for the job's route to open: until then an error may still be a status."""
+
+KEEP_ALIVE_S: Final = 5.0
+"""After so long without an event a stream carries a comment: proxies and clients give up on one that is silent."""
 
 
 class CompletionEndpoint:
@@ -57,40 +63,76 @@ class CompletionEndpoint:
 
     async def _stream(self, request: CompletionRequest, scope: Scope, receive: Receive, send: Send) -> JobError | None:
         del scope, receive
-        stream = _EventStream(send)
-        try:
-            async with self._submitter.submit(request.job) as events:
-                async for event in events:
-                    match event:
-                        case JobStarted():
-                            answer = Answer(event, request.chat)
-                            chunks = answer.first_chunks()
-                        case TextDelta(text=text) if text:
-                            chunks.append(answer.text_chunk(text))
-                        case JobResult():
-                            chunks += answer.last_chunks(event, include_usage=request.include_usage)
-                    # The first chunk waits for the first token: until then an error can still be a status.
-                    if chunks and not isinstance(event, JobStarted):
-                        await stream.send(*chunks)
-                        chunks = []
-        except JobError as error:
-            if not stream.started:
-                return error
-            await stream.send(ApiError.from_job_error(error).document())
-        else:
-            await stream.send("[DONE]")
+        stream = EventStream(send)
+        error: JobError | None = None
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(stream.keep_alive)
+            try:
+                await self._send_events(request, stream)
+            except JobError as caught:
+                error = caught
+            await stream.end_keep_alive()
+        if error is not None and not stream.started:
+            return error
+        await stream.send(ApiError.from_job_error(error).document() if error else "[DONE]")
         await stream.close()
         return None
 
+    async def _send_events(self, request: CompletionRequest, stream: "EventStream") -> None:
+        """Run the job and send its events. The first chunk waits for the first token: so long an error is a status."""
+        async with self._submitter.submit(request.job) as events:
+            stream.accepted.set()
+            async for event in events:
+                match event:
+                    case JobStarted():
+                        answer = Answer(event, request.chat)
+                        chunks = answer.first_chunks()
+                        continue
+                    case TextDelta(text=text) if text:
+                        chunks.append(answer.text_chunk(text))
+                    case JobResult():
+                        chunks += answer.last_chunks(event, include_usage=request.include_usage)
+                if chunks:
+                    await stream.send(*chunks)
+                    chunks = []
 
-class _EventStream:
-    """Server-sent events; the status line goes out with the first one."""
+
+class EventStream:
+    """Server-sent events; the status line goes out with the first one, or with the first comment."""
 
     def __init__(self, send: Send) -> None:
         self._send = send
+        self._sending = trio.Lock()
+        self._sent_s = trio.current_time()
+        self._keeping_alive = trio.CancelScope()
         self.started = False
+        self.accepted = trio.Event()
+        """The job has a route, so that it is no longer refused."""
+
+    async def keep_alive(self) -> None:
+        """Send a comment whenever nothing else was sent for a while, until `end_keep_alive`."""
+        with self._keeping_alive:
+            await trio.sleep_until(self._sent_s + KEEP_ALIVE_S)
+            with trio.move_on_at(self._sent_s + UNACCEPTED_S):
+                await self.accepted.wait()
+            while True:
+                await trio.sleep_until(self._sent_s + KEEP_ALIVE_S)
+                async with self._sending:
+                    if trio.current_time() >= self._sent_s + KEEP_ALIVE_S:
+                        await self._send_body(b": waiting\n\n")
+
+    async def end_keep_alive(self) -> None:
+        """Send no further comment; whether the stream has started is certain from now on."""
+        async with self._sending:
+            self._keeping_alive.cancel()
 
     async def send(self, *events: dict[str, Any] | str) -> None:
+        """Send events, each a JSON document or a text."""
+        lines = (event if isinstance(event, str) else json.dumps(event, ensure_ascii=False) for event in events)
+        async with self._sending:
+            await self._send_body("".join(f"data: {line}\n\n" for line in lines).encode())
+
+    async def _send_body(self, body: bytes) -> None:
         if not self.started:
             self.started = True
             headers = [
@@ -99,11 +141,11 @@ class _EventStream:
                 (b"x-accel-buffering", b"no"),  # a buffering proxy would hold the text back
             ]
             await self._send({"type": "http.response.start", "status": 200, "headers": headers})
-        lines = (event if isinstance(event, str) else json.dumps(event, ensure_ascii=False) for event in events)
-        body = "".join(f"data: {line}\n\n" for line in lines).encode()
         await self._send({"type": "http.response.body", "body": body, "more_body": True})
+        self._sent_s = trio.current_time()
 
     async def close(self) -> None:
+        """End the stream."""
         await self._send({"type": "http.response.body", "body": b"", "more_body": False})
 
 

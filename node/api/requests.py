@@ -11,7 +11,7 @@ from typing import Any, Final, NoReturn, TypeVar
 
 from node.api.errors import ApiError
 from node.jobs.interface import ChatMessage, JobRequest, Quality
-from node.suggestions import unknown_name
+from node.util.suggestions import LONGEST_NAME, did_you_mean
 from protocol.limits import (
     MAX_LOGIT_BIAS,
     MAX_LOGIT_BIASES,
@@ -239,7 +239,8 @@ class Fields:
             if name not in names:
                 param = self._prefix + name[:MAX_NAME_BYTES]
                 where = f" in {self._prefix.removesuffix('.')}" if self._prefix else ""
-                raise ApiError(400, unknown_name("field", name, names) + where, param=param)
+                message = f"unknown field {name[:LONGEST_NAME]!r}{where}{did_you_mean(name, names)}"
+                raise ApiError(400, message, param=param)
 
     def refuse_unless_known(self, names: Set[str]) -> None:
         """Refuse fields that nobody knows; for an object of a few fields."""

@@ -16,7 +16,7 @@ from hypercorn.utils import wrap_app
 from starlette.types import ASGIApp
 
 from node.config import StartError, is_unspecified
-from node.open_files import open_file_limit
+from node.util.open_files import open_file_limit
 
 GRACE_S: Final = 3.0
 """How long answers under way may take to finish once the server was told to stop."""
@@ -100,7 +100,8 @@ class _Door:
             if not self._silent:
                 await self._turn_away(stream)
                 return
-            next(iter(self._silent)).cancel()
+            (silent := next(iter(self._silent))).cancel()
+            del self._silent[silent]
         self._inside += 1
         try:
             if await self._speaks(stream):

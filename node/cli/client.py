@@ -157,7 +157,7 @@ class ApiClient:
                 await _raise_for_error(response, self.url)
                 async for line in response.aiter_lines():
                     data = line.removeprefix("data: ")
-                    if data and data != "[DONE]":
+                    if data != line and data != "[DONE]":  # other lines are comments, which say that the node waits
                         show(completion.take(json.loads(data)))
         if completion.error is not None:
             raise completion.error

@@ -16,6 +16,7 @@ from itertools import islice, takewhile
 
 from node.engine.interface import (
     PAGE_POSITIONS,
+    BadRows,
     EngineError,
     EngineFull,
     Lineage,
@@ -27,7 +28,7 @@ from node.engine.interface import (
 from protocol.identity import SessionId
 from protocol.tensors import DType
 
-_HIDDEN_DTYPES = frozenset({DType.FLOAT32, DType.FLOAT16, DType.BFLOAT16, DType.BLOCK_INT8})
+HIDDEN_DTYPES = frozenset({DType.FLOAT32, DType.FLOAT16, DType.BFLOAT16, DType.BLOCK_INT8})
 _FREE = b"\x01"
 
 
@@ -267,25 +268,25 @@ def _pin(found: Mapping[Lineage, Iterable[_Entry]], count: int) -> None:
 
 
 def check_slice(info: SpanInfo, rows: SliceInput, *, cached: int, reserved: int) -> None:
-    """Raise EngineError unless the rows follow what is cached and fit into what is reserved.
+    """Raise BadRows unless the rows follow what is cached and fit into what is reserved.
 
     `info`: of the part of the span that the session runs. `cached`: positions of the session whose keys and values the
     engine holds. `reserved`: positions it may hold.
     """
     count = rows.tensor.rows
     if count < 1 or not 0 <= rows.draws <= count:
-        raise EngineError(f"a slice of {count} rows cannot draw {rows.draws} tokens")
+        raise BadRows(f"a slice of {count} rows cannot draw {rows.draws} tokens")
     if rows.drafts and len(rows.drafts) != rows.draws - 1:
-        raise EngineError(f"{len(rows.drafts)} drafts do not belong to {rows.draws} tokens to draw")
+        raise BadRows(f"{len(rows.drafts)} drafts do not belong to {rows.draws} tokens to draw")
     if not 0 <= rows.position <= cached:
-        raise EngineError(f"rows from position {rows.position} on do not follow the {cached} that are cached")
+        raise BadRows(f"rows from position {rows.position} on do not follow the {cached} that are cached")
     if rows.position + count > reserved:
-        raise EngineError(f"{count} rows at position {rows.position} exceed the {reserved} positions reserved")
+        raise BadRows(f"{count} rows at position {rows.position} exceed the {reserved} positions reserved")
     if info.is_first:
         if rows.tensor.dtype is not DType.INT32 or len(rows.tensor.shape) != 1:
-            raise EngineError(f"the first span takes token ids, not {rows.tensor.dtype}{list(rows.tensor.shape)}")
-    elif rows.tensor.dtype not in _HIDDEN_DTYPES or rows.tensor.shape[1:] != (info.hidden_size,):
-        raise EngineError(
+            raise BadRows(f"the first span takes token ids, not {rows.tensor.dtype}{list(rows.tensor.shape)}")
+    elif rows.tensor.dtype not in HIDDEN_DTYPES or rows.tensor.shape[1:] != (info.hidden_size,):
+        raise BadRows(
             f"this span takes hidden states of {info.hidden_size} elements, "
             f"not {rows.tensor.dtype}{list(rows.tensor.shape)}"
         )

@@ -10,7 +10,7 @@ import socket
 from collections import deque
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import psutil
 import trio
@@ -24,9 +24,10 @@ from node.engine.interface import (
     Lineage,
     Prefix,
     SessionOptions,
+    SliceFault,
     SliceInput,
-    SliceOutput,
     SpanInfo,
+    StepFailed,
     StepResult,
     Variant,
     VariantNotReady,
@@ -228,11 +229,17 @@ class WorkerEngine:
     async def step(self, slices: Sequence[SliceInput]) -> StepResult:
         """Run one step in the worker; see Engine. If the caller is cancelled, a step that is under way still runs."""
         self._raise_if_crashed()
+        unknown = tuple(
+            SliceFault(rows.session, f"session {rows.session.job}/{rows.session.stage} is not open, or has not begun")
+            for rows in slices
+            if rows.session not in self._sessions
+        )
+        for fault in unknown:
+            self._close(fault.session, keep=False)
+        slices = [rows for rows in slices if rows.session in self._sessions]
+        if not slices:
+            raise StepFailed(unknown)
         sessions = tuple(rows.session for rows in slices)
-        if unknown := [session for session in sessions if session not in self._sessions]:
-            for session in sessions:
-                self._close(session, keep=False)
-            raise EngineError(f"session {unknown[0].job}/{unknown[0].stage} is not open, or has not begun")
         for rows in slices:
             self._pages.rewind(rows.session, rows.position)
         number = next(self._numbers)
@@ -247,7 +254,7 @@ class WorkerEngine:
                 del self._calls[number]
         if call.result is None:
             raise call.error or EngineCrashed(self._reason)
-        return call.result
+        return replace(call.result, faults=unknown + call.result.faults) if unknown else call.result
 
     async def rename(self, session: SessionId, successor: SessionId) -> None:
         """Carry a session on under another id; see Engine."""
@@ -318,18 +325,22 @@ class WorkerEngine:
         call = self._calls.pop(number)
         building = self._building.pop(number, None)
         if header["did"] == "error":
-            call.error = EngineError(header["error"])
+            faults = wire.decode_faults(header)
+            call.error = StepFailed(faults) if faults else EngineError(header["error"])
             for session, begun in call.begun.items():  # the worker has closed them already
                 if self._sessions.get(session) is begun:
                     self._free(session, keep=False)
         elif building is not None:
             self._variants |= {building}
         else:
-            tensors = wire.cut_tensors(header["tensors"], payload)
-            outputs = (SliceOutput(session=s, tensor=tensor) for s, tensor in zip(call.order, tensors, strict=True))
-            call.result = StepResult(outputs=tuple(outputs), compute_s=header["compute_s"])
+            call.result = wire.decode_result(header, payload, call.order)
+            failed = {fault.session for fault in call.result.faults}
             for session, begun in call.begun.items():
-                if self._sessions.get(session) is begun:
+                if self._sessions.get(session) is not begun:
+                    continue
+                if session in failed:  # the worker has closed it already
+                    self._free(session, keep=False)
+                else:
                     self._pages.advance(session, call.ends[session])
             self._steps += 1
             self._compute_s += call.result.compute_s

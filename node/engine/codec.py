@@ -5,8 +5,17 @@ from collections.abc import Callable, Mapping
 import numpy as np
 import numpy.typing as npt
 
-from node.engine.interface import EngineError
+from node.engine.interface import BadRows, EngineError
 from protocol.tensors import BLOCK_ELEMENTS, DType, Tensor
+
+MAX_MAGNITUDE = 1e18
+"""Hidden states are smaller by far. Norms square them, which f32 cannot hold for much larger ones."""
+
+_MAX_BITS = {
+    DType.FLOAT16: 0x7BFF,
+    DType.BFLOAT16: int(np.array([MAX_MAGNITUDE], np.float32).view(np.uint32)[0] >> 16),
+}
+"""The largest number of each codec that may be, sign aside."""
 
 Rows = npt.NDArray[np.float32]
 """Hidden states, (rows, hidden size)."""
@@ -19,6 +28,35 @@ def encode_rows(rows: Rows, activations: str) -> Tensor:
     except KeyError:
         raise EngineError(f"there is no codec {activations!r} for activations") from None
     return encode(np.ascontiguousarray(rows, np.float32))
+
+
+def check_rows(rows: Rows) -> None:
+    """Raise BadRows unless every element is finite, and small enough to be squared."""
+    if rows.size and not (rows.max() <= MAX_MAGNITUDE and rows.min() >= -MAX_MAGNITUDE):  # also where one is no number
+        raise BadRows(f"hidden states that are not finite, or beyond {MAX_MAGNITUDE:g}")
+
+
+def check_tensor(tensor: Tensor) -> None:
+    """Raise BadRows unless the hidden states that a tensor of any codec holds pass `check_rows`; nothing is decoded."""
+    if tensor.dtype is DType.FLOAT32:
+        check_rows(np.frombuffer(tensor.data, np.float32))
+        return
+    if tensor.dtype is DType.BLOCK_INT8:  # which stand for finite numbers where the scales are
+        data = np.frombuffer(tensor.data, np.uint8).reshape(tensor.rows, tensor.row_bytes)
+        bits = np.ascontiguousarray(data[:, : tensor.row_bytes - tensor.shape[1]]).view(np.uint16)
+    else:
+        bits = np.frombuffer(tensor.data, np.uint16)
+    # Without the sign, floats are in the order of their bits.
+    most = _MAX_BITS[DType.BFLOAT16 if tensor.dtype is DType.BFLOAT16 else DType.FLOAT16]
+    if bits.size and (bits & 0x7FFF).max() > most:
+        raise BadRows(f"hidden states that are not finite, or beyond {MAX_MAGNITUDE:g}")
+
+
+def check_tokens(tensor: Tensor, vocabulary_size: int) -> None:
+    """Raise BadRows unless the token ids of a tensor (i32, one dimension) are the model's."""
+    tokens = np.frombuffer(tensor.data, np.int32)
+    if tokens.size and not (tokens.min() >= 0 and tokens.max() < vocabulary_size):
+        raise BadRows(f"a token id is not below {vocabulary_size}")
 
 
 def decode_rows(tensor: Tensor) -> Rows:

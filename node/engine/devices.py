@@ -113,6 +113,14 @@ def synchronize(device: "torch.device") -> None:
         torch.mps.synchronize()
 
 
+def is_lost(cause: BaseException | None) -> bool:
+    """Whether an error says that a GPU has failed: to this process it stays lost, to the next one perhaps not."""
+    import torch
+
+    lost = getattr(torch, "AcceleratorError", None)  # since torch 2.8
+    return lost is not None and isinstance(cause, lost)
+
+
 def look(wanted: str) -> Device:
     """Find a device by asking torch, and have it add something up. Raises DeviceError."""
     import torch

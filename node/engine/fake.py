@@ -18,15 +18,18 @@ from node.engine.codec import decode_rows, encode_rows
 from node.engine.interface import (
     PAGE_POSITIONS,
     REFERENCE,
+    BadRows,
     EngineCrashed,
     EngineError,
     EngineStatistics,
     Lineage,
     Prefix,
     SessionOptions,
+    SliceFault,
     SliceInput,
     SliceOutput,
     SpanInfo,
+    StepFailed,
     StepResult,
     Variant,
     VariantNotReady,
@@ -155,15 +158,19 @@ class FakeEngine:
             with trio.move_on_after(compute_s):
                 await self._crashed.wait()
             self._raise_if_crashed()
-            try:
-                outputs = tuple(SliceOutput(session=rows.session, tensor=self._run(rows)) for rows in slices)
-            except EngineError:
-                for rows in slices:
+            outputs: list[SliceOutput] = []
+            faults: list[SliceFault] = []
+            for rows in slices:
+                try:
+                    outputs.append(SliceOutput(session=rows.session, tensor=self._run(rows)))
+                except EngineError as error:
+                    faults.append(SliceFault(rows.session, str(error), isinstance(error, BadRows)))
                     self._forget(rows.session, keep=False)
-                raise
+            if faults and not outputs:
+                raise StepFailed(faults)
             self._steps += 1
             self._compute_s += compute_s
-            return StepResult(outputs=outputs, compute_s=compute_s)
+            return StepResult(outputs=tuple(outputs), compute_s=compute_s, faults=tuple(faults))
 
     def _share_run(self, slices: Sequence[SliceInput]) -> float:
         """Return the share of the span's blocks that the sessions of a step run."""
@@ -230,7 +237,7 @@ class FakeEngine:
         if session.info.is_first:
             tokens = tokens_from_tensor(rows.tensor)
             if any(not 0 <= token < self._info.vocabulary_size for token in tokens):
-                raise EngineError(f"a token id is not below {self._info.vocabulary_size}")
+                raise BadRows(f"a token id is not below {self._info.vocabulary_size}")
             hidden = session.run(rows.position, [_embed(self._info, token) for token in tokens])
         else:
             states = decode_rows(rows.tensor)

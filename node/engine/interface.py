@@ -32,6 +32,18 @@ class EngineFull(EngineError):
     """No KV memory for another session now."""
 
 
+class StepFailed(EngineError):
+    """Every slice of a step failed; `faults` has one for each."""
+
+    def __init__(self, faults: Sequence["SliceFault"]) -> None:
+        super().__init__(faults[0].message)
+        self.faults = tuple(faults)
+
+
+class BadRows(EngineError):
+    """Rows that no engine could compute: whoever sent them is at fault."""
+
+
 class VariantNotReady(EngineError):
     """The session asks for a variant that is not there (any more, or yet)."""
 
@@ -181,12 +193,22 @@ class SliceOutput:
     tensor: Tensor
 
 
+@dataclass(frozen=True, slots=True)
+class SliceFault:
+    """Why a slice failed; its session is closed. `by_rows`: whoever sent the rows is at fault, not this engine."""
+
+    session: SessionId
+    message: str
+    by_rows: bool = False
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepResult:
-    """Outputs in the order of the inputs, and the time spent inside the forward passes, seconds."""
+    """Outputs in the order of the inputs, without the slices that failed; seconds spent inside the forward passes."""
 
     outputs: tuple[SliceOutput, ...]
     compute_s: float
+    faults: tuple[SliceFault, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -243,8 +265,9 @@ class Engine(Protocol):
     async def step(self, slices: Sequence[SliceInput]) -> StepResult:
         """Run one step over rows of any sessions, grouped by variant.
 
-        A session has at most one slice in it. Raises EngineError: then every session in the step is lost and closed,
-        others live on.
+        A session has at most one slice in it. What one slice does to a forward pass costs its own session alone: the
+        pass is repeated by halves until the slices that fail are alone, and the result names them in `faults`. Raises
+        StepFailed where all slices fail, EngineError where the engine does; all sessions in the step are closed then.
         """
         ...
 

@@ -101,10 +101,13 @@ def history_for(sampling: Sampling | None) -> TokenCounts | None:
 def draw(logits: Logits, sampling: Sampling, position: int, history: TokenCounts | None = None) -> int:
     """Return the token that takes absolute `position`, and add it to the history.
 
-    Raises EngineError for logits that are no numbers, and where the history does not reach up to the position.
+    Raises EngineError for logits that are not finite, and where the history does not reach up to the position.
     """
-    if not np.isfinite(logits[int(np.argmax(logits))]):
+    best = int(np.argmax(logits))
+    if not np.isfinite(logits[best]):
         raise EngineError("the model made no sense of its input: its logits are not finite")
+    if sampling.temperature <= 0 and history is None and not sampling.logit_bias and position >= sampling.min_length:
+        return best  # nothing adjusts the logits: decoding greedily must not pay for a copy of them
     if history is not None:
         if len(history) < position:
             raise EngineError(f"{len(history)} tokens are known of the {position} that the penalties depend on")

@@ -1,15 +1,16 @@
 """The engine of one span of one model and its sessions, in this process and thread."""
 
 import time
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
 from node.engine.admission import Placement, check_slice
 from node.engine.cache import KvMemory, Places
-from node.engine.codec import decode_rows, encode_rows
-from node.engine.devices import CPU, free_bytes, synchronize
+from node.engine.codec import check_rows, decode_rows, encode_rows
+from node.engine.devices import CPU, free_bytes, is_lost, synchronize
 from node.engine.folders import FolderCache
 from node.engine.forward import SpanModel
 from node.engine.fused import FusedSegments, PackedSpan, pack_span
@@ -17,11 +18,14 @@ from node.engine.interface import (
     DIVISIBLE_ENGINES,
     PAGE_POSITIONS,
     REFERENCE,
+    BadRows,
     EngineError,
     SessionOptions,
+    SliceFault,
     SliceInput,
     SliceOutput,
     SpanInfo,
+    StepFailed,
     StepResult,
     Variant,
     VariantNotReady,
@@ -61,6 +65,24 @@ class _Session:
     """Where draws depend on the tokens so far."""
 
 
+@dataclass(slots=True)
+class _Batch:
+    """The slices of a step, and what has become of them, by number."""
+
+    slices: Sequence[SliceInput]
+    sessions: dict[int, _Session] = field(default_factory=dict)
+    rows: dict[int, Rows] = field(default_factory=dict)
+    outputs: dict[int, SliceOutput] = field(default_factory=dict)
+    faults: dict[int, SliceFault] = field(default_factory=dict)
+
+    def fail(self, number: int, error: Exception) -> None:
+        """Take note of why a slice failed."""
+        message = str(error)
+        if not isinstance(error, EngineError):
+            message = f"the forward pass failed: {' '.join(message.split())[:300]}"
+        self.faults[number] = SliceFault(self.slices[number].session, message, isinstance(error, BadRows))
+
+
 class Shard:
     """Serves a span as Engine describes it, but at once, without overlap; who may hold which pages is told to it."""
 
@@ -73,9 +95,8 @@ class Shard:
         tried = self._model.try_out()
         kv_bytes_per_position = sum(block.bytes_per_position for block in tried)
         memory_bytes = _memory_bytes(options, span.weight_bytes)
-        kv_positions = _kv_positions(
-            options, memory_bytes - span.weight_bytes, span.weight_bytes, kv_bytes_per_position
-        )
+        position_bytes = kv_bytes_per_position + (4 * span.hidden_size if options.plan_rows else 0)
+        kv_positions = _kv_positions(options, memory_bytes - span.weight_bytes, span.weight_bytes, position_bytes)
         self.info = SpanInfo(
             model=source.model,
             blocks=blocks,
@@ -88,7 +109,7 @@ class Shard:
             weight_bytes=span.weight_bytes,
             load_s=time.perf_counter() - started_s,
         )
-        self._variant_bytes = memory_bytes - span.weight_bytes - kv_positions * kv_bytes_per_position
+        self._variant_bytes = memory_bytes - span.weight_bytes - kv_positions * position_bytes
         self._memory = KvMemory([block.resized(kv_positions) for block in tried])
         self._threads = torch.get_num_threads()
         self._graph_cache = None if options.cache_dir is None else FolderCache(options.cache_dir)
@@ -180,43 +201,70 @@ class Shard:
         self._sessions.pop(session, None)
 
     def step(self, slices: Sequence[SliceInput]) -> StepResult:
-        """Run the slices, those of a variant together. On EngineError every session in the step is closed."""
+        """Run the slices, those of a variant together. Sessions whose slices fail are closed; see Engine."""
         started_s = time.perf_counter()
+        batch = _Batch(slices)
         try:
-            outputs = self._run(slices)
-            synchronize(self._device)  # what nobody looked at may be under way still
-        except Exception as error:  # torch fails in many ways; whichever, these sessions' caches are not to be trusted
+            for (variant, blocks), numbers in self._grouped(batch).items():
+                # The reference computes sessions one by one anyway.
+                for part in [[number] for number in numbers] if variant == REFERENCE else [numbers]:
+                    self._run(batch, variant, blocks, part)
+        except EngineError:
             for rows in slices:
                 self.close(rows.session)
-            if isinstance(error, EngineError):
-                raise
-            raise EngineError(f"the forward pass failed: {' '.join(str(error).split())[:300]}") from error
-        return StepResult(outputs=outputs, compute_s=time.perf_counter() - started_s)
+            raise
+        for fault in batch.faults.values():
+            self.close(fault.session)
+        faults = tuple(fault for _, fault in sorted(batch.faults.items()))
+        if faults and not batch.outputs:
+            raise StepFailed(faults)
+        outputs = tuple(output for _, output in sorted(batch.outputs.items()))
+        return StepResult(outputs=outputs, compute_s=time.perf_counter() - started_s, faults=faults)
 
-    def _run(self, slices: Sequence[SliceInput]) -> tuple[SliceOutput, ...]:
-        sessions = [self._session_of(rows) for rows in slices]
-        if len({rows.session for rows in slices}) < len(slices):
-            raise EngineError("a session has more than one slice in a step")
+    def _grouped(self, batch: _Batch) -> dict[tuple[Variant, BlockRange], list[int]]:
+        """Return the slices that can be computed, by number, grouped by what computes them."""
         groups: dict[tuple[Variant, BlockRange], list[int]] = {}
-        for number, session in enumerate(sessions):
+        counts = Counter(rows.session for rows in batch.slices)
+        for number, rows in enumerate(batch.slices):
+            try:
+                session = batch.sessions[number] = self._session_of(rows, alone=counts[rows.session] == 1)
+                prepared = self._input(rows.tensor, session.info)
+            except EngineError as error:
+                batch.fail(number, error)
+                continue
+            batch.rows[number] = Rows(prepared, session.places, rows.position, rows.draws)
             groups.setdefault((session.options.variant, session.info.blocks), []).append(number)
-        computed: dict[int, torch.Tensor] = {}
-        for (variant, blocks), numbers in groups.items():
-            parts = [
-                Rows(
-                    self._input(slices[number].tensor, sessions[number].info),
-                    sessions[number].places,
-                    slices[number].position,
-                    slices[number].draws,
-                )
-                for number in numbers
-            ]
-            computed |= zip(numbers, self._compute(variant, blocks, parts), strict=True)
-        outputs = []
-        for number, (rows, session) in enumerate(zip(slices, sessions, strict=True)):
-            session.length = rows.position + rows.tensor.rows
-            outputs.append(SliceOutput(session=rows.session, tensor=self._output(rows, session, computed[number])))
-        return tuple(outputs)
+        return groups
+
+    def _run(self, batch: _Batch, variant: Variant, blocks: BlockRange, numbers: Sequence[int]) -> None:
+        """Run slices together; where that fails, each half of them again, until those that fail are alone.
+
+        What a pass that failed has written lies at the positions that the next one writes. Raises EngineError where the
+        device is lost.
+        """
+        try:
+            computed = self._compute(variant, blocks, [batch.rows[number] for number in numbers])
+            synchronize(self._device)  # what nobody looked at may be under way still
+        except Exception as error:  # torch fails in many ways
+            if is_lost(error):
+                raise EngineError(f"the forward pass failed: {' '.join(str(error).split())[:300]}") from error
+            if len(numbers) == 1:
+                batch.fail(numbers[0], error)
+                return
+        else:
+            for number, output in zip(numbers, computed, strict=True):
+                rows, session = batch.slices[number], batch.sessions[number]
+                try:
+                    tensor = self._output(rows, session, output)
+                except EngineError as error:  # never BadRows: what came in was checked, so that the fault is here
+                    batch.fail(number, EngineError(str(error)))
+                    continue
+                session.length = rows.position + rows.tensor.rows
+                batch.outputs[number] = SliceOutput(session=rows.session, tensor=tensor)
+            return
+        middle = len(numbers) // 2
+        for half in (numbers[:middle], numbers[middle:]):
+            self._run(batch, variant, blocks, half)
 
     def _compute(self, variant: Variant, blocks: BlockRange, parts: Sequence[Rows]) -> Sequence[torch.Tensor]:
         """Return what blocks of the span make of each part: hidden states, or logits behind the model's last one."""
@@ -234,7 +282,9 @@ class Shard:
             for part in parts
         ]
 
-    def _session_of(self, rows: SliceInput) -> _Session:
+    def _session_of(self, rows: SliceInput, *, alone: bool) -> _Session:
+        if not alone:
+            raise EngineError("a session has more than one slice in a step")
         session = self._sessions.get(rows.session)
         if session is None:
             raise EngineError(f"session {rows.session.job}/{rows.session.stage} is not open, or has not begun")
@@ -244,7 +294,9 @@ class Shard:
     def _output(self, rows: SliceInput, session: _Session, output: torch.Tensor) -> Tensor:
         """Return hidden states on the wire, or the tokens drawn from logits."""
         if not session.info.is_last:
-            return encode_rows(output.cpu().numpy(), session.options.activations)
+            states = output.cpu().numpy()
+            check_rows(states)
+            return encode_rows(states, session.options.activations)
         sampling = session.options.sampling
         assert sampling is not None
         first_drawn = rows.position + rows.tensor.rows - rows.draws + 1
@@ -259,7 +311,7 @@ class Shard:
             return torch.from_numpy(decode_rows(tensor)).to(self._device)
         tokens = tokens_from_tensor(tensor)
         if min(tokens) < 0 or max(tokens) >= self.info.vocabulary_size:
-            raise EngineError(f"a token id is not below {self.info.vocabulary_size}")
+            raise BadRows(f"a token id is not below {self.info.vocabulary_size}")
         return torch.tensor(tokens, device=self._device)
 
 
@@ -289,9 +341,9 @@ def _memory_bytes(options: EngineOptions, weight_bytes: int) -> int:
     return weight_bytes + int(free_bytes(torch.device(options.device)) * _FREE_MEMORY_SHARE)
 
 
-def _kv_positions(options: EngineOptions, free_bytes: int, weight_bytes: int, kv_bytes_per_position: int) -> int:
+def _kv_positions(options: EngineOptions, free_bytes: int, weight_bytes: int, position_bytes: int) -> int:
     """Return how many positions, in whole pages, fit into what the weights leave, beside the variants' own weights."""
-    page_bytes = max(1, kv_bytes_per_position * PAGE_POSITIONS)
+    page_bytes = max(1, position_bytes * PAGE_POSITIONS)
     engines = _PACKED_BYTES if torch.device(options.device).type == "cpu" else ("fused",)
     packed_bytes = sum(sum(_PACKED_BYTES[engine].values()) for engine in engines)
     variant_bytes = min(int(free_bytes * _VARIANT_SHARE), int(packed_bytes * weight_bytes / 4))

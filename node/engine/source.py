@@ -31,7 +31,8 @@ class EngineOptions:
     positions for all sessions together, where they should be fewer than the memory allows. `threads`: None takes one
     for each physical core. `start_timeout_s`: how long loading may take. `cache_dir`: where what is
     built for a variant is kept for the next time, if anywhere. `device`: torch's name of what computes, and in whose
-    memory weights and KV caches lie: "cpu", "cuda:0" (ROCm answers to it, too), "mps".
+    memory weights and KV caches lie: "cpu", "cuda:0" (ROCm answers to it, too), "mps". `plan_rows`: whether
+    `memory_bytes` has to hold the rows, too, that wait in the node to be computed: one for each position, as f32.
     """
 
     memory_bytes: int | None = None
@@ -40,3 +41,4 @@ class EngineOptions:
     start_timeout_s: float = 600.0
     cache_dir: Path | None = None
     device: str = "cpu"
+    plan_rows: bool = False

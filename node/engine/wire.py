@@ -19,8 +19,10 @@ lie in its payload one after another; the header has their dtypes and shapes.
 | loaded | the span's info, variants |
 | ready | call: the variant is built |
 | failed | error, a line: the span cannot be loaded |
-| result | call, compute_s, tensors, each [dtype, shape], in the order of the slices |
-| error | call, error, a line: the sessions of the step are closed, or the variant cannot be had |
+| result | call, compute_s, tensors, each [dtype, shape], in the order of the slices; faults |
+| error | call, error, a line: the sessions of the step are closed, or the variant cannot be had; faults |
+
+faults: of each slice that failed, and has no tensor, [session, error, by_rows]; its session is closed.
 """
 
 import struct
@@ -32,7 +34,17 @@ from typing import Any
 import msgpack
 
 from node.engine.admission import Placement
-from node.engine.interface import SessionOptions, SliceInput, SpanInfo, Variant
+from node.engine.interface import (
+    EngineError,
+    SessionOptions,
+    SliceFault,
+    SliceInput,
+    SliceOutput,
+    SpanInfo,
+    StepFailed,
+    StepResult,
+    Variant,
+)
 from node.engine.source import EngineOptions, ShardSource
 from protocol.identity import BlockRange, JobId, SessionId
 from protocol.messages import Sampling
@@ -150,6 +162,45 @@ def decode_step(header: Header, payload: memoryview) -> list[SliceInput]:
         )
         for (session, position, draws, drafts, history, *_), tensor in zip(described, tensors, strict=True)
     ]
+
+
+def encode_result(call: int, result: StepResult) -> list[Buffer]:
+    """Return the frame of what a step has brought."""
+    tensors = [output.tensor for output in result.outputs]
+    answer: Header = {
+        "did": "result",
+        "call": call,
+        "compute_s": result.compute_s,
+        "tensors": [(tensor.dtype, tensor.shape) for tensor in tensors],
+        "faults": _described(result.faults),
+    }
+    return encode_frame(answer, tensors)
+
+
+def decode_result(header: Header, payload: memoryview, order: Sequence[SessionId]) -> StepResult:
+    """Return what a step has brought, whose slices were of these sessions."""
+    faults = decode_faults(header)
+    failed = {fault.session for fault in faults}
+    sessions = [session for session in order if session not in failed]
+    tensors = cut_tensors(header["tensors"], payload)
+    outputs = tuple(SliceOutput(session=s, tensor=tensor) for s, tensor in zip(sessions, tensors, strict=True))
+    return StepResult(outputs=outputs, compute_s=header["compute_s"], faults=faults)
+
+
+def encode_error(call: int, error: EngineError) -> list[Buffer]:
+    """Return the frame of a step that failed."""
+    faults = error.faults if isinstance(error, StepFailed) else ()
+    return encode_frame({"did": "error", "call": call, "error": str(error), "faults": _described(faults)})
+
+
+def decode_faults(header: Header) -> tuple[SliceFault, ...]:
+    """Return which slices of a step failed, and why."""
+    found = header.get("faults", ())
+    return tuple(SliceFault(decode_session(session), message, by_rows) for session, message, by_rows in found)
+
+
+def _described(faults: Iterable[SliceFault]) -> list[tuple[SessionId, str, bool]]:
+    return [(fault.session, fault.message, fault.by_rows) for fault in faults]
 
 
 def decode_session(value: Sequence[Any]) -> SessionId:

@@ -24,8 +24,10 @@ from node.engine.wire import (
     decode_load,
     decode_session,
     decode_step,
+    encode_error,
     encode_frame,
     encode_loaded,
+    encode_result,
 )
 
 if TYPE_CHECKING:
@@ -76,12 +78,9 @@ def main() -> None:
                     result = shard.step(decode_step(header, payload))
                 except EngineError as error:
                     _exit_if_lost(error.__cause__)
-                    _send(connection, encode_frame({"did": "error", "call": header["call"], "error": str(error)}))
+                    _send(connection, encode_error(header["call"], error))
                     continue
-                tensors = [output.tensor for output in result.outputs]
-                described = [(tensor.dtype, tensor.shape) for tensor in tensors]
-                answer = {"did": "result", "call": header["call"], "compute_s": result.compute_s, "tensors": described}
-                _send(connection, encode_frame(answer, tensors))
+                _send(connection, encode_result(header["call"], result))
 
 
 def _prepare(shard: "Shard", header: Header, connection: socket.socket) -> None:
@@ -98,10 +97,9 @@ def _prepare(shard: "Shard", header: Header, connection: socket.socket) -> None:
 
 def _exit_if_lost(cause: BaseException | None) -> None:
     """End the process where a GPU has failed: to this one it stays lost, to the next one perhaps not."""
-    import torch
+    from node.engine.devices import is_lost
 
-    lost = getattr(torch, "AcceleratorError", None)  # since torch 2.8
-    if lost is not None and isinstance(cause, lost):
+    if is_lost(cause):
         sys.stderr.write(f"the GPU is lost: {' '.join(str(cause).split())[:300]}\n")
         os._exit(1)
 

@@ -7,9 +7,10 @@ greedy decoding is deterministic and sampling is keyed by position, the text goe
 import random
 import secrets
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Collection, Mapping, Sequence
+from collections import Counter
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import aclosing, asynccontextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import count
 from typing import Any, Protocol
 
@@ -41,18 +42,19 @@ from node.jobs.interface import (
     Vote,
 )
 from node.jobs.job import Job
-from node.jobs.planner import Finder, Planner
+from node.jobs.planner import Finder, PeerRecord, Planner
 from node.jobs.prefix import RecentPrefixes, page_hashes
 from node.jobs.recorder import Recorder, ServedJob
 from node.jobs.requests import prompt_tokens, sampling_of
-from node.jobs.result import result_of, served_of
+from node.jobs.result import result_of, served_of, timing_of
 from node.jobs.route import Drawn, Opening, OpenRoute, Rejection, RouteLost, RouteRejected, Stop
 from node.jobs.switchboard import Switchboard
+from node.jobs.watching import Watcher
 from node.models.errors import ModelError
 from node.models.library import KnownModel
 from node.models.streaming import StopFinder, StreamDecoder
 from protocol.identity import BlockRange, JobId, ModelId, PeerId
-from protocol.messages import FinishReason, RefusalReason
+from protocol.messages import FailureReason, FinishReason, RefusalReason
 from selector.routing import Links, NoRouteError
 from selector.task import Method, TaskContext
 
@@ -60,20 +62,20 @@ MAX_ATTEMPTS = 5
 """Routes tried for a new job; also routes that a job under way may lose one after another without a token."""
 
 RECOVERY_LIMIT_S = 90.0
-"""How long a job under way waits for a route where there is none: what it has calculated is held meanwhile.
+"""How long a job under way waits for a route while peers are known that could take a lost stage's place.
 
-A peer that could take a lost stage's place may have to build the job's variant first (`span.BUILD_PATIENCE_S`, and the
-building).
+They may have to build the job's variant first (`span.BUILD_PATIENCE_S`, and the building), to load their blocks again,
+or to end other jobs. What was calculated is held meanwhile.
 """
+
+HOPELESS_LIMIT_S = 4.0
+"""How long it waits where nobody is known that could: who was just lost may be back, or be heard of, within it."""
 
 BACKOFF_S = (0.05, 1.0)
 """First and longest pause, give or take half, before another route is tried."""
 
-PROBE_TIMEOUT_S = 1.0
-"""How long a stage may take to say that it is there, when a token is late."""
-
-STALL_LIMIT_S = 120.0
-"""A job that gets no token for this long gives its route up, though every stage still answers pings."""
+VOTE_LIMIT_S = 120.0
+"""How long the stages may take to vote about a task that is not run."""
 
 LEADER_PATIENCE_S = 30.0
 """How long a job waits at most for another to compute what both prompts begin with."""
@@ -131,12 +133,15 @@ class Coordinator:
         ledger: Ledger | None = None,
         hardware: Callable[[PeerId], str] = lambda peer: "unknown",
         agreed: Callable[[ModelId], Agreed | None] = lambda model: None,
+        bandwidth: Callable[[PeerId], float | None] = lambda peer: None,
+        expected: Callable[[ModelId], Iterable[BlockRange]] = lambda model: (),
     ) -> None:
         """Take no job yet.
 
         `links`: between any two peers; `recorder` is told of every job that was done; `chooser` is our own preference
         among methods; `ledger` says what lossy methods do to a model's answers; `hardware` is the class of a peer's;
-        `agreed` says what the swarm has agreed about a model.
+        `agreed` says what the swarm has agreed about a model; `bandwidth` is what a peer says of its memory, in bytes
+        a second; `expected` are the blocks of a model that live peers mean to serve, and may be loading.
         """
         self.draining = False
         self._chooser = chooser or RuleChooser()
@@ -147,7 +152,12 @@ class Coordinator:
         self._recent = RecentPrefixes()
         self._recorder = recorder
         self._models = models
-        self._planner = Planner(finder, links, switchboard.peer_id)
+        self._jobs: dict[JobId, Job] = {}
+        self._expected = expected
+        self._planner = Planner(
+            finder, links, switchboard.peer_id, rng=jitter, bandwidth=bandwidth, in_flight=self._in_flight
+        )
+        self._watcher = Watcher(self._planner)
         self._switchboard = switchboard
         self._jitter = jitter
         self._statistics = CoordinatorStatistics()
@@ -157,6 +167,18 @@ class Coordinator:
     def statistics(self) -> CoordinatorStatistics:
         """Return the counts of this node's jobs."""
         return self._statistics
+
+    def peer_record(self, peer: PeerId) -> PeerRecord:
+        """Return what this node's own jobs have shown of a peer: served, failed, lagged, its speed and its penalty."""
+        return self._planner.record(peer)
+
+    def peer_records(self) -> dict[PeerId, PeerRecord]:
+        """Return the record of every peer of which something is remembered: a bounded number."""
+        return self._planner.records()
+
+    def _in_flight(self) -> Counter[PeerId]:
+        """Return how many jobs of this node each peer has now."""
+        return Counter(peer for job in self._jobs.values() for peer in {stop.peer for stop in job.stops})
 
     async def wait_idle(self) -> None:
         """Wait until no job is under way."""
@@ -185,6 +207,7 @@ class Coordinator:
         job: Job | None = None
         try:
             job = await self._prepare(request)
+            self._jobs[job.id] = job
             job.on_served = on_served
             await self._await_leader(job)
             await self._open_route(job)
@@ -198,6 +221,7 @@ class Coordinator:
             raise
         finally:
             if job is not None:
+                self._jobs.pop(job.id, None)
                 self._recent.end_turn(job.turn)
                 job.set_aside()
                 await job.close_former()
@@ -219,14 +243,14 @@ class Coordinator:
             raise job.no_route(error) from None
         route = OpenRoute(stops, self._switchboard, await self._opening(job, stops))
         try:
-            with trio.fail_after(STALL_LIMIT_S):
+            with trio.fail_after(VOTE_LIMIT_S):
                 await route.open()
                 method, ballots = route.agree()
         except RouteRejected as rejected:
             job.avoided.update({rejection.peer: rejection for rejection in rejected.rejections})
             raise job.no_route(NoRouteError(())) from None
         except trio.TooSlowError:
-            raise JobError(JobErrorCode.FAILED, f"the stages did not vote within {STALL_LIMIT_S:.0f} s") from None
+            raise JobError(JobErrorCode.FAILED, f"the stages did not vote within {VOTE_LIMIT_S:.0f} s") from None
         finally:
             await route.close()
         if job.choice is None:
@@ -276,19 +300,26 @@ class Coordinator:
         """Open a route for what is left of a job and send the tokens so far; try others where stages do not open.
 
         Stages that hold what they have calculated for the job go on with it; the routes before are closed when that is
-        so. A job under way waits for a while where there is no route, and forgives whom it has avoided.
+        so. A job under way waits where there is no route, and forgives whom it has avoided, as long as somebody is
+        known that could make one.
         """
         job.set_aside()
-        limit_s = trio.current_time() + RECOVERY_LIMIT_S
+        waiting = _Waiting(trio.current_time())
         for attempt in count():
             if attempt:
                 first_s, longest_s = BACKOFF_S
-                await trio.sleep(self._jitter.uniform(0.5, 1.5) * min(longest_s, first_s * 2**attempt))
-            is_patient = job.accepted and trio.current_time() < limit_s
+                await trio.sleep(self._jitter.uniform(0.5, 1.5) * min(longest_s, first_s * 2 ** min(attempt, 16)))
+            is_patient = job.accepted and trio.current_time() < waiting.began_s + RECOVERY_LIMIT_S
+            # Neither what nobody waits for nor what compares methods on one route tries out a peer.
+            may_explore = not (job.accepted or attempt or job.request.background or job.on_served)
             try:
-                stops = await self._planner.route(job.need(), job.avoided, like=job.stops, held=job.held)
+                stops = await self._planner.route(
+                    job.need(), job.avoided, like=job.stops, held=job.held, may_explore=may_explore
+                )
             except NoRouteError as error:
-                if not is_patient:
+                waiting.reasons |= job.avoided
+                if not is_patient or await self._is_hopeless(job, waiting, error):
+                    job.avoided = waiting.reasons
                     raise job.no_route(error) from None
                 job.avoided.clear()
                 continue
@@ -299,29 +330,41 @@ class Coordinator:
             # Peers of an older version are found out one by one, and cost the job no attempt.
             if not is_patient and attempt + 1 - len(job.outdated) >= MAX_ATTEMPTS:
                 raise job.no_route(NoRouteError(()))
+        if waiting.said:
+            _logger.info("route found again", job=job.id, waited_s=round(trio.current_time() - waiting.began_s, 1))
         job.accepted = True
         await job.close_former()
+
+    async def _is_hopeless(self, job: Job, waiting: "_Waiting", error: NoRouteError) -> bool:
+        """Return whether nobody has been known for a while who could serve what is missing; say once what is."""
+        if not waiting.said:
+            waiting.said = True
+            missing = ", ".join(f"{start}-{end}" for start, end in error.missing)
+            _logger.warning("no route left; waiting for a peer", job=job.id, model=job.model.name, blocks=missing)
+        expected = [(blocks.start, blocks.end) for blocks in self._expected(job.model.id)]
+        if self._planner.could_serve(job.need(), expected):
+            waiting.hopeless_since_s = trio.current_time()
+            return False
+        return trio.current_time() - waiting.hopeless_since_s >= HOPELESS_LIMIT_S
 
     async def _try_route(self, job: Job, stops: list[Stop]) -> bool:
         """Open a route and send the tokens so far; say whether that went well. If not, it is known whom to avoid."""
         job.route = route = OpenRoute(stops, self._switchboard, await self._opening(job, stops), job.held)
         tokens = [*job.prompt, *job.tokens]
         try:
-            with trio.fail_after(STALL_LIMIT_S):
-                await route.open()
-                job.method = route.begin(tokens)
-                if not job.method.prefix_cache:
-                    self._recent.end_turn(job.turn)  # nobody will find what it computes
-                if not job.accepted:
-                    job.cached_tokens = min(*route.starts, len(job.prompt) - 1)
-                await route.send_prompt(tokens, job.model.hidden_size)
+            await self._watcher.open(job, route)
+            job.method = route.begin(tokens)
+            if not job.method.prefix_cache:
+                self._recent.end_turn(job.turn)  # nobody will find what it computes
+            if not job.accepted:
+                job.cached_tokens = min(*route.starts, len(job.prompt) - 1)
+            self._watcher.begin(job, route)
+            await self._watcher.send_prompt(job, route, tokens)
         except RouteRejected as rejected:
             for rejection in rejected.rejections:
                 self._avoid(job, rejection)
         except RouteLost as lost:
             self._blame(job, route, lost)
-        except trio.TooSlowError:
-            self._avoid(job, Rejection(stops[0].peer, None, f"took nothing for {STALL_LIMIT_S:.0f} s"))
         else:
             return True
         return False
@@ -368,13 +411,16 @@ class Coordinator:
 
     def _avoid(self, job: Job, rejection: Rejection) -> None:
         """Keep a job away from a peer; one that cannot be reached is taken for dead until it is heard again."""
-        _logger.info("stage not available", job=job.id, peer=rejection.peer, reason=rejection.message)
+        peer = rejection.peer
+        log = _logger.debug if peer in job.unavailable else _logger.info
+        log("stage not available", job=job.id, peer=peer, reason=rejection.message)
+        job.unavailable.add(peer)
         if rejection.outdated:
-            job.outdated[rejection.peer] = rejection
+            job.outdated[peer] = rejection
             return
-        job.avoided[rejection.peer] = rejection
+        job.avoided[peer] = rejection
         if rejection.reason is None:
-            self._planner.failed(rejection.peer, dead=True)
+            self._planner.failed(peer, dead=not rejection.lagged, lagged=rejection.lagged)
 
     def _blame(self, job: Job, route: OpenRoute, lost: RouteLost) -> None:
         """Go on without whom a stage blames if it is on the route, else without itself: nobody may slander outsiders.
@@ -384,8 +430,11 @@ class Coordinator:
         """
         culprit = lost.blamed if lost.blamed in {stop.peer for stop in route.stops} else lost.reporter
         _logger.info("stage lost", job=job.id, peer=culprit, reason=lost.reason, message=lost.message)
-        job.avoided[culprit] = Rejection(culprit, None, lost.message)
-        self._planner.failed(culprit, dead=not self._switchboard.is_linked(culprit))
+        job.avoided[culprit] = Rejection(culprit, None, lost.message, lagged=lost.lagged)
+        is_ours = lost.reason is FailureReason.EXPIRED or lost.blamed == self._switchboard.peer_id != culprit
+        if not is_ours:
+            # A stage that says that we are at fault may be right: the job goes on elsewhere, and that is all.
+            self._planner.failed(culprit, dead=not self._switchboard.is_linked(culprit), lagged=lost.lagged)
         job.set_aside()
         job.held = {stop: session for stop, session in job.held.items() if stop.peer != culprit}
 
@@ -437,10 +486,7 @@ class Coordinator:
                 await self._hand_over(job, leaving)
                 continue
             try:
-                with trio.fail_after(STALL_LIMIT_S):
-                    return await self._patient_token(job, route)
-            except trio.TooSlowError:
-                raise JobError(JobErrorCode.FAILED, f"no token came for {STALL_LIMIT_S:.0f} s; gave up") from None
+                return await self._watcher.token(job, route)
             except RouteLost as lost:
                 job.replays += 1
                 job.fruitless += 1
@@ -464,16 +510,6 @@ class Coordinator:
             job.avoided[peer] = Rejection(peer, RefusalReason.LEAVING, "is about to leave")
         await self._open_route(job)
 
-    async def _patient_token(self, job: Job, route: OpenRoute) -> Drawn:
-        """Wait for the next token; while it is late, see that no stage has fallen silent."""
-        asked_s = trio.current_time()
-        while True:
-            with trio.move_on_after(job.patience.seconds):
-                drawn = await route.next_token()
-                job.patience.learn(trio.current_time() - asked_s)
-                return drawn
-            await route.probe(PROBE_TIMEOUT_S)
-
     async def _finish(self, job: Job, text: str, finish: FinishReason, ended_s: float) -> JobResult:
         route = job.route
         if route is None:
@@ -481,6 +517,7 @@ class Coordinator:
         closed = await route.close()
         job.route = None
         self._planner.served(stop.peer for stop in route.stops)
+        self._planner.measured(job.need(), route.stops, route.loads(), timing_of(route, closed))
         result = result_of(job, route, closed, text, finish, ended_s)
         if job.choice is not None:
             outcome = Outcome(
@@ -497,6 +534,22 @@ class Coordinator:
         elif self._recorder is not None:
             await self._recorder.record(served)
         return result
+
+
+@dataclass(slots=True)
+class _Waiting:
+    """A job's search for a route: since when, since when nobody is known who could make one, and whether it was said.
+
+    `reasons`: why peers were not used.
+    """
+
+    began_s: float
+    hopeless_since_s: float = 0.0
+    said: bool = False
+    reasons: dict[PeerId, Rejection] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.hopeless_since_s = self.began_s
 
 
 def _as_begun(method: Method) -> list[Method]:

@@ -158,9 +158,14 @@ class DraftModel:
                 if draft := self._drafts.pop(rows.session, None):
                     draft.lose()
         else:
-            for rows, output in zip(slices, result.outputs, strict=True):
+            outputs = {output.session: output.tensor for output in result.outputs}
+            for rows in slices:
                 if draft := self._drafts.get(rows.session):
-                    draft.computed(rows, tokens_from_tensor(output.tensor) if rows.draws else ())
+                    if rows.session in outputs:
+                        draft.computed(rows, tokens_from_tensor(outputs[rows.session]) if rows.draws else ())
+                    else:
+                        del self._drafts[rows.session]
+                        draft.lose()
         finally:
             for session in self._in_step - self._drafts.keys():
                 self._start_closing(session)

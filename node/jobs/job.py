@@ -1,5 +1,6 @@
 """A job under way: what was asked, the tokens so far, and the routes it has taken."""
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -55,6 +56,10 @@ class Job:
     rounds: int = 0
     """Rounds of the routes before this one."""
     avoided: dict[PeerId, Rejection] = field(default_factory=dict)
+    unavailable: set[PeerId] = field(default_factory=set)
+    """Peers of which the log says already that they could not take a stage."""
+    disputed: set[PeerId] = field(default_factory=set)
+    """Peers that said to have sent what never arrived at the next stage, which was replaced for it."""
     outdated: dict[PeerId, Rejection] = field(default_factory=dict)
     """Peers that may serve any stage but the last."""
     bound: set[PeerId] = field(default_factory=set)
@@ -69,6 +74,8 @@ class Job:
     accepted: bool = False
     """A route was open once."""
     patience: Patience = field(default_factory=Patience)
+    searched_s: float = -math.inf
+    """When others were last looked for who could take the place of a stage that lags."""
 
     def need(self) -> RouteNeed:
         """Return what is needed of a route for what is left of the job."""
@@ -80,7 +87,12 @@ class Job:
             new_tokens=new_tokens,
             row_bytes=4 * self.model.hidden_size,
         )
-        return RouteNeed(model=self.model.id, demand=demand, not_last=frozenset(self.outdated))
+        return RouteNeed(
+            model=self.model.id,
+            demand=demand,
+            block_bytes=max((file.size_bytes for file in self.model.manifest.blocks), default=0),
+            not_last=frozenset(self.outdated),
+        )
 
     def set_aside(self) -> None:
         """Take the route for a former one, whose stages are to be continued as far as they are there."""

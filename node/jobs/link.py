@@ -8,14 +8,15 @@ is still there. What arrives is handed to plain functions that must not block.
 from abc import ABC, abstractmethod
 from collections import defaultdict, deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import structlog
 import trio
 
 from node.network.interface import NetworkError, Stream
-from protocol.connection import JobConnection
+from protocol.codec import StepHeader
+from protocol.connection import Admission, JobConnection
 from protocol.errors import LocalProtocolError, RemoteProtocolError
 from protocol.identity import PeerId, SessionId
 from protocol.limits import MAX_HISTORY_TOKENS
@@ -27,11 +28,15 @@ from protocol.messages import (
     Failed,
     FailureReason,
     Hello,
+    Load,
     Message,
     Open,
     Opened,
     Ping,
     Pong,
+    Progress,
+    ProgressRequest,
+    RefusalReason,
     Refused,
     Reroute,
     SessionStatistics,
@@ -40,13 +45,25 @@ from protocol.messages import (
     TokenHistory,
 )
 from protocol.states import Role, SessionState
-from protocol.tensors import Tensor
+from protocol.tensors import DType, Tensor
 
 WINDOW_BYTES = 64 << 20
 """Step payload of one session that we hold unconsumed. A session can only cause it after it was admitted."""
 
-OUTBOX_BYTES = 8 << 20
-"""Encoded frames that wait for the network before a sender has to wait."""
+OUTBOX_BYTES = 4 << 20
+"""Encoded frames of a link that wait for the network before a sender has to wait."""
+
+OUTBOXES_BYTES = 24 << 20
+"""The same of all links together, beyond which none takes more than what it has no other step to send before."""
+
+PARTIAL_BYTES = 16 << 20
+"""Frames of all links that are not complete yet; where there is more, links break that have brought nothing longest."""
+
+MAX_OPENINGS = 256
+"""Sessions that may wait for admission on one link."""
+
+MAX_OVERRUNS = 1
+"""Times that a link may bring rows beyond what a session of its peer has reserved; one more ends the link."""
 
 PING_INTERVAL_S = 1.0
 """A link that heard nothing for this long asks whether the other side is there."""
@@ -96,7 +113,7 @@ class SessionLost:
     """A session is lost beyond a link: the other side says so, or the link broke.
 
     `reporter` is the peer at the other end of the link; `blamed` whom it says to be at fault, itself or another.
-    `held`: the reporter has the session still, and waits for another route.
+    `held`: the reporter has the session still, and waits for another route. `lagged`: it lives and makes no progress.
     """
 
     reporter: PeerId
@@ -104,6 +121,7 @@ class SessionLost:
     reason: FailureReason
     message: str
     held: bool = False
+    lagged: bool = False
 
 
 class Receiver(Protocol):
@@ -113,8 +131,15 @@ class Receiver(Protocol):
         """Whether this peer may send rows of the session."""
         ...
 
+    def admit(self, part: Slice, dtype: DType, width: tuple[int, ...], link: "InboundLink") -> bool:
+        """Say whether rows that are coming may come; where not, nothing is kept of them, and the session is lost.
+
+        `width`: the shape of a row. Must not block.
+        """
+        ...
+
     def receive(self, part: Slice, tensor: Tensor, link: "InboundLink") -> None:
-        """Take rows. Must not block; calls `link.consumed` once they no longer occupy memory."""
+        """Take rows that were admitted. Must not block; calls `link.consumed` once they no longer occupy memory."""
         ...
 
 
@@ -131,6 +156,10 @@ class OpenHandler(Protocol):
 
     async def begin(self, message: Begin, link: "InboundLink") -> None:
         """Begin a session that this link opened; one that cannot begin fails."""
+        ...
+
+    def progress(self, session: SessionId, link: "InboundLink") -> Progress:
+        """Return how far a session that this link opened has come."""
         ...
 
     async def close(self, session: SessionId, link: "InboundLink") -> Closed:
@@ -150,14 +179,57 @@ class Receivers(Protocol):
         ...
 
 
+class LinkBuffers:
+    """What the links of a node hold together: frames that wait to be sent, and those that have come in part."""
+
+    def __init__(self) -> None:
+        self.outgoing_bytes = 0
+        self._partial: dict[InboundLink, int] = {}
+        self._partial_bytes = 0
+
+    @property
+    def partial_bytes(self) -> int:
+        """Bytes of frames that have come in part."""
+        return self._partial_bytes
+
+    def note(self, link: "InboundLink", partial_bytes: int) -> None:
+        """Take note of how much a link that was just heard holds of a frame.
+
+        Where all hold too much, those links break that were silent longest: identities cost nothing, so that no peer's
+        share tells it from many others, but who is in the middle of a frame and honest goes on with it.
+        """
+        self._partial_bytes += partial_bytes - self._partial.pop(link, 0)
+        if partial_bytes:
+            self._partial[link] = partial_bytes  # behind all others
+        while self._partial_bytes > PARTIAL_BYTES:
+            stalest = next(iter(self._partial))
+            self.drop(stalest)
+            stalest.end("a frame is not complete, and memory for such is short")
+
+    def drop(self, link: "InboundLink") -> None:
+        """Forget a link."""
+        self._partial_bytes -= self._partial.pop(link, 0)
+
+
 class _Link(ABC):
     """What both directions share: the stream, its tasks, and a bounded outbox."""
 
-    def __init__(self, stream: Stream, role: Role, agent: str) -> None:
+    def __init__(
+        self,
+        stream: Stream,
+        role: Role,
+        agent: str,
+        buffers: LinkBuffers | None = None,
+        admission: Admission | None = None,
+    ) -> None:
         self.peer = stream.peer
         self.broken: str | None = None
+        self._buffers = buffers or LinkBuffers()
+        self._scope = trio.CancelScope()
         self._stream = stream
-        self._connection = JobConnection(role, agent=agent, window_bytes=WINDOW_BYTES, protocol=stream.protocol)
+        self._connection = JobConnection(
+            role, agent=agent, window_bytes=WINDOW_BYTES, protocol=stream.protocol, admission=admission
+        )
         self._agent = agent
         self._outbox: deque[bytes | bytearray | memoryview] = deque()
         self._outbox_bytes = 0
@@ -179,11 +251,12 @@ class _Link(ABC):
         """Carry the link until it breaks or is cancelled. Raises nothing else: a link never ends the node."""
         try:
             self._say(Hello(agent=self._agent, window_bytes=WINDOW_BYTES))
-            async with trio.open_nursery() as nursery:
-                nursery.start_soon(self._write)
-                nursery.start_soon(self._watch)
-                await self._read(nursery)
-                nursery.cancel_scope.cancel()
+            with self._scope:
+                async with trio.open_nursery() as nursery:
+                    nursery.start_soon(self._write)
+                    nursery.start_soon(self._watch)
+                    await self._read(nursery)
+                    nursery.cancel_scope.cancel()
         except* NetworkError as group:
             self._break(f"connection lost: {_first_line(group)}")
         except* (LinkBroken, LocalProtocolError) as group:
@@ -196,8 +269,17 @@ class _Link(ABC):
             _logger.exception("link ended by a defect", peer=self.peer, exc_info=group)
         finally:
             self._break("closed")
+            self._buffers.outgoing_bytes -= self._outbox_bytes
+            self._outbox_bytes = 0
+            self._outbox.clear()
             with trio.CancelScope(deadline=trio.current_time() + 1, shield=True):
                 await self._stream.reset()
+
+    def end(self, why: str) -> None:
+        """Break the link."""
+        _logger.warning("link ended", peer=self.peer, reason=why)
+        self._break(why)
+        self._scope.cancel()
 
     async def ready(self) -> None:
         """Wait for the other side's Hello; raise LinkBroken where none comes."""
@@ -219,6 +301,7 @@ class _Link(ABC):
         for piece in self._connection.send(message):
             self._outbox.append(piece)
             self._outbox_bytes += len(piece)
+            self._buffers.outgoing_bytes += len(piece)
             self._said_bytes += len(piece)
         self._outbox_filled.set()
 
@@ -229,7 +312,9 @@ class _Link(ABC):
             while self._outbox:
                 pieces = self._take_small_pieces()
                 await self._stream.send_all(pieces[0] if len(pieces) == 1 else b"".join(pieces))
-                self._outbox_bytes -= sum(map(len, pieces))
+                sent_bytes = sum(map(len, pieces))
+                self._outbox_bytes -= sent_bytes
+                self._buffers.outgoing_bytes -= sent_bytes
                 self._room.unpark_all()
 
     def _take_small_pieces(self) -> list[bytes | bytearray | memoryview]:
@@ -310,10 +395,13 @@ def _first_line(group: BaseExceptionGroup[Exception]) -> str:
 class OutboundLink(_Link):
     """The initiator's end: we open sessions and send rows."""
 
-    def __init__(self, stream: Stream, agent: str) -> None:
-        super().__init__(stream, Role.INITIATOR, agent)
+    def __init__(self, stream: Stream, agent: str, buffers: LinkBuffers | None = None) -> None:
+        super().__init__(stream, Role.INITIATOR, agent, buffers)
         self._answers: dict[SessionId, trio.Event] = {}
         self._answer: dict[SessionId, Opened | Refused | Closed | Failed] = {}
+        self._progress_asked: dict[SessionId, trio.Event] = {}
+        self._progress: dict[SessionId, Progress] = {}
+        """Answers that nobody has taken yet: of sessions that were asked about only."""
         self._watchers: dict[SessionId, dict[object, Callable[[SessionLost], None]]] = {}
         self._credit = trio.lowlevel.ParkingLot()
         self._pings = 0
@@ -333,28 +421,40 @@ class OutboundLink(_Link):
             raise LinkBroken(self.peer, f"session lost while it was opened: {answer}")
         return answer
 
-    def begin(self, message: Begin, history: Sequence[int] = ()) -> None:
+    def tell_history(self, session: SessionId, tokens: Sequence[int]) -> None:
+        """Tell the tokens so far of a session that we opened and that is about to begin, at once.
+
+        Raises LinkBroken where the link is gone, or the session is lost already.
+        """
+        self._raise_unless_open(session)
+        for start in range(0, len(tokens), MAX_HISTORY_TOKENS):
+            self._say(TokenHistory(session=session, tokens=tuple(tokens[start : start + MAX_HISTORY_TOKENS])))
+
+    def begin(self, message: Begin) -> None:
         """Begin a session that we opened, at once: before any rows that are sent from now on, over whichever link.
 
-        `history`: the tokens so far, where its draws depend on them. Raises LinkBroken where the link is gone, or the
-        session is lost already.
+        Raises LinkBroken where the link is gone, or the session is lost already.
         """
-        if self._connection.session_state(message.session) is not SessionState.OPEN:
-            raise LinkBroken(self.peer, self.broken or "the session was lost before it began")
-        for start in range(0, len(history), MAX_HISTORY_TOKENS):
-            tokens = tuple(history[start : start + MAX_HISTORY_TOKENS])
-            self._say(TokenHistory(session=message.session, tokens=tokens))
+        self._raise_unless_open(message.session)
         self._say(message)
 
+    def _raise_unless_open(self, session: SessionId) -> None:
+        if self._connection.session_state(session) is not SessionState.OPEN:
+            raise LinkBroken(self.peer, self.broken or "the session was lost before it began")
+
     async def close(self, session: SessionId) -> Closed:
-        """Close a session that we opened and return what it cost; nothing is raised for a link that is gone."""
+        """Close a session that we opened and return what it cost; nothing is raised for a link that is gone.
+
+        Close is said before this waits for anything: whoever calls it may have little time left, and the other side
+        holds memory until it hears it.
+        """
         unknown = Closed(session=session, statistics=SessionStatistics())
         try:
             state = self._connection.session_state(session)
-            if state is SessionState.IDLE:
+            if state in {SessionState.IDLE, SessionState.CLOSING}:
                 return unknown
             if state is SessionState.FAILED:
-                await self.send(Close(session=session))  # confirms what the other side said; it has no answer
+                self._say(Close(session=session))  # confirms what the other side said; it has no answer
                 return unknown
             answer = await self._ask(Close(session=session))
         except LinkBroken:
@@ -364,7 +464,10 @@ class OutboundLink(_Link):
     async def _ask(self, message: Open | Close) -> Opened | Refused | Closed | Failed:
         answered = self._answers[message.session] = trio.Event()
         try:
-            await self.send(message)
+            if isinstance(message, Close):
+                self._say(message)
+            else:
+                await self.send(message)
             with trio.fail_after(ANSWER_TIMEOUT_S):
                 await answered.wait()
         except trio.TooSlowError:
@@ -385,7 +488,7 @@ class OutboundLink(_Link):
         """Send a step now if the outbox has room and every session has credit; say whether it was sent."""
         if self.broken:
             raise LinkBroken(self.peer, self.broken)
-        if self._outbox_bytes > OUTBOX_BYTES:
+        if self._outbox_bytes > OUTBOX_BYTES or (self._outbox_bytes and self._is_crowded(len(step.tensor.data))):
             return False
         row_bytes = step.tensor.row_bytes
         if any(part.rows * row_bytes > self._connection.sendable_bytes(part.session) for part in step.slices):
@@ -395,10 +498,16 @@ class OutboundLink(_Link):
             self._ping()
         return True
 
+    def _is_crowded(self, payload_bytes: int) -> bool:
+        """Whether the links hold so much together that this one takes a step only once it has sent what it has."""
+        return self._buffers.outgoing_bytes + payload_bytes > OUTBOXES_BYTES
+
     async def send_step(self, step: Step) -> None:
         """Send a step as soon as there is room and credit for it."""
+        size = len(step.tensor.data)
         while not self.try_send_step(step):
-            await (self._room if self._outbox_bytes > OUTBOX_BYTES else self._credit).park()
+            is_full = self._outbox_bytes > OUTBOX_BYTES or (self._outbox_bytes and self._is_crowded(size))
+            await (self._room if is_full else self._credit).park()
 
     async def probe(self, timeout_s: float) -> None:
         """Ask whether the other side is there; break the link, at once and for all, if nothing is heard in time."""
@@ -411,6 +520,22 @@ class OutboundLink(_Link):
             await heard.wait()
         if scope.cancelled_caught:
             self._break(f"silent for {trio.current_time() - self._last_heard_s:.1f} s")
+
+    async def ask_progress(self, session: SessionId, timeout_s: float) -> Progress | None:
+        """Return how far a session that we opened and began has come; None where no answer comes in time.
+
+        A peer of version 1.0 cannot be asked.
+        """
+        is_begun = self._connection.session_state(session) is SessionState.BEGUN
+        if self.broken or self._connection.minor < 1 or not is_begun:
+            return None
+        answered = self._progress_asked.setdefault(session, trio.Event())
+        self._say(ProgressRequest(session=session))
+        with trio.move_on_after(timeout_s):
+            await answered.wait()
+        if self._progress_asked.get(session) is answered:
+            del self._progress_asked[session]
+        return self._progress.pop(session, None)
 
     def watch(self, session: SessionId, lost: Callable[[SessionLost], None]) -> Callable[[], None]:
         """Call `lost` once if the other side gives the session up or the link breaks; return what ends the watch."""
@@ -439,6 +564,10 @@ class OutboundLink(_Link):
                 self._credit.unpark_all()
             case Pong():  # they come in the order of the pings
                 _, self._arrived_bytes = self._asked.popleft()
+            case Progress():
+                if (answered := self._progress_asked.pop(message.session, None)) is not None:
+                    self._progress[message.session] = message
+                    answered.set()
             case Reroute():
                 lost = SessionLost(self.peer, message.peer or self.peer, message.reason, message.message, held=True)
                 for watcher in tuple(self._watchers.get(message.session, {}).values()):
@@ -503,10 +632,22 @@ class OutboundLink(_Link):
 class InboundLink(_Link):
     """The responder's end: others open sessions and send rows."""
 
-    def __init__(self, stream: Stream, agent: str, receivers: Receivers, stages: OpenHandler) -> None:
-        super().__init__(stream, Role.RESPONDER, agent)
+    def __init__(
+        self,
+        stream: Stream,
+        agent: str,
+        receivers: Receivers,
+        stages: OpenHandler,
+        buffers: LinkBuffers | None = None,
+    ) -> None:
+        super().__init__(stream, Role.RESPONDER, agent, buffers, self._admit)
         self._receivers = receivers
         self._stages = stages
+        self._openings: dict[SessionId, trio.Event] = {}
+        """Of sessions that are being admitted; set when that is over."""
+        self._arriving: deque[list[Receiver]] = deque()
+        """Of each step that is coming, or has come and is not spread yet: who has admitted its slices."""
+        self._overruns = 0
         self._consumed: defaultdict[SessionId, int] = defaultdict(int)
 
     def consumed(self, session: SessionId, consumed_bytes: int) -> None:
@@ -521,6 +662,15 @@ class InboundLink(_Link):
         if not self.broken:
             self._say(Failed(session=session, reason=reason, message=message[:200], peer=peer))
 
+    def overrun(self, fault: str) -> None:
+        """Take note of rows beyond what a session of this peer has reserved.
+
+        Raises RemoteProtocolError where that is too often.
+        """
+        self._overruns += 1
+        if self._overruns > MAX_OVERRUNS:
+            raise RemoteProtocolError(fault)
+
     def reroute(self, session: SessionId, reason: FailureReason, message: str, peer: PeerId | None = None) -> None:
         """Ask the coordinator for another route; the session is held here."""
         if not self.broken:
@@ -530,6 +680,11 @@ class InboundLink(_Link):
         """Drop what the link remembers of a session that somebody else opened."""
         self._consumed.pop(session, None)
         _forget_lent(self._connection, session)
+
+    def _receive(self, data: bytes) -> list[Message]:
+        messages = super()._receive(data)
+        self._buffers.note(self, self._connection.held_bytes)
+        return messages
 
     async def _make_room(self) -> None:
         # Initiators read all the time, so that this cannot lock up; a stranger who asks and never listens waits.
@@ -541,33 +696,67 @@ class InboundLink(_Link):
             case Step():
                 self._spread(message)
             case Open():
-                nursery.start_soon(self._open, message)
+                # At once: a Close may be right behind, whose task may run first.
+                opening = self._openings[message.session] = trio.Event()
+                nursery.start_soon(self._open, message, opening)
             case TokenHistory():
                 self._stages.tell_history(message, self)
             case Begin():
                 nursery.start_soon(self._stages.begin, message, self)
+            case ProgressRequest():
+                self._say(self._stages.progress(message.session, self))
             case Close():
                 nursery.start_soon(self._close, message)
             case _:
                 raise AssertionError(f"the state tables let {message} through to a responder")
 
+    def _admit(self, header: StepHeader) -> list[bool]:
+        """Say which slices of a step, whose rows are still to come, are for somebody here who takes them."""
+        receivers = [self._admits(part, header) for part in header.slices]
+        if any(receivers):
+            self._arriving.append([receiver for receiver in receivers if receiver is not None])
+        return [receiver is not None for receiver in receivers]
+
+    def _admits(self, part: Slice, header: StepHeader) -> Receiver | None:
+        receiver = self._receivers.get(part.session)
+        if receiver is None or not receiver.permits(self.peer):
+            self._disown(part.session)
+            return None
+        return receiver if receiver.admit(part, header.dtype, header.shape[1:], self) else None
+
+    def _disown(self, session: SessionId) -> None:
+        self.fail(session, FailureReason.UNKNOWN_SESSION, "no such session here, or not from you")
+
     def _spread(self, step: Step) -> None:
         start = 0
-        for part in step.slices:
+        for part, receiver in zip(step.slices, self._arriving.popleft(), strict=True):
             rows = step.tensor.cut(start, start + part.rows)
             start += part.rows
-            receiver = self._receivers.get(part.session)
-            if receiver is None or not receiver.permits(self.peer):
-                self.fail(part.session, FailureReason.UNKNOWN_SESSION, "no such session here, or not from you")
-            else:
-                receiver.receive(part, rows, self)
+            if self._receivers.get(part.session) is not receiver:  # any more; another has not looked at these rows
+                self._disown(part.session)
+                continue
+            if len(step.slices) > 1:  # one that waits is not to hold the memory of those that do not
+                rows = replace(rows, data=bytes(rows.data))
+            receiver.receive(part, rows, self)
 
-    async def _open(self, message: Open) -> None:
-        answer = await self._stages.open(message, self)
-        if not self.broken and self._connection.session_state(message.session) in _AWAITS_ADMISSION:
-            self._say(answer)
+    async def _open(self, message: Open, opening: trio.Event) -> None:
+        try:
+            if len(self._openings) > MAX_OPENINGS:
+                why = f"{MAX_OPENINGS} sessions are being opened over this link already"
+                answer: Opened | Refused = Refused(
+                    session=message.session, reason=RefusalReason.FULL, message=why, load=Load()
+                )
+            else:
+                answer = await self._stages.open(message, self)
+            if not self.broken and self._connection.session_state(message.session) in _AWAITS_ADMISSION:
+                self._say(answer)
+        finally:
+            opening.set()
+            self._openings.pop(message.session, None)
 
     async def _close(self, message: Close) -> None:
+        if (opening := self._openings.get(message.session)) is not None:
+            await opening.wait()
         closed = await self._stages.close(message.session, self)
         self._consumed.pop(message.session, None)
         # What was refused or has failed meanwhile was answered by that.
@@ -583,4 +772,5 @@ class InboundLink(_Link):
                 raise NetworkError(f"nothing heard for {silence_s:.1f} s")
 
     def _lost(self) -> None:
+        self._buffers.drop(self)
         self._stages.link_broken(self)

@@ -8,7 +8,7 @@ from dataclasses import replace
 from node.jobs.interface import JobError, JobErrorCode, JobRequest
 from node.models.errors import ModelError
 from node.models.library import KnownModel
-from node.models.tokenizer_process import TokenizerBusyError
+from node.models.tokenizer_process import TokenizerBusyError, TokenizerUnavailableError
 from protocol.limits import MAX_POSITIONS, MAX_STOP_TOKENS
 from protocol.messages import Sampling
 
@@ -39,6 +39,8 @@ async def prompt_tokens(request: JobRequest, model: KnownModel) -> tuple[int, ..
             tokens = request.prompt_tokens or ()
     except TokenizerBusyError as error:
         raise JobError(JobErrorCode.FULL, str(error), retry_after_s=BUSY_RETRY_S) from None
+    except TokenizerUnavailableError as error:
+        raise JobError(JobErrorCode.FAILED, str(error), retry_after_s=BUSY_RETRY_S) from None
     except (ValueError, ModelError) as error:
         raise JobError(JobErrorCode.INVALID, str(error)) from None
     if not tokens:

@@ -4,10 +4,17 @@ from collections.abc import Iterable, Sequence
 
 from node.jobs.interface import Consensus, JobResult, MethodChoice, RouteStage, Timing, Usage, Vote
 from node.jobs.job import Job
+from node.jobs.planner import RouteTiming
 from node.jobs.recorder import ServedJob
 from node.jobs.route import OpenRoute, Stop
 from protocol.measurements import StageObservation
 from protocol.messages import Closed, FinishReason, Opened
+
+MEASURED_ROUNDS = 3
+"""Rounds after the first that a route must have taken for its speed to be measured;"""
+
+MEASURED_ROWS = 8
+"""and rows of a prompt."""
 
 
 def result_of(
@@ -73,6 +80,20 @@ def served_of(job: Job, route: OpenRoute, closed: Sequence[Closed], result: JobR
         shared_prefix_share=job.shared_prefix_share,
         repetitiveness=job.context.repetitiveness,
         link_s=job.context.link_s,
+    )
+
+
+def timing_of(route: OpenRoute, closed: Sequence[Closed]) -> RouteTiming:
+    """Return what the last route of a job showed of its stages' speed: of a few rounds at least, or nothing."""
+    total_s = max(1e-9, route.last_heard_s - route.began_s)
+    rounds = route.rounds - 1
+    round_s = (route.last_heard_s - route.first_heard_s) / rounds if rounds >= MEASURED_ROUNDS else 0.0
+    is_measured = max(route.begun_rows, default=0) >= MEASURED_ROWS
+    return RouteTiming(
+        round_s=round_s,
+        prompt_s=route.first_heard_s - route.began_s if is_measured else 0.0,
+        prompt_rows=route.begun_rows if is_measured else (),
+        busy=tuple(min(1.0, (c.statistics.compute_s + c.statistics.queue_s) / total_s) for c in closed),
     )
 
 

@@ -7,10 +7,11 @@ from functools import partial
 
 import trio
 
-from node.jobs.interface import Agreed
+from node.jobs.interface import Agreed, JobError
 from node.jobs.kept import Held, starts_of
 from node.jobs.link import InboundLink, LinkBroken, OutboundLink, SessionLost, SessionRefused
 from node.jobs.switchboard import Switchboard
+from node.jobs.watch import Progress, Watch
 from protocol.codec import minor_of
 from protocol.identity import BlockRange, JobId, ModelId, PeerId, SessionId
 from protocol.limits import MAX_STEP_BYTES
@@ -23,13 +24,14 @@ from protocol.messages import (
     Load,
     Open,
     Opened,
+    ProgressRequest,
     RefusalReason,
     Sampling,
     SessionStatistics,
     Slice,
     Step,
 )
-from protocol.tensors import Tensor, tensor_from_tokens, tokens_from_tensor
+from protocol.tensors import DType, Tensor, tensor_from_tokens, tokens_from_tensor
 from selector.tally import tally, weights_of
 from selector.task import Method
 
@@ -48,13 +50,17 @@ class Stop:
 
 @dataclass(frozen=True, slots=True)
 class Rejection:
-    """Why a peer could not take its stage. `reason` is None where the peer could not be reached at all."""
+    """Why a peer could not take its stage. `reason` is None where the peer could not be reached at all.
+
+    `lagged`: it can be reached, but made no progress. `outdated`: its version cannot draw as the job asks, so that it
+    may serve any stage but the last.
+    """
 
     peer: PeerId
     reason: RefusalReason | None
     message: str
+    lagged: bool = False
     outdated: bool = False
-    """The peer's version cannot draw as the job asks: it may serve any stage but the last."""
 
 
 class RouteRejected(Exception):
@@ -74,6 +80,7 @@ class RouteLost(Exception):
         self.blamed = lost.blamed
         self.reason = lost.reason
         self.message = lost.message
+        self.lagged = lost.lagged
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -126,6 +133,14 @@ class OpenRoute:
         """Peers on the route that would like to go."""
         self.rounds = 0
         """Times that the last stage has told tokens: fewer than tokens where guesses were right."""
+        self.watch: Watch | None = None
+        """How far its stages are, once it has begun."""
+        self.began_s = 0.0
+        self.begun_rows: tuple[int, ...] = ()
+        """For each stage, the rows that it had to compute before the first token."""
+        self.first_heard_s = 0.0
+        """When the first token came, and the last that has come so far."""
+        self.last_heard_s = 0.0
         self._continued = dict(held or {})
         self._gone: set[int] = set()
         self._switchboard = switchboard
@@ -138,22 +153,38 @@ class OpenRoute:
         self._tokens_in, self._tokens = trio.open_memory_channel[Drawn](opening.sampling.max_tokens)
         self._lost: SessionLost | None = None
         self._sending = trio.CancelScope()
+        self._opening = trio.CancelScope()
+        self._refused: set[int] = set()
+        self._late: dict[PeerId, Rejection] = {}
+        """Peers that were given up while they opened."""
+        self._stalled: JobError | None = None
 
     def permits(self, peer: PeerId) -> bool:
         """Only the last stage tells the coordinator tokens."""
         return peer == self.stops[-1].peer
 
+    def admit(self, part: Slice, dtype: DType, width: tuple[int, ...], link: InboundLink) -> bool:
+        """Take no more at a time than the job's tokens."""
+        if dtype is DType.INT32 and part.rows <= self.opening.sampling.max_tokens:
+            return True
+        self.lose(SessionLost(link.peer, link.peer, FailureReason.ENGINE, "sent what cannot be the job's tokens"))
+        return False
+
     def receive(self, part: Slice, tensor: Tensor, link: InboundLink) -> None:
         """Take tokens of the last stage."""
-        if self._lost:
+        if self._lost or self._stalled:
             return
         self._sources.add(link)
         self.rounds += 1
+        self.last_heard_s = trio.current_time()
+        self.first_heard_s = self.first_heard_s or self.last_heard_s
         try:
             tokens = tokens_from_tensor(tensor)
             for offset, token in enumerate(tokens, 1):
                 finish = part.finish_reason if offset == len(tokens) else None
                 self._tokens_in.send_nowait(Drawn(part.position + offset - 1, token, finish))
+            if self.watch is not None and tokens:
+                self.watch.token(part.position + len(tokens) - 1, self.last_heard_s)
         except (ValueError, trio.WouldBlock):
             self.lose(SessionLost(link.peer, link.peer, FailureReason.ENGINE, "sent what cannot be the job's tokens"))
         link.consumed(part.session, len(tensor.data))
@@ -163,6 +194,16 @@ class OpenRoute:
         self._lost = self._lost or lost
         self._sending.cancel()
         self._tokens_in.close()
+
+    def stall(self, error: JobError) -> None:
+        """Give the job up: once what has come is taken, `next_token` raises the error."""
+        self._stalled = error
+        self._tokens_in.close()
+
+    @property
+    def has_token(self) -> bool:
+        """Whether a token has come that was not taken yet."""
+        return self._tokens.statistics().current_buffer_used > 0
 
     def held(self) -> dict[Stop, SessionId]:
         """Return the sessions that stages have opened and, as far as is known, hold."""
@@ -195,6 +236,8 @@ class OpenRoute:
             for stage, link in sorted(self._links.items()):
                 session = SessionId(self._job, stage)
                 start = self.starts[stage]
+                if stage == last and self.opening.sampling.needs_history:
+                    link.tell_history(session, tokens)
                 link.begin(
                     Begin(
                         session=session,
@@ -204,12 +247,17 @@ class OpenRoute:
                         onward=onward[stage],
                         statement=statement,
                     ),
-                    history=tokens if stage == last and self.opening.sampling.needs_history else (),
                 )
         except LinkBroken as broken:
             raise RouteLost(SessionLost(broken.peer, broken.peer, FailureReason.DOWNSTREAM, str(broken))) from None
         self.method = method
+        self.began_s = trio.current_time()
+        self.begun_rows = tuple(len(tokens) - start for start in self.starts)
         return method
+
+    def loads(self) -> list[Load]:
+        """Return how busy each stage said it was when it opened."""
+        return [answer.load if answer else Load() for answer in self.answers]
 
     def votes(self) -> list[Mapping[str, float]]:
         """Return what the stages voted, in order."""
@@ -269,15 +317,30 @@ class OpenRoute:
         try:
             return await self._tokens.receive()
         except trio.EndOfChannel:
+            if self._stalled is not None:
+                raise self._stalled from None
             if self._lost is None:
                 raise AssertionError("the channel of tokens ends only when a stage is lost") from None
             raise RouteLost(self._lost) from None
 
-    async def probe(self, timeout_s: float) -> None:
-        """Ask all stages whether they are there; one that says nothing in time is lost."""
+    def mute(self) -> set[int]:
+        """Return the stages whose version cannot say how far they are."""
+        needed = minor_of(ProgressRequest(session=self._sink))
+        return {stage for stage, link in self._links.items() if link.minor < needed}
+
+    async def ask_progress(self, timeout_s: float) -> None:
+        """Ask all stages how far they are, and tell the watch; one whose link says nothing at all in time is lost."""
+
+        async def ask(stage: int, link: OutboundLink) -> None:
+            answer = await link.ask_progress(SessionId(self._job, stage), timeout_s)
+            if answer is not None and self.watch is not None:
+                told = Progress(answer.received, answer.computed, answer.sent)
+                self.watch.report(stage, told, trio.current_time())
+
         async with trio.open_nursery() as nursery:
-            for link in self._links.values():
+            for stage, link in self._links.items():
                 nursery.start_soon(link.probe, timeout_s)
+                nursery.start_soon(ask, stage, link)
 
     @property
     def job(self) -> JobId:
@@ -315,22 +378,40 @@ class OpenRoute:
                 if minor_of(message) > link.minor:
                     why = f"speaks version 1.{link.minor} of the job protocol, which cannot draw as the job asks"
                     rejections[stage] = Rejection(peer, RefusalReason.UNABLE, why, outdated=True)
+                    self._refused.add(stage)
                     return
                 self._links[stage] = link
                 self._unwatch.append(link.watch(SessionId(self._job, stage), partial(self._stage_lost, stage)))
                 self.answers[stage] = await link.open(message)
             except SessionRefused as refused:
                 rejections[stage] = Rejection(peer, refused.reason, str(refused))
+                self._refused.add(stage)
                 del self._links[stage]
             except LinkBroken as broken:
                 rejections[stage] = Rejection(peer, None, str(broken))
+                self._refused.add(stage)
 
         self._switchboard.receivers.add(self._sink, self)
-        async with trio.open_nursery() as nursery:
-            for stage in range(len(self.stops)):
-                nursery.start_soon(open_stage, stage)
+        with self._opening:
+            async with trio.open_nursery() as nursery:
+                for stage in range(len(self.stops)):
+                    nursery.start_soon(open_stage, stage)
+        if self._late:
+            raise RouteRejected([*self._late.values(), *(r for r in rejections.values() if r.reason)])
         if rejections:
             raise RouteRejected([rejections[stage] for stage in sorted(rejections) if self._is_own(stage, rejections)])
+
+    def opening_late(self) -> set[PeerId]:
+        """Return who keeps the opening waiting: of stages without an answer those that do not wait for another."""
+        late = {stage for stage in range(len(self.stops)) if self.answers[stage] is None and stage not in self._refused}
+        # A stage answers once it is linked with the next, and the last with the first.
+        own = {stage for stage in late if (stage + 1) % len(self.stops) not in late}
+        return {self.stops[stage].peer for stage in own or late}
+
+    def give_up_opening(self, rejection: Rejection) -> None:
+        """Take a stage that has not answered for one that refuses; `open` then raises RouteRejected."""
+        self._late[rejection.peer] = rejection
+        self._opening.cancel()
 
     def _is_own(self, stage: int, rejections: Mapping[int, Rejection]) -> bool:
         """Whether a rejection is the stage's own matter: that it cannot reach one whom nobody reaches is not."""

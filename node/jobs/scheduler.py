@@ -55,7 +55,8 @@ class Work(Generic[L]):
     """Rows that wait for the engine.
 
     `part.session` is the session's id here. `coordinator`: on whose behalf they come. `origin`: whom their credit
-    belongs to; `payload_bytes`: how much that is, which need not be the tensor's size.
+    belongs to; `payload_bytes`: how much that is, which need not be the tensor's size. `held_rows`: rows as they came
+    whose memory is free once these are computed.
     """
 
     part: Slice
@@ -64,6 +65,7 @@ class Work(Generic[L]):
     origin: L
     payload_bytes: int
     arrived_s: float
+    held_rows: int = 0
 
     @property
     def session(self) -> SessionId:
@@ -87,7 +89,7 @@ class Work(Generic[L]):
         after = replace(part, position=part.position + rows, rows=part.rows - rows)
         share = self.payload_bytes * rows // part.rows
         return (
-            replace(self, part=before, tensor=self.tensor.cut(0, rows), payload_bytes=share),
+            replace(self, part=before, tensor=self.tensor.cut(0, rows), payload_bytes=share, held_rows=0),
             replace(
                 self, part=after, tensor=self.tensor.cut(rows, part.rows), payload_bytes=self.payload_bytes - share
             ),
@@ -100,6 +102,7 @@ class Scheduler(Generic[L]):
     def __init__(self, policy: StagePolicy | None = None) -> None:
         self.policy = policy or StagePolicy()
         self._waiting: OrderedDict[SessionId, deque[Work[L]]] = OrderedDict()
+        self._held: set[SessionId] = set()
         self._decoding: set[SessionId] = set()
         self._members: set[SessionId] = set()
         self._member_step_s = 0.0
@@ -116,15 +119,25 @@ class Scheduler(Generic[L]):
         # Who comes anew starts level with the one served least, and so has no claim on what was served before.
         self._served.setdefault(work.coordinator, min(self._served.values(), default=0))
 
+    def hold(self, session: SessionId) -> None:
+        """Take no rows of a session until it is released: its outputs have nowhere to go."""
+        self._held.add(session)
+
+    def release(self, session: SessionId) -> None:
+        """Take rows of a session again."""
+        self._held.discard(session)
+
     def remove(self, session: SessionId) -> None:
         """Forget a session that has ended, and what waits of it."""
         self._waiting.pop(session, None)
+        self._held.discard(session)
         self._decoding.discard(session)
         self._members.discard(session)
 
     def next_batch(self, now_s: float) -> list[Work[L]]:
         """Take the rows of the next step out of the line; none where nobody may go yet. At most MAX_SLICES slices."""
-        heads = sorted((queue[0] for queue in self._waiting.values()), key=lambda work: work.arrived_s)
+        ready = (queue[0] for session, queue in self._waiting.items() if session not in self._held)
+        heads = sorted(ready, key=lambda work: work.arrived_s)
         match self.policy.batching:
             case Batching.ONE:
                 chosen = heads[:1]

@@ -1,4 +1,10 @@
-"""One job's session on one span of this node: what is known of it, and the rows that arrive for it."""
+"""One job's session on one span of this node: what is known of it, and the rows that arrive for it.
+
+Rows are checked before they get in line for the engine, where they share a step with those of others: their shape and
+number when the step's header comes, so that nothing is held that will not be taken, and their values when they are
+there. Rows that do not pass cost the session. Its opener is told who sent them, and pays, as it says what a stage sends
+where; values that no honest stage sends cost their sender.
+"""
 
 from array import array
 from collections import deque
@@ -8,30 +14,37 @@ from typing import TYPE_CHECKING
 
 import trio
 
-from node.engine.interface import Lineage, Prefix, SessionOptions, Variant
+from node.engine.admission import HIDDEN_DTYPES
+from node.engine.codec import check_tensor, check_tokens
+from node.engine.interface import BadRows, Lineage, Prefix, SessionOptions, Variant
 from node.jobs.interface import Agreed
 from node.jobs.kept import KeptRows
 from node.jobs.link import InboundLink, OutboundLink
 from node.jobs.scheduler import Work
 from node.jobs.speculation import Drafter, TokenFeed
 from protocol.identity import PeerId, SessionId
-from protocol.messages import Begin, FailureReason, FinishReason, Open, SessionStatistics, Slice, Step
-from protocol.tensors import Tensor, tensor_from_tokens, tokens_from_tensor
+from protocol.messages import Begin, FailureReason, FinishReason, Open, Progress, SessionStatistics, Slice, Step
+from protocol.tensors import DType, Tensor, tensor_from_tokens, tokens_from_tensor
 from selector.task import Method
 
 if TYPE_CHECKING:
     from node.jobs.span import Span
 
+CHECKED_AT_ONCE_BYTES = 2 << 20
+"""Rows of more bytes than this are checked piece by piece, while the event loop goes on."""
+
 
 class StageSession:
     """A session; takes the rows that arrive for it, once it has begun."""
 
-    def __init__(self, message: Open, span: "Span", opened_by: InboundLink) -> None:
+    def __init__(self, message: Open, span: "Span", opened_by: InboundLink, description_bytes: int = 0) -> None:
         self.id = message.session
         self.span = span
         self.info = span.info.part(message.blocks)
         """Of the part of the span that it runs."""
         self.opened_by = opened_by
+        self.description_bytes = description_bytes
+        """What is held of the message, about."""
         self.background = message.background
         self.methods = message.methods
         # What is cached of a part of the span is no use to sessions that run another.
@@ -47,6 +60,10 @@ class StageSession:
         self.cached: Mapping[Lineage, int] = {}
         self.computed = 0
         """Positions that the engine holds, and whose outputs were handed on."""
+        self.reached = 0
+        """The position after the last row that is computed for this route, guesses left out."""
+        self._received = 0
+        """The position after the last row that came, guesses left out."""
         self.onward = 0
         """The first position whose output goes on."""
         self.kept = KeptRows(span.kept_budget)
@@ -71,9 +88,19 @@ class StageSession:
         self.outputs: dict[SessionId, OutboundLink] = {}
         self.unwatch: list[Callable[[], None]] = []
         self.opened = trio.Event()
+        self.reserved_positions = 0
+        """KV memory that is reserved for it, or about to be; more than `positions` where it continues a larger one."""
+        self.opened_s = 0.0
+        """When it was opened, from which on it may begin."""
         self.backlog: deque[tuple[SessionId, Step]] = deque()
-        self.owed: list[tuple[InboundLink, int]] = []
-        """Credit for rows whose outputs are in the backlog; given once they have left."""
+        self.again: tuple[int, int, int] | None = None
+        """Kept outputs that the next stage lacks, which go before the backlog: positions from, to, and rows a step."""
+        self.owed: list[Work[InboundLink]] = []
+        """Rows whose outputs are in the backlog; credit for them is given once these have left."""
+        self.held_rows = 0
+        """Rows that have come, or are coming, and whose outputs have not all left."""
+        self.ahead = 0
+        """The position behind the last rows that are in line or computed."""
         self.active_s = trio.current_time()
         self.sending = trio.CancelScope()
         """Around the task that sends the backlog; it ends with the session."""
@@ -84,21 +111,91 @@ class StageSession:
         """Rows wait for guesses; no others may come meanwhile, as nothing was drawn yet that they could follow."""
         self._permitted = {opened_by.peer, *message.upstream}
         self._early: list[tuple[Slice, Tensor, InboundLink]] = []
-        """Rows that came before Begin did, over another link; the session's credit bounds them."""
+        """Rows that came before Begin did, over another link."""
+        self._unchecked: deque[tuple[Slice, Tensor, InboundLink]] = deque()
+        """Rows that are being checked piece by piece, and what came behind them."""
 
     def permits(self, peer: PeerId) -> bool:
         """Whether this peer is the coordinator or stands before us on the route."""
         return peer in self._permitted
 
-    def receive(self, part: Slice, tensor: Tensor, link: InboundLink) -> None:
-        """Take rows that arrive, unless they would not fit what was reserved: then the session is lost."""
+    @property
+    def held_bytes(self) -> int:
+        """What its rows take, at most."""
+        return self.held_rows * (4 if self.info.is_first else 4 * self.info.hidden_size)
+
+    def admit(self, part: Slice, dtype: DType, width: tuple[int, ...], link: InboundLink) -> bool:
+        """Say whether rows that are coming may come; if not, the session is lost."""
         self.sources.add(link)
+        if fault := self._fault_of(part, dtype, width):
+            self.span.reject(self, link, fault)
+            return False
+        if self.held_rows + part.rows > self.positions:
+            fault = f"{part.rows} rows beside {self.held_rows} that wait, where {self.positions} positions are reserved"
+            self.span.reject(self, link, fault)
+            if link.peer == self.opened_by.peer:  # else it may be the opener's doing that so many come
+                link.overrun(fault)
+            return False
+        self.held_rows += part.rows
+        return True
+
+    def _fault_of(self, part: Slice, dtype: DType, width: tuple[int, ...]) -> str | None:
+        """Return why rows cannot be taken, as far as their header tells."""
+        info = self.info
+        if info.is_first:
+            if dtype is not DType.INT32 or part.drafts:
+                return f"the first stage takes token ids without drafts, not {dtype}{list(width)}"
+        elif dtype not in HIDDEN_DTYPES or width != (info.hidden_size,):
+            return f"this stage takes hidden states of {info.hidden_size} elements, not {dtype}{list(width)}"
+        if part.position + part.rows > self.positions:
+            return f"rows up to position {part.position + part.rows} of {self.positions}"
+        if part.draws > len(part.drafts) + 1:
+            return f"{part.draws} tokens to draw after {len(part.drafts)} drafts"
+        if any(draft >= info.vocabulary_size for draft in part.drafts):
+            return f"a draft is not below {info.vocabulary_size}"
+        return None
+
+    def receive(self, part: Slice, tensor: Tensor, link: InboundLink) -> None:
+        """Take rows that were admitted."""
         self.active_s = trio.current_time()
         self.bytes_in += len(tensor.data)
-        if part.position + part.rows > self.positions:
-            message = f"rows up to {part.position + part.rows} of {self.positions}"
-            self.span.fail(self, FailureReason.ENGINE, message)
-        elif self.needs_history and part.draws and part.position + part.rows - part.draws + 1 > self.known:
+        self._received = max(self._received, part.position + part.rows - len(part.drafts))
+        if self._unchecked or len(tensor.data) > CHECKED_AT_ONCE_BYTES:
+            self._unchecked.append((part, tensor, link))
+            if len(self._unchecked) == 1:
+                self.span.start_checking(self)
+        elif self._passes(tensor, link):
+            self._take(part, tensor, link)
+
+    async def check(self) -> None:
+        """Check rows piece by piece, and take them in the order in which they came."""
+        while self._unchecked and not self.ended.is_set():
+            part, tensor, link = self._unchecked[0]
+            rows = max(1, CHECKED_AT_ONCE_BYTES // tensor.row_bytes)
+            for start in range(0, tensor.rows, rows):
+                if self.ended.is_set() or not self._passes(tensor.cut(start, min(start + rows, tensor.rows)), link):
+                    return
+                await trio.lowlevel.checkpoint()
+            if self.ended.is_set():
+                return
+            self._unchecked.popleft()
+            self._take(part, tensor, link)
+
+    def _passes(self, tensor: Tensor, link: InboundLink) -> bool:
+        """Say whether the values of rows can be computed with; if not, the session is lost."""
+        try:
+            if self.info.is_first:
+                check_tokens(tensor, self.info.vocabulary_size)
+            else:
+                check_tensor(tensor)
+        except BadRows as fault:
+            # Token ids may come of another model, with which the opener has linked this one up.
+            self.span.reject(self, link, str(fault), by_sender=not self.info.is_first)
+            return False
+        return True
+
+    def _take(self, part: Slice, tensor: Tensor, link: InboundLink) -> None:
+        if self.needs_history and part.draws and part.position + part.rows - part.draws + 1 > self.known:
             message = f"draws depend on the tokens so far, of which {self.known} are known"
             self.span.fail(self, FailureReason.ENGINE, message)
         elif self.method is None:
@@ -132,6 +229,7 @@ class StageSession:
     def take_over(self, former: "StageSession") -> None:
         """Go on with what a session of a former attempt holds."""
         self.calculated_by, self.cached, self.computed = former.calculated_by, former.cached, former.computed
+        self.reserved_positions = former.reserved_positions
         self.kept = former.kept
         self.steps, self.rows, self.compute_s, self.queue_s = (
             former.steps,
@@ -159,10 +257,18 @@ class StageSession:
             self.drafter = drafter
         self.method = self.calculated_by = method
         self.onward = message.onward
+        self.reached = message.start
+        self.ahead = self.computed
         early, self._early = self._early, []
         for part, tensor, link in early:
             if not self.ended.is_set():
                 self._queue(part, tensor, link)
+
+    def pay(self, work: Work[InboundLink]) -> None:
+        """Give credit for rows that take no memory any more."""
+        self.held_rows -= work.held_rows
+        if work.payload_bytes:
+            work.origin.consumed(self.id, work.payload_bytes)
 
     def told(self, drawn: list[int]) -> tuple[list[int], FinishReason | None]:
         """Count the tokens that were drawn; return those that belong to the text, and why it ends with them, if so."""
@@ -175,6 +281,12 @@ class StageSession:
             if self.drawn >= self.sampling.max_tokens:
                 return drawn[:count], FinishReason.LENGTH
         return drawn, None
+
+    def progress(self) -> Progress:
+        """Return how far the session has come: what has not left yet is in the backlog."""
+        unsent = [part.position for _, step in self.backlog for part in step.slices]
+        sent = min([self.reached + (self.sampling is not None and self.steps > 0), *unsent])
+        return Progress(session=self.id, received=max(self._received, self.reached), computed=self.reached, sent=sent)
 
     def statistics(self) -> SessionStatistics:
         """Return what the session cost so far."""
@@ -195,25 +307,30 @@ class StageSession:
             origin=link,
             payload_bytes=len(tensor.data),
             arrived_s=trio.current_time(),
+            held_rows=part.rows,
         )
-        if self.feed is None:
-            self.span.queue(work)
-        else:
+        if self.feed is not None:
             self._feed(self.feed, work)
+        elif part.position > self.ahead:
+            fault = f"rows from position {part.position} on do not follow the {self.ahead} before"
+            self.span.reject(self, link, fault)
+        else:
+            self.ahead = part.position + part.rows
+            self.span.queue(work)
 
     def _feed(self, feed: TokenFeed, work: Work[InboundLink]) -> None:
         """Queue the rows of tokens that are not computed yet, with guesses behind the last where it is to be drawn."""
         tokens = tokens_from_tensor(work.tensor)
         if self._is_guessing:
-            self.span.fail(self, FailureReason.ENGINE, "rows came where a token was to be drawn first")
+            self.span.reject(self, work.origin, "rows came where a token was to be drawn first")
             return
         try:
             position, rows = feed.take(work.part.position, tokens, work.part.draws)
         except ValueError as error:
-            self.span.fail(self, FailureReason.ENGINE, str(error))
+            self.span.reject(self, work.origin, str(error))
             return
         if not rows:
-            work.origin.consumed(self.id, work.payload_bytes)
+            self.pay(work)
 
         def queue(drafts: Sequence[int]) -> None:
             self._is_guessing = False

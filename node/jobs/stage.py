@@ -3,25 +3,30 @@
 What a session is and what becomes of its rows is in `session` and `span`.
 """
 
+from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import replace
 
+import structlog
 import trio
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from node.engine.interface import DIVISIBLE_ENGINES, Engine, EngineError, EngineFull, SpanInfo, Variant
+from node.engine.interface import DIVISIBLE_ENGINES, PAGE_POSITIONS, Engine, EngineError, EngineFull, SpanInfo, Variant
 from node.jobs.choosing import RuleVoter, Voter
 from node.jobs.drafting import DraftModel
+from node.jobs.fair_share import may_take
 from node.jobs.interface import Agreed
 from node.jobs.kept import KEPT_BYTES
 from node.jobs.link import InboundLink, LinkBroken
+from node.jobs.peer_records import PeerRecords, StagePeerStatistics, is_worth_logging
 from node.jobs.policy import PolicyController
 from node.jobs.session import StageSession
-from node.jobs.span import Span
+from node.jobs.span import Span, pages_of
 from node.jobs.speculation import Drafter, PromptLookup
 from node.jobs.switchboard import Switchboard
 from node.network.interface import Network
 from protocol.identity import BlockRange, ModelId, PeerId, SessionId
-from protocol.limits import MAX_STAGES
+from protocol.limits import MAX_SESSIONS, MAX_STAGES, PREFIX_HASH_BYTES
 from protocol.measurements import StageObservation
 from protocol.messages import (
     Begin,
@@ -30,6 +35,7 @@ from protocol.messages import (
     Load,
     Open,
     Opened,
+    Progress,
     RefusalReason,
     Refused,
     SessionStatistics,
@@ -40,8 +46,17 @@ from protocol.records import ServedSpan
 from selector.tally import tally, weights_of
 from selector.task import Method, MethodError, TaskContext, parse_method
 
+JOIN_LIMIT_S = 8.0
+"""How long it may take to reach those that a session's outputs go to; whoever opens it waits for a little longer."""
+
+DESCRIPTION_BYTES = 32 << 20
+"""What the descriptions of all sessions may take, those that are being opened included: shared like KV memory."""
+
 RETIRE_S = 5.0
 """How long a span that is about to go takes what comes from peers who have not heard so yet."""
+
+
+_logger = structlog.get_logger(__name__)
 
 
 class Stages:
@@ -79,6 +94,27 @@ class Stages:
         self._retired: set[Span] = set()
         """Of those, the ones that take nothing new any more."""
         self._session_ended = trio.lowlevel.ParkingLot()
+        self._records = PeerRecords()
+        self._opening_bytes: defaultdict[PeerId, int] = defaultdict(int)
+        """What the descriptions of sessions take that are being opened."""
+
+    def peer_statistics(self) -> Mapping[PeerId, StagePeerStatistics]:
+        """Return what each peer has asked of the stages here, how that went, and what it holds now.
+
+        Bounded: of those who hold nothing, the peers that were heard last.
+        """
+        found = dict(self._records.statistics())
+        for span in self.spans():
+            for session in span.sessions.values():
+                peer = session.opened_by.peer
+                so_far = found.get(peer, StagePeerStatistics())
+                found[peer] = replace(
+                    so_far,
+                    sessions=so_far.sessions + 1,
+                    positions=so_far.positions + session.reserved_positions,
+                    bytes=so_far.bytes + session.held_bytes,
+                )
+        return found
 
     def spans(self) -> tuple[Span, ...]:
         """Return the spans that are served now."""
@@ -124,7 +160,9 @@ class Stages:
         key = (engine.info.model, engine.info.blocks)
         if key in self._spans:
             raise EngineError(f"blocks {engine.info.blocks} are served already")
-        span = self._spans[key] = Span(engine, self.switchboard, self._session_ended, self._controller(), kept_bytes)
+        span = self._spans[key] = Span(
+            engine, self.switchboard, self._session_ended, self._controller(), kept_bytes, self._records
+        )
         try:
             async with trio.open_nursery() as nursery:
                 await nursery.start(span.run)
@@ -163,8 +201,46 @@ class Stages:
     async def open(self, message: Open, link: InboundLink) -> Opened | Refused:
         """Admit a session if its blocks are served here, with KV memory for it, and the next stage can be reached.
 
-        One that continues another has its memory already.
+        One that continues another has its memory already. A peer at whose fault rows could not be taken waits.
         """
+        size, peer, held = _description_bytes(message), link.peer, self._described_bytes()
+        answer: Opened | Refused
+        if not may_take(peer, size, own=self.switchboard.peer_id, pages=DESCRIPTION_BYTES, held=held):
+            why = (
+                f"no memory to describe another session: {held.get(peer, 0)} bytes are held for yours, the rest of "
+                f"{DESCRIPTION_BYTES} is held, or reserved, for others"
+            )
+            answer = _refusal(message, RefusalReason.FULL, why, None)
+        else:
+            self._opening_bytes[peer] += size
+            try:
+                penalty_s = self._records.penalty_s(peer, trio.current_time())
+                if penalty_s and peer != self.switchboard.peer_id:
+                    await trio.sleep(penalty_s)
+                answer = await self._admit(message, link)
+            finally:
+                self._opening_bytes[peer] -= size
+                if not self._opening_bytes[peer]:
+                    del self._opening_bytes[peer]
+        if isinstance(answer, Opened):
+            self._records.opened(link.peer)
+        else:
+            count = self._records.refused(link.peer, answer.reason)
+            if is_worth_logging(count):
+                session = str(message.session)
+                _logger.info("session refused", peer=link.peer, session=session, reason=answer.message, count=count)
+        return answer
+
+    def _described_bytes(self) -> Mapping[PeerId, int]:
+        """Return what the descriptions of each peer's sessions take."""
+        found = defaultdict(int, self._opening_bytes)
+        for span in self.spans():
+            for session in span.sessions.values():
+                if session.opened.is_set():  # else it is counted as one that is being opened
+                    found[session.opened_by.peer] += session.description_bytes
+        return found
+
+    async def _admit(self, message: Open, link: InboundLink) -> Opened | Refused:
         former = self._former(message, link)
         span = former.span if former else self._span_of(message.model, message.blocks)
         if former is None and (objection := self._objection(message, link.peer)):
@@ -176,28 +252,42 @@ class Stages:
         offered, hoped_for = _offered(message, span, self._drafts)
         if not offered:
             return _refusal(message, *_why_nothing(hoped_for), span)
-        session = StageSession(message, span, link)
+        return await self._open_on(span, message, link, former, offered)
+
+    async def _open_on(
+        self,
+        span: Span,
+        message: Open,
+        link: InboundLink,
+        former: StageSession | None,
+        offered: Sequence[Method],
+    ) -> Opened | Refused:
+        session = StageSession(message, span, link, _description_bytes(message))
         try:
             self.switchboard.receivers.add(message.session, session)
         except KeyError:
             return _refusal(message, RefusalReason.INVALID, "the session is open already", span)
-        span.sessions[message.session] = session
+        span.add(session)
         try:
             await self._join(session, message)
             if former is None or former.ended.is_set() or not await span.carry_on(former, session):
+                self._reserve(session)
                 session.cached = await span.engine.open(message.session, message.positions, session.prefix)
             session.votes = dict(await self._voter.vote(TaskContext.of(message.context), offered))
             session.agreed = self._agreed(message.model)
         except LinkBroken as broken:
             refused = RefusalReason.UNREACHABLE, f"cannot reach {broken.peer}: {broken}"
         except EngineFull as error:
+            span.turn_away(link.peer, pages_of(message.positions))
             refused = RefusalReason.FULL, str(error)
         except EngineError as error:
             refused = RefusalReason.NOT_SERVED, str(error)
         else:
             if session.ended.is_set():  # the coordinator went away while the engine reserved memory
-                await span.engine.close(message.session)
                 return _refusal(message, RefusalReason.INVALID, "closed while it was opened", span)
+            # One that goes on with another that has not begun has no more time than that one had.
+            is_unbegun = former is not None and former.method is None
+            session.opened_s = former.opened_s if former and is_unbegun else trio.current_time()
             return Opened(
                 session=message.session,
                 load=span.load(),
@@ -210,6 +300,8 @@ class Stages:
             )
         finally:
             session.opened.set()
+            if session.ended.is_set():  # by who went away meanwhile, perhaps before the memory was reserved
+                span.start_freeing(message.session)
         span.end(session)
         return _refusal(message, *refused, span)
 
@@ -229,7 +321,24 @@ class Stages:
         sessions = (session for span in self._spans.values() for session in span.sessions.values())
         if message.background and any(not each.background or each.opened_by.peer != peer for each in sessions):
             return RefusalReason.FULL, "this peer serves others, who come before a measurement"
+        if sum(each.opened_by.peer == peer for span in self.spans() for each in span.sessions.values()) >= MAX_SESSIONS:
+            return RefusalReason.FULL, f"{MAX_SESSIONS} sessions of yours are open here, which is the most"
         return None
+
+    def _reserve(self, session: StageSession) -> None:
+        """Say that KV memory is about to be reserved for a session. Raises EngineFull where others come first."""
+        span, peer = session.span, session.opened_by.peer
+        held = span.held_pages()
+        pages = span.info.kv_positions // PAGE_POSITIONS
+        wanted = pages_of(session.positions)
+        own = self.switchboard.peer_id
+        if not may_take(peer, wanted, own=own, pages=pages, held=held, waiting=span.wanted_pages(peer)):
+            raise EngineFull(
+                f"no KV memory for {session.positions} positions: sessions of {peer} hold "
+                f"{held.get(peer, 0) * PAGE_POSITIONS} of {span.info.kv_positions} on this span, the rest is held by, "
+                "or reserved for, others"
+            )
+        session.reserved_positions = session.positions
 
     def _former(self, message: Open, link: InboundLink) -> StageSession | None:
         """Return the session that a new one continues, if it is here, its coordinator's, alike, and large enough."""
@@ -280,12 +389,20 @@ class Stages:
         if session.ended.is_set():
             if drafter is not None:
                 drafter.close()
-            await span.engine.close(session.id)
+            span.start_freeing(session.id)
         else:
             session.begin(message, method, drafter)
             span.send_again(session, method, message.start)
             if self.draining:
                 self._ask_to_leave(session)
+
+    def progress(self, session: SessionId, link: InboundLink) -> Progress:
+        """Return how far a session that this link opened has come; nowhere where there is none."""
+        for span in self._spans.values():
+            found = span.sessions.get(session)
+            if found is not None and found.opened_by is link:
+                return found.progress()
+        return Progress(session=session, received=0, computed=0, sent=0)
 
     async def _drafter(self, session: StageSession, method: Method) -> Drafter | None:
         """Return what guesses for a session, on a first stage; nobody does where a draft model has gone meanwhile."""
@@ -358,16 +475,28 @@ class Stages:
             targets = {following: message.downstream}
         else:
             targets = {following: session.opened_by.peer, SessionId(job, 0): message.feedback or session.opened_by.peer}
-        for to, peer in targets.items():
-            link = await self.switchboard.link_to(peer)
-            if session.ended.is_set():
-                raise LinkBroken(peer, "the session was lost while it was opened")
-            session.outputs[to] = link
-            session.unwatch.append(link.watch(to, lambda lost: session.span.lost(session, lost)))
+        peer = session.opened_by.peer
+        with trio.move_on_after(JOIN_LIMIT_S) as scope:
+            for to, peer in targets.items():
+                link = await self.switchboard.link_to(peer)
+                if session.ended.is_set():
+                    raise LinkBroken(peer, "the session was lost while it was opened")
+                session.outputs[to] = link
+                session.unwatch.append(link.watch(to, lambda lost: session.span.lost(session, lost)))
+        if scope.cancelled_caught:
+            raise LinkBroken(peer, f"not reached within {JOIN_LIMIT_S:.0f} s")
 
 
 def _refusal(message: Open, reason: RefusalReason, why: str, span: Span | None) -> Refused:
     return Refused(session=message.session, reason=reason, message=why, load=span.load() if span else Load())
+
+
+def _description_bytes(message: Open) -> int:
+    """Return about what is held of a request while its session lives, beside a few KiB for the session itself."""
+    names = sum(len(name) + 150 for name in message.methods)  # with their votes
+    sampling = message.sampling
+    numbers = 200 * len(sampling.logit_bias) + 50 * len(sampling.stop_tokens) if sampling is not None else 0
+    return 8192 + names + numbers + len(message.prefix) + 400 * len(message.context)
 
 
 def _start_fault(session: StageSession, message: Begin, method: Method) -> str | None:
@@ -385,6 +514,8 @@ def _fault_of(message: Open, info: SpanInfo) -> str | None:
     """Return why a request makes no sense for a span, if it does not."""
     if message.session.stage >= MAX_STAGES:
         return f"a route has at most {MAX_STAGES} stages"
+    if len(message.prefix) > message.positions // PAGE_POSITIONS * PREFIX_HASH_BYTES:
+        return f"{len(message.prefix)} bytes of prefix hashes for {message.positions} positions"
     if message.positions > info.max_positions:
         return f"{message.positions} positions asked, the model allows {info.max_positions}"
     if info.is_last != (message.sampling is not None) or info.is_last != (message.downstream is None):

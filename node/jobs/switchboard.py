@@ -7,11 +7,14 @@ from contextlib import asynccontextmanager
 import structlog
 import trio
 
-from node.jobs.link import InboundLink, LinkBroken, OpenHandler, OutboundLink, Receiver
+from node.jobs.link import InboundLink, LinkBroken, LinkBuffers, OpenHandler, OutboundLink, Receiver
 from node.network.interface import Network, NetworkError, Stream
 from node.network.loopback import loopback_pair
 from protocol.connection import PROTOCOL_ID, PROTOCOL_IDS
 from protocol.identity import PeerId, SessionId
+
+MAX_LINKS = 4
+"""Links of one peer to us at a time. One is enough; a peer whose link broke may make another before we see that."""
 
 _logger = structlog.get_logger(__name__)
 
@@ -47,6 +50,9 @@ class Switchboard:
         self.receivers = Receivers()
         self._network = network
         self._agent = agent
+        self._buffers = LinkBuffers()
+        self._inbound: defaultdict[PeerId, int] = defaultdict(int)
+        """How many links of others to us there are."""
         self._stages = stages
         self._links: dict[PeerId, OutboundLink] = {}
         self._dialling: defaultdict[PeerId, trio.Lock] = defaultdict(trio.Lock)
@@ -98,7 +104,7 @@ class Switchboard:
             stream = await self._open_stream(peer)
         except NetworkError as error:
             raise LinkBroken(peer, str(error)) from None
-        link = OutboundLink(stream, self._agent)
+        link = OutboundLink(stream, self._agent, self._buffers)
         self._nursery.start_soon(self._carry, link)
         await link.ready()
         return link
@@ -121,4 +127,15 @@ class Switchboard:
         return near
 
     async def _accept(self, stream: Stream) -> None:
-        await InboundLink(stream, self._agent, self.receivers, self._stages).run()
+        peer = stream.peer
+        if self._inbound[peer] >= MAX_LINKS:
+            _logger.warning("link refused", peer=peer, reason=f"there are {MAX_LINKS} of this peer already")
+            await stream.reset()
+            return
+        self._inbound[peer] += 1
+        try:
+            await InboundLink(stream, self._agent, self.receivers, self._stages, self._buffers).run()
+        finally:
+            self._inbound[peer] -= 1
+            if not self._inbound[peer]:
+                del self._inbound[peer]

@@ -131,6 +131,10 @@ class Library:
         """Return what crossed the blob protocol so far."""
         return Transfers(self._fetcher.bytes_by_peer, sum(self._server.statistics().bytes_by_peer.values()))
 
+    def tokenizer_pids(self) -> tuple[int, ...]:
+        """Return the processes that interpret tokenizers and chat templates now."""
+        return self._tokenizers.pids()
+
     def local_models(self) -> tuple[ModelId, ...]:
         """Return the models of which at least the manifest is here."""
         return tuple(package.model_id for package in self._store.list())

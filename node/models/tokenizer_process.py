@@ -12,6 +12,7 @@ import os
 from array import array
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -55,7 +56,11 @@ _CHANGES: Final = {"TOKENIZERS_PARALLELISM": "false", "RAYON_NUM_THREADS": "1", 
 _logger = structlog.get_logger(__name__)
 
 
-class TokenizerBusyError(ModelError):
+class TokenizerUnavailableError(ModelError):
+    """This node cannot run the model's tokenizer now, which is no fault of the request nor of the model's files."""
+
+
+class TokenizerBusyError(TokenizerUnavailableError):
     """Too many requests wait for the same model's tokenizer. They can be made again later."""
 
 
@@ -92,6 +97,12 @@ class _Call:
     abandoned: bool = field(compare=False, default=False)
     answer: dict[str, Any] | None = field(compare=False, default=None)
     failure: str = field(compare=False, default="the node is about to end")
+    is_ours: bool = field(compare=False, default=True)
+    """Whether the failure is this node's, not the model's."""
+
+    def fail(self, failure: str, *, is_ours: bool = False) -> None:
+        """Say what there is instead of an answer."""
+        self.failure, self.is_ours = failure, is_ours
 
 
 class _OutOfTime(Exception):
@@ -116,12 +127,11 @@ class TokenizerService:
         self.limits = limits or Limits()
         self.idle_s = idle_s
         self.command = command
-        self._max_processes = max_processes
         self._running = trio.Event()
         self._nursery: trio.Nursery | None = None
         # Those with a process, the one that was used longest ago first.
         self._alive: list[_Worker] = []
-        self._changed = trio.Event()
+        self._room = trio.Semaphore(max_processes)
 
     async def run(self) -> None:
         """Run the processes that are needed until cancelled; then none is left."""
@@ -172,32 +182,34 @@ class TokenizerService:
     def start_soon(self, worker: "_Worker") -> None:
         """Have a worker serve what it was asked. Raises ModelError where it is too late for that."""
         if self._nursery is None:
-            raise ModelError("the node is about to end")
+            raise TokenizerUnavailableError("the node is about to end")
         self._nursery.start_soon(worker.serve)
 
+    def watch(self, child: Child) -> None:
+        """Read what a process writes to stderr, for as long as it lives: else it would stop when the pipe is full."""
+        if self._nursery is not None:
+            self._nursery.start_soon(partial(child.relay_stderr, show=False))
+
     async def admit(self, worker: "_Worker") -> None:
-        """Wait until a worker may have a process; one that is idle makes room."""
-        while len(self._alive) >= self._max_processes:
-            idle = next((each for each in self._alive if each.is_idle), None)
-            if idle is not None:
-                idle.retire()
-            await self._changed.wait()
+        """Wait, in turn, until a worker may have a process; one that is idle makes room."""
+        if not self._room.value and (idle := next((each for each in self._alive if each.is_idle), None)) is not None:
+            idle.retire()
+        await self._room.acquire()
         self._alive.append(worker)
+
+    def must_yield(self, worker: "_Worker") -> bool:
+        """Return whether another model waits for a process, and this worker has had its own for the longest."""
+        return bool(self._room.statistics().tasks_waiting) and self._alive[:1] == [worker]
 
     def used(self, worker: "_Worker") -> None:
-        """Take note that a worker was used, and may make room now."""
+        """Take note that a worker was used."""
         self._alive.remove(worker)
         self._alive.append(worker)
-        self._tell()
 
     def released(self, worker: "_Worker") -> None:
-        """Take note that a worker's process is gone."""
+        """Take note that a worker's process is gone: the one that has waited longest may have another."""
         self._alive.remove(worker)
-        self._tell()
-
-    def _tell(self) -> None:
-        self._changed.set()
-        self._changed = trio.Event()
+        self._room.release()
 
 
 class ModelTokenizer:
@@ -313,7 +325,7 @@ class _Worker:
     async def ask(self, what: str, request: Mapping[str, Any], cpu_s: float, *, urgency: int = 1) -> dict[str, Any]:
         """Return the answer to a request; raise ModelError, or ChatTemplateError where a template is at fault."""
         await self._service.wait_running()
-        if len(self._waiting) >= MAX_WAITING:
+        if urgency and len(self._waiting) >= MAX_WAITING:  # texts under way, of which each job has one, go on
             raise TokenizerBusyError(f"{MAX_WAITING} requests wait for the model's tokenizer; try again later")
         if not self._serving:
             self._service.start_soon(self)
@@ -325,6 +337,8 @@ class _Worker:
             await call.over.wait()
         finally:
             call.abandoned = True
+        if call.answer is None and call.is_ours:
+            raise TokenizerUnavailableError(call.failure)
         if call.answer is None:
             raise ChatTemplateError(call.failure) if request["do"] == "render" else ModelError(call.failure)
         return call.answer
@@ -350,6 +364,8 @@ class _Worker:
 
     async def _next(self) -> _Call | None:
         while True:
+            if self._process is not None and self._service.must_yield(self):
+                await self._replace("")
             while self._waiting:
                 call = heapq.heappop(self._waiting)
                 if not call.abandoned:
@@ -369,14 +385,14 @@ class _Worker:
             try:
                 answer = await self._exchange(call)
             except _OutOfTime:
-                call.failure = f"{call.what} took longer than {call.cpu_s:g} s"
+                call.fail(f"{call.what} took longer than {call.cpu_s:g} s")
                 await self._replace(call.failure)
                 break
             except _Died as death:
-                call.failure = f"{call.what} failed: {death}"
+                call.fail(f"{call.what} failed: {death}")
                 await self._replace(call.failure)
             except (ModelError, ChildError) as error:  # there is no process to ask
-                call.failure = str(error)
+                call.fail(str(error), is_ours=isinstance(error, ChildError))
                 await self._replace("")
                 break
             else:
@@ -385,16 +401,14 @@ class _Worker:
                         call.answer = answer
                         break
                     case "memory":
-                        call.failure = (
-                            f"{call.what} needs more than {self._service.limits.work_bytes >> 20} MiB of memory"
-                        )
+                        call.fail(f"{call.what} needs more than {self._service.limits.work_bytes >> 20} MiB of memory")
                         await self._replace(call.failure)
                     case "panic":
-                        call.failure = answer["message"]
+                        call.fail(answer["message"])
                         await self._replace(call.failure)
                         break
                     case _:
-                        call.failure = answer["message"]
+                        call.fail(answer["message"])
                         break
 
     async def _exchange(self, call: _Call) -> dict[str, Any]:
@@ -415,6 +429,7 @@ class _Worker:
         await self._service.admit(self)
         try:
             self._process = await _Process.start(self._service.command)
+            self._service.watch(self._process.child)
             request = {**self._load, **_times(limits.load_s, limits), "is_first": is_first}
             answer = await self._process.exchange(request)
         except BaseException as error:
@@ -456,13 +471,13 @@ class _Process:
     """One child process, which is asked one thing at a time."""
 
     def __init__(self, child: Child) -> None:
-        self._child = child
+        self.child = child
         self._buffer = bytearray()
 
     @property
     def pid(self) -> int:
         """Its number."""
-        return self._child.process.pid
+        return self.child.process.pid
 
     @classmethod
     async def start(cls, command: Sequence[str]) -> "_Process":
@@ -476,14 +491,14 @@ class _Process:
         data = msgpack.packb(request)
         with trio.move_on_after(request["wall_s"] + _GRACE_S):
             try:
-                await self._child.stdin.send_all(PREFIX.pack(len(data)) + data)
+                await self.child.stdin.send_all(PREFIX.pack(len(data)) + data)
                 (size,) = PREFIX.unpack(await self._receive(PREFIX.size))
                 if size > MAX_ANSWER_BYTES:
                     raise _Died(f"its answer has {size} bytes")
                 answer: dict[str, Any] = msgpack.unpackb(await self._receive(size))
             except (trio.BrokenResourceError, EOFError):
-                epitaph = await self._child.epitaph()
-                if self._child.process.returncode in {-OUT_OF_CPU, -OUT_OF_TIME}:
+                epitaph = await self.child.epitaph()
+                if self.child.process.returncode in {-OUT_OF_CPU, -OUT_OF_TIME}:
                     raise _OutOfTime from None
                 raise _Died(str(epitaph)) from None
             return answer
@@ -491,11 +506,11 @@ class _Process:
 
     async def kill(self) -> None:
         """End it, also under cancellation."""
-        await self._child.kill()
+        await self.child.kill()
 
     async def _receive(self, count: int) -> bytes:
         while len(self._buffer) < count:
-            data = await self._child.stdout.receive_some(_RECEIVE_BYTES)
+            data = await self.child.stdout.receive_some(_RECEIVE_BYTES)
             if not data:
                 raise EOFError
             self._buffer += data

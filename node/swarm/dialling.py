@@ -13,7 +13,7 @@ import structlog
 import trio
 
 from node.network.interface import Network, NetworkError
-from node.swarm.directory import Directory, Presence, neighbourhood
+from node.swarm.directory import Directory, Presence
 from protocol.identity import ModelId, PeerId
 
 TARGET_CONNECTIONS = 12
@@ -24,7 +24,7 @@ KEPT_CONNECTIONS = 64
 
 ROUND_S = 1.0
 DIALS_PER_ROUND = 6
-DIALS_PER_NEIGHBOURHOOD = 2
+DIALS_PER_PLACE = 2
 """In one round, to peers in one public address range or at one private address."""
 
 DIALS_AT_ONCE = 12
@@ -109,29 +109,28 @@ class Dialler:
         return [*self._ready(wanted, 1), *self._ready(unreached, DIALS_PER_ROUND)]
 
     def _ready(self, presences: Sequence[Presence], limit: int) -> list[Presence]:
-        """Return some of the peers that may be dialled now, from as many neighbourhoods as possible."""
+        """Return some of the peers that may be dialled now, from as many places as possible."""
         now_s = trio.current_time()
         limit = min(limit, DIALS_AT_ONCE - len(self._dialling))
         places: dict[str, list[Presence]] = {}
         for presence in presences:
-            place = neighbourhood(presence)
             if presence.multiaddrs and presence.peer not in self._dialling and self._may_dial(presence, now_s):
-                places.setdefault(place, []).append(presence)
+                places.setdefault(presence.place, []).append(presence)
         chosen: list[Presence] = []
         turns = list(places.values())
         self._jitter.shuffle(turns)
-        for _ in range(DIALS_PER_NEIGHBOURHOOD):
+        for _ in range(DIALS_PER_PLACE):
             for turn in turns:
                 if turn and len(chosen) < limit:
                     chosen.append(turn.pop(self._jitter.randrange(len(turn))))
         return chosen
 
     def _may_dial(self, presence: Presence, now_s: float) -> bool:
-        return self._backoff.is_ready(presence.peer, now_s) and self._backoff.is_ready(neighbourhood(presence), now_s)
+        return self._backoff.is_ready(presence.peer, now_s) and self._backoff.is_ready(presence.place, now_s)
 
     async def reach(self, presence: Presence) -> bool:
         """Dial a peer and note whether it is there."""
-        peer, place = presence.peer, neighbourhood(presence)
+        peer, place = presence.peer, presence.place
         if peer in self._dialling:
             return False
         was_connected = peer in self._network.connected_peers()

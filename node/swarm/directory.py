@@ -71,6 +71,8 @@ class Presence:
     """Who told of it when asked who is here, where its heartbeats did not come by gossip since."""
     ranges: frozenset[str]
     """The public address ranges that it claims to be in."""
+    place: str
+    """What stands for where it is when dials are rationed: one of these ranges, else its first host."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,6 +114,7 @@ class Directory:
         newest = known.sequence if known else self._departed.get(heartbeat.peer, -1)
         if heartbeat.sequence <= newest:
             return False
+        ranges = address_ranges(heartbeat.multiaddrs)
         presence = Presence(
             peer=heartbeat.peer,
             sequence=heartbeat.sequence,
@@ -124,7 +127,8 @@ class Directory:
             envelope=envelope,
             dialled=dialled or (known is not None and known.dialled),
             teller=teller,
-            ranges=address_ranges(heartbeat.multiaddrs),
+            ranges=ranges,
+            place=min(ranges) if ranges else _first_host(heartbeat.multiaddrs),
         )
         if known is None and heartbeat.peer not in self._departing and not self._make_room(presence):
             return False
@@ -233,6 +237,15 @@ class Directory:
             if span.model == model
         )
 
+    def expected(self, model: ModelId) -> tuple[BlockRange, ...]:
+        """Return the blocks of a model that reached peers serve, or mean to serve, and may be loading."""
+        reached = self.reached()
+        found = [span.blocks for each in reached for span in each.spans if span.model == model]
+        for presence in reached:
+            meant = presence.statements[-1].placements if presence.statements else ()
+            found += [placed.blocks for placed in meant if placed.model == model]
+        return tuple(dict.fromkeys(found))
+
     def servers(self, model: ModelId, until_ms: int) -> tuple[Server, ...]:
         """Return who of the reached peers means to serve what of a model, by what they had said until a moment.
 
@@ -280,11 +293,8 @@ def _public_range(multiaddr: str) -> str | None:
     return str(ipaddress.ip_network((ip, 24 if ip.version == 4 else 48), strict=False))
 
 
-def neighbourhood(presence: Presence) -> str:
-    """Return what stands for the place of a peer where dials are rationed: a public range, else its first host."""
-    if presence.ranges:
-        return min(presence.ranges)
-    parts = presence.multiaddrs[0].split("/") if presence.multiaddrs else []
+def _first_host(multiaddrs: Sequence[str]) -> str:
+    parts = multiaddrs[0].split("/") if multiaddrs else []
     return parts[2] if len(parts) > 2 else ""
 
 
@@ -295,9 +305,9 @@ def _most_in_a_range(newcomer: Presence, presences: Iterable[Presence]) -> int:
 
 
 def _most_crowded(presences: Sequence[Presence]) -> Presence:
-    """Return the peer heard longest ago of those in the neighbourhood that has most."""
-    counts = Counter(map(neighbourhood, presences))
-    return max(presences, key=lambda each: counts[neighbourhood(each)])
+    """Return the peer heard longest ago of those in the place that has most."""
+    counts = Counter(each.place for each in presences)
+    return max(presences, key=lambda each: counts[each.place])
 
 
 def _statements(before: tuple[Statement, ...], heartbeat: Heartbeat) -> tuple[Statement, ...]:

@@ -181,6 +181,10 @@ class Membership:
         """Take a peer for dead until it is heard again."""
         self.directory.forget(peer)
 
+    def known_candidates(self, model: ModelId, *, without: Iterable[PeerId]) -> tuple[Candidate, ...]:
+        """Return the reached peers that serve spans of a model, and look for no others."""
+        return self.directory.candidates(model, without=without)
+
     async def candidates(self, model: ModelId, block_count: int, *, without: Iterable[PeerId]) -> tuple[Candidate, ...]:
         """Return the reached peers that serve spans of a model.
 

@@ -1,8 +1,9 @@
 """Starts every child process of this program in the same way.
 
 A child runs this interpreter and this package, whatever lies in the current directory: `-P`, and PYTHONSAFEPATH for
-children of its own, keep a `torch.py` or a folder `node/` there from being imported. It has a session of its own, so
-that Ctrl-C reaches only the node, which ends its children itself; and what it said last on stderr is part of the error.
+children of its own, keep a `torch.py` or a folder `node/` there from being imported. What it
+said last on stderr is part of the error. Children of a node have a session of their own, so that Ctrl-C reaches only
+the node, which ends them itself.
 """
 
 import os
@@ -29,6 +30,8 @@ _EXIT_LIMIT_S: Final = 5.0
 _STDERR_LIMIT_S: Final = 0.5
 """How long the rest of a dead child's stderr is waited for: its own children may hold the pipe open."""
 _STDERR: Final = 2
+_ADVICE: Final = "note: run with `RUST_BACKTRACE"
+"""The last line of every program in Rust that dies, which says nothing."""
 
 # They make an interpreter stay after its work, run files that nobody asked for, or write pages to stderr.
 _UNWANTED: Final = ("PYTHONINSPECT", "PYTHONPROFILEIMPORTTIME", "PYTHONSTARTUP", "PYTHONVERBOSE")
@@ -306,4 +309,4 @@ def _ended(what: str, code: int | None, stderr: bytes) -> ChildError:
 
 def _last_line(data: bytes) -> str:
     lines = [line.strip() for line in data.decode(errors="replace").splitlines()]
-    return next((line for line in reversed(lines) if line), "")[:MAX_LINE_CHARACTERS]
+    return next((line for line in reversed(lines) if line and not line.startswith(_ADVICE)), "")[:MAX_LINE_CHARACTERS]

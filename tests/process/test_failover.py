@@ -1,11 +1,17 @@
-"""Stages that are killed in the middle of a job: the text is that of the undisturbed run."""
+"""Stages that are killed in the middle of a job: the text is that of the undisturbed run, or the job ends soon."""
 
+import json
+import os
 import signal
+from itertools import pairwise
 from pathlib import Path
 
+import httpx
 import pytest
+import trio
 
 from node.models.store import Package
+from tests.process.daemons import MODEL, is_complete, running_daemon, until
 from tests.process.failover import spared_swarm
 
 PROMPT = "Once upon a time there was"
@@ -20,6 +26,38 @@ async def test_the_text_is_the_same_whichever_stage_is_killed(package: Package, 
             outcome = await swarm.run(PROMPT, TOKENS, lose=(stage, position, how))
             assert outcome.text == undisturbed.text
             assert outcome.replays == 1
+
+
+async def test_the_death_of_the_only_holder_ends_a_stream_with_an_error_within_ten_seconds(
+    package: Package, tmp_path: Path
+) -> None:
+    flags = ("--no-mdns", "--no-catalogue")
+    async with running_daemon(tmp_path / "coordinator", *flags) as coordinator:
+        join = ("--bootstrap", coordinator.multiaddr, "--serve", MODEL, "--threads", "1")
+        async with running_daemon(tmp_path / "holder", *flags, *join) as holder:
+            await until(lambda: is_complete(coordinator))
+            body = {"model": MODEL, "prompt": PROMPT, "max_tokens": 2000, "temperature": 0, "stream": True}
+            came_s, text, killed_s = [trio.current_time()], b"", 0.0
+            async with (
+                httpx.AsyncClient(base_url=coordinator.api_url, timeout=60) as client,
+                client.stream("POST", "/v1/completions", json=body | {"metaswarm": {"ignore_eos": True}}) as answer,
+            ):
+                async for data in answer.aiter_bytes():
+                    text += data
+                    came_s.append(trio.current_time())
+                    if not killed_s and text.count(b"data: ") >= 5:
+                        killed_s = trio.current_time()
+                        os.killpg(holder.process.pid, signal.SIGKILL)
+            assert trio.current_time() - killed_s < 10
+            assert max(b - a for a, b in pairwise(came_s)) < 10
+            *_, last, end = text.decode().split("\n\n")
+            assert end == ""
+            error = json.loads(last.removeprefix("data: "))["error"]
+            assert (error["type"], error["code"]) == ("server_error", "blocks_not_served")
+            async with httpx.AsyncClient(base_url=coordinator.api_url, timeout=60) as client:
+                refused = await client.post("/v1/completions", json=body | {"stream": False})
+            assert refused.status_code == 503
+            assert int(refused.headers["retry-after"]) > 0
 
 
 @pytest.mark.soak

@@ -150,6 +150,9 @@ class RumourSwarm(Swarm):
     def _membership(self, identity: Identity, network: Network, stages: Stages, statements: Statements) -> Membership:
         return cast("Membership", Rumours(network, self))
 
+    def _expected(self, membership: Membership, model: ModelId) -> tuple[BlockRange, ...]:
+        return ()
+
     def _links(self, network: Network, membership: Membership) -> Links:
         near = Link(0.02, 1e8)
         return lambda a, b: near

@@ -1,44 +1,24 @@
 """What the status documents tell of peers: what was refused, failed, held, and who is barred."""
 
-import enum
-from dataclasses import dataclass, field
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any, cast
 
+from node.jobs.peer_records import StagePeerStatistics
+from node.jobs.planner import PeerRecord
 from node.status import StatusView
 from node.swarm.directory import Directory
 from node.swarm.standing import Ban
 from protocol.identity import BlockRange, ModelId, PeerId, peer_id_from_public_key
-from protocol.messages import Load
+from protocol.messages import Load, RefusalReason
 from protocol.records import Heartbeat, ServedSpan
 
 US, CONNECTED, HEARSAY, GONE = (peer_id_from_public_key(bytes([number]) * 32) for number in range(4))
 MODEL = ModelId("ab" * 32)
 
 
-class Reason(enum.StrEnum):
-    FULL = "full"
-
-
-@dataclass
-class Asked:
-    opened: int = 5
-    refused: dict[Reason, int] = field(default_factory=lambda: {Reason.FULL: 3})
-    failed: dict[Reason, int] = field(default_factory=dict)
-    faults: int = 2
-    sessions: int = 1
-    positions: int = 64
-    bytes: int = 4096
-
-
-@dataclass
-class Shown:
-    served: int = 7
-    failed: int = 1
-    lagged: int = 1
-    trust: float = 0.5
-    avoided_s: float = 12.0
-    block_s: dict[ModelId, float] = field(default_factory=lambda: {MODEL: 0.001})
+ASKED = StagePeerStatistics(opened=5, refused={RefusalReason.FULL: 3}, faults=2, sessions=1, positions=64, bytes=4096)
+SHOWN = PeerRecord(served=7, failed=1, lagged=1, trust=0.5, avoided_s=12.0, block_s={MODEL: 0.001})
 
 
 def heartbeat(peer: PeerId) -> Heartbeat:
@@ -67,9 +47,12 @@ async def test_of_each_peer_it_is_told_what_was_refused_failed_and_is_held_and_w
             SimpleNamespace(peer_id=US, connected_peers=lambda: (CONNECTED,), addresses_of=lambda peer: ()),
         ),
         membership=cast("Any", SimpleNamespace(directory=directory, round_trip_s=lambda peer: None)),
-        coordinator=nothing,
+        coordinator=cast("Any", SimpleNamespace(peer_records=lambda: {CONNECTED: SHOWN})),
         trials=nothing,
-        stages=nothing,
+        stages=cast(
+            "Any",
+            SimpleNamespace(peer_statistics=lambda: {CONNECTED: ASKED, GONE: replace(ASKED, sessions=0, bytes=0)}),
+        ),
         library=cast("Any", SimpleNamespace(name_of=lambda model: "tiny")),
         ledger=nothing,
         history=nothing,
@@ -77,8 +60,6 @@ async def test_of_each_peer_it_is_told_what_was_refused_failed_and_is_held_and_w
         consensus=cast("Any", SimpleNamespace(bans=dict)),
         chooser=nothing,
         learner=nothing,
-        stage_peers=lambda: {CONNECTED: Asked(), GONE: Asked(sessions=0, bytes=0)},
-        job_peers=lambda: {CONNECTED: Shown()},
     )
     peers = {each["peer_id"]: each for each in view.peers()}
     assert peers.keys() == {CONNECTED, HEARSAY, GONE}

@@ -88,12 +88,16 @@ class FakeSubmitter:
     words: tuple[str, ...] = ("Hello", ",", " wörld")
     refuse: JobError | None = None
     """Raised on entering the job."""
+    ponders_s: float = 0.0
+    """Seconds before the job is entered or refused."""
     refusals: int | None = None
     """How often at most; None for always."""
     fail: JobError | None = None
     """Raised after the words."""
     hang: bool = False
     """Never end after the words."""
+    pauses: dict[int, float] = field(default_factory=dict)
+    """Seconds before a word, by its number, and before the end."""
     requests: list[JobRequest] = field(default_factory=list)
     entered: trio.Event = field(default_factory=trio.Event)
     left: trio.Event = field(default_factory=trio.Event)
@@ -103,6 +107,7 @@ class FakeSubmitter:
     async def submit(self, request: JobRequest) -> AsyncIterator[AsyncIterator[JobEvent]]:
         self.requests.append(request)
         self.entered.set()
+        await trio.sleep(self.ponders_s)
         if self.refuse and (self.refusals is None or len(self.requests) <= self.refusals):
             raise self.refuse
         try:
@@ -114,8 +119,9 @@ class FakeSubmitter:
     async def _events(self) -> AsyncGenerator[JobEvent, None]:
         yield JobStarted(job_id=JOB, model=MODEL, model_name="tiny", prompt_tokens=5, created_s=1_700_000_000)
         for index, word in enumerate(self.words):
-            await trio.lowlevel.checkpoint()
+            await trio.sleep(self.pauses.get(index, 0))
             yield TextDelta(text=word, token_ids=(index,))
+        await trio.sleep(self.pauses.get(len(self.words), 0))
         if self.hang:
             await trio.sleep_forever()
         if self.fail:

@@ -1,10 +1,15 @@
 import json
+from itertools import pairwise
 from typing import Any
 
 import httpx
 import pytest
 import trio
+from trio.testing import MockClock
 
+from node.api.completions import CompletionEndpoint
+from node.api.errors import ApiError
+from node.api.requests import parse_completion_request
 from node.jobs.interface import ChatMessage, JobError, JobErrorCode, Quality
 from tests.unit.api.fakes import JOB, PEERS, FakeNode, chat_body, send_request, serve_node
 
@@ -217,3 +222,73 @@ async def test_a_job_that_fails_in_the_middle_is_a_status_without_a_stream(
     node.submitter.fail = JobError(JobErrorCode.FAILED, "A stage is lost.")
     response = await client.post("/v1/chat/completions", json=chat_body())
     assert (response.status_code, response.json()["error"]["message"]) == (502, "A stage is lost.")
+
+
+async def run_asgi(node: FakeNode, body: dict[str, Any]) -> list[tuple[float, dict[str, Any]]]:
+    """Answer one streaming completion under a virtual clock; return what was sent, and when."""
+    sent: list[tuple[float, dict[str, Any]]] = []
+    received = False
+
+    async def receive() -> dict[str, Any]:
+        nonlocal received
+        if received:
+            await trio.sleep_forever()
+        received = True
+        return {"type": "http.request", "body": json.dumps(body).encode(), "more_body": False}
+
+    async def send(message: Any) -> None:
+        sent.append((trio.current_time(), message))
+
+    scope: dict[str, Any] = {"type": "http", "method": "POST", "headers": []}
+    await CompletionEndpoint(node.submitter, parse_completion_request)(scope, receive, send)
+    return sent
+
+
+@pytest.mark.parametrize("where", ["prompt", "text"])
+async def test_says_that_it_waits_while_nothing_comes(autojump_clock: MockClock, node: FakeNode, where: str) -> None:
+    node.submitter.pauses = {0 if where == "prompt" else 2: 31.0}
+    sent = await run_asgi(node, completion_body(stream=True))
+    assert sent[0][1]["status"] == 200
+    bodies = [(at_s, message["body"]) for at_s, message in sent[1:]]
+    comments = [at_s for at_s, body in bodies if body.startswith(b":")]
+    assert len(comments) == 6
+    assert all(body.endswith(b"\n\n") for _, body in bodies[:-1])
+    moments = [sent[0][0], *(at_s for at_s, _ in bodies)]
+    assert max(b - a for a, b in pairwise(moments)) <= 5.1
+    assert b"".join(body for _, body in bodies).endswith(b"data: [DONE]\n\n")
+
+
+async def test_an_error_after_a_comment_is_an_event_and_one_before_it_a_status(
+    autojump_clock: MockClock, node: FakeNode
+) -> None:
+    node.submitter.words = ()
+    node.submitter.fail = JobError(JobErrorCode.UNCOVERED, "Nobody serves it.", retry_after_s=2)
+    node.submitter.pauses = {0: 7.0}
+    *_, (_, last), (_, end) = await run_asgi(node, completion_body(stream=True))
+    assert json.loads(last["body"].removeprefix(b"data: "))["error"]["code"] == "blocks_not_served"
+    assert end == {"type": "http.response.body", "body": b"", "more_body": False}
+    node.submitter.pauses = {0: 4.0}
+    with pytest.raises(ApiError) as caught:
+        await run_asgi(node, completion_body(stream=True))
+    assert caught.value.status == 503
+    assert caught.value.headers == {"Retry-After": "2"}
+
+
+async def test_a_job_that_is_refused_before_its_route_is_open_has_a_status(
+    autojump_clock: MockClock, node: FakeNode
+) -> None:
+    node.submitter.refuse = JobError(JobErrorCode.FULL, "No room.", retry_after_s=2)
+    node.submitter.ponders_s = 8.0
+    with pytest.raises(ApiError) as caught:
+        await run_asgi(node, completion_body(stream=True))
+    assert (caught.value.status, caught.value.headers) == (503, {"Retry-After": "2"})
+
+
+@pytest.mark.parametrize("ponders_s", [6.0, 30.0])
+async def test_says_that_it_waits_also_where_a_route_opens_late(
+    autojump_clock: MockClock, node: FakeNode, ponders_s: float
+) -> None:
+    node.submitter.ponders_s, node.submitter.pauses = ponders_s, {0: 20.0}
+    began_s = trio.current_time()
+    moments = [began_s, *(at_s for at_s, _ in await run_asgi(node, completion_body(stream=True)))]
+    assert max(b - a for a, b in pairwise(moments)) < 10

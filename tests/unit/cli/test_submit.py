@@ -12,7 +12,7 @@ import pytest
 
 from node.cli import ephemeral, run, submit
 from node.jobs.interface import ChatMessage, JobError, JobErrorCode, Quality
-from tests.unit.api.fakes import JOB, PEERS, FakeNode
+from tests.unit.api.fakes import JOB, MODEL, PEERS, FakeNode
 from tests.unit.cli.conftest import ServeNode
 
 DOCUMENT = {
@@ -202,6 +202,29 @@ class TestBootstrap:
         assert run(["submit", "Hi", "--bootstrap", "peers.yaml", *model]) == 0
         assert capsys.readouterr().out == "Hello, wörld\n"
         assert joined == [("peers.yaml",)]
+
+    @pytest.mark.parametrize(("model", "code"), [([], 1), (["--model", "abababab"], 0)])
+    def test_a_model_that_nobody_here_named_is_used_once_it_is_named(
+        self,
+        model: list[str],
+        code: int,
+        serve: ServeNode,
+        monkeypatch: pytest.MonkeyPatch,
+        capsys: pytest.CaptureFixture[str],
+    ) -> None:
+        @asynccontextmanager
+        async def ephemeral_peer(bootstrap: tuple[str, ...]) -> AsyncIterator[str]:
+            node = FakeNode()
+            foreign = node.models()[0] | {"complete": False, "local": False, "name": MODEL[:12]}
+            monkeypatch.setattr(node, "models", lambda: [foreign])
+            yield serve(node)
+
+        monkeypatch.setattr(ephemeral, "ephemeral_peer", ephemeral_peer)
+        monkeypatch.setattr(submit, "DISCOVERY_INTERVAL_S", 0)
+        monkeypatch.setattr(submit, "DISCOVERY_TIMEOUT_S", 60 if model else 0)
+        monkeypatch.setenv("METASWARM_API", "127.0.0.1:1")
+        assert run(["submit", "Hi", "--bootstrap", "peers.yaml", *model]) == code
+        assert (f"name the one you trust with --model: {MODEL[:12]}" in capsys.readouterr().err) is (code == 1)
 
     def test_where_one_runs_it_is_used(
         self, joined: list[tuple[str, ...]], api: list[str], monkeypatch: pytest.MonkeyPatch

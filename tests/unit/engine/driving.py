@@ -68,8 +68,12 @@ class InProcess:
             for rows in slices:
                 self.close_now(rows.session, keep=False)
             raise
+        failed = {fault.session for fault in result.faults}
         for rows in slices:
-            self.pages.advance(rows.session, rows.position + rows.tensor.rows)
+            if rows.session in failed:
+                self.close_now(rows.session, keep=False)
+            else:
+                self.pages.advance(rows.session, rows.position + rows.tensor.rows)
         return result
 
     def close_now(self, session: SessionId, *, keep: bool = True) -> None:

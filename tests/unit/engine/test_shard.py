@@ -13,13 +13,14 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import node.engine.shard
-from node.engine.interface import EngineError, EngineFull, SliceInput
+from node.engine.interface import REFERENCE, EngineError, EngineFull, SliceInput, StepResult, Variant
+from node.engine.ragged import Rows
 from node.engine.shard import Shard, open_shard
 from node.engine.source import EngineOptions, ShardSource
 from protocol.identity import BlockRange, ModelId, SessionId
 from protocol.messages import Sampling
 from protocol.tensors import DType, Tensor, tensor_from_tokens, tokens_from_tensor
-from tests.unit.engine.driving import DEVICE, InProcess, decode, session, spans, start, step
+from tests.unit.engine.driving import DEVICE, GREEDY, InProcess, decode, session, spans, start, step
 from tests.unit.engine.tiny_models import BLOCKS, COUNT, PROMPT, TinyModel
 
 MakeTinyModel = Callable[[str], TinyModel]
@@ -148,6 +149,10 @@ async def test_guesses_and_going_back_leave_no_penalty_behind(
             await step(engines, session(1), len(PROMPT) + at - 1, rows, len(rows), drafts=drafts)
         )
         assert drawn == plain[: at + 3]
+    for start_at in (6, 3):
+        text = [*PROMPT, *plain[:start_at]]
+        again = await step(engines, session(1), len(text) - 1, text[-1:], 1)
+        assert tokens_from_tensor(again) == [plain[start_at]], "what was drawn behind it counts no more"
     # Another coordinator's route goes on from the middle, and is told the tokens so far anew.
     for start_at in (4, 2):
         text = [*PROMPT, *plain[:start_at]]
@@ -208,6 +213,67 @@ def test_bad_rows_cost_their_session_alone(
     with pytest.raises(EngineError, match="not open"):
         tokens_of(shard, session(1), 0, PROMPT, 1)
     assert tokens_of(shard, session(2), 0, PROMPT, 1) == make_tiny_model("llama").tokens[:1]
+
+
+@pytest.mark.parametrize("variant", [REFERENCE, Variant("fused", "fp32")])
+@pytest.mark.parametrize("guilty", [{0}, {3}, {6}, {1, 5}, {0, 1, 2, 3, 4, 5}])
+def test_forward_pass_that_fails_costs_the_guilty_sessions_alone(
+    variant: Variant, guilty: set[int], make_tiny_model: MakeTinyModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shard = InProcess(Shard(make_tiny_model("llama").source(WHOLE), WHOLE, replace(OPTIONS, kv_positions=500)))
+    if variant != REFERENCE:
+        shard.shard.prepare(variant)
+    prompts = [[*PROMPT[number:], number] for number in range(7)]
+
+    def step_all(numbers: Sequence[int], at: int = 0) -> StepResult:
+        rows = [tensor_from_tokens(prompts[number][at:]) for number in numbers]
+        return shard.step_now(
+            [SliceInput(session=session(n), position=at, tensor=t, draws=1) for n, t in zip(numbers, rows, strict=True)]
+        )
+
+    options = replace(shard.options(GREEDY), variant=variant)
+    for number in range(7):
+        shard.open_now(session(number), 40, options)
+    alone = [tokens_from_tensor(step_all([number]).outputs[0].tensor) for number in range(7)]
+    compute, passes = shard.shard._compute, []
+    bad = {id(shard.shard._sessions[session(number)].places) for number in guilty}
+
+    def fail(variant: Variant, blocks: BlockRange, parts: Sequence[Rows]) -> Sequence[torch.Tensor]:
+        passes.append(len(parts))
+        computed = compute(variant, blocks, parts)  # which has written keys and values, too
+        if bad & {id(part.places) for part in parts}:
+            raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
+        return computed
+
+    monkeypatch.setattr(shard.shard, "_compute", fail)
+    result = step_all(range(7))
+    assert {fault.session for fault in result.faults} == {session(number) for number in guilty}
+    assert all("forward pass failed: mat1" in fault.message and not fault.by_rows for fault in result.faults)
+    innocent = [number for number in range(7) if number not in guilty]
+    assert [output.session for output in result.outputs] == [session(number) for number in innocent]
+    assert [tokens_from_tensor(output.tensor) for output in result.outputs] == [alone[n] for n in innocent]
+    assert len(passes) <= (7 if variant == REFERENCE else 1 + 6 * len(guilty))
+    # What was written stands: the last row again gives the same token again.
+    again = step_all(innocent, at=4)
+    assert [tokens_from_tensor(output.tensor) for output in again.outputs] == [alone[n] for n in innocent]
+    with pytest.raises(EngineError, match="not open"):
+        step_all(sorted(guilty)[:1])
+
+
+def test_outputs_that_are_no_numbers_fail_alone_and_are_the_engines_own_fault(make_tiny_model: MakeTinyModel) -> None:
+    for blocks in (BlockRange(1, 3), BlockRange(3, 4)):
+        shard = shard_of(make_tiny_model("llama"), blocks)
+        rows = [
+            Tensor(DType.FLOAT32, (1, 32), array("f", [value] * 32).tobytes()) for value in (1.0, float("inf"), 2.0)
+        ]
+        for number in range(3):
+            shard.open_now(session(number), 30)
+        inputs = [SliceInput(session=session(n), position=0, tensor=rows[n], draws=0) for n in range(3)]
+        if blocks.end == BLOCKS:
+            inputs = [replace(each, draws=1) for each in inputs]
+        result = shard.step_now(inputs)
+        assert [output.session for output in result.outputs] == [session(0), session(2)]
+        assert [(fault.session, fault.by_rows) for fault in result.faults] == [(session(1), False)]
 
 
 def test_hidden_states_of_another_model_are_refused(make_tiny_model: MakeTinyModel) -> None:

@@ -26,6 +26,7 @@ from node.engine.interface import (
     Prefix,
     SessionOptions,
     SliceInput,
+    StepFailed,
     Variant,
     VariantNotReady,
 )
@@ -169,18 +170,25 @@ async def test_opening_and_closing_do_not_wait_for_a_computation(make_tiny_model
         assert await decode([engine], PROMPT, COUNT) == tiny.tokens
 
 
-async def test_a_failed_step_is_the_fault_of_its_sessions_only(make_tiny_model: MakeTinyModel) -> None:
+async def test_slice_that_fails_costs_its_own_session_only(make_tiny_model: MakeTinyModel) -> None:
     tiny = make_tiny_model("llama")
     async with start_worker(tiny.source(WHOLE), WHOLE, OPTIONS) as engine:
         for number in (1, 2, 3):
             await start(engine, session(number), 30)
-        with pytest.raises(EngineError, match="not below 97"):
-            await engine.step([rows(1, 0, PROMPT), rows(2, 0, [97])])
-        assert engine.statistics().reserved_positions == 32
-        with pytest.raises(EngineError, match="not open"):
-            await engine.step([rows(1, 0, PROMPT)])
-        await start(engine, session(1), 30)
-        result = await engine.step([rows(1, 0, PROMPT), rows(3, 0, PROMPT)])
+        result = await engine.step([rows(1, 0, PROMPT), rows(2, 0, [97]), rows(4, 0, PROMPT)])
+        assert [tokens_from_tensor(output.tensor) for output in result.outputs] == [tiny.tokens[:1]]
+        faults = {fault.session: fault for fault in result.faults}
+        assert faults.keys() == {session(2), session(4)}
+        assert faults[session(2)].by_rows
+        assert "not open" in faults[session(4)].message
+        assert engine.statistics().reserved_positions == 64
+        with pytest.raises(StepFailed, match="not open"):
+            await engine.step([rows(2, 0, PROMPT)])
+        with pytest.raises(StepFailed, match="not below 97") as failed:
+            await engine.step([rows(3, 0, [97])])
+        assert failed.value.faults[0].by_rows
+        await start(engine, session(2), 30)
+        result = await engine.step([rows(1, 0, PROMPT), rows(2, 0, PROMPT)])
         assert [tokens_from_tensor(output.tensor) for output in result.outputs] == [tiny.tokens[:1]] * 2
 
 

@@ -1,5 +1,6 @@
 """What a request says of how tokens are drawn holds over every route, with guesses, and after a stage was lost."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -11,9 +12,9 @@ from node.engine.fake import FakeEngine, expected_tokens, fake_span_info
 from node.jobs.interface import JobError, JobErrorCode, JobRequest, JobResult, TextDelta
 from node.jobs.link import OutboundLink
 from protocol.connection import PROTOCOL_IDS
-from protocol.identity import BlockRange
+from protocol.identity import BlockRange, SessionId
 from protocol.limits import MAX_HISTORY_TOKENS
-from protocol.messages import Begin, FinishReason, Sampling
+from protocol.messages import FinishReason, Sampling
 from selector.task import BASELINE, method
 from tests.unit.jobs.peers import BLOCKS, VOCABULARY, Peer, Swarm, open_swarm
 
@@ -149,16 +150,16 @@ async def test_where_nobody_can_draw_as_asked_the_job_says_so(autojump_clock: Mo
 async def test_who_tells_a_wrong_history_harms_nobody_else(
     autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch, told: str
 ) -> None:
-    begin = OutboundLink.begin
+    tell = OutboundLink.tell_history
 
-    def lie(link: OutboundLink, message: Begin, history: tuple[int, ...] = ()) -> None:
+    def lie(link: OutboundLink, session: SessionId, history: Sequence[int]) -> None:
         wrong: dict[str, tuple[int, ...]] = {
             "nothing": (),
             "too little": tuple(history[:-3]),
             "too much": (1,) * 1000,
             "of another model": (*history[:-1], VOCABULARY),
         }
-        begin(link, message, wrong[told] if history else ())
+        tell(link, session, wrong[told])
 
     async with open_swarm() as swarm:
         peer = await swarm_of(swarm, *THIRDS)
@@ -171,7 +172,7 @@ async def test_who_tells_a_wrong_history_harms_nobody_else(
         async with trio.open_nursery() as nursery:
             nursery.start_soon(run_honestly)
             await trio.sleep(0.2)
-            monkeypatch.setattr(OutboundLink, "begin", lie)
+            monkeypatch.setattr(OutboundLink, "tell_history", lie)
             with pytest.raises(JobError):
                 await peer.run(request(repetition_penalty=1.2))
         assert results[0].token_ids == right(60)

@@ -10,7 +10,9 @@ from node.engine.fake import expected_tokens, fake_span_info
 from node.jobs.interface import ChatMessage, JobError, JobErrorCode, JobRequest, JobResult, JobStarted, TextDelta
 from node.jobs.link import SessionRefused
 from node.jobs.span import IDLE_LIMIT_S
+from node.models.errors import ModelError
 from node.models.tokenizer_process import no_tokenizer
+from node.models.vocabulary import TokenKind, Vocabulary
 from node.swarm.membership import HEARTBEAT_INTERVAL_S
 from protocol.identity import BlockRange, SessionId
 from protocol.messages import FinishReason, Sampling
@@ -130,6 +132,23 @@ async def test_a_stop_token_and_a_stop_string_end_a_job(autojump_clock: MockCloc
         assert stopped.finish_reason is FinishReason.STOP
         ignored = await peer.run(JobRequest(model="fake", prompt=PROMPT, max_tokens=6, ignore_eos=True))
         assert ignored.token_ids == tokens
+        await all_free(swarm)
+
+
+async def test_a_tokenizer_that_fails_in_the_middle_of_a_job_ends_it_in_one_line(
+    autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def fail(*sequences: object) -> list[str]:
+        await trio.lowlevel.checkpoint()
+        raise ModelError("the model's tokenizer took longer than 2 s")
+
+    async with open_swarm() as swarm:
+        peer = await swarm_of_thirds(swarm)
+        monkeypatch.setattr(peer.tokenizer, "vocabulary", Vocabulary.build(bytes([TokenKind.TEXT]) * VOCABULARY, None))
+        monkeypatch.setattr(peer.tokenizer, "decode", fail)
+        with pytest.raises(JobError, match=r"^the model's tokenizer took longer than 2 s$") as caught:
+            await peer.run(JobRequest(model="fake", prompt=PROMPT, max_tokens=5))
+        assert caught.value.code is JobErrorCode.FAILED
         await all_free(swarm)
 
 

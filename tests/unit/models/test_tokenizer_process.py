@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,13 @@ from node.models import tokenizer_process
 from node.models.errors import ChatTemplateError, ModelError
 from node.models.streaming import StreamDecoder
 from node.models.tokenizer import load_tokenizer
-from node.models.tokenizer_process import Limits, ModelTokenizer, TokenizerBusyError, TokenizerService
+from node.models.tokenizer_process import (
+    Limits,
+    ModelTokenizer,
+    TokenizerBusyError,
+    TokenizerService,
+    TokenizerUnavailableError,
+)
 from tests.support import hostile_directory
 from tests.unit.models.packages import write_package
 from tests.unit.models.vocabularies import byte_fallback, byte_level, metaspace
@@ -132,7 +139,7 @@ def long_decoder(definition: dict[str, Any]) -> None:
 
 
 def prepending(definition: dict[str, Any]) -> None:
-    one = {"type": "Prepend", "prepend": "x" * 1_000_000}
+    one = {"type": "Prepend", "prepend": "x" * 100_000}
     definition["normalizer"] = {"type": "Sequence", "normalizers": [one] * 20}
 
 
@@ -152,11 +159,15 @@ async def test_a_hostile_tokenizer_costs_its_request_one_line_and_other_models_n
     change, vocabulary = HOSTILE_TOKENIZERS[kind]
     hostile = write_package(tmp_path / "hostile", changed(change, vocabulary()))
     async with service() as tokenizers:
-        tokenizer = await tokenizers.open(hostile)
         honest = await tokenizers.open(write_package(tmp_path / "honest", byte_level(), TEMPLATE))
         began_s = time.monotonic()
-        with pytest.raises(ModelError) as caught:
+
+        async def use() -> None:
+            tokenizer = await tokenizers.open(hostile)
             await tokenizer.decode(await tokenizer.encode("x" * 40))
+
+        with pytest.raises(ModelError) as caught:
+            await use()
         assert time.monotonic() - began_s < 15
         assert "\n" not in str(caught.value)
         assert len(str(caught.value)) < 500
@@ -299,6 +310,36 @@ async def test_processes_are_few_and_end_when_they_are_idle(tmp_path: Path) -> N
         assert await opened[3].encode("fox")
 
 
+async def test_model_under_steady_load_starves_no_other(tmp_path: Path) -> None:
+    async with service(max_processes=1) as tokenizers, trio.open_nursery() as nursery:
+        busy, other = [
+            await tokenizers.open(write_package(tmp_path / str(number), byte_level(), eos=number))
+            for number in range(2)
+        ]
+
+        async def load() -> None:
+            while True:
+                await busy.encode("fox")
+
+        for _ in range(3):  # so that it is never idle
+            nursery.start_soon(load)
+        with trio.fail_after(30):
+            assert await other.encode("fox")
+        nursery.cancel_scope.cancel()
+
+
+async def test_process_that_cannot_be_started_is_this_nodes_failure(tmp_path: Path) -> None:
+    async with service(command=("/nonexistent",)) as tokenizers:
+        with pytest.raises(ModelError, match="cannot be started"):
+            await tokenizers.open(write_package(tmp_path, byte_level()))
+    async with service(max_processes=1) as tokenizers:
+        tokenizer = await tokenizers.open(write_package(tmp_path / "model", byte_level()))
+        await (await tokenizers.open(write_package(tmp_path / "other", byte_level(), eos=1))).encode("fox")
+        tokenizers.command = ("/nonexistent",)
+        with pytest.raises(TokenizerUnavailableError, match="cannot be started"):
+            await tokenizer.encode("fox")
+
+
 async def test_too_many_requests_are_refused_and_those_whose_caller_left_are_not_made(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -323,10 +364,9 @@ async def test_a_model_without_tokenizer_takes_token_ids_only(tmp_path: Path) ->
         assert tokenizer.stop_tokens == (7,)
         decoder = StreamDecoder(tokenizer)
         assert await decoder.feed(5) + await decoder.finish() == ""
-        with pytest.raises(ModelError, match="no tokenizer: it can only be given token ids"):
-            await tokenizer.encode("fox")
-        with pytest.raises(ChatTemplateError, match="no chat template"):
-            await tokenizer.render_chat(TURNS)
+        for refused in (partial(tokenizer.encode, "fox"), partial(tokenizer.render_chat, TURNS)):
+            with pytest.raises(ModelError, match="the model has no tokenizer: give it token ids"):
+                await refused()
         assert not tokenizers.pids()
 
 
@@ -348,12 +388,13 @@ async def test_a_process_sees_nothing_of_the_environment_nor_of_the_current_dire
     assert not mark.exists()
 
 
-async def test_a_token_is_decoded_in_less_than_a_millisecond(tmp_path: Path) -> None:
+async def test_decoding_a_token_takes_no_time_that_matters(tmp_path: Path) -> None:
+    """A fraction of a millisecond on an idle machine; the bound is for one on which much else runs."""
     async with service() as tokenizers:
-        for vocabulary in (byte_level, byte_fallback):
+        for vocabulary, limit_s in ((byte_level, 0.001), (byte_fallback, 0.01)):
             tokenizer = await tokenizers.open(write_package(tmp_path / vocabulary.__name__, vocabulary()))
             tokens = await tokenizer.encode("The quick brown fox " * 50)
-            assert await fastest(tokenizer, tokens) < 0.001
+            assert await fastest(tokenizer, tokens) < limit_s
 
 
 async def fastest(tokenizer: ModelTokenizer, tokens: tuple[int, ...]) -> float:

@@ -1,5 +1,6 @@
 import random
 import tracemalloc
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
@@ -8,6 +9,7 @@ from protocol.codec import encode_step_header
 from protocol.connection import PROTOCOL_IDS, JobConnection
 from protocol.errors import LocalProtocolError, RemoteProtocolError
 from protocol.framing import FrameType, encode_chunks, encode_frame
+from protocol.identity import SessionId
 from protocol.limits import MAX_FRAME_BYTES, MAX_PINGS, MAX_SESSIONS, MAX_STEP_BYTES, MAX_WINDOW_BYTES
 from protocol.messages import Close, Message, Ping, Pong, Sampling, Slice, Step
 from protocol.states import ConnectionState, Role, SessionState
@@ -500,3 +502,59 @@ def test_explicit_neutral_sampling_field_is_refused() -> None:
     named = wire(replace(open_message(), sampling=Sampling(max_tokens=10, top_k=1)))
     with pytest.raises(RemoteProtocolError, match="top_k"):
         responder.receive_data(named.replace(b"\xa5top_k\x01", b"\xa5top_k\x00"))
+
+
+# Rows that are not taken
+
+
+def greeted_responder(admitted: Callable[[SessionId], bool], window_bytes: int) -> JobConnection:
+    """Return a responder that takes rows of some sessions only."""
+    responder = JobConnection(
+        Role.RESPONDER,
+        agent="test",
+        window_bytes=window_bytes,
+        admission=lambda header: [admitted(part.session) for part in header.slices],
+    )
+    responder.send_hello()
+    responder.receive_data(wire(hello(window_bytes)))
+    return responder
+
+
+def test_rows_that_are_not_admitted_are_left_out_of_their_step() -> None:
+    wanted = {session_id(1), session_id(3)}
+    counts = [(session_id(number), number + 1) for number in range(5)]
+    step = step_message(*counts)
+    data = wire(step)
+    for size in (1, 7, len(data)):
+        responder = greeted_responder(wanted.__contains__, WINDOW)
+        heard = [m for start in range(0, len(data), size) for m in responder.receive_data(data[start : start + size])]
+        (got,) = heard
+        assert isinstance(got, Step)
+        assert [part.session for part in got.slices] == [session_id(1), session_id(3)]
+        starts = {number: sum(range(number + 1)) for number in range(5)}
+        right = b"".join(bytes(step.tensor.cut(starts[n], starts[n] + n + 1).data) for n in (1, 3))
+        assert bytes(got.tensor.data) == right
+        assert responder.receive_data(wire(Ping(nonce=1))) == [Ping(nonce=1)]
+
+
+def test_steps_that_nobody_takes_are_not_held_while_they_come() -> None:
+    responder = greeted_responder(lambda _: False, MAX_WINDOW_BYTES)
+    shape = (MAX_STEP_BYTES // 4096, 1024)
+    pieces = [bytes(1 << 20)] * (MAX_STEP_BYTES >> 20)
+    part = Slice(session=SESSION, position=0, rows=shape[0], draws=0)
+    header = encode_step_header(Step(slices=(part,), tensor=Tensor(DType.FLOAT32, shape, bytes(MAX_STEP_BYTES))))
+    tracemalloc.start()
+    try:
+        step_frame = encode_frame(FrameType.STEP, len(header).to_bytes(4, "big"), header, b"\0")
+        assert responder.receive_data(step_frame) == []
+        left = MAX_STEP_BYTES - 1
+        for piece in pieces[:-1]:
+            for chunk in encode_chunks(piece):
+                assert responder.receive_data(chunk) == []
+            left -= len(piece)
+        assert tracemalloc.get_traced_memory()[0] < 1 << 20
+        for chunk in encode_chunks(bytes(left)):
+            assert responder.receive_data(chunk) == []
+        assert responder.receive_data(wire(Ping(nonce=1))) == [Ping(nonce=1)]
+    finally:
+        tracemalloc.stop()

@@ -163,7 +163,7 @@ def test_who_was_never_reached_makes_room_first_and_of_those_the_crowd() -> None
     directory.hear(heartbeat(1), 0.0, dialled=True)
     lone = heartbeat(1, peer=stranger(9_999_999), multiaddrs=("/ip4/192.168.9.9/tcp/4001",))
     directory.hear(lone, 0.0)
-    for number in range(3 * MAX_UNREACHED):
+    for number in range(MAX_UNREACHED + 100):
         crowd = heartbeat(1, peer=stranger(number), multiaddrs=(f"/ip4/10.0.0.1/tcp/{4001 + number}",))
         directory.hear(crowd, 1.0)
     assert directory.get(PEER)

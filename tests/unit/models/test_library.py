@@ -1,0 +1,130 @@
+"""What a library fetches, and by whose will."""
+
+import random
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+import trio
+from trio.testing import MockClock
+
+from node.models import library
+from node.models.blobs import BlobServer
+from node.models.catalogue import CATALOGUE, CatalogueEntry
+from node.models.errors import ModelError
+from node.models.importer import import_model
+from node.models.library import LOOK_ROUND_S, Library
+from node.models.store import ModelStore, Package
+from node.network.memory import LinkModel, MemoryNetworkHub
+from protocol.blobs import PROTOCOL_ID
+from protocol.identity import ModelId, PeerId, peer_id_from_public_key
+from tests.unit.models.checkpoints import write_checkpoint
+from tests.unit.models.vocabularies import byte_level
+
+
+@dataclass
+class Served:
+    """A swarm in which one peer serves some models."""
+
+    peer: PeerId
+    models: list[ModelId] = field(default_factory=list)
+
+    def served_models(self) -> tuple[ModelId, ...]:
+        return tuple(self.models)
+
+    async def providers(self, model: ModelId) -> tuple[PeerId, ...]:
+        return (self.peer,) if model in self.models else ()
+
+    async def holders(self, sha256: str) -> tuple[PeerId, ...]:
+        return ()
+
+
+@pytest.fixture
+def theirs(tmp_path: Path) -> Package:
+    """A package that a peer made up and serves."""
+    folder = tmp_path / "checkpoint"
+    write_checkpoint(folder)
+    (folder / "tokenizer.json").write_text(byte_level())
+    return import_model(str(folder), ModelStore(tmp_path / "theirs"))
+
+
+@asynccontextmanager
+async def joined(tmp_path: Path, theirs: Package) -> AsyncIterator[tuple[Library, ModelStore, Served]]:
+    """Run a library whose only peer serves the package."""
+    hub = MemoryNetworkHub(random.Random(0), LinkModel(latency_s=0.0))
+    mine, other = (hub.network(peer_id_from_public_key(bytes([number]) * 32)) for number in (1, 2))
+    other.set_stream_handler(PROTOCOL_ID, BlobServer(ModelStore(tmp_path / "theirs")).handle)
+    swarm = Served(other.peer_id, [theirs.model_id])
+    store = ModelStore(tmp_path / "mine")
+    async with mine.running(), other.running(), trio.open_nursery() as nursery:
+        await mine.connect(other.multiaddrs[0])
+        found = Library(store, mine, swarm)
+        nursery.start_soon(found.run)
+        yield found, store, swarm
+        nursery.cancel_scope.cancel()
+
+
+async def test_a_model_that_only_peers_speak_of_is_not_fetched(
+    tmp_path: Path, theirs: Package, autojump_clock: MockClock
+) -> None:
+    async with joined(tmp_path, theirs) as (found, store, _):
+        await trio.sleep(20 * LOOK_ROUND_S)
+        assert store.list() == ()
+        assert not found.transfers().received_bytes
+        assert not (tmp_path / "mine" / "models").exists()
+
+
+@pytest.mark.parametrize("by", ["local name", "catalogue"])
+async def test_the_manifest_of_a_named_model_is_fetched_when_a_peer_serves_it(
+    by: str, tmp_path: Path, theirs: Package, autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if by == "local name":
+        ModelStore(tmp_path / "mine").set_name("ours", theirs.model_id)
+    else:
+        entry = next(iter(CATALOGUE.values()))
+        values = {name: getattr(entry, name) for name in CatalogueEntry.__slots__}
+        monkeypatch.setattr(library, "CATALOGUE", {"ours": CatalogueEntry(**{**values, "model_id": theirs.model_id})})
+    async with joined(tmp_path, theirs) as (_, store, _):
+        while not store.list():
+            await trio.sleep(LOOK_ROUND_S)
+        [package] = store.list()
+        assert package.model_id == theirs.model_id
+        assert set(package.missing()) == set(package.manifest.files), "only the manifest"
+
+
+async def test_a_model_that_a_job_names_is_opened_once_however_many_ask(tmp_path: Path, theirs: Package) -> None:
+    async with joined(tmp_path, theirs) as (found, store, _):
+        names: list[str] = []
+
+        async def ask() -> None:
+            known = await found.open(theirs.model_id[:16])
+            names.append(known.name)
+            assert await known.tokenizer.encode("fox")
+
+        with trio.fail_after(60):
+            async with trio.open_nursery() as nursery:
+                for _ in range(5):
+                    nursery.start_soon(ask)
+        assert len(names) == 5
+        assert len(found.tokenizer_pids()) == 1
+        assert {file.name for file in store.get(theirs.model_id).missing()}.isdisjoint({"tokenizer.json"})
+
+
+async def test_what_cannot_be_opened_fails_all_who_ask(tmp_path: Path, theirs: Package) -> None:
+    async with joined(tmp_path, theirs) as (found, _, swarm):
+        swarm.models.clear()
+        failed = 0
+
+        async def ask() -> None:
+            nonlocal failed
+            with pytest.raises(ModelError, match="no peer has the manifest"):
+                await found.open(theirs.model_id)
+            failed += 1
+
+        with trio.fail_after(60):
+            async with trio.open_nursery() as nursery:
+                for _ in range(3):
+                    nursery.start_soon(ask)
+        assert failed == 3
