@@ -211,6 +211,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("config", type=Path)
     options = parser.parse_args(arguments)
     os.environ |= {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+    torch.set_num_threads(1)  # more would only wait for each other
     try:
         names = try_out(json.loads(options.config.read_text(encoding="utf-8")))
     except (EngineError, OSError, ValueError) as error:
