@@ -64,8 +64,8 @@ async def test_a_worker_that_broke_is_replaced_though_the_history_has_not_grown(
     opinions = Opinions()
     workers: list[Worker] = []
 
-    async def train(learner: Learner) -> Worker:
-        del learner
+    async def train(learner: Learner, nursery: trio.Nursery) -> Worker:
+        del learner, nursery
         await trio.sleep(1)
         workers.append(Worker())
         opinions.renew(sure if len(workers) > 1 else broken, 10)
