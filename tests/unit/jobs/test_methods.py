@@ -246,7 +246,7 @@ async def test_a_stage_goes_along_with_nothing_but_what_the_votes_came_to(
 ) -> None:
     honest = OutboundLink.begin
 
-    def lying(self: OutboundLink, message: Begin, history: Sequence[int] = ()) -> None:
+    def lying(self: OutboundLink, message: Begin) -> None:
         ballots = list(message.ballots)
         if lie == "method":
             message = replace(message, method=BASELINE.name)
@@ -259,7 +259,7 @@ async def test_a_stage_goes_along_with_nothing_but_what_the_votes_came_to(
         else:
             ballots[0] = replace(ballots[0], scores=tuple(-1.0 for _ in ballots[0].scores))
             message = replace(message, ballots=tuple(ballots))
-        honest(self, message, history)
+        honest(self, message)
 
     monkeypatch.setattr(OutboundLink, "begin", lying)
     async with open_swarm() as swarm:
