@@ -44,7 +44,6 @@ from node.models.library import Library
 from node.models.store import ModelStore
 from node.network.host import Libp2pNetwork, NetworkLimits
 from node.network.interface import NetworkError
-from node.open_files import open_file_limit, outlasting_shortage, raise_open_file_limit
 from node.placing import Statements
 from node.selection.chooser import LearnedChooser, LearnedVoter
 from node.selection.learner import Learner
@@ -63,6 +62,7 @@ from node.swarm.lan import find_neighbours
 from node.swarm.links import LinkEstimates
 from node.swarm.membership import Membership
 from node.swarm.records import RecordKinds
+from node.util.open_files import open_file_limit, outlasting_shortage, raise_open_file_limit
 from protocol.capabilities import Links, fastest_bytes_per_s, hardware_class
 from protocol.identity import ModelId, PeerId
 from protocol.observations import bucket_of

@@ -19,7 +19,7 @@ from typing import Any, Final, TypeVar
 
 import platformdirs
 
-from node.suggestions import did_you_mean
+from node.util.suggestions import did_you_mean
 from protocol.identity import BlockRange, PeerId, parse_block_range, parse_peer_id
 from protocol.limits import MAX_SPANS
 from selector.consensus.clock import EPOCH_S

@@ -45,6 +45,9 @@ class SessionId(NamedTuple):
     job: JobId
     stage: int
 
+    def __str__(self) -> str:
+        return f"{self.job}/{self.stage}"
+
 
 @dataclass(frozen=True, slots=True, order=True)
 class BlockRange:

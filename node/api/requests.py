@@ -11,7 +11,7 @@ from typing import Any, Final, NoReturn, TypeVar
 
 from node.api.errors import ApiError
 from node.jobs.interface import ChatMessage, JobRequest, Quality
-from node.suggestions import LONGEST_NAME, did_you_mean
+from node.util.suggestions import LONGEST_NAME, did_you_mean
 from protocol.limits import (
     MAX_LOGIT_BIAS,
     MAX_LOGIT_BIASES,

@@ -16,7 +16,7 @@ from hypercorn.utils import wrap_app
 from starlette.types import ASGIApp
 
 from node.config import StartError, is_unspecified
-from node.open_files import open_file_limit
+from node.util.open_files import open_file_limit
 
 GRACE_S: Final = 3.0
 """How long answers under way may take to finish once the server was told to stop."""

@@ -54,7 +54,7 @@ from node.models.errors import ModelError
 from node.models.library import KnownModel
 from node.models.streaming import StopFinder, StreamDecoder
 from protocol.identity import BlockRange, JobId, ModelId, PeerId
-from protocol.messages import FinishReason, RefusalReason
+from protocol.messages import FailureReason, FinishReason, RefusalReason
 from selector.routing import Links, NoRouteError
 from selector.task import Method, TaskContext
 
@@ -431,8 +431,9 @@ class Coordinator:
         culprit = lost.blamed if lost.blamed in {stop.peer for stop in route.stops} else lost.reporter
         _logger.info("stage lost", job=job.id, peer=culprit, reason=lost.reason, message=lost.message)
         job.avoided[culprit] = Rejection(culprit, None, lost.message, lagged=lost.lagged)
-        if culprit == lost.blamed or lost.blamed != self._switchboard.peer_id:
-            # A stage that says that we are at fault may be right: the job goes on elsewhere, and nobody else avoids it.
+        is_ours = lost.reason is FailureReason.EXPIRED or lost.blamed == self._switchboard.peer_id != culprit
+        if not is_ours:
+            # A stage that says that we are at fault may be right: the job goes on elsewhere, and that is all.
             self._planner.failed(culprit, dead=not self._switchboard.is_linked(culprit), lagged=lost.lagged)
         job.set_aside()
         job.held = {stop: session for stop, session in job.held.items() if stop.peer != culprit}

@@ -16,7 +16,7 @@ from node.capabilities.inventory import Inventory
 from node.capabilities.traffic import TrafficMeter
 from node.network.addresses import expand_wildcard, parse_address
 from node.network.host import NetworkLimits
-from node.open_files import is_shortage, open_file_limit, outlasting_shortage, raise_open_file_limit
+from node.util.open_files import is_shortage, open_file_limit, outlasting_shortage, raise_open_file_limit
 
 OPEN_FILES = Path("/proc/self/fd")
 
