@@ -16,7 +16,7 @@ from pathlib import Path
 QUICK = ("hop", "ping", "memory", "connections", "flood", "spread")
 LONG = (
     *("crash", "mutations", "growth", "failover", "churn", "wan", "joining", "pipeline", "wan_methods", "selector"),
-    *("engine", "methods", "learning", "placement", "paths"),
+    *("engine", "methods", "learning", "placement", "paths", "architectures"),
 )
 WITH_ARGUMENTS = {"consensus": "DATASET_DIR", "trace": "FILE", "link": "HOST:PORT"}
 """Those that somebody has to give something to."""

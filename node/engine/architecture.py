@@ -112,7 +112,8 @@ def references_of(model: PreTrainedModel, prompts: Iterable[Sequence[int]] = PRO
     generation: Any = model.generation_config
     generation.eos_token_id, generation.pad_token_id = None, 0
     made = []
-    for prompt in prompts:
+    for ids in prompts:
+        prompt = [token % model.config.vocab_size for token in ids]  # a vocabulary may be smaller than these prompts'
         output: Any = model.generate(  # type: ignore[operator]
             torch.tensor([prompt]),
             attention_mask=torch.ones(1, len(prompt), dtype=torch.long),

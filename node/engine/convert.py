@@ -154,9 +154,9 @@ def _load(file: GgufModel, needs: Sequence[Requirement], embeddings: Mapping[str
         config = _with_requirements(config, file, needs, embeddings)
         with init_empty_weights(include_buffers=False):
             empty = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-        _try_out(config.to_dict())
         _check_rope(empty, file, embeddings)
         _check_tensors(empty, file)
+        _try_out(config.to_dict())
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder, gguf_file=name, config=config, dtype=torch.float32, output_loading_info=True
         )
