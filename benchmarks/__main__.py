@@ -30,7 +30,7 @@ def main() -> int:
     parser.add_argument("--list", action="store_true", help="say what each answers, and run none")
     options = parser.parse_args()
     if unknown := set(options.names) - {*QUICK, *LONG}:
-        parser.error(f"there is no benchmark {min(unknown)!r} that runs without arguments; --list names them all")
+        parser.error(f"unknown benchmark {min(unknown)!r}, or one that needs arguments; --list names them all")
     if options.list:
         show()
         return 0
