@@ -16,8 +16,8 @@ import trio
 from node.swarm.directory import Statement
 from node.swarm.membership import Membership
 from node.threads import Offload, in_a_thread
+from protocol.announcements import Placement
 from protocol.identity import BlockRange, ModelId, PeerId
-from protocol.records import Placement
 from selector.placement import (
     CUT_S,
     ROUND_S,

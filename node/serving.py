@@ -29,8 +29,8 @@ from node.models.store import AmbiguousModelError, Package, UnknownModelError
 from node.placing import Placing, Statements, unknown_rate
 from node.swarm.membership import HEARTBEAT_INTERVAL_S, Membership
 from node.threads import Offload, in_a_thread
+from protocol.announcements import Placement
 from protocol.identity import BlockRange, ModelId, PeerId
-from protocol.records import Placement
 from selector.task import PORTFOLIO
 
 RETRY_S = (1.0, 30.0)

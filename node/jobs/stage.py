@@ -25,6 +25,7 @@ from node.jobs.span import Span, pages_of
 from node.jobs.speculation import Drafter, PromptLookup
 from node.jobs.switchboard import Switchboard
 from node.network.interface import Network
+from protocol.announcements import ServedSpan
 from protocol.identity import BlockRange, ModelId, PeerId, SessionId
 from protocol.limits import MAX_SESSIONS, MAX_STAGES, PREFIX_HASH_BYTES
 from protocol.measurements import StageObservation
@@ -42,7 +43,6 @@ from protocol.messages import (
     TokenHistory,
 )
 from protocol.observations import countersign
-from protocol.records import ServedSpan
 from selector.tally import tally, weights_of
 from selector.task import Method, MethodError, TaskContext, parse_method
 

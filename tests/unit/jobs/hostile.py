@@ -10,6 +10,7 @@ from node.identity import Identity
 from node.network.interface import Network, NetworkError, Stream
 from node.swarm.membership import Membership
 from node.swarm.records import RecordKinds
+from protocol.announcements import ServedSpan
 from protocol.connection import PROTOCOL_IDS, JobConnection
 from protocol.identity import BlockRange, PeerId, SessionId
 from protocol.messages import (
@@ -29,7 +30,6 @@ from protocol.messages import (
     Slice,
     Step,
 )
-from protocol.records import ServedSpan
 from protocol.states import Role
 from protocol.tensors import tensor_from_tokens
 from tests.unit.jobs.peers import BLOCKS, Swarm, wall_clock

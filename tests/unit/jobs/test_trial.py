@@ -13,7 +13,7 @@ from node.identity import Identity
 from node.jobs.interface import JobError, JobRequest, Quality
 from node.jobs.recorder import Recorder
 from node.jobs.trial import Trials, TrialSpec, TrialWorkload, make_prompts
-from protocol.measurements import Objective, ObservationKind, check
+from protocol.measurements import Objective, ObservationKind
 from protocol.observations import SignedObservation
 from selector.task import BASELINE, method
 from tests.unit.jobs.peers import Peer, Swarm, open_swarm
@@ -56,7 +56,7 @@ async def test_every_round_has_a_pair_and_leaves_observations_of_it(autojump_clo
         assert {each.kind for each in observed} == {ObservationKind.BENCH}
         assert {each.workload.concurrency for each in observed} == {4}
         for each in observed:
-            check(each)
+            each.check()
         ratios = sorted(
             each.measurements.log_ratio_to_baseline or 0.0
             for each in observed
