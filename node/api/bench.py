@@ -26,8 +26,8 @@ from node.api.requests import (
     parse_text,
     refuse,
 )
-from node.jobs.interface import JobError, Quality
-from node.jobs.trial import MethodTrial, Run, Trial, TrialSpec, TrialWorkload
+from node.coordinator.submission import JobError, Quality
+from node.coordinator.trial_runner import MethodTrial, Run, Trial, TrialSpec, TrialWorkload
 from protocol.measurements import Objective
 from selector.task import BASELINE, PORTFOLIO, Method, MethodError
 from selector.task import parse_method as method_of

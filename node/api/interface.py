@@ -6,8 +6,8 @@ The typed dictionaries are the documents themselves: the node fills them, the co
 from collections.abc import Mapping
 from typing import Any, Literal, Protocol, TypedDict
 
-from node.jobs.interface import JobRequest, Submitter
-from node.jobs.trial import Trial, TrialSpec
+from node.coordinator.submission import JobRequest, Submitter
+from node.coordinator.trial_runner import Trial, TrialSpec
 
 
 class ServedSpan(TypedDict):

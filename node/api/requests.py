@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any, Final, NoReturn, TypeVar
 
 from node.api.errors import ApiError
-from node.jobs.interface import ChatMessage, JobRequest, Quality
+from node.coordinator.submission import ChatMessage, JobRequest, Quality
 from node.util.suggestions import LONGEST_NAME, did_you_mean
 from protocol.limits import (
     MAX_LOGIT_BIAS,

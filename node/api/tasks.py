@@ -12,7 +12,7 @@ from node.api.requests import (
     parse_text,
     refuse,
 )
-from node.jobs.interface import JobRequest, Quality
+from node.coordinator.submission import JobRequest, Quality
 from protocol.limits import MAX_PARALLEL_JOBS
 
 DEFAULT_TOKENS: Final = 64

@@ -17,9 +17,9 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
+from node.engine.engine_config import EngineOptions, ShardSource
 from node.engine.interface import PAGE_POSITIONS, REFERENCE, EngineError, Lineage, Variant
-from node.engine.source import EngineOptions, ShardSource
-from node.priority import yield_to_others
+from node.util.priority import yield_to_others
 from protocol.identity import BlockRange
 
 if TYPE_CHECKING:
@@ -85,7 +85,7 @@ def _pass(shard: "Shard", lineage: Lineage, rows: "torch.Tensor") -> "torch.Tens
     """Return rows as the next part sees them."""
     import torch
 
-    from node.engine.codec import decode_rows, encode_rows
+    from node.engine.activation_codec import decode_rows, encode_rows
 
     hidden = shard.run_alone(lineage.variant, rows, draws=0)
     return torch.from_numpy(decode_rows(encode_rows(hidden.cpu().numpy(), lineage.activations)))

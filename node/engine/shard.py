@@ -7,13 +7,13 @@ from dataclasses import dataclass, field
 
 import torch
 
-from node.engine.admission import Placement, check_slice
-from node.engine.cache import KvMemory, Places
-from node.engine.codec import check_rows, decode_rows, encode_rows
-from node.engine.devices import CPU, free_bytes, is_lost, synchronize
-from node.engine.folders import FolderCache
-from node.engine.forward import SpanModel
-from node.engine.fused import FusedSegments, PackedSpan, pack_span
+from node.engine.activation_codec import check_rows, decode_rows, encode_rows
+from node.engine.backends.batched import RaggedSpan, Rows, Segments, refusal
+from node.engine.backends.linear import ARITHMETICS
+from node.engine.backends.torch import FusedSegments, PackedSpan, pack_span
+from node.engine.backends.transformers import SpanModel
+from node.engine.device import CPU, free_bytes, is_lost, synchronize
+from node.engine.engine_config import EngineOptions, ShardSource
 from node.engine.interface import (
     DIVISIBLE_ENGINES,
     PAGE_POSITIONS,
@@ -30,11 +30,11 @@ from node.engine.interface import (
     Variant,
     VariantNotReady,
 )
-from node.engine.linear import ARITHMETICS
+from node.engine.kv_allocator import Placement, check_slice
+from node.engine.kv_cache import KvMemory, SlotMapping
 from node.engine.loading import load_span
-from node.engine.ragged import RaggedSpan, Rows, Segments, refusal
 from node.engine.sampling import TokenCounts, draw_until_wrong, history_for
-from node.engine.source import EngineOptions, ShardSource
+from node.util.disk_cache import FolderCache
 from protocol.identity import BlockRange, SessionId
 from protocol.limits import MAX_POSITIONS
 from protocol.tensors import Tensor, tensor_from_tokens, tokens_from_tensor
@@ -58,7 +58,7 @@ class _Session:
     info: SpanInfo
     """Of the part of the span that it runs."""
     positions: int
-    places: Places
+    places: SlotMapping
     length: int
     """Positions whose keys and values are in KV memory."""
     history: TokenCounts | None
@@ -151,7 +151,9 @@ class Shard:
     def start_threads(self, variant: Variant) -> None:
         """Start the threads that a variant's steps will need; from the thread of the steps, whose priority they get."""
         if variant.engine == "onnxruntime" and self._device.type == "cpu":
-            from node.engine.graphs import start_threads  # only where it is asked for: it takes its time and memory
+            from node.engine.backends.onnx import (
+                start_threads,  # only where it is asked for: it takes its time and memory
+            )
 
             start_threads(self._threads)
 
@@ -161,7 +163,7 @@ class Shard:
         return FusedSegments(self._span, self._packed[packing], variant.arithmetic)
 
     def _open_graphs(self, variant: Variant) -> Segments:
-        from node.engine.graphs import open_graphs
+        from node.engine.backends.onnx import open_graphs
 
         self.start_threads(variant)
         name = f"{self.info.model}-{self.info.blocks.start}-{self.info.blocks.end}"
@@ -178,7 +180,7 @@ class Shard:
         if info is not self.info and options.variant.engine not in DIVISIBLE_ENGINES:
             raise VariantNotReady(f"the variant {options.variant} runs the whole span or nothing")
         self._memory.copy(placement.copied, placement.pages[: len(placement.copied)])
-        places = Places(placement.pages)
+        places = SlotMapping(placement.pages)
         history = history_for(options.sampling)
         self._sessions[session] = _Session(options, info, placement.positions, places, placement.cached, history)
 
@@ -189,7 +191,7 @@ class Shard:
         first span, hidden states f32 (rows, hidden size) elsewhere.
         """
         rows, pages = rows.to(self._device), range(-(-len(rows) // PAGE_POSITIONS))
-        return self._compute(variant, self.info.blocks, [Rows(rows, Places(pages), 0, draws)])[0]
+        return self._compute(variant, self.info.blocks, [Rows(rows, SlotMapping(pages), 0, draws)])[0]
 
     def rename(self, session: SessionId, successor: SessionId) -> None:
         """Give a session another id; an unknown one is no error."""

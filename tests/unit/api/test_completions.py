@@ -10,7 +10,7 @@ from trio.testing import MockClock
 from node.api.completions import CompletionEndpoint
 from node.api.errors import ApiError
 from node.api.requests import parse_completion_request
-from node.jobs.interface import ChatMessage, JobError, JobErrorCode, Quality
+from node.coordinator.submission import ChatMessage, JobError, JobErrorCode, Quality
 from tests.unit.api.fakes import JOB, PEERS, FakeNode, chat_body, send_request, serve_node
 
 METASWARM = {

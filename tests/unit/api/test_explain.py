@@ -5,7 +5,7 @@ from typing import Any
 import httpx
 import pytest
 
-from node.jobs.interface import JobError, JobErrorCode, Quality
+from node.coordinator.submission import JobError, JobErrorCode, Quality
 from tests.unit.api.fakes import FakeNode, FakeSubmitter, serve_node
 
 

@@ -20,8 +20,8 @@ from node.capabilities.announcer import (
 from node.identity import Identity
 from node.network.host import Libp2pNetwork
 from node.network.interface import NetworkError
-from node.network.memory import LinkModel, MemoryNetworkHub
-from node.swarm.records import RecordKinds
+from node.swarm.dht_records import RecordKinds
+from node.testing.memory_hub import LinkModel, MemoryNetworkHub
 from protocol.capabilities import (
     CAPABILITY_TOPIC,
     Capabilities,

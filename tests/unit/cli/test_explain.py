@@ -6,7 +6,7 @@ import pytest
 
 from node.cli import run
 from node.cli.explain import short_method
-from node.jobs.interface import JobError, JobErrorCode, Quality
+from node.coordinator.submission import JobError, JobErrorCode, Quality
 from selector.task import BASELINE, method
 from tests.unit.api.fakes import FASTER, FakeNode, FakeSubmitter
 from tests.unit.cli.conftest import ServeNode

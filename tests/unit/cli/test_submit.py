@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from node.cli import ephemeral, run, submit
-from node.jobs.interface import ChatMessage, JobError, JobErrorCode, Quality
+from node.coordinator.submission import ChatMessage, JobError, JobErrorCode, Quality
 from tests.unit.api.fakes import JOB, MODEL, PEERS, FakeNode
 from tests.unit.cli.conftest import ServeNode
 

@@ -5,7 +5,6 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-from node.engine.admission import KvPages
 from node.engine.interface import (
     REFERENCE,
     Engine,
@@ -17,6 +16,7 @@ from node.engine.interface import (
     StepResult,
     Variant,
 )
+from node.engine.kv_allocator import KvAllocator
 from node.engine.shard import Shard
 from protocol.identity import BlockRange, JobId, SessionId
 from protocol.messages import Sampling
@@ -44,7 +44,7 @@ class InProcess:
     def __init__(self, shard: Shard) -> None:
         self.info = shard.info
         self.shard = shard
-        self.pages = KvPages(shard.info)
+        self.pages = KvAllocator(shard.info)
 
     def open_now(self, session: SessionId, positions: int, options: SessionOptions | None = None) -> None:
         self.pages.open(session, positions, None)

@@ -5,10 +5,10 @@ from collections.abc import Callable
 import pytest
 import torch
 
+from node.engine.engine_config import EngineOptions
 from node.engine.interface import PAGE_POSITIONS, Lineage, Variant
 from node.engine.quality import PARTS, cut, lineage_of, measure_quality
 from node.engine.shard import Shard
-from node.engine.source import EngineOptions
 from protocol.identity import BlockRange
 from tests.unit.engine.tiny_models import BLOCKS, VOCABULARY, TinyModel
 

@@ -17,6 +17,7 @@ import trio.testing
 
 from node.engine import client
 from node.engine.client import SpareWorker, WorkerEngine, start_worker
+from node.engine.engine_config import EngineOptions
 from node.engine.interface import (
     REFERENCE,
     EngineCrashed,
@@ -31,7 +32,6 @@ from node.engine.interface import (
     VariantNotReady,
 )
 from node.engine.shard import Shard
-from node.engine.source import EngineOptions
 from node.util.child_process import python
 from protocol.identity import BlockRange
 from protocol.messages import Sampling

@@ -7,8 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from selector.consensus.reputation import NEWCOMER_WEIGHT
-from selector.rule import predicted_cost, preference
-from selector.tally import scores, tally, weights_of
+from selector.heuristic import predicted_cost, preference
 from selector.task import (
     BASELINE,
     PORTFOLIO,
@@ -21,6 +20,7 @@ from selector.task import (
     method,
     parse_method,
 )
+from selector.voting import scores, tally, weights_of
 
 
 def test_every_method_of_the_portfolio_has_a_name_that_says_it() -> None:
