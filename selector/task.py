@@ -145,8 +145,8 @@ class Method:
         return Method(MappingProxyType({**self.switches, "speculation": SWITCHES["speculation"].baseline}))
 
     @property
-    def lineage(self) -> str:
-        """What keys and values depend on besides the tokens: they may be shared within one lineage only."""
+    def kv_key(self) -> str:
+        """What keys and values depend on besides the tokens: they may be shared with the same KV key only."""
         return f"{self.engine}/{self.arithmetic}/{self.activations}"
 
     @property
