@@ -26,15 +26,15 @@ os.environ |= {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "TRAN
 import torch
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from node.engine.admission import KvPages
 from node.engine.architecture import Reference, package_of, references_of, tiny_model, try_out
+from node.engine.backends.batched import FAMILIES
 from node.engine.client import source_from_package
+from node.engine.engine_config import EngineOptions
 from node.engine.interface import REFERENCE, EngineError, SessionOptions, SliceInput, Variant
+from node.engine.kv_allocator import KvAllocator
 from node.engine.loading import describe
-from node.engine.ragged import FAMILIES
 from node.engine.shard import Shard
 from node.engine.shrink import shrink
-from node.engine.source import EngineOptions
 from node.models.store import Package
 from protocol.identity import BlockRange, JobId, SessionId
 from protocol.messages import Sampling
@@ -199,7 +199,7 @@ class _Engine:
     def __init__(self, package: Package, blocks: BlockRange) -> None:
         options = EngineOptions(kv_positions=512, memory_bytes=1 << 30, threads=1)
         self.shard = Shard(source_from_package(package, blocks), blocks, options)
-        self.pages = KvPages(self.shard.info)
+        self.pages = KvAllocator(self.shard.info)
 
     def begin(self, session: SessionId, positions: int, variant: Variant) -> None:
         """Open a session and begin it."""

@@ -27,8 +27,8 @@ from benchmarks.common import describe_machine, spread_of, verdict
 from node.config import NodeReady
 from node.demo import COMMAND
 from node.network.host import Libp2pNetwork
+from node.network.idle_peer import hold_connection
 from node.network.interface import NetworkError
-from node.network.stranger import hold_connection
 
 OTHER_ADDRESS = "127.0.0.99"
 """Where the connections come from; all of 127.0.0.0/8 is this machine."""

@@ -22,15 +22,15 @@ import numpy as np
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from threadpoolctl import threadpool_limits
 
-from node.consensus.measuring import AGENDA
+from node.consensus.measurement_runner import AGENDA
 from node.consensus.translation import record_of
-from node.selection.folder import read_folder
+from node.evaluation.csv_dataset import read_folder
 from protocol.consensus import say
 from protocol.history import encode_batch
 from protocol.identity import peer_id_from_public_key
 from selector.consensus.chain import quorum_of
-from selector.consensus.draw import Agenda, beacon_of, draw_committee
 from selector.consensus.evidence import evidence_of
+from selector.consensus.sortition import Agenda, beacon_of, draw_committee
 from selector.consensus.state import Contribution, Member, State, conclude, initial_state
 from selector.consensus.values import (
     VALUE_SCALE,

@@ -21,11 +21,11 @@ from typing import Any
 import torch
 
 from benchmarks.rivals import Generate, NotInstalledError, rivals
-from node.engine.admission import KvPages
 from node.engine.client import physical_cores, source_from_package
+from node.engine.engine_config import EngineOptions
 from node.engine.interface import EngineError, SessionOptions, SliceInput, Variant
+from node.engine.kv_allocator import KvAllocator
 from node.engine.shard import Shard
-from node.engine.source import EngineOptions
 from node.models.catalogue import DEMO_MODEL
 from node.models.importer import import_model
 from node.models.store import ModelStore, Package
@@ -171,7 +171,7 @@ def _ours_all(shard: Shard, names: Iterable[str], count: int) -> dict[str, Calla
 
 
 def _ours(shard: Shard, variant: Variant, count: int) -> Callable[[], Measured]:
-    pages = KvPages(shard.info)
+    pages = KvAllocator(shard.info)
     options = SessionOptions(sampling=Sampling(max_tokens=1), variant=variant)
 
     def take(parts: Sequence[tuple[SessionId, int, Sequence[int]]]) -> list[list[int]]:

@@ -27,7 +27,7 @@ from benchmarks.common import demo_package, describe_machine, whole_model
 from node.cli.bench import short
 from node.models.catalogue import DEMO_MODEL
 from node.models.sample import sample_text
-from selector.rule import preference
+from selector.heuristic import preference
 from selector.task import PORTFOLIO, Method, TaskContext
 
 BOOTSTRAPS: Final = 2000

@@ -35,10 +35,10 @@ from benchmarks.wan import distant_daemons
 from node.cli.bench import WORKLOADS, Standing, describe, keep, read_kept, short, standings
 from node.config import NodeReady
 from node.demo import split_evenly
+from node.evaluation.paired_stats import Speedup, speedup_of
 from node.models.catalogue import DEMO_MODEL
-from node.selection.paired import Speedup, speedup_of
-from selector.kinds import effect_of, plainest_first
 from selector.task import BASELINE, PORTFOLIO, Method, MethodError, TaskContext, parse_method
+from selector.task_buckets import effect_of, plainest_first
 
 FINALISTS: Final = 4
 """That keep the outputs exact, and as many of any quality."""

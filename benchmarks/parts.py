@@ -16,10 +16,10 @@ import trio
 from cryptography.hazmat.primitives.ciphers.aead import ChaCha20Poly1305
 
 from benchmarks.common import Spread, spread_of, times_ms
-from node.engine import wire
+from node.engine import worker_protocol
 from node.engine.client import start_engine
+from node.engine.engine_config import EngineOptions
 from node.engine.interface import SessionOptions, SliceInput
-from node.engine.source import EngineOptions
 from node.models.store import Package
 from node.network.host import Libp2pNetwork
 from node.network.interface import Stream
@@ -97,11 +97,12 @@ def _worker_codec() -> Callable[[], None]:
 
     def run() -> None:
         for one, other in ((near, far), (far, near)):
-            for buffer in wire.encode_step(1, [rows]):
+            for buffer in worker_protocol.encode_step(1, [rows]):
                 one.sendall(buffer)
-            header_bytes, payload_bytes = wire.PREFIX.unpack(other.recv(wire.PREFIX.size, socket.MSG_WAITALL))
-            header = wire.decode_header(other.recv(header_bytes, socket.MSG_WAITALL))
-            wire.decode_step(header, memoryview(other.recv(payload_bytes, socket.MSG_WAITALL)))
+            prefix = other.recv(worker_protocol.PREFIX.size, socket.MSG_WAITALL)
+            header_bytes, payload_bytes = worker_protocol.PREFIX.unpack(prefix)
+            header = worker_protocol.decode_header(other.recv(header_bytes, socket.MSG_WAITALL))
+            worker_protocol.decode_step(header, memoryview(other.recv(payload_bytes, socket.MSG_WAITALL)))
 
     return run
 

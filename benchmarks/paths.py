@@ -25,16 +25,16 @@ import trio
 from benchmarks.common import describe_machine, spread_of
 from node.identity import Identity
 from node.network.host import Libp2pNetwork
-from node.swarm.dissemination import Dissemination, DisseminationLimits
-from node.swarm.history import MemoryHistory
-from node.swarm.records import RecordKinds
+from node.replication.history import MemoryHistory
+from node.replication.observations import ObservationReplicator, ReplicationLimits
+from node.swarm.dht_records import RecordKinds
 from protocol.observations import SignedObservation
 from tests.support.observations import signed
 
 PATHS = {
-    "gossip": DisseminationLimits(shortest_interval_s=math.inf, longest_interval_s=math.inf),
-    "anti-entropy": DisseminationLimits(),
-    "both": DisseminationLimits(),
+    "gossip": ReplicationLimits(shortest_interval_s=math.inf, longest_interval_s=math.inf),
+    "anti-entropy": ReplicationLimits(),
+    "both": ReplicationLimits(),
 }
 """The node's limits; what is not asked for never begins by itself. Without gossip, observations are only kept."""
 
@@ -143,7 +143,7 @@ async def take_part(number: int, path: str) -> dict[str, Any]:
     identity = Identity(hashlib.sha256(f"peer {number}".encode()).digest())
     network = Libp2pNetwork(identity.seed, listen=("/ip4/127.0.0.1/tcp/0",))
     history = NotedHistory()
-    dissemination = Dissemination(
+    dissemination = ObservationReplicator(
         network=network,
         identity=identity,
         history=history,

@@ -17,10 +17,10 @@ from typing import Any
 import trio
 
 from benchmarks.common import describe_machine, spread_of
+from node.coordinator.observation import software_name, software_versions
 from node.identity import Identity
-from node.jobs.observation import software_name, software_versions
 from node.selection.learner import Learner
-from node.selection.opinions import Opinions
+from node.selection.prediction_cache import Predictions
 from node.storage.database import DATABASE_FILE, open_database
 from node.storage.history import HistoryStore
 from protocol.identity import BlockRange, JobId, ModelId
@@ -35,9 +35,9 @@ from protocol.measurements import (
 )
 from protocol.messages import SessionStatistics
 from protocol.observations import bucket_of, sign_observation
-from selector.kinds import Viewpoint
-from selector.rule import predicted_cost
+from selector.heuristic import predicted_cost
 from selector.task import PORTFOLIO, TaskContext
+from selector.task_buckets import Viewpoint
 
 WARM_CHOICES = 1000
 COLD_CHOICES = 100
@@ -125,7 +125,7 @@ async def measure(count: int) -> dict[str, Any]:
             store = HistoryStore(database)
             for start in range(0, count, 1000):
                 await store.add_many(signed[start : start + 1000])
-            opinions = Opinions()
+            opinions = Predictions()
             viewpoint = Viewpoint(
                 peer=identity.peer_id,
                 hardware="cpu",
@@ -159,7 +159,7 @@ async def measure(count: int) -> dict[str, Any]:
     }
 
 
-async def _choices(opinions: Opinions) -> tuple[list[float], list[float]]:
+async def _choices(opinions: Predictions) -> tuple[list[float], list[float]]:
     """Return what choices took that needed a prediction, and what those took that did not; milliseconds."""
     methods = list(PORTFOLIO.values())
 

@@ -22,8 +22,8 @@ from benchmarks.common import demo_package, describe_machine
 from benchmarks.daemons import Daemon
 from benchmarks.link import LinkShape
 from benchmarks.wan import distant_daemons
+from node.evaluation.paired_stats import Speedup, speedup_of
 from node.models.catalogue import DEMO_MODEL
-from node.selection.paired import Speedup, speedup_of
 from selector.task import BASELINE, parse_method
 
 STAGES: Final = ("0-10", "10-20", "20-30")

@@ -24,50 +24,50 @@ from node.capabilities.inventory import Inventory
 from node.capabilities.probe import total_memory
 from node.capabilities.traffic import TrafficMeter
 from node.config import APPLICATION, LOCK_FILE, MEMORY_SHARE, READY_FILE, NodeConfig, NodeReady, StartError
-from node.consensus.measuring import AGENDA, TrialMeter
+from node.consensus.measurement_runner import AGENDA, MeasurementRunner
 from node.consensus.service import Consensus, swarm_name
+from node.coordinator.coordinator import Coordinator
+from node.coordinator.observation import software_name, software_versions
+from node.coordinator.quality_store import LocalQualityStore
+from node.coordinator.recorder import Recorder
+from node.coordinator.trial_runner import Trials
 from node.engine.client import SpareWorker, start_engine
-from node.engine.devices import Device, DeviceError, find_device
-from node.engine.source import EngineOptions
+from node.engine.device import Device, DeviceError, find_device
+from node.engine.engine_config import EngineOptions
 from node.identity import IdentityError, load_or_create
-from node.jobs.coordinator import Coordinator
-from node.jobs.ledger import QualityLedger
-from node.jobs.observation import software_name, software_versions
-from node.jobs.policy import PolicyController
-from node.jobs.recorder import Recorder
-from node.jobs.scheduler import Batching
-from node.jobs.stage import Stages
-from node.jobs.trial import Trials
 from node.joining import conflicts, second_node
 from node.models.files import Progress, ignore_progress
 from node.models.library import Library
 from node.models.store import ModelStore
 from node.network.host import Libp2pNetwork, NetworkLimits
 from node.network.interface import NetworkError
-from node.placing import Statements
+from node.replication.observations import ObservationReplicator
+from node.selection.adoption_trials import TrialProber
 from node.selection.chooser import LearnedChooser, LearnedVoter
 from node.selection.learner import Learner
-from node.selection.opinions import Opinions
-from node.selection.probing import TrialProber
-from node.serving import Serving
+from node.selection.prediction_cache import Predictions
+from node.stages.block_placement import PlacementAnnouncements
+from node.stages.scheduler import Batching
+from node.stages.span_supervisor import SpanSupervisor
+from node.stages.stage_policy import PolicyController
+from node.stages.stage_server import StageServer
 from node.status import StatusView
-from node.storage.consensus import ConsensusStore
+from node.storage.adoption_store import StandingStore
+from node.storage.chain_store import ConsensusStore
 from node.storage.database import DATABASE_FILE, Database, StorageError, open_database
 from node.storage.history import HistoryStore
 from node.storage.peers import PeerBook
-from node.storage.standings import StandingStore
-from node.swarm.acquaintances import keep_acquaintances
-from node.swarm.dissemination import Dissemination
-from node.swarm.lan import find_neighbours
-from node.swarm.links import LinkEstimates
+from node.swarm.dht_records import RecordKinds
+from node.swarm.known_peers import keep_acquaintances
+from node.swarm.link_estimates import LinkEstimates
+from node.swarm.mdns import find_neighbours
 from node.swarm.membership import Membership
-from node.swarm.records import RecordKinds
 from node.util.open_files import open_file_limit, outlasting_shortage, raise_open_file_limit
 from protocol.capabilities import Links, fastest_bytes_per_s, hardware_class
 from protocol.identity import ModelId, PeerId
 from protocol.observations import bucket_of
 from selector.consensus.clock import EpochClock
-from selector.kinds import Viewpoint
+from selector.task_buckets import Viewpoint
 
 DRAIN_LIMIT_S = 30.0
 """How long a node that was asked to stop waits for the jobs and sessions it has."""
@@ -114,7 +114,7 @@ class Node:
             threads=config.threads,
             accelerator=device.accelerator,
         )
-        opinions = Opinions()
+        opinions = Predictions()
         self._chooser = LearnedChooser(
             opinions,
             jitter,
@@ -127,7 +127,7 @@ class Node:
             count=self._count_observations,
             viewpoint=partial(self._viewpoint, identity.peer_id),
         )
-        self._stages = Stages(
+        self._stages = StageServer(
             self._network,
             agent,
             private_key=identity.private_key,
@@ -136,7 +136,7 @@ class Node:
             controller=partial(PolicyController, batching=Batching(config.batching)),
             agreed=lambda model: self._consensus.agreement(model),
         )
-        self._statements = Statements(lambda: self._membership.announce())
+        self._statements = PlacementAnnouncements(lambda: self._membership.announce())
         self._membership = Membership(
             network=self._network,
             identity=identity,
@@ -156,7 +156,7 @@ class Node:
             peers=lambda: [presence.peer for presence in self._membership.directory.reached()],
             jitter=jitter,
         )
-        self._dissemination = Dissemination(
+        self._dissemination = ObservationReplicator(
             network=self._network, identity=identity, history=self._history, records=records, jitter=jitter
         )
         self._consensus = Consensus(
@@ -181,11 +181,11 @@ class Node:
             cache_limit_bytes=config.cache_limit_bytes,
         )
         self._recorder = Recorder(identity, self._dissemination)
-        self._ledger = QualityLedger(self._library, config.cache_dir)
+        self._ledger = LocalQualityStore(self._library, config.cache_dir)
         self._coordinator = Coordinator(
             self._library,
             self._membership,
-            self._stages.switchboard,
+            self._stages.link_pool,
             jitter,
             LinkEstimates(self._network.peer_id, self._membership.round_trip_s, self._links_of).between,
             self._recorder,
@@ -198,7 +198,7 @@ class Node:
         )
         self._trials = Trials(self._coordinator, self._recorder)
         self._spare_worker = SpareWorker(EngineOptions(threads=config.threads))
-        self._serving = Serving(
+        self._serving = SpanSupervisor(
             config.serve,
             draft=config.draft,
             library=self._library,
@@ -241,7 +241,7 @@ class Node:
             serve = partial(serve_api, make_app(self._view, config.api_key), config.api_host, config.api_port)
             port = await api_nursery.start(partial(serve, stop=api_stop))
             self._view.api_url = url_of(config.api_host, port)
-            async with self._stages.switchboard.running(), trio.open_nursery() as nursery:
+            async with self._stages.link_pool.running(), trio.open_nursery() as nursery:
                 tasks: list[tuple[Callable[..., Awaitable[None]], *tuple[object, ...]]] = [
                     (self._membership.run,),
                     (self._library.run,),
@@ -287,8 +287,8 @@ class Node:
         served = {span.info.model for span in self._stages.spans()} if not self._stages.draining else set()
         return {model: model in served for model in (*self._membership.directory.models(), *served)}
 
-    def _meter(self, model: ModelId) -> TrialMeter:
-        return TrialMeter(self._trials, self._recorder, model, self._is_busy, self._jitter)
+    def _meter(self, model: ModelId) -> MeasurementRunner:
+        return MeasurementRunner(self._trials, self._recorder, model, self._is_busy, self._jitter)
 
     def _is_busy(self) -> bool:
         return self._coordinator.statistics().running > 0 or any(span.sessions for span in self._stages.spans())

@@ -22,14 +22,14 @@ import trio
 
 from node.api.interface import ModelStatus, NodeStatus
 from node.config import APPLICATION, LOCK_FILE, MEMORY_SHARE, NodeConfig, ServeSpec
-from node.engine.devices import DeviceError, find_device
+from node.engine.device import DeviceError, find_device
 from node.identity import KEY_FILE, IdentityError, load_or_create
 from node.models.errors import ModelError
 from node.models.store import ModelStore, Package, UnknownModelError
 from node.network.addresses import TcpAddress, is_private, parse_address, parse_peer_address
-from node.network.greeting import Greeting, greet
 from node.network.host import Libp2pNetwork
 from node.network.interface import NetworkError
+from node.network.probe_port import Greeting, greet
 from node.network.transport import bind
 from node.storage.database import DATABASE_FILE, StorageError, find_damage
 from node.swarm.directory import Directory

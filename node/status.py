@@ -6,6 +6,7 @@ from typing import Any
 
 import trio
 
+from node.api.explanation import explain, selection_status
 from node.api.interface import (
     Ban,
     ChainStatus,
@@ -21,25 +22,24 @@ from node.api.interface import (
     ServedSpan,
     SpanSummary,
 )
-from node.consensus.keeper import Keeper
+from node.consensus.chain_node import ChainNode
 from node.consensus.service import Consensus
-from node.jobs.coordinator import Coordinator
-from node.jobs.interface import JobRequest
-from node.jobs.ledger import QualityLedger
-from node.jobs.peer_records import StagePeerStatistics
-from node.jobs.planner import PeerRecord
-from node.jobs.span import Span
-from node.jobs.stage import Stages
-from node.jobs.trial import Trial, Trials, TrialSpec
+from node.coordinator.coordinator import Coordinator
+from node.coordinator.planner import PeerRecord
+from node.coordinator.quality_store import LocalQualityStore
+from node.coordinator.submission import JobRequest
+from node.coordinator.trial_runner import Trial, Trials, TrialSpec
 from node.models.library import Library
 from node.network.interface import Network
+from node.replication.observations import ObservationReplicator
 from node.selection.chooser import LearnedChooser
-from node.selection.explanation import explain, selection_status
 from node.selection.learner import Learner
-from node.serving import WEIGHT_SHARE
+from node.stages.peer_records import StagePeerStatistics
+from node.stages.span import Span
+from node.stages.span_supervisor import WEIGHT_SHARE
+from node.stages.stage_server import StageServer
 from node.storage.database import StorageError
 from node.storage.history import HistoryStore
-from node.swarm.dissemination import Dissemination
 from node.swarm.membership import Membership
 from protocol.identity import BlockRange, ModelId, PeerId
 from selector.consensus.reputation import WEIGHT_SCALE
@@ -58,11 +58,11 @@ class StatusView:
         membership: Membership,
         coordinator: Coordinator,
         trials: Trials,
-        stages: Stages,
+        stages: StageServer,
         library: Library,
-        ledger: QualityLedger,
+        ledger: LocalQualityStore,
         history: HistoryStore,
-        dissemination: Dissemination,
+        dissemination: ObservationReplicator,
         consensus: Consensus,
         chooser: LearnedChooser,
         learner: Learner,
@@ -160,7 +160,7 @@ class StatusView:
             "last_equal_s": None if equal_s is None else round(trio.current_time() - equal_s, 3),
         }
 
-    def _chain_status(self, model: ModelId, keeper: Keeper) -> ChainStatus:
+    def _chain_status(self, model: ModelId, keeper: ChainNode) -> ChainStatus:
         agreement = keeper.agreement
         weight = agreement.weights.get(self._network.peer_id) if agreement else None
         return {
@@ -260,14 +260,14 @@ class StatusView:
             "complete": manifest is not None and not missing,
             "local": manifest is not None,
             "quality": {
-                lineage: None
+                kv_key: None
                 if each is None
                 else {
                     "greedy_agreement": each.greedy_agreement,
                     "mean_kl": each.mean_kl,
                     "perplexity_change": each.perplexity_change,
                 }
-                for lineage, each in self._ledger.figures(model).items()
+                for kv_key, each in self._ledger.figures(model).items()
             },
         }
 

@@ -94,8 +94,11 @@ class QualityBound(enum.StrEnum):
     """How far a job lets the method deviate from fp32."""
 
     EXACT = "exact"
+    """The same greedy tokens."""
     NEAR = "near"
+    """Perplexity at most 1 % higher, mean KL divergence at most 0.02."""
     ANY = "any"
+    """Perplexity at most 5 % higher."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

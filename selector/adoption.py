@@ -96,7 +96,7 @@ class Adoption:
 
         `admitted`: those that a job admits, the plainest first. `expected`: natural logarithms of the cost, by name, of
         those on offer; `deviations`: how far they may be off; `effects`: what they do to such a task
-        (`selector.kinds.effect_of`): of those that do the same the plainest is tried. Without, all are unlike.
+        (`selector.task_buckets.effect_of`): of those that do the same the plainest is tried. Without, all are unlike.
         """
         used = self.in_use(kind, admitted, default)
         if used not in expected:

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Final
 
-from selector.rule import predicted_cost
+from selector.heuristic import predicted_cost
 from selector.task import Method, TaskContext
 
 RULE_DEVIATION: Final = 0.4

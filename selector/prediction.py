@@ -9,11 +9,11 @@ import numpy as np
 
 from selector.dataset import FloatArray, Pairs
 from selector.expectation import MIN_EXPERIENCES, RULE_DEVIATION, Expectation, Table
-from selector.experience import ContextColumns, Experience, lesson_of
-from selector.kinds import Viewpoint, representative
+from selector.heuristic import predicted_cost
 from selector.metamodel import MetaModel
-from selector.rule import predicted_cost
 from selector.task import PORTFOLIO, Method, TaskContext
+from selector.task_buckets import Viewpoint, representative
+from selector.training_set import ContextColumns, Experience, lesson_of
 
 UNSEEN_DEVIATION: Final = 0.3
 """What is added for a method that was never measured."""

@@ -9,7 +9,7 @@ import pytest
 import trio
 from trio.testing import MockClock
 
-from node.threads import in_line
+from node.util.offload import run_inline
 
 # Daemons of tests that run at the same time, and the user's own node, must not find each other.
 os.environ["METASWARM_NO_MDNS"] = "1"
@@ -22,25 +22,25 @@ SLOW = (
     "tests/unit/cli/test_demo.py",
     "tests/unit/cli/test_evaluate.py",
     "tests/unit/engine/",
-    "tests/unit/jobs/test_disconnects.py",
-    "tests/unit/jobs/test_drafting.py",
-    "tests/unit/jobs/test_drawing.py",
-    "tests/unit/jobs/test_hostile_peers.py",
-    "tests/unit/jobs/test_methods.py",
-    "tests/unit/jobs/test_recovery.py",
-    "tests/unit/jobs/test_silence.py",
-    "tests/unit/jobs/test_trial.py",
+    "tests/unit/coordinator/test_disconnects.py",
+    "tests/unit/stages/test_draft_model.py",
+    "tests/unit/coordinator/test_sampling.py",
+    "tests/unit/stages/test_hostile_peers.py",
+    "tests/unit/coordinator/test_methods.py",
+    "tests/unit/coordinator/test_failover.py",
+    "tests/unit/coordinator/test_stragglers.py",
+    "tests/unit/coordinator/test_trial_runner.py",
     "tests/unit/models/test_demo_model.py",
     "tests/unit/models/test_gguf_import.py",
     "tests/unit/models/test_importer.py",
     "tests/unit/models/test_tokenizer_process.py",
     "tests/unit/network/",
     "tests/unit/selection/",
-    "tests/unit/selector/test_experience.py",
+    "tests/unit/selector/test_training_set.py",
     "tests/unit/selector/test_selectors.py",
     "tests/unit/test_demo.py",
     "tests/unit/test_doctor.py",
-    "tests/unit/test_serving.py",
+    "tests/unit/stages/test_span_supervisor.py",
     "tests/unit/test_start.py",
     "tests/unit/util/test_child_process.py",
 )
@@ -55,11 +55,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture
-def autojump_clock(monkeypatch: pytest.MonkeyPatch) -> MockClock:
-    """Virtual time, in which work for a thread is done at once: while all wait for a thread, the clock would jump."""
+def virtual_clock(monkeypatch: pytest.MonkeyPatch) -> MockClock:
+    """A clock that jumps to the next deadline; `trio.to_thread.run_sync` runs inline for the length of the test.
+
+    With pytest-trio's own `autojump_clock` time would jump while all tasks wait for a thread.
+    """
 
     async def run_sync(work: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
-        return await in_line(lambda: work(*arguments))
+        return await run_inline(lambda: work(*arguments))
 
     monkeypatch.setattr(trio.to_thread, "run_sync", run_sync)
     return MockClock(autojump_threshold=0)

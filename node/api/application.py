@@ -17,7 +17,7 @@ from node.api.guard import Guard
 from node.api.interface import ModelStatus, NodeView
 from node.api.requests import parse_chat_request, parse_completion_request
 from node.api.tasks import parse_task
-from node.jobs.interface import JobError
+from node.coordinator.submission import JobError
 
 
 def make_app(node: NodeView, api_key: str | None) -> ASGIApp:

@@ -16,7 +16,7 @@ from starlette.types import Receive, Scope, Send
 from node.api.documents import Answer
 from node.api.errors import ApiError
 from node.api.requests import CompletionRequest
-from node.jobs.interface import JobError, JobResult, JobStarted, Submitter, TextDelta
+from node.coordinator.submission import JobError, JobResult, JobStarted, Submitter, TextDelta
 
 UNACCEPTED_S: Final = 9.0
 """How long the first comment waits for the job's route to open: until then an error may still be a status."""

@@ -3,7 +3,7 @@
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from node.jobs.interface import JobResult, JobStarted
+from node.coordinator.submission import JobResult, JobStarted
 
 
 def describe_job(result: JobResult) -> dict[str, Any]:

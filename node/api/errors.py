@@ -5,7 +5,7 @@ from typing import Any
 
 from starlette.responses import JSONResponse
 
-from node.jobs.interface import JobError, JobErrorCode
+from node.coordinator.submission import JobError, JobErrorCode
 
 _JOB_ERROR_STATUS = {
     JobErrorCode.INVALID: 400,

@@ -16,7 +16,7 @@ import trio
 
 from node.identity import Identity
 from node.network.interface import Network, NetworkError
-from node.swarm.records import RecordKinds
+from node.swarm.dht_records import RecordKinds
 from protocol.capabilities import (
     CAPABILITY_KIND,
     CAPABILITY_TOPIC,

@@ -24,7 +24,7 @@ from node.cli.output import (
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from node.selection.paired import Speedup
+    from node.evaluation.paired_stats import Speedup
 
 F = TypeVar("F", bound=Callable[..., Any])
 Workload = dict[str, float]
@@ -113,7 +113,7 @@ def bench(
     import trio
 
     from node.cli.client import find_api
-    from node.selection.plot import PlotError, check_plot
+    from node.evaluation.plot import PlotError, check_plot
 
     try:
         if plot:
@@ -211,7 +211,7 @@ def keep(file: Path | None, cell: Mapping[str, Any], result: Mapping[str, Any]) 
 
 def standings(cell: Mapping[str, Any]) -> list[Standing]:
     """Return how the methods of a cell fared, the fastest first, those that could not be had last."""
-    from node.selection.paired import speedup_of
+    from node.evaluation.paired_stats import speedup_of
 
     counts = "latency" if cell["cell"]["workload"]["concurrency"] == 1 else "throughput"
     result = cell["result"]
@@ -273,7 +273,7 @@ def _title(cell: Mapping[str, Any]) -> str:
 
 def draw(cells: Iterable[Mapping[str, Any]], path: Path) -> None:
     """Draw the speed-ups of every cell, one panel each. Raises PlotError."""
-    from node.selection.plot import Panel, draw_panels
+    from node.evaluation.plot import Panel, draw_panels
 
     panels = []
     for cell in cells:

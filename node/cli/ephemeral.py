@@ -9,7 +9,7 @@ from tempfile import TemporaryDirectory
 from node.app import running_node
 from node.cli.logs import configure_logging
 from node.config import ENVIRONMENT_PREFIX, load_config
-from node.engine.devices import CPU
+from node.engine.device import CPU
 
 
 @asynccontextmanager

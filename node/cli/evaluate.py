@@ -11,8 +11,8 @@ from node.cli.output import CommandError, err, json_option, new_table, out, prin
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from node.selection.comparison import Comparison
-    from selector.evaluation import Group, Measures
+    from node.evaluation.compare import Comparison
+    from selector.evaluation.measures import Group, Measures
 
 MAX_PROCESSES = 8
 """Each takes some 300 MiB."""
@@ -60,11 +60,11 @@ def evaluate(
     The folder holds contexts.csv and observations.csv, gzipped or not: see docs/selection.md. Each context of the
     test folds is chosen for by selectors that saw nothing of what was left out with it.
     """
-    from node.engine.sentences import find_sentence_encoder
-    from node.selection.comparison import MAX_ROWS, compare
-    from node.selection.fitting import FittingError
-    from node.selection.folder import read_folder
-    from node.selection.plot import PlotError, check_plot, draw_comparison
+    from node.engine.sentence_encoder import find_sentence_encoder
+    from node.evaluation.compare import MAX_ROWS, compare
+    from node.evaluation.csv_dataset import read_folder
+    from node.evaluation.parallel_fit import FittingError
+    from node.evaluation.plot import PlotError, check_plot, draw_comparison
     from selector.dataset import DatasetError
 
     try:

@@ -16,22 +16,23 @@ from typing import Final
 import structlog
 import trio
 
-from node.consensus.exchange import Initiation, Outcome, Response
-from node.consensus.keeper import Agreement, Keeper, Meter, Store, fresh_nonce
+from node.consensus.chain_node import Agreement, ChainNode, Meter, Store, fresh_nonce
+from node.consensus.chain_sync import Initiation, Outcome, Response
 from node.identity import Identity
 from node.network.interface import GossipMessage, Network, NetworkError, PeerConnected, Stream
+from node.replication.history import History
 from node.storage.database import StorageError
-from node.swarm.history import History
-from node.swarm.standing import Allowance, Ban, Standing, Standings, TokenBucket
-from node.threads import Offload, in_a_thread
+from node.swarm.peer_limits import Ban, Standing, Standings
+from node.util.offload import Offload, run_in_thread
+from node.util.token_bucket import Allowance, TokenBucket
 from protocol.chains import PROTOCOL_ID
 from protocol.consensus import CONSENSUS_TOPIC, EquivocationRecord, Said, open_said
 from protocol.errors import RemoteProtocolError
 from protocol.history import decode_batch, take_batch
 from protocol.identity import ModelId, PeerId
 from selector.consensus.clock import EpochClock
-from selector.consensus.draw import Agenda
 from selector.consensus.reputation import NEWCOMER_WEIGHT
+from selector.consensus.sortition import Agenda
 from selector.consensus.values import Digest, genesis_of
 
 MAX_CHAINS: Final = 8
@@ -109,7 +110,7 @@ class Consensus:
         jitter: random.Random,
         checkpoints: Collection[Digest] = (),
         wall_clock: Callable[[], float] = time.time,
-        offload: Offload = in_a_thread,
+        offload: Offload = run_in_thread,
         nonce: Callable[[], bytes] = fresh_nonce,
         open_envelope: Callable[[bytes], Said] = open_said,
     ) -> None:
@@ -133,8 +134,8 @@ class Consensus:
         self._offload = offload
         self._nonce = nonce
         self._open_unknown = open_envelope
-        self._keepers: dict[ModelId, Keeper] = {}
-        self._by_chain: dict[Digest, Keeper] = {}
+        self._keepers: dict[ModelId, ChainNode] = {}
+        self._by_chain: dict[Digest, ChainNode] = {}
         self._standings = Standings(GOSSIP_WORK_PER_PEER, SERVE_WORK_PER_PEER, TRAFFIC_PER_PEER, SESSIONS_PER_PEER)
         self._gossip_work = GOSSIP_WORK.bucket(0.0)
         self._traffic = TRAFFIC.bucket(0.0)
@@ -170,7 +171,7 @@ class Consensus:
                     trust[peer] = min(trust.get(peer, 1.0), weight / most)
         return trust, in_strangers
 
-    def keepers(self) -> Mapping[ModelId, Keeper]:
+    def keepers(self) -> Mapping[ModelId, ChainNode]:
         """Return the chains that are followed."""
         return self._keepers
 
@@ -196,7 +197,7 @@ class Consensus:
         for model in sorted(models, key=lambda model: (not models[model], model)):
             if model not in self._keepers and len(self._keepers) < MAX_CHAINS:
                 genesis = genesis_of(self._swarm, model, rules_of(self._clock, self._agenda))
-                keeper = Keeper(
+                keeper = ChainNode(
                     identity=self._identity,
                     genesis=genesis,
                     clock=self._clock,
@@ -218,7 +219,7 @@ class Consensus:
     def _serves(self, model: ModelId) -> bool:
         return self._models().get(model, False)
 
-    async def _keep(self, keeper: Keeper) -> None:
+    async def _keep(self, keeper: ChainNode) -> None:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._ask_for_ever, keeper)
             while True:
@@ -288,7 +289,7 @@ class Consensus:
 
     # What was missed
 
-    async def _ask_for_ever(self, keeper: Keeper) -> None:
+    async def _ask_for_ever(self, keeper: ChainNode) -> None:
         """Ask a neighbour for what we missed: a random one several times an epoch, at once where something lacks."""
         interval_s = self._clock.epoch_s / 20
         while True:
@@ -321,7 +322,7 @@ class Consensus:
         standing = self._standings.of(peer, now_s)
         return not standing.barred(now_s) and now_s >= standing.retry_at_s
 
-    async def _ask(self, keeper: Keeper, peer: PeerId) -> bool:
+    async def _ask(self, keeper: ChainNode, peer: PeerId) -> bool:
         """Ask one peer; return whether it has more to tell."""
         standing = self._standings.of(peer, trio.current_time())
         outcome = Outcome()

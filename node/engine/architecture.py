@@ -23,10 +23,10 @@ from typing import Any
 import torch
 from transformers.modeling_utils import PreTrainedModel
 
-from node.engine.cache import KvMemory, Places
+from node.engine.backends.transformers import TransformersSpan
 from node.engine.client import source_from_package
-from node.engine.forward import SpanModel
 from node.engine.interface import PAGE_POSITIONS, EngineError
+from node.engine.kv_cache import KvCache, SlotMapping
 from node.engine.loading import config_from, describe, load_span, name_of
 from node.engine.shrink import shrink
 from node.models.errors import ModelError
@@ -145,8 +145,8 @@ class _DiffersError(Exception):
 class _Stage:
     """Blocks of a loaded span, which may be a part of it, and the span's KV memory."""
 
-    model: SpanModel
-    memory: KvMemory
+    model: TransformersSpan
+    memory: KvCache
     blocks: range
 
 
@@ -169,8 +169,8 @@ def _load(package: Package, blocks: BlockRange, how: str) -> _Stage:
     pages = len(PROMPTS) * _PAGES
     span = load_span(source_from_package(package, blocks), blocks, torch.float32)
     try:
-        model = SpanModel(span, first=blocks.start == 0, last=blocks.end == span.block_count)
-        memory = KvMemory([block.resized(pages * PAGE_POSITIONS) for block in model.try_out()])
+        model = TransformersSpan(span, first=blocks.start == 0, last=blocks.end == span.block_count)
+        memory = KvCache([block.resized(pages * PAGE_POSITIONS) for block in model.try_out()])
     except Exception as error:  # whatever an architecture that nobody tried here trips over
         raise _DiffersError(f"{how} its forward pass fails") from error
     return _Stage(model, memory, range(len(blocks)))
@@ -181,11 +181,11 @@ def _check(stages: Sequence[_Stage], references: Sequence[Reference], how: str) 
     steps = [[*range(0, len(r.prompt), CHUNK), *range(len(r.prompt), len(r.prompt) + COUNT - 1)] for r in references]
     for turn, session in itertools.product(range(max(map(len, steps))), range(len(references))):
         if turn < len(steps[session]):
-            places = Places(range(session * _PAGES, (session + 1) * _PAGES))
+            places = SlotMapping(range(session * _PAGES, (session + 1) * _PAGES))
             _check_step(stages, references[session], places, steps[session][turn], how)
 
 
-def _check_step(stages: Sequence[_Stage], reference: Reference, places: Places, position: int, how: str) -> None:
+def _check_step(stages: Sequence[_Stage], reference: Reference, places: SlotMapping, position: int, how: str) -> None:
     prompt, text = len(reference.prompt), [*reference.prompt, *reference.tokens]
     end = min(position + CHUNK, prompt) if position < prompt else position + 1
     rows, draws = torch.tensor(text[position:end]), int(end >= prompt)

@@ -25,7 +25,7 @@ from pathlib import Path
 
 import psutil
 
-from node.priority import yield_to_others
+from node.util.priority import yield_to_others
 from protocol.schema import to_map
 
 DISK_BYTES = 64 << 20

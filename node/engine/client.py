@@ -15,13 +15,13 @@ from dataclasses import dataclass, field, replace
 import psutil
 import trio
 
-from node.engine import wire
-from node.engine.admission import KvPages
+from node.engine import worker_protocol
+from node.engine.engine_config import EngineOptions, ShardSource
 from node.engine.interface import (
     EngineCrashed,
     EngineError,
     EngineStatistics,
-    Lineage,
+    KvCompatibilityKey,
     Prefix,
     SessionOptions,
     SliceFault,
@@ -32,7 +32,7 @@ from node.engine.interface import (
     Variant,
     VariantNotReady,
 )
-from node.engine.source import EngineOptions, ShardSource
+from node.engine.kv_allocator import KvAllocator
 from node.models.store import Package
 from node.util.child_process import Child, ChildError, child_environment, python, start
 from protocol.identity import BlockRange, SessionId
@@ -92,8 +92,8 @@ async def start_worker(
         engine = WorkerEngine(connection, *await _load(connection, source, blocks, options))
         async with trio.open_nursery() as nursery:
             nursery.start_soon(connection.child.relay_stderr)
-            nursery.start_soon(engine.receive_forever)
-            nursery.start_soon(engine.send_forever)
+            nursery.start_soon(engine.receive_loop)
+            nursery.start_soon(engine.send_loop)
             yield engine
             nursery.cancel_scope.cancel()
     finally:
@@ -140,13 +140,13 @@ async def _loaded(
     """Tell the worker what to be, and wait until it is."""
     with trio.move_on_after(options.start_timeout_s):
         try:
-            await connection.send(wire.encode_load(source, blocks, options))
+            await connection.send(worker_protocol.encode_load(source, blocks, options))
             header, _ = await connection.receive()
-        except _HungUp:
-            raise EngineCrashed(str(await connection.child.epitaph())) from None
+        except _WorkerExited:
+            raise EngineCrashed(str(await connection.child.exit_reason())) from None
         if header["did"] == "failed":
             raise EngineError(header["error"])
-        return wire.decode_loaded(header)
+        return worker_protocol.decode_loaded(header)
     raise EngineError(f"{connection.child.what} did not load within {options.start_timeout_s:g} s")
 
 
@@ -171,7 +171,7 @@ class WorkerEngine:
         self._info = info
         self._variants = variants
         self._building: dict[int, Variant] = {}
-        self._pages = KvPages(info)
+        self._pages = KvAllocator(info)
         # The frame that began a session tells it from an earlier one of the same name.
         self._sessions: dict[SessionId, _Frame] = {}
         # Bounded by the sessions that fit (an open or a close each) and by the callers that wait for a step.
@@ -201,12 +201,14 @@ class WorkerEngine:
         number = next(self._numbers)
         call = self._calls[number] = _Call({}, ())
         self._building[number] = variant
-        self._post(wire.encode_prepare(number, variant))
+        self._post(worker_protocol.encode_prepare(number, variant))
         await call.answered.wait()
         if variant not in self._variants:
             raise call.error or EngineCrashed(self._reason)
 
-    async def open(self, session: SessionId, positions: int, prefix: Prefix | None = None) -> Mapping[Lineage, int]:
+    async def open(
+        self, session: SessionId, positions: int, prefix: Prefix | None = None
+    ) -> Mapping[KvCompatibilityKey, int]:
         """Reserve KV memory for a session; see Engine."""
         await trio.lowlevel.checkpoint()
         self._raise_if_crashed()
@@ -219,12 +221,12 @@ class WorkerEngine:
         try:
             if options.variant not in self._variants:
                 raise VariantNotReady(f"the variant {options.variant} is not ready here")
-            placement = self._pages.begin(session, options)
+            reservation = self._pages.begin(session, options)
         except EngineError:
             self._close(session, keep=False)
             raise
-        self._sessions[session] = self._post(wire.encode_begin(session, options, placement))
-        return placement.cached
+        self._sessions[session] = self._post(worker_protocol.encode_begin(session, options, reservation))
+        return reservation.cached
 
     async def step(self, slices: Sequence[SliceInput]) -> StepResult:
         """Run one step in the worker; see Engine. If the caller is cancelled, a step that is under way still runs."""
@@ -245,7 +247,7 @@ class WorkerEngine:
         number = next(self._numbers)
         ends = {rows.session: rows.position + rows.tensor.rows for rows in slices}
         call = self._calls[number] = _Call({session: self._sessions[session] for session in sessions}, sessions, ends)
-        frame = self._post(wire.encode_step(number, slices))
+        frame = self._post(worker_protocol.encode_step(number, slices))
         try:
             await call.answered.wait()
         finally:
@@ -263,7 +265,7 @@ class WorkerEngine:
         self._pages.rename(session, successor)
         if (begun := self._sessions.pop(session, None)) is not None:
             self._sessions[successor] = begun
-            self._post(wire.encode_rename(session, successor))
+            self._post(worker_protocol.encode_rename(session, successor))
 
     async def close(self, session: SessionId) -> None:
         """Free a session; see Engine."""
@@ -289,7 +291,7 @@ class WorkerEngine:
             worker_pid=None if self._crashed.is_set() else self._connection.child.process.pid,
         )
 
-    async def send_forever(self) -> None:
+    async def send_loop(self) -> None:
         """Send what is posted, in order, until the worker hangs up."""
         try:
             while True:
@@ -299,33 +301,33 @@ class WorkerEngine:
                     await self._connection.send(frame.buffers)
                 self._outbox_filled = trio.Event()
                 await self._outbox_filled.wait()
-        except _HungUp:
-            return  # receive_forever notices, too, and tells everybody
+        except _WorkerExited:
+            return  # receive_loop notices, too, and tells everybody
 
-    async def receive_forever(self) -> None:
+    async def receive_loop(self) -> None:
         """Hand out answers until the worker hangs up; then end every call that waits for one."""
         try:
             while True:
                 self._answer(*await self._connection.receive())
-        except _HungUp:
-            self._reason = str(await self._connection.child.epitaph())
+        except _WorkerExited:
+            self._reason = str(await self._connection.child.exit_reason())
         self._crashed.set()
         for frame in self._outbox:
             frame.taken = True
         self._outbox.clear()
         self._sessions.clear()
         self._building.clear()
-        self._pages = KvPages(self._info)
+        self._pages = KvAllocator(self._info)
         for call in self._calls.values():
             call.answered.set()
         self._calls.clear()
 
-    def _answer(self, header: wire.Header, payload: memoryview) -> None:
+    def _answer(self, header: worker_protocol.Header, payload: memoryview) -> None:
         number = header["call"]
         call = self._calls.pop(number)
         building = self._building.pop(number, None)
         if header["did"] == "error":
-            faults = wire.decode_faults(header)
+            faults = worker_protocol.decode_faults(header)
             call.error = StepFailed(faults) if faults else EngineError(header["error"])
             for session, begun in call.begun.items():  # the worker has closed them already
                 if self._sessions.get(session) is begun:
@@ -333,7 +335,7 @@ class WorkerEngine:
         elif building is not None:
             self._variants |= {building}
         else:
-            call.result = wire.decode_result(header, payload, call.order)
+            call.result = worker_protocol.decode_result(header, payload, call.order)
             failed = {fault.session for fault in call.result.faults}
             for session, begun in call.begun.items():
                 if self._sessions.get(session) is not begun:
@@ -346,7 +348,7 @@ class WorkerEngine:
             self._compute_s += call.result.compute_s
         call.answered.set()
 
-    def _post(self, buffers: list[wire.Buffer]) -> "_Frame":
+    def _post(self, buffers: list[worker_protocol.Buffer]) -> "_Frame":
         frame = _Frame(buffers)
         self._outbox.append(frame)
         self._outbox_filled.set()
@@ -358,7 +360,7 @@ class WorkerEngine:
         if begun is None:  # the worker never heard of it
             return
         if begun.taken:
-            self._post(wire.encode_close(session))
+            self._post(worker_protocol.encode_close(session))
         else:
             self._outbox.remove(begun)
 
@@ -375,7 +377,7 @@ class WorkerEngine:
 class _Frame:
     """Something to send; `taken` once sending has begun, after which it cannot be taken back."""
 
-    buffers: list[wire.Buffer]
+    buffers: list[worker_protocol.Buffer]
     taken: bool = False
 
 
@@ -391,7 +393,7 @@ class _Call:
     error: EngineError | None = None
 
 
-class _HungUp(Exception):
+class _WorkerExited(Exception):
     """The worker closed its end."""
 
 
@@ -402,7 +404,7 @@ class _Connection:
         self.child = child
         self._socket = sock
 
-    async def send(self, buffers: list[wire.Buffer]) -> None:
+    async def send(self, buffers: list[worker_protocol.Buffer]) -> None:
         """Send the buffers of a frame."""
         try:
             for buffer in buffers:
@@ -410,13 +412,13 @@ class _Connection:
                 while data:
                     data = data[await self._socket.send(data) :]
         except OSError as error:
-            raise _HungUp from error
+            raise _WorkerExited from error
 
-    async def receive(self) -> tuple[wire.Header, memoryview]:
+    async def receive(self) -> tuple[worker_protocol.Header, memoryview]:
         """Return the next frame."""
-        prefix = await self._receive_exactly(wire.PREFIX.size)
-        header_bytes, payload_bytes = wire.PREFIX.unpack(prefix)
-        header = wire.decode_header(await self._receive_exactly(header_bytes))
+        prefix = await self._receive_exactly(worker_protocol.PREFIX.size)
+        header_bytes, payload_bytes = worker_protocol.PREFIX.unpack(prefix)
+        header = worker_protocol.decode_header(await self._receive_exactly(header_bytes))
         return header, await self._receive_exactly(payload_bytes)
 
     async def _receive_exactly(self, count: int) -> memoryview:
@@ -426,9 +428,9 @@ class _Connection:
             try:
                 size = await self._socket.recv_into(data[received:])
             except OSError as error:
-                raise _HungUp from error
+                raise _WorkerExited from error
             if size == 0:
-                raise _HungUp
+                raise _WorkerExited
             received += size
         return data
 

@@ -16,7 +16,7 @@ from itertools import pairwise
 
 import torch
 
-from node.engine.devices import free_bytes, synchronize
+from node.engine.device import free_bytes, synchronize
 from protocol.capabilities import Accelerator, AcceleratorKind, Throughput
 
 PART_S = 0.25

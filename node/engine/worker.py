@@ -15,7 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, NoReturn
 
 from node.engine.interface import EngineError, Variant
-from node.engine.wire import (
+from node.engine.worker_protocol import (
     PREFIX,
     Buffer,
     Header,
@@ -97,7 +97,7 @@ def _prepare(shard: "Shard", header: Header, connection: socket.socket) -> None:
 
 def _exit_if_lost(cause: BaseException | None) -> None:
     """End the process where a GPU has failed: to this one it stays lost, to the next one perhaps not."""
-    from node.engine.devices import is_lost
+    from node.engine.device import is_lost
 
     if is_lost(cause):
         sys.stderr.write(f"the GPU is lost: {' '.join(str(cause).split())[:300]}\n")

@@ -18,7 +18,7 @@ from libp2p.pubsub.pubsub import Pubsub
 from libp2p.tools.timed_cache.last_seen_cache import LastSeenCache
 
 from node.network.addresses import address_range
-from node.network.fanout import Fanout
+from node.network.broadcast import Broadcast
 from node.network.interface import GossipMessage, GossipValidator, NetworkError
 from node.network.scores import Scores
 from node.network.swarm import GuardedHost, start_service
@@ -297,7 +297,7 @@ class Gossip:
 
     def __init__(self) -> None:
         self.topics: dict[str, GossipValidator] = {}
-        self.readers: dict[str, Fanout[GossipMessage]] = {}
+        self.readers: dict[str, Broadcast[GossipMessage]] = {}
         self.dropped = 0
         self.scores = Scores(())
         self._pubsub: _GuardedPubsub | None = None
@@ -305,7 +305,7 @@ class Gossip:
     def join(self, topic: str, validator: GossipValidator) -> None:
         """Take part in a topic; before `start`."""
         self.topics[topic] = validator
-        self.readers[topic] = Fanout(READER_CAPACITY)
+        self.readers[topic] = Broadcast(READER_CAPACITY)
 
     async def start(self, nursery: trio.Nursery, host: GuardedHost) -> None:
         """Subscribe to the topics and serve the protocol."""

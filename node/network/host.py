@@ -19,8 +19,8 @@ from multiaddr import Multiaddr
 
 from node.network.addresses import AddressBook, expand_wildcard, parse_address, parse_peer_address
 from node.network.admission import MAX_HANDSHAKES, InboundLimits
+from node.network.broadcast import Broadcast
 from node.network.dht import Dht
-from node.network.fanout import Fanout
 from node.network.gossip import Gossip
 from node.network.interface import (
     GossipMessage,
@@ -144,7 +144,7 @@ class Libp2pNetwork:
         self._gossip = Gossip()
         self._dht = Dht(self._limits.request_timeout_s, self.add_addresses)
         self._handlers: dict[str, StreamHandler] = {}
-        self._events: Fanout[PeerConnected | PeerDisconnected] = Fanout(EVENT_CAPACITY)
+        self._events: Broadcast[PeerConnected | PeerDisconnected] = Broadcast(EVENT_CAPACITY)
         self._connected: dict[PeerId, None] = {}
         self._host: GuardedHost | None = None
         self._swarm: GuardedSwarm | None = None

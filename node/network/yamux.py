@@ -25,7 +25,7 @@ from libp2p.stream_muxer.exceptions import (
 )
 from multiaddr import Multiaddr
 
-from node.network.transfers import MIN_BURST_BYTES, BurstClock, Report
+from node.network.throughput_meter import MIN_BURST_BYTES, Report, ThroughputMeter
 from node.network.yamux_stream import (
     ACK,
     DATA,
@@ -92,8 +92,8 @@ class Yamux(IMuxedConn):
         self._scope = trio.CancelScope()
         self._writing: trio.CancelScope | None = None
         self._received_frames = 0
-        self.uploads = BurstClock(on_sent)
-        self._downloads = BurstClock(on_received)
+        self.uploads = ThroughputMeter(on_sent)
+        self._downloads = ThroughputMeter(on_received)
         self.established_s = trio.current_time()
         self.last_data_s: float | None = None
         """When the peer last sent anything on a stream; None while it never did."""

@@ -10,7 +10,7 @@ import trio
 from libp2p.abc import IMuxedStream
 from libp2p.stream_muxer.exceptions import MuxedStreamClosed, MuxedStreamEOF, MuxedStreamReset
 
-from node.network.transfers import MIN_BURST_BYTES
+from node.network.throughput_meter import MIN_BURST_BYTES
 
 if TYPE_CHECKING:
     from node.network.yamux import Yamux

@@ -17,17 +17,17 @@ from typing import Final, Protocol
 import structlog
 import trio
 
-from node.jobs.choosing import Choice, Question
-from node.jobs.interface import JobError, Outcome, PredictedCost, Selection
-from node.selection.opinions import Opinion, Opinions
+from node.coordinator.method_choice import Choice, SelectionRequest
+from node.coordinator.submission import JobError, Outcome, PredictedCost, Selection
+from node.selection.prediction_cache import Opinion, Predictions
+from node.storage.adoption_store import Standings
 from node.storage.database import StorageError
-from node.storage.standings import Standings
 from protocol.identity import JobId, ModelId
 from selector.adoption import MAX_LOSS, Adoption, Budget, Standing
-from selector.kinds import effect_of, kind_of, plainest_first
-from selector.rule import predicted_cost, preference
-from selector.tally import scores
+from selector.heuristic import predicted_cost, preference
 from selector.task import BASELINE, Method, TaskContext
+from selector.task_buckets import effect_of, kind_of, plainest_first
+from selector.voting import scores
 
 DEFAULT_SHARE: Final = 0.1
 """Of the time that jobs take, what trying methods may cost."""
@@ -66,7 +66,7 @@ class TrialResult:
 
 
 class Memory(Protocol):
-    """Keeps what trials said; `node.storage.standings` is the real one. Every method may raise StorageError."""
+    """Keeps what trials said; `node.storage.adoption_store` is the real one. Every method may raise StorageError."""
 
     async def keep(self, kind: str, standings: Standings) -> None:
         """Keep what trials said about a kind of task."""
@@ -78,7 +78,7 @@ class Memory(Protocol):
 
 
 class Prober(Protocol):
-    """Runs trials; `node.selection.probing` is the real one."""
+    """Runs trials; `node.selection.adoption_trials` is the real one."""
 
     async def probe(self, need: TrialNeed) -> TrialResult:
         """Compare methods with the baseline, in turn, on one route. Raises JobError where that cannot be done."""
@@ -87,9 +87,9 @@ class Prober(Protocol):
 
 @dataclass(slots=True, eq=False)
 class LearnedChoice:
-    """A choice in the making; see `node.jobs.choosing.Choice`."""
+    """A choice in the making; see `node.coordinator.method_choice.Choice`."""
 
-    question: Question
+    question: SelectionRequest
     opinion: Opinion
     order: Sequence[Method]
     kind: str
@@ -133,7 +133,7 @@ class LearnedChooser:
 
     def __init__(
         self,
-        opinions: Opinions,
+        opinions: Predictions,
         rng: random.Random,
         *,
         share: float = DEFAULT_SHARE,
@@ -158,7 +158,7 @@ class LearnedChooser:
         self._wanted: set[str] = set()
         self._needs_in, self._needs = trio.open_memory_channel[tuple[str, str, TrialNeed]](MAX_WAITING)
 
-    async def choose(self, question: Question) -> Choice:
+    async def choose(self, question: SelectionRequest) -> Choice:
         """Return the choice; see Chooser."""
         context, admitted = question.context, question.admitted
         opinion = await self.opinions.of(context, admitted)
@@ -380,7 +380,7 @@ class LearnedChooser:
 class LearnedVoter:
     """Implements Voter: votes as this node's model predicts, or the rule while there is none."""
 
-    def __init__(self, opinions: Opinions) -> None:
+    def __init__(self, opinions: Predictions) -> None:
         self._opinions = opinions
 
     async def vote(self, context: TaskContext, methods: Sequence[Method]) -> Mapping[str, float]:

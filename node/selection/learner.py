@@ -14,12 +14,12 @@ from typing import Any, Final
 import structlog
 import trio
 
-from node.selection.opinions import Opinions
+from node.selection.prediction_cache import Predictions
 from node.storage.database import StorageError
 from node.util.child_process import Child, ChildError, child_environment, python, start
 from selector.expectation import MIN_EXPERIENCES
-from selector.kinds import Viewpoint
 from selector.task import TaskContext
+from selector.task_buckets import Viewpoint
 
 POLL_S: Final = 2.0
 """Between two looks at how much the history holds."""
@@ -56,12 +56,12 @@ class ModelStatus:
 
 
 class Learner:
-    """Trains on the history of this node and gives `Opinions` what it learned."""
+    """Trains on the history of this node and gives `Predictions` what it learned."""
 
     def __init__(
         self,
         database: Path,
-        opinions: Opinions,
+        opinions: Predictions,
         *,
         count: Callable[[], Awaitable[int]],
         viewpoint: Callable[[], Viewpoint],
@@ -149,7 +149,7 @@ class _Worker:
     async def start(cls) -> "_Worker":
         """Start a process. Raises ChildError."""
         child = await start(
-            python("-m", "node.selection.worker"),
+            python("-m", "node.selection.training_worker"),
             what="the worker",
             environment=child_environment({"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}),
             stdin=True,
@@ -169,7 +169,7 @@ class _Worker:
                 while (end := self._buffer.find(b"\n")) < 0:
                     chunk = await self._child.stdout.receive_some()
                     if not chunk:
-                        raise OSError(str(await self._child.epitaph()))
+                        raise OSError(str(await self._child.exit_reason()))
                     if len(self._buffer) > MAX_LINE_BYTES:
                         raise OSError(f"the worker's answer has more than {MAX_LINE_BYTES} bytes")
                     self._buffer += chunk
@@ -177,7 +177,7 @@ class _Worker:
                 del self._buffer[: end + 1]
                 answer = json.loads(line)
         except (trio.BrokenResourceError, trio.ClosedResourceError) as error:
-            raise OSError(str(await self._child.epitaph())) from error
+            raise OSError(str(await self._child.exit_reason())) from error
         if not isinstance(answer, dict):
             raise OSError("the worker speaks in riddles")
         return answer

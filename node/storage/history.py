@@ -12,7 +12,7 @@ from node.storage.database import Database
 from protocol.identity import PeerId
 from protocol.observations import ObservationId, SignedObservation, bucket_of, oldest_bucket
 from protocol.reconciliation import BucketDigest
-from selector.history import HistoryBounds, Share, shares_to_drop
+from selector.retention import HistoryBounds, Share, shares_to_drop
 
 PAGE: Final = 500
 """Records that one read of an iteration holds in memory."""

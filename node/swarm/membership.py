@@ -20,11 +20,11 @@ import trio
 
 from node.identity import Identity
 from node.network.interface import Network, NetworkError, PeerConnected
+from node.swarm.dht_records import RecordKinds
 from node.swarm.dialling import Dialler
 from node.swarm.directory import LIFE_IN_INTERVALS, MAX_UNREACHED_PER_TELLER, Candidate, Directory, Statement
 from node.swarm.presence import PresenceServer, ask_who_is_here
-from node.swarm.records import RecordKinds
-from node.swarm.standing import TokenBucket
+from node.util.token_bucket import TokenBucket
 from protocol.announcements import (
     HEARTBEAT_TOPIC,
     Heartbeat,

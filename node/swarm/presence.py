@@ -10,7 +10,7 @@ import trio
 
 from node.network.interface import Network, NetworkError, Stream
 from node.swarm.directory import Directory
-from node.swarm.standing import TokenBucket
+from node.util.token_bucket import TokenBucket
 from protocol.identity import PeerId
 from protocol.presence import PROTOCOL_ID, PresenceReader, encode_present
 

@@ -8,7 +8,7 @@ from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
-from selector.consensus.draw import beacon_of, draw_committee
+from selector.consensus.sortition import beacon_of, draw_committee
 from selector.consensus.values import Digest, Signature, Statement
 
 GENESIS_EPOCH: Final = -1

@@ -10,7 +10,7 @@ from typing import Final, NamedTuple
 
 from selector.consensus.chain import Chain, Link, has_lapsed
 from selector.consensus.clock import EpochClock
-from selector.consensus.draw import Agenda, beacon_of, draw_committee
+from selector.consensus.sortition import Agenda, beacon_of, draw_committee
 from selector.consensus.state import Contribution, Outcome, State, conclude, founders, initial_state
 from selector.consensus.values import (
     Cell,

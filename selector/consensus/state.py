@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Final, NamedTuple
 
-from selector.consensus.draw import REPLICAS, Agenda, beacon_of, draw_assignments, draw_committee
 from selector.consensus.reputation import Reputation
+from selector.consensus.sortition import REPLICAS, Agenda, beacon_of, draw_assignments, draw_committee
 from selector.consensus.table import (
     Entry,
     Replica,

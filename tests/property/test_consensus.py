@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from selector.consensus.chain import Chain, InvalidStatement, quorum_of
-from selector.consensus.draw import REPLICAS, Agenda, beacon_of, draw_assignments, draw_committee
 from selector.consensus.reputation import COUNT_SCALE, WEIGHT_SCALE, Reputation
+from selector.consensus.sortition import REPLICAS, Agenda, beacon_of, draw_assignments, draw_committee
 from selector.consensus.state import Contribution, conclude, initial_state
 from selector.consensus.table import Replica, agree_on, weighted_median
 from selector.consensus.values import (

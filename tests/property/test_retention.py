@@ -5,7 +5,7 @@ from random import Random
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from selector.history import HistoryBounds, Share, shares_to_drop
+from selector.retention import HistoryBounds, Share, shares_to_drop
 
 FIRST, OPEN = 3, 8
 histories = st.dictionaries(

@@ -12,20 +12,20 @@ from typing import cast
 
 import trio
 
-from node.engine.fake import expected_tokens, fake_span_info
+from node.coordinator.submission import JobError, JobErrorCode, JobRequest
 from node.identity import Identity
-from node.jobs.interface import JobError, JobErrorCode, JobRequest
-from node.jobs.stage import Stages
 from node.network.addresses import AddressBook
 from node.network.interface import Network
-from node.network.memory import LinkModel
-from node.placing import Statements
+from node.stages.block_placement import PlacementAnnouncements
+from node.stages.stage_server import StageServer
 from node.swarm.directory import Candidate
 from node.swarm.membership import Membership
+from node.testing.fake_engine import expected_tokens, fake_span_info
+from node.testing.memory_hub import LinkModel
 from protocol.identity import BlockRange, ModelId, PeerId
 from selector.routing import Link, Links
 from tests.simulation import virtual_time
-from tests.unit.jobs.peers import BLOCKS, VOCABULARY, Peer, Swarm
+from tests.support.job_peers import BLOCKS, VOCABULARY, Peer, Swarm
 
 SPANS = ((0, 3), (3, 6), (6, 9), (0, 6), (3, 9))
 COORDINATORS = 2
@@ -147,7 +147,9 @@ class RumourSwarm(Swarm):
         now_s = trio.current_time()
         self.peers = [peer for peer in self.peers if self.lives(peer) or self.silent_s(peer) > now_s]
 
-    def _membership(self, identity: Identity, network: Network, stages: Stages, statements: Statements) -> Membership:
+    def _membership(
+        self, identity: Identity, network: Network, stages: StageServer, statements: PlacementAnnouncements
+    ) -> Membership:
         return cast("Membership", Rumours(network, self))
 
     def _expected(self, membership: Membership, model: ModelId) -> tuple[BlockRange, ...]:

@@ -13,13 +13,13 @@ import trio
 
 from node.identity import Identity
 from node.network.interface import NetworkError
-from node.network.memory import LinkModel, MemoryNetworkHub
-from node.network.memory_network import MemoryNetwork
-from node.network.memory_stream import Packet
-from node.swarm.dissemination import Dissemination, DisseminationLimits
-from node.swarm.history import MemoryHistory
+from node.replication.history import MemoryHistory
+from node.replication.observations import ObservationReplicator, ReplicationLimits
+from node.swarm.dht_records import RecordKinds
 from node.swarm.membership import Membership
-from node.swarm.records import RecordKinds
+from node.testing.memory_hub import LinkModel, MemoryNetworkHub
+from node.testing.memory_network import MemoryNetwork
+from node.testing.memory_stream import Packet
 from protocol import records as signed_records
 from protocol.identity import JobId, PeerId
 from protocol.observations import SignedObservation, open_observation, sign_observation
@@ -94,7 +94,7 @@ class SimulatedPeer:
     history: TracedHistory
     clock_skew_s: float
     network: MemoryNetwork
-    dissemination: Dissemination = field(init=False)
+    dissemination: ObservationReplicator = field(init=False)
     membership: Membership | None = field(init=False, default=None)
 
     @property
@@ -116,7 +116,7 @@ class Swarm:
         link: LinkModel,
         clock_skew_s: float = 0.0,
         with_membership: bool = True,
-        limits: DisseminationLimits | None = None,
+        limits: ReplicationLimits | None = None,
     ) -> None:
         self.rng = random.Random(seed)
         self.hub = MeteredHub(random.Random(self.rng.random()), link)
@@ -126,7 +126,7 @@ class Swarm:
         """Who published an observation, by its id."""
         self._clock_skew_s = clock_skew_s
         self._with_membership = with_membership
-        self._limits = limits or DisseminationLimits()
+        self._limits = limits or ReplicationLimits()
         self._bootstrap: list[str] = []
         self._jobs = 0
         self._nursery: trio.Nursery | None = None
@@ -200,7 +200,7 @@ class Swarm:
                 jitter=jitter,
                 wall_clock=wall_clock,
             )
-        peer.dissemination = Dissemination(
+        peer.dissemination = ObservationReplicator(
             network=network,
             identity=peer.identity,
             history=peer.history,

@@ -9,19 +9,19 @@ from functools import lru_cache
 
 import trio
 
-from node.consensus.keeper import Agreement, Keeper
-from node.consensus.memory import MemoryStore
+from node.consensus.chain_node import Agreement, ChainNode
 from node.consensus.service import Consensus
 from node.identity import Identity
 from node.network.interface import NetworkError
-from node.network.memory import LinkModel, MemoryNetworkHub
-from node.network.memory_network import MemoryNetwork
-from node.swarm.history import MemoryHistory
-from node.threads import in_line
+from node.replication.history import MemoryHistory
+from node.testing.chain_store import MemoryStore
+from node.testing.memory_hub import LinkModel, MemoryNetworkHub
+from node.testing.memory_network import MemoryNetwork
+from node.util.offload import run_inline
 from protocol.consensus import CommitRecord, SignatureRecord, open_said, say
 from protocol.identity import ModelId
 from selector.consensus.clock import EpochClock
-from selector.consensus.draw import Agenda
+from selector.consensus.sortition import Agenda
 from selector.consensus.values import Cell
 from tests.simulation import virtual_time
 
@@ -77,7 +77,7 @@ class Peer:
         return self.consensus.agreement(MODEL)
 
     @property
-    def keeper(self) -> Keeper:
+    def keeper(self) -> ChainNode:
         return self.consensus.keepers()[MODEL]
 
 
@@ -129,7 +129,7 @@ class Swarm:
             clock=EpochClock(EPOCH_S),
             jitter=jitter,
             wall_clock=lambda: BEGINNING_S + trio.current_time() + peer.skew_s,
-            offload=in_line,
+            offload=run_inline,
             nonce=lambda: jitter.randbytes(32),
             open_envelope=_open_said_once,
         )

@@ -12,23 +12,23 @@ import trio
 from threadpoolctl import threadpool_limits
 from trio.testing import MockClock
 
+from node.coordinator.recorder import Recorder
+from node.coordinator.submission import JobRequest, JobResult
+from node.coordinator.trial_runner import Trials
 from node.engine.interface import Variant
 from node.identity import Identity
-from node.jobs.choosing import Voter
-from node.jobs.interface import JobRequest, JobResult
-from node.jobs.recorder import Recorder
-from node.jobs.trial import Trials
+from node.selection.adoption_trials import TrialProber
 from node.selection.chooser import LearnedChooser, LearnedVoter
-from node.selection.opinions import Opinions
-from node.selection.probing import TrialProber
-from node.selection.worker import experience_of
+from node.selection.prediction_cache import Predictions
+from node.selection.training_worker import experience_of
+from node.stages.voting import Voter
 from protocol.measurements import Observation
 from protocol.observations import SignedObservation
-from selector.experience import Experience
-from selector.kinds import Viewpoint
 from selector.prediction import train
 from selector.task import PORTFOLIO, Method, TaskContext, method
-from tests.unit.jobs.peers import open_swarm
+from selector.task_buckets import Viewpoint
+from selector.training_set import Experience
+from tests.support.job_peers import open_swarm
 
 SLOWNESS = {Variant("onnxruntime", "fp32"): 1.6}
 STEP_S, ROW_S = 0.02, 0.001
@@ -45,7 +45,7 @@ class LearningNode:
 
     def __init__(self, lies: Sequence[Experience] = (), voter: Voter | None = None) -> None:
         self.identity = Identity(b"5" * 32)
-        self.opinions = Opinions()
+        self.opinions = Predictions()
         self.chooser = LearnedChooser(self.opinions, random.Random(1), share=SHARE, allowance_s=ALLOWANCE_S)
         self.voter = voter or LearnedVoter(self.opinions)
         self.recorder = Recorder(self.identity, self)
@@ -120,7 +120,7 @@ def is_fast(family: str, chosen: JobResult) -> bool:
     return switches["engine"] != "onnxruntime" and (family == "plain" or switches["prefix_cache"] == "on")
 
 
-async def test_the_best_method_of_each_kind_of_task_is_found_within_the_budget(autojump_clock: MockClock) -> None:
+async def test_the_best_method_of_each_kind_of_task_is_found_within_the_budget(virtual_clock: MockClock) -> None:
     node = LearningNode()
     results = await serve(node, 14)
     first = {family: found[0].method.name for family, found in results.items()}
@@ -153,7 +153,7 @@ class LyingVoter:
 
 
 async def test_neither_a_history_nor_votes_full_of_nonsense_make_a_node_use_what_is_bad(
-    autojump_clock: MockClock,
+    virtual_clock: MockClock,
 ) -> None:
     context = TaskContext(architecture="fake", block_count=9, hidden_size=32, hardware="test")
     lies = [
@@ -181,7 +181,7 @@ async def test_neither_a_history_nor_votes_full_of_nonsense_make_a_node_use_what
     assert node.chooser.budget.trials < 20
 
 
-async def test_without_a_budget_nothing_is_tried(autojump_clock: MockClock) -> None:
+async def test_without_a_budget_nothing_is_tried(virtual_clock: MockClock) -> None:
     node = LearningNode()
     node.chooser = LearnedChooser(node.opinions, random.Random(1), share=0.0)
     results = await serve(node, 5)

@@ -6,9 +6,9 @@ import trio
 
 from node.identity import Identity
 from node.network.interface import Stream
-from node.network.memory import LinkModel
 from node.swarm.directory import MAX_UNREACHED_PER_TELLER
 from node.swarm.membership import HEARSAY_AT_ONCE, HEARSAY_PER_S
+from node.testing.memory_hub import LinkModel
 from protocol.announcements import HEARTBEAT_TOPIC, Heartbeat, ServedSpan
 from protocol.identity import BlockRange, ModelId, PeerId
 from protocol.messages import Load

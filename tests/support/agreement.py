@@ -5,8 +5,8 @@ from collections.abc import Callable, Iterable, Sequence
 
 from selector.consensus.chain import Chain, InvalidStatement
 from selector.consensus.clock import EpochClock
-from selector.consensus.draw import Agenda
 from selector.consensus.participant import Participant
+from selector.consensus.sortition import Agenda
 from selector.consensus.state import Contribution
 from selector.consensus.values import Cell, Reading, Signature, Statement, genesis_of
 

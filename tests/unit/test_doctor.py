@@ -20,12 +20,12 @@ from node.doctor import Consequence, Diagnosis, Fault, RunningNode, diagnose
 from node.identity import Identity, load_or_create
 from node.models.importer import import_model
 from node.models.store import ModelStore
-from node.network import greeting
+from node.network import probe_port
 from node.network.host import Libp2pNetwork
 from node.storage.database import DATABASE_FILE, open_database
 from node.storage.history import HistoryStore
+from node.swarm.dht_records import RecordKinds
 from node.swarm.membership import Membership
-from node.swarm.records import RecordKinds
 from protocol.announcements import ServedSpan
 from protocol.identity import BlockRange, ModelId
 from protocol.messages import Load
@@ -41,7 +41,7 @@ MODEL = ModelId("5a" * 32)
 @pytest.fixture(autouse=True)
 def impatience(monkeypatch: pytest.MonkeyPatch) -> None:
     """Who says nothing is not waited for as long as on a real network."""
-    monkeypatch.setattr(greeting, "GREETING_TIMEOUT_S", 1.0)
+    monkeypatch.setattr(probe_port, "GREETING_TIMEOUT_S", 1.0)
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ import pytest
 from node import app
 from node.capabilities.probe import total_memory
 from node.config import NodeConfig, NodeReady, StartError
-from node.engine.devices import Device
+from node.engine.device import Device
 from node.storage.database import open_database
 from protocol.identity import peer_id_from_public_key
 

@@ -4,11 +4,11 @@ from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any, cast
 
-from node.jobs.peer_records import StagePeerStatistics
-from node.jobs.planner import PeerRecord
+from node.coordinator.planner import PeerRecord
+from node.stages.peer_records import StagePeerStatistics
 from node.status import StatusView
 from node.swarm.directory import Directory
-from node.swarm.standing import Ban
+from node.swarm.peer_limits import Ban
 from protocol.announcements import Heartbeat, ServedSpan
 from protocol.identity import BlockRange, ModelId, PeerId, peer_id_from_public_key
 from protocol.messages import Load, RefusalReason

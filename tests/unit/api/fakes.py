@@ -12,7 +12,8 @@ import trio
 from node.api.application import make_app
 from node.api.interface import Explanation, ModelStatus, NodeStatus, PeerStatus, SelectionStatus
 from node.api.server import serve
-from node.jobs.interface import (
+from node.coordinator.recorder import ServedJob
+from node.coordinator.submission import (
     Consensus,
     JobError,
     JobEvent,
@@ -26,8 +27,7 @@ from node.jobs.interface import (
     Usage,
     Vote,
 )
-from node.jobs.recorder import ServedJob
-from node.jobs.trial import MethodTrial, Run, Trial, TrialSpec
+from node.coordinator.trial_runner import MethodTrial, Run, Trial, TrialSpec
 from protocol.identity import BlockRange, JobId, ModelId, peer_id_from_public_key
 from protocol.messages import FinishReason
 from selector.task import BASELINE, method

@@ -16,7 +16,7 @@ from node.api.requests import (
     parse_chat_request,
     parse_completion_request,
 )
-from node.jobs.interface import ChatMessage
+from node.coordinator.submission import ChatMessage
 from protocol.limits import MAX_LOGIT_BIASES, MAX_POSITIONS, MAX_STOP_TOKENS, MAX_VOCABULARY
 
 

@@ -7,11 +7,11 @@ from typing import Any
 import pytest
 
 from node.cli import run
-from node.selection import comparison, fitting
-from selector.baselines import BASELINES, GradientBoosting, RandomForest
+from node.evaluation import compare, parallel_fit
 from selector.dataset import FloatArray
+from selector.evaluation.baselines import BASELINES, GradientBoosting, RandomForest
+from selector.evaluation.text_embedding import HashedNgrams
 from selector.metamodel import MetaModel
-from selector.text import HashedNgrams
 from tests.unit.selector.measurements import made_up, write, write_folder
 
 NAMES = [
@@ -26,8 +26,8 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Small models: what the verb does is tested here, not how good they are. No sentence encoder, installed or not."""
     for name, baseline in (("random_forest", RandomForest), ("gradient_boosting", GradientBoosting)):
         monkeypatch.setitem(BASELINES, name, partial(baseline, min_rows=1000))
-    monkeypatch.setattr(comparison, "MetaModel", lambda group, **_: MetaModel(group, boosting_rounds=20, tree_count=10))
-    monkeypatch.setattr("node.engine.sentences.PACKAGE", "no_such_package")
+    monkeypatch.setattr(compare, "MetaModel", lambda group, **_: MetaModel(group, boosting_rounds=20, tree_count=10))
+    monkeypatch.setattr("node.engine.sentence_encoder.PACKAGE", "no_such_package")
 
 
 @pytest.fixture(name="folder", scope="module")
@@ -58,7 +58,7 @@ def test_processes_find_what_one_finds(
         return [{name: value for name, value in row.items() if name != "seconds"} for row in document["rows"]]
 
     alone = evaluate()
-    monkeypatch.setattr(comparison, "MIN_ROWS_OF_PROCESSES", 0)
+    monkeypatch.setattr(compare, "MIN_ROWS_OF_PROCESSES", 0)
     monkeypatch.setattr("node.cli.evaluate.os.cpu_count", lambda: 2)
     assert evaluate() == alone
 
@@ -66,9 +66,9 @@ def test_processes_find_what_one_finds(
 def test_a_process_that_is_gone_is_told_in_one_line(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(comparison, "MIN_ROWS_OF_PROCESSES", 0)
+    monkeypatch.setattr(compare, "MIN_ROWS_OF_PROCESSES", 0)
     monkeypatch.setattr("node.cli.evaluate.os.cpu_count", lambda: 2)
-    monkeypatch.setattr(fitting, "COMMAND", "raise SystemExit")
+    monkeypatch.setattr(parallel_fit, "COMMAND", "raise SystemExit")
     assert run(["evaluate", str(folder)]) == 1
     assert "use --sample with fewer contexts" in capsys.readouterr().err.splitlines()[-1]
 
@@ -80,7 +80,7 @@ def test_each_text_is_read_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -
         read.extend(texts)
         return HashedNgrams()(texts)
 
-    monkeypatch.setattr("node.engine.sentences.find_sentence_encoder", lambda: encode)
+    monkeypatch.setattr("node.engine.sentence_encoder.find_sentence_encoder", lambda: encode)
     assert run(["evaluate", str(folder)]) == 0
     assert read
     assert len(read) == len(set(read))

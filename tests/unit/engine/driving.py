@@ -5,18 +5,18 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-from node.engine.admission import KvPages
 from node.engine.interface import (
     REFERENCE,
     Engine,
     EngineError,
-    Lineage,
+    KvCompatibilityKey,
     Prefix,
     SessionOptions,
     SliceInput,
     StepResult,
     Variant,
 )
+from node.engine.kv_allocator import KvAllocator
 from node.engine.shard import Shard
 from protocol.identity import BlockRange, JobId, SessionId
 from protocol.messages import Sampling
@@ -44,7 +44,7 @@ class InProcess:
     def __init__(self, shard: Shard) -> None:
         self.info = shard.info
         self.shard = shard
-        self.pages = KvPages(shard.info)
+        self.pages = KvAllocator(shard.info)
 
     def open_now(self, session: SessionId, positions: int, options: SessionOptions | None = None) -> None:
         self.pages.open(session, positions, None)
@@ -86,7 +86,9 @@ class InProcess:
     async def prepare(self, variant: Variant) -> None:
         self.shard.prepare(variant)
 
-    async def open(self, session: SessionId, positions: int, prefix: Prefix | None = None) -> Mapping[Lineage, int]:
+    async def open(
+        self, session: SessionId, positions: int, prefix: Prefix | None = None
+    ) -> Mapping[KvCompatibilityKey, int]:
         return self.pages.open(session, positions, prefix)
 
     async def begin(self, session: SessionId, options: SessionOptions) -> int:
@@ -109,7 +111,9 @@ class Part:
     def _of(self, session: SessionId) -> SessionId:
         return SessionId(session.job, self.info.blocks.start)
 
-    async def open(self, session: SessionId, positions: int, prefix: Prefix | None = None) -> Mapping[Lineage, int]:
+    async def open(
+        self, session: SessionId, positions: int, prefix: Prefix | None = None
+    ) -> Mapping[KvCompatibilityKey, int]:
         return await self._engine.open(self._of(session), positions, prefix)
 
     async def begin(self, session: SessionId, options: SessionOptions) -> int:

@@ -9,11 +9,11 @@ from transformers import AutoConfig
 
 from node.engine.architecture import COUNT, PROMPTS, package_of, references_of, tiny_model, try_out
 from node.engine.client import source_from_package
+from node.engine.engine_config import EngineOptions
 from node.engine.interface import EngineError, SliceInput
 from node.engine.loading import describe
 from node.engine.shard import Shard
 from node.engine.shrink import ORIGINAL_POSITIONS, shrink
-from node.engine.source import EngineOptions
 from node.models.layout import BY_NAME
 from node.models.manifest import constant_positions
 from node.models.store import Package

@@ -4,9 +4,9 @@ from collections.abc import Callable
 
 import pytest
 
+from node.engine.engine_config import EngineOptions
 from node.engine.interface import REFERENCE, Variant
 from node.engine.shard import Shard
-from node.engine.source import EngineOptions
 from protocol.identity import BlockRange
 from tests.unit.engine.driving import DEVICE, InProcess, Part, decode, spans
 from tests.unit.engine.tiny_models import BLOCKS, COUNT, FAMILIES, PROMPT, TinyModel

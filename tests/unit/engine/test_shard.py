@@ -13,10 +13,10 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import node.engine.shard
+from node.engine.backends.batched import Rows
+from node.engine.engine_config import EngineOptions, ShardSource
 from node.engine.interface import REFERENCE, EngineError, EngineFull, SliceInput, StepResult, Variant
-from node.engine.ragged import Rows
 from node.engine.shard import Shard, open_shard
-from node.engine.source import EngineOptions, ShardSource
 from protocol.identity import BlockRange, ModelId, SessionId
 from protocol.messages import Sampling
 from protocol.tensors import DType, Tensor, tensor_from_tokens, tokens_from_tensor

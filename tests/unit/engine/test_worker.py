@@ -17,12 +17,13 @@ import trio.testing
 
 from node.engine import client
 from node.engine.client import SpareWorker, WorkerEngine, start_worker
+from node.engine.engine_config import EngineOptions
 from node.engine.interface import (
     REFERENCE,
     EngineCrashed,
     EngineError,
     EngineFull,
-    Lineage,
+    KvCompatibilityKey,
     Prefix,
     SessionOptions,
     SliceInput,
@@ -31,7 +32,6 @@ from node.engine.interface import (
     VariantNotReady,
 )
 from node.engine.shard import Shard
-from node.engine.source import EngineOptions
 from node.util.child_process import python
 from protocol.identity import BlockRange
 from protocol.messages import Sampling
@@ -324,7 +324,7 @@ async def test_a_later_session_takes_over_the_pages_of_an_earlier_one(make_tiny_
     prefix = Prefix(namespace="me", hashes=b"one page of text")
     drawn = []
     async with start_worker(tiny.source(WHOLE), WHOLE, OPTIONS) as engine:
-        for number, found in ((1, {}), (2, {Lineage(REFERENCE, "fp32"): 32})):
+        for number, found in ((1, {}), (2, {KvCompatibilityKey(REFERENCE, "fp32"): 32})):
             assert await engine.open(session(number), 48, prefix) == found
             cached = await engine.begin(session(number), SessionOptions(sampling=GREEDY))
             drawn.append(tokens_from_tensor(await step([engine], session(number), cached, text[cached:], 1)))

@@ -16,7 +16,7 @@ from libp2p.peer.id import ID
 from libp2p.stream_muxer.yamux.yamux import Yamux as LibraryYamux
 from multiaddr import Multiaddr
 
-from node.network.transfers import Report
+from node.network.throughput_meter import Report
 from node.network.yamux import Yamux
 from node.network.yamux_stream import YamuxLimits
 

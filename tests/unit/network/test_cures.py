@@ -18,9 +18,9 @@ from node.network import dht, gossip
 from node.network.addresses import parse_address
 from node.network.admission import SILENT_S, InboundLimits
 from node.network.host import Libp2pNetwork, NetworkLimits
+from node.network.idle_peer import hold_connection
 from node.network.interface import Network, NetworkError, PeerConnected, PeerDisconnected, Stream, StreamClosed
 from node.network.peerstore import BoundedPeerStore
-from node.network.stranger import hold_connection
 from node.network.streams import Libp2pStream
 from node.network.swarm import start_service
 from node.network.yamux import Yamux

@@ -8,11 +8,11 @@ import pytest
 import trio
 from trio.testing import MockClock
 
-from node.jobs.choosing import Question
-from node.jobs.interface import JobError, JobErrorCode, Outcome
+from node.coordinator.method_choice import SelectionRequest
+from node.coordinator.submission import JobError, JobErrorCode, Outcome
 from node.selection.chooser import ALLOWANCE_S, LearnedChooser, TrialNeed, TrialResult
-from node.selection.opinions import Opinions
-from node.storage.standings import Standings
+from node.selection.prediction_cache import Predictions
+from node.storage.adoption_store import Standings
 from protocol.identity import JobId, ModelId
 from selector.task import BASELINE, Method, TaskContext, method
 
@@ -52,10 +52,10 @@ class Kept:
         return self.kinds
 
 
-async def test_a_node_that_starts_again_goes_on_with_what_it_had_adopted(autojump_clock: MockClock) -> None:
+async def test_a_node_that_starts_again_goes_on_with_what_it_had_adopted(virtual_clock: MockClock) -> None:
     kept = Kept()
-    await hold(LearnedChooser(Opinions(), random.Random(1), memory=kept), Prober(fails=False))
-    again = LearnedChooser(Opinions(), random.Random(1), memory=kept)
+    await hold(LearnedChooser(Predictions(), random.Random(1), memory=kept), Prober(fails=False))
+    again = LearnedChooser(Predictions(), random.Random(1), memory=kept)
     with trio.move_on_after(1):
         await again.run(Prober(fails=True), lambda: False)
     names = [each.name for each in NEED.methods]
@@ -74,8 +74,8 @@ async def hold(chooser: LearnedChooser, prober: Prober) -> None:
         await chooser.run(prober, lambda: False)
 
 
-async def test_a_trial_that_fails_has_cost_what_it_took(autojump_clock: MockClock) -> None:
-    chooser = LearnedChooser(Opinions(), random.Random(1))
+async def test_a_trial_that_fails_has_cost_what_it_took(virtual_clock: MockClock) -> None:
+    chooser = LearnedChooser(Predictions(), random.Random(1))
     await hold(chooser, Prober(fails=True))
     assert chooser.budget.left_s == pytest.approx(0.4 * ALLOWANCE_S)
     await hold(chooser, Prober(fails=True))
@@ -84,9 +84,9 @@ async def test_a_trial_that_fails_has_cost_what_it_took(autojump_clock: MockCloc
 
 
 async def test_of_the_trials_that_wait_one_may_overdraw_the_budget_and_the_others_are_not_held(
-    autojump_clock: MockClock,
+    virtual_clock: MockClock,
 ) -> None:
-    chooser = LearnedChooser(Opinions(), random.Random(1))
+    chooser = LearnedChooser(Predictions(), random.Random(1))
     prober = Prober(fails=False, takes_s=1.5 * ALLOWANCE_S)
     for kind in ("one", "two", "three"):
         chooser._needs_in.send_nowait((kind, BASELINE.name, NEED))
@@ -96,8 +96,8 @@ async def test_of_the_trials_that_wait_one_may_overdraw_the_budget_and_the_other
     assert chooser.budget.left_s == pytest.approx(-0.5 * ALLOWANCE_S)
 
 
-async def test_a_method_that_a_trial_could_not_have_is_no_candidate_for_the_next(autojump_clock: MockClock) -> None:
-    chooser = LearnedChooser(Opinions(), random.Random(1))
+async def test_a_method_that_a_trial_could_not_have_is_no_candidate_for_the_next(virtual_clock: MockClock) -> None:
+    chooser = LearnedChooser(Predictions(), random.Random(1))
     await hold(chooser, Prober(fails=False))
     names = [each.name for each in NEED.methods]
     expected = {BASELINE.name: 0.0, FUSED.name: -1.0, CHUNKED.name: -9.0}
@@ -108,7 +108,7 @@ async def test_a_method_that_a_trial_could_not_have_is_no_candidate_for_the_next
 
 @pytest.mark.parametrize(("transfer_s", "worth_it"), [(0.05, [FUSED, REPEATED]), (0.4, [FUSED, REPEATED, NARROW])])
 async def test_of_methods_that_do_the_same_to_a_task_the_plainest_gets_a_trial(
-    transfer_s: float, worth_it: list[Method], autojump_clock: MockClock
+    transfer_s: float, worth_it: list[Method], virtual_clock: MockClock
 ) -> None:
     tried: list[str] = []
 
@@ -120,9 +120,9 @@ async def test_of_methods_that_do_the_same_to_a_task_the_plainest_gets_a_trial(
 
     short = replace(CONTEXT, prompt_tokens=16, max_tokens=16, stage_count=2, transfer_s=transfer_s)
     cached = method(engine="fused", prefix_cache="on", speculation="ngram-8")
-    chooser = LearnedChooser(Opinions(), random.Random(1))
+    chooser = LearnedChooser(Predictions(), random.Random(1))
     admitted = [BASELINE, FUSED, CHUNKED, REPEATED, cached, NARROW]
-    choice = await chooser.choose(Question(model=NEED.model, context=short, admitted=admitted))
+    choice = await chooser.choose(SelectionRequest(model=NEED.model, context=short, admitted=admitted))
     outcome = Outcome(job_id=JobId("cd" * 16), method=FUSED.name, completion_tokens=16, total_s=1.0, replays=0)
     assert list(choice.ballot([])) == [FUSED.name]
     chooser.served(choice, outcome)

@@ -9,10 +9,10 @@ from sklearn.base import clone
 from sklearn.ensemble import ExtraTreesRegressor
 from sklearn.exceptions import NotFittedError
 
-from selector.baselines import BASELINES, TextEmbedding
 from selector.dataset import Dataset, FloatArray, IntArray
 from selector.estimator import NotApplicableError, Selector
-from selector.evaluation import Fold, outcomes, predict_folds, split
+from selector.evaluation.baselines import BASELINES, TextEmbedding
+from selector.evaluation.measures import Fold, outcomes, predict_folds, split
 from selector.metamodel import MetaModel
 from tests.unit.selector.measurements import made_up
 

@@ -6,21 +6,21 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from protocol.measurements import QualityBound
 from selector.consensus.reputation import NEWCOMER_WEIGHT
-from selector.rule import predicted_cost, preference
-from selector.tally import scores, tally, weights_of
+from selector.heuristic import predicted_cost, preference
 from selector.task import (
     BASELINE,
     PORTFOLIO,
     SWITCHES,
     MeasuredQuality,
     MethodError,
-    QualityBound,
     TaskContext,
     admits,
     method,
     parse_method,
 )
+from selector.voting import scores, tally, weights_of
 
 
 def test_every_method_of_the_portfolio_has_a_name_that_says_it() -> None:
@@ -57,7 +57,7 @@ def test_what_a_method_says_of_itself() -> None:
     assert not method(engine="fused", arithmetic="int8").exact
     assert not method(activations="bf16").exact
     assert (BASELINE.drafter, BASELINE.draft_tokens, BASELINE.prefill_chunk) == ("off", 0, None)
-    assert BASELINE.lineage == "eager/fp32/fp32"
+    assert BASELINE.kv_key == "eager/fp32/fp32"
     assert all(value == SWITCHES[switch].baseline for switch, value in BASELINE.switches.items())
 
 

@@ -17,7 +17,7 @@ from node.storage.history import PAGE, HistoryStore
 from protocol.limits import MAX_OBSERVATION_AGE_S
 from protocol.observations import BUCKET_S, SignedObservation, bucket_of
 from protocol.reconciliation import BucketDigest, IdCache, SetTree
-from selector.history import HistoryBounds
+from selector.retention import HistoryBounds
 from tests.support.observations import NOW_S, peer, signed
 
 POOL = [signed(n, observer=n % 3, issued_at_s=NOW_S - (n % 5) * BUCKET_S) for n in range(40)]

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from node.placing import Statements
+from node.stages.block_placement import PlacementAnnouncements
 from node.swarm.directory import (
     LIFE_IN_INTERVALS,
     MAX_PER_RANGE,
@@ -94,7 +94,7 @@ def test_who_is_started_again_no_longer_means_to_serve_what_it_said_before() -> 
     directory = Directory(own_peer=US)
     for sequence, blocks in enumerate((BlockRange(0, 3), None)):
         clock_s = 1_800_000_000.0 + sequence
-        statements = Statements(lambda: None, lambda clock_s=clock_s: clock_s)  # type: ignore[misc]
+        statements = PlacementAnnouncements(lambda: None, lambda clock_s=clock_s: clock_s)  # type: ignore[misc]
         if blocks is not None:
             statements.say(MODEL, Placement(model=MODEL, blocks=blocks, rate=1.0, movable=False))
         said = statements.current()

@@ -5,8 +5,8 @@ from dataclasses import replace
 import pytest
 
 from selector.consensus.chain import Chain, InvalidStatement, quorum_of
-from selector.consensus.draw import MAX_CELLS_PER_PEER, Agenda
 from selector.consensus.participant import Participant
+from selector.consensus.sortition import MAX_CELLS_PER_PEER, Agenda
 from selector.consensus.state import MAX_ABSENCES, State
 from selector.consensus.values import Cell, Signature
 from tests.support.agreement import AGENDA, CLOCK, GENESIS, HARDWARE, Peer, Swarm, swarm_of, truth

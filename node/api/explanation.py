@@ -1,0 +1,94 @@
+"""Why a method was chosen, what was expected of it, and how such choices turned out: the documents of the API."""
+
+import math
+import statistics
+from collections.abc import Collection
+from typing import Final
+
+import trio
+
+from node.api.interface import (
+    ExplainedMethod,
+    Explanation,
+    PastDecision,
+    PastDecisions,
+    SelectionStatus,
+)
+from node.coordinator.coordinator import Considered
+from node.selection.chooser import Decision, LearnedChoice, LearnedChooser
+from node.selection.learner import ModelStatus
+
+RECENT: Final = 20
+"""Past choices that are told one by one."""
+
+
+def selection_status(chooser: LearnedChooser, model: ModelStatus | None) -> SelectionStatus:
+    """Return how a node learns."""
+    budget, experiences = chooser.budget, chooser.opinions.experiences
+    return {
+        "basis": "model" if experiences else "rule",
+        "model_version": model.version if model else 0,
+        "experiences": experiences,
+        "training_s": round(model.training_s, 3) if model else None,
+        "trained_ago_s": round(trio.current_time() - model.trained_s, 3) if model else None,
+        "jobs": budget.jobs,
+        "explored_jobs": budget.explored_jobs,
+        "regret_s": round(budget.regret_s, 3),
+        "trials": budget.trials,
+        "trial_s": round(budget.trial_s, 3),
+        "budget_left_s": round(budget.left_s, 3),
+    }
+
+
+def explain(considered: Considered, chooser: LearnedChooser, model: ModelStatus | None) -> Explanation:
+    """Return what a task would be served with, and why. The choice is one of this chooser."""
+    choice = considered.choice
+    if not isinstance(choice, LearnedChoice):
+        raise TypeError("a choice of another chooser")
+    selection = chooser.describe(choice, considered.agreed)
+    standings = chooser.adoption.standings(choice.kind)
+    methods: list[ExplainedMethod] = [
+        {
+            "name": name,
+            "predicted_s": predicted.cost_s,
+            "predicted_speedup": predicted.speedup,
+            "speedup_low": predicted.speedup * math.exp(-predicted.deviation),
+            "speedup_high": predicted.speedup * math.exp(predicted.deviation),
+            "votes": {vote.peer: vote.scores[name] for vote in considered.votes if name in vote.scores},
+            "accepted": name in choice.accepted,
+            "trial_speedup": math.exp(-standings[name].log_ratio) if name in standings else None,
+        }
+        for name, predicted in selection.predictions.items()
+    ]
+    return {
+        "model": considered.model,
+        "task": {name: value for name, value in considered.context.values().items() if name != "objective"},
+        "route": [{"peer": peer, "start": blocks.start, "end": blocks.end} for peer, blocks in considered.route],
+        "selection": selection_status(chooser, model),
+        "methods": methods,
+        "agreed": considered.agreed,
+        "past": past_decisions(chooser.decisions),
+    }
+
+
+def past_decisions(decisions: Collection[Decision]) -> PastDecisions:
+    """Return how choices turned out."""
+    recent: list[PastDecision] = [
+        {
+            "job_id": each.job,
+            "method": each.method,
+            "basis": each.basis,
+            "explored": each.explored,
+            "predicted_s": each.predicted_s,
+            "actual_s": each.actual_s,
+            "regret_s": each.regret_s,
+        }
+        for each in reversed(list(decisions)[-RECENT:])
+    ]
+    errors = [abs(math.log(each.actual_s / each.predicted_s)) for each in decisions]
+    return {
+        "jobs": len(decisions),
+        "typical_error": math.expm1(statistics.median(errors)) if errors else None,
+        "mean_regret_s": statistics.fmean(each.regret_s for each in decisions) if decisions else 0.0,
+        "recent": recent,
+    }

@@ -1,0 +1,108 @@
+"""Measures the cells that this node is drawn for by real jobs: method and baseline in turn, when it is idle."""
+
+import random
+import statistics
+from collections.abc import Callable
+from typing import Final
+
+import structlog
+import trio
+
+from node.coordinator.recorder import Recorder
+from node.coordinator.submission import JobError
+from node.coordinator.trial_runner import Trials, TrialSpec, TrialWorkload
+from protocol.identity import ModelId
+from protocol.measurements import Objective, Observation, ObservationKind, QualityBound
+from selector.consensus.sortition import Agenda
+from selector.consensus.values import Cell
+from selector.task import BASELINE, PORTFOLIO, parse_method
+
+ROUNDS: Final = 2
+"""Pairs of runs of one cell; what counts is the median of their ratios. Seven peers measure the same cell."""
+
+IDLE_ROUND_S: Final = 0.5
+"""How often it is looked whether the node has nothing else to do."""
+
+_logger = structlog.get_logger(__name__)
+
+
+def workload_name(workload: TrialWorkload) -> str:
+    """Return what a workload is called in the agreed table."""
+    return (
+        f"jobs={workload.concurrency} prompt={workload.prompt_tokens} new={workload.max_tokens} "
+        f"shared={workload.shared_prefix_share:.0%} repeated={workload.repetitiveness:.0%}"
+    )
+
+
+WORKLOADS: Final = {
+    workload_name(workload): workload
+    for workload in (
+        TrialWorkload(prompt_tokens=64, max_tokens=32),
+        TrialWorkload(prompt_tokens=512, max_tokens=8),
+        TrialWorkload(prompt_tokens=192, max_tokens=32, repetitiveness=0.9),
+        TrialWorkload(concurrency=4, prompt_tokens=256, max_tokens=16, shared_prefix_share=0.9),
+    )
+}
+"""Few, and unlike one another: each is best served in another way."""
+
+AGENDA: Final = Agenda(
+    tuple(sorted(WORKLOADS)),
+    tuple(sorted(each.name for each in PORTFOLIO.values() if each != BASELINE and each.drafter != "draft")),
+)
+"""What the swarm measures: under every workload every method of the portfolio that takes nothing but its peers.
+
+What a draft model saves depends on the draft model, and on the links to whoever has it.
+"""
+
+
+class MeasurementRunner:
+    """Measures by trials at this node, one cell at a time. Implements `node.consensus.chain_node.Meter`."""
+
+    def __init__(
+        self, trials: Trials, recorder: Recorder, model: ModelId, is_busy: Callable[[], bool], rng: random.Random
+    ) -> None:
+        """Take a model. `is_busy`: whether this node has other jobs; they are not disturbed."""
+        self._trials = trials
+        self._recorder = recorder
+        self._model = model
+        self._is_busy = is_busy
+        self._rng = rng
+        self._unrevealed: list[Observation] = []
+
+    async def measure(self, cell: Cell) -> float | None:
+        """Return the natural logarithm of the method's cost over the baseline's, None where it cannot be had."""
+        workload = WORKLOADS.get(cell.workload)
+        if workload is None or cell.method not in PORTFOLIO:
+            return None
+        objective = Objective.LATENCY if workload.concurrency == 1 else Objective.THROUGHPUT
+        while self._is_busy():  # noqa: ASYNC110  # other peers' sessions end without telling
+            await trio.sleep(IDLE_ROUND_S * self._rng.uniform(0.5, 2))
+        spec = TrialSpec(
+            model=self._model,
+            methods=[parse_method(cell.method)],
+            workload=workload,
+            rounds=ROUNDS,
+            kind=ObservationKind.ASSIGNED,
+            quality=QualityBound.ANY,
+        )
+        try:
+            trial = await self._trials.run(spec, self._keep)
+        except JobError as error:
+            _logger.info("cell not measured", method=cell.method, workload=cell.workload, reason=error.message)
+            return None
+        [tried] = trial.methods
+        if tried.error is not None:
+            _logger.info("cell not measured", method=cell.method, workload=cell.workload, reason=tried.error)
+            return None
+        return statistics.median(trial.log_ratios(tried, objective))
+
+    async def revealed(self) -> None:
+        """Give the observations out: until the readings are revealed nobody may copy them."""
+        observations, self._unrevealed = self._unrevealed, []
+        for observation in observations:
+            await self._recorder.publish(observation)
+
+    async def _keep(self, observation: Observation) -> bool:
+        await trio.lowlevel.checkpoint()
+        self._unrevealed.append(observation)
+        return True

@@ -1,0 +1,1 @@
+"""The coordinator: the client half of a job. Prompt, planner, route, failover, result, observation."""

@@ -1,0 +1,99 @@
+"""What a request asks for, as token ids and as sampling, within the limits of its model."""
+
+import math
+import secrets
+from collections.abc import Iterable
+from dataclasses import replace
+
+from node.coordinator.submission import JobError, JobErrorCode, JobRequest
+from node.models.errors import ModelError
+from node.models.library import KnownModel
+from node.models.tokenizer_process import TokenizerBusyError, TokenizerUnavailableError
+from protocol.limits import MAX_POSITIONS, MAX_STOP_TOKENS
+from protocol.messages import Sampling
+
+DEFAULT_MAX_TOKENS = 512
+"""New tokens of a job that names no limit, as far as the model's context allows."""
+
+BUSY_RETRY_S = 2.0
+"""What a client is told to wait where too many prompts wait for the model's tokenizer."""
+
+
+async def prompt_tokens(request: JobRequest, model: KnownModel) -> tuple[int, ...]:
+    """Return the prompt as token ids; the request gives it as text, as a conversation, or as ids.
+
+    Raises JobError.
+    """
+    given = [form for form in (request.prompt, request.prompt_tokens, request.messages) if form is not None]
+    if len(given) != 1:
+        raise JobError(JobErrorCode.INVALID, "give exactly one of prompt, prompt tokens and messages")
+    if request.stop and model.tokenizer.is_absent:
+        raise JobError(JobErrorCode.INVALID, "the model has no tokenizer: its answer has no text that `stop` could end")
+    try:
+        if request.messages is not None:
+            turns = [{"role": message.role, "content": message.content} for message in request.messages]
+            tokens = await model.tokenizer.render_chat(turns)
+        elif request.prompt is not None:
+            tokens = await model.tokenizer.encode(request.prompt)
+        else:
+            tokens = request.prompt_tokens or ()
+    except TokenizerBusyError as error:
+        raise JobError(JobErrorCode.FULL, str(error), retry_after_s=BUSY_RETRY_S) from None
+    except TokenizerUnavailableError as error:
+        raise JobError(JobErrorCode.FAILED, str(error), retry_after_s=BUSY_RETRY_S) from None
+    except (ValueError, ModelError) as error:
+        raise JobError(JobErrorCode.INVALID, str(error)) from None
+    if not tokens:
+        raise JobError(JobErrorCode.INVALID, "the prompt is empty")
+    if not 0 <= min(tokens) <= max(tokens) < model.vocabulary_size:
+        raise JobError(JobErrorCode.INVALID, f"token ids of this model are 0 to {model.vocabulary_size - 1}")
+    return tokens
+
+
+def sampling_of(request: JobRequest, model: KnownModel, prompt_length: int) -> Sampling:
+    """Return how to draw a request's tokens, within the model's limits. Raises JobError.
+
+    `max_tokens` is an upper bound: where the model's context holds fewer, the text ends with the context.
+    """
+    room = model.max_positions - prompt_length
+    if room < 1:
+        raise JobError(
+            JobErrorCode.CONTEXT_LENGTH,
+            f"the prompt has {prompt_length} tokens, but the model's context holds {model.max_positions}, "
+            "those of the answer included: shorten the prompt",
+        )
+    wanted = min(room, DEFAULT_MAX_TOKENS) if request.max_tokens is None else request.max_tokens
+    if wanted < 1:
+        raise JobError(JobErrorCode.INVALID, "max_tokens must be at least 1", param="max_tokens")
+    if not (math.isfinite(request.temperature) and 0 <= request.temperature <= 100 and 0 < request.top_p <= 1):
+        raise JobError(JobErrorCode.INVALID, "temperature must be at least 0, and top_p above 0 and at most 1")
+    _check_tokens("stop_token_ids", request.stop_token_ids, model)
+    _check_tokens("logit_bias", (token for token, _ in request.logit_bias), model)
+    own_stops = () if request.ignore_eos else model.tokenizer.stop_tokens
+    stop_tokens = tuple(dict.fromkeys((*own_stops, *request.stop_token_ids)))
+    if len(stop_tokens) > MAX_STOP_TOKENS:
+        most = MAX_STOP_TOKENS - len(own_stops)
+        message = f"stop_token_ids may have at most {most} entries with this model, which has {len(own_stops)} itself"
+        raise JobError(JobErrorCode.INVALID, message, param="stop_token_ids")
+    sampling = Sampling(
+        temperature=request.temperature,
+        top_p=request.top_p,
+        seed=secrets.randbits(32) if request.seed is None else request.seed & (2**64 - 1),
+        max_tokens=min(room, wanted),
+        stop_tokens=stop_tokens,
+        top_k=request.top_k if request.top_k < model.vocabulary_size else 0,
+        min_p=request.min_p,
+        repetition_penalty=request.repetition_penalty,
+        frequency_penalty=request.frequency_penalty,
+        presence_penalty=request.presence_penalty,
+        logit_bias=request.logit_bias,
+        min_length=min(prompt_length + request.min_tokens, MAX_POSITIONS) if request.min_tokens else 0,
+    )
+    return replace(sampling, prompt_length=prompt_length) if sampling.needs_history else sampling
+
+
+def _check_tokens(param: str, tokens: Iterable[int], model: KnownModel) -> None:
+    for token in tokens:
+        if not 0 <= token < model.vocabulary_size:
+            message = f"{param}: {token} is not a token of this model, which has 0 to {model.vocabulary_size - 1}"
+            raise JobError(JobErrorCode.INVALID, message, param=param)

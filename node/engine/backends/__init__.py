@@ -1,0 +1,1 @@
+"""Backends of the engine: how the blocks of a span are computed."""

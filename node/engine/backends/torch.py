@@ -1,0 +1,121 @@
+"""Segments in torch: matrices that take the same rows are fused into one, and packed for the arithmetic in use."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from node.engine.backends.batched import QKV, RotaryTables
+from node.engine.backends.linear import ARITHMETICS, Packed, Product, multiply, pack
+from node.engine.loading import LoadedSpan
+
+
+@dataclass(frozen=True, slots=True)
+class _Block:
+    """The weights of one block."""
+
+    norm: torch.Tensor
+    qkv: Packed
+    head_norms: tuple[torch.Tensor, torch.Tensor] | None
+    """Of queries and keys, where there are any."""
+    out: Packed
+    mlp_norm: torch.Tensor
+    gate_up: Packed
+    down: Packed
+
+
+@dataclass(slots=True)
+class PackedSpan:
+    """A span's matrices in one packing."""
+
+    blocks: list[_Block]
+    norm: torch.Tensor | None
+    head: Packed | None
+
+    @property
+    def bytes(self) -> int:
+        """Memory that the matrices take."""
+        packed = [matrix for block in self.blocks for matrix in (block.qkv, block.out, block.gate_up, block.down)]
+        return sum(matrix.bytes for matrix in (*packed, *filter(None, [self.head])))
+
+
+@torch.inference_mode()
+def pack_span(span: LoadedSpan, packing: str, *, last: bool) -> PackedSpan:
+    """Return the matrices of a span of the Llama family, fused and packed."""
+    blocks = [_pack_block(block, packing) for block in span.blocks]
+    if not last:
+        return PackedSpan(blocks, None, None)
+    head: Any = span.model.get_output_embeddings()
+    base: Any = span.base
+    return PackedSpan(blocks, base.norm.weight, pack(packing, head.weight, getattr(head, "bias", None)))
+
+
+def _pack_block(block: Any, packing: str) -> _Block:
+    """Return a block's weights (Any: modules of transformers, whose attributes have no types)."""
+    attention, mlp = block.self_attn, block.mlp
+    return _Block(
+        norm=block.input_layernorm.weight,
+        qkv=pack(packing, *fuse(attention.q_proj, attention.k_proj, attention.v_proj)),
+        head_norms=(attention.q_norm.weight, attention.k_norm.weight) if hasattr(attention, "q_norm") else None,
+        out=pack(packing, *fuse(attention.o_proj)),
+        mlp_norm=block.post_attention_layernorm.weight,
+        gate_up=pack(packing, *fuse(mlp.gate_proj, mlp.up_proj)),
+        down=pack(packing, *fuse(mlp.down_proj)),
+    )
+
+
+def fuse(*linears: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Return matrices (outputs, inputs) that take the same rows as one, and its bias."""
+    biases = [linear.bias for linear in linears]
+    return torch.cat([linear.weight for linear in linears]), None if biases[0] is None else torch.cat(biases)
+
+
+class TorchSegments:
+    """A packed span in one arithmetic; see `node.engine.backends.batched.Segments`."""
+
+    def __init__(self, span: LoadedSpan, packed: PackedSpan, arithmetic: str) -> None:
+        self._packed = packed
+        self._product: Product = ARITHMETICS[arithmetic][1]
+        config = span.model.config
+        self._epsilon: float = config.rms_norm_eps
+        self._counts = [config.num_attention_heads, config.num_key_value_heads, config.num_key_value_heads]
+
+    def enter(self, number: int, hidden: torch.Tensor, rotary: RotaryTables) -> QKV:
+        """Return what a block's attention takes."""
+        return self._heads(hidden, self._packed.blocks[number], rotary)
+
+    def advance(
+        self, number: int, hidden: torch.Tensor, mixed: torch.Tensor, rotary: RotaryTables
+    ) -> tuple[torch.Tensor, QKV | None]:
+        """Complete a block; return what leaves it, and what the next one's attention takes."""
+        block = self._packed.blocks[number]
+        hidden = hidden + self._multiply(mixed, block.out)
+        gate, up = self._multiply(self._norm(hidden, block.mlp_norm), block.gate_up).chunk(2, dim=1)
+        hidden = hidden + self._multiply(nn.functional.silu(gate) * up, block.down)
+        if number + 1 == len(self._packed.blocks):
+            return hidden, None
+        return hidden, self._heads(hidden, self._packed.blocks[number + 1], rotary)
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Return logits."""
+        assert self._packed.norm is not None
+        assert self._packed.head is not None
+        return self._multiply(self._norm(hidden, self._packed.norm), self._packed.head)
+
+    def _heads(self, hidden: torch.Tensor, block: _Block, rotary: RotaryTables) -> QKV:
+        rows = self._multiply(self._norm(hidden, block.norm), block.qkv).view(len(hidden), sum(self._counts), -1)
+        turned, values = rows.split([sum(self._counts[:2]), self._counts[2]], dim=1)
+        if block.head_norms is not None:
+            parts = zip(turned.split(self._counts[:2], dim=1), block.head_norms, strict=True)
+            turned = torch.cat([self._norm(part, norm) for part, norm in parts], dim=1)
+        # Each pair of elements, half a head apart, is turned: (a cos - b sin, b cos + a sin).
+        (cos, sin), (one, other) = (turn.unsqueeze(1) for turn in rotary), turned.chunk(2, dim=-1)
+        turned = torch.cat([one * cos - other * sin, other * cos + one * sin], dim=-1)
+        return QKV(turned, values)
+
+    def _multiply(self, rows: torch.Tensor, weights: Packed) -> torch.Tensor:
+        return multiply(self._product, rows, weights)
+
+    def _norm(self, rows: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        return nn.functional.rms_norm(rows, weight.shape, weight, self._epsilon)

@@ -1,0 +1,145 @@
+"""The forward pass of one span, run by transformers' own code.
+
+The base model's own forward runs, so masks, rotary embeddings and the order of things are transformers'. A stage that
+is not the first puts the hidden states it received in front of its first block, by a hook, whatever the embedding part
+of the forward made before: learned positions, embedding norms and multipliers belong to the first stage, and so no
+architecture needs a rule of its own here. Likewise, a stage that is not the last takes its output right behind its last
+block. The last one runs the whole model, with its head and whatever scales or caps the logits. A session that runs a
+part of the span enters and leaves it in the same way; the blocks around the part hand on what they are given.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+
+from node.engine.interface import EngineError
+from node.engine.kv_cache import BlockKvCache, KvCache, RewindableCache, SlotMapping
+from node.engine.loading import LoadedSpan
+from node.engine.outer_modules import accepted_options, only
+
+_TRIAL_ROWS = 2
+
+
+class TransformersSpan:
+    """The blocks of one span, ready to run."""
+
+    def __init__(self, span: LoadedSpan, *, first: bool, last: bool) -> None:
+        self._span = span
+        self._first = first
+        self._last = last
+        self._model = span.model
+        self._base = span.base
+        self._weight = next(span.blocks.parameters())
+        self._base_options = accepted_options(self._base.forward)
+        self._model_options = accepted_options(self._model.forward, self._base.forward)
+        self._entering: torch.Tensor | None = None
+        self._leaving: torch.Tensor | None = None
+        self._running = range(len(span.blocks))
+        """The blocks that take part in the pass, counted from the span's first."""
+        self._gives_tuples = False
+        for number, block in enumerate(span.blocks):
+            block.register_forward_pre_hook(partial(self._enter, number), with_kwargs=True)
+            block.register_forward_hook(partial(self._leave, number))
+            block.forward = partial(self._pass, number, block.forward)
+
+    def new_cache(self, places: SlotMapping, memory: KvCache, length: int) -> RewindableCache:
+        """Return a session's KV cache, with `length` positions in it."""
+        return RewindableCache(self._span.windows, places, memory, length)
+
+    def try_out(self) -> tuple[BlockKvCache, ...]:
+        """Run a few rows, which fetches the weights from disk; return the KV memory that this took, block by block.
+
+        Raises EngineError where the architecture cannot be divided between stages.
+        """
+        cache = RewindableCache(self._span.windows, SlotMapping([0]))
+        size = self._span.hidden_size
+        shape, dtype = ((_TRIAL_ROWS,), torch.long) if self._first else ((_TRIAL_ROWS, size), self._weight.dtype)
+        rows = torch.zeros(shape, dtype=dtype, device=self._weight.device)
+        try:
+            output = self.run(rows, cache, position=0, draws=1)
+        except (EngineError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:  # whatever an architecture that nobody tried here trips over
+            raise EngineError(f"{self._name} models cannot be served: {' '.join(str(error).split())[:200]}") from error
+        expected = (1, self._span.vocabulary_size) if self._last else (_TRIAL_ROWS, size)
+        if tuple(output.shape) != expected or output.is_meta or cache.length != _TRIAL_ROWS:
+            raise EngineError(f"{self._name} models cannot be served: their forward pass is no plain stack of blocks")
+        return cache.memory
+
+    @torch.inference_mode()
+    def run(
+        self,
+        rows: torch.Tensor,
+        cache: RewindableCache,
+        *,
+        position: int,
+        draws: int,
+        blocks: range | None = None,
+    ) -> torch.Tensor:
+        """Run rows at `position` on top of what is cached before it, through some of the span's blocks or all of them.
+
+        `rows`, on the model's device: token ids i64 (rows,) where the model's first block is run, else hidden states
+        (rows, hidden size) in the model's dtype. Returns hidden states (rows, hidden size); behind the model's last
+        block logits (draws, vocabulary size), f32.
+        """
+        self._running = range(len(self._span.blocks)) if blocks is None else blocks
+        first = self._first and self._running.start == 0
+        last = self._last and self._running.stop == len(self._span.blocks)
+        cache.rewind(position)
+        batch = rows.unsqueeze(0)
+        # Where the model's first block is here but not run, its embedding runs for nothing, and so on anything.
+        tokens = batch if first else torch.zeros(1, len(rows), dtype=torch.long, device=rows.device)
+        options: dict[str, Any] = {
+            **({"input_ids": tokens} if self._first else {"inputs_embeds": batch}),
+            "position_ids": torch.arange(position, position + len(rows), device=rows.device).unsqueeze(0),
+            "past_key_values": cache,
+            "use_cache": True,
+            "logits_to_keep": draws,
+        }
+        self._entering = None if first else batch
+        if last and draws:
+            output = self._model(**only(options, self._model_options))
+            logits: torch.Tensor = output.logits[0, -draws:]
+            return logits.float()
+        self._base(**only(options, self._base_options))
+        if last:
+            return torch.empty(0, self._span.vocabulary_size, device=rows.device)
+        assert self._leaving is not None
+        leaving, self._leaving = self._leaving[0], None
+        return leaving
+
+    @property
+    def _name(self) -> str:
+        return str(self._model.config.model_type)
+
+    def _enter(
+        self, number: int, _block: nn.Module, inputs: tuple[Any, ...], options: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        """Give the first block of the pass the hidden states that came from the stage before."""
+        if self._entering is None or number != self._running.start:
+            return None
+        embedded = inputs[0] if inputs else options.get("hidden_states")
+        if not isinstance(embedded, torch.Tensor) or embedded.shape != self._entering.shape:
+            raise EngineError(f"{self._name} models cannot be served: their blocks take more than hidden states")
+        if inputs:
+            return (self._entering, *inputs[1:]), options
+        return (), {**options, "hidden_states": self._entering}
+
+    def _pass(self, number: int, forward: Callable[..., Any], *inputs: Any, **options: Any) -> Any:
+        """Run a block, or hand on what it is given if it takes no part."""
+        if number in self._running:
+            return forward(*inputs, **options)
+        hidden = inputs[0] if inputs else options["hidden_states"]
+        return (hidden, None) if self._gives_tuples else hidden
+
+    def _leave(self, number: int, _block: nn.Module, _inputs: tuple[Any, ...], output: Any) -> None:
+        """Keep what the last block of the pass gives."""
+        if number != self._running.stop - 1:
+            return
+        self._gives_tuples = isinstance(output, tuple)
+        hidden = output[0] if isinstance(output, tuple) else output
+        assert isinstance(hidden, torch.Tensor)
+        self._leaving = hidden

@@ -1,0 +1,292 @@
+"""Who may hold KV memory, what of it is cached, and which rows an engine takes.
+
+Pure rules, shared by the real engine, where they run on the node's side of the worker's socket, and the fake one. KV
+memory is given out in pages. A session gets all it may ever need when it opens, in one run of neighbouring pages where
+there is one, so that attention can read its keys and values in place.
+
+The whole pages of a prompt enter the prefix cache as soon as they are calculated. A session that finds its prompt
+there copies the pages into its own: a copy takes a hundredth of the time that calculating takes, and leaves its keys
+and values in one piece. Pages without a session are evicted, longest unused first, when others need the memory. Between
+opening and beginning the pages found are pinned by a count of references.
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from itertools import islice, takewhile
+
+from node.engine.interface import (
+    PAGE_POSITIONS,
+    BadRows,
+    EngineError,
+    EngineFull,
+    KvCompatibilityKey,
+    Prefix,
+    SessionOptions,
+    SliceInput,
+    SpanInfo,
+)
+from protocol.identity import SessionId
+from protocol.tensors import DType
+
+HIDDEN_DTYPES = frozenset({DType.FLOAT32, DType.FLOAT16, DType.BFLOAT16, DType.BLOCK_INT8})
+_FREE = b"\x01"
+
+
+@dataclass(slots=True, eq=False)
+class _Entry:
+    """A page in the prefix cache. `session`: that which calculated it, while it lives. `pins`: sessions to begin."""
+
+    page: int
+    namespace: str
+    kv_key: KvCompatibilityKey
+    hash: bytes
+    session: SessionId | None
+    pins: int = 0
+
+
+@dataclass(slots=True, eq=False)
+class _SessionPages:
+    positions: int
+    pages: tuple[int, ...]
+    prefix: Prefix | None
+    pinned: Mapping[KvCompatibilityKey, list[_Entry]]
+    kv_key: KvCompatibilityKey | None = None
+    """Once begun, and if it takes part in the prefix cache."""
+    begun: bool = False
+    entries: dict[int, _Entry] = field(default_factory=dict)
+    """By number of the page in the prompt: what the session has put into the cache."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KvReservation:
+    """Where a session's keys and values lie. `pages`: its own, in order. `copied`: what its first pages start as."""
+
+    positions: int
+    pages: tuple[int, ...]
+    copied: tuple[int, ...] = ()
+
+    @property
+    def cached(self) -> int:
+        """Positions that are there from the start."""
+        return len(self.copied) * PAGE_POSITIONS
+
+
+class KvAllocator:
+    """The KV memory of one span: never more of it is given out than there is."""
+
+    def __init__(self, info: SpanInfo) -> None:
+        self._info = info
+        self._free = bytearray(_FREE * (info.kv_positions // PAGE_POSITIONS))
+        self._free_count = len(self._free)
+        self._sessions: dict[SessionId, _SessionPages] = {}
+        self._index: dict[str, dict[KvCompatibilityKey, dict[bytes, _Entry]]] = {}
+        # Cached pages without a session, longest unused first.
+        self._idle: dict[_Entry, None] = {}
+        self.hit_positions = 0
+        self.evicted_positions = 0
+
+    def __len__(self) -> int:
+        return len(self._sessions)
+
+    def __contains__(self, session: SessionId) -> bool:
+        return session in self._sessions
+
+    @property
+    def reserved_positions(self) -> int:
+        """Positions of the pages that sessions hold."""
+        return (len(self._free) - self._free_count - len(self._idle)) * PAGE_POSITIONS
+
+    @property
+    def cached_positions(self) -> int:
+        """Positions of the cached pages that no session holds."""
+        return len(self._idle) * PAGE_POSITIONS
+
+    def open(self, session: SessionId, positions: int, prefix: Prefix | None) -> Mapping[KvCompatibilityKey, int]:
+        """Reserve, pin what is cached, and say how much that is, in positions.
+
+        Raises EngineFull while there is no room, EngineError for what makes no sense.
+        """
+        if session in self._sessions:
+            raise EngineError(f"session {session.job}/{session.stage} is open already")
+        if not 1 <= positions <= self._info.max_positions:
+            raise EngineError(f"a session has 1 to {self._info.max_positions} positions, not {positions}")
+        found = self._find(prefix)
+        _pin(found, 1)
+        try:
+            pages = self._allocate(positions)
+        except EngineFull:
+            _pin(found, -1)
+            if not found:
+                raise
+            found = {}  # what is cached is worth less than being served
+            pages = self._allocate(positions)
+        self._sessions[session] = _SessionPages(positions, pages, prefix, found)
+        return {kv_key: len(entries) * PAGE_POSITIONS for kv_key, entries in found.items()}
+
+    def begin(self, session: SessionId, options: SessionOptions) -> KvReservation:
+        """Let go of what was pinned but for the pages with the chosen KV key, which the session is to copy at once."""
+        holding = self._of(session)
+        if holding.begun:
+            raise EngineError(f"session {session.job}/{session.stage} has begun already")
+        if self._info.part(options.blocks).is_last and options.sampling is None:
+            raise EngineError("the last span draws tokens: a session on it needs to say how")
+        wanted = holding.pinned.get(options.kv_key, []) if options.prefix_cache else []
+        taken = list(takewhile(self._is_cached, wanted))
+        _pin(holding.pinned, -1)
+        holding.pinned = {}
+        self._touch(taken)
+        holding.begun = True
+        holding.kv_key = options.kv_key if options.prefix_cache else None
+        reservation = KvReservation(
+            positions=holding.positions,
+            pages=holding.pages,
+            copied=tuple(entry.page for entry in taken[: len(holding.pages)]),
+        )
+        self.hit_positions += reservation.cached
+        return reservation
+
+    def rewind(self, session: SessionId, position: int) -> None:
+        """Take out of the cache what is about to be overwritten: pages that reach beyond `position`."""
+        holding = self._of(session)
+        for number in [number for number in holding.entries if (number + 1) * PAGE_POSITIONS > position]:
+            self._drop(holding.entries.pop(number))
+
+    def advance(self, session: SessionId, length: int) -> None:
+        """Put into the cache the prompt's pages that are whole, now that `length` positions are calculated."""
+        holding = self._of(session)
+        if holding.prefix is None or holding.kv_key is None:
+            return
+        cached = self._index.setdefault(holding.prefix.namespace, {}).setdefault(holding.kv_key, {})
+        whole = min(length // PAGE_POSITIONS, len(holding.pages))
+        for number, name in enumerate(islice(holding.prefix, whole)):
+            if name not in cached:
+                cached[name] = holding.entries[number] = _Entry(
+                    holding.pages[number], holding.prefix.namespace, holding.kv_key, name, session
+                )
+
+    def rename(self, session: SessionId, successor: SessionId) -> None:
+        """Let a session go on under another id. Raises EngineError where the one is not open, or the other is."""
+        if successor in self._sessions:
+            raise EngineError(f"session {successor.job}/{successor.stage} is open already")
+        holding = self._of(session)
+        self._sessions[successor] = self._sessions.pop(session)
+        for entry in holding.entries.values():
+            entry.session = successor
+
+    def close(self, session: SessionId, *, keep: bool = True) -> bool:
+        """Free what a session holds; return whether it was open. `keep`: whether what it calculated can be trusted."""
+        holding = self._sessions.pop(session, None)
+        if holding is None:
+            return False
+        _pin(holding.pinned, -1)
+        if not keep:
+            for entry in holding.entries.values():
+                self._drop(entry)
+            holding.entries.clear()
+        for entry in holding.entries.values():
+            entry.session = None
+        # The end of a prompt is worth less than its start, without which it cannot be used.
+        self._touch(holding.entries[number] for number in sorted(holding.entries))
+        self._release(set(holding.pages) - {entry.page for entry in holding.entries.values()})
+        return True
+
+    def _of(self, session: SessionId) -> _SessionPages:
+        try:
+            return self._sessions[session]
+        except KeyError:
+            raise EngineError(f"session {session.job}/{session.stage} is not open") from None
+
+    def _find(self, prefix: Prefix | None) -> dict[KvCompatibilityKey, list[_Entry]]:
+        """Return the unbroken run of cached pages from the start of a prompt, by KV key, where there is one."""
+        if prefix is None:
+            return {}
+        found: dict[KvCompatibilityKey, list[_Entry]] = {}
+        for kv_key, cached in self._index.get(prefix.namespace, {}).items():
+            entries: list[_Entry] = []
+            for name in prefix:
+                if name not in cached:
+                    break
+                entries.append(cached[name])
+            if entries:
+                found[kv_key] = entries
+        return found
+
+    def _is_cached(self, entry: _Entry) -> bool:
+        return self._index.get(entry.namespace, {}).get(entry.kv_key, {}).get(entry.hash) is entry
+
+    def _touch(self, entries: Iterable[_Entry]) -> None:
+        """Make entries the last to be evicted, the first of them at the very last."""
+        for entry in reversed(list(entries)):
+            if entry.session is None:
+                self._idle.pop(entry, None)
+                self._idle[entry] = None
+
+    def _allocate(self, positions: int) -> tuple[int, ...]:
+        count = -(-positions // PAGE_POSITIONS)
+        evictable = [entry for entry in self._idle if entry.pins == 0]
+        if count > self._free_count + len(evictable):
+            free = (self._free_count + len(evictable)) * PAGE_POSITIONS
+            raise EngineFull(
+                f"no KV memory for {positions} positions: {free} of {self._info.kv_positions} are free on this span"
+            )
+        for entry in evictable[: max(0, count - self._free_count)]:
+            self.evicted_positions += PAGE_POSITIONS
+            self._drop(entry)
+        start = self._free.find(_FREE * count)
+        if start >= 0:
+            pages = tuple(range(start, start + count))
+        else:
+            pages = tuple(islice((page for page, free in enumerate(self._free) if free), count))
+        for page in pages:
+            self._free[page] = 0
+        self._free_count -= count
+        return pages
+
+    def _release(self, pages: Iterable[int]) -> None:
+        for page in pages:
+            self._free[page] = 1
+            self._free_count += 1
+
+    def _drop(self, entry: _Entry) -> None:
+        """Take a page out of the cache; without a session it is free then."""
+        kv_keys = self._index[entry.namespace]
+        cached = kv_keys[entry.kv_key]
+        del cached[entry.hash]
+        if not cached:
+            del kv_keys[entry.kv_key]
+            if not kv_keys:
+                del self._index[entry.namespace]
+        if entry.session is None:
+            del self._idle[entry]
+            self._release([entry.page])
+
+
+def _pin(found: Mapping[KvCompatibilityKey, Iterable[_Entry]], count: int) -> None:
+    for entries in found.values():
+        for entry in entries:
+            entry.pins += count
+
+
+def check_slice(info: SpanInfo, rows: SliceInput, *, cached: int, reserved: int) -> None:
+    """Raise BadRows unless the rows follow what is cached and fit into what is reserved.
+
+    `info`: of the part of the span that the session runs. `cached`: positions of the session whose keys and values the
+    engine holds. `reserved`: positions it may hold.
+    """
+    count = rows.tensor.rows
+    if count < 1 or not 0 <= rows.draws <= count:
+        raise BadRows(f"a slice of {count} rows cannot draw {rows.draws} tokens")
+    if rows.drafts and len(rows.drafts) != rows.draws - 1:
+        raise BadRows(f"{len(rows.drafts)} drafts do not belong to {rows.draws} tokens to draw")
+    if not 0 <= rows.position <= cached:
+        raise BadRows(f"rows from position {rows.position} on do not follow the {cached} that are cached")
+    if rows.position + count > reserved:
+        raise BadRows(f"{count} rows at position {rows.position} exceed the {reserved} positions reserved")
+    if info.is_first:
+        if rows.tensor.dtype is not DType.INT32 or len(rows.tensor.shape) != 1:
+            raise BadRows(f"the first span takes token ids, not {rows.tensor.dtype}{list(rows.tensor.shape)}")
+    elif rows.tensor.dtype not in HIDDEN_DTYPES or rows.tensor.shape[1:] != (info.hidden_size,):
+        raise BadRows(
+            f"this span takes hidden states of {info.hidden_size} elements, "
+            f"not {rows.tensor.dtype}{list(rows.tensor.shape)}"
+        )

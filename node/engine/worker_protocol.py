@@ -1,0 +1,250 @@
+"""What the node and its worker process say to each other over a socket: a msgpack header and raw tensor bytes.
+
+    frame = u32 header length · u64 payload length (both little-endian) · header · payload
+
+Both ends are this very program, so unlike what comes from peers the frames are taken on trust. The tensors of a frame
+lie in its payload one after another; the header has their dtypes and shapes.
+
+| from the node | header |
+|---|---|
+| load | source, blocks, options |
+| prepare | call, variant; answered by `ready` when it is built |
+| begin | session, options, reservation; never answered: the node has reserved the pages already |
+| rename | session, successor; never answered |
+| close | session; never answered |
+| step | call, slices, each [session, position, draws, drafts, history, dtype, shape] |
+
+| from the worker | header |
+|---|---|
+| loaded | the span's info, variants |
+| ready | call: the variant is built |
+| failed | error, a line: the span cannot be loaded |
+| result | call, compute_s, tensors, each [dtype, shape], in the order of the slices; faults |
+| error | call, error, a line: the sessions of the step are closed, or the variant cannot be had; faults |
+
+faults: of each slice that failed, and has no tensor, [session, error, by_rows]; its session is closed.
+"""
+
+import struct
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import msgpack
+
+from node.engine.engine_config import EngineOptions, ShardSource
+from node.engine.interface import (
+    EngineError,
+    SessionOptions,
+    SliceFault,
+    SliceInput,
+    SliceOutput,
+    SpanInfo,
+    StepFailed,
+    StepResult,
+    Variant,
+)
+from node.engine.kv_allocator import KvReservation
+from protocol.identity import BlockRange, JobId, SessionId
+from protocol.messages import Sampling
+from protocol.tensors import DType, Tensor
+
+Header = dict[str, Any]
+Buffer = bytes | bytearray | memoryview
+
+PREFIX = struct.Struct("<IQ")
+
+_JOIN_BYTES = 64 << 10
+"""Up to here one send is cheaper than one for each tensor."""
+
+
+def encode_frame(header: Header, tensors: Sequence[Tensor] = ()) -> list[Buffer]:
+    """Return the buffers of a frame, to be sent in order."""
+    packed: bytes = msgpack.packb(header)
+    payload_bytes = sum(len(tensor.data) for tensor in tensors)
+    buffers: list[Buffer] = [PREFIX.pack(len(packed), payload_bytes), packed, *(tensor.data for tensor in tensors)]
+    return [b"".join(buffers)] if payload_bytes <= _JOIN_BYTES else buffers
+
+
+def decode_header(data: Buffer) -> Header:
+    """Return a frame's header."""
+    header: Header = msgpack.unpackb(data, strict_map_key=False)
+    return header
+
+
+def cut_tensors(described: Iterable[tuple[str, Sequence[int]]], payload: memoryview) -> list[Tensor]:
+    """Return the tensors of a payload as views of it."""
+    tensors, start = [], 0
+    for dtype, shape in described:
+        end = start + shape[0] * DType(dtype).row_bytes(*shape[1:])
+        tensors.append(Tensor(DType(dtype), tuple(shape), payload[start:end]))
+        start = end
+    return tensors
+
+
+def encode_begin(session: SessionId, options: SessionOptions, reservation: KvReservation) -> list[Buffer]:
+    """Return the frame that begins a session."""
+    header = {"do": "begin", "session": session, "options": asdict(options), "reservation": asdict(reservation)}
+    return encode_frame(header)
+
+
+def decode_begin(header: Header) -> tuple[SessionId, SessionOptions, KvReservation]:
+    """Return a session, how it is calculated, and where it lies."""
+    options, reservation = header["options"], header["reservation"]
+    sampling, blocks = options["sampling"], options["blocks"]
+    return (
+        decode_session(header["session"]),
+        SessionOptions(
+            **{
+                **options,
+                "blocks": blocks and BlockRange(**blocks),
+                "sampling": sampling and _decode_sampling(sampling),
+                "variant": Variant(*options["variant"]),
+            }
+        ),
+        KvReservation(**{**reservation, "pages": tuple(reservation["pages"]), "copied": tuple(reservation["copied"])}),
+    )
+
+
+def _decode_sampling(fields: Mapping[str, Any]) -> Sampling:
+    lists = {
+        "stop_tokens": tuple(fields["stop_tokens"]),
+        "logit_bias": tuple((token, bias) for token, bias in fields["logit_bias"]),
+    }
+    return Sampling(**{**fields, **lists})
+
+
+def encode_prepare(call: int, variant: Variant) -> list[Buffer]:
+    """Return the frame that asks for a variant."""
+    return encode_frame({"do": "prepare", "call": call, "variant": variant})
+
+
+def encode_rename(session: SessionId, successor: SessionId) -> list[Buffer]:
+    """Return the frame that gives a session another id."""
+    return encode_frame({"do": "rename", "session": session, "successor": successor})
+
+
+def encode_close(session: SessionId) -> list[Buffer]:
+    """Return the frame that closes a session."""
+    return encode_frame({"do": "close", "session": session})
+
+
+def encode_step(call: int, slices: Sequence[SliceInput]) -> list[Buffer]:
+    """Return the frame of a step."""
+    described = [
+        (
+            rows.session,
+            rows.position,
+            rows.draws,
+            rows.drafts,
+            None if rows.history is None else list(rows.history),
+            rows.tensor.dtype,
+            rows.tensor.shape,
+        )
+        for rows in slices
+    ]
+    return encode_frame({"do": "step", "call": call, "slices": described}, [rows.tensor for rows in slices])
+
+
+def decode_step(header: Header, payload: memoryview) -> list[SliceInput]:
+    """Return the slices of a step."""
+    described = header["slices"]
+    tensors = cut_tensors(((dtype, shape) for *_, dtype, shape in described), payload)
+    return [
+        SliceInput(
+            session=decode_session(session),
+            position=position,
+            tensor=tensor,
+            draws=draws,
+            drafts=tuple(drafts),
+            history=history,
+        )
+        for (session, position, draws, drafts, history, *_), tensor in zip(described, tensors, strict=True)
+    ]
+
+
+def encode_result(call: int, result: StepResult) -> list[Buffer]:
+    """Return the frame of what a step has brought."""
+    tensors = [output.tensor for output in result.outputs]
+    answer: Header = {
+        "did": "result",
+        "call": call,
+        "compute_s": result.compute_s,
+        "tensors": [(tensor.dtype, tensor.shape) for tensor in tensors],
+        "faults": _described(result.faults),
+    }
+    return encode_frame(answer, tensors)
+
+
+def decode_result(header: Header, payload: memoryview, order: Sequence[SessionId]) -> StepResult:
+    """Return what a step has brought, whose slices were of these sessions."""
+    faults = decode_faults(header)
+    failed = {fault.session for fault in faults}
+    sessions = [session for session in order if session not in failed]
+    tensors = cut_tensors(header["tensors"], payload)
+    outputs = tuple(SliceOutput(session=s, tensor=tensor) for s, tensor in zip(sessions, tensors, strict=True))
+    return StepResult(outputs=outputs, compute_s=header["compute_s"], faults=faults)
+
+
+def encode_error(call: int, error: EngineError) -> list[Buffer]:
+    """Return the frame of a step that failed."""
+    faults = error.faults if isinstance(error, StepFailed) else ()
+    return encode_frame({"did": "error", "call": call, "error": str(error), "faults": _described(faults)})
+
+
+def decode_faults(header: Header) -> tuple[SliceFault, ...]:
+    """Return which slices of a step failed, and why."""
+    found = header.get("faults", ())
+    return tuple(SliceFault(decode_session(session), message, by_rows) for session, message, by_rows in found)
+
+
+def _described(faults: Iterable[SliceFault]) -> list[tuple[SessionId, str, bool]]:
+    return [(fault.session, fault.message, fault.by_rows) for fault in faults]
+
+
+def decode_session(value: Sequence[Any]) -> SessionId:
+    """Return a session's id."""
+    return SessionId(JobId(value[0]), value[1])
+
+
+def encode_load(source: ShardSource, blocks: BlockRange, options: EngineOptions) -> list[Buffer]:
+    """Return the frame that tells a worker what to be."""
+    return encode_frame(
+        {
+            "do": "load",
+            "model": source.model,
+            "config": dict(source.config),
+            "block_files": {block: str(path) for block, path in source.block_files.items()},
+            "embed_file": source.embed_file and str(source.embed_file),
+            "head_file": source.head_file and str(source.head_file),
+            "blocks": [blocks.start, blocks.end],
+            "options": asdict(options) | {"cache_dir": options.cache_dir and str(options.cache_dir)},
+        }
+    )
+
+
+def decode_load(header: Header) -> tuple[ShardSource, BlockRange, EngineOptions]:
+    """Return what a worker is to be."""
+    source = ShardSource(
+        model=header["model"],
+        config=header["config"],
+        block_files={block: Path(path) for block, path in header["block_files"].items()},
+        embed_file=header["embed_file"] and Path(header["embed_file"]),
+        head_file=header["head_file"] and Path(header["head_file"]),
+    )
+    options = header["options"]
+    options["cache_dir"] = options["cache_dir"] and Path(options["cache_dir"])
+    return source, BlockRange(*header["blocks"]), EngineOptions(**options)
+
+
+def encode_loaded(info: SpanInfo, variants: Iterable[Variant]) -> list[Buffer]:
+    """Return the frame of a worker that can begin."""
+    return encode_frame({"did": "loaded", "info": asdict(info), "variants": list(variants)})
+
+
+def decode_loaded(header: Header) -> tuple[SpanInfo, frozenset[Variant]]:
+    """Return what a worker holds, and the variants that are ready."""
+    info = header["info"]
+    variants = frozenset(Variant(*variant) for variant in header["variants"])
+    return SpanInfo(**{**info, "blocks": BlockRange(**info["blocks"])}), variants

@@ -1,0 +1,147 @@
+"""Runs the meta-model and every baseline over the folds of a dataset, and measures them."""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import closing
+from dataclasses import dataclass
+from typing import Any, Final
+
+import numpy as np
+
+from node.evaluation.parallel_fit import Answer, Task, fit_all
+from selector.dataset import Dataset
+from selector.estimator import Selector
+from selector.evaluation.baselines import BASELINES, TextEmbedding, VirtualBest
+from selector.evaluation.measures import Group, Measures, outcomes, split
+from selector.evaluation.text_embedding import Encoder, KnownTexts, texts_of
+from selector.metamodel import MetaModel
+
+METAMODEL: Final = "metaswarm"
+"""The meta-model's name in tables."""
+
+MAX_ROWS: Final = 20_000
+"""A dataset with more rows is sampled, unless its reader asks for another sample: whole contexts are drawn by lot."""
+
+MIN_ROWS_OF_PROCESSES: Final = 2_000
+"""With fewer rows all is computed sooner than processes would have started."""
+
+TEXTS_AT_ONCE: Final = 64
+
+ORACLE: Final = "virtual_best"
+"""The one selector that may see what it is tested on."""
+
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One selector's measures. `seconds`: its training and predicting, summed over all folds."""
+
+    selector: str
+    measures: Measures
+    more_than_n: Measures
+    seconds: float
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the row as JSON shows it."""
+        measures = self.measures.as_dict()
+        return {
+            "selector": self.selector,
+            **measures,
+            "seconds": self.seconds,
+            "more_than_n": self.more_than_n.as_dict(),
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """How the selectors did on a dataset. `left_out`: those that could say nothing about it, and why."""
+
+    dataset: Dataset
+    group: Group
+    probes: int
+    folds: int
+    rows: tuple[Row, ...]
+    left_out: Mapping[str, str]
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the comparison as one JSON document."""
+        pairs = self.dataset.pairs
+        return {
+            "dataset": self.dataset.name,
+            "group": self.group,
+            "probes": self.probes,
+            "contexts": self.rows[0].measures.contexts if self.rows else 0,
+            "observations": len(self.dataset),
+            "methods": len(set(pairs.method.tolist())),
+            "folds": self.folds,
+            "rows": [row.as_dict() for row in self.rows],
+            "left_out": dict(self.left_out),
+            "notes": list(self.dataset.notes),
+        }
+
+
+def compare(
+    dataset: Dataset,
+    group: Group,
+    *,
+    probes: int = 0,
+    default: str | None = None,
+    seed: int = 0,
+    encode: Encoder | None = None,
+    process_count: int = 1,
+    progress: Progress = lambda stage, done, total: None,
+) -> Comparison:
+    """Evaluate every selector. `encode`: the sentence encoder of the text-embedding baseline, hashed n-grams if None.
+
+    Raises DatasetError where nothing can be left out, and FittingError.
+    """
+    dataset = dataset.compact()
+    folds = tuple(split(dataset, group, seed))
+    makers: dict[str, Callable[[], Selector]] = {
+        METAMODEL: lambda: MetaModel(None if group == "random" else group, random_state=seed),
+        **BASELINES,
+        "text_embedding": lambda: TextEmbedding(encode and _read(dataset, encode, progress)),
+    }
+    answers: dict[str, dict[int, Answer]] = {name: {} for name in makers}
+    del makers[ORACLE]
+    oracle = VirtualBest().fit_dataset(dataset)
+    for i, fold in enumerate(folds):
+        answers[ORACLE][i] = Answer(ORACLE, i, oracle.predict(dataset.pairs.take(fold.test)), 0.0)
+    if len(dataset) < MIN_ROWS_OF_PROCESSES:
+        process_count = 1
+    with closing(fit_all(dataset, folds, _tasks(makers, len(folds), probes, progress), process_count)) as found:
+        for answer in found:
+            answers[answer.name][answer.fold] = answer
+            progress(answer.name, len(answers[answer.name]), len(folds))
+    rows: list[Row] = []
+    left_out: dict[str, str] = {}
+    for name, by_fold in answers.items():
+        of_folds = [by_fold[i] for i in range(len(folds))]
+        scores = [each.scores for each in of_folds if each.scores is not None]
+        if len(scores) < len(folds):
+            left_out[name] = next(each.inapplicable for each in of_folds if each.scores is None)
+            continue
+        chosen = outcomes(dataset, folds, scores, probes=probes, default=default)
+        seconds = sum(each.seconds for each in of_folds)
+        rows.append(Row(name, chosen.measures(), chosen.measures(more_than=probes), seconds))
+    return Comparison(dataset, group, probes, len(folds), tuple(rows), left_out)
+
+
+def _tasks(makers: Mapping[str, Callable[[], Selector]], folds: int, probes: int, progress: Progress) -> Iterator[Task]:
+    """Yield what there is to fit: the meta-model, which takes longest, comes first."""
+    for name, make in makers.items():
+        progress(name, 0, folds)
+        selector = make()
+        for fold in range(folds):
+            yield Task(name, selector, fold, probes)
+
+
+def _read(dataset: Dataset, encode: Encoder, progress: Progress) -> KnownTexts:
+    """Return the vectors of all texts that the text-embedding baseline will read: each is encoded only once."""
+    texts = sorted(texts_of(dataset.pairs), key=len)
+    vectors = []
+    for start in range(0, len(texts), TEXTS_AT_ONCE):
+        progress("sentences", start, len(texts))
+        vectors.append(encode(texts[start : start + TEXTS_AT_ONCE]))
+    progress("sentences", len(texts), len(texts))
+    return KnownTexts(texts, np.concatenate(vectors))

@@ -1,0 +1,149 @@
+"""Fits selectors in processes side by side: what holds Python's lock gains nothing from threads.
+
+A process reads a dataset, then tasks, and answers each with scores, until whoever started it is gone, which ends it at
+once.
+"""
+
+import os
+import queue
+import sys
+import threading
+import time
+from collections.abc import Generator, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from multiprocessing.connection import Connection, Pipe, wait
+from typing import Final
+
+from threadpoolctl import threadpool_limits
+
+from node.util.child_process import ChildError, child_environment, python, running
+from selector.dataset import Dataset, FloatArray
+from selector.estimator import NotApplicableError, Selector
+from selector.evaluation.measures import Fold, checked
+
+COMMAND: Final = f"from {__name__} import main; main()"
+"""What a process runs. With `-m` this module would be another than the one that names what is sent."""
+
+_IF_MEMORY_RAN_OUT: Final = "if memory ran out, use --sample with fewer contexts"
+_EXIT_LIMIT_S: Final = 0.2
+"""How long a process whose connection has ended may take to exit."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Task:
+    """A selector to fit on a fold's training rows. `name`: whose answer it will be.
+
+    `probes`: so many methods of each context may be measured.
+    """
+
+    name: str
+    selector: Selector
+    fold: int
+    probes: int = 0
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Answer:
+    """The scores of the fold's test rows, and the seconds that fitting and predicting took.
+
+    `inapplicable`: why there are no scores, where the selector can say nothing about such a dataset.
+    """
+
+    name: str
+    fold: int
+    scores: FloatArray | None
+    seconds: float
+    inapplicable: str = ""
+
+
+class FittingError(RuntimeError):
+    """A process that fitted ended before it answered: something ended it, or memory ran out."""
+
+
+def fit_all(dataset: Dataset, folds: tuple[Fold, ...], tasks: Iterable[Task], process_count: int) -> Generator[Answer]:
+    """Yield an answer to each task, in the order in which they come; a task is drawn when a process has time for it.
+
+    With a `process_count` of 1 all is computed in this thread. Raises FittingError.
+    """
+    if process_count > 1:
+        yield from _fit_in_processes(dataset, folds, iter(tasks), process_count)
+        return
+    with threadpool_limits(1):  # OpenMP's threads spin while they wait for one another
+        for task in tasks:
+            yield _fit(dataset, folds, task)
+
+
+def _fit_in_processes(
+    dataset: Dataset, folds: tuple[Fold, ...], tasks: Iterator[Task], process_count: int
+) -> Iterator[Answer]:
+    with ExitStack() as stack:
+        idle = [stack.enter_context(_process()) for _ in range(process_count)]
+        busy: list[Connection] = []
+        try:
+            for each in idle:
+                each.send((dataset, folds))
+            while True:
+                while idle and (task := next(tasks, None)) is not None:
+                    busy.append(idle.pop())
+                    busy[-1].send(task)
+                if not busy:
+                    return
+                for connection in wait(busy):
+                    assert isinstance(connection, Connection)
+                    answer: Answer = connection.recv()
+                    busy.remove(connection)
+                    idle.append(connection)
+                    yield answer
+        except (EOFError, ConnectionError):
+            raise FittingError(f"a process that fitted a selector has ended: {_IF_MEMORY_RAN_OUT}") from None
+
+
+@contextmanager
+def _process() -> Iterator[Connection]:
+    """Run one process, which is killed at the end, and give the connection to it."""
+    ours, theirs = Pipe()
+    command = python("-c", COMMAND, str(theirs.fileno()))
+    environment = child_environment({"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"})
+    with ours, theirs:
+        try:
+            with running(
+                command, what="the process", environment=environment, pass_fds=[theirs.fileno()], own_session=True
+            ) as child:
+                theirs.close()
+                try:
+                    yield ours
+                except (EOFError, ConnectionError):
+                    child.check_ended(_EXIT_LIMIT_S)  # it may have been another one
+                    raise
+        except ChildError as error:
+            raise FittingError(f"cannot fit selectors: {error}; {_IF_MEMORY_RAN_OUT}") from None
+
+
+def _fit(dataset: Dataset, folds: tuple[Fold, ...], task: Task) -> Answer:
+    began_s = time.perf_counter()
+    fold = folds[task.fold]
+    try:
+        selector = task.selector.fit_dataset(dataset.take(fold.train))
+    except NotApplicableError as error:
+        return Answer(task.name, task.fold, None, 0.0, str(error))
+    scores = checked(selector.probe_scores(dataset.pairs.take(fold.test), task.probes), fold)
+    return Answer(task.name, task.fold, scores, time.perf_counter() - began_s)
+
+
+def main() -> None:
+    """Answer tasks until nobody is there to ask."""
+    connection = Connection(int(sys.argv[1]))
+    dataset, folds = connection.recv()
+    tasks: queue.SimpleQueue[Task] = queue.SimpleQueue()
+    threading.Thread(target=_receive, args=(connection, tasks), daemon=True).start()
+    while True:
+        connection.send(_fit(dataset, folds, tasks.get()))
+
+
+def _receive(connection: Connection, tasks: "queue.SimpleQueue[Task]") -> None:
+    try:
+        while True:
+            tasks.put(connection.recv())
+    except (EOFError, OSError):
+        os._exit(0)

@@ -1,1 +1,0 @@
-"""Jobs: the coordinator that submits them and the stages that serve them."""

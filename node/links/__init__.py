@@ -1,0 +1,1 @@
+"""Links: the job streams between two peers, which coordinators and stages share."""

@@ -1,0 +1,59 @@
+"""One writer, many readers, none of whom can hold the writer up: a reader that lags loses the oldest."""
+
+from collections import deque
+from collections.abc import AsyncIterator, Iterator
+from contextlib import contextmanager
+from typing import Generic, TypeVar
+
+import trio
+
+T = TypeVar("T")
+
+
+class _Reader(Generic[T]):
+    def __init__(self, capacity: int) -> None:
+        self.items: deque[T] = deque(maxlen=capacity)
+        self.arrived = trio.lowlevel.ParkingLot()
+        self.ended = False
+
+    def __aiter__(self) -> AsyncIterator[T]:
+        return self
+
+    async def __anext__(self) -> T:
+        await trio.lowlevel.checkpoint_if_cancelled()
+        while not self.items:
+            if self.ended:
+                raise StopAsyncIteration
+            await self.arrived.park()
+        return self.items.popleft()
+
+
+class Broadcast(Generic[T]):
+    """Passes every item to all who read at that moment."""
+
+    def __init__(self, capacity: int) -> None:
+        """Let each reader lag by up to `capacity` items."""
+        self._capacity = capacity
+        self._readers: list[_Reader[T]] = []
+
+    def put(self, item: T) -> None:
+        """Hand the item to every reader."""
+        for reader in self._readers:
+            reader.items.append(item)
+            reader.arrived.unpark_all()
+
+    def end(self) -> None:
+        """Let the readers come to their end once they have read what is there."""
+        for reader in self._readers:
+            reader.ended = True
+            reader.arrived.unpark_all()
+
+    @contextmanager
+    def reader(self) -> Iterator[AsyncIterator[T]]:
+        """Read what is put while the block lasts."""
+        reader: _Reader[T] = _Reader(self._capacity)
+        self._readers.append(reader)
+        try:
+            yield reader
+        finally:
+            self._readers.remove(reader)

@@ -1,0 +1,1 @@
+"""Replication: gossip with anti-entropy behind it, so that every peer ends with the same set of records."""

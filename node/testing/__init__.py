@@ -1,0 +1,1 @@
+"""Fakes that stand in for the network, the engine and the disk, for tests, simulations and benchmarks."""

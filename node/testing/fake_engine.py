@@ -1,0 +1,365 @@
+"""An engine without a model, for simulations: its state is a hash chain of everything it was given.
+
+Each block hashes, for every row, the row itself, its position, and what the block had before it. So the tokens depend
+on every row, block and position and on their order, as those of a transformer do; and they are the same however the
+blocks are divided into spans. `expected_tokens` says what an undisturbed job yields.
+"""
+
+import hashlib
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from itertools import product
+
+import numpy as np
+import trio
+
+from node.engine.activation_codec import decode_rows, encode_rows
+from node.engine.interface import (
+    PAGE_POSITIONS,
+    REFERENCE,
+    BadRows,
+    EngineCrashed,
+    EngineError,
+    EngineStatistics,
+    KvCompatibilityKey,
+    Prefix,
+    SessionOptions,
+    SliceFault,
+    SliceInput,
+    SliceOutput,
+    SpanInfo,
+    StepFailed,
+    StepResult,
+    Variant,
+    VariantNotReady,
+)
+from node.engine.kv_allocator import KvAllocator, KvReservation, check_slice
+from node.engine.sampling import history_for
+from protocol.identity import BlockRange, ModelId, SessionId
+from protocol.messages import Sampling
+from protocol.tensors import Tensor, tensor_from_tokens, tokens_from_tensor
+
+FAKE_MODEL = ModelId(hashlib.sha256(b"metaswarm fake model").hexdigest())
+"""The id of the imaginary model, unless another is given."""
+
+FAKE_VARIANTS = frozenset(
+    {
+        REFERENCE,
+        Variant("fused", "fp32"),
+        Variant("fused", "bf16"),
+        Variant("fused", "int8"),
+        Variant("fused", "w8a8"),
+        Variant("onnxruntime", "fp32"),
+        Variant("onnxruntime", "int8"),
+    }
+)
+"""All of them calculate the same, but none takes another's pages."""
+
+
+def fake_span_info(
+    blocks: BlockRange,
+    *,
+    model: ModelId = FAKE_MODEL,
+    block_count: int,
+    hidden_size: int = 32,
+    vocabulary_size: int = 1000,
+    max_positions: int = 4096,
+    kv_positions: int = 16384,
+) -> SpanInfo:
+    """Describe a span of an imaginary model."""
+    return SpanInfo(
+        model=model,
+        blocks=blocks,
+        block_count=block_count,
+        hidden_size=hidden_size,
+        vocabulary_size=vocabulary_size,
+        max_positions=max_positions,
+        kv_bytes_per_position=8 * hidden_size * len(blocks),
+        kv_positions=kv_positions,
+        weight_bytes=12 * hidden_size**2 * len(blocks),
+        load_s=0.0,
+    )
+
+
+class FakeEngine:
+    """A span of an imaginary model, in this process, on trio's clock.
+
+    A step through the whole span takes `step_s` plus `row_s` for each of its rows, times what `slowness` says of the
+    variant: virtual seconds under a MockClock. What its blocks know lies in pages, as the keys and values of a real one
+    do, so that a page given out twice changes tokens, too.
+    """
+
+    def __init__(
+        self,
+        info: SpanInfo,
+        *,
+        step_s: float = 0.0,
+        row_s: float = 0.0,
+        variants: Iterable[Variant] = FAKE_VARIANTS,
+        slowness: Mapping[Variant, float] | None = None,
+    ) -> None:
+        self._info = info
+        self._slowness = slowness or {}
+        self._step_s = step_s
+        self._row_s = row_s
+        self._variants = set(variants)
+        self._pages = KvAllocator(info)
+        self._memory = _Memory()
+        self._sessions: dict[SessionId, _Session] = {}
+        self._turn = trio.StrictFIFOLock()
+        self._crashed = trio.Event()
+        self._reason = ""
+        self._steps = 0
+        self._compute_s = 0.0
+
+    @property
+    def info(self) -> SpanInfo:
+        """What it pretends to hold."""
+        return self._info
+
+    def variants(self) -> frozenset[Variant]:
+        """Return what it pretends to be able to do; see Engine."""
+        return frozenset(self._variants)
+
+    async def prepare(self, variant: Variant) -> None:
+        """Pretend to build a variant, which takes no time; see Engine."""
+        await trio.lowlevel.checkpoint()
+        self._raise_if_crashed()
+        if variant not in FAKE_VARIANTS:
+            raise EngineError(f"there is no variant {variant}")
+        self._variants.add(variant)
+
+    async def open(
+        self, session: SessionId, positions: int, prefix: Prefix | None = None
+    ) -> Mapping[KvCompatibilityKey, int]:
+        """Reserve positions; see Engine."""
+        await trio.lowlevel.checkpoint()
+        self._raise_if_crashed()
+        return self._pages.open(session, positions, prefix)
+
+    async def begin(self, session: SessionId, options: SessionOptions) -> int:
+        """Take up cached pages; see Engine."""
+        await trio.lowlevel.checkpoint()
+        self._raise_if_crashed()
+        try:
+            if options.variant not in self._variants:
+                raise VariantNotReady(f"the variant {options.variant} is not ready here")
+            reservation = self._pages.begin(session, options)
+        except EngineError:
+            self._forget(session, keep=False)
+            raise
+        self._sessions[session] = _Session(self._info.part(options.blocks), options, self._memory, reservation)
+        return reservation.cached
+
+    async def step(self, slices: Sequence[SliceInput]) -> StepResult:
+        """Hash the rows of each slice in order; see Engine."""
+        self._raise_if_crashed()
+        async with self._turn:
+            compute_s = self._step_s * self._share_run(slices) + self._row_s * sum(rows.tensor.rows for rows in slices)
+            compute_s *= max((self._slowness_of(rows.session) for rows in slices), default=1.0)
+            with trio.move_on_after(compute_s):
+                await self._crashed.wait()
+            self._raise_if_crashed()
+            outputs: list[SliceOutput] = []
+            faults: list[SliceFault] = []
+            for rows in slices:
+                try:
+                    outputs.append(SliceOutput(session=rows.session, tensor=self._run(rows)))
+                except EngineError as error:
+                    faults.append(SliceFault(rows.session, str(error), isinstance(error, BadRows)))
+                    self._forget(rows.session, keep=False)
+            if faults and not outputs:
+                raise StepFailed(faults)
+            self._steps += 1
+            self._compute_s += compute_s
+            return StepResult(outputs=tuple(outputs), compute_s=compute_s, faults=tuple(faults))
+
+    def _share_run(self, slices: Sequence[SliceInput]) -> float:
+        """Return the share of the span's blocks that the sessions of a step run."""
+        ran = [len(session.info.blocks) for rows in slices if (session := self._sessions.get(rows.session))]
+        return max(ran, default=0) / len(self._info.blocks)
+
+    async def rename(self, session: SessionId, successor: SessionId) -> None:
+        """Carry a session on under another id; see Engine."""
+        await trio.lowlevel.checkpoint()
+        self._raise_if_crashed()
+        self._pages.rename(session, successor)
+        if (begun := self._sessions.pop(session, None)) is not None:
+            self._sessions[successor] = begun
+
+    async def close(self, session: SessionId) -> None:
+        """Free a session; see Engine."""
+        await trio.lowlevel.checkpoint()
+        self._forget(session, keep=True)
+
+    async def wait_crashed(self) -> str:
+        """Wait until `crash` was called; see Engine."""
+        await self._crashed.wait()
+        return self._reason
+
+    def statistics(self) -> EngineStatistics:
+        """Return the counts; see Engine."""
+        return EngineStatistics(
+            sessions=len(self._pages),
+            reserved_positions=self._pages.reserved_positions,
+            cached_positions=self._pages.cached_positions,
+            hit_positions=self._pages.hit_positions,
+            evicted_positions=self._pages.evicted_positions,
+            building=(),
+            steps=self._steps,
+            compute_s=self._compute_s,
+            worker_pid=None,
+        )
+
+    def crash(self, reason: str = "the worker process was killed") -> None:
+        """Behave from now on as an engine does whose worker process died."""
+        self._reason = reason
+        self._crashed.set()
+        self._pages = KvAllocator(self._info)
+        self._sessions.clear()
+
+    def _slowness_of(self, session: SessionId) -> float:
+        found = self._sessions.get(session)
+        return self._slowness.get(found.variant, 1.0) if found else 1.0
+
+    def _raise_if_crashed(self) -> None:
+        if self._crashed.is_set():
+            raise EngineCrashed(self._reason)
+
+    def _forget(self, session: SessionId, *, keep: bool) -> None:
+        self._pages.close(session, keep=keep)
+        self._sessions.pop(session, None)
+
+    def _run(self, rows: SliceInput) -> Tensor:
+        session = self._sessions.get(rows.session)
+        if session is None:
+            raise EngineError(f"session {rows.session.job}/{rows.session.stage} is not open, or has not begun")
+        check_slice(session.info, rows, cached=session.length, reserved=session.positions)
+        self._pages.rewind(rows.session, rows.position)
+        if session.info.is_first:
+            tokens = tokens_from_tensor(rows.tensor)
+            if any(not 0 <= token < self._info.vocabulary_size for token in tokens):
+                raise BadRows(f"a token id is not below {self._info.vocabulary_size}")
+            hidden = session.run(rows.position, [_embed(self._info, token) for token in tokens])
+        else:
+            states = decode_rows(rows.tensor)
+            hidden = session.run(rows.position, [row.tobytes() for row in states])
+        self._pages.advance(rows.session, session.length)
+        if not session.info.is_last:
+            states = np.frombuffer(b"".join(hidden), np.float32).reshape(-1, self._info.hidden_size)
+            return encode_rows(states, session.activations)
+        if session.history is not None and rows.history is not None:
+            session.history.tell(rows.history)
+        first_drawn = len(hidden) - rows.draws
+        drawn: list[int] = []
+        for number, row in enumerate(hidden[first_drawn:]):
+            drawn.append(session.draw(rows.position + first_drawn + number + 1, row))
+            if number < len(rows.drafts) and rows.drafts[number] != drawn[-1]:
+                break
+        return tensor_from_tokens(drawn)
+
+
+_Memory = dict[tuple[int, int], bytes]
+"""What a block knows after a row, by block and place."""
+
+
+class _Session:
+    """What some blocks remember of one session."""
+
+    def __init__(self, info: SpanInfo, options: SessionOptions, memory: _Memory, reservation: KvReservation) -> None:
+        self.info = info
+        self._blocks = range(info.blocks.start, info.blocks.end)
+        self._sampling = options.sampling
+        self._memory = memory
+        self._pages = reservation.pages
+        self.history = history_for(options.sampling)
+        self.activations = options.activations
+        self.variant = options.variant
+        self.positions = reservation.positions
+        self.length = reservation.cached
+        """Positions that are remembered."""
+        for source, page in zip(reservation.copied, reservation.pages, strict=False):
+            for block, offset in product(self._blocks, range(PAGE_POSITIONS)):
+                memory[block, page * PAGE_POSITIONS + offset] = memory[block, source * PAGE_POSITIONS + offset]
+
+    def run(self, position: int, rows: Iterable[bytes]) -> list[bytes]:
+        """Forget the positions from `position` on, then pass rows through the blocks; return what comes out."""
+        self.length = position
+        return [self._pass(row) for row in rows]
+
+    def _pass(self, row: bytes) -> bytes:
+        for block in self._blocks:
+            before = self._memory[block, self._place(self.length - 1)] if self.length else b""
+            state = _digest(self.info.model, block, self.length, before, row)
+            self._memory[block, self._place(self.length)] = state
+            row = _hidden(self.info, state)
+        self.length += 1
+        return row
+
+    def _place(self, position: int) -> int:
+        return self._pages[position // PAGE_POSITIONS] * PAGE_POSITIONS + position % PAGE_POSITIONS
+
+    def draw(self, position: int, row: bytes) -> int:
+        """Return the token that takes `position`, from the row before it, and all that says how it is to be drawn."""
+        sampling, history = self._sampling, self.history
+        if sampling is None:
+            return int.from_bytes(_digest("head", row, ())[:8], "big") % self.info.vocabulary_size
+        noise: tuple[object, ...] = (sampling.seed, position) if sampling.temperature else ()
+        if sampling.temperature and (sampling.top_k or sampling.min_p):
+            noise += (sampling.top_k, sampling.min_p)
+        if sampling.logit_bias:
+            noise += sampling.logit_bias
+        if history is not None:
+            if len(history) < position:
+                raise EngineError(f"{len(history)} tokens are known of the {position} that the penalties depend on")
+            history.rewind(position)
+            text = sorted(zip(*(each.tolist() for each in history.counts()), strict=True))
+            noise += (sampling.repetition_penalty, sorted(history.seen().tolist()))
+            noise += (sampling.frequency_penalty, sampling.presence_penalty, text)
+        token = int.from_bytes(_digest("head", row, noise)[:8], "big") % self.info.vocabulary_size
+        while position < sampling.min_length and token in sampling.stop_tokens:
+            token = (token + 1) % self.info.vocabulary_size
+        if history is not None:
+            history.append(token)
+        return token
+
+
+def expected_tokens(
+    info: SpanInfo, prompt: Sequence[int], count: int, sampling: Sampling | None = None
+) -> tuple[int, ...]:
+    """Return the first `count` tokens that a model yields after a prompt; `info` describes any of its spans."""
+    positions = len(prompt) + count
+    pages = tuple(range(-(-positions // PAGE_POSITIONS)))
+    session = _Session(
+        replace(info, blocks=BlockRange(0, info.block_count)),
+        SessionOptions(sampling=sampling),
+        {},
+        KvReservation(positions=positions, pages=pages),
+    )
+    if session.history is not None:
+        session.history.tell(prompt)
+    tokens: list[int] = []
+    rows = session.run(0, [_embed(info, token) for token in prompt])
+    while len(tokens) < count:
+        position = len(prompt) + len(tokens)
+        tokens.append(session.draw(position, rows[-1]))
+        rows = session.run(position, [_embed(info, tokens[-1])])
+    return tuple(tokens)
+
+
+def _digest(*parts: object) -> bytes:
+    return hashlib.sha256(repr(parts).encode()).digest()
+
+
+def _hidden(info: SpanInfo, state: bytes) -> bytes:
+    """Return a state as hidden_size elements of f32, which every wire codec keeps exactly.
+
+    They are whole numbers up to 127, which is among the first of any 32 of them: so int8 has nothing to scale.
+    """
+    elements = np.frombuffer(hashlib.shake_128(state).digest(info.hidden_size), np.uint8) % 128
+    elements[::32] = 127
+    return elements.astype(np.float32).tobytes()
+
+
+def _embed(info: SpanInfo, token: int) -> bytes:
+    return _hidden(info, _digest(info.model, "embed", token))

@@ -1,0 +1,436 @@
+"""The network of one simulated peer; `memory.py` has the hub that connects them."""
+
+import hashlib
+import heapq
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Final
+
+import trio
+
+from node.network.addresses import AddressBook, TcpAddress, parse_peer_address
+from node.network.broadcast import Broadcast
+from node.network.interface import (
+    GossipMessage,
+    GossipValidator,
+    NetworkError,
+    PeerConnected,
+    PeerDisconnected,
+    RecordSelector,
+    RecordValidator,
+    Stream,
+    StreamHandler,
+)
+from node.testing.memory_stream import MemoryStream, Packet
+from protocol.identity import PeerId
+from protocol.limits import MAX_RECORD_BYTES
+
+if TYPE_CHECKING:
+    from node.testing.memory_hub import MemoryNetworkHub
+
+REQUEST_TIMEOUT_S: Final = 10.0
+DIAL_TIMEOUT_S: Final = 5.0
+MAX_MESSAGE_BYTES: Final = 64 << 10
+CAPACITY: Final = 1024
+GOSSIP_FANOUT: Final = 8
+SEEN_MESSAGES: Final = 8192
+REPLICAS: Final = 20
+
+
+@dataclass(slots=True)
+class _Connection:
+    number: int
+    """The same at both ends."""
+    streams: dict[MemoryStream, None] = field(default_factory=dict)
+
+
+@dataclass(slots=True)
+class _Topic:
+    validator: GossipValidator
+    readers: Broadcast[GossipMessage] = field(default_factory=lambda: Broadcast(CAPACITY))
+    seen: dict[tuple[PeerId, int], None] = field(default_factory=dict)
+
+
+class MemoryNetwork:
+    """Implements `Network` for one peer of a simulation; made by `MemoryNetworkHub.network`."""
+
+    def __init__(self, hub: "MemoryNetworkHub", peer_id: PeerId, address: TcpAddress) -> None:
+        self.hub = hub
+        self.connections: dict[PeerId, _Connection] = {}
+        self._peer_id = peer_id
+        self._address = address
+        self._position = int.from_bytes(hashlib.sha256(peer_id.encode()).digest(), "big")
+        self._book = hub.address_book or AddressBook()
+        self._handlers: dict[str, StreamHandler] = {}
+        self._topics: dict[str, _Topic] = {}
+        self._namespaces: dict[str, tuple[RecordValidator, RecordSelector]] = {}
+        self._records: dict[str, bytes] = {}
+        self._providers: dict[bytes, dict[PeerId, None]] = {}
+        self._events: Broadcast[PeerConnected | PeerDisconnected] = Broadcast(CAPACITY)
+        self._nursery: trio.Nursery | None = None
+
+    @property
+    def peer_id(self) -> PeerId:
+        """Our own id."""
+        return self._peer_id
+
+    @property
+    def multiaddrs(self) -> tuple[str, ...]:
+        """Our address in the simulation; none while not running."""
+        return (self._address.of(self._peer_id),) if self._nursery is not None else ()
+
+    @property
+    def alive(self) -> bool:
+        """Whether the network runs."""
+        return self._nursery is not None
+
+    @asynccontextmanager
+    async def running(self) -> AsyncIterator[None]:
+        """Take part inside the block."""
+        fault: Exception | None = None
+        async with trio.open_nursery() as nursery:
+            self._nursery = nursery
+            nursery.start_soon(self.hub.carry)
+            try:
+                yield
+            except Exception as error:  # noqa: BLE001  # raised again below, without the nursery's wrapping
+                fault = error
+            finally:
+                self.crash()
+                nursery.cancel_scope.cancel()
+        if fault is not None:
+            raise fault
+
+    def crash(self) -> None:
+        """Vanish: every connection breaks, what runs inside `running` is cancelled, further calls fail."""
+        if self._nursery is None:
+            return
+        nursery, self._nursery = self._nursery, None
+        self._events.end()
+        for topic in self._topics.values():
+            topic.readers.end()
+        for peer in list(self.connections):
+            self.lose_connection(peer)
+        nursery.cancel_scope.cancel()
+
+    # Time
+
+    def schedule(self, when: float, packet: Packet) -> None:
+        """Have a packet arrive here at a time."""
+        if self._nursery is not None:
+            self.hub.schedule(when, self, packet)
+
+    async def _round_trips(self, peer: PeerId, count: float, timeout_s: float, what: str) -> "MemoryNetwork":
+        """Wait as long as so many round trips take; return the peer, or raise NetworkError if it does not answer."""
+        self._require_running()
+        other = self.hub.networks.get(peer)
+        if self.hub.blocked(self._peer_id, peer):
+            await trio.sleep(timeout_s)
+            raise NetworkError(f"{what}: no answer within {timeout_s:g} s")
+        delay = sum(self.hub.latency(self._peer_id, peer) for _ in range(round(2 * count)))
+        await trio.sleep(min(delay, timeout_s))
+        self._require_running()
+        if other is None or other is not self.hub.networks.get(peer) or not other.alive:
+            raise NetworkError(f"{what}: connection refused")
+        return other
+
+    def _require_running(self) -> None:
+        if self._nursery is None:
+            raise NetworkError("the network is not running")
+
+    # Connections
+
+    async def connect(self, multiaddr: str) -> PeerId:
+        """Dial an address that ends in /p2p/<id>; return the id. Raises NetworkError with the reason."""
+        peer, address = parse_peer_address(multiaddr)
+        self._require_running()
+        if peer == self._peer_id:
+            raise NetworkError(f"{multiaddr} is this peer itself")
+        self._book.add(peer, [address.endpoint])
+        await self._dial(peer)
+        return peer
+
+    async def _dial(self, peer: PeerId) -> None:
+        self._require_running()
+        if peer in self.connections:
+            return
+        failures = []
+        for address in self._book.of(peer):
+            network = self.hub.by_endpoint.get(address.endpoint)
+            what = f"{address.endpoint}"
+            if network is None:
+                failures.append(f"{what}: connection refused")
+                continue
+            try:
+                other = await self._round_trips(network.peer_id, 2.5, DIAL_TIMEOUT_S, what)
+            except NetworkError as error:
+                failures.append(str(error))
+                continue
+            if other.peer_id != peer:
+                failures.append(f"{what}: another peer answered")
+                continue
+            self._join(other)
+            return
+        raise NetworkError(f"cannot reach {peer}: {'; '.join(failures) or 'no address of it is known'}")
+
+    def _join(self, other: "MemoryNetwork") -> None:
+        if other.peer_id not in self.connections:
+            number = next(self.hub.connection_numbers)
+            self.add_connection(other, number)
+            other.add_connection(self, number)
+
+    def add_connection(self, other: "MemoryNetwork", number: int) -> None:
+        """Note a new connection; its peer's address is learned, as identify would tell it."""
+        replaced = self.connections.get(other.peer_id)
+        self.connections[other.peer_id] = _Connection(number)
+        if replaced is not None:  # the peer had given up a connection that we still believed in
+            for stream in list(replaced.streams):
+                stream.break_off(tell=False)
+            return
+        self._book.add(other.peer_id, other.multiaddrs)
+        self._events.put(PeerConnected(other.peer_id))
+
+    def lose_connection(self, peer: PeerId, number: int | None = None) -> None:
+        """End a connection here, and soon at the other end; with a number, only if it is still that one."""
+        connection = self.connections.get(peer)
+        if connection is None or number not in {None, connection.number}:
+            return
+        del self.connections[peer]
+        for stream in list(connection.streams):
+            stream.break_off(tell=False)
+        self._events.put(PeerDisconnected(peer))
+        other = self.hub.networks.get(peer)
+        if other is not None and peer != self._peer_id:
+            self.hub.send(Packet(self._peer_id, peer, lambda: other.lose_connection(self._peer_id, connection.number)))
+
+    async def disconnect(self, peer: PeerId) -> None:
+        """Close every connection to the peer."""
+        self._require_running()
+        self.lose_connection(peer)
+        await trio.lowlevel.checkpoint()
+
+    def connected_peers(self) -> tuple[PeerId, ...]:
+        """Peers with a live connection now."""
+        return tuple(self.connections)
+
+    def addresses_of(self, peer: PeerId) -> tuple[str, ...]:
+        """Multiaddrs (each with /p2p/) at which the peer is known."""
+        return tuple(address.of(peer) for address in self._book.of(peer))
+
+    def add_addresses(self, peer: PeerId, multiaddrs: Sequence[str]) -> None:
+        """Learn addresses of a peer. Malformed ones are dropped."""
+        self._book.add(peer, multiaddrs)
+
+    @asynccontextmanager
+    async def events(self) -> AsyncIterator[AsyncIterator[PeerConnected | PeerDisconnected]]:
+        """Subscribe to connections coming and going. Bounded: a reader that lags loses the oldest."""
+        with self._events.reader() as reader:
+            yield reader
+
+    async def ping(self, peer: PeerId) -> float:
+        """Return the round-trip time in seconds. Raises NetworkError."""
+        await self._dial(peer)
+        started = trio.current_time()
+        await self._round_trips(peer, 1, REQUEST_TIMEOUT_S, f"ping of {peer}")
+        return trio.current_time() - started
+
+    # Streams
+
+    def set_stream_handler(self, protocol: str, handler: StreamHandler) -> None:
+        """Serve inbound streams of the protocol."""
+        self._handlers[protocol] = handler
+
+    async def open_stream(self, peer: PeerId, *protocols: str) -> Stream:
+        """Open a stream to a peer, dialling known addresses if need be. Raises NetworkError."""
+        if peer == self._peer_id:
+            raise NetworkError("a peer opens no streams to itself")
+        await self._dial(peer)
+        what = f"cannot open a stream of {' or '.join(protocols)} to {peer}"
+        other = await self._round_trips(peer, 1, REQUEST_TIMEOUT_S, what)
+        if peer not in self.connections:
+            raise NetworkError(f"{what}: the connection broke")
+        for protocol in protocols:
+            ours, theirs = MemoryStream(self, peer, protocol), MemoryStream(other, self._peer_id, protocol)
+            ours.other, theirs.other = theirs, ours
+            if other.accept(theirs):
+                self.connections[peer].streams[ours] = None
+                return ours
+        raise NetworkError(f"{what}: it does not serve that")
+
+    def accept(self, stream: MemoryStream) -> bool:
+        """Start serving a stream that a peer opened, if we serve its protocol."""
+        handler = self._handlers.get(stream.protocol)
+        if handler is None or self._nursery is None or stream.peer not in self.connections:
+            return False
+        self.connections[stream.peer].streams[stream] = None
+        self._nursery.start_soon(self._serve, handler, stream)
+        return True
+
+    async def _serve(self, handler: StreamHandler, stream: MemoryStream) -> None:
+        try:
+            await handler(stream)
+        except Exception:  # noqa: BLE001  # a handler may not harm the host
+            await stream.reset()
+        else:
+            await stream.aclose()
+
+    def transmit(self, packet: Packet) -> None:
+        """Put a packet of a stream on its way."""
+        self.hub.send(packet)
+
+    def forget_stream(self, stream: MemoryStream) -> None:
+        """Drop a stream that is over."""
+        if (connection := self.connections.get(stream.peer)) is not None:
+            connection.streams.pop(stream, None)
+
+    # Gossip: flooding with a bounded number of neighbours each
+
+    def join_topic(self, topic: str, validator: GossipValidator) -> None:
+        """Take part in a gossip topic from the start. Called before `running`."""
+        self._topics[topic] = _Topic(validator)
+
+    def _topic(self, name: str) -> _Topic:
+        if name not in self._topics:
+            raise NetworkError(f"the topic {name} was not joined")
+        return self._topics[name]
+
+    @asynccontextmanager
+    async def subscribe(self, topic: str) -> AsyncIterator[AsyncIterator[GossipMessage]]:
+        """Receive what others publish on a joined topic. Bounded: a reader that lags loses the oldest."""
+        with self._topic(topic).readers.reader() as reader:
+            yield reader
+
+    async def publish(self, topic: str, data: bytes) -> None:
+        """Gossip a message on a joined topic. No promise that anybody gets it."""
+        self._topic(topic)
+        self._require_running()
+        if len(data) > MAX_MESSAGE_BYTES:
+            raise NetworkError(f"a gossip message has at most {MAX_MESSAGE_BYTES} bytes, not {len(data)}")
+        await trio.lowlevel.checkpoint()
+        self.hear(topic, GossipMessage(self._peer_id, bytes(data)), next(self.hub.message_numbers), self._peer_id)
+
+    def hear(self, name: str, message: GossipMessage, number: int, forwarder: PeerId) -> None:
+        """Take in a message for the first time, and forward it."""
+        topic = self._topics.get(name)
+        if topic is None or (message.source, number) in topic.seen:
+            return
+        topic.seen[message.source, number] = None
+        if len(topic.seen) > SEEN_MESSAGES:
+            del topic.seen[next(iter(topic.seen))]
+        try:
+            if not topic.validator(message.source, message.data):
+                return
+        except Exception:  # noqa: BLE001  # a validator that raises says no
+            return
+        if message.source != self._peer_id:
+            topic.readers.put(message)
+        neighbours = [peer for peer in self.connections if peer not in {forwarder, message.source}]
+        if len(neighbours) > GOSSIP_FANOUT:
+            neighbours = self.hub.rng.sample(neighbours, GOSSIP_FANOUT)
+        for peer in neighbours:
+            if (other := self.hub.networks.get(peer)) is not None:
+                self._forward(other, name, message, number)
+
+    def _forward(self, other: "MemoryNetwork", name: str, message: GossipMessage, number: int) -> None:
+        def deliver() -> None:
+            other.hear(name, message, number, self._peer_id)
+
+        self.hub.send(Packet(self._peer_id, other.peer_id, deliver, len(message.data), droppable=True))
+
+    # DHT: every record at the peers nearest to its key, found at once but after the time that a lookup takes
+
+    def register_record(self, namespace: str, validator: RecordValidator, selector: RecordSelector) -> None:
+        """Accept DHT records under `/<namespace>/…`. Called before `running`."""
+        self._namespaces[namespace] = (validator, selector)
+
+    def _nearest(self, key: bytes) -> list["MemoryNetwork"]:
+        if not self.connections:
+            return []
+        target = int.from_bytes(hashlib.sha256(key).digest(), "big")
+        reachable = [
+            network
+            for network in self.hub.networks.values()
+            if network is not self and network.alive and not self.hub.blocked(self._peer_id, network.peer_id)
+        ]
+        return heapq.nsmallest(REPLICAS, reachable, key=lambda network: network.distance(target))
+
+    def distance(self, target: int) -> int:
+        """Return the XOR distance between a key's hash and our own."""
+        return self._position ^ target
+
+    async def _look_up(self, key: bytes) -> list["MemoryNetwork"]:
+        self._require_running()
+        nearest = self._nearest(key)
+        slowest = max((self.hub.latency(self._peer_id, network.peer_id) for network in nearest), default=0.0)
+        await trio.sleep(6 * slowest)
+        self._require_running()
+        return [network for network in nearest if network.alive]
+
+    def keep_record(self, key: str, value: bytes) -> bool:
+        """Store a record here if it is valid and no worse than the one that we have; return whether we did."""
+        parts = key.split("/", 2)
+        namespace = self._namespaces.get(parts[1]) if len(parts) == 3 and not parts[0] else None
+        if namespace is None:
+            return False
+        validator, selector = namespace
+        held = self._records.get(key)
+        try:
+            if not validator(key, value):
+                return False
+            if held is not None and held != value and selector(key, [held, value]) == 0:
+                return False
+        except Exception:  # noqa: BLE001  # a validator that raises says no
+            return False
+        self._records[key] = value
+        return True
+
+    def stored_record(self, key: str) -> bytes | None:
+        """Return the record that is stored here."""
+        return self._records.get(key)
+
+    async def put_record(self, key: str, value: bytes) -> None:
+        """Store a record at the peers nearest to its key, and here."""
+        if len(value) > MAX_RECORD_BYTES:
+            raise NetworkError(f"a record has at most {MAX_RECORD_BYTES} bytes, not {len(value)}")
+        nearest = await self._look_up(key.encode())
+        if not self.keep_record(key, bytes(value)):
+            raise NetworkError(f"storing {key} failed: not a valid record, or a newer one is stored already")
+        for network in nearest:
+            network.keep_record(key, bytes(value))
+
+    async def get_record(self, key: str) -> bytes | None:
+        """Return the best record under the key that we or the peers nearest to it hold."""
+        for network in await self._look_up(key.encode()):
+            if (value := network.stored_record(key)) is not None:
+                self.keep_record(key, value)
+        return self._records.get(key)
+
+    async def provide(self, key: bytes) -> None:
+        """Announce that we provide the content with this key (a sha256)."""
+        for network in [self, *await self._look_up(key)]:
+            network.keep_provider(key, self._peer_id)
+
+    def keep_provider(self, key: bytes, peer: PeerId) -> None:
+        """Remember a provider."""
+        self._providers.setdefault(key, {})[peer] = None
+
+    def providers(self, key: bytes) -> tuple[PeerId, ...]:
+        """Return the providers that are remembered here."""
+        return tuple(self._providers.get(key, ()))
+
+    async def find_providers(self, key: bytes, limit: int = 20) -> tuple[PeerId, ...]:
+        """Return peers (without duplicates, without us) that announced the key; their addresses are learned."""
+        found: dict[PeerId, None] = {}
+        for network in [self, *await self._look_up(key)]:
+            found.update(dict.fromkeys(network.providers(key)))
+        found.pop(self._peer_id, None)
+        for peer in found:
+            if (other := self.hub.networks.get(peer)) is not None:
+                self._book.add(peer, [other.endpoint])
+        return tuple(found)[:limit]
+
+    @property
+    def endpoint(self) -> str:
+        """Our address without our id."""
+        return self._address.endpoint

@@ -1,0 +1,31 @@
+"""How processes that the node starts beside its work leave the processor to those who serve jobs."""
+
+import os
+import time
+from pathlib import Path
+from typing import Final
+
+_AUTOGROUP: Final = Path("/proc/self/autogroup")
+
+LOWEST: Final = 19
+"""The nicest that a process can be."""
+
+
+def yield_to_others() -> None:
+    """Take only what others leave of the processor, from now on."""
+    os.nice(LOWEST)
+    if os.getsid(0) == os.getpid():
+        set_session_nice(LOWEST)
+
+
+def set_session_nice(nice: int) -> None:
+    """Weigh this session against others: where Linux groups processes by session, priorities hold only within one."""
+    for _ in range(3):
+        try:
+            _AUTOGROUP.write_text(str(nice))
+        except BlockingIOError:
+            time.sleep(0.15)  # the kernel allows it ten times a second
+        except OSError:
+            return
+        else:
+            return

@@ -1,0 +1,1 @@
+"""Research: what the meta-model is compared with, and how. The daemon uses none of it."""

@@ -1,0 +1,369 @@
+"""What the meta-model must beat: from a random choice to the algorithm selection of the literature.
+
+Each is an estimator like the meta-model itself. What the literature trains for each method apart starves where few of
+many methods were measured in each context; that is shown by the evaluation, and not said here.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from typing import Final, Self
+
+import numpy as np
+from sklearn.cluster import KMeans
+from sklearn.ensemble import RandomForestRegressor
+from sklearn.neighbors import NearestNeighbors
+from sklearn.utils.validation import check_is_fitted
+
+from selector.boosting import BoostedTrees
+from selector.dataset import FloatArray, IntArray, Pairs
+from selector.effects import fit_effects, mean_regrets
+from selector.estimator import NotApplicableError, Selector, weights_of
+from selector.evaluation.text_embedding import Encoder, HashedNgrams, describe_contexts, describe_method
+from selector.features import PHYSICS, ContextTable, physics
+
+UNKNOWN: Final = 1e6
+"""The score of a method never measured: after every other."""
+
+OVERFULL: Final = 10.0
+"""Added, in natural logarithms, to a method whose weights and KV cache do not fit into memory."""
+
+
+class RandomChoice(Selector):
+    """Draws lots."""
+
+    def __init__(self, random_state: int = 0) -> None:
+        self.random_state = random_state
+
+    def fit(self, X: Pairs, y: FloatArray, sample_weight: FloatArray | None = None) -> Self:  # noqa: N803
+        """Learn nothing."""
+        self.fitted_ = True
+        return self
+
+    def predict(self, X: Pairs) -> FloatArray:  # noqa: N803
+        """Return numbers from a generator that is seeded alike each time."""
+        check_is_fitted(self)
+        return np.random.default_rng(self.random_state).random(len(X))
+
+
+class SingleBest(Selector):
+    """Always the method that has least mean regret in training."""
+
+    def fit(self, X: Pairs, y: FloatArray, sample_weight: FloatArray | None = None) -> Self:  # noqa: N803
+        """Learn the mean regret of each method."""
+        regrets = mean_regrets(X, y, weights_of(y, sample_weight))
+        self.regret_ = dict(zip(X.methods, np.minimum(regrets, UNKNOWN).tolist(), strict=True))
+        return self
+
+    def predict(self, X: Pairs) -> FloatArray:  # noqa: N803
+        """Return the mean regrets of the pairs' methods."""
+        check_is_fitted(self)
+        return np.array([self.regret_.get(method, UNKNOWN) for method in X.methods])[X.method]
+
+
+class Rule(Selector):
+    """What somebody who knows the hardware would choose: the method with the least time by its roofline that fits.
+
+    Bits and devices in the methods' names are held against the hardware's figures. Where that makes no difference,
+    the method that is better on average.
+    """
+
+    def fit(self, X: Pairs, y: FloatArray, sample_weight: FloatArray | None = None) -> Self:  # noqa: N803
+        """Learn which methods are better on average."""
+        _roofline_scores(X)
+        self.single_best_ = SingleBest().fit(X, y, sample_weight)
+        return self
+
+    def predict(self, X: Pairs) -> FloatArray:  # noqa: N803
+        """Return what the rule says, with the mean regret as a small addition."""
+        check_is_fitted(self)
+        return _roofline_scores(X) + 1e-3 * np.tanh(self.single_best_.predict(X))
+
+
+def _roofline_scores(pairs: Pairs) -> FloatArray:
+    table = physics(pairs)
+    total, fill = table[:, PHYSICS.index("total")], table[:, PHYSICS.index("fill")]
+    if np.isnan(total).any():
+        raise NotApplicableError("the rule needs the sizes of models and workloads and the speeds of the hardware")
+    scores: FloatArray = total * np.log(2.0) + np.where(np.nan_to_num(fill, nan=-1.0) > 0.0, OVERFULL, 0.0)
+    return scores
+
+
+class NearestNeighbours(Selector):
+    """The mean over the most similar contexts of what a method cost relative to others there."""
+
+    def __init__(self, n_neighbors: int = 15) -> None:
+        self.n_neighbors = n_neighbors
+
+    def fit(self, X: Pairs, y: FloatArray, sample_weight: FloatArray | None = None) -> Self:  # noqa: N803
+        """Keep the relative costs of all contexts."""
+        effects = fit_effects(X, y, weights_of(y, sample_weight))
+        used, position = np.unique(X.context, return_inverse=True)
+        self.methods_, self.mean_ = X.methods, effects.of_method
+        self.table_ = ContextTable.of(X.contexts.take(used))
+        self.relative_ = np.full((len(used), len(X.methods)), np.nan)
+        self.relative_[position, X.method] = y - effects.of_context[X.context]
+        count = min(self.n_neighbors, len(used))
+        self.neighbours_ = NearestNeighbors(n_neighbors=count).fit(
+            _or_constant(self.table_.standardised(X.contexts.take(used)))
+        )
+        return self
+
+    def predict(self, X: Pairs) -> FloatArray:  # noqa: N803
+        """Return the mean of the neighbours, each weighed by its nearness, with the method's own mean as one more."""
+        check_is_fitted(self)
+        used, position = np.unique(X.context, return_inverse=True)
+        distance, index = self.neighbours_.kneighbors(_or_constant(self.table_.standardised(X.contexts.take(used))))
+        weight = 1.0 / (1.0 + distance)
+        found = self.relative_[index]
+        known = np.isfinite(found) * weight[:, :, None]
+        sums = np.einsum("ckm,ckm->cm", np.nan_to_num(found), known) + 0.1 * self.mean_
+        table = sums / (known.sum(axis=1) + 0.1)
+        scores: FloatArray = table[position, _positions(self.methods_, X)]
+        return scores
+
+
+class Isac(Selector):
+    """The single best of the context's cluster [ISAC: Kadioglu, Malitsky, Sellmann, Tierney, ECAI 2010]."""
+
+    def __init__(self, min_cluster_size: int = 30, max_clusters: int = 24, random_state: int = 0) -> None:
+        self.min_cluster_size = min_cluster_size
+        self.max_clusters = max_clusters
+        self.random_state = random_state
+
+    def fit(self, X: Pairs, y: FloatArray, sample_weight: FloatArray | None = None) -> Self:  # noqa: N803
+        """Cluster the contexts and learn the mean regret of each method in each cluster."""
+        used, position = np.unique(X.context, return_inverse=True)
+        self.methods_ = X.methods
+        self.table_ = ContextTable.of(X.contexts.take(used))
+        points = _or_constant(self.table_.standardised(X.contexts.take(used)))
+        count = int(np.clip(len(used) // self.min_cluster_size, 1, self.max_clusters))
+        count = min(count, len(np.unique(points, axis=0)))
+        self.clusters_ = KMeans(count, n_init=3, random_state=self.random_state).fit(points)
+        weight = weights_of(y, sample_weight)
+        overall = np.minimum(mean_regrets(X, y, weight), UNKNOWN)
+        cluster = self.clusters_.labels_[position]
+        self.regret_ = np.empty((count, len(X.methods)))
+        for i in range(count):
+            rows = cluster == i
+            regret = mean_regrets(X.take(rows), y[rows], weight[rows])
+            self.regret_[i] = np.where(np.isfinite(regret), regret, overall + 1.0)
+        return self
+
+    def predict(self, X: Pairs) -> FloatArray:  # noqa: N803
+        """Return the mean regrets in the cluster of each context."""
+        check_is_fitted(self)
+        used, position = np.unique(X.context, return_inverse=True)
+        cluster = self.clusters_.predict(_or_constant(self.table_.standardised(X.contexts.take(used))))
+        scores: FloatArray = self.regret_[cluster[position], _positions(self.methods_, X)]
+        return scores
+
+
+class Alors(Selector):
+    """Latent factors of contexts and methods, and a forest from features to factors [ALORS: Misir, Sebag, AIJ 2017]."""
+
+    def __init__(self, rank: int = 5, ridge: float = 1.0, sweeps: int = 10, random_state: int = 0) -> None:
+        self.rank = rank
+        self.ridge = ridge
+        self.sweeps = sweeps
+        self.random_state = random_state
+
+    def fit(self, X: Pairs, y: FloatArray, sample_weight: FloatArray | None = None) -> Self:  # noqa: N803
+        """Factorise the relative costs by alternating least squares, and learn the factors of a context."""
+        effects = fit_effects(X, y, weights_of(y, sample_weight))
+        used, position = np.unique(X.context, return_inverse=True)
+        self.methods_, self.mean_ = X.methods, effects.of_method
+        rest = y - effects.of_context[X.context] - effects.of_method[X.method]
+        matrix, known = np.zeros((len(used), len(X.methods))), np.zeros((len(used), len(X.methods)))
+        matrix[position, X.method], known[position, X.method] = rest, 1.0
+        rank = min(self.rank, len(X.methods))
+        self.factors_ = np.random.default_rng(self.random_state).normal(scale=0.1, size=(len(X.methods), rank))
+        for _ in range(self.sweeps):
+            of_context = _solve(matrix, known, self.factors_, self.ridge)
+            self.factors_ = _solve(matrix.T, known.T, of_context, self.ridge)
+        self.table_ = ContextTable.of(X.contexts.take(used))
+        forest = RandomForestRegressor(60, min_samples_leaf=2, random_state=self.random_state)
+        self.forest_ = forest.fit(
+            _or_constant(self.table_.matrix(X.contexts.take(used))), of_context if rank > 1 else of_context[:, 0]
+        )
+        return self
+
+    def predict(self, X: Pairs) -> FloatArray:  # noqa: N803
+        """Return the product of the factors, and the method's mean."""
+        check_is_fitted(self)
+        used, position = np.unique(X.context, return_inverse=True)
+        of_context = self.forest_.predict(_or_constant(self.table_.matrix(X.contexts.take(used))))
+        scores = of_context.reshape(len(used), -1) @ self.factors_.T + self.mean_
+        found: FloatArray = scores[position, _positions(self.methods_, X)]
+        return found
+
+
+def _solve(matrix: FloatArray, known: FloatArray, factors: FloatArray, ridge: float) -> FloatArray:
+    """Return for each row of `matrix` the ridge regression of its known entries on the factors of their columns."""
+    gram = np.einsum("rm,mi,mj->rij", known, factors, factors, optimize=True) + ridge * np.eye(factors.shape[1])
+    solved: FloatArray = np.linalg.solve(gram, ((matrix * known) @ factors)[:, :, None])
+    return solved[:, :, 0]
+
+
+class PerMethod(Selector, ABC):
+    """A regression of its own for each method, from the features of a context to its logarithm of cost."""
+
+    def __init__(self, min_rows: int = 8, random_state: int = 0) -> None:
+        self.min_rows = min_rows
+        self.random_state = random_state
+
+    def fit(self, X: Pairs, y: FloatArray, sample_weight: FloatArray | None = None) -> Self:  # noqa: N803
+        """Fit one model a method; a method with few rows is its mean."""
+        weight = weights_of(y, sample_weight)
+        used = np.unique(X.context)
+        self.table_ = ContextTable.of(X.contexts.take(used))
+        table = _or_constant(self.table_.matrix(X.contexts))
+        self.models_ = {}
+        self.mean_ = dict.fromkeys(X.methods, UNKNOWN)
+        for method in np.unique(X.method):
+            rows = X.method == method
+            self.mean_[X.methods[method]] = float(np.average(y[rows], weights=weight[rows]))
+            if np.count_nonzero(rows) >= self.min_rows:
+                model = self.new_model()
+                self.models_[X.methods[method]] = model.fit(table[X.context[rows]], y[rows], sample_weight=weight[rows])
+        return self
+
+    def predict(self, X: Pairs) -> FloatArray:  # noqa: N803
+        """Return what each method's model says."""
+        check_is_fitted(self)
+        table = _or_constant(self.table_.matrix(X.contexts))
+        scores = np.empty(len(X))
+        for method in np.unique(X.method):
+            rows = X.method == method
+            name = X.methods[method]
+            if name in self.models_:
+                scores[rows] = self.models_[name].predict(table[X.context[rows]])
+            else:
+                scores[rows] = self.mean_.get(name, UNKNOWN)
+        return scores
+
+    @abstractmethod
+    def new_model(self) -> RandomForestRegressor | BoostedTrees:
+        """Return the regression, not fitted yet."""
+
+
+class RandomForest(PerMethod):
+    """A random forest for each method: the usual performance model of algorithm selection."""
+
+    def new_model(self) -> RandomForestRegressor:
+        """Return a forest."""
+        return RandomForestRegressor(100, random_state=self.random_state)
+
+
+class GradientBoosting(PerMethod):
+    """Boosted trees for each method."""
+
+    def new_model(self) -> BoostedTrees:
+        """Return boosted trees."""
+        return BoostedTrees(max_iter=100, min_samples_leaf=5, random_state=self.random_state)
+
+
+class TextEmbedding(Selector):
+    """The pipeline of MetaInf [arXiv 2410.21340]: descriptions in words, embedded, then boosted trees.
+
+    Model, hardware, workload and method are described and embedded each on its own: few texts are distinct.
+    `encode` turns texts into vectors, shape (texts, width); hashed n-grams unless a sentence encoder is given.
+    """
+
+    def __init__(self, encode: Encoder | None = None, components: int = 24, random_state: int = 0) -> None:
+        self.encode = encode
+        self.components = components
+        self.random_state = random_state
+
+    def fit(self, X: Pairs, y: FloatArray, sample_weight: FloatArray | None = None) -> Self:  # noqa: N803
+        """Embed the descriptions and fit the trees."""
+        encode: Encoder = self.encode or HashedNgrams()
+        used = np.unique(X.context)
+        described = describe_contexts(X.contexts, used)
+        self.contexts_ = [_Embedding(encode, self.components).fit(texts) for texts in described]
+        self.methods_ = _Embedding(encode, self.components).fit([describe_method(method) for method in X.methods])
+        trees = BoostedTrees(max_iter=100, random_state=self.random_state)
+        self.trees_ = trees.fit(self._table(X), y, sample_weight=weights_of(y, sample_weight))
+        return self
+
+    def predict(self, X: Pairs) -> FloatArray:  # noqa: N803
+        """Return what the trees say of the embedded descriptions."""
+        check_is_fitted(self)
+        scores: FloatArray = self.trees_.predict(self._table(X))
+        return scores
+
+    def _table(self, pairs: Pairs) -> FloatArray:
+        used, position = np.unique(pairs.context, return_inverse=True)
+        described = describe_contexts(pairs.contexts, used)
+        contexts = [embedding.transform(texts) for embedding, texts in zip(self.contexts_, described, strict=True)]
+        methods = self.methods_.transform([describe_method(method) for method in pairs.methods])
+        return np.hstack([*(table[position] for table in contexts), methods[pairs.method]])
+
+
+class _Embedding:
+    """Texts as the principal components of their vectors."""
+
+    def __init__(self, encode: Encoder, components: int) -> None:
+        self._encode = encode
+        self._components = components
+
+    def fit(self, texts: Sequence[str]) -> Self:
+        distinct = sorted(set(texts))
+        vectors = self._encode(distinct)
+        self._mean = vectors.mean(axis=0)
+        self._axes = np.linalg.svd(vectors - self._mean, full_matrices=False)[2][: self._components].T
+        return self
+
+    def transform(self, texts: Sequence[str]) -> FloatArray:
+        distinct, position = np.unique(np.array(texts, dtype=np.str_), return_inverse=True)
+        components: FloatArray = ((self._encode(distinct.tolist()) - self._mean) @ self._axes)[position]
+        return components
+
+
+class VirtualBest(Selector):
+    """Knows the cost of every pair it was fitted on: what no selector can be better than."""
+
+    def fit(self, X: Pairs, y: FloatArray, sample_weight: FloatArray | None = None) -> Self:  # noqa: N803
+        """Keep every cost."""
+        names = X.method_names().tolist()
+        self.costs_ = dict(
+            zip(zip((X.contexts.ids[i] for i in X.context), names, strict=True), y.tolist(), strict=True)
+        )
+        return self
+
+    def predict(self, X: Pairs) -> FloatArray:  # noqa: N803
+        """Return the true costs; of other pairs nothing is known."""
+        check_is_fitted(self)
+        names = X.method_names().tolist()
+        keys = zip((X.contexts.ids[i] for i in X.context), names, strict=True)
+        return np.array([self.costs_.get(key, UNKNOWN) for key in keys])
+
+
+def _positions(methods: Sequence[str], pairs: Pairs) -> IntArray:
+    """Return for each pair the index of its method among `methods`."""
+    if tuple(methods) == pairs.methods:
+        return pairs.method
+    index = {method: i for i, method in enumerate(methods)}
+    missing = [method for method in pairs.methods if method not in index]
+    if missing:
+        raise ValueError(f"the methods {missing[:3]} were not among those fitted on")
+    return np.array([index[method] for method in pairs.methods], dtype=np.intp)[pairs.method]
+
+
+def _or_constant(table: FloatArray) -> FloatArray:
+    """Return the table, or one constant column where nothing tells its rows apart."""
+    return table if table.shape[1] else np.zeros((len(table), 1))
+
+
+BASELINES: Final[dict[str, Callable[[], Selector]]] = {
+    "random": RandomChoice,
+    "single_best": SingleBest,
+    "rule": Rule,
+    "nearest_neighbours": NearestNeighbours,
+    "isac": Isac,
+    "alors": Alors,
+    "random_forest": RandomForest,
+    "gradient_boosting": GradientBoosting,
+    "text_embedding": TextEmbedding,
+    "virtual_best": VirtualBest,
+}
+"""Every baseline by its name in tables."""

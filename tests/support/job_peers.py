@@ -1,0 +1,374 @@
+"""Whole peers over the in-memory network: real membership, stages and coordinator; an engine that is a hash chain."""
+
+import random
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, asynccontextmanager, nullcontext
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any, cast
+
+import trio
+
+from node.config import ServeSpec
+from node.coordinator.coordinator import Coordinator
+from node.coordinator.method_choice import Chooser, QualityStore
+from node.coordinator.recorder import Recorder
+from node.coordinator.submission import JobRequest, JobResult
+from node.engine.device import Device
+from node.engine.interface import REFERENCE, EngineCrashed, SpanInfo, Variant
+from node.identity import Identity
+from node.models.library import KnownModel
+from node.models.vocabulary import Vocabulary
+from node.network.addresses import AddressBook
+from node.network.interface import Network
+from node.stages.block_placement import PlacementAnnouncements
+from node.stages.span import Span
+from node.stages.span_supervisor import SpanSupervisor
+from node.stages.stage_policy import PolicyController
+from node.stages.stage_server import StageServer
+from node.stages.voting import Agreed, Voter
+from node.swarm.dht_records import RecordKinds
+from node.swarm.link_estimates import LinkEstimates
+from node.swarm.membership import Membership
+from node.testing.fake_engine import FAKE_MODEL, FAKE_VARIANTS, FakeEngine, fake_span_info
+from node.testing.memory_hub import LinkModel, MemoryNetworkHub
+from node.util.offload import run_inline
+from protocol.identity import BlockRange, JobId, ModelId, PeerId, SessionId
+from protocol.messages import Open, Sampling, Slice, Step
+from protocol.tensors import tensor_from_tokens
+from selector.routing import Links
+from selector.task import BASELINE
+
+BLOCKS = 9
+VOCABULARY = 1000
+
+
+class NumberTokenizer:
+    """Its text is numbers: token 7 reads "7 "; of other words it makes some number."""
+
+    is_absent = False
+    stop_tokens: tuple[int, ...] = ()
+
+    def __init__(self) -> None:
+        self.vocabulary = Vocabulary.build(b"", (f"{token} ".encode() for token in range(VOCABULARY)))
+
+    async def encode(self, text: str) -> tuple[int, ...]:
+        await trio.lowlevel.checkpoint()
+        return tuple((int(word) if word.isdecimal() else sum(word.encode())) % VOCABULARY for word in text.split())
+
+    async def render_chat(self, messages: Sequence[dict[str, str]]) -> tuple[int, ...]:
+        return tuple([token for message in messages for token in await self.encode(message["content"])])
+
+    async def decode(self, *sequences: Sequence[int]) -> list[str]:
+        await trio.lowlevel.checkpoint()
+        return ["".join(f"{token} " for token in tokens) for tokens in sequences]
+
+
+@dataclass(frozen=True)
+class _File:
+    size_bytes: int = 4096
+
+
+@dataclass(frozen=True)
+class _Shape:
+    """What of a manifest a coordinator looks at."""
+
+    model_id: ModelId = FAKE_MODEL
+    model_type: str = "fake"
+    block_count: int = BLOCKS
+    hidden_size: int = 32
+    vocabulary_size: int = VOCABULARY
+    max_positions: int = 4096
+    config: dict[str, Any] = field(default_factory=dict)
+    embed: _File = _File()
+    blocks: tuple[_File, ...] = (_File(),) * BLOCKS
+    head: _File = _File()
+
+    tokenizer: str = "numbers"
+
+    def files_for(self, blocks: BlockRange) -> list[_File]:
+        return [_File()] * len(blocks)
+
+    def has_tokens_of(self, other: "_Shape") -> bool:
+        return self.tokenizer == other.tokenizer
+
+
+def wall_clock() -> float:
+    """Return what all clocks show, in virtual time."""
+    return 1_800_000_000 + trio.current_time()
+
+
+class FakeLibrary:
+    """Has every file of the fake model, which knows numbers, and of one that knows nothing else than letters."""
+
+    async def manifest(self, text: str, **options: object) -> Any:
+        return _Shape(tokenizer="letters" if text == "letters" else "numbers")
+
+    async def weights(self, manifest: object, blocks: BlockRange, **options: object) -> Any:
+        await trio.sleep(1)
+        return None
+
+    def in_use(self, package: object, blocks: BlockRange) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    def name_of(self, model: ModelId) -> str:
+        return "fake"
+
+
+class OneModel:
+    """Knows the fake engine's model under any name."""
+
+    def __init__(self, tokenizer: NumberTokenizer) -> None:
+        info = fake_span_info(BlockRange(0, BLOCKS), block_count=BLOCKS)
+        self.known = KnownModel(info.model, "fake", cast("Any", _Shape()), cast("Any", tokenizer))
+
+    async def open(self, text: str) -> KnownModel:
+        await trio.lowlevel.checkpoint()
+        return self.known
+
+
+@dataclass
+class Peer:
+    """One peer of the swarm."""
+
+    network: Network
+    stages: StageServer
+    membership: Membership
+    coordinator: Coordinator
+    tokenizer: NumberTokenizer
+    statements: PlacementAnnouncements
+    engines: list[FakeEngine] = field(default_factory=list)
+
+    @property
+    def id(self) -> PeerId:
+        return self.network.peer_id
+
+    async def run(self, request: JobRequest) -> JobResult:
+        """Run a job to its end."""
+        async with self.coordinator.submit(request) as events:
+            async for event in events:
+                if isinstance(event, JobResult):
+                    return event
+        raise AssertionError("a job ends with its result")
+
+    def held(self) -> tuple[int, int]:
+        """Return the sessions and the KV positions that this peer holds."""
+        statistics = [engine.statistics() for engine in self.engines]
+        return sum(len(s.sessions) for s in self.stages.spans()), sum(s.reserved_positions for s in statistics)
+
+
+class Swarm:
+    """Peers that come and go on a network in memory."""
+
+    def __init__(
+        self,
+        nursery: trio.Nursery,
+        seed: int = 1,
+        link: LinkModel | None = None,
+        controller: Callable[[], PolicyController] = PolicyController,
+        *,
+        address_book: AddressBook | None = None,
+    ) -> None:
+        self._controller = controller
+        self.hub = MemoryNetworkHub(random.Random(seed), link, address_book=address_book)
+        self.peers: list[Peer] = []
+        self._nursery = nursery
+        self.rng = random.Random(seed)
+
+    async def join(
+        self,
+        *spans: tuple[int, int],
+        step_s: float = 0.01,
+        variants: Iterable[Variant] = FAKE_VARIANTS,
+        chooser: Chooser | None = None,
+        voter: Voter | None = None,
+        recorder: Recorder | None = None,
+        row_s: float | None = None,
+        slowness: Mapping[Variant, float] | None = None,
+        ledger: QualityStore | None = None,
+        agreed: Agreed | None = None,
+        draft: FakeEngine | None = None,
+        **shape: Any,
+    ) -> Peer:
+        """Start a peer that serves spans of the fake model; the first peer of the swarm is its bootstrap peer.
+
+        `draft`: the engine of a whole model, which guesses for jobs whose first blocks are served here.
+        """
+        identity = Identity(self.rng.randbytes(32))
+        network = self.hub.network(identity.peer_id)
+        stages = StageServer(
+            network,
+            "test/1",
+            private_key=identity.private_key,
+            hardware=lambda: "test",
+            voter=voter,
+            controller=self._controller,
+            agreed=lambda model: agreed,
+        )
+        statements = PlacementAnnouncements(lambda: membership.announce(), wall_clock)
+        membership = self._membership(identity, network, stages, statements)
+        tokenizer = NumberTokenizer()
+        links = self._links(network, membership)
+        coordinator = Coordinator(
+            OneModel(tokenizer),
+            membership,
+            stages.link_pool,
+            self.rng,
+            links,
+            recorder,
+            chooser=chooser,
+            ledger=ledger,
+            hardware=lambda _: "test",
+            agreed=lambda model: agreed,
+            expected=lambda model: self._expected(membership, model),
+        )
+        peer = Peer(network, stages, membership, coordinator, tokenizer, statements)
+        self.peers.append(peer)
+        make_engine = partial(
+            FakeEngine,
+            step_s=step_s,
+            row_s=step_s / 100 if row_s is None else row_s,
+            variants=tuple(variants),
+            slowness=slowness,
+        )
+        await self._nursery.start(self._carry, peer, spans, make_engine, draft, shape)
+        return peer
+
+    async def join_where_needed(self, blocks: int, library: Any = None, *, draft: str | None = None) -> Peer:
+        """Start a peer that serves so many blocks of the fake model, of its own choice."""
+        peer = await self.join()
+        shape = _Shape()
+        memory_bytes = (blocks * shape.blocks[0].size_bytes + shape.embed.size_bytes + shape.head.size_bytes) / 0.75
+
+        @asynccontextmanager
+        async def start_engine(package: object, blocks: BlockRange, options: object) -> AsyncIterator[FakeEngine]:
+            info = fake_span_info(blocks, block_count=BLOCKS)
+            engine = FakeEngine(info, step_s=0.01, row_s=0.0001, variants=[REFERENCE])
+            peer.engines.append(engine)
+            yield engine
+
+        serving = SpanSupervisor(
+            [ServeSpec("fake")],
+            library=library or cast("Any", FakeLibrary()),
+            membership=peer.membership,
+            stages=peer.stages,
+            statements=peer.statements,
+            own_peer=peer.id,
+            memory_bytes=(int(memory_bytes) + 1) * (1 if draft is None else 2),
+            draft=draft,
+            threads=1,
+            device=Device("cpu", 1 << 40),
+            graphs_dir=Path(),
+            use_catalogue=False,
+            jitter=self.rng,
+            start_engine=start_engine,
+            offload=run_inline,
+        )
+        await self._nursery.start(serving.run)
+        return peer
+
+    def _membership(
+        self, identity: Identity, network: Network, stages: StageServer, statements: PlacementAnnouncements
+    ) -> Membership:
+        return Membership(
+            network=network,
+            identity=identity,
+            agent="test/1",
+            bootstrap=self.peers[0].network.multiaddrs if self.peers else (),
+            served_spans=stages.served_spans,
+            records=RecordKinds(network),
+            jitter=self.rng,
+            wall_clock=wall_clock,
+            stated=statements.current,
+        )
+
+    def _expected(self, membership: Membership, model: ModelId) -> tuple[BlockRange, ...]:
+        return membership.directory.expected(model)
+
+    def _links(self, network: Network, membership: Membership) -> Links:
+        return LinkEstimates(network.peer_id, membership.round_trip_s, lambda _: None).between
+
+    async def _carry(
+        self,
+        peer: Peer,
+        spans: Iterable[tuple[int, int]],
+        make_engine: Callable[[SpanInfo], FakeEngine],
+        draft: FakeEngine | None,
+        shape: dict[str, Any],
+        *,
+        task_status: trio.TaskStatus[None],
+    ) -> None:
+        async with peer.network.running(), peer.stages.link_pool.running(), trio.open_nursery() as nursery:
+            nursery.start_soon(peer.membership.run)
+            for start, end in spans:
+                info = fake_span_info(BlockRange(start, end), block_count=BLOCKS, **shape)
+                engine = make_engine(info)
+                peer.engines.append(engine)
+                await nursery.start(self._serve, peer, engine)
+                peer.membership.announce()
+            if draft is not None:
+                peer.engines.append(draft)
+                await nursery.start(self._guess, peer, draft)
+            task_status.started()
+            await trio.sleep_forever()
+
+    async def _guess(self, peer: Peer, engine: FakeEngine, *, task_status: trio.TaskStatus[None]) -> None:
+        try:
+            await peer.stages.guess(engine, REFERENCE, [FAKE_MODEL], task_status=task_status)
+        except* EngineCrashed:
+            peer.engines.remove(engine)
+
+    async def _serve(self, peer: Peer, engine: FakeEngine, *, task_status: trio.TaskStatus[Span]) -> None:
+        try:
+            await peer.stages.serve(engine, task_status=task_status)
+        except* EngineCrashed:
+            peer.membership.announce()
+
+    async def serve_again(self, peer: Peer, span: tuple[int, int], step_s: float = 0.01) -> None:
+        """Have a peer whose engine crashed serve a span again."""
+        peer.engines.clear()
+        engine = FakeEngine(fake_span_info(BlockRange(*span), block_count=BLOCKS), step_s=step_s, row_s=step_s / 100)
+        peer.engines.append(engine)
+        await self._nursery.start(self._serve, peer, engine)
+        peer.membership.announce()
+
+    async def settle(self) -> None:
+        """Wait until every peer has heard of every other, and of what it serves."""
+        while not all(self._knows(peer, other) for peer in self.peers for other in self.peers):
+            await trio.sleep(0.1)
+
+    def _knows(self, peer: Peer, other: Peer) -> bool:
+        presence = peer.membership.directory.get(other.id)
+        served = {span.blocks for span in other.stages.served_spans()}
+        return presence is not None and {span.blocks for span in presence.spans} == served
+
+
+@asynccontextmanager
+async def open_swarm(
+    seed: int = 1,
+    link: LinkModel | None = None,
+    controller: Callable[[], PolicyController] = PolicyController,
+) -> AsyncIterator[Swarm]:
+    """Hold a swarm inside the block."""
+    async with trio.open_nursery() as nursery:
+        yield Swarm(nursery, seed, link, controller)
+        nursery.cancel_scope.cancel()
+
+
+def a_step(session: SessionId) -> Step:
+    """Return rows for the first stage of a job."""
+    return Step(slices=(Slice(session=session, position=0, rows=1),), tensor=tensor_from_tokens([1]))
+
+
+def an_opening(peer: Peer) -> Open:
+    """Return what opens a session of the whole fake model at a peer, with nearly all its memory."""
+    info = peer.engines[0].info
+    return Open(
+        session=SessionId(JobId("00" * 16), 0),
+        model=info.model,
+        blocks=info.blocks,
+        methods=(BASELINE.name,),
+        positions=4000,
+        sampling=Sampling(max_tokens=10),
+    )

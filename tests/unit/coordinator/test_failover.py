@@ -1,0 +1,99 @@
+"""A job whose stage is lost and has no other holder: it ends soon, unless somebody known could take the place."""
+
+from collections.abc import Callable
+
+import pytest
+import trio
+from structlog.testing import capture_logs
+from trio.testing import MockClock
+
+from node.coordinator.submission import JobError, JobErrorCode, JobRequest, JobResult, TextDelta
+from protocol.announcements import Placement
+from protocol.identity import BlockRange
+from tests.support.job_peers import Peer, Swarm, open_swarm
+from tests.unit.coordinator.test_jobs import PROMPT, THIRDS, right_tokens
+
+REQUEST = JobRequest(model="fake", prompt=PROMPT, max_tokens=40)
+
+
+async def lose_in_mid_job(peer: Peer, lose: Callable[[], None]) -> tuple[JobResult | JobError, float]:
+    """Run a job of which something is lost after some tokens; return what came of it, and how long after the loss."""
+    lost_s, count = 0.0, 0
+    try:
+        async with peer.coordinator.submit(REQUEST) as events:
+            async for event in events:
+                count += isinstance(event, TextDelta)
+                if count == 10 and not lost_s:
+                    lost_s = trio.current_time()
+                    lose()
+                if isinstance(event, JobResult):
+                    return event, trio.current_time() - lost_s
+    except JobError as error:
+        return error, trio.current_time() - lost_s
+    raise AssertionError("a job ends with its result")
+
+
+async def swarm_without_spares(swarm: Swarm) -> Peer:
+    for span in THIRDS:
+        await swarm.join(span)
+    peer = await swarm.join()
+    await swarm.settle()
+    return peer
+
+
+@pytest.mark.parametrize("way", ["kill", "stop"])
+async def test_ends_within_seconds_once_nobody_is_known_who_could_take_over(virtual_clock: MockClock, way: str) -> None:
+    async with open_swarm() as swarm:
+        peer = await swarm_without_spares(swarm)
+        victim = swarm.peers[1]
+        with capture_logs() as logs:
+            error, waited_s = await lose_in_mid_job(peer, lambda: getattr(swarm.hub, way)(victim.id))
+        assert isinstance(error, JobError)
+        assert error.code is JobErrorCode.UNCOVERED
+        assert error.retry_after_s
+        assert "blocks 3-6" in error.message
+        assert victim.id in error.message
+        assert waited_s < 9
+        ours = [log for log in logs if log["log_level"] in {"info", "warning"} and "job" in log]
+        assert [log["event"] for log in ours] == ["stage lost", "no route left; waiting for a peer"]
+        with trio.fail_after(2):
+            while any(each.held() != (0, 0) for each in swarm.peers if each is not victim):
+                await trio.sleep(0.01)
+
+
+async def test_goes_on_with_a_peer_that_comes_within_moments(virtual_clock: MockClock) -> None:
+    async with open_swarm() as swarm, trio.open_nursery() as nursery:
+        peer = await swarm_without_spares(swarm)
+
+        def lose() -> None:
+            swarm.hub.kill(swarm.peers[1].id)
+            nursery.start_soon(swarm.join, THIRDS[1])
+
+        result, waited_s = await lose_in_mid_job(peer, lose)
+        assert isinstance(result, JobResult)
+        assert (result.token_ids, result.replays) == (right_tokens(40), 1)
+        assert waited_s < 9
+
+
+async def test_waits_for_a_live_peer_that_loads_the_blocks_again(virtual_clock: MockClock) -> None:
+    async with open_swarm() as swarm, trio.open_nursery() as nursery:
+        peer = await swarm_without_spares(swarm)
+        victim = swarm.peers[1]
+        blocks = BlockRange(*THIRDS[1])
+        placement = Placement(model=victim.engines[0].info.model, blocks=blocks, rate=1.0, movable=False)
+        victim.statements.say("span", placement)
+        await trio.sleep(5)
+
+        async def load_again() -> None:
+            await trio.sleep(30)
+            await swarm.serve_again(victim, THIRDS[1])
+
+        def lose() -> None:
+            victim.engines[0].crash()
+            nursery.start_soon(load_again)
+
+        result, waited_s = await lose_in_mid_job(peer, lose)
+        assert isinstance(result, JobResult)
+        assert (result.token_ids, result.replays) == (right_tokens(40), 1)
+        assert 30 < waited_s < 40
+        nursery.cancel_scope.cancel()

@@ -1,0 +1,435 @@
+"""Jobs over several stages: what the submitter gets, and what the stages hold afterwards."""
+
+from dataclasses import replace
+
+import pytest
+import trio
+from trio.testing import MockClock
+
+from node.coordinator.submission import (
+    ChatMessage,
+    JobError,
+    JobErrorCode,
+    JobRequest,
+    JobResult,
+    JobStarted,
+    TextDelta,
+)
+from node.links.link import SessionRefused
+from node.models.errors import ModelError
+from node.models.tokenizer_process import no_tokenizer
+from node.models.vocabulary import TokenKind, Vocabulary
+from node.stages.span import IDLE_LIMIT_S
+from node.swarm.membership import HEARTBEAT_INTERVAL_S
+from node.testing.fake_engine import expected_tokens, fake_span_info
+from protocol.identity import BlockRange, SessionId
+from protocol.messages import FinishReason, Sampling
+from tests.support.job_peers import BLOCKS, VOCABULARY, OneModel, Peer, Swarm, a_step, an_opening, open_swarm
+
+PROMPT = "3 1 4 1 5 9 2 6"
+TOKENS = [3, 1, 4, 1, 5, 9, 2, 6]
+THIRDS = ((0, 3), (3, 6), (6, 9))
+
+
+def right_tokens(count: int, sampling: Sampling | None = None) -> tuple[int, ...]:
+    """What the whole model says, undisturbed and undivided."""
+    return expected_tokens(fake_span_info(BlockRange(0, BLOCKS), block_count=BLOCKS), TOKENS, count, sampling)
+
+
+async def swarm_of_thirds(swarm: Swarm) -> Peer:
+    """Three peers with a third of the blocks each, and one without any, which is returned."""
+    for span in THIRDS:
+        await swarm.join(span)
+    coordinator = await swarm.join()
+    await swarm.settle()
+    return coordinator
+
+
+async def all_free(swarm: Swarm) -> None:
+    """Wait, at most a second, until no peer holds anything of any job."""
+    with trio.fail_after(1):
+        while any(peer.held() != (0, 0) for peer in swarm.peers):
+            await trio.sleep(0.01)
+    assert all(len(peer.stages.link_pool.receivers) == 0 for peer in swarm.peers)
+
+
+async def test_three_stages_say_what_one_would(virtual_clock: MockClock) -> None:
+    async with open_swarm() as swarm:
+        peer = await swarm_of_thirds(swarm)
+        result = await peer.run(JobRequest(model="fake", prompt=PROMPT, max_tokens=20))
+        assert result.token_ids == right_tokens(20)
+        assert result.text == "".join(f"{token} " for token in result.token_ids)
+        assert result.finish_reason is FinishReason.LENGTH
+        assert (result.usage.prompt_tokens, result.usage.completion_tokens) == (8, 20)
+        assert [(stage.peer, str(stage.blocks)) for stage in result.route] == [
+            (peer.id, f"{start}-{end}") for peer, (start, end) in zip(swarm.peers, THIRDS, strict=False)
+        ]
+        assert all(stage.compute_s > 0 for stage in result.route)
+        assert 0 < result.timing.ttft_s < result.timing.total_s
+        await all_free(swarm)
+
+
+@pytest.mark.parametrize("spans", [((0, 9),), ((0, 4), (4, 9)), ((0, 1), (1, 2), (2, 8), (8, 9))])
+async def test_every_division_says_the_same(virtual_clock: MockClock, spans: tuple[tuple[int, int], ...]) -> None:
+    async with open_swarm() as swarm:
+        for span in spans:
+            await swarm.join(span)
+        await swarm.settle()
+        for peer in swarm.peers:  # each coordinates a job of which it also serves a stage
+            assert (await peer.run(JobRequest(model="fake", prompt=PROMPT, max_tokens=9))).token_ids == right_tokens(9)
+
+
+async def test_spans_that_overlap_are_cut_where_it_is_best(virtual_clock: MockClock) -> None:
+    async with open_swarm() as swarm:
+        first = await swarm.join((0, 6), step_s=0.01)
+        await swarm.join((3, 9), step_s=0.002)
+        await swarm.settle()
+        request = JobRequest(model="fake", prompt=PROMPT, max_tokens=9)
+        for _ in range(2):
+            result = await first.run(request)
+            assert result.token_ids == right_tokens(9)
+            await trio.sleep(2 * HEARTBEAT_INTERVAL_S)
+        assert [str(stage.blocks) for stage in result.route] == ["0-3", "3-9"], "their speed is known by now"
+        await all_free(swarm)
+
+
+async def test_one_peer_may_serve_several_stages_of_a_job(virtual_clock: MockClock) -> None:
+    async with open_swarm() as swarm:
+        first = await swarm.join((0, 3), (6, 9))
+        await swarm.join((3, 6))
+        await swarm.settle()
+        assert (await first.run(JobRequest(model="fake", prompt=PROMPT, max_tokens=9))).token_ids == right_tokens(9)
+        await all_free(swarm)
+
+
+async def test_jobs_run_side_by_side(virtual_clock: MockClock) -> None:
+    async with open_swarm() as swarm:
+        peer = await swarm_of_thirds(swarm)
+        results: list[JobResult] = []
+
+        async def submit(seed: int) -> None:
+            request = JobRequest(model="fake", prompt=PROMPT, max_tokens=10, temperature=1, seed=seed)
+            results.append(await peer.run(request))
+
+        async with trio.open_nursery() as nursery:
+            for seed in range(12):
+                nursery.start_soon(submit, seed)
+        sampled = {right_tokens(10, Sampling(temperature=1, seed=seed, max_tokens=10)) for seed in range(12)}
+        assert {result.token_ids for result in results} == sampled
+        await all_free(swarm)
+
+
+async def test_events_come_in_order_and_as_tokens_do(virtual_clock: MockClock) -> None:
+    async with open_swarm() as swarm:
+        peer = await swarm_of_thirds(swarm)
+        async with peer.coordinator.submit(JobRequest(model="fake", prompt=PROMPT, max_tokens=4)) as events:
+            kinds = [type(event) async for event in events]
+        assert kinds == [JobStarted, TextDelta, TextDelta, TextDelta, TextDelta, JobResult]
+
+
+async def test_a_stop_token_and_a_stop_string_end_a_job(virtual_clock: MockClock) -> None:
+    async with open_swarm() as swarm:
+        peer = await swarm_of_thirds(swarm)
+        tokens = right_tokens(6)
+        stopped = await peer.run(JobRequest(model="fake", prompt=PROMPT, max_tokens=20, stop=(f" {tokens[3]} ",)))
+        assert stopped.text == "".join(f"{token} " for token in tokens[:3]).rstrip()
+        assert stopped.finish_reason is FinishReason.STOP
+        peer.tokenizer.stop_tokens = (tokens[2],)
+        stopped = await peer.run(JobRequest(model="fake", prompt=PROMPT, max_tokens=20))
+        assert stopped.token_ids == tokens[:3]
+        assert stopped.finish_reason is FinishReason.STOP
+        ignored = await peer.run(JobRequest(model="fake", prompt=PROMPT, max_tokens=6, ignore_eos=True))
+        assert ignored.token_ids == tokens
+        await all_free(swarm)
+
+
+async def test_a_tokenizer_that_fails_in_the_middle_of_a_job_ends_it_in_one_line(
+    virtual_clock: MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def fail(*sequences: object) -> list[str]:
+        await trio.lowlevel.checkpoint()
+        raise ModelError("the model's tokenizer took longer than 2 s")
+
+    async with open_swarm() as swarm:
+        peer = await swarm_of_thirds(swarm)
+        monkeypatch.setattr(peer.tokenizer, "vocabulary", Vocabulary.build(bytes([TokenKind.TEXT]) * VOCABULARY, None))
+        monkeypatch.setattr(peer.tokenizer, "decode", fail)
+        with pytest.raises(JobError, match=r"^the model's tokenizer took longer than 2 s$") as caught:
+            await peer.run(JobRequest(model="fake", prompt=PROMPT, max_tokens=5))
+        assert caught.value.code is JobErrorCode.FAILED
+        await all_free(swarm)
+
+
+async def test_who_goes_away_leaves_nothing_behind(virtual_clock: MockClock) -> None:
+    async with open_swarm() as swarm:
+        peer = await swarm_of_thirds(swarm)
+        async with peer.coordinator.submit(JobRequest(model="fake", prompt=PROMPT, max_tokens=500)) as events:
+            async for event in events:
+                if isinstance(event, TextDelta):
+                    break
+        await all_free(swarm)
+        with trio.move_on_after(0.5):
+            await peer.run(JobRequest(model="fake", prompt=PROMPT, max_tokens=500))
+        await all_free(swarm)
+        assert peer.coordinator.statistics().cancelled == 2
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2])
+@pytest.mark.parametrize("way", ["kill", "stop", "crash"])
+async def test_a_lost_stage_is_replaced_and_the_text_is_the_same(
+    virtual_clock: MockClock, stage: int, way: str
+) -> None:
+    async with open_swarm() as swarm:
+        for span in (*THIRDS, *THIRDS):
+            await swarm.join(span)
+        peer = await swarm.join()
+        await swarm.settle()
+        tokens: list[int] = []
+        wanted = BlockRange(*THIRDS[stage])
+        async with peer.coordinator.submit(JobRequest(model="fake", prompt=PROMPT, max_tokens=40)) as events:
+            async for event in events:
+                if isinstance(event, TextDelta):
+                    tokens += event.token_ids
+                    if len(tokens) == 10:
+                        serving = [p for p in swarm.peers if p.held()[0]]
+                        before = [p.id for p in sorted(serving, key=lambda p: p.engines[0].info.blocks)]
+                        victim = next(p for p in serving if p.engines[0].info.blocks == wanted)
+                        lost_s = trio.current_time()
+                        if way == "kill":
+                            swarm.hub.kill(victim.id)
+                        elif way == "stop":
+                            swarm.hub.stop(victim.id)
+                        else:
+                            victim.engines[0].crash()
+                    if len(tokens) == 12:
+                        assert trio.current_time() - lost_s < (2 if way == "stop" else 0.5)
+                        # Who lives has not calculated anything twice, and the newcomer calculated everything once.
+                        sessions = [s for p in swarm.peers for span in p.stages.spans() for s in span.sessions.values()]
+                        assert len(sessions) == (4 if way == "stop" else 3)
+                        assert all(s.rows <= len(TOKENS) + 13 for s in sessions)
+                if isinstance(event, JobResult):
+                    assert event.token_ids == right_tokens(40) == tuple(tokens)
+                    assert event.replays == 1
+                    # Nobody but the lost stage was replaced.
+                    served = [s.peer for s in event.route]
+                    assert served != before
+                    assert [a == b for a, b in zip(served, before, strict=True)].count(False) == 1
+                    assert served[stage] != victim.id == before[stage]
+
+
+async def test_blocks_that_nobody_serves_are_named(virtual_clock: MockClock) -> None:
+    async with open_swarm() as swarm:
+        await swarm.join((0, 3))
+        await swarm.join((6, 8))
+        await swarm.settle()
+        with pytest.raises(JobError, match=r"no peer serves blocks 3-6, 8-9 of fake") as caught:
+            await swarm.peers[0].run(JobRequest(model="fake", prompt=PROMPT))
+        assert caught.value.code is JobErrorCode.UNCOVERED
+        assert caught.value.retry_after_s
+
+
+async def test_a_full_peer_says_so_and_serves_again_once_it_has_room(virtual_clock: MockClock) -> None:
+    async with open_swarm() as swarm:
+        for span in THIRDS:
+            await swarm.join(span, kv_positions=100)
+        peer = await swarm.join()
+        await swarm.settle()
+        async with peer.coordinator.submit(JobRequest(model="fake", prompt=PROMPT, max_tokens=80)):
+            with pytest.raises(JobError, match="have no room now") as caught:
+                await peer.run(JobRequest(model="fake", prompt=PROMPT, max_tokens=80))
+            assert caught.value.code is JobErrorCode.FULL
+        assert (await peer.run(JobRequest(model="fake", prompt=PROMPT, max_tokens=80))).token_ids == right_tokens(80)
+        await all_free(swarm)
+
+
+async def test_a_measurement_makes_way_for_the_jobs_of_others(virtual_clock: MockClock) -> None:
+    measurement = JobRequest(model="fake", prompt=PROMPT, max_tokens=8, background=True)
+    async with open_swarm() as swarm:
+        peer = await swarm_of_thirds(swarm)
+        other = await swarm.join()
+        await swarm.settle()
+        for request in (replace(measurement, background=False), measurement):
+            async with other.coordinator.submit(request):
+                with pytest.raises(JobError, match="others, who come before a measurement") as caught:
+                    await peer.run(measurement)
+                assert caught.value.retry_after_s
+        assert peer.coordinator.statistics().failed == 0
+        async with peer.coordinator.submit(measurement):
+            await peer.run(measurement)  # of one peer several at a time are one measurement
+            await other.run(replace(measurement, background=False))  # nobody waits for it
+        await all_free(swarm)
+
+
+async def test_failures_mistakes_of_clients_and_trials_are_counted_apart(virtual_clock: MockClock) -> None:
+    async with open_swarm() as swarm:
+        peer = await swarm_of_thirds(swarm)
+        counts = peer.coordinator.statistics()
+        await peer.run(JobRequest(model="fake", prompt=PROMPT, max_tokens=2))
+        for mistake in (
+            JobRequest(model="fake", prompt=""),
+            JobRequest(model="fake", prompt=PROMPT, max_tokens=0),
+            JobRequest(model="fake", prompt=PROMPT, method="engine=steam"),
+        ):
+            with pytest.raises(JobError):
+                await peer.run(mistake)
+        await peer.run(JobRequest(model="fake", prompt=PROMPT, max_tokens=2, background=True))
+        async with peer.coordinator.submit(
+            JobRequest(model="fake", prompt=PROMPT, max_tokens=2), lambda _: None
+        ) as run:
+            assert (counts.running, counts.trials_running) == (1, 1)
+            async for _ in run:
+                pass
+        for lost in swarm.peers[1:]:
+            swarm.hub.kill(lost.id)
+        with pytest.raises(JobError):
+            await peer.run(JobRequest(model="fake", prompt=PROMPT))
+        with pytest.raises(JobError):
+            await peer.run(JobRequest(model="fake", prompt=PROMPT, background=True))
+        assert (counts.done, counts.rejected, counts.failed, counts.cancelled) == (1, 3, 1, 0)
+        assert (counts.running, counts.trials_running, counts.trials_done, counts.trials_failed) == (0, 0, 2, 1)
+
+
+async def test_a_draining_peer_finishes_what_it_has_and_takes_nothing_new(virtual_clock: MockClock) -> None:
+    async with open_swarm() as swarm:
+        peer = await swarm_of_thirds(swarm)
+        leaving = swarm.peers[1]
+        async with peer.coordinator.submit(JobRequest(model="fake", prompt=PROMPT, max_tokens=30)) as events:
+            leaving.stages.draining = True
+            await leaving.membership.leave()
+            with pytest.raises(JobError) as caught:
+                await peer.run(JobRequest(model="fake", prompt=PROMPT))
+            assert caught.value.code is JobErrorCode.UNCOVERED
+            assert [presence.peer for presence in peer.membership.directory.departing()] == [leaving.id]
+            assert [event async for event in events][-1].token_ids == right_tokens(30)  # type: ignore[union-attr]
+        with trio.fail_after(1):
+            await leaving.stages.wait_idle()
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2])
+async def test_a_peer_that_leaves_hands_its_sessions_over(virtual_clock: MockClock, stage: int) -> None:
+    async with open_swarm() as swarm:
+        peer = await swarm_of_thirds(swarm)
+        leaving = swarm.peers[stage]
+        spare = await swarm.join(THIRDS[stage])
+        await swarm.settle()
+        async with peer.coordinator.submit(JobRequest(model="fake", prompt=PROMPT, max_tokens=40)) as events:
+            if not leaving.held()[0]:
+                leaving, spare = spare, leaving
+            result: JobResult | None = None
+            count = 0
+            async for event in events:
+                count += isinstance(event, TextDelta)
+                if count == 10 and not leaving.stages.draining:
+                    leaving.stages.draining = True
+                    await leaving.membership.leave()
+                    leaving.stages.hand_over()
+                if count == 15:
+                    assert leaving.held() == (0, 0)
+                    assert spare.held()[0] == 1
+                    swarm.hub.kill(leaving.id)
+                result = event if isinstance(event, JobResult) else result
+        assert result is not None
+        assert result.token_ids == right_tokens(40)
+        assert result.replays == 1
+
+
+async def test_a_peer_that_nobody_can_replace_serves_to_the_end(virtual_clock: MockClock) -> None:
+    async with open_swarm() as swarm:
+        peer = await swarm_of_thirds(swarm)
+        await swarm.join(THIRDS[1], kv_positions=16)  # has no room
+        await swarm.settle()
+        leaving = swarm.peers[1]
+        async with peer.coordinator.submit(JobRequest(model="fake", prompt=PROMPT, max_tokens=40)) as events:
+            leaving.stages.draining = True
+            await leaving.membership.leave()
+            leaving.stages.hand_over()
+            assert [event async for event in events][-1].token_ids == right_tokens(40)  # type: ignore[union-attr]
+
+
+async def test_rows_of_a_stranger_do_not_enter_a_session(virtual_clock: MockClock) -> None:
+    async with open_swarm() as swarm:
+        peer = await swarm_of_thirds(swarm)
+        stranger = await swarm.join()
+        await swarm.settle()
+        async with peer.coordinator.submit(JobRequest(model="fake", prompt=PROMPT, max_tokens=20)) as events:
+            (session,) = swarm.peers[0].stages.spans()[0].sessions
+            link = await stranger.stages.link_pool.link_to(swarm.peers[0].id)
+            lost = trio.Event()
+            link.watch(session, lambda _: lost.set())
+            await link.send_step(a_step(session))
+            with trio.fail_after(1):
+                await lost.wait()
+            assert [event async for event in events][-1].token_ids == right_tokens(20)  # type: ignore[union-attr]
+
+
+async def test_a_stage_beyond_every_route_is_refused(virtual_clock: MockClock) -> None:
+    async with open_swarm() as swarm:
+        peer = await swarm.join((0, 9))
+        stranger = await swarm.join()
+        await swarm.settle()
+        link = await stranger.stages.link_pool.link_to(peer.id)
+        opening = an_opening(peer)
+        with pytest.raises(SessionRefused, match="at most 64 stages"):
+            await link.open(replace(opening, session=SessionId(opening.session.job, 64)))
+        assert peer.held() == (0, 0)
+
+
+async def test_a_session_that_gets_no_rows_gives_its_memory_back(virtual_clock: MockClock) -> None:
+    async with open_swarm() as swarm:
+        peer = await swarm.join((0, 9))
+        hoarder = await swarm.join()
+        await swarm.settle()
+        link = await hoarder.stages.link_pool.link_to(peer.id)
+        await link.open(an_opening(peer))
+        assert peer.held() == (1, 4000)
+        await trio.sleep(IDLE_LIMIT_S + 20)
+        assert not link.broken
+        assert peer.held() == (0, 0)
+
+
+@pytest.mark.parametrize(
+    ("changes", "code"),
+    [
+        ({"prompt": ""}, JobErrorCode.INVALID),
+        ({"prompt": None}, JobErrorCode.INVALID),
+        ({"prompt": None, "prompt_tokens": (1000,)}, JobErrorCode.INVALID),
+        ({"max_tokens": 0}, JobErrorCode.INVALID),
+        ({"prompt": "7 " * 4096}, JobErrorCode.CONTEXT_LENGTH),
+        ({"prompt": "7 " * 4097, "max_tokens": 1}, JobErrorCode.CONTEXT_LENGTH),
+        ({"stop_token_ids": (1000,)}, JobErrorCode.INVALID),
+        ({"stop_token_ids": tuple(range(65))}, JobErrorCode.INVALID),
+        ({"logit_bias": ((1000, 1.0),)}, JobErrorCode.INVALID),
+        ({"temperature": -1}, JobErrorCode.INVALID),
+        ({"temperature": float("nan")}, JobErrorCode.INVALID),
+        ({"top_p": 0}, JobErrorCode.INVALID),
+        ({"method": "magic"}, JobErrorCode.INVALID),
+    ],
+)
+async def test_a_request_that_makes_no_sense_is_told_why(
+    virtual_clock: MockClock, changes: dict[str, object], code: JobErrorCode
+) -> None:
+    async with open_swarm() as swarm:
+        peer = await swarm_of_thirds(swarm)
+        with pytest.raises(JobError) as caught:
+            await peer.run(JobRequest(**{"model": "fake", "prompt": PROMPT, **changes}))  # type: ignore[arg-type]
+        assert caught.value.code is code
+        assert "\n" not in caught.value.message
+
+
+async def test_a_model_without_tokenizer_takes_and_gives_token_ids(virtual_clock: MockClock) -> None:
+    async with open_swarm() as swarm:
+        peer = await swarm_of_thirds(swarm)
+        library = peer.coordinator._models
+        assert isinstance(library, OneModel)
+        library.known = replace(library.known, tokenizer=no_tokenizer((VOCABULARY - 1,)))
+        result = await peer.run(JobRequest(model="fake", prompt_tokens=tuple(TOKENS), max_tokens=5))
+        assert (result.token_ids, result.text) == (right_tokens(5), "")
+        for request in (
+            JobRequest(model="fake", prompt=PROMPT),
+            JobRequest(model="fake", messages=(ChatMessage(role="user", content=PROMPT),)),
+            JobRequest(model="fake", prompt_tokens=tuple(TOKENS), stop=("3",)),
+        ):
+            with pytest.raises(JobError, match="the model has no tokenizer") as error:
+                await peer.run(request)
+            assert error.value.code is JobErrorCode.INVALID
+        await all_free(swarm)

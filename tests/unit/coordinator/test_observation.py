@@ -1,0 +1,129 @@
+"""What a coordinator tells of a job that it has served."""
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from node.coordinator.observation import model_facts, observation_of, software_versions
+from node.coordinator.submission import Consensus, JobRequest, JobResult, MethodChoice, Timing, Usage
+from node.models.manifest import FileEntry, Manifest
+from protocol.errors import LocalProtocolError
+from protocol.identity import BlockRange
+from protocol.limits import MAX_POSITIONS
+from protocol.measurements import Observation, QualityBound, StageObservation
+from protocol.messages import FinishReason, SessionStatistics
+from protocol.observations import countersign, sign_observation, verify_observation
+from tests.support.observations import METHOD, NOW_S, job, key, peer
+
+
+def manifest(**config: Any) -> Manifest:
+    return Manifest(
+        config={"model_type": "llama", "hidden_size": 64, "vocab_size": 1000, "tie_word_embeddings": True, **config},
+        bos_token_id=None,
+        eos_token_ids=(2,),
+        tokenizer_files=(FileEntry("tokenizer.json", 9_999, "00" * 32),),
+        embed=FileEntry("embed.safetensors", 1000, "01" * 32),
+        head=FileEntry("head.safetensors", 10, "02" * 32),
+        blocks=(FileEntry("block-000.safetensors", 100, "03" * 32), FileEntry("block-001.safetensors", 100, "04" * 32)),
+    )
+
+
+RESULT = JobResult(
+    job_id=job(1),
+    model=manifest().model_id,
+    model_name="tiny",
+    text="so it goes",
+    token_ids=(5, 6, 7),
+    finish_reason=FinishReason.LENGTH,
+    usage=Usage(prompt_tokens=12, completion_tokens=3, cached_tokens=4),
+    timing=Timing(ttft_s=0.5, tpot_s=0.25, total_s=1.0),
+    route=(),
+    method=MethodChoice(name=METHOD.name, switches=dict(METHOD.switches), stage_policy=dict(METHOD.stage_policy)),
+    consensus=Consensus(votes=(), agreed=METHOD.name, weighed=False, epoch=None, table_digest=None),
+    replays=1,
+)
+
+
+def stage(number: int, start: int, end: int) -> StageObservation:
+    """Return what a stage hands over when it is closed."""
+    return countersign(
+        StageObservation(
+            peer=peer(number),
+            blocks=BlockRange(start, end),
+            hardware="cpu",
+            statistics=SessionStatistics(steps=3, rows=14, compute_s=0.2),
+        ),
+        job=job(2),
+        observer=peer(0),
+        model=manifest().model_id,
+        method=METHOD.name,
+        private_key=key(number),
+    )
+
+
+def observed(*route: StageObservation, result: JobResult = RESULT) -> Observation:
+    return observation_of(
+        result,
+        JobRequest(model="tiny", prompt="how does it go", quality=QualityBound.NEAR),
+        model_facts(manifest()),
+        observer=peer(0),
+        job=job(2),
+        route=route,
+        issued_at_s=NOW_S,
+        concurrency=3,
+    )
+
+
+def test_a_served_job_gives_an_observation_that_others_take() -> None:
+    made = sign_observation(observed(stage(1, 0, 1), stage(2, 1, 2)), key(0))
+    taken = verify_observation(made.envelope, NOW_S).observation
+    assert taken.is_countersigned
+    assert taken.job == job(2)
+    assert (taken.workload.prompt_tokens, taken.workload.completion_tokens, taken.workload.cached_tokens) == (12, 3, 4)
+    assert (taken.workload.objective, taken.workload.quality, taken.workload.concurrency) == ("latency", "near", 3)
+    assert (taken.measurements.total_s, taken.measurements.tokens_per_s, taken.measurements.replays) == (1.0, 3.0, 1)
+    assert taken.method == METHOD
+    assert taken.software == software_versions()
+    assert {"metaswarm", "python", "torch"} <= taken.software.keys()
+
+
+def test_a_stage_that_countersigns_falsely_does_not_spoil_the_rest() -> None:
+    honest, other = stage(1, 0, 1), stage(2, 1, 2)
+    liar = replace(other, statistics=replace(other.statistics, compute_s=0.1))
+    made = sign_observation(observed(honest, liar), key(0)).observation
+    assert made.route[0] == honest
+    assert made.route[1] == replace(liar, countersignature=None)
+    assert not made.is_countersigned
+
+
+def test_a_job_that_took_no_time_is_not_told() -> None:
+    instant = replace(RESULT, timing=Timing(ttft_s=0.0, tpot_s=0.0, total_s=0.0))
+    with pytest.raises(LocalProtocolError):
+        sign_observation(observed(stage(1, 0, 2), result=instant), key(0))
+
+
+def test_facts_of_a_model_come_from_its_manifest() -> None:
+    facts = model_facts(
+        manifest(
+            max_position_embeddings=512,
+            intermediate_size=256,
+            num_attention_heads=8,
+            num_key_value_heads=2,
+            num_local_experts=8,
+            num_experts_per_tok=2,
+        )
+    )
+    assert (facts.block_count, facts.hidden_size, facts.vocabulary_size, facts.max_positions) == (2, 64, 1000, 512)
+    assert (facts.intermediate_size, facts.head_count, facts.kv_head_count) == (256, 8, 2)
+    assert (facts.expert_count, facts.active_expert_count) == (8, 2)
+    assert facts.weight_bytes == 1210
+
+
+def test_facts_that_a_model_does_not_tell_or_cannot_mean_are_left_out() -> None:
+    facts = model_facts(
+        manifest(max_position_embeddings=10 * MAX_POSITIONS, num_attention_heads=-1, num_experts_per_tok=4)
+    )
+    assert facts.max_positions == MAX_POSITIONS
+    assert (facts.head_count, facts.kv_head_count, facts.expert_count, facts.active_expert_count) == (None,) * 4
+    assert model_facts(manifest(num_experts=2, num_experts_per_tok=4)).active_expert_count is None

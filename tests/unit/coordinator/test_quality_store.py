@@ -1,0 +1,138 @@
+"""The quality ledger: measured once, kept, and what a bound does not admit is not offered."""
+
+import json
+import sys
+from collections.abc import AsyncIterator, Sequence
+from contextlib import AbstractContextManager, asynccontextmanager, nullcontext
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+import trio
+
+from node.coordinator.method_choice import Asked, admitted_methods
+from node.coordinator.quality_store import KV_KEYS, LocalQualityStore
+from node.coordinator.submission import JobError, JobErrorCode, JobRequest
+from node.models.library import KnownModel
+from node.models.manifest import Manifest
+from node.models.store import Package
+from protocol.identity import BlockRange
+from protocol.measurements import QualityBound
+from selector.task import method
+from tests.support.job_peers import NumberTokenizer, OneModel
+
+INT8 = method(engine="fused", arithmetic="int8")
+W8A8 = method(engine="fused", arithmetic="w8a8")
+GOOD = {"greedy_agreement": 0.99, "mean_kl": 0.004, "perplexity_change": 0.001}
+FAIR = {"greedy_agreement": 0.9, "mean_kl": 0.05, "perplexity_change": 0.03}
+BAD = {"greedy_agreement": 0.5, "mean_kl": 0.5, "perplexity_change": 0.6}
+
+
+class Here:
+    """Has all files of the model, or lacks some."""
+
+    def __init__(self, folder: Path, lacking_bytes: int = 0) -> None:
+        self.folder = folder
+        self.lacking = lacking_bytes
+
+    async def weights(self, manifest: Manifest, blocks: BlockRange, *, use_catalogue: bool) -> Package:
+        await trio.lowlevel.checkpoint()
+        return cast("Package", SimpleNamespace(path=self.folder))
+
+    def in_use(self, package: Package, blocks: BlockRange) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    def lacking_bytes(self, manifest: Manifest) -> int:
+        return self.lacking
+
+
+def known_model() -> KnownModel:
+    return OneModel(NumberTokenizer()).known
+
+
+def measuring(tmp_path: Path, figures: dict[str, Any]) -> Sequence[str]:
+    """Return a command that counts its calls, checks what it is asked, and answers."""
+    script = (
+        "import json, sys; asked = json.load(sys.stdin); open(sys.argv[1], 'a').write('x')\n"
+        "assert len(asked['windows']) == 4 and all(len(w) > 1 for w in asked['windows'])\n"
+        "figures = json.loads(sys.argv[2])\n"
+        "print(json.dumps({name: figures.get(name) for name in asked['lineages']}))"
+    )
+    return [sys.executable, "-c", script, str(tmp_path / "calls"), json.dumps(figures)]
+
+
+@asynccontextmanager
+async def running(ledger: LocalQualityStore) -> AsyncIterator[None]:
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(ledger.run)
+        yield
+        nursery.cancel_scope.cancel()
+
+
+async def until_known(ledger: LocalQualityStore) -> None:
+    with trio.fail_after(60):
+        while ledger.ask(known_model()) is not Asked.KNOWN:
+            await trio.sleep(0.01)
+
+
+def request(quality: QualityBound, name: str = "auto") -> JobRequest:
+    return JobRequest(model="fake", prompt="1", quality=quality, method=name)
+
+
+async def test_a_bound_admits_what_was_measured_to_keep_to_it(tmp_path: Path) -> None:
+    figures = {INT8.kv_key: GOOD, W8A8.kv_key: FAIR, "fused/bf16/fp32": BAD}
+    ledger = LocalQualityStore(Here(tmp_path), tmp_path, command=measuring(tmp_path, figures))
+    async with running(ledger):
+        # The first job that would take a lossy method has it measured, and is told to come again.
+        with pytest.raises(JobError, match="is being measured; try again") as caught:
+            admitted_methods(request(QualityBound.NEAR, INT8.name), known_model(), ledger)
+        assert caught.value.retry_after_s
+        assert caught.value.code is JobErrorCode.MEASURING, "the peers have room"
+        assert all(each.exact for each in admitted_methods(request(QualityBound.ANY), known_model(), ledger))
+        await until_known(ledger)
+    admitted = {
+        quality: {each.arithmetic for each in admitted_methods(request(quality), known_model(), ledger)}
+        for quality in QualityBound
+    }
+    assert admitted == {
+        QualityBound.EXACT: {"fp32"},
+        QualityBound.NEAR: {"fp32", "int8"},
+        QualityBound.ANY: {"fp32", "int8", "w8a8"},
+    }
+    with pytest.raises(JobError, match="needs --quality any"):
+        admitted_methods(request(QualityBound.NEAR, W8A8.name), known_model(), ledger)
+    with pytest.raises(JobError, match=r"\+60.0%: too much"):
+        admitted_methods(request(QualityBound.ANY, "engine=fused|arithmetic=bf16"), known_model(), ledger)
+    assert len(KV_KEYS) == len(set(KV_KEYS)) > 4
+
+
+@pytest.mark.parametrize("library", ["torch", "onnxruntime"])
+async def test_a_model_is_measured_once_and_an_exact_job_asks_for_nothing(tmp_path: Path, library: str) -> None:
+    for _ in range(2):  # the second time after a restart
+        ledger = LocalQualityStore(Here(tmp_path), tmp_path, command=measuring(tmp_path, {INT8.kv_key: GOOD}))
+        async with running(ledger):
+            admitted_methods(request(QualityBound.EXACT), known_model(), ledger)
+            await until_known(ledger)
+        quality = ledger.quality(known_model().id, INT8)
+        assert quality is not None
+        assert quality.mean_kl == 0.004
+    assert (tmp_path / "calls").read_text() == "x"
+    # What is damaged, or of other versions, is measured again.
+    (kept,) = (tmp_path / "quality").iterdir()
+    kept.write_text(kept.read_text().replace(f'"{library}": "', f'"{library}": "0.'))
+    ledger = LocalQualityStore(Here(tmp_path), tmp_path, command=measuring(tmp_path, {}))
+    async with running(ledger):
+        await until_known(ledger)
+    assert (tmp_path / "calls").read_text() == "xx"
+    assert ledger.quality(known_model().id, INT8) is None
+
+
+@pytest.mark.parametrize("fault", ["crash", "nonsense", "too large"])
+async def test_what_cannot_be_measured_is_not_admitted(tmp_path: Path, fault: str) -> None:
+    command = [sys.executable, "-c", "raise SystemExit('no')" if fault == "crash" else "print('[1]')"]
+    ledger = LocalQualityStore(Here(tmp_path, 1 << 40 if fault == "too large" else 0), tmp_path, command=command)
+    async with running(ledger):
+        await until_known(ledger)
+    with pytest.raises(JobError, match="was not measured for this model"):
+        admitted_methods(request(QualityBound.ANY, INT8.name), known_model(), ledger)

@@ -1,0 +1,118 @@
+"""Paired trials: fair turns, warm methods, honest observations; nothing left behind."""
+
+import math
+import random
+from typing import Any
+
+import pytest
+import trio
+from trio.testing import MockClock
+
+from node.coordinator.recorder import Recorder
+from node.coordinator.submission import JobError, JobRequest
+from node.coordinator.trial_runner import Trials, TrialSpec, TrialWorkload, make_prompts
+from node.engine.interface import REFERENCE
+from node.identity import Identity
+from protocol.measurements import Objective, ObservationKind, QualityBound
+from protocol.observations import SignedObservation
+from selector.task import BASELINE, method
+from tests.support.job_peers import Peer, Swarm, open_swarm
+
+FUSED = method(engine="fused")
+
+
+class Kept:
+    """A history in a list."""
+
+    def __init__(self) -> None:
+        self.observations: list[SignedObservation] = []
+
+    async def publish(self, observation: SignedObservation) -> None:
+        self.observations.append(observation)
+
+
+async def trials_of(swarm: Swarm, **first: Any) -> tuple[Trials, Kept, Peer]:
+    await swarm.join((0, 5), **first)
+    await swarm.join((5, 9))
+    peer = await swarm.join()
+    await swarm.settle()
+    kept = Kept()
+    return Trials(peer.coordinator, Recorder(Identity(b"7" * 32), kept)), kept, peer
+
+
+def spec(**changes: Any) -> TrialSpec:
+    fields: dict[str, Any] = {"model": "fake", "methods": [FUSED], "workload": TrialWorkload(), "rounds": 3, "seed": 1}
+    return TrialSpec(**{**fields, **changes})
+
+
+async def test_every_round_has_a_pair_and_leaves_observations_of_it(virtual_clock: MockClock) -> None:
+    async with open_swarm() as swarm:
+        trials, kept, peer = await trials_of(swarm)
+        trial = await trials.run(spec(workload=TrialWorkload(concurrency=4, prompt_tokens=64, max_tokens=8)))
+        (tried,) = trial.methods
+        assert len(tried.runs) == len(trial.baseline.runs) == 3
+        observed = [each.observation for each in kept.observations]
+        assert trial.observations == len(observed) == 3 * 2 * 2  # rounds, methods, objectives
+        assert {each.kind for each in observed} == {ObservationKind.BENCH}
+        assert {each.workload.concurrency for each in observed} == {4}
+        for each in observed:
+            each.check()
+        ratios = sorted(
+            each.measurements.log_ratio_to_baseline or 0.0
+            for each in observed
+            if each.method.name == FUSED.name and each.workload.objective.value == "throughput"
+        )
+        assert ratios == pytest.approx(sorted(trial.log_ratios(tried, Objective.THROUGHPUT)))
+        assert all(
+            each.measurements.log_ratio_to_baseline == 0.0 for each in observed if each.method.name == BASELINE.name
+        )
+        assert peer.held() == (0, 0)
+
+
+async def test_what_is_not_ready_is_built_before_the_clock_runs(virtual_clock: MockClock) -> None:
+    async with open_swarm() as swarm:
+        trials, kept, _ = await trials_of(swarm, variants=[REFERENCE])
+        trial = await trials.run(spec(rounds=1))
+        assert trial.methods[0].error is None
+        assert len(kept.observations) == 2
+
+
+async def test_what_the_swarm_assigns_is_measured_once_nobody_else_is_served(virtual_clock: MockClock) -> None:
+    async with open_swarm() as swarm:
+        trials, kept, _ = await trials_of(swarm)
+        other = await swarm.join()
+        await swarm.settle()
+        async with trio.open_nursery() as nursery:
+            request = JobRequest(model="fake", prompt="1", max_tokens=8)
+            async with other.coordinator.submit(request) as events:
+                nursery.start_soon(trials.run, spec(kind=ObservationKind.ASSIGNED))
+                await trio.sleep(60)
+                assert not kept.observations
+                async for _ in events:
+                    pass
+        assert len(kept.observations) == 3 * 2
+
+
+async def test_a_method_that_cannot_be_had_does_not_spoil_the_others(virtual_clock: MockClock) -> None:
+    lossy = method(engine="fused", arithmetic="int8")
+    async with open_swarm() as swarm:
+        trials, _, _ = await trials_of(swarm)
+        trial = await trials.run(spec(methods=[lossy, FUSED], rounds=2, quality=QualityBound.NEAR))
+        assert "not measured" in (trial.methods[0].error or "")
+        assert len(trial.methods[1].runs) == 2
+        with pytest.raises(JobError, match="do not fit"):
+            await trials.run(spec(workload=TrialWorkload(prompt_tokens=5000)))
+
+
+def test_prompts_share_what_they_should_and_nothing_with_other_runs() -> None:
+    text = list(range(1000))
+    rng = random.Random(3)
+    workload = TrialWorkload(concurrency=4, prompt_tokens=100, shared_prefix_share=0.9)
+    first, second = (make_prompts(text, workload, rng) for _ in range(2))
+    assert all(len(prompt) == 100 for prompt in first)
+    assert len({prompt[:90] for prompt in first}) == 1
+    assert len({prompt[90:] for prompt in first}) == 4
+    assert first[0][:12] != second[0][:12]
+    (repetitive,) = make_prompts(text, TrialWorkload(prompt_tokens=100, repetitiveness=0.9), rng)
+    assert repetitive[10:34] == repetitive[34:58]
+    assert not math.isclose(len(set(repetitive)), 100)

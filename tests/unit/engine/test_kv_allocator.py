@@ -1,0 +1,194 @@
+"""KV pages: never given out twice, always freed, and a hit is a page of the same text, KV key and coordinator."""
+
+import random
+from collections import Counter
+
+import pytest
+
+from node.engine.interface import (
+    PAGE_HASH_BYTES,
+    PAGE_POSITIONS,
+    REFERENCE,
+    EngineError,
+    EngineFull,
+    KvCompatibilityKey,
+    Prefix,
+    SessionOptions,
+    SliceInput,
+    Variant,
+)
+from node.engine.kv_allocator import KvAllocator
+from node.testing.fake_engine import FakeEngine, expected_tokens, fake_span_info
+from protocol.identity import BlockRange
+from protocol.tensors import tensor_from_tokens, tokens_from_tensor
+from tests.unit.engine.driving import GREEDY, session
+
+INFO = fake_span_info(BlockRange(0, 4), block_count=4, kv_positions=8 * PAGE_POSITIONS)
+OPTIONS = SessionOptions(sampling=GREEDY)
+FUSED = SessionOptions(sampling=GREEDY, variant=Variant("fused", "fp32"))
+
+
+def prefix(names: str, namespace: str = "me") -> Prefix:
+    """Each letter stands for a page of text."""
+    hashes = b"".join(names[: end + 1].encode().ljust(PAGE_HASH_BYTES)[:PAGE_HASH_BYTES] for end in range(len(names)))
+    return Prefix(namespace=namespace, hashes=hashes)
+
+
+def calculate(pages: KvAllocator, number: int, names: str, options: SessionOptions = OPTIONS, extra: int = 1) -> int:
+    """Open a session, begin it and calculate its whole prompt; return what was cached."""
+    pages.open(session(number), len(names) * PAGE_POSITIONS + extra, prefix(names))
+    cached = pages.begin(session(number), options).cached
+    pages.advance(session(number), len(names) * PAGE_POSITIONS + extra)
+    return cached
+
+
+def test_a_prompt_is_found_while_its_session_lives_and_after() -> None:
+    pages = KvAllocator(INFO)
+    assert calculate(pages, 1, "ab") == 0
+    assert calculate(pages, 2, "abc", extra=0) == 64
+    pages.close(session(1))
+    pages.close(session(2))
+    assert (pages.reserved_positions, pages.cached_positions) == (0, 96)
+    assert pages.open(session(3), 100, prefix("abd")) == {OPTIONS.kv_key: 64}
+    assert pages.hit_positions == 64
+
+
+def test_a_hit_is_of_the_same_coordinator_and_kv_key_and_without_a_gap() -> None:
+    pages = KvAllocator(INFO)
+    calculate(pages, 1, "ab")
+    pages.close(session(1))
+    assert pages.open(session(2), 64, prefix("ab", "another")) == {}
+    assert pages.open(session(3), 64, prefix("xb")) == {}
+    pages.close(session(2))
+    pages.close(session(3))
+    pages.open(session(4), 64, prefix("ab"))
+    assert pages.begin(session(4), FUSED).copied == ()
+    pages.close(session(4))
+    lossy = SessionOptions(sampling=GREEDY, activations="bf16")
+    assert calculate(pages, 5, "ab", lossy) == 0
+    assert pages.open(session(6), 64, prefix("ab")) == {
+        KvCompatibilityKey(REFERENCE, "fp32"): 64,
+        KvCompatibilityKey(REFERENCE, "bf16"): 64,
+    }
+
+
+def test_pages_found_outlast_their_session_until_the_finder_begins() -> None:
+    pages = KvAllocator(INFO)
+    calculate(pages, 1, "abc")
+    pages.close(session(1))
+    pages.open(session(2), 5 * PAGE_POSITIONS, prefix("abc"))
+    with pytest.raises(EngineFull):
+        pages.open(session(3), PAGE_POSITIONS, None)
+    placement = pages.begin(session(2), OPTIONS)
+    assert len(placement.copied) == 3
+    assert not set(placement.copied) & set(placement.pages)
+    pages.open(session(3), PAGE_POSITIONS, None)
+
+
+def test_what_is_cached_never_keeps_a_session_out() -> None:
+    pages = KvAllocator(INFO)
+    calculate(pages, 1, "abcde")
+    pages.close(session(1))
+    assert pages.open(session(2), 8 * PAGE_POSITIONS, prefix("abcde")) == {}
+    assert pages.evicted_positions == 5 * PAGE_POSITIONS
+
+
+def test_the_longest_unused_goes_first_and_of_a_prompt_its_end() -> None:
+    pages = KvAllocator(INFO)
+    for number, names in ((1, "ab"), (2, "xy"), (3, "a")):
+        calculate(pages, number, names, extra=0)
+        pages.close(session(number))
+    pages.open(session(4), 6 * PAGE_POSITIONS, None)
+    pages.close(session(4))
+    assert pages.open(session(5), PAGE_POSITIONS, prefix("ab")) == {OPTIONS.kv_key: 32}
+    assert pages.open(session(6), PAGE_POSITIONS, prefix("xy")) == {OPTIONS.kv_key: 32}
+
+
+def test_what_is_calculated_again_or_failed_is_not_found() -> None:
+    pages = KvAllocator(INFO)
+    calculate(pages, 1, "ab")
+    pages.rewind(session(1), 40)
+    assert pages.open(session(2), 64, prefix("ab")) == {OPTIONS.kv_key: 32}
+    pages.advance(session(1), 64)
+    pages.open(session(3), 64, prefix("ab"))
+    pages.close(session(1), keep=False)
+    assert pages.cached_positions == 0
+    assert pages.begin(session(3), OPTIONS).cached == 0
+
+
+def test_a_session_may_stay_out_of_the_cache() -> None:
+    pages = KvAllocator(INFO)
+    calculate(pages, 1, "ab", SessionOptions(sampling=GREEDY, prefix_cache=False))
+    assert pages.open(session(2), 64, prefix("ab")) == {}
+
+
+def test_random_orders_never_give_a_page_out_twice_nor_lose_one() -> None:
+    chance = random.Random(5)
+    pages = KvAllocator(INFO)
+    begun: dict[int, tuple[int, ...]] = {}
+    waiting: set[int] = set()
+    for number in range(5000):
+        match chance.choice(["open", "open", "begin", "advance", "rewind", "close"]):
+            case "open":
+                names = "".join(chance.choices("ab", k=chance.randrange(4)))
+                try:
+                    pages.open(session(number), chance.randrange(1, 120), prefix(names))
+                except EngineFull:
+                    continue
+                waiting.add(number)
+            case "begin" if waiting:
+                one = waiting.pop()
+                begun[one] = pages.begin(session(one), chance.choice([OPTIONS, FUSED])).pages
+            case "advance" if begun:
+                one = chance.choice(sorted(begun))
+                pages.advance(session(one), chance.randrange(len(begun[one]) * PAGE_POSITIONS + 1))
+            case "rewind" if begun:
+                pages.rewind(session(chance.choice(sorted(begun))), chance.randrange(100))
+            case "close" if begun or waiting:
+                one = chance.choice(sorted({*begun, *waiting}))
+                begun.pop(one, None)
+                waiting.discard(one)
+                pages.close(session(one), keep=chance.random() < 0.8)
+        held = Counter(page for run in begun.values() for page in run)
+        assert max(held.values(), default=1) == 1
+        assert len(held) * PAGE_POSITIONS <= pages.reserved_positions
+        assert pages.reserved_positions + pages.cached_positions <= INFO.kv_positions
+    for one in {*begun, *waiting}:
+        pages.close(session(one), keep=False)
+    pages.open(session(0), INFO.kv_positions, None)
+
+
+async def test_a_fake_session_goes_on_from_pages_of_an_earlier_one() -> None:
+    engine = FakeEngine(INFO)
+    text = [number * 7 % 100 for number in range(70)]
+    drawn = []
+    for number in (1, 2):
+        await engine.open(session(number), 80, prefix("ab"))
+        cached = await engine.begin(session(number), OPTIONS)
+        rows = SliceInput(session=session(number), position=cached, tensor=tensor_from_tokens(text[cached:]), draws=1)
+        drawn.append(tokens_from_tensor((await engine.step([rows])).outputs[0].tensor))
+        await engine.close(session(number))
+    assert drawn == [list(expected_tokens(INFO, text, 1))] * 2
+    statistics = engine.statistics()
+    assert (statistics.hit_positions, statistics.cached_positions, statistics.reserved_positions) == (64, 64, 0)
+
+
+async def test_drafts_are_drawn_up_to_the_first_wrong_one() -> None:
+    engine = FakeEngine(INFO)
+    text = [3, 1, 4, 1, 5]
+    right = list(expected_tokens(INFO, text, 4))
+    for number, drafts, kept in ((1, right[:3], 4), (2, [right[0], 0, right[2]], 2), (3, [0, 0, 0], 1)):
+        await engine.open(session(number), 20)
+        await engine.begin(session(number), OPTIONS)
+        rows = SliceInput(
+            session=session(number),
+            position=0,
+            tensor=tensor_from_tokens([*text, *drafts]),
+            draws=4,
+            drafts=tuple(drafts),
+        )
+        assert tokens_from_tensor((await engine.step([rows])).outputs[0].tensor) == right[:kept]
+    with pytest.raises(EngineError, match="do not belong"):
+        await engine.step(
+            [SliceInput(session=session(1), position=0, tensor=tensor_from_tokens(text), draws=1, drafts=(1,))]
+        )

@@ -1,0 +1,87 @@
+"""Graphs are built once, used again, built anew where they are damaged; and the disk they take is bounded."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from node.engine.backends import onnx
+from node.engine.engine_config import EngineOptions
+from node.engine.interface import Variant
+from node.engine.shard import Shard
+from node.util.disk_cache import FolderCache
+from protocol.identity import BlockRange
+from tests.unit.engine.driving import InProcess, decode
+from tests.unit.engine.tiny_models import BLOCKS, COUNT, PROMPT, TinyModel
+
+MakeTinyModel = Callable[[str], TinyModel]
+GRAPHS = Variant("onnxruntime", "fp32")
+WHOLE = BlockRange(0, BLOCKS)
+
+
+def engine_of(tiny: TinyModel, cache_dir: Path) -> InProcess:
+    shard = Shard(tiny.source(WHOLE), WHOLE, EngineOptions(kv_positions=512, cache_dir=cache_dir))
+    shard.prepare(GRAPHS)
+    return InProcess(shard)
+
+
+async def test_graphs_are_kept_for_the_next_worker(
+    make_tiny_model: MakeTinyModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiny = make_tiny_model("llama")
+    engine_of(tiny, tmp_path)
+    monkeypatch.delattr(onnx, "_write")  # whoever builds them again fails
+    assert await decode([engine_of(tiny, tmp_path)], PROMPT, COUNT, variant=GRAPHS) == tiny.tokens
+
+
+@pytest.mark.parametrize("spoiled", ["2.onnx", "2.constants"])
+async def test_damaged_graphs_are_built_anew(spoiled: str, make_tiny_model: MakeTinyModel, tmp_path: Path) -> None:
+    tiny = make_tiny_model("llama")
+    engine_of(tiny, tmp_path)
+    cut_short(tmp_path, spoiled)
+    assert await decode([engine_of(tiny, tmp_path)], PROMPT, COUNT, variant=GRAPHS) == tiny.tokens
+
+
+def cut_short(cache_dir: Path, name: str) -> None:
+    (folder,) = cache_dir.iterdir()
+    (folder / name).write_bytes((folder / name).read_bytes()[:100])
+
+
+def fill(size: int) -> Callable[[Path], None]:
+    def build(folder: Path) -> None:
+        (folder / "file").write_bytes(bytes(size))
+
+    return build
+
+
+def test_the_longest_unused_folder_goes_first(tmp_path: Path) -> None:
+    cache = FolderCache(tmp_path, limit_bytes=250)
+    for name in ("a", "b"):
+        cache.folder(name, fill(100))
+    for age_s, name in enumerate(("a", "b")):  # the clock of a file system may be coarse
+        os.utime(tmp_path / name, times=(1e9 - age_s, 1e9 - age_s))
+    cache.folder("c", fill(100))
+    assert {path.name for path in tmp_path.iterdir()} == {"a", "c"}
+    cache.folder("larger than all", fill(400))
+    assert {path.name for path in tmp_path.iterdir()} == {"larger than all"}
+
+
+def test_what_was_being_built_when_its_process_was_killed_goes_and_what_is_being_built_stays(tmp_path: Path) -> None:
+    cache = FolderCache(tmp_path)
+    for name in (".building-abandoned", ".building-now"):
+        (tmp_path / name).mkdir()
+        fill(100)(tmp_path / name)
+    os.utime(tmp_path / ".building-abandoned", times=(1e9, 1e9))
+    cache.folder("a", fill(100))
+    assert {path.name for path in tmp_path.iterdir()} == {"a", ".building-now"}
+
+
+def test_what_cannot_be_built_leaves_nothing(tmp_path: Path) -> None:
+    def fail(folder: Path) -> None:
+        fill(100)(folder)
+        raise OSError("no room")
+
+    with pytest.raises(OSError, match="no room"):
+        FolderCache(tmp_path).folder("a", fail)
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,75 @@
+import gzip
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from node.evaluation.csv_dataset import read_folder
+from selector.dataset import DatasetError
+
+CONTEXTS = "cid,model,hardware,budget,l_isl,vendor\nx,m,h,1,7,amd\ny,m,h2,1,,intel\n"
+OBSERVATIONS = "cid,method,y\nx,a|tp1,0.5\nx,b,1\ny,b,-2\n"
+
+
+def write(folder: Path, contexts: str = CONTEXTS, observations: str = OBSERVATIONS) -> Path:
+    (folder / "contexts.csv").write_text(contexts)
+    (folder / "observations.csv").write_text(observations)
+    return folder
+
+
+def test_reads_names_features_and_costs(tmp_path: Path) -> None:
+    dataset = read_folder(write(tmp_path))
+    contexts = dataset.pairs.contexts
+    assert contexts.ids == ("x", "y")
+    assert contexts.names["hardware"].tolist() == ["h", "h2"]
+    assert contexts.columns == ("l_isl", "vendor=amd", "vendor=intel")
+    np.testing.assert_array_equal(contexts.features, [[7, 1, 0], [np.nan, 0, 1]])
+    assert dataset.pairs.method_names().tolist() == ["a|tp1", "b", "b"]
+    assert dataset.cost.tolist() == [0.5, 1.0, -2.0]
+    assert dataset.notes == ()
+
+
+def test_reads_gzipped_files(tmp_path: Path) -> None:
+    (tmp_path / "contexts.csv.gz").write_bytes(gzip.compress(CONTEXTS.encode()))
+    (tmp_path / "observations.csv.gz").write_bytes(gzip.compress(OBSERVATIONS.encode()))
+    assert len(read_folder(tmp_path)) == 3
+
+
+def test_a_row_that_is_wrong_is_left_out_and_told(tmp_path: Path) -> None:
+    bad = OBSERVATIONS + "z,a,1\nx,,1\ny,a,nan\ny,c\nx,c,fast\n"
+    dataset = read_folder(write(tmp_path, observations=bad))
+    assert len(dataset) == 3
+    assert len(dataset.notes) == 3
+
+
+def test_only_the_key_columns_are_needed(tmp_path: Path) -> None:
+    dataset = read_folder(write(tmp_path, contexts="cid\nx\ny\n"))
+    assert dataset.pairs.contexts.columns == ()
+    assert dataset.pairs.contexts.names == {}
+
+
+@pytest.mark.parametrize(
+    ("contexts", "observations", "message"),
+    [
+        ("id,model\nx,m\n", OBSERVATIONS, "contexts.csv lacks the column 'cid'"),
+        (CONTEXTS, "cid,cost\nx,1\n", "observations.csv lacks the column 'method', 'y'"),
+        ("cid,model\n", OBSERVATIONS, "contexts.csv has no rows"),
+        (CONTEXTS, "cid,method,y\nx,a,nan\n", "no row with a finite cost is left"),
+        (CONTEXTS, "", "lacks the column 'cid'"),
+    ],
+)
+def test_what_cannot_be_read_is_one_line(tmp_path: Path, contexts: str, observations: str, message: str) -> None:
+    with pytest.raises(DatasetError, match=message) as caught:
+        read_folder(write(tmp_path, contexts, observations))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_folder_of_something_else_and_broken_files_are_one_line(tmp_path: Path) -> None:
+    with pytest.raises(DatasetError, match="no folder of measurements"):
+        read_folder(tmp_path)
+    (tmp_path / "contexts.csv.gz").write_bytes(gzip.compress(CONTEXTS.encode())[:-20])
+    with pytest.raises(DatasetError, match="cannot read"):
+        read_folder(tmp_path)
+    (tmp_path / "contexts.csv.gz").write_bytes(b"\x00\xff")
+    with pytest.raises(DatasetError, match="cannot read"):
+        read_folder(tmp_path)

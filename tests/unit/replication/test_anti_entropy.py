@@ -1,0 +1,348 @@
+import hashlib
+import random
+from collections.abc import Awaitable, Callable
+from contextlib import suppress
+
+import pytest
+import trio
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from trio.testing import MockClock
+
+from node.network.channel import SILENCE_S
+from node.network.interface import NetworkError, Stream, StreamClosed
+from node.replication.anti_entropy import (
+    MAX_BARREN_COMPARES,
+    MAX_PUT_ENVELOPES,
+    MAX_UNDELIVERED,
+    Initiation,
+    Response,
+)
+from protocol.errors import RemoteProtocolError
+from protocol.limits import MAX_GET
+from protocol.reconciliation import BUCKET_DIGITS, Listing, PackedIds, Split, Summary, digest_of
+from protocol.states import Role
+from protocol.sync import Answers, Compare, Get, Greeting, Items, Put, Taken, Welcome
+from tests.support.observations import NOW_S
+from tests.support.sync_sessions import Peer, Talker, made, meet, stream_to, synchronise
+
+BUCKET = made(0).bucket
+DIGEST = bytes(32)
+GREETING = Greeting(first_bucket=0, count=0, digest=digest_of([]).digest)
+
+numbers = st.sets(st.tuples(st.integers(0, 80), st.integers(0, 3)), max_size=60)
+
+
+@given(numbers, numbers, numbers)
+@settings(deadline=None, max_examples=40)
+def test_any_two_histories_become_equal(
+    common: set[tuple[int, int]], left: set[tuple[int, int]], right: set[tuple[int, int]]
+) -> None:
+    initiator = Peer(made(*arguments) for arguments in common | left)
+    responder = Peer(made(*arguments) for arguments in common | right)
+
+    async def program() -> None:
+        initiation, response = await synchronise(initiator, responder)
+        assert initiation.outcome.equal
+        assert response.outcome.equal
+        assert initiation.outcome.differed is (left - common != right - common)
+        assert initiation.outcome.received == len(right - left - common) == response.outcome.sent
+        assert initiation.outcome.sent == len(left - right - common) == response.outcome.received
+
+    trio.run(program, clock=MockClock(autojump_threshold=0))
+    assert initiator.ids == responder.ids == {made(*arguments).id for arguments in common | left | right}
+
+
+async def test_equal_histories_cost_one_message_each(virtual_clock: MockClock) -> None:
+    observations = [made(number) for number in range(100)]
+    initiation, _ = await synchronise(Peer(observations), Peer(observations))
+    assert initiation.outcome.equal
+    assert initiation.outcome.bytes_sent < 150
+    assert initiation.outcome.bytes_received < 100
+
+
+async def test_the_cost_is_that_of_the_difference(virtual_clock: MockClock) -> None:
+    costs_bytes = []
+    for common in (60, 600):
+        observations = [made(number) for number in range(common)]
+        new = [made(1000 + number) for number in range(3)]
+        initiation, response = await synchronise(Peer(observations), Peer(observations + new))
+        assert initiation.outcome.received == 3
+        costs_bytes.append(initiation.outcome.bytes_sent + response.outcome.bytes_sent)
+    assert costs_bytes[1] < 2 * costs_bytes[0]
+
+
+async def test_a_newcomer_gets_everything_in_one_session(virtual_clock: MockClock) -> None:
+    observations = [made(number, number % 5) for number in range(MAX_GET + 100)]
+    newcomer = Peer()
+    initiation, response = await synchronise(newcomer, Peer(observations))
+    assert initiation.outcome.equal
+    assert len(newcomer.ids) == len(observations)
+    payload_bytes = sum(len(observation.envelope) for observation in observations)
+    assert response.outcome.bytes_sent < 1.1 * payload_bytes
+
+
+async def test_a_session_hands_over_only_so_much_of_its_own_accord(virtual_clock: MockClock) -> None:
+    """Else all neighbours of a newcomer would send it everything at once."""
+    owner, newcomer = Peer(made(number) for number in range(MAX_PUT_ENVELOPES + 50)), Peer()
+    initiation, _ = await synchronise(owner, newcomer)
+    assert not initiation.outcome.equal
+    assert len(newcomer.ids) == MAX_PUT_ENVELOPES
+    initiation, _ = await synchronise(owner, newcomer)
+    assert initiation.outcome.equal
+
+
+async def test_what_came_before_a_session_broke_is_kept(virtual_clock: MockClock) -> None:
+    owner, newcomer = Peer(made(number) for number in range(300)), Peer()
+    await owner.history.add_many(owner.initial)
+
+    async def serve(stream: Stream) -> None:
+        with trio.CancelScope() as scope:
+            response = Response(stream, owner.replica, owner.purse)
+
+            async def pay_traffic(sent_bytes: int) -> None:
+                if response.outcome.sent > 100:
+                    await trio.sleep(1)
+                    scope.cancel()
+
+            owner.purse.pay_traffic = pay_traffic  # type: ignore[method-assign]
+            await response.run()
+        await stream.reset()
+
+    async with stream_to(serve) as stream:
+        with pytest.raises(NetworkError):
+            await Initiation(stream, newcomer.replica, newcomer.purse, random.Random(0)).run()
+    kept = len(newcomer.ids)
+    assert 0 < kept < 300
+    assert not newcomer.replica.requested
+    owner.purse = Peer().purse
+    initiation, _ = await synchronise(newcomer, owner)
+    assert initiation.outcome.equal
+    assert initiation.outcome.received == 300 - kept
+
+
+async def test_what_another_session_is_fetching_is_not_fetched_twice(virtual_clock: MockClock) -> None:
+    newcomer = Peer()
+    newcomer.replica.requested.add(made(1).id)
+    initiation, response = await synchronise(newcomer, Peer([made(1), made(2)]))
+    assert response.outcome.sent == 1
+    assert not initiation.outcome.equal
+
+
+async def test_what_is_before_its_time_is_left_for_later_and_nobodys_fault(virtual_clock: MockClock) -> None:
+    early = Peer([made(1)], now_s=NOW_S)
+    late = Peer(now_s=NOW_S - 90)
+    initiation, _ = await synchronise(late, early)
+    assert initiation.outcome.received == 0
+    assert late.ids == set()
+    initiation, response = await synchronise(late, early)
+    assert response.outcome.sent == 0, "declined a moment ago, and asked for again"
+
+
+async def test_peers_compare_only_what_both_still_take_in(virtual_clock: MockClock) -> None:
+    old = made(5, hours_ago=24 * 30)
+    keeper, other = Peer([old, made(1)]), Peer([made(1)])
+    initiation, _ = await synchronise(keeper, other)
+    assert initiation.outcome.equal
+    assert not initiation.outcome.differed
+
+
+# Responders that lie
+
+
+def listing(*ids: bytes) -> Listing:
+    return Listing(((BUCKET, PackedIds.of(ids)),))
+
+
+def invented(number: int) -> bytes:
+    return hashlib.sha256(f"invented {number}".encode()).digest()
+
+
+async def test_a_forged_observation_is_refused_and_not_kept(virtual_clock: MockClock) -> None:
+    forged = bytearray(made(1).envelope)
+    forged[-1] ^= 1
+
+    async def liar(talker: Talker) -> None:
+        await talker.hear()
+        await talker.say(Welcome(first_bucket=0, answer=listing(made(1).id)))
+        await talker.hear()
+        await talker.say(Items((bytes(forged),), last=True))
+        await talker.hear()
+
+    peer = Peer()
+    with pytest.raises(RemoteProtocolError):
+        await meet(peer, liar)
+    assert peer.ids == set()
+
+
+async def test_an_observation_that_nobody_asked_for_is_refused(virtual_clock: MockClock) -> None:
+    async def liar(talker: Talker) -> None:
+        await talker.hear()
+        await talker.say(Welcome(first_bucket=0, answer=listing(made(1).id)))
+        await talker.hear()
+        await talker.say(Items((made(2).envelope,), last=True))
+        await talker.hear()
+
+    peer = Peer()
+    with pytest.raises(RemoteProtocolError, match="not asked for"):
+        await meet(peer, liar)
+    assert peer.ids == set()
+
+
+async def test_ids_that_are_never_delivered_are_an_offence(virtual_clock: MockClock) -> None:
+    async def liar(talker: Talker) -> None:
+        await talker.hear()
+        ids = [invented(number) for number in range(MAX_UNDELIVERED + 1)]
+        await talker.say(Welcome(first_bucket=0, answer=listing(*ids)))
+        while await talker.hear() is not None:
+            await talker.say(Items((), last=True))
+
+    with pytest.raises(RemoteProtocolError, match="not delivered"):
+        await meet(Peer(), liar)
+
+
+async def test_endless_ranges_end(virtual_clock: MockClock) -> None:
+    compares = 0
+
+    async def liar(talker: Talker) -> None:
+        nonlocal compares
+        draw = random.Random(0)
+
+        def split(prefix: str) -> Split:
+            # Wide above, and deep below: every answer asks for sixteen more questions.
+            stem = prefix if len(prefix) < BUCKET_DIGITS + 60 else prefix[: BUCKET_DIGITS + 60]
+            return Split(tuple(Summary(stem + digit, 1 << 20, draw.randbytes(32)) for digit in "0123456789abcdef"))
+
+        await talker.hear()
+        await talker.say(Welcome(first_bucket=0, answer=split("")))
+        while isinstance(message := await talker.hear(), Compare):
+            compares += 1
+            answers = tuple(split(query.prefix) for query in message.queries[:40] if len(query.prefix) < 66)
+            await talker.say(Answers(answers or (Listing(()),)))
+
+    peer = Peer(made(number) for number in range(20))
+    initiation = await meet(peer, liar)
+    assert not initiation.outcome.equal
+    assert compares <= MAX_BARREN_COMPARES + 1
+    assert peer.purse.work == 0
+
+
+async def test_a_silent_responder_is_given_up(virtual_clock: MockClock) -> None:
+    async def liar(talker: Talker) -> None:
+        await talker.hear()
+        await trio.sleep_forever()
+
+    started_s = trio.current_time()
+    with pytest.raises(NetworkError, match="nothing heard"):
+        await meet(Peer(), liar)
+    assert trio.current_time() - started_s < SILENCE_S + 1
+
+
+async def test_a_responder_that_claims_to_lack_everything_gets_only_so_much(virtual_clock: MockClock) -> None:
+    given_away = 0
+
+    async def liar(talker: Talker) -> None:
+        nonlocal given_away
+        await talker.hear()
+        await talker.say(Welcome(first_bucket=0, answer=Listing(())))
+        while (message := await talker.hear()) is not None:
+            if isinstance(message, Put):
+                given_away += len(message.envelopes)
+                await talker.say(Taken(count=len(message.envelopes)))
+            else:
+                await talker.say(Answers((Listing(()),)))
+
+    initiation = await meet(Peer(made(number) for number in range(600)), liar)
+    assert not initiation.outcome.equal
+    assert given_away == MAX_PUT_ENVELOPES
+
+
+# Initiators that lie
+
+
+async def serve_liar(peer: Peer, liar: Callable[[Talker], Awaitable[None]]) -> Response:
+    """Serve one session to an initiator that lies; raise what it is accused of."""
+    await peer.history.add_many(peer.initial)
+    responses: list[Response] = []
+    faults: list[RemoteProtocolError] = []
+
+    async def serve(stream: Stream) -> None:
+        responses.append(Response(stream, peer.replica, peer.purse))
+        try:
+            await responses[0].run()
+        except RemoteProtocolError as fault:
+            faults.append(fault)
+            await stream.reset()
+
+    async with stream_to(serve) as stream:
+        with suppress(StreamClosed):
+            await liar(Talker(stream, Role.INITIATOR))
+    if faults:
+        raise faults[0]
+    return responses[0]
+
+
+async def greet(talker: Talker) -> None:
+    await talker.say(GREETING)
+    assert isinstance(await talker.hear(), Welcome)
+
+
+async def test_forged_observations_that_are_put_are_refused_and_not_kept(virtual_clock: MockClock) -> None:
+    forged = bytearray(made(1).envelope)
+    forged[-1] ^= 1
+
+    async def liar(talker: Talker) -> None:
+        await greet(talker)
+        await talker.say(Put((made(2).envelope, bytes(forged))))
+        await talker.hear()
+
+    peer = Peer()
+    with pytest.raises(RemoteProtocolError):
+        await serve_liar(peer, liar)
+    assert peer.ids == set()
+
+
+async def test_asking_for_what_is_not_there_brings_nothing(virtual_clock: MockClock) -> None:
+    async def liar(talker: Talker) -> None:
+        await greet(talker)
+        await talker.say(Get(tuple(sorted(invented(number) for number in range(MAX_GET)))))
+        assert await talker.hear() == Items((), last=True)
+
+    response = await serve_liar(Peer([made(1)]), liar)
+    assert response.outcome.sent == 0
+
+
+async def test_what_an_initiator_asks_for_is_charged_to_it(virtual_clock: MockClock) -> None:
+    observations = [made(number) for number in range(100)]
+
+    async def liar(talker: Talker) -> None:
+        await greet(talker)
+        for _ in range(10):
+            await talker.say(Get(tuple(sorted(observation.id for observation in observations))))
+            while isinstance(items := await talker.hear(), Items) and not items.last:
+                pass
+            await talker.say(Compare((Summary("", 1, DIGEST),) * 64))
+            await talker.hear()
+            await talker.say(Put(tuple(observation.envelope for observation in observations[:10])))
+            await talker.hear()
+
+    peer = Peer(observations)
+    response = await serve_liar(peer, liar)
+    assert peer.purse.traffic > 0.9 * response.outcome.bytes_sent
+    # Ten times ten envelopes of at least four signatures' work each, and ten times 64 questions.
+    assert peer.purse.work > 10 * (10 * 4 + 64 * 0.1)
+
+
+async def test_answers_of_any_number_fit_into_a_message(virtual_clock: MockClock) -> None:
+    observations = [made(number, number % 7) for number in range(400)]
+    whole = Summary("", 0, DIGEST)
+
+    async def liar(talker: Talker) -> None:
+        await greet(talker)
+        await talker.say(Compare((whole,) * 64))
+        heard = await talker.hear()
+        assert isinstance(heard, Answers)
+        assert 1 <= len(heard.answers) < 64
+        assert all(isinstance(answer, Listing) for answer in heard.answers)
+
+    await serve_liar(Peer(observations), liar)

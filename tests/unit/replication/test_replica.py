@@ -1,0 +1,109 @@
+import pytest
+import trio
+from trio.testing import MockClock
+
+from node.replication.history import MemoryHistory
+from node.replication.replica import DECLINED_S, OPENED_ENVELOPES, SNAPSHOT_S, Replica, verification_cost
+from protocol.errors import RemoteProtocolError
+from protocol.observations import SignedObservation, oldest_bucket, open_observation
+from tests.support.observations import NOW_S, signed
+from tests.support.sync_sessions import made
+
+
+async def test_the_tree_shows_at_once_what_was_taken_in(virtual_clock: MockClock) -> None:
+    replica = Replica(MemoryHistory(), lambda: NOW_S)
+    assert (await replica.tree()).summary("").count == 0
+    assert await replica.take_in([made(1), made(2)]) == 2
+    assert (await replica.tree()).summary("").count == 2
+    assert await replica.take_in([made(2), made(3)]) == 1
+    assert (await replica.tree()).summary("").count == 3
+
+
+async def test_the_tree_shows_soon_what_others_have_written(virtual_clock: MockClock) -> None:
+    history = MemoryHistory()
+    replica = Replica(history, lambda: NOW_S)
+    await replica.tree()
+    await history.add_many([made(1)])
+    await trio.sleep(SNAPSHOT_S)
+    assert (await replica.tree()).summary("").count == 1
+
+
+async def test_nobody_sees_an_empty_tree_while_the_first_is_read(virtual_clock: MockClock) -> None:
+    class SlowHistory(MemoryHistory):
+        async def bucket_digests(self):  # type: ignore[no-untyped-def]
+            await trio.sleep(5)
+            return await super().bucket_digests()
+
+    history = SlowHistory()
+    await history.add_many([made(1)])
+    replica = Replica(history, lambda: NOW_S)
+    counts = []
+
+    async def look() -> None:
+        counts.append((await replica.tree()).summary("").count)
+
+    async with trio.open_nursery() as nursery:
+        for _ in range(3):
+            nursery.start_soon(look)
+    assert counts == [1, 1, 1]
+
+
+async def test_what_is_too_old_or_too_early_is_not_taken_in(virtual_clock: MockClock) -> None:
+    history = MemoryHistory()
+    replica = Replica(history, lambda: NOW_S)
+    too_old = made(1, hours_ago=24 * 31)
+    too_early = signed(2, issued_at_s=NOW_S + 100)
+    assert await replica.take_in([too_old, too_early, made(3)]) == 1
+    assert set(history.envelopes) == {made(3).id}
+    assert not replica.wants(too_old.id)
+    assert not replica.wants(too_early.id)
+    await trio.sleep(DECLINED_S)
+    assert replica.wants(too_early.id)
+
+
+async def test_the_store_may_decline_and_is_not_offered_the_same_again_soon(virtual_clock: MockClock) -> None:
+    class FullHistory(MemoryHistory):
+        async def add_many(self, observations: object) -> list[SignedObservation]:
+            del observations
+            return []
+
+    replica = Replica(FullHistory(), lambda: NOW_S)
+    assert await replica.take_in([made(1)]) == 0
+    assert not replica.wants(made(1).id)
+    await trio.sleep(DECLINED_S + 1)
+    assert replica.wants(made(1).id)
+
+
+def test_an_envelope_is_verified_once_and_remembered_for_a_while() -> None:
+    verified: list[bytes] = []
+
+    def verify(envelope: bytes) -> SignedObservation:
+        verified.append(envelope)
+        return open_observation(envelope)
+
+    replica = Replica(MemoryHistory(), lambda: NOW_S, verify)
+    assert not replica.is_open(made(0).envelope)
+    assert replica.open(made(0).envelope) == replica.open(made(0).envelope) == made(0)
+    assert replica.is_open(made(0).envelope)
+    assert len(verified) == 1
+    for number in range(1, OPENED_ENVELOPES + 1):
+        replica.open(made(number).envelope)
+    assert not replica.is_open(made(0).envelope)
+
+
+def test_what_is_not_valid_is_never_remembered() -> None:
+    replica = Replica(MemoryHistory(), lambda: NOW_S)
+    for _ in range(2):
+        with pytest.raises(RemoteProtocolError):
+            replica.open(made(1).envelope[:-1] + b"?")
+
+
+def test_only_buckets_that_every_clock_still_takes_in_are_compared() -> None:
+    replica = Replica(MemoryHistory(), lambda: NOW_S)
+    assert replica.first_bucket() == oldest_bucket(NOW_S) + 1
+
+
+def test_countersigned_stages_cost_more() -> None:
+    alone, with_stages = signed(1), signed(1, stages=[1, 2, 3, 4])
+    assert verification_cost(with_stages.envelope) >= 5
+    assert verification_cost(alone.envelope) < verification_cost(with_stages.envelope)

@@ -1,0 +1,105 @@
+"""Predictions come from the latest model, and one that breaks does not take another with it."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+import trio
+from trio.testing import MockClock
+
+from node.selection.learner import MAX_AGE_S, Learner
+from node.selection.prediction_cache import Predictions
+from selector.task import PORTFOLIO, TaskContext
+from selector.task_buckets import Viewpoint
+
+CONTEXT = TaskContext(architecture="fake", block_count=9, hidden_size=32, hardware="test")
+METHODS = tuple(PORTFOLIO.values())
+
+
+class Worker:
+    stopped = False
+
+    async def stop(self) -> None:
+        await trio.lowlevel.checkpoint()
+        self.stopped = True
+
+
+async def sure(context: TaskContext) -> Mapping[str, tuple[float, float]]:
+    del context
+    await trio.lowlevel.checkpoint()
+    return {each.name: (0.0, 0.1) for each in METHODS}
+
+
+async def broken(context: TaskContext) -> Mapping[str, tuple[float, float]]:
+    del context
+    await trio.lowlevel.checkpoint()
+    raise OSError("the worker ended")
+
+
+async def test_a_worker_that_is_stopped_while_it_is_asked_does_not_take_its_successor_with_it(
+    nursery: trio.Nursery, virtual_clock: MockClock
+) -> None:
+    opinions = Predictions()
+    asked, stopped = trio.Event(), trio.Event()
+
+    async def old(context: TaskContext) -> Mapping[str, tuple[float, float]]:
+        asked.set()
+        await stopped.wait()
+        return await broken(context)
+
+    opinions.renew(old, 10)
+    nursery.start_soon(opinions.run)
+    nursery.start_soon(opinions.of, CONTEXT, METHODS)
+    await asked.wait()
+    opinions.renew(sure, 20)
+    stopped.set()
+    await trio.testing.wait_all_tasks_blocked()
+    assert opinions.experiences == 20
+    assert (await opinions.of(CONTEXT, METHODS)).basis == "model"
+
+
+async def test_a_worker_that_broke_is_replaced_though_the_history_has_not_grown(
+    nursery: trio.Nursery, virtual_clock: MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opinions = Predictions()
+    workers: list[Worker] = []
+
+    async def train(learner: Learner, nursery: trio.Nursery) -> Worker:
+        del learner, nursery
+        await trio.sleep(1)
+        workers.append(Worker())
+        opinions.renew(sure if len(workers) > 1 else broken, 10)
+        return workers[-1]
+
+    async def count() -> int:
+        await trio.lowlevel.checkpoint()
+        return 10
+
+    monkeypatch.setattr(Learner, "_train", train)
+    viewpoint = Viewpoint(peer="me", hardware="test", software="1", hour=1)
+    learner = Learner(Path("nowhere"), opinions, count=count, viewpoint=lambda: viewpoint)
+    nursery.start_soon(learner.run)
+    await trio.sleep(100)
+    assert len(workers) == 1
+    assert (await opinions.of(CONTEXT, METHODS)).basis == "rule"
+    await trio.sleep(100)
+    assert [worker.stopped for worker in workers] == [True, False]
+    assert (await opinions.of(CONTEXT, METHODS)).basis == "model"
+    await trio.sleep(MAX_AGE_S)  # what was learned from may have left the history meanwhile
+    assert [worker.stopped for worker in workers] == [True, True, False]
+
+
+async def test_nobody_waits_for_a_prediction_where_there_is_nothing_to_choose(
+    nursery: trio.Nursery, virtual_clock: MockClock
+) -> None:
+    async def slow(context: TaskContext) -> Mapping[str, tuple[float, float]]:
+        await trio.sleep(0.05)
+        return await sure(context)
+
+    opinions = Predictions()
+    opinions.renew(slow, 10)
+    nursery.start_soon(opinions.run)
+    asked_s = trio.current_time()
+    assert list((await opinions.of(CONTEXT, METHODS[:1])).table) == [METHODS[0].name]
+    assert trio.current_time() == asked_s
+    assert (await opinions.of(CONTEXT, METHODS)).basis == "model"

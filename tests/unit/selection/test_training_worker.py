@@ -1,0 +1,33 @@
+"""The training gets little of a processor that others want, but something."""
+
+import os
+import sys
+import threading
+
+import pytest
+
+from node.selection import training_worker
+from selector import prediction
+from selector.task_buckets import Viewpoint
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux knows priorities of threads")
+def test_the_training_has_the_lowest_priority_that_still_gets_its_share_and_others_keep_theirs(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    seen: list[tuple[int, int]] = []
+
+    def train(experiences: object, viewpoint: object) -> None:
+        del experiences, viewpoint
+        seen.append((os.getpriority(os.PRIO_PROCESS, 0), os.sched_getscheduler(0)))
+
+    monkeypatch.setattr(prediction, "train", train)
+    monkeypatch.setattr(training_worker, "read_experiences", lambda database: [])
+    before = os.getpriority(os.PRIO_PROCESS, 0)
+    viewpoint = Viewpoint(peer="me", hardware="test", software="1", hour=1)
+
+    thread = threading.Thread(target=training_worker._train, args=("nowhere", viewpoint))
+    thread.start()
+    thread.join()
+    assert seen == [(19, os.SCHED_OTHER)]
+    assert os.getpriority(os.PRIO_PROCESS, 0) == before

@@ -1,0 +1,134 @@
+import numpy as np
+import pytest
+
+from selector.dataset import Contexts, Dataset, DatasetError, build_dataset
+from selector.evaluation.baselines import SingleBest, VirtualBest
+from selector.evaluation.measures import Fold, macro_f1, outcomes, predict_folds, split
+from tests.unit.selector.measurements import made_up
+
+
+def contexts_of(count: int, models: list[str] | None = None, budgets: list[str] | None = None) -> Contexts:
+    names = {"model": np.array(models or ["m"] * count), "hardware": np.array(["h"] * count)}
+    if budgets:
+        names["budget"] = np.array(budgets)
+    return Contexts(tuple(map(str, range(count))), names, ("x",), np.zeros((count, 1)))
+
+
+def by_hand() -> Dataset:
+    """Training context 0: b is best. Test contexts: 1 (a 1, b 2), 2 (b 1, c 1.04), 3 (c alone)."""
+    rows = [(0, "a", 2.0), (0, "b", 1.0), (0, "c", 8.0), (1, "a", 1.0), (1, "b", 2.0), (2, "b", 1.0), (2, "c", 1.04)]
+    rows.append((3, "c", 5.0))
+    return build_dataset(contexts_of(4), [(i, method, float(np.log(cost))) for i, method, cost in rows])
+
+
+HAND_FOLD = Fold(np.arange(3), np.arange(3, 8))
+
+
+def test_measures_are_those_of_a_calculation_by_hand() -> None:
+    dataset = by_hand()
+    # Chosen: b in 1, c in 2, c in 3.
+    found = outcomes(dataset, [HAND_FOLD], [np.array([1.0, 0.0, 1.0, 0.0, 0.0])], default="a").measures()
+    assert found.contexts == 3
+    assert found.accuracy == pytest.approx(1 / 3)
+    assert found.accuracy_within_5_percent == pytest.approx(2 / 3)
+    assert found.ratio_to_virtual_best == pytest.approx((0.5 + 1 / 1.04 + 1) / 3)
+    regret = (np.log(2) + np.log(1.04)) / 3
+    assert found.regret == pytest.approx(regret)
+    # The single best is b: wrong in 1, right in 2, not there in 3.
+    assert found.closed_gap == pytest.approx(1 - regret / (np.log(2) / 3))
+    # The default is a; where it was not measured, the most widely measured, of which the first by name.
+    assert found.mean_speedup == pytest.approx((1 / 2 + 1 / 1.04 + 1) / 3)
+    # a: never chosen; b: best in 2, chosen in 1; c: best in 3, chosen in 2 and 3.
+    assert found.f1 == pytest.approx((0 + 0 + 2 / 3) / 3)
+
+
+def test_probes_take_the_best_of_the_candidates_and_trivial_contexts_are_told_apart() -> None:
+    dataset = by_hand()
+    found = outcomes(dataset, [HAND_FOLD], [np.array([1.0, 0.0, 1.0, 0.0, 0.0])], probes=2)
+    assert found.measures().accuracy == 1.0
+    assert found.measures(more_than=1).contexts == 2
+    empty = found.measures(more_than=2)
+    assert (empty.contexts, empty.accuracy, empty.closed_gap) == (0, None, None)
+
+
+def test_the_reference_of_the_closed_gap_gets_no_probes() -> None:
+    dataset = made_up()
+    folds = split(dataset, "model")
+    scores = list(predict_folds(dataset, folds, lambda train, test: SingleBest().fit_dataset(train).predict(test)))
+    assert outcomes(dataset, folds, scores).measures().closed_gap == pytest.approx(0.0)
+    gap = outcomes(dataset, folds, scores, probes=2).measures().closed_gap
+    assert gap is not None
+    assert gap > 0.1
+
+
+def test_the_virtual_best_has_no_regret() -> None:
+    dataset = made_up()
+    folds = split(dataset, "random")
+    oracle = VirtualBest().fit_dataset(dataset)
+    found = outcomes(dataset, folds, [oracle.predict(dataset.pairs.take(fold.test)) for fold in folds]).measures()
+    assert (found.accuracy, found.regret, found.closed_gap, found.f1) == (1.0, 0.0, 1.0, 1.0)
+
+
+def test_equal_costs_are_no_error_and_leave_no_gap() -> None:
+    dataset = build_dataset(contexts_of(2), [(0, "a", 1.0), (0, "b", 1.0), (1, "a", 1.0), (1, "b", 1.0)])
+    found = outcomes(dataset, [Fold(np.arange(2), np.arange(2, 4))], [np.array([1.0, 0.0])]).measures()
+    assert (found.accuracy, found.f1, found.closed_gap) == (1.0, 1.0, None)
+
+
+@pytest.mark.parametrize("group", ["random", "model", "hardware"])
+def test_every_row_is_tested_once_and_no_group_is_on_both_sides(group: str) -> None:
+    dataset = made_up(contexts=90)
+    folds = split(dataset, group)  # type: ignore[arg-type]
+    tested = np.concatenate([fold.test for fold in folds])
+    assert sorted(tested.tolist()) == list(range(len(dataset)))
+    contexts = dataset.pairs.contexts
+    labels = np.array(contexts.ids) if group == "random" else contexts.names[group]
+    for fold in folds:
+        train, test = (set(labels[dataset.pairs.context[rows]]) for rows in (fold.train, fold.test))
+        assert not train & test
+    assert len(folds) == {"random": 5, "model": 4, "hardware": 3}[group]
+
+
+def test_contexts_that_differ_in_nothing_but_budget_stay_together() -> None:
+    count = 40
+    contexts = Contexts(
+        tuple(map(str, range(count))),
+        {"model": np.array(["m"] * count), "budget": np.array([str(i % 2) for i in range(count)])},
+        ("x",),
+        np.repeat(np.arange(count / 2), 2)[:, None],
+    )
+    dataset = build_dataset(contexts, [(i, method, 0.0) for i in range(count) for method in "ab"])
+    for fold in split(dataset, "random"):
+        train, test = (set((dataset.pairs.context[rows] // 2).tolist()) for rows in (fold.train, fold.test))
+        assert not train & test
+
+
+def test_many_models_are_merged_into_ten_folds() -> None:
+    dataset = build_dataset(
+        contexts_of(50, [f"m{i // 2}" for i in range(50)]), [(i, method, 0.0) for i in range(50) for method in "ab"]
+    )
+    assert len(split(dataset, "model")) == 10
+
+
+def test_what_cannot_be_left_out_is_said() -> None:
+    dataset = build_dataset(contexts_of(3), [(i, "a", 0.0) for i in range(3)])
+    with pytest.raises(DatasetError, match="only one value of 'hardware'"):
+        split(dataset, "hardware")
+    contexts = Contexts(("0", "1"), {}, (), np.zeros((2, 0)))
+    with pytest.raises(DatasetError, match="no column 'model'"):
+        split(build_dataset(contexts, [(0, "a", 0.0), (1, "a", 0.0)]), "model")
+
+
+def test_rows_without_a_finite_cost_are_left_out_and_repeated_ones_averaged() -> None:
+    dataset = build_dataset(
+        contexts_of(2), [(0, "a", 1.0), (0, "a", 3.0), (0, "b", float("nan")), (1, "b", float("inf")), (1, "a", 0.0)]
+    )
+    assert dataset.cost.tolist() == [2.0, 0.0]
+    assert dataset.weight.tolist() == [2.0, 1.0]
+    assert len(dataset.notes) == 2
+    with pytest.raises(DatasetError):
+        build_dataset(contexts_of(1), [(0, "a", float("nan"))])
+
+
+def test_macro_f1_is_the_mean_over_methods_seen() -> None:
+    assert macro_f1(np.array([0, 0, 3]), np.array([0, 3, 3])) == pytest.approx(2 / 3)

@@ -1,0 +1,211 @@
+"""Who goes into the next step, and when the policy changes."""
+
+from collections.abc import Iterable
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from node.stages.scheduler import (
+    MIN_PREFILL_ROWS,
+    PREFILL_ROWS,
+    STATIC_PATIENCE_S,
+    Batching,
+    Scheduler,
+    StagePolicy,
+    Work,
+)
+from node.stages.stage_policy import HOLD_S, STALL_BOUND_S, PolicyController
+from protocol.identity import JobId, PeerId, SessionId
+from protocol.limits import MAX_SLICES
+from protocol.messages import Slice
+from protocol.tensors import tensor_from_tokens
+
+ALICE, BOB = PeerId("alice"), PeerId("bob")
+
+
+def session(number: int) -> SessionId:
+    return SessionId(JobId(f"{number:032x}"), 0)
+
+
+def work(
+    number: int, rows: int = 1, draws: int = 1, *, at_s: float = 0.0, of: PeerId = ALICE, first: int = 0
+) -> Work[str]:
+    part = Slice(session=session(number), position=first, rows=rows, draws=draws)
+    tensor = tensor_from_tokens(range(first, first + rows))
+    return Work(part, tensor, coordinator=of, origin="link", payload_bytes=4 * rows, arrived_s=at_s)
+
+
+def scheduler(batching: Batching, *works: Work[str], step_rows: int = 64) -> Scheduler[str]:
+    made: Scheduler[str] = Scheduler(StagePolicy(batching, step_rows))
+    for each in works:
+        made.add(each)
+    return made
+
+
+def numbers(batch: Iterable[Work[str]]) -> list[int]:
+    return [int(each.session.job, 16) for each in batch]
+
+
+def decoding(made: Scheduler[str], *sessions: int) -> None:
+    """Have sessions take a step of decoding, after which they are known to decode."""
+    for number in sessions:
+        made.add(work(number))
+    made.next_batch(0)
+
+
+def test_one_at_a_time_goes_by_arrival() -> None:
+    made = scheduler(Batching.ONE, work(1, 300, at_s=1), work(2, at_s=0), work(1, 1, at_s=2, first=300))
+    assert [numbers(made.next_batch(9)) for _ in range(4)] == [[2], [1], [1], []]
+
+
+def test_rows_of_a_session_keep_their_order() -> None:
+    made = scheduler(Batching.CONTINUOUS, work(1, 5, 0), work(1, 5, 1, first=5), work(2))
+    first, second = made.next_batch(0), made.next_batch(0)
+    assert [(each.part.position, each.rows) for each in first if each.session == session(1)] == [(0, 5)]
+    assert [(each.part.position, each.rows) for each in second] == [(5, 5)]
+
+
+def test_those_who_decode_share_a_step() -> None:
+    made = scheduler(Batching.CONTINUOUS, *(work(number) for number in range(8)))
+    assert numbers(made.next_batch(0)) == list(range(8))
+    assert made.next_batch(0) == []
+    assert made.rows == 0
+
+
+def test_a_prompt_is_cut_to_what_those_who_decode_leave_of_the_budget() -> None:
+    made = scheduler(Batching.CONTINUOUS)
+    decoding(made, 1, 2, 3)
+    made.add(work(9, 200))
+    taken = []
+    for _ in range(3):
+        for number in (1, 2, 3):
+            made.add(work(number))
+        batch = made.next_batch(0)
+        assert sum(each.rows for each in batch) == 64
+        taken += [each for each in batch if each.session == session(9)]
+    assert [(each.part.position, each.rows, each.part.draws) for each in taken] == [
+        (0, 61, 0),
+        (61, 61, 0),
+        (122, 61, 0),
+    ]
+    # Also while they are at another stage; and the last row, after which a token is drawn, is in the last piece.
+    [rest] = made.next_batch(0)
+    assert (rest.part.position, rest.rows, rest.part.draws) == (183, 17, 1)
+    whole = [token for each in [*taken, rest] for token in bytes(each.tensor.data)]
+    assert bytes(whole) == bytes(tensor_from_tokens(range(200)).data)
+    assert sum(each.payload_bytes for each in [*taken, rest]) == 800
+
+
+def test_a_prompt_alone_is_not_cut() -> None:
+    made = scheduler(Batching.CONTINUOUS, work(1, 2000))
+    assert [each.rows for each in made.next_batch(0)] == [2000]
+
+
+def test_short_prompts_are_computed_together_up_to_a_bound() -> None:
+    made = scheduler(Batching.CONTINUOUS, *(work(number, 200) for number in range(9)))
+    rows = sum(each.rows for each in made.next_batch(0))
+    assert PREFILL_ROWS <= rows < PREFILL_ROWS + 200
+
+
+def test_a_newcomer_gets_on_however_many_decode() -> None:
+    made = scheduler(Batching.CONTINUOUS, step_rows=64)
+    decoding(made, *range(100))
+    made.add(work(900, 500))
+    for number in range(100):
+        made.add(work(number))
+    rows = {each.session: each.rows for each in made.next_batch(0)}
+    assert rows[session(900)] == MIN_PREFILL_ROWS
+
+
+def test_many_jobs_of_one_coordinator_do_not_keep_another_waiting() -> None:
+    made = scheduler(Batching.CONTINUOUS)
+    decoding(made, 1)
+    for number in range(10, 30):
+        made.add(work(number, 64, of=ALICE))
+    made.add(work(99, 64, of=BOB, at_s=1))
+    order: list[int] = []
+    for _ in range(4):
+        order += numbers(made.next_batch(2))
+    assert 99 in order[:4]
+
+
+def test_a_static_batch_takes_nobody_in_until_it_has_ended() -> None:
+    made = scheduler(Batching.STATIC, work(1), work(2))
+    assert numbers(made.next_batch(0)) == [1, 2]
+    made.add(work(3, at_s=0.1))
+    assert made.next_batch(0.1) == []
+    made.add(work(1, at_s=0.2))
+    assert numbers(made.next_batch(0.2)) == [1]
+    made.remove(session(1))
+    assert made.next_batch(0.3) == []
+    made.remove(session(2))
+    assert numbers(made.next_batch(0.4)) == [3]
+
+
+def test_a_static_batch_that_is_stuck_elsewhere_does_not_hold_the_others_for_ever() -> None:
+    made = scheduler(Batching.STATIC, work(1))
+    made.next_batch(5)
+    made.add(work(2, at_s=6))
+    assert made.next_chance_s(5.5) == 5 + STATIC_PATIENCE_S
+    assert numbers(made.next_batch(5 + STATIC_PATIENCE_S)) == [2]
+
+
+def test_what_has_ended_is_forgotten() -> None:
+    made = scheduler(Batching.CONTINUOUS, work(1), work(2, 500))
+    made.remove(session(1))
+    made.remove(session(3))
+    assert numbers(made.next_batch(0)) == [2]
+
+
+@given(
+    st.lists(st.tuples(st.integers(0, 9), st.integers(1, 700), st.booleans()), max_size=40),
+    st.sampled_from(Batching),
+    st.sampled_from([32, 64, 512]),
+)
+def test_every_row_is_computed_once_and_in_order(
+    arrivals: list[tuple[int, int, bool]], batching: Batching, step_rows: int
+) -> None:
+    made = scheduler(batching, step_rows=step_rows)
+    lengths = dict.fromkeys(range(10), 0)
+    for at_s, (number, rows, is_last) in enumerate(arrivals):
+        made.add(work(number, rows, int(is_last), first=lengths[number], at_s=at_s, of=ALICE if number % 2 else BOB))
+        lengths[number] += rows
+    computed = dict.fromkeys(range(10), 0)
+    now_s = 0.0
+    while made.rows:
+        now_s += 2 * STATIC_PATIENCE_S
+        batch = made.next_batch(now_s)
+        assert 0 < len(batch) <= MAX_SLICES
+        assert len({each.session for each in batch}) == len(batch)
+        for each in batch:
+            number = int(each.session.job, 16)
+            assert each.part.position == computed[number]
+            assert each.tensor.rows == each.rows
+            computed[number] += each.rows
+    assert computed == lengths
+    assert made.next_batch(now_s) == []
+
+
+# The policy
+
+
+def test_the_row_budget_follows_what_a_row_costs_and_not_too_fast() -> None:
+    controller = PolicyController()
+    slow_s = STALL_BOUND_S / 40  # 32 rows fit the bound, 64 do not
+    assert controller.observe(100, 100 * slow_s, 0.0).step_rows == 128
+    assert controller.observe(100, 100 * slow_s, HOLD_S - 0.1).step_rows == 128
+    assert controller.observe(100, 100 * slow_s, HOLD_S).step_rows == 32
+    # A short spell of speed changes nothing.
+    for at_s in range(40, 43):
+        assert controller.observe(100, slow_s / 100, at_s).step_rows == 32
+    for at_s in range(43, 143):
+        controller.observe(100, slow_s / 100, at_s)
+    assert controller.policy.step_rows == 512
+
+
+@pytest.mark.parametrize("batching", Batching)
+def test_what_the_operator_fixed_stays(batching: Batching) -> None:
+    controller = PolicyController(batching=batching, step_rows=256)
+    for at_s in range(100):
+        assert controller.observe(100, 100.0, at_s) == StagePolicy(batching, 256)
