@@ -380,7 +380,7 @@ class _Link(ABC):
 
 def _forget_lent(connection: JobConnection, session: SessionId) -> None:
     """Forget a session unless it was opened over this very link: then it ends by Close."""
-    if connection.session_state(session) is SessionState.LENT:
+    if connection.session_state(session) is SessionState.FORWARDED:
         connection.forget(session)
 
 
