@@ -29,7 +29,7 @@ from node.models.store import ModelStore, Package, UnknownModelError
 from node.network.addresses import TcpAddress, is_private, parse_address, parse_peer_address
 from node.network.host import Libp2pNetwork
 from node.network.interface import NetworkError
-from node.network.probe_port import Greeting, greet
+from node.network.probe_port import PortState, probe_port
 from node.network.transport import bind
 from node.storage.database import DATABASE_FILE, StorageError, find_damage
 from node.swarm.directory import Directory
@@ -346,8 +346,8 @@ async def _check_reach(own: Sequence[str], found: Diagnosis) -> None:
         )
         found.add(Fault.RELAY_ONLY, Consequence.REACH, message)
         return
-    answers = {address: await greet(parse_peer_address(address)[1]) for address in direct}
-    closed = [address for address, answer in answers.items() if answer not in {Greeting.OPEN, Greeting.PRIVATE}]
+    answers = {address: await probe_port(parse_peer_address(address)[1]) for address in direct}
+    closed = [address for address, answer in answers.items() if answer not in {PortState.OPEN, PortState.PRIVATE}]
     if len(closed) == len(direct):
         message = (
             f"nothing answers at {closed[0]}, which this node tells others to dial ({answers[closed[0]]}): "
@@ -361,18 +361,18 @@ async def _check_reach(own: Sequence[str], found: Diagnosis) -> None:
 
 async def _greet_bootstrap(config: NodeConfig, found: Diagnosis) -> list[str]:
     """Return the bootstrap addresses that a libp2p host of this swarm may be behind; say what is behind the others."""
-    answers: dict[str, Greeting] = {}
+    answers: dict[str, PortState] = {}
 
     async def ask(multiaddr: str) -> None:
         try:
-            answers[multiaddr] = await greet(parse_peer_address(multiaddr)[1])
+            answers[multiaddr] = await probe_port(parse_peer_address(multiaddr)[1])
         except ValueError:
-            answers[multiaddr] = Greeting.UNREACHABLE
+            answers[multiaddr] = PortState.UNREACHABLE
 
     async with trio.open_nursery() as nursery:
         for multiaddr in config.bootstrap:
             nursery.start_soon(ask, multiaddr)
-    ours = Greeting.OPEN if config.swarm_key is None else Greeting.PRIVATE
+    ours = PortState.OPEN if config.swarm_key is None else PortState.PRIVATE
     usable = [multiaddr for multiaddr in config.bootstrap if answers[multiaddr] is ours]
     for multiaddr in config.bootstrap:
         if multiaddr not in usable:
@@ -381,23 +381,23 @@ async def _greet_bootstrap(config: NodeConfig, found: Diagnosis) -> list[str]:
     return usable
 
 
-def _unusable(multiaddr: str, answer: Greeting) -> tuple[Fault, str]:
+def _unusable(multiaddr: str, answer: PortState) -> tuple[Fault, str]:
     match answer:
-        case Greeting.CLOSED:
+        case PortState.CLOSED:
             what = "nothing listens there: the node is down, its port is another one, or a firewall refuses"
             return Fault.CLOSED_PORT, f"bootstrap peer {multiaddr}: {what}"
-        case Greeting.UNREACHABLE:
+        case PortState.UNREACHABLE:
             what = "no answer: the machine is down, has another address, or a firewall drops what is sent to the port"
             return Fault.BOOTSTRAP_DEAD, f"bootstrap peer {multiaddr}: {what}"
-        case Greeting.SILENT:
+        case PortState.SILENT:
             what = "it accepts connections and says nothing: the process is stopped or hangs"
             return Fault.BOOTSTRAP_DEAD, f"bootstrap peer {multiaddr}: {what}"
-        case Greeting.FOREIGN:
+        case PortState.FOREIGN:
             return Fault.WRONG_PEER, f"bootstrap peer {multiaddr}: another program answers there, no node"
-        case Greeting.PRIVATE:
+        case PortState.PRIVATE:
             what = "it is in a private swarm: give its key with --swarm-key"
             return Fault.WRONG_SWARM_KEY, f"bootstrap peer {multiaddr}: {what}"
-        case Greeting.OPEN:
+        case PortState.OPEN:
             what = "it is in the open swarm, and this node has a swarm key: leave --swarm-key away, or ask another peer"
             return Fault.WRONG_SWARM_KEY, f"bootstrap peer {multiaddr}: {what}"
 

@@ -21,7 +21,7 @@ from node.stages.stage_server import StageServer
 from node.swarm.directory import Candidate
 from node.swarm.membership import Membership
 from node.testing.fake_engine import expected_tokens, fake_span_info
-from node.testing.memory_hub import LinkModel
+from node.testing.memory_links import LinkModel
 from protocol.identity import BlockRange, ModelId, PeerId
 from selector.routing import Link, Links
 from tests.simulation import virtual_time

@@ -41,7 +41,7 @@ MODEL = ModelId("5a" * 32)
 @pytest.fixture(autouse=True)
 def impatience(monkeypatch: pytest.MonkeyPatch) -> None:
     """Who says nothing is not waited for as long as on a real network."""
-    monkeypatch.setattr(probe_port, "GREETING_TIMEOUT_S", 1.0)
+    monkeypatch.setattr(probe_port, "PROBE_TIMEOUT_S", 1.0)
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ from node.coordinator.submission import JobRequest, JobResult, JobStarted, TextD
 from node.engine.interface import SliceInput, StepResult
 from node.links import link
 from node.stages.span import Span, _Outgoing
-from node.testing.memory_hub import LinkModel
+from node.testing.memory_links import LinkModel
 from protocol.connection import PROTOCOL_IDS
 from protocol.identity import JobId, PeerId, SessionId
 from protocol.messages import Progress

@@ -19,7 +19,7 @@ from node.stages.fair_share import may_take
 from node.stages.session import CHECKED_AT_ONCE_BYTES
 from node.stages.span import BEGIN_LIMIT_S, SHORT_IDLE_LIMIT_S
 from node.testing.fake_engine import expected_tokens, fake_span_info
-from node.testing.memory_hub import LinkModel
+from node.testing.memory_links import LinkModel
 from protocol.codec import encode_step_header
 from protocol.framing import FrameType, encode_frame
 from protocol.identity import BlockRange, JobId, PeerId, SessionId, peer_id_from_public_key
