@@ -16,8 +16,8 @@ import trio
 from node.swarm.directory import Statement
 from node.swarm.membership import Membership
 from node.util.offload import Offload, run_in_thread
+from protocol.announcements import Placement
 from protocol.identity import BlockRange, ModelId, PeerId
-from protocol.records import Placement
 from selector.peer_speed import UNKNOWN_BLOCK_S
 from selector.placement import (
     CUT_S,

@@ -29,8 +29,8 @@ from node.stages.span import Span
 from node.stages.stage_server import StageServer
 from node.swarm.membership import HEARTBEAT_INTERVAL_S, Membership
 from node.util.offload import Offload, run_in_thread
+from protocol.announcements import Placement
 from protocol.identity import BlockRange, ModelId, PeerId
-from protocol.records import Placement
 from selector.task import PORTFOLIO
 
 RETRY_S = (1.0, 30.0)

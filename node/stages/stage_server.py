@@ -24,6 +24,7 @@ from node.stages.span import Span, pages_of
 from node.stages.speculation import Drafter, PromptLookup
 from node.stages.stage_policy import PolicyController
 from node.stages.voting import Agreed, HeuristicVoter, Voter
+from protocol.announcements import ServedSpan
 from protocol.identity import BlockRange, ModelId, PeerId, SessionId
 from protocol.limits import MAX_SESSIONS, MAX_STAGES, PREFIX_HASH_BYTES
 from protocol.measurements import StageObservation
@@ -41,7 +42,6 @@ from protocol.messages import (
     TokenHistory,
 )
 from protocol.observations import countersign
-from protocol.records import ServedSpan
 from selector.task import Method, MethodError, TaskContext, parse_method
 from selector.voting import tally, weights_of
 

@@ -26,9 +26,9 @@ from node.storage.database import DATABASE_FILE, open_database
 from node.storage.history import HistoryStore
 from node.swarm.dht_records import RecordKinds
 from node.swarm.membership import Membership
+from protocol.announcements import ServedSpan
 from protocol.identity import BlockRange, ModelId
 from protocol.messages import Load
-from protocol.records import ServedSpan
 from protocol.sync import PROTOCOL_ID
 from tests.support.observations import signed
 from tests.unit.api.fakes import FakeNode

@@ -31,10 +31,9 @@ from protocol.capabilities import (
     Neighbour,
     Throughput,
     capability_key,
-    unseal_capabilities,
 )
 from protocol.identity import PeerId
-from protocol.records import seal
+from protocol.records import seal, unseal_from_dht
 from tests.support.capabilities import EPYC, GIB, H100, peer_of
 
 FACTS = replace(EPYC, processor=replace(EPYC.processor, throughput=Throughput()))
@@ -78,7 +77,7 @@ class Peer:
         """Return the record of a peer that this one keeps for the DHT."""
         key = capability_key(peer)
         data = self.network.stored_record(key)
-        return None if data is None else unseal_capabilities(key, data, self.wall_clock())
+        return None if data is None else unseal_from_dht(CapabilityRecord, key, data, self.wall_clock())
 
     async def join(self, *others: "Peer") -> None:
         for other in others:
