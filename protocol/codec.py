@@ -481,7 +481,7 @@ def _opened_to_map(message: Opened) -> _Map:
         "cached": dict(message.cached),
         "policy": dict(message.policy),
         "held": message.held,
-        "kept_from": message.kept_from,
+        "kept_from": message.replay_from,
         **({} if message.statement is None else {"statement": message.statement}),
     }
 
@@ -500,7 +500,7 @@ def _opened_from(fields: Fields) -> Opened:
         cached={variant: integer(count, 0, MAX_POSITIONS, "cached") for variant, count in cached.items()},
         policy={switch: name(value, MAX_SWITCH_BYTES, "policy") for switch, value in policy.items()},
         held=held,
-        kept_from=fields.integer("kept_from", 0, held),
+        replay_from=fields.integer("kept_from", 0, held),
         statement=_statement_if_any(fields),
     )
 
@@ -514,7 +514,7 @@ def _begin_to_map(message: Begin) -> _Map:
             for ballot in message.ballots
         ],
         "start": message.start,
-        "onward": message.onward,
+        "onward": message.forward_from,
         **({} if message.statement is None else {"statement": message.statement}),
     }
 
@@ -525,7 +525,7 @@ def _begin_from(fields: Fields) -> Begin:
         method=fields.name("method", MAX_NAME_BYTES),
         ballots=tuple(_ballot_from(value) for value in fields.array("ballots", MAX_BALLOTS)),
         start=fields.integer("start", 0, MAX_POSITIONS - 1),
-        onward=fields.integer("onward", 0, MAX_POSITIONS - 1),
+        forward_from=fields.integer("onward", 0, MAX_POSITIONS - 1),
         statement=_statement_if_any(fields),
     )
 

@@ -167,7 +167,7 @@ class Opened:
     `votes`: of each method asked for that the stage can carry out now, the logarithm of its cost: lower is better. A
     stage without an opinion gives them all the same. `cached`: positions of the prompt whose keys and values lie here
     already, by lineage (`engine/arithmetic/activations`). `policy`: the switches of the stage's own that are in force.
-    `held`: positions, from the first on, whose keys and values a session that is continued holds. `kept_from`: its
+    `held`: positions, from the first on, whose keys and values a session that is continued holds. `replay_from`: its
     outputs from there to `held` can be sent again. `statement`: what the swarm agreed of the model as this stage has
     it, by whose members' reputation it would weigh the votes; None where it stands by nothing.
     """
@@ -178,7 +178,7 @@ class Opened:
     cached: Mapping[str, int] = field(default_factory=dict)
     policy: Mapping[str, str] = field(default_factory=dict)
     held: int = 0
-    kept_from: int = 0
+    replay_from: int = 0
     statement: bytes | None = None
 
 
@@ -198,16 +198,16 @@ class Begin:
     """The coordinator begins a session, once, when every stage is open: before it no rows may be computed.
 
     `method`: what the ballots come to. `ballots`: of every stage of the route, in order, then the coordinator's own.
-    `start`: the first position whose row this stage computes; it holds those before. `onward`: the first whose output
-    it sends on, where the next stage starts; outputs before `start` are those that it has kept. `statement`: by whose
-    members' reputation the ballots were weighed; None where all weigh the same, because not all stand by the same.
+    `start`: the first position whose row this stage computes; it holds those before. `forward_from`: the first whose
+    output it sends on, where the next stage starts; outputs before `start` come from its replay buffer. `statement`:
+    by whose members' reputation the ballots were weighed; None where all weigh the same, because not all stand by one.
     """
 
     session: SessionId
     method: str
     ballots: tuple[Ballot, ...]
     start: int = 0
-    onward: int = 0
+    forward_from: int = 0
     statement: bytes | None = None
 
 

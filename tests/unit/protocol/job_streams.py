@@ -174,7 +174,7 @@ MESSAGES: dict[str, ControlMessage] = {
         cached={"fused/fp32": 64},
         policy={"batching": "continuous"},
         held=70,
-        kept_from=64,
+        replay_from=64,
         statement=bytes(range(32)),
     ),
     "begin": Begin(
@@ -182,7 +182,7 @@ MESSAGES: dict[str, ControlMessage] = {
         method="arithmetic=bf16",
         ballots=(Ballot(PEER, (-1.25, None)),),
         start=64,
-        onward=32,
+        forward_from=32,
         statement=bytes(range(32)),
     ),
     "token_history": TokenHistory(session=SESSION, tokens=(0, 49151)),
