@@ -52,7 +52,7 @@ from node.links.link_pool import LinkPool
 from node.models.errors import ModelError
 from node.models.library import KnownModel
 from node.models.streaming import StopFinder, StreamDecoder
-from node.stages.voting import Agreed
+from node.stages.voting import Agreement
 from protocol.identity import BlockRange, JobId, ModelId, PeerId
 from protocol.messages import FailureReason, FinishReason, RefusalReason
 from selector.routing import Links, NoRouteError
@@ -132,7 +132,7 @@ class Coordinator:
         chooser: Chooser | None = None,
         ledger: QualityStore | None = None,
         hardware: Callable[[PeerId], str] = lambda peer: "unknown",
-        agreed: Callable[[ModelId], Agreed | None] = lambda model: None,
+        agreed: Callable[[ModelId], Agreement | None] = lambda model: None,
         bandwidth: Callable[[PeerId], float | None] = lambda peer: None,
         expected: Callable[[ModelId], Iterable[BlockRange]] = lambda model: (),
     ) -> None:

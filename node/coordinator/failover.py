@@ -12,7 +12,7 @@ from node.coordinator.planner import Planner
 from node.coordinator.route import OpenRoute, RouteLost, RouteRejected, SampledToken, StageRefusal, Stop
 from node.coordinator.straggler_detector import Lag, StragglerDetector
 from node.coordinator.submission import JobError, JobErrorCode
-from node.links.link import SessionLost
+from node.links.outbound_link import SessionLost
 from protocol.identity import PeerId
 from protocol.messages import FailureReason
 from selector.routing import NoRouteError

@@ -9,10 +9,12 @@ import trio
 
 from node.coordinator.straggler_detector import Progress, StragglerDetector
 from node.coordinator.submission import JobError
-from node.links.link import InboundLink, LinkBroken, OutboundLink, SessionLost, SessionRefused
+from node.links.base_link import LinkBroken
+from node.links.inbound_link import InboundLink
 from node.links.link_pool import LinkPool
-from node.stages.replay_buffer import Held, starts_of
-from node.stages.voting import Agreed
+from node.links.outbound_link import OutboundLink, SessionLost, SessionRefused
+from node.stages.replay_buffer import ResumePoint, plan_resume
+from node.stages.voting import Agreement
 from protocol.codec import minor_of
 from protocol.identity import BlockRange, JobId, ModelId, PeerId, SessionId
 from protocol.limits import MAX_STEP_BYTES
@@ -100,7 +102,7 @@ class Opening:
     prefix: bytes
     sampling: Sampling
     background: bool = False
-    agreed: Agreed | None = None
+    agreed: Agreement | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -215,10 +217,10 @@ class OpenRoute:
         }
 
     def _stage_lost(self, stage: int, lost: SessionLost) -> None:
-        if lost.held and lost.reason is FailureReason.LEAVING:
+        if lost.resumable and lost.reason is FailureReason.LEAVING:
             self.leaving.add(lost.reporter)
             return
-        if not lost.held:
+        if not lost.resumable:
             self._gone.add(stage)
         self.lose(lost)
 
@@ -230,22 +232,22 @@ class OpenRoute:
         """
         method, ballots = self.agree()
         statement = self.opening.agreed.statement if self.opening.agreed and self.weighs() else None
-        self.starts = starts_of([_held(answer, method) for answer in self.answers if answer], len(tokens) - 1)
-        onward = [*self.starts[1:], self.starts[-1]]
+        self.starts = plan_resume([_held(answer, method) for answer in self.answers if answer], len(tokens) - 1)
+        forward_from = [*self.starts[1:], self.starts[-1]]
         last = len(self.stops) - 1
         try:
             for stage, link in sorted(self._links.items()):
                 session = SessionId(self._job, stage)
                 start = self.starts[stage]
                 if stage == last and self.opening.sampling.needs_history:
-                    link.tell_history(session, tokens)
+                    link.send_history(session, tokens)
                 link.begin(
                     Begin(
                         session=session,
                         method=method.name,
                         ballots=ballots,
                         start=start,
-                        onward=onward[stage],
+                        onward=forward_from[stage],
                         statement=statement,
                     ),
                 )
@@ -333,7 +335,7 @@ class OpenRoute:
         """Ask all stages how far they are, and tell the watch; one whose link says nothing at all in time is lost."""
 
         async def ask(stage: int, link: OutboundLink) -> None:
-            answer = await link.ask_progress(SessionId(self._job, stage), timeout_s)
+            answer = await link.request_progress(SessionId(self._job, stage), timeout_s)
             if answer is not None and self.watch is not None:
                 told = Progress(answer.received, answer.computed, answer.sent)
                 self.watch.report(stage, told, trio.current_time())
@@ -350,7 +352,7 @@ class OpenRoute:
 
     async def close(self) -> tuple[Closed, ...]:
         """Close every stage, within a bounded time even under cancellation; return what each has cost."""
-        self._link_pool.receivers.remove(self._sink)
+        self._link_pool.registry.remove(self._sink)
         for unwatch in self._unwatch:
             unwatch()
         for source in self._sources:
@@ -392,7 +394,7 @@ class OpenRoute:
                 rejections[stage] = StageRefusal(peer, None, str(broken))
                 self._refused.add(stage)
 
-        self._link_pool.receivers.add(self._sink, self)
+        self._link_pool.registry.add(self._sink, self)
         with self._opening:
             async with trio.open_nursery() as nursery:
                 for stage in range(len(self.stops)):
@@ -441,9 +443,9 @@ class OpenRoute:
         )
 
 
-def _held(answer: Opened, method: Method) -> Held:
+def _held(answer: Opened, method: Method) -> ResumePoint:
     """Return what a stage has of the session: what it calculated for a former attempt, or what is in its cache."""
     if answer.held:
-        return Held(answer.held, answer.kept_from)
+        return ResumePoint(answer.held, answer.kept_from)
     cached = answer.cached.get(method.kv_key, 0) if method.prefix_cache else 0
-    return Held(cached, cached)
+    return ResumePoint(cached, cached)

@@ -27,7 +27,7 @@ from node.stages.span import Span
 from node.stages.span_supervisor import SpanSupervisor
 from node.stages.stage_policy import PolicyController
 from node.stages.stage_server import StageServer
-from node.stages.voting import Agreed, Voter
+from node.stages.voting import Agreement, Voter
 from node.swarm.dht_records import RecordKinds
 from node.swarm.link_estimates import LinkEstimates
 from node.swarm.membership import Membership
@@ -188,7 +188,7 @@ class Swarm:
         row_s: float | None = None,
         slowness: Mapping[Variant, float] | None = None,
         ledger: QualityStore | None = None,
-        agreed: Agreed | None = None,
+        agreed: Agreement | None = None,
         draft: FakeEngine | None = None,
         **shape: Any,
     ) -> Peer:

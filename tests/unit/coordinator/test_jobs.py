@@ -15,7 +15,7 @@ from node.coordinator.submission import (
     JobStarted,
     TextDelta,
 )
-from node.links.link import SessionRefused
+from node.links.outbound_link import SessionRefused
 from node.models.errors import ModelError
 from node.models.tokenizer_process import no_tokenizer
 from node.models.vocabulary import TokenKind, Vocabulary
@@ -50,7 +50,7 @@ async def all_free(swarm: Swarm) -> None:
     with trio.fail_after(1):
         while any(peer.held() != (0, 0) for peer in swarm.peers):
             await trio.sleep(0.01)
-    assert all(len(peer.stages.link_pool.receivers) == 0 for peer in swarm.peers)
+    assert all(len(peer.stages.link_pool.registry) == 0 for peer in swarm.peers)
 
 
 async def test_three_stages_say_what_one_would(virtual_clock: MockClock) -> None:
