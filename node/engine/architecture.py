@@ -24,7 +24,7 @@ import torch
 from transformers.modeling_utils import PreTrainedModel
 
 from node.engine.backends.transformers import TransformersSpan
-from node.engine.client import source_from_package
+from node.engine.engine_config import source_from_package
 from node.engine.interface import PAGE_POSITIONS, EngineError
 from node.engine.kv_cache import KvCache, SlotMapping
 from node.engine.loading import config_from, describe, load_span, name_of

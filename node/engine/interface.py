@@ -32,6 +32,13 @@ class EngineFull(EngineError):
     """No KV memory for another session now."""
 
 
+class SessionNotOpen(EngineError):
+    """The engine does not hold the session, or it has not begun."""
+
+    def __init__(self, session: SessionId) -> None:
+        super().__init__(f"session {session.job}/{session.stage} is not open, or has not begun")
+
+
 class StepFailed(EngineError):
     """Every slice of a step failed; `faults` has one for each."""
 

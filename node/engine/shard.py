@@ -12,7 +12,8 @@ from node.engine.backends.batched import BatchedSpan, Rows, Segments, refusal
 from node.engine.backends.linear import ARITHMETICS
 from node.engine.backends.torch import PackedSpan, TorchSegments, pack_span
 from node.engine.backends.transformers import TransformersSpan
-from node.engine.device import CPU, free_bytes, is_lost, synchronize
+from node.engine.device import CPU
+from node.engine.device_probe import free_bytes, is_lost, synchronize
 from node.engine.engine_config import EngineOptions, ShardSource
 from node.engine.interface import (
     DIVISIBLE_ENGINES,
@@ -20,6 +21,7 @@ from node.engine.interface import (
     REFERENCE,
     BadRows,
     EngineError,
+    SessionNotOpen,
     SessionOptions,
     SliceFault,
     SliceInput,
@@ -289,7 +291,7 @@ class Shard:
             raise EngineError("a session has more than one slice in a step")
         session = self._sessions.get(rows.session)
         if session is None:
-            raise EngineError(f"session {rows.session.job}/{rows.session.stage} is not open, or has not begun")
+            raise SessionNotOpen(rows.session)
         check_slice(session.info, rows, cached=session.length, reserved=session.positions)
         return session
 
