@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from protocol.measurements import QualityBound
 from selector.consensus.reputation import NEWCOMER_WEIGHT
 from selector.heuristic import predicted_cost, preference
 from selector.task import (
@@ -14,7 +15,6 @@ from selector.task import (
     SWITCHES,
     MeasuredQuality,
     MethodError,
-    QualityBound,
     TaskContext,
     admits,
     method,
