@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 import trio
 
 from node.engine import worker_protocol
+from node.engine.base import Engine
 from node.engine.engine_config import EngineOptions, ShardSource, source_from_package
 from node.engine.interface import (
     EngineCrashed,
@@ -27,7 +28,6 @@ from node.engine.interface import (
     Variant,
 )
 from node.engine.kv_allocator import KvReservation
-from node.engine.paged_engine import PagedEngine
 from node.engine.worker_process import SpareWorker, WorkerExited, WorkerProcess, start_process
 from node.models.store import Package
 from node.util.signal import Signal
@@ -119,11 +119,13 @@ class _Call:
     error: EngineError | None = None
 
 
-class WorkerEngine(PagedEngine[_Frame]):
-    """Implements Engine over a worker process. Made by `start_worker`, which runs its two tasks.
+class WorkerEngine(Engine):
+    """An engine over a worker process. Made by `start_worker`, which runs its two tasks.
 
     A session is remembered by the frame that began it, which tells it from an earlier one with the same id.
     """
+
+    _sessions: dict[SessionId, _Frame]
 
     def __init__(self, process: WorkerProcess, info: SpanInfo, variants: frozenset[Variant]) -> None:
         super().__init__(info, variants)
@@ -135,7 +137,7 @@ class WorkerEngine(PagedEngine[_Frame]):
         self._numbers = itertools.count()
 
     async def prepare(self, variant: Variant) -> None:
-        """Have the worker build a variant; see Engine. If the caller is cancelled, it is built all the same."""
+        """Have the worker build a variant. If the caller is cancelled, it is built all the same."""
         self._raise_if_crashed()
         if variant in self._variants:
             return
@@ -148,7 +150,7 @@ class WorkerEngine(PagedEngine[_Frame]):
             raise call.error or EngineCrashed(self._reason)
 
     async def step(self, slices: Sequence[SliceInput]) -> StepResult:
-        """Run one step in the worker; see Engine. If the caller is cancelled, a step that is under way still runs."""
+        """Run one step in the worker. If the caller is cancelled, a step that is under way still runs."""
         self._raise_if_crashed()
         unknown = tuple(
             SliceFault(rows.session, str(SessionNotOpen(rows.session)))
@@ -178,6 +180,12 @@ class WorkerEngine(PagedEngine[_Frame]):
         if call.result is None:
             raise call.error or EngineCrashed(self._reason)
         return replace(call.result, faults=unknown + call.result.faults) if unknown else call.result
+
+    async def rename(self, session: SessionId, successor: SessionId) -> None:
+        """Carry a session on under another id, here and in the worker."""
+        await super().rename(session, successor)
+        if successor in self._sessions:
+            self._post(worker_protocol.encode_rename(session, successor))
 
     async def send_loop(self) -> None:
         """Send the posted frames, in order, until the worker exits."""
@@ -241,9 +249,6 @@ class WorkerEngine(PagedEngine[_Frame]):
 
     def _begun(self, session: SessionId, options: SessionOptions, reservation: KvReservation) -> _Frame:
         return self._post(worker_protocol.encode_begin(session, options, reservation))
-
-    def _renamed(self, session: SessionId, successor: SessionId) -> None:
-        self._post(worker_protocol.encode_rename(session, successor))
 
     def _close(self, session: SessionId, *, keep: bool) -> None:
         begun = self._sessions.get(session)

@@ -14,6 +14,7 @@ import numpy as np
 import trio
 
 from node.engine.activation_codec import decode_rows, encode_rows
+from node.engine.base import Engine
 from node.engine.interface import (
     PAGE_POSITIONS,
     REFERENCE,
@@ -30,7 +31,6 @@ from node.engine.interface import (
     Variant,
 )
 from node.engine.kv_allocator import KvReservation, check_slice
-from node.engine.paged_engine import PagedEngine
 from node.engine.sampling import history_for
 from protocol.identity import BlockRange, ModelId, SessionId
 from protocol.messages import Sampling
@@ -78,13 +78,15 @@ def fake_span_info(
     )
 
 
-class FakeEngine(PagedEngine["_Session"]):
+class FakeEngine(Engine):
     """A span of an imaginary model, in this process, on trio's clock.
 
     A step through the whole span takes `step_s` plus `row_s` for each of its rows, times the variant's `slowness`:
     virtual seconds under a MockClock. What its blocks know lies in pages, as the keys and values of a real engine do,
     so that a page given out twice changes tokens, too.
     """
+
+    _sessions: "dict[SessionId, _Session]"
 
     def __init__(
         self,
@@ -103,7 +105,7 @@ class FakeEngine(PagedEngine["_Session"]):
         self._turn = trio.StrictFIFOLock()
 
     async def prepare(self, variant: Variant) -> None:
-        """Pretend to build a variant, which takes no time; see Engine."""
+        """Pretend to build a variant, which takes no time."""
         await trio.lowlevel.checkpoint()
         self._raise_if_crashed()
         if variant not in FAKE_VARIANTS:
@@ -111,7 +113,7 @@ class FakeEngine(PagedEngine["_Session"]):
         self._variants.add(variant)
 
     async def step(self, slices: Sequence[SliceInput]) -> StepResult:
-        """Hash the rows of each slice in order; see Engine."""
+        """Hash the rows of each slice in order."""
         self._raise_if_crashed()
         async with self._turn:
             compute_s = self._step_s * self._share_run(slices) + self._row_s * sum(rows.tensor.rows for rows in slices)
