@@ -12,9 +12,9 @@ from dataclasses import dataclass, replace
 import structlog
 import trio
 
+from node.engine.base import Engine
 from node.engine.interface import (
     PAGE_POSITIONS,
-    Engine,
     EngineCrashed,
     EngineError,
     SliceFault,

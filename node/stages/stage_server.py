@@ -11,7 +11,8 @@ import structlog
 import trio
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from node.engine.interface import DIVISIBLE_ENGINES, PAGE_POSITIONS, Engine, EngineError, EngineFull, SpanInfo, Variant
+from node.engine.base import Engine
+from node.engine.interface import DIVISIBLE_ENGINES, PAGE_POSITIONS, EngineError, EngineFull, SpanInfo, Variant
 from node.links.base_link import LinkBroken
 from node.links.inbound_link import InboundLink
 from node.links.link_pool import LinkPool

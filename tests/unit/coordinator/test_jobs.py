@@ -17,7 +17,7 @@ from node.coordinator.submission import (
 )
 from node.links.outbound_link import SessionRefused
 from node.models.errors import ModelError
-from node.models.tokenizer_process import no_tokenizer
+from node.models.tokenizer_service import no_tokenizer
 from node.models.vocabulary import TokenKind, Vocabulary
 from node.stages.span import IDLE_LIMIT_S
 from node.swarm.membership import HEARTBEAT_INTERVAL_S
