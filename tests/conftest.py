@@ -55,8 +55,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture
-def autojump_clock(monkeypatch: pytest.MonkeyPatch) -> MockClock:
-    """Virtual time, in which work for a thread is done at once: while all wait for a thread, the clock would jump."""
+def virtual_clock(monkeypatch: pytest.MonkeyPatch) -> MockClock:
+    """A clock that jumps to the next deadline; `trio.to_thread.run_sync` runs inline for the length of the test.
+
+    With pytest-trio's own `autojump_clock` time would jump while all tasks wait for a thread.
+    """
 
     async def run_sync(work: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
         return await run_inline(lambda: work(*arguments))

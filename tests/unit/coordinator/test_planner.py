@@ -86,7 +86,7 @@ def show(planner: Planner, peer: str, seconds: float) -> None:
     planner.measured(NEED, [Stage(PeerId(peer), BlockRange(0, 9))], [Load(sessions=1)], timing)
 
 
-async def test_takes_whom_it_measured_before_one_that_promises_more(autojump_clock: MockClock) -> None:
+async def test_takes_whom_it_measured_before_one_that_promises_more(virtual_clock: MockClock) -> None:
     planner = Planner(Served(honest=HONEST, liar=LIAR), near, A)
     assert await chosen(planner) == "honest", "also before anything was measured"
     show(planner, "honest", 0.05)
@@ -94,18 +94,18 @@ async def test_takes_whom_it_measured_before_one_that_promises_more(autojump_clo
     assert not any([await chosen(planner) == "liar" for _ in range(20)]), "what nobody waits for tries nothing"
 
 
-async def test_takes_a_promise_where_nobody_else_is(autojump_clock: MockClock) -> None:
+async def test_takes_a_promise_where_nobody_else_is(virtual_clock: MockClock) -> None:
     planner = Planner(Served(liar=LIAR), near, A)
     assert await chosen(planner) == "liar"
 
 
-async def test_spreads_its_own_jobs_before_any_heartbeat_tells_of_them(autojump_clock: MockClock) -> None:
+async def test_spreads_its_own_jobs_before_any_heartbeat_tells_of_them(virtual_clock: MockClock) -> None:
     in_flight = Counter({PeerId("a"): 3})
     planner = Planner(Served(a=HONEST, b=HONEST), near, C, in_flight=lambda: in_flight)
     assert await chosen(planner) == "b"
 
 
-async def test_avoids_a_peer_that_lagged_while_another_is_there_and_remembers_it(autojump_clock: MockClock) -> None:
+async def test_avoids_a_peer_that_lagged_while_another_is_there_and_remembers_it(virtual_clock: MockClock) -> None:
     planner = Planner(Served(a=HONEST, b=HONEST), near, C)
     for _ in range(3):
         show(planner, "a", 0.02)
@@ -127,7 +127,7 @@ async def test_avoids_a_peer_that_lagged_while_another_is_there_and_remembers_it
     )
 
 
-async def test_looks_for_nobody_to_say_whether_a_route_is_known(autojump_clock: MockClock) -> None:
+async def test_looks_for_nobody_to_say_whether_a_route_is_known(virtual_clock: MockClock) -> None:
     finder = Served(a=HONEST, b=HONEST)
     planner = Planner(finder, near, C)
     assert planner.knows_route(NEED, [A])
@@ -138,7 +138,7 @@ async def test_looks_for_nobody_to_say_whether_a_route_is_known(autojump_clock: 
     assert finder.searches == 0
 
 
-async def test_expects_what_was_measured_and_more_of_a_peer_that_serves_more(autojump_clock: MockClock) -> None:
+async def test_expects_what_was_measured_and_more_of_a_peer_that_serves_more(virtual_clock: MockClock) -> None:
     planner = Planner(Served(a=HONEST), near, C)
     stage = Stage(A, BlockRange(0, 9))
     show(planner, "a", 0.9)
@@ -169,7 +169,7 @@ def test_rows_are_given_time_for_their_way_by_the_links_width_or_that_of_a_slow_
     assert way_s(1.0) == pytest.approx(4.0), "what a peer says of its link is believed within bounds"
 
 
-async def test_a_lag_before_anything_was_measured_is_forgiven_once_the_peer_serves(autojump_clock: MockClock) -> None:
+async def test_a_lag_before_anything_was_measured_is_forgiven_once_the_peer_serves(virtual_clock: MockClock) -> None:
     planner = Planner(Served(a=HONEST), near, C)
     planner.failed(A, dead=False, lagged=True)
     assert planner.record(A).avoided_s == pytest.approx(LAG_BACKOFF_S[0])

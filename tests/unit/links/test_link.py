@@ -82,7 +82,7 @@ def rows(position: int, count: int) -> Step:
     return Step(slices=(Slice(session=SESSION, position=position, rows=count, draws=0),), tensor=tensor)
 
 
-async def test_who_loses_a_session_may_end_all_watches_of_it(autojump_clock: MockClock) -> None:
+async def test_who_loses_a_session_may_end_all_watches_of_it(virtual_clock: MockClock) -> None:
     told: list[str] = []
     ends: list[Any] = []
     async with trio.open_nursery() as nursery:
@@ -102,7 +102,7 @@ async def test_who_loses_a_session_may_end_all_watches_of_it(autojump_clock: Moc
 
 
 async def test_a_defect_that_a_message_finds_costs_the_link_and_not_the_node(
-    autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch
+    virtual_clock: MockClock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     lost: list[SessionLost] = []
 
@@ -122,7 +122,7 @@ async def test_a_defect_that_a_message_finds_costs_the_link_and_not_the_node(
 
 
 async def test_many_jobs_may_ask_at_once_whether_a_peer_that_takes_its_time_is_there(
-    autojump_clock: MockClock,
+    virtual_clock: MockClock,
 ) -> None:
     async with trio.open_nursery() as nursery:
         link, far, other = await running(nursery)
@@ -141,7 +141,7 @@ async def test_many_jobs_may_ask_at_once_whether_a_peer_that_takes_its_time_is_t
 
 @pytest.mark.parametrize(("megabytes", "patience_s"), [(0, 0.0), (3, 5.0)])
 async def test_a_peer_is_not_taken_for_dead_while_it_may_still_be_receiving(
-    megabytes: int, patience_s: float, autojump_clock: MockClock
+    megabytes: int, patience_s: float, virtual_clock: MockClock
 ) -> None:
     async with trio.open_nursery() as nursery:
         link, far, other = await running(nursery)
@@ -155,7 +155,7 @@ async def test_a_peer_is_not_taken_for_dead_while_it_may_still_be_receiving(
         nursery.cancel_scope.cancel()
 
 
-async def test_what_a_pong_follows_has_arrived(autojump_clock: MockClock) -> None:
+async def test_what_a_pong_follows_has_arrived(virtual_clock: MockClock) -> None:
     async with trio.open_nursery() as nursery:
         link, far, other = await running(nursery)
         await begin(link, far, other)

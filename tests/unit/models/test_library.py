@@ -67,7 +67,7 @@ async def joined(tmp_path: Path, theirs: Package) -> AsyncIterator[tuple[Library
 
 
 async def test_a_model_that_only_peers_speak_of_is_not_fetched(
-    tmp_path: Path, theirs: Package, autojump_clock: MockClock
+    tmp_path: Path, theirs: Package, virtual_clock: MockClock
 ) -> None:
     async with joined(tmp_path, theirs) as (found, store, _):
         await trio.sleep(20 * LOOK_ROUND_S)
@@ -78,7 +78,7 @@ async def test_a_model_that_only_peers_speak_of_is_not_fetched(
 
 @pytest.mark.parametrize("by", ["local name", "catalogue"])
 async def test_the_manifest_of_a_named_model_is_fetched_when_a_peer_serves_it(
-    by: str, tmp_path: Path, theirs: Package, autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch
+    by: str, tmp_path: Path, theirs: Package, virtual_clock: MockClock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if by == "local name":
         ModelStore(tmp_path / "mine").set_name("ours", theirs.model_id)

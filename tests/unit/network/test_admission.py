@@ -95,7 +95,7 @@ def test_who_never_said_anything_makes_room_sooner() -> None:
         make_room(newcomer(here), [pausing] * 3, LIMITS, NOW_S)
 
 
-async def test_who_connects_without_end_waits_and_nobody_else_does(autojump_clock: MockClock) -> None:
+async def test_who_connects_without_end_waits_and_nobody_else_does(virtual_clock: MockClock) -> None:
     handshakes = Handshakes()
     began_s = trio.current_time()
     for _ in range(HANDSHAKE_BURST):
@@ -109,7 +109,7 @@ async def test_who_connects_without_end_waits_and_nobody_else_does(autojump_cloc
     assert trio.current_time() == late_s
 
 
-async def test_who_gives_up_waiting_takes_nobodys_turn(autojump_clock: MockClock) -> None:
+async def test_who_gives_up_waiting_takes_nobodys_turn(virtual_clock: MockClock) -> None:
     handshakes = Handshakes()
     for _ in range(HANDSHAKE_BURST + 1):
         await handshakes.turn("8.8.8.1")
