@@ -507,20 +507,20 @@ def _judge_identity(config: NodeConfig, own: Sequence[str], swarm: _Swarm, found
 
 def _judge_models(config: NodeConfig, running: RunningNode | None, swarm: _Swarm, found: Diagnosis) -> None:
     """Say which blocks of a model nobody serves."""
-    incomplete: dict[ModelId, tuple[str, Sequence[tuple[int, int]]]] = {}
+    incomplete: dict[ModelId, tuple[str, Sequence[BlockRange]]] = {}
     complete: list[str] = []
     if running is not None:
         for model in running.models:
             name = model["name"] or model["model"][:12]
             if model["uncovered"] and any(model["coverage"]):
-                incomplete[ModelId(model["model"])] = (name, model["uncovered"])
+                incomplete[ModelId(model["model"])] = (name, [BlockRange(*gap) for gap in model["uncovered"]])
             elif model["complete"]:
                 complete.append(name)
     else:
         store = ModelStore(config.cache_dir)
         for model_id, spans in _heard_spans(config, store, swarm).items():
             package = store.find(model_id)
-            block_count = package.manifest.block_count if package else max(end for _, end in spans)
+            block_count = package.manifest.block_count if package else max(span.end for span in spans)
             name = store.name_of(model_id) or model_id[:12]
             if missing := uncovered(block_count, spans):
                 incomplete[model_id] = (name, missing)
@@ -528,22 +528,22 @@ def _judge_models(config: NodeConfig, running: RunningNode | None, swarm: _Swarm
                 complete.append(name)
     found.complete_models = tuple(complete)
     for name, ranges in incomplete.values():
-        missing_text = ", ".join(f"{start}-{end}" for start, end in ranges)
-        serve = " ".join(f"--serve {name}:{start}-{end}" for start, end in ranges)
+        missing_text = ", ".join(map(str, ranges))
+        serve = " ".join(f"--serve {name}:{blocks}" for blocks in ranges)
         message = f"nobody serves blocks {missing_text} of {name}: start a node with {serve}"
         found.add(Fault.MISSING_BLOCK, Consequence.MODEL, message)
 
 
-def _heard_spans(config: NodeConfig, store: ModelStore, swarm: _Swarm) -> dict[ModelId, list[tuple[int, int]]]:
+def _heard_spans(config: NodeConfig, store: ModelStore, swarm: _Swarm) -> dict[ModelId, list[BlockRange]]:
     """Return the spans that peers serve, and those that this node will."""
-    spans: dict[ModelId, list[tuple[int, int]]] = {}
+    spans: dict[ModelId, list[BlockRange]] = {}
     for model in swarm.directory.models():
-        spans[model] = [(each.blocks.start, each.blocks.end) for each in swarm.directory.candidates(model)]
+        spans[model] = [candidate.stage.blocks for candidate in swarm.directory.candidates(model)]
     for spec in config.serve:
         with suppress(ModelError):
             model = store.resolve(spec.model, spans)
             if spec.blocks is not None and model in spans:
-                spans[model].append((spec.blocks.start, spec.blocks.end))
+                spans[model].append(spec.blocks)
     return spans
 
 

@@ -64,7 +64,7 @@ async def test_three_stages_say_what_one_would(virtual_clock: MockClock) -> None
         assert [(stage.peer, str(stage.blocks)) for stage in result.route] == [
             (peer.id, f"{start}-{end}") for peer, (start, end) in zip(swarm.peers, THIRDS, strict=False)
         ]
-        assert all(stage.compute_s > 0 for stage in result.route)
+        assert all(stage.statistics.compute_s > 0 for stage in result.route)
         assert 0 < result.timing.ttft_s < result.timing.total_s
         await all_free(swarm)
 
