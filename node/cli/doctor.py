@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from node.cli.daemon import node
+from node.cli.options import NODE_OPTIONS, SETTINGS, make_config, refuse_unknown_variables
 from node.cli.output import json_option, out, print_json, printable
 
 if TYPE_CHECKING:
@@ -12,18 +12,17 @@ if TYPE_CHECKING:
     from node.doctor import Diagnosis, RunningNode
 
 
-@click.command(params=[option for option in node.params if option.name not in {"as_json", "log_level"}])
+@click.command(params=[option for option in NODE_OPTIONS if option.name != "log_level"], context_settings=SETTINGS)
 @json_option
-def doctor(as_json: bool, **flags: Any) -> int:
-    """Say in one line why a node cannot start, join, be reached or serve, or why a model is incomplete.
+def doctor(as_json: bool, **options: Any) -> int:
+    """Diagnose in one line why a node cannot start, join, be reached or serve, or why a model is incomplete.
 
-    Takes the options of `metaswarm node`, whose configuration it examines, whether or not that node runs. It changes
-    nothing, joins the swarm for some seconds as a peer of its own, and hashes the model files that are to be served.
-    Exit code 0: all is well; 1: something is not.
+    Takes the options of `metaswarm node` and examines that configuration, whether or not the node runs. Changes
+    nothing: joins the swarm for some seconds under an identity of its own, and hashes the model files to serve.
+    Exit code 0: healthy; 1: not.
     """
-    from node.config import load_config
-
-    config = load_config(flags)
+    refuse_unknown_variables()
+    config = make_config(options)
 
     import trio
 
