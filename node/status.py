@@ -260,14 +260,14 @@ class StatusView:
             "complete": manifest is not None and not missing,
             "local": manifest is not None,
             "quality": {
-                lineage: None
+                kv_key: None
                 if each is None
                 else {
                     "greedy_agreement": each.greedy_agreement,
                     "mean_kl": each.mean_kl,
                     "perplexity_change": each.perplexity_change,
                 }
-                for lineage, each in self._ledger.figures(model).items()
+                for kv_key, each in self._ledger.figures(model).items()
             },
         }
 

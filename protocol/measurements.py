@@ -46,11 +46,14 @@ class Objective(enum.StrEnum):
 
 
 class QualityBound(enum.StrEnum):
-    """How far the job let the method stray from fp32."""
+    """How far a job lets its method stray from fp32."""
 
     EXACT = "exact"
+    """The same greedy tokens."""
     NEAR = "near"
+    """Perplexity at most 1 % higher, mean KL divergence at most 0.02."""
     ANY = "any"
+    """Perplexity at most 5 % higher."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -166,7 +166,7 @@ class Opened:
 
     `votes`: of each method asked for that the stage can carry out now, the logarithm of its cost: lower is better. A
     stage without an opinion gives them all the same. `cached`: positions of the prompt whose keys and values lie here
-    already, by lineage (`engine/arithmetic/activations`). `policy`: the switches of the stage's own that are in force.
+    already, by KV key (`engine/arithmetic/activations`). `policy`: the switches of the stage's own that are in force.
     `held`: positions, from the first on, whose keys and values a session that is continued holds. `kept_from`: its
     outputs from there to `held` can be sent again. `statement`: what the swarm agreed of the model as this stage has
     it, by whose members' reputation it would weigh the votes; None where it stands by nothing.

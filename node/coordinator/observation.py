@@ -18,7 +18,6 @@ from protocol.measurements import (
     ModelFacts,
     Observation,
     ObservationKind,
-    QualityBound,
     StageObservation,
     Workload,
 )
@@ -63,7 +62,7 @@ def observation_of(
             shared_prefix_share=shared_prefix_share,
             repetitiveness=repetitiveness,
             link_s=link_s,
-            quality=QualityBound(request.quality),
+            quality=request.quality,
         ),
         method=method,
         measurements=Measurements(

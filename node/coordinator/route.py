@@ -445,5 +445,5 @@ def _held(answer: Opened, method: Method) -> Held:
     """Return what a stage has of the session: what it calculated for a former attempt, or what is in its cache."""
     if answer.held:
         return Held(answer.held, answer.kept_from)
-    cached = answer.cached.get(method.lineage, 0) if method.prefix_cache else 0
+    cached = answer.cached.get(method.kv_key, 0) if method.prefix_cache else 0
     return Held(cached, cached)

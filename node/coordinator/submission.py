@@ -7,18 +7,11 @@ from dataclasses import dataclass
 from typing import Final, Protocol
 
 from protocol.identity import BlockRange, JobId, ModelId, PeerId
+from protocol.measurements import QualityBound
 from protocol.messages import FinishReason
 
 AUTO: Final = "auto"
 """In place of a method: the swarm chooses."""
-
-
-class Quality(enum.StrEnum):
-    """How far a method may stray from fp32: `exact` the same greedy tokens, `near` and `any` within stated bounds."""
-
-    EXACT = "exact"
-    NEAR = "near"
-    ANY = "any"
 
 
 class JobErrorCode(enum.StrEnum):
@@ -101,7 +94,7 @@ class JobRequest:
     """Besides the model's own end-of-text tokens."""
     ignore_eos: bool = False
     """Go on past the model's end-of-text tokens; for benchmarks and comparisons."""
-    quality: Quality = Quality.EXACT
+    quality: QualityBound = QualityBound.EXACT
     method: str = AUTO
     background: bool = False
     """Nobody waits for it: it makes way for the jobs of others."""

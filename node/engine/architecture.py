@@ -23,10 +23,10 @@ from typing import Any
 import torch
 from transformers.modeling_utils import PreTrainedModel
 
-from node.engine.backends.transformers import SpanModel
+from node.engine.backends.transformers import TransformersSpan
 from node.engine.client import source_from_package
 from node.engine.interface import PAGE_POSITIONS, EngineError
-from node.engine.kv_cache import KvMemory, SlotMapping
+from node.engine.kv_cache import KvCache, SlotMapping
 from node.engine.loading import config_from, describe, load_span, name_of
 from node.engine.shrink import shrink
 from node.models.errors import ModelError
@@ -145,8 +145,8 @@ class _DiffersError(Exception):
 class _Stage:
     """Blocks of a loaded span, which may be a part of it, and the span's KV memory."""
 
-    model: SpanModel
-    memory: KvMemory
+    model: TransformersSpan
+    memory: KvCache
     blocks: range
 
 
@@ -169,8 +169,8 @@ def _load(package: Package, blocks: BlockRange, how: str) -> _Stage:
     pages = len(PROMPTS) * _PAGES
     span = load_span(source_from_package(package, blocks), blocks, torch.float32)
     try:
-        model = SpanModel(span, first=blocks.start == 0, last=blocks.end == span.block_count)
-        memory = KvMemory([block.resized(pages * PAGE_POSITIONS) for block in model.try_out()])
+        model = TransformersSpan(span, first=blocks.start == 0, last=blocks.end == span.block_count)
+        memory = KvCache([block.resized(pages * PAGE_POSITIONS) for block in model.try_out()])
     except Exception as error:  # whatever an architecture that nobody tried here trips over
         raise _DiffersError(f"{how} its forward pass fails") from error
     return _Stage(model, memory, range(len(blocks)))

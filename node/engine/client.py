@@ -21,7 +21,7 @@ from node.engine.interface import (
     EngineCrashed,
     EngineError,
     EngineStatistics,
-    Lineage,
+    KvCompatibilityKey,
     Prefix,
     SessionOptions,
     SliceFault,
@@ -92,8 +92,8 @@ async def start_worker(
         engine = WorkerEngine(connection, *await _load(connection, source, blocks, options))
         async with trio.open_nursery() as nursery:
             nursery.start_soon(connection.child.relay_stderr)
-            nursery.start_soon(engine.receive_forever)
-            nursery.start_soon(engine.send_forever)
+            nursery.start_soon(engine.receive_loop)
+            nursery.start_soon(engine.send_loop)
             yield engine
             nursery.cancel_scope.cancel()
     finally:
@@ -142,8 +142,8 @@ async def _loaded(
         try:
             await connection.send(worker_protocol.encode_load(source, blocks, options))
             header, _ = await connection.receive()
-        except _HungUp:
-            raise EngineCrashed(str(await connection.child.epitaph())) from None
+        except _WorkerExited:
+            raise EngineCrashed(str(await connection.child.exit_reason())) from None
         if header["did"] == "failed":
             raise EngineError(header["error"])
         return worker_protocol.decode_loaded(header)
@@ -206,7 +206,9 @@ class WorkerEngine:
         if variant not in self._variants:
             raise call.error or EngineCrashed(self._reason)
 
-    async def open(self, session: SessionId, positions: int, prefix: Prefix | None = None) -> Mapping[Lineage, int]:
+    async def open(
+        self, session: SessionId, positions: int, prefix: Prefix | None = None
+    ) -> Mapping[KvCompatibilityKey, int]:
         """Reserve KV memory for a session; see Engine."""
         await trio.lowlevel.checkpoint()
         self._raise_if_crashed()
@@ -219,12 +221,12 @@ class WorkerEngine:
         try:
             if options.variant not in self._variants:
                 raise VariantNotReady(f"the variant {options.variant} is not ready here")
-            placement = self._pages.begin(session, options)
+            reservation = self._pages.begin(session, options)
         except EngineError:
             self._close(session, keep=False)
             raise
-        self._sessions[session] = self._post(worker_protocol.encode_begin(session, options, placement))
-        return placement.cached
+        self._sessions[session] = self._post(worker_protocol.encode_begin(session, options, reservation))
+        return reservation.cached
 
     async def step(self, slices: Sequence[SliceInput]) -> StepResult:
         """Run one step in the worker; see Engine. If the caller is cancelled, a step that is under way still runs."""
@@ -289,7 +291,7 @@ class WorkerEngine:
             worker_pid=None if self._crashed.is_set() else self._connection.child.process.pid,
         )
 
-    async def send_forever(self) -> None:
+    async def send_loop(self) -> None:
         """Send what is posted, in order, until the worker hangs up."""
         try:
             while True:
@@ -299,16 +301,16 @@ class WorkerEngine:
                     await self._connection.send(frame.buffers)
                 self._outbox_filled = trio.Event()
                 await self._outbox_filled.wait()
-        except _HungUp:
-            return  # receive_forever notices, too, and tells everybody
+        except _WorkerExited:
+            return  # receive_loop notices, too, and tells everybody
 
-    async def receive_forever(self) -> None:
+    async def receive_loop(self) -> None:
         """Hand out answers until the worker hangs up; then end every call that waits for one."""
         try:
             while True:
                 self._answer(*await self._connection.receive())
-        except _HungUp:
-            self._reason = str(await self._connection.child.epitaph())
+        except _WorkerExited:
+            self._reason = str(await self._connection.child.exit_reason())
         self._crashed.set()
         for frame in self._outbox:
             frame.taken = True
@@ -391,7 +393,7 @@ class _Call:
     error: EngineError | None = None
 
 
-class _HungUp(Exception):
+class _WorkerExited(Exception):
     """The worker closed its end."""
 
 
@@ -410,7 +412,7 @@ class _Connection:
                 while data:
                     data = data[await self._socket.send(data) :]
         except OSError as error:
-            raise _HungUp from error
+            raise _WorkerExited from error
 
     async def receive(self) -> tuple[worker_protocol.Header, memoryview]:
         """Return the next frame."""
@@ -426,9 +428,9 @@ class _Connection:
             try:
                 size = await self._socket.recv_into(data[received:])
             except OSError as error:
-                raise _HungUp from error
+                raise _WorkerExited from error
             if size == 0:
-                raise _HungUp
+                raise _WorkerExited
             received += size
         return data
 

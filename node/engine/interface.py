@@ -69,11 +69,11 @@ DIVISIBLE_ENGINES: Final = frozenset({"eager", "fused"})
 """Engines of variants that run any part of a span; others, whose graph is the whole span, offer nothing for a part."""
 
 
-class Lineage(NamedTuple):
+class KvCompatibilityKey(NamedTuple):
     """What a session's keys and values depend on besides its tokens: `engine/arithmetic/activations`.
 
     The variant is the same on all stages of a job, and `activations` is how all of them put their rows on the wire, so
-    a page may be taken over by a session of the same lineage only.
+    a page may be taken over by a session with the same KV key only.
     """
 
     variant: Variant
@@ -99,9 +99,9 @@ class SessionOptions:
     prefix_cache: bool = True
 
     @property
-    def lineage(self) -> Lineage:
+    def kv_key(self) -> KvCompatibilityKey:
         """What its keys and values depend on."""
-        return Lineage(self.variant, self.activations)
+        return KvCompatibilityKey(self.variant, self.activations)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -247,8 +247,10 @@ class Engine(Protocol):
         """Build a variant in the background, and return when it is ready. Raises EngineError if it cannot be had."""
         ...
 
-    async def open(self, session: SessionId, positions: int, prefix: Prefix | None = None) -> Mapping[Lineage, int]:
-        """Reserve KV memory; return how many positions of the prompt are cached, by lineage.
+    async def open(
+        self, session: SessionId, positions: int, prefix: Prefix | None = None
+    ) -> Mapping[KvCompatibilityKey, int]:
+        """Reserve KV memory; return how many positions of the prompt are cached, by KV key.
 
         The pages found are kept until the session begins. Raises EngineFull, or EngineError when it cannot be served
         at all.
@@ -256,7 +258,7 @@ class Engine(Protocol):
         ...
 
     async def begin(self, session: SessionId, options: SessionOptions) -> int:
-        """Take up the cached pages of the lineage chosen, let go of the others; return the positions now cached.
+        """Take up the cached pages with the chosen KV key, let go of the others; return the positions now cached.
 
         Raises VariantNotReady, or EngineError; the session is closed then.
         """

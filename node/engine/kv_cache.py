@@ -14,7 +14,7 @@ from node.models.manifest import architecture_name
 
 
 @dataclass(frozen=True, slots=True)
-class BlockMemory:
+class BlockKvCache:
     """Keys and values of one block, (places, heads, head size) each; a place is a position of a page."""
 
     keys: torch.Tensor
@@ -25,19 +25,19 @@ class BlockMemory:
         """Bytes of one place."""
         return self.keys[0].nbytes + self.values[0].nbytes
 
-    def resized(self, places: int) -> "BlockMemory":
+    def resized(self, places: int) -> "BlockKvCache":
         """Return empty memory of the same shapes."""
         keys, values = (tensor.new_empty((places, *tensor.shape[1:])) for tensor in (self.keys, self.values))
-        return BlockMemory(keys, values)
+        return BlockKvCache(keys, values)
 
 
-class KvMemory:
+class KvCache:
     """Keys and values of all sessions, block by block.
 
     Main memory is the operating system's until a page is first written; that of a GPU is taken at once.
     """
 
-    def __init__(self, blocks: Sequence[BlockMemory]) -> None:
+    def __init__(self, blocks: Sequence[BlockKvCache]) -> None:
         self.blocks = tuple(blocks)
 
     @torch.inference_mode()
@@ -79,7 +79,7 @@ class RewindableLayer(DynamicLayer):
     left the window, so that a replay could not go back there. Here a window is only a view.
     """
 
-    def __init__(self, places: SlotMapping, memory: BlockMemory | None, window: int | None, length: int) -> None:
+    def __init__(self, places: SlotMapping, memory: BlockKvCache | None, window: int | None, length: int) -> None:
         # What the base class's own, untyped __init__ sets.
         self.keys: torch.Tensor | None = None
         self.values: torch.Tensor | None = None
@@ -93,7 +93,7 @@ class RewindableLayer(DynamicLayer):
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         """Make memory of its own, in the shapes of the first rows: (1, heads, rows, head size)."""
         places = len(self._places.all)
-        self.memory = BlockMemory(
+        self.memory = BlockKvCache(
             *(rows.new_empty((places, rows.shape[1], rows.shape[3])) for rows in (key_states, value_states))
         )
         self.is_initialized = True
@@ -135,7 +135,7 @@ class RewindableCache(Cache):
     """Layers for each block of a span, all of the same length; without `memory` each makes its own."""
 
     def __init__(
-        self, windows: tuple[int | None, ...], places: SlotMapping, memory: KvMemory | None = None, length: int = 0
+        self, windows: tuple[int | None, ...], places: SlotMapping, memory: KvCache | None = None, length: int = 0
     ) -> None:
         blocks = memory.blocks if memory else (None,) * len(windows)
         self._rows = [
@@ -149,7 +149,7 @@ class RewindableCache(Cache):
         return self._rows[0].get_seq_length()
 
     @property
-    def memory(self) -> tuple[BlockMemory, ...]:
+    def memory(self) -> tuple[BlockKvCache, ...]:
         """The memory of each block, once there are rows."""
         return tuple(layer.memory for layer in self._rows if layer.memory is not None)
 

@@ -8,10 +8,10 @@ from dataclasses import dataclass, field
 import torch
 
 from node.engine.activation_codec import check_rows, decode_rows, encode_rows
-from node.engine.backends.batched import RaggedSpan, Rows, Segments, refusal
+from node.engine.backends.batched import BatchedSpan, Rows, Segments, refusal
 from node.engine.backends.linear import ARITHMETICS
-from node.engine.backends.torch import FusedSegments, PackedSpan, pack_span
-from node.engine.backends.transformers import SpanModel
+from node.engine.backends.torch import PackedSpan, TorchSegments, pack_span
+from node.engine.backends.transformers import TransformersSpan
 from node.engine.device import CPU, free_bytes, is_lost, synchronize
 from node.engine.engine_config import EngineOptions, ShardSource
 from node.engine.interface import (
@@ -30,8 +30,8 @@ from node.engine.interface import (
     Variant,
     VariantNotReady,
 )
-from node.engine.kv_allocator import Placement, check_slice
-from node.engine.kv_cache import KvMemory, SlotMapping
+from node.engine.kv_allocator import KvReservation, check_slice
+from node.engine.kv_cache import KvCache, SlotMapping
 from node.engine.loading import load_span
 from node.engine.sampling import TokenCounts, draw_until_wrong, history_for
 from node.util.disk_cache import FolderCache
@@ -91,7 +91,7 @@ class Shard:
         self._device = torch.device(options.device)
         span = load_span(source, blocks, torch.float32, self._device, options.memory_bytes)
         self._span = span
-        self._model = SpanModel(span, first=blocks.start == 0, last=blocks.end == span.block_count)
+        self._model = TransformersSpan(span, first=blocks.start == 0, last=blocks.end == span.block_count)
         tried = self._model.try_out()
         kv_bytes_per_position = sum(block.bytes_per_position for block in tried)
         memory_bytes = _memory_bytes(options, span.weight_bytes)
@@ -110,11 +110,11 @@ class Shard:
             load_s=time.perf_counter() - started_s,
         )
         self._variant_bytes = memory_bytes - span.weight_bytes - kv_positions * position_bytes
-        self._memory = KvMemory([block.resized(kv_positions) for block in tried])
+        self._memory = KvCache([block.resized(kv_positions) for block in tried])
         self._threads = torch.get_num_threads()
         self._graph_cache = None if options.cache_dir is None else FolderCache(options.cache_dir)
         self._packed: dict[str, PackedSpan] = {}
-        self._ragged: dict[Variant, RaggedSpan] = {}
+        self._ragged: dict[Variant, BatchedSpan] = {}
         self._taken_bytes: dict[tuple[str, str], int] = {}
         """By engine and packing: variants of the same share their weights."""
         self._sessions: dict[SessionId, _Session] = {}
@@ -143,7 +143,7 @@ class Shard:
         if shared not in self._taken_bytes and needed > free:
             raise EngineError(f"{variant} takes {needed} bytes of memory, of which {max(0, free)} are left")
         segments = self._fuse(variant, packing) if variant.engine == "fused" else self._open_graphs(variant)
-        ragged = RaggedSpan(self._span, segments, first=self.info.is_first, last=self.info.is_last)
+        ragged = BatchedSpan(self._span, segments, first=self.info.is_first, last=self.info.is_last)
         ragged.warm(self._memory.blocks)
         self._taken_bytes[shared] = needed
         self._ragged[variant] = ragged
@@ -160,7 +160,7 @@ class Shard:
     def _fuse(self, variant: Variant, packing: str) -> Segments:
         if packing not in self._packed:
             self._packed[packing] = pack_span(self._span, packing, last=self.info.is_last)
-        return FusedSegments(self._span, self._packed[packing], variant.arithmetic)
+        return TorchSegments(self._span, self._packed[packing], variant.arithmetic)
 
     def _open_graphs(self, variant: Variant) -> Segments:
         from node.engine.backends.onnx import open_graphs
@@ -172,17 +172,17 @@ class Shard:
         except OSError as error:
             raise EngineError(f"no graphs for {variant}: {error}") from error
 
-    def begin(self, session: SessionId, options: SessionOptions, placement: Placement) -> None:
+    def begin(self, session: SessionId, options: SessionOptions, reservation: KvReservation) -> None:
         """Give a session its pages; raise EngineError for a variant that is not there."""
         if options.variant not in self.variants():
             raise VariantNotReady(f"the variant {options.variant} is not ready here")
         info = self.info.part(options.blocks)
         if info is not self.info and options.variant.engine not in DIVISIBLE_ENGINES:
             raise VariantNotReady(f"the variant {options.variant} runs the whole span or nothing")
-        self._memory.copy(placement.copied, placement.pages[: len(placement.copied)])
-        places = SlotMapping(placement.pages)
+        self._memory.copy(reservation.copied, reservation.pages[: len(reservation.copied)])
+        places = SlotMapping(reservation.pages)
         history = history_for(options.sampling)
-        self._sessions[session] = _Session(options, info, placement.positions, places, placement.cached, history)
+        self._sessions[session] = _Session(options, info, reservation.positions, places, reservation.cached, history)
 
     def run_alone(self, variant: Variant, rows: torch.Tensor, *, draws: int) -> torch.Tensor:
         """Return hidden states of rows from position 0 on or, on a last span, logits after the last `draws` of them.

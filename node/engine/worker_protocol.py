@@ -9,7 +9,7 @@ lie in its payload one after another; the header has their dtypes and shapes.
 |---|---|
 | load | source, blocks, options |
 | prepare | call, variant; answered by `ready` when it is built |
-| begin | session, options, placement; never answered: the node has reserved the pages already |
+| begin | session, options, reservation; never answered: the node has reserved the pages already |
 | rename | session, successor; never answered |
 | close | session; never answered |
 | step | call, slices, each [session, position, draws, drafts, history, dtype, shape] |
@@ -45,7 +45,7 @@ from node.engine.interface import (
     StepResult,
     Variant,
 )
-from node.engine.kv_allocator import Placement
+from node.engine.kv_allocator import KvReservation
 from protocol.identity import BlockRange, JobId, SessionId
 from protocol.messages import Sampling
 from protocol.tensors import DType, Tensor
@@ -83,15 +83,15 @@ def cut_tensors(described: Iterable[tuple[str, Sequence[int]]], payload: memoryv
     return tensors
 
 
-def encode_begin(session: SessionId, options: SessionOptions, placement: Placement) -> list[Buffer]:
+def encode_begin(session: SessionId, options: SessionOptions, reservation: KvReservation) -> list[Buffer]:
     """Return the frame that begins a session."""
-    header = {"do": "begin", "session": session, "options": asdict(options), "placement": asdict(placement)}
+    header = {"do": "begin", "session": session, "options": asdict(options), "reservation": asdict(reservation)}
     return encode_frame(header)
 
 
-def decode_begin(header: Header) -> tuple[SessionId, SessionOptions, Placement]:
+def decode_begin(header: Header) -> tuple[SessionId, SessionOptions, KvReservation]:
     """Return a session, how it is calculated, and where it lies."""
-    options, placement = header["options"], header["placement"]
+    options, reservation = header["options"], header["reservation"]
     sampling, blocks = options["sampling"], options["blocks"]
     return (
         decode_session(header["session"]),
@@ -103,7 +103,7 @@ def decode_begin(header: Header) -> tuple[SessionId, SessionOptions, Placement]:
                 "variant": Variant(*options["variant"]),
             }
         ),
-        Placement(**{**placement, "pages": tuple(placement["pages"]), "copied": tuple(placement["copied"])}),
+        KvReservation(**{**reservation, "pages": tuple(reservation["pages"]), "copied": tuple(reservation["copied"])}),
     )
 
 

@@ -497,10 +497,10 @@ class _Process:
                     raise _Died(f"its answer has {size} bytes")
                 answer: dict[str, Any] = msgpack.unpackb(await self._receive(size))
             except (trio.BrokenResourceError, EOFError):
-                epitaph = await self.child.epitaph()
+                exit_reason = await self.child.exit_reason()
                 if self.child.process.returncode in {-OUT_OF_CPU, -OUT_OF_TIME}:
                     raise _OutOfTime from None
-                raise _Died(str(epitaph)) from None
+                raise _Died(str(exit_reason)) from None
             return answer
         raise _OutOfTime
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import trio
 
 from node.engine.activation_codec import check_tensor, check_tokens
-from node.engine.interface import BadRows, Lineage, Prefix, SessionOptions, Variant
+from node.engine.interface import BadRows, KvCompatibilityKey, Prefix, SessionOptions, Variant
 from node.engine.kv_allocator import HIDDEN_DTYPES
 from node.links.link import InboundLink, OutboundLink
 from node.stages.replay_buffer import ReplayBuffer
@@ -57,7 +57,7 @@ class StageSession:
         """Once it has begun."""
         self.calculated_by: Method | None = None
         """How the engine calculates it, since it or a session that it continues has begun."""
-        self.cached: Mapping[Lineage, int] = {}
+        self.cached: Mapping[KvCompatibilityKey, int] = {}
         self.computed = 0
         """Positions that the engine holds, and whose outputs were handed on."""
         self.reached = 0

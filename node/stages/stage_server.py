@@ -291,7 +291,7 @@ class StageServer:
                 session=message.session,
                 load=span.load(),
                 votes=session.votes,
-                cached={str(lineage): positions for lineage, positions in session.cached.items()},
+                cached={str(kv_key): positions for kv_key, positions in session.cached.items()},
                 policy=span.policy,
                 held=session.computed,
                 kept_from=session.kept_from,

@@ -21,7 +21,7 @@ from node.engine.interface import (
     EngineCrashed,
     EngineError,
     EngineStatistics,
-    Lineage,
+    KvCompatibilityKey,
     Prefix,
     SessionOptions,
     SliceFault,
@@ -33,7 +33,7 @@ from node.engine.interface import (
     Variant,
     VariantNotReady,
 )
-from node.engine.kv_allocator import KvAllocator, Placement, check_slice
+from node.engine.kv_allocator import KvAllocator, KvReservation, check_slice
 from node.engine.sampling import history_for
 from protocol.identity import BlockRange, ModelId, SessionId
 from protocol.messages import Sampling
@@ -129,7 +129,9 @@ class FakeEngine:
             raise EngineError(f"there is no variant {variant}")
         self._variants.add(variant)
 
-    async def open(self, session: SessionId, positions: int, prefix: Prefix | None = None) -> Mapping[Lineage, int]:
+    async def open(
+        self, session: SessionId, positions: int, prefix: Prefix | None = None
+    ) -> Mapping[KvCompatibilityKey, int]:
         """Reserve positions; see Engine."""
         await trio.lowlevel.checkpoint()
         self._raise_if_crashed()
@@ -142,12 +144,12 @@ class FakeEngine:
         try:
             if options.variant not in self._variants:
                 raise VariantNotReady(f"the variant {options.variant} is not ready here")
-            placement = self._pages.begin(session, options)
+            reservation = self._pages.begin(session, options)
         except EngineError:
             self._forget(session, keep=False)
             raise
-        self._sessions[session] = _Session(self._info.part(options.blocks), options, self._memory, placement)
-        return placement.cached
+        self._sessions[session] = _Session(self._info.part(options.blocks), options, self._memory, reservation)
+        return reservation.cached
 
     async def step(self, slices: Sequence[SliceInput]) -> StepResult:
         """Hash the rows of each slice in order; see Engine."""
@@ -264,19 +266,19 @@ _Memory = dict[tuple[int, int], bytes]
 class _Session:
     """What some blocks remember of one session."""
 
-    def __init__(self, info: SpanInfo, options: SessionOptions, memory: _Memory, placement: Placement) -> None:
+    def __init__(self, info: SpanInfo, options: SessionOptions, memory: _Memory, reservation: KvReservation) -> None:
         self.info = info
         self._blocks = range(info.blocks.start, info.blocks.end)
         self._sampling = options.sampling
         self._memory = memory
-        self._pages = placement.pages
+        self._pages = reservation.pages
         self.history = history_for(options.sampling)
         self.activations = options.activations
         self.variant = options.variant
-        self.positions = placement.positions
-        self.length = placement.cached
+        self.positions = reservation.positions
+        self.length = reservation.cached
         """Positions that are remembered."""
-        for source, page in zip(placement.copied, placement.pages, strict=False):
+        for source, page in zip(reservation.copied, reservation.pages, strict=False):
             for block, offset in product(self._blocks, range(PAGE_POSITIONS)):
                 memory[block, page * PAGE_POSITIONS + offset] = memory[block, source * PAGE_POSITIONS + offset]
 
@@ -332,7 +334,7 @@ def expected_tokens(
         replace(info, blocks=BlockRange(0, info.block_count)),
         SessionOptions(sampling=sampling),
         {},
-        Placement(positions=positions, pages=pages),
+        KvReservation(positions=positions, pages=pages),
     )
     if session.history is not None:
         session.history.tell(prompt)

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from node.engine.interface import PAGE_POSITIONS
-from node.engine.kv_cache import BlockMemory, KvMemory, SlotMapping
+from node.engine.kv_cache import BlockKvCache, KvCache, SlotMapping
 from node.engine.loading import LoadedSpan
 
 FAMILIES = frozenset({"llama", "mistral", "qwen2", "qwen3"})
@@ -36,14 +36,14 @@ class Rows:
     draws: int
 
 
-class Turns(NamedTuple):
+class RotaryTables(NamedTuple):
     """Cosines and sines by which the rows' queries and keys are turned, f32 (rows, half of the head size) each."""
 
     cos: torch.Tensor
     sin: torch.Tensor
 
 
-class Heads(NamedTuple):
+class QKV(NamedTuple):
     """What a block's attention takes, f32, the rows first: queries and then keys, both turned; and values."""
 
     turned: torch.Tensor
@@ -53,7 +53,7 @@ class Heads(NamedTuple):
 class Segments(Protocol):
     """All of a span but its embedding and its attention. Rows are f32 (rows, hidden size)."""
 
-    def enter(self, number: int, hidden: torch.Tensor, turns: Turns) -> Heads:
+    def enter(self, number: int, hidden: torch.Tensor, rotary: RotaryTables) -> QKV:
         """Return what the attention of the block takes that rows enter.
 
         That is the span's first; others only where the variant's engine is among DIVISIBLE_ENGINES.
@@ -61,8 +61,8 @@ class Segments(Protocol):
         ...
 
     def advance(
-        self, number: int, hidden: torch.Tensor, mixed: torch.Tensor, turns: Turns
-    ) -> tuple[torch.Tensor, Heads | None]:
+        self, number: int, hidden: torch.Tensor, mixed: torch.Tensor, rotary: RotaryTables
+    ) -> tuple[torch.Tensor, QKV | None]:
         """Complete a block (counted from the span's first), given what entered it and what attention made of that.
 
         `mixed`: f32 (rows, heads * head size). Returns what leaves it, and what the next block's attention takes where
@@ -83,7 +83,7 @@ class _Attention(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
-class _Sight:
+class _AttentionView:
     """What the rows of one session see of it in a block; `mask` where not all of them see all."""
 
     span: slice
@@ -91,7 +91,7 @@ class _Sight:
     mask: torch.Tensor | None
     causal: bool
 
-    def mix(self, queries: torch.Tensor, memory: BlockMemory, scaling: float) -> torch.Tensor:
+    def mix(self, queries: torch.Tensor, memory: BlockKvCache, scaling: float) -> torch.Tensor:
         """Return what attention makes of the session's queries: (rows, heads * head size)."""
         queries = queries[self.span]
         rows, heads, size = queries.shape
@@ -117,7 +117,7 @@ class _Sight:
 
 
 @dataclass(frozen=True, slots=True)
-class _JointSight:
+class _BatchedAttentionView:
     """What several sessions see in a block that have a row each.
 
     Their keys and values are gathered, to be attended to in one operation: what is copied is less than many small
@@ -127,7 +127,7 @@ class _JointSight:
     seen: torch.Tensor
     mask: torch.Tensor
 
-    def mix(self, queries: torch.Tensor, memory: BlockMemory, scaling: float) -> torch.Tensor:
+    def mix(self, queries: torch.Tensor, memory: BlockKvCache, scaling: float) -> torch.Tensor:
         """Return what attention makes of the sessions' queries, which are the first: (rows, heads * head size)."""
         rows, longest = len(self.mask), self.mask.shape[-1]
         _, heads, size = queries.shape
@@ -146,9 +146,9 @@ class _Plan:
     """What all blocks share in a step."""
 
     places: torch.Tensor
-    turns: Turns
+    rotary: RotaryTables
     slices: Sequence[Rows]
-    sights: dict[int | None, list[_Sight | _JointSight]] = field(default_factory=dict)
+    sights: dict[int | None, list[_AttentionView | _BatchedAttentionView]] = field(default_factory=dict)
     """By sliding window."""
 
 
@@ -164,7 +164,7 @@ def refusal(span: LoadedSpan) -> str | None:
     return None
 
 
-class RaggedSpan:
+class BatchedSpan:
     """A span in one variant, ready to run."""
 
     def __init__(self, span: LoadedSpan, segments: Segments, *, first: bool, last: bool) -> None:
@@ -185,10 +185,10 @@ class RaggedSpan:
         self._tables = self._rotary_tables(PAGE_POSITIONS)
 
     @torch.inference_mode()
-    def warm(self, memory: Sequence[BlockMemory]) -> None:
+    def warm(self, memory: Sequence[BlockKvCache]) -> None:
         """Run every kind of product once, over memory of its own in the shapes of `memory`."""
         pages = -(-max(_WARM_ROWS) // PAGE_POSITIONS)
-        scratch = KvMemory([block.resized(pages * PAGE_POSITIONS) for block in memory])
+        scratch = KvCache([block.resized(pages * PAGE_POSITIONS) for block in memory])
         for count in _WARM_ROWS:
             if self._embedding is not None:
                 rows = torch.zeros(count, dtype=torch.long, device=self._device)
@@ -197,7 +197,7 @@ class RaggedSpan:
             self.run([Rows(rows, SlotMapping(range(pages)), 0, min(count, 2))], scratch)
 
     @torch.inference_mode()
-    def run(self, slices: Sequence[Rows], memory: KvMemory, blocks: range | None = None) -> list[torch.Tensor]:
+    def run(self, slices: Sequence[Rows], memory: KvCache, blocks: range | None = None) -> list[torch.Tensor]:
         """Run the rows of several sessions together, through some of the span's blocks or all of them.
 
         Returns for each hidden states f32 (rows, hidden size), behind the model's last block logits f32 (draws,
@@ -211,11 +211,11 @@ class RaggedSpan:
         blocks = range(len(self._blocks)) if blocks is None else blocks
         if self._embedding is not None and blocks.start == 0:
             hidden = self._embedding(hidden)
-        heads: Heads | None = self._segments.enter(blocks.start, hidden, plan.turns)
+        heads: QKV | None = self._segments.enter(blocks.start, hidden, plan.rotary)
         for number in blocks:
             assert heads is not None
             mixed = self._attend(self._blocks[number], memory.blocks[number], heads, plan)
-            hidden, heads = self._segments.advance(number, hidden, mixed, plan.turns)
+            hidden, heads = self._segments.advance(number, hidden, mixed, plan.rotary)
         last = self._last and blocks.stop == len(self._blocks)
         outputs = self._logits(hidden, ordered) if last else hidden.split([len(part.rows) for part in ordered])
         return [output for _, output in sorted(zip(order, outputs, strict=True), key=lambda pair: pair[0])]
@@ -229,7 +229,7 @@ class RaggedSpan:
         drawn = torch.cat([part[len(part) - count :] for part, count in zip(parts, counts, strict=True)])
         return list(self._segments.logits(drawn).split(counts))
 
-    def _attend(self, block: _Attention, memory: BlockMemory, heads: Heads, plan: _Plan) -> torch.Tensor:
+    def _attend(self, block: _Attention, memory: BlockKvCache, heads: QKV, plan: _Plan) -> torch.Tensor:
         """Add the rows' keys and values to KV memory; return what attention makes of them: (rows, heads * size)."""
         groups, size = memory.keys.shape[1:]
         turned = heads.turned.view(-1, self._heads + groups, size)
@@ -248,12 +248,12 @@ class RaggedSpan:
         positions = torch.cat([torch.arange(p.position, end) for p, end in zip(slices, ends, strict=True)])
         positions = positions.to(self._device)
         places = torch.cat([p.places.all[p.position : end] for p, end in zip(slices, ends, strict=True)])
-        return _Plan(places.to(self._device), Turns(*(table[positions] for table in self._tables)), slices)
+        return _Plan(places.to(self._device), RotaryTables(*(table[positions] for table in self._tables)), slices)
 
-    def _sights(self, slices: Sequence[Rows], window: int | None) -> list[_Sight | _JointSight]:
+    def _sights(self, slices: Sequence[Rows], window: int | None) -> list[_AttentionView | _BatchedAttentionView]:
         """Return what the slices see, those with a single row together where that pays."""
         single = [part for part in slices if len(part.rows) == 1]
-        sights: list[_Sight | _JointSight] = []
+        sights: list[_AttentionView | _BatchedAttentionView] = []
         joint = self._joint_sight(single, window) if len(single) > 1 else None
         if joint is not None:
             sights.append(joint)
@@ -265,7 +265,7 @@ class RaggedSpan:
             start += count
         return sights
 
-    def _joint_sight(self, single: Sequence[Rows], window: int | None) -> _JointSight | None:
+    def _joint_sight(self, single: Sequence[Rows], window: int | None) -> _BatchedAttentionView | None:
         """Return what sessions with a row each see together, if that is little enough to be gathered."""
         firsts = [_first_seen(part, window) for part in single]
         counts = [part.position + 1 - first for part, first in zip(single, firsts, strict=True)]
@@ -279,9 +279,9 @@ class RaggedSpan:
             seen[row, :count] = places
             seen[row, count:] = places[0]  # any place of its own, whose numbers are numbers: it is masked
             mask[row, ..., :count] = 0
-        return _JointSight(seen.flatten().to(self._device), mask.to(self._device))
+        return _BatchedAttentionView(seen.flatten().to(self._device), mask.to(self._device))
 
-    def _sight(self, part: Rows, span: slice, end: int, window: int | None) -> _Sight:
+    def _sight(self, part: Rows, span: slice, end: int, window: int | None) -> _AttentionView:
         """Return what the rows of one session see."""
         first = _first_seen(part, window)
         count, mask = len(part.rows), None
@@ -292,7 +292,7 @@ class RaggedSpan:
             mask = (distance >= 0) if window is None else (distance >= 0) & (distance < window)
             mask = mask.to(self._device)
         seen = part.places.of(first, end)
-        return _Sight(span, seen if isinstance(seen, slice) else seen.to(self._device), mask, causal)
+        return _AttentionView(span, seen if isinstance(seen, slice) else seen.to(self._device), mask, causal)
 
     def _rotary_tables(self, count: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Return cosines and sines f32 (positions, half of the head size)."""

@@ -23,7 +23,7 @@ import onnxruntime
 import torch
 from onnx import ModelProto, StringStringEntryProto, TensorProto, ValueInfoProto, helper
 
-from node.engine.backends.batched import Heads, Turns
+from node.engine.backends.batched import QKV, RotaryTables
 from node.engine.backends.torch import fuse
 from node.engine.interface import EngineError
 from node.engine.loading import LoadedSpan
@@ -50,7 +50,7 @@ def start_threads(count: int) -> None:
         onnxruntime.set_global_thread_pool_sizes(count, 1)
 
 
-class GraphSegments:
+class OnnxSegments:
     """A span whose segments onnxruntime calculates; see `node.engine.backends.batched.Segments`."""
 
     def __init__(self, folder: Path, count: int, *, last: bool) -> None:
@@ -61,20 +61,20 @@ class GraphSegments:
         except Exception as error:  # onnxruntime's exceptions have no base class but Exception
             raise EngineError(f"the graphs in {folder} cannot be used: {' '.join(str(error).split())[:200]}") from error
 
-    def enter(self, number: int, hidden: torch.Tensor, turns: Turns) -> Heads:
+    def enter(self, number: int, hidden: torch.Tensor, rotary: RotaryTables) -> QKV:
         """Return what the first block's attention takes: there is no graph that begins at another."""
         if number:
             raise EngineError("a graph begins at the first block of its span")
-        return Heads(*_run(self._between[0], hidden=hidden, cos=turns.cos, sin=turns.sin))
+        return QKV(*_run(self._between[0], hidden=hidden, cos=rotary.cos, sin=rotary.sin))
 
     def advance(
-        self, number: int, hidden: torch.Tensor, mixed: torch.Tensor, turns: Turns
-    ) -> tuple[torch.Tensor, Heads | None]:
+        self, number: int, hidden: torch.Tensor, mixed: torch.Tensor, rotary: RotaryTables
+    ) -> tuple[torch.Tensor, QKV | None]:
         """Complete a block; return what leaves it, and what the next one's attention takes."""
         if number + 2 == len(self._between):
             return _run(self._between[-1], hidden=hidden, mixed=mixed)[0], None
-        left, *heads = _run(self._between[number + 1], hidden=hidden, mixed=mixed, cos=turns.cos, sin=turns.sin)
-        return left, Heads(*heads)
+        left, *heads = _run(self._between[number + 1], hidden=hidden, mixed=mixed, cos=rotary.cos, sin=rotary.sin)
+        return left, QKV(*heads)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Return logits."""
@@ -82,9 +82,7 @@ class GraphSegments:
         return _run(self._head, hidden=hidden)[0]
 
 
-def open_graphs(
-    span: LoadedSpan, name: str, arithmetic: str, cache: FolderCache | None, *, last: bool
-) -> GraphSegments:
+def open_graphs(span: LoadedSpan, name: str, arithmetic: str, cache: FolderCache | None, *, last: bool) -> OnnxSegments:
     """Return a span of the Llama family as graphs, from the cache if they are there.
 
     `name`: what they depend on besides the arithmetic. Without a cache they are built for this one use. Raises
@@ -94,12 +92,12 @@ def open_graphs(
     if cache is None:
         with tempfile.TemporaryDirectory() as temporary:
             _write(span, Path(temporary), arithmetic, last=last)
-            return GraphSegments(Path(temporary), count, last=last)
+            return OnnxSegments(Path(temporary), count, last=last)
     name = f"{name}-{arithmetic}-{FORMAT}"
     for attempt in range(2):
         folder = cache.folder(name, lambda folder: _write(span, folder, arithmetic, last=last))
         try:
-            return GraphSegments(folder, count, last=last)
+            return OnnxSegments(folder, count, last=last)
         except EngineError:
             if attempt:
                 raise

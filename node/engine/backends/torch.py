@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from node.engine.backends.batched import Heads, Turns
+from node.engine.backends.batched import QKV, RotaryTables
 from node.engine.backends.linear import ARITHMETICS, Packed, Product, multiply, pack
 from node.engine.loading import LoadedSpan
 
@@ -71,7 +71,7 @@ def fuse(*linears: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
     return torch.cat([linear.weight for linear in linears]), None if biases[0] is None else torch.cat(biases)
 
 
-class FusedSegments:
+class TorchSegments:
     """A packed span in one arithmetic; see `node.engine.backends.batched.Segments`."""
 
     def __init__(self, span: LoadedSpan, packed: PackedSpan, arithmetic: str) -> None:
@@ -81,13 +81,13 @@ class FusedSegments:
         self._epsilon: float = config.rms_norm_eps
         self._counts = [config.num_attention_heads, config.num_key_value_heads, config.num_key_value_heads]
 
-    def enter(self, number: int, hidden: torch.Tensor, turns: Turns) -> Heads:
+    def enter(self, number: int, hidden: torch.Tensor, rotary: RotaryTables) -> QKV:
         """Return what a block's attention takes."""
-        return self._heads(hidden, self._packed.blocks[number], turns)
+        return self._heads(hidden, self._packed.blocks[number], rotary)
 
     def advance(
-        self, number: int, hidden: torch.Tensor, mixed: torch.Tensor, turns: Turns
-    ) -> tuple[torch.Tensor, Heads | None]:
+        self, number: int, hidden: torch.Tensor, mixed: torch.Tensor, rotary: RotaryTables
+    ) -> tuple[torch.Tensor, QKV | None]:
         """Complete a block; return what leaves it, and what the next one's attention takes."""
         block = self._packed.blocks[number]
         hidden = hidden + self._multiply(mixed, block.out)
@@ -95,7 +95,7 @@ class FusedSegments:
         hidden = hidden + self._multiply(nn.functional.silu(gate) * up, block.down)
         if number + 1 == len(self._packed.blocks):
             return hidden, None
-        return hidden, self._heads(hidden, self._packed.blocks[number + 1], turns)
+        return hidden, self._heads(hidden, self._packed.blocks[number + 1], rotary)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Return logits."""
@@ -103,16 +103,16 @@ class FusedSegments:
         assert self._packed.head is not None
         return self._multiply(self._norm(hidden, self._packed.norm), self._packed.head)
 
-    def _heads(self, hidden: torch.Tensor, block: _Block, turns: Turns) -> Heads:
+    def _heads(self, hidden: torch.Tensor, block: _Block, rotary: RotaryTables) -> QKV:
         rows = self._multiply(self._norm(hidden, block.norm), block.qkv).view(len(hidden), sum(self._counts), -1)
         turned, values = rows.split([sum(self._counts[:2]), self._counts[2]], dim=1)
         if block.head_norms is not None:
             parts = zip(turned.split(self._counts[:2], dim=1), block.head_norms, strict=True)
             turned = torch.cat([self._norm(part, norm) for part, norm in parts], dim=1)
         # Each pair of elements, half a head apart, is turned: (a cos - b sin, b cos + a sin).
-        (cos, sin), (one, other) = (turn.unsqueeze(1) for turn in turns), turned.chunk(2, dim=-1)
+        (cos, sin), (one, other) = (turn.unsqueeze(1) for turn in rotary), turned.chunk(2, dim=-1)
         turned = torch.cat([one * cos - other * sin, other * cos + one * sin], dim=-1)
-        return Heads(turned, values)
+        return QKV(turned, values)
 
     def _multiply(self, rows: torch.Tensor, weights: Packed) -> torch.Tensor:
         return multiply(self._product, rows, weights)

@@ -16,14 +16,14 @@ import torch
 from torch import nn
 
 from node.engine.interface import EngineError
-from node.engine.kv_cache import BlockMemory, KvMemory, RewindableCache, SlotMapping
+from node.engine.kv_cache import BlockKvCache, KvCache, RewindableCache, SlotMapping
 from node.engine.loading import LoadedSpan
 from node.engine.outer_modules import accepted_options, only
 
 _TRIAL_ROWS = 2
 
 
-class SpanModel:
+class TransformersSpan:
     """The blocks of one span, ready to run."""
 
     def __init__(self, span: LoadedSpan, *, first: bool, last: bool) -> None:
@@ -45,11 +45,11 @@ class SpanModel:
             block.register_forward_hook(partial(self._leave, number))
             block.forward = partial(self._pass, number, block.forward)
 
-    def new_cache(self, places: SlotMapping, memory: KvMemory, length: int) -> RewindableCache:
+    def new_cache(self, places: SlotMapping, memory: KvCache, length: int) -> RewindableCache:
         """Return a session's KV cache, with `length` positions in it."""
         return RewindableCache(self._span.windows, places, memory, length)
 
-    def try_out(self) -> tuple[BlockMemory, ...]:
+    def try_out(self) -> tuple[BlockKvCache, ...]:
         """Run a few rows, which fetches the weights from disk; return the KV memory that this took, block by block.
 
         Raises EngineError where the architecture cannot be divided between stages.

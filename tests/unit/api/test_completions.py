@@ -10,7 +10,8 @@ from trio.testing import MockClock
 from node.api.completions import CompletionEndpoint
 from node.api.errors import ApiError
 from node.api.requests import parse_completion_request
-from node.coordinator.submission import ChatMessage, JobError, JobErrorCode, Quality
+from node.coordinator.submission import ChatMessage, JobError, JobErrorCode
+from protocol.measurements import QualityBound
 from tests.unit.api.fakes import JOB, PEERS, FakeNode, chat_body, send_request, serve_node
 
 METASWARM = {
@@ -157,7 +158,7 @@ async def test_what_is_asked_for_reaches_the_job(node: FakeNode, client: httpx.A
     (job,) = node.submitter.requests
     assert (job.model, job.messages) == ("tiny", (ChatMessage(role="user", content="Hi"),))
     assert (job.max_tokens, job.temperature, job.top_p, job.seed, job.stop) == (7, 0.5, 0.9, 11, ("END", "\n"))
-    assert (job.quality, job.method, job.ignore_eos) == (Quality.NEAR, "arithmetic=bf16", True)
+    assert (job.quality, job.method, job.ignore_eos) == (QualityBound.NEAR, "arithmetic=bf16", True)
 
 
 REFUSALS = [

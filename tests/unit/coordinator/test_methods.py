@@ -10,7 +10,7 @@ from trio.testing import MockClock
 
 from node.coordinator.coordinator import LEADER_PATIENCE_S
 from node.coordinator.method_choice import Choice, HeuristicChoice, HeuristicChooser, SelectionRequest
-from node.coordinator.submission import JobError, JobErrorCode, JobRequest, JobResult, Quality
+from node.coordinator.submission import JobError, JobErrorCode, JobRequest, JobResult
 from node.engine.interface import REFERENCE, Variant
 from node.links.link import LinkBroken, OutboundLink
 from node.stages.scheduler import Batching
@@ -18,6 +18,7 @@ from node.stages.stage_policy import PolicyController
 from node.stages.voting import HeuristicVoter
 from node.testing.fake_engine import FAKE_VARIANTS, FakeEngine, expected_tokens, fake_span_info
 from protocol.identity import BlockRange
+from protocol.measurements import QualityBound
 from protocol.messages import Begin, Sampling
 from selector.task import BASELINE, PORTFOLIO, Method, TaskContext, method
 from tests.support.job_peers import BLOCKS, Peer, open_swarm
@@ -174,14 +175,14 @@ async def test_a_method_that_is_not_ready_yet_is_said_to_be(virtual_clock: MockC
 @pytest.mark.parametrize(
     ("name", "quality", "complaint"),
     [
-        ("engine=fused|arithmetic=int8", Quality.EXACT, "needs --quality"),
-        ("engine=fused|arithmetic=int8", Quality.ANY, "was not measured"),
-        ("batching=static", Quality.EXACT, "policy of a stage"),
-        ("fast", Quality.EXACT, "is no method"),
+        ("engine=fused|arithmetic=int8", QualityBound.EXACT, "needs --quality"),
+        ("engine=fused|arithmetic=int8", QualityBound.ANY, "was not measured"),
+        ("batching=static", QualityBound.EXACT, "policy of a stage"),
+        ("fast", QualityBound.EXACT, "is no method"),
     ],
 )
 async def test_a_method_that_a_job_may_not_have_is_an_error_of_one_line(
-    virtual_clock: MockClock, name: str, quality: Quality, complaint: str
+    virtual_clock: MockClock, name: str, quality: QualityBound, complaint: str
 ) -> None:
     async with open_swarm() as swarm:
         peer = await swarm.join((0, 9))

@@ -9,11 +9,11 @@ import trio
 from trio.testing import MockClock
 
 from node.coordinator.recorder import Recorder
-from node.coordinator.submission import JobError, JobRequest, Quality
+from node.coordinator.submission import JobError, JobRequest
 from node.coordinator.trial_runner import Trials, TrialSpec, TrialWorkload, make_prompts
 from node.engine.interface import REFERENCE
 from node.identity import Identity
-from protocol.measurements import Objective, ObservationKind, check
+from protocol.measurements import Objective, ObservationKind, QualityBound, check
 from protocol.observations import SignedObservation
 from selector.task import BASELINE, method
 from tests.support.job_peers import Peer, Swarm, open_swarm
@@ -97,7 +97,7 @@ async def test_a_method_that_cannot_be_had_does_not_spoil_the_others(virtual_clo
     lossy = method(engine="fused", arithmetic="int8")
     async with open_swarm() as swarm:
         trials, _, _ = await trials_of(swarm)
-        trial = await trials.run(spec(methods=[lossy, FUSED], rounds=2, quality=Quality.NEAR))
+        trial = await trials.run(spec(methods=[lossy, FUSED], rounds=2, quality=QualityBound.NEAR))
         assert "not measured" in (trial.methods[0].error or "")
         assert len(trial.methods[1].runs) == 2
         with pytest.raises(JobError, match="do not fit"):

@@ -23,7 +23,7 @@ from node.engine.interface import (
     EngineCrashed,
     EngineError,
     EngineFull,
-    Lineage,
+    KvCompatibilityKey,
     Prefix,
     SessionOptions,
     SliceInput,
@@ -324,7 +324,7 @@ async def test_a_later_session_takes_over_the_pages_of_an_earlier_one(make_tiny_
     prefix = Prefix(namespace="me", hashes=b"one page of text")
     drawn = []
     async with start_worker(tiny.source(WHOLE), WHOLE, OPTIONS) as engine:
-        for number, found in ((1, {}), (2, {Lineage(REFERENCE, "fp32"): 32})):
+        for number, found in ((1, {}), (2, {KvCompatibilityKey(REFERENCE, "fp32"): 32})):
             assert await engine.open(session(number), 48, prefix) == found
             cached = await engine.begin(session(number), SessionOptions(sampling=GREEDY))
             drawn.append(tokens_from_tensor(await step([engine], session(number), cached, text[cached:], 1)))
