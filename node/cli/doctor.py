@@ -9,7 +9,7 @@ from node.cli.output import json_option, out, print_json, printable
 
 if TYPE_CHECKING:
     from node.config import NodeConfig
-    from node.doctor import Diagnosis, RunningNode
+    from node.doctor.report import Diagnosis, RunningNode
 
 
 @click.command(params=[option for option in NODE_OPTIONS if option.name != "log_level"], context_settings=SETTINGS)
@@ -40,7 +40,7 @@ def doctor(as_json: bool, **options: Any) -> int:
 async def _examine(config: "NodeConfig") -> "Diagnosis":
     from dataclasses import replace
 
-    from node.doctor import diagnose
+    from node.doctor.diagnose import diagnose
 
     running = await _running_node(config)
     if running is not None and not config.bootstrap:
@@ -49,11 +49,11 @@ async def _examine(config: "NodeConfig") -> "Diagnosis":
 
 
 async def _running_node(config: "NodeConfig") -> "RunningNode | None":
-    """Return what the node in the data directory says of itself; None where none answers."""
+    """Return the status of the node in the data directory; None where none answers."""
     from node.cli.client import open_client
     from node.cli.output import CommandError
     from node.config import NodeReady
-    from node.doctor import RunningNode
+    from node.doctor.report import RunningNode
 
     ready = NodeReady.read(config.data_dir)
     if ready is None:
@@ -62,39 +62,27 @@ async def _running_node(config: "NodeConfig") -> "RunningNode | None":
         async with open_client(ready.api_url) as client:
             status = await client.status()
             if status["peer_id"] != ready.peer_id:
-                return None  # that node has gone, and another one has its port
+                return None  # another node has taken its port
             return RunningNode(status, await client.models())
     except CommandError:
         return None
 
 
 def render(diagnosis: "Diagnosis") -> str:
-    """Return one line for each finding, the one that matters most first."""
+    """Return one line for each finding, the gravest first."""
     lines = [str(finding) for finding in diagnosis.findings]
     if diagnosis.healthy:
         peers = len(diagnosis.peers)
         models = ", ".join(diagnosis.complete_models) or "none"
         state = "a node runs here" if diagnosis.running else "a node could start here"
         lines.insert(
-            0, f"all is well: {state}; {peers} {'peer' if peers == 1 else 'peers'} met; models complete: {models}"
+            0, f"all is well: {state}; {peers} {'peer' if peers == 1 else 'peers'} seen; models complete: {models}"
         )
     return "\n".join(lines)
 
 
 def to_document(diagnosis: "Diagnosis") -> dict[str, Any]:
     """Return the JSON document."""
-    return {
-        "healthy": diagnosis.healthy,
-        "running": diagnosis.running,
-        "findings": [
-            {
-                "fault": finding.fault,
-                "consequence": finding.consequence,
-                "message": finding.message,
-                "grave": finding.grave,
-            }
-            for finding in diagnosis.findings
-        ],
-        "peers": list(diagnosis.peers),
-        "complete_models": list(diagnosis.complete_models),
-    }
+    from dataclasses import asdict
+
+    return {"healthy": diagnosis.healthy, **asdict(diagnosis)}
