@@ -69,11 +69,27 @@ class BlockRange:
         return self.start <= block < self.end
 
     def holds(self, other: "BlockRange") -> bool:
-        """Say whether all blocks of another range are in this one."""
+        """Return whether all blocks of another range are in this one."""
         return self.start <= other.start and other.end <= self.end
+
+    def overlap(self, other: "BlockRange") -> "BlockRange | None":
+        """Return the blocks that are in both ranges; None if there are none."""
+        start, end = max(self.start, other.start), min(self.end, other.end)
+        return BlockRange(start, end) if start < end else None
 
     def __str__(self) -> str:
         return f"{self.start}-{self.end}"
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Stage:
+    """A peer that runs a range of blocks: one part of a job's route, of an offer, of a placement plan."""
+
+    peer: PeerId
+    blocks: BlockRange
+
+    def __str__(self) -> str:
+        return f"{self.peer}:{self.blocks}"
 
 
 def peer_id_from_public_key(public_key: bytes) -> PeerId:

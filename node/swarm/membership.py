@@ -192,7 +192,7 @@ class Membership:
 
         def suffices() -> bool:
             found = self.directory.candidates(model, without=without)
-            return not uncovered(block_count, ((c.blocks.start, c.blocks.end) for c in found))
+            return not uncovered(block_count, (candidate.stage.blocks for candidate in found))
 
         if not suffices():
             with trio.move_on_after(SEEK_TIMEOUT_S):
