@@ -447,12 +447,12 @@ def test_a_step_with_too_many_new_sessions_changes_nothing() -> None:
 def test_pongs_answer_pings_in_their_order() -> None:
     initiator, responder = greeted_pair()
     carry(initiator, responder, Ping(nonce=1), Ping(nonce=2))
-    with pytest.raises(LocalProtocolError, match="no ping"):
+    with pytest.raises(LocalProtocolError, match="does not answer"):
         responder.send(Pong(nonce=2))
     assert carry(responder, initiator, Pong(nonce=1), Pong(nonce=2)) == [Pong(nonce=1), Pong(nonce=2)]
-    with pytest.raises(LocalProtocolError, match="no ping"):
+    with pytest.raises(LocalProtocolError, match="does not answer"):
         responder.send(Pong(nonce=2))
-    with pytest.raises(RemoteProtocolError, match="no ping"):
+    with pytest.raises(RemoteProtocolError, match="does not answer"):
         initiator.receive_data(wire(Pong(nonce=2)))
 
 
