@@ -25,7 +25,7 @@ from node.capabilities.probe import total_memory
 from node.capabilities.traffic import TrafficMeter
 from node.config import APPLICATION, LOCK_FILE, MEMORY_SHARE, READY_FILE, NodeConfig, NodeReady, StartError
 from node.consensus.measurement_runner import AGENDA, MeasurementRunner
-from node.consensus.service import Consensus, swarm_name
+from node.consensus.service import ConsensusEnvironment, ConsensusRules, ConsensusService, swarm_name
 from node.coordinator.coordinator import Coordinator
 from node.coordinator.observation import software_name, software_versions
 from node.coordinator.quality_store import LocalQualityStore
@@ -159,19 +159,23 @@ class Node:
         self._dissemination = ObservationReplicator(
             network=self._network, identity=identity, history=self._history, records=records, jitter=jitter
         )
-        self._consensus = Consensus(
-            network=self._network,
-            identity=identity,
-            store=ConsensusStore(database),
-            history=self._history,
-            models=self._models,
-            hardware=self._known_hardware,
-            meter=self._meter,
-            swarm=swarm_name(config.swarm_key),
-            agenda=AGENDA,
-            clock=EpochClock(config.epoch_s),
-            checkpoints=config.checkpoints,
-            jitter=jitter,
+        self._consensus = ConsensusService(
+            self._network,
+            ConsensusEnvironment(
+                identity=identity,
+                store=ConsensusStore(database),
+                history=self._history,
+                models=self._models,
+                hardware=self._known_hardware,
+                meter=self._meter,
+            ),
+            ConsensusRules(
+                swarm=swarm_name(config.swarm_key),
+                agenda=AGENDA,
+                clock=EpochClock(config.epoch_s),
+                checkpoints=config.checkpoints,
+            ),
+            jitter,
         )
         self._jitter = jitter
         self._library = Library(

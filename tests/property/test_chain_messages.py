@@ -9,7 +9,6 @@ from hypothesis import strategies as st
 from protocol.chains import (
     TABLE,
     Ask,
-    Busy,
     CellState,
     ChainConnection,
     Have,
@@ -25,6 +24,7 @@ from protocol.chains import (
     split_state,
 )
 from protocol.errors import LocalProtocolError, RemoteProtocolError
+from protocol.half_duplex import Busy
 from protocol.identity import peer_id_from_public_key
 from protocol.limits import MAX_CONTROL_BYTES
 from protocol.states import Role
