@@ -24,6 +24,7 @@ from node.capabilities.inventory import Inventory
 from node.capabilities.probe import total_memory
 from node.capabilities.traffic import TrafficMeter
 from node.config import APPLICATION, LOCK_FILE, MEMORY_SHARE, READY_FILE, NodeConfig, NodeReady, StartError
+from node.consensus.followed_chains import FollowedChains
 from node.consensus.measurement_runner import AGENDA, MeasurementRunner
 from node.consensus.service import ConsensusEnvironment, ConsensusRules, ConsensusService, swarm_name
 from node.coordinator.coordinator import Coordinator
@@ -31,9 +32,10 @@ from node.coordinator.observation import software_name, software_versions
 from node.coordinator.quality_store import LocalQualityStore
 from node.coordinator.recorder import Recorder
 from node.coordinator.trial_runner import Trials
-from node.engine.client import SpareWorker, start_engine
+from node.engine.client import start_engine
 from node.engine.device import Device, DeviceError, find_device
 from node.engine.engine_config import EngineOptions
+from node.engine.worker_process import SpareWorker
 from node.identity import IdentityError, load_or_create
 from node.joining import conflicts, second_node
 from node.models.files import Progress, ignore_progress
@@ -114,7 +116,7 @@ class Node:
             threads=config.threads,
             accelerator=device.accelerator,
         )
-        opinions = Predictions()
+        opinions, self._chains = Predictions(), FollowedChains()
         self._chooser = LearnedChooser(
             opinions,
             jitter,
@@ -134,7 +136,7 @@ class Node:
             hardware=self._hardware,
             voter=LearnedVoter(opinions),
             controller=partial(PolicyController, batching=Batching(config.batching)),
-            agreed=lambda model: self._consensus.agreement(model),
+            agreed=self._chains.agreement,
         )
         self._statements = PlacementAnnouncements(lambda: self._membership.announce())
         self._membership = Membership(
@@ -161,6 +163,7 @@ class Node:
         )
         self._consensus = ConsensusService(
             self._network,
+            self._chains,
             ConsensusEnvironment(
                 identity=identity,
                 store=ConsensusStore(database),
@@ -194,7 +197,7 @@ class Node:
             LinkEstimates(self._network.peer_id, self._membership.round_trip_s, self._links_of).between,
             self._recorder,
             ledger=self._ledger,
-            agreed=self._consensus.agreement,
+            agreed=self._chains.agreement,
             chooser=self._chooser,
             hardware=self._hardware_of,
             bandwidth=self._bandwidth_of,
@@ -232,6 +235,7 @@ class Node:
             history=self._history,
             dissemination=self._dissemination,
             consensus=self._consensus,
+            chains=self._chains,
             chooser=self._chooser,
             learner=self._learner,
         )
@@ -311,7 +315,7 @@ class Node:
 
     def _viewpoint(self, peer: PeerId) -> Viewpoint:
         """Return for whom the history is weighed: this node, as it is now, with what the swarm has agreed of others."""
-        trust, in_strangers = self._consensus.trust()
+        trust, in_strangers = self._chains.trust()
         return Viewpoint(
             peer=peer,
             hardware=self._hardware(),

@@ -23,6 +23,7 @@ from node.api.interface import (
     SpanSummary,
 )
 from node.consensus.chain_node import ChainNode
+from node.consensus.followed_chains import FollowedChains
 from node.consensus.service import ConsensusService
 from node.coordinator.coordinator import Coordinator
 from node.coordinator.planner import PeerRecord
@@ -64,6 +65,7 @@ class StatusView:
         history: HistoryStore,
         dissemination: ObservationReplicator,
         consensus: ConsensusService,
+        chains: FollowedChains,
         chooser: LearnedChooser,
         learner: Learner,
     ) -> None:
@@ -80,6 +82,7 @@ class StatusView:
         self._history = history
         self._dissemination = dissemination
         self._consensus = consensus
+        self._chains = chains
         self._chooser = chooser
         self._learner = learner
         self._started_s = time.monotonic()
@@ -120,7 +123,7 @@ class StatusView:
                 },
             },
             "history": await self._history_status(),
-            "consensus": [self._chain_status(model, chain) for model, chain in self._consensus.chains().items()],
+            "consensus": [self._chain_status(model, chain) for model, chain in self._chains.nodes.items()],
             "selection": selection_status(self._chooser, self._learner.status),
             "transfers": {
                 "received_bytes": {str(peer): count for peer, count in transfers.received_bytes.items()},
@@ -245,29 +248,29 @@ class StatusView:
         return explain(considered, self._chooser, self._learner.status)
 
     def _model(self, model: ModelId) -> ModelStatus:
-        spans = [(c.blocks.start, c.blocks.end) for c in self._membership.directory.candidates(model)]
+        spans = [candidate.stage.blocks for candidate in self._membership.directory.candidates(model)]
         manifest = self._library.local_manifest(model)
         # Where the manifest is not at hand yet, the blocks that are served are all that is known.
-        block_count = manifest.block_count if manifest else max((end for _, end in spans), default=0)
-        coverage = [sum(start <= block < end for start, end in spans) for block in range(block_count)]
+        block_count = manifest.block_count if manifest else max((span.end for span in spans), default=0)
+        coverage = [sum(block in span for span in spans) for block in range(block_count)]
         missing = uncovered(block_count, spans)
         return {
             "model": model,
             "name": self._library.name_of(model),
             "block_count": block_count,
             "coverage": coverage,
-            "uncovered": list(missing),
+            "uncovered": [(gap.start, gap.end) for gap in missing],
             "complete": manifest is not None and not missing,
             "local": manifest is not None,
             "quality": {
-                lineage: None
+                kv_key: None
                 if each is None
                 else {
                     "greedy_agreement": each.greedy_agreement,
                     "mean_kl": each.mean_kl,
                     "perplexity_change": each.perplexity_change,
                 }
-                for lineage, each in self._ledger.figures(model).items()
+                for kv_key, each in self._ledger.figures(model).items()
             },
         }
 

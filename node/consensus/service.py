@@ -15,8 +15,9 @@ from typing import Final
 import structlog
 import trio
 
-from node.consensus.chain_node import Agreement, ChainNode, Meter, Store, fresh_nonce
+from node.consensus.chain_node import ChainNode, Meter, Store, fresh_nonce
 from node.consensus.chain_sync import ChainInitiator, ChainResponder
+from node.consensus.followed_chains import FollowedChains
 from node.identity import Identity
 from node.network.interface import Network
 from node.replication.gossip import GossipTopic, Verifier
@@ -31,7 +32,6 @@ from protocol.consensus import CONSENSUS_TOPIC, EquivocationRecord, Said, open_s
 from protocol.errors import RemoteProtocolError
 from protocol.identity import ModelId, PeerId
 from selector.consensus.clock import EpochClock
-from selector.consensus.reputation import NEWCOMER_WEIGHT
 from selector.consensus.sortition import Agenda
 from selector.consensus.values import Digest, genesis_of
 
@@ -101,13 +101,18 @@ class ConsensusService:
     """This node's part in the consensus. Made before the network runs; `run` needs it running."""
 
     def __init__(
-        self, network: Network, environment: ConsensusEnvironment, rules: ConsensusRules, jitter: random.Random
+        self,
+        network: Network,
+        chains: FollowedChains,
+        environment: ConsensusEnvironment,
+        rules: ConsensusRules,
+        jitter: random.Random,
     ) -> None:
-        """Join the topic and serve the protocol."""
+        """Join the topic and serve the protocol. `chains`: where the chains that are followed are added."""
         self._environment = environment
         self._rules = rules
         self._jitter = jitter
-        self._chains: dict[ModelId, ChainNode] = {}
+        self._chains = chains.nodes
         self._by_genesis: dict[Digest, ChainNode] = {}
         self._peer_limits = PeerLimits(PEER_ALLOWANCES)
         self._verifier = Verifier(environment.open_envelope, VERIFIED_RECORDS, lambda envelope: 1.0)
@@ -122,31 +127,6 @@ class ConsensusService:
             jitter,
             respond=partial(ChainResponder, chains=self._by_genesis.get),
         )
-
-    def agreement(self, model: ModelId) -> Agreement | None:
-        """Return what is agreed about a model's methods."""
-        chain = self._chains.get(model)
-        return chain.agreement if chain else None
-
-    def trust(self) -> tuple[dict[str, float], float]:
-        """Return the trust in each member, from 0 to 1, and in every other peer.
-
-        It is the weight relative to the largest one, the lowest of all chains. Without any statement every peer is
-        trusted.
-        """
-        trust: dict[str, float] = {}
-        in_others = 1.0
-        for chain in self._chains.values():
-            weights = chain.agreement.weights if chain.agreement else {}
-            if most := max(weights.values(), default=0):
-                in_others = min(in_others, NEWCOMER_WEIGHT / most)
-                for peer, weight in weights.items():
-                    trust[peer] = min(trust.get(peer, 1.0), weight / most)
-        return trust, in_others
-
-    def chains(self) -> Mapping[ModelId, ChainNode]:
-        """Return the chains that are followed."""
-        return self._chains
 
     def bans(self) -> dict[PeerId, Ban]:
         """Return the peers that are banned now."""

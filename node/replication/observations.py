@@ -28,10 +28,10 @@ from node.swarm.dht_records import RecordKinds
 from node.util.signal import Signal
 from node.util.token_bucket import Allowance
 from protocol.errors import RemoteProtocolError
-from protocol.history import HistoryDigest, history_key, summarise, unseal_history
+from protocol.history import HistoryDigest, history_key, summarise
 from protocol.identity import PeerId
 from protocol.observations import OBSERVATIONS_TOPIC, SignedObservation, open_observation
-from protocol.records import seal
+from protocol.records import seal, unseal_from_dht
 from protocol.sync import PROTOCOL_ID
 
 RECORD_LIFETIME_S = 1800
@@ -214,7 +214,7 @@ class ObservationReplicator:
     # The digest record in the DHT
 
     def _validate_record(self, key: str, data: bytes) -> bool:
-        unseal_history(key, data, self._wall_clock())
+        unseal_from_dht(HistoryDigest, key, data, self._wall_clock())
         return True
 
     async def _record_loop(self) -> None:
@@ -247,7 +247,7 @@ class ObservationReplicator:
         with trio.move_on_after(RECORD_TIMEOUT_S):
             try:
                 if data := await self._network.get_record(history_key(peer)):
-                    record = unseal_history(history_key(peer), data, self._wall_clock())
+                    record = unseal_from_dht(HistoryDigest, history_key(peer), data, self._wall_clock())
                     self._pull.prefer(peer, 1 + record.estimate_lacking(await self._replica.tree()))
             except (NetworkError, RemoteProtocolError, StorageError) as error:
                 _logger.debug("history record not read", peer=peer, reason=str(error))

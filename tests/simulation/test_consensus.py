@@ -10,12 +10,14 @@ from functools import lru_cache
 import trio
 
 from node.consensus.chain_node import Agreement, ChainNode
+from node.consensus.followed_chains import FollowedChains
 from node.consensus.service import ConsensusEnvironment, ConsensusRules, ConsensusService
 from node.identity import Identity
 from node.network.interface import NetworkError
 from node.testing.chain_store import MemoryStore
 from node.testing.memory_history import MemoryHistory
-from node.testing.memory_hub import LinkModel, MemoryNetworkHub
+from node.testing.memory_hub import MemoryNetworkHub
+from node.testing.memory_links import LinkModel
 from node.testing.memory_network import MemoryNetwork
 from node.util.offload import run_inline
 from protocol.consensus import CommitRecord, Said, SignatureRecord, open_said, say
@@ -71,14 +73,15 @@ class Peer:
     network: MemoryNetwork
     store: MemoryStore = field(default_factory=MemoryStore)
     consensus: ConsensusService = field(init=False)
+    chains: FollowedChains = field(init=False)
 
     @property
     def agreement(self) -> Agreement | None:
-        return self.consensus.agreement(MODEL)
+        return self.chains.agreement(MODEL)
 
     @property
     def keeper(self) -> ChainNode:
-        return self.consensus.chains()[MODEL]
+        return self.chains.nodes[MODEL]
 
 
 class Swarm:
@@ -117,6 +120,7 @@ class Swarm:
 
     async def _run(self, peer: Peer, task_status: trio.TaskStatus[None]) -> None:
         jitter = random.Random(self.rng.random())
+        peer.chains = FollowedChains()
         environment = ConsensusEnvironment(
             identity=peer.identity,
             store=peer.store,
@@ -130,7 +134,7 @@ class Swarm:
             open_envelope=lambda envelope: self.open_envelope(envelope),
         )
         rules = ConsensusRules(swarm=b"swarm", agenda=AGENDA, clock=EpochClock(EPOCH_S))
-        peer.consensus = ConsensusService(peer.network, environment, rules, jitter)
+        peer.consensus = ConsensusService(peer.network, peer.chains, environment, rules, jitter)
         async with peer.network.running(), trio.open_nursery() as nursery:
             task_status.started()
             nursery.start_soon(self._keep_neighbours, peer, jitter)
