@@ -14,7 +14,7 @@ from node.replication.session import Throttle
 from node.testing.chain_store import MemoryStore
 from node.testing.memory_history import MemoryHistory
 from node.util.offload import run_inline
-from protocol.chains import PROTOCOL_ID, Ask, ChainConnection, Rest
+from protocol.chains import PROTOCOL_ID, ChainConnection, GetStatements, Remaining
 from protocol.consensus import Said, SignatureRecord, StatementRecord, say
 from protocol.errors import RemoteProtocolError
 from protocol.identity import PeerId, peer_id_from_public_key
@@ -130,12 +130,12 @@ class Questioner:
         del max_bytes
         await trio.lowlevel.checkpoint()
         self.asked += 1
-        return self._connection.send(Ask(chain=GENESIS, locator=(GENESIS,), digest=bytes(32)))
+        return self._connection.send(GetStatements(chain=GENESIS, locator=(GENESIS,), digest=bytes(32)))
 
     async def send_all(self, data: bytes | bytearray | memoryview) -> None:
         await trio.lowlevel.checkpoint()
         [items] = self._connection.receive_data(bytes(data))
-        assert getattr(items, "rest", None) is Rest.RECENT
+        assert getattr(items, "rest", None) is Remaining.RECENT
 
     async def aclose(self) -> None:
         await trio.lowlevel.checkpoint()
