@@ -284,7 +284,7 @@ class Node:
 
     def _models(self) -> dict[ModelId, bool]:
         """Return the models that live peers serve, and whether this node does and means to stay."""
-        served = {span.info.model for span in self._stages.spans()} if not self._stages.draining else set()
+        served = {span.info.model for span in self._stages.spans()} if not self._stages.is_draining else set()
         return {model: model in served for model in (*self._membership.directory.models(), *served)}
 
     def _meter(self, model: ModelId) -> MeasurementRunner:
@@ -336,9 +336,9 @@ class Node:
     async def drain(self) -> None:
         """Take no new work, tell the swarm, hand over what can be, and wait a bounded time for the rest."""
         self._coordinator.draining = True
-        self._stages.draining = True
+        self._stages.start_draining()
         await self._membership.leave()
-        self._stages.hand_over()
+        self._stages.migrate_sessions()
         await self._announcer.withdraw()
         with trio.move_on_after(DRAIN_LIMIT_S) as scope:
             await self._coordinator.wait_idle()

@@ -12,7 +12,7 @@ import trio
 
 from node.coordinator.route import Stop
 from node.links.liveness import SLOWEST_BYTES_PER_S
-from node.stages.span import OUTGOING_BYTES
+from node.stages.outbox import OUTGOING_BYTES
 from node.swarm.directory import Candidate
 from node.swarm.link_estimates import UNKNOWN_BYTES_PER_S
 from protocol.identity import BlockRange, ModelId, PeerId

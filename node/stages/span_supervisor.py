@@ -187,7 +187,7 @@ class SpanSupervisor:
         if not models:
             theirs = " or ".join(dict.fromkeys(spec.model for spec in self._specs))
             raise StartError(f"cannot guess with {name} what {theirs} says: they have different tokenizers")
-        self._stages.expect_guesses(models)
+        self._stages.register_draft(models)
         task_status.started()  # jobs need not wait for who only saves them time
         blocks = BlockRange(0, manifest.block_count)
         package = await self._library.weights(
@@ -198,7 +198,7 @@ class SpanSupervisor:
                 async with self._start_engine(package, blocks, self._engine_options(self._span_bytes)) as engine:
                     variant = await self._quickest(engine)
                     async with trio.open_nursery() as nursery:
-                        await nursery.start(self._stages.guess, engine, variant, models)
+                        await nursery.start(self._stages.run_draft_model, engine, variant, models)
                         _logger.info("guessing", model=manifest.model_id, variant=str(variant))
             except EngineCrashed:
                 raise
@@ -254,9 +254,9 @@ class SpanSupervisor:
                     placing.say(blocks)
                     continue
                 await placing.wait_dispensable(blocks, target)
-                self._stages.retire(held.span)
+                self._stages.withdraw_span(held.span)
                 self._membership.announce()
-                await self._stages.wait_retired(held.span)
+                await self._stages.drain_span(held.span)
                 held.scope.cancel()
                 _logger.info("moved to other blocks", model=model, dropped=str(blocks), blocks=str(target))
                 held, blocks = new, target
@@ -302,7 +302,7 @@ class SpanSupervisor:
             try:
                 async with self._start_engine(package, blocks, options) as engine, trio.open_nursery() as nursery:
                     span = await nursery.start(self._stages.serve, engine, replay_bytes)
-                    span.want(_EXACT_VARIANTS)
+                    span.request_variants(_EXACT_VARIANTS)
                     self._membership.announce()
                     load_s = round(engine.info.load_s, 2)
                     _logger.info(

@@ -315,7 +315,7 @@ class Swarm:
 
     async def _guess(self, peer: Peer, engine: FakeEngine, *, task_status: trio.TaskStatus[None]) -> None:
         try:
-            await peer.stages.guess(engine, REFERENCE, [FAKE_MODEL], task_status=task_status)
+            await peer.stages.run_draft_model(engine, REFERENCE, [FAKE_MODEL], task_status=task_status)
         except* EngineCrashed:
             peer.engines.remove(engine)
 

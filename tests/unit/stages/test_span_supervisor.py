@@ -12,7 +12,7 @@ from node.coordinator.submission import JobError, JobRequest
 from node.engine.interface import REFERENCE, Variant
 from node.links.outbound_link import SessionRefused
 from node.models.errors import ModelError
-from node.stages.stage_server import RETIRE_S
+from node.stages.stage_server import WITHDRAWAL_S
 from protocol.identity import BlockRange
 from tests.support.job_peers import FakeLibrary, Peer, Swarm, an_opening, open_swarm
 from tests.unit.coordinator.test_jobs import PROMPT, right_tokens
@@ -81,15 +81,15 @@ async def test_what_is_retired_is_told_to_nobody_and_ends_its_sessions(autojump_
             nursery.start_soon(run)
             await trio.sleep(1)
             assert span.sessions
-            server.stages.retire(span)
+            server.stages.withdraw_span(span)
             assert spans_of(server) == []
             link = await coordinator.stages.link_pool.link_to(server.id)
             # Who has not heard so yet is not to suffer; later nobody may keep it from going.
             late = replace(an_opening(server), positions=8)
             await link.open(late)
             await link.close(late.session)
-            nursery.start_soon(server.stages.wait_retired, span)
-            await trio.sleep(RETIRE_S + 0.1)
+            nursery.start_soon(server.stages.drain_span, span)
+            await trio.sleep(WITHDRAWAL_S + 0.1)
             assert span.sessions
             with pytest.raises(SessionRefused, match="not served here"):
                 await link.open(late)
