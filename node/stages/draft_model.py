@@ -11,7 +11,8 @@ from typing import Final
 import structlog
 import trio
 
-from node.engine.interface import Engine, EngineError, Prefix, SessionOptions, SliceInput, Variant
+from node.engine.base import Engine
+from node.engine.interface import EngineError, Prefix, SessionOptions, SliceInput, Variant
 from node.stages.engine_loop import EngineLoop
 from node.stages.speculation import matching_prefix
 from node.util.signal import Signal

@@ -6,7 +6,8 @@ from collections.abc import Awaitable, Callable, Sequence
 import structlog
 import trio
 
-from node.engine.interface import Engine, EngineCrashed, EngineError
+from node.engine.base import Engine
+from node.engine.interface import EngineCrashed, EngineError
 from node.util.signal import Signal
 from protocol.identity import SessionId
 

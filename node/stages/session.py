@@ -15,7 +15,8 @@ from typing import Protocol
 import trio
 
 from node.engine.activation_codec import check_tensor, check_tokens
-from node.engine.interface import BadRows, Engine, Prefix, SessionOptions, SliceInput, SpanInfo, Variant
+from node.engine.base import Engine
+from node.engine.interface import BadRows, Prefix, SessionOptions, SliceInput, SpanInfo, Variant
 from node.engine.kv_allocator import HIDDEN_DTYPES
 from node.links.inbound_link import InboundLink
 from node.stages.outbox import Outbox, Output, max_rows
@@ -181,16 +182,16 @@ class StageSession:
                 drafter=drafter,
             )
         self.method = self.state.method = method
-        self._forward_from = message.forward_from
+        self._forward_from = message.onward
         self._reached = message.start
         self._queued = self.state.computed
         early, self._early = self._early, []
         for part, tensor, link in early:
             if not self.is_ended:
                 self._queue(part, tensor, link)
-        if message.forward_from < message.start and self.request.sampling is None and not self.outbox.is_closed:
+        if message.onward < message.start and self.request.sampling is None and not self.outbox.is_closed:
             rows = min(max_rows(4 * self.info.hidden_size), method.prefill_chunk or message.start)
-            self.outbox.replay(self._replay_step, message.forward_from, message.start, max(1, rows))
+            self.outbox.replay(self._replay_step, message.onward, message.start, max(1, rows))
 
     def end(self) -> None:
         """Let go of everything but the engine's memory: from now on rows of the session are unknown here."""

@@ -214,10 +214,10 @@ def _opened(session: StageSession, span: Span) -> Opened:
         session=session.id,
         load=span.load(),
         votes=session.votes,
-        cached={str(lineage): positions for lineage, positions in session.state.cached.items()},
+        cached={str(key): positions for key, positions in session.state.cached.items()},
         policy=span.policy,
         held=session.state.computed,
-        replay_from=session.state.replay_from,
+        kept_from=session.state.replay_from,
         statement=session.agreement.statement if session.agreement else None,
     )
 

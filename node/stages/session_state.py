@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 
-from node.engine.interface import Lineage
+from node.engine.interface import KvCompatibilityKey
 from node.stages.replay_buffer import ReplayBuffer
 from protocol.messages import SessionStatistics
 from selector.task import Method
@@ -35,7 +35,7 @@ class ResumableState:
 
     replay: ReplayBuffer
     method: Method | None = None
-    cached: Mapping[Lineage, int] = field(default_factory=dict)
+    cached: Mapping[KvCompatibilityKey, int] = field(default_factory=dict)
     computed: int = 0
     reserved_positions: int = 0
     counters: SessionCounters = field(default_factory=SessionCounters)

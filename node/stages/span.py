@@ -11,9 +11,9 @@ from collections.abc import Awaitable, Callable, Iterable, Sequence
 import structlog
 import trio
 
+from node.engine.base import Engine
 from node.engine.interface import (
     PAGE_POSITIONS,
-    Engine,
     EngineCrashed,
     EngineError,
     SliceFault,

@@ -14,10 +14,11 @@ import structlog
 import trio
 
 from node.config import MEMORY_SHARE, ServeSpec, StartError
+from node.engine.base import Engine
 from node.engine.client import start_engine
 from node.engine.device import CPU, Device, DeviceError, find_device
 from node.engine.engine_config import EngineOptions
-from node.engine.interface import REFERENCE, Engine, EngineCrashed, EngineError, Variant
+from node.engine.interface import REFERENCE, EngineCrashed, EngineError, Variant
 from node.models.errors import ModelError
 from node.models.files import Progress, ignore_progress
 from node.models.library import Library
@@ -29,8 +30,8 @@ from node.stages.span import Span
 from node.stages.stage_server import StageServer
 from node.swarm.membership import HEARTBEAT_INTERVAL_S, Membership
 from node.util.offload import Offload, run_in_thread
+from protocol.announcements import Placement
 from protocol.identity import BlockRange, ModelId, PeerId
-from protocol.records import Placement
 from selector.task import PORTFOLIO
 
 RETRY_S = (1.0, 30.0)

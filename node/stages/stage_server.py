@@ -9,7 +9,8 @@ from dataclasses import replace
 import trio
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from node.engine.interface import Engine, EngineError, Variant
+from node.engine.base import Engine
+from node.engine.interface import EngineError, Variant
 from node.links.inbound_link import InboundLink
 from node.links.link_pool import LinkPool
 from node.network.interface import Network
@@ -23,6 +24,7 @@ from node.stages.span_table import SpanTable
 from node.stages.speculation import Drafter, PromptLookup
 from node.stages.stage_policy import PolicyController
 from node.stages.voting import Agreement, HeuristicVoter, Voter, tally_fault
+from protocol.announcements import ServedSpan
 from protocol.identity import ModelId, PeerId, SessionId
 from protocol.measurements import StageObservation
 from protocol.messages import (
@@ -37,7 +39,6 @@ from protocol.messages import (
     TokenHistory,
 )
 from protocol.observations import countersign
-from protocol.records import ServedSpan
 from selector.task import Method, parse_method
 
 WITHDRAWAL_S = 5.0
@@ -321,9 +322,6 @@ def _start_fault(session: StageSession, message: Begin, method: Method) -> str |
     if message.start > state.computed:
         return f"{message.start} positions were to be held, {state.computed} are"
     is_last = session.request.sampling is not None
-    if not is_last and message.forward_from < message.start and message.forward_from < state.replay_from:
-        return (
-            f"outputs from position {message.forward_from} on were to be retained, those from {state.replay_from} "
-            "on are"
-        )
+    if not is_last and message.onward < message.start and message.onward < state.replay_from:
+        return f"outputs from position {message.onward} on were to be retained, those from {state.replay_from} on are"
     return None

@@ -3,7 +3,6 @@
 from hypothesis import strategies as st
 
 from protocol.canonical import Value
-from protocol.codec import ControlMessage
 from protocol.identity import BlockRange, JobId, ModelId, PeerId, SessionId, peer_id_from_public_key
 from protocol.limits import (
     MAX_INTEGER,
@@ -25,6 +24,7 @@ from protocol.messages import (
     Begin,
     Close,
     Closed,
+    ControlMessage,
     Credit,
     Failed,
     FailureReason,
@@ -146,7 +146,7 @@ control_messages: st.SearchStrategy[ControlMessage] = st.one_of(
         cached=st.dictionaries(names, st.integers(0, MAX_POSITIONS), max_size=4),
         policy=st.dictionaries(*[presentable(64, min_size=1)] * 2, max_size=2),
         held=st.integers(64, MAX_POSITIONS),
-        replay_from=st.integers(0, 64),
+        kept_from=st.integers(0, 64),
         statement=st.none() | st.binary(min_size=32, max_size=32),
     ),
     st.builds(
@@ -158,7 +158,7 @@ control_messages: st.SearchStrategy[ControlMessage] = st.one_of(
             max_size=3,
         ).map(tuple),
         start=st.integers(0, MAX_POSITIONS - 1),
-        forward_from=st.integers(0, MAX_POSITIONS - 1),
+        onward=st.integers(0, MAX_POSITIONS - 1),
         statement=st.none() | st.binary(min_size=32, max_size=32),
     ),
     st.builds(

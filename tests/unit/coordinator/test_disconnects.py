@@ -10,7 +10,7 @@ import trio
 from node.coordinator.submission import JobRequest
 from node.links.buffers import OUTBOX_BYTES
 from node.links.outbound_link import OutboundLink
-from node.testing.memory_hub import LinkModel
+from node.testing.memory_links import LinkModel
 from tests.simulation.virtual_time import run
 from tests.support.job_peers import Peer, Swarm, an_opening, open_swarm
 

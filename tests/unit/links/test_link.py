@@ -87,7 +87,7 @@ def rows(position: int, count: int) -> Step:
     return Step(slices=(Slice(session=SESSION, position=position, rows=count, draws=0),), tensor=tensor)
 
 
-async def test_watcher_may_end_all_watches_of_a_lost_session(autojump_clock: MockClock) -> None:
+async def test_watcher_may_end_all_watches_of_a_lost_session(virtual_clock: MockClock) -> None:
     called: list[str] = []
     ends: list[Callable[[], None]] = []
     async with trio.open_nursery() as nursery:
@@ -122,7 +122,7 @@ class FaultyStream:
         return data
 
 
-async def test_internal_error_breaks_the_link_and_not_the_node(autojump_clock: MockClock) -> None:
+async def test_internal_error_breaks_the_link_and_not_the_node(virtual_clock: MockClock) -> None:
     lost: list[SessionLost] = []
     async with trio.open_nursery() as nursery:
         link, far, _ = await running(nursery, FaultyStream)
@@ -136,7 +136,7 @@ async def test_internal_error_breaks_the_link_and_not_the_node(autojump_clock: M
     assert [each.reporter for each in lost] == [peer(1)]
 
 
-async def test_concurrent_progress_requests_share_one_answer(autojump_clock: MockClock) -> None:
+async def test_concurrent_progress_requests_share_one_answer(virtual_clock: MockClock) -> None:
     answers: list[Progress | None] = []
     async with trio.open_nursery() as nursery:
         link, far, other = await running(nursery)
@@ -157,7 +157,7 @@ async def test_concurrent_progress_requests_share_one_answer(autojump_clock: Moc
 
 
 async def test_concurrent_probes_of_a_slow_peer_leave_the_link_alone(
-    autojump_clock: MockClock,
+    virtual_clock: MockClock,
 ) -> None:
     async with trio.open_nursery() as nursery:
         link, far, other = await running(nursery)
@@ -176,7 +176,7 @@ async def test_concurrent_probes_of_a_slow_peer_leave_the_link_alone(
 
 @pytest.mark.parametrize(("megabytes", "patience_s"), [(0, 0.0), (3, 5.0)])
 async def test_peer_is_not_declared_dead_while_bytes_are_in_flight(
-    megabytes: int, patience_s: float, autojump_clock: MockClock
+    megabytes: int, patience_s: float, virtual_clock: MockClock
 ) -> None:
     async with trio.open_nursery() as nursery:
         link, far, other = await running(nursery)
@@ -190,7 +190,7 @@ async def test_peer_is_not_declared_dead_while_bytes_are_in_flight(
         nursery.cancel_scope.cancel()
 
 
-async def test_pong_confirms_bytes_sent_before_its_ping(autojump_clock: MockClock) -> None:
+async def test_pong_confirms_bytes_sent_before_its_ping(virtual_clock: MockClock) -> None:
     async with trio.open_nursery() as nursery:
         link, far, other = await running(nursery)
         await begin(link, far, other)

@@ -1,6 +1,6 @@
 """Material for tests of the job stream: messages of every type, and raw frames as a remote would send them."""
 
-from protocol.codec import ControlMessage, encode_control, encode_step_header
+from protocol.codec import encode_control, encode_step_header
 from protocol.connection import JobConnection
 from protocol.framing import FrameType, encode_frame, encode_step
 from protocol.identity import BlockRange, JobId, ModelId, SessionId, peer_id_from_public_key
@@ -10,6 +10,7 @@ from protocol.messages import (
     Begin,
     Close,
     Closed,
+    ControlMessage,
     Credit,
     Failed,
     FailureReason,
@@ -174,7 +175,7 @@ MESSAGES: dict[str, ControlMessage] = {
         cached={"fused/fp32": 64},
         policy={"batching": "continuous"},
         held=70,
-        replay_from=64,
+        kept_from=64,
         statement=bytes(range(32)),
     ),
     "begin": Begin(
@@ -182,7 +183,7 @@ MESSAGES: dict[str, ControlMessage] = {
         method="arithmetic=bf16",
         ballots=(Ballot(PEER, (-1.25, None)),),
         start=64,
-        forward_from=32,
+        onward=32,
         statement=bytes(range(32)),
     ),
     "token_history": TokenHistory(session=SESSION, tokens=(0, 49151)),

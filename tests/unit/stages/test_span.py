@@ -12,7 +12,7 @@ from tests.support.job_peers import open_swarm
 from tests.unit.stages.test_hostile_peers import a_slice, stranger_at
 
 
-async def test_session_lost_while_taking_over_another_frees_its_memory(autojump_clock: MockClock) -> None:
+async def test_session_lost_while_taking_over_another_frees_its_memory(virtual_clock: MockClock) -> None:
     """The coordinator leaves amid the step after which what the former session holds is its successor's."""
     async with open_swarm() as swarm:
         server = await swarm.join((0, 9), step_s=1.0, row_s=0.0)
