@@ -49,7 +49,7 @@ from node.selection.learner import Learner
 from node.selection.prediction_cache import Predictions
 from node.stages.block_placement import PlacementAnnouncements
 from node.stages.scheduler import Batching
-from node.stages.span_supervisor import SpanSupervisor
+from node.stages.span_supervisor import ServingOptions, SpanSupervisor
 from node.stages.stage_policy import PolicyController
 from node.stages.stage_server import StageServer
 from node.status import StatusView
@@ -200,21 +200,22 @@ class Node:
         self._trials = Trials(self._coordinator, self._recorder)
         self._spare_worker = SpareWorker(EngineOptions(threads=config.threads))
         self._serving = SpanSupervisor(
-            config.serve,
-            draft=config.draft,
+            ServingOptions(
+                specs=config.serve,
+                draft=config.draft,
+                memory_bytes=config.memory_bytes,
+                threads=config.threads,
+                device=device,
+                graphs_dir=config.cache_dir / "graphs",
+                use_catalogue=not config.no_catalogue,
+                progress=progress,
+            ),
             library=self._library,
             membership=self._membership,
             stages=self._stages,
-            statements=self._statements,
-            own_peer=self._network.peer_id,
-            memory_bytes=config.memory_bytes,
-            threads=config.threads,
-            device=device,
-            graphs_dir=config.cache_dir / "graphs",
-            use_catalogue=not config.no_catalogue,
+            placements=self._statements,
             jitter=jitter,
             start_engine=partial(start_engine, spare=self._spare_worker),
-            progress=progress,
         )
         self._view = StatusView(
             agent=agent,

@@ -148,7 +148,7 @@ class RumourSwarm(Swarm):
         self.peers = [peer for peer in self.peers if self.lives(peer) or self.silent_s(peer) > now_s]
 
     def _membership(
-        self, identity: Identity, network: Network, stages: StageServer, statements: PlacementAnnouncements
+        self, identity: Identity, network: Network, stages: StageServer, placements: PlacementAnnouncements
     ) -> Membership:
         return cast("Membership", Rumours(network, self))
 

@@ -116,7 +116,7 @@ async def test_a_draft_model_comes_when_it_is_ready_and_again_when_it_died(virtu
 
 async def test_a_draft_model_of_another_tokenizer_is_refused_at_the_start(virtual_clock: MockClock) -> None:
     with pytest.RaisesGroup(
-        pytest.RaisesExc(StartError, match="what fake says: they have different tokenizers"), flatten_subgroups=True
+        pytest.RaisesExc(StartError, match="cannot be used with fake: tokenizers differ"), flatten_subgroups=True
     ):
         async with open_swarm() as swarm:
             await swarm.join_where_needed(9, draft="letters")
@@ -147,7 +147,7 @@ async def test_a_move_that_fails_leaves_what_was_served(virtual_clock: MockClock
         await trio.sleep(200)
         assert spans_of(spare) == before
         assert [str(blocks) for blocks in library.asked] == [*before, "6-9"], "and it is not tried again at once"
-        said = spare.statements.current().placements
+        said = spare.placements.current().placements
         assert [str(placement.blocks) for placement in said] == before, "others know where it stays"
 
 
