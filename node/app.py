@@ -50,7 +50,7 @@ from node.selection.learner import Learner
 from node.selection.prediction_cache import Predictions
 from node.stages.block_placement import PlacementAnnouncements
 from node.stages.scheduler import Batching
-from node.stages.span_supervisor import SpanSupervisor
+from node.stages.span_supervisor import ServingOptions, SpanSupervisor
 from node.stages.stage_policy import PolicyController
 from node.stages.stage_server import StageServer
 from node.status import StatusView
@@ -206,21 +206,22 @@ class Node:
         self._trials = Trials(self._coordinator, self._recorder)
         self._spare_worker = SpareWorker(EngineOptions(threads=config.threads))
         self._serving = SpanSupervisor(
-            config.serve,
-            draft=config.draft,
+            ServingOptions(
+                specs=config.serve,
+                draft=config.draft,
+                memory_bytes=config.memory_bytes,
+                threads=config.threads,
+                device=device,
+                graphs_dir=config.cache_dir / "graphs",
+                use_catalogue=not config.no_catalogue,
+                progress=progress,
+            ),
             library=self._library,
             membership=self._membership,
             stages=self._stages,
-            statements=self._statements,
-            own_peer=self._network.peer_id,
-            memory_bytes=config.memory_bytes,
-            threads=config.threads,
-            device=device,
-            graphs_dir=config.cache_dir / "graphs",
-            use_catalogue=not config.no_catalogue,
+            placements=self._statements,
             jitter=jitter,
             start_engine=partial(start_engine, spare=self._spare_worker),
-            progress=progress,
         )
         self._view = StatusView(
             agent=agent,
@@ -292,7 +293,7 @@ class Node:
 
     def _models(self) -> dict[ModelId, bool]:
         """Return the models that live peers serve, and whether this node does and means to stay."""
-        served = {span.info.model for span in self._stages.spans()} if not self._stages.draining else set()
+        served = {span.info.model for span in self._stages.spans()} if not self._stages.is_draining else set()
         return {model: model in served for model in (*self._membership.directory.models(), *served)}
 
     def _meter(self, model: ModelId) -> MeasurementRunner:
@@ -344,9 +345,9 @@ class Node:
     async def drain(self) -> None:
         """Take no new work, tell the swarm, hand over what can be, and wait a bounded time for the rest."""
         self._coordinator.draining = True
-        self._stages.draining = True
+        self._stages.start_draining()
         await self._membership.leave()
-        self._stages.hand_over()
+        self._stages.migrate_sessions()
         await self._announcer.withdraw()
         with trio.move_on_after(DRAIN_LIMIT_S) as scope:
             await self._coordinator.wait_idle()
