@@ -1,7 +1,7 @@
 """Fetches one file from peers by the blob protocol.
 
-Whoever sends a file may lie in every byte of it. What comes is bounded by the size that the manifest states, lies under
-a name of its own until its sha256 is right, and counts for nothing before.
+A peer may lie in every byte of it. What arrives is bounded by the size that the manifest states, and stays under a
+temporary name until its sha256 is right.
 """
 
 import fcntl
@@ -12,7 +12,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Final
+from typing import Final, NamedTuple
 
 import structlog
 import trio
@@ -41,47 +41,60 @@ _logger = structlog.get_logger(__name__)
 
 
 class FetchError(ModelError):
-    """A file could not be had from any peer."""
+    """No peer could give the file."""
+
+
+class Blob(NamedTuple):
+    """A file to fetch."""
+
+    sha256: str
+    size_bytes: int
+    destination: Path
 
 
 @dataclass(slots=True)
 class Fetched:
-    """What fetching cost and found out."""
+    """The account of a fetch, updated as it happens, also where it fails. `parent`: an account that includes it."""
 
+    parent: "Fetched | None" = None
     bytes_by_peer: Counter[PeerId] = field(default_factory=Counter)
     bad_peers: dict[PeerId, str] = field(default_factory=dict)
     """Peers that sent wrong bytes or broke the protocol, and what they did."""
 
-    def add(self, other: "Fetched") -> None:
-        """Take in what another fetch cost and found out."""
-        self.bytes_by_peer.update(other.bytes_by_peer)
-        self.bad_peers.update(other.bad_peers)
+    def count(self, peer: PeerId, size: int) -> None:
+        """Add bytes from a peer."""
+        self.bytes_by_peer[peer] += size
+        if self.parent is not None:
+            self.parent.count(peer, size)
+
+    def blame(self, peer: PeerId, deed: str) -> None:
+        """Record a bad peer."""
+        self.bad_peers[peer] = deed
+        if self.parent is not None:
+            self.parent.blame(peer, deed)
 
 
 async def fetch_blob(
     network: Network,
     peers: Sequence[PeerId],
-    sha256: str,
-    size_bytes: int,
-    destination: Path,
+    blob: Blob,
     on_bytes: Callable[[int], None] = lambda _count: None,
-    total: Fetched | None = None,
+    fetched: Fetched | None = None,
 ) -> Fetched:
-    """Fetch a file from the first of the peers that can give it, and put it under its name when its sha256 is right.
+    """Fetch a file from the first of the peers that can give it, and put it in place when its sha256 is right.
 
-    What came before a failure or a crash is kept beside `destination` as `.<name>.part`, and fetching goes on from
-    there. `on_bytes` is told of bytes gained, and with a negative number of bytes that had to be thrown away. `total`
-    takes in as it happens what the fetch costs and finds out, also where it fails. Raises FetchError when no peer gives
-    it, ModelError for a fault of the disk.
+    What arrived before a failure or a crash stays beside the destination as `.<name>.part`, and the next fetch resumes
+    there. `on_bytes` is called with the bytes gained, negative for bytes thrown away. Raises FetchError when no peer
+    gives it, ModelError for a fault of the disk.
     """
-    with disk_errors(f"cannot store {destination.name}"):
-        async with _open_part(destination, size_bytes) as part:
-            if part is None:
-                return Fetched()
-            fetch = _Fetch(network, sha256, part, on_bytes, total or Fetched())
-            await fetch.run([peer for peer in peers if peer != network.peer_id])
-            await trio.to_thread.run_sync(part.put_in_place)
-            return fetch.fetched
+    fetched = fetched or Fetched()
+    with disk_errors(f"cannot store {blob.destination.name}"):
+        async with _open_part(blob.destination, blob.size_bytes) as part:
+            if part is not None:
+                fetch = _Fetch(network, blob.sha256, part, on_bytes, fetched)
+                await fetch.run([peer for peer in peers if peer != network.peer_id])
+                await trio.to_thread.run_sync(part.put_in_place)
+    return fetched
 
 
 @dataclass(slots=True)
@@ -140,7 +153,7 @@ class _Fetch:
     """One file on its way into its part file."""
 
     def __init__(
-        self, network: Network, sha256: str, part: _Part, on_bytes: Callable[[int], None], total: Fetched
+        self, network: Network, sha256: str, part: _Part, on_bytes: Callable[[int], None], fetched: Fetched
     ) -> None:
         self._network = network
         self._sha256 = sha256
@@ -149,12 +162,11 @@ class _Fetch:
         # Whose bytes the part file holds; None stands for a former run's.
         self._sources: set[PeerId | None] = {None} if part.have else set()
         self._from_one_peer = False
-        self.fetched = Fetched()
-        self._total = total
+        self._fetched = fetched
         on_bytes(part.have)
 
     async def run(self, peers: list[PeerId]) -> None:
-        """Ask the peers in turn until the whole file is there and right; raise FetchError when nobody is left."""
+        """Ask the peers in turn until the whole file is there and right; raise FetchError when no peer is left."""
         reason = "no peer is known to have it"
         asked = len(peers)
         delays = iter(BUSY_DELAYS_S)
@@ -184,8 +196,7 @@ class _Fetch:
         async def store(data: memoryview) -> None:
             await trio.to_thread.run_sync(part.append, data)
             self._sources.add(peer)
-            self.fetched.bytes_by_peer[peer] += len(data)
-            self._total.bytes_by_peer[peer] += len(data)
+            self._fetched.count(peer, len(data))
             self._on_bytes(len(data))
 
         part = self._part
@@ -200,7 +211,7 @@ class _Fetch:
         return True
 
     async def _is_right(self, peers: list[PeerId]) -> bool:
-        """Check the whole file's hash; when it is wrong, throw the file away and find out who is to blame."""
+        """Check the whole file's hash; when it is wrong, discard the file and blame its source if there is one."""
         if await trio.to_thread.run_sync(sha256_of, self._part.path) == self._sha256:
             return True
         for peer in self._sources if len(self._sources) == 1 else ():
@@ -219,36 +230,38 @@ class _Fetch:
 
     def _blame(self, peer: PeerId, deed: str) -> None:
         _logger.warning("peer gave a bad file", peer=peer, sha256=self._sha256, deed=deed)
-        self.fetched.bad_peers[peer] = self._total.bad_peers[peer] = deed
+        self._fetched.blame(peer, deed)
 
 
-async def fetch_manifest_bytes(network: Network, peers: Sequence[PeerId], model: ModelId) -> tuple[bytes, Fetched]:
-    """Return a manifest's bytes from the first peer that has it, which are those that the model's id is the hash of."""
-    fetched = Fetched()
+async def fetch_manifest_bytes(network: Network, peers: Sequence[PeerId], model: ModelId, fetched: Fetched) -> bytes:
+    """Return a manifest's bytes, which the model's id is the hash of, from the first peer that has it."""
     reason = "no peer is known to have it"
     for peer in (peer for peer in peers if peer != network.peer_id):
-        data = bytearray()
-
-        async def store(piece: memoryview, data: bytearray = data) -> None:
-            data += piece
-
-        request = BlobRequest(sha256=model, offset=0, length=MAX_MANIFEST_BYTES)
         try:
-            async with _blob_stream(network, peer) as stream:
-                complete = await _receive_range(stream, BlobInitiator(), request, (1, MAX_MANIFEST_BYTES), store)
+            return await _fetch_manifest_from(network, peer, model, fetched)
         except (NetworkError, RemoteProtocolError) as error:
             reason = f"{peer}: {error}"
             if isinstance(error, RemoteProtocolError):
-                fetched.bad_peers[peer] = str(error)
-            continue
-        fetched.bytes_by_peer[peer] += len(data)
-        if not complete:
-            reason = f"{peer} is busy"
-        elif hashlib.sha256(data).hexdigest() == model:
-            return bytes(data), fetched
-        else:
-            reason = fetched.bad_peers[peer] = "sent another manifest than it was asked for"
+                fetched.blame(peer, str(error))
     raise FetchError(f"no peer has the manifest of model {model[:12]}; the last reason: {reason}")
+
+
+async def _fetch_manifest_from(network: Network, peer: PeerId, model: ModelId, fetched: Fetched) -> bytes:
+    data = bytearray()
+
+    async def store(piece: memoryview) -> None:
+        nonlocal data
+        data += piece
+
+    request = BlobRequest(sha256=model, offset=0, length=MAX_MANIFEST_BYTES)
+    async with _blob_stream(network, peer) as stream:
+        complete = await _receive_range(stream, BlobInitiator(), request, (1, MAX_MANIFEST_BYTES), store)
+    if not complete:
+        raise NetworkError("it is busy")
+    fetched.count(peer, len(data))
+    if hashlib.sha256(data).hexdigest() != model:
+        raise RemoteProtocolError("sent another manifest than it was asked for")
+    return bytes(data)
 
 
 async def _receive_range(

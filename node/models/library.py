@@ -129,7 +129,7 @@ class Library:
 
     def transfers(self) -> BlobTraffic:
         """Return what crossed the blob protocol so far."""
-        return BlobTraffic(self._fetcher.bytes_by_peer, sum(self._server.statistics().bytes_by_peer.values()))
+        return BlobTraffic(dict(self._fetcher.fetched.bytes_by_peer), self._server.served_bytes)
 
     def tokenizer_pids(self) -> tuple[int, ...]:
         """Return the processes that interpret tokenizers and chat templates now."""
