@@ -28,6 +28,7 @@ from node.engine.worker_protocol import (
     encode_loaded,
     encode_result,
 )
+from node.util.text import one_line
 
 if TYPE_CHECKING:
     from node.engine.shard import Shard
@@ -88,7 +89,7 @@ def _prepare(shard: "Shard", header: Header, connection: socket.socket) -> None:
         shard.prepare(Variant(*header["variant"]))
     except Exception as error:  # noqa: BLE001  # whatever torch trips over: the span is served without this variant
         _exit_if_lost(error)
-        answer = {"did": "error", "call": header["call"], "error": " ".join(str(error).split())[:300]}
+        answer = {"did": "error", "call": header["call"], "error": one_line(error)}
     else:
         answer = {"did": "ready", "call": header["call"]}
     _send(connection, encode_frame(answer))
@@ -99,7 +100,7 @@ def _exit_if_lost(cause: BaseException | None) -> None:
     from node.engine.device_probe import is_lost
 
     if is_lost(cause):
-        sys.stderr.write(f"the GPU is lost: {' '.join(str(cause).split())[:300]}\n")
+        sys.stderr.write(f"the GPU is lost: {one_line(cause)}\n")
         os._exit(1)
 
 

@@ -18,6 +18,7 @@ from node.models.chat_template import ChatTemplate
 from node.models.errors import ChatTemplateError, ModelError
 from node.models.manifest import CHAT_TEMPLATE_FILE, TOKENIZER_CONFIG_FILE, TOKENIZER_FILE, Json
 from node.models.vocabulary import TokenKind, Vocabulary
+from node.util.text import one_line
 from protocol.limits import MAX_STOP_TOKENS, MAX_VOCABULARY
 
 if TYPE_CHECKING:
@@ -200,9 +201,9 @@ def _library_errors(failure: str) -> Iterator[None]:
     except MemoryError:
         raise
     except Exception as error:  # the library raises plain Exception
-        raise ModelError(f"{failure}: {' '.join(str(error).split())[:300]}") from error
+        raise ModelError(f"{failure}: {one_line(error)}") from error
     except BaseException as error:
         # A panic of the library's Rust code is no Exception, lest it be swallowed; here it is a broken file's fault.
         if type(error).__name__ != "PanicException":
             raise
-        raise TokenizerPanic(f"{failure}: {' '.join(str(error).split())[:300]}") from error
+        raise TokenizerPanic(f"{failure}: {one_line(error)}") from error
