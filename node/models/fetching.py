@@ -4,7 +4,6 @@ A peer may lie in every byte of it. What arrives is bounded by the size that the
 temporary name until its sha256 is right.
 """
 
-import fcntl
 import hashlib
 import os
 from collections import Counter
@@ -18,7 +17,7 @@ import structlog
 import trio
 
 from node.models.errors import ModelError
-from node.models.files import disk_errors, flush_directory, part_of, sha256_of, size_of
+from node.models.files import disk_errors, flush_directory, part_of, sha256_of, size_of, try_lock
 from node.network.interface import Network, NetworkError, Stream
 from protocol.blobs import PROTOCOL_ID, BlobBusy, BlobData, BlobInitiator, BlobMissing, BlobRequest
 from protocol.errors import RemoteProtocolError
@@ -26,13 +25,13 @@ from protocol.identity import ModelId, PeerId
 from protocol.limits import MAX_MANIFEST_BYTES
 
 RANGE_BYTES: Final = 16 << 20
-"""What one request asks for."""
+"""Of one request."""
 STALL_S: Final = 15.0
-"""A peer that sends nothing for so long, while it owes us bytes, is given up."""
+"""A peer that sends nothing for so long during a transfer is given up."""
 RANGE_S: Final = 600.0
-"""The longest one request may take, however busily the peer drips."""
+"""Time limit of one request, however slowly the peer sends."""
 BUSY_DELAYS_S: Final = (0.5, 1.0, 2.0, 4.0, 8.0)
-"""How long to wait before asking again, when every peer that may have a file is busy."""
+"""Backoff when every peer that may have a file is busy."""
 
 _RECEIVE_BYTES: Final = 256 << 10
 _LOCK_POLL_S: Final = 0.2
@@ -99,15 +98,15 @@ async def fetch_blob(
 
 @dataclass(slots=True)
 class _Part:
-    """The beginning of a file, under a name that does not count, locked against everybody else who fetches it."""
+    """An incomplete file under a temporary name, locked against other fetches of it."""
 
     handle: int
     path: Path
     destination: Path
     size: int
-    """Bytes of the whole file."""
+    """Of the whole file."""
     have: int
-    """Bytes that are there."""
+    """Bytes received."""
 
     def append(self, data: memoryview) -> None:
         while data:
@@ -134,9 +133,9 @@ async def _open_part(destination: Path, size: int) -> AsyncIterator[_Part | None
         while size_of(destination) != size:
             if handle < 0:
                 handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-            if _lock(handle) and _is_open_file(path, handle):
+            if try_lock(handle) and _is_open_file(path, handle):
                 break
-            # Somebody else fetches it, or has just put it in place, so that what we opened is no longer the part file.
+            # Another process fetches it, or has just put it in place: the open file is no longer the part file.
             os.close(handle)
             handle = -1
             await trio.sleep(_LOCK_POLL_S)
@@ -159,7 +158,7 @@ class _Fetch:
         self._sha256 = sha256
         self._part = part
         self._on_bytes = on_bytes
-        # Whose bytes the part file holds; None stands for a former run's.
+        # The sources of the part file; None stands for an earlier run's.
         self._sources: set[PeerId | None] = {None} if part.have else set()
         self._from_one_peer = False
         self._fetched = fetched
@@ -191,7 +190,7 @@ class _Fetch:
                 await trio.sleep(delay)
 
     async def _fetch_from(self, peer: PeerId) -> bool:
-        """Fetch all that is missing from one peer; return False if it is busy. Raises when it fails or has it not."""
+        """Fetch the rest from one peer; return False if it is busy. Raises when it fails or lacks the file."""
 
         async def store(data: memoryview) -> None:
             await trio.to_thread.run_sync(part.append, data)
@@ -218,7 +217,7 @@ class _Fetch:
             if peer is not None:
                 self._blame(peer, "sent bytes that are not the file's")
                 peers[:] = [other for other in peers if other != peer]
-        # With several sources nobody can be blamed: from now on one peer gives all of it.
+        # With several sources none can be blamed: from now on one peer gives all of it.
         self._from_one_peer = True
         self._start_over()
         return False
@@ -312,14 +311,6 @@ async def _blob_stream(network: Network, peer: PeerId) -> AsyncIterator[Stream]:
             await stream.reset()
         raise
     await stream.aclose()
-
-
-def _lock(handle: int) -> bool:
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
 
 
 def _is_open_file(path: Path, handle: int) -> bool:

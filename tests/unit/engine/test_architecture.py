@@ -89,7 +89,7 @@ def test_last_span_whose_file_lacks_the_final_norm_is_not_served(tmp_path: Path)
         ({"model_type": "rwkv"}, "RWKV"),
         ({"model_type": "deepseek_v32"}, "sparse attention"),
         ({"model_type": "bart"}, "only decoders are served"),
-        ({"model_type": "bert"}, "no plain stack"),
+        ({"model_type": "bert"}, "not a plain stack"),
     ],
     ids=model_type,
 )
