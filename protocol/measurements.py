@@ -89,7 +89,7 @@ class Objective(enum.StrEnum):
 
 
 class QualityBound(enum.StrEnum):
-    """How far a job lets its method deviate from fp32."""
+    """How far a job lets the method deviate from fp32."""
 
     EXACT = "exact"
     """The same greedy tokens."""
