@@ -81,9 +81,8 @@ def test_the_documented_states_of_a_session_are_the_codes(role: Role) -> None:
     [("One party speaks at a time:", chains.PROTOCOL), ("#### States of a session", sync.PROTOCOL)],
 )
 def test_documented_half_duplex_states_match_the_code(heading: str, protocol: HalfDuplexProtocol[Any, Any]) -> None:
-    names = {kind: name for name, kind in protocol.messages.items()}
     actual = [
-        (str(state), str(sender), names[kind], str(following))
+        (str(state), str(sender), protocol.messages.name_of(kind), str(following))
         for (state, kind), (sender, following) in protocol.table.items()
     ]
     assert documented_rows(heading) == actual
