@@ -29,15 +29,16 @@ from node.models.store import ModelStore, Package, UnknownModelError
 from node.network.addresses import TcpAddress, is_private, parse_address, parse_peer_address
 from node.network.host import Libp2pNetwork
 from node.network.interface import NetworkError
-from node.network.probe_port import Greeting, greet
+from node.network.probe_port import PortState, probe_port
 from node.network.transport import bind
 from node.storage.database import DATABASE_FILE, StorageError, find_damage
 from node.swarm.directory import Directory
 from node.swarm.membership import HEARTBEAT_INTERVAL_S
+from protocol.announcements import HEARTBEAT_TOPIC, Heartbeat
 from protocol.errors import RemoteProtocolError
 from protocol.identity import BlockRange, ModelId, PeerId
 from protocol.limits import MAX_CLOCK_SKEW_S
-from protocol.records import HEARTBEAT_TOPIC, Heartbeat, issue_time, unseal
+from protocol.records import issue_time, unseal
 from protocol.sync import PROTOCOL_ID as SYNC_PROTOCOL
 from selector.routing import uncovered
 
@@ -346,8 +347,8 @@ async def _check_reach(own: Sequence[str], found: Diagnosis) -> None:
         )
         found.add(Fault.RELAY_ONLY, Consequence.REACH, message)
         return
-    answers = {address: await greet(parse_peer_address(address)[1]) for address in direct}
-    closed = [address for address, answer in answers.items() if answer not in {Greeting.OPEN, Greeting.PRIVATE}]
+    answers = {address: await probe_port(parse_peer_address(address)[1]) for address in direct}
+    closed = [address for address, answer in answers.items() if answer not in {PortState.OPEN, PortState.PRIVATE}]
     if len(closed) == len(direct):
         message = (
             f"nothing answers at {closed[0]}, which this node tells others to dial ({answers[closed[0]]}): "
@@ -361,18 +362,18 @@ async def _check_reach(own: Sequence[str], found: Diagnosis) -> None:
 
 async def _greet_bootstrap(config: NodeConfig, found: Diagnosis) -> list[str]:
     """Return the bootstrap addresses that a libp2p host of this swarm may be behind; say what is behind the others."""
-    answers: dict[str, Greeting] = {}
+    answers: dict[str, PortState] = {}
 
     async def ask(multiaddr: str) -> None:
         try:
-            answers[multiaddr] = await greet(parse_peer_address(multiaddr)[1])
+            answers[multiaddr] = await probe_port(parse_peer_address(multiaddr)[1])
         except ValueError:
-            answers[multiaddr] = Greeting.UNREACHABLE
+            answers[multiaddr] = PortState.UNREACHABLE
 
     async with trio.open_nursery() as nursery:
         for multiaddr in config.bootstrap:
             nursery.start_soon(ask, multiaddr)
-    ours = Greeting.OPEN if config.swarm_key is None else Greeting.PRIVATE
+    ours = PortState.OPEN if config.swarm_key is None else PortState.PRIVATE
     usable = [multiaddr for multiaddr in config.bootstrap if answers[multiaddr] is ours]
     for multiaddr in config.bootstrap:
         if multiaddr not in usable:
@@ -381,23 +382,23 @@ async def _greet_bootstrap(config: NodeConfig, found: Diagnosis) -> list[str]:
     return usable
 
 
-def _unusable(multiaddr: str, answer: Greeting) -> tuple[Fault, str]:
+def _unusable(multiaddr: str, answer: PortState) -> tuple[Fault, str]:
     match answer:
-        case Greeting.CLOSED:
+        case PortState.CLOSED:
             what = "nothing listens there: the node is down, its port is another one, or a firewall refuses"
             return Fault.CLOSED_PORT, f"bootstrap peer {multiaddr}: {what}"
-        case Greeting.UNREACHABLE:
+        case PortState.UNREACHABLE:
             what = "no answer: the machine is down, has another address, or a firewall drops what is sent to the port"
             return Fault.BOOTSTRAP_DEAD, f"bootstrap peer {multiaddr}: {what}"
-        case Greeting.SILENT:
+        case PortState.SILENT:
             what = "it accepts connections and says nothing: the process is stopped or hangs"
             return Fault.BOOTSTRAP_DEAD, f"bootstrap peer {multiaddr}: {what}"
-        case Greeting.FOREIGN:
+        case PortState.FOREIGN:
             return Fault.WRONG_PEER, f"bootstrap peer {multiaddr}: another program answers there, no node"
-        case Greeting.PRIVATE:
+        case PortState.PRIVATE:
             what = "it is in a private swarm: give its key with --swarm-key"
             return Fault.WRONG_SWARM_KEY, f"bootstrap peer {multiaddr}: {what}"
-        case Greeting.OPEN:
+        case PortState.OPEN:
             what = "it is in the open swarm, and this node has a swarm key: leave --swarm-key away, or ask another peer"
             return Fault.WRONG_SWARM_KEY, f"bootstrap peer {multiaddr}: {what}"
 
@@ -506,20 +507,20 @@ def _judge_identity(config: NodeConfig, own: Sequence[str], swarm: _Swarm, found
 
 def _judge_models(config: NodeConfig, running: RunningNode | None, swarm: _Swarm, found: Diagnosis) -> None:
     """Say which blocks of a model nobody serves."""
-    incomplete: dict[ModelId, tuple[str, Sequence[tuple[int, int]]]] = {}
+    incomplete: dict[ModelId, tuple[str, Sequence[BlockRange]]] = {}
     complete: list[str] = []
     if running is not None:
         for model in running.models:
             name = model["name"] or model["model"][:12]
             if model["uncovered"] and any(model["coverage"]):
-                incomplete[ModelId(model["model"])] = (name, model["uncovered"])
+                incomplete[ModelId(model["model"])] = (name, [BlockRange(*gap) for gap in model["uncovered"]])
             elif model["complete"]:
                 complete.append(name)
     else:
         store = ModelStore(config.cache_dir)
         for model_id, spans in _heard_spans(config, store, swarm).items():
             package = store.find(model_id)
-            block_count = package.manifest.block_count if package else max(end for _, end in spans)
+            block_count = package.manifest.block_count if package else max(span.end for span in spans)
             name = store.name_of(model_id) or model_id[:12]
             if missing := uncovered(block_count, spans):
                 incomplete[model_id] = (name, missing)
@@ -527,22 +528,22 @@ def _judge_models(config: NodeConfig, running: RunningNode | None, swarm: _Swarm
                 complete.append(name)
     found.complete_models = tuple(complete)
     for name, ranges in incomplete.values():
-        missing_text = ", ".join(f"{start}-{end}" for start, end in ranges)
-        serve = " ".join(f"--serve {name}:{start}-{end}" for start, end in ranges)
+        missing_text = ", ".join(map(str, ranges))
+        serve = " ".join(f"--serve {name}:{blocks}" for blocks in ranges)
         message = f"nobody serves blocks {missing_text} of {name}: start a node with {serve}"
         found.add(Fault.MISSING_BLOCK, Consequence.MODEL, message)
 
 
-def _heard_spans(config: NodeConfig, store: ModelStore, swarm: _Swarm) -> dict[ModelId, list[tuple[int, int]]]:
+def _heard_spans(config: NodeConfig, store: ModelStore, swarm: _Swarm) -> dict[ModelId, list[BlockRange]]:
     """Return the spans that peers serve, and those that this node will."""
-    spans: dict[ModelId, list[tuple[int, int]]] = {}
+    spans: dict[ModelId, list[BlockRange]] = {}
     for model in swarm.directory.models():
-        spans[model] = [(each.blocks.start, each.blocks.end) for each in swarm.directory.candidates(model)]
+        spans[model] = [candidate.stage.blocks for candidate in swarm.directory.candidates(model)]
     for spec in config.serve:
         with suppress(ModelError):
             model = store.resolve(spec.model, spans)
             if spec.blocks is not None and model in spans:
-                spans[model].append((spec.blocks.start, spec.blocks.end))
+                spans[model].append(spec.blocks)
     return spans
 
 

@@ -115,8 +115,8 @@ class Method:
         return Method(MappingProxyType({**self.switches, "speculation": SWITCHES["speculation"].baseline}))
 
     @property
-    def lineage(self) -> str:
-        """What keys and values depend on besides the tokens: only sessions of one lineage may share them."""
+    def kv_key(self) -> str:
+        """What keys and values depend on besides the tokens: only sessions of one key may share them."""
         return f"{self.engine}/{self.arithmetic}/{self.activations}"
 
     @property

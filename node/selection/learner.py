@@ -174,7 +174,7 @@ class _Worker:
                 while (end := self._buffer.find(b"\n")) < 0:
                     chunk = await self._child.stdout.receive_some()
                     if not chunk:
-                        raise OSError(str(await self._child.epitaph()))
+                        raise OSError(str(await self._child.exit_reason()))
                     if len(self._buffer) > MAX_LINE_BYTES:
                         raise OSError(f"response from the training worker exceeds {MAX_LINE_BYTES} bytes")
                     self._buffer += chunk
@@ -182,7 +182,7 @@ class _Worker:
                 del self._buffer[: end + 1]
                 answer = json.loads(line)
         except (trio.BrokenResourceError, trio.ClosedResourceError) as error:
-            raise OSError(str(await self._child.epitaph())) from error
+            raise OSError(str(await self._child.exit_reason())) from error
         if not isinstance(answer, dict):
             raise OSError("malformed response from the training worker: not an object")
         return answer

@@ -246,7 +246,7 @@ async def run_asgi(node: FakeNode, body: dict[str, Any]) -> list[tuple[float, di
 
 
 @pytest.mark.parametrize("where", ["prompt", "text"])
-async def test_says_that_it_waits_while_nothing_comes(autojump_clock: MockClock, node: FakeNode, where: str) -> None:
+async def test_says_that_it_waits_while_nothing_comes(virtual_clock: MockClock, node: FakeNode, where: str) -> None:
     node.submitter.pauses = {0 if where == "prompt" else 2: 31.0}
     sent = await run_asgi(node, completion_body(stream=True))
     assert sent[0][1]["status"] == 200
@@ -260,7 +260,7 @@ async def test_says_that_it_waits_while_nothing_comes(autojump_clock: MockClock,
 
 
 async def test_an_error_after_a_comment_is_an_event_and_one_before_it_a_status(
-    autojump_clock: MockClock, node: FakeNode
+    virtual_clock: MockClock, node: FakeNode
 ) -> None:
     node.submitter.words = ()
     node.submitter.fail = JobError(JobErrorCode.UNCOVERED, "Nobody serves it.", retry_after_s=2)
@@ -276,7 +276,7 @@ async def test_an_error_after_a_comment_is_an_event_and_one_before_it_a_status(
 
 
 async def test_a_job_that_is_refused_before_its_route_is_open_has_a_status(
-    autojump_clock: MockClock, node: FakeNode
+    virtual_clock: MockClock, node: FakeNode
 ) -> None:
     node.submitter.refuse = JobError(JobErrorCode.FULL, "No room.", retry_after_s=2)
     node.submitter.ponders_s = 8.0
@@ -287,7 +287,7 @@ async def test_a_job_that_is_refused_before_its_route_is_open_has_a_status(
 
 @pytest.mark.parametrize("ponders_s", [6.0, 30.0])
 async def test_says_that_it_waits_also_where_a_route_opens_late(
-    autojump_clock: MockClock, node: FakeNode, ponders_s: float
+    virtual_clock: MockClock, node: FakeNode, ponders_s: float
 ) -> None:
     node.submitter.ponders_s, node.submitter.pauses = ponders_s, {0: 20.0}
     began_s = trio.current_time()

@@ -12,7 +12,7 @@ import pytest
 import trio
 
 from node.coordinator.method_choice import Asked, admitted_methods
-from node.coordinator.quality_store import LINEAGES, LocalQualityStore
+from node.coordinator.quality_store import KV_KEYS, LocalQualityStore
 from node.coordinator.submission import JobError, JobErrorCode, JobRequest
 from node.models.library import KnownModel
 from node.models.manifest import Manifest
@@ -81,7 +81,7 @@ def request(quality: QualityBound, name: str = "auto") -> JobRequest:
 
 
 async def test_a_bound_admits_what_was_measured_to_keep_to_it(tmp_path: Path) -> None:
-    figures = {INT8.lineage: GOOD, W8A8.lineage: FAIR, "fused/bf16/fp32": BAD}
+    figures = {INT8.kv_key: GOOD, W8A8.kv_key: FAIR, "fused/bf16/fp32": BAD}
     ledger = LocalQualityStore(Here(tmp_path), tmp_path, command=measuring(tmp_path, figures))
     async with running(ledger):
         # The first job that would take a lossy method has it measured, and is told to come again.
@@ -104,13 +104,13 @@ async def test_a_bound_admits_what_was_measured_to_keep_to_it(tmp_path: Path) ->
         admitted_methods(request(QualityBound.NEAR, W8A8.name), known_model(), ledger)
     with pytest.raises(JobError, match=r"\+60.0%: too much"):
         admitted_methods(request(QualityBound.ANY, "engine=fused|arithmetic=bf16"), known_model(), ledger)
-    assert len(LINEAGES) == len(set(LINEAGES)) > 4
+    assert len(KV_KEYS) == len(set(KV_KEYS)) > 4
 
 
 @pytest.mark.parametrize("library", ["torch", "onnxruntime"])
 async def test_a_model_is_measured_once_and_an_exact_job_asks_for_nothing(tmp_path: Path, library: str) -> None:
     for _ in range(2):  # the second time after a restart
-        ledger = LocalQualityStore(Here(tmp_path), tmp_path, command=measuring(tmp_path, {INT8.lineage: GOOD}))
+        ledger = LocalQualityStore(Here(tmp_path), tmp_path, command=measuring(tmp_path, {INT8.kv_key: GOOD}))
         async with running(ledger):
             admitted_methods(request(QualityBound.EXACT), known_model(), ledger)
             await until_known(ledger)

@@ -44,7 +44,7 @@ class RecordingRunner:
 
 @pytest.mark.parametrize(("transfer_s", "tried"), [(0.05, [FUSED, REPEATED]), (0.4, [FUSED, REPEATED, NARROW])])
 async def test_only_the_simplest_of_equivalent_methods_gets_a_trial(
-    transfer_s: float, tried: list[Method], autojump_clock: MockClock
+    transfer_s: float, tried: list[Method], virtual_clock: MockClock
 ) -> None:
     context = replace(CONTEXT, transfer_s=transfer_s)
     chooser = LearnedChooser(PredictionCache(), random.Random(1))

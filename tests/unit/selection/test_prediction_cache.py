@@ -37,7 +37,7 @@ async def broken(context: TaskContext) -> Mapping[str, tuple[float, float]]:
 
 
 async def test_worker_stopped_during_a_request_leaves_its_successor(
-    nursery: trio.Nursery, autojump_clock: MockClock
+    nursery: trio.Nursery, virtual_clock: MockClock
 ) -> None:
     predictions = PredictionCache()
     asked, stopped = trio.Event(), trio.Event()
@@ -59,7 +59,7 @@ async def test_worker_stopped_during_a_request_leaves_its_successor(
 
 
 async def test_failed_worker_is_replaced_without_growth_of_the_history(
-    nursery: trio.Nursery, autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch
+    nursery: trio.Nursery, virtual_clock: MockClock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     predictions = PredictionCache()
     workers: list[Worker] = []
@@ -89,7 +89,7 @@ async def test_failed_worker_is_replaced_without_growth_of_the_history(
     assert [worker.stopped for worker in workers] == [True, True, False]
 
 
-async def test_single_method_does_not_wait_for_a_prediction(nursery: trio.Nursery, autojump_clock: MockClock) -> None:
+async def test_single_method_does_not_wait_for_a_prediction(nursery: trio.Nursery, virtual_clock: MockClock) -> None:
     async def slow(context: TaskContext) -> Mapping[str, tuple[float, float]]:
         await trio.sleep(0.05)
         return await sure(context)

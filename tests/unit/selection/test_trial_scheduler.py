@@ -74,7 +74,7 @@ class Node:
         return self.adoption.candidates("bucket", NAMES, BASELINE.name, EXPECTED, SURE, trio.current_time())
 
 
-async def test_restart_restores_adopted_methods(autojump_clock: MockClock) -> None:
+async def test_restart_restores_adopted_methods(virtual_clock: MockClock) -> None:
     store = MemoryStore()
     await Node(store).run(SlowRunner(), "bucket")
     restarted = Node(store)
@@ -83,7 +83,7 @@ async def test_restart_restores_adopted_methods(autojump_clock: MockClock) -> No
     assert restarted.candidates() == [CHUNKED.name]
 
 
-async def test_failed_trials_are_charged_to_the_allowance(autojump_clock: MockClock) -> None:
+async def test_failed_trials_are_charged_to_the_allowance(virtual_clock: MockClock) -> None:
     node = Node()
     await node.run(SlowRunner(fails=True), "bucket")
     assert node.allowance.left_s == pytest.approx(0.4 * INITIAL_ALLOWANCE_S)
@@ -92,7 +92,7 @@ async def test_failed_trials_are_charged_to_the_allowance(autojump_clock: MockCl
     assert node.allowance.trials == 0
 
 
-async def test_one_queued_trial_may_overdraw_the_allowance(autojump_clock: MockClock) -> None:
+async def test_one_queued_trial_may_overdraw_the_allowance(virtual_clock: MockClock) -> None:
     node = Node()
     runner = SlowRunner(takes_s=1.5 * INITIAL_ALLOWANCE_S)
     await node.run(runner, "one", "two", "three")
@@ -100,13 +100,13 @@ async def test_one_queued_trial_may_overdraw_the_allowance(autojump_clock: MockC
     assert node.allowance.left_s == pytest.approx(-0.5 * INITIAL_ALLOWANCE_S)
 
 
-async def test_bucket_has_one_pending_trial_at_most(autojump_clock: MockClock) -> None:
+async def test_bucket_has_one_pending_trial_at_most(virtual_clock: MockClock) -> None:
     runner = SlowRunner(takes_s=1.0)
     await Node().run(runner, "bucket", "bucket", "other")
     assert runner.trials == 2
 
 
-async def test_trial_waits_until_no_job_is_under_way(autojump_clock: MockClock) -> None:
+async def test_trial_waits_until_no_job_is_under_way(virtual_clock: MockClock) -> None:
     node, runner = Node(), SlowRunner(takes_s=1.0)
     node.scheduler.request("bucket", BASELINE.name, REQUEST)
     with trio.move_on_after(25):
@@ -115,7 +115,7 @@ async def test_trial_waits_until_no_job_is_under_way(autojump_clock: MockClock) 
     assert node.allowance.trial_s == pytest.approx(1.0)
 
 
-async def test_unavailable_method_is_not_a_candidate_again(autojump_clock: MockClock) -> None:
+async def test_unavailable_method_is_not_a_candidate_again(virtual_clock: MockClock) -> None:
     node = Node()
     await node.run(SlowRunner(takes_s=1.0), "bucket")
     assert node.in_use() == FUSED.name

@@ -57,7 +57,7 @@ def test_method_properties() -> None:
     assert not method(engine="fused", arithmetic="int8").exact
     assert not method(activations="bf16").exact
     assert (BASELINE.drafter, BASELINE.draft_tokens, BASELINE.prefill_chunk) == ("off", 0, None)
-    assert BASELINE.lineage == "eager/fp32/fp32"
+    assert BASELINE.kv_key == "eager/fp32/fp32"
     assert all(value == SWITCHES[switch].baseline for switch, value in BASELINE.switches.items())
 
 
