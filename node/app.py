@@ -44,17 +44,17 @@ from node.models.store import ModelStore
 from node.network.host import Libp2pNetwork, NetworkLimits
 from node.network.interface import NetworkError
 from node.replication.observations import ObservationReplicator
-from node.selection.adoption_trials import TrialProber
+from node.selection.adoption_trials import AdoptionTrials
 from node.selection.chooser import LearnedChooser, LearnedVoter
 from node.selection.learner import Learner
-from node.selection.prediction_cache import Predictions
+from node.selection.prediction_cache import PredictionCache
 from node.stages.block_placement import PlacementAnnouncements
 from node.stages.scheduler import Batching
 from node.stages.span_supervisor import ServingOptions, SpanSupervisor
 from node.stages.stage_policy import PolicyController
 from node.stages.stage_server import StageServer
 from node.status import StatusView
-from node.storage.adoption_store import StandingStore
+from node.storage.adoption_store import AdoptionStore
 from node.storage.chain_store import ConsensusStore
 from node.storage.database import DATABASE_FILE, Database, StorageError, open_database
 from node.storage.history import HistoryStore
@@ -116,16 +116,16 @@ class Node:
             threads=config.threads,
             accelerator=device.accelerator,
         )
-        opinions, self._chains = Predictions(), FollowedChains()
+        predictions, self._chains = PredictionCache(), FollowedChains()
         self._chooser = LearnedChooser(
-            opinions,
+            predictions,
             jitter,
             share=config.exploration,
-            memory=StandingStore(database, software_name(software_versions())),
+            store=AdoptionStore(database, software_name(software_versions())),
         )
         self._learner = Learner(
             database.path,
-            opinions,
+            predictions,
             count=self._count_observations,
             viewpoint=partial(self._viewpoint, identity.peer_id),
         )
@@ -134,7 +134,7 @@ class Node:
             agent,
             private_key=identity.private_key,
             hardware=self._hardware,
-            voter=LearnedVoter(opinions),
+            voter=LearnedVoter(predictions),
             controller=partial(PolicyController, batching=Batching(config.batching)),
             agreed=self._chains.agreement,
         )
@@ -260,7 +260,7 @@ class Node:
                     (self._dissemination.run,),
                     (self._consensus.run,),
                     (self._learner.run,),
-                    (self._chooser.run, TrialProber(self._trials), self._is_busy),
+                    (self._chooser.trials.run, AdoptionTrials(self._trials), self._is_busy),
                     (self._keep_history_bounded,),
                     (keep_acquaintances, self._network, self._peer_book),
                 ]
@@ -323,7 +323,7 @@ class Node:
             software=software_name(software_versions()),
             hour=bucket_of(int(time.time())),
             trust=trust,
-            trust_in_strangers=in_strangers,
+            default_trust=in_strangers,
         )
 
     async def _count_observations(self) -> int:
