@@ -24,7 +24,8 @@ from node.capabilities.inventory import Inventory
 from node.capabilities.probe import total_memory
 from node.capabilities.traffic import TrafficMeter
 from node.config import APPLICATION, LOCK_FILE, MEMORY_SHARE, READY_FILE, NodeConfig, NodeReady, StartError
-from node.consensus.measurement_runner import AGENDA, MeasurementRunner
+from node.consensus.environment import ConsensusEnvironment
+from node.consensus.measurement_runner import MEASUREMENT_PLAN, MeasurementRunner
 from node.consensus.service import Consensus, swarm_name
 from node.coordinator.coordinator import Coordinator
 from node.coordinator.observation import software_name, software_versions
@@ -53,7 +54,7 @@ from node.stages.stage_policy import PolicyController
 from node.stages.stage_server import StageServer
 from node.status import StatusView
 from node.storage.adoption_store import StandingStore
-from node.storage.chain_store import ConsensusStore
+from node.storage.chain_store import ChainStore
 from node.storage.database import DATABASE_FILE, Database, StorageError, open_database
 from node.storage.history import HistoryStore
 from node.storage.peers import PeerBook
@@ -161,16 +162,18 @@ class Node:
         )
         self._consensus = Consensus(
             network=self._network,
-            identity=identity,
-            store=ConsensusStore(database),
-            history=self._history,
+            environment=ConsensusEnvironment(
+                identity=identity,
+                store=ChainStore(database),
+                history=self._history,
+                clock=EpochClock(config.epoch_s),
+                plan=MEASUREMENT_PLAN,
+                hardware=self._known_hardware,
+                checkpoints=config.checkpoints,
+            ),
             models=self._models,
-            hardware=self._known_hardware,
             meter=self._meter,
             swarm=swarm_name(config.swarm_key),
-            agenda=AGENDA,
-            clock=EpochClock(config.epoch_s),
-            checkpoints=config.checkpoints,
             jitter=jitter,
         )
         self._jitter = jitter

@@ -173,7 +173,7 @@ class StatusView:
             "cells": len(agreement.table) if agreement else 0,
             "firm_cells": sum(entry.firm for entry in agreement.table.values()) if agreement else 0,
             "weight": None if weight is None else round(weight / WEIGHT_SCALE, 3),
-            "measured": keeper.statistics.measured,
+            "measured": keeper.measured,
         }
 
     def _bans(self) -> dict[PeerId, Ban]:

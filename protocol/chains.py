@@ -12,10 +12,18 @@ nothing from one request to the next but which chain was asked about.
 import enum
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Final, NamedTuple, TypeAlias
+from typing import Final, TypeAlias
 
 from protocol.canonical import Value, decode, encode
-from protocol.consensus import MAX_EPOCH, MAX_READING
+from protocol.consensus_values import (
+    MAX_EPOCH,
+    MAX_READING,
+    Cell,
+    CellReadings,
+    Member,
+    PeerReading,
+    Reputation,
+)
 from protocol.conversation import MAX_PAYLOAD_BYTES, Conversation, Transition
 from protocol.errors import RemoteProtocolError
 from protocol.fields import SHA256_BYTES, Fields, array, integer, name, peer_id, raw, tuple_of
@@ -93,32 +101,12 @@ class Want:
     statement: bytes
 
 
-class MemberState(NamedTuple):
-    """A member, its class of hardware, how often it agreed and deviated, and how often it was missed."""
-
-    peer: PeerId
-    hardware: str
-    agreed: int
-    deviated: int
-    absences: int
-
-
-class CellState(NamedTuple):
-    """A cell, when it was drawn last, and who read what of it."""
-
-    hardware: str
-    workload: str
-    method: str
-    epoch: int
-    replicas: tuple[tuple[PeerId, int], ...]
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StatePart:
     """A part of a state. A state that the responder does not know is one part without anything in it."""
 
-    members: tuple[MemberState, ...] = ()
-    cells: tuple[CellState, ...] = ()
+    members: tuple[Member, ...] = ()
+    cells: tuple[tuple[Cell, CellReadings], ...] = ()
     expelled: tuple[PeerId, ...] = ()
     last: bool = False
 
@@ -184,7 +172,7 @@ def fill_items(envelopes: Iterable[bytes], rest: Rest) -> Iterator[Items]:
 
 
 def split_state(
-    members: Sequence[MemberState], cells: Sequence[CellState], expelled: Sequence[PeerId]
+    members: Sequence[Member], cells: Sequence[tuple[Cell, CellReadings]], expelled: Sequence[PeerId]
 ) -> Iterator[StatePart]:
     """Yield a state in parts, of which each fits into a message."""
     for start in range(0, len(members), MAX_PART_MEMBERS):
@@ -226,9 +214,13 @@ def _to_map(message: Message) -> dict[str, Value]:
         case StatePart():
             return {
                 "type": "statepart",
-                "members": [[public_key_of(each.peer), *each[1:]] for each in message.members],
+                "members": [
+                    [public_key_of(each.peer), each.hardware, *each.reputation, each.absences]
+                    for each in message.members
+                ],
                 "cells": [
-                    [*cell[:4], [[public_key_of(p), value] for p, value in cell.replicas]] for cell in message.cells
+                    [*cell, measured.epoch, [[public_key_of(peer), value] for peer, value in measured.readings]]
+                    for cell, measured in message.cells
                 ],
                 "expelled": b"".join(map(public_key_of, message.expelled)),
                 "last": message.last,
@@ -273,31 +265,32 @@ def _from_map(taken: Fields) -> Message:
     return message
 
 
-def _member(value: object) -> MemberState:
+def _member(value: object) -> Member:
     key, hardware, agreed, deviated, absences = tuple_of(value, 5, "member")
-    return MemberState(
+    return Member(
         _peer(key, "member"),
         name(hardware, MAX_HARDWARE_BYTES, "member hardware"),
-        integer(agreed, 0, MAX_INTEGER, "member agreed"),
-        integer(deviated, 0, MAX_INTEGER, "member deviated"),
+        Reputation(
+            integer(agreed, 0, MAX_INTEGER, "member agreed"), integer(deviated, 0, MAX_INTEGER, "member deviated")
+        ),
         integer(absences, 0, MAX_EPOCH, "member absences"),
     )
 
 
-def _cell(value: object) -> CellState:
-    hardware, workload, method, epoch, replicas = tuple_of(value, 5, "cell")
-    return CellState(
+def _cell(value: object) -> tuple[Cell, CellReadings]:
+    hardware, workload, method, epoch, readings = tuple_of(value, 5, "cell")
+    cell = Cell(
         name(hardware, MAX_HARDWARE_BYTES, "cell hardware"),
         name(workload, MAX_NAME_BYTES, "cell workload"),
         name(method, MAX_NAME_BYTES, "cell method"),
-        integer(epoch, 0, MAX_EPOCH, "cell epoch"),
-        tuple(_replica(each) for each in array(replicas, MAX_CELL_REPLICAS, "cell replicas")),
     )
+    measured = tuple(_reading(each) for each in array(readings, MAX_CELL_REPLICAS, "cell readings"))
+    return cell, CellReadings(integer(epoch, 0, MAX_EPOCH, "cell epoch"), measured)
 
 
-def _replica(value: object) -> tuple[PeerId, int]:
-    key, reading = tuple_of(value, 2, "replica")
-    return _peer(key, "replica"), integer(reading, -MAX_READING, MAX_READING, "replica value")
+def _reading(value: object) -> PeerReading:
+    key, reading = tuple_of(value, 2, "cell reading")
+    return PeerReading(_peer(key, "cell reading"), integer(reading, -MAX_READING, MAX_READING, "cell reading"))
 
 
 def _peer(key: object, what: str) -> PeerId:

@@ -7,7 +7,6 @@ from typing import Final
 import trio
 
 from node.consensus.chain_node import ChainNode
-from node.consensus.translation import value_of
 from node.network import channel
 from node.network.channel import Channel
 from node.network.interface import NetworkError, Stream
@@ -22,11 +21,11 @@ from protocol.chains import (
     Want,
     fill_items,
 )
-from protocol.consensus import Said
+from protocol.consensus import SignedMessage
+from protocol.consensus_values import Statement
 from protocol.errors import RemoteProtocolError
 from protocol.limits import MAX_LOCATOR
 from protocol.states import Role
-from selector.consensus.values import Statement
 
 MAX_ROUNDS: Final = 64
 """Questions in one session; a newcomer to a long chain needs several sessions."""
@@ -40,7 +39,7 @@ MAX_STATE_PARTS: Final = 1024
 BUSY_S: Final = 5
 VERIFIED_AT_A_TIME: Final = 4
 
-OpenEnvelope = Callable[[bytes], Said]
+OpenEnvelope = Callable[[bytes], SignedMessage]
 
 
 @dataclass(slots=True)
@@ -69,7 +68,7 @@ class Initiation:
         keeper = self._keeper
         for _ in range(MAX_ROUNDS):
             async with keeper.lock:
-                locator, digest = keeper.locator(), keeper.minutes.digest()
+                locator, digest = keeper.replica.locator(), keeper.replica.log.digest()
             # A branch that does not outweigh ours before all of it is here is asked for from where it has come to.
             reached = self._reached
             locator = (*((reached,) if reached else ()), *locator)[:MAX_LOCATOR]
@@ -77,14 +76,14 @@ class Initiation:
             rest = await self._take()
             if rest is not Rest.STANDING:
                 break
-            if self._reached is None or self._reached == reached or self._reached not in keeper.participant.chain:
+            if self._reached is None or self._reached == reached or self._reached not in keeper.replica.chain:
                 raise NetworkError("statements came that do not follow from any that we hold")
         else:
             self.outcome.more = True
             return
         if rest is Rest.RECENT:
             async with keeper.lock:
-                ids = tuple(keeper.minutes.recent())
+                ids = tuple(keeper.replica.log.recent())
             await self._channel.say(Have(ids))
             await self._take()
         await self._learn_state()
@@ -110,11 +109,11 @@ class Initiation:
                 if each.body.chain != self._keeper.genesis:
                     raise RemoteProtocolError("a record of another chain came")
                 said.append(each)
-                if isinstance(statement := value_of(each), Statement):
+                if isinstance(statement := each.body, Statement):
                     self._reached = statement.id
                 if number % VERIFIED_AT_A_TIME == 0:
                     await trio.lowlevel.checkpoint()
-            self._keeper.hear(said)
+            self._keeper.receive(said)
         self.outcome.received += count
         if count:
             await self._keeper.turn()
@@ -123,8 +122,8 @@ class Initiation:
     async def _learn_state(self) -> None:
         """Get the state after the head, where it does not follow from what we hold."""
         async with self._keeper.lock:
-            head = self._keeper.participant.chain.head
-            known = head.statement is None or self._keeper.participant.state_after(head.id) is not None
+            head = self._keeper.replica.chain.head
+            known = not self._keeper.replica.is_state_missing()
         if known or self.outcome.retry_s is not None:
             return
         await self._channel.say(Want(head.id))
@@ -133,9 +132,9 @@ class Initiation:
             parts.append(await self._channel.hear(StatePart))
             if len(parts) > MAX_STATE_PARTS:
                 raise RemoteProtocolError("a state without an end")
-        if len(parts) > 1 and not await self._keeper.learn_state(parts):
+        if len(parts) > 1 and not await self._keeper.adopt_state(parts):
             async with self._keeper.lock:
-                moved = self._keeper.participant.chain.head is not head
+                moved = self._keeper.replica.chain.head is not head
             if not moved:
                 raise RemoteProtocolError("a state came that the statement does not name")
 
@@ -193,12 +192,12 @@ class Response:
         rest = Rest.STANDING
         if complete:
             async with keeper.lock:
-                rest = Rest.NOTHING if keeper.minutes.digest() == ask.digest else Rest.RECENT
+                rest = Rest.NOTHING if keeper.replica.log.digest() == ask.digest else Rest.RECENT
         await self._send(envelopes, rest)
 
     async def _hand_over(self, keeper: ChainNode, held: frozenset[bytes]) -> None:
         async with keeper.lock:
-            recent = keeper.minutes.recent()
+            recent = keeper.replica.log.recent()
         await self._send([said.envelope for key, said in recent.items() if key not in held], Rest.NOTHING)
 
     async def _send(self, envelopes: list[bytes], rest: Rest) -> None:

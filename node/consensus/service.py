@@ -6,9 +6,8 @@ sends costs that peer its own allowance, and an offence costs it our attention f
 
 import hashlib
 import random
-import time
 from collections import OrderedDict, deque
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Final
@@ -16,24 +15,22 @@ from typing import Final
 import structlog
 import trio
 
-from node.consensus.chain_node import Agreement, ChainNode, Meter, Store, fresh_nonce
+from node.consensus.chain_node import Agreement, ChainNode
 from node.consensus.chain_sync import Initiation, Outcome, Response
-from node.identity import Identity
+from node.consensus.environment import ConsensusEnvironment, Meter
 from node.network.interface import GossipMessage, Network, NetworkError, PeerConnected, Stream
-from node.replication.history import History
 from node.storage.database import StorageError
 from node.swarm.peer_limits import Ban, Standing, Standings
-from node.util.offload import Offload, run_in_thread
 from node.util.token_bucket import Allowance, TokenBucket
 from protocol.chains import PROTOCOL_ID
-from protocol.consensus import CONSENSUS_TOPIC, EquivocationRecord, Said, open_said
+from protocol.consensus import CONSENSUS_TOPIC, SignedMessage, verify_message
+from protocol.consensus_values import Digest, EquivocationProof, genesis_of
 from protocol.errors import RemoteProtocolError
 from protocol.history import decode_batch, take_batch
 from protocol.identity import ModelId, PeerId
 from selector.consensus.clock import EpochClock
 from selector.consensus.reputation import NEWCOMER_WEIGHT
-from selector.consensus.sortition import Agenda
-from selector.consensus.values import Digest, genesis_of
+from selector.consensus.sortition import MeasurementPlan
 
 MAX_CHAINS: Final = 8
 """Chains that a node follows at a time: those of the models that it serves first."""
@@ -80,9 +77,9 @@ class ConsensusStatistics:
     offences: int = 0
 
 
-def rules_of(clock: EpochClock, agenda: Agenda) -> str:
+def rules_of(clock: EpochClock, plan: MeasurementPlan) -> str:
     """Return what peers must have in common to agree: those with other rules have a chain of their own."""
-    workloads, methods = ",".join(agenda.workloads), ",".join(agenda.methods)
+    workloads, methods = ",".join(plan.workloads), ",".join(plan.methods)
     return f"metaswarm/1 epoch={clock.epoch_s:g} workloads={workloads} methods={methods}"
 
 
@@ -98,48 +95,31 @@ class Consensus:
         self,
         *,
         network: Network,
-        identity: Identity,
-        store: Store,
-        history: History,
+        environment: ConsensusEnvironment,
         models: Callable[[], Mapping[ModelId, bool]],
-        hardware: Callable[[], str | None],
         meter: Callable[[ModelId], Meter],
         swarm: bytes,
-        agenda: Agenda,
-        clock: EpochClock,
         jitter: random.Random,
-        checkpoints: Collection[Digest] = (),
-        wall_clock: Callable[[], float] = time.time,
-        offload: Offload = run_in_thread,
-        nonce: Callable[[], bytes] = fresh_nonce,
-        open_envelope: Callable[[bytes], Said] = open_said,
+        verify: Callable[[bytes], SignedMessage] = verify_message,
     ) -> None:
         """Join the topic and serve the protocol.
 
         `models`: those that live peers serve, and whether we serve it ourselves. `meter` measures for one of them.
         """
         self._network = network
-        self._identity = identity
-        self._store = store
-        self._history = history
+        self._environment = environment
+        self._clock = environment.clock
         self._models = models
-        self._hardware = hardware
         self._meter = meter
         self._swarm = swarm
-        self._agenda = agenda
-        self._clock = clock
         self._jitter = jitter
-        self._checkpoints = checkpoints
-        self._wall_clock = wall_clock
-        self._offload = offload
-        self._nonce = nonce
-        self._open_unknown = open_envelope
+        self._verify = verify
         self._keepers: dict[ModelId, ChainNode] = {}
         self._by_chain: dict[Digest, ChainNode] = {}
         self._standings = Standings(GOSSIP_WORK_PER_PEER, SERVE_WORK_PER_PEER, TRAFFIC_PER_PEER, SESSIONS_PER_PEER)
         self._gossip_work = GOSSIP_WORK.bucket(0.0)
         self._traffic = TRAFFIC.bucket(0.0)
-        self._opened: OrderedDict[bytes, Said] = OrderedDict()
+        self._opened: OrderedDict[bytes, SignedMessage] = OrderedDict()
         self._waiting: deque[bytes] = deque(maxlen=MAX_WAITING)
         self._waiting_filled = trio.Event()
         self._neighbours: deque[PeerId] = deque(maxlen=64)
@@ -196,22 +176,13 @@ class Consensus:
         models = self._models()
         for model in sorted(models, key=lambda model: (not models[model], model)):
             if model not in self._keepers and len(self._keepers) < MAX_CHAINS:
-                genesis = genesis_of(self._swarm, model, rules_of(self._clock, self._agenda))
+                genesis = genesis_of(self._swarm, model, rules_of(self._clock, self._environment.plan))
                 keeper = ChainNode(
-                    identity=self._identity,
-                    genesis=genesis,
-                    clock=self._clock,
-                    agenda=self._agenda,
-                    store=self._store,
-                    history=self._history,
-                    meter=self._meter(model),
-                    hardware=self._hardware,
+                    self._environment,
+                    genesis,
+                    self._meter(model),
                     participates=partial(self._serves, model),
                     publish=self._publish,
-                    wall_clock=self._wall_clock,
-                    checkpoints=self._checkpoints,
-                    offload=self._offload,
-                    nonce=self._nonce,
                 )
                 self._keepers[model] = self._by_chain[genesis] = keeper
                 nursery.start_soon(self._keep, keeper)
@@ -231,8 +202,8 @@ class Consensus:
 
     # Gossip
 
-    def _publish(self, said: Sequence[Said]) -> None:
-        self._waiting += [each.envelope for each in said]
+    def _publish(self, messages: Sequence[SignedMessage]) -> None:
+        self._waiting += [message.envelope for message in messages]
         self._waiting_filled.set()
 
     async def _publish_for_ever(self) -> None:
@@ -253,7 +224,7 @@ class Consensus:
         """Whether a batch is taken and forwarded: of a chain that we follow, of now, and its publisher's own word."""
         now_s = trio.current_time()
         standing = self._standings.of(source, now_s)
-        epoch = self._clock.epoch_at(self._wall_clock())
+        epoch = self._clock.epoch_at(self._environment.wall_clock())
         envelopes = decode_batch(data)
         cost = len(envelopes)
         if standing.barred(now_s) or not standing.gossip.take(cost, now_s) or not self._gossip_work.take(cost, now_s):
@@ -275,14 +246,14 @@ class Consensus:
         said = [self._open(envelope) for envelope in decode_batch(message.data)]
         for each in said:
             if keeper := self._by_chain.get(each.body.chain):
-                keeper.hear([each])
+                keeper.receive([each])
 
-    def _open(self, envelope: bytes) -> Said:
+    def _open(self, envelope: bytes) -> SignedMessage:
         """Return what was said in an envelope; verified once. Raises RemoteProtocolError."""
         key = hashlib.sha256(envelope).digest()
         if (known := self._opened.get(key)) is not None:
             return known
-        said = self._opened[key] = self._open_unknown(envelope)
+        said = self._opened[key] = self._verify(envelope)
         if len(self._opened) > OPENED:
             self._opened.popitem(last=False)
         return said
@@ -300,12 +271,11 @@ class Consensus:
             pause_s = self._jitter.uniform(0.8, 1.2) * interval_s
             with trio.move_on_after(pause_s):
                 async with trio.open_nursery() as nursery:
-                    nursery.start_soon(_first, keeper.wants_more, nursery.cancel_scope)
+                    nursery.start_soon(_first, keeper.replica.needs_sync, nursery.cancel_scope)
                     nursery.start_soon(_first, self._hurry, nursery.cancel_scope)
             # Even where much lacks, no faster than this.
             await trio.sleep(min(0.5, interval_s / 4) * self._jitter.uniform(0.5, 1))
-            if keeper.wants_more.is_set():
-                keeper.wants_more = trio.Event()
+            keeper.replica.begin_sync()
             if self._hurry.is_set():
                 self._hurry = trio.Event()
 
@@ -398,8 +368,8 @@ class Consensus:
                     self._hurry.set()
 
 
-def _is_timely(said: Said, epoch: int) -> bool:
-    return isinstance(said.body, EquivocationRecord) or abs(said.body.epoch - epoch) <= 1
+def _is_timely(message: SignedMessage, epoch: int) -> bool:
+    return isinstance(message.body, EquivocationProof) or abs(message.epoch - epoch) <= 1
 
 
 async def _first(event: trio.Event, scope: trio.CancelScope) -> None:

@@ -1,4 +1,4 @@
-"""Peers agree over links that lose, through partitions, kills and lies; the daemon's own code, in virtual time."""
+"""Peers reach consensus despite packet loss, partitions, kills and liars: the daemon's code in virtual time."""
 
 import math
 import random
@@ -10,29 +10,31 @@ from functools import lru_cache
 import trio
 
 from node.consensus.chain_node import Agreement, ChainNode
+from node.consensus.environment import ConsensusEnvironment
 from node.consensus.service import Consensus
 from node.identity import Identity
 from node.network.interface import NetworkError
 from node.replication.history import MemoryHistory
-from node.testing.chain_store import MemoryStore
+from node.storage.chain_store import ChainStore
+from node.testing.chain_store import memory_chain_store
 from node.testing.memory_hub import LinkModel, MemoryNetworkHub
 from node.testing.memory_network import MemoryNetwork
 from node.util.offload import run_inline
-from protocol.consensus import CommitRecord, SignatureRecord, open_said, say
+from protocol.consensus import SignedMessage, sign_message, verify_message
+from protocol.consensus_values import Cell, Commit, Signature
 from protocol.identity import ModelId
 from selector.consensus.clock import EpochClock
-from selector.consensus.sortition import Agenda
-from selector.consensus.values import Cell
+from selector.consensus.sortition import MeasurementPlan
 from tests.simulation import virtual_time
 
 MODEL = ModelId("ab" * 32)
-AGENDA = Agenda(("long", "short"), ("fast", "odd", "slow"))
+PLAN = MeasurementPlan(("long", "short"), ("fast", "odd", "slow"))
 EPOCH_S = 60.0
 BEGINNING_S = 1_750_000_020.0
 HARDWARE = "two cores"
 NEIGHBOURS = 6
 
-_open_said_once = lru_cache(maxsize=1 << 16)(open_said)
+_verify_once = lru_cache(maxsize=1 << 16)(verify_message)
 
 
 def truth(cell: Cell) -> float:
@@ -45,7 +47,7 @@ def lie(cell: Cell) -> float:
 
 @dataclass
 class Meter:
-    """What a peer measures, or says that it did."""
+    """A peer's readings, true or not."""
 
     reading: Callable[[Cell], float]
     seconds: float = 3.0
@@ -62,14 +64,14 @@ class Meter:
 
 @dataclass
 class Peer:
-    """A peer, also while it is down: identity and store outlive the process."""
+    """A peer, also while it is down: its identity and store survive."""
 
     identity: Identity
     meter: Meter
     serves: bool
     skew_s: float
     network: MemoryNetwork
-    store: MemoryStore = field(default_factory=MemoryStore)
+    store: ChainStore = field(default_factory=memory_chain_store)
     consensus: Consensus = field(init=False)
 
     @property
@@ -118,20 +120,22 @@ class Swarm:
         jitter = random.Random(self.rng.random())
         peer.consensus = Consensus(
             network=peer.network,
-            identity=peer.identity,
-            store=peer.store,
-            history=MemoryHistory(),
+            environment=ConsensusEnvironment(
+                identity=peer.identity,
+                store=peer.store,
+                history=MemoryHistory(),
+                clock=EpochClock(EPOCH_S),
+                plan=PLAN,
+                hardware=lambda: HARDWARE,
+                wall_clock=lambda: BEGINNING_S + trio.current_time() + peer.skew_s,
+                offload=run_inline,
+                nonce=lambda: jitter.randbytes(32),
+            ),
             models=lambda: {MODEL: peer.serves},
-            hardware=lambda: HARDWARE,
             meter=lambda _: peer.meter,
             swarm=b"swarm",
-            agenda=AGENDA,
-            clock=EpochClock(EPOCH_S),
             jitter=jitter,
-            wall_clock=lambda: BEGINNING_S + trio.current_time() + peer.skew_s,
-            offload=run_inline,
-            nonce=lambda: jitter.randbytes(32),
-            open_envelope=_open_said_once,
+            verify=_verify_once,
         )
         async with peer.network.running(), trio.open_nursery() as nursery:
             task_status.started()
@@ -152,7 +156,7 @@ class Swarm:
         return {peer.agreement.statement if peer.agreement else None for peer in live}
 
     async def until_one_head(self, within_s: float, after_epoch: int = -1) -> Agreement:
-        """Wait until everybody alive stands by one statement, of a later epoch; return what it comes to."""
+        """Wait until all live peers have the same head, of a later epoch; return the agreement."""
         with trio.fail_after(within_s):
             while True:
                 await trio.sleep(1)
@@ -161,7 +165,7 @@ class Swarm:
                     return agreement
 
 
-def test_peers_agree_over_links_that_lose_a_fifth_of_all_messages() -> None:
+def test_peers_agree_despite_twenty_percent_packet_loss() -> None:
     async def program() -> tuple[Agreement, int]:
         swarm = Swarm(seed=1, loss=0.2)
         async with swarm.running(9):
@@ -177,7 +181,7 @@ def test_peers_agree_over_links_that_lose_a_fifth_of_all_messages() -> None:
     assert 1 <= measured <= 2 * 8
 
 
-def test_a_partition_heals_to_the_branch_with_the_quorum() -> None:
+def test_partition_heals_to_the_branch_with_the_quorum() -> None:
     async def program() -> tuple[int, set[bytes | None], set[bytes], int]:
         swarm = Swarm(seed=2)
         async with swarm.running(9):
@@ -189,7 +193,7 @@ def test_a_partition_heals_to_the_branch_with_the_quorum() -> None:
             standing = swarm.heads(most)
             swarm.hub.heal()
             agreement = await swarm.until_one_head(3 * EPOCH_S)
-            path = {link.id for link in few[0].keeper.participant.chain.standing()}
+            path = {entry.id for entry in few[0].keeper.replica.participant.chain.canonical()}
             return before.epoch, standing, path, agreement.epoch
 
     before, standing, path, after = virtual_time.run(program, seed=2)
@@ -197,7 +201,7 @@ def test_a_partition_heals_to_the_branch_with_the_quorum() -> None:
     assert after >= before + 3
 
 
-def test_liars_lose_their_weight() -> None:
+def test_liars_lose_reputation() -> None:
     async def program() -> tuple[Agreement, list[str], list[str]]:
         swarm = Swarm(seed=3)
         async with swarm.running(12, liars=3):
@@ -211,7 +215,7 @@ def test_liars_lose_their_weight() -> None:
     assert all(math.isclose(entry.value / 1e6, truth(cell), abs_tol=1e-6) for cell, entry in agreement.table.items())
 
 
-def test_one_who_contradicts_itself_is_convicted_by_whoever_hears_both() -> None:
+def test_equivocator_is_expelled_by_gossiped_proof() -> None:
     async def program() -> tuple[list[tuple[str, ...]], str]:
         swarm = Swarm(seed=4)
         async with swarm.running(6):
@@ -219,18 +223,18 @@ def test_one_who_contradicts_itself_is_convicted_by_whoever_hears_both() -> None
             cheat = swarm.peers[0]
             epoch = cheat.keeper.clock.epoch_at(cheat.keeper.now_s())
             for statement in (bytes(32), bytes([1]) * 32):
-                body = SignatureRecord(chain=cheat.keeper.genesis, epoch=epoch, statement=statement)
-                cheat.consensus._publish([say(body, cheat.identity.private_key)])
+                body = Signature(cheat.keeper.genesis, epoch, cheat.identity.peer_id, statement)
+                cheat.consensus._publish([sign_message(body, cheat.identity.private_key)])
                 await trio.sleep(1)
             await trio.sleep(3 * EPOCH_S)
-            states = [peer.keeper.participant.state() for peer in swarm.peers[1:]]
-            return [state.expelled for state in states if state], cheat.identity.peer_id
+            states = [peer.keeper.replica.participant.state() for peer in swarm.peers[1:]]
+            return [state.banned for state in states if state], cheat.identity.peer_id
 
     expelled, cheat = virtual_time.run(program, seed=4)
     assert expelled == [(cheat,)] * 5
 
 
-def test_a_newcomer_adopts_what_is_agreed_though_it_serves_nothing() -> None:
+def test_newcomer_without_a_span_adopts_the_agreed_table() -> None:
     async def program() -> tuple[float, bytes, bytes]:
         swarm = Swarm(seed=5)
         async with swarm.running(4):
@@ -249,23 +253,23 @@ def test_a_newcomer_adopts_what_is_agreed_though_it_serves_nothing() -> None:
     assert seconds < 20
 
 
-def test_peers_that_are_killed_again_and_again_never_say_two_things() -> None:
+def test_killed_and_restarted_peers_never_equivocate() -> None:
     async def program() -> tuple[dict[tuple[str, int, bytes | None], set[bytes]], int, int]:
         swarm = Swarm(seed=6, loss=0.1)
         said: dict[tuple[str, int, bytes | None], set[bytes]] = {}
 
-        def open_and_note(envelope: bytes) -> object:
-            heard = _open_said_once(envelope)
-            body = heard.body
-            if isinstance(body, CommitRecord):
-                said.setdefault((heard.peer, body.epoch, body.parent), set()).add(envelope)
-            elif isinstance(body, SignatureRecord):
-                said.setdefault((heard.peer, body.epoch, None), set()).add(envelope)
-            return heard
+        def verify_and_note(envelope: bytes) -> SignedMessage:
+            message = _verify_once(envelope)
+            body = message.body
+            if isinstance(body, Commit):
+                said.setdefault((message.peer, body.epoch, body.parent), set()).add(envelope)
+            elif isinstance(body, Signature):
+                said.setdefault((message.peer, body.epoch, None), set()).add(envelope)
+            return message
 
         async with swarm.running(5):
             for peer in swarm.peers:
-                peer.consensus._open_unknown = open_and_note  # type: ignore[assignment]
+                peer.consensus._verify = verify_and_note
             for number in range(60):
                 await trio.sleep(swarm.rng.uniform(1, 15))
                 peer = swarm.peers[number % 3]
@@ -273,7 +277,7 @@ def test_peers_that_are_killed_again_and_again_never_say_two_things() -> None:
                 await trio.sleep(swarm.rng.uniform(0, 3))
                 await swarm.restart(peer)
             agreement = await swarm.until_one_head(6 * EPOCH_S)
-            offences = sum(peer.keeper.statistics.offences for peer in swarm.peers)
+            offences = sum(peer.keeper.statistics.equivocations for peer in swarm.peers)
             return said, offences, agreement.epoch
 
     said, offences, _ = virtual_time.run(program, seed=6)

@@ -1,0 +1,217 @@
+"""The values of the consensus: cells, readings, commits, reveals, statements, signatures, members; and their digests.
+
+Plain values: `selector.consensus` decides with them, `protocol.consensus` signs and verifies them as messages.
+"""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from functools import cached_property
+from typing import Final, NamedTuple, TypeAlias
+
+from protocol.identity import PeerId
+
+Digest: TypeAlias = bytes
+"""A sha256, 32 bytes."""
+
+Plain: TypeAlias = "int | str | bytes | Sequence[Plain]"
+
+VALUE_SCALE: Final = 1_000_000
+"""Readings are whole millionths of a natural logarithm, so that medians are the same on every machine."""
+
+MAX_READING: Final = 20 * VALUE_SCALE
+"""The largest reading, either sign."""
+
+MAX_EPOCH: Final = (1 << 32) - 1
+MAX_COMMITTED: Final = 128
+"""Observations named by one commit."""
+
+MAX_READINGS: Final = 8
+"""Readings in one reveal."""
+
+NONCE_BYTES: Final = 32
+
+MAX_CONTRIBUTIONS: Final = 304
+"""Contributions to one statement: of the selected members, and of newcomers."""
+
+MAX_JOINED: Final = 64
+"""Newcomers in one epoch, those with the smallest ids; the others join in the next."""
+
+MAX_LEFT: Final = 48
+MAX_EXPELLED: Final = 8
+"""Members that leave, and that are expelled, in one epoch; the others go in the next. It keeps a statement small."""
+
+
+class Cell(NamedTuple):
+    """What one measurement is of: a method in a context, which is a workload on a hardware class."""
+
+    hardware: str
+    workload: str
+    method: str
+
+
+class Reading(NamedTuple):
+    """One peer's measurement of a cell: the logarithm of the ratio of its cost to the baseline's on the same route.
+
+    Ratios are comparable between machines, absolute times are not. `value` is in units of 1 / VALUE_SCALE.
+    """
+
+    cell: Cell
+    value: int
+
+
+@dataclass(frozen=True)
+class Commit:
+    """A peer's commitment for an epoch: to readings that stay hidden until the reveal, and to published observations.
+
+    `parent`: the statement whose beacon selected the cells. `commitment`: see `commitment_of`. `observations`: ids,
+    ascending, none of which this peer named in an earlier commit on this chain.
+    """
+
+    chain: Digest
+    epoch: int
+    parent: Digest
+    peer: PeerId
+    hardware: str
+    commitment: Digest
+    observations: tuple[bytes, ...] = ()
+
+    @cached_property
+    def id(self) -> Digest:
+        """The digest of all fields, in their order."""
+        return _digest_of_fields("commit", self)
+
+
+@dataclass(frozen=True)
+class Reveal:
+    """The readings that open a commit, ascending by cell."""
+
+    chain: Digest
+    epoch: int
+    peer: PeerId
+    nonce: bytes
+    readings: tuple[Reading, ...]
+
+    @cached_property
+    def commitment(self) -> Digest:
+        """The commitment that it opens."""
+        return commitment_of(self.peer, self.nonce, self.readings)
+
+
+@dataclass(frozen=True)
+class Statement:
+    """The agreed result of an epoch, as a member of the committee proposes it.
+
+    `commits`: ids of the revealed commits that count, ascending. `joined`, `left`, `expelled`: the changes to the list
+    of members, ascending, so that it is known without the contributions; a statement that starts or restarts the chain
+    lists all its members as joined. `set_digest` covers all contributions so far, `table_digest` the agreed table,
+    `state_digest` the whole state from which the next epoch is computed.
+    """
+
+    chain: Digest
+    epoch: int
+    parent: Digest
+    proposer: PeerId
+    commits: tuple[Digest, ...]
+    joined: tuple[PeerId, ...]
+    left: tuple[PeerId, ...]
+    expelled: tuple[PeerId, ...]
+    set_digest: Digest
+    table_digest: Digest
+    state_digest: Digest
+
+    @cached_property
+    def id(self) -> Digest:
+        """The digest of all fields, in their order: what peers sign, and the source of the next epoch's beacon."""
+        return _digest_of_fields("statement", self)
+
+
+@dataclass(frozen=True, slots=True)
+class Signature:
+    """A peer's vote for a statement; a peer has one vote in an epoch."""
+
+    chain: Digest
+    epoch: int
+    peer: PeerId
+    statement: Digest
+
+
+@dataclass(frozen=True, slots=True)
+class EquivocationProof:
+    """Two envelopes signed by one peer that contradict each other; any peer may publish the proof."""
+
+    chain: Digest
+    first: bytes
+    second: bytes
+
+
+class Reputation(NamedTuple):
+    """How often a peer's readings supported the agreed value, and how often they deviated; fixed point, decaying.
+
+    `selector.consensus.reputation` has the scale and the weight that follows.
+    """
+
+    agreed: int = 0
+    deviated: int = 0
+
+
+class Member(NamedTuple):
+    """A member of the consensus. `absences`: epochs in a row in which it was selected and did not contribute."""
+
+    peer: PeerId
+    hardware: str
+    reputation: Reputation = Reputation()
+    absences: int = 0
+
+
+class PeerReading(NamedTuple):
+    """One peer's reading of a given cell."""
+
+    peer: PeerId
+    value: int
+
+
+class CellReadings(NamedTuple):
+    """The readings of one cell, ascending by peer, and the epoch in which it was last selected."""
+
+    epoch: int
+    readings: tuple[PeerReading, ...]
+
+
+def genesis_of(swarm: bytes, model: str, rules: str) -> Digest:
+    """Return the id of a chain, which is the parent of its first statement.
+
+    `rules`: everything that peers must have in common to agree, such as the length of an epoch.
+    """
+    return digest_of("genesis", swarm, model, rules)
+
+
+def commitment_of(peer: PeerId, nonce: bytes, readings: Sequence[Reading]) -> Digest:
+    """Return the commitment to readings. It covers the peer, so that nobody can copy another's commitment."""
+    return digest_of("commitment", peer, nonce, readings)
+
+
+def digest_of(*parts: Plain) -> Digest:
+    """Return the sha256 of nested sequences of integers, text and bytes, encoded without ambiguity."""
+    hashed = hashlib.sha256()
+    _feed(hashed, parts)
+    return hashed.digest()
+
+
+def _digest_of_fields(kind: str, value: Commit | Statement) -> Digest:
+    return digest_of(kind, *(getattr(value, field.name) for field in fields(value)))
+
+
+def _feed(hashed: "hashlib._Hash", value: Plain) -> None:
+    if isinstance(value, int):
+        data = b"%d" % value
+        hashed.update(b"i%d:" % len(data) + data)
+    elif isinstance(value, str):
+        data = value.encode()
+        hashed.update(b"s%d:" % len(data) + data)
+    elif isinstance(value, bytes):
+        hashed.update(b"b%d:" % len(value) + value)
+    else:
+        hashed.update(b"l%d:" % len(value))
+        for item in value:
+            _feed(hashed, item)
