@@ -11,6 +11,8 @@ from functools import cached_property
 from types import MappingProxyType
 from typing import Any, Final
 
+from protocol.measurements import QualityBound
+
 
 class Scope(enum.StrEnum):
     """Whose a switch is."""
@@ -145,8 +147,8 @@ class Method:
         return Method(MappingProxyType({**self.switches, "speculation": SWITCHES["speculation"].baseline}))
 
     @property
-    def lineage(self) -> str:
-        """What keys and values depend on besides the tokens: they may be shared within one lineage only."""
+    def kv_key(self) -> str:
+        """What keys and values depend on besides the tokens: they may be shared with the same KV key only."""
         return f"{self.engine}/{self.arithmetic}/{self.activations}"
 
     @property
@@ -223,17 +225,6 @@ def _portfolio() -> Iterator[Method]:
 
 PORTFOLIO: Final[Mapping[str, Method]] = MappingProxyType({each.name: each for each in _portfolio()})
 """The methods that are chosen from, by name: few enough to be learned, various enough for something to win anywhere."""
-
-
-class QualityBound(enum.StrEnum):
-    """How far a job lets its method stray from fp32."""
-
-    EXACT = "exact"
-    """The same greedy tokens."""
-    NEAR = "near"
-    """Perplexity at most 1 % higher, mean KL divergence at most 0.02."""
-    ANY = "any"
-    """Perplexity at most 5 % higher."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -33,13 +33,13 @@ SLOW = (
     "tests/unit/models/test_demo_model.py",
     "tests/unit/models/test_gguf_import.py",
     "tests/unit/models/test_importer.py",
-    "tests/unit/models/test_tokenizer_process.py",
+    "tests/unit/models/test_tokenizer_service.py",
     "tests/unit/network/",
     "tests/unit/selection/",
     "tests/unit/selector/test_training_set.py",
     "tests/unit/selector/test_selectors.py",
     "tests/unit/test_demo.py",
-    "tests/unit/test_doctor.py",
+    "tests/unit/doctor/test_diagnose.py",
     "tests/unit/stages/test_span_supervisor.py",
     "tests/unit/test_start.py",
     "tests/unit/util/test_child_process.py",
@@ -55,8 +55,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture
-def autojump_clock(monkeypatch: pytest.MonkeyPatch) -> MockClock:
-    """Virtual time, in which work for a thread is done at once: while all wait for a thread, the clock would jump."""
+def virtual_clock(monkeypatch: pytest.MonkeyPatch) -> MockClock:
+    """A clock that jumps to the next deadline; `trio.to_thread.run_sync` runs inline for the length of the test.
+
+    With pytest-trio's own `autojump_clock` time would jump while all tasks wait for a thread.
+    """
 
     async def run_sync(work: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
         return await run_inline(lambda: work(*arguments))

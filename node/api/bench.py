@@ -26,9 +26,9 @@ from node.api.requests import (
     parse_text,
     refuse,
 )
-from node.coordinator.submission import JobError, Quality
+from node.coordinator.submission import JobError
 from node.coordinator.trial_runner import MethodTrial, Run, Trial, TrialSpec, TrialWorkload
-from protocol.measurements import Objective
+from protocol.measurements import Objective, QualityBound
 from selector.task import BASELINE, PORTFOLIO, Method, MethodError
 from selector.task import parse_method as method_of
 
@@ -82,7 +82,7 @@ def parse_spec(body: bytes) -> TrialSpec:
             repetitiveness=workload.get("repetitiveness", number_between(0, 1)) or 0.0,
         ),
         rounds=fields.get("rounds", count_between(1, MAX_ROUNDS)) or 3,
-        quality=fields.get("quality", parse_quality) or Quality.EXACT,
+        quality=fields.get("quality", parse_quality) or QualityBound.EXACT,
         seed=fields.get("seed", count_between(1, 2**31 - 1)),
     )
 

@@ -307,7 +307,7 @@ class PeerStatus(TypedDict):
     """None where it served none."""
 
 
-class LineageQuality(TypedDict):
+class VariantQuality(TypedDict):
     """What a lossy way to calculate does to a model's answers; see `node.engine.quality`."""
 
     greedy_agreement: float | None
@@ -331,7 +331,7 @@ class ModelStatus(TypedDict):
     """Whether every block is served: the model can be used now."""
     local: bool
     """Whether this node holds the model's manifest."""
-    quality: dict[str, LineageQuality | None]
+    quality: dict[str, VariantQuality | None]
     """By `engine/arithmetic/activations`, once measured here; None for what cannot be had for this model."""
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any, Final, NoReturn, TypeVar
 
 from node.api.errors import ApiError
-from node.coordinator.submission import ChatMessage, JobRequest, Quality
+from node.coordinator.submission import ChatMessage, JobRequest
 from node.util.suggestions import LONGEST_NAME, did_you_mean
 from protocol.limits import (
     MAX_LOGIT_BIAS,
@@ -21,6 +21,7 @@ from protocol.limits import (
     MAX_STOP_TOKENS,
     MAX_VOCABULARY,
 )
+from protocol.measurements import QualityBound
 
 MAX_MESSAGES: Final = 4096
 MAX_STOPS: Final = 4
@@ -202,7 +203,7 @@ def _parse_common(
         stop=fields.get("stop", _parse_stop) or (),
         stop_token_ids=fields.get("stop_token_ids", _parse_stop_token_ids) or (),
         ignore_eos=fields.get("ignore_eos", _parse_boolean) or extras.get("ignore_eos", _parse_boolean) or False,
-        quality=extras.get("quality", parse_quality) or Quality.EXACT,
+        quality=extras.get("quality", parse_quality) or QualityBound.EXACT,
         method=extras.get("method", parse_method) or "auto",
     )
     include_usage = options.get("include_usage", _parse_boolean) or False
@@ -407,12 +408,12 @@ def _parse_content(param: str, value: Any) -> str:
     return "".join(texts)
 
 
-def parse_quality(param: str, value: Any) -> Quality:
+def parse_quality(param: str, value: Any) -> QualityBound:
     """Return a quality bound."""
     try:
-        return Quality(value)
+        return QualityBound(value)
     except ValueError:
-        refuse(param, f"must be one of {', '.join(Quality)}")
+        refuse(param, f"must be one of {', '.join(QualityBound)}")
 
 
 def parse_method(param: str, value: Any) -> str:

@@ -12,8 +12,9 @@ from node.api.requests import (
     parse_text,
     refuse,
 )
-from node.coordinator.submission import JobRequest, Quality
+from node.coordinator.submission import JobRequest
 from protocol.limits import MAX_PARALLEL_JOBS
+from protocol.measurements import QualityBound
 
 DEFAULT_TOKENS: Final = 64
 """Of prompt and text, where nothing is said."""
@@ -38,7 +39,7 @@ def parse_task(body: bytes) -> tuple[JobRequest, dict[str, Any]]:
         model=model,
         prompt_tokens=tuple(place % _TOKEN_IDS for place in range(prompt_tokens)),
         max_tokens=fields.get("max_tokens", parse_count) or DEFAULT_TOKENS,
-        quality=fields.get("quality", parse_quality) or Quality.EXACT,
+        quality=fields.get("quality", parse_quality) or QualityBound.EXACT,
     )
     told: dict[str, Any] = {
         name: fields.get(name, number_between(0, 1)) or 0.0 for name in ("shared_prefix_share", "repetitiveness")

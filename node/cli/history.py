@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import aclosing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, Final
+from typing import IO, TYPE_CHECKING, Final
 
 import click
 
@@ -50,13 +50,14 @@ def history_group() -> None:
     "--output",
     type=click.Path(dir_okay=False, path_type=Path),
     metavar="FILE",
-    help="Where to write; without it, JSON lines go to stdout. A name that ends in .parquet means Parquet.",
+    help="File to write. Default: stdout.",
 )
 @json_option
 def export(data_dir: Path, output: Path | None, as_json: bool) -> None:
-    """Write every observation as one JSON object a line, or as a Parquet file.
+    """Write the observations as JSON lines.
 
     Each has readable fields and, as `record`, the signed original, which `metaswarm history import` reads.
+    `pandas.read_json(FILE, lines=True)` loads the file.
     """
     path = _existing(data_dir)
     if output is None:
@@ -65,14 +66,8 @@ def export(data_dir: Path, output: Path | None, as_json: bool) -> None:
         return
     with _faults_in_words(), _written_whole(output) as temporary, progress_bars() as progress:
         shown = _shown(progress, f"exporting to {output}")
-        if output.suffix == ".parquet":
-            from node.storage.parquet import create_parquet
-
-            with create_parquet(temporary) as parquet:
-                count = _export(path, parquet.write, shown)
-        else:
-            with temporary.open("w", encoding="utf-8") as lines:
-                count = _export(path, lambda observations: _write_lines(lines, observations), shown)
+        with temporary.open("w", encoding="utf-8") as lines:
+            count = _export(path, lambda observations: _write_lines(lines, observations), shown)
     if as_json:
         print_json({"exported": count, "file": str(output.absolute())})
     else:
@@ -212,18 +207,15 @@ def _verify(path: Path, repair: bool, progress: Progress) -> tuple["Verification
 
 def _verified(file: Path, result: _Import, progress: Progress) -> Iterator["SignedObservation"]:
     """Yield the good observations of a dataset; count all of them, and note the bad ones."""
-    from node.storage.dataset import DatasetError, from_line, from_row
-    from node.storage.parquet import read_parquet
+    from node.storage.dataset import DatasetError, from_line
 
     size = file.stat().st_size
-    rows: Iterator[Any] = read_parquet(file) if file.suffix == ".parquet" else _lines(file, progress, size)
-    read = from_row if file.suffix == ".parquet" else from_line
-    for number, row in enumerate(rows, 1):
-        if row == b"\n":
+    for number, line in enumerate(_lines(file, progress, size), 1):
+        if line == b"\n":
             continue
         result.read += 1
         try:
-            yield read(row, time.time())
+            yield from_line(line, time.time())
         except DatasetError as error:
             result.rejected[number] = str(error)
     progress(size, size)

@@ -9,11 +9,11 @@ import structlog
 import trio
 
 from node.coordinator.recorder import Recorder
-from node.coordinator.submission import JobError, Quality
+from node.coordinator.submission import JobError
 from node.coordinator.trial_runner import Trials, TrialSpec, TrialWorkload
 from protocol.consensus_values import Cell
 from protocol.identity import ModelId
-from protocol.measurements import Objective, Observation, ObservationKind
+from protocol.measurements import Objective, Observation, ObservationKind, QualityBound
 from selector.consensus.sortition import MeasurementPlan
 from selector.task import BASELINE, PORTFOLIO, parse_method
 
@@ -83,7 +83,7 @@ class MeasurementRunner:
             workload=workload,
             rounds=ROUNDS,
             kind=ObservationKind.ASSIGNED,
-            quality=Quality.ANY,
+            quality=QualityBound.ANY,
         )
         try:
             trial = await self._trials.run(spec, self._withhold)

@@ -14,6 +14,7 @@ from node.models.library import KnownModel
 from node.stages.speculation import repetitiveness
 from protocol.identity import ModelId
 from protocol.limits import MAX_VOTES
+from protocol.measurements import QualityBound
 from protocol.messages import Load
 from selector.heuristic import predicted_cost, preference
 from selector.task import (
@@ -21,7 +22,6 @@ from selector.task import (
     MeasuredQuality,
     Method,
     MethodError,
-    QualityBound,
     TaskContext,
     admits,
     parse_method,
@@ -143,7 +143,7 @@ def admitted_methods(request: JobRequest, model: KnownModel, ledger: QualityStor
     A model whose quality is not known yet is asked for; until then lossy methods are not admitted.
     Raises JobError, with one line, for a method that there is not or that the bound does not admit.
     """
-    bound = QualityBound(request.quality)
+    bound = request.quality
     asked = Asked.NEVER if bound is QualityBound.EXACT else ledger.ask(model)
     if request.method == AUTO:
         admitted = [each for each in PORTFOLIO.values() if admits(bound, each, ledger.quality(model.id, each))]

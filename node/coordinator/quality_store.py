@@ -39,11 +39,11 @@ MAX_FETCHED_BYTES: Final = 4 << 30
 
 TIME_LIMIT_S: Final = 1800.0
 
-LINEAGES: Final = tuple(sorted({method.lineage for method in PORTFOLIO.values() if not method.exact}))
+KV_KEYS: Final = tuple(sorted({method.kv_key for method in PORTFOLIO.values() if not method.exact}))
 """What is measured: quality depends on nothing else of a method."""
 
 Figures = Mapping[str, MeasuredQuality | None]
-"""By lineage; None for what this model cannot be served with."""
+"""By KV key; None for what this model cannot be served with."""
 
 _logger = structlog.get_logger(__name__)
 
@@ -81,7 +81,7 @@ class LocalQualityStore:
 
     def quality(self, model: ModelId, method: Method) -> MeasuredQuality | None:
         """Return what was measured; see Ledger."""
-        return self._figures.get(model, {}).get(method.lineage)
+        return self._figures.get(model, {}).get(method.kv_key)
 
     def figures(self, model: ModelId) -> Figures:
         """Return all that was measured of a model."""
@@ -121,7 +121,7 @@ class LocalQualityStore:
         text = await model.tokenizer.encode(sample_text())
         length = min(WINDOW_TOKENS, model.max_positions)
         windows = [text[start : start + length] for start in range(0, min(len(text), WINDOWS * length) - 1, length)]
-        asked = json.dumps({"windows": [window for window in windows if len(window) > 1], "lineages": LINEAGES})
+        asked = json.dumps({"windows": [window for window in windows if len(window) > 1], "lineages": KV_KEYS})
         _logger.info("measuring what lossy methods do to a model", model=model.id)
         began_s = trio.current_time()
         with self._weights.in_use(package, whole):
@@ -142,7 +142,7 @@ class LocalQualityStore:
         """Return what an earlier run has kept, if it holds for this software and is all there."""
         try:
             kept = json.loads((self._folder / f"{model}.json").read_bytes())
-            if kept["versions"] != _versions() or not set(LINEAGES) <= kept["figures"].keys():
+            if kept["versions"] != _versions() or not set(KV_KEYS) <= kept["figures"].keys():
                 return None
             return _figures_in(json.dumps(kept["figures"]).encode())
         except (OSError, ValueError, TypeError, KeyError, QualityError):

@@ -6,19 +6,12 @@ from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from typing import Final, Protocol
 
-from protocol.identity import BlockRange, JobId, ModelId, PeerId
+from protocol.identity import JobId, ModelId, PeerId
+from protocol.measurements import QualityBound, StageObservation
 from protocol.messages import FinishReason
 
 AUTO: Final = "auto"
 """In place of a method: the swarm chooses."""
-
-
-class Quality(enum.StrEnum):
-    """How far a method may stray from fp32: `exact` the same greedy tokens, `near` and `any` within stated bounds."""
-
-    EXACT = "exact"
-    NEAR = "near"
-    ANY = "any"
 
 
 class JobErrorCode(enum.StrEnum):
@@ -101,7 +94,7 @@ class JobRequest:
     """Besides the model's own end-of-text tokens."""
     ignore_eos: bool = False
     """Go on past the model's end-of-text tokens; for benchmarks and comparisons."""
-    quality: Quality = Quality.EXACT
+    quality: QualityBound = QualityBound.EXACT
     method: str = AUTO
     background: bool = False
     """Nobody waits for it: it makes way for the jobs of others."""
@@ -146,16 +139,6 @@ class Timing:
     ttft_s: float
     tpot_s: float
     total_s: float
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RouteStage:
-    """One stage of the route that served the job, with what it cost there."""
-
-    peer: PeerId
-    blocks: BlockRange
-    compute_s: float
-    queue_s: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -243,7 +226,7 @@ class JobResult:
     finish_reason: FinishReason
     usage: Usage
     timing: Timing
-    route: tuple[RouteStage, ...]
+    route: tuple[StageObservation, ...]
     method: MethodChoice
     consensus: Consensus
     replays: int

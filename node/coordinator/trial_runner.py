@@ -19,9 +19,9 @@ import trio
 from node.coordinator.coordinator import Coordinator
 from node.coordinator.prompt import prompt_tokens
 from node.coordinator.recorder import Recorder, ServedJob
-from node.coordinator.submission import JobError, JobErrorCode, JobRequest, JobResult, Quality
+from node.coordinator.submission import JobError, JobErrorCode, JobRequest, JobResult
 from node.models.sample import sample_text
-from protocol.measurements import Measurements, Objective, Observation, ObservationKind
+from protocol.measurements import Measurements, Objective, Observation, ObservationKind, QualityBound
 from selector.task import BASELINE, Method
 
 READY_TIMEOUT_S: Final = 900.0
@@ -67,7 +67,7 @@ class TrialSpec:
     workload: TrialWorkload
     rounds: int = 3
     kind: ObservationKind = ObservationKind.BENCH
-    quality: Quality = Quality.EXACT
+    quality: QualityBound = QualityBound.EXACT
     seed: int | None = None
 
 

@@ -19,8 +19,9 @@ from node.engine.interface import (
     BadRows,
     EngineError,
     EngineFull,
-    Lineage,
+    KvCompatibilityKey,
     Prefix,
+    SessionNotOpen,
     SessionOptions,
     SliceInput,
     SpanInfo,
@@ -38,19 +39,19 @@ class _Entry:
 
     page: int
     namespace: str
-    lineage: Lineage
+    kv_key: KvCompatibilityKey
     hash: bytes
     session: SessionId | None
     pins: int = 0
 
 
 @dataclass(slots=True, eq=False)
-class _Reservation:
+class _SessionPages:
     positions: int
     pages: tuple[int, ...]
     prefix: Prefix | None
-    pinned: Mapping[Lineage, list[_Entry]]
-    lineage: Lineage | None = None
+    pinned: Mapping[KvCompatibilityKey, list[_Entry]]
+    kv_key: KvCompatibilityKey | None = None
     """Once begun, and if it takes part in the prefix cache."""
     begun: bool = False
     entries: dict[int, _Entry] = field(default_factory=dict)
@@ -58,7 +59,7 @@ class _Reservation:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Placement:
+class KvReservation:
     """Where a session's keys and values lie. `pages`: its own, in order. `copied`: what its first pages start as."""
 
     positions: int
@@ -78,8 +79,8 @@ class KvAllocator:
         self._info = info
         self._free = bytearray(_FREE * (info.kv_positions // PAGE_POSITIONS))
         self._free_count = len(self._free)
-        self._sessions: dict[SessionId, _Reservation] = {}
-        self._index: dict[str, dict[Lineage, dict[bytes, _Entry]]] = {}
+        self._sessions: dict[SessionId, _SessionPages] = {}
+        self._index: dict[str, dict[KvCompatibilityKey, dict[bytes, _Entry]]] = {}
         # Cached pages without a session, longest unused first.
         self._idle: dict[_Entry, None] = {}
         self.hit_positions = 0
@@ -101,7 +102,7 @@ class KvAllocator:
         """Positions of the cached pages that no session holds."""
         return len(self._idle) * PAGE_POSITIONS
 
-    def open(self, session: SessionId, positions: int, prefix: Prefix | None) -> Mapping[Lineage, int]:
+    def open(self, session: SessionId, positions: int, prefix: Prefix | None) -> Mapping[KvCompatibilityKey, int]:
         """Reserve, pin what is cached, and say how much that is, in positions.
 
         Raises EngineFull while there is no room, EngineError for what makes no sense.
@@ -120,99 +121,99 @@ class KvAllocator:
                 raise
             found = {}  # what is cached is worth less than being served
             pages = self._allocate(positions)
-        self._sessions[session] = _Reservation(positions, pages, prefix, found)
-        return {lineage: len(entries) * PAGE_POSITIONS for lineage, entries in found.items()}
+        self._sessions[session] = _SessionPages(positions, pages, prefix, found)
+        return {kv_key: len(entries) * PAGE_POSITIONS for kv_key, entries in found.items()}
 
-    def begin(self, session: SessionId, options: SessionOptions) -> Placement:
-        """Let go of what was pinned but for the pages of the lineage chosen, which the session is to copy at once."""
-        reservation = self._of(session)
-        if reservation.begun:
+    def begin(self, session: SessionId, options: SessionOptions) -> KvReservation:
+        """Let go of what was pinned but for the pages with the chosen KV key, which the session is to copy at once."""
+        holding = self._of(session)
+        if holding.begun:
             raise EngineError(f"session {session.job}/{session.stage} has begun already")
         if self._info.part(options.blocks).is_last and options.sampling is None:
             raise EngineError("the last span draws tokens: a session on it needs to say how")
-        wanted = reservation.pinned.get(options.lineage, []) if options.prefix_cache else []
+        wanted = holding.pinned.get(options.kv_key, []) if options.prefix_cache else []
         taken = list(takewhile(self._is_cached, wanted))
-        _pin(reservation.pinned, -1)
-        reservation.pinned = {}
+        _pin(holding.pinned, -1)
+        holding.pinned = {}
         self._touch(taken)
-        reservation.begun = True
-        reservation.lineage = options.lineage if options.prefix_cache else None
-        placement = Placement(
-            positions=reservation.positions,
-            pages=reservation.pages,
-            copied=tuple(entry.page for entry in taken[: len(reservation.pages)]),
+        holding.begun = True
+        holding.kv_key = options.kv_key if options.prefix_cache else None
+        reservation = KvReservation(
+            positions=holding.positions,
+            pages=holding.pages,
+            copied=tuple(entry.page for entry in taken[: len(holding.pages)]),
         )
-        self.hit_positions += placement.cached
-        return placement
+        self.hit_positions += reservation.cached
+        return reservation
 
     def rewind(self, session: SessionId, position: int) -> None:
         """Take out of the cache what is about to be overwritten: pages that reach beyond `position`."""
-        reservation = self._of(session)
-        for number in [number for number in reservation.entries if (number + 1) * PAGE_POSITIONS > position]:
-            self._drop(reservation.entries.pop(number))
+        holding = self._of(session)
+        for number in [number for number in holding.entries if (number + 1) * PAGE_POSITIONS > position]:
+            self._drop(holding.entries.pop(number))
 
     def advance(self, session: SessionId, length: int) -> None:
         """Put into the cache the prompt's pages that are whole, now that `length` positions are calculated."""
-        reservation = self._of(session)
-        if reservation.prefix is None or reservation.lineage is None:
+        holding = self._of(session)
+        if holding.prefix is None or holding.kv_key is None:
             return
-        cached = self._index.setdefault(reservation.prefix.namespace, {}).setdefault(reservation.lineage, {})
-        whole = min(length // PAGE_POSITIONS, len(reservation.pages))
-        for number, name in enumerate(islice(reservation.prefix, whole)):
+        cached = self._index.setdefault(holding.prefix.namespace, {}).setdefault(holding.kv_key, {})
+        whole = min(length // PAGE_POSITIONS, len(holding.pages))
+        for number, name in enumerate(islice(holding.prefix, whole)):
             if name not in cached:
-                cached[name] = reservation.entries[number] = _Entry(
-                    reservation.pages[number], reservation.prefix.namespace, reservation.lineage, name, session
+                cached[name] = holding.entries[number] = _Entry(
+                    holding.pages[number], holding.prefix.namespace, holding.kv_key, name, session
                 )
 
     def rename(self, session: SessionId, successor: SessionId) -> None:
         """Let a session go on under another id. Raises EngineError where the one is not open, or the other is."""
         if successor in self._sessions:
             raise EngineError(f"session {successor.job}/{successor.stage} is open already")
-        reservation = self._of(session)
+        holding = self._of(session)
         self._sessions[successor] = self._sessions.pop(session)
-        for entry in reservation.entries.values():
+        for entry in holding.entries.values():
             entry.session = successor
 
     def close(self, session: SessionId, *, keep: bool = True) -> bool:
         """Free what a session holds; return whether it was open. `keep`: whether what it calculated can be trusted."""
-        reservation = self._sessions.pop(session, None)
-        if reservation is None:
+        holding = self._sessions.pop(session, None)
+        if holding is None:
             return False
-        _pin(reservation.pinned, -1)
+        _pin(holding.pinned, -1)
         if not keep:
-            for entry in reservation.entries.values():
+            for entry in holding.entries.values():
                 self._drop(entry)
-            reservation.entries.clear()
-        for entry in reservation.entries.values():
+            holding.entries.clear()
+        for entry in holding.entries.values():
             entry.session = None
         # The end of a prompt is worth less than its start, without which it cannot be used.
-        self._touch(reservation.entries[number] for number in sorted(reservation.entries))
-        self._release(set(reservation.pages) - {entry.page for entry in reservation.entries.values()})
+        self._touch(holding.entries[number] for number in sorted(holding.entries))
+        self._release(set(holding.pages) - {entry.page for entry in holding.entries.values()})
         return True
 
-    def _of(self, session: SessionId) -> _Reservation:
+    def _of(self, session: SessionId) -> _SessionPages:
         try:
             return self._sessions[session]
         except KeyError:
-            raise EngineError(f"session {session.job}/{session.stage} is not open") from None
+            raise SessionNotOpen(session) from None
 
-    def _find(self, prefix: Prefix | None) -> dict[Lineage, list[_Entry]]:
-        """Return the unbroken run of cached pages from the start of a prompt, by lineage, where there is one."""
+    def _find(self, prefix: Prefix | None) -> dict[KvCompatibilityKey, list[_Entry]]:
+        """Return the unbroken run of cached pages from the start of a prompt, by KV key, where there is one."""
         if prefix is None:
             return {}
-        found: dict[Lineage, list[_Entry]] = {}
-        for lineage, cached in self._index.get(prefix.namespace, {}).items():
+        found: dict[KvCompatibilityKey, list[_Entry]] = {}
+        for kv_key, cached in self._index.get(prefix.namespace, {}).items():
             entries: list[_Entry] = []
             for name in prefix:
                 if name not in cached:
                     break
                 entries.append(cached[name])
             if entries:
-                found[lineage] = entries
+                found[kv_key] = entries
         return found
 
     def _is_cached(self, entry: _Entry) -> bool:
-        return self._index.get(entry.namespace, {}).get(entry.lineage, {}).get(entry.hash) is entry
+        return self._index.get(entry.namespace, {}).get(entry.kv_key, {}).get(entry.hash) is entry
 
     def _touch(self, entries: Iterable[_Entry]) -> None:
         """Make entries the last to be evicted, the first of them at the very last."""
@@ -249,19 +250,19 @@ class KvAllocator:
 
     def _drop(self, entry: _Entry) -> None:
         """Take a page out of the cache; without a session it is free then."""
-        lineages = self._index[entry.namespace]
-        cached = lineages[entry.lineage]
+        kv_keys = self._index[entry.namespace]
+        cached = kv_keys[entry.kv_key]
         del cached[entry.hash]
         if not cached:
-            del lineages[entry.lineage]
-            if not lineages:
+            del kv_keys[entry.kv_key]
+            if not kv_keys:
                 del self._index[entry.namespace]
         if entry.session is None:
             del self._idle[entry]
             self._release([entry.page])
 
 
-def _pin(found: Mapping[Lineage, Iterable[_Entry]], count: int) -> None:
+def _pin(found: Mapping[KvCompatibilityKey, Iterable[_Entry]], count: int) -> None:
     for entries in found.values():
         for entry in entries:
             entry.pins += count

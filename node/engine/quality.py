@@ -1,7 +1,7 @@
 """Measures what lossy methods do to a model's answers: `python -m node.engine.quality PACKAGE_DIR`.
 
 A process of its own, at low priority. On stdin comes one JSON document, `{"windows": [[token, …], …], "lineages":
-["engine/arithmetic/activations", …]}`; on stdout goes one, `{lineage: {"greedy_agreement", "mean_kl",
+["engine/arithmetic/activations", …]}`; on stdout goes one, `{KV key: {"greedy_agreement", "mean_kl",
 "perplexity_change"} or null}`, null for what cannot be had for this model.
 
 The model passes through a part at a time, and all the text through each part, so memory holds one part and not the
@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from node.engine.engine_config import EngineOptions, ShardSource
-from node.engine.interface import PAGE_POSITIONS, REFERENCE, EngineError, Lineage, Variant
+from node.engine.interface import PAGE_POSITIONS, REFERENCE, EngineError, KvCompatibilityKey, Variant
 from node.util.priority import yield_to_others
 from protocol.identity import BlockRange
 
@@ -38,11 +38,10 @@ _EXACT_WIRE = "fp32"
 
 @dataclass(frozen=True, slots=True)
 class Quality:
-    """How far a lineage strays from the reference, over all positions of the text but the first of each window.
+    """Deviation from the reference, over all positions of the text but the first of each window.
 
-    `greedy_agreement`: share of positions, 0 to 1, where the likeliest token is the same. `mean_kl`: mean divergence of
-    its distribution from the reference's, KL(reference || lineage), in nats. `perplexity_change`: relative change of
-    the text's perplexity; 0.01 is one per cent more.
+    `greedy_agreement`: share of positions, 0 to 1, with the same likeliest token. `mean_kl`: mean KL(reference || it)
+    in nats. `perplexity_change`: relative change of the text's perplexity; 0.01 is one per cent more.
     """
 
     greedy_agreement: float
@@ -51,9 +50,11 @@ class Quality:
 
 
 def measure_quality(
-    parts: Sequence[tuple[BlockRange, ShardSource]], windows: Sequence[Sequence[int]], lineages: Sequence[Lineage]
-) -> Mapping[Lineage, Quality | None]:
-    """Return the quality of each lineage; None for one that cannot be had.
+    parts: Sequence[tuple[BlockRange, ShardSource]],
+    windows: Sequence[Sequence[int]],
+    kv_keys: Sequence[KvCompatibilityKey],
+) -> Mapping[KvCompatibilityKey, Quality | None]:
+    """Return the quality of each KV key; None where it is unavailable.
 
     `parts`: consecutive spans that are the whole model. `windows`: token ids, at least two in each, that are read
     apart from one another. Raises EngineError where the model itself cannot be served.
@@ -63,66 +64,66 @@ def measure_quality(
     from node.engine.shard import Shard
 
     positions = -(-max(map(len, windows)) // PAGE_POSITIONS) * PAGE_POSITIONS
-    reference = Lineage(REFERENCE, _EXACT_WIRE)
+    reference = KvCompatibilityKey(REFERENCE, _EXACT_WIRE)
     texts = [torch.tensor(window) for window in windows]
-    rows: dict[Lineage, list[torch.Tensor]] = {lineage: list(texts) for lineage in (reference, *lineages)}
+    rows: dict[KvCompatibilityKey, list[torch.Tensor]] = {kv_key: list(texts) for kv_key in (reference, *kv_keys)}
     for blocks, source in parts:
         shard = Shard(source, blocks, EngineOptions(kv_positions=positions))
-        for lineage in list(rows):
+        for kv_key in list(rows):
             try:
-                shard.prepare(lineage.variant)
+                shard.prepare(kv_key.variant)
             except EngineError:
-                if lineage == reference:
+                if kv_key == reference:
                     raise
-                del rows[lineage]
+                del rows[kv_key]
         if shard.info.is_last:
-            return dict.fromkeys(lineages) | _compare(shard, rows, reference, texts)
-        rows = {lineage: [_pass(shard, lineage, window) for window in given] for lineage, given in rows.items()}
+            return dict.fromkeys(kv_keys) | _compare(shard, rows, reference, texts)
+        rows = {kv_key: [_pass(shard, kv_key, window) for window in given] for kv_key, given in rows.items()}
     raise EngineError("the parts are not the whole model")
 
 
-def _pass(shard: "Shard", lineage: Lineage, rows: "torch.Tensor") -> "torch.Tensor":
+def _pass(shard: "Shard", kv_key: KvCompatibilityKey, rows: "torch.Tensor") -> "torch.Tensor":
     """Return rows as the next part sees them."""
     import torch
 
     from node.engine.activation_codec import decode_rows, encode_rows
 
-    hidden = shard.run_alone(lineage.variant, rows, draws=0)
-    return torch.from_numpy(decode_rows(encode_rows(hidden.cpu().numpy(), lineage.activations)))
+    hidden = shard.run_alone(kv_key.variant, rows, draws=0)
+    return torch.from_numpy(decode_rows(encode_rows(hidden.cpu().numpy(), kv_key.activations)))
 
 
 def _compare(
     shard: "Shard",
-    rows: Mapping[Lineage, Sequence["torch.Tensor"]],
-    reference: Lineage,
+    rows: Mapping[KvCompatibilityKey, Sequence["torch.Tensor"]],
+    reference: KvCompatibilityKey,
     texts: Sequence["torch.Tensor"],
-) -> dict[Lineage, Quality | None]:
+) -> dict[KvCompatibilityKey, Quality | None]:
     """Run the last part, a window at a time, so that the distributions of one are in memory at once."""
     import torch
 
-    sums = {lineage: torch.zeros(3, dtype=torch.float64) for lineage in rows}
+    sums = {kv_key: torch.zeros(3, dtype=torch.float64) for kv_key in rows}
     count = 0
     for number, text in enumerate(texts):
 
-        def distribution(lineage: Lineage, number: int = number) -> torch.Tensor:
-            given = rows[lineage][number]
-            logits = shard.run_alone(lineage.variant, given, draws=len(given))
+        def distribution(kv_key: KvCompatibilityKey, number: int = number) -> torch.Tensor:
+            given = rows[kv_key][number]
+            logits = shard.run_alone(kv_key.variant, given, draws=len(given))
             return torch.log_softmax(logits[:-1].float(), dim=-1)
 
         following = text[1:, None]
         right = distribution(reference)
         count += len(following)
-        for lineage, sum_ in sums.items():
-            other = right if lineage == reference else distribution(lineage)
+        for kv_key, sum_ in sums.items():
+            other = right if kv_key == reference else distribution(kv_key)
             sum_[0] += (other.argmax(dim=-1) == right.argmax(dim=-1)).sum()
             sum_[1] += (right.exp() * (right - other)).sum(dtype=torch.float64)
             sum_[2] -= other.gather(1, following).sum(dtype=torch.float64)
-    means = {lineage: (sum_ / count).tolist() for lineage, sum_ in sums.items()}
+    means = {kv_key: (sum_ / count).tolist() for kv_key, sum_ in sums.items()}
     loss = means[reference][2]
     return {
-        lineage: Quality(agreed, kl, float(torch.tensor(other - loss, dtype=torch.float64).expm1()))
-        for lineage, (agreed, kl, other) in means.items()
-        if lineage != reference
+        kv_key: Quality(agreed, kl, float(torch.tensor(other - loss, dtype=torch.float64).expm1()))
+        for kv_key, (agreed, kl, other) in means.items()
+        if kv_key != reference
     }
 
 
@@ -134,15 +135,15 @@ def cut(block_bytes: Sequence[int]) -> Iterator[BlockRange]:
     yield from (BlockRange(start, end) for start, end in pairwise(edges))
 
 
-def lineage_of(name: str) -> Lineage:
-    """Return the lineage with this name."""
+def kv_key_of(name: str) -> KvCompatibilityKey:
+    """Return the KV key with this name."""
     engine, arithmetic, activations = name.split("/")
-    return Lineage(Variant(engine, arithmetic), activations)
+    return KvCompatibilityKey(Variant(engine, arithmetic), activations)
 
 
 def main() -> int:
     """Measure what stdin asks for, and print it; return the exit code."""
-    from node.engine.client import source_from_package
+    from node.engine.engine_config import source_from_package
     from node.models.manifest import MANIFEST_FILE, parse_manifest
     from node.models.store import Package
 
@@ -155,11 +156,11 @@ def main() -> int:
         for blocks in cut([file.size_bytes for file in package.manifest.blocks])
     ]
     try:
-        found = measure_quality(parts, asked["windows"], [lineage_of(name) for name in asked["lineages"]])
+        found = measure_quality(parts, asked["windows"], [kv_key_of(name) for name in asked["lineages"]])
     except EngineError as error:
         sys.stderr.write(f"{error}\n")
         return 1
-    json.dump({str(lineage): asdict(each) if each else None for lineage, each in found.items()}, sys.stdout)
+    json.dump({str(kv_key): asdict(each) if each else None for kv_key, each in found.items()}, sys.stdout)
     return 0
 
 

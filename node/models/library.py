@@ -19,7 +19,7 @@ from node.models.importer import import_model
 from node.models.manifest import Manifest
 from node.models.providing import keep_providing
 from node.models.store import ModelStore, Package, UnknownModelError
-from node.models.tokenizer_process import ModelTokenizer, TokenizerService
+from node.models.tokenizer_service import ModelTokenizer, TokenizerService
 from node.network.interface import Network
 from protocol.blobs import PROTOCOL_ID
 from protocol.identity import BlockRange, ModelId, PeerId
@@ -76,7 +76,7 @@ class _Opening:
 
 
 @dataclass(frozen=True, slots=True)
-class Transfers:
+class BlobTraffic:
     """Bytes of model files that this node got from each peer, and gave to all of them."""
 
     received_bytes: Mapping[PeerId, int]
@@ -127,9 +127,9 @@ class Library:
         self._open: OrderedDict[ModelId, KnownModel] = OrderedDict()
         network.set_stream_handler(PROTOCOL_ID, self._server.handle)
 
-    def transfers(self) -> Transfers:
+    def transfers(self) -> BlobTraffic:
         """Return what crossed the blob protocol so far."""
-        return Transfers(self._fetcher.bytes_by_peer, sum(self._server.statistics().bytes_by_peer.values()))
+        return BlobTraffic(self._fetcher.bytes_by_peer, sum(self._server.statistics().bytes_by_peer.values()))
 
     def tokenizer_pids(self) -> tuple[int, ...]:
         """Return the processes that interpret tokenizers and chat templates now."""

@@ -88,7 +88,7 @@ class Package:
 
 
 @dataclass(frozen=True, slots=True)
-class Verification:
+class PackageCheck:
     """What a check of a package's files by their hashes found."""
 
     checked: tuple[str, ...]
@@ -262,7 +262,7 @@ class ModelStore:
 
     def verify(
         self, model: ModelId, blocks: BlockRange | None = None, progress: Progress = ignore_progress
-    ) -> Verification:
+    ) -> PackageCheck:
         """Hash the weight files of a span, or every file of the package, and say which are missing or damaged."""
         package = self.get(model)
         missing = package.missing(blocks)
@@ -277,7 +277,7 @@ class ModelStore:
 
         with disk_errors(f"cannot verify model {model[:12]}"):
             corrupt = [file for file in present if sha256_of(package.path_of(file), count) != file.sha256]
-        return Verification(
+        return PackageCheck(
             checked=tuple(file.name for file in present),
             missing=tuple(file.name for file in missing),
             corrupt=tuple(file.name for file in corrupt),

@@ -3,10 +3,9 @@
 import math
 from typing import Final
 
-from node.coordinator.submission import Quality
 from node.coordinator.trial_runner import Run, Trials, TrialSpec, TrialWorkload
 from node.selection.chooser import TrialNeed, TrialResult
-from protocol.measurements import ObservationKind
+from protocol.measurements import ObservationKind, QualityBound
 
 ROUNDS: Final = 3
 TOKENS: Final = 48
@@ -45,7 +44,7 @@ class TrialProber:
                 ),
                 rounds=self._rounds,
                 kind=ObservationKind.PROBE,
-                quality=Quality(context.quality),
+                quality=QualityBound(context.quality),
             )
         )
 

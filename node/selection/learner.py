@@ -169,7 +169,7 @@ class _Worker:
                 while (end := self._buffer.find(b"\n")) < 0:
                     chunk = await self._child.stdout.receive_some()
                     if not chunk:
-                        raise OSError(str(await self._child.epitaph()))
+                        raise OSError(str(await self._child.exit_reason()))
                     if len(self._buffer) > MAX_LINE_BYTES:
                         raise OSError(f"the worker's answer has more than {MAX_LINE_BYTES} bytes")
                     self._buffer += chunk
@@ -177,7 +177,7 @@ class _Worker:
                 del self._buffer[: end + 1]
                 answer = json.loads(line)
         except (trio.BrokenResourceError, trio.ClosedResourceError) as error:
-            raise OSError(str(await self._child.epitaph())) from error
+            raise OSError(str(await self._child.exit_reason())) from error
         if not isinstance(answer, dict):
             raise OSError("the worker speaks in riddles")
         return answer

@@ -167,7 +167,7 @@ class Child:
         finally:
             self._relaying = False
 
-    async def epitaph(self) -> ChildError:
+    async def exit_reason(self) -> ChildError:
         """Return what a child that closed its pipes died of."""
         with trio.move_on_after(_EXIT_LIMIT_S):
             await self.process.wait()

@@ -17,7 +17,8 @@ from node.network.interface import NetworkError
 from node.replication.history import MemoryHistory
 from node.storage.chain_store import ChainStore
 from node.testing.chain_store import memory_chain_store
-from node.testing.memory_hub import LinkModel, MemoryNetworkHub
+from node.testing.memory_hub import MemoryNetworkHub
+from node.testing.memory_links import LinkModel
 from node.testing.memory_network import MemoryNetwork
 from node.util.offload import run_inline
 from protocol.consensus import SignedMessage, sign_message, verify_message

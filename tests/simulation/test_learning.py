@@ -120,7 +120,7 @@ def is_fast(family: str, chosen: JobResult) -> bool:
     return switches["engine"] != "onnxruntime" and (family == "plain" or switches["prefix_cache"] == "on")
 
 
-async def test_the_best_method_of_each_kind_of_task_is_found_within_the_budget(autojump_clock: MockClock) -> None:
+async def test_the_best_method_of_each_kind_of_task_is_found_within_the_budget(virtual_clock: MockClock) -> None:
     node = LearningNode()
     results = await serve(node, 14)
     first = {family: found[0].method.name for family, found in results.items()}
@@ -153,7 +153,7 @@ class LyingVoter:
 
 
 async def test_neither_a_history_nor_votes_full_of_nonsense_make_a_node_use_what_is_bad(
-    autojump_clock: MockClock,
+    virtual_clock: MockClock,
 ) -> None:
     context = TaskContext(architecture="fake", block_count=9, hidden_size=32, hardware="test")
     lies = [
@@ -181,7 +181,7 @@ async def test_neither_a_history_nor_votes_full_of_nonsense_make_a_node_use_what
     assert node.chooser.budget.trials < 20
 
 
-async def test_without_a_budget_nothing_is_tried(autojump_clock: MockClock) -> None:
+async def test_without_a_budget_nothing_is_tried(virtual_clock: MockClock) -> None:
     node = LearningNode()
     node.chooser = LearnedChooser(node.opinions, random.Random(1), share=0.0)
     results = await serve(node, 5)

@@ -10,7 +10,8 @@ from trio.testing import MockClock
 from node.api.completions import CompletionEndpoint
 from node.api.errors import ApiError
 from node.api.requests import parse_completion_request
-from node.coordinator.submission import ChatMessage, JobError, JobErrorCode, Quality
+from node.coordinator.submission import ChatMessage, JobError, JobErrorCode
+from protocol.measurements import QualityBound
 from tests.unit.api.fakes import JOB, PEERS, FakeNode, chat_body, send_request, serve_node
 
 METASWARM = {
@@ -157,7 +158,7 @@ async def test_what_is_asked_for_reaches_the_job(node: FakeNode, client: httpx.A
     (job,) = node.submitter.requests
     assert (job.model, job.messages) == ("tiny", (ChatMessage(role="user", content="Hi"),))
     assert (job.max_tokens, job.temperature, job.top_p, job.seed, job.stop) == (7, 0.5, 0.9, 11, ("END", "\n"))
-    assert (job.quality, job.method, job.ignore_eos) == (Quality.NEAR, "arithmetic=bf16", True)
+    assert (job.quality, job.method, job.ignore_eos) == (QualityBound.NEAR, "arithmetic=bf16", True)
 
 
 REFUSALS = [
@@ -245,7 +246,7 @@ async def run_asgi(node: FakeNode, body: dict[str, Any]) -> list[tuple[float, di
 
 
 @pytest.mark.parametrize("where", ["prompt", "text"])
-async def test_says_that_it_waits_while_nothing_comes(autojump_clock: MockClock, node: FakeNode, where: str) -> None:
+async def test_says_that_it_waits_while_nothing_comes(virtual_clock: MockClock, node: FakeNode, where: str) -> None:
     node.submitter.pauses = {0 if where == "prompt" else 2: 31.0}
     sent = await run_asgi(node, completion_body(stream=True))
     assert sent[0][1]["status"] == 200
@@ -259,7 +260,7 @@ async def test_says_that_it_waits_while_nothing_comes(autojump_clock: MockClock,
 
 
 async def test_an_error_after_a_comment_is_an_event_and_one_before_it_a_status(
-    autojump_clock: MockClock, node: FakeNode
+    virtual_clock: MockClock, node: FakeNode
 ) -> None:
     node.submitter.words = ()
     node.submitter.fail = JobError(JobErrorCode.UNCOVERED, "Nobody serves it.", retry_after_s=2)
@@ -275,7 +276,7 @@ async def test_an_error_after_a_comment_is_an_event_and_one_before_it_a_status(
 
 
 async def test_a_job_that_is_refused_before_its_route_is_open_has_a_status(
-    autojump_clock: MockClock, node: FakeNode
+    virtual_clock: MockClock, node: FakeNode
 ) -> None:
     node.submitter.refuse = JobError(JobErrorCode.FULL, "No room.", retry_after_s=2)
     node.submitter.ponders_s = 8.0
@@ -286,7 +287,7 @@ async def test_a_job_that_is_refused_before_its_route_is_open_has_a_status(
 
 @pytest.mark.parametrize("ponders_s", [6.0, 30.0])
 async def test_says_that_it_waits_also_where_a_route_opens_late(
-    autojump_clock: MockClock, node: FakeNode, ponders_s: float
+    virtual_clock: MockClock, node: FakeNode, ponders_s: float
 ) -> None:
     node.submitter.ponders_s, node.submitter.pauses = ponders_s, {0: 20.0}
     began_s = trio.current_time()

@@ -5,7 +5,8 @@ from typing import Any
 import httpx
 import pytest
 
-from node.coordinator.submission import JobError, JobErrorCode, Quality
+from node.coordinator.submission import JobError, JobErrorCode
+from protocol.measurements import QualityBound
 from tests.unit.api.fakes import FakeNode, FakeSubmitter, serve_node
 
 
@@ -22,7 +23,7 @@ async def test_a_task_is_asked_about_as_it_was_described() -> None:
     assert answer.json()["agreed"]
     ((request, told),) = node.explained
     assert (request.model, len(request.prompt_tokens or ()), request.max_tokens) == ("tiny", 300, 7)
-    assert request.quality is Quality.NEAR
+    assert request.quality is QualityBound.NEAR
     assert told == {"concurrency": 4, "shared_prefix_share": 0.5, "repetitiveness": 0.0}
 
 

@@ -181,7 +181,7 @@ async def test_a_body_without_end_does_not_hold_its_connection(node: FakeNode, m
                 await send_for_ever(stream)
 
 
-async def test_a_body_that_does_not_come_is_given_up(autojump_clock: object) -> None:
+async def test_a_body_that_does_not_come_is_given_up(virtual_clock: object) -> None:
     sent: list[Message] = []
 
     async def receive() -> Message:

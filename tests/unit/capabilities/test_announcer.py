@@ -21,7 +21,8 @@ from node.identity import Identity
 from node.network.host import Libp2pNetwork
 from node.network.interface import NetworkError
 from node.swarm.dht_records import RecordKinds
-from node.testing.memory_hub import LinkModel, MemoryNetworkHub
+from node.testing.memory_hub import MemoryNetworkHub
+from node.testing.memory_links import LinkModel
 from protocol.capabilities import (
     CAPABILITY_TOPIC,
     Capabilities,
@@ -30,10 +31,9 @@ from protocol.capabilities import (
     Neighbour,
     Throughput,
     capability_key,
-    unseal_capabilities,
 )
 from protocol.identity import PeerId
-from protocol.records import seal
+from protocol.records import seal, unseal_from_dht
 from tests.support.capabilities import EPYC, GIB, H100, peer_of
 
 FACTS = replace(EPYC, processor=replace(EPYC.processor, throughput=Throughput()))
@@ -77,7 +77,7 @@ class Peer:
         """Return the record of a peer that this one keeps for the DHT."""
         key = capability_key(peer)
         data = self.network.stored_record(key)
-        return None if data is None else unseal_capabilities(key, data, self.wall_clock())
+        return None if data is None else unseal_from_dht(CapabilityRecord, key, data, self.wall_clock())
 
     async def join(self, *others: "Peer") -> None:
         for other in others:
@@ -112,7 +112,7 @@ def swarm() -> Swarm:
     return Swarm()
 
 
-async def test_what_a_peer_says_is_known_to_all_and_stands_in_the_dht(swarm: Swarm, autojump_clock: MockClock) -> None:
+async def test_what_a_peer_says_is_known_to_all_and_stands_in_the_dht(swarm: Swarm, virtual_clock: MockClock) -> None:
     async with swarm.peer(BETTER) as alice, swarm.peer() as bob, swarm.peer(announcing=False) as carol:
         await bob.join(alice)
         await carol.join(bob)
@@ -128,7 +128,7 @@ async def test_what_a_peer_says_is_known_to_all_and_stands_in_the_dht(swarm: Swa
 
 
 async def test_what_was_said_among_nobody_is_said_again_to_the_first_peer(
-    swarm: Swarm, autojump_clock: MockClock
+    swarm: Swarm, virtual_clock: MockClock
 ) -> None:
     async with swarm.peer(BETTER) as alice, swarm.peer(announcing=False) as bob:
         await trio.sleep(30)
@@ -138,7 +138,7 @@ async def test_what_was_said_among_nobody_is_said_again_to_the_first_peer(
         assert bob.stored(alice.id) is not None
 
 
-async def test_a_newcomer_learns_of_those_that_it_meets(swarm: Swarm, autojump_clock: MockClock) -> None:
+async def test_a_newcomer_learns_of_those_that_it_meets(swarm: Swarm, virtual_clock: MockClock) -> None:
     async with swarm.peer(BETTER) as alice, swarm.peer() as bob:
         await bob.join(alice)
         await trio.sleep(60)
@@ -151,7 +151,7 @@ async def test_a_newcomer_learns_of_those_that_it_meets(swarm: Swarm, autojump_c
             assert carol.announcer.known(carol.id) is None
 
 
-async def test_a_peer_that_had_nothing_to_say_is_asked_again_later(swarm: Swarm, autojump_clock: MockClock) -> None:
+async def test_a_peer_that_had_nothing_to_say_is_asked_again_later(swarm: Swarm, virtual_clock: MockClock) -> None:
     async with swarm.peer(announcing=False) as alice, swarm.peer(capabilities=None) as bob:
         await bob.join(alice)
         bob.meets = [alice.id]
@@ -162,7 +162,7 @@ async def test_a_peer_that_had_nothing_to_say_is_asked_again_later(swarm: Swarm,
         assert bob.announcer.known(alice.id) == EPYC
 
 
-async def test_a_record_is_refreshed_long_before_it_expires(swarm: Swarm, autojump_clock: MockClock) -> None:
+async def test_a_record_is_refreshed_long_before_it_expires(swarm: Swarm, virtual_clock: MockClock) -> None:
     async with swarm.peer() as alice, swarm.peer() as bob:
         await bob.join(alice)
         await trio.sleep(5)
@@ -176,7 +176,7 @@ async def test_a_record_is_refreshed_long_before_it_expires(swarm: Swarm, autoju
         assert 100 * 60 / RECORD_REFRESH_S <= len(sequences) <= 2 * 100 * 60 / RECORD_REFRESH_S
 
 
-async def test_what_nobody_refreshes_expires(swarm: Swarm, autojump_clock: MockClock) -> None:
+async def test_what_nobody_refreshes_expires(swarm: Swarm, virtual_clock: MockClock) -> None:
     async with swarm.peer() as bob:
         async with swarm.peer(BETTER, polite=False) as alice:
             await alice.join(bob)
@@ -187,7 +187,7 @@ async def test_what_nobody_refreshes_expires(swarm: Swarm, autojump_clock: MockC
         assert await bob.announcer.lookup(alice.id) is None
 
 
-async def test_a_graceful_stop_takes_back_what_was_said(swarm: Swarm, autojump_clock: MockClock) -> None:
+async def test_a_graceful_stop_takes_back_what_was_said(swarm: Swarm, virtual_clock: MockClock) -> None:
     async with swarm.peer() as bob, swarm.peer(announcing=False) as carol:
         await carol.join(bob)
         async with swarm.peer(BETTER) as alice:
@@ -199,7 +199,7 @@ async def test_a_graceful_stop_takes_back_what_was_said(swarm: Swarm, autojump_c
         assert await carol.announcer.lookup(alice.id) is None
 
 
-async def test_what_is_just_being_said_is_taken_back_too(swarm: Swarm, autojump_clock: MockClock) -> None:
+async def test_what_is_just_being_said_is_taken_back_too(swarm: Swarm, virtual_clock: MockClock) -> None:
     async with swarm.peer() as bob, swarm.peer(capabilities=None, polite=False) as alice:
         await alice.join(bob)
         alice.capabilities = BETTER
@@ -213,7 +213,7 @@ async def test_what_is_just_being_said_is_taken_back_too(swarm: Swarm, autojump_
         assert record.capabilities is None
 
 
-async def test_who_said_nothing_takes_nothing_back(swarm: Swarm, autojump_clock: MockClock) -> None:
+async def test_who_said_nothing_takes_nothing_back(swarm: Swarm, virtual_clock: MockClock) -> None:
     async with swarm.peer() as bob:
         async with swarm.peer(capabilities=None) as alice:
             await alice.join(bob)
@@ -222,7 +222,7 @@ async def test_who_said_nothing_takes_nothing_back(swarm: Swarm, autojump_clock:
         assert bob.stored(alice.id) is None
 
 
-async def test_a_peer_that_comes_back_is_believed_again(swarm: Swarm, autojump_clock: MockClock) -> None:
+async def test_a_peer_that_comes_back_is_believed_again(swarm: Swarm, virtual_clock: MockClock) -> None:
     async with swarm.peer() as bob:
         async with swarm.peer(BETTER) as alice:
             await alice.join(bob)
@@ -239,7 +239,7 @@ async def test_a_peer_that_comes_back_is_believed_again(swarm: Swarm, autojump_c
             nursery.cancel_scope.cancel()
 
 
-async def test_news_are_told_at_once(swarm: Swarm, autojump_clock: MockClock) -> None:
+async def test_news_are_told_at_once(swarm: Swarm, virtual_clock: MockClock) -> None:
     async with swarm.peer(FACTS) as alice, swarm.peer() as bob:
         await bob.join(alice)
         await trio.sleep(5)
@@ -256,7 +256,7 @@ def moved(step: int) -> Capabilities:
     return replace(EPYC, memory=memory, links=Links(upload_bytes_per_s=10.0**step, neighbours=neighbours))
 
 
-async def test_what_changes_all_the_time_is_told_now_and_then(swarm: Swarm, autojump_clock: MockClock) -> None:
+async def test_what_changes_all_the_time_is_told_now_and_then(swarm: Swarm, virtual_clock: MockClock) -> None:
     async with swarm.peer(moved(0)) as alice, swarm.peer() as bob:
         await bob.join(alice)
         await trio.sleep(5)
@@ -282,7 +282,7 @@ async def test_what_changes_all_the_time_is_told_now_and_then(swarm: Swarm, auto
     ids=["memory", "upload", "download", "neighbours", "round trip"],
 )
 async def test_what_has_clearly_changed_is_told_before_the_next_refresh(
-    swarm: Swarm, changed: Capabilities, autojump_clock: MockClock
+    swarm: Swarm, changed: Capabilities, virtual_clock: MockClock
 ) -> None:
     async with swarm.peer(EPYC) as alice, swarm.peer() as bob:
         await bob.join(alice)
@@ -301,7 +301,7 @@ async def test_what_has_clearly_changed_is_told_before_the_next_refresh(
     ids=["memory", "upload"],
 )
 async def test_what_has_barely_changed_is_not_worth_telling(
-    swarm: Swarm, barely: Capabilities, autojump_clock: MockClock
+    swarm: Swarm, barely: Capabilities, virtual_clock: MockClock
 ) -> None:
     async with swarm.peer(EPYC) as alice, swarm.peer() as bob:
         await bob.join(alice)
@@ -313,7 +313,7 @@ async def test_what_has_barely_changed_is_not_worth_telling(
         assert bob.stored(alice.id) == before
 
 
-async def test_nobody_speaks_for_another_peer(swarm: Swarm, autojump_clock: MockClock) -> None:
+async def test_nobody_speaks_for_another_peer(swarm: Swarm, virtual_clock: MockClock) -> None:
     async with (
         swarm.peer(EPYC) as alice,
         swarm.peer(announcing=False) as mallory,
@@ -327,7 +327,7 @@ async def test_nobody_speaks_for_another_peer(swarm: Swarm, autojump_clock: Mock
         for envelope in (theirs, genuine[:-1] + bytes([genuine[-1] ^ 1]), b"", b"\xff" * 100):
             with pytest.raises(NetworkError):
                 await mallory.network.put_record(key, envelope)
-            assert not bob.network.keep_record(key, envelope)
+            assert not bob.network.store_record(key, envelope)
         # Alice's own words, but published by another: nobody knows how old they are.
         await mallory.network.publish(CAPABILITY_TOPIC, genuine)
         await mallory.network.publish(CAPABILITY_TOPIC, b"\xff" * 100)
@@ -336,18 +336,18 @@ async def test_nobody_speaks_for_another_peer(swarm: Swarm, autojump_clock: Mock
         assert await bob.announcer.lookup(alice.id) == EPYC
 
 
-async def test_an_older_record_does_not_replace_a_newer_one(swarm: Swarm, autojump_clock: MockClock) -> None:
+async def test_an_older_record_does_not_replace_a_newer_one(swarm: Swarm, virtual_clock: MockClock) -> None:
     async with swarm.peer(EPYC) as alice, swarm.peer() as bob:
         await bob.join(alice)
         await trio.sleep(5)
         replayed = seal(alice.record(BETTER, sequence=1), alice.identity.private_key)
-        assert not bob.network.keep_record(capability_key(alice.id), replayed)
+        assert not bob.network.store_record(capability_key(alice.id), replayed)
         await alice.network.publish(CAPABILITY_TOPIC, replayed)
         await trio.sleep(5)
         assert bob.announcer.known(alice.id) == EPYC
 
 
-async def test_a_peer_whose_clock_is_far_ahead_is_not_believed(swarm: Swarm, autojump_clock: MockClock) -> None:
+async def test_a_peer_whose_clock_is_far_ahead_is_not_believed(swarm: Swarm, virtual_clock: MockClock) -> None:
     async with swarm.peer(EPYC) as alice, swarm.peer() as bob:
         alice.clock_ahead_s = 300
         await bob.join(alice)
@@ -357,7 +357,7 @@ async def test_a_peer_whose_clock_is_far_ahead_is_not_believed(swarm: Swarm, aut
 
 
 async def test_a_network_that_does_not_take_the_record_is_asked_again_after_a_while(
-    swarm: Swarm, autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch
+    swarm: Swarm, virtual_clock: MockClock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async with swarm.peer(capabilities=None) as alice, swarm.peer() as bob:
         await bob.join(alice)
@@ -382,7 +382,7 @@ async def test_a_network_that_does_not_take_the_record_is_asked_again_after_a_wh
 
 
 async def test_hardware_that_no_record_can_describe_does_not_end_the_node(
-    swarm: Swarm, autojump_clock: MockClock
+    swarm: Swarm, virtual_clock: MockClock
 ) -> None:
     strange = replace(EPYC, processor=replace(EPYC.processor, model="\x1b"))
     async with swarm.peer(strange) as alice, swarm.peer() as bob:
@@ -392,12 +392,12 @@ async def test_hardware_that_no_record_can_describe_does_not_end_the_node(
         assert alice.announcer.known(alice.id) is None
 
 
-async def test_what_is_remembered_of_strangers_is_bounded(swarm: Swarm, autojump_clock: MockClock) -> None:
+async def test_what_is_remembered_of_strangers_is_bounded(swarm: Swarm, virtual_clock: MockClock) -> None:
     async with swarm.peer(announcing=False) as alice:
         others = [Peer(swarm.hub, 1000 + number, EPYC) for number in range(MAX_KNOWN + 1)]
         for other in others:
             envelope = seal(other.record(EPYC, sequence=1), other.identity.private_key)
-            assert alice.network.keep_record(capability_key(other.id), envelope)
+            assert alice.network.store_record(capability_key(other.id), envelope)
             await alice.announcer.lookup(other.id)
         assert alice.announcer.known(others[0].id) is None
         assert all(alice.announcer.known(other.id) == EPYC for other in others[1:])

@@ -6,7 +6,8 @@ import pytest
 
 from node.cli import run
 from node.cli.explain import short_method
-from node.coordinator.submission import JobError, JobErrorCode, Quality
+from node.coordinator.submission import JobError, JobErrorCode
+from protocol.measurements import QualityBound
 from selector.task import BASELINE, method
 from tests.unit.api.fakes import FASTER, FakeNode, FakeSubmitter
 from tests.unit.cli.conftest import ServeNode
@@ -28,7 +29,7 @@ def test_json_is_the_document_of_the_api(serve: ServeNode, capsys: pytest.Captur
     node = FakeNode()
     assert run(["explain", "--api", serve(node), "--quality", "near", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["agreed"] == FASTER
-    assert node.explained[0][0].quality is Quality.NEAR
+    assert node.explained[0][0].quality is QualityBound.NEAR
 
 
 def test_a_refusal_is_one_line(serve: ServeNode, capsys: pytest.CaptureFixture[str]) -> None:

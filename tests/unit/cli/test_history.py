@@ -1,7 +1,6 @@
 import base64
 import json
 import sqlite3
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -177,24 +176,3 @@ def test_an_export_that_fails_leaves_no_half_file(data_dir: Path, capsys: pytest
     connection.close()
     assert history("export", data_dir, "--output", data_dir / "history.jsonl") == 1
     assert not list(data_dir.glob("*history.jsonl*"))
-
-
-def test_parquet_without_its_library_is_one_line(
-    data_dir: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setitem(sys.modules, "pyarrow", None)
-    assert history("export", data_dir, "--output", data_dir / "history.parquet") == 1
-    assert "pip install pyarrow" in capsys.readouterr().err
-    assert not list(data_dir.glob("*.parquet*"))
-
-
-def test_parquet_holds_the_same(data_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    pytest.importorskip("pyarrow", reason="Parquet is optional and needs pyarrow")
-    file = tmp_path / "history.parquet"
-    assert history("export", data_dir, "--output", file) == 0
-    assert history("import", tmp_path / "other", file, "--json") == 0
-    assert json.loads(capsys.readouterr().out.splitlines()[-1])["new"] == len(RECORDS)
-    assert held(tmp_path / "other") == held(data_dir)
-    file.write_text("no table")
-    assert history("import", tmp_path / "other", file) == 1
-    assert "is no Parquet file" in capsys.readouterr().err

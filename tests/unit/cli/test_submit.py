@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 
 from node.cli import ephemeral, run, submit
-from node.coordinator.submission import ChatMessage, JobError, JobErrorCode, Quality
+from node.coordinator.submission import ChatMessage, JobError, JobErrorCode
+from protocol.measurements import QualityBound
 from tests.unit.api.fakes import JOB, MODEL, PEERS, FakeNode
 from tests.unit.cli.conftest import ServeNode
 
@@ -80,7 +81,7 @@ def test_every_option_reaches_the_job(node: FakeNode, api: list[str]) -> None:
     (job,) = node.submitter.requests
     assert (job.model, job.messages) == ("other", (ChatMessage(role="user", content="Hi"),))
     assert (job.max_tokens, job.temperature, job.top_p, job.seed, job.stop) == (7, 0.5, 0.9, 11, ("A", "B"))
-    assert (job.quality, job.method, job.ignore_eos) == (Quality.NEAR, "arithmetic=bf16", True)
+    assert (job.quality, job.method, job.ignore_eos) == (QualityBound.NEAR, "arithmetic=bf16", True)
     assert (job.top_k, job.min_p, job.logit_bias) == (5, 0.05, ((7, -100.0), (9, 1.5)))
     assert (job.repetition_penalty, job.frequency_penalty, job.presence_penalty) == (1.2, -0.5, 0.25)
     assert (job.stop_token_ids, job.min_tokens) == ((3, 4), 2)

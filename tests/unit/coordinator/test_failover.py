@@ -8,8 +8,8 @@ from structlog.testing import capture_logs
 from trio.testing import MockClock
 
 from node.coordinator.submission import JobError, JobErrorCode, JobRequest, JobResult, TextDelta
+from protocol.announcements import Placement
 from protocol.identity import BlockRange
-from protocol.records import Placement
 from tests.support.job_peers import Peer, Swarm, open_swarm
 from tests.unit.coordinator.test_jobs import PROMPT, THIRDS, right_tokens
 
@@ -42,9 +42,7 @@ async def swarm_without_spares(swarm: Swarm) -> Peer:
 
 
 @pytest.mark.parametrize("way", ["kill", "stop"])
-async def test_ends_within_seconds_once_nobody_is_known_who_could_take_over(
-    autojump_clock: MockClock, way: str
-) -> None:
+async def test_ends_within_seconds_once_nobody_is_known_who_could_take_over(virtual_clock: MockClock, way: str) -> None:
     async with open_swarm() as swarm:
         peer = await swarm_without_spares(swarm)
         victim = swarm.peers[1]
@@ -63,7 +61,7 @@ async def test_ends_within_seconds_once_nobody_is_known_who_could_take_over(
                 await trio.sleep(0.01)
 
 
-async def test_goes_on_with_a_peer_that_comes_within_moments(autojump_clock: MockClock) -> None:
+async def test_goes_on_with_a_peer_that_comes_within_moments(virtual_clock: MockClock) -> None:
     async with open_swarm() as swarm, trio.open_nursery() as nursery:
         peer = await swarm_without_spares(swarm)
 
@@ -77,7 +75,7 @@ async def test_goes_on_with_a_peer_that_comes_within_moments(autojump_clock: Moc
         assert waited_s < 9
 
 
-async def test_waits_for_a_live_peer_that_loads_the_blocks_again(autojump_clock: MockClock) -> None:
+async def test_waits_for_a_live_peer_that_loads_the_blocks_again(virtual_clock: MockClock) -> None:
     async with open_swarm() as swarm, trio.open_nursery() as nursery:
         peer = await swarm_without_spares(swarm)
         victim = swarm.peers[1]

@@ -15,9 +15,9 @@ from node.coordinator.submission import (
     JobStarted,
     TextDelta,
 )
-from node.links.link import SessionRefused
+from node.links.outbound_link import SessionRefused
 from node.models.errors import ModelError
-from node.models.tokenizer_process import no_tokenizer
+from node.models.tokenizer_service import no_tokenizer
 from node.models.vocabulary import TokenKind, Vocabulary
 from node.stages.span import IDLE_LIMIT_S
 from node.swarm.membership import HEARTBEAT_INTERVAL_S
@@ -50,10 +50,10 @@ async def all_free(swarm: Swarm) -> None:
     with trio.fail_after(1):
         while any(peer.held() != (0, 0) for peer in swarm.peers):
             await trio.sleep(0.01)
-    assert all(len(peer.stages.link_pool.receivers) == 0 for peer in swarm.peers)
+    assert all(len(peer.stages.link_pool.registry) == 0 for peer in swarm.peers)
 
 
-async def test_three_stages_say_what_one_would(autojump_clock: MockClock) -> None:
+async def test_three_stages_say_what_one_would(virtual_clock: MockClock) -> None:
     async with open_swarm() as swarm:
         peer = await swarm_of_thirds(swarm)
         result = await peer.run(JobRequest(model="fake", prompt=PROMPT, max_tokens=20))
@@ -64,13 +64,13 @@ async def test_three_stages_say_what_one_would(autojump_clock: MockClock) -> Non
         assert [(stage.peer, str(stage.blocks)) for stage in result.route] == [
             (peer.id, f"{start}-{end}") for peer, (start, end) in zip(swarm.peers, THIRDS, strict=False)
         ]
-        assert all(stage.compute_s > 0 for stage in result.route)
+        assert all(stage.statistics.compute_s > 0 for stage in result.route)
         assert 0 < result.timing.ttft_s < result.timing.total_s
         await all_free(swarm)
 
 
 @pytest.mark.parametrize("spans", [((0, 9),), ((0, 4), (4, 9)), ((0, 1), (1, 2), (2, 8), (8, 9))])
-async def test_every_division_says_the_same(autojump_clock: MockClock, spans: tuple[tuple[int, int], ...]) -> None:
+async def test_every_division_says_the_same(virtual_clock: MockClock, spans: tuple[tuple[int, int], ...]) -> None:
     async with open_swarm() as swarm:
         for span in spans:
             await swarm.join(span)
@@ -79,7 +79,7 @@ async def test_every_division_says_the_same(autojump_clock: MockClock, spans: tu
             assert (await peer.run(JobRequest(model="fake", prompt=PROMPT, max_tokens=9))).token_ids == right_tokens(9)
 
 
-async def test_spans_that_overlap_are_cut_where_it_is_best(autojump_clock: MockClock) -> None:
+async def test_spans_that_overlap_are_cut_where_it_is_best(virtual_clock: MockClock) -> None:
     async with open_swarm() as swarm:
         first = await swarm.join((0, 6), step_s=0.01)
         await swarm.join((3, 9), step_s=0.002)
@@ -93,7 +93,7 @@ async def test_spans_that_overlap_are_cut_where_it_is_best(autojump_clock: MockC
         await all_free(swarm)
 
 
-async def test_one_peer_may_serve_several_stages_of_a_job(autojump_clock: MockClock) -> None:
+async def test_one_peer_may_serve_several_stages_of_a_job(virtual_clock: MockClock) -> None:
     async with open_swarm() as swarm:
         first = await swarm.join((0, 3), (6, 9))
         await swarm.join((3, 6))
@@ -102,7 +102,7 @@ async def test_one_peer_may_serve_several_stages_of_a_job(autojump_clock: MockCl
         await all_free(swarm)
 
 
-async def test_jobs_run_side_by_side(autojump_clock: MockClock) -> None:
+async def test_jobs_run_side_by_side(virtual_clock: MockClock) -> None:
     async with open_swarm() as swarm:
         peer = await swarm_of_thirds(swarm)
         results: list[JobResult] = []
@@ -119,7 +119,7 @@ async def test_jobs_run_side_by_side(autojump_clock: MockClock) -> None:
         await all_free(swarm)
 
 
-async def test_events_come_in_order_and_as_tokens_do(autojump_clock: MockClock) -> None:
+async def test_events_come_in_order_and_as_tokens_do(virtual_clock: MockClock) -> None:
     async with open_swarm() as swarm:
         peer = await swarm_of_thirds(swarm)
         async with peer.coordinator.submit(JobRequest(model="fake", prompt=PROMPT, max_tokens=4)) as events:
@@ -127,7 +127,7 @@ async def test_events_come_in_order_and_as_tokens_do(autojump_clock: MockClock) 
         assert kinds == [JobStarted, TextDelta, TextDelta, TextDelta, TextDelta, JobResult]
 
 
-async def test_a_stop_token_and_a_stop_string_end_a_job(autojump_clock: MockClock) -> None:
+async def test_a_stop_token_and_a_stop_string_end_a_job(virtual_clock: MockClock) -> None:
     async with open_swarm() as swarm:
         peer = await swarm_of_thirds(swarm)
         tokens = right_tokens(6)
@@ -144,7 +144,7 @@ async def test_a_stop_token_and_a_stop_string_end_a_job(autojump_clock: MockCloc
 
 
 async def test_a_tokenizer_that_fails_in_the_middle_of_a_job_ends_it_in_one_line(
-    autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch
+    virtual_clock: MockClock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async def fail(*sequences: object) -> list[str]:
         await trio.lowlevel.checkpoint()
@@ -160,7 +160,7 @@ async def test_a_tokenizer_that_fails_in_the_middle_of_a_job_ends_it_in_one_line
         await all_free(swarm)
 
 
-async def test_who_goes_away_leaves_nothing_behind(autojump_clock: MockClock) -> None:
+async def test_who_goes_away_leaves_nothing_behind(virtual_clock: MockClock) -> None:
     async with open_swarm() as swarm:
         peer = await swarm_of_thirds(swarm)
         async with peer.coordinator.submit(JobRequest(model="fake", prompt=PROMPT, max_tokens=500)) as events:
@@ -177,7 +177,7 @@ async def test_who_goes_away_leaves_nothing_behind(autojump_clock: MockClock) ->
 @pytest.mark.parametrize("stage", [0, 1, 2])
 @pytest.mark.parametrize("way", ["kill", "stop", "crash"])
 async def test_a_lost_stage_is_replaced_and_the_text_is_the_same(
-    autojump_clock: MockClock, stage: int, way: str
+    virtual_clock: MockClock, stage: int, way: str
 ) -> None:
     async with open_swarm() as swarm:
         for span in (*THIRDS, *THIRDS):
@@ -217,7 +217,7 @@ async def test_a_lost_stage_is_replaced_and_the_text_is_the_same(
                     assert served[stage] != victim.id == before[stage]
 
 
-async def test_blocks_that_nobody_serves_are_named(autojump_clock: MockClock) -> None:
+async def test_blocks_that_nobody_serves_are_named(virtual_clock: MockClock) -> None:
     async with open_swarm() as swarm:
         await swarm.join((0, 3))
         await swarm.join((6, 8))
@@ -228,7 +228,7 @@ async def test_blocks_that_nobody_serves_are_named(autojump_clock: MockClock) ->
         assert caught.value.retry_after_s
 
 
-async def test_a_full_peer_says_so_and_serves_again_once_it_has_room(autojump_clock: MockClock) -> None:
+async def test_a_full_peer_says_so_and_serves_again_once_it_has_room(virtual_clock: MockClock) -> None:
     async with open_swarm() as swarm:
         for span in THIRDS:
             await swarm.join(span, kv_positions=100)
@@ -242,7 +242,7 @@ async def test_a_full_peer_says_so_and_serves_again_once_it_has_room(autojump_cl
         await all_free(swarm)
 
 
-async def test_a_measurement_makes_way_for_the_jobs_of_others(autojump_clock: MockClock) -> None:
+async def test_a_measurement_makes_way_for_the_jobs_of_others(virtual_clock: MockClock) -> None:
     measurement = JobRequest(model="fake", prompt=PROMPT, max_tokens=8, background=True)
     async with open_swarm() as swarm:
         peer = await swarm_of_thirds(swarm)
@@ -260,7 +260,7 @@ async def test_a_measurement_makes_way_for_the_jobs_of_others(autojump_clock: Mo
         await all_free(swarm)
 
 
-async def test_failures_mistakes_of_clients_and_trials_are_counted_apart(autojump_clock: MockClock) -> None:
+async def test_failures_mistakes_of_clients_and_trials_are_counted_apart(virtual_clock: MockClock) -> None:
     async with open_swarm() as swarm:
         peer = await swarm_of_thirds(swarm)
         counts = peer.coordinator.statistics()
@@ -289,7 +289,7 @@ async def test_failures_mistakes_of_clients_and_trials_are_counted_apart(autojum
         assert (counts.running, counts.trials_running, counts.trials_done, counts.trials_failed) == (0, 0, 2, 1)
 
 
-async def test_a_draining_peer_finishes_what_it_has_and_takes_nothing_new(autojump_clock: MockClock) -> None:
+async def test_a_draining_peer_finishes_what_it_has_and_takes_nothing_new(virtual_clock: MockClock) -> None:
     async with open_swarm() as swarm:
         peer = await swarm_of_thirds(swarm)
         leaving = swarm.peers[1]
@@ -306,7 +306,7 @@ async def test_a_draining_peer_finishes_what_it_has_and_takes_nothing_new(autoju
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2])
-async def test_a_peer_that_leaves_hands_its_sessions_over(autojump_clock: MockClock, stage: int) -> None:
+async def test_a_peer_that_leaves_hands_its_sessions_over(virtual_clock: MockClock, stage: int) -> None:
     async with open_swarm() as swarm:
         peer = await swarm_of_thirds(swarm)
         leaving = swarm.peers[stage]
@@ -333,7 +333,7 @@ async def test_a_peer_that_leaves_hands_its_sessions_over(autojump_clock: MockCl
         assert result.replays == 1
 
 
-async def test_a_peer_that_nobody_can_replace_serves_to_the_end(autojump_clock: MockClock) -> None:
+async def test_a_peer_that_nobody_can_replace_serves_to_the_end(virtual_clock: MockClock) -> None:
     async with open_swarm() as swarm:
         peer = await swarm_of_thirds(swarm)
         await swarm.join(THIRDS[1], kv_positions=16)  # has no room
@@ -346,7 +346,7 @@ async def test_a_peer_that_nobody_can_replace_serves_to_the_end(autojump_clock: 
             assert [event async for event in events][-1].token_ids == right_tokens(40)  # type: ignore[union-attr]
 
 
-async def test_rows_of_a_stranger_do_not_enter_a_session(autojump_clock: MockClock) -> None:
+async def test_rows_of_a_stranger_do_not_enter_a_session(virtual_clock: MockClock) -> None:
     async with open_swarm() as swarm:
         peer = await swarm_of_thirds(swarm)
         stranger = await swarm.join()
@@ -362,7 +362,7 @@ async def test_rows_of_a_stranger_do_not_enter_a_session(autojump_clock: MockClo
             assert [event async for event in events][-1].token_ids == right_tokens(20)  # type: ignore[union-attr]
 
 
-async def test_a_stage_beyond_every_route_is_refused(autojump_clock: MockClock) -> None:
+async def test_a_stage_beyond_every_route_is_refused(virtual_clock: MockClock) -> None:
     async with open_swarm() as swarm:
         peer = await swarm.join((0, 9))
         stranger = await swarm.join()
@@ -374,7 +374,7 @@ async def test_a_stage_beyond_every_route_is_refused(autojump_clock: MockClock) 
         assert peer.held() == (0, 0)
 
 
-async def test_a_session_that_gets_no_rows_gives_its_memory_back(autojump_clock: MockClock) -> None:
+async def test_a_session_that_gets_no_rows_gives_its_memory_back(virtual_clock: MockClock) -> None:
     async with open_swarm() as swarm:
         peer = await swarm.join((0, 9))
         hoarder = await swarm.join()
@@ -406,7 +406,7 @@ async def test_a_session_that_gets_no_rows_gives_its_memory_back(autojump_clock:
     ],
 )
 async def test_a_request_that_makes_no_sense_is_told_why(
-    autojump_clock: MockClock, changes: dict[str, object], code: JobErrorCode
+    virtual_clock: MockClock, changes: dict[str, object], code: JobErrorCode
 ) -> None:
     async with open_swarm() as swarm:
         peer = await swarm_of_thirds(swarm)
@@ -416,7 +416,7 @@ async def test_a_request_that_makes_no_sense_is_told_why(
         assert "\n" not in caught.value.message
 
 
-async def test_a_model_without_tokenizer_takes_and_gives_token_ids(autojump_clock: MockClock) -> None:
+async def test_a_model_without_tokenizer_takes_and_gives_token_ids(virtual_clock: MockClock) -> None:
     async with open_swarm() as swarm:
         peer = await swarm_of_thirds(swarm)
         library = peer.coordinator._models

@@ -10,14 +10,16 @@ from trio.testing import MockClock
 
 from node.coordinator.coordinator import LEADER_PATIENCE_S
 from node.coordinator.method_choice import Choice, HeuristicChoice, HeuristicChooser, SelectionRequest
-from node.coordinator.submission import JobError, JobErrorCode, JobRequest, JobResult, Quality
+from node.coordinator.submission import JobError, JobErrorCode, JobRequest, JobResult
 from node.engine.interface import REFERENCE, Variant
-from node.links.link import LinkBroken, OutboundLink
+from node.links.base_link import LinkBroken
+from node.links.outbound_link import OutboundLink
 from node.stages.scheduler import Batching
 from node.stages.stage_policy import PolicyController
 from node.stages.voting import HeuristicVoter
 from node.testing.fake_engine import FAKE_VARIANTS, FakeEngine, expected_tokens, fake_span_info
 from protocol.identity import BlockRange
+from protocol.measurements import QualityBound
 from protocol.messages import Begin, Sampling
 from selector.task import BASELINE, PORTFOLIO, Method, TaskContext, method
 from tests.support.job_peers import BLOCKS, Peer, open_swarm
@@ -61,7 +63,7 @@ async def run_all(peer: Peer, requests: list[JobRequest]) -> list[JobResult]:
 
 @pytest.mark.parametrize("batching", Batching)
 async def test_every_exact_method_says_the_same_to_eight_at_a_time(
-    autojump_clock: MockClock, batching: Batching
+    virtual_clock: MockClock, batching: Batching
 ) -> None:
     async with open_swarm(controller=lambda: PolicyController(batching=batching, step_rows=64)) as swarm:
         draft = FakeEngine(fake_span_info(BlockRange(0, BLOCKS), block_count=BLOCKS), step_s=0.001)
@@ -78,7 +80,7 @@ async def test_every_exact_method_says_the_same_to_eight_at_a_time(
         await all_free(swarm)
 
 
-async def test_sampled_text_is_the_same_with_guesses(autojump_clock: MockClock) -> None:
+async def test_sampled_text_is_the_same_with_guesses(virtual_clock: MockClock) -> None:
     async with open_swarm() as swarm:
         peer = await swarm_of_thirds(swarm)
         for seed in range(6):
@@ -88,7 +90,7 @@ async def test_sampled_text_is_the_same_with_guesses(autojump_clock: MockClock) 
                 assert (await peer.run(asked)).token_ids == right(PROMPTS[4], 20, sampling)
 
 
-async def test_what_prompts_share_is_computed_once(autojump_clock: MockClock) -> None:
+async def test_what_prompts_share_is_computed_once(virtual_clock: MockClock) -> None:
     cached = method(engine="fused", prefix_cache="on", prefill_chunk="64")
     async with open_swarm() as swarm:
         peer = await swarm_of_thirds(swarm)
@@ -104,7 +106,7 @@ async def test_what_prompts_share_is_computed_once(autojump_clock: MockClock) ->
         await all_free(swarm)
 
 
-async def test_what_prompts_share_that_come_together_is_computed_once(autojump_clock: MockClock) -> None:
+async def test_what_prompts_share_that_come_together_is_computed_once(virtual_clock: MockClock) -> None:
     cached = method(prefix_cache="on")
     prompts = [(*range(200), number) for number in range(8)]
     async with open_swarm() as swarm:
@@ -115,7 +117,7 @@ async def test_what_prompts_share_that_come_together_is_computed_once(autojump_c
         await all_free(swarm)
 
 
-async def test_nobody_waits_for_a_prompt_that_is_given_up_or_not_cached(autojump_clock: MockClock) -> None:
+async def test_nobody_waits_for_a_prompt_that_is_given_up_or_not_cached(virtual_clock: MockClock) -> None:
     cached = method(prefix_cache="on")
     first, second = ((*range(900, 300, -3), number) for number in range(2))
     third, fourth = ((*range(300, 900, 3), number) for number in range(2))
@@ -139,7 +141,7 @@ async def test_nobody_waits_for_a_prompt_that_is_given_up_or_not_cached(autojump
             nursery.cancel_scope.cancel()
 
 
-async def test_the_choice_is_told_with_its_votes(autojump_clock: MockClock) -> None:
+async def test_the_choice_is_told_with_its_votes(virtual_clock: MockClock) -> None:
     async with open_swarm() as swarm:
         peer = await swarm_of_thirds(swarm)
         result = await peer.run(request(PROMPTS[0]))
@@ -149,7 +151,7 @@ async def test_the_choice_is_told_with_its_votes(autojump_clock: MockClock) -> N
         assert all(PORTFOLIO[name].exact for name in scores)
 
 
-async def test_only_what_every_stage_has_ready_is_chosen(autojump_clock: MockClock) -> None:
+async def test_only_what_every_stage_has_ready_is_chosen(virtual_clock: MockClock) -> None:
     async with open_swarm() as swarm:
         await swarm.join((0, 5), variants=FAKE_VARIANTS)
         await swarm.join((5, 9), variants=[REFERENCE])
@@ -162,7 +164,7 @@ async def test_only_what_every_stage_has_ready_is_chosen(autojump_clock: MockClo
         assert (await peer.run(request(PROMPTS[0]))).method.switches["engine"] != "eager"
 
 
-async def test_a_method_that_is_not_ready_yet_is_said_to_be(autojump_clock: MockClock) -> None:
+async def test_a_method_that_is_not_ready_yet_is_said_to_be(virtual_clock: MockClock) -> None:
     async with open_swarm() as swarm:
         peer = await swarm.join((0, 9), variants=[])
         await swarm.settle()
@@ -174,14 +176,14 @@ async def test_a_method_that_is_not_ready_yet_is_said_to_be(autojump_clock: Mock
 @pytest.mark.parametrize(
     ("name", "quality", "complaint"),
     [
-        ("engine=fused|arithmetic=int8", Quality.EXACT, "needs --quality"),
-        ("engine=fused|arithmetic=int8", Quality.ANY, "was not measured"),
-        ("batching=static", Quality.EXACT, "policy of a stage"),
-        ("fast", Quality.EXACT, "is no method"),
+        ("engine=fused|arithmetic=int8", QualityBound.EXACT, "needs --quality"),
+        ("engine=fused|arithmetic=int8", QualityBound.ANY, "was not measured"),
+        ("batching=static", QualityBound.EXACT, "policy of a stage"),
+        ("fast", QualityBound.EXACT, "is no method"),
     ],
 )
 async def test_a_method_that_a_job_may_not_have_is_an_error_of_one_line(
-    autojump_clock: MockClock, name: str, quality: Quality, complaint: str
+    virtual_clock: MockClock, name: str, quality: QualityBound, complaint: str
 ) -> None:
     async with open_swarm() as swarm:
         peer = await swarm.join((0, 9))
@@ -222,7 +224,7 @@ class NoOpinion(HeuristicChooser):
         return Equal(question.context, question.admitted)
 
 
-async def test_votes_count_by_the_reputation_that_all_stages_agree_on(autojump_clock: MockClock) -> None:
+async def test_votes_count_by_the_reputation_that_all_stages_agree_on(virtual_clock: MockClock) -> None:
     first, second = method(engine="fused"), method(engine="onnxruntime")
     weights: dict[str, int] = {}
     agreed = Standing(weights)
@@ -243,7 +245,7 @@ async def test_votes_count_by_the_reputation_that_all_stages_agree_on(autojump_c
 
 @pytest.mark.parametrize("lie", ["method", "ballot", "missing", "no own ballot", "weights"])
 async def test_a_stage_goes_along_with_nothing_but_what_the_votes_came_to(
-    autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch, lie: str
+    virtual_clock: MockClock, monkeypatch: pytest.MonkeyPatch, lie: str
 ) -> None:
     honest = OutboundLink.begin
 
@@ -271,7 +273,7 @@ async def test_a_stage_goes_along_with_nothing_but_what_the_votes_came_to(
         await all_free(swarm)
 
 
-async def test_the_coordinator_accepts_what_it_will_and_the_stages_go_along(autojump_clock: MockClock) -> None:
+async def test_the_coordinator_accepts_what_it_will_and_the_stages_go_along(virtual_clock: MockClock) -> None:
     class Wary(HeuristicChoice):
         def ballot(
             self, votes: Sequence[Mapping[str, float]], weights: Sequence[int] | None = None
@@ -295,7 +297,7 @@ async def test_the_coordinator_accepts_what_it_will_and_the_stages_go_along(auto
         assert len(result.consensus.votes[0].scores) > 1
 
 
-async def test_a_thousand_jobs_a_third_of_them_cancelled_leave_nothing(autojump_clock: MockClock) -> None:
+async def test_a_thousand_jobs_a_third_of_them_cancelled_leave_nothing(virtual_clock: MockClock) -> None:
     rng = random.Random(7)
     async with open_swarm() as swarm:
         for span in THIRDS:

@@ -6,20 +6,12 @@ from typing import Any
 import pytest
 
 from node.coordinator.observation import model_facts, observation_of, software_versions
-from node.coordinator.submission import (
-    Consensus,
-    JobRequest,
-    JobResult,
-    MethodChoice,
-    Quality,
-    Timing,
-    Usage,
-)
+from node.coordinator.submission import Consensus, JobRequest, JobResult, MethodChoice, Timing, Usage
 from node.models.manifest import FileEntry, Manifest
 from protocol.errors import LocalProtocolError
 from protocol.identity import BlockRange
 from protocol.limits import MAX_POSITIONS
-from protocol.measurements import Observation, StageObservation
+from protocol.measurements import Observation, QualityBound, StageObservation
 from protocol.messages import FinishReason, SessionStatistics
 from protocol.observations import countersign, sign_observation, verify_observation
 from tests.support.observations import METHOD, NOW_S, job, key, peer
@@ -72,12 +64,11 @@ def stage(number: int, start: int, end: int) -> StageObservation:
 
 def observed(*route: StageObservation, result: JobResult = RESULT) -> Observation:
     return observation_of(
-        result,
-        JobRequest(model="tiny", prompt="how does it go", quality=Quality.NEAR),
+        replace(result, route=route),
+        JobRequest(model="tiny", prompt="how does it go", quality=QualityBound.NEAR),
         model_facts(manifest()),
         observer=peer(0),
         job=job(2),
-        route=route,
         issued_at_s=NOW_S,
         concurrency=3,
     )

@@ -12,12 +12,13 @@ import pytest
 import trio
 
 from node.coordinator.method_choice import Asked, admitted_methods
-from node.coordinator.quality_store import LINEAGES, LocalQualityStore
-from node.coordinator.submission import JobError, JobErrorCode, JobRequest, Quality
+from node.coordinator.quality_store import KV_KEYS, LocalQualityStore
+from node.coordinator.submission import JobError, JobErrorCode, JobRequest
 from node.models.library import KnownModel
 from node.models.manifest import Manifest
 from node.models.store import Package
 from protocol.identity import BlockRange
+from protocol.measurements import QualityBound
 from selector.task import method
 from tests.support.job_peers import NumberTokenizer, OneModel
 
@@ -75,43 +76,43 @@ async def until_known(ledger: LocalQualityStore) -> None:
             await trio.sleep(0.01)
 
 
-def request(quality: Quality, name: str = "auto") -> JobRequest:
+def request(quality: QualityBound, name: str = "auto") -> JobRequest:
     return JobRequest(model="fake", prompt="1", quality=quality, method=name)
 
 
 async def test_a_bound_admits_what_was_measured_to_keep_to_it(tmp_path: Path) -> None:
-    figures = {INT8.lineage: GOOD, W8A8.lineage: FAIR, "fused/bf16/fp32": BAD}
+    figures = {INT8.kv_key: GOOD, W8A8.kv_key: FAIR, "fused/bf16/fp32": BAD}
     ledger = LocalQualityStore(Here(tmp_path), tmp_path, command=measuring(tmp_path, figures))
     async with running(ledger):
         # The first job that would take a lossy method has it measured, and is told to come again.
         with pytest.raises(JobError, match="is being measured; try again") as caught:
-            admitted_methods(request(Quality.NEAR, INT8.name), known_model(), ledger)
+            admitted_methods(request(QualityBound.NEAR, INT8.name), known_model(), ledger)
         assert caught.value.retry_after_s
         assert caught.value.code is JobErrorCode.MEASURING, "the peers have room"
-        assert all(each.exact for each in admitted_methods(request(Quality.ANY), known_model(), ledger))
+        assert all(each.exact for each in admitted_methods(request(QualityBound.ANY), known_model(), ledger))
         await until_known(ledger)
     admitted = {
         quality: {each.arithmetic for each in admitted_methods(request(quality), known_model(), ledger)}
-        for quality in Quality
+        for quality in QualityBound
     }
     assert admitted == {
-        Quality.EXACT: {"fp32"},
-        Quality.NEAR: {"fp32", "int8"},
-        Quality.ANY: {"fp32", "int8", "w8a8"},
+        QualityBound.EXACT: {"fp32"},
+        QualityBound.NEAR: {"fp32", "int8"},
+        QualityBound.ANY: {"fp32", "int8", "w8a8"},
     }
     with pytest.raises(JobError, match="needs --quality any"):
-        admitted_methods(request(Quality.NEAR, W8A8.name), known_model(), ledger)
+        admitted_methods(request(QualityBound.NEAR, W8A8.name), known_model(), ledger)
     with pytest.raises(JobError, match=r"\+60.0%: too much"):
-        admitted_methods(request(Quality.ANY, "engine=fused|arithmetic=bf16"), known_model(), ledger)
-    assert len(LINEAGES) == len(set(LINEAGES)) > 4
+        admitted_methods(request(QualityBound.ANY, "engine=fused|arithmetic=bf16"), known_model(), ledger)
+    assert len(KV_KEYS) == len(set(KV_KEYS)) > 4
 
 
 @pytest.mark.parametrize("library", ["torch", "onnxruntime"])
 async def test_a_model_is_measured_once_and_an_exact_job_asks_for_nothing(tmp_path: Path, library: str) -> None:
     for _ in range(2):  # the second time after a restart
-        ledger = LocalQualityStore(Here(tmp_path), tmp_path, command=measuring(tmp_path, {INT8.lineage: GOOD}))
+        ledger = LocalQualityStore(Here(tmp_path), tmp_path, command=measuring(tmp_path, {INT8.kv_key: GOOD}))
         async with running(ledger):
-            admitted_methods(request(Quality.EXACT), known_model(), ledger)
+            admitted_methods(request(QualityBound.EXACT), known_model(), ledger)
             await until_known(ledger)
         quality = ledger.quality(known_model().id, INT8)
         assert quality is not None
@@ -134,4 +135,4 @@ async def test_what_cannot_be_measured_is_not_admitted(tmp_path: Path, fault: st
     async with running(ledger):
         await until_known(ledger)
     with pytest.raises(JobError, match="was not measured for this model"):
-        admitted_methods(request(Quality.ANY, INT8.name), known_model(), ledger)
+        admitted_methods(request(QualityBound.ANY, INT8.name), known_model(), ledger)

@@ -9,7 +9,7 @@ import trio
 from trio.testing import MockClock
 
 from node.coordinator.submission import JobError, JobErrorCode, JobRequest, JobResult, TextDelta
-from node.links.link import OutboundLink
+from node.links.outbound_link import OutboundLink
 from node.testing.fake_engine import FakeEngine, expected_tokens, fake_span_info
 from protocol.connection import PROTOCOL_IDS
 from protocol.identity import BlockRange, SessionId
@@ -62,7 +62,7 @@ def test_every_way_to_draw_says_something_else() -> None:
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("spans", [((0, 9),), THIRDS])
 async def test_every_division_draws_alike(
-    autojump_clock: MockClock, way: dict[str, Any], spans: tuple[tuple[int, int], ...]
+    virtual_clock: MockClock, way: dict[str, Any], spans: tuple[tuple[int, int], ...]
 ) -> None:
     async with open_swarm() as swarm:
         peer = await swarm_of(swarm, *spans)
@@ -70,7 +70,7 @@ async def test_every_division_draws_alike(
 
 
 @pytest.mark.parametrize("way", WAYS)
-async def test_guesses_change_nothing(autojump_clock: MockClock, way: dict[str, Any]) -> None:
+async def test_guesses_change_nothing(virtual_clock: MockClock, way: dict[str, Any]) -> None:
     async with open_swarm() as swarm:
         draft = FakeEngine(fake_span_info(BlockRange(0, BLOCKS), block_count=BLOCKS), step_s=0.001)
         await swarm.join(THIRDS[0], draft=draft)
@@ -80,7 +80,7 @@ async def test_guesses_change_nothing(autojump_clock: MockClock, way: dict[str, 
             assert (await peer.run(request(method=chosen.name, **way))).token_ids == right(20, **way), guessing
 
 
-async def test_a_prompt_of_several_messages_is_told_whole(autojump_clock: MockClock) -> None:
+async def test_a_prompt_of_several_messages_is_told_whole(virtual_clock: MockClock) -> None:
     prompt = tuple(number * 7 % VOCABULARY for number in range(MAX_HISTORY_TOKENS + 5))
     async with open_swarm() as swarm:
         for span in THIRDS:
@@ -97,7 +97,7 @@ async def test_a_prompt_of_several_messages_is_told_whole(autojump_clock: MockCl
 
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("stage", [0, 1, 2])
-async def test_a_lost_stage_changes_nothing(autojump_clock: MockClock, way: dict[str, Any], stage: int) -> None:
+async def test_a_lost_stage_changes_nothing(virtual_clock: MockClock, way: dict[str, Any], stage: int) -> None:
     async with open_swarm() as swarm:
         peer = await swarm_of(swarm, *THIRDS, *THIRDS)
         count = 0
@@ -115,7 +115,7 @@ async def test_a_lost_stage_changes_nothing(autojump_clock: MockClock, way: dict
                     assert event.token_ids == right(30, **way)
 
 
-async def test_a_last_stage_of_an_older_version_is_passed_by_where_it_could_not_draw(autojump_clock: MockClock) -> None:
+async def test_a_last_stage_of_an_older_version_is_passed_by_where_it_could_not_draw(virtual_clock: MockClock) -> None:
     async with open_swarm() as swarm:
         old = await swarm.join((0, 9), step_s=0.001)
         new = await swarm.join((7, 9), step_s=0.05)
@@ -131,7 +131,7 @@ async def test_a_last_stage_of_an_older_version_is_passed_by_where_it_could_not_
             assert result.route[0].peer == old.id, "it can serve any other stage"
 
 
-async def test_where_nobody_can_draw_as_asked_the_job_says_so(autojump_clock: MockClock) -> None:
+async def test_where_nobody_can_draw_as_asked_the_job_says_so(virtual_clock: MockClock) -> None:
     async with open_swarm() as swarm:
         for _ in range(7):
             make_old(await swarm.join((0, 9)))
@@ -148,9 +148,9 @@ async def test_where_nobody_can_draw_as_asked_the_job_says_so(autojump_clock: Mo
 
 @pytest.mark.parametrize("told", ["nothing", "too little", "too much", "of another model"])
 async def test_who_tells_a_wrong_history_harms_nobody_else(
-    autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch, told: str
+    virtual_clock: MockClock, monkeypatch: pytest.MonkeyPatch, told: str
 ) -> None:
-    tell = OutboundLink.tell_history
+    tell = OutboundLink.send_history
 
     def lie(link: OutboundLink, session: SessionId, history: Sequence[int]) -> None:
         wrong: dict[str, tuple[int, ...]] = {
@@ -172,14 +172,14 @@ async def test_who_tells_a_wrong_history_harms_nobody_else(
         async with trio.open_nursery() as nursery:
             nursery.start_soon(run_honestly)
             await trio.sleep(0.2)
-            monkeypatch.setattr(OutboundLink, "tell_history", lie)
+            monkeypatch.setattr(OutboundLink, "send_history", lie)
             with pytest.raises(JobError):
                 await peer.run(request(repetition_penalty=1.2))
         assert results[0].token_ids == right(60)
         assert results[0].replays == 0
 
 
-async def test_no_stop_token_is_drawn_before_min_tokens(autojump_clock: MockClock) -> None:
+async def test_no_stop_token_is_drawn_before_min_tokens(virtual_clock: MockClock) -> None:
     tokens = right(20)
     async with open_swarm() as swarm:
         peer = await swarm_of(swarm, *THIRDS)
@@ -196,7 +196,7 @@ async def test_no_stop_token_is_drawn_before_min_tokens(autojump_clock: MockCloc
         assert ignored.token_ids == tokens[:5], "only the model's own are passed over"
 
 
-async def test_a_stop_string_counts_once_there_are_min_tokens(autojump_clock: MockClock) -> None:
+async def test_a_stop_string_counts_once_there_are_min_tokens(virtual_clock: MockClock) -> None:
     tokens = right(20)
     async with open_swarm() as swarm:
         peer = await swarm_of(swarm, *THIRDS)
@@ -205,7 +205,7 @@ async def test_a_stop_string_counts_once_there_are_min_tokens(autojump_clock: Mo
         assert result.text == "".join(f"{token} " for token in tokens[:7])
 
 
-async def test_max_tokens_beyond_the_context_are_cut(autojump_clock: MockClock) -> None:
+async def test_max_tokens_beyond_the_context_are_cut(virtual_clock: MockClock) -> None:
     async with open_swarm() as swarm:
         peer = await swarm_of(swarm, *THIRDS)
         prompt = tuple(range(4090 % VOCABULARY)) * (4090 // (4090 % VOCABULARY))
@@ -217,7 +217,7 @@ async def test_max_tokens_beyond_the_context_are_cut(autojump_clock: MockClock) 
         assert (await peer.run(request(1 << 20, prompt=prompt, stop_token_ids=(stop,)))).finish_reason == "stop"
 
 
-async def test_seeds_are_taken_modulo_64_bits(autojump_clock: MockClock) -> None:
+async def test_seeds_are_taken_modulo_64_bits(virtual_clock: MockClock) -> None:
     async with open_swarm() as swarm:
         peer = await swarm_of(swarm, *THIRDS)
         for seed in (-1, -(2**63), 2**63 - 1):

@@ -9,11 +9,11 @@ import trio
 from trio.testing import MockClock
 
 from node.coordinator.recorder import Recorder
-from node.coordinator.submission import JobError, JobRequest, Quality
+from node.coordinator.submission import JobError, JobRequest
 from node.coordinator.trial_runner import Trials, TrialSpec, TrialWorkload, make_prompts
 from node.engine.interface import REFERENCE
 from node.identity import Identity
-from protocol.measurements import Objective, ObservationKind, check
+from protocol.measurements import Objective, ObservationKind, QualityBound
 from protocol.observations import SignedObservation
 from selector.task import BASELINE, method
 from tests.support.job_peers import Peer, Swarm, open_swarm
@@ -45,7 +45,7 @@ def spec(**changes: Any) -> TrialSpec:
     return TrialSpec(**{**fields, **changes})
 
 
-async def test_every_round_has_a_pair_and_leaves_observations_of_it(autojump_clock: MockClock) -> None:
+async def test_every_round_has_a_pair_and_leaves_observations_of_it(virtual_clock: MockClock) -> None:
     async with open_swarm() as swarm:
         trials, kept, peer = await trials_of(swarm)
         trial = await trials.run(spec(workload=TrialWorkload(concurrency=4, prompt_tokens=64, max_tokens=8)))
@@ -56,7 +56,7 @@ async def test_every_round_has_a_pair_and_leaves_observations_of_it(autojump_clo
         assert {each.kind for each in observed} == {ObservationKind.BENCH}
         assert {each.workload.concurrency for each in observed} == {4}
         for each in observed:
-            check(each)
+            each.check()
         ratios = sorted(
             each.measurements.log_ratio_to_baseline or 0.0
             for each in observed
@@ -69,7 +69,7 @@ async def test_every_round_has_a_pair_and_leaves_observations_of_it(autojump_clo
         assert peer.held() == (0, 0)
 
 
-async def test_what_is_not_ready_is_built_before_the_clock_runs(autojump_clock: MockClock) -> None:
+async def test_what_is_not_ready_is_built_before_the_clock_runs(virtual_clock: MockClock) -> None:
     async with open_swarm() as swarm:
         trials, kept, _ = await trials_of(swarm, variants=[REFERENCE])
         trial = await trials.run(spec(rounds=1))
@@ -77,7 +77,7 @@ async def test_what_is_not_ready_is_built_before_the_clock_runs(autojump_clock: 
         assert len(kept.observations) == 2
 
 
-async def test_what_the_swarm_assigns_is_measured_once_nobody_else_is_served(autojump_clock: MockClock) -> None:
+async def test_what_the_swarm_assigns_is_measured_once_nobody_else_is_served(virtual_clock: MockClock) -> None:
     async with open_swarm() as swarm:
         trials, kept, _ = await trials_of(swarm)
         other = await swarm.join()
@@ -93,11 +93,11 @@ async def test_what_the_swarm_assigns_is_measured_once_nobody_else_is_served(aut
         assert len(kept.observations) == 3 * 2
 
 
-async def test_a_method_that_cannot_be_had_does_not_spoil_the_others(autojump_clock: MockClock) -> None:
+async def test_a_method_that_cannot_be_had_does_not_spoil_the_others(virtual_clock: MockClock) -> None:
     lossy = method(engine="fused", arithmetic="int8")
     async with open_swarm() as swarm:
         trials, _, _ = await trials_of(swarm)
-        trial = await trials.run(spec(methods=[lossy, FUSED], rounds=2, quality=Quality.NEAR))
+        trial = await trials.run(spec(methods=[lossy, FUSED], rounds=2, quality=QualityBound.NEAR))
         assert "not measured" in (trial.methods[0].error or "")
         assert len(trial.methods[1].runs) == 2
         with pytest.raises(JobError, match="do not fit"):

@@ -5,11 +5,11 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
+from node.engine.base import Engine
 from node.engine.interface import (
     REFERENCE,
-    Engine,
     EngineError,
-    Lineage,
+    KvCompatibilityKey,
     Prefix,
     SessionOptions,
     SliceInput,
@@ -86,7 +86,9 @@ class InProcess:
     async def prepare(self, variant: Variant) -> None:
         self.shard.prepare(variant)
 
-    async def open(self, session: SessionId, positions: int, prefix: Prefix | None = None) -> Mapping[Lineage, int]:
+    async def open(
+        self, session: SessionId, positions: int, prefix: Prefix | None = None
+    ) -> Mapping[KvCompatibilityKey, int]:
         return self.pages.open(session, positions, prefix)
 
     async def begin(self, session: SessionId, options: SessionOptions) -> int:
@@ -109,7 +111,9 @@ class Part:
     def _of(self, session: SessionId) -> SessionId:
         return SessionId(session.job, self.info.blocks.start)
 
-    async def open(self, session: SessionId, positions: int, prefix: Prefix | None = None) -> Mapping[Lineage, int]:
+    async def open(
+        self, session: SessionId, positions: int, prefix: Prefix | None = None
+    ) -> Mapping[KvCompatibilityKey, int]:
         return await self._engine.open(self._of(session), positions, prefix)
 
     async def begin(self, session: SessionId, options: SessionOptions) -> int:

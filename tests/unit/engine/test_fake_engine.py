@@ -95,7 +95,7 @@ async def test_it_admits_as_the_real_engine_does() -> None:
     assert engine.statistics().reserved_positions == 0
 
 
-async def test_steps_take_their_time_one_after_another(autojump_clock: trio.testing.MockClock) -> None:
+async def test_steps_take_their_time_one_after_another(virtual_clock: trio.testing.MockClock) -> None:
     engine = FakeEngine(INFO, step_s=1.0, row_s=0.5)
     ended: list[tuple[float, int]] = []
 
@@ -113,7 +113,7 @@ async def test_steps_take_their_time_one_after_another(autojump_clock: trio.test
     assert engine.statistics().compute_s == 6.0
 
 
-async def test_a_crash_ends_every_call_and_frees_every_session(autojump_clock: trio.testing.MockClock) -> None:
+async def test_a_crash_ends_every_call_and_frees_every_session(virtual_clock: trio.testing.MockClock) -> None:
     engine = FakeEngine(INFO, step_s=10.0)
     await start(engine, session(1), 10)
 

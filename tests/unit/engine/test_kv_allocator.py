@@ -1,4 +1,4 @@
-"""KV pages: never given out twice, always freed, and a hit is a page of the same text, lineage and coordinator."""
+"""KV pages: never given out twice, always freed, and a hit is a page of the same text, KV key and coordinator."""
 
 import random
 from collections import Counter
@@ -11,7 +11,7 @@ from node.engine.interface import (
     REFERENCE,
     EngineError,
     EngineFull,
-    Lineage,
+    KvCompatibilityKey,
     Prefix,
     SessionOptions,
     SliceInput,
@@ -49,11 +49,11 @@ def test_a_prompt_is_found_while_its_session_lives_and_after() -> None:
     pages.close(session(1))
     pages.close(session(2))
     assert (pages.reserved_positions, pages.cached_positions) == (0, 96)
-    assert pages.open(session(3), 100, prefix("abd")) == {OPTIONS.lineage: 64}
+    assert pages.open(session(3), 100, prefix("abd")) == {OPTIONS.kv_key: 64}
     assert pages.hit_positions == 64
 
 
-def test_a_hit_is_of_the_same_coordinator_and_lineage_and_without_a_gap() -> None:
+def test_a_hit_is_of_the_same_coordinator_and_kv_key_and_without_a_gap() -> None:
     pages = KvAllocator(INFO)
     calculate(pages, 1, "ab")
     pages.close(session(1))
@@ -67,8 +67,8 @@ def test_a_hit_is_of_the_same_coordinator_and_lineage_and_without_a_gap() -> Non
     lossy = SessionOptions(sampling=GREEDY, activations="bf16")
     assert calculate(pages, 5, "ab", lossy) == 0
     assert pages.open(session(6), 64, prefix("ab")) == {
-        Lineage(REFERENCE, "fp32"): 64,
-        Lineage(REFERENCE, "bf16"): 64,
+        KvCompatibilityKey(REFERENCE, "fp32"): 64,
+        KvCompatibilityKey(REFERENCE, "bf16"): 64,
     }
 
 
@@ -100,15 +100,15 @@ def test_the_longest_unused_goes_first_and_of_a_prompt_its_end() -> None:
         pages.close(session(number))
     pages.open(session(4), 6 * PAGE_POSITIONS, None)
     pages.close(session(4))
-    assert pages.open(session(5), PAGE_POSITIONS, prefix("ab")) == {OPTIONS.lineage: 32}
-    assert pages.open(session(6), PAGE_POSITIONS, prefix("xy")) == {OPTIONS.lineage: 32}
+    assert pages.open(session(5), PAGE_POSITIONS, prefix("ab")) == {OPTIONS.kv_key: 32}
+    assert pages.open(session(6), PAGE_POSITIONS, prefix("xy")) == {OPTIONS.kv_key: 32}
 
 
 def test_what_is_calculated_again_or_failed_is_not_found() -> None:
     pages = KvAllocator(INFO)
     calculate(pages, 1, "ab")
     pages.rewind(session(1), 40)
-    assert pages.open(session(2), 64, prefix("ab")) == {OPTIONS.lineage: 32}
+    assert pages.open(session(2), 64, prefix("ab")) == {OPTIONS.kv_key: 32}
     pages.advance(session(1), 64)
     pages.open(session(3), 64, prefix("ab"))
     pages.close(session(1), keep=False)

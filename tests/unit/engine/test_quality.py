@@ -6,16 +6,16 @@ import pytest
 import torch
 
 from node.engine.engine_config import EngineOptions
-from node.engine.interface import PAGE_POSITIONS, Lineage, Variant
-from node.engine.quality import PARTS, cut, lineage_of, measure_quality
+from node.engine.interface import PAGE_POSITIONS, KvCompatibilityKey, Variant
+from node.engine.quality import PARTS, cut, kv_key_of, measure_quality
 from node.engine.shard import Shard
 from protocol.identity import BlockRange
 from tests.unit.engine.tiny_models import BLOCKS, VOCABULARY, TinyModel
 
 WHOLE = BlockRange(0, BLOCKS)
-EXACT = Lineage(Variant("fused", "fp32"), "fp32")
-BF16 = Lineage(Variant("fused", "bf16"), "fp32")
-BF16_WIRE = Lineage(Variant("fused", "fp32"), "bf16")
+EXACT = KvCompatibilityKey(Variant("fused", "fp32"), "fp32")
+BF16 = KvCompatibilityKey(Variant("fused", "bf16"), "fp32")
+BF16_WIRE = KvCompatibilityKey(Variant("fused", "fp32"), "bf16")
 
 
 def windows(length: int = 40) -> list[list[int]]:
@@ -29,7 +29,9 @@ def test_what_is_exact_differs_in_nothing_and_what_is_not_is_told_apart(
     model = make_tiny_model("llama")
     parts = [(blocks, model.source(blocks)) for blocks in cut([1] * BLOCKS)]
     assert len(parts) == min(PARTS, BLOCKS)
-    found = measure_quality(parts, windows(), [EXACT, BF16, BF16_WIRE, Lineage(Variant("fused", "steam"), "fp32")])
+    found = measure_quality(
+        parts, windows(), [EXACT, BF16, BF16_WIRE, KvCompatibilityKey(Variant("fused", "steam"), "fp32")]
+    )
     exact, bf16, wire = found[EXACT], found[BF16], found[BF16_WIRE]
     assert exact is not None
     assert bf16 is not None
@@ -39,7 +41,7 @@ def test_what_is_exact_differs_in_nothing_and_what_is_not_is_told_apart(
     assert exact.mean_kl < bf16.mean_kl < 0.1
     assert exact.mean_kl < wire.mean_kl < 0.1
     assert abs(bf16.perplexity_change) < 0.1
-    assert found[Lineage(Variant("fused", "steam"), "fp32")] is None
+    assert found[KvCompatibilityKey(Variant("fused", "steam"), "fp32")] is None
 
 
 def test_the_figures_are_those_of_the_whole_model_at_once(make_tiny_model: Callable[[str], TinyModel]) -> None:
@@ -66,4 +68,4 @@ def test_a_large_model_is_cut_into_more_parts() -> None:
     assert [len(part) for part in cut([10] * 30)] == [7, 8, 7, 8]
     assert [len(part) for part in cut([1 << 30] * 10)] == [2] * 5
     assert [len(part) for part in cut([3 << 30] * 2)] == [1, 1]
-    assert lineage_of(str(BF16_WIRE)) == BF16_WIRE
+    assert kv_key_of(str(BF16_WIRE)) == BF16_WIRE

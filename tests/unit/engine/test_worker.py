@@ -15,15 +15,15 @@ import pytest
 import trio
 import trio.testing
 
-from node.engine import client
-from node.engine.client import SpareWorker, WorkerEngine, start_worker
+from node.engine import worker_process
+from node.engine.client import WorkerEngine, start_worker
 from node.engine.engine_config import EngineOptions
 from node.engine.interface import (
     REFERENCE,
     EngineCrashed,
     EngineError,
     EngineFull,
-    Lineage,
+    KvCompatibilityKey,
     Prefix,
     SessionOptions,
     SliceInput,
@@ -32,6 +32,7 @@ from node.engine.interface import (
     VariantNotReady,
 )
 from node.engine.shard import Shard
+from node.engine.worker_process import SpareWorker
 from node.util.child_process import python
 from protocol.identity import BlockRange
 from protocol.messages import Sampling
@@ -241,7 +242,7 @@ async def test_a_worker_imports_nothing_from_the_current_directory(
 async def test_what_a_worker_died_of_is_told_in_its_own_words(
     make_tiny_model: MakeTinyModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(client, "python", lambda *_: python("-c", "raise ImportError('no torch here')"))
+    monkeypatch.setattr(worker_process, "python", lambda *_: python("-c", "raise ImportError('no torch here')"))
     with pytest.raises(EngineCrashed, match=r"^the worker of blocks 0-4 exited with 1: ImportError: no torch here$"):
         async with start_worker(make_tiny_model("llama").source(WHOLE), WHOLE, OPTIONS):
             pass
@@ -324,7 +325,7 @@ async def test_a_later_session_takes_over_the_pages_of_an_earlier_one(make_tiny_
     prefix = Prefix(namespace="me", hashes=b"one page of text")
     drawn = []
     async with start_worker(tiny.source(WHOLE), WHOLE, OPTIONS) as engine:
-        for number, found in ((1, {}), (2, {Lineage(REFERENCE, "fp32"): 32})):
+        for number, found in ((1, {}), (2, {KvCompatibilityKey(REFERENCE, "fp32"): 32})):
             assert await engine.open(session(number), 48, prefix) == found
             cached = await engine.begin(session(number), SessionOptions(sampling=GREEDY))
             drawn.append(tokens_from_tensor(await step([engine], session(number), cached, text[cached:], 1)))

@@ -17,7 +17,8 @@ from node.models.importer import import_model
 from node.models.providing import ANNOUNCED_AGAIN_S, keep_providing
 from node.models.store import ModelStore, Package
 from node.network.interface import Network, Stream, StreamClosed
-from node.testing.memory_hub import LinkModel, MemoryNetworkHub
+from node.testing.memory_hub import MemoryNetworkHub
+from node.testing.memory_links import LinkModel
 from protocol.blobs import PROTOCOL_ID, BlobBusy, BlobFound, BlobInitiator, BlobMissing, BlobRequest, BlobResponder
 from protocol.framing import FrameType, encode_chunks, encode_frame
 from protocol.identity import BlockRange, PeerId, peer_id_from_public_key
@@ -408,9 +409,9 @@ async def test_a_file_that_its_models_peers_lack_comes_from_whoever_announced_it
 
 
 async def test_weight_files_are_announced_once_and_again_before_they_are_forgotten(
-    package: Package, autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch
+    package: Package, virtual_clock: MockClock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    autojump_clock.autojump_threshold = 0.05  # the files are looked at in a thread, which no virtual time waits for
+    virtual_clock.autojump_threshold = 0.05  # the files are looked at in a thread, which no virtual time waits for
     monkeypatch.setattr(providing, "ROUND_S", ANNOUNCED_AGAIN_S / 4)
     async with swarm(serve) as (client, _), trio.open_nursery() as nursery:
         announced: list[bytes] = []

@@ -17,7 +17,8 @@ from node.models.errors import ModelError
 from node.models.importer import import_model
 from node.models.library import LOOK_ROUND_S, Library
 from node.models.store import ModelStore, Package
-from node.testing.memory_hub import LinkModel, MemoryNetworkHub
+from node.testing.memory_hub import MemoryNetworkHub
+from node.testing.memory_links import LinkModel
 from protocol.blobs import PROTOCOL_ID
 from protocol.identity import ModelId, PeerId, peer_id_from_public_key
 from tests.unit.models.checkpoints import write_checkpoint
@@ -67,7 +68,7 @@ async def joined(tmp_path: Path, theirs: Package) -> AsyncIterator[tuple[Library
 
 
 async def test_a_model_that_only_peers_speak_of_is_not_fetched(
-    tmp_path: Path, theirs: Package, autojump_clock: MockClock
+    tmp_path: Path, theirs: Package, virtual_clock: MockClock
 ) -> None:
     async with joined(tmp_path, theirs) as (found, store, _):
         await trio.sleep(20 * LOOK_ROUND_S)
@@ -78,7 +79,7 @@ async def test_a_model_that_only_peers_speak_of_is_not_fetched(
 
 @pytest.mark.parametrize("by", ["local name", "catalogue"])
 async def test_the_manifest_of_a_named_model_is_fetched_when_a_peer_serves_it(
-    by: str, tmp_path: Path, theirs: Package, autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch
+    by: str, tmp_path: Path, theirs: Package, virtual_clock: MockClock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if by == "local name":
         ModelStore(tmp_path / "mine").set_name("ours", theirs.model_id)

@@ -46,7 +46,7 @@ def test_a_pause_of_the_sender_is_not_counted() -> None:
     assert not reports
 
 
-async def test_both_ends_of_a_connection_measure_what_it_carries(autojump_clock: trio.testing.MockClock) -> None:
+async def test_both_ends_of_a_connection_measure_what_it_carries(virtual_clock: trio.testing.MockClock) -> None:
     left, right = connection_pair()
     rate = 10e6
     send = left.stream.send_stream.send_all

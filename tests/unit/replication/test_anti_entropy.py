@@ -53,7 +53,7 @@ def test_any_two_histories_become_equal(
     assert initiator.ids == responder.ids == {made(*arguments).id for arguments in common | left | right}
 
 
-async def test_equal_histories_cost_one_message_each(autojump_clock: MockClock) -> None:
+async def test_equal_histories_cost_one_message_each(virtual_clock: MockClock) -> None:
     observations = [made(number) for number in range(100)]
     initiation, _ = await synchronise(Peer(observations), Peer(observations))
     assert initiation.outcome.equal
@@ -61,7 +61,7 @@ async def test_equal_histories_cost_one_message_each(autojump_clock: MockClock) 
     assert initiation.outcome.bytes_received < 100
 
 
-async def test_the_cost_is_that_of_the_difference(autojump_clock: MockClock) -> None:
+async def test_the_cost_is_that_of_the_difference(virtual_clock: MockClock) -> None:
     costs_bytes = []
     for common in (60, 600):
         observations = [made(number) for number in range(common)]
@@ -72,7 +72,7 @@ async def test_the_cost_is_that_of_the_difference(autojump_clock: MockClock) -> 
     assert costs_bytes[1] < 2 * costs_bytes[0]
 
 
-async def test_a_newcomer_gets_everything_in_one_session(autojump_clock: MockClock) -> None:
+async def test_a_newcomer_gets_everything_in_one_session(virtual_clock: MockClock) -> None:
     observations = [made(number, number % 5) for number in range(MAX_GET + 100)]
     newcomer = Peer()
     initiation, response = await synchronise(newcomer, Peer(observations))
@@ -82,7 +82,7 @@ async def test_a_newcomer_gets_everything_in_one_session(autojump_clock: MockClo
     assert response.outcome.bytes_sent < 1.1 * payload_bytes
 
 
-async def test_a_session_hands_over_only_so_much_of_its_own_accord(autojump_clock: MockClock) -> None:
+async def test_a_session_hands_over_only_so_much_of_its_own_accord(virtual_clock: MockClock) -> None:
     """Else all neighbours of a newcomer would send it everything at once."""
     owner, newcomer = Peer(made(number) for number in range(MAX_PUT_ENVELOPES + 50)), Peer()
     initiation, _ = await synchronise(owner, newcomer)
@@ -92,7 +92,7 @@ async def test_a_session_hands_over_only_so_much_of_its_own_accord(autojump_cloc
     assert initiation.outcome.equal
 
 
-async def test_what_came_before_a_session_broke_is_kept(autojump_clock: MockClock) -> None:
+async def test_what_came_before_a_session_broke_is_kept(virtual_clock: MockClock) -> None:
     owner, newcomer = Peer(made(number) for number in range(300)), Peer()
     await owner.history.add_many(owner.initial)
 
@@ -121,7 +121,7 @@ async def test_what_came_before_a_session_broke_is_kept(autojump_clock: MockCloc
     assert initiation.outcome.received == 300 - kept
 
 
-async def test_what_another_session_is_fetching_is_not_fetched_twice(autojump_clock: MockClock) -> None:
+async def test_what_another_session_is_fetching_is_not_fetched_twice(virtual_clock: MockClock) -> None:
     newcomer = Peer()
     newcomer.replica.requested.add(made(1).id)
     initiation, response = await synchronise(newcomer, Peer([made(1), made(2)]))
@@ -129,7 +129,7 @@ async def test_what_another_session_is_fetching_is_not_fetched_twice(autojump_cl
     assert not initiation.outcome.equal
 
 
-async def test_what_is_before_its_time_is_left_for_later_and_nobodys_fault(autojump_clock: MockClock) -> None:
+async def test_what_is_before_its_time_is_left_for_later_and_nobodys_fault(virtual_clock: MockClock) -> None:
     early = Peer([made(1)], now_s=NOW_S)
     late = Peer(now_s=NOW_S - 90)
     initiation, _ = await synchronise(late, early)
@@ -139,7 +139,7 @@ async def test_what_is_before_its_time_is_left_for_later_and_nobodys_fault(autoj
     assert response.outcome.sent == 0, "declined a moment ago, and asked for again"
 
 
-async def test_peers_compare_only_what_both_still_take_in(autojump_clock: MockClock) -> None:
+async def test_peers_compare_only_what_both_still_take_in(virtual_clock: MockClock) -> None:
     old = made(5, hours_ago=24 * 30)
     keeper, other = Peer([old, made(1)]), Peer([made(1)])
     initiation, _ = await synchronise(keeper, other)
@@ -158,7 +158,7 @@ def invented(number: int) -> bytes:
     return hashlib.sha256(f"invented {number}".encode()).digest()
 
 
-async def test_a_forged_observation_is_refused_and_not_kept(autojump_clock: MockClock) -> None:
+async def test_a_forged_observation_is_refused_and_not_kept(virtual_clock: MockClock) -> None:
     forged = bytearray(made(1).envelope)
     forged[-1] ^= 1
 
@@ -175,7 +175,7 @@ async def test_a_forged_observation_is_refused_and_not_kept(autojump_clock: Mock
     assert peer.ids == set()
 
 
-async def test_an_observation_that_nobody_asked_for_is_refused(autojump_clock: MockClock) -> None:
+async def test_an_observation_that_nobody_asked_for_is_refused(virtual_clock: MockClock) -> None:
     async def liar(talker: Talker) -> None:
         await talker.hear()
         await talker.say(Welcome(first_bucket=0, answer=listing(made(1).id)))
@@ -189,7 +189,7 @@ async def test_an_observation_that_nobody_asked_for_is_refused(autojump_clock: M
     assert peer.ids == set()
 
 
-async def test_ids_that_are_never_delivered_are_an_offence(autojump_clock: MockClock) -> None:
+async def test_ids_that_are_never_delivered_are_an_offence(virtual_clock: MockClock) -> None:
     async def liar(talker: Talker) -> None:
         await talker.hear()
         ids = [invented(number) for number in range(MAX_UNDELIVERED + 1)]
@@ -201,7 +201,7 @@ async def test_ids_that_are_never_delivered_are_an_offence(autojump_clock: MockC
         await meet(Peer(), liar)
 
 
-async def test_endless_ranges_end(autojump_clock: MockClock) -> None:
+async def test_endless_ranges_end(virtual_clock: MockClock) -> None:
     compares = 0
 
     async def liar(talker: Talker) -> None:
@@ -227,7 +227,7 @@ async def test_endless_ranges_end(autojump_clock: MockClock) -> None:
     assert peer.purse.work == 0
 
 
-async def test_a_silent_responder_is_given_up(autojump_clock: MockClock) -> None:
+async def test_a_silent_responder_is_given_up(virtual_clock: MockClock) -> None:
     async def liar(talker: Talker) -> None:
         await talker.hear()
         await trio.sleep_forever()
@@ -238,7 +238,7 @@ async def test_a_silent_responder_is_given_up(autojump_clock: MockClock) -> None
     assert trio.current_time() - started_s < SILENCE_S + 1
 
 
-async def test_a_responder_that_claims_to_lack_everything_gets_only_so_much(autojump_clock: MockClock) -> None:
+async def test_a_responder_that_claims_to_lack_everything_gets_only_so_much(virtual_clock: MockClock) -> None:
     given_away = 0
 
     async def liar(talker: Talker) -> None:
@@ -287,7 +287,7 @@ async def greet(talker: Talker) -> None:
     assert isinstance(await talker.hear(), Welcome)
 
 
-async def test_forged_observations_that_are_put_are_refused_and_not_kept(autojump_clock: MockClock) -> None:
+async def test_forged_observations_that_are_put_are_refused_and_not_kept(virtual_clock: MockClock) -> None:
     forged = bytearray(made(1).envelope)
     forged[-1] ^= 1
 
@@ -302,7 +302,7 @@ async def test_forged_observations_that_are_put_are_refused_and_not_kept(autojum
     assert peer.ids == set()
 
 
-async def test_asking_for_what_is_not_there_brings_nothing(autojump_clock: MockClock) -> None:
+async def test_asking_for_what_is_not_there_brings_nothing(virtual_clock: MockClock) -> None:
     async def liar(talker: Talker) -> None:
         await greet(talker)
         await talker.say(Get(tuple(sorted(invented(number) for number in range(MAX_GET)))))
@@ -312,7 +312,7 @@ async def test_asking_for_what_is_not_there_brings_nothing(autojump_clock: MockC
     assert response.outcome.sent == 0
 
 
-async def test_what_an_initiator_asks_for_is_charged_to_it(autojump_clock: MockClock) -> None:
+async def test_what_an_initiator_asks_for_is_charged_to_it(virtual_clock: MockClock) -> None:
     observations = [made(number) for number in range(100)]
 
     async def liar(talker: Talker) -> None:
@@ -333,7 +333,7 @@ async def test_what_an_initiator_asks_for_is_charged_to_it(autojump_clock: MockC
     assert peer.purse.work > 10 * (10 * 4 + 64 * 0.1)
 
 
-async def test_answers_of_any_number_fit_into_a_message(autojump_clock: MockClock) -> None:
+async def test_answers_of_any_number_fit_into_a_message(virtual_clock: MockClock) -> None:
     observations = [made(number, number % 7) for number in range(400)]
     whole = Summary("", 0, DIGEST)
 

@@ -10,7 +10,7 @@ from tests.support.observations import NOW_S, signed
 from tests.support.sync_sessions import made
 
 
-async def test_the_tree_shows_at_once_what_was_taken_in(autojump_clock: MockClock) -> None:
+async def test_the_tree_shows_at_once_what_was_taken_in(virtual_clock: MockClock) -> None:
     replica = Replica(MemoryHistory(), lambda: NOW_S)
     assert (await replica.tree()).summary("").count == 0
     assert await replica.take_in([made(1), made(2)]) == 2
@@ -19,7 +19,7 @@ async def test_the_tree_shows_at_once_what_was_taken_in(autojump_clock: MockCloc
     assert (await replica.tree()).summary("").count == 3
 
 
-async def test_the_tree_shows_soon_what_others_have_written(autojump_clock: MockClock) -> None:
+async def test_the_tree_shows_soon_what_others_have_written(virtual_clock: MockClock) -> None:
     history = MemoryHistory()
     replica = Replica(history, lambda: NOW_S)
     await replica.tree()
@@ -28,7 +28,7 @@ async def test_the_tree_shows_soon_what_others_have_written(autojump_clock: Mock
     assert (await replica.tree()).summary("").count == 1
 
 
-async def test_nobody_sees_an_empty_tree_while_the_first_is_read(autojump_clock: MockClock) -> None:
+async def test_nobody_sees_an_empty_tree_while_the_first_is_read(virtual_clock: MockClock) -> None:
     class SlowHistory(MemoryHistory):
         async def bucket_digests(self):  # type: ignore[no-untyped-def]
             await trio.sleep(5)
@@ -48,7 +48,7 @@ async def test_nobody_sees_an_empty_tree_while_the_first_is_read(autojump_clock:
     assert counts == [1, 1, 1]
 
 
-async def test_what_is_too_old_or_too_early_is_not_taken_in(autojump_clock: MockClock) -> None:
+async def test_what_is_too_old_or_too_early_is_not_taken_in(virtual_clock: MockClock) -> None:
     history = MemoryHistory()
     replica = Replica(history, lambda: NOW_S)
     too_old = made(1, hours_ago=24 * 31)
@@ -61,7 +61,7 @@ async def test_what_is_too_old_or_too_early_is_not_taken_in(autojump_clock: Mock
     assert replica.wants(too_early.id)
 
 
-async def test_the_store_may_decline_and_is_not_offered_the_same_again_soon(autojump_clock: MockClock) -> None:
+async def test_the_store_may_decline_and_is_not_offered_the_same_again_soon(virtual_clock: MockClock) -> None:
     class FullHistory(MemoryHistory):
         async def add_many(self, observations: object) -> list[SignedObservation]:
             del observations

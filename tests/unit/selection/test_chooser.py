@@ -52,7 +52,7 @@ class Kept:
         return self.kinds
 
 
-async def test_a_node_that_starts_again_goes_on_with_what_it_had_adopted(autojump_clock: MockClock) -> None:
+async def test_a_node_that_starts_again_goes_on_with_what_it_had_adopted(virtual_clock: MockClock) -> None:
     kept = Kept()
     await hold(LearnedChooser(Predictions(), random.Random(1), memory=kept), Prober(fails=False))
     again = LearnedChooser(Predictions(), random.Random(1), memory=kept)
@@ -74,7 +74,7 @@ async def hold(chooser: LearnedChooser, prober: Prober) -> None:
         await chooser.run(prober, lambda: False)
 
 
-async def test_a_trial_that_fails_has_cost_what_it_took(autojump_clock: MockClock) -> None:
+async def test_a_trial_that_fails_has_cost_what_it_took(virtual_clock: MockClock) -> None:
     chooser = LearnedChooser(Predictions(), random.Random(1))
     await hold(chooser, Prober(fails=True))
     assert chooser.budget.left_s == pytest.approx(0.4 * ALLOWANCE_S)
@@ -84,7 +84,7 @@ async def test_a_trial_that_fails_has_cost_what_it_took(autojump_clock: MockCloc
 
 
 async def test_of_the_trials_that_wait_one_may_overdraw_the_budget_and_the_others_are_not_held(
-    autojump_clock: MockClock,
+    virtual_clock: MockClock,
 ) -> None:
     chooser = LearnedChooser(Predictions(), random.Random(1))
     prober = Prober(fails=False, takes_s=1.5 * ALLOWANCE_S)
@@ -96,7 +96,7 @@ async def test_of_the_trials_that_wait_one_may_overdraw_the_budget_and_the_other
     assert chooser.budget.left_s == pytest.approx(-0.5 * ALLOWANCE_S)
 
 
-async def test_a_method_that_a_trial_could_not_have_is_no_candidate_for_the_next(autojump_clock: MockClock) -> None:
+async def test_a_method_that_a_trial_could_not_have_is_no_candidate_for_the_next(virtual_clock: MockClock) -> None:
     chooser = LearnedChooser(Predictions(), random.Random(1))
     await hold(chooser, Prober(fails=False))
     names = [each.name for each in NEED.methods]
@@ -108,7 +108,7 @@ async def test_a_method_that_a_trial_could_not_have_is_no_candidate_for_the_next
 
 @pytest.mark.parametrize(("transfer_s", "worth_it"), [(0.05, [FUSED, REPEATED]), (0.4, [FUSED, REPEATED, NARROW])])
 async def test_of_methods_that_do_the_same_to_a_task_the_plainest_gets_a_trial(
-    transfer_s: float, worth_it: list[Method], autojump_clock: MockClock
+    transfer_s: float, worth_it: list[Method], virtual_clock: MockClock
 ) -> None:
     tried: list[str] = []
 

@@ -37,7 +37,7 @@ async def broken(context: TaskContext) -> Mapping[str, tuple[float, float]]:
 
 
 async def test_a_worker_that_is_stopped_while_it_is_asked_does_not_take_its_successor_with_it(
-    nursery: trio.Nursery, autojump_clock: MockClock
+    nursery: trio.Nursery, virtual_clock: MockClock
 ) -> None:
     opinions = Predictions()
     asked, stopped = trio.Event(), trio.Event()
@@ -59,7 +59,7 @@ async def test_a_worker_that_is_stopped_while_it_is_asked_does_not_take_its_succ
 
 
 async def test_a_worker_that_broke_is_replaced_though_the_history_has_not_grown(
-    nursery: trio.Nursery, autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch
+    nursery: trio.Nursery, virtual_clock: MockClock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     opinions = Predictions()
     workers: list[Worker] = []
@@ -90,7 +90,7 @@ async def test_a_worker_that_broke_is_replaced_though_the_history_has_not_grown(
 
 
 async def test_nobody_waits_for_a_prediction_where_there_is_nothing_to_choose(
-    nursery: trio.Nursery, autojump_clock: MockClock
+    nursery: trio.Nursery, virtual_clock: MockClock
 ) -> None:
     async def slow(context: TaskContext) -> Mapping[str, tuple[float, float]]:
         await trio.sleep(0.05)

@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from protocol.measurements import QualityBound
 from selector.consensus.reputation import NEWCOMER_WEIGHT
 from selector.heuristic import predicted_cost, preference
 from selector.task import (
@@ -14,7 +15,6 @@ from selector.task import (
     SWITCHES,
     MeasuredQuality,
     MethodError,
-    QualityBound,
     TaskContext,
     admits,
     method,
@@ -57,7 +57,7 @@ def test_what_a_method_says_of_itself() -> None:
     assert not method(engine="fused", arithmetic="int8").exact
     assert not method(activations="bf16").exact
     assert (BASELINE.drafter, BASELINE.draft_tokens, BASELINE.prefill_chunk) == ("off", 0, None)
-    assert BASELINE.lineage == "eager/fp32/fp32"
+    assert BASELINE.kv_key == "eager/fp32/fp32"
     assert all(value == SWITCHES[switch].baseline for switch, value in BASELINE.switches.items())
 
 

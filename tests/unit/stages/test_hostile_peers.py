@@ -14,12 +14,14 @@ from trio.testing import MockClock
 from node.coordinator.coordinator import RECOVERY_LIMIT_S
 from node.coordinator.submission import JobError, JobErrorCode, JobRequest
 from node.engine.interface import PAGE_POSITIONS
-from node.links.link import PARTIAL_BYTES, InboundLink, LinkBuffers, OutboundLink, SessionLost, SessionRefused
+from node.links.buffers import PARTIAL_BYTES, LinkBuffers
+from node.links.inbound_link import InboundLink
+from node.links.outbound_link import OutboundLink, SessionLost, SessionRefused
 from node.stages.fair_share import may_take
 from node.stages.session import CHECKED_AT_ONCE_BYTES
 from node.stages.span import BEGIN_LIMIT_S, SHORT_IDLE_LIMIT_S
 from node.testing.fake_engine import expected_tokens, fake_span_info
-from node.testing.memory_hub import LinkModel
+from node.testing.memory_links import LinkModel
 from protocol.codec import encode_step_header
 from protocol.framing import FrameType, encode_frame
 from protocol.identity import BlockRange, JobId, PeerId, SessionId, peer_id_from_public_key
@@ -170,7 +172,7 @@ CASES += [(((0, 3), (3, 6), (6, 9)), name, *case) for name, case in MIDDLE.items
 
 @pytest.mark.parametrize(("spans", "name", "tensor", "changes", "fault"), CASES, ids=lambda case: str(case)[:40])
 async def test_bad_rows_cost_their_session_and_are_put_down_to_their_sender(
-    autojump_clock: MockClock,
+    virtual_clock: MockClock,
     spans: tuple[tuple[int, int], ...],
     name: str,
     tensor: Tensor,
@@ -196,7 +198,7 @@ async def test_bad_rows_cost_their_session_and_are_put_down_to_their_sender(
         await all_free(swarm)
 
 
-async def test_whoever_sends_bad_rows_waits_ever_longer(autojump_clock: MockClock) -> None:
+async def test_whoever_sends_bad_rows_waits_ever_longer(virtual_clock: MockClock) -> None:
     async with under_attack((0, 9)) as (_, coordinator, stranger):
         took_s = []
         for attempt in range(1, 9):
@@ -212,7 +214,7 @@ async def test_whoever_sends_bad_rows_waits_ever_longer(autojump_clock: MockCloc
         assert (await coordinator.run(REQUEST)).timing.total_s < 1
 
 
-async def test_large_rows_are_checked_piece_by_piece_and_keep_their_order(autojump_clock: MockClock) -> None:
+async def test_large_rows_are_checked_piece_by_piece_and_keep_their_order(virtual_clock: MockClock) -> None:
     rows = CHECKED_AT_ONCE_BYTES // (4 * HIDDEN) + 100
     async with open_swarm() as swarm:
         await swarm.join((0, 3))
@@ -229,7 +231,7 @@ async def test_large_rows_are_checked_piece_by_piece_and_keep_their_order(autoju
         assert victim.engines[0].statistics().steps == 0
 
 
-async def test_rows_beyond_what_is_reserved_end_the_session_and_then_the_link(autojump_clock: MockClock) -> None:
+async def test_rows_beyond_what_is_reserved_end_the_session_and_then_the_link(virtual_clock: MockClock) -> None:
     async with under_attack((0, 3), (3, 6), (6, 9)) as (_, _coordinator, stranger):
         stranger.victim.engines[0]._step_s = 100.0  # so that rows wait
         tensor = hidden(rows=POSITIONS)
@@ -246,7 +248,7 @@ async def test_rows_beyond_what_is_reserved_end_the_session_and_then_the_link(au
         assert stranger.victim.stages.peer_statistics()[stranger.id].bytes == 0
 
 
-async def test_rows_before_begin_are_bounded_by_what_is_reserved(autojump_clock: MockClock) -> None:
+async def test_rows_before_begin_are_bounded_by_what_is_reserved(virtual_clock: MockClock) -> None:
     async with open_swarm() as swarm:
         victim = await swarm.join((3, 6))
         opener, sender = await stranger_at(swarm, victim), await stranger_at(swarm, victim)
@@ -297,7 +299,7 @@ async def framed(span: tuple[int, int] = (3, 6)) -> AsyncIterator[Framed]:
     ids=["beyond its positions", "a gap", "another width", "twice all its positions", "tokens of another model"],
 )
 async def test_whoever_opens_a_session_pays_for_what_it_makes_others_send(
-    autojump_clock: MockClock, span: tuple[int, int], tensor: Tensor, position: int, is_begun: bool
+    virtual_clock: MockClock, span: tuple[int, int], tensor: Tensor, position: int, is_begun: bool
 ) -> None:
     async with framed(span) as each:
         honest = await each.sender.begin()
@@ -313,7 +315,7 @@ async def test_whoever_opens_a_session_pays_for_what_it_makes_others_send(
         assert honest in each.opener.victim.stages.spans()[0].sessions
 
 
-async def test_stage_that_sends_what_no_honest_one_does_pays_itself(autojump_clock: MockClock) -> None:
+async def test_stage_that_sends_what_no_honest_one_does_pays_itself(virtual_clock: MockClock) -> None:
     async with framed() as each:
         session = await each.opener.begin(upstream=(each.sender.id,))
         await each.sender.send(a_slice(session, hidden(NAN)), hidden(NAN))
@@ -321,7 +323,7 @@ async def test_stage_that_sends_what_no_honest_one_does_pays_itself(autojump_clo
         assert each.faults() == (0, 1)
 
 
-async def test_rows_go_to_nobody_but_the_session_that_has_admitted_them(autojump_clock: MockClock) -> None:
+async def test_rows_go_to_nobody_but_the_session_that_has_admitted_them(virtual_clock: MockClock) -> None:
     """While they come, it is closed and opened anew, with other positions."""
     async with under_attack((0, 3), (3, 6), (6, 9)) as (swarm, _coordinator, stranger):
         opener = await stranger_at(swarm, stranger.victim)
@@ -342,7 +344,7 @@ async def test_rows_go_to_nobody_but_the_session_that_has_admitted_them(autojump
         assert not stranger.link.broken
 
 
-async def test_session_that_does_not_begin_ends_and_its_coordinator_is_told(autojump_clock: MockClock) -> None:
+async def test_session_that_does_not_begin_ends_and_its_coordinator_is_told(virtual_clock: MockClock) -> None:
     async with under_attack((0, 9)) as (_, _coordinator, stranger):
         await stranger.open()
         await trio.sleep(BEGIN_LIMIT_S - 1)
@@ -353,7 +355,7 @@ async def test_session_that_does_not_begin_ends_and_its_coordinator_is_told(auto
         assert not stranger.link.broken
 
 
-async def test_session_that_does_not_begin_wins_no_time_by_going_on_as_others(autojump_clock: MockClock) -> None:
+async def test_session_that_does_not_begin_wins_no_time_by_going_on_as_others(virtual_clock: MockClock) -> None:
     async with under_attack((0, 9)) as (_, _coordinator, stranger):
         opening = stranger.opening()
         await stranger.open_with(opening)
@@ -383,8 +385,8 @@ def test_of_frames_that_are_not_complete_those_go_first_that_do_not_go_on() -> N
 
     honest, *others = (cast("InboundLink", Link(f"peer {number}")) for number in range(40))
     for step, other in enumerate(others, 1):
-        buffers.note(honest, (1 << 20) * step // len(others))
-        buffers.note(other, 900 << 10)
+        buffers.update_partial(honest, (1 << 20) * step // len(others))
+        buffers.update_partial(other, 900 << 10)
     assert honest.peer not in ended
     assert ended == [other.peer for other in others[: len(ended)]]
     assert buffers.partial_bytes <= PARTIAL_BYTES
@@ -392,7 +394,7 @@ def test_of_frames_that_are_not_complete_those_go_first_that_do_not_go_on() -> N
 
 @pytest.mark.parametrize("is_open", [True, False], ids=["open", "being opened"])
 async def test_descriptions_of_sessions_are_bounded_and_leave_room_for_others(
-    autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch, is_open: bool
+    virtual_clock: MockClock, monkeypatch: pytest.MonkeyPatch, is_open: bool
 ) -> None:
     monkeypatch.setattr("node.stages.stage_server.DESCRIPTION_BYTES", 1 << 20)
     async with under_attack((0, 9)) as (_, coordinator, stranger):
@@ -427,7 +429,7 @@ async def test_descriptions_of_sessions_are_bounded_and_leave_room_for_others(
         assert outcomes[-1] == "opened", "what has ended is not counted"
 
 
-async def test_hoarder_leaves_room_for_the_nodes_own_jobs_and_for_others(autojump_clock: MockClock) -> None:
+async def test_hoarder_leaves_room_for_the_nodes_own_jobs_and_for_others(virtual_clock: MockClock) -> None:
     async with under_attack((0, 9)) as (_, coordinator, stranger):
         for _ in range(8):  # while memory is plenty nobody is refused
             await stranger.begin(1024)
@@ -454,7 +456,7 @@ async def test_hoarder_leaves_room_for_the_nodes_own_jobs_and_for_others(autojum
         assert SHORT_IDLE_LIMIT_S - 5 < trio.current_time() - began_s < SHORT_IDLE_LIMIT_S + 15
 
 
-async def test_memory_of_a_session_that_goes_on_as_a_smaller_one_still_counts(autojump_clock: MockClock) -> None:
+async def test_memory_of_a_session_that_goes_on_as_a_smaller_one_still_counts(virtual_clock: MockClock) -> None:
     async with under_attack((0, 9)) as (_, _coordinator, stranger):
         for _ in range(3):
             former = await stranger.begin(1024)
@@ -465,7 +467,7 @@ async def test_memory_of_a_session_that_goes_on_as_a_smaller_one_still_counts(au
         assert span.held_pages() == {stranger.id: 3 * 1024 // PAGE_POSITIONS}
 
 
-async def test_the_first_comer_leaves_the_reserve_to_the_nodes_own_jobs(autojump_clock: MockClock) -> None:
+async def test_the_first_comer_leaves_the_reserve_to_the_nodes_own_jobs(virtual_clock: MockClock) -> None:
     async with open_swarm() as swarm:
         victim = await swarm.join((0, 9), kv_positions=1024, max_positions=1024)
         stranger = await stranger_at(swarm, victim)
@@ -495,7 +497,7 @@ def test_fair_share_refuses_whoever_holds_more_than_it_first() -> None:
     assert may_take(a, 1, own=own, pages=3, held={a: 1}), "small memory has no room for reserves"
 
 
-async def test_outputs_that_wait_for_a_slow_link_again_and_again_leave_in_order(autojump_clock: MockClock) -> None:
+async def test_outputs_that_wait_for_a_slow_link_again_and_again_leave_in_order(virtual_clock: MockClock) -> None:
     """Prompts of several megabytes over links that take a second for each."""
     slow = LinkModel(latency_s=0.01, bandwidth=2e6)
     async with open_swarm(link=slow) as swarm:

@@ -92,7 +92,7 @@ async def test_the_last_line_of_stderr_is_part_of_the_error(program: str, messag
     assert str(caught.value) == message
     child = await start(command, what="the child", stdin=True, stdout=True)
     assert await child.stdout.receive_some() == b""
-    assert str(await child.epitaph()) == message
+    assert str(await child.exit_reason()) == message
     await child.kill()
 
 

@@ -55,7 +55,7 @@ def test_the_soft_limit_is_raised_as_far_as_it_may_be() -> None:
 
 
 async def test_a_task_that_finds_no_file_is_run_again_and_another_fault_is_not_hidden(
-    autojump_clock: MockClock,
+    virtual_clock: MockClock,
 ) -> None:
     faults: list[Exception] = [
         ExceptionGroup("nursery", [OSError(errno.EMFILE, "too many"), OSError(errno.ENFILE, "too many")]),
