@@ -1,18 +1,22 @@
 """The values of the consensus: cells, readings, commits, reveals, statements, signatures, members; and their digests.
 
-Plain values: `selector.consensus` decides with them, `protocol.consensus` signs and verifies them as messages.
+Each field is declared with its bounds on the wire. `selector.consensus` decides with these values, and
+`protocol.consensus` signs and verifies them as messages.
 """
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
+from dataclasses import fields as fields_of
 from functools import cached_property
-from typing import Final, NamedTuple, TypeAlias
+from itertools import pairwise
+from typing import Annotated, Any, Final, NamedTuple, TypeAlias
 
-from protocol.identity import PeerId
-
-Digest: TypeAlias = bytes
-"""A sha256, 32 bytes."""
+from protocol import fields
+from protocol.errors import RemoteProtocolError
+from protocol.identity import PeerId, peer_id_from_public_key, public_key_of
+from protocol.limits import MAX_HARDWARE_BYTES, MAX_NAME_BYTES, MAX_RECORD_BYTES
+from protocol.schema import LOCAL, Count, Form, Range, name, raw
 
 Plain: TypeAlias = "int | str | bytes | Sequence[Plain]"
 
@@ -42,6 +46,44 @@ MAX_EXPELLED: Final = 8
 """Members that leave, and that are expelled, in one epoch; the others go in the next. It keeps a statement small."""
 
 
+def _load_peer(value: object, what: str) -> PeerId:
+    return fields.peer_id(peer_id_from_public_key(fields.raw(value, fields.SHA256_BYTES, what)), what)
+
+
+def _load_envelope(value: object, what: str) -> bytes:
+    if type(value) is not bytes or not 0 < len(value) <= MAX_RECORD_BYTES:
+        raise RemoteProtocolError(f"{what} is not an envelope of at most {MAX_RECORD_BYTES} bytes")
+    return value
+
+
+def _load_reading(value: object, what: str) -> "Reading":
+    hardware, workload, method, measured = fields.tuple_of(value, 4, what)
+    cell = Cell(
+        fields.name(hardware, MAX_HARDWARE_BYTES, f"{what} hardware"),
+        fields.name(workload, MAX_NAME_BYTES, f"{what} workload"),
+        fields.name(method, MAX_NAME_BYTES, f"{what} method"),
+    )
+    return Reading(cell, fields.integer(measured, -MAX_READING, MAX_READING, f"{what} value"))
+
+
+def _require_ascending(values: Sequence[Any], what: str) -> None:
+    if any(not before < after for before, after in pairwise(values)):
+        raise RemoteProtocolError(f"{what} do not ascend")
+
+
+Digest = Annotated[bytes, raw(fields.SHA256_BYTES)]
+"""A sha256."""
+
+Epoch = Annotated[int, Range(0, MAX_EPOCH)]
+PeerKey = Annotated[PeerId, Form(_load_peer, public_key_of)]
+"""A peer that travels as its public key."""
+
+Signer = Annotated[PeerId, LOCAL]
+"""The signer does not travel: the envelope names it."""
+
+_Envelope = Annotated[bytes, Form(_load_envelope)]
+
+
 class Cell(NamedTuple):
     """What one measurement is of: a method in a context, which is a workload on a hardware class."""
 
@@ -69,17 +111,21 @@ class Commit:
     """
 
     chain: Digest
-    epoch: int
+    epoch: Epoch
     parent: Digest
-    peer: PeerId
-    hardware: str
+    peer: Signer
+    hardware: Annotated[str, name(MAX_HARDWARE_BYTES)]
     commitment: Digest
-    observations: tuple[bytes, ...] = ()
+    observations: Annotated[tuple[Digest, ...], Count(MAX_COMMITTED)] = ()
 
     @cached_property
     def id(self) -> Digest:
         """The digest of all fields, in their order."""
         return _digest_of_fields("commit", self)
+
+    def check(self) -> None:
+        """Raise RemoteProtocolError where ids are not a set."""
+        _require_ascending(self.observations, "commit observations")
 
 
 @dataclass(frozen=True)
@@ -87,15 +133,22 @@ class Reveal:
     """The readings that open a commit, ascending by cell."""
 
     chain: Digest
-    epoch: int
-    peer: PeerId
-    nonce: bytes
-    readings: tuple[Reading, ...]
+    epoch: Epoch
+    peer: Signer
+    nonce: Annotated[bytes, raw(NONCE_BYTES)]
+    readings: Annotated[
+        tuple[Annotated[Reading, Form(_load_reading, lambda reading: [*reading.cell, reading.value])], ...],
+        Count(MAX_READINGS),
+    ]
 
     @cached_property
     def commitment(self) -> Digest:
         """The commitment that it opens."""
         return commitment_of(self.peer, self.nonce, self.readings)
+
+    def check(self) -> None:
+        """Raise RemoteProtocolError where cells are not a set."""
+        _require_ascending([reading.cell for reading in self.readings], "reveal readings")
 
 
 @dataclass(frozen=True)
@@ -109,13 +162,13 @@ class Statement:
     """
 
     chain: Digest
-    epoch: int
+    epoch: Epoch
     parent: Digest
-    proposer: PeerId
-    commits: tuple[Digest, ...]
-    joined: tuple[PeerId, ...]
-    left: tuple[PeerId, ...]
-    expelled: tuple[PeerId, ...]
+    proposer: Signer
+    commits: Annotated[tuple[Digest, ...], Count(MAX_CONTRIBUTIONS)]
+    joined: Annotated[tuple[PeerKey, ...], Count(MAX_JOINED)]
+    left: Annotated[tuple[PeerKey, ...], Count(MAX_LEFT)]
+    expelled: Annotated[tuple[PeerKey, ...], Count(MAX_EXPELLED)]
     set_digest: Digest
     table_digest: Digest
     state_digest: Digest
@@ -125,14 +178,19 @@ class Statement:
         """The digest of all fields, in their order: what peers sign, and the source of the next epoch's beacon."""
         return _digest_of_fields("statement", self)
 
+    def check(self) -> None:
+        """Raise RemoteProtocolError where commits or peers are not a set."""
+        for key in ("commits", "joined", "left", "expelled"):
+            _require_ascending(getattr(self, key), f"statement {key}")
+
 
 @dataclass(frozen=True, slots=True)
 class Signature:
     """A peer's vote for a statement; a peer has one vote in an epoch."""
 
     chain: Digest
-    epoch: int
-    peer: PeerId
+    epoch: Epoch
+    peer: Signer
     statement: Digest
 
 
@@ -141,8 +199,8 @@ class EquivocationProof:
     """Two envelopes signed by one peer that contradict each other; any peer may publish the proof."""
 
     chain: Digest
-    first: bytes
-    second: bytes
+    first: _Envelope
+    second: _Envelope
 
 
 class Reputation(NamedTuple):
@@ -199,7 +257,7 @@ def digest_of(*parts: Plain) -> Digest:
 
 
 def _digest_of_fields(kind: str, value: Commit | Statement) -> Digest:
-    return digest_of(kind, *(getattr(value, field.name) for field in fields(value)))
+    return digest_of(kind, *(getattr(value, field.name) for field in fields_of(value)))
 
 
 def _feed(hashed: "hashlib._Hash", value: Plain) -> None:
