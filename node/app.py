@@ -24,9 +24,10 @@ from node.capabilities.inventory import Inventory
 from node.capabilities.probe import total_memory
 from node.capabilities.traffic import TrafficMeter
 from node.config import APPLICATION, LOCK_FILE, MEMORY_SHARE, READY_FILE, NodeConfig, NodeReady, StartError
-from node.consensus.environment import ConsensusEnvironment
+from node.consensus.environment import ConsensusEnvironment, ConsensusRules
+from node.consensus.followed_chains import FollowedChains
 from node.consensus.measurement_runner import MEASUREMENT_PLAN, MeasurementRunner
-from node.consensus.service import Consensus, swarm_name
+from node.consensus.service import ConsensusService, swarm_name
 from node.coordinator.coordinator import Coordinator
 from node.coordinator.observation import software_name, software_versions
 from node.coordinator.quality_store import LocalQualityStore
@@ -116,7 +117,7 @@ class Node:
             threads=config.threads,
             accelerator=device.accelerator,
         )
-        opinions = Predictions()
+        opinions, self._chains = Predictions(), FollowedChains()
         self._chooser = LearnedChooser(
             opinions,
             jitter,
@@ -136,7 +137,7 @@ class Node:
             hardware=self._hardware,
             voter=LearnedVoter(opinions),
             controller=partial(PolicyController, batching=Batching(config.batching)),
-            agreed=lambda model: self._consensus.agreement(model),
+            agreed=self._chains.agreement,
         )
         self._statements = PlacementAnnouncements(lambda: self._membership.announce())
         self._membership = Membership(
@@ -161,21 +162,24 @@ class Node:
         self._dissemination = ObservationReplicator(
             network=self._network, identity=identity, history=self._history, records=records, jitter=jitter
         )
-        self._consensus = Consensus(
-            network=self._network,
-            environment=ConsensusEnvironment(
+        self._consensus = ConsensusService(
+            self._network,
+            self._chains,
+            ConsensusEnvironment(
                 identity=identity,
                 store=ChainStore(database),
                 history=self._history,
-                clock=EpochClock(config.epoch_s),
-                plan=MEASUREMENT_PLAN,
+                models=self._models,
                 hardware=self._known_hardware,
+                meter=self._meter,
+            ),
+            ConsensusRules(
+                swarm=swarm_name(config.swarm_key),
+                plan=MEASUREMENT_PLAN,
+                clock=EpochClock(config.epoch_s),
                 checkpoints=config.checkpoints,
             ),
-            models=self._models,
-            meter=self._meter,
-            swarm=swarm_name(config.swarm_key),
-            jitter=jitter,
+            jitter,
         )
         self._jitter = jitter
         self._library = Library(
@@ -194,7 +198,7 @@ class Node:
             LinkEstimates(self._network.peer_id, self._membership.round_trip_s, self._links_of).between,
             self._recorder,
             ledger=self._ledger,
-            agreed=self._consensus.agreement,
+            agreed=self._chains.agreement,
             chooser=self._chooser,
             hardware=self._hardware_of,
             bandwidth=self._bandwidth_of,
@@ -232,6 +236,7 @@ class Node:
             history=self._history,
             dissemination=self._dissemination,
             consensus=self._consensus,
+            chains=self._chains,
             chooser=self._chooser,
             learner=self._learner,
         )
@@ -311,7 +316,7 @@ class Node:
 
     def _viewpoint(self, peer: PeerId) -> Viewpoint:
         """Return for whom the history is weighed: this node, as it is now, with what the swarm has agreed of others."""
-        trust, in_strangers = self._consensus.trust()
+        trust, in_strangers = self._chains.trust()
         return Viewpoint(
             peer=peer,
             hardware=self._hardware(),

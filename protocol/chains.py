@@ -14,6 +14,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final, TypeAlias
 
+from protocol import half_duplex
 from protocol.canonical import Value, decode, encode
 from protocol.consensus_values import (
     MAX_EPOCH,
@@ -24,10 +25,10 @@ from protocol.consensus_values import (
     PeerReading,
     Reputation,
 )
-from protocol.conversation import MAX_PAYLOAD_BYTES, Conversation, Transition
 from protocol.errors import RemoteProtocolError
 from protocol.fields import SHA256_BYTES, Fields, array, integer, name, peer_id, raw, tuple_of
 from protocol.framing import FrameReader, FrameType, encode_frame
+from protocol.half_duplex import MAX_PAYLOAD_BYTES, Busy, HalfDuplexConnection, Turn
 from protocol.identity import PeerId, peer_id_from_public_key, public_key_of
 from protocol.limits import (
     MAX_BUSY_S,
@@ -41,7 +42,6 @@ from protocol.limits import (
     MAX_NAME_BYTES,
     MAX_PART_CELLS,
     MAX_PART_MEMBERS,
-    MAX_RECORD_BYTES,
 )
 from protocol.states import Role
 
@@ -111,13 +111,6 @@ class StatePart:
     last: bool = False
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Busy:
-    """The responder does not want to now; come back after this many seconds."""
-
-    retry_s: int
-
-
 Message: TypeAlias = Ask | Have | Items | Want | StatePart | Busy
 
 
@@ -137,19 +130,19 @@ class ChainState(enum.StrEnum):
 
 _I, _R = Role.INITIATOR, Role.RESPONDER
 
-TABLE: Final[Mapping[tuple[ChainState, type[Message]], Transition[ChainState]]] = {
-    (ChainState.NEW, Ask): Transition(_I, ChainState.ASKED),
-    (ChainState.IDLE, Ask): Transition(_I, ChainState.ASKED),
-    (ChainState.IDLE, Have): Transition(_I, ChainState.ASKED),
+TABLE: Final[Mapping[tuple[ChainState, type[Message]], Turn[ChainState]]] = {
+    (ChainState.NEW, Ask): Turn(_I, ChainState.ASKED),
+    (ChainState.IDLE, Ask): Turn(_I, ChainState.ASKED),
+    (ChainState.IDLE, Have): Turn(_I, ChainState.ASKED),
     # Items and parts of a state that are not the last leave the state as it is.
-    (ChainState.ASKED, Items): Transition(_R, ChainState.IDLE),
-    (ChainState.ASKED, Busy): Transition(_R, ChainState.REFUSED),
-    (ChainState.IDLE, Want): Transition(_I, ChainState.WANTED),
-    (ChainState.WANTED, StatePart): Transition(_R, ChainState.IDLE),
+    (ChainState.ASKED, Items): Turn(_R, ChainState.IDLE),
+    (ChainState.ASKED, Busy): Turn(_R, ChainState.REFUSED),
+    (ChainState.IDLE, Want): Turn(_I, ChainState.WANTED),
+    (ChainState.WANTED, StatePart): Turn(_R, ChainState.IDLE),
 }
 
 
-class ChainConnection(Conversation[Message, ChainState]):
+class ChainConnection(HalfDuplexConnection[Message, ChainState]):
     """One end of a chain stream."""
 
     def __init__(self, role: Role) -> None:
@@ -244,7 +237,8 @@ def _from_map(taken: Fields) -> Message:
             if list(message.ids) != sorted(set(message.ids)):
                 raise RemoteProtocolError("ids do not ascend")
         case "items":
-            message = Items(envelopes=_envelopes(taken), last=taken.flag("last"), rest=taken.choice("rest", Rest))
+            envelopes = half_duplex.envelopes(taken, MAX_CHAIN_ITEMS)
+            message = Items(envelopes=envelopes, last=taken.flag("last"), rest=taken.choice("rest", Rest))
         case "want":
             message = Want(taken.raw("statement", SHA256_BYTES))
         case "statepart":
@@ -302,12 +296,3 @@ def _packed(value: object, size: int, max_count: int, what: str) -> tuple[bytes,
     if type(value) is not bytes or len(value) % size or len(value) > max_count * size:
         raise RemoteProtocolError(f"{what} are not at most {max_count} times {size} bytes")
     return tuple(value[start : start + size] for start in range(0, len(value), size))
-
-
-def _envelopes(taken: Fields) -> tuple[bytes, ...]:
-    envelopes = []
-    for envelope in taken.array("envelopes", MAX_CHAIN_ITEMS):
-        if type(envelope) is not bytes or not 0 < len(envelope) <= MAX_RECORD_BYTES:
-            raise RemoteProtocolError(f"an envelope is not 1 to {MAX_RECORD_BYTES} bytes")
-        envelopes.append(envelope)
-    return tuple(envelopes)

@@ -12,11 +12,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final, TypeAlias, TypeVar
 
-from protocol import fields
+from protocol import fields, half_duplex
 from protocol.canonical import Value
-from protocol.conversation import Conversation, Transition
 from protocol.errors import RemoteProtocolError
 from protocol.fields import Fields
+from protocol.half_duplex import Busy, HalfDuplexConnection, Turn
 from protocol.limits import (
     MAX_BUCKET,
     MAX_BUSY_S,
@@ -24,7 +24,6 @@ from protocol.limits import (
     MAX_GET,
     MAX_LISTED,
     MAX_QUERIES,
-    MAX_RECORD_BYTES,
 )
 from protocol.reconciliation import (
     ID_BYTES,
@@ -62,13 +61,6 @@ class Welcome:
 
     first_bucket: int
     answer: Answer
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Busy:
-    """The responder does not want to now; come back after this many seconds."""
-
-    retry_s: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,21 +127,21 @@ class SyncState(enum.StrEnum):
 
 _I, _R = Role.INITIATOR, Role.RESPONDER
 
-TABLE: Final[Mapping[tuple[SyncState, type[Message]], Transition[SyncState]]] = {
-    (SyncState.NEW, Greeting): Transition(_I, SyncState.GREETED),
-    (SyncState.GREETED, Welcome): Transition(_R, SyncState.IDLE),
-    (SyncState.GREETED, Busy): Transition(_R, SyncState.REFUSED),
-    (SyncState.IDLE, Compare): Transition(_I, SyncState.COMPARING),
-    (SyncState.COMPARING, Answers): Transition(_R, SyncState.IDLE),
-    (SyncState.IDLE, Get): Transition(_I, SyncState.GETTING),
+TABLE: Final[Mapping[tuple[SyncState, type[Message]], Turn[SyncState]]] = {
+    (SyncState.NEW, Greeting): Turn(_I, SyncState.GREETED),
+    (SyncState.GREETED, Welcome): Turn(_R, SyncState.IDLE),
+    (SyncState.GREETED, Busy): Turn(_R, SyncState.REFUSED),
+    (SyncState.IDLE, Compare): Turn(_I, SyncState.COMPARING),
+    (SyncState.COMPARING, Answers): Turn(_R, SyncState.IDLE),
+    (SyncState.IDLE, Get): Turn(_I, SyncState.GETTING),
     # Items that are not the last leave the state as it is.
-    (SyncState.GETTING, Items): Transition(_R, SyncState.IDLE),
-    (SyncState.IDLE, Put): Transition(_I, SyncState.PUTTING),
-    (SyncState.PUTTING, Taken): Transition(_R, SyncState.IDLE),
+    (SyncState.GETTING, Items): Turn(_R, SyncState.IDLE),
+    (SyncState.IDLE, Put): Turn(_I, SyncState.PUTTING),
+    (SyncState.PUTTING, Taken): Turn(_R, SyncState.IDLE),
 }
 
 
-class SyncConnection(Conversation[Message, SyncState]):
+class SyncConnection(HalfDuplexConnection[Message, SyncState]):
     """One end of a sync stream.
 
     Checks as well that answers fit what was asked: that they lie under their prefix, and are no more than wanted.
@@ -170,7 +162,7 @@ class SyncConnection(Conversation[Message, SyncState]):
         if isinstance(message, Items) and len(message.envelopes) > self._wanted:
             raise RemoteProtocolError("more envelopes came than were asked for")
 
-    def _note(self, message: Message) -> None:
+    def _record(self, message: Message) -> None:
         if isinstance(message, Greeting):
             self._queries = (Summary("", message.count, message.digest),)
         elif isinstance(message, Compare):
@@ -265,9 +257,9 @@ def _from_map(taken: Fields) -> Message:
         case "get":
             message = Get(tuple(_packed_ids(taken.take("ids"), MAX_GET)))
         case "items":
-            message = Items(_envelopes(taken), last=taken.flag("last"))
+            message = Items(half_duplex.envelopes(taken, MAX_GET), last=taken.flag("last"))
         case "put":
-            message = Put(_envelopes(taken))
+            message = Put(half_duplex.envelopes(taken, MAX_GET))
         case "taken":
             message = Taken(count=taken.integer("count", 0, MAX_GET))
         case _:
@@ -324,15 +316,6 @@ def _packed_ids(value: object, max_count: int) -> PackedIds:
     ids = PackedIds(value)
     _require_ascending(list(ids), "ids")
     return ids
-
-
-def _envelopes(taken: Fields) -> tuple[bytes, ...]:
-    envelopes = []
-    for envelope in taken.array("envelopes", MAX_GET):
-        if type(envelope) is not bytes or not 0 < len(envelope) <= MAX_RECORD_BYTES:
-            raise RemoteProtocolError(f"an envelope is not 1 to {MAX_RECORD_BYTES} bytes")
-        envelopes.append(envelope)
-    return tuple(envelopes)
 
 
 def _require_ascending(values: Sequence[_T], what: str) -> None:

@@ -14,7 +14,8 @@ import trio
 from node.consensus.chain_recovery import ChainRecovery
 from node.consensus.chain_replica import ChainReplica, state_parts
 from node.consensus.contribution import Contributor
-from node.consensus.environment import ConsensusEnvironment, Meter
+from node.consensus.environment import ConsensusEnvironment, ConsensusRules, Meter
+from node.storage.chain_store import StoredStatement
 from node.storage.database import StorageError
 from node.util.signal import Signal
 from protocol.chains import StatePart
@@ -61,6 +62,7 @@ class ChainNode:
     def __init__(
         self,
         environment: ConsensusEnvironment,
+        rules: ConsensusRules,
         genesis: Digest,
         meter: Meter,
         *,
@@ -72,14 +74,14 @@ class ChainNode:
         `publish` gossips our messages, once they are saved.
         """
         self.genesis = genesis
-        self.clock = environment.clock
-        self.store = environment.store
+        self.clock = rules.clock
         self.statistics = ChainStatistics()
         self.lock = trio.Lock()
         """Held while the replica is read: it does not change meanwhile."""
-        self.replica = ChainReplica(environment, genesis)
-        self._recovery = ChainRecovery(environment.store, self.replica)
-        self._contributor = Contributor(environment, self.replica, meter)
+        self.replica = replica = ChainReplica(environment.identity, rules, genesis)
+        self.needs_sync = replica.needs_sync
+        self._recovery = ChainRecovery(environment.store, replica)
+        self._contributor = Contributor(environment, replica, meter)
         self._environment = environment
         self._meter = meter
         self._participates = participates
@@ -110,6 +112,33 @@ class ChainNode:
                 self._inbox.append(message)
         self._wake.set()
 
+    # Anti-entropy sessions
+
+    async def position(self) -> tuple[tuple[Digest, ...], Digest]:
+        """Return the locator of the canonical branch, and the digest of the recent messages."""
+        async with self.lock:
+            return self.replica.locator(), self.replica.log.digest()
+
+    async def recent_records(self) -> dict[bytes, SignedMessage]:
+        """Return the recent messages by short id."""
+        async with self.lock:
+            return self.replica.log.recent()
+
+    async def branch_after(self, locator: Iterable[Digest], limit: int) -> Sequence[StoredStatement]:
+        """Return the statements of the canonical branch after the first one of a locator that is on it."""
+        store = self._environment.store
+        epoch = await store.epoch_of(self.genesis, locator)
+        return await store.statements(self.genesis, after_epoch=-1 if epoch is None else epoch, limit=limit)
+
+    async def head_without_state(self) -> Digest | None:
+        """Return the head if the state after it is unknown and has to be fetched."""
+        async with self.lock:
+            return self.replica.chain.head.id if self.replica.is_state_missing() else None
+
+    def has_statement(self, statement: Digest) -> bool:
+        """Return whether a statement descends from the genesis here."""
+        return statement in self.replica.chain
+
     async def adopt_state(self, parts: Sequence[StatePart]) -> bool:
         """Adopt the state after the head from any peer; return whether it is that."""
         async with self.lock:
@@ -122,6 +151,8 @@ class ChainNode:
         async with self.lock:
             state = self.replica.participant.state_after(statement)
         return [StatePart(last=True)] if state is None else state_parts(state)
+
+    # Turns
 
     async def run(self) -> None:
         """Recover the chain, then take turns until cancelled."""
@@ -186,7 +217,7 @@ class ChainNode:
             self._publish(due)
             self._wake.set()  # our own message may complete a quorum
         if self.replica.is_state_missing():
-            self.replica.needs_sync.set()
+            self.needs_sync.set()
 
     def prune(self, now_s: float) -> None:
         """Drop the messages of past epochs."""
@@ -224,7 +255,7 @@ class ChainNode:
         oldest = self.clock.epoch_at(now_s) - 1
         await self._recovery.save_messages([*due, *pair], oldest)
         if contribution:
-            await self.store.mark_committed(self.genesis, contribution.number)
+            await self._environment.store.mark_committed(self.genesis, contribution.number)
             self._contributor.schedule_reveal(contribution)
         self.statistics.adopted += await self._recovery.save_branch(oldest)
         return pair[:1]

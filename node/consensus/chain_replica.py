@@ -4,10 +4,11 @@ from collections.abc import Sequence
 from typing import Final
 
 import structlog
-import trio
 
-from node.consensus.environment import ConsensusEnvironment
+from node.consensus.environment import ConsensusRules
 from node.consensus.message_log import Equivocation, MessageLog
+from node.identity import Identity
+from node.util.signal import Signal
 from protocol.chains import StatePart, split_state
 from protocol.consensus import SignedMessage, sign_message
 from protocol.consensus_values import Commit, Digest, EquivocationProof, Reveal, Signature, Statement
@@ -25,15 +26,14 @@ _logger = structlog.get_logger(__name__)
 class ChainReplica:
     """The participant of one chain with the messages that it decided by."""
 
-    def __init__(self, environment: ConsensusEnvironment, genesis: Digest) -> None:
-        identity, clock = environment.identity, environment.clock
-        chain = Chain(genesis, environment.checkpoints)
+    def __init__(self, identity: Identity, rules: ConsensusRules, genesis: Digest) -> None:
+        chain = Chain(genesis, rules.checkpoints)
         self.log = MessageLog()
-        self.participant = Participant(identity.peer_id, chain, clock, environment.plan)
-        self.needs_sync = trio.Event()
+        self.participant = Participant(identity.peer_id, chain, rules.clock, rules.plan)
+        self.needs_sync = Signal()
         """Set when something is missing that only other peers have."""
         self._private_key = identity.private_key
-        self._clock = clock
+        self._clock = rules.clock
         self._orphans: dict[Digest, Statement] = {}
 
     @property
@@ -116,10 +116,6 @@ class ChainReplica:
             steps.append(path[position])
             position += 1 if len(steps) < 8 else 1 << (len(steps) - 7)
         return (*dict.fromkeys((*steps, path[-1], self.chain.genesis)),)
-
-    def begin_sync(self) -> None:
-        """Reset `needs_sync`, because another peer is about to be asked."""
-        self.needs_sync = trio.Event()
 
     def is_state_missing(self) -> bool:
         """Return whether the state after the head is not known, so that another peer must send it."""

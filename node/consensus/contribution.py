@@ -41,7 +41,7 @@ class Contributor:
         self.measured = 0
         """Cells measured since the start."""
         self._environment = environment
-        self._clock = environment.clock
+        self._clock = replica.participant.clock
         self._participant = replica.participant
         self._replica = replica
         self._meter = meter

@@ -9,7 +9,6 @@ from hypothesis import strategies as st
 from protocol.chains import (
     TABLE,
     Ask,
-    Busy,
     ChainConnection,
     Have,
     Items,
@@ -24,6 +23,7 @@ from protocol.chains import (
 )
 from protocol.consensus_values import Cell, CellReadings, Member, PeerReading, Reputation
 from protocol.errors import LocalProtocolError, RemoteProtocolError
+from protocol.half_duplex import Busy
 from protocol.identity import PeerId, peer_id_from_public_key
 from protocol.limits import MAX_CONTROL_BYTES
 from protocol.states import Role

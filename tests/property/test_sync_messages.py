@@ -9,13 +9,13 @@ from hypothesis import strategies as st
 
 from protocol.errors import LocalProtocolError, RemoteProtocolError
 from protocol.framing import FrameType, encode_frame
+from protocol.half_duplex import Busy
 from protocol.limits import MAX_BUCKET, MAX_BUSY_S, MAX_CONTROL_BYTES, MAX_COUNT, MAX_GET, MAX_QUERIES, MAX_RECORD_BYTES
 from protocol.reconciliation import Answer, Equal, Listing, PackedIds, Split, Summary
 from protocol.states import Role
 from protocol.sync import (
     TABLE,
     Answers,
-    Busy,
     Compare,
     Get,
     Greeting,
@@ -151,7 +151,7 @@ def connection_in(state: SyncState, role: Role) -> SyncConnection:
                 ways[transition.next] = [*ways[before], next(each for each in one_of_each() if type(each) is kind)]
     ends = {each: SyncConnection(each) for each in Role}
     for message in ways[state]:
-        speaker = TABLE[ends[role].state, type(message)].speaker
+        speaker = TABLE[ends[role].state, type(message)].sender
         listener = Role.RESPONDER if speaker is Role.INITIATOR else Role.INITIATOR
         ends[listener].receive_data(ends[speaker].send(message))
     assert ends[role].state is state
@@ -168,7 +168,7 @@ def test_nobody_says_what_the_table_does_not_allow(state: SyncState, message: Me
     transition = TABLE.get((state, type(message)))
     other = Role.RESPONDER if role is Role.INITIATOR else Role.INITIATOR
     speaker = connection_in(state, role)
-    if transition is None or transition.speaker is not role:
+    if transition is None or transition.sender is not role:
         with pytest.raises(LocalProtocolError):
             speaker.send(message)
         assert speaker.state is state
@@ -185,7 +185,7 @@ def forged(message: Message) -> bytes:
     """Return the bytes of a message whoever may say it when."""
     for (state, kind), transition in TABLE.items():
         if kind is type(message):
-            return connection_in(state, transition.speaker).send(message)
+            return connection_in(state, transition.sender).send(message)
     raise AssertionError("every message is in the table")
 
 

@@ -10,13 +10,14 @@ from functools import lru_cache
 import trio
 
 from node.consensus.chain_node import Agreement, ChainNode
-from node.consensus.environment import ConsensusEnvironment
-from node.consensus.service import Consensus
+from node.consensus.environment import ConsensusEnvironment, ConsensusRules
+from node.consensus.followed_chains import FollowedChains
+from node.consensus.service import ConsensusService
 from node.identity import Identity
 from node.network.interface import NetworkError
-from node.replication.history import MemoryHistory
 from node.storage.chain_store import ChainStore
 from node.testing.chain_store import memory_chain_store
+from node.testing.memory_history import MemoryHistory
 from node.testing.memory_hub import MemoryNetworkHub
 from node.testing.memory_links import LinkModel
 from node.testing.memory_network import MemoryNetwork
@@ -73,15 +74,16 @@ class Peer:
     skew_s: float
     network: MemoryNetwork
     store: ChainStore = field(default_factory=memory_chain_store)
-    consensus: Consensus = field(init=False)
+    consensus: ConsensusService = field(init=False)
+    chains: FollowedChains = field(init=False)
 
     @property
     def agreement(self) -> Agreement | None:
-        return self.consensus.agreement(MODEL)
+        return self.chains.agreement(MODEL)
 
     @property
-    def keeper(self) -> ChainNode:
-        return self.consensus.keepers()[MODEL]
+    def node(self) -> ChainNode:
+        return self.chains.nodes[MODEL]
 
 
 class Swarm:
@@ -90,6 +92,7 @@ class Swarm:
         link = LinkModel(latency_s=0.03, jitter_s=0.04, loss=loss, resolution_s=0.01)
         self.hub = MemoryNetworkHub(random.Random(self.rng.random()), link)
         self.peers: list[Peer] = []
+        self.verify: Callable[[bytes], SignedMessage] = _verify_once
         self._skew_s = skew_s
         self._nursery: trio.Nursery | None = None
 
@@ -119,25 +122,21 @@ class Swarm:
 
     async def _run(self, peer: Peer, task_status: trio.TaskStatus[None]) -> None:
         jitter = random.Random(self.rng.random())
-        peer.consensus = Consensus(
-            network=peer.network,
-            environment=ConsensusEnvironment(
-                identity=peer.identity,
-                store=peer.store,
-                history=MemoryHistory(),
-                clock=EpochClock(EPOCH_S),
-                plan=PLAN,
-                hardware=lambda: HARDWARE,
-                wall_clock=lambda: BEGINNING_S + trio.current_time() + peer.skew_s,
-                offload=run_inline,
-                nonce=lambda: jitter.randbytes(32),
-            ),
+        peer.chains = FollowedChains()
+        environment = ConsensusEnvironment(
+            identity=peer.identity,
+            store=peer.store,
+            history=MemoryHistory(),
             models=lambda: {MODEL: peer.serves},
+            hardware=lambda: HARDWARE,
             meter=lambda _: peer.meter,
-            swarm=b"swarm",
-            jitter=jitter,
-            verify=_verify_once,
+            wall_clock=lambda: BEGINNING_S + trio.current_time() + peer.skew_s,
+            offload=run_inline,
+            nonce=lambda: jitter.randbytes(32),
+            verify=lambda envelope: self.verify(envelope),
         )
+        rules = ConsensusRules(swarm=b"swarm", plan=PLAN, clock=EpochClock(EPOCH_S))
+        peer.consensus = ConsensusService(peer.network, peer.chains, environment, rules, jitter)
         async with peer.network.running(), trio.open_nursery() as nursery:
             task_status.started()
             nursery.start_soon(self._keep_neighbours, peer, jitter)
@@ -191,14 +190,14 @@ def test_partition_heals_to_the_branch_with_the_quorum() -> None:
             swarm.hub.partition([[peer.identity.peer_id for peer in group] for group in (most, few)])
             await trio.sleep(4 * EPOCH_S)
             assert swarm.heads(few) != swarm.heads(most)
-            standing = swarm.heads(most)
+            agreed = swarm.heads(most)
             swarm.hub.heal()
             agreement = await swarm.until_one_head(3 * EPOCH_S)
-            path = {entry.id for entry in few[0].keeper.replica.participant.chain.canonical()}
-            return before.epoch, standing, path, agreement.epoch
+            path = {entry.id for entry in few[0].node.replica.chain.canonical()}
+            return before.epoch, agreed, path, agreement.epoch
 
-    before, standing, path, after = virtual_time.run(program, seed=2)
-    assert standing <= path
+    before, agreed, path, after = virtual_time.run(program, seed=2)
+    assert agreed <= path
     assert after >= before + 3
 
 
@@ -222,13 +221,13 @@ def test_equivocator_is_expelled_by_gossiped_proof() -> None:
         async with swarm.running(6):
             await swarm.until_one_head(4 * EPOCH_S)
             cheat = swarm.peers[0]
-            epoch = cheat.keeper.clock.epoch_at(cheat.keeper.now_s())
+            epoch = cheat.node.clock.epoch_at(cheat.node.now_s())
             for statement in (bytes(32), bytes([1]) * 32):
-                body = Signature(cheat.keeper.genesis, epoch, cheat.identity.peer_id, statement)
+                body = Signature(cheat.node.genesis, epoch, cheat.identity.peer_id, statement)
                 cheat.consensus._publish([sign_message(body, cheat.identity.private_key)])
                 await trio.sleep(1)
             await trio.sleep(3 * EPOCH_S)
-            states = [peer.keeper.replica.participant.state() for peer in swarm.peers[1:]]
+            states = [peer.node.replica.participant.state() for peer in swarm.peers[1:]]
             return [state.banned for state in states if state], cheat.identity.peer_id
 
     expelled, cheat = virtual_time.run(program, seed=4)
@@ -240,14 +239,14 @@ def test_newcomer_without_a_span_adopts_the_agreed_table() -> None:
         swarm = Swarm(seed=5)
         async with swarm.running(4):
             await trio.sleep(8 * EPOCH_S + 10)
-            standing = swarm.peers[0].agreement
-            assert standing
+            agreed = swarm.peers[0].agreement
+            assert agreed
             newcomer = await swarm.join(serves=False)
             began_s = trio.current_time()
             with trio.fail_after(20):
-                while newcomer.agreement is None or newcomer.agreement.statement != standing.statement:
+                while newcomer.agreement is None or newcomer.agreement.statement != agreed.statement:
                     await trio.sleep(0.1)
-            return trio.current_time() - began_s, standing.table_digest, newcomer.agreement.table_digest
+            return trio.current_time() - began_s, agreed.table_digest, newcomer.agreement.table_digest
 
     seconds, table, adopted = virtual_time.run(program, seed=5)
     assert table == adopted
@@ -257,20 +256,19 @@ def test_newcomer_without_a_span_adopts_the_agreed_table() -> None:
 def test_killed_and_restarted_peers_never_equivocate() -> None:
     async def program() -> tuple[dict[tuple[str, int, bytes | None], set[bytes]], int, int]:
         swarm = Swarm(seed=6, loss=0.1)
-        said: dict[tuple[str, int, bytes | None], set[bytes]] = {}
+        signed: dict[tuple[str, int, bytes | None], set[bytes]] = {}
 
         def verify_and_note(envelope: bytes) -> SignedMessage:
             message = _verify_once(envelope)
             body = message.body
             if isinstance(body, Commit):
-                said.setdefault((message.peer, body.epoch, body.parent), set()).add(envelope)
+                signed.setdefault((message.peer, body.epoch, body.parent), set()).add(envelope)
             elif isinstance(body, Signature):
-                said.setdefault((message.peer, body.epoch, None), set()).add(envelope)
+                signed.setdefault((message.peer, body.epoch, None), set()).add(envelope)
             return message
 
+        swarm.verify = verify_and_note
         async with swarm.running(5):
-            for peer in swarm.peers:
-                peer.consensus._verify = verify_and_note
             for number in range(60):
                 await trio.sleep(swarm.rng.uniform(1, 15))
                 peer = swarm.peers[number % 3]
@@ -278,10 +276,10 @@ def test_killed_and_restarted_peers_never_equivocate() -> None:
                 await trio.sleep(swarm.rng.uniform(0, 3))
                 await swarm.restart(peer)
             agreement = await swarm.until_one_head(6 * EPOCH_S)
-            offences = sum(peer.keeper.statistics.equivocations for peer in swarm.peers)
-            return said, offences, agreement.epoch
+            equivocations = sum(peer.node.statistics.equivocations for peer in swarm.peers)
+            return signed, equivocations, agreement.epoch
 
-    said, offences, _ = virtual_time.run(program, seed=6)
-    assert len(said) > 20
-    assert {len(envelopes) for envelopes in said.values()} == {1}
-    assert offences == 0
+    signed, equivocations, _ = virtual_time.run(program, seed=6)
+    assert len(signed) > 20
+    assert {len(envelopes) for envelopes in signed.values()} == {1}
+    assert equivocations == 0

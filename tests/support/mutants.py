@@ -28,6 +28,7 @@ from protocol.consensus_values import (
     Signature,
     Statement,
 )
+from protocol.half_duplex import Busy
 from protocol.history import HistoryDigest, decode_batch, encode_batch
 from protocol.identity import BlockRange, ModelId
 from protocol.messages import Load
@@ -226,7 +227,7 @@ _ASK: Final = chains.Ask(chain=_DIGEST, locator=(_DIGEST, _DIGEST), digest=_DIGE
 _CHAIN_CONVERSATIONS: Final[tuple[tuple[chains.Message, ...], ...]] = (
     (_ASK,),
     (_ASK, chains.Items(envelopes=(b"one", b"other"), last=True, rest=chains.Rest.STANDING)),
-    (_ASK, chains.Busy(retry_s=5)),
+    (_ASK, Busy(retry_s=5)),
     (_ASK, chains.Items(envelopes=(), last=True, rest=chains.Rest.RECENT), chains.Have((b"12345678", b"23456789"))),
     (_ASK, chains.Items(envelopes=(), last=True), chains.Want(_DIGEST)),
     (

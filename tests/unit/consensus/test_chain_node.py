@@ -8,12 +8,13 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from node.consensus import message_log
 from node.consensus.chain_node import ChainNode
-from node.consensus.chain_sync import MAX_ROUNDS, Response
-from node.consensus.environment import ConsensusEnvironment
+from node.consensus.chain_sync import MAX_ROUNDS, ChainResponder
+from node.consensus.environment import ConsensusEnvironment, ConsensusRules
 from node.identity import Identity
-from node.replication.history import MemoryHistory
+from node.replication.session import Throttle
 from node.storage.chain_store import ChainStore
 from node.testing.chain_store import memory_chain_store
+from node.testing.memory_history import MemoryHistory
 from node.util.offload import run_inline
 from protocol.chains import PROTOCOL_ID, Ask, ChainConnection, Rest
 from protocol.consensus import SignedMessage, sign_message
@@ -45,13 +46,14 @@ def chain_node(store: ChainStore) -> ChainNode:
         identity=OWN,
         store=store,
         history=MemoryHistory(),
-        clock=CLOCK,
-        plan=PLAN,
+        models=dict,
         hardware=lambda: HARDWARE,
+        meter=lambda _: Meter(),
         wall_clock=lambda: CLOCK.starts_s(EPOCH),
         offload=run_inline,
     )
-    return ChainNode(environment, GENESIS, Meter(), participates=lambda: False, publish=publish)
+    rules = ConsensusRules(swarm=b"swarm", plan=PLAN, clock=CLOCK)
+    return ChainNode(environment, rules, GENESIS, Meter(), participates=lambda: False, publish=publish)
 
 
 def key(number: int) -> Ed25519PrivateKey:
@@ -106,7 +108,7 @@ async def test_statement_reaches_its_quorum_after_a_flood_of_others(monkeypatch:
     [statement] = [each for each, message in node.replica.log.statements.items() if message == first]
     node.receive([sign_message(Signature(GENESIS, 3, peer(1), statement), key(1))])
     await node.turn()
-    assert [each.id for each in await node.store.statements(GENESIS)] == [statement]
+    assert [each.id for each in await node.branch_after((), 64)] == [statement]
 
 
 async def test_signatures_outside_the_committee_are_dropped() -> None:
@@ -147,14 +149,9 @@ class Questioner:
         await trio.lowlevel.checkpoint()
 
 
-async def test_endless_questions_in_a_session_are_a_violation() -> None:
-    node = chain_node(memory_chain_store())
+async def test_session_with_endless_requests_is_a_violation() -> None:
+    chain = chain_node(memory_chain_store())
     stream = Questioner()
-
-    async def free(amount: int) -> None:
-        del amount
-        await trio.lowlevel.checkpoint()
-
-    with pytest.raises(RemoteProtocolError, match="without an end"):
-        await Response(stream, free).run(lambda chain: node)
+    with pytest.raises(RemoteProtocolError, match="more than"):
+        await ChainResponder(stream, Throttle(), lambda genesis: chain).run()
     assert stream.asked == MAX_ROUNDS + 3
