@@ -14,9 +14,10 @@ from typing import Annotated, Any, Final, NamedTuple, TypeAlias
 
 from protocol import fields
 from protocol.errors import RemoteProtocolError
+from protocol.forms import Counter, Digest, Envelope, Hardware
 from protocol.identity import PeerId, peer_id_from_public_key, public_key_of
-from protocol.limits import MAX_HARDWARE_BYTES, MAX_NAME_BYTES, MAX_RECORD_BYTES
-from protocol.schema import LOCAL, Count, Form, Range, name, raw
+from protocol.limits import MAX_CELL_REPLICAS, MAX_HARDWARE_BYTES, MAX_NAME_BYTES
+from protocol.schema import LOCAL, Count, Form, Range, raw
 
 Plain: TypeAlias = "int | str | bytes | Sequence[Plain]"
 
@@ -46,24 +47,41 @@ MAX_EXPELLED: Final = 8
 """Members that leave, and that are expelled, in one epoch; the others go in the next. It keeps a statement small."""
 
 
-def _load_peer(value: object, what: str) -> PeerId:
+def load_peer(value: object, what: str) -> PeerId:
+    """Return a peer, which travels as its public key."""
     return fields.peer_id(peer_id_from_public_key(fields.raw(value, fields.SHA256_BYTES, what)), what)
 
 
-def _load_envelope(value: object, what: str) -> bytes:
-    if type(value) is not bytes or not 0 < len(value) <= MAX_RECORD_BYTES:
-        raise RemoteProtocolError(f"{what} is not an envelope of at most {MAX_RECORD_BYTES} bytes")
-    return value
-
-
-def _load_reading(value: object, what: str) -> "Reading":
-    hardware, workload, method, measured = fields.tuple_of(value, 4, what)
-    cell = Cell(
+def _load_cell(values: Sequence[object], what: str) -> "Cell":
+    hardware, workload, method = values
+    return Cell(
         fields.name(hardware, MAX_HARDWARE_BYTES, f"{what} hardware"),
         fields.name(workload, MAX_NAME_BYTES, f"{what} workload"),
         fields.name(method, MAX_NAME_BYTES, f"{what} method"),
     )
-    return Reading(cell, fields.integer(measured, -MAX_READING, MAX_READING, f"{what} value"))
+
+
+def _load_value(value: object, what: str) -> int:
+    return fields.integer(value, -MAX_READING, MAX_READING, f"{what} value")
+
+
+def _load_reading(value: object, what: str) -> "Reading":
+    *cell, measured = fields.tuple_of(value, 4, what)
+    return Reading(_load_cell(cell, what), _load_value(measured, what))
+
+
+def _load_measured(value: object, what: str) -> "tuple[Cell, CellReadings]":
+    *cell, epoch, readings = fields.tuple_of(value, 5, what)
+    pairs = [fields.tuple_of(pair, 2, what) for pair in fields.array(readings, MAX_CELL_REPLICAS, f"{what} readings")]
+    return _load_cell(cell, what), CellReadings(
+        fields.integer(epoch, 0, MAX_EPOCH, f"{what} epoch"),
+        tuple(PeerReading(load_peer(key, what), _load_value(measured, what)) for key, measured in pairs),
+    )
+
+
+def _dump_measured(value: "tuple[Cell, CellReadings]") -> list[object]:
+    cell, (epoch, readings) = value
+    return [*cell, epoch, [[public_key_of(peer), measured] for peer, measured in readings]]
 
 
 def _require_ascending(values: Sequence[Any], what: str) -> None:
@@ -71,17 +89,10 @@ def _require_ascending(values: Sequence[Any], what: str) -> None:
         raise RemoteProtocolError(f"{what} do not ascend")
 
 
-Digest = Annotated[bytes, raw(fields.SHA256_BYTES)]
-"""A sha256."""
-
 Epoch = Annotated[int, Range(0, MAX_EPOCH)]
-PeerKey = Annotated[PeerId, Form(_load_peer, public_key_of)]
-"""A peer that travels as its public key."""
-
+PeerKey = Annotated[PeerId, Form(load_peer, public_key_of)]
 Signer = Annotated[PeerId, LOCAL]
 """The signer does not travel: the envelope names it."""
-
-_Envelope = Annotated[bytes, Form(_load_envelope)]
 
 
 class Cell(NamedTuple):
@@ -114,7 +125,7 @@ class Commit:
     epoch: Epoch
     parent: Digest
     peer: Signer
-    hardware: Annotated[str, name(MAX_HARDWARE_BYTES)]
+    hardware: Hardware
     commitment: Digest
     observations: Annotated[tuple[Digest, ...], Count(MAX_COMMITTED)] = ()
 
@@ -199,27 +210,23 @@ class EquivocationProof:
     """Two envelopes signed by one peer that contradict each other; any peer may publish the proof."""
 
     chain: Digest
-    first: _Envelope
-    second: _Envelope
-
-
-class Reputation(NamedTuple):
-    """How often a peer's readings supported the agreed value, and how often they deviated; fixed point, decaying.
-
-    `selector.consensus.reputation` has the scale and the weight that follows.
-    """
-
-    agreed: int = 0
-    deviated: int = 0
+    first: Envelope
+    second: Envelope
 
 
 class Member(NamedTuple):
-    """A member of the consensus. `absences`: epochs in a row in which it was selected and did not contribute."""
+    """A member of the consensus, with its reputation.
 
-    peer: PeerId
-    hardware: str
-    reputation: Reputation = Reputation()
-    absences: int = 0
+    `agreed`, `deviated`: how often its readings supported the agreed value and how often not, in the fixed point of
+    `selector.consensus.reputation`, with decay. `absences`: epochs in a row in which it was selected and did not
+    contribute.
+    """
+
+    peer: PeerKey
+    hardware: Hardware
+    agreed: Counter = 0
+    deviated: Counter = 0
+    absences: Epoch = 0
 
 
 class PeerReading(NamedTuple):
@@ -234,6 +241,9 @@ class CellReadings(NamedTuple):
 
     epoch: int
     readings: tuple[PeerReading, ...]
+
+
+MeasuredCell = Annotated[tuple[Cell, CellReadings], Form(_load_measured, _dump_measured)]
 
 
 def genesis_of(swarm: bytes, model: str, rules: str) -> Digest:

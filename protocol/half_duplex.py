@@ -3,16 +3,16 @@
 Shared by the sync and the chain protocol. A table, the same for both ends, defines who may send which message when.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Final, Generic, NamedTuple, TypeVar
+from typing import Annotated, Final, Generic, NamedTuple, TypeVar
 
-from protocol.canonical import Value, decode, encode
+from protocol.canonical import decode, encode
 from protocol.errors import LocalProtocolError, RemoteProtocolError
-from protocol.fields import Fields
 from protocol.framing import Frame, FrameReader, FrameType, encode_frame
-from protocol.limits import MAX_CONTROL_BYTES, MAX_RECORD_BYTES
+from protocol.limits import MAX_BUSY_S, MAX_CONTROL_BYTES
+from protocol.schema import Form, Range, from_map, to_map
 from protocol.states import Direction, Role
 
 MAX_PAYLOAD_BYTES: Final = MAX_CONTROL_BYTES - (4 << 10)
@@ -20,13 +20,14 @@ MAX_PAYLOAD_BYTES: Final = MAX_CONTROL_BYTES - (4 << 10)
 
 M = TypeVar("M")
 S = TypeVar("S", bound=StrEnum)
+_A = TypeVar("_A", bytes, str, int)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Busy:
     """The responder refuses the session; the initiator may retry after this many seconds."""
 
-    retry_s: int
+    retry_s: Annotated[int, Range(0, MAX_BUSY_S)]
 
 
 class Turn(NamedTuple, Generic[S]):
@@ -36,31 +37,42 @@ class Turn(NamedTuple, Generic[S]):
     next: S
 
 
+class HalfDuplexProtocol(NamedTuple, Generic[M, S]):
+    """A half-duplex protocol."""
+
+    messages: Mapping[str, type[M]]
+    """Message types by their names on the wire."""
+    table: Mapping[tuple[S, type[M]], Turn[S]]
+    first: S
+    closed: S
+    """Follows the end of the stream."""
+    error: S
+    """Follows a violation by the remote."""
+
+    def encode(self, message: M) -> bytes:
+        """Return the frame of a message. Raises ValueError."""
+        name = next(name for name, kind in self.messages.items() if kind is type(message))
+        return encode_frame(FrameType.CONTROL, encode({"type": name, **to_map(message)}))
+
+    def decode(self, frame: Frame) -> M:
+        """Return the message in a frame. Raises RemoteProtocolError."""
+        if frame.type is not FrameType.CONTROL:
+            raise RemoteProtocolError(f"unexpected {frame.type.name} frame: only control frames are valid here")
+        value = decode(frame.body, max_bytes=MAX_CONTROL_BYTES)
+        name = value.pop("type", None) if isinstance(value, dict) else None
+        kind = self.messages.get(name) if isinstance(name, str) else None
+        if kind is None:
+            raise RemoteProtocolError(f"unknown message {str(name)[:80]!r}")
+        return from_map(kind, value, "message")
+
+
 class HalfDuplexConnection(Generic[M, S]):
     """One end of a stream on which both ends send in turn."""
 
-    def __init__(
-        self,
-        role: Role,
-        table: Mapping[tuple[S, type[M]], Turn[S]],
-        to_map: Callable[[M], dict[str, Value]],
-        from_map: Callable[[Fields], M],
-        *,
-        first: S,
-        closed: S,
-        error: S,
-    ) -> None:
-        """Start in the first state; `closed` follows the end of the stream, `error` a violation by the remote.
-
-        `to_map`, `from_map`: encode and decode a message; the latter raises RemoteProtocolError.
-        """
+    def __init__(self, role: Role, protocol: HalfDuplexProtocol[M, S]) -> None:
         self._role = role
-        self._table = table
-        self._to_map = to_map
-        self._from_map = from_map
-        self._state = first
-        self._closed = closed
-        self._error = error
+        self._protocol = protocol
+        self._state = protocol.first
         self._reader = FrameReader()
 
     @property
@@ -72,7 +84,7 @@ class HalfDuplexConnection(Generic[M, S]):
         """Return the bytes of a message. Raises LocalProtocolError, and changes nothing, when it is out of turn."""
         following = self._following(message, Direction.SENT)
         try:
-            frame = encode_frame(FrameType.CONTROL, encode(self._to_map(message)))
+            frame = self._protocol.encode(message)
         except ValueError as error:
             raise LocalProtocolError(f"{type(message).__name__}: {error}") from None
         self._state = following
@@ -84,21 +96,19 @@ class HalfDuplexConnection(Generic[M, S]):
 
         Raises RemoteProtocolError, now and on every later call, once the remote violated the protocol.
         """
-        if self._state is self._error:
+        if self._state is self._protocol.error:
             raise RemoteProtocolError("the remote violated the protocol before")
         if not data:
-            self._state = self._closed
+            self._state = self._protocol.closed
             return []
         try:
             return [self._receive_frame(frame) for frame in self._reader.receive_data(data)]
         except RemoteProtocolError:
-            self._state = self._error
+            self._state = self._protocol.error
             raise
 
     def _receive_frame(self, frame: Frame) -> M:
-        if frame.type is not FrameType.CONTROL:
-            raise RemoteProtocolError(f"unexpected {frame.type.name} frame: only control frames are valid here")
-        message = self._from_map(Fields(decode(frame.body, max_bytes=MAX_CONTROL_BYTES), "message"))
+        message = self._protocol.decode(frame)
         following = self._following(message, Direction.RECEIVED)
         self._check(message)
         self._state = following
@@ -107,7 +117,7 @@ class HalfDuplexConnection(Generic[M, S]):
 
     def _following(self, message: M, direction: Direction) -> S:
         """Return the state after a message; raise the error of the end that sent it out of turn."""
-        turn = self._table.get((self._state, type(message)))
+        turn = self._protocol.table.get((self._state, type(message)))
         if turn is None or (turn.sender is self._role) is not (direction is Direction.SENT):
             error = LocalProtocolError if direction is Direction.SENT else RemoteProtocolError
             raise error(f"{type(message).__name__} {direction} while {self._state}")
@@ -121,11 +131,21 @@ class HalfDuplexConnection(Generic[M, S]):
         """Store what `_check` needs of a message that was sent or received."""
 
 
-def envelopes(taken: Fields, max_count: int) -> tuple[bytes, ...]:
-    """Return the signed envelopes in a message. Raises RemoteProtocolError."""
-    found = []
-    for envelope in taken.array("envelopes", max_count):
-        if type(envelope) is not bytes or not 0 < len(envelope) <= MAX_RECORD_BYTES:
-            raise RemoteProtocolError(f"an envelope is not 1 to {MAX_RECORD_BYTES} bytes")
-        found.append(envelope)
-    return tuple(found)
+def packed(size: int, max_count: int, *, min_count: int = 0, ascending: bool = False) -> Form:
+    """Return the form of ids of equal length, which travel end to end."""
+
+    def load(value: object, what: str) -> tuple[bytes, ...]:
+        if type(value) is not bytes or len(value) % size or not min_count * size <= len(value) <= max_count * size:
+            raise RemoteProtocolError(f"{what} are not {min_count} to {max_count} times {size} bytes")
+        ids = tuple(value[start : start + size] for start in range(0, len(value), size))
+        if ascending:
+            require_ascending(ids, what)
+        return ids
+
+    return Form(load, b"".join)
+
+
+def require_ascending(values: Sequence[_A], what: str) -> None:
+    """Raise RemoteProtocolError unless the values ascend, and so are distinct."""
+    if list(values) != sorted(set(values)):
+        raise RemoteProtocolError(f"{what} do not ascend")

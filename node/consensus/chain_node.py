@@ -20,7 +20,8 @@ from node.storage.database import StorageError
 from node.util.signal import Signal
 from protocol.chains import StatePart
 from protocol.consensus import SignedMessage
-from protocol.consensus_values import Cell, Commit, Digest, Reveal, Signature, Statement
+from protocol.consensus_values import Cell, Commit, Reveal, Signature, Statement
+from protocol.forms import Digest
 from selector.consensus.table import AgreedCell
 
 MAX_INBOX: Final = 4096

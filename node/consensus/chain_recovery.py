@@ -13,8 +13,9 @@ from node.consensus.chain_replica import ChainReplica, join_state, state_parts
 from node.storage.chain_store import ChainStore, StoredState, StoredStatement
 from protocol.chains import decode_state, encode_state
 from protocol.consensus import SignedMessage, verify_message
-from protocol.consensus_values import Digest, Signature, Statement
+from protocol.consensus_values import Signature, Statement
 from protocol.errors import RemoteProtocolError
+from protocol.forms import Digest
 from protocol.identity import PeerId
 from selector.consensus.chain import RETAINED_ENTRIES, InvalidStatement, members_after
 

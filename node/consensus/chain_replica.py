@@ -11,8 +11,9 @@ from node.identity import Identity
 from node.util.signal import Signal
 from protocol.chains import StatePart, split_state
 from protocol.consensus import SignedMessage, sign_message
-from protocol.consensus_values import Commit, Digest, EquivocationProof, Reveal, Signature, Statement
+from protocol.consensus_values import Commit, EquivocationProof, Reveal, Signature, Statement
 from protocol.errors import LocalProtocolError
+from protocol.forms import Digest
 from selector.consensus.chain import Chain, InvalidStatement
 from selector.consensus.participant import Participant
 from selector.consensus.state import State

@@ -8,7 +8,18 @@ import trio
 from node.consensus.chain_node import ChainNode
 from node.network.interface import NetworkError, Stream
 from node.replication.session import Responder, Session, Throttle
-from protocol.chains import Ask, ChainConnection, ChainState, Have, Items, Message, Rest, StatePart, Want, fill_items
+from protocol.chains import (
+    ChainConnection,
+    ChainState,
+    GetState,
+    GetStatements,
+    Inventory,
+    Message,
+    Records,
+    Remaining,
+    StatePart,
+    fill_records,
+)
 from protocol.consensus import SignedMessage
 from protocol.consensus_values import Statement
 from protocol.errors import RemoteProtocolError
@@ -50,32 +61,32 @@ class ChainInitiator(Session[Message, ChainState]):
             # A branch replaces ours only once all of it is here; until then it continues from where it was cut.
             reached = self._reached
             locator = (*((reached,) if reached else ()), *locator)[:MAX_LOCATOR]
-            await self._send(Ask(chain=self._chain.genesis, locator=locator, digest=digest))
+            await self._send(GetStatements(chain=self._chain.genesis, locator=locator, digest=digest))
             rest = await self._receive_records()
-            if rest is not Rest.STANDING:
+            if rest is not Remaining.STATEMENTS:
                 break
             if self._reached is None or self._reached == reached or not self._chain.has_statement(self._reached):
                 raise NetworkError("received statements that do not follow from any known one")
         else:
             self.outcome.more = True
             return
-        if rest is Rest.RECENT:
-            await self._send(Have(tuple(await self._chain.recent_records())))
+        if rest is Remaining.RECENT:
+            await self._send(Inventory(tuple(await self._chain.recent_records())))
             await self._receive_records()
         if self.outcome.retry_s is None:
             await self._fetch_state()
             self.outcome.equal = True
 
-    async def _receive_records(self) -> Rest | None:
+    async def _receive_records(self) -> Remaining | None:
         """Pass the records of one answer to the chain; return what the answer left out, None from a busy peer."""
-        last: Items | None = None
+        last: Records | None = None
         count = 0
         while last is None or not last.last:
             message = await self._receive_any()
             if isinstance(message, Busy):
                 self.outcome.retry_s = float(message.retry_s)
                 return None
-            if not isinstance(message, Items):
+            if not isinstance(message, Records):
                 raise NetworkError("the peer ended the session")
             last = message
             count += len(message.envelopes)
@@ -105,7 +116,7 @@ class ChainInitiator(Session[Message, ChainState]):
         head = await self._chain.head_without_state()
         if head is None:
             return
-        await self._send(Want(head))
+        await self._send(GetState(head))
         parts: list[StatePart] = []
         while not parts or not parts[-1].last:
             parts.append(await self._receive(StatePart))
@@ -127,7 +138,7 @@ class ChainResponder(Responder[Message, ChainState]):
 
     async def run(self) -> None:
         """Answer until the initiator ends the session."""
-        ask = await self._receive(Ask)
+        ask = await self._receive(GetStatements)
         if (chain := self._chains(ask.chain)) is None:
             await self._send(Busy(retry_s=UNKNOWN_CHAIN_S))
             return
@@ -136,21 +147,21 @@ class ChainResponder(Responder[Message, ChainState]):
             if (message := await self._receive_any()) is None:
                 return
             match message:
-                case Ask(chain=genesis):
+                case GetStatements(chain=genesis):
                     if genesis != chain.genesis:
                         raise RemoteProtocolError("one session asked about two chains")
                     await self._answer(chain, message)
-                case Have(ids):
+                case Inventory(ids):
                     recent, held = await chain.recent_records(), frozenset(ids)
                     await self._send_records([record.envelope for key, record in recent.items() if key not in held])
-                case Want(statement):
+                case GetState(statement):
                     for part in await chain.parts_after(statement):
                         await self._send(part)
                 case _:
                     raise AssertionError(f"the table of states lets {message} through to a responder")
         raise RemoteProtocolError(f"a session has more than {MAX_ROUNDS} requests")
 
-    async def _answer(self, chain: ChainNode, ask: Ask) -> None:
+    async def _answer(self, chain: ChainNode, ask: GetStatements) -> None:
         statements = await chain.branch_after(ask.locator, STATEMENTS_PER_ANSWER)
         envelopes: list[bytes] = []
         size = 0
@@ -161,13 +172,13 @@ class ChainResponder(Responder[Message, ChainState]):
                 break
             envelopes += (each.envelope, *each.signatures)
             size += len(each.envelope) + sum(map(len, each.signatures))
-        rest = Rest.STANDING
+        rest = Remaining.STATEMENTS
         if complete:
             _, digest = await chain.position()
-            rest = Rest.NOTHING if digest == ask.digest else Rest.RECENT
+            rest = Remaining.NOTHING if digest == ask.digest else Remaining.RECENT
         await self._send_records(envelopes, rest)
 
-    async def _send_records(self, envelopes: Sequence[bytes], rest: Rest = Rest.NOTHING) -> None:
+    async def _send_records(self, envelopes: Sequence[bytes], rest: Remaining = Remaining.NOTHING) -> None:
         self.outcome.sent += len(envelopes)
-        for message in fill_items(envelopes, rest):
+        for message in fill_records(envelopes, rest):
             await self._send(message)

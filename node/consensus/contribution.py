@@ -10,17 +10,8 @@ from node.consensus.environment import ConsensusEnvironment, Meter
 from node.storage.chain_store import Uncommitted
 from node.storage.database import StorageError
 from protocol.consensus import SignedMessage
-from protocol.consensus_values import (
-    MAX_COMMITTED,
-    MAX_JOINED,
-    MAX_READING,
-    VALUE_SCALE,
-    Cell,
-    Commit,
-    Digest,
-    Reading,
-    Reveal,
-)
+from protocol.consensus_values import MAX_COMMITTED, MAX_JOINED, MAX_READING, VALUE_SCALE, Cell, Commit, Reading, Reveal
+from protocol.forms import Digest
 
 _logger = structlog.get_logger(__name__)
 

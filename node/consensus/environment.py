@@ -11,7 +11,8 @@ from node.replication.history import History
 from node.storage.chain_store import ChainStore
 from node.util.offload import Offload, run_in_thread
 from protocol.consensus import SignedMessage, verify_message
-from protocol.consensus_values import NONCE_BYTES, Cell, Digest, genesis_of
+from protocol.consensus_values import NONCE_BYTES, Cell, genesis_of
+from protocol.forms import Digest
 from protocol.identity import ModelId
 from selector.consensus.clock import EpochClock
 from selector.consensus.sortition import MeasurementPlan

@@ -10,7 +10,8 @@ from typing import Final, NamedTuple
 
 from protocol.chains import SHORT_ID_BYTES
 from protocol.consensus import SignedMessage, equivocator_of, is_equivocation
-from protocol.consensus_values import Commit, Digest, EquivocationProof, Reveal, Signature, Statement
+from protocol.consensus_values import Commit, EquivocationProof, Reveal, Signature, Statement
+from protocol.forms import Digest
 from protocol.identity import PeerId
 from protocol.limits import MAX_HAVE
 

@@ -25,8 +25,9 @@ from node.storage.database import StorageError
 from node.util.token_bucket import Allowance
 from protocol.chains import PROTOCOL_ID
 from protocol.consensus import CONSENSUS_TOPIC, SignedMessage
-from protocol.consensus_values import Digest, EquivocationProof
+from protocol.consensus_values import EquivocationProof
 from protocol.errors import RemoteProtocolError
+from protocol.forms import Digest
 from protocol.identity import ModelId, PeerId
 
 MAX_CHAINS: Final = 8

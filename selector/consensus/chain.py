@@ -8,7 +8,8 @@ from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
-from protocol.consensus_values import Digest, Signature, Statement
+from protocol.consensus_values import Signature, Statement
+from protocol.forms import Digest
 from protocol.identity import PeerId
 from selector.consensus.sortition import beacon_of, select_committee
 

@@ -12,13 +12,13 @@ from protocol.consensus_values import (
     MAX_CONTRIBUTIONS,
     Cell,
     Commit,
-    Digest,
     Reading,
     Reveal,
     Signature,
     Statement,
     commitment_of,
 )
+from protocol.forms import Digest
 from protocol.identity import PeerId
 from selector.consensus.chain import Chain, ChainEntry, is_stalled
 from selector.consensus.clock import EpochClock

@@ -5,10 +5,11 @@ Log odds are the weights with which a vote of independent voters errs least (Nit
 
 from typing import Final
 
-from protocol.consensus_values import Reputation
+from protocol.consensus_values import Member
+from protocol.identity import PeerId
 
 COUNT_SCALE: Final = 1024
-"""One agreement or deviation, in the fixed point of `Reputation`, so that counts can decay in integer arithmetic."""
+"""One agreement or deviation, in the fixed point of `Member`, so that counts can decay in integer arithmetic."""
 
 WEIGHT_SCALE: Final = 1024
 """A weight of one natural unit of log odds."""
@@ -23,19 +24,19 @@ _LN2: Final = 710
 _LOG_BITS: Final = 10
 
 
-def updated(reputation: Reputation, agreed: int, deviated: int) -> Reputation:
-    """Return a reputation after an epoch with these further agreements and deviations."""
+def updated(member: Member, agreed: int, deviated: int) -> Member:
+    """Return a member after an epoch with these further agreements and deviations."""
     if not agreed and not deviated:
-        return reputation
-    return Reputation(
-        reputation.agreed - (reputation.agreed >> DECAY_SHIFT) + agreed * COUNT_SCALE,
-        reputation.deviated - (reputation.deviated >> DECAY_SHIFT) + deviated * COUNT_SCALE,
+        return member
+    return member._replace(
+        agreed=member.agreed - (member.agreed >> DECAY_SHIFT) + agreed * COUNT_SCALE,
+        deviated=member.deviated - (member.deviated >> DECAY_SHIFT) + deviated * COUNT_SCALE,
     )
 
 
-def weight_of(reputation: Reputation) -> int:
+def weight_of(member: Member) -> int:
     """Return the log odds in WEIGHT_SCALE, never below 0: readings that mostly deviate are ignored, not inverted."""
-    log_odds = _log2(reputation.agreed + _PRIOR_AGREED) - _log2(reputation.deviated + _PRIOR_DEVIATED)
+    log_odds = _log2(member.agreed + _PRIOR_AGREED) - _log2(member.deviated + _PRIOR_DEVIATED)
     return max(0, log_odds * _LN2 >> _LOG_BITS)
 
 
@@ -53,5 +54,5 @@ def _log2(value: int) -> int:
     return result
 
 
-NEWCOMER_WEIGHT: Final = weight_of(Reputation())
+NEWCOMER_WEIGHT: Final = weight_of(Member(PeerId(""), ""))
 """A newcomer has some weight: ln 2."""

@@ -9,7 +9,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from protocol.consensus_values import Cell, Digest, digest_of
+from protocol.consensus_values import Cell, digest_of
+from protocol.forms import Digest
 from protocol.identity import PeerId
 
 COMMITTEE: Final = 128

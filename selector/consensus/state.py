@@ -13,13 +13,13 @@ from protocol.consensus_values import (
     Cell,
     CellReadings,
     Commit,
-    Digest,
     Member,
     PeerReading,
     Reveal,
     Statement,
     digest_of,
 )
+from protocol.forms import Digest
 from protocol.identity import PeerId
 from selector.consensus.reputation import updated, weight_of
 from selector.consensus.sortition import (
@@ -67,7 +67,7 @@ class State:
     @cached_property
     def weights(self) -> dict[str, int]:
         """The weight of each member's readings and votes."""
-        return {member.peer: weight_of(member.reputation) for member in self.members}
+        return {member.peer: weight_of(member) for member in self.members}
 
     @cached_property
     def table(self) -> dict[Cell, AgreedCell]:
@@ -83,7 +83,8 @@ class State:
     def digest(self) -> Digest:
         """The digest of the whole state."""
         measured = [(cell, self.measured[cell]) for cell in sorted(self.measured)]
-        return digest_of("state", self.epoch, self.members, measured, self.banned, self.set_digest)
+        members = [(each.peer, each.hardware, (each.agreed, each.deviated), each.absences) for each in self.members]
+        return digest_of("state", self.epoch, members, measured, self.banned, self.set_digest)
 
     def peers(self) -> tuple[PeerId, ...]:
         """Return the members' ids, ascending."""
@@ -233,11 +234,10 @@ def _members_after(
 
 def _update_reputations(members: Sequence[Member], fresh: Mapping[Cell, CellReadings]) -> tuple[Member, ...]:
     """Return the members with their reputations after the epoch's readings."""
-    before = {member.peer: member.reputation for member in members}
-    after = dict(before)
+    after = members
     needed = needed_support(len(members))
     for _ in range(_ROUNDS):
-        weights: dict[str, int] = {peer: weight_of(reputation) for peer, reputation in after.items()}
+        weights: dict[str, int] = {member.peer: weight_of(member) for member in after}
         agreed: Counter[PeerId] = Counter()
         deviated: Counter[PeerId] = Counter()
         for _, readings in fresh.values():
@@ -246,8 +246,8 @@ def _update_reputations(members: Sequence[Member], fresh: Mapping[Cell, CellRead
             if entry.firm and len(readings) > 2:
                 for peer, value in readings:
                     (agreed if supports(value, entry.value) else deviated)[peer] += 1
-        after = {peer: updated(reputation, agreed[peer], deviated[peer]) for peer, reputation in before.items()}
-    return tuple(member._replace(reputation=after[member.peer]) for member in members)
+        after = [updated(member, agreed[member.peer], deviated[member.peer]) for member in members]
+    return tuple(after)
 
 
 def _evict_oldest(measured: Mapping[Cell, CellReadings]) -> dict[Cell, CellReadings]:

@@ -3,7 +3,8 @@
 from collections.abc import Mapping, Sequence
 from typing import Final, NamedTuple
 
-from protocol.consensus_values import VALUE_SCALE, Cell, CellReadings, Digest, PeerReading, digest_of
+from protocol.consensus_values import VALUE_SCALE, Cell, CellReadings, PeerReading, digest_of
+from protocol.forms import Digest
 
 TOLERANCE: Final = VALUE_SCALE // 5
 """The largest deviation of a reading from a value that it supports: a fifth of a natural logarithm."""

@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 from protocol.consensus_values import (
     MAX_READING,
     Commit,
+    Member,
     PeerReading,
     Plain,
     Reading,
-    Reputation,
     Reveal,
     Signature,
     Statement,
@@ -62,16 +62,20 @@ def test_minority_weight_cannot_move_the_median_beyond_honest_readings(
     assert value <= entry.value <= value + len(lies) * spread
 
 
+def member(agreed: int = 0, deviated: int = 0) -> Member:
+    return Member(PeerId("member"), HARDWARE, agreed, deviated)
+
+
 @given(st.integers(0, 1 << 40), st.integers(0, 1 << 40))
 def test_reputation_weight_is_the_log_odds(agreed: int, deviated: int) -> None:
     odds = Fraction(agreed + 2 * COUNT_SCALE, deviated + COUNT_SCALE)
     expected = max(0.0, math.log(odds) * WEIGHT_SCALE)
-    assert abs(weight_of(Reputation(agreed, deviated)) - expected) <= 2 + expected * 0.002
+    assert abs(weight_of(member(agreed, deviated)) - expected) <= 2 + expected * 0.002
 
 
 @given(st.integers(0, 200), st.integers(1, 50), st.integers(1, 50))
 def test_agreeing_raises_the_weight_and_deviating_lowers_it(epochs: int, agreed: int, deviated: int) -> None:
-    reputation = Reputation()
+    reputation = member()
     for _ in range(epochs % 20):
         reputation = updated(reputation, agreed, 0)
     weight = weight_of(reputation)

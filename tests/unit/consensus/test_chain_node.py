@@ -16,7 +16,7 @@ from node.storage.chain_store import ChainStore
 from node.testing.chain_store import memory_chain_store
 from node.testing.memory_history import MemoryHistory
 from node.util.offload import run_inline
-from protocol.chains import PROTOCOL_ID, Ask, ChainConnection, Rest
+from protocol.chains import PROTOCOL_ID, ChainConnection, GetStatements, Remaining
 from protocol.consensus import SignedMessage, sign_message
 from protocol.consensus_values import Cell, Signature, Statement
 from protocol.errors import RemoteProtocolError
@@ -135,12 +135,12 @@ class Questioner:
         del max_bytes
         await trio.lowlevel.checkpoint()
         self.asked += 1
-        return self._connection.send(Ask(chain=GENESIS, locator=(GENESIS,), digest=bytes(32)))
+        return self._connection.send(GetStatements(chain=GENESIS, locator=(GENESIS,), digest=bytes(32)))
 
     async def send_all(self, data: bytes | bytearray | memoryview) -> None:
         await trio.lowlevel.checkpoint()
         [items] = self._connection.receive_data(bytes(data))
-        assert getattr(items, "rest", None) is Rest.RECENT
+        assert getattr(items, "rest", None) is Remaining.RECENT
 
     async def aclose(self) -> None:
         await trio.lowlevel.checkpoint()
