@@ -44,19 +44,6 @@ class Agreement:
     table: dict[Cell, AgreedCell]
 
 
-@dataclass(slots=True, kw_only=True)
-class ChainStatistics:
-    """Counts of one chain since the start.
-
-    `adopted`: statements that became canonical. `equivocations`: those proven by this node.
-    """
-
-    adopted: int = 0
-    proposed: int = 0
-    signed: int = 0
-    equivocations: int = 0
-
-
 class ChainNode:
     """This node's part in one chain."""
 
@@ -76,7 +63,6 @@ class ChainNode:
         """
         self.genesis = genesis
         self.clock = rules.clock
-        self.statistics = ChainStatistics()
         self.lock = trio.Lock()
         """Held while the replica is read: it does not change meanwhile."""
         self.replica = replica = ChainReplica(environment.identity, rules, genesis)
@@ -196,7 +182,6 @@ class ChainNode:
         now_s = self.now_s()
         async with self.lock:
             proofs = [proof for message in inbox if (proof := self.replica.apply(message, now_s))]
-            self.statistics.equivocations += len(proofs)
             if self.clock.epoch_at(now_s) > self._pruned_epoch:
                 self.prune(now_s)
             await self._confirm_commits(now_s)
@@ -243,10 +228,8 @@ class ChainNode:
         if (statement := participant.propose(now_s)) and (proposal := self.replica.sign(statement)):
             due.append(proposal)
             self.replica.apply_statement(proposal, statement)
-            self.statistics.proposed += 1
         if (signature := participant.vote(now_s)) and (vote := self.replica.sign(signature)):
             due.append(vote)
-            self.statistics.signed += 1
         return due
 
     async def _save(self, due: Sequence[SignedMessage], now_s: float) -> list[SignedMessage]:
@@ -258,7 +241,7 @@ class ChainNode:
         if contribution:
             await self._environment.store.mark_committed(self.genesis, contribution.number)
             self._contributor.schedule_reveal(contribution)
-        self.statistics.adopted += await self._recovery.save_branch(oldest)
+        await self._recovery.save_branch(oldest)
         return pair[:1]
 
     async def _measurement_loop(self) -> None:

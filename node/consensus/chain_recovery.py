@@ -83,8 +83,8 @@ class ChainRecovery:
             await self._store.save_branch(self._genesis, -1, (), None)
             self._saved.clear()
 
-    async def save_branch(self, oldest_epoch: int) -> int:
-        """Save how the canonical branch has changed; return the number of new statements. Raises StorageError.
+    async def save_branch(self, oldest_epoch: int) -> None:
+        """Save how the canonical branch has changed. Raises StorageError.
 
         New signatures under a statement are saved if it is not older than `oldest_epoch`.
         """
@@ -98,14 +98,13 @@ class ChainRecovery:
         state = self._unsaved_state()
         is_shorter = self._saved and entries and self._saved[-1].epoch > entries[-1].epoch
         if not changed and state is None and not is_shorter:
-            return 0
+            return
         after = min((each.epoch for each in changed), default=entries[-1].epoch + 1) - 1
         replaced = [self._stored(each) for each in entries if each.epoch > after]
         await self._store.save_branch(self._genesis, after, replaced, state)
         self._saved = entries
         if state is not None:
             self._saved_state = state.statement
-        return sum(each.id not in counts for each in entries)
 
     async def _load_end(self) -> list[StoredStatement]:
         """Start the chain from its last final statement; return the stored statements after it."""

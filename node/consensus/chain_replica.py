@@ -6,7 +6,7 @@ from typing import Final
 import structlog
 
 from node.consensus.environment import ConsensusRules
-from node.consensus.message_log import Equivocation, MessageLog
+from node.consensus.message_log import MessageLog
 from node.identity import Identity
 from node.util.signal import Signal
 from protocol.chains import StatePart, split_state
@@ -14,6 +14,7 @@ from protocol.consensus import SignedMessage, sign_message
 from protocol.consensus_values import Commit, EquivocationProof, Reveal, Signature, Statement
 from protocol.errors import LocalProtocolError
 from protocol.forms import Digest
+from protocol.identity import PeerId
 from selector.consensus.chain import Chain, InvalidStatement
 from selector.consensus.participant import Participant
 from selector.consensus.state import State
@@ -59,8 +60,8 @@ class ChainReplica:
         is_member = message.peer in self.chain.head.members
         if self.log.is_full(message, is_member=is_member) and message.epoch >= epoch - 1:
             return None
-        equivocation = self.log.add(message, epoch, is_member=is_member)
-        proof = self._prove(equivocation) if equivocation else None
+        found = self.log.add(message, epoch, is_member=is_member)
+        proof = self._accuse(message.peer, found) if found else None
         match message.body:
             case Commit() as commit:
                 self.participant.on_commit(commit, now_s)
@@ -127,16 +128,14 @@ class ChainReplica:
         statement = self.chain.head.statement
         return statement is not None and self.participant.adopt_state(join_state(parts, statement))
 
-    def _prove(self, equivocation: Equivocation) -> SignedMessage | None:
-        first, second = equivocation
-        if first.peer in self.log.equivocators:
-            return None
-        proof = self.sign(EquivocationProof(self.chain.genesis, first.envelope, second.envelope))
-        if proof is not None:
-            _logger.warning("equivocation proven", peer=first.peer, epoch=first.epoch)
-            self.log.equivocators[first.peer] = proof
-            self.participant.equivocators.add(first.peer)
-        return proof
+    def _accuse(self, peer: PeerId, proof: EquivocationProof) -> SignedMessage | None:
+        """Return a signed proof of equivocation; None where the peer is convicted already."""
+        message = None if peer in self.log.equivocators else self.sign(proof)
+        if message is not None:
+            _logger.warning("equivocation proven", peer=peer)
+            self.log.equivocators[peer] = message
+            self.participant.equivocators.add(peer)
+        return message
 
 
 def state_parts(state: State) -> list[StatePart]:

@@ -6,7 +6,7 @@ Other peers get them from here, and need not trust us. Bounded by kind, epoch an
 import hashlib
 from collections import Counter
 from collections.abc import Collection
-from typing import Final, NamedTuple
+from typing import Final
 
 from protocol.chains import SHORT_ID_BYTES
 from protocol.consensus import SignedMessage, equivocator_of, is_equivocation
@@ -29,13 +29,6 @@ MAX_SIGNATURES: Final = 512
 """Signatures held of a statement, more than a committee has: the committee may not be known yet."""
 
 
-class Equivocation(NamedTuple):
-    """Two messages of one peer that contradict each other."""
-
-    first: SignedMessage
-    second: SignedMessage
-
-
 class MessageLog:
     """The messages of one chain."""
 
@@ -51,8 +44,8 @@ class MessageLog:
         """The first message of which a peer may sign only one."""
         self._counts: Counter[tuple[int, type, bool]] = Counter()
 
-    def add(self, message: SignedMessage, current_epoch: int, *, is_member: bool = True) -> Equivocation | None:
-        """Add a message; return the equivocation that it completes.
+    def add(self, message: SignedMessage, current_epoch: int, *, is_member: bool = True) -> EquivocationProof | None:
+        """Add a message; return the proof of the equivocation that it completes.
 
         Old statements and signatures are accepted as evidence; all other messages only for the current epoch, the one
         before and the one after, because clocks differ.
@@ -62,7 +55,7 @@ class MessageLog:
             if len(self.equivocators) < MAX_EQUIVOCATORS:
                 self.equivocators.setdefault(equivocator_of(body), message)
             return None
-        equivocation = self._find_equivocation(message)
+        proof = self._prove_equivocation(message)
         is_recent = abs(body.epoch - current_epoch) <= 1
         if is_recent and message.id not in self._recent and not self.is_full(message, is_member=is_member):
             self._recent[message.id] = message
@@ -71,7 +64,7 @@ class MessageLog:
             held = self.signatures.setdefault(body.statement, {})
             if len(held) < MAX_SIGNATURES:
                 held.setdefault(message.peer, message)
-        return equivocation
+        return proof
 
     @property
     def is_overfull(self) -> bool:
@@ -106,7 +99,7 @@ class MessageLog:
         """Return the digest of the recent messages' short ids."""
         return hashlib.sha256(b"".join(self.recent())).digest()
 
-    def _find_equivocation(self, message: SignedMessage) -> Equivocation | None:
+    def _prove_equivocation(self, message: SignedMessage) -> EquivocationProof | None:
         match message.body:
             case Signature() as body:
                 key: tuple[object, ...] = (message.peer, body.epoch)
@@ -119,4 +112,8 @@ class MessageLog:
             if len(self._unique) < 4 * MAX_HAVE:
                 self._unique[key] = message
             return None
-        return Equivocation(first, message) if is_equivocation(first, message) else None
+        return (
+            EquivocationProof(first.body.chain, first.envelope, message.envelope)
+            if is_equivocation(first, message)
+            else None
+        )

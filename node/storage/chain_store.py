@@ -45,7 +45,14 @@ class ChainStore:
 
     async def save_messages(self, chain: bytes, rows: Sequence[tuple[bytes, int, bytes]], oldest_epoch: int) -> None:
         """Save own messages (id, epoch, envelope), durable on return; delete those before `oldest_epoch`."""
-        await self._database.write(partial(_save_messages, chain=chain, rows=rows, oldest_epoch=oldest_epoch))
+        delete = "DELETE FROM consensus_records WHERE chain = ? AND epoch >= 0 AND epoch < ?"
+        insert = "INSERT OR IGNORE INTO consensus_records (id, chain, epoch, envelope) VALUES (?, ?, ?, ?)"
+
+        def save(connection: sqlite3.Connection) -> None:
+            connection.execute(delete, (chain, oldest_epoch))
+            connection.executemany(insert, [(key, chain, epoch, envelope) for key, epoch, envelope in rows])
+
+        await self._database.write(save)
 
     async def messages(self, chain: bytes) -> list[bytes]:
         """Return the envelopes of own messages, the oldest first."""
@@ -56,17 +63,42 @@ class ChainStore:
         self, chain: bytes, after_epoch: int, statements: Sequence[StoredStatement], state: StoredState | None
     ) -> None:
         """Replace the canonical branch after an epoch by these statements, and the state by that given, if any."""
-        await self._database.write(
-            partial(_save_branch, chain=chain, after_epoch=after_epoch, statements=statements, state=state)
-        )
+        delete = "DELETE FROM consensus_statements WHERE chain = ? AND epoch > ?"
+        insert = "INSERT INTO consensus_statements (chain, epoch, id, envelope, signatures) VALUES (?, ?, ?, ?, ?)"
+        replace = "INSERT OR REPLACE INTO consensus_states (chain, statement, state) VALUES (?, ?, ?)"
+        rows = [(chain, each.epoch, each.id, each.envelope, _packed(each.signatures)) for each in statements]
+
+        def save(connection: sqlite3.Connection) -> None:
+            connection.execute(delete, (chain, after_epoch))
+            connection.executemany(insert, rows)
+            if state is not None:
+                connection.execute(replace, (chain, state.statement, state.state))
+
+        await self._database.write(save)
 
     async def statements(self, chain: bytes, *, after_epoch: int = -1, limit: int = 64) -> list[StoredStatement]:
         """Return statements of the canonical branch after an epoch, in order."""
-        return await self._database.read(partial(_statements, chain=chain, after_epoch=after_epoch, limit=limit))
+        query = """
+            SELECT epoch, id, envelope, signatures FROM consensus_statements
+            WHERE chain = ? AND epoch > ? ORDER BY epoch LIMIT ?
+        """
+
+        def read(connection: sqlite3.Connection) -> list[StoredStatement]:
+            rows = connection.execute(query, (chain, after_epoch, limit))
+            return [StoredStatement(epoch, key, envelope, _unpacked(packed)) for epoch, key, envelope, packed in rows]
+
+        return await self._database.read(read)
 
     async def epoch_of(self, chain: bytes, statements: Iterable[bytes]) -> int | None:
         """Return the epoch of the first of these statements that is on the canonical branch."""
-        return await self._database.read(partial(_epoch_of, chain=chain, statements=tuple(statements)))
+        query = "SELECT epoch FROM consensus_statements WHERE id = ? AND chain = ?"
+        ids = tuple(statements)
+
+        def read(connection: sqlite3.Connection) -> int | None:
+            rows = (connection.execute(query, (each, chain)).fetchone() for each in ids)
+            return next((int(row[0]) for row in rows if row), None)
+
+        return await self._database.read(read)
 
     async def state(self, chain: bytes) -> StoredState | None:
         """Return the state saved last."""
@@ -82,49 +114,6 @@ class ChainStore:
         """Record that commits have named the own observations up to this number in the history."""
         query = "INSERT OR REPLACE INTO consensus_named (chain, number) VALUES (?, ?)"
         await self._database.write(lambda connection: connection.execute(query, (chain, number)))
-
-
-def _save_messages(
-    connection: sqlite3.Connection, chain: bytes, rows: Sequence[tuple[bytes, int, bytes]], oldest_epoch: int
-) -> None:
-    connection.execute(
-        "DELETE FROM consensus_records WHERE chain = ? AND epoch >= 0 AND epoch < ?", (chain, oldest_epoch)
-    )
-    insert = "INSERT OR IGNORE INTO consensus_records (id, chain, epoch, envelope) VALUES (?, ?, ?, ?)"
-    connection.executemany(insert, [(key, chain, epoch, envelope) for key, epoch, envelope in rows])
-
-
-def _save_branch(
-    connection: sqlite3.Connection,
-    chain: bytes,
-    after_epoch: int,
-    statements: Sequence[StoredStatement],
-    state: StoredState | None,
-) -> None:
-    connection.execute("DELETE FROM consensus_statements WHERE chain = ? AND epoch > ?", (chain, after_epoch))
-    insert = "INSERT INTO consensus_statements (chain, epoch, id, envelope, signatures) VALUES (?, ?, ?, ?, ?)"
-    rows = [(chain, each.epoch, each.id, each.envelope, _packed(each.signatures)) for each in statements]
-    connection.executemany(insert, rows)
-    if state is not None:
-        replace = "INSERT OR REPLACE INTO consensus_states (chain, statement, state) VALUES (?, ?, ?)"
-        connection.execute(replace, (chain, state.statement, state.state))
-
-
-def _statements(connection: sqlite3.Connection, chain: bytes, after_epoch: int, limit: int) -> list[StoredStatement]:
-    query = """
-        SELECT epoch, id, envelope, signatures FROM consensus_statements
-        WHERE chain = ? AND epoch > ? ORDER BY epoch LIMIT ?
-    """
-    rows = connection.execute(query, (chain, after_epoch, limit))
-    return [StoredStatement(epoch, key, envelope, _unpacked(packed)) for epoch, key, envelope, packed in rows]
-
-
-def _epoch_of(connection: sqlite3.Connection, chain: bytes, statements: Sequence[bytes]) -> int | None:
-    query = "SELECT epoch FROM consensus_statements WHERE id = ? AND chain = ?"
-    for statement in statements:
-        if row := connection.execute(query, (statement, chain)).fetchone():
-            return int(row[0])
-    return None
 
 
 def _uncommitted(connection: sqlite3.Connection, chain: bytes, observer: PeerId, limit: int) -> Uncommitted:

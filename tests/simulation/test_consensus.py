@@ -276,7 +276,7 @@ def test_killed_and_restarted_peers_never_equivocate() -> None:
                 await trio.sleep(swarm.rng.uniform(0, 3))
                 await swarm.restart(peer)
             agreement = await swarm.until_one_head(6 * EPOCH_S)
-            equivocations = sum(peer.node.statistics.equivocations for peer in swarm.peers)
+            equivocations = sum(len(peer.node.replica.log.equivocators) for peer in swarm.peers)
             return signed, equivocations, agreement.epoch
 
     signed, equivocations, _ = virtual_time.run(program, seed=6)

@@ -3,7 +3,7 @@
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from node.consensus.message_log import MAX_OF_OTHERS, MessageLog
-from protocol.consensus import SignedMessage, sign_message
+from protocol.consensus import SignedMessage, equivocator_of, sign_message
 from protocol.consensus_values import Commit, Reveal, Signature
 from protocol.identity import PeerId, peer_id_from_public_key
 from protocol.limits import MAX_HAVE
@@ -57,7 +57,7 @@ def test_detects_equivocation_in_one_epoch_only() -> None:
     assert log.add(commit(1, epoch=8), 7) is None
     equivocation = log.add(commit(1, commitment=bytes([1]) * 32), 7)
     assert equivocation is not None
-    assert equivocation.first == commit(1)
+    assert equivocator_of(equivocation) == peer(2)
 
 
 def test_prunes_past_epochs_but_not_needed_evidence() -> None:
