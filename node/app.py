@@ -24,9 +24,10 @@ from node.capabilities.inventory import Inventory
 from node.capabilities.probe import total_memory
 from node.capabilities.traffic import TrafficMeter
 from node.config import APPLICATION, LOCK_FILE, MEMORY_SHARE, READY_FILE, NodeConfig, NodeReady, StartError
+from node.consensus.environment import ConsensusEnvironment, ConsensusRules
 from node.consensus.followed_chains import FollowedChains
-from node.consensus.measurement_runner import AGENDA, MeasurementRunner
-from node.consensus.service import ConsensusEnvironment, ConsensusRules, ConsensusService, swarm_name
+from node.consensus.measurement_runner import MEASUREMENT_PLAN, MeasurementRunner
+from node.consensus.service import ConsensusService, swarm_name
 from node.coordinator.coordinator import Coordinator
 from node.coordinator.observation import software_name, software_versions
 from node.coordinator.quality_store import LocalQualityStore
@@ -55,7 +56,7 @@ from node.stages.stage_policy import PolicyController
 from node.stages.stage_server import StageServer
 from node.status import StatusView
 from node.storage.adoption_store import AdoptionStore
-from node.storage.chain_store import ConsensusStore
+from node.storage.chain_store import ChainStore
 from node.storage.database import DATABASE_FILE, Database, StorageError, open_database
 from node.storage.history import HistoryStore
 from node.storage.peers import PeerBook
@@ -166,7 +167,7 @@ class Node:
             self._chains,
             ConsensusEnvironment(
                 identity=identity,
-                store=ConsensusStore(database),
+                store=ChainStore(database),
                 history=self._history,
                 models=self._models,
                 hardware=self._known_hardware,
@@ -174,7 +175,7 @@ class Node:
             ),
             ConsensusRules(
                 swarm=swarm_name(config.swarm_key),
-                agenda=AGENDA,
+                plan=MEASUREMENT_PLAN,
                 clock=EpochClock(config.epoch_s),
                 checkpoints=config.checkpoints,
             ),

@@ -176,7 +176,7 @@ class StatusView:
             "cells": len(agreement.table) if agreement else 0,
             "firm_cells": sum(entry.firm for entry in agreement.table.values()) if agreement else 0,
             "weight": None if weight is None else round(weight / WEIGHT_SCALE, 3),
-            "measured": chain.statistics.measured,
+            "measured": chain.measured,
         }
 
     def _bans(self) -> dict[PeerId, Ban]:
