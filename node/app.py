@@ -44,17 +44,17 @@ from node.models.store import ModelStore
 from node.network.host import Libp2pNetwork, NetworkLimits
 from node.network.interface import NetworkError
 from node.replication.observations import ObservationReplicator
-from node.selection.adoption_trials import TrialProber
+from node.selection.adoption_trials import AdoptionTrials
 from node.selection.chooser import LearnedChooser, LearnedVoter
 from node.selection.learner import Learner
-from node.selection.prediction_cache import Predictions
+from node.selection.prediction_cache import PredictionCache
 from node.stages.block_placement import PlacementAnnouncements
 from node.stages.scheduler import Batching
-from node.stages.span_supervisor import SpanSupervisor
+from node.stages.span_supervisor import ServingOptions, SpanSupervisor
 from node.stages.stage_policy import PolicyController
 from node.stages.stage_server import StageServer
 from node.status import StatusView
-from node.storage.adoption_store import StandingStore
+from node.storage.adoption_store import AdoptionStore
 from node.storage.chain_store import ConsensusStore
 from node.storage.database import DATABASE_FILE, Database, StorageError, open_database
 from node.storage.history import HistoryStore
@@ -117,16 +117,16 @@ class Node:
             threads=config.threads,
             accelerator=device.accelerator,
         )
-        opinions, self._chains = Predictions(), FollowedChains()
+        predictions, self._chains = PredictionCache(), FollowedChains()
         self._chooser = LearnedChooser(
-            opinions,
+            predictions,
             jitter,
             share=config.exploration,
-            memory=StandingStore(database, software_name(software_versions())),
+            store=AdoptionStore(database, software_name(software_versions())),
         )
         self._learner = Learner(
             database.path,
-            opinions,
+            predictions,
             count=self._count_observations,
             viewpoint=partial(self._viewpoint, identity.peer_id),
         )
@@ -135,7 +135,7 @@ class Node:
             agent,
             private_key=identity.private_key,
             hardware=self._hardware,
-            voter=LearnedVoter(opinions),
+            voter=LearnedVoter(predictions),
             controller=partial(PolicyController, batching=Batching(config.batching)),
             agreed=self._chains.agreement,
         )
@@ -207,21 +207,22 @@ class Node:
         self._trials = Trials(self._coordinator, self._recorder)
         self._spare_worker = SpareWorker(EngineOptions(threads=config.threads))
         self._serving = SpanSupervisor(
-            config.serve,
-            draft=config.draft,
+            ServingOptions(
+                specs=config.serve,
+                draft=config.draft,
+                memory_bytes=config.memory_bytes,
+                threads=config.threads,
+                device=device,
+                graphs_dir=config.cache_dir / "graphs",
+                use_catalogue=not config.no_catalogue,
+                progress=progress,
+            ),
             library=self._library,
             membership=self._membership,
             stages=self._stages,
-            statements=self._statements,
-            own_peer=self._network.peer_id,
-            memory_bytes=config.memory_bytes,
-            threads=config.threads,
-            device=device,
-            graphs_dir=config.cache_dir / "graphs",
-            use_catalogue=not config.no_catalogue,
+            placements=self._statements,
             jitter=jitter,
             start_engine=partial(start_engine, spare=self._spare_worker),
-            progress=progress,
         )
         self._view = StatusView(
             agent=agent,
@@ -260,7 +261,7 @@ class Node:
                     (self._dissemination.run,),
                     (self._consensus.run,),
                     (self._learner.run,),
-                    (self._chooser.run, TrialProber(self._trials), self._is_busy),
+                    (self._chooser.trials.run, AdoptionTrials(self._trials), self._is_busy),
                     (self._keep_history_bounded,),
                     (maintain_known_peers, self._network, self._known_peers),
                 ]
@@ -293,7 +294,7 @@ class Node:
 
     def _models(self) -> dict[ModelId, bool]:
         """Return the models that live peers serve, and whether this node does and means to stay."""
-        served = {span.info.model for span in self._stages.spans()} if not self._stages.draining else set()
+        served = {span.info.model for span in self._stages.spans()} if not self._stages.is_draining else set()
         return {model: model in served for model in (*self._membership.directory.models(), *served)}
 
     def _meter(self, model: ModelId) -> MeasurementRunner:
@@ -323,7 +324,7 @@ class Node:
             software=software_name(software_versions()),
             hour=bucket_of(int(time.time())),
             trust=trust,
-            trust_in_strangers=in_strangers,
+            default_trust=in_strangers,
         )
 
     async def _count_observations(self) -> int:
@@ -345,9 +346,9 @@ class Node:
     async def drain(self) -> None:
         """Take no new work, tell the swarm, hand over what can be, and wait a bounded time for the rest."""
         self._coordinator.draining = True
-        self._stages.draining = True
+        self._stages.start_draining()
         await self._membership.leave()
-        self._stages.hand_over()
+        self._stages.migrate_sessions()
         await self._announcer.withdraw()
         with trio.move_on_after(DRAIN_LIMIT_S) as scope:
             await self._coordinator.wait_idle()

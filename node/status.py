@@ -100,7 +100,7 @@ class StatusView:
             "agent": self._agent,
             "multiaddrs": list(self._network.multiaddrs),
             "api_url": self.api_url,
-            "state": "draining" if self._stages.draining else "serving",
+            "state": "draining" if self._stages.is_draining else "serving",
             "uptime_s": round(time.monotonic() - self._started_s, 3),
             "connected_peers": len(self._network.connected_peers()),
             "peers": self._peer_counts(),

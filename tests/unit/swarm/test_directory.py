@@ -96,7 +96,7 @@ def test_restart_revokes_earlier_placement_announcements() -> None:
         clock_s = 1_800_000_000.0 + sequence
         statements = PlacementAnnouncements(lambda: None, lambda clock_s=clock_s: clock_s)  # type: ignore[misc]
         if blocks is not None:
-            statements.say(MODEL, Placement(model=MODEL, blocks=blocks, rate=1.0, movable=False))
+            statements.publish(MODEL, Placement(model=MODEL, blocks=blocks, rate=1.0, movable=False))
         announced = statements.current()
         said_in = replace(heartbeat(sequence), placements=announced.placements, placed_at_ms=announced.since_ms)
         directory.update(said_in, float(sequence), dialled=True)
