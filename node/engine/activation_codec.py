@@ -26,7 +26,7 @@ def encode_rows(rows: Rows, activations: str) -> Tensor:
     try:
         encode = _ENCODERS[activations]
     except KeyError:
-        raise EngineError(f"there is no codec {activations!r} for activations") from None
+        raise EngineError(f"unknown wire codec for activations: {activations!r}") from None
     return encode(np.ascontiguousarray(rows, np.float32))
 
 

@@ -114,7 +114,7 @@ def _check_architecture(config: dict[str, Any]) -> None:
 
 
 def _join_parts(file: GgufModel) -> None:
-    """Let transformers, which opens one file by its path, see all parts of a split as one; and count what it reads."""
+    """Have transformers, which opens one file by its path, read all parts of a split, and report its progress."""
     import gguf
     from transformers import modeling_gguf_pytorch_utils
 
@@ -177,7 +177,7 @@ def _with_requirements(
     changes: dict[str, Any] = {
         config.attribute_map.get(need.attribute, need.attribute): need.value
         for need in needs
-        if not _says(config, need)
+        if not _meets(config, need)
     }
     if rope := _rope_parameters(config, file, embeddings):
         changes["rope_parameters"] = rope
@@ -185,7 +185,7 @@ def _with_requirements(
         return config
     config = type(config)(**{**config.to_dict(), **changes})
     for need in needs:
-        if not _says(config, need):
+        if not _meets(config, need):
             raise ConversionError(
                 f"{file.name} requires {need.attribute} = {need.value} by {need.key}, which "
                 f"{config.model_type} models in transformers do not support: import the safetensors checkpoint"
@@ -193,7 +193,7 @@ def _with_requirements(
     return config
 
 
-def _says(config: Any, need: Requirement) -> bool:
+def _meets(config: Any, need: Requirement) -> bool:
     has = getattr(config, need.attribute, None)
     if has is None and need.attribute == "head_dim":
         has = config.hidden_size // config.num_attention_heads

@@ -44,7 +44,7 @@ class KvCache:
     def copy(self, sources: Sequence[int], pages: Sequence[int]) -> None:
         """Copy whole pages."""
         device = self.blocks[0].keys.device
-        if device.type != "cpu" and sources:  # an operation costs more there than what it copies
+        if device.type != "cpu" and sources:  # where launching an operation costs more than the copy
             read, written = (SlotMapping(numbers).all.to(device) for numbers in (sources, pages))
             for block in self.blocks:
                 block.keys.index_copy_(0, written, block.keys[read])

@@ -107,7 +107,7 @@ def load_span(
         weights = dict(_weights(source, blocks))
         needed_bytes = sum(tensor.numel() for tensor in weights.values()) * dtype.itemsize
         if limit_bytes is not None and needed_bytes > limit_bytes:
-            raise EngineError(f"{limit_bytes} bytes of memory are too few: the weights take {needed_bytes}")
+            raise EngineError(f"{limit_bytes} bytes of memory are not enough: the weights take {needed_bytes}")
         report = _load(model, weights, dtype)
     except (OSError, SafetensorError) as error:
         raise EngineError(f"blocks {blocks} cannot be loaded: {error}") from error

@@ -30,7 +30,7 @@ _WRAPPINGS: tuple[Callable[[Any], Any], ...] = (
 
 @dataclass(frozen=True, slots=True)
 class OuterModules:
-    """The modules with weights of their own that a forward pass calls outside of the blocks, by their paths."""
+    """The modules with weights that a forward pass calls outside of the blocks, by their paths."""
 
     before: frozenset[str]
     """They make the first block's input of token ids."""

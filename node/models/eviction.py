@@ -51,7 +51,7 @@ def make_room(
                 chosen.append(cached.path)
         if taken + needed > limit_bytes:
             raise ModelError(
-                f"the cache may take {limit_bytes / GIBIBYTE:.2f} GiB, and {needed / GIBIBYTE:.2f} GiB are needed "
+                f"the cache is limited to {limit_bytes / GIBIBYTE:.2f} GiB, and {needed / GIBIBYTE:.2f} GiB are needed "
                 f"beside {taken / GIBIBYTE:.2f} GiB in use: raise --cache-limit, or serve fewer blocks"
             )
         # A file that has just come into use stays: the cache exceeds its limit a little.

@@ -293,7 +293,7 @@ async def _receive_range(
             elif isinstance(event, BlobMissing):
                 raise NetworkError("it does not have the file")
             elif not size_limits[0] <= event.size <= size_limits[1]:
-                raise RemoteProtocolError(f"says that the file has {event.size} bytes, which is wrong")
+                raise RemoteProtocolError(f"states a wrong file size: {event.size} bytes")
     return True
 
 

@@ -1,9 +1,9 @@
-"""The rotary embedding of a GGUF file: its scaling, as llama.cpp applies it, and the config that says the same.
+"""The rotary embedding of a GGUF file: its scaling, as llama.cpp applies it, and the equivalent config.
 
-A file tells it by keys (`rope.scaling.*`: none, linear, YaRN) or by tensors with one factor for each frequency
+A file states it by keys (`rope.scaling.*`: none, linear, YaRN) or by tensors with one factor for each frequency
 (`rope_freqs`: Llama 3.1 and later; `rope_factors_long`, `rope_factors_short`: LongRoPE). Of Llama 3 only the factors
-are in the file, not the four parameters that they came from, which a config must have: they are found again, and
-checked against every factor.
+are in the file, not the four parameters that a config must have: these are reconstructed, and checked against every
+factor.
 """
 
 import math
@@ -35,7 +35,7 @@ ROPE_KEYS: Final = frozenset({
 """Keys of the architecture's namespace that are read here."""
 
 PRECISION: Final = 4e-6
-"""Relative difference of two frequencies that were calculated in 32-bit floats in two ways."""
+"""Relative tolerance between frequencies calculated in 32-bit floats in two ways."""
 
 _LLAMA3_CONTEXT: Final = 8192
 _LLAMA3_FACTORS: Final = (8.0, 32.0)
@@ -44,7 +44,7 @@ _BETA_FAST, _BETA_SLOW = 32.0, 1.0
 
 @dataclass(frozen=True, slots=True)
 class Rope:
-    """A rotary embedding: what a config says of it, the frequencies that result, and what multiplies its values."""
+    """A rotary embedding: its `rope_parameters` in a config, the resulting frequencies, and the attention factor."""
 
     parameters: Mapping[str, object]
     frequencies: tuple[float, ...]
@@ -141,7 +141,7 @@ def _yarn(model: GgufModel, dimensions: int, base: float, factor: float) -> Rope
 def _longrope(
     model: GgufModel, dimensions: int, base: float, factor: float, tensors: Mapping[str, tuple[float, ...]]
 ) -> Rope:
-    """Return LongRoPE with its factors for texts up to the original context length, which is what is built first."""
+    """Return LongRoPE with its factors for texts up to the original context length, which are built first."""
     if model.architecture != "phi3" or not {_LONG, _SHORT} <= tensors.keys() or factor != 1.0 or _FREQS in tensors:
         raise model.unsupported("rope.scaling.type")
     context = _context(model)
@@ -186,10 +186,10 @@ def _llama3(model: GgufModel, dimensions: int, base: float, factors: tuple[float
 def _llama3_candidates(
     plain: tuple[float, ...], factors: tuple[float, ...], context: int
 ) -> Iterator[tuple[float, float, float]]:
-    """Yield factor, low and high frequency factor: the published ones, then what the factors themselves suggest.
+    """Yield factor, low and high frequency factor: the published ones, then estimates from the factors themselves.
 
-    Between the two thresholds a frequency's share that stays unscaled rises in proportion to the frequency, from the
-    low to the high one; so two frequencies there tell both.
+    Between the two thresholds the unscaled share of a frequency rises in proportion to the frequency; so two
+    frequencies there determine both.
     """
     largest = max(factors)
     for factor in (*_LLAMA3_FACTORS, largest):

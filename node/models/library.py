@@ -100,7 +100,7 @@ class Swarm(Protocol):
 
 
 class Library:
-    """Finds models by what users call them, and gets what is missing of them.
+    """Finds models by name or id, and fetches their missing files.
 
     A model is fetched only if it is in the catalogue, which pins its id, or the user has named it: in a request, in the
     configuration, or by a local name. `cache_limit_bytes`: for weight files from peers.

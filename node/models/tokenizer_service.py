@@ -56,7 +56,7 @@ class Limits:
     """Limits on interpreting a model's files.
 
     Seconds are of processor time; `patience` times as many may pass while other processes have the processor.
-    `work_bytes`: of address space, beyond what the loaded tokenizer takes. `load_bytes`: to load it, plus
+    `work_bytes`: of address space, beyond the loaded tokenizer. `load_bytes`: to load it, plus
     `load_bytes_per_byte` for each byte of its file.
     """
 

@@ -1,6 +1,6 @@
-"""The limit of open files: as high as it may be, and what to do when it is reached all the same.
+"""The limit of open files, and recovery when it is reached.
 
-Whoever can connect to a node can make it reach its limit. That may cost a connection or a sample, never the node.
+Any peer can make a node reach its limit. That may cost a connection or a sample, never the node.
 """
 
 import errno
@@ -41,7 +41,7 @@ def open_file_limit() -> int:
 
 
 def is_shortage(error: BaseException) -> bool:
-    """Return whether an exception, or each in a group, says that no more files can be opened now."""
+    """Return whether an exception, or each in a group, means that no more files can be opened now."""
     if isinstance(error, BaseExceptionGroup):
         return all(is_shortage(each) for each in error.exceptions)
     return isinstance(error, OSError) and error.errno in _SHORTAGES
@@ -56,7 +56,7 @@ async def outlasting_shortage(run: Callable[..., Awaitable[None]], *args: object
             if not is_shortage(error):
                 raise
             task = getattr(run, "__qualname__", repr(run))
-            _logger.warning("too many open files: a task is restarted", task=task, limit=open_file_limit())
+            _logger.warning("task restarted: too many open files", task=task, limit=open_file_limit())
         else:
             return
         await trio.sleep(SHORTAGE_PAUSE_S)

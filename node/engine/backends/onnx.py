@@ -1,9 +1,8 @@
 """Segments as ONNX graphs, which onnxruntime calculates, in fp32 or with int8 weights.
 
-A span is cut at its attention (see `node.engine.backends.batched`), because no operator of onnxruntime's attends over
-pages on a CPU: what it has (GroupQueryAttention) wants each session's keys in one piece and all sessions at the same
-stride, and would copy the KV memory of a ragged batch in each step. What is left, all the matrices, is what onnxruntime
-is good at.
+A span is cut at its attention (see `node.engine.backends.batched`), because onnxruntime has no paged attention on CPUs:
+GroupQueryAttention needs each session's keys contiguous and all sessions at the same stride, and would copy the KV
+memory of a ragged batch in each step. The rest, all the matrices, is what onnxruntime is good at.
 
 int8 is symmetric, with a scale for each 32 inputs of an output, and multiplied in int8: the operator (MatMulNBits,
 accuracy level 4) rounds the rows, too, in blocks of 32 with scales of their own, which costs next to no quality, unlike
@@ -52,7 +51,7 @@ class Backend:
 
     def start_threads(self) -> None:
         """Start the threads that all graphs of this process share, once."""
-        with suppress(Exception):  # they are there already: it says so in an exception that has no class of its own
+        with suppress(Exception):  # they have been started already, which raises a plain Exception
             onnxruntime.set_global_thread_pool_sizes(self._context.threads, 1)
 
     def build(self, arithmetic: str, kv: KvCache) -> BatchedSpan:
@@ -113,7 +112,7 @@ def open_graphs(span: LoadedSpan, name: str, arithmetic: str, cache: FolderCache
         except EngineError:
             if attempt:
                 raise
-            cache.drop(name)  # and once more: what lay there may have been cut short
+            cache.drop(name)  # and rebuild it: a file may be cut short
     raise AssertionError
 
 

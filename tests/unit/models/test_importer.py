@@ -129,7 +129,7 @@ def truncate(path: Path) -> None:
 
 BROKEN: dict[str, tuple[Any, str]] = {
     "no config": (lambda f: (f / "config.json").unlink(), "no config.json: not the folder of a Hugging Face model"),
-    "config is no JSON": (lambda f: (f / "config.json").write_text("{"), "config.json is no JSON"),
+    "config is no JSON": (lambda f: (f / "config.json").write_text("{"), "config.json is not valid JSON"),
     "no layers": (lambda f: (f / "config.json").write_text('{"model_type": "x"}'), "how many layers"),
     "too many layers": (
         lambda f: (f / "config.json").write_text('{"model_type": "x", "num_hidden_layers": 99999}'),
@@ -144,8 +144,8 @@ BROKEN: dict[str, tuple[Any, str]] = {
         "quantised checkpoint",
     ),
     "cut short": (lambda f: truncate(f / "model.safetensors"), "damaged or cut short"),
-    "not safetensors": (lambda f: (f / "model.safetensors").write_bytes(b"\x80\x02}q\x00."), "no safetensors file"),
-    "garbage": (lambda f: (f / "model.safetensors").write_bytes(b"\xff" * 1000), "no safetensors file"),
+    "not safetensors": (lambda f: (f / "model.safetensors").write_bytes(b"\x80\x02}q\x00."), "not a safetensors file"),
+    "garbage": (lambda f: (f / "model.safetensors").write_bytes(b"\xff" * 1000), "not a safetensors file"),
     "pickle": (lambda f: (f / "model.safetensors").rename(f / "pytorch_model.bin"), "only as pickles"),
     "no weights": (lambda f: (f / "model.safetensors").unlink(), "no .*safetensors files"),
     "a shard missing": (
@@ -430,7 +430,7 @@ def test_a_gguf_file_goes_through_the_converter(
     assert package.model_id == import_model(str(checkpoint), store).model_id
     assert store.resolve("tiny.q4") == package.model_id
     (tmp_path / "model.bin").write_bytes(b"x")
-    with pytest.raises(ModelError, match="is no GGUF file"):
+    with pytest.raises(ModelError, match="is not a GGUF file"):
         import_model(str(tmp_path / "model.bin"), store)
 
 
