@@ -37,14 +37,8 @@ Item = TypeVar("Item")
 
 # Added by transformers, or different between two machines that read the same file.
 _ENVIRONMENT_KEYS = frozenset({
-    "_from_model_config",
-    "_name_or_path",
-    "_model_name_or_path",
-    "is_local",
-    "local_files_only",
-    "name_or_path",
-    "tokenizer_file",
-    "transformers_version",
+    "_from_model_config", "_name_or_path", "_model_name_or_path", "is_local", "local_files_only", "name_or_path",
+    "tokenizer_file", "transformers_version",
 })  # fmt: skip
 
 
@@ -250,11 +244,7 @@ def _check_rope(model: Any, file: GgufModel, embeddings: Mapping[str | None, Rop
 
 def _check_tensors(model: Any, file: GgufModel) -> None:
     """Match the file's tensors with those that the model needs; raise ConversionError for any without a counterpart."""
-    from transformers.modeling_gguf_pytorch_utils import (
-        TENSOR_PROCESSORS,
-        TensorProcessor,
-        get_gguf_hf_weights_map,
-    )
+    from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor, get_gguf_hf_weights_map
 
     make_processor: Any = TENSOR_PROCESSORS.get(file.architecture, TensorProcessor)
     processor = make_processor(config=model.config.to_dict())

@@ -39,29 +39,23 @@ Rule = str | Trivial | None
 """The config attribute of a key, the values it may have, or None for a key that does not concern a decoder."""
 
 # Keys with the same meaning for all architectures.
+_MUST_BE_OFF: Final = (
+    "attention.clamp_kqv attention.max_alibi_bias attention.scale attention.sliding_window "
+    "attn_logit_softcapping expert_count expert_used_count final_logit_softcapping "
+    "leading_dense_block_count nextn_predict_layers"
+)
+_MUST_BE_OFF_OR_ONE: Final = (
+    "embedding_scale expert_group_count expert_group_used_count expert_weights_scale logit_scale residual_scale"
+)
 _COMMON: Final[Mapping[str, Rule]] = {
+    **dict.fromkeys(_MUST_BE_OFF.split(), _OFF),
+    **dict.fromkeys(_MUST_BE_OFF_OR_ONE.split(), _OFF_OR_ONE),
     "attention.causal": Trivial((True,)),
-    "attention.clamp_kqv": _OFF,
     "attention.head_count": "num_attention_heads",
-    "attention.max_alibi_bias": _OFF,
-    "attention.scale": _OFF,
-    "attention.sliding_window": _OFF,
-    "attn_logit_softcapping": _OFF,
     "block_count": "num_hidden_layers",
     "context_length": "max_position_embeddings",
     "embedding_length": "hidden_size",
-    "embedding_scale": _OFF_OR_ONE,
-    "expert_count": _OFF,
-    "expert_group_count": _OFF_OR_ONE,
-    "expert_group_used_count": _OFF_OR_ONE,
-    "expert_used_count": _OFF,
-    "expert_weights_scale": _OFF_OR_ONE,
     "feed_forward_length": "intermediate_size",
-    "final_logit_softcapping": _OFF,
-    "leading_dense_block_count": _OFF,
-    "logit_scale": _OFF_OR_ONE,
-    "nextn_predict_layers": _OFF,
-    "residual_scale": _OFF_OR_ONE,
     "tensor_data_layout": _HARMLESS,
     "vocab_size": "vocab_size",
 }

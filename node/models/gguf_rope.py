@@ -17,21 +17,12 @@ _FREQS, _LONG, _SHORT = "rope_freqs.weight", "rope_factors_long.weight", "rope_f
 ROPE_TENSORS: Final = frozenset({_FREQS, _LONG, _SHORT})
 """Tensors that the rotary embedding takes; no layer does."""
 
-ROPE_KEYS: Final = frozenset({
-    "rope.dimension_count",
-    "rope.freq_base",
-    "rope.scale_linear",
-    "rope.scaling.attn_factor",
-    "rope.scaling.factor",
-    "rope.scaling.finetuned",
-    "rope.scaling.original_context_length",
-    "rope.scaling.type",
-    "rope.scaling.yarn_attn_factor",
-    "rope.scaling.yarn_beta_fast",
-    "rope.scaling.yarn_beta_slow",
-    "rope.scaling.yarn_ext_factor",
-    "rope.scaling.yarn_log_multiplier",
-})  # fmt: skip
+_KEYS: Final = (
+    "dimension_count freq_base scale_linear scaling.attn_factor scaling.factor scaling.finetuned "
+    "scaling.original_context_length scaling.type scaling.yarn_attn_factor scaling.yarn_beta_fast "
+    "scaling.yarn_beta_slow scaling.yarn_ext_factor scaling.yarn_log_multiplier"
+)
+ROPE_KEYS: Final = frozenset(f"rope.{key}" for key in _KEYS.split())
 """Keys of the architecture's namespace that are read here."""
 
 PRECISION: Final = 4e-6

@@ -53,18 +53,10 @@ _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 # How the config was written and run, which does not describe the model. `auto_map` names code outside of the package,
 # which is never run.
-_VOLATILE_KEYS = frozenset(
-    {
-        "_attn_implementation",
-        "_attn_implementation_autoset",
-        "_commit_hash",
-        "_name_or_path",
-        "attn_implementation",
-        "auto_map",
-        "name_or_path",
-        "transformers_version",
-    }
-)
+_VOLATILE_KEYS = frozenset({
+    "_attn_implementation", "_attn_implementation_autoset", "_commit_hash", "_name_or_path", "attn_implementation",
+    "auto_map", "name_or_path", "transformers_version",
+})  # fmt: skip
 _BLOCK_COUNT_KEYS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 _HIDDEN_SIZE_KEYS = ("hidden_size", "n_embd", "d_model")
 _LONG_ROPE_TYPES = frozenset({"longrope", "su"})

@@ -25,29 +25,15 @@ HUB_ID: Final = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}(?:@
 """`owner/repository`, with `@revision` if another than the main one is meant."""
 
 OTHER_TOKENIZERS: Final = (
-    "*.tiktoken",
-    "encoder.json",
-    "merges.txt",
-    "sentencepiece.bpe.model",
-    "spiece.model",
-    "tekken.json",
-    "tiktoken.model",
-    "tokenizer.model*",
-    "vocab.*",
-)
+    "*.tiktoken", "encoder.json", "merges.txt", "sentencepiece.bpe.model", "spiece.model", "tekken.json",
+    "tiktoken.model", "tokenizer.model*", "vocab.*",
+)  # fmt: skip
 """Tokenizers in unsupported forms: only tokenizer.json is read here."""
 
 HUB_FILES: Final = (
-    "config.json",
-    "generation_config.json",
-    "model*.safetensors",
-    "model.safetensors.index.json",
-    TOKENIZER_FILE,
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "chat_template.jinja",
-    "chat_template.json",
-)
+    "config.json", "generation_config.json", "model*.safetensors", "model.safetensors.index.json", TOKENIZER_FILE,
+    "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja", "chat_template.json",
+)  # fmt: skip
 """Files that are downloaded from a hub repository; never a pickle."""
 
 _POLL_S = 0.2

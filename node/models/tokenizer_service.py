@@ -216,12 +216,7 @@ class ModelTokenizer:
 
         Raises ModelError.
         """
-        request = {
-            "do": "encode",
-            "text": text,
-            "add_special_tokens": add_special_tokens,
-            "max_tokens": MAX_POSITIONS,
-        }
+        request = {"do": "encode", "text": text, "add_special_tokens": add_special_tokens, "max_tokens": MAX_POSITIONS}
         answer = await self._ask("the model's tokenizer", request, self._limits.encode_s)
         return tuple(array("I", answer["tokens"]))
 

@@ -122,7 +122,7 @@ FAULTS: dict[str, tuple[str, Edit, str]] = {
     "a block too many": (
         "llama",
         lambda w: {**w, "blk.2.attn_norm.weight": EXTRA},
-        r"has tensors of block 2 .*no place",
+        r"has tensors of block 2 .*does not use",
     ),
     "another size": (
         "llama",

@@ -338,7 +338,7 @@ CANNOT_BE_SERVED: dict[str, tuple[dict[str, Any], str]] = {
         {"model_type": "mamba", "hidden_size": 32, "num_hidden_layers": 2, "vocab_size": 97},
         r"Mamba \(mamba\) uses state-space \(Mamba\) layers, which cannot be split into spans here",
     ),
-    "t5": ({"model_type": "t5"}, r"T5 \(t5\) is an encoder with a decoder"),
+    "t5": ({"model_type": "t5"}, r"T5 \(t5\) is an encoder-decoder"),
     "quantised": ({"model_type": "llama", "quantization_config": {"quant_method": "fp8"}}, "import unquantised ones"),
     "odd sizes": ({"model_type": "gpt2", "n_embd": 33, "n_head": 4, "n_layer": 2}, "config is not valid"),
     "wrong types": ({"model_type": "llama", "hidden_size": "wide"}, "config is not valid"),
