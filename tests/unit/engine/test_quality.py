@@ -23,7 +23,7 @@ def windows(length: int = 40) -> list[list[int]]:
     return torch.randint(0, VOCABULARY, (3, length), generator=generator).tolist()
 
 
-def test_what_is_exact_differs_in_nothing_and_what_is_not_is_told_apart(
+def test_quality_is_zero_for_exact_and_ordered_for_lossy_variants(
     make_tiny_model: Callable[[str], TinyModel],
 ) -> None:
     model = make_tiny_model("llama")

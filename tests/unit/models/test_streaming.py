@@ -130,7 +130,7 @@ def test_only_what_may_begin_a_stop_string_is_held_back() -> None:
     st.lists(st.text("ab", min_size=1, max_size=4), max_size=3),
     st.lists(st.integers(0, 30), max_size=5),
 )
-def test_where_the_text_is_cut_makes_no_difference(text: str, stops: list[str], cuts: list[int]) -> None:
+def test_chunking_of_the_text_makes_no_difference(text: str, stops: list[str], cuts: list[int]) -> None:
     edges = [0, *sorted(min(cut, len(text)) for cut in cuts), len(text)]
     pieces = [text[start:stop] for start, stop in pairwise(edges)]
     expected, found = find(stops, list(text))

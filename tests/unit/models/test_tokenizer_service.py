@@ -90,7 +90,7 @@ HOSTILE_TEMPLATES = {
 
 
 @pytest.mark.parametrize("source", HOSTILE_TEMPLATES.values(), ids=HOSTILE_TEMPLATES)
-async def test_a_hostile_template_costs_its_request_one_line(source: str, tmp_path: Path) -> None:
+async def test_hostile_chat_template_fails_only_its_own_request(source: str, tmp_path: Path) -> None:
     async with service() as tokenizers:
         tokenizer = await tokenizers.open(write_package(tmp_path, byte_level(), source))
         began_s = time.monotonic()
@@ -103,7 +103,7 @@ async def test_a_hostile_template_costs_its_request_one_line(source: str, tmp_pa
         assert await tokenizer.decode(await tokenizer.encode("fox")) == ["fox"]
 
 
-async def test_a_template_that_hangs_says_for_how_long(tmp_path: Path) -> None:
+async def test_template_timeout_names_its_limit(tmp_path: Path) -> None:
     async with service() as tokenizers:
         source = HOSTILE_TEMPLATES["endless loop"]
         tokenizer = await tokenizers.open(write_package(tmp_path, byte_level(), source))
@@ -153,9 +153,7 @@ HOSTILE_TOKENIZERS = {
 
 
 @pytest.mark.parametrize("kind", HOSTILE_TOKENIZERS)
-async def test_a_hostile_tokenizer_costs_its_request_one_line_and_other_models_nothing(
-    kind: str, tmp_path: Path
-) -> None:
+async def test_hostile_tokenizer_fails_only_its_own_request(kind: str, tmp_path: Path) -> None:
     change, vocabulary = HOSTILE_TOKENIZERS[kind]
     hostile = write_package(tmp_path / "hostile", changed(change, vocabulary()))
     async with service() as tokenizers:
@@ -211,7 +209,7 @@ async def test_a_tokenizer_that_needs_more_memory_than_it_may_is_refused(tmp_pat
 
 
 @pytest.mark.parametrize("vocabulary", [byte_level, byte_fallback, metaspace])
-async def test_it_says_what_the_tokenizer_says_in_this_process(vocabulary: Callable[[], str], tmp_path: Path) -> None:
+async def test_tokenizer_process_equals_in_process_tokenizer(vocabulary: Callable[[], str], tmp_path: Path) -> None:
     package = write_package(tmp_path, vocabulary(), TEMPLATE)
     here = load_tokenizer(package)
     async with service() as tokenizers:
@@ -232,7 +230,7 @@ async def test_it_says_what_the_tokenizer_says_in_this_process(vocabulary: Calla
         assert "".join([*pieces, await decoder.finish()]) == here.decode(tokens)
 
 
-async def test_jobs_under_way_survive_a_template_that_hangs(tmp_path: Path) -> None:
+async def test_streams_survive_a_hanging_template(tmp_path: Path) -> None:
     """Text streams on over a process that is killed again and again, and comes out as if nothing had happened."""
     source = "{% if messages[0].content == 'hang' %}" + HOSTILE_TEMPLATES["endless loop"] + "{% endif %}" + TEMPLATE
     text = "The quick brown fox jumps over the lazy dog. 🎉 " * 3
@@ -263,7 +261,7 @@ async def test_jobs_under_way_survive_a_template_that_hangs(tmp_path: Path) -> N
         assert tokenizers.pids() != first
 
 
-async def test_a_request_whose_process_is_killed_is_made_again(tmp_path: Path) -> None:
+async def test_request_is_retried_after_its_process_is_killed(tmp_path: Path) -> None:
     async with service() as tokenizers:
         tokenizer = await tokenizers.open(write_package(tmp_path, byte_level()))
         tokens = await tokenizer.encode("fox")
@@ -272,7 +270,7 @@ async def test_a_request_whose_process_is_killed_is_made_again(tmp_path: Path) -
             assert await tokenizer.encode("fox") == tokens
 
 
-async def test_a_process_that_always_dies_fails_its_request_after_two(tmp_path: Path) -> None:
+async def test_request_fails_after_two_crashed_processes(tmp_path: Path) -> None:
     starts = tmp_path / "starts"
     program = f"import os; open({str(starts)!r}, 'a').write('x'); os.write(2, b'no memory'); os.abort()"
     async with service(command=[sys.executable, "-c", program]) as tokenizers:
@@ -281,7 +279,7 @@ async def test_a_process_that_always_dies_fails_its_request_after_two(tmp_path: 
     assert starts.read_text() == "xx"
 
 
-async def test_a_hung_model_does_not_hold_up_another(tmp_path: Path) -> None:
+async def test_hung_tokenizer_does_not_block_another_model(tmp_path: Path) -> None:
     hung = write_package(tmp_path / "hung", byte_level(), HOSTILE_TEMPLATES["endless loop"])
     async with service(limits=Limits(render_s=60)) as tokenizers, trio.open_nursery() as nursery:
         tokenizer = await tokenizers.open(hung)
@@ -291,7 +289,7 @@ async def test_a_hung_model_does_not_hold_up_another(tmp_path: Path) -> None:
         nursery.cancel_scope.cancel()  # passes at once
 
 
-async def test_processes_are_few_and_end_when_they_are_idle(tmp_path: Path) -> None:
+async def test_tokenizer_processes_are_bounded_and_end_when_idle(tmp_path: Path) -> None:
     async with service(max_processes=2) as tokenizers:
         opened = [
             await tokenizers.open(write_package(tmp_path / str(number), byte_level(), eos=number))
@@ -312,7 +310,7 @@ async def test_processes_are_few_and_end_when_they_are_idle(tmp_path: Path) -> N
         assert await opened[3].encode("fox")
 
 
-async def test_model_under_steady_load_starves_no_other(tmp_path: Path) -> None:
+async def test_steady_load_on_one_model_does_not_starve_another(tmp_path: Path) -> None:
     async with service(max_processes=1) as tokenizers, trio.open_nursery() as nursery:
         busy, other = [
             await tokenizers.open(write_package(tmp_path / str(number), byte_level(), eos=number))
@@ -330,7 +328,7 @@ async def test_model_under_steady_load_starves_no_other(tmp_path: Path) -> None:
         nursery.cancel_scope.cancel()
 
 
-async def test_process_that_cannot_be_started_is_this_nodes_failure(tmp_path: Path) -> None:
+async def test_unstartable_process_is_reported_as_unavailable(tmp_path: Path) -> None:
     async with service(command=("/nonexistent",)) as tokenizers:
         with pytest.raises(ModelError, match="cannot be started"):
             await tokenizers.open(write_package(tmp_path, byte_level()))
@@ -342,7 +340,7 @@ async def test_process_that_cannot_be_started_is_this_nodes_failure(tmp_path: Pa
             await tokenizer.encode("fox")
 
 
-async def test_too_many_requests_are_refused_and_those_whose_caller_left_are_not_made(
+async def test_request_queue_is_bounded_and_skips_cancelled_requests(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(tokenizer_service, "MAX_WAITING", 2)
@@ -372,7 +370,7 @@ async def test_a_model_without_tokenizer_takes_token_ids_only(tmp_path: Path) ->
         assert not tokenizers.pids()
 
 
-async def test_a_process_sees_nothing_of_the_environment_nor_of_the_current_directory(
+async def test_tokenizer_process_is_isolated_from_environment_and_directory(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("HF_TOKEN", "secret")

@@ -54,7 +54,7 @@ def test_the_soft_limit_is_raised_as_far_as_it_may_be() -> None:
         assert open_file_limit() == max(128, expected)
 
 
-async def test_a_task_that_finds_no_file_is_run_again_and_another_fault_is_not_hidden(
+async def test_task_restarts_after_file_shortage_but_not_after_other_errors(
     virtual_clock: MockClock,
 ) -> None:
     faults: list[Exception] = [
