@@ -5,7 +5,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from functools import partial
@@ -23,7 +22,6 @@ from node.models.streaming import StreamDecoder
 from node.models.tokenizer import load_tokenizer
 from node.models.tokenizer_service import (
     Limits,
-    ModelTokenizer,
     TokenizerBusyError,
     TokenizerService,
     TokenizerUnavailableError,
@@ -93,10 +91,8 @@ HOSTILE_TEMPLATES = {
 async def test_hostile_chat_template_fails_only_its_own_request(source: str, tmp_path: Path) -> None:
     async with service() as tokenizers:
         tokenizer = await tokenizers.open(write_package(tmp_path, byte_level(), source))
-        began_s = time.monotonic()
-        with pytest.raises(ChatTemplateError) as caught:
+        with trio.fail_after(15), pytest.raises(ChatTemplateError) as caught:
             await tokenizer.render_chat(TURNS)
-        assert time.monotonic() - began_s < 15
         assert "\n" not in str(caught.value)
         assert str(caught.value).startswith("the model's chat template ")
         assert len(str(caught.value)) < 500
@@ -158,15 +154,13 @@ async def test_hostile_tokenizer_fails_only_its_own_request(kind: str, tmp_path:
     hostile = write_package(tmp_path / "hostile", changed(change, vocabulary()))
     async with service() as tokenizers:
         honest = await tokenizers.open(write_package(tmp_path / "honest", byte_level(), TEMPLATE))
-        began_s = time.monotonic()
 
         async def use() -> None:
             tokenizer = await tokenizers.open(hostile)
             await tokenizer.decode(await tokenizer.encode("x" * 40))
 
-        with pytest.raises(ModelError) as caught:
+        with trio.fail_after(15), pytest.raises(ModelError) as caught:
             await use()
-        assert time.monotonic() - began_s < 15
         assert "\n" not in str(caught.value)
         assert len(str(caught.value)) < 500
         assert await honest.decode(await honest.render_chat(TURNS)) == ["[user]fox"]
@@ -388,25 +382,16 @@ async def test_tokenizer_process_is_isolated_from_environment_and_directory(
     assert not mark.exists()
 
 
-async def test_decoding_a_token_takes_no_time_that_matters(tmp_path: Path) -> None:
-    """A fraction of a millisecond on an idle machine; the bound is for one on which much else runs."""
+async def test_streaming_a_byte_level_vocabulary_needs_no_process(tmp_path: Path) -> None:
     async with service() as tokenizers:
-        for vocabulary, limit_s in ((byte_level, 0.001), (byte_fallback, 0.01)):
-            tokenizer = await tokenizers.open(write_package(tmp_path / vocabulary.__name__, vocabulary()))
-            tokens = await tokenizer.encode("The quick brown fox " * 50)
-            assert await fastest(tokenizer, tokens) < limit_s
-
-
-async def fastest(tokenizer: ModelTokenizer, tokens: tuple[int, ...]) -> float:
-    """Return the seconds that a token takes, in the best of a few rounds: other processes are none of our business."""
-    rounds = []
-    for _ in range(5):
-        decoder = StreamDecoder(tokenizer)
-        began_s = time.perf_counter()
-        for token in tokens:
-            await decoder.feed(token)
-        rounds.append((time.perf_counter() - began_s) / len(tokens))
-    return min(rounds)
+        tokenizer = await tokenizers.open(write_package(tmp_path, byte_level()))
+        text = "The quick brown fox " * 50
+        tokens = await tokenizer.encode(text)
+        with trio.CancelScope() as scope:
+            scope.cancel()  # asking the process would end here
+            decoder = StreamDecoder(tokenizer)
+            pieces = [await decoder.feed(token) for token in tokens]
+        assert "".join([*pieces, await decoder.finish()]) == text
 
 
 def test_the_daemon_does_not_even_import_what_interprets_models() -> None:
