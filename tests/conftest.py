@@ -39,7 +39,7 @@ SLOW = (
     "tests/unit/selector/test_training_set.py",
     "tests/unit/selector/test_selectors.py",
     "tests/unit/test_demo.py",
-    "tests/unit/test_doctor.py",
+    "tests/unit/doctor/test_diagnose.py",
     "tests/unit/stages/test_span_supervisor.py",
     "tests/unit/test_start.py",
     "tests/unit/util/test_child_process.py",

@@ -10,8 +10,9 @@ import psutil
 import structlog
 
 from node.util.child_process import ChildError, python, run
-from protocol.capabilities import Accelerator, accelerator_from, accelerator_to_map
+from protocol.capabilities import Accelerator
 from protocol.errors import RemoteProtocolError
+from protocol.schema import from_map, to_map
 
 AUTO: Final = "auto"
 CPU: Final = "cpu"
@@ -43,7 +44,7 @@ class Device:
 
     def to_json(self) -> dict[str, Any]:
         """Return it as a document."""
-        accelerator = self.accelerator and accelerator_to_map(self.accelerator)
+        accelerator = self.accelerator and to_map(self.accelerator)
         return {"name": self.name, "free_bytes": self.free_bytes, "accelerator": accelerator}
 
     @classmethod
@@ -52,7 +53,7 @@ class Device:
         try:
             values = json.loads(document)
             found = values["accelerator"]
-            return cls(values["name"], values["free_bytes"], found and accelerator_from(found, "accelerator"))
+            return cls(values["name"], values["free_bytes"], found and from_map(Accelerator, found, "accelerator"))
         except (ValueError, TypeError, KeyError, RemoteProtocolError) as error:
             raise DeviceError(f"malformed answer from the device probe: {error}") from None
 
