@@ -137,7 +137,6 @@ class Engine(ABC):
         return None
 
     def _close(self, session: SessionId, *, keep: bool) -> None:
-        """Free a session. `keep`: whether its pages stay in the prefix cache."""
         self._pages.close(session, keep=keep)
         self._sessions.pop(session, None)
 

@@ -92,7 +92,6 @@ def _bypass_cache(descriptor: int) -> None:
 
 
 def _idle_only() -> None:
-    """Run at idle priority on processor and disk."""
     yield_to_others()
     if sys.platform == "linux":
         with suppress(OSError, psutil.Error):  # a sandbox may forbid it

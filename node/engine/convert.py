@@ -205,7 +205,6 @@ def _float32(one: float, other: float) -> bool:
 
 
 def _rope_parameters(config: Any, file: GgufModel, embeddings: Mapping[str | None, Rope]) -> dict[str, Any]:
-    """Return the `rope_parameters` that the config needs; nothing if it has them already."""
     has = config.rope_parameters if embeddings else {}
     wanted: dict[str, Any] = {}
     for kind, rope in embeddings.items():

@@ -67,7 +67,6 @@ def read_tokenizer(file: GgufModel) -> Any:
 
 
 def _check_space(file: GgufModel, backend: Any, kind: object) -> None:
-    """Refuse a sentencepiece tokenizer whose space prefix differs from the file's."""
     if kind != "llama":
         return
     wanted = file.metadata.get("tokenizer.ggml.add_space_prefix", True)
@@ -80,7 +79,6 @@ def _check_space(file: GgufModel, backend: Any, kind: object) -> None:
 
 
 def _set_ends(file: GgufModel, backend: Any, *, is_added: bool) -> None:
-    """Begin and end texts with the special tokens that the file requires."""
     from tokenizers import processors
 
     bos = _token(file, "bos", is_added=is_added, backend=backend)

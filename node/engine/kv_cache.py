@@ -179,7 +179,6 @@ def attention_windows(config: PreTrainedConfig) -> tuple[int | None, ...]:
 
 
 def _kind_of(config: PreTrainedConfig, block: int, layer: type) -> str:
-    """Return the name of a block's unsupported layer."""
     kinds = getattr(config, "layer_types", None) or ()
     kind = kinds[block] if block < len(kinds) else ""
     if kind == "conv":

@@ -275,7 +275,6 @@ class _WithoutMemory(TorchFunctionMode):
 
 
 def _find_blocks(model: PreTrainedModel, config: PreTrainedConfig, name: str) -> str:
-    """Return the path of the decoder's list of blocks in the model."""
     found: list[str] = [
         path
         for path, module in model.named_modules()

@@ -146,7 +146,6 @@ def only(options: Mapping[str, Any], names: frozenset[str]) -> dict[str, Any]:
 
 @contextmanager
 def _replaced_forwards(replaced: Mapping[nn.Module, Callable[..., Any]]) -> Iterator[None]:
-    """Replace the forward pass of modules inside the block."""
     for module, forward in replaced.items():
         module.forward = forward
     try:

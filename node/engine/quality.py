@@ -83,7 +83,6 @@ def measure_quality(
 
 
 def _pass(shard: "Shard", kv_key: KvCompatibilityKey, rows: "torch.Tensor") -> "torch.Tensor":
-    """Return rows as the next part receives them."""
     import torch
 
     from node.engine.activation_codec import decode_rows, encode_rows

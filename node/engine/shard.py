@@ -72,7 +72,6 @@ class _Batch:
     faults: dict[int, SliceFault] = field(default_factory=dict)
 
     def fail(self, number: int, error: Exception) -> None:
-        """Record why a slice failed."""
         message = str(error)
         if not isinstance(error, EngineError):
             message = f"the forward pass failed: {' '.join(message.split())[:300]}"
@@ -269,7 +268,6 @@ class Shard:
         return session
 
     def _output(self, rows: SliceInput, session: _Session, output: torch.Tensor) -> Tensor:
-        """Return hidden states on the wire, or the tokens drawn from logits."""
         if not session.info.is_last:
             states = output.cpu().numpy()
             check_rows(states)
@@ -305,7 +303,6 @@ def open_shard(source: ShardSource, blocks: BlockRange, options: EngineOptions) 
 
 
 def _memory_bytes(options: EngineOptions, weight_bytes: int) -> int:
-    """Return the memory limit of weights, variants and KV caches together."""
     if options.memory_bytes is not None:
         return options.memory_bytes
     return weight_bytes + int(free_bytes(torch.device(options.device)) * _FREE_MEMORY_SHARE)

@@ -74,7 +74,6 @@ def in_use(package: Package, files: Iterable[FileEntry]) -> Iterator[None]:
 
 
 def _fetched_files(store: ModelStore) -> Iterator[_Cached]:
-    """Yield the weight files from peers, also incomplete ones."""
     for package in store.list():
         if not (package.path / FETCHED_MARK).exists():
             continue

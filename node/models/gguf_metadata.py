@@ -311,7 +311,6 @@ def _token_requirements(model: GgufModel) -> list[Requirement]:
 
 
 def _scalar(model: GgufModel, key: str, value: Value | None, attribute: str) -> ConfigValue:
-    """Return a key's value for the config."""
     if isinstance(value, list):
         value = model.integer(key)
     if attribute == "sliding_window" and value == 0:

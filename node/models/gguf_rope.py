@@ -96,7 +96,6 @@ def _require(model: GgufModel, key: str, wanted: float) -> None:
 
 
 def _context(model: GgufModel, default: int | None = None) -> int:
-    """Return the context length before scaling."""
     key = "rope.scaling.original_context_length"
     return model.integer(key) if model.get(key) else default or model.integer("context_length")
 
@@ -152,7 +151,6 @@ def _longrope(
 
 
 def _llama3(model: GgufModel, dimensions: int, base: float, factors: tuple[float, ...]) -> Rope:
-    """Return Llama 3's scaling with parameters that give exactly these factors."""
     plain = _frequencies(dimensions, base)
     context = _context(model, _LLAMA3_CONTEXT)
     for factor, low, high in _llama3_candidates(plain, factors, context):

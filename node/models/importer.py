@@ -289,7 +289,6 @@ def _is_tied(config: Mapping[str, Json], tensors: Mapping[str, TensorSource], na
 
 
 def _of_decoder(config: Mapping[str, Json], key: str) -> Json:
-    """Return a value from the config, else from its decoder's part."""
     decoder = config.get("text_config")
     return config[key] if key in config else decoder.get(key) if isinstance(decoder, dict) else None
 
@@ -320,7 +319,6 @@ def _weight_files(folder: Path) -> list[Path]:
 
 
 def _check_shards(folder: Path, files: list[Path]) -> None:
-    """Raise ModelError when a numbered shard is missing."""
     names = {path.name for path in files}
     for shard in filter(None, map(_SHARD.fullmatch, sorted(names))):
         for number in range(1, min(int(shard[3]), MAX_BLOCKS * 8) + 1):
@@ -354,7 +352,6 @@ def _write_tokenizer(folder: Path, target: Path) -> tuple[FileEntry, ...]:
 
 
 def _named_tokenizer(folder: Path) -> str | None:
-    """Return the tokenizer that the folder's files name without containing it."""
     named = _read_json(folder / TOKENIZER_CONFIG_FILE, optional=True).get("tokenizer_class")
     return f"the class {named[:80]}" if isinstance(named, str) else None
 

@@ -149,5 +149,4 @@ def block_file(block: int) -> str:
 
 
 def _is_constant(name: str) -> bool:
-    """Return whether a tensor, named relative to its block, is a constant that the model computes itself."""
     return _CONSTANT.fullmatch(name) is not None

@@ -170,7 +170,6 @@ class Library:
             await trio.sleep(LOOK_ROUND_S)
 
     def _named(self) -> set[ModelId]:
-        """Return the models that the catalogue or the user has a name for."""
         named = {entry.model_id for entry in CATALOGUE.values()}
         with suppress(ModelError):
             named |= set(self._store.names().values())
@@ -248,7 +247,6 @@ class Library:
         return sum(file.size_bytes for file in self._store.get(manifest.model_id).missing())
 
     async def _package(self, model: ModelId) -> Package:
-        """Return a model's package, which may have no more than its manifest."""
         try:
             return self._store.get(model)
         except UnknownModelError:

@@ -251,7 +251,6 @@ def _entry_to_json(file: FileEntry) -> dict[str, str | int]:
 
 
 def _manifest_from_json(value: Json) -> Manifest:
-    """Check every field; raise ValueError or RemoteProtocolError, which name the fault."""
     fields = Fields(value, "manifest")
     if (form := fields.take("format")) != FORMAT or type(form) is not int:
         raise ValueError(f"format {str(form)[:20]} is unknown here; this is format {FORMAT}")

@@ -178,7 +178,6 @@ def _hub_errors(repository: str, revision: str) -> Iterator[None]:
 
 @contextmanager
 def _errors(failure: str) -> Iterator[None]:
-    """Turn the failure of a child into a ModelError."""
     try:
         yield
     except ChildError as error:

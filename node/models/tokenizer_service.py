@@ -276,12 +276,10 @@ class _Worker:
 
     @property
     def is_idle(self) -> bool:
-        """Whether it only waits for requests."""
         return self._idle_scope is not None and not self._waiting
 
     @property
     def pid(self) -> int | None:
-        """Its process."""
         return None if self._process is None else self._process.pid
 
     def retire(self) -> None:
@@ -343,7 +341,6 @@ class _Worker:
                 return None
 
     async def _serve_call(self, call: _Call) -> None:
-        """Set the outcome of a call."""
         for _ in range(_ATTEMPTS):
             try:
                 call.outcome = await self._exchange(call)

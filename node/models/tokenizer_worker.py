@@ -69,7 +69,6 @@ def main() -> None:
 
 
 def _facts(tokenizer: Tokenizer, *, is_first: bool) -> dict[str, Any]:
-    """Return the properties of a tokenizer that the daemon needs, once."""
     if not is_first:
         return {}
     return {

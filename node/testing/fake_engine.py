@@ -136,7 +136,6 @@ class FakeEngine(Engine):
             return StepResult(outputs=tuple(outputs), compute_s=compute_s, faults=tuple(faults))
 
     def _share_run(self, slices: Sequence[SliceInput]) -> float:
-        """Return the share of the span's blocks that the sessions of a step run."""
         ran = [len(session.info.blocks) for rows in slices if (session := self._sessions.get(rows.session))]
         return max(ran, default=0) / len(self._info.blocks)
 

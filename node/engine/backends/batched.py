@@ -83,7 +83,6 @@ class _AttentionView:
     causal: bool
 
     def attend(self, queries: torch.Tensor, memory: BlockKvCache, scaling: float) -> torch.Tensor:
-        """Return the attention of the session's queries: (rows, heads * head size)."""
         queries = queries[self.span]
         rows, heads, size = queries.shape
         groups = memory.keys.shape[1]
@@ -119,7 +118,6 @@ class _BatchedAttentionView:
     mask: torch.Tensor
 
     def attend(self, queries: torch.Tensor, memory: BlockKvCache, scaling: float) -> torch.Tensor:
-        """Return the attention of the sessions' queries, which are the first: (rows, heads * head size)."""
         rows, longest = len(self.mask), self.mask.shape[-1]
         _, heads, size = queries.shape
         groups = memory.keys.shape[1]
@@ -178,7 +176,6 @@ class BatchedSpan:
 
     @torch.inference_mode()
     def _warm(self, kv: KvCache) -> None:
-        """Run every kind of product once."""
         pages = -(-max(_WARM_ROWS) // PAGE_POSITIONS)
         scratch = KvCache([block.resized(pages * PAGE_POSITIONS) for block in kv.blocks])
         for count in _WARM_ROWS:
@@ -209,7 +206,6 @@ class BatchedSpan:
         return [output for _, output in sorted(zip(order, outputs, strict=True), key=lambda pair: pair[0])]
 
     def _logits(self, hidden: torch.Tensor, slices: Sequence[Rows]) -> list[torch.Tensor]:
-        """Return the logits of the rows after which tokens are drawn."""
         counts = [part.draws for part in slices]
         if not any(counts):
             return [hidden.new_empty(0, self._vocabulary_size)] * len(slices)
@@ -270,7 +266,6 @@ class BatchedSpan:
         return _BatchedAttentionView(visible.flatten().to(self._device), mask.to(self._device))
 
     def _view(self, part: Rows, span: slice, end: int, window: int | None) -> _AttentionView:
-        """Return what the rows of one session attend to."""
         first = _first_visible(part, window)
         count, mask = len(part.rows), None
         causal = count > 1 and part.position == 0 and (window is None or end <= window)
@@ -292,5 +287,4 @@ class BatchedSpan:
 
 
 def _first_visible(part: Rows, window: int | None) -> int:
-    """Return the first position that the first of a session's rows attends to."""
     return 0 if window is None else max(0, part.position - window + 1)

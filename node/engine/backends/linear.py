@@ -72,7 +72,6 @@ def _w8a8(rows: torch.Tensor, weights: Packed) -> torch.Tensor:
 
 
 def _int8_product(rows: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
-    """Return the product of int8 rows and an int8 matrix (outputs, inputs), f32."""
     count = len(rows)
     if rows.device.type != "cpu":
         if any(size % _CUBLAS_MULTIPLE for size in matrix.shape):

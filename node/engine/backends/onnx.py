@@ -125,7 +125,6 @@ def _session(path: Path) -> onnxruntime.InferenceSession:
 
 
 def _run(session: onnxruntime.InferenceSession, **rows: torch.Tensor) -> list[torch.Tensor]:
-    """Run a graph; return its outputs in order."""
     outputs = session.run(None, {name: values.numpy() for name, values in rows.items()})
     return [torch.from_numpy(output) for output in outputs]
 
@@ -142,12 +141,10 @@ class _Graph:
     initializers: list[TensorProto] = field(default_factory=list)
 
     def add(self, operator: str, inputs: Sequence[str], outputs: Sequence[str], **attributes: Any) -> str:
-        """Add a node; return the name of its first output."""
         self.nodes.append(helper.make_node(operator, inputs, outputs, **attributes))
         return outputs[0]
 
     def constant(self, name: str, values: Array) -> str:
-        """Write a constant; return its name."""
         start = -(-self.constants.tell() // _ALIGNMENT) * _ALIGNMENT
         self.constants.seek(start)
         self.constants.write(np.ascontiguousarray(values).data.cast("B"))
@@ -168,7 +165,6 @@ class _Graph:
         return name
 
     def multiply(self, rows: str, to: str, matrix: torch.Tensor, bias: torch.Tensor | None) -> str:
-        """Add a product with a matrix (outputs, inputs)."""
         product = to if bias is None else f"{to}.product"
         if self.int8:
             outputs, inputs = matrix.shape
@@ -180,7 +176,6 @@ class _Graph:
         return product if bias is None else self.add("Add", [product, self.constant(f"{to}.bias", bias.numpy())], [to])
 
     def norm(self, rows: str, to: str, weight: torch.Tensor, epsilon: float) -> str:
-        """Add a root mean square norm."""
         scale = self.constant(f"{to}.scale", weight.float().numpy())
         return self.add("SimplifiedLayerNormalization", [rows, scale], [to], axis=-1, epsilon=epsilon)
 

@@ -15,8 +15,6 @@ from node.engine.loading import LoadedSpan
 
 @dataclass(frozen=True, slots=True)
 class _Block:
-    """The weights of one block."""
-
     norm: torch.Tensor
     qkv: Packed
     head_norms: tuple[torch.Tensor, torch.Tensor] | None

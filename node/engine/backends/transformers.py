@@ -132,7 +132,6 @@ class TransformersSpan:
         return (hidden, None) if self._gives_tuples else hidden
 
     def _leave(self, number: int, _block: nn.Module, _inputs: tuple[Any, ...], output: Any) -> None:
-        """Keep the output of the last block of the pass."""
         if number != self._running.stop - 1:
             return
         self._gives_tuples = isinstance(output, tuple)
