@@ -36,7 +36,7 @@ from transformers.utils.loading_report import LoadStateDictInfo
 from node.engine.engine_config import ShardSource
 from node.engine.interface import EngineError
 from node.engine.kv_cache import attention_windows
-from node.engine.outer_modules import OuterModules, accepted_options, find_outer_modules
+from node.engine.outer_modules import OuterModules, accepted_options, trace_outer_modules
 from node.models.layout import OuterNames, module_of
 from node.models.manifest import architecture_name, constant_positions
 from node.models.tensor_names import describe_tensors
@@ -176,7 +176,7 @@ def describe(content: Mapping[str, Any], dtype: torch.dtype = torch.float32) -> 
     if "past_key_values" not in accepted_options(base.forward):
         raise EngineError(f"{name} keeps no keys and values of past positions, so it cannot be split into spans here")
     try:
-        outer = find_outer_modules(model, base, path)
+        outer = trace_outer_modules(model, base, path)
     except EngineError as error:
         raise EngineError(f"{name} cannot be split into spans here: {error}") from error
     return DescribedModel(config, model, base, path, windows, outer)

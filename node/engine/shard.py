@@ -34,7 +34,7 @@ from node.engine.interface import (
 from node.engine.kv_allocator import KvReservation, check_slice
 from node.engine.kv_cache import KvCache, SlotMapping
 from node.engine.loading import load_span
-from node.engine.sampling import TokenCounts, draw_until_wrong, history_for
+from node.engine.sampling import TokenCounts, draw_and_verify, history_for
 from node.util.disk_cache import FolderCache
 from node.util.text import one_line
 from protocol.identity import BlockRange, SessionId
@@ -278,7 +278,7 @@ class Shard:
         history = session.history
         if history is not None and rows.history is not None:
             history.reset(rows.history)
-        return tensor_from_tokens(draw_until_wrong(output.cpu().numpy(), sampling, first_drawn, rows.drafts, history))
+        return tensor_from_tokens(draw_and_verify(output.cpu().numpy(), sampling, first_drawn, rows.drafts, history))
 
     def _input(self, tensor: Tensor, info: SpanInfo) -> torch.Tensor:
         """Return rows as the model takes them; token ids are checked, as torch may crash on bad ones."""

@@ -28,7 +28,7 @@ class _Cached(NamedTuple):
 GIBIBYTE: Final = 1 << 30
 
 
-def make_room(
+def evict_for(
     store: ModelStore, package: Package, wanted: Sequence[FileEntry], limit_bytes: int | None
 ) -> tuple[Path, ...]:
     """Delete the least recently used files, until the wanted ones fit within the limit; return what was deleted.

@@ -26,7 +26,7 @@ MAX_ANNOUNCED = 4096
 _logger = structlog.get_logger(__name__)
 
 
-async def keep_providing(network: Network, store: ModelStore) -> None:
+async def provide_loop(network: Network, store: ModelStore) -> None:
     """Announce every weight file of the store, again before it is forgotten, until cancelled."""
     announced_s: dict[str, float] = {}
     while True:

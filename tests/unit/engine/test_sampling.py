@@ -18,7 +18,7 @@ from transformers.generation.logits_process import (
 )
 
 from node.engine.interface import EngineError
-from node.engine.sampling import TokenCounts, draw, draw_until_wrong, history_for, uniform
+from node.engine.sampling import TokenCounts, draw, draw_and_verify, history_for, uniform
 from protocol.messages import Sampling
 
 PROBABILITIES = np.array([0.02, 0.4, 0.08, 0.25, 0.05, 0.2])
@@ -195,9 +195,9 @@ def test_where_only_stop_tokens_are_left_one_is_drawn() -> None:
 def test_penalties_apply_to_each_token_of_a_step() -> None:
     sampling = Sampling(max_tokens=1, presence_penalty=3.0, prompt_length=2)
     rows = np.tile(np.array([5, 4, 3, 2, -9], np.float32), (4, 1))
-    assert draw_until_wrong(rows, sampling, 2, (0, 1, 0), told(sampling, [0, 0])) == [0, 1, 2]
-    assert draw_until_wrong(rows, sampling, 2, (0, 1, 2), told(sampling, [0, 0])) == [0, 1, 2, 0]
-    assert draw_until_wrong(rows, sampling, 2, (3, 1, 2), told(sampling, [0, 0])) == [0]
+    assert draw_and_verify(rows, sampling, 2, (0, 1, 0), told(sampling, [0, 0])) == [0, 1, 2]
+    assert draw_and_verify(rows, sampling, 2, (0, 1, 2), told(sampling, [0, 0])) == [0, 1, 2, 0]
+    assert draw_and_verify(rows, sampling, 2, (3, 1, 2), told(sampling, [0, 0])) == [0]
 
 
 def test_rewind_drops_drawn_tokens() -> None:

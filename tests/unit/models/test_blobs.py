@@ -14,7 +14,7 @@ from node.models.blobs import BlobServer, ModelFetcher
 from node.models.errors import ModelError
 from node.models.fetching import Blob, FetchError, fetch_blob
 from node.models.importer import import_model
-from node.models.providing import ANNOUNCED_AGAIN_S, keep_providing
+from node.models.providing import ANNOUNCED_AGAIN_S, provide_loop
 from node.models.store import ModelStore, Package
 from node.network.interface import Network, Stream, StreamClosed
 from node.testing.memory_hub import MemoryNetworkHub
@@ -274,7 +274,7 @@ async def test_slow_peer_times_out(destination: Path, monkeypatch: pytest.Monkey
 async def test_fetch_skips_peers_without_the_file_and_retries_busy_ones(
     destination: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(fetching, "BUSY_DELAYS_S", (0.01, 0.01))
+    monkeypatch.setattr(fetching, "BUSY_BACKOFF_S", (0.01, 0.01))
     asked = 0
 
     async def busy_at_first(stream: Stream) -> None:
@@ -411,7 +411,7 @@ async def test_weight_files_are_reannounced_before_their_records_expire(
     async with swarm(serve) as (client, _), trio.open_nursery() as nursery:
         announced: list[bytes] = []
         monkeypatch.setattr(client, "provide", note(announced))
-        nursery.start_soon(keep_providing, client, ModelStore(package.path.parents[1]))
+        nursery.start_soon(provide_loop, client, ModelStore(package.path.parents[1]))
         await trio.sleep(ANNOUNCED_AGAIN_S / 2)
         hashes = [bytes.fromhex(file.sha256) for file in package.manifest.weight_files]
         assert announced == list(dict.fromkeys(hashes))

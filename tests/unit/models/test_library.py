@@ -15,7 +15,7 @@ from node.models.blobs import BlobServer
 from node.models.catalogue import CATALOGUE, CatalogueEntry
 from node.models.errors import ModelError
 from node.models.importer import import_model
-from node.models.library import LOOK_ROUND_S, Library
+from node.models.library import MANIFEST_POLL_S, Library
 from node.models.store import ModelStore, Package
 from node.testing.memory_hub import MemoryNetworkHub
 from node.testing.memory_links import LinkModel
@@ -71,7 +71,7 @@ async def test_unnamed_models_of_peers_are_not_fetched(
     tmp_path: Path, theirs: Package, virtual_clock: MockClock
 ) -> None:
     async with joined(tmp_path, theirs) as (found, store, _):
-        await trio.sleep(20 * LOOK_ROUND_S)
+        await trio.sleep(20 * MANIFEST_POLL_S)
         assert store.list() == ()
         assert not found.transfers().received_bytes
         assert not (tmp_path / "mine" / "models").exists()
@@ -89,7 +89,7 @@ async def test_manifest_of_named_model_is_fetched_from_serving_peer(
         monkeypatch.setattr(library, "CATALOGUE", {"ours": CatalogueEntry(**{**values, "model_id": theirs.model_id})})
     async with joined(tmp_path, theirs) as (_, store, _):
         while not store.list():
-            await trio.sleep(LOOK_ROUND_S)
+            await trio.sleep(MANIFEST_POLL_S)
         [package] = store.list()
         assert package.model_id == theirs.model_id
         assert set(package.missing()) == set(package.manifest.files), "only the manifest"
