@@ -307,7 +307,7 @@ def test_memory_limit_bounds_kv_positions(make_tiny_model: MakeTinyModel) -> Non
     assert shard_of(tiny, blocks, EngineOptions(memory_bytes=memory_bytes, device=DEVICE)).info.kv_positions == 64
     with pytest.raises(EngineError, match="bytes of memory are not enough"):
         shard_of(tiny, blocks, EngineOptions(memory_bytes=info.weight_bytes, device=DEVICE))
-    with pytest.raises(EngineError, match=f"too few: the weights take {info.weight_bytes}$"):
+    with pytest.raises(EngineError, match=f"not enough: the weights take {info.weight_bytes}$"):
         shard_of(tiny, blocks, EngineOptions(memory_bytes=info.weight_bytes - 1, device=DEVICE))
 
 
