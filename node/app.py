@@ -66,7 +66,7 @@ from node.swarm.known_peers import maintain_known_peers
 from node.swarm.link_estimates import LinkEstimates
 from node.swarm.mdns import find_neighbours
 from node.swarm.membership import Membership
-from node.util.open_files import open_file_limit, outlasting_shortage, raise_open_file_limit
+from node.util.open_files import open_file_limit, raise_open_file_limit, retry_on_file_shortage
 from protocol.capabilities import Links, fastest_bytes_per_s, hardware_class
 from protocol.identity import ModelId, PeerId
 from protocol.observations import bucket_of
@@ -271,7 +271,7 @@ class Node:
                 if config.mdns:
                     tasks.append((find_neighbours, self._network, config.swarm_key))
                 for task in tasks:
-                    nursery.start_soon(outlasting_shortage, *task)
+                    nursery.start_soon(retry_on_file_shortage, *task)
                 await nursery.start(self._serving.run)
                 if not config.serve:
                     _logger.warning("this node serves no blocks: start it with --serve MODEL to serve some")
