@@ -28,8 +28,7 @@ from protocol.limits import (
     MAX_PART_CELLS,
     MAX_PART_MEMBERS,
 )
-from protocol.schema import Count, Form
-from protocol.schema import Count, Form, MessageTypes, Range, name
+from protocol.schema import Count, Form, MessageTypes
 from protocol.states import Role
 
 PROTOCOL_ID: Final = "/metaswarm/chain/1.0.0"

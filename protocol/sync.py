@@ -29,7 +29,6 @@ from protocol.reconciliation import (
     key_range,
     parse_prefix,
 )
-from protocol.schema import Count, Form, Range
 from protocol.schema import Count, Form, MessageTypes, Range
 from protocol.states import Role
 
