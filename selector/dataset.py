@@ -112,7 +112,7 @@ class Dataset:
 
 
 class DatasetError(ValueError):
-    """Unusable dataset. The message is one line for whoever supplied it."""
+    """Unusable dataset. The message is one line for the user."""
 
 
 def build_dataset(

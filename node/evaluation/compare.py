@@ -7,7 +7,7 @@ from typing import Any, Final
 
 import numpy as np
 
-from node.evaluation.parallel_fit import Answer, Task, fit_all
+from node.evaluation.parallel_fit import FitResult, FitTask, fit_all
 from selector.dataset import Dataset
 from selector.estimator import Selector
 from selector.evaluation.baselines import BASELINES, TextEmbedding, VirtualBest
@@ -101,11 +101,11 @@ def compare(
         **BASELINES,
         "text_embedding": lambda: TextEmbedding(encode and _encode_texts(dataset, encode, progress)),
     }
-    answers: dict[str, dict[int, Answer]] = {name: {} for name in makers}
+    answers: dict[str, dict[int, FitResult]] = {name: {} for name in makers}
     del makers[ORACLE]
     oracle = VirtualBest().fit_dataset(dataset)
     for i, fold in enumerate(folds):
-        answers[ORACLE][i] = Answer(ORACLE, i, oracle.predict(dataset.pairs.take(fold.test)), 0.0)
+        answers[ORACLE][i] = FitResult(ORACLE, i, oracle.predict(dataset.pairs.take(fold.test)), 0.0)
     if len(dataset) < MIN_ROWS_OF_PROCESSES:
         process_count = 1
     with closing(fit_all(dataset, folds, _tasks(makers, len(folds), probes, progress), process_count)) as found:
@@ -126,13 +126,15 @@ def compare(
     return Comparison(dataset, group, probes, len(folds), tuple(rows), left_out)
 
 
-def _tasks(makers: Mapping[str, Callable[[], Selector]], folds: int, probes: int, progress: Progress) -> Iterator[Task]:
+def _tasks(
+    makers: Mapping[str, Callable[[], Selector]], folds: int, probes: int, progress: Progress
+) -> Iterator[FitTask]:
     """Yield the fits, slowest (the meta-model's) first."""
     for name, make in makers.items():
         progress(name, 0, folds)
         selector = make()
         for fold in range(folds):
-            yield Task(name, selector, fold, probes)
+            yield FitTask(name, selector, fold, probes)
 
 
 def _encode_texts(dataset: Dataset, encode: Encoder, progress: Progress) -> KnownTexts:
