@@ -1,7 +1,7 @@
 """Fits selectors in parallel worker processes.
 
-A worker receives a dataset, then tasks, and answers each with scores. It exits at once, even in the middle of a fit,
-when its parent is gone: neither multiprocessing nor joblib guarantees that.
+A worker receives a dataset, then tasks, and answers each with scores. When its parent is gone it exits at once, where
+one of multiprocessing or joblib would finish its fit first.
 """
 
 import os
@@ -58,7 +58,7 @@ class FittingError(RuntimeError):
 def fit_all(
     dataset: Dataset, folds: tuple[Fold, ...], tasks: Iterable[FitTask], process_count: int
 ) -> Generator[FitResult]:
-    """Yield the answers as they complete; a task is drawn when a worker is idle. Raises FittingError.
+    """Yield the results as they complete; a task is drawn when a worker is idle. Raises FittingError.
 
     A `process_count` of 1 computes in this thread.
     """
@@ -128,7 +128,7 @@ def _fit(dataset: Dataset, folds: tuple[Fold, ...], task: FitTask) -> FitResult:
 
 
 def main() -> None:
-    """FitResult tasks until the parent is gone."""
+    """Fit and answer until the parent is gone."""
     connection = Connection(int(sys.argv[1]))
     dataset, folds = connection.recv()
     tasks: queue.SimpleQueue[FitTask] = queue.SimpleQueue()
