@@ -18,7 +18,7 @@ import structlog
 import trio
 
 from node.coordinator.method_choice import Choice, SelectionRequest
-from node.coordinator.submission import JobError, Outcome, PredictedCost, Selection
+from node.coordinator.submission import JobError, JobOutcome, PredictedCost, Selection
 from node.selection.prediction_cache import Opinion, Predictions
 from node.storage.adoption_store import Standings
 from node.storage.database import StorageError
@@ -200,7 +200,7 @@ class LearnedChooser:
         now_s = trio.current_time()
         return self.adoption.candidates(choice.kind, names, default, expected, deviations, now_s, effects)
 
-    def served(self, choice: Choice, outcome: Outcome) -> Selection | None:
+    def served(self, choice: Choice, outcome: JobOutcome) -> Selection | None:
         """Take note of what a job took, see what is worth a trial, and say how the choice looked; see Chooser."""
         if not isinstance(choice, LearnedChoice):
             raise TypeError("a choice of another chooser")
@@ -257,7 +257,7 @@ class LearnedChooser:
     def _account(
         self,
         choice: LearnedChoice,
-        outcome: Outcome,
+        outcome: JobOutcome,
         expected: Mapping[str, float],
         predicted_s: float,
         regret_s: float,

@@ -9,7 +9,7 @@ import trio
 from trio.testing import MockClock
 
 from node.coordinator.method_choice import SelectionRequest
-from node.coordinator.submission import JobError, JobErrorCode, Outcome
+from node.coordinator.submission import JobError, JobErrorCode, JobOutcome
 from node.selection.chooser import ALLOWANCE_S, LearnedChooser, TrialNeed, TrialResult
 from node.selection.prediction_cache import Predictions
 from node.storage.adoption_store import Standings
@@ -123,7 +123,7 @@ async def test_of_methods_that_do_the_same_to_a_task_the_plainest_gets_a_trial(
     chooser = LearnedChooser(Predictions(), random.Random(1))
     admitted = [BASELINE, FUSED, CHUNKED, REPEATED, cached, NARROW]
     choice = await chooser.choose(SelectionRequest(model=NEED.model, context=short, admitted=admitted))
-    outcome = Outcome(job_id=JobId("cd" * 16), method=FUSED.name, completion_tokens=16, total_s=1.0, replays=0)
+    outcome = JobOutcome(job_id=JobId("cd" * 16), method=FUSED.name, completion_tokens=16, total_s=1.0, replays=0)
     assert list(choice.ballot([])) == [FUSED.name]
     chooser.served(choice, outcome)
     with trio.move_on_after(60):
