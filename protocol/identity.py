@@ -23,7 +23,6 @@ JobId = NewType("JobId", str)
 """16 random bytes, 32 lower-case hexadecimal digits, chosen by the coordinator."""
 
 _MODEL_ID = re.compile(r"[0-9a-f]{64}")
-_JOB_ID = re.compile(r"[0-9a-f]{32}")
 _BLOCK_RANGE = re.compile(r"([0-9]{1,4})-([0-9]{1,4})")
 
 # libp2p peer-ids specification: an Ed25519 key is small enough to be inlined, so the id is the identity multihash
@@ -126,13 +125,6 @@ def parse_model_id(text: str) -> ModelId:
     if _MODEL_ID.fullmatch(text) is None:
         raise ValueError(f"{text[:80]!r} is no model id: expected 64 hexadecimal digits")
     return ModelId(text)
-
-
-def parse_job_id(text: str) -> JobId:
-    """Return `text` as a job id."""
-    if _JOB_ID.fullmatch(text) is None:
-        raise ValueError(f"{text[:80]!r} is no job id: expected 32 hexadecimal digits")
-    return JobId(text)
 
 
 def parse_block_range(text: str) -> BlockRange:

@@ -24,9 +24,9 @@ from protocol.capabilities import (
     Memory,
     Processor,
     Software,
-    capabilities_to_map,
 )
 from protocol.fields import CONTROL_CHARACTERS
+from protocol.schema import to_map
 
 ROOT: Final = Path("/")
 
@@ -76,7 +76,7 @@ def total_memory(root: Path = ROOT) -> int:
 
 def fingerprint(facts: Capabilities, threads: int, root: Path = ROOT) -> str:
     """Return a text that changes whenever measurements made before may no longer hold."""
-    seen = capabilities_to_map(facts)
+    seen = to_map(facts)
     # The total is not the same to the byte after every start.
     seen["memory"] = round(facts.memory.total_bytes / 2**30)
     seen["graphics"] = sorted(_graphics(root))
@@ -120,10 +120,9 @@ def _apple_processor() -> tuple[str, set[str]]:
 
 def _sysctl(name: str) -> str:
     try:
-        answer = run_blocking(["/usr/sbin/sysctl", "-n", name], what="sysctl", time_limit_s=_SYSCTL_TIMEOUT_S)
+        return run_blocking(["/usr/sbin/sysctl", "-n", name], what="sysctl", time_limit_s=_SYSCTL_TIMEOUT_S).strip()
     except ChildError:
         return ""
-    return answer.decode(errors="replace").strip()
 
 
 def _usable_cores(root: Path) -> tuple[int, int]:

@@ -58,7 +58,7 @@ class _Verbs(click.Group):
 def cli(context: click.Context) -> None:
     """Serve large language models together with others, and use what they serve."""
     if context.invoked_subcommand not in _CONFIGURED and any(name.startswith("METASWARM_") for name in os.environ):
-        from node.config import unknown_variables
+        from node.cli.options import unknown_variables
 
         for fault in unknown_variables():
             print_error(f"warning: {fault}")

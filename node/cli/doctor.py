@@ -4,26 +4,25 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from node.cli.daemon import node
+from node.cli.options import NODE_OPTIONS, SETTINGS, make_config, refuse_unknown_variables
 from node.cli.output import json_option, out, print_json, printable
 
 if TYPE_CHECKING:
     from node.config import NodeConfig
-    from node.doctor import Diagnosis, RunningNode
+    from node.doctor.report import Diagnosis, RunningNode
 
 
-@click.command(params=[option for option in node.params if option.name not in {"as_json", "log_level"}])
+@click.command(params=[option for option in NODE_OPTIONS if option.name != "log_level"], context_settings=SETTINGS)
 @json_option
-def doctor(as_json: bool, **flags: Any) -> int:
-    """Say in one line why a node cannot start, join, be reached or serve, or why a model is incomplete.
+def doctor(as_json: bool, **options: Any) -> int:
+    """Diagnose in one line why a node cannot start, join, be reached or serve, or why a model is incomplete.
 
-    Takes the options of `metaswarm node`, whose configuration it examines, whether or not that node runs. It changes
-    nothing, joins the swarm for some seconds as a peer of its own, and hashes the model files that are to be served.
-    Exit code 0: all is well; 1: something is not.
+    Takes the options of `metaswarm node` and examines that configuration, whether or not the node runs. Changes
+    nothing: joins the swarm for some seconds under an identity of its own, and hashes the model files to serve.
+    Exit code 0: healthy; 1: not.
     """
-    from node.config import load_config
-
-    config = load_config(flags)
+    refuse_unknown_variables()
+    config = make_config(options)
 
     import trio
 
@@ -41,7 +40,7 @@ def doctor(as_json: bool, **flags: Any) -> int:
 async def _examine(config: "NodeConfig") -> "Diagnosis":
     from dataclasses import replace
 
-    from node.doctor import diagnose
+    from node.doctor.diagnose import diagnose
 
     running = await _running_node(config)
     if running is not None and not config.bootstrap:
@@ -50,11 +49,11 @@ async def _examine(config: "NodeConfig") -> "Diagnosis":
 
 
 async def _running_node(config: "NodeConfig") -> "RunningNode | None":
-    """Return what the node in the data directory says of itself; None where none answers."""
+    """Return the status of the node in the data directory; None where none answers."""
     from node.cli.client import open_client
     from node.cli.output import CommandError
     from node.config import NodeReady
-    from node.doctor import RunningNode
+    from node.doctor.report import RunningNode
 
     ready = NodeReady.read(config.data_dir)
     if ready is None:
@@ -63,39 +62,27 @@ async def _running_node(config: "NodeConfig") -> "RunningNode | None":
         async with open_client(ready.api_url) as client:
             status = await client.status()
             if status["peer_id"] != ready.peer_id:
-                return None  # that node has gone, and another one has its port
+                return None  # another node has taken its port
             return RunningNode(status, await client.models())
     except CommandError:
         return None
 
 
 def render(diagnosis: "Diagnosis") -> str:
-    """Return one line for each finding, the one that matters most first."""
+    """Return one line for each finding, the gravest first."""
     lines = [str(finding) for finding in diagnosis.findings]
     if diagnosis.healthy:
         peers = len(diagnosis.peers)
         models = ", ".join(diagnosis.complete_models) or "none"
         state = "a node runs here" if diagnosis.running else "a node could start here"
         lines.insert(
-            0, f"all is well: {state}; {peers} {'peer' if peers == 1 else 'peers'} met; models complete: {models}"
+            0, f"all is well: {state}; {peers} {'peer' if peers == 1 else 'peers'} seen; models complete: {models}"
         )
     return "\n".join(lines)
 
 
 def to_document(diagnosis: "Diagnosis") -> dict[str, Any]:
     """Return the JSON document."""
-    return {
-        "healthy": diagnosis.healthy,
-        "running": diagnosis.running,
-        "findings": [
-            {
-                "fault": finding.fault,
-                "consequence": finding.consequence,
-                "message": finding.message,
-                "grave": finding.grave,
-            }
-            for finding in diagnosis.findings
-        ],
-        "peers": list(diagnosis.peers),
-        "complete_models": list(diagnosis.complete_models),
-    }
+    from dataclasses import asdict
+
+    return {"healthy": diagnosis.healthy, **asdict(diagnosis)}

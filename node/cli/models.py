@@ -177,10 +177,10 @@ def remove(which: str, cache_dir: str | None, as_json: bool) -> None:
 
 
 def _store(cache_dir: str | None) -> "ModelStore":
-    from node.config import load_config
+    from node.cli.options import read_config
     from node.models.store import ModelStore
 
-    return ModelStore(load_config({"cache_dir": cache_dir}, strict=False).cache_dir)
+    return ModelStore(read_config(*([] if cache_dir is None else [f"--cache-dir={cache_dir}"])).cache_dir)
 
 
 def _summary(store: "ModelStore", package: "Package") -> dict[str, Any]:

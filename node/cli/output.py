@@ -34,7 +34,9 @@ class CommandError(click.ClickException):
         print_error(self.format_message(), file)
 
 
-json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON on stdout, and nothing else there.")
+json_option = click.option(
+    "--json", "as_json", is_flag=True, allow_from_autoenv=False, help="Print JSON, and nothing else, on stdout."
+)
 """The `--json` that every verb has; the verb's argument is `as_json`."""
 
 api_option = click.option("--api", metavar="URL", help="URL of the node's API (default: the node on this machine).")

@@ -49,7 +49,7 @@ from node.links.link_pool import LinkPool
 from node.models.errors import ModelError
 from node.models.library import KnownModel
 from node.models.streaming import StopFinder, StreamDecoder
-from node.stages.voting import Agreed
+from node.stages.voting import Agreement
 from protocol.identity import BlockRange, JobId, ModelId, PeerId, Stage
 from protocol.messages import FinishReason
 from selector.routing import Links, NoRouteError
@@ -84,7 +84,7 @@ class SwarmView:
     hardware: Callable[[PeerId], str] = lambda peer: "unknown"
     bandwidth: Callable[[PeerId], float | None] = lambda peer: None
     expected: Callable[[ModelId], Iterable[BlockRange]] = lambda model: ()
-    agreed: Callable[[ModelId], Agreed | None] = lambda model: None
+    agreed: Callable[[ModelId], Agreement | None] = lambda model: None
 
 
 @dataclass(slots=True)

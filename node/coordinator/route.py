@@ -10,9 +10,11 @@ import trio
 from node.coordinator.session_request import SessionRequest
 from node.coordinator.straggler_detector import Progress, StragglerDetector
 from node.coordinator.submission import JobError
-from node.links.link import InboundLink, LinkBroken, OutboundLink, SessionLost, SessionRefused
+from node.links.base_link import LinkBroken
+from node.links.inbound_link import InboundLink
 from node.links.link_pool import LinkPool
-from node.stages.replay_buffer import Held, starts_of
+from node.links.outbound_link import OutboundLink, SessionLost, SessionRefused
+from node.stages.replay_buffer import ResumePoint, plan_resume
 from protocol.codec import minor_of
 from protocol.identity import JobId, PeerId, SessionId, Stage
 from protocol.limits import MAX_STEP_BYTES
@@ -185,10 +187,10 @@ class OpenRoute:
         }
 
     def _stage_lost(self, stage: int, lost: SessionLost) -> None:
-        if lost.held and lost.reason is FailureReason.LEAVING:
+        if lost.resumable and lost.reason is FailureReason.LEAVING:
             self.leaving.add(lost.reporter)
             return
-        if not lost.held:
+        if not lost.resumable:
             self._gone.add(stage)
         self.lose(lost)
 
@@ -201,20 +203,20 @@ class OpenRoute:
         method, ballots = self.agree()
         agreed = self.request.agreed
         statement = agreed.statement if agreed and self.is_weighted() else None
-        self.starts = starts_of([_held(answer, method) for answer in self.answers if answer], len(tokens) - 1)
-        onward = [*self.starts[1:], self.starts[-1]]
+        self.starts = plan_resume([_resume_point(answer, method) for answer in self.answers if answer], len(tokens) - 1)
+        forward_from = [*self.starts[1:], self.starts[-1]]
         last = len(self.stages) - 1
         try:
             for number, link in sorted(self._links.items()):
                 session = SessionId(self._job, number)
                 if number == last and self.request.sampling.needs_history:
-                    link.tell_history(session, tokens)
+                    link.send_history(session, tokens)
                 begin = Begin(
                     session=session,
                     method=method.name,
                     ballots=ballots,
                     start=self.starts[number],
-                    onward=onward[number],
+                    onward=forward_from[number],
                     statement=statement,
                 )
                 link.begin(begin)
@@ -298,7 +300,7 @@ class OpenRoute:
         """Ask all stages for their progress; one whose link does not answer in time is lost."""
 
         async def ask(stage: int, link: OutboundLink) -> None:
-            answer = await link.ask_progress(SessionId(self._job, stage), timeout_s)
+            answer = await link.request_progress(SessionId(self._job, stage), timeout_s)
             if answer is not None and self.detector is not None:
                 progress = Progress(answer.received, answer.computed, answer.sent)
                 self.detector.report(stage, progress, trio.current_time())
@@ -315,7 +317,7 @@ class OpenRoute:
 
     async def close(self) -> tuple[Closed, ...]:
         """Close every stage, within a bounded time even under cancellation; return each one's statistics."""
-        self._link_pool.receivers.remove(self._sink)
+        self._link_pool.registry.remove(self._sink)
         for unwatch in self._unwatch:
             unwatch()
         for source in self._sources:
@@ -357,7 +359,7 @@ class OpenRoute:
                 refusals[stage] = StageRefusal(peer, None, str(broken))
                 self._refused.add(stage)
 
-        self._link_pool.receivers.add(self._sink, self)
+        self._link_pool.registry.add(self._sink, self)
         with self._opening:
             async with trio.open_nursery() as nursery:
                 for stage in range(len(self.stages)):
@@ -408,12 +410,12 @@ class OpenRoute:
         )
 
 
-def _held(answer: Opened, method: Method) -> Held:
+def _resume_point(answer: Opened, method: Method) -> ResumePoint:
     """Return what a stage has of the session: computed for a previous route, or in its prefix cache."""
     if answer.held:
-        return Held(answer.held, answer.kept_from)
+        return ResumePoint(answer.held, answer.kept_from)
     cached = answer.cached.get(method.kv_key, 0) if method.prefix_cache else 0
-    return Held(cached, cached)
+    return ResumePoint(cached, cached)
 
 
 def _lost_at(broken: LinkBroken) -> RouteLost:

@@ -9,7 +9,7 @@ from node.coordinator.observation import model_facts
 from node.coordinator.planner import PlannedRoute, Planner
 from node.coordinator.submission import AUTO
 from node.stages.speculation import repetitiveness
-from node.stages.voting import Agreed
+from node.stages.voting import Agreement
 from protocol.identity import ModelId, PeerId
 from protocol.messages import Sampling
 from selector.task import Method, TaskContext
@@ -34,7 +34,7 @@ class SessionRequest:
     prefix: bytes
     sampling: Sampling
     background: bool = False
-    agreed: Agreed | None = None
+    agreed: Agreement | None = None
 
 
 class SessionRequests:
@@ -45,7 +45,7 @@ class SessionRequests:
         planner: Planner,
         chooser: Chooser,
         hardware: Callable[[PeerId], str],
-        agreed: Callable[[ModelId], Agreed | None],
+        agreed: Callable[[ModelId], Agreement | None],
     ) -> None:
         self._planner = planner
         self._chooser = chooser

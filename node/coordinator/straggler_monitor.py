@@ -13,7 +13,7 @@ from node.coordinator.route_errors import RETRY_AFTER_S
 from node.coordinator.straggler_detector import Lag, StragglerDetector
 from node.coordinator.submission import JobError, JobErrorCode
 from node.coordinator.token_timeout import AdaptiveTimeout
-from node.links.link import SessionLost
+from node.links.outbound_link import SessionLost
 from protocol.identity import PeerId, Stage
 from protocol.messages import FailureReason
 

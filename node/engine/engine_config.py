@@ -1,11 +1,14 @@
-"""Where a shard's weights lie and how its engine is to run: plain values that cross to the worker process."""
+"""Where a shard's weights lie, and how its engine runs: plain values that are sent to the worker process."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from protocol.identity import ModelId
+from protocol.identity import BlockRange, ModelId
+
+if TYPE_CHECKING:
+    from node.models.store import Package
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,12 +30,11 @@ class ShardSource:
 class EngineOptions:
     """How an engine runs.
 
-    `memory_bytes`: for weights and KV caches together; None takes half of what the device has free. `kv_positions`:
-    positions for all sessions together, where they should be fewer than the memory allows. `threads`: None takes one
-    for each physical core. `start_timeout_s`: how long loading may take. `cache_dir`: where what is
-    built for a variant is kept for the next time, if anywhere. `device`: torch's name of what computes, and in whose
-    memory weights and KV caches lie: "cpu", "cuda:0" (ROCm answers to it, too), "mps". `plan_rows`: whether
-    `memory_bytes` has to hold the rows, too, that wait in the node to be computed: one for each position, as f32.
+    `memory_bytes`: for weights and KV caches together; None takes half of the device's free memory. `kv_positions`: for
+    all sessions together, if fewer than the memory allows. `threads`: None takes one for each physical core.
+    `start_timeout_s`: limit of loading. `cache_dir`: disk cache of built variants, if any. `device`: torch's name of
+    the device that computes and holds weights and KV caches: "cpu", "cuda:0" (also ROCm), "mps". `plan_rows`: whether
+    `memory_bytes` includes the rows queued in the node: one for each position, as f32.
     """
 
     memory_bytes: int | None = None
@@ -42,3 +44,16 @@ class EngineOptions:
     cache_dir: Path | None = None
     device: str = "cpu"
     plan_rows: bool = False
+
+
+def source_from_package(package: "Package", blocks: BlockRange) -> ShardSource:
+    """Return where the files of a span lie in a model package."""
+    manifest = package.manifest
+    first, last = blocks.start == 0, blocks.end == manifest.block_count
+    return ShardSource(
+        model=manifest.model_id,
+        config=manifest.config,
+        block_files={block: package.path_of(manifest.blocks[block]) for block in range(blocks.start, blocks.end)},
+        embed_file=package.path_of(manifest.embed) if first or (last and manifest.tied) else None,
+        head_file=package.path_of(manifest.head) if last else None,
+    )

@@ -8,6 +8,7 @@ would get wrong is set right here, or refused.
 from typing import Any, Final
 
 from node.models.gguf_file import GgufError, GgufModel
+from node.util.text import one_line
 
 # Pre-tokenizers by the name that llama.cpp gave them (`tokenizer.ggml.pre`), as it implements them.
 _AS_GPT2: Final = frozenset({"default", "gpt-2", "gpt2", "jina-es", "jina-de", "mpt", "olmo", "phi-2"})
@@ -30,7 +31,7 @@ def read_tokenizer(file: GgufModel) -> Any:
     kind = file.metadata.get("tokenizer.ggml.model", "")
     if kind in _NO_TOKENIZER:
         return None
-    name = file.paths[0].name
+    name = file.name
     pre = file.metadata.get("tokenizer.ggml.pre", "default")
     if kind not in {"gpt2", "llama"}:
         raise GgufError(f"{name} has a tokenizer of type {str(kind)[:40]!r}, which is not supported")
@@ -60,7 +61,7 @@ def read_tokenizer(file: GgufModel) -> Any:
     except GgufError:
         raise
     except Exception as error:  # a damaged vocabulary makes gguf, tokenizers and transformers raise nearly anything
-        text = " ".join(str(error).split())[:300] or type(error).__name__
+        text = one_line(error)
         raise GgufError(f"the tokenizer of {name} cannot be read: {text}") from error
     return tokenizer
 
@@ -73,7 +74,7 @@ def _check_space(file: GgufModel, backend: Any, kind: object) -> None:
     first = backend.encode("a", add_special_tokens=False).tokens[:1]
     if first and first[0].startswith(_SENTENCEPIECE_SPACE) is not wanted:
         raise GgufError(
-            f"{file.paths[0].name} has tokenizer.ggml.add_space_prefix = {wanted}, which is not supported for "
+            f"{file.name} has tokenizer.ggml.add_space_prefix = {wanted}, which is not supported for "
             f"{file.architecture} models: import the model's safetensors checkpoint"
         )
 
@@ -100,5 +101,5 @@ def _token(file: GgufModel, which: str, *, is_added: bool, backend: Any) -> tupl
         return None
     text = backend.id_to_token(token)
     if text is None:
-        raise GgufError(f"{file.paths[0].name} has {key} = {token}, which its vocabulary lacks")
+        raise GgufError(f"{file.name} has {key} = {token}, which its vocabulary lacks")
     return text, token

@@ -1,4 +1,4 @@
-"""KV memory in pages, and the cache of one session: transformers' cache, with rows that can be taken back."""
+"""The paged KV cache of a span, slot mappings, and transformers' cache over them, which can be rewound."""
 
 import re
 from collections.abc import Sequence
@@ -15,19 +15,19 @@ from node.models.manifest import architecture_name
 
 @dataclass(frozen=True, slots=True)
 class BlockKvCache:
-    """Keys and values of one block, (places, heads, head size) each; a place is a position of a page."""
+    """Keys and values of one block, (slots, heads, head size) each; a slot is a position of a page."""
 
     keys: torch.Tensor
     values: torch.Tensor
 
     @property
     def bytes_per_position(self) -> int:
-        """Bytes of one place."""
+        """Bytes of one slot."""
         return self.keys[0].nbytes + self.values[0].nbytes
 
-    def resized(self, places: int) -> "BlockKvCache":
+    def resized(self, slots: int) -> "BlockKvCache":
         """Return empty memory of the same shapes."""
-        keys, values = (tensor.new_empty((places, *tensor.shape[1:])) for tensor in (self.keys, self.values))
+        keys, values = (tensor.new_empty((slots, *tensor.shape[1:])) for tensor in (self.keys, self.values))
         return BlockKvCache(keys, values)
 
 
@@ -59,7 +59,7 @@ class KvCache:
 
 
 class SlotMapping:
-    """Where the positions of one session lie in KV memory: a slice where its pages are neighbours, else a list."""
+    """Maps the positions of one session to slots of KV memory: a slice where its pages are contiguous, else a list."""
 
     def __init__(self, pages: Sequence[int]) -> None:
         first = torch.tensor(pages, dtype=torch.long).unsqueeze(1) * PAGE_POSITIONS
@@ -68,45 +68,45 @@ class SlotMapping:
         self._start = pages[0] * PAGE_POSITIONS if list(pages) == list(range(pages[0], pages[0] + len(pages))) else None
 
     def of(self, start: int, end: int) -> slice | torch.Tensor:
-        """Return the places of positions `start` to `end`, as an index."""
+        """Return the slots of positions `start` to `end`, as an index."""
         return self.all[start:end] if self._start is None else slice(self._start + start, self._start + end)
 
 
 class RewindableLayer(DynamicLayer):
     """Keys and values of one block for every position of a session.
 
-    transformers' own layers append by copying the whole cache, and those with a sliding window throw away what has
-    left the window, so that a replay could not go back there. Here a window is only a view.
+    transformers' own layers append by copying the whole cache, and those with a sliding window drop rows outside of
+    it, so that a replay could not go back there. Here a window is only a view.
     """
 
-    def __init__(self, places: SlotMapping, memory: BlockKvCache | None, window: int | None, length: int) -> None:
-        # What the base class's own, untyped __init__ sets.
+    def __init__(self, slots: SlotMapping, memory: BlockKvCache | None, window: int | None, length: int) -> None:
+        # Attributes that the base class's untyped __init__ sets.
         self.keys: torch.Tensor | None = None
         self.values: torch.Tensor | None = None
         self.is_initialized = memory is not None
         self.is_sliding = window is not None
         self.memory = memory
-        self._places = places
+        self._slots = slots
         self._window = window
         self._length = length
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        """Make memory of its own, in the shapes of the first rows: (1, heads, rows, head size)."""
-        places = len(self._places.all)
+        """Allocate memory in the shapes of the first rows: (1, heads, rows, head size)."""
+        slots = len(self._slots.all)
         self.memory = BlockKvCache(
-            *(rows.new_empty((places, rows.shape[1], rows.shape[3])) for rows in (key_states, value_states))
+            *(rows.new_empty((slots, rows.shape[1], rows.shape[3])) for rows in (key_states, value_states))
         )
         self.is_initialized = True
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *_args: Any, **_options: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Add rows; return those that attention may see."""
+        """Add rows; return the visible ones."""
         if self.memory is None:
             self.lazy_initialization(key_states, value_states)
         assert self.memory is not None
         end = self._length + key_states.shape[-2]
-        added, seen = self._places.of(self._length, end), self._places.of(self._first_visible, end)
+        added, seen = self._slots.of(self._length, end), self._slots.of(self._first_visible, end)
         self.memory.keys[added] = key_states[0].transpose(0, 1)
         self.memory.values[added] = value_states[0].transpose(0, 1)
         self._length = end
@@ -114,7 +114,7 @@ class RewindableLayer(DynamicLayer):
         return keys.unsqueeze(0), values.unsqueeze(0)
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Return how many rows attention will see after `query_length` more, and the position of the first."""
+        """Return the number of visible rows after `query_length` more, and the position of the first."""
         return self._length + query_length - self._first_visible, self._first_visible
 
     def get_seq_length(self) -> int:
@@ -122,24 +122,24 @@ class RewindableLayer(DynamicLayer):
         return self._length
 
     def rewind(self, position: int) -> None:
-        """Forget the rows from `position` on."""
+        """Drop the rows from `position` on."""
         self._length = position
 
     @property
     def _first_visible(self) -> int:
-        """The first position that the next row may see: itself and window - 1 before it."""
+        """The first position visible to the next row: window - 1 before it."""
         return 0 if self._window is None else max(0, self._length - self._window + 1)
 
 
 class RewindableCache(Cache):
-    """Layers for each block of a span, all of the same length; without `memory` each makes its own."""
+    """Layers for each block of a span, all of the same length; without `kv` each allocates its own."""
 
     def __init__(
-        self, windows: tuple[int | None, ...], places: SlotMapping, memory: KvCache | None = None, length: int = 0
+        self, windows: tuple[int | None, ...], slots: SlotMapping, kv: KvCache | None = None, length: int = 0
     ) -> None:
-        blocks = memory.blocks if memory else (None,) * len(windows)
+        blocks = kv.blocks if kv else (None,) * len(windows)
         self._rows = [
-            RewindableLayer(places, block, window, length) for block, window in zip(blocks, windows, strict=True)
+            RewindableLayer(slots, block, window, length) for block, window in zip(blocks, windows, strict=True)
         ]
         super().__init__(layers=list(self._rows))
 
@@ -154,15 +154,15 @@ class RewindableCache(Cache):
         return tuple(layer.memory for layer in self._rows if layer.memory is not None)
 
     def rewind(self, position: int) -> None:
-        """Forget the rows from `position` on, also those that a failed forward pass left in some blocks."""
+        """Drop the rows from `position` on, also those that a failed forward pass left in some blocks."""
         for layer in self._rows:
             layer.rewind(min(position, layer.get_seq_length()))
 
 
 def attention_windows(config: PreTrainedConfig) -> tuple[int | None, ...]:
-    """Return each block's sliding window, None where it sees everything, for all blocks of a model.
+    """Return the sliding window of each block of a model, None for full attention.
 
-    Raises EngineError for architectures whose blocks keep something else than a key and a value per position.
+    Raises EngineError for architectures whose state is not a key and a value per position.
     """
     windows: list[int | None] = []
     for number, layer in enumerate(DynamicCache(config=config).layers):
@@ -179,7 +179,7 @@ def attention_windows(config: PreTrainedConfig) -> tuple[int | None, ...]:
 
 
 def _kind_of(config: PreTrainedConfig, block: int, layer: type) -> str:
-    """Return what a block consists of that keeps something else, in the field's words."""
+    """Return the name of a block's unsupported layer."""
     kinds = getattr(config, "layer_types", None) or ()
     kind = kinds[block] if block < len(kinds) else ""
     if kind == "conv":

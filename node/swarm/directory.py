@@ -17,10 +17,10 @@ from dataclasses import dataclass
 from itertools import takewhile
 from typing import NamedTuple
 
+from protocol.announcements import Heartbeat, Placement, ServedSpan
 from protocol.identity import BlockRange, ModelId, PeerId, Stage
 from protocol.limits import MAX_PRESENT
 from protocol.messages import Load
-from protocol.records import Heartbeat, Placement, ServedSpan
 from selector.placement import Server
 
 LIFE_IN_INTERVALS = 4

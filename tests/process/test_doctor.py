@@ -1,4 +1,4 @@
-"""`metaswarm doctor` beside real daemons: what a user sees when all is well, and when the other one is gone."""
+"""`metaswarm doctor` beside real daemons: healthy, and with the other one dead."""
 
 import json
 import subprocess
@@ -16,7 +16,7 @@ async def examine(*flags: str) -> tuple[int, Any]:
     return done.returncode, json.loads(done.stdout)
 
 
-async def test_the_doctor_tells_a_healthy_node_from_one_that_has_lost_its_swarm(start_daemon: StartDaemon) -> None:
+async def test_tells_healthy_node_from_one_without_swarm(start_daemon: StartDaemon) -> None:
     first = await start_daemon()
     second = await start_daemon("--bootstrap", first.multiaddr)
     code, told = await examine("--data-dir", str(second.data_dir))
@@ -29,7 +29,7 @@ async def test_the_doctor_tells_a_healthy_node_from_one_that_has_lost_its_swarm(
     assert first.multiaddr in told["findings"][0]["message"]
 
 
-async def test_the_doctor_speaks_in_lines_to_people(start_daemon: StartDaemon) -> None:
+async def test_prints_lines(start_daemon: StartDaemon) -> None:
     daemon = await start_daemon()
     command = [sys.executable, "-m", "node", "doctor", "--data-dir", str(daemon.data_dir)]
     done = await trio.run_process(command, capture_stdout=True, stderr=subprocess.DEVNULL)

@@ -24,15 +24,16 @@ from node.network.addresses import AddressBook
 from node.network.interface import Network
 from node.stages.block_placement import PlacementAnnouncements
 from node.stages.span import Span
-from node.stages.span_supervisor import SpanSupervisor
+from node.stages.span_supervisor import ServingOptions, SpanSupervisor
 from node.stages.stage_policy import PolicyController
 from node.stages.stage_server import StageServer
-from node.stages.voting import Agreed, Voter
+from node.stages.voting import Agreement, Voter
 from node.swarm.dht_records import RecordKinds
 from node.swarm.link_estimates import LinkEstimates
 from node.swarm.membership import Membership
 from node.testing.fake_engine import FAKE_MODEL, FAKE_VARIANTS, FakeEngine, fake_span_info
-from node.testing.memory_hub import LinkModel, MemoryNetworkHub
+from node.testing.memory_hub import MemoryNetworkHub
+from node.testing.memory_links import LinkModel
 from node.util.offload import run_inline
 from protocol.identity import BlockRange, JobId, ModelId, PeerId, SessionId
 from protocol.messages import Open, Sampling, Slice, Step
@@ -137,7 +138,7 @@ class Peer:
     membership: Membership
     coordinator: Coordinator
     tokenizer: NumberTokenizer
-    statements: PlacementAnnouncements
+    placements: PlacementAnnouncements
     engines: list[FakeEngine] = field(default_factory=list)
 
     @property
@@ -187,7 +188,7 @@ class Swarm:
         row_s: float | None = None,
         slowness: Mapping[Variant, float] | None = None,
         ledger: QualityStore | None = None,
-        agreed: Agreed | None = None,
+        agreed: Agreement | None = None,
         draft: FakeEngine | None = None,
         **shape: Any,
     ) -> Peer:
@@ -206,8 +207,8 @@ class Swarm:
             controller=self._controller,
             agreed=lambda model: agreed,
         )
-        statements = PlacementAnnouncements(lambda: membership.announce(), wall_clock)
-        membership = self._membership(identity, network, stages, statements)
+        placements = PlacementAnnouncements(lambda: membership.announce(), wall_clock)
+        membership = self._membership(identity, network, stages, placements)
         tokenizer = NumberTokenizer()
         links = self._links(network, membership)
         coordinator = Coordinator(
@@ -225,7 +226,7 @@ class Swarm:
             chooser=chooser,
             quality_store=ledger,
         )
-        peer = Peer(network, stages, membership, coordinator, tokenizer, statements)
+        peer = Peer(network, stages, membership, coordinator, tokenizer, placements)
         self.peers.append(peer)
         make_engine = partial(
             FakeEngine,
@@ -251,18 +252,19 @@ class Swarm:
             yield engine
 
         serving = SpanSupervisor(
-            [ServeSpec("fake")],
+            ServingOptions(
+                specs=[ServeSpec("fake")],
+                memory_bytes=(int(memory_bytes) + 1) * (1 if draft is None else 2),
+                draft=draft,
+                threads=1,
+                device=Device("cpu", 1 << 40),
+                graphs_dir=Path(),
+                use_catalogue=False,
+            ),
             library=library or cast("Any", FakeLibrary()),
             membership=peer.membership,
             stages=peer.stages,
-            statements=peer.statements,
-            own_peer=peer.id,
-            memory_bytes=(int(memory_bytes) + 1) * (1 if draft is None else 2),
-            draft=draft,
-            threads=1,
-            device=Device("cpu", 1 << 40),
-            graphs_dir=Path(),
-            use_catalogue=False,
+            placements=peer.placements,
             jitter=self.rng,
             start_engine=start_engine,
             offload=run_inline,
@@ -271,7 +273,7 @@ class Swarm:
         return peer
 
     def _membership(
-        self, identity: Identity, network: Network, stages: StageServer, statements: PlacementAnnouncements
+        self, identity: Identity, network: Network, stages: StageServer, placements: PlacementAnnouncements
     ) -> Membership:
         return Membership(
             network=network,
@@ -282,7 +284,7 @@ class Swarm:
             records=RecordKinds(network),
             jitter=self.rng,
             wall_clock=wall_clock,
-            stated=statements.current,
+            stated=placements.current,
         )
 
     def _expected(self, membership: Membership, model: ModelId) -> tuple[BlockRange, ...]:
@@ -317,7 +319,7 @@ class Swarm:
 
     async def _guess(self, peer: Peer, engine: FakeEngine, *, task_status: trio.TaskStatus[None]) -> None:
         try:
-            await peer.stages.guess(engine, REFERENCE, [FAKE_MODEL], task_status=task_status)
+            await peer.stages.run_draft_model(engine, REFERENCE, [FAKE_MODEL], task_status=task_status)
         except* EngineCrashed:
             peer.engines.remove(engine)
 

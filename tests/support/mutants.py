@@ -10,6 +10,7 @@ from functools import partial
 from typing import Any, Final
 
 from protocol import canonical, chains
+from protocol.announcements import Heartbeat, Placement, Record, ServedSpan, SpanRecord
 from protocol.blobs import BlobFound, BlobInitiator, BlobRequest, BlobResponder
 from protocol.capabilities import CapabilityRecord
 from protocol.codec import decode_control, decode_step_header, encode_control, encode_step_header
@@ -23,13 +24,14 @@ from protocol.consensus import (
     open_said,
     say,
 )
+from protocol.half_duplex import Busy
 from protocol.history import HistoryDigest, decode_batch, encode_batch
 from protocol.identity import BlockRange, ModelId
 from protocol.messages import Load
 from protocol.observations import open_observation
 from protocol.presence import PresenceReader, encode_present
 from protocol.reconciliation import Equal, Listing, PackedIds, Split, Summary
-from protocol.records import Heartbeat, Placement, Record, ServedSpan, SpanRecord, open_envelope, seal, unseal
+from protocol.records import open_envelope, seal, unseal
 from protocol.states import Role
 from protocol.sync import Answers, Compare, Get, Greeting, Items, Message, Put, SyncConnection, Taken, Welcome
 from tests.support.capabilities import EPYC
@@ -217,17 +219,21 @@ def _other(role: Role) -> Role:
     return Role.INITIATOR if role is Role.RESPONDER else Role.RESPONDER
 
 
-_ASK: Final = chains.Ask(chain=_DIGEST, locator=(_DIGEST, _DIGEST), digest=_DIGEST)
+_ASK: Final = chains.GetStatements(chain=_DIGEST, locator=(_DIGEST, _DIGEST), digest=_DIGEST)
 _CHAIN_CONVERSATIONS: Final[tuple[tuple[chains.Message, ...], ...]] = (
     (_ASK,),
-    (_ASK, chains.Items(envelopes=(b"one", b"other"), last=True, rest=chains.Rest.STANDING)),
-    (_ASK, chains.Busy(retry_s=5)),
-    (_ASK, chains.Items(envelopes=(), last=True, rest=chains.Rest.RECENT), chains.Have((b"12345678", b"23456789"))),
-    (_ASK, chains.Items(envelopes=(), last=True), chains.Want(_DIGEST)),
+    (_ASK, chains.Records(envelopes=(b"one", b"other"), last=True, rest=chains.Remaining.STATEMENTS)),
+    (_ASK, Busy(retry_s=5)),
     (
         _ASK,
-        chains.Items(envelopes=(), last=True),
-        chains.Want(_DIGEST),
+        chains.Records(envelopes=(), last=True, rest=chains.Remaining.RECENT),
+        chains.Inventory((b"12345678", b"23456789")),
+    ),
+    (_ASK, chains.Records(envelopes=(), last=True), chains.GetState(_DIGEST)),
+    (
+        _ASK,
+        chains.Records(envelopes=(), last=True),
+        chains.GetState(_DIGEST),
         chains.StatePart(
             members=(chains.MemberState(peer(0), "two cores", 4096, 1024, 1),),
             cells=(chains.CellState("two cores", "short", "fast", 7, ((peer(0), -5), (peer(1), 5))),),

@@ -1,24 +1,26 @@
 """The forward pass of one span, run by transformers' own code.
 
-The base model's own forward runs, so masks, rotary embeddings and the order of things are transformers'. A stage that
-is not the first puts the hidden states it received in front of its first block, by a hook, whatever the embedding part
-of the forward made before: learned positions, embedding norms and multipliers belong to the first stage, and so no
-architecture needs a rule of its own here. Likewise, a stage that is not the last takes its output right behind its last
-block. The last one runs the whole model, with its head and whatever scales or caps the logits. A session that runs a
-part of the span enters and leaves it in the same way; the blocks around the part hand on what they are given.
+The base model's own forward runs, so masks, rotary embeddings and their order are transformers'. A stage that is not
+the first puts the hidden states it received in front of its first block, by a hook, whatever the embedding part of the
+forward made before: learned positions, embedding norms and multipliers belong to the first stage, so no architecture
+needs a special case here. Likewise, a stage that is not the last takes its output right behind its last block. The last
+one runs the whole model, with its head and whatever scales or caps the logits. A session that runs a part of the span
+enters and leaves it in the same way; the other blocks return their input.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
+from node.engine.backends.interface import Rows
 from node.engine.interface import EngineError
 from node.engine.kv_cache import BlockKvCache, KvCache, RewindableCache, SlotMapping
 from node.engine.loading import LoadedSpan
 from node.engine.outer_modules import accepted_options, only
+from node.util.text import one_line
 
 _TRIAL_ROWS = 2
 
@@ -26,10 +28,10 @@ _TRIAL_ROWS = 2
 class TransformersSpan:
     """The blocks of one span, ready to run."""
 
-    def __init__(self, span: LoadedSpan, *, first: bool, last: bool) -> None:
+    def __init__(self, span: LoadedSpan) -> None:
         self._span = span
-        self._first = first
-        self._last = last
+        self._first = span.is_first
+        self._last = span.is_last
         self._model = span.model
         self._base = span.base
         self._weight = next(span.blocks.parameters())
@@ -45,49 +47,43 @@ class TransformersSpan:
             block.register_forward_hook(partial(self._leave, number))
             block.forward = partial(self._pass, number, block.forward)
 
-    def new_cache(self, places: SlotMapping, memory: KvCache, length: int) -> RewindableCache:
-        """Return a session's KV cache, with `length` positions in it."""
-        return RewindableCache(self._span.windows, places, memory, length)
-
-    def try_out(self) -> tuple[BlockKvCache, ...]:
-        """Run a few rows, which fetches the weights from disk; return the KV memory that this took, block by block.
+    def trial_run(self) -> tuple[BlockKvCache, ...]:
+        """Run a few rows, which fetches the weights from disk; return the KV cache that this took, block by block.
 
         Raises EngineError where the architecture cannot be divided between stages.
         """
-        cache = RewindableCache(self._span.windows, SlotMapping([0]))
+        slots = SlotMapping([0])
+        cache = RewindableCache(self._span.windows, slots)
         size = self._span.hidden_size
         shape, dtype = ((_TRIAL_ROWS,), torch.long) if self._first else ((_TRIAL_ROWS, size), self._weight.dtype)
         rows = torch.zeros(shape, dtype=dtype, device=self._weight.device)
         try:
-            output = self.run(rows, cache, position=0, draws=1)
+            output = self._forward(Rows(rows, slots, 0, 1), cache, range(len(self._span.blocks)))
         except (EngineError, torch.OutOfMemoryError):
             raise
-        except Exception as error:  # whatever an architecture that nobody tried here trips over
-            raise EngineError(f"{self._name} models cannot be served: {' '.join(str(error).split())[:200]}") from error
+        except Exception as error:  # an untested architecture may raise anything
+            raise EngineError(f"{self._name} models cannot be served: {one_line(error, 200)}") from error
         expected = (1, self._span.vocabulary_size) if self._last else (_TRIAL_ROWS, size)
         if tuple(output.shape) != expected or output.is_meta or cache.length != _TRIAL_ROWS:
-            raise EngineError(f"{self._name} models cannot be served: their forward pass is no plain stack of blocks")
+            raise EngineError(f"{self._name} models cannot be served: they are not a plain stack of blocks")
         return cache.memory
 
     @torch.inference_mode()
-    def run(
-        self,
-        rows: torch.Tensor,
-        cache: RewindableCache,
-        *,
-        position: int,
-        draws: int,
-        blocks: range | None = None,
-    ) -> torch.Tensor:
-        """Run rows at `position` on top of what is cached before it, through some of the span's blocks or all of them.
+    def run(self, slices: Sequence[Rows], kv: KvCache, blocks: range | None = None) -> list[torch.Tensor]:
+        """Run the rows of sessions one session after another; see SpanRunner."""
+        blocks = range(len(self._span.blocks)) if blocks is None else blocks
+        return [
+            self._forward(part, RewindableCache(self._span.windows, part.slots, kv, part.position), blocks)
+            for part in slices
+        ]
 
-        `rows`, on the model's device: token ids i64 (rows,) where the model's first block is run, else hidden states
-        (rows, hidden size) in the model's dtype. Returns hidden states (rows, hidden size); behind the model's last
-        block logits (draws, vocabulary size), f32.
-        """
-        self._running = range(len(self._span.blocks)) if blocks is None else blocks
-        first = self._first and self._running.start == 0
-        last = self._last and self._running.stop == len(self._span.blocks)
+    @torch.inference_mode()
+    def _forward(self, part: Rows, cache: RewindableCache, blocks: range) -> torch.Tensor:
+        """Run rows on top of what is cached before them."""
+        self._running = blocks
+        rows, position, draws = part.rows, part.position, part.draws
+        first = self._first and blocks.start == 0
+        last = self._last and blocks.stop == len(self._span.blocks)
         cache.rewind(position)
         batch = rows.unsqueeze(0)
         # Where the model's first block is here but not run, its embedding runs for nothing, and so on anything.
@@ -118,7 +114,7 @@ class TransformersSpan:
     def _enter(
         self, number: int, _block: nn.Module, inputs: tuple[Any, ...], options: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        """Give the first block of the pass the hidden states that came from the stage before."""
+        """Give the first block of the pass the hidden states from the previous stage."""
         if self._entering is None or number != self._running.start:
             return None
         embedded = inputs[0] if inputs else options.get("hidden_states")
@@ -129,14 +125,14 @@ class TransformersSpan:
         return (), {**options, "hidden_states": self._entering}
 
     def _pass(self, number: int, forward: Callable[..., Any], *inputs: Any, **options: Any) -> Any:
-        """Run a block, or hand on what it is given if it takes no part."""
+        """Run a block, or return its input if it takes no part."""
         if number in self._running:
             return forward(*inputs, **options)
         hidden = inputs[0] if inputs else options["hidden_states"]
         return (hidden, None) if self._gives_tuples else hidden
 
     def _leave(self, number: int, _block: nn.Module, _inputs: tuple[Any, ...], output: Any) -> None:
-        """Keep what the last block of the pass gives."""
+        """Keep the output of the last block of the pass."""
         if number != self._running.stop - 1:
             return
         self._gives_tuples = isinstance(output, tuple)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from node import app
-from node.cli import daemon, logs, run
+from node.cli import logs, run
 from node.config import NodeConfig, NodeReady, ServeSpec, StartError
 from node.joining import best_address, conflicts, join_elsewhere, join_here
 from node.models.catalogue import DEMO_MODEL
@@ -142,7 +142,7 @@ def test_a_node_that_only_its_machine_can_reach_says_so(
     assert run(["node"]) == 0
     output = capsys.readouterr().out
     assert len(printed_commands(output)) == 1
-    assert "other machines cannot reach this node: start it with --listen" in output
+    assert "other machines cannot reach this node; --listen" in output
     assert best_address(()) is None
 
 
@@ -151,7 +151,7 @@ def test_a_node_that_serves_nothing_says_what_is_missing(
 ) -> None:
     assert run(["node"]) == 0
     output = capsys.readouterr().out
-    assert "serves   no blocks: start it with --serve MODEL to serve some" in output
+    assert "serves   no blocks; --serve MODEL serves some" in output
     assert all("--serve" in command for command in printed_commands(output))
 
 
@@ -188,9 +188,3 @@ def test_the_environment_is_heard(fake_node: FakeNode, monkeypatch: pytest.Monke
     assert run(["node"]) == 0
     assert fake_node.config is not None
     assert len(fake_node.config.serve) == 2
-
-
-def test_every_option_of_the_configuration_has_a_flag() -> None:
-    from node.config import OPTIONS
-
-    assert {parameter.name for parameter in daemon.node.params} == {*OPTIONS, "config", "as_json"}

@@ -4,14 +4,14 @@ from pathlib import Path
 import pytest
 
 from node.cli import run
-from node.config import load_config
+from node.cli.options import read_config
 
 
 def test_the_key_is_one_that_a_node_takes_and_nobody_else_can_read(tmp_path: Path) -> None:
     file = tmp_path / "swarm.key"
     assert run(["keygen", str(file)]) == 0
     assert file.stat().st_mode & 0o777 == 0o600
-    key = load_config({"swarm_key": str(file)}, {}).swarm_key
+    key = read_config(f"--swarm-key={file}").swarm_key
     assert key is not None
     assert key == file.read_text().strip()
     assert len(key) == 64

@@ -88,6 +88,6 @@ def test_a_misspelt_variable_stops_the_daemon_and_is_a_warning_elsewhere(
     fault = "unknown environment variable 'METASWARM_MEMROY'; did you mean 'METASWARM_MEMORY'?"
     for verb in ("node", "doctor"):
         assert run([verb]) == 2
-        assert capsys.readouterr().err == f"metaswarm: {fault}\n"
+        assert capsys.readouterr().err == f"metaswarm: {fault}; see `metaswarm {verb} --help`\n"
     assert run(["model", "list", "--json"]) == 0
     assert capsys.readouterr().err == f"metaswarm: warning: {fault}\n"

@@ -69,7 +69,7 @@ def test_peers_tells_what_was_refused_failed_and_is_held() -> None:
         assert fact in said
 
 
-@pytest.mark.parametrize(("serve", "words"), [([], "start it with --serve MODEL"), (["tiny"], "no blocks yet of tiny")])
+@pytest.mark.parametrize(("serve", "words"), [([], "--serve MODEL serves some"), (["tiny"], "no blocks yet of tiny")])
 def test_status_of_a_node_that_serves_nothing_says_why(
     serve: list[str], words: str, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -8,8 +8,8 @@ from structlog.testing import capture_logs
 from trio.testing import MockClock
 
 from node.coordinator.submission import JobError, JobErrorCode, JobRequest, JobResult, TextDelta
+from protocol.announcements import Placement
 from protocol.identity import BlockRange
-from protocol.records import Placement
 from tests.support.job_peers import Peer, Swarm, open_swarm
 from tests.unit.coordinator.test_jobs import PROMPT, THIRDS, right_tokens
 
@@ -81,7 +81,7 @@ async def test_waits_for_a_live_peer_that_loads_the_blocks_again(virtual_clock: 
         victim = swarm.peers[1]
         blocks = BlockRange(*THIRDS[1])
         placement = Placement(model=victim.engines[0].info.model, blocks=blocks, rate=1.0, movable=False)
-        victim.statements.say("span", placement)
+        victim.placements.publish("span", placement)
         await trio.sleep(5)
 
         async def load_again() -> None:

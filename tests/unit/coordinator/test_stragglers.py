@@ -11,9 +11,10 @@ from trio.testing import MockClock
 from node.coordinator import planner
 from node.coordinator.submission import JobRequest, JobResult, JobStarted, TextDelta
 from node.engine.interface import SliceInput, StepResult
-from node.links import link
-from node.stages.span import Span, _Outgoing
-from node.testing.memory_hub import LinkModel
+from node.links import liveness
+from node.stages.outbox import Output, send_outputs
+from node.stages.span import Span
+from node.testing.memory_links import LinkModel
 from protocol.connection import PROTOCOL_IDS
 from protocol.identity import JobId, PeerId, SessionId
 from protocol.messages import Progress
@@ -204,14 +205,13 @@ async def test_replaces_a_stage_that_takes_rows_and_forwards_nothing(
             await swarm.join(span)
         peer = await swarm.join()
         await swarm.settle()
-        send_all = Span._send_all
         silent: list[Span] = []
 
-        def swallow(span: Span, outgoing: Iterable[_Outgoing]) -> None:
-            if span not in silent:
-                send_all(span, outgoing)
+        def swallow(outputs: Iterable[Output]) -> None:
+            outboxes = [session.outbox for span in silent for session in span.sessions.values()]
+            send_outputs(output for output in outputs if output.outbox not in outboxes)
 
-        monkeypatch.setattr(Span, "_send_all", swallow)
+        monkeypatch.setattr("node.stages.span.send_outputs", swallow)
         async with peer.coordinator.submit(REQUEST) as events:
             async for event in events:
                 if isinstance(event, JobStarted):
@@ -242,9 +242,9 @@ async def test_leaves_stages_alone_whose_rows_take_long_on_their_way(
     virtual_clock: MockClock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A home's upstream, scaled down as the rows are: 1500 of 128 bytes, which take 4 s to each next stage."""
-    for module in (planner, link):
+    for module in (planner, liveness):
         monkeypatch.setattr(module, "SLOWEST_BYTES_PER_S", 40e3)
-    monkeypatch.setattr(link, "UNMARKED_BYTES", 16_000)
+    monkeypatch.setattr(liveness, "UNACKED_BYTES", 16_000)
     async with open_swarm(link=LinkModel(bandwidth=50e3)) as swarm:
         for span in (*THIRDS, *THIRDS):
             await swarm.join(span)

@@ -13,7 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import node.engine.shard
-from node.engine.backends.batched import Rows
+from node.engine.backends.interface import Rows
 from node.engine.engine_config import EngineOptions, ShardSource
 from node.engine.interface import REFERENCE, EngineError, EngineFull, SliceInput, StepResult, Variant
 from node.engine.shard import Shard, open_shard
@@ -168,7 +168,7 @@ def test_penalties_need_the_tokens_so_far(make_tiny_model: MakeTinyModel) -> Non
         rows = SliceInput(
             session=session(1), position=0, tensor=tensor_from_tokens(PROMPT[:4]), draws=1, history=history
         )
-        with pytest.raises(EngineError, match="tokens are known of the 4"):
+        with pytest.raises(EngineError, match="of the 4 tokens that penalties depend on"):
             shard.step_now([rows])
 
 
@@ -236,12 +236,12 @@ def test_forward_pass_that_fails_costs_the_guilty_sessions_alone(
         shard.open_now(session(number), 40, options)
     alone = [tokens_from_tensor(step_all([number]).outputs[0].tensor) for number in range(7)]
     compute, passes = shard.shard._compute, []
-    bad = {id(shard.shard._sessions[session(number)].places) for number in guilty}
+    bad = {id(shard.shard._sessions[session(number)].slots) for number in guilty}
 
     def fail(variant: Variant, blocks: BlockRange, parts: Sequence[Rows]) -> Sequence[torch.Tensor]:
         passes.append(len(parts))
         computed = compute(variant, blocks, parts)  # which has written keys and values, too
-        if bad & {id(part.places) for part in parts}:
+        if bad & {id(part.slots) for part in parts}:
             raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
         return computed
 
@@ -340,8 +340,8 @@ CANNOT_BE_SERVED: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "t5": ({"model_type": "t5"}, r"T5 \(t5\) is an encoder with a decoder"),
     "quantised": ({"model_type": "llama", "quantization_config": {"quant_method": "fp8"}}, "import unquantised ones"),
-    "odd sizes": ({"model_type": "gpt2", "n_embd": 33, "n_head": 4, "n_layer": 2}, "makes no sense"),
-    "wrong types": ({"model_type": "llama", "hidden_size": "wide"}, "makes no sense"),
+    "odd sizes": ({"model_type": "gpt2", "n_embd": 33, "n_head": 4, "n_layer": 2}, "config is not valid"),
+    "wrong types": ({"model_type": "llama", "hidden_size": "wide"}, "config is not valid"),
 }
 
 

@@ -13,9 +13,9 @@ from node.swarm.directory import (
     MAX_UNREACHED_PER_TELLER,
     Directory,
 )
+from protocol.announcements import Heartbeat, Placement, ServedSpan
 from protocol.identity import BlockRange, ModelId, PeerId, peer_id_from_public_key
 from protocol.messages import Load
-from protocol.records import Heartbeat, Placement, ServedSpan
 
 PEER = peer_id_from_public_key(bytes(32))
 US = peer_id_from_public_key(bytes([1] * 32))
@@ -96,7 +96,7 @@ def test_who_is_started_again_no_longer_means_to_serve_what_it_said_before() -> 
         clock_s = 1_800_000_000.0 + sequence
         statements = PlacementAnnouncements(lambda: None, lambda clock_s=clock_s: clock_s)  # type: ignore[misc]
         if blocks is not None:
-            statements.say(MODEL, Placement(model=MODEL, blocks=blocks, rate=1.0, movable=False))
+            statements.publish(MODEL, Placement(model=MODEL, blocks=blocks, rate=1.0, movable=False))
         said = statements.current()
         said_in = replace(heartbeat(sequence), placements=said.placements, placed_at_ms=said.said_at_ms)
         directory.hear(said_in, float(sequence), dialled=True)

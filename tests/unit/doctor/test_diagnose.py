@@ -1,4 +1,4 @@
-"""Every fault that the doctor knows, staged with real sockets, real files and real hosts."""
+"""Every fault of a diagnosis, staged with real sockets, real files and real hosts."""
 
 import fcntl
 import os
@@ -16,7 +16,8 @@ import pytest
 import trio
 
 from node.config import LOCK_FILE, NodeConfig, ServeSpec
-from node.doctor import Consequence, Diagnosis, Fault, RunningNode, diagnose
+from node.doctor.diagnose import diagnose
+from node.doctor.report import Consequence, Diagnosis, Fault, RunningNode
 from node.identity import Identity, load_or_create
 from node.models.importer import import_model
 from node.models.store import ModelStore
@@ -26,9 +27,9 @@ from node.storage.database import DATABASE_FILE, open_database
 from node.storage.history import HistoryStore
 from node.swarm.dht_records import RecordKinds
 from node.swarm.membership import Membership
+from protocol.announcements import ServedSpan
 from protocol.identity import BlockRange, ModelId
 from protocol.messages import Load
-from protocol.records import ServedSpan
 from protocol.sync import PROTOCOL_ID
 from tests.support.observations import signed
 from tests.unit.api.fakes import FakeNode
@@ -39,9 +40,9 @@ MODEL = ModelId("5a" * 32)
 
 
 @pytest.fixture(autouse=True)
-def impatience(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Who says nothing is not waited for as long as on a real network."""
-    monkeypatch.setattr(probe_port, "GREETING_TIMEOUT_S", 1.0)
+def short_probe_timeout(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Give up on silent ports sooner than on a real network."""
+    monkeypatch.setattr(probe_port, "PROBE_TIMEOUT_S", 1.0)
 
 
 @pytest.fixture
@@ -115,14 +116,14 @@ def running(**changes: Any) -> RunningNode:
     return RunningNode({**FakeNode().status_document(), **changes}, ())  # type: ignore[typeddict-item]  # fields of the same document
 
 
-async def test_a_node_that_could_join_is_well(config: NodeConfig) -> None:
+async def test_healthy_node_has_no_findings(config: NodeConfig) -> None:
     async with peer(1, spans=[(0, 4)]) as bootstrap:
         found = await diagnose(replace(config, bootstrap=(bootstrap,)))
     assert found.findings == []
     assert len(found.peers) == 1
 
 
-async def test_closed_port_of_the_bootstrap_peer(config: NodeConfig) -> None:
+async def test_closed_port_of_bootstrap_peer(config: NodeConfig) -> None:
     found = await diagnose(replace(config, bootstrap=(closed_address(),)))
     assert only(found) == (Fault.CLOSED_PORT, Consequence.JOIN)
 
@@ -139,7 +140,7 @@ async def test_wrong_swarm_key(config: NodeConfig, theirs: str | None, ours: str
     assert only(found) == (Fault.WRONG_SWARM_KEY, Consequence.JOIN)
 
 
-async def test_the_right_swarm_key_is_well(config: NodeConfig) -> None:
+async def test_right_swarm_key_is_healthy(config: NodeConfig) -> None:
     async with peer(1, swarm_key="ab" * 32) as bootstrap:
         found = await diagnose(replace(config, bootstrap=(bootstrap,), swarm_key="ab" * 32))
     assert found.findings == []
@@ -188,7 +189,7 @@ async def listener_of_another_version() -> AsyncIterator[str]:
         yield network.multiaddrs[0]
 
 
-async def test_another_release_is_told_and_does_no_harm(config: NodeConfig) -> None:
+async def test_other_release_is_a_note(config: NodeConfig) -> None:
     async with peer(1, agent="metaswarm/7.3.0") as bootstrap:
         found = await diagnose(replace(config, bootstrap=(bootstrap,)))
     assert [(finding.fault, finding.grave) for finding in found.findings] == [(Fault.VERSION_APART, False)]
@@ -204,20 +205,20 @@ async def test_bootstrap_dead(config: NodeConfig) -> None:
     assert only(found) == (Fault.BOOTSTRAP_DEAD, Consequence.JOIN)
 
 
-async def test_one_dead_bootstrap_peer_of_two_does_no_harm(config: NodeConfig) -> None:
+async def test_one_dead_bootstrap_peer_of_two_is_a_note(config: NodeConfig) -> None:
     async with peer(1) as bootstrap:
         found = await diagnose(replace(config, bootstrap=(closed_address(), bootstrap)))
     assert found.healthy
     assert [finding.fault for finding in found.findings] == [Fault.CLOSED_PORT]
 
 
-async def test_no_bootstrap_peer_is_no_fault_of_a_first_node(config: NodeConfig) -> None:
+async def test_missing_bootstrap_peer_is_a_note(config: NodeConfig) -> None:
     found = await diagnose(config)
     assert found.healthy
     assert [finding.fault for finding in found.findings] == [Fault.NO_BOOTSTRAP]
 
 
-async def test_another_program_or_another_peer_where_the_bootstrap_peer_was(config: NodeConfig) -> None:
+async def test_wrong_peer_at_bootstrap_address(config: NodeConfig) -> None:
     async def refuse(stream: trio.SocketStream) -> None:
         async with stream:
             await stream.receive_some()
@@ -232,7 +233,7 @@ async def test_another_program_or_another_peer_where_the_bootstrap_peer_was(conf
     assert only(found) == (Fault.WRONG_PEER, Consequence.JOIN)
 
 
-async def test_corrupt_file_of_a_model(config: NodeConfig, tmp_path: Path) -> None:
+async def test_corrupt_model_file(config: NodeConfig, tmp_path: Path) -> None:
     package = import_model(str(write_checkpoint(tmp_path / "checkpoint")), ModelStore(config.cache_dir))
     path = package.path_of(package.manifest.blocks[1])
     path.chmod(0o600)
@@ -245,7 +246,7 @@ async def test_corrupt_file_of_a_model(config: NodeConfig, tmp_path: Path) -> No
     assert (await diagnose(replace(config, serve=(ServeSpec(package.model_id, BlockRange(0, 1)),)))).healthy
 
 
-async def test_corrupt_file_of_the_history(config: NodeConfig) -> None:
+async def test_corrupt_database(config: NodeConfig) -> None:
     path = config.data_dir / DATABASE_FILE
     async with open_database(path) as database:
         await HistoryStore(database).add_many([signed(number) for number in range(50)])
@@ -253,7 +254,7 @@ async def test_corrupt_file_of_the_history(config: NodeConfig) -> None:
     assert only(await diagnose(config)) == (Fault.CORRUPT_FILE, Consequence.SERVE)
 
 
-async def test_corrupt_file_of_the_identity(config: NodeConfig) -> None:
+async def test_corrupt_key(config: NodeConfig) -> None:
     (config.data_dir / "peer.key").write_text("ab")
     (config.data_dir / "peer.key").chmod(0o600)
     assert only(await diagnose(config)) == (Fault.CORRUPT_FILE, Consequence.START)
@@ -288,13 +289,13 @@ async def test_name_taken_identity(config: NodeConfig) -> None:
     assert only(found) == (Fault.NAME_TAKEN, Consequence.JOIN)
 
 
-async def test_what_keeps_a_node_from_starting_comes_first(config: NodeConfig) -> None:
+async def test_sorts_findings_by_consequence(config: NodeConfig) -> None:
     (config.data_dir / "peer.key").write_text("ab")
     (config.data_dir / "peer.key").chmod(0o600)
     found = await diagnose(replace(config, bootstrap=(closed_address(),)))
     assert [finding.consequence for finding in found.findings] == [Consequence.START, Consequence.JOIN]
 
 
-async def test_the_doctor_changes_nothing(config: NodeConfig) -> None:
+async def test_changes_nothing(config: NodeConfig) -> None:
     await diagnose(config)
     assert list(config.data_dir.iterdir()) == []

@@ -1,0 +1,202 @@
+"""The options of a node, each declared once: flag, environment variable, key of the configuration file, type and help.
+
+`data_dir` is `--data-dir` as a flag, METASWARM_DATA_DIR in the environment and `data_dir = "…"` in the file; click
+looks them up in this order. A list given in one place replaces the list of a lower one. Every fault is a usage error of
+one line that names the place.
+"""
+
+import os
+import tomllib
+from collections.abc import Mapping
+from itertools import chain
+from pathlib import Path
+from typing import Any, Final
+
+import click
+from click.core import ParameterSource
+
+from node.cli import option_types as types
+from node.config import ENVIRONMENT_PREFIX, NodeConfig, default_cache_dir, default_data_dir
+from node.util.suggestions import did_you_mean
+from protocol.limits import MAX_SPANS
+
+SETTINGS: Final = {"auto_envvar_prefix": ENVIRONMENT_PREFIX.rstrip("_")}
+"""Context settings of the commands that take these options."""
+
+TEST_VARIABLES: Final = ("REQUIRE_ALL", "TEST_DEVICE")
+"""Environment variables of the test suite, without the prefix."""
+
+
+class NodeOption(click.Option):
+    """An option whose errors name the place where its value stands."""
+
+    def get_error_hint(self, ctx: click.Context | None) -> str:
+        """Return the flag, the environment variable or the key and its file."""
+        source = ctx.get_parameter_source(self.name) if ctx else None
+        if source is ParameterSource.ENVIRONMENT:
+            return f"{ENVIRONMENT_PREFIX}{self.name.upper()}"
+        if ctx and source is ParameterSource.DEFAULT_MAP:
+            return f"{self.name} in {ctx.meta[__name__]}"
+        return self.opts[0]
+
+
+def _use_file(context: click.Context, option: click.Parameter, path: Path | None) -> None:
+    """Make the configuration file the source of options that neither flag nor environment gives."""
+    if path is None:
+        return
+    context.meta[__name__] = path
+    try:
+        table = tomllib.loads(types.read_text(path))
+    except tomllib.TOMLDecodeError as error:
+        raise click.BadParameter(f"{path} is not valid TOML: {error}", context, option) from None
+    except ValueError as error:
+        raise click.BadParameter(str(error), context, option) from None
+    known = {each.name: each for each in NODE_OPTIONS if each is not option}
+    for name in table:
+        if name not in known:
+            fault = f"{path}: unknown option {name!r}{did_you_mean(name, known)}; the options are {', '.join(known)}"
+            raise click.UsageError(fault, context)
+    context.default_map = {name: _value_in_file(known[name], value, path.parent) for name, value in table.items()}
+
+
+def _value_in_file(option: click.Option, value: Any, folder: Path) -> str | list[str]:
+    values = [str(each) for each in (value if isinstance(value, list) and option.multiple else [value])]
+    if isinstance(option.type, types.Parsed) and option.type.is_path:
+        values = [str(folder / Path(text).expanduser()) if text else text for text in values]
+    return values if option.multiple else values[0]
+
+
+def _all_addresses(context: click.Context, option: click.Parameter, lists: tuple[list[str], ...]) -> tuple[str, ...]:
+    """Return the addresses of all values; where no place has any, of the list that ships with the program."""
+    if context.get_parameter_source(option.name) is ParameterSource.DEFAULT:
+        lists = (types.shipped_bootstrap(),)
+    return tuple(dict.fromkeys(chain.from_iterable(lists)))
+
+
+def _check_span_count(context: click.Context, option: click.Parameter, specs: tuple[Any, ...]) -> tuple[Any, ...]:
+    if len(specs) > MAX_SPANS:  # a heartbeat cannot carry more
+        raise click.BadParameter(f"{len(specs)} spans; a node serves at most {MAX_SPANS}", context, option)
+    return specs
+
+
+def _option(flag: str, kind: click.ParamType[Any], metavar: str, text: str, **settings: Any) -> NodeOption:
+    return NodeOption([flag], type=kind, metavar=metavar, help=text, **settings)
+
+
+_BATCHING: Final = click.Choice(["one", "static", "continuous"], case_sensitive=False)
+_LOG_LEVEL: Final = click.Choice(["debug", "info", "warning", "error"], case_sensitive=False)
+
+NODE_OPTIONS: Final[tuple[NodeOption, ...]] = (
+    _option("--data-dir", types.PATH, "DIR", "Folder of identity and history; one for each node."),
+    _option("--cache-dir", types.PATH, "DIR", "Folder of model packages; nodes may share it."),
+    _option(
+        *("--cache-limit", types.SIZE, "BYTES"),
+        "Maximum size of weights fetched from peers, e.g. 50GiB (LRU eviction; served files are kept).",
+    ),
+    _option(
+        *("--listen", types.LISTEN_ADDRESS, "MULTIADDR"),
+        "Address for peers [default: /ip4/0.0.0.0/tcp/4001]; port 0 takes a free one.",
+        multiple=True,
+    ),
+    _option(
+        *("--api", types.HOST_AND_PORT, "HOST:PORT"),
+        "Address of the HTTP API [default: 127.0.0.1:8642]; port 0 takes a free one.",
+    ),
+    _option(
+        *("--api-key", types.API_KEY, "KEY"),
+        "API key; required unless --api is loopback. Prefer METASWARM_API_KEY: flags show up in `ps`.",
+    ),
+    _option(
+        *("--bootstrap", types.BOOTSTRAP, "FILE_OR_MULTIADDR"),
+        "Peers to dial first: a multiaddr with /p2p/PEER-ID, or a YAML file `peers: [...]`.",
+        multiple=True,
+        callback=_all_addresses,
+    ),
+    _option(
+        *("--serve", types.SERVE_SPEC, "MODEL[:START-END]"),
+        "Model to serve; blocks START to END (exclusive), by default the node's choice.",
+        multiple=True,
+        callback=_check_span_count,
+    ),
+    _option(
+        *("--draft", types.TEXT, "MODEL"),
+        "Draft model for speculative decoding (same tokenizer, several times faster).",
+    ),
+    _option("--swarm-key", types.SWARM_KEY, "FILE", "Key of a private swarm, from `metaswarm keygen`."),
+    _option(
+        *("--config", types.PATH, "FILE"),
+        "TOML file with any of these options, dashes as underscores.",
+        is_eager=True,
+        expose_value=False,
+        callback=_use_file,
+    ),
+    _option(
+        *("--memory", types.SIZE, "BYTES"),
+        "Memory limit for weights, KV cache and replay buffers, e.g. 4GiB; on a GPU, device memory for weights and "
+        "KV cache.",
+    ),
+    NodeOption(["--no-mdns"], is_flag=True, help="Disable peer discovery on the local network."),
+    NodeOption(["--no-catalogue"], is_flag=True, help="Fetch models from peers only, never from their source."),
+    _option("--threads", click.IntRange(1, 1024), "N", "Threads of the engine."),
+    _option(
+        "--device", types.DEVICE, "NAME", "Device of the engine: auto (default: a GPU if any), cpu, cuda:N or mps."
+    ),
+    _option("--batching", _BATCHING, "HOW", "Batching of sessions: one, static or continuous (default)."),
+    _option(
+        *("--epoch", click.IntRange(5, 86_400), "SECONDS"),
+        "Length of a consensus epoch, the same at every peer [default: 600].",
+    ),
+    _option(
+        *("--checkpoint", types.DIGEST, "HASH"),
+        "Pin the chain to the branch that contains this hash (shown by `metaswarm status`).",
+        multiple=True,
+    ),
+    _option(
+        *("--exploration", types.SHARE, "FRACTION"),
+        "Fraction of job time that may be spent exploring methods, 0 to 1 [default: 0.1].",
+    ),
+    _option("--log-level", _LOG_LEVEL, "LEVEL", "Log level: debug, info (default), warning or error."),
+)
+
+_FIELD_OF: Final[Mapping[str, str]] = {
+    "memory": "memory_bytes",
+    "cache_limit": "cache_limit_bytes",
+    "epoch": "epoch_s",
+    "checkpoint": "checkpoints",
+}
+"""Options whose field of NodeConfig has another name."""
+
+
+def make_config(values: Mapping[str, Any]) -> NodeConfig:
+    """Return the configuration from the values of options; None and () stand for the default. Raises ConfigError."""
+    given = {name: value for name, value in values.items() if value is not None and value != ()}
+    config: dict[str, Any] = {"data_dir": default_data_dir(), "cache_dir": default_cache_dir()}
+    config["mdns"] = not given.pop("no_mdns", False)
+    if api := given.pop("api", None):
+        config["api_host"], config["api_port"] = api
+    if swarm_key := given.pop("swarm_key", None):
+        config["swarm_key"], config["swarm_key_file"] = swarm_key
+    return NodeConfig(**config | {_FIELD_OF.get(name, name): value for name, value in given.items()})
+
+
+def read_config(*arguments: str) -> NodeConfig:
+    """Return the configuration from these flags, the environment and the file. Raises UsageError or ConfigError."""
+    command = click.Command("node", params=list(NODE_OPTIONS), context_settings=SETTINGS)
+    return make_config(command.make_context("metaswarm", list(arguments)).params)
+
+
+def refuse_unknown_variables() -> None:
+    """Raise UsageError for variables METASWARM_… that are not options."""
+    if faults := unknown_variables():
+        raise click.UsageError("; ".join(faults))
+
+
+def unknown_variables() -> list[str]:
+    """Return a line for each variable METASWARM_… that is not an option."""
+    known = [*(option.name.upper() for option in NODE_OPTIONS), *TEST_VARIABLES]
+    named = sorted(name for name in os.environ if name.startswith(ENVIRONMENT_PREFIX) and os.environ[name])
+    return [
+        f"unknown environment variable {name!r}{did_you_mean(option, known, ENVIRONMENT_PREFIX)}"
+        for name in named
+        if (option := name.removeprefix(ENVIRONMENT_PREFIX)) not in known
+    ]

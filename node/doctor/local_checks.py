@@ -1,0 +1,143 @@
+"""Checks of this machine: data directory, device, ports, and the files of identity, history and models."""
+
+import fcntl
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Final
+
+import psutil
+
+from node.config import LOCK_FILE, MEMORY_SHARE, NodeConfig, ServeSpec
+from node.doctor.report import Consequence, Fault, Finding, RunningNode
+from node.engine.device import DeviceError, find_device
+from node.identity import KEY_FILE, IdentityError, load_or_create
+from node.models.errors import ModelError
+from node.models.store import ModelStore, Package, UnknownModelError
+from node.network.addresses import TcpAddress, parse_address
+from node.network.interface import NetworkError
+from node.network.transport import bind
+from node.storage.database import DATABASE_FILE, StorageError, find_damage
+from protocol.identity import BlockRange, ModelId
+
+MIN_FREE_BYTES: Final = 64 << 20
+
+
+def check_data_dir(config: NodeConfig, running: RunningNode | None) -> Iterator[Finding]:
+    """Check access to the data directory, its lock and its disk."""
+    folder = config.data_dir
+    if not folder.exists():
+        return
+    if not os.access(folder, os.W_OK | os.X_OK):
+        message = f"{folder} is not writable: choose another --data-dir"
+        yield Finding(Fault.NAME_TAKEN, Consequence.START, message)
+        return
+    if running is None and _is_locked(folder / LOCK_FILE):
+        message = f"another node uses {folder} and its API does not answer: stop it, or choose another --data-dir"
+        yield Finding(Fault.NAME_TAKEN, Consequence.START, message)
+    free_bytes = psutil.disk_usage(str(folder)).free
+    if free_bytes < MIN_FREE_BYTES:
+        message = f"the disk of {folder} is full ({free_bytes >> 20} MiB free), no history can be stored: free some"
+        yield Finding(Fault.DISK_FULL, Consequence.SERVE, message)
+
+
+def _is_locked(path: Path) -> bool:
+    try:
+        with path.open("r") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+    return False
+
+
+async def check_device(config: NodeConfig) -> tuple[int, list[Finding]]:
+    """Return the free memory of the device that the node would use, and findings."""
+    try:
+        return (await find_device(config.device)).free_bytes, []
+    except DeviceError as error:
+        message = f"cannot compute on {config.device}: {error}; see --device"
+        return psutil.virtual_memory().available, [Finding(Fault.NO_DEVICE, Consequence.START, message)]
+
+
+async def check_ports(config: NodeConfig) -> list[Finding]:
+    """Check that the node could bind its ports."""
+    wanted = [(f"--listen {text}", parse_address(text)) for text in config.listen]
+    if config.api_host != "localhost":
+        kind = "ip6" if ":" in config.api_host else "ip4"
+        api = TcpAddress(kind, config.api_host, config.api_port, None)
+        wanted.append((f"--api {config.api_host}:{config.api_port}", api))
+    findings = []
+    for option, address in wanted:
+        try:
+            for listener in await bind(address):
+                await listener.aclose()
+        except NetworkError as error:
+            findings.append(Finding(Fault.NAME_TAKEN, Consequence.START, f"{option}: {error}: choose another port"))
+    return findings
+
+
+def check_files(config: NodeConfig, free_bytes: int, running: RunningNode | None) -> list[Finding]:
+    """Check key, database and model files. Hashes what is to be served, which may take a while."""
+    return [*_check_own_files(config), *_check_models(config, free_bytes, running)]
+
+
+def _check_own_files(config: NodeConfig) -> Iterator[Finding]:
+    if (config.data_dir / KEY_FILE).exists():
+        try:
+            load_or_create(config.data_dir)
+        except IdentityError as error:
+            yield Finding(Fault.CORRUPT_FILE, Consequence.START, str(error))
+    database = config.data_dir / DATABASE_FILE
+    try:
+        damage = find_damage(database)
+    except (StorageError, OSError) as error:
+        damage = str(error)
+    if damage is not None:
+        message = f"{database} is damaged ({damage}): restart the node, which sets it aside and syncs with the swarm"
+        yield Finding(Fault.CORRUPT_FILE, Consequence.SERVE, message)
+
+
+def _check_models(config: NodeConfig, free_bytes: int, running: RunningNode | None) -> Iterator[Finding]:
+    store = ModelStore(config.cache_dir)
+    known = [ModelId(model["model"]) for model in running.models] if running else []
+    loaded = {span["model"] for span in running.status["spans"]} if running else set()
+    for spec in config.serve:
+        try:
+            package = store.find(store.resolve(spec.model, known))
+            if package is not None:  # else the node fetches it when it starts
+                yield from _check_package(spec, store, package)
+                if package.model_id not in loaded:
+                    yield from _check_memory(spec, package, config, free_bytes)
+        except UnknownModelError as error:
+            yield Finding(Fault.UNKNOWN_MODEL, Consequence.SERVE, str(error))
+        except ModelError as error:
+            yield Finding(Fault.CORRUPT_FILE, Consequence.SERVE, str(error))
+
+
+def _check_package(spec: ServeSpec, store: ModelStore, package: Package) -> Iterator[Finding]:
+    whole = BlockRange(0, package.manifest.block_count)
+    if spec.blocks is not None and spec.blocks.end > whole.end:
+        yield Finding(Fault.MISSING_BLOCK, Consequence.START, f"cannot serve {spec}: the model has blocks {whole}")
+        return
+    # Where the node chooses its blocks itself, every file that is here may be among them.
+    for name in store.verify(package.model_id, spec.blocks).corrupt:
+        message = (
+            f"{package.path / name} does not match its hash: the node fetches it again from peers; if none has it, "
+            f"import the model again"
+        )
+        yield Finding(Fault.CORRUPT_FILE, Consequence.SERVE, message)
+
+
+def _check_memory(spec: ServeSpec, package: Package, config: NodeConfig, free_bytes: int) -> Iterator[Finding]:
+    blocks = spec.blocks or BlockRange(0, 1)
+    needed_bytes = package.manifest.bytes_of(blocks)
+    limit_bytes = config.memory_bytes or int(free_bytes * MEMORY_SHARE)
+    if needed_bytes > limit_bytes // len(config.serve):
+        where = "--memory allows" if config.memory_bytes else "are free"
+        message = (
+            f"blocks {blocks} of {spec.model} weigh {needed_bytes >> 20} MiB and {limit_bytes >> 20} MiB {where}"
+            f"{' for all spans' if len(config.serve) > 1 else ''}: serve fewer blocks, or raise --memory"
+        )
+        yield Finding(Fault.NO_MEMORY, Consequence.SERVE, message)
