@@ -18,6 +18,7 @@ from protocol import fields
 from protocol.consensus import MAX_EPOCH, MAX_READING
 from protocol.errors import RemoteProtocolError
 from protocol.fields import SHA256_BYTES
+from protocol.forms import Counter, Digest, Envelope
 from protocol.framing import FrameReader
 from protocol.half_duplex import MAX_PAYLOAD_BYTES, Busy, HalfDuplexConnection, HalfDuplexProtocol, Turn, packed
 from protocol.identity import PeerId, peer_id_from_public_key, public_key_of
@@ -31,7 +32,7 @@ from protocol.limits import (
     MAX_PART_CELLS,
     MAX_PART_MEMBERS,
 )
-from protocol.schema import Count, Counter, Digest, Envelope, Form, Range, name
+from protocol.schema import Count, Form, Range, name
 from protocol.states import Role
 
 PROTOCOL_ID: Final = "/metaswarm/chain/1.0.0"

@@ -14,6 +14,7 @@ from typing import Annotated, Final, TypeAlias
 from protocol import fields
 from protocol.canonical import Value
 from protocol.errors import RemoteProtocolError
+from protocol.forms import Digest, Envelope
 from protocol.half_duplex import Busy, HalfDuplexConnection, HalfDuplexProtocol, Turn, packed, require_ascending
 from protocol.limits import MAX_BUCKET, MAX_COUNT, MAX_GET, MAX_LISTED, MAX_QUERIES
 from protocol.reconciliation import (
@@ -28,7 +29,7 @@ from protocol.reconciliation import (
     key_range,
     parse_prefix,
 )
-from protocol.schema import Count, Digest, Envelope, Form, Range
+from protocol.schema import Count, Form, Range
 from protocol.states import Role
 
 PROTOCOL_ID: Final = "/metaswarm/sync/1.0.0"
