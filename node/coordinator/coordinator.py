@@ -25,7 +25,7 @@ from node.coordinator.method_choice import (
     admitted_methods,
 )
 from node.coordinator.observation import ServedJob
-from node.coordinator.planner import Finder, PeerRecord, Planner
+from node.coordinator.planner import Finder, Planner
 from node.coordinator.prefix_sharing import RecentPrompts
 from node.coordinator.prompt import prompt_tokens, sampling_of
 from node.coordinator.recorder import Recorder
@@ -52,6 +52,7 @@ from node.models.streaming import StopFinder, StreamDecoder
 from node.stages.voting import Agreement
 from protocol.identity import BlockRange, JobId, ModelId, PeerId, Stage
 from protocol.messages import FinishReason
+from selector.reliability import PeerRecord
 from selector.routing import Links, NoRouteError
 from selector.task import TaskContext
 
@@ -216,7 +217,7 @@ class Coordinator:
         job = await self._prepare(request, overrides)
         self._prompts.release(job.claim)  # nothing of it is computed
         try:
-            planned = await self._planner.route(job.need(), ())
+            planned = await self._planner.route(job.need())
         except NoRouteError as error:
             raise no_route(job, error) from None
         session_request = await self._services.requests.for_route(job, planned)

@@ -7,7 +7,7 @@ with it; only what the lost stage had computed is computed again.
 
 import random
 from collections.abc import Callable, Collection, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import count
 from typing import NamedTuple
 
@@ -15,7 +15,7 @@ import structlog
 import trio
 
 from node.coordinator.job import Job
-from node.coordinator.planner import PlannedRoute, Planner
+from node.coordinator.planner import PlannedRoute, Planner, RouteNeed
 from node.coordinator.prefix_sharing import RecentPrompts
 from node.coordinator.route import OpenRoute, RouteLost, RouteRejected, SampledToken, StageRefusal
 from node.coordinator.route_errors import no_route
@@ -193,8 +193,17 @@ class ResilientRoute:
         job = self._job
         # Background jobs and trials, which compare methods on one route, do not explore peers.
         may_explore = may_explore and not (self._is_accepted or job.request.background or job.on_served)
-        return await self._planner.route(
-            job.need(self._outdated), self._avoided, like=self._stages, held=self._held, may_explore=may_explore
+        return await self._planner.route(self._need(), may_explore=may_explore)
+
+    def _need(self, leaving: Collection[PeerId] = (), begun: OpenRoute | None = None) -> RouteNeed:
+        """Return what the job needs of the next route: without some peers, and like the route begun, or else before."""
+        held = begun.held() if begun else self._held
+        return replace(
+            self._job.need(),
+            not_last=frozenset(self._outdated),
+            without={*self._avoided, *leaving},
+            like=begun.stages if begun else self._stages,
+            held=[stage for stage in held if stage.peer not in leaving],
         )
 
     async def _try_route(self, planned: PlannedRoute) -> bool:
@@ -204,7 +213,7 @@ class ResilientRoute:
         self._route = route = OpenRoute(planned.stages, self._services.link_pool, request, self._held)
         tokens = self._job.tokens
         try:
-            await self._monitor.open(route, self._stages, self._held)
+            await self._monitor.open(route)
             await self._begin(route, tokens)
         except RouteRejected as rejected:
             for refusal in rejected.refusals:
@@ -259,10 +268,8 @@ class ResilientRoute:
     async def _replace_leaving(self, leaving: Collection[PeerId]) -> None:
         """Replace peers that want to leave, where others can serve their blocks."""
         self._asked_to_leave.update(leaving)
-        without = {*self._avoided, *leaving}
-        need, held = self._job.need(self._outdated), self._open_route().held()
         try:
-            await self._planner.route(need, without, like=self._stages, held=held)
+            await self._planner.route(self._need(leaving, self._open_route()))
         except NoRouteError:
             _logger.info(
                 "leaving peer not replaced: no other serves its blocks", job=self._job.id, peers=sorted(leaving)
@@ -273,20 +280,18 @@ class ResilientRoute:
             self._avoided[peer] = StageRefusal(peer, RefusalReason.LEAVING, "is about to leave")
         await self.open()
 
-    async def _is_replaceable(
-        self, peers: Collection[PeerId], like: Sequence[Stage], held: Collection[Stage], *, only_trusted: bool = True
-    ) -> bool:
-        """Return whether others could take the places of peers on a route; at intervals search for more peers."""
-        need, without = self._job.need(self._outdated), {*self._avoided, *peers}
-        remaining = [stage for stage in held if stage.peer not in peers]
-        if self._planner.knows_route(need, without, like=like, held=remaining, only_trusted=only_trusted):
+    async def _is_replaceable(self, peers: Collection[PeerId], *, only_trusted: bool = True) -> bool:
+        """Return whether others could take the places of peers on the route; at intervals search for more peers."""
+        route = self._open_route()
+        need = self._need(peers, route if route.method else None)
+        if self._planner.knows_route(need, only_trusted=only_trusted):
             return True
         interval_s, limit_s = SEARCH_S
         if trio.current_time() < self._searched_s + interval_s:
             return False
         with trio.move_on_after(limit_s):
             try:
-                await self._planner.route(need, without, like=like, held=remaining, only_trusted=only_trusted)
+                await self._planner.route(need, only_trusted=only_trusted)
             except NoRouteError:
                 pass
             else:

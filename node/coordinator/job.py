@@ -1,6 +1,6 @@
 """A job: what was asked for, fixed once it was prepared, and the tokens that came so far."""
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -9,7 +9,7 @@ from node.coordinator.planner import RouteNeed
 from node.coordinator.prefix_sharing import PrefixClaim
 from node.coordinator.submission import JobRequest
 from node.models.library import KnownModel
-from protocol.identity import JobId, PeerId
+from protocol.identity import JobId
 from protocol.messages import Sampling
 from selector.routing import Demand
 from selector.task import Method
@@ -60,8 +60,8 @@ class Job:
         """How many tokens may still come."""
         return self.sampling.max_tokens - len(self.output.tokens)
 
-    def need(self, not_last: Collection[PeerId] = ()) -> RouteNeed:
-        """Return what the rest of the job needs of a route; `not_last`: peers that cannot be the last stage."""
+    def need(self) -> RouteNeed:
+        """Return what the rest of the job needs of a route."""
         demand = Demand(
             block_count=self.model.block_count,
             prompt_rows=len(self.prompt) + len(self.output.tokens),
@@ -72,5 +72,4 @@ class Job:
             model=self.model.id,
             demand=demand,
             block_bytes=max((file.size_bytes for file in self.model.manifest.blocks), default=0),
-            not_last=frozenset(not_last),
         )

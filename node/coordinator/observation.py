@@ -37,10 +37,7 @@ class ServedJob:
 
 
 def observation_of(served: ServedJob, observer: PeerId, issued_at_s: int) -> Observation:
-    """Return the observation of a served job; `protocol.observations.sign_observation` is the next step.
-
-    A wrong countersignature is left out: one bad stage does not spoil the rest.
-    """
+    """Return the observation of a served job, unsigned."""
     result, model = served.result, model_facts(served.manifest)
     usage, timing, method = result.usage, result.timing, result.method
     return Observation(
@@ -61,7 +58,7 @@ def observation_of(served: ServedJob, observer: PeerId, issued_at_s: int) -> Obs
             tokens_per_s=usage.completion_tokens / timing.total_s if timing.total_s else 0.0,
             replays=result.replays,
         ),
-        route=tuple(_with_valid_countersignature(stage, served, observer) for stage in result.route),
+        route=result.route,
         software=software_versions(),
     )
 
@@ -109,12 +106,20 @@ def software_name(software: Mapping[str, str]) -> str:
     return ",".join(f"{name}={version}" for name, version in sorted(software.items()) if name != "python")
 
 
-def _with_valid_countersignature(stage: StageObservation, served: ServedJob, observer: PeerId) -> StageObservation:
-    if stage.countersignature is None:
+def without_invalid_countersignatures(observation: Observation) -> Observation:
+    """Return an observation that peers accept though a stage countersigned wrongly: that one's signature is dropped."""
+
+    def checked(stage: StageObservation) -> StageObservation:
+        try:
+            check_countersignature(
+                stage,
+                job=observation.job,
+                observer=observation.observer,
+                model=observation.model.model,
+                method=observation.method.name,
+            )
+        except RemoteProtocolError:
+            return replace(stage, countersignature=None)
         return stage
-    result = served.result
-    try:
-        check_countersignature(stage, job=served.job, observer=observer, model=result.model, method=result.method.name)
-    except RemoteProtocolError:
-        return replace(stage, countersignature=None)
-    return stage
+
+    return replace(observation, route=tuple(map(checked, observation.route)))

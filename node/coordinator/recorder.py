@@ -6,7 +6,7 @@ from typing import Protocol
 
 import structlog
 
-from node.coordinator.observation import ServedJob, observation_of
+from node.coordinator.observation import ServedJob, observation_of, without_invalid_countersignatures
 from node.identity import Identity
 from node.storage.database import StorageError
 from protocol.errors import LocalProtocolError
@@ -45,8 +45,15 @@ class Recorder:
     async def publish(self, observation: Observation) -> bool:
         """Sign an observation, store it, and publish it to the swarm; return whether that succeeded."""
         try:
-            await self._publisher.publish(sign_observation(observation, self._identity.private_key))
+            await self._publisher.publish(self._sign(observation))
         except (LocalProtocolError, StorageError) as error:
             _logger.warning("observation not recorded", job=observation.job, reason=str(error))
             return False
         return True
+
+    def _sign(self, observation: Observation) -> SignedObservation:
+        key = self._identity.private_key
+        try:
+            return sign_observation(observation, key)
+        except LocalProtocolError:
+            return sign_observation(without_invalid_countersignatures(observation), key)

@@ -14,7 +14,7 @@ from node.coordinator.straggler_detector import Lag, StragglerDetector
 from node.coordinator.submission import JobError, JobErrorCode
 from node.coordinator.token_timeout import AdaptiveTimeout
 from node.links.outbound_link import SessionLost
-from protocol.identity import PeerId, Stage
+from protocol.identity import PeerId
 from protocol.messages import FailureReason
 
 OPEN_LIMIT_S = 2.5
@@ -50,10 +50,8 @@ T = TypeVar("T")
 class ReplaceableCheck(Protocol):
     """Tells whether stages could be replaced."""
 
-    async def __call__(
-        self, peers: Collection[PeerId], like: Sequence[Stage], held: Collection[Stage], *, only_trusted: bool = True
-    ) -> bool:
-        """Return whether others could take the places of peers on a route."""
+    async def __call__(self, peers: Collection[PeerId], *, only_trusted: bool = True) -> bool:
+        """Return whether others could take the places of peers on the job's route."""
         ...
 
 
@@ -68,18 +66,15 @@ class StragglerMonitor:
         self._disputed: set[PeerId] = set()
         """Peers that claim to have sent rows that never arrived at the next stage, which was replaced for it."""
 
-    async def open(self, route: OpenRoute, like: Sequence[Stage], held: Collection[Stage]) -> None:
-        """Open a route's stages. Raises RouteRejected, also for stages that take too long.
-
-        `like`, `held`: the route before, and its stages that still hold the session.
-        """
+    async def open(self, route: OpenRoute) -> None:
+        """Open a route's stages. Raises RouteRejected, also for stages that take too long."""
 
         async def watch() -> None:
             limit_s = OPEN_LIMIT_S
             while True:
                 await trio.sleep(limit_s)
                 late = route.opening_late()
-                if late and await self._is_replaceable(late, like, held):
+                if late and await self._is_replaceable(late):
                     for peer in late:
                         why = f"did not open the session within {limit_s:.1f} s"
                         route.give_up_opening(StageRefusal(peer, None, why, lagged=True))
@@ -96,7 +91,7 @@ class StragglerMonitor:
             limit_s = SEND_LIMIT_S
             while True:
                 await trio.sleep(limit_s)
-                if await self._is_replaceable({first}, route.stages, route.held()):
+                if await self._is_replaceable({first}):
                     route.lose(_lagging(first, f"did not take the prompt within {limit_s:.1f} s"))
                     return
                 limit_s *= 2
@@ -149,7 +144,7 @@ class StragglerMonitor:
             if (lag := detector.find(now_s)) is not None:
                 peer, disputed, message = self._blamed(route, lag)
                 only_trusted = lag.waited_s < FORGIVING_FACTOR * lag.limit_s
-                if await self._is_replaceable({peer}, route.stages, route.held(), only_trusted=only_trusted):
+                if await self._is_replaceable({peer}, only_trusted=only_trusted):
                     self._disputed |= disputed
                     route.lose(_lagging(peer, message))
                     return

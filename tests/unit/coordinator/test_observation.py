@@ -5,7 +5,13 @@ from typing import Any
 
 import pytest
 
-from node.coordinator.observation import ServedJob, model_facts, observation_of, software_versions
+from node.coordinator.observation import (
+    ServedJob,
+    model_facts,
+    observation_of,
+    software_versions,
+    without_invalid_countersignatures,
+)
 from node.coordinator.submission import Consensus, JobResult, MethodChoice, Timing, Usage
 from node.models.manifest import FileEntry, Manifest
 from protocol.errors import LocalProtocolError
@@ -86,7 +92,9 @@ def test_a_served_job_gives_an_observation_that_others_take() -> None:
 def test_a_stage_that_countersigns_falsely_does_not_spoil_the_rest() -> None:
     honest, other = stage(1, 0, 1), stage(2, 1, 2)
     liar = replace(other, statistics=replace(other.statistics, compute_s=0.1))
-    made = sign_observation(observed(honest, liar), key(0)).observation
+    with pytest.raises(LocalProtocolError):
+        sign_observation(observed(honest, liar), key(0))
+    made = sign_observation(without_invalid_countersignatures(observed(honest, liar)), key(0)).observation
     assert made.route[0] == honest
     assert made.route[1] == replace(liar, countersignature=None)
     assert not made.is_countersigned
