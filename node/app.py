@@ -28,7 +28,7 @@ from node.consensus.environment import ConsensusEnvironment, ConsensusRules
 from node.consensus.followed_chains import FollowedChains
 from node.consensus.measurement_runner import MEASUREMENT_PLAN, MeasurementRunner
 from node.consensus.service import ConsensusService, swarm_name
-from node.coordinator.coordinator import Coordinator
+from node.coordinator.coordinator import Coordinator, SwarmView
 from node.coordinator.observation import software_name, software_versions
 from node.coordinator.quality_store import LocalQualityStore
 from node.coordinator.recorder import Recorder
@@ -193,17 +193,19 @@ class Node:
         self._ledger = LocalQualityStore(self._library, config.cache_dir)
         self._coordinator = Coordinator(
             self._library,
-            self._membership,
+            SwarmView(
+                finder=self._membership,
+                links=LinkEstimates(self._network.peer_id, self._membership.round_trip_s, self._links_of).between,
+                hardware=self._hardware_of,
+                bandwidth=self._bandwidth_of,
+                expected=self._membership.directory.expected,
+                agreed=self._chains.agreement,
+            ),
             self._stages.link_pool,
             jitter,
-            LinkEstimates(self._network.peer_id, self._membership.round_trip_s, self._links_of).between,
             self._recorder,
-            ledger=self._ledger,
-            agreed=self._chains.agreement,
             chooser=self._chooser,
-            hardware=self._hardware_of,
-            bandwidth=self._bandwidth_of,
-            expected=self._membership.directory.expected,
+            quality_store=self._ledger,
         )
         self._trials = Trials(self._coordinator, self._recorder)
         self._spare_worker = SpareWorker(EngineOptions(threads=config.threads))

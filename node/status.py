@@ -26,7 +26,6 @@ from node.consensus.chain_node import ChainNode
 from node.consensus.followed_chains import FollowedChains
 from node.consensus.service import ConsensusService
 from node.coordinator.coordinator import Coordinator
-from node.coordinator.planner import PeerRecord
 from node.coordinator.quality_store import LocalQualityStore
 from node.coordinator.submission import JobRequest
 from node.coordinator.trial_runner import Trial, Trials, TrialSpec
@@ -44,6 +43,7 @@ from node.storage.history import HistoryStore
 from node.swarm.membership import Membership
 from protocol.identity import BlockRange, ModelId, PeerId
 from selector.consensus.reputation import WEIGHT_SCALE
+from selector.reliability import PeerRecord
 from selector.routing import uncovered
 
 

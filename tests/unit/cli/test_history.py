@@ -104,11 +104,19 @@ def test_bad_lines_are_named_and_the_good_ones_taken(
     reasons = [entry["reason"] for entry in result["rejected"]]
     for reason, expected in zip(
         reasons,
-        ["no JSON", "no JSON object", "signed record", "'measurements' is not", "signature", "too long", "longer"],
+        [
+            "not valid JSON",
+            "not a JSON object",
+            "'record'",
+            "'measurements' differs",
+            "signature",
+            "too old",
+            "at most",
+        ],
         strict=True,
     ):
         assert expected in reason
-    assert f"metaswarm: {file}, line 5: 'measurements' is not what was signed\n" in answer.err
+    assert f"metaswarm: {file}, line 5: the field 'measurements' differs from the signed record\n" in answer.err
     assert held(tmp_path / "new") == {RECORDS[0].envelope, RECORDS[3].envelope}
 
 
