@@ -24,8 +24,9 @@ from node.capabilities.inventory import Inventory
 from node.capabilities.probe import total_memory
 from node.capabilities.traffic import TrafficMeter
 from node.config import APPLICATION, LOCK_FILE, MEMORY_SHARE, READY_FILE, NodeConfig, NodeReady, StartError
+from node.consensus.followed_chains import FollowedChains
 from node.consensus.measurement_runner import AGENDA, MeasurementRunner
-from node.consensus.service import Consensus, swarm_name
+from node.consensus.service import ConsensusEnvironment, ConsensusRules, ConsensusService, swarm_name
 from node.coordinator.coordinator import Coordinator
 from node.coordinator.observation import software_name, software_versions
 from node.coordinator.quality_store import LocalQualityStore
@@ -43,17 +44,17 @@ from node.models.store import ModelStore
 from node.network.host import Libp2pNetwork, NetworkLimits
 from node.network.interface import NetworkError
 from node.replication.observations import ObservationReplicator
-from node.selection.adoption_trials import TrialProber
+from node.selection.adoption_trials import AdoptionTrials
 from node.selection.chooser import LearnedChooser, LearnedVoter
 from node.selection.learner import Learner
-from node.selection.prediction_cache import Predictions
+from node.selection.prediction_cache import PredictionCache
 from node.stages.block_placement import PlacementAnnouncements
 from node.stages.scheduler import Batching
 from node.stages.span_supervisor import ServingOptions, SpanSupervisor
 from node.stages.stage_policy import PolicyController
 from node.stages.stage_server import StageServer
 from node.status import StatusView
-from node.storage.adoption_store import StandingStore
+from node.storage.adoption_store import AdoptionStore
 from node.storage.chain_store import ConsensusStore
 from node.storage.database import DATABASE_FILE, Database, StorageError, open_database
 from node.storage.history import HistoryStore
@@ -115,16 +116,16 @@ class Node:
             threads=config.threads,
             accelerator=device.accelerator,
         )
-        opinions = Predictions()
+        predictions, self._chains = PredictionCache(), FollowedChains()
         self._chooser = LearnedChooser(
-            opinions,
+            predictions,
             jitter,
             share=config.exploration,
-            memory=StandingStore(database, software_name(software_versions())),
+            store=AdoptionStore(database, software_name(software_versions())),
         )
         self._learner = Learner(
             database.path,
-            opinions,
+            predictions,
             count=self._count_observations,
             viewpoint=partial(self._viewpoint, identity.peer_id),
         )
@@ -133,9 +134,9 @@ class Node:
             agent,
             private_key=identity.private_key,
             hardware=self._hardware,
-            voter=LearnedVoter(opinions),
+            voter=LearnedVoter(predictions),
             controller=partial(PolicyController, batching=Batching(config.batching)),
-            agreed=lambda model: self._consensus.agreement(model),
+            agreed=self._chains.agreement,
         )
         self._statements = PlacementAnnouncements(lambda: self._membership.announce())
         self._membership = Membership(
@@ -160,19 +161,24 @@ class Node:
         self._dissemination = ObservationReplicator(
             network=self._network, identity=identity, history=self._history, records=records, jitter=jitter
         )
-        self._consensus = Consensus(
-            network=self._network,
-            identity=identity,
-            store=ConsensusStore(database),
-            history=self._history,
-            models=self._models,
-            hardware=self._known_hardware,
-            meter=self._meter,
-            swarm=swarm_name(config.swarm_key),
-            agenda=AGENDA,
-            clock=EpochClock(config.epoch_s),
-            checkpoints=config.checkpoints,
-            jitter=jitter,
+        self._consensus = ConsensusService(
+            self._network,
+            self._chains,
+            ConsensusEnvironment(
+                identity=identity,
+                store=ConsensusStore(database),
+                history=self._history,
+                models=self._models,
+                hardware=self._known_hardware,
+                meter=self._meter,
+            ),
+            ConsensusRules(
+                swarm=swarm_name(config.swarm_key),
+                agenda=AGENDA,
+                clock=EpochClock(config.epoch_s),
+                checkpoints=config.checkpoints,
+            ),
+            jitter,
         )
         self._jitter = jitter
         self._library = Library(
@@ -191,7 +197,7 @@ class Node:
             LinkEstimates(self._network.peer_id, self._membership.round_trip_s, self._links_of).between,
             self._recorder,
             ledger=self._ledger,
-            agreed=self._consensus.agreement,
+            agreed=self._chains.agreement,
             chooser=self._chooser,
             hardware=self._hardware_of,
             bandwidth=self._bandwidth_of,
@@ -230,6 +236,7 @@ class Node:
             history=self._history,
             dissemination=self._dissemination,
             consensus=self._consensus,
+            chains=self._chains,
             chooser=self._chooser,
             learner=self._learner,
         )
@@ -253,7 +260,7 @@ class Node:
                     (self._dissemination.run,),
                     (self._consensus.run,),
                     (self._learner.run,),
-                    (self._chooser.run, TrialProber(self._trials), self._is_busy),
+                    (self._chooser.trials.run, AdoptionTrials(self._trials), self._is_busy),
                     (self._keep_history_bounded,),
                     (keep_acquaintances, self._network, self._peer_book),
                 ]
@@ -309,14 +316,14 @@ class Node:
 
     def _viewpoint(self, peer: PeerId) -> Viewpoint:
         """Return for whom the history is weighed: this node, as it is now, with what the swarm has agreed of others."""
-        trust, in_strangers = self._consensus.trust()
+        trust, in_strangers = self._chains.trust()
         return Viewpoint(
             peer=peer,
             hardware=self._hardware(),
             software=software_name(software_versions()),
             hour=bucket_of(int(time.time())),
             trust=trust,
-            trust_in_strangers=in_strangers,
+            default_trust=in_strangers,
         )
 
     async def _count_observations(self) -> int:

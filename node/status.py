@@ -23,7 +23,8 @@ from node.api.interface import (
     SpanSummary,
 )
 from node.consensus.chain_node import ChainNode
-from node.consensus.service import Consensus
+from node.consensus.followed_chains import FollowedChains
+from node.consensus.service import ConsensusService
 from node.coordinator.coordinator import Coordinator
 from node.coordinator.planner import PeerRecord
 from node.coordinator.quality_store import LocalQualityStore
@@ -63,7 +64,8 @@ class StatusView:
         ledger: LocalQualityStore,
         history: HistoryStore,
         dissemination: ObservationReplicator,
-        consensus: Consensus,
+        consensus: ConsensusService,
+        chains: FollowedChains,
         chooser: LearnedChooser,
         learner: Learner,
     ) -> None:
@@ -80,6 +82,7 @@ class StatusView:
         self._history = history
         self._dissemination = dissemination
         self._consensus = consensus
+        self._chains = chains
         self._chooser = chooser
         self._learner = learner
         self._started_s = time.monotonic()
@@ -120,7 +123,7 @@ class StatusView:
                 },
             },
             "history": await self._history_status(),
-            "consensus": [self._chain_status(model, keeper) for model, keeper in self._consensus.keepers().items()],
+            "consensus": [self._chain_status(model, chain) for model, chain in self._chains.nodes.items()],
             "selection": selection_status(self._chooser, self._learner.status),
             "transfers": {
                 "received_bytes": {str(peer): count for peer, count in transfers.received_bytes.items()},
@@ -160,8 +163,8 @@ class StatusView:
             "last_equal_s": None if equal_s is None else round(trio.current_time() - equal_s, 3),
         }
 
-    def _chain_status(self, model: ModelId, keeper: ChainNode) -> ChainStatus:
-        agreement = keeper.agreement
+    def _chain_status(self, model: ModelId, chain: ChainNode) -> ChainStatus:
+        agreement = chain.agreement
         weight = agreement.weights.get(self._network.peer_id) if agreement else None
         return {
             "model": model,
@@ -173,7 +176,7 @@ class StatusView:
             "cells": len(agreement.table) if agreement else 0,
             "firm_cells": sum(entry.firm for entry in agreement.table.values()) if agreement else 0,
             "weight": None if weight is None else round(weight / WEIGHT_SCALE, 3),
-            "measured": keeper.statistics.measured,
+            "measured": chain.statistics.measured,
         }
 
     def _bans(self) -> dict[PeerId, Ban]:

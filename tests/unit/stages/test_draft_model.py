@@ -12,7 +12,7 @@ from trio.testing import MockClock
 from node.coordinator.submission import JobError, JobErrorCode, JobResult, TextDelta
 from node.engine.interface import REFERENCE, SliceInput, StepResult
 from node.selection.chooser import LearnedChooser
-from node.selection.prediction_cache import Predictions
+from node.selection.prediction_cache import PredictionCache
 from node.stages.draft_model import DRAFT_TIMEOUT_S, Draft, DraftModel
 from node.testing.fake_engine import FakeEngine, fake_span_info
 from node.testing.memory_links import LinkModel
@@ -284,7 +284,7 @@ async def test_where_there_is_no_draft_model_that_is_said(virtual_clock: MockClo
 
 @pytest.mark.parametrize("latency_s", [0.001, 0.05])
 async def test_a_method_that_nobody_offers_is_no_default(virtual_clock: MockClock, latency_s: float) -> None:
-    chooser = LearnedChooser(Predictions(), random.Random(1), share=0.0)
+    chooser = LearnedChooser(PredictionCache(), random.Random(1), share=0.0)
     async with open_swarm(link=LinkModel(latency_s=latency_s)) as swarm:
         for span in THIRDS:
             await swarm.join(span)
@@ -302,7 +302,7 @@ async def test_who_takes_over_without_a_draft_model_goes_on_without_guesses(
         await swarm_with(swarm, draft_engine())
         for span in THIRDS:
             await swarm.join(span)
-        peer = await swarm.join(chooser=LearnedChooser(Predictions(), random.Random(1)))
+        peer = await swarm.join(chooser=LearnedChooser(PredictionCache(), random.Random(1)))
         await swarm.settle()
         tokens: list[int] = []
         async with peer.coordinator.submit(request(PROMPTS[0], 60, GUESSED)) as events:
