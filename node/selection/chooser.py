@@ -119,7 +119,7 @@ class LearnedChooser:
         self.adoption = Adoption()
         self.allowance = ExplorationAllowance(share, allowance_s if share > 0 else 0.0)
         self.trials = TrialScheduler(self.adoption, self.allowance, store=store, wall_clock=wall_clock)
-        self.decisions: deque[tuple[Outcome, Selection]] = deque(maxlen=MAX_DECISIONS)
+        self.decisions: deque[tuple[JobOutcome, Selection]] = deque(maxlen=MAX_DECISIONS)
         """Past outcomes, and how their choices looked, without the predictions for each method."""
         self._rng = rng
         self._calibration = Calibration()
