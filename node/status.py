@@ -22,25 +22,15 @@ from node.api.interface import (
     ServedSpan,
     SpanSummary,
 )
+from node.assembly import AGENT, NodeParts
 from node.consensus.chain_node import ChainNode
-from node.consensus.service import Consensus
-from node.coordinator.coordinator import Coordinator
 from node.coordinator.planner import PeerRecord
-from node.coordinator.quality_store import LocalQualityStore
 from node.coordinator.submission import JobRequest
-from node.coordinator.trial_runner import Trial, Trials, TrialSpec
-from node.models.library import Library
-from node.network.interface import Network
-from node.replication.observations import ObservationReplicator
-from node.selection.chooser import LearnedChooser
-from node.selection.learner import Learner
+from node.coordinator.trial_runner import Trial, TrialSpec
 from node.stages.peer_records import StagePeerStatistics
 from node.stages.span import Span
 from node.stages.span_supervisor import WEIGHT_SHARE
-from node.stages.stage_server import StageServer
 from node.storage.database import StorageError
-from node.storage.history import HistoryStore
-from node.swarm.membership import Membership
 from protocol.identity import BlockRange, ModelId, PeerId
 from selector.consensus.reputation import WEIGHT_SCALE
 from selector.routing import uncovered
@@ -49,52 +39,28 @@ from selector.routing import uncovered
 class StatusView:
     """Implements `NodeView`."""
 
-    def __init__(
-        self,
-        *,
-        agent: str,
-        serve: Sequence[str],
-        network: Network,
-        membership: Membership,
-        coordinator: Coordinator,
-        trials: Trials,
-        stages: StageServer,
-        library: Library,
-        ledger: LocalQualityStore,
-        history: HistoryStore,
-        dissemination: ObservationReplicator,
-        consensus: Consensus,
-        chooser: LearnedChooser,
-        learner: Learner,
-    ) -> None:
+    def __init__(self, parts: NodeParts, serve: Sequence[str]) -> None:
         self.api_url = ""
-        self.submitter = coordinator
-        self._trials = trials
-        self._agent = agent
+        self.submitter = parts.client.coordinator
+        self._parts = parts
         self._serve = list(serve)
-        self._network = network
-        self._membership = membership
-        self._stages = stages
-        self._library = library
-        self._ledger = ledger
-        self._history = history
-        self._dissemination = dissemination
-        self._consensus = consensus
-        self._chooser = chooser
-        self._learner = learner
+        self._network = parts.network.network
+        self._membership = parts.swarm.membership
+        self._stages = parts.serving.stages
+        self._library = parts.serving.library
         self._started_s = time.monotonic()
 
     async def bench(self, spec: TrialSpec) -> Trial:
         """Measure methods against the baseline; see `NodeView`."""
-        return await self._trials.run(spec)
+        return await self._parts.client.trials.run(spec)
 
     async def status(self) -> NodeStatus:
         """Return what this node is and does."""
         jobs = self.submitter.statistics()
-        transfers = self._library.transfers()
+        transfers, selection = self._library.transfers(), self._parts.selection
         return {
             "peer_id": self._network.peer_id,
-            "agent": self._agent,
+            "agent": AGENT,
             "multiaddrs": list(self._network.multiaddrs),
             "api_url": self.api_url,
             "state": "draining" if self._stages.draining else "serving",
@@ -120,8 +86,10 @@ class StatusView:
                 },
             },
             "history": await self._history_status(),
-            "consensus": [self._chain_status(model, keeper) for model, keeper in self._consensus.keepers().items()],
-            "selection": selection_status(self._chooser, self._learner.status),
+            "consensus": [
+                self._chain_status(model, keeper) for model, keeper in self._parts.selection.chains.nodes.items()
+            ],
+            "selection": selection_status(selection.chooser, selection.learner.status),
             "transfers": {
                 "received_bytes": {str(peer): count for peer, count in transfers.received_bytes.items()},
                 "served_bytes": transfers.served_bytes,
@@ -147,10 +115,10 @@ class StatusView:
 
     async def _history_status(self) -> HistoryStatus | None:
         try:
-            held = await self._history.digest()
+            held = await self._parts.network.history.digest()
         except StorageError:
             return None
-        statistics = self._dissemination.statistics()
+        statistics = self._parts.swarm.replicator.statistics()
         equal_s = statistics.last_equal_s
         return {
             "count": held.count,
@@ -177,7 +145,7 @@ class StatusView:
         }
 
     def _bans(self) -> dict[PeerId, Ban]:
-        bans = self._dissemination.bans() | self._consensus.bans()
+        bans = self._parts.swarm.replicator.bans() | self._parts.consensus.bans()
         return {peer: {"left_s": round(ban.left_s, 3), "reason": ban.reason} for peer, ban in bans.items()}
 
     def _peer_counts(self) -> PeerCounts:
@@ -242,7 +210,7 @@ class StatusView:
     async def explain(self, request: JobRequest, told: Mapping[str, Any]) -> Explanation:
         """Ask the stages what a job would be served with; see NodeView."""
         considered = await self.submitter.consider(request, told)
-        return explain(considered, self._chooser, self._learner.status)
+        return explain(considered, self._parts.selection.chooser, self._parts.selection.learner.status)
 
     def _model(self, model: ModelId) -> ModelStatus:
         spans = [(c.blocks.start, c.blocks.end) for c in self._membership.directory.candidates(model)]
@@ -267,7 +235,7 @@ class StatusView:
                     "mean_kl": each.mean_kl,
                     "perplexity_change": each.perplexity_change,
                 }
-                for kv_key, each in self._ledger.figures(model).items()
+                for kv_key, each in self._parts.client.quality_store.figures(model).items()
             },
         }
 

@@ -16,8 +16,9 @@ from typing import Final
 import structlog
 import trio
 
-from node.consensus.chain_node import Agreement, ChainNode, Meter, Store, fresh_nonce
+from node.consensus.chain_node import ChainNode, Meter, Store, fresh_nonce
 from node.consensus.chain_sync import Initiation, Outcome, Response
+from node.consensus.followed_chains import FollowedChains
 from node.identity import Identity
 from node.network.interface import GossipMessage, Network, NetworkError, PeerConnected, Stream
 from node.replication.history import History
@@ -31,7 +32,6 @@ from protocol.errors import RemoteProtocolError
 from protocol.history import decode_batch, take_batch
 from protocol.identity import ModelId, PeerId
 from selector.consensus.clock import EpochClock
-from selector.consensus.reputation import NEWCOMER_WEIGHT
 from selector.consensus.sortition import Agenda
 from selector.consensus.values import Digest, genesis_of
 
@@ -101,6 +101,7 @@ class Consensus:
         identity: Identity,
         store: Store,
         history: History,
+        chains: FollowedChains,
         models: Callable[[], Mapping[ModelId, bool]],
         hardware: Callable[[], str | None],
         meter: Callable[[ModelId], Meter],
@@ -134,7 +135,7 @@ class Consensus:
         self._offload = offload
         self._nonce = nonce
         self._open_unknown = open_envelope
-        self._keepers: dict[ModelId, ChainNode] = {}
+        self._keepers = chains.nodes
         self._by_chain: dict[Digest, ChainNode] = {}
         self._standings = Standings(GOSSIP_WORK_PER_PEER, SERVE_WORK_PER_PEER, TRAFFIC_PER_PEER, SESSIONS_PER_PEER)
         self._gossip_work = GOSSIP_WORK.bucket(0.0)
@@ -149,31 +150,6 @@ class Consensus:
         self._statistics = ConsensusStatistics()
         network.join_topic(CONSENSUS_TOPIC, self._validate)
         network.set_stream_handler(PROTOCOL_ID, self._serve)
-
-    def agreement(self, model: ModelId) -> Agreement | None:
-        """Return what is agreed about a model's methods."""
-        keeper = self._keepers.get(model)
-        return keeper.agreement if keeper else None
-
-    def trust(self) -> tuple[dict[str, float], float]:
-        """Return how far each member's word is believed, 0 to 1, and that of everybody else.
-
-        It is the weight beside the greatest one; of several chains the least counts. Without any statement everybody is
-        believed.
-        """
-        trust: dict[str, float] = {}
-        in_strangers = 1.0
-        for keeper in self._keepers.values():
-            weights = keeper.agreement.weights if keeper.agreement else {}
-            if most := max(weights.values(), default=0):
-                in_strangers = min(in_strangers, NEWCOMER_WEIGHT / most)
-                for peer, weight in weights.items():
-                    trust[peer] = min(trust.get(peer, 1.0), weight / most)
-        return trust, in_strangers
-
-    def keepers(self) -> Mapping[ModelId, ChainNode]:
-        """Return the chains that are followed."""
-        return self._keepers
 
     def statistics(self) -> ConsensusStatistics:
         """Return what happened since the start."""

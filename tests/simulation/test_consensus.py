@@ -10,6 +10,7 @@ from functools import lru_cache
 import trio
 
 from node.consensus.chain_node import Agreement, ChainNode
+from node.consensus.followed_chains import FollowedChains
 from node.consensus.service import Consensus
 from node.identity import Identity
 from node.network.interface import NetworkError
@@ -71,14 +72,15 @@ class Peer:
     network: MemoryNetwork
     store: MemoryStore = field(default_factory=MemoryStore)
     consensus: Consensus = field(init=False)
+    chains: FollowedChains = field(init=False)
 
     @property
     def agreement(self) -> Agreement | None:
-        return self.consensus.agreement(MODEL)
+        return self.chains.agreement(MODEL)
 
     @property
     def keeper(self) -> ChainNode:
-        return self.consensus.keepers()[MODEL]
+        return self.chains.nodes[MODEL]
 
 
 class Swarm:
@@ -116,11 +118,13 @@ class Swarm:
 
     async def _run(self, peer: Peer, task_status: trio.TaskStatus[None]) -> None:
         jitter = random.Random(self.rng.random())
+        peer.chains = FollowedChains()
         peer.consensus = Consensus(
             network=peer.network,
             identity=peer.identity,
             store=peer.store,
             history=MemoryHistory(),
+            chains=peer.chains,
             models=lambda: {MODEL: peer.serves},
             hardware=lambda: HARDWARE,
             meter=lambda _: peer.meter,
