@@ -28,8 +28,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from node.engine.architecture import Reference, package_of, references_of, tiny_model, try_out
 from node.engine.backends.batched import FAMILIES
-from node.engine.client import source_from_package
-from node.engine.engine_config import EngineOptions
+from node.engine.engine_config import EngineOptions, source_from_package
 from node.engine.interface import REFERENCE, EngineError, SessionOptions, SliceInput, Variant
 from node.engine.kv_allocator import KvAllocator
 from node.engine.loading import describe

@@ -27,7 +27,7 @@ from benchmarks.common import describe_machine, spread_of, verdict
 from node.config import NodeReady
 from node.demo import COMMAND
 from node.network.host import Libp2pNetwork
-from node.network.idle_peer import hold_connection
+from node.network.idle_peer import hold_idle_connection
 from node.network.interface import NetworkError
 
 OTHER_ADDRESS = "127.0.0.99"
@@ -90,7 +90,7 @@ async def hold_many(connections: int, kind: str, source: str, multiaddr: str) ->
         first = True
         while True:
             with suppress(Exception):  # whatever the daemon does to us
-                async with hold_connection(multiaddr, source, secured=kind == "finished", limiter=places) as ended:
+                async with hold_idle_connection(multiaddr, source, secured=kind == "finished", limiter=places) as ended:
                     opened += first
                     first = False
                     await ended.wait()

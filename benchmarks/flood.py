@@ -32,11 +32,11 @@ from node.models.store import Package
 from node.network.host import Libp2pNetwork
 from node.network.interface import Network, NetworkError
 from protocol import blobs, canonical, connection, sync
+from protocol.announcements import HEARTBEAT_TOPIC
 from protocol.capabilities import CAPABILITY_TOPIC
 from protocol.framing import FrameType, encode_frame
 from protocol.identity import BlockRange, PeerId
 from protocol.observations import OBSERVATIONS_TOPIC
-from protocol.records import HEARTBEAT_TOPIC
 
 TOPICS = (HEARTBEAT_TOPIC, CAPABILITY_TOPIC, OBSERVATIONS_TOPIC)
 PROTOCOLS = (sync.PROTOCOL_ID, connection.PROTOCOL_ID, blobs.PROTOCOL_ID)

@@ -213,18 +213,18 @@ class StatusView:
         return explain(considered, self._parts.selection.chooser, self._parts.selection.learner.status)
 
     def _model(self, model: ModelId) -> ModelStatus:
-        spans = [(c.blocks.start, c.blocks.end) for c in self._membership.directory.candidates(model)]
+        spans = [candidate.stage.blocks for candidate in self._membership.directory.candidates(model)]
         manifest = self._library.local_manifest(model)
         # Where the manifest is not at hand yet, the blocks that are served are all that is known.
-        block_count = manifest.block_count if manifest else max((end for _, end in spans), default=0)
-        coverage = [sum(start <= block < end for start, end in spans) for block in range(block_count)]
+        block_count = manifest.block_count if manifest else max((span.end for span in spans), default=0)
+        coverage = [sum(block in span for span in spans) for block in range(block_count)]
         missing = uncovered(block_count, spans)
         return {
             "model": model,
             "name": self._library.name_of(model),
             "block_count": block_count,
             "coverage": coverage,
-            "uncovered": list(missing),
+            "uncovered": [(gap.start, gap.end) for gap in missing],
             "complete": manifest is not None and not missing,
             "local": manifest is not None,
             "quality": {

@@ -1,1 +1,9 @@
-"""What peers say to each other: bytes to values and back. No I/O, no clock, no torch, no libp2p, no trio."""
+"""The peer protocol: values and their encoding, without I/O and without a clock.
+
+Values, which the selector may import: `errors`, `limits`, `identity`, `tensors`; `fields` (checks of single values) and
+`schema` (declarations of fields with their bounds); `messages`, `measurements`, `announcements`, `capabilities`.
+
+Wire, from the bottom: `canonical` and `signatures`; `framing`; `codec` and `records` (bytes of messages and of signed
+records); `observations`, `consensus`, `reconciliation` and `history`; and the streams without I/O: `states` and
+`connection` (jobs), `blobs`, `presence`, `sync` and `chains` (over `conversation`).
+"""

@@ -17,7 +17,6 @@ from dataclasses import dataclass, replace
 from typing import Final, TypeAlias
 
 from protocol.codec import (
-    ControlMessage,
     StepHeader,
     decode_control,
     decode_step_header,
@@ -30,23 +29,14 @@ from protocol.identity import SessionId
 from protocol.limits import MAX_PINGS, MAX_SESSIONS
 from protocol.messages import (
     LATEST_MINOR,
-    Begin,
-    Close,
-    Closed,
+    ControlMessage,
     Credit,
-    Failed,
     Hello,
     Message,
-    Open,
-    Opened,
     Ping,
     Pong,
-    Progress,
-    ProgressRequest,
-    Refused,
-    Reroute,
+    SessionMessage,
     Step,
-    TokenHistory,
 )
 from protocol.states import (
     CONNECTION_TABLE,
@@ -65,21 +55,6 @@ PROTOCOL_IDS: Final = tuple(f"/metaswarm/job/1.{minor}.0" for minor in range(LAT
 """Every version of the job stream that is spoken here, the latest first."""
 
 PROTOCOL_ID: Final = PROTOCOL_IDS[0]
-
-_SessionMessage: TypeAlias = (
-    Open
-    | Opened
-    | Refused
-    | TokenHistory
-    | Begin
-    | Credit
-    | ProgressRequest
-    | Progress
-    | Reroute
-    | Failed
-    | Close
-    | Closed
-)
 
 _ACCOUNTED: Final = frozenset({SessionState.BEGUN, SessionState.LENT})
 """States in which rows are counted against the window."""
@@ -316,7 +291,7 @@ class JobConnection:
         elif message != self._hello:
             raise LocalProtocolError("a Hello other than this connection's own")
 
-    def _follow_session(self, message: _SessionMessage, direction: Direction) -> bool:
+    def _follow_session(self, message: SessionMessage, direction: Direction) -> bool:
         """Move a session on; return whether the message is to be kept quiet."""
         session = message.session
         transition = self._next_session_state(session, type(message), direction)

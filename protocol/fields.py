@@ -1,6 +1,7 @@
-"""Strict reading of the values in a decoded map. Whatever is wrong with one is a RemoteProtocolError that names it.
+"""Strict checks of decoded values. Each returns the value, or raises a RemoteProtocolError that names it.
 
-Nothing is converted: a bool is no integer, an integer no float. Every integer and length is compared with a limit.
+Nothing is converted: a bool is not an integer, an integer is not a float. Every integer and length is compared with a
+limit. `protocol.schema` applies these checks to whole maps.
 """
 
 import enum
@@ -15,7 +16,7 @@ JOB_ID_BYTES: Final = 16
 SHA256_BYTES: Final = 32
 
 CONTROL_CHARACTERS: Final = re.compile(r"[\x00-\x1f\x7f-\x9f]")
-"""What no text on the wire contains, because it ends up in other people's terminals and logs."""
+"""Not allowed in text on the wire, which ends up in other people's terminals and logs."""
 
 _E = TypeVar("_E", bound=enum.StrEnum)
 
@@ -23,7 +24,7 @@ _E = TypeVar("_E", bound=enum.StrEnum)
 def integer(value: object, low: int, high: int, what: str) -> int:
     """Return an integer from `low` to `high`, both inclusive."""
     if type(value) is not int:
-        raise RemoteProtocolError(f"{what} is no integer")
+        raise RemoteProtocolError(f"{what} is not an integer")
     if not low <= value <= high:
         raise RemoteProtocolError(f"{what} is {value}: expected {low} to {high}")
     return value
@@ -32,7 +33,7 @@ def integer(value: object, low: int, high: int, what: str) -> int:
 def number(value: object, low: float, high: float, what: str) -> float:
     """Return a float from `low` to `high`, both inclusive."""
     if type(value) is not float:
-        raise RemoteProtocolError(f"{what} is no float")
+        raise RemoteProtocolError(f"{what} is not a float")
     if not low <= value <= high:
         raise RemoteProtocolError(f"{what} is {value}: expected {low} to {high}")
     return value
@@ -41,7 +42,7 @@ def number(value: object, low: float, high: float, what: str) -> float:
 def text(value: object, max_bytes: int, what: str) -> str:
     """Return text of at most `max_bytes` UTF-8 bytes without control characters."""
     if type(value) is not str:
-        raise RemoteProtocolError(f"{what} is no text")
+        raise RemoteProtocolError(f"{what} is not text")
     if len(value) > max_bytes or len(value.encode("utf-8")) > max_bytes:
         raise RemoteProtocolError(f"{what} is longer than {max_bytes} bytes")
     if CONTROL_CHARACTERS.search(value) is not None:
@@ -64,29 +65,36 @@ def raw(value: object, length: int, what: str) -> bytes:
     return value
 
 
-def array(value: object, max_count: int, what: str) -> list[object]:
-    """Return an array of at most `max_count` elements."""
+def flag(value: object, what: str) -> bool:
+    """Return a truth value."""
+    if not isinstance(value, bool):
+        raise RemoteProtocolError(f"{what} is neither true nor false")
+    return value
+
+
+def array(value: object, max_count: int, what: str, min_count: int = 0) -> list[object]:
+    """Return an array of `min_count` to `max_count` elements."""
     if type(value) is not list:
-        raise RemoteProtocolError(f"{what} is no array")
-    if len(value) > max_count:
-        raise RemoteProtocolError(f"{what} has {len(value)} elements: at most {max_count} are allowed")
+        raise RemoteProtocolError(f"{what} is not an array")
+    if not min_count <= len(value) <= max_count:
+        raise RemoteProtocolError(f"{what} has {len(value)} elements: expected {min_count} to {max_count}")
     return value
 
 
 def tuple_of(value: object, length: int, what: str) -> list[object]:
     """Return an array of exactly `length` elements."""
     if type(value) is not list or len(value) != length:
-        raise RemoteProtocolError(f"{what} is no array of {length} elements")
+        raise RemoteProtocolError(f"{what} is not an array of {length} elements")
     return value
 
 
-def mapping(value: object, max_count: int, max_key_bytes: int, what: str) -> dict[str, object]:
-    """Return a map of at most `max_count` entries, each under a name of at most `max_key_bytes` UTF-8 bytes."""
+def mapping(value: object, max_count: int, what: str, min_count: int = 0) -> dict[str, object]:
+    """Return a map of `min_count` to `max_count` entries."""
     if not isinstance(value, dict):
-        raise RemoteProtocolError(f"{what} is no map")
-    if len(value) > max_count:
-        raise RemoteProtocolError(f"{what} has {len(value)} entries: at most {max_count} are allowed")
-    return {name(key, max_key_bytes, what): entry for key, entry in value.items()}
+        raise RemoteProtocolError(f"{what} is not a map")
+    if not min_count <= len(value) <= max_count:
+        raise RemoteProtocolError(f"{what} has {len(value)} entries: expected {min_count} to {max_count}")
+    return value
 
 
 def choice(value: object, options: type[_E], what: str) -> _E:
@@ -94,7 +102,7 @@ def choice(value: object, options: type[_E], what: str) -> _E:
     try:
         return options(text(value, 64, what))
     except ValueError:
-        raise RemoteProtocolError(f"{what} is none of {', '.join(options)}") from None
+        raise RemoteProtocolError(f"{what} is not one of {', '.join(options)}") from None
 
 
 def peer_id(value: object, what: str) -> PeerId:
@@ -110,10 +118,15 @@ def model_id(value: object, what: str) -> ModelId:
     return ModelId(raw(value, SHA256_BYTES, what).hex())
 
 
+def job_id(value: object, what: str) -> JobId:
+    """Return a job id, which travels as its 16 bytes."""
+    return JobId(raw(value, JOB_ID_BYTES, what).hex())
+
+
 def session_id(value: object, what: str) -> SessionId:
     """Return a session id, which travels as [16 bytes of the job id, stage]."""
     job, stage = tuple_of(value, 2, what)
-    return SessionId(JobId(raw(job, JOB_ID_BYTES, what).hex()), integer(stage, 0, MAX_STAGES, what))
+    return SessionId(job_id(job, what), integer(stage, 0, MAX_STAGES, what))
 
 
 def block_range(value: object, what: str) -> BlockRange:
@@ -126,11 +139,11 @@ def block_range(value: object, what: str) -> BlockRange:
 
 
 class Fields:
-    """The fields of one map, taken out one by one; `finish` refuses what is left."""
+    """The fields of one map, taken out one by one; `finish` refuses any that is left."""
 
     def __init__(self, value: object, what: str) -> None:
         if not isinstance(value, dict):
-            raise RemoteProtocolError(f"{what} is no map")
+            raise RemoteProtocolError(f"{what} is not a map")
         self._left = dict(value)
         self.what = what
 
@@ -154,10 +167,7 @@ class Fields:
 
     def flag(self, key: str) -> bool:
         """Take a truth value."""
-        value = self.take(key)
-        if not isinstance(value, bool):
-            raise RemoteProtocolError(f"{self.what} {key} is neither true nor false")
-        return value
+        return flag(self.take(key), f"{self.what} {key}")
 
     def text(self, key: str, max_bytes: int) -> str:
         """Take text, which may be empty."""
@@ -184,6 +194,6 @@ class Fields:
         return session_id(self.take(key), f"{self.what} {key}")
 
     def finish(self) -> None:
-        """Raise RemoteProtocolError if a field is left that nobody asked for."""
+        """Raise RemoteProtocolError if an unknown field is left."""
         for key in self._left:
             raise RemoteProtocolError(f"{self.what} has an unknown field {key[:80]!r}")

@@ -1,7 +1,7 @@
-"""How the history of observations is told: in small batches by gossip, and as digests in the DHT.
+"""Dissemination of the observation history: in small batches by gossip, and as digests in the DHT.
 
-Gossip is fast and loses messages; it never has the last word. A peer's digest record says what it holds, so that a
-newcomer knows whom to ask first and what for.
+Gossip is fast and loses messages; anti-entropy (`protocol.sync`) repairs that. A peer's digest record summarises its
+history, so that a new peer knows which peers to sync with first.
 """
 
 import heapq
@@ -9,78 +9,69 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import ClassVar, Final, Self
+from typing import Annotated, ClassVar, Final
 
-from protocol import fields as check
-from protocol.canonical import Value, decode, encode
+from protocol import fields
+from protocol.announcements import DHT_NAMESPACE, DhtRecord
+from protocol.canonical import decode, encode
 from protocol.errors import LocalProtocolError, RemoteProtocolError
-from protocol.fields import Fields
-from protocol.identity import PeerId, parse_peer_id
-from protocol.limits import MAX_BATCH_BYTES, MAX_BATCH_ENVELOPES, MAX_BUCKET, MAX_COUNT, MAX_PARTS, MAX_RECORD_BYTES
-from protocol.reconciliation import (
-    BUCKET_DIGITS,
-    ID_BYTES,
-    SetTree,
-    Summary,
-    parse_prefix,
-)
-from protocol.records import DHT_NAMESPACE, Header, Record, unseal
+from protocol.identity import PeerId
+from protocol.limits import MAX_BATCH_BYTES, MAX_BATCH_ENVELOPES, MAX_BUCKET, MAX_COUNT, MAX_PARTS
+from protocol.reconciliation import BUCKET_DIGITS, ID_BYTES, SetTree, Summary, parse_prefix
+from protocol.schema import Count, Digest, Envelope, Form, Range, from_map
 
 _ENVELOPE_OVERHEAD_BYTES: Final = 5
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class HistoryDigest(Record):
-    """What a peer holds of the history: its digest in all and by ranges of time, the finer the newer.
+def _part(value: object, what: str) -> Summary:
+    prefix, count, digest = fields.tuple_of(value, 3, what)
+    return Summary(
+        parse_prefix(prefix, 0, BUCKET_DIGITS, f"{what} prefix"),
+        fields.integer(count, 1, MAX_COUNT, f"{what} count"),
+        fields.raw(digest, ID_BYTES, f"{what} digest"),
+    )
 
-    `first_bucket`: nothing older is kept. `parts`: prefixes of at most a bucket each, in ascending order, which
-    together cover everything the peer holds.
+
+def _part_to_array(part: Summary) -> list[object]:
+    return [part.prefix, part.count, part.digest]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HistoryDigest(DhtRecord):
+    """Digests of a peer's history: of the whole and by ranges of time, the newer the finer.
+
+    `first_bucket`: the oldest bucket that is retained. `parts`: prefixes of at most a bucket each, in ascending order,
+    which together cover the whole history.
     """
 
     kind: ClassVar[str] = "history"
 
-    first_bucket: int
-    count: int
-    digest: bytes
-    parts: tuple[Summary, ...]
+    first_bucket: Annotated[int, Range(0, MAX_BUCKET)]
+    count: Annotated[int, Range(0, MAX_COUNT)]
+    digest: Digest
+    parts: Annotated[tuple[Annotated[Summary, Form(_part, _part_to_array)], ...], Count(MAX_PARTS)]
 
-    def body(self) -> dict[str, Value]:
-        """Return the fields of this kind as they travel."""
-        return {
-            "first_bucket": self.first_bucket,
-            "count": self.count,
-            "digest": self.digest,
-            "parts": [[part.prefix, part.count, part.digest] for part in self.parts],
-        }
+    @property
+    def key(self) -> str:
+        """The DHT key under which it is stored."""
+        return history_key(self.peer)
 
-    @classmethod
-    def from_fields(cls, peer: PeerId, header: Header, fields: Fields) -> Self:
-        """Return the record made of the fields of this kind. Raises RemoteProtocolError."""
-        record = cls(
-            peer=peer,
-            sequence=header.sequence,
-            issued_at_s=header.issued_at_s,
-            expires_at_s=header.expires_at_s,
-            first_bucket=fields.integer("first_bucket", 0, MAX_BUCKET),
-            count=fields.integer("count", 0, MAX_COUNT),
-            digest=fields.raw("digest", ID_BYTES),
-            parts=tuple(_part(part) for part in fields.array("parts", MAX_PARTS)),
-        )
-        prefixes = [part.prefix for part in record.parts]
+    def check(self) -> None:
+        """Raise RemoteProtocolError for parts that overlap, do not ascend, or do not add up to the count."""
+        prefixes = [part.prefix for part in self.parts]
         if any(after <= before or after.startswith(before) for before, after in pairwise(prefixes)):
             raise RemoteProtocolError("history parts overlap or do not ascend")
-        if sum(part.count for part in record.parts) != record.count:
+        if sum(part.count for part in self.parts) != self.count:
             raise RemoteProtocolError("history parts do not add up to the count")
-        return record
 
     def estimate_lacking(self, tree: SetTree) -> int:
-        """Return about how many of the peer's ids a set lacks, rather too few than too many."""
+        """Return a low estimate of the number of the peer's ids that a set lacks."""
         own = [(part, tree.summary(part.prefix)) for part in self.parts]
         return sum(max(1, part.count - mine.count) for part, mine in own if part != mine)
 
 
 def summarise(tree: SetTree) -> tuple[Summary, ...]:
-    """Return at most MAX_PARTS summaries that cover a set: the newest buckets alone, older ones together."""
+    """Return at most MAX_PARTS summaries that cover a set: one for each of the newest buckets, older ones merged."""
     root = tree.summary("")
     if not root.count:
         return ()
@@ -114,24 +105,13 @@ def history_key(peer: PeerId) -> str:
     return f"/{DHT_NAMESPACE}/history/{peer}"
 
 
-def parse_history_key(key: str) -> PeerId:
-    """Return the peer in the DHT key of a digest record; raise ValueError for any other key."""
-    parts = key.split("/")
-    if len(parts) != 4 or parts[:3] != ["", DHT_NAMESPACE, "history"]:
-        raise ValueError(f"{key[:200]!r} is no key of a history record")
-    return parse_peer_id(parts[3])
-
-
-def unseal_history(key: str, envelope: bytes, now_s: float) -> HistoryDigest:
-    """Return the digest record found under a DHT key. Raises RemoteProtocolError, also when it belongs elsewhere."""
-    record = unseal(HistoryDigest, envelope, now_s)
-    if history_key(record.peer) != key:
-        raise RemoteProtocolError(f"history record of {record.peer} lies under another key")
-    return record
+@dataclass(frozen=True, slots=True)
+class _Batch:
+    envelopes: Annotated[tuple[Envelope, ...], Count(MAX_BATCH_ENVELOPES, 1)]
 
 
 def take_batch(waiting: deque[bytes]) -> bytes:
-    """Take envelopes from the left as long as they fit into one gossip message, and return it."""
+    """Remove envelopes from the left as long as they fit into one gossip message, and return it."""
     envelopes: list[bytes] = []
     room = MAX_BATCH_BYTES - 32
     while waiting and len(envelopes) < MAX_BATCH_ENVELOPES:
@@ -143,31 +123,13 @@ def take_batch(waiting: deque[bytes]) -> bytes:
 
 
 def encode_batch(envelopes: Sequence[bytes]) -> bytes:
-    """Return the gossip message of some envelopes. Raises LocalProtocolError for none or too many."""
+    """Return the gossip message of some envelopes. Raises LocalProtocolError for too few or too many."""
     data = encode({"envelopes": list(envelopes)})
     if not 1 <= len(envelopes) <= MAX_BATCH_ENVELOPES or len(data) > MAX_BATCH_BYTES:
-        raise LocalProtocolError(f"{len(envelopes)} envelopes in {len(data)} bytes are no batch")
+        raise LocalProtocolError(f"{len(envelopes)} envelopes in {len(data)} bytes are not a valid batch")
     return data
 
 
 def decode_batch(data: bytes) -> tuple[bytes, ...]:
     """Return the envelopes of a gossip message; none of them is verified. Raises RemoteProtocolError."""
-    fields = Fields(decode(data, max_bytes=MAX_BATCH_BYTES), "batch")
-    envelopes = []
-    for envelope in fields.array("envelopes", MAX_BATCH_ENVELOPES):
-        if type(envelope) is not bytes or not 0 < len(envelope) <= MAX_RECORD_BYTES:
-            raise RemoteProtocolError(f"an envelope is not 1 to {MAX_RECORD_BYTES} bytes")
-        envelopes.append(envelope)
-    fields.finish()
-    if not envelopes:
-        raise RemoteProtocolError("a batch without envelopes")
-    return tuple(envelopes)
-
-
-def _part(value: object) -> Summary:
-    prefix, count, digest = check.tuple_of(value, 3, "history part")
-    return Summary(
-        parse_prefix(prefix, 0, BUCKET_DIGITS, "history part prefix"),
-        check.integer(count, 1, MAX_COUNT, "history part count"),
-        check.raw(digest, ID_BYTES, "history part digest"),
-    )
+    return from_map(_Batch, decode(data, max_bytes=MAX_BATCH_BYTES), "batch").envelopes

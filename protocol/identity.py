@@ -23,7 +23,6 @@ JobId = NewType("JobId", str)
 """16 random bytes, 32 lower-case hexadecimal digits, chosen by the coordinator."""
 
 _MODEL_ID = re.compile(r"[0-9a-f]{64}")
-_JOB_ID = re.compile(r"[0-9a-f]{32}")
 _BLOCK_RANGE = re.compile(r"([0-9]{1,4})-([0-9]{1,4})")
 
 # libp2p peer-ids specification: an Ed25519 key is small enough to be inlined, so the id is the identity multihash
@@ -70,11 +69,27 @@ class BlockRange:
         return self.start <= block < self.end
 
     def holds(self, other: "BlockRange") -> bool:
-        """Say whether all blocks of another range are in this one."""
+        """Return whether all blocks of another range are in this one."""
         return self.start <= other.start and other.end <= self.end
+
+    def overlap(self, other: "BlockRange") -> "BlockRange | None":
+        """Return the blocks that are in both ranges; None if there are none."""
+        start, end = max(self.start, other.start), min(self.end, other.end)
+        return BlockRange(start, end) if start < end else None
 
     def __str__(self) -> str:
         return f"{self.start}-{self.end}"
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Stage:
+    """A peer that runs a range of blocks: one part of a job's route, of an offer, of a placement plan."""
+
+    peer: PeerId
+    blocks: BlockRange
+
+    def __str__(self) -> str:
+        return f"{self.peer}:{self.blocks}"
 
 
 def peer_id_from_public_key(public_key: bytes) -> PeerId:
@@ -110,13 +125,6 @@ def parse_model_id(text: str) -> ModelId:
     if _MODEL_ID.fullmatch(text) is None:
         raise ValueError(f"{text[:80]!r} is no model id: expected 64 hexadecimal digits")
     return ModelId(text)
-
-
-def parse_job_id(text: str) -> JobId:
-    """Return `text` as a job id."""
-    if _JOB_ID.fullmatch(text) is None:
-        raise ValueError(f"{text[:80]!r} is no job id: expected 32 hexadecimal digits")
-    return JobId(text)
 
 
 def parse_block_range(text: str) -> BlockRange:

@@ -1,52 +1,97 @@
-"""What an observation says: one measurement of one method in one context, and which values no measurement has.
+"""The values of performance observations: one measurement of one method in one context, each field with its bounds.
 
-`protocol.observations` turns these values into signed bytes and back.
+`protocol.observations` signs them and reads them back.
 """
 
 import enum
+import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Final
+from typing import Annotated, Final
 
+from protocol import fields
 from protocol.errors import RemoteProtocolError
 from protocol.identity import BlockRange, JobId, ModelId, PeerId
-from protocol.limits import MAX_ROWS_PER_TOKEN
+from protocol.limits import (
+    MAX_BLOCKS,
+    MAX_HARDWARE_BYTES,
+    MAX_LOG_RATIO,
+    MAX_NAME_BYTES,
+    MAX_PARALLEL_JOBS,
+    MAX_POSITIONS,
+    MAX_ROWS_PER_TOKEN,
+    MAX_SECONDS,
+    MAX_SOFTWARE,
+    MAX_STAGES,
+    MAX_SWITCH_BYTES,
+    MAX_SWITCHES,
+    MAX_TOKENS_PER_S,
+    MAX_VOCABULARY,
+    MAX_WIDTH,
+)
 from protocol.messages import SessionStatistics
+from protocol.schema import ARRAY, Count, Counter, Form, Key, Nullable, Range, Seconds, Signature, name
+
+OBSERVATION_VERSION: Final = 1
 
 MIN_TOTAL_S: Final = 1e-6
-"""No job takes less; the cost's logarithm must exist."""
+"""Lower bound of a job's time, so that the logarithm of its cost exists."""
 
 RELATIVE_TOLERANCE: Final = 0.01
 ABSOLUTE_TOLERANCE_S: Final = 0.001
-"""How far times that must add up may be apart."""
+"""Allowed difference between times that must add up."""
 
 CLOSING_S: Final = 1.0
-"""A stage may still be at one step when its job has ended: its figures may exceed the job's time by that much more."""
+"""Allowed excess of a stage's times over the job's: a stage may still compute a step when the job has ended."""
+
+_SWITCH: Final = re.compile(r"[a-z0-9_.+-]+")
+
+
+def _switch(value: object, what: str) -> str:
+    """Return the name or the value of a switch."""
+    if type(value) is not str or len(value) > MAX_SWITCH_BYTES or _SWITCH.fullmatch(value) is None:
+        raise RemoteProtocolError(f"{what}: a name or value is not 1 to {MAX_SWITCH_BYTES} of a-z 0-9 _ . + -")
+    return value
+
+
+Size = Annotated[int, Range(1, MAX_VOCABULARY)]
+"""A dimension of a model."""
+
+Share = Annotated[float, Range(0.0, 1.0)]
+
+Switches = Annotated[
+    Mapping[Annotated[str, Form(_switch)], Annotated[str, Form(_switch)]],
+    Count(MAX_SWITCHES),
+]
+"""Values by name, both of lower-case letters, digits and `_ . + -`."""
+
+_Version = Annotated[str, name(MAX_SWITCH_BYTES)]
 
 
 class ObservationKind(enum.StrEnum):
-    """How an observation came about, which says what it can be compared with."""
+    """How an observation was made, which decides what it can be compared with."""
 
     SERVED = "served"
-    """A user's job: its own cost and nothing else."""
+    """A user's job, alone."""
     PROBE = "probe"
-    """A short trial against the baseline on the same route, taken alternately before a method is adopted."""
+    """A short trial of a method, alternating with the baseline on the same route, before the method is adopted."""
     ASSIGNED = "assigned"
-    """A measurement that the swarm drew this peer to make."""
+    """A measurement that the swarm assigned to this peer."""
     BENCH = "bench"
-    """A benchmark that the peer's owner asked for."""
+    """A benchmark requested by the peer's owner."""
 
 
 class Objective(enum.StrEnum):
-    """What the job wanted most."""
+    """The cost that a job minimises."""
 
     LATENCY = "latency"
     THROUGHPUT = "throughput"
 
 
 class QualityBound(enum.StrEnum):
-    """How far a job lets its method stray from fp32."""
+    """How far a job lets its method deviate from fp32."""
 
     EXACT = "exact"
     """The same greedy tokens."""
@@ -58,126 +103,126 @@ class QualityBound(enum.StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelFacts:
-    """What of a model decides its speed. None: the model's configuration does not say.
+    """Model properties that affect speed. None: not in the model's configuration.
 
-    `weight_bytes`: all its weights as stored. `expert_count`: of one mixture-of-experts layer.
+    `weight_bytes`: all weights as stored. `expert_count`: of one mixture-of-experts layer.
     """
 
-    model: ModelId
-    architecture: str
-    block_count: int
-    hidden_size: int
-    vocabulary_size: int
-    max_positions: int
-    weight_bytes: int
-    intermediate_size: int | None = None
-    head_count: int | None = None
-    kv_head_count: int | None = None
-    expert_count: int | None = None
-    active_expert_count: int | None = None
+    model: Annotated[ModelId, Key("id")]
+    architecture: Annotated[str, name(MAX_NAME_BYTES)]
+    block_count: Annotated[int, Range(1, MAX_BLOCKS)]
+    hidden_size: Annotated[int, Range(1, MAX_WIDTH)]
+    vocabulary_size: Size
+    max_positions: Annotated[int, Range(1, MAX_POSITIONS)]
+    weight_bytes: Counter
+    intermediate_size: Nullable[Size] = None
+    head_count: Nullable[Size] = None
+    kv_head_count: Nullable[Size] = None
+    expert_count: Nullable[Size] = None
+    active_expert_count: Nullable[Size] = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Workload:
-    """What was asked for, and how busy the route was.
+    """The job's size and objective, and the concurrency on its route.
 
-    `cached_tokens`: of the prompt, taken from a prefix cache. `concurrency`: the most jobs that any stage of the route
-    served when this one was admitted, this one included. `shared_prefix_share`: the part of the prompt, from 0 to 1,
-    that it has in common with other jobs of the time. `repetitiveness`: the part of its tokens, from 0 to 1, that
-    looking up what followed the same few tokens before would have guessed. `link_s`: what the links of the route add to
-    the time of a token.
+    `cached_tokens`: of the prompt, from a prefix cache. `concurrency`: the most jobs on any stage of the route at
+    admission, this one included. `shared_prefix_share`: the fraction of the prompt shared with other recent jobs.
+    `repetitiveness`: the fraction of the prompt's tokens that an n-gram lookup predicts. `link_s`: the time per token
+    that the route's links add.
     """
 
-    prompt_tokens: int
-    completion_tokens: int
-    cached_tokens: int = 0
-    concurrency: int = 1
-    shared_prefix_share: float = 0.0
-    repetitiveness: float = 0.0
-    link_s: float = 0.0
+    prompt_tokens: Annotated[int, Range(1, MAX_POSITIONS)]
+    completion_tokens: Annotated[int, Range(1, MAX_POSITIONS)]
+    cached_tokens: Annotated[int, Range(0, MAX_POSITIONS)] = 0
+    concurrency: Annotated[int, Range(1, MAX_PARALLEL_JOBS)] = 1
+    shared_prefix_share: Share = 0.0
+    repetitiveness: Share = 0.0
+    link_s: Seconds = 0.0
     objective: Objective = Objective.LATENCY
     quality: QualityBound = QualityBound.EXACT
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MethodInForce:
-    """The method that served: the session's switches and the policy of the stages.
+    """The method that served: the session's switches and the stages' policy."""
 
-    Names and values consist of lower-case letters, digits and `_ . + -`.
-    """
-
-    switches: Mapping[str, str]
-    stage_policy: Mapping[str, str]
+    switches: Switches
+    stage_policy: Switches
 
     @property
     def name(self) -> str:
         """The canonical name: the session's sorted switches."""
         return "|".join(f"{switch}={value}" for switch, value in sorted(self.switches.items()))
 
+    def check(self) -> None:
+        """Raise RemoteProtocolError where the name is empty or too long."""
+        fields.name(self.name, MAX_NAME_BYTES, "observation method name")
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Measurements:
-    """What it cost, as the observer saw it.
+    """The job's cost, as the observer measured it.
 
-    `ttft_s`: until the first token. `tpot_s`: for each token after it; 0 where there is none. `tokens_per_s`: output
-    tokens of all jobs that were measured together (of a served job: its own). `log_ratio_to_baseline`: natural
-    logarithm of this method's cost divided by the baseline's. `replays`: stages lost and replaced on the way.
+    `ttft_s`: time to first token. `tpot_s`: time per further token; 0 without any. `tokens_per_s`: output tokens of all
+    jobs that were measured together (of a served job: its own). `log_ratio_to_baseline`: natural logarithm of this
+    method's cost divided by the baseline's. `replays`: stages that were lost and replaced.
     """
 
-    ttft_s: float
-    tpot_s: float
-    total_s: float
-    tokens_per_s: float
-    log_ratio_to_baseline: float | None = None
-    replays: int = 0
+    ttft_s: Seconds
+    tpot_s: Seconds
+    total_s: Annotated[float, Range(MIN_TOTAL_S, MAX_SECONDS)]
+    tokens_per_s: Annotated[float, Range(0.0, MAX_TOKENS_PER_S)]
+    log_ratio_to_baseline: Nullable[Annotated[float, Range(-MAX_LOG_RATIO, MAX_LOG_RATIO)]] = None
+    replays: Annotated[int, Range(0, MAX_STAGES)] = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StageObservation:
     """One stage's part in the job, as the stage measured it.
 
-    `hardware`: the class of machine, in the stage's own words, with the figures under its countersignature.
-    `round_trip_s`: between observer and stage, None where unknown. A stage that left before it could countersign has
-    no countersignature; its figures then are the observer's word alone.
+    `hardware`: the class of machine, as the stage reports it; countersigned with the statistics. `round_trip_s`:
+    between observer and stage, None where unknown. `countersignature`: None where the stage was lost before it could
+    sign; its statistics then rest on the observer's signature alone.
     """
 
     peer: PeerId
     blocks: BlockRange
-    hardware: str
-    statistics: SessionStatistics
-    round_trip_s: float | None = None
-    countersignature: bytes | None = None
+    hardware: Annotated[str, name(MAX_HARDWARE_BYTES)]
+    statistics: Annotated[SessionStatistics, ARRAY]
+    round_trip_s: Nullable[Seconds] = None
+    countersignature: Nullable[Signature] = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Observation:
     """One measurement of one method in one context.
 
-    `job`: the job id that the stages knew. `issued_at_s`: Unix time in whole seconds. `software`: versions by name.
+    `job`: the job id on the stages. `issued_at_s`: Unix time in whole seconds. `software`: versions by name.
     """
 
+    version: Annotated[int, Range(OBSERVATION_VERSION, OBSERVATION_VERSION)] = OBSERVATION_VERSION
     observer: PeerId
     job: JobId
     kind: ObservationKind
-    issued_at_s: int
+    issued_at_s: Counter
     model: ModelFacts
     workload: Workload
     method: MethodInForce
     measurements: Measurements
-    route: tuple[StageObservation, ...]
-    software: Mapping[str, str]
+    route: Annotated[tuple[Annotated[StageObservation, ARRAY], ...], Count(MAX_STAGES)]
+    software: Annotated[Mapping[_Version, _Version], Count(MAX_SOFTWARE)]
 
     @property
     def is_countersigned(self) -> bool:
-        """Whether every stage vouches for its figures; the observer's signature does for its own."""
+        """Whether every stage signed its statistics; the observer's signature covers its own."""
         return all(stage.countersignature or stage.peer == self.observer for stage in self.route)
 
-
-def check(observation: Observation) -> None:
-    """Raise RemoteProtocolError for values that no measurement has, each within its limits though it may be."""
-    _check_workload(observation)
-    _check_times(observation)
-    _check_route(observation)
+    def check(self) -> None:
+        """Raise RemoteProtocolError for values that no measurement can have, though each is within its bounds."""
+        _check_workload(self)
+        _check_times(self)
+        _check_route(self)
 
 
 def _check_workload(observation: Observation) -> None:
@@ -186,28 +231,29 @@ def _check_workload(observation: Observation) -> None:
     if tokens > model.max_positions:
         raise RemoteProtocolError(f"observation of {tokens} tokens: the model has {model.max_positions} positions")
     if workload.cached_tokens >= workload.prompt_tokens:
-        raise RemoteProtocolError("observation: the whole prompt, or more, came from a cache")
+        raise RemoteProtocolError("observation: cached_tokens is not below prompt_tokens")
     if (model.active_expert_count or 0) > (model.expert_count or 0):
-        raise RemoteProtocolError("observation: more experts are active than there are")
+        raise RemoteProtocolError("observation: active_expert_count exceeds expert_count")
     compared = observation.measurements.log_ratio_to_baseline is not None
     if observation.kind is ObservationKind.SERVED and compared:
-        raise RemoteProtocolError("observation of a served job has nothing to be compared with")
+        raise RemoteProtocolError("observation of a served job has a log_ratio_to_baseline")
     if observation.kind in {ObservationKind.PROBE, ObservationKind.ASSIGNED} and not compared:
-        raise RemoteProtocolError(f"observation of kind {observation.kind} lacks its ratio to the baseline")
+        raise RemoteProtocolError(f"observation of kind {observation.kind} lacks its log_ratio_to_baseline")
 
 
 def _check_times(observation: Observation) -> None:
     measured, count = observation.measurements, observation.workload.completion_tokens
     if count == 1 and measured.tpot_s != 0.0:
-        raise RemoteProtocolError("observation: a single token has no time per further token")
+        raise RemoteProtocolError("observation: tpot_s is not 0 for a single token")
     sum_s = measured.ttft_s + measured.tpot_s * (count - 1)
     if abs(sum_s - measured.total_s) > RELATIVE_TOLERANCE * measured.total_s + ABSOLUTE_TOLERANCE_S:
-        raise RemoteProtocolError(f"observation: tokens took {sum_s:.6g} s, the whole job {measured.total_s:.6g} s")
+        raise RemoteProtocolError(
+            f"observation: total_s is {measured.total_s:.6g}, but ttft_s and tpot_s add up to {sum_s:.6g} s"
+        )
     together = measured.tokens_per_s * measured.total_s
-    if together < count * (1 - RELATIVE_TOLERANCE):
-        raise RemoteProtocolError(f"observation: tokens_per_s says {together:.6g} tokens, {count} came")
-    if observation.kind is ObservationKind.SERVED and together > count * (1 + RELATIVE_TOLERANCE):
-        raise RemoteProtocolError(f"observation: tokens_per_s says {together:.6g} tokens, {count} came")
+    most = count * (1 + RELATIVE_TOLERANCE) if observation.kind is ObservationKind.SERVED else math.inf
+    if not count * (1 - RELATIVE_TOLERANCE) <= together <= most:
+        raise RemoteProtocolError(f"observation: tokens_per_s makes {together:.6g} tokens of completion_tokens {count}")
 
 
 def _check_route(observation: Observation) -> None:
@@ -216,8 +262,8 @@ def _check_route(observation: Observation) -> None:
         raise RemoteProtocolError("observation: the route has no stages")
     covered = [(before.blocks.end, after.blocks.start) for before, after in pairwise(route)]
     if any(end != start for end, start in covered) or route[-1].blocks.end > block_count:
-        raise RemoteProtocolError("observation: the stages' blocks do not follow one another")
-    # A benchmark may measure the blocks that its peer has; a job needs them all.
+        raise RemoteProtocolError("observation: the stages' blocks are not contiguous")
+    # A benchmark may measure some of the blocks; a job needs all of them.
     whole = route[0].blocks.start == 0 and route[-1].blocks.end == block_count
     if observation.kind in {ObservationKind.SERVED, ObservationKind.PROBE} and not whole:
         raise RemoteProtocolError(f"observation: the stages do not cover all {block_count} blocks")
@@ -226,18 +272,15 @@ def _check_route(observation: Observation) -> None:
 
 
 def _check_stage(stage: StageObservation, observation: Observation) -> None:
-    """Check a stage's figures against the job. A stage takes its steps of one job one after another."""
+    """Check a stage's statistics against the job, whose steps a stage takes one after another."""
     statistics, workload = stage.statistics, observation.workload
     longest_s = 2 * observation.measurements.total_s + CLOSING_S
     if statistics.compute_s > longest_s:
-        raise RemoteProtocolError(f"observation: {statistics.compute_s:.6g} s computed in a job of half the time")
+        raise RemoteProtocolError(f"observation: compute_s is {statistics.compute_s:.6g} in a job of at most half that")
     if statistics.queue_s > longest_s * (statistics.steps + 1):
-        raise RemoteProtocolError("observation: rows waited longer than the job took")
-    if (
-        not statistics.steps
-        <= statistics.rows
-        <= MAX_ROWS_PER_TOKEN * (workload.prompt_tokens + workload.completion_tokens)
-    ):
-        raise RemoteProtocolError(f"observation: {statistics.rows} rows in {statistics.steps} steps cannot be")
+        raise RemoteProtocolError(f"observation: queue_s {statistics.queue_s:.6g} exceeds the job")
+    most_rows = MAX_ROWS_PER_TOKEN * (workload.prompt_tokens + workload.completion_tokens)
+    if not statistics.steps <= statistics.rows <= most_rows:
+        raise RemoteProtocolError(f"observation: {statistics.rows} rows in {statistics.steps} steps are impossible")
     if statistics.steps == 0 and (statistics.rows or statistics.compute_s):
-        raise RemoteProtocolError("observation: a stage computed without a step")
+        raise RemoteProtocolError("observation: a stage reports rows or compute_s, but no step")

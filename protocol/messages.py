@@ -1,56 +1,99 @@
-"""The messages of the job stream. `protocol.connection` says who may send which when, and turns them into bytes.
+"""The messages of the job stream, each field with its bounds. `protocol.states` defines who may send which when.
 
-One stream runs from an *initiator* to a *responder*. A coordinator opens sessions on it and sends prompts; a stage
-sends its output to the next stage on it; the last stage sends tokens to the first stage and to the coordinator on it.
-Whoever opened the stream sends work, the other end answers with admission, credit and failures.
+A job stream runs from an *initiator* to a *responder*. The coordinator sends Open and prompts on it, a stage sends its
+output to the next stage, and the last stage sends tokens to the first stage and to the coordinator. The initiator sends
+work; the responder answers with admission, credit and failures.
 """
 
 import enum
+import struct
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Final
+from itertools import pairwise
+from typing import Annotated, Final, TypeAlias
 
+from protocol import fields
+from protocol.errors import RemoteProtocolError
 from protocol.identity import BlockRange, ModelId, PeerId, SessionId
+from protocol.limits import (
+    MAX_BALLOTS,
+    MAX_CONTEXT,
+    MAX_HARDWARE_BYTES,
+    MAX_HISTORY_TOKENS,
+    MAX_LOGIT_BIAS,
+    MAX_LOGIT_BIASES,
+    MAX_NAME_BYTES,
+    MAX_NUMBER,
+    MAX_PENALTY,
+    MAX_POSITIONS,
+    MAX_PREFIX_BYTES,
+    MAX_SCORE,
+    MAX_STAGES,
+    MAX_STOP_TOKENS,
+    MAX_SWITCH_BYTES,
+    MAX_SWITCHES,
+    MAX_TEMPERATURE,
+    MAX_TEXT_BYTES,
+    MAX_UINT64,
+    MAX_VOCABULARY,
+    MAX_VOTES,
+    MAX_WINDOW_BYTES,
+    PREFIX_HASH_BYTES,
+)
+from protocol.schema import (
+    ARRAY,
+    OMIT_DEFAULT,
+    Count,
+    Counter,
+    Digest,
+    Form,
+    Range,
+    Seconds,
+    Signature,
+    TokenId,
+    name,
+    text,
+)
 from protocol.tensors import Tensor
 
 LATEST_MINOR: Final = 1
-"""The latest version of the job protocol is 1.LATEST_MINOR; what it adds to 1.0 says so below."""
+"""The latest version of the job protocol is 1.LATEST_MINOR; "since version 1.1" marks additions to 1.0."""
 
 
 class RefusalReason(enum.StrEnum):
-    """Why a stage refuses to open a session; the coordinator's next move depends on it."""
+    """Why a stage refuses to open a session, on which the coordinator's reaction depends."""
 
     FULL = "full"
-    """No KV memory or no slot now: try another peer, come back later."""
+    """No KV memory or no free slot: try another peer, or retry later."""
     NOT_SERVED = "not_served"
-    """These blocks of this model are not (or no longer) served here: the directory was stale."""
+    """These blocks of this model are not, or no longer, served here: the directory was stale."""
     NOT_READY = "not_ready"
-    """None of the methods asked for can be offered here now: ask for others, or come back when they are built."""
+    """None of the requested methods is available yet: request others, or retry when they are built."""
     UNABLE = "unable"
-    """None of the methods asked for can be had here, now or later: ask for others."""
+    """None of the requested methods will be available: request others."""
     LEAVING = "leaving"
-    """The peer drains before it leaves: avoid it from now on."""
+    """The peer drains before it leaves: avoid it."""
     UNREACHABLE = "unreachable"
-    """The stage cannot reach the peer it would have to send its output to; `message` names it: try another pair."""
+    """The stage cannot reach the peer of the next stage, which `message` names: try another pair."""
     INVALID = "invalid"
-    """The request makes no sense to this peer: a defect or a version apart, do not retry."""
+    """The request is invalid for this peer, by a defect or another version: do not retry."""
 
 
 class FailureReason(enum.StrEnum):
-    """Why a session ended on a stage without being closed by its coordinator."""
+    """Why a session ended on a stage that its coordinator had not closed."""
 
     ENGINE = "engine"
     """The engine failed or its worker process died."""
     TALLY = "tally"
-    """The Begin does not follow from the votes, or from the vote that was given here."""
+    """The Begin does not follow from the votes, or misquotes the vote of this stage."""
     DOWNSTREAM = "downstream"
-    """The next stage cannot be reached or refused the rows; `peer` names it."""
+    """The next stage, which `peer` names, is unreachable or refused the rows."""
     UNKNOWN_SESSION = "unknown_session"
-    """Rows came for a session that this peer does not have, or from a peer that may not send them."""
+    """Rows arrived for an unknown session, or from a peer that may not send them."""
     EXPIRED = "expired"
-    """The session did not begin in time, or nothing was heard of it for longer than its idle limit."""
+    """The session did not begin in time, or was idle for longer than its limit."""
     LEAVING = "leaving"
-    """The peer leaves now."""
+    """The peer shuts down."""
 
 
 class FinishReason(enum.StrEnum):
@@ -62,162 +105,237 @@ class FinishReason(enum.StrEnum):
     """The limit on new tokens."""
 
 
+def _presentable(message: str) -> str:
+    """Replace control characters and cut to the maximum length, so that a failure is reported whatever its text."""
+    printable = fields.CONTROL_CHARACTERS.sub(" ", message)
+    return printable.encode("utf-8", "replace")[:MAX_TEXT_BYTES].decode("utf-8", "ignore")
+
+
+def _context_value(value: object, what: str) -> str | float:
+    if isinstance(value, str):
+        return fields.text(value, MAX_NAME_BYTES, what)
+    return fields.number(value, -MAX_NUMBER, MAX_NUMBER, what)
+
+
+def _context_dump(value: str | float) -> str | float:
+    return value if isinstance(value, str) else float(value)
+
+
+def _prefix(value: object, what: str) -> bytes:
+    if type(value) is not bytes or len(value) > MAX_PREFIX_BYTES or len(value) % PREFIX_HASH_BYTES:
+        raise RemoteProtocolError(f"{what} is not hashes of {PREFIX_HASH_BYTES} bytes each")
+    return value
+
+
+def _packed_tokens(value: object, what: str) -> tuple[int, ...]:
+    if type(value) is not bytes or not 0 < len(value) <= 4 * MAX_HISTORY_TOKENS or len(value) % 4:
+        raise RemoteProtocolError(f"{what} is not 1 to {MAX_HISTORY_TOKENS} token ids of 4 bytes each")
+    tokens = struct.unpack(f"<{len(value) // 4}I", value)
+    if max(tokens) >= MAX_VOCABULARY:
+        raise RemoteProtocolError(f"{what}: a token id is not from 0 to {MAX_VOCABULARY - 1}")
+    return tokens
+
+
+def _pack_tokens(tokens: tuple[int, ...]) -> bytes:
+    try:
+        return struct.pack(f"<{len(tokens)}I", *tokens)
+    except struct.error as error:
+        raise ValueError(f"token history: a token id is not an unsigned 32-bit integer: {error}") from None
+
+
+Name = Annotated[str, name(MAX_NAME_BYTES)]
+Explanation = Annotated[str, text(MAX_TEXT_BYTES)._replace(dump=_presentable)]
+Switch = Annotated[str, name(MAX_SWITCH_BYTES)]
+Score = Annotated[float, Range(-MAX_SCORE, MAX_SCORE)]
+Position = Annotated[int, Range(0, MAX_POSITIONS - 1)]
+PositionCount = Annotated[int, Range(0, MAX_POSITIONS)]
+Probability = Annotated[float, Range(0.0, 1.0)]
+Penalty = Annotated[float, Range(-MAX_PENALTY, MAX_PENALTY)]
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Hello:
     """The first message of each side.
 
-    `window_bytes`: the tensor payload of any one session that the sender of this Hello is willing to hold before it
-    has consumed it; the other side stops there until `Credit` comes.
+    `window_bytes`: the tensor payload of any one session that the sender of this Hello holds unconsumed; the other side
+    pauses there until it receives `Credit`.
     """
 
-    agent: str
-    window_bytes: int
+    agent: Name
+    window_bytes: Annotated[int, Range(1, MAX_WINDOW_BYTES)]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sampling:
-    """How the last stage draws tokens; temperature 0 is greedy. Keyed by (seed, position): a replay draws the same.
+    """How the last stage samples tokens; temperature 0 is greedy. Keyed by (seed, position): a replay draws the same.
 
     All but the first five fields exist since version 1.1. The penalties are those of the OpenAI API (presence and
-    frequency, of the output) and of transformers (repetition, of prompt and output); `logit_bias` is pairs of a token
-    id and what is added to its logit. They need the tokens so far: see `TokenHistory`.
+    frequency, of the output) and of transformers (repetition, of prompt and output); they depend on the job's tokens,
+    see `TokenHistory`. `logit_bias`: pairs of a token id, ascending, and the term added to its logit.
     """
 
-    temperature: float = 0.0
-    top_p: float = 1.0
-    seed: int = 0
-    max_tokens: int
-    stop_tokens: tuple[int, ...] = ()
-    top_k: int = 0
-    """Draw among so many likeliest tokens; 0 for all."""
-    min_p: float = 0.0
-    """Draw among tokens at least so probable in relation to the likeliest."""
-    repetition_penalty: float = 1.0
-    frequency_penalty: float = 0.0
-    presence_penalty: float = 0.0
-    logit_bias: tuple[tuple[int, float], ...] = ()
-    min_length: int = 0
-    """No stop token is drawn for a position below this one, prompt included: a replay needs no other value."""
-    prompt_length: int = 0
-    """How many of the first positions are the prompt's."""
+    temperature: Annotated[float, Range(0.0, MAX_TEMPERATURE)] = 0.0
+    top_p: Probability = 1.0
+    seed: Annotated[int, Range(0, MAX_UINT64)] = 0
+    max_tokens: Annotated[int, Range(1, MAX_POSITIONS)]
+    stop_tokens: Annotated[tuple[TokenId, ...], Count(MAX_STOP_TOKENS)] = ()
+    top_k: Annotated[int, Range(1, MAX_VOCABULARY), OMIT_DEFAULT] = 0
+    """Sample from this many of the likeliest tokens; 0 for all."""
+    min_p: Annotated[Probability, OMIT_DEFAULT] = 0.0
+    """Sample from tokens with at least this fraction of the likeliest token's probability."""
+    repetition_penalty: Annotated[float, Range(1 / MAX_PENALTY, MAX_PENALTY), OMIT_DEFAULT] = 1.0
+    frequency_penalty: Annotated[Penalty, OMIT_DEFAULT] = 0.0
+    presence_penalty: Annotated[Penalty, OMIT_DEFAULT] = 0.0
+    logit_bias: Annotated[
+        tuple[tuple[TokenId, Annotated[float, Range(-MAX_LOGIT_BIAS, MAX_LOGIT_BIAS)]], ...],
+        Count(MAX_LOGIT_BIASES),
+        OMIT_DEFAULT,
+    ] = ()
+    min_length: Annotated[int, Range(1, MAX_POSITIONS), OMIT_DEFAULT] = 0
+    """Stop tokens are masked at positions below this one, prompt included: a replay needs no other value."""
+    prompt_length: Annotated[int, Range(1, MAX_POSITIONS), OMIT_DEFAULT] = 0
+    """Number of positions of the prompt."""
 
     @property
     def needs_history(self) -> bool:
-        """Whether a draw depends on the tokens so far."""
+        """Whether a draw depends on the tokens before it."""
         return self.repetition_penalty != 1.0 or self.frequency_penalty != 0.0 or self.presence_penalty != 0.0
+
+    def check(self) -> None:
+        """Raise RemoteProtocolError where nothing could be sampled, or where biases are not in order."""
+        if self.top_p == 0.0:
+            raise RemoteProtocolError("sampling top_p is 0: nothing could be drawn")
+        if any(first[0] >= second[0] for first, second in pairwise(self.logit_bias)):
+            raise RemoteProtocolError("sampling logit_bias: token ids are not ascending")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Open:
-    """The coordinator asks a stage for a session.
+    """Request of the coordinator to open a session on a stage.
 
-    `methods`: the names of the methods that the job admits, at least one, the coordinator's preference first: where the
-    votes leave it open, the order decides. `context`: what the votes are about, names and numbers. `positions`: KV
-    positions to reserve. `prefix`: the chained hashes of the prompt's whole pages, PREFIX_HASH_BYTES each; empty where
-    nothing may be cached. `upstream`: the peers that may send rows of this session, besides the
-    coordinator itself (for the first stage the last stage's peer, for others the stage before). `downstream`: the peer
-    of the next stage; None for the last stage, which sends each token to the coordinator and to `feedback`, the
-    first stage's peer. `sampling` is present for the last stage only. `continues`: a session that was opened over the
-    same stream for a former attempt at the same job, and ends by this: what it holds is this one's from now on.
-    `background`: nobody waits for the job, which is a measurement: it makes way for those of others.
+    `methods`: the names of the methods that the job admits, without duplicates, in the coordinator's order of
+    preference, which breaks ties of the vote. `positions`: KV positions to reserve. `context`: the task context that
+    the stages vote on, names and numbers. `prefix`: the chained hashes of the prompt's whole pages, PREFIX_HASH_BYTES
+    each; empty where nothing may be cached. `upstream`: the peers that may send rows of this session besides the
+    coordinator (for the first stage the last stage's peer, for others the stage before). `downstream`: the peer of the
+    next stage; None for the last stage, which sends each token to the coordinator and to `feedback`, the first stage's
+    peer. `sampling`: for the last stage only. `continues`: a session of the previous attempt at this job on the same
+    stream; it ends, and this session takes over its KV cache. `background`: a measurement, which yields to users' jobs.
     """
 
     session: SessionId
     model: ModelId
     blocks: BlockRange
-    methods: tuple[str, ...]
-    positions: int
-    context: Mapping[str, str | float] = field(default_factory=dict)
-    prefix: bytes = b""
-    upstream: tuple[PeerId, ...] = ()
+    methods: Annotated[tuple[Name, ...], Count(MAX_VOTES, 1)]
+    positions: Annotated[int, Range(1, MAX_POSITIONS)]
+    context: Annotated[
+        Mapping[Name, Annotated[str | float, Form(_context_value, _context_dump)]], Count(MAX_CONTEXT)
+    ] = field(default_factory=dict)
+    prefix: Annotated[bytes, Form(_prefix)] = b""
+    upstream: Annotated[tuple[PeerId, ...], Count(MAX_STAGES)] = ()
     downstream: PeerId | None = None
     feedback: PeerId | None = None
     sampling: Sampling | None = None
     continues: SessionId | None = None
     background: bool = False
 
+    def check(self) -> None:
+        """Raise RemoteProtocolError for a method named twice, and for fields that contradict each other."""
+        if len(set(self.methods)) != len(self.methods):
+            raise RemoteProtocolError("open methods: a method is named twice")
+        if (self.sampling is None) == (self.downstream is None):
+            raise RemoteProtocolError("open: expected sampling for the last stage and downstream for any other stage")
+        if self.continues is not None and self.continues.job == self.session.job:
+            raise RemoteProtocolError("open continues a session with the job id of this one: expected another attempt")
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Load:
-    """How busy a stage is, told with every admission and heartbeat."""
+    """The load of a stage, reported with every admission and heartbeat."""
 
-    sessions: int = 0
-    queued_rows: int = 0
-    free_positions: int = 0
-    step_s: float = 0.0
-    """Median time of a decode step of late, seconds; 0 when unknown."""
+    sessions: Counter = 0
+    queued_rows: Counter = 0
+    free_positions: Counter = 0
+    step_s: Seconds = 0.0
+    """Recent median time of a decode step, in seconds; 0 when unknown."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TokenHistory:
-    """The next tokens of a job so far, from the prompt's first on, for a last stage whose draws depend on them.
+    """The next tokens of the job, from the prompt's first on, for a last stage whose draws depend on them.
 
-    The coordinator sends as many of these as it takes before it begins the session: a last stage of a longer route
-    sees hidden states only. Since version 1.1.
+    The coordinator sends as many of these as it needs before it begins the session: the last stage of a longer route
+    receives hidden states only. Since version 1.1.
     """
 
     session: SessionId
-    tokens: tuple[int, ...]
+    tokens: Annotated[tuple[int, ...], Form(_packed_tokens, _pack_tokens)]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Opened:
     """The stage admits the session: KV memory is reserved.
 
-    `votes`: of each method asked for that the stage can carry out now, the logarithm of its cost: lower is better. A
-    stage without an opinion gives them all the same. `cached`: positions of the prompt whose keys and values lie here
-    already, by KV key (`engine/arithmetic/activations`). `policy`: the switches of the stage's own that are in force.
-    `held`: positions, from the first on, whose keys and values a session that is continued holds. `kept_from`: its
-    outputs from there to `held` can be sent again. `statement`: what the swarm agreed of the model as this stage has
-    it, by whose members' reputation it would weigh the votes; None where it stands by nothing.
+    `votes`: the logarithm of the cost of each requested method that the stage can run now, lower is better; all equal
+    where the stage cannot predict. `cached`: positions of the prompt in the stage's prefix cache, by KV key
+    (`engine/arithmetic/activations`). `policy`: the stage's own switches. `held`: positions, from the first on, in the
+    KV cache of a continued session. `kept_from`: the start of its replay buffer, which ends at `held`. `statement`: the
+    swarm's statement on the model that the stage follows, whose members' reputation would weight the votes; None where
+    it follows none.
     """
 
     session: SessionId
     load: Load
-    votes: Mapping[str, float]
-    cached: Mapping[str, int] = field(default_factory=dict)
-    policy: Mapping[str, str] = field(default_factory=dict)
-    held: int = 0
-    kept_from: int = 0
-    statement: bytes | None = None
+    votes: Annotated[Mapping[Name, Score], Count(MAX_VOTES, 1)]
+    cached: Annotated[Mapping[Name, PositionCount], Count(MAX_VOTES)] = field(default_factory=dict)
+    policy: Annotated[Mapping[Switch, Switch], Count(MAX_SWITCHES)] = field(default_factory=dict)
+    held: PositionCount = 0
+    kept_from: PositionCount = 0
+    statement: Digest | None = None
+
+    def check(self) -> None:
+        """Raise RemoteProtocolError where the replay buffer starts behind its end."""
+        if self.kept_from > self.held:
+            raise RemoteProtocolError(f"opened kept_from is {self.kept_from}: expected 0 to {self.held}")
 
 
 @dataclass(frozen=True, slots=True)
 class Ballot:
-    """What one stage voted, or the coordinator itself, as it tells all: scores in the order of `Open.methods`.
+    """The vote of one stage, or of the coordinator, as it sends it to all: scores in the order of `Open.methods`.
 
     None stands for a method that the stage does not offer, or that the coordinator does not accept.
     """
 
     peer: PeerId
-    scores: tuple[float | None, ...]
+    scores: Annotated[tuple[Score | None, ...], Count(MAX_VOTES)]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Begin:
     """The coordinator begins a session, once, when every stage is open: before it no rows may be computed.
 
-    `method`: what the ballots come to. `ballots`: of every stage of the route, in order, then the coordinator's own.
-    `start`: the first position whose row this stage computes; it holds those before. `onward`: the first whose output
-    it sends on, where the next stage starts; outputs before `start` are those that it has kept. `statement`: by whose
-    members' reputation the ballots were weighed; None where all weigh the same, because not all stand by the same.
+    `method`: the result of the vote. `ballots`: of every stage of the route, in order, then the coordinator's own.
+    `start`: the first position that this stage computes; it holds those before. `onward`: the first position whose
+    output it sends to the next stage; outputs before `start` come from its replay buffer. `statement`: the statement
+    whose members' reputation weighted the ballots; None where all weigh the same, because the stages follow different
+    statements.
     """
 
     session: SessionId
-    method: str
-    ballots: tuple[Ballot, ...]
-    start: int = 0
-    onward: int = 0
-    statement: bytes | None = None
+    method: Name
+    ballots: Annotated[tuple[Annotated[Ballot, ARRAY], ...], Count(MAX_BALLOTS)]
+    start: Position = 0
+    onward: Position = 0
+    statement: Digest | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Refused:
-    """The stage does not admit the session; nothing is held for it."""
+    """The stage does not admit the session and holds nothing for it."""
 
     session: SessionId
     reason: RefusalReason
-    message: str
+    message: Explanation
     load: Load
 
 
@@ -225,10 +343,10 @@ class Refused:
 class Slice:
     """The rows of one session inside a step.
 
-    `position`: absolute position of the first row. `rows`: how many. `draws`: after how many trailing rows the last
-    stage draws a token (0 for a part of a prompt, 1 for decoding). `drafts`: the tokens that the trailing rows but the
-    first were made of, guessed by the first stage: the last stage goes on drawing while it draws what was guessed, so
-    that `draws` is one more than they are. `finish_reason`: set on the last token's way to the coordinator.
+    `position`: absolute position of the first row. `rows`: their number. `draws`: the number of trailing rows after
+    which the last stage draws a token (0 inside a prompt, 1 for decoding). `drafts`: draft tokens of speculative
+    decoding, one for each trailing row but the first; the last stage continues to draw while its draws agree with them,
+    so that `draws` is one more than their number. `finish_reason`: set on the last token to the coordinator.
     """
 
     session: SessionId
@@ -255,111 +373,114 @@ class Credit:
     """The responder has consumed this much step payload of the session: the initiator may send as much again."""
 
     session: SessionId
-    consumed_bytes: int
+    consumed_bytes: Annotated[int, Range(1, MAX_WINDOW_BYTES)]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ProgressRequest:
-    """The coordinator asks a stage how far it has come. Since version 1.1."""
+    """The coordinator requests the progress of a session. Since version 1.1."""
 
     session: SessionId
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Progress:
-    """How far a session has come on this stage, in answer to a ProgressRequest. Since version 1.1.
+    """The progress of a session on this stage, in answer to a ProgressRequest. Since version 1.1.
 
-    Each is the first position that is not yet so: `received`, `computed`, and `sent` on to the next stage, which of a
-    last stage are tokens sent to the coordinator. A replay makes them smaller.
+    The first positions not yet `received`, `computed`, and `sent` to the next stage, or, by a last stage, as tokens to
+    the coordinator. A replay makes them smaller.
     """
 
     session: SessionId
-    received: int
-    computed: int
-    sent: int
+    received: PositionCount
+    computed: PositionCount
+    sent: PositionCount
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Failed:
-    """The session is lost on this stage, which holds nothing of it any more. `peer`: whom it blames, if not itself."""
+    """The session is lost on this stage, which has freed it. `peer`: the peer at fault, if not the stage itself."""
 
     session: SessionId
     reason: FailureReason
-    message: str
+    message: Explanation
     peer: PeerId | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Reroute:
-    """The stage asks the coordinator to go on over another route, and holds the session until it does.
+    """The stage asks the coordinator to continue over another route, and holds the session until it does.
 
-    `reason` is `downstream` where it cannot send its outputs on, and `leaving` where it would like to go: then it
-    serves the session as before meanwhile. `peer`: whom it blames, if not itself.
+    `reason`: `downstream` where it cannot send its outputs, `leaving` where it drains; meanwhile it continues to serve
+    the session. `peer`: the peer at fault, if not the stage itself.
     """
 
     session: SessionId
     reason: FailureReason
-    message: str
+    message: Explanation
     peer: PeerId | None = None
+
+    def check(self) -> None:
+        """Raise RemoteProtocolError for a reason that does not justify another route."""
+        if self.reason not in {FailureReason.DOWNSTREAM, FailureReason.LEAVING}:
+            raise RemoteProtocolError(f"reroute reason is {self.reason}: expected downstream or leaving")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Close:
-    """The coordinator ends the session, done or cancelled: the stage frees it at once."""
+    """The coordinator ends the session, finished or cancelled: the stage frees it at once."""
 
     session: SessionId
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SessionStatistics:
-    """What a session cost its stage; the ground of the job's observation. Times in seconds."""
+    """The cost of a session on its stage, for the job's observation. Times in seconds."""
 
-    steps: int = 0
-    rows: int = 0
-    compute_s: float = 0.0
+    steps: Counter = 0
+    rows: Counter = 0
+    compute_s: Seconds = 0.0
     """Time inside the engine's forward passes."""
-    queue_s: float = 0.0
+    queue_s: Seconds = 0.0
     """Time that rows waited for the engine."""
-    bytes_in: int = 0
-    bytes_out: int = 0
+    bytes_in: Counter = 0
+    bytes_out: Counter = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Closed:
     """The stage has freed the session.
 
-    `hardware`: the class of hardware it ran on. `countersignature`: the stage's signature of these figures, in the form
-    of `protocol.observations`, for the job's observation; None where it gives none.
+    `hardware`: the class of hardware it ran on. `countersignature`: the stage's signature of its statistics for the
+    job's observation, see `protocol.observations`.
     """
 
     session: SessionId
     statistics: SessionStatistics
-    hardware: str = "unknown"
-    countersignature: bytes | None = None
+    hardware: Annotated[str, name(MAX_HARDWARE_BYTES)] = "unknown"
+    countersignature: Signature | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Ping:
-    """Is the other end alive? `nonce` comes back in the Pong."""
+    """Liveness probe; the Pong returns its `nonce`."""
 
-    nonce: int
+    nonce: Annotated[int, Range(0, MAX_UINT64)]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Pong:
-    """It is."""
+    """Answer to a Ping."""
 
-    nonce: int
+    nonce: Annotated[int, Range(0, MAX_UINT64)]
 
 
-Message = (
-    Hello
-    | Open
+SessionMessage: TypeAlias = (
+    Open
     | Opened
     | Refused
     | TokenHistory
     | Begin
-    | Step
     | Credit
     | ProgressRequest
     | Progress
@@ -367,6 +488,8 @@ Message = (
     | Failed
     | Close
     | Closed
-    | Ping
-    | Pong
 )
+"""A control message about one session."""
+
+ControlMessage: TypeAlias = Hello | SessionMessage | Ping | Pong
+Message: TypeAlias = ControlMessage | Step

@@ -1,215 +1,60 @@
-"""Signed, expiring records: what a peer says of itself to everybody, in the DHT and by gossip.
+"""Signed, expiring records: how a peer's announcements are signed and verified, in the DHT and in gossip.
 
 A record travels in an envelope, the canonical msgpack map {kind, public_key, payload, signature}. The signature covers
-the kind as well, so that no record can be passed off as one of another kind. Records carry a sequence number and an
-expiry of their own, because whoever keeps them for others promises neither freshness nor oblivion.
-
-A new kind of record is a subclass of `Record`.
+the kind as well, so that no record passes for one of another kind. Records carry a sequence number and an expiry of
+their own, because stores of others' records guarantee neither freshness nor deletion.
 """
 
-import abc
-import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import ClassVar, Final, NamedTuple, Self, TypeVar
+from typing import Final, NamedTuple, TypeVar
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
+from protocol.announcements import HEARTBEAT_TOPIC as HEARTBEAT_TOPIC
+from protocol.announcements import DhtRecord, Record
+from protocol.announcements import Heartbeat as Heartbeat
+from protocol.announcements import ServedSpan as ServedSpan
 from protocol.canonical import Value, decode_canonical, encode
-from protocol.codec import load_from, load_to_map
 from protocol.errors import LocalProtocolError, RemoteProtocolError, UntimelyError
-from protocol.fields import SHA256_BYTES, Fields, block_range, model_id, name
-from protocol.identity import (
-    BlockRange,
-    ModelId,
-    PeerId,
-    parse_model_id,
-    parse_peer_id,
-    peer_id_from_public_key,
-)
+from protocol.fields import Fields
+from protocol.identity import PeerId, peer_id_from_public_key
 from protocol.limits import (
-    MAX_ADDRESSES,
     MAX_CLOCK_SKEW_S,
-    MAX_HEARTBEAT_INTERVAL_MS,
     MAX_INTEGER,
     MAX_NAME_BYTES,
-    MAX_RATE,
     MAX_RECORD_BYTES,
     MAX_RECORD_LIFETIME_S,
-    MAX_SPANS,
     SIGNATURE_BYTES,
 )
-from protocol.messages import Load
+from protocol.schema import from_map, to_map
 from protocol.signatures import is_signed
-
-DHT_NAMESPACE: Final = "metaswarm"
-"""The first part of every DHT key of ours."""
-
-HEARTBEAT_TOPIC: Final = "metaswarm/1/heartbeats"
-"""The gossip topic of heartbeats."""
 
 _PUBLIC_KEY_BYTES: Final = 32
 
-_R = TypeVar("_R", bound="Record")
+_R = TypeVar("_R", bound=Record)
+_D = TypeVar("_D", bound=DhtRecord)
 
 
 class Signed(NamedTuple):
-    """The bytes of a payload whose signature is right, and the peer that signed it."""
+    """The bytes of a payload with a valid signature, and the peer that signed it."""
 
     payload: bytes
     peer: PeerId
 
 
 class Verified(NamedTuple):
-    """A payload whose signature and times are right, and the peer that signed it."""
+    """A payload with a valid signature and valid times, and the peer that signed it."""
 
     payload: dict[str, object]
     peer: PeerId
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Record(abc.ABC):
-    """What every record says.
-
-    `sequence`: higher than in any earlier record of this kind and subject by this peer, also across restarts; Unix time
-    in milliseconds will do. `issued_at_s`, `expires_at_s`: Unix time in whole seconds.
-    """
-
-    kind: ClassVar[str]
-
-    peer: PeerId
-    sequence: int
-    issued_at_s: int
-    expires_at_s: int
-
-    @abc.abstractmethod
-    def body(self) -> dict[str, Value]:
-        """Return the fields of this kind as they travel."""
-
-    @classmethod
-    @abc.abstractmethod
-    def from_fields(cls, peer: PeerId, header: "Header", fields: Fields) -> Self:
-        """Return the record made of the fields of this kind, all of which are taken. Raises RemoteProtocolError."""
-
-
-class Header(NamedTuple):
-    """The fields that the payload of every kind has."""
+class _Header(NamedTuple):
+    """The fields in the payload of every kind."""
 
     sequence: int
     issued_at_s: int
     expires_at_s: int
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SpanRecord(Record):
-    """Which blocks of a model a peer serves; no blocks means that it serves none any more."""
-
-    kind: ClassVar[str] = "span"
-
-    model: ModelId
-    blocks: tuple[BlockRange, ...]
-
-    def body(self) -> dict[str, Value]:
-        """Return the fields of this kind as they travel."""
-        return {"model": bytes.fromhex(self.model), "blocks": [[span.start, span.end] for span in self.blocks]}
-
-    @classmethod
-    def from_fields(cls, peer: PeerId, header: Header, fields: Fields) -> Self:
-        """Return the record made of the fields of this kind. Raises RemoteProtocolError."""
-        return cls(
-            peer=peer,
-            sequence=header.sequence,
-            issued_at_s=header.issued_at_s,
-            expires_at_s=header.expires_at_s,
-            model=model_id(fields.take("model"), "span model"),
-            blocks=tuple(block_range(span, "span blocks") for span in fields.array("blocks", MAX_SPANS)),
-        )
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ServedSpan:
-    """Blocks of a model that a peer serves now, and how busy it is with them."""
-
-    model: ModelId
-    blocks: BlockRange
-    load: Load
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Placement:
-    """Blocks of a model that a peer means to serve, even while it still loads them.
-
-    `rate`: tokens a second through all of these blocks. `movable`: the peer chose them by itself, and will serve others
-    where the swarm lacks those more.
-    """
-
-    model: ModelId
-    blocks: BlockRange
-    rate: float
-    movable: bool
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Heartbeat(Record):
-    """A peer is alive: where it is reached, what it runs and serves, and whether it is about to leave.
-
-    `interval_ms`: how long it will be, about, until the peer says so again. `placed_at_ms`: since when, in Unix time,
-    the peer says these `placements`; whoever plans for all looks at what was said until one moment.
-    """
-
-    kind: ClassVar[str] = "heartbeat"
-
-    interval_ms: int
-    multiaddrs: tuple[str, ...]
-    agent: str
-    spans: tuple[ServedSpan, ...] = ()
-    placements: tuple[Placement, ...] = ()
-    placed_at_ms: int = 0
-    leaving: bool = False
-
-    def body(self) -> dict[str, Value]:
-        """Return the fields of this kind as they travel."""
-        return {
-            "interval_ms": self.interval_ms,
-            "multiaddrs": list(self.multiaddrs),
-            "agent": self.agent,
-            "spans": [
-                {
-                    "model": bytes.fromhex(span.model),
-                    "blocks": [span.blocks.start, span.blocks.end],
-                    "load": load_to_map(span.load),
-                }
-                for span in self.spans
-            ],
-            "placements": [
-                {
-                    "model": bytes.fromhex(placement.model),
-                    "blocks": [placement.blocks.start, placement.blocks.end],
-                    "rate": placement.rate,
-                    "movable": placement.movable,
-                }
-                for placement in self.placements
-            ],
-            "placed_at_ms": self.placed_at_ms,
-            "leaving": self.leaving,
-        }
-
-    @classmethod
-    def from_fields(cls, peer: PeerId, header: Header, fields: Fields) -> Self:
-        """Return the record made of the fields of this kind. Raises RemoteProtocolError."""
-        return cls(
-            peer=peer,
-            sequence=header.sequence,
-            issued_at_s=header.issued_at_s,
-            expires_at_s=header.expires_at_s,
-            interval_ms=fields.integer("interval_ms", 1, MAX_HEARTBEAT_INTERVAL_MS),
-            multiaddrs=tuple(_multiaddr(address) for address in fields.array("multiaddrs", MAX_ADDRESSES)),
-            agent=fields.name("agent", MAX_NAME_BYTES),
-            spans=tuple(_served_span(span) for span in fields.array("spans", MAX_SPANS)),
-            placements=tuple(_placement(value) for value in fields.array("placements", MAX_SPANS)),
-            placed_at_ms=fields.integer("placed_at_ms", 0, MAX_INTEGER),
-            leaving=fields.flag("leaving"),
-        )
 
 
 def sign(kind: str, payload: dict[str, Value], private_key: Ed25519PrivateKey) -> bytes:
@@ -234,8 +79,8 @@ def sign(kind: str, payload: dict[str, Value], private_key: Ed25519PrivateKey) -
 def verify(envelope: bytes, kind: str, now_s: float) -> Verified:
     """Return the payload and the signer of an envelope.
 
-    `kind`: the kind that is expected. `now_s`: Unix time by our clock. Raises RemoteProtocolError when anything is
-    wrong: form, kind, signature, or times (expired, issued in the future, living too long).
+    `kind`: the expected kind. `now_s`: Unix time by our clock. Raises RemoteProtocolError for an invalid form, kind,
+    signature or time (expired, issued in the future, too long a lifetime).
     """
     signed = open_envelope(envelope, kind)
     payload = _decode_payload(signed.payload, kind)
@@ -244,10 +89,9 @@ def verify(envelope: bytes, kind: str, now_s: float) -> Verified:
 
 
 def open_envelope(envelope: bytes, kind: str) -> Signed:
-    """Return the bytes that were signed, and by whom, of an envelope of the expected kind.
+    """Return the signed bytes and the signer of an envelope of the expected kind; times are not checked.
 
-    For records that never expire, which have times of their own. Raises RemoteProtocolError when form, kind or
-    signature are wrong.
+    Raises RemoteProtocolError for an invalid form, kind or signature.
     """
     fields = _open_envelope(envelope, kind)
     public_key = fields.raw("public_key", _PUBLIC_KEY_BYTES)
@@ -255,22 +99,17 @@ def open_envelope(envelope: bytes, kind: str) -> Signed:
     signature = fields.raw("signature", SIGNATURE_BYTES)
     fields.finish()
     if not is_signed(_signed_bytes(kind, payload), signature, public_key):
-        raise RemoteProtocolError(f"{kind} record: the signature is wrong")
+        raise RemoteProtocolError(f"{kind} record: the signature is invalid")
     return Signed(payload, peer_id_from_public_key(public_key))
 
 
 def seal(record: Record, private_key: Ed25519PrivateKey) -> bytes:
     """Return the signed envelope of a record.
 
-    Raises LocalProtocolError when the key is not the record's peer's, or when a value breaks a limit.
+    Raises LocalProtocolError for the key of another peer, and for a value out of bounds.
     """
-    header: dict[str, Value] = {
-        "sequence": record.sequence,
-        "issued_at_s": record.issued_at_s,
-        "expires_at_s": record.expires_at_s,
-    }
     try:
-        envelope = sign(record.kind, {**header, **record.body()}, private_key)
+        envelope = sign(record.kind, to_map(record), private_key)
         same = unseal(type(record), envelope, record.issued_at_s) == record
     except (RemoteProtocolError, ValueError) as error:
         raise LocalProtocolError(str(error)) from None
@@ -282,69 +121,40 @@ def seal(record: Record, private_key: Ed25519PrivateKey) -> bytes:
 def unseal(record_type: type[_R], envelope: bytes, now_s: float) -> _R:
     """Return the record of this type in a signed envelope.
 
-    `now_s`: Unix time by our clock. Raises RemoteProtocolError when anything is wrong with it.
+    `now_s`: Unix time by our clock. Raises RemoteProtocolError for an invalid one.
     """
     payload, peer = verify(envelope, record_type.kind, now_s)
-    fields = Fields(payload, record_type.kind)
-    record = record_type.from_fields(peer, _take_header(fields), fields)
-    fields.finish()
+    return from_map(record_type, payload, record_type.kind, peer=peer)
+
+
+def unseal_from_dht(record_type: type[_D], key: str, envelope: bytes, now_s: float) -> _D:
+    """Return the record found under a DHT key. Raises RemoteProtocolError, also where it belongs under another key."""
+    record = unseal(record_type, envelope, now_s)
+    if record.key != key:
+        raise RemoteProtocolError(f"{record.kind} record of {record.peer} was stored under another key: {key[:200]!r}")
     return record
 
 
 def issue_time(envelope: bytes, kind: str) -> int:
-    """Return when an envelope says it was issued, in Unix time, however far that is from now.
+    """Return the issue time in an envelope, in Unix time, however far it is from now.
 
-    Its signature is looked at and nothing else. Raises RemoteProtocolError.
+    Only the signature is verified. Raises RemoteProtocolError.
     """
     payload = _decode_payload(open_envelope(envelope, kind).payload, kind)
     return _take_header(Fields(payload, kind)).issued_at_s
 
 
 def select(envelopes: Sequence[bytes]) -> int:
-    """Return the index of the best of several valid records about the same thing.
+    """Return the index of the best of several valid records about the same subject.
 
-    The higher sequence number wins, then the later issue, then the greater bytes: everybody chooses the same, in
-    whatever order they come. Raises RemoteProtocolError for what is no record at all; signatures are not looked at.
+    The highest sequence number wins, then the latest issue, then the greatest bytes, so that all peers select the same
+    in any order. Raises RemoteProtocolError for bytes that are not a record; signatures are not verified.
     """
     return max(range(len(envelopes)), key=lambda index: _precedence(envelopes[index]))
 
 
-def span_key(model: ModelId, peer: PeerId) -> str:
-    """Return the DHT key of a peer's span record."""
-    return f"/{DHT_NAMESPACE}/span/{model}/{peer}"
-
-
-def parse_span_key(key: str) -> tuple[ModelId, PeerId]:
-    """Return the model and the peer in the DHT key of a span record; raise ValueError for any other key."""
-    parts = key.split("/")
-    if len(parts) != 5 or parts[:3] != ["", DHT_NAMESPACE, "span"]:
-        raise ValueError(f"{key[:200]!r} is no key of a span record")
-    return parse_model_id(parts[3]), parse_peer_id(parts[4])
-
-
-def unseal_span(key: str, envelope: bytes, now_s: float) -> SpanRecord:
-    """Return the span record found under a DHT key. Raises RemoteProtocolError, also when it belongs elsewhere."""
-    record = unseal(SpanRecord, envelope, now_s)
-    if span_key(record.model, record.peer) != key:
-        raise RemoteProtocolError(f"span record of {record.peer} for model {record.model} lies under another key")
-    return record
-
-
-def provider_key(model: ModelId) -> bytes:
-    """Return the key under which peers that serve any block of a model announce themselves as providers."""
-    return hashlib.sha256(f"metaswarm/model/{model}".encode("ascii")).digest()
-
-
-def blob_provider_key(sha256: str) -> bytes:
-    """Return the key under which peers that have a file announce themselves: the sha256 itself, 64 hex digits."""
-    key = bytes.fromhex(sha256)
-    if len(key) != SHA256_BYTES:
-        raise ValueError(f"{sha256[:80]!r} is no sha256")
-    return key
-
-
 def _signed_bytes(kind: str, payload: bytes) -> bytes:
-    # The newline cannot be in a kind, so that no kind and payload read like another pair.
+    # A kind contains no newline, so that no two pairs of kind and payload have the same bytes.
     return f"metaswarm/1/{kind}\n".encode("ascii") + payload
 
 
@@ -366,22 +176,22 @@ def _payload_bytes(fields: Fields) -> bytes:
 def _decode_payload(payload: bytes, kind: str) -> dict[str, object]:
     value = decode_canonical(payload, max_bytes=MAX_RECORD_BYTES)
     if not isinstance(value, dict):
-        raise RemoteProtocolError(f"{kind} record: the payload is no map")
+        raise RemoteProtocolError(f"{kind} record: the payload is not a map")
     return value
 
 
-def _take_header(fields: Fields) -> Header:
-    return Header(
+def _take_header(fields: Fields) -> _Header:
+    return _Header(
         sequence=fields.integer("sequence", 0, MAX_INTEGER),
         issued_at_s=fields.integer("issued_at_s", 0, MAX_INTEGER),
         expires_at_s=fields.integer("expires_at_s", 0, MAX_INTEGER),
     )
 
 
-def _check_times(header: Header, kind: str, now_s: float) -> None:
+def _check_times(header: _Header, kind: str, now_s: float) -> None:
     lifetime_s = header.expires_at_s - header.issued_at_s
     if not 0 < lifetime_s <= MAX_RECORD_LIFETIME_S:
-        raise RemoteProtocolError(f"{kind} record lives {lifetime_s} s: expected 1 to {MAX_RECORD_LIFETIME_S}")
+        raise RemoteProtocolError(f"{kind} record has lifetime {lifetime_s} s: expected 1 to {MAX_RECORD_LIFETIME_S}")
     if header.issued_at_s > now_s + MAX_CLOCK_SKEW_S:
         raise UntimelyError(f"{kind} record was issued {header.issued_at_s - now_s:.0f} s in the future")
     if header.expires_at_s <= now_s:
@@ -392,33 +202,3 @@ def _precedence(envelope: bytes) -> tuple[int, int, bytes]:
     payload = _decode_payload(_payload_bytes(_open_envelope(envelope)), "any")
     header = _take_header(Fields(payload, "record"))
     return header.sequence, header.issued_at_s, envelope
-
-
-def _multiaddr(value: object) -> str:
-    address = name(value, MAX_NAME_BYTES, "heartbeat multiaddr")
-    if not address.startswith("/"):
-        raise RemoteProtocolError(f"heartbeat multiaddr {address!r} does not begin with /")
-    return address
-
-
-def _served_span(value: object) -> ServedSpan:
-    fields = Fields(value, "heartbeat span")
-    span = ServedSpan(
-        model=model_id(fields.take("model"), "heartbeat span model"),
-        blocks=block_range(fields.take("blocks"), "heartbeat span blocks"),
-        load=load_from(fields.take("load"), "heartbeat span load"),
-    )
-    fields.finish()
-    return span
-
-
-def _placement(value: object) -> Placement:
-    fields = Fields(value, "heartbeat placement")
-    placement = Placement(
-        model=model_id(fields.take("model"), "heartbeat placement model"),
-        blocks=block_range(fields.take("blocks"), "heartbeat placement blocks"),
-        rate=fields.number("rate", 0, MAX_RATE),
-        movable=fields.flag("movable"),
-    )
-    fields.finish()
-    return placement

@@ -17,6 +17,8 @@ from typing import Final, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
+from protocol.identity import BlockRange, PeerId, Stage
+
 CLEAR_GAIN: Final = 0.01
 """Blocks are moved only where the lowest rate of any block rises by more than this share."""
 
@@ -41,21 +43,18 @@ TRIALS: Final = 150
 DISTURBED: Final = 8
 """Servers put elsewhere before each further try: anywhere in one, over the block that is served least in the next."""
 
-Span: TypeAlias = tuple[int, int]
 _Rates: TypeAlias = NDArray[np.float64]
 _Starts: TypeAlias = NDArray[np.intp]
 
 
 @dataclass(frozen=True, slots=True, order=True)
 class Server:
-    """A node that serves blocks `start` to `end`, each token through all of them, `rate` tokens a second.
+    """A node that serves blocks: `rate` tokens a second, each through all of them.
 
-    `movable`: it decides by itself which blocks it serves. One that is about to move counts where it will be.
+    `movable`: it chooses its blocks itself. One that is about to move counts where it will be.
     """
 
-    peer: str
-    start: int
-    end: int
+    stage: Stage
     rate: float
     movable: bool = True
 
@@ -64,11 +63,11 @@ def block_rates(block_count: int, servers: Iterable[Server]) -> _Rates:
     """Return the tokens a second that each block can take."""
     rates = np.zeros(block_count)
     for server in servers:
-        rates[server.start : server.end] += server.rate
+        rates[_slice(server.stage.blocks)] += server.rate
     return rates
 
 
-def choose_span(block_count: int, others: Iterable[Server], length: int, rate: float) -> Span:
+def choose_span(block_count: int, others: Iterable[Server], length: int, rate: float) -> BlockRange:
     """Return the blocks that a node should serve that joins; it holds `length` of them, at `rate` tokens a second."""
     length = min(length, block_count)
     if length < 1:
@@ -77,16 +76,16 @@ def choose_span(block_count: int, others: Iterable[Server], length: int, rate: f
     rates = block_rates(block_count, others) / scale
     costs = _window_costs(rates[None, :], np.array([length]), np.array([rate / scale]), POWERS[-1])
     start = int(costs[0].argmin())
-    return start, start + length
+    return BlockRange(start, start + length)
 
 
-def plan_moves(block_count: int, servers: Iterable[Server], rng: random.Random) -> Mapping[str, Span]:
+def plan_moves(block_count: int, servers: Iterable[Server], rng: random.Random) -> Mapping[PeerId, BlockRange]:
     """Return who should serve which other blocks, so that the least served block gains clearly; empty where none does.
 
     Everybody who knows of the same servers, and draws the same, plans the same. No move can be left out of the plan
     without losing some of what it gains.
     """
-    servers = sorted(server for server in servers if 0 <= server.start < server.end <= block_count)
+    servers = sorted(server for server in servers if server.stage.blocks.end <= block_count)
     swarm = _Swarm(block_count, servers)
     if not swarm.movable:
         return {}
@@ -107,30 +106,34 @@ def plan_moves(block_count: int, servers: Iterable[Server], rng: random.Random) 
     if not swarm.pays(before, worth):
         return {}
     return {
-        server.peer: (int(start), int(start) + server.end - server.start)
+        server.stage.peer: BlockRange(int(start), int(start) + len(server.stage.blocks))
         for server, start in zip(swarm.movable, best, strict=True)
-        if start != server.start
+        if start != server.stage.blocks.start
     }
 
 
-def still_worthwhile(block_count: int, others: Iterable[Server], now: Server, then: Span) -> bool:
-    """Say whether a move that was planned still helps, now that others may have moved."""
+def still_worthwhile(block_count: int, others: Iterable[Server], now: Server, then: BlockRange) -> bool:
+    """Return whether a planned move still helps, now that others may have moved."""
     rates = block_rates(block_count, others)
     scale = max(float(rates.mean()), now.rate, 1e-9)
 
-    def cost(span: Span, power: float) -> float:
+    def cost(blocks: BlockRange, power: float) -> float:
         moved = rates.copy()
-        moved[slice(*span)] += now.rate
+        moved[_slice(blocks)] += now.rate
         return float(_costs(moved / scale, power).sum())
 
-    return any(cost(then, power) < cost((now.start, now.end), power) * (1 - 1e-9) for power in POWERS)
+    return any(cost(then, power) < cost(now.stage.blocks, power) * (1 - 1e-9) for power in POWERS)
 
 
-def may_drop(block_count: int, others: Iterable[Server], old: Span, new: Span) -> bool:
-    """Say whether every block of the old span is served by others, or in the new one, so that nothing goes missing."""
+def may_drop(block_count: int, others: Iterable[Server], old: BlockRange, new: BlockRange) -> bool:
+    """Return whether every old block is served by others or among the new ones, so that none becomes unserved."""
     rates = block_rates(block_count, others)
-    rates[slice(*new)] += 1
-    return bool((rates[slice(*old)] > 0).all())
+    rates[_slice(new)] += 1
+    return bool((rates[_slice(old)] > 0).all())
+
+
+def _slice(blocks: BlockRange) -> slice:
+    return slice(blocks.start, blocks.end)
 
 
 def _costs(rates: _Rates, power: float) -> _Rates:
@@ -157,8 +160,8 @@ class _Swarm:
 
     def __init__(self, block_count: int, servers: Sequence[Server]) -> None:
         self.movable = [server for server in servers if server.movable]
-        self.starts: _Starts = np.array([server.start for server in self.movable], dtype=np.intp)
-        self.lengths: _Starts = np.array([server.end - server.start for server in self.movable], dtype=np.intp)
+        self.starts: _Starts = np.array([server.stage.blocks.start for server in self.movable], dtype=np.intp)
+        self.lengths: _Starts = np.array([len(server.stage.blocks) for server in self.movable], dtype=np.intp)
         scale = max(float(block_rates(block_count, servers).mean()), 1e-9)
         self._own: _Rates = np.array([server.rate for server in self.movable], dtype=float) / scale
         self._fixed = block_rates(block_count, (server for server in servers if not server.movable)) / scale
@@ -179,7 +182,7 @@ class _Swarm:
         return served, lowest * (1 - MOVE_COST * float((starts != self.starts).mean()))
 
     def pays(self, before: tuple[int, float], after: tuple[int, float]) -> bool:
-        """Say whether an arrangement is clearly better."""
+        """Return whether an arrangement is clearly better."""
         return after[0] > before[0] or (after[0] == before[0] and after[1] > before[1] * (1 + CLEAR_GAIN))
 
     def descend(self, starts: _Starts, powers: Sequence[float]) -> tuple[_Starts, tuple[int, float]]:

@@ -7,10 +7,13 @@ what it holds is entered and left at any block; of one that cannot, the whole sp
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from itertools import groupby
 from typing import Final, NamedTuple, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
+
+from protocol.identity import BlockRange, Stage
 
 MAX_OFFERS: Final = 64
 """Offers that are compared with each other; of more, the quickest for every block are."""
@@ -31,16 +34,15 @@ Links: TypeAlias = Callable[[str, str], Link]
 
 @dataclass(frozen=True, slots=True)
 class Offer:
-    """A peer's offer to run blocks of its span, `start` to `end` (exclusive), and what that is predicted to cost.
+    """A peer's offer to run a span of blocks or a part of it, and the predicted cost.
 
-    `block_s`: one block's part of a decode step, and `step_s` what every step waits and costs besides, both for the
-    job's method and the load there is. `row_block_s`: what one row of a prompt costs in one block. `trust`: the share
-    of jobs that this peer is expected to bear to their end, above 0. `free_positions`: KV room, None where unknown.
+    `block_s`: one block's part of a decode step; `step_s`: fixed cost of every step, both for the job's method under
+    the current load. `row_block_s`: cost of one prompt row in one block. `trust`: share of jobs that this peer is
+    expected to complete, above 0. `free_positions`: free KV positions, None where unknown. `divisible`: whether it
+    runs a part of the span.
     """
 
-    start: int
-    end: int
-    peer: str
+    stage: Stage
     block_s: float
     step_s: float = 0.0
     row_block_s: float = 0.0
@@ -64,14 +66,6 @@ class Demand:
         return self.prompt_rows + self.new_tokens
 
 
-class Stage(NamedTuple):
-    """Blocks `start` to `end` (exclusive), run by a peer."""
-
-    start: int
-    end: int
-    peer: str
-
-
 @dataclass(frozen=True, slots=True)
 class Route:
     """The stages in order, and the predicted seconds from the prompt to the last token."""
@@ -81,13 +75,13 @@ class Route:
 
 
 class NoRouteError(Exception):
-    """No chain of offers covers all blocks. `missing` are ranges (start, end) nobody serves.
+    """No chain of offers covers all blocks. `missing`: the ranges that no offer covers.
 
     It is empty where every block is served, but the edges of spans that are indivisible do not meet.
     """
 
-    def __init__(self, missing: Sequence[tuple[int, int]]) -> None:
-        super().__init__(f"no route; missing {missing}")
+    def __init__(self, missing: Sequence[BlockRange]) -> None:
+        super().__init__(f"no route; blocks not served: {', '.join(map(str, missing)) or 'none'}")
         self.missing = tuple(missing)
 
 
@@ -97,12 +91,12 @@ def find_route(demand: Demand, offers: Iterable[Offer], links: Links) -> Route:
     Peers without KV room for the job are left out, unless there is no route without them: then they may say so.
     Of equal routes the one whose offers sort first is taken, so that the answer depends on nothing but the arguments.
     """
-    fitting = [offer for offer in offers if 0 <= offer.start < offer.end <= demand.block_count]
+    fitting = [offer for offer in offers if offer.stage.blocks.end <= demand.block_count]
     for allowed in (_with_room(fitting, demand), fitting):
-        route = _Search(demand, 0, demand.block_count, allowed, links).round_trip()
+        route = _Search(demand, BlockRange(0, demand.block_count), allowed, links).round_trip()
         if route is not None:
             return route
-    raise NoRouteError(uncovered(demand.block_count, ((offer.start, offer.end) for offer in fitting)))
+    raise NoRouteError(uncovered(demand.block_count, (offer.stage.blocks for offer in fitting)))
 
 
 def find_replacement(
@@ -112,49 +106,28 @@ def find_replacement(
 
     It may be several stages. Raises NoRouteError where nobody can, with the blocks of the lost stage that are missing.
     """
-    _, _, peer = stage = stages[lost]
-    rest = [offer for offer in offers if offer.peer != peer]
+    peer, blocks = stages[lost].peer, stages[lost].blocks
+    rest = [offer for offer in offers if offer.stage.peer != peer]
     if len(stages) == 1:
         return find_route(demand, rest, links).stages
     before, after = stages[lost - 1].peer, stages[(lost + 1) % len(stages)].peer
-    fitting = [clipped for offer in rest if (clipped := _clip(offer, stage.start, stage.end)) is not None]
+    fitting = [clipped for offer in rest if (clipped := _clip(offer, blocks)) is not None]
     for allowed in (_with_room(fitting, demand), fitting):
-        search = _Search(demand, stage.start, stage.end, allowed, links)
+        search = _Search(demand, blocks, allowed, links)
         found = search.between(before, after, first=lost == 0, last=lost == len(stages) - 1)
         if found is not None:
             return found.stages
-    missing = uncovered(demand.block_count, ((offer.start, offer.end) for offer in fitting))
-    raise NoRouteError([span for a, b in missing if (span := (max(a, stage.start), min(b, stage.end)))[0] < span[1]])
+    missing = uncovered(demand.block_count, (offer.stage.blocks for offer in fitting))
+    raise NoRouteError([overlap for gap in missing if (overlap := gap.overlap(blocks)) is not None])
 
 
-def find_spares(
-    demand: Demand, stages: Sequence[Stage], offers: Sequence[Offer], links: Links
-) -> tuple[tuple[Stage, ...], ...]:
-    """Return for every stage what would take its place; nothing where nobody can."""
-
-    def spare(number: int) -> tuple[Stage, ...]:
-        try:
-            return find_replacement(demand, stages, number, offers, links)
-        except NoRouteError:
-            return ()
-
-    return tuple(spare(number) for number in range(len(stages)))
-
-
-def uncovered(block_count: int, spans: Iterable[tuple[int, int]]) -> tuple[tuple[int, int], ...]:
-    """Return the ranges (start, end) of blocks that no span covers."""
+def uncovered(block_count: int, spans: Iterable[BlockRange]) -> tuple[BlockRange, ...]:
+    """Return the ranges of blocks that no span covers."""
     covered = bytearray(block_count)
-    for start, end in spans:
-        covered[start:end] = b"\x01" * (end - start)
-    missing: list[tuple[int, int]] = []
-    for block, is_covered in enumerate(covered):
-        if is_covered:
-            continue
-        if missing and missing[-1][1] == block:
-            missing[-1] = (missing[-1][0], block + 1)
-        else:
-            missing.append((block, block + 1))
-    return tuple(missing)
+    for span in spans:
+        covered[span.start : span.end] = b"\x01" * len(span)
+    runs = ((is_covered, list(run)) for is_covered, run in groupby(range(block_count), lambda block: covered[block]))
+    return tuple(BlockRange(run[0], run[-1] + 1) for is_covered, run in runs if not is_covered)
 
 
 def stage_cost_s(demand: Demand, offer: Offer, blocks: int) -> float:
@@ -178,19 +151,19 @@ def _order(offer: Offer) -> tuple[object, ...]:
     """Return what offers are sorted by: peers may offer the same blocks twice, once without a word of its room."""
     room = -1 if offer.free_positions is None else offer.free_positions
     costs_s = offer.block_s, offer.step_s, offer.row_block_s
-    return offer.start, offer.end, offer.peer, costs_s, offer.trust, room, offer.divisible
+    return offer.stage.blocks, offer.stage.peer, costs_s, offer.trust, room, offer.divisible
 
 
 def _with_room(offers: Sequence[Offer], demand: Demand) -> list[Offer]:
     return [o for o in offers if o.free_positions is None or o.free_positions >= demand.positions]
 
 
-def _clip(offer: Offer, start: int, end: int) -> Offer | None:
-    """Return what an offer has within a range; None if that is nothing, or cannot be had by itself."""
-    clipped = replace(offer, start=max(offer.start, start), end=min(offer.end, end))
-    if clipped.start >= clipped.end or (not offer.divisible and clipped != offer):
+def _clip(offer: Offer, blocks: BlockRange) -> Offer | None:
+    """Return the part of an offer within a range; None if there is none, or the offer is indivisible."""
+    overlap = offer.stage.blocks.overlap(blocks)
+    if overlap is None or (not offer.divisible and overlap != offer.stage.blocks):
         return None
-    return clipped
+    return replace(offer, stage=Stage(offer.stage.peer, overlap))
 
 
 _Costs: TypeAlias = NDArray[np.float64]
@@ -199,17 +172,17 @@ _Costs: TypeAlias = NDArray[np.float64]
 class _Search:
     """Dynamic programming over blocks: what is left to pay after a block was run by an offer's peer."""
 
-    def __init__(self, demand: Demand, start: int, end: int, offers: Sequence[Offer], links: Links) -> None:
+    def __init__(self, demand: Demand, within: BlockRange, offers: Sequence[Offer], links: Links) -> None:
         self._demand = demand
-        self._start = start
-        self._end = end
+        self._within = within
         self._links = links
         self._offers = offers = _shortlist(demand, sorted(offers, key=_order))
         self._enter_s = np.array([stage_cost_s(demand, offer, 0) for offer in offers])
         self._run_s = np.array([stage_cost_s(demand, offer, 1) for offer in offers]) - self._enter_s
-        starts, ends = (np.array([getattr(o, edge) for o in offers], dtype=int) for edge in ("start", "end"))
+        starts = np.array([offer.stage.blocks.start for offer in offers], dtype=int)
+        ends = np.array([offer.stage.blocks.end for offer in offers], dtype=int)
         whole = np.array([not offer.divisible for offer in offers], dtype=bool)
-        blocks = np.arange(start, end)[:, None]
+        blocks = np.arange(within.start, within.end)[:, None]
         self._covers = (starts <= blocks) & (blocks < ends)
         self._enters = self._covers & (~whole | (starts == blocks))
         self._leaves = self._covers & (~whole | (ends == blocks + 1))
@@ -243,7 +216,7 @@ class _Search:
             return None
         to_first = return_cost_s if first else hop_cost_s
         from_last = return_cost_s if last else hop_cost_s
-        peers = [offer.peer for offer in self._offers]
+        peers = [offer.stage.peer for offer in self._offers]
         arriving_s = np.array([to_first(self._demand, self._links(before, peer)) for peer in peers])
         left_s, following = self._to_go(np.array([from_last(self._demand, self._links(p, after)) for p in peers]))
         costs_s = self._entering_s() + arriving_s + left_s[0]
@@ -252,7 +225,7 @@ class _Search:
 
     def _costs_between(self, cost_s: Callable[[Demand, Link], float]) -> _Costs:
         """Return what a link costs, from the peer of each offer (rows) to that of each other."""
-        peers = [offer.peer for offer in self._offers]
+        peers = [offer.stage.peer for offer in self._offers]
         costs_s = [[cost_s(self._demand, self._links(a, b)) for b in peers] for a in peers]
         return np.array(costs_s, dtype=float).reshape(len(peers), len(peers))
 
@@ -268,7 +241,7 @@ class _Search:
         left_s = [np.where(self._leaves[-1], leaving_s, np.inf)]
         following: list[NDArray[np.intp]] = []
         own = np.arange(len(self._offers))
-        for block in range(self._end - self._start - 1, 0, -1):
+        for block in range(len(self._within) - 1, 0, -1):
             onward_s = np.where(self._covers[block], self._run_s, np.inf) + left_s[-1]
             entered_s = np.where(self._enters[block], self._enter_s, np.inf) + onward_s
             hopping_s = self._hop_s + entered_s[None, :]
@@ -282,26 +255,26 @@ class _Search:
     def _walk(self, offer: int, following: Sequence[NDArray[np.intp]]) -> tuple[Stage, ...]:
         """Return the stages of the way that begins with an offer."""
         stages: list[Stage] = []
-        begun = self._start
-        for block, choice in enumerate(following, self._start + 1):
+        start = self._within.start
+        for block, choice in enumerate(following, start + 1):
             if choice[offer] != offer:
-                stages.append(Stage(begun, block, self._offers[offer].peer))
-                offer, begun = int(choice[offer]), block
-        return (*stages, Stage(begun, self._end, self._offers[offer].peer))
+                stages.append(Stage(self._offers[offer].stage.peer, BlockRange(start, block)))
+                offer, start = int(choice[offer]), block
+        return (*stages, Stage(self._offers[offer].stage.peer, BlockRange(start, self._within.end)))
 
 
 def _shortlist(demand: Demand, offers: Sequence[Offer]) -> Sequence[Offer]:
     """Return at most MAX_OFFERS offers, in their order: for every block the quickest, then the next, and so on."""
     if len(offers) <= MAX_OFFERS:
         return offers
-    cost_s = [stage_cost_s(demand, offer, offer.end - offer.start) / (offer.end - offer.start) for offer in offers]
+    cost_s = [stage_cost_s(demand, offer, length := len(offer.stage.blocks)) / length for offer in offers]
     by_speed = sorted(range(len(offers)), key=lambda number: cost_s[number])
     chosen: set[int] = set()
     taken = [0] * demand.block_count
     for depth in range(1, MAX_OFFERS + 1):
         for number in by_speed:
-            start, end = offers[number].start, offers[number].end
-            if len(chosen) < MAX_OFFERS and number not in chosen and min(taken[start:end]) < depth:
+            span = slice(offers[number].stage.blocks.start, offers[number].stage.blocks.end)
+            if len(chosen) < MAX_OFFERS and number not in chosen and min(taken[span]) < depth:
                 chosen.add(number)
-                taken[start:end] = [count + 1 for count in taken[start:end]]
+                taken[span] = [count + 1 for count in taken[span]]
     return [offers[number] for number in sorted(chosen)]

@@ -33,7 +33,7 @@ SLOW = (
     "tests/unit/models/test_demo_model.py",
     "tests/unit/models/test_gguf_import.py",
     "tests/unit/models/test_importer.py",
-    "tests/unit/models/test_tokenizer_process.py",
+    "tests/unit/models/test_tokenizer_service.py",
     "tests/unit/network/",
     "tests/unit/selection/",
     "tests/unit/selector/test_training_set.py",

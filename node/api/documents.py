@@ -15,8 +15,8 @@ def describe_job(result: JobResult) -> dict[str, Any]:
                 "peer": stage.peer,
                 "start": stage.blocks.start,
                 "end": stage.blocks.end,
-                "compute_s": stage.compute_s,
-                "queue_s": stage.queue_s,
+                "compute_s": stage.statistics.compute_s,
+                "queue_s": stage.statistics.queue_s,
             }
             for stage in result.route
         ],

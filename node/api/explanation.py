@@ -63,7 +63,9 @@ def explain(considered: Considered, chooser: LearnedChooser, model: ModelStatus 
     return {
         "model": considered.model,
         "task": {name: value for name, value in considered.context.values().items() if name != "objective"},
-        "route": [{"peer": peer, "start": blocks.start, "end": blocks.end} for peer, blocks in considered.route],
+        "route": [
+            {"peer": stage.peer, "start": stage.blocks.start, "end": stage.blocks.end} for stage in considered.route
+        ],
         "selection": selection_status(chooser, model),
         "methods": methods,
         "agreed": considered.agreed,

@@ -25,11 +25,10 @@ from protocol.capabilities import (
     Links,
     Memory,
     capability_key,
-    unseal_capabilities,
 )
 from protocol.errors import LocalProtocolError, RemoteProtocolError
 from protocol.identity import PeerId
-from protocol.records import seal, unseal
+from protocol.records import seal, unseal, unseal_from_dht
 
 RECORD_LIFETIME_S: Final = 1800
 RECORD_REFRESH_S: Final = 600
@@ -102,7 +101,7 @@ class CapabilityAnnouncer:
         data = await self._network.get_record(key)
         if data is not None:
             try:
-                self._hear(unseal_capabilities(key, data, self._wall_clock()))
+                self._hear(unseal_from_dht(CapabilityRecord, key, data, self._wall_clock()))
             except RemoteProtocolError as error:
                 _logger.debug("capability record of no use", peer=peer, reason=str(error))
         return self.known(peer)
@@ -127,7 +126,7 @@ class CapabilityAnnouncer:
     # What others say
 
     def _validate_record(self, key: str, data: bytes) -> bool:
-        unseal_capabilities(key, data, self._wall_clock())
+        unseal_from_dht(CapabilityRecord, key, data, self._wall_clock())
         return True
 
     def _validate_gossip(self, source: PeerId, data: bytes) -> bool:

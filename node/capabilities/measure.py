@@ -19,13 +19,10 @@ from protocol.capabilities import (
     MIN_FIGURE,
     Accelerator,
     Throughput,
-    accelerator_from,
-    accelerator_to_map,
-    throughput_from,
-    throughput_to_map,
 )
 from protocol.errors import RemoteProtocolError
 from protocol.fields import Fields
+from protocol.schema import from_map, to_map
 
 BENCHMARK: Final = python("-m", "node.engine.benchmark")
 
@@ -60,9 +57,9 @@ class Measurements:
         """Return the document as the benchmark prints it."""
         disk = self.disk_read_bytes_per_s
         return {
-            "cpu": throughput_to_map(self.cpu),
+            "cpu": to_map(self.cpu),
             "cpu_share": self.cpu_share,
-            "accelerators": [accelerator_to_map(accelerator) for accelerator in self.accelerators],
+            "accelerators": [to_map(accelerator) for accelerator in self.accelerators],
             **({} if disk is None else {"disk_read_bytes_per_s": disk}),
             "gaps": list(self.gaps),
         }
@@ -73,10 +70,11 @@ class Measurements:
         try:
             fields = Fields(json.loads(document), "measurements")
             measurements = cls(
-                cpu=throughput_from(fields.take("cpu"), "cpu"),
+                cpu=from_map(Throughput, fields.take("cpu"), "cpu"),
                 cpu_share=fields.number("cpu_share", 0.0, 1.0),
                 accelerators=tuple(
-                    accelerator_from(item, "accelerator") for item in fields.array("accelerators", MAX_ACCELERATORS)
+                    from_map(Accelerator, item, "accelerator")
+                    for item in fields.array("accelerators", MAX_ACCELERATORS)
                 ),
                 disk_read_bytes_per_s=(
                     fields.number("disk_read_bytes_per_s", MIN_FIGURE, MAX_BYTES_PER_S)

@@ -24,9 +24,9 @@ from protocol.capabilities import (
     Memory,
     Processor,
     Software,
-    capabilities_to_map,
 )
 from protocol.fields import CONTROL_CHARACTERS
+from protocol.schema import to_map
 
 ROOT: Final = Path("/")
 
@@ -76,7 +76,7 @@ def total_memory(root: Path = ROOT) -> int:
 
 def fingerprint(facts: Capabilities, threads: int, root: Path = ROOT) -> str:
     """Return a text that changes whenever measurements made before may no longer hold."""
-    seen = capabilities_to_map(facts)
+    seen = to_map(facts)
     # The total is not the same to the byte after every start.
     seen["memory"] = round(facts.memory.total_bytes / 2**30)
     seen["graphics"] = sorted(_graphics(root))

@@ -8,7 +8,7 @@ import random
 import secrets
 import time
 from collections import Counter
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Collection, Iterable, Mapping
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass, field, replace
 from itertools import count
@@ -29,12 +29,12 @@ from node.coordinator.method_choice import (
     admitted_methods,
     describe,
 )
-from node.coordinator.planner import Finder, PeerRecord, Planner
+from node.coordinator.planner import Finder, PeerRecord, PlannedRoute, Planner
 from node.coordinator.prefix_sharing import RecentPrompts, page_hashes
 from node.coordinator.prompt import prompt_tokens, sampling_of
 from node.coordinator.recorder import Recorder, ServedJob
 from node.coordinator.result import result_of, served_of, timing_of
-from node.coordinator.route import Opening, OpenRoute, RouteLost, RouteRejected, SampledToken, StageRefusal, Stop
+from node.coordinator.route import Opening, OpenRoute, RouteLost, RouteRejected, SampledToken, StageRefusal
 from node.coordinator.submission import (
     AUTO,
     CLIENT_MISTAKES,
@@ -52,8 +52,8 @@ from node.links.link_pool import LinkPool
 from node.models.errors import ModelError
 from node.models.library import KnownModel
 from node.models.streaming import StopFinder, StreamDecoder
-from node.stages.voting import Agreed
-from protocol.identity import BlockRange, JobId, ModelId, PeerId
+from node.stages.voting import Agreement
+from protocol.identity import BlockRange, JobId, ModelId, PeerId, Stage
 from protocol.messages import FailureReason, FinishReason, RefusalReason
 from selector.routing import Links, NoRouteError
 from selector.task import Method, TaskContext
@@ -111,7 +111,7 @@ class Considered:
 
     model: ModelId
     context: TaskContext
-    route: tuple[tuple[PeerId, BlockRange], ...]
+    route: tuple[Stage, ...]
     votes: tuple[Vote, ...]
     agreed: str
     choice: Choice
@@ -132,7 +132,7 @@ class Coordinator:
         chooser: Chooser | None = None,
         ledger: QualityStore | None = None,
         hardware: Callable[[PeerId], str] = lambda peer: "unknown",
-        agreed: Callable[[ModelId], Agreed | None] = lambda model: None,
+        agreed: Callable[[ModelId], Agreement | None] = lambda model: None,
         bandwidth: Callable[[PeerId], float | None] = lambda peer: None,
         expected: Callable[[ModelId], Iterable[BlockRange]] = lambda model: (),
     ) -> None:
@@ -178,7 +178,7 @@ class Coordinator:
 
     def _in_flight(self) -> Counter[PeerId]:
         """Return how many jobs of this node each peer has now."""
-        return Counter(peer for job in self._jobs.values() for peer in {stop.peer for stop in job.stops})
+        return Counter(peer for job in self._jobs.values() for peer in {stage.peer for stage in job.stages})
 
     async def wait_idle(self) -> None:
         """Wait until no job is under way."""
@@ -238,10 +238,10 @@ class Coordinator:
         self._recent.end_turn(job.turn)  # nothing of it is computed
         job.told = told
         try:
-            stops = await self._planner.route(job.need(), ())
+            planned = await self._planner.route(job.need(), ())
         except NoRouteError as error:
             raise job.no_route(error) from None
-        route = OpenRoute(stops, self._link_pool, await self._opening(job, stops))
+        route = OpenRoute(planned.stages, self._link_pool, await self._opening(job, planned))
         try:
             with trio.fail_after(VOTE_LIMIT_S):
                 await route.open()
@@ -263,7 +263,7 @@ class Coordinator:
         return Considered(
             model=job.model.id,
             context=job.context,
-            route=tuple((stop.peer, stop.blocks) for stop in stops),
+            route=planned.stages,
             votes=votes,
             agreed=method.name,
             choice=job.choice,
@@ -313,8 +313,8 @@ class Coordinator:
             # Neither what nobody waits for nor what compares methods on one route tries out a peer.
             may_explore = not (job.accepted or attempt or job.request.background or job.on_served)
             try:
-                stops = await self._planner.route(
-                    job.need(), job.avoided, like=job.stops, held=job.held, may_explore=may_explore
+                planned = await self._planner.route(
+                    job.need(), job.avoided, like=job.stages, held=job.held, may_explore=may_explore
                 )
             except NoRouteError as error:
                 waiting.reasons |= job.avoided
@@ -323,8 +323,8 @@ class Coordinator:
                     raise job.no_route(error) from None
                 job.avoided.clear()
                 continue
-            if await self._try_route(job, stops):
-                job.stops = stops
+            if await self._try_route(job, planned):
+                job.stages = planned.stages
                 break
             job.set_aside()
             # Peers of an older version are found out one by one, and cost the job no attempt.
@@ -339,17 +339,16 @@ class Coordinator:
         """Return whether nobody has been known for a while who could serve what is missing; say once what is."""
         if not waiting.said:
             waiting.said = True
-            missing = ", ".join(f"{start}-{end}" for start, end in error.missing)
+            missing = ", ".join(map(str, error.missing))
             _logger.warning("no route left; waiting for a peer", job=job.id, model=job.model.name, blocks=missing)
-        expected = [(blocks.start, blocks.end) for blocks in self._expected(job.model.id)]
-        if self._planner.could_serve(job.need(), expected):
+        if self._planner.could_serve(job.need(), self._expected(job.model.id)):
             waiting.hopeless_since_s = trio.current_time()
             return False
         return trio.current_time() - waiting.hopeless_since_s >= HOPELESS_LIMIT_S
 
-    async def _try_route(self, job: Job, stops: list[Stop]) -> bool:
+    async def _try_route(self, job: Job, planned: PlannedRoute) -> bool:
         """Open a route and send the tokens so far; say whether that went well. If not, it is known whom to avoid."""
-        job.route = route = OpenRoute(stops, self._link_pool, await self._opening(job, stops), job.held)
+        job.route = route = OpenRoute(planned.stages, self._link_pool, await self._opening(job, planned), job.held)
         tokens = [*job.prompt, *job.tokens]
         try:
             await self._watcher.open(job, route)
@@ -369,7 +368,7 @@ class Coordinator:
             return True
         return False
 
-    async def _opening(self, job: Job, stops: Sequence[Stop]) -> Opening:
+    async def _opening(self, job: Job, planned: PlannedRoute) -> Opening:
         """Return what the stages are asked for: methods in our order of preference, and the task they vote about."""
         left = job.sampling.max_tokens - len(job.tokens)
         context = describe(
@@ -378,10 +377,10 @@ class Coordinator:
             job.prompt,
             left,
             shared_prefix_share=job.shared_prefix_share,
-            loads=[stop.load for stop in stops],
-            hardware=[self._hardware(stop.peer) for stop in stops],
-            link_s=self._planner.round_s(stops),
-            transfer_s=self._planner.transfer_s(stops, job.need().demand),
+            loads=planned.loads,
+            hardware=[self._hardware(stage.peer) for stage in planned.stages],
+            link_s=self._planner.round_s(planned.stages),
+            transfer_s=self._planner.transfer_s(planned.stages, job.need().demand),
         )
         context = replace(context, **job.told)
         # A text goes on as it began: arithmetic is fixed for a job, also on the stages that replace lost ones.
@@ -428,7 +427,7 @@ class Coordinator:
         Taken for dead is only whom we cannot reach ourselves: an engine that failed will be back, and of two peers that
         do not reach each other both live.
         """
-        culprit = lost.blamed if lost.blamed in {stop.peer for stop in route.stops} else lost.reporter
+        culprit = lost.blamed if lost.blamed in {stage.peer for stage in route.stages} else lost.reporter
         _logger.info("stage lost", job=job.id, peer=culprit, reason=lost.reason, message=lost.message)
         job.avoided[culprit] = StageRefusal(culprit, None, lost.message, lagged=lost.lagged)
         is_ours = lost.reason is FailureReason.EXPIRED or lost.blamed == self._link_pool.peer_id != culprit
@@ -436,7 +435,7 @@ class Coordinator:
             # A stage that says that we are at fault may be right: the job goes on elsewhere, and that is all.
             self._planner.failed(culprit, dead=not self._link_pool.is_linked(culprit), lagged=lost.lagged)
         job.set_aside()
-        job.held = {stop: session for stop, session in job.held.items() if stop.peer != culprit}
+        job.held = {stage: session for stage, session in job.held.items() if stage.peer != culprit}
 
     async def _events(self, job: Job) -> AsyncGenerator[JobEvent, None]:
         """Yield the job's events; at the end the route is closed and `job.route` None."""
@@ -501,7 +500,7 @@ class Coordinator:
         without = {*job.avoided, *leaving}
         held = job.route.held() if job.route else {}
         try:
-            await self._planner.route(job.need(), without, like=job.stops, held=held)
+            await self._planner.route(job.need(), without, like=job.stages, held=held)
         except NoRouteError:
             _logger.info("nobody to take the place of a peer that leaves", job=job.id, peers=sorted(leaving))
             return
@@ -516,8 +515,8 @@ class Coordinator:
             raise AssertionError("a job that ends has a route")
         closed = await route.close()
         job.route = None
-        self._planner.served(stop.peer for stop in route.stops)
-        self._planner.measured(job.need(), route.stops, route.loads(), timing_of(route, closed))
+        self._planner.served(stage.peer for stage in route.stages)
+        self._planner.measured(job.need(), route.stages, route.loads(), timing_of(route, closed))
         result = result_of(job, route, closed, text, finish, ended_s)
         if job.choice is not None:
             outcome = Outcome(

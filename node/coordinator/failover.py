@@ -9,11 +9,11 @@ import trio
 
 from node.coordinator.job import RETRY_AFTER_S, Job
 from node.coordinator.planner import Planner
-from node.coordinator.route import OpenRoute, RouteLost, RouteRejected, SampledToken, StageRefusal, Stop
+from node.coordinator.route import OpenRoute, RouteLost, RouteRejected, SampledToken, StageRefusal
 from node.coordinator.straggler_detector import Lag, StragglerDetector
 from node.coordinator.submission import JobError, JobErrorCode
-from node.links.link import SessionLost
-from protocol.identity import PeerId
+from node.links.outbound_link import SessionLost
+from protocol.identity import PeerId, Stage
 from protocol.messages import FailureReason
 from selector.routing import NoRouteError
 
@@ -63,7 +63,7 @@ class StragglerMonitor:
             while True:
                 await trio.sleep(limit_s)
                 late = route.opening_late()
-                if late and await self._replaceable(job, late, job.stops, job.held):
+                if late and await self._replaceable(job, late, job.stages, job.held):
                     for peer in late:
                         why = f"did not open the session within {limit_s:.1f} s"
                         route.give_up_opening(StageRefusal(peer, None, why, lagged=True))
@@ -74,13 +74,13 @@ class StragglerMonitor:
 
     async def send_prompt(self, job: Job, route: OpenRoute, tokens: list[int]) -> None:
         """Send the prompt. Raises RouteLost, also where the first stage does not take it."""
-        first = route.stops[0].peer
+        first = route.stages[0].peer
 
         async def watch() -> None:
             limit_s = SEND_LIMIT_S
             while True:
                 await trio.sleep(limit_s)
-                if await self._replaceable(job, {first}, route.stops, route.held()):
+                if await self._replaceable(job, {first}, route.stages, route.held()):
                     route.lose(_lagging(first, f"did not take the prompt within {limit_s:.1f} s"))
                     return
                 limit_s *= 2
@@ -89,19 +89,17 @@ class StragglerMonitor:
 
     def begin(self, job: Job, route: OpenRoute) -> None:
         """Begin to watch a route that has just begun."""
-        need, stops, answers = job.need(), route.stops, route.answers
-        round_s = self._planner.round_s(stops)
+        need, stages, loads = job.need(), route.stages, route.loads()
+        round_s = self._planner.round_s(stages)
 
         def expected_s(stage: int, rows: int) -> float:
-            answer = answers[stage]
-            sessions = answer.load.sessions if answer else 1
-            compute_s = self._planner.expected_s(need, stops[stage], rows, sessions)
-            way_s = self._planner.way_s(need, stops[stage - 1], stops[stage], rows) if stage else 0.0
-            return compute_s + way_s + round_s / len(stops)
+            compute_s = self._planner.expected_s(need, stages[stage], rows, loads[stage])
+            way_s = self._planner.way_s(need, stages[stage - 1], stages[stage], rows) if stage else 0.0
+            return compute_s + way_s + round_s / len(stages)
 
         tokens = len(job.prompt) + len(job.tokens)
         # Its row may wait on the link behind a step of other sessions.
-        step_s = [self._planner.step_way_s(before, stop) for before, stop in pairwise(stops)]
+        step_s = [self._planner.step_way_s(before, stage) for before, stage in pairwise(stages)]
         route.watch = StragglerDetector(
             route.starts, tokens, expected_s, trio.current_time(), route.mute(), [0.0, *step_s]
         )
@@ -131,7 +129,7 @@ class StragglerMonitor:
             if (lag := watch.find(now_s)) is not None:
                 peer, disputed, message = self._blamed(job, route, lag)
                 only_trusted = lag.waited_s < FORGIVING_FACTOR * lag.limit_s
-                if await self._replaceable(job, {peer}, route.stops, route.held(), only_trusted=only_trusted):
+                if await self._replaceable(job, {peer}, route.stages, route.held(), only_trusted=only_trusted):
                     job.disputed |= disputed
                     route.lose(_lagging(peer, message))
                     return
@@ -147,24 +145,24 @@ class StragglerMonitor:
         Of two that contradict each other it is the later; the earlier if it was in such a dispute before. Of several
         that nothing tells apart it is the one that has shown least so far.
         """
-        disputed = set() if lag.earlier is None else {route.stops[lag.earlier].peer}
+        disputed = set() if lag.earlier is None else {route.stages[lag.earlier].peer}
         for earlier in disputed & job.disputed:
             return earlier, set(), "says it has sent what never arrives at the next stage"
-        peer = self._planner.proven_least(job.model.id, [route.stops[stage].peer for stage in lag.suspects])
+        peer = self._planner.proven_least(job.model.id, [route.stages[stage].peer for stage in lag.suspects])
         return peer, disputed, f"made no progress for {lag.waited_s:.1f} s"
 
     async def _replaceable(
         self,
         job: Job,
         peers: Collection[PeerId],
-        like: Sequence[Stop],
-        held: Collection[Stop],
+        like: Sequence[Stage],
+        held: Collection[Stage],
         *,
         only_trusted: bool = True,
     ) -> bool:
         """Return whether somebody could take the places of peers on a route; now and then look for others who could."""
         need, without = job.need(), {*job.avoided, *peers}
-        kept = [stop for stop in held if stop.peer not in peers]
+        kept = [stage for stage in held if stage.peer not in peers]
         if self._planner.knows_route(need, without, like=like, held=kept, only_trusted=only_trusted):
             return True
         interval_s, limit_s = SEARCH_S

@@ -1,7 +1,7 @@
 """A job under way: what was asked, the tokens so far, and the routes it has taken."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,11 +11,11 @@ from node.coordinator.method_choice import Choice
 from node.coordinator.planner import RouteNeed
 from node.coordinator.prefix_sharing import Turn
 from node.coordinator.recorder import ServedJob
-from node.coordinator.route import OpenRoute, StageRefusal, Stop
+from node.coordinator.route import OpenRoute, StageRefusal
 from node.coordinator.submission import JobError, JobErrorCode, JobRequest
 from node.coordinator.token_timeout import AdaptiveTimeout
 from node.models.library import KnownModel
-from protocol.identity import JobId, PeerId, SessionId
+from protocol.identity import JobId, PeerId, SessionId, Stage
 from protocol.messages import RefusalReason, Sampling
 from selector.routing import Demand, NoRouteError
 from selector.task import Method, TaskContext
@@ -64,12 +64,12 @@ class Job:
     """Peers that may serve any stage but the last."""
     bound: set[PeerId] = field(default_factory=set)
     """Peers that would like to go, and were asked for."""
-    stops: list[Stop] = field(default_factory=list)
+    stages: Sequence[Stage] = ()
     """Of the last route that was open, also of one that was lost."""
     route: OpenRoute | None = None
     former: list[OpenRoute] = field(default_factory=list)
     """Routes before this one, not closed yet: what their stages hold may be continued."""
-    held: dict[Stop, SessionId] = field(default_factory=dict)
+    held: dict[Stage, SessionId] = field(default_factory=dict)
     """The newest session of the job at each stage that is thought to hold one."""
     accepted: bool = False
     """A route was open once."""
@@ -99,11 +99,11 @@ class Job:
         if self.route is None:
             return
         holding = self.route.held()
-        for stop, answer in zip(self.route.stops, self.route.answers, strict=True):
-            if stop in holding:
-                self.held[stop] = holding[stop]
+        for stage, answer in zip(self.route.stages, self.route.answers, strict=True):
+            if stage in holding:
+                self.held[stage] = holding[stage]
             elif answer is not None:
-                self.held.pop(stop, None)
+                self.held.pop(stage, None)
         self.rounds += self.route.rounds
         self.former.append(self.route)
         self.route = None
@@ -149,4 +149,4 @@ class Job:
 def _ranges(error: NoRouteError) -> str:
     if not error.missing:
         return ""
-    return "blocks " + ", ".join(f"{start}-{end}" for start, end in error.missing)
+    return "blocks " + ", ".join(map(str, error.missing))

@@ -1,7 +1,7 @@
 """What a served job is worth to the swarm: the observation of what it cost."""
 
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
@@ -33,7 +33,6 @@ def observation_of(
     *,
     observer: PeerId,
     job: JobId,
-    route: Sequence[StageObservation],
     issued_at_s: int,
     concurrency: int,
     shared_prefix_share: float = 0.0,
@@ -42,9 +41,8 @@ def observation_of(
 ) -> Observation:
     """Return what a job that was served here has shown; `protocol.observations.sign_observation` is the next step.
 
-    `job`: the id under which the stages knew it, which a replay changes. `route`: of each stage what it handed over
-    when it was closed. A countersignature that is wrong is left out: a stage that gives one does not spoil the rest.
-    `concurrency`: the most sessions that any of the stages had, this one included.
+    `job`: the id under which the stages knew it, which a replay changes. A wrong countersignature is left out: one bad
+    stage does not spoil the rest. `concurrency`: the most sessions that any of the stages had, this one included.
     """
     method = MethodInForce(switches=result.method.switches, stage_policy=result.method.stage_policy)
     usage, timing = result.usage, result.timing
@@ -72,7 +70,9 @@ def observation_of(
             tokens_per_s=usage.completion_tokens / timing.total_s if timing.total_s else 0.0,
             replays=result.replays,
         ),
-        route=tuple(_without_false_countersignature(stage, observer, job, model, method.name) for stage in route),
+        route=tuple(
+            _without_false_countersignature(stage, observer, job, model, method.name) for stage in result.route
+        ),
         software=software_versions(),
     )
 

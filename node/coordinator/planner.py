@@ -5,22 +5,20 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import structlog
 import trio
 
-from node.coordinator.route import Stop
-from node.links.link import SLOWEST_BYTES_PER_S
+from node.links.liveness import SLOWEST_BYTES_PER_S
 from node.stages.span import OUTGOING_BYTES
 from node.swarm.directory import Candidate
 from node.swarm.link_estimates import UNKNOWN_BYTES_PER_S
-from protocol.identity import BlockRange, ModelId, PeerId
+from protocol.identity import BlockRange, ModelId, PeerId, Stage
 from protocol.messages import Load
 from selector.peer_speed import UNKNOWN_BLOCK_S, Claim, Exploration, Measurements, Share, Speed, judge, least_block_s
 from selector.reliability import Record, Reliability
 from selector.routing import Demand, Links, NoRouteError, Offer, find_replacement, find_route, uncovered
-from selector.routing import Stage as Leg
 
 SLOW_BYTES_PER_S = 2e9
 """Of a block that nobody was measured with, a step passes so many bytes in a second at worst: a slow processor."""
@@ -96,6 +94,13 @@ class RouteTiming:
     busy: tuple[float, ...] = ()
 
 
+class PlannedRoute(NamedTuple):
+    """The stages of a route, and how busy each was by its last heartbeat."""
+
+    stages: tuple[Stage, ...]
+    loads: tuple[Load, ...]
+
+
 @dataclass(frozen=True, slots=True)
 class _Offers:
     """Offers, and those of them whose peers promise more than was ever shown, as they promise it."""
@@ -105,7 +110,10 @@ class _Offers:
     loads: dict[PeerId, Load]
 
     def without(self, avoided: Collection[str]) -> list[Offer]:
-        return [offer for offer in self.cautious if offer.peer not in avoided]
+        return [offer for offer in self.cautious if offer.stage.peer not in avoided]
+
+    def planned(self, stages: Sequence[Stage]) -> "PlannedRoute":
+        return PlannedRoute(tuple(stages), tuple(self.loads.get(stage.peer, Load()) for stage in stages))
 
 
 class Planner:
@@ -143,11 +151,11 @@ class Planner:
         need: RouteNeed,
         without: Collection[PeerId],
         *,
-        like: Sequence[Stop] = (),
-        held: Collection[Stop] = (),
+        like: Sequence[Stage] = (),
+        held: Collection[Stage] = (),
         may_explore: bool = False,
         only_trusted: bool = False,
-    ) -> list[Stop]:
+    ) -> PlannedRoute:
         """Return the best route without some peers. Raises NoRouteError.
 
         Whoever failed or lagged is used only where there is no route without it, unless `only_trusted`, and so is a
@@ -163,8 +171,8 @@ class Planner:
         need: RouteNeed,
         without: Collection[PeerId],
         *,
-        like: Sequence[Stop] = (),
-        held: Collection[Stop] = (),
+        like: Sequence[Stage] = (),
+        held: Collection[Stage] = (),
         only_trusted: bool = False,
     ) -> bool:
         """Return whether there is a route, as `route` finds it, among the peers that are known to live."""
@@ -180,24 +188,24 @@ class Planner:
         need: RouteNeed,
         offers: _Offers,
         without: Collection[PeerId],
-        like: Sequence[Stop],
-        held: Collection[Stop],
+        like: Sequence[Stage],
+        held: Collection[Stage],
         *,
         may_explore: bool,
         only_trusted: bool,
-    ) -> list[Stop]:
-        lost = [number for number, stop in enumerate(like) if stop not in held or stop.peer in without]
+    ) -> PlannedRoute:
+        lost = [number for number, stage in enumerate(like) if stage not in held or stage.peer in without]
         if len(lost) < len(like):
             try:
-                return self._mended(need, like, lost, offers, only_trusted=only_trusted)
+                return offers.planned(self._mended(need, like, lost, offers, only_trusted=only_trusted))
             except NoRouteError:
                 _logger.debug("no replacement for stages", blocks=[str(like[number].blocks) for number in lost])
         stages = self._first_route(need, self._tiers(offers, only_trusted=only_trusted))
         if may_explore:
             stages = self._explored(need, offers, stages)
-        return [_stop(leg, offers.loads) for leg in stages]
+        return offers.planned(stages)
 
-    def _first_route(self, need: RouteNeed, tiers: Sequence[Sequence[Offer]]) -> tuple[Leg, ...]:
+    def _first_route(self, need: RouteNeed, tiers: Sequence[Sequence[Offer]]) -> tuple[Stage, ...]:
         for tier in tiers[:-1]:
             try:
                 return find_route(need.demand, tier, self._links).stages
@@ -205,7 +213,7 @@ class Planner:
                 continue
         return find_route(need.demand, tiers[-1], self._links).stages
 
-    def _explored(self, need: RouteNeed, offers: _Offers, stages: tuple[Leg, ...]) -> tuple[Leg, ...]:
+    def _explored(self, need: RouteNeed, offers: _Offers, stages: tuple[Stage, ...]) -> tuple[Stage, ...]:
         """Return the route that a promise would make possible, where it is this job's turn to believe one."""
         avoided = self._avoided()
         tried = self._exploration.draw(offers.promised.keys() - avoided)
@@ -216,7 +224,7 @@ class Planner:
             promised = find_route(need.demand, [*others, *offers.promised[tried]], self._links).stages
         except NoRouteError:
             return stages
-        if all(leg.peer != tried for leg in promised):
+        if all(stage.peer != tried for stage in promised):
             return stages
         self._exploration.spend()
         _logger.debug("peer tried that was not measured yet", peer=tried, model=need.model)
@@ -232,45 +240,43 @@ class Planner:
         return self._reliability.avoided(trio.current_time())
 
     def _mended(
-        self, need: RouteNeed, like: Sequence[Stop], lost: Sequence[int], offers: _Offers, *, only_trusted: bool
-    ) -> list[Stop]:
-        stops = list(like)
+        self, need: RouteNeed, like: Sequence[Stage], lost: Sequence[int], offers: _Offers, *, only_trusted: bool
+    ) -> list[Stage]:
+        stages = list(like)
         tiers = self._tiers(offers, only_trusted=only_trusted)
         for number in reversed(lost):  # a stage may be replaced by several, which moves those behind it
-            legs = [Leg(stop.blocks.start, stop.blocks.end, stop.peer) for stop in stops]
-            found = self._first_replacement(need, legs, number, tiers)
-            stops[number : number + 1] = [_stop(leg, offers.loads) for leg in found]
-        return stops
+            stages[number : number + 1] = self._first_replacement(need, stages, number, tiers)
+        return stages
 
     def _first_replacement(
-        self, need: RouteNeed, legs: Sequence[Leg], number: int, tiers: Sequence[Sequence[Offer]]
-    ) -> tuple[Leg, ...]:
+        self, need: RouteNeed, stages: Sequence[Stage], number: int, tiers: Sequence[Sequence[Offer]]
+    ) -> tuple[Stage, ...]:
         for tier in tiers[:-1]:
             try:
-                return find_replacement(need.demand, legs, number, tier, self._links)
+                return find_replacement(need.demand, stages, number, tier, self._links)
             except NoRouteError:
                 continue
-        return find_replacement(need.demand, legs, number, tiers[-1], self._links)
+        return find_replacement(need.demand, stages, number, tiers[-1], self._links)
 
-    def round_s(self, stops: Sequence[Stop]) -> float:
+    def round_s(self, stages: Sequence[Stage]) -> float:
         """Return what the links add to the time of one token: once around the route."""
-        peers = [stop.peer for stop in stops]
+        peers = [stage.peer for stage in stages]
         return sum(self._links(a, b).round_trip_s / 2 for a, b in zip(peers, [*peers[1:], peers[0]], strict=True))
 
-    def transfer_s(self, stops: Sequence[Stop], demand: Demand) -> float:
+    def transfer_s(self, stages: Sequence[Stage], demand: Demand) -> float:
         """Return what the links' width adds to a job: the time of all its rows from each stage to the next."""
         byte_count = (demand.prompt_rows + demand.new_tokens) * demand.row_bytes
-        return sum(byte_count / self._links(a.peer, b.peer).bytes_per_s for a, b in pairwise(stops))
+        return sum(byte_count / self._links(a.peer, b.peer).bytes_per_s for a, b in pairwise(stages))
 
-    def way_s(self, need: RouteNeed, before: Stop, stop: Stop, rows: int) -> float:
+    def way_s(self, need: RouteNeed, before: Stage, stage: Stage, rows: int) -> float:
         """Return how long rows may be on their way from one stage to the next; generous where no link was measured."""
-        link = self._links(before.peer, stop.peer)
+        link = self._links(before.peer, stage.peer)
         known_bytes_per_s = 0.0 if link.bytes_per_s == UNKNOWN_BYTES_PER_S else link.bytes_per_s
         return rows * need.demand.row_bytes / max(SLOWEST_BYTES_PER_S, known_bytes_per_s)
 
-    def step_way_s(self, before: Stop, stop: Stop) -> float:
+    def step_way_s(self, before: Stage, stage: Stage) -> float:
         """Return how long the rows of one step are on their way from one stage to the next, if it is a full one."""
-        return OUTGOING_BYTES / max(SLOWEST_BYTES_PER_S, self._links(before.peer, stop.peer).bytes_per_s)
+        return OUTGOING_BYTES / max(SLOWEST_BYTES_PER_S, self._links(before.peer, stage.peer).bytes_per_s)
 
     def failed(self, peer: PeerId, *, dead: bool, lagged: bool = False) -> None:
         """Leave a peer alone for a while; one that is taken for dead is out until it is heard again.
@@ -290,51 +296,51 @@ class Planner:
         for peer in peers:
             self._reliability.served(peer, trio.current_time())
 
-    def measured(self, need: RouteNeed, stops: Sequence[Stop], loads: Sequence[Load], timing: RouteTiming) -> None:
+    def measured(self, need: RouteNeed, stages: Sequence[Stage], loads: Sequence[Load], timing: RouteTiming) -> None:
         """Take in what a job has shown of the peers of its route.
 
         `loads`: what each stage said of itself when it was opened, whose count of sessions is believed within bounds.
         """
         own = self._in_flight()
         sharing = [
-            max(1, own[stop.peer], min(load.sessions, own[stop.peer] + SHARING_BEYOND_OWN))
-            for stop, load in zip(stops, loads, strict=True)
+            max(1, own[stage.peer], min(load.sessions, own[stage.peer] + SHARING_BEYOND_OWN))
+            for stage, load in zip(stages, loads, strict=True)
         ]
-        ones = (1,) * len(stops)
-        prompt_links_s = self.round_s(stops) + self.transfer_s(stops, need.demand)
+        ones = (1,) * len(stages)
+        prompt_links_s = self.round_s(stages) + self.transfer_s(stages, need.demand)
         for measured, took_s, links_s, rows in (
-            (self._blocks, timing.round_s, self.round_s(stops), ones),
+            (self._blocks, timing.round_s, self.round_s(stages), ones),
             (self._rows, timing.prompt_s, prompt_links_s, timing.prompt_rows or ones),
         ):
             shares = [
-                Share(stop.peer, len(stop.blocks) * times * count, busy * took_s, stop.peer == self._own_peer)
-                for stop, times, count, busy in zip(stops, sharing, rows, timing.busy, strict=True)
+                Share(stage.peer, len(stage.blocks) * times * count, busy * took_s, stage.peer == self._own_peer)
+                for stage, times, count, busy in zip(stages, sharing, rows, timing.busy, strict=True)
             ]
             measured.observe(need.model, shares, max(took_s / 10, took_s - links_s))
 
-    def expected_s(self, need: RouteNeed, stop: Stop, rows: int, sessions: int = 1) -> float:
+    def expected_s(self, need: RouteNeed, stage: Stage, rows: int, load: Load) -> float:
         """Return how long a stage should take for rows of a session; generous where nothing is known of it.
 
-        `sessions`: those it says it serves, believed within bounds; the jobs that this node has there count fully.
+        `load`: as the stage reports it, believed within bounds; the jobs that this node has there count fully.
         """
-        block_s = self._prior_block_s(need, stop)
-        row_s = self._rows.seconds(stop.peer, need.model)
+        block_s = self._prior_block_s(need, stage, load.step_s)
+        row_s = self._rows.seconds(stage.peer, need.model)
         if row_s is None:
             known_s = self._rows.reference_s(need.model)
             slow_s = max(block_s, need.block_bytes / SLOW_BYTES_PER_S) if known_s is None else block_s
             row_s = max(known_s or 0.0, slow_s / PROMPT_ROWS_PER_STEP)
-        own = self._in_flight()[stop.peer]
-        times = max(1, own, min(sessions, own + SHARING_BEYOND_OWN))
-        return times * len(stop.blocks) * (block_s + max(0, rows - 1) * row_s)
+        own = self._in_flight()[stage.peer]
+        times = max(1, own, min(load.sessions, own + SHARING_BEYOND_OWN))
+        return times * len(stage.blocks) * (block_s + max(0, rows - 1) * row_s)
 
-    def _prior_block_s(self, need: RouteNeed, stop: Stop) -> float:
+    def _prior_block_s(self, need: RouteNeed, stage: Stage, step_s: float) -> float:
         """Return what a block takes a peer for a token: as measured, else as the best are, or as it says if slower."""
-        shown_s = self._blocks.seconds(stop.peer, need.model)
+        shown_s = self._blocks.seconds(stage.peer, need.model)
         if shown_s is not None:
             return shown_s
         known_s = self._blocks.reference_s(need.model) or UNKNOWN_BLOCK_S
         slow_s = max(known_s, UNKNOWN_BLOCK_S, need.block_bytes / SLOW_BYTES_PER_S)
-        told_s = stop.load.step_s / len(stop.blocks) or UNKNOWN_BLOCK_S
+        told_s = step_s / len(stage.blocks) or UNKNOWN_BLOCK_S
         return max(known_s, min(told_s, BELIEVED_SLOWNESS * slow_s))
 
     def proven_least(self, model: ModelId, peers: Iterable[PeerId]) -> PeerId:
@@ -350,12 +356,10 @@ class Planner:
             ),
         )
 
-    def could_serve(
-        self, need: RouteNeed, promised: Iterable[tuple[int, int]], without: Collection[PeerId] = ()
-    ) -> bool:
+    def could_serve(self, need: RouteNeed, promised: Iterable[BlockRange], without: Collection[PeerId] = ()) -> bool:
         """Return whether the peers known to live, and `promised` spans that are being loaded, cover all blocks."""
         found = self._finder.known_candidates(need.model, without=without)
-        spans = [(each.blocks.start, each.blocks.end) for each in found]
+        spans = (candidate.stage.blocks for candidate in found)
         return not uncovered(need.demand.block_count, [*spans, *promised])
 
     def record(self, peer: PeerId) -> PeerRecord:
@@ -381,21 +385,22 @@ class Planner:
         in_flight = self._in_flight()
         claims = [
             Claim(
-                candidate.peer,
-                candidate.load.step_s / len(candidate.blocks),
-                least_block_s(need.block_bytes, self._bandwidth(candidate.peer)),
+                candidate.stage.peer,
+                candidate.load.step_s / len(candidate.stage.blocks),
+                least_block_s(need.block_bytes, self._bandwidth(candidate.stage.peer)),
             )
             for candidate in found
         ]
-        offers = _Offers([], {}, {candidate.peer: candidate.load for candidate in found})
+        offers = _Offers([], {}, {candidate.stage.peer: candidate.load for candidate in found})
         for candidate, speed in zip(found, judge(claims, self._blocks, need.model, self._own_peer), strict=True):
-            trust = self._reliability.trust(candidate.peer, now_s)
-            sessions = max(candidate.load.sessions, in_flight[candidate.peer])
-            row_s = self._rows.seconds(candidate.peer, need.model)
+            peer = candidate.stage.peer
+            trust = self._reliability.trust(peer, now_s)
+            sessions = max(candidate.load.sessions, in_flight[peer])
+            row_s = self._rows.seconds(peer, need.model)
             offers.cautious.append(_offer(candidate, speed, trust, sessions, row_s))
             if speed.is_promise:
                 believed = _offer(candidate, speed._replace(block_s=speed.promised_s), trust, sessions, row_s)
-                offers.promised.setdefault(candidate.peer, []).append(believed)
+                offers.promised.setdefault(peer, []).append(believed)
         return offers
 
 
@@ -403,28 +408,21 @@ def _without_last(need: RouteNeed, candidates: Iterable[Candidate]) -> Iterator[
     """Yield what the candidates may serve, some of them without the model's last block."""
     last = need.demand.block_count - 1
     for candidate in candidates:
-        blocks = candidate.blocks
-        if candidate.peer not in need.not_last or blocks.end <= last:
+        peer, blocks = candidate.stage.peer, candidate.stage.blocks
+        if peer not in need.not_last or blocks.end <= last:
             yield candidate
         elif blocks.start < last:
-            yield replace(candidate, blocks=BlockRange(blocks.start, last))
+            yield replace(candidate, stage=Stage(peer, BlockRange(blocks.start, last)))
 
 
 def _offer(candidate: Candidate, speed: Speed, trust: float, sessions: int, row_block_s: float | None) -> Offer:
     """Return what a span is predicted to cost: stretched by those who share it."""
-    blocks, shared = candidate.blocks, 1 + sessions
+    shared = 1 + sessions
     return Offer(
-        start=blocks.start,
-        end=blocks.end,
-        peer=candidate.peer,
+        stage=candidate.stage,
         block_s=speed.block_s * shared,
         row_block_s=(speed.block_s / PROMPT_ROWS_PER_STEP if row_block_s is None else row_block_s) * shared,
         trust=trust,
         # A stage that has told no load, because only its record was found, says nothing of its room either.
         free_positions=candidate.load.free_positions or None,
     )
-
-
-def _stop(leg: Leg, loads: Mapping[PeerId, Load]) -> Stop:
-    peer = PeerId(leg.peer)
-    return Stop(peer, BlockRange(leg.start, leg.end), loads.get(peer, Load()))

@@ -8,7 +8,7 @@ from dataclasses import replace
 from node.coordinator.submission import JobError, JobErrorCode, JobRequest
 from node.models.errors import ModelError
 from node.models.library import KnownModel
-from node.models.tokenizer_process import TokenizerBusyError, TokenizerUnavailableError
+from node.models.tokenizer_service import TokenizerBusyError, TokenizerUnavailableError
 from protocol.limits import MAX_POSITIONS, MAX_STOP_TOKENS
 from protocol.messages import Sampling
 

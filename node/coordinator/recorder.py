@@ -1,7 +1,7 @@
 """Records what each served job has shown: builds its observation, signs it, and hands it to the swarm's history."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -14,7 +14,7 @@ from node.models.manifest import Manifest
 from node.storage.database import StorageError
 from protocol.errors import LocalProtocolError
 from protocol.identity import JobId
-from protocol.measurements import Observation, StageObservation
+from protocol.measurements import Observation
 from protocol.observations import SignedObservation, sign_observation
 
 _logger = structlog.get_logger(__name__)
@@ -40,7 +40,6 @@ class ServedJob:
     request: JobRequest
     manifest: Manifest
     job: JobId
-    route: Sequence[StageObservation]
     concurrency: int
     shared_prefix_share: float = 0.0
     repetitiveness: float = 0.0
@@ -69,7 +68,6 @@ class Recorder:
             model_facts(served.manifest),
             observer=self._identity.peer_id,
             job=served.job,
-            route=served.route,
             issued_at_s=int(self._wall_clock()),
             concurrency=served.concurrency,
             shared_prefix_share=served.shared_prefix_share,

@@ -5,8 +5,9 @@ from collections.abc import Iterable, Sequence
 from node.coordinator.job import Job
 from node.coordinator.planner import RouteTiming
 from node.coordinator.recorder import ServedJob
-from node.coordinator.route import OpenRoute, Stop
-from node.coordinator.submission import Consensus, JobResult, MethodChoice, RouteStage, Timing, Usage, Vote
+from node.coordinator.route import OpenRoute
+from node.coordinator.submission import Consensus, JobResult, MethodChoice, Timing, Usage, Vote
+from protocol.identity import Stage
 from protocol.measurements import StageObservation
 from protocol.messages import Closed, FinishReason, Opened
 
@@ -31,8 +32,8 @@ def result_of(
     token_count = len(job.tokens)
     agreed = route.opening.agreed
     votes = tuple(
-        Vote(peer=stop.peer, scores=dict(answer.votes))
-        for stop, answer in zip(route.stops, route.answers, strict=True)
+        Vote(peer=stage.peer, scores=dict(answer.votes))
+        for stage, answer in zip(route.stages, route.answers, strict=True)
         if answer is not None and answer.votes
     )
     return JobResult(
@@ -53,7 +54,7 @@ def result_of(
             tpot_s=(ended_s - job.first_token_s) / (token_count - 1) if token_count > 1 else 0.0,
             total_s=ended_s - job.began_s,
         ),
-        route=tuple(map(_stage_of, route.stops, closed)),
+        route=tuple(map(_observed, route.stages, closed)),
         method=MethodChoice(
             name=method.name, switches=dict(method.switches), stage_policy=_stage_policy(route.answers)
         ),
@@ -75,7 +76,6 @@ def served_of(job: Job, route: OpenRoute, closed: Sequence[Closed], result: JobR
         request=job.request,
         manifest=job.model.manifest,
         job=route.job,
-        route=tuple(map(_observed, route.stops, closed)),
         concurrency=max((answer.load.sessions for answer in route.answers if answer), default=1),
         shared_prefix_share=job.shared_prefix_share,
         repetitiveness=job.context.repetitiveness,
@@ -97,19 +97,14 @@ def timing_of(route: OpenRoute, closed: Sequence[Closed]) -> RouteTiming:
     )
 
 
-def _observed(stop: Stop, closed: Closed) -> StageObservation:
+def _observed(stage: Stage, closed: Closed) -> StageObservation:
     return StageObservation(
-        peer=stop.peer,
-        blocks=stop.blocks,
+        peer=stage.peer,
+        blocks=stage.blocks,
         hardware=closed.hardware,
         statistics=closed.statistics,
         countersignature=closed.countersignature,
     )
-
-
-def _stage_of(stop: Stop, closed: Closed) -> RouteStage:
-    statistics = closed.statistics
-    return RouteStage(peer=stop.peer, blocks=stop.blocks, compute_s=statistics.compute_s, queue_s=statistics.queue_s)
 
 
 def _stage_policy(answers: Iterable[Opened | None]) -> dict[str, str]:

@@ -2,19 +2,21 @@
 
 import secrets
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 
 import trio
 
 from node.coordinator.straggler_detector import Progress, StragglerDetector
 from node.coordinator.submission import JobError
-from node.links.link import InboundLink, LinkBroken, OutboundLink, SessionLost, SessionRefused
+from node.links.base_link import LinkBroken
+from node.links.inbound_link import InboundLink
 from node.links.link_pool import LinkPool
-from node.stages.replay_buffer import Held, starts_of
-from node.stages.voting import Agreed
+from node.links.outbound_link import OutboundLink, SessionLost, SessionRefused
+from node.stages.replay_buffer import ResumePoint, plan_resume
+from node.stages.voting import Agreement
 from protocol.codec import minor_of
-from protocol.identity import BlockRange, JobId, ModelId, PeerId, SessionId
+from protocol.identity import JobId, ModelId, PeerId, SessionId, Stage
 from protocol.limits import MAX_STEP_BYTES
 from protocol.messages import (
     Ballot,
@@ -38,15 +40,6 @@ from selector.voting import tally, weights_of
 
 CLOSE_TIMEOUT_S = 1.0
 """How long the end of a job waits for its stages; a stage that misses it frees the session when the link breaks."""
-
-
-@dataclass(frozen=True, slots=True)
-class Stop:
-    """A stage of a route before it is opened: who, which blocks, and how busy it was when last heard."""
-
-    peer: PeerId
-    blocks: BlockRange
-    load: Load = field(default_factory=Load, compare=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,7 +93,7 @@ class Opening:
     prefix: bytes
     sampling: Sampling
     background: bool = False
-    agreed: Agreed | None = None
+    agreed: Agreement | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,15 +110,15 @@ class OpenRoute:
 
     def __init__(
         self,
-        stops: Sequence[Stop],
+        stages: Sequence[Stage],
         link_pool: LinkPool,
         opening: Opening,
-        held: Mapping[Stop, SessionId] | None = None,
+        held: Mapping[Stage, SessionId] | None = None,
     ) -> None:
         """Open nothing yet. `held`: sessions of former attempts that stages may hold still; those are continued."""
-        self.stops = tuple(stops)
+        self.stages = tuple(stages)
         self.opening = opening
-        self.answers: list[Opened | None] = [None] * len(stops)
+        self.answers: list[Opened | None] = [None] * len(stages)
         self.method: Method | None = None
         """What the votes came to, once it has begun."""
         self.starts: list[int] = []
@@ -146,7 +139,7 @@ class OpenRoute:
         self._gone: set[int] = set()
         self._link_pool = link_pool
         self._job = JobId(secrets.token_hex(16))
-        self._sink = SessionId(self._job, len(stops))
+        self._sink = SessionId(self._job, len(stages))
         self._links: dict[int, OutboundLink] = {}
         self._unwatch: list[Callable[[], None]] = []
         self._sources: set[InboundLink] = set()
@@ -162,7 +155,7 @@ class OpenRoute:
 
     def permits(self, peer: PeerId) -> bool:
         """Only the last stage tells the coordinator tokens."""
-        return peer == self.stops[-1].peer
+        return peer == self.stages[-1].peer
 
     def admit(self, part: Slice, dtype: DType, width: tuple[int, ...], link: InboundLink) -> bool:
         """Take no more at a time than the job's tokens."""
@@ -206,19 +199,19 @@ class OpenRoute:
         """Whether a token has come that was not taken yet."""
         return self._tokens.statistics().current_buffer_used > 0
 
-    def held(self) -> dict[Stop, SessionId]:
+    def held(self) -> dict[Stage, SessionId]:
         """Return the sessions that stages have opened and, as far as is known, hold."""
         return {
-            stop: SessionId(self._job, stage)
-            for stage, stop in enumerate(self.stops)
-            if self.answers[stage] is not None and stage not in self._gone
+            stage: SessionId(self._job, number)
+            for number, stage in enumerate(self.stages)
+            if self.answers[number] is not None and number not in self._gone
         }
 
     def _stage_lost(self, stage: int, lost: SessionLost) -> None:
-        if lost.held and lost.reason is FailureReason.LEAVING:
+        if lost.resumable and lost.reason is FailureReason.LEAVING:
             self.leaving.add(lost.reporter)
             return
-        if not lost.held:
+        if not lost.resumable:
             self._gone.add(stage)
         self.lose(lost)
 
@@ -230,22 +223,22 @@ class OpenRoute:
         """
         method, ballots = self.agree()
         statement = self.opening.agreed.statement if self.opening.agreed and self.weighs() else None
-        self.starts = starts_of([_held(answer, method) for answer in self.answers if answer], len(tokens) - 1)
-        onward = [*self.starts[1:], self.starts[-1]]
-        last = len(self.stops) - 1
+        self.starts = plan_resume([_held(answer, method) for answer in self.answers if answer], len(tokens) - 1)
+        forward_from = [*self.starts[1:], self.starts[-1]]
+        last = len(self.stages) - 1
         try:
             for stage, link in sorted(self._links.items()):
                 session = SessionId(self._job, stage)
                 start = self.starts[stage]
                 if stage == last and self.opening.sampling.needs_history:
-                    link.tell_history(session, tokens)
+                    link.send_history(session, tokens)
                 link.begin(
                     Begin(
                         session=session,
                         method=method.name,
                         ballots=ballots,
                         start=start,
-                        onward=onward[stage],
+                        onward=forward_from[stage],
                         statement=statement,
                     ),
                 )
@@ -275,7 +268,7 @@ class OpenRoute:
         Raises RouteRejected where no method is ready everywhere.
         """
         votes = self.votes()
-        peers = [*(stop.peer for stop in self.stops), self._link_pool.peer_id]
+        peers = [*(stage.peer for stage in self.stages), self._link_pool.peer_id]
         agreed = self.opening.agreed
         weights = weights_of(peers, agreed.weights) if agreed and self.weighs() else None
         names = tuple(self.opening.methods)
@@ -287,7 +280,7 @@ class OpenRoute:
         if name is not None:
             return self.opening.methods[name], ballots
         why = "the peers of this route have no method in common that is ready and that the job admits"
-        raise RouteRejected([StageRefusal(stop.peer, RefusalReason.NOT_READY, why) for stop in self.stops[-1:]])
+        raise RouteRejected([StageRefusal(self.stages[-1].peer, RefusalReason.NOT_READY, why)])
 
     async def send_prompt(self, tokens: Sequence[int], hidden_size: int) -> None:
         """Send the prompt to the first stage, in chunks as the method says.
@@ -333,7 +326,7 @@ class OpenRoute:
         """Ask all stages how far they are, and tell the watch; one whose link says nothing at all in time is lost."""
 
         async def ask(stage: int, link: OutboundLink) -> None:
-            answer = await link.ask_progress(SessionId(self._job, stage), timeout_s)
+            answer = await link.request_progress(SessionId(self._job, stage), timeout_s)
             if answer is not None and self.watch is not None:
                 told = Progress(answer.received, answer.computed, answer.sent)
                 self.watch.report(stage, told, trio.current_time())
@@ -350,12 +343,12 @@ class OpenRoute:
 
     async def close(self) -> tuple[Closed, ...]:
         """Close every stage, within a bounded time even under cancellation; return what each has cost."""
-        self._link_pool.receivers.remove(self._sink)
+        self._link_pool.registry.remove(self._sink)
         for unwatch in self._unwatch:
             unwatch()
         for source in self._sources:
             source.forget(self._sink)
-        sessions = [SessionId(self._job, stage) for stage in range(len(self.stops))]
+        sessions = [SessionId(self._job, stage) for stage in range(len(self.stages))]
         closed = [Closed(session=session, statistics=SessionStatistics()) for session in sessions]
 
         async def close_stage(stage: int) -> None:
@@ -372,7 +365,7 @@ class OpenRoute:
         rejections: dict[int, StageRefusal] = {}
 
         async def open_stage(stage: int) -> None:
-            peer = self.stops[stage].peer
+            peer = self.stages[stage].peer
             try:
                 link = await self._link_pool.link_to(peer)
                 message = self._open_message(stage)
@@ -392,10 +385,10 @@ class OpenRoute:
                 rejections[stage] = StageRefusal(peer, None, str(broken))
                 self._refused.add(stage)
 
-        self._link_pool.receivers.add(self._sink, self)
+        self._link_pool.registry.add(self._sink, self)
         with self._opening:
             async with trio.open_nursery() as nursery:
-                for stage in range(len(self.stops)):
+                for stage in range(len(self.stages)):
                     nursery.start_soon(open_stage, stage)
         if self._late:
             raise RouteRejected([*self._late.values(), *(r for r in rejections.values() if r.reason)])
@@ -404,10 +397,12 @@ class OpenRoute:
 
     def opening_late(self) -> set[PeerId]:
         """Return who keeps the opening waiting: of stages without an answer those that do not wait for another."""
-        late = {stage for stage in range(len(self.stops)) if self.answers[stage] is None and stage not in self._refused}
+        late = {
+            stage for stage in range(len(self.stages)) if self.answers[stage] is None and stage not in self._refused
+        }
         # A stage answers once it is linked with the next, and the last with the first.
-        own = {stage for stage in late if (stage + 1) % len(self.stops) not in late}
-        return {self.stops[stage].peer for stage in own or late}
+        own = {stage for stage in late if (stage + 1) % len(self.stages) not in late}
+        return {self.stages[stage].peer for stage in own or late}
 
     def give_up_opening(self, rejection: StageRefusal) -> None:
         """Take a stage that has not answered for one that refuses; `open` then raises RouteRejected."""
@@ -416,34 +411,34 @@ class OpenRoute:
 
     def _is_own(self, stage: int, rejections: Mapping[int, StageRefusal]) -> bool:
         """Whether a rejection is the stage's own matter: that it cannot reach one whom nobody reaches is not."""
-        following = rejections.get((stage + 1) % len(self.stops))
+        following = rejections.get((stage + 1) % len(self.stages))
         is_cut_off = rejections[stage].reason is RefusalReason.UNREACHABLE
         return not (is_cut_off and following is not None and following.reason is None)
 
     def _open_message(self, stage: int) -> Open:
         opening = self.opening
-        is_last = stage == len(self.stops) - 1
-        before = self.stops[stage - 1].peer  # of the first stage: the last one, which feeds tokens back
+        is_last = stage == len(self.stages) - 1
+        before = self.stages[stage - 1].peer  # of the first stage: the last one, which feeds tokens back
         return Open(
             session=SessionId(self._job, stage),
             model=opening.model,
-            blocks=self.stops[stage].blocks,
+            blocks=self.stages[stage].blocks,
             methods=tuple(opening.methods),
             positions=opening.positions,
             context=opening.context,
             prefix=opening.prefix,
             upstream=(before,),
-            downstream=None if is_last else self.stops[stage + 1].peer,
-            feedback=self.stops[0].peer if is_last else None,
+            downstream=None if is_last else self.stages[stage + 1].peer,
+            feedback=self.stages[0].peer if is_last else None,
             sampling=opening.sampling if is_last else None,
-            continues=self._continued.get(self.stops[stage]),
+            continues=self._continued.get(self.stages[stage]),
             background=opening.background,
         )
 
 
-def _held(answer: Opened, method: Method) -> Held:
+def _held(answer: Opened, method: Method) -> ResumePoint:
     """Return what a stage has of the session: what it calculated for a former attempt, or what is in its cache."""
     if answer.held:
-        return Held(answer.held, answer.kept_from)
+        return ResumePoint(answer.held, answer.kept_from)
     cached = answer.cached.get(method.kv_key, 0) if method.prefix_cache else 0
-    return Held(cached, cached)
+    return ResumePoint(cached, cached)

@@ -6,8 +6,8 @@ from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from typing import Final, Protocol
 
-from protocol.identity import BlockRange, JobId, ModelId, PeerId
-from protocol.measurements import QualityBound
+from protocol.identity import JobId, ModelId, PeerId
+from protocol.measurements import QualityBound, StageObservation
 from protocol.messages import FinishReason
 
 AUTO: Final = "auto"
@@ -142,16 +142,6 @@ class Timing:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class RouteStage:
-    """One stage of the route that served the job, with what it cost there."""
-
-    peer: PeerId
-    blocks: BlockRange
-    compute_s: float
-    queue_s: float
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class MethodChoice:
     """The acceleration method in force: the session's switches and the policy of the stages."""
 
@@ -236,7 +226,7 @@ class JobResult:
     finish_reason: FinishReason
     usage: Usage
     timing: Timing
-    route: tuple[RouteStage, ...]
+    route: tuple[StageObservation, ...]
     method: MethodChoice
     consensus: Consensus
     replays: int

@@ -18,11 +18,11 @@ from node.models.store import ModelStore
 from node.network.addresses import is_private, parse_peer_address
 from node.network.host import Libp2pNetwork
 from node.network.interface import NetworkError
-from node.network.probe_port import Greeting, greet
+from node.network.probe_port import PortState, probe_port
 from node.swarm.directory import Directory
 from node.swarm.membership import HEARTBEAT_INTERVAL_S
 from protocol.errors import RemoteProtocolError
-from protocol.identity import ModelId, PeerId
+from protocol.identity import BlockRange, ModelId, PeerId
 from protocol.limits import MAX_CLOCK_SKEW_S
 from protocol.records import HEARTBEAT_TOPIC, Heartbeat, issue_time, unseal
 from protocol.sync import PROTOCOL_ID as SYNC_PROTOCOL
@@ -40,22 +40,22 @@ CLOCK_TOLERANCE_S: Final = MAX_CLOCK_SKEW_S / 2
 MISMATCH: Final = "does not correspond"
 """Part of the library's error where another peer answers than the one dialled."""
 
-_BOOTSTRAP_FAULTS: Final[Mapping[Greeting, tuple[Fault, str]]] = {
-    Greeting.CLOSED: (
+_BOOTSTRAP_FAULTS: Final[Mapping[PortState, tuple[Fault, str]]] = {
+    PortState.CLOSED: (
         Fault.CLOSED_PORT,
         "connection refused: the node is down, its port is another one, or a firewall refuses",
     ),
-    Greeting.UNREACHABLE: (
+    PortState.UNREACHABLE: (
         Fault.BOOTSTRAP_DEAD,
         "no answer: the machine is down, has another address, or a firewall drops packets to the port",
     ),
-    Greeting.SILENT: (
+    PortState.SILENT: (
         Fault.BOOTSTRAP_DEAD,
         "accepts connections and sends nothing: the process is stopped or hangs",
     ),
-    Greeting.FOREIGN: (Fault.WRONG_PEER, "another program answers there, not a node"),
-    Greeting.PRIVATE: (Fault.WRONG_SWARM_KEY, "is in a private swarm: give its key with --swarm-key"),
-    Greeting.OPEN: (
+    PortState.FOREIGN: (Fault.WRONG_PEER, "another program answers there, not a node"),
+    PortState.PRIVATE: (Fault.WRONG_SWARM_KEY, "is in a private swarm: give its key with --swarm-key"),
+    PortState.OPEN: (
         Fault.WRONG_SWARM_KEY,
         "is in the open swarm, and this node has a swarm key: leave out --swarm-key, or use another peer",
     ),
@@ -135,8 +135,8 @@ class SwarmChecks:
             )
             yield Finding(Fault.RELAY_ONLY, Consequence.REACH, message)
             return
-        answers = {address: await greet(parse_peer_address(address)[1]) for address in direct}
-        if not {Greeting.OPEN, Greeting.PRIVATE}.intersection(answers.values()):
+        answers = {address: await probe_port(parse_peer_address(address)[1]) for address in direct}
+        if not {PortState.OPEN, PortState.PRIVATE}.intersection(answers.values()):
             message = (
                 f"nothing answers at {direct[0]}, which this node announces ({answers[direct[0]]}): "
                 f"open the port in the firewall, or listen on another address"
@@ -148,18 +148,18 @@ class SwarmChecks:
 
     async def _probe_bootstrap(self) -> tuple[list[str], list[Finding]]:
         """Return the bootstrap addresses where a libp2p host of this swarm answers, and findings for the others."""
-        answers: dict[str, Greeting] = {}
+        answers: dict[str, PortState] = {}
 
         async def probe(multiaddr: str) -> None:
             try:
-                answers[multiaddr] = await greet(parse_peer_address(multiaddr)[1])
+                answers[multiaddr] = await probe_port(parse_peer_address(multiaddr)[1])
             except (ValueError, NetworkError):
-                answers[multiaddr] = Greeting.UNREACHABLE
+                answers[multiaddr] = PortState.UNREACHABLE
 
         async with trio.open_nursery() as nursery:
             for multiaddr in self._config.bootstrap:
                 nursery.start_soon(probe, multiaddr)
-        ours = Greeting.OPEN if self._config.swarm_key is None else Greeting.PRIVATE
+        ours = PortState.OPEN if self._config.swarm_key is None else PortState.PRIVATE
         usable = [multiaddr for multiaddr in self._config.bootstrap if answers[multiaddr] is ours]
         findings = []
         for multiaddr in self._config.bootstrap:
@@ -233,20 +233,20 @@ class SwarmChecks:
 
     def _check_models(self, seen: _Observed) -> Iterator[Finding]:
         """Check that every block of the known models is served."""
-        incomplete: list[tuple[str, Sequence[tuple[int, int]]]] = []
+        incomplete: list[tuple[str, Sequence[BlockRange]]] = []
         complete: list[str] = []
         if self._running is not None:
             for model in self._running.models:
                 name = model["name"] or model["model"][:12]
                 if model["uncovered"] and any(model["coverage"]):
-                    incomplete.append((name, model["uncovered"]))
+                    incomplete.append((name, [BlockRange(*gap) for gap in model["uncovered"]]))
                 elif model["complete"]:
                     complete.append(name)
         else:
             store = ModelStore(self._config.cache_dir)
             for model_id, spans in self._served_spans(store, seen).items():
                 package = store.find(model_id)
-                block_count = package.manifest.block_count if package else max(end for _, end in spans)
+                block_count = package.manifest.block_count if package else max(span.end for span in spans)
                 name = store.name_of(model_id) or model_id[:12]
                 if missing := uncovered(block_count, spans):
                     incomplete.append((name, missing))
@@ -254,21 +254,21 @@ class SwarmChecks:
                     complete.append(name)
         self.complete_models = tuple(complete)
         for name, ranges in incomplete:
-            missing_text = ", ".join(f"{start}-{end}" for start, end in ranges)
-            serve = " ".join(f"--serve {name}:{start}-{end}" for start, end in ranges)
+            missing_text = ", ".join(map(str, ranges))
+            serve = " ".join(f"--serve {name}:{blocks}" for blocks in ranges)
             message = f"no peer serves blocks {missing_text} of {name}: start a node with {serve}"
             yield Finding(Fault.MISSING_BLOCK, Consequence.MODEL, message)
 
-    def _served_spans(self, store: ModelStore, seen: _Observed) -> dict[ModelId, list[tuple[int, int]]]:
+    def _served_spans(self, store: ModelStore, seen: _Observed) -> dict[ModelId, list[BlockRange]]:
         """Return the spans that peers serve, and those that this node will."""
-        spans: dict[ModelId, list[tuple[int, int]]] = {}
+        spans: dict[ModelId, list[BlockRange]] = {}
         for model in seen.directory.models():
-            spans[model] = [(each.blocks.start, each.blocks.end) for each in seen.directory.candidates(model)]
+            spans[model] = [each.stage.blocks for each in seen.directory.candidates(model)]
         for spec in self._config.serve:
             with suppress(ModelError):
                 model = store.resolve(spec.model, spans)
                 if spec.blocks is not None and model in spans:
-                    spans[model].append((spec.blocks.start, spec.blocks.end))
+                    spans[model].append(spec.blocks)
         return spans
 
 

@@ -23,8 +23,9 @@ from typing import Any
 import torch
 from transformers.modeling_utils import PreTrainedModel
 
+from node.engine.backends.interface import Rows
 from node.engine.backends.transformers import TransformersSpan
-from node.engine.client import source_from_package
+from node.engine.engine_config import source_from_package
 from node.engine.interface import PAGE_POSITIONS, EngineError
 from node.engine.kv_cache import KvCache, SlotMapping
 from node.engine.loading import config_from, describe, load_span, name_of
@@ -143,10 +144,10 @@ class _DiffersError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class _Stage:
-    """Blocks of a loaded span, which may be a part of it, and the span's KV memory."""
+    """Blocks of a loaded span, which may be a part of it, and the span's KV cache."""
 
     model: TransformersSpan
-    memory: KvCache
+    kv: KvCache
     blocks: range
 
 
@@ -169,11 +170,11 @@ def _load(package: Package, blocks: BlockRange, how: str) -> _Stage:
     pages = len(PROMPTS) * _PAGES
     span = load_span(source_from_package(package, blocks), blocks, torch.float32)
     try:
-        model = TransformersSpan(span, first=blocks.start == 0, last=blocks.end == span.block_count)
-        memory = KvCache([block.resized(pages * PAGE_POSITIONS) for block in model.try_out()])
+        model = TransformersSpan(span)
+        kv = KvCache([block.resized(pages * PAGE_POSITIONS) for block in model.trial_run()])
     except Exception as error:  # whatever an architecture that nobody tried here trips over
         raise _DiffersError(f"{how} its forward pass fails") from error
-    return _Stage(model, memory, range(len(blocks)))
+    return _Stage(model, kv, range(len(blocks)))
 
 
 def _check(stages: Sequence[_Stage], references: Sequence[Reference], how: str) -> None:
@@ -181,18 +182,17 @@ def _check(stages: Sequence[_Stage], references: Sequence[Reference], how: str) 
     steps = [[*range(0, len(r.prompt), CHUNK), *range(len(r.prompt), len(r.prompt) + COUNT - 1)] for r in references]
     for turn, session in itertools.product(range(max(map(len, steps))), range(len(references))):
         if turn < len(steps[session]):
-            places = SlotMapping(range(session * _PAGES, (session + 1) * _PAGES))
-            _check_step(stages, references[session], places, steps[session][turn], how)
+            slots = SlotMapping(range(session * _PAGES, (session + 1) * _PAGES))
+            _check_step(stages, references[session], slots, steps[session][turn], how)
 
 
-def _check_step(stages: Sequence[_Stage], reference: Reference, places: SlotMapping, position: int, how: str) -> None:
+def _check_step(stages: Sequence[_Stage], reference: Reference, slots: SlotMapping, position: int, how: str) -> None:
     prompt, text = len(reference.prompt), [*reference.prompt, *reference.tokens]
     end = min(position + CHUNK, prompt) if position < prompt else position + 1
     rows, draws = torch.tensor(text[position:end]), int(end >= prompt)
     try:
         for stage in stages:
-            cache = stage.model.new_cache(places, stage.memory, position)
-            rows = stage.model.run(rows, cache, position=position, draws=draws, blocks=stage.blocks)
+            (rows,) = stage.model.run([Rows(rows, slots, position, draws)], stage.kv, stage.blocks)
     except Exception as error:  # whatever an architecture that nobody tried here trips over
         raise _DiffersError(f"{how} its forward pass fails") from error
     if draws:

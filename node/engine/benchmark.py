@@ -26,7 +26,7 @@ from pathlib import Path
 import psutil
 
 from node.util.priority import yield_to_others
-from protocol.capabilities import accelerator_to_map, throughput_to_map
+from protocol.schema import to_map
 
 DISK_BYTES = 64 << 20
 DISK_WRITE_S = 0.5
@@ -51,9 +51,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     cpu = measure_cpu(options.threads, available_bytes, gaps)
     wall_s, cpu_s = time.perf_counter() - wall_s, time.process_time() - cpu_s
     document: dict[str, object] = {
-        "cpu": throughput_to_map(cpu),
+        "cpu": to_map(cpu),
         "cpu_share": min(1.0, cpu_s / (wall_s * options.threads)),
-        "accelerators": [accelerator_to_map(accelerator) for accelerator in measure_accelerators(gaps)],
+        "accelerators": [to_map(accelerator) for accelerator in measure_accelerators(gaps)],
     }
     try:
         document["disk_read_bytes_per_s"] = measure_disk_read(options.directory)

@@ -144,7 +144,7 @@ def _load(file: GgufModel, needs: Sequence[Requirement], embeddings: Mapping[str
     from accelerate.big_modeling import init_empty_weights
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    folder, name = file.paths[0].parent, file.paths[0].name
+    folder, name = file.paths[0].parent, file.name
     try:
         config = AutoConfig.from_pretrained(folder, gguf_file=name)
         if file.architecture == "llama" and config.model_type != "llama":
@@ -194,7 +194,7 @@ def _with_requirements(
     for need in needs:
         if not _says(config, need):
             raise ConversionError(
-                f"{file.paths[0].name} asks by {need.key} for {need.attribute} = {need.value}, which "
+                f"{file.name} asks by {need.key} for {need.attribute} = {need.value}, which "
                 f"{config.model_type} models in transformers do not take: import the safetensors checkpoint"
             )
     return config
@@ -248,7 +248,7 @@ def _check_rope(model: Any, file: GgufModel, embeddings: Mapping[str | None, Rop
             found = True
             if kind not in embeddings or embeddings[kind].differs(buffer.tolist(), factor):
                 raise ConversionError(
-                    f"{file.paths[0].name}: transformers' {model.config.model_type} cannot rotate positions as its "
+                    f"{file.name}: transformers' {model.config.model_type} cannot rotate positions as its "
                     f"{file.architecture}.rope.* keys say: import the safetensors checkpoint"
                 )
     if embeddings and not found:
@@ -268,7 +268,7 @@ def _check_tensors(model: Any, file: GgufModel) -> None:
     sources: defaultdict[str, list[str]] = defaultdict(list)
     for source, target in get_gguf_hf_weights_map(model, processor).items():
         sources[target].append(source if source.endswith((".weight", ".bias")) else f"{source}.weight")
-    name, weights = file.paths[0].name, model.state_dict()
+    name, weights = file.name, model.state_dict()
     missing: list[str] = []
     for target, weight in weights.items():
         if target in model.all_tied_weights_keys:

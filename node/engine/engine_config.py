@@ -3,9 +3,12 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from protocol.identity import ModelId
+from protocol.identity import BlockRange, ModelId
+
+if TYPE_CHECKING:
+    from node.models.store import Package
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,3 +45,16 @@ class EngineOptions:
     cache_dir: Path | None = None
     device: str = "cpu"
     plan_rows: bool = False
+
+
+def source_from_package(package: "Package", blocks: BlockRange) -> ShardSource:
+    """Return where the files of a span lie in a model package."""
+    manifest = package.manifest
+    first, last = blocks.start == 0, blocks.end == manifest.block_count
+    return ShardSource(
+        model=manifest.model_id,
+        config=manifest.config,
+        block_files={block: package.path_of(manifest.blocks[block]) for block in range(blocks.start, blocks.end)},
+        embed_file=package.path_of(manifest.embed) if first or (last and manifest.tied) else None,
+        head_file=package.path_of(manifest.head) if last else None,
+    )

@@ -30,7 +30,7 @@ def read_tokenizer(file: GgufModel) -> Any:
     kind = file.metadata.get("tokenizer.ggml.model", "")
     if kind in _NO_TOKENIZER:
         return None
-    name = file.paths[0].name
+    name = file.name
     pre = file.metadata.get("tokenizer.ggml.pre", "default")
     if kind not in {"gpt2", "llama"}:
         raise GgufError(f"{name} has a tokenizer of type {str(kind)[:40]!r}, which is not supported")
@@ -73,7 +73,7 @@ def _check_space(file: GgufModel, backend: Any, kind: object) -> None:
     first = backend.encode("a", add_special_tokens=False).tokens[:1]
     if first and first[0].startswith(_SENTENCEPIECE_SPACE) is not wanted:
         raise GgufError(
-            f"{file.paths[0].name} has tokenizer.ggml.add_space_prefix = {wanted}, which is not supported for "
+            f"{file.name} has tokenizer.ggml.add_space_prefix = {wanted}, which is not supported for "
             f"{file.architecture} models: import the model's safetensors checkpoint"
         )
 
@@ -100,5 +100,5 @@ def _token(file: GgufModel, which: str, *, is_added: bool, backend: Any) -> tupl
         return None
     text = backend.id_to_token(token)
     if text is None:
-        raise GgufError(f"{file.paths[0].name} has {key} = {token}, which its vocabulary lacks")
+        raise GgufError(f"{file.name} has {key} = {token}, which its vocabulary lacks")
     return text, token

@@ -1,13 +1,13 @@
-"""The engine as the rest of the node sees it: tensors in, tensors out, no network.
+"""The values that go into and come out of an engine, and its errors; `base.Engine` has the calls.
 
 An engine serves one span of one model, in several variants of one calculation. `client.py` runs the real one in a
-worker process; `fake.py` keeps a hash chain of its inputs, so that in a simulation a lost row, a wrong replay, a
-wrong hit of the prefix cache or a swapped session changes tokens.
+worker process; `node/testing/fake_engine.py` keeps a hash chain of its inputs, so that in a simulation a lost row, a
+wrong replay, a wrong hit of the prefix cache or a swapped session changes tokens.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Final, NamedTuple, Protocol
+from typing import Final, NamedTuple
 
 from protocol.identity import BlockRange, ModelId, SessionId
 from protocol.messages import Sampling
@@ -30,6 +30,13 @@ class EngineCrashed(EngineError):
 
 class EngineFull(EngineError):
     """No KV memory for another session now."""
+
+
+class SessionNotOpen(EngineError):
+    """The engine does not hold the session, or it has not begun."""
+
+    def __init__(self, session: SessionId) -> None:
+        super().__init__(f"session {session.job}/{session.stage} is not open, or has not begun")
 
 
 class StepFailed(EngineError):
@@ -229,65 +236,3 @@ class EngineStatistics:
     steps: int
     compute_s: float
     worker_pid: int | None
-
-
-class Engine(Protocol):
-    """One span of one model. Calls may overlap; steps are carried out one after another, in the order of the calls."""
-
-    @property
-    def info(self) -> SpanInfo:
-        """What it holds."""
-        ...
-
-    def variants(self) -> frozenset[Variant]:
-        """Return the variants that are ready: built and warmed at every shape."""
-        ...
-
-    async def prepare(self, variant: Variant) -> None:
-        """Build a variant in the background, and return when it is ready. Raises EngineError if it cannot be had."""
-        ...
-
-    async def open(
-        self, session: SessionId, positions: int, prefix: Prefix | None = None
-    ) -> Mapping[KvCompatibilityKey, int]:
-        """Reserve KV memory; return how many positions of the prompt are cached, by KV key.
-
-        The pages found are kept until the session begins. Raises EngineFull, or EngineError when it cannot be served
-        at all.
-        """
-        ...
-
-    async def begin(self, session: SessionId, options: SessionOptions) -> int:
-        """Take up the cached pages with the chosen KV key, let go of the others; return the positions now cached.
-
-        Raises VariantNotReady, or EngineError; the session is closed then.
-        """
-        ...
-
-    async def step(self, slices: Sequence[SliceInput]) -> StepResult:
-        """Run one step over rows of any sessions, grouped by variant.
-
-        A session has at most one slice in it. What one slice does to a forward pass costs its own session alone: the
-        pass is repeated by halves until the slices that fail are alone, and the result names them in `faults`. Raises
-        StepFailed where all slices fail, EngineError where the engine does; all sessions in the step are closed then.
-        """
-        ...
-
-    async def rename(self, session: SessionId, successor: SessionId) -> None:
-        """Carry a session on under another id, with all that it holds; it is in no step meanwhile.
-
-        Raises EngineError where the one is not open, or the other is.
-        """
-        ...
-
-    async def close(self, session: SessionId) -> None:
-        """Free a session, whose prompt's whole pages stay in the prefix cache; an unknown one is no error."""
-        ...
-
-    async def wait_crashed(self) -> str:
-        """Wait until the engine is gone for good, and return why in one line; for most engines that is never."""
-        ...
-
-    def statistics(self) -> EngineStatistics:
-        """Return the counts without waiting for a running step."""
-        ...

@@ -21,6 +21,7 @@ from node.engine.interface import (
     EngineFull,
     KvCompatibilityKey,
     Prefix,
+    SessionNotOpen,
     SessionOptions,
     SliceInput,
     SpanInfo,
@@ -194,7 +195,7 @@ class KvAllocator:
         try:
             return self._sessions[session]
         except KeyError:
-            raise EngineError(f"session {session.job}/{session.stage} is not open") from None
+            raise SessionNotOpen(session) from None
 
     def _find(self, prefix: Prefix | None) -> dict[KvCompatibilityKey, list[_Entry]]:
         """Return the unbroken run of cached pages from the start of a prompt, by KV key, where there is one."""

@@ -1,4 +1,4 @@
-"""KV memory in pages, and the cache of one session: transformers' cache, with rows that can be taken back."""
+"""The paged KV cache of a span, slot mappings, and transformers' cache over them, which can be rewound."""
 
 import re
 from collections.abc import Sequence
@@ -15,19 +15,19 @@ from node.models.manifest import architecture_name
 
 @dataclass(frozen=True, slots=True)
 class BlockKvCache:
-    """Keys and values of one block, (places, heads, head size) each; a place is a position of a page."""
+    """Keys and values of one block, (slots, heads, head size) each; a slot is a position of a page."""
 
     keys: torch.Tensor
     values: torch.Tensor
 
     @property
     def bytes_per_position(self) -> int:
-        """Bytes of one place."""
+        """Bytes of one slot."""
         return self.keys[0].nbytes + self.values[0].nbytes
 
-    def resized(self, places: int) -> "BlockKvCache":
+    def resized(self, slots: int) -> "BlockKvCache":
         """Return empty memory of the same shapes."""
-        keys, values = (tensor.new_empty((places, *tensor.shape[1:])) for tensor in (self.keys, self.values))
+        keys, values = (tensor.new_empty((slots, *tensor.shape[1:])) for tensor in (self.keys, self.values))
         return BlockKvCache(keys, values)
 
 
@@ -68,7 +68,7 @@ class SlotMapping:
         self._start = pages[0] * PAGE_POSITIONS if list(pages) == list(range(pages[0], pages[0] + len(pages))) else None
 
     def of(self, start: int, end: int) -> slice | torch.Tensor:
-        """Return the places of positions `start` to `end`, as an index."""
+        """Return the slots of positions `start` to `end`, as an index."""
         return self.all[start:end] if self._start is None else slice(self._start + start, self._start + end)
 
 
@@ -79,22 +79,22 @@ class RewindableLayer(DynamicLayer):
     left the window, so that a replay could not go back there. Here a window is only a view.
     """
 
-    def __init__(self, places: SlotMapping, memory: BlockKvCache | None, window: int | None, length: int) -> None:
+    def __init__(self, slots: SlotMapping, memory: BlockKvCache | None, window: int | None, length: int) -> None:
         # What the base class's own, untyped __init__ sets.
         self.keys: torch.Tensor | None = None
         self.values: torch.Tensor | None = None
         self.is_initialized = memory is not None
         self.is_sliding = window is not None
         self.memory = memory
-        self._places = places
+        self._slots = slots
         self._window = window
         self._length = length
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         """Make memory of its own, in the shapes of the first rows: (1, heads, rows, head size)."""
-        places = len(self._places.all)
+        slots = len(self._slots.all)
         self.memory = BlockKvCache(
-            *(rows.new_empty((places, rows.shape[1], rows.shape[3])) for rows in (key_states, value_states))
+            *(rows.new_empty((slots, rows.shape[1], rows.shape[3])) for rows in (key_states, value_states))
         )
         self.is_initialized = True
 
@@ -106,7 +106,7 @@ class RewindableLayer(DynamicLayer):
             self.lazy_initialization(key_states, value_states)
         assert self.memory is not None
         end = self._length + key_states.shape[-2]
-        added, seen = self._places.of(self._length, end), self._places.of(self._first_visible, end)
+        added, seen = self._slots.of(self._length, end), self._slots.of(self._first_visible, end)
         self.memory.keys[added] = key_states[0].transpose(0, 1)
         self.memory.values[added] = value_states[0].transpose(0, 1)
         self._length = end
@@ -122,7 +122,7 @@ class RewindableLayer(DynamicLayer):
         return self._length
 
     def rewind(self, position: int) -> None:
-        """Forget the rows from `position` on."""
+        """Drop the rows from `position` on."""
         self._length = position
 
     @property
@@ -132,14 +132,14 @@ class RewindableLayer(DynamicLayer):
 
 
 class RewindableCache(Cache):
-    """Layers for each block of a span, all of the same length; without `memory` each makes its own."""
+    """Layers for each block of a span, all of the same length; without `kv` each allocates its own."""
 
     def __init__(
-        self, windows: tuple[int | None, ...], places: SlotMapping, memory: KvCache | None = None, length: int = 0
+        self, windows: tuple[int | None, ...], slots: SlotMapping, kv: KvCache | None = None, length: int = 0
     ) -> None:
-        blocks = memory.blocks if memory else (None,) * len(windows)
+        blocks = kv.blocks if kv else (None,) * len(windows)
         self._rows = [
-            RewindableLayer(places, block, window, length) for block, window in zip(blocks, windows, strict=True)
+            RewindableLayer(slots, block, window, length) for block, window in zip(blocks, windows, strict=True)
         ]
         super().__init__(layers=list(self._rows))
 
@@ -154,7 +154,7 @@ class RewindableCache(Cache):
         return tuple(layer.memory for layer in self._rows if layer.memory is not None)
 
     def rewind(self, position: int) -> None:
-        """Forget the rows from `position` on, also those that a failed forward pass left in some blocks."""
+        """Drop the rows from `position` on, also those that a failed forward pass left in some blocks."""
         for layer in self._rows:
             layer.rewind(min(position, layer.get_seq_length()))
 

@@ -58,13 +58,15 @@ class LoadedSpan:
     """A model of transformers that consists of one span's blocks.
 
     `base`: the model without its head. `blocks`: the blocks themselves. `windows`: the sliding window of each, None
-    where it sees everything.
+    for full attention. `is_first`, `is_last`: whether it holds the model's first or last block.
     """
 
     model: PreTrainedModel
     base: nn.Module
     blocks: nn.ModuleList
     windows: tuple[int | None, ...]
+    is_first: bool
+    is_last: bool
     block_count: int
     hidden_size: int
     vocabulary_size: int
@@ -121,6 +123,8 @@ def load_span(
         base=described.base,
         blocks=span,
         windows=described.windows[blocks.start : blocks.end],
+        is_first=blocks.start == 0,
+        is_last=blocks.end == block_count,
         block_count=block_count,
         hidden_size=config.hidden_size,
         vocabulary_size=config.vocab_size,

@@ -143,7 +143,7 @@ def kv_key_of(name: str) -> KvCompatibilityKey:
 
 def main() -> int:
     """Measure what stdin asks for, and print it; return the exit code."""
-    from node.engine.client import source_from_package
+    from node.engine.engine_config import source_from_package
     from node.models.manifest import MANIFEST_FILE, parse_manifest
     from node.models.store import Package
 

@@ -8,11 +8,11 @@ from dataclasses import dataclass, field
 import torch
 
 from node.engine.activation_codec import check_rows, decode_rows, encode_rows
-from node.engine.backends.batched import BatchedSpan, Rows, Segments, refusal
-from node.engine.backends.linear import ARITHMETICS
-from node.engine.backends.torch import PackedSpan, TorchSegments, pack_span
+from node.engine.backends.batched import refusal
+from node.engine.backends.interface import BACKENDS, Backend, BackendContext, BackendSpec, Rows, SpanRunner
 from node.engine.backends.transformers import TransformersSpan
-from node.engine.device import CPU, free_bytes, is_lost, synchronize
+from node.engine.device import CPU
+from node.engine.device_probe import free_bytes, is_lost, synchronize
 from node.engine.engine_config import EngineOptions, ShardSource
 from node.engine.interface import (
     DIVISIBLE_ENGINES,
@@ -20,6 +20,7 @@ from node.engine.interface import (
     REFERENCE,
     BadRows,
     EngineError,
+    SessionNotOpen,
     SessionOptions,
     SliceFault,
     SliceInput,
@@ -45,12 +46,6 @@ _FREE_MEMORY_SHARE = 0.5
 _VARIANT_SHARE = 0.5
 """Of what the reference's weights leave, at most, for the weights of other variants; the rest is KV memory."""
 
-_PACKED_BYTES = {
-    "fused": {"fp32": 4.0, "bf16": 2.0, "int8": 1.0},
-    "onnxruntime": {"fp32": 4.0, "int8": 1.125},
-}
-"""Bytes of an element in each packing of each engine; onnxruntime's int8 has a scale for each 32 elements."""
-
 
 @dataclass(slots=True)
 class _Session:
@@ -58,7 +53,7 @@ class _Session:
     info: SpanInfo
     """Of the part of the span that it runs."""
     positions: int
-    places: SlotMapping
+    slots: SlotMapping
     length: int
     """Positions whose keys and values are in KV memory."""
     history: TokenCounts | None
@@ -67,7 +62,7 @@ class _Session:
 
 @dataclass(slots=True)
 class _Batch:
-    """The slices of a step, and what has become of them, by number."""
+    """The slices of a step, and their outcomes by number."""
 
     slices: Sequence[SliceInput]
     sessions: dict[int, _Session] = field(default_factory=dict)
@@ -76,7 +71,7 @@ class _Batch:
     faults: dict[int, SliceFault] = field(default_factory=dict)
 
     def fail(self, number: int, error: Exception) -> None:
-        """Take note of why a slice failed."""
+        """Record why a slice failed."""
         message = str(error)
         if not isinstance(error, EngineError):
             message = f"the forward pass failed: {' '.join(message.split())[:300]}"
@@ -84,16 +79,16 @@ class _Batch:
 
 
 class Shard:
-    """Serves a span as Engine describes it, but at once, without overlap; who may hold which pages is told to it."""
+    """Serves a span as Engine describes it, synchronously; the KV allocator runs elsewhere."""
 
     def __init__(self, source: ShardSource, blocks: BlockRange, options: EngineOptions) -> None:
         started_s = time.perf_counter()
         self._device = torch.device(options.device)
         span = load_span(source, blocks, torch.float32, self._device, options.memory_bytes)
         self._span = span
-        self._model = TransformersSpan(span, first=blocks.start == 0, last=blocks.end == span.block_count)
-        tried = self._model.try_out()
-        kv_bytes_per_position = sum(block.bytes_per_position for block in tried)
+        reference = TransformersSpan(span)
+        trial = reference.trial_run()
+        kv_bytes_per_position = sum(block.bytes_per_position for block in trial)
         memory_bytes = _memory_bytes(options, span.weight_bytes)
         position_bytes = kv_bytes_per_position + (4 * span.hidden_size if options.plan_rows else 0)
         kv_positions = _kv_positions(options, memory_bytes - span.weight_bytes, span.weight_bytes, position_bytes)
@@ -110,79 +105,70 @@ class Shard:
             load_s=time.perf_counter() - started_s,
         )
         self._variant_bytes = memory_bytes - span.weight_bytes - kv_positions * position_bytes
-        self._memory = KvCache([block.resized(kv_positions) for block in tried])
-        self._threads = torch.get_num_threads()
-        self._graph_cache = None if options.cache_dir is None else FolderCache(options.cache_dir)
-        self._packed: dict[str, PackedSpan] = {}
-        self._ragged: dict[Variant, BatchedSpan] = {}
+        self._kv = KvCache([block.resized(kv_positions) for block in trial])
+        self._context = BackendContext(
+            span,
+            f"{source.model}-{blocks.start}-{blocks.end}",
+            torch.get_num_threads(),
+            None if options.cache_dir is None else FolderCache(options.cache_dir),
+        )
+        self._backends: dict[str, Backend] = {}
+        self._runners: dict[Variant, SpanRunner] = {REFERENCE: reference}
         self._taken_bytes: dict[tuple[str, str], int] = {}
         """By engine and packing: variants of the same share their weights."""
         self._sessions: dict[SessionId, _Session] = {}
 
     def variants(self) -> frozenset[Variant]:
         """Return the variants that are ready."""
-        return frozenset({REFERENCE, *self._ragged})
+        return frozenset(self._runners)
 
     def prepare(self, variant: Variant) -> None:
         """Build a variant and warm it; may run beside `step` in a thread of its own, one at a time.
 
-        Raises EngineError if it cannot be had: there is no such variant, or not for this architecture, or no memory.
+        Raises EngineError where it is unavailable: no such variant, not for this architecture, or too little memory.
         """
-        if variant in self.variants():
+        if variant in self._runners:
             return
-        packing = _packing(variant)
-        if packing is None:
+        spec = BACKENDS.get(variant.engine)
+        packing = spec.packings.get(variant.arithmetic) if spec else None
+        if spec is None or packing is None:
             raise EngineError(f"there is no variant {variant}")
         if why := refusal(self._span):
             raise EngineError(why)
-        if variant.engine == "onnxruntime" and self._device.type != "cpu":
+        if not self._runs_here(spec):
             raise EngineError(f"{variant} calculates on the CPU, and this span lies on {self._device}")
-        needed = int(self.info.weight_bytes * _PACKED_BYTES[variant.engine][packing] / 4)
+        needed = int(self.info.weight_bytes * spec.packed_bytes[packing] / 4)
         shared = (variant.engine, packing)
         free = self._variant_bytes - sum(self._taken_bytes.values())
         if shared not in self._taken_bytes and needed > free:
             raise EngineError(f"{variant} takes {needed} bytes of memory, of which {max(0, free)} are left")
-        segments = self._fuse(variant, packing) if variant.engine == "fused" else self._open_graphs(variant)
-        ragged = BatchedSpan(self._span, segments, first=self.info.is_first, last=self.info.is_last)
-        ragged.warm(self._memory.blocks)
+        self._runners[variant] = self._backend(variant.engine).build(variant.arithmetic, self._kv)
         self._taken_bytes[shared] = needed
-        self._ragged[variant] = ragged
 
     def start_threads(self, variant: Variant) -> None:
-        """Start the threads that a variant's steps will need; from the thread of the steps, whose priority they get."""
-        if variant.engine == "onnxruntime" and self._device.type == "cpu":
-            from node.engine.backends.onnx import (
-                start_threads,  # only where it is asked for: it takes its time and memory
-            )
+        """Start the threads that a variant's steps will need; see Backend."""
+        if variant.engine in BACKENDS and self._runs_here(BACKENDS[variant.engine]):
+            self._backend(variant.engine).start_threads()
 
-            start_threads(self._threads)
+    def _runs_here(self, spec: BackendSpec) -> bool:
+        return self._device.type == "cpu" or not spec.cpu_only
 
-    def _fuse(self, variant: Variant, packing: str) -> Segments:
-        if packing not in self._packed:
-            self._packed[packing] = pack_span(self._span, packing, last=self.info.is_last)
-        return TorchSegments(self._span, self._packed[packing], variant.arithmetic)
-
-    def _open_graphs(self, variant: Variant) -> Segments:
-        from node.engine.backends.onnx import open_graphs
-
-        self.start_threads(variant)
-        name = f"{self.info.model}-{self.info.blocks.start}-{self.info.blocks.end}"
-        try:
-            return open_graphs(self._span, name, variant.arithmetic, self._graph_cache, last=self.info.is_last)
-        except OSError as error:
-            raise EngineError(f"no graphs for {variant}: {error}") from error
+    def _backend(self, engine: str) -> Backend:
+        if engine not in self._backends:
+            self._backends[engine] = BACKENDS[engine].open(self._context)
+        return self._backends[engine]
 
     def begin(self, session: SessionId, options: SessionOptions, reservation: KvReservation) -> None:
-        """Give a session its pages; raise EngineError for a variant that is not there."""
-        if options.variant not in self.variants():
+        """Begin a session on its pages; raise EngineError for a variant that is not ready."""
+        if options.variant not in self._runners:
             raise VariantNotReady(f"the variant {options.variant} is not ready here")
         info = self.info.part(options.blocks)
         if info is not self.info and options.variant.engine not in DIVISIBLE_ENGINES:
             raise VariantNotReady(f"the variant {options.variant} runs the whole span or nothing")
-        self._memory.copy(reservation.copied, reservation.pages[: len(reservation.copied)])
-        places = SlotMapping(reservation.pages)
+        self._kv.copy(reservation.copied, reservation.pages[: len(reservation.copied)])
+        slots = SlotMapping(reservation.pages)
         history = history_for(options.sampling)
-        self._sessions[session] = _Session(options, info, reservation.positions, places, reservation.cached, history)
+        self._sessions[session] = _Session(options, info, reservation.positions, slots, reservation.cached, history)
 
     def run_alone(self, variant: Variant, rows: torch.Tensor, *, draws: int) -> torch.Tensor:
         """Return hidden states of rows from position 0 on or, on a last span, logits after the last `draws` of them.
@@ -194,12 +180,12 @@ class Shard:
         return self._compute(variant, self.info.blocks, [Rows(rows, SlotMapping(pages), 0, draws)])[0]
 
     def rename(self, session: SessionId, successor: SessionId) -> None:
-        """Give a session another id; an unknown one is no error."""
+        """Give a session another id; an unknown one is ignored."""
         if (found := self._sessions.pop(session, None)) is not None:
             self._sessions[successor] = found
 
     def close(self, session: SessionId) -> None:
-        """Forget a session; an unknown one is no error."""
+        """Drop a session; an unknown one is ignored."""
         self._sessions.pop(session, None)
 
     def step(self, slices: Sequence[SliceInput]) -> StepResult:
@@ -234,7 +220,7 @@ class Shard:
             except EngineError as error:
                 batch.fail(number, error)
                 continue
-            batch.rows[number] = Rows(prepared, session.places, rows.position, rows.draws)
+            batch.rows[number] = Rows(prepared, session.slots, rows.position, rows.draws)
             groups.setdefault((session.options.variant, session.info.blocks), []).append(number)
         return groups
 
@@ -246,7 +232,7 @@ class Shard:
         """
         try:
             computed = self._compute(variant, blocks, [batch.rows[number] for number in numbers])
-            synchronize(self._device)  # what nobody looked at may be under way still
+            synchronize(self._device)  # it may still be running
         except Exception as error:  # torch fails in many ways
             if is_lost(error):
                 raise EngineError(f"the forward pass failed: {' '.join(str(error).split())[:300]}") from error
@@ -269,27 +255,16 @@ class Shard:
             self._run(batch, variant, blocks, half)
 
     def _compute(self, variant: Variant, blocks: BlockRange, parts: Sequence[Rows]) -> Sequence[torch.Tensor]:
-        """Return what blocks of the span make of each part: hidden states, or logits behind the model's last one."""
+        """Return the output of each part: hidden states, or logits behind the model's last block."""
         run = range(blocks.start - self.info.blocks.start, blocks.end - self.info.blocks.start)
-        if variant != REFERENCE:
-            return self._ragged[variant].run(parts, self._memory, run)
-        return [
-            self._model.run(
-                part.rows,
-                self._model.new_cache(part.places, self._memory, part.position),
-                position=part.position,
-                draws=part.draws,
-                blocks=run,
-            )
-            for part in parts
-        ]
+        return self._runners[variant].run(parts, self._kv, run)
 
     def _session_of(self, rows: SliceInput, *, alone: bool) -> _Session:
         if not alone:
             raise EngineError("a session has more than one slice in a step")
         session = self._sessions.get(rows.session)
         if session is None:
-            raise EngineError(f"session {rows.session.job}/{rows.session.stage} is not open, or has not begun")
+            raise SessionNotOpen(rows.session)
         check_slice(session.info, rows, cached=session.length, reserved=session.positions)
         return session
 
@@ -329,13 +304,6 @@ def open_shard(source: ShardSource, blocks: BlockRange, options: EngineOptions) 
         raise EngineError(f"{options.device} failed: {' '.join(str(error).split())[:200]}") from None
 
 
-def _packing(variant: Variant) -> str | None:
-    """Return how a variant's weights are packed; None where there is no such variant."""
-    packing = ARITHMETICS[variant.arithmetic][0] if variant.arithmetic in ARITHMETICS else None
-    known = _PACKED_BYTES.get(variant.engine, {})
-    return packing if variant.engine == "fused" or variant.arithmetic in known else None
-
-
 def _memory_bytes(options: EngineOptions, weight_bytes: int) -> int:
     """Return how much memory weights, variants and KV memory may take together."""
     if options.memory_bytes is not None:
@@ -346,8 +314,8 @@ def _memory_bytes(options: EngineOptions, weight_bytes: int) -> int:
 def _kv_positions(options: EngineOptions, free_bytes: int, weight_bytes: int, position_bytes: int) -> int:
     """Return how many positions, in whole pages, fit into what the weights leave, beside the variants' own weights."""
     page_bytes = max(1, position_bytes * PAGE_POSITIONS)
-    engines = _PACKED_BYTES if torch.device(options.device).type == "cpu" else ("fused",)
-    packed_bytes = sum(sum(_PACKED_BYTES[engine].values()) for engine in engines)
+    on_cpu = torch.device(options.device).type == "cpu"
+    packed_bytes = sum(sum(spec.packed_bytes.values()) for spec in BACKENDS.values() if on_cpu or not spec.cpu_only)
     variant_bytes = min(int(free_bytes * _VARIANT_SHARE), int(packed_bytes * weight_bytes / 4))
     pages = (free_bytes - max(0, variant_bytes)) // page_bytes
     if pages < 1:

@@ -8,7 +8,7 @@ operations, and those that were interrupted stand out and are passed over.
 import statistics
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -16,8 +16,8 @@ from itertools import pairwise
 
 import torch
 
-from node.engine.device import free_bytes, synchronize
-from protocol.capabilities import Accelerator, AcceleratorKind, Throughput
+from node.engine.device_probe import accelerators, free_bytes, synchronize
+from protocol.capabilities import Accelerator, Throughput
 
 PART_S = 0.25
 """Time for one figure, preparation apart."""
@@ -90,30 +90,6 @@ def measure_accelerators(gaps: Gaps) -> tuple[Accelerator, ...]:
                 measured[accelerator] = _measured(known, gaps)
         found.append(measured[accelerator])
     return tuple(found)
-
-
-def accelerators() -> Iterator[tuple[Accelerator, torch.device]]:
-    """Yield every accelerator that torch can use, without figures, and torch's name of it."""
-    if torch.cuda.is_available():  # ROCm answers to the same name
-        for index in range(torch.cuda.device_count()):
-            properties = torch.cuda.get_device_properties(index)
-            if torch.version.hip is not None:
-                kind, capability = AcceleratorKind.ROCM, properties.gcnArchName.partition(":")[0]
-            else:
-                kind, capability = AcceleratorKind.CUDA, f"{properties.major}.{properties.minor}"
-            accelerator = Accelerator(
-                kind=kind,
-                name=properties.name,
-                memory_bytes=properties.total_memory,
-                compute_capability=capability,
-            )
-            yield accelerator, torch.device("cuda", index)
-    if torch.backends.mps.is_available():
-        size = torch.mps.recommended_max_memory()
-        yield (
-            Accelerator(kind=AcceleratorKind.MPS, name=torch.backends.mps.get_name(), memory_bytes=size),
-            torch.device("mps"),
-        )
 
 
 def _measured(device: _Device, gaps: Gaps) -> Accelerator:

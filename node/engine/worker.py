@@ -19,11 +19,10 @@ from node.engine.worker_protocol import (
     PREFIX,
     Buffer,
     Header,
-    decode_begin,
     decode_header,
-    decode_load,
     decode_session,
     decode_step,
+    decode_values,
     encode_error,
     encode_frame,
     encode_loaded,
@@ -49,7 +48,7 @@ def main() -> None:
     from node.engine.shard import open_shard
 
     header, _ = _receive(connection)
-    source, blocks, options = decode_load(header)
+    source, blocks, options = decode_values(header)
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     try:
@@ -65,7 +64,7 @@ def main() -> None:
         header, payload = _receive(connection)
         match header["do"]:
             case "begin":
-                shard.begin(*decode_begin(header))
+                shard.begin(*decode_values(header))
             case "rename":
                 shard.rename(decode_session(header["session"]), decode_session(header["successor"]))
             case "close":
@@ -97,7 +96,7 @@ def _prepare(shard: "Shard", header: Header, connection: socket.socket) -> None:
 
 def _exit_if_lost(cause: BaseException | None) -> None:
     """End the process where a GPU has failed: to this one it stays lost, to the next one perhaps not."""
-    from node.engine.device import is_lost
+    from node.engine.device_probe import is_lost
 
     if is_lost(cause):
         sys.stderr.write(f"the GPU is lost: {' '.join(str(cause).split())[:300]}\n")

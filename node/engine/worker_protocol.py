@@ -1,15 +1,16 @@
-"""What the node and its worker process say to each other over a socket: a msgpack header and raw tensor bytes.
+"""Frames between the node and its worker process over a socket: a msgpack header and raw tensor bytes.
 
     frame = u32 header length · u64 payload length (both little-endian) · header · payload
 
-Both ends are this very program, so unlike what comes from peers the frames are taken on trust. The tensors of a frame
-lie in its payload one after another; the header has their dtypes and shapes.
+Both ends are this very program, so unlike frames from peers these are trusted; plain values that only the node sends
+(marked *) are pickled. The tensors of a frame lie in its payload one after another; the header has their dtypes and
+shapes.
 
 | from the node | header |
 |---|---|
-| load | source, blocks, options |
+| load | values*: source, blocks, options |
 | prepare | call, variant; answered by `ready` when it is built |
-| begin | session, options, reservation; never answered: the node has reserved the pages already |
+| begin | values*: session, options, reservation; never answered: the node has reserved the pages already |
 | rename | session, successor; never answered |
 | close | session; never answered |
 | step | call, slices, each [session, position, draws, drafts, history, dtype, shape] |
@@ -20,15 +21,15 @@ lie in its payload one after another; the header has their dtypes and shapes.
 | ready | call: the variant is built |
 | failed | error, a line: the span cannot be loaded |
 | result | call, compute_s, tensors, each [dtype, shape], in the order of the slices; faults |
-| error | call, error, a line: the sessions of the step are closed, or the variant cannot be had; faults |
+| error | call, error, a line: the sessions of the step are closed, or the variant is unavailable; faults |
 
 faults: of each slice that failed, and has no tensor, [session, error, by_rows]; its session is closed.
 """
 
+import pickle
 import struct
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import msgpack
@@ -47,7 +48,6 @@ from node.engine.interface import (
 )
 from node.engine.kv_allocator import KvReservation
 from protocol.identity import BlockRange, JobId, SessionId
-from protocol.messages import Sampling
 from protocol.tensors import DType, Tensor
 
 Header = dict[str, Any]
@@ -83,36 +83,31 @@ def cut_tensors(described: Iterable[tuple[str, Sequence[int]]], payload: memoryv
     return tensors
 
 
+def decode_values(header: Header) -> Any:
+    """Return the pickled values of a frame from the node, as they were given to `encode_load` or `encode_begin`."""
+    return pickle.loads(header["values"])  # noqa: S301  # from the process that started this one
+
+
+def encode_load(source: ShardSource, blocks: BlockRange, options: EngineOptions) -> list[Buffer]:
+    """Return the frame that has a worker load a span."""
+    return encode_frame({"do": "load", "values": pickle.dumps((source, blocks, options))})
+
+
+def encode_loaded(info: SpanInfo, variants: Iterable[Variant]) -> list[Buffer]:
+    """Return the frame of a worker that has loaded its span."""
+    return encode_frame({"did": "loaded", "info": asdict(info), "variants": list(variants)})
+
+
+def decode_loaded(header: Header) -> tuple[SpanInfo, frozenset[Variant]]:
+    """Return the span that a worker has loaded, and the variants that are ready."""
+    info = header["info"]
+    variants = frozenset(Variant(*variant) for variant in header["variants"])
+    return SpanInfo(**{**info, "blocks": BlockRange(**info["blocks"])}), variants
+
+
 def encode_begin(session: SessionId, options: SessionOptions, reservation: KvReservation) -> list[Buffer]:
     """Return the frame that begins a session."""
-    header = {"do": "begin", "session": session, "options": asdict(options), "reservation": asdict(reservation)}
-    return encode_frame(header)
-
-
-def decode_begin(header: Header) -> tuple[SessionId, SessionOptions, KvReservation]:
-    """Return a session, how it is calculated, and where it lies."""
-    options, reservation = header["options"], header["reservation"]
-    sampling, blocks = options["sampling"], options["blocks"]
-    return (
-        decode_session(header["session"]),
-        SessionOptions(
-            **{
-                **options,
-                "blocks": blocks and BlockRange(**blocks),
-                "sampling": sampling and _decode_sampling(sampling),
-                "variant": Variant(*options["variant"]),
-            }
-        ),
-        KvReservation(**{**reservation, "pages": tuple(reservation["pages"]), "copied": tuple(reservation["copied"])}),
-    )
-
-
-def _decode_sampling(fields: Mapping[str, Any]) -> Sampling:
-    lists = {
-        "stop_tokens": tuple(fields["stop_tokens"]),
-        "logit_bias": tuple((token, bias) for token, bias in fields["logit_bias"]),
-    }
-    return Sampling(**{**fields, **lists})
+    return encode_frame({"do": "begin", "values": pickle.dumps((session, options, reservation))})
 
 
 def encode_prepare(call: int, variant: Variant) -> list[Buffer]:
@@ -128,6 +123,11 @@ def encode_rename(session: SessionId, successor: SessionId) -> list[Buffer]:
 def encode_close(session: SessionId) -> list[Buffer]:
     """Return the frame that closes a session."""
     return encode_frame({"do": "close", "session": session})
+
+
+def decode_session(value: Sequence[Any]) -> SessionId:
+    """Return a session's id."""
+    return SessionId(JobId(value[0]), value[1])
 
 
 def encode_step(call: int, slices: Sequence[SliceInput]) -> list[Buffer]:
@@ -165,7 +165,7 @@ def decode_step(header: Header, payload: memoryview) -> list[SliceInput]:
 
 
 def encode_result(call: int, result: StepResult) -> list[Buffer]:
-    """Return the frame of what a step has brought."""
+    """Return the frame of a step's result."""
     tensors = [output.tensor for output in result.outputs]
     answer: Header = {
         "did": "result",
@@ -178,7 +178,7 @@ def encode_result(call: int, result: StepResult) -> list[Buffer]:
 
 
 def decode_result(header: Header, payload: memoryview, order: Sequence[SessionId]) -> StepResult:
-    """Return what a step has brought, whose slices were of these sessions."""
+    """Return the result of a step, whose slices belonged to these sessions."""
     faults = decode_faults(header)
     failed = {fault.session for fault in faults}
     sessions = [session for session in order if session not in failed]
@@ -201,50 +201,3 @@ def decode_faults(header: Header) -> tuple[SliceFault, ...]:
 
 def _described(faults: Iterable[SliceFault]) -> list[tuple[SessionId, str, bool]]:
     return [(fault.session, fault.message, fault.by_rows) for fault in faults]
-
-
-def decode_session(value: Sequence[Any]) -> SessionId:
-    """Return a session's id."""
-    return SessionId(JobId(value[0]), value[1])
-
-
-def encode_load(source: ShardSource, blocks: BlockRange, options: EngineOptions) -> list[Buffer]:
-    """Return the frame that tells a worker what to be."""
-    return encode_frame(
-        {
-            "do": "load",
-            "model": source.model,
-            "config": dict(source.config),
-            "block_files": {block: str(path) for block, path in source.block_files.items()},
-            "embed_file": source.embed_file and str(source.embed_file),
-            "head_file": source.head_file and str(source.head_file),
-            "blocks": [blocks.start, blocks.end],
-            "options": asdict(options) | {"cache_dir": options.cache_dir and str(options.cache_dir)},
-        }
-    )
-
-
-def decode_load(header: Header) -> tuple[ShardSource, BlockRange, EngineOptions]:
-    """Return what a worker is to be."""
-    source = ShardSource(
-        model=header["model"],
-        config=header["config"],
-        block_files={block: Path(path) for block, path in header["block_files"].items()},
-        embed_file=header["embed_file"] and Path(header["embed_file"]),
-        head_file=header["head_file"] and Path(header["head_file"]),
-    )
-    options = header["options"]
-    options["cache_dir"] = options["cache_dir"] and Path(options["cache_dir"])
-    return source, BlockRange(*header["blocks"]), EngineOptions(**options)
-
-
-def encode_loaded(info: SpanInfo, variants: Iterable[Variant]) -> list[Buffer]:
-    """Return the frame of a worker that can begin."""
-    return encode_frame({"did": "loaded", "info": asdict(info), "variants": list(variants)})
-
-
-def decode_loaded(header: Header) -> tuple[SpanInfo, frozenset[Variant]]:
-    """Return what a worker holds, and the variants that are ready."""
-    info = header["info"]
-    variants = frozenset(Variant(*variant) for variant in header["variants"])
-    return SpanInfo(**{**info, "blocks": BlockRange(**info["blocks"])}), variants

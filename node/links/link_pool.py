@@ -1,4 +1,4 @@
-"""The switchboard: every job link of this node, and who here takes the rows of which session."""
+"""Link pool: every job link of this node, opened on first use."""
 
 from collections import defaultdict
 from collections.abc import AsyncIterator
@@ -7,11 +7,14 @@ from contextlib import asynccontextmanager
 import structlog
 import trio
 
-from node.links.link import InboundLink, LinkBroken, LinkBuffers, OpenHandler, OutboundLink, Receiver
+from node.links.base_link import LinkBroken
+from node.links.buffers import LinkBuffers
+from node.links.inbound_link import InboundLink, SessionHandler, SessionRegistry
+from node.links.outbound_link import OutboundLink
 from node.network.interface import Network, NetworkError, Stream
 from node.network.loopback import loopback_pair
 from protocol.connection import PROTOCOL_ID, PROTOCOL_IDS
-from protocol.identity import PeerId, SessionId
+from protocol.identity import PeerId
 
 MAX_LINKS = 4
 """Links of one peer to us at a time. One is enough; a peer whose link broke may make another before we see that."""
@@ -19,41 +22,17 @@ MAX_LINKS = 4
 _logger = structlog.get_logger(__name__)
 
 
-class SessionRegistry:
-    """The sessions whose rows this node takes."""
-
-    def __init__(self) -> None:
-        self._receivers: dict[SessionId, Receiver] = {}
-
-    def __len__(self) -> int:
-        return len(self._receivers)
-
-    def add(self, session: SessionId, receiver: Receiver) -> None:
-        """Take rows of a session from now on. Raises KeyError when somebody does already."""
-        if session in self._receivers:
-            raise KeyError(session)
-        self._receivers[session] = receiver
-
-    def remove(self, session: SessionId) -> None:
-        """Take no more rows of a session."""
-        self._receivers.pop(session, None)
-
-    def get(self, session: SessionId) -> Receiver | None:
-        """Return the receiver of a session, if there is one here."""
-        return self._receivers.get(session)
-
-
 class LinkPool:
-    """Opens a link to a peer when it is first needed, keeps it, and accepts the links of others."""
+    """Opens a link to a peer on first use, reuses it, and accepts the links of others."""
 
-    def __init__(self, network: Network, agent: str, stages: OpenHandler) -> None:
-        self.receivers = SessionRegistry()
+    def __init__(self, network: Network, agent: str, handler: SessionHandler) -> None:
+        self.registry = SessionRegistry()
         self._network = network
         self._agent = agent
+        self._handler = handler
         self._buffers = LinkBuffers()
         self._inbound: defaultdict[PeerId, int] = defaultdict(int)
-        """How many links of others to us there are."""
-        self._stages = stages
+        """Inbound links by peer."""
         self._links: dict[PeerId, OutboundLink] = {}
         self._dialling: defaultdict[PeerId, trio.Lock] = defaultdict(trio.Lock)
         self._nursery: trio.Nursery | None = None
@@ -78,35 +57,36 @@ class LinkPool:
 
     def is_linked(self, peer: PeerId) -> bool:
         """Whether there is a link to a peer that is not broken."""
-        return (link := self._links.get(peer)) is not None and not link.broken
+        return self._live_link(peer) is not None
 
     async def link_to(self, peer: PeerId) -> OutboundLink:
-        """Return the link to a peer, made if need be. Raises LinkBroken with the reason."""
-        if (link := self._links.get(peer)) and not link.broken:
+        """Return the link to a peer, opened if need be. Raises LinkBroken with the reason."""
+        if (link := self._live_link(peer)) is not None:
             await link.ready()
             return link
         lock = self._dialling[peer]
         try:
             async with lock:
-                return await self._make_link(peer)
+                link = self._live_link(peer) or await self._start_link(peer)
+                await link.ready()
+                return link
         finally:
-            # Strangers may name any number of peers to send rows to; none of them stays here.
+            # Peers may name any number of others to send rows to; no lock of theirs stays here.
             if not lock.statistics().tasks_waiting:
                 self._dialling.pop(peer, None)
 
-    async def _make_link(self, peer: PeerId) -> OutboundLink:
-        if (link := self._links.get(peer)) and not link.broken:
-            await link.ready()
-            return link
-        if self._nursery is None:
-            raise LinkBroken(peer, "this node is leaving")
+    def _live_link(self, peer: PeerId) -> OutboundLink | None:
+        link = self._links.get(peer)
+        return link if link is not None and not link.broken else None
+
+    async def _start_link(self, peer: PeerId) -> OutboundLink:
         try:
-            stream = await self._open_stream(peer)
+            stream = await self._open_stream(peer, self._running_nursery())
+            nursery = self._running_nursery()
         except NetworkError as error:
             raise LinkBroken(peer, str(error)) from None
         link = OutboundLink(stream, self._agent, self._buffers)
-        self._nursery.start_soon(self._carry, link)
-        await link.ready()
+        nursery.start_soon(self._carry, link)
         return link
 
     async def _carry(self, link: OutboundLink) -> None:
@@ -117,24 +97,27 @@ class LinkPool:
             if self._links.get(link.peer) is link:
                 del self._links[link.peer]
 
-    async def _open_stream(self, peer: PeerId) -> Stream:
+    def _running_nursery(self) -> trio.Nursery:
+        if self._nursery is None:
+            raise NetworkError("this node is shutting down")
+        return self._nursery
+
+    async def _open_stream(self, peer: PeerId, nursery: trio.Nursery) -> Stream:
         if peer != self._network.peer_id:
             return await self._network.open_stream(peer, *PROTOCOL_IDS)
         near, far = loopback_pair(peer, PROTOCOL_ID)
-        if self._nursery is None:
-            raise NetworkError("this node is leaving")
-        self._nursery.start_soon(self._accept, far)
+        nursery.start_soon(self._accept, far)
         return near
 
     async def _accept(self, stream: Stream) -> None:
         peer = stream.peer
         if self._inbound[peer] >= MAX_LINKS:
-            _logger.warning("link refused", peer=peer, reason=f"there are {MAX_LINKS} of this peer already")
+            _logger.warning("link refused", peer=peer, reason=f"{MAX_LINKS} links of this peer are open already")
             await stream.reset()
             return
         self._inbound[peer] += 1
         try:
-            await InboundLink(stream, self._agent, self.receivers, self._stages, self._buffers).run()
+            await InboundLink(stream, self._agent, self.registry, self._handler, self._buffers).run()
         finally:
             self._inbound[peer] -= 1
             if not self._inbound[peer]:

@@ -1,4 +1,4 @@
-"""The GGUF format's header: metadata, and where each tensor lies. Reads no tensor data and trusts no number in it.
+"""The GGUF header: metadata and tensor locations. Reads no tensor data and trusts no number in it.
 
 A model may be split over several files (NAME-00001-of-00003.gguf). `read_gguf` takes any one of them, finds the others
 beside it and returns all as one, or says which part is missing or does not belong.
@@ -57,13 +57,54 @@ class GgufModel:
     paths: tuple[Path, ...]
 
     @property
+    def name(self) -> str:
+        """The name of the first file."""
+        return self.paths[0].name
+
+    @property
     def architecture(self) -> str:
         """The architecture's name in llama.cpp."""
         return str(self.metadata["general.architecture"])
 
+    def get(self, key: str, default: Value | None = None) -> Value | None:
+        """Return a value of the architecture's namespace."""
+        return self.metadata.get(f"{self.architecture}.{key}", default)
+
+    def integer(self, key: str, default: int | None = None) -> int:
+        """Return a positive integer of the architecture's namespace, of a list its only value; raise GgufError."""
+        value = self.get(key, default)
+        if isinstance(value, list) and value and all(item == value[0] for item in value):
+            value = value[0]
+        if value is None:
+            raise GgufError(f"{self.name} lacks the key {self.architecture}.{key}")
+        if type(value) is not int or value <= 0:
+            raise self.unsupported(key)
+        return value
+
+    def number(self, key: str, default: float) -> float:
+        """Return a finite number of the architecture's namespace; raise GgufError."""
+        value = self.get(key, default)
+        if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value):
+            raise self.unsupported(key)
+        return float(value)
+
+    def unsupported(self, key: str) -> GgufError:
+        """Return the error for a value of the architecture's namespace that cannot be kept."""
+        kind = "a RoPE scaling " if key.startswith("rope.") else ""
+        return GgufError(
+            f"{self.name} has {self.architecture}.{key} = {shorten(self.get(key))}, {kind}which is not supported here "
+            "and would change the model's answers: import its safetensors checkpoint"
+        )
+
+
+def shorten(value: object) -> str:
+    """Return a metadata value for an error message."""
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:60]}…"
+
 
 def read_gguf(path: Path) -> GgufModel:
-    """Return the model that a file, and the other parts of its split, describe. Raises GgufError and OSError."""
+    """Return the model in a file and the other parts of its split. Raises GgufError and OSError."""
     metadata, tensors = _read_header(path)
     count = _integer(metadata, "split.count", path)
     paths: tuple[Path, ...] = (path,)

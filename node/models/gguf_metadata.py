@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Final
 
-from node.models.gguf_file import GgufError, GgufModel, Value
+from node.models.gguf_file import GgufError, GgufModel, Value, shorten
 from node.models.gguf_rope import ROPE_KEYS, ROPE_TENSORS, Rope, read_rope
 
 ConfigValue = bool | int | float | str | list[str] | list[int] | None
@@ -99,8 +99,8 @@ def _gemma_scale(largest_blocks: int) -> Callable[[GgufModel], Mapping[str, Conf
     """Queries are scaled by the head's size, except in the largest model, whose scale llama.cpp has built in."""
 
     def derived(model: GgufModel) -> Mapping[str, ConfigValue]:
-        is_largest = whole(model, "block_count") == largest_blocks
-        size = whole(model, "embedding_length") // whole(model, "attention.head_count") if is_largest else 0
+        is_largest = model.integer("block_count") == largest_blocks
+        size = model.integer("embedding_length") // model.integer("attention.head_count") if is_largest else 0
         return {"query_pre_attn_scalar": size or head_size(model)}
 
     return derived
@@ -108,21 +108,21 @@ def _gemma_scale(largest_blocks: int) -> Callable[[GgufModel], Mapping[str, Conf
 
 def _gemma3(model: GgufModel) -> Mapping[str, ConfigValue]:
     key = "attention.sliding_window_pattern"
-    pattern = value_of(model, key, 6)
-    blocks = range(whole(model, "block_count"))
+    pattern = model.get(key, 6)
+    blocks = range(model.integer("block_count"))
     if isinstance(pattern, list) and len(pattern) >= len(blocks):
         slides = [bool(pattern[block]) for block in blocks]
     elif type(pattern) is int and pattern > 0:
         slides = [(block + 1) % pattern != 0 for block in blocks]
     else:
-        raise _unsupported(model, key)
+        raise model.unsupported(key)
     types = ["sliding_attention" if sliding else "full_attention" for sliding in slides]
     return {**_gemma_scale(62)(model), "layer_types": types}
 
 
 def _falcon(model: GgufModel) -> Mapping[str, ConfigValue]:
-    if whole(model, "attention.head_count_kv", 1) != 1:
-        raise _unsupported(model, "attention.head_count_kv")  # its query, key and value rows are ordered otherwise
+    if model.integer("attention.head_count_kv", 1) != 1:
+        raise model.unsupported("attention.head_count_kv")  # its query, key and value rows are ordered otherwise
     return {"multi_query": True, "new_decoder_architecture": False, "alibi": False, "parallel_attn": True}
 
 
@@ -193,40 +193,16 @@ _ARCHITECTURES: Final[Mapping[str, _Architecture]] = {
 }
 
 # Of the tokenizer's metadata: what its import reads, or what only matters to other uses of the model.
-_TOKENIZER_KEYS: Final = frozenset({
-    "tokenizer.chat_template",
-    "tokenizer.chat_templates",
-    "tokenizer.ggml.add_bos_token",
-    "tokenizer.ggml.add_eos_token",
-    "tokenizer.ggml.add_space_prefix",
-    "tokenizer.ggml.bos_token_id",
-    "tokenizer.ggml.cls_token_id",
-    "tokenizer.ggml.eom_token_id",
-    "tokenizer.ggml.eos_token_id",
-    "tokenizer.ggml.eot_token_id",
-    "tokenizer.ggml.fim_mid_token_id",
-    "tokenizer.ggml.fim_pad_token_id",
-    "tokenizer.ggml.fim_pre_token_id",
-    "tokenizer.ggml.fim_rep_token_id",
-    "tokenizer.ggml.fim_sep_token_id",
-    "tokenizer.ggml.fim_suf_token_id",
-    "tokenizer.ggml.mask_token_id",
-    "tokenizer.ggml.merges",
-    "tokenizer.ggml.middle_token_id",
-    "tokenizer.ggml.model",
-    "tokenizer.ggml.padding_token_id",
-    "tokenizer.ggml.pre",
-    "tokenizer.ggml.prefix_token_id",
-    "tokenizer.ggml.remove_extra_whitespaces",
-    "tokenizer.ggml.scores",
-    "tokenizer.ggml.seperator_token_id",
-    "tokenizer.ggml.suffix_token_id",
-    "tokenizer.ggml.token_type",
-    "tokenizer.ggml.token_type_count",
-    "tokenizer.ggml.tokens",
-    "tokenizer.ggml.unknown_token_id",
-    "tokenizer.huggingface.json",
-})  # fmt: skip
+_GGML_KEYS: Final = (
+    "add_bos_token add_eos_token add_space_prefix bos_token_id cls_token_id eom_token_id eos_token_id "
+    "eot_token_id fim_mid_token_id fim_pad_token_id fim_pre_token_id fim_rep_token_id fim_sep_token_id "
+    "fim_suf_token_id mask_token_id merges middle_token_id model padding_token_id pre prefix_token_id "
+    "remove_extra_whitespaces scores seperator_token_id suffix_token_id token_type token_type_count tokens "
+    "unknown_token_id"
+)
+_TOKENIZER_KEYS: Final = frozenset(
+    {"tokenizer.chat_template", "tokenizer.chat_templates", "tokenizer.huggingface.json"}
+) | {f"tokenizer.ggml.{key}" for key in _GGML_KEYS.split()}
 _TEMPLATE_PREFIX: Final = "tokenizer.chat_template."
 _EOS_KEYS: Final = ("tokenizer.ggml.eos_token_id", "tokenizer.ggml.eot_token_id", "tokenizer.ggml.eom_token_id")
 
@@ -250,14 +226,14 @@ def requirements(model: GgufModel) -> tuple[Requirement, ...]:
     for key in sorted(stated | architecture.defaults.keys()):
         if key in known:
             continue
-        value = value_of(model, key, architecture.defaults.get(key))
+        value = model.get(key, architecture.defaults.get(key))
         rule = rules.get(key, Trivial(()))
         if isinstance(rule, Trivial) and value not in rule.values:
-            raise _unsupported(model, key)
+            raise model.unsupported(key)
         if isinstance(rule, str):
             found.append(Requirement(rule, _scalar(model, key, value, rule), prefix + key))
     if architecture.epsilon[0] not in stated:
-        raise GgufError(f"{model.paths[0].name} lacks the key {prefix}{architecture.epsilon[0]}")
+        raise GgufError(f"{model.name} lacks the key {prefix}{architecture.epsilon[0]}")
     found += _head_requirements(model, architecture)
     found += [Requirement(name, value, "llama.cpp's default") for name, value in architecture.derived(model).items()]
     return (*found, *_token_requirements(model))
@@ -272,47 +248,20 @@ def ropes(model: GgufModel) -> Mapping[str | None, Rope]:
     extra = ROPE_TENSORS.intersection(model.tensors)
     if not architecture.rotary:
         if extra:
-            raise GgufError(
-                f"{model.paths[0].name}: tensor {min(extra)} has no meaning for {model.architecture} models"
-            )
+            raise GgufError(f"{model.name}: tensor {min(extra)} has no meaning for {model.architecture} models")
         return {}
-    dimensions = whole(model, "rope.dimension_count", head_size(model))
+    dimensions = model.integer("rope.dimension_count", head_size(model))
     full = read_rope(model, dimensions, _floats(model))
     if model.architecture != "gemma3":
         return {None: full}
-    local = Rope.plain(dimensions, number(model, "rope.freq_base_swa", 10000.0))
+    local = Rope.plain(dimensions, model.number("rope.freq_base_swa", 10000.0))
     return {"full_attention": full, "sliding_attention": local}
-
-
-def value_of(model: GgufModel, key: str, default: Value | None = None) -> Value | None:
-    """Return a value of the architecture's namespace."""
-    return model.metadata.get(f"{model.architecture}.{key}", default)
-
-
-def whole(model: GgufModel, key: str, default: int | None = None) -> int:
-    """Return a positive integer of the architecture's namespace, of a list its only value; raise GgufError."""
-    value = value_of(model, key, default)
-    if isinstance(value, list) and value and all(item == value[0] for item in value):
-        value = value[0]
-    if value is None:
-        raise GgufError(f"{model.paths[0].name} lacks the key {model.architecture}.{key}")
-    if type(value) is not int or value <= 0:
-        raise _unsupported(model, key)
-    return value
-
-
-def number(model: GgufModel, key: str, default: float) -> float:
-    """Return a number of the architecture's namespace; raise GgufError."""
-    value = value_of(model, key, default)
-    if not isinstance(value, int | float) or isinstance(value, bool):
-        raise _unsupported(model, key)
-    return float(value)
 
 
 def head_size(model: GgufModel) -> int:
     """Return the width of a query's and a key's head."""
-    return whole(
-        model, "attention.key_length", whole(model, "embedding_length") // whole(model, "attention.head_count")
+    return model.integer(
+        "attention.key_length", model.integer("embedding_length") // model.integer("attention.head_count")
     )
 
 
@@ -330,24 +279,24 @@ def _check_other_namespaces(model: GgufModel) -> None:
     """Refuse what is not a whole decoder, and keys of the tokenizer that nothing here reads."""
     kind = model.metadata.get("general.type", "model")
     if kind != "model":
-        raise GgufError(f"{model.paths[0].name} is not a model: its general.type is {str(kind)[:40]!r}")
+        raise GgufError(f"{model.name} is not a model: its general.type is {str(kind)[:40]!r}")
     for key, value in model.metadata.items():
         unknown = key.startswith("tokenizer.") and not key.startswith(_TEMPLATE_PREFIX) and key not in _TOKENIZER_KEYS
         if unknown or key.startswith("adapter."):
-            raise GgufError(f"{model.paths[0].name} has the key {key[:80]} = {_shown(value)}, which is not supported")
+            raise GgufError(f"{model.name} has the key {key[:80]} = {shorten(value)}, which is not supported")
 
 
 def _head_requirements(model: GgufModel, architecture: _Architecture) -> list[Requirement]:
     prefix = f"{model.architecture}.attention."
-    heads, size = whole(model, "attention.head_count"), head_size(model)
-    if whole(model, "attention.value_length", size) != size:
-        raise _unsupported(model, "attention.value_length")
+    heads, size = model.integer("attention.head_count"), head_size(model)
+    if model.integer("attention.value_length", size) != size:
+        raise model.unsupported("attention.value_length")
     found = [Requirement("head_dim", size, f"{prefix}key_length")]
-    groups = whole(model, "attention.head_count_kv", heads)
+    groups = model.integer("attention.head_count_kv", heads)
     if architecture.grouped_heads:
         found.append(Requirement("num_key_value_heads", groups, f"{prefix}head_count_kv"))
     elif groups not in {1 if model.architecture == "falcon" else heads, heads}:
-        raise _unsupported(model, "attention.head_count_kv")
+        raise model.unsupported("attention.head_count_kv")
     return found
 
 
@@ -360,7 +309,7 @@ def _token_requirements(model: GgufModel) -> list[Requirement]:
         ends[0] = _SENTENCEPIECE_EOS
     padding = model.metadata.get("tokenizer.ggml.padding_token_id")
     if not all(token is None or type(token) is int for token in (bos, padding, *ends)):
-        raise GgufError(f"{model.paths[0].name} is damaged: its special tokens are not token ids")
+        raise GgufError(f"{model.name} is damaged: its special tokens are not token ids")
     eos = list(dict.fromkeys(token for token in ends if type(token) is int))
     return [
         Requirement("bos_token_id", bos if type(bos) is int else None, key),
@@ -372,7 +321,7 @@ def _token_requirements(model: GgufModel) -> list[Requirement]:
 def _scalar(model: GgufModel, key: str, value: Value | None, attribute: str) -> ConfigValue:
     """Return a key's value as the config says it."""
     if isinstance(value, list):
-        value = whole(model, key)
+        value = model.integer(key)
     if attribute == "sliding_window" and value == 0:
         return None
     return value
@@ -389,16 +338,3 @@ def _floats(model: GgufModel) -> dict[str, tuple[float, ...]]:
             file.seek(tensor.offset)
             found[name] = struct.unpack(f"<{tensor.shape[0]}f", file.read(tensor.size_bytes))
     return found
-
-
-def _unsupported(model: GgufModel, key: str) -> GgufError:
-    value = _shown(value_of(model, key))
-    return GgufError(
-        f"{model.paths[0].name} has {model.architecture}.{key} = {value}, which is not supported here and would "
-        "change what the model answers: import its safetensors checkpoint"
-    )
-
-
-def _shown(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:60]}…"

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Final
 
-from node.models.gguf_file import GgufError, GgufModel, Value
+from node.models.gguf_file import GgufError, GgufModel
 
 _FREQS, _LONG, _SHORT = "rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight"
 ROPE_TENSORS: Final = frozenset({_FREQS, _LONG, _SHORT})
@@ -55,13 +55,8 @@ class Rope:
         """Return the embedding without scaling."""
         return Rope({"rope_type": "default", "rope_theta": base}, _frequencies(dimensions, base))
 
-    @property
-    def is_plain(self) -> bool:
-        """Whether nothing is scaled."""
-        return self.parameters["rope_type"] == "default"
-
     def differs(self, frequencies: list[float], attention_factor: float) -> bool:
-        """Say whether an embedding that was built is another one than this."""
+        """Return whether an embedding that was built is another one than this."""
         return (
             len(frequencies) != len(self.frequencies)
             or not math.isclose(attention_factor, self.attention_factor, rel_tol=PRECISION)
@@ -74,45 +69,55 @@ class Rope:
 
 def read_rope(model: GgufModel, dimensions: int, tensors: Mapping[str, tuple[float, ...]]) -> Rope:
     """Return the rotary embedding of a file; raise GgufError, naming key or tensor, for one that cannot be kept."""
-    keys = _Keys(model)
-    base = keys.number("rope.freq_base", 10000.0)
+    base = model.number("rope.freq_base", 10000.0)
     if base <= 0 or dimensions % 2:
-        raise keys.refused("rope.freq_base" if base <= 0 else "rope.dimension_count")
+        raise model.unsupported("rope.freq_base" if base <= 0 else "rope.dimension_count")
     for name, factors in tensors.items():
         if len(factors) != dimensions // 2 or not all(math.isfinite(factor) and factor > 0 for factor in factors):
-            raise GgufError(f"{model.paths[0].name}: tensor {name} does not fit its {dimensions // 2} frequencies")
-    kind = keys.get("rope.scaling.type") or "linear"
-    factor = keys.number("rope.scaling.factor", 0.0) or keys.number("rope.scale_linear", 0.0) or 1.0
+            raise GgufError(f"{model.name}: tensor {name} does not fit its {dimensions // 2} frequencies")
+    kind = model.get("rope.scaling.type") or "linear"
+    factor = model.number("rope.scaling.factor", 0.0) or model.number("rope.scale_linear", 0.0) or 1.0
     if kind == "none":
         factor = 1.0
     if kind == "longrope" or _LONG in tensors or _SHORT in tensors:
-        return _longrope(keys, dimensions, base, factor, tensors)
+        return _longrope(model, dimensions, base, factor, tensors)
     if kind not in {"none", "linear", "yarn"} or factor <= 0:
-        raise keys.refused("rope.scaling.type" if factor > 0 else "rope.scaling.factor")
-    keys.must_be("rope.scaling.attn_factor", 1.0)
-    keys.must_be("rope.scaling.yarn_log_multiplier", 0.0)
+        raise model.unsupported("rope.scaling.type" if factor > 0 else "rope.scaling.factor")
+    _require(model, "rope.scaling.attn_factor", 1.0)
+    _require(model, "rope.scaling.yarn_log_multiplier", 0.0)
     factors = tensors.get(_FREQS, ())
     if any(factor != 1.0 for factor in factors):
         if factor != 1.0 or model.architecture != "llama":
-            raise GgufError(f"{model.paths[0].name}: RoPE scaling by both {_FREQS} and keys, or of this architecture, "
+            raise GgufError(f"{model.name}: RoPE scaling by both {_FREQS} and keys, or of this architecture, "
                             "cannot be kept: import the model's safetensors checkpoint")  # fmt: skip
-        return _llama3(model, keys, dimensions, base, factors)
+        return _llama3(model, dimensions, base, factors)
     if kind == "yarn" and factor != 1.0:
-        return _yarn(keys, dimensions, base, factor)
+        return _yarn(model, dimensions, base, factor)
     if factor == 1.0:
         return Rope.plain(dimensions, base)
     frequencies = tuple(frequency / factor for frequency in _frequencies(dimensions, base))
     return Rope({"rope_type": "linear", "rope_theta": base, "factor": factor}, frequencies)
 
 
-def _yarn(keys: "_Keys", dimensions: int, base: float, factor: float) -> Rope:
-    keys.must_be("rope.scaling.yarn_ext_factor", 1.0)
-    keys.must_be("rope.scaling.yarn_attn_factor", 1.0)
-    context = keys.integer("rope.scaling.original_context_length") or keys.integer("context_length")
-    fast = keys.number("rope.scaling.yarn_beta_fast", _BETA_FAST)
-    slow = keys.number("rope.scaling.yarn_beta_slow", _BETA_SLOW)
-    if fast <= 0 or slow <= 0 or context <= 0 or factor < 1:
-        raise keys.refused("rope.scaling.type")
+def _require(model: GgufModel, key: str, wanted: float) -> None:
+    if model.number(key, wanted) != wanted:
+        raise model.unsupported(key)
+
+
+def _context(model: GgufModel, default: int | None = None) -> int:
+    """Return the context length before scaling."""
+    key = "rope.scaling.original_context_length"
+    return model.integer(key) if model.get(key) else default or model.integer("context_length")
+
+
+def _yarn(model: GgufModel, dimensions: int, base: float, factor: float) -> Rope:
+    _require(model, "rope.scaling.yarn_ext_factor", 1.0)
+    _require(model, "rope.scaling.yarn_attn_factor", 1.0)
+    context = _context(model)
+    fast = model.number("rope.scaling.yarn_beta_fast", _BETA_FAST)
+    slow = model.number("rope.scaling.yarn_beta_slow", _BETA_SLOW)
+    if fast <= 0 or slow <= 0 or factor < 1:
+        raise model.unsupported("rope.scaling.type")
 
     def turns_at(rotations: float) -> float:
         return dimensions * math.log(context / (rotations * 2 * math.pi)) / (2 * math.log(base))
@@ -134,13 +139,13 @@ def _yarn(keys: "_Keys", dimensions: int, base: float, factor: float) -> Rope:
 
 
 def _longrope(
-    keys: "_Keys", dimensions: int, base: float, factor: float, tensors: Mapping[str, tuple[float, ...]]
+    model: GgufModel, dimensions: int, base: float, factor: float, tensors: Mapping[str, tuple[float, ...]]
 ) -> Rope:
     """Return LongRoPE with its factors for texts up to the original context length, which is what is built first."""
-    if keys.model.architecture != "phi3" or not {_LONG, _SHORT} <= tensors.keys() or factor != 1.0 or _FREQS in tensors:
-        raise keys.refused("rope.scaling.type")
-    context = keys.integer("rope.scaling.original_context_length") or keys.integer("context_length")
-    attention_factor = keys.number("rope.scaling.attn_factor", 1.0)
+    if model.architecture != "phi3" or not {_LONG, _SHORT} <= tensors.keys() or factor != 1.0 or _FREQS in tensors:
+        raise model.unsupported("rope.scaling.type")
+    context = _context(model)
+    attention_factor = model.number("rope.scaling.attn_factor", 1.0)
     frequencies = tuple(
         frequency / short for frequency, short in zip(_frequencies(dimensions, base), tensors[_SHORT], strict=True)
     )
@@ -155,10 +160,10 @@ def _longrope(
     return Rope(parameters, frequencies, attention_factor)
 
 
-def _llama3(model: GgufModel, keys: "_Keys", dimensions: int, base: float, factors: tuple[float, ...]) -> Rope:
+def _llama3(model: GgufModel, dimensions: int, base: float, factors: tuple[float, ...]) -> Rope:
     """Return Llama 3's scaling with parameters that give exactly these factors."""
     plain = _frequencies(dimensions, base)
-    context = keys.integer("rope.scaling.original_context_length") or _LLAMA3_CONTEXT
+    context = _context(model, _LLAMA3_CONTEXT)
     for factor, low, high in _llama3_candidates(plain, factors, context):
         again = [_llama3_factor(frequency, factor, low, high, context) for frequency in plain]
         if all(math.isclose(one, other, rel_tol=PRECISION) for one, other in zip(again, factors, strict=True)):
@@ -173,7 +178,7 @@ def _llama3(model: GgufModel, keys: "_Keys", dimensions: int, base: float, facto
             scaled = tuple(frequency / by for frequency, by in zip(plain, factors, strict=True))
             return Rope(parameters, scaled)
     raise GgufError(
-        f"{model.paths[0].name}: the RoPE scaling in tensor {_FREQS} is not that of Llama 3, and cannot be kept: "
+        f"{model.name}: the RoPE scaling in tensor {_FREQS} is not that of Llama 3, and cannot be kept: "
         "import the model's safetensors checkpoint"
     )
 
@@ -224,37 +229,3 @@ def _llama3_factor(frequency: float, factor: float, low: float, high: float, con
 
 def _frequencies(dimensions: int, base: float) -> tuple[float, ...]:
     return tuple(base ** (-2 * number / dimensions) for number in range(dimensions // 2))
-
-
-@dataclass(frozen=True, slots=True)
-class _Keys:
-    """The metadata of a model's own namespace."""
-
-    model: GgufModel
-
-    def get(self, key: str) -> Value | None:
-        return self.model.metadata.get(f"{self.model.architecture}.{key}")
-
-    def number(self, key: str, default: float) -> float:
-        value = self.get(key)
-        if value is None:
-            return default
-        if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value):
-            raise self.refused(key)
-        return float(value)
-
-    def integer(self, key: str) -> int:
-        value = self.get(key)
-        if value is not None and type(value) is not int:
-            raise self.refused(key)
-        return value or 0
-
-    def must_be(self, key: str, wanted: float) -> None:
-        if self.number(key, wanted) != wanted:
-            raise self.refused(key)
-
-    def refused(self, key: str) -> GgufError:
-        return GgufError(
-            f"{self.model.paths[0].name}: RoPE scaling with {self.model.architecture}.{key} = "
-            f"{str(self.get(key))[:60]!r} cannot be kept: import the model's safetensors checkpoint"
-        )

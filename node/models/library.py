@@ -19,7 +19,7 @@ from node.models.importer import import_model
 from node.models.manifest import Manifest
 from node.models.providing import keep_providing
 from node.models.store import ModelStore, Package, UnknownModelError
-from node.models.tokenizer_process import ModelTokenizer, TokenizerService
+from node.models.tokenizer_service import ModelTokenizer, TokenizerService
 from node.network.interface import Network
 from protocol.blobs import PROTOCOL_ID
 from protocol.identity import BlockRange, ModelId, PeerId

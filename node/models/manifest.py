@@ -7,14 +7,17 @@ come from remote peers, too: `parse_manifest` takes nothing on trust, and every 
 import hashlib
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Final, TypeAlias
+from types import MappingProxyType
+from typing import Any, Final, TypeAlias
 
 from node.models.errors import ManifestError
 from node.models.layout import EMBED_FILE, HEAD_FILE, block_file
 from protocol.canonical import canonical_json
+from protocol.errors import RemoteProtocolError
+from protocol.fields import Fields, integer
 from protocol.identity import BlockRange, ModelId
 from protocol.limits import (
     MAX_BLOB_BYTES,
@@ -189,7 +192,7 @@ def parse_manifest(data: bytes) -> Manifest:
         value: Json = json.loads(data)
         manifest = _manifest_from_json(value)
         is_canonical = manifest.data == data
-    except (ValueError, RecursionError) as error:
+    except (ValueError, RecursionError, RemoteProtocolError) as error:
         raise ManifestError(f"bad manifest: {error}") from None
     if not is_canonical:
         raise ManifestError("bad manifest: not in canonical form")
@@ -257,36 +260,39 @@ def _entry_to_json(file: FileEntry) -> dict[str, str | int]:
 
 
 def _manifest_from_json(value: Json) -> Manifest:
-    """Check every field; raise ValueError with what is wrong."""
-    fields = _record(value, "manifest", {"format", "config", "generation", "tokenizer", "embed", "head", "blocks"})
-    if fields["format"] != FORMAT or type(fields["format"]) is not int:
-        raise ValueError(f"format {str(fields['format'])[:20]} is unknown here; this is format {FORMAT}")
-    blocks = _list(fields["blocks"], "blocks", MAX_BLOCKS)
-    if not blocks:
-        raise ValueError("no blocks")
+    """Check every field; raise ValueError or RemoteProtocolError, which name the fault."""
+    fields = Fields(value, "manifest")
+    if (form := fields.take("format")) != FORMAT or type(form) is not int:
+        raise ValueError(f"format {str(form)[:20]} is unknown here; this is format {FORMAT}")
+    generation = Fields(fields.take("generation"), "generation")
+    bos = generation.take("bos_token_id")
+    eos = generation.array("eos_token_ids", MAX_STOP_TOKENS)
+    generation.finish()
     tokenizer = tuple(
-        _entry(item, TOKENIZER_FILES, MAX_TOKENIZER_BYTES)
-        for item in _list(fields["tokenizer"], "tokenizer", len(TOKENIZER_FILES))
+        _entry(item, TOKENIZER_FILES, MAX_TOKENIZER_BYTES) for item in fields.array("tokenizer", len(TOKENIZER_FILES))
     )
     names = [file.name for file in tokenizer]
     if names != sorted(set(names)):
         raise ValueError("tokenizer files out of order")
-    generation = _record(fields["generation"], "generation", {"bos_token_id", "eos_token_ids"})
-    bos, eos = generation["bos_token_id"], _list(generation["eos_token_ids"], "eos_token_ids", MAX_STOP_TOKENS)
-    return Manifest(
-        config=_config(fields["config"], len(blocks)),
-        bos_token_id=None if bos is None else _integer(bos, "bos_token_id", MAX_VOCABULARY - 1),
-        eos_token_ids=tuple(_integer(token, "eos_token_ids", MAX_VOCABULARY - 1) for token in eos),
+    blocks = fields.array("blocks", MAX_BLOCKS)
+    if not blocks:
+        raise ValueError("no blocks")
+    manifest = Manifest(
+        config=_config(fields.take("config"), len(blocks)),
+        bos_token_id=None if bos is None else integer(bos, 0, MAX_VOCABULARY - 1, "bos_token_id"),
+        eos_token_ids=tuple(integer(token, 0, MAX_VOCABULARY - 1, "eos_token_ids") for token in eos),
         tokenizer_files=tokenizer,
-        embed=_entry(fields["embed"], (EMBED_FILE,), MAX_BLOB_BYTES),
-        head=_entry(fields["head"], (HEAD_FILE,), MAX_BLOB_BYTES),
-        blocks=tuple(_entry(item, (block_file(block),), MAX_BLOB_BYTES) for block, item in enumerate(blocks)),
+        embed=_entry(fields.take("embed"), (EMBED_FILE,)),
+        head=_entry(fields.take("head"), (HEAD_FILE,)),
+        blocks=tuple(_entry(item, (block_file(block),)) for block, item in enumerate(blocks)),
     )
+    fields.finish()
+    return manifest
 
 
-def _config(value: Json, block_count: int) -> dict[str, Json]:
+def _config(value: Any, block_count: int) -> dict[str, Json]:
     if not isinstance(value, dict) or not value:
-        raise ValueError("config is no object")
+        raise ValueError("config is not an object")
     _check_config_value(value, _MAX_CONFIG_DEPTH)
     model_type = value.get("model_type")
     if not isinstance(model_type, str) or not 0 < len(model_type) <= MAX_NAME_BYTES:
@@ -317,33 +323,13 @@ def _check_config_value(value: Json, depth: int) -> None:
         raise ValueError("config has an integer beyond 2^53")
 
 
-def _entry(value: Json, names: tuple[str, ...], max_bytes: int | Mapping[str, int]) -> FileEntry:
-    fields = _record(value, "file", {"name", "size", "sha256"})
-    name, sha256 = fields["name"], fields["sha256"]
-    if not isinstance(name, str) or name not in names:
-        raise ValueError(f"file name {str(name)[:80]!r} where {' or '.join(names)} is expected")
-    if not isinstance(sha256, str) or _SHA256.fullmatch(sha256) is None:
-        raise ValueError(f"{name} has no sha256")
-    limit = max_bytes if isinstance(max_bytes, int) else max_bytes[name]
-    size = _integer(fields["size"], f"size of {name}", limit)
-    if size == 0:
-        raise ValueError(f"{name} is empty")
-    return FileEntry(name, size, sha256)
-
-
-def _record(value: Json, what: str, keys: set[str]) -> dict[str, Json]:
-    if not isinstance(value, dict) or value.keys() != keys:
-        raise ValueError(f"{what} must have exactly the keys {', '.join(sorted(keys))}")
-    return value
-
-
-def _list(value: Json, what: str, limit: int) -> list[Json]:
-    if not isinstance(value, list) or len(value) > limit:
-        raise ValueError(f"{what} must be a list of at most {limit}")
-    return value
-
-
-def _integer(value: Json, what: str, limit: int) -> int:
-    if type(value) is not int or not 0 <= value <= limit:
-        raise ValueError(f"{what} must be an integer from 0 to {limit}")
-    return value
+def _entry(value: object, names: Sequence[str], limits: Mapping[str, int] = MappingProxyType({})) -> FileEntry:
+    fields = Fields(value, "file")
+    name, sha256 = fields.name("name", MAX_NAME_BYTES), fields.name("sha256", MAX_NAME_BYTES)
+    if name not in names:
+        raise ValueError(f"file name {name[:80]!r} where {' or '.join(names)} is expected")
+    if _SHA256.fullmatch(sha256) is None:
+        raise ValueError(f"the sha256 of {name} is not valid")
+    size_bytes = fields.integer("size", 1, limits.get(name, MAX_BLOB_BYTES))
+    fields.finish()
+    return FileEntry(name, size_bytes, sha256)

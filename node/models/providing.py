@@ -10,7 +10,7 @@ import trio
 from node.models.errors import ModelError
 from node.models.store import ModelStore
 from node.network.interface import Network, NetworkError
-from protocol.records import blob_provider_key
+from protocol.announcements import blob_provider_key
 
 ANNOUNCED_AGAIN_S = 12 * 3600.0
 """The records of the DHT live for a day at least."""

@@ -8,7 +8,7 @@ from node.models.vocabulary import TokenKind, Vocabulary
 
 
 class Decoder(Protocol):
-    """Turns tokens into text; `node.models.tokenizer_process` has the real one."""
+    """Turns tokens into text; `node.models.tokenizer_service` has the real one."""
 
     @property
     def vocabulary(self) -> Vocabulary:

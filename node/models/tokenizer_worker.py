@@ -1,6 +1,6 @@
 """The process that interprets a model's tokenizer and chat template: `python -m node.models.tokenizer_worker`.
 
-Started by `tokenizer_process`, asked over its stdin, answers over its stdout: maps of msgpack, each after its length.
+Started by `tokenizer_service`, asked over its stdin, answers over its stdout: maps of msgpack, each after its length.
 The files are a stranger's, so the kernel bounds what they may cost: every request has a limit of processor time and
 one of time, at which the process is killed by a signal that says which; its address space is bounded; it can write no
 file. It keeps nothing that would be missed, and may be killed at any moment.

@@ -1,7 +1,7 @@
-"""Multiaddrs as text at our boundary: parsing, what a wildcard stands for, and the bounded book of known peers."""
+"""Multiaddrs: parsing, wildcards, address ranges, and the bounded address book of peers."""
 
 import ipaddress
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
@@ -51,11 +51,11 @@ def parse_address(text: str) -> TcpAddress:
     except Exception:  # noqa: BLE001  # the parser raises whatever its codecs raise
         parts = []
     if len(parts) not in {4, 6} or parts[0] not in _HOST_PROTOCOLS or parts[2] != "tcp":
-        raise ValueError(f"{text[:80]!r} is no TCP multiaddr: expected for example /ip4/192.0.2.1/tcp/4001")
+        raise ValueError(f"{text[:80]!r} is not a TCP multiaddr: expected for example /ip4/192.0.2.1/tcp/4001")
     peer = None
     if len(parts) == 6:
         if parts[4] != "p2p":
-            raise ValueError(f"{text[:80]!r} is no TCP multiaddr: what follows the port must be /p2p/<peer id>")
+            raise ValueError(f"{text[:80]!r} is not a TCP multiaddr: the part after the port must be /p2p/<peer id>")
         peer = parse_peer_id(parts[5])
     return TcpAddress(parts[0], parts[1], int(parts[3]), peer)
 
@@ -90,7 +90,7 @@ def _interface_addresses() -> Iterable[str]:
 
 
 def origin(host: str) -> str:
-    """Return what counts as one origin when connections are limited: an IPv4 address, an IPv6 /64."""
+    """Return the key by which connections are limited: an IPv4 address, an IPv6 /64."""
     try:
         ip = ipaddress.ip_address(host)
     except ValueError:
@@ -103,10 +103,9 @@ def origin(host: str) -> str:
 
 
 def address_range(host: str) -> str | None:
-    """Return what one party is likely to hold as a whole: a public IPv4 /24 or IPv6 /56.
+    """Return the public IPv4 /24 or IPv6 /56 of a host: what one party is likely to own as a whole.
 
-    None for loopback, link-local, private and other addresses that the internet does not route, and for names: whole
-    swarms live within one such range, and nobody buys addresses there.
+    None for names and for addresses that the internet does not route: whole swarms live within one private range.
     """
     try:
         ip = ipaddress.ip_address(host)
@@ -120,7 +119,7 @@ def address_range(host: str) -> str | None:
 
 
 def is_private(host: str) -> bool:
-    """Return whether a host is dialled only from within its own network; a name may be anybody's."""
+    """Return whether a host is an address that the internet does not route; False for names."""
     try:
         return not ipaddress.ip_address(host).is_global
     except ValueError:
@@ -128,7 +127,7 @@ def is_private(host: str) -> bool:
 
 
 class AddressBook:
-    """Where peers were last said to be. Bounded: the peer that was learned of longest ago is forgotten first."""
+    """Last known addresses of peers. Bounded: the peer updated longest ago is evicted first."""
 
     def __init__(self) -> None:
         self._addresses: dict[PeerId, tuple[TcpAddress, ...]] = {}
@@ -161,10 +160,5 @@ def parse_peer_address(multiaddr: str) -> tuple[PeerId, TcpAddress]:
     except ValueError as error:
         raise NetworkError(str(error)) from None
     if address.peer is None:
-        raise NetworkError(f"{multiaddr} names no peer: it must end in /p2p/<peer id>")
+        raise NetworkError(f"{multiaddr} has no peer id: it must end in /p2p/<peer id>")
     return address.peer, address
-
-
-def as_text(peer: PeerId, addresses: Sequence[TcpAddress]) -> tuple[str, ...]:
-    """Return full multiaddrs."""
-    return tuple(address.of(peer) for address in addresses)

@@ -1,39 +1,41 @@
-"""Whom we let in: strangers who only hold connections open must not lock out those who talk."""
+"""Admission control of inbound connections: idle ones must not lock out active peers."""
 
 import math
-from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Final, Protocol, TypeVar
 
 import trio
+from cachetools import LRUCache
 
 from node.network.addresses import address_range, origin
 
 MAX_HANDSHAKES: Final = 256
 
 HANDSHAKE_INTERVAL_S: Final = 0.025
-"""Between two handshakes of one origin, once it has had its burst: each costs some 10 ms of a processor."""
+"""Between two handshakes of one origin after its burst: each costs some 10 ms of CPU."""
 
 HANDSHAKE_BURST: Final = 16
 
 SILENT_S: Final = 1.0
-"""A connection on which nothing was ever said makes room for a newcomer after this: honest peers talk at once."""
+"""A connection that never carried data may be evicted after this: honest peers talk at once."""
 
 IDLE_S: Final = 10.0
-"""One on which something was said, after this: gossip says something every other second."""
+"""One that did, after this without data: gossip sends something every other second."""
 
 
-class Handshakes:
-    """Unfinished handshakes are few, and a new one pushes out the oldest: an honest peer needs milliseconds."""
+class HandshakeLimiter:
+    """Bounds unfinished handshakes; a new one evicts the oldest, as an honest peer needs milliseconds.
+
+    At most `limit` in all, and an eighth of them from one origin.
+    """
 
     def __init__(self, limit: int = MAX_HANDSHAKES) -> None:
-        """Allow so many in all, and an eighth of them from one origin."""
         self._limit = limit
         self._limit_per_origin = max(2, limit // 8)
         self._scopes: dict[str, dict[trio.CancelScope, None]] = {}
-        self._turns: OrderedDict[str, _Turn] = OrderedDict()
+        self._turns: LRUCache[str, _Turn] = LRUCache(MAX_HANDSHAKES)
 
     @contextmanager
     def place(self, host: str) -> Iterator[trio.CancelScope]:
@@ -55,12 +57,9 @@ class Handshakes:
             if not scopes and self._scopes.get(key) is scopes:
                 del self._scopes[key]
 
-    async def turn(self, host: str) -> None:
-        """Wait until another handshake from there may begin: who connects without end leaves time to others."""
+    async def wait_turn(self, host: str) -> None:
+        """Wait until another handshake from this origin may begin: a rate limit."""
         turn = self._turns.setdefault(origin(host), _Turn())
-        self._turns.move_to_end(origin(host))
-        while len(self._turns) > MAX_HANDSHAKES:
-            self._turns.popitem(last=False)
         async with turn.lock:
             await trio.sleep_until(turn.next_s)
             earliest_s = trio.current_time() - HANDSHAKE_BURST * HANDSHAKE_INTERVAL_S
@@ -69,7 +68,7 @@ class Handshakes:
 
 @dataclass(slots=True)
 class _Turn:
-    """Whose handshake is the next of one origin, and when it may begin."""
+    """The queue of one origin's handshakes, and when the next may begin."""
 
     lock: trio.Lock = field(default_factory=trio.Lock)
     next_s: float = -math.inf
@@ -77,17 +76,17 @@ class _Turn:
 
 @dataclass(frozen=True, slots=True)
 class InboundLimits:
-    """How many finished connections others may hold to us."""
+    """Bounds on established inbound connections."""
 
     total: int
     per_origin: int
     """From one IPv4 address or IPv6 /64."""
     per_range: int
-    """From one public /24 or /56: who pays for one range shall not be most of those that we know."""
+    """From one public /24 or /56: the owner of one range must not become most of our neighbours."""
 
 
-class Held(Protocol):
-    """A finished connection that a peer has opened to us."""
+class InboundConnection(Protocol):
+    """An established connection that a peer opened."""
 
     @property
     def host(self) -> str | None:
@@ -96,26 +95,26 @@ class Held(Protocol):
 
     @property
     def established_s(self) -> float:
-        """When the handshake was over."""
+        """When the handshake was finished."""
         ...
 
     @property
     def last_data_s(self) -> float | None:
-        """When the peer last said anything on a stream."""
+        """When the peer last sent data on a stream."""
         ...
 
 
-H = TypeVar("H", bound=Held)
+H = TypeVar("H", bound=InboundConnection)
 
 
-class Crowded(Exception):
-    """There is no place for a newcomer, and nobody who could make room for it. The message says where."""
+class NoRoom(Exception):
+    """A limit is reached and no connection is idle enough to be evicted. The message says which limit."""
 
 
-def make_room(newcomer: Held, held: Sequence[H], limits: InboundLimits, now_s: float) -> H | None:
-    """Return the connection that has to make room for a newcomer, None where there is room; raise Crowded.
+def choose_eviction(newcomer: InboundConnection, held: Sequence[H], limits: InboundLimits, now_s: float) -> H | None:
+    """Return the connection to evict for a newcomer, None where there is room; raise NoRoom.
 
-    The one that has been idle for longest goes, out of the narrowest group that is full.
+    It is the one idle for longest in the narrowest group that is full.
     """
     groups: list[tuple[str, int, list[H]]] = []
     if newcomer.host is not None:
@@ -129,13 +128,13 @@ def make_room(newcomer: Held, held: Sequence[H], limits: InboundLimits, now_s: f
         if len(members) >= limit:
             idlest = max(members, key=lambda one: _idleness(one, now_s))
             if _idleness(idlest, now_s) < 0:
-                raise Crowded(f"{len(members)} connections from {name} are in use")
+                raise NoRoom(f"{len(members)} connections from {name} are in use")
             return idlest
     return None
 
 
-def _idleness(connection: Held, now_s: float) -> float:
-    """Return for how long a connection could have made room already; negative for one that need not."""
+def _idleness(connection: InboundConnection, now_s: float) -> float:
+    """Return for how long a connection has been evictable; negative while it is not."""
     if connection.last_data_s is None:
         return now_s - connection.established_s - SILENT_S
     return now_s - connection.last_data_s - IDLE_S

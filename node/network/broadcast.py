@@ -1,4 +1,4 @@
-"""One writer, many readers, none of whom can hold the writer up: a reader that lags loses the oldest."""
+"""One writer, many readers, without backpressure: a reader that lags loses the oldest items."""
 
 from collections import deque
 from collections.abc import AsyncIterator, Iterator
@@ -29,10 +29,9 @@ class _Reader(Generic[T]):
 
 
 class Broadcast(Generic[T]):
-    """Passes every item to all who read at that moment."""
+    """Passes every item to all current readers, each of which may lag by up to `capacity` items."""
 
     def __init__(self, capacity: int) -> None:
-        """Let each reader lag by up to `capacity` items."""
         self._capacity = capacity
         self._readers: list[_Reader[T]] = []
 
@@ -43,14 +42,14 @@ class Broadcast(Generic[T]):
             reader.arrived.unpark_all()
 
     def end(self) -> None:
-        """Let the readers come to their end once they have read what is there."""
+        """End the readers after the items they have."""
         for reader in self._readers:
             reader.ended = True
             reader.arrived.unpark_all()
 
     @contextmanager
     def reader(self) -> Iterator[AsyncIterator[T]]:
-        """Read what is put while the block lasts."""
+        """Read the items put while the block lasts."""
         reader: _Reader[T] = _Reader(self._capacity)
         self._readers.append(reader)
         try:

@@ -2,7 +2,7 @@
 
 On the wire a record stands under `/<namespace>/<hash>`, where the hash is the first 24 bytes of the sha256 of the full
 key in base64url, because the library refuses lookups for keys longer than 50 bytes; the value begins with the full key
-(two bytes of length, then UTF-8), so that whoever stores it can check that it may stand there.
+(two bytes of length, then UTF-8), so that whoever stores it can check it.
 """
 
 import base64
@@ -22,8 +22,9 @@ from libp2p.peer.peerinfo import PeerInfo
 from libp2p.records.validator import NamespacedValidator, Validator
 
 from node.network.interface import NetworkError, RecordSelector, RecordValidator
-from node.network.swarm import GuardedHost, rationed, start_service
+from node.network.swarm import GuardedHost, limit_requests, start_service
 from node.network.transport import reason
+from node.util.signal import Signal
 from protocol.identity import PeerId, parse_peer_id
 from protocol.limits import MAX_RECORD_BYTES
 
@@ -33,23 +34,23 @@ MAX_KEY_BYTES: Final = 512
 MAX_STORED_RECORDS: Final = 8192
 MAX_STORED_PROVIDER_KEYS: Final = 65536
 QUERY_TIMEOUT_S: Final = 4.0
-"""How long a single peer may take to answer."""
+"""Timeout of a single peer's answer."""
 CONCURRENCY: Final = 10
 REFRESH_DEBOUNCE_S: Final = 0.2
 REFRESH_INTERVAL_S: Final = 5.0
 
 
 def wire_key(key: str) -> str:
-    """Return the key under which a record stands in the library's DHT."""
+    """Return the key of a record in the library's DHT."""
     namespace = _namespace_of(key)
     if not namespace or len(key.encode()) > MAX_KEY_BYTES:
-        raise NetworkError(f"{key[:80]!r} is no key of a record: expected /<namespace>/<name>")
+        raise NetworkError(f"{key[:80]!r} is not a valid record key: expected /<namespace>/<name>")
     digest = hashlib.sha256(key.encode()).digest()[:24]
     return f"/{namespace}/{base64.urlsafe_b64encode(digest).decode()}"
 
 
 def wire_value(key: str, value: bytes) -> bytes:
-    """Return a record's value as it stands in the library's DHT."""
+    """Return a record's value in the library's DHT."""
     if len(value) > MAX_RECORD_BYTES:
         raise NetworkError(f"a record has at most {MAX_RECORD_BYTES} bytes, not {len(value)}")
     name = key.encode()
@@ -57,10 +58,10 @@ def wire_value(key: str, value: bytes) -> bytes:
 
 
 def parse_wire_value(stored_under: str, data: bytes) -> tuple[str, bytes]:
-    """Return full key and value of what stands under a wire key; raise ValueError if it does not belong there."""
+    """Return full key and value of a wire value; raise ValueError if it does not belong under its wire key."""
     size = int.from_bytes(data[:2], "big")
     if size > MAX_KEY_BYTES or len(data) < 2 + size or len(data) - 2 - size > MAX_RECORD_BYTES:
-        raise ValueError("a record of an impossible length")
+        raise ValueError("a record of an invalid length")
     key = data[2 : 2 + size].decode("utf-8")
     try:
         if wire_key(key) != stored_under:
@@ -83,7 +84,7 @@ class _Records(Validator):
         self._selector = selector
 
     def validate(self, key: str, value: bytes) -> None:
-        """Raise ValueError unless the record may stand under the key."""
+        """Raise ValueError unless the record is valid under the key."""
         name, payload = parse_wire_value(key, value)
         if not self._validator(name, payload):
             raise ValueError(f"not a valid record under {name}")
@@ -103,7 +104,7 @@ class _BoundedValueStore(ValueStore):
 
 
 class _BoundedProviderStore(ProviderStore):
-    """The library remembers every key that anybody ever announced."""
+    """The library remembers every key that was ever announced."""
 
     def add_provider(self, key: bytes, provider: PeerInfo) -> None:
         """Remember a provider."""
@@ -117,17 +118,17 @@ class Dht:
     """Records and providers of one host."""
 
     def __init__(self, timeout_s: float, learn: Callable[[PeerId, Sequence[str]], None]) -> None:
-        """Bound every operation by `timeout_s`; `learn` is told the addresses of providers that were found."""
+        """Bound every operation by `timeout_s`; `learn` is called with the addresses of found providers."""
         self._namespaces: dict[str, _Records] = {}
         self._timeout_s = timeout_s
         self._learn = learn
         self._kad: KadDHT | None = None
-        self._peer_arrived = trio.Event()
+        self._peer_arrived = Signal()
 
     def register(self, namespace: str, validator: RecordValidator, selector: RecordSelector) -> None:
         """Accept records under /<namespace>/; before `start`."""
         if not 1 <= len(namespace) <= 16 or "/" in namespace:
-            raise ValueError(f"{namespace!r} is no namespace: expected 1 to 16 characters without a slash")
+            raise ValueError(f"{namespace!r} is not a valid namespace: expected 1 to 16 characters without a slash")
         self._namespaces[namespace] = _Records(validator, selector)
 
     async def start(self, nursery: trio.Nursery, host: GuardedHost) -> None:
@@ -147,7 +148,7 @@ class Dht:
         # The library takes ten announcements in ten seconds from a peer, and drops a model's other files in silence.
         kad._provider_rate_max = 1000  # noqa: SLF001
         kad._inbound_limiter.total_tokens = 64  # noqa: SLF001
-        host.set_stream_handler(PROTOCOL_ID, rationed(kad.handle_stream))
+        host.set_stream_handler(PROTOCOL_ID, limit_requests(kad.handle_stream))
         await start_service(nursery, kad)
         nursery.start_soon(self._refresh_after_arrivals, kad)
         self._kad = kad
@@ -157,20 +158,19 @@ class Dht:
         self._kad = None
 
     def peer_connected(self) -> None:
-        """Have the routing table refreshed soon: the library leaves it empty after a connection."""
+        """Refresh the routing table soon: the library leaves it empty after a connection."""
         self._peer_arrived.set()
 
     async def _refresh_after_arrivals(self, kad: KadDHT) -> None:
         while True:
             await self._peer_arrived.wait()
             await trio.sleep(REFRESH_DEBOUNCE_S)
-            self._peer_arrived = trio.Event()
             if not kad.host.get_connected_peers():
                 continue  # gone already: a lookup would only dial it again
             try:
                 with trio.move_on_after(self._timeout_s):
                     await kad.refresh_routing_table()
-            except Exception as error:  # noqa: BLE001  # a lookup goes through whatever strangers answer
+            except Exception as error:  # noqa: BLE001  # a lookup goes through peers' answers
                 logger.debug("refreshing the routing table failed: %r", error)
             await trio.sleep(REFRESH_INTERVAL_S)
 
@@ -179,7 +179,7 @@ class Dht:
         name = wire_key(key)
         data = wire_value(key, value)
         async with self._operation(f"storing {key}") as kad:
-            self._keep(kad, name, data)
+            self._store_locally(kad, name, data)
             accepted = 0
 
             async def store(peer: ID) -> None:
@@ -190,11 +190,11 @@ class Dht:
             await _ask_all(peers, store)
             logger.debug("stored %s at %d of %d peers", key, accepted, len(peers))
 
-    def _keep(self, kad: KadDHT, name: str, data: bytes) -> None:
+    def _store_locally(self, kad: KadDHT, name: str, data: bytes) -> None:
         """Store our own copy, unless we hold a better one."""
         records = self._namespaces.get(_namespace_of(name))
         if records is None:
-            raise NetworkError(f"no records are kept under {name}")
+            raise NetworkError(f"no record namespace is registered for {name}")
         records.validate(name, data)
         held = kad.value_store.get(name.encode())
         if held is not None and held.value != data and records.select(name, [held.value, data]) == 0:
@@ -206,7 +206,7 @@ class Dht:
         name = wire_key(key)
         records = self._namespaces.get(_namespace_of(key))
         if records is None:
-            raise NetworkError(f"no records are kept under {key}")
+            raise NetworkError(f"no record namespace is registered for {key}")
         found: list[bytes] = []
 
         async with self._operation(f"looking up {key}") as kad:
@@ -288,7 +288,7 @@ class Dht:
 
 
 async def _ask_all(peers: Iterable[ID], ask: Callable[[ID], Awaitable[None]]) -> None:
-    """Ask every peer, some at a time; whoever is slow or answers with nonsense is passed over."""
+    """Ask every peer, some at a time; slow and faulty ones are skipped."""
     limiter = trio.CapacityLimiter(CONCURRENCY)
 
     async def ask_one(peer: ID) -> None:
@@ -296,7 +296,7 @@ async def _ask_all(peers: Iterable[ID], ask: Callable[[ID], Awaitable[None]]) ->
             try:
                 with trio.move_on_after(QUERY_TIMEOUT_S):
                     await ask(peer)
-            except Exception as error:  # noqa: BLE001  # the answer is a stranger's
+            except Exception as error:  # noqa: BLE001  # a peer's answer
                 logger.debug("asking %s failed: %r", peer, error)
 
     async with trio.open_nursery() as nursery:

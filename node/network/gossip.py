@@ -1,4 +1,4 @@
-"""GossipSub: the library's, with a guard around every message and limits that say what they drop."""
+"""GossipSub: the library's, with every message isolated, rate-limited and counted when dropped."""
 
 import logging
 import random
@@ -8,6 +8,7 @@ from contextlib import asynccontextmanager
 from typing import Final
 
 import trio
+from cachetools import TTLCache
 from libp2p.abc import INetStream
 from libp2p.custom_types import TProtocol
 from libp2p.network.stream.net_stream import NetStream
@@ -23,6 +24,7 @@ from node.network.interface import GossipMessage, GossipValidator, NetworkError
 from node.network.scores import Scores
 from node.network.swarm import GuardedHost, start_service
 from node.network.yamux import Yamux
+from node.util.token_bucket import TokenBucket
 from protocol.errors import RemoteProtocolError, UntimelyError
 from protocol.identity import PeerId, parse_peer_id
 
@@ -32,64 +34,42 @@ PROTOCOLS: Final = (TProtocol("/meshsub/1.2.0"), TProtocol("/meshsub/1.1.0"))
 MAX_MESSAGE_BYTES: Final = 64 << 10
 READER_CAPACITY: Final = 1024
 MAX_RATE_HZ: Final = 200.0
-"""Messages a second that one peer may hand to us, its own and those it forwards; twice as many in a burst."""
+"""Rate limit of a neighbour's messages, its own and forwarded ones; twice as many in a burst."""
 
 OUTBOUND_CAPACITY: Final = 512
-WARNING_BYTES: Final = 4096
-"""From this size on a message is announced to the mesh before it is sent, so that it does not come twice."""
-CUT_OFF_DEBT: Final = 2000
-"""A peer that sends so many messages beyond what it may send is disconnected."""
+ANNOUNCED_BYTES: Final = 4096
+"""From this size on, IDONTWANT is sent before a message is forwarded, so that it does not arrive twice."""
+DISCONNECT_DEBT: Final = 2000
+"""A neighbour this many messages beyond its rate limit is disconnected."""
 SEEN_LIFETIME_S: Final = 120.0
 MAX_SEEN: Final = 65536
 MAX_SEQUENCE_BYTES: Final = 64
 MAX_MESH_PEERS_PER_RANGE: Final = 3
-"""Of the 6 to 12 in a mesh, so many may have their addresses within one public /24 or /56."""
-
-
-class _Bucket:
-    """How many messages a peer may hand to us now; below zero it is in debt for those that were dropped."""
-
-    def __init__(self) -> None:
-        self.tokens = 2 * MAX_RATE_HZ
-        self.filled_at = trio.current_time()
-
-    def take(self) -> float:
-        """Take a token; return how many were left."""
-        now = trio.current_time()
-        left = min(2 * MAX_RATE_HZ, self.tokens + (now - self.filled_at) * MAX_RATE_HZ)
-        self.tokens = left - 1
-        self.filled_at = now
-        return left
+"""Of the 6 to 12 peers of a mesh, this many may be within one public /24 or /56."""
 
 
 class _SeenMessages(LastSeenCache):
-    """The ids of messages that were seen lately. The library's cache starts a thread and knows no bound."""
+    """The ids of recent messages, bounded. The library's cache starts a thread and has no bound."""
 
     def __init__(self) -> None:
-        self._expiry: dict[bytes, float] = {}
+        self._ids: TTLCache[bytes, None] = TTLCache(MAX_SEEN, SEEN_LIFETIME_S, trio.current_time)
 
     def add(self, key: bytes) -> bool:
-        """Note an id; return whether it is new."""
-        new = not self.has(key)
-        self._expiry[key] = trio.current_time() + SEEN_LIFETIME_S
-        while len(self._expiry) > MAX_SEEN or self._expiry[next(iter(self._expiry))] < trio.current_time():
-            del self._expiry[next(iter(self._expiry))]
+        """Remember an id; return whether it is new."""
+        new = key not in self._ids
+        self._ids[key] = None
         return new
 
     def has(self, key: bytes) -> bool:
-        """Whether an id was seen lately; if so it is kept longer."""
-        expiry = self._expiry.pop(key, None)
-        if expiry is None or expiry < trio.current_time():
-            return False
-        self._expiry[key] = trio.current_time() + SEEN_LIFETIME_S
-        return True
+        """Return whether an id is remembered; if so, its lifetime begins anew."""
+        return not self.add(key) if key in self._ids else False
 
 
 class _GuardedPubsub(Pubsub):
-    """Pubsub that looks at a message before it pays for a signature check, and that survives a reconnection.
+    """Pubsub that applies limits before the cost of a signature check, and that survives a reconnection.
 
-    The library forgets what a peer subscribed to when its own stream to that peer breaks, although the peer, whose
-    stream to us is whole, will not say it again; and it keeps a dead stream when the peer has another connection.
+    The library forgets a peer's subscriptions when its own stream to that peer breaks, although the peer, whose stream
+    to us is whole, will not repeat them; and it keeps a dead stream when the peer has another connection.
     """
 
     def __init__(self, host: GuardedHost, router: "Router", gossip: "Gossip") -> None:
@@ -97,12 +77,12 @@ class _GuardedPubsub(Pubsub):
         self.seen_messages.stop()
         self.seen_messages = _SeenMessages()
         self._gossip = gossip
-        self._buckets: dict[ID, _Bucket] = {}
+        self._buckets: dict[ID, TokenBucket] = {}
         self._inbound: dict[ID, int] = {}
         self._unverified: set[int] = set()
 
     async def stream_handler(self, stream: INetStream) -> None:
-        """Read what a peer says, for as long as its stream lasts."""
+        """Read a peer's messages, for as long as its stream lasts."""
         peer = stream.muxed_conn.peer_id
         self._inbound[peer] = self._inbound.get(peer, 0) + 1
         try:
@@ -118,12 +98,12 @@ class _GuardedPubsub(Pubsub):
             super()._forget_all_subscriptions(peer_id)
 
     async def _handle_new_peer(self, peer_id: ID) -> None:
-        # Opening a stream would dial a peer that has just gone, or that we have just sent away.
+        # Opening a stream would dial a peer that has just left, or that we have just disconnected.
         if self._peer_is_connected(peer_id):
             await super()._handle_new_peer(peer_id)
 
     async def handle_dead_peer_queue(self) -> None:
-        """Take note of lost connections; a peer that has another one gets a new stream."""
+        """Handle lost connections; a peer that has another one gets a new stream."""
         async with self.dead_peer_receive_channel:
             self.event_handle_dead_peer_queue_started.set()
             async for peer_id in self.dead_peer_receive_channel:
@@ -133,37 +113,38 @@ class _GuardedPubsub(Pubsub):
                     self._handle_dead_peer(peer_id)
 
     async def push_msg(self, msg_forwarder: ID, msg: rpc_pb2.Message) -> None:
-        """Take a message in, from a peer or from ourselves."""
+        """Accept a message, from a peer or our own."""
         if msg_forwarder == self.my_id:
             await super().push_msg(msg_forwarder, msg)
             return
-        if not self._acceptable(msg_forwarder, msg) or self._is_msg_seen(msg):
+        if not self._is_within_limits(msg_forwarder, msg) or self._is_msg_seen(msg):
             return
         self._unverified.add(id(msg))
         try:
             await super().push_msg(msg_forwarder, msg)
-            if id(msg) in self._unverified:  # it never came to its validator: the signature is wrong
+            if id(msg) in self._unverified:  # it never reached its validator: the signature is invalid
                 self._gossip.scores.invalid(msg_forwarder, msg.topicIDs[0])
         finally:
             self._unverified.discard(id(msg))
 
     async def validate_msg(self, msg_forwarder: ID, msg: rpc_pb2.Message) -> None:
-        """Ask the topic's validator, once the signature is verified."""
+        """Call the topic's validator, after the signature was verified."""
         self._unverified.discard(id(msg))
         await super().validate_msg(msg_forwarder, msg)
 
-    def _acceptable(self, forwarder: ID, message: rpc_pb2.Message) -> bool:
+    def _is_within_limits(self, forwarder: ID, message: rpc_pb2.Message) -> bool:
         if not self._gossip.scores.allow_publish(forwarder, []):
             return False
+        now_s = trio.current_time()
         bucket = self._buckets.get(forwarder)
         if bucket is None:
-            self._buckets = {peer: kept for peer, kept in self._buckets.items() if peer in self.peers}
-            bucket = self._buckets[forwarder] = _Bucket()
-        left = bucket.take()
-        if left < 1:
+            self._buckets = {peer: each for peer, each in self._buckets.items() if peer in self.peers}
+            bucket = self._buckets[forwarder] = TokenBucket(MAX_RATE_HZ, 2 * MAX_RATE_HZ, now_s)
+        debt = bucket.spend(1, now_s) * MAX_RATE_HZ
+        if debt > 0:
             self._gossip.dropped += 1
-            if left < -CUT_OFF_DEBT:
-                self._cut_off(forwarder)
+            if debt > DISCONNECT_DEBT:
+                self._disconnect(forwarder)
             return False
         return (
             len(message.topicIDs) == 1
@@ -172,25 +153,25 @@ class _GuardedPubsub(Pubsub):
             and len(message.seqno) <= MAX_SEQUENCE_BYTES
         )
 
-    def _cut_off(self, forwarder: ID) -> None:
+    def _disconnect(self, forwarder: ID) -> None:
         for connection in self.host.get_network().get_connections(forwarder):
             if isinstance(connection.muxed_conn, Yamux):
                 connection.muxed_conn.abort("it floods us with gossip")
 
     def notify_subscriptions(self, publish_message: rpc_pb2.Message) -> None:
-        """Hand a message that passed the validator to our readers."""
+        """Pass a valid message to our readers."""
         if publish_message.from_id != self.my_id.to_bytes():
             source = PeerId(ID(publish_message.from_id).to_base58())
             self._gossip.readers[publish_message.topicIDs[0]].put(GossipMessage(source, publish_message.data))
 
 
 class Router(GossipSub):
-    """GossipSub that keeps a burst, says little, and forgets what only its adaptive mode, which is off, would.
+    """GossipSub that queues bursts, sends few IDONTWANTs, and drops the state of its adaptive mode, which is off.
 
-    Its meshes have no place for a peer with a bad score, and few for peers within one public range of addresses.
+    Its meshes exclude peers with a bad score, and bound those within one public range of addresses.
     """
 
-    _worth_a_warning = False
+    _send_idontwant = False
 
     def __init__(self, scores: Scores) -> None:
         super().__init__(
@@ -209,17 +190,17 @@ class Router(GossipSub):
         self.scorer: Scores = scores
 
     def add_peer(self, peer_id: ID, protocol_id: TProtocol | None) -> None:
-        """Note a new neighbour."""
+        """Add a neighbour."""
         self.scorer.returned(peer_id)
         super().add_peer(peer_id, protocol_id)
 
     async def handle_rpc(self, rpc: rpc_pb2.RPC, sender_peer_id: ID) -> None:
-        """Serve what a neighbour asks for."""
+        """Serve a neighbour's requests, unless it is graylisted."""
         if not self.scorer.graylisted(sender_peer_id):
             await super().handle_rpc(rpc, sender_peer_id)
 
     async def handle_graft(self, graft_msg: rpc_pb2.ControlGraft, sender_peer_id: ID) -> None:
-        """Let a neighbour into a mesh, if there is a place for it."""
+        """Accept a neighbour into a mesh, if there is a place for it."""
         mesh = self.mesh.get(graft_msg.topicID, set())
         if sender_peer_id in mesh or self._has_place(sender_peer_id, mesh):
             await super().handle_graft(graft_msg, sender_peer_id)
@@ -227,12 +208,12 @@ class Router(GossipSub):
             await self.emit_prune(graft_msg.topicID, sender_peer_id, False, False)
 
     async def on_peer_subscribed(self, peer_id: ID, topic: str) -> None:
-        """Let a neighbour that takes up a topic into its mesh, if there is a place for it."""
+        """Accept a neighbour that subscribes to a topic into its mesh, if there is a place for it."""
         if self._has_place(peer_id, self.mesh.get(topic, set())):
             await super().on_peer_subscribed(peer_id, topic)
 
     def mesh_heartbeat(self) -> tuple[defaultdict[ID, list[str]], defaultdict[ID, list[str]]]:
-        """Keep every mesh at its size; who has a bad score goes."""
+        """Keep every mesh at its size; peers with a bad score are pruned."""
         expelled = [(peer, topic) for topic, mesh in self.mesh.items() for peer in mesh if self.scorer.of(peer) < 0]
         for peer, topic in expelled:
             self.mesh[topic].discard(peer)
@@ -249,7 +230,7 @@ class Router(GossipSub):
         minus: Iterable[ID],
         backoff_check: bool = False,
     ) -> list[ID]:
-        """Choose peers for a mesh, or to tell them what we have: the library asks here for both."""
+        """Choose peers for a mesh, or for IHAVE: the library asks here for both."""
         minus = set(minus)
         candidates = super()._get_in_topic_gossipsub_peers_from_minus(topic, MAX_SEEN, minus, backoff_check)
         random.shuffle(candidates)
@@ -273,7 +254,7 @@ class Router(GossipSub):
         return None
 
     async def flush_pending_messages(self, peer_id: ID) -> None:
-        """Send what waited for a new peer; this is called as soon as the peer has its outbound queue."""
+        """Send messages queued for a new peer; called as soon as it has its outbound queue."""
         if self.pubsub is not None and (queue := self.pubsub.peer_queues.get(peer_id)) is not None:
             # A queue of 32 loses most of a burst, for good: those in the mesh are offered nothing a second time.
             queue._queue.max_size = OUTBOUND_CAPACITY  # noqa: SLF001
@@ -281,14 +262,14 @@ class Router(GossipSub):
 
     async def publish(self, msg_forwarder: ID, pubsub_msg: rpc_pb2.Message) -> None:
         """Forward a message."""
-        self._worth_a_warning = len(pubsub_msg.data) >= WARNING_BYTES
+        self._send_idontwant = len(pubsub_msg.data) >= ANNOUNCED_BYTES
         await super().publish(msg_forwarder, pubsub_msg)
         self.recent_message_deliveries.clear()
         self.recent_peer_connections.clear()
 
     async def _emit_idontwant_for_message(self, msg_id: bytes, topic_ids: Iterable[str]) -> None:
-        # The specification: only for messages that are much larger than the warning itself.
-        if self._worth_a_warning:
+        # The specification: only for messages much larger than the IDONTWANT itself.
+        if self._send_idontwant:
             await super()._emit_idontwant_for_message(msg_id, topic_ids)
 
 
@@ -303,7 +284,7 @@ class Gossip:
         self._pubsub: _GuardedPubsub | None = None
 
     def join(self, topic: str, validator: GossipValidator) -> None:
-        """Take part in a topic; before `start`."""
+        """Join a topic; before `start`."""
         self.topics[topic] = validator
         self.readers[topic] = Broadcast(READER_CAPACITY)
 
@@ -322,7 +303,7 @@ class Gossip:
         self._pubsub = pubsub
 
     def stopped(self) -> None:
-        """Let the readers come to their end."""
+        """End the readers."""
         self._pubsub = None
         for reader in self.readers.values():
             reader.end()
@@ -344,7 +325,7 @@ class Gossip:
 
     @asynccontextmanager
     async def subscribe(self, topic: str) -> AsyncIterator[AsyncIterator[GossipMessage]]:
-        """Read what others publish on a joined topic."""
+        """Subscribe to a joined topic."""
         if topic not in self.readers:
             raise NetworkError(f"the topic {topic} was not joined")
         with self.readers[topic].reader() as reader:

@@ -35,7 +35,7 @@ from node.network.interface import (
     TransferReport,
 )
 from node.network.streams import Libp2pStream, serve, wrap
-from node.network.swarm import GuardedHost, GuardedSwarm, quiet_library, start_service
+from node.network.swarm import GuardedHost, GuardedSwarm, silence_library_log, start_service
 from node.network.transport import Tcp, bind, reason, secure_upgrader
 from node.network.yamux_stream import YamuxLimits, shielded
 from protocol.identity import PeerId, peer_id_from_public_key
@@ -51,21 +51,21 @@ _SWARM_KEY = re.compile(r"[0-9a-f]{64}", re.IGNORECASE)
 
 @dataclass(frozen=True, slots=True)
 class NetworkLimits:
-    """What peers may cost us, and how long we wait for them."""
+    """Resources that peers may use, and how long they are waited for."""
 
     dial_timeout_s: float = 5.0
     request_timeout_s: float = 10.0
     """For a ping, for the negotiation of a stream, and for every operation on the DHT."""
     max_connections: int = 512
     inbound: InboundLimits = field(default=InboundLimits(total=384, per_origin=128, per_range=96))
-    """Finished ones that others opened. The rest is for those whom we want to reach ourselves."""
+    """Established inbound ones. The rest is for peers that we dial."""
     handshakes: int = MAX_HANDSHAKES
-    """Unfinished ones that others opened."""
+    """Unfinished inbound handshakes."""
     streams: YamuxLimits = field(default_factory=YamuxLimits)
 
     @classmethod
     def within(cls, open_files: int) -> "NetworkLimits":
-        """Return limits with which connections take at most three eighths of the files that may be open."""
+        """Return limits with which connections use at most three eighths of the open-file limit."""
         usual = cls()
         connections = max(8, min(usual.max_connections, open_files // 4))
         inbound = InboundLimits(
@@ -77,7 +77,7 @@ class NetworkLimits:
 
 
 class _Notifee(INotifee):
-    """Tells us of connections; the library calls it."""
+    """Reports connections; called by the library."""
 
     def __init__(self, connected: Callable[[ID], None], disconnected: Callable[[ID], None]) -> None:
         self._connected = connected
@@ -173,7 +173,7 @@ class Libp2pNetwork:
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
         """Listen and serve inside the block; leave politely at its end."""
-        quiet_library()
+        silence_library_log()
         bound: dict[str, list[trio.SocketListener]] = {}
         try:
             for address in self._listen:
@@ -186,7 +186,7 @@ class Libp2pNetwork:
                 except Exception as error:  # noqa: BLE001  # raised again below, without the nursery's wrapping
                     fault = error
                 finally:
-                    await self._say_goodbye()
+                    await self._close_connections()
                     nursery.cancel_scope.cancel()
             if fault is not None:
                 raise fault
@@ -223,10 +223,10 @@ class Libp2pNetwork:
         await start_service(nursery, swarm)
         await self._gossip.start(nursery, host)
         await self._dht.start(nursery, host)
-        # Only now may strangers come in: everything that serves them is in place.
+        # Only now: every handler is in place.
         await swarm.listen(*addresses)
 
-    async def _say_goodbye(self) -> None:
+    async def _close_connections(self) -> None:
         """Close every connection at once, within a second, also under cancellation."""
         self._events.end()
         if self._swarm is None:
@@ -242,16 +242,16 @@ class Libp2pNetwork:
     # What connections report
 
     def fault(self, peer_id: ID, reason: str) -> None:
-        """Note why a peer was cut off."""
-        logger.warning("cut off %s: %s", peer_id, reason)
+        """Log why a peer was disconnected."""
+        logger.warning("disconnected %s: %s", peer_id, reason)
 
     def sent(self, peer_id: ID, byte_count: int, seconds: float) -> None:
-        """Note a transfer to a peer."""
+        """Report a transfer to a peer."""
         if self._on_sent is not None:
             self._on_sent(PeerId(peer_id.to_base58()), byte_count, seconds)
 
     def received(self, peer_id: ID, byte_count: int, seconds: float) -> None:
-        """Note a transfer from a peer."""
+        """Report a transfer from a peer."""
         if self._on_received is not None:
             self._on_received(PeerId(peer_id.to_base58()), byte_count, seconds)
 
@@ -294,7 +294,7 @@ class Libp2pNetwork:
             swarm.peerstore.add_addrs(peer_id, [Multiaddr(address.endpoint) for address in known], ADDRESS_LIFETIME_S)
         swarm.unblock_peer(peer_id)
         try:
-            # Twice: once for those that are dialled before it, when there are many.
+            # Twice: once for dials queued before it.
             with trio.fail_after(2 * self._limits.dial_timeout_s):
                 await swarm.dial_peer(peer_id)
         except Exception as error:
@@ -311,7 +311,7 @@ class Libp2pNetwork:
 
     async def _open(self, peer: PeerId, *protocols: str) -> Libp2pStream:
         if peer == self._peer_id:
-            raise NetworkError("a peer opens no streams to itself")
+            raise NetworkError("a peer cannot open a stream to itself")
         await self._dial(peer)
         assert self._host is not None
         try:
@@ -325,7 +325,7 @@ class Libp2pNetwork:
         """Close every connection to the peer."""
         swarm = self._running_swarm()
         peer_id = ID.from_base58(peer)
-        swarm.leave_alone(peer_id)
+        swarm.block_redial(peer_id)
         with shielded(2):
             async with trio.open_nursery() as nursery:
                 for connection in swarm.get_connections(peer_id):
@@ -337,14 +337,14 @@ class Libp2pNetwork:
         return tuple(self._connected)
 
     def addresses_of(self, peer: PeerId) -> tuple[str, ...]:
-        """Multiaddrs (each with /p2p/) at which the peer is known: what we were told, then what it says itself."""
+        """Multiaddrs (each with /p2p/) of the peer: from the address book, then from identify."""
         found: dict[str, None] = {address.of(peer): None for address in self._book.of(peer)}
         if self._swarm is not None:
             try:
                 for multiaddr in self._swarm.peerstore.addrs(ID.from_base58(peer)):
                     found[parse_address(str(multiaddr)).of(peer)] = None
             except (PeerStoreError, ValueError):
-                pass  # it said nothing, or something that we cannot dial
+                pass  # no identify yet, or addresses that cannot be dialled
         return tuple(found)
 
     def add_addresses(self, peer: PeerId, multiaddrs: Sequence[str]) -> None:
@@ -362,7 +362,7 @@ class Libp2pNetwork:
                 while missing:
                     echo = await stream.receive_some(missing)
                     if not echo:
-                        raise NetworkError(f"{peer} does not answer pings")
+                        raise NetworkError(f"{peer} closed the ping stream")
                     missing -= len(echo)
                 return trio.current_time() - started
         except trio.TooSlowError:
@@ -379,15 +379,15 @@ class Libp2pNetwork:
     # Gossip and DHT
 
     def join_topic(self, topic: str, validator: GossipValidator) -> None:
-        """Take part in a gossip topic from the start. Called before `running`."""
+        """Join a gossip topic from the start. Called before `running`."""
         self._gossip.join(topic, validator)
 
     def subscribe(self, topic: str) -> AbstractAsyncContextManager[AsyncIterator[GossipMessage]]:
-        """Receive what others publish on a joined topic. Bounded: a reader that lags loses the oldest."""
+        """Subscribe to a joined topic. Bounded: a reader that lags loses the oldest."""
         return self._gossip.subscribe(topic)
 
     async def publish(self, topic: str, data: bytes) -> None:
-        """Gossip a message on a joined topic. No promise that anybody gets it."""
+        """Gossip a message on a joined topic, best effort."""
         await self._gossip.publish(topic, data)
 
     def register_record(self, namespace: str, validator: RecordValidator, selector: RecordSelector) -> None:

@@ -1,4 +1,4 @@
-"""A stranger who only holds a connection: for benchmarks and tests of what that costs."""
+"""An idle peer that only holds a connection: for tests and benchmarks of connection limits."""
 
 import os
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -14,8 +14,8 @@ from node.network.transport import TcpStream, secure_upgrader
 from node.network.yamux_stream import YamuxLimits
 
 
-class _Indifferent:
-    """An observer to whom nothing matters."""
+class _NullObserver:
+    """An observer that ignores everything."""
 
     def fault(self, peer_id: ID, reason: str) -> None: ...
 
@@ -25,10 +25,10 @@ class _Indifferent:
 
 
 @asynccontextmanager
-async def hold_connection(
+async def hold_idle_connection(
     multiaddr: str, source: str | None = None, *, secured: bool, limiter: trio.CapacityLimiter | None = None
 ) -> AsyncIterator[trio.Event]:
-    """Hold a connection to a peer on which nothing is said; the event tells that the peer has ended it.
+    """Hold a connection to a peer without sending anything; the event is set when the peer ends it.
 
     With `secured` its handshake is finished, under a new identity, and pings of the multiplexer are answered; without,
     it is bare TCP. `source` is the address that it comes from. At most `limiter` are being opened at a time.
@@ -41,7 +41,7 @@ async def hold_connection(
             stream = await trio.open_tcp_stream(address.host, address.port, local_address=source)
             serve: Callable[[], Awaitable[object]] = stream.receive_some
             if secured:
-                upgrader = secure_upgrader(create_new_key_pair(os.urandom(32)), YamuxLimits(), _Indifferent())
+                upgrader = secure_upgrader(create_new_key_pair(os.urandom(32)), YamuxLimits(), _NullObserver())
                 peer_id = ID.from_base58(peer)
                 raw = RawConnection(TcpStream(stream), initiator=True)
                 muxed = await upgrader.upgrade_connection(await upgrader.upgrade_security(raw, True, peer_id), peer_id)

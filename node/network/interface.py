@@ -1,6 +1,6 @@
-"""What the rest of the node sees of a network. `host.py` is the real one, `memory.py` the one for simulations.
+"""The network as the rest of the node sees it: `host.py` is the real one, `node.testing.memory_hub` the simulated one.
 
-No cure for a fault of the library, no type of the library and no exception of the library passes this line.
+No type and no exception of the library, and no workaround for its faults, passes this interface.
 """
 
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
@@ -22,8 +22,7 @@ class StreamClosed(NetworkError):
 class Stream(Protocol):
     """A byte stream to one authenticated peer. One task may receive while another sends.
 
-    Cancelling a receive or a send loses no byte that another call would have to see again: what was cut off is kept or,
-    where that is impossible, the stream is reset.
+    Cancelling a receive loses no byte; cancelling a send half-way resets the stream.
     """
 
     @property
@@ -41,7 +40,7 @@ class Stream(Protocol):
         ...
 
     async def send_all(self, data: bytes | bytearray | memoryview) -> None:
-        """Send everything, or raise StreamClosed. A peer that takes nothing for too long is cut off."""
+        """Send everything, or raise StreamClosed. A peer that accepts nothing for too long is disconnected."""
         ...
 
     async def aclose(self) -> None:
@@ -49,7 +48,7 @@ class Stream(Protocol):
         ...
 
     async def reset(self) -> None:
-        """Tear the stream down at once: the other side sees a broken stream."""
+        """Reset at once: the other side sees a broken stream."""
         ...
 
 
@@ -67,14 +66,14 @@ class GossipMessage:
 
 
 GossipValidator = Callable[[PeerId, bytes], bool]
-"""Says whether a message (publisher, payload) is taken and forwarded. Runs on the event loop; raising means no.
+"""Returns whether a message (publisher, payload) is accepted and forwarded. Runs on the event loop; raising means no.
 
-No honest neighbour hands on what makes it raise RemoteProtocolError, so that counts against the neighbour; False and
-UntimelyError count against nobody.
+No honest neighbour forwards what makes it raise RemoteProtocolError, so that lowers the neighbour's score; False and
+UntimelyError do not.
 """
 
 RecordValidator = Callable[[str, bytes], bool]
-"""Says whether the bytes may stand under the key. Raising means no."""
+"""Returns whether the bytes are a valid record under the key. Raising means no."""
 
 RecordSelector = Callable[[str, Sequence[bytes]], int]
 """Returns the index of the best of several valid records under a key."""
@@ -112,7 +111,7 @@ class Network(Protocol):
         ...
 
     def running(self) -> AbstractAsyncContextManager[None]:
-        """Listen and serve inside the block; leave politely at its end. Handlers and topics are set before."""
+        """Listen and serve inside the block; close all connections at its end. Handlers and topics are set before."""
         ...
 
     def set_stream_handler(self, protocol: str, handler: StreamHandler) -> None:
@@ -155,15 +154,15 @@ class Network(Protocol):
         ...
 
     def join_topic(self, topic: str, validator: GossipValidator) -> None:
-        """Take part in a gossip topic from the start. Called before `running`."""
+        """Join a gossip topic from the start. Called before `running`."""
         ...
 
     def subscribe(self, topic: str) -> AbstractAsyncContextManager[AsyncIterator[GossipMessage]]:
-        """Receive what others publish on a joined topic. Bounded: a reader that lags loses the oldest."""
+        """Subscribe to a joined topic. Bounded: a reader that lags loses the oldest."""
         ...
 
     async def publish(self, topic: str, data: bytes) -> None:
-        """Gossip a message on a joined topic. No promise that anybody gets it."""
+        """Gossip a message on a joined topic, best effort."""
         ...
 
     def register_record(self, namespace: str, validator: RecordValidator, selector: RecordSelector) -> None:

@@ -1,4 +1,4 @@
-"""A stream to oneself: a job served where it was submitted takes the same path, over memory instead of a socket."""
+"""A stream of a peer to itself: a local job takes the same path, over memory instead of a socket."""
 
 import trio
 
@@ -6,7 +6,7 @@ from node.network.interface import StreamClosed
 from protocol.identity import PeerId
 
 CAPACITY = 64
-"""Writes under way in one direction before the writer has to wait."""
+"""Writes in flight in one direction before the writer waits."""
 
 
 class LoopbackStream:

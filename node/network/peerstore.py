@@ -1,4 +1,4 @@
-"""What the library remembers of peers, within bounds: it takes any number of addresses and protocols from anybody."""
+"""A bounded peer store: the library's accepts any number of addresses and protocols from any peer."""
 
 from collections.abc import Sequence
 from typing import Final
@@ -16,7 +16,7 @@ MAX_ENVELOPE_BYTES: Final = 8 << 10
 
 
 class BoundedPeerStore(PeerStore):
-    """A peer store whose size no stranger decides."""
+    """A peer store with bounds on peers, addresses, protocols and records."""
 
     def __init__(self) -> None:
         super().__init__(max_records=MAX_PEERS, max_peers=MAX_PEERS)
@@ -40,7 +40,7 @@ class BoundedPeerStore(PeerStore):
         super().add_protocols(peer_id, list(protocols)[: max(0, MAX_PROTOCOLS - known)])
 
     def consume_peer_record(self, envelope: Envelope, ttl: int) -> bool:
-        """Take a signed record, unless it is out of all proportion."""
+        """Store a signed record, unless it is too large."""
         if len(envelope.raw_payload) > MAX_ENVELOPE_BYTES:
             return False
         accepted = super().consume_peer_record(envelope, ttl)

@@ -1,7 +1,7 @@
-"""What answers at an address, by the first bytes that it says: for the doctor, where a dial says only that it failed.
+"""Probes a TCP port by its first bytes: for `doctor`, where a failed dial alone says too little.
 
-Whoever listens for libp2p connections says at once which negotiation it speaks; in a private swarm it says the same,
-encrypted. That tells a closed port, a stopped process, another program and another swarm's key from each other.
+A libp2p listener sends its multistream header at once; in a private swarm the same, encrypted. That distinguishes a
+closed port, a stopped process, another program and another swarm key.
 """
 
 from enum import StrEnum
@@ -11,50 +11,52 @@ import trio
 
 from node.network.addresses import TcpAddress
 
-GREETING: Final = b"\x13/multistream/1.0.0\n"
-GREETING_TIMEOUT_S: Final = 4.0
+MULTISTREAM_HEADER: Final = b"\x13/multistream/1.0.0\n"
+PROBE_TIMEOUT_S: Final = 4.0
 
 
-class Greeting(StrEnum):
-    """What answers at an address."""
+class PortState(StrEnum):
+    """What listens at an address."""
 
     OPEN = "open"
     """A libp2p host without a swarm key."""
     PRIVATE = "private"
-    """A libp2p host with a swarm key, most likely: it speaks, and not in the clear."""
+    """A libp2p host with a swarm key, most likely: it answers, encrypted."""
     FOREIGN = "foreign"
-    """Some other program: it speaks in text."""
+    """Another program: it answers in text."""
     SILENT = "silent"
-    """Connections are accepted, and nobody speaks."""
+    """Connections are accepted, and nothing is sent."""
     CLOSED = "closed"
-    """The machine is there, and refuses: nothing listens on the port."""
+    """The machine refuses: nothing listens on the port."""
     UNREACHABLE = "unreachable"
-    """Nothing comes back, or there is no way there."""
+    """No answer, or no route."""
 
 
-async def greet(address: TcpAddress) -> Greeting:
-    """Return what answers at an address, within a bounded time."""
+async def probe_port(address: TcpAddress) -> PortState:
+    """Return what listens at an address, within a bounded time."""
     try:
-        with trio.fail_after(GREETING_TIMEOUT_S):
+        with trio.fail_after(PROBE_TIMEOUT_S):
             stream = await trio.open_tcp_stream(address.host, address.port)
     except ConnectionRefusedError:
-        return Greeting.CLOSED
+        return PortState.CLOSED
     except (OSError, trio.TooSlowError) as error:
         # Several addresses of one name: trio raises one error from a group of what each attempt said.
         causes = error.__cause__.exceptions if isinstance(error.__cause__, BaseExceptionGroup) else ()
         refused = bool(causes) and all(isinstance(cause, ConnectionRefusedError) for cause in causes)
-        return Greeting.CLOSED if refused else Greeting.UNREACHABLE
+        return PortState.CLOSED if refused else PortState.UNREACHABLE
     async with stream:
         said = b""
         try:
-            with trio.move_on_after(GREETING_TIMEOUT_S):
-                await stream.send_all(GREETING)
-                while len(said) < len(GREETING) and (data := await stream.receive_some(len(GREETING) - len(said))):
+            with trio.move_on_after(PROBE_TIMEOUT_S):
+                await stream.send_all(MULTISTREAM_HEADER)
+                while len(said) < len(MULTISTREAM_HEADER) and (
+                    data := await stream.receive_some(len(MULTISTREAM_HEADER) - len(said))
+                ):
                     said += data
         except trio.BrokenResourceError:
             pass
     if not said:
-        return Greeting.SILENT
-    if said == GREETING:
-        return Greeting.OPEN
-    return Greeting.FOREIGN if said.isascii() else Greeting.PRIVATE
+        return PortState.SILENT
+    if said == MULTISTREAM_HEADER:
+        return PortState.OPEN
+    return PortState.FOREIGN if said.isascii() else PortState.PRIVATE

@@ -1,9 +1,9 @@
-"""GossipSub's peer scores: what costs a neighbour our attention, and for how long.
+"""GossipSub peer scores: which neighbours are pruned or graylisted, and for how long.
 
-The library scores, and by default every weight is zero. Where it is set, its score is forgotten as soon as a peer
-disconnects, one topic knows nothing of another, a badly scored peer stays in the mesh, whatever a validator does not
-take counts as the neighbour's fault, and a wrong signature counts as nobody's. All of that is put right here and in
-`gossip.py`. Points and decay as in the specification of GossipSub v1.1, P2, P4 and P5.
+The library's weights are all zero by default. Where they are set, its score is forgotten as soon as a peer disconnects,
+topics are scored apart, a badly scored peer stays in the mesh, everything that a validator refuses counts as the
+neighbour's fault, and an invalid signature does not. All of that is corrected here and in `gossip.py`. Points and decay
+as in the specification of GossipSub v1.1, P2, P4 and P5.
 """
 
 from collections import OrderedDict
@@ -14,7 +14,7 @@ from libp2p.peer.id import ID
 from libp2p.pubsub.score import PeerScorer, ScoreParams, TopicScoreParams
 
 MAX_RETAINED: Final = 4096
-"""Disconnected peers whose bad score is remembered: coming back must not wash it off."""
+"""Disconnected peers whose bad score is remembered: reconnecting must not reset it."""
 
 FORGIVEN_SCORE: Final = -1.0
 """A disconnected peer whose score has decayed to this is forgotten."""
@@ -26,15 +26,15 @@ PARAMETERS: Final = ScoreParams(
     p5_behavior_penalty_weight=1,
     p5_behavior_penalty_threshold=30,
     p5_behavior_penalty_decay=0.95,
-    # P7 stays at zero: neighbours within one range are bounded in the mesh, not gagged; see `gossip.Router`.
+    # P7 stays at zero: neighbours within one range are bounded in the mesh, not silenced; see `gossip.Router`.
     gossip_threshold=-10,
     publish_threshold=-40,  # the library asks it of what comes in as well: here the graylist begins
     graylist_threshold=-40,
     accept_px_threshold=0,
 )
 """Decays are per heartbeat, which is a second. Five invalid messages graylist a peer, which is forgiven after half a
-minute; a hundred and more are forgiven after five. What it first delivers of valid messages outweighs half an invalid
-one in each topic, so nobody buys faults with deliveries."""
+minute; a hundred and more are forgiven after five. First deliveries of valid messages outweigh half an invalid one in
+each topic, so faults cannot be bought with deliveries."""
 
 
 class Scores(PeerScorer):
@@ -50,29 +50,29 @@ class Scores(PeerScorer):
         return super().score(peer, self._topics)
 
     def score(self, peer: ID, topics: list[str]) -> float:
-        """Return the score of a peer, whatever topic is asked for: who lies in one is believed in none."""
+        """Return the score of a peer, the same for every topic."""
         del topics
         return self.of(peer)
 
     def graylisted(self, peer: ID) -> bool:
-        """Whether nothing that a peer says is looked at."""
+        """Return whether everything from a peer is ignored."""
         return self.of(peer) < self.params.graylist_threshold
 
     def allow_publish(self, peer: ID, topics: list[str]) -> bool:
-        """Whether messages are taken from a peer and sent to it."""
+        """Return whether messages are exchanged with a peer."""
         del topics
         return self.of(peer) >= self.params.publish_threshold
 
     def allow_gossip(self, peer: ID, topics: list[str]) -> bool:
-        """Whether a peer is told which messages we have."""
+        """Return whether a peer gets IHAVE."""
         del topics
         return self.of(peer) >= self.params.gossip_threshold
 
     def on_invalid_message(self, peer: ID, topic: str) -> None:
-        """Count nothing: the library calls this whatever the reason for which a message was not taken."""
+        """Count nothing: the library calls this for every refusal."""
 
     def invalid(self, peer: ID, topic: str) -> None:
-        """Count a message that no honest peer would have handed on."""
+        """Count a message that no honest peer would have forwarded."""
         count = self.invalid_messages[peer]
         # Capped here as well: the library caps what the count weighs, and lets it take ever longer to fade.
         count[topic] = min(count[topic] + 1, self.params.p4_invalid_messages.cap)
@@ -89,11 +89,11 @@ class Scores(PeerScorer):
             super().remove_peer(oldest)
 
     def returned(self, peer: ID) -> None:
-        """Note that a peer is a neighbour again."""
+        """Mark a peer as connected again."""
         self._retained.pop(peer, None)
 
     def on_heartbeat(self, dt_seconds: float = 1.0) -> None:
-        """Let a second's worth of everything fade."""
+        """Decay the counters by one second."""
         super().on_heartbeat(dt_seconds)
         for peer in [peer for peer in self._retained if self.of(peer) >= FORGIVEN_SCORE]:
             del self._retained[peer]

@@ -1,4 +1,4 @@
-"""A stream of ours over a stream of the library's."""
+"""Our `Stream` over a stream of the library."""
 
 from collections.abc import Awaitable, Callable
 from typing import cast
@@ -50,7 +50,7 @@ class Libp2pStream:
             raise StreamClosed(f"the stream from {self._peer} broke: {error}") from error
 
     async def send_all(self, data: bytes | bytearray | memoryview) -> None:
-        """Send everything, or raise StreamClosed. A peer that takes nothing for too long is cut off."""
+        """Send everything, or raise StreamClosed. A peer that accepts nothing for too long is disconnected."""
         if self._sending:
             raise trio.BusyResourceError("another task is sending on this stream")
         self._sending = True
@@ -67,7 +67,7 @@ class Libp2pStream:
         await self._release()
 
     async def reset(self) -> None:
-        """Tear the stream down at once: the other side sees a broken stream."""
+        """Reset at once: the other side sees a broken stream."""
         self._muxed.reset_now()
         await self._release()
 
@@ -81,9 +81,9 @@ class Libp2pStream:
 
 
 def serve(handler: Callable[[Stream], Awaitable[None]]) -> Callable[[INetStream], Awaitable[None]]:
-    """Return the library's kind of handler for one of ours, whose stream is closed at the end.
+    """Return a handler of the library's kind for one of ours; the stream is closed at the end.
 
-    When it raises, the guard around all handlers resets the stream.
+    If it raises, `isolate_errors` around all handlers resets the stream.
     """
 
     async def run(stream: INetStream) -> None:

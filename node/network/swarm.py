@@ -1,7 +1,6 @@
-"""The library's host, made so that nothing a peer does ends the process or locks others out.
+"""The library's host and swarm, such that nothing a peer does ends the process or locks others out.
 
-Subclasses and wrappers, no patches: the library is told to use these by its own seams. README.md in this folder lists
-each fault with its cure and the test that shows it.
+Subclasses and wrappers, no patches. README.md in this folder lists each fault with its cure and its test.
 """
 
 import logging
@@ -31,7 +30,7 @@ from libp2p.transport.upgrader import TransportUpgrader
 from multiaddr import Multiaddr
 
 from node.network.addresses import TcpAddress, parse_address
-from node.network.admission import Crowded, InboundLimits, make_room
+from node.network.admission import InboundLimits, NoRoom, choose_eviction
 from node.network.peerstore import BoundedPeerStore
 from node.network.transport import UPGRADE_TIMEOUT_S, Tcp, reason
 from node.network.yamux import Yamux
@@ -40,37 +39,37 @@ from node.network.yamux_stream import YamuxStream, shielded
 logger = logging.getLogger(__name__)
 
 DIAL_STAGGER_S: Final = 0.25
-"""Head start of each address of a peer over its next one."""
+"""Head start of each address of a peer over the next one (happy eyeballs)."""
 
 MAX_CONCURRENT_DIALS: Final = 32
 RESTART_DELAY_S: Final = 1.0
 ADDRESS_CACHE_S: Final = 10.0
 REQUEST_TIMEOUT_S: Final = 30.0
-"""How long a stranger may occupy one of the library's handlers of short requests."""
+"""How long a peer may occupy one of the library's handlers of short requests."""
 MAX_REQUESTS_PER_PEER: Final = 16
 
 StreamHandler = Callable[[INetStream], Awaitable[None]]
 AsyncFunction = Callable[..., Awaitable[Any]]
 
 
-def guarded(handler: StreamHandler) -> StreamHandler:
-    """Return a stream handler that never raises but Cancelled: what goes wrong costs the stream."""
+def isolate_errors(handler: StreamHandler) -> StreamHandler:
+    """Wrap a stream handler so that it raises nothing but Cancelled: an error costs the stream."""
 
-    async def guard(stream: INetStream) -> None:
+    async def isolated(stream: INetStream) -> None:
         try:
             await handler(stream)
-        except Exception as error:  # noqa: BLE001  # a stranger's bytes reach every decoder of the library through here
+        except Exception as error:  # noqa: BLE001  # a peer's bytes reach every decoder of the library through here
             logger.debug("a stream of %s failed: %r", stream.muxed_conn.peer_id, error)
             await reset(stream)
 
-    return guard
+    return isolated
 
 
-def rationed(handler: StreamHandler) -> StreamHandler:
-    """Return a handler of short requests that no peer can occupy for long, nor many times at once."""
+def limit_requests(handler: StreamHandler) -> StreamHandler:
+    """Wrap a handler of short requests with limits for each peer: duration and concurrency."""
     busy: dict[ID, int] = {}
 
-    async def ration(stream: INetStream) -> None:
+    async def limited(stream: INetStream) -> None:
         peer = stream.muxed_conn.peer_id
         if busy.get(peer, 0) >= MAX_REQUESTS_PER_PEER:
             await reset(stream)
@@ -84,11 +83,11 @@ def rationed(handler: StreamHandler) -> StreamHandler:
             if not busy[peer]:
                 del busy[peer]
 
-    return ration
+    return limited
 
 
 async def reset(stream: INetStream) -> None:
-    """Break a stream off, whatever state the library believes it to be in."""
+    """Reset a stream, whatever state the library believes it to be in."""
     with shielded(1):
         muxed = getattr(stream, "muxed_stream", None)
         if isinstance(muxed, YamuxStream):
@@ -100,7 +99,7 @@ class GuardedManager(TrioManager):
     """Runs a service of the library whose background tasks may fail without ending the process.
 
     The library ends a service, and with it the program, on the first exception of any of its tasks, and many of them
-    handle what strangers send. Here a short task that fails is dropped, and one that should run for ever is restarted.
+    handle peers' data. Here a short task that fails is dropped, and a daemon task is restarted.
     """
 
     def run_task(
@@ -113,8 +112,8 @@ class GuardedManager(TrioManager):
     ) -> None:
         """Start a task in the nursery of the service."""
         if self._task_nursery is None or not self.is_running:
-            return  # the service is ending: what was to be done in the background is moot
-        run = self._run_for_ever if daemon else self._run_once if not _internal else _run_plainly
+            return  # the service is ending
+        run = self._run_restarting if daemon else self._run_once if not _internal else _run_plainly
         self._task_nursery.start_soon(run, async_fn, args, name=name or getattr(async_fn, "__qualname__", None))
 
     def run_daemon_task(self, async_fn: AsyncFunction, *args: Any, name: str | None = None) -> None:
@@ -127,7 +126,7 @@ class GuardedManager(TrioManager):
         except Exception as error:  # what a peer sent made a task of the library fail
             logger.debug("%s: a task failed: %r", self._service, error, exc_info=True)
 
-    async def _run_for_ever(self, async_fn: AsyncFunction, args: Sequence[Any]) -> None:
+    async def _run_restarting(self, async_fn: AsyncFunction, args: Sequence[Any]) -> None:
         while not self.is_cancelled:
             try:
                 await async_fn(*args)
@@ -149,7 +148,7 @@ async def start_service(nursery: trio.Nursery, service: Service) -> None:
 
 
 class _IdleAutoConnector(AutoConnector):
-    """Whom to connect to is the business of node/swarm: the library would dial every peer it ever heard of."""
+    """Dials no one: node/swarm decides that. The library would dial every peer it has ever heard of."""
 
     async def run_background_task(self, nursery: trio.Nursery) -> None:
         """Do nothing."""
@@ -182,7 +181,7 @@ class GuardedSwarm(Swarm):
         config = ConnectionConfig(
             max_connections=max_connections,
             min_connections=0,
-            # Who has to go is decided when somebody comes: see `add_conn`.
+            # Eviction happens when a connection arrives: see `add_conn`.
             low_watermark=max_connections,
             high_watermark=max_connections,
             inbound_upgrade_timeout=UPGRADE_TIMEOUT_S,
@@ -208,14 +207,14 @@ class GuardedSwarm(Swarm):
         await self.upgrade_inbound_raw_conn(RawConnection(read_write_closer, initiator=False), maddr)
 
     async def add_conn(self, muxed_conn: IMuxedConn, direction: str = "unknown") -> SwarmConn:
-        """Take in a finished connection; an idle one may have to make room for it."""
+        """Add an established connection; an idle one may be evicted for it."""
         if direction == "inbound" and isinstance(muxed_conn, Yamux):
-            # In a library's list, but a connection of ours in every case: the multiplexer is.
+            # Typed as the library's, but all run over our multiplexer.
             held = [one.muxed_conn for one in self.get_connections() if isinstance(one.muxed_conn, Yamux)]
             inbound = [one for one in held if not one.is_initiator and not one.is_closed]
             try:
-                victim = make_room(muxed_conn, inbound, self._inbound, trio.current_time())
-            except Crowded as error:
+                victim = choose_eviction(muxed_conn, inbound, self._inbound, trio.current_time())
+            except NoRoom as error:
                 await muxed_conn.close()
                 raise SwarmException(str(error)) from None
             if victim is not None:
@@ -233,8 +232,8 @@ class GuardedSwarm(Swarm):
     async def dial_peer(self, peer_id: ID) -> list[INetConn]:
         """Return connections to a peer, dialling it if there are none; raise SwarmException with the reason.
 
-        Who asks for a peer that is being dialled waits for that dial. The library's own lookups, which know no better
-        than to try every dead peer again, are refused for a minute after a failure; `unblock_peer` lifts that.
+        Concurrent calls for one peer share a dial. The library's own lookups, which would try every dead peer again,
+        are refused for a minute after a failure; `unblock_peer` lifts that.
         """
         if connections := self.live_connections(peer_id):
             return connections
@@ -249,19 +248,19 @@ class GuardedSwarm(Swarm):
             return connections
         raise SwarmException(dial.failure or "the connection closed at once")
 
-    def leave_alone(self, peer_id: ID) -> None:
-        """Keep the library's own lookups from dialling a peer for a minute."""
+    def block_redial(self, peer_id: ID) -> None:
+        """Refuse dials of a peer by the library's own lookups for a minute."""
         self._negative_peer_cache.mark_failed(str(peer_id))
 
     async def _run_dial(self, peer_id: ID, dial: _Dial) -> None:
-        dial.failure = "the dial was given up"
+        dial.failure = "the dial was cancelled"
         try:
             async with self._dial_limiter:
                 await self._dial_addresses(peer_id, dial)
             if not dial.failure:
                 self._negative_peer_cache.evict(str(peer_id))
             elif self._dialable(peer_id):
-                self.leave_alone(peer_id)
+                self.block_redial(peer_id)
                 self._forget_addresses(peer_id)
         finally:
             del self._dials[peer_id]
@@ -270,7 +269,7 @@ class GuardedSwarm(Swarm):
     async def _dial_addresses(self, peer_id: ID, dial: _Dial) -> None:
         addresses = self._dialable(peer_id)
         if not addresses:
-            dial.failure = "no address of it is known"
+            dial.failure = "no address of the peer is known"
             return
         dial.failure = f"{addresses[0]} did not answer within {self._dial_timeout_s:g} s"
         failures: list[str] = []
@@ -303,13 +302,13 @@ class GuardedSwarm(Swarm):
             scope.cancel()
 
     def _forget_addresses(self, peer_id: ID) -> None:
-        """Let the library's lookups forget a peer that does not answer; who wants it by name still finds it."""
+        """Remove the addresses of an unreachable peer from the library's lookups; our own address book keeps them."""
         self._remember(peer_id, [str(address) for address in self._dialable(peer_id)])
         with suppress(PeerStoreError):
             self.peerstore.clear_addrs(peer_id)
 
     def _dialable(self, peer_id: ID) -> list[Multiaddr]:
-        """Return what we may dial for this peer, loopback last: it means another machine to another machine."""
+        """Return the addresses to dial for a peer, loopback last: on another machine it means that machine."""
         try:
             known = self.peerstore.addrs(peer_id)
         except PeerStoreError:
@@ -326,7 +325,7 @@ class GuardedSwarm(Swarm):
 
 
 class GuardedHost(BasicHost):
-    """The library's host, whose identify requests run in our nursery: it would start them outside of every nursery."""
+    """The library's host, with identify requests in our nursery: it would start them outside of every nursery."""
 
     def __init__(
         self, swarm: GuardedSwarm, nursery: trio.Nursery, advertised: Callable[[list[Multiaddr]], list[Multiaddr]]
@@ -337,11 +336,11 @@ class GuardedHost(BasicHost):
         self._addresses_of = 0
         protocols = get_default_protocols(self)
         for protocol in (IDENTIFY_PROTOCOL, IDENTIFY_PUSH_PROTOCOL):
-            protocols[protocol] = rationed(protocols[protocol])
+            protocols[protocol] = limit_requests(protocols[protocol])
         super().__init__(
             swarm, default_protocols=protocols, addrs_factory=advertised, disable_identify_address_discovery=True
         )
-        swarm.set_stream_handler(guarded(self._swarm_stream_handler))
+        swarm.set_stream_handler(isolate_errors(self._swarm_stream_handler))
 
     def get_addrs(self) -> list[Multiaddr]:
         """Return the addresses we advertise. The library asks for them with every message that it sends."""
@@ -364,12 +363,12 @@ class GuardedHost(BasicHost):
     async def _identify_quietly(self, peer_id: ID, why: str) -> None:
         try:
             await self._identify_task_entry(peer_id, why)
-        except Exception as error:  # noqa: BLE001  # the answer is a stranger's
+        except Exception as error:  # noqa: BLE001  # a peer's answer, through the library's decoders
             logger.debug("identify of %s failed: %r", peer_id, error)
 
 
-def quiet_library() -> None:
-    """Keep the library's log to itself: it calls warnings and errors what any stranger does every minute.
+def silence_library_log() -> None:
+    """Silence the library's log, which reports ordinary peer behaviour as warnings and errors.
 
     Set LIBP2P_DEBUG to see it. The root logger gets a handler, if it has none, because the library logs through it too,
     and a first call would install one that writes to the terminal.

@@ -1,4 +1,4 @@
-"""What a connection carries per second, seen from transfers that happen anyway. No I/O."""
+"""Throughput of a connection, measured passively from ordinary transfers. No I/O."""
 
 import math
 from collections.abc import Callable
@@ -11,7 +11,7 @@ MIN_BURST_BYTES: Final = 64 << 10
 """A smaller write shows the latency of a connection and not its rate."""
 
 Report = Callable[[int, float], None]
-"""Takes bytes that were transferred, and the seconds that they took."""
+"""Called with transferred bytes and the seconds that they took."""
 
 
 class ThroughputMeter:

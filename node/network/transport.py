@@ -1,4 +1,4 @@
-"""TCP as the library wants it, and the way to a secured, multiplexed connection: Noise and yamux, nothing else.
+"""TCP transport for the library, and the upgrade to a secured, multiplexed connection: Noise and yamux, nothing else.
 
 The library's own listener binds with SO_REUSEPORT, so that a second daemon on a taken port starts without a word, and
 runs in a task outside of every nursery of ours; its default host also accepts plaintext.
@@ -27,7 +27,7 @@ from libp2p.transport.upgrader import TransportUpgrader
 from multiaddr import Multiaddr
 
 from node.network.addresses import TcpAddress, parse_address
-from node.network.admission import MAX_HANDSHAKES, Handshakes
+from node.network.admission import MAX_HANDSHAKES, HandshakeLimiter
 from node.network.interface import NetworkError
 from node.network.yamux import PROTOCOL_ID as YAMUX_PROTOCOL_ID
 from node.network.yamux import Yamux
@@ -37,7 +37,7 @@ logger = logging.getLogger(__name__)
 
 READ_BYTES: Final = 256 << 10
 LISTEN_BACKLOG: Final = 4096
-"""A dial that finds the backlog full is tried again by its system after a second, so it holds what a flood brings."""
+"""Listen backlog: a dial that finds it full is retried by its system only after a second."""
 
 UPGRADE_TIMEOUT_S: Final = 5
 
@@ -110,17 +110,17 @@ class TcpListener(IListener):
         try:
             stream = TcpStream(socket_stream)
         except OSError:
-            return  # gone before we looked
+            return  # closed already
         host, _ = stream.get_remote_address()
         try:
             with self._transport.handshakes.place(host) as scope:
                 with trio.fail_after(UPGRADE_TIMEOUT_S):
-                    await trio.lowlevel.wait_readable(socket_stream.socket)  # who says nothing costs no handshake
-                    await self._transport.handshakes.turn(host)
+                    await trio.lowlevel.wait_readable(socket_stream.socket)  # a silent client costs no handshake
+                    await self._transport.handshakes.wait_turn(host)
                 await self._handler(stream)
             if not scope.cancelled_caught:
                 await stream.closed.wait()
-        except Exception as error:  # noqa: BLE001  # whatever a stranger's handshake makes the library raise
+        except Exception as error:  # noqa: BLE001  # a peer's handshake through the library's decoders
             logger.debug("inbound connection from %s failed: %r", host, error)
         finally:
             with shielded(1):
@@ -143,7 +143,7 @@ class Tcp(ITransport):
         self, nursery: trio.Nursery, bound: dict[str, list[trio.SocketListener]], handshakes: int = MAX_HANDSHAKES
     ) -> None:
         self.nursery = nursery
-        self.handshakes = Handshakes(handshakes)
+        self.handshakes = HandshakeLimiter(handshakes)
         self._bound = bound
 
     def take_listeners(self, address: Multiaddr) -> list[trio.SocketListener]:
@@ -164,7 +164,7 @@ class Tcp(ITransport):
         return TcpListener(self, handler_function)
 
     def can_dial(self, maddr: Multiaddr) -> bool:
-        """Whether this is plain TCP."""
+        """Return whether this is plain TCP."""
         try:
             parse_address(str(maddr))
         except ValueError:
@@ -172,7 +172,7 @@ class Tcp(ITransport):
         return True
 
     def can_listen(self, maddr: Multiaddr) -> bool:
-        """Whether this is plain TCP."""
+        """Return whether this is plain TCP."""
         return self.can_dial(maddr)
 
     def protocols(self) -> list[str]:
@@ -189,23 +189,23 @@ async def bind(address: TcpAddress) -> list[trio.SocketListener]:
 
 
 class ConnectionObserver(Protocol):
-    """Is told what happens on all connections."""
+    """Observes all connections."""
 
     def fault(self, peer_id: ID, reason: str) -> None:
-        """Note why a peer was cut off."""
+        """Report why a peer was disconnected."""
         ...
 
     def sent(self, peer_id: ID, byte_count: int, seconds: float) -> None:
-        """Note what was transferred to a peer without a pause, and how long it took."""
+        """Report a burst sent to a peer and its duration."""
         ...
 
     def received(self, peer_id: ID, byte_count: int, seconds: float) -> None:
-        """Note what was transferred from a peer without a pause, and how long it took."""
+        """Report a burst received from a peer and its duration."""
         ...
 
 
 class YamuxMultistream(MuxerMultistream):
-    """Negotiates yamux and makes it ours: the library's class has its own yamux built in."""
+    """Negotiates yamux with our multiplexer: the library's class has its own built in."""
 
     def __init__(self, limits: YamuxLimits, observer: ConnectionObserver) -> None:
         super().__init__({TProtocol(YAMUX_PROTOCOL_ID): Yamux})
@@ -227,7 +227,7 @@ class YamuxMultistream(MuxerMultistream):
 
 
 def secure_upgrader(key_pair: KeyPair, limits: YamuxLimits, observer: ConnectionObserver) -> TransportUpgrader:
-    """Return the way from a TCP connection to streams: Noise, then yamux."""
+    """Return the upgrader from TCP to streams: Noise, then yamux."""
     noise = NoiseTransport(key_pair, noise_privkey=create_noise_key_pair().private_key)
     upgrader = TransportUpgrader({NOISE_PROTOCOL_ID: noise}, {TProtocol(YAMUX_PROTOCOL_ID): Yamux})
     upgrader.muxer_multistream = YamuxMultistream(limits, observer)
@@ -241,7 +241,7 @@ def _address_of(sock: trio.socket.SocketType) -> Multiaddr:
 
 
 def reason(error: BaseException) -> str:
-    """Return what is at the bottom of a chain of exceptions, as one line."""
+    """Return the root cause of an exception as one line."""
     while True:
         if isinstance(error, BaseExceptionGroup):
             error = error.exceptions[0]

@@ -1,4 +1,4 @@
-"""The stream multiplexer: yamux, as its specification has it, made to withstand hostile and slow peers.
+"""The stream multiplexer: yamux by its specification, robust against hostile and slow peers.
 
 The library's own yamux loses a connection when a write is cancelled, resets a stream whose reader pauses for five
 seconds, lets a peer ignore its windows, polls every 10 ms for a window, and blocks for ever at the 257th stream. This
@@ -15,7 +15,7 @@ from collections.abc import Awaitable, Callable
 from typing import Final
 
 import trio
-from libp2p.abc import IMuxedConn, ISecureConn
+from libp2p.abc import ISecureConn
 from libp2p.connection_types import ConnectionType
 from libp2p.peer.id import ID
 from libp2p.stream_muxer.exceptions import (
@@ -37,6 +37,7 @@ from node.network.yamux_stream import (
     RST,
     SYN,
     WINDOW_UPDATE,
+    StreamMultiplexer,
     YamuxLimits,
     YamuxStream,
     shielded,
@@ -56,7 +57,7 @@ class _PeerFaultError(Exception):
     """The peer broke the yamux protocol; the connection ends."""
 
 
-class Yamux(IMuxedConn):
+class Yamux(StreamMultiplexer):
     """One connection with many streams, over a secured connection."""
 
     def __init__(
@@ -70,8 +71,8 @@ class Yamux(IMuxedConn):
     ) -> None:
         """Wrap `conn`, which is authenticated as `peer_id`.
 
-        `on_fault` hears why we cut the peer off, if we do; `on_sent` and `on_received` what was transferred in bursts,
-        as the peer's own grants and our own reads show it.
+        `on_fault` is called with the reason when we disconnect the peer; `on_sent` and `on_received` with the size and
+        duration of bursts, as the peer's grants and our reads show them.
         """
         self.secured_conn = conn
         self.peer_id = peer_id
@@ -96,7 +97,7 @@ class Yamux(IMuxedConn):
         self._downloads = ThroughputMeter(on_received)
         self.established_s = trio.current_time()
         self.last_data_s: float | None = None
-        """When the peer last sent anything on a stream; None while it never did."""
+        """When the peer last sent data on a stream; None before the first."""
         self._ping_sent = 0.0
         self._round_trip_s = 0.0
 
@@ -152,17 +153,17 @@ class Yamux(IMuxedConn):
                 await self._close_secured()
 
     async def close(self) -> None:
-        """Say goodbye, if the peer listens, and end the connection. Bounded by a second."""
+        """Send GO_AWAY, if the peer reads, and end the connection, within a second."""
         if not self.event_closed.is_set():
             with shielded(0.5):
                 self.queue_control(GO_AWAY, 0, 0, _NORMAL)
-                await self._send_last_words()
+                await self._flush_before_close()
         self.abort()
         with shielded(0.5):
             await self._close_secured()
 
     def abort(self, fault: str | None = None) -> None:
-        """End the connection at once; `fault` says what the peer did."""
+        """End the connection at once; `fault` is what the peer did wrong."""
         if fault is not None and not self.event_closed.is_set():
             self._on_fault(fault)
         self._end()
@@ -178,7 +179,7 @@ class Yamux(IMuxedConn):
             self._writing.cancel()
 
     async def _close_secured(self) -> None:
-        # Whatever the layers below say of a dying socket, it is dead.
+        # The layers below raise a dozen types for a dead socket.
         with contextlib.suppress(Exception):
             await self.secured_conn.close()
 
@@ -216,7 +217,7 @@ class Yamux(IMuxedConn):
             self._theirs -= 1
 
     def consumed(self, stream: YamuxStream, size: int) -> None:
-        """Grant the peer new window for what was read, in portions of half a window."""
+        """Grant the peer new window for bytes that were read, in portions of half a window."""
         if stream.finished or stream.broken:
             return
         stream.consumed += size
@@ -239,11 +240,11 @@ class Yamux(IMuxedConn):
     # Writing
 
     def queue_control(self, kind: int, flags: int, stream_id: int, value: int) -> None:
-        """Have a frame without payload sent with the next write, or as soon as the connection is free."""
+        """Queue a frame without payload for the next write, or until the connection is free."""
         if self.event_closed.is_set():
             return
         if len(self._control) >= MAX_PENDING_CONTROL_BYTES:
-            self.abort("it does not read what it asks for")
+            self.abort("it does not read the answers it asks for")
             return
         self._control += HEADER.pack(0, kind, flags, stream_id, value)
         self._control_pending.unpark_all()
@@ -270,9 +271,9 @@ class Yamux(IMuxedConn):
         if self.event_closed.is_set():
             raise MuxedStreamReset("the connection was closed")
         if scope.cancelled_caught:
-            reason = f"it took nothing for {self.limits.write_timeout_s:g} s"
+            reason = f"it accepted nothing for {self.limits.write_timeout_s:g} s"
             self.abort(reason)
-            raise MuxedStreamReset(f"the connection was closed: the peer took nothing ({reason})")
+            raise MuxedStreamReset(f"the connection was closed: the peer accepted nothing ({reason})")
 
     async def _flush_control(self) -> None:
         while not self.event_closed.is_set():
@@ -307,12 +308,12 @@ class Yamux(IMuxedConn):
             self._on_fault(str(fault))
             self.queue_control(GO_AWAY, 0, 0, _PROTOCOL_ERROR)
             with trio.move_on_after(0.5):
-                await self._send_last_words()
-        except Exception as error:  # noqa: BLE001  # every layer below has its own way to say that it ended
+                await self._flush_before_close()
+        except Exception as error:  # noqa: BLE001  # the layers below raise a dozen types when they end
             logger.debug("connection to %s ended: %r", self.peer_id, error)
         self.abort()
 
-    async def _send_last_words(self) -> None:
+    async def _flush_before_close(self) -> None:
         async with self.write_lock:
             with contextlib.suppress(MuxedStreamError):
                 await self.write_frame(b"")
@@ -369,7 +370,7 @@ class Yamux(IMuxedConn):
     def _widen_window(self, stream: YamuxStream, size: int) -> None:
         stream.send_window = min(stream.send_window + size, MAX_SEND_WINDOW_BYTES)
         stream.writable.unpark_all()
-        # A grant may also be a larger window: no more has arrived than was sent.
+        # A grant may also enlarge the window: no more has arrived than was sent.
         arrived = min(size, stream.outstanding)
         stream.outstanding -= arrived
         if arrived >= MIN_BURST_BYTES:

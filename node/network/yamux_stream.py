@@ -1,22 +1,20 @@
-"""A stream of our multiplexer: its two windows, its buffer, and who waits for them."""
+"""A yamux stream: flow-control windows, receive buffer, and the tasks that wait for them."""
 
 import struct
+from abc import abstractmethod
 from collections import deque
 from dataclasses import dataclass
 from types import TracebackType
-from typing import TYPE_CHECKING, Final, Self
+from typing import Final, Self
 
 import trio
-from libp2p.abc import IMuxedStream
+from libp2p.abc import IMuxedConn, IMuxedStream
 from libp2p.stream_muxer.exceptions import MuxedStreamClosed, MuxedStreamEOF, MuxedStreamReset
 
-from node.network.throughput_meter import MIN_BURST_BYTES
-
-if TYPE_CHECKING:
-    from node.network.yamux import Yamux
+from node.network.throughput_meter import MIN_BURST_BYTES, ThroughputMeter
 
 INITIAL_WINDOW_BYTES: Final = 256 << 10
-"""What either side may send on a new stream, by the specification."""
+"""Initial window of a stream in either direction, by the specification."""
 
 MAX_FRAME_BYTES: Final = 4 * 65519 - 12
 """With its header, a frame fills exactly four Noise messages."""
@@ -28,39 +26,67 @@ SYN, ACK, FIN, RST = 1, 2, 4, 8
 
 @dataclass(frozen=True, slots=True)
 class YamuxLimits:
-    """What one connection may cost us, and how long we wait for its peer."""
+    """Resources that one connection may use, and how long its peer is waited for."""
 
     max_streams: int = 200
     """Streams open at a time, counted apart for those we opened and those the peer opened."""
     max_window_bytes: int = 2 << 20
-    """How far the receive window of a stream that is read swiftly may grow."""
+    """Largest receive window of a stream that is read quickly."""
     max_window_growth_bytes: int = 32 << 20
-    """The same for all streams of the connection together, beyond their initial windows."""
+    """Growth of all windows of the connection together, beyond their initial sizes."""
     write_timeout_s: float = 10.0
-    """A peer that takes no byte for so long is cut off: the stream for want of a window, else the connection."""
+    """A peer that accepts no byte for this long is disconnected: the stream without a window, else the connection."""
     keepalive_s: float = 10.0
-    """A peer that is silent for so long is pinged, and cut off when it stays silent for as long again."""
+    """A peer silent for this long is pinged, and disconnected if it stays silent for as long again."""
     linger_s: float = 60.0
     """How long the peer may leave its half of a stream open after we closed ours."""
 
 
 def shielded(timeout_s: float) -> trio.CancelScope:
-    """Return a scope for what must be done even under cancellation, bounded in time."""
+    """Return a cancel scope that is shielded, for at most `timeout_s`."""
     scope = trio.move_on_after(timeout_s)
     scope.shield = True
     return scope
 
 
+class StreamMultiplexer(IMuxedConn):
+    """What a stream needs of the connection that carries it."""
+
+    limits: YamuxLimits
+    write_lock: trio.Lock
+    uploads: ThroughputMeter
+
+    @abstractmethod
+    def get_remote_address(self) -> tuple[str, int] | None:
+        """Return host and port of the peer."""
+
+    @abstractmethod
+    async def write_frame(self, header: bytes, payload: memoryview | bytes = b"") -> None:
+        """Write a frame; the caller holds `write_lock`."""
+
+    @abstractmethod
+    def queue_control(self, kind: int, flags: int, stream_id: int, value: int) -> None:
+        """Queue a frame without payload."""
+
+    @abstractmethod
+    def consumed(self, stream: "YamuxStream", size: int) -> None:
+        """Account for bytes that were read, and grant new window."""
+
+    @abstractmethod
+    def forget(self, stream: "YamuxStream") -> None:
+        """Drop a stream that is closed in both directions."""
+
+
 class YamuxStream(IMuxedStream):
     """One stream. The library uses read/write/close/reset; our own code the same, through `Libp2pStream`."""
 
-    def __init__(self, connection: "Yamux", stream_id: int, *, ours: bool) -> None:
-        self.muxed_conn: Yamux = connection
+    def __init__(self, connection: StreamMultiplexer, stream_id: int, *, ours: bool) -> None:
+        self.muxed_conn: StreamMultiplexer = connection
         self.stream_id = stream_id
         self.ours = ours
         self.send_window = INITIAL_WINDOW_BYTES
         self.outstanding = 0
-        """Bytes sent of which the peer has not said, by granting new window, that it consumed them."""
+        """Bytes sent that the peer has not acknowledged by granting new window."""
         self.receive_window = INITIAL_WINDOW_BYTES
         self.target_window = INITIAL_WINDOW_BYTES
         self.consumed = 0
@@ -131,7 +157,7 @@ class YamuxStream(IMuxedStream):
             self._raise_if_unwritable()
             if self.send_window == 0:
                 self.reset_now()
-                raise MuxedStreamReset(f"the peer took nothing for {self.muxed_conn.limits.write_timeout_s:g} s")
+                raise MuxedStreamReset(f"the peer accepted nothing for {self.muxed_conn.limits.write_timeout_s:g} s")
         return self.send_window
 
     def _raise_if_unwritable(self) -> None:
@@ -141,12 +167,12 @@ class YamuxStream(IMuxedStream):
             raise MuxedStreamClosed("stream is closed for sending")
 
     async def close(self) -> None:
-        """Say that we send no more. The peer may still send: this is what the library's protocols expect."""
+        """Close the sending half. The peer may still send: the library's protocols expect that."""
         self.close_now(discard=False)
         await trio.lowlevel.checkpoint_if_cancelled()
 
     def close_now(self, *, discard: bool) -> None:
-        """Close without waiting: the last frame goes out with the next write. `discard`: break off what still comes."""
+        """Close without waiting: the last frame goes out with the next write. `discard`: reset if more data arrives."""
         if discard:
             self.discarding = True
             self.chunks.clear()
@@ -160,21 +186,21 @@ class YamuxStream(IMuxedStream):
             self.muxed_conn.forget(self)
 
     async def reset(self) -> None:
-        """Break the stream off in both directions."""
+        """Reset the stream in both directions."""
         self.reset_now()
         await trio.lowlevel.checkpoint_if_cancelled()
 
     def reset_now(self) -> None:
-        """Do `reset` without waiting."""
+        """Reset without waiting."""
         if self.broken:
-            return  # the library resets every stream of a lost connection: what was complete may still be read
+            return  # the library resets every stream of a lost connection: a complete one may still be read
         if not (self.send_closed and self.finished):
             self.muxed_conn.queue_control(WINDOW_UPDATE, RST, self.stream_id, 0)
         self.chunks.clear()
         self.break_off()
 
     def break_off(self) -> None:
-        """Mark the stream dead and wake everybody. Only what was complete before may still be read."""
+        """Mark the stream broken and wake its waiters. A stream that had ended may still be read."""
         self.broken = self.send_closed = True
         if not self.finished:
             self.chunks.clear()

@@ -28,10 +28,10 @@ from node.swarm.dht_records import RecordKinds
 from node.swarm.peer_limits import Ban, Standing, Standings
 from node.util.token_bucket import Allowance, TokenBucket
 from protocol.errors import RemoteProtocolError
-from protocol.history import HistoryDigest, decode_batch, history_key, summarise, take_batch, unseal_history
+from protocol.history import HistoryDigest, decode_batch, history_key, summarise, take_batch
 from protocol.identity import PeerId
 from protocol.observations import OBSERVATIONS_TOPIC, SignedObservation, open_observation
-from protocol.records import seal
+from protocol.records import seal, unseal_from_dht
 from protocol.sync import PROTOCOL_ID
 
 MAX_WAITING = 256
@@ -457,7 +457,7 @@ class ObservationReplicator:
     # The digest record
 
     def _validate_record(self, key: str, data: bytes) -> bool:
-        unseal_history(key, data, self._wall_clock())
+        unseal_from_dht(HistoryDigest, key, data, self._wall_clock())
         return True
 
     async def _keep_record(self) -> None:
@@ -507,7 +507,7 @@ class ObservationReplicator:
         with trio.move_on_after(RECORD_TIMEOUT_S):
             try:
                 if data := await self._network.get_record(history_key(peer)):
-                    record = unseal_history(history_key(peer), data, self._wall_clock())
+                    record = unseal_from_dht(HistoryDigest, history_key(peer), data, self._wall_clock())
                     self._promising[peer] = 1 + record.estimate_lacking(await self._replica.tree())
             except (NetworkError, RemoteProtocolError, StorageError) as error:
                 _logger.debug("history record not read", peer=peer, reason=str(error))

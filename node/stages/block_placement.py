@@ -16,8 +16,8 @@ import trio
 from node.swarm.directory import Statement
 from node.swarm.membership import Membership
 from node.util.offload import Offload, run_in_thread
-from protocol.identity import BlockRange, ModelId, PeerId
-from protocol.records import Placement
+from protocol.announcements import Placement
+from protocol.identity import BlockRange, ModelId, PeerId, Stage
 from selector.peer_speed import UNKNOWN_BLOCK_S
 from selector.placement import (
     CUT_S,
@@ -107,7 +107,7 @@ class BlockPlacer:
     def choose(self, length: int) -> BlockRange:
         """Return the blocks that the swarm lacks most, as many as this node holds."""
         length = min(length, self._block_count)
-        return BlockRange(*choose_span(self._block_count, self._others(), length, unknown_rate(length)))
+        return choose_span(self._block_count, self._others(), length, unknown_rate(length))
 
     def say(self, blocks: BlockRange | None, rate: float | None = None) -> None:
         """Say that these blocks are meant to be served, or none any more, at the rate said before or another."""
@@ -133,8 +133,8 @@ class BlockPlacer:
                 continue
             self.say(target)
             await trio.sleep(self._jitter.uniform(*SETTLE_S))
-            here = Server(self._own_peer, now.start, now.end, self._rate(now))
-            if still_worthwhile(self._block_count, self._others(), here, (target.start, target.end)):
+            here = Server(Stage(self._own_peer, now), self._rate(now))
+            if still_worthwhile(self._block_count, self._others(), here, target):
                 _logger.info("moving to other blocks", model=self._model, blocks=str(now), to=str(target))
                 return target
             self.say(now)
@@ -142,7 +142,7 @@ class BlockPlacer:
     async def wait_dispensable(self, old: BlockRange, new: BlockRange) -> None:
         """Wait until the old blocks may go, as every one of them is served by others or among the new ones."""
         while True:  # nobody tells us: what others serve is heard with their heartbeats
-            if may_drop(self._block_count, self._serving(), (old.start, old.end), (new.start, new.end)):
+            if may_drop(self._block_count, self._serving(), old, new):
                 return
             await trio.sleep(DROP_ROUND_S)
 
@@ -159,8 +159,7 @@ class BlockPlacer:
         # Everybody draws the same, and so plans the same.
         moves = await self._offload(lambda: plan_moves(self._block_count, known, random.Random(0)))
         self._planned_for = known
-        span = moves.get(self._own_peer)
-        target = None if span is None else BlockRange(*span)
+        target = moves.get(self._own_peer)
         if target is None or target == now or len(target) != len(now):
             return None  # or planned by what we said before
         return None if self._barred_until_s.get(target, 0) > trio.current_time() else target
@@ -178,25 +177,25 @@ class BlockPlacer:
         """Return who else serves or will serve what, by what they said last."""
         directory = self._membership.directory
         servers = directory.servers(self._model, self._statements.now_ms() + 1000 * int(ROUND_S))
-        told = {server.peer for server in servers}
+        told = {server.stage.peer for server in servers}
         # Of whom only a record was found it is not known what it means to serve.
         silent = [
-            Server(c.peer, c.blocks.start, c.blocks.end, unknown_rate(len(c.blocks)), movable=False)
+            Server(c.stage, unknown_rate(len(c.stage.blocks)), movable=False)
             for c in directory.candidates(self._model)
-            if c.peer not in told
+            if c.stage.peer not in told
         ]
-        return [server for server in (*servers, *silent) if server.peer != self._own_peer]
+        return [server for server in (*servers, *silent) if server.stage.peer != self._own_peer]
 
     def _serving(self) -> list[Server]:
         """Return who else serves what, and will go on doing so."""
-        meant: dict[str, list[Server]] = {}
+        meant: dict[PeerId, list[Server]] = {}
         for server in self._others():
-            meant.setdefault(server.peer, []).append(server)
+            meant.setdefault(server.stage.peer, []).append(server)
         return [
-            replace(server, start=start, end=end)
+            replace(server, stage=Stage(c.stage.peer, overlap))
             for c in self._membership.directory.candidates(self._model, without=(self._own_peer,))
-            for server in meant.get(c.peer, ())
-            if (start := max(server.start, c.blocks.start)) < (end := min(server.end, c.blocks.end))
+            for server in meant.get(c.stage.peer, ())
+            if (overlap := server.stage.blocks.overlap(c.stage.blocks)) is not None
         ]
 
 

@@ -11,7 +11,8 @@ from typing import Final
 import structlog
 import trio
 
-from node.engine.interface import Engine, EngineCrashed, EngineError, Prefix, SessionOptions, SliceInput, Variant
+from node.engine.base import Engine
+from node.engine.interface import EngineCrashed, EngineError, Prefix, SessionOptions, SliceInput, Variant
 from protocol.identity import SessionId
 from protocol.limits import MAX_SLICES
 from protocol.messages import Sampling

@@ -1,31 +1,34 @@
-"""What stages keep so that a lost one can be replaced: the outputs they have sent. And from where each goes on then."""
+"""Replay buffer: outputs that a stage has sent, retained so that a replacement stage can be re-fed after a failover.
 
-from collections.abc import Iterator, Sequence
+And the plan of a failover: from which position each stage of the new route resumes.
+"""
+
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
 from protocol.tensors import Tensor
 
-KEPT_BYTES: Final = 512 << 20
-"""What the outputs kept by a span's sessions may take together: the rows of 200,000 positions of 640 elements."""
+REPLAY_BYTES: Final = 512 << 20
+"""Limit of the replay buffers of a span's sessions together: the rows of 200,000 positions of 640 elements."""
 
-KEPT_SHARE: Final = 1 / 16
-"""Of a span's memory, where that is less. A position's output takes a small part of what its keys and values take."""
-
-
-def kept_bytes_of(memory_bytes: int) -> int:
-    """Return what kept outputs may take of a span's memory."""
-    return min(KEPT_BYTES, int(memory_bytes * KEPT_SHARE))
+REPLAY_SHARE: Final = 1 / 16
+"""Of a span's memory, where that is less. A position's output is a small part of its keys and values."""
 
 
-class Budget:
-    """Bytes that many may take from, and give back."""
+def replay_bytes_of(memory_bytes: int) -> int:
+    """Return how much of a span's memory replay buffers may take."""
+    return min(REPLAY_BYTES, int(memory_bytes * REPLAY_SHARE))
 
-    def __init__(self, limit_bytes: int = KEPT_BYTES) -> None:
+
+class ReplayMemory:
+    """Bytes that the replay buffers of a span share."""
+
+    def __init__(self, limit_bytes: int = REPLAY_BYTES) -> None:
         self._free_bytes = limit_bytes
 
     def take(self, count: int) -> bool:
-        """Take bytes (less than 0: give them back); say whether there were so many."""
+        """Take bytes (less than 0: return them); return whether there were enough."""
         if count > self._free_bytes:
             return False
         self._free_bytes -= count
@@ -33,29 +36,29 @@ class Budget:
 
 
 class ReplayBuffer:
-    """The outputs of one session, end to end, as they were sent. Copied: what they come in is shared with others."""
+    """The contiguous outputs of one session, as they were sent. Copied: a batch's outputs share memory."""
 
-    def __init__(self, budget: Budget) -> None:
+    def __init__(self, memory: ReplayMemory) -> None:
         self.start = 0
-        """The first position kept."""
-        self._budget = budget
+        """The first position retained."""
+        self._memory = memory
         self._data = bytearray()
         self._like: Tensor | None = None
 
     @property
     def end(self) -> int:
-        """The position after the last that is kept."""
+        """The position after the last one retained."""
         return self.start + (len(self._data) // self._like.row_bytes if self._like else 0)
 
-    def keep(self, position: int, rows: Tensor) -> None:
-        """Keep rows, instead of those that were kept from their position on. Without room for them all is given up."""
+    def write(self, position: int, rows: Tensor) -> None:
+        """Retain rows, replacing those from their position on. Drops everything when the memory is short."""
         if not self.start <= position <= self.end:
             self.drop(position)
         before = len(self._data)
         del self._data[(position - self.start) * rows.row_bytes :]
-        # Given back here if it is less than before.
-        if not self._budget.take(len(self._data) + len(rows.data) - before):
-            self._budget.take(-before)
+        # Returned here if it is less than before.
+        if not self._memory.take(len(self._data) + len(rows.data) - before):
+            self._memory.take(-before)
             self._data.clear()
             self.start = position + rows.rows
             return
@@ -63,44 +66,42 @@ class ReplayBuffer:
         self._like = rows.cut(0, 0)
 
     def drop(self, start: int = 0) -> None:
-        """Give up everything, and begin anew at a position."""
-        self._budget.take(-len(self._data))
+        """Drop everything, and start anew at a position."""
+        self._memory.take(-len(self._data))
         self._data.clear()
         self.start = start
 
-    def pieces(self, start: int, end: int, rows: int) -> Iterator[tuple[int, Tensor]]:
-        """Yield positions `start` to `end`, `rows` at a time, each with its first position."""
+    def read(self, start: int, end: int) -> Tensor:
+        """Return a copy of the outputs of positions `start` to `end`. Raises ValueError when they are not retained."""
         if self._like is None or not self.start <= start <= end <= self.end:
-            raise ValueError(f"positions {start} to {end} are not among those kept, {self.start} to {self.end}")
+            raise ValueError(f"positions {start} to {end} are not in the replay buffer, {self.start} to {self.end}")
         row_bytes = self._like.row_bytes
-        for first in range(start, end, rows):
-            last = min(first + rows, end)
-            data = bytes(self._data[(first - self.start) * row_bytes : (last - self.start) * row_bytes])
-            yield first, Tensor(self._like.dtype, (last - first, *self._like.shape[1:]), data)
+        data = bytes(self._data[(start - self.start) * row_bytes : (end - self.start) * row_bytes])
+        return Tensor(self._like.dtype, (end - start, *self._like.shape[1:]), data)
 
 
 @dataclass(frozen=True, slots=True)
-class Held:
-    """What a stage has of a session before it begins.
+class ResumePoint:
+    """What a stage holds of a session before it begins.
 
-    `positions`, from the first on, need not be computed there; the outputs from `kept_from` on can be sent again.
+    `positions`, from the first on, need not be computed there; the outputs from `replay_from` on can be replayed.
     """
 
     positions: int
-    kept_from: int
+    replay_from: int
 
 
-def starts_of(stages: Sequence[Held], last: int) -> list[int]:
-    """Return for each stage, in order, the first position whose row it is to compute: as late as can be.
+def plan_resume(stages: Sequence[ResumePoint], last: int) -> list[int]:
+    """Return for each stage, in order, the first position whose row it computes: as late as possible.
 
-    Position `last`, whose row draws the next token, is computed by all. A stage whose next one starts earlier has kept
+    Position `last`, whose row draws the next token, is computed by all. A stage whose next one starts earlier replays
     the outputs between, or else it starts as early.
     """
     starts: list[int] = []
     following = last
     for stage in reversed(stages):
         start = min(stage.positions, last)
-        if following < start and stage.kept_from > following:
+        if following < start and stage.replay_from > following:
             start = following
         starts.append(start)
         following = start

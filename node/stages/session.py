@@ -17,11 +17,12 @@ import trio
 from node.engine.activation_codec import check_tensor, check_tokens
 from node.engine.interface import BadRows, KvCompatibilityKey, Prefix, SessionOptions, Variant
 from node.engine.kv_allocator import HIDDEN_DTYPES
-from node.links.link import InboundLink, OutboundLink
+from node.links.inbound_link import InboundLink
+from node.links.outbound_link import OutboundLink
 from node.stages.replay_buffer import ReplayBuffer
 from node.stages.scheduler import Work
 from node.stages.speculation import Drafter, TokenFeed
-from node.stages.voting import Agreed
+from node.stages.voting import Agreement
 from protocol.identity import PeerId, SessionId
 from protocol.messages import Begin, FailureReason, FinishReason, Open, Progress, SessionStatistics, Slice, Step
 from protocol.tensors import DType, Tensor, tensor_from_tokens, tokens_from_tensor
@@ -51,7 +52,7 @@ class StageSession:
         namespace = f"{opened_by.peer}/{message.blocks}"
         self.prefix = Prefix(namespace=namespace, hashes=message.prefix) if message.prefix else None
         self.votes: dict[str, float] = {}
-        self.agreed: Agreed | None = None
+        self.agreed: Agreement | None = None
         """What the swarm had agreed when it was opened."""
         self.method: Method | None = None
         """Once it has begun."""
@@ -64,9 +65,9 @@ class StageSession:
         """The position after the last row that is computed for this route, guesses left out."""
         self._received = 0
         """The position after the last row that came, guesses left out."""
-        self.onward = 0
+        self.forward_from = 0
         """The first position whose output goes on."""
-        self.kept = ReplayBuffer(span.kept_budget)
+        self.kept = ReplayBuffer(span.replay_memory)
         self.cut_off = False
         """Its outputs cannot be sent on; it waits until it is continued on another route."""
         self.sampling = message.sampling
@@ -222,7 +223,7 @@ class StageSession:
         return history
 
     @property
-    def kept_from(self) -> int:
+    def replay_from(self) -> int:
         """The outputs from there to `computed` can be sent again."""
         return min(self.kept.start, self.computed) if self.kept.end >= self.computed else self.computed
 
@@ -256,7 +257,7 @@ class StageSession:
             self.feed = TokenFeed(start=message.start, positions=self.positions, draft_tokens=draft_tokens)
             self.drafter = drafter
         self.method = self.calculated_by = method
-        self.onward = message.onward
+        self.forward_from = message.onward
         self.reached = message.start
         self.ahead = self.computed
         early, self._early = self._early, []

@@ -12,9 +12,9 @@ from dataclasses import dataclass, replace
 import structlog
 import trio
 
+from node.engine.base import Engine
 from node.engine.interface import (
     PAGE_POSITIONS,
-    Engine,
     EngineCrashed,
     EngineError,
     SliceFault,
@@ -24,10 +24,12 @@ from node.engine.interface import (
     StepResult,
     Variant,
 )
-from node.links.link import InboundLink, LinkBroken, OutboundLink, SessionLost
+from node.links.base_link import LinkBroken
+from node.links.inbound_link import InboundLink
 from node.links.link_pool import LinkPool
+from node.links.outbound_link import OutboundLink, SessionLost
 from node.stages.peer_records import PeerRecords, is_worth_logging
-from node.stages.replay_buffer import KEPT_BYTES, Budget
+from node.stages.replay_buffer import REPLAY_BYTES, ReplayMemory
 from node.stages.scheduler import Scheduler, Work
 from node.stages.session import StageSession
 from node.stages.stage_policy import PolicyController
@@ -90,7 +92,7 @@ class Span:
         link_pool: LinkPool,
         session_ended: trio.lowlevel.ParkingLot,
         controller: PolicyController | None = None,
-        kept_bytes: int = KEPT_BYTES,
+        replay_bytes: int = REPLAY_BYTES,
         records: PeerRecords | None = None,
     ) -> None:
         self.engine = engine
@@ -115,7 +117,7 @@ class Span:
         self._stepped = trio.lowlevel.ParkingLot()
         self._passing_on: dict[SessionId, StageSession] = {}
         """Sessions that have ended here, and whose successors wait for what they hold."""
-        self.kept_budget = Budget(kept_bytes)
+        self.replay_memory = ReplayMemory(replay_bytes)
         """For the outputs that sessions keep."""
         self._wanted_in, self._wanted = trio.open_memory_channel[Variant](64)
         self._asked: set[Variant] = set()
@@ -278,10 +280,10 @@ class Span:
 
     def send_again(self, session: StageSession, method: Method, start: int) -> None:
         """Send the next stage the outputs that it lacks and that lie before what is computed now."""
-        if session.onward >= start or session.sampling is not None or self._nursery is None:
+        if session.forward_from >= start or session.sampling is not None or self._nursery is None:
             return
         rows = max(1, min(self._outgoing_rows(4 * self.info.hidden_size), method.prefill_chunk or start))
-        session.again = session.onward, start, rows
+        session.again = session.forward_from, start, rows
         self._start_sending(session)
 
     def end(self, session: StageSession) -> None:
@@ -307,7 +309,7 @@ class Span:
             session.drafter.close()
         self._scheduler.remove(session.id)
         self.sessions.pop(session.id, None)
-        self._link_pool.receivers.remove(session.id)
+        self._link_pool.registry.remove(session.id)
         for unwatch in session.unwatch:
             unwatch()
         for to, link in session.outputs.items():
@@ -478,13 +480,13 @@ class Span:
         """Return where what the engine made of a slice has to go."""
         job, stage = session.id
         if session.sampling is None:
-            session.kept.keep(part.position, output)
-            known = min(part.rows, max(0, session.onward - part.position))
+            session.kept.write(part.position, output)
+            known = min(part.rows, max(0, session.forward_from - part.position))
             if known == part.rows:
                 return []
             following = SessionId(job, stage + 1)
-            onward = replace(part, session=following, position=part.position + known, rows=part.rows - known)
-            return [_Outgoing(session, following, onward, output.cut(known, part.rows))]
+            forward_from = replace(part, session=following, position=part.position + known, rows=part.rows - known)
+            return [_Outgoing(session, following, forward_from, output.cut(known, part.rows))]
         if not part.draws:
             return []
         position = part.position + part.rows - part.draws + 1
@@ -596,10 +598,10 @@ class Span:
         following = SessionId(session.id.job, session.id.stage + 1)
         while session.again is not None:
             start, end, rows = session.again
-            for position, tensor in session.kept.pieces(start, min(end, start + rows), rows):
-                part = Slice(session=following, position=position, rows=tensor.rows, draws=0)
-                session.bytes_out += len(tensor.data)
-                await session.outputs[following].send_step(Step(slices=(part,), tensor=tensor))
+            tensor = session.kept.read(start, min(end, start + rows))
+            part = Slice(session=following, position=start, rows=tensor.rows, draws=0)
+            session.bytes_out += len(tensor.data)
+            await session.outputs[following].send_step(Step(slices=(part,), tensor=tensor))
             session.again = (start + rows, end, rows) if start + rows < end else None
 
 

@@ -14,23 +14,24 @@ import structlog
 import trio
 
 from node.config import MEMORY_SHARE, ServeSpec, StartError
+from node.engine.base import Engine
 from node.engine.client import start_engine
 from node.engine.device import CPU, Device, DeviceError, find_device
 from node.engine.engine_config import EngineOptions
-from node.engine.interface import REFERENCE, Engine, EngineCrashed, EngineError, Variant
+from node.engine.interface import REFERENCE, EngineCrashed, EngineError, Variant
 from node.models.errors import ModelError
 from node.models.files import Progress, ignore_progress
 from node.models.library import Library
 from node.models.manifest import Manifest
 from node.models.store import AmbiguousModelError, Package, UnknownModelError
 from node.stages.block_placement import BlockPlacer, PlacementAnnouncements, unknown_rate
-from node.stages.replay_buffer import kept_bytes_of
+from node.stages.replay_buffer import replay_bytes_of
 from node.stages.span import Span
 from node.stages.stage_server import StageServer
 from node.swarm.membership import HEARTBEAT_INTERVAL_S, Membership
 from node.util.offload import Offload, run_in_thread
+from protocol.announcements import Placement
 from protocol.identity import BlockRange, ModelId, PeerId
-from protocol.records import Placement
 from selector.task import PORTFOLIO
 
 RETRY_S = (1.0, 30.0)
@@ -295,13 +296,13 @@ class SpanSupervisor:
         package = await self._library.weights(
             manifest, blocks, use_catalogue=self._use_catalogue, progress=self._progress
         )
-        kept_bytes = kept_bytes_of(self._span_bytes)
+        replay_bytes = replay_bytes_of(self._span_bytes)
         # What is kept for replays lies in main memory, whatever computes.
-        options = self._engine_options(self._span_bytes - (kept_bytes if self._device == CPU else 0))
+        options = self._engine_options(self._span_bytes - (replay_bytes if self._device == CPU else 0))
         with trio.CancelScope() as scope, self._library.in_use(package, blocks):
             try:
                 async with self._start_engine(package, blocks, options) as engine, trio.open_nursery() as nursery:
-                    span = await nursery.start(self._stages.serve, engine, kept_bytes)
+                    span = await nursery.start(self._stages.serve, engine, replay_bytes)
                     span.want(_EXACT_VARIANTS)
                     self._membership.announce()
                     load_s = round(engine.info.load_s, 2)

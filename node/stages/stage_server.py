@@ -11,19 +11,22 @@ import structlog
 import trio
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from node.engine.interface import DIVISIBLE_ENGINES, PAGE_POSITIONS, Engine, EngineError, EngineFull, SpanInfo, Variant
-from node.links.link import InboundLink, LinkBroken
+from node.engine.base import Engine
+from node.engine.interface import DIVISIBLE_ENGINES, PAGE_POSITIONS, EngineError, EngineFull, SpanInfo, Variant
+from node.links.base_link import LinkBroken
+from node.links.inbound_link import InboundLink
 from node.links.link_pool import LinkPool
 from node.network.interface import Network
 from node.stages.draft_model import DraftModel
 from node.stages.fair_share import may_take
 from node.stages.peer_records import PeerRecords, StagePeerStatistics, is_worth_logging
-from node.stages.replay_buffer import KEPT_BYTES
+from node.stages.replay_buffer import REPLAY_BYTES
 from node.stages.session import StageSession
 from node.stages.span import Span, pages_of
 from node.stages.speculation import Drafter, PromptLookup
 from node.stages.stage_policy import PolicyController
-from node.stages.voting import Agreed, HeuristicVoter, Voter
+from node.stages.voting import Agreement, HeuristicVoter, Voter
+from protocol.announcements import ServedSpan
 from protocol.identity import BlockRange, ModelId, PeerId, SessionId
 from protocol.limits import MAX_SESSIONS, MAX_STAGES, PREFIX_HASH_BYTES
 from protocol.measurements import StageObservation
@@ -41,7 +44,6 @@ from protocol.messages import (
     TokenHistory,
 )
 from protocol.observations import countersign
-from protocol.records import ServedSpan
 from selector.task import Method, MethodError, TaskContext, parse_method
 from selector.voting import tally, weights_of
 
@@ -70,7 +72,7 @@ class StageServer:
         hardware: Callable[[], str],
         voter: Voter | None = None,
         controller: Callable[[], PolicyController] = PolicyController,
-        agreed: Callable[[ModelId], Agreed | None] = lambda model: None,
+        agreed: Callable[[ModelId], Agreement | None] = lambda model: None,
     ) -> None:
         """Serve nothing yet.
 
@@ -148,19 +150,19 @@ class StageServer:
     async def serve(
         self,
         engine: Engine,
-        kept_bytes: int = KEPT_BYTES,
+        replay_bytes: int = REPLAY_BYTES,
         *,
         task_status: trio.TaskStatus[Span] = trio.TASK_STATUS_IGNORED,
     ) -> None:
         """Serve an engine's span until cancelled, or until its worker is gone; sessions that are left then fail.
 
-        The latter raises EngineCrashed, in a group. `kept_bytes`: for outputs that are kept for replays.
+        The latter raises EngineCrashed, in a group. `replay_bytes`: for outputs that are kept for replays.
         """
         key = (engine.info.model, engine.info.blocks)
         if key in self._spans:
             raise EngineError(f"blocks {engine.info.blocks} are served already")
         span = self._spans[key] = Span(
-            engine, self.link_pool, self._session_ended, self._controller(), kept_bytes, self._records
+            engine, self.link_pool, self._session_ended, self._controller(), replay_bytes, self._records
         )
         try:
             async with trio.open_nursery() as nursery:
@@ -263,7 +265,7 @@ class StageServer:
     ) -> Opened | Refused:
         session = StageSession(message, span, link, _description_bytes(message))
         try:
-            self.link_pool.receivers.add(message.session, session)
+            self.link_pool.registry.add(message.session, session)
         except KeyError:
             return _refusal(message, RefusalReason.INVALID, "the session is open already", span)
         span.add(session)
@@ -294,7 +296,7 @@ class StageServer:
                 cached={str(kv_key): positions for kv_key, positions in session.cached.items()},
                 policy=span.policy,
                 held=session.computed,
-                kept_from=session.kept_from,
+                kept_from=session.replay_from,
                 statement=session.agreed.statement if session.agreed else None,
             )
         finally:
@@ -348,7 +350,7 @@ class StageServer:
                 return former if is_alike and former.positions >= message.positions else None
         return None
 
-    def tell_history(self, message: TokenHistory, link: InboundLink) -> None:
+    def add_history(self, message: TokenHistory, link: InboundLink) -> None:
         """Take tokens so far of a session that this link opened and that has not begun."""
         for span in self._spans.values():
             session = span.sessions.get(message.session)
@@ -504,8 +506,8 @@ def _start_fault(session: StageSession, message: Begin, method: Method) -> str |
         return f"what was calculated by {session.calculated_by.name} cannot be continued by another method"
     if message.start > session.computed:
         return f"{message.start} positions were to be held, {session.computed} are"
-    if session.sampling is None and message.onward < message.start and message.onward < session.kept_from:
-        return f"outputs from position {message.onward} on were to be kept, those from {session.kept_from} on are"
+    if session.sampling is None and message.onward < message.start and message.onward < session.replay_from:
+        return f"outputs from position {message.onward} on were to be kept, those from {session.replay_from} on are"
     return None
 
 

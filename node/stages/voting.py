@@ -7,7 +7,7 @@ from selector.heuristic import predicted_cost
 from selector.task import Method, TaskContext
 
 
-class Agreed(Protocol):
+class Agreement(Protocol):
     """What the swarm has agreed about a model's methods; see `selector.consensus`."""
 
     @property

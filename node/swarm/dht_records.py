@@ -3,7 +3,8 @@
 from collections.abc import Sequence
 
 from node.network.interface import Network, RecordValidator
-from protocol.records import DHT_NAMESPACE, select
+from protocol.announcements import DHT_NAMESPACE
+from protocol.records import select
 
 
 class RecordKinds:

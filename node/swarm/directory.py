@@ -17,10 +17,10 @@ from dataclasses import dataclass
 from itertools import takewhile
 from typing import NamedTuple
 
-from protocol.identity import BlockRange, ModelId, PeerId
+from protocol.announcements import Heartbeat, Placement, ServedSpan
+from protocol.identity import BlockRange, ModelId, PeerId, Stage
 from protocol.limits import MAX_PRESENT
 from protocol.messages import Load
-from protocol.records import Heartbeat, Placement, ServedSpan
 from selector.placement import Server
 
 LIFE_IN_INTERVALS = 4
@@ -77,10 +77,9 @@ class Presence:
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """A live peer that serves a span of a model."""
+    """A live peer that serves a span of a model, and its load."""
 
-    peer: PeerId
-    blocks: BlockRange
+    stage: Stage
     load: Load
 
 
@@ -230,7 +229,7 @@ class Directory:
         """Return who of the reached peers serves spans of a model now, except some peers."""
         excluded = set(without)
         return tuple(
-            Candidate(presence.peer, span.blocks, span.load)
+            Candidate(Stage(presence.peer, span.blocks), span.load)
             for presence in self.reached()
             if presence.peer not in excluded
             for span in presence.spans
@@ -256,7 +255,7 @@ class Directory:
         for presence in self.reached():
             until = tuple(takewhile(lambda statement: statement.said_at_ms <= until_ms, presence.statements))
             found += [
-                Server(presence.peer, placed.blocks.start, placed.blocks.end, placed.rate, placed.movable)
+                Server(Stage(presence.peer, placed.blocks), placed.rate, placed.movable)
                 for placed in (until[-1].placements if until else ())
                 if placed.model == model
             ]

@@ -25,23 +25,21 @@ from node.swarm.dialling import Dialler
 from node.swarm.directory import LIFE_IN_INTERVALS, MAX_UNREACHED_PER_TELLER, Candidate, Directory, Statement
 from node.swarm.presence import PresenceServer, ask_who_is_here
 from node.util.token_bucket import TokenBucket
-from protocol.errors import LocalProtocolError, RemoteProtocolError, UntimelyError
-from protocol.identity import BlockRange, ModelId, PeerId
-from protocol.limits import MAX_ADDRESSES, MAX_HEARTBEAT_INTERVAL_MS
-from protocol.messages import Load
-from protocol.presence import PROTOCOL_ID
-from protocol.records import (
+from protocol.announcements import (
     HEARTBEAT_TOPIC,
     Heartbeat,
     ServedSpan,
     SpanRecord,
     blob_provider_key,
     provider_key,
-    seal,
     span_key,
-    unseal,
-    unseal_span,
 )
+from protocol.errors import LocalProtocolError, RemoteProtocolError, UntimelyError
+from protocol.identity import BlockRange, ModelId, PeerId
+from protocol.limits import MAX_ADDRESSES, MAX_HEARTBEAT_INTERVAL_MS
+from protocol.messages import Load
+from protocol.presence import PROTOCOL_ID
+from protocol.records import seal, unseal, unseal_from_dht
 from selector.routing import uncovered
 
 HEARTBEAT_INTERVAL_S = 2.5
@@ -194,7 +192,7 @@ class Membership:
 
         def suffices() -> bool:
             found = self.directory.candidates(model, without=without)
-            return not uncovered(block_count, ((c.blocks.start, c.blocks.end) for c in found))
+            return not uncovered(block_count, (candidate.stage.blocks for candidate in found))
 
         if not suffices():
             with trio.move_on_after(SEEK_TIMEOUT_S):
@@ -260,7 +258,7 @@ class Membership:
             data = await self._network.get_record(key)
             if data is None:
                 return
-            record = unseal_span(key, data, self._wall_clock())
+            record = unseal_from_dht(SpanRecord, key, data, self._wall_clock())
             if not record.blocks:
                 return  # it serves none any more, and may be leaving, which its heartbeat told better
             await self._network.ping(peer)
@@ -300,7 +298,7 @@ class Membership:
         return heartbeat
 
     def _validate_record(self, key: str, data: bytes) -> bool:
-        unseal_span(key, data, self._wall_clock())
+        unseal_from_dht(SpanRecord, key, data, self._wall_clock())
         return True
 
     def _hear(self, heartbeat: Heartbeat, envelope: bytes, teller: PeerId | None = None) -> None:

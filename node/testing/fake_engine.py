@@ -14,15 +14,13 @@ import numpy as np
 import trio
 
 from node.engine.activation_codec import decode_rows, encode_rows
+from node.engine.base import Engine
 from node.engine.interface import (
     PAGE_POSITIONS,
     REFERENCE,
     BadRows,
-    EngineCrashed,
     EngineError,
-    EngineStatistics,
-    KvCompatibilityKey,
-    Prefix,
+    SessionNotOpen,
     SessionOptions,
     SliceFault,
     SliceInput,
@@ -31,9 +29,8 @@ from node.engine.interface import (
     StepFailed,
     StepResult,
     Variant,
-    VariantNotReady,
 )
-from node.engine.kv_allocator import KvAllocator, KvReservation, check_slice
+from node.engine.kv_allocator import KvReservation, check_slice
 from node.engine.sampling import history_for
 from protocol.identity import BlockRange, ModelId, SessionId
 from protocol.messages import Sampling
@@ -81,13 +78,15 @@ def fake_span_info(
     )
 
 
-class FakeEngine:
+class FakeEngine(Engine):
     """A span of an imaginary model, in this process, on trio's clock.
 
-    A step through the whole span takes `step_s` plus `row_s` for each of its rows, times what `slowness` says of the
-    variant: virtual seconds under a MockClock. What its blocks know lies in pages, as the keys and values of a real one
-    do, so that a page given out twice changes tokens, too.
+    A step through the whole span takes `step_s` plus `row_s` for each of its rows, times the variant's `slowness`:
+    virtual seconds under a MockClock. What its blocks know lies in pages, as the keys and values of a real engine do,
+    so that a page given out twice changes tokens, too.
     """
+
+    _sessions: "dict[SessionId, _Session]"
 
     def __init__(
         self,
@@ -98,61 +97,23 @@ class FakeEngine:
         variants: Iterable[Variant] = FAKE_VARIANTS,
         slowness: Mapping[Variant, float] | None = None,
     ) -> None:
-        self._info = info
+        super().__init__(info, variants)
         self._slowness = slowness or {}
         self._step_s = step_s
         self._row_s = row_s
-        self._variants = set(variants)
-        self._pages = KvAllocator(info)
-        self._memory = _Memory()
-        self._sessions: dict[SessionId, _Session] = {}
+        self._memory: _Memory = {}
         self._turn = trio.StrictFIFOLock()
-        self._crashed = trio.Event()
-        self._reason = ""
-        self._steps = 0
-        self._compute_s = 0.0
-
-    @property
-    def info(self) -> SpanInfo:
-        """What it pretends to hold."""
-        return self._info
-
-    def variants(self) -> frozenset[Variant]:
-        """Return what it pretends to be able to do; see Engine."""
-        return frozenset(self._variants)
 
     async def prepare(self, variant: Variant) -> None:
-        """Pretend to build a variant, which takes no time; see Engine."""
+        """Pretend to build a variant, which takes no time."""
         await trio.lowlevel.checkpoint()
         self._raise_if_crashed()
         if variant not in FAKE_VARIANTS:
             raise EngineError(f"there is no variant {variant}")
         self._variants.add(variant)
 
-    async def open(
-        self, session: SessionId, positions: int, prefix: Prefix | None = None
-    ) -> Mapping[KvCompatibilityKey, int]:
-        """Reserve positions; see Engine."""
-        await trio.lowlevel.checkpoint()
-        self._raise_if_crashed()
-        return self._pages.open(session, positions, prefix)
-
-    async def begin(self, session: SessionId, options: SessionOptions) -> int:
-        """Take up cached pages; see Engine."""
-        await trio.lowlevel.checkpoint()
-        self._raise_if_crashed()
-        try:
-            if options.variant not in self._variants:
-                raise VariantNotReady(f"the variant {options.variant} is not ready here")
-            reservation = self._pages.begin(session, options)
-        except EngineError:
-            self._forget(session, keep=False)
-            raise
-        self._sessions[session] = _Session(self._info.part(options.blocks), options, self._memory, reservation)
-        return reservation.cached
-
     async def step(self, slices: Sequence[SliceInput]) -> StepResult:
-        """Hash the rows of each slice in order; see Engine."""
+        """Hash the rows of each slice in order."""
         self._raise_if_crashed()
         async with self._turn:
             compute_s = self._step_s * self._share_run(slices) + self._row_s * sum(rows.tensor.rows for rows in slices)
@@ -167,7 +128,7 @@ class FakeEngine:
                     outputs.append(SliceOutput(session=rows.session, tensor=self._run(rows)))
                 except EngineError as error:
                     faults.append(SliceFault(rows.session, str(error), isinstance(error, BadRows)))
-                    self._forget(rows.session, keep=False)
+                    self._close(rows.session, keep=False)
             if faults and not outputs:
                 raise StepFailed(faults)
             self._steps += 1
@@ -179,61 +140,21 @@ class FakeEngine:
         ran = [len(session.info.blocks) for rows in slices if (session := self._sessions.get(rows.session))]
         return max(ran, default=0) / len(self._info.blocks)
 
-    async def rename(self, session: SessionId, successor: SessionId) -> None:
-        """Carry a session on under another id; see Engine."""
-        await trio.lowlevel.checkpoint()
-        self._raise_if_crashed()
-        self._pages.rename(session, successor)
-        if (begun := self._sessions.pop(session, None)) is not None:
-            self._sessions[successor] = begun
-
-    async def close(self, session: SessionId) -> None:
-        """Free a session; see Engine."""
-        await trio.lowlevel.checkpoint()
-        self._forget(session, keep=True)
-
-    async def wait_crashed(self) -> str:
-        """Wait until `crash` was called; see Engine."""
-        await self._crashed.wait()
-        return self._reason
-
-    def statistics(self) -> EngineStatistics:
-        """Return the counts; see Engine."""
-        return EngineStatistics(
-            sessions=len(self._pages),
-            reserved_positions=self._pages.reserved_positions,
-            cached_positions=self._pages.cached_positions,
-            hit_positions=self._pages.hit_positions,
-            evicted_positions=self._pages.evicted_positions,
-            building=(),
-            steps=self._steps,
-            compute_s=self._compute_s,
-            worker_pid=None,
-        )
-
     def crash(self, reason: str = "the worker process was killed") -> None:
-        """Behave from now on as an engine does whose worker process died."""
-        self._reason = reason
-        self._crashed.set()
-        self._pages = KvAllocator(self._info)
-        self._sessions.clear()
+        """Behave from now on like an engine whose worker process died."""
+        self._crash(reason)
+
+    def _begun(self, session: SessionId, options: SessionOptions, reservation: KvReservation) -> "_Session":
+        return _Session(self._info.part(options.blocks), options, self._memory, reservation)
 
     def _slowness_of(self, session: SessionId) -> float:
         found = self._sessions.get(session)
         return self._slowness.get(found.variant, 1.0) if found else 1.0
 
-    def _raise_if_crashed(self) -> None:
-        if self._crashed.is_set():
-            raise EngineCrashed(self._reason)
-
-    def _forget(self, session: SessionId, *, keep: bool) -> None:
-        self._pages.close(session, keep=keep)
-        self._sessions.pop(session, None)
-
     def _run(self, rows: SliceInput) -> Tensor:
         session = self._sessions.get(rows.session)
         if session is None:
-            raise EngineError(f"session {rows.session.job}/{rows.session.stage} is not open, or has not begun")
+            raise SessionNotOpen(rows.session)
         check_slice(session.info, rows, cached=session.length, reserved=session.positions)
         self._pages.rewind(rows.session, rows.position)
         if session.info.is_first:

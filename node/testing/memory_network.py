@@ -1,11 +1,11 @@
-"""The network of one simulated peer; `memory.py` has the hub that connects them."""
+"""The network of one simulated peer; `memory_hub.py` makes and connects them."""
 
 import hashlib
 import heapq
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
 import trio
 
@@ -22,12 +22,10 @@ from node.network.interface import (
     Stream,
     StreamHandler,
 )
+from node.testing.memory_links import MemoryLinks
 from node.testing.memory_stream import MemoryStream, Packet
 from protocol.identity import PeerId
 from protocol.limits import MAX_RECORD_BYTES
-
-if TYPE_CHECKING:
-    from node.testing.memory_hub import MemoryNetworkHub
 
 REQUEST_TIMEOUT_S: Final = 10.0
 DIAL_TIMEOUT_S: Final = 5.0
@@ -55,7 +53,7 @@ class _Topic:
 class MemoryNetwork:
     """Implements `Network` for one peer of a simulation; made by `MemoryNetworkHub.network`."""
 
-    def __init__(self, hub: "MemoryNetworkHub", peer_id: PeerId, address: TcpAddress) -> None:
+    def __init__(self, hub: "MemoryLinks[MemoryNetwork]", peer_id: PeerId, address: TcpAddress) -> None:
         self.hub = hub
         self.connections: dict[PeerId, _Connection] = {}
         self._peer_id = peer_id
@@ -87,7 +85,7 @@ class MemoryNetwork:
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
-        """Take part inside the block."""
+        """Run inside the block."""
         fault: Exception | None = None
         async with trio.open_nursery() as nursery:
             self._nursery = nursery
@@ -103,7 +101,7 @@ class MemoryNetwork:
             raise fault
 
     def crash(self) -> None:
-        """Vanish: every connection breaks, what runs inside `running` is cancelled, further calls fail."""
+        """Crash: every connection breaks, what runs inside `running` is cancelled, further calls fail."""
         if self._nursery is None:
             return
         nursery, self._nursery = self._nursery, None
@@ -172,7 +170,7 @@ class MemoryNetwork:
                 continue
             self._join(other)
             return
-        raise NetworkError(f"cannot reach {peer}: {'; '.join(failures) or 'no address of it is known'}")
+        raise NetworkError(f"cannot reach {peer}: {'; '.join(failures) or 'no address of the peer is known'}")
 
     def _join(self, other: "MemoryNetwork") -> None:
         if other.peer_id not in self.connections:
@@ -287,7 +285,7 @@ class MemoryNetwork:
     # Gossip: flooding with a bounded number of neighbours each
 
     def join_topic(self, topic: str, validator: GossipValidator) -> None:
-        """Take part in a gossip topic from the start. Called before `running`."""
+        """Join a gossip topic from the start. Called before `running`."""
         self._topics[topic] = _Topic(validator)
 
     def _topic(self, name: str) -> _Topic:
@@ -297,20 +295,22 @@ class MemoryNetwork:
 
     @asynccontextmanager
     async def subscribe(self, topic: str) -> AsyncIterator[AsyncIterator[GossipMessage]]:
-        """Receive what others publish on a joined topic. Bounded: a reader that lags loses the oldest."""
+        """Subscribe to a joined topic. Bounded: a reader that lags loses the oldest."""
         with self._topic(topic).readers.reader() as reader:
             yield reader
 
     async def publish(self, topic: str, data: bytes) -> None:
-        """Gossip a message on a joined topic. No promise that anybody gets it."""
+        """Gossip a message on a joined topic, best effort."""
         self._topic(topic)
         self._require_running()
         if len(data) > MAX_MESSAGE_BYTES:
             raise NetworkError(f"a gossip message has at most {MAX_MESSAGE_BYTES} bytes, not {len(data)}")
         await trio.lowlevel.checkpoint()
-        self.hear(topic, GossipMessage(self._peer_id, bytes(data)), next(self.hub.message_numbers), self._peer_id)
+        self.receive_gossip(
+            topic, GossipMessage(self._peer_id, bytes(data)), next(self.hub.message_numbers), self._peer_id
+        )
 
-    def hear(self, name: str, message: GossipMessage, number: int, forwarder: PeerId) -> None:
+    def receive_gossip(self, name: str, message: GossipMessage, number: int, forwarder: PeerId) -> None:
         """Take in a message for the first time, and forward it."""
         topic = self._topics.get(name)
         if topic is None or (message.source, number) in topic.seen:
@@ -321,7 +321,7 @@ class MemoryNetwork:
         try:
             if not topic.validator(message.source, message.data):
                 return
-        except Exception:  # noqa: BLE001  # a validator that raises says no
+        except Exception:  # noqa: BLE001  # a validator that raises refuses
             return
         if message.source != self._peer_id:
             topic.readers.put(message)
@@ -334,7 +334,7 @@ class MemoryNetwork:
 
     def _forward(self, other: "MemoryNetwork", name: str, message: GossipMessage, number: int) -> None:
         def deliver() -> None:
-            other.hear(name, message, number, self._peer_id)
+            other.receive_gossip(name, message, number, self._peer_id)
 
         self.hub.send(Packet(self._peer_id, other.peer_id, deliver, len(message.data), droppable=True))
 
@@ -367,7 +367,7 @@ class MemoryNetwork:
         self._require_running()
         return [network for network in nearest if network.alive]
 
-    def keep_record(self, key: str, value: bytes) -> bool:
+    def store_record(self, key: str, value: bytes) -> bool:
         """Store a record here if it is valid and no worse than the one that we have; return whether we did."""
         parts = key.split("/", 2)
         namespace = self._namespaces.get(parts[1]) if len(parts) == 3 and not parts[0] else None
@@ -380,7 +380,7 @@ class MemoryNetwork:
                 return False
             if held is not None and held != value and selector(key, [held, value]) == 0:
                 return False
-        except Exception:  # noqa: BLE001  # a validator that raises says no
+        except Exception:  # noqa: BLE001  # a validator that raises refuses
             return False
         self._records[key] = value
         return True
@@ -394,24 +394,24 @@ class MemoryNetwork:
         if len(value) > MAX_RECORD_BYTES:
             raise NetworkError(f"a record has at most {MAX_RECORD_BYTES} bytes, not {len(value)}")
         nearest = await self._look_up(key.encode())
-        if not self.keep_record(key, bytes(value)):
+        if not self.store_record(key, bytes(value)):
             raise NetworkError(f"storing {key} failed: not a valid record, or a newer one is stored already")
         for network in nearest:
-            network.keep_record(key, bytes(value))
+            network.store_record(key, bytes(value))
 
     async def get_record(self, key: str) -> bytes | None:
         """Return the best record under the key that we or the peers nearest to it hold."""
         for network in await self._look_up(key.encode()):
             if (value := network.stored_record(key)) is not None:
-                self.keep_record(key, value)
+                self.store_record(key, value)
         return self._records.get(key)
 
     async def provide(self, key: bytes) -> None:
         """Announce that we provide the content with this key (a sha256)."""
         for network in [self, *await self._look_up(key)]:
-            network.keep_provider(key, self._peer_id)
+            network.store_provider(key, self._peer_id)
 
-    def keep_provider(self, key: bytes, peer: PeerId) -> None:
+    def store_provider(self, key: bytes, peer: PeerId) -> None:
         """Remember a provider."""
         self._providers.setdefault(key, {})[peer] = None
 

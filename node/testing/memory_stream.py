@@ -128,7 +128,7 @@ class MemoryStream:
             raise StreamClosed(f"the stream to {self._peer} broke")
         if self._window == 0:
             self.break_off(tell=True)
-            raise StreamClosed(f"the stream to {self._peer} broke: the peer took nothing for {WRITE_TIMEOUT_S:g} s")
+            raise StreamClosed(f"the stream to {self._peer} broke: the peer accepted nothing for {WRITE_TIMEOUT_S:g} s")
 
     def _transmit(self, item: bytes | str) -> None:
         self.other.expect(item)

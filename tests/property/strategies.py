@@ -3,7 +3,6 @@
 from hypothesis import strategies as st
 
 from protocol.canonical import Value
-from protocol.codec import ControlMessage
 from protocol.identity import BlockRange, JobId, ModelId, PeerId, SessionId, peer_id_from_public_key
 from protocol.limits import (
     MAX_INTEGER,
@@ -25,6 +24,7 @@ from protocol.messages import (
     Begin,
     Close,
     Closed,
+    ControlMessage,
     Credit,
     Failed,
     FailureReason,

@@ -24,14 +24,13 @@ from protocol.capabilities import (
     Processor,
     Software,
     Throughput,
-    capabilities_from,
-    capabilities_to_map,
     hardware_class,
 )
 from protocol.errors import RemoteProtocolError
 from protocol.identity import PeerId, peer_id_from_public_key
 from protocol.limits import MAX_NAME_BYTES
 from protocol.records import seal, unseal
+from protocol.schema import from_map, to_map
 from tests.support.capabilities import EPYC, key_of, peer_of
 
 NOW_S = 1_700_000_000
@@ -127,7 +126,7 @@ def test_a_record_comes_back(said: Capabilities | None) -> None:
 @settings(max_examples=50)
 @given(capabilities)
 def test_the_map_of_capabilities_is_json_as_well(said: Capabilities) -> None:
-    assert capabilities_from(json.loads(json.dumps(capabilities_to_map(said))), "capabilities") == said
+    assert from_map(Capabilities, json.loads(json.dumps(to_map(said))), "capabilities") == said
 
 
 @settings(max_examples=50)
@@ -147,11 +146,11 @@ JUNK = st.recursive(
 )
 
 
-@given(st.sampled_from([*capabilities_to_map(EPYC)]), JUNK)
+@given(st.sampled_from([*to_map(EPYC)]), JUNK)
 def test_junk_in_any_place_is_the_fault_of_who_sent_it(field: str, junk: object) -> None:
-    document: dict[str, object] = {**capabilities_to_map(EPYC), field: junk}
+    document: dict[str, object] = {**to_map(EPYC), field: junk}
     try:
-        capabilities_from(document, "capabilities")
+        from_map(Capabilities, document, "capabilities")
     except RemoteProtocolError:
         return
     # What is taken is what it pretends to be: no junk that happens to look like nothing.
@@ -161,4 +160,4 @@ def test_junk_in_any_place_is_the_fault_of_who_sent_it(field: str, junk: object)
 @given(JUNK)
 def test_junk_instead_of_capabilities_is_the_fault_of_who_sent_it(junk: object) -> None:
     with pytest.raises(RemoteProtocolError):
-        capabilities_from(junk, "capabilities")
+        from_map(Capabilities, junk, "capabilities")

@@ -5,12 +5,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from protocol.codec import ControlMessage, decode_control, decode_step_header, encode_control, encode_step_header
+from protocol.codec import decode_control, decode_step_header, encode_control, encode_step_header
 from protocol.connection import JobConnection
 from protocol.errors import RemoteProtocolError
 from protocol.framing import Frame, FrameReader, FrameType
 from protocol.limits import MAX_CONTROL_BYTES
-from protocol.messages import Message, Step
+from protocol.messages import ControlMessage, Message, Step
 from protocol.states import ConnectionState, Role, SessionState
 from tests.property.strategies import control_messages, pieces, steps
 from tests.unit.protocol.job_streams import (

@@ -5,6 +5,7 @@ import random
 from hypothesis import given
 from hypothesis import strategies as st
 
+from protocol.identity import BlockRange, PeerId, Stage
 from selector.placement import Server, block_rates, plan_moves
 
 
@@ -16,7 +17,7 @@ def swarms(draw: st.DrawFn) -> tuple[int, list[Server]]:
         start = draw(st.integers(0, block_count - 1))
         end = draw(st.integers(start + 1, block_count))
         rate = draw(st.sampled_from((0.1, 1.0, 7.0, 100.0)))
-        return Server(f"{number}", start, end, rate, movable=draw(st.booleans()))
+        return Server(Stage(PeerId(f"{number}"), BlockRange(start, end)), rate, movable=draw(st.booleans()))
 
     return block_count, [server(number) for number in range(draw(st.integers(0, 8)))]
 
@@ -29,11 +30,11 @@ def test_a_plan_moves_only_who_may_be_moved_and_never_makes_it_worse(swarm: tupl
     before = block_rates(block_count, servers)
     after = block_rates(block_count, [])
     for server in servers:
-        start, end = moves.get(server.peer, (server.start, server.end))
-        assert 0 <= start < end <= block_count
-        assert end - start == server.end - server.start
-        assert server.movable or server.peer not in moves
-        after[start:end] += server.rate
+        blocks = moves.get(server.stage.peer, server.stage.blocks)
+        assert blocks.end <= block_count
+        assert len(blocks) == len(server.stage.blocks)
+        assert server.movable or server.stage.peer not in moves
+        after[blocks.start : blocks.end] += server.rate
     if moves:
         served = [int((rates > 1e-9).sum()) for rates in (before, after)]
         assert served[1] > served[0] or (served[1] == served[0] and after[after > 0].min() > before[before > 0].min())

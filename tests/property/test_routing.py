@@ -8,16 +8,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from protocol.identity import BlockRange, PeerId, Stage
 from selector.routing import (
     Demand,
     Link,
     Links,
     NoRouteError,
     Offer,
-    Stage,
     find_replacement,
     find_route,
-    find_spares,
     hop_cost_s,
     return_cost_s,
     stage_cost_s,
@@ -41,10 +40,9 @@ def demands(draw: st.DrawFn) -> Demand:
 def offers_for(draw: st.DrawFn, demand: Demand) -> list[Offer]:
     def offer() -> Offer:
         start = draw(st.integers(0, demand.block_count - 1))
+        blocks = BlockRange(start, draw(st.integers(start + 1, demand.block_count)))
         return Offer(
-            start=start,
-            end=draw(st.integers(start + 1, demand.block_count)),
-            peer=draw(st.sampled_from(PEERS)),
+            stage=Stage(PeerId(draw(st.sampled_from(PEERS))), blocks),
             block_s=draw(TIMES_S),
             step_s=draw(TIMES_S),
             row_block_s=draw(TIMES_S),
@@ -77,16 +75,16 @@ def every_chain(offers: Sequence[Offer], start: int, end: int) -> Iterator[tuple
         return
     for offer in offers:
         for stop in range(start + 1, end + 1):
-            whole = (offer.start, offer.end) == (start, stop)
-            if whole or (offer.divisible and offer.start <= start and stop <= offer.end):
+            blocks = BlockRange(start, stop)
+            if offer.stage.blocks == blocks or (offer.divisible and offer.stage.blocks.holds(blocks)):
                 for rest in every_chain(offers, stop, end):
                     if not rest or rest[0][0] != offer:
-                        yield ((offer, Stage(start, stop, offer.peer)), *rest)
+                        yield ((offer, Stage(offer.stage.peer, blocks)), *rest)
 
 
 def inner_cost_s(demand: Demand, chain: Sequence[tuple[Offer, Stage]], links: Links) -> float:
     """Return what the stages of a chain and the hops between them cost."""
-    stages_s = sum(stage_cost_s(demand, offer, stage.end - stage.start) for offer, stage in chain)
+    stages_s = sum(stage_cost_s(demand, offer, len(stage.blocks)) for offer, stage in chain)
     peers = [stage.peer for _, stage in chain]
     return stages_s + sum(hop_cost_s(demand, links(a, b)) for a, b in pairwise(peers))
 
@@ -111,8 +109,8 @@ def test_no_route_is_cheaper(swarm: tuple[Demand, list[Offer], Links]) -> None:
             return
     with pytest.raises(NoRouteError) as caught:
         find_route(demand, offers, links)
-    served = {block for offer in offers for block in range(offer.start, offer.end)}
-    missing = {block for start, end in caught.value.missing for block in range(start, end)}
+    served = {block for offer in offers for block in range(offer.stage.blocks.start, offer.stage.blocks.end)}
+    missing = {block for gap in caught.value.missing for block in range(gap.start, gap.end)}
     assert missing == set(range(demand.block_count)) - served
 
 
@@ -124,14 +122,14 @@ def test_no_replacement_of_a_stage_is_cheaper(swarm: tuple[Demand, list[Offer], 
     except NoRouteError:
         return
     lost = data.draw(st.integers(0, len(stages) - 1))
-    rest = [offer for offer in offers if offer.peer != stages[lost].peer]
+    rest = [offer for offer in offers if offer.stage.peer != stages[lost].peer]
     if len(stages) == 1:
         return  # the same as a route of its own
-    start, end, _ = stages[lost]
+    blocks = stages[lost].blocks
     clipped = [
-        replace(o, start=max(o.start, start), end=min(o.end, end))
-        for o in rest
-        if max(o.start, start) < min(o.end, end) and (o.divisible or (start <= o.start and o.end <= end))
+        replace(offer, stage=Stage(offer.stage.peer, overlap))
+        for offer in rest
+        if (overlap := offer.stage.blocks.overlap(blocks)) and (offer.divisible or blocks.holds(offer.stage.blocks))
     ]
     before, after = stages[lost - 1].peer, stages[(lost + 1) % len(stages)].peer
     to_first = return_cost_s if lost == 0 else hop_cost_s
@@ -141,17 +139,15 @@ def test_no_replacement_of_a_stage_is_cheaper(swarm: tuple[Demand, list[Offer], 
             tuple(stage for _, stage in chain): inner_cost_s(demand, chain, links)
             + to_first(demand, links(before, chain[0][1].peer))
             + from_last(demand, links(chain[-1][1].peer, after))
-            for chain in every_chain(allowed, start, end)
+            for chain in every_chain(allowed, blocks.start, blocks.end)
         }
         if costs_s:
             found = find_replacement(demand, stages, lost, offers, links)
             assert costs_s[found] == pytest.approx(min(costs_s.values()))
-            assert find_spares(demand, stages, offers, links)[lost] == found
             return
     with pytest.raises(NoRouteError) as caught:
         find_replacement(demand, stages, lost, offers, links)
-    assert all(start <= a < b <= end for a, b in caught.value.missing)
-    assert find_spares(demand, stages, offers, links)[lost] == ()
+    assert all(blocks.holds(gap) for gap in caught.value.missing)
 
 
 @given(swarms())

@@ -5,11 +5,12 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from protocol.announcements import Heartbeat, Placement, Record, ServedSpan, SpanRecord
 from protocol.errors import RemoteProtocolError
 from protocol.identity import BlockRange, ModelId, peer_id_from_public_key
 from protocol.limits import MAX_HEARTBEAT_INTERVAL_MS, MAX_INTEGER, MAX_RECORD_LIFETIME_S
 from protocol.messages import Load
-from protocol.records import Heartbeat, Placement, Record, ServedSpan, SpanRecord, seal, select, unseal, verify
+from protocol.records import seal, select, unseal, verify
 from tests.property.strategies import block_ranges, loads, model_ids, names
 
 KEY = Ed25519PrivateKey.from_private_bytes(bytes(range(32)))

@@ -21,8 +21,8 @@ from node.stages.stage_server import StageServer
 from node.swarm.directory import Candidate
 from node.swarm.membership import Membership
 from node.testing.fake_engine import expected_tokens, fake_span_info
-from node.testing.memory_hub import LinkModel
-from protocol.identity import BlockRange, ModelId, PeerId
+from node.testing.memory_links import LinkModel
+from protocol.identity import BlockRange, ModelId, PeerId, Stage
 from selector.routing import Link, Links
 from tests.simulation import virtual_time
 from tests.support.job_peers import BLOCKS, VOCABULARY, Peer, Swarm
@@ -112,7 +112,7 @@ class Rumours:
             is_known = self._swarm.heard_s.get(peer.id, now_s) < now_s < self._swarm.silent_s(peer)
             if peer.id in without or not is_known or self._forgotten_s.get(peer.id, 0.0) > now_s:
                 continue
-            found += [Candidate(peer.id, span.info.blocks, span.load()) for span in peer.stages.spans()]
+            found += [Candidate(Stage(peer.id, span.info.blocks), span.load()) for span in peer.stages.spans()]
         return tuple(found)
 
 

@@ -15,12 +15,12 @@ from typing import Final
 import numpy as np
 from scipy.optimize import linprog
 
+from protocol.identity import BlockRange, PeerId, Stage
 from selector.placement import (
     CUT_S,
     ROUND_S,
     SETTLE_S,
     Server,
-    Span,
     block_rates,
     choose_span,
     may_drop,
@@ -70,7 +70,7 @@ def optimum(block_count: int, servers: Sequence[Server]) -> float:
     """
     rates: dict[int, float] = {}
     for server in servers:
-        length = server.end - server.start
+        length = len(server.stage.blocks)
         rates[length] = rates.get(length, 0.0) + server.rate
     windows = [(length, start) for length in rates for start in range(block_count - length + 1)]
     lowest = np.zeros((block_count, len(windows) + 1))
@@ -85,9 +85,17 @@ def optimum(block_count: int, servers: Sequence[Server]) -> float:
     return float(-solved.fun)
 
 
+def moved(server: Server, blocks: BlockRange) -> Server:
+    return replace(server, stage=Stage(server.stage.peer, blocks))
+
+
+def blocks_of(span: BlockRange) -> set[int]:
+    return set(range(span.start, span.end))
+
+
 # Every node plans for itself. All live in one process, which plans the same only once.
 @lru_cache(maxsize=4096)
-def _plan(block_count: int, servers: tuple[Server, ...]) -> Mapping[str, Span]:
+def _plan(block_count: int, servers: tuple[Server, ...]) -> Mapping[PeerId, BlockRange]:
     return MappingProxyType(plan_moves(block_count, servers, random.Random(0)))
 
 
@@ -99,7 +107,7 @@ class _Node:
     load_block_s: float
     clock_skew_s: float
     alive: bool = True
-    serving: Span | None = None
+    serving: BlockRange | None = None
     moves: int = 0
     heard: dict[str, list[tuple[float, Server]]] = field(default_factory=dict)
     """What every other node said, with the time when it said so."""
@@ -122,7 +130,7 @@ class _Simulation:
             length = min(block_count, rng.choice((2, 3, 4, 6, 8, 12, 16, 24, 32)))
             rate = 100 * rng.lognormvariate(0, 0.7) / length
             node = _Node(
-                Server(f"{number:04}", 0, length, rate),
+                Server(Stage(PeerId(f"{number:04}"), BlockRange(0, length)), rate),
                 rng.uniform(*LOAD_BLOCK_S),
                 rng.uniform(*CLOCK_SKEW_S),
             )
@@ -165,7 +173,7 @@ class _Simulation:
         self._now_s = end_s
 
     def _share(self) -> float:
-        servers = [replace(n.server, start=n.serving[0], end=n.serving[1]) for n in self._nodes.values() if n.serving]
+        servers = [moved(node.server, node.serving) for node in self._nodes.values() if node.serving]
         return float(block_rates(self._block_count, servers).min()) / optimum(self._block_count, servers)
 
     # What a node does
@@ -179,8 +187,8 @@ class _Simulation:
             self._after(late_s, other, lambda other, said=said: self._hear(other, *said))  # type: ignore[misc]
 
     def _hear(self, node: _Node, when_s: float, server: Server) -> None:
-        node.heard.setdefault(server.peer, []).append((when_s, server))
-        node.heard[server.peer].sort(key=lambda said: said[0])
+        node.heard.setdefault(server.stage.peer, []).append((when_s, server))
+        node.heard[server.stage.peer].sort(key=lambda said: said[0])
 
     def _others(self, node: _Node, until_s: float) -> tuple[Server, ...]:
         """Return what the others who were alive at a time had said until then, as far as a node has heard."""
@@ -188,23 +196,22 @@ class _Simulation:
         for peer, said in node.heard.items():
             beat_s = self._last_beats_s.get(peer, until_s)
             before = [server for when_s, server in said if when_s <= until_s]
-            if before and beat_s > until_s - SILENCE_S and peer != node.server.peer:
+            if before and beat_s > until_s - SILENCE_S and peer != node.server.stage.peer:
                 found.append(before[-1])
         return tuple(sorted(found))
 
     def _join(self, node: _Node) -> None:
-        length = node.server.end - node.server.start
+        length = len(node.server.stage.blocks)
         for when_s, server in self._said:
             self._hear(node, when_s, server)
         others = self._others(node, self._now_s + CLOCK_SKEW_S[1])
-        start, end = choose_span(self._block_count, others, length, node.server.rate)
-        node.server = replace(node.server, start=start, end=end)
-        self._nodes[node.server.peer] = node
+        node.server = moved(node.server, choose_span(self._block_count, others, length, node.server.rate))
+        self._nodes[node.server.stage.peer] = node
         self._say(node)
         self._after(node.load_block_s * length, node, self._loaded)
 
     def _loaded(self, node: _Node) -> None:
-        node.serving = node.server.start, node.server.end
+        node.serving = node.server.stage.blocks
         self._check_next_round(node)
 
     def _check_next_round(self, node: _Node) -> None:
@@ -217,38 +224,36 @@ class _Simulation:
         known = tuple(sorted((*self._others(node, cut_s), node.server)))
         moves = _plan(self._block_count, known) if known != node.planned_for else {}
         node.planned_for = known
-        if (span := moves.get(node.server.peer)) is None:
+        if (span := moves.get(node.server.stage.peer)) is None:
             self._check_next_round(node)
             return
-        node.server = replace(node.server, start=span[0], end=span[1])
+        node.server = moved(node.server, span)
         self._say(node)
         self._after(self._rng.uniform(*SETTLE_S), node, self._confirm)
 
     def _confirm(self, node: _Node) -> None:
         assert node.serving is not None
-        now = replace(node.server, start=node.serving[0], end=node.serving[1])
-        then = node.server.start, node.server.end
+        now = moved(node.server, node.serving)
+        then = node.server.stage.blocks
         if not still_worthwhile(self._block_count, self._others(node, self._now_s + CLOCK_SKEW_S[1]), now, then):
             node.server = now
             self._say(node)
             self._check_next_round(node)
             return
         node.moves += 1
-        new = set(range(*then)) - set(range(*node.serving))
+        new = blocks_of(then) - blocks_of(node.serving)
         self._after(node.load_block_s * len(new), node, self._switch)
 
     def _switch(self, node: _Node) -> None:
         assert node.serving is not None
-        then = node.server.start, node.server.end
+        then = node.server.stage.blocks
         served = [
-            replace(other.server, start=other.serving[0], end=other.serving[1])
-            for other in self._nodes.values()
-            if other is not node and other.serving
+            moved(other.server, other.serving) for other in self._nodes.values() if other is not node and other.serving
         ]
         if not may_drop(self._block_count, served, node.serving, then):
             self._after(1.0, node, self._switch)
             return
-        left = set(range(*node.serving)) - set(range(*then))
+        left = blocks_of(node.serving) - blocks_of(then)
         rates = block_rates(self._block_count, served)
         self._uncovered_by_moves += sum(bool(rates[block] == 0) for block in left)
         node.serving = then

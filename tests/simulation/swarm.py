@@ -17,7 +17,8 @@ from node.replication.history import MemoryHistory
 from node.replication.observations import ObservationReplicator, ReplicationLimits
 from node.swarm.dht_records import RecordKinds
 from node.swarm.membership import Membership
-from node.testing.memory_hub import LinkModel, MemoryNetworkHub
+from node.testing.memory_hub import MemoryNetworkHub
+from node.testing.memory_links import LinkModel
 from node.testing.memory_network import MemoryNetwork
 from node.testing.memory_stream import Packet
 from protocol import records as signed_records

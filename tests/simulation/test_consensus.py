@@ -16,7 +16,8 @@ from node.identity import Identity
 from node.network.interface import NetworkError
 from node.replication.history import MemoryHistory
 from node.testing.chain_store import MemoryStore
-from node.testing.memory_hub import LinkModel, MemoryNetworkHub
+from node.testing.memory_hub import MemoryNetworkHub
+from node.testing.memory_links import LinkModel
 from node.testing.memory_network import MemoryNetwork
 from node.util.offload import run_inline
 from protocol.consensus import CommitRecord, SignatureRecord, open_said, say

@@ -8,11 +8,12 @@ from node.identity import Identity
 from node.network.interface import Stream
 from node.swarm.directory import MAX_UNREACHED_PER_TELLER
 from node.swarm.membership import HEARSAY_AT_ONCE, HEARSAY_PER_S
-from node.testing.memory_hub import LinkModel
+from node.testing.memory_links import LinkModel
+from protocol.announcements import HEARTBEAT_TOPIC, Heartbeat, ServedSpan
 from protocol.identity import BlockRange, ModelId, PeerId
 from protocol.messages import Load
 from protocol.presence import PROTOCOL_ID, encode_present
-from protocol.records import HEARTBEAT_TOPIC, Heartbeat, ServedSpan, seal
+from protocol.records import seal
 from tests.simulation import virtual_time
 from tests.simulation.swarm import EPOCH_S, SimulatedPeer, Swarm, signatures_verified_once
 

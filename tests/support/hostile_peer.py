@@ -10,6 +10,7 @@ from node.network.interface import Network, NetworkError, Stream
 from node.swarm.dht_records import RecordKinds
 from node.swarm.membership import Membership
 from node.testing.fake_engine import FAKE_MODEL
+from protocol.announcements import ServedSpan
 from protocol.connection import PROTOCOL_IDS, JobConnection
 from protocol.identity import BlockRange, PeerId, SessionId
 from protocol.messages import (
@@ -29,7 +30,6 @@ from protocol.messages import (
     Slice,
     Step,
 )
-from protocol.records import ServedSpan
 from protocol.states import Role
 from protocol.tensors import tensor_from_tokens
 from tests.support.job_peers import BLOCKS, Swarm, wall_clock

@@ -27,12 +27,13 @@ from node.stages.span import Span
 from node.stages.span_supervisor import SpanSupervisor
 from node.stages.stage_policy import PolicyController
 from node.stages.stage_server import StageServer
-from node.stages.voting import Agreed, Voter
+from node.stages.voting import Agreement, Voter
 from node.swarm.dht_records import RecordKinds
 from node.swarm.link_estimates import LinkEstimates
 from node.swarm.membership import Membership
 from node.testing.fake_engine import FAKE_MODEL, FAKE_VARIANTS, FakeEngine, fake_span_info
-from node.testing.memory_hub import LinkModel, MemoryNetworkHub
+from node.testing.memory_hub import MemoryNetworkHub
+from node.testing.memory_links import LinkModel
 from node.util.offload import run_inline
 from protocol.identity import BlockRange, JobId, ModelId, PeerId, SessionId
 from protocol.messages import Open, Sampling, Slice, Step
@@ -187,7 +188,7 @@ class Swarm:
         row_s: float | None = None,
         slowness: Mapping[Variant, float] | None = None,
         ledger: QualityStore | None = None,
-        agreed: Agreed | None = None,
+        agreed: Agreement | None = None,
         draft: FakeEngine | None = None,
         **shape: Any,
     ) -> Peer:

@@ -10,6 +10,7 @@ from functools import partial
 from typing import Any, Final
 
 from protocol import canonical, chains
+from protocol.announcements import Heartbeat, Placement, Record, ServedSpan, SpanRecord
 from protocol.blobs import BlobFound, BlobInitiator, BlobRequest, BlobResponder
 from protocol.capabilities import CapabilityRecord
 from protocol.codec import decode_control, decode_step_header, encode_control, encode_step_header
@@ -29,7 +30,7 @@ from protocol.messages import Load
 from protocol.observations import open_observation
 from protocol.presence import PresenceReader, encode_present
 from protocol.reconciliation import Equal, Listing, PackedIds, Split, Summary
-from protocol.records import Heartbeat, Placement, Record, ServedSpan, SpanRecord, open_envelope, seal, unseal
+from protocol.records import open_envelope, seal, unseal
 from protocol.states import Role
 from protocol.sync import Answers, Compare, Get, Greeting, Items, Message, Put, SyncConnection, Taken, Welcome
 from tests.support.capabilities import EPYC

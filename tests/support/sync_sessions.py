@@ -9,7 +9,8 @@ from node.network.interface import Stream, StreamHandler
 from node.replication.anti_entropy import Initiation, Response
 from node.replication.history import MemoryHistory
 from node.replication.replica import Replica
-from node.testing.memory_hub import LinkModel, MemoryNetworkHub
+from node.testing.memory_hub import MemoryNetworkHub
+from node.testing.memory_links import LinkModel
 from protocol.observations import BUCKET_S, SignedObservation, open_observation
 from protocol.states import Role
 from protocol.sync import PROTOCOL_ID, Message, SyncConnection

@@ -9,9 +9,9 @@ from node.stages.peer_records import StagePeerStatistics
 from node.status import StatusView
 from node.swarm.directory import Directory
 from node.swarm.peer_limits import Ban
+from protocol.announcements import Heartbeat, ServedSpan
 from protocol.identity import BlockRange, ModelId, PeerId, peer_id_from_public_key
 from protocol.messages import Load, RefusalReason
-from protocol.records import Heartbeat, ServedSpan
 
 US, CONNECTED, HEARSAY, GONE = (peer_id_from_public_key(bytes([number]) * 32) for number in range(4))
 MODEL = ModelId("ab" * 32)

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import nn
 
+from node.engine.backends.interface import Rows
 from node.engine.interface import PAGE_POSITIONS
 from node.engine.kv_cache import BlockKvCache, KvCache, SlotMapping
 from node.engine.loading import LoadedSpan
@@ -26,47 +27,37 @@ _MOST_GATHERED = 192
 """Sessions are attended to together while none sees more than this: beyond, copying costs more than operations."""
 
 
-@dataclass(frozen=True, slots=True)
-class Rows:
-    """Rows of one session in a step. `rows`: token ids i64 (rows,), or hidden states f32 (rows, hidden size)."""
-
-    rows: torch.Tensor
-    places: SlotMapping
-    position: int
-    draws: int
-
-
 class RotaryTables(NamedTuple):
-    """Cosines and sines by which the rows' queries and keys are turned, f32 (rows, half of the head size) each."""
+    """Cosines and sines that rotate the rows' queries and keys, f32 (rows, half of the head size) each."""
 
     cos: torch.Tensor
     sin: torch.Tensor
 
 
 class QKV(NamedTuple):
-    """What a block's attention takes, f32, the rows first: queries and then keys, both turned; and values."""
+    """Inputs of a block's attention, f32, the rows first: queries and then keys, both rotated; and values."""
 
-    turned: torch.Tensor
+    rotated: torch.Tensor
     values: torch.Tensor
 
 
 class Segments(Protocol):
     """All of a span but its embedding and its attention. Rows are f32 (rows, hidden size)."""
 
-    def enter(self, number: int, hidden: torch.Tensor, rotary: RotaryTables) -> QKV:
-        """Return what the attention of the block takes that rows enter.
+    def qkv(self, number: int, hidden: torch.Tensor, rotary: RotaryTables) -> QKV:
+        """Return the inputs of the attention of the first block that is run.
 
         That is the span's first; others only where the variant's engine is among DIVISIBLE_ENGINES.
         """
         ...
 
-    def advance(
-        self, number: int, hidden: torch.Tensor, mixed: torch.Tensor, rotary: RotaryTables
+    def post_attention(
+        self, number: int, hidden: torch.Tensor, attended: torch.Tensor, rotary: RotaryTables
     ) -> tuple[torch.Tensor, QKV | None]:
-        """Complete a block (counted from the span's first), given what entered it and what attention made of that.
+        """Complete a block (counted from the span's first), given its input and the output of its attention.
 
-        `mixed`: f32 (rows, heads * head size). Returns what leaves it, and what the next block's attention takes where
-        there is one.
+        `attended`: f32 (rows, heads * head size). Returns the block's output, and the inputs of the next block's
+        attention, where there is one.
         """
         ...
 
@@ -76,7 +67,7 @@ class Segments(Protocol):
 
 
 class _Attention(NamedTuple):
-    """What a block's attention needs besides its rows."""
+    """A block's attention, rows apart."""
 
     scaling: float
     window: int | None
@@ -84,27 +75,27 @@ class _Attention(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class _AttentionView:
-    """What the rows of one session see of it in a block; `mask` where not all of them see all."""
+    """The positions that the rows of one session attend to in a block; `mask` where not all of them see all."""
 
     span: slice
-    seen: slice | torch.Tensor
+    visible: slice | torch.Tensor
     mask: torch.Tensor | None
     causal: bool
 
-    def mix(self, queries: torch.Tensor, memory: BlockKvCache, scaling: float) -> torch.Tensor:
-        """Return what attention makes of the session's queries: (rows, heads * head size)."""
+    def attend(self, queries: torch.Tensor, memory: BlockKvCache, scaling: float) -> torch.Tensor:
+        """Return the attention of the session's queries: (rows, heads * head size)."""
         queries = queries[self.span]
         rows, heads, size = queries.shape
         groups = memory.keys.shape[1]
-        keys, values = (there[self.seen].transpose(0, 1).unsqueeze(0) for there in (memory.keys, memory.values))
+        keys, values = (there[self.visible].transpose(0, 1).unsqueeze(0) for there in (memory.keys, memory.values))
         if rows == 1:
             # It sees everything there is, so the heads of a group may pass for rows, and nothing is repeated for them.
             grouped = queries.view(1, groups, heads // groups, size)
-            mixed = nn.functional.scaled_dot_product_attention(grouped, keys, values, scale=scaling)
-            return mixed.reshape(1, heads * size)
+            attended = nn.functional.scaled_dot_product_attention(grouped, keys, values, scale=scaling)
+            return attended.reshape(1, heads * size)
         if queries.device.type != "cpu":  # no kernel for fp32 there shares keys: it would hold all scores at once
             keys, values = (each.repeat_interleave(heads // groups, dim=1) for each in (keys, values))
-        mixed = nn.functional.scaled_dot_product_attention(
+        attended = nn.functional.scaled_dot_product_attention(
             queries.transpose(0, 1).unsqueeze(0),
             keys,
             values,
@@ -113,42 +104,42 @@ class _AttentionView:
             scale=scaling,
             enable_gqa=heads != keys.shape[1],
         )
-        return mixed[0].transpose(0, 1).reshape(rows, heads * size)
+        return attended[0].transpose(0, 1).reshape(rows, heads * size)
 
 
 @dataclass(frozen=True, slots=True)
 class _BatchedAttentionView:
-    """What several sessions see in a block that have a row each.
+    """The positions that several sessions with a row each attend to in a block.
 
-    Their keys and values are gathered, to be attended to in one operation: what is copied is less than many small
-    operations cost. `seen`: the places of each, filled up to the longest. `mask`: f32 (sessions, 1, 1, longest).
+    Their keys and values are gathered for one operation, as copying them costs less than many small operations.
+    `visible`: the slots of each, padded to the longest. `mask`: f32 (sessions, 1, 1, longest).
     """
 
-    seen: torch.Tensor
+    visible: torch.Tensor
     mask: torch.Tensor
 
-    def mix(self, queries: torch.Tensor, memory: BlockKvCache, scaling: float) -> torch.Tensor:
-        """Return what attention makes of the sessions' queries, which are the first: (rows, heads * head size)."""
+    def attend(self, queries: torch.Tensor, memory: BlockKvCache, scaling: float) -> torch.Tensor:
+        """Return the attention of the sessions' queries, which are the first: (rows, heads * head size)."""
         rows, longest = len(self.mask), self.mask.shape[-1]
         _, heads, size = queries.shape
         groups = memory.keys.shape[1]
         keys, values = (
-            there.index_select(0, self.seen).view(rows, longest, groups, size).transpose(1, 2)
+            there.index_select(0, self.visible).view(rows, longest, groups, size).transpose(1, 2)
             for there in (memory.keys, memory.values)
         )
         grouped = queries[:rows].view(rows, groups, heads // groups, size)
-        mixed = nn.functional.scaled_dot_product_attention(grouped, keys, values, attn_mask=self.mask, scale=scaling)
-        return mixed.reshape(rows, heads * size)
+        attended = nn.functional.scaled_dot_product_attention(grouped, keys, values, attn_mask=self.mask, scale=scaling)
+        return attended.reshape(rows, heads * size)
 
 
 @dataclass(slots=True)
 class _Plan:
-    """What all blocks share in a step."""
+    """State that all blocks share in a step."""
 
-    places: torch.Tensor
+    slots: torch.Tensor
     rotary: RotaryTables
     slices: Sequence[Rows]
-    sights: dict[int | None, list[_AttentionView | _BatchedAttentionView]] = field(default_factory=dict)
+    views: dict[int | None, list[_AttentionView | _BatchedAttentionView]] = field(default_factory=dict)
     """By sliding window."""
 
 
@@ -165,17 +156,17 @@ def refusal(span: LoadedSpan) -> str | None:
 
 
 class BatchedSpan:
-    """A span in one variant, ready to run."""
+    """A span in one variant, warmed over memory in the shapes of `kv`; implements SpanRunner."""
 
-    def __init__(self, span: LoadedSpan, segments: Segments, *, first: bool, last: bool) -> None:
+    def __init__(self, span: LoadedSpan, segments: Segments, kv: KvCache) -> None:
         self._segments = segments
         base: Any = span.base
-        self._embedding = base.embed_tokens if first else None
+        self._embedding = base.embed_tokens if span.is_first else None
         self._rotary = base.rotary_emb
         config = span.model.config
         self._hidden_size = span.hidden_size
         self._vocabulary_size = span.vocabulary_size
-        self._last = last
+        self._last = span.is_last
         self._heads: int = config.num_attention_heads
         blocks: Any = span.blocks
         self._blocks = [
@@ -183,12 +174,13 @@ class BatchedSpan:
         ]
         self._device = next(span.blocks.parameters()).device
         self._tables = self._rotary_tables(PAGE_POSITIONS)
+        self._warm(kv)
 
     @torch.inference_mode()
-    def warm(self, memory: Sequence[BlockKvCache]) -> None:
-        """Run every kind of product once, over memory of its own in the shapes of `memory`."""
+    def _warm(self, kv: KvCache) -> None:
+        """Run every kind of product once."""
         pages = -(-max(_WARM_ROWS) // PAGE_POSITIONS)
-        scratch = KvCache([block.resized(pages * PAGE_POSITIONS) for block in memory])
+        scratch = KvCache([block.resized(pages * PAGE_POSITIONS) for block in kv.blocks])
         for count in _WARM_ROWS:
             if self._embedding is not None:
                 rows = torch.zeros(count, dtype=torch.long, device=self._device)
@@ -197,12 +189,8 @@ class BatchedSpan:
             self.run([Rows(rows, SlotMapping(range(pages)), 0, min(count, 2))], scratch)
 
     @torch.inference_mode()
-    def run(self, slices: Sequence[Rows], memory: KvCache, blocks: range | None = None) -> list[torch.Tensor]:
-        """Run the rows of several sessions together, through some of the span's blocks or all of them.
-
-        Returns for each hidden states f32 (rows, hidden size), behind the model's last block logits f32 (draws,
-        vocabulary size).
-        """
+    def run(self, slices: Sequence[Rows], kv: KvCache, blocks: range | None = None) -> list[torch.Tensor]:
+        """Run the rows of several sessions together; see SpanRunner."""
         # Sessions with a single row first, and next to each other.
         order = sorted(range(len(slices)), key=lambda number: len(slices[number].rows) > 1)
         ordered = [slices[number] for number in order]
@@ -211,11 +199,11 @@ class BatchedSpan:
         blocks = range(len(self._blocks)) if blocks is None else blocks
         if self._embedding is not None and blocks.start == 0:
             hidden = self._embedding(hidden)
-        heads: QKV | None = self._segments.enter(blocks.start, hidden, plan.rotary)
+        qkv: QKV | None = self._segments.qkv(blocks.start, hidden, plan.rotary)
         for number in blocks:
-            assert heads is not None
-            mixed = self._attend(self._blocks[number], memory.blocks[number], heads, plan)
-            hidden, heads = self._segments.advance(number, hidden, mixed, plan.rotary)
+            assert qkv is not None
+            attended = self._attend(self._blocks[number], kv.blocks[number], qkv, plan)
+            hidden, qkv = self._segments.post_attention(number, hidden, attended, plan.rotary)
         last = self._last and blocks.stop == len(self._blocks)
         outputs = self._logits(hidden, ordered) if last else hidden.split([len(part.rows) for part in ordered])
         return [output for _, output in sorted(zip(order, outputs, strict=True), key=lambda pair: pair[0])]
@@ -229,17 +217,17 @@ class BatchedSpan:
         drawn = torch.cat([part[len(part) - count :] for part, count in zip(parts, counts, strict=True)])
         return list(self._segments.logits(drawn).split(counts))
 
-    def _attend(self, block: _Attention, memory: BlockKvCache, heads: QKV, plan: _Plan) -> torch.Tensor:
-        """Add the rows' keys and values to KV memory; return what attention makes of them: (rows, heads * size)."""
+    def _attend(self, block: _Attention, memory: BlockKvCache, qkv: QKV, plan: _Plan) -> torch.Tensor:
+        """Write the rows' keys and values to the KV cache; return their attention: (rows, heads * size)."""
         groups, size = memory.keys.shape[1:]
-        turned = heads.turned.view(-1, self._heads + groups, size)
-        queries = turned[:, : self._heads]
-        memory.keys.index_copy_(0, plan.places, turned[:, self._heads :])
-        memory.values.index_copy_(0, plan.places, heads.values.view(-1, groups, size))
-        if block.window not in plan.sights:
-            plan.sights[block.window] = self._sights(plan.slices, block.window)
-        mixed = [sight.mix(queries, memory, block.scaling) for sight in plan.sights[block.window]]
-        return torch.cat(mixed) if len(mixed) > 1 else mixed[0]
+        rotated = qkv.rotated.view(-1, self._heads + groups, size)
+        queries = rotated[:, : self._heads]
+        memory.keys.index_copy_(0, plan.slots, rotated[:, self._heads :])
+        memory.values.index_copy_(0, plan.slots, qkv.values.view(-1, groups, size))
+        if block.window not in plan.views:
+            plan.views[block.window] = self._views(plan.slices, block.window)
+        attended = [view.attend(queries, memory, block.scaling) for view in plan.views[block.window]]
+        return torch.cat(attended) if len(attended) > 1 else attended[0]
 
     def _plan(self, slices: Sequence[Rows]) -> _Plan:
         ends = [part.position + len(part.rows) for part in slices]
@@ -247,43 +235,43 @@ class BatchedSpan:
             self._tables = self._rotary_tables(max(max(ends), 2 * len(self._tables[0])))
         positions = torch.cat([torch.arange(p.position, end) for p, end in zip(slices, ends, strict=True)])
         positions = positions.to(self._device)
-        places = torch.cat([p.places.all[p.position : end] for p, end in zip(slices, ends, strict=True)])
-        return _Plan(places.to(self._device), RotaryTables(*(table[positions] for table in self._tables)), slices)
+        slots = torch.cat([p.slots.all[p.position : end] for p, end in zip(slices, ends, strict=True)])
+        return _Plan(slots.to(self._device), RotaryTables(*(table[positions] for table in self._tables)), slices)
 
-    def _sights(self, slices: Sequence[Rows], window: int | None) -> list[_AttentionView | _BatchedAttentionView]:
-        """Return what the slices see, those with a single row together where that pays."""
+    def _views(self, slices: Sequence[Rows], window: int | None) -> list[_AttentionView | _BatchedAttentionView]:
+        """Return what the slices attend to, those with a single row together where that pays."""
         single = [part for part in slices if len(part.rows) == 1]
-        sights: list[_AttentionView | _BatchedAttentionView] = []
-        joint = self._joint_sight(single, window) if len(single) > 1 else None
+        views: list[_AttentionView | _BatchedAttentionView] = []
+        joint = self._joint_view(single, window) if len(single) > 1 else None
         if joint is not None:
-            sights.append(joint)
+            views.append(joint)
         start = 0
         for part in slices:
             count, end = len(part.rows), part.position + len(part.rows)
             if joint is None or count > 1:
-                sights.append(self._sight(part, slice(start, start + count), end, window))
+                views.append(self._view(part, slice(start, start + count), end, window))
             start += count
-        return sights
+        return views
 
-    def _joint_sight(self, single: Sequence[Rows], window: int | None) -> _BatchedAttentionView | None:
-        """Return what sessions with a row each see together, if that is little enough to be gathered."""
-        firsts = [_first_seen(part, window) for part in single]
+    def _joint_view(self, single: Sequence[Rows], window: int | None) -> _BatchedAttentionView | None:
+        """Return what sessions with a row each attend to together, if that is little enough to be gathered."""
+        firsts = [_first_visible(part, window) for part in single]
         counts = [part.position + 1 - first for part, first in zip(single, firsts, strict=True)]
         longest = max(counts)
         if longest > _MOST_GATHERED:
             return None
-        seen = torch.zeros(len(single), longest, dtype=torch.long)
+        visible = torch.zeros(len(single), longest, dtype=torch.long)
         mask = torch.full((len(single), 1, 1, longest), -torch.inf)
         for row, (part, first, count) in enumerate(zip(single, firsts, counts, strict=True)):
-            places = part.places.all[first : first + count]
-            seen[row, :count] = places
-            seen[row, count:] = places[0]  # any place of its own, whose numbers are numbers: it is masked
+            slots = part.slots.all[first : first + count]
+            visible[row, :count] = slots
+            visible[row, count:] = slots[0]  # any slot of its own, which holds finite numbers: it is masked
             mask[row, ..., :count] = 0
-        return _BatchedAttentionView(seen.flatten().to(self._device), mask.to(self._device))
+        return _BatchedAttentionView(visible.flatten().to(self._device), mask.to(self._device))
 
-    def _sight(self, part: Rows, span: slice, end: int, window: int | None) -> _AttentionView:
-        """Return what the rows of one session see."""
-        first = _first_seen(part, window)
+    def _view(self, part: Rows, span: slice, end: int, window: int | None) -> _AttentionView:
+        """Return what the rows of one session attend to."""
+        first = _first_visible(part, window)
         count, mask = len(part.rows), None
         causal = count > 1 and part.position == 0 and (window is None or end <= window)
         if count > 1 and not causal:
@@ -291,8 +279,8 @@ class BatchedSpan:
             distance = torch.arange(part.position, end).unsqueeze(1) - torch.arange(first, end)
             mask = (distance >= 0) if window is None else (distance >= 0) & (distance < window)
             mask = mask.to(self._device)
-        seen = part.places.of(first, end)
-        return _AttentionView(span, seen if isinstance(seen, slice) else seen.to(self._device), mask, causal)
+        visible = part.slots.of(first, end)
+        return _AttentionView(span, visible if isinstance(visible, slice) else visible.to(self._device), mask, causal)
 
     def _rotary_tables(self, count: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Return cosines and sines f32 (positions, half of the head size)."""
@@ -303,6 +291,6 @@ class BatchedSpan:
         return cos[0, :, :half].contiguous(), sin[0, :, :half].contiguous()
 
 
-def _first_seen(part: Rows, window: int | None) -> int:
-    """Return the first position that the first of a session's rows sees."""
+def _first_visible(part: Rows, window: int | None) -> int:
+    """Return the first position that the first of a session's rows attends to."""
     return 0 if window is None else max(0, part.position - window + 1)

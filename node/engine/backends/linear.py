@@ -28,11 +28,6 @@ class Packed:
     scale: torch.Tensor | None
     bias: torch.Tensor | None
 
-    @property
-    def bytes(self) -> int:
-        """Memory it takes."""
-        return sum(tensor.nbytes for tensor in (self.matrix, self.scale, self.bias) if tensor is not None)
-
 
 def pack(packing: str, matrix: torch.Tensor, bias: torch.Tensor | None) -> Packed:
     """Return a matrix (outputs, inputs) packed as "fp32", "bf16" or "int8" (symmetric, a scale for each output)."""

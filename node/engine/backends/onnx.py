@@ -23,16 +23,15 @@ import onnxruntime
 import torch
 from onnx import ModelProto, StringStringEntryProto, TensorProto, ValueInfoProto, helper
 
-from node.engine.backends.batched import QKV, RotaryTables
+from node.engine.backends.batched import QKV, BatchedSpan, RotaryTables
+from node.engine.backends.interface import BackendContext
 from node.engine.backends.torch import fuse
 from node.engine.interface import EngineError
+from node.engine.kv_cache import KvCache
 from node.engine.loading import LoadedSpan
 from node.util.disk_cache import FolderCache
 
-ARITHMETICS: Final[Mapping[str, float]] = {"fp32": 4.0, "int8": 1.0 + 4 / 32}
-"""Those there are, and the bytes that an element of a matrix takes in each."""
-
-FORMAT: Final = 2
+FORMAT: Final = 3
 """Of the graphs; part of their name in a cache, so that a version with other graphs makes its own."""
 
 _BLOCK_INPUTS = 32
@@ -44,37 +43,52 @@ _CONTRIBUTED = "com.microsoft"
 Array = npt.NDArray[np.generic]
 
 
-def start_threads(count: int) -> None:
-    """Start the threads that all graphs of this process share, once; they get the priority of the calling thread."""
-    with suppress(Exception):  # they are there already: it says so in an exception that has no class of its own
-        onnxruntime.set_global_thread_pool_sizes(count, 1)
+class Backend:
+    """Implements the backend `onnxruntime`."""
+
+    def __init__(self, context: BackendContext) -> None:
+        self._context = context
+
+    def start_threads(self) -> None:
+        """Start the threads that all graphs of this process share, once."""
+        with suppress(Exception):  # they are there already: it says so in an exception that has no class of its own
+            onnxruntime.set_global_thread_pool_sizes(self._context.threads, 1)
+
+    def build(self, arithmetic: str, kv: KvCache) -> BatchedSpan:
+        """Open the graphs of a variant, written to disk first if they are not cached there, and warm them."""
+        self.start_threads()
+        span, name = self._context.span, f"{self._context.name}-{arithmetic}-{FORMAT}"
+        try:
+            return BatchedSpan(span, open_graphs(span, name, arithmetic, self._context.disk_cache), kv)
+        except OSError as error:
+            raise EngineError(f"no graphs for onnxruntime/{arithmetic}: {error}") from error
 
 
 class OnnxSegments:
     """A span whose segments onnxruntime calculates; see `node.engine.backends.batched.Segments`."""
 
-    def __init__(self, folder: Path, count: int, *, last: bool) -> None:
-        """Open the graphs of a span of `count` blocks. Raises EngineError where they are damaged."""
+    def __init__(self, folder: Path, span: LoadedSpan) -> None:
+        """Open the graphs of a span. Raises EngineError where they are damaged."""
         try:
-            self._between = [_session(folder / f"{number}.onnx") for number in range(count + 1)]
-            self._head = _session(folder / "head.onnx") if last else None
+            self._between = [_session(folder / f"{number}.onnx") for number in range(len(span.blocks) + 1)]
+            self._head = _session(folder / "head.onnx") if span.is_last else None
         except Exception as error:  # onnxruntime's exceptions have no base class but Exception
             raise EngineError(f"the graphs in {folder} cannot be used: {' '.join(str(error).split())[:200]}") from error
 
-    def enter(self, number: int, hidden: torch.Tensor, rotary: RotaryTables) -> QKV:
-        """Return what the first block's attention takes: there is no graph that begins at another."""
+    def qkv(self, number: int, hidden: torch.Tensor, rotary: RotaryTables) -> QKV:
+        """Return the inputs of the first block's attention: there is no graph that begins at another."""
         if number:
             raise EngineError("a graph begins at the first block of its span")
         return QKV(*_run(self._between[0], hidden=hidden, cos=rotary.cos, sin=rotary.sin))
 
-    def advance(
-        self, number: int, hidden: torch.Tensor, mixed: torch.Tensor, rotary: RotaryTables
+    def post_attention(
+        self, number: int, hidden: torch.Tensor, attended: torch.Tensor, rotary: RotaryTables
     ) -> tuple[torch.Tensor, QKV | None]:
-        """Complete a block; return what leaves it, and what the next one's attention takes."""
+        """Complete a block; return its output, and the inputs of the next one's attention."""
         if number + 2 == len(self._between):
-            return _run(self._between[-1], hidden=hidden, mixed=mixed)[0], None
-        left, *heads = _run(self._between[number + 1], hidden=hidden, mixed=mixed, cos=rotary.cos, sin=rotary.sin)
-        return left, QKV(*heads)
+            return _run(self._between[-1], hidden=hidden, attended=attended)[0], None
+        output, *qkv = _run(self._between[number + 1], hidden=hidden, attended=attended, cos=rotary.cos, sin=rotary.sin)
+        return output, QKV(*qkv)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Return logits."""
@@ -82,22 +96,19 @@ class OnnxSegments:
         return _run(self._head, hidden=hidden)[0]
 
 
-def open_graphs(span: LoadedSpan, name: str, arithmetic: str, cache: FolderCache | None, *, last: bool) -> OnnxSegments:
-    """Return a span of the Llama family as graphs, from the cache if they are there.
+def open_graphs(span: LoadedSpan, name: str, arithmetic: str, cache: FolderCache | None) -> OnnxSegments:
+    """Return a span of the Llama family as graphs, from the cache if they are there under this name.
 
-    `name`: what they depend on besides the arithmetic. Without a cache they are built for this one use. Raises
-    EngineError, OSError.
+    Without a cache they are built for this one use. Raises EngineError, OSError.
     """
-    count = len(span.blocks)
     if cache is None:
         with tempfile.TemporaryDirectory() as temporary:
-            _write(span, Path(temporary), arithmetic, last=last)
-            return OnnxSegments(Path(temporary), count, last=last)
-    name = f"{name}-{arithmetic}-{FORMAT}"
+            _write(span, Path(temporary), arithmetic)
+            return OnnxSegments(Path(temporary), span)
     for attempt in range(2):
-        folder = cache.folder(name, lambda folder: _write(span, folder, arithmetic, last=last))
+        folder = cache.folder(name, lambda folder: _write(span, folder, arithmetic))
         try:
-            return OnnxSegments(folder, count, last=last)
+            return OnnxSegments(folder, span)
         except EngineError:
             if attempt:
                 raise
@@ -198,8 +209,8 @@ def _quantise(matrix: torch.Tensor) -> dict[str, Array]:
 
 
 @torch.inference_mode()
-def _write(span: LoadedSpan, folder: Path, arithmetic: str, *, last: bool) -> None:
-    """Write the graphs of a span: 0 what comes before the first attention, then what follows each; and the head."""
+def _write(span: LoadedSpan, folder: Path, arithmetic: str) -> None:
+    """Write the graphs of a span: 0 the part before the first attention, then the part after each; and the head."""
     blocks: list[Any] = list(span.blocks)
     hidden, epsilon = span.hidden_size, span.model.config.rms_norm_eps
     for number in range(len(blocks) + 1):
@@ -208,16 +219,16 @@ def _write(span: LoadedSpan, folder: Path, arithmetic: str, *, last: bool) -> No
             inputs: dict[str, int] = {"hidden": hidden}
             outputs: dict[str, int] = {}
             if before is not None:
-                inputs["mixed"], outputs["left"] = before.self_attn.o_proj.in_features, hidden
+                inputs["attended"], outputs["output"] = before.self_attn.o_proj.in_features, hidden
             graph = _Graph(inputs, arithmetic == "int8", constants)
-            entering = "hidden" if before is None else _complete(graph, before, epsilon)
+            block_input = "hidden" if before is None else _complete(graph, before, epsilon)
             if after is not None:
                 half = after.self_attn.head_dim // 2
                 graph.inputs |= {"cos": half, "sin": half}
-                normed = graph.norm(entering, "entering.normed", after.input_layernorm.weight, epsilon)
-                outputs |= _heads(graph, after.self_attn, normed, epsilon)
+                normed = graph.norm(block_input, "input.normed", after.input_layernorm.weight, epsilon)
+                outputs |= _qkv(graph, after.self_attn, normed, epsilon)
             graph.save(folder / f"{number}.onnx", outputs)
-    if last:
+    if span.is_last:
         base: Any = span.base
         head: Any = span.model.get_output_embeddings()
         with (folder / "head.constants").open("wb") as constants:
@@ -227,8 +238,8 @@ def _write(span: LoadedSpan, folder: Path, arithmetic: str, *, last: bool) -> No
             graph.save(folder / "head.onnx", {"logits": span.vocabulary_size})
 
 
-def _heads(graph: _Graph, attention: Any, normed: str, epsilon: float) -> dict[str, int]:
-    """Add what a block's attention takes, given normed rows; return the names and widths of turned heads and values."""
+def _qkv(graph: _Graph, attention: Any, normed: str, epsilon: float) -> dict[str, int]:
+    """Add the projections before a block's attention; return the names and widths of their outputs."""
     queries, keys, values = attention.q_proj, attention.k_proj, attention.v_proj
     matrix, bias = fuse(queries, keys)
     size = attention.head_dim
@@ -247,19 +258,19 @@ def _heads(graph: _Graph, attention: Any, normed: str, epsilon: float) -> dict[s
     # The operator wants a batch, and positions as places in its tables, which hold those of the rows in order.
     batch = graph.add("Unsqueeze", [heads, graph.shape("axis", 0)], ["batch"])
     inputs = [batch, graph.shape("first", 0), "cos", "sin"]
-    rotated = graph.add("RotaryEmbedding", inputs, ["rotated"], domain=_CONTRIBUTED, num_heads=count)
-    graph.add("Squeeze", [rotated, "axis"], ["turned"])
+    rotated = graph.add("RotaryEmbedding", inputs, ["rotated.batch"], domain=_CONTRIBUTED, num_heads=count)
+    graph.add("Squeeze", [rotated, "axis"], ["rotated"])
     graph.multiply(normed, "values", *fuse(values))
-    return {"turned": count * size, "values": len(values.weight)}
+    return {"rotated": count * size, "values": len(values.weight)}
 
 
 def _complete(graph: _Graph, block: Any, epsilon: float) -> str:
-    """Add what follows a block's attention; return the name of what leaves the block."""
-    mixed = graph.multiply("mixed", "out", *fuse(block.self_attn.o_proj))
-    between = graph.add("Add", [mixed, "hidden"], ["between"])
+    """Add what follows a block's attention; return the name of the block's output."""
+    projected = graph.multiply("attended", "out", *fuse(block.self_attn.o_proj))
+    between = graph.add("Add", [projected, "hidden"], ["between"])
     normed = graph.norm(between, "between.normed", block.post_attention_layernorm.weight, epsilon)
     gate = graph.multiply(normed, "gate", *fuse(block.mlp.gate_proj))
     up = graph.multiply(normed, "up", *fuse(block.mlp.up_proj))
     active = graph.add("QuickGelu", [gate], ["active"], domain=_CONTRIBUTED, alpha=1.0)  # x * sigmoid(x): SiLU
     gated = graph.add("Mul", [active, up], ["gated"])
-    return graph.add("Add", [graph.multiply(gated, "down", *fuse(block.mlp.down_proj)), between], ["left"])
+    return graph.add("Add", [graph.multiply(gated, "down", *fuse(block.mlp.down_proj)), between], ["output"])

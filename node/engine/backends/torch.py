@@ -6,8 +6,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from node.engine.backends.batched import QKV, RotaryTables
+from node.engine.backends.batched import QKV, BatchedSpan, RotaryTables
+from node.engine.backends.interface import BackendContext
 from node.engine.backends.linear import ARITHMETICS, Packed, Product, multiply, pack
+from node.engine.kv_cache import KvCache
 from node.engine.loading import LoadedSpan
 
 
@@ -27,24 +29,36 @@ class _Block:
 
 @dataclass(slots=True)
 class PackedSpan:
-    """A span's matrices in one packing."""
+    """A span's matrices in one packing. `norm`, `head`: of a last span."""
 
     blocks: list[_Block]
     norm: torch.Tensor | None
     head: Packed | None
 
-    @property
-    def bytes(self) -> int:
-        """Memory that the matrices take."""
-        packed = [matrix for block in self.blocks for matrix in (block.qkv, block.out, block.gate_up, block.down)]
-        return sum(matrix.bytes for matrix in (*packed, *filter(None, [self.head])))
+
+class Backend:
+    """Implements the backend `fused`."""
+
+    def __init__(self, context: BackendContext) -> None:
+        self._span = context.span
+        self._packed: dict[str, PackedSpan] = {}
+
+    def start_threads(self) -> None:
+        """Torch has started its threads already."""
+
+    def build(self, arithmetic: str, kv: KvCache) -> BatchedSpan:
+        """Pack the matrices, unless another arithmetic with the same packing has, and warm them."""
+        packing, product = ARITHMETICS[arithmetic]
+        if packing not in self._packed:
+            self._packed[packing] = pack_span(self._span, packing)
+        return BatchedSpan(self._span, TorchSegments(self._span, self._packed[packing], product), kv)
 
 
 @torch.inference_mode()
-def pack_span(span: LoadedSpan, packing: str, *, last: bool) -> PackedSpan:
+def pack_span(span: LoadedSpan, packing: str) -> PackedSpan:
     """Return the matrices of a span of the Llama family, fused and packed."""
     blocks = [_pack_block(block, packing) for block in span.blocks]
-    if not last:
+    if not span.is_last:
         return PackedSpan(blocks, None, None)
     head: Any = span.model.get_output_embeddings()
     base: Any = span.base
@@ -74,28 +88,28 @@ def fuse(*linears: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
 class TorchSegments:
     """A packed span in one arithmetic; see `node.engine.backends.batched.Segments`."""
 
-    def __init__(self, span: LoadedSpan, packed: PackedSpan, arithmetic: str) -> None:
+    def __init__(self, span: LoadedSpan, packed: PackedSpan, product: Product) -> None:
         self._packed = packed
-        self._product: Product = ARITHMETICS[arithmetic][1]
+        self._product = product
         config = span.model.config
         self._epsilon: float = config.rms_norm_eps
         self._counts = [config.num_attention_heads, config.num_key_value_heads, config.num_key_value_heads]
 
-    def enter(self, number: int, hidden: torch.Tensor, rotary: RotaryTables) -> QKV:
-        """Return what a block's attention takes."""
-        return self._heads(hidden, self._packed.blocks[number], rotary)
+    def qkv(self, number: int, hidden: torch.Tensor, rotary: RotaryTables) -> QKV:
+        """Return the inputs of a block's attention."""
+        return self._qkv(hidden, self._packed.blocks[number], rotary)
 
-    def advance(
-        self, number: int, hidden: torch.Tensor, mixed: torch.Tensor, rotary: RotaryTables
+    def post_attention(
+        self, number: int, hidden: torch.Tensor, attended: torch.Tensor, rotary: RotaryTables
     ) -> tuple[torch.Tensor, QKV | None]:
-        """Complete a block; return what leaves it, and what the next one's attention takes."""
+        """Complete a block; return its output, and the inputs of the next one's attention."""
         block = self._packed.blocks[number]
-        hidden = hidden + self._multiply(mixed, block.out)
+        hidden = hidden + self._multiply(attended, block.out)
         gate, up = self._multiply(self._norm(hidden, block.mlp_norm), block.gate_up).chunk(2, dim=1)
         hidden = hidden + self._multiply(nn.functional.silu(gate) * up, block.down)
         if number + 1 == len(self._packed.blocks):
             return hidden, None
-        return hidden, self._heads(hidden, self._packed.blocks[number + 1], rotary)
+        return hidden, self._qkv(hidden, self._packed.blocks[number + 1], rotary)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Return logits."""
@@ -103,16 +117,16 @@ class TorchSegments:
         assert self._packed.head is not None
         return self._multiply(self._norm(hidden, self._packed.norm), self._packed.head)
 
-    def _heads(self, hidden: torch.Tensor, block: _Block, rotary: RotaryTables) -> QKV:
+    def _qkv(self, hidden: torch.Tensor, block: _Block, rotary: RotaryTables) -> QKV:
         rows = self._multiply(self._norm(hidden, block.norm), block.qkv).view(len(hidden), sum(self._counts), -1)
-        turned, values = rows.split([sum(self._counts[:2]), self._counts[2]], dim=1)
+        rotated, values = rows.split([sum(self._counts[:2]), self._counts[2]], dim=1)
         if block.head_norms is not None:
-            parts = zip(turned.split(self._counts[:2], dim=1), block.head_norms, strict=True)
-            turned = torch.cat([self._norm(part, norm) for part, norm in parts], dim=1)
-        # Each pair of elements, half a head apart, is turned: (a cos - b sin, b cos + a sin).
-        (cos, sin), (one, other) = (turn.unsqueeze(1) for turn in rotary), turned.chunk(2, dim=-1)
-        turned = torch.cat([one * cos - other * sin, other * cos + one * sin], dim=-1)
-        return QKV(turned, values)
+            parts = zip(rotated.split(self._counts[:2], dim=1), block.head_norms, strict=True)
+            rotated = torch.cat([self._norm(part, norm) for part, norm in parts], dim=1)
+        # Each pair of elements, half a head apart, is rotated: (a cos - b sin, b cos + a sin).
+        (cos, sin), (one, other) = (table.unsqueeze(1) for table in rotary), rotated.chunk(2, dim=-1)
+        rotated = torch.cat([one * cos - other * sin, other * cos + one * sin], dim=-1)
+        return QKV(rotated, values)
 
     def _multiply(self, rows: torch.Tensor, weights: Packed) -> torch.Tensor:
         return multiply(self._product, rows, weights)

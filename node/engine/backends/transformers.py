@@ -8,13 +8,14 @@ block. The last one runs the whole model, with its head and whatever scales or c
 part of the span enters and leaves it in the same way; the blocks around the part hand on what they are given.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
+from node.engine.backends.interface import Rows
 from node.engine.interface import EngineError
 from node.engine.kv_cache import BlockKvCache, KvCache, RewindableCache, SlotMapping
 from node.engine.loading import LoadedSpan
@@ -26,10 +27,10 @@ _TRIAL_ROWS = 2
 class TransformersSpan:
     """The blocks of one span, ready to run."""
 
-    def __init__(self, span: LoadedSpan, *, first: bool, last: bool) -> None:
+    def __init__(self, span: LoadedSpan) -> None:
         self._span = span
-        self._first = first
-        self._last = last
+        self._first = span.is_first
+        self._last = span.is_last
         self._model = span.model
         self._base = span.base
         self._weight = next(span.blocks.parameters())
@@ -45,21 +46,18 @@ class TransformersSpan:
             block.register_forward_hook(partial(self._leave, number))
             block.forward = partial(self._pass, number, block.forward)
 
-    def new_cache(self, places: SlotMapping, memory: KvCache, length: int) -> RewindableCache:
-        """Return a session's KV cache, with `length` positions in it."""
-        return RewindableCache(self._span.windows, places, memory, length)
-
-    def try_out(self) -> tuple[BlockKvCache, ...]:
-        """Run a few rows, which fetches the weights from disk; return the KV memory that this took, block by block.
+    def trial_run(self) -> tuple[BlockKvCache, ...]:
+        """Run a few rows, which fetches the weights from disk; return the KV cache that this took, block by block.
 
         Raises EngineError where the architecture cannot be divided between stages.
         """
-        cache = RewindableCache(self._span.windows, SlotMapping([0]))
+        slots = SlotMapping([0])
+        cache = RewindableCache(self._span.windows, slots)
         size = self._span.hidden_size
         shape, dtype = ((_TRIAL_ROWS,), torch.long) if self._first else ((_TRIAL_ROWS, size), self._weight.dtype)
         rows = torch.zeros(shape, dtype=dtype, device=self._weight.device)
         try:
-            output = self.run(rows, cache, position=0, draws=1)
+            output = self._forward(Rows(rows, slots, 0, 1), cache, range(len(self._span.blocks)))
         except (EngineError, torch.OutOfMemoryError):
             raise
         except Exception as error:  # whatever an architecture that nobody tried here trips over
@@ -70,24 +68,21 @@ class TransformersSpan:
         return cache.memory
 
     @torch.inference_mode()
-    def run(
-        self,
-        rows: torch.Tensor,
-        cache: RewindableCache,
-        *,
-        position: int,
-        draws: int,
-        blocks: range | None = None,
-    ) -> torch.Tensor:
-        """Run rows at `position` on top of what is cached before it, through some of the span's blocks or all of them.
+    def run(self, slices: Sequence[Rows], kv: KvCache, blocks: range | None = None) -> list[torch.Tensor]:
+        """Run the rows of sessions one session after another; see SpanRunner."""
+        blocks = range(len(self._span.blocks)) if blocks is None else blocks
+        return [
+            self._forward(part, RewindableCache(self._span.windows, part.slots, kv, part.position), blocks)
+            for part in slices
+        ]
 
-        `rows`, on the model's device: token ids i64 (rows,) where the model's first block is run, else hidden states
-        (rows, hidden size) in the model's dtype. Returns hidden states (rows, hidden size); behind the model's last
-        block logits (draws, vocabulary size), f32.
-        """
-        self._running = range(len(self._span.blocks)) if blocks is None else blocks
-        first = self._first and self._running.start == 0
-        last = self._last and self._running.stop == len(self._span.blocks)
+    @torch.inference_mode()
+    def _forward(self, part: Rows, cache: RewindableCache, blocks: range) -> torch.Tensor:
+        """Run rows on top of what is cached before them."""
+        self._running = blocks
+        rows, position, draws = part.rows, part.position, part.draws
+        first = self._first and blocks.start == 0
+        last = self._last and blocks.stop == len(self._span.blocks)
         cache.rewind(position)
         batch = rows.unsqueeze(0)
         # Where the model's first block is here but not run, its embedding runs for nothing, and so on anything.

@@ -21,7 +21,6 @@ from node.coordinator.submission import (
     JobResult,
     JobStarted,
     MethodChoice,
-    RouteStage,
     TextDelta,
     Timing,
     Usage,
@@ -29,7 +28,8 @@ from node.coordinator.submission import (
 )
 from node.coordinator.trial_runner import MethodTrial, Run, Trial, TrialSpec
 from protocol.identity import BlockRange, JobId, ModelId, peer_id_from_public_key
-from protocol.messages import FinishReason
+from protocol.measurements import StageObservation
+from protocol.messages import FinishReason, SessionStatistics
 from selector.task import BASELINE, method
 
 JOB = JobId("0123456789abcdef" * 2)
@@ -64,8 +64,18 @@ def make_result(text: str, token_ids: tuple[int, ...]) -> JobResult:
         usage=Usage(prompt_tokens=5, completion_tokens=len(token_ids), cached_tokens=2, accepted_draft_tokens=1),
         timing=Timing(ttft_s=0.25, tpot_s=0.03, total_s=0.5),
         route=(
-            RouteStage(peer=PEERS[0], blocks=BlockRange(0, 4), compute_s=0.1, queue_s=0.01),
-            RouteStage(peer=PEERS[1], blocks=BlockRange(4, 8), compute_s=0.2, queue_s=0.02),
+            StageObservation(
+                peer=PEERS[0],
+                blocks=BlockRange(0, 4),
+                hardware="cpu",
+                statistics=SessionStatistics(compute_s=0.1, queue_s=0.01),
+            ),
+            StageObservation(
+                peer=PEERS[1],
+                blocks=BlockRange(4, 8),
+                hardware="cpu",
+                statistics=SessionStatistics(compute_s=0.2, queue_s=0.02),
+            ),
         ),
         method=MethodChoice(
             name="arithmetic=fp32", switches={"arithmetic": "fp32"}, stage_policy={"batching": "continuous"}

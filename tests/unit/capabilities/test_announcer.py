@@ -21,7 +21,8 @@ from node.identity import Identity
 from node.network.host import Libp2pNetwork
 from node.network.interface import NetworkError
 from node.swarm.dht_records import RecordKinds
-from node.testing.memory_hub import LinkModel, MemoryNetworkHub
+from node.testing.memory_hub import MemoryNetworkHub
+from node.testing.memory_links import LinkModel
 from protocol.capabilities import (
     CAPABILITY_TOPIC,
     Capabilities,
@@ -30,10 +31,9 @@ from protocol.capabilities import (
     Neighbour,
     Throughput,
     capability_key,
-    unseal_capabilities,
 )
 from protocol.identity import PeerId
-from protocol.records import seal
+from protocol.records import seal, unseal_from_dht
 from tests.support.capabilities import EPYC, GIB, H100, peer_of
 
 FACTS = replace(EPYC, processor=replace(EPYC.processor, throughput=Throughput()))
@@ -77,7 +77,7 @@ class Peer:
         """Return the record of a peer that this one keeps for the DHT."""
         key = capability_key(peer)
         data = self.network.stored_record(key)
-        return None if data is None else unseal_capabilities(key, data, self.wall_clock())
+        return None if data is None else unseal_from_dht(CapabilityRecord, key, data, self.wall_clock())
 
     async def join(self, *others: "Peer") -> None:
         for other in others:
@@ -327,7 +327,7 @@ async def test_nobody_speaks_for_another_peer(swarm: Swarm, virtual_clock: MockC
         for envelope in (theirs, genuine[:-1] + bytes([genuine[-1] ^ 1]), b"", b"\xff" * 100):
             with pytest.raises(NetworkError):
                 await mallory.network.put_record(key, envelope)
-            assert not bob.network.keep_record(key, envelope)
+            assert not bob.network.store_record(key, envelope)
         # Alice's own words, but published by another: nobody knows how old they are.
         await mallory.network.publish(CAPABILITY_TOPIC, genuine)
         await mallory.network.publish(CAPABILITY_TOPIC, b"\xff" * 100)
@@ -341,7 +341,7 @@ async def test_an_older_record_does_not_replace_a_newer_one(swarm: Swarm, virtua
         await bob.join(alice)
         await trio.sleep(5)
         replayed = seal(alice.record(BETTER, sequence=1), alice.identity.private_key)
-        assert not bob.network.keep_record(capability_key(alice.id), replayed)
+        assert not bob.network.store_record(capability_key(alice.id), replayed)
         await alice.network.publish(CAPABILITY_TOPIC, replayed)
         await trio.sleep(5)
         assert bob.announcer.known(alice.id) == EPYC
@@ -397,7 +397,7 @@ async def test_what_is_remembered_of_strangers_is_bounded(swarm: Swarm, virtual_
         others = [Peer(swarm.hub, 1000 + number, EPYC) for number in range(MAX_KNOWN + 1)]
         for other in others:
             envelope = seal(other.record(EPYC, sequence=1), other.identity.private_key)
-            assert alice.network.keep_record(capability_key(other.id), envelope)
+            assert alice.network.store_record(capability_key(other.id), envelope)
             await alice.announcer.lookup(other.id)
         assert alice.announcer.known(others[0].id) is None
         assert all(alice.announcer.known(other.id) == EPYC for other in others[1:])

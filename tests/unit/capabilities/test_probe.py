@@ -7,7 +7,8 @@ import psutil
 import pytest
 
 from node.capabilities.probe import available_memory, fingerprint, probe
-from protocol.capabilities import capabilities_from, capabilities_to_map, hardware_class
+from protocol.capabilities import Capabilities, hardware_class
+from protocol.schema import from_map, to_map
 from tests.support.capabilities import EPYC
 
 RASPBERRY = """\
@@ -49,7 +50,7 @@ def write(root: Path, name: str, text: str) -> None:
 
 def test_this_machine_has_what_a_record_may_say() -> None:
     facts = probe()
-    assert capabilities_from(capabilities_to_map(facts), "capabilities") == facts
+    assert from_map(Capabilities, to_map(facts), "capabilities") == facts
     assert facts.memory.total_bytes <= psutil.virtual_memory().total
     assert facts.software.python == platform.python_version()
     assert facts.software.torch is not None
@@ -77,7 +78,7 @@ def test_a_system_that_says_nothing_of_use_is_no_error(tmp_path: Path, cpuinfo: 
     if cpuinfo is not None:
         write(tmp_path, "proc/cpuinfo", cpuinfo)
     facts = probe(tmp_path)
-    assert capabilities_from(capabilities_to_map(facts), "capabilities") == facts
+    assert from_map(Capabilities, to_map(facts), "capabilities") == facts
 
 
 @linux_only

@@ -8,9 +8,8 @@ from protocol.capabilities import (
     MAX_ROUND_TRIP_S,
     Capabilities,
     Links,
-    capabilities_from,
-    capabilities_to_map,
 )
+from protocol.schema import from_map, to_map
 from tests.support.capabilities import EPYC, peer_of
 
 ALICE, BOB = peer_of(1), peer_of(2)
@@ -99,4 +98,4 @@ def test_whatever_passed_can_be_said_in_a_record(events: list[tuple[str, int, fl
         getattr(meter, direction)(ALICE, byte_count, seconds)
         meter.round_trip(BOB, round_trip_s)
     said = Capabilities(processor=EPYC.processor, memory=EPYC.memory, software=EPYC.software, links=meter.links())
-    assert capabilities_from(capabilities_to_map(said), "capabilities") == said
+    assert from_map(Capabilities, to_map(said), "capabilities") == said

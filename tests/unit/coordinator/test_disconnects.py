@@ -8,8 +8,9 @@ import pytest
 import trio
 
 from node.coordinator.submission import JobRequest
-from node.links.link import OUTBOX_BYTES, OutboundLink
-from node.testing.memory_hub import LinkModel
+from node.links.buffers import OUTBOX_BYTES
+from node.links.outbound_link import OutboundLink
+from node.testing.memory_links import LinkModel
 from tests.simulation.virtual_time import run
 from tests.support.job_peers import Peer, Swarm, an_opening, open_swarm
 
@@ -38,9 +39,9 @@ def left_behind(swarm: Swarm) -> list[str]:
         links = list(link_pool._links.values())
         held: dict[str, object] = {
             "sessions and positions": peer.held() if peer.held() != (0, 0) else None,
-            "receivers": len(link_pool.receivers),
+            "receivers": len(link_pool.registry),
             "watchers": sum(len(link._watchers) for link in links),
-            "answers": sum(len(link._answers) + len(link._answer) for link in links),
+            "replies": sum(len(link._replies) + len(link._progress_replies) for link in links),
             "sessions of links": sum(link._connection.session_count for link in links),
             "jobs": peer.coordinator.statistics().running,
         }
@@ -90,7 +91,7 @@ def test_close_that_overtakes_its_open_in_the_same_packet_closes_the_session() -
             for number in range(50):
                 opening = an_opening(stage)
                 session = opening.session._replace(stage=number)
-                link._say(replace(opening, session=session, positions=32))
+                link._send_now(replace(opening, session=session, positions=32))
                 await link.close(session)
             await trio.sleep(0.5)
             assert stage.held() == (0, 0)
@@ -107,10 +108,10 @@ def test_close_is_said_though_the_link_is_full() -> None:
             opening = an_opening(stage)
             await link.open(opening)
             # What other sessions send fills the outbox for longer than the end of a job waits.
-            link._outbox_bytes += OUTBOX_BYTES + 1
+            link._queue._count(OUTBOX_BYTES + 1)
             with trio.move_on_after(1):
                 await link.close(opening.session)
-            link._outbox_bytes -= OUTBOX_BYTES + 1
+            link._queue._count(-OUTBOX_BYTES - 1)
             await trio.sleep(1)
             assert stage.held() == (0, 0)
 

@@ -8,8 +8,8 @@ from structlog.testing import capture_logs
 from trio.testing import MockClock
 
 from node.coordinator.submission import JobError, JobErrorCode, JobRequest, JobResult, TextDelta
+from protocol.announcements import Placement
 from protocol.identity import BlockRange
-from protocol.records import Placement
 from tests.support.job_peers import Peer, Swarm, open_swarm
 from tests.unit.coordinator.test_jobs import PROMPT, THIRDS, right_tokens
 

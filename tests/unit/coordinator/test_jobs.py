@@ -15,9 +15,9 @@ from node.coordinator.submission import (
     JobStarted,
     TextDelta,
 )
-from node.links.link import SessionRefused
+from node.links.outbound_link import SessionRefused
 from node.models.errors import ModelError
-from node.models.tokenizer_process import no_tokenizer
+from node.models.tokenizer_service import no_tokenizer
 from node.models.vocabulary import TokenKind, Vocabulary
 from node.stages.span import IDLE_LIMIT_S
 from node.swarm.membership import HEARTBEAT_INTERVAL_S
@@ -50,7 +50,7 @@ async def all_free(swarm: Swarm) -> None:
     with trio.fail_after(1):
         while any(peer.held() != (0, 0) for peer in swarm.peers):
             await trio.sleep(0.01)
-    assert all(len(peer.stages.link_pool.receivers) == 0 for peer in swarm.peers)
+    assert all(len(peer.stages.link_pool.registry) == 0 for peer in swarm.peers)
 
 
 async def test_three_stages_say_what_one_would(virtual_clock: MockClock) -> None:
@@ -64,7 +64,7 @@ async def test_three_stages_say_what_one_would(virtual_clock: MockClock) -> None
         assert [(stage.peer, str(stage.blocks)) for stage in result.route] == [
             (peer.id, f"{start}-{end}") for peer, (start, end) in zip(swarm.peers, THIRDS, strict=False)
         ]
-        assert all(stage.compute_s > 0 for stage in result.route)
+        assert all(stage.statistics.compute_s > 0 for stage in result.route)
         assert 0 < result.timing.ttft_s < result.timing.total_s
         await all_free(swarm)
 

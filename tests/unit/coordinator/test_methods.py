@@ -12,7 +12,8 @@ from node.coordinator.coordinator import LEADER_PATIENCE_S
 from node.coordinator.method_choice import Choice, HeuristicChoice, HeuristicChooser, SelectionRequest
 from node.coordinator.submission import JobError, JobErrorCode, JobRequest, JobResult
 from node.engine.interface import REFERENCE, Variant
-from node.links.link import LinkBroken, OutboundLink
+from node.links.base_link import LinkBroken
+from node.links.outbound_link import OutboundLink
 from node.stages.scheduler import Batching
 from node.stages.stage_policy import PolicyController
 from node.stages.voting import HeuristicVoter

@@ -64,12 +64,11 @@ def stage(number: int, start: int, end: int) -> StageObservation:
 
 def observed(*route: StageObservation, result: JobResult = RESULT) -> Observation:
     return observation_of(
-        result,
+        replace(result, route=route),
         JobRequest(model="tiny", prompt="how does it go", quality=QualityBound.NEAR),
         model_facts(manifest()),
         observer=peer(0),
         job=job(2),
-        route=route,
         issued_at_s=NOW_S,
         concurrency=3,
     )

@@ -8,10 +8,9 @@ import trio
 from trio.testing import MockClock
 
 from node.coordinator.planner import PeerRecord, Planner, RouteNeed, RouteTiming
-from node.coordinator.route import Stop
 from node.swarm.directory import Candidate
 from node.swarm.link_estimates import UNKNOWN_BYTES_PER_S
-from protocol.identity import BlockRange, ModelId, PeerId
+from protocol.identity import BlockRange, ModelId, PeerId, Stage
 from protocol.messages import Load
 from selector.reliability import LAG_BACKOFF_S
 from selector.routing import Demand, Link, NoRouteError
@@ -39,10 +38,10 @@ def links(sender: str, receiver: str) -> Link:
 
 def test_latency_counts_around_a_route_and_width_from_its_first_stage_to_its_last() -> None:
     planner = Planner(Nobody(), links, A)
-    stops = [Stop(peer, BlockRange(3 * i, 3 * i + 3)) for i, peer in enumerate((A, B, C))]
-    assert planner.round_s(stops) == pytest.approx((0.002 + 0.04 + 0.04) / 2)
-    assert planner.transfer_s(stops, DEMAND) == pytest.approx(1e6 / 1e8 + 1e6 / 2e6)
-    assert planner.transfer_s(stops[:1], DEMAND) == 0.0
+    stages = [Stage(peer, BlockRange(3 * i, 3 * i + 3)) for i, peer in enumerate((A, B, C))]
+    assert planner.round_s(stages) == pytest.approx((0.002 + 0.04 + 0.04) / 2)
+    assert planner.transfer_s(stages, DEMAND) == pytest.approx(1e6 / 1e8 + 1e6 / 2e6)
+    assert planner.transfer_s(stages[:1], DEMAND) == 0.0
 
 
 def near(sender: str, receiver: str) -> Link:
@@ -63,7 +62,7 @@ class Served:
     def known_candidates(self, model: ModelId, *, without: Iterable[PeerId]) -> tuple[Candidate, ...]:
         excluded = set(without)
         return tuple(
-            Candidate(PeerId(peer), BlockRange(0, 9), load)
+            Candidate(Stage(PeerId(peer), BlockRange(0, 9)), load)
             for peer, load in self.loads.items()
             if PeerId(peer) not in excluded
         )
@@ -77,14 +76,14 @@ HONEST, LIAR = Load(step_s=0.02), Load(step_s=1e-9, free_positions=10**6)
 
 
 async def chosen(planner: Planner, *, may_explore: bool = False) -> PeerId:
-    (stop,) = await planner.route(NEED, (), may_explore=may_explore)
-    return stop.peer
+    (stage,) = (await planner.route(NEED, (), may_explore=may_explore)).stages
+    return stage.peer
 
 
 def show(planner: Planner, peer: str, seconds: float) -> None:
     """Have a job measure a peer: so long for a token."""
     timing = RouteTiming(round_s=seconds, busy=(1.0,))
-    planner.measured(NEED, [Stop(PeerId(peer), BlockRange(0, 9))], [Load(sessions=1)], timing)
+    planner.measured(NEED, [Stage(PeerId(peer), BlockRange(0, 9))], [Load(sessions=1)], timing)
 
 
 async def test_takes_whom_it_measured_before_one_that_promises_more(virtual_clock: MockClock) -> None:
@@ -116,7 +115,7 @@ async def test_avoids_a_peer_that_lagged_while_another_is_there_and_remembers_it
     assert await chosen(planner) == "b", "that it served another job meanwhile does not make good for it"
     with pytest.raises(NoRouteError):
         await Planner.route(planner, NEED, [PeerId("b")], only_trusted=True)
-    assert (await planner.route(NEED, [PeerId("b")]))[0].peer == "a"
+    assert (await planner.route(NEED, [PeerId("b")])).stages[0].peer == "a"
     record = planner.record(A)
     assert (record.lagged, record.served, record.failed) == (1, 1, 0)
     assert record.avoided_s == pytest.approx(LAG_BACKOFF_S[0])
@@ -141,29 +140,29 @@ async def test_looks_for_nobody_to_say_whether_a_route_is_known(virtual_clock: M
 
 async def test_expects_what_was_measured_and_more_of_a_peer_that_serves_more(virtual_clock: MockClock) -> None:
     planner = Planner(Served(a=HONEST), near, C)
-    stop = Stop(A, BlockRange(0, 9))
+    stage = Stage(A, BlockRange(0, 9))
     show(planner, "a", 0.9)
-    one_s = planner.expected_s(NEED, stop, 1)
+    one_s = planner.expected_s(NEED, stage, 1, Load())
     assert one_s == pytest.approx(0.9, rel=0.2)
-    assert planner.expected_s(NEED, stop, 1, sessions=2) == pytest.approx(2 * one_s)
-    assert planner.expected_s(NEED, stop, 1, sessions=10**6) < 5 * one_s, "what it says of others is bounded"
-    assert planner.expected_s(NEED, stop, 100) > one_s
+    assert planner.expected_s(NEED, stage, 1, Load(sessions=2)) == pytest.approx(2 * one_s)
+    assert planner.expected_s(NEED, stage, 1, Load(sessions=10**6)) < 5 * one_s, "what it says of others is bounded"
+    assert planner.expected_s(NEED, stage, 100, Load()) > one_s
 
 
 async def test_an_unmeasured_peer_may_be_as_slow_with_a_prompt_as_it_says_within_bounds() -> None:
     planner = Planner(Served(), near, C)
     timing = RouteTiming(round_s=0.002, prompt_s=0.02, prompt_rows=(900,), busy=(1.0,))
-    planner.measured(NEED, [Stop(A, BlockRange(0, 9))], [Load(sessions=1)], timing)
-    cpu, endless = (Stop(B, BlockRange(0, 9), Load(step_s=step_s)) for step_s in (0.2, 1e9))
-    assert planner.expected_s(NEED, Stop(A, BlockRange(0, 9)), 2000) < 0.2
-    assert planner.expected_s(NEED, cpu, 2000) > 2000 * 0.2 / 20
-    assert planner.expected_s(NEED, endless, 1) < 10
+    planner.measured(NEED, [Stage(A, BlockRange(0, 9))], [Load(sessions=1)], timing)
+    unmeasured = Stage(B, BlockRange(0, 9))
+    assert planner.expected_s(NEED, Stage(A, BlockRange(0, 9)), 2000, Load()) < 0.2
+    assert planner.expected_s(NEED, unmeasured, 2000, Load(step_s=0.2)) > 2000 * 0.2 / 20
+    assert planner.expected_s(NEED, unmeasured, 1, Load(step_s=1e9)) < 10
 
 
 def test_rows_are_given_time_for_their_way_by_the_links_width_or_that_of_a_slow_home() -> None:
     def way_s(bytes_per_s: float) -> float:
         planner = Planner(Nobody(), lambda a, b: Link(0.01, bytes_per_s), A)
-        return planner.way_s(NEED, Stop(A, BlockRange(0, 4)), Stop(B, BlockRange(4, 9)), 2000)
+        return planner.way_s(NEED, Stage(A, BlockRange(0, 4)), Stage(B, BlockRange(4, 9)), 2000)
 
     assert way_s(1e8) == pytest.approx(0.02)
     assert way_s(UNKNOWN_BYTES_PER_S) == pytest.approx(4.0)
@@ -182,5 +181,5 @@ async def test_a_lag_before_anything_was_measured_is_forgiven_once_the_peer_serv
 @pytest.mark.parametrize(("bytes_per_s", "seconds"), [(1.0, 4.2), (1e6, 2.1), (UNKNOWN_BYTES_PER_S, 0.04)])
 def test_a_step_of_other_sessions_holds_rows_up_on_a_narrow_link(bytes_per_s: float, seconds: float) -> None:
     planner = Planner(Nobody(), lambda a, b: Link(0.01, bytes_per_s), A)
-    stops = Stop(A, BlockRange(0, 4)), Stop(B, BlockRange(4, 9))
-    assert planner.step_way_s(*stops) == pytest.approx(seconds, rel=0.1)
+    stages = Stage(A, BlockRange(0, 4)), Stage(B, BlockRange(4, 9))
+    assert planner.step_way_s(*stages) == pytest.approx(seconds, rel=0.1)

@@ -7,9 +7,9 @@ from unittest.mock import Mock
 import pytest
 import trio
 
-from node.coordinator.route import OpenRoute, Stop
+from node.coordinator.route import OpenRoute
 from node.coordinator.submission import JobError, JobErrorCode
-from protocol.identity import BlockRange, JobId, PeerId, SessionId
+from protocol.identity import BlockRange, JobId, PeerId, SessionId, Stage
 from protocol.messages import Slice
 from protocol.tensors import tensor_from_tokens
 
@@ -18,7 +18,7 @@ PEER = PeerId("a")
 
 async def test_a_token_that_comes_after_the_job_was_given_up_is_dropped() -> None:
     opening = SimpleNamespace(sampling=SimpleNamespace(max_tokens=4))
-    route = OpenRoute([Stop(PEER, BlockRange(0, 9))], cast("Any", None), cast("Any", opening))
+    route = OpenRoute([Stage(PEER, BlockRange(0, 9))], cast("Any", None), cast("Any", opening))
     link = cast("Any", Mock(peer=PEER))
     session = SessionId(JobId("00" * 16), 1)
     route.receive(Slice(session=session, position=9, rows=1), tensor_from_tokens([7]), link)

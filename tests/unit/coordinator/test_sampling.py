@@ -9,7 +9,7 @@ import trio
 from trio.testing import MockClock
 
 from node.coordinator.submission import JobError, JobErrorCode, JobRequest, JobResult, TextDelta
-from node.links.link import OutboundLink
+from node.links.outbound_link import OutboundLink
 from node.testing.fake_engine import FakeEngine, expected_tokens, fake_span_info
 from protocol.connection import PROTOCOL_IDS
 from protocol.identity import BlockRange, SessionId
@@ -150,7 +150,7 @@ async def test_where_nobody_can_draw_as_asked_the_job_says_so(virtual_clock: Moc
 async def test_who_tells_a_wrong_history_harms_nobody_else(
     virtual_clock: MockClock, monkeypatch: pytest.MonkeyPatch, told: str
 ) -> None:
-    tell = OutboundLink.tell_history
+    tell = OutboundLink.send_history
 
     def lie(link: OutboundLink, session: SessionId, history: Sequence[int]) -> None:
         wrong: dict[str, tuple[int, ...]] = {
@@ -172,7 +172,7 @@ async def test_who_tells_a_wrong_history_harms_nobody_else(
         async with trio.open_nursery() as nursery:
             nursery.start_soon(run_honestly)
             await trio.sleep(0.2)
-            monkeypatch.setattr(OutboundLink, "tell_history", lie)
+            monkeypatch.setattr(OutboundLink, "send_history", lie)
             with pytest.raises(JobError):
                 await peer.run(request(repetition_penalty=1.2))
         assert results[0].token_ids == right(60)

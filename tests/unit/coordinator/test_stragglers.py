@@ -11,9 +11,9 @@ from trio.testing import MockClock
 from node.coordinator import planner
 from node.coordinator.submission import JobRequest, JobResult, JobStarted, TextDelta
 from node.engine.interface import SliceInput, StepResult
-from node.links import link
+from node.links import liveness
 from node.stages.span import Span, _Outgoing
-from node.testing.memory_hub import LinkModel
+from node.testing.memory_links import LinkModel
 from protocol.connection import PROTOCOL_IDS
 from protocol.identity import JobId, PeerId, SessionId
 from protocol.messages import Progress
@@ -242,9 +242,9 @@ async def test_leaves_stages_alone_whose_rows_take_long_on_their_way(
     virtual_clock: MockClock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A home's upstream, scaled down as the rows are: 1500 of 128 bytes, which take 4 s to each next stage."""
-    for module in (planner, link):
+    for module in (planner, liveness):
         monkeypatch.setattr(module, "SLOWEST_BYTES_PER_S", 40e3)
-    monkeypatch.setattr(link, "UNMARKED_BYTES", 16_000)
+    monkeypatch.setattr(liveness, "UNACKED_BYTES", 16_000)
     async with open_swarm(link=LinkModel(bandwidth=50e3)) as swarm:
         for span in (*THIRDS, *THIRDS):
             await swarm.join(span)

@@ -13,7 +13,7 @@ from node.coordinator.submission import JobError, JobRequest
 from node.coordinator.trial_runner import Trials, TrialSpec, TrialWorkload, make_prompts
 from node.engine.interface import REFERENCE
 from node.identity import Identity
-from protocol.measurements import Objective, ObservationKind, QualityBound, check
+from protocol.measurements import Objective, ObservationKind, QualityBound
 from protocol.observations import SignedObservation
 from selector.task import BASELINE, method
 from tests.support.job_peers import Peer, Swarm, open_swarm
@@ -56,7 +56,7 @@ async def test_every_round_has_a_pair_and_leaves_observations_of_it(virtual_cloc
         assert {each.kind for each in observed} == {ObservationKind.BENCH}
         assert {each.workload.concurrency for each in observed} == {4}
         for each in observed:
-            check(each)
+            each.check()
         ratios = sorted(
             each.measurements.log_ratio_to_baseline or 0.0
             for each in observed

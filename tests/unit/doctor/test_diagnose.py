@@ -27,9 +27,9 @@ from node.storage.database import DATABASE_FILE, open_database
 from node.storage.history import HistoryStore
 from node.swarm.dht_records import RecordKinds
 from node.swarm.membership import Membership
+from protocol.announcements import ServedSpan
 from protocol.identity import BlockRange, ModelId
 from protocol.messages import Load
-from protocol.records import ServedSpan
 from protocol.sync import PROTOCOL_ID
 from tests.support.observations import signed
 from tests.unit.api.fakes import FakeNode
@@ -42,7 +42,7 @@ MODEL = ModelId("5a" * 32)
 @pytest.fixture(autouse=True)
 def short_probe_timeout(monkeypatch: pytest.MonkeyPatch) -> None:
     """Give up on silent ports sooner than on a real network."""
-    monkeypatch.setattr(probe_port, "GREETING_TIMEOUT_S", 1.0)
+    monkeypatch.setattr(probe_port, "PROBE_TIMEOUT_S", 1.0)
 
 
 @pytest.fixture

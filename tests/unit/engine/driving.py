@@ -5,9 +5,9 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
+from node.engine.base import Engine
 from node.engine.interface import (
     REFERENCE,
-    Engine,
     EngineError,
     KvCompatibilityKey,
     Prefix,

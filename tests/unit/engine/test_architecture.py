@@ -8,8 +8,7 @@ import torch
 from transformers import AutoConfig
 
 from node.engine.architecture import COUNT, PROMPTS, package_of, references_of, tiny_model, try_out
-from node.engine.client import source_from_package
-from node.engine.engine_config import EngineOptions
+from node.engine.engine_config import EngineOptions, source_from_package
 from node.engine.interface import EngineError, SliceInput
 from node.engine.loading import describe
 from node.engine.shard import Shard

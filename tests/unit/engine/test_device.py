@@ -38,9 +38,9 @@ async def test_a_driver_without_a_device_leaves_the_cpu() -> None:
 async def test_a_device_that_was_asked_for_and_is_not_there_is_said() -> None:
     with pytest.raises(DeviceError, match="driver too old"):
         await find_device("cuda", command=answering("warning\ndriver too old\n", 1))
-    with pytest.raises(DeviceError, match="makes no sense"):
+    with pytest.raises(DeviceError, match="malformed answer from the device probe"):
         await find_device("cuda", command=answering("driver says hello {}"))
-    with pytest.raises(DeviceError, match="cannot be looked for"):
+    with pytest.raises(DeviceError, match="the device probe cannot be started"):
         await find_device("cuda", command=["/no/such/program"])
     with pytest.raises(DeviceError, match="there is no cuda:99 device for torch"):
         await find_device("cuda:99")

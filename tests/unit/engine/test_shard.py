@@ -13,7 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import node.engine.shard
-from node.engine.backends.batched import Rows
+from node.engine.backends.interface import Rows
 from node.engine.engine_config import EngineOptions, ShardSource
 from node.engine.interface import REFERENCE, EngineError, EngineFull, SliceInput, StepResult, Variant
 from node.engine.shard import Shard, open_shard
@@ -236,12 +236,12 @@ def test_forward_pass_that_fails_costs_the_guilty_sessions_alone(
         shard.open_now(session(number), 40, options)
     alone = [tokens_from_tensor(step_all([number]).outputs[0].tensor) for number in range(7)]
     compute, passes = shard.shard._compute, []
-    bad = {id(shard.shard._sessions[session(number)].places) for number in guilty}
+    bad = {id(shard.shard._sessions[session(number)].slots) for number in guilty}
 
     def fail(variant: Variant, blocks: BlockRange, parts: Sequence[Rows]) -> Sequence[torch.Tensor]:
         passes.append(len(parts))
         computed = compute(variant, blocks, parts)  # which has written keys and values, too
-        if bad & {id(part.places) for part in parts}:
+        if bad & {id(part.slots) for part in parts}:
             raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
         return computed
 

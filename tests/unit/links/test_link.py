@@ -1,15 +1,16 @@
-"""A link tells everybody who depends on a session that it is lost, and never ends more than itself."""
+"""Job links: liveness, flow control, and who learns that a session is lost."""
 
-from typing import Any
+from collections.abc import Callable
 
 import pytest
 import trio
 from trio.testing import MockClock
 
-from node.links.link import SILENCE_LIMIT_S, OutboundLink, SessionLost
+from node.links.base_link import SILENCE_LIMIT_S
+from node.links.outbound_link import OutboundLink, SessionLost
 from node.network.interface import Stream
-from node.network.loopback import loopback_pair
-from protocol.connection import JobConnection
+from node.network.loopback import LoopbackStream, loopback_pair
+from protocol.connection import PROTOCOL_ID, JobConnection
 from protocol.identity import BlockRange, JobId, ModelId, PeerId, SessionId
 from protocol.messages import (
     Ballot,
@@ -23,6 +24,8 @@ from protocol.messages import (
     Opened,
     Ping,
     Pong,
+    Progress,
+    ProgressRequest,
     Slice,
     Step,
 )
@@ -35,24 +38,26 @@ SESSION = SessionId(JobId("00" * 16), 1)
 FAILED = Failed(session=SESSION, reason=FailureReason.ENGINE, message="gone")
 
 
-async def running(nursery: trio.Nursery) -> tuple[OutboundLink, Stream, JobConnection]:
+async def running(
+    nursery: trio.Nursery, wrap: Callable[[LoopbackStream], Stream] = lambda stream: stream
+) -> tuple[OutboundLink, Stream, JobConnection]:
     """Run a link whose other side the test plays."""
-    near, far = loopback_pair(PeerId(peer(1)), "/metaswarm/job/1.0.0")
-    link = OutboundLink(near, "test")
+    near, far = loopback_pair(PeerId(peer(1)), PROTOCOL_ID)
+    link = OutboundLink(wrap(near), "test")
     nursery.start_soon(link.run)
     other = JobConnection(Role.RESPONDER, agent="test", window_bytes=WINDOW_BYTES)
-    await tell(far, other, Hello(agent="test", window_bytes=WINDOW_BYTES))
+    await send(far, other, Hello(agent="test", window_bytes=WINDOW_BYTES))
     await link.ready()
     return link, far, other
 
 
-async def tell(far: Stream, other: JobConnection, message: Message) -> None:
-    """Say something as the other side."""
+async def send(far: Stream, other: JobConnection, message: Message) -> None:
+    """Send a message as the other side."""
     for piece in other.send(message):
         await far.send_all(piece)
 
 
-async def hear(far: Stream, other: JobConnection) -> list[Message]:
+async def receive(far: Stream, other: JobConnection) -> list[Message]:
     """Return what the other side reads next."""
     return other.receive_data(await far.receive_some())
 
@@ -69,9 +74,9 @@ async def begin(link: OutboundLink, far: Stream, other: JobConnection) -> None:
     )
     async with trio.open_nursery() as nursery:
         nursery.start_soon(link.open, opening)
-        while opening not in await hear(far, other):
+        while opening not in await receive(far, other):
             pass
-        await tell(far, other, Opened(session=SESSION, load=Load(), votes={"m": 0.0}))
+        await send(far, other, Opened(session=SESSION, load=Load(), votes={"m": 0.0}))
     ballots = (Ballot(link.peer, (0.0,)), Ballot(link.peer, (0.0,)))
     link.begin(Begin(session=SESSION, method="m", ballots=ballots))
 
@@ -82,46 +87,76 @@ def rows(position: int, count: int) -> Step:
     return Step(slices=(Slice(session=SESSION, position=position, rows=count, draws=0),), tensor=tensor)
 
 
-async def test_who_loses_a_session_may_end_all_watches_of_it(virtual_clock: MockClock) -> None:
-    told: list[str] = []
-    ends: list[Any] = []
+async def test_watcher_may_end_all_watches_of_a_lost_session(virtual_clock: MockClock) -> None:
+    called: list[str] = []
+    ends: list[Callable[[], None]] = []
     async with trio.open_nursery() as nursery:
-        link, _, _ = await running(nursery)
+        link, far, other = await running(nursery)
+        await begin(link, far, other)
 
         def lose(name: str) -> None:
-            told.append(name)
+            called.append(name)
             for end in ends:
                 end()
 
         for name in ("first", "second"):
             ends.append(link.watch(SESSION, lambda lost, name=name: lose(name)))  # type: ignore[misc]
-        link._take(FAILED, nursery)
-        assert set(told) == {"first", "second"}
+        await send(far, other, FAILED)
+        await trio.sleep(0.1)
+        assert set(called) == {"first", "second"}
         assert not link.broken
         nursery.cancel_scope.cancel()
 
 
-async def test_a_defect_that_a_message_finds_costs_the_link_and_not_the_node(
-    virtual_clock: MockClock, monkeypatch: pytest.MonkeyPatch
-) -> None:
+class FaultyStream:
+    """A stream whose reads fail in a way that no link expects, once certain data arrives."""
+
+    def __init__(self, stream: LoopbackStream) -> None:
+        self.peer, self.protocol = stream.peer, stream.protocol
+        self.send_all, self.aclose, self.reset = stream.send_all, stream.aclose, stream.reset
+        self._stream = stream
+
+    async def receive_some(self, max_bytes: int = 65536) -> bytes:
+        if b"defect" in (data := await self._stream.receive_some(max_bytes)):
+            raise RuntimeError("a defect")
+        return data
+
+
+async def test_internal_error_breaks_the_link_and_not_the_node(virtual_clock: MockClock) -> None:
     lost: list[SessionLost] = []
-
-    def stumble(*_: object) -> None:
-        raise RuntimeError("a defect")
-
     async with trio.open_nursery() as nursery:
-        link, far, _ = await running(nursery)
+        link, far, _ = await running(nursery, FaultyStream)
         link.watch(SESSION, lost.append)
-        monkeypatch.setattr(link, "_receive", stumble)
-        await far.send_all(b"anything")
+        await far.send_all(b"defect")
         with trio.fail_after(5):
             while not link.broken:
                 await trio.sleep(0.01)
         nursery.cancel_scope.cancel()
+    assert link.broken == "internal error on this link"
     assert [each.reporter for each in lost] == [peer(1)]
 
 
-async def test_many_jobs_may_ask_at_once_whether_a_peer_that_takes_its_time_is_there(
+async def test_concurrent_progress_requests_share_one_answer(virtual_clock: MockClock) -> None:
+    answers: list[Progress | None] = []
+    async with trio.open_nursery() as nursery:
+        link, far, other = await running(nursery)
+        await begin(link, far, other)
+
+        async def ask() -> None:
+            answers.append(await link.request_progress(SESSION, 1.0))
+
+        for _ in range(2):
+            nursery.start_soon(ask)
+        while not any(isinstance(message, ProgressRequest) for message in await receive(far, other)):
+            pass
+        progress = Progress(session=SESSION, received=3, computed=2, sent=1)
+        await send(far, other, progress)
+        await trio.sleep(0.5)
+        assert answers == [progress, progress]
+        nursery.cancel_scope.cancel()
+
+
+async def test_concurrent_probes_of_a_slow_peer_leave_the_link_alone(
     virtual_clock: MockClock,
 ) -> None:
     async with trio.open_nursery() as nursery:
@@ -131,16 +166,16 @@ async def test_many_jobs_may_ask_at_once_whether_a_peer_that_takes_its_time_is_t
         await trio.sleep(1.9)
         asked: list[Ping] = []
         while not asked:
-            asked += [message for message in await hear(far, other) if isinstance(message, Ping)]
+            asked += [message for message in await receive(far, other) if isinstance(message, Ping)]
         for ping in asked:
-            await tell(far, other, Pong(nonce=ping.nonce))
+            await send(far, other, Pong(nonce=ping.nonce))
         await trio.sleep(1.0)
         assert not link.broken
         nursery.cancel_scope.cancel()
 
 
 @pytest.mark.parametrize(("megabytes", "patience_s"), [(0, 0.0), (3, 5.0)])
-async def test_a_peer_is_not_taken_for_dead_while_it_may_still_be_receiving(
+async def test_peer_is_not_declared_dead_while_bytes_are_in_flight(
     megabytes: int, patience_s: float, virtual_clock: MockClock
 ) -> None:
     async with trio.open_nursery() as nursery:
@@ -155,7 +190,7 @@ async def test_a_peer_is_not_taken_for_dead_while_it_may_still_be_receiving(
         nursery.cancel_scope.cancel()
 
 
-async def test_what_a_pong_follows_has_arrived(virtual_clock: MockClock) -> None:
+async def test_pong_confirms_bytes_sent_before_its_ping(virtual_clock: MockClock) -> None:
     async with trio.open_nursery() as nursery:
         link, far, other = await running(nursery)
         await begin(link, far, other)
@@ -164,10 +199,10 @@ async def test_what_a_pong_follows_has_arrived(virtual_clock: MockClock) -> None
         pings: list[Ping] = []
         with trio.move_on_after(0.5):
             while True:
-                pings += [message for message in await hear(far, other) if isinstance(message, Ping)]
+                pings += [message for message in await receive(far, other) if isinstance(message, Ping)]
         assert len(pings) > 2
         for ping in pings:
-            await tell(far, other, Pong(nonce=ping.nonce))
+            await send(far, other, Pong(nonce=ping.nonce))
         await trio.sleep(0.1)
         began_s = trio.current_time()
         with trio.move_on_after(30):

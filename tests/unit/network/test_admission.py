@@ -12,10 +12,10 @@ from node.network.admission import (
     HANDSHAKE_INTERVAL_S,
     IDLE_S,
     SILENT_S,
-    Crowded,
-    Handshakes,
+    HandshakeLimiter,
     InboundLimits,
-    make_room,
+    NoRoom,
+    choose_eviction,
 )
 
 LIMITS = InboundLimits(total=6, per_origin=3, per_range=4)
@@ -54,7 +54,7 @@ def newcomer(host: str | None) -> Connection:
     ],
 )
 def test_who_finds_room_costs_nobody(held: list[Connection], host: str) -> None:
-    assert make_room(newcomer(host), held, LIMITS, NOW_S) is None
+    assert choose_eviction(newcomer(host), held, LIMITS, NOW_S) is None
 
 
 @pytest.mark.parametrize(
@@ -69,55 +69,55 @@ def test_who_finds_room_costs_nobody(held: list[Connection], host: str) -> None:
     ],
 )
 def test_those_who_talk_keep_their_places(held: list[Connection], host: str) -> None:
-    with pytest.raises(Crowded):
-        make_room(newcomer(host), held, LIMITS, NOW_S)
+    with pytest.raises(NoRoom):
+        choose_eviction(newcomer(host), held, LIMITS, NOW_S)
 
 
 def test_the_longest_idle_of_the_narrowest_full_group_makes_room() -> None:
     older, elsewhere = idle("8.8.8.1", 20), idle("9.9.9.9", 1)
     held = [idle("8.8.8.1", 30), older, Connection("8.8.8.1"), elsewhere]
-    assert make_room(newcomer("8.8.8.1"), held, LIMITS, NOW_S) is older
+    assert choose_eviction(newcomer("8.8.8.1"), held, LIMITS, NOW_S) is older
     range_full = [Connection("8.8.8.1"), idle("8.8.8.2", 5), Connection("8.8.8.3"), Connection("8.8.8.4"), elsewhere]
-    assert make_room(newcomer("8.8.8.5"), range_full, LIMITS, NOW_S) is range_full[1]
+    assert choose_eviction(newcomer("8.8.8.5"), range_full, LIMITS, NOW_S) is range_full[1]
     everywhere = [Connection("10.0.0.1"), idle("10.0.0.2", 8), *([Connection(None)] * 3), elsewhere]
-    assert make_room(newcomer("10.0.0.3"), everywhere, LIMITS, NOW_S) is elsewhere
+    assert choose_eviction(newcomer("10.0.0.3"), everywhere, LIMITS, NOW_S) is elsewhere
 
 
 def test_who_never_said_anything_makes_room_sooner() -> None:
     here = "8.8.8.1"
     just_come = silent(here, NOW_S - SILENT_S / 2)
-    with pytest.raises(Crowded):
-        make_room(newcomer(here), [just_come] * 3, LIMITS, NOW_S)
+    with pytest.raises(NoRoom):
+        choose_eviction(newcomer(here), [just_come] * 3, LIMITS, NOW_S)
     mute = silent(here, NOW_S - 2 * SILENT_S)
-    assert make_room(newcomer(here), [just_come, mute, Connection(here)], LIMITS, NOW_S) is mute
+    assert choose_eviction(newcomer(here), [just_come, mute, Connection(here)], LIMITS, NOW_S) is mute
     pausing = idle(here, NOW_S - IDLE_S / 2)
-    with pytest.raises(Crowded):
-        make_room(newcomer(here), [pausing] * 3, LIMITS, NOW_S)
+    with pytest.raises(NoRoom):
+        choose_eviction(newcomer(here), [pausing] * 3, LIMITS, NOW_S)
 
 
 async def test_who_connects_without_end_waits_and_nobody_else_does(virtual_clock: MockClock) -> None:
-    handshakes = Handshakes()
+    handshakes = HandshakeLimiter()
     began_s = trio.current_time()
     for _ in range(HANDSHAKE_BURST):
-        await handshakes.turn("8.8.8.1")
+        await handshakes.wait_turn("8.8.8.1")
     assert trio.current_time() == began_s
     for _ in range(40):
-        await handshakes.turn("8.8.8.1")
+        await handshakes.wait_turn("8.8.8.1")
     late_s = trio.current_time()
     assert late_s - began_s == pytest.approx(39 * HANDSHAKE_INTERVAL_S, abs=2 * HANDSHAKE_INTERVAL_S)
-    await handshakes.turn("8.8.8.2")
+    await handshakes.wait_turn("8.8.8.2")
     assert trio.current_time() == late_s
 
 
 async def test_who_gives_up_waiting_takes_nobodys_turn(virtual_clock: MockClock) -> None:
-    handshakes = Handshakes()
+    handshakes = HandshakeLimiter()
     for _ in range(HANDSHAKE_BURST + 1):
-        await handshakes.turn("8.8.8.1")
+        await handshakes.wait_turn("8.8.8.1")
     began_s = trio.current_time()
     for _ in range(1000):
         with trio.move_on_after(0):
-            await handshakes.turn("8.8.8.1")
-    await handshakes.turn("8.8.8.1")
+            await handshakes.wait_turn("8.8.8.1")
+    await handshakes.wait_turn("8.8.8.1")
     assert trio.current_time() - began_s <= 2 * HANDSHAKE_INTERVAL_S
 
 

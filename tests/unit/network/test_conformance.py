@@ -328,7 +328,7 @@ async def test_dialling_tells_why_it_failed(bench: Workbench) -> None:
                 address = stranger.multiaddrs[0]
             with pytest.raises(NetworkError, match="refused"):
                 await client.connect(address)
-            with pytest.raises(NetworkError, match="no address of it is known"):
+            with pytest.raises(NetworkError, match="no address of the peer is known"):
                 await client.open_stream(bench.peer_id(98), ECHO)
             with pytest.raises(NetworkError, match="/p2p/"):
                 await client.connect("/ip4/127.0.0.1/tcp/4001")

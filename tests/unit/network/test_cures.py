@@ -18,7 +18,7 @@ from node.network import dht, gossip
 from node.network.addresses import parse_address
 from node.network.admission import SILENT_S, InboundLimits
 from node.network.host import Libp2pNetwork, NetworkLimits
-from node.network.idle_peer import hold_connection
+from node.network.idle_peer import hold_idle_connection
 from node.network.interface import Network, NetworkError, PeerConnected, PeerDisconnected, Stream, StreamClosed
 from node.network.peerstore import BoundedPeerStore
 from node.network.streams import Libp2pStream
@@ -179,7 +179,7 @@ async def test_who_only_holds_connections_makes_room_for_who_comes_from_the_same
     with limited(20):
         async with host.running(), AsyncExitStack() as stack:
             address = host.multiaddrs[0]
-            ended = [await stack.enter_async_context(hold_connection(address, secured=True)) for _ in range(3)]
+            ended = [await stack.enter_async_context(hold_idle_connection(address, secured=True)) for _ in range(3)]
             await trio.sleep(SILENT_S)
             await assert_serves(host)
             await until(lambda: any(event.is_set() for event in ended))
@@ -545,7 +545,7 @@ async def test_one_peer_cannot_occupy_the_dht() -> None:
 
 async def test_a_peer_that_goes_on_flooding_is_disconnected(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("node.network.gossip.MAX_RATE_HZ", 5.0)
-    monkeypatch.setattr("node.network.gossip.CUT_OFF_DEBT", 20)
+    monkeypatch.setattr("node.network.gossip.DISCONNECT_DEBT", 20)
     listener, publisher = our_host(1), our_host(2)
     with limited():
         async with listener.running(), publisher.running(), listener.events() as events:

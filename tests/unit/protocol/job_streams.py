@@ -1,6 +1,6 @@
 """Material for tests of the job stream: messages of every type, and raw frames as a remote would send them."""
 
-from protocol.codec import ControlMessage, encode_control, encode_step_header
+from protocol.codec import encode_control, encode_step_header
 from protocol.connection import JobConnection
 from protocol.framing import FrameType, encode_frame, encode_step
 from protocol.identity import BlockRange, JobId, ModelId, SessionId, peer_id_from_public_key
@@ -10,6 +10,7 @@ from protocol.messages import (
     Begin,
     Close,
     Closed,
+    ControlMessage,
     Credit,
     Failed,
     FailureReason,

@@ -5,6 +5,7 @@ import pytest
 
 from protocol.canonical import Value
 from protocol.capabilities import (
+    FORMAT_VERSION,
     MAX_ACCELERATORS,
     MAX_CORES,
     MAX_INSTRUCTION_SETS,
@@ -17,17 +18,13 @@ from protocol.capabilities import (
     Links,
     Memory,
     Neighbour,
-    accelerator_to_map,
-    capabilities_from,
-    capabilities_to_map,
     capability_key,
     hardware_class,
-    parse_capability_key,
-    unseal_capabilities,
 )
 from protocol.errors import LocalProtocolError, RemoteProtocolError
 from protocol.limits import MAX_RECORD_BYTES, MAX_TEXT_BYTES
-from protocol.records import seal, select, sign, unseal
+from protocol.records import seal, select, sign, unseal, unseal_from_dht
+from protocol.schema import from_map, to_map
 from tests.support.capabilities import EPYC, GIB, H100, key_of, peer_of
 
 NOW_S = 1_700_000_000
@@ -43,7 +40,7 @@ def record(capabilities: Capabilities | None, *, sequence: int = 1) -> Capabilit
 
 def changed(path: str, value: object) -> dict[str, Value]:
     """Return the capabilities' map with the value at a dotted path replaced, or added."""
-    document = capabilities_to_map(BEST)
+    document = to_map(BEST)
     node: Any = document
     *parents, last = path.split(".")
     for part in parents:
@@ -55,31 +52,22 @@ def changed(path: str, value: object) -> dict[str, Value]:
 def forged(**fields: Value) -> bytes:
     """Return a well signed record with some fields replaced, whether it makes sense or not."""
     header: dict[str, Value] = {"sequence": 1, "issued_at_s": NOW_S, "expires_at_s": NOW_S + 1}
-    return sign("capability", header | record(EPYC).body() | fields, KEY)
+    return sign("capability", header | {"version": FORMAT_VERSION, "capabilities": to_map(EPYC)} | fields, KEY)
 
 
 @pytest.mark.parametrize("capabilities", [EPYC, BEST, None], ids=["cpu", "gpu", "withdrawn"])
 def test_what_a_peer_said_is_read_under_its_key(capabilities: Capabilities | None) -> None:
     said = record(capabilities)
-    assert unseal_capabilities(capability_key(PEER), seal(said, KEY), NOW_S) == said
+    assert unseal_from_dht(CapabilityRecord, capability_key(PEER), seal(said, KEY), NOW_S) == said
 
 
 def test_the_key_names_the_peer() -> None:
     assert capability_key(PEER) == f"/metaswarm/cap/{PEER}"
-    assert parse_capability_key(capability_key(PEER)) == PEER
-    for key in (
-        f"/metaswarm/span/{PEER}",
-        f"{capability_key(PEER)}/x",
-        "/metaswarm/cap/nobody",
-        f"metaswarm/cap/{PEER}",
-    ):
-        with pytest.raises(ValueError, match=r"no key|no peer id"):
-            parse_capability_key(key)
 
 
 def test_a_record_under_the_key_of_another_peer_is_refused() -> None:
     with pytest.raises(RemoteProtocolError, match="under another key"):
-        unseal_capabilities(capability_key(peer_of(2)), seal(record(EPYC), KEY), NOW_S)
+        unseal_from_dht(CapabilityRecord, capability_key(peer_of(2)), seal(record(EPYC), KEY), NOW_S)
 
 
 def test_nobody_speaks_for_another_peer() -> None:
@@ -131,7 +119,7 @@ IMPOSSIBLE = {
     "an unknown dtype": ("processor.throughput.fp7_flop_per_s", 1.0),
     "an unknown kind of accelerator": ("accelerators.0.kind", "abacus"),
     "an accelerator without memory": ("accelerators.0.memory_bytes", 0),
-    "too many accelerators": ("accelerators", [accelerator_to_map(H100)] * (MAX_ACCELERATORS + 1)),
+    "too many accelerators": ("accelerators", [to_map(H100)] * (MAX_ACCELERATORS + 1)),
     "a disk faster than anything": ("disk_read_bytes_per_s", 1e18),
     "no version of ours": ("software.metaswarm", ""),
     "too many neighbours": ("links.neighbours", [{"peer": peer_of(200 + n)} for n in range(MAX_NEIGHBOURS + 1)]),
@@ -145,7 +133,7 @@ IMPOSSIBLE = {
 @pytest.mark.parametrize(("path", "value"), IMPOSSIBLE.values(), ids=IMPOSSIBLE.keys())
 def test_what_is_impossible_is_refused(path: str, value: object) -> None:
     with pytest.raises(RemoteProtocolError):
-        capabilities_from(changed(path, value), "capabilities")
+        from_map(Capabilities, changed(path, value), "capabilities")
 
 
 def test_a_peer_that_is_its_own_neighbour_is_refused() -> None:

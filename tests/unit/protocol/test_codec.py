@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from protocol.canonical import decode, encode
-from protocol.codec import ControlMessage, decode_control, decode_step_header, encode_control, encode_step_header
+from protocol.codec import decode_control, decode_step_header, encode_control, encode_step_header
 from protocol.errors import LocalProtocolError, RemoteProtocolError
 from protocol.identity import BlockRange, JobId, ModelId, SessionId
 from protocol.limits import (
@@ -30,6 +30,7 @@ from protocol.limits import (
 )
 from protocol.messages import (
     Close,
+    ControlMessage,
     Credit,
     Failed,
     FailureReason,
@@ -401,7 +402,7 @@ def test_a_step_is_not_larger_than_allowed() -> None:
 
 def test_a_step_has_no_more_slices_than_allowed() -> None:
     slices = [Slice(session=SessionId(JobId(f"{n:032x}"), 0), position=0, rows=1) for n in range(MAX_SLICES + 1)]
-    with pytest.raises(LocalProtocolError, match="at most 256"):
+    with pytest.raises(LocalProtocolError, match="expected 0 to 256"):
         encode_step_header(step(*slices))
 
 

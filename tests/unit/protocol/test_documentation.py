@@ -8,6 +8,7 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from protocol import chains, limits, sync
+from protocol.announcements import SpanRecord
 from protocol.blobs import BlobFound, BlobInitiator, BlobRequest, BlobResponder
 from protocol.canonical import decode
 from protocol.codec import encode_control
@@ -30,7 +31,7 @@ from protocol.messages import (
 )
 from protocol.observations import bucket_of
 from protocol.reconciliation import IdCache, SetTree, digest_of
-from protocol.records import SpanRecord, seal
+from protocol.records import seal
 from protocol.states import CONNECTION_TABLE, SESSION_TABLE, Direction, Role
 from protocol.tensors import DType, Tensor
 from tests.unit.protocol.job_streams import MESSAGES

@@ -10,14 +10,12 @@ from protocol.history import (
     decode_batch,
     encode_batch,
     history_key,
-    parse_history_key,
     summarise,
     take_batch,
-    unseal_history,
 )
 from protocol.limits import MAX_BATCH_BYTES, MAX_BATCH_ENVELOPES, MAX_PARTS, MAX_RECORD_BYTES
 from protocol.reconciliation import IdCache, SetTree, Summary, digest_of
-from protocol.records import seal
+from protocol.records import seal, unseal_from_dht
 from tests.support.observations import NOW_S, key, peer
 
 BUCKET = NOW_S // 3600
@@ -56,7 +54,7 @@ def test_a_digest_record_covers_everything_within_its_bound(bucket_count: int) -
     record = digest(tree)
     sealed = seal(record, key(1))
     assert len(sealed) <= MAX_RECORD_BYTES
-    assert unseal_history(history_key(peer(1)), sealed, NOW_S) == record
+    assert unseal_from_dht(HistoryDigest, history_key(peer(1)), sealed, NOW_S) == record
     assert len(record.parts) <= MAX_PARTS
     assert sum(part.count for part in record.parts) == tree.summary("").count
     assert all(part == tree.summary(part.prefix) for part in record.parts)
@@ -79,13 +77,9 @@ def test_a_newcomer_learns_how_much_it_lacks() -> None:
 def test_a_record_stands_only_under_its_peers_key() -> None:
     sealed = seal(digest(tree_of({BUCKET: 1})), key(1))
     with pytest.raises(RemoteProtocolError, match="another key"):
-        unseal_history(history_key(peer(2)), sealed, NOW_S)
+        unseal_from_dht(HistoryDigest, history_key(peer(2)), sealed, NOW_S)
     with pytest.raises(RemoteProtocolError, match="expired"):
-        unseal_history(history_key(peer(1)), sealed, NOW_S + 1800)
-    assert parse_history_key(history_key(peer(1))) == peer(1)
-    for wrong in ("/metaswarm/history", f"/metaswarm/span/{peer(1)}", "/metaswarm/history/nobody", "history"):
-        with pytest.raises(ValueError, match=r"no key|no peer"):
-            parse_history_key(wrong)
+        unseal_from_dht(HistoryDigest, history_key(peer(1)), sealed, NOW_S + 1800)
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,6 @@ import pytest
 from protocol.identity import (
     BlockRange,
     parse_block_range,
-    parse_job_id,
     parse_model_id,
     parse_peer_id,
     peer_id_from_public_key,
@@ -49,14 +48,11 @@ def test_a_peer_has_one_name(text: str) -> None:
         parse_peer_id(text)
 
 
-def test_model_and_job_ids_are_lower_case_hexadecimal() -> None:
+def test_model_id_is_lower_case_hexadecimal() -> None:
     assert parse_model_id("0a" * 32) == "0a" * 32
-    assert parse_job_id("0a" * 16) == "0a" * 16
     for unit, end in (("", ""), ("0A", ""), ("0a", "0"), ("0a", "\n"), ("zz", "")):
         with pytest.raises(ValueError, match="model id"):
             parse_model_id(unit * 32 + end)
-        with pytest.raises(ValueError, match="job id"):
-            parse_job_id(unit * 16 + end)
 
 
 def test_a_range_of_blocks_is_not_empty_and_ends_exclusive() -> None:

@@ -149,7 +149,7 @@ def test_what_is_too_old_goes_by_whole_buckets() -> None:
     oldest_s = oldest_bucket(NOW_S) * BUCKET_S
     assert NOW_S - MAX_OBSERVATION_AGE_S - BUCKET_S < oldest_s <= NOW_S - MAX_OBSERVATION_AGE_S
     verify_observation(signed(issued_at_s=oldest_s).envelope, NOW_S)
-    with pytest.raises(RemoteProtocolError, match="too long"):
+    with pytest.raises(RemoteProtocolError, match="too old"):
         verify_observation(signed(issued_at_s=oldest_s - 1).envelope, NOW_S)
     assert open_observation(signed(issued_at_s=oldest_s - 1).envelope).bucket == bucket_of(oldest_s) - 1
 
@@ -157,42 +157,42 @@ def test_what_is_too_old_goes_by_whole_buckets() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"version": 2}, "version 2"),
-        ({"version": True}, "no integer"),
+        ({"version": 2}, "version is 2"),
+        ({"version": True}, "version is not an integer"),
         ({"extra": 1}, "unknown field"),
-        ({"kind": "guessed"}, "none of"),
+        ({"kind": "guessed"}, "is not one of"),
         ({"issued_at_s": -1}, "expected"),
         ({"job": b"short"}, "16 bytes"),
         ({"workload__prompt_tokens": 0}, "expected"),
         ({"workload__prompt_tokens": 8190}, "8192 positions"),
-        ({"workload__cached_tokens": 64}, "from a cache"),
+        ({"workload__cached_tokens": 64}, "cached_tokens"),
         ({"workload__shared_prefix_share": 1.5}, "expected"),
         ({"workload__repetitiveness": -0.1}, "expected"),
         ({"workload__link_s": -1.0}, "expected"),
         ({"workload__concurrency": 0}, "expected"),
-        ({"workload__objective": "fame"}, "none of"),
+        ({"workload__objective": "fame"}, "is not one of"),
         ({"model__hidden_size": 1 << 40}, "expected"),
-        ({"model__active_expert_count": 8}, "experts"),
-        ({"method__switches": {"a|b": "c"}}, "a name or value"),
-        ({"method__switches": {"a": "b=c"}}, "a name or value"),
+        ({"model__active_expert_count": 8}, "active_expert_count"),
+        ({"method__switches": {"a|b": "c"}}, "switches: a name or value"),
+        ({"method__switches": {"a": "b=c"}}, "switches: a name or value"),
         ({"method__switches": {}}, "empty"),
-        ({"method__switches": {f"switch{i}": "on" for i in range(17)}}, "at most 16"),
+        ({"method__switches": {f"switch{i}": "on" for i in range(17)}}, "expected 0 to 16"),
         ({"method__switches": {f"s{i}" + "x" * 30: "on" for i in range(16)}}, "longer than"),
         ({"software": {"torch": ""}}, "empty"),
-        ({"software": ["torch"]}, "no map"),
+        ({"software": ["torch"]}, "software is not a map"),
         ({"measurements__ttft_s": -0.1}, "expected"),
-        ({"measurements__ttft_s": 1}, "no float"),
-        ({"measurements__ttft_s": 2.5}, "tokens took"),
-        ({"measurements__tpot_s": 0.01}, "tokens took"),
+        ({"measurements__ttft_s": 1}, "ttft_s is not a float"),
+        ({"measurements__ttft_s": 2.5}, "ttft_s and tpot_s add up"),
+        ({"measurements__tpot_s": 0.01}, "ttft_s and tpot_s add up"),
         ({"measurements__total_s": 0.0}, "expected"),
         ({"measurements__total_s": 1e300}, "expected"),
         ({"measurements__tokens_per_s": 1.0}, "tokens_per_s"),
         ({"measurements__tokens_per_s": 100.0}, "tokens_per_s"),
-        ({"measurements__log_ratio_to_baseline": -0.5}, "nothing to be compared"),
-        ({"kind": "probe"}, "lacks its ratio"),
-        ({"kind": "assigned"}, "lacks its ratio"),
+        ({"measurements__log_ratio_to_baseline": -0.5}, "has a log_ratio_to_baseline"),
+        ({"kind": "probe"}, "lacks its log_ratio_to_baseline"),
+        ({"kind": "assigned"}, "lacks its log_ratio_to_baseline"),
         ({"route": []}, "no stages"),
-        ({"route": "all"}, "no array"),
+        ({"route": "all"}, "route is not an array"),
     ],
 )
 def test_impossible_values_are_turned_down(changes: dict[str, Any], message: str) -> None:
@@ -203,12 +203,12 @@ def test_impossible_values_are_turned_down(changes: dict[str, Any], message: str
 @pytest.mark.parametrize(
     ("statistics", "message"),
     [
-        (SessionStatistics(steps=1, rows=1, compute_s=5.0), "computed in a job"),
-        (SessionStatistics(steps=1, rows=1, queue_s=50.0), "waited longer"),
-        (SessionStatistics(steps=5, rows=4), "cannot be"),
-        (SessionStatistics(steps=5, rows=64 * 96 + 1), "cannot be"),
-        (SessionStatistics(steps=0, rows=1), "cannot be|without a step"),
-        (SessionStatistics(steps=0, compute_s=0.1), "without a step"),
+        (SessionStatistics(steps=1, rows=1, compute_s=5.0), "compute_s is 5"),
+        (SessionStatistics(steps=1, rows=1, queue_s=50.0), "queue_s 50"),
+        (SessionStatistics(steps=5, rows=4), "are impossible"),
+        (SessionStatistics(steps=5, rows=64 * 96 + 1), "are impossible"),
+        (SessionStatistics(steps=0, rows=1), "are impossible|no step"),
+        (SessionStatistics(steps=0, compute_s=0.1), "but no step"),
         (SessionStatistics(steps=-1), "expected"),
         (SessionStatistics(compute_s=float("nan")), "finite"),
     ],
@@ -223,10 +223,10 @@ def test_impossible_figures_of_a_stage_are_turned_down(statistics: SessionStatis
 @pytest.mark.parametrize(
     ("ranges", "message"),
     [
-        ([(0, 20), (21, BLOCKS)], "do not follow"),
-        ([(0, 20), (19, BLOCKS)], "do not follow"),
-        ([(30, BLOCKS), (0, 30)], "do not follow"),
-        ([(0, BLOCKS + 1)], "do not follow"),
+        ([(0, 20), (21, BLOCKS)], "not contiguous"),
+        ([(0, 20), (19, BLOCKS)], "not contiguous"),
+        ([(30, BLOCKS), (0, 30)], "not contiguous"),
+        ([(0, BLOCKS + 1)], "not contiguous"),
         ([(0, BLOCKS - 1)], "do not cover"),
         ([(1, BLOCKS)], "do not cover"),
     ],
@@ -258,7 +258,7 @@ def test_one_token_takes_no_time_per_further_token() -> None:
         measurements=replace(made.measurements, ttft_s=1.0, tpot_s=0.0, total_s=1.0, tokens_per_s=1.0),
     )
     assert sign_observation(single, key(0)).observation == single
-    with pytest.raises(LocalProtocolError, match="single token"):
+    with pytest.raises(LocalProtocolError, match="tpot_s is not 0 for a single token"):
         sign_observation(replace(single, measurements=replace(single.measurements, tpot_s=0.1)), key(0))
 
 

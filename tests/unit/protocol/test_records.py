@@ -5,6 +5,16 @@ from typing import Any
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
+from protocol.announcements import (
+    Heartbeat,
+    Placement,
+    Record,
+    ServedSpan,
+    SpanRecord,
+    blob_provider_key,
+    provider_key,
+    span_key,
+)
 from protocol.canonical import decode_canonical, encode
 from protocol.errors import LocalProtocolError, RemoteProtocolError
 from protocol.identity import BlockRange, ModelId, peer_id_from_public_key
@@ -18,23 +28,7 @@ from protocol.limits import (
     MAX_SPANS,
 )
 from protocol.messages import Load
-from protocol.records import (
-    Heartbeat,
-    Placement,
-    Record,
-    ServedSpan,
-    SpanRecord,
-    blob_provider_key,
-    parse_span_key,
-    provider_key,
-    seal,
-    select,
-    sign,
-    span_key,
-    unseal,
-    unseal_span,
-    verify,
-)
+from protocol.records import seal, select, sign, unseal, unseal_from_dht, verify
 
 KEY = Ed25519PrivateKey.from_private_bytes(bytes(range(32)))
 PEER = peer_id_from_public_key(KEY.public_key().public_bytes_raw())
@@ -115,7 +109,7 @@ def test_a_record_is_of_one_kind() -> None:
     with pytest.raises(RemoteProtocolError, match="a span record where a heartbeat record was expected"):
         unseal(Heartbeat, seal(SPAN, KEY), NOW_S)
     relabelled = forged("span", payload_of(SPAN), kind="heartbeat")
-    with pytest.raises(RemoteProtocolError, match="signature is wrong"):
+    with pytest.raises(RemoteProtocolError, match="signature is invalid"):
         verify(relabelled, "heartbeat", NOW_S)
 
 
@@ -123,7 +117,7 @@ def test_nobody_signs_for_another() -> None:
     with pytest.raises(LocalProtocolError, match="not that of"):
         seal(SPAN, OTHER_KEY)
     theirs = OTHER_KEY.public_key().public_bytes_raw()
-    with pytest.raises(RemoteProtocolError, match="signature is wrong"):
+    with pytest.raises(RemoteProtocolError, match="signature is invalid"):
         verify(forged("span", payload_of(SPAN), public_key=theirs), "span", NOW_S)
 
 
@@ -162,7 +156,7 @@ def test_a_payload_has_one_form() -> None:
     assert longer != payload
     with pytest.raises(RemoteProtocolError, match="canonical"):
         verify(forged("span", longer), "span", NOW_S)
-    with pytest.raises(RemoteProtocolError, match="no map"):
+    with pytest.raises(RemoteProtocolError, match="not a map"):
         verify(forged("span", []), "span", NOW_S)
 
 
@@ -186,7 +180,7 @@ def test_a_record_holds_for_a_time(issued_at_s: int, expires_at_s: int, valid: b
     if valid:
         assert unseal(SpanRecord, envelope, NOW_S).expires_at_s == expires_at_s
     else:
-        with pytest.raises(RemoteProtocolError, match=r"expired|future|lives"):
+        with pytest.raises(RemoteProtocolError, match=r"expired|future|lifetime"):
             unseal(SpanRecord, envelope, NOW_S)
 
 
@@ -270,22 +264,11 @@ def test_the_better_of_two_records_is_the_newer() -> None:
 def test_a_span_record_lies_under_the_key_of_its_peer_and_model() -> None:
     key = span_key(MODEL, PEER)
     assert key == f"/metaswarm/span/{MODEL}/{PEER}"
-    assert parse_span_key(key) == (MODEL, PEER)
     envelope = seal(SPAN, KEY)
-    assert unseal_span(key, envelope, NOW_S) == SPAN
+    assert unseal_from_dht(SpanRecord, key, envelope, NOW_S) == SPAN
     for other in (span_key(MODEL, OTHER_PEER), span_key(ModelId("00" * 32), PEER), "", key + "/"):
         with pytest.raises(RemoteProtocolError, match="under another key"):
-            unseal_span(other, envelope, NOW_S)
-
-
-@pytest.mark.parametrize(
-    "key",
-    ["", "/", f"/metaswarm/span/{MODEL}", f"/metaswarm/cap/{MODEL}/{PEER}", f"/metaswarm/span/{MODEL}/{PEER}/",
-     f"/metaswarm/span/{MODEL[1:]}/{PEER}", f"/metaswarm/span/{MODEL}/{PEER} ", f"metaswarm/span/{MODEL}/{PEER}/"],
-)  # fmt: skip
-def test_no_other_key_is_that_of_a_span_record(key: str) -> None:
-    with pytest.raises(ValueError, match=r"key|model id|peer id"):
-        parse_span_key(key)
+            unseal_from_dht(SpanRecord, other, envelope, NOW_S)
 
 
 def test_provider_keys_are_hashes() -> None:

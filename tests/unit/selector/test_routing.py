@@ -1,24 +1,32 @@
 """What a user would expect of a route; `tests/property/test_routing.py` compares with every route there is."""
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
+from protocol.identity import BlockRange, PeerId, Stage
 from selector.routing import (
     MAX_OFFERS,
     Demand,
     Link,
     NoRouteError,
     Offer,
-    Stage,
     find_replacement,
     find_route,
-    find_spares,
     uncovered,
 )
 
 DEMAND = Demand(block_count=12, prompt_rows=20, new_tokens=100, row_bytes=2304)
 NEAR, FAR = Link(0.001, 1e9), Link(0.08, 1e7)
+
+
+def stage(start: int, end: int, peer: str) -> Stage:
+    return Stage(PeerId(peer), BlockRange(start, end))
+
+
+def offer(start: int, end: int, peer: str, block_s: float, **costs: Any) -> Offer:
+    return Offer(stage(start, end, peer), block_s, **costs)
 
 
 def near(_a: str, _b: str) -> Link:
@@ -35,65 +43,67 @@ def peers_of(stages: tuple[Stage, ...]) -> list[str]:
 
 
 def test_a_peer_with_the_whole_model_serves_alone_unless_it_is_much_slower() -> None:
-    parts = [Offer(0, 6, "left", 0.001), Offer(6, 12, "right", 0.001)]
-    assert peers_of(find_route(DEMAND, [*parts, Offer(0, 12, "whole", 0.001)], near).stages) == ["whole"]
-    assert peers_of(find_route(DEMAND, [*parts, Offer(0, 12, "whole", 0.01)], near).stages) == ["left", "right"]
+    parts = [offer(0, 6, "left", 0.001), offer(6, 12, "right", 0.001)]
+    assert peers_of(find_route(DEMAND, [*parts, offer(0, 12, "whole", 0.001)], near).stages) == ["whole"]
+    assert peers_of(find_route(DEMAND, [*parts, offer(0, 12, "whole", 0.01)], near).stages) == ["left", "right"]
 
 
 def test_what_a_token_saves_in_the_stages_it_must_not_lose_between_them() -> None:
-    offers = [Offer(0, 6, "rome1", 0.001), Offer(6, 12, "oslo1", 0.001), Offer(6, 12, "rome2", 0.003)]
+    offers = [offer(0, 6, "rome1", 0.001), offer(6, 12, "oslo1", 0.001), offer(6, 12, "rome2", 0.003)]
     assert peers_of(find_route(DEMAND, offers, near).stages) == ["rome1", "oslo1"]
     assert peers_of(find_route(DEMAND, offers, far_between_cities).stages) == ["rome1", "rome2"]
 
 
 def test_the_way_back_from_the_last_stage_to_the_first_counts() -> None:
     links = {("a", "b"): NEAR, ("b", "a"): FAR, ("a", "c"): Link(0.01, 1e9), ("c", "a"): Link(0.01, 1e9)}
-    offers = [Offer(0, 6, "a", 0.001), Offer(6, 12, "b", 0.001), Offer(6, 12, "c", 0.001)]
+    offers = [offer(0, 6, "a", 0.001), offer(6, 12, "b", 0.001), offer(6, 12, "c", 0.001)]
     assert peers_of(find_route(DEMAND, offers, lambda x, y: links.get((x, y), FAR)).stages) == ["a", "c"]
 
 
 def test_overlapping_spans_are_cut_where_it_is_best() -> None:
-    fast, slow = Offer(0, 8, "fast", 0.001), Offer(4, 12, "slow", 0.005)
-    assert find_route(DEMAND, [fast, slow], near).stages == (Stage(0, 8, "fast"), Stage(8, 12, "slow"))
+    fast, slow = offer(0, 8, "fast", 0.001), offer(4, 12, "slow", 0.005)
+    assert find_route(DEMAND, [fast, slow], near).stages == (stage(0, 8, "fast"), stage(8, 12, "slow"))
     with pytest.raises(NoRouteError) as caught:
         find_route(DEMAND, [replace(fast, divisible=False), replace(slow, divisible=False)], near)
     assert caught.value.missing == ()
 
 
 def test_a_peer_without_room_is_asked_only_if_nobody_else_is_left() -> None:
-    full = Offer(0, 12, "full", 0.001, free_positions=119)
-    roomy = Offer(0, 12, "roomy", 0.01, free_positions=120)
+    full = offer(0, 12, "full", 0.001, free_positions=119)
+    roomy = offer(0, 12, "roomy", 0.01, free_positions=120)
     assert peers_of(find_route(DEMAND, [full, roomy], near).stages) == ["roomy"]
     assert peers_of(find_route(DEMAND, [full], near).stages) == ["full"]
 
 
 def test_a_peer_that_is_busy_or_not_to_be_trusted_must_be_much_faster() -> None:
-    plain = Offer(0, 12, "plain", 0.002)
-    assert peers_of(find_route(DEMAND, [plain, Offer(0, 12, "busy", 0.001, step_s=0.02)], near).stages) == ["plain"]
-    assert peers_of(find_route(DEMAND, [plain, Offer(0, 12, "shady", 0.001, trust=0.4)], near).stages) == ["plain"]
+    plain = offer(0, 12, "plain", 0.002)
+    assert peers_of(find_route(DEMAND, [plain, offer(0, 12, "busy", 0.001, step_s=0.02)], near).stages) == ["plain"]
+    assert peers_of(find_route(DEMAND, [plain, offer(0, 12, "shady", 0.001, trust=0.4)], near).stages) == ["plain"]
 
 
 def test_only_the_lost_stage_is_replaced_also_by_several_or_by_a_part_of_a_longer_span() -> None:
-    stages = (Stage(0, 4, "a"), Stage(4, 8, "b"), Stage(8, 12, "c"))
-    own = [Offer(0, 4, "a", 0.001), Offer(4, 8, "b", 0.001), Offer(8, 12, "c", 0.001)]
-    halves = [Offer(4, 6, "d", 0.001), Offer(6, 8, "e", 0.001)]
-    assert find_replacement(DEMAND, stages, 1, [*own, *halves], near) == (Stage(4, 6, "d"), Stage(6, 8, "e"))
-    longer = Offer(2, 10, "f", 0.001)
-    assert find_replacement(DEMAND, stages, 1, [*own, *halves, longer], near) == (Stage(4, 8, "f"),)
-    assert find_spares(DEMAND, stages, [*own, longer], near) == ((), (Stage(4, 8, "f"),), ())
+    stages = (stage(0, 4, "a"), stage(4, 8, "b"), stage(8, 12, "c"))
+    own = [offer(0, 4, "a", 0.001), offer(4, 8, "b", 0.001), offer(8, 12, "c", 0.001)]
+    halves = [offer(4, 6, "d", 0.001), offer(6, 8, "e", 0.001)]
+    assert find_replacement(DEMAND, stages, 1, [*own, *halves], near) == (stage(4, 6, "d"), stage(6, 8, "e"))
+    longer = offer(2, 10, "f", 0.001)
+    assert find_replacement(DEMAND, stages, 1, [*own, *halves, longer], near) == (stage(4, 8, "f"),)
     with pytest.raises(NoRouteError) as caught:
         find_replacement(DEMAND, stages, 1, [*own, halves[0]], near)
-    assert caught.value.missing == ((6, 8),)
+    assert caught.value.missing == (BlockRange(6, 8),)
 
 
 def test_a_large_swarm_is_searched_among_its_quickest_peers() -> None:
-    offers = [Offer(3 * part, 3 * part + 3, f"{part}-{n:03}", 0.001 * (n + 1)) for part in range(4) for n in range(200)]
+    offers = [offer(3 * part, 3 * part + 3, f"{part}-{n:03}", 0.001 * (n + 1)) for part in range(4) for n in range(200)]
     assert len(offers) > MAX_OFFERS
     assert peers_of(find_route(DEMAND, offers, near).stages) == ["0-000", "1-000", "2-000", "3-000"]
 
 
 def test_blocks_that_nobody_covers_are_named() -> None:
-    assert uncovered(12, [(0, 3), (2, 5), (8, 9)]) == ((5, 8), (9, 12))
+    assert uncovered(12, [BlockRange(0, 3), BlockRange(2, 5), BlockRange(8, 9)]) == (
+        BlockRange(5, 8),
+        BlockRange(9, 12),
+    )
     with pytest.raises(NoRouteError) as caught:
-        find_route(DEMAND, [Offer(0, 3, "a", 0.001), Offer(5, 20, "beyond", 0.001)], near)
-    assert caught.value.missing == ((3, 12),)
+        find_route(DEMAND, [offer(0, 3, "a", 0.001), offer(5, 20, "beyond", 0.001)], near)
+    assert caught.value.missing == (BlockRange(3, 12),)

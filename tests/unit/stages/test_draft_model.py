@@ -15,7 +15,7 @@ from node.selection.chooser import LearnedChooser
 from node.selection.prediction_cache import Predictions
 from node.stages.draft_model import PATIENCE_S, Draft, DraftModel
 from node.testing.fake_engine import FakeEngine, fake_span_info
-from node.testing.memory_hub import LinkModel
+from node.testing.memory_links import LinkModel
 from protocol.identity import BlockRange, JobId, SessionId
 from protocol.messages import Slice
 from protocol.tensors import tensor_from_tokens, tokens_from_tensor

@@ -14,12 +14,14 @@ from trio.testing import MockClock
 from node.coordinator.coordinator import RECOVERY_LIMIT_S
 from node.coordinator.submission import JobError, JobErrorCode, JobRequest
 from node.engine.interface import PAGE_POSITIONS
-from node.links.link import PARTIAL_BYTES, InboundLink, LinkBuffers, OutboundLink, SessionLost, SessionRefused
+from node.links.buffers import PARTIAL_BYTES, LinkBuffers
+from node.links.inbound_link import InboundLink
+from node.links.outbound_link import OutboundLink, SessionLost, SessionRefused
 from node.stages.fair_share import may_take
 from node.stages.session import CHECKED_AT_ONCE_BYTES
 from node.stages.span import BEGIN_LIMIT_S, SHORT_IDLE_LIMIT_S
 from node.testing.fake_engine import expected_tokens, fake_span_info
-from node.testing.memory_hub import LinkModel
+from node.testing.memory_links import LinkModel
 from protocol.codec import encode_step_header
 from protocol.framing import FrameType, encode_frame
 from protocol.identity import BlockRange, JobId, PeerId, SessionId, peer_id_from_public_key
@@ -383,8 +385,8 @@ def test_of_frames_that_are_not_complete_those_go_first_that_do_not_go_on() -> N
 
     honest, *others = (cast("InboundLink", Link(f"peer {number}")) for number in range(40))
     for step, other in enumerate(others, 1):
-        buffers.note(honest, (1 << 20) * step // len(others))
-        buffers.note(other, 900 << 10)
+        buffers.update_partial(honest, (1 << 20) * step // len(others))
+        buffers.update_partial(other, 900 << 10)
     assert honest.peer not in ended
     assert ended == [other.peer for other in others[: len(ended)]]
     assert buffers.partial_bytes <= PARTIAL_BYTES

@@ -39,7 +39,7 @@ async def test_a_session_that_ends_while_it_takes_over_another_leaves_no_memory_
     virtual_clock: MockClock,
 ) -> None:
     engine = FakeEngine(fake_span_info(BlockRange(0, 3), block_count=BLOCKS), step_s=1.0)
-    link_pool = cast("Any", SimpleNamespace(receivers=SimpleNamespace(remove=lambda session: None)))
+    link_pool = cast("Any", SimpleNamespace(registry=SimpleNamespace(remove=lambda session: None)))
     span = Span(engine, link_pool, trio.lowlevel.ParkingLot())
     former, successor = open_session(span, "a0"), open_session(span, "b1")
     await engine.open(former.id, 64)

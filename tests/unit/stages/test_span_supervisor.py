@@ -10,7 +10,7 @@ from trio.testing import MockClock
 from node.config import StartError
 from node.coordinator.submission import JobError, JobRequest
 from node.engine.interface import REFERENCE, Variant
-from node.links.link import SessionRefused
+from node.links.outbound_link import SessionRefused
 from node.models.errors import ModelError
 from node.stages.stage_server import RETIRE_S
 from protocol.identity import BlockRange

@@ -13,9 +13,9 @@ from node.swarm.directory import (
     MAX_UNREACHED_PER_TELLER,
     Directory,
 )
+from protocol.announcements import Heartbeat, Placement, ServedSpan
 from protocol.identity import BlockRange, ModelId, PeerId, peer_id_from_public_key
 from protocol.messages import Load
-from protocol.records import Heartbeat, Placement, ServedSpan
 
 PEER = peer_id_from_public_key(bytes(32))
 US = peer_id_from_public_key(bytes([1] * 32))

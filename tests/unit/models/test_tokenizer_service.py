@@ -17,11 +17,11 @@ import pytest
 import trio
 import trio.testing
 
-from node.models import tokenizer_process
+from node.models import tokenizer_service
 from node.models.errors import ChatTemplateError, ModelError
 from node.models.streaming import StreamDecoder
 from node.models.tokenizer import load_tokenizer
-from node.models.tokenizer_process import (
+from node.models.tokenizer_service import (
     Limits,
     ModelTokenizer,
     TokenizerBusyError,
@@ -343,7 +343,7 @@ async def test_process_that_cannot_be_started_is_this_nodes_failure(tmp_path: Pa
 async def test_too_many_requests_are_refused_and_those_whose_caller_left_are_not_made(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tokenizer_process, "MAX_WAITING", 2)
+    monkeypatch.setattr(tokenizer_service, "MAX_WAITING", 2)
     async with service(limits=Limits(render_s=60)) as tokenizers:
         hang = "{% if messages[0].content == 'hang' %}" + HOSTILE_TEMPLATES["endless loop"] + "{% endif %}"
         tokenizer = await tokenizers.open(write_package(tmp_path, byte_level(), hang))

@@ -1,0 +1,92 @@
+"""Finds devices through torch: `python -m node.engine.device_probe NAME` prints the one with this name as JSON.
+
+A process of its own, because only engines may import torch, and because drivers crash.
+"""
+
+import json
+import sys
+from collections.abc import Iterator
+
+import psutil
+import torch
+
+from node.engine.device import AUTO, Device, DeviceError, cpu_device
+from protocol.capabilities import Accelerator, AcceleratorKind
+
+
+def accelerators() -> Iterator[tuple[Accelerator, torch.device]]:
+    """Yield every accelerator that torch can use, without figures, and torch's name of it."""
+    if torch.cuda.is_available():  # ROCm answers to the same name
+        for index in range(torch.cuda.device_count()):
+            properties = torch.cuda.get_device_properties(index)
+            if torch.version.hip is not None:
+                kind, capability = AcceleratorKind.ROCM, properties.gcnArchName.partition(":")[0]
+            else:
+                kind, capability = AcceleratorKind.CUDA, f"{properties.major}.{properties.minor}"
+            accelerator = Accelerator(
+                kind=kind,
+                name=properties.name,
+                memory_bytes=properties.total_memory,
+                compute_capability=capability,
+            )
+            yield accelerator, torch.device("cuda", index)
+    if torch.backends.mps.is_available():
+        size = torch.mps.recommended_max_memory()
+        mps = Accelerator(kind=AcceleratorKind.MPS, name=torch.backends.mps.get_name(), memory_bytes=size)
+        yield mps, torch.device("mps")
+
+
+def free_bytes(device: torch.device) -> int:
+    """Return how much of a device's memory is free."""
+    main_bytes = int(psutil.virtual_memory().available)
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    if device.type == "mps":  # which shares the main memory
+        return min(main_bytes, int(torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory()))
+    return main_bytes
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until a device has completed the operations launched on it; the CPU always has."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()
+
+
+def is_lost(cause: BaseException | None) -> bool:
+    """Return whether an error means that a GPU has failed: lost to this process, perhaps not to the next one."""
+    lost = getattr(torch, "AcceleratorError", None)  # since torch 2.8
+    return lost is not None and isinstance(cause, lost)
+
+
+def probe(wanted: str) -> Device:
+    """Find a device and run an addition on it. Raises DeviceError."""
+    kind, _, number = wanted.partition(":")
+    names = [wanted] if number or kind == "mps" else [f"cuda:{index}" for index in range(torch.cuda.device_count())]
+    found, faults = [], []
+    for accelerator, device in accelerators():
+        if str(device) in names:
+            try:
+                torch.ones(8, device=device).sum().item()
+                found.append(Device(str(device), free_bytes(device), accelerator))
+            except RuntimeError as error:  # of another architecture than torch was built for, broken, taken, full
+                faults.append(f"{device}: {' '.join(str(error).split())[:200]}")
+    if not found and (faults or wanted != AUTO):
+        raise DeviceError("; ".join(faults) or f"there is no {wanted} device for torch {torch.__version__} here")
+    return max(found, key=lambda each: each.free_bytes, default=cpu_device())
+
+
+def main() -> int:
+    """Print the device whose name is the first argument as JSON; return the exit code."""
+    try:
+        device = probe(sys.argv[1])
+    except (DeviceError, RuntimeError) as error:  # torch's complaints of drivers are RuntimeErrors
+        sys.stderr.write(" ".join(str(error).split())[:300] + "\n")
+        return 1
+    sys.stdout.write(json.dumps(device.to_json()))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,130 @@
+"""Memory limits of job links: frames that wait to be sent, and frames that have arrived in part."""
+
+from collections import deque
+from collections.abc import Iterable
+from typing import Final, Protocol
+
+import trio
+
+from node.util.signal import Signal
+
+OUTBOX_BYTES: Final = 4 << 20
+"""Encoded frames of one link that wait for the network before a sender has to wait."""
+
+OUTBOXES_BYTES: Final = 24 << 20
+"""The same of all links together; beyond it a link takes a step only while it has nothing else to send."""
+
+PARTIAL_BYTES: Final = 16 << 20
+"""Incomplete frames of all links together; beyond it the links that have been silent longest are broken."""
+
+PACKET_BYTES: Final = 64 << 10
+"""Pieces are joined up to this size: a send costs far more than a copy."""
+
+Piece = bytes | bytearray | memoryview
+
+
+class Breakable(Protocol):
+    """A link that can be ended to free its memory."""
+
+    def end(self, why: str) -> None:
+        """Break the link."""
+        ...
+
+
+class LinkBuffers:
+    """What all links of a node buffer together."""
+
+    def __init__(self) -> None:
+        self.outgoing_bytes = 0
+        self.partial_bytes = 0
+        self._partial: dict[Breakable, int] = {}
+
+    def add_outgoing(self, count: int) -> None:
+        """Count bytes that wait to be sent; less than 0: that were sent or dropped."""
+        self.outgoing_bytes += count
+
+    def update_partial(self, link: Breakable, partial_bytes: int) -> None:
+        """Record how much of an incomplete frame a link holds that has just received data.
+
+        Beyond the limit the links that were silent longest break: identities cost nothing, so a per-peer share does not
+        tell a flood from many honest peers, but an honest peer in the middle of a frame goes on with it.
+        """
+        self.forget(link)
+        self.partial_bytes += partial_bytes
+        if partial_bytes:
+            self._partial[link] = partial_bytes  # behind all others
+        while self.partial_bytes > PARTIAL_BYTES:
+            stalest = next(iter(self._partial))
+            self.forget(stalest)
+            stalest.end("incomplete frames exceed their memory limit")
+
+    def forget(self, link: Breakable) -> None:
+        """Release what a link holds of an incomplete frame."""
+        self.partial_bytes -= self._partial.pop(link, 0)
+
+
+class SendQueue:
+    """Encoded frames of one link in the order of sending, bounded by its own and by the shared limit."""
+
+    def __init__(self, buffers: LinkBuffers) -> None:
+        self.filled = Signal()
+        self.accepted_bytes = 0
+        """All bytes that were ever put in."""
+        self._buffers = buffers
+        self._pieces: deque[Piece] = deque()
+        self._bytes = 0
+        self._room = trio.lowlevel.ParkingLot()
+
+    @property
+    def is_full(self) -> bool:
+        """Whether senders have to wait."""
+        return self._bytes > OUTBOX_BYTES
+
+    def has_room(self, payload_bytes: int) -> bool:
+        """Whether a step may be put in: an empty queue always takes one."""
+        if not self._bytes:
+            return True
+        return not self.is_full and self._buffers.outgoing_bytes + payload_bytes <= OUTBOXES_BYTES
+
+    async def wait_for_change(self) -> None:
+        """Wait until something was sent, or the queue was closed."""
+        await self._room.park()
+
+    def put(self, pieces: Iterable[Piece]) -> None:
+        """Append the pieces of a frame, whether or not there is room."""
+        size = 0
+        for piece in pieces:
+            self._pieces.append(piece)
+            size += len(piece)
+        self._count(size)
+        self.accepted_bytes += size
+        self.filled.set()
+
+    def take(self) -> Piece | None:
+        """Remove and return what is to be sent next: one piece, or the small ones that fit into a packet together."""
+        if not self._pieces:
+            return None
+        pieces = [self._pieces.popleft()]
+        size = len(pieces[0])
+        while self._pieces and size + len(self._pieces[0]) <= PACKET_BYTES:
+            pieces.append(self._pieces.popleft())
+            size += len(pieces[-1])
+        return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+
+    def on_sent(self, count: int) -> None:
+        """Release the bytes of what was taken, and wake senders."""
+        self._count(-count)
+        self._room.unpark_all()
+
+    def wake(self) -> None:
+        """Wake senders, who see that the link is broken."""
+        self._room.unpark_all()
+
+    def clear(self) -> None:
+        """Drop everything: the link is gone."""
+        self._count(-self._bytes)
+        self._pieces.clear()
+
+    def _count(self, change: int) -> None:
+        self._bytes += change
+        self._buffers.add_outgoing(change)

@@ -1,0 +1,286 @@
+"""The initiator's end of a job link: we open sessions and send rows under flow control."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+import trio
+
+from node.links.base_link import ANSWER_TIMEOUT_S, PING_INTERVAL_S, SILENCE_LIMIT_S, JobLink, LinkBroken
+from node.links.buffers import LinkBuffers
+from node.links.liveness import PONG_LIMIT_S, PingTracker
+from node.network.interface import NetworkError, Stream
+from protocol.identity import PeerId, SessionId
+from protocol.limits import MAX_HISTORY_TOKENS
+from protocol.messages import (
+    Begin,
+    Close,
+    Closed,
+    Credit,
+    Failed,
+    FailureReason,
+    Message,
+    Open,
+    Opened,
+    Pong,
+    Progress,
+    ProgressRequest,
+    Refused,
+    Reroute,
+    SessionStatistics,
+    Step,
+    TokenHistory,
+)
+from protocol.states import Role, SessionState
+
+T = TypeVar("T")
+
+
+class SessionRefused(Exception):
+    """A stage did not admit a session."""
+
+    def __init__(self, peer: PeerId, refused: Refused) -> None:
+        super().__init__(refused.message)
+        self.peer = peer
+        self.reason = refused.reason
+
+
+@dataclass(frozen=True, slots=True)
+class SessionLost:
+    """A session is lost beyond a link: the other side reports it, or the link broke.
+
+    `reporter`: the peer at the other end of the link; `blamed`: the peer that it reports to be at fault, itself or
+    another. `resumable`: the reporter keeps the session and waits for another route. `lagged`: a straggler, alive
+    without progress.
+    """
+
+    reporter: PeerId
+    blamed: PeerId
+    reason: FailureReason
+    message: str
+    resumable: bool = False
+    lagged: bool = False
+
+
+class _Reply(Generic[T]):
+    """An answer that tasks wait for; without a value if the link broke first."""
+
+    def __init__(self) -> None:
+        self.value: T | None = None
+        self.arrived = trio.Event()
+
+    def deliver(self, value: T) -> None:
+        self.value = value
+        self.arrived.set()
+
+
+class OutboundLink(JobLink):
+    """The initiator's end."""
+
+    def __init__(self, stream: Stream, agent: str, buffers: LinkBuffers | None = None) -> None:
+        super().__init__(stream, Role.INITIATOR, agent, buffers)
+        self._replies: dict[SessionId, _Reply[Opened | Refused | Closed | Failed]] = {}
+        self._progress_replies: dict[SessionId, _Reply[Progress]] = {}
+        self._watchers: dict[SessionId, dict[object, Callable[[SessionLost], None]]] = {}
+        self._credit = trio.lowlevel.ParkingLot()
+        self._pings = PingTracker()
+
+    async def open(self, message: Open) -> Opened:
+        """Open a session. Raises SessionRefused, or LinkBroken also when no answer arrives in time."""
+        answer = await self._request(message)
+        if isinstance(answer, Refused):
+            raise SessionRefused(self.peer, answer)
+        if not isinstance(answer, Opened):
+            raise LinkBroken(self.peer, f"session lost while it was opened: {answer}")
+        return answer
+
+    def send_history(self, session: SessionId, tokens: Sequence[int]) -> None:
+        """Send the tokens so far of a session that we opened and that is about to begin, at once.
+
+        Raises LinkBroken when the link is gone or the session already lost.
+        """
+        self._check_open(session)
+        for start in range(0, len(tokens), MAX_HISTORY_TOKENS):
+            self._send_now(TokenHistory(session=session, tokens=tuple(tokens[start : start + MAX_HISTORY_TOKENS])))
+
+    def begin(self, message: Begin) -> None:
+        """Begin a session that we opened, at once: before any rows that are sent from now on, over whichever link.
+
+        Raises LinkBroken when the link is gone or the session already lost.
+        """
+        self._check_open(message.session)
+        self._send_now(message)
+
+    def _check_open(self, session: SessionId) -> None:
+        if self._connection.session_state(session) is not SessionState.OPEN:
+            raise LinkBroken(self.peer, self.broken or "the session was lost before it began")
+
+    async def close(self, session: SessionId) -> Closed:
+        """Close a session that we opened and return what it cost. Raises nothing for a link that is gone.
+
+        Close is sent before this waits for anything: the caller may have little time left, and the other side holds
+        memory until it receives it.
+        """
+        unknown = Closed(session=session, statistics=SessionStatistics())
+        try:
+            state = self._connection.session_state(session)
+            if state in {SessionState.IDLE, SessionState.CLOSING}:
+                return unknown
+            if state is SessionState.FAILED:
+                self._send_now(Close(session=session))  # confirms the other side's Failed; it has no answer
+                return unknown
+            answer = await self._request(Close(session=session))
+        except LinkBroken:
+            return unknown
+        return answer if isinstance(answer, Closed) else unknown
+
+    async def _request(self, message: Open | Close) -> Opened | Refused | Closed | Failed:
+        session = message.session
+        reply = self._replies[session] = _Reply()
+        try:
+            if isinstance(message, Close):
+                self._send_now(message)
+            else:
+                await self.send(message)
+            with trio.fail_after(ANSWER_TIMEOUT_S):
+                await reply.arrived.wait()
+        except trio.TooSlowError:
+            why = f"no answer to {type(message).__name__} within {ANSWER_TIMEOUT_S:.0f} s"
+            raise LinkBroken(self.peer, why) from None
+        finally:
+            if self._replies.get(session) is reply:
+                del self._replies[session]
+        if reply.value is None:
+            raise LinkBroken(self.peer, self.broken or "connection lost")
+        return reply.value
+
+    def has_credit(self, session: SessionId, payload_bytes: int) -> bool:
+        """Whether flow control lets so much of a session be sent; always on a broken link, which fails on use."""
+        return bool(self.broken) or payload_bytes <= self._connection.sendable_bytes(session)
+
+    def try_send_step(self, step: Step) -> bool:
+        """Send a step now if the queue has room and every session has credit; return whether it was sent."""
+        if self.broken:
+            raise LinkBroken(self.peer, self.broken)
+        if not self._queue.has_room(len(step.tensor.data)):
+            return False
+        row_bytes = step.tensor.row_bytes
+        if any(part.rows * row_bytes > self._connection.sendable_bytes(part.session) for part in step.slices):
+            return False
+        self._send_now(step)
+        if self._pings.is_due(self._queue.accepted_bytes):
+            self._ping()
+        return True
+
+    async def send_step(self, step: Step) -> None:
+        """Send a step as soon as there is room and credit for it."""
+        while not self.try_send_step(step):
+            if self._queue.has_room(len(step.tensor.data)):
+                await self._credit.park()
+            else:
+                await self._queue.wait_for_change()
+
+    async def probe(self, timeout_s: float) -> None:
+        """Ping the other side; break the link, at once and for all its sessions, if nothing arrives in time."""
+        if self.broken:
+            return
+        received = self._received
+        if not self._pings.is_pending:  # else a pong is due in any case; many jobs may probe at once
+            self._ping()
+        with trio.move_on_after(timeout_s + self._in_flight_s()) as scope:
+            await received.wait()
+        if scope.cancelled_caught:
+            self._break(f"silent for {self.silence_s:.1f} s")
+
+    async def request_progress(self, session: SessionId, timeout_s: float) -> Progress | None:
+        """Return the progress of a session that we opened and began; None when no answer arrives in time.
+
+        A peer of version 1.0 cannot be asked.
+        """
+        is_begun = self._connection.session_state(session) is SessionState.BEGUN
+        if self.broken or self._connection.minor < 1 or not is_begun:
+            return None
+        reply = self._progress_replies.setdefault(session, _Reply())
+        self._send_now(ProgressRequest(session=session))
+        with trio.move_on_after(timeout_s):
+            await reply.arrived.wait()
+        if self._progress_replies.get(session) is reply:
+            del self._progress_replies[session]
+        return reply.value
+
+    def watch(self, session: SessionId, on_lost: Callable[[SessionLost], None]) -> Callable[[], None]:
+        """Call `on_lost` if the other side gives the session up or the link breaks; return what ends the watch."""
+        if self.broken:
+            raise LinkBroken(self.peer, self.broken)
+        watchers = self._watchers.setdefault(session, {})
+        token = object()
+        watchers[token] = on_lost
+
+        def unwatch() -> None:
+            watchers.pop(token, None)
+            if not watchers and self._watchers.get(session) is watchers:
+                del self._watchers[session]
+
+        return unwatch
+
+    def _on_message(self, message: Message, nursery: trio.Nursery) -> None:
+        match message:
+            case Opened() | Refused() | Closed():
+                self._deliver(message)
+            case Credit():
+                self._credit.unpark_all()
+            case Pong():
+                self._pings.on_pong()
+            case Progress():
+                if (reply := self._progress_replies.pop(message.session, None)) is not None:
+                    reply.deliver(message)
+            case Reroute():
+                lost = SessionLost(
+                    self.peer, message.peer or self.peer, message.reason, message.message, resumable=True
+                )
+                for on_lost in tuple(self._watchers.get(message.session, {}).values()):
+                    on_lost(lost)
+            case Failed():
+                self._deliver(message)
+                lost = SessionLost(self.peer, message.peer or self.peer, message.reason, message.message)
+                # A copy: a watcher may end watches in turn, its own and those that others hold here.
+                for on_lost in tuple(self._watchers.pop(message.session, {}).values()):
+                    on_lost(lost)
+            case _:
+                raise AssertionError(f"the state tables let {message} through to an initiator")
+
+    def _deliver(self, message: Opened | Refused | Closed | Failed) -> None:
+        if (reply := self._replies.get(message.session)) is not None:
+            reply.deliver(message)
+
+    async def _liveness_loop(self) -> None:
+        while True:
+            await trio.sleep(PING_INTERVAL_S)
+            if self.broken:
+                raise NetworkError(self.broken)
+            silence_s, in_flight_s = self.silence_s, self._in_flight_s()
+            pending_s = self._pings.pending_s(trio.current_time())
+            if silence_s > SILENCE_LIMIT_S + in_flight_s or pending_s > PONG_LIMIT_S + in_flight_s:
+                raise NetworkError(f"nothing received for {silence_s:.1f} s, and no pong for {pending_s:.1f} s")
+            if silence_s >= PING_INTERVAL_S * 0.9:
+                self._ping()
+
+    def _ping(self) -> None:
+        if (ping := self._pings.ping(self._queue.accepted_bytes, trio.current_time())) is not None:
+            self._send_now(ping)
+
+    def _in_flight_s(self) -> float:
+        return self._pings.in_flight_s(self._queue.accepted_bytes)
+
+    def _on_hello(self) -> None:
+        super()._on_hello()
+        self._credit.unpark_all()  # from now on the window is known
+
+    def _on_broken(self) -> None:
+        self._credit.unpark_all()
+        for reply in self._replies.values():
+            reply.arrived.set()
+        watchers, self._watchers = self._watchers, {}
+        lost = SessionLost(self.peer, self.peer, FailureReason.DOWNSTREAM, self.broken or "connection lost")
+        for on_lost in [on_lost for of_session in watchers.values() for on_lost in of_session.values()]:
+            on_lost(lost)
