@@ -8,18 +8,18 @@ import trio
 
 from node.api.explanation import explain, selection_status
 from node.api.interface import (
-    Ban,
+    BanDocument,
     ChainStatus,
     Explanation,
-    Gap,
+    GapDocument,
     HistoryStatus,
-    ModelStatus,
+    ModelDocument,
     NodeStatus,
     PeerCounts,
     PeerJobs,
     PeerSessions,
     PeerStatus,
-    ServedSpan,
+    SpanDocument,
     SpanSummary,
 )
 from node.assembly import AGENT, NodeParts
@@ -97,12 +97,12 @@ class StatusView:
             "uncovered": [gap for model in self._membership.served_models() for gap in self._gaps(model)],
         }
 
-    def _gaps(self, model: ModelId) -> list[Gap]:
+    def _gaps(self, model: ModelId) -> list[GapDocument]:
         """Return which blocks of a model nobody serves, and what would serve them."""
         manifest = self._library.local_manifest(model)
         status = self._model(model)
         return [
-            Gap(
+            GapDocument(
                 model=model,
                 name=status["name"],
                 start=start,
@@ -144,7 +144,7 @@ class StatusView:
             "measured": keeper.statistics.measured,
         }
 
-    def _bans(self) -> dict[PeerId, Ban]:
+    def _bans(self) -> dict[PeerId, BanDocument]:
         bans = self._parts.swarm.replicator.bans() | self._parts.consensus.bans()
         return {peer: {"left_s": round(ban.left_s, 3), "reason": ban.reason} for peer, ban in bans.items()}
 
@@ -202,7 +202,7 @@ class StatusView:
             )
         return peers
 
-    def models(self) -> list[ModelStatus]:
+    def models(self) -> list[ModelDocument]:
         """Return the models that somebody serves or that are at hand here."""
         served = self._membership.directory.models()
         return [self._model(model) for model in sorted({*served, *self._library.local_models()})]
@@ -212,7 +212,7 @@ class StatusView:
         considered = await self.submitter.consider(request, told)
         return explain(considered, self._parts.selection.chooser, self._parts.selection.learner.status)
 
-    def _model(self, model: ModelId) -> ModelStatus:
+    def _model(self, model: ModelId) -> ModelDocument:
         spans = [candidate.stage.blocks for candidate in self._membership.directory.candidates(model)]
         manifest = self._library.local_manifest(model)
         # Where the manifest is not at hand yet, the blocks that are served are all that is known.
@@ -239,7 +239,7 @@ class StatusView:
             },
         }
 
-    def _served_span(self, span: Span) -> ServedSpan:
+    def _served_span(self, span: Span) -> SpanDocument:
         info = span.info
         statistics = span.engine.statistics()
         return {

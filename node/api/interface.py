@@ -10,7 +10,7 @@ from node.coordinator.submission import JobRequest, Submitter
 from node.coordinator.trial_runner import Trial, TrialSpec
 
 
-class ServedSpan(TypedDict):
+class SpanDocument(TypedDict):
     """A span that this node serves, and how it is doing. `end` is exclusive."""
 
     model: str
@@ -53,7 +53,7 @@ class TrialCounts(TypedDict):
     """Also those that could not begin or gave way to jobs of users."""
 
 
-class Transfers(TypedDict):
+class TransfersDocument(TypedDict):
     """Bytes of model files that crossed the blob protocol since this node started."""
 
     received_bytes: dict[str, int]
@@ -109,7 +109,7 @@ class ChainStatus(TypedDict):
     """Cells that this node was drawn for and has measured since it started."""
 
 
-class Gap(TypedDict):
+class GapDocument(TypedDict):
     """Blocks of a model that nobody serves though others of it are served, and what would fill it."""
 
     model: str
@@ -226,15 +226,15 @@ class NodeStatus(TypedDict):
     bootstrap: list[BootstrapStatus]
     serve: list[str]
     """What the node was told to serve; where that is nothing, it serves no blocks."""
-    spans: list[ServedSpan]
+    spans: list[SpanDocument]
     jobs: JobCounts
     history: HistoryStatus | None
     """None where the database cannot be read."""
     consensus: list[ChainStatus]
     """Of each model whose chain this node follows."""
     selection: SelectionStatus
-    transfers: Transfers
-    uncovered: list[Gap]
+    transfers: TransfersDocument
+    uncovered: list[GapDocument]
 
 
 class SpanSummary(TypedDict):
@@ -246,7 +246,7 @@ class SpanSummary(TypedDict):
     end: int
 
 
-class Ban(TypedDict):
+class BanDocument(TypedDict):
     """Why nothing of a peer is looked at now."""
 
     left_s: float
@@ -300,7 +300,7 @@ class PeerStatus(TypedDict):
     last_seen_s: float | None
     """How long ago the peer was last heard of; None if it never was."""
     spans: list[SpanSummary]
-    banned: Ban | None
+    banned: BanDocument | None
     sessions: PeerSessions | None
     """None where it opened none."""
     jobs: PeerJobs | None
@@ -315,7 +315,7 @@ class VariantQuality(TypedDict):
     perplexity_change: float
 
 
-class ModelStatus(TypedDict):
+class ModelDocument(TypedDict):
     """A model that somebody in the swarm serves, or that is at hand here."""
 
     model: str
@@ -355,7 +355,7 @@ class NodeView(Protocol):
         """Return the known peers, without this one."""
         ...
 
-    def models(self) -> list[ModelStatus]:
+    def models(self) -> list[ModelDocument]:
         """Return the known models."""
         ...
 

@@ -12,7 +12,7 @@ from urllib.parse import urlsplit
 import click
 import httpx
 
-from node.api.interface import Explanation, ModelStatus, NodeStatus, PeerStatus
+from node.api.interface import Explanation, ModelDocument, NodeStatus, PeerStatus
 from node.cli.output import CommandError
 from node.config import DEFAULT_API, ENVIRONMENT_PREFIX, NodeReady, default_data_dir, is_loopback, is_unspecified
 
@@ -133,9 +133,9 @@ class ApiClient:
         peers: list[PeerStatus] = (await self._get("/swarm/peers"))["peers"]
         return peers
 
-    async def models(self) -> list[ModelStatus]:
+    async def models(self) -> list[ModelDocument]:
         """Return the models that the node knows of."""
-        models: list[ModelStatus] = (await self._get("/swarm/models"))["models"]
+        models: list[ModelDocument] = (await self._get("/swarm/models"))["models"]
         return models
 
     async def explain(self, task: Mapping[str, str | int | float]) -> Explanation:

@@ -14,7 +14,7 @@ import click
 from node.cli.output import CommandError, api_option, format_duration, json_option, print_json, printable
 
 if TYPE_CHECKING:
-    from node.api.interface import ModelStatus
+    from node.api.interface import ModelDocument
     from node.cli.client import ApiClient, Completion
 
 DEFAULT_MAX_TOKENS: Final = 256
@@ -250,7 +250,7 @@ async def choose_model(client: "ApiClient", wanted: str | None, timeout_s: float
     """Return the model to use; wait for a peer that has only just joined to hear of it."""
     import trio
 
-    models: list[ModelStatus] = []
+    models: list[ModelDocument] = []
     deadline_s = trio.current_time() + timeout_s
     while True:
         models = await client.models()
@@ -275,12 +275,12 @@ async def choose_model(client: "ApiClient", wanted: str | None, timeout_s: float
     raise CommandError(f"no model is complete in this swarm: serve one with `metaswarm node --serve MODEL`{partly}")
 
 
-def _is_usable(model: "ModelStatus") -> bool:
+def _is_usable(model: "ModelDocument") -> bool:
     """Whether a model is complete, as far as that is known: until the user names it, nothing of it is fetched."""
     return model["complete"] or (not model["local"] and bool(model["block_count"]) and not model["uncovered"])
 
 
-def _is_called(model: "ModelStatus", text: str) -> bool:
+def _is_called(model: "ModelDocument", text: str) -> bool:
     return model["name"] == text or (len(text) >= 8 and model["model"].startswith(text))
 
 

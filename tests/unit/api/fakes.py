@@ -10,7 +10,7 @@ from typing import Any, cast
 import trio
 
 from node.api.application import make_app
-from node.api.interface import Explanation, ModelStatus, NodeStatus, PeerStatus, SelectionStatus
+from node.api.interface import Explanation, ModelDocument, NodeStatus, PeerStatus, SelectionStatus
 from node.api.server import serve
 from node.coordinator.recorder import ServedJob
 from node.coordinator.submission import (
@@ -317,7 +317,7 @@ class FakeNode:
             }
         ]
 
-    def models(self) -> list[ModelStatus]:
+    def models(self) -> list[ModelDocument]:
         return [
             {
                 "model": MODEL,

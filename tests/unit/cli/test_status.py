@@ -5,11 +5,11 @@ from pathlib import Path
 
 import pytest
 
-from node.api.interface import ModelStatus
+from node.api.interface import ModelDocument
 from node.cli import run
 from node.cli.client import find_api
 from node.cli.output import out
-from node.cli.swarm import _describe_trouble, coverage_bar, render_models, render_status
+from node.cli.status import _describe_trouble, coverage_bar, render_models, render_status
 from node.config import NodeReady, default_data_dir
 from protocol.identity import peer_id_from_public_key
 from tests.unit.api.fakes import MODEL, PEERS, FakeNode
@@ -95,7 +95,7 @@ def test_json_is_what_the_api_says(verb: str, api: list[str], capsys: pytest.Cap
 
 
 def test_watch_says_it_again_and_again(api: list[str]) -> None:
-    command = [sys.executable, "-c", "import node.cli.swarm as s, node.cli as c; s.WATCH_INTERVAL_S = 0; c.main()"]
+    command = [sys.executable, "-c", "import node.cli.status as s, node.cli as c; s.WATCH_INTERVAL_S = 0; c.main()"]
     command += ["status", "--watch", "--json", *api]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         assert process.stdout is not None
@@ -111,7 +111,7 @@ def test_what_is_no_node_is_named(serve: ServeNode, capsys: pytest.CaptureFixtur
 
 
 def test_names_from_the_swarm_cannot_drive_the_terminal(api: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    model: ModelStatus = {
+    model: ModelDocument = {
         "model": "ab" * 32,
         "name": "\x1b[2J[bold]x",
         "block_count": 12,

@@ -23,10 +23,10 @@ if TYPE_CHECKING:
 
     from node.api.interface import (
         ChainStatus,
-        Gap,
+        GapDocument,
         HistoryStatus,
         JobCounts,
-        ModelStatus,
+        ModelDocument,
         NodeStatus,
         PeerCounts,
         PeerStatus,
@@ -185,7 +185,7 @@ def _describe_idle(serve: list[str]) -> str:
     return f"no blocks yet of {', '.join(serve)}: the log says what is missing" if serve else SERVES_NOTHING
 
 
-def _describe_gap(gap: "Gap", status: "NodeStatus") -> str:
+def _describe_gap(gap: "GapDocument", status: "NodeStatus") -> str:
     """Return which blocks nobody serves, and the command with which a node would."""
     from node.joining import best_address
 
@@ -272,7 +272,7 @@ def _describe_trouble(peer: "PeerStatus") -> str:
     return "; ".join(parts)
 
 
-def render_models(answer: dict[str, list["ModelStatus"]]) -> "RenderableType":
+def render_models(answer: dict[str, list["ModelDocument"]]) -> "RenderableType":
     """Return the models for people."""
     from rich.text import Text
 
