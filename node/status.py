@@ -207,9 +207,9 @@ class StatusView:
         served = self._membership.directory.models()
         return [self._model(model) for model in sorted({*served, *self._library.local_models()})]
 
-    async def explain(self, request: JobRequest, told: Mapping[str, Any]) -> Explanation:
+    async def explain(self, request: JobRequest, overrides: Mapping[str, Any]) -> Explanation:
         """Ask the stages what a job would be served with; see NodeView."""
-        considered = await self.submitter.consider(request, told)
+        considered = await self.submitter.consider(request, overrides)
         return explain(considered, self._parts.selection.chooser, self._parts.selection.learner.status)
 
     def _model(self, model: ModelId) -> ModelDocument:

@@ -258,14 +258,14 @@ class FakeNode:
             ],
         }
 
-    async def explain(self, request: JobRequest, told: Mapping[str, Any]) -> Explanation:
+    async def explain(self, request: JobRequest, overrides: Mapping[str, Any]) -> Explanation:
         await trio.lowlevel.checkpoint()
-        self.explained.append((request, dict(told)))
+        self.explained.append((request, dict(overrides)))
         if self.submitter.refuse:
             raise self.submitter.refuse
         return {
             "model": MODEL,
-            "task": {"architecture": "llama", **told},
+            "task": {"architecture": "llama", **overrides},
             "route": [{"peer": PEERS[0], "start": 0, "end": 8}],
             "selection": SELECTION,
             "methods": [
