@@ -26,7 +26,7 @@ os.environ |= {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "TRAN
 import torch
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from node.engine.architecture import Reference, package_of, references_of, tiny_model, try_out
+from node.engine.architecture import Reference, check_architecture, package_of, references_of, tiny_model
 from node.engine.backends.batched import FAMILIES
 from node.engine.engine_config import EngineOptions, source_from_package
 from node.engine.interface import REFERENCE, EngineError, SessionOptions, SliceInput, Variant
@@ -155,7 +155,7 @@ def examine(name: str) -> Outcome:
     model_type = name.partition(",")[0]
     content = {"model_type": model_type, **INCOMPLETE.get(model_type, {}), **VARIATIONS.get(name, {})}
     try:
-        names = try_out(content)
+        names = check_architecture(content)
     except EngineError as error:
         return "refused", str(error)
     try:

@@ -38,7 +38,7 @@ from node.demo import split_evenly
 from node.evaluation.paired_stats import Speedup, speedup_of
 from node.models.catalogue import DEMO_MODEL
 from selector.task import BASELINE, PORTFOLIO, Method, MethodError, TaskContext, parse_method
-from selector.task_buckets import effect_of, plainest_first
+from selector.task_buckets import effective_switches, simplest_first
 
 FINALISTS: Final = 4
 """That keep the outputs exact, and as many of any quality."""
@@ -170,9 +170,9 @@ def unlike(methods: Sequence[Method], workload: Workload, setting: Setting) -> l
         stage_count=setting.peers,
         transfer_s=0.0 if setting.link == LinkShape() else math.inf,
     )
-    found: dict[frozenset[tuple[str, str]], Method] = {effect_of(BASELINE, task): BASELINE}
-    for method in plainest_first(methods):
-        found.setdefault(effect_of(method, task), method)
+    found: dict[frozenset[tuple[str, str]], Method] = {effective_switches(BASELINE, task): BASELINE}
+    for method in simplest_first(methods):
+        found.setdefault(effective_switches(method, task), method)
     return [method.name for method in found.values() if method != BASELINE]
 
 

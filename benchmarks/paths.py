@@ -25,9 +25,9 @@ import trio
 from benchmarks.common import describe_machine, spread_of
 from node.identity import Identity
 from node.network.host import Libp2pNetwork
-from node.replication.history import MemoryHistory
 from node.replication.observations import ObservationReplicator, ReplicationLimits
 from node.swarm.dht_records import RecordKinds
+from node.testing.memory_history import MemoryHistory
 from protocol.observations import SignedObservation
 from tests.support.observations import signed
 

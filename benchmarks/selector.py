@@ -20,7 +20,7 @@ from benchmarks.common import describe_machine, spread_of
 from node.coordinator.observation import software_name, software_versions
 from node.identity import Identity
 from node.selection.learner import Learner
-from node.selection.prediction_cache import Predictions
+from node.selection.prediction_cache import PredictionCache
 from node.storage.database import DATABASE_FILE, open_database
 from node.storage.history import HistoryStore
 from protocol.identity import BlockRange, JobId, ModelId
@@ -125,7 +125,7 @@ async def measure(count: int) -> dict[str, Any]:
             store = HistoryStore(database)
             for start in range(0, count, 1000):
                 await store.add_many(signed[start : start + 1000])
-            opinions = Predictions()
+            predictions = PredictionCache()
             viewpoint = Viewpoint(
                 peer=identity.peer_id,
                 hardware="cpu",
@@ -137,36 +137,36 @@ async def measure(count: int) -> dict[str, Any]:
                 with closing(sqlite3.connect(path)) as connection:
                     return int(connection.execute("SELECT count(*) FROM observations").fetchone()[0])
 
-            learner = Learner(path, opinions, count=held, viewpoint=lambda: viewpoint)
+            learner = Learner(path, predictions, count=held, viewpoint=lambda: viewpoint)
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(learner.run)
                 while learner.status is None:
                     await trio.sleep(0.1)
-                cold, warm = await _choices(opinions)
+                cold, warm = await _choices(predictions)
                 nursery.cancel_scope.cancel()
     status = learner.status
     return {
         **describe_machine(),
         "observations": count,
-        "experiences": status.experiences,
+        "experiences": status.sample_count,
         "training_s": status.training_s,
         "peak_mib": status.peak_bytes / 2**20,
         "miss_ms": spread_of(cold).median,
         "miss_p99_ms": spread_of(cold).p99,
         "choice_ms": spread_of(warm).median,
         "choice_p99_ms": spread_of(warm).p99,
-        "late": opinions.late,
+        "late": predictions.late,
     }
 
 
-async def _choices(opinions: Predictions) -> tuple[list[float], list[float]]:
+async def _choices(predictions: PredictionCache) -> tuple[list[float], list[float]]:
     """Return what choices took that needed a prediction, and what those took that did not; milliseconds."""
     methods = list(PORTFOLIO.values())
 
     async def choose(task: TaskContext) -> float:
         began_s = time.perf_counter()
-        opinion = await opinions.of(task, methods)
-        min(opinion.table.values(), key=lambda each: each.log_cost)
+        prediction = await predictions.predict(task, methods)
+        min(prediction.table.values(), key=lambda each: each.log_cost)
         return 1000 * (time.perf_counter() - began_s)
 
     rng = random.Random(2)

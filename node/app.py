@@ -24,7 +24,7 @@ from node.engine.device import Device, DeviceError, find_device
 from node.joining import conflicts, second_node
 from node.models.files import Progress, ignore_progress
 from node.network.interface import NetworkError
-from node.selection.adoption_trials import TrialProber
+from node.selection.adoption_trials import AdoptionTrials
 from node.status import StatusView
 from node.storage.database import DATABASE_FILE, StorageError, open_database
 from node.storage.history import HistoryStore
@@ -91,7 +91,7 @@ class Node:
             (parts.client.quality_store.run,),
             (parts.consensus.run,),
             (selection.learner.run,),
-            (selection.chooser.run, TrialProber(parts.client.trials), parts.is_busy),
+            (selection.chooser.trials.run, AdoptionTrials(parts.client.trials), parts.is_busy),
             (_retention_loop, network.history),
             (keep_acquaintances, network.network, network.peer_book),
         ]
@@ -105,9 +105,9 @@ class Node:
         """Refuse new work, announce the departure, migrate sessions, and wait a bounded time for the rest."""
         coordinator, stages, swarm = self._parts.client.coordinator, self._parts.serving.stages, self._parts.swarm
         coordinator.draining = True
-        stages.draining = True
+        stages.start_draining()
         await swarm.membership.leave()
-        stages.hand_over()
+        stages.migrate_sessions()
         await swarm.announcer.withdraw()
         with trio.move_on_after(DRAIN_LIMIT_S) as scope:
             await coordinator.wait_idle()

@@ -12,7 +12,7 @@ from node.capabilities.traffic import TrafficMeter
 from node.config import APPLICATION, NodeConfig, StartError
 from node.consensus.followed_chains import FollowedChains
 from node.consensus.measurement_runner import AGENDA, MeasurementRunner
-from node.consensus.service import Consensus, swarm_name
+from node.consensus.service import ConsensusEnvironment, ConsensusRules, ConsensusService, swarm_name
 from node.coordinator.coordinator import Coordinator
 from node.coordinator.observation import software_name, software_versions
 from node.coordinator.quality_store import LocalQualityStore
@@ -31,13 +31,13 @@ from node.network.interface import Network
 from node.replication.observations import ObservationReplicator
 from node.selection.chooser import LearnedChooser, LearnedVoter
 from node.selection.learner import Learner
-from node.selection.prediction_cache import Predictions
+from node.selection.prediction_cache import PredictionCache
 from node.stages.block_placement import PlacementAnnouncements
 from node.stages.scheduler import Batching
-from node.stages.span_supervisor import SpanSupervisor
+from node.stages.span_supervisor import ServingOptions, SpanSupervisor
 from node.stages.stage_policy import PolicyController
 from node.stages.stage_server import StageServer
-from node.storage.adoption_store import StandingStore
+from node.storage.adoption_store import AdoptionStore
 from node.storage.chain_store import ConsensusStore
 from node.storage.database import Database
 from node.storage.history import HistoryStore
@@ -81,7 +81,7 @@ class SelectionParts:
     """What chooses methods: predictions learned from the history, and the swarm's agreements."""
 
     chains: FollowedChains
-    predictions: Predictions
+    predictions: PredictionCache
     chooser: LearnedChooser
     learner: Learner
 
@@ -132,7 +132,7 @@ class NodeParts:
     swarm: SwarmParts
     serving: ServingParts
     client: ClientParts
-    consensus: Consensus
+    consensus: ConsensusService
 
     def is_busy(self) -> bool:
         """Return whether any job or session is running."""
@@ -197,7 +197,7 @@ def build_network(config: NodeConfig, database: Database, device: Device) -> Net
 
 def build_selection(config: NodeConfig, network: NetworkParts, database: Database) -> SelectionParts:
     """Build chooser and learner."""
-    predictions, chains = Predictions(), FollowedChains()
+    predictions, chains = PredictionCache(), FollowedChains()
     software = software_name(software_versions())
 
     async def count_observations() -> int:
@@ -205,21 +205,21 @@ def build_selection(config: NodeConfig, network: NetworkParts, database: Databas
 
     def viewpoint() -> Viewpoint:
         """Return by whom and where the history is weighed, with the trust that the swarm has agreed on."""
-        trust, in_strangers = chains.trust()
+        trust, default_trust = chains.trust()
         return Viewpoint(
             peer=network.identity.peer_id,
             hardware=network.own_hardware(),
             software=software,
             hour=bucket_of(int(time.time())),
             trust=trust,
-            trust_in_strangers=in_strangers,
+            default_trust=default_trust,
         )
 
     return SelectionParts(
         chains=chains,
         predictions=predictions,
         chooser=LearnedChooser(
-            predictions, network.jitter, share=config.exploration, memory=StandingStore(database, software)
+            predictions, network.jitter, share=config.exploration, store=AdoptionStore(database, software)
         ),
         learner=Learner(database.path, predictions, count=count_observations, viewpoint=viewpoint),
     )
@@ -275,22 +275,24 @@ def build_serving(
         ModelStore(config.cache_dir), network.network, swarm.membership, cache_limit_bytes=config.cache_limit_bytes
     )
     spare_worker = SpareWorker(EngineOptions(threads=config.threads))
-    supervisor = SpanSupervisor(
-        config.serve,
+    options = ServingOptions(
+        specs=config.serve,
         draft=config.draft,
-        library=library,
-        membership=swarm.membership,
-        stages=stages,
-        statements=swarm.placements,
-        own_peer=network.identity.peer_id,
         memory_bytes=config.memory_bytes,
         threads=config.threads,
         device=device,
         graphs_dir=config.cache_dir / "graphs",
         use_catalogue=not config.no_catalogue,
+        progress=progress,
+    )
+    supervisor = SpanSupervisor(
+        options,
+        library=library,
+        membership=swarm.membership,
+        stages=stages,
+        placements=swarm.placements,
         jitter=network.jitter,
         start_engine=partial(start_engine, spare=spare_worker),
-        progress=progress,
     )
     return ServingParts(stages=stages, library=library, spare_worker=spare_worker, supervisor=supervisor)
 
@@ -347,33 +349,33 @@ def build_consensus(
     swarm: SwarmParts,
     stages: StageServer,
     client: ClientParts,
-) -> Consensus:
+) -> ConsensusService:
     """Build this node's part in the consensus."""
 
     def served_models() -> dict[ModelId, bool]:
         """Return the models that live peers serve, and whether this node does and is not about to leave."""
-        served = {span.info.model for span in stages.spans()} if not stages.draining else set()
+        served = {span.info.model for span in stages.spans()} if not stages.is_draining else set()
         return {model: model in served for model in (*swarm.membership.directory.models(), *served)}
 
     def meter(model: ModelId) -> MeasurementRunner:
         is_busy = partial(_is_busy, client.coordinator, stages)
         return MeasurementRunner(client.trials, client.recorder, model, is_busy, network.jitter)
 
-    return Consensus(
-        network=network.network,
+    environment = ConsensusEnvironment(
         identity=network.identity,
         store=ConsensusStore(database),
         history=network.history,
-        chains=selection.chains,
         models=served_models,
         hardware=lambda: None if network.inventory.capabilities() is None else network.own_hardware(),
         meter=meter,
+    )
+    rules = ConsensusRules(
         swarm=swarm_name(config.swarm_key),
         agenda=AGENDA,
         clock=EpochClock(config.epoch_s),
         checkpoints=config.checkpoints,
-        jitter=network.jitter,
     )
+    return ConsensusService(network.network, selection.chains, environment, rules, network.jitter)
 
 
 def _is_busy(coordinator: Coordinator, stages: StageServer) -> bool:

@@ -63,7 +63,7 @@ class StatusView:
             "agent": AGENT,
             "multiaddrs": list(self._network.multiaddrs),
             "api_url": self.api_url,
-            "state": "draining" if self._stages.draining else "serving",
+            "state": "draining" if self._stages.is_draining else "serving",
             "uptime_s": round(time.monotonic() - self._started_s, 3),
             "connected_peers": len(self._network.connected_peers()),
             "peers": self._peer_counts(),
@@ -87,7 +87,7 @@ class StatusView:
             },
             "history": await self._history_status(),
             "consensus": [
-                self._chain_status(model, keeper) for model, keeper in self._parts.selection.chains.nodes.items()
+                self._chain_status(model, chain) for model, chain in self._parts.selection.chains.nodes.items()
             ],
             "selection": selection_status(selection.chooser, selection.learner.status),
             "transfers": {
@@ -128,8 +128,8 @@ class StatusView:
             "last_equal_s": None if equal_s is None else round(trio.current_time() - equal_s, 3),
         }
 
-    def _chain_status(self, model: ModelId, keeper: ChainNode) -> ChainStatus:
-        agreement = keeper.agreement
+    def _chain_status(self, model: ModelId, chain: ChainNode) -> ChainStatus:
+        agreement = chain.agreement
         weight = agreement.weights.get(self._network.peer_id) if agreement else None
         return {
             "model": model,
@@ -141,7 +141,7 @@ class StatusView:
             "cells": len(agreement.table) if agreement else 0,
             "firm_cells": sum(entry.firm for entry in agreement.table.values()) if agreement else 0,
             "weight": None if weight is None else round(weight / WEIGHT_SCALE, 3),
-            "measured": keeper.statistics.measured,
+            "measured": chain.statistics.measured,
         }
 
     def _bans(self) -> dict[PeerId, BanDocument]:

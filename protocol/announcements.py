@@ -10,6 +10,7 @@ from typing import Annotated, ClassVar, Final
 
 from protocol import fields
 from protocol.errors import RemoteProtocolError
+from protocol.forms import Counter, Name
 from protocol.identity import BlockRange, ModelId, PeerId
 from protocol.limits import (
     MAX_ADDRESSES,
@@ -18,8 +19,8 @@ from protocol.limits import (
     MAX_RATE,
     MAX_SPANS,
 )
-from protocol.messages import Load, Name
-from protocol.schema import LOCAL, Count, Counter, Form, Range
+from protocol.messages import Load
+from protocol.schema import LOCAL, Count, Form, Range
 
 DHT_NAMESPACE: Final = "metaswarm"
 """The first part of every DHT key of ours."""

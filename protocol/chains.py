@@ -1,140 +1,142 @@
-"""The chain protocol: a peer has a neighbour tell it what it missed of a consensus. Bytes in, messages out, and back.
+"""The chain protocol: a peer fetches from a neighbour what it missed of a consensus. Bytes to messages, without I/O.
 
-Gossip loses messages; this does not. The initiator says how far it stands and what it heard of late; the responder
-hands over the statements after that with their signatures, then whatever of late the initiator lacks, and on request
-the state after a statement, which is checked against the statement's digests. Nothing here needs trust: what is handed
-over are the signed records of `protocol.consensus`, and everybody may ask everybody.
+Gossip loses messages; this protocol recovers them. The initiator sends its position in the chain and a digest of its
+recent records; the responder returns the statements after that position with their signatures, then the recent records
+that the initiator lacks, and on request the state after a statement, which the initiator checks against the statement's
+digests. Nothing here needs trust: everything returned is a signed record of `protocol.consensus`, and every peer may
+ask every other.
 
-One party speaks at a time. `TABLE` says who may say what when, and is the same for both ends. The responder remembers
-nothing from one request to the next but which chain was asked about.
+`PROTOCOL.table` is the same for both ends. Between two requests the responder remembers only the chain.
 """
 
 import enum
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Final, NamedTuple, TypeAlias
+from typing import Annotated, Final, NamedTuple, TypeAlias
 
-from protocol.canonical import Value, decode, encode
+from protocol import fields
 from protocol.consensus import MAX_EPOCH, MAX_READING
-from protocol.conversation import MAX_PAYLOAD_BYTES, Conversation, Transition
 from protocol.errors import RemoteProtocolError
-from protocol.fields import SHA256_BYTES, Fields, array, integer, name, peer_id, raw, tuple_of
-from protocol.framing import FrameReader, FrameType, encode_frame
+from protocol.fields import SHA256_BYTES
+from protocol.forms import Counter, Digest, Envelope
+from protocol.framing import FrameReader
+from protocol.half_duplex import MAX_PAYLOAD_BYTES, Busy, HalfDuplexConnection, HalfDuplexProtocol, Turn, packed
 from protocol.identity import PeerId, peer_id_from_public_key, public_key_of
 from protocol.limits import (
-    MAX_BUSY_S,
     MAX_CELL_REPLICAS,
     MAX_CHAIN_ITEMS,
-    MAX_CONTROL_BYTES,
     MAX_HARDWARE_BYTES,
     MAX_HAVE,
-    MAX_INTEGER,
     MAX_LOCATOR,
     MAX_NAME_BYTES,
     MAX_PART_CELLS,
     MAX_PART_MEMBERS,
-    MAX_RECORD_BYTES,
 )
+from protocol.schema import Count, Form, Range, name
 from protocol.states import Role
 
 PROTOCOL_ID: Final = "/metaswarm/chain/1.0.0"
 
 SHORT_ID_BYTES: Final = 8
-"""The first bytes of a record's id stand for it where records are only counted up. Two that are alike by ill will cost
-those who made them."""
+"""Length of the prefix that stands for a record's id in an inventory. A collision by malice harms only its makers."""
 
 
-class Rest(enum.StrEnum):
-    """What an answer has left out."""
+def _peer(key: object, what: str) -> PeerId:
+    return fields.peer_id(peer_id_from_public_key(fields.raw(key, SHA256_BYTES, what)), what)
+
+
+def _packed_peers(value: object, what: str) -> tuple[PeerId, ...]:
+    return tuple(_peer(key, what) for key in packed(SHA256_BYTES, MAX_PART_MEMBERS).load(value, what))
+
+
+PublicKey = Annotated[PeerId, Form(_peer, public_key_of)]
+Name = Annotated[str, name(MAX_NAME_BYTES)]
+Hardware = Annotated[str, name(MAX_HARDWARE_BYTES)]
+Epoch = Annotated[int, Range(0, MAX_EPOCH)]
+Reading = Annotated[int, Range(-MAX_READING, MAX_READING)]
+
+
+class Remaining(enum.StrEnum):
+    """What an answer left out."""
 
     NOTHING = "nothing"
-    STANDING = "standing"
-    """More statements follow those that were handed over: ask again from there."""
+    STATEMENTS = "standing"
+    """More statements follow: request them from the last one received."""
     RECENT = "recent"
-    """What was heard of late differs: say what you have."""
+    """The recent records differ: send an inventory."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Ask:
-    """The initiator asks about a chain.
+class GetStatements:
+    """The initiator requests the statements of a chain after its own."""
 
-    `locator`: statements it stands by, the newest first, ever fewer further back; the responder begins after the first
-    that it stands by itself. `digest`: of the short ids of the records of late that it holds, ascending, end to end.
-    """
-
-    chain: bytes
-    locator: tuple[bytes, ...]
-    digest: bytes
+    chain: Digest
+    locator: Annotated[tuple[bytes, ...], packed(SHA256_BYTES, MAX_LOCATOR)]
+    """Statements on its branch, newest first, sparser further back. The answer starts after the first shared one."""
+    digest: Digest
+    """Of the short ids of its recent records, ascending, end to end."""
 
 
 @dataclass(frozen=True, slots=True)
-class Have:
-    """The initiator holds these records of late, by their short ids, ascending."""
+class Inventory:
+    """Short ids of the initiator's recent records, ascending."""
 
-    ids: tuple[bytes, ...]
+    ids: Annotated[tuple[bytes, ...], packed(SHORT_ID_BYTES, MAX_HAVE, ascending=True)]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Items:
-    """Signed records, a statement before its signatures and before those that follow it.
+class Records:
+    """Signed records, each statement before its signatures and before the statements that follow it."""
 
-    The last message of an answer says what was left out.
-    """
-
-    envelopes: tuple[bytes, ...]
+    envelopes: Annotated[tuple[Envelope, ...], Count(MAX_CHAIN_ITEMS)]
     last: bool
-    rest: Rest = Rest.NOTHING
+    """Ends the answer."""
+    rest: Remaining = Remaining.NOTHING
+    """Valid in the last message of an answer."""
 
 
 @dataclass(frozen=True, slots=True)
-class Want:
-    """The initiator wants the state after a statement."""
+class GetState:
+    """The initiator requests the state after a statement."""
 
-    statement: bytes
+    statement: Digest
 
 
 class MemberState(NamedTuple):
-    """A member, its class of hardware, how often it agreed and deviated, and how often it was missed."""
+    """A member: its hardware class, how often it agreed and deviated, and in how many epochs it was absent."""
 
-    peer: PeerId
-    hardware: str
-    agreed: int
-    deviated: int
-    absences: int
+    peer: PublicKey
+    hardware: Hardware
+    agreed: Counter
+    deviated: Counter
+    absences: Epoch
 
 
 class CellState(NamedTuple):
-    """A cell, when it was drawn last, and who read what of it."""
+    """A cell: the epoch in which it was last selected, and its readings by peer."""
 
-    hardware: str
-    workload: str
-    method: str
-    epoch: int
-    replicas: tuple[tuple[PeerId, int], ...]
+    hardware: Hardware
+    workload: Name
+    method: Name
+    epoch: Epoch
+    replicas: Annotated[tuple[tuple[PublicKey, Reading], ...], Count(MAX_CELL_REPLICAS)]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StatePart:
-    """A part of a state. A state that the responder does not know is one part without anything in it."""
+    """A part of a state. A state that is unknown to the responder is one empty part."""
 
-    members: tuple[MemberState, ...] = ()
-    cells: tuple[CellState, ...] = ()
-    expelled: tuple[PeerId, ...] = ()
+    members: Annotated[tuple[MemberState, ...], Count(MAX_PART_MEMBERS)] = ()
+    cells: Annotated[tuple[CellState, ...], Count(MAX_PART_CELLS)] = ()
+    expelled: Annotated[tuple[PeerId, ...], Form(_packed_peers, lambda peers: b"".join(map(public_key_of, peers)))] = ()
     last: bool = False
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Busy:
-    """The responder does not want to now; come back after this many seconds."""
-
-    retry_s: int
-
-
-Message: TypeAlias = Ask | Have | Items | Want | StatePart | Busy
+Message: TypeAlias = GetStatements | Inventory | Records | GetState | StatePart | Busy
 
 
 class ChainState(enum.StrEnum):
-    """How far the conversation is; the same at both ends."""
+    """The state of a chain session, the same at both ends."""
 
     NEW = "new"
     IDLE = "idle"
@@ -144,49 +146,60 @@ class ChainState(enum.StrEnum):
     CLOSED = "closed"
     """The remote ended the stream."""
     ERROR = "error"
-    """The remote broke the protocol."""
+    """The remote violated the protocol."""
 
 
 _I, _R = Role.INITIATOR, Role.RESPONDER
 
-TABLE: Final[Mapping[tuple[ChainState, type[Message]], Transition[ChainState]]] = {
-    (ChainState.NEW, Ask): Transition(_I, ChainState.ASKED),
-    (ChainState.IDLE, Ask): Transition(_I, ChainState.ASKED),
-    (ChainState.IDLE, Have): Transition(_I, ChainState.ASKED),
-    # Items and parts of a state that are not the last leave the state as it is.
-    (ChainState.ASKED, Items): Transition(_R, ChainState.IDLE),
-    (ChainState.ASKED, Busy): Transition(_R, ChainState.REFUSED),
-    (ChainState.IDLE, Want): Transition(_I, ChainState.WANTED),
-    (ChainState.WANTED, StatePart): Transition(_R, ChainState.IDLE),
-}
+PROTOCOL: Final[HalfDuplexProtocol[Message, ChainState]] = HalfDuplexProtocol(
+    messages={
+        "ask": GetStatements,
+        "have": Inventory,
+        "items": Records,
+        "want": GetState,
+        "statepart": StatePart,
+        "busy": Busy,
+    },
+    table={
+        (ChainState.NEW, GetStatements): Turn(_I, ChainState.ASKED),
+        (ChainState.IDLE, GetStatements): Turn(_I, ChainState.ASKED),
+        (ChainState.IDLE, Inventory): Turn(_I, ChainState.ASKED),
+        # Records and state parts that are not the last leave the state unchanged.
+        (ChainState.ASKED, Records): Turn(_R, ChainState.IDLE),
+        (ChainState.ASKED, Busy): Turn(_R, ChainState.REFUSED),
+        (ChainState.IDLE, GetState): Turn(_I, ChainState.WANTED),
+        (ChainState.WANTED, StatePart): Turn(_R, ChainState.IDLE),
+    },
+    first=ChainState.NEW,
+    closed=ChainState.CLOSED,
+    error=ChainState.ERROR,
+)
 
 
-class ChainConnection(Conversation[Message, ChainState]):
+class ChainConnection(HalfDuplexConnection[Message, ChainState]):
     """One end of a chain stream."""
 
     def __init__(self, role: Role) -> None:
-        super().__init__(
-            role, TABLE, _to_map, _from_map, first=ChainState.NEW, closed=ChainState.CLOSED, error=ChainState.ERROR
-        )
+        super().__init__(role, PROTOCOL)
 
 
-def fill_items(envelopes: Iterable[bytes], rest: Rest) -> Iterator[Items]:
-    """Yield envelopes in as few messages as they fit into, at least one, of which the last says what is left out."""
+def fill_records(envelopes: Iterable[bytes], rest: Remaining) -> Iterator[Records]:
+    """Yield envelopes in as few messages as possible, at least one; the last one carries `rest`."""
     taken: list[bytes] = []
     room = MAX_PAYLOAD_BYTES
     for envelope in envelopes:
         if taken and (len(envelope) + 5 > room or len(taken) == MAX_CHAIN_ITEMS):
-            yield Items(envelopes=tuple(taken), last=False)
+            yield Records(envelopes=tuple(taken), last=False)
             taken, room = [], MAX_PAYLOAD_BYTES
         taken.append(envelope)
         room -= len(envelope) + 5
-    yield Items(envelopes=tuple(taken), last=True, rest=rest)
+    yield Records(envelopes=tuple(taken), last=True, rest=rest)
 
 
 def split_state(
     members: Sequence[MemberState], cells: Sequence[CellState], expelled: Sequence[PeerId]
 ) -> Iterator[StatePart]:
-    """Yield a state in parts, of which each fits into a message."""
+    """Yield a state in parts that each fit into a message."""
     for start in range(0, len(members), MAX_PART_MEMBERS):
         yield StatePart(members=tuple(members[start : start + MAX_PART_MEMBERS]))
     for start in range(0, len(expelled), MAX_PART_MEMBERS):
@@ -197,124 +210,16 @@ def split_state(
 
 
 def encode_state(parts: Iterable[StatePart]) -> bytes:
-    """Return the bytes of a state as it is kept: its parts, each in a frame."""
-    return b"".join(encode_frame(FrameType.CONTROL, encode(_to_map(part))) for part in parts)
+    """Return the bytes in which a state is stored: its parts, a frame each."""
+    return b"".join(map(PROTOCOL.encode, parts))
 
 
 def decode_state(data: bytes) -> list[StatePart]:
-    """Return the parts that `encode_state` was given. Raises RemoteProtocolError where the bytes are something else."""
+    """Return the parts that `encode_state` was given. Raises RemoteProtocolError for other bytes."""
     parts = []
     for frame in FrameReader().receive_data(data):
-        message = _from_map(Fields(decode(frame.body, max_bytes=MAX_CONTROL_BYTES), "message"))
+        message = PROTOCOL.decode(frame)
         if not isinstance(message, StatePart):
-            raise RemoteProtocolError("no part of a state")
+            raise RemoteProtocolError("not a part of a state")
         parts.append(message)
     return parts
-
-
-def _to_map(message: Message) -> dict[str, Value]:
-    match message:
-        case Ask():
-            locator = b"".join(message.locator)
-            return {"type": "ask", "chain": message.chain, "locator": locator, "digest": message.digest}
-        case Have():
-            return {"type": "have", "ids": b"".join(message.ids)}
-        case Items():
-            return {"type": "items", "envelopes": message.envelopes, "last": message.last, "rest": str(message.rest)}
-        case Want():
-            return {"type": "want", "statement": message.statement}
-        case StatePart():
-            return {
-                "type": "statepart",
-                "members": [[public_key_of(each.peer), *each[1:]] for each in message.members],
-                "cells": [
-                    [*cell[:4], [[public_key_of(p), value] for p, value in cell.replicas]] for cell in message.cells
-                ],
-                "expelled": b"".join(map(public_key_of, message.expelled)),
-                "last": message.last,
-            }
-        case Busy():
-            return {"type": "busy", "retry_s": message.retry_s}
-
-
-def _from_map(taken: Fields) -> Message:
-    kind = taken.name("type", 16)
-    message: Message
-    match kind:
-        case "ask":
-            message = Ask(
-                chain=taken.raw("chain", SHA256_BYTES),
-                locator=_packed(taken.take("locator"), SHA256_BYTES, MAX_LOCATOR, "locator"),
-                digest=taken.raw("digest", SHA256_BYTES),
-            )
-        case "have":
-            message = Have(_packed(taken.take("ids"), SHORT_ID_BYTES, MAX_HAVE, "ids"))
-            if list(message.ids) != sorted(set(message.ids)):
-                raise RemoteProtocolError("ids do not ascend")
-        case "items":
-            message = Items(envelopes=_envelopes(taken), last=taken.flag("last"), rest=taken.choice("rest", Rest))
-        case "want":
-            message = Want(taken.raw("statement", SHA256_BYTES))
-        case "statepart":
-            message = StatePart(
-                members=tuple(_member(each) for each in taken.array("members", MAX_PART_MEMBERS)),
-                cells=tuple(_cell(each) for each in taken.array("cells", MAX_PART_CELLS)),
-                expelled=tuple(
-                    peer_id(peer_id_from_public_key(key), "expelled")
-                    for key in _packed(taken.take("expelled"), SHA256_BYTES, MAX_PART_MEMBERS, "expelled")
-                ),
-                last=taken.flag("last"),
-            )
-        case "busy":
-            message = Busy(retry_s=taken.integer("retry_s", 0, MAX_BUSY_S))
-        case _:
-            raise RemoteProtocolError(f"unknown message {kind!r}")
-    taken.finish()
-    return message
-
-
-def _member(value: object) -> MemberState:
-    key, hardware, agreed, deviated, absences = tuple_of(value, 5, "member")
-    return MemberState(
-        _peer(key, "member"),
-        name(hardware, MAX_HARDWARE_BYTES, "member hardware"),
-        integer(agreed, 0, MAX_INTEGER, "member agreed"),
-        integer(deviated, 0, MAX_INTEGER, "member deviated"),
-        integer(absences, 0, MAX_EPOCH, "member absences"),
-    )
-
-
-def _cell(value: object) -> CellState:
-    hardware, workload, method, epoch, replicas = tuple_of(value, 5, "cell")
-    return CellState(
-        name(hardware, MAX_HARDWARE_BYTES, "cell hardware"),
-        name(workload, MAX_NAME_BYTES, "cell workload"),
-        name(method, MAX_NAME_BYTES, "cell method"),
-        integer(epoch, 0, MAX_EPOCH, "cell epoch"),
-        tuple(_replica(each) for each in array(replicas, MAX_CELL_REPLICAS, "cell replicas")),
-    )
-
-
-def _replica(value: object) -> tuple[PeerId, int]:
-    key, reading = tuple_of(value, 2, "replica")
-    return _peer(key, "replica"), integer(reading, -MAX_READING, MAX_READING, "replica value")
-
-
-def _peer(key: object, what: str) -> PeerId:
-    return peer_id(peer_id_from_public_key(raw(key, SHA256_BYTES, what)), what)
-
-
-def _packed(value: object, size: int, max_count: int, what: str) -> tuple[bytes, ...]:
-    """Return ids of equal length that travel end to end; there may be none."""
-    if type(value) is not bytes or len(value) % size or len(value) > max_count * size:
-        raise RemoteProtocolError(f"{what} are not at most {max_count} times {size} bytes")
-    return tuple(value[start : start + size] for start in range(0, len(value), size))
-
-
-def _envelopes(taken: Fields) -> tuple[bytes, ...]:
-    envelopes = []
-    for envelope in taken.array("envelopes", MAX_CHAIN_ITEMS):
-        if type(envelope) is not bytes or not 0 < len(envelope) <= MAX_RECORD_BYTES:
-            raise RemoteProtocolError(f"an envelope is not 1 to {MAX_RECORD_BYTES} bytes")
-        envelopes.append(envelope)
-    return tuple(envelopes)

@@ -5,8 +5,9 @@ by hand: there is one for every token. What `encode_*` returns has passed the ch
 send what we would reject.
 """
 
+import re
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, get_args
 
 from protocol.canonical import Value, decode, encode
 from protocol.errors import LocalProtocolError, RemoteProtocolError
@@ -24,48 +25,23 @@ from protocol.limits import (
 )
 from protocol.messages import (
     LATEST_MINOR,
-    Begin,
-    Close,
-    Closed,
     ControlMessage,
-    Credit,
-    Failed,
     FinishReason,
-    Hello,
     Open,
-    Opened,
-    Ping,
-    Pong,
     Progress,
     ProgressRequest,
-    Refused,
-    Reroute,
     Sampling,
     Slice,
     Step,
     TokenHistory,
 )
-from protocol.schema import from_map, to_map
+from protocol.schema import MessageTypes
 from protocol.tensors import DType, Tensor
 
-_TYPES: Final[dict[str, type[ControlMessage]]] = {
-    "hello": Hello,
-    "open": Open,
-    "opened": Opened,
-    "refused": Refused,
-    "token_history": TokenHistory,
-    "begin": Begin,
-    "credit": Credit,
-    "progress_request": ProgressRequest,
-    "progress": Progress,
-    "reroute": Reroute,
-    "failed": Failed,
-    "close": Close,
-    "closed": Closed,
-    "ping": Ping,
-    "pong": Pong,
-}
-_NAMES: Final = {message_type: name for name, message_type in _TYPES.items()}
+_MESSAGES: Final = MessageTypes[ControlMessage](
+    {re.sub(r"(?<!^)(?=[A-Z])", "_", cls.__name__).lower(): cls for cls in get_args(ControlMessage)}
+)
+"""The `type` of each control message is the name of its class in snake case."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,13 +79,10 @@ def encode_control(message: ControlMessage, minor: int = LATEST_MINOR) -> bytes:
 
     Raises LocalProtocolError for a value out of bounds, and for a message that this version does not have.
     """
-    name = _NAMES[type(message)]
     if minor_of(message) > minor:
-        raise LocalProtocolError(f"{name}: version 1.{minor} of the job protocol cannot express this")
+        raise LocalProtocolError(f"{_MESSAGES.name_of(message)}: not expressible in version 1.{minor} of the protocol")
     try:
-        fields = to_map(message)
-        from_map(type(message), fields, name)
-        return encode({"type": name, **fields})
+        return encode(_MESSAGES.to_map(message))
     except (RemoteProtocolError, ValueError) as error:
         raise LocalProtocolError(str(error)) from None
 
@@ -119,13 +92,9 @@ def decode_control(body: bytes | memoryview, minor: int = LATEST_MINOR) -> Contr
 
     Raises RemoteProtocolError for anything that is invalid, or unknown in this version.
     """
-    value = decode(body, max_bytes=MAX_CONTROL_BYTES)
-    name = value.pop("type", None) if isinstance(value, dict) else None
-    if not isinstance(name, str) or name not in _TYPES:
-        raise RemoteProtocolError("a control frame is not a message of a known type")
-    message = from_map(_TYPES[name], value, name)
+    message = _MESSAGES.from_map(decode(body, max_bytes=MAX_CONTROL_BYTES))
     if minor_of(message) > minor:
-        raise RemoteProtocolError(f"{name}: unknown in version 1.{minor} of the job protocol")
+        raise RemoteProtocolError(f"{_MESSAGES.name_of(message)}: unknown in version 1.{minor} of the job protocol")
     return message
 
 

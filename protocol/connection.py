@@ -1,14 +1,14 @@
 """The job stream without I/O: bytes in, messages out, and back.
 
-Feed `receive_data` with what the stream brings, write what `send` returns. Each piece that `send` returns is one frame.
-Pieces go out in the order in which they were returned, save that control messages may overtake the pieces of a step
-after its first, so that a Close need not wait behind 64 MiB of rows.
+Feed the stream's bytes to `receive_data`, and write what `send` returns. Each piece that `send` returns is one frame.
+Pieces are written in the order in which they were returned, except that control messages may overtake the pieces of a
+step after its first, so that a Close need not wait behind 64 MiB of rows.
 
-`protocol.states` says who may send what when. A fault of the remote raises RemoteProtocolError, after which the
-connection refuses everything; a fault of ours raises LocalProtocolError and changes nothing.
+`protocol.states` defines who may send which message when. A fault of the remote raises RemoteProtocolError, after which
+the connection rejects everything; a fault of ours raises LocalProtocolError and changes nothing.
 
-Credit: for each session both ends count the step payload that is sent and not yet consumed. It never exceeds the
-responder's `Hello.window_bytes`, so that one session cannot fill the responder's memory nor stop the others.
+Flow control: for each session both ends count the step payload that is sent and not yet consumed. It never exceeds the
+responder's `Hello.window_bytes`, so that one session can neither fill the responder's memory nor stall the others.
 """
 
 from collections import deque
@@ -52,11 +52,11 @@ from protocol.states import (
 __all__ = ["PROTOCOL_ID", "PROTOCOL_IDS", "ConnectionState", "Direction", "JobConnection", "Role", "SessionState"]
 
 PROTOCOL_IDS: Final = tuple(f"/metaswarm/job/1.{minor}.0" for minor in range(LATEST_MINOR, -1, -1))
-"""Every version of the job stream that is spoken here, the latest first."""
+"""The supported versions of the job protocol, the latest first."""
 
 PROTOCOL_ID: Final = PROTOCOL_IDS[0]
 
-_ACCOUNTED: Final = frozenset({SessionState.BEGUN, SessionState.LENT})
+_ACCOUNTED: Final = frozenset({SessionState.BEGUN, SessionState.FORWARDED})
 """States in which rows are counted against the window."""
 
 
@@ -67,18 +67,18 @@ class _Session:
 
 
 Admission: TypeAlias = Callable[[StepHeader], Sequence[bool]]
-"""Says of each slice whether its rows are to be kept; asked when the header is there and the payload is yet to come."""
+"""Decides for each slice of a step whether its rows are kept; called with the header, before the payload arrives."""
 
 
 class _PartialStep:
-    """A step whose payload is coming. What was not admitted of it is counted and not kept."""
+    """A step whose payload is arriving. Slices that were not admitted are counted and discarded."""
 
     def __init__(self, header: StepHeader, admitted: Sequence[bool]) -> None:
         self.missing = header.payload_bytes
         self._payload = bytearray()
         self._header = header
         self._parts = deque[tuple[bool, int]]()
-        """Where not all slices were admitted: whether the next bytes are to be kept, and how many they are."""
+        """Where not all slices were admitted: whether the next bytes are kept, and their number."""
         if not all(admitted):
             sizes = (part.rows * header.row_bytes for part in header.slices)
             self._parts.extend(zip(admitted, sizes, strict=True))
@@ -87,7 +87,7 @@ class _PartialStep:
             self._header = replace(header, slices=slices, shape=shape)
 
     def extend(self, data: memoryview) -> None:
-        """Take bytes of the payload."""
+        """Append bytes of the payload."""
         self.missing -= len(data)
         if not self._parts:
             self._payload += data
@@ -100,16 +100,16 @@ class _PartialStep:
                 self._parts.appendleft((keep, size - len(here)))
 
     def step(self) -> Step | None:
-        """Return the step, once nothing is missing; None where nothing of it was admitted."""
+        """Return the complete step; None where none of its slices was admitted."""
         return self._header.step(self._payload) if self._header.slices else None
 
 
 class JobConnection:
     """One end of a job stream.
 
-    `agent`: our software and version. `window_bytes`: the step payload of any one session that we hold unconsumed.
-    `protocol`: the id that both ends agreed on, one of PROTOCOL_IDS. `admission`: which slices of steps are kept; it
-    may call `send`, and raise RemoteProtocolError. Raises LocalProtocolError when these break a limit.
+    `agent`: our software and version. `window_bytes`: the unconsumed step payload of any one session that we hold.
+    `protocol`: the negotiated id, one of PROTOCOL_IDS. `admission`: decides which slices of steps are kept; it may call
+    `send`, and raise RemoteProtocolError. Raises LocalProtocolError for values out of bounds.
     """
 
     def __init__(
@@ -137,41 +137,41 @@ class JobConnection:
 
     @property
     def role(self) -> Role:
-        """Which end we are."""
+        """Our end of the stream."""
         return self._role
 
     @property
     def minor(self) -> int:
-        """The version that is spoken: 1.`minor`."""
+        """The negotiated version: 1.`minor`."""
         return self._minor
 
     @property
     def state(self) -> ConnectionState:
-        """How far the stream is."""
+        """State of the stream."""
         return self._state
 
     @property
     def remote_hello(self) -> Hello | None:
-        """What the other end said of itself, once it has."""
+        """The Hello of the other end, once received."""
         return self._remote_hello
 
     @property
     def session_count(self) -> int:
-        """Sessions of which something is remembered here; at most MAX_SESSIONS."""
+        """Number of sessions with a state on this stream; at most MAX_SESSIONS."""
         return len(self._sessions)
 
     @property
     def held_bytes(self) -> int:
-        """Bytes of a frame that is not complete yet."""
+        """Buffered bytes of an incomplete frame."""
         return self._reader.held_bytes
 
     def session_state(self, session: SessionId) -> SessionState:
-        """Return how far a session is on this stream."""
+        """Return the state of a session on this stream."""
         entry = self._sessions.get(session)
         return SessionState.IDLE if entry is None else entry.state
 
     def sendable_bytes(self, session: SessionId) -> int:
-        """Return how much step payload of a session may be sent now; 0 as well where no Step may be sent at all."""
+        """Return the credit of a session: the step payload that may be sent now; 0 where no Step may be sent at all."""
         state = self.session_state(session)
         if (
             self._remote_hello is None
@@ -183,30 +183,30 @@ class JobConnection:
         return self._remote_hello.window_bytes - self._outstanding_bytes(session)
 
     def send_hello(self) -> list[bytes]:
-        """Return the pieces of our Hello, which go out before anything else."""
+        """Return the pieces of our Hello, which precede everything else."""
         return self.send(self._hello)
 
     def send(self, message: Message) -> list[bytes]:
-        """Return the pieces, each a whole frame, that say a message; none if what it answers is already over.
+        """Return the pieces of a message, each a whole frame; none if what it answers is already over.
 
-        Raises LocalProtocolError, and changes nothing, when the state or a limit does not allow the message.
+        Raises LocalProtocolError, and changes nothing, where the state or a bound does not allow the message.
         """
         if isinstance(message, Step):
             header = encode_step_header(message)
-            self._follow_step(StepHeader.of(message), Direction.SENT)
+            self._apply_step(StepHeader.of(message), Direction.SENT)
             return encode_step(header, message.tensor.data)
         body = encode_control(message, self._minor)
-        if not self._follow_control(message, Direction.SENT):
+        if not self._apply_control(message, Direction.SENT):
             return []
         return [encode_frame(FrameType.CONTROL, body)]
 
     def receive_data(self, data: bytes) -> list[Message]:
-        """Return the messages that are complete with this data; b"" is the end of the stream.
+        """Return the messages that this data completes; b"" is the end of the stream.
 
-        Raises RemoteProtocolError when the remote broke the protocol, now or before; then nothing of `data` counts.
+        Raises RemoteProtocolError once the remote has broken the protocol; nothing of `data` is then accepted.
         """
         if self._state is ConnectionState.ERROR:
-            raise RemoteProtocolError("the remote has broken the protocol before")
+            raise RemoteProtocolError("the remote has already broken the protocol")
         if self._state is ConnectionState.CLOSED and data:
             raise LocalProtocolError("data was fed after the end of the stream")
         try:
@@ -219,13 +219,13 @@ class JobConnection:
             raise
 
     def forget(self, session: SessionId) -> None:
-        """Drop what is remembered of a lent session that is over, because its coordinator closed it elsewhere.
+        """Drop the state of a forwarded session that its coordinator has closed over another stream.
 
-        No more rows of it may be sent afterwards. A session that is not known here is no error; one that was opened
-        over this stream raises LocalProtocolError, because it ends by Close.
+        No rows of it may be sent afterwards. Unknown sessions are ignored. Raises LocalProtocolError for a session that
+        was opened over this stream, which ends by Close.
         """
         state = self.session_state(session)
-        if state is SessionState.LENT:
+        if state is SessionState.FORWARDED:
             del self._sessions[session]
         elif state is not SessionState.IDLE:
             raise LocalProtocolError(f"a session that is {state} on this stream cannot be forgotten")
@@ -240,17 +240,17 @@ class JobConnection:
         return [message for message in received if message is not None]
 
     def _receive_frame(self, frame: Frame) -> Message | None:
-        """Return the message that is complete with this frame, if there is one to pass on."""
+        """Return the message that this frame completes, unless it is dropped."""
         if frame.type is FrameType.CONTROL:
             message = decode_control(frame.body, self._minor)
-            return message if self._follow_control(message, Direction.RECEIVED) else None
+            return message if self._apply_control(message, Direction.RECEIVED) else None
         if frame.type is FrameType.STEP:
             if self._step is not None:
                 raise RemoteProtocolError("a step began before the last one was complete")
             header_bytes, part = split_step(frame.body)
             header = decode_step_header(header_bytes)
-            # Before the payload comes: it must not be kept unless there is credit for it.
-            self._follow_step(header, Direction.RECEIVED)
+            # Before the payload arrives: it must not be kept without credit.
+            self._apply_step(header, Direction.RECEIVED)
             admitted = self._admission(header) if self._admission else [True] * len(header.slices)
             step = self._step = _PartialStep(header, admitted)
         else:
@@ -258,41 +258,41 @@ class JobConnection:
                 raise RemoteProtocolError("a chunk came without a step in progress")
             step, part = self._step, frame.body
         if len(part) > step.missing:
-            raise RemoteProtocolError(f"a step brought {len(part)} bytes where {step.missing} were missing")
+            raise RemoteProtocolError(f"a step brought {len(part)} bytes: expected at most {step.missing}")
         step.extend(part)
         if step.missing:
             return None
         self._step = None
         return step.step()
 
-    def _follow_control(self, message: ControlMessage, direction: Direction) -> bool:
-        """Move on with a message; return False if it is to be kept quiet."""
+    def _apply_control(self, message: ControlMessage, direction: Direction) -> bool:
+        """Apply a message to the state; return False where it is dropped or suppressed."""
         state = self._next_connection_state(type(message), direction)
         quiet = False
         match message:
             case Hello():
-                self._follow_hello(message, direction)
+                self._apply_hello(message, direction)
             case Ping():
                 if len(self._pings) >= MAX_PINGS:
                     raise _fault(direction, f"more than {MAX_PINGS} pings await their pong")
                 self._pings.append(message.nonce)
             case Pong():
                 if not self._pings or self._pings[0] != message.nonce:
-                    raise _fault(direction, "a pong answers no ping")
+                    raise _fault(direction, "a pong does not answer the oldest ping")
                 self._pings.popleft()
             case _:
-                quiet = self._follow_session(message, direction)
+                quiet = self._apply_session(message, direction)
         self._state = state
         return not quiet
 
-    def _follow_hello(self, message: Hello, direction: Direction) -> None:
+    def _apply_hello(self, message: Hello, direction: Direction) -> None:
         if direction is Direction.RECEIVED:
             self._remote_hello = message
         elif message != self._hello:
             raise LocalProtocolError("a Hello other than this connection's own")
 
-    def _follow_session(self, message: SessionMessage, direction: Direction) -> bool:
-        """Move a session on; return whether the message is to be kept quiet."""
+    def _apply_session(self, message: SessionMessage, direction: Direction) -> bool:
+        """Apply a message to its session; return whether it is dropped or suppressed."""
         session = message.session
         transition = self._next_session_state(session, type(message), direction)
         if session not in self._sessions and transition.next is not SessionState.IDLE:
@@ -302,15 +302,15 @@ class JobConnection:
             outstanding -= message.consumed_bytes
             if outstanding < 0:
                 raise _fault(direction, f"credit for {message.consumed_bytes} bytes is {-outstanding} too much")
-        over = transition.next is SessionState.LENT and outstanding == 0
+        over = transition.next is SessionState.FORWARDED and outstanding == 0
         if over or transition.next is SessionState.IDLE:
             self._sessions.pop(session, None)
         else:
             self._sessions[session] = _Session(transition.next, outstanding)
         return transition.quiet
 
-    def _follow_step(self, header: StepHeader, direction: Direction) -> None:
-        """Move on with a step and count its rows against the windows."""
+    def _apply_step(self, header: StepHeader, direction: Direction) -> None:
+        """Apply a step to its sessions and count its rows against their windows."""
         state = self._next_connection_state(Step, direction)
         receiver = self._hello if direction is Direction.RECEIVED else self._remote_hello
         window = 0 if receiver is None else receiver.window_bytes
@@ -355,5 +355,5 @@ class JobConnection:
 
 
 def _fault(direction: Direction, text: str) -> ProtocolError:
-    """Return the error for a message that may not be: ours if it was to be sent, the remote's if it was received."""
+    """Return the error for a forbidden message: ours if it was to be sent, the remote's if it was received."""
     return LocalProtocolError(text) if direction is Direction.SENT else RemoteProtocolError(text)

@@ -15,10 +15,11 @@ from protocol import fields
 from protocol.announcements import DHT_NAMESPACE, DhtRecord
 from protocol.canonical import decode, encode
 from protocol.errors import LocalProtocolError, RemoteProtocolError
+from protocol.forms import Digest, Envelope
 from protocol.identity import PeerId
 from protocol.limits import MAX_BATCH_BYTES, MAX_BATCH_ENVELOPES, MAX_BUCKET, MAX_COUNT, MAX_PARTS
 from protocol.reconciliation import BUCKET_DIGITS, ID_BYTES, SetTree, Summary, parse_prefix
-from protocol.schema import Count, Digest, Envelope, Form, Range, from_map
+from protocol.schema import Count, Form, Range, from_map
 
 _ENVELOPE_OVERHEAD_BYTES: Final = 5
 

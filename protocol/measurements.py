@@ -13,10 +13,10 @@ from typing import Annotated, Final
 
 from protocol import fields
 from protocol.errors import RemoteProtocolError
+from protocol.forms import Counter, Hardware, Name, Seconds, Share, Signature
 from protocol.identity import BlockRange, JobId, ModelId, PeerId
 from protocol.limits import (
     MAX_BLOCKS,
-    MAX_HARDWARE_BYTES,
     MAX_LOG_RATIO,
     MAX_NAME_BYTES,
     MAX_PARALLEL_JOBS,
@@ -32,7 +32,7 @@ from protocol.limits import (
     MAX_WIDTH,
 )
 from protocol.messages import SessionStatistics
-from protocol.schema import ARRAY, Count, Counter, Form, Key, Nullable, Range, Seconds, Signature, name
+from protocol.schema import ARRAY, Count, Form, Key, Nullable, Range, name
 
 OBSERVATION_VERSION: Final = 1
 
@@ -58,8 +58,6 @@ def _switch(value: object, what: str) -> str:
 
 Size = Annotated[int, Range(1, MAX_VOCABULARY)]
 """A dimension of a model."""
-
-Share = Annotated[float, Range(0.0, 1.0)]
 
 Switches = Annotated[
     Mapping[Annotated[str, Form(_switch)], Annotated[str, Form(_switch)]],
@@ -91,7 +89,7 @@ class Objective(enum.StrEnum):
 
 
 class QualityBound(enum.StrEnum):
-    """How far a job lets its method deviate from fp32."""
+    """How far a job lets the method deviate from fp32."""
 
     EXACT = "exact"
     """The same greedy tokens."""
@@ -109,7 +107,7 @@ class ModelFacts:
     """
 
     model: Annotated[ModelId, Key("id")]
-    architecture: Annotated[str, name(MAX_NAME_BYTES)]
+    architecture: Name
     block_count: Annotated[int, Range(1, MAX_BLOCKS)]
     hidden_size: Annotated[int, Range(1, MAX_WIDTH)]
     vocabulary_size: Size
@@ -188,7 +186,7 @@ class StageObservation:
 
     peer: PeerId
     blocks: BlockRange
-    hardware: Annotated[str, name(MAX_HARDWARE_BYTES)]
+    hardware: Hardware
     statistics: Annotated[SessionStatistics, ARRAY]
     round_trip_s: Nullable[Seconds] = None
     countersignature: Nullable[Signature] = None

@@ -6,54 +6,48 @@ work; the responder answers with admission, credit and failures.
 """
 
 import enum
-import struct
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Annotated, Final, TypeAlias
 
-from protocol import fields
 from protocol.errors import RemoteProtocolError
+from protocol.forms import (
+    ContextValue,
+    Counter,
+    Digest,
+    Explanation,
+    Hardware,
+    Name,
+    Nonce,
+    PackedTokens,
+    Position,
+    PositionCount,
+    PrefixHashes,
+    Score,
+    Seconds,
+    Share,
+    Signature,
+    TokenId,
+)
 from protocol.identity import BlockRange, ModelId, PeerId, SessionId
 from protocol.limits import (
     MAX_BALLOTS,
     MAX_CONTEXT,
-    MAX_HARDWARE_BYTES,
-    MAX_HISTORY_TOKENS,
     MAX_LOGIT_BIAS,
     MAX_LOGIT_BIASES,
-    MAX_NAME_BYTES,
-    MAX_NUMBER,
     MAX_PENALTY,
     MAX_POSITIONS,
-    MAX_PREFIX_BYTES,
-    MAX_SCORE,
     MAX_STAGES,
     MAX_STOP_TOKENS,
     MAX_SWITCH_BYTES,
     MAX_SWITCHES,
     MAX_TEMPERATURE,
-    MAX_TEXT_BYTES,
-    MAX_UINT64,
     MAX_VOCABULARY,
     MAX_VOTES,
     MAX_WINDOW_BYTES,
-    PREFIX_HASH_BYTES,
 )
-from protocol.schema import (
-    ARRAY,
-    OMIT_DEFAULT,
-    Count,
-    Counter,
-    Digest,
-    Form,
-    Range,
-    Seconds,
-    Signature,
-    TokenId,
-    name,
-    text,
-)
+from protocol.schema import ARRAY, OMIT_DEFAULT, Count, Range, name
 from protocol.tensors import Tensor
 
 LATEST_MINOR: Final = 1
@@ -105,51 +99,7 @@ class FinishReason(enum.StrEnum):
     """The limit on new tokens."""
 
 
-def _presentable(message: str) -> str:
-    """Replace control characters and cut to the maximum length, so that a failure is reported whatever its text."""
-    printable = fields.CONTROL_CHARACTERS.sub(" ", message)
-    return printable.encode("utf-8", "replace")[:MAX_TEXT_BYTES].decode("utf-8", "ignore")
-
-
-def _context_value(value: object, what: str) -> str | float:
-    if isinstance(value, str):
-        return fields.text(value, MAX_NAME_BYTES, what)
-    return fields.number(value, -MAX_NUMBER, MAX_NUMBER, what)
-
-
-def _context_dump(value: str | float) -> str | float:
-    return value if isinstance(value, str) else float(value)
-
-
-def _prefix(value: object, what: str) -> bytes:
-    if type(value) is not bytes or len(value) > MAX_PREFIX_BYTES or len(value) % PREFIX_HASH_BYTES:
-        raise RemoteProtocolError(f"{what} is not hashes of {PREFIX_HASH_BYTES} bytes each")
-    return value
-
-
-def _packed_tokens(value: object, what: str) -> tuple[int, ...]:
-    if type(value) is not bytes or not 0 < len(value) <= 4 * MAX_HISTORY_TOKENS or len(value) % 4:
-        raise RemoteProtocolError(f"{what} is not 1 to {MAX_HISTORY_TOKENS} token ids of 4 bytes each")
-    tokens = struct.unpack(f"<{len(value) // 4}I", value)
-    if max(tokens) >= MAX_VOCABULARY:
-        raise RemoteProtocolError(f"{what}: a token id is not from 0 to {MAX_VOCABULARY - 1}")
-    return tokens
-
-
-def _pack_tokens(tokens: tuple[int, ...]) -> bytes:
-    try:
-        return struct.pack(f"<{len(tokens)}I", *tokens)
-    except struct.error as error:
-        raise ValueError(f"token history: a token id is not an unsigned 32-bit integer: {error}") from None
-
-
-Name = Annotated[str, name(MAX_NAME_BYTES)]
-Explanation = Annotated[str, text(MAX_TEXT_BYTES)._replace(dump=_presentable)]
 Switch = Annotated[str, name(MAX_SWITCH_BYTES)]
-Score = Annotated[float, Range(-MAX_SCORE, MAX_SCORE)]
-Position = Annotated[int, Range(0, MAX_POSITIONS - 1)]
-PositionCount = Annotated[int, Range(0, MAX_POSITIONS)]
-Probability = Annotated[float, Range(0.0, 1.0)]
 Penalty = Annotated[float, Range(-MAX_PENALTY, MAX_PENALTY)]
 
 
@@ -175,13 +125,13 @@ class Sampling:
     """
 
     temperature: Annotated[float, Range(0.0, MAX_TEMPERATURE)] = 0.0
-    top_p: Probability = 1.0
-    seed: Annotated[int, Range(0, MAX_UINT64)] = 0
+    top_p: Share = 1.0
+    seed: Nonce = 0
     max_tokens: Annotated[int, Range(1, MAX_POSITIONS)]
     stop_tokens: Annotated[tuple[TokenId, ...], Count(MAX_STOP_TOKENS)] = ()
     top_k: Annotated[int, Range(1, MAX_VOCABULARY), OMIT_DEFAULT] = 0
     """Sample from this many of the likeliest tokens; 0 for all."""
-    min_p: Annotated[Probability, OMIT_DEFAULT] = 0.0
+    min_p: Annotated[Share, OMIT_DEFAULT] = 0.0
     """Sample from tokens with at least this fraction of the likeliest token's probability."""
     repetition_penalty: Annotated[float, Range(1 / MAX_PENALTY, MAX_PENALTY), OMIT_DEFAULT] = 1.0
     frequency_penalty: Annotated[Penalty, OMIT_DEFAULT] = 0.0
@@ -228,10 +178,8 @@ class Open:
     blocks: BlockRange
     methods: Annotated[tuple[Name, ...], Count(MAX_VOTES, 1)]
     positions: Annotated[int, Range(1, MAX_POSITIONS)]
-    context: Annotated[
-        Mapping[Name, Annotated[str | float, Form(_context_value, _context_dump)]], Count(MAX_CONTEXT)
-    ] = field(default_factory=dict)
-    prefix: Annotated[bytes, Form(_prefix)] = b""
+    context: Annotated[Mapping[Name, ContextValue], Count(MAX_CONTEXT)] = field(default_factory=dict)
+    prefix: PrefixHashes = b""
     upstream: Annotated[tuple[PeerId, ...], Count(MAX_STAGES)] = ()
     downstream: PeerId | None = None
     feedback: PeerId | None = None
@@ -269,7 +217,7 @@ class TokenHistory:
     """
 
     session: SessionId
-    tokens: Annotated[tuple[int, ...], Form(_packed_tokens, _pack_tokens)]
+    tokens: PackedTokens
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -457,7 +405,7 @@ class Closed:
 
     session: SessionId
     statistics: SessionStatistics
-    hardware: Annotated[str, name(MAX_HARDWARE_BYTES)] = "unknown"
+    hardware: Hardware = "unknown"
     countersignature: Signature | None = None
 
 
@@ -465,14 +413,14 @@ class Closed:
 class Ping:
     """Liveness probe; the Pong returns its `nonce`."""
 
-    nonce: Annotated[int, Range(0, MAX_UINT64)]
+    nonce: Nonce
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Pong:
     """Answer to a Ping."""
 
-    nonce: Annotated[int, Range(0, MAX_UINT64)]
+    nonce: Nonce
 
 
 SessionMessage: TypeAlias = (

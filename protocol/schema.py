@@ -16,12 +16,23 @@ import dataclasses
 import enum
 from collections.abc import Callable, Mapping
 from types import NoneType, UnionType
-from typing import Annotated, Any, Final, NamedTuple, Optional, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import (
+    Annotated,
+    Any,
+    Final,
+    Generic,
+    NamedTuple,
+    Optional,
+    TypeVar,
+    Union,
+    get_args,
+    get_origin,
+    get_type_hints,
+)
 
 from protocol import fields
 from protocol.errors import RemoteProtocolError
 from protocol.identity import BlockRange, JobId, ModelId, PeerId, SessionId
-from protocol.limits import MAX_INTEGER, MAX_RECORD_BYTES, MAX_SECONDS, MAX_VOCABULARY, SIGNATURE_BYTES
 
 _T = TypeVar("_T")
 
@@ -83,20 +94,6 @@ def raw(length: int) -> Form:
     return Form(lambda value, what: fields.raw(value, length, what))
 
 
-def _envelope(value: object, what: str) -> bytes:
-    if type(value) is not bytes or not 0 < len(value) <= MAX_RECORD_BYTES:
-        raise RemoteProtocolError(f"{what}: an envelope is not 1 to {MAX_RECORD_BYTES} bytes")
-    return value
-
-
-Counter = Annotated[int, Range(0, MAX_INTEGER)]
-Digest = Annotated[bytes, raw(fields.SHA256_BYTES)]
-Envelope = Annotated[bytes, Form(_envelope)]
-Seconds = Annotated[float, Range(0.0, MAX_SECONDS)]
-Signature = Annotated[bytes, raw(SIGNATURE_BYTES)]
-TokenId = Annotated[int, Range(0, MAX_VOCABULARY - 1)]
-
-
 def to_map(value: Any) -> dict[str, Any]:
     """Return the map of a dataclass as it travels; nothing is checked."""
     result = {}
@@ -136,6 +133,31 @@ def from_map(cls: type[_T], value: object, what: str, **local: object) -> _T:
         raise RemoteProtocolError(f"{what} has an unknown field {unknown[:80]!r}")
     made: _T = layout.make(local)
     return made
+
+
+class MessageTypes(Generic[_T]):
+    """The message types of a stream, by the name that their maps carry under `type`."""
+
+    def __init__(self, types: Mapping[str, type[_T]]) -> None:
+        self._types = types
+        self._names = {cls: name for name, cls in types.items()}
+
+    def name_of(self, message: _T) -> str:
+        """Return the `type` of a message."""
+        return self._names[type(message)]
+
+    def to_map(self, message: _T) -> dict[str, Any]:
+        """Return the map of a message. Raises RemoteProtocolError where `from_map` would."""
+        name, value = self.name_of(message), to_map(message)
+        from_map(type(message), value, name)
+        return {"type": name, **value}
+
+    def from_map(self, value: object) -> _T:
+        """Return the message in a decoded map. Raises RemoteProtocolError."""
+        name = value.get("type") if isinstance(value, dict) else None
+        if not isinstance(value, dict) or not isinstance(name, str) or name not in self._types:
+            raise RemoteProtocolError(f"message type {str(name)[:80]!r} is unknown")
+        return from_map(self._types[name], {key: each for key, each in value.items() if key != "type"}, name)
 
 
 _REQUIRED: Final = object()
@@ -183,9 +205,10 @@ def _layout(cls: type[Any]) -> _Layout:
 
 def _read_layout(cls: type[Any]) -> _Layout:
     hints = get_type_hints(cls, include_extras=True)
-    defaults = {field.name: field.default for field in dataclasses.fields(cls)} if dataclasses.is_dataclass(cls) else {}
+    is_tuple = issubclass(cls, tuple)
+    defaults = cls._field_defaults if is_tuple else {field.name: field.default for field in dataclasses.fields(cls)}
     layout = []
-    for attribute in defaults or cls._fields:
+    for attribute in cls._fields if is_tuple else defaults:
         kind, marks = _split(hints[attribute])
         if LOCAL in marks:
             continue

@@ -1,17 +1,17 @@
-"""Who may say what when on a job stream: two tables from (role, state, message, direction) to what follows.
+"""State machines of a job stream: two tables from (role, state, message, direction) to the next state.
 
 The first is of the connection: hello from both ends, then work from the initiator and answers from the responder. The
-second is of each session on it. What is not in a table is a fault of whoever said it.
+second is of each session on it. A message that is not in the tables is a fault of its sender.
 
-Messages of the two ends cross on their way. The entries that allow for this are `quiet`: such a message is not passed
-on when it is received, and not put on the wire when we are about to send it. Three rules keep what crosses unambiguous:
+Messages of the two ends cross on their way. The entries that allow for this are `quiet`: such a message is dropped when
+it is received, and suppressed when it is to be sent. Three rules keep crossing messages unambiguous:
 
-- Every Open is answered by exactly one end: Refused, Failed or Closed. Close is a request; a responder that has already
-  said Refused or Failed says nothing more.
-- After Failed both ends remember the session until the initiator's Close, which follows whatever rows were still under
-  way, so that nothing said about those is taken for something new.
-- A session is not opened on a stream on which rows of it were sent before: an answer to those rows could be taken for
-  one to the Open. Coordinators have no need to, because they choose a fresh job id for every route.
+- Every Open is answered by exactly one final message: Refused, Failed or Closed. Close is a request; a responder that
+  has sent Refused or Failed sends no further answer.
+- After Failed both ends remember the session until the initiator's Close, which follows the rows that were still under
+  way, so that answers to those are not mistaken for new ones.
+- A session is not opened on a stream on which rows of it were sent before: an answer to those rows could be mistaken
+  for one to the Open. Coordinators choose a new job id for every route.
 """
 
 import enum
@@ -40,7 +40,7 @@ from protocol.messages import (
 
 
 class Role(enum.StrEnum):
-    """Which end of the stream we are."""
+    """An end of a stream."""
 
     INITIATOR = "initiator"
     """Opened the stream: sends work."""
@@ -56,10 +56,10 @@ class Direction(enum.StrEnum):
 
 
 class ConnectionState(enum.StrEnum):
-    """How far the stream is."""
+    """State of a stream."""
 
     NEW = "new"
-    """Nobody has said hello."""
+    """No Hello was sent."""
     HELLO_SENT = "hello sent"
     HELLO_RECEIVED = "hello received"
     OPEN = "open"
@@ -70,26 +70,26 @@ class ConnectionState(enum.StrEnum):
 
 
 class SessionState(enum.StrEnum):
-    """How far a session is on this stream; the same peers may know it by other streams too."""
+    """State of a session on one stream; the same peers may know it from other streams too."""
 
     IDLE = "idle"
-    """Nothing is known of it here."""
+    """Unknown on this stream."""
     OPENING = "opening"
-    """Asked for, not yet admitted."""
+    """Requested, not yet admitted."""
     OPEN = "open"
-    """Admitted; it has yet to begin."""
+    """Admitted, not yet begun."""
     BEGUN = "begun"
     """The method is agreed: rows may flow."""
-    LENT = "lent"
-    """Opened by somebody else over another stream; rows of it were sent here and are not yet all consumed."""
+    FORWARDED = "forwarded"
+    """Opened by another peer over another stream; rows of it were sent here and are not yet all credited."""
     CLOSING = "closing"
-    """The initiator wants it closed, the responder has not yet confirmed."""
+    """The initiator closes it, the responder has not yet confirmed."""
     FAILED = "failed"
-    """The responder has given it up, the initiator has not yet confirmed by Close."""
+    """The responder has lost it, the initiator has not yet confirmed by Close."""
 
 
 class Transition(NamedTuple):
-    """The state that follows, and whether the message is kept quiet."""
+    """The next state, and whether the message is dropped or suppressed."""
 
     next: SessionState
     quiet: bool = False
@@ -105,59 +105,40 @@ _NEW, _HELLO_SENT, _HELLO_RECEIVED, _CONNECTED = (
     ConnectionState.HELLO_RECEIVED,
     ConnectionState.OPEN,
 )
-_IDLE, _OPENING, _OPEN, _BEGUN, _LENT, _CLOSING, _FAILED = SessionState
+_IDLE, _OPENING, _OPEN, _BEGUN, _FORWARDED, _CLOSING, _FAILED = SessionState
 
-CONNECTION_TABLE: Final[Mapping[tuple[Role, ConnectionState, MessageType, Direction], ConnectionState]] = {
-    (_I, _NEW, Hello, _SENT): _HELLO_SENT,
-    (_I, _NEW, Hello, _RECEIVED): _HELLO_RECEIVED,
-    (_I, _HELLO_SENT, Hello, _RECEIVED): _CONNECTED,
-    (_I, _HELLO_RECEIVED, Hello, _SENT): _CONNECTED,
-    # The initiator need not wait for the responder's hello, save with steps: they need to know the window.
-    (_I, _HELLO_SENT, Open, _SENT): _HELLO_SENT,
-    (_I, _HELLO_SENT, Close, _SENT): _HELLO_SENT,
-    (_I, _HELLO_SENT, Ping, _SENT): _HELLO_SENT,
-    (_I, _CONNECTED, Open, _SENT): _CONNECTED,
-    (_I, _CONNECTED, TokenHistory, _SENT): _CONNECTED,
-    (_I, _CONNECTED, Begin, _SENT): _CONNECTED,
-    (_I, _CONNECTED, Step, _SENT): _CONNECTED,
-    (_I, _CONNECTED, ProgressRequest, _SENT): _CONNECTED,
-    (_I, _CONNECTED, Close, _SENT): _CONNECTED,
-    (_I, _CONNECTED, Ping, _SENT): _CONNECTED,
-    (_I, _CONNECTED, Opened, _RECEIVED): _CONNECTED,
-    (_I, _CONNECTED, Refused, _RECEIVED): _CONNECTED,
-    (_I, _CONNECTED, Credit, _RECEIVED): _CONNECTED,
-    (_I, _CONNECTED, Progress, _RECEIVED): _CONNECTED,
-    (_I, _CONNECTED, Reroute, _RECEIVED): _CONNECTED,
-    (_I, _CONNECTED, Failed, _RECEIVED): _CONNECTED,
-    (_I, _CONNECTED, Closed, _RECEIVED): _CONNECTED,
-    (_I, _CONNECTED, Pong, _RECEIVED): _CONNECTED,
-    (_R, _NEW, Hello, _SENT): _HELLO_SENT,
-    (_R, _NEW, Hello, _RECEIVED): _HELLO_RECEIVED,
-    (_R, _HELLO_SENT, Hello, _RECEIVED): _CONNECTED,
-    (_R, _HELLO_RECEIVED, Hello, _SENT): _CONNECTED,
-    (_R, _HELLO_RECEIVED, Open, _RECEIVED): _HELLO_RECEIVED,
-    (_R, _HELLO_RECEIVED, Close, _RECEIVED): _HELLO_RECEIVED,
-    (_R, _HELLO_RECEIVED, Ping, _RECEIVED): _HELLO_RECEIVED,
-    (_R, _CONNECTED, Open, _RECEIVED): _CONNECTED,
-    (_R, _CONNECTED, TokenHistory, _RECEIVED): _CONNECTED,
-    (_R, _CONNECTED, Begin, _RECEIVED): _CONNECTED,
-    (_R, _CONNECTED, Step, _RECEIVED): _CONNECTED,
-    (_R, _CONNECTED, ProgressRequest, _RECEIVED): _CONNECTED,
-    (_R, _CONNECTED, Close, _RECEIVED): _CONNECTED,
-    (_R, _CONNECTED, Ping, _RECEIVED): _CONNECTED,
-    (_R, _CONNECTED, Opened, _SENT): _CONNECTED,
-    (_R, _CONNECTED, Refused, _SENT): _CONNECTED,
-    (_R, _CONNECTED, Credit, _SENT): _CONNECTED,
-    (_R, _CONNECTED, Progress, _SENT): _CONNECTED,
-    (_R, _CONNECTED, Reroute, _SENT): _CONNECTED,
-    (_R, _CONNECTED, Failed, _SENT): _CONNECTED,
-    (_R, _CONNECTED, Closed, _SENT): _CONNECTED,
-    (_R, _CONNECTED, Pong, _SENT): _CONNECTED,
+_HELLOS: Final = {
+    (_NEW, Hello, _SENT): _HELLO_SENT,
+    (_NEW, Hello, _RECEIVED): _HELLO_RECEIVED,
+    (_HELLO_SENT, Hello, _RECEIVED): _CONNECTED,
+    (_HELLO_RECEIVED, Hello, _SENT): _CONNECTED,
+}
+# The initiator need not await the responder's Hello, except for steps, which depend on its window.
+_EARLY: Final = (Open, Close, Ping)
+_WORK: Final = (Open, TokenHistory, Begin, Step, ProgressRequest, Close, Ping)
+_ANSWERS: Final = (Opened, Refused, Credit, Progress, Reroute, Failed, Closed, Pong)
+
+_ConnectionTable: TypeAlias = Mapping[tuple[Role, ConnectionState, MessageType, Direction], ConnectionState]
+
+
+def _connection_rows(role: Role, half: ConnectionState, forth: Direction, back: Direction) -> _ConnectionTable:
+    """Return the rows of one end: `half` of the hellos are exchanged, work goes `forth` and answers come `back`."""
+    return {
+        **{(role, *event): state for event, state in _HELLOS.items()},
+        **{(role, half, message, forth): half for message in _EARLY},
+        **{(role, _CONNECTED, message, forth): _CONNECTED for message in _WORK},
+        **{(role, _CONNECTED, message, back): _CONNECTED for message in _ANSWERS},
+    }
+
+
+CONNECTION_TABLE: Final[_ConnectionTable] = {
+    **_connection_rows(_I, _HELLO_SENT, _SENT, _RECEIVED),
+    **_connection_rows(_R, _HELLO_RECEIVED, _RECEIVED, _SENT),
 }
 
 SESSION_TABLE: Final[Mapping[tuple[Role, SessionState, MessageType, Direction], Transition]] = {
     (_I, _IDLE, Open, _SENT): Transition(_OPENING),
-    (_I, _IDLE, Step, _SENT): Transition(_LENT),
+    (_I, _IDLE, Step, _SENT): Transition(_FORWARDED),
     # Answers to rows of a session that we have forgotten meanwhile, or that had already failed.
     (_I, _IDLE, Credit, _RECEIVED): Transition(_IDLE, quiet=True),
     (_I, _IDLE, Failed, _RECEIVED): Transition(_IDLE, quiet=True),
@@ -175,11 +156,11 @@ SESSION_TABLE: Final[Mapping[tuple[Role, SessionState, MessageType, Direction], 
     (_I, _BEGUN, Reroute, _RECEIVED): Transition(_BEGUN),
     (_I, _BEGUN, Failed, _RECEIVED): Transition(_FAILED),
     (_I, _BEGUN, Close, _SENT): Transition(_CLOSING),
-    # Lent ends in idle by itself once everything sent has been credited.
-    (_I, _LENT, Step, _SENT): Transition(_LENT),
-    (_I, _LENT, Credit, _RECEIVED): Transition(_LENT),
-    (_I, _LENT, Failed, _RECEIVED): Transition(_IDLE),
-    # What the responder said before our Close reached it; one of Refused, Failed and Closed comes, and is the last.
+    # Forwarded becomes idle by itself once everything sent has been credited.
+    (_I, _FORWARDED, Step, _SENT): Transition(_FORWARDED),
+    (_I, _FORWARDED, Credit, _RECEIVED): Transition(_FORWARDED),
+    (_I, _FORWARDED, Failed, _RECEIVED): Transition(_IDLE),
+    # Sent by the responder before our Close arrived; one of Refused, Failed and Closed comes, and is the last.
     (_I, _CLOSING, Opened, _RECEIVED): Transition(_CLOSING, quiet=True),
     (_I, _CLOSING, Credit, _RECEIVED): Transition(_CLOSING, quiet=True),
     (_I, _CLOSING, Progress, _RECEIVED): Transition(_CLOSING, quiet=True),
@@ -189,10 +170,10 @@ SESSION_TABLE: Final[Mapping[tuple[Role, SessionState, MessageType, Direction], 
     (_I, _CLOSING, Closed, _RECEIVED): Transition(_IDLE),
     (_I, _FAILED, Close, _SENT): Transition(_IDLE),
     (_R, _IDLE, Open, _RECEIVED): Transition(_OPENING),
-    (_R, _IDLE, Step, _RECEIVED): Transition(_LENT),
+    (_R, _IDLE, Step, _RECEIVED): Transition(_FORWARDED),
     # The initiator had not yet seen our Refused.
     (_R, _IDLE, Close, _RECEIVED): Transition(_IDLE, quiet=True),
-    # Rows were consumed, or found to belong to nobody, after the session was forgotten: there is nothing to settle.
+    # Rows were consumed, or found to be of an unknown session, after it was forgotten: there is no credit to settle.
     (_R, _IDLE, Credit, _SENT): Transition(_IDLE, quiet=True),
     (_R, _IDLE, Progress, _SENT): Transition(_IDLE, quiet=True),
     (_R, _IDLE, Reroute, _SENT): Transition(_IDLE, quiet=True),
@@ -200,7 +181,7 @@ SESSION_TABLE: Final[Mapping[tuple[Role, SessionState, MessageType, Direction], 
     (_R, _OPENING, Opened, _SENT): Transition(_OPEN),
     (_R, _OPENING, Refused, _SENT): Transition(_IDLE),
     (_R, _OPENING, Close, _RECEIVED): Transition(_CLOSING),
-    # Lost before it was admitted: whoever found that out still owes the answer to the Open, which is Refused.
+    # Lost before it was admitted: the answer to the Open is still due, which is Refused.
     (_R, _OPENING, Failed, _SENT): Transition(_OPENING, quiet=True),
     (_R, _OPEN, TokenHistory, _RECEIVED): Transition(_OPEN),
     (_R, _OPEN, Begin, _RECEIVED): Transition(_BEGUN),
@@ -213,10 +194,10 @@ SESSION_TABLE: Final[Mapping[tuple[Role, SessionState, MessageType, Direction], 
     (_R, _BEGUN, Reroute, _SENT): Transition(_BEGUN),
     (_R, _BEGUN, Failed, _SENT): Transition(_FAILED),
     (_R, _BEGUN, Close, _RECEIVED): Transition(_CLOSING),
-    (_R, _LENT, Step, _RECEIVED): Transition(_LENT),
-    (_R, _LENT, Credit, _SENT): Transition(_LENT),
-    (_R, _LENT, Failed, _SENT): Transition(_IDLE),
-    # Rows that another of the initiator's tasks sent late. They are delivered; credit for them is nobody's concern.
+    (_R, _FORWARDED, Step, _RECEIVED): Transition(_FORWARDED),
+    (_R, _FORWARDED, Credit, _SENT): Transition(_FORWARDED),
+    (_R, _FORWARDED, Failed, _SENT): Transition(_IDLE),
+    # Rows that another task of the initiator sent late. They are delivered; no credit is due for them.
     (_R, _CLOSING, Step, _RECEIVED): Transition(_CLOSING),
     (_R, _CLOSING, Opened, _SENT): Transition(_CLOSING, quiet=True),
     (_R, _CLOSING, Credit, _SENT): Transition(_CLOSING, quiet=True),
@@ -225,8 +206,8 @@ SESSION_TABLE: Final[Mapping[tuple[Role, SessionState, MessageType, Direction], 
     (_R, _CLOSING, Refused, _SENT): Transition(_IDLE),
     (_R, _CLOSING, Failed, _SENT): Transition(_IDLE),
     (_R, _CLOSING, Closed, _SENT): Transition(_IDLE),
-    # The tokens so far, Begin, rows, a question and a second complaint cross our Failed; the Close that confirms it
-    # needs no answer.
+    # TokenHistory, Begin, rows, ProgressRequest and a second Failed or Reroute cross our Failed; the Close that
+    # confirms it needs no answer.
     (_R, _FAILED, TokenHistory, _RECEIVED): Transition(_FAILED, quiet=True),
     (_R, _FAILED, Begin, _RECEIVED): Transition(_FAILED, quiet=True),
     (_R, _FAILED, Step, _RECEIVED): Transition(_FAILED),

@@ -1,4 +1,4 @@
-"""Boosted trees over binned columns: scikit-learn's, at a cost that does not hang on the weights of the rows."""
+"""Gradient boosting with our own binning, because scikit-learn's is slow with sample weights."""
 
 from typing import Any, Final, Self
 
@@ -8,14 +8,14 @@ from sklearn.ensemble import HistGradientBoostingRegressor
 from selector.dataset import FloatArray
 
 MAX_BINS: Final = 255
-"""A column's values are told apart to so many, which is what scikit-learn's histograms hold."""
+"""Bins per column; the limit of scikit-learn's histograms."""
 
 
 class BoostedTrees:
-    """A histogram gradient boosting whose bins hold about as many rows each, whatever the rows weigh.
+    """Histogram gradient boosting over unweighted quantile bins.
 
-    scikit-learn takes weighted quantiles where rows have weights, and sorts each column anew for every one of them:
-    that took ten times as long as the boosting. Binned before, each column has few enough values to be taken as it is.
+    With sample weights scikit-learn computes weighted quantiles and sorts each column anew for every one of them: that
+    took ten times as long as the boosting. A column binned beforehand has few enough values to be used as it is.
     """
 
     def __init__(self, **parameters: Any) -> None:
@@ -23,14 +23,14 @@ class BoostedTrees:
         self._model = HistGradientBoostingRegressor(early_stopping=False, **parameters)
 
     def fit(self, table: FloatArray, y: FloatArray, sample_weight: FloatArray) -> Self:
-        """Learn from rows of finite numbers or NaN, shape (rows, columns)."""
+        """Fit on rows of finite numbers or NaN, shape (rows, columns)."""
         self._edges = [_edges(column) for column in table.T]
         self._known = ~np.isnan(table).all(axis=0)
         self._model.fit(self._binned(table), y, sample_weight=sample_weight)
         return self
 
     def predict(self, table: FloatArray) -> FloatArray:
-        """Return a number for each row."""
+        """Return a prediction for each row."""
         predicted: FloatArray = self._model.predict(self._binned(table))
         return predicted
 
@@ -38,12 +38,12 @@ class BoostedTrees:
         binned = np.empty_like(table)
         for j, edges in enumerate(self._edges):
             binned[:, j] = np.searchsorted(edges, table[:, j])
-        binned[np.isnan(table) & self._known] = np.nan  # scikit-learn takes no column with nothing else
+        binned[np.isnan(table) & self._known] = np.nan  # scikit-learn rejects a column of NaN only
         return binned
 
 
 def _edges(column: FloatArray) -> FloatArray:
-    """Return the upper ends of all bins but the last, ascending: half-way between values that the rows have."""
+    """Return the ascending upper edges of all bins but the last, half-way between observed values."""
     known = np.sort(column[~np.isnan(column)])
     values = np.unique(known)
     if len(values) > MAX_BINS:

@@ -1,4 +1,4 @@
-"""Measurements to learn from: a table of contexts, the methods, and rows that say what a method cost in a context."""
+"""Datasets for training: a table of contexts, the methods, and one measured cost per pair of both."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -11,15 +11,15 @@ IntArray = npt.NDArray[np.intp]
 StringArray = npt.NDArray[np.str_]
 
 GROUPS = ("model", "hardware", "budget")
-"""The columns of a context that are names: never features of their own, but what may be left out together."""
+"""Name columns of a context: never features, but groups for leave-one-group-out. `budget` holds the objective."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Contexts:
     """A table of task contexts.
 
-    `names`: of each column of GROUPS that there is, one string a context. `columns`: the names of the features.
-    `features`: float64, shape (contexts, columns); NaN where a feature is not known.
+    `names`: for each column of GROUPS present, one string per context. `columns`: names of the features. `features`:
+    float64, shape (contexts, columns); NaN where unknown.
     """
 
     ids: tuple[str, ...]
@@ -38,7 +38,7 @@ class Contexts:
         )
 
     def siblings(self) -> IntArray:
-        """Return a number for each context, the same for those that differ in nothing but their budget."""
+        """Return a number for each context, equal for those that differ only in their budget."""
         keys = [
             (*(names[i] for name, names in self.names.items() if name != "budget"), self.features[i].tobytes())
             for i in range(len(self))
@@ -47,15 +47,15 @@ class Contexts:
         return np.array([numbers.setdefault(key, len(numbers)) for key in keys], dtype=np.intp)
 
     def column(self, name: str) -> FloatArray | None:
-        """Return one feature of every context, or None where there is no such column."""
+        """Return one feature of every context, or None if there is no such column."""
         return self.features[:, self.columns.index(name)] if name in self.columns else None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Pairs:
-    """Pairs of a context and a method: the X that every selector is fitted on, and that it predicts for.
+    """Pairs of a context and a method: the X of every selector.
 
-    `context` and `method`: for each pair the index into `contexts` and into `methods`.
+    `context` and `method`: indices into `contexts` and `methods` for each pair.
     """
 
     contexts: Contexts
@@ -77,9 +77,9 @@ class Pairs:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Dataset:
-    """What was measured: `cost` is the natural logarithm of each pair's cost; `weight` is how much each is worth.
+    """Measured pairs with the natural logarithm of their cost, and their weight.
 
-    `notes`: one line for each thing about the source that a reader should know, such as rows left out.
+    `notes`: one line for each remark about the source, such as rows left out.
     """
 
     pairs: Pairs
@@ -102,12 +102,12 @@ class Dataset:
         return self.take(wanted[self.pairs.context])
 
     def compact(self) -> "Dataset":
-        """Return the same rows over a table of only those contexts that were measured."""
+        """Return the same rows over a table without unmeasured contexts."""
         used, position = np.unique(self.pairs.context, return_inverse=True)
         return replace(self, pairs=replace(self.pairs, contexts=self.pairs.contexts.take(used), context=position))
 
     def sample(self, count: int, seed: int = 0) -> "Dataset":
-        """Return the rows of `count` contexts drawn without replacement; all where there are no more."""
+        """Return the rows of at most `count` contexts, sampled without replacement."""
         present = np.unique(self.pairs.context)
         if len(present) <= count:
             return self
@@ -116,7 +116,7 @@ class Dataset:
 
 
 class DatasetError(ValueError):
-    """A dataset cannot be learned from. The message is one line for whoever supplied it."""
+    """Unusable dataset. The message is one line for whoever supplied it."""
 
 
 def build_dataset(
@@ -124,8 +124,8 @@ def build_dataset(
 ) -> Dataset:
     """Return the dataset of rows (index of a context, method, natural logarithm of the cost).
 
-    Rows whose cost is no finite number are left out; a pair measured more than once counts with its mean. Raises
-    DatasetError where nothing is left.
+    Rows without a finite cost are left out; repeated measurements of a pair are averaged. Raises DatasetError if
+    nothing is left.
     """
     methods = tuple(sorted({method for _, method, _ in rows}))
     index = {method: i for i, method in enumerate(methods)}
@@ -135,7 +135,7 @@ def build_dataset(
     notes = list(notes)
     finite = np.isfinite(cost)
     if not finite.all():
-        notes.append(f"left out {np.count_nonzero(~finite)} rows whose cost is no finite number")
+        notes.append(f"left out {np.count_nonzero(~finite)} rows whose cost is not finite")
         context, method, cost = context[finite], method[finite], cost[finite]
     if not len(cost):
         raise DatasetError("no row with a finite cost is left")
@@ -148,14 +148,14 @@ def build_dataset(
 
 
 def context_means(values: FloatArray, context: IntArray, count: int, weight: FloatArray | None = None) -> FloatArray:
-    """Return the (weighted) mean of the values of each context, shape (count,); 0 for a context without any."""
+    """Return the (weighted) mean of each context, shape (count,); 0 for a context without values."""
     weight = np.ones_like(values) if weight is None else weight
     sums = np.bincount(context, weights=weight * values, minlength=count)
     return sums / np.maximum(np.bincount(context, weights=weight, minlength=count), 1e-300)
 
 
 def context_minima(values: FloatArray, context: IntArray, count: int) -> FloatArray:
-    """Return the least value of each context, shape (count,); infinity for a context without any."""
+    """Return the minimum of each context, shape (count,); infinity for a context without values."""
     least = np.full(count, np.inf)
     np.minimum.at(least, context, values)
     return least

@@ -1,4 +1,4 @@
-"""What a context costs by itself and what a method adds to it: the additive part of a table with holes."""
+"""Additive main effects of contexts and methods in an incomplete table of costs."""
 
 from dataclasses import dataclass
 
@@ -13,7 +13,7 @@ SWEEPS = 10
 class Effects:
     """`cost ≈ of_context[context] + of_method[method]`, in natural logarithms; 0 for a method never measured.
 
-    `support`: how much was measured of each method.
+    `support`: total weight of the measurements of each method.
     """
 
     of_context: FloatArray
@@ -22,10 +22,10 @@ class Effects:
 
 
 def fit_effects(pairs: Pairs, cost: FloatArray, weight: FloatArray, shrinkage: float = 1.0) -> Effects:
-    """Return both effects by alternating weighted means.
+    """Return both effects, fitted by alternating weighted means.
 
-    Unlike the plain mean of each context it compares a context where only slow methods were measured fairly with one
-    where all were. `shrinkage`: as if so many measurements had shown each method to be average.
+    Unlike a plain mean per context, this allows for which methods were measured there. `shrinkage`: weight of a prior
+    that each method is average.
     """
     contexts, methods = len(pairs.contexts), len(pairs.methods)
     support: FloatArray = np.asarray(np.bincount(pairs.method, weights=weight, minlength=methods), dtype=np.float64)
@@ -39,7 +39,7 @@ def fit_effects(pairs: Pairs, cost: FloatArray, weight: FloatArray, shrinkage: f
 
 
 def mean_regrets(pairs: Pairs, cost: FloatArray, weight: FloatArray) -> FloatArray:
-    """Return each method's mean distance from the best that was measured in the same context; infinity if never."""
+    """Return each method's mean regret against the best measured in the same context; infinity if never measured."""
     best = context_minima(cost, pairs.context, len(pairs.contexts))
     support = np.bincount(pairs.method, weights=weight, minlength=len(pairs.methods))
     sums = np.bincount(pairs.method, weights=weight * (cost - best[pairs.context]), minlength=len(pairs.methods))

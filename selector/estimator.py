@@ -1,4 +1,4 @@
-"""What all selectors share: scikit-learn's conventions, with pairs of a context and a method as X."""
+"""Interface of all selectors: scikit-learn's conventions, with pairs of a context and a method as X."""
 
 from typing import Self
 
@@ -9,19 +9,19 @@ from selector.dataset import Dataset, FloatArray, Pairs
 
 
 class NotApplicableError(ValueError):
-    """This selector can say nothing about such a dataset. The message says what it would need."""
+    """The selector does not apply to the dataset. The message says what it would need."""
 
 
 class Selector(BaseEstimator):  # type: ignore[misc]  # scikit-learn is not typed
     """An estimator that ranks methods: `fit(X, y, sample_weight)`, then `predict(X)`, with X a `Pairs`.
 
-    `y` and what `predict` returns are natural logarithms of cost, float64 of shape (pairs,). A prediction need only be
-    comparable with others of the same context. As everywhere in scikit-learn the constructor only keeps its arguments,
-    what was learned ends in an underscore, and the same arguments and data give the same predictions.
+    `y` and predictions are natural logarithms of cost, float64 of shape (pairs,); predictions need only be comparable
+    within a context. As in scikit-learn, the constructor only stores its arguments, fitted attributes end in an
+    underscore, and equal arguments and data give equal predictions.
     """
 
     def fit(self, X: Pairs, y: FloatArray, sample_weight: FloatArray | None = None) -> Self:  # noqa: N803
-        """Learn from what was measured. Raises NotApplicableError."""
+        """Fit to measured costs. Raises NotApplicableError."""
         raise NotImplementedError
 
     def predict(self, X: Pairs) -> FloatArray:  # noqa: N803
@@ -29,15 +29,15 @@ class Selector(BaseEstimator):  # type: ignore[misc]  # scikit-learn is not type
         raise NotImplementedError
 
     def probe_scores(self, X: Pairs, count: int) -> FloatArray:  # noqa: N803
-        """Return a score for every pair: so many methods of a context, those with the least, are worth measuring first.
+        """Return a score for every pair; the `count` methods of a context with the lowest are to be measured first.
 
-        By default they are those that are predicted to be best.
+        By default these are the predicted best.
         """
         del count
         return self.predict(X)
 
     def fit_dataset(self, dataset: Dataset) -> Self:
-        """Learn from a dataset, each row with its weight."""
+        """Fit to a dataset with its weights."""
         return self.fit(dataset.pairs, dataset.cost, dataset.weight)
 
 

@@ -1,10 +1,9 @@
-"""Pairs of a context and a method as numbers: what the names of methods say, the contexts' features, and physics.
+"""Features of pairs: factors of method names, context features, and roofline estimates.
 
-A method is described by the factors that its name consists of, separated by `|`: `vLLM|tp4`, or `switch=value|…`. So
-what is learned of one method is learned of every method that shares a factor with it. Physics makes of both what a
-roofline says [Williams, Waterman, Patterson, CACM 2009]: how long weights and KV cache take through the memory, and
-how long the multiplications take, for the method's own arithmetic and number of devices. Where a dataset lacks a
-column, what would need it is left out.
+A method is described by the factors of its name, separated by `|`: `vLLM|tp4`, or `switch=value|…`. What is learned of
+one method carries over to every method that shares a factor with it. The roofline model [Williams, Waterman, Patterson,
+CACM 2009] gives the times to read weights and KV cache and to compute the products, for the method's own arithmetic and
+number of devices; features that need a column absent from the dataset are left out.
 """
 
 import re
@@ -18,7 +17,7 @@ import numpy as np
 from selector.dataset import Contexts, FloatArray, IntArray, Pairs
 
 MAX_CATEGORIES: Final = 32
-"""Values of a named column, or factors of methods, that get an indicator of their own: the most frequent ones."""
+"""Values of a named column, or factors of methods, with an indicator column: the most frequent ones."""
 
 _NUMBER: Final = re.compile(r"^(?:([^=]+)=)?([A-Za-z_+-]*?)(\d+(?:\.\d+)?)$")
 _PARALLEL: Final = frozenset({"tp", "pp", "dp", "ep", "cp", "gpu", "gpus", "devices"})
@@ -32,7 +31,7 @@ _WEIGHT_ONLY: Final = re.compile(r"wo$|_wo|w\d+a16|weight|awq|gptq|nf4|=int8$|^i
 
 @dataclass(frozen=True, slots=True)
 class Arithmetic:
-    """What a method's name says of its arithmetic: bits of a weight, of a KV element, of a factor in a product."""
+    """Arithmetic of a method: bits of a weight, of a KV element and of a product's factor, and devices."""
 
     weight_bits: float
     kv_bits: float
@@ -41,7 +40,7 @@ class Arithmetic:
 
 
 def arithmetic_of(method: str) -> Arithmetic:
-    """Return what a method's name says; 16 bits and one device where it says nothing."""
+    """Return the arithmetic that a method's name implies; 16 bits and one device by default."""
     weight_bits = kv_bits = compute_bits = 16.0
     devices = 1.0
     for factor in method.lower().split("|"):
@@ -62,21 +61,21 @@ def arithmetic_of(method: str) -> Arithmetic:
 
 @dataclass(frozen=True, slots=True)
 class MethodTable:
-    """The factors of methods as a matrix: indicators, then the numbers that factors end in, as log2."""
+    """Factors of methods as a matrix: indicators, then log2 of the numbers that factors end in."""
 
     tokens: tuple[str, ...]
     numbers: tuple[str, ...]
 
     @classmethod
     def of(cls, methods: Sequence[str]) -> "MethodTable":
-        """Return the table that tells these methods apart."""
+        """Return the table that distinguishes these methods."""
         counts = Counter(token for method in methods for token in set(method.split("|")))
         tokens = [t for t, n in sorted(counts.items(), key=lambda item: (-item[1], item[0])) if n < len(methods)]
         numbers = Counter(found[0] for token in counts if (found := _number(token)))
         return cls(tuple(tokens[: 2 * MAX_CATEGORIES]), tuple(sorted(k for k, n in numbers.items() if n > 1)))
 
     def matrix(self, methods: Sequence[str]) -> FloatArray:
-        """Return one row a method."""
+        """Return one row per method."""
         table = np.zeros((len(methods), len(self.tokens) + len(self.numbers)))
         for i, method in enumerate(methods):
             for token in method.split("|"):
@@ -94,15 +93,15 @@ def _number(token: str) -> tuple[str, float] | None:
 
 PHYSICS: Final = ("total", "decode", "prefill", "memory_over_compute", "fill", "weight_bits", "kv_bits", "compute_bits",
                   "devices", "rate", "gain", "gain_of_decode", "gain_of_prefill", "communication")  # fmt: skip
-"""The columns of `physics`. A gain is the time relative to a plain method's, and so is what devices exchange."""
+"""Columns of `physics`. Gains and communication are relative to the times of a plain method."""
 
 PLAIN: Final = Arithmetic(weight_bits=16.0, kv_bits=16.0, compute_bits=16.0, devices=1.0)
-"""What is taken of a method whose name says nothing."""
+"""Arithmetic of a method whose name implies none."""
 
 
-@np.errstate(invalid="ignore")  # a figure that is missing makes what needs it NaN
+@np.errstate(invalid="ignore")  # missing figures propagate as NaN
 def physics(pairs: Pairs) -> FloatArray:
-    """Return what a roofline says of every pair, as log2; shape (pairs, count), NaN where a column is missing."""
+    """Return the roofline estimates of every pair as log2, shape (pairs, count); NaN where a column is missing."""
     if not len(pairs) or not {"l_params", "l_bw", "l_bf"} <= set(pairs.contexts.columns):
         return np.full((len(pairs), len(PHYSICS)), np.nan)
     facts = np.array([astuple(arithmetic_of(method)) for method in pairs.methods])
@@ -111,7 +110,7 @@ def physics(pairs: Pairs) -> FloatArray:
 
 
 def _roofline(pairs: Pairs, table: FloatArray) -> FloatArray:
-    """Return the columns of `physics` but for the gains. `table`: each pair's `Arithmetic`, shape (pairs, 4)."""
+    """Return the columns of `physics` without the gains. `table`: each pair's `Arithmetic`, shape (pairs, 4)."""
     contexts = pairs.contexts
 
     def of(name: str, default: float = np.nan) -> FloatArray:
@@ -132,7 +131,7 @@ def _roofline(pairs: Pairs, table: FloatArray) -> FloatArray:
     total = np.logaddexp2(decode, prefill)
     memory = of("l_mem") if "l_mem" in contexts.columns else np.log2(np.maximum(of("memgb"), 1e-6)) + 30
     fill = np.logaddexp2(weight_bytes, kv_bytes) - memory - devices
-    # Two all-reduces a layer, each of 2 (n - 1) / n times the activations in 16 bits.
+    # Two all-reduces per layer, each of 2 (n - 1) / n times the activations in 16 bits.
     share = np.log2(np.maximum(1.0 - 2.0**-devices, 2.0**-10))
     tokens = of("l_bs", 0.0) + np.logaddexp2(of("l_isl", 0.0), of("l_osl", 0.0))
     exchanged = np.log2(of("layers")) + of("l_hidden") + tokens + share + 3.0 - of("l_link")
@@ -144,9 +143,9 @@ def _roofline(pairs: Pairs, table: FloatArray) -> FloatArray:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ContextTable:
-    """Contexts as numbers: the features that differ among those trained on, and indicators of the budget.
+    """Contexts as a matrix: the features that vary in training, and indicators of the budget.
 
-    `centre`, `scale`: median and standard deviation of each kept column. NaN is what a context does not say.
+    `centre`, `scale`: median and standard deviation of each kept column. NaN: unknown.
     """
 
     kept: tuple[int, ...]
@@ -156,7 +155,7 @@ class ContextTable:
 
     @classmethod
     def of(cls, contexts: Contexts) -> "ContextTable":
-        """Return the table that tells these contexts apart."""
+        """Return the table that distinguishes these contexts."""
         table = _finite(contexts.features)
         kept = tuple(j for j in range(table.shape[1]) if _differs(table[:, j]))
         centre = np.array([np.nanmedian(table[:, j]) for j in kept])
@@ -169,12 +168,12 @@ class ContextTable:
         return cls(kept, budgets, centre, scale)
 
     def matrix(self, contexts: Contexts) -> FloatArray:
-        """Return one row a context, in the units of the dataset."""
+        """Return one row per context, in the units of the dataset."""
         table = _finite(contexts.features)[:, list(self.kept)]
         return np.hstack([table, self._indicators(contexts)])
 
     def standardised(self, contexts: Contexts) -> FloatArray:
-        """Return one row a context, each column about 0 and of about equal weight; what is missing is 0."""
+        """Return one row per context with standardised columns; missing values are 0."""
         table = (_finite(contexts.features)[:, list(self.kept)] - self.centre) / self.scale
         return np.hstack([np.clip(np.nan_to_num(table), -5.0, 5.0), self._indicators(contexts)])
 
@@ -186,10 +185,10 @@ class ContextTable:
 
 
 class PairTable:
-    """Pairs as numbers: their contexts' features, their methods' factors, and what physics says of both."""
+    """Pairs as a matrix: context features, method factors and roofline estimates."""
 
     def fit(self, pairs: Pairs) -> Self:
-        """Learn which columns tell these pairs apart."""
+        """Select the columns that vary among these pairs."""
         used = np.unique(pairs.context)
         self.contexts_ = ContextTable.of(pairs.contexts.take(used))
         self.methods_ = MethodTable.of([pairs.methods[i] for i in np.unique(pairs.method)])
@@ -198,7 +197,7 @@ class PairTable:
         return self
 
     def columns_of_group(self, pairs: Pairs, group: str | None) -> IntArray:
-        """Return the columns that only say which value of `group` a context has: constant for each of its values."""
+        """Return the columns that merely identify the value of `group`: constant within each of its values."""
         if group is None or group not in pairs.contexts.names:
             return np.zeros(0, dtype=np.intp)
         used = np.unique(pairs.context)
@@ -206,19 +205,19 @@ class PairTable:
         table = _finite(pairs.contexts.features[used])[:, list(self.contexts_.kept)]
         varies = np.zeros(table.shape[1], dtype=bool)
         for name in np.unique(names):
-            # Where all contexts are alike there are no columns, and a list of none would be of no bools.
+            # dtype: the list is empty where all contexts are equal.
             varies |= np.array([_differs(column) for column in table[names == name].T], dtype=bool)
         return np.flatnonzero(~varies)
 
     def transform(self, pairs: Pairs) -> FloatArray:
-        """Return one row a pair."""
+        """Return one row per pair."""
         contexts = self.contexts_.matrix(pairs.contexts)[pairs.context]
         methods = self.methods_.matrix(pairs.methods)[pairs.method]
         return np.hstack([contexts, methods, physics(pairs)[:, list(self.physics_)]])
 
 
 def _finite(table: FloatArray) -> FloatArray:
-    """Return the table with NaN for what is no finite number, nor one that single precision can hold."""
+    """Return the table with NaN for every value that is not finite in single precision."""
     return np.where(np.abs(table) < 1e30, table, np.nan)
 
 

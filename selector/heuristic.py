@@ -1,19 +1,38 @@
-"""The hand-written rule: what a method is expected to cost, from a few facts about the task and one table.
+"""Heuristic cost model: the expected cost of a method from a few facts about the task and one table of measured speeds.
 
-It is what a peer without a history goes by, and one of the baselines that the learned selector has to beat. The table
-was measured with a small Llama on two cores with AVX-512. onnxruntime's int8 follows from its ratios to fp32, measured
+A peer without a history chooses by it, and it is a baseline that the learned selector must beat. The table was measured
+with a small Llama on two cores with AVX-512. The figures of onnxruntime's int8 follow from its ratios to fp32 measured
 with AVX2: 1.67 for a prompt, 0.48 and 1.08 for 1 and 8 sessions, 1.33 for 32 (products alone). Only ratios matter.
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from typing import Final, NamedTuple
 
 from selector.task import Method, TaskContext
 
+HEURISTIC_DEVIATION: Final = 0.4
+"""Standard deviation of the heuristic's error in natural logarithms: a factor of about 1.5 either way."""
+
+MIN_SAMPLES: Final = 5
+"""Measurements below which no model is trained."""
+
+
+@dataclass(frozen=True, slots=True)
+class CostEstimate:
+    """Expected natural logarithm of a method's cost in seconds, and its standard deviation in a comparison."""
+
+    log_cost: float
+    deviation: float
+
+
+CostTable = Mapping[str, CostEstimate]
+"""Cost estimates by method name."""
+
 
 class _Speed(NamedTuple):
-    """Milliseconds: of one row of a prompt; of a decode step of 1, 8 and 32 sessions."""
+    """Milliseconds per row of a prompt, and per decode step of 1, 8 and 32 sessions."""
 
     row: float
     decode: tuple[float, float, float]
@@ -31,26 +50,23 @@ _SPEEDS: Final = {
 _ACTIVATIONS: Final = {"fp32": 1.0, "bf16": 0.5, "int8": 0.27}
 
 _CODEC_S: Final = 0.0002
-"""What a narrower codec costs a round at each crossing: not worth it on short links.
-
-Between what whole jobs on loopback showed, none to half a millisecond; the conversion alone takes 0.02 ms.
-"""
+"""Cost of a narrower wire codec per round and link. Jobs on loopback showed 0 to 0.5 ms; conversion takes 0.02 ms."""
 
 _CHUNK_OVERHEAD: Final = 0.02
-"""What cutting a prompt costs, as a part of its time, for each chunk up to ten."""
+"""Overhead of chunked prefill as a share of its time, per chunk up to ten."""
 
-_WORTH_GUESSING: Final = 0.3
-"""With less repetition than this the guesses of prompt lookup cost more than they save."""
+_MIN_HIT_RATE: Final = 0.3
+"""Repetitiveness below which prompt-lookup drafts cost more than they save."""
 
 _DRAFT_STEP: Final = 0.4
-"""A draft model's step, as a part of the step of the model that it guesses for."""
+"""Step time of a draft model relative to its target model."""
 
-_DRAFT_HIT: Final = 0.8
-"""How often a draft model is taken to be right."""
+_DRAFT_HIT_RATE: Final = 0.8
+"""Assumed acceptance rate of a draft model's tokens."""
 
 
 def predicted_cost(context: TaskContext, method: Method) -> float:
-    """Return the natural logarithm of what a job is expected to cost with a method, seconds."""
+    """Return the natural logarithm of a job's expected cost with a method, in seconds."""
     speed = _SPEEDS[method.engine, method.arithmetic]
     prefill_s = _prefill_s(context, method, speed)
     step_s = _decode_ms(speed, context.concurrency) / 1000
@@ -62,8 +78,13 @@ def predicted_cost(context: TaskContext, method: Method) -> float:
     return math.log(prefill_s + round_s * context.max_tokens / _tokens_per_round(context, method))
 
 
+def heuristic_table(context: TaskContext, methods: Iterable[Method]) -> CostTable:
+    """Return the heuristic's estimates."""
+    return {each.name: CostEstimate(predicted_cost(context, each), HEURISTIC_DEVIATION) for each in methods}
+
+
 def preference(context: TaskContext, methods: Iterable[Method]) -> list[Method]:
-    """Return the methods with the most promising first."""
+    """Return the methods in ascending order of expected cost."""
     return sorted(methods, key=lambda method: (predicted_cost(context, method), method.name))
 
 
@@ -74,17 +95,17 @@ def _prefill_s(context: TaskContext, method: Method, speed: _Speed) -> float:
     chunk = method.prefill_chunk
     if chunk is not None:
         chunks = math.ceil(rows / chunk)
-        # While one stage works on a chunk, the one before it works on the next.
+        # Stages work on successive chunks in a pipeline.
         pipelined = (context.stage_count + chunks - 1) / (context.stage_count * chunks)
-        # And others go on decoding meanwhile, which is felt where there are others.
+        # Other sessions go on decoding meanwhile.
         relief = 0.9 if context.concurrency > 1 and chunks > 1 else 1.0
         prefill_s *= max(pipelined, 0.5) * (1 + _CHUNK_OVERHEAD * min(chunks, 10)) * relief
-    # One's own pages are to be hashed, copied and kept, too.
+    # The prompt's own pages must be hashed and copied, too.
     return prefill_s * (1.005 if method.prefix_cache else 1.0) + context.link_s * _on_the_wire(method)
 
 
 def _decode_ms(speed: _Speed, concurrency: int) -> float:
-    """Return the time of a step of so many sessions, interpolated over the logarithm of their number."""
+    """Return the time of a decode step, interpolated over the logarithm of the number of sessions."""
     one, eight, many = speed.decode
     place = math.log(max(1, concurrency)) / math.log(8)
     if place <= 1:
@@ -93,17 +114,17 @@ def _decode_ms(speed: _Speed, concurrency: int) -> float:
 
 
 def _on_the_wire(method: Method) -> float:
-    """Return how much of the links' time is left: part of it is the bytes', part is distance."""
+    """Return the remaining share of the link time: a tenth depends on the bytes, the rest is latency."""
     return 0.9 + 0.1 * _ACTIVATIONS[method.activations]
 
 
 def _tokens_per_round(context: TaskContext, method: Method) -> float:
-    """Return how many tokens a round through all stages is expected to bring, less what guessing costs."""
+    """Return the expected tokens per round through all stages, less the overhead of speculative decoding."""
     if method.drafter == "off" or context.max_tokens <= 1:
         return 1.0
-    hit = _DRAFT_HIT if method.drafter == "draft" else context.repetitiveness
-    if hit < _WORTH_GUESSING:
+    hit = _DRAFT_HIT_RATE if method.drafter == "draft" else context.repetitiveness
+    if hit < _MIN_HIT_RATE:
         return 0.97
     accepted = sum(hit**count for count in range(1, method.draft_tokens + 1))
-    # Rows of guesses are computed, too: cheap for one session, dear where the batch is full already.
+    # Draft rows are computed, too: cheap for one session, expensive where the batch is full.
     return (1 + accepted) / (1 + 0.04 * method.draft_tokens * min(context.concurrency, 8))

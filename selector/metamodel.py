@@ -1,17 +1,14 @@
-"""The meta-model: one joint regression over pairs of context and method, so that methods learn from one another.
+"""The meta-model: one joint regression over pairs of context and method, so that methods share what is learned.
 
-Its members are histogram gradient boosting, extremely randomised trees [Geurts, Ernst, Wehenkel, Machine Learning
-2006] and kernel ridge regression, which is smooth where trees step, on three targets: the logarithm of the cost itself;
-the same relative to what the context costs by itself; and what a linear fit on the logarithms of the roofline's times
-leaves over. The first sees most, the second only what decides a choice, the third extrapolates to hardware and models
-beyond those seen. Where whole values of a column are new, some members do not see the features that only say which
-value it is: what can be learned of those is by heart. How much each member says follows from cross-validation on the
-history at hand, in which whole groups of contexts are left out [stacked regressions: Breiman, Machine Learning 1996],
-and so does how far a prediction may be off.
+Its members are histogram gradient boosting, extremely randomised trees [Geurts, Ernst, Wehenkel, Machine Learning 2006]
+and kernel ridge regression, on three targets: the logarithm of the cost; the same relative to the context's effect; and
+the residual of a linear fit, which extrapolates to hardware and models beyond those seen. For leave-one-group-out, some
+members do not see the features that merely identify a group. The members' weights and the uncertainty follow from
+grouped cross-validation on the training data [stacked regressions: Breiman, Machine Learning 1996].
 """
 
 from dataclasses import dataclass
-from typing import Any, Final, Self
+from typing import Any, Final, NamedTuple, Self
 
 import numpy as np
 from scipy.stats import norm
@@ -40,47 +37,47 @@ FITS: Final = (
     ("trees", ("cost", "residual"), "general"),
     ("kernel", ("cost", "residual"), "all"),
 )
-"""The regressions, the targets of each, and the features that it sees. Each target is a member.
+"""The regressions with their targets and features. Each target is a member.
 
-Trees may share their splits among targets, which costs one fit instead of two; relative costs want splits of their own.
-Fine trees, three times as many, which split by chance among fewer features, are the best where what is asked about is
-like what was seen; where it is not, those that choose among all features are.
+Trees may share their splits among targets, which costs one fit instead of two; relative costs need splits of their own.
+Fine trees, three times as many over random subsets of the features, are best for queries like the training data;
+otherwise those over all features are.
 """
 
 KERNEL_POINTS: Final = 1000
-"""Pairs that a kernel compares with, drawn by lot."""
+"""Landmarks of the kernel, sampled at random."""
 
 KERNEL_ROWS: Final = 20_000
-"""At most so many rows are in a kernel's fit, drawn by lot: what it holds meanwhile grows with rows times points."""
+"""Rows of a kernel's fit, sampled at random: its memory grows with rows times points."""
 
-MIN_CONTEXTS_TO_WEIGH: Final = 12
-"""With fewer contexts all members weigh the same: there is too little to leave out."""
+MIN_CONTEXTS_FOR_STACKING: Final = 12
+"""With fewer contexts all members weigh the same."""
 
 LEAST_SQUARES_SHARE: Final = 0.7
 LEAST_SQUARES_GROUPS: Final = 40
-"""How much of the weights goes by least squares, and the number of groups to leave out with which it is half of that.
+"""Share of the weights set by least squares, and the number of groups at which it is half of that.
 
-The rest goes by the regret of what each member would have chosen. Regret is what counts, and sees each member alone;
-least squares see how members correct one another, but with few groups mostly what those happen to have in common.
+The rest follows from the regret of each member's own choices. Regret is the goal but sees each member alone; least
+squares see how members correct one another, but overfit where there are few groups.
 """
 
 REGRET_POWER: Final = 4
 REGRET_GROUPS: Final = 12
-"""A member with half the regret gets two to this power the weight, and the number of groups with which it is half."""
+"""Weight is regret to this negative power, and the number of groups at which the power is half."""
 
 REGRET_FLOOR: Final = 1e-3
-"""Added to a regret, in natural logarithms of cost: what is smaller is luck."""
+"""Added to every regret, in natural logarithms of cost; smaller ones are noise."""
 
-LEAF_FLOOR: Final = 1e-3
-"""The least standard deviation that is told, in natural logarithms of cost."""
+MIN_DEVIATION: Final = 1e-3
+"""Lower bound of standard deviations, in natural logarithms of cost."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Prediction:
-    """What a meta-model says of pairs.
+class PairEstimates:
+    """Predictions for pairs.
 
-    `cost`: predicted natural logarithms of cost. `relative`: the same, less the mean of the context's pairs: that is
-    what a choice goes by. `deviation`: the standard deviation that `relative` is expected to be off by.
+    `cost`: natural logarithms of cost. `relative`: the same less the mean of the context's pairs, which decides a
+    choice. `deviation`: standard deviation of the error of `relative`.
     """
 
     cost: FloatArray
@@ -91,9 +88,8 @@ class Prediction:
 class MetaModel(Selector):
     """The ensemble.
 
-    `group`: the column of the contexts whose values are left out whole in cross-validation; None for single contexts.
-    `max_rows`: at most so many rows are learned from, whole contexts drawn by lot. `max_leaves`: of all trees of one
-    extra-trees member, which bounds its size in memory to some 100 bytes a leaf. `n_jobs`: threads.
+    `group`: the column for leave-one-group-out in cross-validation; None: single contexts. `max_rows`: rows learned
+    from; whole contexts are sampled. `max_leaves`: of all trees of one extra-trees member, at some 100 bytes per leaf.
     """
 
     def __init__(
@@ -105,7 +101,6 @@ class MetaModel(Selector):
         max_rows: int = 60_000,
         max_leaves: int = 400_000,
         random_state: int = 0,
-        n_jobs: int = 1,
     ) -> None:
         self.group = group
         self.boosting_rounds = boosting_rounds
@@ -113,16 +108,15 @@ class MetaModel(Selector):
         self.max_rows = max_rows
         self.max_leaves = max_leaves
         self.random_state = random_state
-        self.n_jobs = n_jobs
 
     def fit(self, X: Pairs, y: FloatArray, sample_weight: FloatArray | None = None) -> Self:  # noqa: N803
-        """Learn members, weights and uncertainty."""
+        """Fit the members, their weights and the uncertainty."""
         weight = weights_of(y, sample_weight)
-        rows = self._draw_rows(X)
+        rows = self._sample_rows(X)
         X, y, weight = X.take(rows), y[rows], weight[rows]  # noqa: N806
-        self.variance_ = np.array([max(float(np.var(y)), LEAF_FLOOR**2), 1.0])
+        self.variance_ = np.array([max(float(np.var(y)), MIN_DEVIATION**2), 1.0])
         self.ensemble_ = _Ensemble(self, scale=1.0).fit(X, y, weight)
-        self.weights_ = np.full(len(self.ensemble_.members), 1.0 / len(self.ensemble_.members))
+        self.weights_ = np.full(self.ensemble_.member_count, 1.0 / self.ensemble_.member_count)
         held_out = self._cross_validate(X, y, weight)
         if held_out is not None:
             self._weigh(X, y, weight, held_out, len(np.unique(_groups(X, self.group))))
@@ -132,40 +126,39 @@ class MetaModel(Selector):
         """Return predicted logarithms of cost."""
         return self.predict_all(X).cost
 
-    def predict_all(self, X: Pairs) -> Prediction:  # noqa: N803
-        """Return predicted costs, and how far they may be off."""
+    def predict_all(self, X: Pairs) -> PairEstimates:  # noqa: N803
+        """Return predicted costs with their uncertainty."""
         check_is_fitted(self)
-        said = self.ensemble_.predict(X)
-        cost = said @ self.weights_
-        centred = _centred(said, X)
+        predicted = self.ensemble_.predict(X)
+        cost = predicted @ self.weights_
+        centred = _centred(predicted, X)
         relative = centred @ self.weights_
         spread = ((centred - relative[:, None]) ** 2) @ self.weights_
-        deviation = np.sqrt(np.maximum(self.variance_[0] + self.variance_[1] * spread, LEAF_FLOOR**2))
-        return Prediction(cost, relative, deviation)
+        deviation = np.sqrt(np.maximum(self.variance_[0] + self.variance_[1] * spread, MIN_DEVIATION**2))
+        return PairEstimates(cost, relative, deviation)
 
     def probe_scores(self, X: Pairs, count: int) -> FloatArray:  # noqa: N803
-        """Return by which methods to begin measuring; see Selector.
+        """Return the scores for probing; see Selector.
 
-        First comes the one that is expected to be best, then those that are expected to improve on it the most [Jones,
-        Schonlau, Welch, Journal of Global Optimization 1998]. Of a method never measured it is known how far methods
-        differ, and no more.
+        First comes the predicted best, then the methods by expected improvement on it [Jones, Schonlau, Welch, Journal
+        of Global Optimization 1998]. The variance of a method never measured is that between methods.
         """
-        said = self.predict_all(X)
+        predicted = self.predict_all(X)
         if count < 2:
-            return said.cost
-        first = _first_rows(said.relative, X.context)
-        variance = said.deviation**2 + self.ensemble_.ignorance(X)
-        behind = said.relative - said.relative[first]
+            return predicted.cost
+        first = _first_rows(predicted.relative, X.context)
+        variance = predicted.deviation**2 + self.ensemble_.method_variance(X)
+        behind = predicted.relative - predicted.relative[first]
         scale = np.sqrt(variance + variance[first])
         improvement = scale * norm.pdf(behind / scale) - behind * norm.sf(behind / scale)
         improvement[np.unique(first)] = np.inf
-        order = np.lexsort((said.relative, -improvement))  # far behind no improvement is left that a float could hold
+        order = np.lexsort((predicted.relative, -improvement))  # the improvement of methods far behind underflows to 0
         scores = np.empty(len(order))
         scores[order] = np.arange(len(order))
         return scores
 
-    def _draw_rows(self, pairs: Pairs) -> IntArray:
-        """Return the rows of as many whole contexts, drawn by lot, as `max_rows` leaves room for."""
+    def _sample_rows(self, pairs: Pairs) -> IntArray:
+        """Return at most `max_rows` rows of randomly sampled whole contexts."""
         if len(pairs) <= self.max_rows:
             return np.arange(len(pairs))
         drawn = np.random.default_rng(self.random_state).permutation(len(pairs.contexts))
@@ -175,26 +168,26 @@ class MetaModel(Selector):
         return np.flatnonzero(kept[pairs.context])
 
     def _cross_validate(self, pairs: Pairs, y: FloatArray, weight: FloatArray) -> FloatArray | None:
-        """Return what smaller members say of rows held out of their training, shape (rows, members)."""
+        """Return out-of-fold predictions of smaller members, shape (rows, members); None with too few groups."""
         groups = _groups(pairs, self.group)
         count = min(3, len(np.unique(groups)))
-        if count < 2 or len(np.unique(pairs.context)) < MIN_CONTEXTS_TO_WEIGH:
+        if count < 2 or len(np.unique(pairs.context)) < MIN_CONTEXTS_FOR_STACKING:
             return None
-        said = np.empty((len(pairs), len(self.weights_)))
+        predicted = np.empty((len(pairs), len(self.weights_)))
         for train, test in GroupKFold(count).split(groups, groups=groups):
             ensemble = _Ensemble(self, scale=0.4, general=self.ensemble_.general)
             ensemble.fit(pairs.take(train), y[train], weight[train])
-            said[test] = ensemble.predict(pairs.take(test))
-        return said
+            predicted[test] = ensemble.predict(pairs.take(test))
+        return predicted
 
-    def _weigh(self, pairs: Pairs, y: FloatArray, weight: FloatArray, said: FloatArray, groups: int) -> None:
-        """Weigh members by how well they order the methods of contexts not seen, and learn how far they are off."""
-        centred, truth = _centred(said, pairs), _centred(y[:, None], pairs)[:, 0]
+    def _weigh(self, pairs: Pairs, y: FloatArray, weight: FloatArray, predicted: FloatArray, groups: int) -> None:
+        """Set the members' weights by how well they order methods out of fold, and fit the uncertainty."""
+        centred, truth = _centred(predicted, pairs), _centred(y[:, None], pairs)[:, 0]
         regret = y - context_minima(y, pairs.context, len(pairs.contexts))[pairs.context]
         chosen = _mean_regrets(centred, regret, pairs.context)
         self.weights_ = (chosen + REGRET_FLOOR) ** (-REGRET_POWER * groups / (groups + REGRET_GROUPS))
         self.weights_ /= self.weights_.sum()
-        found = _non_negative_fit(centred, truth, weight * np.exp(-regret))  # a choice is among the best
+        found = _non_negative_fit(centred, truth, weight * np.exp(-regret))  # choices fall among the best
         if found.sum() > 0:
             share = LEAST_SQUARES_SHARE * groups / (groups + LEAST_SQUARES_GROUPS)
             self.weights_ = (1 - share) * self.weights_ + share * found / found.sum()
@@ -204,33 +197,22 @@ class MetaModel(Selector):
         self.variance_ = _non_negative_fit(design, (truth - mean) ** 2, weight)
 
 
+class _Fit(NamedTuple):
+    """One fitted regression. `scale`: standard deviations of its targets in training."""
+
+    model: Any
+    targets: tuple[str, ...]
+    columns: IntArray
+    scale: FloatArray
+
+
 class _Ensemble:
-    """The members, fitted on the same rows. `general`: whether some of them see general features only."""
+    """The members, fitted on the same rows. `general`: whether some see only features that do not identify a group."""
 
     def __init__(self, of: MetaModel, scale: float, *, general: bool | None = None) -> None:
-        self._group = of.group
+        self._of = of
+        self._scale = scale
         self.general = general
-        self._boosting: dict[str, Any] = {
-            "max_iter": max(20, int(of.boosting_rounds * scale)),
-            "learning_rate": 0.12 if scale == 1.0 else 0.18,
-            "max_leaf_nodes": 20,
-            "max_features": 0.5,
-            "l2_regularization": 1.0,
-            "random_state": of.random_state,
-        }
-        count = max(8, int(of.tree_count * scale))
-        self._trees = self._settings_of_trees(of, count)
-        self._fine_trees = self._settings_of_trees(of, 3 * count)
-        self._random_state = of.random_state
-
-    @staticmethod
-    def _settings_of_trees(of: MetaModel, count: int) -> dict[str, Any]:
-        return {
-            "n_estimators": count,
-            "max_leaf_nodes": max(2, of.max_leaves // count),
-            "n_jobs": of.n_jobs,
-            "random_state": of.random_state,
-        }
 
     def fit(self, pairs: Pairs, y: FloatArray, weight: FloatArray) -> Self:
         self._table = PairTable().fit(pairs)
@@ -239,60 +221,52 @@ class _Ensemble:
             zip(pairs.methods, np.column_stack([effects.of_method, effects.support]).tolist(), strict=True)
         )
         table = self._matrix(pairs)
-        self._columns = {"all": np.arange(table.shape[1])}
-        by_heart = self._table.columns_of_group(pairs, self._group)
+        columns = {"all": np.arange(table.shape[1])}
+        identifying = self._table.columns_of_group(pairs, self._of.group)
         if self.general is None:
-            self.general = 0 < len(by_heart) < len(self._table.contexts_.kept)
+            self.general = 0 < len(identifying) < len(self._table.contexts_.kept)
         if self.general:
-            self._columns["general"] = np.setdiff1d(self._columns["all"], by_heart)
+            columns["general"] = np.setdiff1d(columns["all"], identifying)
         self._line = _Line().fit(table, y, weight)
         residual = y - self._line.predict(table)
-        targets = {"cost": y, "relative": y - effects.of_context[pairs.context], "residual": residual}
+        values = {"cost": y, "relative": y - effects.of_context[pairs.context], "residual": residual}
         self._fits = []
-        for kind, names, view in FITS:
-            if view in self._columns:
-                wanted = np.column_stack([targets[name] for name in names])
-                scale = np.maximum(wanted.std(axis=0), LEAF_FLOOR)
-                wanted = (wanted / scale)[:, 0] if len(names) == 1 else wanted / scale
-                model = self._new(kind, len(y), names).fit(table[:, self._columns[view]], wanted, sample_weight=weight)
-                self._fits.append((model, names, view, scale))
+        for kind, targets, view in FITS:
+            if view in columns:
+                wanted = np.column_stack([values[name] for name in targets])
+                scale = np.maximum(wanted.std(axis=0), MIN_DEVIATION)
+                wanted = (wanted / scale)[:, 0] if len(targets) == 1 else wanted / scale
+                model = self._new(kind, len(y), targets).fit(table[:, columns[view]], wanted, sample_weight=weight)
+                self._fits.append(_Fit(model, targets, columns[view], scale))
+        self._targets = [name for fit in self._fits for name in fit.targets]
         return self
 
-    def ignorance(self, pairs: Pairs) -> FloatArray:
-        """Return the variance of what is not known of each pair's method for want of measurements, shape (pairs,)."""
+    @property
+    def member_count(self) -> int:
+        """Columns of `predict`."""
+        return len(self._targets)
+
+    def method_variance(self, pairs: Pairs) -> FloatArray:
+        """Return the variance due to missing measurements of each pair's method, shape (pairs,)."""
         effects = [effect for effect, support in self._effect.values() if support > 0] or [0.0]
         support = np.array([self._effect.get(method, (0.0, 0.0))[1] for method in pairs.methods])
         unknown: FloatArray = (float(np.var(effects)) / (1.0 + support))[pairs.method]
         return unknown
 
-    @property
-    def members(self) -> tuple[str, ...]:
-        """The names of the members, in the order of what `predict` returns."""
-        shown = [(kind, names, view) for kind, names, view in FITS if view in self._columns]
-        return tuple(f"{kind} on {name}, {view} features" for kind, names, view in shown for name in names)
-
     def predict(self, pairs: Pairs) -> FloatArray:
-        """Return what each member says, shape (pairs, members), in logarithms of cost."""
+        """Return each member's predicted logarithms of cost, shape (pairs, members)."""
         table = self._matrix(pairs)
-        said = np.column_stack(
-            [
-                model.predict(table[:, self._columns[view]]).reshape(len(pairs), -1) * scale
-                for model, _, view, scale in self._fits
-            ]
+        predicted = np.column_stack(
+            [fit.model.predict(table[:, fit.columns]).reshape(len(pairs), -1) * fit.scale for fit in self._fits]
         )
-        targets = [name for _, names, _, _ in self._fits for name in names]
-        line = self._line.predict(table)
-        for j, target in enumerate(targets):
-            if target == "residual":
-                said[:, j] += line
-        # The relative members know nothing of a context's level: they take it from the others.
-        level = [j for j, target in enumerate(targets) if target != "relative"]
-        mean = context_means(said[:, level].mean(axis=1), pairs.context, len(pairs.contexts))[pairs.context]
-        for j, target in enumerate(targets):
-            if target == "relative":
-                own = context_means(said[:, j], pairs.context, len(pairs.contexts))[pairs.context]
-                said[:, j] += mean - own
-        return said
+        predicted[:, [name == "residual" for name in self._targets]] += self._line.predict(table)[:, None]
+        # Members on relative costs take a context's level from the others.
+        is_relative = np.array([name == "relative" for name in self._targets])
+        level, count = predicted[:, ~is_relative].mean(axis=1), len(pairs.contexts)
+        mean = context_means(level, pairs.context, count)[pairs.context]
+        for j in np.flatnonzero(is_relative):
+            predicted[:, j] += mean - context_means(predicted[:, j], pairs.context, count)[pairs.context]
+        return predicted
 
     def _matrix(self, pairs: Pairs) -> FloatArray:
         unknown = [0.0, 0.0]
@@ -300,18 +274,32 @@ class _Ensemble:
         return np.hstack([self._table.transform(pairs), effects[pairs.method]])
 
     def _new(self, kind: str, rows: int, targets: tuple[str, ...]) -> Any:
+        of = self._of
+        count = max(8, int(of.tree_count * self._scale))
         if kind == "trees":
-            share = 1.0 if len(targets) == 1 else 0.5
-            return ExtraTreesRegressor(min_samples_leaf=2, max_features=share, **self._trees)
+            return _extra_trees(of, count, min_samples_leaf=2, max_features=1.0 if len(targets) == 1 else 0.5)
         if kind == "fine trees":
-            return ExtraTreesRegressor(min_samples_leaf=1, max_features=0.4, **self._fine_trees)
+            return _extra_trees(of, 3 * count, min_samples_leaf=1, max_features=0.4)
         if kind == "kernel":
-            return _Kernel(self._random_state)
-        return BoostedTrees(min_samples_leaf=int(np.clip(rows // 40, 2, 10)), **self._boosting)
+            return _Kernel(of.random_state)
+        return BoostedTrees(
+            max_iter=max(20, int(of.boosting_rounds * self._scale)),
+            learning_rate=0.12 if self._scale == 1.0 else 0.18,
+            max_leaf_nodes=20,
+            max_features=0.5,
+            l2_regularization=1.0,
+            min_samples_leaf=int(np.clip(rows // 40, 2, 10)),
+            random_state=of.random_state,
+        )
+
+
+def _extra_trees(of: MetaModel, count: int, **parameters: float) -> ExtraTreesRegressor:
+    leaves = max(2, of.max_leaves // count)
+    return ExtraTreesRegressor(count, max_leaf_nodes=leaves, random_state=of.random_state, **parameters)
 
 
 class _Scale:
-    """Brings columns about 0 and to equal weight; what is missing is 0."""
+    """Standardises columns; missing values become 0."""
 
     def fit(self, table: FloatArray) -> Self:
         with np.errstate(invalid="ignore"):
@@ -324,13 +312,13 @@ class _Scale:
         return self
 
     def transform(self, table: FloatArray) -> FloatArray:
-        """Return the columns; what lies far outside of what was seen is brought to its edge."""
+        """Return the standardised columns, clipped far outside of the training range."""
         columns: FloatArray = np.clip(np.nan_to_num((table - self._centre) / self._scale), -4.0, 4.0)
         return columns
 
 
 class _Line:
-    """A ridge regression on the features, which are logarithms for the most part: the roofline's straight lines."""
+    """Ridge regression on the features, most of which are logarithms: the roofline is linear in them."""
 
     def fit(self, table: FloatArray, y: FloatArray, weight: FloatArray) -> Self:
         self._scale = _Scale().fit(table)
@@ -343,9 +331,9 @@ class _Line:
 
 
 class _Kernel:
-    """A ridge regression in the space of a Gaussian kernel, by Nyström's method [Williams, Seeger, NIPS 2000].
+    """Kernel ridge regression with a Gaussian kernel, by Nyström's method [Williams, Seeger, NIPS 2000].
 
-    Between what was measured it interpolates without steps; far from all of it what it says goes back to the mean.
+    Unlike trees it interpolates smoothly; far from all measurements it returns to the mean.
     """
 
     def __init__(self, random_state: int) -> None:
@@ -364,25 +352,25 @@ class _Kernel:
         return self
 
     def predict(self, table: FloatArray) -> FloatArray:
-        said: FloatArray = self._ridge.predict(self._map.transform(self._scale.transform(table)))
-        return said
+        predicted: FloatArray = self._ridge.predict(self._map.transform(self._scale.transform(table)))
+        return predicted
 
 
 def _centred(values: FloatArray, pairs: Pairs) -> FloatArray:
-    """Return the columns of values, each less its mean over the pairs of the same context."""
+    """Return the columns of values, each less its mean within the context."""
     count = len(pairs.contexts)
     means = [context_means(values[:, j], pairs.context, count)[pairs.context] for j in range(values.shape[1])]
     return values - np.column_stack(means)
 
 
-def _mean_regrets(said: FloatArray, regret: FloatArray, context: IntArray) -> FloatArray:
-    """Return each member's mean regret over the contexts, in each of which it chooses what it says costs least."""
-    return np.array([np.mean(regret[np.unique(_first_rows(of_member, context))]) for of_member in said.T])
+def _mean_regrets(predicted: FloatArray, regret: FloatArray, context: IntArray) -> FloatArray:
+    """Return each member's mean regret over the contexts when it chooses its predicted best."""
+    return np.array([np.mean(regret[np.unique(_first_rows(of_member, context))]) for of_member in predicted.T])
 
 
-def _first_rows(said: FloatArray, context: IntArray) -> IntArray:
-    """Return for each row that of the same context with the least of what is said."""
-    order = np.lexsort((said, context))
+def _first_rows(predicted: FloatArray, context: IntArray) -> IntArray:
+    """Return for each row the row of the same context with the lowest prediction."""
+    order = np.lexsort((predicted, context))
     first = np.unique(context[order], return_index=True)[1]
     of_context = np.zeros(int(context.max(initial=-1)) + 1, dtype=np.intp)
     of_context[context[order][first]] = order[first]
@@ -391,17 +379,14 @@ def _first_rows(said: FloatArray, context: IntArray) -> IntArray:
 
 
 def _non_negative_fit(table: FloatArray, y: FloatArray, weight: FloatArray) -> FloatArray:
-    """Return the coefficients, none negative, of least squares through the origin."""
+    """Return the coefficients of non-negative least squares through the origin."""
     fit = LinearRegression(fit_intercept=False, positive=True).fit(table, y, sample_weight=weight)
     coefficients: FloatArray = fit.coef_
     return coefficients
 
 
 def _groups(pairs: Pairs, column: str | None) -> IntArray:
-    """Return for each pair the number of what is left out together.
-
-    That is a value of the column, else contexts that differ in nothing but their budget: they may share measurements.
-    """
+    """Return each pair's group in cross-validation: its value of `column`, else contexts equal but for the budget."""
     names = pairs.contexts.names
     if column is not None and column in names and len(np.unique(names[column][pairs.context])) > 2:
         return np.unique(names[column], return_inverse=True)[1].astype(np.intp)[pairs.context]

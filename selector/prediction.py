@@ -1,4 +1,4 @@
-"""What each method is expected to cost, and how sure that is: by the rule at first, by the history more and more."""
+"""Predicted cost of each method with its uncertainty: the heuristic at first, the history increasingly."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -7,42 +7,41 @@ from typing import Final
 
 import numpy as np
 
-from selector.dataset import FloatArray, Pairs
-from selector.expectation import MIN_EXPERIENCES, RULE_DEVIATION, Expectation, Table
-from selector.heuristic import predicted_cost
+from selector.dataset import Pairs
+from selector.heuristic import HEURISTIC_DEVIATION, MIN_SAMPLES, CostEstimate, CostTable, predicted_cost
 from selector.metamodel import MetaModel
 from selector.task import PORTFOLIO, Method, TaskContext
-from selector.task_buckets import Viewpoint, representative
-from selector.training_set import ContextColumns, Experience, lesson_of
+from selector.task_buckets import Viewpoint, canonicalise
+from selector.training_set import ContextColumns, Sample, build_training_set
 
 UNSEEN_DEVIATION: Final = 0.3
-"""What is added for a method that was never measured."""
+"""Additional standard deviation of a method that was never measured."""
 
-HALF_TRUST: Final = 20.0
-"""The weight of measurements with which rule and model have the same say."""
+HALF_SHARE_WEIGHT: Final = 20.0
+"""Weight of samples at which the meta-model counts as much as the heuristic."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Predictor:
     """A meta-model trained on a history. It never leaves the machine that trained it.
 
-    `experiences`: how many it was trained on. `weight`: what those were worth to this peer, in measurements of its own.
+    `weight`: total weight of its samples, in units of an own measurement.
     """
 
     model: MetaModel
     columns: ContextColumns
     support: Mapping[str, float]
-    experiences: int
+    sample_count: int
     weight: float
 
     @property
     def share(self) -> float:
-        """How much the model has to say beside the rule, from 0 to 1."""
-        return self.weight / (self.weight + HALF_TRUST)
+        """Weight of the meta-model relative to the heuristic, 0 to 1."""
+        return self.weight / (self.weight + HALF_SHARE_WEIGHT)
 
-    def table(self, context: TaskContext, methods: Sequence[Method] = tuple(PORTFOLIO.values())) -> Table:
-        """Return what each method is expected to cost in a context: what the rule says, and the model adds."""
-        context = representative(context)
+    def table(self, context: TaskContext, methods: Sequence[Method] = tuple(PORTFOLIO.values())) -> CostTable:
+        """Return the estimates in a context: the heuristic's, corrected by the meta-model."""
+        context = canonicalise(context)
         count = len(methods)
         pairs = Pairs(
             self.columns.table([context]),
@@ -50,27 +49,25 @@ class Predictor:
             np.zeros(count, dtype=np.intp),
             np.arange(count, dtype=np.intp),
         )
-        said = self.model.predict_all(pairs)
-        relative: FloatArray = said.relative
-        table: dict[str, Expectation] = {}
-        for i, method in enumerate(methods):
+        found = self.model.predict_all(pairs)
+        table: dict[str, CostEstimate] = {}
+        for method, relative, deviation in zip(methods, found.relative.tolist(), found.deviation.tolist(), strict=True):
             unseen = UNSEEN_DEVIATION**2 / (1.0 + self.support.get(method.name, 0.0))
-            learned = float(said.deviation[i]) ** 2 + unseen
-            variance = self.share * learned + (1 - self.share) * RULE_DEVIATION**2
-            cost = predicted_cost(context, method) + self.share * float(relative[i])
-            table[method.name] = Expectation(cost, math.sqrt(variance))
+            variance = self.share * (deviation**2 + unseen) + (1 - self.share) * HEURISTIC_DEVIATION**2
+            cost = predicted_cost(context, method) + self.share * relative
+            table[method.name] = CostEstimate(cost, math.sqrt(variance))
         return table
 
 
-def train(experiences: Sequence[Experience], viewpoint: Viewpoint) -> Predictor | None:
-    """Return what a peer learns from a history; None where that is too little to say anything beyond the rule."""
-    if len(experiences) < MIN_EXPERIENCES:
+def train(samples: Sequence[Sample], viewpoint: Viewpoint) -> Predictor | None:
+    """Return the predictor trained on a history; None where the history is too small to beat the heuristic."""
+    if len(samples) < MIN_SAMPLES:
         return None
-    lesson = lesson_of(experiences, viewpoint)
-    if lesson is None:
+    training = build_training_set(samples, viewpoint)
+    if training is None:
         return None
-    # Trees weigh rows against their settings for single rows: on average a row counts as one.
-    weight = lesson.dataset.weight
-    model = MetaModel("task", max_rows=2 * len(experiences), max_leaves=100_000, tree_count=40)
-    model.fit(lesson.dataset.pairs, lesson.dataset.cost, weight * (len(weight) / max(weight.sum(), 1e-300)))
-    return Predictor(model, lesson.columns, lesson.support, len(experiences), lesson.weight)
+    # Trees weigh rows against settings meant for single rows, so that the mean weight must be one.
+    weight = training.dataset.weight
+    model = MetaModel("task", max_rows=2 * len(samples), max_leaves=100_000, tree_count=40)
+    model.fit(training.dataset.pairs, training.dataset.cost, weight * (len(weight) / max(weight.sum(), 1e-300)))
+    return Predictor(model, training.columns, training.support, len(samples), training.weight)

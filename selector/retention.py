@@ -1,7 +1,7 @@
-"""What of the history is kept: a pure rule, so that peers with the same history keep the same.
+"""Retention of the history: a pure rule, so that peers with equal histories evict the same observations.
 
-The history is cut into shares: what one observer issued within one bucket of time. Whole shares are dropped and never
-parts of one, and only of closed buckets, in which nobody says anything any more.
+The unit of eviction is a share: the observations that one observer issued within one time bucket. Only shares of
+closed buckets are evicted, and only whole.
 """
 
 from bisect import bisect_left, bisect_right
@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 
 class Share(NamedTuple):
-    """What one observer issued within one bucket of time."""
+    """The observations of one observer in one time bucket."""
 
     bucket: int
     observer: str
@@ -20,11 +20,10 @@ class Share(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class HistoryBounds:
-    """How many observations are kept.
+    """Limits on stored observations.
 
-    `per_observer` and `in_all` hold for closed buckets. A flood does not wait until its bucket is closed: of one
-    observer within one bucket, and of all within one bucket, at most `per_share` and `per_bucket` are kept at any time,
-    those with the smallest ids, whatever order they come in. That is far more than honest observers issue.
+    `per_observer` and `in_all` apply to closed buckets. Against floods, `per_share` and `per_bucket` apply at any time
+    to one bucket: the smallest ids stay, whatever the order of arrival. Honest observers issue far fewer.
     """
 
     per_observer: int = 65_536
@@ -36,20 +35,20 @@ class HistoryBounds:
 def shares_to_drop(
     counts: Mapping[Share, int], *, first_bucket: int, open_bucket: int, bounds: HistoryBounds
 ) -> frozenset[Share]:
-    """Return the shares that the bounds leave no room for.
+    """Return the shares to evict.
 
-    `counts`: observations of each share. `first_bucket`: what is before it is too old and goes in any case.
-    `open_bucket`: the first one that is not closed; nothing in it or after it goes, nor does it take room.
+    `counts`: observations per share. `first_bucket`: older shares are evicted in any case. `open_bucket`: the first
+    open one; shares from there on are neither evicted nor counted.
 
-    Every observer keeps its newest shares, up to an allowance that is the same for all: `per_observer`, or less where
-    that would be more than `in_all` together. So one who says much makes room before one who says little.
+    Every observer keeps its newest shares up to one allowance for all: `per_observer`, or less if the sum would exceed
+    `in_all`. So the most prolific observers are cut first.
     """
     dropped = {share for share in counts if share.bucket < first_bucket}
     shares: dict[str, list[Share]] = {}
     for share in sorted(counts, reverse=True):
         if first_bucket <= share.bucket < open_bucket:
             shares.setdefault(share.observer, []).append(share)
-    # Of each observer, how much it would have in all if it kept this share and every newer one.
+    # For each observer, the observations in this share and all newer ones.
     sums = {observer: list(accumulate(counts[share] for share in newest)) for observer, newest in shares.items()}
     allowance = _allowance(list(sums.values()), bounds)
     for observer, newest in shares.items():
@@ -58,7 +57,7 @@ def shares_to_drop(
 
 
 def _allowance(sums: Sequence[Sequence[int]], bounds: HistoryBounds) -> int:
-    """Return the largest allowance up to `per_observer` with which no more than `in_all` is kept."""
+    """Return the largest allowance up to `per_observer` that keeps at most `in_all` observations."""
 
     def exceeds(allowance: int) -> bool:
         return sum(_kept(observer, allowance) for observer in sums) > bounds.in_all
@@ -69,6 +68,6 @@ def _allowance(sums: Sequence[Sequence[int]], bounds: HistoryBounds) -> int:
 
 
 def _kept(sums: Sequence[int], allowance: int) -> int:
-    """Return how much an observer keeps with an allowance."""
+    """Return the observations that an observer keeps with an allowance."""
     count = bisect_right(sums, allowance)
     return sums[count - 1] if count else 0

@@ -1,7 +1,7 @@
-"""What is chosen: an acceleration method, a point in a space of independent switches.
+"""Acceleration methods: points in a space of independent switches, and the portfolio that is chosen from.
 
-Switches of a session are chosen per job and hold on all its stages. Switches of a stage are the policy in force there;
-they change slowly, because a policy per job would tear batches apart.
+Switches of a session are chosen per job and hold on all its stages. Switches of a stage are its current policy; they
+change slowly, because a policy per job would split batches.
 """
 
 import enum
@@ -15,74 +15,42 @@ from protocol.measurements import QualityBound
 
 
 class Scope(enum.StrEnum):
-    """Whose a switch is."""
+    """Who sets a switch."""
 
     SESSION = "session"
-    """Chosen for each job, the same on all its stages."""
+    """Chosen per job, the same on all its stages."""
     STAGE = "stage"
-    """A stage's own policy for all its sessions."""
-
-
-@dataclass(frozen=True, slots=True)
-class Setting:
-    """One value of a switch. `exact`: whether greedy tokens stay those of fp32. `needs`: what it takes, for people."""
-
-    exact: bool = True
-    needs: str = ""
+    """Policy of a stage for all its sessions."""
 
 
 @dataclass(frozen=True, slots=True)
 class Switch:
-    """One of the independent choices; the first of its settings is the baseline's."""
+    """One independent choice. The first setting is the baseline's; `lossy`: settings that may change greedy tokens."""
 
     scope: Scope
-    settings: Mapping[str, Setting]
+    settings: tuple[str, ...]
+    lossy: frozenset[str] = frozenset()
 
     @property
     def baseline(self) -> str:
-        """The plain way."""
-        return next(iter(self.settings))
+        """The baseline's setting."""
+        return self.settings[0]
 
-
-_LOSSY: Final = Setting(exact=False)
-_VARIANT: Final = "built in the background before it is offered"
 
 SWITCHES: Final[Mapping[str, Switch]] = MappingProxyType(
     {
-        "activations": Switch(Scope.SESSION, {"fp32": Setting(), "bf16": _LOSSY, "int8": _LOSSY}),
+        "activations": Switch(Scope.SESSION, ("fp32", "bf16", "int8"), lossy=frozenset({"bf16", "int8"})),
         "arithmetic": Switch(
-            Scope.SESSION,
-            {
-                "fp32": Setting(),
-                "bf16": Setting(exact=False, needs=_VARIANT),
-                "int8": Setting(exact=False, needs=_VARIANT),
-                "w8a8": Setting(exact=False, needs=_VARIANT),
-            },
+            Scope.SESSION, ("fp32", "bf16", "int8", "w8a8"), lossy=frozenset({"bf16", "int8", "w8a8"})
         ),
-        "engine": Switch(
-            Scope.SESSION,
-            {"eager": Setting(), "fused": Setting(needs=_VARIANT), "onnxruntime": Setting(needs=_VARIANT)},
-        ),
-        "prefill_chunk": Switch(
-            Scope.SESSION, {"none": Setting(), "64": Setting(), "128": Setting(), "256": Setting()}
-        ),
-        "prefix_cache": Switch(Scope.SESSION, {"off": Setting(), "on": Setting()}),
-        "speculation": Switch(
-            Scope.SESSION,
-            {
-                "off": Setting(),
-                "ngram-4": Setting(),
-                "ngram-8": Setting(),
-                "draft-8": Setting(needs="a draft model where the first blocks are served"),
-            },
-        ),
-        "batching": Switch(Scope.STAGE, {"one": Setting(), "static": Setting(), "continuous": Setting()}),
-        "step_rows": Switch(
-            Scope.STAGE, {"512": Setting(), "256": Setting(), "128": Setting(), "64": Setting(), "32": Setting()}
-        ),
+        "engine": Switch(Scope.SESSION, ("eager", "fused", "onnxruntime")),
+        "prefill_chunk": Switch(Scope.SESSION, ("none", "64", "128", "256")),
+        "prefix_cache": Switch(Scope.SESSION, ("off", "on")),
+        "speculation": Switch(Scope.SESSION, ("off", "ngram-4", "ngram-8", "draft-8")),
+        "batching": Switch(Scope.STAGE, ("one", "static", "continuous")),
+        "step_rows": Switch(Scope.STAGE, ("512", "256", "128", "64", "32")),
     }
 )
-"""Every switch there is, with its settings."""
 
 VARIANTS: Final[Mapping[str, tuple[str, ...]]] = MappingProxyType(
     {"eager": ("fp32",), "fused": ("fp32", "bf16", "int8", "w8a8"), "onnxruntime": ("fp32", "int8")}
@@ -91,12 +59,12 @@ VARIANTS: Final[Mapping[str, tuple[str, ...]]] = MappingProxyType(
 
 
 class MethodError(ValueError):
-    """There is no such method. The message is one line for the user."""
+    """Invalid method. The message is one line for the user."""
 
 
 @dataclass(frozen=True)
 class Method:
-    """What a job may choose: a setting for every switch of the session."""
+    """A setting for every session switch."""
 
     switches: Mapping[str, str]
 
@@ -107,81 +75,81 @@ class Method:
 
     @property
     def engine(self) -> str:
-        """Which code computes."""
+        """The engine."""
         return self.switches["engine"]
 
     @property
     def arithmetic(self) -> str:
-        """In which numbers."""
+        """The number format of weights and products."""
         return self.switches["arithmetic"]
 
     @property
     def activations(self) -> str:
-        """In which numbers rows travel between stages."""
+        """The wire codec of hidden states between stages."""
         return self.switches["activations"]
 
     @property
     def prefill_chunk(self) -> int | None:
-        """Rows of a prompt that are sent at a time; None for as many as fit."""
+        """Rows per chunk of a prompt; None for as many as fit."""
         value = self.switches["prefill_chunk"]
         return None if value == "none" else int(value)
 
     @property
     def prefix_cache(self) -> bool:
-        """Whether what is known of the prompt is taken from a cache."""
+        """Whether the prefix cache is used."""
         return self.switches["prefix_cache"] == "on"
 
     @property
     def drafter(self) -> str:
-        """What guesses the tokens that follow: "off", "ngram" or "draft"."""
+        """The source of draft tokens: "off", "ngram" or "draft"."""
         return self.switches["speculation"].partition("-")[0]
 
     @property
     def draft_tokens(self) -> int:
-        """How many tokens it guesses at most."""
+        """Draft tokens per round, at most."""
         return int(self.switches["speculation"].partition("-")[2] or 0)
 
     @property
     def without_guesses(self) -> "Method":
-        """What computes the same: guesses change when rows are computed, and never what is."""
+        """The same method without speculative decoding, which changes when rows are computed, never their values."""
         return Method(MappingProxyType({**self.switches, "speculation": SWITCHES["speculation"].baseline}))
 
     @property
     def kv_key(self) -> str:
-        """What keys and values depend on besides the tokens: they may be shared with the same KV key only."""
+        """What keys and values depend on besides the tokens: only sessions of one key may share them."""
         return f"{self.engine}/{self.arithmetic}/{self.activations}"
 
     @property
     def exact(self) -> bool:
-        """Whether its greedy tokens are those of fp32."""
-        return all(SWITCHES[switch].settings[value].exact for switch, value in self.switches.items())
+        """Whether its greedy tokens equal those of fp32."""
+        return not any(value in SWITCHES[switch].lossy for switch, value in self.switches.items())
 
 
 def method(**switches: str) -> Method:
-    """Return the method with these switches, and the baseline's settings for all others. Raises MethodError."""
+    """Return the method with these switches and the baseline's settings for all others. Raises MethodError."""
     chosen = {name: switch.baseline for name, switch in SWITCHES.items() if switch.scope is Scope.SESSION}
     for name, value in switches.items():
         if name not in SWITCHES:
-            raise MethodError(f"there is no switch {name!r}; there are {', '.join(chosen)}")
+            raise MethodError(f"unknown switch {name!r}: expected one of {', '.join(chosen)}")
         if name not in chosen:
-            raise MethodError(f"{name} is the policy of a stage, which each node sets by its load, and not of a job")
+            raise MethodError(f"{name} is a policy of a stage, set by each node, and not of a job")
         if value not in SWITCHES[name].settings:
-            raise MethodError(f"{name} is one of {', '.join(SWITCHES[name].settings)}, not {value!r}")
+            raise MethodError(f"invalid {name} {value!r}: expected one of {', '.join(SWITCHES[name].settings)}")
         chosen[name] = value
     if chosen["arithmetic"] not in VARIANTS[chosen["engine"]]:
         arithmetics = ", ".join(VARIANTS[chosen["engine"]])
-        raise MethodError(f"engine={chosen['engine']} has arithmetic {arithmetics}, not {chosen['arithmetic']}")
+        raise MethodError(f"engine={chosen['engine']} supports arithmetic {arithmetics}, not {chosen['arithmetic']}")
     return Method(MappingProxyType(chosen))
 
 
 BASELINE: Final = method()
-"""The plain way, exact by definition, and what every other method is compared with."""
+"""The reference method, exact by definition."""
 
 
 def parse_method(text: str) -> Method:
-    """Return the method that a user means: `baseline`, or switches in any order; what is left out is the baseline's.
+    """Return the method of a user's text: `baseline`, or switches in any order over the baseline's settings.
 
-    Raises MethodError with one line that says what is wrong.
+    Raises MethodError.
     """
     if text == "baseline":
         return BASELINE
@@ -189,18 +157,18 @@ def parse_method(text: str) -> Method:
     for part in text.split("|"):
         name, equals, value = part.strip().partition("=")
         if not equals:
-            raise MethodError(f"{text[:80]!r} is no method: expected baseline, or switch=value|switch=value")
+            raise MethodError(f"invalid method {text[:80]!r}: expected baseline, or switch=value|switch=value")
         if name in switches:
-            raise MethodError(f"{name} is given twice")
+            raise MethodError(f"switch {name} is given twice")
         switches[name] = value
     return method(**switches)
 
 
 def _portfolio() -> Iterator[Method]:
-    """The combinations that make sense: each variant plain, for prompts of length, and for text that repeats itself.
+    """Yield the useful combinations: each variant plain, for long prompts, and for repetitive text.
 
-    A method that another does as well as under every workload is no choice: it would only cost trials. So there is one
-    chunk, one number of guesses, and the cache wherever a method is not the plain one.
+    A method that another one matches under every workload would only cost trials. So there is one chunk size, one
+    number of draft tokens, and the prefix cache wherever a method is not the plain one.
     """
     yield BASELINE
     yield method(prefix_cache="on")
@@ -224,15 +192,15 @@ def _portfolio() -> Iterator[Method]:
 
 
 PORTFOLIO: Final[Mapping[str, Method]] = MappingProxyType({each.name: each for each in _portfolio()})
-"""The methods that are chosen from, by name: few enough to be learned, various enough for something to win anywhere."""
+"""The methods that are chosen from, by name: few enough to learn, diverse enough that one wins anywhere."""
 
 
 @dataclass(frozen=True, slots=True)
 class MeasuredQuality:
-    """What a lossy method does to a model's answers.
+    """Effect of a lossy method on a model's output, relative to fp32.
 
-    `perplexity_change`: relative, 0.01 is one per cent more. `mean_kl`: mean divergence from fp32's distribution, nats.
-    `greedy_agreement`: share of positions, 0 to 1, where the likeliest token is the same; no bound asks for it.
+    `perplexity_change`: relative, 0.01 is one per cent more. `mean_kl`: mean KL divergence in nats.
+    `greedy_agreement`: share of positions with equal greedy tokens; no bound depends on it.
     """
 
     perplexity_change: float
@@ -241,7 +209,7 @@ class MeasuredQuality:
 
 
 def admits(bound: QualityBound, candidate: Method, quality: MeasuredQuality | None) -> bool:
-    """Whether a job with this bound may use a method; a lossy one that was never measured for the model it may not."""
+    """Return whether a quality bound admits a method; a lossy one only if it was measured for the model."""
     if candidate.exact:
         return True
     if quality is None or bound is QualityBound.EXACT:

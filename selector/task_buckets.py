@@ -1,4 +1,4 @@
-"""What is taken to be alike: tasks for which the same method is best, and methods that do the same to a task."""
+"""Equivalence: buckets of tasks that share their best method, and methods that act alike on a task."""
 
 import math
 from collections.abc import Iterable, Mapping
@@ -8,18 +8,17 @@ from typing import Final
 from selector.task import BASELINE, Method, TaskContext
 
 SHORT_LINK_S: Final = 2**-6.5
-"""Links that add less than these 11 ms to a token are hardly felt: three peers on one machine have 5 to 10 ms."""
+"""Link time per token (11 ms) below which links count as local: three peers on one machine have 5 to 10 ms."""
 
 SHORT_TRANSFER_S: Final = 0.1
-"""Nothing is to be saved where all rows of a job take less time than that from stage to stage."""
+"""Transfer time of all rows of a job below which a wire codec saves nothing."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Viewpoint:
-    """For whom experiences are weighed: a peer, its class of hardware and its software, at an hour.
+    """The peer for which samples are weighted: its hardware class and software, at an hour.
 
-    `trust`: how far the word of others is believed, 0 to 1, as the swarm has agreed; `trust_in_strangers`: of everybody
-    who is not among them.
+    `trust`: weight of other peers' reports, 0 to 1, as agreed by the swarm; `default_trust`: of peers not among them.
     """
 
     peer: str
@@ -27,14 +26,14 @@ class Viewpoint:
     software: str
     hour: int
     trust: Mapping[str, float] = field(default_factory=dict)
-    trust_in_strangers: float = 1.0
+    default_trust: float = 1.0
 
 
-def representative(context: TaskContext) -> TaskContext:
-    """Return the context that stands for all that are much like it: predictions are made for it, once, and kept.
+def canonicalise(context: TaskContext) -> TaskContext:
+    """Return the canonical context of all similar ones, for which predictions are cached.
 
-    Sizes are rounded to powers of √2, shares to tenths, times to powers of two. What changes from moment to moment and
-    is in no observation is left out.
+    Sizes are rounded to powers of √2, shares to tenths, times to powers of two. Momentary fields that no observation
+    records are reset.
     """
     return replace(
         context,
@@ -51,13 +50,13 @@ def representative(context: TaskContext) -> TaskContext:
     )
 
 
-def kind_of(context: TaskContext) -> str:
-    """Return the name of a kind of task, in which the same method is taken to be best: what is adopted holds for it.
+def task_bucket(context: TaskContext) -> str:
+    """Return the name of the bucket of tasks for which one method is adopted.
 
-    Sizes count by factors of four, shares by thirds, links by factors of eight. Bounds lie between powers of two, about
-    which sizes crowd: 32 and 64 are alike, and what is about as long. A task is of the kind of its representative.
+    Sizes are bucketed by factors of four (bounds 19, 76, 304, …: not powers of two, around which sizes cluster), shares
+    by thirds, links by factors of eight. A task and its canonical context share a bucket.
     """
-    context = representative(context)
+    context = canonicalise(context)
     counts = (context.prompt_tokens, context.max_tokens, context.concurrency)
     sizes = (4 ** math.ceil(_half_octaves(count) / 4) for count in counts)
     shares = (min(2, int(3 * share)) for share in (context.shared_prefix_share, context.repetitiveness))
@@ -67,11 +66,11 @@ def kind_of(context: TaskContext) -> str:
     return "/".join(map(str, parts))
 
 
-def effect_of(method: Method, context: TaskContext) -> frozenset[tuple[str, str]]:
-    """Return the settings in which a method differs from the baseline and that can do anything to a task.
+def effective_switches(method: Method, context: TaskContext) -> frozenset[tuple[str, str]]:
+    """Return the settings that differ from the baseline's and can affect a task.
 
-    A cache does nothing where prompts have nothing in common, a chunk as long as the prompt, a wire codec where
-    links are wide, and guesses where one token is wanted.
+    A prefix cache has no effect without a shared prefix, nor a chunk as long as the prompt, a wire codec on wide links,
+    or speculation for a single token.
     """
     idle = set()
     if round(context.shared_prefix_share, 1) == 0:
@@ -89,13 +88,13 @@ def effect_of(method: Method, context: TaskContext) -> frozenset[tuple[str, str]
     )
 
 
-def plainest_first(methods: Iterable[Method]) -> list[Method]:
-    """Return methods in the order in which they stand for those that do the same: exact ones, with little to them."""
+def simplest_first(methods: Iterable[Method]) -> list[Method]:
+    """Return the methods in order of simplicity: exact ones first, then by number of switches set."""
 
-    def trappings(method: Method) -> int:
+    def complexity(method: Method) -> int:
         return sum(value != BASELINE.switches[switch] for switch, value in method.switches.items())
 
-    return sorted(methods, key=lambda method: (not method.exact, trappings(method), method.name))
+    return sorted(methods, key=lambda method: (not method.exact, complexity(method), method.name))
 
 
 def _rounded(count: int) -> int:

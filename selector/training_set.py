@@ -1,8 +1,8 @@
-"""The history as measurements to learn from: what was measured where, by whom, and how much each is worth to one peer.
+"""Training set: the history as weighted samples, as one peer sees them.
 
-Absolute times do not travel between machines. What is learned is therefore how far a measurement is from what the
-hand-written rule expects, less what all measurements on the same route within the same hour have in common. So a busy
-evening, or a machine twice as slow, is nobody's merit or fault.
+Absolute times do not travel between machines. The target is therefore the residual of a measurement over the heuristic,
+less what all measurements on the same route within the same hour have in common: a busy evening or a slow machine says
+nothing about methods.
 """
 
 import hashlib
@@ -18,41 +18,40 @@ from selector.dataset import Contexts, Dataset, FloatArray, Pairs
 from selector.effects import fit_effects
 from selector.heuristic import predicted_cost
 from selector.task import BASELINE, Method, MethodError, TaskContext, parse_method
-from selector.task_buckets import Viewpoint, kind_of, representative
+from selector.task_buckets import Viewpoint, canonicalise, task_bucket
 
-MAX_EXPERIENCES: Final = 20_000
-"""The newest so many are learned from."""
+MAX_SAMPLES: Final = 20_000
+"""Only the newest samples are learned from."""
 
-MAX_SURPRISE: Final = 2.5
-"""Natural logarithm. What is further from the rule and its route's level than a factor of twelve counts as that."""
+MAX_RESIDUAL: Final = 2.5
+"""Natural logarithm: residuals are clipped at a factor of twelve either way."""
 
 HALF_LIFE_HOURS: Final = 7 * 24
 MAX_NAME: Final = 128
-"""Characters of a name in a table, in which every name takes as much room as the longest: of a longer one the hash."""
+"""Characters of a name in a table, where all names take the width of the longest; longer ones are hashed."""
 
 MAX_HARDWARE: Final = 8
-"""Classes of hardware that are told apart, the most frequent ones."""
+"""Hardware classes with an indicator column: the most frequent ones."""
 
-FEW: Final = 10.0
-"""Measurements that anybody else is believed, by somebody who has none."""
+MIN_PEER_LIMIT: Final = 10.0
+"""Total weight that another peer's samples may have, however few the viewpoint's own are."""
 
-_SERVED_WORTH: Final = 0.5
-"""Of a served job beside a measurement against the baseline, which all that changes from hour to hour has left."""
+_SERVED_WEIGHT: Final = 0.5
+"""Of a served job relative to a ratio to the baseline, which is free of drift."""
 
-_OTHERS_WORTH: Final = 0.5
-_UNVOUCHED_WORTH: Final = 0.2
-_OTHER_HARDWARE_WORTH: Final = 0.3
-_OTHER_SOFTWARE_WORTH: Final = 0.4
+_PEER_WEIGHT: Final = 0.5
+_UNSIGNED_WEIGHT: Final = 0.2
+_OTHER_HARDWARE_WEIGHT: Final = 0.3
+_OTHER_SOFTWARE_WEIGHT: Final = 0.4
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Experience:
+class Sample:
     """One measurement of a method in a context.
 
-    `log_cost`: natural logarithm of what it cost, seconds. `log_ratio`: of that divided by the baseline's cost,
-    measured alternately on the same route; None for a served job. `route`: what names its stages. `hour`: of its issue,
-    counted from anywhere. `software`: what names the versions in use. `vouched`: whether every stage vouches for its
-    figures.
+    `log_cost`: natural logarithm of the cost in seconds. `log_ratio`: of the cost over the baseline's, measured
+    alternately on the same route; None for a served job. `route`, `software`: opaque names. `hour`: of issue, from any
+    origin. `countersigned`: whether every stage signed its figures.
     """
 
     context: TaskContext
@@ -63,18 +62,18 @@ class Experience:
     route: str
     hour: int
     software: str
-    vouched: bool
+    countersigned: bool
 
 
 @dataclass(frozen=True, slots=True)
 class ContextColumns:
-    """Which features contexts are described by; `hardware`: the classes that have an indicator."""
+    """Feature columns of contexts. `hardware`: the classes with an indicator column."""
 
     hardware: tuple[str, ...]
 
     @classmethod
     def of(cls, contexts: Sequence[TaskContext]) -> "ContextColumns":
-        """Return the columns that tell these contexts apart."""
+        """Return the columns that distinguish these contexts."""
         counts = Counter(context.hardware for context in contexts)
         return cls(tuple(sorted(name for name, _ in counts.most_common(MAX_HARDWARE))))
 
@@ -83,7 +82,7 @@ class ContextColumns:
         names = {
             "model": np.array([_brief(context.architecture) for context in contexts], dtype=np.str_),
             "hardware": np.array([_brief(context.hardware) for context in contexts], dtype=np.str_),
-            "task": np.array([_brief(kind_of(context)) for context in contexts], dtype=np.str_),
+            "task": np.array([_brief(task_bucket(context)) for context in contexts], dtype=np.str_),
             "budget": np.array([context.objective for context in contexts], dtype=np.str_),
         }
         rows = [_features(context) for context in contexts]
@@ -94,7 +93,7 @@ class ContextColumns:
 
 
 def _brief(name: str) -> str:
-    """Return what stands for a name: a route of many stages may have one that is kilobytes long."""
+    """Return a name of bounded length: that of a route of many stages may be kilobytes long."""
     return name if len(name) <= MAX_NAME else hashlib.sha256(name.encode()).hexdigest()
 
 
@@ -124,11 +123,10 @@ def _features(context: TaskContext) -> dict[str, float]:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Lesson:
-    """What there is to learn: a dataset whose cost is the surprise over the rule, and how the contexts are described.
+class TrainingSet:
+    """A dataset whose cost is the residual over the heuristic, and the columns of its contexts.
 
-    `support`: of each method, the weight of all that was measured of it; `weight`: of everything, in measurements of
-    one's own.
+    `support`: total weight of the samples of each method; `weight`: of all samples, in units of an own measurement.
     """
 
     dataset: Dataset
@@ -137,99 +135,97 @@ class Lesson:
     weight: float
 
 
-def lesson_of(experiences: Sequence[Experience], viewpoint: Viewpoint) -> Lesson | None:
-    """Return what experiences teach a peer; None where there is nothing to compare.
+def build_training_set(samples: Sequence[Sample], viewpoint: Viewpoint) -> TrainingSet | None:
+    """Return the training set of a viewpoint; None where fewer than two methods can be compared.
 
-    Measurements of methods that this version does not know are left out.
+    Samples of methods unknown to this version are left out.
     """
-    newest = sorted(experiences, key=lambda each: each.hour)[-MAX_EXPERIENCES:]
+    newest = sorted(samples, key=lambda sample: sample.hour)[-MAX_SAMPLES:]
     weights = _weights(newest, viewpoint)
     rows: list[_Row] = []
-    for number, (each, weight) in enumerate(zip(newest, weights, strict=True)):
-        rows += _rows_of(each, number, weight) if weight else []
-    if len({row.method for row in rows}) < 2:
-        return None
+    for number, (sample, weight) in enumerate(zip(newest, weights, strict=True)):
+        rows += _rows_of(sample, number, weight) if weight else []
     methods = sorted({row.method for row in rows})
-    described = [row.context for row in rows if row.opens]
-    columns = ContextColumns.of(described)
+    if len(methods) < 2:
+        return None
+    contexts = [row.context for row in rows if row.is_first]
+    columns = ContextColumns.of(contexts)
     pairs = Pairs(
-        columns.table(described),
+        columns.table(contexts),
         tuple(methods),
-        np.cumsum([row.opens for row in rows]) - 1,
+        np.cumsum([row.is_first for row in rows]) - 1,
         np.array([methods.index(row.method) for row in rows], dtype=np.intp),
     )
-    worth = np.array([row.weight for row in rows])
-    support = np.bincount(pairs.method, weights=worth, minlength=len(methods))
-    dataset = Dataset(pairs, _less_common_level(rows), worth, name="history")
-    return Lesson(dataset, columns, dict(zip(methods, support.tolist(), strict=True)), sum(weights))
+    weight_of_rows = np.array([row.weight for row in rows])
+    support = np.bincount(pairs.method, weights=weight_of_rows, minlength=len(methods))
+    dataset = Dataset(pairs, _residuals(rows, pairs), weight_of_rows, name="history")
+    return TrainingSet(dataset, columns, dict(zip(methods, support.tolist(), strict=True)), sum(weights))
 
 
 @dataclass(frozen=True, slots=True)
 class _Row:
     context: TaskContext
     method: str
-    surprise: float
+    residual: float
     weight: float
     level: tuple[str, int]
-    """What is measured on one route within one hour has a level in common."""
-    opens: bool
-    """Whether it is the first row of its experience: what is of one experience is compared with one another."""
+    """Rows of one route and hour share a level."""
+    is_first: bool
+    """Whether it is the first row of its sample: rows of one sample are compared with one another."""
 
 
-def _rows_of(each: Experience, number: int, weight: float) -> list[_Row]:
-    """Return an experience as rows: one against the baseline tells of the baseline, too, and has a level of its own."""
+def _rows_of(sample: Sample, number: int, weight: float) -> list[_Row]:
+    """Return the rows of a sample: a ratio to the baseline gives a row of the baseline, too, and a level of its own."""
     try:
-        method = parse_method(each.method)
+        method = parse_method(sample.method)
     except MethodError:
         return []
-    context = representative(each.context)
-    level = (each.route, each.hour) if each.log_ratio is None else (f"experience {number}", each.hour)
+    context = canonicalise(sample.context)
+    level = (sample.route if sample.log_ratio is None else f"sample {number}", sample.hour)
 
-    def row(of: Method, log_cost: float, *, opens: bool) -> _Row:
-        return _Row(context, of.name, log_cost - predicted_cost(context, of), weight, level, opens)
+    def row(of: Method, log_cost: float, *, is_first: bool) -> _Row:
+        return _Row(context, of.name, log_cost - predicted_cost(context, of), weight, level, is_first)
 
-    rows = [row(method, each.log_cost, opens=True)]
-    if each.log_ratio is None:
+    rows = [row(method, sample.log_cost, is_first=True)]
+    if sample.log_ratio is None:
         return rows
     if method.name == BASELINE.name:
         return []  # compared with itself
-    return [*rows, row(BASELINE, each.log_cost - each.log_ratio, opens=False)]
+    return [*rows, row(BASELINE, sample.log_cost - sample.log_ratio, is_first=False)]
 
 
-def _weights(experiences: Sequence[Experience], viewpoint: Viewpoint) -> list[float]:
-    """Return what each experience is worth.
+def _weights(samples: Sequence[Sample], viewpoint: Viewpoint) -> list[float]:
+    """Return the weight of each sample.
 
-    Nobody else's are worth more in all than half of one's own, or than a few where those are few.
+    The samples of another peer weigh at most half as much in total as the viewpoint's own, or MIN_PEER_LIMIT.
     """
     weights: list[float] = []
     of_observer: defaultdict[str, float] = defaultdict(float)
-    for each in experiences:
-        weight = 0.5 ** (max(0, viewpoint.hour - each.hour) / HALF_LIFE_HOURS)
-        weight *= _SERVED_WORTH if each.log_ratio is None else 1.0
-        if each.observer != viewpoint.peer:
-            weight *= _OTHERS_WORTH if each.vouched else _UNVOUCHED_WORTH
-            weight *= viewpoint.trust.get(each.observer, viewpoint.trust_in_strangers)
-        if viewpoint.hardware not in each.context.hardware.split("+"):
-            weight *= _OTHER_HARDWARE_WORTH
-        if each.software != viewpoint.software:
-            weight *= _OTHER_SOFTWARE_WORTH
+    for sample in samples:
+        weight = 0.5 ** (max(0, viewpoint.hour - sample.hour) / HALF_LIFE_HOURS)
+        weight *= _SERVED_WEIGHT if sample.log_ratio is None else 1.0
+        if sample.observer != viewpoint.peer:
+            weight *= _PEER_WEIGHT if sample.countersigned else _UNSIGNED_WEIGHT
+            weight *= viewpoint.trust.get(sample.observer, viewpoint.default_trust)
+        if viewpoint.hardware not in sample.context.hardware.split("+"):
+            weight *= _OTHER_HARDWARE_WEIGHT
+        if sample.software != viewpoint.software:
+            weight *= _OTHER_SOFTWARE_WEIGHT
         weights.append(weight)
-        of_observer[each.observer] += weight
-    limit = max(FEW, of_observer[viewpoint.peer] / 2)
+        of_observer[sample.observer] += weight
+    limit = max(MIN_PEER_LIMIT, of_observer[viewpoint.peer] / 2)
     return [
-        weight if each.observer == viewpoint.peer else weight * limit / max(limit, of_observer[each.observer])
-        for each, weight in zip(experiences, weights, strict=True)
+        weight if sample.observer == viewpoint.peer else weight * limit / max(limit, of_observer[sample.observer])
+        for sample, weight in zip(samples, weights, strict=True)
     ]
 
 
-def _less_common_level(rows: Sequence[_Row]) -> FloatArray:
-    """Return every row's surprise, less what its route and hour have in common, within bounds."""
+def _residuals(rows: Sequence[_Row], pairs: Pairs) -> FloatArray:
+    """Return each row's residual over the heuristic and the level of its route and hour, clipped."""
     levels = {level: i for i, level in enumerate(sorted({row.level for row in rows}))}
-    methods = {method: i for i, method in enumerate(sorted({row.method for row in rows}))}
-    nothing = Contexts(tuple(map(str, levels.values())), {}, (), np.zeros((len(levels), 0)))
     level = np.array([levels[row.level] for row in rows], dtype=np.intp)
-    method = np.array([methods[row.method] for row in rows], dtype=np.intp)
-    pairs = Pairs(nothing, tuple(methods), level, method)
-    surprise = np.array([row.surprise for row in rows])
-    effects = fit_effects(pairs, surprise, np.array([row.weight for row in rows]))
-    return np.clip(surprise - effects.of_context[level], -MAX_SURPRISE, MAX_SURPRISE)
+    no_features = Contexts(tuple(map(str, levels.values())), {}, (), np.zeros((len(levels), 0)))
+    residual = np.array([row.residual for row in rows])
+    weight = np.array([row.weight for row in rows])
+    effects = fit_effects(Pairs(no_features, pairs.methods, level, pairs.method), residual, weight)
+    return np.clip(residual - effects.of_context[level], -MAX_RESIDUAL, MAX_RESIDUAL)

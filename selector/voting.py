@@ -1,4 +1,4 @@
-"""What the votes of a route's stages come to. Everybody who has the ballots, and the weights, finds the same."""
+"""Tally of the votes of a route's stages: a pure function of ballots and weights, so that every stage can verify it."""
 
 from collections.abc import Mapping, Sequence
 
@@ -6,18 +6,17 @@ from selector.consensus.reputation import NEWCOMER_WEIGHT
 
 
 def weights_of(peers: Sequence[str], weights: Mapping[str, int]) -> tuple[int, ...]:
-    """Return the weight of each peer's ballot, that of a newcomer for who is no member. `weights`: of the members."""
+    """Return the weight of each peer's ballot: `weights` for members, NEWCOMER_WEIGHT for all others."""
     return tuple(weights.get(peer, NEWCOMER_WEIGHT) for peer in peers)
 
 
 def tally(
     methods: Sequence[str], ballots: Sequence[Sequence[float | None]], weights: Sequence[int] | None = None
 ) -> str | None:
-    """Return the method with the least score, of those that every stage offers; None where there is none.
+    """Return the method with the lowest score among those that every stage offers, or None.
 
-    `methods`: the coordinator's preference first; it decides between equal scores. `ballots`: of each stage the log
-    cost of each method, in the same order; None for one that it does not offer. `weights`: of the ballots; None where
-    all weigh the same.
+    `methods`: in the coordinator's order of preference, which breaks ties. `ballots`: for each stage the log cost of
+    each method, in the same order; None for one it does not offer. `weights`: of the ballots; None: all equal.
     """
     scored = scores(methods, ballots, weights)
     return min(scored, key=lambda name: (scored[name], methods.index(name)), default=None)
@@ -26,12 +25,12 @@ def tally(
 def scores(
     methods: Sequence[str], ballots: Sequence[Sequence[float | None]], weights: Sequence[int] | None = None
 ) -> Mapping[str, float]:
-    """Return the score of every method that all stages offer: the interquartile mean of its log costs, by weight.
+    """Return the score of every method that all stages offer: the weighted interquartile mean of its log costs.
 
-    A quarter of the weight is left out at either end, so that few stages that lie or err do not decide.
+    Trimming a quarter of the weight at either end keeps a faulty minority from deciding.
     """
     if any(len(ballot) != len(methods) for ballot in ballots):
-        raise ValueError("a ballot has a score for each method, or None")
+        raise ValueError("a ballot must have a score, or None, for each method")
     if weights is None or not any(weights):
         weights = [1] * len(ballots)
     result: dict[str, float] = {}
@@ -43,7 +42,7 @@ def scores(
 
 
 def _interquartile_mean(ordered: Sequence[tuple[float, int]]) -> float:
-    """Return the mean of ascending values between the quartiles of their weights, which are not all 0."""
+    """Return the mean between the weighted quartiles of ascending values, whose weights are not all 0."""
     total = sum(weight for _, weight in ordered)
     passed, mean = 0, 0.0  # weights in quarters, so that quartiles are whole numbers
     for value, weight in ordered:

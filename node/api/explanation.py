@@ -24,19 +24,19 @@ RECENT: Final = 20
 
 def selection_status(chooser: LearnedChooser, model: ModelStatus | None) -> SelectionStatus:
     """Return how a node learns."""
-    budget, experiences = chooser.budget, chooser.opinions.experiences
+    allowance, sample_count = chooser.allowance, chooser.predictions.sample_count
     return {
-        "basis": "model" if experiences else "rule",
+        "basis": "model" if sample_count else "rule",
         "model_version": model.version if model else 0,
-        "experiences": experiences,
+        "experiences": sample_count,
         "training_s": round(model.training_s, 3) if model else None,
         "trained_ago_s": round(trio.current_time() - model.trained_s, 3) if model else None,
-        "jobs": budget.jobs,
-        "explored_jobs": budget.explored_jobs,
-        "regret_s": round(budget.regret_s, 3),
-        "trials": budget.trials,
-        "trial_s": round(budget.trial_s, 3),
-        "budget_left_s": round(budget.left_s, 3),
+        "jobs": allowance.jobs,
+        "explored_jobs": allowance.explored_jobs,
+        "regret_s": round(allowance.regret_s, 3),
+        "trials": allowance.trials,
+        "trial_s": round(allowance.trial_s, 3),
+        "budget_left_s": round(allowance.left_s, 3),
     }
 
 
@@ -46,7 +46,7 @@ def explain(considered: Considered, chooser: LearnedChooser, model: ModelStatus 
     if not isinstance(choice, LearnedChoice):
         raise TypeError("a choice of another chooser")
     selection = chooser.describe(choice, considered.agreed)
-    standings = chooser.adoption.standings(choice.kind)
+    trials = chooser.adoption.trials(choice.bucket)
     methods: list[ExplainedMethod] = [
         {
             "name": name,
@@ -56,7 +56,7 @@ def explain(considered: Considered, chooser: LearnedChooser, model: ModelStatus 
             "speedup_high": predicted.speedup * math.exp(predicted.deviation),
             "votes": {vote.peer: vote.scores[name] for vote in considered.votes if name in vote.scores},
             "accepted": name in choice.accepted,
-            "trial_speedup": math.exp(-standings[name].log_ratio) if name in standings else None,
+            "trial_speedup": math.exp(-trials[name].log_ratio) if name in trials else None,
         }
         for name, predicted in selection.predictions.items()
     ]

@@ -120,10 +120,9 @@ def _apple_processor() -> tuple[str, set[str]]:
 
 def _sysctl(name: str) -> str:
     try:
-        answer = run_blocking(["/usr/sbin/sysctl", "-n", name], what="sysctl", time_limit_s=_SYSCTL_TIMEOUT_S)
+        return run_blocking(["/usr/sbin/sysctl", "-n", name], what="sysctl", time_limit_s=_SYSCTL_TIMEOUT_S).strip()
     except ChildError:
         return ""
-    return answer.decode(errors="replace").strip()
 
 
 def _usable_cores(root: Path) -> tuple[int, int]:

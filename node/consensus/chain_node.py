@@ -19,6 +19,7 @@ from node.replication.history import History
 from node.storage.chain_store import Named, StoredState, StoredStatement
 from node.storage.database import StorageError
 from node.util.offload import Offload, run_in_thread
+from node.util.signal import Signal
 from protocol.chains import StatePart, decode_state, encode_state
 from protocol.consensus import (
     MAX_COMMITTED,
@@ -168,7 +169,7 @@ class ChainNode:
         """Held by whoever looks at the participant: it is not changed meanwhile."""
         self.statistics = ChainStatistics()
         self.store = store
-        self.wants_more = trio.Event()
+        self.wants_more = Signal()
         """Set when something is missing that only others can tell."""
         self._identity = identity
         self._history = history
@@ -233,6 +234,34 @@ class ChainNode:
         async with self.lock:
             state = self.participant.state_after(statement)
         return [StatePart(last=True)] if state is None else list(parts_of(state))
+
+    # What sessions with neighbours need
+
+    async def position(self) -> tuple[tuple[Digest, ...], Digest]:
+        """Return the locator of our branch, and the digest of the recent records."""
+        async with self.lock:
+            return self.locator(), self.minutes.digest()
+
+    async def recent_records(self) -> dict[bytes, Said]:
+        """Return the recent records by short id."""
+        async with self.lock:
+            return self.minutes.recent()
+
+    async def branch_after(self, locator: Iterable[Digest], limit: int) -> Sequence[StoredStatement]:
+        """Return the statements of our branch after the first one of a locator that is on it."""
+        epoch = await self.store.epoch_of(self.genesis, locator)
+        return await self.store.statements(self.genesis, after_epoch=-1 if epoch is None else epoch, limit=limit)
+
+    async def head_without_state(self) -> Digest | None:
+        """Return the head if the state after it is unknown and has to be fetched."""
+        async with self.lock:
+            head = self.participant.chain.head
+            known = head.statement is None or self.participant.state_after(head.id) is not None
+        return None if known else head.id
+
+    def has_statement(self, statement: Digest) -> bool:
+        """Return whether a statement follows from the genesis here."""
+        return statement in self.participant.chain
 
     # The life of a keeper
 

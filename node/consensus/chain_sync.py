@@ -1,186 +1,167 @@
-"""A chain session: a peer asks a neighbour for what it missed. Everything that comes is checked, so anybody will do."""
+"""One chain session: a peer fetches the statements, records and state that it missed, and verifies them."""
 
-from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from typing import Final
 
 import trio
 
 from node.consensus.chain_node import ChainNode
 from node.consensus.translation import value_of
-from node.network import channel
-from node.network.channel import Channel
 from node.network.interface import NetworkError, Stream
+from node.replication.session import Responder, Session, Throttle
 from protocol.chains import (
-    Ask,
-    Busy,
     ChainConnection,
-    Have,
-    Items,
-    Rest,
+    ChainState,
+    GetState,
+    GetStatements,
+    Inventory,
+    Message,
+    Records,
+    Remaining,
     StatePart,
-    Want,
-    fill_items,
+    fill_records,
 )
 from protocol.consensus import Said
 from protocol.errors import RemoteProtocolError
+from protocol.half_duplex import Busy
 from protocol.limits import MAX_LOCATOR
 from protocol.states import Role
 from selector.consensus.values import Statement
 
 MAX_ROUNDS: Final = 64
-"""Questions in one session; a newcomer to a long chain needs several sessions."""
+"""Requests in one session; a newcomer to a long chain needs several sessions."""
 
 STATEMENTS_PER_ANSWER: Final = 64
 MAX_ANSWER_BYTES: Final = 1 << 20
-MAX_ANSWER_ITEMS: Final = 16_384
+MAX_ANSWER_RECORDS: Final = 16_384
 MAX_STATE_PARTS: Final = 1024
-"""At most about 64 MiB, which is a state of 300,000 members: more is no state."""
+"""About 64 MiB, the state of 300,000 members: more is a violation."""
 
-BUSY_S: Final = 5
+UNKNOWN_CHAIN_S: Final = 60
+"""Pause for a peer that asks about a chain that is not followed here."""
+
 VERIFIED_AT_A_TIME: Final = 4
 
-OpenEnvelope = Callable[[bytes], Said]
 
+class ChainInitiator(Session[Message, ChainState]):
+    """The side that begins a session, and fetches."""
 
-@dataclass(slots=True)
-class Outcome(channel.Outcome):
-    """What a session came to; records that were known are counted as well."""
-
-    more: bool = False
-    """There is more to ask for: the session had reached its bounds."""
-
-
-class Initiation:
-    """The initiator's side of one session."""
-
-    def __init__(self, stream: Stream, keeper: ChainNode, open_envelope: OpenEnvelope) -> None:
-        self.outcome = Outcome()
-        self._channel = Channel(stream, ChainConnection(Role.INITIATOR), self.outcome)
-        self._keeper = keeper
-        self._open_envelope = open_envelope
+    def __init__(self, stream: Stream, throttle: Throttle, chain: ChainNode, verify: Callable[[bytes], Said]) -> None:
+        super().__init__(stream, ChainConnection(Role.INITIATOR), throttle)
+        self._chain = chain
+        self._verify = verify
         self._reached: bytes | None = None
+        """The last statement that was received."""
 
     async def run(self) -> None:
-        """Ask until nothing is left to ask for, or the session's bounds are reached; `outcome` tells what came of it.
-
-        Raises NetworkError when the session broke, RemoteProtocolError when the peer cheated.
-        """
-        keeper = self._keeper
+        """Fetch until nothing is missing, or a bound of the session is reached."""
         for _ in range(MAX_ROUNDS):
-            async with keeper.lock:
-                locator, digest = keeper.locator(), keeper.minutes.digest()
-            # A branch that does not outweigh ours before all of it is here is asked for from where it has come to.
+            locator, digest = await self._chain.position()
+            # A branch replaces ours only once all of it is here; until then it continues from where it was cut.
             reached = self._reached
             locator = (*((reached,) if reached else ()), *locator)[:MAX_LOCATOR]
-            await self._channel.say(Ask(chain=keeper.genesis, locator=locator, digest=digest))
-            rest = await self._take()
-            if rest is not Rest.STANDING:
+            await self._send(GetStatements(chain=self._chain.genesis, locator=locator, digest=digest))
+            rest = await self._receive_records()
+            if rest is not Remaining.STATEMENTS:
                 break
-            if self._reached is None or self._reached == reached or self._reached not in keeper.participant.chain:
-                raise NetworkError("statements came that do not follow from any that we hold")
+            if self._reached is None or self._reached == reached or not self._chain.has_statement(self._reached):
+                raise NetworkError("received statements that do not follow from any known one")
         else:
             self.outcome.more = True
             return
-        if rest is Rest.RECENT:
-            async with keeper.lock:
-                ids = tuple(keeper.minutes.recent())
-            await self._channel.say(Have(ids))
-            await self._take()
-        await self._learn_state()
+        if rest is Remaining.RECENT:
+            await self._send(Inventory(tuple(await self._chain.recent_records())))
+            await self._receive_records()
+        if self.outcome.retry_s is None:
+            await self._fetch_state()
+            self.outcome.equal = True
 
-    async def _take(self) -> Rest | None:
-        """Take in the records of one answer; return what it left out, None where the peer is busy."""
-        last: Items | None = None
+    async def _receive_records(self) -> Remaining | None:
+        """Pass the records of one answer to the chain; return what the answer left out, None from a busy peer."""
+        last: Records | None = None
         count = 0
         while last is None or not last.last:
-            message = await self._channel.hear_any()
+            message = await self._receive_any()
             if isinstance(message, Busy):
                 self.outcome.retry_s = float(message.retry_s)
                 return None
-            if not isinstance(message, Items):
+            if not isinstance(message, Records):
                 raise NetworkError("the peer ended the session")
             last = message
             count += len(message.envelopes)
-            if count > MAX_ANSWER_ITEMS:
-                raise RemoteProtocolError("an answer without an end")
-            said = []
-            for number, envelope in enumerate(message.envelopes, 1):
-                each = self._open_envelope(envelope)
-                if each.body.chain != self._keeper.genesis:
-                    raise RemoteProtocolError("a record of another chain came")
-                said.append(each)
-                if isinstance(statement := value_of(each), Statement):
-                    self._reached = statement.id
-                if number % VERIFIED_AT_A_TIME == 0:
-                    await trio.lowlevel.checkpoint()
-            self._keeper.hear(said)
+            if count > MAX_ANSWER_RECORDS:
+                raise RemoteProtocolError(f"an answer has more than {MAX_ANSWER_RECORDS} records")
+            self._chain.hear(await self._verified(message.envelopes))
         self.outcome.received += count
         if count:
-            await self._keeper.turn()
+            await self._chain.turn()
         return last.rest
 
-    async def _learn_state(self) -> None:
-        """Get the state after the head, where it does not follow from what we hold."""
-        async with self._keeper.lock:
-            head = self._keeper.participant.chain.head
-            known = head.statement is None or self._keeper.participant.state_after(head.id) is not None
-        if known or self.outcome.retry_s is not None:
+    async def _verified(self, envelopes: Sequence[bytes]) -> list[Said]:
+        records = []
+        for number, envelope in enumerate(envelopes, 1):
+            record = self._verify(envelope)
+            if record.body.chain != self._chain.genesis:
+                raise RemoteProtocolError("received a record of another chain")
+            records.append(record)
+            if isinstance(statement := value_of(record), Statement):
+                self._reached = statement.id
+            if number % VERIFIED_AT_A_TIME == 0:
+                await trio.lowlevel.checkpoint()
+        return records
+
+    async def _fetch_state(self) -> None:
+        """Fetch the state after the head, if it cannot be computed here."""
+        head = await self._chain.head_without_state()
+        if head is None:
             return
-        await self._channel.say(Want(head.id))
+        await self._send(GetState(head))
         parts: list[StatePart] = []
         while not parts or not parts[-1].last:
-            parts.append(await self._channel.hear(StatePart))
+            parts.append(await self._receive(StatePart))
             if len(parts) > MAX_STATE_PARTS:
-                raise RemoteProtocolError("a state without an end")
-        if len(parts) > 1 and not await self._keeper.learn_state(parts):
-            async with self._keeper.lock:
-                moved = self._keeper.participant.chain.head is not head
-            if not moved:
-                raise RemoteProtocolError("a state came that the statement does not name")
-
-
-class Response:
-    """The responder's side of one session. `pay_traffic` makes it wait for its allowance of bytes."""
-
-    def __init__(self, stream: Stream, pay_traffic: Callable[[int], Awaitable[None]]) -> None:
-        self.outcome = Outcome()
-        self._channel = Channel(stream, ChainConnection(Role.RESPONDER), self.outcome)
-        self._pay_traffic = pay_traffic
-
-    async def refuse(self) -> None:
-        """Send the initiator away for some seconds."""
-        if await self._channel.hear_any() is not None:
-            await self._channel.say(Busy(retry_s=BUSY_S))
-
-    async def run(self, keepers: Callable[[bytes], ChainNode | None]) -> None:
-        """Answer until the initiator ends the session. Raises NetworkError, StorageError and RemoteProtocolError."""
-        ask = await self._channel.hear(Ask)
-        if (keeper := keepers(ask.chain)) is None:
-            await self._channel.say(Busy(retry_s=12 * BUSY_S))
+                raise RemoteProtocolError(f"a state has more than {MAX_STATE_PARTS} parts")
+        is_unknown_there = len(parts) == 1
+        if is_unknown_there or await self._chain.learn_state(parts):
             return
-        await self._answer(keeper, ask)
-        for _ in range(MAX_ROUNDS + 2):  # the questions, what is held, and the state
-            if (message := await self._channel.hear_any()) is None:
+        if await self._chain.head_without_state() == head:
+            raise RemoteProtocolError("received a state that differs from the digests of its statement")
+
+
+class ChainResponder(Responder[Message, ChainState]):
+    """The side that answers, about one chain in a session."""
+
+    def __init__(self, stream: Stream, throttle: Throttle, chains: Callable[[bytes], ChainNode | None]) -> None:
+        super().__init__(stream, ChainConnection(Role.RESPONDER), throttle)
+        self._chains = chains
+
+    async def run(self) -> None:
+        """Answer until the initiator ends the session."""
+        ask = await self._receive(GetStatements)
+        if (chain := self._chains(ask.chain)) is None:
+            await self._send(Busy(retry_s=UNKNOWN_CHAIN_S))
+            return
+        await self._answer(chain, ask)
+        for _ in range(MAX_ROUNDS + 2):  # the requests, the inventory, and the state
+            if (message := await self._receive_any()) is None:
                 return
             match message:
-                case Ask(chain=chain):
-                    if chain != keeper.genesis:
+                case GetStatements(chain=genesis):
+                    if genesis != chain.genesis:
                         raise RemoteProtocolError("one session asked about two chains")
-                    await self._answer(keeper, message)
-                case Have(ids):
-                    await self._hand_over(keeper, frozenset(ids))
-                case Want(statement):
-                    for part in await keeper.parts_after(statement):
-                        await self._pay_traffic(await self._channel.say(part))
+                    await self._answer(chain, message)
+                case Inventory(ids):
+                    recent, held = await chain.recent_records(), frozenset(ids)
+                    await self._send_records([said.envelope for key, said in recent.items() if key not in held])
+                case GetState(statement):
+                    for part in await chain.parts_after(statement):
+                        await self._send(part)
                 case _:
                     raise AssertionError(f"the table of states lets {message} through to a responder")
-        raise RemoteProtocolError("questions without an end")
+        raise RemoteProtocolError(f"a session has more than {MAX_ROUNDS} requests")
 
-    async def _answer(self, keeper: ChainNode, ask: Ask) -> None:
-        found = await keeper.store.epoch_of(keeper.genesis, ask.locator)
-        after = -1 if found is None else found
-        statements = await keeper.store.statements(keeper.genesis, after_epoch=after, limit=STATEMENTS_PER_ANSWER)
+    async def _answer(self, chain: ChainNode, ask: GetStatements) -> None:
+        statements = await chain.branch_after(ask.locator, STATEMENTS_PER_ANSWER)
         envelopes: list[bytes] = []
         size = 0
         complete = len(statements) < STATEMENTS_PER_ANSWER
@@ -190,18 +171,13 @@ class Response:
                 break
             envelopes += (each.envelope, *each.signatures)
             size += len(each.envelope) + sum(map(len, each.signatures))
-        rest = Rest.STANDING
+        rest = Remaining.STATEMENTS
         if complete:
-            async with keeper.lock:
-                rest = Rest.NOTHING if keeper.minutes.digest() == ask.digest else Rest.RECENT
-        await self._send(envelopes, rest)
+            _, digest = await chain.position()
+            rest = Remaining.NOTHING if digest == ask.digest else Remaining.RECENT
+        await self._send_records(envelopes, rest)
 
-    async def _hand_over(self, keeper: ChainNode, held: frozenset[bytes]) -> None:
-        async with keeper.lock:
-            recent = keeper.minutes.recent()
-        await self._send([said.envelope for key, said in recent.items() if key not in held], Rest.NOTHING)
-
-    async def _send(self, envelopes: list[bytes], rest: Rest) -> None:
+    async def _send_records(self, envelopes: Sequence[bytes], rest: Remaining = Remaining.NOTHING) -> None:
         self.outcome.sent += len(envelopes)
-        for items in fill_items(envelopes, rest):
-            await self._pay_traffic(await self._channel.say(items))
+        for message in fill_records(envelopes, rest):
+            await self._send(message)

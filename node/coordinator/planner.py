@@ -11,7 +11,7 @@ import structlog
 import trio
 
 from node.links.liveness import SLOWEST_BYTES_PER_S
-from node.stages.span import OUTGOING_BYTES
+from node.stages.outbox import OUTGOING_BYTES
 from node.swarm.directory import Candidate
 from node.swarm.link_estimates import UNKNOWN_BYTES_PER_S
 from protocol.identity import BlockRange, ModelId, PeerId, Stage

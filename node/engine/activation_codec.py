@@ -1,4 +1,4 @@
-"""How hidden states travel: fp32, bf16, and int8 in blocks with a scale. numpy only, for worker and fake engine."""
+"""Wire codecs of hidden states: fp32, bf16, and int8 in blocks with a scale. numpy only, for the fake engine."""
 
 from collections.abc import Callable, Mapping
 
@@ -9,20 +9,20 @@ from node.engine.interface import BadRows, EngineError
 from protocol.tensors import BLOCK_ELEMENTS, DType, Tensor
 
 MAX_MAGNITUDE = 1e18
-"""Hidden states are smaller by far. Norms square them, which f32 cannot hold for much larger ones."""
+"""Far above real hidden states. Norms square them, which overflows f32 for much larger ones."""
 
 _MAX_BITS = {
     DType.FLOAT16: 0x7BFF,
     DType.BFLOAT16: int(np.array([MAX_MAGNITUDE], np.float32).view(np.uint32)[0] >> 16),
 }
-"""The largest number of each codec that may be, sign aside."""
+"""The largest valid number of each codec, sign aside."""
 
 Rows = npt.NDArray[np.float32]
 """Hidden states, (rows, hidden size)."""
 
 
 def encode_rows(rows: Rows, activations: str) -> Tensor:
-    """Return hidden states as a session's codec writes them. Raises EngineError for a codec that is not known."""
+    """Encode hidden states with a session's codec. Raises EngineError for an unknown codec."""
     try:
         encode = _ENCODERS[activations]
     except KeyError:
@@ -32,16 +32,16 @@ def encode_rows(rows: Rows, activations: str) -> Tensor:
 
 def check_rows(rows: Rows) -> None:
     """Raise BadRows unless every element is finite, and small enough to be squared."""
-    if rows.size and not (rows.max() <= MAX_MAGNITUDE and rows.min() >= -MAX_MAGNITUDE):  # also where one is no number
+    if rows.size and not (rows.max() <= MAX_MAGNITUDE and rows.min() >= -MAX_MAGNITUDE):  # also false for NaN
         raise BadRows(f"hidden states that are not finite, or beyond {MAX_MAGNITUDE:g}")
 
 
 def check_tensor(tensor: Tensor) -> None:
-    """Raise BadRows unless the hidden states that a tensor of any codec holds pass `check_rows`; nothing is decoded."""
+    """Raise BadRows unless the hidden states in a tensor of any codec pass `check_rows`; nothing is decoded."""
     if tensor.dtype is DType.FLOAT32:
         check_rows(np.frombuffer(tensor.data, np.float32))
         return
-    if tensor.dtype is DType.BLOCK_INT8:  # which stand for finite numbers where the scales are
+    if tensor.dtype is DType.BLOCK_INT8:  # finite where the scales are
         data = np.frombuffer(tensor.data, np.uint8).reshape(tensor.rows, tensor.row_bytes)
         bits = np.ascontiguousarray(data[:, : tensor.row_bytes - tensor.shape[1]]).view(np.uint16)
     else:
@@ -53,14 +53,14 @@ def check_tensor(tensor: Tensor) -> None:
 
 
 def check_tokens(tensor: Tensor, vocabulary_size: int) -> None:
-    """Raise BadRows unless the token ids of a tensor (i32, one dimension) are the model's."""
+    """Raise BadRows unless the token ids in a tensor (i32, one dimension) are in the vocabulary."""
     tokens = np.frombuffer(tensor.data, np.int32)
     if tokens.size and not (tokens.min() >= 0 and tokens.max() < vocabulary_size):
         raise BadRows(f"a token id is not below {vocabulary_size}")
 
 
 def decode_rows(tensor: Tensor) -> Rows:
-    """Return the hidden states that a tensor of any codec holds, as an array of its own."""
+    """Return the hidden states in a tensor of any codec, as an array of its own."""
     return _DECODERS[tensor.dtype](tensor)
 
 
@@ -70,7 +70,7 @@ def _encode_fp32(rows: Rows) -> Tensor:
 
 def _encode_bf16(rows: Rows) -> Tensor:
     bits = rows.view(np.uint32)
-    # To the nearest, of two equally near ones the even: what is added carries into the half that is kept.
+    # Round to nearest, ties to even: the addend carries into the upper half.
     rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
     rounded = np.where(np.isnan(rows), 0x7FC0, rounded)
     return Tensor(DType.BFLOAT16, rows.shape, rounded.astype(np.uint16).data.cast("B"))
@@ -84,7 +84,7 @@ def _encode_int8(rows: Rows) -> Tensor:
     padded = padded.reshape(count, blocks, BLOCK_ELEMENTS)
     largest = np.abs(padded).max(axis=2)
     scales = np.minimum(largest / 127, np.finfo(np.float16).max).astype(np.float16)
-    # By the scale as it travels, which is rounded; a block that vanishes beside it is none of the row's weight.
+    # By the scale as it is sent, which is rounded; a block whose scale rounds to zero becomes zero.
     divisors = np.where(scales > 0, scales.astype(np.float32), np.inf)[:, :, None]
     elements = np.clip(np.rint(padded / divisors), -127, 127).astype(np.int8).reshape(count, -1)[:, :width]
     data = np.concatenate([scales.view(np.uint8).reshape(count, -1), elements.view(np.uint8)], axis=1)

@@ -1,9 +1,8 @@
-"""Tries out whether an architecture can be served in spans: `python -m node.engine.architecture CONFIG.json`.
+"""Tests whether an architecture can be served in spans: `python -m node.engine.architecture CONFIG.json`.
 
-A tiny random model of the same architecture is made, imported and loaded as a real one would be, and must give the
-logits of transformers' `generate` in one piece and however it is cut, with prompts that arrive in chunks, for sessions
-of different lengths side by side. What cannot be split, and what differs, is refused here, before anything large is
-copied.
+A tiny random model of the same architecture is imported and loaded as a real one would be, and must give the logits of
+transformers' `generate` in one piece and however it is cut, with chunked prefill, for sessions of different lengths
+side by side. Unsupported architectures are refused here, before anything large is copied.
 
 A process of its own, because only this package may import torch. The last line on stdout is `{"parts": ...}`, which
 modules stand around the blocks (see `node.models.layout.OuterNames`), or `{"error": message}` with the exit code 1.
@@ -29,12 +28,14 @@ from node.engine.engine_config import source_from_package
 from node.engine.interface import PAGE_POSITIONS, EngineError
 from node.engine.kv_cache import KvCache, SlotMapping
 from node.engine.loading import config_from, describe, load_span, name_of
+from node.engine.reporting import report
 from node.engine.shrink import shrink
 from node.models.errors import ModelError
 from node.models.files import ignore_progress
 from node.models.importer import build_package, read_checkpoint
 from node.models.layout import OuterNames
 from node.models.store import Package
+from node.util.text import one_line
 from protocol.identity import BlockRange
 
 PROMPTS = ([3, 14, 15, 92, 65, 35, 89, 79, 32, 38, 46], [27, 18, 28], [61, 80, 33, 98, 87, 49, 9])
@@ -52,15 +53,15 @@ _TOLERANCE = 1e-2
 
 @dataclass(frozen=True, slots=True)
 class Reference:
-    """What `generate` gives after a prompt: greedy tokens, and the logits that they were drawn from."""
+    """Greedy tokens of `generate` after a prompt, and their logits."""
 
     prompt: Sequence[int]
     tokens: Sequence[int]
     logits: torch.Tensor
 
 
-def try_out(content: Mapping[str, Any]) -> OuterNames:
-    """Return which modules stand around the blocks of the model that the content of a config.json describes.
+def check_architecture(content: Mapping[str, Any]) -> OuterNames:
+    """Return the modules around the blocks of the model that the content of a config.json describes.
 
     Raises EngineError with the reason if it cannot be served in spans.
     """
@@ -76,16 +77,16 @@ def try_out(content: Mapping[str, Any]) -> OuterNames:
         raise EngineError(f"{name} cannot be split into spans here: {error}") from error
     except (EngineError, ModelError) as error:
         raise EngineError(f"{name} cannot be served: {error}") from error
-    except Exception as error:  # whatever an architecture that nobody tried here trips over
-        raise EngineError(f"{name} could not be tried out: {_one_line(error)}") from error
+    except Exception as error:  # an untested architecture may raise anything
+        raise EngineError(f"{name} could not be tested: {one_line(error)}") from error
     return names
 
 
 def tiny_model(content: Mapping[str, Any]) -> PreTrainedModel:
-    """Return a model with random weights that make it say many different tokens."""
+    """Return a model with random weights that give many different tokens."""
     model: PreTrainedModel = describe(content).model
     if sum(parameter.numel() for parameter in model.parameters()) > _MAX_PARAMETERS:
-        raise EngineError("it has parts that are too large to be tried out")
+        raise EngineError("it has modules too large for a trial")
     config = config_from(content)
     torch.manual_seed(0)
     model = type(model)(config)
@@ -109,7 +110,7 @@ def randomise(model: PreTrainedModel, seed: int) -> None:
 
 
 def references_of(model: PreTrainedModel, prompts: Iterable[Sequence[int]] = PROMPTS) -> list[Reference]:
-    """Return what `generate` gives after each prompt alone."""
+    """Return the output of `generate` for each prompt alone."""
     generation: Any = model.generation_config
     generation.eos_token_id, generation.pad_token_id = None, 0
     made = []
@@ -139,7 +140,7 @@ def package_of(model: PreTrainedModel, folder: Path, names: OuterNames) -> Packa
 
 
 class _DiffersError(Exception):
-    """The tiny model is another when it is cut."""
+    """The tiny model gives other logits when it is cut."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,7 +173,7 @@ def _load(package: Package, blocks: BlockRange, how: str) -> _Stage:
     try:
         model = TransformersSpan(span)
         kv = KvCache([block.resized(pages * PAGE_POSITIONS) for block in model.trial_run()])
-    except Exception as error:  # whatever an architecture that nobody tried here trips over
+    except Exception as error:  # an untested architecture may raise anything
         raise _DiffersError(f"{how} its forward pass fails") from error
     return _Stage(model, kv, range(len(blocks)))
 
@@ -193,17 +194,13 @@ def _check_step(stages: Sequence[_Stage], reference: Reference, slots: SlotMappi
     try:
         for stage in stages:
             (rows,) = stage.model.run([Rows(rows, slots, position, draws)], stage.kv, stage.blocks)
-    except Exception as error:  # whatever an architecture that nobody tried here trips over
+    except Exception as error:  # an untested architecture may raise anything
         raise _DiffersError(f"{how} its forward pass fails") from error
     if draws:
         expected = reference.logits[end - prompt]
         difference = float((rows[0] - expected).abs().max() / expected.std())
         if not difference <= _TOLERANCE:
             raise _DiffersError(f"{how} it gives other logits than `generate`, {end - prompt} tokens after a prompt")
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:300] or type(error).__name__
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -214,12 +211,12 @@ def main(arguments: list[str] | None = None) -> int:
     os.environ |= {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
     torch.set_num_threads(1)  # more would only wait for each other
     try:
-        names = try_out(json.loads(options.config.read_text(encoding="utf-8")))
+        names = check_architecture(json.loads(options.config.read_text(encoding="utf-8")))
     except (EngineError, OSError, ValueError) as error:
-        print(json.dumps({"error": _one_line(error)}))  # noqa: T201
+        report(error=one_line(error))
         return 1
     parts = {"embed": sorted(names.embed), "head": sorted(names.head), "output": names.output, "input": names.input}
-    print(json.dumps({"parts": parts}))  # noqa: T201
+    report(parts=parts)
     return 0
 
 

@@ -1,14 +1,13 @@
-"""Measures what this machine sustains: `python -m node.engine.benchmark --directory DIR [--threads N]`.
+"""Measures this machine's throughput: `python -m node.engine.benchmark --directory DIR [--threads N]`.
 
-A process of its own, because only the engine may import torch, and because drivers of accelerators crash. It runs at
-idle priority and takes about five seconds. Prints one JSON document:
+A process of its own, because only the engine may import torch, and because drivers crash. It runs at idle priority and
+takes about five seconds. Prints one JSON document:
 
     {"cpu": throughput, "cpu_share": share, "accelerators": [accelerator], "disk_read_bytes_per_s": figure,
      "gaps": [text]}
 
-where throughput and accelerator are as in capability records; what could not be measured is left out and named in
-`gaps`. `cpu_share`: how much of the processor time it wanted for the CPU's figures it got; far below 1, others were
-busy and the figures are too low.
+where throughput and accelerator are as in capability records; failed measurements are left out and named in `gaps`.
+`cpu_share`: the share of the wanted processor time that the CPU's figures got; far below 1 they are too low.
 """
 
 import argparse
@@ -65,13 +64,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def measure_disk_read(directory: Path) -> float:
-    """Return how many bytes a second are read from a new file in a directory, past the system's cache where it lets us.
-
-    Raises OSError where there is no room or no right to write.
-    """
+    """Return the read rate of a new file in a directory, past the system's cache where possible. Raises OSError."""
     with tempfile.TemporaryFile(dir=directory, buffering=0) as file, mmap.mmap(-1, PIECE_BYTES) as piece:
         descriptor = file.fileno()
-        piece.write(os.urandom(PIECE_BYTES))  # nothing that a file system could compress
+        piece.write(os.urandom(PIECE_BYTES))  # incompressible
         size = 0
         started = time.perf_counter()
         while size < DISK_BYTES and time.perf_counter() - started < DISK_WRITE_S:
@@ -96,7 +92,7 @@ def _bypass_cache(descriptor: int) -> None:
 
 
 def _idle_only() -> None:
-    """Take only what nobody else wants of the processor and the disk."""
+    """Run at idle priority on processor and disk."""
     yield_to_others()
     if sys.platform == "linux":
         with suppress(OSError, psutil.Error):  # a sandbox may forbid it

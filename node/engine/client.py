@@ -144,7 +144,7 @@ class WorkerEngine(Engine):
         number = next(self._numbers)
         call = self._calls[number] = _Call()
         self._building[number] = variant
-        self._post(worker_protocol.encode_prepare(number, variant))
+        self._post(worker_protocol.encode_frame({"do": "prepare", "call": number, "variant": variant}))
         await call.answered.wait()
         if variant not in self._variants:
             raise call.error or EngineCrashed(self._reason)
@@ -185,7 +185,7 @@ class WorkerEngine(Engine):
         """Carry a session on under another id, here and in the worker."""
         await super().rename(session, successor)
         if successor in self._sessions:
-            self._post(worker_protocol.encode_rename(session, successor))
+            self._post(worker_protocol.encode_frame({"do": "rename", "session": session, "successor": successor}))
 
     async def send_loop(self) -> None:
         """Send the posted frames, in order, until the worker exits."""
@@ -256,7 +256,7 @@ class WorkerEngine(Engine):
         if begun is None:  # the worker has no such session
             return
         if begun.taken:
-            self._post(worker_protocol.encode_close(session))
+            self._post(worker_protocol.encode_frame({"do": "close", "session": session}))
         else:
             self._outbox.remove(begun)
 

@@ -1,17 +1,17 @@
-"""Turns a GGUF file into a Hugging Face folder: `python -m node.engine.convert gguf SOURCE.gguf OUT_DIR`.
+"""Converts a GGUF file to a Hugging Face folder: `python -m node.engine.convert gguf SOURCE.gguf OUT_DIR`.
 
 `python -m node.engine.convert check CHECKPOINT.json` only compares a checkpoint's tensors with what its architecture
 needs: the file is `{"config": {...}, "tensors": {name: [dtype, shape]}}`, with the dtypes of safetensors.
 
 A process of its own, because it holds the whole model in memory for half a minute, and because only this package may
-import torch. On stdout it tells its progress in JSON lines `{"stage": ..., "done": n, "total": n}`; when it fails, the
-last line is `{"error": message}` and the exit code 1.
+import torch. It reports progress as `{"stage": ..., "done": n, "total": n}`, a failure as `{"error": message}`, last,
+with the exit code 1.
 
 The same file gives the same bytes on every machine: weights are dequantised to float32, and whatever depends on
-versions, paths or times is left out of the JSON files. So everybody who imports a file gets the same model id.
+versions, paths or times is left out of the JSON files. So the model id of a file is the same everywhere.
 
 transformers fills in what a file lacks and ignores what it does not know. Here every tensor and every key of the
-metadata has its place in the model that results, or nothing is written.
+metadata has its place in the resulting model, or nothing is written.
 """
 
 import argparse
@@ -25,15 +25,17 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from node.engine.interface import EngineError
+from node.engine.reporting import report
 from node.models.gguf_file import GgufError, GgufModel, read_gguf
 from node.models.gguf_metadata import Requirement, head_size, requirements, ropes
 from node.models.gguf_rope import ROPE_TENSORS, Rope
 from node.models.layout import TESTED
 from node.models.tensor_names import describe_tensors
+from node.util.text import one_line
 
 Item = TypeVar("Item")
 
-# What transformers adds by itself and what differs between two machines that read the same file.
+# Added by transformers, or different between two machines that read the same file.
 _ENVIRONMENT_KEYS = frozenset({
     "_from_model_config",
     "_name_or_path",
@@ -50,22 +52,13 @@ class ConversionError(Exception):
     """The source cannot be converted. The message is one line, fit for a user."""
 
 
-def _say(line: dict[str, object]) -> None:
-    sys.stdout.write(json.dumps(line) + "\n")
-    sys.stdout.flush()
-
-
-def _report(stage: str, done: int, total: int) -> None:
-    _say({"stage": stage, "done": done, "total": total})
-
-
 def _counted(items: Iterable[Item], **_options: object) -> Iterator[Item]:
     """Stand in for tqdm: report each item that has been dequantised."""
     total = len(items) if isinstance(items, Sized) else 0
-    _report("dequantise", 0, total)
+    report(stage="dequantise", done=0, total=total)
     for done, item in enumerate(items, start=1):
         yield item
-        _report("dequantise", done, total)
+        report(stage="dequantise", done=done, total=total)
 
 
 def _rewrite_json(path: Path) -> None:
@@ -84,7 +77,7 @@ def convert_gguf(source: Path, out_dir: Path) -> None:
     try:
         file = read_gguf(source)
         needs, embeddings = requirements(file), ropes(file)
-        _report("tokenizer", 0, 1)
+        report(stage="tokenizer", done=0, total=1)
         # A name that is not found in the folder must be an error, not a look-up in the hub.
         os.environ |= {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "TRANSFORMERS_VERBOSITY": "error"}
         from node.engine.gguf_tokenizer import read_tokenizer
@@ -94,28 +87,28 @@ def convert_gguf(source: Path, out_dir: Path) -> None:
         raise ConversionError(str(error)) from None
     except OSError as error:
         raise ConversionError(f"{source}: {error.strerror}") from error
-    _report("tokenizer", 1, 1)
+    report(stage="tokenizer", done=1, total=1)
     _join_parts(file)
     model = _load(file, needs, embeddings)
     out_dir.mkdir(parents=True, exist_ok=True)
-    _report("write", 0, 1)
+    report(stage="write", done=0, total=1)
     if tokenizer is not None:
         tokenizer.save_pretrained(out_dir)
     model.save_pretrained(out_dir)
     for file_name in ("config.json", "generation_config.json", "tokenizer_config.json"):
         if (path := out_dir / file_name).exists():
             _rewrite_json(path)
-    _report("write", 1, 1)
+    report(stage="write", done=1, total=1)
 
 
-def _try_out(config: dict[str, Any]) -> None:
+def _check_architecture(config: dict[str, Any]) -> None:
     """Raise ConversionError if the architecture cannot be served: better now than once everything is dequantised."""
     if config.get("model_type") in TESTED:
         return
-    from node.engine.architecture import try_out
+    from node.engine.architecture import check_architecture
 
     try:
-        try_out(config)
+        check_architecture(config)
     except EngineError as error:
         raise ConversionError(str(error)) from error
 
@@ -156,18 +149,18 @@ def _load(file: GgufModel, needs: Sequence[Requirement], embeddings: Mapping[str
             empty = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
         _check_rope(empty, file, embeddings)
         _check_tensors(empty, file)
-        _try_out(config.to_dict())
+        _check_architecture(config.to_dict())
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder, gguf_file=name, config=config, dtype=torch.float32, output_loading_info=True
         )
     except ConversionError:
         raise
     except Exception as error:  # a damaged or unknown file makes gguf and transformers raise nearly anything
-        raise ConversionError(f"{name} cannot be read: {_one_line(error)}") from error
-    model, report = loaded
-    faults = [str(fault) for faults in report.values() for fault in faults]
+        raise ConversionError(f"{name} cannot be read: {one_line(error)}") from error
+    model, loading_info = loaded
+    faults = [str(fault) for faults in loading_info.values() for fault in faults]
     if faults:
-        raise ConversionError(f"{name} does not fit its architecture: {_one_line(', '.join(sorted(faults)))}")
+        raise ConversionError(f"{name} does not fit its architecture: {one_line(', '.join(sorted(faults)))}")
     # The weights are plain numbers now; with these two left, save_pretrained refuses.
     del model.hf_quantizer
     del model.config.quantization_config
@@ -177,7 +170,7 @@ def _load(file: GgufModel, needs: Sequence[Requirement], embeddings: Mapping[str
 def _with_requirements(
     config: Any, file: GgufModel, needs: Sequence[Requirement], embeddings: Mapping[str | None, Rope]
 ) -> Any:
-    """Return the config that says all that the file asks for; raise ConversionError where it cannot say it."""
+    """Return a config that meets all requirements of the file; raise ConversionError where that is impossible."""
     # For two architectures transformers takes the head to be tied whatever the file has.
     tied = Requirement("tie_word_embeddings", "output.weight" not in file.tensors, "output.weight")
     needs = (*needs, tied)
@@ -194,8 +187,8 @@ def _with_requirements(
     for need in needs:
         if not _says(config, need):
             raise ConversionError(
-                f"{file.name} asks by {need.key} for {need.attribute} = {need.value}, which "
-                f"{config.model_type} models in transformers do not take: import the safetensors checkpoint"
+                f"{file.name} requires {need.attribute} = {need.value} by {need.key}, which "
+                f"{config.model_type} models in transformers do not support: import the safetensors checkpoint"
             )
     return config
 
@@ -218,7 +211,7 @@ def _float32(one: float, other: float) -> bool:
 
 
 def _rope_parameters(config: Any, file: GgufModel, embeddings: Mapping[str | None, Rope]) -> dict[str, Any]:
-    """Return what the config must say of the rotary embedding; nothing if it says so already."""
+    """Return the `rope_parameters` that the config needs; nothing if it has them already."""
     has = config.rope_parameters if embeddings else {}
     wanted: dict[str, Any] = {}
     for kind, rope in embeddings.items():
@@ -237,7 +230,7 @@ def _rope_parameters(config: Any, file: GgufModel, embeddings: Mapping[str | Non
 
 
 def _check_rope(model: Any, file: GgufModel, embeddings: Mapping[str | None, Rope]) -> None:
-    """Compare the frequencies that the model calculated from its config with those that the file asks for."""
+    """Compare the frequencies that the model calculated from its config with those of the file."""
     found = False
     for module in model.modules():
         for name, buffer in module.named_buffers(recurse=False):
@@ -248,15 +241,15 @@ def _check_rope(model: Any, file: GgufModel, embeddings: Mapping[str | None, Rop
             found = True
             if kind not in embeddings or embeddings[kind].differs(buffer.tolist(), factor):
                 raise ConversionError(
-                    f"{file.name}: transformers' {model.config.model_type} cannot rotate positions as its "
-                    f"{file.architecture}.rope.* keys say: import the safetensors checkpoint"
+                    f"{file.name}: transformers' {model.config.model_type} cannot apply the RoPE scaling "
+                    f"of its {file.architecture}.rope.* keys: import the safetensors checkpoint"
                 )
     if embeddings and not found:
         raise ConversionError(f"transformers' {model.config.model_type} has no rotary embedding to compare")
 
 
 def _check_tensors(model: Any, file: GgufModel) -> None:
-    """Compare the file's tensors with those that the model needs; raise ConversionError for any that has no other."""
+    """Match the file's tensors with those that the model needs; raise ConversionError for any without a counterpart."""
     from transformers.modeling_gguf_pytorch_utils import (
         TENSOR_PROCESSORS,
         TensorProcessor,
@@ -286,22 +279,17 @@ def _check_tensors(model: Any, file: GgufModel) -> None:
     taken = {source for found in sources.values() for source in found} | ROPE_TENSORS
     if unused := [tensor for tensor in file.tensors if tensor not in taken]:
         raise ConversionError(
-            f"{name} has {describe_tensors(unused)}, for which transformers' {model.config.model_type} has no place: "
+            f"{name} has {describe_tensors(unused)}, which transformers' {model.config.model_type} does not use: "
             "import the model's safetensors checkpoint"
         )
 
 
-def _one_line(error: object) -> str:
-    return " ".join(str(error).split())[:500] or type(error).__name__
-
-
 def check_checkpoint(description: Path) -> None:
-    """Raise ConversionError unless a checkpoint's tensors are those that its config's architecture needs."""
+    """Raise ConversionError unless a checkpoint's tensors are those of its config's architecture."""
     os.environ |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
     import torch
     from safetensors.torch import _TYPES
 
-    from node.engine.interface import EngineError
     from node.engine.loading import check_weights
 
     content = json.loads(description.read_bytes())
@@ -330,7 +318,7 @@ def main(arguments: list[str] | None = None) -> int:
         else:
             convert_gguf(options.source, options.out_dir)
     except (ConversionError, OSError) as error:
-        _say({"error": _one_line(error)})
+        report(error=one_line(error))
         return 1
     return 0
 

@@ -11,6 +11,7 @@ import psutil
 import torch
 
 from node.engine.device import AUTO, Device, DeviceError, cpu_device
+from node.util.text import one_line
 from protocol.capabilities import Accelerator, AcceleratorKind
 
 
@@ -71,7 +72,7 @@ def probe(wanted: str) -> Device:
                 torch.ones(8, device=device).sum().item()
                 found.append(Device(str(device), free_bytes(device), accelerator))
             except RuntimeError as error:  # of another architecture than torch was built for, broken, taken, full
-                faults.append(f"{device}: {' '.join(str(error).split())[:200]}")
+                faults.append(f"{device}: {one_line(error, 200)}")
     if not found and (faults or wanted != AUTO):
         raise DeviceError("; ".join(faults) or f"there is no {wanted} device for torch {torch.__version__} here")
     return max(found, key=lambda each: each.free_bytes, default=cpu_device())
@@ -82,7 +83,7 @@ def main() -> int:
     try:
         device = probe(sys.argv[1])
     except (DeviceError, RuntimeError) as error:  # torch's complaints of drivers are RuntimeErrors
-        sys.stderr.write(" ".join(str(error).split())[:300] + "\n")
+        sys.stderr.write(one_line(error) + "\n")
         return 1
     sys.stdout.write(json.dumps(device.to_json()))
     return 0

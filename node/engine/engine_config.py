@@ -1,4 +1,4 @@
-"""Where a shard's weights lie and how its engine is to run: plain values that cross to the worker process."""
+"""Where a shard's weights lie, and how its engine runs: plain values that are sent to the worker process."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -30,12 +30,11 @@ class ShardSource:
 class EngineOptions:
     """How an engine runs.
 
-    `memory_bytes`: for weights and KV caches together; None takes half of what the device has free. `kv_positions`:
-    positions for all sessions together, where they should be fewer than the memory allows. `threads`: None takes one
-    for each physical core. `start_timeout_s`: how long loading may take. `cache_dir`: where what is
-    built for a variant is kept for the next time, if anywhere. `device`: torch's name of what computes, and in whose
-    memory weights and KV caches lie: "cpu", "cuda:0" (ROCm answers to it, too), "mps". `plan_rows`: whether
-    `memory_bytes` has to hold the rows, too, that wait in the node to be computed: one for each position, as f32.
+    `memory_bytes`: for weights and KV caches together; None takes half of the device's free memory. `kv_positions`: for
+    all sessions together, if fewer than the memory allows. `threads`: None takes one for each physical core.
+    `start_timeout_s`: limit of loading. `cache_dir`: disk cache of built variants, if any. `device`: torch's name of
+    the device that computes and holds weights and KV caches: "cpu", "cuda:0" (also ROCm), "mps". `plan_rows`: whether
+    `memory_bytes` includes the rows queued in the node: one for each position, as f32.
     """
 
     memory_bytes: int | None = None

@@ -8,6 +8,7 @@ would get wrong is set right here, or refused.
 from typing import Any, Final
 
 from node.models.gguf_file import GgufError, GgufModel
+from node.util.text import one_line
 
 # Pre-tokenizers by the name that llama.cpp gave them (`tokenizer.ggml.pre`), as it implements them.
 _AS_GPT2: Final = frozenset({"default", "gpt-2", "gpt2", "jina-es", "jina-de", "mpt", "olmo", "phi-2"})
@@ -60,7 +61,7 @@ def read_tokenizer(file: GgufModel) -> Any:
     except GgufError:
         raise
     except Exception as error:  # a damaged vocabulary makes gguf, tokenizers and transformers raise nearly anything
-        text = " ".join(str(error).split())[:300] or type(error).__name__
+        text = one_line(error)
         raise GgufError(f"the tokenizer of {name} cannot be read: {text}") from error
     return tokenizer
 

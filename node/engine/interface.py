@@ -14,14 +14,14 @@ from protocol.messages import Sampling
 from protocol.tensors import Tensor
 
 PAGE_POSITIONS: Final = 32
-"""Positions of one page: the unit in which KV memory is given out, and in which prompts are cached."""
+"""Positions of one page, the unit of KV allocation and of the prefix cache."""
 
 PAGE_HASH_BYTES: Final = 16
-"""Bytes of the hash of a page of a prompt, which covers all pages before it, too."""
+"""Bytes of the hash of a page of a prompt, which covers all pages before it."""
 
 
 class EngineError(Exception):
-    """The engine failed: the jobs in the call are lost. The message is one line, fit for a user."""
+    """The engine failed: the jobs in the call are lost. The message is one line for the user."""
 
 
 class EngineCrashed(EngineError):
@@ -48,11 +48,11 @@ class StepFailed(EngineError):
 
 
 class BadRows(EngineError):
-    """Rows that no engine could compute: whoever sent them is at fault."""
+    """Rows that no engine could compute: their sender is at fault."""
 
 
 class VariantNotReady(EngineError):
-    """The session asks for a variant that is not there (any more, or yet)."""
+    """The session requests a variant that is not built (any more, or yet)."""
 
 
 class Variant(NamedTuple):
@@ -70,17 +70,16 @@ class Variant(NamedTuple):
 
 
 REFERENCE: Final = Variant("eager", "fp32")
-"""What every span can do, and what exactness is measured against."""
+"""Available on every span; exactness is measured against it."""
 
 DIVISIBLE_ENGINES: Final = frozenset({"eager", "fused"})
-"""Engines of variants that run any part of a span; others, whose graph is the whole span, offer nothing for a part."""
+"""Engines that run any part of a span; the graph of others is the whole span."""
 
 
 class KvCompatibilityKey(NamedTuple):
-    """What a session's keys and values depend on besides its tokens: `engine/arithmetic/activations`.
+    """What keys and values depend on besides tokens: `engine/arithmetic/activations`.
 
-    The variant is the same on all stages of a job, and `activations` is how all of them put their rows on the wire, so
-    a page may be taken over by a session with the same KV key only.
+    Variant and wire codec are the same on all stages of a job; cached pages may be used by sessions with the same key.
     """
 
     variant: Variant
@@ -94,9 +93,9 @@ class KvCompatibilityKey(NamedTuple):
 class SessionOptions:
     """How a session is calculated.
 
-    `blocks`: which part of the span; None for all of it. `sampling`: how to draw; where the part has the model's last
-    block, and only there. `activations`: codec of the rows that the span puts out,
-    "fp32", "bf16" or "int8". `prefix_cache`: whether cached pages are taken up, and this session's kept for others.
+    `blocks`: the part of the span; None for all of it. `sampling`: given where the part has the model's last block, and
+    only there. `activations`: codec of the output rows, "fp32", "bf16" or "int8". `prefix_cache`: whether cached pages
+    are used, and this session's cached for others.
     """
 
     blocks: BlockRange | None = None
@@ -107,7 +106,7 @@ class SessionOptions:
 
     @property
     def kv_key(self) -> KvCompatibilityKey:
-        """What its keys and values depend on."""
+        """The key of its cached pages."""
         return KvCompatibilityKey(self.variant, self.activations)
 
 
@@ -115,8 +114,8 @@ class SessionOptions:
 class Prefix:
     """The prompt's whole pages, as the prefix cache knows them.
 
-    `namespace`: whose cache (the coordinator's peer id), so that nobody can poison another's, and of which blocks.
-    `hashes`: of each whole page in order, PAGE_HASH_BYTES each, every one covering those before it.
+    `namespace`: the coordinator's peer id, so that no peer can poison another's cache, and the blocks. `hashes`: of
+    each whole page in order, PAGE_HASH_BYTES each, every one covering those before it.
     """
 
     namespace: str
@@ -132,7 +131,7 @@ class Prefix:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SpanInfo:
-    """What an engine holds and can hold."""
+    """The span of an engine, and its limits."""
 
     model: ModelId
     blocks: BlockRange
@@ -149,11 +148,11 @@ class SpanInfo:
     load_s: float
 
     def part(self, blocks: BlockRange | None) -> "SpanInfo":
-        """Describe a part of the span, as a session sees it that runs no more of it. Raises EngineError for others."""
+        """Return the info of a part of the span. Raises EngineError for blocks outside it."""
         if blocks is None or blocks == self.blocks:
             return self
         if not self.blocks.holds(blocks):
-            raise EngineError(f"blocks {blocks} are no part of {self.blocks}")
+            raise EngineError(f"blocks {blocks} are not a part of {self.blocks}")
         return replace(self, blocks=blocks)
 
     @property
@@ -163,7 +162,7 @@ class SpanInfo:
 
     @property
     def is_last(self) -> bool:
-        """Whether the span draws tokens."""
+        """Whether the span samples tokens."""
         return self.blocks.end == self.block_count
 
 
@@ -172,12 +171,11 @@ class SliceInput:
     """Rows of one session for one step.
 
     `tensor`: token ids i32 (rows,) on a first span, hidden states (rows, hidden_size) in any wire codec elsewhere.
-    `position`: absolute position of the first row; rows already cached from there on are forgotten first (a rollback).
-    `draws`: number of trailing rows after each of which a last span draws a token. `drafts`: on a last span, guesses of
-    the tokens that the trailing rows but the last yield, so one fewer than `draws`; drawing ends with the first token
-    that was guessed wrong, as the rows behind it follow from the guess. `history`: on a last span, the tokens at all
-    positions before the first that is drawn, where draws depend on them; told with the first slice that draws, and
-    again when a session is carried on. The engine goes on from there by itself.
+    `position`: absolute position of the first row; rows already cached from there on are dropped first (a rollback).
+    `draws`: number of trailing rows after each of which a last span draws a token. `drafts`: on a last span, drafts of
+    the tokens that the trailing rows but the last yield, so one fewer than `draws`; drawing ends with the first
+    rejected draft. `history`: on a last span, the tokens at all positions before the first that is drawn, where draws
+    depend on them; given with the first slice that draws, and again when a session is carried on.
     """
 
     session: SessionId
@@ -190,7 +188,7 @@ class SliceInput:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SliceOutput:
-    """What a step made of one slice.
+    """The output of a step for one slice.
 
     Hidden states (rows, hidden_size) in the session's codec; on a last span the tokens drawn, i32 (draws,), or with
     drafts 1 to draws of them.
@@ -202,7 +200,7 @@ class SliceOutput:
 
 @dataclass(frozen=True, slots=True)
 class SliceFault:
-    """Why a slice failed; its session is closed. `by_rows`: whoever sent the rows is at fault, not this engine."""
+    """Why a slice failed; its session is closed. `by_rows`: the sender of the rows is at fault, not this engine."""
 
     session: SessionId
     message: str
@@ -220,19 +218,19 @@ class StepResult:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineStatistics:
-    """How an engine is doing."""
+    """Counts of an engine."""
 
     sessions: int
     reserved_positions: int
     """Held by sessions, in whole pages."""
     cached_positions: int
-    """In the prefix cache without a session that holds them: given up as soon as sessions need the memory."""
+    """In the prefix cache without a session: evicted when sessions need the memory."""
     hit_positions: int
-    """Positions that sessions took from the prefix cache so far."""
+    """Prefix cache hits so far."""
     evicted_positions: int
-    """Positions that left the prefix cache to make room, so far."""
+    """Evicted from the prefix cache so far."""
     building: tuple[Variant, ...]
-    """Variants that are being built."""
+    """Variants being built."""
     steps: int
     compute_s: float
     worker_pid: int | None

@@ -1,13 +1,13 @@
-"""Who may hold KV memory, what of it is cached, and which rows an engine takes.
+"""The KV allocator: pages of KV memory for sessions, the prefix cache with its eviction, and admission of rows.
 
-Pure rules, shared by the real engine, where they run on the node's side of the worker's socket, and the fake one. KV
-memory is given out in pages. A session gets all it may ever need when it opens, in one run of neighbouring pages where
-there is one, so that attention can read its keys and values in place.
+Pure rules, shared by the real engine, where they run on the node's side of the worker's socket, and the fake one. A
+session reserves all the pages it may ever need when it opens, contiguous if possible, so that paged attention can read
+its keys and values in place.
 
 The whole pages of a prompt enter the prefix cache as soon as they are calculated. A session that finds its prompt
-there copies the pages into its own: a copy takes a hundredth of the time that calculating takes, and leaves its keys
-and values in one piece. Pages without a session are evicted, longest unused first, when others need the memory. Between
-opening and beginning the pages found are pinned by a count of references.
+there copies the pages into its own: a copy takes a hundredth of the time of calculating, and leaves its keys and values
+contiguous. Pages without a session are evicted, least recently used first, when sessions need the memory. Between open
+and begin the pages found are pinned by a reference count.
 """
 
 from collections.abc import Iterable, Mapping
@@ -32,14 +32,16 @@ from protocol.tensors import DType
 HIDDEN_DTYPES = frozenset({DType.FLOAT32, DType.FLOAT16, DType.BFLOAT16, DType.BLOCK_INT8})
 _FREE = b"\x01"
 
+_Group = tuple[str, KvCompatibilityKey]
+"""The namespace and KV key of cached pages."""
+
 
 @dataclass(slots=True, eq=False)
 class _Entry:
-    """A page in the prefix cache. `session`: that which calculated it, while it lives. `pins`: sessions to begin."""
+    """A page in the prefix cache. `session`: the one that calculated it, while open. `pins`: sessions to begin."""
 
     page: int
-    namespace: str
-    kv_key: KvCompatibilityKey
+    group: _Group
     hash: bytes
     session: SessionId | None
     pins: int = 0
@@ -52,15 +54,15 @@ class _SessionPages:
     prefix: Prefix | None
     pinned: Mapping[KvCompatibilityKey, list[_Entry]]
     kv_key: KvCompatibilityKey | None = None
-    """Once begun, and if it takes part in the prefix cache."""
+    """Once begun, if it uses the prefix cache."""
     begun: bool = False
     entries: dict[int, _Entry] = field(default_factory=dict)
-    """By number of the page in the prompt: what the session has put into the cache."""
+    """Cached pages that the session calculated, by their number in the prompt."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class KvReservation:
-    """Where a session's keys and values lie. `pages`: its own, in order. `copied`: what its first pages start as."""
+    """The pages of a session, in order. `copied`: cached pages that are copied to its first ones."""
 
     positions: int
     pages: tuple[int, ...]
@@ -68,20 +70,20 @@ class KvReservation:
 
     @property
     def cached(self) -> int:
-        """Positions that are there from the start."""
+        """Positions cached from the start."""
         return len(self.copied) * PAGE_POSITIONS
 
 
 class KvAllocator:
-    """The KV memory of one span: never more of it is given out than there is."""
+    """The KV memory of one span, never overcommitted."""
 
     def __init__(self, info: SpanInfo) -> None:
         self._info = info
         self._free = bytearray(_FREE * (info.kv_positions // PAGE_POSITIONS))
         self._free_count = len(self._free)
         self._sessions: dict[SessionId, _SessionPages] = {}
-        self._index: dict[str, dict[KvCompatibilityKey, dict[bytes, _Entry]]] = {}
-        # Cached pages without a session, longest unused first.
+        self._index: dict[_Group, dict[bytes, _Entry]] = {}
+        # Cached pages without a session, least recently used first.
         self._idle: dict[_Entry, None] = {}
         self.hit_positions = 0
         self.evicted_positions = 0
@@ -103,9 +105,9 @@ class KvAllocator:
         return len(self._idle) * PAGE_POSITIONS
 
     def open(self, session: SessionId, positions: int, prefix: Prefix | None) -> Mapping[KvCompatibilityKey, int]:
-        """Reserve, pin what is cached, and say how much that is, in positions.
+        """Reserve pages, pin the cached ones, and return how many positions these are.
 
-        Raises EngineFull while there is no room, EngineError for what makes no sense.
+        Raises EngineFull while there is no room, EngineError for an invalid request.
         """
         if session in self._sessions:
             raise EngineError(f"session {session.job}/{session.stage} is open already")
@@ -119,18 +121,18 @@ class KvAllocator:
             _pin(found, -1)
             if not found:
                 raise
-            found = {}  # what is cached is worth less than being served
+            found = {}  # serving the session is worth more than the cache
             pages = self._allocate(positions)
         self._sessions[session] = _SessionPages(positions, pages, prefix, found)
         return {kv_key: len(entries) * PAGE_POSITIONS for kv_key, entries in found.items()}
 
     def begin(self, session: SessionId, options: SessionOptions) -> KvReservation:
-        """Let go of what was pinned but for the pages with the chosen KV key, which the session is to copy at once."""
+        """Unpin the pages found, but for those with the chosen KV key, which the session copies at once."""
         holding = self._of(session)
         if holding.begun:
             raise EngineError(f"session {session.job}/{session.stage} has begun already")
         if self._info.part(options.blocks).is_last and options.sampling is None:
-            raise EngineError("the last span draws tokens: a session on it needs to say how")
+            raise EngineError("the last span samples tokens: a session on it needs sampling options")
         wanted = holding.pinned.get(options.kv_key, []) if options.prefix_cache else []
         taken = list(takewhile(self._is_cached, wanted))
         _pin(holding.pinned, -1)
@@ -147,26 +149,25 @@ class KvAllocator:
         return reservation
 
     def rewind(self, session: SessionId, position: int) -> None:
-        """Take out of the cache what is about to be overwritten: pages that reach beyond `position`."""
+        """Drop the session's cached pages that reach beyond `position`: they are about to be overwritten."""
         holding = self._of(session)
         for number in [number for number in holding.entries if (number + 1) * PAGE_POSITIONS > position]:
             self._drop(holding.entries.pop(number))
 
     def advance(self, session: SessionId, length: int) -> None:
-        """Put into the cache the prompt's pages that are whole, now that `length` positions are calculated."""
+        """Put the prompt's whole pages into the cache, now that `length` positions are calculated."""
         holding = self._of(session)
         if holding.prefix is None or holding.kv_key is None:
             return
-        cached = self._index.setdefault(holding.prefix.namespace, {}).setdefault(holding.kv_key, {})
+        group = (holding.prefix.namespace, holding.kv_key)
+        cached = self._index.setdefault(group, {})
         whole = min(length // PAGE_POSITIONS, len(holding.pages))
         for number, name in enumerate(islice(holding.prefix, whole)):
             if name not in cached:
-                cached[name] = holding.entries[number] = _Entry(
-                    holding.pages[number], holding.prefix.namespace, holding.kv_key, name, session
-                )
+                cached[name] = holding.entries[number] = _Entry(holding.pages[number], group, name, session)
 
     def rename(self, session: SessionId, successor: SessionId) -> None:
-        """Let a session go on under another id. Raises EngineError where the one is not open, or the other is."""
+        """Give a session another id. Raises EngineError where the one is not open, or the other is."""
         if successor in self._sessions:
             raise EngineError(f"session {successor.job}/{successor.stage} is open already")
         holding = self._of(session)
@@ -175,7 +176,7 @@ class KvAllocator:
             entry.session = successor
 
     def close(self, session: SessionId, *, keep: bool = True) -> bool:
-        """Free what a session holds; return whether it was open. `keep`: whether what it calculated can be trusted."""
+        """Free a session; return whether it was open. `keep`: whether its pages stay in the prefix cache."""
         holding = self._sessions.pop(session, None)
         if holding is None:
             return False
@@ -186,7 +187,7 @@ class KvAllocator:
             holding.entries.clear()
         for entry in holding.entries.values():
             entry.session = None
-        # The end of a prompt is worth less than its start, without which it cannot be used.
+        # The end of a prompt is evicted before its start, without which it cannot be used.
         self._touch(holding.entries[number] for number in sorted(holding.entries))
         self._release(set(holding.pages) - {entry.page for entry in holding.entries.values()})
         return True
@@ -198,25 +199,20 @@ class KvAllocator:
             raise SessionNotOpen(session) from None
 
     def _find(self, prefix: Prefix | None) -> dict[KvCompatibilityKey, list[_Entry]]:
-        """Return the unbroken run of cached pages from the start of a prompt, by KV key, where there is one."""
-        if prefix is None:
-            return {}
+        """Return the cached pages from the start of a prompt up to the first gap, by KV key."""
         found: dict[KvCompatibilityKey, list[_Entry]] = {}
-        for kv_key, cached in self._index.get(prefix.namespace, {}).items():
-            entries: list[_Entry] = []
-            for name in prefix:
-                if name not in cached:
-                    break
-                entries.append(cached[name])
-            if entries:
-                found[kv_key] = entries
+        for (namespace, kv_key), cached in self._index.items():
+            if prefix is not None and namespace == prefix.namespace:
+                entries = [cached[name] for name in takewhile(cached.__contains__, prefix)]
+                if entries:
+                    found[kv_key] = entries
         return found
 
     def _is_cached(self, entry: _Entry) -> bool:
-        return self._index.get(entry.namespace, {}).get(entry.kv_key, {}).get(entry.hash) is entry
+        return self._index.get(entry.group, {}).get(entry.hash) is entry
 
     def _touch(self, entries: Iterable[_Entry]) -> None:
-        """Make entries the last to be evicted, the first of them at the very last."""
+        """Mark entries as just used, the first of them last."""
         for entry in reversed(list(entries)):
             if entry.session is None:
                 self._idle.pop(entry, None)
@@ -249,14 +245,11 @@ class KvAllocator:
             self._free_count += 1
 
     def _drop(self, entry: _Entry) -> None:
-        """Take a page out of the cache; without a session it is free then."""
-        kv_keys = self._index[entry.namespace]
-        cached = kv_keys[entry.kv_key]
+        """Remove a page from the cache, and free it if no session holds it."""
+        cached = self._index[entry.group]
         del cached[entry.hash]
         if not cached:
-            del kv_keys[entry.kv_key]
-            if not kv_keys:
-                del self._index[entry.namespace]
+            del self._index[entry.group]
         if entry.session is None:
             del self._idle[entry]
             self._release([entry.page])
@@ -269,10 +262,9 @@ def _pin(found: Mapping[KvCompatibilityKey, Iterable[_Entry]], count: int) -> No
 
 
 def check_slice(info: SpanInfo, rows: SliceInput, *, cached: int, reserved: int) -> None:
-    """Raise BadRows unless the rows follow what is cached and fit into what is reserved.
+    """Raise BadRows unless the rows follow the `cached` positions of their session and fit into the `reserved` ones.
 
-    `info`: of the part of the span that the session runs. `cached`: positions of the session whose keys and values the
-    engine holds. `reserved`: positions it may hold.
+    `info`: of the part of the span that the session runs.
     """
     count = rows.tensor.rows
     if count < 1 or not 0 <= rows.draws <= count:

@@ -59,7 +59,7 @@ class KvCache:
 
 
 class SlotMapping:
-    """Where the positions of one session lie in KV memory: a slice where its pages are neighbours, else a list."""
+    """Maps the positions of one session to slots of KV memory: a slice where its pages are contiguous, else a list."""
 
     def __init__(self, pages: Sequence[int]) -> None:
         first = torch.tensor(pages, dtype=torch.long).unsqueeze(1) * PAGE_POSITIONS
@@ -75,12 +75,12 @@ class SlotMapping:
 class RewindableLayer(DynamicLayer):
     """Keys and values of one block for every position of a session.
 
-    transformers' own layers append by copying the whole cache, and those with a sliding window throw away what has
-    left the window, so that a replay could not go back there. Here a window is only a view.
+    transformers' own layers append by copying the whole cache, and those with a sliding window drop rows outside of
+    it, so that a replay could not go back there. Here a window is only a view.
     """
 
     def __init__(self, slots: SlotMapping, memory: BlockKvCache | None, window: int | None, length: int) -> None:
-        # What the base class's own, untyped __init__ sets.
+        # Attributes that the base class's untyped __init__ sets.
         self.keys: torch.Tensor | None = None
         self.values: torch.Tensor | None = None
         self.is_initialized = memory is not None
@@ -91,7 +91,7 @@ class RewindableLayer(DynamicLayer):
         self._length = length
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        """Make memory of its own, in the shapes of the first rows: (1, heads, rows, head size)."""
+        """Allocate memory in the shapes of the first rows: (1, heads, rows, head size)."""
         slots = len(self._slots.all)
         self.memory = BlockKvCache(
             *(rows.new_empty((slots, rows.shape[1], rows.shape[3])) for rows in (key_states, value_states))
@@ -101,7 +101,7 @@ class RewindableLayer(DynamicLayer):
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *_args: Any, **_options: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Add rows; return those that attention may see."""
+        """Add rows; return the visible ones."""
         if self.memory is None:
             self.lazy_initialization(key_states, value_states)
         assert self.memory is not None
@@ -114,7 +114,7 @@ class RewindableLayer(DynamicLayer):
         return keys.unsqueeze(0), values.unsqueeze(0)
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Return how many rows attention will see after `query_length` more, and the position of the first."""
+        """Return the number of visible rows after `query_length` more, and the position of the first."""
         return self._length + query_length - self._first_visible, self._first_visible
 
     def get_seq_length(self) -> int:
@@ -127,7 +127,7 @@ class RewindableLayer(DynamicLayer):
 
     @property
     def _first_visible(self) -> int:
-        """The first position that the next row may see: itself and window - 1 before it."""
+        """The first position visible to the next row: window - 1 before it."""
         return 0 if self._window is None else max(0, self._length - self._window + 1)
 
 
@@ -160,9 +160,9 @@ class RewindableCache(Cache):
 
 
 def attention_windows(config: PreTrainedConfig) -> tuple[int | None, ...]:
-    """Return each block's sliding window, None where it sees everything, for all blocks of a model.
+    """Return the sliding window of each block of a model, None for full attention.
 
-    Raises EngineError for architectures whose blocks keep something else than a key and a value per position.
+    Raises EngineError for architectures whose state is not a key and a value per position.
     """
     windows: list[int | None] = []
     for number, layer in enumerate(DynamicCache(config=config).layers):
@@ -179,7 +179,7 @@ def attention_windows(config: PreTrainedConfig) -> tuple[int | None, ...]:
 
 
 def _kind_of(config: PreTrainedConfig, block: int, layer: type) -> str:
-    """Return what a block consists of that keeps something else, in the field's words."""
+    """Return the name of a block's unsupported layer."""
     kinds = getattr(config, "layer_types", None) or ()
     kind = kinds[block] if block < len(kinds) else ""
     if kind == "conv":

@@ -4,15 +4,13 @@ The whole model is described without memory (accelerate's empty weights: 0.1 s f
 weights of the span are mapped from their files into it, and only then the other blocks are cut off and the config
 sliced. In this order, and not on a sliced config, because a block's kind may depend on its absolute number: which are
 experts and which dense (`decoder_sparse_step`, `mlp_only_layers`), which slide (`layer_types`, `max_window_layers`),
-how attention is scaled (GPT-2's `scale_attn_by_inverse_layer_idx`). And names need no new numbers on their way.
+how attention is scaled (GPT-2's `scale_attn_by_inverse_layer_idx`). And names need no renumbering.
 
 Names and tensors go through transformers' weight conversion, as they do in `from_pretrained`, because since version 5
-modules and files are no longer alike. That is why a loader that copies tensors by name gets Mixtral and Qwen3-MoE
-wrong: their files hold three matrices for each expert (`block_sparse_moe.experts.3.w1.weight`, or
-`mlp.experts.3.up_proj.weight`), their modules two for all experts together (`mlp.experts.gate_up_proj`,
-`mlp.experts.down_proj`), which `MergeModulelist` and `Concatenate` make of them. By name nothing matches, and a lenient
-`load_state_dict(strict=False)` leaves the experts as they were initialised without a word. Here every weight that the
-span needs is there, or loading ends with an EngineError.
+modules and files differ: files of Mixtral and Qwen3-MoE hold three matrices for each expert, their modules two for all
+experts together, which `MergeModulelist` and `Concatenate` make of them. Copying tensors by name would leave the
+experts as they were initialised, silently. Here every weight that the span needs is present, or loading raises
+EngineError.
 """
 
 import math
@@ -42,6 +40,7 @@ from node.engine.outer_modules import OuterModules, accepted_options, find_outer
 from node.models.layout import OuterNames, module_of
 from node.models.manifest import architecture_name, constant_positions
 from node.models.tensor_names import describe_tensors
+from node.util.text import one_line
 from protocol.identity import BlockRange
 
 _BLOCK_LISTS = frozenset({"layers", "h", "blocks"})
@@ -49,7 +48,7 @@ _NUMBERS = frozenset({"layer_idx", "layer_id"})
 
 _CPU = torch.device("cpu")
 
-# What a config from elsewhere may ask for that is not the model's business: code, kernels, devices.
+# Ignored in a config from elsewhere: code, kernels, devices.
 _FOREIGN_KEYS = frozenset({"auto_map", "attn_implementation", "experts_implementation", "fusion_config", "device_map"})
 
 
@@ -75,11 +74,11 @@ class LoadedSpan:
 
 
 class Absent(nn.Module):
-    """Stands where a module's weights belong to another stage; what it returns is not used.
+    """Replaces a module whose weights belong to another stage; its output is not used.
 
-    The forward pass of a stage still runs through its neighbours' parts: embeddings of positions, embedding norms,
-    the final norm. The shard puts in and takes out hidden states right at its blocks, so here anything will do that
-    lets the pass go on: the input itself, or zero in place of what would be looked up by integers.
+    The forward pass of a stage still runs through its neighbours' parts: position embeddings, embedding norms, the
+    final norm. The shard puts in and takes out hidden states right at its blocks, so any output will do that lets the
+    pass go on: the input itself, or zero for an embedding.
     """
 
     def forward(self, *inputs: Any, **_options: Any) -> torch.Tensor:
@@ -97,7 +96,7 @@ def load_span(
 ) -> LoadedSpan:
     """Build the blocks of a span with weights mapped from their files, and from there copied to another device.
 
-    `limit_bytes`: what they may take there. Raises EngineError if the span cannot be served.
+    `limit_bytes`: their limit there. Raises EngineError if the span cannot be served.
     """
     described = describe(source.config, dtype)
     config, model, path = described.config, described.model, described.path
@@ -149,7 +148,7 @@ class DescribedModel:
 
     @property
     def names(self) -> OuterNames:
-        """What stands around the blocks, by the names that they have in any checkpoint."""
+        """The modules around the blocks, by their names in any checkpoint."""
         paths = {module: module_of(path) for path, module in self.model.named_modules()}
         return OuterNames(
             embed=frozenset(map(module_of, self.outer.before)),
@@ -164,7 +163,7 @@ def describe(content: Mapping[str, Any], dtype: torch.dtype = torch.float32) -> 
     config = config_from(content)
     name = name_of(config)
     if config.is_encoder_decoder:
-        raise EngineError(f"{name} is an encoder with a decoder, and only decoders are served here")
+        raise EngineError(f"{name} is an encoder-decoder: only decoders are served here")
     try:
         windows = attention_windows(config)
     except EngineError:
@@ -184,7 +183,7 @@ def describe(content: Mapping[str, Any], dtype: torch.dtype = torch.float32) -> 
 
 
 def name_of(config: PreTrainedConfig) -> str:
-    """Return how people and how transformers write the name of an architecture."""
+    """Return the name of an architecture, with transformers' identifier."""
     return f"{architecture_name(config.model_type)} ({config.model_type})"
 
 
@@ -208,21 +207,21 @@ def check_weights(content: Mapping[str, Any], tensors: Mapping[str, tuple[torch.
     ignored = [re.compile(pattern) for pattern in model._keys_to_ignore_on_load_unexpected or ()]  # noqa: SLF001
     unexpected = sorted(name for name in report.unexpected_keys if not any(pattern.search(name) for pattern in ignored))
     if unexpected:
-        raise EngineError(f"it has {describe_tensors(unexpected)}, for which its architecture has no place")
+        raise EngineError(f"it has {describe_tensors(unexpected)}, which its architecture does not use")
 
 
 def config_from(content: Mapping[str, Any]) -> PreTrainedConfig:
-    """Return the decoder's config of what config.json says."""
+    """Return the decoder's config in a config.json."""
     values = {key: value for key, value in content.items() if key not in _FOREIGN_KEYS and not key.startswith("_")}
     model_type = values.pop("model_type", None)
     if values.get("quantization_config") is not None:
-        raise EngineError("the model's weights are quantised in a format of their own: import unquantised ones")
+        raise EngineError("the model's weights are quantised in an unsupported format: import unquantised ones")
     if model_type not in CONFIG_MAPPING:
         raise EngineError(f"transformers does not know the architecture {str(model_type)[:80]!r}")
     try:
         config = CONFIG_MAPPING[model_type](**_with_infinities(values)).get_text_config(decoder=True)
     except Exception as error:  # each architecture checks its config in its own way; any complaint is about the config
-        raise EngineError(f"the model's config makes no sense: {_one_line(error)}") from error
+        raise EngineError(f"the model's config is not valid: {one_line(error)}") from error
     assert isinstance(config, PreTrainedConfig)
     return config
 
@@ -244,15 +243,15 @@ def _describe(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
     try:
         with local_torch_dtype(dtype), init_empty_weights(include_buffers=False), _WithoutMemory():
             return model_class(config)
-    except Exception as error:  # sizes that do not fit together show only here, as whatever torch makes of them
-        raise EngineError(f"the model's config makes no sense: {_one_line(error)}") from error
+    except Exception as error:  # sizes that do not match show only here
+        raise EngineError(f"the model's config is not valid: {one_line(error)}") from error
 
 
 class _WithoutMemory(TorchFunctionMode):
-    """Makes large tensors without memory, before they become weights, which have none, and initialises no weight.
+    """Allocates large tensors without memory, and initialises no weight.
 
-    The experts of a block are made as one tensor: 30 GB at a time in DeepSeek-V3, which few machines have. What is
-    computed, such as masks and rotary frequencies, stays.
+    The experts of a block are one tensor: 30 GB in DeepSeek-V3. Computed tensors, such as masks and rotary
+    frequencies, stay.
     """
 
     _INITIALISERS = frozenset({"normal_", "uniform_", "zero_", "fill_", "erfinv_", "mul_", "add_", "clamp_"})
@@ -286,7 +285,7 @@ def _find_blocks(model: PreTrainedModel, config: PreTrainedConfig, name: str) ->
         and len(module) == getattr(config, "num_hidden_layers", None)
     ]
     if not found:
-        raise EngineError(f"{name} cannot be served: it is no plain stack of decoder blocks")
+        raise EngineError(f"{name} cannot be served: it is not a plain stack of decoder blocks")
     return found[0]
 
 
@@ -323,7 +322,7 @@ def _load(
         *(f"{name} has shape {list(found)}, not {list(wanted)}" for name, found, wanted in report.mismatched_keys),
     ]
     if faults:
-        raise EngineError(f"the weights do not fit the model's config: {_one_line(faults[0])}")
+        raise EngineError(f"the weights do not fit the model's config: {one_line(faults[0])}")
     # Of the two names of a tied matrix the files have one, and stages in the middle none.
     if any(source not in report.missing_keys for source in model.all_tied_weights_keys.values()):
         model.tie_weights(missing_keys=set(report.missing_keys), recompute_mapping=False)
@@ -333,9 +332,9 @@ def _load(
 def _check_buffers(
     model: PreTrainedModel, missing: Iterable[str], outer: OuterNames, blocks: BlockRange, block_count: int
 ) -> None:
-    """Raise EngineError for a buffer of the span that a checkpoint stores (such as a router's bias) and this one lacks.
+    """Raise EngineError for a missing buffer of the span that checkpoints store (such as a router's bias).
 
-    What a model computes by itself is not among them. Parameters are checked when the span has been cut out.
+    Parameters are checked when the span has been cut out.
     """
     here = {*range(blocks.start, blocks.end)}
     for name in sorted({name for name, _ in model.named_buffers()}.intersection(missing)):
@@ -345,7 +344,7 @@ def _check_buffers(
 
 
 def _cut(model: PreTrainedModel, path: str, outer: OuterModules, blocks: BlockRange, block_count: int) -> None:
-    """Cut off other stages' blocks, and put something weightless in the place of their other modules."""
+    """Cut off other stages' blocks, and replace their other modules by `Absent`."""
     parent, _, name = path.rpartition(".")
     layers = model.get_submodule(path)
     assert isinstance(layers, nn.ModuleList)
@@ -375,7 +374,3 @@ def _slice_config(config: PreTrainedConfig, blocks: BlockRange, block_count: int
         if isinstance(value, list) and len(value) == block_count and re.search("layer|block|attention", key):
             setattr(config, key, value[blocks.start : blocks.end])
     config.num_hidden_layers = len(blocks)
-
-
-def _one_line(error: object) -> str:
-    return " ".join(str(error).split())[:300]

@@ -1,8 +1,8 @@
-"""Which modules of a model stand before its first block, and which behind its last one.
+"""Finds the modules of a model before its first block and behind its last one.
 
-Found by following the model's own forward pass, not by names: XGLM's final norm is called `layer_norm`, as an
-embedding's norm is elsewhere, and a last span without it gives wrong tokens without any error. The pass costs next to
-nothing, as blocks hand on what they are given, and modules with weights give zeros of the right shape.
+By tracing the model's own forward pass, not by names: XGLM's final norm is called `layer_norm`, as an embedding's norm
+is elsewhere, and a last span without it gives wrong tokens without any error. The pass costs next to nothing: blocks
+return their input, and modules with weights give zeros of the right shape.
 """
 
 import inspect
@@ -25,7 +25,7 @@ _WRAPPINGS: tuple[Callable[[Any], Any], ...] = (
     lambda hidden: (hidden,),
     lambda hidden: (hidden, None, None),
 )
-"""What blocks return, from one architecture to the next."""
+"""What blocks of different architectures return."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +46,7 @@ class OuterModules:
 
 
 class _OutOfOrderError(Exception):
-    """The pass is no plain stack of blocks; the message says why."""
+    """The pass is not a plain stack of blocks; the message says why."""
 
 
 class _Trace:
@@ -75,19 +75,17 @@ class _Trace:
         between = sorted(name for name, sides in self._calls.items() if sides != {"before"} and sides != {"behind"})
         if between:
             raise _OutOfOrderError(f"{between[0]} is used at more than one end of the blocks, or between them")
-        by_side = {
-            side: {name for name, sides in self._calls.items() if sides == {side}} for side in ("before", "behind")
-        }
-        return OuterModules(frozenset(by_side["before"]), frozenset(by_side["behind"]))
+        before, behind = (
+            frozenset(name for name, sides in self._calls.items() if sides == {side}) for side in ("before", "behind")
+        )
+        return OuterModules(before, behind)
 
     def _pass(self, number: int, *inputs: Any, **options: Any) -> Any:
         hidden = inputs[0] if inputs else options.get("hidden_states")
         if number != self._passed:
             raise _OutOfOrderError("its blocks are not run one after another, each once")
         if not isinstance(hidden, torch.Tensor) or hidden.dim() != 3 or hidden.shape[:2] != (1, _ROWS):
-            raise _OutOfOrderError(
-                "its blocks take and give something else than one row of hidden states for each token"
-            )
+            raise _OutOfOrderError("its blocks do not map one row of hidden states for each token to another")
         self._passed += 1
         return self._wrap(hidden)
 
@@ -112,7 +110,7 @@ class _Trace:
 def find_outer_modules(model: nn.Module, base: nn.Module, path: str) -> OuterModules:
     """Follow the forward pass of a whole model, described or loaded, whose blocks stand at `path`.
 
-    Raises EngineError where the blocks are no plain stack, or a module cannot be said to stand on one side of them.
+    Raises EngineError where the blocks are not a plain stack, or a module is used on both sides of them.
     """
     names = accepted_options(model.forward, base.forward)
     options = only(
@@ -129,13 +127,13 @@ def find_outer_modules(model: nn.Module, base: nn.Module, path: str) -> OuterMod
             return _Trace(model, path, wrap).run(model, options)
         except _OutOfOrderError as error:
             faults.append(error)
-        except Exception:  # noqa: BLE001, S112  # whatever an architecture that nobody tried here trips over
+        except Exception:  # noqa: BLE001, S112  # an untested architecture may raise anything
             continue
-    raise EngineError(f"{faults[0] if faults else 'its forward pass is no plain stack of blocks'}")
+    raise EngineError(f"{faults[0] if faults else 'its forward pass is not a plain stack of blocks'}")
 
 
 def accepted_options(forward: Callable[..., Any], inner: Callable[..., Any] | None = None) -> frozenset[str]:
-    """Return the names that a forward pass takes; also those of the inner one if it hands on what it does not know."""
+    """Return the parameters of a forward pass; also those of the inner one if it passes unknown ones on."""
     parameters = inspect.signature(forward).parameters
     hands_on = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
     return frozenset(parameters) | (accepted_options(inner) if inner is not None and hands_on else frozenset())
@@ -148,7 +146,7 @@ def only(options: Mapping[str, Any], names: frozenset[str]) -> dict[str, Any]:
 
 @contextmanager
 def _replaced_forwards(replaced: Mapping[nn.Module, Callable[..., Any]]) -> Iterator[None]:
-    """Give modules another forward pass, for a while."""
+    """Replace the forward pass of modules inside the block."""
     for module, forward in replaced.items():
         module.forward = forward
     try:

@@ -1,12 +1,12 @@
-"""Measures what lossy methods do to a model's answers: `python -m node.engine.quality PACKAGE_DIR`.
+"""Measures the quality of lossy methods: `python -m node.engine.quality PACKAGE_DIR`.
 
 A process of its own, at low priority. On stdin comes one JSON document, `{"windows": [[token, …], …], "lineages":
-["engine/arithmetic/activations", …]}`; on stdout goes one, `{KV key: {"greedy_agreement", "mean_kl",
-"perplexity_change"} or null}`, null for what cannot be had for this model.
+["engine/arithmetic/activations", …]}`, which are KV keys; on stdout goes one, `{KV key: {"greedy_agreement", "mean_kl",
+"perplexity_change"} or null}`, null where it is unavailable for this model.
 
-The model passes through a part at a time, and all the text through each part, so memory holds one part and not the
-model: a machine that serves a few blocks can judge the whole. Between the parts rows are put into the codec of the wire
-and out again, as between the stages of a route; there are at least PARTS.
+The text passes through the model part by part, so memory holds one part and not the model: a machine that serves a few
+blocks can judge the whole. Between the parts rows are encoded and decoded by the wire codec, as between the stages of a
+route; there are at least PARTS.
 """
 
 import json
@@ -31,7 +31,7 @@ PARTS: Final = 4
 """As on a route of four stages: rows are quantised three times on their way."""
 
 PART_BYTES: Final = 2 << 30
-"""Of weights in one part, about, where a block is not more by itself."""
+"""Approximate size of a part's weights, where a single block is not larger."""
 
 _EXACT_WIRE = "fp32"
 
@@ -56,8 +56,8 @@ def measure_quality(
 ) -> Mapping[KvCompatibilityKey, Quality | None]:
     """Return the quality of each KV key; None where it is unavailable.
 
-    `parts`: consecutive spans that are the whole model. `windows`: token ids, at least two in each, that are read
-    apart from one another. Raises EngineError where the model itself cannot be served.
+    `parts`: consecutive spans that are the whole model. `windows`: token ids, at least two in each, read
+    independently. Raises EngineError where the model itself cannot be served.
     """
     import torch
 
@@ -83,7 +83,7 @@ def measure_quality(
 
 
 def _pass(shard: "Shard", kv_key: KvCompatibilityKey, rows: "torch.Tensor") -> "torch.Tensor":
-    """Return rows as the next part sees them."""
+    """Return rows as the next part receives them."""
     import torch
 
     from node.engine.activation_codec import decode_rows, encode_rows
@@ -142,7 +142,7 @@ def kv_key_of(name: str) -> KvCompatibilityKey:
 
 
 def main() -> int:
-    """Measure what stdin asks for, and print it; return the exit code."""
+    """Measure the request on stdin, and print the result; return the exit code."""
     from node.engine.engine_config import source_from_package
     from node.models.manifest import MANIFEST_FILE, parse_manifest
     from node.models.store import Package

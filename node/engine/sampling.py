@@ -1,16 +1,16 @@
-"""Draws tokens from logits, the same ones again for the same seed and position.
+"""Samples tokens from logits, reproducibly for the same seed and position.
 
 The random numbers come from a counter-based generator (Philox) keyed by the seed and counted by position: there is no
-state that a replay on another peer would have to bring along. What penalties ask for is the text so far, which a replay
-has, too: `TokenCounts` keeps it by position.
+state that a replay on another peer would have to restore. Penalties depend on the text so far, which a replay has, too:
+`TokenCounts` keeps it by position.
 
 The order of operations is vLLM's:
 
-1. stop tokens are taken out while the text is shorter than `min_length` (transformers' `MinLengthLogitsProcessor`);
+1. stop tokens are masked while the text is shorter than `min_length` (transformers' `MinLengthLogitsProcessor`);
 2. `logit_bias` is added;
 3. `repetition_penalty`: logits of tokens of prompt and text are divided by it where positive, else multiplied;
 4. `frequency_penalty` times a token's count in the text, and `presence_penalty` where it is in it, are taken off;
-5. temperature 0 takes the likeliest; else logits are divided by it;
+5. temperature 0 takes the likeliest token (greedy); else logits are divided by it;
 6. `min_p` keeps the tokens at least so many times as likely as the likeliest;
 7. `top_k` keeps the likeliest k, of equal ones those with the smallest ids;
 8. `top_p` keeps the fewest of the likeliest that have this share of what is left.
@@ -39,13 +39,13 @@ _KEY_BITS = 64
 
 
 class TokenCounts:
-    """The tokens of one session by position, and how often each occurs: what penalties depend on.
+    """The tokens of one session by position, and how often each occurs, for penalties.
 
-    A rewind takes back what was counted behind it, so guesses that were wrong leave nothing behind.
+    The first `prompt_length` tokens are the prompt. A rewind undoes the counts behind it, so rejected drafts leave no
+    trace.
     """
 
     def __init__(self, prompt_length: int) -> None:
-        """Know nothing yet. `prompt_length`: so many of the tokens are the prompt's, all others the text's."""
         self._prompt_length = prompt_length
         self._tokens = array("i")
         self._seen: dict[int, int] = {}
@@ -55,8 +55,8 @@ class TokenCounts:
     def __len__(self) -> int:
         return len(self._tokens)
 
-    def tell(self, tokens: Iterable[int]) -> None:
-        """Forget everything, and take these for the tokens so far, the prompt first."""
+    def reset(self, tokens: Iterable[int]) -> None:
+        """Replace all tokens by these, the prompt first."""
         self._tokens = array("i", tokens)
         self._seen = dict(Counter(self._tokens))
         self._counts = dict(Counter(self._tokens[self._prompt_length :]))
@@ -69,7 +69,9 @@ class TokenCounts:
         self._tokens.append(token)
 
     def rewind(self, length: int) -> None:
-        """Forget the tokens from position `length` on."""
+        """Drop the tokens from position `length` on; raise EngineError if there are fewer before it."""
+        if len(self._tokens) < length:
+            raise EngineError(f"only {len(self._tokens)} of the {length} tokens that penalties depend on are known")
         while len(self._tokens) > length:
             token = self._tokens.pop()
             _take_off(self._seen, token)
@@ -105,12 +107,10 @@ def draw(logits: Logits, sampling: Sampling, position: int, history: TokenCounts
     """
     best = int(np.argmax(logits))
     if not np.isfinite(logits[best]):
-        raise EngineError("the model made no sense of its input: its logits are not finite")
+        raise EngineError("the logits are not finite: the model cannot process this input")
     if sampling.temperature <= 0 and history is None and not sampling.logit_bias and position >= sampling.min_length:
         return best  # nothing adjusts the logits: decoding greedily must not pay for a copy of them
     if history is not None:
-        if len(history) < position:
-            raise EngineError(f"{len(history)} tokens are known of the {position} that the penalties depend on")
         history.rewind(position)
     token = _choose(_adjusted(logits, sampling, position, history), sampling, position)
     if history is not None:
@@ -123,9 +123,9 @@ def draw_until_wrong(
 ) -> list[int]:
     """Return the tokens drawn from rows of logits, the first of which takes absolute `position`.
 
-    `drafts`: guesses of the tokens that all rows but the last yield, or nothing. It ends with the first token that was
-    guessed wrong: later rows follow from the guess. As a draw depends on seed, position and the tokens before it alone,
-    the text is the same as without guesses.
+    `drafts`: of the tokens that all rows but the last yield (speculative decoding), or empty. It ends with the first
+    rejected draft: later rows follow from it. As a draw depends on seed, position and the tokens before it alone, the
+    text is the same as without drafts.
     """
     tokens: list[int] = []
     for number, logits in enumerate(rows):

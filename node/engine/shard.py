@@ -36,6 +36,7 @@ from node.engine.kv_cache import KvCache, SlotMapping
 from node.engine.loading import load_span
 from node.engine.sampling import TokenCounts, draw_until_wrong, history_for
 from node.util.disk_cache import FolderCache
+from node.util.text import one_line
 from protocol.identity import BlockRange, SessionId
 from protocol.limits import MAX_POSITIONS
 from protocol.tensors import Tensor, tensor_from_tokens, tokens_from_tensor
@@ -235,7 +236,7 @@ class Shard:
             synchronize(self._device)  # it may still be running
         except Exception as error:  # torch fails in many ways
             if is_lost(error):
-                raise EngineError(f"the forward pass failed: {' '.join(str(error).split())[:300]}") from error
+                raise EngineError(f"the forward pass failed: {one_line(error)}") from error
             if len(numbers) == 1:
                 batch.fail(numbers[0], error)
                 return
@@ -279,7 +280,7 @@ class Shard:
         first_drawn = rows.position + rows.tensor.rows - rows.draws + 1
         history = session.history
         if history is not None and rows.history is not None:
-            history.tell(rows.history)
+            history.reset(rows.history)
         return tensor_from_tokens(draw_until_wrong(output.cpu().numpy(), sampling, first_drawn, rows.drafts, history))
 
     def _input(self, tensor: Tensor, info: SpanInfo) -> torch.Tensor:
@@ -301,7 +302,7 @@ def open_shard(source: ShardSource, blocks: BlockRange, options: EngineOptions) 
     except RuntimeError as error:
         if options.device == CPU:
             raise
-        raise EngineError(f"{options.device} failed: {' '.join(str(error).split())[:200]}") from None
+        raise EngineError(f"{options.device} failed: {one_line(error, 200)}") from None
 
 
 def _memory_bytes(options: EngineOptions, weight_bytes: int) -> int:

@@ -1,7 +1,7 @@
-"""Makes a tiny config of a model's own: the same architecture, patterns and ratios, in a few blocks of a few numbers.
+"""Makes a tiny config of a model's config: the same architecture, patterns and ratios, with few and small blocks.
 
-What decides which code runs is kept: kinds of blocks and their order, groups of heads, experts, rotary scaling, windows
-(made so short that a few tokens pass them). What only says how large things are is divided.
+Whatever selects code is kept: kinds of blocks and their order, groups of heads, experts, rotary scaling, windows (so
+short that a few tokens pass them). Sizes are divided.
 """
 
 import re
@@ -67,25 +67,23 @@ class _Shrinking:
 
     def content(self) -> dict[str, Any]:
         content = {key: self._shrunk(str(key), value) for key, value in self._whole.items()}
-        if type(content.get("mamba_d_head")) is int and content.get(
-            "mamba_n_heads"
-        ):  # checked also without such blocks
+        # Checked also without such blocks.
+        if type(content.get("mamba_d_head")) is int and content.get("mamba_n_heads"):
             inner = content.get("mamba_expand", 1) * self._new_hidden
             content["mamba_d_head"] = max(1, inner // content["mamba_n_heads"])
         return {"model_type": self._config.model_type, **content}
 
     def _named(self, name: str) -> int:
-        """Return a number of the config, the largest where each block has its own; 0 where it does not say."""
+        """Return a number of the config, the largest where each block has its own; 0 without one."""
         value = self._whole.get(self._config.attribute_map.get(name, name))
         value = max(value, default=0) if isinstance(value, list) else value
         return value if type(value) is int else 0
 
     def _turns_pairs(self, head_size: int) -> bool:
-        """Whether rotary embeddings of a part of the head fit: an even number of elements, and not next to none."""
-        parts = {
-            float(value) for value in _all_of(self._whole, "partial_rotary_factor") if isinstance(value, int | float)
-        }
-        return all(int(head_size * part) % 2 == 0 and int(head_size * part) >= 4 for part in parts)
+        """Whether partial rotary embeddings fit: an even number of elements, at least four."""
+        factors = _all_of(self._whole, "partial_rotary_factor")
+        turned = [int(head_size * float(factor)) for factor in factors if isinstance(factor, int | float)]
+        return all(count % 2 == 0 and count >= 4 for count in turned)
 
     def _choose_blocks(self) -> Sequence[int]:
         """Return the blocks to keep: the first few if all kinds are among them, else the first two of each kind."""
@@ -94,7 +92,7 @@ class _Shrinking:
         special = {int(key): str(value) for key, value in special.items() if str(key).isdigit()}
         kinds = [str([values[block] for values in lists] + [special.get(block)]) for block in range(self._blocks)]
         if any(sorted(values) == list(range(self._blocks)) for values in lists if all(type(v) is int for v in values)):
-            kinds = [""] * self._blocks  # a list of all blocks' numbers is no list of kinds
+            kinds = [""] * self._blocks  # a permutation of the blocks, not their kinds
         first = {kind: kinds.index(kind) for kind in kinds}
         needed = max(first.values(), default=0) + 2
         if needed <= _MOST_BLOCKS:

@@ -1,8 +1,7 @@
-"""What the CPU and each accelerator sustain: reads of memory far larger than the caches, and matrix products.
+"""Throughput of the CPU and each accelerator: reads of memory far larger than the caches, and matrix products.
 
-Every part is bounded in time, whatever the machine. The figures should be the machine's, not those of the moment: a
-node often starts while others compute on the same cores. So each thread works on matrices of its own with short
-operations, and those that were interrupted stand out and are passed over.
+Every part is bounded in time. A node often starts while others compute on the same cores, so each thread works on
+matrices of its own with short operations, and interrupted ones are left out as outliers.
 """
 
 import statistics
@@ -10,13 +9,14 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import replace
 from functools import partial
 from itertools import pairwise
 
 import torch
 
 from node.engine.device_probe import accelerators, free_bytes, synchronize
+from node.util.text import one_line
 from protocol.capabilities import Accelerator, Throughput
 
 PART_S = 0.25
@@ -43,15 +43,7 @@ ACCELERATOR_READ_BYTES = 1 << 30
 
 Operation = Callable[[], object]
 Gaps = list[str]
-"""What could not be measured, one line each."""
-
-
-@dataclass(frozen=True, slots=True)
-class _Device:
-    accelerator: Accelerator
-    device: torch.device
-    free_bytes: int
-    synchronize: Callable[[], object]
+"""Failed measurements, one line each."""
 
 
 def measure_cpu(threads: int, available_bytes: int, gaps: Gaps) -> Throughput:
@@ -82,57 +74,49 @@ def measure_accelerators(gaps: Gaps) -> tuple[Accelerator, ...]:
     for accelerator, device in accelerators():
         if accelerator not in measured:
             try:
-                known = _Device(accelerator, device, free_bytes(device), partial(synchronize, device))
+                free = free_bytes(device)
             except RuntimeError as error:  # taken by others, or broken
-                gaps.append(f"{accelerator.name}: {' '.join(str(error).split())[:200]}")
+                gaps.append(f"{accelerator.name}: {one_line(error, 200)}")
                 measured[accelerator] = accelerator
             else:
-                measured[accelerator] = _measured(known, gaps)
+                throughput = _measure_accelerator(accelerator.name, device, free, gaps)
+                measured[accelerator] = replace(accelerator, throughput=throughput)
         found.append(measured[accelerator])
     return tuple(found)
 
 
-def _measured(device: _Device, gaps: Gaps) -> Accelerator:
-    name = device.accelerator.name
-
+def _measure_accelerator(name: str, device: torch.device, free: int, gaps: Gaps) -> Throughput:
     def read() -> float:
-        size = min(ACCELERATOR_READ_BYTES, device.free_bytes // 4)
-        source = torch.ones(size // 4, dtype=torch.float32, device=device.device)
+        size = min(ACCELERATOR_READ_BYTES, free // 4)
+        source = torch.ones(size // 4, dtype=torch.float32, device=device)
         return source.nbytes * _summed_rate([_repeat(_completing(device, partial(torch.sum, source)))])
 
-    throughput = Throughput(
+    return Throughput(
         memory_read_bytes_per_s=_attempt(f"memory of {name}", read, gaps),
-        fp32_flop_per_s=_attempt(f"fp32 on {name}", partial(_multiply_on, device, torch.float32), gaps),
-        bf16_flop_per_s=_attempt(f"bf16 on {name}", partial(_multiply_on, device, torch.bfloat16), gaps),
-        int8_op_per_s=_attempt(f"int8 on {name}", partial(_multiply_on, device, torch.int8), gaps),
-    )
-    return Accelerator(
-        kind=device.accelerator.kind,
-        name=name,
-        memory_bytes=device.accelerator.memory_bytes,
-        compute_capability=device.accelerator.compute_capability,
-        throughput=throughput,
+        fp32_flop_per_s=_attempt(f"fp32 on {name}", partial(_multiply_on, device, free, torch.float32), gaps),
+        bf16_flop_per_s=_attempt(f"bf16 on {name}", partial(_multiply_on, device, free, torch.bfloat16), gaps),
+        int8_op_per_s=_attempt(f"int8 on {name}", partial(_multiply_on, device, free, torch.int8), gaps),
     )
 
 
-def _multiply_on(device: _Device, dtype: torch.dtype) -> float:
+def _multiply_on(device: torch.device, free: int, dtype: torch.dtype) -> float:
     # Two factors and a product, of which int8 has one of int32; half of what is free is left alone.
-    sizes = [size for size in ACCELERATOR_MATRICES if 3 * 4 * size**2 <= device.free_bytes // 2]
+    sizes = [size for size in ACCELERATOR_MATRICES if 3 * 4 * size**2 <= free // 2]
     if not sizes:
         raise MemoryError("not enough memory is free")
     for size in sizes:
-        multiply = _completing(device, _product(size, dtype, device.device))
+        multiply = _completing(device, _product(size, dtype, device))
         if _duration(multiply) > ACCELERATOR_OPERATION_S:
             break
     return 2 * size**3 * _summed_rate([_repeat(multiply)])
 
 
-def _completing(device: _Device, operation: Operation) -> Operation:
-    """Return the operation with the wait for its end: a device is only told what to do. Runs it once, to warm up."""
+def _completing(device: torch.device, operation: Operation) -> Operation:
+    """Return the operation with the wait for its end: a device works asynchronously. Runs it once, to warm up."""
 
     def complete() -> None:
         operation()
-        device.synchronize()
+        synchronize(device)
 
     complete()
     return complete
@@ -217,6 +201,6 @@ def _joint_rate(runs: Sequence[Sequence[float]]) -> float:
 def _attempt(what: str, measure: Callable[[], float], gaps: Gaps) -> float | None:
     try:
         return measure()
-    except Exception as error:  # noqa: BLE001  # a device that cannot do it says so in as many ways as there are drivers
-        gaps.append(f"{what}: {str(error).splitlines()[0] if str(error) else repr(error)}")
+    except Exception as error:  # noqa: BLE001  # unsupported by the device: every driver raises another error
+        gaps.append(f"{what}: {one_line(error)}")
         return None

@@ -1,8 +1,8 @@
-"""The process that computes: `python -m node.engine.worker FD`, started by `client.py`, which has the other end of FD.
+"""The worker process: `python -m node.engine.worker FD`, started by `worker_process.py`, which has the other end of FD.
 
-It does one thing at a time, in the order in which it was asked, but for variants, which it builds beside that. It keeps
-nothing that would be missed: it may be killed at any moment. It ends by itself when the other end of its socket closes,
-also in the middle of a forward pass.
+It does one thing at a time, in order of the requests, except for variants, which it builds in a thread beside them. It
+has no state to save, and may be killed at any moment. It exits when the other end of its socket closes, also in the
+middle of a forward pass.
 """
 
 import gc
@@ -28,20 +28,21 @@ from node.engine.worker_protocol import (
     encode_loaded,
     encode_result,
 )
+from node.util.text import one_line
 
 if TYPE_CHECKING:
     from node.engine.shard import Shard
 
 _sending = threading.Lock()
-"""Steps and the variants that are built beside them answer over the same socket."""
+"""Steps and variants answer over the same socket."""
 
 
 def main() -> None:
     """Serve the socket whose number is the first argument."""
     connection = socket.socket(fileno=int(sys.argv[1]))
     threading.Thread(target=_exit_on_hang_up, args=[connection.fileno()], daemon=True).start()
-    # Three thousand modules, which stay: to look among them for garbage would take a fifth of the time. And before it
-    # is known what to serve, as the node may have to look for that, and for its files, as long as this takes.
+    # Collecting garbage among three thousand modules would take a fifth of the time. And imports come before the span
+    # is known, as the node may take as long to find it and its files.
     gc.disable()
     import torch
 
@@ -83,28 +84,28 @@ def main() -> None:
 
 
 def _prepare(shard: "Shard", header: Header, connection: socket.socket) -> None:
-    """Build a variant, and tell of it."""
+    """Build a variant, and report the result."""
     try:
         shard.prepare(Variant(*header["variant"]))
-    except Exception as error:  # noqa: BLE001  # whatever torch trips over: the span is served without this variant
+    except Exception as error:  # noqa: BLE001  # the span is served without this variant
         _exit_if_lost(error)
-        answer = {"did": "error", "call": header["call"], "error": " ".join(str(error).split())[:300]}
+        answer = {"did": "error", "call": header["call"], "error": one_line(error)}
     else:
         answer = {"did": "ready", "call": header["call"]}
     _send(connection, encode_frame(answer))
 
 
 def _exit_if_lost(cause: BaseException | None) -> None:
-    """End the process where a GPU has failed: to this one it stays lost, to the next one perhaps not."""
+    """Exit where a GPU has failed: lost to this process, perhaps not to the next one."""
     from node.engine.device_probe import is_lost
 
     if is_lost(cause):
-        sys.stderr.write(f"the GPU is lost: {' '.join(str(cause).split())[:300]}\n")
+        sys.stderr.write(f"the GPU is lost: {one_line(cause)}\n")
         os._exit(1)
 
 
 def _yield_to_others() -> None:
-    """Let this thread, and those that torch starts for it, take only what the steps leave of the processor."""
+    """Give this thread, and those that torch starts for it, the lowest priority."""
     if sys.platform == "linux":  # where each thread has a priority of its own
         os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
     import torch
@@ -113,7 +114,7 @@ def _yield_to_others() -> None:
 
 
 def _exit_on_hang_up(descriptor: int) -> NoReturn:
-    """End the process as soon as nobody holds the other end any more."""
+    """Exit when the other end closes."""
     poll = select.poll()
     poll.register(descriptor, getattr(select, "POLLRDHUP", 0))
     poll.poll()

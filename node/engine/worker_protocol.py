@@ -110,21 +110,6 @@ def encode_begin(session: SessionId, options: SessionOptions, reservation: KvRes
     return encode_frame({"do": "begin", "values": pickle.dumps((session, options, reservation))})
 
 
-def encode_prepare(call: int, variant: Variant) -> list[Buffer]:
-    """Return the frame that asks for a variant."""
-    return encode_frame({"do": "prepare", "call": call, "variant": variant})
-
-
-def encode_rename(session: SessionId, successor: SessionId) -> list[Buffer]:
-    """Return the frame that gives a session another id."""
-    return encode_frame({"do": "rename", "session": session, "successor": successor})
-
-
-def encode_close(session: SessionId) -> list[Buffer]:
-    """Return the frame that closes a session."""
-    return encode_frame({"do": "close", "session": session})
-
-
 def decode_session(value: Sequence[Any]) -> SessionId:
     """Return a session's id."""
     return SessionId(JobId(value[0]), value[1])

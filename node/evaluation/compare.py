@@ -1,8 +1,8 @@
-"""Runs the meta-model and every baseline over the folds of a dataset, and measures them."""
+"""Cross-validates the meta-model and every baseline on a dataset."""
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, Final
 
 import numpy as np
@@ -19,22 +19,22 @@ METAMODEL: Final = "metaswarm"
 """The meta-model's name in tables."""
 
 MAX_ROWS: Final = 20_000
-"""A dataset with more rows is sampled, unless its reader asks for another sample: whole contexts are drawn by lot."""
+"""Rows above which a dataset is sampled by default."""
 
 MIN_ROWS_OF_PROCESSES: Final = 2_000
-"""With fewer rows all is computed sooner than processes would have started."""
+"""Rows below which worker processes do not pay off."""
 
-TEXTS_AT_ONCE: Final = 64
+TEXT_BATCH: Final = 64
 
 ORACLE: Final = "virtual_best"
-"""The one selector that may see what it is tested on."""
+"""The one selector that is fitted on the test rows."""
 
 Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One selector's measures. `seconds`: its training and predicting, summed over all folds."""
+    """One selector's measures. `seconds`: training and prediction, summed over all folds."""
 
     selector: str
     measures: Measures
@@ -42,19 +42,18 @@ class Row:
     seconds: float
 
     def as_dict(self) -> dict[str, Any]:
-        """Return the row as JSON shows it."""
-        measures = self.measures.as_dict()
+        """Return the row for JSON."""
         return {
             "selector": self.selector,
-            **measures,
+            **asdict(self.measures),
             "seconds": self.seconds,
-            "more_than_n": self.more_than_n.as_dict(),
+            "more_than_n": asdict(self.more_than_n),
         }
 
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """How the selectors did on a dataset. `left_out`: those that could say nothing about it, and why."""
+    """Results of all selectors on a dataset. `left_out`: selectors that do not apply to it, and why."""
 
     dataset: Dataset
     group: Group
@@ -64,7 +63,7 @@ class Comparison:
     left_out: Mapping[str, str]
 
     def as_dict(self) -> dict[str, Any]:
-        """Return the comparison as one JSON document."""
+        """Return the comparison for JSON."""
         pairs = self.dataset.pairs
         return {
             "dataset": self.dataset.name,
@@ -91,16 +90,16 @@ def compare(
     process_count: int = 1,
     progress: Progress = lambda stage, done, total: None,
 ) -> Comparison:
-    """Evaluate every selector. `encode`: the sentence encoder of the text-embedding baseline, hashed n-grams if None.
+    """Evaluate every selector. `encode`: text encoder of the text-embedding baseline, hashed n-grams if None.
 
-    Raises DatasetError where nothing can be left out, and FittingError.
+    Raises DatasetError for fewer than two groups, and FittingError.
     """
     dataset = dataset.compact()
     folds = tuple(split(dataset, group, seed))
     makers: dict[str, Callable[[], Selector]] = {
         METAMODEL: lambda: MetaModel(None if group == "random" else group, random_state=seed),
         **BASELINES,
-        "text_embedding": lambda: TextEmbedding(encode and _read(dataset, encode, progress)),
+        "text_embedding": lambda: TextEmbedding(encode and _encode_texts(dataset, encode, progress)),
     }
     answers: dict[str, dict[int, Answer]] = {name: {} for name in makers}
     del makers[ORACLE]
@@ -128,7 +127,7 @@ def compare(
 
 
 def _tasks(makers: Mapping[str, Callable[[], Selector]], folds: int, probes: int, progress: Progress) -> Iterator[Task]:
-    """Yield what there is to fit: the meta-model, which takes longest, comes first."""
+    """Yield the fits, slowest (the meta-model's) first."""
     for name, make in makers.items():
         progress(name, 0, folds)
         selector = make()
@@ -136,12 +135,12 @@ def _tasks(makers: Mapping[str, Callable[[], Selector]], folds: int, probes: int
             yield Task(name, selector, fold, probes)
 
 
-def _read(dataset: Dataset, encode: Encoder, progress: Progress) -> KnownTexts:
-    """Return the vectors of all texts that the text-embedding baseline will read: each is encoded only once."""
+def _encode_texts(dataset: Dataset, encode: Encoder, progress: Progress) -> KnownTexts:
+    """Encode all texts of the text-embedding baseline, each once."""
     texts = sorted(texts_of(dataset.pairs), key=len)
     vectors = []
-    for start in range(0, len(texts), TEXTS_AT_ONCE):
+    for start in range(0, len(texts), TEXT_BATCH):
         progress("sentences", start, len(texts))
-        vectors.append(encode(texts[start : start + TEXTS_AT_ONCE]))
+        vectors.append(encode(texts[start : start + TEXT_BATCH]))
     progress("sentences", len(texts), len(texts))
     return KnownTexts(texts, np.concatenate(vectors))

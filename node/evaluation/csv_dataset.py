@@ -1,7 +1,7 @@
-"""Reads a folder of measurements: `contexts.csv` and `observations.csv`, gzipped (`.gz`) or not.
+"""Reads a dataset folder: `contexts.csv` and `observations.csv`, optionally gzipped (`.gz`).
 
-`contexts`: the column `cid`; `model`, `hardware` and `budget`, names, where there are any; every other column is a
-feature. `observations`: `cid`, `method`, and `y`, the natural logarithm of the cost. A row that is wrong is left out.
+`contexts`: the column `cid`; optionally the names `model`, `hardware` and `budget`; every other column is a feature.
+`observations`: `cid`, `method`, and `y`, the natural logarithm of the cost. Invalid rows are left out.
 """
 
 import csv
@@ -20,13 +20,13 @@ import numpy as np
 from selector.dataset import GROUPS, Contexts, Dataset, DatasetError, FloatArray, build_dataset
 
 MAX_CATEGORIES: Final = 32
-"""A feature that is no number becomes one indicator a value, if it has no more values than this."""
+"""Values up to which a non-numeric feature is one-hot encoded."""
 
 MAX_FIELD_BYTES: Final = 1 << 20
 
 
 def read_folder(folder: Path) -> Dataset:
-    """Return the dataset in a folder. Raises DatasetError: one line that names the file and what it lacks."""
+    """Return the dataset in a folder. Raises DatasetError."""
     contexts, notes = _read_contexts(folder)
     index = {cid: i for i, cid in enumerate(contexts.ids)}
     rows: list[tuple[int, str, float]] = []
@@ -43,7 +43,7 @@ def read_folder(folder: Path) -> Dataset:
             else:
                 rows.append((context, method, _number(record[cost_at])))
     if unknown:
-        notes.append(f"left out {unknown} observations of contexts that contexts.csv does not have")
+        notes.append(f"left out {unknown} observations of contexts that are not in contexts.csv")
     if unnamed:
         notes.append(f"left out {unnamed} observations without a method")
     try:
@@ -64,7 +64,7 @@ def _read_contexts(folder: Path) -> tuple[Contexts, list[str]]:
     if not seen:
         raise DatasetError(f"{folder}: contexts.csv has no rows")
     if repeated:
-        notes.append(f"contexts.csv has {repeated} rows whose cid came before; the first one counts")
+        notes.append(f"contexts.csv has {repeated} rows with a repeated cid; the first one counts")
     records_kept = list(seen.values())
     names = {
         name: np.array([record[columns.index(name)] for record in records_kept], dtype=np.str_)
@@ -77,7 +77,7 @@ def _read_contexts(folder: Path) -> tuple[Contexts, list[str]]:
         if name not in {"cid", *GROUPS}:
             found = _feature(name, [record[at] for record in records_kept])
             if not found:
-                notes.append(f"left out the column {name!r}: it has no number, and too many values to tell apart")
+                notes.append(f"left out the column {name!r}: not numeric, and more than {MAX_CATEGORIES} values")
             features += [each for each, _ in found]
             values += [column for _, column in found]
     table = np.column_stack(values) if values else np.zeros((len(seen), 0))
@@ -85,7 +85,7 @@ def _read_contexts(folder: Path) -> tuple[Contexts, list[str]]:
 
 
 def _feature(name: str, texts: Sequence[str]) -> list[tuple[str, FloatArray]]:
-    """Return a column as numbers; one of words as an indicator for each of its values."""
+    """Return a column as numbers; a non-numeric one as an indicator per value."""
     numbers = np.array([_number(text) for text in texts])
     words = {text for text, number in zip(texts, numbers, strict=True) if math.isnan(number)} - {"", "nan", "NaN"}
     if not words:
@@ -105,11 +105,11 @@ def _number(text: str) -> float:
 
 @contextmanager
 def _table(folder: Path, stem: str, needed: Sequence[str]) -> Iterator[tuple[list[str], Iterator[list[str]]]]:
-    """Give the columns' names and the records of a CSV file, all of the same length."""
+    """Yield the column names and the records of a CSV file, padded to equal length."""
     candidates = [folder / f"{stem}.csv.gz", folder / f"{stem}.csv"]
     path = next((path for path in candidates if path.is_file()), None)
     if path is None:
-        raise DatasetError(f"{folder} has no {stem}.csv or {stem}.csv.gz: it is no folder of measurements")
+        raise DatasetError(f"{folder} is not a dataset folder: it has no {stem}.csv or {stem}.csv.gz")
     csv.field_size_limit(MAX_FIELD_BYTES)
     try:
         with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as opened:
@@ -123,7 +123,7 @@ def _table(folder: Path, stem: str, needed: Sequence[str]) -> Iterator[tuple[lis
 
 
 def _records(reader: Iterator[list[str]], width: int) -> Iterator[list[str]]:
-    """Yield every record with exactly `width` fields: short ones are filled up with nothing."""
+    """Yield every record with exactly `width` fields."""
     for record in reader:
         if record:
             yield (record + [""] * (width - len(record)))[:width]

@@ -1,4 +1,4 @@
-"""What paired measurements say: the speed-up, and how far off it may be."""
+"""Speed-up with its confidence interval, from paired measurements."""
 
 import math
 import statistics
@@ -13,7 +13,7 @@ CONFIDENCE: Final = 0.95
 
 @dataclass(frozen=True, slots=True)
 class Speedup:
-    """A speed-up over what it was paired with, and the interval that it is in with 95 % confidence."""
+    """A mean speed-up with its 95 % confidence interval."""
 
     mean: float
     low: float
@@ -21,19 +21,14 @@ class Speedup:
 
     @property
     def is_bounded(self) -> bool:
-        """Whether there is an interval at all: a single pair gives none."""
+        """Whether the interval is finite: that of a single pair is not."""
         return math.isfinite(self.high)
-
-    @property
-    def excludes_tie(self) -> bool:
-        """Whether it is faster or slower beyond doubt."""
-        return self.low > 1 or self.high < 1
 
 
 def speedup_of(log_ratios: Sequence[float]) -> Speedup:
-    """Return the speed-up in at least one pair. `log_ratios`: natural logarithms of cost over the other's cost.
+    """Return the geometric mean of the speed-up with Student's interval of the logarithms.
 
-    The mean is geometric; the interval is Student's, of the logarithms, and without bounds for a single pair.
+    `log_ratios`: natural logarithms of cost over the other's cost, at least one.
     """
     mean = statistics.fmean(log_ratios)
     count = len(log_ratios)

@@ -1,7 +1,7 @@
-"""Fits selectors in processes side by side: what holds Python's lock gains nothing from threads.
+"""Fits selectors in parallel worker processes.
 
-A process reads a dataset, then tasks, and answers each with scores, until whoever started it is gone, which ends it at
-once.
+A worker receives a dataset, then tasks, and answers each with scores. It exits at once, even in the middle of a fit,
+when its parent is gone: neither multiprocessing nor joblib guarantees that.
 """
 
 import os
@@ -23,19 +23,16 @@ from selector.estimator import NotApplicableError, Selector
 from selector.evaluation.measures import Fold, checked
 
 COMMAND: Final = f"from {__name__} import main; main()"
-"""What a process runs. With `-m` this module would be another than the one that names what is sent."""
+"""Program of a worker. With `-m` this module would be `__main__`, and its classes could not be unpickled."""
 
 _IF_MEMORY_RAN_OUT: Final = "if memory ran out, use --sample with fewer contexts"
 _EXIT_LIMIT_S: Final = 0.2
-"""How long a process whose connection has ended may take to exit."""
+"""Time for a worker whose connection has ended to exit."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Task:
-    """A selector to fit on a fold's training rows. `name`: whose answer it will be.
-
-    `probes`: so many methods of each context may be measured.
-    """
+    """A selector to fit on a fold's training rows. `probes`: methods of each context that may be measured."""
 
     name: str
     selector: Selector
@@ -45,10 +42,7 @@ class Task:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Answer:
-    """The scores of the fold's test rows, and the seconds that fitting and predicting took.
-
-    `inapplicable`: why there are no scores, where the selector can say nothing about such a dataset.
-    """
+    """Scores of the fold's test rows; None if the selector does not apply, for the reason in `inapplicable`."""
 
     name: str
     fold: int
@@ -58,18 +52,18 @@ class Answer:
 
 
 class FittingError(RuntimeError):
-    """A process that fitted ended before it answered: something ended it, or memory ran out."""
+    """A worker process ended before it answered."""
 
 
 def fit_all(dataset: Dataset, folds: tuple[Fold, ...], tasks: Iterable[Task], process_count: int) -> Generator[Answer]:
-    """Yield an answer to each task, in the order in which they come; a task is drawn when a process has time for it.
+    """Yield the answers as they complete; a task is drawn when a worker is idle. Raises FittingError.
 
-    With a `process_count` of 1 all is computed in this thread. Raises FittingError.
+    A `process_count` of 1 computes in this thread.
     """
     if process_count > 1:
         yield from _fit_in_processes(dataset, folds, iter(tasks), process_count)
         return
-    with threadpool_limits(1):  # OpenMP's threads spin while they wait for one another
+    with threadpool_limits(1):  # OpenMP's threads spin while they wait
         for task in tasks:
             yield _fit(dataset, folds, task)
 
@@ -96,25 +90,25 @@ def _fit_in_processes(
                     idle.append(connection)
                     yield answer
         except (EOFError, ConnectionError):
-            raise FittingError(f"a process that fitted a selector has ended: {_IF_MEMORY_RAN_OUT}") from None
+            raise FittingError(f"a worker process exited early: {_IF_MEMORY_RAN_OUT}") from None
 
 
 @contextmanager
 def _process() -> Iterator[Connection]:
-    """Run one process, which is killed at the end, and give the connection to it."""
+    """Run one worker process inside the block, and yield the connection to it."""
     ours, theirs = Pipe()
     command = python("-c", COMMAND, str(theirs.fileno()))
     environment = child_environment({"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"})
     with ours, theirs:
         try:
             with running(
-                command, what="the process", environment=environment, pass_fds=[theirs.fileno()], own_session=True
+                command, what="a worker process", environment=environment, pass_fds=[theirs.fileno()], own_session=True
             ) as child:
                 theirs.close()
                 try:
                     yield ours
                 except (EOFError, ConnectionError):
-                    child.check_ended(_EXIT_LIMIT_S)  # it may have been another one
+                    child.check_ended(_EXIT_LIMIT_S)  # unless another one did
                     raise
         except ChildError as error:
             raise FittingError(f"cannot fit selectors: {error}; {_IF_MEMORY_RAN_OUT}") from None
@@ -132,7 +126,7 @@ def _fit(dataset: Dataset, folds: tuple[Fold, ...], task: Task) -> Answer:
 
 
 def main() -> None:
-    """Answer tasks until nobody is there to ask."""
+    """Answer tasks until the parent is gone."""
     connection = Connection(int(sys.argv[1]))
     dataset, folds = connection.recv()
     tasks: queue.SimpleQueue[Task] = queue.SimpleQueue()

@@ -1,7 +1,4 @@
-"""Draws comparisons of selectors and of methods.
-
-Needs matplotlib, which is not installed unless asked for: `metaswarm[plot]`.
-"""
+"""Plots comparisons of selectors and of methods, with matplotlib from the extra `metaswarm[plot]`."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,12 +15,12 @@ SUFFIXES: Final = (".png", ".svg", ".pdf")
 
 
 class PlotError(Exception):
-    """A plot cannot be drawn. The message is one line for the user."""
+    """Failed plot. The message is one line for the user."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Panel:
-    """Bars with the intervals that they are in."""
+    """Bars with error intervals."""
 
     title: str
     names: Sequence[str]
@@ -32,17 +29,17 @@ class Panel:
 
 
 def check_plot(path: Path) -> None:
-    """Raise PlotError where a plot could not be drawn into this file: better before minutes of work than after."""
+    """Raise PlotError unless a plot can be written to this file; called before minutes of work."""
     if path.suffix.lower() not in SUFFIXES:
-        raise PlotError(f"cannot draw {path}: its name must end in {', '.join(SUFFIXES)}")
+        raise PlotError(f"cannot plot to {path}: its name must end in {', '.join(SUFFIXES)}")
     if not path.absolute().parent.is_dir():
-        raise PlotError(f"cannot draw {path}: there is no folder {path.absolute().parent}")
+        raise PlotError(f"cannot plot to {path}: there is no folder {path.absolute().parent}")
     if find_spec("matplotlib") is None:
-        raise PlotError("drawing needs matplotlib: pip install 'metaswarm[plot]'")
+        raise PlotError("plots need matplotlib: pip install 'metaswarm[plot]'")
 
 
 def draw_comparison(comparison: Comparison, path: Path) -> None:
-    """Draw accuracy, ratio to the virtual best and closed gap of every selector, side by side."""
+    """Plot accuracy, ratio to the virtual best and closed gap of every selector."""
     from matplotlib.figure import Figure
 
     rows = comparison.rows[::-1]
@@ -70,7 +67,7 @@ def draw_comparison(comparison: Comparison, path: Path) -> None:
 
 
 def draw_panels(panels: Sequence[Panel], path: Path, title: str) -> None:
-    """Draw panels one below the other."""
+    """Plot panels one below the other."""
     from matplotlib.figure import Figure
 
     heights = [1 + 0.25 * len(panel.names) for panel in panels]

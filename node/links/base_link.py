@@ -135,7 +135,7 @@ class JobLink(ABC):
 
     def forget(self, session: SessionId) -> None:
         """Drop the state of a session, unless it was opened over this very link: then it ends by Close."""
-        if self._connection.session_state(session) is SessionState.LENT:
+        if self._connection.session_state(session) is SessionState.FORWARDED:
             self._connection.forget(session)
 
     async def _write_loop(self) -> None:

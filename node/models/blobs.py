@@ -1,8 +1,7 @@
-"""Model files between peers: serves those in the cache, and completes packages with what others have."""
+"""Model files between peers: serves those in the cache, and completes packages from other peers' caches."""
 
 from collections import Counter
-from collections.abc import Awaitable, Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import Final
 
@@ -10,7 +9,7 @@ import structlog
 import trio
 
 from node.models.errors import ModelError
-from node.models.fetching import Fetched, FetchError, fetch_blob, fetch_manifest_bytes
+from node.models.fetching import Blob, Fetched, FetchError, fetch_blob, fetch_manifest_bytes
 from node.models.files import Progress, ignore_progress, size_of
 from node.models.manifest import FileEntry, Manifest, parse_manifest
 from node.models.store import ModelStore, Package
@@ -26,10 +25,9 @@ MAX_READS: Final = 4
 PARALLEL_FILES: Final = 4
 """Files of a package that are fetched at a time."""
 IDLE_S: Final = 60.0
-"""A stream on which nothing is asked for so long is closed by the server."""
+"""A stream without a request for so long is closed by the server."""
 
 _PIECE_BYTES: Final = 512 << 10
-_MAX_PEERS_COUNTED: Final = 4096
 
 
 Holders = Callable[[str], Awaitable[Sequence[PeerId]]]
@@ -38,28 +36,14 @@ Holders = Callable[[str], Awaitable[Sequence[PeerId]]]
 _logger = structlog.get_logger(__name__)
 
 
-@dataclass(frozen=True, slots=True)
-class BlobStatistics:
-    """What a server has done so far. `bytes_by_peer` has the peers that fetched last."""
-
-    transfers: int
-    requests: int
-    bytes_by_peer: Mapping[PeerId, int]
-
-
 class BlobServer:
-    """Serves the files of a store to whoever knows their sha256."""
+    """Serves the files of a store by their sha256."""
 
     def __init__(self, store: ModelStore) -> None:
         self._store = store
         self._reads = trio.CapacityLimiter(MAX_READS)
         self._transfers: Counter[PeerId] = Counter()
-        self._requests = 0
-        self._bytes_by_peer: dict[PeerId, int] = {}
-
-    def statistics(self) -> BlobStatistics:
-        """Return what has been served."""
-        return BlobStatistics(self._transfers.total(), self._requests, dict(self._bytes_by_peer))
+        self.served_bytes = 0
 
     async def handle(self, stream: Stream) -> None:
         """Serve one stream until its end. Raises RemoteProtocolError and NetworkError, which end this stream only."""
@@ -70,7 +54,6 @@ class BlobServer:
             if idle.cancelled_caught:
                 return
             for request in responder.receive_data(data):
-                self._requests += 1
                 await self._answer(stream, responder, request)
             if not data:
                 return
@@ -109,34 +92,21 @@ class BlobServer:
             for frame in responder.send_data(piece):
                 await stream.send_all(frame)
             offset, left = offset + len(piece), left - len(piece)
-            self._count(stream.peer, len(piece))
-
-    def _count(self, peer: PeerId, sent: int) -> None:
-        total = self._bytes_by_peer.pop(peer, 0) + sent
-        self._bytes_by_peer[peer] = total
-        if len(self._bytes_by_peer) > _MAX_PEERS_COUNTED:
-            del self._bytes_by_peer[next(iter(self._bytes_by_peer))]
+            self.served_bytes += len(piece)
 
 
 class ModelFetcher:
-    """Completes packages in a store with what peers have. Concurrent calls, also of other processes, do no harm."""
+    """Completes packages in a store from peers; `holders` finds more peers with a file when those asked first fail.
+
+    Concurrent calls, also of other processes, do no harm.
+    """
 
     def __init__(self, network: Network, store: ModelStore, holders: Holders) -> None:
-        """Fetch nothing yet; `holders` finds peers that have a file, where those that are asked first have not."""
         self._network = network
         self._store = store
         self._holders = holders
-        self._total = Fetched()
-
-    @property
-    def bytes_by_peer(self) -> Mapping[PeerId, int]:
-        """Bytes of model files received so far, by the peer that sent them."""
-        return dict(self._total.bytes_by_peer)
-
-    @property
-    def bad_peers(self) -> Mapping[PeerId, str]:
-        """Peers that sent wrong bytes or broke the protocol, and what they did."""
-        return dict(self._total.bad_peers)
+        self.fetched = Fetched()
+        """The account of all fetches."""
 
     async def fetch_manifest(self, model: ModelId, peers: Sequence[PeerId]) -> Package:
         """Return the model's package from the store or, begun with the manifest that a peer has, from the swarm.
@@ -146,8 +116,7 @@ class ModelFetcher:
         package = await trio.to_thread.run_sync(self._store.find, model)
         if package is not None:
             return package
-        data, fetched = await fetch_manifest_bytes(self._network, peers, model)
-        self._total.add(fetched)
+        data = await fetch_manifest_bytes(self._network, peers, model, self.fetched)
         return await trio.to_thread.run_sync(self._store.add_manifest, parse_manifest(data))
 
     async def fetch_tokenizer(
@@ -168,7 +137,7 @@ class ModelFetcher:
         package = await trio.to_thread.run_sync(self._store.add_manifest, manifest)
         missing = [file for file in files if not package.has(file)]
         total, done = sum(file.size_bytes for file in missing), 0
-        result, failures = Fetched(), list[ModelError]()
+        result, failures = Fetched(self.fetched), list[ModelError]()
         slots = trio.CapacityLimiter(PARALLEL_FILES)
 
         def count(received: int) -> None:
@@ -184,7 +153,7 @@ class ModelFetcher:
                 if failures:
                     return
                 try:
-                    result.add(await self._fetch_file(package, file, order, count))
+                    await self._fetch_file(package, file, order, count, result)
                 except ModelError as error:
                     failures.append(error)
 
@@ -205,17 +174,22 @@ class ModelFetcher:
         return result
 
     async def _fetch_file(
-        self, package: Package, file: FileEntry, peers: Sequence[PeerId], count: Callable[[int], None]
-    ) -> Fetched:
-        """Fetch a file from the peers of its model, else from whoever has announced it."""
-        target = package.path_of(file)
+        self,
+        package: Package,
+        file: FileEntry,
+        peers: Sequence[PeerId],
+        count: Callable[[int], None],
+        fetched: Fetched,
+    ) -> None:
+        """Fetch a file from the peers of its model, else from those that announce it."""
+        blob = Blob(file.sha256, file.size_bytes, package.path_of(file))
         try:
-            return await fetch_blob(self._network, peers, file.sha256, file.size_bytes, target, count, self._total)
+            await fetch_blob(self._network, peers, blob, count, fetched)
         except FetchError:
             others = [peer for peer in await self._holders(file.sha256) if peer not in peers]
             if not others:
                 raise
-        return await fetch_blob(self._network, others, file.sha256, file.size_bytes, target, count, self._total)
+            await fetch_blob(self._network, others, blob, count, fetched)
 
 
 def _read_piece(path: Path, offset: int, length: int) -> bytes:
@@ -223,5 +197,5 @@ def _read_piece(path: Path, offset: int, length: int) -> bytes:
         with path.open("rb") as file:
             file.seek(offset)
             return file.read(length)
-    except OSError:  # removed this moment, or the disk fails: nothing can be said of the bytes
+    except OSError:  # removed this moment, or the disk fails
         return b""

@@ -18,6 +18,7 @@ from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from node.models.errors import ChatTemplateError
+from node.util.text import one_line
 
 MAX_OUTPUT_CHARACTERS: Final = 8 << 20
 
@@ -55,7 +56,7 @@ def _contained(failure: str) -> Iterator[None]:
     except (ChatTemplateError, MemoryError):
         raise
     except Exception as error:  # a template can make Python raise anything that code without I/O can
-        raise ChatTemplateError(f"the model's chat template {failure}: {_one_line(error)}") from error
+        raise ChatTemplateError(f"the model's chat template {failure}: {one_line(error)}") from error
 
 
 def _limited(pieces: Iterable[str]) -> Iterator[str]:
@@ -104,7 +105,3 @@ def _raise_exception(message: str) -> None:
 
 def _strftime_now(layout: str) -> str:
     return datetime.now().astimezone().strftime(layout)
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:300] or type(error).__name__

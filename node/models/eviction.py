@@ -1,8 +1,7 @@
-"""A bound on what files from peers take on the disk: those used least recently go, never what somebody uses.
+"""LRU eviction of files fetched from peers, within a limit; never of a file in use.
 
-What the user imported is the user's and is never deleted. A package that was begun with a peer's manifest carries a
-mark. Whoever serves a file, and whoever fetches one, holds a lock on it, in whatever process; so the cache can be
-shared.
+Imported models are never deleted: a package begun with a peer's manifest carries a mark. A process that serves or
+fetches a file holds a lock on it, so processes can share the cache.
 """
 
 import fcntl
@@ -13,13 +12,13 @@ from pathlib import Path
 from typing import Final, NamedTuple
 
 from node.models.errors import ModelError
-from node.models.files import disk_errors, part_of
+from node.models.files import disk_errors, part_of, try_lock
 from node.models.manifest import FileEntry
 from node.models.store import FETCHED_MARK, ModelStore, Package
 
 
 class _Cached(NamedTuple):
-    """A weight file, or the beginning of one; sorts by when it was used last."""
+    """A weight file, or an incomplete one; sorts by its last use."""
 
     used_s: float
     path: Path
@@ -32,9 +31,9 @@ GIBIBYTE: Final = 1 << 30
 def make_room(
     store: ModelStore, package: Package, wanted: Sequence[FileEntry], limit_bytes: int | None
 ) -> tuple[Path, ...]:
-    """Delete what was not used for longest, until the wanted files fit within the limit; return what was deleted.
+    """Delete the least recently used files, until the wanted ones fit within the limit; return what was deleted.
 
-    Raises ModelError where they cannot, before anything is deleted in vain.
+    Raises ModelError where they cannot fit, before anything is deleted in vain.
     """
     if limit_bytes is None or not (package.path / FETCHED_MARK).exists():
         return ()
@@ -55,13 +54,13 @@ def make_room(
                 f"the cache may take {limit_bytes / GIBIBYTE:.2f} GiB, and {needed / GIBIBYTE:.2f} GiB are needed "
                 f"beside {taken / GIBIBYTE:.2f} GiB in use: raise --cache-limit, or serve fewer blocks"
             )
-        # What somebody began to use just now stays: for once the cache is a little larger.
+        # A file that has just come into use stays: the cache exceeds its limit a little.
         return tuple(path for path in chosen if _is_unused(path, delete=True))
 
 
 @contextmanager
 def in_use(package: Package, files: Iterable[FileEntry]) -> Iterator[None]:
-    """Keep files from being deleted to make room, inside the block, and note that they were used now."""
+    """Protect files from eviction inside the block, and mark them as used now."""
     with ExitStack() as stack:
         with disk_errors(f"cannot open the files of model {package.model_id[:12]}"):
             for file in files:
@@ -75,7 +74,7 @@ def in_use(package: Package, files: Iterable[FileEntry]) -> Iterator[None]:
 
 
 def _fetched_files(store: ModelStore) -> Iterator[_Cached]:
-    """Yield the weight files that came from peers, and beginnings of such."""
+    """Yield the weight files from peers, also incomplete ones."""
     for package in store.list():
         if not (package.path / FETCHED_MARK).exists():
             continue
@@ -87,17 +86,15 @@ def _fetched_files(store: ModelStore) -> Iterator[_Cached]:
 
 
 def _is_unused(path: Path, *, delete: bool = False) -> bool:
-    """Say whether nobody has locked a file, and delete it then if that is asked for."""
+    """Return whether a file is not locked; `delete` it then."""
     try:
         handle = os.open(path, os.O_RDONLY)
     except FileNotFoundError:
         return True
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        if delete:
+        is_unused = try_lock(handle)
+        if is_unused and delete:
             path.unlink(missing_ok=True)
-    except BlockingIOError:
-        return False
     finally:
         os.close(handle)
-    return True
+    return is_unused

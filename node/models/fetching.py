@@ -1,10 +1,9 @@
 """Fetches one file from peers by the blob protocol.
 
-Whoever sends a file may lie in every byte of it. What comes is bounded by the size that the manifest states, lies under
-a name of its own until its sha256 is right, and counts for nothing before.
+A peer may lie in every byte of it. What arrives is bounded by the size that the manifest states, and stays under a
+temporary name until its sha256 is right.
 """
 
-import fcntl
 import hashlib
 import os
 from collections import Counter
@@ -12,13 +11,13 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Final
+from typing import Final, NamedTuple
 
 import structlog
 import trio
 
 from node.models.errors import ModelError
-from node.models.files import disk_errors, flush_directory, part_of, sha256_of, size_of
+from node.models.files import disk_errors, flush_directory, part_of, sha256_of, size_of, try_lock
 from node.network.interface import Network, NetworkError, Stream
 from protocol.blobs import PROTOCOL_ID, BlobBusy, BlobData, BlobInitiator, BlobMissing, BlobRequest
 from protocol.errors import RemoteProtocolError
@@ -26,13 +25,13 @@ from protocol.identity import ModelId, PeerId
 from protocol.limits import MAX_MANIFEST_BYTES
 
 RANGE_BYTES: Final = 16 << 20
-"""What one request asks for."""
+"""Of one request."""
 STALL_S: Final = 15.0
-"""A peer that sends nothing for so long, while it owes us bytes, is given up."""
+"""A peer that sends nothing for so long during a transfer is given up."""
 RANGE_S: Final = 600.0
-"""The longest one request may take, however busily the peer drips."""
+"""Time limit of one request, however slowly the peer sends."""
 BUSY_DELAYS_S: Final = (0.5, 1.0, 2.0, 4.0, 8.0)
-"""How long to wait before asking again, when every peer that may have a file is busy."""
+"""Backoff when every peer that may have a file is busy."""
 
 _RECEIVE_BYTES: Final = 256 << 10
 _LOCK_POLL_S: Final = 0.2
@@ -41,60 +40,73 @@ _logger = structlog.get_logger(__name__)
 
 
 class FetchError(ModelError):
-    """A file could not be had from any peer."""
+    """No peer could give the file."""
+
+
+class Blob(NamedTuple):
+    """A file to fetch."""
+
+    sha256: str
+    size_bytes: int
+    destination: Path
 
 
 @dataclass(slots=True)
 class Fetched:
-    """What fetching cost and found out."""
+    """The account of a fetch, updated as it happens, also where it fails. `parent`: an account that includes it."""
 
+    parent: "Fetched | None" = None
     bytes_by_peer: Counter[PeerId] = field(default_factory=Counter)
     bad_peers: dict[PeerId, str] = field(default_factory=dict)
     """Peers that sent wrong bytes or broke the protocol, and what they did."""
 
-    def add(self, other: "Fetched") -> None:
-        """Take in what another fetch cost and found out."""
-        self.bytes_by_peer.update(other.bytes_by_peer)
-        self.bad_peers.update(other.bad_peers)
+    def count(self, peer: PeerId, size: int) -> None:
+        """Add bytes from a peer."""
+        self.bytes_by_peer[peer] += size
+        if self.parent is not None:
+            self.parent.count(peer, size)
+
+    def blame(self, peer: PeerId, deed: str) -> None:
+        """Record a bad peer."""
+        self.bad_peers[peer] = deed
+        if self.parent is not None:
+            self.parent.blame(peer, deed)
 
 
 async def fetch_blob(
     network: Network,
     peers: Sequence[PeerId],
-    sha256: str,
-    size_bytes: int,
-    destination: Path,
+    blob: Blob,
     on_bytes: Callable[[int], None] = lambda _count: None,
-    total: Fetched | None = None,
+    fetched: Fetched | None = None,
 ) -> Fetched:
-    """Fetch a file from the first of the peers that can give it, and put it under its name when its sha256 is right.
+    """Fetch a file from the first of the peers that can give it, and put it in place when its sha256 is right.
 
-    What came before a failure or a crash is kept beside `destination` as `.<name>.part`, and fetching goes on from
-    there. `on_bytes` is told of bytes gained, and with a negative number of bytes that had to be thrown away. `total`
-    takes in as it happens what the fetch costs and finds out, also where it fails. Raises FetchError when no peer gives
-    it, ModelError for a fault of the disk.
+    What arrived before a failure or a crash stays beside the destination as `.<name>.part`, and the next fetch resumes
+    there. `on_bytes` is called with the bytes gained, negative for bytes thrown away. Raises FetchError when no peer
+    gives it, ModelError for a fault of the disk.
     """
-    with disk_errors(f"cannot store {destination.name}"):
-        async with _open_part(destination, size_bytes) as part:
-            if part is None:
-                return Fetched()
-            fetch = _Fetch(network, sha256, part, on_bytes, total or Fetched())
-            await fetch.run([peer for peer in peers if peer != network.peer_id])
-            await trio.to_thread.run_sync(part.put_in_place)
-            return fetch.fetched
+    fetched = fetched or Fetched()
+    with disk_errors(f"cannot store {blob.destination.name}"):
+        async with _open_part(blob.destination, blob.size_bytes) as part:
+            if part is not None:
+                fetch = _Fetch(network, blob.sha256, part, on_bytes, fetched)
+                await fetch.run([peer for peer in peers if peer != network.peer_id])
+                await trio.to_thread.run_sync(part.put_in_place)
+    return fetched
 
 
 @dataclass(slots=True)
 class _Part:
-    """The beginning of a file, under a name that does not count, locked against everybody else who fetches it."""
+    """An incomplete file under a temporary name, locked against other fetches of it."""
 
     handle: int
     path: Path
     destination: Path
     size: int
-    """Bytes of the whole file."""
+    """Of the whole file."""
     have: int
-    """Bytes that are there."""
+    """Bytes received."""
 
     def append(self, data: memoryview) -> None:
         while data:
@@ -121,9 +133,9 @@ async def _open_part(destination: Path, size: int) -> AsyncIterator[_Part | None
         while size_of(destination) != size:
             if handle < 0:
                 handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-            if _lock(handle) and _is_open_file(path, handle):
+            if try_lock(handle) and _is_open_file(path, handle):
                 break
-            # Somebody else fetches it, or has just put it in place, so that what we opened is no longer the part file.
+            # Another process fetches it, or has just put it in place: the open file is no longer the part file.
             os.close(handle)
             handle = -1
             await trio.sleep(_LOCK_POLL_S)
@@ -140,21 +152,20 @@ class _Fetch:
     """One file on its way into its part file."""
 
     def __init__(
-        self, network: Network, sha256: str, part: _Part, on_bytes: Callable[[int], None], total: Fetched
+        self, network: Network, sha256: str, part: _Part, on_bytes: Callable[[int], None], fetched: Fetched
     ) -> None:
         self._network = network
         self._sha256 = sha256
         self._part = part
         self._on_bytes = on_bytes
-        # Whose bytes the part file holds; None stands for a former run's.
+        # The sources of the part file; None stands for an earlier run's.
         self._sources: set[PeerId | None] = {None} if part.have else set()
         self._from_one_peer = False
-        self.fetched = Fetched()
-        self._total = total
+        self._fetched = fetched
         on_bytes(part.have)
 
     async def run(self, peers: list[PeerId]) -> None:
-        """Ask the peers in turn until the whole file is there and right; raise FetchError when nobody is left."""
+        """Ask the peers in turn until the whole file is there and right; raise FetchError when no peer is left."""
         reason = "no peer is known to have it"
         asked = len(peers)
         delays = iter(BUSY_DELAYS_S)
@@ -179,13 +190,12 @@ class _Fetch:
                 await trio.sleep(delay)
 
     async def _fetch_from(self, peer: PeerId) -> bool:
-        """Fetch all that is missing from one peer; return False if it is busy. Raises when it fails or has it not."""
+        """Fetch the rest from one peer; return False if it is busy. Raises when it fails or lacks the file."""
 
         async def store(data: memoryview) -> None:
             await trio.to_thread.run_sync(part.append, data)
             self._sources.add(peer)
-            self.fetched.bytes_by_peer[peer] += len(data)
-            self._total.bytes_by_peer[peer] += len(data)
+            self._fetched.count(peer, len(data))
             self._on_bytes(len(data))
 
         part = self._part
@@ -200,14 +210,14 @@ class _Fetch:
         return True
 
     async def _is_right(self, peers: list[PeerId]) -> bool:
-        """Check the whole file's hash; when it is wrong, throw the file away and find out who is to blame."""
+        """Check the whole file's hash; when it is wrong, discard the file and blame its source if there is one."""
         if await trio.to_thread.run_sync(sha256_of, self._part.path) == self._sha256:
             return True
         for peer in self._sources if len(self._sources) == 1 else ():
             if peer is not None:
                 self._blame(peer, "sent bytes that are not the file's")
                 peers[:] = [other for other in peers if other != peer]
-        # With several sources nobody can be blamed: from now on one peer gives all of it.
+        # With several sources none can be blamed: from now on one peer gives all of it.
         self._from_one_peer = True
         self._start_over()
         return False
@@ -219,36 +229,38 @@ class _Fetch:
 
     def _blame(self, peer: PeerId, deed: str) -> None:
         _logger.warning("peer gave a bad file", peer=peer, sha256=self._sha256, deed=deed)
-        self.fetched.bad_peers[peer] = self._total.bad_peers[peer] = deed
+        self._fetched.blame(peer, deed)
 
 
-async def fetch_manifest_bytes(network: Network, peers: Sequence[PeerId], model: ModelId) -> tuple[bytes, Fetched]:
-    """Return a manifest's bytes from the first peer that has it, which are those that the model's id is the hash of."""
-    fetched = Fetched()
+async def fetch_manifest_bytes(network: Network, peers: Sequence[PeerId], model: ModelId, fetched: Fetched) -> bytes:
+    """Return a manifest's bytes, which the model's id is the hash of, from the first peer that has it."""
     reason = "no peer is known to have it"
     for peer in (peer for peer in peers if peer != network.peer_id):
-        data = bytearray()
-
-        async def store(piece: memoryview, data: bytearray = data) -> None:
-            data += piece
-
-        request = BlobRequest(sha256=model, offset=0, length=MAX_MANIFEST_BYTES)
         try:
-            async with _blob_stream(network, peer) as stream:
-                complete = await _receive_range(stream, BlobInitiator(), request, (1, MAX_MANIFEST_BYTES), store)
+            return await _fetch_manifest_from(network, peer, model, fetched)
         except (NetworkError, RemoteProtocolError) as error:
             reason = f"{peer}: {error}"
             if isinstance(error, RemoteProtocolError):
-                fetched.bad_peers[peer] = str(error)
-            continue
-        fetched.bytes_by_peer[peer] += len(data)
-        if not complete:
-            reason = f"{peer} is busy"
-        elif hashlib.sha256(data).hexdigest() == model:
-            return bytes(data), fetched
-        else:
-            reason = fetched.bad_peers[peer] = "sent another manifest than it was asked for"
+                fetched.blame(peer, str(error))
     raise FetchError(f"no peer has the manifest of model {model[:12]}; the last reason: {reason}")
+
+
+async def _fetch_manifest_from(network: Network, peer: PeerId, model: ModelId, fetched: Fetched) -> bytes:
+    data = bytearray()
+
+    async def store(piece: memoryview) -> None:
+        nonlocal data
+        data += piece
+
+    request = BlobRequest(sha256=model, offset=0, length=MAX_MANIFEST_BYTES)
+    async with _blob_stream(network, peer) as stream:
+        complete = await _receive_range(stream, BlobInitiator(), request, (1, MAX_MANIFEST_BYTES), store)
+    if not complete:
+        raise NetworkError("it is busy")
+    fetched.count(peer, len(data))
+    if hashlib.sha256(data).hexdigest() != model:
+        raise RemoteProtocolError("sent another manifest than it was asked for")
+    return bytes(data)
 
 
 async def _receive_range(
@@ -299,14 +311,6 @@ async def _blob_stream(network: Network, peer: PeerId) -> AsyncIterator[Stream]:
             await stream.reset()
         raise
     await stream.aclose()
-
-
-def _lock(handle: int) -> bool:
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
 
 
 def _is_open_file(path: Path, handle: int) -> bool:

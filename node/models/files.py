@@ -1,4 +1,4 @@
-"""Files that are whole or not there, locks between processes, and the disk's faults in one clear line."""
+"""Atomic writes, locks between processes, and disk errors in one line."""
 
 import errno
 import fcntl
@@ -13,19 +13,19 @@ from pathlib import Path
 from node.models.errors import ModelError
 
 Progress = Callable[[str, int, int], None]
-"""Told (stage, done, total), from whatever thread does the work. What it raises ends the work, which is cleaned up."""
+"""Called with (stage, done, total), from the working thread. An exception ends the work, which is cleaned up."""
 
 _READ_BYTES = 4 << 20
 _LOCK_POLL_S = 0.1
 
 
 def ignore_progress(stage: str, done: int, total: int) -> None:
-    """Take no interest in progress."""
+    """Ignore progress."""
 
 
 @contextmanager
 def disk_errors(what: str) -> Iterator[None]:
-    """Turn the faults of a disk into a ModelError: what could not be done, why, and what helps."""
+    """Turn an OSError into a ModelError: what failed, why, and what to do."""
     try:
         yield
     except OSError as error:
@@ -36,7 +36,7 @@ def disk_errors(what: str) -> Iterator[None]:
 
 
 def write_atomically(path: Path, data: bytes) -> None:
-    """Replace a file's content: after a crash it is either the old or the new one."""
+    """Replace a file's content atomically, also under a crash."""
     handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
     try:
         with os.fdopen(handle, "wb") as file:
@@ -51,7 +51,7 @@ def write_atomically(path: Path, data: bytes) -> None:
 
 
 def flush_directory(path: Path) -> None:
-    """Make the names in a directory survive a crash."""
+    """Flush the entries of a directory to the disk."""
     handle = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(handle)
@@ -61,27 +61,31 @@ def flush_directory(path: Path) -> None:
 
 @contextmanager
 def lock_file(path: Path, while_waiting: Callable[[], None] = lambda: None) -> Iterator[None]:
-    """Hold an exclusive lock between processes and threads. It ends with the process that holds it, crashed or not.
+    """Hold an exclusive lock between processes and threads, which ends with its process.
 
-    `while_waiting` is called ten times a second as long as somebody else holds the lock; raising gives up.
+    `while_waiting` is called ten times a second until the lock is acquired; raising gives up.
     """
     handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
     try:
-        while True:
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                while_waiting()
-                time.sleep(_LOCK_POLL_S)
-            else:
-                break
+        while not try_lock(handle):
+            while_waiting()
+            time.sleep(_LOCK_POLL_S)
         yield
     finally:
         os.close(handle)
 
 
+def try_lock(handle: int) -> bool:
+    """Lock an open file exclusively, unless it is locked elsewhere; return whether that worked."""
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
 def sha256_of(path: Path, on_bytes: Callable[[int], None] = lambda _count: None) -> str:
-    """Return a file's sha256 in hexadecimal digits; `on_bytes` is told the size of each piece read."""
+    """Return a file's sha256 in hexadecimal digits; `on_bytes` is called with the size of each piece."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while piece := file.read(_READ_BYTES):
@@ -91,7 +95,7 @@ def sha256_of(path: Path, on_bytes: Callable[[int], None] = lambda _count: None)
 
 
 def part_of(path: Path) -> Path:
-    """Return where the beginning of a file lies while it is fetched."""
+    """Return the path of an incomplete file while it is fetched."""
     return path.with_name(f".{path.name}.part")
 
 

@@ -138,15 +138,15 @@ def _import_uncatalogued(source: str, store: ModelStore, progress: Progress) -> 
     with store.staging(progress) as staging:
         if path.is_dir():
             folder, suggestion = path, path.resolve().name
-            names = _try_out(folder, progress)
+            names = _check_architecture(folder, progress)
         elif path.is_file():
             if path.suffix.lower() != ".gguf":
                 raise ModelError(f"{path} is no GGUF file; a checkpoint is imported by the folder it is in")
             folder, suggestion = staging / "checkpoint", path.stem
             sources.convert_gguf(path, folder, progress)
-            names = _try_out(folder, progress)
+            names = _check_architecture(folder, progress)
         elif sources.HUB_ID.fullmatch(source):
-            names = _try_out(sources.download_from_hub(source, progress, (CONFIG_FILE,)), progress)
+            names = _check_architecture(sources.download_from_hub(source, progress, (CONFIG_FILE,)), progress)
             folder, suggestion = sources.download_from_hub(source, progress), source.partition("@")[0].split("/")[1]
         else:
             known = ", ".join(sorted(CATALOGUE))
@@ -160,10 +160,10 @@ def _import_uncatalogued(source: str, store: ModelStore, progress: Progress) -> 
         return store.adopt(staging / "package", manifest), suggestion.lower()
 
 
-def _try_out(folder: Path, progress: Progress) -> OuterNames:
+def _check_architecture(folder: Path, progress: Progress) -> OuterNames:
     """Return what stands around a model's blocks; raise ModelError if its architecture cannot be served in spans."""
     config = read_config(folder)
-    return BY_NAME if config["model_type"] in TESTED else sources.try_architecture(folder / CONFIG_FILE, progress)
+    return BY_NAME if config["model_type"] in TESTED else sources.check_architecture(folder / CONFIG_FILE, progress)
 
 
 def build_package(folder: Path, checkpoint: Checkpoint, target: Path, progress: Progress) -> Manifest:

@@ -1,6 +1,5 @@
-"""The models that can be used from here: named by the user, found in the cache, at peers or in the catalogue."""
+"""The models available here: named by the user, found in the cache, at peers or in the catalogue."""
 
-from collections import OrderedDict
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, field
@@ -9,6 +8,7 @@ from typing import Protocol
 
 import structlog
 import trio
+from cachetools import LRUCache
 
 from node.models.blobs import BlobServer, ModelFetcher
 from node.models.catalogue import CATALOGUE
@@ -29,17 +29,17 @@ KEPT_OPEN = 8
 """Models whose vocabularies stay in memory."""
 
 LOOK_ROUND_S = 2.0
-"""How often the directory is looked at for named models that are not here yet."""
+"""Interval of looking up named models that are not here yet."""
 
 RETRY_S = 30.0
-"""How soon a manifest that no peer gave is asked for again."""
+"""Before a manifest that no peer gave is requested again."""
 
 _logger = structlog.get_logger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
 class KnownModel:
-    """A model as a coordinator needs it: no weights, only what it takes to describe a job and to read its tokens."""
+    """A model as a coordinator needs it: without weights, to describe a job and decode its tokens."""
 
     id: ModelId
     name: str
@@ -69,7 +69,7 @@ class KnownModel:
 
 @dataclass(slots=True)
 class _Opening:
-    """A model that is being opened, for all who want it."""
+    """A model that is being opened, for concurrent callers."""
 
     over: trio.Event = field(default_factory=trio.Event)
     failure: str = ""
@@ -77,7 +77,7 @@ class _Opening:
 
 @dataclass(frozen=True, slots=True)
 class BlobTraffic:
-    """Bytes of model files that this node got from each peer, and gave to all of them."""
+    """Bytes of model files received from each peer, and sent to all of them."""
 
     received_bytes: Mapping[PeerId, int]
     served_bytes: int
@@ -95,15 +95,15 @@ class Swarm(Protocol):
         ...
 
     async def holders(self, sha256: str) -> tuple[PeerId, ...]:
-        """Return peers that say they have a file, whatever they serve."""
+        """Return peers that announce a file, whatever they serve."""
         ...
 
 
 class Library:
     """Finds models by what users call them, and gets what is missing of them.
 
-    Nothing is fetched that only peers speak of: what they serve is fetched once it is in the catalogue, which pins its
-    id, or the user has named it: in a request, in the configuration, or by a local name.
+    A model is fetched only if it is in the catalogue, which pins its id, or the user has named it: in a request, in the
+    configuration, or by a local name. `cache_limit_bytes`: for weight files from peers.
     """
 
     def __init__(
@@ -115,7 +115,6 @@ class Library:
         cache_limit_bytes: int | None = None,
         tokenizers: TokenizerService | None = None,
     ) -> None:
-        """Know what is in the store; `cache_limit_bytes` bounds what weight files from peers take there."""
         self._tokenizers = tokenizers or TokenizerService()
         self._opening: dict[ModelId, _Opening] = {}
         self._store = store
@@ -124,15 +123,15 @@ class Library:
         self._network = network
         self._fetcher = ModelFetcher(network, store, swarm.holders)
         self._server = BlobServer(store)
-        self._open: OrderedDict[ModelId, KnownModel] = OrderedDict()
+        self._open: LRUCache[ModelId, KnownModel] = LRUCache(KEPT_OPEN)
         network.set_stream_handler(PROTOCOL_ID, self._server.handle)
 
     def transfers(self) -> BlobTraffic:
-        """Return what crossed the blob protocol so far."""
-        return BlobTraffic(self._fetcher.bytes_by_peer, sum(self._server.statistics().bytes_by_peer.values()))
+        """Return the traffic of the blob protocol so far."""
+        return BlobTraffic(dict(self._fetcher.fetched.bytes_by_peer), self._server.served_bytes)
 
     def tokenizer_pids(self) -> tuple[int, ...]:
-        """Return the processes that interpret tokenizers and chat templates now."""
+        """Return the ids of the tokenizers' processes."""
         return self._tokenizers.pids()
 
     def local_models(self) -> tuple[ModelId, ...]:
@@ -151,7 +150,7 @@ class Library:
         return self._store.name_of(model)
 
     async def run(self) -> None:
-        """Tell others what files are here, and fetch the manifests of named models that they serve, until cancelled."""
+        """Announce the files here, and fetch manifests of named models that peers serve, until cancelled."""
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._tokenizers.run)
             nursery.start_soon(keep_providing, self._network, self._store)
@@ -167,7 +166,7 @@ class Library:
                     await self._package(model)
                 except ModelError as error:
                     retry_s[model] = trio.current_time() + RETRY_S
-                    _logger.info("no manifest", model=model, reason=str(error))
+                    _logger.info("manifest unavailable", model=model, reason=str(error))
             await trio.sleep(LOOK_ROUND_S)
 
     def _named(self) -> set[ModelId]:
@@ -178,14 +177,13 @@ class Library:
         return named
 
     async def open(self, text: str) -> KnownModel:
-        """Return the model that the user means, with its tokenizer. Raises ModelError with one line for the user."""
+        """Return the model that a name or id means, with its tokenizer. Raises ModelError."""
         model = self._store.resolve(text, self._swarm.served_models())
-        while (opening := self._opening.get(model)) is not None:  # by somebody else, who may have been cancelled
+        while (opening := self._opening.get(model)) is not None:  # by another task, which may be cancelled
             await opening.over.wait()
             if opening.failure:
                 raise ModelError(opening.failure)
         if model in self._open:
-            self._open.move_to_end(model)
             return self._open[model]
         opening = self._opening[model] = _Opening()
         try:
@@ -197,8 +195,6 @@ class Library:
             del self._opening[model]
             opening.over.set()
         self._open[model] = known
-        if len(self._open) > KEPT_OPEN:
-            self._open.popitem(last=False)
         return known
 
     async def _load(self, model: ModelId) -> KnownModel:
@@ -208,7 +204,7 @@ class Library:
         return KnownModel(model, self.name_of(model), package.manifest, await self._tokenizers.open(package))
 
     async def manifest(self, text: str, *, use_catalogue: bool, progress: Progress = ignore_progress) -> Manifest:
-        """Return the manifest of the model that the user means, from the cache, a peer, or the catalogue's source."""
+        """Return the manifest of the model that a name or id means, from cache, peer or catalogue."""
         model = self._store.resolve(text, self._swarm.served_models())
         try:
             return (await self._package(model)).manifest
@@ -220,21 +216,21 @@ class Library:
     async def weights(
         self, manifest: Manifest, blocks: BlockRange, *, use_catalogue: bool, progress: Progress = ignore_progress
     ) -> Package:
-        """Return a package with the files of a span, each verified; what is missing comes from peers or the catalogue.
+        """Return a package with the verified files of a span; missing or damaged ones come from peers or the catalogue.
 
-        A file that is damaged counts as missing. Raises ModelError with one line for the user.
+        Raises ModelError with one line for the user.
         """
         model = manifest.model_id
         package = self._store.get(model)
         found = await trio.to_thread.run_sync(partial(self._store.verify, model, blocks, progress))
         for name in found.corrupt:
-            _logger.warning("damaged model file is fetched again", model=model, file=name)
+            _logger.warning("damaged model file deleted, fetching it again", model=model, file=name)
             await trio.to_thread.run_sync(self._store.discard, model, name)
         if not found.missing and not found.corrupt:
             return package
         wanted = manifest.files_for(blocks)
         for path in await trio.to_thread.run_sync(make_room, self._store, package, wanted, self._cache_limit_bytes):
-            _logger.info("deleted to make room in the cache", file=str(path))
+            _logger.info("model file evicted from the cache", file=str(path))
         try:
             await self._fetcher.fetch_files(manifest, blocks, await self._swarm.providers(model), progress)
         except ModelError:
@@ -244,11 +240,11 @@ class Library:
         return package
 
     def in_use(self, package: Package, blocks: BlockRange) -> AbstractContextManager[None]:
-        """Keep the files of a span from being deleted to make room, inside the block."""
+        """Protect the files of a span from eviction inside the block."""
         return in_use(package, package.manifest.files_for(blocks))
 
     def lacking_bytes(self, manifest: Manifest) -> int:
-        """Return how much of a model's files is not here."""
+        """Return the total size of a model's missing files."""
         return sum(file.size_bytes for file in self._store.get(manifest.model_id).missing())
 
     async def _package(self, model: ModelId) -> Package:

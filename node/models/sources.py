@@ -84,14 +84,16 @@ def download_from_hub(source: str, progress: Progress, patterns: Sequence[str] =
     return folder
 
 
-def try_architecture(config: Path, progress: Progress) -> OuterNames:
-    """Return what stands around the blocks of an architecture, given its config.json, once it has been tried out.
+def check_architecture(config: Path, progress: Progress) -> OuterNames:
+    """Test an architecture, given its config.json; return the modules around its blocks.
 
     Raises ModelError with the reason if it cannot be served in spans.
     """
-    progress("try the architecture out", 0, 1)
+    progress("test the architecture", 0, 1)
     failure, names = f"cannot import {config.parent.name}", None
-    for report in _reports(("node.engine.architecture", str(config)), what="the try-out", failure=failure):
+    for report in _reports(
+        ("node.engine.architecture", str(config)), what="the test of its architecture", failure=failure
+    ):
         with suppress(KeyError, TypeError):
             parts = report["parts"]
             names = OuterNames(
@@ -101,8 +103,8 @@ def try_architecture(config: Path, progress: Progress) -> OuterNames:
                 input=str(parts["input"]),
             )
     if names is None:
-        raise ModelError(f"{failure}: nothing came of trying its architecture out")
-    progress("try the architecture out", 1, 1)
+        raise ModelError(f"{failure}: the test of its architecture gave no result")
+    progress("test the architecture", 1, 1)
     return names
 
 

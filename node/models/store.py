@@ -4,8 +4,8 @@
     staging/<random>/                                           an import under way
     names.json                                                  names that the user gave to models
 
-A file under its own name is whole: it was written elsewhere, verified, flushed and renamed. Whatever else a crash
-leaves behind counts for nothing and is swept away by the next import.
+A file under its own name is whole: it was written elsewhere, verified, flushed and renamed. Other leftovers of a crash
+are deleted by the next import.
 """
 
 import json
@@ -35,22 +35,22 @@ from node.models.manifest import MANIFEST_FILE, FileEntry, Manifest, parse_manif
 from protocol.identity import BlockRange, ModelId, parse_model_id
 
 FETCHED_MARK = ".fetched"
-"""In a package that was begun with a peer's manifest: its files can be had again, and may go to make room."""
+"""In a package that was begun with a peer's manifest: its files can be fetched again, and may be evicted."""
 
 _ID_PREFIX = re.compile(r"[0-9a-f]{8,64}")
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
 
 
 class UnknownModelError(ModelError):
-    """Nobody here knows a model by that name or id."""
+    """No model has that name or id."""
 
 
 class AmbiguousModelError(ModelError):
-    """What the user typed fits several models."""
+    """The name or id prefix matches several models."""
 
 
 def check_name(name: str) -> None:
-    """Raise ModelError for what cannot be a model's name."""
+    """Raise ModelError for an invalid name."""
     if _NAME.fullmatch(name) is None or _ID_PREFIX.fullmatch(name):
         raise ModelError(
             f"{name[:80]!r} cannot be a model's name: expected at most 64 lower-case letters, digits, '.', '_' and "
@@ -75,7 +75,7 @@ class Package:
         return self.path / file.name
 
     def has(self, file: FileEntry) -> bool:
-        """Say whether a file is there. Its content was verified before it got its name."""
+        """Return whether a file is there. Its content was verified before it got its name."""
         try:
             return self.path_of(file).stat().st_size == file.size_bytes
         except FileNotFoundError:
@@ -89,7 +89,7 @@ class Package:
 
 @dataclass(frozen=True, slots=True)
 class PackageCheck:
-    """What a check of a package's files by their hashes found."""
+    """The result of checking a package's files by their hashes."""
 
     checked: tuple[str, ...]
     missing: tuple[str, ...]
@@ -117,7 +117,7 @@ class ModelStore:
         for model in self._stored_ids():
             try:
                 packages.append(self.get(model))
-            except ModelError:  # removed meanwhile, or damaged: `get` says so to whoever asks for it by its id
+            except ModelError:  # removed meanwhile, or damaged: `get` reports it
                 continue
         return tuple(packages)
 
@@ -136,10 +136,6 @@ class ModelStore:
         except UnknownModelError:
             return None
 
-    def missing_files(self, model: ModelId, blocks: BlockRange | None = None) -> tuple[FileEntry, ...]:
-        """Return which weight files of a span, or which files of the whole package, are not there."""
-        return self.get(model).missing(blocks)
-
     def path_by_sha256(self, sha256: str) -> Path | None:
         """Return the file with that content, a manifest included, if some package has it."""
         if sha256 not in self._by_sha256:
@@ -147,7 +143,7 @@ class ModelStore:
                 if model not in self._manifests:
                     try:
                         self._load(model)
-                    except ModelError:  # a damaged package has nothing to offer
+                    except ModelError:  # damaged
                         continue
         return next((path for path in sorted(self._by_sha256.get(sha256, ())) if path.exists()), None)
 
@@ -161,9 +157,9 @@ class ModelStore:
         return tuple(found)
 
     def resolve(self, text: str, known: Iterable[ModelId] = ()) -> ModelId:
-        """Return the model that a user means by an id's prefix, a catalogue name or a local name.
+        """Return the model that an id's prefix, a catalogue name or a local name means.
 
-        `known` are ids heard of elsewhere, such as those that peers serve. The model need not be in the cache. Raises
+        `known`: ids from elsewhere, such as those that peers serve. The model need not be in the cache. Raises
         UnknownModelError and AmbiguousModelError.
         """
         names = self.names()
@@ -179,7 +175,7 @@ class ModelStore:
             return matches.pop()
         if matches:
             which = ", ".join(sorted(model[:16] for model in matches))
-            raise AmbiguousModelError(f"{text!r} fits several models ({which}): give more digits of the id")
+            raise AmbiguousModelError(f"{text!r} matches several models ({which}): give more digits of the id")
         known_names = ", ".join(sorted({*names, *CATALOGUE}))
         raise UnknownModelError(
             f"there is no model {text[:80]!r}: expected an id's prefix of at least 8 hexadecimal digits, or one of "
@@ -197,7 +193,7 @@ class ModelStore:
             raise ModelError(f"{self._names} is damaged: delete it, and name your models again") from None
 
     def name_of(self, model: ModelId) -> str:
-        """Return what to call a model: its catalogue name, else a local name, else the beginning of its id."""
+        """Return a display name: the catalogue name, else a local name, else the beginning of the id."""
         catalogued = (entry.name for entry in CATALOGUE.values() if entry.model_id == model)
         given = (name for name, named in sorted(self.names().items()) if named == model)
         return next(catalogued, None) or next(given, None) or model[:12]
@@ -213,7 +209,7 @@ class ModelStore:
             self._write_names({**names, name: model})
 
     def add_manifest(self, manifest: Manifest) -> Package:
-        """Begin a package, whose files come later and one by one; no harm when it is there already."""
+        """Begin a package, whose files come later and one by one; idempotent."""
         path = self._models / manifest.model_id
         with self._changing(f"cannot store model {manifest.model_id[:12]}"):
             if not (path / MANIFEST_FILE).exists():
@@ -227,7 +223,7 @@ class ModelStore:
     def staging(self, progress: Progress = ignore_progress) -> Iterator[Path]:
         """Hold the only import into this cache, in an empty folder that is deleted at the end; see `adopt`.
 
-        Waits while another process imports; `progress` is told so and may raise to give up.
+        Waits while another process imports; `progress` is called meanwhile and may raise to give up.
         """
         with disk_errors(f"cannot write to {self.cache_dir}"):
             self._staging.mkdir(parents=True, exist_ok=True)
@@ -263,7 +259,7 @@ class ModelStore:
     def verify(
         self, model: ModelId, blocks: BlockRange | None = None, progress: Progress = ignore_progress
     ) -> PackageCheck:
-        """Hash the weight files of a span, or every file of the package, and say which are missing or damaged."""
+        """Hash the weight files of a span, or every file of the package; return which are missing or damaged."""
         package = self.get(model)
         missing = package.missing(blocks)
         wanted = package.manifest.files if blocks is None else package.manifest.files_for(blocks)
@@ -284,7 +280,7 @@ class ModelStore:
         )
 
     def discard(self, model: ModelId, name: str) -> None:
-        """Delete one file of a package, which was found damaged, so that it counts as missing."""
+        """Delete a damaged file of a package, so that it counts as missing."""
         package = self.get(model)
         with disk_errors(f"cannot delete {name} of model {model[:12]}"):
             for file in package.manifest.files:
@@ -303,7 +299,7 @@ class ModelStore:
             names = self.names()
             if model in names.values():
                 self._write_names({name: other for name, other in names.items() if other != model})
-            shutil.rmtree(grave.parent, ignore_errors=True)  # an import may sweep it away at the same time
+            shutil.rmtree(grave.parent, ignore_errors=True)  # an import may delete it at the same time
 
     @contextmanager
     def _changing(self, failure: str) -> Iterator[None]:

@@ -1,8 +1,8 @@
 """Text to tokens and back: the model's own tokenizer and chat template, in the process that calls.
 
-They are a stranger's files, and neither the tokenizers library nor jinja2 bounds what they cost. So the daemon does not
-use this module: `tokenizer_worker` does, in a process with limits. No part of transformers is needed: a peer without
-weights submits jobs with a manifest and these files.
+They are a stranger's files, and neither the tokenizers library nor jinja2 bounds their cost. So only `tokenizer_worker`
+uses this module, in a process with limits. It needs no part of transformers: a peer without weights submits jobs with a
+manifest and these files.
 """
 
 import json
@@ -18,6 +18,7 @@ from node.models.chat_template import ChatTemplate
 from node.models.errors import ChatTemplateError, ModelError
 from node.models.manifest import CHAT_TEMPLATE_FILE, TOKENIZER_CONFIG_FILE, TOKENIZER_FILE, Json
 from node.models.vocabulary import TokenKind, Vocabulary
+from node.util.text import one_line
 from protocol.limits import MAX_STOP_TOKENS, MAX_VOCABULARY
 
 if TYPE_CHECKING:
@@ -25,15 +26,15 @@ if TYPE_CHECKING:
 
 _SPECIAL_TOKENS: Final = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
-# What ends a turn in the usual chat formats. Where a template writes one of these, the model writes it, too, whatever
-# its generation config says.
+# Ends of turns in the usual chat formats: a model whose template writes one writes it, too, whatever its generation
+# config says.
 _ENDS_OF_TURN: Final = ("<|im_end|>", "<|eot_id|>", "<|end|>", "<end_of_turn>", "<|end_of_turn|>", "<|eom_id|>")
 
 _BYTE_TOKEN = re.compile(r"<0x[0-9A-Fa-f]{2}>")
 
 
 class TokenizerPanic(ModelError):
-    """The library's Rust code panicked; what it is good for afterwards, nobody knows."""
+    """The library's Rust code panicked: its state is undefined afterwards."""
 
 
 class Tokenizer:
@@ -46,15 +47,11 @@ class Tokenizer:
         chat_template: str | None = None,
         eos_token_ids: Sequence[int] = (),
     ) -> None:
-        """Build a tokenizer from the contents of its files; raise ModelError when they are broken.
-
-        `definition` is tokenizer.json, `config` tokenizer_config.json; `eos_token_ids` come from the manifest.
-        """
+        """Build it from tokenizer.json, tokenizer_config.json and the template; raise ModelError if they are broken."""
         with _library_errors("the model's tokenizer is broken"):
             self._tokenizer = tokenizers.Tokenizer.from_str(definition)
             self._tokenizer.no_truncation()
             self._tokenizer.no_padding()
-            self.vocabulary_size: int = self._tokenizer.get_vocab_size(with_added_tokens=True)
             added = self._tokenizer.get_added_tokens_decoder()
             self._is_byte_level = _is_byte_level(definition)
         self._special = frozenset(token for token, description in added.items() if description.special)
@@ -82,24 +79,20 @@ class Tokenizer:
             text: str = self._tokenizer.decode(list(tokens), skip_special_tokens=True)
             return text
 
-    def render_chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
-        """Return the prompt tokens of a conversation: mappings with `role` and `content`.
+    def render_chat_text(self, messages: Sequence[Mapping[str, str]]) -> str:
+        """Return the prompt of a conversation, mappings with `role` and `content`, with special tokens as text.
 
         Raises ChatTemplateError, a ValueError, where the model has no chat template or its template refuses.
         """
-        return self.encode(self.render_chat_text(messages), add_special_tokens=False)
-
-    def render_chat_text(self, messages: Sequence[Mapping[str, str]]) -> str:
-        """Return the prompt of a conversation as text, special tokens included."""
         if self._template_source is None:
             raise ChatTemplateError("the model has no chat template: give it a plain prompt")
         if self._chat_template is None:
-            # Compiled when it is needed, for compiling may take for ever: plain prompts do not need it.
+            # Compiled on demand, as compiling may take for ever: plain prompts do not need it.
             self._chat_template = ChatTemplate(self._template_source)
         return self._chat_template.render(messages, self.special_tokens)
 
     def vocabulary(self) -> Vocabulary:
-        """Return what every token is. Raises ModelError for one that the daemon should not keep."""
+        """Return the bytes or kinds of all tokens. Raises ModelError for tokens too large for the daemon."""
         with _library_errors("the model's vocabulary cannot be read"):
             tokens = self._tokenizer.get_vocab(with_added_tokens=True)
         texts: list[str | None] = [None] * (
@@ -194,15 +187,15 @@ def _special_tokens(config: Mapping[str, Json]) -> dict[str, str]:
 
 @contextmanager
 def _library_errors(failure: str) -> Iterator[None]:
-    """Contain whatever the tokenizers library raises on a file or text that it did not foresee."""
+    """Turn what the tokenizers library raises into ModelError."""
     try:
         yield
     except MemoryError:
         raise
     except Exception as error:  # the library raises plain Exception
-        raise ModelError(f"{failure}: {' '.join(str(error).split())[:300]}") from error
+        raise ModelError(f"{failure}: {one_line(error)}") from error
     except BaseException as error:
-        # A panic of the library's Rust code is no Exception, lest it be swallowed; here it is a broken file's fault.
+        # A panic of the library's Rust code is not an Exception; here a broken file is at fault.
         if type(error).__name__ != "PanicException":
             raise
-        raise TokenizerPanic(f"{failure}: {' '.join(str(error).split())[:300]}") from error
+        raise TokenizerPanic(f"{failure}: {one_line(error)}") from error

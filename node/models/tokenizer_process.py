@@ -7,7 +7,7 @@ from typing import Any, Final
 import msgpack
 import trio
 
-from node.models.tokenizer_wire import OUT_OF_CPU, OUT_OF_TIME, PREFIX
+from node.models.tokenizer_wire import OUT_OF_CPU, OUT_OF_TIME
 from node.util.child_process import Child, child_environment, python, start
 
 COMMAND: Final = python("-m", "node.models.tokenizer_worker")
@@ -40,7 +40,7 @@ class TokenizerProcess:
 
     def __init__(self, child: Child) -> None:
         self.child = child
-        self._buffer = bytearray()
+        self._answers = msgpack.Unpacker(max_buffer_size=MAX_ANSWER_BYTES)
 
     @property
     def pid(self) -> int:
@@ -67,33 +67,25 @@ class TokenizerProcess:
                 raise RequestFailed(answer["message"], is_fatal=error == "panic")
 
     async def _answer(self, request: Mapping[str, Any], subject: str) -> dict[str, Any]:
-        data = msgpack.packb(request)
-        failure = RequestFailed(f"{subject} took longer than {request['cpu_s']:g} s")
+        too_slow = RequestFailed(f"{subject} took longer than {request['cpu_s']:g} s")
         with trio.move_on_after(request["wall_s"] + _GRACE_S):
             try:
-                await self.child.stdin.send_all(PREFIX.pack(len(data)) + data)
-                (size,) = PREFIX.unpack(await self._receive(PREFIX.size))
-                if size > MAX_ANSWER_BYTES:
-                    raise RequestFailed(f"{subject} failed: its answer has {size} bytes", may_retry=True)
-                answer: dict[str, Any] = msgpack.unpackb(await self._receive(size))
-            except (trio.BrokenResourceError, EOFError):
-                reason = await self.child.exit_reason()
-                if self.child.process.returncode in {-OUT_OF_CPU, -OUT_OF_TIME}:
-                    raise failure from None
-                raise RequestFailed(f"{subject} failed: {reason}", may_retry=True) from None
-            return answer
-        raise failure
+                await self.child.stdin.send_all(msgpack.packb(request))
+                while data := await self.child.stdout.receive_some(_RECEIVE_BYTES):
+                    self._answers.feed(data)
+                    for answer in self._answers:
+                        return dict(answer)
+            except msgpack.BufferFull:
+                failure = f"its answer has more than {MAX_ANSWER_BYTES} bytes"
+                raise RequestFailed(f"{subject} failed: {failure}", may_retry=True) from None
+            except trio.BrokenResourceError:
+                pass
+            reason = await self.child.exit_reason()
+            if self.child.process.returncode in {-OUT_OF_CPU, -OUT_OF_TIME}:
+                raise too_slow
+            raise RequestFailed(f"{subject} failed: {reason}", may_retry=True)
+        raise too_slow
 
     async def kill(self) -> None:
         """End it, also under cancellation."""
         await self.child.kill()
-
-    async def _receive(self, count: int) -> bytes:
-        while len(self._buffer) < count:
-            data = await self.child.stdout.receive_some(_RECEIVE_BYTES)
-            if not data:
-                raise EOFError
-            self._buffer += data
-        taken = bytes(self._buffer[:count])
-        del self._buffer[:count]
-        return taken

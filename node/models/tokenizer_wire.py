@@ -1,14 +1,10 @@
-"""What `tokenizer_process` and `tokenizer_worker` agree upon."""
+"""The signals by which the kernel ends a tokenizer process, for `tokenizer_process` and `tokenizer_worker`."""
 
 import signal
-import struct
 from typing import Final
 
-PREFIX: Final = struct.Struct(">I")
-"""The length of a frame, before it."""
-
 OUT_OF_CPU: Final = signal.SIGPROF
-"""What ends a process whose request took too much time of the processor."""
+"""The request took too much processor time."""
 
 OUT_OF_TIME: Final = signal.SIGALRM
-"""What ends a process whose request took too long by the clock."""
+"""The request took too long by the clock."""

@@ -1,9 +1,9 @@
 """The process that interprets a model's tokenizer and chat template: `python -m node.models.tokenizer_worker`.
 
-Started by `tokenizer_service`, asked over its stdin, answers over its stdout: maps of msgpack, each after its length.
-The files are a stranger's, so the kernel bounds what they may cost: every request has a limit of processor time and
-one of time, at which the process is killed by a signal that says which; its address space is bounded; it can write no
-file. It keeps nothing that would be missed, and may be killed at any moment.
+Started by `tokenizer_service`; requests on its stdin and answers on its stdout are maps of msgpack. The files are a
+stranger's, so the kernel bounds what they may cost: every request has a limit of processor time and one of time, at
+which the process is killed by a signal that says which; its address space is bounded; it can write no file. It has no
+state to save, and may be killed at any moment.
 """
 
 import os
@@ -14,13 +14,13 @@ from array import array
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, Final, NoReturn
+from typing import Any, Final
 
 import msgpack
 
 from node.models.errors import ChatTemplateError, ModelError
 from node.models.tokenizer import Tokenizer, TokenizerPanic, read_tokenizer
-from node.models.tokenizer_wire import OUT_OF_CPU, OUT_OF_TIME, PREFIX
+from node.models.tokenizer_wire import OUT_OF_CPU, OUT_OF_TIME
 
 MAX_DECODED_CHARACTERS: Final = 1 << 20
 """Of one answer to `decode`: a decoder may make long texts of short tokens."""
@@ -29,8 +29,8 @@ _MAX_OPEN_FILES = 64
 
 
 def main() -> None:
-    """Answer requests until nobody is there to ask."""
-    requests, answers = os.dup(0), os.dup(1)
+    """Answer requests until the daemon closes its end."""
+    requests, answers = os.fdopen(os.dup(0), "rb", buffering=0), os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # what a library prints is not an answer
     for kind, bound in (
         (resource.RLIMIT_CORE, 0),
@@ -41,8 +41,7 @@ def main() -> None:
     for number in (OUT_OF_CPU, OUT_OF_TIME):
         signal.signal(number, signal.SIG_DFL)
     tokenizer: Tokenizer | None = None
-    while True:
-        request = msgpack.unpackb(_receive(requests))
+    for request in msgpack.Unpacker(requests, max_buffer_size=0):
         with _limits(request["cpu_s"], request["wall_s"]):
             try:
                 if request["do"] == "load":
@@ -60,7 +59,13 @@ def main() -> None:
                 data = msgpack.packb({"error": "panic", "message": str(error)})
             except (ModelError, ChatTemplateError) as error:
                 data = msgpack.packb({"error": "refused", "message": str(error).encode(errors="replace").decode()})
-        _send(answers, data)
+        try:
+            answers.write(data)
+            answers.flush()
+        except BrokenPipeError:
+            break
+    sys.stderr.flush()
+    os._exit(0)
 
 
 def _facts(tokenizer: Tokenizer, *, is_first: bool) -> dict[str, Any]:
@@ -114,35 +119,6 @@ def _address_space() -> int:
         return int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     except OSError:
         return 1 << 30
-
-
-def _receive(descriptor: int) -> bytes:
-    return _receive_exactly(descriptor, PREFIX.unpack(_receive_exactly(descriptor, PREFIX.size))[0])
-
-
-def _receive_exactly(descriptor: int, count: int) -> bytes:
-    data = bytearray()
-    while len(data) < count:
-        piece = os.read(descriptor, count - len(data))
-        if not piece:
-            _exit()
-        data += piece
-    return bytes(data)
-
-
-def _send(descriptor: int, data: bytes) -> None:
-    left = memoryview(PREFIX.pack(len(data)) + data)
-    while left:
-        try:
-            left = left[os.write(descriptor, left) :]
-        except BrokenPipeError:
-            _exit()
-
-
-def _exit() -> NoReturn:
-    """End: whoever asked is gone."""
-    sys.stderr.flush()
-    os._exit(0)
 
 
 if __name__ == "__main__":

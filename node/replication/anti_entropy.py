@@ -1,132 +1,105 @@
-"""One anti-entropy session: two peers compare their histories over a stream and hand each other what is missing.
+"""One anti-entropy session: two peers compare their histories over a stream and exchange what is missing.
 
-Everything that arrives is stored as it arrives, so that a session that breaks has not been for nothing. A session has
-an end: what it did not get to is the next one's.
+Records are stored as they arrive, so that a session that breaks was not in vain. A session is bounded; the next one
+continues.
 """
 
 import random
 from collections import deque
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from functools import partial
-from typing import Protocol
 
 import trio
 
-from node.network import channel
-from node.network.channel import Channel
 from node.network.interface import NetworkError, Stream
 from node.replication.replica import Replica, verification_cost
-from protocol.conversation import MAX_PAYLOAD_BYTES
+from node.replication.session import Responder, Session, Throttle
 from protocol.errors import RemoteProtocolError
+from protocol.half_duplex import MAX_PAYLOAD_BYTES, Busy
 from protocol.limits import MAX_GET, MAX_QUERIES
 from protocol.reconciliation import Answer, Equal, Gap, Listing, SetTree, Split, Summary
 from protocol.states import Role
 from protocol.sync import (
     Answers,
-    Busy,
     Compare,
     Get,
     Greeting,
     Items,
+    Message,
     Put,
     SyncConnection,
+    SyncState,
     Taken,
     Welcome,
     answer_bytes,
     envelope_bytes,
 )
 
-MAX_BARREN_COMPARES = 64
-"""Messages with queries in a row that brought nothing: more than an honest difference needs, even at its deepest."""
+MAX_FRUITLESS_COMPARES = 64
+"""Messages with queries in a row that brought nothing: more than an honest difference takes, even at its deepest."""
 
 MAX_FRONTIER = 4096
-"""Prefixes that wait to be asked about; what does not fit is found again by the next session."""
+"""Prefixes that wait to be queried; the next session finds those beyond it again."""
 
 MAX_PUT_ENVELOPES = 128
-"""Envelopes that an initiator hands over in one session. A peer that lacks more gets them itself, from many at once."""
+"""Envelopes that an initiator hands over in one session. A peer that lacks more fetches them, from several peers."""
 
 MAX_PASSES = 3
 
 MAX_UNDELIVERED = 64
-"""Envelopes that a peer may list and then not have: some may have been dropped meanwhile. More is a lie."""
+"""Envelopes that a peer may list and not deliver: some may have been dropped meanwhile. More is a violation."""
 
 GET_CHUNK = 64
 VERIFIED_AT_A_TIME = 4
 
 QUERY_COST = 0.1
 HASHING_COST = 1 / 5000
-"""Work of answering a query, and of each id that is hashed for it, measured in signatures verified."""
+"""Work to answer a query, and to hash an id for it, measured in signatures verified."""
 
 
-class Payer(Protocol):
-    """Slows a session down to what its peer and all sessions together are allowed."""
+async def verify_and_store(
+    envelopes: Iterable[bytes], replica: Replica, throttle: Throttle, wanted: set[bytes] | None = None
+) -> int:
+    """Verify envelopes from a peer and store them; return how many were new.
 
-    async def pay_work(self, amount: float) -> None:
-        """Wait until so much work, in signatures to verify, is paid for."""
-        ...
-
-    async def pay_traffic(self, sent_bytes: int) -> None:
-        """Wait until so many bytes are paid for."""
-        ...
-
-
-@dataclass(slots=True)
-class Outcome(channel.Outcome):
-    """What a session came to. `received`: new to us; `sent`: new to them, or what they asked for."""
-
-    equal: bool = False
-    """At the end both held the same, as far as they compare."""
-    differed: bool = False
-
-
-async def admit(envelopes: Iterable[bytes], replica: Replica, payer: Payer, wanted: set[bytes] | None = None) -> int:
-    """Verify envelopes that a peer sent and keep them; return how many were new.
-
-    Those in `wanted` are taken out of it. Raises RemoteProtocolError for an envelope that is not valid or not wanted.
+    Removes them from `wanted`. Raises RemoteProtocolError for an envelope that is not valid or was not requested.
     """
     observations = []
     for number, envelope in enumerate(envelopes, 1):
-        await payer.pay_work(verification_cost(envelope))
-        observation = replica.open(envelope)
+        await throttle.pay_work(verification_cost(envelope))
+        observation = replica.verify(envelope)
         if wanted is not None:
             if observation.id not in wanted:
-                raise RemoteProtocolError("an observation came that was not asked for")
+                raise RemoteProtocolError("received an observation that was not requested")
             wanted.remove(observation.id)
         observations.append(observation)
         if number % VERIFIED_AT_A_TIME == 0:
-            # Everybody else on the event loop gets a turn every millisecond or so.
+            # Verification blocks the event loop: let other tasks run every millisecond or so.
             await trio.lowlevel.checkpoint()
-    return await replica.take_in(observations)
+    return await replica.store(observations)
 
 
-class Initiation:
-    """The initiator's side of one session."""
+class SyncInitiator(Session[Message, SyncState]):
+    """The side that begins a session, and compares."""
 
-    def __init__(self, stream: Stream, replica: Replica, payer: Payer, jitter: random.Random) -> None:
-        self.outcome = Outcome()
-        self._channel = Channel(stream, SyncConnection(Role.INITIATOR), self.outcome)
+    def __init__(self, stream: Stream, throttle: Throttle, replica: Replica, jitter: random.Random) -> None:
+        super().__init__(stream, SyncConnection(Role.INITIATOR), throttle)
         self._replica = replica
-        self._payer = payer
         self._jitter = jitter
-        self._barren_compares = 0
+        self._fruitless_compares = 0
         self._puts_left = MAX_PUT_ENVELOPES
         self._undelivered = 0
 
     async def run(self) -> None:
-        """Compare and exchange until equal or until the session's bounds; `outcome` tells what came of it.
-
-        Raises NetworkError when the session broke, RemoteProtocolError when the peer cheated.
-        """
+        """Compare and exchange until both sets are equal, or a bound of the session is reached."""
         tree = await self._replica.tree()
         root = tree.summary("")
-        greeting = Greeting(first_bucket=self._replica.first_bucket(), count=root.count, digest=root.digest)
-        await self._channel.say(greeting)
-        match await self._channel.hear_any():
+        await self._send(Greeting(first_bucket=self._replica.first_bucket(), count=root.count, digest=root.digest))
+        match await self._receive_any():
             case Welcome(first_bucket=first_bucket, answer=answer):
                 pass
-            case Busy() as busy:
-                self.outcome.retry_s = float(busy.retry_s)
+            case Busy(retry_s=retry_s):
+                self.outcome.retry_s = float(retry_s)
                 return
             case _:
                 raise NetworkError("the peer ended the session")
@@ -166,7 +139,7 @@ class Initiation:
                 wanted, missing = missing[:MAX_GET], missing[MAX_GET:]
                 await self._get(wanted)
             await self._put(tree, surplus)
-            if not frontier or self._barren_compares >= MAX_BARREN_COMPARES:
+            if not frontier or self._fruitless_compares >= MAX_FRUITLESS_COMPARES:
                 break
             queries = frontier[-MAX_QUERIES:]
             del frontier[-len(queries) :]
@@ -175,9 +148,9 @@ class Initiation:
             await self._get(missing)
 
     async def _compare(self, queries: Sequence[Summary]) -> list[Answer]:
-        self._barren_compares += 1
-        await self._channel.say(Compare(tuple(queries)))
-        return list((await self._channel.hear(Answers)).answers)
+        self._fruitless_compares += 1
+        await self._send(Compare(tuple(queries)))
+        return list((await self._receive(Answers)).answers)
 
     async def _get(self, ids: Iterable[bytes]) -> None:
         wanted = {content_id for content_id in ids if self._replica.wants(content_id)}
@@ -186,18 +159,18 @@ class Initiation:
         asked = frozenset(wanted)
         self._replica.requested |= asked
         try:
-            await self._channel.say(Get(tuple(sorted(asked))))
+            await self._send(Get(tuple(sorted(asked))))
             last = False
             while not last:
-                items = await self._channel.hear(Items)
+                items = await self._receive(Items)
                 last = items.last
-                self.outcome.received += await admit(items.envelopes, self._replica, self._payer, wanted)
-                self._barren_compares = 0
+                self.outcome.received += await verify_and_store(items.envelopes, self._replica, self._throttle, wanted)
+                self._fruitless_compares = 0
         finally:
             self._replica.requested -= asked
         self._undelivered += len(wanted)
         if self._undelivered > MAX_UNDELIVERED:
-            raise RemoteProtocolError(f"{self._undelivered} observations were listed and not delivered")
+            raise RemoteProtocolError(f"{self._undelivered} observations were listed but not delivered")
 
     async def _put(self, tree: SetTree, gaps: list[Gap]) -> None:
         """Hand over what the responder lacks, as far as the session allows."""
@@ -213,36 +186,29 @@ class Initiation:
                 for start in range(0, len(ids), GET_CHUNK):
                     envelopes = deque(await self._replica.envelopes(ids[start : start + GET_CHUNK]))
                     while envelopes:
-                        await self._payer.pay_traffic(await self._channel.say(Put(fill_message(envelopes))))
-                        self.outcome.sent += (await self._channel.hear(Taken)).count
-                        self._barren_compares = 0
+                        await self._send(Put(fill_message(envelopes)))
+                        self.outcome.sent += (await self._receive(Taken)).count
+                        self._fruitless_compares = 0
 
 
-class Response:
-    """The responder's side of one session."""
+class SyncResponder(Responder[Message, SyncState]):
+    """The side that answers; it remembers nothing between two requests but the range that is compared."""
 
-    def __init__(self, stream: Stream, replica: Replica, payer: Payer) -> None:
-        self.outcome = Outcome()
-        self._channel = Channel(stream, SyncConnection(Role.RESPONDER), self.outcome)
+    def __init__(self, stream: Stream, throttle: Throttle, replica: Replica) -> None:
+        super().__init__(stream, SyncConnection(Role.RESPONDER), throttle)
         self._replica = replica
-        self._payer = payer
-
-    async def refuse(self, retry_s: int) -> None:
-        """Send the initiator away for some seconds."""
-        if await self._channel.hear_any() is not None:
-            await self._channel.say(Busy(retry_s=retry_s))
 
     async def run(self) -> None:
-        """Answer until the initiator ends the session. Raises NetworkError and RemoteProtocolError."""
-        greeting = await self._channel.hear(Greeting)
+        """Answer until the initiator ends the session."""
+        greeting = await self._receive(Greeting)
         first_bucket = max(greeting.first_bucket, self._replica.first_bucket())
         tree = await self._replica.tree(first_bucket)
         query = Summary("", greeting.count, greeting.digest)
         answer = await self._replica.resolve(tree, partial(tree.answer, query))
         self.outcome.equal = isinstance(answer, Equal)
         self.outcome.differed = not self.outcome.equal
-        await self._payer.pay_traffic(await self._channel.say(Welcome(first_bucket=first_bucket, answer=answer)))
-        while (message := await self._channel.hear_any()) is not None:
+        await self._send(Welcome(first_bucket=first_bucket, answer=answer))
+        while (message := await self._receive_any()) is not None:
             match message:
                 case Compare(queries):
                     if not queries[0].prefix:
@@ -251,9 +217,9 @@ class Response:
                 case Get(ids):
                     await self._deliver(ids)
                 case Put(envelopes):
-                    taken = await admit(envelopes, self._replica, self._payer)
-                    self.outcome.received += taken
-                    await self._channel.say(Taken(count=taken))
+                    stored = await verify_and_store(envelopes, self._replica, self._throttle)
+                    self.outcome.received += stored
+                    await self._send(Taken(count=stored))
                 case _:
                     raise AssertionError(f"the table of states lets {message} through to a responder")
 
@@ -266,9 +232,9 @@ class Response:
             if room < 0 and answers:
                 break
             answers.append(answer)
-            await self._payer.pay_work(QUERY_COST + HASHING_COST * _count(query, answer))
+            await self._throttle.pay_work(QUERY_COST + HASHING_COST * _count(query, answer))
         self.outcome.equal = len(answers) == 1 and not queries[0].prefix and isinstance(answers[0], Equal)
-        await self._payer.pay_traffic(await self._channel.say(Answers(tuple(answers))))
+        await self._send(Answers(tuple(answers)))
 
     async def _deliver(self, ids: Sequence[bytes]) -> None:
         for start in range(0, len(ids), GET_CHUNK):
@@ -276,8 +242,8 @@ class Response:
             while envelopes:
                 items = Items(fill_message(envelopes), last=False)
                 self.outcome.sent += len(items.envelopes)
-                await self._payer.pay_traffic(await self._channel.say(items))
-        await self._channel.say(Items((), last=True))
+                await self._send(items)
+        await self._send(Items((), last=True))
 
 
 def _count(query: Summary, answer: Answer) -> int:

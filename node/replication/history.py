@@ -1,23 +1,21 @@
-"""The history as dissemination needs it, and one in memory for simulations. The real one is kept by SQLite."""
+"""The history as replication needs it: a set of observations by the hour of issue."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Protocol
 
-import trio
-
 from protocol.observations import SignedObservation
-from protocol.reconciliation import BucketDigest, digest_of
+from protocol.reconciliation import BucketDigest
 
 
 class History(Protocol):
-    """A set of observations, by the hour of their issue. What `add_many` has returned from is never lost."""
+    """Durable store of observations: none that `add_many` returned is lost. `node.storage.history` implements it."""
 
     async def add_many(self, observations: Sequence[SignedObservation]) -> Sequence[SignedObservation]:
-        """Keep observations that were verified; return those that are new, once they are safe."""
+        """Store verified observations; return the new ones, once they are durable."""
         ...
 
     async def bucket_digests(self) -> Mapping[int, BucketDigest]:
-        """Return of every bucket that is not empty how many ids it has, and the sha256 over them, ascending."""
+        """Return the number of ids in each bucket that is not empty, and the sha256 over them, ascending."""
         ...
 
     async def ids_in(self, bucket: int) -> Iterable[bytes]:
@@ -25,46 +23,5 @@ class History(Protocol):
         ...
 
     async def get_many(self, ids: Sequence[bytes]) -> Sequence[bytes]:
-        """Return the envelopes of those of the ids that are there, in any order."""
+        """Return the envelopes of those of the ids that are stored, in any order."""
         ...
-
-
-class MemoryHistory:
-    """Keeps the history in memory."""
-
-    def __init__(self) -> None:
-        self.envelopes: dict[bytes, bytes] = {}
-        self._buckets: dict[int, set[bytes]] = {}
-        self._digests: dict[int, BucketDigest] = {}
-
-    def __len__(self) -> int:
-        return len(self.envelopes)
-
-    async def add_many(self, observations: Sequence[SignedObservation]) -> Sequence[SignedObservation]:
-        """Keep observations that were verified; return those that are new."""
-        await trio.lowlevel.checkpoint()
-        new = []
-        for observation in observations:
-            if observation.id not in self.envelopes:
-                self.envelopes[observation.id] = observation.envelope
-                self._buckets.setdefault(observation.bucket, set()).add(observation.id)
-                self._digests.pop(observation.bucket, None)
-                new.append(observation)
-        return new
-
-    async def bucket_digests(self) -> Mapping[int, BucketDigest]:
-        """Return count and digest of every bucket."""
-        await trio.lowlevel.checkpoint()
-        for bucket in self._buckets.keys() - self._digests.keys():
-            self._digests[bucket] = digest_of(self._buckets[bucket])
-        return dict(self._digests)
-
-    async def ids_in(self, bucket: int) -> Iterable[bytes]:
-        """Return the ids of one bucket."""
-        await trio.lowlevel.checkpoint()
-        return tuple(self._buckets.get(bucket, ()))
-
-    async def get_many(self, ids: Sequence[bytes]) -> Sequence[bytes]:
-        """Return the envelopes of those of the ids that are there."""
-        await trio.lowlevel.checkpoint()
-        return [self.envelopes[content_id] for content_id in ids if content_id in self.envelopes]

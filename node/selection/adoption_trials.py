@@ -1,44 +1,44 @@
-"""Trials before a method is adopted: a few short jobs of each, in turn, on the spot."""
+"""Adoption trials: a few short jobs of each method, taken alternately on the same route."""
 
 import math
+from collections.abc import Mapping, Sequence
 from typing import Final
 
 from node.coordinator.trial_runner import Run, Trials, TrialSpec, TrialWorkload
-from node.selection.chooser import TrialNeed, TrialResult
+from node.selection.trial_scheduler import TrialRequest
 from protocol.measurements import ObservationKind, QualityBound
 
 ROUNDS: Final = 3
 TOKENS: Final = 48
-"""New tokens of a trial's jobs: what one costs shows in fewer, but a text that begins to repeat itself, and so what
-guesses are worth, does not.
+"""New tokens per job: fewer show a method's cost, but not that a text begins to repeat itself, and so not what
+speculative decoding saves.
 """
 
 MAX_JOBS: Final = 8
-"""Jobs of one run at a time, however many a kind of task has."""
+"""Concurrent jobs of one run, at most."""
 
 
-class TrialProber:
-    """Implements Prober: runs a trial of the kind of task that is asked about."""
+class AdoptionTrials:
+    """Implements TrialRunner by jobs of this node's coordinator."""
 
     def __init__(self, trials: Trials, *, rounds: int = ROUNDS) -> None:
         self._trials = trials
         self._rounds = rounds
 
-    async def probe(self, need: TrialNeed) -> TrialResult:
-        """Compare methods with the baseline; see Prober.
+    async def run(self, request: TrialRequest) -> Mapping[str, Sequence[float]]:
+        """Compare methods with the baseline; see TrialRunner.
 
-        The jobs are short; what a whole one takes follows from their times to the first and for each further token.
+        The cost of a whole job is extrapolated from the short jobs' TTFT and TPOT.
         """
-        context = need.context
-        tokens = context.max_tokens
+        context = request.context
         trial = await self._trials.run(
             TrialSpec(
-                model=need.model,
-                methods=need.methods,
+                model=request.model,
+                methods=request.methods,
                 workload=TrialWorkload(
                     concurrency=min(MAX_JOBS, context.concurrency),
                     prompt_tokens=context.prompt_tokens,
-                    max_tokens=min(TOKENS, tokens),
+                    max_tokens=min(TOKENS, context.max_tokens),
                     shared_prefix_share=context.shared_prefix_share,
                     repetitiveness=min(context.repetitiveness, 1 - context.shared_prefix_share),
                 ),
@@ -49,13 +49,11 @@ class TrialProber:
         )
 
         def log_cost(run: Run) -> float:
-            return math.log(run.ttft_s + run.tpot_s * (tokens - 1))
+            return math.log(run.ttft_s + run.tpot_s * (context.max_tokens - 1))
 
-        plain = [log_cost(run) for run in trial.baseline.runs]
-        return TrialResult(
-            {
-                tried.method.name: [log_cost(run) - base for run, base in zip(tried.runs, plain, strict=True)]
-                for tried in trial.methods
-                if tried.error is None
-            }
-        )
+        baseline = [log_cost(run) for run in trial.baseline.runs]
+        return {
+            tried.method.name: [log_cost(run) - base for run, base in zip(tried.runs, baseline, strict=True)]
+            for tried in trial.methods
+            if tried.error is None
+        }

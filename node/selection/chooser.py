@@ -1,125 +1,88 @@
-"""How this node chooses and votes: by what it learned, within what its own trials confirmed.
+"""Chooses and votes by what this node learned, within what its own trials confirmed.
 
-Votes rank the methods; a method that is new to a kind of task is adopted only after a short trial against the one in
-use, run here while no job is under way. Now and then a job is tried on a method that may turn out better; what that
-and the trials cost stays within a share of the time that jobs take.
+Votes rank the methods. A method that is new to a task bucket is adopted only after a trial against the one in use; now
+and then a job explores a promising method. What exploration and trials cost stays within a share of the served time.
 """
 
 import math
 import random
-import statistics
 import time
-from collections import OrderedDict, deque
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Final, Protocol
+from typing import Final
 
-import structlog
 import trio
+from cachetools import FIFOCache
 
 from node.coordinator.method_choice import Choice, SelectionRequest
-from node.coordinator.submission import JobError, Outcome, PredictedCost, Selection
-from node.selection.prediction_cache import Opinion, Predictions
-from node.storage.adoption_store import Standings
-from node.storage.database import StorageError
-from protocol.identity import JobId, ModelId
-from selector.adoption import MAX_LOSS, Adoption, Budget, Standing
+from node.coordinator.submission import Outcome, PredictedCost, Selection
+from node.selection.prediction_cache import Prediction, PredictionCache
+from node.selection.trial_scheduler import TrialRequest, TrialScheduler, switches_in_effect
+from node.storage.adoption_store import AdoptionStore
+from protocol.identity import JobId
+from selector.adoption import MAX_LOSS, Adoption, ExplorationAllowance
 from selector.heuristic import predicted_cost, preference
 from selector.task import BASELINE, Method, TaskContext
-from selector.task_buckets import effect_of, kind_of, plainest_first
+from selector.task_buckets import simplest_first, task_bucket
 from selector.voting import scores
 
 DEFAULT_SHARE: Final = 0.1
-"""Of the time that jobs take, what trying methods may cost."""
+"""Share of the served time that trying methods may cost."""
 
-ALLOWANCE_S: Final = 120.0
+INITIAL_ALLOWANCE_S: Final = 120.0
 """What it may cost before anything was served: about five trials of the demo model on two cores."""
 
-IDLE_S: Final = 0.3
-"""A trial begins once no job has been under way for so long,"""
-
-IDLE_LIMIT_S: Final = 30.0
-"""or after this long in any case: a node that is never idle must learn, too."""
-
-MAX_WAITING: Final = 16
 MAX_DECISIONS: Final = 1000
-LEVEL_SHARE: Final = 0.2
-"""How fast the level follows what jobs take."""
-
-_logger = structlog.get_logger(__name__)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TrialNeed:
-    """A trial that is wanted: methods that are to be compared on tasks like this one."""
-
-    model: ModelId
-    context: TaskContext
-    methods: Sequence[Method]
-
-
-@dataclass(frozen=True, slots=True)
-class TrialResult:
-    """Of each method that could be had, for each round: the logarithm of its cost over the baseline's."""
-
-    log_ratios: Mapping[str, Sequence[float]]
-
-
-class Memory(Protocol):
-    """Keeps what trials said; `node.storage.adoption_store` is the real one. Every method may raise StorageError."""
-
-    async def keep(self, kind: str, standings: Standings) -> None:
-        """Keep what trials said about a kind of task."""
-        ...
-
-    async def recall(self) -> Mapping[str, Standings]:
-        """Return what was kept, by kind of task."""
-        ...
-
-
-class Prober(Protocol):
-    """Runs trials; `node.selection.adoption_trials` is the real one."""
-
-    async def probe(self, need: TrialNeed) -> TrialResult:
-        """Compare methods with the baseline, in turn, on one route. Raises JobError where that cannot be done."""
-        ...
+MAX_CALIBRATIONS: Final = 1000
+CALIBRATION_RATE: Final = 0.2
+"""Smoothing factor of the calibration's moving average."""
 
 
 @dataclass(slots=True, eq=False)
 class LearnedChoice:
     """A choice in the making; see `node.coordinator.method_choice.Choice`."""
 
-    question: SelectionRequest
-    opinion: Opinion
-    order: Sequence[Method]
-    kind: str
+    request: SelectionRequest
+    prediction: Prediction
+    bucket: str
+    default: str
     in_use: str
-    accepts: Callable[[frozenset[str]], frozenset[str]]
+    adoption: Adoption
+    order: Sequence[Method]
     explored: str | None = None
     accepted: frozenset[str] = frozenset()
     votes: Mapping[str, float] = field(default_factory=dict)
-    """What the stages' votes come to, with our own for all methods."""
+    """Scores of all methods from the stages' votes and our own."""
+
+    @property
+    def log_costs(self) -> dict[str, float]:
+        """Predicted natural logarithms of cost by method, in order of preference."""
+        return {method.name: self.prediction.table[method.name].log_cost for method in self.order}
 
     def ballot(self, votes: Sequence[Mapping[str, float]], weights: Sequence[int] | None = None) -> Mapping[str, float]:
-        """Return our scores of the methods that we accept; see Choice."""
-        own = {method.name: self.opinion.table[method.name].log_cost for method in self.order}
+        """Return our scores of the accepted methods; see Choice."""
+        own = self.log_costs
         names = tuple(own)
         self.votes = scores(names, [[vote.get(name) for name in names] for vote in (*votes, own)], weights)
         offered = frozenset(self.votes)
-        if self.explored in offered and self.explored is not None:
-            self.accepted = frozenset({self.explored})
-        else:
+        if self.explored not in offered:
             self.explored = None
-            self.accepted = self.accepts(offered)
+        if self.explored is not None:
+            self.accepted = frozenset({self.explored})
+        elif self.request.is_free:
+            admitted = [method.name for method in self.request.admitted]
+            self.accepted = self.adoption.accepted(self.bucket, admitted, offered, self.default)
+        else:
+            self.accepted = offered
         return {name: own[name] for name in self.accepted}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Decision:
-    """A choice that was made, and what came of it. Costs in seconds, for as many tokens as came."""
+    """A past choice and its outcome. Costs in seconds, for the tokens that were generated."""
 
     job: JobId
-    kind: str
     method: str
     basis: str
     explored: bool
@@ -128,277 +91,189 @@ class Decision:
     regret_s: float
 
 
+class Calibration:
+    """Moving average of the log ratio of measured to predicted cost, by model, hardware and number of stages.
+
+    Predictions are in the seconds of the heuristic's reference machine.
+    """
+
+    def __init__(self) -> None:
+        self._offsets: FIFOCache[tuple[object, ...], float] = FIFOCache(MAX_CALIBRATIONS)
+
+    def of(self, context: TaskContext) -> float:
+        """Return the offset of predicted logarithms of cost; 0 before the first job."""
+        return self._offsets.get(self._key(context), 0.0)
+
+    def update(self, context: TaskContext, error: float) -> None:
+        """Add the error of one prediction without offset."""
+        key = self._key(context)
+        known = self._offsets.get(key)
+        self._offsets[key] = error if known is None else known + CALIBRATION_RATE * (error - known)
+
+    @staticmethod
+    def _key(context: TaskContext) -> tuple[object, ...]:
+        return context.architecture, context.hidden_size, context.block_count, context.hardware, context.stage_count
+
+
 class LearnedChooser:
-    """Implements Chooser, and is the memory of what was chosen."""
+    """Implements Chooser, and records the outcomes of its choices."""
 
     def __init__(
         self,
-        opinions: Predictions,
+        predictions: PredictionCache,
         rng: random.Random,
         *,
         share: float = DEFAULT_SHARE,
-        allowance_s: float = ALLOWANCE_S,
-        memory: Memory | None = None,
+        allowance_s: float = INITIAL_ALLOWANCE_S,
+        store: AdoptionStore | None = None,
         wall_clock: Callable[[], float] = time.time,
     ) -> None:
-        """Begin without experience but what `memory` has.
-
-        `share`: of the time that jobs take, what trying methods may cost; 0 for none.
-        """
-        self.opinions = opinions
+        """`share`: of the served time that trying methods may cost; 0 for no exploration."""
+        self.predictions = predictions
         self.adoption = Adoption()
-        self.budget = Budget(share, allowance_s if share > 0 else 0.0)
+        self.allowance = ExplorationAllowance(share, allowance_s if share > 0 else 0.0)
+        self.trials = TrialScheduler(self.adoption, self.allowance, store=store, wall_clock=wall_clock)
         self.decisions: deque[Decision] = deque(maxlen=MAX_DECISIONS)
         self._rng = rng
-        self._memory = memory
-        self._wall_clock = wall_clock
-        self._levels: OrderedDict[tuple[object, ...], float] = OrderedDict()
+        self._calibration = Calibration()
         self._offered: set[str] = set()
-        """Methods that some route has offered: a job is not tried on what cannot be had."""
-        self._wanted: set[str] = set()
-        self._needs_in, self._needs = trio.open_memory_channel[tuple[str, str, TrialNeed]](MAX_WAITING)
+        """Methods that some route has offered; no job explores others."""
 
     async def choose(self, question: SelectionRequest) -> Choice:
         """Return the choice; see Chooser."""
         context, admitted = question.context, question.admitted
-        opinion = await self.opinions.of(context, admitted)
-        names = [method.name for method in admitted]
-        default = _default(context, admitted)
-        kind = kind_of(context)
-        in_use = self.adoption.in_use(kind, names, default)
-
-        def accepts(offered: frozenset[str]) -> frozenset[str]:
-            return self.adoption.accepted(kind, names, offered, default) if question.is_free else offered
-
+        prediction = await self.predictions.predict(context, admitted)
+        default, bucket = _default(context, admitted), task_bucket(context)
         choice = LearnedChoice(
-            question=question,
-            opinion=opinion,
-            order=sorted(admitted, key=lambda method: (opinion.table[method.name].log_cost, method.name)),
-            kind=kind,
-            in_use=in_use,
-            accepts=accepts,
+            request=question,
+            prediction=prediction,
+            bucket=bucket,
+            default=default,
+            in_use=self.adoption.in_use(bucket, [method.name for method in admitted], default),
+            adoption=self.adoption,
+            order=sorted(admitted, key=lambda method: (prediction.table[method.name].log_cost, method.name)),
         )
-        if question.is_free and self.budget.may_explore:
-            choice.explored = self._to_explore(choice, default)
+        if question.is_free and self.allowance.may_explore:
+            choice.explored = self._method_to_explore(choice)
         return choice
 
-    def _to_explore(self, choice: LearnedChoice, default: str) -> str | None:
-        """Return a method to try this job on, or None: now and then, and never one that is expected to be bad."""
-        if self._rng.random() >= 2 * self.budget.share:
+    def _method_to_explore(self, choice: LearnedChoice) -> str | None:
+        """Return a method for this job to explore, or None; never one that is expected to be bad."""
+        if self._rng.random() >= 2 * self.allowance.share:
             return None
-        table = choice.opinion.table
-        offered = {name: of.log_cost for name, of in table.items() if name in self._offered or name == choice.in_use}
-        for name in self._candidates(choice, default, offered):
-            if table[name].log_cost - table[choice.in_use].log_cost < MAX_LOSS:
+        costs = choice.log_costs
+        offered = {name: cost for name, cost in costs.items() if name in self._offered or name == choice.in_use}
+        for name in self._candidates(choice, offered):
+            if costs[name] - costs[choice.in_use] < MAX_LOSS:
                 return name
         return None
 
-    def _candidates(self, choice: LearnedChoice, default: str, expected: Mapping[str, float]) -> list[str]:
-        effects = _effects(choice.question.context, choice.question.admitted)
-        names = [method.name for method in plainest_first(choice.question.admitted)]
-        deviations = {name: of.deviation for name, of in choice.opinion.table.items()}
-        now_s = trio.current_time()
-        return self.adoption.candidates(choice.kind, names, default, expected, deviations, now_s, effects)
+    def _candidates(self, choice: LearnedChoice, expected: Mapping[str, float]) -> list[str]:
+        """Return the methods worth a trial, given expected logarithms of cost."""
+        admitted = choice.request.admitted
+        return self.adoption.candidates(
+            choice.bucket,
+            [method.name for method in simplest_first(admitted)],
+            choice.default,
+            expected,
+            {name: estimate.deviation for name, estimate in choice.prediction.table.items()},
+            trio.current_time(),
+            switches_in_effect(choice.request.context, admitted),
+        )
 
     def served(self, choice: Choice, outcome: Outcome) -> Selection | None:
-        """Take note of what a job took, see what is worth a trial, and say how the choice looked; see Chooser."""
+        """Record the outcome of a job, request trials, and return how the choice looked; see Chooser."""
         if not isinstance(choice, LearnedChoice):
             raise TypeError("a choice of another chooser")
         self._offered.update(choice.votes)
-        context = choice.question.context
-        # A text may end early: what was predicted is told for as many tokens as came.
+        context = choice.request.context
+        # A text may end early: the prediction is scaled to the tokens that were generated.
         shorter = replace(context, max_tokens=outcome.completion_tokens)
         expected = {
-            method.name: choice.opinion.table[method.name].log_cost
+            method.name: choice.prediction.table[method.name].log_cost
             + predicted_cost(shorter, method)
             - predicted_cost(context, method)
             for method in choice.order
         }
-        if outcome.method not in expected:  # it had to go on without its guesses, which nobody has predicted
+        if outcome.method not in expected:  # it lost its draft model, which was not predicted
             return None
-        level = self._level(context)
-        predicted_s = math.exp(expected[outcome.method] + level)
-        best = min(expected.values())
-        regret_s = max(0.0, predicted_s - math.exp(best + level))
-        if choice.question.is_free and not outcome.replays:
-            self._account(choice, outcome, expected, predicted_s, regret_s)
-        return self._selection(choice, expected, level, outcome.method, regret_s)
+        selection = self._selection(choice, expected, outcome.method)
+        if choice.request.is_free and not outcome.replays:
+            self._record(choice, outcome, expected, selection)
+            self._request_trial(choice)
+        return selection
 
     def describe(self, choice: LearnedChoice, method: str) -> Selection:
-        """Return how a choice looks before a job is run."""
-        expected = {name: of.log_cost for name, of in choice.opinion.table.items()}
-        level = self._level(choice.question.context)
-        regret_s = math.exp(expected[method] + level) - math.exp(min(expected.values()) + level)
-        return self._selection(choice, expected, level, method, regret_s)
+        """Return how a choice looks before the job has run."""
+        return self._selection(choice, choice.log_costs, method)
 
-    def _selection(
-        self, choice: LearnedChoice, expected: Mapping[str, float], level: float, method: str, regret_s: float
-    ) -> Selection:
-        plain = expected.get(BASELINE.name, predicted_cost(choice.question.context, BASELINE))
+    def _selection(self, choice: LearnedChoice, expected: Mapping[str, float], method: str) -> Selection:
+        context = choice.request.context
+        offset = self._calibration.of(context)
+        baseline = expected.get(BASELINE.name, predicted_cost(context, BASELINE))
         predictions = {
             name: PredictedCost(
-                cost_s=math.exp(cost + level),
-                speedup=math.exp(plain - cost),
-                deviation=choice.opinion.table[name].deviation,
+                cost_s=math.exp(cost + offset),
+                speedup=math.exp(baseline - cost),
+                deviation=choice.prediction.table[name].deviation,
             )
             for name, cost in sorted(expected.items(), key=lambda item: item[1])
         }
         return Selection(
-            basis=choice.opinion.basis,
-            experiences=choice.opinion.experiences,
+            basis=choice.prediction.basis,
+            experiences=choice.prediction.sample_count,
             predictions=predictions,
             accepted=tuple(sorted(choice.accepted)),
             explored=choice.explored is not None,
             predicted_s=predictions[method].cost_s,
             predicted_speedup=predictions[method].speedup,
-            regret_s=regret_s,
+            regret_s=predictions[method].cost_s - min(each.cost_s for each in predictions.values()),
         )
 
-    def _account(
-        self,
-        choice: LearnedChoice,
-        outcome: Outcome,
-        expected: Mapping[str, float],
-        predicted_s: float,
-        regret_s: float,
+    def _record(
+        self, choice: LearnedChoice, outcome: Outcome, expected: Mapping[str, float], selection: Selection
     ) -> None:
-        budget = self.budget
-        budget.jobs += 1
-        budget.served_s += outcome.total_s
-        if choice.explored is not None:
-            budget.explored_jobs += 1
-            budget.regret_s += max(0.0, predicted_s - math.exp(expected[choice.in_use] + self._level_of(choice)))
-        self._learn_level(choice.question.context, math.log(outcome.total_s) - expected[outcome.method])
+        allowance = self.allowance
+        allowance.jobs += 1
+        allowance.served_s += outcome.total_s
+        if selection.explored:
+            allowance.explored_jobs += 1
+            allowance.regret_s += max(0.0, selection.predicted_s - selection.predictions[choice.in_use].cost_s)
+        self._calibration.update(choice.request.context, math.log(outcome.total_s) - expected[outcome.method])
         self.decisions.append(
             Decision(
                 job=outcome.job_id,
-                kind=choice.kind,
                 method=outcome.method,
-                basis=choice.opinion.basis,
-                explored=choice.explored is not None,
-                predicted_s=predicted_s,
+                basis=selection.basis,
+                explored=selection.explored,
+                predicted_s=selection.predicted_s,
                 actual_s=outcome.total_s,
-                regret_s=regret_s,
+                regret_s=selection.regret_s,
             )
         )
-        self._want_trial(choice)
 
-    def _want_trial(self, choice: LearnedChoice) -> None:
-        """Have methods tried that the swarm's votes, or our own hope, put before the one in use."""
-        admitted = choice.question.admitted
-        default = _default(choice.question.context, admitted)
-        candidates = self._candidates(choice, default, choice.votes)
-        if not candidates or self.budget.left_s <= 0 or choice.kind in self._wanted:
-            return
-        methods = [method for method in admitted if method.name in {choice.in_use, *candidates}]
-        need = TrialNeed(model=choice.question.model, context=choice.question.context, methods=methods)
-        try:
-            self._needs_in.send_nowait((choice.kind, choice.in_use, need))
-        except trio.WouldBlock:
-            _logger.debug("too many trials wait", kind=choice.kind)
-        else:
-            self._wanted.add(choice.kind)
-
-    async def run(self, prober: Prober, busy: Callable[[], bool]) -> None:
-        """Hold the trials that are wanted, one at a time, until cancelled. `busy`: whether jobs are under way."""
-        await self._recall()
-        async for kind, in_use, need in self._needs:
-            with trio.move_on_after(IDLE_LIMIT_S):
-                quiet_s = 0.0
-                while quiet_s < IDLE_S:
-                    await trio.sleep(0.1)
-                    quiet_s = 0.0 if busy() else quiet_s + 0.1
-            if self.budget.left_s <= 0:  # spent by those that waited before it
-                self._wanted.discard(kind)
-                continue
-            began_s = trio.current_time()
-            try:
-                result = await prober.probe(need)
-            except JobError as error:
-                _logger.info("no trial could be held", kind=kind, reason=error.message)
-                continue
-            finally:
-                # What it took is spent, whatever came of it: else a trial that always fails would be held for ever.
-                took_s = trio.current_time() - began_s
-                self.budget.trial_s += took_s
-                self._wanted.discard(kind)
-            self.budget.trials += 1
-            missed = {method.name for method in need.methods} - {*result.log_ratios, BASELINE.name}
-            self.adoption.miss(kind, missed, trio.current_time())
-            effects = _effects(need.context, need.methods)
-            adopted = self.adoption.settle(kind, in_use, result.log_ratios, trio.current_time(), effects)
-            await self._keep(kind)
-            means = {name: round(statistics.fmean(of), 3) for name, of in result.log_ratios.items() if of}
-            _logger.info(
-                "trial held", kind=kind, before=in_use, now=adopted, log_ratios=means, seconds=round(took_s, 2)
-            )
-
-    async def _recall(self) -> None:
-        """Go on with what trials said before this process began."""
-        if self._memory is None:
-            return
-        began_at_s = self._wall_clock() - trio.current_time()
-        try:
-            kept = await self._memory.recall()
-        except StorageError as error:
-            _logger.warning("what trials said before is not known", reason=str(error))
-            return
-        for kind, standings in kept.items():
-            known = {name: Standing(ratio, at_s - began_at_s) for name, (ratio, at_s) in standings.items()}
-            self.adoption.recall(kind, known)
-
-    async def _keep(self, kind: str) -> None:
-        if self._memory is None:
-            return
-        began_at_s = self._wall_clock() - trio.current_time()
-        found = {
-            name: (each.log_ratio, int(began_at_s + each.tried_s))
-            for name, each in self.adoption.standings(kind).items()
-        }
-        try:
-            await self._memory.keep(kind, found)
-        except StorageError as error:
-            _logger.warning("what a trial said is not kept", reason=str(error))
-
-    # What a machine's seconds are to the rule's
-
-    def _level_of(self, choice: LearnedChoice) -> float:
-        return self._level(choice.question.context)
-
-    def _level(self, context: TaskContext) -> float:
-        return self._levels.get(_place(context), 0.0)
-
-    def _learn_level(self, context: TaskContext, seen: float) -> None:
-        place = _place(context)
-        known = self._levels.get(place)
-        self._levels[place] = seen if known is None else known + LEVEL_SHARE * (seen - known)
-        self._levels.move_to_end(place)
-        while len(self._levels) > MAX_DECISIONS:
-            self._levels.popitem(last=False)
+    def _request_trial(self, choice: LearnedChoice) -> None:
+        """Request a trial of the methods that votes, or our own predictions, rank before the one in use."""
+        candidates = self._candidates(choice, choice.votes)
+        if candidates:
+            names = {choice.in_use, *candidates}
+            methods = [method for method in choice.request.admitted if method.name in names]
+            request = TrialRequest(model=choice.request.model, context=choice.request.context, methods=methods)
+            self.trials.request(choice.bucket, choice.in_use, request)
 
 
 class LearnedVoter:
-    """Implements Voter: votes as this node's model predicts, or the rule while there is none."""
+    """Implements Voter by this node's predictions."""
 
-    def __init__(self, opinions: Predictions) -> None:
-        self._opinions = opinions
+    def __init__(self, predictions: PredictionCache) -> None:
+        self._predictions = predictions
 
     async def vote(self, context: TaskContext, methods: Sequence[Method]) -> Mapping[str, float]:
-        """Return what methods are expected to cost; see Voter."""
-        opinion = await self._opinions.of(context, methods)
-        return {name: of.log_cost for name, of in opinion.table.items()}
+        """Return the predicted logarithms of cost; see Voter."""
+        prediction = await self._predictions.predict(context, methods)
+        return {name: estimate.log_cost for name, estimate in prediction.table.items()}
 
 
 def _default(context: TaskContext, admitted: Sequence[Method]) -> str:
-    """Return what the rule chooses, of what any swarm can offer: few have a draft model."""
+    """Return the heuristic's choice among methods without a draft model, which few swarms have."""
     return preference(context, [each for each in admitted if each.drafter != "draft"] or admitted)[0].name
-
-
-def _effects(context: TaskContext, methods: Sequence[Method]) -> dict[str, Hashable]:
-    """Return what the baseline and methods do to a task, by name."""
-    return {method.name: effect_of(method, context) for method in (BASELINE, *methods)}
-
-
-def _place(context: TaskContext) -> tuple[object, ...]:
-    """Return what has a level of its own."""
-    return context.architecture, context.hidden_size, context.block_count, context.hardware, context.stage_count

@@ -1,8 +1,7 @@
-"""Keeps this node's model of the history fresh: starts a worker that learns whenever enough came to be known.
+"""Keeps this node's model of the history fresh: starts a worker process that trains whenever the history has grown.
 
-The worker trains at the lowest priority and then answers; it is replaced by the next one and has nothing to lose.
-Training rests between two runs for several times as long as one took, so that it never takes more than a share of a
-core.
+The worker trains at the lowest priority, then answers predictions until the next worker replaces it. Between two
+trainings the learner rests for several times the duration of the last one, which bounds its share of a core.
 """
 
 import json
@@ -14,30 +13,30 @@ from typing import Any, Final
 import structlog
 import trio
 
-from node.selection.prediction_cache import Predictions
+from node.selection.prediction_cache import PredictionCache
 from node.storage.database import StorageError
 from node.util.child_process import Child, ChildError, child_environment, python, start
-from selector.expectation import MIN_EXPERIENCES
+from selector.heuristic import MIN_SAMPLES
 from selector.task import TaskContext
 from selector.task_buckets import Viewpoint
 
 POLL_S: Final = 2.0
-"""Between two looks at how much the history holds."""
+"""Interval of checks of the history's size."""
 
 GROWTH: Final = 0.2
-"""The model is refreshed once the history has grown by this share,"""
+"""The model is trained anew once the history has grown by this share,"""
 
 MAX_AGE_S: Final = 24 * 3600.0
-"""or after so long in any case: what is old leaves the history, which then changes without growing."""
+"""or after this time in any case: old observations expire, and the history changes without growing."""
 
 REST: Final = 4.0
-"""Between two trainings, in durations of the last one."""
+"""Pause after a training, in durations of that training."""
 
 TRAINING_LIMIT_S: Final = 3600.0
-"""A training that takes longer is given up. Where all cores are always full it gets about a hundredth of one."""
+"""Timeout of a training, which gets about a hundredth of a core where all are always busy."""
 
 ANSWER_LIMIT_S: Final = 10.0
-"""A worker that does not answer for so long is given up."""
+"""Timeout of a prediction, after which the worker is given up."""
 
 MAX_LINE_BYTES: Final = 1 << 20
 _logger = structlog.get_logger(__name__)
@@ -45,10 +44,10 @@ _logger = structlog.get_logger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class ModelStatus:
-    """The model in use. `share`: what it says beside the rule, 0 to 1. `trained_s`: trio's clock."""
+    """The model in use. `share`: its weight relative to the heuristic, 0 to 1. `trained_s`: trio's clock."""
 
     version: int
-    experiences: int
+    sample_count: int
     share: float
     training_s: float
     trained_s: float
@@ -56,89 +55,95 @@ class ModelStatus:
 
 
 class Learner:
-    """Trains on the history of this node and gives `Predictions` what it learned."""
+    """Trains on the history of this node, and sets the predictor of its `PredictionCache`."""
 
     def __init__(
         self,
         database: Path,
-        opinions: Predictions,
+        predictions: PredictionCache,
         *,
         count: Callable[[], Awaitable[int]],
         viewpoint: Callable[[], Viewpoint],
     ) -> None:
-        """Learn nothing yet. `count`: observations in the history; `viewpoint`: for whom they are weighed."""
+        """`count`: observations in the history; `viewpoint`: the peer for which they are weighted."""
         self.status: ModelStatus | None = None
         self._database = database
-        self._opinions = opinions
+        self._predictions = predictions
         self._count = count
         self._viewpoint = viewpoint
+        self._worker: _Worker | None = None
+        self._trained_count = 0
+        """Size of the history at the last training."""
+        self._began_s = 0.0
 
     async def run(self) -> None:
-        """Keep learning until cancelled. Nothing that fails here ends the node."""
+        """Keep the model fresh until cancelled. No failure here ends the node."""
+        self._began_s = trio.current_time()
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(self._opinions.run)
-            seen = 0
-            began_s = trio.current_time()
-            worker: _Worker | None = None
+            nursery.start_soon(self._predictions.run)
             try:
                 while True:
-                    try:
-                        count = await self._count()
-                    except StorageError:
-                        count = seen
-                    if worker is not None and not self._opinions.experiences:
-                        # It broke, and what it knew is lost. The history has not grown, but is to be learned again.
-                        await worker.stop()
-                        worker, seen = None, 0
-                    is_due = count >= seen * (1 + GROWTH) or trio.current_time() - began_s >= MAX_AGE_S
-                    if count >= MIN_EXPERIENCES and is_due:
-                        began_s = trio.current_time()
-                        trained = await self._train(nursery)
-                        if trained is not None:
-                            if worker is not None:
-                                await worker.stop()
-                            worker = trained
-                        seen = count
-                        await trio.sleep(REST * (trio.current_time() - began_s))
+                    await self._refresh(nursery)
                     await trio.sleep(POLL_S)
             finally:
-                if worker is not None:
-                    with trio.CancelScope(shield=True):
-                        await worker.stop()
+                await self._replace_worker(None)
+
+    async def _refresh(self, nursery: trio.Nursery) -> None:
+        """Train a new model if one is due, then rest."""
+        if self._worker is not None and not self._predictions.sample_count:
+            # The worker failed and its model is lost: train again, though the history has not grown.
+            await self._replace_worker(None)
+            self._trained_count = 0
+        try:
+            count = await self._count()
+        except StorageError:
+            return
+        is_old = trio.current_time() - self._began_s >= MAX_AGE_S
+        if count < MIN_SAMPLES or (count < self._trained_count * (1 + GROWTH) and not is_old):
+            return
+        self._began_s = trio.current_time()
+        worker = await self._train(nursery)
+        if worker is not None:
+            await self._replace_worker(worker)
+        self._trained_count = count
+        await trio.sleep(REST * (trio.current_time() - self._began_s))
+
+    async def _replace_worker(self, worker: "_Worker | None") -> None:
+        old, self._worker = self._worker, worker
+        if old is not None:
+            await old.stop()
 
     async def _train(self, nursery: trio.Nursery) -> "_Worker | None":
-        """Return a worker that has learned, which answers from now on; None where nothing came of it."""
+        """Return a worker with a trained model, which the predictions use from now on; None if training failed."""
         worker: _Worker | None = None
-        done = False
+        trained = False
         try:
             worker = await _Worker.start()
             nursery.start_soon(worker.relay_stderr)
             with trio.fail_after(TRAINING_LIMIT_S):
-                asked = {"database": str(self._database), "viewpoint": asdict(self._viewpoint())}
-                said = await worker.ask(asked)
-            if said.get("experiences"):
-                self._opinions.renew(worker.predict, said["experiences"])
+                result = await worker.ask({"database": str(self._database), "viewpoint": asdict(self._viewpoint())})
+            if result.get("samples"):
+                self._predictions.set_predictor(worker.predict, result["samples"])
                 self.status = ModelStatus(
                     version=self.status.version + 1 if self.status else 1,
-                    experiences=said["experiences"],
-                    share=said["share"],
-                    training_s=said["seconds"],
+                    sample_count=result["samples"],
+                    share=result["share"],
+                    training_s=result["seconds"],
                     trained_s=trio.current_time(),
-                    peak_bytes=said["peak_bytes"],
+                    peak_bytes=result["peak_bytes"],
                 )
-                _logger.info("learned", **{key: round(value, 3) for key, value in said.items()})
-                done = True
+                _logger.info("model trained", **{key: round(value, 3) for key, value in result.items()})
+                trained = True
         except (ChildError, OSError, ValueError, KeyError, trio.TooSlowError) as error:
-            _logger.warning("nothing learned: the worker failed", reason=str(error))
+            _logger.warning("training failed", reason=str(error))
         finally:
-            if worker is not None and not done:
-                with trio.CancelScope(shield=True):
-                    await worker.stop()
-        return worker if done else None
+            if worker is not None and not trained:
+                await worker.stop()
+        return worker if trained else None
 
 
 class _Worker:
-    """One worker process, which is asked one thing at a time."""
+    """A worker process with one request at a time."""
 
     def __init__(self, child: Child) -> None:
         self._child = child
@@ -150,7 +155,7 @@ class _Worker:
         """Start a process. Raises ChildError."""
         child = await start(
             python("-m", "node.selection.training_worker"),
-            what="the worker",
+            what="the training worker",
             environment=child_environment({"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}),
             stdin=True,
             stdout=True,
@@ -158,20 +163,20 @@ class _Worker:
         return cls(child)
 
     async def relay_stderr(self) -> None:
-        """Show what the worker writes to stderr until it ends."""
+        """Copy the worker's stderr to ours until it ends."""
         await self._child.relay_stderr()
 
-    async def ask(self, question: Mapping[str, Any]) -> dict[str, Any]:
-        """Return the answer to a line. Raises OSError, ValueError where there is none."""
+    async def ask(self, request: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the answer to a request. Raises OSError, ValueError."""
         try:
             async with self._turn:
-                await self._child.stdin.send_all(json.dumps(question).encode() + b"\n")
+                await self._child.stdin.send_all(json.dumps(request).encode() + b"\n")
                 while (end := self._buffer.find(b"\n")) < 0:
                     chunk = await self._child.stdout.receive_some()
                     if not chunk:
                         raise OSError(str(await self._child.exit_reason()))
                     if len(self._buffer) > MAX_LINE_BYTES:
-                        raise OSError(f"the worker's answer has more than {MAX_LINE_BYTES} bytes")
+                        raise OSError(f"response from the training worker exceeds {MAX_LINE_BYTES} bytes")
                     self._buffer += chunk
                 line = bytes(self._buffer[:end])
                 del self._buffer[: end + 1]
@@ -179,18 +184,18 @@ class _Worker:
         except (trio.BrokenResourceError, trio.ClosedResourceError) as error:
             raise OSError(str(await self._child.exit_reason())) from error
         if not isinstance(answer, dict):
-            raise OSError("the worker speaks in riddles")
+            raise OSError("malformed response from the training worker: not an object")
         return answer
 
     async def predict(self, context: TaskContext) -> Mapping[str, tuple[float, float]]:
-        """Return what the model expects; see `opinions.Ask`."""
+        """Return the model's predictions; see `prediction_cache.Predictor`."""
         try:
             with trio.fail_after(ANSWER_LIMIT_S):
-                said = await self.ask(context.values())
+                values = await self.ask(context.values())
         except (ValueError, trio.TooSlowError) as error:
             raise OSError(str(error)) from None
-        return {name: (cost, deviation) for name, (cost, deviation) in said.items()}
+        return {name: (cost, deviation) for name, (cost, deviation) in values.items()}
 
     async def stop(self) -> None:
-        """End the process, which has nothing to lose."""
+        """Kill the process, which holds no state worth saving."""
         await self._child.kill()

@@ -1,126 +1,110 @@
-"""What this node expects methods to cost: tables by the hand-written rule, or by the model once there is one.
+"""Cache of this node's cost predictions: by the heuristic, or by the trained model once there is one.
 
-A table holds for all tasks that are much alike, and is kept until the next model. Whoever asks waits a bounded time at
-most: a prediction is made in another process, and where it is late the rule is asked instead.
+Predictions are made per canonical context, in another process, and cached until the next model. A caller waits for a
+bounded time at most; the heuristic replaces a late prediction.
 """
 
-from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
 import trio
+from cachetools import LRUCache
 
-from selector.expectation import RULE_DEVIATION, Expectation, Table, rule_table
-from selector.heuristic import predicted_cost
+from selector.heuristic import HEURISTIC_DEVIATION, CostEstimate, CostTable, heuristic_table, predicted_cost
 from selector.task import PORTFOLIO, Method, TaskContext
-from selector.task_buckets import representative
+from selector.task_buckets import canonicalise
 
 MISS_LIMIT_S: Final = 0.1
-"""How long a choice between methods waits for a prediction that was never made before."""
+"""How long a choice waits for a prediction that is not cached."""
 
 MAX_TABLES: Final = 4096
-"""Tables that are kept, the latest used."""
-
-MAX_ASKED: Final = 64
-"""Predictions that may be under way or in line."""
+MAX_QUEUED: Final = 64
 
 
 @dataclass(frozen=True, slots=True)
-class Opinion:
-    """What each method is expected to cost in a context.
+class Prediction:
+    """Cost estimates in a context. `sample_count`: of the model behind them; 0 for the heuristic."""
 
-    `experiences`: measurements that the model behind it was trained on; 0 where it is the rule's alone.
-    """
-
-    table: Table
-    experiences: int
+    table: CostTable
+    sample_count: int
 
     @property
     def basis(self) -> str:
-        """What it goes by."""
-        return "model" if self.experiences else "rule"
+        """The source: `model` or `rule`, as the API names them."""
+        return "model" if self.sample_count else "rule"
 
 
-Ask = Callable[[TaskContext], Awaitable[Mapping[str, tuple[float, float]]]]
-"""Predicts for a context: of each method of the portfolio logarithm of cost and deviation. Raises OSError."""
+Predictor = Callable[[TaskContext], Awaitable[Mapping[str, tuple[float, float]]]]
+"""Predicts logarithm of cost and deviation of every method of the portfolio in a canonical context. Raises OSError."""
 
 
-class Predictions:
-    """Tables by context, made when first asked for."""
+class PredictionCache:
+    """Predictions by canonical context, requested on first use."""
 
     def __init__(self) -> None:
-        self._ask: Ask | None = None
-        self._experiences = 0
-        self._tables: OrderedDict[TaskContext, Table] = OrderedDict()
-        self._pending: dict[TaskContext, trio.Event] = {}
-        self._asked_in, self._asked = trio.open_memory_channel[TaskContext](MAX_ASKED)
-        self.hits = 0
-        self.misses = 0
+        self.sample_count = 0
+        """Samples that the model was trained on; 0 without one."""
         self.late = 0
-        """Choices by the rule because the prediction was not there in time."""
+        """Choices by the heuristic because the prediction was not there in time."""
+        self._predictor: Predictor | None = None
+        self._tables: LRUCache[TaskContext, CostTable] = LRUCache(MAX_TABLES)
+        self._pending: dict[TaskContext, trio.Event] = {}
+        self._requests_in, self._requests = trio.open_memory_channel[TaskContext](MAX_QUEUED)
 
-    def renew(self, ask: Ask | None, experiences: int) -> None:
-        """Go by another model from now on; `ask` predicts for a representative context."""
-        self._ask = ask
-        self._experiences = experiences
+    def set_predictor(self, predictor: Predictor | None, sample_count: int) -> None:
+        """Replace the model, and clear the cache."""
+        self._predictor = predictor
+        self.sample_count = sample_count
         self._tables.clear()
 
-    @property
-    def experiences(self) -> int:
-        """What the model was trained on; 0 without one."""
-        return self._experiences
-
-    async def of(self, context: TaskContext, methods: Sequence[Method]) -> Opinion:
-        """Return what some methods are expected to cost, after a bounded wait at most."""
-        like = representative(context)
-        # Where there is nothing to choose nobody waits: a text that goes on after a loss has its method already.
-        table = await self._table(like, MISS_LIMIT_S if len(methods) > 1 else 0.0) if self._ask else None
+    async def predict(self, context: TaskContext, methods: Sequence[Method]) -> Prediction:
+        """Return the estimates of some methods after a bounded wait."""
+        canonical = canonicalise(context)
+        # A single method needs no wait, such as that of a text that continues after a lost stage.
+        limit_s = MISS_LIMIT_S if len(methods) > 1 else 0.0
+        table = await self._table(canonical, limit_s) if self._predictor else None
         if table is None:
-            return Opinion(rule_table(context, methods), 0)
-        # What a job is expected to cost goes by its own size; how methods differ by that of its like.
-        shift = {name: cost.log_cost - predicted_cost(like, PORTFOLIO[name]) for name, cost in table.items()}
-        found: dict[str, Expectation] = {}
+            return Prediction(heuristic_table(context, methods), 0)
+        # The level of the cost depends on the exact size; the differences between methods on the canonical one.
+        found: dict[str, CostEstimate] = {}
         for method in methods:
-            name = method.name
-            deviation = table[name].deviation if name in table else RULE_DEVIATION
-            found[name] = Expectation(predicted_cost(context, method) + shift.get(name, 0.0), deviation)
-        return Opinion(found, self._experiences)
+            cost, deviation = predicted_cost(context, method), HEURISTIC_DEVIATION
+            if (estimate := table.get(method.name)) is not None:
+                cost += estimate.log_cost - predicted_cost(canonical, PORTFOLIO[method.name])
+                deviation = estimate.deviation
+            found[method.name] = CostEstimate(cost, deviation)
+        return Prediction(found, self.sample_count)
 
-    async def _table(self, like: TaskContext, limit_s: float) -> Table | None:
-        if like in self._tables:
-            self.hits += 1
-            self._tables.move_to_end(like)
-            return self._tables[like]
-        self.misses += 1
-        event = self._pending.get(like)
+    async def _table(self, context: TaskContext, limit_s: float) -> CostTable | None:
+        if context in self._tables:
+            return self._tables[context]
+        event = self._pending.get(context)
         if event is None:
             event = trio.Event()
             try:
-                self._asked_in.send_nowait(like)
+                self._requests_in.send_nowait(context)
             except trio.WouldBlock:
                 self.late += 1
                 return None
-            self._pending[like] = event
+            self._pending[context] = event
         with trio.move_on_after(limit_s):
             await event.wait()
-        if like not in self._tables:
-            self.late += 1
-        return self._tables.get(like)
+        table = self._tables.get(context)
+        self.late += table is None
+        return table
 
     async def run(self) -> None:
-        """Have what is asked for predicted, one at a time, until cancelled."""
-        async for like in self._asked:
-            ask, experiences = self._ask, self._experiences
+        """Make the requested predictions one at a time until cancelled."""
+        async for context in self._requests:
+            predictor, sample_count = self._predictor, self.sample_count
             try:
-                if ask is not None:
-                    said = await ask(like)
-                    if ask == self._ask and experiences == self._experiences:
-                        self._tables[like] = {name: Expectation(*pair) for name, pair in said.items()}
+                if predictor is not None:
+                    values = await predictor(context)
+                    if (predictor, sample_count) == (self._predictor, self.sample_count):
+                        self._tables[context] = {name: CostEstimate(*pair) for name, pair in values.items()}
             except OSError:
-                if ask == self._ask:  # else it is one that was replaced meanwhile, and stopped
-                    self.renew(None, 0)
+                if predictor == self._predictor:  # else its process was replaced, and stopped
+                    self.set_predictor(None, 0)
             finally:
-                self._pending.pop(like).set()
-            while len(self._tables) > MAX_TABLES:
-                self._tables.popitem(last=False)
+                self._pending.pop(context).set()

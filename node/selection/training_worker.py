@@ -1,8 +1,8 @@
-"""The process that learns: `python -m node.selection.training_worker`, started by `learner.py`.
+"""The training process: `python -m node.selection.training_worker`, started by `learner.py`.
 
-It reads one line of JSON that says from which history to learn, and for whom; trains, at the lowest priority; says in
-one line what came of it; then answers a line with a context by a line with a prediction for every method, until its
-standard input ends. So the trained model never leaves the process that made it, and nobody else's is ever loaded.
+Lines of JSON: it reads the database and the viewpoint, trains at the lowest priority, and writes the result; then it
+answers each context with the predictions for every method, until its standard input ends. The trained model never
+leaves the process that made it, and no other model is ever loaded.
 """
 
 import json
@@ -26,41 +26,41 @@ from protocol.measurements import Observation
 from protocol.observations import bucket_of, read_observation
 from selector.task import PORTFOLIO, TaskContext
 from selector.task_buckets import Viewpoint
-from selector.training_set import MAX_EXPERIENCES, Experience
+from selector.training_set import MAX_SAMPLES, Sample
 
 if TYPE_CHECKING:
     from selector.prediction import Predictor
 
 MAX_MEMORY_BYTES: Final = 2 << 30
-"""Of the whole process; what would take more fails, and the node goes on with what it has."""
+"""Of the whole process; beyond it the training fails."""
 
 
 def main() -> None:
     """Train, then answer until standard input ends."""
     out = os.fdopen(os.dup(sys.stdout.fileno()), "w", buffering=1)
-    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # a library that prints does not spoil the answers
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # keeps libraries that print out of the answers
     resource.setrlimit(resource.RLIMIT_DATA, (MAX_MEMORY_BYTES, resource.RLIM_INFINITY))
-    asked = json.loads(sys.stdin.readline())
-    viewpoint = Viewpoint(**asked["viewpoint"])
+    request = json.loads(sys.stdin.readline())
+    viewpoint = Viewpoint(**request["viewpoint"])
     began_s = time.monotonic()
     found: list[Predictor | None] = []
-    # Linux knows priorities of threads: this one's answers later are not held up by what it did before.
-    trainer = threading.Thread(target=lambda: found.append(_train(asked["database"], viewpoint)))
+    # Linux has a priority per thread, so that this one's later answers are not slowed down.
+    trainer = threading.Thread(target=lambda: found.append(_train(request["database"], viewpoint)))
     set_session_nice(LOWEST)
     trainer.start()
     trainer.join()
     set_session_nice(0)
     predictor = found[0] if found else None
     if predictor is None:
-        out.write(json.dumps({"experiences": 0}) + "\n")
+        out.write(json.dumps({"samples": 0}) + "\n")
         return
-    said = {
-        "experiences": predictor.experiences,
+    result = {
+        "samples": predictor.sample_count,
         "share": predictor.share,
         "seconds": time.monotonic() - began_s,
         "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
     }
-    out.write(json.dumps(said) + "\n")
+    out.write(json.dumps(result) + "\n")
     for line in sys.stdin:
         out.write(json.dumps(_answer(predictor, json.loads(line))) + "\n")
 
@@ -71,33 +71,33 @@ def _answer(predictor: "Predictor", values: dict[str, Any]) -> dict[str, tuple[f
 
 
 def _train(database: str, viewpoint: Viewpoint) -> "Predictor | None":
-    """Learn in this thread, which gets a 68th of what of a processor another thread gets, and what nobody else wants.
+    """Train in this thread, at a 68th of the CPU share of a normal thread.
 
-    With SCHED_IDLE it would be a 340th: where jobs always fill the processors nothing would ever be learned.
+    With SCHED_IDLE it would be a 340th, and training would starve where jobs keep the processors busy.
     """
-    if sys.platform == "linux":  # elsewhere priorities are processes', and the answers must not wait
+    if sys.platform == "linux":  # elsewhere priorities are per process, and answers must be fast
         with suppress(OSError):
             os.setpriority(os.PRIO_PROCESS, 0, LOWEST)
-    from selector.prediction import train  # what it imports takes as long as learning from a short history
+    from selector.prediction import train  # the import takes as long as training on a short history
 
-    return train(list(read_experiences(Path(database))), viewpoint)
+    return train(list(read_samples(Path(database))), viewpoint)
 
 
-def read_experiences(database: Path) -> Iterator[Experience]:
-    """Yield the newest observations of a history that can be learned from; what cannot be read is left out."""
+def read_samples(database: Path) -> Iterator[Sample]:
+    """Yield samples of the newest observations of a history, without unreadable ones."""
     query = "SELECT envelope FROM observations ORDER BY bucket DESC, id LIMIT ?"
     with closing(sqlite3.connect(f"file:{quote(str(database))}?mode=ro", uri=True)) as connection:
-        for (envelope,) in connection.execute(query, (MAX_EXPERIENCES,)):
+        for (envelope,) in connection.execute(query, (MAX_SAMPLES,)):
             try:
                 observation = read_observation(envelope).observation
             except RemoteProtocolError:
                 continue
-            if (experience := experience_of(observation)) is not None:
-                yield experience
+            if (sample := sample_of(observation)) is not None:
+                yield sample
 
 
-def experience_of(observation: Observation) -> Experience | None:
-    """Return what an observation teaches; None for a job that was replayed, or that did not cover the whole model."""
+def sample_of(observation: Observation) -> Sample | None:
+    """Return the sample of an observation; None for a replayed job, or a route that does not cover the model."""
     workload, model, measured = observation.workload, observation.model, observation.measurements
     route = observation.route
     if measured.replays or route[0].blocks.start != 0 or route[-1].blocks.end != model.block_count:
@@ -123,7 +123,7 @@ def experience_of(observation: Observation) -> Experience | None:
         link_s=workload.link_s,
         objective=workload.objective.value,
     )
-    return Experience(
+    return Sample(
         context=context,
         method=observation.method.name,
         log_cost=math.log(measured.total_s),
@@ -132,7 +132,7 @@ def experience_of(observation: Observation) -> Experience | None:
         route="/".join(f"{stage.peer}:{stage.blocks}" for stage in route),
         hour=bucket_of(observation.issued_at_s),
         software=software_name(observation.software),
-        vouched=observation.is_countersigned,
+        countersigned=observation.is_countersigned,
     )
 
 

@@ -1,87 +1,70 @@
-"""A draft model guesses what a larger one will say [Leviathan, Kalman, Matias, ICML 2023].
+"""Draft model for speculative decoding [Leviathan, Kalman, Matias, ICML 2023].
 
-It lies whole on the node that runs a job's first stage, in an engine of its own, so that guessing costs no round of the
-route. Its guesses are greedy and only save time: it may be smaller, or computed in coarser numbers. Where it fails, is
-late, has no room, or has not read the text yet, jobs go on without guesses.
+It lies whole on the node that runs a job's first stage, in an engine of its own, so that drafting costs no round of the
+route. Its drafts are greedy and only save time: it may be smaller, or computed in coarser numbers. Where it fails, is
+late, has no room, or has not read the text yet, jobs go on without drafts.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from typing import Final
 
 import structlog
 import trio
 
 from node.engine.base import Engine
-from node.engine.interface import EngineCrashed, EngineError, Prefix, SessionOptions, SliceInput, Variant
+from node.engine.interface import EngineError, Prefix, SessionOptions, SliceInput, Variant
+from node.stages.engine_loop import EngineLoop
+from node.stages.speculation import matching_prefix
+from node.util.signal import Signal
 from protocol.identity import SessionId
 from protocol.limits import MAX_SLICES
 from protocol.messages import Sampling
-from protocol.tensors import tensor_from_tokens, tokens_from_tensor
+from protocol.tensors import Tensor, tensor_from_tokens, tokens_from_tensor
 
-PATIENCE_S: Final = 0.5
-"""So long guesses are waited for; then those that are there must do."""
+DRAFT_TIMEOUT_S: Final = 0.5
+"""A session waits this long for its drafts; then it goes on with those that are there."""
 
 STEP_ROWS: Final = 256
-"""Of texts that are read in one step while nobody waits for guesses,"""
+"""Rows of texts that are read in one step while no session waits for drafts,"""
 
 MIN_STEP_ROWS: Final = 32
-"""and while somebody does."""
+"""and while one does."""
 
 MAX_BEHIND: Final = 32
-"""Tokens that are read before guessing; who lags farther behind reads first, and is not waited for."""
+"""Tokens that are read before drafting; a session that lags farther behind reads first, and is not waited for."""
 
 _logger = structlog.get_logger(__name__)
 
 
-class DraftModel:
-    """Guesses for many sessions at a time, each step one token for everybody who waits."""
+class DraftModel(EngineLoop):
+    """Drafts for many sessions at a time, each step one token for every session that waits."""
 
     def __init__(self, engine: Engine, variant: Variant) -> None:
-        """Take the engine of a whole model, and a variant that is ready there."""
-        self._engine = engine
+        """`engine`: of a whole model. `variant`: one that is ready there."""
+        super().__init__(engine)
         self._variant = variant
         self._drafts: dict[SessionId, Draft] = {}
-        self._in_step: frozenset[SessionId] = frozenset()
         self._step_began_s = 0.0
-        self._asked = trio.Event()
-        self._waited_for = trio.Event()
-        self._nursery: trio.Nursery | None = None
-
-    async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
-        """Guess until cancelled, or until the engine's worker is gone: then EngineCrashed passes."""
-        try:
-            async with trio.open_nursery() as nursery:
-                self._nursery = nursery
-                nursery.start_soon(self._wait_for_crash)
-                nursery.start_soon(self._keep_patience)
-                task_status.started()
-                try:
-                    await self._work()
-                finally:
-                    self._nursery = None
-        finally:
-            for draft in tuple(self._drafts.values()):
-                draft.lose()
-            self._drafts.clear()
+        self._deadline_set = Signal()
 
     async def open(
         self, session: SessionId, positions: int, vocabulary_size: int, prefix: Prefix | None
     ) -> "Draft | None":
-        """Return what guesses for a session of so many positions; None where there is no room for it.
+        """Return the drafter of a session of so many positions; None where there is no room for it.
 
-        `vocabulary_size`: of the model that is guessed for; two that share a tokenizer may be padded differently.
+        `vocabulary_size`: of the target model; two models that share a tokenizer may be padded differently.
         """
-        info = self._engine.info
+        info = self.engine.info
         positions = min(positions, info.max_positions)
         options = SessionOptions(sampling=Sampling(max_tokens=positions), variant=self._variant)
         try:
-            await self._engine.open(session, positions, prefix)
-            held = await self._engine.begin(session, options)
+            await self.engine.open(session, positions, prefix)
+            held = await self.engine.begin(session, options)
         except EngineError as error:
-            _logger.info("no guesses for a session", session=session, why=str(error))
+            _logger.info("session opened without drafts", session=session, why=str(error))
             return None
         except trio.Cancelled:
-            self._start_closing(session)
+            self.start_freeing(session)
             raise
         sizes = info.vocabulary_size, vocabulary_size
         draft = self._drafts[session] = Draft(session, self, held=held, positions=positions, vocabulary_sizes=sizes)
@@ -89,62 +72,54 @@ class DraftModel:
 
     @property
     def is_late(self) -> bool:
-        """Whether the step under way has taken longer than anybody waits for."""
-        return bool(self._in_step) and trio.current_time() > self._step_began_s + PATIENCE_S
+        """Whether the step under way has taken longer than any session waits."""
+        return bool(self._in_step) and trio.current_time() > self._step_began_s + DRAFT_TIMEOUT_S
 
     def wake(self) -> None:
-        """Look again who has something to be computed, and who waits."""
-        self._asked.set()
-        self._waited_for.set()
+        """Look again for rows to compute, and for sessions that wait."""
+        self._work_ready.set()
+        self._deadline_set.set()
 
     def release(self, session: SessionId) -> None:
         """Forget a session, and free what the engine holds of it, once it is in no step."""
         if self._drafts.pop(session, None) is not None and session not in self._in_step:
-            self._start_closing(session)
+            self.start_freeing(session)
 
-    def _start_closing(self, session: SessionId) -> None:
-        if self._nursery is not None:
-            self._nursery.start_soon(self._close, session)
+    def _background_tasks(self) -> Sequence[Callable[[], Awaitable[None]]]:
+        return (self._timeout_loop,)
 
-    async def _close(self, session: SessionId) -> None:
-        try:
-            await self._engine.close(session)
-        except EngineError as error:
-            _logger.debug("engine gone before a session was closed", session=session, error=str(error))
+    def _on_stopped(self) -> None:
+        for draft in tuple(self._drafts.values()):
+            draft.fail()
+        self._drafts.clear()
 
-    async def _wait_for_crash(self) -> None:
-        raise EngineCrashed(await self._engine.wait_crashed())
-
-    async def _keep_patience(self) -> None:
-        """Let those go on who have waited for long enough: the engine may hang."""
+    async def _timeout_loop(self) -> None:
+        """Let sessions go on that have waited for long enough: the engine may hang."""
         while True:
-            deadlines_s = [draft.deadline_s for draft in self._drafts.values() if draft.waits]
+            deadlines_s = [draft.deadline_s for draft in self._drafts.values() if draft.is_pending]
             if not deadlines_s:
-                self._waited_for = trio.Event()
-                await self._waited_for.wait()
+                await self._deadline_set.wait()
                 continue
             await trio.sleep_until(min(deadlines_s))
             for draft in tuple(self._drafts.values()):
                 draft.expire()
 
-    async def _work(self) -> None:
+    async def _step_loop(self) -> None:
         while True:
-            slices = list(self._next_slices())[:MAX_SLICES]
-            if slices:
+            if slices := list(self._next_slices())[:MAX_SLICES]:
                 await self._step(slices)
             else:
-                self._asked = trio.Event()
-                await self._asked.wait()
+                await self._work_ready.wait()
 
     def _next_slices(self) -> Iterator[SliceInput]:
-        """Yield rows for the next step: of those who wait, then of texts to be read, which they wait for, too."""
-        waiting = [draft for draft in self._drafts.values() if draft.waits]
-        for draft in waiting:
+        """Yield rows for the next step: of sessions that wait, then of texts to be read."""
+        pending = [draft for draft in self._drafts.values() if draft.is_pending]
+        for draft in pending:
             if rows := draft.next_rows(MAX_BEHIND + 1):
                 yield rows
-        room = MIN_STEP_ROWS if waiting else STEP_ROWS
+        room = MIN_STEP_ROWS if pending else STEP_ROWS
         for draft in self._drafts.values():
-            if room > 0 and not draft.waits and (rows := draft.next_rows(room)):
+            if room > 0 and not draft.is_pending and (rows := draft.next_rows(room)):
                 room -= rows.tensor.rows
                 yield rows
 
@@ -152,29 +127,29 @@ class DraftModel:
         self._in_step = frozenset(rows.session for rows in slices)
         self._step_began_s = trio.current_time()
         try:
-            result = await self._engine.step(slices)
+            result = await self.engine.step(slices)
         except EngineError as error:
-            _logger.info("guesses lost", why=str(error))
-            for rows in slices:
-                if draft := self._drafts.pop(rows.session, None):
-                    draft.lose()
+            _logger.info("drafts lost", why=str(error))
+            self._on_step_done(slices, {})
         else:
-            outputs = {output.session: output.tensor for output in result.outputs}
-            for rows in slices:
-                if draft := self._drafts.get(rows.session):
-                    if rows.session in outputs:
-                        draft.computed(rows, tokens_from_tensor(outputs[rows.session]) if rows.draws else ())
-                    else:
-                        del self._drafts[rows.session]
-                        draft.lose()
+            self._on_step_done(slices, {output.session: output.tensor for output in result.outputs})
         finally:
             for session in self._in_step - self._drafts.keys():
-                self._start_closing(session)
+                self.start_freeing(session)
             self._in_step = frozenset()
+
+    def _on_step_done(self, slices: Sequence[SliceInput], outputs: Mapping[SessionId, Tensor]) -> None:
+        for rows in slices:
+            if draft := self._drafts.get(rows.session):
+                if rows.session in outputs:
+                    draft.on_computed(rows, tokens_from_tensor(outputs[rows.session]) if rows.draws else ())
+                else:
+                    del self._drafts[rows.session]
+                    draft.fail()
 
 
 class Draft:
-    """The guesses for one session. Implements `node.stages.speculation.Drafter`."""
+    """The drafts of one session. Implements `node.stages.speculation.Drafter`."""
 
     def __init__(
         self, session: SessionId, model: DraftModel, *, held: int, positions: int, vocabulary_sizes: tuple[int, int]
@@ -182,108 +157,97 @@ class Draft:
         self._session = session
         self._model = model
         self._positions = positions
-        self._readable, self._sayable = vocabulary_sizes
-        """Token ids below these mean something to the draft model, and to the model that it guesses for."""
+        self._own_vocabulary, self._target_vocabulary = vocabulary_sizes
         self._tokens: list[int] = []
-        self._guesses: list[int] = []
-        """That were made behind the tokens so far."""
+        self._drafted: list[int] = []
+        """Drafts behind the tokens so far."""
         self._held = held
-        """Rows that the engine holds and that follow from the tokens and guesses."""
+        """Rows that the engine holds and that follow from the tokens and drafts."""
         self._wanted = 0
         self._then: Callable[[Sequence[int]], None] | None = None
         self._has_begun = False
-        self._lost = False
+        self._has_failed = False
         self.deadline_s = 0.0
-        """When whoever waits goes on with the guesses that are there."""
+        """When the session that waits goes on with the drafts that are there."""
 
     @property
-    def waits(self) -> bool:
-        """Whether somebody waits for guesses."""
+    def is_pending(self) -> bool:
+        """Whether the session waits for drafts."""
         return self._then is not None
 
     def extend(self, tokens: Sequence[int]) -> None:
-        """Take note of tokens that have come; see Drafter."""
-        if self._guesses:
-            right = 0
-            for guess, token in zip(self._guesses, tokens, strict=False):
-                if guess != token:
-                    break
-                right += 1
-            self._held = min(self._held, len(self._tokens) + right)
-            self._guesses = []
+        """Append tokens to the text; see Drafter."""
+        if self._drafted:
+            self._held = min(self._held, len(self._tokens) + matching_prefix(self._drafted, tokens))
+            self._drafted = []
         self._tokens.extend(tokens)
-        if len(self._tokens) > self._positions or not all(0 <= token < self._readable for token in tokens):
+        if len(self._tokens) > self._positions or not all(0 <= token < self._own_vocabulary for token in tokens):
             self.close()
-            self.lose()
+            self.fail()
         self._model.wake()
 
     def draft(self, count: int, then: Callable[[Sequence[int]], None]) -> None:
-        """Guess once the text is read, but not before its first token, which is not to wait; see Drafter."""
+        """Draft once the text is read, but not before its first token, which is not to wait; see Drafter."""
         self._wanted = min(count, self._positions - len(self._tokens))
         is_behind = len(self._tokens) - self._held > MAX_BEHIND
-        if self._lost or not self._has_begun or is_behind or self._wanted < 1 or self._model.is_late:
+        if self._has_failed or not self._has_begun or is_behind or self._wanted < 1 or self._model.is_late:
             self._has_begun = True
             then(())
             return
-        self._then, self.deadline_s = then, trio.current_time() + PATIENCE_S
+        self._then, self.deadline_s = then, trio.current_time() + DRAFT_TIMEOUT_S
         self._model.wake()
 
     def close(self) -> None:
-        """Guess no more; see Drafter."""
+        """Free the session at the draft model; see Drafter."""
         self._then = None
         self._model.release(self._session)
 
-    def lose(self) -> None:
-        """Guess no more, and let who waits go on without."""
-        self._lost = True
+    def fail(self) -> None:
+        """Draft nothing any more, and let the session go on without."""
+        self._has_failed = True
         self._answer(())
 
     def expire(self) -> None:
-        """Let who has waited for long enough go on with the guesses that are there."""
-        if self.waits and trio.current_time() >= self.deadline_s:
-            self._answer(tuple(self._guesses))
+        """Let the session go on with the drafts that are there, if it has waited for long enough."""
+        if self.is_pending and trio.current_time() >= self.deadline_s:
+            self._answer(self._drafted)
 
     def next_rows(self, most: int) -> SliceInput | None:
-        """Return what is to be computed next, at most so many rows; None where nothing is.
+        """Return what to compute next, at most so many rows; None if nothing.
 
-        The text's last token waits until a guess is wanted: it takes its row's logits.
+        The text's last token waits until a draft is wanted: it takes its row's logits.
         """
-        length = len(self._tokens) + len(self._guesses)
-        start = min(self._held, length - 1) if self.waits else self._held
-        end = min(length if self.waits else length - 1, start + most)
+        length = len(self._tokens) + len(self._drafted)
+        start = min(self._held, length - 1) if self.is_pending else self._held
+        end = min(length if self.is_pending else length - 1, start + most)
         if start >= end:
             return None
         rows = self._text(start, end)
         draws = 1 if end == length else 0
         return SliceInput(session=self._session, position=start, tensor=tensor_from_tokens(rows), draws=draws)
 
-    def computed(self, rows: SliceInput, drawn: Sequence[int]) -> None:
-        """Take note of rows that are computed, and of the token that was drawn behind the last, if one was.
+    def on_computed(self, rows: SliceInput, drawn: Sequence[int]) -> None:
+        """Record rows that were computed, and the token that was drawn behind the last, if one was.
 
-        Whoever did not wait for them may have brought other tokens meanwhile: what follows from them counts no more.
+        Meanwhile the session may have gone on with other tokens: what was computed behind those that differ is void.
         """
         end = rows.position + rows.tensor.rows
-        known = self._text(rows.position, end)
-        same = 0
-        for row, token in zip(tokens_from_tensor(rows.tensor), known, strict=False):
-            if row != token:
-                break
-            same += 1
+        same = matching_prefix(tokens_from_tensor(rows.tensor), self._text(rows.position, end))
         self._held = rows.position + same
-        if same < rows.tensor.rows or end < len(self._tokens) + len(self._guesses):
+        if same < rows.tensor.rows or end < len(self._tokens) + len(self._drafted):
             return
-        unsayable = any(token >= self._sayable for token in drawn)
-        if not unsayable:
-            self._guesses.extend(drawn)
-        if self.waits and (unsayable or len(self._guesses) >= self._wanted):
-            self._answer(tuple(self._guesses))
+        is_foreign = any(token >= self._target_vocabulary for token in drawn)
+        if not is_foreign:
+            self._drafted.extend(drawn)
+        if self.is_pending and (is_foreign or len(self._drafted) >= self._wanted):
+            self._answer(self._drafted)
 
     def _text(self, start: int, end: int) -> list[int]:
-        """Return tokens and, behind them, guesses."""
+        """Return tokens and, behind them, drafts."""
         known = len(self._tokens)
-        return [*self._tokens[start:end], *self._guesses[max(0, start - known) : max(0, end - known)]]
+        return [*self._tokens[start:end], *self._drafted[max(0, start - known) : max(0, end - known)]]
 
-    def _answer(self, guesses: Sequence[int]) -> None:
+    def _answer(self, drafts: Sequence[int]) -> None:
         then, self._then = self._then, None
         if then is not None:
-            then(guesses)
+            then(tuple(drafts))

@@ -1,15 +1,24 @@
-"""Who may take KV memory when it is short: a pure rule over what each peer holds.
+"""Admission control by max-min fairness: which peer may take KV memory when it is short.
 
-A part of the memory is reserved for the node's own jobs, and as much again is left for whoever comes next. Beyond that,
-a peer may hold as much as max-min fairness gives it: what is not wanted by those who want little is divided among those
-who want more. While memory is plenty nobody is refused. Who comes while no other peer holds anything may take all but
-the node's own part in one session, so that jobs as long as that can be had.
+A part of the memory is reserved for the node's own jobs, and as much again for the next peer that asks. Beyond that, a
+peer may hold its max-min fair share: what peers with small demands do not need is divided among those with larger ones.
+While memory is plenty nobody is refused. A peer that comes while no other holds anything may take all but the node's
+own part in one session, so that jobs of that length are possible.
 """
 
 from collections.abc import Collection, Mapping
 from typing import Final
 
+import trio
+from cachetools import TTLCache
+
 from protocol.identity import PeerId
+
+SHORT_S: Final = 30.0
+"""Memory counts as short for this long after a peer was refused for want of it."""
+
+MAX_REFUSED: Final = 64
+"""Peers that were refused and are remembered meanwhile."""
 
 RESERVED_SHARE: Final = 1 / 8
 """Of the pages of a span, for the node's own jobs; and once more for peers that hold less than their fair share."""
@@ -18,10 +27,10 @@ RESERVED_SHARE: Final = 1 / 8
 def may_take(
     peer: PeerId, wanted: int, *, own: PeerId, pages: int, held: Mapping[PeerId, int], waiting: int = 0
 ) -> bool:
-    """Say whether a peer may take `wanted` of a span's `pages` pages.
+    """Return whether a peer may take `wanted` of a span's `pages` pages.
 
     `own`: this node, whose own jobs may take all there is. `held`: pages that each peer's sessions hold. `waiting`:
-    pages that other peers were refused a moment ago.
+    recent unmet demand of other peers.
     """
     if peer == own:
         return True
@@ -34,13 +43,13 @@ def may_take(
     demand = others.get(peer, 0) + wanted
     if sum(others.values()) + wanted > capacity:
         return False
-    next_comer = min(max(reserved, waiting), capacity // 2)
-    demands = [*(count for each, count in others.items() if each != peer), demand, next_comer]
-    return demand <= _level(demands, capacity)
+    next_peer = min(max(reserved, waiting), capacity // 2)
+    demands = [*(count for each, count in others.items() if each != peer), demand, next_peer]
+    return demand <= _fair_share(demands, capacity)
 
 
-def _level(demands: Collection[int], capacity: int) -> float:
-    """Return what each may have so that all demands up to it come to the capacity; infinity where all can be met."""
+def _fair_share(demands: Collection[int], capacity: int) -> float:
+    """Return the max-min fair share: the demand up to which all are met in full; infinity where all can be."""
     left = float(capacity)
     for number, demand in enumerate(sorted(demands)):
         share = left / (len(demands) - number)
@@ -48,3 +57,21 @@ def _level(demands: Collection[int], capacity: int) -> float:
             return share
         left -= demand
     return float("inf")
+
+
+class UnmetDemand:
+    """Pages that peers were refused lately: for a while they are not for the peers that hold most."""
+
+    def __init__(self) -> None:
+        self._pages: TTLCache[PeerId, int] = TTLCache(MAX_REFUSED, SHORT_S, timer=trio.current_time)
+
+    def __bool__(self) -> bool:
+        return bool(len(self._pages))
+
+    def add(self, peer: PeerId, pages: int) -> None:
+        """Record that a peer was refused pages."""
+        self._pages[peer] = pages
+
+    def of_others(self, peer: PeerId) -> int:
+        """Return how many pages other peers than this one were refused."""
+        return sum(pages for each, pages in self._pages.items() if each != peer)

@@ -1,120 +1,216 @@
-"""One job's session on one span of this node: what is known of it, and the rows that arrive for it.
+"""One job's session on one span of this node: its state, and the rows that arrive for it.
 
-Rows are checked before they get in line for the engine, where they share a step with those of others: their shape and
-number when the step's header comes, so that nothing is held that will not be taken, and their values when they are
-there. Rows that do not pass cost the session. Its opener is told who sent them, and pays, as it says what a stage sends
-where; values that no honest stage sends cost their sender.
+Rows are checked before they are queued for the engine, where they share a step with those of others: shape and number
+when the step's header arrives, so that nothing is buffered that will not be taken, and values when they are complete.
+Rows that fail cost the session. Its opener is told who sent them, and is charged, as it decides what a stage sends
+where; values that no honest stage sends are charged to their sender.
 """
 
 from array import array
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import trio
 
 from node.engine.activation_codec import check_tensor, check_tokens
-from node.engine.interface import BadRows, KvCompatibilityKey, Prefix, SessionOptions, Variant
+from node.engine.base import Engine
+from node.engine.interface import BadRows, Prefix, SessionOptions, SliceInput, SpanInfo, Variant
 from node.engine.kv_allocator import HIDDEN_DTYPES
 from node.links.inbound_link import InboundLink
-from node.links.outbound_link import OutboundLink
-from node.stages.replay_buffer import ReplayBuffer
+from node.stages.outbox import Outbox, Output, max_rows
+from node.stages.replay_buffer import ReplayBuffer, ReplayMemory
 from node.stages.scheduler import Work
-from node.stages.speculation import Drafter, TokenFeed
+from node.stages.session_state import ResumableState
+from node.stages.speculation import Drafter, DraftTracker
 from node.stages.voting import Agreement
 from protocol.identity import PeerId, SessionId
-from protocol.messages import Begin, FailureReason, FinishReason, Open, Progress, SessionStatistics, Slice, Step
+from protocol.messages import Begin, FailureReason, FinishReason, Open, Progress, Slice, Step
 from protocol.tensors import DType, Tensor, tensor_from_tokens, tokens_from_tensor
 from selector.task import Method
-
-if TYPE_CHECKING:
-    from node.stages.span import Span
 
 CHECKED_AT_ONCE_BYTES = 2 << 20
 """Rows of more bytes than this are checked piece by piece, while the event loop goes on."""
 
 
-class StageSession:
-    """A session; takes the rows that arrive for it, once it has begun."""
+class SpanPort(Protocol):
+    """What a session asks of the span that runs it."""
 
-    def __init__(self, message: Open, span: "Span", opened_by: InboundLink, description_bytes: int = 0) -> None:
-        self.id = message.session
-        self.span = span
-        self.info = span.info.part(message.blocks)
+    @property
+    def info(self) -> SpanInfo:
+        """What the engine holds."""
+        ...
+
+    @property
+    def replay_memory(self) -> ReplayMemory:
+        """What the replay buffers of the span's sessions share."""
+        ...
+
+    def queue(self, work: Work[InboundLink]) -> None:
+        """Queue rows for the engine."""
+        ...
+
+    def pause(self, session: SessionId) -> None:
+        """Compute no rows of a session until `resume`."""
+        ...
+
+    def resume(self, session: SessionId) -> None:
+        """Compute rows of a session again."""
+        ...
+
+    def start_soon(self, function: Callable[[], Awaitable[None]]) -> None:
+        """Run a task beside the step loop."""
+        ...
+
+    def fail(self, session: "StageSession", reason: FailureReason, message: str, blamed: PeerId | None = None) -> None:
+        """Report to the coordinator that the session is lost here, and free it."""
+        ...
+
+    def reject(self, session: "StageSession", sender: InboundLink, fault: str, *, by_sender: bool = False) -> None:
+        """Fail a session because of invalid rows, and charge its opener or their sender."""
+        ...
+
+
+class StageSession:
+    """A session; takes the rows that arrive for it, once it has begun. Implements `RowReceiver` and `OutboxOwner`."""
+
+    def __init__(self, request: Open, span: SpanPort, opened_by: InboundLink, description_bytes: int = 0) -> None:
+        self.id = request.session
+        self.request = request
+        self.info = span.info.part(request.blocks)
         """Of the part of the span that it runs."""
         self.opened_by = opened_by
         self.description_bytes = description_bytes
-        """What is held of the message, about."""
-        self.background = message.background
-        self.methods = message.methods
-        # What is cached of a part of the span is no use to sessions that run another.
-        namespace = f"{opened_by.peer}/{message.blocks}"
-        self.prefix = Prefix(namespace=namespace, hashes=message.prefix) if message.prefix else None
-        self.votes: dict[str, float] = {}
-        self.agreed: Agreement | None = None
+        """Approximate size of the request."""
+        # What is cached of a part of the span is of no use to sessions that run another.
+        namespace = f"{opened_by.peer}/{request.blocks}"
+        self.prefix = Prefix(namespace=namespace, hashes=request.prefix) if request.prefix else None
+        self.admitted = trio.Event()
+        """Set when the request is answered."""
+        self.opened_s = 0.0
+        """When it was opened, from which on it may begin."""
+        self.votes: Mapping[str, float] = {}
+        self.agreement: Agreement | None = None
         """What the swarm had agreed when it was opened."""
         self.method: Method | None = None
         """Once it has begun."""
-        self.calculated_by: Method | None = None
-        """How the engine calculates it, since it or a session that it continues has begun."""
-        self.cached: Mapping[KvCompatibilityKey, int] = {}
-        self.computed = 0
-        """Positions that the engine holds, and whose outputs were handed on."""
-        self.reached = 0
-        """The position after the last row that is computed for this route, guesses left out."""
-        self._received = 0
-        """The position after the last row that came, guesses left out."""
-        self.forward_from = 0
-        """The first position whose output goes on."""
-        self.kept = ReplayBuffer(span.replay_memory)
-        self.cut_off = False
-        """Its outputs cannot be sent on; it waits until it is continued on another route."""
-        self.sampling = message.sampling
-        self.needs_history = message.sampling is not None and message.sampling.needs_history
-        self.known = 0
-        """Where draws depend on the tokens so far: how many of them the engine knows, or is about to be told."""
-        self._history: array[int] | None = None
-        """Those that it is about to be told."""
-        self.positions = message.positions
-        self.drawn = 0
-        self.steps = 0
-        self.rows = 0
-        self.compute_s = 0.0
-        self.queue_s = 0.0
-        self.bytes_in = 0
-        self.bytes_out = 0
-        self.ended = trio.Event()
-        self.sources: set[InboundLink] = set()
-        self.outputs: dict[SessionId, OutboundLink] = {}
-        self.unwatch: list[Callable[[], None]] = []
-        self.opened = trio.Event()
-        self.reserved_positions = 0
-        """KV memory that is reserved for it, or about to be; more than `positions` where it continues a larger one."""
-        self.opened_s = 0.0
-        """When it was opened, from which on it may begin."""
-        self.backlog: deque[tuple[SessionId, Step]] = deque()
-        self.again: tuple[int, int, int] | None = None
-        """Kept outputs that the next stage lacks, which go before the backlog: positions from, to, and rows a step."""
-        self.owed: list[Work[InboundLink]] = []
-        """Rows whose outputs are in the backlog; credit for them is given once these have left."""
+        self.state = ResumableState(ReplayBuffer(span.replay_memory))
+        self.outbox = Outbox(self)
+        self.is_ended = False
         self.held_rows = 0
-        """Rows that have come, or are coming, and whose outputs have not all left."""
-        self.ahead = 0
-        """The position behind the last rows that are in line or computed."""
+        """Rows that have arrived, or are arriving, and whose outputs have not all left."""
+        self.known_tokens = 0
+        """Where draws depend on the history: how many of its tokens the engine has, or is about to get."""
         self.active_s = trio.current_time()
-        self.sending = trio.CancelScope()
-        """Around the task that sends the backlog; it ends with the session."""
-        self.feed: TokenFeed | None = None
+        self._span = span
+        self._sources: set[InboundLink] = set()
+        self._permitted = {opened_by.peer, *request.upstream}
+        self._history: array[int] | None = None
+        """Tokens of the history that the engine is about to get."""
+        self._drawn = 0
+        self._received = 0
+        """The position after the last row that arrived, drafts left out."""
+        self._reached = 0
+        """The position after the last row that was computed for this route, drafts left out."""
+        self._queued = 0
+        """The position after the last row that is queued or computed."""
+        self._forward_from = 0
+        """The first position whose output is sent on."""
+        self._tracker: DraftTracker | None = None
         """Where the model's first block is run, once begun."""
-        self.drafter: Drafter | None = None
-        self._is_guessing = False
-        """Rows wait for guesses; no others may come meanwhile, as nothing was drawn yet that they could follow."""
-        self._permitted = {opened_by.peer, *message.upstream}
         self._early: list[tuple[Slice, Tensor, InboundLink]] = []
-        """Rows that came before Begin did, over another link."""
+        """Rows that arrived before Begin did, over another link."""
         self._unchecked: deque[tuple[Slice, Tensor, InboundLink]] = deque()
-        """Rows that are being checked piece by piece, and what came behind them."""
+        """Rows that are being checked piece by piece, and what arrived behind them."""
+
+    # Opening, beginning and ending
+
+    @property
+    def needs_history(self) -> bool:
+        """Whether draws depend on the tokens so far."""
+        return self.request.sampling is not None and self.request.sampling.needs_history
+
+    def on_opened(self, votes: Mapping[str, float], agreement: Agreement | None, opened_s: float) -> None:
+        """Record the vote that the answer carries, and when the session was opened."""
+        self.votes, self.agreement, self.opened_s = votes, agreement, opened_s
+
+    async def reserve(self, engine: Engine) -> None:
+        """Reserve KV memory. Raises EngineFull, or EngineError."""
+        self.state.reserved_positions = self.request.positions
+        self.state.cached = await engine.open(self.id, self.request.positions, self.prefix)
+
+    def take_over(self, former: "StageSession") -> None:
+        """Go on with what a session of a former attempt holds."""
+        self.state = former.state
+
+    def add_history(self, tokens: Sequence[int]) -> str | None:
+        """Append to the tokens so far, from position 0 on; return what is wrong with them, if anything is."""
+        known = self.known_tokens + len(tokens)
+        if not self.needs_history:
+            return "history was sent, on which no draw depends"
+        if known > self.request.positions:
+            return f"history of {known} tokens was sent for {self.request.positions} positions"
+        if max(tokens) >= self.info.vocabulary_size:
+            return f"a token of the history is not below {self.info.vocabulary_size}"
+        self._history = self._history or array("i")
+        self._history.extend(tokens)
+        self.known_tokens = known
+        return None
+
+    async def begin_on_engine(self, engine: Engine, method: Method) -> None:
+        """Choose how the engine computes, unless that was chosen by a session that this one continues."""
+        if self.state.method is None:
+            options = SessionOptions(
+                blocks=self.info.blocks,
+                sampling=self.request.sampling,
+                variant=Variant(method.engine, method.arithmetic),
+                activations=method.activations,
+                prefix_cache=method.prefix_cache,
+            )
+            self.state.computed = await engine.begin(self.id, options)
+            self.state.method = method
+            self.state.replay.drop(self.state.computed)
+
+    def begin(self, message: Begin, method: Method, drafter: Drafter | None) -> None:
+        """Begin with a method: queue rows that arrived early, and replay outputs that the next stage lacks."""
+        if self.info.is_first:
+            self._tracker = DraftTracker(
+                start=message.start,
+                positions=self.request.positions,
+                draft_tokens=method.draft_tokens,
+                drafter=drafter,
+            )
+        self.method = self.state.method = method
+        self._forward_from = message.onward
+        self._reached = message.start
+        self._queued = self.state.computed
+        early, self._early = self._early, []
+        for part, tensor, link in early:
+            if not self.is_ended:
+                self._queue(part, tensor, link)
+        if message.onward < message.start and self.request.sampling is None and not self.outbox.is_closed:
+            rows = min(max_rows(4 * self.info.hidden_size), method.prefill_chunk or message.start)
+            self.outbox.replay(self._replay_step, message.onward, message.start, max(1, rows))
+
+    def end(self) -> None:
+        """Let go of everything but the engine's memory: from now on rows of the session are unknown here."""
+        self.is_ended = True
+        self._unchecked.clear()
+        self.outbox.disconnect()
+        if self._tracker is not None:
+            self._tracker.close()
+        for source in self._sources - {self.opened_by}:
+            source.forget(self.id)
+
+    def progress(self) -> Progress:
+        """Return how far the session has come: what has not left yet is in the outbox."""
+        is_last = self.request.sampling is not None
+        sent = min([self._reached + (is_last and self.state.counters.steps > 0), *self.outbox.unsent_positions])
+        received = max(self._received, self._reached)
+        return Progress(session=self.id, received=received, computed=self._reached, sent=sent)
+
+    # Rows that arrive
 
     def permits(self, peer: PeerId) -> bool:
         """Whether this peer is the coordinator or stands before us on the route."""
@@ -126,30 +222,31 @@ class StageSession:
         return self.held_rows * (4 if self.info.is_first else 4 * self.info.hidden_size)
 
     def admit(self, part: Slice, dtype: DType, width: tuple[int, ...], link: InboundLink) -> bool:
-        """Say whether rows that are coming may come; if not, the session is lost."""
-        self.sources.add(link)
-        if fault := self._fault_of(part, dtype, width):
-            self.span.reject(self, link, fault)
+        """Return whether rows that are arriving are taken; if not, the session is lost."""
+        self._sources.add(link)
+        if fault := self._header_fault(part, dtype, width):
+            self._span.reject(self, link, fault)
             return False
-        if self.held_rows + part.rows > self.positions:
-            fault = f"{part.rows} rows beside {self.held_rows} that wait, where {self.positions} positions are reserved"
-            self.span.reject(self, link, fault)
-            if link.peer == self.opened_by.peer:  # else it may be the opener's doing that so many come
+        positions = self.request.positions
+        if self.held_rows + part.rows > positions:
+            fault = f"{part.rows} rows beside {self.held_rows} that wait, where {positions} positions are reserved"
+            self._span.reject(self, link, fault)
+            if link.peer == self.opened_by.peer:  # else it may be the opener's doing that so many arrive
                 link.overrun(fault)
             return False
         self.held_rows += part.rows
         return True
 
-    def _fault_of(self, part: Slice, dtype: DType, width: tuple[int, ...]) -> str | None:
-        """Return why rows cannot be taken, as far as their header tells."""
-        info = self.info
+    def _header_fault(self, part: Slice, dtype: DType, width: tuple[int, ...]) -> str | None:
+        """Return why rows cannot be taken, as far as their header shows."""
+        info, positions = self.info, self.request.positions
         if info.is_first:
             if dtype is not DType.INT32 or part.drafts:
                 return f"the first stage takes token ids without drafts, not {dtype}{list(width)}"
         elif dtype not in HIDDEN_DTYPES or width != (info.hidden_size,):
             return f"this stage takes hidden states of {info.hidden_size} elements, not {dtype}{list(width)}"
-        if part.position + part.rows > self.positions:
-            return f"rows up to position {part.position + part.rows} of {self.positions}"
+        if part.position + part.rows > positions:
+            return f"rows up to position {part.position + part.rows} of {positions}"
         if part.draws > len(part.drafts) + 1:
             return f"{part.draws} tokens to draw after {len(part.drafts)} drafts"
         if any(draft >= info.vocabulary_size for draft in part.drafts):
@@ -159,31 +256,31 @@ class StageSession:
     def receive(self, part: Slice, tensor: Tensor, link: InboundLink) -> None:
         """Take rows that were admitted."""
         self.active_s = trio.current_time()
-        self.bytes_in += len(tensor.data)
+        self.state.counters.bytes_in += len(tensor.data)
         self._received = max(self._received, part.position + part.rows - len(part.drafts))
         if self._unchecked or len(tensor.data) > CHECKED_AT_ONCE_BYTES:
             self._unchecked.append((part, tensor, link))
             if len(self._unchecked) == 1:
-                self.span.start_checking(self)
-        elif self._passes(tensor, link):
-            self._take(part, tensor, link)
+                self.start_soon(self._check_large)
+        elif self._is_valid(tensor, link):
+            self._accept(part, tensor, link)
 
-    async def check(self) -> None:
-        """Check rows piece by piece, and take them in the order in which they came."""
-        while self._unchecked and not self.ended.is_set():
+    async def _check_large(self) -> None:
+        """Check rows piece by piece, and take them in the order of arrival."""
+        while self._unchecked:
             part, tensor, link = self._unchecked[0]
             rows = max(1, CHECKED_AT_ONCE_BYTES // tensor.row_bytes)
             for start in range(0, tensor.rows, rows):
-                if self.ended.is_set() or not self._passes(tensor.cut(start, min(start + rows, tensor.rows)), link):
+                if not self._is_valid(tensor.cut(start, min(start + rows, tensor.rows)), link):
                     return
                 await trio.lowlevel.checkpoint()
-            if self.ended.is_set():
-                return
+                if not self._unchecked:  # the session has ended
+                    return
             self._unchecked.popleft()
-            self._take(part, tensor, link)
+            self._accept(part, tensor, link)
 
-    def _passes(self, tensor: Tensor, link: InboundLink) -> bool:
-        """Say whether the values of rows can be computed with; if not, the session is lost."""
+    def _is_valid(self, tensor: Tensor, link: InboundLink) -> bool:
+        """Return whether rows can be computed with; if not, the session is lost."""
         try:
             if self.info.is_first:
                 check_tokens(tensor, self.info.vocabulary_size)
@@ -191,114 +288,17 @@ class StageSession:
                 check_tensor(tensor)
         except BadRows as fault:
             # Token ids may come of another model, with which the opener has linked this one up.
-            self.span.reject(self, link, str(fault), by_sender=not self.info.is_first)
+            self._span.reject(self, link, str(fault), by_sender=not self.info.is_first)
             return False
         return True
 
-    def _take(self, part: Slice, tensor: Tensor, link: InboundLink) -> None:
-        if self.needs_history and part.draws and part.position + part.rows - part.draws + 1 > self.known:
-            message = f"draws depend on the tokens so far, of which {self.known} are known"
-            self.span.fail(self, FailureReason.ENGINE, message)
+    def _accept(self, part: Slice, tensor: Tensor, link: InboundLink) -> None:
+        if self.needs_history and part.draws and part.position + part.rows - part.draws + 1 > self.known_tokens:
+            self.fail(f"draws depend on the history, of which {self.known_tokens} tokens are known")
         elif self.method is None:
             self._early.append((part, tensor, link))
         else:
             self._queue(part, tensor, link)
-
-    def tell_history(self, tokens: Sequence[int]) -> str | None:
-        """Take the next of the tokens so far, from position 0 on; return what is wrong with them, if anything is."""
-        if not self.needs_history:
-            return "tokens so far were told, on which no draw depends"
-        if self.known + len(tokens) > self.positions:
-            return f"{self.known + len(tokens)} tokens so far were told of {self.positions} positions"
-        if max(tokens) >= self.info.vocabulary_size:
-            return f"a token so far is not below {self.info.vocabulary_size}"
-        self._history = self._history or array("i")
-        self._history.extend(tokens)
-        self.known += len(tokens)
-        return None
-
-    def take_history(self) -> Sequence[int] | None:
-        """Return the tokens so far that the engine has not been told."""
-        history, self._history = self._history, None
-        return history
-
-    @property
-    def replay_from(self) -> int:
-        """The outputs from there to `computed` can be sent again."""
-        return min(self.kept.start, self.computed) if self.kept.end >= self.computed else self.computed
-
-    def take_over(self, former: "StageSession") -> None:
-        """Go on with what a session of a former attempt holds."""
-        self.calculated_by, self.cached, self.computed = former.calculated_by, former.cached, former.computed
-        self.reserved_positions = former.reserved_positions
-        self.kept = former.kept
-        self.steps, self.rows, self.compute_s, self.queue_s = (
-            former.steps,
-            former.rows,
-            former.compute_s,
-            former.queue_s,
-        )
-        self.bytes_in, self.bytes_out = former.bytes_in, former.bytes_out
-
-    def options(self, method: Method) -> SessionOptions:
-        """Return how the engine is to compute with a method."""
-        return SessionOptions(
-            blocks=self.info.blocks,
-            sampling=self.sampling,
-            variant=Variant(method.engine, method.arithmetic),
-            activations=method.activations,
-            prefix_cache=method.prefix_cache,
-        )
-
-    def begin(self, message: Begin, method: Method, drafter: Drafter | None) -> None:
-        """Begin with a method; rows that came early go into the line. `drafter`: guesses, on a first stage."""
-        if self.info.is_first:
-            draft_tokens = method.draft_tokens if drafter is not None else 0
-            self.feed = TokenFeed(start=message.start, positions=self.positions, draft_tokens=draft_tokens)
-            self.drafter = drafter
-        self.method = self.calculated_by = method
-        self.forward_from = message.onward
-        self.reached = message.start
-        self.ahead = self.computed
-        early, self._early = self._early, []
-        for part, tensor, link in early:
-            if not self.ended.is_set():
-                self._queue(part, tensor, link)
-
-    def pay(self, work: Work[InboundLink]) -> None:
-        """Give credit for rows that take no memory any more."""
-        self.held_rows -= work.held_rows
-        if work.payload_bytes:
-            work.origin.consumed(self.id, work.payload_bytes)
-
-    def told(self, drawn: list[int]) -> tuple[list[int], FinishReason | None]:
-        """Count the tokens that were drawn; return those that belong to the text, and why it ends with them, if so."""
-        if self.sampling is None:
-            raise AssertionError("tokens are drawn on a last span")
-        for count, token in enumerate(drawn, 1):
-            self.drawn += 1
-            if token in self.sampling.stop_tokens:
-                return drawn[:count], FinishReason.STOP
-            if self.drawn >= self.sampling.max_tokens:
-                return drawn[:count], FinishReason.LENGTH
-        return drawn, None
-
-    def progress(self) -> Progress:
-        """Return how far the session has come: what has not left yet is in the backlog."""
-        unsent = [part.position for _, step in self.backlog for part in step.slices]
-        sent = min([self.reached + (self.sampling is not None and self.steps > 0), *unsent])
-        return Progress(session=self.id, received=max(self._received, self.reached), computed=self.reached, sent=sent)
-
-    def statistics(self) -> SessionStatistics:
-        """Return what the session cost so far."""
-        return SessionStatistics(
-            steps=self.steps,
-            rows=self.rows,
-            compute_s=self.compute_s,
-            queue_s=self.queue_s,
-            bytes_in=self.bytes_in,
-            bytes_out=self.bytes_out,
-        )
 
     def _queue(self, part: Slice, tensor: Tensor, link: InboundLink) -> None:
         work = Work(
@@ -310,43 +310,138 @@ class StageSession:
             arrived_s=trio.current_time(),
             held_rows=part.rows,
         )
-        if self.feed is not None:
-            self._feed(self.feed, work)
-        elif part.position > self.ahead:
-            fault = f"rows from position {part.position} on do not follow the {self.ahead} before"
-            self.span.reject(self, link, fault)
+        if self._tracker is not None:
+            self._queue_with_drafts(self._tracker, work)
+        elif part.position > self._queued:
+            self._span.reject(
+                self, link, f"rows from position {part.position} on do not follow the {self._queued} before"
+            )
         else:
-            self.ahead = part.position + part.rows
-            self.span.queue(work)
+            self._queued = part.position + part.rows
+            self._span.queue(work)
 
-    def _feed(self, feed: TokenFeed, work: Work[InboundLink]) -> None:
-        """Queue the rows of tokens that are not computed yet, with guesses behind the last where it is to be drawn."""
-        tokens = tokens_from_tensor(work.tensor)
-        if self._is_guessing:
-            self.span.reject(self, work.origin, "rows came where a token was to be drawn first")
-            return
-        try:
-            position, rows = feed.take(work.part.position, tokens, work.part.draws)
-        except ValueError as error:
-            self.span.reject(self, work.origin, str(error))
-            return
-        if not rows:
-            self.pay(work)
+    def _queue_with_drafts(self, tracker: DraftTracker, work: Work[InboundLink]) -> None:
+        """Queue the rows of tokens that are not computed yet, with drafts behind the last where it is to be drawn."""
 
-        def queue(drafts: Sequence[int]) -> None:
-            self._is_guessing = False
-            if rows and not self.ended.is_set():
-                feed.guess(drafts)
-                draws = work.part.draws + len(drafts)
+        def queue(position: int, rows: list[int], drafts: Sequence[int]) -> None:
+            if not rows:
+                self.return_credit(work)
+            elif not self.is_ended:
                 computed = [*rows, *drafts]
+                draws = work.part.draws + len(drafts)
                 part = replace(work.part, position=position, rows=len(computed), draws=draws, drafts=tuple(drafts))
                 tensor, now_s = tensor_from_tokens(computed), trio.current_time()
-                self.span.queue(replace(work, part=part, tensor=tensor, arrived_s=now_s))
+                self._span.queue(replace(work, part=part, tensor=tensor, arrived_s=now_s))
 
-        if self.drafter is not None:
-            self.drafter.extend(tokens)
-            if work.part.draws == 1 and feed.wanted:
-                self._is_guessing = True
-                self.drafter.draft(feed.wanted, queue)
-                return
-        queue(())
+        try:
+            tracker.feed(work.part.position, tokens_from_tensor(work.tensor), work.part.draws, queue)
+        except ValueError as error:
+            self._span.reject(self, work.origin, str(error))
+
+    # Rows that are computed
+
+    def slice_input(self, work: Work[InboundLink]) -> SliceInput:
+        """Return rows for the engine, with the history that it has not got yet."""
+        history: Sequence[int] | None = None
+        if work.part.draws:
+            history, self._history = self._history, None
+        return SliceInput(
+            session=self.id,
+            position=work.part.position,
+            tensor=work.tensor,
+            draws=work.part.draws,
+            drafts=work.part.drafts if self.info.is_last else (),
+            history=history,
+        )
+
+    def on_computed(self, work: Work[InboundLink], compute_s: float) -> None:
+        """Count rows that were computed. `compute_s`: their share of the step."""
+        state, counters = self.state, self.state.counters
+        self.active_s = trio.current_time()
+        counters.steps += 1
+        counters.rows += work.rows
+        counters.compute_s += compute_s
+        state.computed = work.part.position + work.rows
+        self._reached = max(self._reached, state.computed - len(work.part.drafts))
+
+    def outputs_of(self, part: Slice, output: Tensor) -> list[Output]:
+        """Return what a slice's output makes to be sent: rows for the next stage, or tokens for the next round."""
+        job, stage = self.id
+        following = SessionId(job, stage + 1)
+        if self.request.sampling is None:
+            self.state.replay.write(part.position, output)
+            known = min(part.rows, max(0, self._forward_from - part.position))
+            if known == part.rows:
+                return []
+            forward = replace(part, session=following, position=part.position + known, rows=part.rows - known)
+            return self._outputs((forward, output.cut(known, part.rows)))
+        if not part.draws:
+            return []
+        position = part.position + part.rows - part.draws + 1
+        tokens, finish = self.accept_tokens(tokens_from_tensor(output))
+        self.known_tokens = position + len(tokens)
+        tensor = tensor_from_tokens(tokens)
+        drawn = Slice(session=following, position=position, rows=len(tokens), draws=0, finish_reason=finish)
+        if finish is not None:
+            return self._outputs((drawn, tensor))
+        return self._outputs((drawn, tensor), (replace(drawn, session=SessionId(job, 0), draws=1), tensor))
+
+    def _outputs(self, *rows: tuple[Slice, Tensor]) -> list[Output]:
+        if self.outbox.is_closed:
+            return []
+        self.state.counters.bytes_out += sum(len(tensor.data) for _, tensor in rows)
+        return [Output(self.outbox, part, tensor) for part, tensor in rows]
+
+    def accept_tokens(self, drawn: list[int]) -> tuple[list[int], FinishReason | None]:
+        """Count the tokens that were drawn; return those that belong to the text, and why it ends with them, if so."""
+        sampling = self.request.sampling
+        if sampling is None:
+            raise AssertionError("tokens are drawn on a last span")
+        for count, token in enumerate(drawn, 1):
+            self._drawn += 1
+            if token in sampling.stop_tokens:
+                return drawn[:count], FinishReason.STOP
+            if self._drawn >= sampling.max_tokens:
+                return drawn[:count], FinishReason.LENGTH
+        return drawn, None
+
+    def _replay_step(self, start: int, end: int) -> Step:
+        """Return outputs of the replay buffer. Raises ValueError when they are not retained any more."""
+        tensor = self.state.replay.read(start, end)
+        self.state.counters.bytes_out += len(tensor.data)
+        following = SessionId(self.id.job, self.id.stage + 1)
+        return Step(slices=(Slice(session=following, position=start, rows=tensor.rows, draws=0),), tensor=tensor)
+
+    # For the outbox
+
+    def pause(self) -> None:
+        """Compute no rows until `resume`; see OutboxOwner."""
+        self._span.pause(self.id)
+
+    def resume(self) -> None:
+        """Compute rows again; see OutboxOwner."""
+        self._span.resume(self.id)
+
+    def start_soon(self, function: Callable[[], Awaitable[None]]) -> None:
+        """Run a task beside the step loop; see OutboxOwner."""
+        self._span.start_soon(function)
+
+    def return_credit(self, work: Work[InboundLink]) -> None:
+        """Return credit for rows that take no memory any more; see OutboxOwner."""
+        self.held_rows -= work.held_rows
+        if work.payload_bytes:
+            work.origin.consumed(self.id, work.payload_bytes)
+
+    def fail(self, message: str) -> None:
+        """Give the session up; see OutboxOwner."""
+        self._span.fail(self, FailureReason.ENGINE, message)
+
+    def on_route_broken(self, message: str, blamed: PeerId) -> None:
+        """Send nothing any more, and keep the session until its coordinator has found another route."""
+        if self.is_ended or self.outbox.is_closed:
+            return
+        if self.method is None:  # it has nothing yet that would be worth keeping
+            self._span.fail(self, FailureReason.DOWNSTREAM, message, blamed)
+            return
+        self.outbox.close()
+        self.opened_by.reroute(self.id, FailureReason.DOWNSTREAM, message, blamed)

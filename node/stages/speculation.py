@@ -1,43 +1,53 @@
-"""Guessing the tokens that follow, at the first stage; the last stage checks all of them in one pass of the route.
+"""Speculative decoding: the first stage drafts the tokens that follow, and the last one verifies all in one pass.
 
-Prompt lookup (Saxena, 2023): where the last few tokens stood before, what followed then may follow again. A draft model
-(`node.stages.draft_model`) says itself what it would say next. Checking is exact: a token is drawn from the model's own
-logits, keyed by seed and position, whether or not it was guessed.
+Prompt lookup (Saxena, 2023): where the last few tokens occurred before, what followed then may follow again. A draft
+model (`node.stages.draft_model`) predicts the next tokens itself. Verification is exact: a token is drawn from the
+model's own logits, keyed by seed and position, whether or not it was drafted.
 """
 
 from collections.abc import Callable, Sequence
 from typing import Final, Protocol
 
 LOOKUP_TOKENS: Final = (3, 2)
-"""Lengths of the pieces that are looked up, the more telling one first."""
+"""Lengths of the n-grams that are looked up, the more specific first."""
+
+
+def matching_prefix(first: Sequence[int], second: Sequence[int]) -> int:
+    """Return how many tokens two sequences have in common at their beginning."""
+    count = 0
+    for one, other in zip(first, second, strict=False):
+        if one != other:
+            break
+        count += 1
+    return count
 
 
 class Drafter(Protocol):
-    """Guesses what follows the tokens it was given."""
+    """Drafts the tokens that follow the text so far."""
 
     def extend(self, tokens: Sequence[int]) -> None:
-        """Take note of tokens that have come."""
+        """Append tokens to the text."""
         ...
 
     def draft(self, count: int, then: Callable[[Sequence[int]], None]) -> None:
-        """Call `then`, at once or later, with at most `count` guesses of the tokens that follow."""
+        """Call `then`, at once or later, with at most `count` draft tokens."""
         ...
 
     def close(self) -> None:
-        """Guess no more; who waits for guesses is not told."""
+        """Free the drafter; a pending `then` is not called."""
         ...
 
 
 class PromptLookup:
-    """Finds what followed the last few tokens when they stood in the text before. Each token costs a constant time."""
+    """Finds what followed the last few tokens when they occurred before, in constant time per token."""
 
     def __init__(self, lengths: Sequence[int] = LOOKUP_TOKENS) -> None:
         self._tokens: list[int] = []
-        # By length, by piece: where the token stands that followed it last.
+        # By length, by n-gram: the place of the token that followed it last.
         self._followed: dict[int, dict[tuple[int, ...], int]] = {length: {} for length in lengths}
 
     def extend(self, tokens: Sequence[int]) -> None:
-        """Take note of tokens that have come; see Drafter."""
+        """Append tokens to the text; see Drafter."""
         for token in tokens:
             place = len(self._tokens)
             for length, followed in self._followed.items():
@@ -46,14 +56,14 @@ class PromptLookup:
             self._tokens.append(token)
 
     def draft(self, count: int, then: Callable[[Sequence[int]], None]) -> None:
-        """Guess at once; see Drafter."""
+        """Draft at once; see Drafter."""
         then(self.look_up(count))
 
     def close(self) -> None:
         """Do nothing; see Drafter."""
 
     def look_up(self, count: int) -> list[int]:
-        """Return what followed before; where that reaches the end of the text, it goes on with itself."""
+        """Return what followed before; past the end of the text it continues with itself."""
         for length, followed in self._followed.items():
             place = followed.get(tuple(self._tokens[-length:])) if len(self._tokens) >= length else None
             if place is not None:
@@ -65,7 +75,7 @@ class PromptLookup:
 
 
 def repetitiveness(tokens: Sequence[int]) -> float:
-    """Return the share of tokens, 0 to 1, that looking up the three before them would have guessed."""
+    """Return the share of tokens, 0 to 1, that prompt lookup of three tokens would have drafted."""
     lookup = PromptLookup(LOOKUP_TOKENS[:1])
     right = 0
     for token in tokens:
@@ -74,64 +84,72 @@ def repetitiveness(tokens: Sequence[int]) -> float:
     return right / len(tokens) if tokens else 0.0
 
 
-class TokenFeed:
-    """What the first stage makes of tokens that arrive: rows that it has not computed yet, and guesses behind them.
+class DraftTracker:
+    """Turns the tokens that arrive at a first stage into rows: those not computed yet, and draft tokens behind them.
 
     `start`: rows before it are cached everywhere and never computed. `positions`: what the session may hold.
-    `draft_tokens`: how many guesses are of use at a time, at most; the number follows what became of the last ones.
+    `draft_tokens`: drafted at a time, at most; the number adapts to how many of the last ones were accepted.
     """
 
-    def __init__(self, *, start: int = 0, positions: int, draft_tokens: int = 0) -> None:
+    def __init__(
+        self, *, start: int = 0, positions: int, draft_tokens: int = 0, drafter: Drafter | None = None
+    ) -> None:
         self._positions = positions
-        self._most = draft_tokens
-        self._count = draft_tokens
+        self._drafter = drafter
+        self._most = self._count = draft_tokens if drafter is not None else 0
         self._tokens: list[int] = []
         self._computed = start
         """Rows up to here are computed with the tokens that turned out to be right."""
-        self._drafts: list[int] = []
-        """The guesses that were computed behind the tokens so far."""
-        self.drafted = 0
-        self.accepted = 0
+        self._drafts: Sequence[int] = ()
+        """Computed behind the tokens so far, and not verified yet."""
+        self._is_pending = False
+        """The drafter was asked; no rows may arrive meanwhile, as nothing was drawn that they could follow."""
 
-    def take(self, position: int, tokens: Sequence[int], draws: int) -> tuple[int, list[int]]:
-        """Take tokens, the first of which has `position`; return the first row's position, and the rows.
+    def feed(
+        self,
+        position: int,
+        tokens: Sequence[int],
+        draws: int,
+        then: Callable[[int, list[int], Sequence[int]], None],
+    ) -> None:
+        """Take tokens, the first of which has `position`; call `then` with the rows to compute, at once or later.
 
-        There are none where all of them are computed already and nothing is to be drawn. Raises ValueError for tokens
-        that do not follow those before.
+        `then` gets the first row's position, the rows, and the draft tokens to compute behind them. There are no rows
+        where all are computed already and nothing is drawn. Raises ValueError for tokens that do not follow.
         """
+        if self._is_pending:
+            raise ValueError("rows arrived where a token was to be drawn first")
         if position != len(self._tokens):
             raise ValueError(f"tokens from position {position} on do not follow the {len(self._tokens)} before")
-        self._check_guesses(position, tokens)
+        self._verify_drafts(position, tokens)
         self._tokens.extend(tokens)
         first = min(max(self._computed, position), len(self._tokens) - draws)
         self._computed = max(self._computed, len(self._tokens))
-        return first, self._tokens[first:]
+        rows = self._tokens[first:]
 
-    @property
-    def wanted(self) -> int:
-        """How many guesses behind the tokens so far would be of use."""
-        return max(0, min(self._count, self._positions - 1 - len(self._tokens)))
+        def proceed(drafts: Sequence[int]) -> None:
+            self._is_pending = False
+            self._drafts = drafts
+            then(first, rows, drafts)
 
-    @property
-    def guesses(self) -> tuple[int, ...]:
-        """What is guessed to follow the tokens so far."""
-        return tuple(self._drafts)
+        if self._drafter is not None:
+            self._drafter.extend(tokens)
+            count = min(self._count, self._positions - 1 - len(self._tokens))
+            if draws == 1 and count > 0:
+                self._is_pending = True
+                self._drafter.draft(count, proceed)
+                return
+        proceed(())
 
-    def guess(self, drafts: Sequence[int]) -> None:
-        """Take note of guesses that are computed behind the tokens so far."""
-        self._drafts = list(drafts)
+    def close(self) -> None:
+        """Free the drafter."""
+        if self._drafter is not None:
+            self._drafter.close()
 
-    def _check_guesses(self, position: int, tokens: Sequence[int]) -> None:
-        """See how many of the guesses were right: their rows are computed."""
-        if not self._drafts:
-            return
-        right = 0
-        for guess, token in zip(self._drafts, tokens, strict=False):
-            if guess != token:
-                break
-            right += 1
-        self.drafted += len(self._drafts)
-        self.accepted += right
-        self._computed = position + right
-        self._count = min(self._most, 2 * right + 1)
-        self._drafts = []
+    def _verify_drafts(self, position: int, tokens: Sequence[int]) -> None:
+        """Count the drafts that were accepted: their rows are computed."""
+        if self._drafts:
+            accepted = matching_prefix(self._drafts, tokens)
+            self._computed = position + accepted
+            self._count = min(self._most, 2 * accepted + 1)
+            self._drafts = ()

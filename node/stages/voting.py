@@ -1,10 +1,22 @@
-"""A stage's vote on the method of a job, and the agreed history that weighs the votes."""
+"""How the peers of a route agree on a job's method, in three steps without an extra round trip.
+
+1. Vote: a stage that opens a session answers with the cost of each method that it predicts from its own history
+   (`Opened.votes`, made by a `Voter`).
+2. Tally: the coordinator adds its own ballot, takes the method that `selector.voting.tally` returns for all ballots,
+   and sends it with the ballots (`Begin`). They weigh the same, unless all stages stand by one agreed statement of the
+   swarm, whose members then have the weights that it gives them.
+3. Verify: every stage repeats the tally before it begins (`tally_fault`), so that a coordinator can neither alter a
+   vote nor choose another method.
+"""
 
 from collections.abc import Mapping, Sequence
 from typing import Protocol
 
+from protocol.identity import PeerId
+from protocol.messages import Begin
 from selector.heuristic import predicted_cost
 from selector.task import Method, TaskContext
+from selector.voting import tally, weights_of
 
 
 class Agreement(Protocol):
@@ -12,7 +24,7 @@ class Agreement(Protocol):
 
     @property
     def epoch(self) -> int:
-        """The epoch of the statement that stands."""
+        """The epoch of the canonical statement."""
         ...
 
     @property
@@ -22,7 +34,7 @@ class Agreement(Protocol):
 
     @property
     def weights(self) -> Mapping[str, int]:
-        """The weight of each member's word."""
+        """The weight of each member's ballot."""
         ...
 
     @property
@@ -32,16 +44,49 @@ class Agreement(Protocol):
 
 
 class Voter(Protocol):
-    """A stage's own opinion."""
+    """Predicts what methods cost."""
 
     async def vote(self, context: TaskContext, methods: Sequence[Method]) -> Mapping[str, float]:
-        """Return for every method given, by name, the natural logarithm of what it is expected to cost."""
+        """Return for every method given, by name, the natural logarithm of its expected cost."""
         ...
 
 
 class HeuristicVoter:
-    """Votes as the hand-written rule predicts: what a peer without a history goes by."""
+    """Votes by the hand-written cost model: for a peer without a history."""
 
     async def vote(self, context: TaskContext, methods: Sequence[Method]) -> Mapping[str, float]:
-        """Return the rule's predictions; see Voter."""
+        """Return the predictions of the cost model; see Voter."""
         return {method.name: predicted_cost(context, method) for method in methods}
+
+
+def tally_fault(
+    message: Begin,
+    *,
+    own_ballot: tuple[PeerId, Mapping[str, float]],
+    coordinator: PeerId,
+    methods: Sequence[str],
+    agreement: Agreement | None,
+) -> str | None:
+    """Return why a Begin does not follow from the ballots, if it does not.
+
+    `own_ballot`: who voted here, and how. `methods`: of the session, in its order. `agreement`: when it was opened.
+    """
+    ballots, stage = message.ballots, message.session.stage
+    peer, votes = own_ballot
+    own_scores = tuple(votes.get(name) for name in methods)
+    if not ballots or ballots[-1].peer != coordinator:
+        return "the coordinator's own ballot is not the last"
+    if stage >= len(ballots) - 1 or ballots[stage].peer != peer or ballots[stage].scores != own_scores:
+        return "the vote given here is not among the ballots as it was given"
+    weights = None
+    if message.statement is not None:
+        if agreement is None or agreement.statement != message.statement:
+            return "the votes were weighed by a statement that this peer did not stand by"
+        weights = weights_of([ballot.peer for ballot in ballots], agreement.weights)
+    try:
+        agreed = tally(methods, [ballot.scores for ballot in ballots], weights)
+    except ValueError as error:
+        return str(error)
+    if agreed != message.method:
+        return f"the ballots come to {agreed}, not to {message.method}"
+    return None

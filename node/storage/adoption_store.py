@@ -1,4 +1,4 @@
-"""What this node's own trials said of methods, so that a node that starts again need not try them anew."""
+"""Results of this node's adoption trials, so that a restarted node need not repeat them."""
 
 import sqlite3
 from collections.abc import Mapping
@@ -6,39 +6,39 @@ from typing import Final
 
 from node.storage.database import Database
 
-MAX_KINDS: Final = 512
-"""Kinds of tasks kept; those tried longest ago make room."""
+MAX_BUCKETS: Final = 512
+"""Task buckets stored; the longest untried are evicted."""
 
-Standings = Mapping[str, tuple[float, int]]
-"""Of methods: the natural logarithm of the cost over the baseline's, and when that was found, in Unix time."""
+StoredTrials = Mapping[str, tuple[float, int]]
+"""By method: the natural logarithm of its cost over the baseline's, and the Unix time of the trial."""
 
 
-class StandingStore:
-    """The outcomes of trials by kind of task. Every method raises StorageError where the database fails it."""
+class AdoptionStore:
+    """Trial results by task bucket. Every method may raise StorageError."""
 
     def __init__(self, database: Database, software: str) -> None:
-        """`software`: the versions in use; what was found with others is not recalled."""
+        """`software`: the versions in use; results of others are not loaded."""
         self._database = database
         self._software = software
 
-    async def keep(self, kind: str, standings: Standings) -> None:
-        """Keep what trials said about a kind of task, in place of what was kept of it."""
-        rows = [(kind, name, log_ratio, at_s, self._software) for name, (log_ratio, at_s) in standings.items()]
+    async def save(self, bucket: str, trials: StoredTrials) -> None:
+        """Replace the results of a task bucket."""
+        rows = [(bucket, name, log_ratio, at_s, self._software) for name, (log_ratio, at_s) in trials.items()]
 
         def replace(connection: sqlite3.Connection) -> None:
-            connection.execute("DELETE FROM standings WHERE kind = ?", (kind,))
+            connection.execute("DELETE FROM standings WHERE kind = ?", (bucket,))
             connection.executemany("INSERT INTO standings VALUES (?, ?, ?, ?, ?)", rows)
-            connection.execute(_PRUNE, (MAX_KINDS,))
+            connection.execute(_PRUNE, (MAX_BUCKETS,))
 
         await self._database.write(replace)
 
-    async def recall(self) -> Mapping[str, Standings]:
-        """Return what was kept, by kind of task, those tried longest ago first."""
+    async def load(self) -> Mapping[str, StoredTrials]:
+        """Return the results by task bucket, the longest untried first."""
         query = "SELECT kind, method, log_ratio, tried_at_s FROM standings WHERE software = ? ORDER BY tried_at_s, kind"
         rows = await self._database.read(lambda connection: connection.execute(query, (self._software,)).fetchall())
         found: dict[str, dict[str, tuple[float, int]]] = {}
-        for kind, name, log_ratio, at_s in rows:
-            found.setdefault(kind, {})[name] = (log_ratio, at_s)
+        for bucket, name, log_ratio, at_s in rows:
+            found.setdefault(bucket, {})[name] = (log_ratio, at_s)
         return found
 
 

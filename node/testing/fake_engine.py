@@ -170,7 +170,7 @@ class FakeEngine(Engine):
             states = np.frombuffer(b"".join(hidden), np.float32).reshape(-1, self._info.hidden_size)
             return encode_rows(states, session.activations)
         if session.history is not None and rows.history is not None:
-            session.history.tell(rows.history)
+            session.history.reset(rows.history)
         first_drawn = len(hidden) - rows.draws
         drawn: list[int] = []
         for number, row in enumerate(hidden[first_drawn:]):
@@ -231,8 +231,6 @@ class _Session:
         if sampling.logit_bias:
             noise += sampling.logit_bias
         if history is not None:
-            if len(history) < position:
-                raise EngineError(f"{len(history)} tokens are known of the {position} that the penalties depend on")
             history.rewind(position)
             text = sorted(zip(*(each.tolist() for each in history.counts()), strict=True))
             noise += (sampling.repetition_penalty, sorted(history.seen().tolist()))
@@ -258,7 +256,7 @@ def expected_tokens(
         KvReservation(positions=positions, pages=pages),
     )
     if session.history is not None:
-        session.history.tell(prompt)
+        session.history.reset(prompt)
     tokens: list[int] = []
     rows = session.run(0, [_embed(info, token) for token in prompt])
     while len(tokens) < count:

@@ -1,9 +1,8 @@
 """Starts every child process of this program in the same way.
 
 A child runs this interpreter and this package, whatever lies in the current directory: `-P`, and PYTHONSAFEPATH for
-children of its own, keep a `torch.py` or a folder `node/` there from being imported. What it
-said last on stderr is part of the error. Children of a node have a session of their own, so that Ctrl-C reaches only
-the node, which ends them itself.
+its own children, keep a `torch.py` or a folder `node/` there from being imported. The last line on its stderr is part
+of the error. Children of a node have a session of their own, so that Ctrl-C reaches only the node, which ends them.
 """
 
 import os
@@ -21,7 +20,7 @@ from typing import IO, Final
 import trio
 
 MAX_LINE_CHARACTERS: Final = 300
-"""Of the last line on stderr, what is told."""
+"""Of the last line on stderr that is part of an error."""
 
 _ROOT: Final = Path(__file__).resolve().parents[2]
 _TAIL_BYTES: Final = 4096
@@ -31,14 +30,14 @@ _STDERR_LIMIT_S: Final = 0.5
 """How long the rest of a dead child's stderr is waited for: its own children may hold the pipe open."""
 _STDERR: Final = 2
 _ADVICE: Final = "note: run with `RUST_BACKTRACE"
-"""The last line of every program in Rust that dies, which says nothing."""
+"""The uninformative last line of every crashed Rust program."""
 
 # They make an interpreter stay after its work, run files that nobody asked for, or write pages to stderr.
 _UNWANTED: Final = ("PYTHONINSPECT", "PYTHONPROFILEIMPORTTIME", "PYTHONSTARTUP", "PYTHONVERBOSE")
 
 
 class ChildError(Exception):
-    """A child process did not do its work. The message is one line; `last_line` is the last one of its stderr."""
+    """A child process failed. The message is one line; `last_line` is the last one of its stderr."""
 
     def __init__(self, message: str, last_line: str = "") -> None:
         super().__init__(f"{message}: {last_line}" if last_line else message)
@@ -53,7 +52,7 @@ def python(*arguments: str) -> tuple[str, ...]:
 def child_environment(
     changes: Mapping[str, str] | None = None, *, base: Mapping[str, str] | None = None
 ) -> dict[str, str]:
-    """Return the environment of a child: `base`, by default ours, with `changes`, in which this package is found.
+    """Return the environment of a child, in which this package is found: `base`, by default ours, with `changes`.
 
     Entries of PYTHONPATH that depend on the current directory are left out.
     """
@@ -78,7 +77,7 @@ async def run(
 ) -> bytes:
     """Run a child to its end and return its stdout; it is killed when it takes longer, or when this is cancelled.
 
-    `what` is the child in words, with which errors begin. Raises ChildError.
+    Errors begin with `what`, the child in words. Raises ChildError.
     """
     with trio.move_on_after(time_limit_s):
         try:
@@ -99,27 +98,19 @@ async def run(
     raise ChildError(f"{what} took longer than {time_limit_s:g} s")
 
 
-def run_blocking(command: Sequence[str], *, what: str, time_limit_s: float) -> bytes:
+def run_blocking(command: Sequence[str], *, what: str, time_limit_s: float) -> str:
     """Run a child to its end and return its stdout, for callers that may block; see `run`."""
-    try:
-        done = subprocess.run(
-            command,
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            timeout=time_limit_s,
-            check=False,
-            env=child_environment(),
-        )
-    except OSError as error:
-        raise _cannot_start(what, error) from None
-    except subprocess.TimeoutExpired:
-        raise ChildError(f"{what} took longer than {time_limit_s:g} s") from None
-    _check(what, done.returncode, done.stderr)
-    return done.stdout
+    with running(command, what=what) as child:
+        try:
+            stdout, _ = child.process.communicate(timeout=time_limit_s)
+        except subprocess.TimeoutExpired:
+            raise ChildError(f"{what} took longer than {time_limit_s:g} s") from None
+        child.check()
+        return stdout
 
 
 class Child:
-    """A child process that lives on. Made by `start`; whoever has it kills it at the end."""
+    """A long-lived child process. Made by `start`; its owner kills it at the end."""
 
     def __init__(self, what: str, process: trio.Process, stderr: trio.abc.ReceiveStream | None) -> None:
         self.what = what
@@ -132,25 +123,25 @@ class Child:
 
     @property
     def stdin(self) -> trio.abc.SendStream:
-        """Where to write to the child, if it was started with pipes."""
+        """The child's stdin, if it was started with a pipe."""
         assert self.process.stdin is not None
         return self.process.stdin
 
     @property
     def stdout(self) -> trio.abc.ReceiveStream:
-        """Where to read from the child, if it was started with pipes."""
+        """The child's stdout, if it was started with a pipe."""
         assert self.process.stdout is not None
         return self.process.stdout
 
     @property
     def last_line(self) -> str:
-        """The last line that the child wrote to stderr, as far as that was read."""
+        """The last line of the child's stderr that was read."""
         return _last_line(self._tail)
 
     async def relay_stderr(self, *, show: bool = True) -> None:
         """Read the child's stderr, and show it on ours, until it ends or this is cancelled.
 
-        A child whose stderr nobody reads stops when the pipe is full.
+        Without it the child blocks when the pipe is full.
         """
         if self._stderr is None:
             return
@@ -168,7 +159,7 @@ class Child:
             self._relaying = False
 
     async def exit_reason(self) -> ChildError:
-        """Return what a child that closed its pipes died of."""
+        """Return why a child that closed its pipes exited."""
         with trio.move_on_after(_EXIT_LIMIT_S):
             await self.process.wait()
         with trio.move_on_after(_STDERR_LIMIT_S):
@@ -198,10 +189,10 @@ async def start(
     log: IO[bytes] | None = None,
     pass_fds: Sequence[int] = (),
 ) -> Child:
-    """Start a child that lives on. Raises ChildError.
+    """Start a long-lived child. Raises ChildError.
 
-    `stdin` and `stdout`: whether there is a pipe; else it reads nothing, and what it prints goes where its stderr goes:
-    to the file `log`, or to `Child.relay_stderr`.
+    `stdin` and `stdout`: whether there is a pipe; else it reads nothing, and its stdout goes where its stderr goes: to
+    the file `log`, or to `Child.relay_stderr`.
     """
     read_end, write_end = os.pipe() if log is None else (-1, log.fileno())
     try:
@@ -228,20 +219,20 @@ async def start(
 
 @dataclass(frozen=True, slots=True)
 class BlockingChild:
-    """A child process of a caller that may block. Made by `running`."""
+    """A child process of a caller that may block, made by `running`."""
 
     what: str
     process: subprocess.Popen[str]
     _stderr: IO[bytes]
 
     def check(self) -> None:
-        """Wait for the end; raise ChildError unless it was a good one."""
+        """Wait for the exit; raise ChildError unless it succeeded."""
         code = self.process.wait()
         self._stderr.seek(0)
         _check(self.what, code, self._stderr.read())
 
     def check_ended(self, time_limit_s: float) -> None:
-        """Raise ChildError if the process ends within a time, and badly."""
+        """Raise ChildError if the process fails within a time."""
         with suppress(subprocess.TimeoutExpired):
             self.process.wait(time_limit_s)
             self.check()
@@ -256,9 +247,9 @@ def running(
     pass_fds: Sequence[int] = (),
     own_session: bool = False,
 ) -> Iterator[BlockingChild]:
-    """Run a child inside the block, with its stdout as lines of text; it is killed when the block is left early.
+    """Run a child inside the block, with its stdout as text; it is killed when the block is left early.
 
-    `own_session`: whether Ctrl-C is kept from it. Raises ChildError.
+    `own_session`: whether it is shielded from Ctrl-C. Raises ChildError.
     """
     with tempfile.TemporaryFile() as stderr:
         try:
@@ -302,7 +293,7 @@ def _ended(what: str, code: int | None, stderr: bytes) -> ChildError:
         return ChildError(f"{what} closed its pipes", last_line)
     if code >= 0:
         return ChildError(f"{what} exited with {code}", last_line)
-    if -code == signal.SIGKILL:  # by somebody else, or because memory ran out: it had no say in it
+    if -code == signal.SIGKILL:  # by somebody else, or because memory ran out: its stderr says nothing of it
         return ChildError(f"{what} was killed by SIGKILL")
     return ChildError(f"{what} was killed by {signal.Signals(-code).name}", last_line)
 

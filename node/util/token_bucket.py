@@ -1,20 +1,19 @@
-"""Rate limits: token buckets that refill at a steady rate. No clock of their own."""
+"""Rate limits: token buckets that refill at a steady rate. They have no clock of their own."""
 
 from dataclasses import dataclass
 
 
 class TokenBucket:
-    """An allowance that refills at a steady rate up to a bound."""
+    """Holds up to `burst` tokens, and refills with `rate` tokens a second. Starts full."""
 
     def __init__(self, rate: float, burst: float, now_s: float) -> None:
-        """Start full: `burst` tokens, refilled with `rate` a second."""
         self._rate = rate
         self._burst = burst
         self._tokens = burst
         self._filled_at_s = now_s
 
     def take(self, amount: float, now_s: float) -> bool:
-        """Take tokens if there are enough."""
+        """Take tokens if there are enough; return whether there were."""
         self._fill(now_s)
         if amount > self._tokens:
             return False
@@ -22,7 +21,7 @@ class TokenBucket:
         return True
 
     def spend(self, amount: float, now_s: float) -> float:
-        """Take tokens that may not be there yet; return after how many seconds the debt is paid."""
+        """Take tokens, as a debt if need be; return the seconds until the debt is refilled."""
         self._fill(now_s)
         self._tokens -= amount
         return max(0.0, -self._tokens / self._rate)
@@ -34,7 +33,7 @@ class TokenBucket:
 
 @dataclass(frozen=True, slots=True)
 class Allowance:
-    """A rate with a burst, in whatever unit."""
+    """A rate and a burst, in any unit."""
 
     per_s: float
     burst: float

@@ -1,8 +1,4 @@
-"""What the meta-model must beat: from a random choice to the algorithm selection of the literature.
-
-Each is an estimator like the meta-model itself. What the literature trains for each method apart starves where few of
-many methods were measured in each context; that is shown by the evaluation, and not said here.
-"""
+"""Baselines of the evaluation: from a random choice to the algorithm selection of the literature."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
@@ -22,34 +18,34 @@ from selector.evaluation.text_embedding import Encoder, HashedNgrams, describe_c
 from selector.features import PHYSICS, ContextTable, physics
 
 UNKNOWN: Final = 1e6
-"""The score of a method never measured: after every other."""
+"""Score of a method never measured: after every other."""
 
 OVERFULL: Final = 10.0
-"""Added, in natural logarithms, to a method whose weights and KV cache do not fit into memory."""
+"""Penalty, in natural logarithms, of a method whose weights and KV cache exceed the memory."""
 
 
 class RandomChoice(Selector):
-    """Draws lots."""
+    """A random choice."""
 
     def __init__(self, random_state: int = 0) -> None:
         self.random_state = random_state
 
     def fit(self, X: Pairs, y: FloatArray, sample_weight: FloatArray | None = None) -> Self:  # noqa: N803
-        """Learn nothing."""
+        """Fit nothing."""
         self.fitted_ = True
         return self
 
     def predict(self, X: Pairs) -> FloatArray:  # noqa: N803
-        """Return numbers from a generator that is seeded alike each time."""
+        """Return random scores, equal for equal seeds."""
         check_is_fitted(self)
         return np.random.default_rng(self.random_state).random(len(X))
 
 
 class SingleBest(Selector):
-    """Always the method that has least mean regret in training."""
+    """The method with the lowest mean regret in training, everywhere."""
 
     def fit(self, X: Pairs, y: FloatArray, sample_weight: FloatArray | None = None) -> Self:  # noqa: N803
-        """Learn the mean regret of each method."""
+        """Fit the mean regret of each method."""
         regrets = mean_regrets(X, y, weights_of(y, sample_weight))
         self.regret_ = dict(zip(X.methods, np.minimum(regrets, UNKNOWN).tolist(), strict=True))
         return self
@@ -60,21 +56,17 @@ class SingleBest(Selector):
         return np.array([self.regret_.get(method, UNKNOWN) for method in X.methods])[X.method]
 
 
-class Rule(Selector):
-    """What somebody who knows the hardware would choose: the method with the least time by its roofline that fits.
-
-    Bits and devices in the methods' names are held against the hardware's figures. Where that makes no difference,
-    the method that is better on average.
-    """
+class Roofline(Selector):
+    """A hand-written rule: the method with the lowest roofline time that fits into memory, then the single best."""
 
     def fit(self, X: Pairs, y: FloatArray, sample_weight: FloatArray | None = None) -> Self:  # noqa: N803
-        """Learn which methods are better on average."""
+        """Fit the single best."""
         _roofline_scores(X)
         self.single_best_ = SingleBest().fit(X, y, sample_weight)
         return self
 
     def predict(self, X: Pairs) -> FloatArray:  # noqa: N803
-        """Return what the rule says, with the mean regret as a small addition."""
+        """Return the roofline times, with a small addition for the mean regret."""
         check_is_fitted(self)
         return _roofline_scores(X) + 1e-3 * np.tanh(self.single_best_.predict(X))
 
@@ -83,36 +75,33 @@ def _roofline_scores(pairs: Pairs) -> FloatArray:
     table = physics(pairs)
     total, fill = table[:, PHYSICS.index("total")], table[:, PHYSICS.index("fill")]
     if np.isnan(total).any():
-        raise NotApplicableError("the rule needs the sizes of models and workloads and the speeds of the hardware")
+        raise NotApplicableError("the rule needs the sizes of models and workloads, and the speed of the hardware")
     scores: FloatArray = total * np.log(2.0) + np.where(np.nan_to_num(fill, nan=-1.0) > 0.0, OVERFULL, 0.0)
     return scores
 
 
 class NearestNeighbours(Selector):
-    """The mean over the most similar contexts of what a method cost relative to others there."""
+    """The mean relative cost of a method over the nearest contexts."""
 
     def __init__(self, n_neighbors: int = 15) -> None:
         self.n_neighbors = n_neighbors
 
     def fit(self, X: Pairs, y: FloatArray, sample_weight: FloatArray | None = None) -> Self:  # noqa: N803
-        """Keep the relative costs of all contexts."""
+        """Store the relative costs of all contexts."""
         effects = fit_effects(X, y, weights_of(y, sample_weight))
-        used, position = np.unique(X.context, return_inverse=True)
         self.methods_, self.mean_ = X.methods, effects.of_method
-        self.table_ = ContextTable.of(X.contexts.take(used))
-        self.relative_ = np.full((len(used), len(X.methods)), np.nan)
+        self.table_ = _context_table(X)
+        points, position = _points(self.table_, X)
+        self.relative_ = np.full((len(points), len(X.methods)), np.nan)
         self.relative_[position, X.method] = y - effects.of_context[X.context]
-        count = min(self.n_neighbors, len(used))
-        self.neighbours_ = NearestNeighbors(n_neighbors=count).fit(
-            _or_constant(self.table_.standardised(X.contexts.take(used)))
-        )
+        self.neighbours_ = NearestNeighbors(n_neighbors=min(self.n_neighbors, len(points))).fit(points)
         return self
 
     def predict(self, X: Pairs) -> FloatArray:  # noqa: N803
-        """Return the mean of the neighbours, each weighed by its nearness, with the method's own mean as one more."""
+        """Return the mean of the neighbours by inverse distance, shrunk towards the method's own mean."""
         check_is_fitted(self)
-        used, position = np.unique(X.context, return_inverse=True)
-        distance, index = self.neighbours_.kneighbors(_or_constant(self.table_.standardised(X.contexts.take(used))))
+        points, position = _points(self.table_, X)
+        distance, index = self.neighbours_.kneighbors(points)
         weight = 1.0 / (1.0 + distance)
         found = self.relative_[index]
         known = np.isfinite(found) * weight[:, :, None]
@@ -131,12 +120,11 @@ class Isac(Selector):
         self.random_state = random_state
 
     def fit(self, X: Pairs, y: FloatArray, sample_weight: FloatArray | None = None) -> Self:  # noqa: N803
-        """Cluster the contexts and learn the mean regret of each method in each cluster."""
-        used, position = np.unique(X.context, return_inverse=True)
+        """Cluster the contexts and fit the mean regret of each method per cluster."""
         self.methods_ = X.methods
-        self.table_ = ContextTable.of(X.contexts.take(used))
-        points = _or_constant(self.table_.standardised(X.contexts.take(used)))
-        count = int(np.clip(len(used) // self.min_cluster_size, 1, self.max_clusters))
+        self.table_ = _context_table(X)
+        points, position = _points(self.table_, X)
+        count = int(np.clip(len(points) // self.min_cluster_size, 1, self.max_clusters))
         count = min(count, len(np.unique(points, axis=0)))
         self.clusters_ = KMeans(count, n_init=3, random_state=self.random_state).fit(points)
         weight = weights_of(y, sample_weight)
@@ -152,14 +140,13 @@ class Isac(Selector):
     def predict(self, X: Pairs) -> FloatArray:  # noqa: N803
         """Return the mean regrets in the cluster of each context."""
         check_is_fitted(self)
-        used, position = np.unique(X.context, return_inverse=True)
-        cluster = self.clusters_.predict(_or_constant(self.table_.standardised(X.contexts.take(used))))
-        scores: FloatArray = self.regret_[cluster[position], _positions(self.methods_, X)]
+        points, position = _points(self.table_, X)
+        scores: FloatArray = self.regret_[self.clusters_.predict(points)[position], _positions(self.methods_, X)]
         return scores
 
 
 class Alors(Selector):
-    """Latent factors of contexts and methods, and a forest from features to factors [ALORS: Misir, Sebag, AIJ 2017]."""
+    """Matrix factorisation, with a forest from features to factors [ALORS: Misir, Sebag, AIJ 2017]."""
 
     def __init__(self, rank: int = 5, ridge: float = 1.0, sweeps: int = 10, random_state: int = 0) -> None:
         self.rank = rank
@@ -168,55 +155,51 @@ class Alors(Selector):
         self.random_state = random_state
 
     def fit(self, X: Pairs, y: FloatArray, sample_weight: FloatArray | None = None) -> Self:  # noqa: N803
-        """Factorise the relative costs by alternating least squares, and learn the factors of a context."""
+        """Factorise the relative costs by alternating least squares, and fit the forest."""
         effects = fit_effects(X, y, weights_of(y, sample_weight))
-        used, position = np.unique(X.context, return_inverse=True)
         self.methods_, self.mean_ = X.methods, effects.of_method
+        self.table_ = _context_table(X)
+        points, position = _points(self.table_, X, standardised=False)
         rest = y - effects.of_context[X.context] - effects.of_method[X.method]
-        matrix, known = np.zeros((len(used), len(X.methods))), np.zeros((len(used), len(X.methods)))
+        matrix, known = np.zeros((len(points), len(X.methods))), np.zeros((len(points), len(X.methods)))
         matrix[position, X.method], known[position, X.method] = rest, 1.0
         rank = min(self.rank, len(X.methods))
         self.factors_ = np.random.default_rng(self.random_state).normal(scale=0.1, size=(len(X.methods), rank))
         for _ in range(self.sweeps):
             of_context = _solve(matrix, known, self.factors_, self.ridge)
             self.factors_ = _solve(matrix.T, known.T, of_context, self.ridge)
-        self.table_ = ContextTable.of(X.contexts.take(used))
         forest = RandomForestRegressor(60, min_samples_leaf=2, random_state=self.random_state)
-        self.forest_ = forest.fit(
-            _or_constant(self.table_.matrix(X.contexts.take(used))), of_context if rank > 1 else of_context[:, 0]
-        )
+        self.forest_ = forest.fit(points, of_context if rank > 1 else of_context[:, 0])
         return self
 
     def predict(self, X: Pairs) -> FloatArray:  # noqa: N803
-        """Return the product of the factors, and the method's mean."""
+        """Return the product of the factors plus the method's mean."""
         check_is_fitted(self)
-        used, position = np.unique(X.context, return_inverse=True)
-        of_context = self.forest_.predict(_or_constant(self.table_.matrix(X.contexts.take(used))))
-        scores = of_context.reshape(len(used), -1) @ self.factors_.T + self.mean_
+        points, position = _points(self.table_, X, standardised=False)
+        scores = self.forest_.predict(points).reshape(len(points), -1) @ self.factors_.T + self.mean_
         found: FloatArray = scores[position, _positions(self.methods_, X)]
         return found
 
 
 def _solve(matrix: FloatArray, known: FloatArray, factors: FloatArray, ridge: float) -> FloatArray:
-    """Return for each row of `matrix` the ridge regression of its known entries on the factors of their columns."""
+    """Return for each row of `matrix` the ridge regression of its known entries on the column factors."""
     gram = np.einsum("rm,mi,mj->rij", known, factors, factors, optimize=True) + ridge * np.eye(factors.shape[1])
     solved: FloatArray = np.linalg.solve(gram, ((matrix * known) @ factors)[:, :, None])
     return solved[:, :, 0]
 
 
 class PerMethod(Selector, ABC):
-    """A regression of its own for each method, from the features of a context to its logarithm of cost."""
+    """One regression per method, from the features of a context to its logarithm of cost."""
 
     def __init__(self, min_rows: int = 8, random_state: int = 0) -> None:
         self.min_rows = min_rows
         self.random_state = random_state
 
     def fit(self, X: Pairs, y: FloatArray, sample_weight: FloatArray | None = None) -> Self:  # noqa: N803
-        """Fit one model a method; a method with few rows is its mean."""
+        """Fit one model per method; the mean for a method with few rows."""
         weight = weights_of(y, sample_weight)
-        used = np.unique(X.context)
-        self.table_ = ContextTable.of(X.contexts.take(used))
-        table = _or_constant(self.table_.matrix(X.contexts))
+        self.table_ = _context_table(X)
+        points, position = _points(self.table_, X, standardised=False)
         self.models_ = {}
         self.mean_ = dict.fromkeys(X.methods, UNKNOWN)
         for method in np.unique(X.method):
@@ -224,30 +207,30 @@ class PerMethod(Selector, ABC):
             self.mean_[X.methods[method]] = float(np.average(y[rows], weights=weight[rows]))
             if np.count_nonzero(rows) >= self.min_rows:
                 model = self.new_model()
-                self.models_[X.methods[method]] = model.fit(table[X.context[rows]], y[rows], sample_weight=weight[rows])
+                self.models_[X.methods[method]] = model.fit(points[position[rows]], y[rows], sample_weight=weight[rows])
         return self
 
     def predict(self, X: Pairs) -> FloatArray:  # noqa: N803
-        """Return what each method's model says."""
+        """Return the predictions of each method's model."""
         check_is_fitted(self)
-        table = _or_constant(self.table_.matrix(X.contexts))
+        points, position = _points(self.table_, X, standardised=False)
         scores = np.empty(len(X))
         for method in np.unique(X.method):
             rows = X.method == method
             name = X.methods[method]
             if name in self.models_:
-                scores[rows] = self.models_[name].predict(table[X.context[rows]])
+                scores[rows] = self.models_[name].predict(points[position[rows]])
             else:
                 scores[rows] = self.mean_.get(name, UNKNOWN)
         return scores
 
     @abstractmethod
     def new_model(self) -> RandomForestRegressor | BoostedTrees:
-        """Return the regression, not fitted yet."""
+        """Return the unfitted regression."""
 
 
 class RandomForest(PerMethod):
-    """A random forest for each method: the usual performance model of algorithm selection."""
+    """A random forest per method: the usual performance model of algorithm selection."""
 
     def new_model(self) -> RandomForestRegressor:
         """Return a forest."""
@@ -255,7 +238,7 @@ class RandomForest(PerMethod):
 
 
 class GradientBoosting(PerMethod):
-    """Boosted trees for each method."""
+    """Boosted trees per method."""
 
     def new_model(self) -> BoostedTrees:
         """Return boosted trees."""
@@ -263,10 +246,10 @@ class GradientBoosting(PerMethod):
 
 
 class TextEmbedding(Selector):
-    """The pipeline of MetaInf [arXiv 2410.21340]: descriptions in words, embedded, then boosted trees.
+    """The pipeline of MetaInf [arXiv 2410.21340]: embedded descriptions of both sides, then boosted trees.
 
-    Model, hardware, workload and method are described and embedded each on its own: few texts are distinct.
-    `encode` turns texts into vectors, shape (texts, width); hashed n-grams unless a sentence encoder is given.
+    Model, hardware, workload and method are embedded separately, so that few texts are distinct. `encode`: text
+    encoder, hashed n-grams by default.
     """
 
     def __init__(self, encode: Encoder | None = None, components: int = 24, random_state: int = 0) -> None:
@@ -286,7 +269,7 @@ class TextEmbedding(Selector):
         return self
 
     def predict(self, X: Pairs) -> FloatArray:  # noqa: N803
-        """Return what the trees say of the embedded descriptions."""
+        """Return the trees' predictions for the embedded descriptions."""
         check_is_fitted(self)
         scores: FloatArray = self.trees_.predict(self._table(X))
         return scores
@@ -300,7 +283,7 @@ class TextEmbedding(Selector):
 
 
 class _Embedding:
-    """Texts as the principal components of their vectors."""
+    """Principal components of text embeddings."""
 
     def __init__(self, encode: Encoder, components: int) -> None:
         self._encode = encode
@@ -320,22 +303,22 @@ class _Embedding:
 
 
 class VirtualBest(Selector):
-    """Knows the cost of every pair it was fitted on: what no selector can be better than."""
+    """The oracle: knows the cost of every pair it was fitted on."""
 
     def fit(self, X: Pairs, y: FloatArray, sample_weight: FloatArray | None = None) -> Self:  # noqa: N803
-        """Keep every cost."""
-        names = X.method_names().tolist()
-        self.costs_ = dict(
-            zip(zip((X.contexts.ids[i] for i in X.context), names, strict=True), y.tolist(), strict=True)
-        )
+        """Store every cost."""
+        self.costs_ = dict(zip(_keys(X), y.tolist(), strict=True))
         return self
 
     def predict(self, X: Pairs) -> FloatArray:  # noqa: N803
-        """Return the true costs; of other pairs nothing is known."""
+        """Return the true costs; UNKNOWN for other pairs."""
         check_is_fitted(self)
-        names = X.method_names().tolist()
-        keys = zip((X.contexts.ids[i] for i in X.context), names, strict=True)
-        return np.array([self.costs_.get(key, UNKNOWN) for key in keys])
+        return np.array([self.costs_.get(key, UNKNOWN) for key in _keys(X)])
+
+
+def _keys(pairs: Pairs) -> list[tuple[str, str]]:
+    """Return the context id and the method's name of every pair."""
+    return [(pairs.contexts.ids[i], pairs.methods[j]) for i, j in zip(pairs.context, pairs.method, strict=True)]
 
 
 def _positions(methods: Sequence[str], pairs: Pairs) -> IntArray:
@@ -349,15 +332,22 @@ def _positions(methods: Sequence[str], pairs: Pairs) -> IntArray:
     return np.array([index[method] for method in pairs.methods], dtype=np.intp)[pairs.method]
 
 
-def _or_constant(table: FloatArray) -> FloatArray:
-    """Return the table, or one constant column where nothing tells its rows apart."""
-    return table if table.shape[1] else np.zeros((len(table), 1))
+def _context_table(pairs: Pairs) -> ContextTable:
+    return ContextTable.of(pairs.contexts.take(np.unique(pairs.context)))
+
+
+def _points(table: ContextTable, pairs: Pairs, *, standardised: bool = True) -> tuple[FloatArray, IntArray]:
+    """Return the features of the contexts in use, at least one column, and each pair's row in them."""
+    used, position = np.unique(pairs.context, return_inverse=True)
+    contexts = pairs.contexts.take(used)
+    points = table.standardised(contexts) if standardised else table.matrix(contexts)
+    return points if points.shape[1] else np.zeros((len(used), 1)), position
 
 
 BASELINES: Final[dict[str, Callable[[], Selector]]] = {
     "random": RandomChoice,
     "single_best": SingleBest,
-    "rule": Rule,
+    "rule": Roofline,
     "nearest_neighbours": NearestNeighbours,
     "isac": Isac,
     "alors": Alors,

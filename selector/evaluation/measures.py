@@ -1,16 +1,16 @@
-"""How good a selector is on measurements that it has not seen: folds, measures, and the run over both.
+"""Folds of the cross-validation and measures of a selector's choices.
 
-For each context of the test folds a selector names one of the methods that were measured there, or, with N probes, N
-of them, of which the best is taken. What is left out together is never seen in training in part.
+For each test context a selector chooses one of the methods measured there, or, with N probes, the best of N candidates.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Final, Literal
 
 import numpy as np
 
-from selector.dataset import Dataset, DatasetError, FloatArray, IntArray, Pairs, context_minima
+from selector.dataset import Dataset, DatasetError, FloatArray, IntArray
+from selector.effects import mean_regrets
 
 Group = Literal["random", "model", "hardware"]
 
@@ -18,7 +18,7 @@ RANDOM_FOLDS: Final = 5
 MAX_FOLDS: Final = 10
 WITHIN: Final = float(np.log(1.05))
 TIE: Final = 1e-12
-"""Logarithms of cost that are no further apart are equal."""
+"""Largest difference of equal logarithms of cost."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,9 +32,9 @@ class Fold:
 def split(dataset: Dataset, group: Group, seed: int = 0) -> list[Fold]:
     """Return the folds.
 
-    `random`: five, in which contexts that differ in nothing but their budget stay together. `model` and `hardware`:
-    each value of that column left out in turn, merged into at most ten folds. Raises DatasetError where there are
-    not two groups to tell apart.
+    `random`: five, with contexts that differ only in their budget in the same fold. `model` and `hardware`:
+    leave-one-group-out over the values of that column, merged into at most ten folds. Raises DatasetError for fewer
+    than two groups.
     """
     contexts = dataset.pairs.contexts
     if group == "random":
@@ -42,12 +42,12 @@ def split(dataset: Dataset, group: Group, seed: int = 0) -> list[Fold]:
     elif group in contexts.names:
         labels = np.unique(contexts.names[group], return_inverse=True)[1].astype(np.intp)
     else:
-        raise DatasetError(f"the contexts have no column {group!r} to leave out; use --group random")
+        raise DatasetError(f"the contexts have no column {group!r}: use --group random")
     of_rows = labels[dataset.pairs.context]
     present = np.unique(of_rows)
     if len(present) < 2:
         what = "context" if group == "random" else f"value of {group!r}"
-        raise DatasetError(f"only one {what} was measured: nothing could be left out and the rest learned from")
+        raise DatasetError(f"only one {what} was measured: leaving it out would leave nothing to train on")
     count = min(len(present), RANDOM_FOLDS if group == "random" else MAX_FOLDS)
     number_of = np.zeros(len(labels) + 1, dtype=np.intp)
     number_of[present] = _deal(np.bincount(of_rows)[present], count, seed)
@@ -56,7 +56,7 @@ def split(dataset: Dataset, group: Group, seed: int = 0) -> list[Fold]:
 
 
 def _deal(sizes: IntArray, count: int, seed: int) -> IntArray:
-    """Deal groups into folds of about equal size: the largest first, each to the fold with the least so far."""
+    """Return a fold for each group: largest first, each to the smallest fold so far."""
     order = np.random.default_rng(seed).permutation(len(sizes))
     order = order[np.argsort(-sizes[order], kind="stable")]
     filled = np.zeros(count, dtype=np.intp)
@@ -69,28 +69,24 @@ def _deal(sizes: IntArray, count: int, seed: int) -> IntArray:
 
 @dataclass(frozen=True, slots=True)
 class Measures:
-    """What is said of a selector over a set of contexts; None where there are none, or the ratio has no meaning.
+    """Mean measures of a selector over test contexts; None where undefined.
 
-    `regret` and `closed_gap` are in natural logarithms of cost, `mean_speedup` is over the default method.
+    `regret` and `closed_gap` are in natural logarithms of cost; `mean_speedup` is over the default method.
     """
 
     contexts: int
-    accuracy: float | None
-    accuracy_within_5_percent: float | None
-    mean_speedup: float | None
-    ratio_to_virtual_best: float | None
-    regret: float | None
-    closed_gap: float | None
-    f1: float | None
-
-    def as_dict(self) -> dict[str, int | float | None]:
-        """Return the measures by name."""
-        return {each.name: getattr(self, each.name) for each in fields(self)}
+    accuracy: float | None = None
+    accuracy_within_5_percent: float | None = None
+    mean_speedup: float | None = None
+    ratio_to_virtual_best: float | None = None
+    regret: float | None = None
+    closed_gap: float | None = None
+    f1: float | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Outcomes:
-    """For each context that was tested: logarithms of cost, how many methods were measured, and labels for F1."""
+    """Per test context: logarithms of cost, the number of measured methods, and the labels for F1."""
 
     chosen: FloatArray
     best: FloatArray
@@ -101,11 +97,11 @@ class Outcomes:
     best_method: IntArray
 
     def measures(self, more_than: int = 0) -> Measures:
-        """Return the measures over the contexts with more than so many methods."""
+        """Return the measures over the contexts with more than `more_than` methods."""
         of = self.method_count > more_than
         count = int(np.count_nonzero(of))
         if not count:
-            return Measures(0, None, None, None, None, None, None, None)
+            return Measures(0)
         regret = self.chosen[of] - self.best[of]
         reference = float(np.mean(self.single_best[of] - self.best[of]))
         return Measures(
@@ -121,39 +117,24 @@ class Outcomes:
 
 
 def macro_f1(truth: IntArray, predicted: IntArray) -> float:
-    """Return the mean, over every method that is best or chosen somewhere, of its F1 score."""
+    """Return the mean F1 score over every method that is best or chosen somewhere."""
     count = int(max(truth.max(), predicted.max())) + 1
     hit = np.bincount(truth[truth == predicted], minlength=count)
     either = np.bincount(truth, minlength=count) + np.bincount(predicted, minlength=count)
     return float(np.mean(2 * hit[either > 0] / either[either > 0]))
 
 
-Estimator = Callable[[Dataset, Pairs], FloatArray]
-"""Fit on a dataset, and return a predicted logarithm of cost (or any score, less is better) for each pair."""
-
-
 def references(training: Dataset, default: str | None) -> tuple[FloatArray, FloatArray]:
-    """Return for each method how it ranks (less first) as single best, and as default, by the training rows alone."""
-    pairs, methods = training.pairs, len(training.pairs.methods)
-    best = context_minima(training.cost, pairs.context, len(pairs.contexts))
-    regret = training.cost - best[pairs.context]
-    counts = np.bincount(pairs.method, minlength=methods).astype(np.float64)
-    sums = np.bincount(pairs.method, weights=regret, minlength=methods)
-    single_best = np.where(counts > 0, sums / np.maximum(counts, 1), np.inf)
-    as_default = -counts
-    if default in pairs.methods:
-        as_default[pairs.methods.index(default)] = -np.inf
-    return single_best, as_default
-
-
-def predict_folds(dataset: Dataset, folds: Sequence[Fold], fit_predict: Estimator) -> Iterator[FloatArray]:
-    """Yield the scores of every fold's test rows by a selector that was fitted on its training rows."""
-    for fold in folds:
-        yield checked(fit_predict(dataset.take(fold.train), dataset.pairs.take(fold.test)), fold)
+    """Return the scores of each method as single best and as default, from the training rows alone; lower is better."""
+    methods = training.pairs.methods
+    as_default = -np.bincount(training.pairs.method, minlength=len(methods)).astype(np.float64)
+    if default in methods:
+        as_default[methods.index(default)] = -np.inf
+    return mean_regrets(training.pairs, training.cost, np.ones(len(training))), as_default
 
 
 def checked(scores: FloatArray, fold: Fold) -> FloatArray:
-    """Return the scores of a fold's test rows. Raises ValueError where they are not one number for each: our fault."""
+    """Return the scores of a fold's test rows. Raises ValueError unless there is one number for each."""
     if scores.shape != fold.test.shape or np.isnan(scores).any():
         raise ValueError("a selector must return one number for each pair")
     return scores
@@ -167,10 +148,10 @@ def outcomes(
     probes: int = 0,
     default: str | None = None,
 ) -> Outcomes:
-    """Return what the choices by these scores would have cost, next to the best, the single best and the default.
+    """Return the costs of the choices by these scores, and of the best, the single best and the default.
 
-    Equal scores are decided by the order of the methods' names. `probes`: so many candidates are measured and the best
-    is taken. Where the default was not measured in a context, the method that is most widely measured stands for it.
+    Equal scores are ordered by the methods' names. `probes`: candidates of which the best is taken. Where the default
+    was not measured, the most widely measured method replaces it.
     """
     parts: list[tuple[FloatArray | IntArray, ...]] = []
     for fold, score in zip(folds, scores, strict=True):
@@ -189,7 +170,7 @@ def outcomes(
                 test.cost[default_row],
                 np.unique(test.pairs.context, return_counts=True)[1],
                 test.pairs.method[chosen_row],
-                # Of methods that are equally good, the one that was chosen counts as the best.
+                # Of equally good methods, the chosen one counts as the best.
                 test.pairs.method[np.where(chosen_is_best, chosen_row, best_row)],
             )
         )
@@ -197,7 +178,7 @@ def outcomes(
 
 
 def _choose(test: Dataset, score: FloatArray, count: int) -> IntArray:
-    """Return for each context, ascending, the row with the least cost among the `count` rows with the least scores."""
+    """Return for each context, ascending, the row with the lowest cost among the `count` with the lowest scores."""
     context = test.pairs.context
     order = np.lexsort((test.pairs.method, score, context))
     candidates = order[_rank_in_context(context[order]) < count]
@@ -207,7 +188,7 @@ def _choose(test: Dataset, score: FloatArray, count: int) -> IntArray:
 
 
 def _rank_in_context(context: IntArray) -> IntArray:
-    """Return the place of each row among those of its context; the rows of a context lie together."""
+    """Return the rank of each row within its context, whose rows are contiguous."""
     position = np.arange(len(context))
     starts = np.r_[True, context[1:] != context[:-1]] if len(context) else np.zeros(0, dtype=bool)
     return position - np.maximum.accumulate(np.where(starts, position, 0))

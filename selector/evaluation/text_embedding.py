@@ -1,4 +1,4 @@
-"""Contexts and methods in words, and a plain way to make vectors of words: what the text-embedding baseline reads."""
+"""Descriptions of contexts and methods in words, and their encoders, for the text-embedding baseline."""
 
 import re
 from collections.abc import Callable, Sequence
@@ -10,7 +10,7 @@ from sklearn.feature_extraction.text import HashingVectorizer
 from selector.dataset import Contexts, FloatArray, IntArray, Pairs
 
 Encoder = Callable[[Sequence[str]], FloatArray]
-"""Turns texts into vectors, shape (texts, width)."""
+"""Encodes texts as vectors, shape (texts, width)."""
 
 _WORDS: Final = {
     "model": {
@@ -26,14 +26,14 @@ _WORDS: Final = {
         "l_isl": "input tokens", "l_osl": "output tokens", "l_bs": "batch size", "l_tp": "tensor parallel",
     },
 }  # fmt: skip
-"""What is said of a context, in three descriptions, and the columns that each is made of."""
+"""The three descriptions of a context, and the columns that each is made of."""
 
 _NAMED: Final = {"model": "model", "hardware": "hardware", "workload": "budget"}
 MAX_OTHERS: Final = 12
 
 
 def describe_contexts(contexts: Contexts, indices: IntArray) -> list[list[str]]:
-    """Return three descriptions of each of these contexts, as a person would put them: model, hardware, workload."""
+    """Return the model, hardware and workload descriptions of these contexts."""
     known = any(name in words for words in _WORDS.values() for name in contexts.columns)
     found = []
     for what, words in _WORDS.items():
@@ -66,25 +66,25 @@ def _figure(value: float, is_log2: bool) -> str:
 
 
 class HashedNgrams:
-    """Counts of character n-grams, hashed into a vector of fixed width: an encoder that needs no model."""
+    """Hashed counts of character n-grams: an encoder that needs no model."""
 
     def __init__(self, width: int = 256) -> None:
         self.width = width
 
     def __call__(self, texts: Sequence[str]) -> FloatArray:
-        """Return one vector of length 1 for each text."""
+        """Return one unit vector per text."""
         hashed = HashingVectorizer(analyzer="char_wb", ngram_range=(2, 4), n_features=self.width)
         vectors: FloatArray = hashed.transform(texts).toarray()
         return vectors
 
 
 class KnownTexts:
-    """Vectors of texts that another encoder has read: so that it reads each only once, and only where it is."""
+    """Precomputed vectors of another encoder, which need not be present in the worker processes."""
 
     def __init__(self, texts: Sequence[str], vectors: FloatArray) -> None:
         self._row = {text: i for i, text in enumerate(texts)}
         self._vectors = vectors
 
     def __call__(self, texts: Sequence[str]) -> FloatArray:
-        """Return one vector for each text. Raises KeyError for a text that was not read: our fault."""
+        """Return one vector per text. Raises KeyError for a text that was not encoded."""
         return self._vectors[[self._row[text] for text in texts]]

@@ -7,24 +7,24 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from protocol.chains import (
-    TABLE,
-    Ask,
-    Busy,
+    PROTOCOL,
     CellState,
     ChainConnection,
-    Have,
-    Items,
+    GetState,
+    GetStatements,
+    Inventory,
     MemberState,
     Message,
-    Rest,
+    Records,
+    Remaining,
     StatePart,
-    Want,
     decode_state,
     encode_state,
-    fill_items,
+    fill_records,
     split_state,
 )
 from protocol.errors import LocalProtocolError, RemoteProtocolError
+from protocol.half_duplex import Busy
 from protocol.identity import peer_id_from_public_key
 from protocol.limits import MAX_CONTROL_BYTES
 from protocol.states import Role
@@ -49,13 +49,17 @@ parts = st.builds(
     expelled=st.lists(peers, max_size=3).map(tuple),
     last=st.booleans(),
 )
-asks = st.builds(Ask, chain=digests, locator=st.lists(digests, min_size=1, max_size=40).map(tuple), digest=digests)
-haves = st.builds(Have, st.sets(st.binary(min_size=8, max_size=8), max_size=20).map(lambda found: tuple(sorted(found))))
+asks = st.builds(
+    GetStatements, chain=digests, locator=st.lists(digests, min_size=1, max_size=40).map(tuple), digest=digests
+)
+haves = st.builds(
+    Inventory, st.sets(st.binary(min_size=8, max_size=8), max_size=20).map(lambda found: tuple(sorted(found)))
+)
 items = st.builds(
-    Items,
+    Records,
     envelopes=st.lists(st.binary(min_size=1, max_size=40), max_size=5).map(tuple),
     last=st.just(True),
-    rest=st.sampled_from(Rest),
+    rest=st.sampled_from(Remaining),
 )
 busies = st.builds(Busy, retry_s=st.integers(0, 60))
 answers: st.SearchStrategy[Message] = st.one_of(items, busies)
@@ -64,16 +68,16 @@ answers: st.SearchStrategy[Message] = st.one_of(items, busies)
 @given(asks, haves, digests, answers, st.lists(parts, max_size=3), st.integers(1, 50))
 @settings(max_examples=60)
 def test_a_conversation_is_heard_as_it_is_said_in_whatever_pieces(
-    ask: Ask, have: Have, statement: bytes, answer: Message, state: list[StatePart], size: int
+    ask: GetStatements, have: Inventory, statement: bytes, answer: Message, state: list[StatePart], size: int
 ) -> None:
     initiator, responder = ChainConnection(Role.INITIATOR), ChainConnection(Role.RESPONDER)
     replies: list[Message] = [*(StatePart(members=p.members, cells=p.cells) for p in state), StatePart(last=True)]
     said: list[tuple[ChainConnection, ChainConnection, Message]] = [
         (initiator, responder, ask),
-        (responder, initiator, Items(envelopes=(b"x",), last=True)),
+        (responder, initiator, Records(envelopes=(b"x",), last=True)),
         (initiator, responder, have),
-        (responder, initiator, Items(envelopes=(), last=True)),
-        (initiator, responder, Want(statement)),
+        (responder, initiator, Records(envelopes=(), last=True)),
+        (initiator, responder, GetState(statement)),
         *((responder, initiator, reply) for reply in replies),
         (initiator, responder, ask),
         (responder, initiator, answer),
@@ -98,27 +102,29 @@ def test_a_state_comes_back_as_it_went(found: list[MemberState], table: list[Cel
 @given(st.lists(st.integers(1, 30_000), max_size=40))
 def test_any_envelopes_fit_into_messages(sizes: list[int]) -> None:
     envelopes = [bytes(size) for size in sizes]
-    messages = list(fill_items(envelopes, Rest.RECENT))
+    messages = list(fill_records(envelopes, Remaining.RECENT))
     assert [envelope for message in messages for envelope in message.envelopes] == envelopes
     assert [message.last for message in messages] == [*[False] * (len(messages) - 1), True]
     responder = ChainConnection(Role.RESPONDER)
-    responder.receive_data(ChainConnection(Role.INITIATOR).send(Ask(chain=bytes(32), locator=(), digest=bytes(32))))
+    responder.receive_data(
+        ChainConnection(Role.INITIATOR).send(GetStatements(chain=bytes(32), locator=(), digest=bytes(32)))
+    )
     assert all(len(responder.send(message)) <= MAX_CONTROL_BYTES + 8 for message in messages)
 
 
 def test_nobody_speaks_out_of_turn() -> None:
     initiator = ChainConnection(Role.INITIATOR)
     with pytest.raises(LocalProtocolError):
-        initiator.send(Have(()))
+        initiator.send(Inventory(()))
     with pytest.raises(LocalProtocolError):
-        initiator.send(Items(envelopes=(), last=True))
-    ask = initiator.send(Ask(chain=bytes(32), locator=(bytes(32),), digest=bytes(32)))
+        initiator.send(Records(envelopes=(), last=True))
+    ask = initiator.send(GetStatements(chain=bytes(32), locator=(bytes(32),), digest=bytes(32)))
     with pytest.raises(LocalProtocolError):
-        initiator.send(Want(bytes(32)))
+        initiator.send(GetState(bytes(32)))
     responder = ChainConnection(Role.RESPONDER)
     with pytest.raises(RemoteProtocolError):
         responder.receive_data(ask + ask)
-    assert {speaker for speaker, _ in TABLE.values()} == {Role.INITIATOR, Role.RESPONDER}
+    assert {speaker for speaker, _ in PROTOCOL.table.values()} == {Role.INITIATOR, Role.RESPONDER}
 
 
 @given(st.binary(max_size=200))

@@ -34,7 +34,7 @@ from tests.unit.protocol.job_streams import (
 
 MAX_ROWS = 6
 SLOTS = 3
-WINDOW_STATES = {SessionState.BEGUN, SessionState.LENT}
+WINDOW_STATES = {SessionState.BEGUN, SessionState.FORWARDED}
 
 slots = st.integers(0, SLOTS - 1)
 
@@ -162,7 +162,7 @@ class JobStream(RuleBasedStateMachine):
     @rule(slot=slots, new_session=st.booleans())
     def leave_a_session_behind(self, slot: int, new_session: bool) -> None:
         session = self.slots[slot]
-        if self.initiator.session_state(session) is SessionState.LENT:
+        if self.initiator.session_state(session) is SessionState.FORWARDED:
             self.initiator.forget(session)
             self.over.add(session)
         if new_session and session in self.used and self.initiator.session_state(session) is SessionState.IDLE:
@@ -225,7 +225,7 @@ class JobStream(RuleBasedStateMachine):
 
     @rule(data=st.data())
     def forget_a_session(self, data: st.DataObject) -> None:
-        if session := self.borrowed(data, lambda state: state is SessionState.LENT):
+        if session := self.borrowed(data, lambda state: state is SessionState.FORWARDED):
             self.responder.forget(session)
             self.held[session] = 0
             self.gone.add(session)
@@ -309,7 +309,7 @@ class JobStream(RuleBasedStateMachine):
                     SessionState.FAILED,
                 }:
                     self.say(Role.INITIATOR, close(session))
-                if self.initiator.session_state(session) is SessionState.LENT:
+                if self.initiator.session_state(session) is SessionState.FORWARDED:
                     self.initiator.forget(session)
         self.settle()
         assert self.initiator.session_count == self.responder.session_count == 0
@@ -328,7 +328,7 @@ class JobStream(RuleBasedStateMachine):
                     self.say(Role.RESPONDER, opened(session))
                 case SessionState.CLOSING:
                     self.say(Role.RESPONDER, closed(session))
-                case SessionState.LENT:
+                case SessionState.FORWARDED:
                     self.say(Role.RESPONDER, failed(session))
                 case _:
                     pass

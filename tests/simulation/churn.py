@@ -148,7 +148,7 @@ class RumourSwarm(Swarm):
         self.peers = [peer for peer in self.peers if self.lives(peer) or self.silent_s(peer) > now_s]
 
     def _membership(
-        self, identity: Identity, network: Network, stages: StageServer, statements: PlacementAnnouncements
+        self, identity: Identity, network: Network, stages: StageServer, placements: PlacementAnnouncements
     ) -> Membership:
         return cast("Membership", Rumours(network, self))
 
@@ -187,7 +187,7 @@ class _Play:
     def _serving(self) -> list[Peer]:
         """Return the peers that live, serve, and mean to stay."""
         self._swarm.bury()
-        return [p for p in self._swarm.peers[COORDINATORS:] if self._swarm.lives(p) and not p.stages.draining]
+        return [p for p in self._swarm.peers[COORDINATORS:] if self._swarm.lives(p) and not p.stages.is_draining]
 
     async def _join_again_and_again(self) -> None:
         while True:
@@ -214,10 +214,10 @@ class _Play:
 
     async def _leave(self, peer: Peer) -> None:
         """Leave as a daemon does that is asked to."""
-        peer.stages.draining = True
+        peer.stages.start_draining()
         self._swarm.goodbye(peer)
         await peer.membership.leave()
-        peer.stages.hand_over()
+        peer.stages.migrate_sessions()
         with trio.move_on_after(DRAIN_LIMIT_S):
             await peer.stages.wait_idle()
         self._swarm.die(peer)

@@ -13,10 +13,10 @@ import trio
 
 from node.identity import Identity
 from node.network.interface import NetworkError
-from node.replication.history import MemoryHistory
 from node.replication.observations import ObservationReplicator, ReplicationLimits
 from node.swarm.dht_records import RecordKinds
 from node.swarm.membership import Membership
+from node.testing.memory_history import MemoryHistory
 from node.testing.memory_hub import MemoryNetworkHub
 from node.testing.memory_links import LinkModel
 from node.testing.memory_network import MemoryNetwork

@@ -11,16 +11,16 @@ import trio
 
 from node.consensus.chain_node import Agreement, ChainNode
 from node.consensus.followed_chains import FollowedChains
-from node.consensus.service import Consensus
+from node.consensus.service import ConsensusEnvironment, ConsensusRules, ConsensusService
 from node.identity import Identity
 from node.network.interface import NetworkError
-from node.replication.history import MemoryHistory
 from node.testing.chain_store import MemoryStore
+from node.testing.memory_history import MemoryHistory
 from node.testing.memory_hub import MemoryNetworkHub
 from node.testing.memory_links import LinkModel
 from node.testing.memory_network import MemoryNetwork
 from node.util.offload import run_inline
-from protocol.consensus import CommitRecord, SignatureRecord, open_said, say
+from protocol.consensus import CommitRecord, Said, SignatureRecord, open_said, say
 from protocol.identity import ModelId
 from selector.consensus.clock import EpochClock
 from selector.consensus.sortition import Agenda
@@ -72,7 +72,7 @@ class Peer:
     skew_s: float
     network: MemoryNetwork
     store: MemoryStore = field(default_factory=MemoryStore)
-    consensus: Consensus = field(init=False)
+    consensus: ConsensusService = field(init=False)
     chains: FollowedChains = field(init=False)
 
     @property
@@ -90,6 +90,7 @@ class Swarm:
         link = LinkModel(latency_s=0.03, jitter_s=0.04, loss=loss, resolution_s=0.01)
         self.hub = MemoryNetworkHub(random.Random(self.rng.random()), link)
         self.peers: list[Peer] = []
+        self.open_envelope: Callable[[bytes], Said] = _open_said_once
         self._skew_s = skew_s
         self._nursery: trio.Nursery | None = None
 
@@ -120,24 +121,20 @@ class Swarm:
     async def _run(self, peer: Peer, task_status: trio.TaskStatus[None]) -> None:
         jitter = random.Random(self.rng.random())
         peer.chains = FollowedChains()
-        peer.consensus = Consensus(
-            network=peer.network,
+        environment = ConsensusEnvironment(
             identity=peer.identity,
             store=peer.store,
             history=MemoryHistory(),
-            chains=peer.chains,
             models=lambda: {MODEL: peer.serves},
             hardware=lambda: HARDWARE,
             meter=lambda _: peer.meter,
-            swarm=b"swarm",
-            agenda=AGENDA,
-            clock=EpochClock(EPOCH_S),
-            jitter=jitter,
             wall_clock=lambda: BEGINNING_S + trio.current_time() + peer.skew_s,
             offload=run_inline,
             nonce=lambda: jitter.randbytes(32),
-            open_envelope=_open_said_once,
+            open_envelope=lambda envelope: self.open_envelope(envelope),
         )
+        rules = ConsensusRules(swarm=b"swarm", agenda=AGENDA, clock=EpochClock(EPOCH_S))
+        peer.consensus = ConsensusService(peer.network, peer.chains, environment, rules, jitter)
         async with peer.network.running(), trio.open_nursery() as nursery:
             task_status.started()
             nursery.start_soon(self._keep_neighbours, peer, jitter)
@@ -259,7 +256,7 @@ def test_peers_that_are_killed_again_and_again_never_say_two_things() -> None:
         swarm = Swarm(seed=6, loss=0.1)
         said: dict[tuple[str, int, bytes | None], set[bytes]] = {}
 
-        def open_and_note(envelope: bytes) -> object:
+        def open_and_note(envelope: bytes) -> Said:
             heard = _open_said_once(envelope)
             body = heard.body
             if isinstance(body, CommitRecord):
@@ -268,9 +265,8 @@ def test_peers_that_are_killed_again_and_again_never_say_two_things() -> None:
                 said.setdefault((heard.peer, body.epoch, None), set()).add(envelope)
             return heard
 
+        swarm.open_envelope = open_and_note
         async with swarm.running(5):
-            for peer in swarm.peers:
-                peer.consensus._open_unknown = open_and_note  # type: ignore[assignment]
             for number in range(60):
                 await trio.sleep(swarm.rng.uniform(1, 15))
                 peer = swarm.peers[number % 3]

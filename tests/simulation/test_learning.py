@@ -17,17 +17,17 @@ from node.coordinator.submission import JobRequest, JobResult
 from node.coordinator.trial_runner import Trials
 from node.engine.interface import Variant
 from node.identity import Identity
-from node.selection.adoption_trials import TrialProber
+from node.selection.adoption_trials import AdoptionTrials
 from node.selection.chooser import LearnedChooser, LearnedVoter
-from node.selection.prediction_cache import Predictions
-from node.selection.training_worker import experience_of
+from node.selection.prediction_cache import PredictionCache
+from node.selection.training_worker import sample_of
 from node.stages.voting import Voter
 from protocol.measurements import Observation
 from protocol.observations import SignedObservation
 from selector.prediction import train
 from selector.task import PORTFOLIO, Method, TaskContext, method
 from selector.task_buckets import Viewpoint
-from selector.training_set import Experience
+from selector.training_set import Sample
 from tests.support.job_peers import open_swarm
 
 SLOWNESS = {Variant("onnxruntime", "fp32"): 1.6}
@@ -43,11 +43,11 @@ LIE = method(engine="onnxruntime", prefix_cache="on", speculation="ngram-8").nam
 class LearningNode:
     """One node that serves all blocks and learns in this process; predictions cost no time."""
 
-    def __init__(self, lies: Sequence[Experience] = (), voter: Voter | None = None) -> None:
+    def __init__(self, lies: Sequence[Sample] = (), voter: Voter | None = None) -> None:
         self.identity = Identity(b"5" * 32)
-        self.opinions = Predictions()
-        self.chooser = LearnedChooser(self.opinions, random.Random(1), share=SHARE, allowance_s=ALLOWANCE_S)
-        self.voter = voter or LearnedVoter(self.opinions)
+        self.predictions = PredictionCache()
+        self.chooser = LearnedChooser(self.predictions, random.Random(1), share=SHARE, allowance_s=ALLOWANCE_S)
+        self.voter = voter or LearnedVoter(self.predictions)
         self.recorder = Recorder(self.identity, self)
         self.observations: list[Observation] = []
         self._lies = lies
@@ -59,7 +59,7 @@ class LearningNode:
 
     def learn(self) -> None:
         """Train once the history has tripled."""
-        known = [found for each in self.observations if (found := experience_of(each))]
+        known = [found for each in self.observations if (found := sample_of(each))]
         if len(known) < 5 or len(known) < 3 * self._trained:
             return
         self._trained = len(known)
@@ -74,7 +74,7 @@ class LearningNode:
             table = predictor.table(context)
             return {name: (of.log_cost, of.deviation) for name, of in table.items()}
 
-        self.opinions.renew(ask, predictor.experiences)
+        self.predictions.set_predictor(ask, predictor.sample_count)
 
 
 def requests(seed: int) -> dict[str, JobRequest]:
@@ -102,9 +102,9 @@ async def serve(node: LearningNode, rounds: int) -> dict[str, list[JobResult]]:
         )
         await swarm.settle()
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(node.opinions.run)
-            prober = TrialProber(Trials(peer.coordinator, node.recorder))
-            nursery.start_soon(node.chooser.run, prober, lambda: peer.coordinator.statistics().running > 0)
+            nursery.start_soon(node.predictions.run)
+            runner = AdoptionTrials(Trials(peer.coordinator, node.recorder))
+            nursery.start_soon(node.chooser.trials.run, runner, lambda: peer.coordinator.statistics().running > 0)
             for number in range(rounds):
                 for family, request in requests(number).items():
                     results[family].append(await peer.run(request))
@@ -127,7 +127,7 @@ async def test_the_best_method_of_each_kind_of_task_is_found_within_the_budget(v
     assert all("engine=onnxruntime" in name for name in first.values())  # as the rule has it
     for family, found in results.items():
         assert sum(is_fast(family, each) for each in found[-4:]) >= 3, [each.method.name for each in found]
-    budget = node.chooser.budget
+    budget = node.chooser.allowance
     assert budget.explored_jobs <= SHARE * budget.jobs
     longest_trial_s = 30.0
     assert budget.trial_s + budget.regret_s <= ALLOWANCE_S + SHARE * budget.served_s + longest_trial_s
@@ -157,7 +157,7 @@ async def test_neither_a_history_nor_votes_full_of_nonsense_make_a_node_use_what
 ) -> None:
     context = TaskContext(architecture="fake", block_count=9, hidden_size=32, hardware="test")
     lies = [
-        Experience(
+        Sample(
             context=context,
             method=LIE,
             log_cost=-4.0,
@@ -166,7 +166,7 @@ async def test_neither_a_history_nor_votes_full_of_nonsense_make_a_node_use_what
             route="liar",
             hour=500_000,
             software="",
-            vouched=False,
+            countersigned=False,
         )
         for _ in range(500)
     ]
@@ -178,14 +178,14 @@ async def test_neither_a_history_nor_votes_full_of_nonsense_make_a_node_use_what
     assert len(lied) <= SHARE * len(results["plain"]) + 1
     tried = [each.method for each in node.observations if each.kind.value == "probe" and each.method.name == LIE]
     assert tried  # it was given a trial, and lost
-    assert node.chooser.budget.trials < 20
+    assert node.chooser.allowance.trials < 20
 
 
 async def test_without_a_budget_nothing_is_tried(virtual_clock: MockClock) -> None:
     node = LearningNode()
-    node.chooser = LearnedChooser(node.opinions, random.Random(1), share=0.0)
+    node.chooser = LearnedChooser(node.predictions, random.Random(1), share=0.0)
     results = await serve(node, 5)
-    assert node.chooser.budget.trials == 0
+    assert node.chooser.allowance.trials == 0
     assert {each.method.name for found in results.values() for each in found} <= {
         name for name in PORTFOLIO if "engine=onnxruntime" in name
     }

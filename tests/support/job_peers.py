@@ -24,7 +24,7 @@ from node.network.addresses import AddressBook
 from node.network.interface import Network
 from node.stages.block_placement import PlacementAnnouncements
 from node.stages.span import Span
-from node.stages.span_supervisor import SpanSupervisor
+from node.stages.span_supervisor import ServingOptions, SpanSupervisor
 from node.stages.stage_policy import PolicyController
 from node.stages.stage_server import StageServer
 from node.stages.voting import Agreement, Voter
@@ -138,7 +138,7 @@ class Peer:
     membership: Membership
     coordinator: Coordinator
     tokenizer: NumberTokenizer
-    statements: PlacementAnnouncements
+    placements: PlacementAnnouncements
     engines: list[FakeEngine] = field(default_factory=list)
 
     @property
@@ -207,8 +207,8 @@ class Swarm:
             controller=self._controller,
             agreed=lambda model: agreed,
         )
-        statements = PlacementAnnouncements(lambda: membership.announce(), wall_clock)
-        membership = self._membership(identity, network, stages, statements)
+        placements = PlacementAnnouncements(lambda: membership.announce(), wall_clock)
+        membership = self._membership(identity, network, stages, placements)
         tokenizer = NumberTokenizer()
         links = self._links(network, membership)
         coordinator = Coordinator(
@@ -224,7 +224,7 @@ class Swarm:
             agreed=lambda model: agreed,
             expected=lambda model: self._expected(membership, model),
         )
-        peer = Peer(network, stages, membership, coordinator, tokenizer, statements)
+        peer = Peer(network, stages, membership, coordinator, tokenizer, placements)
         self.peers.append(peer)
         make_engine = partial(
             FakeEngine,
@@ -250,18 +250,19 @@ class Swarm:
             yield engine
 
         serving = SpanSupervisor(
-            [ServeSpec("fake")],
+            ServingOptions(
+                specs=[ServeSpec("fake")],
+                memory_bytes=(int(memory_bytes) + 1) * (1 if draft is None else 2),
+                draft=draft,
+                threads=1,
+                device=Device("cpu", 1 << 40),
+                graphs_dir=Path(),
+                use_catalogue=False,
+            ),
             library=library or cast("Any", FakeLibrary()),
             membership=peer.membership,
             stages=peer.stages,
-            statements=peer.statements,
-            own_peer=peer.id,
-            memory_bytes=(int(memory_bytes) + 1) * (1 if draft is None else 2),
-            draft=draft,
-            threads=1,
-            device=Device("cpu", 1 << 40),
-            graphs_dir=Path(),
-            use_catalogue=False,
+            placements=peer.placements,
             jitter=self.rng,
             start_engine=start_engine,
             offload=run_inline,
@@ -270,7 +271,7 @@ class Swarm:
         return peer
 
     def _membership(
-        self, identity: Identity, network: Network, stages: StageServer, statements: PlacementAnnouncements
+        self, identity: Identity, network: Network, stages: StageServer, placements: PlacementAnnouncements
     ) -> Membership:
         return Membership(
             network=network,
@@ -281,7 +282,7 @@ class Swarm:
             records=RecordKinds(network),
             jitter=self.rng,
             wall_clock=wall_clock,
-            stated=statements.current,
+            stated=placements.current,
         )
 
     def _expected(self, membership: Membership, model: ModelId) -> tuple[BlockRange, ...]:
@@ -316,7 +317,7 @@ class Swarm:
 
     async def _guess(self, peer: Peer, engine: FakeEngine, *, task_status: trio.TaskStatus[None]) -> None:
         try:
-            await peer.stages.guess(engine, REFERENCE, [FAKE_MODEL], task_status=task_status)
+            await peer.stages.run_draft_model(engine, REFERENCE, [FAKE_MODEL], task_status=task_status)
         except* EngineCrashed:
             peer.engines.remove(engine)
 

@@ -24,6 +24,7 @@ from protocol.consensus import (
     open_said,
     say,
 )
+from protocol.half_duplex import Busy
 from protocol.history import HistoryDigest, decode_batch, encode_batch
 from protocol.identity import BlockRange, ModelId
 from protocol.messages import Load
@@ -218,17 +219,21 @@ def _other(role: Role) -> Role:
     return Role.INITIATOR if role is Role.RESPONDER else Role.RESPONDER
 
 
-_ASK: Final = chains.Ask(chain=_DIGEST, locator=(_DIGEST, _DIGEST), digest=_DIGEST)
+_ASK: Final = chains.GetStatements(chain=_DIGEST, locator=(_DIGEST, _DIGEST), digest=_DIGEST)
 _CHAIN_CONVERSATIONS: Final[tuple[tuple[chains.Message, ...], ...]] = (
     (_ASK,),
-    (_ASK, chains.Items(envelopes=(b"one", b"other"), last=True, rest=chains.Rest.STANDING)),
-    (_ASK, chains.Busy(retry_s=5)),
-    (_ASK, chains.Items(envelopes=(), last=True, rest=chains.Rest.RECENT), chains.Have((b"12345678", b"23456789"))),
-    (_ASK, chains.Items(envelopes=(), last=True), chains.Want(_DIGEST)),
+    (_ASK, chains.Records(envelopes=(b"one", b"other"), last=True, rest=chains.Remaining.STATEMENTS)),
+    (_ASK, Busy(retry_s=5)),
     (
         _ASK,
-        chains.Items(envelopes=(), last=True),
-        chains.Want(_DIGEST),
+        chains.Records(envelopes=(), last=True, rest=chains.Remaining.RECENT),
+        chains.Inventory((b"12345678", b"23456789")),
+    ),
+    (_ASK, chains.Records(envelopes=(), last=True), chains.GetState(_DIGEST)),
+    (
+        _ASK,
+        chains.Records(envelopes=(), last=True),
+        chains.GetState(_DIGEST),
         chains.StatePart(
             members=(chains.MemberState(peer(0), "two cores", 4096, 1024, 1),),
             cells=(chains.CellState("two cores", "short", "fast", 7, ((peer(0), -5), (peer(1), 5))),),

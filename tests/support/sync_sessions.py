@@ -6,9 +6,10 @@ from contextlib import asynccontextmanager
 from functools import cache, lru_cache
 
 from node.network.interface import Stream, StreamHandler
-from node.replication.anti_entropy import Initiation, Response
-from node.replication.history import MemoryHistory
+from node.replication.anti_entropy import SyncInitiator, SyncResponder
 from node.replication.replica import Replica
+from node.replication.session import Throttle
+from node.testing.memory_history import MemoryHistory
 from node.testing.memory_hub import MemoryNetworkHub
 from node.testing.memory_links import LinkModel
 from protocol.observations import BUCKET_S, SignedObservation, open_observation
@@ -28,10 +29,11 @@ def made(number: int, hours_ago: int = 0) -> SignedObservation:
     return signed(number, observer=number % 3, issued_at_s=NOW_S - hours_ago * BUCKET_S)
 
 
-class Purse:
-    """Pays for everything at once, and remembers what it came to."""
+class CountingThrottle(Throttle):
+    """Never waits, and adds up what it would have charged."""
 
     def __init__(self) -> None:
+        super().__init__()
         self.work = 0.0
         self.traffic = 0
 
@@ -49,7 +51,7 @@ class Peer:
         self.history = MemoryHistory()
         self.initial = list(observations)
         self.replica = Replica(self.history, lambda: now_s, open_once)
-        self.purse = Purse()
+        self.throttle = CountingThrottle()
 
     @property
     def ids(self) -> set[bytes]:
@@ -69,20 +71,20 @@ async def stream_to(serve: StreamHandler) -> AsyncIterator[Stream]:
         await stream.aclose()
 
 
-async def synchronise(initiator: Peer, responder: Peer) -> tuple[Initiation, Response]:
+async def synchronise(initiator: Peer, responder: Peer) -> tuple[SyncInitiator, SyncResponder]:
     """Run one session between two honest peers."""
     for each in (initiator, responder):
         await each.history.add_many(each.initial)
-    responses = []
+    responders = []
 
     async def serve(stream: Stream) -> None:
-        responses.append(Response(stream, responder.replica, responder.purse))
-        await responses[0].run()
+        responders.append(SyncResponder(stream, responder.throttle, responder.replica))
+        await responders[0].run()
 
     async with stream_to(serve) as stream:
-        initiation = Initiation(stream, initiator.replica, initiator.purse, random.Random(0))
-        await initiation.run()
-    return initiation, responses[0]
+        session = SyncInitiator(stream, initiator.throttle, initiator.replica, random.Random(0))
+        await session.run()
+    return session, responders[0]
 
 
 class Talker:
@@ -105,7 +107,7 @@ class Talker:
         return self._heard.pop(0)
 
 
-async def meet(initiator: Peer, liar: Callable[[Talker], Awaitable[None]]) -> Initiation:
+async def meet(initiator: Peer, liar: Callable[[Talker], Awaitable[None]]) -> SyncInitiator:
     """Run one session of ours with a responder that lies."""
     await initiator.history.add_many(initiator.initial)
 
@@ -113,6 +115,6 @@ async def meet(initiator: Peer, liar: Callable[[Talker], Awaitable[None]]) -> In
         await liar(Talker(stream, Role.RESPONDER))
 
     async with stream_to(serve) as stream:
-        initiation = Initiation(stream, initiator.replica, initiator.purse, random.Random(0))
-        await initiation.run()
-    return initiation
+        session = SyncInitiator(stream, initiator.throttle, initiator.replica, random.Random(0))
+        await session.run()
+    return session

@@ -5,10 +5,10 @@ from types import SimpleNamespace
 from typing import Any, cast
 
 from node.coordinator.planner import PeerRecord
+from node.replication.peer_limits import Ban
 from node.stages.peer_records import StagePeerStatistics
 from node.status import StatusView
 from node.swarm.directory import Directory
-from node.swarm.peer_limits import Ban
 from protocol.announcements import Heartbeat, ServedSpan
 from protocol.identity import BlockRange, ModelId, PeerId, peer_id_from_public_key
 from protocol.messages import Load, RefusalReason

@@ -1,8 +1,8 @@
 """Matrices packed for an arithmetic, and products with them.
 
-Measured for the shapes of SmolLM2 on one core: a matrix stored input by output is 1.4 to 1.7 times as fast for one or
-two rows of fp32 as one stored the other way round, and never slower. torch's product with int8 weights is the fastest
-for up to a few rows and an order of magnitude slower than fp32 for hundreds, where unpacking the matrix pays.
+Measured for the shapes of SmolLM2 on one core: for one or two rows of fp32 a matrix stored input by output is 1.4 to
+1.7 times as fast as its transpose, and never slower. torch's product with int8 weights is the fastest for a few rows
+and an order of magnitude slower than fp32 for hundreds, where unpacking the matrix pays.
 """
 
 from collections.abc import Callable, Mapping
@@ -14,7 +14,7 @@ _FEW_ROWS = 16
 """Up to here the product with int8 weights beats unpacking them."""
 
 _CUBLAS_ROWS, _CUBLAS_MULTIPLE = 17, 8
-"""cuBLAS multiplies int8 from so many rows on, and where the matrix's sizes are multiples of this."""
+"""cuBLAS multiplies int8 from this many rows on, for sizes that are multiples of this."""
 
 _FAST_BF16 = torch.backends.cpu.get_cpu_capability().startswith("AVX512")
 """Without it torch multiplies bf16 seven times as slowly as fp32 where rows are many."""

@@ -30,6 +30,7 @@ from node.engine.interface import EngineError
 from node.engine.kv_cache import KvCache
 from node.engine.loading import LoadedSpan
 from node.util.disk_cache import FolderCache
+from node.util.text import one_line
 
 FORMAT: Final = 3
 """Of the graphs; part of their name in a cache, so that a version with other graphs makes its own."""
@@ -73,7 +74,7 @@ class OnnxSegments:
             self._between = [_session(folder / f"{number}.onnx") for number in range(len(span.blocks) + 1)]
             self._head = _session(folder / "head.onnx") if span.is_last else None
         except Exception as error:  # onnxruntime's exceptions have no base class but Exception
-            raise EngineError(f"the graphs in {folder} cannot be used: {' '.join(str(error).split())[:200]}") from error
+            raise EngineError(f"the graphs in {folder} cannot be used: {one_line(error, 200)}") from error
 
     def qkv(self, number: int, hidden: torch.Tensor, rotary: RotaryTables) -> QKV:
         """Return the inputs of the first block's attention: there is no graph that begins at another."""

@@ -1,11 +1,11 @@
 """The forward pass of one span, run by transformers' own code.
 
-The base model's own forward runs, so masks, rotary embeddings and the order of things are transformers'. A stage that
-is not the first puts the hidden states it received in front of its first block, by a hook, whatever the embedding part
-of the forward made before: learned positions, embedding norms and multipliers belong to the first stage, and so no
-architecture needs a rule of its own here. Likewise, a stage that is not the last takes its output right behind its last
-block. The last one runs the whole model, with its head and whatever scales or caps the logits. A session that runs a
-part of the span enters and leaves it in the same way; the blocks around the part hand on what they are given.
+The base model's own forward runs, so masks, rotary embeddings and their order are transformers'. A stage that is not
+the first puts the hidden states it received in front of its first block, by a hook, whatever the embedding part of the
+forward made before: learned positions, embedding norms and multipliers belong to the first stage, so no architecture
+needs a special case here. Likewise, a stage that is not the last takes its output right behind its last block. The last
+one runs the whole model, with its head and whatever scales or caps the logits. A session that runs a part of the span
+enters and leaves it in the same way; the other blocks return their input.
 """
 
 from collections.abc import Callable, Sequence
@@ -20,6 +20,7 @@ from node.engine.interface import EngineError
 from node.engine.kv_cache import BlockKvCache, KvCache, RewindableCache, SlotMapping
 from node.engine.loading import LoadedSpan
 from node.engine.outer_modules import accepted_options, only
+from node.util.text import one_line
 
 _TRIAL_ROWS = 2
 
@@ -60,11 +61,11 @@ class TransformersSpan:
             output = self._forward(Rows(rows, slots, 0, 1), cache, range(len(self._span.blocks)))
         except (EngineError, torch.OutOfMemoryError):
             raise
-        except Exception as error:  # whatever an architecture that nobody tried here trips over
-            raise EngineError(f"{self._name} models cannot be served: {' '.join(str(error).split())[:200]}") from error
+        except Exception as error:  # an untested architecture may raise anything
+            raise EngineError(f"{self._name} models cannot be served: {one_line(error, 200)}") from error
         expected = (1, self._span.vocabulary_size) if self._last else (_TRIAL_ROWS, size)
         if tuple(output.shape) != expected or output.is_meta or cache.length != _TRIAL_ROWS:
-            raise EngineError(f"{self._name} models cannot be served: their forward pass is no plain stack of blocks")
+            raise EngineError(f"{self._name} models cannot be served: they are not a plain stack of blocks")
         return cache.memory
 
     @torch.inference_mode()
@@ -113,7 +114,7 @@ class TransformersSpan:
     def _enter(
         self, number: int, _block: nn.Module, inputs: tuple[Any, ...], options: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        """Give the first block of the pass the hidden states that came from the stage before."""
+        """Give the first block of the pass the hidden states from the previous stage."""
         if self._entering is None or number != self._running.start:
             return None
         embedded = inputs[0] if inputs else options.get("hidden_states")
@@ -124,14 +125,14 @@ class TransformersSpan:
         return (), {**options, "hidden_states": self._entering}
 
     def _pass(self, number: int, forward: Callable[..., Any], *inputs: Any, **options: Any) -> Any:
-        """Run a block, or hand on what it is given if it takes no part."""
+        """Run a block, or return its input if it takes no part."""
         if number in self._running:
             return forward(*inputs, **options)
         hidden = inputs[0] if inputs else options["hidden_states"]
         return (hidden, None) if self._gives_tuples else hidden
 
     def _leave(self, number: int, _block: nn.Module, _inputs: tuple[Any, ...], output: Any) -> None:
-        """Keep what the last block of the pass gives."""
+        """Keep the output of the last block of the pass."""
         if number != self._running.stop - 1:
             return
         self._gives_tuples = isinstance(output, tuple)

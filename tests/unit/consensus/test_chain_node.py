@@ -8,12 +8,13 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from node.consensus import message_log
 from node.consensus.chain_node import ChainNode
-from node.consensus.chain_sync import MAX_ROUNDS, Response
+from node.consensus.chain_sync import MAX_ROUNDS, ChainResponder
 from node.identity import Identity
-from node.replication.history import MemoryHistory
+from node.replication.session import Throttle
 from node.testing.chain_store import MemoryStore
+from node.testing.memory_history import MemoryHistory
 from node.util.offload import run_inline
-from protocol.chains import PROTOCOL_ID, Ask, ChainConnection, Rest
+from protocol.chains import PROTOCOL_ID, ChainConnection, GetStatements, Remaining
 from protocol.consensus import Said, SignatureRecord, StatementRecord, say
 from protocol.errors import RemoteProtocolError
 from protocol.identity import PeerId, peer_id_from_public_key
@@ -129,12 +130,12 @@ class Questioner:
         del max_bytes
         await trio.lowlevel.checkpoint()
         self.asked += 1
-        return self._connection.send(Ask(chain=GENESIS, locator=(GENESIS,), digest=bytes(32)))
+        return self._connection.send(GetStatements(chain=GENESIS, locator=(GENESIS,), digest=bytes(32)))
 
     async def send_all(self, data: bytes | bytearray | memoryview) -> None:
         await trio.lowlevel.checkpoint()
         [items] = self._connection.receive_data(bytes(data))
-        assert getattr(items, "rest", None) is Rest.RECENT
+        assert getattr(items, "rest", None) is Remaining.RECENT
 
     async def aclose(self) -> None:
         await trio.lowlevel.checkpoint()
@@ -143,14 +144,9 @@ class Questioner:
         await trio.lowlevel.checkpoint()
 
 
-async def test_a_session_of_questions_without_an_end_is_an_offence() -> None:
-    keeper = keeper_of(MemoryStore())
+async def test_session_with_endless_requests_is_a_violation() -> None:
+    chain = keeper_of(MemoryStore())
     stream = Questioner()
-
-    async def free(amount: int) -> None:
-        del amount
-        await trio.lowlevel.checkpoint()
-
-    with pytest.raises(RemoteProtocolError, match="without an end"):
-        await Response(stream, free).run(lambda chain: keeper)
+    with pytest.raises(RemoteProtocolError, match="more than"):
+        await ChainResponder(stream, Throttle(), lambda genesis: chain).run()
     assert stream.asked == MAX_ROUNDS + 3

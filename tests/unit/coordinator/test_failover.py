@@ -81,7 +81,7 @@ async def test_waits_for_a_live_peer_that_loads_the_blocks_again(virtual_clock: 
         victim = swarm.peers[1]
         blocks = BlockRange(*THIRDS[1])
         placement = Placement(model=victim.engines[0].info.model, blocks=blocks, rate=1.0, movable=False)
-        victim.statements.say("span", placement)
+        victim.placements.publish("span", placement)
         await trio.sleep(5)
 
         async def load_again() -> None:

@@ -206,7 +206,7 @@ async def test_a_lost_stage_is_replaced_and_the_text_is_the_same(
                         # Who lives has not calculated anything twice, and the newcomer calculated everything once.
                         sessions = [s for p in swarm.peers for span in p.stages.spans() for s in span.sessions.values()]
                         assert len(sessions) == (4 if way == "stop" else 3)
-                        assert all(s.rows <= len(TOKENS) + 13 for s in sessions)
+                        assert all(s.state.counters.rows <= len(TOKENS) + 13 for s in sessions)
                 if isinstance(event, JobResult):
                     assert event.token_ids == right_tokens(40) == tuple(tokens)
                     assert event.replays == 1
@@ -294,7 +294,7 @@ async def test_a_draining_peer_finishes_what_it_has_and_takes_nothing_new(virtua
         peer = await swarm_of_thirds(swarm)
         leaving = swarm.peers[1]
         async with peer.coordinator.submit(JobRequest(model="fake", prompt=PROMPT, max_tokens=30)) as events:
-            leaving.stages.draining = True
+            leaving.stages.start_draining()
             await leaving.membership.leave()
             with pytest.raises(JobError) as caught:
                 await peer.run(JobRequest(model="fake", prompt=PROMPT))
@@ -319,10 +319,10 @@ async def test_a_peer_that_leaves_hands_its_sessions_over(virtual_clock: MockClo
             count = 0
             async for event in events:
                 count += isinstance(event, TextDelta)
-                if count == 10 and not leaving.stages.draining:
-                    leaving.stages.draining = True
+                if count == 10 and not leaving.stages.is_draining:
+                    leaving.stages.start_draining()
                     await leaving.membership.leave()
-                    leaving.stages.hand_over()
+                    leaving.stages.migrate_sessions()
                 if count == 15:
                     assert leaving.held() == (0, 0)
                     assert spare.held()[0] == 1
@@ -340,9 +340,9 @@ async def test_a_peer_that_nobody_can_replace_serves_to_the_end(virtual_clock: M
         await swarm.settle()
         leaving = swarm.peers[1]
         async with peer.coordinator.submit(JobRequest(model="fake", prompt=PROMPT, max_tokens=40)) as events:
-            leaving.stages.draining = True
+            leaving.stages.start_draining()
             await leaving.membership.leave()
-            leaving.stages.hand_over()
+            leaving.stages.migrate_sessions()
             assert [event async for event in events][-1].token_ids == right_tokens(40)  # type: ignore[union-attr]
 
 

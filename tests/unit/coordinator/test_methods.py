@@ -179,7 +179,7 @@ async def test_a_method_that_is_not_ready_yet_is_said_to_be(virtual_clock: MockC
         ("engine=fused|arithmetic=int8", QualityBound.EXACT, "needs --quality"),
         ("engine=fused|arithmetic=int8", QualityBound.ANY, "was not measured"),
         ("batching=static", QualityBound.EXACT, "policy of a stage"),
-        ("fast", QualityBound.EXACT, "is no method"),
+        ("fast", QualityBound.EXACT, "invalid method"),
     ],
 )
 async def test_a_method_that_a_job_may_not_have_is_an_error_of_one_line(

@@ -12,7 +12,8 @@ from node.coordinator import planner
 from node.coordinator.submission import JobRequest, JobResult, JobStarted, TextDelta
 from node.engine.interface import SliceInput, StepResult
 from node.links import liveness
-from node.stages.span import Span, _Outgoing
+from node.stages.outbox import Output, send_outputs
+from node.stages.span import Span
 from node.testing.memory_links import LinkModel
 from protocol.connection import PROTOCOL_IDS
 from protocol.identity import JobId, PeerId, SessionId
@@ -204,14 +205,13 @@ async def test_replaces_a_stage_that_takes_rows_and_forwards_nothing(
             await swarm.join(span)
         peer = await swarm.join()
         await swarm.settle()
-        send_all = Span._send_all
         silent: list[Span] = []
 
-        def swallow(span: Span, outgoing: Iterable[_Outgoing]) -> None:
-            if span not in silent:
-                send_all(span, outgoing)
+        def swallow(outputs: Iterable[Output]) -> None:
+            outboxes = [session.outbox for span in silent for session in span.sessions.values()]
+            send_outputs(output for output in outputs if output.outbox not in outboxes)
 
-        monkeypatch.setattr(Span, "_send_all", swallow)
+        monkeypatch.setattr("node.stages.span.send_outputs", swallow)
         async with peer.coordinator.submit(REQUEST) as events:
             async for event in events:
                 if isinstance(event, JobStarted):

@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import AutoConfig
 
-from node.engine.architecture import COUNT, PROMPTS, package_of, references_of, tiny_model, try_out
+from node.engine.architecture import COUNT, PROMPTS, check_architecture, package_of, references_of, tiny_model
 from node.engine.engine_config import EngineOptions, source_from_package
 from node.engine.interface import EngineError, SliceInput
 from node.engine.loading import describe
@@ -89,13 +89,13 @@ def test_last_span_whose_file_lacks_the_final_norm_is_not_served(tmp_path: Path)
         ({"model_type": "rwkv"}, "RWKV"),
         ({"model_type": "deepseek_v32"}, "sparse attention"),
         ({"model_type": "bart"}, "only decoders are served"),
-        ({"model_type": "bert"}, "no plain stack"),
+        ({"model_type": "bert"}, "not a plain stack"),
     ],
     ids=model_type,
 )
 def test_architecture_that_cannot_be_split_is_refused_by_its_config_alone(content: dict[str, Any], reason: str) -> None:
     with pytest.raises(EngineError, match=reason) as refusal:
-        try_out(content)
+        check_architecture(content)
     assert "Layer" not in str(refusal.value)
 
 
@@ -110,12 +110,12 @@ def test_architecture_that_gives_something_else_when_it_is_cut_is_refused(monkey
         lambda self, hidden, **options: forward(self, hidden, **options) * (1 + 0.1 * options["position_ids"].shape[1]),
     )
     with pytest.raises(EngineError, match="cannot be split into spans here: in one piece it gives other logits"):
-        try_out({"model_type": "starcoder2"})
+        check_architecture({"model_type": "starcoder2"})
 
 
 @pytest.mark.parametrize("content", [LONGROPE, {"model_type": "xglm"}, {"model_type": "gemma3_text"}], ids=model_type)
 def test_architecture_that_can_be_split_passes_its_trial(content: dict[str, Any]) -> None:
-    try_out(content)
+    check_architecture(content)
 
 
 def test_sessions_of_different_lengths_share_steps_under_longrope(tmp_path: Path) -> None:

@@ -117,8 +117,8 @@ FAULTS: dict[str, tuple[str, Edit, str]] = {
     "all experts": ("qwen3moe", lambda w: without(w, ["blk.0.ffn_gate_exps"]), r"block 0 \(blk.0.ffn_gate_exps.weight"),
     "half of the experts": ("qwen3moe", lambda w: without(w, ["blk.1.ffn_up_exps"]), r"block 1 \(blk.1.ffn_up_exps"),
     "a bias": ("starcoder2", lambda w: without(w, ["blk.1.attn_q.bias"]), r"block 1 \(blk.1.attn_q.bias"),
-    "a bias too many": ("llama", lambda w: {**w, "blk.0.attn_q.bias": EXTRA}, r"has tensors of block 0 .*has no place"),
-    "a scale": ("llama", lambda w: {**w, "blk.0.attn_q.scale": EXTRA}, "has no place"),
+    "a bias too many": ("llama", lambda w: {**w, "blk.0.attn_q.bias": EXTRA}, r"has tensors of block 0 .*does not use"),
+    "a scale": ("llama", lambda w: {**w, "blk.0.attn_q.scale": EXTRA}, "does not use"),
     "a block too many": (
         "llama",
         lambda w: {**w, "blk.2.attn_norm.weight": EXTRA},

@@ -98,7 +98,7 @@ def random_logits(number: int) -> npt.NDArray[np.float32]:
 def told(sampling: Sampling, tokens: list[int]) -> TokenCounts | None:
     counts = history_for(sampling)
     if counts is not None:
-        counts.tell(tokens)
+        counts.reset(tokens)
     return counts
 
 
@@ -211,5 +211,5 @@ def test_what_was_drawn_and_taken_back_is_forgotten() -> None:
     assert dict(zip(*(each.tolist() for each in counts.counts()), strict=True)) == {4: 1}
     counts.rewind(1)
     assert (counts.seen().tolist(), counts.counts()[0].tolist(), len(counts)) == ([1], [], 1)
-    with pytest.raises(EngineError, match="1 tokens are known of the 2"):
+    with pytest.raises(EngineError, match="only 1 of the 2 tokens"):
         draw(LOGITS, sampling, 2, counts)

@@ -168,7 +168,7 @@ def test_penalties_need_the_tokens_so_far(make_tiny_model: MakeTinyModel) -> Non
         rows = SliceInput(
             session=session(1), position=0, tensor=tensor_from_tokens(PROMPT[:4]), draws=1, history=history
         )
-        with pytest.raises(EngineError, match="tokens are known of the 4"):
+        with pytest.raises(EngineError, match="of the 4 tokens that penalties depend on"):
             shard.step_now([rows])
 
 
@@ -340,8 +340,8 @@ CANNOT_BE_SERVED: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "t5": ({"model_type": "t5"}, r"T5 \(t5\) is an encoder with a decoder"),
     "quantised": ({"model_type": "llama", "quantization_config": {"quant_method": "fp8"}}, "import unquantised ones"),
-    "odd sizes": ({"model_type": "gpt2", "n_embd": 33, "n_head": 4, "n_layer": 2}, "makes no sense"),
-    "wrong types": ({"model_type": "llama", "hidden_size": "wide"}, "makes no sense"),
+    "odd sizes": ({"model_type": "gpt2", "n_embd": 33, "n_head": 4, "n_layer": 2}, "config is not valid"),
+    "wrong types": ({"model_type": "llama", "hidden_size": "wide"}, "config is not valid"),
 }
 
 

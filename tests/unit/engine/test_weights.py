@@ -65,7 +65,7 @@ def test_experts_that_are_not_all_there_are_refused(checkpoints: Callable[[str],
 def test_a_tensor_without_a_place_or_of_another_shape_is_refused(checkpoints: Callable[[str], Shapes]) -> None:
     whole = checkpoints("llama")
     more: Shapes = {**whole, "model.layers.1.self_attn.q_proj.bias": (torch.float32, (32,))}
-    with pytest.raises(EngineError, match=r"has tensors of block 1 \(.*q_proj.bias.*architecture has no place"):
+    with pytest.raises(EngineError, match=r"has tensors of block 1 \(.*q_proj.bias.*architecture does not use"):
         check_weights(FAMILIES["llama"], more)
     other: Shapes = {**whole, "model.norm.weight": (torch.float32, (31,))}
     with pytest.raises(EngineError, match=r"model.norm.weight has shape \[31\], not \[32\]"):

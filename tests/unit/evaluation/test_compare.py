@@ -9,7 +9,7 @@ from selector.metamodel import MetaModel
 from tests.unit.selector.measurements import made_up
 
 
-def test_a_selector_is_asked_for_as_many_as_may_be_probed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_compare_passes_the_number_of_probes(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: set[int] = set()
 
     def scores(self: MetaModel, X: Pairs, count: int) -> FloatArray:  # noqa: N803

@@ -35,14 +35,14 @@ def test_reads_gzipped_files(tmp_path: Path) -> None:
     assert len(read_folder(tmp_path)) == 3
 
 
-def test_a_row_that_is_wrong_is_left_out_and_told(tmp_path: Path) -> None:
+def test_invalid_rows_are_left_out_with_a_note(tmp_path: Path) -> None:
     bad = OBSERVATIONS + "z,a,1\nx,,1\ny,a,nan\ny,c\nx,c,fast\n"
     dataset = read_folder(write(tmp_path, observations=bad))
     assert len(dataset) == 3
     assert len(dataset.notes) == 3
 
 
-def test_only_the_key_columns_are_needed(tmp_path: Path) -> None:
+def test_only_key_columns_are_required(tmp_path: Path) -> None:
     dataset = read_folder(write(tmp_path, contexts="cid\nx\ny\n"))
     assert dataset.pairs.contexts.columns == ()
     assert dataset.pairs.contexts.names == {}
@@ -58,14 +58,14 @@ def test_only_the_key_columns_are_needed(tmp_path: Path) -> None:
         (CONTEXTS, "", "lacks the column 'cid'"),
     ],
 )
-def test_what_cannot_be_read_is_one_line(tmp_path: Path, contexts: str, observations: str, message: str) -> None:
+def test_unreadable_dataset_is_a_one_line_error(tmp_path: Path, contexts: str, observations: str, message: str) -> None:
     with pytest.raises(DatasetError, match=message) as caught:
         read_folder(write(tmp_path, contexts, observations))
     assert "\n" not in str(caught.value)
 
 
-def test_a_folder_of_something_else_and_broken_files_are_one_line(tmp_path: Path) -> None:
-    with pytest.raises(DatasetError, match="no folder of measurements"):
+def test_missing_or_broken_file_is_a_one_line_error(tmp_path: Path) -> None:
+    with pytest.raises(DatasetError, match="not a dataset folder"):
         read_folder(tmp_path)
     (tmp_path / "contexts.csv.gz").write_bytes(gzip.compress(CONTEXTS.encode())[:-20])
     with pytest.raises(DatasetError, match="cannot read"):

@@ -12,7 +12,7 @@ from trio.testing import MockClock
 from node.models import blobs, fetching, providing
 from node.models.blobs import BlobServer, ModelFetcher
 from node.models.errors import ModelError
-from node.models.fetching import FetchError, fetch_blob
+from node.models.fetching import Blob, FetchError, fetch_blob
 from node.models.importer import import_model
 from node.models.providing import ANNOUNCED_AGAIN_S, keep_providing
 from node.models.store import ModelStore, Package
@@ -104,7 +104,7 @@ def delete(path: Path) -> None:
 
 async def fetch(client: Network, peers: list[PeerId], destination: Path) -> fetching.Fetched:
     with trio.fail_after(20):
-        return await fetch_blob(client, peers, SHA256, len(CONTENT), destination)
+        return await fetch_blob(client, peers, Blob(SHA256, len(CONTENT), destination))
 
 
 async def test_a_file_crosses_whole_and_its_bytes_are_counted(
@@ -355,20 +355,19 @@ async def test_an_empty_cache_gets_what_it_needs_from_peers(
     assert set(fetched.bytes_by_peer) == set(peers)
     assert reports[-1] == (expected, expected)
     all_bytes = expected + len(package.manifest.data) + sum(f.size_bytes for f in package.manifest.tokenizer_files)
-    assert sum(fetcher.bytes_by_peer.values()) == all_bytes
-    assert server.statistics().bytes_by_peer == {client.peer_id: all_bytes}
-    assert server.statistics().transfers == 0
+    assert sum(fetcher.fetched.bytes_by_peer.values()) == all_bytes
+    assert server.served_bytes == all_bytes
 
 
 async def test_what_is_there_is_not_fetched_again(package: Package, server: BlobServer, store: ModelStore) -> None:
     async with swarm(server.handle) as (client, peers):
         fetcher = ModelFetcher(client, store, nobody)
         await fetcher.fetch_files(package.manifest, BlockRange(0, 3), peers)
-        requests = server.statistics().requests
+        served_bytes = server.served_bytes
         assert (await fetcher.fetch_manifest(package.model_id, [])).missing(BlockRange(0, 3)) == ()
         fetched = await fetcher.fetch_files(package.manifest, BlockRange(0, 3), [])
         assert fetched.bytes_by_peer == {}
-        assert server.statistics().requests == requests
+        assert server.served_bytes == served_bytes
 
 
 async def test_a_forged_manifest_is_refused(package: Package, server: BlobServer, store: ModelStore) -> None:
@@ -379,7 +378,7 @@ async def test_a_forged_manifest_is_refused(package: Package, server: BlobServer
             await fetcher.fetch_manifest(package.model_id, peers[:3])
         assert store.list() == ()
         assert (await fetcher.fetch_manifest(package.model_id, peers)).model_id == package.model_id
-        assert peers[0] in fetcher.bad_peers
+        assert peers[0] in fetcher.fetched.bad_peers
 
 
 async def test_one_file_that_nobody_has_fails_the_rest_in_one_line(

@@ -377,7 +377,7 @@ def test_modules_go_where_the_architecture_runs_them(
     tensors["model.last.weight"] = tensors.pop("model.norm.weight")
     tensors["project.weight"] = tensors.pop("lm_head.weight")
     names = OuterNames(embed=frozenset({"embed_tokens"}), head=frozenset({"last", "project"}), output="project")
-    monkeypatch.setattr(sources, "try_architecture", lambda *_: names)
+    monkeypatch.setattr(sources, "check_architecture", lambda *_: names)
     folder = write_checkpoint(tmp_path / "model", tensors, config={"model_type": "somewhat new"})
     package = import_model(str(folder), store)
     assert load_file(package.path / "head.safetensors").keys() == {"model.last.weight", "project.weight"}

@@ -22,12 +22,13 @@ def test_a_conversation_becomes_the_templates_tokens_and_no_more() -> None:
     tokenizer = Tokenizer(byte_level(), {"bos_token": "<s>"}, template)
     assert tokenizer.has_chat_template
     messages = [{"role": "user", "content": "fox"}]
-    assert tokenizer.render_chat_text(messages) == "<s>[user]fox<|end|>"
-    tokens = tokenizer.render_chat(messages)
+    text = tokenizer.render_chat_text(messages)
+    assert text == "<s>[user]fox<|end|>"
+    tokens = tokenizer.encode(text, add_special_tokens=False)
     assert (tokens[0], tokens[-1]) == (1, 0)
     assert tokenizer.decode(tokens) == "[user]fox"
     with pytest.raises(ValueError, match="no chat template"):
-        Tokenizer(byte_level()).render_chat(messages)
+        Tokenizer(byte_level()).render_chat_text(messages)
 
 
 @pytest.mark.parametrize("definition", ["", "{}", "[]", '{"model": {"type": "BPE"}}', "\x00", "[" * 10000])
@@ -41,7 +42,7 @@ def test_a_broken_template_spoils_no_plain_prompt() -> None:
     tokenizer = Tokenizer(byte_level(), {}, "{% for %}")
     assert tokenizer.decode(tokenizer.encode("fox")) == "fox"
     with pytest.raises(ValueError, match="chat template is broken"):
-        tokenizer.render_chat([{"role": "user", "content": "fox"}])
+        tokenizer.render_chat_text([{"role": "user", "content": "fox"}])
 
 
 def test_a_token_that_is_too_long_is_refused() -> None:

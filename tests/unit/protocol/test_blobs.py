@@ -81,8 +81,8 @@ def test_a_range_is_cut_at_the_end_of_the_file(size: int, available: int) -> Non
     ],
 )
 def test_an_impossible_request_is_neither_made_nor_taken(sha256: str, offset: int, length: int) -> None:
-    with pytest.raises(ValueError, match=r"sha256|outside"):
-        BlobRequest(sha256=sha256, offset=offset, length=length)
+    with pytest.raises(LocalProtocolError, match=r"get (sha256|offset|length) is"):
+        BlobInitiator().request(BlobRequest(sha256=sha256, offset=offset, length=length))
     with pytest.raises(RemoteProtocolError):
         BlobResponder().receive_data(control({"type": "get", "sha256": sha256, "offset": offset, "length": length}))
 
@@ -188,5 +188,9 @@ def test_a_responder_keeps_to_what_it_was_asked_and_has_said() -> None:
 
 
 def test_the_announcement_of_a_file_is_checked_where_it_is_made() -> None:
-    with pytest.raises(ValueError, match="at most"):
-        BlobFound(size=1, length=2)
+    responder = BlobResponder()
+    responder.receive_data(BlobInitiator().request(REQUEST))
+    with pytest.raises(LocalProtocolError, match="2 bytes of 1 are not the requested range"):
+        responder.answer(BlobFound(size=1, length=2))
+    with pytest.raises(LocalProtocolError, match="found size is"):
+        responder.answer(BlobFound(size=MAX_BLOB_BYTES + 1, length=100))

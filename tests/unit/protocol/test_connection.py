@@ -315,7 +315,7 @@ def test_a_lent_session_is_forgotten_with_its_last_credit() -> None:
     initiator, responder = greeted_pair()
     carry(initiator, responder, rows(2))
     carry(responder, initiator, credit(1))
-    assert initiator.session_state(SESSION) is responder.session_state(SESSION) is SessionState.LENT
+    assert initiator.session_state(SESSION) is responder.session_state(SESSION) is SessionState.FORWARDED
     carry(responder, initiator, credit(1))
     assert initiator.session_count == responder.session_count == 0
 
@@ -344,9 +344,9 @@ def test_an_opened_session_is_not_forgotten_but_closed() -> None:
 def test_a_lent_session_is_not_opened() -> None:
     initiator, responder = greeted_pair()
     carry(initiator, responder, rows(3))
-    with pytest.raises(LocalProtocolError, match="lent"):
+    with pytest.raises(LocalProtocolError, match="forwarded"):
         initiator.send(open_message())
-    with pytest.raises(RemoteProtocolError, match="lent"):
+    with pytest.raises(RemoteProtocolError, match="forwarded"):
         responder.receive_data(wire(open_message()))
 
 

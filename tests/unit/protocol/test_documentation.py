@@ -3,6 +3,7 @@
 import re
 import struct
 from pathlib import Path
+from typing import Any
 
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
@@ -14,6 +15,7 @@ from protocol.canonical import decode
 from protocol.codec import encode_control
 from protocol.connection import JobConnection
 from protocol.framing import FrameType, encode_frame
+from protocol.half_duplex import HalfDuplexProtocol
 from protocol.identity import BlockRange, JobId, ModelId, SessionId, peer_id_from_public_key
 from protocol.messages import (
     Ballot,
@@ -74,20 +76,17 @@ def test_the_documented_states_of_a_session_are_the_codes(role: Role) -> None:
     assert documented_rows(f"#### Session states of the {role}") == actual
 
 
-def test_the_documented_states_of_a_chain_session_are_the_codes() -> None:
+@pytest.mark.parametrize(
+    ("heading", "protocol"),
+    [("One party speaks at a time:", chains.PROTOCOL), ("#### States of a session", sync.PROTOCOL)],
+)
+def test_documented_half_duplex_states_match_the_code(heading: str, protocol: HalfDuplexProtocol[Any, Any]) -> None:
+    names = {kind: name for name, kind in protocol.messages.items()}
     actual = [
-        (str(state), str(speaker), message_type.__name__.lower(), str(following))
-        for (state, message_type), (speaker, following) in chains.TABLE.items()
+        (str(state), str(sender), names[kind], str(following))
+        for (state, kind), (sender, following) in protocol.table.items()
     ]
-    assert documented_rows("One party speaks at a time:") == actual
-
-
-def test_the_documented_states_of_a_sync_session_are_the_codes() -> None:
-    actual = [
-        (str(state), str(speaker), message_type.__name__.lower(), str(following))
-        for (state, message_type), (speaker, following) in sync.TABLE.items()
-    ]
-    assert documented_rows("#### States of a session") == actual
+    assert documented_rows(heading) == actual
 
 
 def test_the_documented_limits_are_the_codes() -> None:

@@ -48,7 +48,7 @@ ROADS: dict[SessionState, list[Message]] = {
     SessionState.OPENING: [open_message()],
     SessionState.OPEN: [open_message(), opened()],
     SessionState.BEGUN: [open_message(), opened(), begin(), rows(2)],
-    SessionState.LENT: [rows(2)],
+    SessionState.FORWARDED: [rows(2)],
     SessionState.CLOSING: [open_message(), opened(), close()],
     SessionState.FAILED: [open_message(), opened(), failed()],
 }

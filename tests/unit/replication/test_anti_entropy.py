@@ -9,15 +9,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from trio.testing import MockClock
 
-from node.network.channel import SILENCE_S
 from node.network.interface import NetworkError, Stream, StreamClosed
 from node.replication.anti_entropy import (
-    MAX_BARREN_COMPARES,
+    MAX_FRUITLESS_COMPARES,
     MAX_PUT_ENVELOPES,
     MAX_UNDELIVERED,
-    Initiation,
-    Response,
+    SyncInitiator,
+    SyncResponder,
 )
+from node.replication.session import SILENCE_S
 from protocol.errors import RemoteProtocolError
 from protocol.limits import MAX_GET
 from protocol.reconciliation import BUCKET_DIGITS, Listing, PackedIds, Split, Summary, digest_of
@@ -38,27 +38,27 @@ numbers = st.sets(st.tuples(st.integers(0, 80), st.integers(0, 3)), max_size=60)
 def test_any_two_histories_become_equal(
     common: set[tuple[int, int]], left: set[tuple[int, int]], right: set[tuple[int, int]]
 ) -> None:
-    initiator = Peer(made(*arguments) for arguments in common | left)
-    responder = Peer(made(*arguments) for arguments in common | right)
+    ours = Peer(made(*arguments) for arguments in common | left)
+    theirs = Peer(made(*arguments) for arguments in common | right)
 
     async def program() -> None:
-        initiation, response = await synchronise(initiator, responder)
-        assert initiation.outcome.equal
-        assert response.outcome.equal
-        assert initiation.outcome.differed is (left - common != right - common)
-        assert initiation.outcome.received == len(right - left - common) == response.outcome.sent
-        assert initiation.outcome.sent == len(left - right - common) == response.outcome.received
+        initiator, responder = await synchronise(ours, theirs)
+        assert initiator.outcome.equal
+        assert responder.outcome.equal
+        assert initiator.outcome.differed is (left - common != right - common)
+        assert initiator.outcome.received == len(right - left - common) == responder.outcome.sent
+        assert initiator.outcome.sent == len(left - right - common) == responder.outcome.received
 
     trio.run(program, clock=MockClock(autojump_threshold=0))
-    assert initiator.ids == responder.ids == {made(*arguments).id for arguments in common | left | right}
+    assert ours.ids == theirs.ids == {made(*arguments).id for arguments in common | left | right}
 
 
 async def test_equal_histories_cost_one_message_each(virtual_clock: MockClock) -> None:
     observations = [made(number) for number in range(100)]
-    initiation, _ = await synchronise(Peer(observations), Peer(observations))
-    assert initiation.outcome.equal
-    assert initiation.outcome.bytes_sent < 150
-    assert initiation.outcome.bytes_received < 100
+    initiator, responder = await synchronise(Peer(observations), Peer(observations))
+    assert initiator.outcome.equal
+    assert initiator.outcome.bytes_sent < 150
+    assert responder.outcome.bytes_sent < 100
 
 
 async def test_the_cost_is_that_of_the_difference(virtual_clock: MockClock) -> None:
@@ -66,30 +66,30 @@ async def test_the_cost_is_that_of_the_difference(virtual_clock: MockClock) -> N
     for common in (60, 600):
         observations = [made(number) for number in range(common)]
         new = [made(1000 + number) for number in range(3)]
-        initiation, response = await synchronise(Peer(observations), Peer(observations + new))
-        assert initiation.outcome.received == 3
-        costs_bytes.append(initiation.outcome.bytes_sent + response.outcome.bytes_sent)
+        initiator, responder = await synchronise(Peer(observations), Peer(observations + new))
+        assert initiator.outcome.received == 3
+        costs_bytes.append(initiator.outcome.bytes_sent + responder.outcome.bytes_sent)
     assert costs_bytes[1] < 2 * costs_bytes[0]
 
 
 async def test_a_newcomer_gets_everything_in_one_session(virtual_clock: MockClock) -> None:
     observations = [made(number, number % 5) for number in range(MAX_GET + 100)]
     newcomer = Peer()
-    initiation, response = await synchronise(newcomer, Peer(observations))
-    assert initiation.outcome.equal
+    initiator, responder = await synchronise(newcomer, Peer(observations))
+    assert initiator.outcome.equal
     assert len(newcomer.ids) == len(observations)
     payload_bytes = sum(len(observation.envelope) for observation in observations)
-    assert response.outcome.bytes_sent < 1.1 * payload_bytes
+    assert responder.outcome.bytes_sent < 1.1 * payload_bytes
 
 
 async def test_a_session_hands_over_only_so_much_of_its_own_accord(virtual_clock: MockClock) -> None:
     """Else all neighbours of a newcomer would send it everything at once."""
     owner, newcomer = Peer(made(number) for number in range(MAX_PUT_ENVELOPES + 50)), Peer()
-    initiation, _ = await synchronise(owner, newcomer)
-    assert not initiation.outcome.equal
+    initiator, _ = await synchronise(owner, newcomer)
+    assert not initiator.outcome.equal
     assert len(newcomer.ids) == MAX_PUT_ENVELOPES
-    initiation, _ = await synchronise(owner, newcomer)
-    assert initiation.outcome.equal
+    initiator, _ = await synchronise(owner, newcomer)
+    assert initiator.outcome.equal
 
 
 async def test_what_came_before_a_session_broke_is_kept(virtual_clock: MockClock) -> None:
@@ -98,53 +98,53 @@ async def test_what_came_before_a_session_broke_is_kept(virtual_clock: MockClock
 
     async def serve(stream: Stream) -> None:
         with trio.CancelScope() as scope:
-            response = Response(stream, owner.replica, owner.purse)
+            responder = SyncResponder(stream, owner.throttle, owner.replica)
 
             async def pay_traffic(sent_bytes: int) -> None:
-                if response.outcome.sent > 100:
+                if responder.outcome.sent > 100:
                     await trio.sleep(1)
                     scope.cancel()
 
-            owner.purse.pay_traffic = pay_traffic  # type: ignore[method-assign]
-            await response.run()
+            owner.throttle.pay_traffic = pay_traffic  # type: ignore[method-assign]
+            await responder.run()
         await stream.reset()
 
     async with stream_to(serve) as stream:
         with pytest.raises(NetworkError):
-            await Initiation(stream, newcomer.replica, newcomer.purse, random.Random(0)).run()
+            await SyncInitiator(stream, newcomer.throttle, newcomer.replica, random.Random(0)).run()
     kept = len(newcomer.ids)
     assert 0 < kept < 300
     assert not newcomer.replica.requested
-    owner.purse = Peer().purse
-    initiation, _ = await synchronise(newcomer, owner)
-    assert initiation.outcome.equal
-    assert initiation.outcome.received == 300 - kept
+    owner.throttle = Peer().throttle
+    initiator, _ = await synchronise(newcomer, owner)
+    assert initiator.outcome.equal
+    assert initiator.outcome.received == 300 - kept
 
 
 async def test_what_another_session_is_fetching_is_not_fetched_twice(virtual_clock: MockClock) -> None:
     newcomer = Peer()
     newcomer.replica.requested.add(made(1).id)
-    initiation, response = await synchronise(newcomer, Peer([made(1), made(2)]))
-    assert response.outcome.sent == 1
-    assert not initiation.outcome.equal
+    initiator, responder = await synchronise(newcomer, Peer([made(1), made(2)]))
+    assert responder.outcome.sent == 1
+    assert not initiator.outcome.equal
 
 
 async def test_what_is_before_its_time_is_left_for_later_and_nobodys_fault(virtual_clock: MockClock) -> None:
     early = Peer([made(1)], now_s=NOW_S)
     late = Peer(now_s=NOW_S - 90)
-    initiation, _ = await synchronise(late, early)
-    assert initiation.outcome.received == 0
+    initiator, _ = await synchronise(late, early)
+    assert initiator.outcome.received == 0
     assert late.ids == set()
-    initiation, response = await synchronise(late, early)
-    assert response.outcome.sent == 0, "declined a moment ago, and asked for again"
+    initiator, responder = await synchronise(late, early)
+    assert responder.outcome.sent == 0, "declined a moment ago, and asked for again"
 
 
 async def test_peers_compare_only_what_both_still_take_in(virtual_clock: MockClock) -> None:
     old = made(5, hours_ago=24 * 30)
     keeper, other = Peer([old, made(1)]), Peer([made(1)])
-    initiation, _ = await synchronise(keeper, other)
-    assert initiation.outcome.equal
-    assert not initiation.outcome.differed
+    initiator, _ = await synchronise(keeper, other)
+    assert initiator.outcome.equal
+    assert not initiator.outcome.differed
 
 
 # Responders that lie
@@ -184,7 +184,7 @@ async def test_an_observation_that_nobody_asked_for_is_refused(virtual_clock: Mo
         await talker.hear()
 
     peer = Peer()
-    with pytest.raises(RemoteProtocolError, match="not asked for"):
+    with pytest.raises(RemoteProtocolError, match="not requested"):
         await meet(peer, liar)
     assert peer.ids == set()
 
@@ -197,7 +197,7 @@ async def test_ids_that_are_never_delivered_are_an_offence(virtual_clock: MockCl
         while await talker.hear() is not None:
             await talker.say(Items((), last=True))
 
-    with pytest.raises(RemoteProtocolError, match="not delivered"):
+    with pytest.raises(RemoteProtocolError, match="but not delivered"):
         await meet(Peer(), liar)
 
 
@@ -221,10 +221,10 @@ async def test_endless_ranges_end(virtual_clock: MockClock) -> None:
             await talker.say(Answers(answers or (Listing(()),)))
 
     peer = Peer(made(number) for number in range(20))
-    initiation = await meet(peer, liar)
-    assert not initiation.outcome.equal
-    assert compares <= MAX_BARREN_COMPARES + 1
-    assert peer.purse.work == 0
+    initiator = await meet(peer, liar)
+    assert not initiator.outcome.equal
+    assert compares <= MAX_FRUITLESS_COMPARES + 1
+    assert peer.throttle.work == 0
 
 
 async def test_a_silent_responder_is_given_up(virtual_clock: MockClock) -> None:
@@ -233,7 +233,7 @@ async def test_a_silent_responder_is_given_up(virtual_clock: MockClock) -> None:
         await trio.sleep_forever()
 
     started_s = trio.current_time()
-    with pytest.raises(NetworkError, match="nothing heard"):
+    with pytest.raises(NetworkError, match="no message within"):
         await meet(Peer(), liar)
     assert trio.current_time() - started_s < SILENCE_S + 1
 
@@ -252,24 +252,24 @@ async def test_a_responder_that_claims_to_lack_everything_gets_only_so_much(virt
             else:
                 await talker.say(Answers((Listing(()),)))
 
-    initiation = await meet(Peer(made(number) for number in range(600)), liar)
-    assert not initiation.outcome.equal
+    initiator = await meet(Peer(made(number) for number in range(600)), liar)
+    assert not initiator.outcome.equal
     assert given_away == MAX_PUT_ENVELOPES
 
 
 # Initiators that lie
 
 
-async def serve_liar(peer: Peer, liar: Callable[[Talker], Awaitable[None]]) -> Response:
+async def serve_liar(peer: Peer, liar: Callable[[Talker], Awaitable[None]]) -> SyncResponder:
     """Serve one session to an initiator that lies; raise what it is accused of."""
     await peer.history.add_many(peer.initial)
-    responses: list[Response] = []
+    responders: list[SyncResponder] = []
     faults: list[RemoteProtocolError] = []
 
     async def serve(stream: Stream) -> None:
-        responses.append(Response(stream, peer.replica, peer.purse))
+        responders.append(SyncResponder(stream, peer.throttle, peer.replica))
         try:
-            await responses[0].run()
+            await responders[0].run()
         except RemoteProtocolError as fault:
             faults.append(fault)
             await stream.reset()
@@ -279,7 +279,7 @@ async def serve_liar(peer: Peer, liar: Callable[[Talker], Awaitable[None]]) -> R
             await liar(Talker(stream, Role.INITIATOR))
     if faults:
         raise faults[0]
-    return responses[0]
+    return responders[0]
 
 
 async def greet(talker: Talker) -> None:
@@ -308,8 +308,8 @@ async def test_asking_for_what_is_not_there_brings_nothing(virtual_clock: MockCl
         await talker.say(Get(tuple(sorted(invented(number) for number in range(MAX_GET)))))
         assert await talker.hear() == Items((), last=True)
 
-    response = await serve_liar(Peer([made(1)]), liar)
-    assert response.outcome.sent == 0
+    responder = await serve_liar(Peer([made(1)]), liar)
+    assert responder.outcome.sent == 0
 
 
 async def test_what_an_initiator_asks_for_is_charged_to_it(virtual_clock: MockClock) -> None:
@@ -327,10 +327,10 @@ async def test_what_an_initiator_asks_for_is_charged_to_it(virtual_clock: MockCl
             await talker.hear()
 
     peer = Peer(observations)
-    response = await serve_liar(peer, liar)
-    assert peer.purse.traffic > 0.9 * response.outcome.bytes_sent
+    responder = await serve_liar(peer, liar)
+    assert peer.throttle.traffic > 0.9 * responder.outcome.bytes_sent
     # Ten times ten envelopes of at least four signatures' work each, and ten times 64 questions.
-    assert peer.purse.work > 10 * (10 * 4 + 64 * 0.1)
+    assert peer.throttle.work > 10 * (10 * 4 + 64 * 0.1)
 
 
 async def test_answers_of_any_number_fit_into_a_message(virtual_clock: MockClock) -> None:

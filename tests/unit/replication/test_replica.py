@@ -2,8 +2,8 @@ import pytest
 import trio
 from trio.testing import MockClock
 
-from node.replication.history import MemoryHistory
-from node.replication.replica import DECLINED_S, OPENED_ENVELOPES, SNAPSHOT_S, Replica, verification_cost
+from node.replication.replica import DECLINED_S, SNAPSHOT_S, VERIFIED_ENVELOPES, Replica, verification_cost
+from node.testing.memory_history import MemoryHistory
 from protocol.errors import RemoteProtocolError
 from protocol.observations import SignedObservation, oldest_bucket, open_observation
 from tests.support.observations import NOW_S, signed
@@ -13,9 +13,9 @@ from tests.support.sync_sessions import made
 async def test_the_tree_shows_at_once_what_was_taken_in(virtual_clock: MockClock) -> None:
     replica = Replica(MemoryHistory(), lambda: NOW_S)
     assert (await replica.tree()).summary("").count == 0
-    assert await replica.take_in([made(1), made(2)]) == 2
+    assert await replica.store([made(1), made(2)]) == 2
     assert (await replica.tree()).summary("").count == 2
-    assert await replica.take_in([made(2), made(3)]) == 1
+    assert await replica.store([made(2), made(3)]) == 1
     assert (await replica.tree()).summary("").count == 3
 
 
@@ -53,7 +53,7 @@ async def test_what_is_too_old_or_too_early_is_not_taken_in(virtual_clock: MockC
     replica = Replica(history, lambda: NOW_S)
     too_old = made(1, hours_ago=24 * 31)
     too_early = signed(2, issued_at_s=NOW_S + 100)
-    assert await replica.take_in([too_old, too_early, made(3)]) == 1
+    assert await replica.store([too_old, too_early, made(3)]) == 1
     assert set(history.envelopes) == {made(3).id}
     assert not replica.wants(too_old.id)
     assert not replica.wants(too_early.id)
@@ -68,7 +68,7 @@ async def test_the_store_may_decline_and_is_not_offered_the_same_again_soon(virt
             return []
 
     replica = Replica(FullHistory(), lambda: NOW_S)
-    assert await replica.take_in([made(1)]) == 0
+    assert await replica.store([made(1)]) == 0
     assert not replica.wants(made(1).id)
     await trio.sleep(DECLINED_S + 1)
     assert replica.wants(made(1).id)
@@ -82,20 +82,20 @@ def test_an_envelope_is_verified_once_and_remembered_for_a_while() -> None:
         return open_observation(envelope)
 
     replica = Replica(MemoryHistory(), lambda: NOW_S, verify)
-    assert not replica.is_open(made(0).envelope)
-    assert replica.open(made(0).envelope) == replica.open(made(0).envelope) == made(0)
-    assert replica.is_open(made(0).envelope)
+    assert replica.verifier.cost(made(0).envelope) > 1
+    assert replica.verify(made(0).envelope) == replica.verify(made(0).envelope) == made(0)
+    assert replica.verifier.cost(made(0).envelope) == 0
     assert len(verified) == 1
-    for number in range(1, OPENED_ENVELOPES + 1):
-        replica.open(made(number).envelope)
-    assert not replica.is_open(made(0).envelope)
+    for number in range(1, VERIFIED_ENVELOPES + 1):
+        replica.verify(made(number).envelope)
+    assert replica.verifier.cost(made(0).envelope) > 1
 
 
 def test_what_is_not_valid_is_never_remembered() -> None:
     replica = Replica(MemoryHistory(), lambda: NOW_S)
     for _ in range(2):
         with pytest.raises(RemoteProtocolError):
-            replica.open(made(1).envelope[:-1] + b"?")
+            replica.verify(made(1).envelope[:-1] + b"?")
 
 
 def test_only_buckets_that_every_clock_still_takes_in_are_compared() -> None:

@@ -1,4 +1,4 @@
-"""Predictions come from the latest model, and one that breaks does not take another with it."""
+"""PredictionCache come from the latest model, and one that breaks does not take another with it."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -8,7 +8,7 @@ import trio
 from trio.testing import MockClock
 
 from node.selection.learner import MAX_AGE_S, Learner
-from node.selection.prediction_cache import Predictions
+from node.selection.prediction_cache import PredictionCache
 from selector.task import PORTFOLIO, TaskContext
 from selector.task_buckets import Viewpoint
 
@@ -36,10 +36,10 @@ async def broken(context: TaskContext) -> Mapping[str, tuple[float, float]]:
     raise OSError("the worker ended")
 
 
-async def test_a_worker_that_is_stopped_while_it_is_asked_does_not_take_its_successor_with_it(
+async def test_worker_stopped_during_a_request_leaves_its_successor(
     nursery: trio.Nursery, virtual_clock: MockClock
 ) -> None:
-    opinions = Predictions()
+    predictions = PredictionCache()
     asked, stopped = trio.Event(), trio.Event()
 
     async def old(context: TaskContext) -> Mapping[str, tuple[float, float]]:
@@ -47,28 +47,28 @@ async def test_a_worker_that_is_stopped_while_it_is_asked_does_not_take_its_succ
         await stopped.wait()
         return await broken(context)
 
-    opinions.renew(old, 10)
-    nursery.start_soon(opinions.run)
-    nursery.start_soon(opinions.of, CONTEXT, METHODS)
+    predictions.set_predictor(old, 10)
+    nursery.start_soon(predictions.run)
+    nursery.start_soon(predictions.predict, CONTEXT, METHODS)
     await asked.wait()
-    opinions.renew(sure, 20)
+    predictions.set_predictor(sure, 20)
     stopped.set()
     await trio.testing.wait_all_tasks_blocked()
-    assert opinions.experiences == 20
-    assert (await opinions.of(CONTEXT, METHODS)).basis == "model"
+    assert predictions.sample_count == 20
+    assert (await predictions.predict(CONTEXT, METHODS)).basis == "model"
 
 
-async def test_a_worker_that_broke_is_replaced_though_the_history_has_not_grown(
+async def test_failed_worker_is_replaced_without_growth_of_the_history(
     nursery: trio.Nursery, virtual_clock: MockClock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    opinions = Predictions()
+    predictions = PredictionCache()
     workers: list[Worker] = []
 
     async def train(learner: Learner, nursery: trio.Nursery) -> Worker:
         del learner, nursery
         await trio.sleep(1)
         workers.append(Worker())
-        opinions.renew(sure if len(workers) > 1 else broken, 10)
+        predictions.set_predictor(sure if len(workers) > 1 else broken, 10)
         return workers[-1]
 
     async def count() -> int:
@@ -77,29 +77,27 @@ async def test_a_worker_that_broke_is_replaced_though_the_history_has_not_grown(
 
     monkeypatch.setattr(Learner, "_train", train)
     viewpoint = Viewpoint(peer="me", hardware="test", software="1", hour=1)
-    learner = Learner(Path("nowhere"), opinions, count=count, viewpoint=lambda: viewpoint)
+    learner = Learner(Path("nowhere"), predictions, count=count, viewpoint=lambda: viewpoint)
     nursery.start_soon(learner.run)
     await trio.sleep(100)
     assert len(workers) == 1
-    assert (await opinions.of(CONTEXT, METHODS)).basis == "rule"
+    assert (await predictions.predict(CONTEXT, METHODS)).basis == "rule"
     await trio.sleep(100)
     assert [worker.stopped for worker in workers] == [True, False]
-    assert (await opinions.of(CONTEXT, METHODS)).basis == "model"
+    assert (await predictions.predict(CONTEXT, METHODS)).basis == "model"
     await trio.sleep(MAX_AGE_S)  # what was learned from may have left the history meanwhile
     assert [worker.stopped for worker in workers] == [True, True, False]
 
 
-async def test_nobody_waits_for_a_prediction_where_there_is_nothing_to_choose(
-    nursery: trio.Nursery, virtual_clock: MockClock
-) -> None:
+async def test_single_method_does_not_wait_for_a_prediction(nursery: trio.Nursery, virtual_clock: MockClock) -> None:
     async def slow(context: TaskContext) -> Mapping[str, tuple[float, float]]:
         await trio.sleep(0.05)
         return await sure(context)
 
-    opinions = Predictions()
-    opinions.renew(slow, 10)
-    nursery.start_soon(opinions.run)
+    predictions = PredictionCache()
+    predictions.set_predictor(slow, 10)
+    nursery.start_soon(predictions.run)
     asked_s = trio.current_time()
-    assert list((await opinions.of(CONTEXT, METHODS[:1])).table) == [METHODS[0].name]
+    assert list((await predictions.predict(CONTEXT, METHODS[:1])).table) == [METHODS[0].name]
     assert trio.current_time() == asked_s
-    assert (await opinions.of(CONTEXT, METHODS)).basis == "model"
+    assert (await predictions.predict(CONTEXT, METHODS)).basis == "model"

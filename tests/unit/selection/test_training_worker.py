@@ -1,4 +1,4 @@
-"""The training gets little of a processor that others want, but something."""
+"""Training runs at the lowest priority that does not starve."""
 
 import os
 import sys
@@ -12,17 +12,17 @@ from selector.task_buckets import Viewpoint
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux knows priorities of threads")
-def test_the_training_has_the_lowest_priority_that_still_gets_its_share_and_others_keep_theirs(
+def test_only_the_training_thread_has_the_lowest_priority(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     seen: list[tuple[int, int]] = []
 
-    def train(experiences: object, viewpoint: object) -> None:
-        del experiences, viewpoint
+    def train(samples: object, viewpoint: object) -> None:
+        del samples, viewpoint
         seen.append((os.getpriority(os.PRIO_PROCESS, 0), os.sched_getscheduler(0)))
 
     monkeypatch.setattr(prediction, "train", train)
-    monkeypatch.setattr(training_worker, "read_experiences", lambda database: [])
+    monkeypatch.setattr(training_worker, "read_samples", lambda database: [])
     before = os.getpriority(os.PRIO_PROCESS, 0)
     viewpoint = Viewpoint(peer="me", hardware="test", software="1", hour=1)
 

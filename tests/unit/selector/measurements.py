@@ -1,12 +1,14 @@
-"""Small made-up measurements whose best methods are known, because the formula that made them is."""
+"""Small synthetic datasets whose best methods are known."""
 
 import csv
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 
-from selector.dataset import Contexts, Dataset, build_dataset
+from selector.dataset import Contexts, Dataset, FloatArray, build_dataset
+from selector.estimator import Selector
+from selector.evaluation.measures import Fold
 
 METHODS = tuple(f"{engine}|{bits}|tp{devices}" for engine in "ab" for bits in ("bf16", "fp8") for devices in (1, 2))
 
@@ -32,6 +34,11 @@ def made_up(contexts: int = 60, per_context: int = 5, seed: int = 1, noise: floa
             cost += 0.5 * method.startswith("a") - 0.2 * ("tp2" in method) + (8 - features[i, 2]) * ("fp8" in method)
             rows.append((i, method, float(cost + generator.normal(scale=noise))))
     return build_dataset(table, rows, name="made up")
+
+
+def out_of_fold_scores(dataset: Dataset, folds: Sequence[Fold], make: Callable[[], Selector]) -> list[FloatArray]:
+    """Return the scores of every fold's test rows by a selector fitted on its training rows."""
+    return [make().fit_dataset(dataset.take(fold.train)).predict(dataset.pairs.take(fold.test)) for fold in folds]
 
 
 def write_folder(folder: Path, dataset: Dataset) -> None:

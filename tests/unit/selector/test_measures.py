@@ -3,8 +3,8 @@ import pytest
 
 from selector.dataset import Contexts, Dataset, DatasetError, build_dataset
 from selector.evaluation.baselines import SingleBest, VirtualBest
-from selector.evaluation.measures import Fold, macro_f1, outcomes, predict_folds, split
-from tests.unit.selector.measurements import made_up
+from selector.evaluation.measures import Fold, macro_f1, outcomes, split
+from tests.unit.selector.measurements import made_up, out_of_fold_scores
 
 
 def contexts_of(count: int, models: list[str] | None = None, budgets: list[str] | None = None) -> Contexts:
@@ -24,7 +24,7 @@ def by_hand() -> Dataset:
 HAND_FOLD = Fold(np.arange(3), np.arange(3, 8))
 
 
-def test_measures_are_those_of_a_calculation_by_hand() -> None:
+def test_measures_match_a_calculation_by_hand() -> None:
     dataset = by_hand()
     # Chosen: b in 1, c in 2, c in 3.
     found = outcomes(dataset, [HAND_FOLD], [np.array([1.0, 0.0, 1.0, 0.0, 0.0])], default="a").measures()
@@ -42,7 +42,7 @@ def test_measures_are_those_of_a_calculation_by_hand() -> None:
     assert found.f1 == pytest.approx((0 + 0 + 2 / 3) / 3)
 
 
-def test_probes_take_the_best_of_the_candidates_and_trivial_contexts_are_told_apart() -> None:
+def test_probes_take_the_best_of_the_candidates() -> None:
     dataset = by_hand()
     found = outcomes(dataset, [HAND_FOLD], [np.array([1.0, 0.0, 1.0, 0.0, 0.0])], probes=2)
     assert found.measures().accuracy == 1.0
@@ -51,17 +51,17 @@ def test_probes_take_the_best_of_the_candidates_and_trivial_contexts_are_told_ap
     assert (empty.contexts, empty.accuracy, empty.closed_gap) == (0, None, None)
 
 
-def test_the_reference_of_the_closed_gap_gets_no_probes() -> None:
+def test_single_best_of_the_closed_gap_gets_no_probes() -> None:
     dataset = made_up()
     folds = split(dataset, "model")
-    scores = list(predict_folds(dataset, folds, lambda train, test: SingleBest().fit_dataset(train).predict(test)))
+    scores = out_of_fold_scores(dataset, folds, SingleBest)
     assert outcomes(dataset, folds, scores).measures().closed_gap == pytest.approx(0.0)
     gap = outcomes(dataset, folds, scores, probes=2).measures().closed_gap
     assert gap is not None
     assert gap > 0.1
 
 
-def test_the_virtual_best_has_no_regret() -> None:
+def test_virtual_best_has_no_regret() -> None:
     dataset = made_up()
     folds = split(dataset, "random")
     oracle = VirtualBest().fit_dataset(dataset)
@@ -69,14 +69,14 @@ def test_the_virtual_best_has_no_regret() -> None:
     assert (found.accuracy, found.regret, found.closed_gap, found.f1) == (1.0, 0.0, 1.0, 1.0)
 
 
-def test_equal_costs_are_no_error_and_leave_no_gap() -> None:
+def test_equal_costs_leave_no_gap() -> None:
     dataset = build_dataset(contexts_of(2), [(0, "a", 1.0), (0, "b", 1.0), (1, "a", 1.0), (1, "b", 1.0)])
     found = outcomes(dataset, [Fold(np.arange(2), np.arange(2, 4))], [np.array([1.0, 0.0])]).measures()
     assert (found.accuracy, found.f1, found.closed_gap) == (1.0, 1.0, None)
 
 
 @pytest.mark.parametrize("group", ["random", "model", "hardware"])
-def test_every_row_is_tested_once_and_no_group_is_on_both_sides(group: str) -> None:
+def test_folds_test_every_row_once_and_split_no_group(group: str) -> None:
     dataset = made_up(contexts=90)
     folds = split(dataset, group)  # type: ignore[arg-type]
     tested = np.concatenate([fold.test for fold in folds])
@@ -103,14 +103,14 @@ def test_contexts_that_differ_in_nothing_but_budget_stay_together() -> None:
         assert not train & test
 
 
-def test_many_models_are_merged_into_ten_folds() -> None:
+def test_groups_are_merged_into_ten_folds() -> None:
     dataset = build_dataset(
         contexts_of(50, [f"m{i // 2}" for i in range(50)]), [(i, method, 0.0) for i in range(50) for method in "ab"]
     )
     assert len(split(dataset, "model")) == 10
 
 
-def test_what_cannot_be_left_out_is_said() -> None:
+def test_single_group_is_an_error() -> None:
     dataset = build_dataset(contexts_of(3), [(i, "a", 0.0) for i in range(3)])
     with pytest.raises(DatasetError, match="only one value of 'hardware'"):
         split(dataset, "hardware")
@@ -119,7 +119,7 @@ def test_what_cannot_be_left_out_is_said() -> None:
         split(build_dataset(contexts, [(0, "a", 0.0), (1, "a", 0.0)]), "model")
 
 
-def test_rows_without_a_finite_cost_are_left_out_and_repeated_ones_averaged() -> None:
+def test_dataset_drops_infinite_costs_and_averages_repeats() -> None:
     dataset = build_dataset(
         contexts_of(2), [(0, "a", 1.0), (0, "a", 3.0), (0, "b", float("nan")), (1, "b", float("inf")), (1, "a", 0.0)]
     )
@@ -130,5 +130,5 @@ def test_rows_without_a_finite_cost_are_left_out_and_repeated_ones_averaged() ->
         build_dataset(contexts_of(1), [(0, "a", float("nan"))])
 
 
-def test_macro_f1_is_the_mean_over_methods_seen() -> None:
+def test_macro_f1_is_the_mean_over_methods() -> None:
     assert macro_f1(np.array([0, 0, 3]), np.array([0, 3, 3])) == pytest.approx(2 / 3)

@@ -1,4 +1,4 @@
-"""What every selector must do, the meta-model and all baselines alike."""
+"""Conformance of all selectors, the meta-model and the baselines."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -12,9 +12,9 @@ from sklearn.exceptions import NotFittedError
 from selector.dataset import Dataset, FloatArray, IntArray
 from selector.estimator import NotApplicableError, Selector
 from selector.evaluation.baselines import BASELINES, TextEmbedding
-from selector.evaluation.measures import Fold, outcomes, predict_folds, split
+from selector.evaluation.measures import Fold, outcomes, split
 from selector.metamodel import MetaModel
-from tests.unit.selector.measurements import made_up
+from tests.unit.selector.measurements import made_up, out_of_fold_scores
 
 
 def small_metamodel() -> MetaModel:
@@ -26,7 +26,7 @@ HARDWARE = {"l_bw": 40.0, "l_bf": 49.0, "memgb": 80.0, "kvgb": 0.01}
 
 
 def with_hardware(dataset: Dataset) -> Dataset:
-    """The rule needs to know the hardware; all contexts get the same."""
+    """Add the hardware columns that the roofline rule needs, equal for all contexts."""
     contexts = dataset.pairs.contexts
     constants = np.tile(list(HARDWARE.values()), (len(contexts), 1))
     contexts = replace(
@@ -45,7 +45,7 @@ def make_selector(request: pytest.FixtureRequest) -> Callable[[], Selector]:
 DATASET = with_hardware(made_up())
 
 
-def test_predicts_one_finite_number_a_pair_and_the_same_again(make: Callable[[], Selector]) -> None:
+def test_predictions_are_finite_and_deterministic(make: Callable[[], Selector]) -> None:
     first, second = make().fit_dataset(DATASET), make().fit_dataset(DATASET)
     predicted = first.predict(DATASET.pairs)
     assert predicted.shape == (len(DATASET),)
@@ -54,7 +54,7 @@ def test_predicts_one_finite_number_a_pair_and_the_same_again(make: Callable[[],
     np.testing.assert_array_equal(predicted, first.predict(DATASET.pairs))
 
 
-def test_keeps_scikit_learns_conventions(make: Callable[[], Selector]) -> None:
+def test_follows_scikit_learn_conventions(make: Callable[[], Selector]) -> None:
     selector = make()
     with pytest.raises(NotFittedError):
         selector.predict(DATASET.pairs)
@@ -65,14 +65,14 @@ def test_keeps_scikit_learns_conventions(make: Callable[[], Selector]) -> None:
         clone(selector).predict(DATASET.pairs)
 
 
-def test_one_method_alone_or_equal_costs_are_no_fault(make: Callable[[], Selector]) -> None:
+def test_accepts_a_single_method_and_equal_costs(make: Callable[[], Selector]) -> None:
     alone = DATASET.take(DATASET.pairs.method == DATASET.pairs.method[0])
     assert np.isfinite(make().fit_dataset(alone).predict(alone.pairs)).all()
     constant = replace(DATASET, cost=np.zeros(len(DATASET)))
     assert np.isfinite(make().fit_dataset(constant).predict(constant.pairs)).all()
 
 
-def test_missing_features_are_no_fault(make: Callable[[], Selector]) -> None:
+def test_accepts_missing_features(make: Callable[[], Selector]) -> None:
     contexts = DATASET.pairs.contexts
     features = contexts.features.copy()
     features[::2, 0] = np.nan
@@ -85,26 +85,25 @@ def test_missing_features_are_no_fault(make: Callable[[], Selector]) -> None:
     assert np.isfinite(predicted).all()
 
 
-def test_a_handful_of_observations_is_enough(make: Callable[[], Selector]) -> None:
+def test_accepts_three_observations(make: Callable[[], Selector]) -> None:
     few = DATASET.take(np.arange(3))
     assert np.isfinite(make().fit_dataset(few).predict(DATASET.pairs)).all()
 
 
 def closed_gap(make: Callable[[], Selector], dataset: Dataset) -> float:
     folds = split(dataset, "model")
-    scores = list(predict_folds(dataset, folds, lambda training, test: make().fit_dataset(training).predict(test)))
-    gap = outcomes(dataset, folds, scores).measures().closed_gap
+    gap = outcomes(dataset, folds, out_of_fold_scores(dataset, folds, make)).measures().closed_gap
     assert gap is not None
     return gap
 
 
-def test_the_metamodel_finds_what_decides_where_models_were_left_out() -> None:
+def test_metamodel_closes_the_gap_on_models_left_out() -> None:
     dataset = made_up(contexts=120)
     assert closed_gap(small_metamodel, dataset) > 0.85
     assert abs(closed_gap(BASELINES["single_best"], dataset)) < 1e-9
 
 
-def test_the_metamodel_learns_a_method_by_its_factors() -> None:
+def test_metamodel_generalises_over_method_factors() -> None:
     """A method never measured in training is judged by those that share its factors."""
     dataset = made_up(contexts=120, per_context=8)
     new = dataset.pairs.methods.index("b|fp8|tp2")
@@ -116,7 +115,7 @@ def test_the_metamodel_learns_a_method_by_its_factors() -> None:
     assert said[of_new].mean() < said[~of_new].mean() - 0.5
 
 
-def test_what_is_probed_first_is_what_would_be_chosen(make: Callable[[], Selector]) -> None:
+def test_first_probe_is_the_predicted_best(make: Callable[[], Selector]) -> None:
     selector = make().fit_dataset(DATASET)
     chosen = chosen_by(selector.predict(DATASET.pairs))
     np.testing.assert_array_equal(chosen_by(selector.probe_scores(DATASET.pairs, 1)), chosen)
@@ -129,7 +128,7 @@ def chosen_by(scores: FloatArray) -> IntArray:
     return outcomes(DATASET, [fold], [scores]).chosen_method
 
 
-def test_of_a_method_never_measured_more_is_hoped_than_of_what_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unmeasured_methods_are_probed_earlier(monkeypatch: pytest.MonkeyPatch) -> None:
     dataset = made_up(contexts=60, per_context=8)
     new = dataset.pairs.method == dataset.pairs.methods.index("b|fp8|tp1")
     model = small_metamodel().fit_dataset(dataset.take(~new))
@@ -141,13 +140,13 @@ def test_of_a_method_never_measured_more_is_hoped_than_of_what_is_known(monkeypa
         return of_new
 
     eager = places()
-    monkeypatch.setattr(model.ensemble_, "ignorance", lambda pairs: np.zeros(len(pairs)))
+    monkeypatch.setattr(model.ensemble_, "method_variance", lambda pairs: np.zeros(len(pairs)))
     sober = places()
     assert (eager <= sober).all()
     assert (eager < sober).any()
 
 
-def test_the_deviation_told_is_about_how_far_predictions_are_off() -> None:
+def test_deviation_matches_the_prediction_error() -> None:
     dataset = made_up(contexts=160, noise=0.3)
     training, test = dataset.of_contexts(np.arange(110)), dataset.of_contexts(np.arange(110, 160))
     found = small_metamodel().fit_dataset(training).predict_all(test.pairs)
@@ -156,20 +155,20 @@ def test_the_deviation_told_is_about_how_far_predictions_are_off() -> None:
     assert 0.6 < np.sqrt(np.mean((error / found.deviation) ** 2)) < 1.6
 
 
-def test_the_metamodel_is_bounded() -> None:
+def test_metamodel_size_is_bounded() -> None:
     model = MetaModel(boosting_rounds=20, tree_count=10, max_rows=100, max_leaves=200).fit_dataset(DATASET)
-    forests = [fit for fit, *_ in model.ensemble_._fits if isinstance(fit, ExtraTreesRegressor)]
+    forests = [fit.model for fit in model.ensemble_._fits if isinstance(fit.model, ExtraTreesRegressor)]
     assert forests
     assert all(sum(tree.get_n_leaves() for tree in forest.estimators_) <= 200 for forest in forests)
 
 
-def test_weights_of_members_sum_to_one() -> None:
+def test_member_weights_sum_to_one() -> None:
     model = small_metamodel().fit_dataset(DATASET)
     assert model.weights_.sum() == pytest.approx(1.0)
     assert (model.weights_ > 0).all()
 
 
-def test_the_text_baseline_reads_with_the_encoder_it_is_given() -> None:
+def test_text_embedding_uses_the_given_encoder() -> None:
     read: list[str] = []
 
     def encode(texts: object) -> np.ndarray:

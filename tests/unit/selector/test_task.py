@@ -1,4 +1,4 @@
-"""The portfolio, the names of methods, and what a vote comes to."""
+"""The portfolio, method names, the heuristic and the tally."""
 
 from dataclasses import replace
 
@@ -23,7 +23,7 @@ from selector.task import (
 from selector.voting import scores, tally, weights_of
 
 
-def test_every_method_of_the_portfolio_has_a_name_that_says_it() -> None:
+def test_portfolio_names_parse_back() -> None:
     assert 20 <= len(PORTFOLIO) <= 40
     for name, each in PORTFOLIO.items():
         assert parse_method(name) == each
@@ -35,22 +35,22 @@ def test_every_method_of_the_portfolio_has_a_name_that_says_it() -> None:
 @pytest.mark.parametrize(
     ("text", "complaint"),
     [
-        ("fastest", "is no method"),
+        ("fastest", "invalid method"),
         ("engine=fused|engine=eager", "twice"),
-        ("colour=red", "no switch 'colour'"),
-        ("engine=warp", "one of eager, fused, onnxruntime"),
+        ("colour=red", "unknown switch 'colour'"),
+        ("engine=warp", "expected one of eager, fused, onnxruntime"),
         ("batching=static", "policy of a stage"),
-        ("engine=eager|arithmetic=int8", "engine=eager has arithmetic fp32"),
-        ("", "is no method"),
+        ("engine=eager|arithmetic=int8", "engine=eager supports arithmetic fp32"),
+        ("", "invalid method"),
     ],
 )
-def test_what_is_no_method_is_told_in_one_line(text: str, complaint: str) -> None:
+def test_invalid_method_is_a_one_line_error(text: str, complaint: str) -> None:
     with pytest.raises(MethodError, match=complaint) as caught:
         parse_method(text)
     assert "\n" not in str(caught.value)
 
 
-def test_what_a_method_says_of_itself() -> None:
+def test_method_properties() -> None:
     plain = method(engine="fused", speculation="ngram-8", prefill_chunk="64", prefix_cache="on")
     assert (plain.drafter, plain.draft_tokens, plain.prefill_chunk, plain.prefix_cache) == ("ngram", 8, 64, True)
     assert plain.exact
@@ -61,7 +61,7 @@ def test_what_a_method_says_of_itself() -> None:
     assert all(value == SWITCHES[switch].baseline for switch, value in BASELINE.switches.items())
 
 
-def test_the_quality_bound_decides_over_lossy_methods_only() -> None:
+def test_quality_bound_applies_to_lossy_methods() -> None:
     lossy = method(engine="fused", arithmetic="int8")
     good, fair, bad = MeasuredQuality(0.001, 0.004), MeasuredQuality(0.032, 0.05), MeasuredQuality(0.6, 0.4)
     admitted = {bound: [admits(bound, lossy, quality) for quality in (None, good, fair, bad)] for bound in QualityBound}
@@ -78,7 +78,7 @@ CONTEXT = TaskContext(
 )
 
 
-def test_a_context_travels_as_plain_values() -> None:
+def test_context_round_trips_through_plain_values() -> None:
     values = CONTEXT.values()
     assert "expert_count" not in values
     assert all(isinstance(value, str | float) for value in values.values())
@@ -89,7 +89,7 @@ def test_a_context_travels_as_plain_values() -> None:
     assert TaskContext.of(odd).link_s == 0
 
 
-def test_the_rule_follows_the_workload() -> None:
+def test_heuristic_follows_the_workload() -> None:
     exact = [each for each in PORTFOLIO.values() if each.exact]
 
     def best(**facts: float) -> dict[str, str]:
@@ -102,7 +102,7 @@ def test_the_rule_follows_the_workload() -> None:
     assert predicted_cost(CONTEXT, BASELINE) > predicted_cost(CONTEXT, method(engine="fused"))
 
 
-def test_the_rule_takes_a_narrower_wire_where_links_are_long_and_guesses_nothing_behind_the_only_token() -> None:
+def test_heuristic_narrows_the_wire_on_long_links_only() -> None:
     plain, narrow = method(engine="fused"), method(engine="fused", activations="int8")
     near = replace(CONTEXT, stage_count=3, link_s=0.0005)
     assert preference(near, [plain, narrow])[0] == plain
@@ -114,25 +114,25 @@ def test_the_rule_takes_a_narrower_wire_where_links_are_long_and_guesses_nothing
 # The tally
 
 
-def test_the_least_score_wins_and_the_order_decides_between_equals() -> None:
+def test_lowest_score_wins_and_order_breaks_ties() -> None:
     assert tally(["a", "b"], [[1.0, 0.5]]) == "b"
     assert tally(["a", "b"], [[0.0, 0.0], [0.0, 0.0]]) == "a"
     assert tally(["b", "a"], [[0.0, 0.0], [0.0, 0.0]]) == "b"
 
 
-def test_only_what_every_stage_offers_can_win() -> None:
+def test_only_methods_offered_by_every_stage_can_win() -> None:
     assert tally(["a", "b"], [[5.0, 0.0], [5.0, None]]) == "a"
     assert tally(["a"], [[None]]) is None
     with pytest.raises(ValueError, match="each method"):
         tally(["a", "b"], [[1.0]])
 
 
-def test_a_liar_among_four_does_not_decide() -> None:
+def test_one_liar_of_four_does_not_decide() -> None:
     honest = [[0.0, 1.0]] * 3
     assert tally(["a", "b"], [*honest, [1e9, -1e9]]) == "a"
 
 
-def test_a_vote_counts_by_its_weight() -> None:
+def test_votes_count_by_weight() -> None:
     two = [[0.0, 1.0], [2.0, 0.0]]  # b is better on the whole
     assert tally(["a", "b"], two) == "b"
     assert tally(["a", "b"], two, [3, 1]) == "a"
@@ -144,7 +144,7 @@ def test_a_vote_counts_by_its_weight() -> None:
 @given(
     st.lists(st.tuples(st.floats(-1e6, 1e6), st.integers(1, 5)), min_size=1, max_size=9),
 )
-def test_a_ballot_of_weight_n_counts_as_n_ballots(ballots: list[tuple[float, int]]) -> None:
+def test_ballot_of_weight_n_counts_as_n_ballots(ballots: list[tuple[float, int]]) -> None:
     costs = [[cost] for cost, _ in ballots]
     weighed = scores(["a"], costs, [weight for _, weight in ballots])["a"]
     repeated = scores(["a"], [[cost] for cost, weight in ballots for _ in range(weight)])["a"]
@@ -153,7 +153,7 @@ def test_a_ballot_of_weight_n_counts_as_n_ballots(ballots: list[tuple[float, int
 
 
 @given(st.lists(st.lists(st.floats(-1e9, 1e9), min_size=3, max_size=3), min_size=1, max_size=9), st.randoms())
-def test_the_order_of_the_ballots_does_not_matter(ballots: list[list[float]], order: object) -> None:
+def test_tally_is_independent_of_the_order_of_ballots(ballots: list[list[float]], order: object) -> None:
     shuffled = list(ballots)
     order.shuffle(shuffled)  # type: ignore[attr-defined]
     assert scores(["a", "b", "c"], ballots) == scores(["a", "b", "c"], shuffled)

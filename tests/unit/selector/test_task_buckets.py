@@ -1,17 +1,17 @@
-"""Which tasks are alike, and which methods do the same to a task."""
+"""Task buckets, and the effective switches of methods."""
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from selector.task import BASELINE, TaskContext, method
-from selector.task_buckets import effect_of, kind_of, representative
+from selector.task_buckets import canonicalise, effective_switches, task_bucket
 
 FUSED = method(engine="fused")
 
 
 @pytest.mark.parametrize(
-    ("switches", "nothing_to", "something_to"),
+    ("switches", "without_effect", "with_effect"),
     [
         ({"prefix_cache": "on"}, {}, {"shared_prefix_share": 0.4}),
         ({"prefill_chunk": "128"}, {"prompt_tokens": 128}, {"prompt_tokens": 300}),
@@ -20,35 +20,40 @@ FUSED = method(engine="fused")
         ({"speculation": "ngram-8"}, {}, {"max_tokens": 2}),
     ],
 )
-def test_a_switch_that_can_do_nothing_to_a_task_makes_no_other_method(
-    switches: dict[str, str], nothing_to: dict[str, float], something_to: dict[str, float]
+def test_switch_without_effect_on_a_task_is_ignored(
+    switches: dict[str, str], without_effect: dict[str, float], with_effect: dict[str, float]
 ) -> None:
-    with_it = method(engine="fused", **switches)
-    assert effect_of(with_it, TaskContext.of(nothing_to)) == effect_of(FUSED, TaskContext.of(nothing_to))
-    assert effect_of(with_it, TaskContext.of(something_to)) != effect_of(FUSED, TaskContext.of(something_to))
+    switched = method(engine="fused", **switches)
+
+    def differs(values: dict[str, float]) -> bool:
+        context = TaskContext.of(values)
+        return effective_switches(switched, context) != effective_switches(FUSED, context)
+
+    assert not differs(without_effect)
+    assert differs(with_effect)
 
 
-def test_the_baseline_does_nothing_to_any_task_and_an_engine_does_to_all() -> None:
-    assert effect_of(BASELINE, TaskContext()) == frozenset()
-    assert effect_of(FUSED, TaskContext()) == {("engine", "fused")}
+def test_engine_affects_every_task_and_the_baseline_none() -> None:
+    assert effective_switches(BASELINE, TaskContext()) == frozenset()
+    assert effective_switches(FUSED, TaskContext()) == {("engine", "fused")}
 
 
 @pytest.mark.parametrize("size", ["prompt_tokens", "max_tokens"])
 @pytest.mark.parametrize("usual", [8, 32, 64, 128, 512])
-def test_sizes_about_a_usual_one_are_of_one_kind(size: str, usual: int) -> None:
-    kinds = {kind_of(TaskContext.of({size: usual * part})) for part in (0.9, 1, 1.15)}
-    assert len(kinds) == 1
-    assert kind_of(TaskContext.of({size: 4 * usual})) not in kinds
+def test_sizes_around_a_common_one_share_a_bucket(size: str, usual: int) -> None:
+    buckets = {task_bucket(TaskContext.of({size: usual * part})) for part in (0.9, 1, 1.15)}
+    assert len(buckets) == 1
+    assert task_bucket(TaskContext.of({size: 4 * usual})) not in buckets
 
 
-def test_a_job_alone_is_of_another_kind_than_two() -> None:
-    assert kind_of(TaskContext.of({"concurrency": 1})) != kind_of(TaskContext.of({"concurrency": 2}))
+def test_concurrent_jobs_have_another_bucket() -> None:
+    assert task_bucket(TaskContext.of({"concurrency": 1})) != task_bucket(TaskContext.of({"concurrency": 2}))
 
 
-def test_links_of_a_machine_to_itself_are_alike_however_busy_it_is() -> None:
-    kinds = {kind_of(TaskContext.of({"stage_count": 3, "link_s": link_s})) for link_s in (0.0005, 0.005, 0.0105)}
-    assert len(kinds) == 1
-    assert kind_of(TaskContext.of({"stage_count": 3, "link_s": 0.08})) not in kinds
+def test_local_links_share_a_bucket() -> None:
+    buckets = {task_bucket(TaskContext.of({"stage_count": 3, "link_s": link_s})) for link_s in (0.0005, 0.005, 0.0105)}
+    assert len(buckets) == 1
+    assert task_bucket(TaskContext.of({"stage_count": 3, "link_s": 0.08})) not in buckets
 
 
 @given(
@@ -64,7 +69,7 @@ def test_links_of_a_machine_to_itself_are_alike_however_busy_it_is() -> None:
         }
     )
 )
-def test_what_stands_for_a_task_is_of_its_kind(values: dict[str, float]) -> None:
+def test_canonical_context_shares_the_bucket(values: dict[str, float]) -> None:
     context = TaskContext.of(values)
-    assert representative(representative(context)) == representative(context)
-    assert kind_of(representative(context)) == kind_of(context)
+    assert canonicalise(canonicalise(context)) == canonicalise(context)
+    assert task_bucket(canonicalise(context)) == task_bucket(context)

@@ -1,4 +1,4 @@
-"""What a history teaches: whose measurements count how much, and what no liar can make of them."""
+"""Weights of samples in the training set, and their robustness against liars."""
 
 import math
 import random
@@ -7,12 +7,11 @@ from typing import Any
 
 import pytest
 
-from selector.expectation import MIN_EXPERIENCES, rule_table
-from selector.heuristic import predicted_cost
+from selector.heuristic import MIN_SAMPLES, heuristic_table, predicted_cost
 from selector.prediction import train
 from selector.task import BASELINE, PORTFOLIO, TaskContext, method
-from selector.task_buckets import Viewpoint, kind_of, representative
-from selector.training_set import ContextColumns, Experience, lesson_of
+from selector.task_buckets import Viewpoint, canonicalise, task_bucket
+from selector.training_set import ContextColumns, Sample, build_training_set
 
 FUSED = method(engine="fused")
 CHUNKED = method(engine="fused", prefill_chunk="64")
@@ -30,47 +29,45 @@ CONTEXT = TaskContext(
 VIEWPOINT = Viewpoint(peer="me", hardware="cpu", software="1", hour=100)
 
 
-def experience(
-    name: str, log_ratio: float | None, level: float = 0.0, cost: float | None = None, **changes: Any
-) -> Experience:
-    """Return a measurement; `level`: how much slower everything was at the time."""
+def sample(name: str, log_ratio: float | None, level: float = 0.0, cost: float | None = None, **changes: Any) -> Sample:
+    """Return a sample; `level`: common slowdown at the time."""
     at: dict[str, Any] = {
         "context": CONTEXT,
         "observer": "me",
         "route": "a/b/c",
         "hour": 100,
         "software": "1",
-        "vouched": True,
+        "countersigned": True,
         **changes,
     }
     log_cost = cost if cost is not None else (log_ratio or 0.0)
-    return Experience(method=name, log_cost=log_cost + level, log_ratio=log_ratio, **at)
+    return Sample(method=name, log_cost=log_cost + level, log_ratio=log_ratio, **at)
 
 
-def measured(truth: dict[str, float], count: int, **changes: Any) -> list[Experience]:
-    """Return measurements against the baseline. `truth`: logarithms of the ratio."""
+def measured(truth: dict[str, float], count: int, **changes: Any) -> list[Sample]:
+    """Return samples with a ratio to the baseline. `truth`: its logarithms."""
     rng = random.Random(1)
     return [
-        experience(name, ratio + rng.gauss(0, 0.02), level=rng.gauss(0, 0.5), **changes)
+        sample(name, ratio + rng.gauss(0, 0.02), level=rng.gauss(0, 0.5), **changes)
         for _ in range(count)
         for name, ratio in truth.items()
     ]
 
 
-def expected_ratio(experiences: list[Experience], name: str, context: TaskContext = CONTEXT) -> float:
-    predictor = train(experiences, VIEWPOINT)
+def expected_ratio(samples: list[Sample], name: str, context: TaskContext = CONTEXT) -> float:
+    predictor = train(samples, VIEWPOINT)
     assert predictor is not None
     table = predictor.table(context)
     return table[name].log_cost - table[BASELINE.name].log_cost
 
 
-def test_with_too_little_there_is_no_model() -> None:
+def test_small_history_trains_no_model() -> None:
     assert train([], VIEWPOINT) is None
-    assert train(measured({FUSED.name: -1.0}, MIN_EXPERIENCES - 1), VIEWPOINT) is None
-    assert train([experience(FUSED.name, None)] * 50, VIEWPOINT) is None  # one method alone compares with nothing
+    assert train(measured({FUSED.name: -1.0}, MIN_SAMPLES - 1), VIEWPOINT) is None
+    assert train([sample(FUSED.name, None)] * 50, VIEWPOINT) is None  # one method alone compares with nothing
 
 
-def test_what_was_measured_is_believed_the_more_the_more_was_measured() -> None:
+def test_trust_in_the_model_grows_with_the_samples() -> None:
     rule = predicted_cost(CONTEXT, FUSED) - predicted_cost(CONTEXT, BASELINE)
     truth = rule + 1.0
     few = expected_ratio(measured({FUSED.name: truth, CHUNKED.name: truth + 0.3}, 3), FUSED.name)
@@ -79,30 +76,29 @@ def test_what_was_measured_is_believed_the_more_the_more_was_measured() -> None:
     assert many == pytest.approx(truth, abs=0.25)
 
 
-def test_a_busy_evening_is_nobodys_fault() -> None:
-    """Served jobs on one route and hour have a level in common, which is not the method's."""
+def test_common_level_of_route_and_hour_is_removed() -> None:
     rule = {each.name: predicted_cost(CONTEXT, each) for each in (BASELINE, FUSED)}
-    busy = [experience(FUSED.name, None, cost=rule[FUSED.name], level=2.0, hour=99) for _ in range(40)]
-    busy += [experience(BASELINE.name, None, cost=rule[BASELINE.name], level=2.0, hour=99) for _ in range(10)]
-    calm = [experience(BASELINE.name, None, cost=rule[BASELINE.name], hour=100) for _ in range(40)]
-    calm += [experience(FUSED.name, None, cost=rule[FUSED.name], hour=100) for _ in range(10)]
+    busy = [sample(FUSED.name, None, cost=rule[FUSED.name], level=2.0, hour=99) for _ in range(40)]
+    busy += [sample(BASELINE.name, None, cost=rule[BASELINE.name], level=2.0, hour=99) for _ in range(10)]
+    calm = [sample(BASELINE.name, None, cost=rule[BASELINE.name], hour=100) for _ in range(40)]
+    calm += [sample(FUSED.name, None, cost=rule[FUSED.name], hour=100) for _ in range(10)]
     assert expected_ratio(busy + calm, FUSED.name) == pytest.approx(rule[FUSED.name] - rule[BASELINE.name], abs=0.1)
 
 
-def test_ones_own_measurements_outweigh_what_one_other_says_however_often() -> None:
+def test_own_samples_outweigh_a_flood_from_another_peer() -> None:
     own = measured({FUSED.name: -1.0}, 30)
-    lies = measured({FUSED.name: 2.0}, 3000, observer="liar", vouched=False)
+    lies = measured({FUSED.name: 2.0}, 3000, observer="liar", countersigned=False)
     alone, flooded = expected_ratio(own, FUSED.name), expected_ratio(own + lies, FUSED.name)
     assert abs(flooded - alone) < 0.75
     assert flooded < 0
 
 
-def test_whom_the_swarm_found_lying_teaches_nothing() -> None:
+def test_peers_without_trust_have_no_weight() -> None:
     own = measured({FUSED.name: -1.0}, 30)
     lies = [each for i in range(20) for each in measured({FUSED.name: 2.0}, 30, observer=f"liar {i}")]
-    warned = replace(VIEWPOINT, trust={f"liar {i}": 0.0 for i in range(20)}, trust_in_strangers=0.2)
+    warned = replace(VIEWPOINT, trust={f"liar {i}": 0.0 for i in range(20)}, default_trust=0.2)
     alone, told, untold = (
-        lesson_of(each, at) for each, at in ((own, warned), (own + lies, warned), (own + lies, VIEWPOINT))
+        build_training_set(each, at) for each, at in ((own, warned), (own + lies, warned), (own + lies, VIEWPOINT))
     )
     assert alone is not None
     assert told is not None
@@ -111,14 +107,14 @@ def test_whom_the_swarm_found_lying_teaches_nothing() -> None:
     assert untold.support[FUSED.name] > 2 * alone.support[FUSED.name]
 
 
-def test_figures_that_cannot_be_are_cut() -> None:
+def test_outliers_are_clipped() -> None:
     own = measured({FUSED.name: -1.0}, 30)
-    wild = [experience(FUSED.name, 60.0, observer=f"liar {i}", vouched=False) for i in range(10)]
+    wild = [sample(FUSED.name, 60.0, observer=f"liar {i}", countersigned=False) for i in range(10)]
     assert math.isfinite(expected_ratio(own + wild, FUSED.name))
     assert expected_ratio(own + wild, FUSED.name) < 0.5
 
 
-def test_one_route_of_many_stages_does_not_make_the_whole_history_big() -> None:
+def test_long_route_names_are_hashed() -> None:
     long = "+".join(f"{i:064}" for i in range(64))
     others = [f"{long}{i}" for i in range(2)]
     contexts = [CONTEXT] * 100 + [replace(CONTEXT, hardware=name, architecture=name) for name in others]
@@ -130,33 +126,33 @@ def test_one_route_of_many_stages_does_not_make_the_whole_history_big() -> None:
         assert len(set(table.names[key].tolist())) == 3
 
 
-def test_old_measurements_other_hardware_and_other_software_count_less() -> None:
+def test_old_or_foreign_samples_weigh_less() -> None:
     new = measured({FUSED.name: -1.0}, 20)
     for other in (
         {"hour": 100 - 24 * 60},
         {"software": "0"},
         {"context": replace(CONTEXT, hardware="gpu")},
     ):
-        lesson = lesson_of([*new, *measured({FUSED.name: 1.0}, 20, **other)], VIEWPOINT)
-        alone = lesson_of(new, VIEWPOINT)
-        assert lesson is not None
+        training = build_training_set([*new, *measured({FUSED.name: 1.0}, 20, **other)], VIEWPOINT)
+        alone = build_training_set(new, VIEWPOINT)
+        assert training is not None
         assert alone is not None
-        assert lesson.support[FUSED.name] < 1.5 * alone.support[FUSED.name]
+        assert training.support[FUSED.name] < 1.5 * alone.support[FUSED.name]
 
 
-def test_a_method_of_another_version_is_left_out() -> None:
-    unknown = [experience("engine=warp|speed=9", -5.0) for _ in range(50)]
-    lesson = lesson_of([*measured({FUSED.name: -1.0}, 10), *unknown], VIEWPOINT)
-    assert lesson is not None
-    assert set(lesson.support) == {BASELINE.name, FUSED.name}
+def test_unknown_methods_are_left_out() -> None:
+    unknown = [sample("engine=warp|speed=9", -5.0) for _ in range(50)]
+    training = build_training_set([*measured({FUSED.name: -1.0}, 10), *unknown], VIEWPOINT)
+    assert training is not None
+    assert set(training.support) == {BASELINE.name, FUSED.name}
 
 
-def test_prompts_of_nearly_the_same_length_share_a_table_and_others_do_not() -> None:
-    assert representative(CONTEXT) == representative(replace(CONTEXT, prompt_tokens=66))
-    assert representative(CONTEXT) != representative(replace(CONTEXT, prompt_tokens=128))
-    assert kind_of(CONTEXT) != kind_of(replace(CONTEXT, prompt_tokens=640))
-    assert kind_of(CONTEXT) == kind_of(representative(CONTEXT))
+def test_similar_prompt_lengths_share_a_canonical_context() -> None:
+    assert canonicalise(CONTEXT) == canonicalise(replace(CONTEXT, prompt_tokens=66))
+    assert canonicalise(CONTEXT) != canonicalise(replace(CONTEXT, prompt_tokens=128))
+    assert task_bucket(CONTEXT) != task_bucket(replace(CONTEXT, prompt_tokens=640))
+    assert task_bucket(CONTEXT) == task_bucket(canonicalise(CONTEXT))
 
 
-def test_the_rule_has_an_opinion_on_every_method() -> None:
-    assert set(rule_table(CONTEXT, PORTFOLIO.values())) == set(PORTFOLIO)
+def test_heuristic_covers_the_portfolio() -> None:
+    assert set(heuristic_table(CONTEXT, PORTFOLIO.values())) == set(PORTFOLIO)

@@ -340,7 +340,7 @@ async def test_rows_go_to_nobody_but_the_session_that_has_admitted_them(virtual_
         await opener.open_with(replace(opening, positions=4))
         await stranger.say(encode_frame(FrameType.CHUNK, data[64:]))
         assert span.sessions[session].held_rows == 0
-        assert span.sessions[session].bytes_in == 0
+        assert span.sessions[session].state.counters.bytes_in == 0
         assert not stranger.link.broken
 
 
@@ -396,7 +396,7 @@ def test_of_frames_that_are_not_complete_those_go_first_that_do_not_go_on() -> N
 async def test_descriptions_of_sessions_are_bounded_and_leave_room_for_others(
     virtual_clock: MockClock, monkeypatch: pytest.MonkeyPatch, is_open: bool
 ) -> None:
-    monkeypatch.setattr("node.stages.stage_server.DESCRIPTION_BYTES", 1 << 20)
+    monkeypatch.setattr("node.stages.session_admission.DESCRIPTION_BYTES", 1 << 20)
     async with under_attack((0, 9)) as (_, coordinator, stranger):
         if not is_open:
             stages = stranger.victim.stages

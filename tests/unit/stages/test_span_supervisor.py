@@ -12,7 +12,7 @@ from node.coordinator.submission import JobError, JobRequest
 from node.engine.interface import REFERENCE, Variant
 from node.links.outbound_link import SessionRefused
 from node.models.errors import ModelError
-from node.stages.stage_server import RETIRE_S
+from node.stages.stage_server import WITHDRAWAL_S
 from protocol.identity import BlockRange
 from tests.support.job_peers import FakeLibrary, Peer, Swarm, an_opening, open_swarm
 from tests.unit.coordinator.test_jobs import PROMPT, right_tokens
@@ -81,15 +81,15 @@ async def test_what_is_retired_is_told_to_nobody_and_ends_its_sessions(virtual_c
             nursery.start_soon(run)
             await trio.sleep(1)
             assert span.sessions
-            server.stages.retire(span)
+            server.stages.withdraw_span(span)
             assert spans_of(server) == []
             link = await coordinator.stages.link_pool.link_to(server.id)
             # Who has not heard so yet is not to suffer; later nobody may keep it from going.
             late = replace(an_opening(server), positions=8)
             await link.open(late)
             await link.close(late.session)
-            nursery.start_soon(server.stages.wait_retired, span)
-            await trio.sleep(RETIRE_S + 0.1)
+            nursery.start_soon(server.stages.drain_span, span)
+            await trio.sleep(WITHDRAWAL_S + 0.1)
             assert span.sessions
             with pytest.raises(SessionRefused, match="not served here"):
                 await link.open(late)
@@ -116,7 +116,7 @@ async def test_a_draft_model_comes_when_it_is_ready_and_again_when_it_died(virtu
 
 async def test_a_draft_model_of_another_tokenizer_is_refused_at_the_start(virtual_clock: MockClock) -> None:
     with pytest.RaisesGroup(
-        pytest.RaisesExc(StartError, match="what fake says: they have different tokenizers"), flatten_subgroups=True
+        pytest.RaisesExc(StartError, match="cannot be used with fake: tokenizers differ"), flatten_subgroups=True
     ):
         async with open_swarm() as swarm:
             await swarm.join_where_needed(9, draft="letters")
@@ -147,7 +147,7 @@ async def test_a_move_that_fails_leaves_what_was_served(virtual_clock: MockClock
         await trio.sleep(200)
         assert spans_of(spare) == before
         assert [str(blocks) for blocks in library.asked] == [*before, "6-9"], "and it is not tried again at once"
-        said = spare.statements.current().placements
+        said = spare.placements.current().placements
         assert [str(placement.blocks) for placement in said] == before, "others know where it stays"
 
 

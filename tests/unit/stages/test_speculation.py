@@ -1,4 +1,4 @@
-"""Guesses, and what the first stage makes of tokens that arrive; hashes of prompts."""
+"""Speculative decoding: prompt lookup, and drafts on the first stage; hashes of prompts."""
 
 import hashlib
 import random
@@ -10,12 +10,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from node.coordinator.prefix_sharing import RecentPrompts, page_hashes
-from node.stages.speculation import Drafter, PromptLookup, TokenFeed, repetitiveness
+from node.stages.speculation import DraftTracker, PromptLookup, repetitiveness
 from protocol.limits import PAGE_POSITIONS, PREFIX_HASH_BYTES
 
 
 class Oracle:
-    """Knows the text, and lies from some place on."""
+    """Drafts the text, and wrong tokens from some place on."""
 
     def __init__(self, text: Sequence[int], lies_from: int) -> None:
         self._text = [token if place < lies_from else token + 1 for place, token in enumerate(text)]
@@ -31,20 +31,25 @@ class Oracle:
         raise AssertionError("nobody closes it here")
 
 
-class Feeding:
-    """A feed with who guesses for it, as a first stage puts them together."""
+class Silent(Oracle):
+    """Never answers."""
 
-    def __init__(self, feed: TokenFeed, drafter: Drafter) -> None:
-        self.feed = feed
-        self._drafter = drafter
+    def __init__(self) -> None:
+        super().__init__((), 0)
 
-    def take(self, position: int, tokens: Sequence[int], draws: int) -> tuple[int, list[int], tuple[int, ...]]:
-        first, rows = self.feed.take(position, tokens, draws)
-        self._drafter.extend(tokens)
-        if draws == 1 and self.feed.wanted:
-            self._drafter.draft(self.feed.wanted, self.feed.guess)
-        drafts = self.feed.guesses
-        return first, [*rows, *drafts], drafts
+    def draft(self, count: int, then: Callable[[Sequence[int]], None]) -> None:
+        pass
+
+
+def feed(
+    tracker: DraftTracker, position: int, tokens: Sequence[int], draws: int = 1
+) -> tuple[int, list[int], tuple[int, ...]]:
+    """Return the first row's position, the rows with the drafts behind them, and the drafts."""
+    fed: list[tuple[int, list[int], tuple[int, ...]]] = []
+    tracker.feed(
+        position, tokens, draws, lambda first, rows, drafts: fed.append((first, [*rows, *drafts], tuple(drafts)))
+    )
+    return fed[0]
 
 
 def looked_up(tokens: Sequence[int], count: int) -> list[int]:
@@ -53,7 +58,7 @@ def looked_up(tokens: Sequence[int], count: int) -> list[int]:
     return lookup.look_up(count)
 
 
-def test_what_followed_before_is_guessed_to_follow_again() -> None:
+def test_prompt_lookup_drafts_what_followed_before() -> None:
     assert looked_up([1, 2, 3, 4, 5, 9, 1, 2, 3], 3) == [4, 5, 9]
     assert looked_up([1, 2, 3, 7, 0, 1, 2, 3, 8, 0, 1, 2, 3], 1) == [8]  # the last time counts
     assert looked_up([5, 2, 3, 7, 1, 2, 3], 2) == [7, 1]  # two tokens, where three were never seen
@@ -61,13 +66,13 @@ def test_what_followed_before_is_guessed_to_follow_again() -> None:
     assert looked_up([], 4) == []
 
 
-def test_a_guess_beyond_the_end_goes_on_with_itself() -> None:
+def test_prompt_lookup_past_the_end_continues_with_itself() -> None:
     assert looked_up([7, 8, 7, 8, 7, 8], 5) == [7, 8, 7, 8, 7]
     assert looked_up([1] * 4, 3) == [1, 1, 1]
 
 
 @given(st.lists(st.integers(0, 3), max_size=60), st.integers(1, 8))
-def test_a_guess_is_what_followed_the_same_tokens_last(tokens: list[int], count: int) -> None:
+def test_prompt_lookup_takes_the_last_occurrence(tokens: list[int], count: int) -> None:
     found: list[int] = []
     for length in (3, 2):
         places = [at for at in range(length, len(tokens)) if tokens[at - length : at] == tokens[-length:]]
@@ -77,7 +82,7 @@ def test_a_guess_is_what_followed_the_same_tokens_last(tokens: list[int], count:
     assert looked_up(tokens, count) == [found[at % len(found)] for at in range(count if found else 0)]
 
 
-def test_the_index_takes_the_same_time_for_each_token() -> None:
+def test_prompt_lookup_takes_constant_time_per_token() -> None:
     lookup = PromptLookup()
     tokens = [random.Random(1).randrange(9) for _ in range(200_000)]
     started_s = time.process_time()
@@ -87,67 +92,73 @@ def test_the_index_takes_the_same_time_for_each_token() -> None:
     assert time.process_time() - started_s < 20  # a search through the text would take hours
 
 
-def test_repetition_is_a_share_of_the_tokens() -> None:
+def test_repetitiveness_is_a_share_of_the_tokens() -> None:
     assert repetitiveness([]) == 0
     assert repetitiveness(range(100)) == 0
     assert repetitiveness([1, 2, 3, 4] * 25) == pytest.approx(0.93, abs=0.02)
 
 
-# The feed
+# Drafts and the rows to compute
 
 
-def test_without_guesses_every_row_is_computed_once() -> None:
-    feed = TokenFeed(positions=100)
-    assert feed.take(0, [1, 2, 3], 0) == (0, [1, 2, 3])
-    assert feed.take(3, [4], 1) == (3, [4])
-    assert feed.take(4, [5], 1) == (4, [5])
+def test_computes_every_row_once_without_drafts() -> None:
+    tracker = DraftTracker(positions=100)
+    assert feed(tracker, 0, [1, 2, 3], 0) == (0, [1, 2, 3], ())
+    assert feed(tracker, 3, [4]) == (3, [4], ())
+    assert feed(tracker, 4, [5]) == (4, [5], ())
 
 
-def test_what_is_cached_is_not_computed() -> None:
-    feed = TokenFeed(start=3, positions=100)
-    assert feed.take(0, [1, 2], 0) == (2, [])
-    assert feed.take(2, [3, 4, 5], 1) == (3, [4, 5])
+def test_does_not_compute_cached_rows() -> None:
+    tracker = DraftTracker(start=3, positions=100)
+    assert feed(tracker, 0, [1, 2], 0) == (2, [], ())
+    assert feed(tracker, 2, [3, 4, 5]) == (3, [4, 5], ())
     # Nothing but the last row is left.
-    assert TokenFeed(start=4, positions=100).take(0, [1, 2, 3, 4, 5], 1) == (4, [5])
+    assert feed(DraftTracker(start=4, positions=100), 0, [1, 2, 3, 4, 5]) == (4, [5], ())
 
 
-def test_right_guesses_are_not_computed_again() -> None:
+def test_accepted_drafts_are_not_computed_again() -> None:
     text = list(range(10, 40))
-    feed = Feeding(TokenFeed(positions=100, draft_tokens=4), Oracle(text, lies_from=6))
-    assert feed.take(0, text[:3], 1) == (0, [10, 11, 12, 13, 14, 15, 17], (13, 14, 15, 17))
+    tracker = DraftTracker(positions=100, draft_tokens=4, drafter=Oracle(text, lies_from=6))
+    assert feed(tracker, 0, text[:3]) == (0, [10, 11, 12, 13, 14, 15, 17], (13, 14, 15, 17))
     # Three were right; the fourth token is the model's own.
-    assert feed.take(3, text[3:7], 1) == (6, [16, 18, 19, 20, 21], (18, 19, 20, 21))
-    assert (feed.feed.drafted, feed.feed.accepted) == (4, 3)
+    assert feed(tracker, 3, text[3:7]) == (6, [16, 18, 19, 20, 21], (18, 19, 20, 21))
     # None was right: fewer are tried.
-    assert feed.take(7, text[7:8], 1) == (7, [17, 19], (19,))
+    assert feed(tracker, 7, text[7:8]) == (7, [17, 19], (19,))
 
 
-def test_no_guess_reaches_beyond_what_is_reserved() -> None:
+def test_no_draft_exceeds_reserved_positions() -> None:
     text = list(range(50))
-    feed = Feeding(TokenFeed(positions=6, draft_tokens=8), Oracle(text, lies_from=99))
-    assert feed.take(0, text[:3], 1) == (0, [0, 1, 2, 3, 4], (3, 4))
-    assert feed.take(3, text[3:6], 1) == (5, [5], ())
+    tracker = DraftTracker(positions=6, draft_tokens=8, drafter=Oracle(text, lies_from=99))
+    assert feed(tracker, 0, text[:3]) == (0, [0, 1, 2, 3, 4], (3, 4))
+    assert feed(tracker, 3, text[3:6]) == (5, [5], ())
 
 
 @pytest.mark.parametrize("position", [1, 4])
 def test_tokens_that_do_not_follow_are_refused(position: int) -> None:
-    feed = TokenFeed(positions=100)
-    feed.take(0, [1, 2, 3], 1)
+    tracker = DraftTracker(positions=100)
+    feed(tracker, 0, [1, 2, 3])
     with pytest.raises(ValueError, match="do not follow"):
-        feed.take(position, [9], 1)
+        feed(tracker, position, [9])
+
+
+def test_rows_are_refused_while_drafts_are_pending() -> None:
+    tracker = DraftTracker(positions=100, draft_tokens=4, drafter=Silent())
+    tracker.feed(0, [1, 2, 3], 1, lambda *_: None)
+    with pytest.raises(ValueError, match="a token was to be drawn first"):
+        tracker.feed(3, [4], 1, lambda *_: None)
 
 
 @given(st.data())
-def test_whatever_is_guessed_the_rows_are_those_of_the_text(data: st.DataObject) -> None:
+def test_computed_rows_are_those_of_the_text_whatever_is_drafted(data: st.DataObject) -> None:
     """A last stage that knows the text accepts guesses as it must; each position ends up computed with its token."""
     text = data.draw(st.lists(st.integers(0, 2), min_size=3, max_size=40))
     prompt = data.draw(st.integers(1, len(text) - 1))
     start = data.draw(st.integers(0, prompt - 1))
-    feed = Feeding(TokenFeed(start=start, positions=len(text), draft_tokens=4), PromptLookup())
+    tracker = DraftTracker(start=start, positions=len(text), draft_tokens=4, drafter=PromptLookup())
     held = text[:start]
     position, tokens = 0, text[:prompt]
     while True:
-        first, rows, drafts = feed.take(position, tokens, 1)
+        first, rows, drafts = feed(tracker, position, tokens)
         assert first <= len(held)
         held = [*held[:first], *rows]
         position += len(tokens)
@@ -160,13 +171,12 @@ def test_whatever_is_guessed_the_rows_are_those_of_the_text(data: st.DataObject)
                 break
             drawn = text[position : position + len(drawn) + 1]
         tokens = drawn
-    assert feed.feed.accepted <= feed.feed.drafted
 
 
 # Prefixes
 
 
-def test_pages_are_hashed_with_all_that_is_before_them() -> None:
+def test_page_hash_covers_all_tokens_before() -> None:
     tokens, salt = list(range(3 * PAGE_POSITIONS)), b"s" * 16
     hashes = page_hashes(tokens, salt)
     assert len(hashes) == 2 * PREFIX_HASH_BYTES  # the last token is in no page
@@ -180,7 +190,7 @@ def test_pages_are_hashed_with_all_that_is_before_them() -> None:
     assert page_hashes(tokens[:PAGE_POSITIONS], salt) == b""
 
 
-def test_what_prompts_have_in_common_is_their_beginning() -> None:
+def test_shared_prefix_is_common_beginning_of_prompts() -> None:
     recent, salt = RecentPrompts(), bytes(16)
     shared = list(range(4 * PAGE_POSITIONS))
     one, two = [*shared, *range(900, 932), 1], [*shared, *range(700, 732), 1]

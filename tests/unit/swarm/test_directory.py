@@ -96,7 +96,7 @@ def test_who_is_started_again_no_longer_means_to_serve_what_it_said_before() -> 
         clock_s = 1_800_000_000.0 + sequence
         statements = PlacementAnnouncements(lambda: None, lambda clock_s=clock_s: clock_s)  # type: ignore[misc]
         if blocks is not None:
-            statements.say(MODEL, Placement(model=MODEL, blocks=blocks, rate=1.0, movable=False))
+            statements.publish(MODEL, Placement(model=MODEL, blocks=blocks, rate=1.0, movable=False))
         said = statements.current()
         said_in = replace(heartbeat(sequence), placements=said.placements, placed_at_ms=said.said_at_ms)
         directory.hear(said_in, float(sequence), dialled=True)

@@ -29,7 +29,7 @@ async def test_no_child_imports_from_the_current_directory() -> None:
     command = python("-c", PROGRAM)
     expected = str(ROOT / "node" / "__init__.py")
     assert (await run(command, what="it", time_limit_s=30)).decode().strip() == expected
-    assert run_blocking(command, what="it", time_limit_s=30).decode().strip() == expected
+    assert run_blocking(command, what="it", time_limit_s=30).strip() == expected
     with running(command, what="it") as blocking:
         assert blocking.process.stdout is not None
         assert blocking.process.stdout.read().strip() == expected

@@ -1,0 +1,157 @@
+"""Runs adoption trials: short comparisons of candidate methods with the one in use, while no job is under way."""
+
+import statistics
+import time
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Final, Protocol
+
+import structlog
+import trio
+
+from node.coordinator.submission import JobError
+from node.storage.adoption_store import AdoptionStore
+from node.storage.database import StorageError
+from protocol.identity import ModelId
+from selector.adoption import Adoption, ExplorationAllowance, TrialRecord
+from selector.task import BASELINE, Method, TaskContext
+from selector.task_buckets import effective_switches
+
+IDLE_S: Final = 0.3
+"""Time without jobs after which a trial starts,"""
+
+IDLE_LIMIT_S: Final = 30.0
+"""or after this long in any case: a node that is never idle must learn, too."""
+
+MAX_QUEUED: Final = 16
+_logger = structlog.get_logger(__name__)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrialRequest:
+    """Methods to compare on tasks like this one."""
+
+    model: ModelId
+    context: TaskContext
+    methods: Sequence[Method]
+
+
+class TrialRunner(Protocol):
+    """Runs trials; `node.selection.adoption_trials` has the implementation."""
+
+    async def run(self, request: TrialRequest) -> Mapping[str, Sequence[float]]:
+        """Return, for each available method and round, the logarithm of its cost over the baseline's.
+
+        Raises JobError.
+        """
+        ...
+
+
+class TrialScheduler:
+    """Queue of requested trials. Their results go to `adoption`, and to a store that outlives the process."""
+
+    def __init__(
+        self,
+        adoption: Adoption,
+        allowance: ExplorationAllowance,
+        *,
+        store: AdoptionStore | None = None,
+        wall_clock: Callable[[], float] = time.time,
+    ) -> None:
+        self._adoption = adoption
+        self._allowance = allowance
+        self._store = store
+        self._wall_clock = wall_clock
+        self._pending: set[str] = set()
+        self._requests_in, self._requests = trio.open_memory_channel[tuple[str, str, TrialRequest]](MAX_QUEUED)
+
+    def request(self, bucket: str, in_use: str, request: TrialRequest) -> None:
+        """Queue a trial, unless the bucket has one pending, or the allowance or the queue is exhausted."""
+        if self._allowance.left_s <= 0 or bucket in self._pending:
+            return
+        try:
+            self._requests_in.send_nowait((bucket, in_use, request))
+        except trio.WouldBlock:
+            _logger.debug("trial queue full", bucket=bucket)
+        else:
+            self._pending.add(bucket)
+
+    async def run(self, runner: TrialRunner, busy: Callable[[], bool]) -> None:
+        """Run the requested trials one at a time until cancelled. `busy`: whether jobs are under way."""
+        await self._restore()
+        async for bucket, in_use, request in self._requests:
+            await _wait_until_idle(busy)
+            if self._allowance.left_s > 0:  # else spent by trials before it
+                await self._run_trial(runner, bucket, in_use, request)
+            self._pending.discard(bucket)
+
+    async def _run_trial(self, runner: TrialRunner, bucket: str, in_use: str, request: TrialRequest) -> None:
+        began_s = trio.current_time()
+        try:
+            log_ratios = await runner.run(request)
+        except JobError as error:
+            _logger.info("trial failed", bucket=bucket, reason=error.message)
+            return
+        finally:
+            # A failed trial is charged, too: one that always fails would otherwise be repeated for ever.
+            duration_s = trio.current_time() - began_s
+            self._allowance.trial_s += duration_s
+        self._allowance.trials += 1
+        now_s = trio.current_time()
+        missing = {method.name for method in request.methods} - {*log_ratios, BASELINE.name}
+        self._adoption.record_unavailable(bucket, missing, now_s)
+        effects = switches_in_effect(request.context, request.methods)
+        adopted = self._adoption.record_trial(bucket, in_use, log_ratios, now_s, effects)
+        await self._save(bucket)
+        _logger.info(
+            "trial finished",
+            bucket=bucket,
+            before=in_use,
+            now=adopted,
+            log_ratios={name: round(statistics.fmean(ratios), 3) for name, ratios in log_ratios.items() if ratios},
+            seconds=round(duration_s, 2),
+        )
+
+    def _start_of_clock(self) -> float:
+        """Return the Unix time at which trio's clock was 0."""
+        return self._wall_clock() - trio.current_time()
+
+    async def _restore(self) -> None:
+        """Restore the trial results of an earlier process."""
+        if self._store is None:
+            return
+        try:
+            stored = await self._store.load()
+        except StorageError as error:
+            _logger.warning("could not load trial results", reason=str(error))
+            return
+        start_s = self._start_of_clock()
+        for bucket, trials in stored.items():
+            records = {name: TrialRecord(ratio, at_s - start_s) for name, (ratio, at_s) in trials.items()}
+            self._adoption.restore(bucket, records)
+
+    async def _save(self, bucket: str) -> None:
+        if self._store is None:
+            return
+        start_s = self._start_of_clock()
+        trials = {
+            name: (trial.log_ratio, int(start_s + trial.tried_s))
+            for name, trial in self._adoption.trials(bucket).items()
+        }
+        try:
+            await self._store.save(bucket, trials)
+        except StorageError as error:
+            _logger.warning("could not save trial results", bucket=bucket, reason=str(error))
+
+
+async def _wait_until_idle(busy: Callable[[], bool]) -> None:
+    with trio.move_on_after(IDLE_LIMIT_S):
+        idle_s = 0.0
+        while idle_s < IDLE_S:
+            await trio.sleep(0.1)
+            idle_s = 0.0 if busy() else idle_s + 0.1
+
+
+def switches_in_effect(context: TaskContext, methods: Sequence[Method]) -> dict[str, Hashable]:
+    """Return the effective switches of the baseline and the methods by name."""
+    return {method.name: effective_switches(method, context) for method in (BASELINE, *methods)}

@@ -1,0 +1,277 @@
+"""Admission control: which sessions coordinators may open here, with which methods, and how one is opened."""
+
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+
+import structlog
+import trio
+
+from node.engine.interface import DIVISIBLE_ENGINES, PAGE_POSITIONS, EngineError, EngineFull, SpanInfo, Variant
+from node.links.base_link import LinkBroken
+from node.links.inbound_link import InboundLink
+from node.links.link_pool import LinkPool
+from node.stages.draft_model import DraftModel
+from node.stages.fair_share import may_take
+from node.stages.peer_records import PeerRecords, is_worth_logging
+from node.stages.session import StageSession
+from node.stages.span import Span, pages_of
+from node.stages.span_table import SpanTable
+from node.stages.voting import Agreement, Voter
+from protocol.identity import ModelId, PeerId, SessionId
+from protocol.limits import MAX_SESSIONS, MAX_STAGES, PREFIX_HASH_BYTES
+from protocol.messages import Load, Open, Opened, RefusalReason, Refused
+from selector.task import Method, MethodError, TaskContext, parse_method
+
+CONNECT_LIMIT_S = 8.0
+"""Timeout for reaching the receivers of a session's outputs; coordinators wait for a little longer."""
+
+DESCRIPTION_BYTES = 32 << 20
+"""Memory for the requests of all sessions, those that are being opened included: shared like KV memory."""
+
+_logger = structlog.get_logger(__name__)
+
+_Refusal = tuple[RefusalReason, str]
+
+
+class SessionAdmission:
+    """Opens sessions, or refuses them with the reason."""
+
+    def __init__(
+        self,
+        table: SpanTable,
+        link_pool: LinkPool,
+        records: PeerRecords,
+        voter: Voter,
+        agreed: Callable[[ModelId], Agreement | None],
+    ) -> None:
+        self._table = table
+        self._link_pool = link_pool
+        self._records = records
+        self._voter = voter
+        self._agreed = agreed
+        self._opening_bytes: defaultdict[PeerId, int] = defaultdict(int)
+        """Memory of requests that are being answered."""
+
+    async def open(self, message: Open, link: InboundLink) -> Opened | Refused:
+        """Open a session if its blocks are served here, with KV memory for it, and the next stage can be reached.
+
+        One that continues another has its memory already. A peer that was charged for invalid rows waits.
+        """
+        size, peer, held = _description_bytes(message), link.peer, self._described_bytes()
+        answer: Opened | Refused
+        if not may_take(peer, size, own=self._link_pool.peer_id, pages=DESCRIPTION_BYTES, held=held):
+            why = (
+                f"no memory to describe another session: {held.get(peer, 0)} bytes are held for yours, the rest of "
+                f"{DESCRIPTION_BYTES} is held, or reserved, for others"
+            )
+            answer = _refusal(message, (RefusalReason.FULL, why), None)
+        else:
+            self._opening_bytes[peer] += size
+            try:
+                penalty_s = self._records.penalty_s(peer, trio.current_time())
+                if penalty_s and peer != self._link_pool.peer_id:
+                    await trio.sleep(penalty_s)
+                answer = await self._admit(message, link)
+            finally:
+                self._opening_bytes[peer] -= size
+                if not self._opening_bytes[peer]:
+                    del self._opening_bytes[peer]
+        if isinstance(answer, Opened):
+            self._records.opened(peer)
+        else:
+            count = self._records.refused(peer, answer.reason)
+            if is_worth_logging(count):
+                session = str(message.session)
+                _logger.info("session refused", peer=peer, session=session, reason=answer.message, count=count)
+        return answer
+
+    def _described_bytes(self) -> Mapping[PeerId, int]:
+        """Return the memory that the requests of each peer's sessions take."""
+        found = defaultdict(int, self._opening_bytes)
+        for session in self._table.sessions():
+            if session.admitted.is_set():  # else it is counted as one that is being opened
+                found[session.opened_by.peer] += session.description_bytes
+        return found
+
+    async def _admit(self, message: Open, link: InboundLink) -> Opened | Refused:
+        former: StageSession | None = None
+        if (found := self._continued(message, link)) is not None:
+            span, former = found
+        else:
+            served = self._table.holding(message.model, message.blocks)
+            if objection := self._objection(message, link.peer):
+                return _refusal(message, objection, served)
+            if served is None:
+                why = f"blocks {message.blocks} are not served here"
+                return _refusal(message, (RefusalReason.NOT_SERVED, why), None)
+            span = served
+        if fault := _request_fault(message, span.info.part(message.blocks)):
+            return _refusal(message, (RefusalReason.INVALID, fault), span)
+        offered, pending = _offered_methods(message, span, self._table.draft_models)
+        if not offered:
+            return _refusal(message, _why_no_method(pending), span)
+        return await self._open_on(span, message, link, former, offered)
+
+    async def _open_on(
+        self,
+        span: Span,
+        message: Open,
+        link: InboundLink,
+        former: StageSession | None,
+        offered: Sequence[Method],
+    ) -> Opened | Refused:
+        session = StageSession(message, span, link, _description_bytes(message))
+        try:
+            self._link_pool.registry.add(message.session, session)
+        except KeyError:
+            return _refusal(message, (RefusalReason.INVALID, "the session is open already"), span)
+        span.add(session)
+        try:
+            await self._connect(session)
+            if former is None or former.is_ended or not await span.carry_on(former, session):
+                self._check_share(span, session)
+                await session.reserve(span.engine)
+            votes = await self._voter.vote(TaskContext.of(message.context), offered)
+        except LinkBroken as broken:
+            refused = RefusalReason.UNREACHABLE, f"cannot reach {broken.peer}: {broken}"
+        except EngineFull as error:
+            span.unmet_demand.add(link.peer, pages_of(message.positions))
+            refused = RefusalReason.FULL, str(error)
+        except EngineError as error:
+            refused = RefusalReason.NOT_SERVED, str(error)
+        else:
+            if session.is_ended:  # the coordinator left while the engine reserved memory
+                return _refusal(message, (RefusalReason.INVALID, "closed while it was opened"), span)
+            # A session that continues one that has not begun has no more time than that one had.
+            is_unbegun = former is not None and former.method is None
+            opened_s = former.opened_s if former and is_unbegun else trio.current_time()
+            session.on_opened(dict(votes), self._agreed(message.model), opened_s)
+            return _opened(session, span)
+        finally:
+            session.admitted.set()
+            if session.is_ended:  # by a coordinator that left meanwhile, perhaps before the memory was reserved
+                span.start_freeing(message.session)
+        span.end(session)
+        return _refusal(message, refused, span)
+
+    def _objection(self, message: Open, peer: PeerId) -> _Refusal | None:
+        """Return why this node opens no new session for a peer now, if so: a measurement yields to all others."""
+        if self._table.is_draining:
+            return RefusalReason.LEAVING, "this peer is about to leave"
+        sessions = list(self._table.sessions())
+        if message.background and any(not s.request.background or s.opened_by.peer != peer for s in sessions):
+            return RefusalReason.FULL, "this peer serves others, who come before a measurement"
+        if sum(session.opened_by.peer == peer for session in sessions) >= MAX_SESSIONS:
+            return RefusalReason.FULL, f"{MAX_SESSIONS} sessions of yours are open here, which is the most"
+        return None
+
+    def _check_share(self, span: Span, session: StageSession) -> None:
+        """Raise EngineFull where the KV memory that a session needs is for others."""
+        peer, positions, held = session.opened_by.peer, session.request.positions, span.held_pages()
+        own, pages = self._link_pool.peer_id, span.info.kv_positions // PAGE_POSITIONS
+        waiting = span.unmet_demand.of_others(peer)
+        if not may_take(peer, pages_of(positions), own=own, pages=pages, held=held, waiting=waiting):
+            raise EngineFull(
+                f"no KV memory for {positions} positions: sessions of {peer} hold {held[peer] * PAGE_POSITIONS} of "
+                f"{span.info.kv_positions} on this span, the rest is held by, or reserved for, others"
+            )
+
+    def _continued(self, message: Open, link: InboundLink) -> tuple[Span, StageSession] | None:
+        """Return the session that a new one continues, if it is here, its coordinator's, alike, and large enough."""
+        found = self._table.find(message.continues, link)
+        if found is None or not found[1].admitted.is_set():
+            return None
+        span, former = found
+        is_alike = (span.info.model, former.info.blocks) == (message.model, message.blocks)
+        return found if is_alike and former.request.positions >= message.positions else None
+
+    async def _connect(self, session: StageSession) -> None:
+        """Open links to the receivers of the session's outputs, before the first row: later would be too late."""
+        (job, stage), request = session.id, session.request
+        following = SessionId(job, stage + 1)
+        if request.downstream is not None:
+            targets = {following: request.downstream}
+        else:
+            targets = {following: session.opened_by.peer, SessionId(job, 0): request.feedback or session.opened_by.peer}
+        peer = session.opened_by.peer
+        with trio.move_on_after(CONNECT_LIMIT_S) as scope:
+            for receiver, peer in targets.items():
+                link = await self._link_pool.link_to(peer)
+                if session.is_ended:
+                    raise LinkBroken(peer, "the session was lost while it was opened")
+                session.outbox.connect(receiver, link)
+        if scope.cancelled_caught:
+            raise LinkBroken(peer, f"not reached within {CONNECT_LIMIT_S:.0f} s")
+
+
+def _refusal(message: Open, refused: _Refusal, span: Span | None) -> Refused:
+    reason, why = refused
+    return Refused(session=message.session, reason=reason, message=why, load=span.load() if span else Load())
+
+
+def _opened(session: StageSession, span: Span) -> Opened:
+    return Opened(
+        session=session.id,
+        load=span.load(),
+        votes=session.votes,
+        cached={str(key): positions for key, positions in session.state.cached.items()},
+        policy=span.policy,
+        held=session.state.computed,
+        kept_from=session.state.replay_from,
+        statement=session.agreement.statement if session.agreement else None,
+    )
+
+
+def _description_bytes(message: Open) -> int:
+    """Return about what a request takes while its session lives, beside a few KiB for the session itself."""
+    names = sum(len(name) + 150 for name in message.methods)  # with their votes
+    sampling = message.sampling
+    numbers = 200 * len(sampling.logit_bias) + 50 * len(sampling.stop_tokens) if sampling is not None else 0
+    return 8192 + names + numbers + len(message.prefix) + 400 * len(message.context)
+
+
+def _request_fault(message: Open, info: SpanInfo) -> str | None:
+    """Return why a request is not valid for a span, if it is not."""
+    if message.session.stage >= MAX_STAGES:
+        return f"a route has at most {MAX_STAGES} stages"
+    if len(message.prefix) > message.positions // PAGE_POSITIONS * PREFIX_HASH_BYTES:
+        return f"{len(message.prefix)} bytes of prefix hashes for {message.positions} positions"
+    if message.positions > info.max_positions:
+        return f"{message.positions} positions requested, the model allows {info.max_positions}"
+    if info.is_last != (message.sampling is not None) or info.is_last != (message.downstream is None):
+        return "sampling belongs to the last stage, a downstream peer to every other"
+    return None
+
+
+def _offered_methods(
+    message: Open, span: Span, draft_models: Mapping[ModelId, DraftModel | None]
+) -> tuple[list[Method], list[Method]]:
+    """Return the requested methods that the span can carry out now, and those that are being built for it."""
+    offered: list[Method] = []
+    pending: list[Method] = []
+    is_divided = message.blocks != span.info.blocks
+    ready = span.engine.variants()
+    for name in message.methods:
+        try:
+            method = parse_method(name)
+        except MethodError:
+            continue  # of another version
+        variant = Variant(method.engine, method.arithmetic)
+        if method.name != name or (is_divided and variant.engine not in DIVISIBLE_ENGINES):
+            continue
+        drafts_here = method.drafter == "draft" and message.blocks.start == 0
+        if drafts_here and message.model not in draft_models:
+            continue
+        if variant in ready and not (drafts_here and draft_models[message.model] is None):
+            offered.append(method)
+        elif variant not in span.unavailable:
+            pending.append(method)
+    span.request_variants(dict.fromkeys(Variant(method.engine, method.arithmetic) for method in pending))
+    return offered, pending
+
+
+def _why_no_method(pending: Sequence[Method]) -> _Refusal:
+    if pending:
+        return RefusalReason.NOT_READY, "no method that the job admits is ready here; what can be built is being built"
+    why = "no method that the job admits is available here: variants cannot be built, or no draft model (--draft)"
+    return RefusalReason.UNABLE, why

@@ -1,0 +1,122 @@
+"""Trials are charged whatever comes of them, and unavailable methods are not retried at once."""
+
+from collections.abc import Mapping, Sequence
+
+import pytest
+import trio
+from trio.testing import MockClock
+
+from node.coordinator.submission import JobError, JobErrorCode
+from node.selection.chooser import INITIAL_ALLOWANCE_S
+from node.selection.trial_scheduler import TrialRequest, TrialScheduler
+from node.storage.adoption_store import AdoptionStore, StoredTrials
+from protocol.identity import ModelId
+from selector.adoption import Adoption, ExplorationAllowance
+from selector.task import BASELINE, TaskContext, method
+
+FUSED, CHUNKED = method(engine="fused"), method(engine="fused", prefill_chunk="64")
+CONTEXT = TaskContext(architecture="fake", block_count=9, hidden_size=32, hardware="test")
+REQUEST = TrialRequest(model=ModelId("ab" * 32), context=CONTEXT, methods=[BASELINE, FUSED, CHUNKED])
+NAMES = [each.name for each in REQUEST.methods]
+EXPECTED = {BASELINE.name: 0.0, FUSED.name: -0.9, CHUNKED.name: -9.0}
+SURE = dict.fromkeys(NAMES, 0.01)
+
+
+class SlowRunner:
+    """Takes long, then fails, or finds only one method available."""
+
+    def __init__(self, *, fails: bool = False, takes_s: float = 0.6 * INITIAL_ALLOWANCE_S) -> None:
+        self._fails = fails
+        self._takes_s = takes_s
+        self.trials = 0
+
+    async def run(self, request: TrialRequest) -> Mapping[str, Sequence[float]]:
+        assert request == REQUEST
+        self.trials += 1
+        await trio.sleep(self._takes_s)
+        if self._fails:
+            raise JobError(JobErrorCode.FAILED, "the stages keep changing")
+        return {FUSED.name: [-1.0] * 3}
+
+
+class MemoryStore(AdoptionStore):
+    """A store that outlives a scheduler."""
+
+    def __init__(self) -> None:
+        self.buckets: dict[str, StoredTrials] = {}
+
+    async def save(self, bucket: str, trials: StoredTrials) -> None:
+        self.buckets[bucket] = trials
+
+    async def load(self) -> Mapping[str, StoredTrials]:
+        return self.buckets
+
+
+class Node:
+    """A scheduler with its state."""
+
+    def __init__(self, store: AdoptionStore | None = None) -> None:
+        self.adoption = Adoption()
+        self.allowance = ExplorationAllowance(0.1, INITIAL_ALLOWANCE_S)
+        self.scheduler = TrialScheduler(self.adoption, self.allowance, store=store)
+
+    async def run(self, runner: SlowRunner, *buckets: str) -> None:
+        """Request a trial of each bucket, and run them."""
+        for bucket in buckets:
+            self.scheduler.request(bucket, BASELINE.name, REQUEST)
+        with trio.move_on_after(9 * INITIAL_ALLOWANCE_S):
+            await self.scheduler.run(runner, lambda: False)
+
+    def in_use(self) -> str:
+        return self.adoption.in_use("bucket", NAMES, BASELINE.name)
+
+    def candidates(self) -> list[str]:
+        return self.adoption.candidates("bucket", NAMES, BASELINE.name, EXPECTED, SURE, trio.current_time())
+
+
+async def test_restart_restores_adopted_methods(virtual_clock: MockClock) -> None:
+    store = MemoryStore()
+    await Node(store).run(SlowRunner(), "bucket")
+    restarted = Node(store)
+    await restarted.run(SlowRunner(fails=True))
+    assert restarted.in_use() == FUSED.name
+    assert restarted.candidates() == [CHUNKED.name]
+
+
+async def test_failed_trials_are_charged_to_the_allowance(virtual_clock: MockClock) -> None:
+    node = Node()
+    await node.run(SlowRunner(fails=True), "bucket")
+    assert node.allowance.left_s == pytest.approx(0.4 * INITIAL_ALLOWANCE_S)
+    await node.run(SlowRunner(fails=True), "bucket")
+    assert node.allowance.left_s < 0
+    assert node.allowance.trials == 0
+
+
+async def test_one_queued_trial_may_overdraw_the_allowance(virtual_clock: MockClock) -> None:
+    node = Node()
+    runner = SlowRunner(takes_s=1.5 * INITIAL_ALLOWANCE_S)
+    await node.run(runner, "one", "two", "three")
+    assert runner.trials == 1
+    assert node.allowance.left_s == pytest.approx(-0.5 * INITIAL_ALLOWANCE_S)
+
+
+async def test_bucket_has_one_pending_trial_at_most(virtual_clock: MockClock) -> None:
+    runner = SlowRunner(takes_s=1.0)
+    await Node().run(runner, "bucket", "bucket", "other")
+    assert runner.trials == 2
+
+
+async def test_trial_waits_until_no_job_is_under_way(virtual_clock: MockClock) -> None:
+    node, runner = Node(), SlowRunner(takes_s=1.0)
+    node.scheduler.request("bucket", BASELINE.name, REQUEST)
+    with trio.move_on_after(25):
+        await node.scheduler.run(runner, lambda: trio.current_time() < 20)
+    assert runner.trials == 1
+    assert node.allowance.trial_s == pytest.approx(1.0)
+
+
+async def test_unavailable_method_is_not_a_candidate_again(virtual_clock: MockClock) -> None:
+    node = Node()
+    await node.run(SlowRunner(takes_s=1.0), "bucket")
+    assert node.in_use() == FUSED.name
+    assert not node.candidates()
