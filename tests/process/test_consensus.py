@@ -15,7 +15,7 @@ async def chain(daemon: Daemon) -> dict[str, Any]:
     return found[0] if found else {"epoch": None, "statement": None, "members": 0}
 
 
-async def test_daemons_agree_and_one_that_comes_later_adopts_it(start_daemon: StartDaemon) -> None:
+async def test_daemons_agree_and_late_one_adopts_chain(start_daemon: StartDaemon) -> None:
     first = await start_daemon("--serve", f"{MODEL}:0-10", *FLAGS)
     others = [
         await start_daemon("--serve", f"{MODEL}:{blocks}", "--bootstrap", first.multiaddr, *FLAGS)
