@@ -28,7 +28,7 @@ from node.selection.adoption_trials import AdoptionTrials
 from node.status import StatusView
 from node.storage.database import DATABASE_FILE, StorageError, open_database
 from node.storage.history import HistoryStore
-from node.swarm.known_peers import keep_acquaintances
+from node.swarm.known_peers import maintain_known_peers
 from node.swarm.mdns import find_neighbours
 from node.util.open_files import outlasting_shortage, raise_open_file_limit
 
@@ -93,7 +93,7 @@ class Node:
             (selection.learner.run,),
             (selection.chooser.trials.run, AdoptionTrials(parts.client.trials), parts.is_busy),
             (_retention_loop, network.history),
-            (keep_acquaintances, network.network, network.peer_book),
+            (maintain_known_peers, network.network, network.known_peers),
         ]
         if config.serve:
             tasks.append((parts.serving.spare_worker.run,))

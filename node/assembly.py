@@ -10,9 +10,10 @@ from node.capabilities.announcer import CapabilityAnnouncer
 from node.capabilities.inventory import Inventory
 from node.capabilities.traffic import TrafficMeter
 from node.config import APPLICATION, NodeConfig, StartError
+from node.consensus.environment import ConsensusEnvironment, ConsensusRules
 from node.consensus.followed_chains import FollowedChains
-from node.consensus.measurement_runner import AGENDA, MeasurementRunner
-from node.consensus.service import ConsensusEnvironment, ConsensusRules, ConsensusService, swarm_name
+from node.consensus.measurement_runner import MEASUREMENT_PLAN, MeasurementRunner
+from node.consensus.service import ConsensusService, swarm_name
 from node.coordinator.coordinator import Coordinator
 from node.coordinator.observation import software_name, software_versions
 from node.coordinator.quality_store import LocalQualityStore
@@ -38,11 +39,12 @@ from node.stages.span_supervisor import ServingOptions, SpanSupervisor
 from node.stages.stage_policy import PolicyController
 from node.stages.stage_server import StageServer
 from node.storage.adoption_store import AdoptionStore
-from node.storage.chain_store import ConsensusStore
+from node.storage.chain_store import ChainStore
 from node.storage.database import Database
 from node.storage.history import HistoryStore
-from node.storage.peers import PeerBook
+from node.storage.peers import KnownPeerStore
 from node.swarm.dht_records import RecordKinds
+from node.swarm.heartbeats import OwnServices
 from node.swarm.link_estimates import LinkEstimates
 from node.swarm.membership import Membership
 from node.util.open_files import open_file_limit
@@ -68,7 +70,7 @@ class NetworkParts:
     inventory: Inventory
     traffic: TrafficMeter
     history: HistoryStore
-    peer_book: PeerBook
+    known_peers: KnownPeerStore
 
     def own_hardware(self) -> str:
         """Return the class of this machine's hardware; `unknown` until it was measured."""
@@ -191,7 +193,7 @@ def build_network(config: NodeConfig, database: Database, device: Device) -> Net
         ),
         traffic=traffic,
         history=HistoryStore(database),
-        peer_book=PeerBook(database),
+        known_peers=KnownPeerStore(database),
     )
 
 
@@ -232,13 +234,11 @@ def build_swarm(config: NodeConfig, network: NetworkParts, stages: StageServer) 
     membership = Membership(
         network=network.network,
         identity=network.identity,
-        agent=AGENT,
+        services=OwnServices(agent=AGENT, served_spans=stages.served_spans, placements=placements.current),
         bootstrap=config.bootstrap,
-        served_spans=stages.served_spans,
         records=network.records,
         jitter=network.jitter,
         on_round_trip=network.traffic.round_trip,
-        stated=placements.current,
     )
     return SwarmParts(
         membership=membership,
@@ -249,7 +249,7 @@ def build_swarm(config: NodeConfig, network: NetworkParts, stages: StageServer) 
             identity=network.identity,
             records=network.records,
             capabilities=network.inventory.capabilities,
-            peers=lambda: [presence.peer for presence in membership.directory.reached()],
+            peers=lambda: [entry.peer for entry in membership.directory.reached()],
             jitter=network.jitter,
         ),
         replicator=ObservationReplicator(
@@ -363,7 +363,7 @@ def build_consensus(
 
     environment = ConsensusEnvironment(
         identity=network.identity,
-        store=ConsensusStore(database),
+        store=ChainStore(database),
         history=network.history,
         models=served_models,
         hardware=lambda: None if network.inventory.capabilities() is None else network.own_hardware(),
@@ -371,7 +371,7 @@ def build_consensus(
     )
     rules = ConsensusRules(
         swarm=swarm_name(config.swarm_key),
-        agenda=AGENDA,
+        plan=MEASUREMENT_PLAN,
         clock=EpochClock(config.epoch_s),
         checkpoints=config.checkpoints,
     )

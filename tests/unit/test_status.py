@@ -37,7 +37,7 @@ def heartbeat(peer: PeerId) -> Heartbeat:
 async def test_peers_shows_refusals_failures_held_bytes_and_bans() -> None:
     directory = Directory(own_peer=US, connected=lambda: [CONNECTED])
     for peer in (US, CONNECTED, HEARSAY):
-        directory.hear(heartbeat(peer), 0.0)
+        directory.update(heartbeat(peer), 0.0)
     network = SimpleNamespace(peer_id=US, connected_peers=lambda: (CONNECTED,), addresses_of=lambda peer: ())
     membership = SimpleNamespace(directory=directory, round_trip_s=lambda peer: None)
     stages = SimpleNamespace(

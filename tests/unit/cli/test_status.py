@@ -9,7 +9,7 @@ from node.api.interface import ModelDocument
 from node.cli import run
 from node.cli.client import find_api
 from node.cli.output import out
-from node.cli.status import _describe_trouble, coverage_bar, render_models, render_status
+from node.cli.status import _describe_problems, coverage_bar, render_models, render_status
 from node.config import NodeReady, default_data_dir
 from protocol.identity import peer_id_from_public_key
 from tests.unit.api.fakes import MODEL, PEERS, FakeNode
@@ -55,7 +55,7 @@ def test_prints_peers_and_spans(api: list[str], capsys: pytest.CaptureFixture[st
 
 def test_prints_refusals_and_failures_of_peers() -> None:
     (peer,) = FakeNode().peers()
-    said = _describe_trouble(peer)
+    said = _describe_problems(peer)
     for fact in (
         "banned for 7.00 s: a bad signature",
         "2 sessions refused: full",
