@@ -30,7 +30,7 @@ from node.storage.database import DATABASE_FILE, StorageError, open_database
 from node.storage.history import HistoryStore
 from node.swarm.known_peers import maintain_known_peers
 from node.swarm.mdns import find_neighbours
-from node.util.open_files import outlasting_shortage, raise_open_file_limit
+from node.util.open_files import raise_open_file_limit, retry_on_file_shortage
 
 DRAIN_LIMIT_S = 30.0
 """Longest wait for jobs and sessions at shutdown."""
@@ -63,7 +63,7 @@ class Node:
             self._view.api_url = url_of(config.api_host, port)
             async with self._parts.serving.stages.link_pool.running(), trio.open_nursery() as nursery:
                 for task in self._tasks(started):
-                    nursery.start_soon(outlasting_shortage, *task)
+                    nursery.start_soon(retry_on_file_shortage, *task)
                 await nursery.start(self._parts.serving.supervisor.run)
                 if not config.serve:
                     _logger.warning("this node serves no blocks; --serve MODEL serves some")

@@ -14,7 +14,7 @@ from node.consensus.environment import ConsensusEnvironment, ConsensusRules
 from node.consensus.followed_chains import FollowedChains
 from node.consensus.measurement_runner import MEASUREMENT_PLAN, MeasurementRunner
 from node.consensus.service import ConsensusService, swarm_name
-from node.coordinator.coordinator import Coordinator
+from node.coordinator.coordinator import Coordinator, SwarmView
 from node.coordinator.observation import software_name, software_versions
 from node.coordinator.quality_store import LocalQualityStore
 from node.coordinator.recorder import Recorder
@@ -319,19 +319,22 @@ def build_client(
 
     recorder = Recorder(network.identity, swarm.replicator)
     quality_store = LocalQualityStore(serving.library, config.cache_dir)
-    coordinator = Coordinator(
-        serving.library,
-        membership,
-        serving.stages.link_pool,
-        network.jitter,
-        LinkEstimates(network.identity.peer_id, membership.round_trip_s, links_of).between,
-        recorder,
-        ledger=quality_store,
-        agreed=selection.chains.agreement,
-        chooser=selection.chooser,
+    view = SwarmView(
+        finder=membership,
+        links=LinkEstimates(network.identity.peer_id, membership.round_trip_s, links_of).between,
         hardware=hardware_of,
         bandwidth=bandwidth_of,
         expected=membership.directory.expected,
+        agreed=selection.chains.agreement,
+    )
+    coordinator = Coordinator(
+        serving.library,
+        view,
+        serving.stages.link_pool,
+        network.jitter,
+        recorder,
+        quality_store=quality_store,
+        chooser=selection.chooser,
     )
     return ClientParts(
         quality_store=quality_store,

@@ -24,7 +24,6 @@ from node.api.interface import (
 )
 from node.assembly import AGENT, NodeParts
 from node.consensus.chain_node import ChainNode
-from node.coordinator.planner import PeerRecord
 from node.coordinator.submission import JobRequest
 from node.coordinator.trial_runner import Trial, TrialSpec
 from node.stages.peer_records import StagePeerStatistics
@@ -33,6 +32,7 @@ from node.stages.span_supervisor import WEIGHT_SHARE
 from node.storage.database import StorageError
 from protocol.identity import BlockRange, ModelId, PeerId
 from selector.consensus.reputation import WEIGHT_SCALE
+from selector.reliability import PeerRecord
 from selector.routing import uncovered
 
 

@@ -4,7 +4,6 @@ from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any, cast
 
-from node.coordinator.planner import PeerRecord
 from node.replication.peer_limits import Ban
 from node.stages.peer_records import StagePeerStatistics
 from node.status import StatusView
@@ -12,6 +11,7 @@ from node.swarm.directory import Directory
 from protocol.announcements import Heartbeat, ServedSpan
 from protocol.identity import BlockRange, ModelId, PeerId, peer_id_from_public_key
 from protocol.messages import Load, RefusalReason
+from selector.reliability import PeerRecord
 
 US, CONNECTED, HEARSAY, GONE = (peer_id_from_public_key(bytes([number]) * 32) for number in range(4))
 MODEL = ModelId("ab" * 32)

@@ -12,7 +12,7 @@ import trio
 from node.api.application import make_app
 from node.api.interface import Explanation, ModelDocument, NodeStatus, PeerStatus, SelectionStatus
 from node.api.server import serve
-from node.coordinator.recorder import ServedJob
+from node.coordinator.observation import ServedJob
 from node.coordinator.submission import (
     Consensus,
     JobError,
