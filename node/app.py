@@ -59,13 +59,14 @@ from node.storage.adoption_store import AdoptionStore
 from node.storage.chain_store import ChainStore
 from node.storage.database import DATABASE_FILE, Database, StorageError, open_database
 from node.storage.history import HistoryStore
-from node.storage.peers import PeerBook
+from node.storage.peers import KnownPeerStore
 from node.swarm.dht_records import RecordKinds
-from node.swarm.known_peers import keep_acquaintances
+from node.swarm.heartbeats import OwnServices
+from node.swarm.known_peers import maintain_known_peers
 from node.swarm.link_estimates import LinkEstimates
 from node.swarm.mdns import find_neighbours
 from node.swarm.membership import Membership
-from node.util.open_files import open_file_limit, outlasting_shortage, raise_open_file_limit
+from node.util.open_files import open_file_limit, raise_open_file_limit, retry_on_file_shortage
 from protocol.capabilities import Links, fastest_bytes_per_s, hardware_class
 from protocol.identity import ModelId, PeerId
 from protocol.observations import bucket_of
@@ -108,7 +109,7 @@ class Node:
         self._config = config
         records = RecordKinds(self._network)
         self._history = HistoryStore(database)
-        self._peer_book = PeerBook(database)
+        self._known_peers = KnownPeerStore(database)
         # Measured once for all nodes of this user on this machine: the figures are the machine's.
         self._inventory = Inventory(
             data_dir=config.cache_dir,
@@ -143,20 +144,20 @@ class Node:
         self._membership = Membership(
             network=self._network,
             identity=identity,
-            agent=agent,
+            services=OwnServices(
+                agent=agent, served_spans=self._stages.served_spans, placements=self._statements.current
+            ),
             bootstrap=config.bootstrap,
-            served_spans=self._stages.served_spans,
             records=records,
             jitter=jitter,
             on_round_trip=traffic.round_trip,
-            stated=self._statements.current,
         )
         self._announcer = CapabilityAnnouncer(
             network=self._network,
             identity=identity,
             records=records,
             capabilities=self._inventory.capabilities,
-            peers=lambda: [presence.peer for presence in self._membership.directory.reached()],
+            peers=lambda: [entry.peer for entry in self._membership.directory.reached()],
             jitter=jitter,
         )
         self._dissemination = ObservationReplicator(
@@ -263,14 +264,14 @@ class Node:
                     (self._learner.run,),
                     (self._chooser.trials.run, AdoptionTrials(self._trials), self._is_busy),
                     (self._keep_history_bounded,),
-                    (keep_acquaintances, self._network, self._peer_book),
+                    (maintain_known_peers, self._network, self._known_peers),
                 ]
                 if config.serve:
                     tasks.append((self._spare_worker.run,))
                 if config.mdns:
                     tasks.append((find_neighbours, self._network, config.swarm_key))
                 for task in tasks:
-                    nursery.start_soon(outlasting_shortage, *task)
+                    nursery.start_soon(retry_on_file_shortage, *task)
                 await nursery.start(self._serving.run)
                 if not config.serve:
                     _logger.warning("this node serves no blocks: start it with --serve MODEL to serve some")

@@ -185,7 +185,7 @@ class StatusView:
 
     def _peer_counts(self) -> PeerCounts:
         directory, asked = self._membership.directory, self._stages.peer_statistics().values()
-        known = [each for each in directory.presences() if each.peer != self._network.peer_id]
+        known = [each for each in directory.entries() if each.peer != self._network.peer_id]
         reached = [each for each in directory.reached() if each.peer != self._network.peer_id]
         return {
             "known": len(known),
@@ -204,8 +204,8 @@ class StatusView:
         connected = set(self._network.connected_peers())
         directory = self._membership.directory
         # Who left for good has closed its connections; until then it ends the work that it has.
-        leaving = {p.peer: p for p in directory.departing() if p.peer in connected}
-        heard = leaving | {p.peer: p for p in directory.presences() if p.peer != self._network.peer_id}
+        leaving = {p.peer: p for p in directory.draining() if p.peer in connected}
+        heard = leaving | {p.peer: p for p in directory.entries() if p.peer != self._network.peer_id}
         reached = {each.peer for each in directory.reached()} | connected
         bans, sessions, jobs = self._bans(), self._stages.peer_statistics(), self.submitter.peer_records()
         peers: list[PeerStatus] = []

@@ -28,7 +28,7 @@ from protocol.limits import (
     MAX_PART_CELLS,
     MAX_PART_MEMBERS,
 )
-from protocol.schema import Count, Form
+from protocol.schema import Count, Form, MessageTypes
 from protocol.states import Role
 
 PROTOCOL_ID: Final = "/metaswarm/chain/1.0.0"
@@ -117,14 +117,16 @@ class ChainState(enum.StrEnum):
 _I, _R = Role.INITIATOR, Role.RESPONDER
 
 PROTOCOL: Final[HalfDuplexProtocol[Message, ChainState]] = HalfDuplexProtocol(
-    messages={
-        "ask": GetStatements,
-        "have": Inventory,
-        "items": Records,
-        "want": GetState,
-        "statepart": StatePart,
-        "busy": Busy,
-    },
+    messages=MessageTypes(
+        {
+            "ask": GetStatements,
+            "have": Inventory,
+            "items": Records,
+            "want": GetState,
+            "statepart": StatePart,
+            "busy": Busy,
+        }
+    ),
     table={
         (ChainState.NEW, GetStatements): Turn(_I, ChainState.ASKED),
         (ChainState.IDLE, GetStatements): Turn(_I, ChainState.ASKED),

@@ -37,7 +37,7 @@ def heartbeat(peer: PeerId) -> Heartbeat:
 async def test_of_each_peer_it_is_told_what_was_refused_failed_and_is_held_and_why_it_is_barred() -> None:
     directory = Directory(own_peer=US, connected=lambda: [CONNECTED])
     for peer in (US, CONNECTED, HEARSAY):
-        directory.hear(heartbeat(peer), 0.0)
+        directory.update(heartbeat(peer), 0.0)
     nothing = cast("Any", SimpleNamespace())
     view = StatusView(
         agent="",

@@ -81,7 +81,7 @@ def test_a_damaged_block_fails_verification_and_is_named(
 @pytest.mark.parametrize(
     ("arguments", "code", "line"),
     [
-        (["import", "nonsense"], 1, "'nonsense' is no folder, no file, no hub repository id"),
+        (["import", "nonsense"], 1, "'nonsense' is not a folder, file, hub repository id"),
         (["import", "FOLDER", "--name", "Not A Name"], 1, "cannot be a model's name"),
         (["show", "nobody"], 1, "there is no model 'nobody'"),
         (["verify", "smollm2-135m-instruct"], 1, "is not in"),
