@@ -15,7 +15,7 @@ from node.api.interface import (
     SelectionStatus,
 )
 from node.coordinator.coordinator import Considered
-from node.coordinator.submission import Outcome, Selection
+from node.coordinator.submission import JobOutcome, Selection
 from node.selection.chooser import LearnedChoice, LearnedChooser
 from node.selection.learner import ModelStatus
 
@@ -74,7 +74,7 @@ def explain(considered: Considered, chooser: LearnedChooser, model: ModelStatus 
     }
 
 
-def past_decisions(decisions: Collection[tuple[Outcome, Selection]]) -> PastDecisions:
+def past_decisions(decisions: Collection[tuple[JobOutcome, Selection]]) -> PastDecisions:
     """Return how choices turned out."""
     recent: list[PastDecision] = [
         {

@@ -16,7 +16,7 @@ import trio
 from cachetools import FIFOCache
 
 from node.coordinator.method_choice import Choice, SelectionRequest
-from node.coordinator.submission import Outcome, PredictedCost, Selection
+from node.coordinator.submission import JobOutcome, PredictedCost, Selection
 from node.selection.prediction_cache import Prediction, PredictionCache
 from node.selection.trial_scheduler import TrialRequest, TrialScheduler, switches_in_effect
 from node.storage.adoption_store import AdoptionStore
@@ -119,7 +119,7 @@ class LearnedChooser:
         self.adoption = Adoption()
         self.allowance = ExplorationAllowance(share, allowance_s if share > 0 else 0.0)
         self.trials = TrialScheduler(self.adoption, self.allowance, store=store, wall_clock=wall_clock)
-        self.decisions: deque[tuple[Outcome, Selection]] = deque(maxlen=MAX_DECISIONS)
+        self.decisions: deque[tuple[JobOutcome, Selection]] = deque(maxlen=MAX_DECISIONS)
         """Past outcomes, and how their choices looked, without the predictions for each method."""
         self._rng = rng
         self._calibration = Calibration()
@@ -168,7 +168,7 @@ class LearnedChooser:
             switches_in_effect(choice.request.context, admitted),
         )
 
-    def served(self, choice: Choice, outcome: Outcome) -> Selection | None:
+    def served(self, choice: Choice, outcome: JobOutcome) -> Selection | None:
         """Record the outcome of a job, request trials, and return how the choice looked; see Chooser."""
         if not isinstance(choice, LearnedChoice):
             raise TypeError("a choice of another chooser")
@@ -218,7 +218,7 @@ class LearnedChooser:
         )
 
     def _record(
-        self, choice: LearnedChoice, outcome: Outcome, expected: Mapping[str, float], selection: Selection
+        self, choice: LearnedChoice, outcome: JobOutcome, expected: Mapping[str, float], selection: Selection
     ) -> None:
         allowance = self.allowance
         allowance.jobs += 1

@@ -11,7 +11,7 @@ import pytest
 import trio
 from trio.testing import MockClock
 
-from node.coordinator.coordinator import RECOVERY_LIMIT_S
+from node.coordinator.failover import RECOVERY_LIMIT_S
 from node.coordinator.submission import JobError, JobErrorCode, JobRequest
 from node.engine.interface import PAGE_POSITIONS
 from node.links.buffers import PARTIAL_BYTES, LinkBuffers
