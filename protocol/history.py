@@ -64,7 +64,7 @@ class HistoryDigest(DhtRecord):
         if sum(part.count for part in self.parts) != self.count:
             raise RemoteProtocolError("history parts do not add up to the count")
 
-    def estimate_lacking(self, tree: SetTree) -> int:
+    def estimate_missing(self, tree: SetTree) -> int:
         """Return a low estimate of the number of the peer's ids that a set lacks."""
         own = [(part, tree.summary(part.prefix)) for part in self.parts]
         return sum(max(1, part.count - mine.count) for part, mine in own if part != mine)
