@@ -156,15 +156,15 @@ def test_a_bucket_that_changed_since_the_snapshot_is_seen_as_it_is() -> None:
     assert tree.summary(bucket_prefix(7)).digest == digest_of([new]).digest
 
 
-def test_the_cache_is_bounded_and_keeps_what_is_in_use() -> None:
+def test_id_cache_is_bounded_and_evicts_the_least_recently_used() -> None:
     cache = IdCache(max_bytes=100 * 32)
     packs: Sequence[PackedIds] = [
         PackedIds.of(content_id(bucket * 100 + number) for number in range(30)) for bucket in range(5)
     ]
     for bucket, ids_of_bucket in enumerate(packs):
-        cache.put(bucket, ids_of_bucket.digest(), ids_of_bucket)
-        assert cache.get(0, packs[0].digest()) is packs[0]
-    held = [bucket for bucket, found in enumerate(packs) if cache.get(bucket, found.digest())]
+        cache[bucket, ids_of_bucket.digest()] = ids_of_bucket
+        assert cache.get((0, packs[0].digest())) is packs[0]
+    held = [bucket for bucket, found in enumerate(packs) if cache.get((bucket, found.digest()))]
     assert held == [0, 3, 4]
 
 
