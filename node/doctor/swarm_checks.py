@@ -21,10 +21,11 @@ from node.network.interface import NetworkError
 from node.network.probe_port import PortState, probe_port
 from node.swarm.directory import Directory
 from node.swarm.heartbeats import HEARTBEAT_INTERVAL_S
+from protocol.announcements import HEARTBEAT_TOPIC, Heartbeat
 from protocol.errors import RemoteProtocolError
 from protocol.identity import BlockRange, ModelId, PeerId
 from protocol.limits import MAX_CLOCK_SKEW_S
-from protocol.records import HEARTBEAT_TOPIC, Heartbeat, issue_time, unseal
+from protocol.records import issue_time, unseal
 from protocol.sync import PROTOCOL_ID as SYNC_PROTOCOL
 from selector.routing import uncovered
 

@@ -11,7 +11,7 @@ from typing import Any, cast
 import trio
 
 from node.config import ServeSpec
-from node.coordinator.coordinator import Coordinator
+from node.coordinator.coordinator import Coordinator, SwarmView
 from node.coordinator.method_choice import Chooser, QualityStore
 from node.coordinator.recorder import Recorder
 from node.coordinator.submission import JobRequest, JobResult
@@ -214,16 +214,18 @@ class Swarm:
         links = self._links(network, membership)
         coordinator = Coordinator(
             OneModel(tokenizer),
-            membership,
+            SwarmView(
+                finder=membership,
+                links=links,
+                hardware=lambda _: "test",
+                expected=lambda model: self._expected(membership, model),
+                agreed=lambda model: agreed,
+            ),
             stages.link_pool,
             self.rng,
-            links,
             recorder,
             chooser=chooser,
-            ledger=ledger,
-            hardware=lambda _: "test",
-            agreed=lambda model: agreed,
-            expected=lambda model: self._expected(membership, model),
+            quality_store=ledger,
         )
         peer = Peer(network, stages, membership, coordinator, tokenizer, placements)
         self.peers.append(peer)
