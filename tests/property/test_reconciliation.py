@@ -103,14 +103,14 @@ def test_any_two_sets_learn_exactly_what_each_lacks(common: set[Key], left: set[
 
 @given(key_sets)
 @settings(deadline=None)
-def test_equal_sets_are_told_by_one_answer(keys: set[Key]) -> None:
+def test_equal_sets_take_one_answer(keys: set[Key]) -> None:
     initiator, responder = Peer(keys), Peer(set(keys))
     assert isinstance(responder.tree.answer(initiator.tree.summary("")), Equal)
 
 
 @given(key_sets, st.integers(0, 0xFFFFFFFF))
 @settings(deadline=None)
-def test_what_is_before_the_first_bucket_is_not_compared(keys: set[Key], first_bucket: int) -> None:
+def test_buckets_before_the_first_are_not_compared(keys: set[Key], first_bucket: int) -> None:
     newer = {key for key in keys if key[0] >= first_bucket}
     assert Peer(keys).tree.since(first_bucket).summary("") == Peer(newer).tree.summary("")
 
@@ -145,7 +145,7 @@ def test_a_newcomer_pays_little_more_than_the_ids() -> None:
     assert cost_bytes < 1.5 * 32 * len(keys)
 
 
-def test_a_bucket_that_changed_since_the_snapshot_is_seen_as_it_is() -> None:
+def test_bucket_changed_since_the_snapshot_is_current() -> None:
     old, new = content_id(1), content_id(2)
     tree = SetTree({7: digest_of([old])}, IdCache())
     prefix = bucket_prefix(7) + new.hex()[0]
