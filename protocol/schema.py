@@ -140,24 +140,24 @@ class MessageTypes(Generic[_T]):
 
     def __init__(self, types: Mapping[str, type[_T]]) -> None:
         self._types = types
-        self._names = {cls: name for name, cls in types.items()}
+        self._names: dict[type[Any], str] = {cls: name for name, cls in types.items()}
 
-    def name_of(self, message: _T) -> str:
-        """Return the `type` of a message."""
-        return self._names[type(message)]
+    def name_of(self, cls: type[Any]) -> str:
+        """Return the `type` of the messages of a class."""
+        return self._names[cls]
 
     def to_map(self, message: _T) -> dict[str, Any]:
         """Return the map of a message. Raises RemoteProtocolError where `from_map` would."""
-        name, value = self.name_of(message), to_map(message)
+        name, value = self._names[type(message)], to_map(message)
         from_map(type(message), value, name)
         return {"type": name, **value}
 
     def from_map(self, value: object) -> _T:
-        """Return the message in a decoded map. Raises RemoteProtocolError."""
-        name = value.get("type") if isinstance(value, dict) else None
-        if not isinstance(value, dict) or not isinstance(name, str) or name not in self._types:
+        """Return the message in a decoded map, whose `type` is taken out. Raises RemoteProtocolError."""
+        name = value.pop("type", None) if isinstance(value, dict) else None
+        if not isinstance(name, str) or name not in self._types:
             raise RemoteProtocolError(f"message type {str(name)[:80]!r} is unknown")
-        return from_map(self._types[name], {key: each for key, each in value.items() if key != "type"}, name)
+        return from_map(self._types[name], value, name)
 
 
 _REQUIRED: Final = object()

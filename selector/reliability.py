@@ -1,48 +1,56 @@
-"""Whom to rely on: what came of the jobs that a peer took part in. A failure weighs less with every minute.
+"""Reliability of peers, by the outcome of the jobs that they took part in. Failures fade with time.
 
-A peer that made no progress where it should have is held to it for longer than one that failed in so many words: it
+A peer that lagged, without progress where some was due, is avoided for longer than one that reported a failure: a lag
 costs every job its whole timeout.
 """
 
 import math
 from collections import OrderedDict
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Final
 
+from protocol.identity import ModelId
+
 MAX_PEERS: Final = 4096
-"""Peers remembered; the one that did nothing for longest makes room."""
+"""Peers remembered; the least recently used one is evicted."""
 
 HALF_LIFE_S: Final = 120.0
 """After this long a failure counts half."""
 
 BACKOFF_S: Final = (1.0, 60.0)
-"""How long a peer is left alone after a failure, doubled by each that is remembered, and the longest."""
-
+"""First and longest backoff after a failure; it doubles with each that is remembered."""
 
 LAG_HALF_LIFE_S: Final = 1800.0
 """After this long a lag counts half."""
 
 LAG_BACKOFF_S: Final = (30.0, 3600.0)
-"""How long a peer is left alone after a lag, doubled by each that is remembered, and the longest."""
+"""First and longest backoff after a lag; it doubles with each that is remembered."""
 
 DOUBTFUL_LAG: Final = 0.5
-"""What a lag counts of a peer of which nothing was known to expect, until it serves a job."""
+"""Weight of a lag of an unmeasured peer, until it serves a job."""
 
 
-@dataclass(frozen=True, slots=True)
-class Record:
-    """What came of a peer's jobs so far. `avoided_s`: for how long from now it is used only where nobody else is."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PeerRecord:
+    """What a node's own jobs have shown of a peer.
+
+    `served`, `failed`, `lagged`: jobs that it completed, reported as failed, and made no progress in. `trust`: what its
+    predicted cost is divided by. `avoided_s`: remaining time in which it is used only where there is no other peer.
+    `block_s`: measured seconds per block and token, by model.
+    """
 
     served: int = 0
     failed: int = 0
     lagged: int = 0
     trust: float = 1.0
     avoided_s: float = 0.0
+    block_s: Mapping[ModelId, float] = field(default_factory=dict)
 
 
 @dataclass(slots=True)
 class _Score:
-    """Events that fade, and until when the peer is left alone for them."""
+    """Events that fade, and the end of the backoff for them."""
 
     half_life_s: float
     backoff_s: tuple[float, float]
@@ -70,7 +78,7 @@ class _Record:
     failures: _Score = field(default_factory=lambda: _Score(HALF_LIFE_S, BACKOFF_S))
     lags: _Score = field(default_factory=lambda: _Score(LAG_HALF_LIFE_S, LAG_BACKOFF_S))
     doubts: _Score = field(default_factory=lambda: _Score(LAG_HALF_LIFE_S, LAG_BACKOFF_S))
-    """Lags of a time when nothing was known of the peer's speed."""
+    """Lags while the peer was unmeasured."""
 
     def avoided_until_s(self) -> float:
         return max(score.avoided_until_s for score in (self.failures, self.lags, self.doubts))
@@ -80,21 +88,21 @@ class _Record:
 
 
 class Reliability:
-    """What is remembered of the peers that took part in jobs."""
+    """The records of peers that took part in jobs."""
 
     def __init__(self) -> None:
         self._records: OrderedDict[str, _Record] = OrderedDict()
 
     def failed(self, peer: str, now_s: float) -> None:
-        """Note that a peer failed: it is avoided for a while, longer each time."""
+        """Record a failure: the peer is avoided for a while, longer each time."""
         record = self._touch(peer)
         record.failed += 1
         record.failures.count(now_s)
 
     def lagged(self, peer: str, now_s: float, *, is_sure: bool = True) -> None:
-        """Note that a peer made no progress in time: it is avoided for longer, also when it serves other jobs.
+        """Record a lag: the peer is avoided for longer, also when it serves other jobs.
 
-        `is_sure`: it was known what to expect of it; if not, it counts less, and only until it serves a job.
+        `is_sure`: its speed was known; if not, the lag counts less, and only until the peer serves a job.
         """
         record = self._touch(peer)
         record.lagged += 1
@@ -104,7 +112,7 @@ class Reliability:
             record.doubts.count(now_s, DOUBTFUL_LAG)
 
     def served(self, peer: str, now_s: float) -> None:
-        """Note that a peer bore a job to its end: half of the failures and all doubts held against it are forgiven."""
+        """Record a completed job: half of the peer's failures and all doubts are forgiven."""
         record = self._touch(peer)
         record.served += 1
         record.failures.avoided_until_s = now_s
@@ -114,20 +122,20 @@ class Reliability:
         record.doubts.weight, record.doubts.avoided_until_s = 0.0, now_s
 
     def avoided(self, now_s: float) -> frozenset[str]:
-        """Return the peers that are left alone now."""
+        """Return the peers that are avoided now."""
         return frozenset(peer for peer, record in self._records.items() if now_s < record.avoided_until_s())
 
     def trust(self, peer: str, now_s: float) -> float:
-        """Return the share of jobs that a peer is expected to bear to their end: 1 where nothing is known of it."""
+        """Return the share of jobs that a peer is expected to complete: 1 for an unknown peer."""
         record = self._records.get(peer)
         return 1.0 if record is None else record.trust(now_s)
 
-    def record(self, peer: str, now_s: float) -> Record:
-        """Return what came of a peer's jobs."""
+    def record(self, peer: str, now_s: float) -> PeerRecord:
+        """Return the record of a peer."""
         found = self._records.get(peer)
         if found is None:
-            return Record()
-        return Record(
+            return PeerRecord()
+        return PeerRecord(
             served=found.served,
             failed=found.failed,
             lagged=found.lagged,
@@ -136,7 +144,7 @@ class Reliability:
         )
 
     def peers(self) -> tuple[str, ...]:
-        """Return the peers of which something is remembered, at most MAX_PEERS."""
+        """Return the remembered peers, at most MAX_PEERS."""
         return tuple(self._records)
 
     def _touch(self, peer: str) -> _Record:

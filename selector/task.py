@@ -11,7 +11,7 @@ from functools import cached_property
 from types import MappingProxyType
 from typing import Any, Final
 
-from protocol.measurements import QualityBound
+from protocol.measurements import ModelFacts, Objective, QualityBound, Workload
 
 
 class Scope(enum.StrEnum):
@@ -223,13 +223,13 @@ def admits(bound: QualityBound, candidate: Method, quality: MeasuredQuality | No
 class TaskContext:
     """What the choice of a method depends on: names and numbers, known before a job begins.
 
-    The coordinator describes it, and it travels to the stages, which vote about it. None: not known. `max_tokens`: new
-    tokens asked for. `shared_prefix_share`: part of the prompt, 0 to 1, that other prompts of late began with, too.
-    `repetitiveness`: part of the prompt's tokens, 0 to 1, that looking up what followed the same few tokens before
-    would have guessed. `concurrency`: most jobs on any stage of the route, this one included. `hardware`: the stages'
-    classes of hardware in order, joined by "+". `link_s`: what the links add to the time of one token.
-    `transfer_s`: what their width adds to the whole job, its rows in fp32. `step_s`: time of a decode step of late, all
-    stages together.
+    The coordinator describes it, and it travels to the stages, which vote about it. None: not known. A feature that is
+    measured, too, has the same name in `protocol.measurements`, from where it is copied by that name. `max_tokens`: new
+    tokens asked for. `shared_prefix_share`: part of the prompt, 0 to 1, that recent prompts began with, too.
+    `repetitiveness`: part of the prompt's tokens, 0 to 1, that an n-gram lookup predicts. `concurrency`: most jobs on
+    any stage of the route, this one included. `hardware`: the stages' hardware classes in order, joined by "+".
+    `link_s`: time per token that the links' latency adds. `transfer_s`: time that their bandwidth adds to the whole
+    job, its rows in fp32.
     """
 
     architecture: str = "unknown"
@@ -251,19 +251,32 @@ class TaskContext:
     hardware: str = "unknown"
     link_s: float = 0.0
     transfer_s: float = 0.0
-    queued_rows: int = 0
-    step_s: float = 0.0
     objective: str = "latency"
     quality: str = "exact"
 
+    @classmethod
+    def from_parts(cls, model: ModelFacts, workload: Workload | None = None, **values: Any) -> "TaskContext":
+        """Return the context with the features that a model and a workload have in common with it, and `values`."""
+        names = {field.name for field in fields(cls)}
+        parts = (model,) if workload is None else (model, workload)
+        shared = {f.name: _plain(getattr(part, f.name)) for part in parts for f in fields(part) if f.name in names}
+        return cls(**{**shared, **values})
+
+    def to_workload(self, **values: Any) -> Workload:
+        """Return a workload with the features that it has in common with the context, and `values`."""
+        names = {field.name for field in fields(self)} - values.keys()
+        shared = {field.name: getattr(self, field.name) for field in fields(Workload) if field.name in names}
+        enums = {"objective": Objective(self.objective), "quality": QualityBound(self.quality)}
+        return Workload(**{**shared, **enums, **values})
+
     def values(self) -> dict[str, str | float]:
-        """Return it as plain names and numbers, without what is not known."""
+        """Return the plain names and numbers, without what is not known."""
         pairs = ((field.name, getattr(self, field.name)) for field in fields(self))
         return {name: value if isinstance(value, str) else float(value) for name, value in pairs if value is not None}
 
     @classmethod
     def of(cls, values: Mapping[str, str | float]) -> "TaskContext":
-        """Return the context in plain values. From a peer: what is missing, unknown or makes no sense is left out."""
+        """Return the context in plain values from a peer; missing, unknown and invalid ones are left out."""
         taken: dict[str, Any] = {}
         for field in fields(cls):
             value = values.get(field.name)
@@ -274,3 +287,7 @@ class TaskContext:
             if fits and value is not None:
                 taken[field.name] = value if field.type in {str, float} else int(value)
         return cls(**taken)
+
+
+def _plain(value: Any) -> Any:
+    return str(value) if isinstance(value, enum.StrEnum) else value

@@ -44,8 +44,6 @@ def canonicalise(context: TaskContext) -> TaskContext:
         repetitiveness=round(context.repetitiveness, 1),
         link_s=0.0 if context.link_s < 1e-4 else 2.0 ** round(math.log2(context.link_s)),
         transfer_s=0.0,
-        queued_rows=0,
-        step_s=0.0,
         quality="exact",
     )
 

@@ -1,199 +1,344 @@
-"""Watches over a job's route: whoever holds it up is replaced within seconds, where somebody else can do its work."""
+"""Failover: replaces stages that are lost, lag or leave, and replays the job on the new route.
 
-from collections.abc import Awaitable, Callable, Collection, Sequence
-from itertools import pairwise
-from typing import TypeVar
+A lost stage does not end a job: the tokens so far are replayed on another route, and since greedy decoding is
+deterministic and sampling is keyed by position, the text continues unchanged. Stages that still hold the session go on
+with it; only what the lost stage had computed is computed again.
+"""
+
+import random
+from collections.abc import Callable, Collection, Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import count
+from typing import NamedTuple
 
 import structlog
 import trio
 
-from node.coordinator.job import RETRY_AFTER_S, Job
-from node.coordinator.planner import Planner
+from node.coordinator.job import Job
+from node.coordinator.planner import PlannedRoute, Planner, RouteNeed
+from node.coordinator.prefix_sharing import RecentPrompts
 from node.coordinator.route import OpenRoute, RouteLost, RouteRejected, SampledToken, StageRefusal
-from node.coordinator.straggler_detector import Lag, StragglerDetector
+from node.coordinator.route_errors import no_route
+from node.coordinator.session_request import SessionRequest, SessionRequests
+from node.coordinator.straggler_monitor import StragglerMonitor
 from node.coordinator.submission import JobError, JobErrorCode
-from node.links.outbound_link import SessionLost
-from protocol.identity import PeerId, Stage
-from protocol.messages import FailureReason
+from node.links.link_pool import LinkPool
+from node.util.backoff import backoff_s
+from protocol.identity import BlockRange, ModelId, PeerId, SessionId, Stage
+from protocol.messages import Closed, FailureReason, RefusalReason
 from selector.routing import NoRouteError
 
-OPEN_LIMIT_S = 2.5
-"""How long a stage may take to open while another peer could take its place;"""
+MAX_ATTEMPTS = 5
+"""Routes tried for a new job; also routes that a running job may lose in a row without a token in between."""
 
-SEND_LIMIT_S = 2.0
-"""and the first stage to take a prompt."""
+RECOVERY_LIMIT_S = 90.0
+"""How long a running job waits for a route while known peers could take a lost stage's place.
 
-STALL_LIMIT_S = 120.0
-"""How long a route is held on to that shows no progress, where nobody could take anybody's place,"""
+They may have to build the job's variant first (`span.BUILD_PATIENCE_S`, and the building), to load their blocks again,
+or to end other jobs. What the remaining stages have computed is held meanwhile.
+"""
 
-STALL_FACTOR = 6.0
-"""or so many times what is expected of it."""
+HOPELESS_LIMIT_S = 4.0
+"""How long it waits while no known peer could: the lost peer may return, or another be discovered, within it."""
 
-PROBE_TIMEOUT_S = 1.0
-"""How long a stage may take to say that it is there, when a token is late;"""
-
-POLL_S = 0.25
-"""how soon it is asked again,"""
-
-POLL_SHARE = 0.1
-"""or, where a token has been late for longer, after this share of it."""
+BACKOFF_S = (0.1, 1.0)
+"""First and longest pause before another route is tried."""
 
 SEARCH_S = 10.0, 2.0
-"""Where nobody who is known could take a stage's place, others are looked for: so often, and for so long."""
-
-FORGIVING_FACTOR = 4.0
-"""After so many times the limit a stage is also replaced by peers that failed or lagged themselves."""
-
-T = TypeVar("T")
+"""Where no known peer could replace a stage, others are searched for: at this interval, for at most this long."""
 
 _logger = structlog.get_logger(__name__)
 
 
-class StragglerMonitor:
-    """Opens routes, sends prompts and waits for tokens, each with an eye on whoever keeps it waiting."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RouteServices:
+    """What every job's route is made with. `expected`: the blocks of a model that live peers serve or are loading."""
 
-    def __init__(self, planner: Planner) -> None:
-        self._planner = planner
+    planner: Planner
+    link_pool: LinkPool
+    requests: SessionRequests
+    prompts: RecentPrompts
+    expected: Callable[[ModelId], Iterable[BlockRange]]
+    jitter: random.Random
 
-    async def open(self, job: Job, route: OpenRoute) -> None:
-        """Open a route's stages. Raises RouteRejected, also for stages that take too long."""
 
-        async def watch() -> None:
-            limit_s = OPEN_LIMIT_S
-            while True:
-                await trio.sleep(limit_s)
-                late = route.opening_late()
-                if late and await self._replaceable(job, late, job.stages, job.held):
-                    for peer in late:
-                        why = f"did not open the session within {limit_s:.1f} s"
-                        route.give_up_opening(StageRefusal(peer, None, why, lagged=True))
-                    return
-                limit_s *= 2
+class ClosedRoute(NamedTuple):
+    """The last route of a job that is done, and what all of its routes add up to.
 
-        await _beside(watch, route.open)
+    `closed`: the final word of each stage. `rounds`: messages with tokens on all routes. `replays`: stages that were
+    lost and replaced. `cached_tokens`: of the prompt, found in prefix caches by the first route.
+    """
 
-    async def send_prompt(self, job: Job, route: OpenRoute, tokens: list[int]) -> None:
-        """Send the prompt. Raises RouteLost, also where the first stage does not take it."""
-        first = route.stages[0].peer
+    route: OpenRoute
+    request: SessionRequest
+    closed: tuple[Closed, ...]
+    rounds: int
+    replays: int
+    cached_tokens: int
 
-        async def watch() -> None:
-            limit_s = SEND_LIMIT_S
-            while True:
-                await trio.sleep(limit_s)
-                if await self._replaceable(job, {first}, route.stages, route.held()):
-                    route.lose(_lagging(first, f"did not take the prompt within {limit_s:.1f} s"))
-                    return
-                limit_s *= 2
 
-        await _beside(watch, lambda: route.send_prompt(tokens, job.model.hidden_size))
+class ResilientRoute:
+    """The route of one job, which outlives its stages."""
 
-    def begin(self, job: Job, route: OpenRoute) -> None:
-        """Begin to watch a route that has just begun."""
-        need, stages, loads = job.need(), route.stages, route.loads()
-        round_s = self._planner.round_s(stages)
+    def __init__(self, job: Job, services: RouteServices) -> None:
+        self._job = job
+        self._planner = services.planner
+        self._services = services
+        self._monitor = StragglerMonitor(job, services.planner, self._is_replaceable)
+        self._route: OpenRoute | None = None
+        self._begun: OpenRoute | None = None
+        """The first route that was begun: its method stays in force on all later ones."""
+        self._is_accepted = False
+        """A route was open and had the prompt."""
+        self._cached_tokens = 0
+        self._stages: Sequence[Stage] = ()
+        """Of the last route that was open, also of one that was lost."""
+        self._previous_routes: list[OpenRoute] = []
+        """Not closed yet: their stages' sessions may be continued."""
+        self._held: dict[Stage, SessionId] = {}
+        """The newest session of the job at each stage that is believed to hold one."""
+        self._rounds = 0
+        self._replays = 0
+        self._failures_since_token = 0
+        self._avoided: dict[PeerId, StageRefusal] = {}
+        self._outdated: dict[PeerId, StageRefusal] = {}
+        """Peers that may serve any stage but the last."""
+        self._logged: set[PeerId] = set()
+        """Peers whose refusal was logged already."""
+        self._asked_to_leave: set[PeerId] = set()
+        self.is_finished = False
+        self._searched_s = float("-inf")
+        """When a replacement for a lagging stage was last searched for."""
 
-        def expected_s(stage: int, rows: int) -> float:
-            compute_s = self._planner.expected_s(need, stages[stage], rows, loads[stage])
-            way_s = self._planner.way_s(need, stages[stage - 1], stages[stage], rows) if stage else 0.0
-            return compute_s + way_s + round_s / len(stages)
+    @property
+    def peers(self) -> set[PeerId]:
+        """The peers that serve the job now."""
+        return {stage.peer for stage in self._stages}
 
-        tokens = len(job.prompt) + len(job.tokens)
-        # Its row may wait on the link behind a step of other sessions.
-        step_s = [self._planner.step_way_s(before, stage) for before, stage in pairwise(stages)]
-        route.watch = StragglerDetector(
-            route.starts, tokens, expected_s, trio.current_time(), route.mute(), [0.0, *step_s]
-        )
-        route.watch.leniency = 1.5**job.fruitless
+    async def open(self) -> None:
+        """Open a route for the rest of the job and send the tokens so far; try others where stages refuse.
 
-    async def token(self, job: Job, route: OpenRoute) -> SampledToken:
-        """Wait for the next token. Raises RouteLost where a stage is lost or lags, JobError for a stall."""
-        watch, asked_s = route.watch, trio.current_time()
-        if watch is None:
-            raise AssertionError("a route is watched once it has begun")
-        if not route.has_token:
-            watch.wait(asked_s)
-        with trio.move_on_after(job.patience.seconds):
-            drawn = await route.next_token()
-            job.patience.learn(trio.current_time() - asked_s)
-            return drawn
-        drawn = await _beside(lambda: self._watch(job, route, watch), route.next_token)
-        job.patience.learn(trio.current_time() - asked_s)
-        return drawn
-
-    async def _watch(self, job: Job, route: OpenRoute, watch: StragglerDetector) -> None:
-        """Ask the stages of a route how far they are, until one of them is lost for it."""
-        began_s = trio.current_time()
-        while True:
-            await route.ask_progress(PROBE_TIMEOUT_S)
-            now_s = trio.current_time()
-            if (lag := watch.find(now_s)) is not None:
-                peer, disputed, message = self._blamed(job, route, lag)
-                only_trusted = lag.waited_s < FORGIVING_FACTOR * lag.limit_s
-                if await self._replaceable(job, {peer}, route.stages, route.held(), only_trusted=only_trusted):
-                    job.disputed |= disputed
-                    route.lose(_lagging(peer, message))
-                    return
-            if watch.still_s(now_s) > max(STALL_LIMIT_S, STALL_FACTOR * watch.total_s()):
-                why = f"no stage made any progress for {watch.still_s(now_s):.0f} s, and no other peer could take over"
-                route.stall(JobError(JobErrorCode.UNCOVERED, f"{why}; try again later", retry_after_s=RETRY_AFTER_S))
-                return
-            await trio.sleep(max(POLL_S, POLL_SHARE * (now_s - began_s)))
-
-    def _blamed(self, job: Job, route: OpenRoute, lag: Lag) -> tuple[PeerId, set[PeerId], str]:
-        """Return which peer to replace, who is in a dispute with it, and why.
-
-        Of two that contradict each other it is the later; the earlier if it was in such a dispute before. Of several
-        that nothing tells apart it is the one that has shown least so far.
+        A running job waits where there is no route, and forgives the peers that it avoided, as long as known peers
+        could serve it. Previous routes are closed once their sessions are continued. Raises JobError.
         """
-        disputed = set() if lag.earlier is None else {route.stages[lag.earlier].peer}
-        for earlier in disputed & job.disputed:
-            return earlier, set(), "says it has sent what never arrives at the next stage"
-        peer = self._planner.proven_least(job.model.id, [route.stages[stage].peer for stage in lag.suspects])
-        return peer, disputed, f"made no progress for {lag.waited_s:.1f} s"
+        self._retire_route()
+        search = _RouteSearch(began_s=trio.current_time(), candidates_seen_s=trio.current_time())
+        for attempt in count():
+            if attempt:
+                await trio.sleep(backoff_s(attempt, BACKOFF_S, self._services.jitter))
+            is_patient = self._is_accepted and trio.current_time() < search.began_s + RECOVERY_LIMIT_S
+            try:
+                planned = await self._plan(may_explore=attempt == 0)
+            except NoRouteError as error:
+                search.refusals |= self._avoided
+                if not is_patient or self._is_hopeless(search, error):
+                    raise no_route(self._job, error, search.refusals, self._outdated) from None
+                self._avoided.clear()
+                continue
+            if await self._try_route(planned):
+                self._stages = planned.stages
+                break
+            self._retire_route()
+            # Peers of an older version are found out one by one, and cost the job no attempt.
+            if not is_patient and attempt + 1 - len(self._outdated) >= MAX_ATTEMPTS:
+                raise no_route(self._job, NoRouteError(()), self._avoided, self._outdated)
+        if search.is_logged:
+            waited_s = round(trio.current_time() - search.began_s, 1)
+            _logger.info("route found again", job=self._job.id, waited_s=waited_s)
+        self._is_accepted = True
+        await self._close_previous()
 
-    async def _replaceable(
-        self,
-        job: Job,
-        peers: Collection[PeerId],
-        like: Sequence[Stage],
-        held: Collection[Stage],
-        *,
-        only_trusted: bool = True,
-    ) -> bool:
-        """Return whether somebody could take the places of peers on a route; now and then look for others who could."""
-        need, without = job.need(), {*job.avoided, *peers}
-        kept = [stage for stage in held if stage.peer not in peers]
-        if self._planner.knows_route(need, without, like=like, held=kept, only_trusted=only_trusted):
+    async def next_token(self) -> SampledToken:
+        """Wait for the next token; where a stage is lost or wants to leave, replace it first. Raises JobError."""
+        while True:
+            route = self._open_route()
+            if leaving := route.leaving - self._asked_to_leave:
+                await self._replace_leaving(leaving)
+                continue
+            try:
+                token = await self._monitor.token(route)
+            except RouteLost as lost:
+                self._replays += 1
+                self._failures_since_token += 1
+                if self._failures_since_token > MAX_ATTEMPTS:
+                    message = f"{self._failures_since_token} routes were lost in a row, the last at {lost}; try again"
+                    raise JobError(JobErrorCode.FAILED, message) from None
+                self._remove_lost(route, lost)
+                await self.open()
+            else:
+                self._failures_since_token = 0
+                return token
+
+    async def finish(self) -> ClosedRoute:
+        """Close the route of a job that is done."""
+        route = self._open_route()
+        begun = self._begun or route
+        closed = await route.close()
+        self._route = None
+        self.is_finished = True
+        rounds = self._rounds + route.rounds
+        return ClosedRoute(route, begun.request, closed, rounds, self._replays, self._cached_tokens)
+
+    async def close(self) -> None:
+        """Close all routes that are still open."""
+        self._retire_route()
+        await self._close_previous()
+
+    def _open_route(self) -> OpenRoute:
+        if self._route is None:
+            raise AssertionError("a running job has a route")
+        return self._route
+
+    async def _plan(self, *, may_explore: bool) -> PlannedRoute:
+        job = self._job
+        # Background jobs and trials, which compare methods on one route, do not explore peers.
+        may_explore = may_explore and not (self._is_accepted or job.request.background or job.on_served)
+        return await self._planner.route(self._need(), may_explore=may_explore)
+
+    def _need(self, leaving: Collection[PeerId] = (), begun: OpenRoute | None = None) -> RouteNeed:
+        """Return what the job needs of the next route: without some peers, and like the route begun, or else before."""
+        held = begun.held() if begun else self._held
+        return replace(
+            self._job.need(),
+            not_last=frozenset(self._outdated),
+            without={*self._avoided, *leaving},
+            like=begun.stages if begun else self._stages,
+            held=[stage for stage in held if stage.peer not in leaving],
+        )
+
+    async def _try_route(self, planned: PlannedRoute) -> bool:
+        """Open a route and send the tokens so far; return whether that succeeded. If not, peers to avoid are noted."""
+        method = self._begun.method if self._begun else None
+        request = await self._services.requests.for_route(self._job, planned, method)
+        self._route = route = OpenRoute(planned.stages, self._services.link_pool, request, self._held)
+        tokens = self._job.tokens
+        try:
+            await self._monitor.open(route)
+            await self._begin(route, tokens)
+        except RouteRejected as rejected:
+            for refusal in rejected.refusals:
+                self._avoid(refusal)
+        except RouteLost as lost:
+            self._remove_lost(route, lost)
+        else:
+            return True
+        return False
+
+    async def _begin(self, route: OpenRoute, tokens: Sequence[int]) -> None:
+        """Begin on all stages with the method that the votes agree on, and send the tokens."""
+        method = route.begin(tokens)
+        self._begun = self._begun or route
+        if not method.prefix_cache:
+            self._services.prompts.release(self._job.claim)  # its pages will not be cached
+        if not self._is_accepted:
+            self._cached_tokens = min(*route.starts, len(self._job.prompt) - 1)
+        self._monitor.begin(route, self._failures_since_token)
+        await self._monitor.send_prompt(route, tokens)
+
+    def _avoid(self, refusal: StageRefusal) -> None:
+        """Keep the job away from a peer; an unreachable one counts as dead until its next heartbeat."""
+        peer = refusal.peer
+        log = _logger.debug if peer in self._logged else _logger.info
+        log("stage not available", job=self._job.id, peer=peer, reason=refusal.message)
+        self._logged.add(peer)
+        if refusal.outdated:
+            self._outdated[peer] = refusal
+            return
+        self._avoided[peer] = refusal
+        if refusal.reason is None:
+            self._planner.failed(peer, dead=not refusal.lagged, lagged=refusal.lagged)
+
+    def _remove_lost(self, route: OpenRoute, lost: RouteLost) -> None:
+        """Avoid the peer that a stage blames if it is on the route, else the stage itself: outsiders are not blamed.
+
+        Only a peer that we cannot reach ourselves counts as dead: a failed engine restarts, and of two peers that do
+        not reach each other both live.
+        """
+        culprit = lost.blamed if lost.blamed in {stage.peer for stage in route.stages} else lost.reporter
+        _logger.info("stage lost", job=self._job.id, peer=culprit, reason=lost.reason, message=lost.message)
+        self._avoided[culprit] = StageRefusal(culprit, None, lost.message, lagged=lost.lagged)
+        link_pool = self._services.link_pool
+        is_ours = lost.reason is FailureReason.EXPIRED or lost.blamed == link_pool.peer_id != culprit
+        if not is_ours:
+            # A stage that blames us may be right: then the job only continues elsewhere.
+            self._planner.failed(culprit, dead=not link_pool.is_linked(culprit), lagged=lost.lagged)
+        self._retire_route()
+        self._held = {stage: session for stage, session in self._held.items() if stage.peer != culprit}
+
+    async def _replace_leaving(self, leaving: Collection[PeerId]) -> None:
+        """Replace peers that want to leave, where others can serve their blocks."""
+        self._asked_to_leave.update(leaving)
+        try:
+            await self._planner.route(self._need(leaving, self._open_route()))
+        except NoRouteError:
+            _logger.info(
+                "leaving peer not replaced: no other serves its blocks", job=self._job.id, peers=sorted(leaving)
+            )
+            return
+        self._replays += 1
+        for peer in leaving:
+            self._avoided[peer] = StageRefusal(peer, RefusalReason.LEAVING, "is about to leave")
+        await self.open()
+
+    async def _is_replaceable(self, peers: Collection[PeerId], *, only_trusted: bool = True) -> bool:
+        """Return whether others could take the places of peers on the route; at intervals search for more peers."""
+        route = self._open_route()
+        need = self._need(peers, route if route.method else None)
+        if self._planner.knows_route(need, only_trusted=only_trusted):
             return True
         interval_s, limit_s = SEARCH_S
-        if trio.current_time() < job.searched_s + interval_s:
+        if trio.current_time() < self._searched_s + interval_s:
             return False
         with trio.move_on_after(limit_s):
             try:
-                await self._planner.route(need, without, like=like, held=kept, only_trusted=only_trusted)
+                await self._planner.route(need, only_trusted=only_trusted)
             except NoRouteError:
                 pass
             else:
                 return True
             finally:
-                job.searched_s = trio.current_time()
+                self._searched_s = trio.current_time()
         return False
 
+    def _is_hopeless(self, search: "_RouteSearch", error: NoRouteError) -> bool:
+        """Return whether no known peers could serve the missing blocks for a while."""
+        job, now_s = self._job, trio.current_time()
+        if not search.is_logged:
+            search.is_logged = True
+            missing = ", ".join(map(str, error.missing))
+            _logger.warning("no route left; waiting for a peer", job=job.id, model=job.model.name, blocks=missing)
+        if self._planner.could_serve(job.need(), self._services.expected(job.model.id)):
+            search.candidates_seen_s = now_s
+            return False
+        return now_s - search.candidates_seen_s >= HOPELESS_LIMIT_S
 
-def _lagging(peer: PeerId, message: str) -> SessionLost:
-    return SessionLost(peer, peer, FailureReason.DOWNSTREAM, message, lagged=True)
+    def _retire_route(self) -> None:
+        """Make the open route a previous one, whose stages are continued as far as they still hold the session."""
+        if self._route is None:
+            return
+        holding = self._route.held()
+        for stage, answer in zip(self._route.stages, self._route.answers, strict=True):
+            if stage in holding:
+                self._held[stage] = holding[stage]
+            elif answer is not None:
+                self._held.pop(stage, None)
+        self._rounds += self._route.rounds
+        self._previous_routes.append(self._route)
+        self._route = None
+
+    async def _close_previous(self) -> None:
+        """Close the previous routes; sessions that were continued are over already."""
+        previous, self._previous_routes = self._previous_routes, []
+        async with trio.open_nursery() as nursery:
+            for route in previous:
+                nursery.start_soon(route.close)
 
 
-async def _beside(watch: Callable[[], Awaitable[None]], act: Callable[[], Awaitable[T]]) -> T:
-    """Return what an action comes to, with a watch beside it; what either raises passes as it is."""
-    fault: Exception | None = None
-    async with trio.open_nursery() as nursery:
-        nursery.start_soon(watch)
-        try:
-            result = await act()
-        except (JobError, RouteLost, RouteRejected) as error:
-            fault = error
-        nursery.cancel_scope.cancel()
-    if fault is not None:
-        raise fault
-    return result
+@dataclass(slots=True)
+class _RouteSearch:
+    """A job's search for a route. `candidates_seen_s`: when known peers last could have served it."""
+
+    began_s: float
+    candidates_seen_s: float
+    is_logged: bool = False
+    refusals: dict[PeerId, StageRefusal] = field(default_factory=dict)

@@ -8,14 +8,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from node.coordinator.observation import model_facts
-from node.coordinator.submission import AUTO, JobError, JobErrorCode, JobRequest, Outcome, Selection
+from node.coordinator.submission import AUTO, JobError, JobErrorCode, JobOutcome, JobRequest, Selection
 from node.models.library import KnownModel
-from node.stages.speculation import repetitiveness
 from protocol.identity import ModelId
 from protocol.limits import MAX_VOTES
 from protocol.measurements import QualityBound
-from protocol.messages import Load
 from selector.heuristic import predicted_cost, preference
 from selector.task import (
     PORTFOLIO,
@@ -29,9 +26,6 @@ from selector.task import (
 
 MEASURING_RETRY_S = 10.0
 """What a client is told to wait where the quality of a method is being measured."""
-
-_LOOKED_AT_TOKENS = 2048
-"""The end of a prompt that is looked at for repetition."""
 
 
 class Asked(enum.Enum):
@@ -107,7 +101,7 @@ class Chooser(Protocol):
         """Return the choice, at once: what is not known yet is not waited for."""
         ...
 
-    def served(self, choice: Choice, outcome: Outcome) -> Selection | None:
+    def served(self, choice: Choice, outcome: JobOutcome) -> Selection | None:
         """Take note of what a job took, and return what the choice looked like; None where nothing was predicted."""
         ...
 
@@ -132,7 +126,7 @@ class HeuristicChooser:
         """Return the methods by the rule's prediction; see Chooser."""
         return HeuristicChoice(question.context, preference(question.context, question.admitted))
 
-    def served(self, choice: Choice, outcome: Outcome) -> None:
+    def served(self, choice: Choice, outcome: JobOutcome) -> None:
         """Take no note; see Chooser."""
         del choice, outcome
 
@@ -171,43 +165,3 @@ def _why_not(method: Method, bound: QualityBound, quality: MeasuredQuality | Non
         return f"{method.name} is not exact: it needs --quality near or any"
     change = f"{quality.perplexity_change:+.1%}"
     return f"{method.name} changes this model's perplexity by {change}: too much for any quality bound"
-
-
-def describe(
-    request: JobRequest,
-    model: KnownModel,
-    prompt: Sequence[int],
-    max_tokens: int,
-    *,
-    shared_prefix_share: float,
-    loads: Sequence[Load],
-    hardware: Sequence[str],
-    link_s: float,
-    transfer_s: float,
-) -> TaskContext:
-    """Return what the choice of a method for a job depends on. `loads`, `hardware`: of the stages of its route."""
-    facts = model_facts(model.manifest)
-    return TaskContext(
-        architecture=facts.architecture,
-        block_count=facts.block_count,
-        hidden_size=facts.hidden_size,
-        vocabulary_size=facts.vocabulary_size,
-        weight_bytes=facts.weight_bytes,
-        intermediate_size=facts.intermediate_size,
-        head_count=facts.head_count,
-        kv_head_count=facts.kv_head_count,
-        expert_count=facts.expert_count,
-        active_expert_count=facts.active_expert_count,
-        prompt_tokens=len(prompt),
-        max_tokens=max_tokens,
-        shared_prefix_share=shared_prefix_share,
-        repetitiveness=repetitiveness(prompt[-_LOOKED_AT_TOKENS:]),
-        concurrency=1 + max((load.sessions for load in loads), default=0),
-        stage_count=max(1, len(loads)),
-        hardware="+".join(hardware) or "unknown",
-        link_s=link_s,
-        transfer_s=transfer_s,
-        queued_rows=sum(load.queued_rows for load in loads),
-        step_s=sum(load.step_s for load in loads),
-        quality=request.quality.value,
-    )

@@ -1,13 +1,13 @@
-"""What a served job is worth to the swarm: the observation of what it cost."""
+"""The observation of a served job: its cost, with the context that the cost depends on."""
 
 import platform
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from typing import Final
 
-from node.coordinator.submission import JobRequest, JobResult
+from node.coordinator.submission import JobResult
 from node.models.manifest import Manifest, find_integer
 from protocol.errors import RemoteProtocolError
 from protocol.identity import JobId, PeerId
@@ -19,50 +19,38 @@ from protocol.measurements import (
     Observation,
     ObservationKind,
     StageObservation,
-    Workload,
 )
 from protocol.observations import check_countersignature
+from selector.task import TaskContext
 
 _SOFTWARE: Final = ("metaswarm", "torch", "transformers", "onnxruntime")
 
 
-def observation_of(
-    result: JobResult,
-    request: JobRequest,
-    model: ModelFacts,
-    *,
-    observer: PeerId,
-    job: JobId,
-    issued_at_s: int,
-    concurrency: int,
-    shared_prefix_share: float = 0.0,
-    repetitiveness: float = 0.0,
-    link_s: float = 0.0,
-) -> Observation:
-    """Return what a job that was served here has shown; `protocol.observations.sign_observation` is the next step.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServedJob:
+    """A job that was done. `job`: its id on the wire. `context`: the task, with the concurrency that was measured."""
 
-    `job`: the id under which the stages knew it, which a replay changes. A wrong countersignature is left out: one bad
-    stage does not spoil the rest. `concurrency`: the most sessions that any of the stages had, this one included.
-    """
-    method = MethodInForce(switches=result.method.switches, stage_policy=result.method.stage_policy)
-    usage, timing = result.usage, result.timing
+    result: JobResult
+    manifest: Manifest
+    job: JobId
+    context: TaskContext
+
+
+def observation_of(served: ServedJob, observer: PeerId, issued_at_s: int) -> Observation:
+    """Return the observation of a served job, unsigned."""
+    result, model = served.result, model_facts(served.manifest)
+    usage, timing, method = result.usage, result.timing, result.method
     return Observation(
         observer=observer,
-        job=job,
+        job=served.job,
         kind=ObservationKind.SERVED,
         issued_at_s=issued_at_s,
         model=model,
-        workload=Workload(
-            prompt_tokens=usage.prompt_tokens,
+        workload=served.context.to_workload(
             completion_tokens=usage.completion_tokens,
             cached_tokens=usage.cached_tokens,
-            concurrency=max(1, concurrency),
-            shared_prefix_share=shared_prefix_share,
-            repetitiveness=repetitiveness,
-            link_s=link_s,
-            quality=request.quality,
         ),
-        method=method,
+        method=MethodInForce(switches=method.switches, stage_policy=method.stage_policy),
         measurements=Measurements(
             ttft_s=timing.ttft_s,
             tpot_s=timing.tpot_s,
@@ -70,15 +58,13 @@ def observation_of(
             tokens_per_s=usage.completion_tokens / timing.total_s if timing.total_s else 0.0,
             replays=result.replays,
         ),
-        route=tuple(
-            _without_false_countersignature(stage, observer, job, model, method.name) for stage in result.route
-        ),
+        route=result.route,
         software=software_versions(),
     )
 
 
 def model_facts(manifest: Manifest) -> ModelFacts:
-    """Return what of a model decides its speed."""
+    """Return the model properties that affect speed."""
     files = (manifest.embed, *manifest.blocks, manifest.head)
 
     def find(*keys: str) -> int | None:
@@ -105,7 +91,7 @@ def model_facts(manifest: Manifest) -> ModelFacts:
 
 @cache
 def software_versions() -> Mapping[str, str]:
-    """Return the versions of what decides the speed of this node; none of it is imported for that."""
+    """Return the versions of the software that affects speed, without importing it."""
     found = {"python": platform.python_version()}
     for name in _SOFTWARE:
         try:
@@ -116,17 +102,24 @@ def software_versions() -> Mapping[str, str]:
 
 
 def software_name(software: Mapping[str, str]) -> str:
-    """Return one name for the versions that decide the speed."""
+    """Return one name for the versions that affect speed."""
     return ",".join(f"{name}={version}" for name, version in sorted(software.items()) if name != "python")
 
 
-def _without_false_countersignature(
-    stage: StageObservation, observer: PeerId, job: JobId, model: ModelFacts, method: str
-) -> StageObservation:
-    if stage.countersignature is None:
+def without_invalid_countersignatures(observation: Observation) -> Observation:
+    """Return an observation that peers accept though a stage countersigned wrongly: that one's signature is dropped."""
+
+    def checked(stage: StageObservation) -> StageObservation:
+        try:
+            check_countersignature(
+                stage,
+                job=observation.job,
+                observer=observation.observer,
+                model=observation.model.model,
+                method=observation.method.name,
+            )
+        except RemoteProtocolError:
+            return replace(stage, countersignature=None)
         return stage
-    try:
-        check_countersignature(stage, job=job, observer=observer, model=model.model, method=method)
-    except RemoteProtocolError:
-        return replace(stage, countersignature=None)
-    return stage
+
+    return replace(observation, route=tuple(map(checked, observation.route)))

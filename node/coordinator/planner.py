@@ -1,8 +1,9 @@
-"""Plans routes: turns what is known of the live peers into offers, and remembers how fast they were and who failed."""
+"""Plans routes: turns the live peers into offers, and keeps a record of their measured speed and their failures."""
 
 import random
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import NamedTuple, Protocol
@@ -17,75 +18,65 @@ from node.swarm.link_estimates import UNKNOWN_BYTES_PER_S
 from protocol.identity import BlockRange, ModelId, PeerId, Stage
 from protocol.messages import Load
 from selector.peer_speed import UNKNOWN_BLOCK_S, Claim, Exploration, Measurements, Share, Speed, judge, least_block_s
-from selector.reliability import Record, Reliability
+from selector.reliability import PeerRecord, Reliability
 from selector.routing import Demand, Links, NoRouteError, Offer, find_replacement, find_route, uncovered
 
 SLOW_BYTES_PER_S = 2e9
-"""Of a block that nobody was measured with, a step passes so many bytes in a second at worst: a slow processor."""
+"""Weights of a block that a step reads per second at worst, where no peer was measured with it: a slow processor."""
 
 SHARING_BEYOND_OWN = 3
-"""Sessions of others that a peer may say it had beside ours when its speed was measured, which makes it look faster."""
+"""Other nodes' sessions that a peer may claim beside ours when its speed is measured: they make it look faster."""
 
 BELIEVED_SLOWNESS = 50
-"""A peer that was never measured is believed to be so many times as slow as one can expect, and no slower."""
+"""An unmeasured peer that claims to be slow is believed up to this multiple of the expected time."""
 
 PROMPT_ROWS_PER_STEP = 12
-"""Rows of a prompt that take as long as one decode step: what reads all weights once for a single row is slow."""
+"""Prompt rows that take as long as one decode step, which reads all weights for a single row."""
 
 
 _logger = structlog.get_logger(__name__)
 
 
 class Finder(Protocol):
-    """Knows who serves what; `node.swarm.membership` is the real one."""
+    """Knows which peers serve what; `node.swarm.membership` is the real one."""
 
     async def candidates(self, model: ModelId, block_count: int, *, without: Iterable[PeerId]) -> tuple[Candidate, ...]:
-        """Return the live peers that serve spans of a model; asks the DHT where those known do not suffice."""
+        """Return the live peers that serve spans of a model; queries the DHT where the known ones do not suffice."""
         ...
 
     def known_candidates(self, model: ModelId, *, without: Iterable[PeerId]) -> tuple[Candidate, ...]:
-        """Return the same of the peers that are known to live, and look for no others."""
+        """Return the known live peers that serve spans of a model, without a search."""
         ...
 
     def forget(self, peer: PeerId) -> None:
-        """Take a peer for dead until it is heard again."""
+        """Treat a peer as dead until its next heartbeat."""
         ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RouteNeed:
-    """What a job needs of a route. `block_bytes`: the weights of one block, 0 where unknown."""
+    """What a job needs of a route.
+
+    `block_bytes`: the weights of one block, 0 where unknown. `not_last`: peers that may serve any stage but the last.
+    `without`: peers to leave out. `like`, `held`: a previous route, and its stages that hold the session; those stay if
+    others can take the places of the rest.
+    """
 
     model: ModelId
     demand: Demand
     block_bytes: float = 0.0
     not_last: Collection[PeerId] = ()
-    """Peers that may serve any stage but the last."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PeerRecord:
-    """What this node's own jobs have shown of a peer.
-
-    `served`, `failed`, `lagged`: jobs that it bore to their end, failed in so many words, and made no progress in.
-    `avoided_s`: for so long it is used only where nobody else is. `trust`: what its predicted cost is divided by.
-    `block_s`: what a block was measured to take for a token, by model.
-    """
-
-    served: int
-    failed: int
-    lagged: int
-    trust: float
-    avoided_s: float
-    block_s: Mapping[ModelId, float]
+    without: Collection[PeerId] = ()
+    like: Sequence[Stage] = ()
+    held: Collection[Stage] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RouteTiming:
-    """What a route took: seconds of a round, and from the prompt to its first token, each 0 where not measured.
+    """Measured times of a route: of a round, and from the prompt to its first token, in seconds, 0 if not measured.
 
-    `prompt_rows`: for each stage, the rows of the prompt that it computed. `busy`: for each stage, for which share of
-    the time it says it was at work.
+    `prompt_rows`: for each stage, the prompt rows that it computed. `busy`: for each stage, the share of the time that
+    it reports as spent computing.
     """
 
     round_s: float = 0.0
@@ -103,7 +94,7 @@ class PlannedRoute(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class _Offers:
-    """Offers, and those of them whose peers promise more than was ever shown, as they promise it."""
+    """Offers with cautious costs, and for peers that promise more than was ever measured, with promised ones."""
 
     cautious: list[Offer]
     promised: dict[str, list[Offer]]
@@ -129,10 +120,10 @@ class Planner:
         bandwidth: Callable[[PeerId], float | None] = lambda peer: None,
         in_flight: Callable[[], Counter[PeerId]] = Counter,
     ) -> None:
-        """Know nobody yet.
+        """`rng` decides which promise is explored.
 
-        `rng` decides which promise is tried. `bandwidth`: bytes that a peer says it reads from its memory in a second.
-        `in_flight`: how many jobs of this node each peer has now.
+        `bandwidth`: the memory bandwidth that a peer reports, bytes per second. `in_flight`: the number of this node's
+        jobs on each peer.
         """
         self._finder = finder
         self._links = links
@@ -141,80 +132,55 @@ class Planner:
         self._in_flight = in_flight
         self._reliability = Reliability()
         self._blocks = Measurements()
-        """What a block takes for one token,"""
+        """Seconds of a block for one token,"""
         self._rows = Measurements()
         """and for one row of a prompt."""
         self._exploration = Exploration(rng or random.Random(0))
 
-    async def route(
-        self,
-        need: RouteNeed,
-        without: Collection[PeerId],
-        *,
-        like: Sequence[Stage] = (),
-        held: Collection[Stage] = (),
-        may_explore: bool = False,
-        only_trusted: bool = False,
-    ) -> PlannedRoute:
-        """Return the best route without some peers. Raises NoRouteError.
+    async def route(self, need: RouteNeed, *, may_explore: bool = False, only_trusted: bool = False) -> PlannedRoute:
+        """Return the best route. Raises NoRouteError.
 
-        Whoever failed or lagged is used only where there is no route without it, unless `only_trusted`, and so is a
-        peer that promises more than anybody has shown, save for the share of jobs that try it (`may_explore`). `like`:
-        a former route, of which the stages `held` stay, if others can take the places of the rest.
+        A peer that failed or lagged is used only where there is no route without it, and never if `only_trusted`; so is
+        a peer that promises more than any has shown, except by the share of jobs that explore it (`may_explore`).
         """
-        found = await self._finder.candidates(need.model, need.demand.block_count, without=without)
-        offers = self._offers(need, found)
-        return self._best(need, offers, without, like, held, may_explore=may_explore, only_trusted=only_trusted)
+        found = await self._finder.candidates(need.model, need.demand.block_count, without=need.without)
+        return self._best(need, self._offers(need, found), may_explore=may_explore, only_trusted=only_trusted)
 
-    def knows_route(
-        self,
-        need: RouteNeed,
-        without: Collection[PeerId],
-        *,
-        like: Sequence[Stage] = (),
-        held: Collection[Stage] = (),
-        only_trusted: bool = False,
-    ) -> bool:
-        """Return whether there is a route, as `route` finds it, among the peers that are known to live."""
-        offers = self._offers(need, self._finder.known_candidates(need.model, without=without))
+    def knows_route(self, need: RouteNeed, *, only_trusted: bool = False) -> bool:
+        """Return whether there is a route, as `route` finds it, among the known live peers."""
+        offers = self._offers(need, self._finder.known_candidates(need.model, without=need.without))
         try:
-            self._best(need, offers, without, like, held, may_explore=False, only_trusted=only_trusted)
+            self._best(need, offers, may_explore=False, only_trusted=only_trusted)
         except NoRouteError:
             return False
         return True
 
-    def _best(
-        self,
-        need: RouteNeed,
-        offers: _Offers,
-        without: Collection[PeerId],
-        like: Sequence[Stage],
-        held: Collection[Stage],
-        *,
-        may_explore: bool,
-        only_trusted: bool,
-    ) -> PlannedRoute:
-        lost = [number for number, stage in enumerate(like) if stage not in held or stage.peer in without]
-        if len(lost) < len(like):
+    def _best(self, need: RouteNeed, offers: _Offers, *, may_explore: bool, only_trusted: bool) -> PlannedRoute:
+        tiers = self._tiers(offers, only_trusted=only_trusted)
+        lost = [n for n, stage in enumerate(need.like) if stage not in need.held or stage.peer in need.without]
+        if len(lost) < len(need.like):
             try:
-                return offers.planned(self._mended(need, like, lost, offers, only_trusted=only_trusted))
+                return offers.planned(self._repaired(need, lost, tiers))
             except NoRouteError:
-                _logger.debug("no replacement for stages", blocks=[str(like[number].blocks) for number in lost])
-        stages = self._first_route(need, self._tiers(offers, only_trusted=only_trusted))
+                _logger.debug("no replacement for stages", blocks=[str(need.like[number].blocks) for number in lost])
+        stages = _first(tiers, lambda tier: find_route(need.demand, tier, self._links).stages)
         if may_explore:
             stages = self._explored(need, offers, stages)
         return offers.planned(stages)
 
-    def _first_route(self, need: RouteNeed, tiers: Sequence[Sequence[Offer]]) -> tuple[Stage, ...]:
-        for tier in tiers[:-1]:
-            try:
-                return find_route(need.demand, tier, self._links).stages
-            except NoRouteError:
-                continue
-        return find_route(need.demand, tiers[-1], self._links).stages
+    def _repaired(self, need: RouteNeed, lost: Sequence[int], tiers: Sequence[Sequence[Offer]]) -> list[Stage]:
+        """Return the previous route with its lost stages replaced."""
+        stages = list(need.like)
+
+        def replacement(number: int) -> tuple[Stage, ...]:
+            return _first(tiers, lambda tier: find_replacement(need.demand, stages, number, tier, self._links))
+
+        for number in reversed(lost):  # a stage may be replaced by several, which moves those behind it
+            stages[number : number + 1] = replacement(number)
+        return stages
 
     def _explored(self, need: RouteNeed, offers: _Offers, stages: tuple[Stage, ...]) -> tuple[Stage, ...]:
-        """Return the route that a promise would make possible, where it is this job's turn to believe one."""
+        """Return the route that a promise would make possible, where it is this job's turn to explore one."""
         avoided = self._avoided()
         tried = self._exploration.draw(offers.promised.keys() - avoided)
         if tried is None:
@@ -227,11 +193,11 @@ class Planner:
         if all(stage.peer != tried for stage in promised):
             return stages
         self._exploration.spend()
-        _logger.debug("peer tried that was not measured yet", peer=tried, model=need.model)
+        _logger.debug("exploring a peer that was not measured yet", peer=tried, model=need.model)
         return promised
 
     def _tiers(self, offers: _Offers, *, only_trusted: bool) -> list[list[Offer]]:
-        """Return the offers to choose from: those of whom nothing is to be feared, and more where these do not do."""
+        """Return sets of offers, to be tried in order: without avoided peers and promises first."""
         avoided = self._avoided()
         trusted = [offers.without({*avoided, *offers.promised}), offers.without(avoided)]
         return trusted if only_trusted else [*trusted, offers.cautious]
@@ -239,50 +205,30 @@ class Planner:
     def _avoided(self) -> frozenset[str]:
         return self._reliability.avoided(trio.current_time())
 
-    def _mended(
-        self, need: RouteNeed, like: Sequence[Stage], lost: Sequence[int], offers: _Offers, *, only_trusted: bool
-    ) -> list[Stage]:
-        stages = list(like)
-        tiers = self._tiers(offers, only_trusted=only_trusted)
-        for number in reversed(lost):  # a stage may be replaced by several, which moves those behind it
-            stages[number : number + 1] = self._first_replacement(need, stages, number, tiers)
-        return stages
-
-    def _first_replacement(
-        self, need: RouteNeed, stages: Sequence[Stage], number: int, tiers: Sequence[Sequence[Offer]]
-    ) -> tuple[Stage, ...]:
-        for tier in tiers[:-1]:
-            try:
-                return find_replacement(need.demand, stages, number, tier, self._links)
-            except NoRouteError:
-                continue
-        return find_replacement(need.demand, stages, number, tiers[-1], self._links)
-
     def round_s(self, stages: Sequence[Stage]) -> float:
-        """Return what the links add to the time of one token: once around the route."""
+        """Return the links' latency per token: once around the route."""
         peers = [stage.peer for stage in stages]
         return sum(self._links(a, b).round_trip_s / 2 for a, b in zip(peers, [*peers[1:], peers[0]], strict=True))
 
     def transfer_s(self, stages: Sequence[Stage], demand: Demand) -> float:
-        """Return what the links' width adds to a job: the time of all its rows from each stage to the next."""
+        """Return the transfer time that the links' bandwidth adds to a job: of all its rows, stage by stage."""
         byte_count = (demand.prompt_rows + demand.new_tokens) * demand.row_bytes
         return sum(byte_count / self._links(a.peer, b.peer).bytes_per_s for a, b in pairwise(stages))
 
     def way_s(self, need: RouteNeed, before: Stage, stage: Stage, rows: int) -> float:
-        """Return how long rows may be on their way from one stage to the next; generous where no link was measured."""
+        """Return the time limit for the transfer of rows between stages; generous where no link was measured."""
         link = self._links(before.peer, stage.peer)
         known_bytes_per_s = 0.0 if link.bytes_per_s == UNKNOWN_BYTES_PER_S else link.bytes_per_s
         return rows * need.demand.row_bytes / max(SLOWEST_BYTES_PER_S, known_bytes_per_s)
 
     def step_way_s(self, before: Stage, stage: Stage) -> float:
-        """Return how long the rows of one step are on their way from one stage to the next, if it is a full one."""
+        """Return the transfer time of a full step between stages."""
         return OUTGOING_BYTES / max(SLOWEST_BYTES_PER_S, self._links(before.peer, stage.peer).bytes_per_s)
 
     def failed(self, peer: PeerId, *, dead: bool, lagged: bool = False) -> None:
-        """Leave a peer alone for a while; one that is taken for dead is out until it is heard again.
+        """Avoid a peer for a while; a `dead` one until its next heartbeat.
 
-        `lagged`: it was there and made no progress, which is held against it for longer. Of one that was never
-        measured it may just be slow.
+        `lagged`: it was reachable and made no progress, which counts for longer; an unmeasured one may just be slow.
         """
         if lagged:
             self._reliability.lagged(peer, trio.current_time(), is_sure=bool(self._blocks.of(peer)))
@@ -292,14 +238,14 @@ class Planner:
             self._finder.forget(peer)
 
     def served(self, peers: Iterable[PeerId]) -> None:
-        """Note that peers bore a job to its end."""
+        """Record that peers completed a job."""
         for peer in peers:
             self._reliability.served(peer, trio.current_time())
 
     def measured(self, need: RouteNeed, stages: Sequence[Stage], loads: Sequence[Load], timing: RouteTiming) -> None:
-        """Take in what a job has shown of the peers of its route.
+        """Learn the speed of a route's stages from a job.
 
-        `loads`: what each stage said of itself when it was opened, whose count of sessions is believed within bounds.
+        `loads`: each stage's report when it was opened, whose count of sessions is believed within bounds.
         """
         own = self._in_flight()
         sharing = [
@@ -319,9 +265,9 @@ class Planner:
             measured.observe(need.model, shares, max(took_s / 10, took_s - links_s))
 
     def expected_s(self, need: RouteNeed, stage: Stage, rows: int, load: Load) -> float:
-        """Return how long a stage should take for rows of a session; generous where nothing is known of it.
+        """Return the expected time of a stage for rows of a session; generous for an unmeasured one.
 
-        `load`: as the stage reports it, believed within bounds; the jobs that this node has there count fully.
+        `load`: the stage's report, believed within bounds; this node's own jobs there count fully.
         """
         block_s = self._prior_block_s(need, stage, load.step_s)
         row_s = self._rows.seconds(stage.peer, need.model)
@@ -334,17 +280,17 @@ class Planner:
         return times * len(stage.blocks) * (block_s + max(0, rows - 1) * row_s)
 
     def _prior_block_s(self, need: RouteNeed, stage: Stage, step_s: float) -> float:
-        """Return what a block takes a peer for a token: as measured, else as the best are, or as it says if slower."""
-        shown_s = self._blocks.seconds(stage.peer, need.model)
-        if shown_s is not None:
-            return shown_s
+        """Return a peer's seconds per block and token: measured, else the best peer's, or its own claim if slower."""
+        measured_s = self._blocks.seconds(stage.peer, need.model)
+        if measured_s is not None:
+            return measured_s
         known_s = self._blocks.reference_s(need.model) or UNKNOWN_BLOCK_S
         slow_s = max(known_s, UNKNOWN_BLOCK_S, need.block_bytes / SLOW_BYTES_PER_S)
-        told_s = step_s / len(stage.blocks) or UNKNOWN_BLOCK_S
-        return max(known_s, min(told_s, BELIEVED_SLOWNESS * slow_s))
+        claimed_s = step_s / len(stage.blocks) or UNKNOWN_BLOCK_S
+        return max(known_s, min(claimed_s, BELIEVED_SLOWNESS * slow_s))
 
     def proven_least(self, model: ModelId, peers: Iterable[PeerId]) -> PeerId:
-        """Return of several peers the one that has shown least: if one of them is at fault, most likely it is this."""
+        """Return the least proven of several peers: the one most likely at fault."""
         now_s = trio.current_time()
         return min(
             peers,
@@ -356,26 +302,19 @@ class Planner:
             ),
         )
 
-    def could_serve(self, need: RouteNeed, promised: Iterable[BlockRange], without: Collection[PeerId] = ()) -> bool:
-        """Return whether the peers known to live, and `promised` spans that are being loaded, cover all blocks."""
-        found = self._finder.known_candidates(need.model, without=without)
+    def could_serve(self, need: RouteNeed, promised: Iterable[BlockRange] = ()) -> bool:
+        """Return whether the known live peers, and `promised` spans that are being loaded, cover all blocks."""
+        found = self._finder.known_candidates(need.model, without=need.without)
         spans = (candidate.stage.blocks for candidate in found)
         return not uncovered(need.demand.block_count, [*spans, *promised])
 
     def record(self, peer: PeerId) -> PeerRecord:
-        """Return what this node's own jobs have shown of a peer."""
-        kept: Record = self._reliability.record(peer, trio.current_time())
-        return PeerRecord(
-            served=kept.served,
-            failed=kept.failed,
-            lagged=kept.lagged,
-            trust=kept.trust,
-            avoided_s=kept.avoided_s,
-            block_s={ModelId(str(model)): seconds for model, seconds in self._blocks.of(peer).items()},
-        )
+        """Return this node's record of a peer."""
+        block_s = {ModelId(str(model)): seconds for model, seconds in self._blocks.of(peer).items()}
+        return replace(self._reliability.record(peer, trio.current_time()), block_s=block_s)
 
     def records(self) -> dict[PeerId, PeerRecord]:
-        """Return the record of every peer of which something is remembered: a bounded number."""
+        """Return the records of all remembered peers: a bounded number."""
         return {PeerId(peer): self.record(PeerId(peer)) for peer in self._reliability.peers()}
 
     def _offers(self, need: RouteNeed, found: tuple[Candidate, ...]) -> _Offers:
@@ -405,7 +344,7 @@ class Planner:
 
 
 def _without_last(need: RouteNeed, candidates: Iterable[Candidate]) -> Iterator[Candidate]:
-    """Yield what the candidates may serve, some of them without the model's last block."""
+    """Yield the candidates, those that cannot be the last stage without the model's last block."""
     last = need.demand.block_count - 1
     for candidate in candidates:
         peer, blocks = candidate.stage.peer, candidate.stage.blocks
@@ -416,13 +355,21 @@ def _without_last(need: RouteNeed, candidates: Iterable[Candidate]) -> Iterator[
 
 
 def _offer(candidate: Candidate, speed: Speed, trust: float, sessions: int, row_block_s: float | None) -> Offer:
-    """Return what a span is predicted to cost: stretched by those who share it."""
+    """Return an offer of a span, its costs multiplied by the sessions that share it."""
     shared = 1 + sessions
     return Offer(
         stage=candidate.stage,
         block_s=speed.block_s * shared,
         row_block_s=(speed.block_s / PROMPT_ROWS_PER_STEP if row_block_s is None else row_block_s) * shared,
         trust=trust,
-        # A stage that has told no load, because only its record was found, says nothing of its room either.
+        # A stage of which only the record was found has reported no load, and so no free positions.
         free_positions=candidate.load.free_positions or None,
     )
+
+
+def _first(tiers: Sequence[Sequence[Offer]], find: Callable[[Sequence[Offer]], tuple[Stage, ...]]) -> tuple[Stage, ...]:
+    """Return what is found in the first tier that has it. Raises the last tier's NoRouteError."""
+    for tier in tiers[:-1]:
+        with suppress(NoRouteError):
+            return find(tier)
+    return find(tiers[-1])

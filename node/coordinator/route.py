@@ -1,4 +1,4 @@
-"""An open route: the sessions of one job on all its stages, and the coordinator's end of them."""
+"""An open route: the sessions of one job on all its stages, and the receiver of its tokens."""
 
 import secrets
 from collections.abc import Callable, Mapping, Sequence
@@ -7,6 +7,7 @@ from functools import partial
 
 import trio
 
+from node.coordinator.session_request import SessionRequest
 from node.coordinator.straggler_detector import Progress, StragglerDetector
 from node.coordinator.submission import JobError
 from node.links.base_link import LinkBroken
@@ -14,9 +15,8 @@ from node.links.inbound_link import InboundLink
 from node.links.link_pool import LinkPool
 from node.links.outbound_link import OutboundLink, SessionLost, SessionRefused
 from node.stages.replay_buffer import ResumePoint, plan_resume
-from node.stages.voting import Agreement
 from protocol.codec import minor_of
-from protocol.identity import JobId, ModelId, PeerId, SessionId, Stage
+from protocol.identity import JobId, PeerId, SessionId, Stage
 from protocol.limits import MAX_STEP_BYTES
 from protocol.messages import (
     Ballot,
@@ -29,7 +29,6 @@ from protocol.messages import (
     Opened,
     ProgressRequest,
     RefusalReason,
-    Sampling,
     SessionStatistics,
     Slice,
     Step,
@@ -46,8 +45,8 @@ CLOSE_TIMEOUT_S = 1.0
 class StageRefusal:
     """Why a peer could not take its stage. `reason` is None where the peer could not be reached at all.
 
-    `lagged`: it can be reached, but made no progress. `outdated`: its version cannot draw as the job asks, so that it
-    may serve any stage but the last.
+    `lagged`: it can be reached, but made no progress. `outdated`: its version lacks a sampling option of the job, so
+    that it may serve any stage but the last.
     """
 
     peer: PeerId
@@ -60,13 +59,13 @@ class StageRefusal:
 class RouteRejected(Exception):
     """Some stages did not open."""
 
-    def __init__(self, rejections: Sequence[StageRefusal]) -> None:
-        super().__init__("; ".join(f"{r.peer}: {r.message}" for r in rejections))
-        self.rejections = tuple(rejections)
+    def __init__(self, refusals: Sequence[StageRefusal]) -> None:
+        super().__init__("; ".join(f"{refusal.peer}: {refusal.message}" for refusal in refusals))
+        self.refusals = tuple(refusals)
 
 
 class RouteLost(Exception):
-    """A stage was lost on the way; `blamed` is the peer at fault."""
+    """A stage was lost; `blamed` is the peer at fault, as the `reporter` sees it."""
 
     def __init__(self, lost: SessionLost) -> None:
         super().__init__(f"{lost.blamed}: {lost.message}")
@@ -75,25 +74,6 @@ class RouteLost(Exception):
         self.reason = lost.reason
         self.message = lost.message
         self.lagged = lost.lagged
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Opening:
-    """What every stage of a route is asked for.
-
-    `methods`: by name, the coordinator's preference first. `ballot`: its own scores, once the stages' are known, and
-    what all votes weigh. `agreed`: what the swarm has agreed about the model.
-    """
-
-    model: ModelId
-    methods: Mapping[str, Method]
-    ballot: Callable[[Sequence[Mapping[str, float]], Sequence[int] | None], Mapping[str, float]]
-    context: Mapping[str, str | float]
-    positions: int
-    prefix: bytes
-    sampling: Sampling
-    background: bool = False
-    agreed: Agreement | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,29 +92,28 @@ class OpenRoute:
         self,
         stages: Sequence[Stage],
         link_pool: LinkPool,
-        opening: Opening,
+        request: SessionRequest,
         held: Mapping[Stage, SessionId] | None = None,
     ) -> None:
-        """Open nothing yet. `held`: sessions of former attempts that stages may hold still; those are continued."""
+        """Prepare a route. `held`: sessions of previous routes that stages may still hold; those are continued."""
         self.stages = tuple(stages)
-        self.opening = opening
+        self.request = request
         self.answers: list[Opened | None] = [None] * len(stages)
         self.method: Method | None = None
-        """What the votes came to, once it has begun."""
+        """The method agreed by the votes, once the route has begun;"""
         self.starts: list[int] = []
-        """Once it has begun: for each stage the first position whose row it computes."""
-        self.leaving: set[PeerId] = set()
-        """Peers on the route that would like to go."""
-        self.rounds = 0
-        """Times that the last stage has told tokens: fewer than tokens where guesses were right."""
-        self.watch: StragglerDetector | None = None
-        """How far its stages are, once it has begun."""
-        self.began_s = 0.0
+        """then also for each stage the first position whose row it computes,"""
         self.begun_rows: tuple[int, ...] = ()
-        """For each stage, the rows that it had to compute before the first token."""
-        self.first_heard_s = 0.0
-        """When the first token came, and the last that has come so far."""
-        self.last_heard_s = 0.0
+        """the rows that it computes before the first token,"""
+        self.detector: StragglerDetector | None = None
+        """and the progress of all stages."""
+        self.leaving: set[PeerId] = set()
+        """Peers on the route that want to leave."""
+        self.rounds = 0
+        """Messages with tokens from the last stage: fewer than tokens where speculative decoding succeeds."""
+        self.began_s = 0.0
+        self.first_token_s = 0.0
+        self.last_token_s = 0.0
         self._continued = dict(held or {})
         self._gone: set[int] = set()
         self._link_pool = link_pool
@@ -144,7 +123,7 @@ class OpenRoute:
         self._unwatch: list[Callable[[], None]] = []
         self._sources: set[InboundLink] = set()
         # The last stage may send this many tokens and no more: the channel is full only if it lies.
-        self._tokens_in, self._tokens = trio.open_memory_channel[SampledToken](opening.sampling.max_tokens)
+        self._tokens_in, self._tokens = trio.open_memory_channel[SampledToken](request.sampling.max_tokens)
         self._lost: SessionLost | None = None
         self._sending = trio.CancelScope()
         self._opening = trio.CancelScope()
@@ -154,53 +133,53 @@ class OpenRoute:
         self._stalled: JobError | None = None
 
     def permits(self, peer: PeerId) -> bool:
-        """Only the last stage tells the coordinator tokens."""
+        """Return whether a peer may send tokens: only the last stage may."""
         return peer == self.stages[-1].peer
 
     def admit(self, part: Slice, dtype: DType, width: tuple[int, ...], link: InboundLink) -> bool:
-        """Take no more at a time than the job's tokens."""
-        if dtype is DType.INT32 and part.rows <= self.opening.sampling.max_tokens:
+        """Return whether a message has the form of the job's tokens; if not, its sender is lost."""
+        if dtype is DType.INT32 and part.rows <= self.request.sampling.max_tokens:
             return True
-        self.lose(SessionLost(link.peer, link.peer, FailureReason.ENGINE, "sent what cannot be the job's tokens"))
+        self.lose(SessionLost(link.peer, link.peer, FailureReason.ENGINE, "sent invalid tokens"))
         return False
 
     def receive(self, part: Slice, tensor: Tensor, link: InboundLink) -> None:
-        """Take tokens of the last stage."""
+        """Receive tokens of the last stage."""
         if self._lost or self._stalled:
             return
         self._sources.add(link)
         self.rounds += 1
-        self.last_heard_s = trio.current_time()
-        self.first_heard_s = self.first_heard_s or self.last_heard_s
+        self.last_token_s = trio.current_time()
+        self.first_token_s = self.first_token_s or self.last_token_s
         try:
             tokens = tokens_from_tensor(tensor)
             for offset, token in enumerate(tokens, 1):
                 finish = part.finish_reason if offset == len(tokens) else None
                 self._tokens_in.send_nowait(SampledToken(part.position + offset - 1, token, finish))
-            if self.watch is not None and tokens:
-                self.watch.token(part.position + len(tokens) - 1, self.last_heard_s)
+            if self.detector is not None and tokens:
+                self.detector.token(part.position + len(tokens) - 1, self.last_token_s)
         except (ValueError, trio.WouldBlock):
-            self.lose(SessionLost(link.peer, link.peer, FailureReason.ENGINE, "sent what cannot be the job's tokens"))
+            self.lose(SessionLost(link.peer, link.peer, FailureReason.ENGINE, "sent invalid tokens"))
         link.consumed(part.session, len(tensor.data))
 
     def lose(self, lost: SessionLost) -> None:
-        """Take note that a stage is lost: the next `next_token` raises RouteLost."""
+        """Record that a stage is lost: the next `next_token` raises RouteLost."""
         self._lost = self._lost or lost
         self._sending.cancel()
         self._tokens_in.close()
 
     def stall(self, error: JobError) -> None:
-        """Give the job up: once what has come is taken, `next_token` raises the error."""
+        """Give the job up: `next_token` raises the error after the tokens that have come."""
         self._stalled = error
         self._tokens_in.close()
 
     @property
     def has_token(self) -> bool:
-        """Whether a token has come that was not taken yet."""
+        """Whether a token is waiting."""
         return self._tokens.statistics().current_buffer_used > 0
 
     def held(self) -> dict[Stage, SessionId]:
-        """Return the sessions that stages have opened and, as far as is known, hold."""
+        """Return the sessions that stages have opened and, as far as is known, still hold."""
         return {
             stage: SessionId(self._job, number)
             for number, stage in enumerate(self.stages)
@@ -216,77 +195,72 @@ class OpenRoute:
         self.lose(lost)
 
     def begin(self, tokens: Sequence[int]) -> Method:
-        """Tally the votes, begin on every stage with what they come to, and return it.
+        """Tally the votes, begin on every stage with the method that they agree on, and return it.
 
-        Every stage is told before this returns, so that no rows overtake it. Raises RouteRejected where no method is
-        ready on all stages, RouteLost where a stage is gone.
+        Every stage has the message before this returns, so that no rows overtake it. Raises RouteRejected where no
+        method is ready on all stages, RouteLost where a stage is gone.
         """
         method, ballots = self.agree()
-        statement = self.opening.agreed.statement if self.opening.agreed and self.weighs() else None
-        self.starts = plan_resume([_held(answer, method) for answer in self.answers if answer], len(tokens) - 1)
+        agreed = self.request.agreed
+        statement = agreed.statement if agreed and self.is_weighted() else None
+        self.starts = plan_resume([_resume_point(answer, method) for answer in self.answers if answer], len(tokens) - 1)
         forward_from = [*self.starts[1:], self.starts[-1]]
         last = len(self.stages) - 1
         try:
-            for stage, link in sorted(self._links.items()):
-                session = SessionId(self._job, stage)
-                start = self.starts[stage]
-                if stage == last and self.opening.sampling.needs_history:
+            for number, link in sorted(self._links.items()):
+                session = SessionId(self._job, number)
+                if number == last and self.request.sampling.needs_history:
                     link.send_history(session, tokens)
-                link.begin(
-                    Begin(
-                        session=session,
-                        method=method.name,
-                        ballots=ballots,
-                        start=start,
-                        onward=forward_from[stage],
-                        statement=statement,
-                    ),
+                begin = Begin(
+                    session=session,
+                    method=method.name,
+                    ballots=ballots,
+                    start=self.starts[number],
+                    onward=forward_from[number],
+                    statement=statement,
                 )
+                link.begin(begin)
         except LinkBroken as broken:
-            raise RouteLost(SessionLost(broken.peer, broken.peer, FailureReason.DOWNSTREAM, str(broken))) from None
+            raise _lost_at(broken) from None
         self.method = method
         self.began_s = trio.current_time()
         self.begun_rows = tuple(len(tokens) - start for start in self.starts)
         return method
 
     def loads(self) -> list[Load]:
-        """Return how busy each stage said it was when it opened."""
+        """Return each stage's load when it opened."""
         return [answer.load if answer else Load() for answer in self.answers]
 
-    def votes(self) -> list[Mapping[str, float]]:
-        """Return what the stages voted, in order."""
-        return [answer.votes if answer else {} for answer in self.answers]
-
-    def weighs(self) -> bool:
-        """Whether the votes count by the reputation of who gave them: where all stages stand by what we stand by."""
-        agreed = self.opening.agreed
+    def is_weighted(self) -> bool:
+        """Whether reputation weighs the votes: where all stages follow the same agreed statement as this node."""
+        agreed = self.request.agreed
         return agreed is not None and all(answer and answer.statement == agreed.statement for answer in self.answers)
 
     def agree(self) -> tuple[Method, tuple[Ballot, ...]]:
-        """Return what the votes come to, and the ballots: of the stages, then our own.
+        """Return the method that the votes agree on, and the ballots: of the stages, then our own.
 
         Raises RouteRejected where no method is ready everywhere.
         """
-        votes = self.votes()
+        votes = [answer.votes if answer else {} for answer in self.answers]
         peers = [*(stage.peer for stage in self.stages), self._link_pool.peer_id]
-        agreed = self.opening.agreed
-        weights = weights_of(peers, agreed.weights) if agreed and self.weighs() else None
-        names = tuple(self.opening.methods)
+        agreed = self.request.agreed
+        weights = weights_of(peers, agreed.weights) if agreed and self.is_weighted() else None
+        votes.append(self.request.choice.ballot(votes, weights))
+        names = tuple(self.request.methods)
         ballots = tuple(
-            Ballot(peer, tuple(scores.get(name) for name in names))
-            for peer, scores in zip(peers, [*votes, self.opening.ballot(votes, weights)], strict=True)
+            Ballot(peer, tuple(scores.get(name) for name in names)) for peer, scores in zip(peers, votes, strict=True)
         )
         name = tally(names, [ballot.scores for ballot in ballots], weights)
         if name is not None:
-            return self.opening.methods[name], ballots
+            return self.request.methods[name], ballots
         why = "the peers of this route have no method in common that is ready and that the job admits"
         raise RouteRejected([StageRefusal(self.stages[-1].peer, RefusalReason.NOT_READY, why)])
 
     async def send_prompt(self, tokens: Sequence[int], hidden_size: int) -> None:
-        """Send the prompt to the first stage, in chunks as the method says.
+        """Send the prompt to the first stage, in the method's chunks.
 
-        Never more at a time than rows whose hidden states fit into one step later on the route. What the first stage
-        holds goes first and is not computed: it looks at it to guess what follows.
+        A chunk's hidden states fit into one step later on the route. Positions that the first stage holds go first and
+        are not computed: speculative decoding looks at them.
         """
         if self.method is None:
             raise AssertionError("a prompt is sent once the route has begun")
@@ -302,7 +276,7 @@ class OpenRoute:
                     part = Slice(session=first, position=start, rows=len(rows), draws=draws)
                     await self._links[0].send_step(Step(slices=(part,), tensor=tensor_from_tokens(rows)))
         except LinkBroken as broken:
-            raise RouteLost(SessionLost(broken.peer, broken.peer, FailureReason.DOWNSTREAM, str(broken))) from None
+            raise _lost_at(broken) from None
         if self._lost is not None:
             raise RouteLost(self._lost)
 
@@ -317,19 +291,19 @@ class OpenRoute:
                 raise AssertionError("the channel of tokens ends only when a stage is lost") from None
             raise RouteLost(self._lost) from None
 
-    def mute(self) -> set[int]:
-        """Return the stages whose version cannot say how far they are."""
+    def unreporting(self) -> set[int]:
+        """Return the stages whose version cannot report progress."""
         needed = minor_of(ProgressRequest(session=self._sink))
         return {stage for stage, link in self._links.items() if link.minor < needed}
 
     async def ask_progress(self, timeout_s: float) -> None:
-        """Ask all stages how far they are, and tell the watch; one whose link says nothing at all in time is lost."""
+        """Ask all stages for their progress; one whose link does not answer in time is lost."""
 
         async def ask(stage: int, link: OutboundLink) -> None:
             answer = await link.request_progress(SessionId(self._job, stage), timeout_s)
-            if answer is not None and self.watch is not None:
-                told = Progress(answer.received, answer.computed, answer.sent)
-                self.watch.report(stage, told, trio.current_time())
+            if answer is not None and self.detector is not None:
+                progress = Progress(answer.received, answer.computed, answer.sent)
+                self.detector.report(stage, progress, trio.current_time())
 
         async with trio.open_nursery() as nursery:
             for stage, link in self._links.items():
@@ -338,11 +312,11 @@ class OpenRoute:
 
     @property
     def job(self) -> JobId:
-        """The id under which the stages know the job; a replay has another."""
+        """The job id on the wire; a replay has another."""
         return self._job
 
     async def close(self) -> tuple[Closed, ...]:
-        """Close every stage, within a bounded time even under cancellation; return what each has cost."""
+        """Close every stage, within a bounded time even under cancellation; return each one's statistics."""
         self._link_pool.registry.remove(self._sink)
         for unwatch in self._unwatch:
             unwatch()
@@ -361,8 +335,8 @@ class OpenRoute:
         return tuple(closed)
 
     async def open(self) -> None:
-        """Open all stages at once. Raises RouteRejected with everything that is against it."""
-        rejections: dict[int, StageRefusal] = {}
+        """Open all stages at once. Raises RouteRejected with all refusals."""
+        refusals: dict[int, StageRefusal] = {}
 
         async def open_stage(stage: int) -> None:
             peer = self.stages[stage].peer
@@ -370,19 +344,19 @@ class OpenRoute:
                 link = await self._link_pool.link_to(peer)
                 message = self._open_message(stage)
                 if minor_of(message) > link.minor:
-                    why = f"speaks version 1.{link.minor} of the job protocol, which cannot draw as the job asks"
-                    rejections[stage] = StageRefusal(peer, RefusalReason.UNABLE, why, outdated=True)
+                    why = f"speaks version 1.{link.minor} of the job protocol, which lacks a sampling option of the job"
+                    refusals[stage] = StageRefusal(peer, RefusalReason.UNABLE, why, outdated=True)
                     self._refused.add(stage)
                     return
                 self._links[stage] = link
                 self._unwatch.append(link.watch(SessionId(self._job, stage), partial(self._stage_lost, stage)))
                 self.answers[stage] = await link.open(message)
             except SessionRefused as refused:
-                rejections[stage] = StageRefusal(peer, refused.reason, str(refused))
+                refusals[stage] = StageRefusal(peer, refused.reason, str(refused))
                 self._refused.add(stage)
                 del self._links[stage]
             except LinkBroken as broken:
-                rejections[stage] = StageRefusal(peer, None, str(broken))
+                refusals[stage] = StageRefusal(peer, None, str(broken))
                 self._refused.add(stage)
 
         self._link_pool.registry.add(self._sink, self)
@@ -391,12 +365,12 @@ class OpenRoute:
                 for stage in range(len(self.stages)):
                     nursery.start_soon(open_stage, stage)
         if self._late:
-            raise RouteRejected([*self._late.values(), *(r for r in rejections.values() if r.reason)])
-        if rejections:
-            raise RouteRejected([rejections[stage] for stage in sorted(rejections) if self._is_own(stage, rejections)])
+            raise RouteRejected([*self._late.values(), *(r for r in refusals.values() if r.reason)])
+        if refusals:
+            raise RouteRejected([refusals[stage] for stage in sorted(refusals) if self._is_own(stage, refusals)])
 
     def opening_late(self) -> set[PeerId]:
-        """Return who keeps the opening waiting: of stages without an answer those that do not wait for another."""
+        """Return the peers that delay the opening: of stages without an answer those that do not wait for another."""
         late = {
             stage for stage in range(len(self.stages)) if self.answers[stage] is None and stage not in self._refused
         }
@@ -404,41 +378,45 @@ class OpenRoute:
         own = {stage for stage in late if (stage + 1) % len(self.stages) not in late}
         return {self.stages[stage].peer for stage in own or late}
 
-    def give_up_opening(self, rejection: StageRefusal) -> None:
-        """Take a stage that has not answered for one that refuses; `open` then raises RouteRejected."""
-        self._late[rejection.peer] = rejection
+    def give_up_opening(self, refusal: StageRefusal) -> None:
+        """Treat a stage that has not answered as one that refuses; `open` then raises RouteRejected."""
+        self._late[refusal.peer] = refusal
         self._opening.cancel()
 
-    def _is_own(self, stage: int, rejections: Mapping[int, StageRefusal]) -> bool:
-        """Whether a rejection is the stage's own matter: that it cannot reach one whom nobody reaches is not."""
-        following = rejections.get((stage + 1) % len(self.stages))
-        is_cut_off = rejections[stage].reason is RefusalReason.UNREACHABLE
+    def _is_own(self, stage: int, refusals: Mapping[int, StageRefusal]) -> bool:
+        """Whether a refusal is the stage's own, and not for the next one that nobody reaches."""
+        following = refusals.get((stage + 1) % len(self.stages))
+        is_cut_off = refusals[stage].reason is RefusalReason.UNREACHABLE
         return not (is_cut_off and following is not None and following.reason is None)
 
     def _open_message(self, stage: int) -> Open:
-        opening = self.opening
+        request = self.request
         is_last = stage == len(self.stages) - 1
         before = self.stages[stage - 1].peer  # of the first stage: the last one, which feeds tokens back
         return Open(
             session=SessionId(self._job, stage),
-            model=opening.model,
+            model=request.model,
             blocks=self.stages[stage].blocks,
-            methods=tuple(opening.methods),
-            positions=opening.positions,
-            context=opening.context,
-            prefix=opening.prefix,
+            methods=tuple(request.methods),
+            positions=request.positions,
+            context=request.context.values(),
+            prefix=request.prefix,
             upstream=(before,),
             downstream=None if is_last else self.stages[stage + 1].peer,
             feedback=self.stages[0].peer if is_last else None,
-            sampling=opening.sampling if is_last else None,
+            sampling=request.sampling if is_last else None,
             continues=self._continued.get(self.stages[stage]),
-            background=opening.background,
+            background=request.background,
         )
 
 
-def _held(answer: Opened, method: Method) -> ResumePoint:
-    """Return what a stage has of the session: what it calculated for a former attempt, or what is in its cache."""
+def _resume_point(answer: Opened, method: Method) -> ResumePoint:
+    """Return what a stage has of the session: computed for a previous route, or in its prefix cache."""
     if answer.held:
         return ResumePoint(answer.held, answer.kept_from)
     cached = answer.cached.get(method.kv_key, 0) if method.prefix_cache else 0
     return ResumePoint(cached, cached)
+
+
+def _lost_at(broken: LinkBroken) -> RouteLost:
+    return RouteLost(SessionLost(broken.peer, broken.peer, FailureReason.DOWNSTREAM, str(broken)))

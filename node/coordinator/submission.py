@@ -204,7 +204,7 @@ class Selection:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Outcome:
+class JobOutcome:
     """What a job took in the end. `replays`: stages lost and replaced on the way."""
 
     job_id: JobId

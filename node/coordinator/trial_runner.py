@@ -17,8 +17,9 @@ from typing import Final
 import trio
 
 from node.coordinator.coordinator import Coordinator
+from node.coordinator.observation import ServedJob
 from node.coordinator.prompt import prompt_tokens
-from node.coordinator.recorder import Recorder, ServedJob
+from node.coordinator.recorder import Recorder
 from node.coordinator.submission import JobError, JobErrorCode, JobRequest, JobResult
 from node.models.sample import sample_text
 from protocol.measurements import Measurements, Objective, Observation, ObservationKind, QualityBound

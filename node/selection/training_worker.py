@@ -102,26 +102,12 @@ def sample_of(observation: Observation) -> Sample | None:
     route = observation.route
     if measured.replays or route[0].blocks.start != 0 or route[-1].blocks.end != model.block_count:
         return None
-    context = TaskContext(
-        architecture=model.architecture,
-        block_count=model.block_count,
-        hidden_size=model.hidden_size,
-        vocabulary_size=model.vocabulary_size,
-        weight_bytes=model.weight_bytes,
-        intermediate_size=model.intermediate_size,
-        head_count=model.head_count,
-        kv_head_count=model.kv_head_count,
-        expert_count=model.expert_count,
-        active_expert_count=model.active_expert_count,
-        prompt_tokens=workload.prompt_tokens,
+    context = TaskContext.from_parts(
+        model,
+        workload,
         max_tokens=workload.completion_tokens,
-        shared_prefix_share=workload.shared_prefix_share,
-        repetitiveness=workload.repetitiveness,
-        concurrency=workload.concurrency,
         stage_count=len(route),
         hardware="+".join(stage.hardware for stage in route),
-        link_s=workload.link_s,
-        objective=workload.objective.value,
     )
     return Sample(
         context=context,

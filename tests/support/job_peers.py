@@ -11,7 +11,7 @@ from typing import Any, cast
 import trio
 
 from node.config import ServeSpec
-from node.coordinator.coordinator import Coordinator
+from node.coordinator.coordinator import Coordinator, SwarmView
 from node.coordinator.method_choice import Chooser, QualityStore
 from node.coordinator.recorder import Recorder
 from node.coordinator.submission import JobRequest, JobResult
@@ -29,6 +29,7 @@ from node.stages.stage_policy import PolicyController
 from node.stages.stage_server import StageServer
 from node.stages.voting import Agreement, Voter
 from node.swarm.dht_records import RecordKinds
+from node.swarm.heartbeats import OwnServices
 from node.swarm.link_estimates import LinkEstimates
 from node.swarm.membership import Membership
 from node.testing.fake_engine import FAKE_MODEL, FAKE_VARIANTS, FakeEngine, fake_span_info
@@ -213,16 +214,18 @@ class Swarm:
         links = self._links(network, membership)
         coordinator = Coordinator(
             OneModel(tokenizer),
-            membership,
+            SwarmView(
+                finder=membership,
+                links=links,
+                hardware=lambda _: "test",
+                expected=lambda model: self._expected(membership, model),
+                agreed=lambda model: agreed,
+            ),
             stages.link_pool,
             self.rng,
-            links,
             recorder,
             chooser=chooser,
-            ledger=ledger,
-            hardware=lambda _: "test",
-            agreed=lambda model: agreed,
-            expected=lambda model: self._expected(membership, model),
+            quality_store=ledger,
         )
         peer = Peer(network, stages, membership, coordinator, tokenizer, placements)
         self.peers.append(peer)
@@ -276,13 +279,11 @@ class Swarm:
         return Membership(
             network=network,
             identity=identity,
-            agent="test/1",
+            services=OwnServices(agent="test/1", served_spans=stages.served_spans, placements=placements.current),
             bootstrap=self.peers[0].network.multiaddrs if self.peers else (),
-            served_spans=stages.served_spans,
             records=RecordKinds(network),
             jitter=self.rng,
             wall_clock=wall_clock,
-            stated=placements.current,
         )
 
     def _expected(self, membership: Membership, model: ModelId) -> tuple[BlockRange, ...]:

@@ -5,15 +5,22 @@ from typing import Any
 
 import pytest
 
-from node.coordinator.observation import model_facts, observation_of, software_versions
-from node.coordinator.submission import Consensus, JobRequest, JobResult, MethodChoice, Timing, Usage
+from node.coordinator.observation import (
+    ServedJob,
+    model_facts,
+    observation_of,
+    software_versions,
+    without_invalid_countersignatures,
+)
+from node.coordinator.submission import Consensus, JobResult, MethodChoice, Timing, Usage
 from node.models.manifest import FileEntry, Manifest
 from protocol.errors import LocalProtocolError
 from protocol.identity import BlockRange
 from protocol.limits import MAX_POSITIONS
-from protocol.measurements import Observation, QualityBound, StageObservation
+from protocol.measurements import Observation, StageObservation
 from protocol.messages import FinishReason, SessionStatistics
 from protocol.observations import countersign, sign_observation, verify_observation
+from selector.task import TaskContext
 from tests.support.observations import METHOD, NOW_S, job, key, peer
 
 
@@ -63,15 +70,9 @@ def stage(number: int, start: int, end: int) -> StageObservation:
 
 
 def observed(*route: StageObservation, result: JobResult = RESULT) -> Observation:
-    return observation_of(
-        replace(result, route=route),
-        JobRequest(model="tiny", prompt="how does it go", quality=QualityBound.NEAR),
-        model_facts(manifest()),
-        observer=peer(0),
-        job=job(2),
-        issued_at_s=NOW_S,
-        concurrency=3,
-    )
+    context = TaskContext(prompt_tokens=12, concurrency=3, quality="near", shared_prefix_share=0.25, link_s=0.5)
+    served = ServedJob(result=replace(result, route=route), manifest=manifest(), job=job(2), context=context)
+    return observation_of(served, peer(0), NOW_S)
 
 
 def test_a_served_job_gives_an_observation_that_others_take() -> None:
@@ -81,6 +82,7 @@ def test_a_served_job_gives_an_observation_that_others_take() -> None:
     assert taken.job == job(2)
     assert (taken.workload.prompt_tokens, taken.workload.completion_tokens, taken.workload.cached_tokens) == (12, 3, 4)
     assert (taken.workload.objective, taken.workload.quality, taken.workload.concurrency) == ("latency", "near", 3)
+    assert (taken.workload.shared_prefix_share, taken.workload.link_s) == (0.25, 0.5)
     assert (taken.measurements.total_s, taken.measurements.tokens_per_s, taken.measurements.replays) == (1.0, 3.0, 1)
     assert taken.method == METHOD
     assert taken.software == software_versions()
@@ -90,7 +92,9 @@ def test_a_served_job_gives_an_observation_that_others_take() -> None:
 def test_a_stage_that_countersigns_falsely_does_not_spoil_the_rest() -> None:
     honest, other = stage(1, 0, 1), stage(2, 1, 2)
     liar = replace(other, statistics=replace(other.statistics, compute_s=0.1))
-    made = sign_observation(observed(honest, liar), key(0)).observation
+    with pytest.raises(LocalProtocolError):
+        sign_observation(observed(honest, liar), key(0))
+    made = sign_observation(without_invalid_countersignatures(observed(honest, liar)), key(0)).observation
     assert made.route[0] == honest
     assert made.route[1] == replace(liar, countersignature=None)
     assert not made.is_countersigned

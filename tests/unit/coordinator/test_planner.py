@@ -2,17 +2,18 @@
 
 from collections import Counter
 from collections.abc import Iterable
+from dataclasses import replace
 
 import pytest
 import trio
 from trio.testing import MockClock
 
-from node.coordinator.planner import PeerRecord, Planner, RouteNeed, RouteTiming
+from node.coordinator.planner import Planner, RouteNeed, RouteTiming
 from node.swarm.directory import Candidate
 from node.swarm.link_estimates import UNKNOWN_BYTES_PER_S
 from protocol.identity import BlockRange, ModelId, PeerId, Stage
 from protocol.messages import Load
-from selector.reliability import LAG_BACKOFF_S
+from selector.reliability import LAG_BACKOFF_S, PeerRecord
 from selector.routing import Demand, Link, NoRouteError
 
 A, B, C = (PeerId(name) for name in "abc")
@@ -72,11 +73,12 @@ class Served:
 
 
 NEED = RouteNeed(model=ModelId("ab" * 32), demand=DEMAND)
+WITHOUT_B = replace(NEED, without=[B])
 HONEST, LIAR = Load(step_s=0.02), Load(step_s=1e-9, free_positions=10**6)
 
 
 async def chosen(planner: Planner, *, may_explore: bool = False) -> PeerId:
-    (stage,) = (await planner.route(NEED, (), may_explore=may_explore)).stages
+    (stage,) = (await planner.route(NEED, may_explore=may_explore)).stages
     return stage.peer
 
 
@@ -114,8 +116,8 @@ async def test_avoids_a_peer_that_lagged_while_another_is_there_and_remembers_it
     planner.served([A])
     assert await chosen(planner) == "b", "that it served another job meanwhile does not make good for it"
     with pytest.raises(NoRouteError):
-        await Planner.route(planner, NEED, [PeerId("b")], only_trusted=True)
-    assert (await planner.route(NEED, [PeerId("b")])).stages[0].peer == "a"
+        await planner.route(WITHOUT_B, only_trusted=True)
+    assert (await planner.route(WITHOUT_B)).stages[0].peer == "a"
     record = planner.record(A)
     assert (record.lagged, record.served, record.failed) == (1, 1, 0)
     assert record.avoided_s == pytest.approx(LAG_BACKOFF_S[0])
@@ -130,11 +132,11 @@ async def test_avoids_a_peer_that_lagged_while_another_is_there_and_remembers_it
 async def test_looks_for_nobody_to_say_whether_a_route_is_known(virtual_clock: MockClock) -> None:
     finder = Served(a=HONEST, b=HONEST)
     planner = Planner(finder, near, C)
-    assert planner.knows_route(NEED, [A])
-    assert not planner.knows_route(NEED, [A, PeerId("b")])
+    assert planner.knows_route(replace(NEED, without=[A]))
+    assert not planner.knows_route(replace(NEED, without=[A, B]))
     planner.failed(A, dead=False, lagged=True)
-    assert not planner.knows_route(NEED, [PeerId("b")], only_trusted=True)
-    assert planner.could_serve(NEED, (), [A])
+    assert not planner.knows_route(WITHOUT_B, only_trusted=True)
+    assert planner.could_serve(replace(NEED, without=[A]))
     assert finder.searches == 0
 
 

@@ -137,7 +137,7 @@ async def test_where_nobody_can_draw_as_asked_the_job_says_so(virtual_clock: Moc
             make_old(await swarm.join((0, 9)))
         peer = await swarm.join()
         await swarm.settle()
-        with pytest.raises(JobError, match=r"can apply what the job asks for .*speaks version 1\.0") as caught:
+        with pytest.raises(JobError, match=r"supports what the job asks for .*speaks version 1\.0") as caught:
             await peer.run(request(top_k=5, temperature=1.0))
         assert caught.value.code is JobErrorCode.UNCOVERED
         assert (await peer.run(request())).token_ids == right(20)

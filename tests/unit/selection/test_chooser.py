@@ -9,7 +9,7 @@ import trio
 from trio.testing import MockClock
 
 from node.coordinator.method_choice import SelectionRequest
-from node.coordinator.submission import Outcome
+from node.coordinator.submission import JobOutcome
 from node.selection.chooser import LearnedChooser
 from node.selection.prediction_cache import PredictionCache
 from node.selection.trial_scheduler import TrialRequest
@@ -53,7 +53,7 @@ async def test_only_the_simplest_of_equivalent_methods_gets_a_trial(
     assert list(choice.ballot([])) == [FUSED.name]
     chooser.served(
         choice,
-        Outcome(job_id=JobId("cd" * 16), method=FUSED.name, completion_tokens=16, total_s=1.0, replays=0),
+        JobOutcome(job_id=JobId("cd" * 16), method=FUSED.name, completion_tokens=16, total_s=1.0, replays=0),
     )
     runner = RecordingRunner()
     with trio.move_on_after(60):

@@ -1,0 +1,186 @@
+"""Watches a job's route for stragglers: a stage that holds it up is replaced within seconds, where others can."""
+
+from collections.abc import Awaitable, Callable, Collection, Sequence
+from itertools import pairwise
+from typing import Protocol, TypeVar
+
+import trio
+
+from node.coordinator.job import Job
+from node.coordinator.planner import Planner
+from node.coordinator.route import OpenRoute, RouteLost, RouteRejected, SampledToken, StageRefusal
+from node.coordinator.route_errors import RETRY_AFTER_S
+from node.coordinator.straggler_detector import Lag, StragglerDetector
+from node.coordinator.submission import JobError, JobErrorCode
+from node.coordinator.token_timeout import AdaptiveTimeout
+from node.links.outbound_link import SessionLost
+from protocol.identity import PeerId
+from protocol.messages import FailureReason
+
+OPEN_LIMIT_S = 2.5
+"""How long a stage may take to open while another peer could take its place;"""
+
+SEND_LIMIT_S = 2.0
+"""and the first stage to take a prompt."""
+
+STALL_LIMIT_S = 120.0
+"""How long a route without progress is kept where no stage is replaceable,"""
+
+STALL_FACTOR = 6.0
+"""or this multiple of what is expected of it."""
+
+PROBE_TIMEOUT_S = 1.0
+"""How long a stage may take to report its progress when a token is late;"""
+
+POLL_S = 0.25
+"""the interval at which it is asked again,"""
+
+POLL_SHARE = 0.1
+"""or, where a token has been late for longer, this share of it."""
+
+FORGIVING_FACTOR = 4.0
+"""After this multiple of the limit a stage is also replaced by peers that failed or lagged themselves."""
+
+LENIENCY = 1.5
+"""All limits are multiplied with this for each route that was lost since the last token."""
+
+T = TypeVar("T")
+
+
+class ReplaceableCheck(Protocol):
+    """Tells whether stages could be replaced."""
+
+    async def __call__(self, peers: Collection[PeerId], *, only_trusted: bool = True) -> bool:
+        """Return whether others could take the places of peers on the job's route."""
+        ...
+
+
+class StragglerMonitor:
+    """Opens one job's routes, sends its prompt and waits for its tokens; gives up stages that delay it."""
+
+    def __init__(self, job: Job, planner: Planner, is_replaceable: ReplaceableCheck) -> None:
+        self._job = job
+        self._planner = planner
+        self._is_replaceable = is_replaceable
+        self._timeout = AdaptiveTimeout()
+        self._disputed: set[PeerId] = set()
+        """Peers that claim to have sent rows that never arrived at the next stage, which was replaced for it."""
+
+    async def open(self, route: OpenRoute) -> None:
+        """Open a route's stages. Raises RouteRejected, also for stages that take too long."""
+
+        async def watch() -> None:
+            limit_s = OPEN_LIMIT_S
+            while True:
+                await trio.sleep(limit_s)
+                late = route.opening_late()
+                if late and await self._is_replaceable(late):
+                    for peer in late:
+                        why = f"did not open the session within {limit_s:.1f} s"
+                        route.give_up_opening(StageRefusal(peer, None, why, lagged=True))
+                    return
+                limit_s *= 2
+
+        await _run_watched(watch, route.open)
+
+    async def send_prompt(self, route: OpenRoute, tokens: Sequence[int]) -> None:
+        """Send the prompt. Raises RouteLost, also where the first stage does not take it."""
+        first = route.stages[0].peer
+
+        async def watch() -> None:
+            limit_s = SEND_LIMIT_S
+            while True:
+                await trio.sleep(limit_s)
+                if await self._is_replaceable({first}):
+                    route.lose(_lagging(first, f"did not take the prompt within {limit_s:.1f} s"))
+                    return
+                limit_s *= 2
+
+        await _run_watched(watch, lambda: route.send_prompt(tokens, self._job.model.hidden_size))
+
+    def begin(self, route: OpenRoute, failures: int) -> None:
+        """Begin to watch a route that has just begun. `failures`: routes lost since the last token."""
+        need, stages, loads = self._job.need(), route.stages, route.loads()
+        round_s = self._planner.round_s(stages)
+
+        def expected_s(stage: int, rows: int) -> float:
+            compute_s = self._planner.expected_s(need, stages[stage], rows, loads[stage])
+            way_s = self._planner.way_s(need, stages[stage - 1], stages[stage], rows) if stage else 0.0
+            return compute_s + way_s + round_s / len(stages)
+
+        # Its row may wait on the link behind a step of other sessions.
+        floors_s = [self._planner.step_way_s(before, stage) for before, stage in pairwise(stages)]
+        route.detector = StragglerDetector(
+            route.starts,
+            need.demand.prompt_rows,
+            expected_s,
+            trio.current_time(),
+            unreporting=route.unreporting(),
+            floors_s=[0.0, *floors_s],
+            leniency=LENIENCY**failures,
+        )
+
+    async def token(self, route: OpenRoute) -> SampledToken:
+        """Wait for the next token. Raises RouteLost where a stage is lost or lags, JobError for a stall."""
+        detector, asked_s = route.detector, trio.current_time()
+        if detector is None:
+            raise AssertionError("a route is watched once it has begun")
+        if not route.has_token:
+            detector.wait(asked_s)
+        token: SampledToken | None = None
+        with trio.move_on_after(self._timeout.seconds):
+            token = await route.next_token()
+        if token is None:
+            token = await _run_watched(lambda: self._watch(route, detector), route.next_token)
+        self._timeout.learn(trio.current_time() - asked_s)
+        return token
+
+    async def _watch(self, route: OpenRoute, detector: StragglerDetector) -> None:
+        """Ask the stages of a route for their progress, until one of them is given up."""
+        began_s = trio.current_time()
+        while True:
+            await route.ask_progress(PROBE_TIMEOUT_S)
+            now_s = trio.current_time()
+            if (lag := detector.find(now_s)) is not None:
+                peer, disputed, message = self._blamed(route, lag)
+                only_trusted = lag.waited_s < FORGIVING_FACTOR * lag.limit_s
+                if await self._is_replaceable({peer}, only_trusted=only_trusted):
+                    self._disputed |= disputed
+                    route.lose(_lagging(peer, message))
+                    return
+            if detector.still_s(now_s) > max(STALL_LIMIT_S, STALL_FACTOR * detector.total_s()):
+                why = f"no stage made progress for {detector.still_s(now_s):.0f} s, and no other peer could take over"
+                route.stall(JobError(JobErrorCode.UNCOVERED, f"{why}: try again later", retry_after_s=RETRY_AFTER_S))
+                return
+            await trio.sleep(max(POLL_S, POLL_SHARE * (now_s - began_s)))
+
+    def _blamed(self, route: OpenRoute, lag: Lag) -> tuple[PeerId, set[PeerId], str]:
+        """Return the peer to replace, the peer that it is in a dispute with, and the reason.
+
+        Of two that contradict each other it is the later; the earlier if it was in such a dispute before. Of several
+        that nothing tells apart it is the least proven one.
+        """
+        disputed = set() if lag.earlier is None else {route.stages[lag.earlier].peer}
+        for earlier in disputed & self._disputed:
+            return earlier, set(), "claims to have sent what never arrives at the next stage"
+        peer = self._planner.proven_least(self._job.model.id, [route.stages[stage].peer for stage in lag.suspects])
+        return peer, disputed, f"made no progress for {lag.waited_s:.1f} s"
+
+
+def _lagging(peer: PeerId, message: str) -> SessionLost:
+    return SessionLost(peer, peer, FailureReason.DOWNSTREAM, message, lagged=True)
+
+
+async def _run_watched(watch: Callable[[], Awaitable[None]], act: Callable[[], Awaitable[T]]) -> T:
+    """Run an action with a watcher beside it, which may make it fail; its exceptions are not wrapped in groups."""
+    fault: Exception | None = None
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(watch)
+        try:
+            result = await act()
+        except (JobError, RouteLost, RouteRejected) as error:
+            fault = error
+        nursery.cancel_scope.cancel()
+    if fault is not None:
+        raise fault
+    return result
