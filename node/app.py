@@ -31,7 +31,7 @@ from node.coordinator.coordinator import Coordinator, SwarmView
 from node.coordinator.observation import software_name, software_versions
 from node.coordinator.quality_store import LocalQualityStore
 from node.coordinator.recorder import Recorder
-from node.coordinator.trial_runner import Trials
+from node.coordinator.trial_runner import BenchmarkRunner
 from node.engine.client import start_engine
 from node.engine.device import Device, DeviceError, find_device
 from node.engine.engine_config import EngineOptions
@@ -205,7 +205,7 @@ class Node:
             chooser=self._chooser,
             quality_store=self._ledger,
         )
-        self._trials = Trials(self._coordinator, self._recorder)
+        self._trials = BenchmarkRunner(self._coordinator, self._recorder)
         self._spare_worker = SpareWorker(EngineOptions(threads=config.threads))
         self._serving = SpanSupervisor(
             ServingOptions(

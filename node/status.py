@@ -28,7 +28,7 @@ from node.consensus.service import ConsensusService
 from node.coordinator.coordinator import Coordinator
 from node.coordinator.quality_store import LocalQualityStore
 from node.coordinator.submission import JobRequest
-from node.coordinator.trial_runner import Trial, Trials, TrialSpec
+from node.coordinator.trial_runner import BenchmarkRunner, Trial, TrialSpec
 from node.models.library import Library
 from node.network.interface import Network
 from node.replication.observations import ObservationReplicator
@@ -58,7 +58,7 @@ class StatusView:
         network: Network,
         membership: Membership,
         coordinator: Coordinator,
-        trials: Trials,
+        trials: BenchmarkRunner,
         stages: StageServer,
         library: Library,
         ledger: LocalQualityStore,

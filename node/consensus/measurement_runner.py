@@ -10,7 +10,7 @@ import trio
 
 from node.coordinator.recorder import Recorder
 from node.coordinator.submission import JobError
-from node.coordinator.trial_runner import Trials, TrialSpec, TrialWorkload
+from node.coordinator.trial_runner import BenchmarkRunner, TrialSpec, TrialWorkload
 from protocol.identity import ModelId
 from protocol.measurements import Objective, Observation, ObservationKind, QualityBound
 from selector.consensus.sortition import Agenda
@@ -59,7 +59,12 @@ class MeasurementRunner:
     """Measures by trials at this node, one cell at a time. Implements `node.consensus.chain_node.Meter`."""
 
     def __init__(
-        self, trials: Trials, recorder: Recorder, model: ModelId, is_busy: Callable[[], bool], rng: random.Random
+        self,
+        trials: BenchmarkRunner,
+        recorder: Recorder,
+        model: ModelId,
+        is_busy: Callable[[], bool],
+        rng: random.Random,
     ) -> None:
         """Take a model. `is_busy`: whether this node has other jobs; they are not disturbed."""
         self._trials = trials

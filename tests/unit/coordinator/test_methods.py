@@ -176,7 +176,7 @@ async def test_a_method_that_is_not_ready_yet_is_said_to_be(virtual_clock: MockC
 @pytest.mark.parametrize(
     ("name", "quality", "complaint"),
     [
-        ("engine=fused|arithmetic=int8", QualityBound.EXACT, "needs --quality"),
+        ("engine=fused|arithmetic=int8", QualityBound.EXACT, "use --quality"),
         ("engine=fused|arithmetic=int8", QualityBound.ANY, "was not measured"),
         ("batching=static", QualityBound.EXACT, "policy of a stage"),
         ("fast", QualityBound.EXACT, "invalid method"),

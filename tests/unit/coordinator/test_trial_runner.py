@@ -10,7 +10,7 @@ from trio.testing import MockClock
 
 from node.coordinator.recorder import Recorder
 from node.coordinator.submission import JobError, JobRequest
-from node.coordinator.trial_runner import Trials, TrialSpec, TrialWorkload, make_prompts
+from node.coordinator.trial_runner import BenchmarkRunner, TrialSpec, TrialWorkload, make_prompts
 from node.engine.interface import REFERENCE
 from node.identity import Identity
 from protocol.measurements import Objective, ObservationKind, QualityBound
@@ -31,13 +31,13 @@ class Kept:
         self.observations.append(observation)
 
 
-async def trials_of(swarm: Swarm, **first: Any) -> tuple[Trials, Kept, Peer]:
+async def trials_of(swarm: Swarm, **first: Any) -> tuple[BenchmarkRunner, Kept, Peer]:
     await swarm.join((0, 5), **first)
     await swarm.join((5, 9))
     peer = await swarm.join()
     await swarm.settle()
     kept = Kept()
-    return Trials(peer.coordinator, Recorder(Identity(b"7" * 32), kept)), kept, peer
+    return BenchmarkRunner(peer.coordinator, Recorder(Identity(b"7" * 32), kept)), kept, peer
 
 
 def spec(**changes: Any) -> TrialSpec:
