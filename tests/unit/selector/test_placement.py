@@ -17,7 +17,7 @@ def test_the_first_node_takes_the_first_blocks_and_the_next_those_that_nobody_se
     assert choose_span(12, [server("a", 0, 5, 10)], 4, 10).start >= 5
     assert choose_span(12, [server("a", 0, 5, 10), server("b", 7, 12, 10)], 2, 10) == BlockRange(5, 7)
     assert choose_span(12, [], 99, 10) == BlockRange(0, 12)
-    with pytest.raises(ValueError, match="no block"):
+    with pytest.raises(ValueError, match="at least one block"):
         choose_span(12, [], 0, 10)
 
 
