@@ -22,20 +22,14 @@ import numpy as np
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from threadpoolctl import threadpool_limits
 
-from node.consensus.measurement_runner import AGENDA
-from node.consensus.translation import record_of
+from node.consensus.measurement_runner import MEASUREMENT_PLAN
 from node.evaluation.csv_dataset import read_folder
-from protocol.consensus import say
-from protocol.history import encode_batch
-from protocol.identity import peer_id_from_public_key
-from selector.consensus.chain import quorum_of
-from selector.consensus.evidence import evidence_of
-from selector.consensus.sortition import Agenda, beacon_of, draw_committee
-from selector.consensus.state import Contribution, Member, State, conclude, initial_state
-from selector.consensus.values import (
+from protocol.consensus import sign_message
+from protocol.consensus_values import (
     VALUE_SCALE,
     Cell,
     Commit,
+    Member,
     Reading,
     Reveal,
     Signature,
@@ -44,6 +38,12 @@ from selector.consensus.values import (
     digest_of,
     genesis_of,
 )
+from protocol.history import encode_batch
+from protocol.identity import PeerId, peer_id_from_public_key
+from selector.consensus.chain import quorum_size
+from selector.consensus.evidence import evidence_of
+from selector.consensus.sortition import MeasurementPlan, beacon_of, select_committee
+from selector.consensus.state import Contribution, State, conclude, initial_state
 from selector.dataset import Dataset, Pairs, context_minima
 from selector.metamodel import MetaModel
 
@@ -60,7 +60,7 @@ GOSSIP_COPIES = 4
 
 
 @dataclass(frozen=True)
-class Measurable(Agenda):
+class Measurable(MeasurementPlan):
     """The cells of a folder: not every method was measured in every context."""
 
     measured: tuple[Cell, ...] = ()
@@ -82,7 +82,7 @@ class World:
     truth: Mapping[Cell, float]
     """Natural logarithm of the ratio to the baseline, of each cell that may be measured."""
     lies: Mapping[Cell, float]
-    """What the liars say of the cells that decide."""
+    """The readings of the liars in the cells that decide."""
     test: Dataset
 
 
@@ -169,7 +169,7 @@ class Population:
         self.world = world
         self.rng = Random(seed)
         kinds = sorted({cell.hardware for cell in world.truth})
-        self.hardware = {f"peer-{number:04}": kinds[number % len(kinds)] for number in range(count)}
+        self.hardware = {PeerId(f"peer-{number:04}"): kinds[number % len(kinds)] for number in range(count)}
         self.liars = {*self.rng.sample(sorted(self.hardware), round(liars * count))}
 
     def reads(self, peer: str, cell: Cell) -> float:
@@ -177,7 +177,7 @@ class Population:
         told = self.world.lies.get(cell) if peer in self.liars else None
         return (self.world.truth[cell] if told is None else told) + self.rng.gauss(0, NOISE)
 
-    def reports(self, each: int) -> list[tuple[str, Cell, float]]:
+    def reports(self, each: int) -> list[tuple[PeerId, Cell, float]]:
         """Return what peers report who choose what to report: liars the cells that decide."""
         own: dict[str, list[Cell]] = defaultdict(list)
         deciding: dict[str, list[Cell]] = defaultdict(list)
@@ -194,14 +194,14 @@ class Population:
 
 def agree(population: Population, epochs: int) -> State:
     """Return the state after so many epochs in which everybody is there and says what it says."""
-    agenda = Measurable((), (), tuple(sorted(population.world.truth)))
+    plan = Measurable((), (), tuple(sorted(population.world.truth)))
     # Newcomers are taken in 64 an epoch; that they all are members is where this begins.
     members = tuple(Member(peer, kind) for peer, kind in sorted(population.hardware.items()))
     state = replace(initial_state(GENESIS), members=members)
     parent = GENESIS
     for epoch in range(epochs):
-        assigned: dict[str, list[Cell]] = {peer: [] for peer in population.hardware}
-        for cell, peers in state.assignments(parent, epoch, agenda).items():
+        assigned: dict[PeerId, list[Cell]] = {peer: [] for peer in population.hardware}
+        for cell, peers in state.assignments(parent, epoch, plan).items():
             for peer in peers:
                 assigned[peer].append(cell)
         contributions = []
@@ -216,8 +216,8 @@ def agree(population: Population, epochs: int) -> State:
             epoch=epoch,
             proposer=members[0].peer,
             contributions=contributions,
-            offenders=(),
-            agenda=agenda,
+            equivocators=(),
+            plan=plan,
         )
         parent = statement.id
     return state
@@ -253,7 +253,7 @@ def compare(world: World, peers: int, liars: float, epochs: int, seed: int) -> l
     population = Population(world, peers, liars, seed)
     began_s = time.perf_counter()
     state = agree(population, epochs)
-    readings = sum(len(measured.replicas) for measured in state.measured.values())
+    readings = sum(len(measured.readings) for measured in state.measured.values())
     reports = population.reports(max(1, readings // peers))
     evidence = evidence_of(state.table, reports, state.weights)
     designs: dict[str, Sequence[tuple[Cell, float, float]]] = {
@@ -270,7 +270,7 @@ def compare(world: World, peers: int, liars: float, epochs: int, seed: int) -> l
     return rows
 
 
-def _medians(reports: Sequence[tuple[str, Cell, float]]) -> list[tuple[Cell, float, float]]:
+def _medians(reports: Sequence[tuple[PeerId, Cell, float]]) -> list[tuple[Cell, float, float]]:
     cells: dict[Cell, list[float]] = defaultdict(list)
     for _, cell, log_ratio in reports:
         cells[cell].append(log_ratio)
@@ -280,7 +280,7 @@ def _medians(reports: Sequence[tuple[str, Cell, float]]) -> list[tuple[Cell, flo
 def cost_of_epoch(peers: int) -> Cost:
     """Return what an epoch costs a peer, from the records that would be said in it."""
     keys = [Ed25519PrivateKey.from_private_bytes(number.to_bytes(32, "big")) for number in range(1, peers + 1)]
-    key_of: dict[str, Ed25519PrivateKey] = {
+    key_of: dict[PeerId, Ed25519PrivateKey] = {
         peer_id_from_public_key(key.public_key().public_bytes_raw()): key for key in keys
     }
     names = sorted(key_of)
@@ -288,9 +288,9 @@ def cost_of_epoch(peers: int) -> Cost:
     members = tuple(Member(peer, kinds[number % len(kinds)]) for number, peer in enumerate(names))
     state = replace(initial_state(GENESIS), members=members)
     beacon = beacon_of(GENESIS, 0)
-    committee = draw_committee(beacon, names)
-    readings: dict[str, list[Reading]] = {peer: [] for peer in committee}
-    for cell, drawn in state.assignments(GENESIS, 0, AGENDA).items():
+    committee = select_committee(beacon, names)
+    readings: dict[PeerId, list[Reading]] = {peer: [] for peer in committee}
+    for cell, drawn in state.assignments(GENESIS, 0, MEASUREMENT_PLAN).items():
         for peer in drawn:
             readings.setdefault(peer, []).append(Reading(cell, -500_000))
     batches: list[int] = []
@@ -311,14 +311,14 @@ def cost_of_epoch(peers: int) -> Cost:
         epoch=0,
         proposer=committee[0],
         contributions=contributions,
-        offenders=(),
-        agenda=AGENDA,
+        equivocators=(),
+        plan=MEASUREMENT_PLAN,
     )
     conclude_s = time.perf_counter() - began_s
-    signatures = [Signature(0, peer, statement.id) for peer in committee]
+    signatures = [Signature(GENESIS, 0, peer, statement.id) for peer in committee]
     batches.append(_batch(key_of[committee[0]], statement, signatures[0]))
     batches += [_batch(key_of[each.peer], each) for each in signatures[1:]]
-    assert len(signatures) >= quorum_of(len(committee))
+    assert len(signatures) >= quorum_size(len(committee))
     return Cost(
         peers=peers,
         messages=len(batches),
@@ -330,7 +330,7 @@ def cost_of_epoch(peers: int) -> Cost:
 
 
 def _batch(key: Ed25519PrivateKey, *values: Commit | Reveal | Statement | Signature) -> int:
-    return len(encode_batch([say(record_of(value, GENESIS), key).envelope for value in values]))
+    return len(encode_batch([sign_message(value, key).envelope for value in values]))
 
 
 def _ids(peer: str, count: int) -> list[bytes]:

@@ -8,39 +8,28 @@ import trio
 
 from node.api.explanation import explain, selection_status
 from node.api.interface import (
-    Ban,
+    BanDocument,
     ChainStatus,
     Explanation,
-    Gap,
+    GapDocument,
     HistoryStatus,
-    ModelStatus,
+    ModelDocument,
     NodeStatus,
     PeerCounts,
     PeerJobs,
     PeerSessions,
     PeerStatus,
-    ServedSpan,
+    SpanDocument,
     SpanSummary,
 )
+from node.assembly import AGENT, NodeParts
 from node.consensus.chain_node import ChainNode
-from node.consensus.followed_chains import FollowedChains
-from node.consensus.service import ConsensusService
-from node.coordinator.coordinator import Coordinator
-from node.coordinator.quality_store import LocalQualityStore
 from node.coordinator.submission import JobRequest
-from node.coordinator.trial_runner import BenchmarkRunner, Trial, TrialSpec
-from node.models.library import Library
-from node.network.interface import Network
-from node.replication.observations import ObservationReplicator
-from node.selection.chooser import LearnedChooser
-from node.selection.learner import Learner
+from node.coordinator.trial_runner import Trial, TrialSpec
 from node.stages.peer_records import StagePeerStatistics
 from node.stages.span import Span
 from node.stages.span_supervisor import WEIGHT_SHARE
-from node.stages.stage_server import StageServer
 from node.storage.database import StorageError
-from node.storage.history import HistoryStore
-from node.swarm.membership import Membership
 from protocol.identity import BlockRange, ModelId, PeerId
 from selector.consensus.reputation import WEIGHT_SCALE
 from selector.reliability import PeerRecord
@@ -50,54 +39,28 @@ from selector.routing import uncovered
 class StatusView:
     """Implements `NodeView`."""
 
-    def __init__(
-        self,
-        *,
-        agent: str,
-        serve: Sequence[str],
-        network: Network,
-        membership: Membership,
-        coordinator: Coordinator,
-        trials: BenchmarkRunner,
-        stages: StageServer,
-        library: Library,
-        ledger: LocalQualityStore,
-        history: HistoryStore,
-        dissemination: ObservationReplicator,
-        consensus: ConsensusService,
-        chains: FollowedChains,
-        chooser: LearnedChooser,
-        learner: Learner,
-    ) -> None:
+    def __init__(self, parts: NodeParts, serve: Sequence[str]) -> None:
         self.api_url = ""
-        self.submitter = coordinator
-        self._trials = trials
-        self._agent = agent
+        self.submitter = parts.client.coordinator
+        self._parts = parts
         self._serve = list(serve)
-        self._network = network
-        self._membership = membership
-        self._stages = stages
-        self._library = library
-        self._ledger = ledger
-        self._history = history
-        self._dissemination = dissemination
-        self._consensus = consensus
-        self._chains = chains
-        self._chooser = chooser
-        self._learner = learner
+        self._network = parts.network.network
+        self._membership = parts.swarm.membership
+        self._stages = parts.serving.stages
+        self._library = parts.serving.library
         self._started_s = time.monotonic()
 
     async def bench(self, spec: TrialSpec) -> Trial:
         """Measure methods against the baseline; see `NodeView`."""
-        return await self._trials.run(spec)
+        return await self._parts.client.trials.run(spec)
 
     async def status(self) -> NodeStatus:
         """Return what this node is and does."""
         jobs = self.submitter.statistics()
-        transfers = self._library.transfers()
+        transfers, selection = self._library.transfers(), self._parts.selection
         return {
             "peer_id": self._network.peer_id,
-            "agent": self._agent,
+            "agent": AGENT,
             "multiaddrs": list(self._network.multiaddrs),
             "api_url": self.api_url,
             "state": "draining" if self._stages.is_draining else "serving",
@@ -123,8 +86,10 @@ class StatusView:
                 },
             },
             "history": await self._history_status(),
-            "consensus": [self._chain_status(model, chain) for model, chain in self._chains.nodes.items()],
-            "selection": selection_status(self._chooser, self._learner.status),
+            "consensus": [
+                self._chain_status(model, chain) for model, chain in self._parts.selection.chains.nodes.items()
+            ],
+            "selection": selection_status(selection.chooser, selection.learner.status),
             "transfers": {
                 "received_bytes": {str(peer): count for peer, count in transfers.received_bytes.items()},
                 "served_bytes": transfers.served_bytes,
@@ -132,12 +97,12 @@ class StatusView:
             "uncovered": [gap for model in self._membership.served_models() for gap in self._gaps(model)],
         }
 
-    def _gaps(self, model: ModelId) -> list[Gap]:
+    def _gaps(self, model: ModelId) -> list[GapDocument]:
         """Return which blocks of a model nobody serves, and what would serve them."""
         manifest = self._library.local_manifest(model)
         status = self._model(model)
         return [
-            Gap(
+            GapDocument(
                 model=model,
                 name=status["name"],
                 start=start,
@@ -150,10 +115,10 @@ class StatusView:
 
     async def _history_status(self) -> HistoryStatus | None:
         try:
-            held = await self._history.digest()
+            held = await self._parts.network.history.digest()
         except StorageError:
             return None
-        statistics = self._dissemination.statistics()
+        statistics = self._parts.swarm.replicator.statistics()
         equal_s = statistics.last_equal_s
         return {
             "count": held.count,
@@ -176,16 +141,16 @@ class StatusView:
             "cells": len(agreement.table) if agreement else 0,
             "firm_cells": sum(entry.firm for entry in agreement.table.values()) if agreement else 0,
             "weight": None if weight is None else round(weight / WEIGHT_SCALE, 3),
-            "measured": chain.statistics.measured,
+            "measured": chain.measured,
         }
 
-    def _bans(self) -> dict[PeerId, Ban]:
-        bans = self._dissemination.bans() | self._consensus.bans()
+    def _bans(self) -> dict[PeerId, BanDocument]:
+        bans = self._parts.swarm.replicator.bans() | self._parts.consensus.bans()
         return {peer: {"left_s": round(ban.left_s, 3), "reason": ban.reason} for peer, ban in bans.items()}
 
     def _peer_counts(self) -> PeerCounts:
         directory, asked = self._membership.directory, self._stages.peer_statistics().values()
-        known = [each for each in directory.presences() if each.peer != self._network.peer_id]
+        known = [each for each in directory.entries() if each.peer != self._network.peer_id]
         reached = [each for each in directory.reached() if each.peer != self._network.peer_id]
         return {
             "known": len(known),
@@ -204,8 +169,8 @@ class StatusView:
         connected = set(self._network.connected_peers())
         directory = self._membership.directory
         # Who left for good has closed its connections; until then it ends the work that it has.
-        leaving = {p.peer: p for p in directory.departing() if p.peer in connected}
-        heard = leaving | {p.peer: p for p in directory.presences() if p.peer != self._network.peer_id}
+        leaving = {p.peer: p for p in directory.draining() if p.peer in connected}
+        heard = leaving | {p.peer: p for p in directory.entries() if p.peer != self._network.peer_id}
         reached = {each.peer for each in directory.reached()} | connected
         bans, sessions, jobs = self._bans(), self._stages.peer_statistics(), self.submitter.peer_records()
         peers: list[PeerStatus] = []
@@ -237,17 +202,17 @@ class StatusView:
             )
         return peers
 
-    def models(self) -> list[ModelStatus]:
+    def models(self) -> list[ModelDocument]:
         """Return the models that somebody serves or that are at hand here."""
         served = self._membership.directory.models()
         return [self._model(model) for model in sorted({*served, *self._library.local_models()})]
 
-    async def explain(self, request: JobRequest, told: Mapping[str, Any]) -> Explanation:
+    async def explain(self, request: JobRequest, overrides: Mapping[str, Any]) -> Explanation:
         """Ask the stages what a job would be served with; see NodeView."""
-        considered = await self.submitter.consider(request, told)
-        return explain(considered, self._chooser, self._learner.status)
+        considered = await self.submitter.consider(request, overrides)
+        return explain(considered, self._parts.selection.chooser, self._parts.selection.learner.status)
 
-    def _model(self, model: ModelId) -> ModelStatus:
+    def _model(self, model: ModelId) -> ModelDocument:
         spans = [candidate.stage.blocks for candidate in self._membership.directory.candidates(model)]
         manifest = self._library.local_manifest(model)
         # Where the manifest is not at hand yet, the blocks that are served are all that is known.
@@ -270,11 +235,11 @@ class StatusView:
                     "mean_kl": each.mean_kl,
                     "perplexity_change": each.perplexity_change,
                 }
-                for kv_key, each in self._ledger.figures(model).items()
+                for kv_key, each in self._parts.client.quality_store.figures(model).items()
             },
         }
 
-    def _served_span(self, span: Span) -> ServedSpan:
+    def _served_span(self, span: Span) -> SpanDocument:
         info = span.info
         statistics = span.engine.statistics()
         return {

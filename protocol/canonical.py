@@ -1,10 +1,10 @@
-"""One value, one sequence of bytes: the msgpack that peers sign and send, and the JSON that names a model.
+"""Canonical encodings: the msgpack that peers sign and send, and the JSON whose hash names a model.
 
 Canonical msgpack is the subset of msgpack without extension types in which every value has exactly one encoding: text
 keys sorted by their UTF-8 bytes, integers, lengths and headers in their shortest form, floats always as finite float64.
 
-msgpack allocates an array as soon as it has read its header, so that a few nested headers of three bytes each make it
-take megabytes. `decode` therefore walks over the bytes and checks depth and counts before anything is built.
+msgpack allocates an array as soon as it has read its header, so that a few nested headers of three bytes each allocate
+megabytes. `decode` therefore walks over the bytes and checks depth and counts before it builds any value.
 """
 
 import json
@@ -19,12 +19,12 @@ from protocol.errors import RemoteProtocolError
 from protocol.limits import MAX_DEPTH, MAX_ELEMENTS, MAX_NODES
 
 Value: TypeAlias = "bool | int | float | str | bytes | Sequence[Value] | Mapping[str, Value] | None"
-"""What canonical msgpack can say. Arrays decode to lists, maps to dicts."""
+"""Values of canonical msgpack. Arrays decode to lists, maps to dicts."""
 
 _FLOATS: Final = {0xCA: struct.Struct(">f"), 0xCB: struct.Struct(">d")}
 _LENGTHS: Final = {1: struct.Struct(">B"), 2: struct.Struct(">H"), 4: struct.Struct(">I")}
 
-# First byte of a token -> its whole size, for tokens that say it in the first byte; 0 for all others.
+# First byte of a token -> size of the token, where the first byte determines it; 0 for all others.
 _FIXED_SIZES: Final = bytes(
     1 if first <= 0x7F or first >= 0xE0 or first in {0xC0, 0xC2, 0xC3}  # small integers, nil, false, true
     else 1 + (first & 0x1F) if 0xA0 <= first <= 0xBF  # short text
@@ -38,12 +38,12 @@ _MAPS: Final = {0xDE: 2, 0xDF: 4}
 
 
 def encode(value: Value) -> bytes:
-    """Return the canonical msgpack of a value; raise ValueError when it has none or exceeds the limits of `decode`."""
+    """Return the canonical msgpack of a value; raise ValueError where it has none or exceeds the limits of `decode`."""
     try:
         data: bytes = msgpack.packb(_ordered(value, 0))
     except (OverflowError, TypeError) as error:
         raise ValueError(str(error)) from None
-    if len(data) > MAX_ELEMENTS:  # fewer bytes cannot hold too many values, and the depth has been seen to
+    if len(data) > MAX_ELEMENTS:  # fewer bytes cannot hold too many values, and the depth is checked above
         _check_structure(data)
     return data
 
@@ -51,8 +51,8 @@ def encode(value: Value) -> bytes:
 def decode(data: bytes | bytearray | memoryview, *, max_bytes: int) -> Value:
     """Return the value of msgpack bytes from a peer, canonical or not.
 
-    Raises RemoteProtocolError, and nothing else, for more than `max_bytes`, for what is not msgpack, for extension
-    types, NaN and infinities, for keys that are not text or occur twice, and for values too deep or too large.
+    Raises RemoteProtocolError, and nothing else, for more than `max_bytes`, invalid msgpack, extension types, NaN and
+    infinities, keys that are not text or occur twice, and values too deep or too large.
     """
     if len(data) > max_bytes:
         raise RemoteProtocolError(f"msgpack value of {len(data)} bytes exceeds {max_bytes}")
@@ -60,12 +60,12 @@ def decode(data: bytes | bytearray | memoryview, *, max_bytes: int) -> Value:
 
 
 def decode_canonical(data: bytes | bytearray | memoryview, *, max_bytes: int) -> Value:
-    """Return the value like `decode`, and raise RemoteProtocolError as well unless the bytes are its canonical form."""
+    """Return the value like `decode`; raise RemoteProtocolError also unless the bytes are its canonical form."""
     if len(data) > max_bytes:
         raise RemoteProtocolError(f"msgpack value of {len(data)} bytes exceeds {max_bytes}")
     data = bytes(data)
     value = _decode(data, _ascending_map)
-    # The maps are in order already, so what is left to see is whether every value has its shortest form.
+    # The maps are known to be in order; this compares whether every value has its shortest form.
     if msgpack.packb(value) != data:
         raise RemoteProtocolError("bad msgpack: not in canonical form")
     return value
@@ -83,7 +83,7 @@ def _decode(data: bytes, make_map: Callable[[list[tuple[object, object]]], dict[
 def canonical_json(value: Value) -> bytes:
     """Return JSON in UTF-8 with sorted keys and without white space.
 
-    Raises ValueError for what JSON cannot say: bytes, keys that are not text, NaN and infinities, lone surrogates.
+    Raises ValueError for values without JSON: bytes, keys that are not text, NaN and infinities, lone surrogates.
     """
     try:
         _check_text_keys(value)
@@ -94,7 +94,7 @@ def canonical_json(value: Value) -> bytes:
 
 
 def _ordered(value: Value, depth: int) -> Value:
-    """Return the value with sorted maps, and raise ValueError for what canonical msgpack cannot say."""
+    """Return the value with sorted maps; raise ValueError for one without canonical msgpack."""
     if value is None or isinstance(value, (int, str, bytes)):
         return value
     if isinstance(value, float):
@@ -116,7 +116,7 @@ def _ordered(value: Value, depth: int) -> Value:
 def _check_structure(data: bytes) -> None:
     """Walk over the tokens of one value; raise ValueError unless they fill the data and keep to the limits."""
     position = nodes = 0
-    pending: list[int] = []  # of each open array or map, how many values are still to come
+    pending: list[int] = []  # missing values of each open array or map
     while True:
         if position >= len(data):
             raise ValueError("truncated")
@@ -145,7 +145,7 @@ def _check_structure(data: bytes) -> None:
 
 
 def _measure_token(data: bytes, position: int, first: int) -> tuple[int, int | None]:
-    """Return where a token of no fixed size ends, and how many values it contains if it is an array or a map."""
+    """Return the end of a token of variable size, and its number of values if it is an array or a map."""
     if 0x80 <= first <= 0x8F:
         return position + 1, 2 * (first & 0x0F)
     if 0x90 <= first <= 0x9F:
@@ -171,19 +171,19 @@ def _measure_token(data: bytes, position: int, first: int) -> tuple[int, int | N
 
 
 def _unique_map(pairs: list[tuple[object, object]]) -> dict[str, object]:
-    """Return a map of the pairs; raise TypeError for a key that is not text, ValueError for one that comes twice."""
+    """Return a map of the pairs; raise TypeError for a key that is not text, ValueError for a duplicate."""
     result: dict[str, object] = {}
     for key, value in pairs:
         if not isinstance(key, str):
             raise TypeError("a key is not text")
         if key in result:
-            raise ValueError(f"key {key[:80]!r} comes twice")
+            raise ValueError(f"key {key[:80]!r} appears twice")
         result[key] = value
     return result
 
 
 def _ascending_map(pairs: list[tuple[object, object]]) -> dict[str, object]:
-    """Return a map of the pairs like `_unique_map`; raise ValueError as well for keys that are not in order."""
+    """Return a map of the pairs like `_unique_map`; raise ValueError also for keys that are not in order."""
     result = _unique_map(pairs)
     keys = list(result)
     if keys != sorted(keys):
@@ -192,7 +192,7 @@ def _ascending_map(pairs: list[tuple[object, object]]) -> dict[str, object]:
 
 
 def _check_text_keys(value: Value) -> None:
-    """Raise ValueError if a map inside has a key that is not text: json.dumps would silently make it so."""
+    """Raise ValueError for a key that is not text, which json.dumps would silently convert."""
     if isinstance(value, Mapping):
         if not all(isinstance(key, str) for key in value):
             raise ValueError("a key is not text")

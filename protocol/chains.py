@@ -12,27 +12,23 @@ ask every other.
 import enum
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Final, NamedTuple, TypeAlias
+from typing import Annotated, Final, TypeAlias
 
-from protocol import fields
-from protocol.consensus import MAX_EPOCH, MAX_READING
+from protocol.consensus_values import MeasuredCell, Member, load_peer
 from protocol.errors import RemoteProtocolError
 from protocol.fields import SHA256_BYTES
-from protocol.forms import Counter, Digest, Envelope
+from protocol.forms import Digest, Envelope
 from protocol.framing import FrameReader
 from protocol.half_duplex import MAX_PAYLOAD_BYTES, Busy, HalfDuplexConnection, HalfDuplexProtocol, Turn, packed
-from protocol.identity import PeerId, peer_id_from_public_key, public_key_of
+from protocol.identity import PeerId, public_key_of
 from protocol.limits import (
-    MAX_CELL_REPLICAS,
     MAX_CHAIN_ITEMS,
-    MAX_HARDWARE_BYTES,
     MAX_HAVE,
     MAX_LOCATOR,
-    MAX_NAME_BYTES,
     MAX_PART_CELLS,
     MAX_PART_MEMBERS,
 )
-from protocol.schema import Count, Form, Range, name
+from protocol.schema import Count, Form, MessageTypes
 from protocol.states import Role
 
 PROTOCOL_ID: Final = "/metaswarm/chain/1.0.0"
@@ -41,19 +37,8 @@ SHORT_ID_BYTES: Final = 8
 """Length of the prefix that stands for a record's id in an inventory. A collision by malice harms only its makers."""
 
 
-def _peer(key: object, what: str) -> PeerId:
-    return fields.peer_id(peer_id_from_public_key(fields.raw(key, SHA256_BYTES, what)), what)
-
-
 def _packed_peers(value: object, what: str) -> tuple[PeerId, ...]:
-    return tuple(_peer(key, what) for key in packed(SHA256_BYTES, MAX_PART_MEMBERS).load(value, what))
-
-
-PublicKey = Annotated[PeerId, Form(_peer, public_key_of)]
-Name = Annotated[str, name(MAX_NAME_BYTES)]
-Hardware = Annotated[str, name(MAX_HARDWARE_BYTES)]
-Epoch = Annotated[int, Range(0, MAX_EPOCH)]
-Reading = Annotated[int, Range(-MAX_READING, MAX_READING)]
+    return tuple(load_peer(key, what) for key in packed(SHA256_BYTES, MAX_PART_MEMBERS).load(value, what))
 
 
 class Remaining(enum.StrEnum):
@@ -102,32 +87,12 @@ class GetState:
     statement: Digest
 
 
-class MemberState(NamedTuple):
-    """A member: its hardware class, how often it agreed and deviated, and in how many epochs it was absent."""
-
-    peer: PublicKey
-    hardware: Hardware
-    agreed: Counter
-    deviated: Counter
-    absences: Epoch
-
-
-class CellState(NamedTuple):
-    """A cell: the epoch in which it was last selected, and its readings by peer."""
-
-    hardware: Hardware
-    workload: Name
-    method: Name
-    epoch: Epoch
-    replicas: Annotated[tuple[tuple[PublicKey, Reading], ...], Count(MAX_CELL_REPLICAS)]
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StatePart:
     """A part of a state. A state that is unknown to the responder is one empty part."""
 
-    members: Annotated[tuple[MemberState, ...], Count(MAX_PART_MEMBERS)] = ()
-    cells: Annotated[tuple[CellState, ...], Count(MAX_PART_CELLS)] = ()
+    members: Annotated[tuple[Member, ...], Count(MAX_PART_MEMBERS)] = ()
+    cells: Annotated[tuple[MeasuredCell, ...], Count(MAX_PART_CELLS)] = ()
     expelled: Annotated[tuple[PeerId, ...], Form(_packed_peers, lambda peers: b"".join(map(public_key_of, peers)))] = ()
     last: bool = False
 
@@ -152,14 +117,16 @@ class ChainState(enum.StrEnum):
 _I, _R = Role.INITIATOR, Role.RESPONDER
 
 PROTOCOL: Final[HalfDuplexProtocol[Message, ChainState]] = HalfDuplexProtocol(
-    messages={
-        "ask": GetStatements,
-        "have": Inventory,
-        "items": Records,
-        "want": GetState,
-        "statepart": StatePart,
-        "busy": Busy,
-    },
+    messages=MessageTypes(
+        {
+            "ask": GetStatements,
+            "have": Inventory,
+            "items": Records,
+            "want": GetState,
+            "statepart": StatePart,
+            "busy": Busy,
+        }
+    ),
     table={
         (ChainState.NEW, GetStatements): Turn(_I, ChainState.ASKED),
         (ChainState.IDLE, GetStatements): Turn(_I, ChainState.ASKED),
@@ -197,7 +164,7 @@ def fill_records(envelopes: Iterable[bytes], rest: Remaining) -> Iterator[Record
 
 
 def split_state(
-    members: Sequence[MemberState], cells: Sequence[CellState], expelled: Sequence[PeerId]
+    members: Sequence[Member], cells: Sequence[MeasuredCell], expelled: Sequence[PeerId]
 ) -> Iterator[StatePart]:
     """Yield a state in parts that each fit into a message."""
     for start in range(0, len(members), MAX_PART_MEMBERS):

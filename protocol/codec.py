@@ -11,7 +11,7 @@ from typing import Final, get_args
 
 from protocol.canonical import Value, decode, encode
 from protocol.errors import LocalProtocolError, RemoteProtocolError
-from protocol.fields import Fields, array, choice, integer, job_id, tuple_of
+from protocol.fields import array, choice, integer, job_id, tuple_of
 from protocol.identity import SessionId
 from protocol.limits import (
     MAX_CONTROL_BYTES,
@@ -80,7 +80,9 @@ def encode_control(message: ControlMessage, minor: int = LATEST_MINOR) -> bytes:
     Raises LocalProtocolError for a value out of bounds, and for a message that this version does not have.
     """
     if minor_of(message) > minor:
-        raise LocalProtocolError(f"{_MESSAGES.name_of(message)}: not expressible in version 1.{minor} of the protocol")
+        raise LocalProtocolError(
+            f"{_MESSAGES.name_of(type(message))}: not expressible in version 1.{minor} of the protocol"
+        )
     try:
         return encode(_MESSAGES.to_map(message))
     except (RemoteProtocolError, ValueError) as error:
@@ -94,7 +96,9 @@ def decode_control(body: bytes | memoryview, minor: int = LATEST_MINOR) -> Contr
     """
     message = _MESSAGES.from_map(decode(body, max_bytes=MAX_CONTROL_BYTES))
     if minor_of(message) > minor:
-        raise RemoteProtocolError(f"{_MESSAGES.name_of(message)}: unknown in version 1.{minor} of the job protocol")
+        raise RemoteProtocolError(
+            f"{_MESSAGES.name_of(type(message))}: unknown in version 1.{minor} of the job protocol"
+        )
     return message
 
 
@@ -161,11 +165,11 @@ def _slice_from(value: object) -> Slice:
 
 
 def _step_header_from(value: object) -> StepHeader:
-    fields = Fields(value, "step")
-    dtype = fields.choice("dtype", DType)
-    shape = fields.array("shape", 2)
-    slices = tuple(_slice_from(part) for part in fields.array("slices", MAX_SLICES))
-    fields.finish()
+    if not isinstance(value, dict) or value.keys() != {"dtype", "shape", "slices"}:
+        raise RemoteProtocolError("step header: expected the fields dtype, shape and slices")
+    dtype = choice(value["dtype"], DType, "step dtype")
+    shape = array(value["shape"], 2, "step shape")
+    slices = tuple(_slice_from(part) for part in array(value["slices"], MAX_SLICES, "step slices"))
     if not shape or (len(shape) == 1) != (dtype is DType.INT32):
         raise RemoteProtocolError("step shape: expected [rows] for token ids (i32) and [rows, width] for anything else")
     row_count = integer(shape[0], 1, MAX_STEP_BYTES, "step rows")

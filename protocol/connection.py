@@ -123,8 +123,9 @@ class JobConnection:
     ) -> None:
         if protocol not in PROTOCOL_IDS:
             raise LocalProtocolError(f"{protocol} is not a version of the job protocol")
-        self._minor = LATEST_MINOR - PROTOCOL_IDS.index(protocol)
-        self._role = role
+        self.role: Final = role
+        self.minor: Final = LATEST_MINOR - PROTOCOL_IDS.index(protocol)
+        """The negotiated version is 1.`minor`."""
         self._admission = admission
         self._hello = Hello(agent=agent, window_bytes=window_bytes)
         encode_control(self._hello)
@@ -134,16 +135,6 @@ class JobConnection:
         self._pings: deque[int] = deque()
         self._reader = FrameReader()
         self._step: _PartialStep | None = None
-
-    @property
-    def role(self) -> Role:
-        """Our end of the stream."""
-        return self._role
-
-    @property
-    def minor(self) -> int:
-        """The negotiated version: 1.`minor`."""
-        return self._minor
 
     @property
     def state(self) -> ConnectionState:
@@ -175,8 +166,8 @@ class JobConnection:
         state = self.session_state(session)
         if (
             self._remote_hello is None
-            or (self._role, self._state, Step, Direction.SENT) not in CONNECTION_TABLE
-            or (self._role, state, Step, Direction.SENT) not in SESSION_TABLE
+            or (self.role, self._state, Step, Direction.SENT) not in CONNECTION_TABLE
+            or (self.role, state, Step, Direction.SENT) not in SESSION_TABLE
             or (state is SessionState.IDLE and len(self._sessions) >= MAX_SESSIONS)
         ):
             return 0
@@ -195,7 +186,7 @@ class JobConnection:
             header = encode_step_header(message)
             self._apply_step(StepHeader.of(message), Direction.SENT)
             return encode_step(header, message.tensor.data)
-        body = encode_control(message, self._minor)
+        body = encode_control(message, self.minor)
         if not self._apply_control(message, Direction.SENT):
             return []
         return [encode_frame(FrameType.CONTROL, body)]
@@ -242,7 +233,7 @@ class JobConnection:
     def _receive_frame(self, frame: Frame) -> Message | None:
         """Return the message that this frame completes, unless it is dropped."""
         if frame.type is FrameType.CONTROL:
-            message = decode_control(frame.body, self._minor)
+            message = decode_control(frame.body, self.minor)
             return message if self._apply_control(message, Direction.RECEIVED) else None
         if frame.type is FrameType.STEP:
             if self._step is not None:
@@ -329,20 +320,20 @@ class JobConnection:
 
     def _next_connection_state(self, message_type: MessageType, direction: Direction) -> ConnectionState:
         try:
-            return CONNECTION_TABLE[self._role, self._state, message_type, direction]
+            return CONNECTION_TABLE[self.role, self._state, message_type, direction]
         except KeyError:
             raise _fault(
-                direction, f"{message_type.__name__} cannot be {direction} by the {self._role}: {self._state}"
+                direction, f"{message_type.__name__} cannot be {direction} by the {self.role}: {self._state}"
             ) from None
 
     def _next_session_state(self, session: SessionId, message_type: MessageType, direction: Direction) -> Transition:
         state = self.session_state(session)
         try:
-            return SESSION_TABLE[self._role, state, message_type, direction]
+            return SESSION_TABLE[self.role, state, message_type, direction]
         except KeyError:
             raise _fault(
                 direction,
-                f"{message_type.__name__} cannot be {direction} by the {self._role}: session {session} is {state}",
+                f"{message_type.__name__} cannot be {direction} by the {self.role}: session {session} is {state}",
             ) from None
 
     def _check_room(self, new_sessions: int, direction: Direction) -> None:

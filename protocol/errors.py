@@ -1,17 +1,17 @@
-"""Whose fault it is: the remote peer's or ours."""
+"""Violations of the protocol, by the remote peer or by us."""
 
 
 class ProtocolError(Exception):
-    """A rule of the protocol was broken; the subclass says by whom."""
+    """A violation of the protocol; the subclass tells whose."""
 
 
 class RemoteProtocolError(ProtocolError):
-    """The remote peer broke the protocol. Its stream is reset and the peer pays; we go on."""
+    """A violation by the remote peer: its stream is reset and the peer is penalised; nothing else is affected."""
 
 
 class UntimelyError(RemoteProtocolError):
-    """What came has expired, or was issued in the future, by our clock; an honest peer's may say otherwise."""
+    """A record that has expired, or was issued in the future, by our clock; an honest peer's clock may differ."""
 
 
 class LocalProtocolError(ProtocolError):
-    """Our own code tried to say what the state does not allow. A defect of ours, never the remote's."""
+    """An attempt of our own code to send what the state or a bound does not allow: a defect of ours."""

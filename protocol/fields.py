@@ -165,14 +165,6 @@ class Fields:
         """Take a float from `low` to `high`, both inclusive."""
         return number(self.take(key), low, high, f"{self.what} {key}")
 
-    def flag(self, key: str) -> bool:
-        """Take a truth value."""
-        return flag(self.take(key), f"{self.what} {key}")
-
-    def text(self, key: str, max_bytes: int) -> str:
-        """Take text, which may be empty."""
-        return text(self.take(key), max_bytes, f"{self.what} {key}")
-
     def name(self, key: str, max_bytes: int) -> str:
         """Take text that is not empty."""
         return name(self.take(key), max_bytes, f"{self.what} {key}")
@@ -184,14 +176,6 @@ class Fields:
     def array(self, key: str, max_count: int) -> list[object]:
         """Take an array of at most `max_count` elements."""
         return array(self.take(key), max_count, f"{self.what} {key}")
-
-    def choice(self, key: str, options: type[_E]) -> _E:
-        """Take a member of an enumeration of texts."""
-        return choice(self.take(key), options, f"{self.what} {key}")
-
-    def session(self, key: str = "session") -> SessionId:
-        """Take a session id."""
-        return session_id(self.take(key), f"{self.what} {key}")
 
     def finish(self) -> None:
         """Raise RemoteProtocolError if an unknown field is left."""

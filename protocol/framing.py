@@ -1,9 +1,9 @@
-"""Frames: how the bytes of a job stream or a blob stream are cut into control messages and raw tensor or file bytes.
+"""Framing of streams: control messages in msgpack, and raw tensor or file bytes.
 
     u32 big-endian length of the body | u8 type | body
 
-A length is compared with its limit before a byte of the body is kept. A frame is also what a writer may send in one
-piece: between any two frames another stream's or another message's frame may stand.
+A length is compared with its limit before a byte of the body is buffered. A frame is also the unit of interleaving:
+frames of other messages may come between any two frames of a step.
 """
 
 import enum
@@ -21,7 +21,7 @@ PREFIX_BYTES: Final = _PREFIX.size
 
 
 class FrameType(enum.IntEnum):
-    """What a frame's body is."""
+    """The content of a frame's body."""
 
     CONTROL = 1
     """A msgpack map."""
@@ -31,7 +31,7 @@ class FrameType(enum.IntEnum):
     """Raw bytes that continue the step, or the file, in progress."""
 
 
-# The shortest and the longest body of each type. A chunk that carries nothing would only cost its reader time.
+# The shortest and the longest body of each type. Empty chunks would only cost their reader time.
 _BODY_BYTES: Final = {
     FrameType.CONTROL: (1, MAX_CONTROL_BYTES),
     FrameType.STEP: (_HEADER_LENGTH.size + 1, MAX_FRAME_BYTES),
@@ -40,14 +40,14 @@ _BODY_BYTES: Final = {
 
 
 class Frame(NamedTuple):
-    """One received frame. `body` is a view, of the received data itself where the frame lay in it whole."""
+    """One received frame. `body` is a view, of the received data itself where that contains the whole frame."""
 
     type: FrameType
     body: memoryview
 
 
 class FrameReader:
-    """Cuts a byte stream into frames. Holds at most one frame, and of that no more than has come."""
+    """Splits a byte stream into frames. Buffers at most one frame, and of that only received bytes."""
 
     def __init__(self) -> None:
         self._prefix = bytearray()
@@ -57,12 +57,12 @@ class FrameReader:
 
     @property
     def held_bytes(self) -> int:
-        """Bytes of a frame that is not complete yet."""
+        """Buffered bytes of an incomplete frame."""
         return len(self._body)
 
     @property
     def at_boundary(self) -> bool:
-        """Whether everything received so far has been returned as frames: the stream may end here."""
+        """Whether all received data has been returned as frames, so that the stream may end here."""
         return self._type is None and not self._prefix
 
     def receive_data(self, data: bytes) -> list[Frame]:
@@ -74,7 +74,7 @@ class FrameReader:
         return frames
 
     def _receive_prefix(self, view: memoryview) -> memoryview:
-        """Take what belongs to the prefix, check it once it is whole, and return the rest."""
+        """Consume bytes of the prefix, check it once it is complete, and return the remaining data."""
         taken = PREFIX_BYTES - len(self._prefix)
         self._prefix += view[:taken]
         if len(self._prefix) == PREFIX_BYTES:
@@ -92,7 +92,7 @@ class FrameReader:
         return view[taken:]
 
     def _receive_body(self, frame_type: FrameType, view: memoryview, frames: list[Frame]) -> memoryview:
-        """Take what belongs to the body, append the frame to `frames` once it is whole, and return the rest."""
+        """Consume bytes of the body, append the frame to `frames` once complete, and return the remaining data."""
         part, rest = view[: self._missing], view[self._missing :]
         self._missing -= len(part)
         if self._missing:
@@ -108,7 +108,7 @@ class FrameReader:
 
 
 def encode_frame(frame_type: FrameType, *parts: bytes | bytearray | memoryview) -> bytes:
-    """Return one frame whose body is the parts joined. Raises ValueError when the body is too short or too long."""
+    """Return one frame with the joined parts as its body. Raises ValueError for a body too short or too long."""
     length = sum(len(part) for part in parts)
     shortest, longest = _BODY_BYTES[frame_type]
     if not shortest <= length <= longest:

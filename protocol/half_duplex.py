@@ -12,7 +12,7 @@ from protocol.canonical import decode, encode
 from protocol.errors import LocalProtocolError, RemoteProtocolError
 from protocol.framing import Frame, FrameReader, FrameType, encode_frame
 from protocol.limits import MAX_BUSY_S, MAX_CONTROL_BYTES
-from protocol.schema import Form, Range, from_map, to_map
+from protocol.schema import Form, MessageTypes, Range, to_map
 from protocol.states import Direction, Role
 
 MAX_PAYLOAD_BYTES: Final = MAX_CONTROL_BYTES - (4 << 10)
@@ -40,8 +40,7 @@ class Turn(NamedTuple, Generic[S]):
 class HalfDuplexProtocol(NamedTuple, Generic[M, S]):
     """A half-duplex protocol."""
 
-    messages: Mapping[str, type[M]]
-    """Message types by their names on the wire."""
+    messages: MessageTypes[M]
     table: Mapping[tuple[S, type[M]], Turn[S]]
     first: S
     closed: S
@@ -51,19 +50,15 @@ class HalfDuplexProtocol(NamedTuple, Generic[M, S]):
 
     def encode(self, message: M) -> bytes:
         """Return the frame of a message. Raises ValueError."""
-        name = next(name for name, kind in self.messages.items() if kind is type(message))
-        return encode_frame(FrameType.CONTROL, encode({"type": name, **to_map(message)}))
+        return encode_frame(
+            FrameType.CONTROL, encode({"type": self.messages.name_of(type(message)), **to_map(message)})
+        )
 
     def decode(self, frame: Frame) -> M:
         """Return the message in a frame. Raises RemoteProtocolError."""
         if frame.type is not FrameType.CONTROL:
             raise RemoteProtocolError(f"unexpected {frame.type.name} frame: only control frames are valid here")
-        value = decode(frame.body, max_bytes=MAX_CONTROL_BYTES)
-        name = value.pop("type", None) if isinstance(value, dict) else None
-        kind = self.messages.get(name) if isinstance(name, str) else None
-        if kind is None:
-            raise RemoteProtocolError(f"unknown message {str(name)[:80]!r}")
-        return from_map(kind, value, "message")
+        return self.messages.from_map(decode(frame.body, max_bytes=MAX_CONTROL_BYTES))
 
 
 class HalfDuplexConnection(Generic[M, S]):

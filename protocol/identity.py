@@ -1,7 +1,7 @@
-"""The names of things on the wire: peers, models, jobs, sessions and ranges of blocks.
+"""Identifiers: peers, models, jobs, sessions and ranges of blocks.
 
-Identifiers are text in their canonical form, told apart by their types. The `parse_*` functions are the only way in
-from outside; each raises ValueError with one line that says what is wrong, and the caller decides whose fault it is.
+Identifiers are text in canonical form, each with a type of its own. The `parse_*` functions check text from outside;
+they raise ValueError with one line for the user.
 """
 
 import re
@@ -30,7 +30,7 @@ _BLOCK_RANGE = re.compile(r"([0-9]{1,4})-([0-9]{1,4})")
 _ED25519_PREFIX = bytes.fromhex("002408011220")
 _ED25519_KEY_BYTES = 32
 
-# Base58 is arithmetic on long integers, and every record names the same few peers: a quarter of an observation's check.
+# Base58 is arithmetic on long integers, and all records name the same few peers: a quarter of an observation's check.
 _b58encode = lru_cache(maxsize=4096)(base58.b58encode)
 _b58decode = lru_cache(maxsize=4096)(base58.b58decode)
 
@@ -59,7 +59,7 @@ class BlockRange:
         """Raise ValueError unless 0 <= start < end <= MAX_BLOCKS."""
         if not 0 <= self.start < self.end <= MAX_BLOCKS:
             raise ValueError(
-                f"{self.start}-{self.end} is no range of blocks: expected 0 <= start < end <= {MAX_BLOCKS}"
+                f"{self.start}-{self.end} is not a range of blocks: expected 0 <= start < end <= {MAX_BLOCKS}"
             )
 
     def __len__(self) -> int:
@@ -105,25 +105,25 @@ def public_key_of(peer: PeerId) -> bytes:
 
 
 def parse_peer_id(text: str) -> PeerId:
-    """Return `text` as a peer id; only ids of Ed25519 keys are known here."""
+    """Return `text` as a peer id; only ids of Ed25519 keys are supported."""
     if len(text) > 64:
         raise ValueError("a peer id has at most 64 characters")
     try:
         raw = _b58decode(text)
     except ValueError:
-        raise ValueError(f"{text!r} is no peer id: not base58") from None
+        raise ValueError(f"{text!r} is not a peer id: not base58") from None
     if len(raw) != len(_ED25519_PREFIX) + _ED25519_KEY_BYTES or not raw.startswith(_ED25519_PREFIX):
-        raise ValueError(f"{text!r} is no peer id of an Ed25519 key")
-    # The decoder overlooks white space at the end; a peer has one name only.
+        raise ValueError(f"{text!r} is not a peer id of an Ed25519 key")
+    # The decoder ignores trailing white space; a peer has only one id.
     if _b58encode(raw).decode("ascii") != text:
-        raise ValueError(f"{text!r} is no peer id: not in canonical form")
+        raise ValueError(f"{text!r} is not a peer id: not in canonical form")
     return PeerId(text)
 
 
 def parse_model_id(text: str) -> ModelId:
     """Return `text` as a model id."""
     if _MODEL_ID.fullmatch(text) is None:
-        raise ValueError(f"{text[:80]!r} is no model id: expected 64 hexadecimal digits")
+        raise ValueError(f"{text[:80]!r} is not a model id: expected 64 hexadecimal digits")
     return ModelId(text)
 
 
@@ -131,5 +131,5 @@ def parse_block_range(text: str) -> BlockRange:
     """Return `START-END`, end exclusive, as a range of blocks."""
     match = _BLOCK_RANGE.fullmatch(text)
     if match is None:
-        raise ValueError(f"{text[:80]!r} is no range of blocks: expected START-END, for example 0-15, end exclusive")
+        raise ValueError(f"{text[:80]!r} is not a range of blocks: expected START-END, for example 0-15, end exclusive")
     return BlockRange(int(match[1]), int(match[2]))

@@ -14,11 +14,10 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from protocol.canonical import decode, decode_canonical, encode
 from protocol.errors import LocalProtocolError, RemoteProtocolError
-from protocol.fields import Fields
 from protocol.identity import JobId, ModelId, PeerId, public_key_of
 from protocol.limits import MAX_CLOCK_SKEW_S, MAX_OBSERVATION_AGE_S, MAX_RECORD_BYTES
 from protocol.measurements import Observation, StageObservation
-from protocol.records import open_envelope, sign
+from protocol.records import open_envelope, payload_of, sign
 from protocol.schema import from_map, to_array, to_map
 from protocol.signatures import is_signed
 
@@ -131,10 +130,7 @@ def read_observation(envelope: bytes) -> SignedObservation:
 
     Raises RemoteProtocolError for what cannot have been verified.
     """
-    fields = Fields(decode(envelope, max_bytes=MAX_RECORD_BYTES), "record")
-    payload = fields.take("payload")
-    if not isinstance(payload, bytes):
-        raise RemoteProtocolError("record payload is not bytes")
+    payload = payload_of(envelope)
     observation = from_map(Observation, decode(payload, max_bytes=MAX_RECORD_BYTES), OBSERVATION_KIND)
     return SignedObservation(ObservationId(hashlib.sha256(payload).digest()), observation, envelope)
 

@@ -1,7 +1,7 @@
-"""The presence protocol: a newcomer is told at once who is alive, which by gossip alone it would hear in minutes.
+"""The presence protocol: a new peer receives the swarm's heartbeats at once, instead of in minutes by gossip alone.
 
-The initiator opens a stream and says nothing; the responder sends the last heartbeats that it heard, as their peers
-signed them, and ends the stream. Whoever gets them verifies each.
+The initiator opens a stream and sends nothing; the responder sends the latest heartbeats that it received, as their
+peers signed them, and ends the stream. The initiator verifies each.
 """
 
 from collections import deque
@@ -17,7 +17,7 @@ PROTOCOL_ID: Final = "/metaswarm/presence/1.0.0"
 
 
 def encode_present(heartbeats: Iterable[bytes]) -> Iterator[bytes]:
-    """Yield the frames of an answer: batches of envelopes, formed like those that are gossiped."""
+    """Yield the frames of an answer: batches of envelopes in the format of gossip."""
     waiting = deque(heartbeats)
     while waiting:
         yield encode_frame(FrameType.CONTROL, take_batch(waiting))
@@ -31,9 +31,9 @@ class PresenceReader:
         self._count = 0
 
     def receive_data(self, data: bytes) -> list[bytes]:
-        """Return the envelopes that the data completes; b"" is the end of the stream. None of them is verified.
+        """Return the envelopes that the data completes, not verified; b"" is the end of the stream.
 
-        Raises RemoteProtocolError for what is no such answer, or is a longer one than may be.
+        Raises RemoteProtocolError for an invalid answer, and for one that is too long.
         """
         if not data and not self._reader.at_boundary:
             raise RemoteProtocolError("the stream ended inside a frame")
@@ -44,5 +44,5 @@ class PresenceReader:
             envelopes += decode_batch(bytes(frame.body))
         self._count += len(envelopes)
         if self._count > MAX_PRESENT:
-            raise RemoteProtocolError(f"more than {MAX_PRESENT} peers were said to be present")
+            raise RemoteProtocolError(f"more than {MAX_PRESENT} heartbeats on a presence stream")
         return envelopes

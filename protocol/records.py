@@ -6,7 +6,8 @@ their own, because stores of others' records guarantee neither freshness nor del
 """
 
 from collections.abc import Sequence
-from typing import Final, NamedTuple, TypeVar
+from dataclasses import dataclass
+from typing import Annotated, NamedTuple, TypeVar
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
@@ -14,25 +15,28 @@ from protocol.announcements import HEARTBEAT_TOPIC as HEARTBEAT_TOPIC
 from protocol.announcements import DhtRecord, Record
 from protocol.announcements import Heartbeat as Heartbeat
 from protocol.announcements import ServedSpan as ServedSpan
-from protocol.canonical import Value, decode_canonical, encode
+from protocol.canonical import Value, decode, decode_canonical, encode
 from protocol.errors import LocalProtocolError, RemoteProtocolError, UntimelyError
-from protocol.fields import Fields
+from protocol.fields import integer
+from protocol.forms import Name, Signature
 from protocol.identity import PeerId, peer_id_from_public_key
 from protocol.limits import (
     MAX_CLOCK_SKEW_S,
     MAX_INTEGER,
-    MAX_NAME_BYTES,
     MAX_RECORD_BYTES,
     MAX_RECORD_LIFETIME_S,
-    SIGNATURE_BYTES,
 )
-from protocol.schema import from_map, to_map
+from protocol.schema import Form, from_map, raw, to_map
 from protocol.signatures import is_signed
-
-_PUBLIC_KEY_BYTES: Final = 32
 
 _R = TypeVar("_R", bound=Record)
 _D = TypeVar("_D", bound=DhtRecord)
+
+
+def _payload(value: object, what: str) -> bytes:
+    if not isinstance(value, bytes):
+        raise RemoteProtocolError(f"{what} is not bytes")
+    return value
 
 
 class Signed(NamedTuple):
@@ -47,6 +51,14 @@ class Verified(NamedTuple):
 
     payload: dict[str, object]
     peer: PeerId
+
+
+@dataclass(frozen=True, slots=True)
+class _Envelope:
+    kind: Name
+    public_key: Annotated[bytes, raw(32)]
+    payload: Annotated[bytes, Form(_payload)]
+    signature: Signature
 
 
 class _Header(NamedTuple):
@@ -84,7 +96,7 @@ def verify(envelope: bytes, kind: str, now_s: float) -> Verified:
     """
     signed = open_envelope(envelope, kind)
     payload = _decode_payload(signed.payload, kind)
-    _check_times(_take_header(Fields(payload, kind)), kind, now_s)
+    _check_times(_read_header(payload, kind), kind, now_s)
     return Verified(payload, signed.peer)
 
 
@@ -93,14 +105,17 @@ def open_envelope(envelope: bytes, kind: str) -> Signed:
 
     Raises RemoteProtocolError for an invalid form, kind or signature.
     """
-    fields = _open_envelope(envelope, kind)
-    public_key = fields.raw("public_key", _PUBLIC_KEY_BYTES)
-    payload = _payload_bytes(fields)
-    signature = fields.raw("signature", SIGNATURE_BYTES)
-    fields.finish()
-    if not is_signed(_signed_bytes(kind, payload), signature, public_key):
+    found = _parse(envelope)
+    if found.kind != kind:
+        raise RemoteProtocolError(f"a {found.kind} record where a {kind} record was expected")
+    if not is_signed(_signed_bytes(kind, found.payload), found.signature, found.public_key):
         raise RemoteProtocolError(f"{kind} record: the signature is invalid")
-    return Signed(payload, peer_id_from_public_key(public_key))
+    return Signed(found.payload, peer_id_from_public_key(found.public_key))
+
+
+def payload_of(envelope: bytes) -> bytes:
+    """Return the payload of an envelope that was verified before. Raises RemoteProtocolError."""
+    return from_map(_Envelope, decode(envelope, max_bytes=MAX_RECORD_BYTES), "record").payload
 
 
 def seal(record: Record, private_key: Ed25519PrivateKey) -> bytes:
@@ -141,7 +156,7 @@ def issue_time(envelope: bytes, kind: str) -> int:
     Only the signature is verified. Raises RemoteProtocolError.
     """
     payload = _decode_payload(open_envelope(envelope, kind).payload, kind)
-    return _take_header(Fields(payload, kind)).issued_at_s
+    return _read_header(payload, kind).issued_at_s
 
 
 def select(envelopes: Sequence[bytes]) -> int:
@@ -158,19 +173,8 @@ def _signed_bytes(kind: str, payload: bytes) -> bytes:
     return f"metaswarm/1/{kind}\n".encode("ascii") + payload
 
 
-def _open_envelope(envelope: bytes, kind: str | None = None) -> Fields:
-    fields = Fields(decode_canonical(envelope, max_bytes=MAX_RECORD_BYTES), "record")
-    found = fields.name("kind", MAX_NAME_BYTES)
-    if kind is not None and found != kind:
-        raise RemoteProtocolError(f"a {found} record where a {kind} record was expected")
-    return fields
-
-
-def _payload_bytes(fields: Fields) -> bytes:
-    payload = fields.take("payload")
-    if not isinstance(payload, bytes):
-        raise RemoteProtocolError("record payload is not bytes")
-    return payload
+def _parse(envelope: bytes) -> _Envelope:
+    return from_map(_Envelope, decode_canonical(envelope, max_bytes=MAX_RECORD_BYTES), "record")
 
 
 def _decode_payload(payload: bytes, kind: str) -> dict[str, object]:
@@ -180,12 +184,8 @@ def _decode_payload(payload: bytes, kind: str) -> dict[str, object]:
     return value
 
 
-def _take_header(fields: Fields) -> _Header:
-    return _Header(
-        sequence=fields.integer("sequence", 0, MAX_INTEGER),
-        issued_at_s=fields.integer("issued_at_s", 0, MAX_INTEGER),
-        expires_at_s=fields.integer("expires_at_s", 0, MAX_INTEGER),
-    )
+def _read_header(payload: dict[str, object], kind: str) -> _Header:
+    return _Header(*(integer(payload.get(key), 0, MAX_INTEGER, f"{kind} {key}") for key in _Header._fields))
 
 
 def _check_times(header: _Header, kind: str, now_s: float) -> None:
@@ -199,6 +199,5 @@ def _check_times(header: _Header, kind: str, now_s: float) -> None:
 
 
 def _precedence(envelope: bytes) -> tuple[int, int, bytes]:
-    payload = _decode_payload(_payload_bytes(_open_envelope(envelope)), "any")
-    header = _take_header(Fields(payload, "record"))
+    header = _read_header(_decode_payload(_parse(envelope).payload, "any"), "record")
     return header.sequence, header.issued_at_s, envelope

@@ -140,15 +140,15 @@ class MessageTypes(Generic[_T]):
 
     def __init__(self, types: Mapping[str, type[_T]]) -> None:
         self._types = types
-        self._names = {cls: name for name, cls in types.items()}
+        self._names: dict[type[Any], str] = {cls: name for name, cls in types.items()}
 
-    def name_of(self, message: _T) -> str:
-        """Return the `type` of a message."""
-        return self._names[type(message)]
+    def name_of(self, cls: type[Any]) -> str:
+        """Return the `type` of the messages of a class."""
+        return self._names[cls]
 
     def to_map(self, message: _T) -> dict[str, Any]:
         """Return the map of a message. Raises RemoteProtocolError where `from_map` would."""
-        name, value = self.name_of(message), to_map(message)
+        name, value = self._names[type(message)], to_map(message)
         from_map(type(message), value, name)
         return {"type": name, **value}
 

@@ -1,7 +1,7 @@
 """Ed25519 signatures (RFC 8032), verified by libsodium.
 
-A newcomer verifies tens of thousands of them: libsodium takes half the time of OpenSSL, and refuses the keys and points
-of small order, under which one signature fits more than one message.
+A new peer verifies tens of thousands of them. libsodium takes half the time of OpenSSL, and rejects keys and points of
+small order, under which one signature is valid for more than one message.
 """
 
 from nacl.bindings import crypto_sign_open
@@ -11,7 +11,7 @@ from protocol.limits import SIGNATURE_BYTES
 
 
 def is_signed(message: bytes, signature: bytes, public_key: bytes) -> bool:
-    """Whether a signature (64 bytes) of a message was made with the key to a public key (32 bytes)."""
+    """Return whether a signature (64 bytes) of a message is valid for a public key (32 bytes)."""
     if len(signature) != SIGNATURE_BYTES:
         return False
     try:

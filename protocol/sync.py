@@ -29,7 +29,7 @@ from protocol.reconciliation import (
     key_range,
     parse_prefix,
 )
-from protocol.schema import Count, Form, Range
+from protocol.schema import Count, Form, MessageTypes, Range
 from protocol.states import Role
 
 PROTOCOL_ID: Final = "/metaswarm/sync/1.0.0"
@@ -178,17 +178,19 @@ class SyncState(enum.StrEnum):
 _I, _R = Role.INITIATOR, Role.RESPONDER
 
 PROTOCOL: Final[HalfDuplexProtocol[Message, SyncState]] = HalfDuplexProtocol(
-    messages={
-        "greeting": Greeting,
-        "welcome": Welcome,
-        "busy": Busy,
-        "compare": Compare,
-        "answers": Answers,
-        "get": Get,
-        "items": Items,
-        "put": Put,
-        "taken": Taken,
-    },
+    messages=MessageTypes(
+        {
+            "greeting": Greeting,
+            "welcome": Welcome,
+            "busy": Busy,
+            "compare": Compare,
+            "answers": Answers,
+            "get": Get,
+            "items": Items,
+            "put": Put,
+            "taken": Taken,
+        }
+    ),
     table={
         (SyncState.NEW, Greeting): Turn(_I, SyncState.GREETED),
         (SyncState.GREETED, Welcome): Turn(_R, SyncState.IDLE),

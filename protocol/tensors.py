@@ -1,7 +1,7 @@
-"""Tensors as they travel and as they pass between processes: a dtype, a shape and raw little-endian bytes.
+"""Tensors between peers and between processes: a dtype, a shape and raw little-endian bytes.
 
-The node never computes on them; only the engine turns them into torch tensors. What the node does need is to cut rows
-out of a batch and to join rows into one, which is slicing of bytes.
+The node never computes on them; only the engine converts them to torch tensors. Splitting a batch into rows and joining
+rows into a batch are slicing of bytes.
 """
 
 import enum
@@ -20,11 +20,11 @@ class DType(enum.StrEnum):
     INT32 = "i32"
     INT8 = "i8"
     BLOCK_INT8 = "q8"
-    """A row is cut into blocks of BLOCK_ELEMENTS, the last one shorter. First come the blocks' scales, each an f16,
-    then the elements, each an int8; an element stands for itself times the scale of its block."""
+    """A row consists of blocks of BLOCK_ELEMENTS, the last one shorter: first the blocks' scales, each an f16, then the
+    elements, each an int8. The value of an element is itself times the scale of its block."""
 
     def row_bytes(self, *dimensions: int) -> int:
-        """Return the bytes of one row, given the shape behind the first dimension."""
+        """Return the bytes of one row, given the dimensions after the first."""
         elements = math.prod(dimensions)
         if self is DType.BLOCK_INT8:
             return elements + 2 * -(-elements // BLOCK_ELEMENTS)
@@ -49,14 +49,14 @@ class Tensor:
     data: bytes | bytearray | memoryview
 
     def __post_init__(self) -> None:
-        """Raise ValueError when the bytes are not as many as dtype and shape say."""
+        """Raise ValueError unless the number of bytes agrees with dtype and shape."""
         expected = math.prod(self.shape[:1]) * self.dtype.row_bytes(*self.shape[1:])
         if not self.shape or min(self.shape) < 0 or len(self.data) != expected:
             raise ValueError(f"a tensor of {self.dtype}{list(self.shape)} has {expected} bytes, not {len(self.data)}")
 
     @property
     def rows(self) -> int:
-        """Rows, that is the first dimension."""
+        """The first dimension."""
         return self.shape[0]
 
     @property

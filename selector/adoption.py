@@ -35,6 +35,7 @@ MAX_CANDIDATES: Final = 2
 """Methods in one trial beside the baseline and the one in use."""
 
 MAX_BUCKETS: Final = 512
+"""Task buckets remembered; the longest untried are evicted."""
 
 
 @dataclass(frozen=True, slots=True)

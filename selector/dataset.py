@@ -70,10 +70,6 @@ class Pairs:
         """Return some of the pairs over the same contexts and methods."""
         return replace(self, context=self.context[rows], method=self.method[rows])
 
-    def method_names(self) -> StringArray:
-        """Return the name of every pair's method."""
-        return np.array(self.methods, dtype=np.str_)[self.method]
-
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Dataset:
@@ -116,7 +112,7 @@ class Dataset:
 
 
 class DatasetError(ValueError):
-    """Unusable dataset. The message is one line for whoever supplied it."""
+    """Unusable dataset. The message is one line for the user."""
 
 
 def build_dataset(

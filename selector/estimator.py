@@ -20,15 +20,15 @@ class Selector(BaseEstimator):  # type: ignore[misc]  # scikit-learn is not type
     underscore, and equal arguments and data give equal predictions.
     """
 
-    def fit(self, X: Pairs, y: FloatArray, sample_weight: FloatArray | None = None) -> Self:  # noqa: N803
+    def fit(self, X: Pairs, y: FloatArray, sample_weight: FloatArray | None = None) -> Self:
         """Fit to measured costs. Raises NotApplicableError."""
         raise NotImplementedError
 
-    def predict(self, X: Pairs) -> FloatArray:  # noqa: N803
+    def predict(self, X: Pairs) -> FloatArray:
         """Return a predicted logarithm of cost for every pair. Raises sklearn.exceptions.NotFittedError."""
         raise NotImplementedError
 
-    def probe_scores(self, X: Pairs, count: int) -> FloatArray:  # noqa: N803
+    def probe_scores(self, X: Pairs, count: int) -> FloatArray:
         """Return a score for every pair; the `count` methods of a context with the lowest are to be measured first.
 
         By default these are the predicted best.

@@ -213,7 +213,7 @@ class PairTable:
         """Return one row per pair."""
         contexts = self.contexts_.matrix(pairs.contexts)[pairs.context]
         methods = self.methods_.matrix(pairs.methods)[pairs.method]
-        return np.hstack([contexts, methods, physics(pairs)[:, list(self.physics_)]])
+        return np.hstack([contexts, methods, _finite(physics(pairs)[:, list(self.physics_)])])
 
 
 def _finite(table: FloatArray) -> FloatArray:

@@ -16,6 +16,8 @@ from sklearn.ensemble import ExtraTreesRegressor
 from sklearn.kernel_approximation import Nystroem
 from sklearn.linear_model import LinearRegression, Ridge
 from sklearn.model_selection import GroupKFold
+from sklearn.pipeline import Pipeline, make_pipeline
+from sklearn.preprocessing import FunctionTransformer, StandardScaler
 from sklearn.utils.validation import check_is_fitted
 
 from selector.boosting import BoostedTrees
@@ -109,11 +111,11 @@ class MetaModel(Selector):
         self.max_leaves = max_leaves
         self.random_state = random_state
 
-    def fit(self, X: Pairs, y: FloatArray, sample_weight: FloatArray | None = None) -> Self:  # noqa: N803
+    def fit(self, X: Pairs, y: FloatArray, sample_weight: FloatArray | None = None) -> Self:
         """Fit the members, their weights and the uncertainty."""
         weight = weights_of(y, sample_weight)
         rows = self._sample_rows(X)
-        X, y, weight = X.take(rows), y[rows], weight[rows]  # noqa: N806
+        X, y, weight = X.take(rows), y[rows], weight[rows]
         self.variance_ = np.array([max(float(np.var(y)), MIN_DEVIATION**2), 1.0])
         self.ensemble_ = _Ensemble(self, scale=1.0).fit(X, y, weight)
         self.weights_ = np.full(self.ensemble_.member_count, 1.0 / self.ensemble_.member_count)
@@ -122,11 +124,11 @@ class MetaModel(Selector):
             self._weigh(X, y, weight, held_out, len(np.unique(_groups(X, self.group))))
         return self
 
-    def predict(self, X: Pairs) -> FloatArray:  # noqa: N803
+    def predict(self, X: Pairs) -> FloatArray:
         """Return predicted logarithms of cost."""
         return self.predict_all(X).cost
 
-    def predict_all(self, X: Pairs) -> PairEstimates:  # noqa: N803
+    def predict_all(self, X: Pairs) -> PairEstimates:
         """Return predicted costs with their uncertainty."""
         check_is_fitted(self)
         predicted = self.ensemble_.predict(X)
@@ -137,7 +139,7 @@ class MetaModel(Selector):
         deviation = np.sqrt(np.maximum(self.variance_[0] + self.variance_[1] * spread, MIN_DEVIATION**2))
         return PairEstimates(cost, relative, deviation)
 
-    def probe_scores(self, X: Pairs, count: int) -> FloatArray:  # noqa: N803
+    def probe_scores(self, X: Pairs, count: int) -> FloatArray:
         """Return the scores for probing; see Selector.
 
         First comes the predicted best, then the methods by expected improvement on it [Jones, Schonlau, Welch, Journal
@@ -227,7 +229,8 @@ class _Ensemble:
             self.general = 0 < len(identifying) < len(self._table.contexts_.kept)
         if self.general:
             columns["general"] = np.setdiff1d(columns["all"], identifying)
-        self._line = _Line().fit(table, y, weight)
+        # A linear fit on the features, most of which are logarithms, as roofline times are.
+        self._line = _scaled(Ridge(alpha=10.0)).fit(table, y, ridge__sample_weight=weight)
         residual = y - self._line.predict(table)
         values = {"cost": y, "relative": y - effects.of_context[pairs.context], "residual": residual}
         self._fits = []
@@ -236,7 +239,7 @@ class _Ensemble:
                 wanted = np.column_stack([values[name] for name in targets])
                 scale = np.maximum(wanted.std(axis=0), MIN_DEVIATION)
                 wanted = (wanted / scale)[:, 0] if len(targets) == 1 else wanted / scale
-                model = self._new(kind, len(y), targets).fit(table[:, columns[view]], wanted, sample_weight=weight)
+                model = self._fit(kind, table[:, columns[view]], wanted, weight)
                 self._fits.append(_Fit(model, targets, columns[view], scale))
         self._targets = [name for fit in self._fits for name in fit.targets]
         return self
@@ -273,24 +276,27 @@ class _Ensemble:
         effects = np.array([self._effect.get(method, unknown) for method in pairs.methods]).reshape(-1, 2)
         return np.hstack([self._table.transform(pairs), effects[pairs.method]])
 
-    def _new(self, kind: str, rows: int, targets: tuple[str, ...]) -> Any:
+    def _fit(self, kind: str, table: FloatArray, wanted: FloatArray, weight: FloatArray) -> Any:
         of = self._of
         count = max(8, int(of.tree_count * self._scale))
-        if kind == "trees":
-            return _extra_trees(of, count, min_samples_leaf=2, max_features=1.0 if len(targets) == 1 else 0.5)
-        if kind == "fine trees":
-            return _extra_trees(of, 3 * count, min_samples_leaf=1, max_features=0.4)
         if kind == "kernel":
-            return _Kernel(of.random_state)
-        return BoostedTrees(
-            max_iter=max(20, int(of.boosting_rounds * self._scale)),
-            learning_rate=0.12 if self._scale == 1.0 else 0.18,
-            max_leaf_nodes=20,
-            max_features=0.5,
-            l2_regularization=1.0,
-            min_samples_leaf=int(np.clip(rows // 40, 2, 10)),
-            random_state=of.random_state,
-        )
+            return _fit_kernel(table, wanted, weight, of.random_state)
+        if kind == "trees":
+            share = 1.0 if wanted.ndim == 1 else 0.5
+            model = _extra_trees(of, count, min_samples_leaf=2, max_features=share)
+        elif kind == "fine trees":
+            model = _extra_trees(of, 3 * count, min_samples_leaf=1, max_features=0.4)
+        else:
+            model = BoostedTrees(
+                max_iter=max(20, int(of.boosting_rounds * self._scale)),
+                learning_rate=0.12 if self._scale == 1.0 else 0.18,
+                max_leaf_nodes=20,
+                max_features=0.5,
+                l2_regularization=1.0,
+                min_samples_leaf=int(np.clip(len(table) // 40, 2, 10)),
+                random_state=of.random_state,
+            )
+        return model.fit(table, wanted, sample_weight=weight)
 
 
 def _extra_trees(of: MetaModel, count: int, **parameters: float) -> ExtraTreesRegressor:
@@ -298,62 +304,27 @@ def _extra_trees(of: MetaModel, count: int, **parameters: float) -> ExtraTreesRe
     return ExtraTreesRegressor(count, max_leaf_nodes=leaves, random_state=of.random_state, **parameters)
 
 
-class _Scale:
-    """Standardises columns; missing values become 0."""
-
-    def fit(self, table: FloatArray) -> Self:
-        with np.errstate(invalid="ignore"):
-            known = np.isfinite(table)
-            counts = np.maximum(known.sum(axis=0), 1)
-            filled = np.where(known, table, 0.0)
-            self._centre = filled.sum(axis=0) / counts
-            deviation = np.sqrt((np.where(known, table - self._centre, 0.0) ** 2).sum(axis=0) / counts)
-        self._scale = np.where(deviation > 0, deviation, 1.0)
-        return self
-
-    def transform(self, table: FloatArray) -> FloatArray:
-        """Return the standardised columns, clipped far outside of the training range."""
-        columns: FloatArray = np.clip(np.nan_to_num((table - self._centre) / self._scale), -4.0, 4.0)
-        return columns
-
-
-class _Line:
-    """Ridge regression on the features, most of which are logarithms: the roofline is linear in them."""
-
-    def fit(self, table: FloatArray, y: FloatArray, weight: FloatArray) -> Self:
-        self._scale = _Scale().fit(table)
-        self._ridge = Ridge(alpha=10.0).fit(self._scale.transform(table), y, sample_weight=weight)
-        return self
-
-    def predict(self, table: FloatArray) -> FloatArray:
-        line: FloatArray = self._ridge.predict(self._scale.transform(table))
-        return line
-
-
-class _Kernel:
-    """Kernel ridge regression with a Gaussian kernel, by Nyström's method [Williams, Seeger, NIPS 2000].
+def _fit_kernel(table: FloatArray, wanted: FloatArray, weight: FloatArray, random_state: int) -> Pipeline:
+    """Fit kernel ridge regression with a Gaussian kernel, by Nyström's method [Williams, Seeger, NIPS 2000].
 
     Unlike trees it interpolates smoothly; far from all measurements it returns to the mean.
     """
+    rows = np.random.default_rng(random_state).permutation(len(table))[:KERNEL_ROWS]
+    kernel = Nystroem(
+        gamma=0.5 / table.shape[1],  # rows are sqrt(2 columns) apart on average
+        n_components=min(KERNEL_POINTS, len(rows)),
+        random_state=random_state,
+    )
+    return _scaled(kernel, Ridge(alpha=0.1)).fit(table[rows], wanted[rows], ridge__sample_weight=weight[rows])
 
-    def __init__(self, random_state: int) -> None:
-        self._random_state = random_state
 
-    def fit(self, table: FloatArray, y: FloatArray, sample_weight: FloatArray) -> Self:
-        rows = np.random.default_rng(self._random_state).permutation(len(y))[:KERNEL_ROWS]
-        self._scale = _Scale().fit(table)
-        self._map = Nystroem(
-            gamma=0.5 / table.shape[1],  # rows are sqrt(2 columns) apart on average
-            n_components=min(KERNEL_POINTS, len(rows)),
-            random_state=self._random_state,
-        )
-        mapped = self._map.fit_transform(self._scale.transform(table[rows]))
-        self._ridge = Ridge(alpha=0.1).fit(mapped, y[rows], sample_weight=sample_weight[rows])
-        return self
+def _scaled(*steps: Any) -> Pipeline:
+    """Return the steps after a standardisation that replaces missing values by 0 and clips outliers."""
+    return make_pipeline(StandardScaler(), FunctionTransformer(_fill_and_clip), *steps)
 
-    def predict(self, table: FloatArray) -> FloatArray:
-        predicted: FloatArray = self._ridge.predict(self._map.transform(self._scale.transform(table)))
-        return predicted
+
+def _fill_and_clip(table: FloatArray) -> FloatArray:
+    return np.clip(np.nan_to_num(table), -4.0, 4.0)
 
 
 def _centred(values: FloatArray, pairs: Pairs) -> FloatArray:

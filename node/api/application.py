@@ -14,7 +14,7 @@ from node.api.bench import BenchEndpoint
 from node.api.completions import CompletionEndpoint
 from node.api.errors import ApiError
 from node.api.guard import Guard
-from node.api.interface import ModelStatus, NodeView
+from node.api.interface import ModelDocument, NodeView
 from node.api.requests import parse_chat_request, parse_completion_request
 from node.api.tasks import parse_task
 from node.coordinator.submission import JobError
@@ -78,7 +78,7 @@ def make_app(node: NodeView, api_key: str | None) -> ASGIApp:
     return Guard(Starlette(routes=routes, exception_handlers=handlers), api_key)
 
 
-def _openai_model(model: ModelStatus, created_s: int) -> dict[str, Any]:
+def _openai_model(model: ModelDocument, created_s: int) -> dict[str, Any]:
     return {
         "id": model["name"] or model["model"],
         "object": "model",

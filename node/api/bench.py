@@ -1,7 +1,7 @@
-"""`POST /swarm/bench`: has one cell of a grid measured, methods against the baseline under one workload.
+"""`POST /swarm/bench`: measures methods against the baseline under one workload, one cell of a grid.
 
-The measuring lives as long as the client waits for it. Who wants a grid asks for one cell after another, so that what
-was measured is kept when it is stopped.
+The measurement is cancelled when the client disconnects. A grid takes one request a cell, so that finished cells are
+kept when it is interrupted.
 """
 
 from collections.abc import Awaitable, Callable
@@ -36,15 +36,20 @@ MAX_ROUNDS: Final = 100
 MAX_CONCURRENCY: Final = 64
 MAX_METHODS: Final = 64
 
+BENCH_FIELDS: Final = frozenset({"model", "methods", "workload", "rounds", "quality", "seed"})
+WORKLOAD_FIELDS: Final = frozenset(
+    {"concurrency", "prompt_tokens", "max_tokens", "shared_prefix_share", "repetitiveness"}
+)
+
 
 class BenchEndpoint:
-    """An ASGI application that answers one request to measure."""
+    """The ASGI application of `/swarm/bench`."""
 
     def __init__(self, measure: Callable[[TrialSpec], Awaitable[Trial]]) -> None:
         self._measure = measure
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer one request. Raises ApiError before anything was sent."""
+        """Answer one request. Raises ApiError before the response starts."""
         spec = parse_spec(await Request(scope, receive).body())
         error: JobError | None = None
         async with trio.open_nursery() as nursery:
@@ -60,16 +65,14 @@ class BenchEndpoint:
 
 
 def parse_spec(body: bytes) -> TrialSpec:
-    """Return what is to be measured. Without `methods` that is the portfolio. Raises ApiError."""
+    """Return the trial; `methods` defaults to the portfolio. Raises ApiError."""
     fields = Fields(parse_json(body))
-    fields.refuse_unless_known({"model", "methods", "workload", "rounds", "quality", "seed"})
+    fields.refuse_unless_known(BENCH_FIELDS)
     model = fields.get("model", parse_text)
     if not model:
         refuse("model", "is missing")
     workload = Fields(fields.get("workload", parse_object) or {}, "workload.")
-    workload.refuse_unless_known(
-        {"concurrency", "prompt_tokens", "max_tokens", "shared_prefix_share", "repetitiveness"}
-    )
+    workload.refuse_unless_known(WORKLOAD_FIELDS)
     plain = TrialWorkload()
     return TrialSpec(
         model=model,
@@ -88,7 +91,7 @@ def parse_spec(body: bytes) -> TrialSpec:
 
 
 def describe_trial(trial: Trial) -> dict[str, Any]:
-    """Return what a trial found as a JSON document. Times in seconds; a speed-up's logarithm for each round."""
+    """Return the JSON document of a trial. Times in seconds; logarithms of speed-ups, one a round."""
     return {
         "baseline": _describe(trial, trial.baseline),
         "methods": [_describe(trial, tried) for tried in trial.methods],

@@ -15,7 +15,8 @@ from node.api.interface import (
     SelectionStatus,
 )
 from node.coordinator.coordinator import Considered
-from node.selection.chooser import Decision, LearnedChoice, LearnedChooser
+from node.coordinator.submission import JobOutcome, Selection
+from node.selection.chooser import LearnedChoice, LearnedChooser
 from node.selection.learner import ModelStatus
 
 RECENT: Final = 20
@@ -73,24 +74,24 @@ def explain(considered: Considered, chooser: LearnedChooser, model: ModelStatus 
     }
 
 
-def past_decisions(decisions: Collection[Decision]) -> PastDecisions:
+def past_decisions(decisions: Collection[tuple[JobOutcome, Selection]]) -> PastDecisions:
     """Return how choices turned out."""
     recent: list[PastDecision] = [
         {
-            "job_id": each.job,
-            "method": each.method,
-            "basis": each.basis,
-            "explored": each.explored,
-            "predicted_s": each.predicted_s,
-            "actual_s": each.actual_s,
-            "regret_s": each.regret_s,
+            "job_id": outcome.job_id,
+            "method": outcome.method,
+            "basis": selection.basis,
+            "explored": selection.explored,
+            "predicted_s": selection.predicted_s,
+            "actual_s": outcome.total_s,
+            "regret_s": selection.regret_s,
         }
-        for each in reversed(list(decisions)[-RECENT:])
+        for outcome, selection in reversed(list(decisions)[-RECENT:])
     ]
-    errors = [abs(math.log(each.actual_s / each.predicted_s)) for each in decisions]
+    errors = [abs(math.log(outcome.total_s / selection.predicted_s)) for outcome, selection in decisions]
     return {
         "jobs": len(decisions),
         "typical_error": math.expm1(statistics.median(errors)) if errors else None,
-        "mean_regret_s": statistics.fmean(each.regret_s for each in decisions) if decisions else 0.0,
+        "mean_regret_s": statistics.fmean(selection.regret_s for _, selection in decisions) if decisions else 0.0,
         "recent": recent,
     }

@@ -1,6 +1,7 @@
-"""What the HTTP API asks of the node behind it, and the JSON that its `/swarm/…` pages answer with.
+"""What the HTTP API requires of the node, and the JSON documents of the `/swarm/…` pages.
 
-The typed dictionaries are the documents themselves: the node fills them, the command line reads them.
+The typed dictionaries are the documents themselves: the node fills them, the command line reads them, and
+docs/http-api.md lists their fields.
 """
 
 from collections.abc import Mapping
@@ -10,161 +11,164 @@ from node.coordinator.submission import JobRequest, Submitter
 from node.coordinator.trial_runner import Trial, TrialSpec
 
 
-class ServedSpan(TypedDict):
-    """A span that this node serves, and how it is doing. `end` is exclusive."""
+class SpanDocument(TypedDict):
+    """A span that this node serves."""
 
     model: str
-    """The model's id."""
+    """Id of the model."""
     name: str
-    """The model's name; empty where it has none."""
+    """Name of the model; empty if it has none."""
     start: int
     end: int
+    """Exclusive."""
     block_count: int
     """Blocks of the whole model."""
     sessions: int
     reserved_positions: int
     kv_positions: int
-    """Positions that all sessions together may reserve."""
+    """Capacity: positions that all sessions together may reserve."""
     weight_bytes: int
     worker_pid: int | None
     steps: int
     compute_s: float
 
 
-class JobCounts(TypedDict):
-    """Jobs submitted at this node since it started, by how they ended; `trials` are in none of the other counts."""
+class TrialCounts(TypedDict):
+    """Jobs that measure methods: for `metaswarm bench`, for this node's learning and for the consensus."""
 
     running: int
     done: int
     failed: int
-    """That the swarm could not do."""
+    """Including those that could not begin or were preempted by jobs of users."""
+
+
+class JobCounts(TypedDict):
+    """Jobs submitted at this node since its start, by outcome; `trials` are in no other count."""
+
+    running: int
+    done: int
+    failed: int
+    """Failed in the swarm."""
     cancelled: int
     rejected: int
-    """That were the client's mistake: a wrong field, an unknown model, a prompt that is too long."""
-    trials: "TrialCounts"
+    """Client errors: a wrong field, an unknown model, a prompt that is too long."""
+    trials: TrialCounts
 
 
-class TrialCounts(TypedDict):
-    """Jobs by which this node measured methods: of `metaswarm bench`, of its own and of what the swarm assigned."""
-
-    running: int
-    done: int
-    failed: int
-    """Also those that could not begin or gave way to jobs of users."""
-
-
-class Transfers(TypedDict):
-    """Bytes of model files that crossed the blob protocol since this node started."""
+class TransfersDocument(TypedDict):
+    """Bytes of model files exchanged with peers since the start."""
 
     received_bytes: dict[str, int]
-    """From each peer."""
+    """By peer."""
     served_bytes: int
     """To all peers."""
 
 
 class BootstrapStatus(TypedDict):
-    """How the dialling of one bootstrap address goes."""
+    """One bootstrap address."""
 
     multiaddr: str
     peer_id: str | None
     error: str | None
-    """Why it was not reached the last time; None where it was."""
+    """Error of the last dial; null if it succeeded."""
 
 
 class HistoryStatus(TypedDict):
-    """The observations that this node holds."""
+    """The observations in this node's history."""
 
     count: int
     digest: str
-    """Of them all, in hexadecimal: nodes with the same digest hold the same."""
+    """Of all observations, hexadecimal; equal at nodes with the same history."""
     new_by_gossip: int
-    """That came by gossip since this node started."""
+    """Received by gossip since the start."""
     new_by_sync: int
-    """That came by comparing histories with neighbours since this node started."""
+    """Received by anti-entropy since the start."""
     last_equal_s: float | None
-    """How long ago a neighbour was found to hold the same; None if none was yet."""
+    """Age of the last sync that found a neighbour's history equal; null before the first."""
 
 
 class ChainStatus(TypedDict):
-    """What the swarm has agreed about a model's methods, as far as this node has verified it."""
+    """Head of a model's chain, as far as this node has verified it."""
 
     model: str
-    """The model's id."""
+    """Id of the model."""
     name: str
-    """The model's name; empty where it has none."""
+    """Name of the model; empty if it has none."""
     epoch: int | None
-    """Of the statement that stands; None before the first."""
+    """Of the head; null before the first statement."""
     statement: str | None
-    """Its digest, in hexadecimal; `--checkpoint` takes it."""
+    """Hash of the head, hexadecimal; `--checkpoint` takes it."""
     table_digest: str | None
-    """Of the agreed table, in hexadecimal: nodes with the same digest go by the same."""
+    """Of the agreed table, hexadecimal; equal at nodes with the same table."""
     members: int
     cells: int
-    """Of the agreed table: methods in contexts that were measured."""
+    """Cells of the agreed table: methods in contexts that were measured."""
     firm_cells: int
-    """Supported by enough members to be more than a hint."""
+    """Cells with a quorum of measurements."""
     weight: float | None
-    """Of this node's word, in natural units of log odds; None for one that is no member."""
+    """Reputation of this node, natural log odds; null if it is not a member."""
     measured: int
-    """Cells that this node was drawn for and has measured since it started."""
+    """Cells that this node has measured since its start."""
 
 
-class Gap(TypedDict):
-    """Blocks of a model that nobody serves though others of it are served, and what would fill it."""
+class GapDocument(TypedDict):
+    """Blocks of a partly served model that no peer serves, and how to fill the gap."""
 
     model: str
     name: str
     start: int
     end: int
     memory_bytes: int | None
-    """What a node needs that serves them, KV caches included; None while the manifest is not at hand."""
+    """Memory that a node needs to serve them, KV cache included; null while the manifest is missing."""
     serve: str
-    """What that node is to be told with --serve."""
+    """Argument of `--serve` for that node."""
 
 
 class SelectionStatus(TypedDict):
-    """How this node learns which method to use, and what that has cost since it started."""
+    """How this node learns which method to use, and the cost of exploration since its start."""
 
     basis: Literal["rule", "model"]
-    """What choices and votes go by."""
+    """What choices and votes are based on."""
     model_version: int
-    """Of the trained model, counted since the start; 0 before the first."""
+    """Trainings since the start; 0 before the first."""
     experiences: int
-    """Observations that it was trained on."""
+    """Observations in the training set."""
     training_s: float | None
     trained_ago_s: float | None
     jobs: int
-    """Whose method was left to us."""
+    """Jobs with method `auto`."""
     explored_jobs: int
-    """Of those, that were tried on a method that might turn out better."""
+    """Of those, jobs with a method that might turn out better."""
     regret_s: float
-    """What these were expected to take longer for that."""
+    """Predicted extra time of explored jobs."""
     trials: int
     trial_s: float
-    """What trials took."""
+    """Duration of all trials."""
     budget_left_s: float
-    """What may still be spent on both."""
+    """What may still be spent on exploration and trials."""
 
 
 class ExplainedMethod(TypedDict):
-    """What is expected of a method, and what the stages say of it."""
+    """A method that the task admits."""
 
     name: str
     predicted_s: float
     predicted_speedup: float
     """Over the baseline."""
     speedup_low: float
+    """Lower bound of the predicted speed-up (one standard deviation)."""
     speedup_high: float
-    """The speed-up is expected between these in two of three cases."""
+    """Upper bound."""
     votes: dict[str, float]
-    """By peer: natural logarithm of the expected cost, less is better; nothing of who does not offer the method."""
+    """By peer: natural logarithm of the predicted cost, lower is better; peers without the method are missing."""
     accepted: bool
+    """Whether the votes decide about it."""
     trial_speedup: float | None
-    """Over the baseline, in trials of this node for tasks of this kind; None where it was not tried."""
+    """Measured over the baseline for tasks of this bucket; null without a trial."""
 
 
 class PastDecision(TypedDict):
-    """A choice that was made. `regret_s`: what the method was expected to take more than the best one."""
+    """An earlier choice and its outcome."""
 
     job_id: str
     method: str
@@ -173,50 +177,57 @@ class PastDecision(TypedDict):
     predicted_s: float
     actual_s: float
     regret_s: float
+    """Predicted cost minus that of the best method."""
 
 
 class PastDecisions(TypedDict):
-    """How choices turned out. `typical_error`: median of the factor between prediction and what it took, less 1."""
+    """Earlier choices and how well they were predicted."""
 
     jobs: int
     typical_error: float | None
+    """Median factor between prediction and duration, minus 1."""
     mean_regret_s: float
     recent: list[PastDecision]
 
 
 class Explanation(TypedDict):
-    """What a task would be served with, and why."""
+    """Which method a task would be served with, and why."""
 
     model: str
     task: dict[str, str | float]
+    """The task context that is decided by."""
     route: list[dict[str, Any]]
+    """Stages: `peer`, `start`, `end`."""
     selection: SelectionStatus
     methods: list[ExplainedMethod]
-    """The admitted ones, the most promising first."""
+    """The most promising first."""
     agreed: str
+    """The method that the votes agree on."""
     past: PastDecisions
 
 
 class PeerCounts(TypedDict):
-    """Peers, and what became of the sessions that they opened here since this node started."""
+    """Peers, and the sessions that they opened here since the start."""
 
     known: int
-    """That heartbeats were heard of."""
+    """Peers with a live heartbeat."""
     reached: int
     banned: int
     sessions_opened: int
     sessions_refused: int
     sessions_failed: int
     sessions_held: int
+    """Open now."""
     held_bytes: int
+    """Rows of theirs that wait to be computed."""
 
 
 class NodeStatus(TypedDict):
-    """What this node is and does."""
+    """`GET /swarm/status`."""
 
     peer_id: str
     agent: str
-    """Program and version, as told to other peers."""
+    """Program and version, as announced to peers."""
     multiaddrs: list[str]
     api_url: str
     state: Literal["serving", "draining"]
@@ -225,16 +236,16 @@ class NodeStatus(TypedDict):
     peers: PeerCounts
     bootstrap: list[BootstrapStatus]
     serve: list[str]
-    """What the node was told to serve; where that is nothing, it serves no blocks."""
-    spans: list[ServedSpan]
+    """The `--serve` options."""
+    spans: list[SpanDocument]
     jobs: JobCounts
     history: HistoryStatus | None
-    """None where the database cannot be read."""
+    """null if the database cannot be read."""
     consensus: list[ChainStatus]
-    """Of each model whose chain this node follows."""
+    """One for each chain that is followed."""
     selection: SelectionStatus
-    transfers: Transfers
-    uncovered: list[Gap]
+    transfers: TransfersDocument
+    uncovered: list[GapDocument]
 
 
 class SpanSummary(TypedDict):
@@ -246,28 +257,28 @@ class SpanSummary(TypedDict):
     end: int
 
 
-class Ban(TypedDict):
-    """Why nothing of a peer is looked at now."""
+class BanDocument(TypedDict):
+    """A ban: nothing from the peer is processed."""
 
     left_s: float
     reason: str
 
 
 class PeerSessions(TypedDict):
-    """What a peer has asked of the stages here since this node started, and what it holds now."""
+    """Sessions that a peer opened here since the start, and what it holds now."""
 
     opened: int
     refused: dict[str, int]
-    """Sessions, by reason."""
+    """Sessions by reason."""
     failed: dict[str, int]
-    """Sessions, by reason, whoever was at fault."""
+    """Sessions by reason, whoever was at fault."""
     faults: int
-    """Times that it sent what could not be taken."""
+    """Invalid messages or rows from the peer."""
     held_sessions: int
     held_positions: int
-    """Of KV memory."""
+    """KV positions."""
     held_bytes: int
-    """Rows that wait."""
+    """Rows that wait to be computed."""
 
 
 class PeerJobs(TypedDict):
@@ -276,71 +287,72 @@ class PeerJobs(TypedDict):
     served: int
     failed: int
     lagged: int
-    """Jobs in which it made no progress."""
+    """Jobs in which it was a straggler."""
     trust: float
-    """What its predicted cost is divided by: 1 for who never failed."""
+    """Divisor of its predicted cost: 1 for a peer that never failed."""
     avoided_s: float
-    """For how much longer it is used only where nobody else can be."""
+    """Rest of the time in which it is used only if no other peer can be."""
     block_s: dict[str, float]
-    """What a block was measured to take for a token, by model."""
+    """Measured seconds for one block and token, by model."""
 
 
 class PeerStatus(TypedDict):
-    """A peer that this node knows of."""
+    """A peer that this node knows."""
 
     peer_id: str
     addresses: list[str]
     agent: str
     connected: bool
     reached: bool
-    """Whether it is connected, or was dialled with success: only then counts what it says it serves."""
+    """Whether it is connected or was dialled successfully: only then its spans count."""
     leaving: bool
     rtt_s: float | None
-    """Round-trip time; None while it is unknown."""
+    """Round-trip time; null while unknown."""
     last_seen_s: float | None
-    """How long ago the peer was last heard of; None if it never was."""
+    """Age of the last heartbeat; null without any."""
     spans: list[SpanSummary]
-    banned: Ban | None
+    banned: BanDocument | None
     sessions: PeerSessions | None
-    """None where it opened none."""
+    """null if it opened none."""
     jobs: PeerJobs | None
-    """None where it served none."""
+    """null if it served none."""
 
 
-class VariantQuality(TypedDict):
-    """What a lossy way to calculate does to a model's answers; see `node.engine.quality`."""
+class LineageQuality(TypedDict):
+    """Effect of a lossy variant on a model's output; see `node.engine.quality`."""
 
     greedy_agreement: float | None
+    """Fraction of equal greedy tokens."""
     mean_kl: float
     perplexity_change: float
 
 
-class ModelStatus(TypedDict):
-    """A model that somebody in the swarm serves, or that is at hand here."""
+class ModelDocument(TypedDict):
+    """A model that a peer serves or whose package is in the local cache."""
 
     model: str
-    """The model's id."""
+    """Id of the model."""
     name: str
-    """The model's name; empty where it has none."""
+    """Name of the model; empty if it has none."""
     block_count: int
     coverage: list[int]
-    """For each block, how many peers (this one included) serve it."""
+    """For each block, the number of peers that serve it, this one included."""
     uncovered: list[tuple[int, int]]
-    """Ranges of blocks that nobody serves, end exclusive."""
+    """Ranges of blocks that no peer serves, end exclusive."""
     complete: bool
-    """Whether every block is served: the model can be used now."""
+    """Whether every block is served, so that the model can be used."""
     local: bool
-    """Whether this node holds the model's manifest."""
-    quality: dict[str, VariantQuality | None]
-    """By `engine/arithmetic/activations`, once measured here; None for what cannot be had for this model."""
+    """Whether this node holds the manifest."""
+    quality: dict[str, LineageQuality | None]
+    """By `engine/arithmetic/activations`, once measured here; null for a variant that the model does not support."""
 
 
 class NodeView(Protocol):
-    """The node as the HTTP API sees it. All but `explain` answer from what the node knows."""
+    """The node as the HTTP API sees it. Only `bench` and `explain` ask other peers."""
 
     @property
     def submitter(self) -> Submitter:
-        """Who takes jobs."""
+        """The coordinator."""
         ...
 
     async def bench(self, spec: TrialSpec) -> Trial:
@@ -348,17 +360,17 @@ class NodeView(Protocol):
         ...
 
     async def status(self) -> NodeStatus:
-        """Return what this node is and does."""
+        """Return the status of this node."""
         ...
 
     def peers(self) -> list[PeerStatus]:
         """Return the known peers, without this one."""
         ...
 
-    def models(self) -> list[ModelStatus]:
+    def models(self) -> list[ModelDocument]:
         """Return the known models."""
         ...
 
-    async def explain(self, request: JobRequest, told: Mapping[str, Any]) -> Explanation:
-        """Ask the stages what a job would be served with; `told`: what of its task is as told. Raises JobError."""
+    async def explain(self, request: JobRequest, overrides: Mapping[str, Any]) -> Explanation:
+        """Collect the stages' votes on a job without running it; `overrides` overrides its context. Raises JobError."""
         ...

@@ -1,7 +1,7 @@
-"""What clients may ask for: bodies of the OpenAI API, checked, as jobs.
+"""Request bodies of the OpenAI API: validation and conversion to jobs.
 
-A field is implemented, or changes nothing in the answer, or is refused by its name: a wrong answer is worse than none.
-What is not implemented is taken with the value at which it does nothing. `docs/http-api.md` lists all of them.
+A field is implemented, or ignored as it cannot change the answer, or accepted only with its neutral value; every other
+field is refused by name: a wrong answer is worse than none. `docs/http-api.md` lists all of them.
 """
 
 import json
@@ -44,9 +44,14 @@ IGNORED: Final = frozenset({
     "user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_retention",
     "parallel_tool_calls",
 })  # fmt: skip
-"""Fields that change nothing in the answer, whatever they say."""
+"""Fields that cannot change the answer, whatever their value."""
 
-# A field and the values, besides null, at which it does nothing.
+EXTENSIONS: Final = frozenset({"quality", "method", "ignore_eos"})
+"""Fields of `metaswarm`."""
+
+STREAM_OPTIONS: Final = frozenset({"include_usage", "include_obfuscation"})
+
+# Fields and the values, besides null, at which they do nothing.
 NEUTRAL: Final[dict[str, tuple[Any, ...]]] = {
     "n": (1,),
     "logprobs": (False,),
@@ -96,7 +101,7 @@ NEUTRAL_FOR_COMPLETION: Final = NEUTRAL | {
     "suffix": ("",),
     "add_special_tokens": (True,),
 }
-_NEUTRAL_IN_MESSAGE: Final[Mapping[str, tuple[Any, ...]]] = {
+NEUTRAL_IN_MESSAGE: Final[Mapping[str, tuple[Any, ...]]] = {
     "tool_calls": ([],),
     "function_call": (),
     "audio": (),
@@ -113,13 +118,13 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CompletionRequest:
-    """A job, and how its answer is to be written."""
+    """A job and the form of its answer."""
 
     job: JobRequest
     chat: bool
     stream: bool
     include_usage: bool
-    """Whether a stream's last chunk tells the usage."""
+    """Whether the last chunk of a stream contains the usage."""
 
 
 def parse_chat_request(body: bytes) -> CompletionRequest:
@@ -169,13 +174,13 @@ def _parse_common(
     if not model:
         refuse("model", "is missing")
     extras = Fields(fields.get("metaswarm", parse_object) or {}, "metaswarm.")
-    extras.refuse_unless_known({"quality", "method", "ignore_eos"})
+    extras.refuse_unless_known(EXTENSIONS)
     stream = fields.get("stream", _parse_boolean) or False
     stream_options = fields.get("stream_options", parse_object)
     if stream_options is not None and not stream:
-        refuse("stream_options", "makes sense only together with stream: true")
+        refuse("stream_options", "requires stream: true")
     options = Fields(stream_options or {}, "stream_options.")
-    options.refuse_unless_known({"include_usage", "include_obfuscation"})
+    options.refuse_unless_known(STREAM_OPTIONS)
     temperature = fields.get("temperature", number_between(0, 2))
     top_p = fields.get("top_p", number_between(0, 1))
     if top_p == 0:
@@ -211,19 +216,19 @@ def _parse_common(
 
 
 class Fields:
-    """A JSON object being read; absent and null are the same, as in the OpenAI API."""
+    """A JSON object whose fields are validated; null equals absent, as in the OpenAI API."""
 
     def __init__(self, values: Mapping[str, Any], prefix: str = "") -> None:
         self._values = values
         self._prefix = prefix
 
     def get(self, name: str, parse: Callable[[str, Any], T]) -> T | None:
-        """Return a field, parsed, or None where it is absent."""
+        """Return a parsed field, or None if it is absent."""
         value = self._values.get(name)
         return None if value is None else parse(self._prefix + name, value)
 
     def refuse_unless_neutral(self, neutral: Mapping[str, tuple[Any, ...]]) -> None:
-        """Refuse fields that would change something."""
+        """Refuse fields with other than their neutral values."""
         for name, values in neutral.items():
             value = self._values.get(name)
             # JSON tells 0 from false and 1 from true, Python's == does not.
@@ -231,11 +236,11 @@ class Fields:
                 value == other and isinstance(value, bool) == isinstance(other, bool) for other in values
             ):
                 allowed = ", ".join(json.dumps(other) for other in (None, *values))
-                why = f"is not supported here, except with a value that changes nothing: {allowed}"
+                why = f"is not supported; accepted values: {allowed}"
                 refuse(self._prefix + name, why)
 
     def refuse_misspelt(self, names: Set[str]) -> None:
-        """Refuse fields that nobody knows, with the name that is meant; for an object of many fields."""
+        """Refuse unknown fields, suggesting the closest name; for objects with many fields."""
         for name in self._values:
             if name not in names:
                 param = self._prefix + name[:MAX_NAME_BYTES]
@@ -244,14 +249,14 @@ class Fields:
                 raise ApiError(400, message, param=param)
 
     def refuse_unless_known(self, names: Set[str]) -> None:
-        """Refuse fields that nobody knows; for an object of a few fields."""
+        """Refuse unknown fields, listing the known ones; for objects with few fields."""
         unknown = self._values.keys() - names
         if unknown:
-            refuse(self._prefix + min(unknown)[:MAX_NAME_BYTES], f"is unknown; there are {', '.join(sorted(names))}")
+            refuse(self._prefix + min(unknown)[:MAX_NAME_BYTES], f"is unknown; expected {', '.join(sorted(names))}")
 
 
 def refuse(param: str, fault: str) -> NoReturn:
-    """Raise the ApiError that says what is wrong with a field."""
+    """Raise the ApiError for a field."""
     raise ApiError(400, f"{param} {fault}", param=param)
 
 
@@ -261,14 +266,14 @@ def parse_json(body: bytes) -> dict[str, Any]:
         value = json.loads(body, parse_constant=_refuse_constant)
     except (ValueError, RecursionError) as error:
         reason = "it is nested too deeply" if isinstance(error, RecursionError) else str(error)
-        raise ApiError(400, f"the body is no valid JSON: {reason}") from None
+        raise ApiError(400, f"the body is not valid JSON: {reason}") from None
     if not isinstance(value, dict):
         raise ApiError(400, "the body must be a JSON object")
     return value
 
 
 def _refuse_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is no JSON")
+    raise ValueError(f"{name} is not JSON")
 
 
 def parse_text(param: str, value: Any) -> str:
@@ -277,8 +282,8 @@ def parse_text(param: str, value: Any) -> str:
         refuse(param, "must be a string")
     try:
         value.encode()
-    except UnicodeEncodeError:  # JSON can spell half a surrogate pair, which no tokenizer takes
-        refuse(param, "is no valid Unicode text")
+    except UnicodeEncodeError:  # JSON can encode a lone surrogate
+        refuse(param, "is not valid Unicode text")
     return value
 
 
@@ -295,15 +300,8 @@ def _parse_boolean(param: str, value: Any) -> bool:
     return value
 
 
-def parse_count(param: str, value: Any) -> int:
-    """Return a number of tokens, or of whatever there are no more of."""
-    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= MAX_POSITIONS:
-        refuse(param, f"must be an integer from 1 to {MAX_POSITIONS}")
-    return value
-
-
 def _parse_limit(param: str, value: Any) -> int:
-    """Return an upper bound of tokens: no job has more than a context holds, however large the bound."""
+    """Return a limit of tokens, capped at the largest context."""
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         refuse(param, "must be an integer of at least 1")
     return min(value, MAX_POSITIONS)
@@ -318,6 +316,10 @@ def count_between(low: int, high: int) -> Callable[[str, Any], int]:
         return value
 
     return parse
+
+
+parse_count: Final = count_between(1, MAX_POSITIONS)
+"""A number of tokens."""
 
 
 def number_between(low: float, high: float) -> Callable[[str, Any], float]:
@@ -362,12 +364,12 @@ def _parse_logit_bias(param: str, value: Any) -> tuple[tuple[int, float], ...]:
 def _parse_prompt(param: str, value: Any) -> str | tuple[int, ...]:
     if isinstance(value, list) and value and isinstance(value[0], str | list):
         if len(value) > 1:
-            refuse(param, "may hold one prompt only: send a request for each")
+            refuse(param, "must hold one prompt: send one request for each")
         value = value[0]
     if isinstance(value, str):
         return parse_text(param, value)
     if not isinstance(value, list) or not 1 <= len(value) <= MAX_POSITIONS:
-        refuse(param, "must be a string or a list of token ids that is not empty")
+        refuse(param, "must be a string or a non-empty list of token ids")
     if any(type(token) is not int or not 0 <= token < MAX_VOCABULARY for token in value):
         refuse(param, f"token ids must be integers from 0 to {MAX_VOCABULARY - 1}")
     return tuple(value)
@@ -384,10 +386,10 @@ def _parse_message(param: str, value: Any) -> ChatMessage:
     role = fields.get("role", parse_text)
     if role not in _ROLES:
         refuse(f"{param}.role", f"must be one of {', '.join(_ROLES)}; tools are not supported")
-    fields.refuse_misspelt({"role", "content", "name", *_NEUTRAL_IN_MESSAGE})
-    fields.refuse_unless_neutral(_NEUTRAL_IN_MESSAGE)
+    fields.refuse_misspelt({"role", "content", "name", *NEUTRAL_IN_MESSAGE})
+    fields.refuse_unless_neutral(NEUTRAL_IN_MESSAGE)
     content = fields.get("content", _parse_content)
-    if content is None and role == "assistant":  # a turn of which only the call of a tool was kept, or nothing
+    if content is None and role == "assistant":  # a turn that only called a tool
         content = ""
     if content is None:
         refuse(f"{param}.content", "is missing")
@@ -403,7 +405,7 @@ def _parse_content(param: str, value: Any) -> str:
         fields.refuse_misspelt({"type", "text", "image_url", "input_audio", "file", "refusal", "cache_control"})
         text = fields.get("text", parse_text)
         if fields.get("type", parse_text) != "text" or text is None:
-            refuse(f"{param}[{index}]", "must be of type text: nothing else is supported")
+            refuse(f"{param}[{index}]", "must be of type text: no other type is supported")
         texts.append(text)
     return "".join(texts)
 
@@ -417,7 +419,7 @@ def parse_quality(param: str, value: Any) -> QualityBound:
 
 
 def parse_method(param: str, value: Any) -> str:
-    """Return the name of a method as it was written."""
+    """Return the name of a method, not resolved."""
     method = parse_text(param, value)
     if not 1 <= len(method.encode()) <= MAX_NAME_BYTES:
         refuse(param, f"must have 1 to {MAX_NAME_BYTES} bytes")

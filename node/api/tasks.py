@@ -1,4 +1,4 @@
-"""Tasks as `/swarm/explain` describes them: a JSON body, checked, as a job that is not run."""
+"""Bodies of `/swarm/explain`: validation and conversion to a job that is not run."""
 
 from typing import Any, Final
 
@@ -17,20 +17,20 @@ from protocol.limits import MAX_PARALLEL_JOBS
 from protocol.measurements import QualityBound
 
 DEFAULT_TOKENS: Final = 64
-"""Of prompt and text, where nothing is said."""
+"""Default length of prompt and text."""
 
 _TOKEN_IDS: Final = 256
-"""A prompt that is never computed is made of the first so many."""
+"""Distinct ids in the prompt, which is never computed."""
 
-_FIELDS: Final = frozenset(
+TASK_FIELDS: Final = frozenset(
     {"model", "prompt_tokens", "max_tokens", "shared_prefix_share", "repetitiveness", "concurrency", "quality"}
 )
 
 
 def parse_task(body: bytes) -> tuple[JobRequest, dict[str, Any]]:
-    """Return the job, and what of its task is as told. Raises ApiError with one line for what is wrong."""
+    """Return the job, and the fields of its context that are overridden. Raises ApiError."""
     fields = Fields(parse_json(body))
-    fields.refuse_misspelt(_FIELDS)
+    fields.refuse_misspelt(TASK_FIELDS)
     model = fields.get("model", parse_text)
     if not model:
         refuse("model", "is missing")
@@ -41,10 +41,10 @@ def parse_task(body: bytes) -> tuple[JobRequest, dict[str, Any]]:
         max_tokens=fields.get("max_tokens", parse_count) or DEFAULT_TOKENS,
         quality=fields.get("quality", parse_quality) or QualityBound.EXACT,
     )
-    told: dict[str, Any] = {
+    overrides: dict[str, Any] = {
         name: fields.get(name, number_between(0, 1)) or 0.0 for name in ("shared_prefix_share", "repetitiveness")
     }
     concurrency = fields.get("concurrency", count_between(1, MAX_PARALLEL_JOBS))
     if concurrency is not None:
-        told["concurrency"] = concurrency
-    return request, told
+        overrides["concurrency"] = concurrency
+    return request, overrides

@@ -11,24 +11,24 @@ import click
 from node.cli.output import CommandError, print_error
 
 VERBS: Final[Mapping[str, tuple[str, str]]] = {
-    "demo": ("node.cli.demo:demo", "Start a small swarm on this machine and let it answer a question."),
-    "node": ("node.cli.daemon:node", "Run the daemon: take part in a swarm and serve blocks of models."),
+    "demo": ("node.cli.demo:demo", "Run a small swarm on this machine and ask it a question."),
+    "node": ("node.cli.daemon:node", "Run the daemon: join a swarm and serve blocks of models."),
     "submit": ("node.cli.submit:submit", "Submit a prompt and stream the text."),
-    "status": ("node.cli.swarm:status", "Show what a node is and does."),
-    "peers": ("node.cli.swarm:peers", "Show who is in the swarm and what they hold."),
-    "models": ("node.cli.swarm:models", "Show which models are complete, block by block."),
-    "explain": ("node.cli.explain:explain", "Show what a task would be served with, and why."),
+    "status": ("node.cli.status:status", "Show the status of a node."),
+    "peers": ("node.cli.status:peers", "Show the peers of the swarm and what they serve."),
+    "models": ("node.cli.status:models", "Show which models are complete, block by block."),
+    "explain": ("node.cli.explain:explain", "Show which method a task would be served with, and why."),
     "model": ("node.cli.models:model", "Import, list, show, verify and remove model packages."),
-    "bench": ("node.cli.bench:bench", "Measure the methods over a grid of workloads, for the history."),
+    "bench": ("node.cli.bench:bench", "Measure methods over a grid of workloads."),
     "history": ("node.cli.history:history_group", "Export, import and verify the history of observations."),
-    "doctor": ("node.cli.doctor:doctor", "Say why a node cannot join or be reached, or what a model lacks."),
-    "evaluate": ("node.cli.evaluate:evaluate", "Evaluate the meta-model and all baselines on measurements."),
+    "doctor": ("node.cli.doctor:doctor", "Diagnose why a node cannot join or be reached, or a model is incomplete."),
+    "evaluate": ("node.cli.evaluate:evaluate", "Evaluate the meta-model and baselines on a dataset."),
     "keygen": ("node.cli.keygen:keygen", "Write the key of a private swarm."),
 }
-"""Where each verb lives, and what it does in one line: `metaswarm --help` imports none of them."""
+"""Module and help of each verb: `metaswarm --help` imports none of them."""
 
 _CONFIGURED: Final = frozenset({"node", "doctor"})
-"""Verbs that read a node's whole configuration, and refuse a variable METASWARM_… that is none; others warn of it."""
+"""Verbs that refuse unknown METASWARM_… variables; others print a warning."""
 
 EXIT_FAILED: Final = 1
 EXIT_USAGE: Final = 2
@@ -56,7 +56,7 @@ class _Verbs(click.Group):
 @click.version_option(package_name="metaswarm", message="%(prog)s %(version)s")
 @click.pass_context
 def cli(context: click.Context) -> None:
-    """Serve large language models together with others, and use what they serve."""
+    """Peer-to-peer inference of large language models."""
     if context.invoked_subcommand not in _CONFIGURED and any(name.startswith("METASWARM_") for name in os.environ):
         from node.cli.options import unknown_variables
 
@@ -66,13 +66,13 @@ def cli(context: click.Context) -> None:
 
 def main() -> None:
     """Run the command line and exit: 0 done, 1 failed, 2 wrong usage, 130 interrupted."""
-    # Libraries start processes, too: none of them is to import what lies in the current directory.
+    # Also for processes that libraries start: no imports from the current directory.
     os.environ["PYTHONSAFEPATH"] = "1"
     sys.exit(run(sys.argv[1:]))
 
 
 def run(arguments: Sequence[str]) -> int:
-    """Run one verb; whatever goes wrong becomes one line on stderr. Return the exit code."""
+    """Run one verb and return the exit code; an error is one line on stderr."""
     try:
         result = cli.main(list(arguments), prog_name="metaswarm", standalone_mode=False)
     except click.exceptions.NoArgsIsHelpError as error:
@@ -88,7 +88,7 @@ def run(arguments: Sequence[str]) -> int:
         print_error(f"{error.format_message().rstrip('.')}; see `{verb} --help`")
         return EXIT_USAGE
     except BrokenPipeError:
-        # Whoever read our output has had enough. Python would complain once more when it flushes at exit.
+        # The reader closed the pipe. Python would raise again when it flushes at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_FAILED
     except (Exception, BaseExceptionGroup) as error:
@@ -100,7 +100,7 @@ def run(arguments: Sequence[str]) -> int:
 
 
 def _report(error: BaseException) -> int | None:
-    """Print a fault that some room of the node has put into words; return None for anything else, a defect."""
+    """Print an error that is meant for the user and return its exit code; None for anything else, a bug."""
     from node.config import ConfigError, StartError
     from node.engine.interface import EngineError
     from node.models.errors import ModelError

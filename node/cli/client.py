@@ -1,4 +1,4 @@
-"""A client of a node's HTTP API: what the verbs that talk to a running node share."""
+"""Client of a node's HTTP API."""
 
 import json
 import os
@@ -12,27 +12,27 @@ from urllib.parse import urlsplit
 import click
 import httpx
 
-from node.api.interface import Explanation, ModelStatus, NodeStatus, PeerStatus
+from node.api.interface import Explanation, ModelDocument, NodeStatus, PeerStatus
 from node.cli.output import CommandError
 from node.config import DEFAULT_API, ENVIRONMENT_PREFIX, NodeReady, default_data_dir, is_loopback, is_unspecified
 
 CONNECT_TIMEOUT_S: Final = 5.0
 REQUEST_TIMEOUT_S: Final = 10.0
-"""For what a node answers at once; a completion may take as long as it takes."""
+"""Of the status pages; completions have no timeout."""
 
 
 def find_api(api: str | None) -> str:
-    """Return the URL of the node to talk to: as told, by METASWARM_API, as `node.json` says, or the default."""
-    told = api or os.environ.get(f"{ENVIRONMENT_PREFIX}API")
-    if told:
-        return _parse_url(told)
+    """Return the URL of the API: from the flag, METASWARM_API, `node.json`, or the default."""
+    given = api or os.environ.get(f"{ENVIRONMENT_PREFIX}API")
+    if given:
+        return _parse_url(given)
     data_dir = os.environ.get(f"{ENVIRONMENT_PREFIX}DATA_DIR")
     ready = NodeReady.read(Path(data_dir).expanduser() if data_dir else default_data_dir())
     return ready.api_url if ready else f"http://{DEFAULT_API}"
 
 
 def _parse_url(text: str) -> str:
-    """Return a URL; `HOST:PORT`, as the daemon takes it, will do."""
+    """Return a URL from a URL or HOST:PORT."""
     url = text if "://" in text else f"http://{text}"
     try:
         parts = urlsplit(url)
@@ -40,17 +40,14 @@ def _parse_url(text: str) -> str:
     except ValueError:
         port, host = None, None
     if not host or port == 0 or parts.scheme not in {"http", "https"}:
-        raise click.UsageError(f"{text!r} is no URL of a node's API: expected for example http://{DEFAULT_API}")
+        raise click.UsageError(f"--api: expected a URL such as http://{DEFAULT_API}, not {text!r}")
     if is_unspecified(host):
         url = url.replace(parts.netloc, f"{'[::1]' if ':' in host else '127.0.0.1'}{f':{port}' if port else ''}", 1)
     return url.rstrip("/")
 
 
 class RefusedError(CommandError):
-    """The node answered with an error.
-
-    `code` is its machine-readable name, `retry_after_s` when to ask again, each None where the node did not say.
-    """
+    """The node answered with an error. `code` and `retry_after_s` are None if the answer has none."""
 
     def __init__(self, message: str, code: str | None, retry_after_s: float | None = None) -> None:
         super().__init__(message)
@@ -60,7 +57,7 @@ class RefusedError(CommandError):
 
 @dataclass(slots=True)
 class Completion:
-    """A streamed answer, as far as it has come."""
+    """A streamed answer, as received so far."""
 
     text: str = ""
     error: RefusedError | None = None
@@ -70,7 +67,7 @@ class Completion:
     metaswarm: dict[str, Any] = field(default_factory=dict)
 
     def take(self, chunk: dict[str, Any]) -> str:
-        """Keep what a chunk tells; return the text in it."""
+        """Add a chunk and return its text."""
         if "error" in chunk:
             self.error = RefusedError(chunk["error"]["message"], chunk["error"]["code"])
             return ""
@@ -109,14 +106,14 @@ class Completion:
 
 
 class ApiClient:
-    """Talks to one node. Every fault is a CommandError, one line for the user."""
+    """Client of one node. Every error is a CommandError."""
 
     def __init__(self, url: str, http: httpx.AsyncClient) -> None:
         self.url = url
         self._http = http
 
     async def is_there(self) -> bool:
-        """Return whether anything answers at the URL."""
+        """Return whether a server answers at the URL."""
         try:
             await self._http.get("/health")
         except httpx.TransportError:
@@ -124,22 +121,22 @@ class ApiClient:
         return True
 
     async def status(self) -> NodeStatus:
-        """Return what the node is and does."""
+        """Return the node's status."""
         status: NodeStatus = await self._get("/swarm/status")
         return status
 
     async def peers(self) -> list[PeerStatus]:
-        """Return whom the node knows."""
+        """Return the peers that the node knows."""
         peers: list[PeerStatus] = (await self._get("/swarm/peers"))["peers"]
         return peers
 
-    async def models(self) -> list[ModelStatus]:
-        """Return the models that the node knows of."""
-        models: list[ModelStatus] = (await self._get("/swarm/models"))["models"]
+    async def models(self) -> list[ModelDocument]:
+        """Return the models that the node knows."""
+        models: list[ModelDocument] = (await self._get("/swarm/models"))["models"]
         return models
 
     async def explain(self, task: Mapping[str, str | int | float]) -> Explanation:
-        """Return what a task would be served with, and why."""
+        """Return which method a task would be served with, and why."""
         with _faults(self.url):
             response = await self._http.post("/swarm/explain", json=dict(task))
             await _raise_for_error(response, self.url)
@@ -147,7 +144,7 @@ class ApiClient:
             return explanation
 
     async def complete(self, body: dict[str, Any], show: Callable[[str], None]) -> Completion:
-        """Submit a job, a chat if the body has messages; call `show` with its text as it comes."""
+        """Submit a job, a chat if the body has messages; `show` gets the text as it is streamed."""
         path = "/v1/chat/completions" if "messages" in body else "/v1/completions"
         body = body | {"stream": True, "stream_options": {"include_usage": True}}
         timeout = httpx.Timeout(None, connect=CONNECT_TIMEOUT_S)
@@ -157,16 +154,16 @@ class ApiClient:
                 await _raise_for_error(response, self.url)
                 async for line in response.aiter_lines():
                     data = line.removeprefix("data: ")
-                    if data != line and data != "[DONE]":  # other lines are comments, which say that the node waits
+                    if data != line and data != "[DONE]":  # other lines are keep-alive comments
                         show(completion.take(json.loads(data)))
         if completion.error is not None:
             raise completion.error
         if not completion.metaswarm:
-            raise CommandError(f"the node at {self.url} ended the answer before it was complete")
+            raise CommandError(f"the answer of the node at {self.url} is incomplete: try again")
         return completion
 
     async def bench(self, body: dict[str, Any]) -> dict[str, Any]:
-        """Have methods measured, which takes as long as it takes; return the document."""
+        """Measure methods, without a timeout; return the document."""
         timeout = httpx.Timeout(None, connect=CONNECT_TIMEOUT_S)
         with _faults(self.url):
             response = await self._http.post("/swarm/bench", json=body, timeout=timeout)
@@ -183,7 +180,7 @@ class ApiClient:
 
 @asynccontextmanager
 async def open_client(url: str) -> AsyncIterator[ApiClient]:
-    """Talk to the node at `url` inside the block, with the API key of METASWARM_API_KEY if there is one."""
+    """Open a client for the block, with the API key of METASWARM_API_KEY if set."""
     key = os.environ.get(f"{ENVIRONMENT_PREFIX}API_KEY")
     timeout = httpx.Timeout(REQUEST_TIMEOUT_S, connect=CONNECT_TIMEOUT_S)
     async with httpx.AsyncClient(
@@ -191,7 +188,7 @@ async def open_client(url: str) -> AsyncIterator[ApiClient]:
         headers={"Authorization": f"Bearer {key}"} if key else None,
         timeout=timeout,
         limits=httpx.Limits(max_connections=None),
-        trust_env=not is_loopback(urlsplit(url).hostname or ""),  # no proxy stands between us and this machine
+        trust_env=not is_loopback(urlsplit(url).hostname or ""),  # no proxy for loopback
     ) as http:
         yield ApiClient(url, http)
 
@@ -201,22 +198,20 @@ def _faults(url: str) -> Iterator[None]:
     try:
         yield
     except (httpx.ConnectError, httpx.ConnectTimeout):
-        raise CommandError(
-            f"no node answers at {url}: start one with `metaswarm node`, or name another with --api URL"
-        ) from None
+        raise CommandError(f"no node answers at {url}: start one with `metaswarm node`, or use --api URL") from None
     except httpx.TimeoutException:
         raise CommandError(f"the node at {url} does not answer") from None
     except httpx.TransportError as error:
-        raise CommandError(f"the connection to the node at {url} broke: {error}") from None
+        raise CommandError(f"connection to the node at {url} lost: {error}") from None
     except (ValueError, KeyError, TypeError, AttributeError):
-        raise CommandError(f"what answers at {url} is no metaswarm node") from None
+        raise CommandError(f"{url} does not look like a metaswarm API") from None
 
 
 async def _raise_for_error(response: httpx.Response, url: str) -> None:
     if response.is_success:
         return
     if response.status_code == 401:
-        raise RefusedError(f"the node at {url} asks for its API key: set {ENVIRONMENT_PREFIX}API_KEY", None)
+        raise RefusedError(f"the node at {url} requires an API key: set {ENVIRONMENT_PREFIX}API_KEY", None)
     error = json.loads(await response.aread())["error"]
     retry_after = response.headers.get("Retry-After")
     raise RefusedError(error["message"], error["code"], float(retry_after) if retry_after else None)

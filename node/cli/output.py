@@ -1,6 +1,6 @@
-"""How every verb speaks: results on stdout, everything else on stderr, an error as one line.
+"""Output of all verbs: results on stdout, everything else on stderr, errors as one line.
 
-rich is imported where it is used: `metaswarm --help` should not wait for it.
+rich is imported where it is used, to keep `metaswarm --help` fast.
 """
 
 import json
@@ -20,17 +20,17 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 WIDTH_OF_A_FILE: Final = 200
-"""In a file or a pipe a table's lines are as long as they need to be."""
+"""Width of tables in files and pipes."""
 
 ProgressCallback = Callable[[str, int, int], None]
-"""Told (stage, done, total) as work goes on, from any thread; a total of 0 means that nobody knows."""
+"""Called with (stage, done, total), from any thread; a total of 0 means unknown."""
 
 
 class CommandError(click.ClickException):
-    """The verb failed. The message is one line: what is wrong and what to do. Exit code 1."""
+    """The verb failed, with exit code 1. The message is one line: what failed and what to do."""
 
     def show(self, file: IO[Any] | None = None) -> None:
-        """Print the line, as every other error of this program."""
+        """Print the line."""
         print_error(self.format_message(), file)
 
 
@@ -56,7 +56,7 @@ def print_json(value: object) -> None:
 def printable(text: str) -> str:
     r"""Return `text` without control characters other than \n and \t.
 
-    Models and remote peers choose what is printed here; none of it may drive the user's terminal.
+    Text from models and peers must not control the terminal.
     """
     return "".join(
         character if character in "\n\t" or unicodedata.category(character) != "Cc" else "\N{REPLACEMENT CHARACTER}"
@@ -65,7 +65,7 @@ def printable(text: str) -> str:
 
 
 def out() -> "Console":
-    """Return a console on stdout, for results. Colours only on a terminal; NO_COLOR is respected."""
+    """Return a console on stdout, for results; coloured on terminals, unless NO_COLOR is set."""
     from rich.console import Console
 
     width = None if sys.stdout.isatty() or "COLUMNS" in os.environ else WIDTH_OF_A_FILE
@@ -73,14 +73,14 @@ def out() -> "Console":
 
 
 def err() -> "Console":
-    """Return a console on stderr, for everything that is not a result."""
+    """Return a console on stderr."""
     from rich.console import Console
 
     return Console(stderr=True, highlight=False, markup=False, emoji=False)
 
 
 def new_table(*columns: str, title: str | None = None) -> "Table":
-    """Return an empty table in this program's look; a column that starts with `>` is set right."""
+    """Return an empty table; columns that start with `>` are right-aligned."""
     from rich import box
     from rich.table import Table
 
@@ -92,7 +92,7 @@ def new_table(*columns: str, title: str | None = None) -> "Table":
 
 @contextmanager
 def progress_bars() -> Iterator[ProgressCallback]:
-    """Show one bar with an estimate for each stage, on stderr; where that is no terminal, one line for each stage."""
+    """Show a progress bar for each stage on stderr; one line for each stage if stderr is not a terminal."""
     if not sys.stderr.isatty():
         yield _print_stages()
         return
@@ -119,10 +119,7 @@ def _progress_columns() -> tuple["ProgressColumn", ...]:
 
 @contextmanager
 def passing_progress_bars() -> Iterator[ProgressCallback]:
-    """Show bars as `progress_bars` does, but only while there is something to do: for what runs on and on.
-
-    Where stderr is no terminal nothing is shown, as what runs on has a log.
-    """
+    """Show progress bars that disappear when done, for a daemon; none if stderr is not a terminal."""
     from rich.progress import Progress
 
     if not sys.stderr.isatty():
@@ -162,7 +159,7 @@ def _print_stages() -> ProgressCallback:
 
 
 def format_bytes(count: float) -> str:
-    """Return a byte count for people, in binary units: `1.5 GiB`."""
+    """Format a size in binary units: `1.5 GiB`."""
     for unit in ("B", "KiB", "MiB", "GiB"):
         if count < 1024:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
@@ -171,7 +168,7 @@ def format_bytes(count: float) -> str:
 
 
 def format_duration(seconds: float) -> str:
-    """Return a duration for people: `0.35 s`, `12 s`, `5 min`, `3.2 h`, `4 d`."""
+    """Format a duration: `0.35 s`, `12 s`, `5 min`, `3.2 h`, `4 d`."""
     if seconds < 10:
         return f"{seconds:.2f} s"
     if seconds < 120:

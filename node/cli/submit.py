@@ -14,20 +14,20 @@ import click
 from node.cli.output import CommandError, api_option, format_duration, json_option, print_json, printable
 
 if TYPE_CHECKING:
-    from node.api.interface import ModelStatus
+    from node.api.interface import ModelDocument
     from node.cli.client import ApiClient, Completion
 
 DEFAULT_MAX_TOKENS: Final = 256
 CONCURRENCY: Final = 8
-"""Prompts of a --file that are under way at a time."""
-WORTH_WAITING: Final = ("peers_full", "quality_being_measured")
-"""The code of the error that is worth waiting for."""
-FULL_TIMEOUT_S: Final = 600.0
-"""How long a prompt of a --file waits for peers that have no room, before its line says so."""
-FULL_SPREAD: Final = (0.5, 1.5)
-"""Of the pause that the node asks for: those who were refused together do not come back together."""
+"""Concurrent jobs of a --file."""
+RETRIED_CODES: Final = ("peers_full", "quality_being_measured")
+"""Error codes that --file retries."""
+RETRY_TIMEOUT_S: Final = 600.0
+"""Longest time in which a job of a --file is retried."""
+RETRY_JITTER: Final = (0.5, 1.5)
+"""Factors of Retry-After, so that jobs refused together do not retry together."""
 DISCOVERY_TIMEOUT_S: Final = 20.0
-"""How long an ephemeral peer may take to hear of the model."""
+"""Longest time in which an ephemeral peer discovers the model."""
 DISCOVERY_INTERVAL_S: Final = 0.25
 
 _JOB_OPTIONS: Final = (
@@ -38,71 +38,81 @@ _JOB_OPTIONS: Final = (
 """Options that a line of a --file may set for itself."""
 
 _OPTIONAL_FIELDS: Final = _JOB_OPTIONS[_JOB_OPTIONS.index("min_tokens") :]
-"""Of those, the ones that a request has only where they are given, under the same name."""
+"""Of those, fields of the same name in the request, sent only if given."""
 
 
 @click.command()
 @click.argument("prompt", required=False)
-@click.option("--model", metavar="M", help="Name or id (8 digits or more); needless where one model is complete.")
-@api_option
-@click.option("--token-ids", is_flag=True, help="PROMPT is token ids, as 1 2 3: the way for a model without tokenizer.")
-@click.option("--chat", is_flag=True, help="The prompt is a user's turn in a chat: use the model's chat template.")
-@click.option("--max-tokens", type=click.IntRange(1), default=DEFAULT_MAX_TOKENS, show_default=True, metavar="N")
-@click.option("--temperature", type=click.FloatRange(0, 2), default=0.0, metavar="T", help="0, the default, is greedy.")
-@click.option("--top-p", type=click.FloatRange(0, 1, min_open=True), default=1.0, show_default=True, metavar="P")
-@click.option("--top-k", type=click.IntRange(0), metavar="K", help="Draw from the K likeliest tokens; 0: from all.")
 @click.option(
-    "--min-p", type=click.FloatRange(0, 1), metavar="P", help="Only tokens P times as likely as the likeliest."
+    "--model", metavar="M", help="Name or id (8 digits or more); optional if exactly one model is fully served."
+)
+@api_option
+@click.option(
+    "--token-ids", is_flag=True, help="PROMPT is token ids such as 1 2 3, e.g. for a model without tokenizer."
+)
+@click.option("--chat", is_flag=True, help="Apply the model's chat template to the prompt.")
+@click.option("--max-tokens", type=click.IntRange(1), default=DEFAULT_MAX_TOKENS, show_default=True, metavar="N")
+@click.option(
+    "--temperature",
+    type=click.FloatRange(0, 2),
+    default=0.0,
+    metavar="T",
+    help="Sampling temperature; 0, the default, is greedy.",
+)
+@click.option("--top-p", type=click.FloatRange(0, 1, min_open=True), default=1.0, show_default=True, metavar="P")
+@click.option("--top-k", type=click.IntRange(0), metavar="K", help="Sample from the K most likely tokens; 0: from all.")
+@click.option(
+    "--min-p", type=click.FloatRange(0, 1), metavar="P", help="Minimum probability relative to the most likely token."
 )
 @click.option(
     "--repetition-penalty",
     type=click.FloatRange(0.01, 100),
     metavar="F",
-    help="Divide the logits of tokens of prompt and text by F; 1 changes nothing.",
+    help="Factor on logits of tokens in prompt and text; 1 is off.",
 )
 @click.option(
-    "--frequency-penalty", type=click.FloatRange(-2, 2), metavar="F", help="Off a logit for each time in the text."
+    "--frequency-penalty", type=click.FloatRange(-2, 2), metavar="F", help="Penalty for each occurrence in the text."
 )
-@click.option(
-    "--presence-penalty", type=click.FloatRange(-2, 2), metavar="F", help="Off the logits of tokens in the text."
-)
+@click.option("--presence-penalty", type=click.FloatRange(-2, 2), metavar="F", help="Penalty for tokens in the text.")
 @click.option(
     "--logit-bias",
     multiple=True,
     callback=lambda _, __, values: _parse_biases(values),
     metavar="TOKEN=BIAS",
-    help="Add BIAS, -100 to 100, to the logit of a token id; up to 300.",
+    help="Bias on the logit of a token id, -100 to 100; repeatable.",
 )
+@click.option("--seed", type=click.IntRange(-(2**63), 2**63 - 1), metavar="N", help="Seed of sampling.")
+@click.option("--stop", multiple=True, metavar="TEXT", help="Stop text; up to four.")
 @click.option(
-    "--seed", type=click.IntRange(-(2**63), 2**63 - 1), metavar="N", help="The same seed draws the same text."
+    "--stop-token-id",
+    "stop_token_ids",
+    type=click.IntRange(0),
+    multiple=True,
+    metavar="ID",
+    help="Stop token; repeatable.",
 )
-@click.option("--stop", multiple=True, metavar="TEXT", help="End before this text; up to four.")
-@click.option(
-    "--stop-token-id", "stop_token_ids", type=click.IntRange(0), multiple=True, metavar="ID", help="End there."
-)
-@click.option("--min-tokens", type=click.IntRange(0), metavar="N", help="Neither end-of-text nor stop before N tokens.")
+@click.option("--min-tokens", type=click.IntRange(0), metavar="N", help="Minimum number of tokens before any stop.")
 @click.option("--quality", type=click.Choice(["exact", "near", "any"]), default="exact", show_default=True)
 @click.option(
     "--method",
     default="auto",
     show_default=True,
     metavar="NAME",
-    help="auto, or switches: engine=fused|prefix_cache=on.",
+    help="auto, or switches such as engine=fused|prefix_cache=on.",
 )
-@click.option("--ignore-eos", is_flag=True, help="Go on past the model's end-of-text token, for measurements.")
+@click.option("--ignore-eos", is_flag=True, help="Continue past the end-of-text token, for measurements.")
 @click.option(
     "--file",
     "prompts_file",
     type=click.Path(exists=True, dir_okay=False, allow_dash=True, path_type=Path),
     metavar="PROMPTS.jsonl",
-    help='Many prompts, one {"prompt": …} a line, which may set any option of a job; prints one document a line, and '
-    "waits while the peers are full.",
+    help='JSON lines {"prompt": …, OPTION: …} to submit; prints one document a line, and retries while peers are full.',
 )
 @click.option(
     "--bootstrap",
     multiple=True,
     metavar="FILE_OR_MULTIADDR",
-    help="Where no node runs on this machine: join the swarm there for this one job. METASWARM_SWARM_KEY is heeded.",
+    help="If no node runs here, join the swarm there for this job. Honours METASWARM_SWARM_KEY.",
 )
 @json_option
 def submit(
@@ -114,14 +124,14 @@ def submit(
     token_ids: bool,
     **options: Any,
 ) -> None:
-    """Submit PROMPT (`-` reads it from stdin) and stream the text, or what a model without tokenizer gives: token ids.
+    """Submit PROMPT (`-` reads stdin) and stream the text, or token ids for a model without tokenizer.
 
-    With --json one document is printed at the end instead. Ctrl-C cancels the job everywhere.
+    With --json one document is printed at the end. Ctrl-C cancels the job on every stage.
     """
     if (prompt is None) == (prompts_file is None):
         raise click.UsageError("give either a PROMPT or a --file")
     if token_ids and (prompts_file is not None or options["chat"]):
-        raise click.UsageError("--token-ids goes with a PROMPT only: a line of a --file may have a list of them")
+        raise click.UsageError("--token-ids requires a PROMPT; lines of a --file may have lists of token ids")
     if prompts_file is not None:
         jobs = read_jobs(prompts_file, options)
     else:
@@ -138,7 +148,7 @@ def submit(
 def _parse_token_ids(text: str) -> list[int]:
     pieces = text.replace(",", " ").strip("[] \n").split()
     if not pieces or not all(piece.isdecimal() and len(piece) < 10 for piece in pieces):
-        raise click.UsageError(f"--token-ids: {text[:40]!r} is not a list of token ids, such as 1 2 3")
+        raise click.UsageError(f"--token-ids: expected a list such as 1 2 3, not {text[:40]!r}")
     return [int(piece) for piece in pieces]
 
 
@@ -152,7 +162,7 @@ def _read_text(name: str) -> str:
     except OSError as error:
         raise CommandError(f"cannot read {name}: {error.strerror}") from None
     except UnicodeDecodeError as error:
-        raise CommandError(f"{'the input' if name == '-' else name} is no UTF-8 text: {error}") from None
+        raise CommandError(f"{'the input' if name == '-' else name} is not UTF-8 text: {error}") from None
 
 
 def _parse_biases(texts: Sequence[str]) -> dict[str, float]:
@@ -176,17 +186,17 @@ def read_jobs(path: Path, options: Mapping[str, Any]) -> list[dict[str, Any]]:
         try:
             job = json.loads(line)
         except ValueError as error:
-            raise click.UsageError(f"{path}, line {number}: no valid JSON: {error}") from None
+            raise click.UsageError(f"{path}, line {number}: not valid JSON: {error}") from None
         if not isinstance(job, dict) or not _is_prompt(job.get("prompt")):
             raise click.UsageError(f'{path}, line {number}: expected an object with a "prompt", text or token ids')
         unknown = job.keys() - {"prompt", *_JOB_OPTIONS}
         if unknown:
             raise click.UsageError(
-                f"{path}, line {number}: there is no option {min(unknown)!r}; there are {', '.join(_JOB_OPTIONS)}"
+                f"{path}, line {number}: unknown option {min(unknown)!r}; the options are {', '.join(_JOB_OPTIONS)}"
             )
         jobs.append({**options, **job})
     if not jobs:
-        raise click.UsageError(f"{path} holds no prompts")
+        raise click.UsageError(f"{path} contains no prompts")
     return jobs
 
 
@@ -195,14 +205,14 @@ def make_body(job: Mapping[str, Any], default_model: str) -> dict[str, Any]:
     prompt = job["prompt"]
     is_text = isinstance(prompt, str)
     if is_text and not prompt.isascii() and any("\ud800" <= character <= "\udfff" for character in prompt):
-        raise click.UsageError("the prompt is no valid Unicode text")  # the shell handed over bytes that are no UTF-8
+        raise click.UsageError("the prompt is not valid Unicode text")  # the shell passed bytes that are not UTF-8
     body = {name: job[name] for name in ("max_tokens", "temperature", "top_p", "seed")}
     body["model"] = job["model"] or default_model
     body["stop"] = list(job["stop"]) if isinstance(job["stop"], tuple) else job["stop"]
     body |= {name: job[name] for name in _OPTIONAL_FIELDS if job.get(name) not in (None, (), {})}
     body["metaswarm"] = {name: job[name] for name in ("quality", "method", "ignore_eos")}
     if job["chat"] and not is_text:
-        raise click.UsageError("a prompt of token ids is not a turn in a chat: leave out chat")
+        raise click.UsageError("chat requires a text prompt, not token ids")
     if job["chat"]:
         return body | {"messages": [{"role": "user", "content": prompt}]}
     return body | {"prompt": prompt}
@@ -228,7 +238,7 @@ async def _submit(
 
 @asynccontextmanager
 async def _find_node(api: str | None, bootstrap: Sequence[str]) -> AsyncIterator[tuple[str, bool]]:
-    """Give the URL of the node to submit to, and whether it was started just for that."""
+    """Yield the URL of the node to submit to, and whether it was started for that."""
     from node.cli.client import find_api, open_client
 
     url = find_api(api)
@@ -247,10 +257,10 @@ async def _find_node(api: str | None, bootstrap: Sequence[str]) -> AsyncIterator
 
 
 async def choose_model(client: "ApiClient", wanted: str | None, timeout_s: float = 0.0) -> str:
-    """Return the model to use; wait for a peer that has only just joined to hear of it."""
+    """Return the model to use; wait until a peer that has just joined discovers it."""
     import trio
 
-    models: list[ModelStatus] = []
+    models: list[ModelDocument] = []
     deadline_s = trio.current_time() + timeout_s
     while True:
         models = await client.models()
@@ -263,24 +273,24 @@ async def choose_model(client: "ApiClient", wanted: str | None, timeout_s: float
             break
         await trio.sleep(DISCOVERY_INTERVAL_S)
     if wanted is not None:
-        return wanted  # the node knows better what is wrong with it
+        return wanted  # the node reports what is wrong with it
     if complete:
         raise CommandError(f"several models are complete; choose one with --model: {', '.join(complete)}")
     unnamed = [model["model"][:12] for model in models if _is_usable(model)]
     if unnamed:
         raise CommandError(
-            f"no model of this swarm is known here; name the one you trust with --model: {', '.join(unnamed)}"
+            f"models of unknown origin only; choose one that you trust with --model: {', '.join(unnamed)}"
         )
     partly = "; incomplete: " + ", ".join(model["name"] or model["model"] for model in models) if models else ""
     raise CommandError(f"no model is complete in this swarm: serve one with `metaswarm node --serve MODEL`{partly}")
 
 
-def _is_usable(model: "ModelStatus") -> bool:
-    """Whether a model is complete, as far as that is known: until the user names it, nothing of it is fetched."""
+def _is_usable(model: "ModelDocument") -> bool:
+    """Return whether a model seems complete: its manifest is fetched only once the user names it."""
     return model["complete"] or (not model["local"] and bool(model["block_count"]) and not model["uncovered"])
 
 
-def _is_called(model: "ModelStatus", text: str) -> bool:
+def _is_called(model: "ModelDocument", text: str) -> bool:
     return model["name"] == text or (len(text) >= 8 and model["model"].startswith(text))
 
 
@@ -298,7 +308,7 @@ async def _run_one(
 
     body = make_body(job, default_model)
     if as_json:
-        print_json((await client.complete(body, _say_nothing)).document())
+        print_json((await client.complete(body, _ignore)).document())
         return
     try:
         completion = await client.complete(body, show)
@@ -312,7 +322,7 @@ async def _run_one(
         click.secho(_summarise(completion), dim=True, err=True)
 
 
-def _say_nothing(text: str) -> None:
+def _ignore(text: str) -> None:
     del text
 
 
@@ -324,7 +334,7 @@ def _summarise(completion: "Completion") -> str:
 
 
 async def _run_many(client: "ApiClient", jobs: Sequence[Mapping[str, Any]], default_model: str) -> None:
-    """Run the jobs a few at a time; print a document for each, in their order. Raises CommandError if any failed."""
+    """Run the jobs concurrently and print their documents in order. Raises CommandError if any failed."""
     import trio
 
     from node.cli.client import RefusedError
@@ -337,7 +347,7 @@ async def _run_many(client: "ApiClient", jobs: Sequence[Mapping[str, Any]], defa
         nonlocal printed, failed
         async with limiter:
             try:
-                completion = await _complete_when_there_is_room(client, make_body(job, default_model))
+                completion = await _complete_with_retry(client, make_body(job, default_model))
                 documents[index] = completion.document()
             except RefusedError as error:
                 failed += 1
@@ -350,24 +360,21 @@ async def _run_many(client: "ApiClient", jobs: Sequence[Mapping[str, Any]], defa
         for index, job in enumerate(jobs):
             nursery.start_soon(run, index, job)
     if failed:
-        raise CommandError(f"{failed} of {len(jobs)} jobs failed; their lines say why")
+        raise CommandError(f"{failed} of {len(jobs)} jobs failed: see their lines")
 
 
-async def _complete_when_there_is_room(client: "ApiClient", body: dict[str, Any]) -> "Completion":
-    """Submit a job, again while the peers are full or its method is being measured.
-
-    Raises RefusedError for every other reason, and when time is up.
-    """
+async def _complete_with_retry(client: "ApiClient", body: dict[str, Any]) -> "Completion":
+    """Submit a job, with retries while peers are full or its method is being measured. Raises RefusedError."""
     import trio
 
     from node.cli.client import RefusedError
 
-    deadline_s = trio.current_time() + FULL_TIMEOUT_S
+    deadline_s = trio.current_time() + RETRY_TIMEOUT_S
     while True:
         try:
-            return await client.complete(body, _say_nothing)
+            return await client.complete(body, _ignore)
         except RefusedError as error:
-            if error.code not in WORTH_WAITING or error.retry_after_s is None or trio.current_time() > deadline_s:
+            if error.code not in RETRIED_CODES or error.retry_after_s is None or trio.current_time() > deadline_s:
                 raise
-            pause_s = error.retry_after_s * random.uniform(*FULL_SPREAD)
+            pause_s = error.retry_after_s * random.uniform(*RETRY_JITTER)
         await trio.sleep(pause_s)

@@ -6,7 +6,6 @@ from typing import Final
 import trio
 
 from node.consensus.chain_node import ChainNode
-from node.consensus.translation import value_of
 from node.network.interface import NetworkError, Stream
 from node.replication.session import Responder, Session, Throttle
 from protocol.chains import (
@@ -21,12 +20,12 @@ from protocol.chains import (
     StatePart,
     fill_records,
 )
-from protocol.consensus import Said
+from protocol.consensus import SignedMessage
+from protocol.consensus_values import Statement
 from protocol.errors import RemoteProtocolError
 from protocol.half_duplex import Busy
 from protocol.limits import MAX_LOCATOR
 from protocol.states import Role
-from selector.consensus.values import Statement
 
 MAX_ROUNDS: Final = 64
 """Requests in one session; a newcomer to a long chain needs several sessions."""
@@ -46,7 +45,9 @@ VERIFIED_AT_A_TIME: Final = 4
 class ChainInitiator(Session[Message, ChainState]):
     """The side that begins a session, and fetches."""
 
-    def __init__(self, stream: Stream, throttle: Throttle, chain: ChainNode, verify: Callable[[bytes], Said]) -> None:
+    def __init__(
+        self, stream: Stream, throttle: Throttle, chain: ChainNode, verify: Callable[[bytes], SignedMessage]
+    ) -> None:
         super().__init__(stream, ChainConnection(Role.INITIATOR), throttle)
         self._chain = chain
         self._verify = verify
@@ -91,20 +92,20 @@ class ChainInitiator(Session[Message, ChainState]):
             count += len(message.envelopes)
             if count > MAX_ANSWER_RECORDS:
                 raise RemoteProtocolError(f"an answer has more than {MAX_ANSWER_RECORDS} records")
-            self._chain.hear(await self._verified(message.envelopes))
+            self._chain.receive(await self._verified(message.envelopes))
         self.outcome.received += count
         if count:
             await self._chain.turn()
         return last.rest
 
-    async def _verified(self, envelopes: Sequence[bytes]) -> list[Said]:
+    async def _verified(self, envelopes: Sequence[bytes]) -> list[SignedMessage]:
         records = []
         for number, envelope in enumerate(envelopes, 1):
             record = self._verify(envelope)
             if record.body.chain != self._chain.genesis:
                 raise RemoteProtocolError("received a record of another chain")
             records.append(record)
-            if isinstance(statement := value_of(record), Statement):
+            if isinstance(statement := record.body, Statement):
                 self._reached = statement.id
             if number % VERIFIED_AT_A_TIME == 0:
                 await trio.lowlevel.checkpoint()
@@ -122,7 +123,7 @@ class ChainInitiator(Session[Message, ChainState]):
             if len(parts) > MAX_STATE_PARTS:
                 raise RemoteProtocolError(f"a state has more than {MAX_STATE_PARTS} parts")
         is_unknown_there = len(parts) == 1
-        if is_unknown_there or await self._chain.learn_state(parts):
+        if is_unknown_there or await self._chain.adopt_state(parts):
             return
         if await self._chain.head_without_state() == head:
             raise RemoteProtocolError("received a state that differs from the digests of its statement")
@@ -152,7 +153,7 @@ class ChainResponder(Responder[Message, ChainState]):
                     await self._answer(chain, message)
                 case Inventory(ids):
                     recent, held = await chain.recent_records(), frozenset(ids)
-                    await self._send_records([said.envelope for key, said in recent.items() if key not in held])
+                    await self._send_records([record.envelope for key, record in recent.items() if key not in held])
                 case GetState(statement):
                     for part in await chain.parts_after(statement):
                         await self._send(part)

@@ -1,4 +1,4 @@
-"""Measures the cells that this node is drawn for by real jobs: method and baseline in turn, when it is idle."""
+"""Measures the cells assigned to this node by real jobs, alternating method and baseline, while it is idle."""
 
 import random
 import statistics
@@ -11,23 +11,23 @@ import trio
 from node.coordinator.recorder import Recorder
 from node.coordinator.submission import JobError
 from node.coordinator.trial_runner import BenchmarkRunner, TrialSpec, TrialWorkload
+from protocol.consensus_values import Cell
 from protocol.identity import ModelId
 from protocol.measurements import Objective, Observation, ObservationKind, QualityBound
-from selector.consensus.sortition import Agenda
-from selector.consensus.values import Cell
+from selector.consensus.sortition import MeasurementPlan
 from selector.task import BASELINE, PORTFOLIO, parse_method
 
 ROUNDS: Final = 2
-"""Pairs of runs of one cell; what counts is the median of their ratios. Seven peers measure the same cell."""
+"""Pairs of runs of one cell, of whose ratios the median is the reading. Seven peers measure the same cell."""
 
 IDLE_ROUND_S: Final = 0.5
-"""How often it is looked whether the node has nothing else to do."""
+"""Interval of the check whether the node is idle."""
 
 _logger = structlog.get_logger(__name__)
 
 
 def workload_name(workload: TrialWorkload) -> str:
-    """Return what a workload is called in the agreed table."""
+    """Return the name of a workload in the agreed table."""
     return (
         f"jobs={workload.concurrency} prompt={workload.prompt_tokens} new={workload.max_tokens} "
         f"shared={workload.shared_prefix_share:.0%} repeated={workload.repetitiveness:.0%}"
@@ -43,20 +43,20 @@ WORKLOADS: Final = {
         TrialWorkload(concurrency=4, prompt_tokens=256, max_tokens=16, shared_prefix_share=0.9),
     )
 }
-"""Few, and unlike one another: each is best served in another way."""
+"""Few and different: a different method is best for each."""
 
-AGENDA: Final = Agenda(
+MEASUREMENT_PLAN: Final = MeasurementPlan(
     tuple(sorted(WORKLOADS)),
     tuple(sorted(each.name for each in PORTFOLIO.values() if each != BASELINE and each.drafter != "draft")),
 )
-"""What the swarm measures: under every workload every method of the portfolio that takes nothing but its peers.
+"""The cells that the swarm measures: every method of the portfolio under every workload.
 
-What a draft model saves depends on the draft model, and on the links to whoever has it.
+Methods with a draft model are left out: their effect depends on that model and on the links to the peer that runs it.
 """
 
 
 class MeasurementRunner:
-    """Measures by trials at this node, one cell at a time. Implements `node.consensus.chain_node.Meter`."""
+    """Measures by trials at this node, one cell at a time. Implements `node.consensus.environment.Meter`."""
 
     def __init__(
         self,
@@ -66,7 +66,7 @@ class MeasurementRunner:
         is_busy: Callable[[], bool],
         rng: random.Random,
     ) -> None:
-        """Take a model. `is_busy`: whether this node has other jobs; they are not disturbed."""
+        """`is_busy`: returns whether this node has other jobs, which are not disturbed."""
         self._trials = trials
         self._recorder = recorder
         self._model = model
@@ -75,12 +75,12 @@ class MeasurementRunner:
         self._unrevealed: list[Observation] = []
 
     async def measure(self, cell: Cell) -> float | None:
-        """Return the natural logarithm of the method's cost over the baseline's, None where it cannot be had."""
+        """Return the natural logarithm of the method's cost over the baseline's; None if it cannot be measured now."""
         workload = WORKLOADS.get(cell.workload)
         if workload is None or cell.method not in PORTFOLIO:
             return None
         objective = Objective.LATENCY if workload.concurrency == 1 else Objective.THROUGHPUT
-        while self._is_busy():  # noqa: ASYNC110  # other peers' sessions end without telling
+        while self._is_busy():  # noqa: ASYNC110  # other peers' sessions end without notice
             await trio.sleep(IDLE_ROUND_S * self._rng.uniform(0.5, 2))
         spec = TrialSpec(
             model=self._model,
@@ -91,7 +91,7 @@ class MeasurementRunner:
             quality=QualityBound.ANY,
         )
         try:
-            trial = await self._trials.run(spec, self._keep)
+            trial = await self._trials.run(spec, self._withhold)
         except JobError as error:
             _logger.info("cell not measured", method=cell.method, workload=cell.workload, reason=error.message)
             return None
@@ -102,12 +102,12 @@ class MeasurementRunner:
         return statistics.median(trial.log_ratios(tried, objective))
 
     async def revealed(self) -> None:
-        """Give the observations out: until the readings are revealed nobody may copy them."""
+        """Publish the observations, which other peers could copy until the readings were revealed."""
         observations, self._unrevealed = self._unrevealed, []
         for observation in observations:
             await self._recorder.publish(observation)
 
-    async def _keep(self, observation: Observation) -> bool:
+    async def _withhold(self, observation: Observation) -> bool:
         await trio.lowlevel.checkpoint()
         self._unrevealed.append(observation)
         return True

@@ -1,136 +1,119 @@
-"""The minutes of one chain: the signed records that were heard of late, and those that prove what stands.
+"""The verified messages of one chain: those of recent epochs, and the statements and signatures that prove the branch.
 
-They are what is handed to others, who need not trust us for it. Bounded: of each kind so many are held of an epoch, and
-epochs that are over go.
+Other peers get them from here, and need not trust us. Bounded by kind, epoch and membership; past epochs are pruned.
 """
 
 import hashlib
 from collections import Counter
 from collections.abc import Collection
-from typing import Final, NamedTuple
+from typing import Final
 
 from protocol.chains import SHORT_ID_BYTES
-from protocol.consensus import (
-    CommitRecord,
-    EquivocationRecord,
-    RevealRecord,
-    Said,
-    SignatureRecord,
-    StatementRecord,
-    contradicts,
-    offender_of,
-)
+from protocol.consensus import SignedMessage, equivocator_of, is_equivocation
+from protocol.consensus_values import Commit, EquivocationProof, Reveal, Signature, Statement
+from protocol.forms import Digest
 from protocol.identity import PeerId
 from protocol.limits import MAX_HAVE
 
-MAX_OF_MEMBERS: Final = {CommitRecord: 576, RevealRecord: 576, StatementRecord: 48, SignatureRecord: 448}
-MAX_OF_OTHERS: Final = {CommitRecord: 192, RevealRecord: 192, StatementRecord: 16, SignatureRecord: 192}
-"""Records of one epoch that are held. An epoch counts at most 304 contributions and has 5 proposals and 128 signers.
-Identities cost nothing: however many strangers speak, there is room for what members say."""
+MAX_OF_MEMBERS: Final = {Commit: 576, Reveal: 576, Statement: 48, Signature: 448}
+MAX_OF_OTHERS: Final = {Commit: 192, Reveal: 192, Statement: 16, Signature: 192}
+"""Messages of one epoch that are held. An epoch counts at most 304 contributions and has 5 proposals and 128 signers.
+Identities are free: however many strangers send messages, there is room for those of members."""
 
-MAX_OFFENCES: Final = 256
+MAX_EQUIVOCATORS: Final = 256
 
 MAX_EVIDENCE: Final = 2048
-"""Statements whose signatures are held, the newest ones."""
-
+"""Statements whose envelopes and signatures are held, the newest ones."""
 
 MAX_SIGNATURES: Final = 512
-"""Held of a statement. A committee is smaller; who is in it may not be known yet."""
-
-
-class Contradiction(NamedTuple):
-    """Two records of one peer that cannot both stand."""
-
-    first: Said
-    second: Said
+"""Signatures held of a statement, more than a committee has: the committee may not be known yet."""
 
 
 class MessageLog:
-    """What was said in one chain, and who can prove it."""
+    """The messages of one chain."""
 
     def __init__(self) -> None:
-        self.statements: dict[bytes, Said] = {}
-        """By the statement's own digest, which is for the caller to know."""
-        self.signatures: dict[bytes, dict[PeerId, Said]] = {}
+        self.statements: dict[Digest, SignedMessage] = {}
+        """By the statement's digest."""
+        self.signatures: dict[Digest, dict[PeerId, SignedMessage]] = {}
         """By statement, then by signer."""
-        self.offences: dict[PeerId, Said] = {}
-        self._recent: dict[bytes, Said] = {}
-        self._said_once: dict[tuple[object, ...], Said] = {}
+        self.equivocators: dict[PeerId, SignedMessage] = {}
+        """The proof against each peer."""
+        self._recent: dict[bytes, SignedMessage] = {}
+        self._unique: dict[tuple[object, ...], SignedMessage] = {}
+        """The first message of which a peer may sign only one."""
         self._counts: Counter[tuple[int, type, bool]] = Counter()
 
-    def add(self, said: Said, current_epoch: int, *, is_member: bool = True) -> Contradiction | None:
-        """Take in a record; return what it contradicts of what its signer said before.
+    def add(self, message: SignedMessage, current_epoch: int, *, is_member: bool = True) -> EquivocationProof | None:
+        """Add a message; return the proof of the equivocation that it completes.
 
-        Of statements and signatures also old ones are taken, as evidence; of all others those of the current epoch, the
-        one before and the one after: clocks differ.
+        Old statements and signatures are accepted as evidence; all other messages only for the current epoch, the one
+        before and the one after, because clocks differ.
         """
-        body = said.body
-        if isinstance(body, EquivocationRecord):
-            if len(self.offences) < MAX_OFFENCES:
-                self.offences.setdefault(offender_of(body), said)
+        body = message.body
+        if isinstance(body, EquivocationProof):
+            if len(self.equivocators) < MAX_EQUIVOCATORS:
+                self.equivocators.setdefault(equivocator_of(body), message)
             return None
-        contradicted = self._contradicted(said)
+        proof = self._prove_equivocation(message)
         is_recent = abs(body.epoch - current_epoch) <= 1
-        if is_recent and said.id not in self._recent and not self.is_full(said, is_member=is_member):
-            self._recent[said.id] = said
+        if is_recent and message.id not in self._recent and not self.is_full(message, is_member=is_member):
+            self._recent[message.id] = message
             self._counts[body.epoch, type(body), is_member] += 1
-        if isinstance(body, SignatureRecord):
+        if isinstance(body, Signature):
             held = self.signatures.setdefault(body.statement, {})
             if len(held) < MAX_SIGNATURES:
-                held.setdefault(said.peer, said)
-        return contradicted
+                held.setdefault(message.peer, message)
+        return proof
 
     @property
     def is_overfull(self) -> bool:
-        """Whether so much evidence is held that it is time to prune: some peer may never end to tell of the past."""
+        """Whether there is so much evidence that it must be pruned now: a peer may send old statements without end."""
         return max(len(self.statements), len(self.signatures)) > 2 * MAX_EVIDENCE
 
-    def add_statement(self, statement: bytes, said: Said) -> None:
-        """Keep the record of a statement under its digest."""
-        self.statements.setdefault(statement, said)
-
-    def is_full(self, said: Said, *, is_member: bool) -> bool:
-        """Whether of this record's kind and epoch no more are held, of members or of others."""
-        body = said.body
-        if isinstance(body, EquivocationRecord):
-            return len(self.offences) >= MAX_OFFENCES
+    def is_full(self, message: SignedMessage, *, is_member: bool) -> bool:
+        """Return whether no more messages of this kind and epoch are accepted, from members or from others."""
+        body = message.body
+        if isinstance(body, EquivocationProof):
+            return len(self.equivocators) >= MAX_EQUIVOCATORS
         bounds = MAX_OF_MEMBERS if is_member else MAX_OF_OTHERS
         return self._counts[body.epoch, type(body), is_member] >= bounds[type(body)]
 
-    def prune(self, current_epoch: int, needed: Collection[bytes]) -> None:
-        """Forget epochs that are over, and evidence of statements that are not `needed`."""
+    def prune(self, current_epoch: int, needed: Collection[Digest]) -> None:
+        """Drop past epochs, and the oldest evidence of statements that are not `needed`."""
         oldest = current_epoch - 1
-        self._recent = {key: said for key, said in self._recent.items() if _epoch(said) >= oldest}
-        self._said_once = {key: said for key, said in self._said_once.items() if _epoch(said) >= oldest}
+        self._recent = {key: message for key, message in self._recent.items() if message.epoch >= oldest}
+        self._unique = {key: message for key, message in self._unique.items() if message.epoch >= oldest}
         self._counts = Counter({key: count for key, count in self._counts.items() if key[0] >= oldest})
-        for held in (self.statements, self.signatures):
-            for statement in [each for each in held if each not in needed][: max(0, len(held) - MAX_EVIDENCE)]:
-                del held[statement]
+        for evidence in (self.statements, self.signatures):
+            for statement in [each for each in evidence if each not in needed][: max(0, len(evidence) - MAX_EVIDENCE)]:
+                del evidence[statement]
 
-    def recent(self) -> dict[bytes, Said]:
-        """Return what was heard of late, by short ids, ascending."""
-        found = {said.id[:SHORT_ID_BYTES]: said for said in (*self._recent.values(), *self.offences.values())}
+    def recent(self) -> dict[bytes, SignedMessage]:
+        """Return the messages of recent epochs by their short ids, ascending."""
+        found = {message.id[:SHORT_ID_BYTES]: message for message in self._recent.values()}
+        found |= {message.id[:SHORT_ID_BYTES]: message for message in self.equivocators.values()}
         return {key: found[key] for key in sorted(found)[:MAX_HAVE]}
 
-    def digest(self) -> bytes:
-        """Return one digest of what was heard of late."""
+    def digest(self) -> Digest:
+        """Return the digest of the recent messages' short ids."""
         return hashlib.sha256(b"".join(self.recent())).digest()
 
-    def _contradicted(self, said: Said) -> Contradiction | None:
-        match said.body:
-            case SignatureRecord() as body:
-                key: tuple[object, ...] = (said.peer, body.epoch)
-            case CommitRecord() as body:
-                key = (said.peer, body.epoch, body.parent)
+    def _prove_equivocation(self, message: SignedMessage) -> EquivocationProof | None:
+        match message.body:
+            case Signature() as body:
+                key: tuple[object, ...] = (message.peer, body.epoch)
+            case Commit() as body:
+                key = (message.peer, body.epoch, body.parent)
             case _:
                 return None
-        first = self._said_once.get(key)
+        first = self._unique.get(key)
         if first is None:
-            if len(self._said_once) < 4 * MAX_HAVE:
-                self._said_once[key] = said
+            if len(self._unique) < 4 * MAX_HAVE:
+                self._unique[key] = message
             return None
-        return Contradiction(first, said) if contradicts(first, said) else None
-
-
-def _epoch(said: Said) -> int:
-    return -1 if isinstance(said.body, EquivocationRecord) else said.body.epoch
+        return (
+            EquivocationProof(first.body.chain, first.envelope, message.envelope)
+            if is_equivocation(first, message)
+            else None
+        )

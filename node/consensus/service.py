@@ -6,34 +6,29 @@ cost of what a peer sends is charged to its own rate limits, and a violation ban
 
 import hashlib
 import random
-import time
-from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from functools import partial
 from typing import Final
 
 import structlog
 import trio
 
-from node.consensus.chain_node import ChainNode, Meter, Store, fresh_nonce
+from node.consensus.chain_node import ChainNode
 from node.consensus.chain_sync import ChainInitiator, ChainResponder
+from node.consensus.environment import ConsensusEnvironment, ConsensusRules
 from node.consensus.followed_chains import FollowedChains
-from node.identity import Identity
 from node.network.interface import Network
 from node.replication.gossip import GossipTopic, Verifier
-from node.replication.history import History
 from node.replication.peer_limits import Ban, PeerAllowances, PeerLimits
 from node.replication.pull import PullLimits, PullService
 from node.storage.database import StorageError
-from node.util.offload import Offload, run_in_thread
 from node.util.token_bucket import Allowance
 from protocol.chains import PROTOCOL_ID
-from protocol.consensus import CONSENSUS_TOPIC, EquivocationRecord, Said, open_said
+from protocol.consensus import CONSENSUS_TOPIC, SignedMessage
+from protocol.consensus_values import EquivocationProof
 from protocol.errors import RemoteProtocolError
+from protocol.forms import Digest
 from protocol.identity import ModelId, PeerId
-from selector.consensus.clock import EpochClock
-from selector.consensus.sortition import Agenda
-from selector.consensus.values import Digest, genesis_of
 
 MAX_CHAINS: Final = 8
 """Chains that a node follows at a time; those of the models that it serves come first."""
@@ -63,40 +58,6 @@ def swarm_name(swarm_key: str | None) -> bytes:
     return hashlib.sha256(b"metaswarm/swarm/" + (swarm_key or "").encode()).digest()
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ConsensusRules:
-    """What peers must have in common to agree: those with other rules have chains of their own."""
-
-    swarm: bytes
-    agenda: Agenda
-    clock: EpochClock
-    checkpoints: Collection[Digest] = ()
-
-    def genesis(self, model: ModelId) -> Digest:
-        """Return the genesis of a model's chain, which commits to the rules."""
-        workloads, methods = ",".join(self.agenda.workloads), ",".join(self.agenda.methods)
-        rules = f"metaswarm/1 epoch={self.clock.epoch_s:g} workloads={workloads} methods={methods}"
-        return genesis_of(self.swarm, model, rules)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ConsensusEnvironment:
-    """The node around the consensus."""
-
-    identity: Identity
-    store: Store
-    history: History
-    models: Callable[[], Mapping[ModelId, bool]]
-    """The models that live peers serve, and whether this node serves them, too."""
-    hardware: Callable[[], str | None]
-    meter: Callable[[ModelId], Meter]
-    """Measures the methods of a model."""
-    wall_clock: Callable[[], float] = time.time
-    offload: Offload = run_in_thread
-    nonce: Callable[[], bytes] = fresh_nonce
-    open_envelope: Callable[[bytes], Said] = open_said
-
-
 class ConsensusService:
     """This node's part in the consensus. Made before the network runs; `run` needs it running."""
 
@@ -115,7 +76,7 @@ class ConsensusService:
         self._chains = chains.nodes
         self._by_genesis: dict[Digest, ChainNode] = {}
         self._peer_limits = PeerLimits(PEER_ALLOWANCES)
-        self._verifier = Verifier(environment.open_envelope, VERIFIED_RECORDS, lambda envelope: 1.0)
+        self._verifier = Verifier(environment.verify, VERIFIED_RECORDS, lambda envelope: 1.0)
         self._gossip = GossipTopic(
             network, CONSENSUS_TOPIC, self._verifier, self._peer_limits, GOSSIP_WORK, accepts=self._accepts
         )
@@ -147,20 +108,12 @@ class ConsensusService:
             if model not in self._chains and len(self._chains) < MAX_CHAINS:
                 genesis = self._rules.genesis(model)
                 chain = ChainNode(
-                    identity=environment.identity,
-                    genesis=genesis,
-                    clock=self._rules.clock,
-                    agenda=self._rules.agenda,
-                    store=environment.store,
-                    history=environment.history,
-                    meter=environment.meter(model),
-                    hardware=environment.hardware,
+                    environment,
+                    self._rules,
+                    genesis,
+                    environment.meter(model),
                     participates=partial(self._serves, model),
                     publish=self._publish,
-                    wall_clock=environment.wall_clock,
-                    checkpoints=self._rules.checkpoints,
-                    offload=environment.offload,
-                    nonce=environment.nonce,
                 )
                 self._chains[model] = self._by_genesis[genesis] = chain
                 nursery.start_soon(self._run_chain, chain)
@@ -180,21 +133,21 @@ class ConsensusService:
 
     # Gossip
 
-    def _publish(self, records: Sequence[Said]) -> None:
+    def _publish(self, records: Sequence[SignedMessage]) -> None:
         self._gossip.publish(record.envelope for record in records)
 
-    def _accepts(self, source: PeerId, record: Said) -> bool:
+    def _accepts(self, source: PeerId, record: SignedMessage) -> bool:
         """Return whether a record is forwarded: of a chain that is followed, of now, and its publisher's own."""
         if record.peer != source:
             raise RemoteProtocolError("a batch contains a record that another peer signed")
         epoch = self._rules.clock.epoch_at(self._environment.wall_clock())
-        is_timely = isinstance(record.body, EquivocationRecord) or abs(record.body.epoch - epoch) <= 1
+        is_timely = isinstance(record.body, EquivocationProof) or abs(record.epoch - epoch) <= 1
         return is_timely and record.body.chain in self._by_genesis
 
-    async def _on_gossip(self, records: Sequence[Said]) -> None:
+    async def _on_gossip(self, records: Sequence[SignedMessage]) -> None:
         for record in records:
             if chain := self._by_genesis.get(record.body.chain):
-                chain.hear([record])
+                chain.receive([record])
 
     # Anti-entropy
 
@@ -206,10 +159,10 @@ class ConsensusService:
             if (peer := self._pull.choose_neighbour()) and (await self._pull.pull(peer, initiate)).more:
                 continue
             with trio.move_on_after(self._jitter.uniform(0.8, 1.2) * interval_s):
-                await chain.wants_more.wait()
+                await chain.needs_sync.wait()
             await trio.sleep(min(SHORTEST_PULL_INTERVAL_S, interval_s / 4) * self._jitter.uniform(0.5, 1))
 
     async def _on_connected(self, peer: PeerId) -> None:
         del peer
         for chain in self._chains.values():
-            chain.wants_more.set()
+            chain.needs_sync.set()

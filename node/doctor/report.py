@@ -4,7 +4,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 
-from node.api.interface import ModelStatus, NodeStatus
+from node.api.interface import ModelDocument, NodeStatus
 from protocol.identity import PeerId
 
 
@@ -80,4 +80,4 @@ class RunningNode:
     """Status and models of the running node that is examined."""
 
     status: NodeStatus
-    models: Sequence[ModelStatus]
+    models: Sequence[ModelDocument]

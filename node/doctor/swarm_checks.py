@@ -20,11 +20,12 @@ from node.network.host import Libp2pNetwork
 from node.network.interface import NetworkError
 from node.network.probe_port import PortState, probe_port
 from node.swarm.directory import Directory
-from node.swarm.membership import HEARTBEAT_INTERVAL_S
+from node.swarm.heartbeats import HEARTBEAT_INTERVAL_S
+from protocol.announcements import HEARTBEAT_TOPIC, Heartbeat
 from protocol.errors import RemoteProtocolError
 from protocol.identity import BlockRange, ModelId, PeerId
 from protocol.limits import MAX_CLOCK_SKEW_S
-from protocol.records import HEARTBEAT_TOPIC, Heartbeat, issue_time, unseal
+from protocol.records import issue_time, unseal
 from protocol.sync import PROTOCOL_ID as SYNC_PROTOCOL
 from selector.routing import uncovered
 
@@ -91,7 +92,7 @@ class _Observed:
         self.skews_s[heartbeat.peer] = now_s - issued_at_s - 0.5  # the time is in whole seconds
         self.agents[heartbeat.peer] = heartbeat.agent
         self.addresses[heartbeat.peer] = heartbeat.multiaddrs
-        self.directory.hear(heartbeat, 0.0, dialled=True)  # coverage counts every peer, dialled or not
+        self.directory.update(heartbeat, 0.0, dialled=True)  # coverage counts every peer, dialled or not
         self.first_heartbeat.set()
         return False
 

@@ -11,10 +11,7 @@ from protocol.tensors import BLOCK_ELEMENTS, DType, Tensor
 MAX_MAGNITUDE = 1e18
 """Far above real hidden states. Norms square them, which overflows f32 for much larger ones."""
 
-_MAX_BITS = {
-    DType.FLOAT16: 0x7BFF,
-    DType.BFLOAT16: int(np.array([MAX_MAGNITUDE], np.float32).view(np.uint32)[0] >> 16),
-}
+_MAX_BITS = {DType.FLOAT16: 0x7BFF, DType.BFLOAT16: int(np.array([MAX_MAGNITUDE], np.float32).view(np.uint32)[0] >> 16)}
 """The largest valid number of each codec, sign aside."""
 
 Rows = npt.NDArray[np.float32]
@@ -26,7 +23,7 @@ def encode_rows(rows: Rows, activations: str) -> Tensor:
     try:
         encode = _ENCODERS[activations]
     except KeyError:
-        raise EngineError(f"there is no codec {activations!r} for activations") from None
+        raise EngineError(f"unknown wire codec for activations: {activations!r}") from None
     return encode(np.ascontiguousarray(rows, np.float32))
 
 
@@ -113,11 +110,7 @@ def _decode_bf16(tensor: Tensor) -> Rows:
     return bits.view(np.float32)
 
 
-_ENCODERS: Mapping[str, Callable[[Rows], Tensor]] = {
-    "fp32": _encode_fp32,
-    "bf16": _encode_bf16,
-    "int8": _encode_int8,
-}
+_ENCODERS: Mapping[str, Callable[[Rows], Tensor]] = {"fp32": _encode_fp32, "bf16": _encode_bf16, "int8": _encode_int8}
 _DECODERS: Mapping[DType, Callable[[Tensor], Rows]] = {
     DType.FLOAT32: _decode_fp32,
     DType.FLOAT16: _decode_fp16,

@@ -179,7 +179,6 @@ def _load(package: Package, blocks: BlockRange, how: str) -> _Stage:
 
 
 def _check(stages: Sequence[_Stage], references: Sequence[Reference], how: str) -> None:
-    """Compare logits, with the prompts in chunks and the sessions in turns."""
     steps = [[*range(0, len(r.prompt), CHUNK), *range(len(r.prompt), len(r.prompt) + COUNT - 1)] for r in references]
     for turn, session in itertools.product(range(max(map(len, steps))), range(len(references))):
         if turn < len(steps[session]):

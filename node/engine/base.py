@@ -30,7 +30,7 @@ class Engine(ABC):
     """
 
     _sessions: dict[SessionId, Any]
-    """Those that have begun, and what the subclass keeps of each."""
+    """The sessions that have begun, with the subclass's state of each."""
 
     def __init__(self, info: SpanInfo, variants: Iterable[Variant]) -> None:
         self._info = info
@@ -137,7 +137,6 @@ class Engine(ABC):
         return None
 
     def _close(self, session: SessionId, *, keep: bool) -> None:
-        """Free a session. `keep`: whether its pages stay in the prefix cache."""
         self._pages.close(session, keep=keep)
         self._sessions.pop(session, None)
 

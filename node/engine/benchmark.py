@@ -72,7 +72,7 @@ def measure_disk_read(directory: Path) -> float:
         started = time.perf_counter()
         while size < DISK_BYTES and time.perf_counter() - started < DISK_WRITE_S:
             size += os.pwrite(descriptor, piece, size)
-            os.fsync(descriptor)  # each piece: what is written at last at once takes as long as it likes
+            os.fsync(descriptor)  # each piece: one flush at the end may take any time
         _bypass_cache(descriptor)
 
         position = 0
@@ -92,7 +92,6 @@ def _bypass_cache(descriptor: int) -> None:
 
 
 def _idle_only() -> None:
-    """Run at idle priority on processor and disk."""
     yield_to_others()
     if sys.platform == "linux":
         with suppress(OSError, psutil.Error):  # a sandbox may forbid it

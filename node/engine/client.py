@@ -122,7 +122,7 @@ class _Call:
 class WorkerEngine(Engine):
     """An engine over a worker process. Made by `start_worker`, which runs its two tasks.
 
-    A session is remembered by the frame that began it, which tells it from an earlier one with the same id.
+    `_sessions` keeps the frame that began a session, which tells it from an earlier one with the same id.
     """
 
     _sessions: dict[SessionId, _Frame]

@@ -37,14 +37,8 @@ Item = TypeVar("Item")
 
 # Added by transformers, or different between two machines that read the same file.
 _ENVIRONMENT_KEYS = frozenset({
-    "_from_model_config",
-    "_name_or_path",
-    "_model_name_or_path",
-    "is_local",
-    "local_files_only",
-    "name_or_path",
-    "tokenizer_file",
-    "transformers_version",
+    "_from_model_config", "_name_or_path", "_model_name_or_path", "is_local", "local_files_only", "name_or_path",
+    "tokenizer_file", "transformers_version",
 })  # fmt: skip
 
 
@@ -114,7 +108,7 @@ def _check_architecture(config: dict[str, Any]) -> None:
 
 
 def _join_parts(file: GgufModel) -> None:
-    """Let transformers, which opens one file by its path, see all parts of a split as one; and count what it reads."""
+    """Have transformers, which opens one file by its path, read all parts of a split, and report its progress."""
     import gguf
     from transformers import modeling_gguf_pytorch_utils
 
@@ -177,7 +171,7 @@ def _with_requirements(
     changes: dict[str, Any] = {
         config.attribute_map.get(need.attribute, need.attribute): need.value
         for need in needs
-        if not _says(config, need)
+        if not _meets(config, need)
     }
     if rope := _rope_parameters(config, file, embeddings):
         changes["rope_parameters"] = rope
@@ -185,7 +179,7 @@ def _with_requirements(
         return config
     config = type(config)(**{**config.to_dict(), **changes})
     for need in needs:
-        if not _says(config, need):
+        if not _meets(config, need):
             raise ConversionError(
                 f"{file.name} requires {need.attribute} = {need.value} by {need.key}, which "
                 f"{config.model_type} models in transformers do not support: import the safetensors checkpoint"
@@ -193,7 +187,7 @@ def _with_requirements(
     return config
 
 
-def _says(config: Any, need: Requirement) -> bool:
+def _meets(config: Any, need: Requirement) -> bool:
     has = getattr(config, need.attribute, None)
     if has is None and need.attribute == "head_dim":
         has = config.hidden_size // config.num_attention_heads
@@ -211,7 +205,6 @@ def _float32(one: float, other: float) -> bool:
 
 
 def _rope_parameters(config: Any, file: GgufModel, embeddings: Mapping[str | None, Rope]) -> dict[str, Any]:
-    """Return the `rope_parameters` that the config needs; nothing if it has them already."""
     has = config.rope_parameters if embeddings else {}
     wanted: dict[str, Any] = {}
     for kind, rope in embeddings.items():
@@ -250,11 +243,7 @@ def _check_rope(model: Any, file: GgufModel, embeddings: Mapping[str | None, Rop
 
 def _check_tensors(model: Any, file: GgufModel) -> None:
     """Match the file's tensors with those that the model needs; raise ConversionError for any without a counterpart."""
-    from transformers.modeling_gguf_pytorch_utils import (
-        TENSOR_PROCESSORS,
-        TensorProcessor,
-        get_gguf_hf_weights_map,
-    )
+    from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor, get_gguf_hf_weights_map
 
     make_processor: Any = TENSOR_PROCESSORS.get(file.architecture, TensorProcessor)
     processor = make_processor(config=model.config.to_dict())

@@ -25,10 +25,7 @@ def accelerators() -> Iterator[tuple[Accelerator, torch.device]]:
             else:
                 kind, capability = AcceleratorKind.CUDA, f"{properties.major}.{properties.minor}"
             accelerator = Accelerator(
-                kind=kind,
-                name=properties.name,
-                memory_bytes=properties.total_memory,
-                compute_capability=capability,
+                kind=kind, name=properties.name, memory_bytes=properties.total_memory, compute_capability=capability
             )
             yield accelerator, torch.device("cuda", index)
     if torch.backends.mps.is_available():

@@ -1,8 +1,8 @@
-"""The tokenizer of a GGUF file, as transformers rebuilds it, corrected where that differs from what the file says.
+"""The tokenizer of a GGUF file, as transformers rebuilds it, with corrections.
 
-transformers knows how some pre-tokenizers split a text, takes GPT-2's way for all others, and leaves out some of what
-a kind implies: which begin every text with a token, and which take a word that is in the vocabulary as it is. What it
-would get wrong is set right here, or refused.
+transformers knows how some pre-tokenizers split a text, takes GPT-2's way for all others, and leaves out some
+implications of a kind: which begin every text with a token, and which take a word in the vocabulary as it is. These
+are corrected here, or refused.
 """
 
 from typing import Any, Final
@@ -18,7 +18,7 @@ _AS_GPT2_BY_DIGIT: Final = frozenset({"command-r", "codeshell", "exaone", "miner
 # spaces before digits. The catalogue pins a model that was imported so.
 _NEARLY_GPT2: Final = frozenset({"smollm"})
 _AS_QWEN2: Final = frozenset({"stablelm2"})
-# These begin a text with BOS unless the file says otherwise, and take a word that is a token as that token.
+# These begin a text with BOS by default, and take a word that is a token as that token.
 _WHOLE_WORDS: Final = frozenset(
     {"falcon3", "falcon-h1", "llama-bpe", "llama-v3", "llama3", "midm-2.0", "pixtral", "tekken"}
 )
@@ -67,7 +67,6 @@ def read_tokenizer(file: GgufModel) -> Any:
 
 
 def _check_space(file: GgufModel, backend: Any, kind: object) -> None:
-    """Refuse a sentencepiece tokenizer that puts a space before the text where the file does not, or the reverse."""
     if kind != "llama":
         return
     wanted = file.metadata.get("tokenizer.ggml.add_space_prefix", True)
@@ -80,7 +79,6 @@ def _check_space(file: GgufModel, backend: Any, kind: object) -> None:
 
 
 def _set_ends(file: GgufModel, backend: Any, *, is_added: bool) -> None:
-    """Begin and end texts with the special tokens that the file wants there."""
     from tokenizers import processors
 
     bos = _token(file, "bos", is_added=is_added, backend=backend)

@@ -44,7 +44,7 @@ class KvCache:
     def copy(self, sources: Sequence[int], pages: Sequence[int]) -> None:
         """Copy whole pages."""
         device = self.blocks[0].keys.device
-        if device.type != "cpu" and sources:  # an operation costs more there than what it copies
+        if device.type != "cpu" and sources:  # where launching an operation costs more than the copy
             read, written = (SlotMapping(numbers).all.to(device) for numbers in (sources, pages))
             for block in self.blocks:
                 block.keys.index_copy_(0, written, block.keys[read])
@@ -179,7 +179,6 @@ def attention_windows(config: PreTrainedConfig) -> tuple[int | None, ...]:
 
 
 def _kind_of(config: PreTrainedConfig, block: int, layer: type) -> str:
-    """Return the name of a block's unsupported layer."""
     kinds = getattr(config, "layer_types", None) or ()
     kind = kinds[block] if block < len(kinds) else ""
     if kind == "conv":

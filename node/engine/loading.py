@@ -36,7 +36,7 @@ from transformers.utils.loading_report import LoadStateDictInfo
 from node.engine.engine_config import ShardSource
 from node.engine.interface import EngineError
 from node.engine.kv_cache import attention_windows
-from node.engine.outer_modules import OuterModules, accepted_options, find_outer_modules
+from node.engine.outer_modules import OuterModules, accepted_options, trace_outer_modules
 from node.models.layout import OuterNames, module_of
 from node.models.manifest import architecture_name, constant_positions
 from node.models.tensor_names import describe_tensors
@@ -107,7 +107,7 @@ def load_span(
         weights = dict(_weights(source, blocks))
         needed_bytes = sum(tensor.numel() for tensor in weights.values()) * dtype.itemsize
         if limit_bytes is not None and needed_bytes > limit_bytes:
-            raise EngineError(f"{limit_bytes} bytes of memory are too few: the weights take {needed_bytes}")
+            raise EngineError(f"{limit_bytes} bytes of memory are not enough: the weights take {needed_bytes}")
         report = _load(model, weights, dtype)
     except (OSError, SafetensorError) as error:
         raise EngineError(f"blocks {blocks} cannot be loaded: {error}") from error
@@ -176,7 +176,7 @@ def describe(content: Mapping[str, Any], dtype: torch.dtype = torch.float32) -> 
     if "past_key_values" not in accepted_options(base.forward):
         raise EngineError(f"{name} keeps no keys and values of past positions, so it cannot be split into spans here")
     try:
-        outer = find_outer_modules(model, base, path)
+        outer = trace_outer_modules(model, base, path)
     except EngineError as error:
         raise EngineError(f"{name} cannot be split into spans here: {error}") from error
     return DescribedModel(config, model, base, path, windows, outer)
@@ -275,7 +275,6 @@ class _WithoutMemory(TorchFunctionMode):
 
 
 def _find_blocks(model: PreTrainedModel, config: PreTrainedConfig, name: str) -> str:
-    """Return the path of the decoder's list of blocks in the model."""
     found: list[str] = [
         path
         for path, module in model.named_modules()

@@ -30,7 +30,7 @@ _WRAPPINGS: tuple[Callable[[Any], Any], ...] = (
 
 @dataclass(frozen=True, slots=True)
 class OuterModules:
-    """The modules with weights of their own that a forward pass calls outside of the blocks, by their paths."""
+    """The modules with weights that a forward pass calls outside of the blocks, by their paths."""
 
     before: frozenset[str]
     """They make the first block's input of token ids."""
@@ -45,7 +45,7 @@ class OuterModules:
         return part_of(weight)
 
 
-class _OutOfOrderError(Exception):
+class _NotAStackError(Exception):
     """The pass is not a plain stack of blocks; the message says why."""
 
 
@@ -71,10 +71,10 @@ class _Trace:
         with _replaced_forwards(self._replaced), torch.inference_mode():
             model(**options)
         if self._passed < len(self._blocks):
-            raise _OutOfOrderError(f"only {self._passed} of its {len(self._blocks)} blocks are run")
+            raise _NotAStackError(f"only {self._passed} of its {len(self._blocks)} blocks are run")
         between = sorted(name for name, sides in self._calls.items() if sides != {"before"} and sides != {"behind"})
         if between:
-            raise _OutOfOrderError(f"{between[0]} is used at more than one end of the blocks, or between them")
+            raise _NotAStackError(f"{between[0]} is used at more than one end of the blocks, or between them")
         before, behind = (
             frozenset(name for name, sides in self._calls.items() if sides == {side}) for side in ("before", "behind")
         )
@@ -83,9 +83,9 @@ class _Trace:
     def _pass(self, number: int, *inputs: Any, **options: Any) -> Any:
         hidden = inputs[0] if inputs else options.get("hidden_states")
         if number != self._passed:
-            raise _OutOfOrderError("its blocks are not run one after another, each once")
+            raise _NotAStackError("its blocks are not run one after another, each once")
         if not isinstance(hidden, torch.Tensor) or hidden.dim() != 3 or hidden.shape[:2] != (1, _ROWS):
-            raise _OutOfOrderError("its blocks do not map one row of hidden states for each token to another")
+            raise _NotAStackError("its blocks do not map one row of hidden states for each token to another")
         self._passed += 1
         return self._wrap(hidden)
 
@@ -107,13 +107,13 @@ class _Trace:
                 return first
 
 
-def find_outer_modules(model: nn.Module, base: nn.Module, path: str) -> OuterModules:
+def trace_outer_modules(model: nn.Module, base: nn.Module, path: str) -> OuterModules:
     """Follow the forward pass of a whole model, described or loaded, whose blocks stand at `path`.
 
     Raises EngineError where the blocks are not a plain stack, or a module is used on both sides of them.
     """
     names = accepted_options(model.forward, base.forward)
-    options = only(
+    options = select_options(
         {
             "input_ids": torch.zeros(1, _ROWS, dtype=torch.long),
             "position_ids": torch.arange(_ROWS).unsqueeze(0),
@@ -121,11 +121,11 @@ def find_outer_modules(model: nn.Module, base: nn.Module, path: str) -> OuterMod
         },
         names,
     )
-    faults: list[_OutOfOrderError] = []
+    faults: list[_NotAStackError] = []
     for wrap in _WRAPPINGS:
         try:
             return _Trace(model, path, wrap).run(model, options)
-        except _OutOfOrderError as error:
+        except _NotAStackError as error:
             faults.append(error)
         except Exception:  # noqa: BLE001, S112  # an untested architecture may raise anything
             continue
@@ -139,14 +139,13 @@ def accepted_options(forward: Callable[..., Any], inner: Callable[..., Any] | No
     return frozenset(parameters) | (accepted_options(inner) if inner is not None and hands_on else frozenset())
 
 
-def only(options: Mapping[str, Any], names: frozenset[str]) -> dict[str, Any]:
+def select_options(options: Mapping[str, Any], names: frozenset[str]) -> dict[str, Any]:
     """Return the options that are among the names."""
     return {name: value for name, value in options.items() if name in names}
 
 
 @contextmanager
 def _replaced_forwards(replaced: Mapping[nn.Module, Callable[..., Any]]) -> Iterator[None]:
-    """Replace the forward pass of modules inside the block."""
     for module, forward in replaced.items():
         module.forward = forward
     try:

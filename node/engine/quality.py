@@ -83,7 +83,6 @@ def measure_quality(
 
 
 def _pass(shard: "Shard", kv_key: KvCompatibilityKey, rows: "torch.Tensor") -> "torch.Tensor":
-    """Return rows as the next part receives them."""
     import torch
 
     from node.engine.activation_codec import decode_rows, encode_rows
@@ -127,7 +126,7 @@ def _compare(
     }
 
 
-def cut(block_bytes: Sequence[int]) -> Iterator[BlockRange]:
+def split_into_parts(block_bytes: Sequence[int]) -> Iterator[BlockRange]:
     """Yield the parts of a model with blocks of these sizes, as equal as can be."""
     count = len(block_bytes)
     parts = min(count, max(PARTS, -(-sum(block_bytes) // PART_BYTES)))
@@ -153,7 +152,7 @@ def main() -> int:
     package = Package(parse_manifest((folder / MANIFEST_FILE).read_bytes()), folder)
     parts = [
         (blocks, source_from_package(package, blocks))
-        for blocks in cut([file.size_bytes for file in package.manifest.blocks])
+        for blocks in split_into_parts([file.size_bytes for file in package.manifest.blocks])
     ]
     try:
         found = measure_quality(parts, asked["windows"], [kv_key_of(name) for name in asked["lineages"]])

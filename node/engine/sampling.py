@@ -118,7 +118,7 @@ def draw(logits: Logits, sampling: Sampling, position: int, history: TokenCounts
     return token
 
 
-def draw_until_wrong(
+def draw_and_verify(
     rows: Rows, sampling: Sampling, position: int, drafts: Sequence[int], history: TokenCounts | None = None
 ) -> list[int]:
     """Return the tokens drawn from rows of logits, the first of which takes absolute `position`.

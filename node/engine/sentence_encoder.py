@@ -16,7 +16,7 @@ MAX_TOKENS: Final = 128
 
 
 def find_sentence_encoder() -> "SentenceEncoder | None":
-    """Return the encoder that is installed here, or None. Nothing is loaded before it is first used."""
+    """Return the encoder that is installed here, or None. It loads on first use."""
     spec = find_spec(PACKAGE)
     for place in (spec.submodule_search_locations or ()) if spec else ():
         folder = Path(place) / "model"

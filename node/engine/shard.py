@@ -34,7 +34,7 @@ from node.engine.interface import (
 from node.engine.kv_allocator import KvReservation, check_slice
 from node.engine.kv_cache import KvCache, SlotMapping
 from node.engine.loading import load_span
-from node.engine.sampling import TokenCounts, draw_until_wrong, history_for
+from node.engine.sampling import TokenCounts, draw_and_verify, history_for
 from node.util.disk_cache import FolderCache
 from node.util.text import one_line
 from protocol.identity import BlockRange, SessionId
@@ -42,10 +42,10 @@ from protocol.limits import MAX_POSITIONS
 from protocol.tensors import Tensor, tensor_from_tokens, tokens_from_tensor
 
 _FREE_MEMORY_SHARE = 0.5
-"""Of the memory that is free, where the options do not say how much to use."""
+"""Of the free memory, by default."""
 
 _VARIANT_SHARE = 0.5
-"""Of what the reference's weights leave, at most, for the weights of other variants; the rest is KV memory."""
+"""Limit of the other variants' weights, of the memory beside the reference's; the rest is KV memory."""
 
 
 @dataclass(slots=True)
@@ -72,7 +72,6 @@ class _Batch:
     faults: dict[int, SliceFault] = field(default_factory=dict)
 
     def fail(self, number: int, error: Exception) -> None:
-        """Record why a slice failed."""
         message = str(error)
         if not isinstance(error, EngineError):
             message = f"the forward pass failed: {' '.join(message.split())[:300]}"
@@ -174,7 +173,7 @@ class Shard:
     def run_alone(self, variant: Variant, rows: torch.Tensor, *, draws: int) -> torch.Tensor:
         """Return hidden states of rows from position 0 on or, on a last span, logits after the last `draws` of them.
 
-        For measuring: there must be no sessions, since it writes into any pages. `rows`: token ids i64 (rows,) on a
+        For quality measurements, without sessions: it writes into any pages. `rows`: token ids i64 (rows,) on a
         first span, hidden states f32 (rows, hidden size) elsewhere.
         """
         rows, pages = rows.to(self._device), range(-(-len(rows) // PAGE_POSITIONS))
@@ -211,7 +210,7 @@ class Shard:
         return StepResult(outputs=outputs, compute_s=time.perf_counter() - started_s, faults=faults)
 
     def _grouped(self, batch: _Batch) -> dict[tuple[Variant, BlockRange], list[int]]:
-        """Return the slices that can be computed, by number, grouped by what computes them."""
+        """Return the valid slices, by number, grouped by variant and blocks."""
         groups: dict[tuple[Variant, BlockRange], list[int]] = {}
         counts = Counter(rows.session for rows in batch.slices)
         for number, rows in enumerate(batch.slices):
@@ -228,8 +227,7 @@ class Shard:
     def _run(self, batch: _Batch, variant: Variant, blocks: BlockRange, numbers: Sequence[int]) -> None:
         """Run slices together; where that fails, each half of them again, until those that fail are alone.
 
-        What a pass that failed has written lies at the positions that the next one writes. Raises EngineError where the
-        device is lost.
+        The next pass overwrites the positions that a failed one wrote. Raises EngineError where the device is lost.
         """
         try:
             computed = self._compute(variant, blocks, [batch.rows[number] for number in numbers])
@@ -245,7 +243,7 @@ class Shard:
                 rows, session = batch.slices[number], batch.sessions[number]
                 try:
                     tensor = self._output(rows, session, output)
-                except EngineError as error:  # never BadRows: what came in was checked, so that the fault is here
+                except EngineError as error:  # never BadRows: the input was checked, so the fault is here
                     batch.fail(number, EngineError(str(error)))
                     continue
                 session.length = rows.position + rows.tensor.rows
@@ -270,7 +268,6 @@ class Shard:
         return session
 
     def _output(self, rows: SliceInput, session: _Session, output: torch.Tensor) -> Tensor:
-        """Return hidden states on the wire, or the tokens drawn from logits."""
         if not session.info.is_last:
             states = output.cpu().numpy()
             check_rows(states)
@@ -281,7 +278,7 @@ class Shard:
         history = session.history
         if history is not None and rows.history is not None:
             history.reset(rows.history)
-        return tensor_from_tokens(draw_until_wrong(output.cpu().numpy(), sampling, first_drawn, rows.drafts, history))
+        return tensor_from_tokens(draw_and_verify(output.cpu().numpy(), sampling, first_drawn, rows.drafts, history))
 
     def _input(self, tensor: Tensor, info: SpanInfo) -> torch.Tensor:
         """Return rows as the model takes them; token ids are checked, as torch may crash on bad ones."""
@@ -294,7 +291,7 @@ class Shard:
 
 
 def open_shard(source: ShardSource, blocks: BlockRange, options: EngineOptions) -> Shard:
-    """Return a shard. Raises EngineError where there can be none, also for what a GPU and its driver say."""
+    """Return a shard. Raises EngineError where it cannot be built, also for errors of a GPU and its driver."""
     try:
         return Shard(source, blocks, options)
     except torch.OutOfMemoryError:
@@ -306,14 +303,13 @@ def open_shard(source: ShardSource, blocks: BlockRange, options: EngineOptions) 
 
 
 def _memory_bytes(options: EngineOptions, weight_bytes: int) -> int:
-    """Return how much memory weights, variants and KV memory may take together."""
     if options.memory_bytes is not None:
         return options.memory_bytes
     return weight_bytes + int(free_bytes(torch.device(options.device)) * _FREE_MEMORY_SHARE)
 
 
 def _kv_positions(options: EngineOptions, free_bytes: int, weight_bytes: int, position_bytes: int) -> int:
-    """Return how many positions, in whole pages, fit into what the weights leave, beside the variants' own weights."""
+    """Return how many positions, in whole pages, fit into the free memory beside the variants' weights."""
     page_bytes = max(1, position_bytes * PAGE_POSITIONS)
     on_cpu = torch.device(options.device).type == "cpu"
     packed_bytes = sum(sum(spec.packed_bytes.values()) for spec in BACKENDS.values() if on_cpu or not spec.cpu_only)
@@ -321,7 +317,7 @@ def _kv_positions(options: EngineOptions, free_bytes: int, weight_bytes: int, po
     pages = (free_bytes - max(0, variant_bytes)) // page_bytes
     if pages < 1:
         raise EngineError(
-            f"{weight_bytes + free_bytes} bytes of memory are too few: the weights take {weight_bytes}, "
+            f"{weight_bytes + free_bytes} bytes of memory are not enough: the weights take {weight_bytes}, "
             f"and each page of {PAGE_POSITIONS} positions {page_bytes}"
         )
     if options.kv_positions is not None:

@@ -188,7 +188,6 @@ class _Shrinking:
 
 
 def _all_of(content: Any, key: str) -> list[Any]:
-    """Return the values under a key, however deep."""
     if not isinstance(content, dict):
         return []
     here = [content[key]] if key in content else []

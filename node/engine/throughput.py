@@ -129,7 +129,7 @@ def _duration(operation: Operation) -> float:
 
 
 def _product(size: int, dtype: torch.dtype, device: torch.device) -> Operation:
-    # Zeros would draw less power, and so reach higher clocks, than what is computed in earnest.
+    # Zeros would draw less power, and so reach higher clocks, than real data.
     left, right = (torch.randn(size, size, device=device).mul_(20).to(dtype) for _ in range(2))
     if dtype is torch.int8:
         # The second factor stands column by column: cuBLAS multiplies int8 no other way.
@@ -177,7 +177,7 @@ def _repeat(operation: Operation) -> list[float]:
 
 
 def _summed_rate(runs: Sequence[Sequence[float]]) -> float:
-    """Return operations a second of all threads together, where they share nothing: the sum of what is typical of each.
+    """Return operations a second of all threads together, where they share nothing: the sum of their typical rates.
 
     A minority of interrupted operations does not count, however long they took.
     """
@@ -188,7 +188,7 @@ def _joint_rate(runs: Sequence[Sequence[float]]) -> float:
     """Return operations a second of all threads together, where they share the memory.
 
     Every stretch of a few operations that ended one after another has a rate. Where one thread is interrupted, the
-    stretch is slow; the faster quarter of them shows what all do at once.
+    stretch is slow; the faster quarter of them shows the joint rate.
     """
     ends = sorted(end for run in runs for end in run[1:])
     count = WINDOWS * len(runs)

@@ -84,7 +84,6 @@ def main() -> None:
 
 
 def _prepare(shard: "Shard", header: Header, connection: socket.socket) -> None:
-    """Build a variant, and report the result."""
     try:
         shard.prepare(Variant(*header["variant"]))
     except Exception as error:  # noqa: BLE001  # the span is served without this variant
@@ -114,7 +113,6 @@ def _yield_to_others() -> None:
 
 
 def _exit_on_hang_up(descriptor: int) -> NoReturn:
-    """Exit when the other end closes."""
     poll = select.poll()
     poll.register(descriptor, getattr(select, "POLLRDHUP", 0))
     poll.poll()

@@ -109,7 +109,6 @@ async def start_process(options: EngineOptions, name: str) -> WorkerProcess:
 
 
 def _environment(options: EngineOptions) -> dict[str, str]:
-    """Return the environment of a worker: no spinning threads, no hub, no chatter."""
     threads = str(options.threads or physical_cores())
     changes = {
         "OMP_NUM_THREADS": threads,

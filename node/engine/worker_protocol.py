@@ -73,7 +73,7 @@ def decode_header(data: Buffer) -> Header:
     return header
 
 
-def cut_tensors(described: Iterable[tuple[str, Sequence[int]]], payload: memoryview) -> list[Tensor]:
+def split_payload(described: Iterable[tuple[str, Sequence[int]]], payload: memoryview) -> list[Tensor]:
     """Return the tensors of a payload as views of it."""
     tensors, start = [], 0
     for dtype, shape in described:
@@ -135,7 +135,7 @@ def encode_step(call: int, slices: Sequence[SliceInput]) -> list[Buffer]:
 def decode_step(header: Header, payload: memoryview) -> list[SliceInput]:
     """Return the slices of a step."""
     described = header["slices"]
-    tensors = cut_tensors(((dtype, shape) for *_, dtype, shape in described), payload)
+    tensors = split_payload(((dtype, shape) for *_, dtype, shape in described), payload)
     return [
         SliceInput(
             session=decode_session(session),
@@ -167,7 +167,7 @@ def decode_result(header: Header, payload: memoryview, order: Sequence[SessionId
     faults = decode_faults(header)
     failed = {fault.session for fault in faults}
     sessions = [session for session in order if session not in failed]
-    tensors = cut_tensors(header["tensors"], payload)
+    tensors = split_payload(header["tensors"], payload)
     outputs = tuple(SliceOutput(session=s, tensor=tensor) for s, tensor in zip(sessions, tensors, strict=True))
     return StepResult(outputs=outputs, compute_s=header["compute_s"], faults=faults)
 

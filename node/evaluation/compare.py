@@ -7,7 +7,7 @@ from typing import Any, Final
 
 import numpy as np
 
-from node.evaluation.parallel_fit import Answer, Task, fit_all
+from node.evaluation.parallel_fit import FitResult, FitTask, fit_all
 from selector.dataset import Dataset
 from selector.estimator import Selector
 from selector.evaluation.baselines import BASELINES, TextEmbedding, VirtualBest
@@ -101,20 +101,20 @@ def compare(
         **BASELINES,
         "text_embedding": lambda: TextEmbedding(encode and _encode_texts(dataset, encode, progress)),
     }
-    answers: dict[str, dict[int, Answer]] = {name: {} for name in makers}
+    results: dict[str, dict[int, FitResult]] = {name: {} for name in makers}
     del makers[ORACLE]
     oracle = VirtualBest().fit_dataset(dataset)
     for i, fold in enumerate(folds):
-        answers[ORACLE][i] = Answer(ORACLE, i, oracle.predict(dataset.pairs.take(fold.test)), 0.0)
+        results[ORACLE][i] = FitResult(ORACLE, i, oracle.predict(dataset.pairs.take(fold.test)), 0.0)
     if len(dataset) < MIN_ROWS_OF_PROCESSES:
         process_count = 1
     with closing(fit_all(dataset, folds, _tasks(makers, len(folds), probes, progress), process_count)) as found:
-        for answer in found:
-            answers[answer.name][answer.fold] = answer
-            progress(answer.name, len(answers[answer.name]), len(folds))
+        for result in found:
+            results[result.name][result.fold] = result
+            progress(result.name, len(results[result.name]), len(folds))
     rows: list[Row] = []
     left_out: dict[str, str] = {}
-    for name, by_fold in answers.items():
+    for name, by_fold in results.items():
         of_folds = [by_fold[i] for i in range(len(folds))]
         scores = [each.scores for each in of_folds if each.scores is not None]
         if len(scores) < len(folds):
@@ -126,13 +126,15 @@ def compare(
     return Comparison(dataset, group, probes, len(folds), tuple(rows), left_out)
 
 
-def _tasks(makers: Mapping[str, Callable[[], Selector]], folds: int, probes: int, progress: Progress) -> Iterator[Task]:
+def _tasks(
+    makers: Mapping[str, Callable[[], Selector]], folds: int, probes: int, progress: Progress
+) -> Iterator[FitTask]:
     """Yield the fits, slowest (the meta-model's) first."""
     for name, make in makers.items():
         progress(name, 0, folds)
         selector = make()
         for fold in range(folds):
-            yield Task(name, selector, fold, probes)
+            yield FitTask(name, selector, fold, probes)
 
 
 def _encode_texts(dataset: Dataset, encode: Encoder, progress: Progress) -> KnownTexts:

@@ -19,7 +19,7 @@ import numpy as np
 
 from selector.dataset import GROUPS, Contexts, Dataset, DatasetError, FloatArray, build_dataset
 
-MAX_CATEGORIES: Final = 32
+MAX_VALUES: Final = 32
 """Values up to which a non-numeric feature is one-hot encoded."""
 
 MAX_FIELD_BYTES: Final = 1 << 20
@@ -31,17 +31,16 @@ def read_folder(folder: Path) -> Dataset:
     index = {cid: i for i, cid in enumerate(contexts.ids)}
     rows: list[tuple[int, str, float]] = []
     unknown = unnamed = 0
-    with _table(folder, "observations", ("cid", "method", "y")) as (columns, records):
-        cid_at, method_at, cost_at = (columns.index(name) for name in ("cid", "method", "y"))
+    with _table(folder, "observations", ("cid", "method", "y")) as (_, records):
         for record in records:
-            context = index.get(record[cid_at])
-            method = sys.intern(record[method_at].strip())
+            context = index.get(record["cid"])
+            method = sys.intern(record["method"].strip())
             if context is None:
                 unknown += 1
             elif not method:
                 unnamed += 1
             else:
-                rows.append((context, method, _number(record[cost_at])))
+                rows.append((context, method, _number(record["y"])))
     if unknown:
         notes.append(f"left out {unknown} observations of contexts that are not in contexts.csv")
     if unnamed:
@@ -54,46 +53,38 @@ def read_folder(folder: Path) -> Dataset:
 
 def _read_contexts(folder: Path) -> tuple[Contexts, list[str]]:
     notes: list[str] = []
-    seen: dict[str, list[str]] = {}
+    by_id: dict[str, dict[str, str]] = {}
     repeated = 0
     with _table(folder, "contexts", ("cid",)) as (columns, records):
-        cid_at = columns.index("cid")
         for record in records:
-            repeated += record[cid_at] in seen
-            seen.setdefault(record[cid_at], record)
-    if not seen:
+            repeated += record["cid"] in by_id
+            by_id.setdefault(record["cid"], record)
+    if not by_id:
         raise DatasetError(f"{folder}: contexts.csv has no rows")
     if repeated:
         notes.append(f"contexts.csv has {repeated} rows with a repeated cid; the first one counts")
-    records_kept = list(seen.values())
-    names = {
-        name: np.array([record[columns.index(name)] for record in records_kept], dtype=np.str_)
-        for name in GROUPS
-        if name in columns
-    }
-    features: list[str] = []
-    values: list[FloatArray] = []
-    for at, name in enumerate(columns):
-        if name not in {"cid", *GROUPS}:
-            found = _feature(name, [record[at] for record in records_kept])
-            if not found:
-                notes.append(f"left out the column {name!r}: not numeric, and more than {MAX_CATEGORIES} values")
-            features += [each for each, _ in found]
-            values += [column for _, column in found]
-    table = np.column_stack(values) if values else np.zeros((len(seen), 0))
-    return Contexts(tuple(seen), names, tuple(features), table), notes
+    texts = {column: [record[column] for record in by_id.values()] for column in columns}
+    names = {name: np.array(texts[name], dtype=np.str_) for name in GROUPS if name in texts}
+    features: dict[str, FloatArray] = {}
+    for column in [name for name in texts if name not in {"cid", *GROUPS}]:
+        found = _feature(column, texts[column])
+        if not found:
+            notes.append(f"left out the column {column!r}: not numeric, and more than {MAX_VALUES} values")
+        features |= found
+    table = np.column_stack(list(features.values())) if features else np.zeros((len(by_id), 0))
+    return Contexts(tuple(by_id), names, tuple(features), table), notes
 
 
-def _feature(name: str, texts: Sequence[str]) -> list[tuple[str, FloatArray]]:
+def _feature(name: str, texts: Sequence[str]) -> dict[str, FloatArray]:
     """Return a column as numbers; a non-numeric one as an indicator per value."""
     numbers = np.array([_number(text) for text in texts])
     words = {text for text, number in zip(texts, numbers, strict=True) if math.isnan(number)} - {"", "nan", "NaN"}
     if not words:
-        return [(name, numbers)]
+        return {name: numbers}
     values = sorted(set(texts))
-    if len(values) > MAX_CATEGORIES:
-        return [(name, numbers)] if np.isfinite(numbers).any() else []
-    return [(f"{name}={value}", np.array([float(text == value) for text in texts])) for value in values]
+    if len(values) > MAX_VALUES:
+        return {name: numbers} if np.isfinite(numbers).any() else {}
+    return {f"{name}={value}": np.array([float(text == value) for text in texts]) for value in values}
 
 
 def _number(text: str) -> float:
@@ -104,8 +95,8 @@ def _number(text: str) -> float:
 
 
 @contextmanager
-def _table(folder: Path, stem: str, needed: Sequence[str]) -> Iterator[tuple[list[str], Iterator[list[str]]]]:
-    """Yield the column names and the records of a CSV file, padded to equal length."""
+def _table(folder: Path, stem: str, needed: Sequence[str]) -> Iterator[tuple[Sequence[str], Iterator[dict[str, str]]]]:
+    """Yield the column names and the records of a CSV file; missing fields are empty."""
     candidates = [folder / f"{stem}.csv.gz", folder / f"{stem}.csv"]
     path = next((path for path in candidates if path.is_file()), None)
     if path is None:
@@ -113,17 +104,10 @@ def _table(folder: Path, stem: str, needed: Sequence[str]) -> Iterator[tuple[lis
     csv.field_size_limit(MAX_FIELD_BYTES)
     try:
         with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as opened:
-            reader = csv.reader(io.TextIOWrapper(opened, encoding="utf-8-sig", newline=""))
-            columns = [name.strip() for name in next(reader, [])]
+            text = io.TextIOWrapper(opened, encoding="utf-8-sig", newline="")
+            columns = [name.strip() for name in next(csv.reader(text), [])]
             if missing := [name for name in needed if name not in columns]:
                 raise DatasetError(f"{path} lacks the column {', '.join(map(repr, missing))}")
-            yield columns, _records(reader, len(columns))
+            yield columns, csv.DictReader(text, columns, restval="")
     except (OSError, EOFError, zlib.error, UnicodeDecodeError, csv.Error) as error:
         raise DatasetError(f"cannot read {path}: {error}") from None
-
-
-def _records(reader: Iterator[list[str]], width: int) -> Iterator[list[str]]:
-    """Yield every record with exactly `width` fields."""
-    for record in reader:
-        if record:
-            yield (record + [""] * (width - len(record)))[:width]

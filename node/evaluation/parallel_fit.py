@@ -1,7 +1,7 @@
 """Fits selectors in parallel worker processes.
 
-A worker receives a dataset, then tasks, and answers each with scores. It exits at once, even in the middle of a fit,
-when its parent is gone: neither multiprocessing nor joblib guarantees that.
+A worker receives a dataset, then tasks, and answers each with scores. When its parent is gone it exits at once, where
+one of multiprocessing or joblib would finish its fit first.
 """
 
 import os
@@ -31,7 +31,7 @@ _EXIT_LIMIT_S: Final = 0.2
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Task:
+class FitTask:
     """A selector to fit on a fold's training rows. `probes`: methods of each context that may be measured."""
 
     name: str
@@ -41,7 +41,7 @@ class Task:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Answer:
+class FitResult:
     """Scores of the fold's test rows; None if the selector does not apply, for the reason in `inapplicable`."""
 
     name: str
@@ -55,8 +55,10 @@ class FittingError(RuntimeError):
     """A worker process ended before it answered."""
 
 
-def fit_all(dataset: Dataset, folds: tuple[Fold, ...], tasks: Iterable[Task], process_count: int) -> Generator[Answer]:
-    """Yield the answers as they complete; a task is drawn when a worker is idle. Raises FittingError.
+def fit_all(
+    dataset: Dataset, folds: tuple[Fold, ...], tasks: Iterable[FitTask], process_count: int
+) -> Generator[FitResult]:
+    """Yield the results as they complete; a task is drawn when a worker is idle. Raises FittingError.
 
     A `process_count` of 1 computes in this thread.
     """
@@ -69,8 +71,8 @@ def fit_all(dataset: Dataset, folds: tuple[Fold, ...], tasks: Iterable[Task], pr
 
 
 def _fit_in_processes(
-    dataset: Dataset, folds: tuple[Fold, ...], tasks: Iterator[Task], process_count: int
-) -> Iterator[Answer]:
+    dataset: Dataset, folds: tuple[Fold, ...], tasks: Iterator[FitTask], process_count: int
+) -> Iterator[FitResult]:
     with ExitStack() as stack:
         idle = [stack.enter_context(_process()) for _ in range(process_count)]
         busy: list[Connection] = []
@@ -85,10 +87,10 @@ def _fit_in_processes(
                     return
                 for connection in wait(busy):
                     assert isinstance(connection, Connection)
-                    answer: Answer = connection.recv()
+                    result: FitResult = connection.recv()
                     busy.remove(connection)
                     idle.append(connection)
-                    yield answer
+                    yield result
         except (EOFError, ConnectionError):
             raise FittingError(f"a worker process exited early: {_IF_MEMORY_RAN_OUT}") from None
 
@@ -114,28 +116,28 @@ def _process() -> Iterator[Connection]:
             raise FittingError(f"cannot fit selectors: {error}; {_IF_MEMORY_RAN_OUT}") from None
 
 
-def _fit(dataset: Dataset, folds: tuple[Fold, ...], task: Task) -> Answer:
+def _fit(dataset: Dataset, folds: tuple[Fold, ...], task: FitTask) -> FitResult:
     began_s = time.perf_counter()
     fold = folds[task.fold]
     try:
         selector = task.selector.fit_dataset(dataset.take(fold.train))
     except NotApplicableError as error:
-        return Answer(task.name, task.fold, None, 0.0, str(error))
+        return FitResult(task.name, task.fold, None, 0.0, str(error))
     scores = checked(selector.probe_scores(dataset.pairs.take(fold.test), task.probes), fold)
-    return Answer(task.name, task.fold, scores, time.perf_counter() - began_s)
+    return FitResult(task.name, task.fold, scores, time.perf_counter() - began_s)
 
 
 def main() -> None:
-    """Answer tasks until the parent is gone."""
+    """Fit and answer until the parent is gone."""
     connection = Connection(int(sys.argv[1]))
     dataset, folds = connection.recv()
-    tasks: queue.SimpleQueue[Task] = queue.SimpleQueue()
+    tasks: queue.SimpleQueue[FitTask] = queue.SimpleQueue()
     threading.Thread(target=_receive, args=(connection, tasks), daemon=True).start()
     while True:
         connection.send(_fit(dataset, folds, tasks.get()))
 
 
-def _receive(connection: Connection, tasks: "queue.SimpleQueue[Task]") -> None:
+def _receive(connection: Connection, tasks: "queue.SimpleQueue[FitTask]") -> None:
     try:
         while True:
             tasks.put(connection.recv())

@@ -28,7 +28,6 @@ class Breakable(Protocol):
 
     def end(self, why: str) -> None:
         """Break the link."""
-        ...
 
 
 class LinkBuffers:

@@ -49,18 +49,15 @@ class RowReceiver(Protocol):
 
     def permits(self, peer: PeerId) -> bool:
         """Whether this peer may send rows of the session."""
-        ...
 
     def admit(self, part: Slice, dtype: DType, width: tuple[int, ...], link: "InboundLink") -> bool:
         """Return whether rows that are arriving are taken; where not, they are discarded, and the session is lost.
 
         `width`: the shape of a row. Must not block.
         """
-        ...
 
     def receive(self, part: Slice, tensor: Tensor, link: "InboundLink") -> None:
         """Take rows that were admitted. Must not block; calls `link.consumed` once they no longer occupy memory."""
-        ...
 
 
 class SessionHandler(Protocol):
@@ -68,27 +65,21 @@ class SessionHandler(Protocol):
 
     async def open(self, message: Open, link: "InboundLink") -> Opened | Refused:
         """Admit or refuse a session."""
-        ...
 
     def add_history(self, message: TokenHistory, link: "InboundLink") -> None:
         """Take tokens so far of a session that this link opened; see TokenHistory."""
-        ...
 
     async def begin(self, message: Begin, link: "InboundLink") -> None:
         """Begin a session that this link opened; one that cannot begin fails."""
-        ...
 
     def progress(self, session: SessionId, link: "InboundLink") -> Progress:
         """Return the progress of a session that this link opened."""
-        ...
 
     async def close(self, session: SessionId, link: "InboundLink") -> Closed:
         """Free a session that this link opened and return what it cost; an unknown one costs nothing."""
-        ...
 
     def link_broken(self, link: "InboundLink") -> None:
         """Free everything that was opened over the link."""
-        ...
 
 
 class SessionRegistry:

@@ -174,12 +174,7 @@ class ModelFetcher:
         return result
 
     async def _fetch_file(
-        self,
-        package: Package,
-        file: FileEntry,
-        peers: Sequence[PeerId],
-        count: Callable[[int], None],
-        fetched: Fetched,
+        self, package: Package, file: FileEntry, peers: Sequence[PeerId], count: Callable[[int], None], fetched: Fetched
     ) -> None:
         """Fetch a file from the peers of its model, else from those that announce it."""
         blob = Blob(file.sha256, file.size_bytes, package.path_of(file))

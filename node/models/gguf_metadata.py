@@ -1,9 +1,8 @@
-"""What a GGUF file's metadata ask of a model's config, key by key, as llama.cpp understands them.
+"""The config that a GGUF file's metadata require, key by key, as llama.cpp interprets them.
 
-Whoever loads a GGUF file with something else than llama.cpp must say the same with a config. `requirements` lists what
-the config has to say and which key wants it; a key that is not listed here for its architecture, or has a value for
-which there is no counterpart, is refused: it might change the result. Add a key only after reading what llama.cpp does
-with it, and with its absence.
+`requirements` lists the attributes of the config and the keys that require them; a key that is not listed here for its
+architecture, or has a value without a counterpart, is refused: it might change the result. Add a key only after reading
+how llama.cpp handles it, and its absence.
 """
 
 import struct
@@ -19,7 +18,7 @@ ConfigValue = bool | int | float | str | list[str] | list[int] | None
 
 @dataclass(frozen=True, slots=True)
 class Requirement:
-    """What a config attribute must be, and the key of the file that wants it."""
+    """The required value of a config attribute, and the key of the file that requires it."""
 
     attribute: str
     value: ConfigValue
@@ -37,32 +36,26 @@ _OFF: Final = Trivial((0, 0.0, False))
 _OFF_OR_ONE: Final = Trivial((0, 0.0, 1, 1.0))
 _HARMLESS: Final = None  # or read elsewhere
 Rule = str | Trivial | None
-"""The config's attribute that a key is, the values it may have, or None for a key that says nothing to a decoder."""
+"""The config attribute of a key, the values it may have, or None for a key that does not concern a decoder."""
 
-# What these keys mean does not depend on the architecture.
+# Keys with the same meaning for all architectures.
+_MUST_BE_OFF: Final = (
+    "attention.clamp_kqv attention.max_alibi_bias attention.scale attention.sliding_window "
+    "attn_logit_softcapping expert_count expert_used_count final_logit_softcapping "
+    "leading_dense_block_count nextn_predict_layers"
+)
+_MUST_BE_OFF_OR_ONE: Final = (
+    "embedding_scale expert_group_count expert_group_used_count expert_weights_scale logit_scale residual_scale"
+)
 _COMMON: Final[Mapping[str, Rule]] = {
+    **dict.fromkeys(_MUST_BE_OFF.split(), _OFF),
+    **dict.fromkeys(_MUST_BE_OFF_OR_ONE.split(), _OFF_OR_ONE),
     "attention.causal": Trivial((True,)),
-    "attention.clamp_kqv": _OFF,
     "attention.head_count": "num_attention_heads",
-    "attention.max_alibi_bias": _OFF,
-    "attention.scale": _OFF,
-    "attention.sliding_window": _OFF,
-    "attn_logit_softcapping": _OFF,
     "block_count": "num_hidden_layers",
     "context_length": "max_position_embeddings",
     "embedding_length": "hidden_size",
-    "embedding_scale": _OFF_OR_ONE,
-    "expert_count": _OFF,
-    "expert_group_count": _OFF_OR_ONE,
-    "expert_group_used_count": _OFF_OR_ONE,
-    "expert_used_count": _OFF,
-    "expert_weights_scale": _OFF_OR_ONE,
     "feed_forward_length": "intermediate_size",
-    "final_logit_softcapping": _OFF,
-    "leading_dense_block_count": _OFF,
-    "logit_scale": _OFF_OR_ONE,
-    "nextn_predict_layers": _OFF,
-    "residual_scale": _OFF_OR_ONE,
     "tensor_data_layout": _HARMLESS,
     "vocab_size": "vocab_size",
 }
@@ -77,10 +70,9 @@ _EXPERTS: Final[Mapping[str, Rule]] = {
 
 @dataclass(frozen=True, slots=True)
 class _Architecture:
-    """What is particular to an architecture. `epsilon`: the key and the attribute of its norms' epsilon.
+    """An architecture. `epsilon`: the key and the attribute of its norms' epsilon.
 
-    `defaults`: what llama.cpp takes where the file says nothing, if a config may take something else. `derived`: what
-    llama.cpp calculates.
+    `defaults`: llama.cpp's defaults that differ from configs'. `derived`: attributes that llama.cpp calculates.
     """
 
     epsilon: tuple[str, str]
@@ -192,7 +184,7 @@ _ARCHITECTURES: Final[Mapping[str, _Architecture]] = {
     ),
 }
 
-# Of the tokenizer's metadata: what its import reads, or what only matters to other uses of the model.
+# Tokenizer metadata that its import reads, or that only matters to other uses of the model.
 _GGML_KEYS: Final = (
     "add_bos_token add_eos_token add_space_prefix bos_token_id cls_token_id eom_token_id eos_token_id "
     "eot_token_id fim_mid_token_id fim_pad_token_id fim_pre_token_id fim_rep_token_id fim_sep_token_id "
@@ -211,9 +203,9 @@ _SENTENCEPIECE_BOS, _SENTENCEPIECE_EOS = 1, 2
 
 
 def requirements(model: GgufModel) -> tuple[Requirement, ...]:
-    """Return what a config must say to calculate what llama.cpp would, except for the rotary embedding.
+    """Return the attributes that make a config equivalent to llama.cpp, except for the rotary embedding.
 
-    Raises GgufError, naming the key, for metadata that cannot be said by a config.
+    Raises GgufError, naming the key, for metadata without an equivalent.
     """
     architecture = _architecture_of(model)
     rules = {**_COMMON, **architecture.rules, architecture.epsilon[0]: architecture.epsilon[1]}
@@ -240,9 +232,9 @@ def requirements(model: GgufModel) -> tuple[Requirement, ...]:
 
 
 def ropes(model: GgufModel) -> Mapping[str | None, Rope]:
-    """Return the rotary embedding that the file asks for, by kind of layer; None stands for all layers.
+    """Return the file's rotary embeddings by kind of layer; None stands for all layers.
 
-    Raises GgufError, naming the key or tensor, for one that cannot be said by a config.
+    Raises GgufError, naming the key or tensor, for one without an equivalent config.
     """
     architecture = _architecture_of(model)
     extra = ROPE_TENSORS.intersection(model.tensors)
@@ -276,7 +268,7 @@ def _architecture_of(model: GgufModel) -> _Architecture:
 
 
 def _check_other_namespaces(model: GgufModel) -> None:
-    """Refuse what is not a whole decoder, and keys of the tokenizer that nothing here reads."""
+    """Refuse files that are not a whole decoder, and unknown keys of the tokenizer."""
     kind = model.metadata.get("general.type", "model")
     if kind != "model":
         raise GgufError(f"{model.name} is not a model: its general.type is {str(kind)[:40]!r}")
@@ -319,7 +311,6 @@ def _token_requirements(model: GgufModel) -> list[Requirement]:
 
 
 def _scalar(model: GgufModel, key: str, value: Value | None, attribute: str) -> ConfigValue:
-    """Return a key's value as the config says it."""
     if isinstance(value, list):
         value = model.integer(key)
     if attribute == "sliding_window" and value == 0:

@@ -1,9 +1,9 @@
-"""The rotary embedding of a GGUF file: its scaling, as llama.cpp applies it, and the config that says the same.
+"""The rotary embedding of a GGUF file: its scaling, as llama.cpp applies it, and the equivalent config.
 
-A file tells it by keys (`rope.scaling.*`: none, linear, YaRN) or by tensors with one factor for each frequency
+A file states it by keys (`rope.scaling.*`: none, linear, YaRN) or by tensors with one factor for each frequency
 (`rope_freqs`: Llama 3.1 and later; `rope_factors_long`, `rope_factors_short`: LongRoPE). Of Llama 3 only the factors
-are in the file, not the four parameters that they came from, which a config must have: they are found again, and
-checked against every factor.
+are in the file, not the four parameters that a config must have: these are reconstructed, and checked against every
+factor.
 """
 
 import math
@@ -17,25 +17,16 @@ _FREQS, _LONG, _SHORT = "rope_freqs.weight", "rope_factors_long.weight", "rope_f
 ROPE_TENSORS: Final = frozenset({_FREQS, _LONG, _SHORT})
 """Tensors that the rotary embedding takes; no layer does."""
 
-ROPE_KEYS: Final = frozenset({
-    "rope.dimension_count",
-    "rope.freq_base",
-    "rope.scale_linear",
-    "rope.scaling.attn_factor",
-    "rope.scaling.factor",
-    "rope.scaling.finetuned",
-    "rope.scaling.original_context_length",
-    "rope.scaling.type",
-    "rope.scaling.yarn_attn_factor",
-    "rope.scaling.yarn_beta_fast",
-    "rope.scaling.yarn_beta_slow",
-    "rope.scaling.yarn_ext_factor",
-    "rope.scaling.yarn_log_multiplier",
-})  # fmt: skip
+_KEYS: Final = (
+    "dimension_count freq_base scale_linear scaling.attn_factor scaling.factor scaling.finetuned "
+    "scaling.original_context_length scaling.type scaling.yarn_attn_factor scaling.yarn_beta_fast "
+    "scaling.yarn_beta_slow scaling.yarn_ext_factor scaling.yarn_log_multiplier"
+)
+ROPE_KEYS: Final = frozenset(f"rope.{key}" for key in _KEYS.split())
 """Keys of the architecture's namespace that are read here."""
 
 PRECISION: Final = 4e-6
-"""Relative difference of two frequencies that were calculated in 32-bit floats in two ways."""
+"""Relative tolerance between frequencies calculated in 32-bit floats in two ways."""
 
 _LLAMA3_CONTEXT: Final = 8192
 _LLAMA3_FACTORS: Final = (8.0, 32.0)
@@ -44,7 +35,7 @@ _BETA_FAST, _BETA_SLOW = 32.0, 1.0
 
 @dataclass(frozen=True, slots=True)
 class Rope:
-    """A rotary embedding: what a config says of it, the frequencies that result, and what multiplies its values."""
+    """A rotary embedding: its `rope_parameters` in a config, the resulting frequencies, and the attention factor."""
 
     parameters: Mapping[str, object]
     frequencies: tuple[float, ...]
@@ -105,7 +96,6 @@ def _require(model: GgufModel, key: str, wanted: float) -> None:
 
 
 def _context(model: GgufModel, default: int | None = None) -> int:
-    """Return the context length before scaling."""
     key = "rope.scaling.original_context_length"
     return model.integer(key) if model.get(key) else default or model.integer("context_length")
 
@@ -141,7 +131,7 @@ def _yarn(model: GgufModel, dimensions: int, base: float, factor: float) -> Rope
 def _longrope(
     model: GgufModel, dimensions: int, base: float, factor: float, tensors: Mapping[str, tuple[float, ...]]
 ) -> Rope:
-    """Return LongRoPE with its factors for texts up to the original context length, which is what is built first."""
+    """Return LongRoPE with its factors for texts up to the original context length, which are built first."""
     if model.architecture != "phi3" or not {_LONG, _SHORT} <= tensors.keys() or factor != 1.0 or _FREQS in tensors:
         raise model.unsupported("rope.scaling.type")
     context = _context(model)
@@ -161,7 +151,6 @@ def _longrope(
 
 
 def _llama3(model: GgufModel, dimensions: int, base: float, factors: tuple[float, ...]) -> Rope:
-    """Return Llama 3's scaling with parameters that give exactly these factors."""
     plain = _frequencies(dimensions, base)
     context = _context(model, _LLAMA3_CONTEXT)
     for factor, low, high in _llama3_candidates(plain, factors, context):
@@ -186,10 +175,10 @@ def _llama3(model: GgufModel, dimensions: int, base: float, factors: tuple[float
 def _llama3_candidates(
     plain: tuple[float, ...], factors: tuple[float, ...], context: int
 ) -> Iterator[tuple[float, float, float]]:
-    """Yield factor, low and high frequency factor: the published ones, then what the factors themselves suggest.
+    """Yield factor, low and high frequency factor: the published ones, then estimates from the factors themselves.
 
-    Between the two thresholds a frequency's share that stays unscaled rises in proportion to the frequency, from the
-    low to the high one; so two frequencies there tell both.
+    Between the two thresholds the unscaled share of a frequency rises in proportion to the frequency; so two
+    frequencies there determine both.
     """
     largest = max(factors)
     for factor in (*_LLAMA3_FACTORS, largest):

@@ -50,7 +50,7 @@ _WEIGHTS_INDEX: Final = "model.safetensors.index.json"
 _PICKLES: Final = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 _SHARD = re.compile(r"(.+)-(\d{5})-of-(\d{5})(\.safetensors)")
 
-# What says that weights are not plain numbers, and by whom it is written.
+# Config keys of quantised checkpoints, and who writes them.
 _QUANTISED: Final = {"quantization_config": "", "quantization": ", as MLX writes it", "compression_config": ""}
 _UNQUANTISED: Final = "import the original in full precision, or a GGUF file"
 _SCALE = re.compile(
@@ -63,9 +63,9 @@ _MAX_JSON_BYTES: Final = 64 << 20
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """A Hugging Face folder, understood: what the model is, and which bytes make which file of its package.
+    """A parsed Hugging Face folder: the model's config, and which bytes make which file of its package.
 
-    `config` says whether the embeddings are tied, as the tensors tell it; `stated_config` what the folder says of it.
+    `config` states whether the embeddings are tied, as the tensors show; `stated_config` what the folder states.
     """
 
     config: dict[str, Json]
@@ -105,7 +105,7 @@ def import_model(
     elif suggestion is not None and suggestion not in store.names() and package.model_id not in store.names().values():
         try:
             store.set_name(suggestion, package.model_id)
-        except ModelError:  # not every file's name can be a model's name, and nobody asked for this one
+        except ModelError:  # not every file's name is a valid model name, and the user gave none
             return package
     return package
 
@@ -141,7 +141,7 @@ def _import_uncatalogued(source: str, store: ModelStore, progress: Progress) -> 
             names = _check_architecture(folder, progress)
         elif path.is_file():
             if path.suffix.lower() != ".gguf":
-                raise ModelError(f"{path} is no GGUF file; a checkpoint is imported by the folder it is in")
+                raise ModelError(f"{path} is not a GGUF file; to import a checkpoint, give its folder")
             folder, suggestion = staging / "checkpoint", path.stem
             sources.convert_gguf(path, folder, progress)
             names = _check_architecture(folder, progress)
@@ -151,8 +151,7 @@ def _import_uncatalogued(source: str, store: ModelStore, progress: Progress) -> 
         else:
             known = ", ".join(sorted(CATALOGUE))
             raise ModelError(
-                f"{source[:200]!r} is no folder, no file, no hub repository id (OWNER/NAME) and no catalogue name "
-                f"({known})"
+                f"{source[:200]!r} is not a folder, file, hub repository id (OWNER/NAME) or catalogue name ({known})"
             )
         checkpoint = read_checkpoint(folder, names)
         sources.check_tensors(source, checkpoint.stated_config, checkpoint.shapes, staging)
@@ -161,7 +160,7 @@ def _import_uncatalogued(source: str, store: ModelStore, progress: Progress) -> 
 
 
 def _check_architecture(folder: Path, progress: Progress) -> OuterNames:
-    """Return what stands around a model's blocks; raise ModelError if its architecture cannot be served in spans."""
+    """Return the modules around a model's blocks; raise ModelError if its architecture cannot be served in spans."""
     config = read_config(folder)
     return BY_NAME if config["model_type"] in TESTED else sources.check_architecture(folder / CONFIG_FILE, progress)
 
@@ -205,15 +204,15 @@ def build_package(folder: Path, checkpoint: Checkpoint, target: Path, progress: 
         blocks=tuple(entries[block_file(block)] for block in range(blocks)),
     )
     try:
-        return parse_manifest(manifest.data)  # what no peer would accept shall not come about here
+        return parse_manifest(manifest.data)  # as peers will
     except (ValueError, ModelError) as error:
         raise ModelError(f"{folder} cannot become a package: {error}") from None
 
 
 def read_checkpoint(folder: Path, names: OuterNames = BY_NAME) -> Checkpoint:
-    """Return what a Hugging Face folder contains, having read its JSON files and headers. Raises ModelError.
+    """Parse a Hugging Face folder: its JSON files and headers. Raises ModelError.
 
-    `names`: what stands around the architecture's blocks, where that has been found out.
+    `names`: the modules around the architecture's blocks, where they have been traced.
     """
     config = read_config(folder)
     block_count = block_count_of(config) or 0
@@ -245,7 +244,7 @@ def read_checkpoint(folder: Path, names: OuterNames = BY_NAME) -> Checkpoint:
 
 
 def read_config(folder: Path) -> dict[str, Json]:
-    """Return the config of a Hugging Face folder; raise ModelError if it cannot be that of a model that is served."""
+    """Return the config of a Hugging Face folder; raise ModelError for unsupported models."""
     config = normalise_config(_read_json(folder / CONFIG_FILE))
     for key, kind in _QUANTISED.items():
         if config.get(key) is not None:
@@ -263,7 +262,7 @@ def read_config(folder: Path) -> dict[str, Json]:
 
 
 def _refuse_quantised(folder: Path, tensors: Mapping[str, TensorSource]) -> None:
-    """Raise ModelError for weights that mean something only with scales, where the config says nothing of them."""
+    """Raise ModelError for quantised weights that the config does not describe."""
     for name, tensor in tensors.items():
         is_packed = tensor.dtype.startswith("F8_") or (tensor.dtype in _WHOLE_NUMBERS and name.endswith(".weight"))
         if is_packed or _SCALE.fullmatch(name):
@@ -274,10 +273,10 @@ def _refuse_quantised(folder: Path, tensors: Mapping[str, TensorSource]) -> None
 
 
 def _is_tied(config: Mapping[str, Json], tensors: Mapping[str, TensorSource], names: OuterNames) -> bool:
-    """Say whether logits are made with the embedding matrix; raise ValueError when there is no matrix for them.
+    """Return whether the embeddings are tied; raise ValueError when there is no output matrix.
 
-    Configs often leave it to their class's default. Then the tensors tell, as they tell transformers: a matrix that is
-    stored and differs from the embedding is used.
+    Configs often leave it to their class's default. Then the tensors decide, as in transformers: an output matrix that
+    is stored and differs from the embedding is used.
     """
     output, embedding = output_matrix(tensors, names), input_matrix(tensors, names)
     if output is None:
@@ -290,7 +289,6 @@ def _is_tied(config: Mapping[str, Json], tensors: Mapping[str, TensorSource], na
 
 
 def _of_decoder(config: Mapping[str, Json], key: str) -> Json:
-    """Return a value from the config or, where it has none, from its decoder's part."""
     decoder = config.get("text_config")
     return config[key] if key in config else decoder.get(key) if isinstance(decoder, dict) else None
 
@@ -321,7 +319,6 @@ def _weight_files(folder: Path) -> list[Path]:
 
 
 def _check_shards(folder: Path, files: list[Path]) -> None:
-    """Raise ModelError when one of several numbered files is not there."""
     names = {path.name for path in files}
     for shard in filter(None, map(_SHARD.fullmatch, sorted(names))):
         for number in range(1, min(int(shard[3]), MAX_BLOCKS * 8) + 1):
@@ -331,7 +328,7 @@ def _check_shards(folder: Path, files: list[Path]) -> None:
 
 
 def _write_tokenizer(folder: Path, target: Path) -> tuple[FileEntry, ...]:
-    """Copy the tokenizer, and write its config and chat template in one form whatever form they come in."""
+    """Copy the tokenizer, and write its config and chat template in their canonical form."""
     if not (folder / TOKENIZER_FILE).exists():
         if (other := sources.other_tokenizer(folder) or _named_tokenizer(folder)) is not None:
             raise ModelError(sources.no_tokenizer_json(folder, other))
@@ -355,7 +352,6 @@ def _write_tokenizer(folder: Path, target: Path) -> tuple[FileEntry, ...]:
 
 
 def _named_tokenizer(folder: Path) -> str | None:
-    """Return the tokenizer that the folder's files speak of without having it."""
     named = _read_json(folder / TOKENIZER_CONFIG_FILE, optional=True).get("tokenizer_class")
     return f"the class {named[:80]}" if isinstance(named, str) else None
 
@@ -381,14 +377,14 @@ def _read_json(path: Path, *, optional: bool = False) -> dict[str, Json]:
         if optional and not path.exists():
             return {}
         if path.stat().st_size > _MAX_JSON_BYTES:
-            raise ModelError(f"{path} is too large for what it should be")
+            raise ModelError(f"{path} is too large")
         value = json.loads(path.read_bytes())
     except FileNotFoundError:
         raise ModelError(f"{path.parent} has no {path.name}: not the folder of a Hugging Face model") from None
     except OSError as error:
         raise ModelError(f"cannot read {path}: {error.strerror}") from None
     except (ValueError, RecursionError) as error:
-        raise ModelError(f"{path} is no JSON: {error}") from None
+        raise ModelError(f"{path} is not valid JSON: {error}") from None
     if not isinstance(value, dict):
-        raise ModelError(f"{path} is no JSON object")
+        raise ModelError(f"{path} is not a JSON object")
     return value

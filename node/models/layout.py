@@ -1,8 +1,8 @@
-"""Which tensor of a checkpoint belongs to which file of a package, told from its name alone.
+"""The file of a package that a tensor of a checkpoint belongs to, by its name.
 
 A package has one file per transformer block, so that a peer fetches and maps only what it serves, and two more: `embed`
-is what turns token ids into the first block's input, `head` what turns the last block's output into logits. Names
-follow few habits across architectures; they are listed here and nowhere else.
+turns token ids into the first block's input, `head` the last block's output into logits. The few naming conventions of
+architectures are listed here and nowhere else.
 """
 
 import re
@@ -49,10 +49,10 @@ class Layout:
 
 @dataclass(frozen=True, slots=True)
 class OuterNames:
-    """Which modules stand before and behind the blocks, as the engine found by following the architecture's own code.
+    """The modules before and behind the blocks, as the engine found by tracing the architecture's own code.
 
-    Without the modules that they are nested in, which differ from checkpoint to checkpoint. `output`: the one whose
-    matrix makes logits, `input`: the one whose matrix embeds token ids, if any. What is not known goes by its name.
+    Without the modules that they are nested in, which differ between checkpoints. `output`: the one whose matrix makes
+    logits, `input`: the one whose matrix embeds token ids, if any. Other modules are assigned by name.
     """
 
     embed: frozenset[str] = frozenset()
@@ -85,8 +85,7 @@ BY_NAME: Final = OuterNames()
 """For the architectures whose modules have the usual names."""
 
 TESTED: Final = frozenset({"llama", "mistral", "qwen2", "qwen3"})
-"""Architectures that need no trial at import: the engine's tests run them in all ways, and their modules have the usual
-names."""
+"""Architectures without a test at import: the engine's tests cover them, and their modules have the usual names."""
 
 
 def module_of(path: str) -> str:
@@ -150,5 +149,4 @@ def block_file(block: int) -> str:
 
 
 def _is_constant(name: str) -> bool:
-    """Say whether a tensor, named relative to its block, is a constant that the model computes itself."""
     return _CONSTANT.fullmatch(name) is not None

@@ -13,11 +13,11 @@ from cachetools import LRUCache
 from node.models.blobs import BlobServer, ModelFetcher
 from node.models.catalogue import CATALOGUE
 from node.models.errors import ModelError
-from node.models.eviction import in_use, make_room
+from node.models.eviction import evict_for, in_use
 from node.models.files import Progress, ignore_progress
 from node.models.importer import import_model
 from node.models.manifest import Manifest
-from node.models.providing import keep_providing
+from node.models.providing import provide_loop
 from node.models.store import ModelStore, Package, UnknownModelError
 from node.models.tokenizer_service import ModelTokenizer, TokenizerService
 from node.network.interface import Network
@@ -25,10 +25,10 @@ from protocol.blobs import PROTOCOL_ID
 from protocol.identity import BlockRange, ModelId, PeerId
 from protocol.limits import MAX_POSITIONS, MAX_VOCABULARY, MAX_WIDTH
 
-KEPT_OPEN = 8
+MAX_OPEN_MODELS = 8
 """Models whose vocabularies stay in memory."""
 
-LOOK_ROUND_S = 2.0
+MANIFEST_POLL_S = 2.0
 """Interval of looking up named models that are not here yet."""
 
 RETRY_S = 30.0
@@ -100,7 +100,7 @@ class Swarm(Protocol):
 
 
 class Library:
-    """Finds models by what users call them, and gets what is missing of them.
+    """Finds models by name or id, and fetches their missing files.
 
     A model is fetched only if it is in the catalogue, which pins its id, or the user has named it: in a request, in the
     configuration, or by a local name. `cache_limit_bytes`: for weight files from peers.
@@ -123,7 +123,7 @@ class Library:
         self._network = network
         self._fetcher = ModelFetcher(network, store, swarm.holders)
         self._server = BlobServer(store)
-        self._open: LRUCache[ModelId, KnownModel] = LRUCache(KEPT_OPEN)
+        self._open: LRUCache[ModelId, KnownModel] = LRUCache(MAX_OPEN_MODELS)
         network.set_stream_handler(PROTOCOL_ID, self._server.handle)
 
     def transfers(self) -> BlobTraffic:
@@ -153,7 +153,7 @@ class Library:
         """Announce the files here, and fetch manifests of named models that peers serve, until cancelled."""
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._tokenizers.run)
-            nursery.start_soon(keep_providing, self._network, self._store)
+            nursery.start_soon(provide_loop, self._network, self._store)
             nursery.start_soon(self._fetch_manifests)
 
     async def _fetch_manifests(self) -> None:
@@ -167,10 +167,9 @@ class Library:
                 except ModelError as error:
                     retry_s[model] = trio.current_time() + RETRY_S
                     _logger.info("manifest unavailable", model=model, reason=str(error))
-            await trio.sleep(LOOK_ROUND_S)
+            await trio.sleep(MANIFEST_POLL_S)
 
     def _named(self) -> set[ModelId]:
-        """Return the models that the catalogue or the user has a name for."""
         named = {entry.model_id for entry in CATALOGUE.values()}
         with suppress(ModelError):
             named |= set(self._store.names().values())
@@ -229,7 +228,7 @@ class Library:
         if not found.missing and not found.corrupt:
             return package
         wanted = manifest.files_for(blocks)
-        for path in await trio.to_thread.run_sync(make_room, self._store, package, wanted, self._cache_limit_bytes):
+        for path in await trio.to_thread.run_sync(evict_for, self._store, package, wanted, self._cache_limit_bytes):
             _logger.info("model file evicted from the cache", file=str(path))
         try:
             await self._fetcher.fetch_files(manifest, blocks, await self._swarm.providers(model), progress)
@@ -248,7 +247,6 @@ class Library:
         return sum(file.size_bytes for file in self._store.get(manifest.model_id).missing())
 
     async def _package(self, model: ModelId) -> Package:
-        """Return a model's package, which may have no more than its manifest."""
         try:
             return self._store.get(model)
         except UnknownModelError:

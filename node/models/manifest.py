@@ -1,7 +1,7 @@
-"""The manifest of a model package: what the model is and which files it consists of. Its sha256 is the model's id.
+"""The manifest of a model package: its config and its files. Its sha256 is the model's id.
 
-It says nothing of versions, times or paths, so that everybody who imports the same source gets the same id. Manifests
-come from remote peers, too: `parse_manifest` takes nothing on trust, and every file name in it is one of a closed set.
+It contains no versions, times or paths, so that every import of the same source gives the same id. Manifests come from
+remote peers, too: `parse_manifest` trusts nothing, and every file name is one of a closed set.
 """
 
 import hashlib
@@ -51,20 +51,12 @@ _MAX_CONFIG_DEPTH = 8
 _MAX_CONFIG_INTEGER = 1 << 53
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
-# Who wrote the config, where, and how it was run: nothing of it describes the model. `auto_map` names code outside
-# the package, which is never run.
-_VOLATILE_KEYS = frozenset(
-    {
-        "_attn_implementation",
-        "_attn_implementation_autoset",
-        "_commit_hash",
-        "_name_or_path",
-        "attn_implementation",
-        "auto_map",
-        "name_or_path",
-        "transformers_version",
-    }
-)
+# How the config was written and run, which does not describe the model. `auto_map` names code outside of the package,
+# which is never run.
+_VOLATILE_KEYS = frozenset({
+    "_attn_implementation", "_attn_implementation_autoset", "_commit_hash", "_name_or_path", "attn_implementation",
+    "auto_map", "name_or_path", "transformers_version",
+})  # fmt: skip
 _BLOCK_COUNT_KEYS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 _HIDDEN_SIZE_KEYS = ("hidden_size", "n_embd", "d_model")
 _LONG_ROPE_TYPES = frozenset({"longrope", "su"})
@@ -82,9 +74,9 @@ class FileEntry:
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a model is (`config`, as in its config.json; token ids that begin and end a text) and its files.
+    """A model's `config`, as in its config.json, the token ids that begin and end a text, and its files.
 
-    `config` always says `tie_word_embeddings`: whether the last stage takes its output matrix from `embed`.
+    `config` always has `tie_word_embeddings`: whether the last stage takes its output matrix from `embed`.
     """
 
     config: Mapping[str, Json]
@@ -140,17 +132,17 @@ class Manifest:
 
     @property
     def hidden_size(self) -> int | None:
-        """Elements of one row of hidden states, where the config says so."""
+        """Elements of one row of hidden states, if stated."""
         return find_integer(self.config, _HIDDEN_SIZE_KEYS)
 
     @property
     def vocabulary_size(self) -> int | None:
-        """Token ids are below this, where the config says so."""
+        """Token ids are below this, if stated."""
         return find_integer(self.config, ("vocab_size",))
 
     @property
     def max_positions(self) -> int | None:
-        """The longest text in tokens, where the config says so."""
+        """The longest text in tokens, if stated."""
         return constant_positions(self.config)
 
     @property
@@ -200,7 +192,7 @@ def parse_manifest(data: bytes) -> Manifest:
 
 
 def normalise_config(config: Mapping[str, Json]) -> dict[str, Json]:
-    """Return a config.json's content without what says nothing about the model."""
+    """Return a config.json's content without keys that do not describe the model."""
     normal: dict[str, Json] = {}
     for key, value in config.items():
         if key in _VOLATILE_KEYS:
@@ -213,16 +205,15 @@ def normalise_config(config: Mapping[str, Json]) -> dict[str, Json]:
 
 
 def block_count_of(config: Mapping[str, Json]) -> int | None:
-    """Return how many blocks a config describes, where it says so."""
+    """Return the number of blocks, if the config states it."""
     return find_integer(config, _BLOCK_COUNT_KEYS)
 
 
 def constant_positions(config: Mapping[str, Json]) -> int | None:
-    """Return up to which length a model calculates each token in the same way, where the config says so.
+    """Return the length up to which the KV cache of a text does not depend on its length, if stated.
 
-    That is its context, but for rotary frequencies that change with the length of the text (LongRoPE, dynamic NTK):
-    from where they change, what was cached is not what `generate` would have cached, and a prompt that arrives in
-    chunks is not what it is in one piece.
+    That is the context length, except for rotary frequencies that change with the length of the text (LongRoPE, dynamic
+    NTK): beyond, cached keys differ from those of `generate`, and chunked prefill from a prompt in one piece.
     """
     decoder = config.get("text_config")
     parts = (config, decoder if isinstance(decoder, dict) else {})
@@ -239,7 +230,7 @@ def constant_positions(config: Mapping[str, Json]) -> int | None:
 
 
 def architecture_name(model_type: str) -> str:
-    """Return how people write the name of an architecture: Qwen3-Next for qwen3_next."""
+    """Return the usual name of an architecture: Qwen3-Next for qwen3_next."""
     words = re.split("[-_]", model_type.removesuffix("_text"))
     return "-".join(word.capitalize() if re.search("[aeiou]", word) else word.upper() for word in words)
 
@@ -260,7 +251,6 @@ def _entry_to_json(file: FileEntry) -> dict[str, str | int]:
 
 
 def _manifest_from_json(value: Json) -> Manifest:
-    """Check every field; raise ValueError or RemoteProtocolError, which name the fault."""
     fields = Fields(value, "manifest")
     if (form := fields.take("format")) != FORMAT or type(form) is not int:
         raise ValueError(f"format {str(form)[:20]} is unknown here; this is format {FORMAT}")
@@ -296,9 +286,9 @@ def _config(value: Any, block_count: int) -> dict[str, Json]:
     _check_config_value(value, _MAX_CONFIG_DEPTH)
     model_type = value.get("model_type")
     if not isinstance(model_type, str) or not 0 < len(model_type) <= MAX_NAME_BYTES:
-        raise ValueError("config names no model_type")
+        raise ValueError("config lacks model_type")
     if type(value.get("tie_word_embeddings")) is not bool:
-        raise ValueError("config does not say tie_word_embeddings")
+        raise ValueError("config lacks tie_word_embeddings")
     if block_count_of(value) != block_count:
         raise ValueError(f"config describes {block_count_of(value)} blocks, not {block_count}")
     for keys, limit in ((_HIDDEN_SIZE_KEYS, MAX_WIDTH), (("vocab_size",), MAX_VOCABULARY)):

@@ -1,7 +1,6 @@
-"""Tells the DHT which weight files are here, so that whoever misses one finds it also where nobody serves it.
+"""Announces weight files in the DHT, so that peers find them also at peers that do not serve the model.
 
-A record there outlives its peer by hours: who looks one up asks the peer whether it is there, and then for the file,
-which is verified by its hash in any case.
+A record there outlives its peer by hours; a file from it is verified by its hash.
 """
 
 import structlog
@@ -16,7 +15,7 @@ ANNOUNCED_AGAIN_S = 12 * 3600.0
 """The records of the DHT live for a day at least."""
 
 PACE_S = 1.0
-"""Between two announcements, each of which asks many peers: nobody is in a hurry, as who serves a file is known."""
+"""Between two announcements, each of which asks many peers; servers of a model are found faster."""
 
 ROUND_S = 10.0
 """How often new files are looked for."""
@@ -27,12 +26,12 @@ MAX_ANNOUNCED = 4096
 _logger = structlog.get_logger(__name__)
 
 
-async def keep_providing(network: Network, store: ModelStore) -> None:
+async def provide_loop(network: Network, store: ModelStore) -> None:
     """Announce every weight file of the store, again before it is forgotten, until cancelled."""
     announced_s: dict[str, float] = {}
     while True:
         present: tuple[str, ...] = ()
-        if network.connected_peers():  # a record put among nobody is with nobody
+        if network.connected_peers():
             try:
                 present = await trio.to_thread.run_sync(store.weight_hashes)
             except ModelError as error:

@@ -1,7 +1,7 @@
 """The safetensors format, read and written by copying bytes: 8 bytes of header length, a JSON header, raw tensors.
 
 Splitting a checkpoint is a matter of which bytes go where, so it needs neither torch nor the memory for a tensor, and
-what it writes depends on names and bytes alone: the same tensors give the same file, however the source was sharded.
+its output depends on names and bytes alone: the same tensors give the same file, however the source was sharded.
 """
 
 import hashlib
@@ -38,7 +38,7 @@ class TensorSource:
 
 
 def read_header(path: Path) -> dict[str, TensorSource]:
-    """Return the tensors of a file by name; raise ValueError, saying why, for a file that is damaged or no safetensors.
+    """Return the tensors of a file by name; raise ValueError for a damaged or foreign file.
 
     Offsets and sizes are checked against each other, the shapes and the file, so that a copy cannot run astray.
     """
@@ -46,13 +46,13 @@ def read_header(path: Path) -> dict[str, TensorSource]:
     with path.open("rb") as file:
         length = int.from_bytes(file.read(_LENGTH_BYTES), "little")
         if size < _LENGTH_BYTES or length > min(size - _LENGTH_BYTES, _MAX_HEADER_BYTES):
-            raise ValueError("its header is longer than the file: cut short, or no safetensors file")
+            raise ValueError("its header is longer than the file: cut short, or not a safetensors file")
         try:
             header = json.loads(file.read(length), object_pairs_hook=_unique)
         except _TwiceError:
             raise
         except (ValueError, RecursionError):
-            raise ValueError("its header is no JSON: damaged, or no safetensors file") from None
+            raise ValueError("its header is not JSON: damaged, or not a safetensors file") from None
     if not isinstance(header, dict) or not header:
         raise ValueError("its header names no tensors")
     start = _LENGTH_BYTES + length
@@ -74,8 +74,8 @@ def merge_headers(headers: Iterable[Mapping[str, TensorSource]]) -> dict[str, Te
 def write_file(path: Path, tensors: Mapping[str, TensorSource], on_bytes: Callable[[int], None]) -> str:
     """Write tensors, copied from wherever they lie, as one file flushed to the disk; return its sha256.
 
-    The order is by falling element size, then name, so that every tensor is aligned. `on_bytes` is told the size of
-    each piece copied. Raises OSError, and ValueError when a source file is shorter than its header said.
+    The order is by falling element size, then name, so that every tensor is aligned. `on_bytes` is called with the
+    size of each piece. Raises OSError, and ValueError when a source file is shorter than its header said.
     """
     names = sorted(tensors, key=lambda name: (-_BITS[tensors[name].dtype], name))
     digest = hashlib.sha256()
@@ -94,7 +94,7 @@ def write_file(path: Path, tensors: Mapping[str, TensorSource], on_bytes: Callab
 
 
 def same_bytes(first: TensorSource, second: TensorSource) -> bool:
-    """Say whether two tensors are equal in type, shape and every byte."""
+    """Return whether two tensors are equal in type, shape and every byte."""
     if (first.dtype, first.shape) != (second.dtype, second.shape):
         return False
     return all(one == other for one, other in zip(_pieces(first), _pieces(second), strict=True))

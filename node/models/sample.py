@@ -1,7 +1,7 @@
-"""Real text that comes with the program: what trials ask about, and what lossy arithmetic is judged by.
+"""Sample text for trials and for measuring the quality of lossy arithmetic.
 
-It was written for this purpose and is under the program's own licence: stories, explanations, letters, code, tables, a
-little of other languages; about 2,900 tokens of a usual tokenizer.
+It was written for this purpose, under the program's own licence: stories, explanations, letters, code, tables, a little
+of other languages; about 2,900 tokens of a usual tokenizer.
 """
 
 from functools import cache

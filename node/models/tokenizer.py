@@ -187,7 +187,6 @@ def _special_tokens(config: Mapping[str, Json]) -> dict[str, str]:
 
 @contextmanager
 def _library_errors(failure: str) -> Iterator[None]:
-    """Turn what the tokenizers library raises into ModelError."""
     try:
         yield
     except MemoryError:

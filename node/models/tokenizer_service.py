@@ -56,7 +56,7 @@ class Limits:
     """Limits on interpreting a model's files.
 
     Seconds are of processor time; `patience` times as many may pass while other processes have the processor.
-    `work_bytes`: of address space, beyond what the loaded tokenizer takes. `load_bytes`: to load it, plus
+    `work_bytes`: of address space, beyond the loaded tokenizer. `load_bytes`: to load it, plus
     `load_bytes_per_byte` for each byte of its file.
     """
 
@@ -216,12 +216,7 @@ class ModelTokenizer:
 
         Raises ModelError.
         """
-        request = {
-            "do": "encode",
-            "text": text,
-            "add_special_tokens": add_special_tokens,
-            "max_tokens": MAX_POSITIONS,
-        }
+        request = {"do": "encode", "text": text, "add_special_tokens": add_special_tokens, "max_tokens": MAX_POSITIONS}
         answer = await self._ask("the model's tokenizer", request, self._limits.encode_s)
         return tuple(array("I", answer["tokens"]))
 
@@ -281,12 +276,10 @@ class _Worker:
 
     @property
     def is_idle(self) -> bool:
-        """Whether it only waits for requests."""
         return self._idle_scope is not None and not self._waiting
 
     @property
     def pid(self) -> int | None:
-        """Its process."""
         return None if self._process is None else self._process.pid
 
     def retire(self) -> None:
@@ -348,7 +341,6 @@ class _Worker:
                 return None
 
     async def _serve_call(self, call: _Call) -> None:
-        """Set the outcome of a call."""
         for _ in range(_ATTEMPTS):
             try:
                 call.outcome = await self._exchange(call)

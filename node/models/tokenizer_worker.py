@@ -69,7 +69,6 @@ def main() -> None:
 
 
 def _facts(tokenizer: Tokenizer, *, is_first: bool) -> dict[str, Any]:
-    """Return what the daemon should know of a tokenizer; once is enough."""
     if not is_first:
         return {}
     return {
@@ -101,7 +100,7 @@ def _answer(tokenizer: Tokenizer, request: dict[str, Any]) -> dict[str, Any]:
 
 @contextmanager
 def _limits(cpu_s: float, wall_s: float) -> Iterator[None]:
-    """Have the kernel end this process when what is in the block takes longer."""
+    """Have the kernel end this process when the block takes longer."""
     signal.setitimer(signal.ITIMER_PROF, cpu_s)
     signal.setitimer(signal.ITIMER_REAL, wall_s)
     yield

@@ -1,4 +1,4 @@
-"""What of a model's vocabulary is known without asking its tokenizer: what bytes, if any, each token adds to a text."""
+"""A model's vocabulary, known without asking its tokenizer: the bytes, if any, that each token adds to a text."""
 
 from array import array
 from collections.abc import Iterable, Mapping
@@ -16,7 +16,7 @@ MAX_TABLE_BYTES: Final = 32 << 20
 
 
 class TokenKind(IntEnum):
-    """What a token is to somebody who turns tokens into text."""
+    """Kinds of tokens, for decoding."""
 
     NO_TEXT = 0
     """A special token, or an id that the vocabulary lacks."""
@@ -30,7 +30,7 @@ class Vocabulary:
     """The tokens of a model by their ids, in little memory."""
 
     is_byte_level: bool
-    """Whether each token is some bytes of UTF-8, whatever stands before and after it."""
+    """Whether each token is some bytes of UTF-8, independent of its neighbours."""
     kinds: bytes
     pieces: bytes
     """The bytes of all tokens one after the other, where the vocabulary is byte-level."""
@@ -53,7 +53,7 @@ class Vocabulary:
 
     @classmethod
     def from_map(cls, values: Mapping[str, Any]) -> Self:
-        """Return what `to_map` made a map of."""
+        """Return the vocabulary of a map from `to_map`."""
         ends = array("I")
         ends.frombytes(values["ends"])
         return cls(values["is_byte_level"], values["kinds"], values["pieces"], ends)
@@ -68,7 +68,7 @@ class Vocabulary:
         }
 
     def kind_of(self, token: int) -> TokenKind:
-        """Return what a token is."""
+        """Return the kind of a token."""
         return TokenKind(self.kinds[token]) if 0 <= token < len(self.kinds) else TokenKind.NO_TEXT
 
     def bytes_of(self, token: int) -> bytes:
@@ -79,4 +79,4 @@ class Vocabulary:
 
 
 NO_TOKENS: Final = Vocabulary(True, b"", b"", array("I"))
-"""That of a model without tokenizer."""
+"""The vocabulary of a model without tokenizer."""

@@ -1,1 +1,1 @@
-"""What the selector needs of the world: files of measurements, a clock, and a process to train in."""
+"""Selection of methods in the daemon: training, predictions, choices and votes, adoption trials."""

@@ -20,7 +20,6 @@ from node.coordinator.submission import JobOutcome, PredictedCost, Selection
 from node.selection.prediction_cache import Prediction, PredictionCache
 from node.selection.trial_scheduler import TrialRequest, TrialScheduler, switches_in_effect
 from node.storage.adoption_store import AdoptionStore
-from protocol.identity import JobId
 from selector.adoption import MAX_LOSS, Adoption, ExplorationAllowance
 from selector.heuristic import predicted_cost, preference
 from selector.task import BASELINE, Method, TaskContext
@@ -78,19 +77,6 @@ class LearnedChoice:
         return {name: own[name] for name in self.accepted}
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Decision:
-    """A past choice and its outcome. Costs in seconds, for the tokens that were generated."""
-
-    job: JobId
-    method: str
-    basis: str
-    explored: bool
-    predicted_s: float
-    actual_s: float
-    regret_s: float
-
-
 class Calibration:
     """Moving average of the log ratio of measured to predicted cost, by model, hardware and number of stages.
 
@@ -133,7 +119,8 @@ class LearnedChooser:
         self.adoption = Adoption()
         self.allowance = ExplorationAllowance(share, allowance_s if share > 0 else 0.0)
         self.trials = TrialScheduler(self.adoption, self.allowance, store=store, wall_clock=wall_clock)
-        self.decisions: deque[Decision] = deque(maxlen=MAX_DECISIONS)
+        self.decisions: deque[tuple[JobOutcome, Selection]] = deque(maxlen=MAX_DECISIONS)
+        """Past outcomes, and how their choices looked, without the predictions for each method."""
         self._rng = rng
         self._calibration = Calibration()
         self._offered: set[str] = set()
@@ -240,17 +227,7 @@ class LearnedChooser:
             allowance.explored_jobs += 1
             allowance.regret_s += max(0.0, selection.predicted_s - selection.predictions[choice.in_use].cost_s)
         self._calibration.update(choice.request.context, math.log(outcome.total_s) - expected[outcome.method])
-        self.decisions.append(
-            Decision(
-                job=outcome.job_id,
-                method=outcome.method,
-                basis=selection.basis,
-                explored=selection.explored,
-                predicted_s=selection.predicted_s,
-                actual_s=outcome.total_s,
-                regret_s=selection.regret_s,
-            )
-        )
+        self.decisions.append((outcome, replace(selection, predictions={})))
 
     def _request_trial(self, choice: LearnedChoice) -> None:
         """Request a trial of the methods that votes, or our own predictions, rank before the one in use."""

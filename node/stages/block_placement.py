@@ -14,7 +14,7 @@ import structlog
 import trio
 from cachetools import TTLCache
 
-from node.swarm.directory import Statement
+from node.swarm.directory import AnnouncedPlacements
 from node.swarm.membership import Membership
 from node.util.offload import Offload, run_in_thread
 from protocol.announcements import Placement
@@ -55,9 +55,9 @@ class PlacementAnnouncements:
         self._placements: dict[Hashable, Placement] = {}
         self._published_at_ms = self.now_ms()
 
-    def current(self) -> Statement:
+    def current(self) -> AnnouncedPlacements:
         """Return what is announced now."""
-        return Statement(self._published_at_ms, tuple(self._placements.values()))
+        return AnnouncedPlacements(self._published_at_ms, tuple(self._placements.values()))
 
     def now_ms(self) -> int:
         """Return Unix time in milliseconds."""

@@ -45,6 +45,7 @@ class DraftModel(EngineLoop):
         self._variant = variant
         self._drafts: dict[SessionId, Draft] = {}
         self._step_began_s = 0.0
+        self._work_ready = Signal()
         self._deadline_set = Signal()
 
     async def open(

@@ -8,7 +8,6 @@ import trio
 
 from node.engine.base import Engine
 from node.engine.interface import EngineCrashed, EngineError
-from node.util.signal import Signal
 from protocol.identity import SessionId
 
 _logger = structlog.get_logger(__name__)
@@ -19,7 +18,6 @@ class EngineLoop(ABC):
 
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
-        self._work_ready = Signal()
         self._in_step: frozenset[SessionId] = frozenset()
         """Sessions of the step under way: they are freed after it, since freeing one within it costs the others."""
         self._nursery: trio.Nursery | None = None
@@ -45,7 +43,7 @@ class EngineLoop(ABC):
 
     @abstractmethod
     async def _step_loop(self) -> None:
-        """Run steps; `_work_ready` is set when there may be rows for another."""
+        """Run steps."""
 
     @abstractmethod
     def _on_stopped(self) -> None:

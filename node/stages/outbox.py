@@ -14,9 +14,9 @@ import trio
 from node.links.base_link import LinkBroken
 from node.links.inbound_link import InboundLink
 from node.links.outbound_link import OutboundLink, SessionLost
-from node.stages.scheduler import Work
+from node.stages.scheduler import Scheduler, Work
 from protocol.errors import LocalProtocolError
-from protocol.identity import PeerId, SessionId
+from protocol.identity import SessionId
 from protocol.limits import MAX_DRAFTS, MAX_SLICES, MAX_STEP_BYTES
 from protocol.messages import Slice, Step
 from protocol.tensors import Tensor, join
@@ -26,32 +26,27 @@ OUTGOING_BYTES: Final = 2 << 20
 """Outputs leave in steps of at most so many rows, or as many as take so many bytes if these are more."""
 
 
+class StepLoop(Protocol):
+    """The step loop of a span, as its sessions use it."""
+
+    scheduler: Scheduler[InboundLink]
+
+    def start_soon(self, function: Callable[[], Awaitable[None]]) -> None:
+        """Run a task beside the loop."""
+
+
 class OutboxOwner(Protocol):
     """What an outbox asks of its session."""
 
-    def pause(self) -> None:
-        """Compute no rows until `resume`."""
-        ...
-
-    def resume(self) -> None:
-        """Compute rows again."""
-        ...
+    @property
+    def id(self) -> SessionId:
+        """The session here."""
 
     def return_credit(self, work: Work[InboundLink]) -> None:
         """Return credit for rows whose outputs have left."""
-        ...
 
-    def on_route_broken(self, message: str, blamed: PeerId) -> None:
-        """Ask for another route: the next stage cannot be reached."""
-        ...
-
-    def fail(self, message: str) -> None:
-        """Give the session up: its outputs cannot be sent."""
-        ...
-
-    def start_soon(self, function: Callable[[], Awaitable[None]]) -> None:
-        """Run a task beside the step loop."""
-        ...
+    def on_send_failed(self, error: Exception) -> None:
+        """Ask for another route after LinkBroken; after any other error give the session up."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,28 +63,18 @@ class Output:
         return len(self.tensor.data)
 
 
-@dataclass(frozen=True, slots=True)
-class _Replay:
-    """Outputs in the replay buffer that the next stage lacks: positions `start` to `end`, `rows` in each step."""
-
-    read: Callable[[int, int], Step]
-    start: int
-    end: int
-    rows: int
-
-
 class Outbox:
     """Links to the receivers of one session's outputs, and the outputs that have not left yet."""
 
-    def __init__(self, owner: OutboxOwner) -> None:
+    def __init__(self, owner: OutboxOwner, loop: StepLoop) -> None:
         self.owner = owner
         self.is_closed = False
         """Nothing is sent any more: the session has ended, or its route is broken."""
+        self._loop = loop
         self._links: dict[SessionId, OutboundLink] = {}
         self._unwatch: list[Callable[[], None]] = []
-        self._replay: _Replay | None = None
-        """Sent before the backlog."""
-        self._backlog: deque[Step] = deque()
+        self._backlog: deque[Step | Callable[[], Step]] = deque()
+        """Steps, and functions that read them from the replay buffer when their turn comes."""
         self._pending_credit: list[Work[InboundLink]] = []
         """Rows whose outputs are in the backlog."""
         self._sending = trio.CancelScope()
@@ -97,12 +82,12 @@ class Outbox:
     @property
     def is_busy(self) -> bool:
         """Whether outputs are queued, behind which further ones have to wait."""
-        return bool(self._backlog or self._replay)
+        return bool(self._backlog)
 
     @property
     def unsent_positions(self) -> list[int]:
         """The first positions of the outputs that are queued."""
-        return [part.position for step in self._backlog for part in step.slices]
+        return [part.position for step in self._backlog if isinstance(step, Step) for part in step.slices]
 
     def connect(self, receiver: SessionId, link: OutboundLink) -> None:
         """Send outputs for a receiver over a link from now on. Raises LinkBroken when it is gone."""
@@ -123,24 +108,27 @@ class Outbox:
         self.is_closed = True
         self._sending.cancel()
         self._backlog.clear()
-        self._replay = None
 
     def link_of(self, output: Output) -> OutboundLink:
         """Return the link that an output leaves by."""
         return self._links[output.part.session]
 
-    def replay(self, read: Callable[[int, int], Step], start: int, end: int, rows: int) -> None:
-        """Send retained outputs again, `rows` at a time. `read` raises ValueError when they are not retained."""
-        self._replay = _Replay(read, start, end, rows)
-        self._start_sending()
+    def replay(self, steps: Iterable[Callable[[], Step]]) -> None:
+        """Send retained outputs again. Each function raises ValueError when they are not retained any more."""
+        self._queue(*steps)
 
     def queue(self, output: Output) -> None:
         """Keep the order, and send when link and credit allow it; a copy, as a batch's outputs share memory."""
-        was_busy = self.is_busy
         tensor = replace(output.tensor, data=bytes(output.tensor.data))
-        self._backlog.append(Step(slices=(output.part,), tensor=tensor))
-        if not was_busy:
-            self._start_sending()
+        self._queue(Step(slices=(output.part,), tensor=tensor))
+
+    def _queue(self, *steps: Step | Callable[[], Step]) -> None:
+        was_busy = self.is_busy
+        self._backlog.extend(steps)
+        if self._backlog and not was_busy:
+            self._loop.scheduler.hold(self.owner.id)
+            self._sending = trio.CancelScope()
+            self._loop.start_soon(self._send_backlog)
 
     def on_computed(self, work: Work[InboundLink]) -> None:
         """Return credit for rows that were computed, once their outputs have left."""
@@ -154,38 +142,22 @@ class Outbox:
         self._pending_credit.clear()
 
     def _on_lost(self, lost: SessionLost) -> None:
-        self.owner.on_route_broken(lost.message, lost.blamed)
+        self.owner.on_send_failed(LinkBroken(lost.blamed, lost.message))
 
-    def _start_sending(self) -> None:
-        self.owner.pause()
-        self._sending = trio.CancelScope()
-        self.owner.start_soon(self._send_queued)
-
-    async def _send_queued(self) -> None:
+    async def _send_backlog(self) -> None:
         try:
             with self._sending:
-                await self._send_replay()
                 while self._backlog:
-                    await self._send(self._backlog[0])
+                    step = self._backlog[0]
+                    step = step if isinstance(step, Step) else step()
+                    await self._links[step.slices[0].session].send_step(step)
                     if self._backlog:  # else closed meanwhile
                         self._backlog.popleft()
                 if not self.is_closed:
                     self._return_credit()
-                    self.owner.resume()
-        except LinkBroken as broken:
-            self.owner.on_route_broken(str(broken), broken.peer)
-        except (LocalProtocolError, ValueError) as error:
-            self.owner.fail(str(error))
-
-    async def _send_replay(self) -> None:
-        while (replay := self._replay) is not None:
-            end = min(replay.end, replay.start + replay.rows)
-            await self._send(replay.read(replay.start, end))
-            if self._replay is not None:  # else closed meanwhile
-                self._replay = replace(replay, start=end) if end < replay.end else None
-
-    async def _send(self, step: Step) -> None:
-        await self._links[step.slices[0].session].send_step(step)
+                    self._loop.scheduler.release(self.owner.id)
+        except (LinkBroken, LocalProtocolError, ValueError) as error:
+            self.owner.on_send_failed(error)
 
 
 def max_rows(row_bytes: int) -> int:
@@ -241,14 +213,12 @@ def _send_frame(link: OutboundLink, frame: Sequence[Output]) -> None:
     step = Step(slices=tuple(each.part for each in frame), tensor=join([each.tensor for each in frame]))
     try:
         sent = link.try_send_step(step)
-    except LinkBroken as broken:
-        for output in frame:
-            output.outbox.owner.on_route_broken(str(broken), broken.peer)
-    except LocalProtocolError as error:  # a session's input made its output invalid
-        if len(frame) == 1:
-            frame[0].outbox.owner.fail(str(error))
-        else:
-            for output in frame:  # one of them is at fault, the others are not to suffer
+    except (LinkBroken, LocalProtocolError) as error:
+        if isinstance(error, LinkBroken) or len(frame) == 1:
+            for output in frame:
+                output.outbox.owner.on_send_failed(error)
+        else:  # the input of one session made its output invalid; the others are not to suffer
+            for output in frame:
                 _send_frame(link, [output])
     else:
         if not sent:

@@ -1,30 +1,31 @@
-"""Which rows go into the next step of an engine: a pure rule over the rows that wait.
+"""Scheduler: which of the queued rows go into the next step of an engine. Without a clock of its own.
 
-Three disciplines. `one`: a step holds the rows of one session. `static`: the sessions that wait when a batch forms stay
-together until they have ended, and nobody joins meanwhile. `continuous`: sessions join and leave at every step (Orca,
-OSDI '22), and a newcomer's prompt is cut so that those who decode wait for no more than the step's row budget (Sarathi,
-OSDI '24).
+Three disciplines. `one`: a step holds the rows of one session. `static` batching: the sessions that wait when a batch
+forms stay together until they have ended, and no other joins meanwhile. `continuous` batching: sessions join and leave
+at every step (Orca, OSDI '22), with chunked prefill: a new prompt is cut so that decoding sessions wait for no more
+than the step's row budget (Sarathi, OSDI '24).
 """
 
 import enum
-from collections import OrderedDict, deque
+from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Final, Generic, TypeVar
 
+from node.util.signal import Signal
 from protocol.identity import PeerId, SessionId
 from protocol.limits import MAX_SLICES
 from protocol.messages import Slice
 from protocol.tensors import Tensor
 
 MIN_PREFILL_ROWS: Final = 16
-"""Rows of prompts that a step takes however many sessions decode: else they could keep a newcomer out for ever."""
+"""Prompt rows that a step takes however many sessions decode: else these could starve a new session."""
 
 PREFILL_ROWS: Final = 512
-"""Rows of prompts after which a step takes no further prompt, where nobody decodes: more in one step gains nothing."""
+"""Prompt rows after which a step takes no further prompt when no session decodes: more gains nothing."""
 
 STATIC_PATIENCE_S: Final = 1.0
-"""How long a static batch waits for rows of its own before another forms: its sessions may be stuck elsewhere."""
+"""How long a static batch waits for its own rows before another forms: its sessions may be stuck elsewhere."""
 
 
 class Batching(enum.StrEnum):
@@ -54,8 +55,8 @@ L = TypeVar("L")
 class Work(Generic[L]):
     """Rows that wait for the engine.
 
-    `part.session` is the session's id here. `coordinator`: on whose behalf they come. `origin`: whom their credit
-    belongs to; `payload_bytes`: how much that is, which need not be the tensor's size. `held_rows`: rows as they came
+    `part.session` is the session's id here. `coordinator`: whose job they belong to. `origin`: where their credit is
+    returned; `payload_bytes`: how much that is, which need not be the tensor's size. `held_rows`: rows as they arrived,
     whose memory is free once these are computed.
     """
 
@@ -69,12 +70,12 @@ class Work(Generic[L]):
 
     @property
     def session(self) -> SessionId:
-        """Whose rows they are."""
+        """The session of the rows."""
         return self.part.session
 
     @property
     def rows(self) -> int:
-        """How many rows they are."""
+        """The number of rows."""
         return self.part.rows
 
     @property
@@ -97,11 +98,13 @@ class Work(Generic[L]):
 
 
 class Scheduler(Generic[L]):
-    """The rows that wait for one engine, and who goes next. Rows of one session keep their order."""
+    """The rows that wait for one engine. Rows of one session keep their order."""
 
     def __init__(self, policy: StagePolicy | None = None) -> None:
         self.policy = policy or StagePolicy()
-        self._waiting: OrderedDict[SessionId, deque[Work[L]]] = OrderedDict()
+        self.changed = Signal()
+        """Set when there may be rows for another step."""
+        self._waiting: dict[SessionId, deque[Work[L]]] = {}
         self._held: set[SessionId] = set()
         self._decoding: set[SessionId] = set()
         self._members: set[SessionId] = set()
@@ -114,10 +117,11 @@ class Scheduler(Generic[L]):
         return sum(work.rows for queue in self._waiting.values() for work in queue)
 
     def add(self, work: Work[L]) -> None:
-        """Put rows in line."""
+        """Queue rows."""
         self._waiting.setdefault(work.session, deque()).append(work)
-        # Who comes anew starts level with the one served least, and so has no claim on what was served before.
+        # A new coordinator starts level with the one served least, without a claim on what was served before.
         self._served.setdefault(work.coordinator, min(self._served.values(), default=0))
+        self.changed.set()
 
     def hold(self, session: SessionId) -> None:
         """Take no rows of a session until it is released: its outputs have nowhere to go."""
@@ -126,6 +130,7 @@ class Scheduler(Generic[L]):
     def release(self, session: SessionId) -> None:
         """Take rows of a session again."""
         self._held.discard(session)
+        self.changed.set()
 
     def remove(self, session: SessionId) -> None:
         """Forget a session that has ended, and what waits of it."""
@@ -133,9 +138,10 @@ class Scheduler(Generic[L]):
         self._held.discard(session)
         self._decoding.discard(session)
         self._members.discard(session)
+        self.changed.set()  # a static batch may be over with it
 
     def next_batch(self, now_s: float) -> list[Work[L]]:
-        """Take the rows of the next step out of the line; none where nobody may go yet. At most MAX_SLICES slices."""
+        """Remove and return the rows of the next step, at most MAX_SLICES slices; none if no session may go yet."""
         ready = (queue[0] for session, queue in self._waiting.items() if session not in self._held)
         heads = sorted(ready, key=lambda work: work.arrived_s)
         match self.policy.batching:
@@ -152,7 +158,7 @@ class Scheduler(Generic[L]):
         return chosen
 
     def next_chance_s(self, now_s: float) -> float | None:
-        """Return when somebody who waits may go though nothing new has come; None where that is not foreseen."""
+        """Return when waiting rows may go without new ones arriving; None if that is not foreseen."""
         if self._waiting and self.policy.batching is Batching.STATIC:
             return max(now_s, self._member_step_s + STATIC_PATIENCE_S)
         return None
@@ -178,7 +184,7 @@ class Scheduler(Generic[L]):
         budget = max(MIN_PREFILL_ROWS, step_rows - rows)
         taken = 0
         for work in self._fairly(prompts):
-            # Those who decode may be at another stage just now: their rows will want to pass here soon.
+            # Decoding sessions may be at another stage just now: their rows will arrive here soon.
             bounded = bool(self._decoding - {work.session})
             room = (budget if bounded else PREFILL_ROWS) - taken
             if room <= 0 or len(chosen) == MAX_SLICES:
@@ -192,7 +198,7 @@ class Scheduler(Generic[L]):
         return chosen
 
     def _fairly(self, prompts: list[Work[L]]) -> Iterable[Work[L]]:
-        """Yield prompts, oldest first, of the coordinator served least so far: many jobs give no right to more."""
+        """Yield prompts, oldest first, of the coordinator served least so far: many jobs give no claim to more."""
         left = list(prompts)
         while left:
             work = min(left, key=lambda each: (self._served.get(each.coordinator, 0), each.arrived_s))

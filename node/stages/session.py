@@ -8,8 +8,9 @@ where; values that no honest stage sends are charged to their sender.
 
 from array import array
 from collections import deque
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Protocol
 
 import trio
@@ -18,8 +19,9 @@ from node.engine.activation_codec import check_tensor, check_tokens
 from node.engine.base import Engine
 from node.engine.interface import BadRows, Prefix, SessionOptions, SliceInput, SpanInfo, Variant
 from node.engine.kv_allocator import HIDDEN_DTYPES
+from node.links.base_link import LinkBroken
 from node.links.inbound_link import InboundLink
-from node.stages.outbox import Outbox, Output, max_rows
+from node.stages.outbox import Outbox, Output, StepLoop, max_rows
 from node.stages.replay_buffer import ReplayBuffer, ReplayMemory
 from node.stages.scheduler import Work
 from node.stages.session_state import ResumableState
@@ -34,42 +36,20 @@ CHECKED_AT_ONCE_BYTES = 2 << 20
 """Rows of more bytes than this are checked piece by piece, while the event loop goes on."""
 
 
-class SpanPort(Protocol):
+class SpanPort(StepLoop, Protocol):
     """What a session asks of the span that runs it."""
+
+    replay_memory: ReplayMemory
 
     @property
     def info(self) -> SpanInfo:
         """What the engine holds."""
-        ...
-
-    @property
-    def replay_memory(self) -> ReplayMemory:
-        """What the replay buffers of the span's sessions share."""
-        ...
-
-    def queue(self, work: Work[InboundLink]) -> None:
-        """Queue rows for the engine."""
-        ...
-
-    def pause(self, session: SessionId) -> None:
-        """Compute no rows of a session until `resume`."""
-        ...
-
-    def resume(self, session: SessionId) -> None:
-        """Compute rows of a session again."""
-        ...
-
-    def start_soon(self, function: Callable[[], Awaitable[None]]) -> None:
-        """Run a task beside the step loop."""
-        ...
 
     def fail(self, session: "StageSession", reason: FailureReason, message: str, blamed: PeerId | None = None) -> None:
         """Report to the coordinator that the session is lost here, and free it."""
-        ...
 
     def reject(self, session: "StageSession", sender: InboundLink, fault: str, *, by_sender: bool = False) -> None:
         """Fail a session because of invalid rows, and charge its opener or their sender."""
-        ...
 
 
 class StageSession:
@@ -96,7 +76,7 @@ class StageSession:
         self.method: Method | None = None
         """Once it has begun."""
         self.state = ResumableState(ReplayBuffer(span.replay_memory))
-        self.outbox = Outbox(self)
+        self.outbox = Outbox(self, span)
         self.is_ended = False
         self.held_rows = 0
         """Rows that have arrived, or are arriving, and whose outputs have not all left."""
@@ -191,7 +171,9 @@ class StageSession:
                 self._queue(part, tensor, link)
         if message.onward < message.start and self.request.sampling is None and not self.outbox.is_closed:
             rows = min(max_rows(4 * self.info.hidden_size), method.prefill_chunk or message.start)
-            self.outbox.replay(self._replay_step, message.onward, message.start, max(1, rows))
+            starts = range(message.onward, message.start, max(1, rows))
+            ends = (*starts[1:], message.start)
+            self.outbox.replay(partial(self._replay_step, *piece) for piece in zip(starts, ends, strict=True))
 
     def end(self) -> None:
         """Let go of everything but the engine's memory: from now on rows of the session are unknown here."""
@@ -261,7 +243,7 @@ class StageSession:
         if self._unchecked or len(tensor.data) > CHECKED_AT_ONCE_BYTES:
             self._unchecked.append((part, tensor, link))
             if len(self._unchecked) == 1:
-                self.start_soon(self._check_large)
+                self._span.start_soon(self._check_large)
         elif self._is_valid(tensor, link):
             self._accept(part, tensor, link)
 
@@ -294,7 +276,8 @@ class StageSession:
 
     def _accept(self, part: Slice, tensor: Tensor, link: InboundLink) -> None:
         if self.needs_history and part.draws and part.position + part.rows - part.draws + 1 > self.known_tokens:
-            self.fail(f"draws depend on the history, of which {self.known_tokens} tokens are known")
+            why = f"draws depend on the history, of which {self.known_tokens} tokens are known"
+            self._span.fail(self, FailureReason.ENGINE, why)
         elif self.method is None:
             self._early.append((part, tensor, link))
         else:
@@ -318,7 +301,7 @@ class StageSession:
             )
         else:
             self._queued = part.position + part.rows
-            self._span.queue(work)
+            self._span.scheduler.add(work)
 
     def _queue_with_drafts(self, tracker: DraftTracker, work: Work[InboundLink]) -> None:
         """Queue the rows of tokens that are not computed yet, with drafts behind the last where it is to be drawn."""
@@ -331,7 +314,7 @@ class StageSession:
                 draws = work.part.draws + len(drafts)
                 part = replace(work.part, position=position, rows=len(computed), draws=draws, drafts=tuple(drafts))
                 tensor, now_s = tensor_from_tokens(computed), trio.current_time()
-                self._span.queue(replace(work, part=part, tensor=tensor, arrived_s=now_s))
+                self._span.scheduler.add(replace(work, part=part, tensor=tensor, arrived_s=now_s))
 
         try:
             tracker.feed(work.part.position, tokens_from_tensor(work.tensor), work.part.draws, queue)
@@ -414,34 +397,18 @@ class StageSession:
 
     # For the outbox
 
-    def pause(self) -> None:
-        """Compute no rows until `resume`; see OutboxOwner."""
-        self._span.pause(self.id)
-
-    def resume(self) -> None:
-        """Compute rows again; see OutboxOwner."""
-        self._span.resume(self.id)
-
-    def start_soon(self, function: Callable[[], Awaitable[None]]) -> None:
-        """Run a task beside the step loop; see OutboxOwner."""
-        self._span.start_soon(function)
-
     def return_credit(self, work: Work[InboundLink]) -> None:
-        """Return credit for rows that take no memory any more; see OutboxOwner."""
+        """Return credit for rows that take no memory any more."""
         self.held_rows -= work.held_rows
         if work.payload_bytes:
             work.origin.consumed(self.id, work.payload_bytes)
 
-    def fail(self, message: str) -> None:
-        """Give the session up; see OutboxOwner."""
-        self._span.fail(self, FailureReason.ENGINE, message)
-
-    def on_route_broken(self, message: str, blamed: PeerId) -> None:
-        """Send nothing any more, and keep the session until its coordinator has found another route."""
-        if self.is_ended or self.outbox.is_closed:
-            return
-        if self.method is None:  # it has nothing yet that would be worth keeping
-            self._span.fail(self, FailureReason.DOWNSTREAM, message, blamed)
-            return
-        self.outbox.close()
-        self.opened_by.reroute(self.id, FailureReason.DOWNSTREAM, message, blamed)
+    def on_send_failed(self, error: Exception) -> None:
+        """Keep the session without sending until its coordinator has found another route; or give it up."""
+        if not isinstance(error, LinkBroken):
+            self._span.fail(self, FailureReason.ENGINE, str(error))
+        elif self.method is None:  # it has nothing yet that would be worth keeping
+            self._span.fail(self, FailureReason.DOWNSTREAM, str(error), error.peer)
+        elif not self.outbox.is_closed:
+            self.outbox.close()
+            self.opened_by.reroute(self.id, FailureReason.DOWNSTREAM, str(error), error.peer)

@@ -83,7 +83,7 @@ class Span(EngineLoop):
         self.replay_memory = ReplayMemory(replay_bytes)
         self._records = records or PeerRecords()
         self._controller = controller or PolicyController()
-        self._scheduler: Scheduler[InboundLink] = Scheduler(self._controller.policy)
+        self.scheduler: Scheduler[InboundLink] = Scheduler(self._controller.policy)
         self._link_pool = link_pool
         self._session_added = Signal()
         self._session_ended = session_ended
@@ -102,7 +102,7 @@ class Span(EngineLoop):
     @property
     def policy(self) -> dict[str, str]:
         """The stage's own switches in force."""
-        return self._scheduler.policy.switches()
+        return self.scheduler.policy.switches()
 
     def load(self) -> Load:
         """Return how busy the span is."""
@@ -110,7 +110,7 @@ class Span(EngineLoop):
         times_s = sorted(self._step_times_s)
         return Load(
             sessions=len(self.sessions),
-            queued_rows=self._scheduler.rows,
+            queued_rows=self.scheduler.rows,
             free_positions=max(0, self.info.kv_positions - statistics.reserved_positions),
             step_s=times_s[len(times_s) // 2] if times_s else 0.0,
         )
@@ -181,10 +181,9 @@ class Span(EngineLoop):
     def _remove(self, session: StageSession) -> None:
         """Take a session out of everything here but the engine."""
         session.end()
-        self._scheduler.remove(session.id)
+        self.scheduler.remove(session.id)
         self.sessions.pop(session.id, None)
         self._link_pool.registry.remove(session.id)
-        self._work_ready.set()  # a static batch may be over with it
         self._session_ended.unpark_all()
 
     async def carry_on(self, former: StageSession, session: StageSession) -> bool:
@@ -256,29 +255,15 @@ class Span(EngineLoop):
 
     # Steps
 
-    def queue(self, work: Work[InboundLink]) -> None:
-        """Queue rows for the engine."""
-        self._scheduler.add(work)
-        self._work_ready.set()
-
-    def pause(self, session: SessionId) -> None:
-        """Compute no rows of a session until `resume`."""
-        self._scheduler.hold(session)
-
-    def resume(self, session: SessionId) -> None:
-        """Compute rows of a session again."""
-        self._scheduler.release(session)
-        self._work_ready.set()
-
     async def _step_loop(self) -> None:
         while True:
             now_s = trio.current_time()
-            if batch := self._scheduler.next_batch(now_s):
+            if batch := self.scheduler.next_batch(now_s):
                 await self._step(batch)
                 continue
-            chance_s = self._scheduler.next_chance_s(now_s)
+            chance_s = self.scheduler.next_chance_s(now_s)
             with trio.CancelScope(deadline=float("inf") if chance_s is None else chance_s):
-                await self._work_ready.wait()
+                await self.scheduler.changed.wait()
 
     async def _step(self, batch: Sequence[Work[InboundLink]]) -> None:
         now_s = trio.current_time()
@@ -322,7 +307,7 @@ class Span(EngineLoop):
         rows = sum(work.rows for work in batch)
         if not any(work.is_prefill for work in batch):
             self._step_times_s.append(result.compute_s * self._whole_span_ratio(batch))
-        self._scheduler.policy = self._controller.observe(rows, result.compute_s, trio.current_time())
+        self.scheduler.policy = self._controller.observe(rows, result.compute_s, trio.current_time())
         outputs: list[Output] = []
         computed: list[tuple[StageSession, Work[InboundLink]]] = []
         for work, output in zip(batch, result.outputs, strict=True):

@@ -28,7 +28,8 @@ from node.stages.block_placement import BlockPlacer, PlacementAnnouncements, unk
 from node.stages.replay_buffer import replay_bytes_of
 from node.stages.span import Span
 from node.stages.stage_server import StageServer
-from node.swarm.membership import HEARTBEAT_INTERVAL_S, Membership
+from node.swarm.heartbeats import HEARTBEAT_INTERVAL_S
+from node.swarm.membership import Membership
 from node.util.backoff import backoff_s
 from node.util.offload import Offload, run_in_thread
 from protocol.announcements import Placement

@@ -27,15 +27,12 @@ class Drafter(Protocol):
 
     def extend(self, tokens: Sequence[int]) -> None:
         """Append tokens to the text."""
-        ...
 
     def draft(self, count: int, then: Callable[[Sequence[int]], None]) -> None:
         """Call `then`, at once or later, with at most `count` draft tokens."""
-        ...
 
     def close(self) -> None:
         """Free the drafter; a pending `then` is not called."""
-        ...
 
 
 class PromptLookup:

@@ -273,22 +273,21 @@ class StageServer:
 
     def _countersigned(self, session: StageSession) -> Closed:
         """Return what a session cost here, signed for its coordinator, who may publish it."""
-        statistics = session.state.counters.statistics()
-        if session.method is None:
-            return Closed(session=session.id, statistics=statistics, hardware=self._hardware())
-        observed = countersign(
-            StageObservation(
-                peer=self.link_pool.peer_id,
-                blocks=session.info.blocks,
-                hardware=self._hardware(),
-                statistics=statistics,
-            ),
-            job=session.id.job,
-            observer=session.opened_by.peer,
-            model=session.info.model,
-            method=session.method.name,
-            private_key=self._private_key,
+        observed = StageObservation(
+            peer=self.link_pool.peer_id,
+            blocks=session.info.blocks,
+            hardware=self._hardware(),
+            statistics=session.state.counters.statistics(),
         )
+        if session.method is not None:
+            observed = countersign(
+                observed,
+                job=session.id.job,
+                observer=session.opened_by.peer,
+                model=session.info.model,
+                method=session.method.name,
+                private_key=self._private_key,
+            )
         return Closed(
             session=session.id,
             statistics=observed.statistics,

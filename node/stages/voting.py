@@ -25,22 +25,18 @@ class Agreement(Protocol):
     @property
     def epoch(self) -> int:
         """The epoch of the canonical statement."""
-        ...
 
     @property
     def statement(self) -> bytes:
         """The id of that statement."""
-        ...
 
     @property
     def weights(self) -> Mapping[str, int]:
         """The weight of each member's ballot."""
-        ...
 
     @property
     def table_digest(self) -> bytes:
         """The digest of the agreed table."""
-        ...
 
 
 class Voter(Protocol):
@@ -48,7 +44,6 @@ class Voter(Protocol):
 
     async def vote(self, context: TaskContext, methods: Sequence[Method]) -> Mapping[str, float]:
         """Return for every method given, by name, the natural logarithm of its expected cost."""
-        ...
 
 
 class HeuristicVoter:

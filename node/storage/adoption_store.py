@@ -2,12 +2,9 @@
 
 import sqlite3
 from collections.abc import Mapping
-from typing import Final
 
 from node.storage.database import Database
-
-MAX_BUCKETS: Final = 512
-"""Task buckets stored; the longest untried are evicted."""
+from selector.adoption import MAX_BUCKETS
 
 StoredTrials = Mapping[str, tuple[float, int]]
 """By method: the natural logarithm of its cost over the baseline's, and the Unix time of the trial."""

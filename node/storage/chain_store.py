@@ -1,4 +1,4 @@
-"""What of the consensus survives the process: our own word, the branch that stands, and the state that follows."""
+"""Durable consensus state of every chain: own messages, the canonical branch, and the state after its head."""
 
 import sqlite3
 from collections.abc import Iterable, Sequence
@@ -10,11 +10,11 @@ from node.storage.database import Database
 from protocol.identity import PeerId
 
 SCANNED: Final = 4096
-"""Observations that are looked at when ours are searched for those not named yet."""
+"""Observations that one search for own uncommitted ones reads."""
 
 
 class StoredStatement(NamedTuple):
-    """A statement of the standing branch and signatures under it, as envelopes."""
+    """A statement of the canonical branch and the signatures under it, as envelopes."""
 
     epoch: int
     id: bytes
@@ -30,103 +30,93 @@ class StoredState:
     state: bytes
 
 
-class Named(NamedTuple):
-    """Observations of ours that no commit has named, and how far into the history they reach."""
+class Uncommitted(NamedTuple):
+    """Own observations that no commit has named, and the number in the history up to which they were searched."""
 
     ids: tuple[bytes, ...]
     number: int
 
 
-class ConsensusStore:
-    """What is kept of every chain. Every method raises StorageError where the database fails it."""
+class ChainStore:
+    """The chains in the database. Every method raises StorageError where the database fails."""
 
     def __init__(self, database: Database) -> None:
         self._database = database
 
-    async def keep_records(self, chain: bytes, records: Sequence[tuple[bytes, int, bytes]], oldest_epoch: int) -> None:
-        """Keep records (id, epoch, envelope); on return they are safe. Those before `oldest_epoch` are forgotten."""
-        await self._database.write(partial(_keep_records, chain=chain, records=records, oldest_epoch=oldest_epoch))
+    async def save_messages(self, chain: bytes, rows: Sequence[tuple[bytes, int, bytes]], oldest_epoch: int) -> None:
+        """Save own messages (id, epoch, envelope), durable on return; delete those before `oldest_epoch`."""
+        delete = "DELETE FROM consensus_records WHERE chain = ? AND epoch >= 0 AND epoch < ?"
+        insert = "INSERT OR IGNORE INTO consensus_records (id, chain, epoch, envelope) VALUES (?, ?, ?, ?)"
 
-    async def records(self, chain: bytes) -> list[bytes]:
-        """Return the envelopes of the records kept, the oldest first."""
+        def save(connection: sqlite3.Connection) -> None:
+            connection.execute(delete, (chain, oldest_epoch))
+            connection.executemany(insert, [(key, chain, epoch, envelope) for key, epoch, envelope in rows])
+
+        await self._database.write(save)
+
+    async def messages(self, chain: bytes) -> list[bytes]:
+        """Return the envelopes of own messages, the oldest first."""
         query = "SELECT envelope FROM consensus_records WHERE chain = ? ORDER BY epoch, id"
-        return await self._database.read(lambda connection: _column(connection, query, (chain,)))
+        return await self._database.read(lambda connection: [row[0] for row in connection.execute(query, (chain,))])
 
-    async def keep_standing(
+    async def save_branch(
         self, chain: bytes, after_epoch: int, statements: Sequence[StoredStatement], state: StoredState | None
     ) -> None:
-        """Let the branch after an epoch consist of these statements; and keep the state after the last, if given."""
-        await self._database.write(
-            partial(_keep_standing, chain=chain, after_epoch=after_epoch, statements=statements, state=state)
-        )
+        """Replace the canonical branch after an epoch by these statements, and the state by that given, if any."""
+        delete = "DELETE FROM consensus_statements WHERE chain = ? AND epoch > ?"
+        insert = "INSERT INTO consensus_statements (chain, epoch, id, envelope, signatures) VALUES (?, ?, ?, ?, ?)"
+        replace = "INSERT OR REPLACE INTO consensus_states (chain, statement, state) VALUES (?, ?, ?)"
+        rows = [(chain, each.epoch, each.id, each.envelope, _packed(each.signatures)) for each in statements]
+
+        def save(connection: sqlite3.Connection) -> None:
+            connection.execute(delete, (chain, after_epoch))
+            connection.executemany(insert, rows)
+            if state is not None:
+                connection.execute(replace, (chain, state.statement, state.state))
+
+        await self._database.write(save)
 
     async def statements(self, chain: bytes, *, after_epoch: int = -1, limit: int = 64) -> list[StoredStatement]:
-        """Return statements of the standing branch after an epoch, in their order."""
-        return await self._database.read(partial(_statements, chain=chain, after_epoch=after_epoch, limit=limit))
+        """Return statements of the canonical branch after an epoch, in order."""
+        query = """
+            SELECT epoch, id, envelope, signatures FROM consensus_statements
+            WHERE chain = ? AND epoch > ? ORDER BY epoch LIMIT ?
+        """
+
+        def read(connection: sqlite3.Connection) -> list[StoredStatement]:
+            rows = connection.execute(query, (chain, after_epoch, limit))
+            return [StoredStatement(epoch, key, envelope, _unpacked(packed)) for epoch, key, envelope, packed in rows]
+
+        return await self._database.read(read)
 
     async def epoch_of(self, chain: bytes, statements: Iterable[bytes]) -> int | None:
-        """Return the epoch of the first of these statements that is on the standing branch."""
-        return await self._database.read(partial(_epoch_of, chain=chain, statements=tuple(statements)))
+        """Return the epoch of the first of these statements that is on the canonical branch."""
+        query = "SELECT epoch FROM consensus_statements WHERE id = ? AND chain = ?"
+        ids = tuple(statements)
+
+        def read(connection: sqlite3.Connection) -> int | None:
+            rows = (connection.execute(query, (each, chain)).fetchone() for each in ids)
+            return next((int(row[0]) for row in rows if row), None)
+
+        return await self._database.read(read)
 
     async def state(self, chain: bytes) -> StoredState | None:
-        """Return the state that was kept last."""
+        """Return the state saved last."""
         query = "SELECT statement, state FROM consensus_states WHERE chain = ?"
         row = await self._database.read(lambda connection: connection.execute(query, (chain,)).fetchone())
         return StoredState(*row) if row else None
 
-    async def unnamed(self, chain: bytes, observer: PeerId, limit: int) -> Named:
-        """Return the first observations of ours that no commit of ours on a chain has named."""
-        return await self._database.read(partial(_unnamed, chain=chain, observer=observer, limit=limit))
+    async def uncommitted(self, chain: bytes, observer: PeerId, limit: int) -> Uncommitted:
+        """Return the first own observations that no commit on a chain has named."""
+        return await self._database.read(partial(_uncommitted, chain=chain, observer=observer, limit=limit))
 
-    async def name(self, chain: bytes, number: int) -> None:
-        """Count what of the history is up to this number as named."""
-        await self._database.write(partial(_name, chain=chain, number=number))
-
-
-def _keep_records(
-    connection: sqlite3.Connection, chain: bytes, records: Sequence[tuple[bytes, int, bytes]], oldest_epoch: int
-) -> None:
-    connection.execute(
-        "DELETE FROM consensus_records WHERE chain = ? AND epoch >= 0 AND epoch < ?", (chain, oldest_epoch)
-    )
-    insert = "INSERT OR IGNORE INTO consensus_records (id, chain, epoch, envelope) VALUES (?, ?, ?, ?)"
-    connection.executemany(insert, [(key, chain, epoch, envelope) for key, epoch, envelope in records])
+    async def mark_committed(self, chain: bytes, number: int) -> None:
+        """Record that commits have named the own observations up to this number in the history."""
+        query = "INSERT OR REPLACE INTO consensus_named (chain, number) VALUES (?, ?)"
+        await self._database.write(lambda connection: connection.execute(query, (chain, number)))
 
 
-def _keep_standing(
-    connection: sqlite3.Connection,
-    chain: bytes,
-    after_epoch: int,
-    statements: Sequence[StoredStatement],
-    state: StoredState | None,
-) -> None:
-    connection.execute("DELETE FROM consensus_statements WHERE chain = ? AND epoch > ?", (chain, after_epoch))
-    insert = "INSERT INTO consensus_statements (chain, epoch, id, envelope, signatures) VALUES (?, ?, ?, ?, ?)"
-    rows = [(chain, each.epoch, each.id, each.envelope, _packed(each.signatures)) for each in statements]
-    connection.executemany(insert, rows)
-    if state is not None:
-        replace = "INSERT OR REPLACE INTO consensus_states (chain, statement, state) VALUES (?, ?, ?)"
-        connection.execute(replace, (chain, state.statement, state.state))
-
-
-def _statements(connection: sqlite3.Connection, chain: bytes, after_epoch: int, limit: int) -> list[StoredStatement]:
-    query = """
-        SELECT epoch, id, envelope, signatures FROM consensus_statements
-        WHERE chain = ? AND epoch > ? ORDER BY epoch LIMIT ?
-    """
-    rows = connection.execute(query, (chain, after_epoch, limit))
-    return [StoredStatement(epoch, key, envelope, _unpacked(packed)) for epoch, key, envelope, packed in rows]
-
-
-def _epoch_of(connection: sqlite3.Connection, chain: bytes, statements: Sequence[bytes]) -> int | None:
-    query = "SELECT epoch FROM consensus_statements WHERE id = ? AND chain = ?"
-    for statement in statements:
-        if row := connection.execute(query, (statement, chain)).fetchone():
-            return int(row[0])
-    return None
-
-
-def _unnamed(connection: sqlite3.Connection, chain: bytes, observer: PeerId, limit: int) -> Named:
+def _uncommitted(connection: sqlite3.Connection, chain: bytes, observer: PeerId, limit: int) -> Uncommitted:
     row = connection.execute("SELECT number FROM consensus_named WHERE chain = ?", (chain,)).fetchone()
     number = row[0] if row else 0
     ids: list[bytes] = []
@@ -137,15 +127,7 @@ def _unnamed(connection: sqlite3.Connection, chain: bytes, observer: PeerId, lim
                 break
             ids.append(key)
         number = reached
-    return Named(tuple(ids), number)
-
-
-def _name(connection: sqlite3.Connection, chain: bytes, number: int) -> None:
-    connection.execute("INSERT OR REPLACE INTO consensus_named (chain, number) VALUES (?, ?)", (chain, number))
-
-
-def _column(connection: sqlite3.Connection, query: str, parameters: tuple[object, ...]) -> list[bytes]:
-    return [row[0] for row in connection.execute(query, parameters)]
+    return Uncommitted(tuple(ids), number)
 
 
 def _packed(envelopes: Iterable[bytes]) -> bytes:

@@ -1,63 +1,61 @@
-"""Dials peers that were heard of: to keep enough connections, and to learn which of them exist at all.
+"""Dials known peers: to keep enough connections, and to learn which announced peers are real.
 
-Identities and claims of addresses cost nothing. So dials are few a second, few per address range at once, and whoever
-did not answer is tried again later and later, as is its range.
+Identities and claimed addresses cost nothing. So dials are limited per second and per address range, with backoff by
+peer and by range.
 """
 
 import random
-from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import structlog
 import trio
+from cachetools import LRUCache
 
 from node.network.interface import Network, NetworkError
-from node.swarm.directory import Directory, Presence
+from node.swarm.directory import Directory, PeerEntry
+from node.util.backoff import backoff_s
 from protocol.identity import ModelId, PeerId
 
 TARGET_CONNECTIONS = 12
-"""Peers that this node keeps connections to by itself; enough for gossip and the DHT to hold together."""
+"""Connections that this node keeps by itself; enough for gossip and the DHT to hold together."""
 
 KEPT_CONNECTIONS = 64
-"""With so many connections a peer that was dialled only to see whether it exists is let go again."""
+"""With more connections, one that was dialled only to see whether the peer is real is closed again."""
 
 ROUND_S = 1.0
 DIALS_PER_ROUND = 6
 DIALS_PER_PLACE = 2
-"""In one round, to peers in one public address range or at one private address."""
+"""Dials of one round to peers in one public address range or at one private address."""
 
 DIALS_AT_ONCE = 12
 DIAL_TIMEOUT_S = 10.0
 DIALS_PER_JOB = 16
-"""Peers not reached yet that a job without a route may have dialled at once."""
+"""Unreached peers that are dialled at once for a job without a route."""
 
 PEER_BACKOFF_S = (2.0, 600.0)
-"""Before a peer that did not answer is dialled again, doubled by each failure in a row, and the longest."""
-
 RANGE_BACKOFF_S = (0.5, 60.0)
-"""The same for a public address range in which nobody answered."""
+"""Backoff of a public address range."""
 
 HOST_BACKOFF_S = (0.5, 4.0)
-"""The same for a private address or a name: a whole swarm may live there."""
+"""Backoff of a private address or a name: a whole swarm may live there."""
 
-MAX_REMEMBERED = 4096
+MAX_FAILURES = 4096
 
 _logger = structlog.get_logger(__name__)
 
 
-@dataclass(slots=True)
-class _Failures:
-    count: int
+class _Failures(NamedTuple):
+    in_a_row: int
     retry_at_s: float
 
 
 class Backoff:
-    """Who is left alone until when. Bounded: the one that failed longest ago is forgotten first."""
+    """Exponential backoff by key. Bounded: the least recently used key is evicted."""
 
     def __init__(self, jitter: random.Random) -> None:
         self._jitter = jitter
-        self._failures: OrderedDict[str, _Failures] = OrderedDict()
+        self._failures: LRUCache[str, _Failures] = LRUCache(MAX_FAILURES)
 
     def is_ready(self, key: str, now_s: float) -> bool:
         """Return whether a key may be tried now."""
@@ -65,16 +63,12 @@ class Backoff:
         return failures is None or now_s >= failures.retry_at_s
 
     def failed(self, key: str, now_s: float, bounds_s: tuple[float, float]) -> None:
-        """Leave a key alone for the first of the bounds, doubled by each failure in a row up to the second."""
-        count = self._failures[key].count + 1 if key in self._failures else 1
-        pause_s = min(bounds_s[1], bounds_s[0] * 2.0 ** min(count - 1, 32))
-        self._failures[key] = _Failures(count, now_s + pause_s * self._jitter.uniform(0.8, 1.2))
-        self._failures.move_to_end(key)
-        if len(self._failures) > MAX_REMEMBERED:
-            self._failures.popitem(last=False)
+        """Back off for a time between the bounds, longer after each failure in a row."""
+        count = self._failures[key].in_a_row + 1 if key in self._failures else 1
+        self._failures[key] = _Failures(count, now_s + backoff_s(count, bounds_s, self._jitter))
 
     def succeeded(self, key: str) -> None:
-        """Forget the failures of a key."""
+        """Reset a key."""
         self._failures.pop(key, None)
 
 
@@ -89,18 +83,18 @@ class Dialler:
         self._dialling: set[PeerId] = set()
 
     async def run(self) -> None:
-        """Keep connections to some peers and dial those that are not reached yet, until cancelled."""
+        """Keep connections to some peers and dial the unreached ones, until cancelled."""
         async with trio.open_nursery() as nursery:
             while True:
-                for presence in self._due():
-                    nursery.start_soon(self.reach, presence)
+                for entry in self._due():
+                    nursery.start_soon(self.reach, entry)
                 await trio.sleep(ROUND_S)
 
-    def _due(self) -> list[Presence]:
-        """Return whom to dial in this round: one more to keep a connection to, if those are few, and the unreached."""
+    def _due(self) -> list[PeerEntry]:
+        """Return the peers to dial in this round: unreached ones, and a reached one if connections are few."""
         connected = set(self._network.connected_peers())
         unreached = self._directory.unreached()
-        wanted: list[Presence] = []
+        wanted: list[PeerEntry] = []
         if len(connected) < TARGET_CONNECTIONS:
             own = self._network.peer_id
             wanted = [each for each in self._directory.reached() if each.peer not in connected and each.peer != own]
@@ -108,15 +102,15 @@ class Dialler:
             wanted = wanted[:1]
         return [*self._ready(wanted, 1), *self._ready(unreached, DIALS_PER_ROUND)]
 
-    def _ready(self, presences: Sequence[Presence], limit: int) -> list[Presence]:
+    def _ready(self, entries: Sequence[PeerEntry], limit: int) -> list[PeerEntry]:
         """Return some of the peers that may be dialled now, from as many places as possible."""
         now_s = trio.current_time()
         limit = min(limit, DIALS_AT_ONCE - len(self._dialling))
-        places: dict[str, list[Presence]] = {}
-        for presence in presences:
-            if presence.multiaddrs and presence.peer not in self._dialling and self._may_dial(presence, now_s):
-                places.setdefault(presence.place, []).append(presence)
-        chosen: list[Presence] = []
+        places: dict[str, list[PeerEntry]] = {}
+        for entry in entries:
+            if entry.multiaddrs and entry.peer not in self._dialling and self._may_dial(entry, now_s):
+                places.setdefault(entry.place, []).append(entry)
+        chosen: list[PeerEntry] = []
         turns = list(places.values())
         self._jitter.shuffle(turns)
         for _ in range(DIALS_PER_PLACE):
@@ -125,12 +119,12 @@ class Dialler:
                     chosen.append(turn.pop(self._jitter.randrange(len(turn))))
         return chosen
 
-    def _may_dial(self, presence: Presence, now_s: float) -> bool:
-        return self._backoff.is_ready(presence.peer, now_s) and self._backoff.is_ready(presence.place, now_s)
+    def _may_dial(self, entry: PeerEntry, now_s: float) -> bool:
+        return self._backoff.is_ready(entry.peer, now_s) and self._backoff.is_ready(entry.place, now_s)
 
-    async def reach(self, presence: Presence) -> bool:
-        """Dial a peer and note whether it is there."""
-        peer, place = presence.peer, presence.place
+    async def reach(self, entry: PeerEntry) -> bool:
+        """Dial a peer; record and return whether it answered."""
+        peer, place = entry.peer, entry.place
         if peer in self._dialling:
             return False
         was_connected = peer in self._network.connected_peers()
@@ -141,30 +135,30 @@ class Dialler:
         except (NetworkError, trio.TooSlowError) as error:
             now_s = trio.current_time()
             self._backoff.failed(peer, now_s, PEER_BACKOFF_S)
-            self._backoff.failed(place, now_s, RANGE_BACKOFF_S if presence.ranges else HOST_BACKOFF_S)
-            self._directory.was_dialled(peer, False)
-            _logger.debug("peer not reached", peer=peer, addresses=presence.multiaddrs[:4], reason=str(error))
+            self._backoff.failed(place, now_s, RANGE_BACKOFF_S if entry.ranges else HOST_BACKOFF_S)
+            self._directory.on_dialled(peer, False)
+            _logger.debug("peer not reached", peer=peer, addresses=entry.multiaddrs[:4], reason=str(error))
             return False
         finally:
             self._dialling.discard(peer)
         self._backoff.succeeded(peer)
         self._backoff.succeeded(place)
-        self._directory.was_dialled(peer, True)
+        self._directory.on_dialled(peer, True)
         if not was_connected and len(self._network.connected_peers()) > KEPT_CONNECTIONS:
             await self._network.disconnect(peer)
         return True
 
     async def reach_servers(self, model: ModelId, is_enough: Callable[[], bool]) -> None:
-        """Dial peers that say they serve a model and are not reached yet, until those that are suffice."""
+        """Dial unreached peers that announce spans of a model, until the reached ones are enough."""
         now_s = trio.current_time()
-        said = [each for each in self._directory.unreached() if any(span.model == model for span in each.spans)]
-        ready = [each for each in said if self._backoff.is_ready(each.peer, now_s)]
+        serving = [each for each in self._directory.unreached() if any(span.model == model for span in each.spans)]
+        ready = [each for each in serving if self._backoff.is_ready(each.peer, now_s)]
         self._jitter.shuffle(ready)
         async with trio.open_nursery() as nursery:
 
-            async def reach(presence: Presence) -> None:
-                if await self.reach(presence) and is_enough():
+            async def reach(entry: PeerEntry) -> None:
+                if await self.reach(entry) and is_enough():
                     nursery.cancel_scope.cancel()
 
-            for presence in ready[:DIALS_PER_JOB]:
-                nursery.start_soon(reach, presence)
+            for entry in ready[:DIALS_PER_JOB]:
+                nursery.start_soon(reach, entry)

@@ -1,22 +1,21 @@
-"""Who is alive and who serves what, as far as this peer has heard. No I/O and no clock of its own.
+"""The live peers and the spans they serve, from heartbeats. No I/O and no clock of its own.
 
-Liveness is a matter of hearing: after a heartbeat arrived a peer is alive for `LIFE_IN_INTERVALS` of the intervals that
-it names, by our monotonic clock. The sender's clock decides nothing; its sequence number says which heartbeat of it is
-the newer.
+A peer is alive for `LIFE_IN_INTERVALS` of the intervals that its last heartbeat names, by our monotonic clock. The
+sender's clock decides nothing; its sequence numbers order its heartbeats.
 
 Identities cost nothing, so a heartbeat alone proves nothing. Its spans and placements count only while the peer is
-*reached*: connected to us, or dialled by us with success since it was first heard. The unreached are kept so that they
-can be dialled; how many there may be is bounded in total, per peer that told of them and per address range, and they
-are the first to make room.
+*reached*: connected to us, or dialled by us with success since its first heartbeat. Unreached peers are stored so that
+they can be dialled; their number is bounded in total, by the peer that relayed them and by address range, and they are
+evicted first.
 """
 
-import ipaddress
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
 from typing import NamedTuple
 
+from node.network.addresses import address_range
 from protocol.announcements import Heartbeat, Placement, ServedSpan
 from protocol.identity import BlockRange, ModelId, PeerId, Stage
 from protocol.limits import MAX_PRESENT
@@ -24,55 +23,54 @@ from protocol.messages import Load
 from selector.placement import Server
 
 LIFE_IN_INTERVALS = 4
-"""A peer that misses so many heartbeats is forgotten: two may get lost. In a swarm of up to ten peers that is 10 s."""
+"""A peer expires after this many missed heartbeats: two may get lost. That is 10 s in a swarm of up to ten peers."""
 
-KEPT_STATEMENTS = 4
-"""Of a peer's statements of what it means to serve the last few: plans are about what was said until a moment."""
+ANNOUNCEMENTS_PER_PEER = 4
+"""Latest placement announcements stored of a peer: plans depend on those before a cut-off."""
 
 MAX_UNREACHED = 1024
-"""Peers that were heard of and not reached yet."""
 
-MAX_UNREACHED_PER_TELLER = 256
-"""Of those, that one peer may have told of when it was asked who is here."""
+MAX_UNREACHED_PER_RELAY = 256
+"""Unreached peers that one peer may have relayed in its answer to a presence query."""
 
 MAX_UNREACHED_PER_RANGE = 32
-"""Of those, that may claim addresses within one public IPv4 /24 or IPv6 /48."""
+"""Unreached peers that may claim addresses within one public IPv4 /24 or IPv6 /56."""
 
 MAX_PER_RANGE = 256
 """Peers, reached or not, that may claim addresses within one such range."""
 
 
-class Statement(NamedTuple):
-    """What a peer means to serve, and since when it says so: Unix time in milliseconds, by its own clock."""
+class AnnouncedPlacements(NamedTuple):
+    """The blocks that a peer is going to serve, and since when: Unix time in milliseconds, by its own clock."""
 
-    said_at_ms: int
+    since_ms: int
     placements: tuple[Placement, ...]
 
 
 @dataclass(slots=True)
-class Presence:
-    """What we last heard of one live peer."""
+class PeerEntry:
+    """The last heartbeat of one live peer."""
 
     peer: PeerId
     sequence: int
     agent: str
     multiaddrs: tuple[str, ...]
     spans: tuple[ServedSpan, ...]
-    statements: tuple[Statement, ...]
-    """The last few that differ, in their order."""
+    announcements: tuple[AnnouncedPlacements, ...]
+    """The latest ones that differ, oldest first."""
     last_heard_s: float
     interval_s: float
-    """How long it will be until its next heartbeat, as it says."""
+    """The announced time until its next heartbeat."""
     envelope: bytes | None
-    """Its last heartbeat as it signed it; None where we know of it otherwise."""
+    """The signed heartbeat; None for a peer that was found in the DHT."""
     dialled: bool
-    """Whether we have dialled it with success since it was first heard."""
-    teller: PeerId | None
-    """Who told of it when asked who is here, where its heartbeats did not come by gossip since."""
+    """Whether our last dial succeeded."""
+    relay: PeerId | None
+    """The peer whose presence answer contained it, unless it was gossiped since."""
     ranges: frozenset[str]
     """The public address ranges that it claims to be in."""
     place: str
-    """What stands for where it is when dials are rationed: one of these ranges, else its first host."""
+    """The key by which dials are rationed: one of these ranges, else its first host."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,230 +85,213 @@ class Directory:
     """The live peers and their spans."""
 
     def __init__(self, *, own_peer: PeerId, connected: Callable[[], Collection[PeerId]] = tuple) -> None:
-        """Know nobody yet. `connected` returns the peers with a live, authenticated connection to us."""
+        """`connected` returns the peers with a live, authenticated connection to us."""
         self._own_peer = own_peer
         self._connected = connected
-        self._presences: dict[PeerId, Presence] = {}
-        self._departing: dict[PeerId, Presence] = {}
-        self._departed: dict[PeerId, int] = {}
+        self._entries: dict[PeerId, PeerEntry] = {}
+        self._draining: dict[PeerId, PeerEntry] = {}
+        self._tombstones: dict[PeerId, int] = {}
+        """Sequence numbers of the heartbeats by which peers left."""
 
-    def hear(
+    def update(
         self,
         heartbeat: Heartbeat,
         now_s: float,
         envelope: bytes | None = None,
         *,
         dialled: bool = False,
-        teller: PeerId | None = None,
+        relay: PeerId | None = None,
     ) -> bool:
-        """Take in a verified heartbeat, and its envelope to hand it on; return whether it told anything new.
+        """Enter a verified heartbeat, with its envelope to relay; return whether it was newer than the known one.
 
-        `dialled`: whether the peer was just dialled with success. `teller`: who told of it, where it did not come by
-        gossip. A peer that said it leaves is no candidate any more, and older heartbeats of it still under way do not
-        revive it; while it ends its work it goes on saying so.
+        `dialled`: whether the peer was just dialled with success. `relay`: the peer that relayed it, unless it was
+        gossiped. A peer that announced its shutdown is no candidate any more, and older heartbeats that are still
+        under way do not revive it; while it drains it goes on sending heartbeats.
         """
-        known = self._presences.get(heartbeat.peer)
-        newest = known.sequence if known else self._departed.get(heartbeat.peer, -1)
+        known = self._entries.get(heartbeat.peer)
+        newest = known.sequence if known else self._tombstones.get(heartbeat.peer, -1)
         if heartbeat.sequence <= newest:
             return False
         ranges = address_ranges(heartbeat.multiaddrs)
-        presence = Presence(
+        entry = PeerEntry(
             peer=heartbeat.peer,
             sequence=heartbeat.sequence,
             agent=heartbeat.agent,
             multiaddrs=heartbeat.multiaddrs,
             spans=heartbeat.spans,
-            statements=_statements(known.statements if known else (), heartbeat),
+            announcements=_announcements(known.announcements if known else (), heartbeat),
             last_heard_s=now_s,
             interval_s=heartbeat.interval_ms / 1000,
             envelope=envelope,
             dialled=dialled or (known is not None and known.dialled),
-            teller=teller,
+            relay=relay,
             ranges=ranges,
-            place=min(ranges) if ranges else _first_host(heartbeat.multiaddrs),
+            place=min(ranges) if ranges else _host(next(iter(heartbeat.multiaddrs), "")),
         )
-        if known is None and heartbeat.peer not in self._departing and not self._make_room(presence):
+        if known is None and heartbeat.peer not in self._draining and not self._make_room(entry):
             return False
-        self._presences.pop(heartbeat.peer, None)
-        self._departing.pop(heartbeat.peer, None)
-        self._departed.pop(heartbeat.peer, None)
+        self._entries.pop(heartbeat.peer, None)
+        self._draining.pop(heartbeat.peer, None)
+        self._tombstones.pop(heartbeat.peer, None)
         if heartbeat.leaving:
-            self._departing[heartbeat.peer] = presence
-            self._departed[heartbeat.peer] = heartbeat.sequence
-            if len(self._departed) > MAX_PRESENT:
-                del self._departed[next(iter(self._departed))]
+            self._draining[heartbeat.peer] = entry
+            self._tombstones[heartbeat.peer] = heartbeat.sequence
+            if len(self._tombstones) > MAX_PRESENT:
+                del self._tombstones[next(iter(self._tombstones))]
         else:
-            self._presences[heartbeat.peer] = presence  # the dictionary's order is the order of hearing
+            self._entries[heartbeat.peer] = entry  # ordered by the time of the last heartbeat
         return True
 
-    def _make_room(self, newcomer: Presence) -> bool:
-        """Make room for a peer that was not known; return False where it is one too many of its kind."""
-        everybody = [*self._presences.values(), *self._departing.values()]
-        if _most_in_a_range(newcomer, everybody) >= MAX_PER_RANGE:
+    def _make_room(self, newcomer: PeerEntry) -> bool:
+        """Evict an entry for a new peer if need be; return False if a bound excludes the new peer itself."""
+        entries = [*self._entries.values(), *self._draining.values()]
+        if _most_in_a_range(newcomer, entries) >= MAX_PER_RANGE:
             return False
-        reached = self._is_reached()
-        unreached = [each for each in everybody if not reached(each)]
-        if not reached(newcomer):
+        is_reached = self._reached_predicate()
+        unreached = [each for each in entries if not is_reached(each)]
+        if not is_reached(newcomer):
             if _most_in_a_range(newcomer, unreached) >= MAX_UNREACHED_PER_RANGE:
                 return False
-            if newcomer.teller is not None and self.told_by(newcomer.teller) >= MAX_UNREACHED_PER_TELLER:
+            if newcomer.relay is not None and self.relayed_by(newcomer.relay) >= MAX_UNREACHED_PER_RELAY:
                 return False
             if len(unreached) >= MAX_UNREACHED:
                 self.forget(_most_crowded(unreached).peer)
-        if len(everybody) >= MAX_PRESENT:
-            self.forget(next(iter(unreached), everybody[0]).peer)
+        if len(entries) >= MAX_PRESENT:
+            self.forget(next(iter(unreached), entries[0]).peer)
         return True
 
-    def told_by(self, teller: PeerId) -> int:
-        """Return of how many unreached peers a peer has told."""
-        reached = self._is_reached()
-        return sum(each.teller == teller and not reached(each) for each in self._presences.values())
+    def relayed_by(self, relay: PeerId) -> int:
+        """Return the number of unreached peers that a peer relayed."""
+        return sum(each.relay == relay for each in self.unreached())
 
-    def _is_reached(self) -> Callable[[Presence], bool]:
+    def _reached_predicate(self) -> Callable[[PeerEntry], bool]:
         connected = set(self._connected())
         return lambda each: each.dialled or each.peer in connected or each.peer == self._own_peer
 
-    def reached(self) -> tuple[Presence, ...]:
-        """Return the live peers that mean to stay and are reached, ourselves included where we heard ourselves."""
-        return tuple(filter(self._is_reached(), self._presences.values()))
+    def reached(self) -> tuple[PeerEntry, ...]:
+        """Return the reached peers that are not draining, ourselves included once we sent a heartbeat."""
+        return tuple(filter(self._reached_predicate(), self._entries.values()))
 
-    def unreached(self) -> tuple[Presence, ...]:
-        """Return the live peers that mean to stay and are not reached."""
-        reached = self._is_reached()
-        return tuple(each for each in self._presences.values() if not reached(each))
+    def unreached(self) -> tuple[PeerEntry, ...]:
+        """Return the live peers that are neither reached nor draining."""
+        is_reached = self._reached_predicate()
+        return tuple(each for each in self._entries.values() if not is_reached(each))
 
-    def was_dialled(self, peer: PeerId, success: bool) -> None:
-        """Note whether we could reach a peer that we dialled."""
-        if presence := self._presences.get(peer):
-            presence.dialled = success
+    def on_dialled(self, peer: PeerId, success: bool) -> None:
+        """Record the result of a dial."""
+        if entry := self._entries.get(peer):
+            entry.dialled = success
 
     def forget(self, peer: PeerId) -> None:
         """Drop a peer that was found dead; its next heartbeat revives it."""
-        self._presences.pop(peer, None)
-        self._departing.pop(peer, None)
+        self._entries.pop(peer, None)
+        self._draining.pop(peer, None)
 
     def expire(self, now_s: float, longest_interval_s: float) -> tuple[PeerId, ...]:
-        """Forget the peers that were not heard for too long and return them, without those that said they leave.
+        """Drop the peers whose heartbeats are overdue; return those of them that were not draining.
 
-        Whatever interval a peer names, it is not waited for as if that were longer than `longest_interval_s`.
+        An announced interval above `longest_interval_s` counts as that.
         """
 
-        def silent(presences: dict[PeerId, Presence]) -> list[PeerId]:
+        def overdue(entries: dict[PeerId, PeerEntry]) -> list[PeerId]:
             return [
                 each.peer
-                for each in presences.values()
+                for each in entries.values()
                 if now_s - each.last_heard_s > LIFE_IN_INTERVALS * min(each.interval_s, longest_interval_s)
             ]
 
-        dead = silent(self._presences)
-        for peer in dead:
-            del self._presences[peer]
-        for peer in silent(self._departing):
-            del self._departing[peer]
-        return tuple(dead)
+        expired = overdue(self._entries)
+        for peer in expired:
+            del self._entries[peer]
+        for peer in overdue(self._draining):
+            del self._draining[peer]
+        return tuple(expired)
 
-    def presences(self) -> tuple[Presence, ...]:
-        """Return every live peer that means to stay, reached or not, ourselves included where we heard ourselves."""
-        return tuple(self._presences.values())
+    def entries(self) -> tuple[PeerEntry, ...]:
+        """Return the live peers that are not draining, reached or not, ourselves included."""
+        return tuple(self._entries.values())
 
-    def departing(self) -> tuple[Presence, ...]:
-        """Return the peers that said they leave and were heard since: they end the work that they have."""
-        return tuple(self._departing.values())
+    def draining(self) -> tuple[PeerEntry, ...]:
+        """Return the peers that announced their shutdown and still send heartbeats: they finish their work."""
+        return tuple(self._draining.values())
 
     def knows(self, peer: PeerId) -> bool:
-        """Return whether a peer was taken in and not forgotten since, or has said that it leaves."""
-        return peer in self._presences or peer in self._departed
+        """Return whether a peer has an entry, or has left recently."""
+        return peer in self._entries or peer in self._tombstones
 
-    def get(self, peer: PeerId) -> Presence | None:
-        """Return what is known of a live peer."""
-        return self._presences.get(peer)
+    def get(self, peer: PeerId) -> PeerEntry | None:
+        """Return the entry of a live peer."""
+        return self._entries.get(peer)
 
     def candidates(self, model: ModelId, *, without: Iterable[PeerId] = ()) -> tuple[Candidate, ...]:
-        """Return who of the reached peers serves spans of a model now, except some peers."""
+        """Return the reached peers that serve spans of a model, except some peers."""
         excluded = set(without)
         return tuple(
-            Candidate(Stage(presence.peer, span.blocks), span.load)
-            for presence in self.reached()
-            if presence.peer not in excluded
-            for span in presence.spans
+            Candidate(Stage(entry.peer, span.blocks), span.load)
+            for entry in self.reached()
+            if entry.peer not in excluded
+            for span in entry.spans
             if span.model == model
         )
 
     def expected(self, model: ModelId) -> tuple[BlockRange, ...]:
-        """Return the blocks of a model that reached peers serve, or mean to serve, and may be loading."""
+        """Return the blocks of a model that reached peers serve, or announced and may be loading."""
         reached = self.reached()
         found = [span.blocks for each in reached for span in each.spans if span.model == model]
-        for presence in reached:
-            meant = presence.statements[-1].placements if presence.statements else ()
-            found += [placed.blocks for placed in meant if placed.model == model]
+        for entry in reached:
+            announced = entry.announcements[-1].placements if entry.announcements else ()
+            found += [placed.blocks for placed in announced if placed.model == model]
         return tuple(dict.fromkeys(found))
 
     def servers(self, model: ModelId, until_ms: int) -> tuple[Server, ...]:
-        """Return who of the reached peers means to serve what of a model, by what they had said until a moment.
+        """Return the placements of a model that reached peers announced up to a moment.
 
-        Everybody who heard the same returns the same, whenever it is asked. Who says nothing of what it means to serve
-        is left out: what it serves is in its spans.
+        Deterministic: peers with the same heartbeats return the same, whenever they are asked. Excludes peers that
+        announce no placements; their spans show what they serve.
         """
         found = []
-        for presence in self.reached():
-            until = tuple(takewhile(lambda statement: statement.said_at_ms <= until_ms, presence.statements))
+        for entry in self.reached():
+            until = tuple(takewhile(lambda announced: announced.since_ms <= until_ms, entry.announcements))
             found += [
-                Server(Stage(presence.peer, placed.blocks), placed.rate, placed.movable)
+                Server(Stage(entry.peer, placed.blocks), placed.rate, placed.movable)
                 for placed in (until[-1].placements if until else ())
                 if placed.model == model
             ]
         return tuple(sorted(found))
 
     def models(self) -> dict[ModelId, tuple[PeerId, ...]]:
-        """Return the models that reached peers serve, wholly or in part, and by whom."""
+        """Return the models of which reached peers serve spans, and these peers."""
         found: dict[ModelId, dict[PeerId, None]] = {}
-        for presence in self.reached():
-            for span in presence.spans:
-                found.setdefault(span.model, {})[presence.peer] = None
+        for entry in self.reached():
+            for span in entry.spans:
+                found.setdefault(span.model, {})[entry.peer] = None
         return {model: tuple(peers) for model, peers in found.items()}
 
 
-def address_ranges(multiaddrs: Sequence[str]) -> frozenset[str]:
-    """Return the public ranges (IPv4 /24, IPv6 /48) of the addresses that a peer claims.
-
-    None for loopback, private and other addresses that the internet does not route, and for names: whole swarms live at
-    one such address.
-    """
-    return frozenset(name for address in multiaddrs if (name := _public_range(address)) is not None)
+def address_ranges(multiaddrs: Iterable[str]) -> frozenset[str]:
+    """Return the public ranges of the addresses that a peer claims: see `address_range`."""
+    return frozenset(found for address in multiaddrs if (found := address_range(_host(address))) is not None)
 
 
-def _public_range(multiaddr: str) -> str | None:
+def _host(multiaddr: str) -> str:
     parts = multiaddr.split("/")
-    try:
-        ip = ipaddress.ip_address(parts[2] if len(parts) > 2 else "")
-    except ValueError:
-        return None
-    if isinstance(ip, ipaddress.IPv6Address) and ip.ipv4_mapped is not None:
-        ip = ip.ipv4_mapped
-    if not ip.is_global:
-        return None
-    return str(ipaddress.ip_network((ip, 24 if ip.version == 4 else 48), strict=False))
-
-
-def _first_host(multiaddrs: Sequence[str]) -> str:
-    parts = multiaddrs[0].split("/") if multiaddrs else []
     return parts[2] if len(parts) > 2 else ""
 
 
-def _most_in_a_range(newcomer: Presence, presences: Iterable[Presence]) -> int:
-    """Return how many of the peers claim the same range as the newcomer, for the range where those are most."""
-    counts = Counter(name for each in presences for name in each.ranges & newcomer.ranges)
+def _most_in_a_range(newcomer: PeerEntry, entries: Iterable[PeerEntry]) -> int:
+    """Return the number of entries in the most crowded of the newcomer's ranges."""
+    counts = Counter(name for each in entries for name in each.ranges & newcomer.ranges)
     return max(counts.values(), default=0)
 
 
-def _most_crowded(presences: Sequence[Presence]) -> Presence:
-    """Return the peer heard longest ago of those in the place that has most."""
-    counts = Counter(each.place for each in presences)
-    return max(presences, key=lambda each: counts[each.place])
+def _most_crowded(entries: Sequence[PeerEntry]) -> PeerEntry:
+    """Return the entry with the oldest heartbeat in the most crowded place."""
+    counts = Counter(each.place for each in entries)
+    return max(entries, key=lambda each: counts[each.place])
 
 
-def _statements(before: tuple[Statement, ...], heartbeat: Heartbeat) -> tuple[Statement, ...]:
-    said = Statement(heartbeat.placed_at_ms, heartbeat.placements)
-    if before and said.said_at_ms <= before[-1].said_at_ms:
+def _announcements(before: tuple[AnnouncedPlacements, ...], heartbeat: Heartbeat) -> tuple[AnnouncedPlacements, ...]:
+    announced = AnnouncedPlacements(heartbeat.placed_at_ms, heartbeat.placements)
+    if before and announced.since_ms <= before[-1].since_ms:
         return before
-    return (*before, said)[-KEPT_STATEMENTS:]
+    return (*before, announced)[-ANNOUNCEMENTS_PER_PEER:]

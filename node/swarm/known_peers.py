@@ -1,62 +1,48 @@
-"""Peers remembered across restarts: the way back into the swarm when no bootstrap peer answers any more."""
+"""Peers known from earlier runs: the way back into the swarm when no bootstrap peer answers any more."""
 
 import time
-from collections.abc import Sequence
-from typing import Protocol
 
 import structlog
 import trio
 
 from node.network.interface import Network, NetworkError
 from node.storage.database import StorageError
-from node.storage.peers import RememberedPeer
+from node.storage.peers import KnownPeer, KnownPeerStore
 
 REDIALLED = 16
-"""Remembered peers that a starting node dials, those seen last first."""
+"""Known peers that a starting node dials, the latest ones first."""
 
 SAVE_ROUND_S = 60.0
-"""How often the connected peers are written down."""
+"""Interval at which the connected peers are stored."""
 
 _logger = structlog.get_logger(__name__)
 
 
-class Book(Protocol):
-    """Where peers are written down; `node.storage.peers` is the real one."""
-
-    async def remember(self, peers: Sequence[RememberedPeer]) -> None:
-        """Write peers down, over what was known of them."""
-        ...
-
-    async def recall(self, limit: int = 64) -> tuple[RememberedPeer, ...]:
-        """Return the peers seen last."""
-        ...
-
-
-async def keep_acquaintances(network: Network, book: Book) -> None:
-    """Dial the peers of last time, then write down those of this time, until cancelled. A disk fault ends nothing."""
+async def maintain_known_peers(network: Network, store: KnownPeerStore) -> None:
+    """Dial the known peers, then store the connected ones at intervals, until cancelled. Survives disk errors."""
     try:
-        remembered = await book.recall(REDIALLED)
+        known = await store.latest(REDIALLED)
     except StorageError as error:
-        _logger.warning("remembered peers cannot be read", reason=str(error))
-        remembered = ()
+        _logger.warning("could not load known peers", reason=str(error))
+        known = ()
     async with trio.open_nursery() as nursery:
-        for peer in remembered:
+        for peer in known:
             nursery.start_soon(_redial, network, peer)
     while True:
         await trio.sleep(SAVE_ROUND_S)
         now_s = int(time.time())
-        seen = [RememberedPeer(peer, network.addresses_of(peer), now_s) for peer in network.connected_peers()]
+        connected = [KnownPeer(peer, network.addresses_of(peer), now_s) for peer in network.connected_peers()]
         try:
-            await book.remember([peer for peer in seen if peer.multiaddrs])
+            await store.put([peer for peer in connected if peer.multiaddrs])
         except StorageError as error:
-            _logger.warning("peers cannot be written down", reason=str(error))
+            _logger.warning("could not store known peers", reason=str(error))
 
 
-async def _redial(network: Network, peer: RememberedPeer) -> None:
+async def _redial(network: Network, peer: KnownPeer) -> None:
     for multiaddr in peer.multiaddrs:
         try:
             await network.connect(multiaddr)
         except NetworkError as error:
-            _logger.debug("remembered peer not reached", peer=peer.peer, multiaddr=multiaddr, reason=str(error))
+            _logger.debug("known peer not reached", peer=peer.peer, multiaddr=multiaddr, reason=str(error))
         else:
             return

@@ -1,8 +1,8 @@
-"""An engine without a model, for simulations: its state is a hash chain of everything it was given.
+"""An engine without a model, for simulations: its state is a hash chain of all its inputs.
 
-Each block hashes, for every row, the row itself, its position, and what the block had before it. So the tokens depend
-on every row, block and position and on their order, as those of a transformer do; and they are the same however the
-blocks are divided into spans. `expected_tokens` says what an undisturbed job yields.
+Each block hashes, for every row, the row itself, its position, and its state before it. So the tokens depend on every
+row, block and position and on their order, as those of a transformer do; and they are the same however the blocks are
+divided into spans. `expected_tokens` gives the tokens of an undisturbed job.
 """
 
 import hashlib
@@ -136,7 +136,6 @@ class FakeEngine(Engine):
             return StepResult(outputs=tuple(outputs), compute_s=compute_s, faults=tuple(faults))
 
     def _share_run(self, slices: Sequence[SliceInput]) -> float:
-        """Return the share of the span's blocks that the sessions of a step run."""
         ran = [len(session.info.blocks) for rows in slices if (session := self._sessions.get(rows.session))]
         return max(ran, default=0) / len(self._info.blocks)
 
@@ -181,11 +180,11 @@ class FakeEngine(Engine):
 
 
 _Memory = dict[tuple[int, int], bytes]
-"""What a block knows after a row, by block and place."""
+"""The state of a block after a row, by block and slot."""
 
 
 class _Session:
-    """What some blocks remember of one session."""
+    """The state of one session in some blocks."""
 
     def __init__(self, info: SpanInfo, options: SessionOptions, memory: _Memory, reservation: KvReservation) -> None:
         self.info = info
@@ -198,13 +197,13 @@ class _Session:
         self.variant = options.variant
         self.positions = reservation.positions
         self.length = reservation.cached
-        """Positions that are remembered."""
+        """Cached positions."""
         for source, page in zip(reservation.copied, reservation.pages, strict=False):
             for block, offset in product(self._blocks, range(PAGE_POSITIONS)):
                 memory[block, page * PAGE_POSITIONS + offset] = memory[block, source * PAGE_POSITIONS + offset]
 
     def run(self, position: int, rows: Iterable[bytes]) -> list[bytes]:
-        """Forget the positions from `position` on, then pass rows through the blocks; return what comes out."""
+        """Drop the positions from `position` on, then pass rows through the blocks; return their output."""
         self.length = position
         return [self._pass(row) for row in rows]
 
@@ -221,7 +220,7 @@ class _Session:
         return self._pages[position // PAGE_POSITIONS] * PAGE_POSITIONS + position % PAGE_POSITIONS
 
     def draw(self, position: int, row: bytes) -> int:
-        """Return the token that takes `position`, from the row before it, and all that says how it is to be drawn."""
+        """Return the token at `position`, from the row before it and the sampling options."""
         sampling, history = self._sampling, self.history
         if sampling is None:
             return int.from_bytes(_digest("head", row, ())[:8], "big") % self.info.vocabulary_size

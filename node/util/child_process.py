@@ -293,7 +293,7 @@ def _ended(what: str, code: int | None, stderr: bytes) -> ChildError:
         return ChildError(f"{what} closed its pipes", last_line)
     if code >= 0:
         return ChildError(f"{what} exited with {code}", last_line)
-    if -code == signal.SIGKILL:  # by somebody else, or because memory ran out: its stderr says nothing of it
+    if -code == signal.SIGKILL:  # from outside, or for lack of memory: its stderr has no reason
         return ChildError(f"{what} was killed by SIGKILL")
     return ChildError(f"{what} was killed by {signal.Signals(-code).name}", last_line)
 

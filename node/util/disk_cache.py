@@ -1,4 +1,4 @@
-"""A bounded cache of folders on disk: what was built once, by the name that says all it depends on."""
+"""A bounded LRU cache of folders on disk, by a name that covers all that their content depends on."""
 
 import os
 import shutil
@@ -12,23 +12,23 @@ from typing import Final
 
 LIMIT_BYTES: Final = 16 << 30
 _FREE_SHARE = 0.1
-"""Of the disk, which stays free whatever the limit allows."""
+"""Of the disk, which always stays free."""
 _STAGING = ".building-"
 _BUILT_WITHIN_S = 3600.0
-"""A folder that nothing was put into for so long is nobody's any more: whoever built it was killed."""
+"""An unfinished folder unchanged for so long is abandoned: its process was killed."""
 
 
 @dataclass(frozen=True, slots=True)
 class FolderCache:
-    """Folders in a directory that several processes use at once; the longest unused go when `limit_bytes` is passed."""
+    """Folders in a directory that processes share; the least recently used are evicted beyond `limit_bytes`."""
 
     directory: Path
     limit_bytes: int = LIMIT_BYTES
 
     def folder(self, name: str, build: Callable[[Path], None]) -> Path:
-        """Return the folder of that name, built by `build` (which gets an empty one) if it is not there.
+        """Return the folder of that name, built by `build` in an empty folder if it is missing.
 
-        What is built elsewhere at the same time is the same, and whoever is later takes it. Raises OSError.
+        Of concurrent builds with the same name the first one is used. Raises OSError.
         """
         wanted = self.directory / name
         if not wanted.is_dir():
@@ -45,11 +45,11 @@ class FolderCache:
         return wanted
 
     def drop(self, name: str) -> None:
-        """Forget a folder, which turned out to be damaged."""
+        """Delete a damaged folder."""
         shutil.rmtree(self.directory / name, ignore_errors=True)
 
     def _shrink(self, used: Path) -> None:
-        """Remove the longest unused folders but for `used`. Files that a process has open live on until it ends."""
+        """Evict the least recently used folders but for `used`. Open files live on until their process exits."""
         others = sorted((path for path in self.directory.iterdir() if path != used), key=_used_s, reverse=True)
         abandoned_s = time.time() - _BUILT_WITHIN_S
         disk = shutil.disk_usage(self.directory)

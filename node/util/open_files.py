@@ -1,6 +1,6 @@
-"""The limit of open files: as high as it may be, and what to do when it is reached all the same.
+"""The limit of open files, and recovery when it is reached.
 
-Whoever can connect to a node can make it reach its limit. That may cost a connection or a sample, never the node.
+Any peer can make a node reach its limit. That may cost a connection or a sample, never the node.
 """
 
 import errno
@@ -40,23 +40,23 @@ def open_file_limit() -> int:
     return ENOUGH_FILES if soft == resource.RLIM_INFINITY else soft
 
 
-def is_shortage(error: BaseException) -> bool:
-    """Return whether an exception, or each in a group, says that no more files can be opened now."""
+def is_file_shortage(error: BaseException) -> bool:
+    """Return whether an exception, or each in a group, means that no more files can be opened now."""
     if isinstance(error, BaseExceptionGroup):
-        return all(is_shortage(each) for each in error.exceptions)
+        return all(is_file_shortage(each) for each in error.exceptions)
     return isinstance(error, OSError) and error.errno in _SHORTAGES
 
 
-async def outlasting_shortage(run: Callable[..., Awaitable[None]], *args: object) -> None:
+async def retry_on_file_shortage(run: Callable[..., Awaitable[None]], *args: object) -> None:
     """Run a task of the node, and again when it ended because no file could be opened."""
     while True:
         try:
             await run(*args)
         except (OSError, ExceptionGroup) as error:
-            if not is_shortage(error):
+            if not is_file_shortage(error):
                 raise
             task = getattr(run, "__qualname__", repr(run))
-            _logger.warning("too many open files: a task is restarted", task=task, limit=open_file_limit())
+            _logger.warning("task restarted: too many open files", task=task, limit=open_file_limit())
         else:
             return
         await trio.sleep(SHORTAGE_PAUSE_S)

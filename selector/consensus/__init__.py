@@ -1,5 +1,4 @@
-"""What peers agree on about the cost of methods, and how that holds against liars (docs/selection.md).
+"""The consensus on the cost of methods, and its resistance to liars (docs/selection.md).
 
-Everything here is pure: values in, values out. Peers are known by their ids, statements by their digests; who signed
-what is checked before it comes here. All arithmetic that peers must agree on is done in integers.
+Everything here is pure: no clock, no I/O, integer arithmetic only. Signatures are verified before values come here.
 """

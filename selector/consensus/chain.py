@@ -1,238 +1,230 @@
-"""Statements and signatures: which statements have their quorum, and which chain of them stands.
+"""The tree of statements, their quorums, and the fork choice: which branch is canonical.
 
-What is held is a growing set of statements and signatures; the head is a function of that set alone. Peers that hold
-the same stand by the same, in whatever order they heard it.
+The chain holds a growing set of statements and signatures, and its head is a function of that set alone. Peers that
+hold the same set have the same head, in whatever order they received it.
 """
 
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
-from selector.consensus.sortition import beacon_of, draw_committee
-from selector.consensus.values import Digest, Signature, Statement
+from protocol.consensus_values import Signature, Statement
+from protocol.forms import Digest
+from protocol.identity import PeerId
+from selector.consensus.sortition import beacon_of, select_committee
 
 GENESIS_EPOCH: Final = -1
 
 FAULT_TOLERANT: Final = 4
-"""Members from which on one of them may fail and the others still have a quorum."""
+"""The smallest number of members that still has a quorum when one of them fails."""
 
-LAPSE_EPOCHS: Final = 12
-SMALL_LAPSE_EPOCHS: Final = 2
-"""After so many epochs without a statement a chain may be founded again by those who are left. A swarm too small to
-bear the failure of one member does not wait long."""
+STALL_EPOCHS: Final = 12
+SMALL_STALL_EPOCHS: Final = 2
+"""Epochs without a statement after which the contributors may restart the chain. A swarm too small to tolerate one
+failure does not wait long."""
 
-KEPT: Final = 256
-"""Statements between the root and the head; older ones are final, and branches from them are not looked at."""
+RETAINED_ENTRIES: Final = 256
+"""Entries between the root and the head. Older statements are final: branches from them are not considered."""
 
 MAX_CANDIDATES: Final = 512
-"""Statements without a quorum that are remembered, and signatures of statements not heard yet."""
+"""Statements without a quorum, and statements with early signatures, that are remembered."""
 
 
 class InvalidStatement(ValueError):
-    """A statement cannot follow from what it says that it follows from. The message says why."""
+    """A statement cannot follow from its parent. The message says why."""
 
 
-def quorum_of(committee_size: int) -> int:
-    """Return how many of a committee make a quorum: more than two thirds."""
+def quorum_size(committee_size: int) -> int:
+    """Return how many signatures of a committee are a quorum: more than two thirds."""
     return 2 * committee_size // 3 + 1
 
 
-def has_lapsed(member_count: int, gap: int) -> bool:
-    """Say whether a statement `gap` epochs after its parent founds the chain again: with members of its own alone."""
-    lapse = LAPSE_EPOCHS if member_count >= FAULT_TOLERANT else SMALL_LAPSE_EPOCHS
-    return not member_count or gap > lapse
+def is_stalled(member_count: int, gap: int) -> bool:
+    """Return whether a statement `gap` epochs after its parent restarts the chain, with only its own members."""
+    limit = STALL_EPOCHS if member_count >= FAULT_TOLERANT else SMALL_STALL_EPOCHS
+    return not member_count or gap > limit
 
 
 @dataclass(eq=False)
-class Link:
-    """A statement in its place, and who signed it. The root has none: it is the genesis or what came before."""
+class ChainEntry:
+    """A statement in its position, and its signers. The root is the genesis, without a statement, or a final one."""
 
     id: Digest
     epoch: int
-    members: tuple[str, ...]
-    parent: "Link | None" = None
+    members: tuple[PeerId, ...]
+    parent: "ChainEntry | None" = None
     statement: Statement | None = None
-    committee: tuple[str, ...] = ()
-    signatures: set[str] = field(default_factory=set)
-    children: list["Link"] = field(default_factory=list)
+    committee: tuple[PeerId, ...] = ()
+    signers: set[PeerId] = field(default_factory=set)
+    children: list["ChainEntry"] = field(default_factory=list)
 
     @property
-    def is_quorate(self) -> bool:
+    def has_quorum(self) -> bool:
         """Whether enough of the committee have signed."""
-        return self.parent is None or len(self.signatures) >= quorum_of(len(self.committee))
+        return self.parent is None or len(self.signers) >= quorum_size(len(self.committee))
 
-    def path(self) -> Iterator["Link"]:
-        """Yield this link and those before it, back to the root."""
-        link: Link | None = self
-        while link is not None:
-            yield link
-            link = link.parent
+    def path(self) -> Iterator["ChainEntry"]:
+        """Yield this entry and its ancestors, back to the root."""
+        entry: ChainEntry | None = self
+        while entry is not None:
+            yield entry
+            entry = entry.parent
+
+    def count_signature(self, signature: Signature) -> None:
+        """Count a vote of a member of the committee; ignore any other."""
+        if signature.epoch == self.epoch and signature.peer in self.committee:
+            self.signers.add(signature.peer)
 
 
 class Chain:
-    """A tree of statements, of which one branch stands."""
+    """A tree of statements with one canonical branch, which ends in `head`."""
 
     def __init__(self, genesis: Digest, checkpoints: Collection[Digest] = ()) -> None:
-        """Begin with nobody. `checkpoints`: a branch through one of these statements is stood by before any other."""
+        """`checkpoints`: a branch through one of these statements is preferred to any other."""
         self.genesis = genesis
-        self.root = Link(genesis, GENESIS_EPOCH, ())
+        self.root = ChainEntry(genesis, GENESIS_EPOCH, ())
         self.head = self.root
         self._checkpoints = frozenset(checkpoints)
-        self._links: dict[Digest, Link] = {genesis: self.root}
-        self._early: dict[Digest, dict[str, Signature]] = {}
+        self._entries: dict[Digest, ChainEntry] = {genesis: self.root}
+        self._early: dict[Digest, dict[PeerId, Signature]] = {}
 
     def __contains__(self, statement: Digest) -> bool:
-        return statement in self._links
+        return statement in self._entries
 
-    def link(self, statement: Digest) -> Link | None:
-        """Return a statement in its place."""
-        return self._links.get(statement)
+    def entry(self, statement: Digest) -> ChainEntry | None:
+        """Return the entry of a statement."""
+        return self._entries.get(statement)
 
-    def statements(self) -> frozenset[Digest]:
-        """Return the ids of all statements held, also of those without a quorum, which may find it yet."""
-        return frozenset(self._links)
+    def statement_ids(self) -> frozenset[Digest]:
+        """Return the ids of all statements, including those without a quorum, which may still reach it."""
+        return frozenset(self._entries)
 
-    def start_from(self, statement: Statement, members: Sequence[str]) -> None:
-        """Trust a statement that was verified before, and what it makes of the members; forget what came before."""
-        self.root = self.head = Link(statement.id, statement.epoch, tuple(sorted(members)), statement=statement)
-        self._links = {statement.id: self.root}
+    def start_from(self, statement: Statement, members: Sequence[PeerId]) -> None:
+        """Make a statement that was verified before the root, with the members after it; drop everything else."""
+        self.root = self.head = ChainEntry(statement.id, statement.epoch, tuple(sorted(members)), statement=statement)
+        self._entries = {statement.id: self.root}
 
-    def add(self, statement: Statement) -> Link:
-        """Take in a statement whose parent is here. Raises InvalidStatement; hearing it twice changes nothing."""
-        if (known := self._links.get(statement.id)) is not None:
+    def add(self, statement: Statement) -> ChainEntry:
+        """Add a statement whose parent is known; a known one changes nothing. Raises InvalidStatement."""
+        if (known := self._entries.get(statement.id)) is not None:
             return known
-        parent = self._links.get(statement.parent)
+        parent = self._entries.get(statement.parent)
         if parent is None:
-            raise InvalidStatement("the statement before it is not known")
-        link = _placed(statement, parent, self.genesis)
-        self._make_room(link)
-        self._links[link.id] = link
-        parent.children.append(link)
-        for signature in self._early.pop(link.id, {}).values():
-            self._sign(link, signature)
-        self._update()
-        return link
+            raise InvalidStatement("its parent is not known")
+        entry = _entry_after(statement, parent, self.genesis)
+        self._make_room(entry)
+        self._entries[entry.id] = entry
+        parent.children.append(entry)
+        for signature in self._early.pop(entry.id, {}).values():
+            entry.count_signature(signature)
+        self._choose_head()
+        return entry
 
-    def sign(self, signature: Signature) -> None:
-        """Take in a signature, whose maker was verified. One that does not count changes nothing."""
-        link = self._links.get(signature.statement)
-        if link is not None:
-            self._sign(link, signature)
-            self._update()
+    def add_signature(self, signature: Signature) -> None:
+        """Add a verified signature, which may arrive before its statement. One that does not count changes nothing."""
+        entry = self._entries.get(signature.statement)
+        if entry is not None:
+            entry.count_signature(signature)
+            self._choose_head()
         elif len(self._early) < MAX_CANDIDATES:
             early = self._early.setdefault(signature.statement, {})
             if len(early) < MAX_CANDIDATES:
                 early[signature.peer] = signature
 
-    def candidates(self, epoch: int) -> list[Link]:
+    def candidates(self, epoch: int) -> list[ChainEntry]:
         """Return the statements of an epoch that follow the head, in the order of their proposers' turns."""
-        links = [link for link in self.head.children if link.epoch == epoch]
-        return sorted(links, key=lambda link: (link.committee.index(_proposer(link)), link.id))
+        entries = [entry for entry in self.head.children if entry.epoch == epoch]
+        return sorted(entries, key=lambda entry: (entry.committee.index(_proposer(entry)), entry.id))
 
-    def standing(self) -> list[Link]:
-        """Return the links from the first after the root to the head."""
+    def canonical(self) -> list[ChainEntry]:
+        """Return the canonical branch, from the first entry after the root to the head."""
         return list(self.head.path())[-2::-1]
 
-    def quorate(self) -> list[Link]:
-        """Return all links with a quorum except the root, parents before children."""
-        found: list[Link] = []
-        waiting = [self.root]
-        while waiting:
-            link = waiting.pop()
-            children = [child for child in link.children if child.is_quorate]
-            found += children
-            waiting += children
-        return found
-
-    def forget_early(self) -> None:
-        """Forget signatures of statements that never came."""
+    def drop_early_signatures(self) -> None:
+        """Drop the signatures of statements that never arrived."""
         self._early.clear()
 
-    @staticmethod
-    def _sign(link: Link, signature: Signature) -> None:
-        if signature.epoch == link.epoch and signature.peer in link.committee:
-            link.signatures.add(signature.peer)
+    def _choose_head(self) -> None:
+        """Apply the fork choice from the root on: follow the only child with a quorum, or that of the highest rank."""
+        entry = self.root
+        while children := [child for child in entry.children if child.has_quorum]:
+            entry = children[0] if len(children) == 1 else max(children, key=lambda child: self._rank(entry, child))
+        self.head = entry
+        path = list(entry.path())
+        if len(path) > 2 * RETAINED_ENTRIES:
+            self._prune_to(path[RETAINED_ENTRIES])
 
-    def _update(self) -> None:
-        link = self.root
-        while children := [child for child in link.children if child.is_quorate]:
-            link = children[0] if len(children) == 1 else max(children, key=lambda child: self._rank(link, child))
-        self.head = link
-        path = list(link.path())
-        if len(path) > 2 * KEPT:
-            self._cut(path[KEPT])
+    def _rank(self, fork: ChainEntry, child: ChainEntry) -> tuple[bool, int, int, Digest]:
+        """Return the rank of a branch in the fork choice: checkpoint, then the number of signatures, then the digest.
 
-    def _rank(self, link: Link, child: Link) -> tuple[bool, int, int, Digest]:
-        """Return what decides between branches: the checkpoint, then the most signatures, then the digest.
-
-        Signatures of the members at the fork come first: newcomers that one branch has made cannot outvote them.
+        Signatures of the members at the fork come first, so that newcomers of one branch cannot outvote them.
         """
-        signed: set[tuple[int, str]] = set()
+        signed: set[tuple[int, PeerId]] = set()
         pinned = False
         waiting = [child]
         while waiting:
             each = waiting.pop()
             pinned |= each.id in self._checkpoints
-            signed.update((each.epoch, peer) for peer in each.signatures)
-            waiting += [later for later in each.children if later.is_quorate]
-        members = set(link.members)
+            signed.update((each.epoch, peer) for peer in each.signers)
+            waiting += [later for later in each.children if later.has_quorum]
+        members = set(fork.members)
         established = sum(peer in members for _, peer in signed) if members else 0
         return pinned, established, len(signed), child.id
 
-    def _cut(self, root: Link) -> None:
-        """Make a later link the root; what does not follow from it is forgotten."""
+    def _prune_to(self, root: ChainEntry) -> None:
+        """Make a later entry the root; drop everything that does not descend from it."""
         root.parent = None
         self.root = root
-        kept = {root.id: root}
+        retained = {root.id: root}
         waiting = [root]
         while waiting:
-            link = waiting.pop()
-            kept.update({child.id: child for child in link.children})
-            waiting += link.children
-        self._links = kept
+            entry = waiting.pop()
+            retained.update({child.id: child for child in entry.children})
+            waiting += entry.children
+        self._entries = retained
 
-    def _make_room(self, newcomer: Link) -> None:
-        """Forget an old statement that found no quorum, where there are too many."""
-        candidates = [link for link in self._links.values() if not link.is_quorate]
+    def _make_room(self, newcomer: ChainEntry) -> None:
+        """Evict an old statement without a quorum, where there are too many."""
+        candidates = [entry for entry in self._entries.values() if not entry.has_quorum]
         if len(candidates) < MAX_CANDIDATES:
             return
-        for link in sorted(candidates, key=lambda link: (link.epoch >= newcomer.epoch - 1, link.epoch, link.id)):
-            if not link.children and link.parent is not None and link is not newcomer.parent:
-                link.parent.children.remove(link)
-                del self._links[link.id]
+        for entry in sorted(candidates, key=lambda entry: (entry.epoch >= newcomer.epoch - 1, entry.epoch, entry.id)):
+            if not entry.children and entry.parent is not None and entry is not newcomer.parent:
+                entry.parent.children.remove(entry)
+                del self._entries[entry.id]
                 return
         raise InvalidStatement("there are too many statements without a quorum")
 
 
-def members_after(members: Sequence[str], epoch: int, statement: Statement) -> tuple[tuple[str, ...], bool]:
-    """Return who are the members after a statement, and whether it founds the chain again.
+def members_after(members: Sequence[PeerId], epoch: int, statement: Statement) -> tuple[tuple[PeerId, ...], bool]:
+    """Return the members after a statement, and whether it restarts the chain.
 
-    `members`, `epoch`: of the statement before it. Raises InvalidStatement.
+    `members`, `epoch`: of its parent. Raises InvalidStatement.
     """
     if statement.epoch <= epoch:
         raise InvalidStatement(f"epoch {statement.epoch} does not come after {epoch}")
-    founds = has_lapsed(len(members), statement.epoch - epoch)
-    before = set() if founds else set(members)
+    restart = is_stalled(len(members), statement.epoch - epoch)
+    before = set() if restart else set(members)
     joined, gone = {*statement.joined}, {*statement.left, *statement.expelled}
     if joined & before or not {*statement.left} <= before or joined & gone:
         raise InvalidStatement("its list of members does not follow from the one before")
     if not (following := (before | joined) - gone):
         raise InvalidStatement("it leaves no members")
-    return tuple(sorted(following)), founds
+    return tuple(sorted(following)), restart
 
 
-def _proposer(link: Link) -> str:
-    assert link.statement is not None
-    return link.statement.proposer
+def _proposer(entry: ChainEntry) -> PeerId:
+    assert entry.statement is not None
+    return entry.statement.proposer
 
 
-def _placed(statement: Statement, parent: Link, chain: Digest) -> Link:
-    """Return a statement in its place after another. Raises InvalidStatement."""
+def _entry_after(statement: Statement, parent: ChainEntry, chain: Digest) -> ChainEntry:
+    """Return the entry of a statement after its parent. Raises InvalidStatement."""
     if statement.chain != chain:
         raise InvalidStatement("it belongs to another chain")
-    members, founds = members_after(parent.members, parent.epoch, statement)
-    signers = members if founds else parent.members
-    committee = draw_committee(beacon_of(parent.id, statement.epoch), signers)
+    members, restart = members_after(parent.members, parent.epoch, statement)
+    voters = members if restart else parent.members
+    committee = select_committee(beacon_of(parent.id, statement.epoch), voters)
     if statement.proposer not in committee:
-        raise InvalidStatement("its proposer is not of the committee")
-    return Link(statement.id, statement.epoch, members, parent, statement, committee)
+        raise InvalidStatement("its proposer is not in the committee")
+    return ChainEntry(statement.id, statement.epoch, members, parent, statement, committee)

@@ -1,20 +1,20 @@
-"""When in an epoch what is due. Clocks of peers may differ by a small part of an epoch."""
+"""The phases of an epoch: measure and commit, reveal, propose and sign. Clocks may differ by a small part of it."""
 
 from dataclasses import dataclass
 from typing import Final
 
 EPOCH_S: Final = 600.0
-"""The length of an epoch, seconds; the first began with Unix time."""
+"""The length of an epoch, seconds; epoch 0 began at Unix time 0."""
 
 COMMIT_UNTIL: Final = 0.6
-"""The part of the epoch for measuring; what was measured by then is committed to."""
+"""The fraction of the epoch for measuring and committing."""
 
 REVEAL_FROM: Final = 0.7
-"""Nobody reveals before; and no commit that came later counts, because its maker may have seen what others revealed."""
+"""Reveals begin; a commit received later does not count, because its signer may have seen others' readings."""
 
 PROPOSE_FROM: Final = 0.8
 TURN: Final = 0.04
-"""The first of the committee proposes, then, where nothing valid came, the second, and so on."""
+"""The first of the committee proposes; without a valid proposal the second, and so on."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +32,7 @@ class EpochClock:
         return epoch * self.epoch_s
 
     def commits_end_s(self, epoch: int) -> float:
-        """Return until when to measure and commit."""
+        """Return when the time for measuring and committing ends."""
         return (epoch + COMMIT_UNTIL) * self.epoch_s
 
     def reveals_begin_s(self, epoch: int) -> float:
@@ -44,5 +44,12 @@ class EpochClock:
         return (epoch + PROPOSE_FROM + TURN * turn) * self.epoch_s
 
     def turns(self) -> int:
-        """Return how many members of the committee get their turn before the epoch ends."""
+        """Return how many members of the committee get their turn in an epoch."""
         return int((1 - PROPOSE_FROM) / TURN)
+
+    def next_phase_s(self, now_s: float) -> float:
+        """Return when the next phase begins or the next proposer's turn comes."""
+        epoch = self.epoch_at(now_s)
+        turns = (self.proposes_s(epoch, turn) for turn in range(self.turns()))
+        phases = (self.commits_end_s(epoch), self.reveals_begin_s(epoch), *turns, self.starts_s(epoch + 1))
+        return min(phase for phase in phases if phase > now_s)

@@ -1,25 +1,25 @@
-"""What a meta-model learns from: the agreed table, and beside it what peers reported freely, as far as it is believed.
+"""Training data for the meta-model from the agreed table, and from free reports as far as their peers are trusted.
 
-While peers choose what to report, statistics cannot save anybody: colluders become the majority in the cells that
-decide. So a free report counts for no more than the word of who gave it, and for nothing where the swarm has agreed
-otherwise.
+While peers choose what to report, no statistics help: colluders become the majority in the cells that decide. A free
+report therefore counts by its peer's weight, and for nothing where it contradicts the agreed table.
 """
 
 from collections.abc import Iterable, Mapping
 from typing import Final, NamedTuple
 
-from selector.consensus.table import TOLERANCE, Entry
-from selector.consensus.values import VALUE_SCALE, Cell
+from protocol.consensus_values import VALUE_SCALE, Cell
+from protocol.identity import PeerId
+from selector.consensus.table import TOLERANCE, AgreedCell
 
 HINT_WEIGHT: Final = 0.25
-"""Of a cell that too few support."""
+"""Weight of a cell without enough support."""
 
 FREE_WEIGHT: Final = 0.2
-"""Of a free report by whoever is believed most."""
+"""Weight of a free report by the most trusted peer."""
 
 
 class Evidence(NamedTuple):
-    """A measurement to learn from: natural logarithm of the ratio to the baseline, and what it counts beside others."""
+    """A weighted measurement to learn from: the natural logarithm of the ratio to the baseline."""
 
     cell: Cell
     log_ratio: float
@@ -27,19 +27,22 @@ class Evidence(NamedTuple):
 
 
 def evidence_of(
-    table: Mapping[Cell, Entry], reports: Iterable[tuple[str, Cell, float]], weights: Mapping[str, int]
+    table: Mapping[Cell, AgreedCell],
+    reports: Iterable[tuple[PeerId, Cell, float]],
+    weights: Mapping[str, int],
 ) -> list[Evidence]:
-    """Return what to learn from.
+    """Return the evidence of the agreed table and of free reports (peer, cell, log ratio).
 
-    `reports`: who says that a cell's log ratio is what. `weights`: of the members' word; nobody else's counts.
+    `weights`: of the members; reports of other peers count for nothing.
     """
     found = [
-        Evidence(cell, entry.value / VALUE_SCALE, 1.0 if entry.firm else HINT_WEIGHT) for cell, entry in table.items()
+        Evidence(cell, agreed.value / VALUE_SCALE, 1.0 if agreed.firm else HINT_WEIGHT)
+        for cell, agreed in table.items()
     ]
     most = max(weights.values(), default=0)
     for peer, cell, log_ratio in reports:
-        agreed = table.get(cell)
-        contradicted = agreed is not None and abs(log_ratio * VALUE_SCALE - agreed.value) > TOLERANCE
+        known = table.get(cell)
+        contradicted = known is not None and abs(log_ratio * VALUE_SCALE - known.value) > TOLERANCE
         if most and not contradicted and (weight := weights.get(peer, 0)):
             found.append(Evidence(cell, log_ratio, FREE_WEIGHT * weight / most))
     return found

@@ -1,18 +1,21 @@
-"""How far a peer's readings are believed: the log odds of its having agreed with what came to be agreed.
+"""The weight of a peer's readings: the log odds that they support the agreed value.
 
 Log odds are the weights with which a vote of independent voters errs least (Nitzan and Paroush, 1982).
 """
 
-from typing import Final, NamedTuple
+from typing import Final
+
+from protocol.consensus_values import Member
+from protocol.identity import PeerId
 
 COUNT_SCALE: Final = 1024
-"""Agreements are counted in these, so that old ones can fade in integer arithmetic."""
+"""One agreement or deviation, in the fixed point of `Member`, so that counts can decay in integer arithmetic."""
 
 WEIGHT_SCALE: Final = 1024
 """A weight of one natural unit of log odds."""
 
-FADE_SHIFT: Final = 7
-"""With each epoch in which a peer was compared, a 128th of its record fades: what it does now counts."""
+DECAY_SHIFT: Final = 7
+"""With each epoch in which a peer was compared, a 128th of its record decays."""
 
 _PRIOR_AGREED: Final = 2 * COUNT_SCALE
 _PRIOR_DEVIATED: Final = 1 * COUNT_SCALE
@@ -21,29 +24,20 @@ _LN2: Final = 710
 _LOG_BITS: Final = 10
 
 
-class Reputation(NamedTuple):
-    """How often a peer agreed and how often it deviated, in COUNT_SCALE; it fades."""
+def updated(member: Member, agreed: int, deviated: int) -> Member:
+    """Return a member after an epoch with these further agreements and deviations."""
+    if not agreed and not deviated:
+        return member
+    return member._replace(
+        agreed=member.agreed - (member.agreed >> DECAY_SHIFT) + agreed * COUNT_SCALE,
+        deviated=member.deviated - (member.deviated >> DECAY_SHIFT) + deviated * COUNT_SCALE,
+    )
 
-    agreed: int = 0
-    deviated: int = 0
 
-    def after(self, agreed: int, deviated: int) -> "Reputation":
-        """Return the reputation after so many more agreements and deviations."""
-        if not agreed and not deviated:
-            return self
-        return Reputation(
-            self.agreed - (self.agreed >> FADE_SHIFT) + agreed * COUNT_SCALE,
-            self.deviated - (self.deviated >> FADE_SHIFT) + deviated * COUNT_SCALE,
-        )
-
-    @property
-    def weight(self) -> int:
-        """The log odds in WEIGHT_SCALE, never below 0: who deviates more than it agrees is not turned round.
-
-        A newcomer has a little weight: ln 2.
-        """
-        log_odds = _log2(self.agreed + _PRIOR_AGREED) - _log2(self.deviated + _PRIOR_DEVIATED)
-        return max(0, log_odds * _LN2 >> _LOG_BITS)
+def weight_of(member: Member) -> int:
+    """Return the log odds in WEIGHT_SCALE, never below 0: readings that mostly deviate are ignored, not inverted."""
+    log_odds = _log2(member.agreed + _PRIOR_AGREED) - _log2(member.deviated + _PRIOR_DEVIATED)
+    return max(0, log_odds * _LN2 >> _LOG_BITS)
 
 
 def _log2(value: int) -> int:
@@ -60,4 +54,5 @@ def _log2(value: int) -> int:
     return result
 
 
-NEWCOMER_WEIGHT: Final = Reputation().weight
+NEWCOMER_WEIGHT: Final = weight_of(Member(PeerId(""), ""))
+"""A newcomer has some weight: ln 2."""

@@ -1,35 +1,22 @@
-"""The agreed table: of each cell the weighted median of its replicas, and how many of them support it."""
+"""The agreed table: of each cell the weighted median of its readings, and how many of them support it."""
 
 from collections.abc import Mapping, Sequence
 from typing import Final, NamedTuple
 
-from selector.consensus.values import VALUE_SCALE, Cell, Digest, digest_of
+from protocol.consensus_values import VALUE_SCALE, Cell, CellReadings, PeerReading, digest_of
+from protocol.forms import Digest
 
 TOLERANCE: Final = VALUE_SCALE // 5
-"""A replica supports a value that differs from its own by no more than this: a fifth of a natural logarithm."""
+"""The largest deviation of a reading from a value that it supports: a fifth of a natural logarithm."""
 
 FIRM_SUPPORT: Final = 3
-"""Replicas, or all members where they are fewer, that must support a cell for more than a hint."""
+"""Readings, or all members where they are fewer, that must support a firm cell."""
 
 
-class Replica(NamedTuple):
-    """One peer's reading of a cell."""
+class AgreedCell(NamedTuple):
+    """The agreed value of a cell: the logarithm of its ratio to the baseline, and how many readings support it.
 
-    peer: str
-    value: int
-
-
-class Replicas(NamedTuple):
-    """What was measured of a cell, ascending by peer, and in which epoch it was drawn last."""
-
-    epoch: int
-    replicas: tuple[Replica, ...]
-
-
-class Entry(NamedTuple):
-    """What is agreed of a cell: the logarithm of its ratio to the baseline, and how many replicas support that.
-
-    `firm`: the support suffices; if not, it is a hint.
+    `firm`: enough readings support it; otherwise it is a hint.
     """
 
     value: int
@@ -38,7 +25,7 @@ class Entry(NamedTuple):
 
 
 def weighted_median(values: Sequence[tuple[int, int]]) -> int:
-    """Return the lower weighted median of pairs (value, weight); with no weight at all everybody's counts alike."""
+    """Return the lower weighted median of pairs (value, weight); with no weight at all, the unweighted one."""
     total = sum(weight for _, weight in values)
     if not total:
         values = [(value, 1) for value, _ in values]
@@ -48,38 +35,40 @@ def weighted_median(values: Sequence[tuple[int, int]]) -> int:
         below += weight
         if 2 * below >= total:
             return value
-    raise ValueError("the median of nothing")
+    raise ValueError("the median of no values")
 
 
-def agree_on(replicas: Sequence[Replica], weights: Mapping[str, int], needed: int) -> Entry:
-    """Return what replicas of one cell come to. `weights`: of the peers; who is not in it has none."""
-    value = weighted_median([(replica.value, weights.get(replica.peer, 0)) for replica in replicas])
-    support = sum(supports(replica.value, value) and weights.get(replica.peer, 0) > 0 for replica in replicas)
-    return Entry(value, support, support >= needed)
+def agree_on(readings: Sequence[PeerReading], weights: Mapping[str, int], needed: int) -> AgreedCell:
+    """Return the agreed value of one cell. `weights`: of the members; other peers have none."""
+    value = weighted_median([(reading.value, weights.get(reading.peer, 0)) for reading in readings])
+    support = sum(supports(reading.value, value) and weights.get(reading.peer, 0) > 0 for reading in readings)
+    return AgreedCell(value, support, support >= needed)
 
 
 def supports(value: int, agreed: int) -> bool:
-    """Whether a reading supports an agreed value."""
+    """Return whether a reading supports an agreed value."""
     return abs(value - agreed) <= TOLERANCE
 
 
 def needed_support(member_count: int) -> int:
-    """Return how many replicas must support a cell for more than a hint."""
+    """Return how many readings must support a firm cell."""
     return min(FIRM_SUPPORT, member_count)
 
 
-def table_of(measured: Mapping[Cell, Replicas], weights: Mapping[str, int], member_count: int) -> dict[Cell, Entry]:
+def table_of(
+    measured: Mapping[Cell, CellReadings], weights: Mapping[str, int], member_count: int
+) -> dict[Cell, AgreedCell]:
     """Return the agreed table, ascending by cell.
 
-    What was measured long ago is judged with today's weights: a liar that is found out loses its old cells, too.
+    Old readings count with today's weights: a liar that is found out loses its old cells, too.
     """
     needed = needed_support(member_count)
     return {
-        cell: agree_on(measured[cell].replicas, weights, needed) for cell in sorted(measured) if measured[cell].replicas
+        cell: agree_on(measured[cell].readings, weights, needed) for cell in sorted(measured) if measured[cell].readings
     }
 
 
-def digest_of_table(table: Mapping[Cell, Entry]) -> Digest:
-    """Return the digest of a table, the same in whatever order it was made."""
-    entries = [(cell, entry.value, entry.support, int(entry.firm)) for cell, entry in sorted(table.items())]
-    return digest_of("table", entries)
+def digest_of_table(table: Mapping[Cell, AgreedCell]) -> Digest:
+    """Return the digest of a table, independent of its order."""
+    rows = [(cell, agreed.value, agreed.support, int(agreed.firm)) for cell, agreed in sorted(table.items())]
+    return digest_of("table", rows)

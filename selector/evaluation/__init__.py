@@ -1,1 +1,1 @@
-"""Research: what the meta-model is compared with, and how. The daemon uses none of it."""
+"""Research: baselines, folds and measures for the meta-model. The daemon uses none of it."""

@@ -30,13 +30,11 @@ class RandomChoice(Selector):
     def __init__(self, random_state: int = 0) -> None:
         self.random_state = random_state
 
-    def fit(self, X: Pairs, y: FloatArray, sample_weight: FloatArray | None = None) -> Self:  # noqa: N803
-        """Fit nothing."""
+    def fit(self, X: Pairs, y: FloatArray, sample_weight: FloatArray | None = None) -> Self:
         self.fitted_ = True
         return self
 
-    def predict(self, X: Pairs) -> FloatArray:  # noqa: N803
-        """Return random scores, equal for equal seeds."""
+    def predict(self, X: Pairs) -> FloatArray:
         check_is_fitted(self)
         return np.random.default_rng(self.random_state).random(len(X))
 
@@ -44,14 +42,12 @@ class RandomChoice(Selector):
 class SingleBest(Selector):
     """The method with the lowest mean regret in training, everywhere."""
 
-    def fit(self, X: Pairs, y: FloatArray, sample_weight: FloatArray | None = None) -> Self:  # noqa: N803
-        """Fit the mean regret of each method."""
+    def fit(self, X: Pairs, y: FloatArray, sample_weight: FloatArray | None = None) -> Self:
         regrets = mean_regrets(X, y, weights_of(y, sample_weight))
         self.regret_ = dict(zip(X.methods, np.minimum(regrets, UNKNOWN).tolist(), strict=True))
         return self
 
-    def predict(self, X: Pairs) -> FloatArray:  # noqa: N803
-        """Return the mean regrets of the pairs' methods."""
+    def predict(self, X: Pairs) -> FloatArray:
         check_is_fitted(self)
         return np.array([self.regret_.get(method, UNKNOWN) for method in X.methods])[X.method]
 
@@ -59,14 +55,12 @@ class SingleBest(Selector):
 class Roofline(Selector):
     """A hand-written rule: the method with the lowest roofline time that fits into memory, then the single best."""
 
-    def fit(self, X: Pairs, y: FloatArray, sample_weight: FloatArray | None = None) -> Self:  # noqa: N803
-        """Fit the single best."""
+    def fit(self, X: Pairs, y: FloatArray, sample_weight: FloatArray | None = None) -> Self:
         _roofline_scores(X)
         self.single_best_ = SingleBest().fit(X, y, sample_weight)
         return self
 
-    def predict(self, X: Pairs) -> FloatArray:  # noqa: N803
-        """Return the roofline times, with a small addition for the mean regret."""
+    def predict(self, X: Pairs) -> FloatArray:
         check_is_fitted(self)
         return _roofline_scores(X) + 1e-3 * np.tanh(self.single_best_.predict(X))
 
@@ -86,8 +80,7 @@ class NearestNeighbours(Selector):
     def __init__(self, n_neighbors: int = 15) -> None:
         self.n_neighbors = n_neighbors
 
-    def fit(self, X: Pairs, y: FloatArray, sample_weight: FloatArray | None = None) -> Self:  # noqa: N803
-        """Store the relative costs of all contexts."""
+    def fit(self, X: Pairs, y: FloatArray, sample_weight: FloatArray | None = None) -> Self:
         effects = fit_effects(X, y, weights_of(y, sample_weight))
         self.methods_, self.mean_ = X.methods, effects.of_method
         self.table_ = _context_table(X)
@@ -97,8 +90,7 @@ class NearestNeighbours(Selector):
         self.neighbours_ = NearestNeighbors(n_neighbors=min(self.n_neighbors, len(points))).fit(points)
         return self
 
-    def predict(self, X: Pairs) -> FloatArray:  # noqa: N803
-        """Return the mean of the neighbours by inverse distance, shrunk towards the method's own mean."""
+    def predict(self, X: Pairs) -> FloatArray:
         check_is_fitted(self)
         points, position = _points(self.table_, X)
         distance, index = self.neighbours_.kneighbors(points)
@@ -119,8 +111,7 @@ class Isac(Selector):
         self.max_clusters = max_clusters
         self.random_state = random_state
 
-    def fit(self, X: Pairs, y: FloatArray, sample_weight: FloatArray | None = None) -> Self:  # noqa: N803
-        """Cluster the contexts and fit the mean regret of each method per cluster."""
+    def fit(self, X: Pairs, y: FloatArray, sample_weight: FloatArray | None = None) -> Self:
         self.methods_ = X.methods
         self.table_ = _context_table(X)
         points, position = _points(self.table_, X)
@@ -137,8 +128,7 @@ class Isac(Selector):
             self.regret_[i] = np.where(np.isfinite(regret), regret, overall + 1.0)
         return self
 
-    def predict(self, X: Pairs) -> FloatArray:  # noqa: N803
-        """Return the mean regrets in the cluster of each context."""
+    def predict(self, X: Pairs) -> FloatArray:
         check_is_fitted(self)
         points, position = _points(self.table_, X)
         scores: FloatArray = self.regret_[self.clusters_.predict(points)[position], _positions(self.methods_, X)]
@@ -154,8 +144,7 @@ class Alors(Selector):
         self.sweeps = sweeps
         self.random_state = random_state
 
-    def fit(self, X: Pairs, y: FloatArray, sample_weight: FloatArray | None = None) -> Self:  # noqa: N803
-        """Factorise the relative costs by alternating least squares, and fit the forest."""
+    def fit(self, X: Pairs, y: FloatArray, sample_weight: FloatArray | None = None) -> Self:
         effects = fit_effects(X, y, weights_of(y, sample_weight))
         self.methods_, self.mean_ = X.methods, effects.of_method
         self.table_ = _context_table(X)
@@ -172,8 +161,7 @@ class Alors(Selector):
         self.forest_ = forest.fit(points, of_context if rank > 1 else of_context[:, 0])
         return self
 
-    def predict(self, X: Pairs) -> FloatArray:  # noqa: N803
-        """Return the product of the factors plus the method's mean."""
+    def predict(self, X: Pairs) -> FloatArray:
         check_is_fitted(self)
         points, position = _points(self.table_, X, standardised=False)
         scores = self.forest_.predict(points).reshape(len(points), -1) @ self.factors_.T + self.mean_
@@ -195,8 +183,7 @@ class PerMethod(Selector, ABC):
         self.min_rows = min_rows
         self.random_state = random_state
 
-    def fit(self, X: Pairs, y: FloatArray, sample_weight: FloatArray | None = None) -> Self:  # noqa: N803
-        """Fit one model per method; the mean for a method with few rows."""
+    def fit(self, X: Pairs, y: FloatArray, sample_weight: FloatArray | None = None) -> Self:
         weight = weights_of(y, sample_weight)
         self.table_ = _context_table(X)
         points, position = _points(self.table_, X, standardised=False)
@@ -210,8 +197,7 @@ class PerMethod(Selector, ABC):
                 self.models_[X.methods[method]] = model.fit(points[position[rows]], y[rows], sample_weight=weight[rows])
         return self
 
-    def predict(self, X: Pairs) -> FloatArray:  # noqa: N803
-        """Return the predictions of each method's model."""
+    def predict(self, X: Pairs) -> FloatArray:
         check_is_fitted(self)
         points, position = _points(self.table_, X, standardised=False)
         scores = np.empty(len(X))
@@ -233,7 +219,6 @@ class RandomForest(PerMethod):
     """A random forest per method: the usual performance model of algorithm selection."""
 
     def new_model(self) -> RandomForestRegressor:
-        """Return a forest."""
         return RandomForestRegressor(100, random_state=self.random_state)
 
 
@@ -241,7 +226,6 @@ class GradientBoosting(PerMethod):
     """Boosted trees per method."""
 
     def new_model(self) -> BoostedTrees:
-        """Return boosted trees."""
         return BoostedTrees(max_iter=100, min_samples_leaf=5, random_state=self.random_state)
 
 
@@ -257,8 +241,7 @@ class TextEmbedding(Selector):
         self.components = components
         self.random_state = random_state
 
-    def fit(self, X: Pairs, y: FloatArray, sample_weight: FloatArray | None = None) -> Self:  # noqa: N803
-        """Embed the descriptions and fit the trees."""
+    def fit(self, X: Pairs, y: FloatArray, sample_weight: FloatArray | None = None) -> Self:
         encode: Encoder = self.encode or HashedNgrams()
         used = np.unique(X.context)
         described = describe_contexts(X.contexts, used)
@@ -268,8 +251,7 @@ class TextEmbedding(Selector):
         self.trees_ = trees.fit(self._table(X), y, sample_weight=weights_of(y, sample_weight))
         return self
 
-    def predict(self, X: Pairs) -> FloatArray:  # noqa: N803
-        """Return the trees' predictions for the embedded descriptions."""
+    def predict(self, X: Pairs) -> FloatArray:
         check_is_fitted(self)
         scores: FloatArray = self.trees_.predict(self._table(X))
         return scores
@@ -305,13 +287,11 @@ class _Embedding:
 class VirtualBest(Selector):
     """The oracle: knows the cost of every pair it was fitted on."""
 
-    def fit(self, X: Pairs, y: FloatArray, sample_weight: FloatArray | None = None) -> Self:  # noqa: N803
-        """Store every cost."""
+    def fit(self, X: Pairs, y: FloatArray, sample_weight: FloatArray | None = None) -> Self:
         self.costs_ = dict(zip(_keys(X), y.tolist(), strict=True))
         return self
 
-    def predict(self, X: Pairs) -> FloatArray:  # noqa: N803
-        """Return the true costs; UNKNOWN for other pairs."""
+    def predict(self, X: Pairs) -> FloatArray:
         check_is_fitted(self)
         return np.array([self.costs_.get(key, UNKNOWN) for key in _keys(X)])
 

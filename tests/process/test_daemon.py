@@ -1,4 +1,4 @@
-"""What real daemons do for their users and to each other's mistakes."""
+"""Real daemons: jobs, cancellation, crashes, drain, and errors of users."""
 
 import json
 import os
@@ -40,7 +40,7 @@ async def held(daemon: Daemon) -> int:
     return sum(span["reserved_positions"] for span in (await daemon.get("/swarm/status"))["spans"])
 
 
-async def test_a_peer_without_any_file_submits(
+async def test_peer_without_model_files_submits(
     start_swarm: StartSwarm, start_daemon: StartDaemon, package: Package, tmp_path: Path
 ) -> None:
     first, second = await start_swarm(*HALVES)
@@ -79,7 +79,7 @@ async def test_a_peer_without_any_file_submits(
     assert not list((tmp_path / "empty cache").rglob("*.safetensors"))
 
 
-async def test_a_client_that_goes_away_frees_every_stage(start_swarm: StartSwarm) -> None:
+async def test_client_disconnect_cancels_job_on_every_stage(start_swarm: StartSwarm) -> None:
     daemons = await start_swarm(*HALVES)
     request = {"model": MODEL, "prompt": "Once", "max_tokens": 400, "stream": True, "metaswarm": {"ignore_eos": True}}
     body = json.dumps(request).encode()
@@ -100,35 +100,40 @@ async def test_a_client_that_goes_away_frees_every_stage(start_swarm: StartSwarm
     await until(nothing_held, timeout_s=2)
 
 
-async def test_a_dead_worker_costs_its_jobs_time_and_not_the_daemon(start_daemon: StartDaemon) -> None:
+async def test_restarts_killed_worker_and_replays_its_job(start_daemon: StartDaemon) -> None:
     daemon = await start_daemon("--serve", MODEL)
-    pid = (await daemon.get("/swarm/status"))["spans"][0]["worker_pid"]
+    job: dict[str, Any] = {"prompt": "Once", "max_tokens": 200, "metaswarm": {"ignore_eos": True}}
+    undisturbed = await daemon.complete(**job)
+    span = (await daemon.get("/swarm/status"))["spans"][0]
+    pid = span["worker_pid"]
     async with trio.open_nursery() as nursery:
-        nursery.start_soon(kill_at_work, daemon, pid)
-        answer = await daemon.complete(prompt="Once", max_tokens=200, metaswarm={"ignore_eos": True})
-    if "error" in answer:  # the new worker was not there in time
-        assert answer["error"]["code"] in {"job_failed", "blocks_not_served"}
+        nursery.start_soon(kill_at_work, daemon, pid, span["steps"])
+        answer = await daemon.complete(**job)
+    if "error" in answer:  # on a slow machine the job gives up before the new worker is loaded
+        assert answer["error"]["code"] == "blocks_not_served"
     else:
-        assert answer["usage"]["completion_tokens"] == 200
+        assert answer["metaswarm"]["replays"] >= 1
+        assert answer["choices"] == undisturbed["choices"]
 
     async def serves_again() -> bool:
         spans = (await daemon.get("/swarm/status"))["spans"]
         return bool(spans) and spans[0]["worker_pid"] not in {pid, None} and await is_complete(daemon)
 
     await until(serves_again, timeout_s=60)
-    answer = await daemon.complete(prompt="Once", max_tokens=4, metaswarm={"ignore_eos": True})
-    assert answer["usage"]["completion_tokens"] == 4
+    assert (await daemon.complete(**job))["choices"] == undisturbed["choices"]
 
 
-async def kill_at_work(daemon: Daemon, pid: int) -> None:
+async def kill_at_work(daemon: Daemon, pid: int, steps: int) -> None:
+    """Kill a worker once it has done some steps more."""
+
     async def has_begun() -> bool:
-        return bool((await daemon.get("/swarm/status"))["spans"][0]["steps"] > 3)
+        return bool((await daemon.get("/swarm/status"))["spans"][0]["steps"] > steps + 3)
 
     await until(has_begun)
     os.kill(pid, signal.SIGKILL)
 
 
-async def test_garbage_on_the_port_harms_nobody(start_daemon: StartDaemon) -> None:
+async def test_survives_garbage_on_its_port(start_daemon: StartDaemon) -> None:
     daemon = await start_daemon()
     port = int(daemon.multiaddr.split("/")[4])
     for garbage in (
@@ -156,7 +161,7 @@ async def test_garbage_on_the_port_harms_nobody(start_daemon: StartDaemon) -> No
     await until(has_met)
 
 
-async def test_blocks_that_nobody_serves_are_named(start_daemon: StartDaemon) -> None:
+async def test_error_names_uncovered_blocks(start_daemon: StartDaemon) -> None:
     daemon = await start_daemon("--serve", f"{MODEL}:0-15")
     code, stdout, stderr = await metaswarm("submit", "hi", "--model", MODEL, "--api", daemon.api_url)
     assert (code, stdout) == (1, "")
@@ -168,7 +173,7 @@ async def test_blocks_that_nobody_serves_are_named(start_daemon: StartDaemon) ->
     assert int(answer.headers["Retry-After"]) > 0
 
 
-async def test_a_dead_peer_is_forgotten_and_one_that_leaves_at_once(start_daemon: StartDaemon) -> None:
+async def test_forgets_dead_peer_and_drained_peer_at_once(start_daemon: StartDaemon) -> None:
     first = await start_daemon()
     dying = await start_daemon("--bootstrap", first.multiaddr)
     leaving = await start_daemon("--bootstrap", first.multiaddr)
@@ -187,7 +192,7 @@ async def test_a_dead_peer_is_forgotten_and_one_that_leaves_at_once(start_daemon
     await until(lambda: knows(), timeout_s=13)
 
 
-async def test_a_leaving_peer_ends_its_job_first_and_a_second_signal_does_not_wait(start_daemon: StartDaemon) -> None:
+async def test_drain_finishes_job_and_second_signal_exits_at_once(start_daemon: StartDaemon) -> None:
     patient = await start_daemon("--serve", MODEL)
     answers: list[dict[str, Any]] = []
 
@@ -220,7 +225,7 @@ async def test_a_leaving_peer_ends_its_job_first_and_a_second_signal_does_not_wa
         (["--memory", "lots"], 2, "lots"),
     ],
 )
-async def test_a_mistake_is_one_clear_line(arguments: list[str], code: int, words: str, tmp_path: Path) -> None:
+async def test_usage_error_is_one_line(arguments: list[str], code: int, words: str, tmp_path: Path) -> None:
     (tmp_path / "BROKEN.yaml").write_text("peers:\n\t- tabs are not allowed\n")
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])
@@ -235,7 +240,7 @@ async def test_a_mistake_is_one_clear_line(arguments: list[str], code: int, word
     assert "Traceback" not in stderr
 
 
-async def test_a_damaged_block_file_is_found_before_it_is_used(
+async def test_refetches_damaged_block_file_before_serving(
     start_daemon: StartDaemon, package: Package, tmp_path: Path
 ) -> None:
     cache = tmp_path / "cache" / "models" / package.model_id

@@ -19,9 +19,7 @@ async def observations(daemon: Daemon) -> tuple[int, str] | None:
     return None if history is None else (history["count"], history["digest"])
 
 
-async def test_a_disk_that_is_full_while_blocks_are_fetched_is_told_in_one_line_and_fetching_goes_on(
-    start_daemon: StartDaemon, package: Package, tmp_path: Path
-) -> None:
+async def test_fetch_reports_full_disk_and_retries(start_daemon: StartDaemon, package: Package, tmp_path: Path) -> None:
     first = await start_daemon("--serve", f"{MODEL}:0-2", "--threads", "1")
     folder, cache = tmp_path / "newcomer", tmp_path / "cache"
     started: list[trio.Process] = []
@@ -56,7 +54,7 @@ async def test_a_disk_that_is_full_while_blocks_are_fetched_is_told_in_one_line_
     assert (cache / "models" / package.model_id / block.name).read_bytes() == package.path_of(block).read_bytes()
 
 
-async def test_a_full_disk_fails_no_job_and_the_history_goes_on_when_there_is_room(
+async def test_full_disk_fails_no_job_and_history_recovers(
     start_daemon: StartDaemon, package: Package, tmp_path: Path
 ) -> None:
     folder = tmp_path / "node"
@@ -83,7 +81,7 @@ async def test_a_full_disk_fails_no_job_and_the_history_goes_on_when_there_is_ro
     await until(lambda: has(2))
 
 
-async def test_a_history_that_is_cut_under_a_daemon_is_set_aside_and_comes_back_from_the_swarm(
+async def test_truncated_history_is_set_aside_and_synced_again(
     start_daemon: StartDaemon, package: Package, tmp_path: Path
 ) -> None:
     folder = tmp_path / "damaged"

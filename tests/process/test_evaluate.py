@@ -12,7 +12,7 @@ from tests.unit.selector.measurements import made_up, write_folder
 
 
 @pytest.mark.parametrize("ends", [signal.SIGINT, signal.SIGKILL])
-def test_ends_at_once_and_leaves_no_process_behind(tmp_path: Path, ends: signal.Signals) -> None:
+def test_signal_ends_evaluation_without_orphans(tmp_path: Path, ends: signal.Signals) -> None:
     write_folder(tmp_path, made_up(contexts=2000))
     command = [sys.executable, "-m", "node", "evaluate", str(tmp_path)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:

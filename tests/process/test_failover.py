@@ -18,7 +18,7 @@ PROMPT = "Once upon a time there was"
 TOKENS = 40
 
 
-async def test_the_text_is_the_same_whichever_stage_is_killed(package: Package, tmp_path: Path) -> None:
+async def test_replays_any_killed_stage_without_changing_text(package: Package, tmp_path: Path) -> None:
     async with spared_swarm(tmp_path) as swarm:
         undisturbed = await swarm.run(PROMPT, TOKENS)
         # The last with enough tokens to come that the job cannot end before the signal does.
@@ -28,9 +28,7 @@ async def test_the_text_is_the_same_whichever_stage_is_killed(package: Package, 
             assert outcome.replays == 1
 
 
-async def test_the_death_of_the_only_holder_ends_a_stream_with_an_error_within_ten_seconds(
-    package: Package, tmp_path: Path
-) -> None:
+async def test_stream_ends_with_error_when_only_server_dies(package: Package, tmp_path: Path) -> None:
     flags = ("--no-mdns", "--no-catalogue")
     async with running_daemon(tmp_path / "coordinator", *flags) as coordinator:
         join = ("--bootstrap", coordinator.multiaddr, "--serve", MODEL, "--threads", "1")
@@ -62,7 +60,7 @@ async def test_the_death_of_the_only_holder_ends_a_stream_with_an_error_within_t
 
 @pytest.mark.soak
 @pytest.mark.timeout(7200)
-async def test_the_text_is_the_same_wherever_a_stage_is_killed(package: Package, tmp_path: Path) -> None:
+async def test_replays_stage_killed_at_any_token_without_changing_text(package: Package, tmp_path: Path) -> None:
     async with spared_swarm(tmp_path) as swarm:
         undisturbed = await swarm.run(PROMPT, TOKENS)
         for position in range(1, TOKENS):

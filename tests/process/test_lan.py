@@ -26,7 +26,7 @@ def multicast_reaches_loopback() -> bool:
 
 
 @pytest.mark.skipif(not multicast_reaches_loopback(), reason="this machine's loopback interface carries no multicast")
-async def test_two_daemons_without_an_address_of_each_other_meet_and_those_with_a_key_keep_apart(
+async def test_mdns_discovers_peers_of_same_swarm_key_only(
     start_daemon: StartDaemon,
 ) -> None:
     on = {"METASWARM_NO_MDNS": "0"}

@@ -1,4 +1,4 @@
-"""Every exact method, over real daemons: eight jobs at a time say, token for token, what transformers says."""
+"""Every exact method over real daemons gives the tokens of transformers, also for eight jobs at a time."""
 
 from collections.abc import Awaitable, Callable
 from pathlib import Path
@@ -10,7 +10,7 @@ import trio
 from node.models.store import Package
 from node.models.tokenizer import load_tokenizer
 from selector.task import PORTFOLIO
-from tests.process.daemons import MODEL, Daemon
+from tests.process.daemons import MODEL, Daemon, until
 from tests.process.test_parity import TEXT, generate, whole_model
 
 StartSwarm = Callable[..., Awaitable[list[Daemon]]]
@@ -18,7 +18,7 @@ StartSwarm = Callable[..., Awaitable[list[Daemon]]]
 NEW_TOKENS = 6
 ALONE_TOKENS = 12
 TRIES = 5
-"""In one of them a draft model that is at work has guessed in time, however busy the machine."""
+"""In one of them a draft arrives in time, however busy the machine."""
 PROMPTS = (
     "The",
     "What is the capital of France?",
@@ -33,7 +33,7 @@ EXACT = [name for name, method in PORTFOLIO.items() if method.exact]
 
 @pytest.fixture(scope="module")
 def expected(package: Package) -> list[tuple[list[int], list[int]]]:
-    """For each prompt its token ids, and those that the whole model generates greedily after it."""
+    """For each prompt its token ids, and the greedy continuation by the whole model."""
     model = whole_model(Path(package.path), dict(package.manifest.config))
     tokenizer = load_tokenizer(package)
     return [(prompt := tokenizer.encode(text), generate(model, prompt)) for text in PROMPTS]
@@ -41,14 +41,14 @@ def expected(package: Package) -> list[tuple[list[int], list[int]]]:
 
 @pytest.mark.timeout(900)  # about thirty methods, each of which the stages first build and warm
 @pytest.mark.parametrize("spans", [("0-15", "15-30"), ("0-10", "10-20", "20-30")], ids=["2 stages", "3 stages"])
-async def test_every_exact_method_says_what_transformers_says_alone_and_to_eight_at_a_time(
+async def test_exact_methods_equal_transformers_alone_and_in_batches_of_eight(
     start_swarm: StartSwarm, expected: list[tuple[list[int], list[int]]], spans: tuple[str, ...]
 ) -> None:
     daemons = await start_swarm(*spans, flags=("--draft", MODEL))
     assert len(EXACT) >= 10
 
     async def check(name: str, number: int, count: int) -> int:
-        """Compare a job's text; return how many of its tokens were guessed."""
+        """Compare a job's text; return the number of accepted draft tokens."""
         prompt, tokens = expected[number]
         answer = await _complete(daemons[0], name, prompt, count)
         told = answer["metaswarm"]
@@ -58,24 +58,26 @@ async def test_every_exact_method_says_what_transformers_says_alone_and_to_eight
         return int(answer["usage"]["completion_tokens_details"]["accepted_prediction_tokens"])
 
     for name in EXACT:
-        # Alone first: built on every stage, so that what follows comes at once, and with guesses that come in time.
+        # Alone first: builds the variant on every stage, and drafts come in time.
         for _ in range(TRIES):
             if await check(name, 1, ALONE_TOKENS) or "speculation=draft" not in name:
                 break
         else:
-            pytest.fail(f"the draft model guessed nothing in {TRIES} jobs with {name}")
+            pytest.fail(f"no draft token was accepted in {TRIES} jobs with {name}")
         async with trio.open_nursery() as nursery:
             for number in range(len(expected)):
                 nursery.start_soon(check, name, number, NEW_TOKENS)
 
 
 async def _complete(daemon: Daemon, method: str, prompt: list[int], max_tokens: int) -> dict[str, Any]:
-    """Submit a job, again while it is refused for the moment: a variant is being built, or a peer was starved."""
-    with trio.fail_after(200):
-        while True:
-            answer = await daemon.complete(
-                prompt=prompt, max_tokens=max_tokens, metaswarm={"ignore_eos": True, "method": method}
-            )
-            if answer.get("error", {}).get("code") not in {"blocks_not_served", "peers_full"}:
-                return answer
-            await trio.sleep(0.5)
+    """Submit a job, with retries while a variant is being built or a peer is starved."""
+    answer: dict[str, Any] = {}
+
+    async def is_accepted() -> bool:
+        nonlocal answer
+        body = {"prompt": prompt, "max_tokens": max_tokens, "metaswarm": {"ignore_eos": True, "method": method}}
+        answer = await daemon.complete(**body)
+        return answer.get("error", {}).get("code") not in {"blocks_not_served", "peers_full"}
+
+    await until(is_accepted, timeout_s=200)
+    return answer

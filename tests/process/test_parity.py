@@ -66,7 +66,7 @@ def generate(model: Any, prompt: list[int]) -> list[int]:
     return tokens
 
 
-def test_the_prompts_are_short_and_long(expected: list[tuple[list[int], list[int]]]) -> None:
+def test_prompts_are_short_and_long(expected: list[tuple[list[int], list[int]]]) -> None:
     lengths = [len(prompt) for prompt, _ in expected]
     assert min(lengths) == 1
     assert 600 <= max(lengths) <= 800
@@ -77,7 +77,7 @@ def test_the_prompts_are_short_and_long(expected: list[tuple[list[int], list[int
     [("0-30",), ("0-15", "15-30"), ("0-10", "10-20", "20-30"), ("0-7", "7-15", "15-22", "22-30")],
     ids=["1 stage", "2 stages", "3 stages", "4 stages"],
 )
-async def test_every_greedy_token_is_that_of_transformers(
+async def test_greedy_tokens_equal_transformers(
     start_swarm: StartSwarm, expected: list[tuple[list[int], list[int]]], spans: tuple[str, ...]
 ) -> None:
     daemons = await start_swarm(*spans)

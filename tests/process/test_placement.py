@@ -1,17 +1,15 @@
-"""Real daemons that choose their blocks: when a span is lost, one that can be spared takes it up, and jobs go on."""
+"""Block placement with real daemons: a spare peer fills the gap that a killed one leaves."""
 
 from pathlib import Path
-
-import trio
 
 from node.models.store import Package
 from tests.process.daemons import MODEL, StartDaemon, is_complete, until
 
 RECOVERY_S = 120.0
-"""To hear that a peer is dead, plan, settle and load, on a machine on which much else may run."""
+"""For failure detection, planning, settling and loading on a busy machine."""
 
 
-async def test_a_spare_takes_up_the_blocks_of_a_peer_that_is_killed(
+async def test_spare_peer_moves_to_blocks_of_killed_peer(
     start_daemon: StartDaemon, package: Package, tmp_path: Path
 ) -> None:
     manifest = package.manifest
@@ -34,9 +32,11 @@ async def test_a_spare_takes_up_the_blocks_of_a_peer_that_is_killed(
     lost, hole = (second, (15, 30)) if start == 0 else (first, (0, 15))
     keeper = first if lost is second else second
     await lost.kill()
-    with trio.fail_after(RECOVERY_S):
-        while await blocks_of_spare() != [hole]:
-            await trio.sleep(0.5)
+
+    async def fills_the_hole() -> bool:
+        return await blocks_of_spare() == [hole]
+
+    await until(fills_the_hole, RECOVERY_S)
     await until(lambda: is_complete(keeper))
     after = await keeper.complete(prompt="The capital of France is", max_tokens=8)
     assert after["choices"][0]["text"] == before["choices"][0]["text"]

@@ -24,7 +24,7 @@ REQUESTS = st.builds(
 
 
 @given(st.binary(max_size=100), st.lists(REQUESTS, max_size=4), st.data())
-def test_ranges_arrive_whatever_the_pieces(file: bytes, requests: list[BlobRequest], data: st.DataObject) -> None:
+def test_blob_ranges_survive_any_fragmentation(file: bytes, requests: list[BlobRequest], data: st.DataObject) -> None:
     initiator, responder = BlobInitiator(), BlobResponder()
     for request in requests:
         heard = [
@@ -47,7 +47,7 @@ def test_ranges_arrive_whatever_the_pieces(file: bytes, requests: list[BlobReque
 
 
 @given(st.binary(max_size=200), st.data())
-def test_any_bytes_are_taken_or_cost_their_sender(garbage: bytes, data: st.DataObject) -> None:
+def test_garbage_raises_only_remote_errors(garbage: bytes, data: st.DataObject) -> None:
     asked = BlobInitiator()
     asked.request(BlobRequest(sha256="00" * 32, offset=0, length=10))
     for receive in (asked.receive_data, BlobResponder().receive_data):

@@ -10,7 +10,7 @@ LIMIT = 1 << 20
 
 
 @given(values())
-def test_a_value_comes_back(value: Value) -> None:
+def test_canonical_round_trip(value: Value) -> None:
     data = encode(value)
     assert decode_canonical(data, max_bytes=LIMIT) == value
     # Nothing but plain msgpack: whoever has a decoder can read it.
@@ -18,7 +18,7 @@ def test_a_value_comes_back(value: Value) -> None:
 
 
 @given(st.dictionaries(st.text(), st.integers(-5, 5)), st.data())
-def test_the_order_of_keys_is_not_ours_to_choose(value: dict[str, int], data: st.DataObject) -> None:
+def test_encoding_ignores_the_order_of_keys(value: dict[str, int], data: st.DataObject) -> None:
     shuffled = data.draw(st.permutations(list(value.items())))
     assert encode(dict(shuffled)) == encode(value)
     keys = list(decode_map(encode(value)))
@@ -32,13 +32,13 @@ def decode_map(data: bytes) -> dict[str, Value]:
 
 
 @given(values(), values())
-def test_different_values_have_different_bytes(one: Value, other: Value) -> None:
+def test_distinct_values_have_distinct_encodings(one: Value, other: Value) -> None:
     same = repr(decode(encode(one), max_bytes=LIMIT)) == repr(decode(encode(other), max_bytes=LIMIT))
     assert (encode(one) == encode(other)) is same
 
 
 @given(values(), st.data())
-def test_no_part_of_a_value_is_a_value(value: Value, data: st.DataObject) -> None:
+def test_rejects_truncated_values(value: Value, data: st.DataObject) -> None:
     whole = encode(value)
     for wrong in (whole[: data.draw(st.integers(0, len(whole) - 1))], whole + b"\xc0"):
         try:
@@ -49,7 +49,7 @@ def test_no_part_of_a_value_is_a_value(value: Value, data: st.DataObject) -> Non
 
 
 @given(st.binary(max_size=200))
-def test_any_bytes_are_a_value_or_an_error_of_their_sender(data: bytes) -> None:
+def test_garbage_raises_only_remote_errors(data: bytes) -> None:
     try:
         value = decode(data, max_bytes=LIMIT)
     except RemoteProtocolError:
@@ -64,7 +64,7 @@ def test_any_bytes_are_a_value_or_an_error_of_their_sender(data: bytes) -> None:
 
 
 @given(values(), st.data())
-def test_damaged_bytes_are_a_value_or_an_error_of_their_sender(value: Value, data: st.DataObject) -> None:
+def test_damaged_bytes_raise_only_remote_errors(value: Value, data: st.DataObject) -> None:
     damaged = bytearray(encode(value))
     for _ in range(data.draw(st.integers(1, 4))):
         damaged[data.draw(st.integers(0, len(damaged) - 1))] = data.draw(st.integers(0, 255))

@@ -116,7 +116,7 @@ capabilities = st.builds(
 
 @settings(max_examples=50)
 @given(capabilities | st.none())
-def test_a_record_comes_back(said: Capabilities | None) -> None:
+def test_record_round_trip(said: Capabilities | None) -> None:
     record = CapabilityRecord(
         peer=peer_of(1), sequence=1, issued_at_s=NOW_S, expires_at_s=NOW_S + 60, capabilities=said
     )
@@ -125,13 +125,13 @@ def test_a_record_comes_back(said: Capabilities | None) -> None:
 
 @settings(max_examples=50)
 @given(capabilities)
-def test_the_map_of_capabilities_is_json_as_well(said: Capabilities) -> None:
+def test_capabilities_round_trip_through_json(said: Capabilities) -> None:
     assert from_map(Capabilities, json.loads(json.dumps(to_map(said))), "capabilities") == said
 
 
 @settings(max_examples=50)
 @given(capabilities)
-def test_every_machine_has_a_class_that_is_short_and_plain(said: Capabilities) -> None:
+def test_hardware_class_is_short_and_canonical(said: Capabilities) -> None:
     found = hardware_class(said)
     assert found.isascii()
     assert len(found) <= 128
@@ -147,7 +147,7 @@ JUNK = st.recursive(
 
 
 @given(st.sampled_from([*to_map(EPYC)]), JUNK)
-def test_junk_in_any_place_is_the_fault_of_who_sent_it(field: str, junk: object) -> None:
+def test_junk_in_any_field_raises_remote_error(field: str, junk: object) -> None:
     document: dict[str, object] = {**to_map(EPYC), field: junk}
     try:
         from_map(Capabilities, document, "capabilities")
@@ -158,6 +158,6 @@ def test_junk_in_any_place_is_the_fault_of_who_sent_it(field: str, junk: object)
 
 
 @given(JUNK)
-def test_junk_instead_of_capabilities_is_the_fault_of_who_sent_it(junk: object) -> None:
+def test_junk_instead_of_capabilities_raises_remote_error(junk: object) -> None:
     with pytest.raises(RemoteProtocolError):
         from_map(Capabilities, junk, "capabilities")

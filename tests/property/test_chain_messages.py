@@ -1,4 +1,4 @@
-"""What is said on a chain stream is what is heard, out of turn nothing is, and states come back as they went."""
+"""Chain messages and states survive the round trip, and messages out of turn are refused."""
 
 import contextlib
 
@@ -8,12 +8,10 @@ from hypothesis import strategies as st
 
 from protocol.chains import (
     PROTOCOL,
-    CellState,
     ChainConnection,
     GetState,
     GetStatements,
     Inventory,
-    MemberState,
     Message,
     Records,
     Remaining,
@@ -23,9 +21,10 @@ from protocol.chains import (
     fill_records,
     split_state,
 )
+from protocol.consensus_values import Cell, CellReadings, Member, PeerReading
 from protocol.errors import LocalProtocolError, RemoteProtocolError
 from protocol.half_duplex import Busy
-from protocol.identity import peer_id_from_public_key
+from protocol.identity import PeerId, peer_id_from_public_key
 from protocol.limits import MAX_CONTROL_BYTES
 from protocol.states import Role
 
@@ -33,14 +32,11 @@ digests = st.binary(min_size=32, max_size=32)
 peers = digests.map(peer_id_from_public_key)
 words = st.text("abc|=", min_size=1, max_size=8)
 counts = st.integers(0, 1 << 40)
-members = st.builds(MemberState, peers, words, counts, counts, st.integers(0, 9))
-cells = st.builds(
-    CellState,
-    words,
-    words,
-    words,
-    st.integers(0, 1 << 31),
-    st.lists(st.tuples(peers, st.integers(-20_000_000, 20_000_000)), max_size=7).map(tuple),
+members = st.builds(Member, peers, words, counts, counts, st.integers(0, 9))
+readings = st.builds(PeerReading, peers, st.integers(-20_000_000, 20_000_000))
+cells = st.tuples(
+    st.builds(Cell, words, words, words),
+    st.builds(CellReadings, st.integers(0, 1 << 31), st.lists(readings, max_size=7).map(tuple)),
 )
 parts = st.builds(
     StatePart,
@@ -67,7 +63,7 @@ answers: st.SearchStrategy[Message] = st.one_of(items, busies)
 
 @given(asks, haves, digests, answers, st.lists(parts, max_size=3), st.integers(1, 50))
 @settings(max_examples=60)
-def test_a_conversation_is_heard_as_it_is_said_in_whatever_pieces(
+def test_messages_survive_fragmentation(
     ask: GetStatements, have: Inventory, statement: bytes, answer: Message, state: list[StatePart], size: int
 ) -> None:
     initiator, responder = ChainConnection(Role.INITIATOR), ChainConnection(Role.RESPONDER)
@@ -90,8 +86,10 @@ def test_a_conversation_is_heard_as_it_is_said_in_whatever_pieces(
 
 @given(st.lists(members, max_size=400), st.lists(cells, max_size=80), st.lists(peers, max_size=4))
 @settings(max_examples=10)
-def test_a_state_comes_back_as_it_went(found: list[MemberState], table: list[CellState], gone: list[str]) -> None:
-    pieces = list(split_state(found, table, gone))  # type: ignore[arg-type]
+def test_state_survives_the_round_trip(
+    found: list[Member], table: list[tuple[Cell, CellReadings]], gone: list[PeerId]
+) -> None:
+    pieces = list(split_state(found, table, gone))
     back = decode_state(encode_state(pieces))
     assert [member for part in back for member in part.members] == found
     assert [cell for part in back for cell in part.cells] == table
@@ -100,7 +98,7 @@ def test_a_state_comes_back_as_it_went(found: list[MemberState], table: list[Cel
 
 
 @given(st.lists(st.integers(1, 30_000), max_size=40))
-def test_any_envelopes_fit_into_messages(sizes: list[int]) -> None:
+def test_envelopes_are_split_into_bounded_messages(sizes: list[int]) -> None:
     envelopes = [bytes(size) for size in sizes]
     messages = list(fill_records(envelopes, Remaining.RECENT))
     assert [envelope for message in messages for envelope in message.envelopes] == envelopes
@@ -112,7 +110,7 @@ def test_any_envelopes_fit_into_messages(sizes: list[int]) -> None:
     assert all(len(responder.send(message)) <= MAX_CONTROL_BYTES + 8 for message in messages)
 
 
-def test_nobody_speaks_out_of_turn() -> None:
+def test_message_out_of_turn_is_refused() -> None:
     initiator = ChainConnection(Role.INITIATOR)
     with pytest.raises(LocalProtocolError):
         initiator.send(Inventory(()))
@@ -128,7 +126,7 @@ def test_nobody_speaks_out_of_turn() -> None:
 
 
 @given(st.binary(max_size=200))
-def test_no_bytes_raise_anything_but_a_protocol_error(data: bytes) -> None:
+def test_arbitrary_bytes_raise_only_protocol_errors(data: bytes) -> None:
     with contextlib.suppress(RemoteProtocolError):
         ChainConnection(Role.RESPONDER).receive_data(data)
     with contextlib.suppress(RemoteProtocolError):

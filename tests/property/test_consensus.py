@@ -1,4 +1,4 @@
-"""Laws of the consensus: the same contributions make the same statement, the same statements the same head."""
+"""Laws of the consensus: equal contributions give equal statements, equal sets of messages the same head."""
 
 import math
 from collections.abc import Callable
@@ -8,14 +8,11 @@ from random import Random
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from selector.consensus.chain import Chain, InvalidStatement, quorum_of
-from selector.consensus.reputation import COUNT_SCALE, WEIGHT_SCALE, Reputation
-from selector.consensus.sortition import REPLICAS, Agenda, beacon_of, draw_assignments, draw_committee
-from selector.consensus.state import Contribution, conclude, initial_state
-from selector.consensus.table import Replica, agree_on, weighted_median
-from selector.consensus.values import (
-    MAX_VALUE,
+from protocol.consensus_values import (
+    MAX_READING,
     Commit,
+    Member,
+    PeerReading,
     Plain,
     Reading,
     Reveal,
@@ -23,9 +20,15 @@ from selector.consensus.values import (
     Statement,
     digest_of,
 )
-from tests.support.agreement import AGENDA, GENESIS, HARDWARE, Peer, Swarm, swarm_of
+from protocol.identity import PeerId
+from selector.consensus.chain import Chain, InvalidStatement, quorum_size
+from selector.consensus.reputation import COUNT_SCALE, WEIGHT_SCALE, updated, weight_of
+from selector.consensus.sortition import READINGS_PER_CELL, MeasurementPlan, assign_cells, beacon_of, select_committee
+from selector.consensus.state import Contribution, conclude, initial_state
+from selector.consensus.table import agree_on, weighted_median
+from tests.support.agreement import GENESIS, HARDWARE, PLAN, Peer, Swarm, swarm_of
 
-values = st.integers(-MAX_VALUE, MAX_VALUE)
+values = st.integers(-MAX_READING, MAX_READING)
 weights = st.integers(0, 10_000)
 weighted = st.lists(st.tuples(values, weights), min_size=1, max_size=12)
 plain = st.recursive(
@@ -34,7 +37,7 @@ plain = st.recursive(
 
 
 @given(weighted, st.randoms(use_true_random=False), st.integers(1, 50))
-def test_the_median_depends_on_neither_order_nor_scale(
+def test_weighted_median_depends_on_neither_order_nor_scale(
     pairs: list[tuple[int, int]], random: Random, factor: int
 ) -> None:
     median = weighted_median(pairs)
@@ -50,28 +53,33 @@ def test_the_median_depends_on_neither_order_nor_scale(
 
 
 @given(values, st.integers(1, 3), st.lists(values, min_size=1, max_size=3))
-def test_less_than_half_of_the_weight_moves_the_agreed_value_no_further_than_honest_readings_lie(
+def test_minority_weight_cannot_move_the_median_beyond_honest_readings(
     value: int, spread: int, lies: list[int]
 ) -> None:
-    honest = [Replica(f"honest-{number}", value + number * spread) for number in range(len(lies) + 1)]
-    lying = [Replica(f"lying-{number}", lie) for number, lie in enumerate(lies)]
-    entry = agree_on([*lying, *honest], {replica.peer: 5 for replica in [*honest, *lying]}, 3)
+    honest = [PeerReading(PeerId(f"honest-{number}"), value + number * spread) for number in range(len(lies) + 1)]
+    lying = [PeerReading(PeerId(f"lying-{number}"), lie) for number, lie in enumerate(lies)]
+    entry = agree_on([*lying, *honest], {reading.peer: 5 for reading in [*honest, *lying]}, 3)
     assert value <= entry.value <= value + len(lies) * spread
 
 
+def member(agreed: int = 0, deviated: int = 0) -> Member:
+    return Member(PeerId("member"), HARDWARE, agreed, deviated)
+
+
 @given(st.integers(0, 1 << 40), st.integers(0, 1 << 40))
-def test_the_weight_is_the_log_odds(agreed: int, deviated: int) -> None:
+def test_reputation_weight_is_the_log_odds(agreed: int, deviated: int) -> None:
     odds = Fraction(agreed + 2 * COUNT_SCALE, deviated + COUNT_SCALE)
     expected = max(0.0, math.log(odds) * WEIGHT_SCALE)
-    assert abs(Reputation(agreed, deviated).weight - expected) <= 2 + expected * 0.002
+    assert abs(weight_of(member(agreed, deviated)) - expected) <= 2 + expected * 0.002
 
 
 @given(st.integers(0, 200), st.integers(1, 50), st.integers(1, 50))
-def test_to_agree_is_worth_more_and_to_deviate_less(epochs: int, agreed: int, deviated: int) -> None:
-    reputation = Reputation()
+def test_agreeing_raises_the_weight_and_deviating_lowers_it(epochs: int, agreed: int, deviated: int) -> None:
+    reputation = member()
     for _ in range(epochs % 20):
-        reputation = reputation.after(agreed, 0)
-    assert reputation.after(agreed, 0).weight >= reputation.weight >= reputation.after(0, deviated).weight
+        reputation = updated(reputation, agreed, 0)
+    weight = weight_of(reputation)
+    assert weight_of(updated(reputation, agreed, 0)) >= weight >= weight_of(updated(reputation, 0, deviated))
 
 
 @given(plain, plain)
@@ -85,41 +93,41 @@ def test_different_values_have_different_digests(one: Plain, other: Plain) -> No
     st.binary(min_size=1, max_size=8),
 )
 @settings(max_examples=30)
-def test_draws_are_the_same_for_all_and_spare_everybody(numbers: list[tuple[int, int]], seed: bytes) -> None:
-    members = [(f"peer-{number}", f"hardware-{kind}") for number, kind in numbers]
+def test_sortition_is_deterministic_and_bounds_the_load(numbers: list[tuple[int, int]], seed: bytes) -> None:
+    members = [(PeerId(f"peer-{number}"), f"hardware-{kind}") for number, kind in numbers]
     beacon = beacon_of(seed, 7)
-    agenda = Agenda(("a", "b", "c"), ("x", "y"))
-    drawn = draw_assignments(beacon, members, agenda, {})
-    assert drawn == draw_assignments(beacon, members[::-1], agenda, {})
+    plan = MeasurementPlan(("a", "b", "c"), ("x", "y"))
+    assigned = assign_cells(beacon, members, plan, {})
+    assert assigned == assign_cells(beacon, members[::-1], plan, {})
     hardware = dict(members)
-    for cell, peers in drawn.items():
+    for cell, peers in assigned.items():
         assert all(hardware[peer] == cell.hardware for peer in peers)
-        assert len(set(peers)) == min(REPLICAS, sum(kind == cell.hardware for kind in hardware.values()))
+        assert len(set(peers)) == min(READINGS_PER_CELL, sum(kind == cell.hardware for kind in hardware.values()))
     for peer in hardware:
-        assert sum(peer in peers for peers in drawn.values()) <= 2
+        assert sum(peer in peers for peers in assigned.values()) <= 2
     names = [peer for peer, _ in members]
-    assert draw_committee(beacon, names) == draw_committee(beacon, names[::-1])
-    assert set(draw_committee(beacon, names)) <= set(names)
+    assert select_committee(beacon, names) == select_committee(beacon, names[::-1])
+    assert set(select_committee(beacon, names)) <= set(names)
 
 
 @st.composite
 def contributions(draw: st.DrawFn) -> list[Contribution]:
     made = []
     for number in draw(st.sets(st.integers(0, 30), min_size=1, max_size=10)):
-        cells = draw(st.sets(st.sampled_from(AGENDA.cells([HARDWARE])), max_size=3))
+        cells = draw(st.sets(st.sampled_from(PLAN.cells([HARDWARE])), max_size=3))
         readings = tuple(sorted(Reading(cell, draw(values)) for cell in cells))
-        reveal = Reveal(GENESIS, 3, f"peer-{number}", b"n", readings)
-        commit = Commit(GENESIS, 3, GENESIS, f"peer-{number}", HARDWARE, reveal.commitment)
+        reveal = Reveal(GENESIS, 3, PeerId(f"peer-{number}"), b"n", readings)
+        commit = Commit(GENESIS, 3, GENESIS, reveal.peer, HARDWARE, reveal.commitment)
         made.append(Contribution(commit, reveal))
     return made
 
 
 @given(contributions(), st.randoms(use_true_random=False), st.booleans())
 @settings(max_examples=50)
-def test_a_statement_depends_on_the_contributions_and_not_on_their_order(
-    said: list[Contribution], random: Random, refounds: bool
+def test_statement_does_not_depend_on_the_order_of_contributions(
+    messages: list[Contribution], random: Random, restart: bool
 ) -> None:
-    shuffled = list(said)
+    shuffled = list(messages)
     random.shuffle(shuffled)
     state = initial_state(GENESIS)
 
@@ -129,18 +137,18 @@ def test_a_statement_depends_on_the_contributions_and_not_on_their_order(
             GENESIS,
             state,
             epoch=3,
-            proposer="p",
+            proposer=PeerId("p"),
             contributions=those,
-            offenders=(),
-            agenda=AGENDA,
-            refounds=refounds,
+            equivocators=(),
+            plan=PLAN,
+            restart=restart,
         )
 
-    assert concluded(said) == concluded(shuffled)
+    assert concluded(messages) == concluded(shuffled)
 
 
 def _history_with_forks() -> tuple[list[Statement], list[Signature]]:
-    """Return what is said in a swarm that was torn in two, twice, and healed."""
+    """Return the messages of a swarm that was partitioned twice, and healed."""
     swarm = swarm_of(7)
     swarm.play([swarm.peers[:4], swarm.peers[4:]])
     swarm.play([swarm.peers[:4], swarm.peers[4:]])
@@ -157,24 +165,24 @@ STATEMENTS, SIGNATURES = _history_with_forks()
 
 @given(st.randoms(use_true_random=False), st.floats(0.3, 1))
 @settings(max_examples=30, deadline=None)
-def test_the_head_depends_on_what_was_heard_and_not_on_the_order(random: Random, share: float) -> None:
-    said: list[Statement | Signature] = [
+def test_fork_choice_does_not_depend_on_the_order_of_messages(random: Random, share: float) -> None:
+    messages: list[Statement | Signature] = [
         *STATEMENTS,
         *(signature for signature in SIGNATURES if random.random() < share),
     ]
-    assert _head(said, shuffle=lambda _: None) == _head(said, shuffle=random.shuffle)
+    assert _head(messages, shuffle=lambda _: None) == _head(messages, shuffle=random.shuffle)
 
 
-def _head(said: list[Statement | Signature], shuffle: Callable[[list[Statement | Signature]], object]) -> bytes:
-    """Return the head of who hears all that; a statement that comes before its parent is heard again later."""
-    waiting = list(said)
+def _head(messages: list[Statement | Signature], shuffle: Callable[[list[Statement | Signature]], object]) -> bytes:
+    """Return the head after all messages; a statement before its parent is added again later."""
+    waiting = list(messages)
     shuffle(waiting)
     chain = Chain(GENESIS)
     while waiting:
         early: list[Statement | Signature] = []
         for each in waiting:
             if isinstance(each, Signature):
-                chain.sign(each)
+                chain.add_signature(each)
                 continue
             try:
                 chain.add(each)
@@ -188,11 +196,11 @@ def _head(said: list[Statement | Signature], shuffle: Callable[[list[Statement |
 
 @given(st.integers(1, 1000))
 def test_two_quorums_have_more_than_a_third_in_common(size: int) -> None:
-    assert 3 * quorum_of(size) > 2 * size
-    assert 3 * (2 * quorum_of(size) - size) > size
+    assert 3 * quorum_size(size) > 2 * size
+    assert 3 * (2 * quorum_size(size) - size) > size
 
 
-def test_peers_that_hear_one_another_measure_what_the_draw_says() -> None:
+def test_sortition_assigns_the_same_cells_to_two_members() -> None:
     swarm = Swarm([Peer("a"), Peer("b")])
     swarm.play()
     assert swarm.peers[0].participant.assigned(100.0) == swarm.peers[1].participant.assigned(100.0) != ()

@@ -1,4 +1,4 @@
-"""Consensus records come back as they went, no changed byte passes, and a proof convicts nobody but its offender."""
+"""Consensus messages survive the round trip, tampering is detected, and proofs convict equivocators only."""
 
 from dataclasses import replace
 
@@ -7,26 +7,25 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from protocol.consensus import (
+from protocol.consensus import Body, equivocator_of, sign_message, verify_message
+from protocol.consensus_values import (
     MAX_CONTRIBUTIONS,
     MAX_EXPELLED,
     MAX_JOINED,
     MAX_LEFT,
-    Body,
-    CommitRecord,
-    EquivocationRecord,
-    MeasuredCell,
-    RevealRecord,
-    SignatureRecord,
-    StatementRecord,
-    offender_of,
-    open_said,
-    say,
+    Cell,
+    Commit,
+    EquivocationProof,
+    Reading,
+    Reveal,
+    Signature,
+    Statement,
 )
 from protocol.errors import LocalProtocolError, ProtocolError, RemoteProtocolError
 from protocol.identity import PeerId, peer_id_from_public_key
 
 KEY, OTHER_KEY = (Ed25519PrivateKey.from_private_bytes(bytes([number]) * 32) for number in (1, 2))
+PEER, OTHER_PEER = (peer_id_from_public_key(key.public_key().public_bytes_raw()) for key in (KEY, OTHER_KEY))
 CHAIN = bytes(32)
 
 digests = st.binary(min_size=32, max_size=32)
@@ -41,23 +40,25 @@ def ascending(values: st.SearchStrategy[bytes], max_size: int) -> st.SearchStrat
 
 several_peers = st.sets(peers, max_size=4).map(lambda found: tuple(sorted(found)))
 commits = st.builds(
-    CommitRecord,
+    Commit,
     chain=digests,
     epoch=epochs,
     parent=digests,
+    peer=st.just(PEER),
     hardware=words,
     commitment=digests,
     observations=ascending(digests, 5),
 )
 readings = st.dictionaries(st.tuples(words, words, words), st.integers(-20_000_000, 20_000_000), max_size=8).map(
-    lambda found: tuple(MeasuredCell(*cell, value) for cell, value in sorted(found.items()))
+    lambda found: tuple(Reading(Cell(*cell), value) for cell, value in sorted(found.items()))
 )
-reveals = st.builds(RevealRecord, chain=digests, epoch=epochs, nonce=digests, readings=readings)
+reveals = st.builds(Reveal, chain=digests, epoch=epochs, peer=st.just(PEER), nonce=digests, readings=readings)
 statements = st.builds(
-    StatementRecord,
+    Statement,
     chain=digests,
     epoch=epochs,
     parent=digests,
+    proposer=st.just(PEER),
     commits=ascending(digests, 5),
     joined=several_peers,
     left=several_peers,
@@ -66,65 +67,65 @@ statements = st.builds(
     table_digest=digests,
     state_digest=digests,
 )
-signatures = st.builds(SignatureRecord, chain=digests, epoch=epochs, statement=digests)
+signatures = st.builds(Signature, chain=digests, epoch=epochs, peer=st.just(PEER), statement=digests)
 bodies: st.SearchStrategy[Body] = st.one_of(commits, reveals, statements, signatures)
 
 
 @given(bodies)
 @settings(max_examples=60)
-def test_what_is_said_is_what_is_heard(body: Body) -> None:
-    said = say(body, KEY)
-    assert said.body == body
-    assert said.peer == peer_id_from_public_key(KEY.public_key().public_bytes_raw())
-    assert open_said(said.envelope) == said
+def test_message_survives_the_round_trip(body: Body) -> None:
+    message = sign_message(body, KEY)
+    assert message.body == body
+    assert message.peer == PEER
+    assert verify_message(message.envelope) == message
 
 
 @given(bodies, st.data())
 @settings(max_examples=100)
-def test_no_changed_byte_passes(body: Body, data: st.DataObject) -> None:
-    envelope = bytearray(say(body, KEY).envelope)
+def test_tampered_envelope_is_refused(body: Body, data: st.DataObject) -> None:
+    envelope = bytearray(sign_message(body, KEY).envelope)
     envelope[data.draw(st.integers(0, len(envelope) - 1))] ^= data.draw(st.integers(1, 255))
     with pytest.raises(RemoteProtocolError):
-        open_said(bytes(envelope))
+        verify_message(bytes(envelope))
 
 
 @given(signatures, digests)
-def test_two_signatures_in_an_epoch_convict_their_maker(one: SignatureRecord, statement: bytes) -> None:
+def test_two_votes_in_an_epoch_prove_equivocation(one: Signature, statement: bytes) -> None:
     other = replace(one, statement=statement)
-    proof = EquivocationRecord(chain=one.chain, first=say(one, KEY).envelope, second=say(other, KEY).envelope)
+    proof = EquivocationProof(one.chain, sign_message(one, KEY).envelope, sign_message(other, KEY).envelope)
     if one == other:
         with pytest.raises(RemoteProtocolError):
-            offender_of(proof)
+            equivocator_of(proof)
     else:
-        assert offender_of(proof) == say(one, KEY).peer
-        assert open_said(say(proof, OTHER_KEY).envelope).body == proof
+        assert equivocator_of(proof) == sign_message(one, KEY).peer
+        assert verify_message(sign_message(proof, OTHER_KEY).envelope).body == proof
 
 
-SIGNATURE = SignatureRecord(chain=CHAIN, epoch=3, statement=b"a" * 32)
-COMMIT = CommitRecord(chain=CHAIN, epoch=3, parent=CHAIN, hardware="x", commitment=b"a" * 32)
+SIGNATURE = Signature(chain=CHAIN, epoch=3, peer=PEER, statement=b"a" * 32)
+COMMIT = Commit(chain=CHAIN, epoch=3, parent=CHAIN, peer=PEER, hardware="x", commitment=b"a" * 32)
 
 
 @pytest.mark.parametrize(
     ("other", "key"),
     [
-        (replace(SIGNATURE, statement=b"b" * 32), OTHER_KEY),
+        (replace(SIGNATURE, statement=b"b" * 32, peer=OTHER_PEER), OTHER_KEY),
         (replace(SIGNATURE, statement=b"b" * 32, epoch=4), KEY),
         (replace(SIGNATURE, statement=b"b" * 32, chain=b"c" * 32), KEY),
         (COMMIT, KEY),
     ],
     ids=["another peer", "another epoch", "another chain", "another kind"],
 )
-def test_nobody_is_convicted_of_what_is_allowed(other: Body, key: Ed25519PrivateKey) -> None:
-    proof = EquivocationRecord(chain=CHAIN, first=say(SIGNATURE, KEY).envelope, second=say(other, key).envelope)
+def test_proof_of_allowed_messages_is_refused(other: Body, key: Ed25519PrivateKey) -> None:
+    proof = EquivocationProof(CHAIN, sign_message(SIGNATURE, KEY).envelope, sign_message(other, key).envelope)
     with pytest.raises(LocalProtocolError):
-        say(proof, KEY)
+        sign_message(proof, KEY)
 
 
-def test_two_commits_after_one_statement_convict_and_after_two_do_not() -> None:
-    def convicts(other: CommitRecord) -> bool:
-        proof = EquivocationRecord(chain=CHAIN, first=say(COMMIT, KEY).envelope, second=say(other, KEY).envelope)
+def test_two_commits_after_one_statement_prove_equivocation() -> None:
+    def convicts(other: Commit) -> bool:
+        proof = EquivocationProof(CHAIN, sign_message(COMMIT, KEY).envelope, sign_message(other, KEY).envelope)
         try:
-            return offender_of(proof) == say(COMMIT, KEY).peer
+            return equivocator_of(proof) == sign_message(COMMIT, KEY).peer
         except RemoteProtocolError:
             return False
 
@@ -140,10 +141,11 @@ def numbered_peers(count: int) -> tuple[PeerId, ...]:
     return tuple(sorted(peer_id_from_public_key(key) for key in numbered(count)))
 
 
-FULL = StatementRecord(
+FULL = Statement(
     chain=CHAIN,
     epoch=(1 << 32) - 1,
     parent=CHAIN,
+    proposer=PEER,
     commits=numbered(MAX_CONTRIBUTIONS),
     joined=numbered_peers(MAX_JOINED),
     left=numbered_peers(MAX_LEFT),
@@ -154,8 +156,8 @@ FULL = StatementRecord(
 )
 
 
-def test_the_largest_statement_is_one_record() -> None:
-    assert open_said(say(FULL, KEY).envelope).body == FULL
+def test_largest_statement_fits_into_one_record() -> None:
+    assert verify_message(sign_message(FULL, KEY).envelope).body == FULL
 
 
 @pytest.mark.parametrize(
@@ -167,10 +169,11 @@ def test_the_largest_statement_is_one_record() -> None:
         replace(FULL, commits=numbered(1) * 2),
         replace(FULL, epoch=1 << 32),
         replace(SIGNATURE, statement=b"short"),
-        RevealRecord(chain=CHAIN, epoch=1, nonce=CHAIN, readings=(MeasuredCell("h", "w", "m", 20_000_001),)),
-        RevealRecord(chain=CHAIN, epoch=1, nonce=CHAIN, readings=(MeasuredCell("h", "w", "m", 1),) * 2),
+        replace(SIGNATURE, peer=OTHER_PEER),
+        Reveal(CHAIN, 1, PEER, CHAIN, (Reading(Cell("h", "w", "m"), 20_000_001),)),
+        Reveal(CHAIN, 1, PEER, CHAIN, (Reading(Cell("h", "w", "m"), 1),) * 2),
     ],
 )
-def test_what_breaks_a_bound_is_not_said(body: Body) -> None:
+def test_message_out_of_bounds_is_not_signed(body: Body) -> None:
     with pytest.raises(ProtocolError):
-        say(body, KEY)
+        sign_message(body, KEY)

@@ -31,19 +31,19 @@ from tests.unit.protocol.job_streams import (
 
 
 @given(control_messages)
-def test_a_control_message_comes_back(message: ControlMessage) -> None:
+def test_control_message_round_trip(message: ControlMessage) -> None:
     body = encode_control(message)
     assert len(body) <= MAX_CONTROL_BYTES
     assert decode_control(body) == message
 
 
 @given(steps())
-def test_a_step_comes_back(step: Step) -> None:
+def test_step_round_trip(step: Step) -> None:
     assert decode_step_header(encode_step_header(step)).step(bytes(step.tensor.data)) == step
 
 
 @given(st.lists(control_messages, max_size=5), st.data())
-def test_frames_are_the_same_however_the_stream_is_cut(messages: list[ControlMessage], data: st.DataObject) -> None:
+def test_frames_survive_any_fragmentation(messages: list[ControlMessage], data: st.DataObject) -> None:
     reader = FrameReader()
     frames: list[Frame] = []
     for piece in data.draw(pieces(wire(*messages))):
@@ -54,7 +54,7 @@ def test_frames_are_the_same_however_the_stream_is_cut(messages: list[ControlMes
 
 
 @given(steps(), st.data())
-def test_rows_arrive_however_the_stream_is_cut(step: Step, data: st.DataObject) -> None:
+def test_steps_survive_any_fragmentation(step: Step, data: st.DataObject) -> None:
     initiator, responder = new_connection(Role.INITIATOR), new_connection(Role.RESPONDER, 1 << 20)
     initiator.send_hello()
     initiator.receive_data(b"".join(responder.send_hello()))
@@ -95,7 +95,7 @@ def feed(role: Role, chunks: list[bytes]) -> JobConnection:
 
 
 @given(st.sampled_from(Role), st.data())
-def test_damaged_bytes_cost_their_sender_and_nothing_else(role: Role, data: st.DataObject) -> None:
+def test_damaged_bytes_raise_only_remote_errors(role: Role, data: st.DataObject) -> None:
     damaged = bytearray(TO_RESPONDER if role is Role.RESPONDER else TO_INITIATOR)
     for _ in range(data.draw(st.integers(1, 3))):
         if not damaged:
@@ -116,7 +116,7 @@ def test_damaged_bytes_cost_their_sender_and_nothing_else(role: Role, data: st.D
 
 @settings(max_examples=50)
 @given(st.sampled_from(Role), st.binary(max_size=2000), st.data())
-def test_garbage_takes_little_memory(role: Role, garbage: bytes, data: st.DataObject) -> None:
+def test_garbage_allocates_little_memory(role: Role, garbage: bytes, data: st.DataObject) -> None:
     chunks = data.draw(pieces(wire(hello()) + garbage))
     tracemalloc.start()
     try:
@@ -129,7 +129,7 @@ def test_garbage_takes_little_memory(role: Role, garbage: bytes, data: st.DataOb
 
 
 @pytest.mark.parametrize("role", Role)
-def test_undamaged_bytes_are_taken_to_the_end(role: Role) -> None:
+def test_undamaged_bytes_are_accepted(role: Role) -> None:
     """The ground of the tests above: what they damage is legal."""
     data = TO_RESPONDER if role is Role.RESPONDER else TO_INITIATOR
     connection = feed(role, [data[place : place + 1] for place in range(len(data))])

@@ -129,7 +129,7 @@ def observations(draw: st.DrawFn) -> tuple[Observation, int]:
 
 @settings(max_examples=150, deadline=None)
 @given(observations())
-def test_what_is_sent_arrives(drawn: tuple[Observation, int]) -> None:
+def test_observation_round_trip(drawn: tuple[Observation, int]) -> None:
     made, observer = drawn
     sent = sign_observation(made, key(observer))
     assert verify_observation(sent.envelope, made.issued_at_s) == sent
@@ -140,7 +140,7 @@ def test_what_is_sent_arrives(drawn: tuple[Observation, int]) -> None:
 
 @settings(max_examples=300, deadline=None)
 @given(st.binary(max_size=300) | st.builds(lambda data: signed(1, stages=(1,)).envelope[:500] + data, st.binary()))
-def test_garbage_is_the_senders_fault(data: bytes) -> None:
+def test_garbage_raises_only_remote_errors(data: bytes) -> None:
     for reader in (open_observation, read_observation):
         try:
             reader(data)
@@ -163,7 +163,7 @@ wild = st.recursive(
 
 @settings(max_examples=600, deadline=None)
 @given(st.data())
-def test_a_signature_makes_nonsense_no_better(data: st.DataObject) -> None:
+def test_rejects_signed_nonsense(data: st.DataObject) -> None:
     """Whatever an observer puts in place of whichever value: it is taken and read back the same, or it is its fault."""
     payload: Any = _payload()
     holder, place = data.draw(st.sampled_from(list(_places(payload))))

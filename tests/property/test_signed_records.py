@@ -65,12 +65,12 @@ EXAMPLES: list[Record] = [
 
 
 @given(RECORDS)
-def test_a_record_comes_back(record: Record) -> None:
+def test_record_round_trip(record: Record) -> None:
     assert unseal(type(record), seal(record, KEY), NOW_S) == record
 
 
 @pytest.mark.parametrize("record", EXAMPLES)
-def test_no_bit_of_an_envelope_can_be_changed(record: Record) -> None:
+def test_rejects_envelope_with_any_bit_flipped(record: Record) -> None:
     envelope = seal(record, KEY)
     assert verify(envelope, record.kind, NOW_S).peer == PEER
     for position in range(len(envelope)):
@@ -82,7 +82,7 @@ def test_no_bit_of_an_envelope_can_be_changed(record: Record) -> None:
 
 
 @given(st.binary(max_size=300))
-def test_any_bytes_that_nobody_signed_are_refused(data: bytes) -> None:
+def test_rejects_unsigned_bytes(data: bytes) -> None:
     with pytest.raises(RemoteProtocolError):
         verify(data, "span", NOW_S)
     with pytest.raises(RemoteProtocolError):
@@ -108,7 +108,7 @@ def better(one: bytes, other: bytes) -> bytes:
 
 @settings(max_examples=60)
 @given(versions(), versions(), versions())
-def test_the_better_of_records_does_not_depend_on_their_order(one: bytes, two: bytes, three: bytes) -> None:
+def test_select_is_independent_of_order(one: bytes, two: bytes, three: bytes) -> None:
     assert better(one, one) == one
     assert better(one, two) == better(two, one)
     best = better(better(one, two), three)

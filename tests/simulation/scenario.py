@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import trio
 
-from node.swarm.membership import heartbeat_interval_s
+from node.swarm.heartbeats import heartbeat_interval_s
 from node.testing.memory_links import LinkModel
 from tests.simulation import virtual_time
 from tests.simulation.swarm import SimulatedPeer, Swarm, signatures_verified_once

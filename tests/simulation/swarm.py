@@ -15,6 +15,7 @@ from node.identity import Identity
 from node.network.interface import NetworkError
 from node.replication.observations import ObservationReplicator, ReplicationLimits
 from node.swarm.dht_records import RecordKinds
+from node.swarm.heartbeats import OwnServices
 from node.swarm.membership import Membership
 from node.testing.memory_history import MemoryHistory
 from node.testing.memory_hub import MemoryNetworkHub
@@ -194,9 +195,8 @@ class Swarm:
             peer.membership = Membership(
                 network=network,
                 identity=peer.identity,
-                agent="simulated",
+                services=OwnServices(agent="simulated", served_spans=tuple),
                 bootstrap=self._bootstrap,
-                served_spans=tuple,
                 records=records,
                 jitter=jitter,
                 wall_clock=wall_clock,

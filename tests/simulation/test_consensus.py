@@ -1,4 +1,4 @@
-"""Peers agree over links that lose, through partitions, kills and lies; the daemon's own code, in virtual time."""
+"""Peers reach consensus despite packet loss, partitions, kills and liars: the daemon's code in virtual time."""
 
 import math
 import random
@@ -10,31 +10,33 @@ from functools import lru_cache
 import trio
 
 from node.consensus.chain_node import Agreement, ChainNode
+from node.consensus.environment import ConsensusEnvironment, ConsensusRules
 from node.consensus.followed_chains import FollowedChains
-from node.consensus.service import ConsensusEnvironment, ConsensusRules, ConsensusService
+from node.consensus.service import ConsensusService
 from node.identity import Identity
 from node.network.interface import NetworkError
-from node.testing.chain_store import MemoryStore
+from node.storage.chain_store import ChainStore
+from node.testing.chain_store import memory_chain_store
 from node.testing.memory_history import MemoryHistory
 from node.testing.memory_hub import MemoryNetworkHub
 from node.testing.memory_links import LinkModel
 from node.testing.memory_network import MemoryNetwork
 from node.util.offload import run_inline
-from protocol.consensus import CommitRecord, Said, SignatureRecord, open_said, say
+from protocol.consensus import SignedMessage, sign_message, verify_message
+from protocol.consensus_values import Cell, Commit, Signature
 from protocol.identity import ModelId
 from selector.consensus.clock import EpochClock
-from selector.consensus.sortition import Agenda
-from selector.consensus.values import Cell
+from selector.consensus.sortition import MeasurementPlan
 from tests.simulation import virtual_time
 
 MODEL = ModelId("ab" * 32)
-AGENDA = Agenda(("long", "short"), ("fast", "odd", "slow"))
+PLAN = MeasurementPlan(("long", "short"), ("fast", "odd", "slow"))
 EPOCH_S = 60.0
 BEGINNING_S = 1_750_000_020.0
 HARDWARE = "two cores"
 NEIGHBOURS = 6
 
-_open_said_once = lru_cache(maxsize=1 << 16)(open_said)
+_verify_once = lru_cache(maxsize=1 << 16)(verify_message)
 
 
 def truth(cell: Cell) -> float:
@@ -47,7 +49,7 @@ def lie(cell: Cell) -> float:
 
 @dataclass
 class Meter:
-    """What a peer measures, or says that it did."""
+    """A peer's readings, true or not."""
 
     reading: Callable[[Cell], float]
     seconds: float = 3.0
@@ -64,14 +66,14 @@ class Meter:
 
 @dataclass
 class Peer:
-    """A peer, also while it is down: identity and store outlive the process."""
+    """A peer, also while it is down: its identity and store survive."""
 
     identity: Identity
     meter: Meter
     serves: bool
     skew_s: float
     network: MemoryNetwork
-    store: MemoryStore = field(default_factory=MemoryStore)
+    store: ChainStore = field(default_factory=memory_chain_store)
     consensus: ConsensusService = field(init=False)
     chains: FollowedChains = field(init=False)
 
@@ -80,7 +82,7 @@ class Peer:
         return self.chains.agreement(MODEL)
 
     @property
-    def keeper(self) -> ChainNode:
+    def node(self) -> ChainNode:
         return self.chains.nodes[MODEL]
 
 
@@ -90,7 +92,7 @@ class Swarm:
         link = LinkModel(latency_s=0.03, jitter_s=0.04, loss=loss, resolution_s=0.01)
         self.hub = MemoryNetworkHub(random.Random(self.rng.random()), link)
         self.peers: list[Peer] = []
-        self.open_envelope: Callable[[bytes], Said] = _open_said_once
+        self.verify: Callable[[bytes], SignedMessage] = _verify_once
         self._skew_s = skew_s
         self._nursery: trio.Nursery | None = None
 
@@ -131,9 +133,9 @@ class Swarm:
             wall_clock=lambda: BEGINNING_S + trio.current_time() + peer.skew_s,
             offload=run_inline,
             nonce=lambda: jitter.randbytes(32),
-            open_envelope=lambda envelope: self.open_envelope(envelope),
+            verify=lambda envelope: self.verify(envelope),
         )
-        rules = ConsensusRules(swarm=b"swarm", agenda=AGENDA, clock=EpochClock(EPOCH_S))
+        rules = ConsensusRules(swarm=b"swarm", plan=PLAN, clock=EpochClock(EPOCH_S))
         peer.consensus = ConsensusService(peer.network, peer.chains, environment, rules, jitter)
         async with peer.network.running(), trio.open_nursery() as nursery:
             task_status.started()
@@ -154,7 +156,7 @@ class Swarm:
         return {peer.agreement.statement if peer.agreement else None for peer in live}
 
     async def until_one_head(self, within_s: float, after_epoch: int = -1) -> Agreement:
-        """Wait until everybody alive stands by one statement, of a later epoch; return what it comes to."""
+        """Wait until all live peers have the same head, of a later epoch; return the agreement."""
         with trio.fail_after(within_s):
             while True:
                 await trio.sleep(1)
@@ -163,7 +165,7 @@ class Swarm:
                     return agreement
 
 
-def test_peers_agree_over_links_that_lose_a_fifth_of_all_messages() -> None:
+def test_peers_agree_despite_twenty_percent_packet_loss() -> None:
     async def program() -> tuple[Agreement, int]:
         swarm = Swarm(seed=1, loss=0.2)
         async with swarm.running(9):
@@ -179,7 +181,7 @@ def test_peers_agree_over_links_that_lose_a_fifth_of_all_messages() -> None:
     assert 1 <= measured <= 2 * 8
 
 
-def test_a_partition_heals_to_the_branch_with_the_quorum() -> None:
+def test_partition_heals_to_the_branch_with_the_quorum() -> None:
     async def program() -> tuple[int, set[bytes | None], set[bytes], int]:
         swarm = Swarm(seed=2)
         async with swarm.running(9):
@@ -188,18 +190,18 @@ def test_a_partition_heals_to_the_branch_with_the_quorum() -> None:
             swarm.hub.partition([[peer.identity.peer_id for peer in group] for group in (most, few)])
             await trio.sleep(4 * EPOCH_S)
             assert swarm.heads(few) != swarm.heads(most)
-            standing = swarm.heads(most)
+            agreed = swarm.heads(most)
             swarm.hub.heal()
             agreement = await swarm.until_one_head(3 * EPOCH_S)
-            path = {link.id for link in few[0].keeper.participant.chain.standing()}
-            return before.epoch, standing, path, agreement.epoch
+            path = {entry.id for entry in few[0].node.replica.chain.canonical()}
+            return before.epoch, agreed, path, agreement.epoch
 
-    before, standing, path, after = virtual_time.run(program, seed=2)
-    assert standing <= path
+    before, agreed, path, after = virtual_time.run(program, seed=2)
+    assert agreed <= path
     assert after >= before + 3
 
 
-def test_liars_lose_their_weight() -> None:
+def test_liars_lose_reputation() -> None:
     async def program() -> tuple[Agreement, list[str], list[str]]:
         swarm = Swarm(seed=3)
         async with swarm.running(12, liars=3):
@@ -213,59 +215,59 @@ def test_liars_lose_their_weight() -> None:
     assert all(math.isclose(entry.value / 1e6, truth(cell), abs_tol=1e-6) for cell, entry in agreement.table.items())
 
 
-def test_one_who_contradicts_itself_is_convicted_by_whoever_hears_both() -> None:
+def test_equivocator_is_expelled_by_gossiped_proof() -> None:
     async def program() -> tuple[list[tuple[str, ...]], str]:
         swarm = Swarm(seed=4)
         async with swarm.running(6):
             await swarm.until_one_head(4 * EPOCH_S)
             cheat = swarm.peers[0]
-            epoch = cheat.keeper.clock.epoch_at(cheat.keeper.now_s())
+            epoch = cheat.node.clock.epoch_at(cheat.node.now_s())
             for statement in (bytes(32), bytes([1]) * 32):
-                body = SignatureRecord(chain=cheat.keeper.genesis, epoch=epoch, statement=statement)
-                cheat.consensus._publish([say(body, cheat.identity.private_key)])
+                body = Signature(cheat.node.genesis, epoch, cheat.identity.peer_id, statement)
+                cheat.consensus._publish([sign_message(body, cheat.identity.private_key)])
                 await trio.sleep(1)
             await trio.sleep(3 * EPOCH_S)
-            states = [peer.keeper.participant.state() for peer in swarm.peers[1:]]
-            return [state.expelled for state in states if state], cheat.identity.peer_id
+            states = [peer.node.replica.participant.state() for peer in swarm.peers[1:]]
+            return [state.banned for state in states if state], cheat.identity.peer_id
 
     expelled, cheat = virtual_time.run(program, seed=4)
     assert expelled == [(cheat,)] * 5
 
 
-def test_a_newcomer_adopts_what_is_agreed_though_it_serves_nothing() -> None:
+def test_newcomer_without_a_span_adopts_the_agreed_table() -> None:
     async def program() -> tuple[float, bytes, bytes]:
         swarm = Swarm(seed=5)
         async with swarm.running(4):
             await trio.sleep(8 * EPOCH_S + 10)
-            standing = swarm.peers[0].agreement
-            assert standing
+            agreed = swarm.peers[0].agreement
+            assert agreed
             newcomer = await swarm.join(serves=False)
             began_s = trio.current_time()
             with trio.fail_after(20):
-                while newcomer.agreement is None or newcomer.agreement.statement != standing.statement:
+                while newcomer.agreement is None or newcomer.agreement.statement != agreed.statement:
                     await trio.sleep(0.1)
-            return trio.current_time() - began_s, standing.table_digest, newcomer.agreement.table_digest
+            return trio.current_time() - began_s, agreed.table_digest, newcomer.agreement.table_digest
 
     seconds, table, adopted = virtual_time.run(program, seed=5)
     assert table == adopted
     assert seconds < 20
 
 
-def test_peers_that_are_killed_again_and_again_never_say_two_things() -> None:
+def test_killed_and_restarted_peers_never_equivocate() -> None:
     async def program() -> tuple[dict[tuple[str, int, bytes | None], set[bytes]], int, int]:
         swarm = Swarm(seed=6, loss=0.1)
-        said: dict[tuple[str, int, bytes | None], set[bytes]] = {}
+        signed: dict[tuple[str, int, bytes | None], set[bytes]] = {}
 
-        def open_and_note(envelope: bytes) -> Said:
-            heard = _open_said_once(envelope)
-            body = heard.body
-            if isinstance(body, CommitRecord):
-                said.setdefault((heard.peer, body.epoch, body.parent), set()).add(envelope)
-            elif isinstance(body, SignatureRecord):
-                said.setdefault((heard.peer, body.epoch, None), set()).add(envelope)
-            return heard
+        def verify_and_note(envelope: bytes) -> SignedMessage:
+            message = _verify_once(envelope)
+            body = message.body
+            if isinstance(body, Commit):
+                signed.setdefault((message.peer, body.epoch, body.parent), set()).add(envelope)
+            elif isinstance(body, Signature):
+                signed.setdefault((message.peer, body.epoch, None), set()).add(envelope)
+            return message
 
-        swarm.open_envelope = open_and_note
+        swarm.verify = verify_and_note
         async with swarm.running(5):
             for number in range(60):
                 await trio.sleep(swarm.rng.uniform(1, 15))
@@ -274,10 +276,10 @@ def test_peers_that_are_killed_again_and_again_never_say_two_things() -> None:
                 await trio.sleep(swarm.rng.uniform(0, 3))
                 await swarm.restart(peer)
             agreement = await swarm.until_one_head(6 * EPOCH_S)
-            offences = sum(peer.keeper.statistics.offences for peer in swarm.peers)
-            return said, offences, agreement.epoch
+            equivocations = sum(len(peer.node.replica.log.equivocators) for peer in swarm.peers)
+            return signed, equivocations, agreement.epoch
 
-    said, offences, _ = virtual_time.run(program, seed=6)
-    assert len(said) > 20
-    assert {len(envelopes) for envelopes in said.values()} == {1}
-    assert offences == 0
+    signed, equivocations, _ = virtual_time.run(program, seed=6)
+    assert len(signed) > 20
+    assert {len(envelopes) for envelopes in signed.values()} == {1}
+    assert equivocations == 0

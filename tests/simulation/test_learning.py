@@ -1,6 +1,6 @@
-"""A node learns which method is best for which kind of task, at a bounded cost, whatever others say.
+"""A node learns the best method of each task bucket at a bounded cost, whatever others report.
 
-The hand-written rule is wrong here on purpose: what it takes for the fastest engine is the slowest on this hardware.
+The heuristic is wrong here on purpose: its fastest engine is the slowest on this hardware.
 """
 
 import math
@@ -120,18 +120,18 @@ def is_fast(family: str, chosen: JobResult) -> bool:
     return switches["engine"] != "onnxruntime" and (family == "plain" or switches["prefix_cache"] == "on")
 
 
-async def test_the_best_method_of_each_kind_of_task_is_found_within_the_budget(virtual_clock: MockClock) -> None:
+async def test_finds_the_best_method_of_each_bucket_within_the_allowance(virtual_clock: MockClock) -> None:
     node = LearningNode()
     results = await serve(node, 14)
     first = {family: found[0].method.name for family, found in results.items()}
     assert all("engine=onnxruntime" in name for name in first.values())  # as the rule has it
     for family, found in results.items():
         assert sum(is_fast(family, each) for each in found[-4:]) >= 3, [each.method.name for each in found]
-    budget = node.chooser.allowance
-    assert budget.explored_jobs <= SHARE * budget.jobs
+    allowance = node.chooser.allowance
+    assert allowance.explored_jobs <= SHARE * allowance.jobs
     longest_trial_s = 30.0
-    assert budget.trial_s + budget.regret_s <= ALLOWANCE_S + SHARE * budget.served_s + longest_trial_s
-    assert budget.trials >= 2
+    assert allowance.trial_s + allowance.regret_s <= ALLOWANCE_S + SHARE * allowance.served_s + longest_trial_s
+    assert allowance.trials >= 2
 
     for found in results.values():
         for result in found[-4:]:
@@ -140,7 +140,8 @@ async def test_the_best_method_of_each_kind_of_task_is_found_within_the_budget(v
             assert set(result.selection.predictions) == {each.name for each in EXACT}
             if not result.selection.explored:
                 assert result.method.name in result.selection.accepted
-    errors = [abs(math.log(each.actual_s / each.predicted_s)) for each in list(node.chooser.decisions)[-10:]]
+    decisions = list(node.chooser.decisions)[-10:]
+    errors = [abs(math.log(outcome.total_s / selection.predicted_s)) for outcome, selection in decisions]
     assert sorted(errors)[5] < 0.5
 
 
@@ -152,7 +153,7 @@ class LyingVoter:
         return {each.name: -20.0 if each.name == LIE else 5.0 for each in methods}
 
 
-async def test_neither_a_history_nor_votes_full_of_nonsense_make_a_node_use_what_is_bad(
+async def test_false_history_and_votes_adopt_no_slow_method(
     virtual_clock: MockClock,
 ) -> None:
     context = TaskContext(architecture="fake", block_count=9, hidden_size=32, hardware="test")
@@ -181,7 +182,7 @@ async def test_neither_a_history_nor_votes_full_of_nonsense_make_a_node_use_what
     assert node.chooser.allowance.trials < 20
 
 
-async def test_without_a_budget_nothing_is_tried(virtual_clock: MockClock) -> None:
+async def test_nothing_is_explored_without_an_allowance(virtual_clock: MockClock) -> None:
     node = LearningNode()
     node.chooser = LearnedChooser(node.predictions, random.Random(1), share=0.0)
     results = await serve(node, 5)

@@ -6,8 +6,8 @@ import trio
 
 from node.identity import Identity
 from node.network.interface import Stream
-from node.swarm.directory import MAX_UNREACHED_PER_TELLER
-from node.swarm.membership import HEARSAY_AT_ONCE, HEARSAY_PER_S
+from node.swarm.directory import MAX_UNREACHED_PER_RELAY
+from node.swarm.heartbeats import NEW_PEERS_BURST, NEW_PEERS_PER_S
 from node.testing.memory_links import LinkModel
 from protocol.announcements import HEARTBEAT_TOPIC, Heartbeat, ServedSpan
 from protocol.identity import BlockRange, ModelId, PeerId
@@ -72,7 +72,7 @@ def test_made_up_peers_serve_nothing_are_dialled_seldom_and_do_not_live_for_ever
             await trio.sleep(5)
             assert victim.membership is not None
             directory = victim.membership.directory
-            assert len(directory.unreached()) == MAX_UNREACHED_PER_TELLER
+            assert len(directory.unreached()) == MAX_UNREACHED_PER_RELAY
             assert not directory.models()
             assert await victim.membership.candidates(MODEL, 30, without=()) == ()
             await trio.sleep(25)
@@ -111,13 +111,13 @@ def test_made_up_peers_that_are_gossiped_are_taken_in_at_the_pace_of_an_honest_s
                     envelope = made_up_heartbeat(identity, f"/ip4/10.{number}.1.1/tcp/4001")
                     for peer in swarm.peers:
                         assert peer.membership is not None
-                        handed_on.append(peer.membership._validate_heartbeat(identity.peer_id, envelope))
+                        handed_on.append(peer.membership.heartbeats.validate(identity.peer_id, envelope))
                 await trio.sleep(1)
-            assert sum(handed_on) <= len(swarm.peers) * (HEARSAY_AT_ONCE + HEARSAY_PER_S * rounds)
+            assert sum(handed_on) <= len(swarm.peers) * (NEW_PEERS_BURST + NEW_PEERS_PER_S * rounds)
             for peer in swarm.peers:
                 assert peer.membership is not None
                 directory = peer.membership.directory
-                assert len(directory.unreached()) <= HEARSAY_AT_ONCE + HEARSAY_PER_S * rounds
+                assert len(directory.unreached()) <= NEW_PEERS_BURST + NEW_PEERS_PER_S * rounds
                 assert not directory.models()
                 assert len(directory.reached()) == len(swarm.peers)
 

@@ -3,7 +3,7 @@
 import pytest
 import trio
 
-from node.swarm.membership import heartbeat_interval_s
+from node.swarm.heartbeats import heartbeat_interval_s
 from node.testing.memory_links import LinkModel
 from tests.simulation import virtual_time
 from tests.simulation.swarm import SimulatedPeer, Swarm, signatures_verified_once
@@ -13,7 +13,7 @@ PEERS = 24
 
 def known_to(peer: SimulatedPeer) -> int:
     assert peer.membership is not None
-    return len(peer.membership.directory.presences())
+    return len(peer.membership.directory.entries())
 
 
 async def until_known(peer: SimulatedPeer, count: int, within_s: float) -> float:

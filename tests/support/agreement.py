@@ -1,17 +1,18 @@
-"""Participants of a consensus that hear one another at once, and what they measure."""
+"""A swarm of consensus participants whose messages arrive at once, and their measurements."""
 
 import itertools
 from collections.abc import Callable, Iterable, Sequence
 
-from selector.consensus.chain import Chain, InvalidStatement
+from protocol.consensus_values import Cell, Reading, Signature, Statement, genesis_of
+from protocol.identity import PeerId
+from selector.consensus.chain import Chain, ChainEntry, InvalidStatement
 from selector.consensus.clock import EpochClock
 from selector.consensus.participant import Participant
-from selector.consensus.sortition import Agenda
+from selector.consensus.sortition import MeasurementPlan
 from selector.consensus.state import Contribution
-from selector.consensus.values import Cell, Reading, Signature, Statement, genesis_of
 
 CLOCK = EpochClock(100.0)
-AGENDA = Agenda(("short", "long"), ("fast", "slow", "odd"))
+PLAN = MeasurementPlan(("short", "long"), ("fast", "slow", "odd"))
 GENESIS = genesis_of(b"swarm", "model", "rules")
 HARDWARE = "two cores"
 
@@ -19,21 +20,21 @@ Measure = Callable[[Cell], int | None]
 
 
 def truth(cell: Cell) -> int:
-    """Return what an honest peer measures."""
+    """Return the reading of an honest peer."""
     return {"fast": -1_000_000, "slow": 700_000, "odd": 0}[cell.method] + 10_000 * len(cell.workload)
 
 
 class Peer:
-    """A participant and what it does when it measures."""
+    """A participant and its measurements."""
 
-    def __init__(self, name: str, measure: Measure = truth, agenda: Agenda = AGENDA) -> None:
-        self.name = name
+    def __init__(self, name: str, measure: Measure = truth, plan: MeasurementPlan = PLAN) -> None:
+        self.name = PeerId(name)
         self.measure = measure
-        self.participant = Participant(name, Chain(GENESIS), CLOCK, agenda)
+        self.participant = Participant(self.name, Chain(GENESIS), CLOCK, plan)
 
 
 class Swarm:
-    """Peers in groups; within a group everybody hears everything at once, and nothing from outside."""
+    """Peers in groups, between which no message gets through."""
 
     def __init__(self, peers: Iterable[Peer]) -> None:
         self.peers = list(peers)
@@ -43,7 +44,7 @@ class Swarm:
         self._nonces = itertools.count()
 
     def play(self, groups: Sequence[Sequence[Peer]] | None = None) -> None:
-        """Live through one epoch."""
+        """Run one epoch."""
         for group in groups if groups is not None else [self.peers]:
             self._play(group)
         self.epoch += 1
@@ -51,52 +52,68 @@ class Swarm:
     def _play(self, group: Sequence[Peer]) -> None:
         commits_s = CLOCK.starts_s(self.epoch) + 10
         self._catch_up(group)
-        said = [self.contribution(peer, commits_s) for peer in group]
+        contributions = [self.contribution(peer, commits_s) for peer in group]
         for peer in group:
-            for commit, reveal in said:
-                peer.participant.hear_commit(commit, commits_s)
+            for commit, reveal in contributions:
+                peer.participant.on_commit(commit, commits_s)
                 peer.participant.confirm(commit)
-                peer.participant.hear_reveal(reveal, CLOCK.reveals_begin_s(self.epoch))
+                peer.participant.on_reveal(reveal, CLOCK.reveals_begin_s(self.epoch))
         for turn in range(CLOCK.turns()):
             now_s = CLOCK.proposes_s(self.epoch, turn) + 0.5
             for statement in [s for peer in group if (s := peer.participant.propose(now_s))]:
                 self.statements.append(statement)
                 for peer in group:
-                    peer.participant.hear_statement(statement)
+                    peer.participant.chain.add(statement)
             for _ in ("its proposer", "and then the others"):
                 for signature in [v for peer in group if (v := peer.participant.vote(now_s))]:
                     self.signatures.append(signature)
                     for peer in group:
-                        peer.participant.hear_signature(signature)
+                        peer.participant.chain.add_signature(signature)
         self._catch_up(group)
 
     def contribution(self, peer: Peer, now_s: float) -> Contribution:
-        """Return what a peer says in this epoch."""
+        """Return the contribution of a peer to this epoch."""
         values = {cell: peer.measure(cell) for cell in peer.participant.assigned(now_s)}
         readings = [Reading(cell, value) for cell, value in values.items() if value is not None]
         return peer.participant.contribute(now_s, HARDWARE, readings, (), b"%016d" % next(self._nonces))
 
     def _catch_up(self, group: Sequence[Peer]) -> None:
-        """Exchange what some of a group know and others do not, as anti-entropy does."""
-        links = {link.id: link for peer in group for link in peer.participant.chain.quorate()}
+        """Exchange statements, signatures and states within a group, as anti-entropy does."""
+        entries = {entry.id: entry for peer in group for entry in quorate(peer.participant.chain)}
         states = [state for peer in group if (state := peer.participant.state())]
         for peer in group:
-            for link in sorted(links.values(), key=lambda link: link.epoch):
-                assert link.statement is not None
+            for entry in sorted(entries.values(), key=lambda entry: entry.epoch):
                 try:
-                    peer.participant.hear_statement(link.statement)
+                    copy_entry(entry, peer.participant.chain)
                 except InvalidStatement as error:
                     raise AssertionError(f"{peer.name}: {error}") from None
-                for signer in link.signatures:
-                    peer.participant.hear_signature(Signature(link.epoch, signer, link.id))
             for state in states:
-                peer.participant.learn_state(state)
+                peer.participant.adopt_state(state)
 
     def heads(self, peers: Sequence[Peer] | None = None) -> set[bytes]:
-        """Return the heads that peers stand by."""
+        """Return the heads of peers."""
         return {peer.participant.chain.head.id for peer in peers or self.peers}
 
 
 def swarm_of(count: int, measure: Measure = truth) -> Swarm:
     """Return a swarm of equal peers."""
     return Swarm(Peer(f"peer-{number:03}", measure) for number in range(count))
+
+
+def quorate(chain: Chain) -> list[ChainEntry]:
+    """Return all entries with a quorum except the root, parents before children."""
+    found: list[ChainEntry] = []
+    waiting = [chain.root]
+    while waiting:
+        children = [child for child in waiting.pop().children if child.has_quorum]
+        found += children
+        waiting += children
+    return found
+
+
+def copy_entry(entry: ChainEntry, chain: Chain, signers: Iterable[PeerId] | None = None) -> None:
+    """Add an entry to another chain, with the signatures of `signers`, or all."""
+    assert entry.statement is not None
+    chain.add(entry.statement)
+    for signer in entry.signers if signers is None else signers:
+        chain.add_signature(Signature(GENESIS, entry.epoch, signer, entry.id))

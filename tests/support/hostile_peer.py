@@ -8,6 +8,7 @@ import trio
 from node.identity import Identity
 from node.network.interface import Network, NetworkError, Stream
 from node.swarm.dht_records import RecordKinds
+from node.swarm.heartbeats import OwnServices
 from node.swarm.membership import Membership
 from node.testing.fake_engine import FAKE_MODEL
 from protocol.announcements import ServedSpan
@@ -142,9 +143,11 @@ async def join_hole(
     membership = Membership(
         network=network,
         identity=identity,
-        agent="hole/1",
+        services=OwnServices(
+            agent="hole/1",
+            served_spans=lambda: (ServedSpan(model=FAKE_MODEL, blocks=BlockRange(*blocks), load=load),),
+        ),
         bootstrap=swarm.peers[0].network.multiaddrs,
-        served_spans=lambda: (ServedSpan(model=FAKE_MODEL, blocks=BlockRange(*blocks), load=load),),
         records=RecordKinds(network),
         jitter=swarm.rng,
         wall_clock=wall_clock,

@@ -29,6 +29,7 @@ from node.stages.stage_policy import PolicyController
 from node.stages.stage_server import StageServer
 from node.stages.voting import Agreement, Voter
 from node.swarm.dht_records import RecordKinds
+from node.swarm.heartbeats import OwnServices
 from node.swarm.link_estimates import LinkEstimates
 from node.swarm.membership import Membership
 from node.testing.fake_engine import FAKE_MODEL, FAKE_VARIANTS, FakeEngine, fake_span_info
@@ -278,13 +279,11 @@ class Swarm:
         return Membership(
             network=network,
             identity=identity,
-            agent="test/1",
+            services=OwnServices(agent="test/1", served_spans=stages.served_spans, placements=placements.current),
             bootstrap=self.peers[0].network.multiaddrs if self.peers else (),
-            served_spans=stages.served_spans,
             records=RecordKinds(network),
             jitter=self.rng,
             wall_clock=wall_clock,
-            stated=placements.current,
         )
 
     def _expected(self, membership: Membership, model: ModelId) -> tuple[BlockRange, ...]:

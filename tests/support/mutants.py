@@ -14,15 +14,18 @@ from protocol.announcements import Heartbeat, Placement, Record, ServedSpan, Spa
 from protocol.blobs import BlobFound, BlobInitiator, BlobRequest, BlobResponder
 from protocol.capabilities import CapabilityRecord
 from protocol.codec import decode_control, decode_step_header, encode_control, encode_step_header
-from protocol.consensus import (
-    CommitRecord,
-    EquivocationRecord,
-    MeasuredCell,
-    RevealRecord,
-    SignatureRecord,
-    StatementRecord,
-    open_said,
-    say,
+from protocol.consensus import Body, sign_message, verify_message
+from protocol.consensus_values import (
+    Cell,
+    CellReadings,
+    Commit,
+    EquivocationProof,
+    Member,
+    PeerReading,
+    Reading,
+    Reveal,
+    Signature,
+    Statement,
 )
 from protocol.half_duplex import Busy
 from protocol.history import HistoryDigest, decode_batch, encode_batch
@@ -103,8 +106,8 @@ def targets() -> tuple[Target, ...]:
         *(
             each
             for body in _EPOCH
-            for said in [say(body, key(0))]
-            for each in _signed_targets(_kind_of(said.envelope), [said.envelope], open_said)
+            for message in [sign_message(body, key(0))]
+            for each in _signed_targets(_kind_of(message.envelope), [message.envelope], verify_message)
         ),
     )
 
@@ -235,8 +238,13 @@ _CHAIN_CONVERSATIONS: Final[tuple[tuple[chains.Message, ...], ...]] = (
         chains.Records(envelopes=(), last=True),
         chains.GetState(_DIGEST),
         chains.StatePart(
-            members=(chains.MemberState(peer(0), "two cores", 4096, 1024, 1),),
-            cells=(chains.CellState("two cores", "short", "fast", 7, ((peer(0), -5), (peer(1), 5))),),
+            members=(Member(peer(0), "two cores", 4096, 1024, 1),),
+            cells=(
+                (
+                    Cell("two cores", "short", "fast"),
+                    CellReadings(7, (PeerReading(peer(0), -5), PeerReading(peer(1), 5))),
+                ),
+            ),
             expelled=(peer(2),),
             last=True,
         ),
@@ -292,17 +300,18 @@ _RECORDS: Final[tuple[Record, ...]] = (
 
 _PRESENT: Final = [seal(record, key(0)) for record in _RECORDS if isinstance(record, Heartbeat)]
 
-_COMMIT: Final = CommitRecord(
-    chain=_DIGEST, epoch=5, parent=_DIGEST, hardware="cpu", commitment=_DIGEST, observations=(_DIGEST,)
+_COMMIT: Final = Commit(
+    chain=_DIGEST, epoch=5, parent=_DIGEST, peer=peer(0), hardware="cpu", commitment=_DIGEST, observations=(_DIGEST,)
 )
-_SIGNATURE: Final = SignatureRecord(chain=_DIGEST, epoch=5, statement=_DIGEST)
-_EPOCH: Final = (
+_SIGNATURE: Final = Signature(_DIGEST, 5, peer(0), _DIGEST)
+_EPOCH: Final[tuple[Body, ...]] = (
     _COMMIT,
-    RevealRecord(chain=_DIGEST, epoch=5, nonce=_DIGEST, readings=(MeasuredCell("context", "method", "cpu", 12_345),)),
-    StatementRecord(
+    Reveal(_DIGEST, 5, peer(0), _DIGEST, (Reading(Cell("context", "method", "cpu"), 12_345),)),
+    Statement(
         chain=_DIGEST,
         epoch=5,
         parent=_DIGEST,
+        proposer=peer(0),
         commits=(_DIGEST,),
         joined=(peer(1),),
         left=(),
@@ -312,10 +321,10 @@ _EPOCH: Final = (
         state_digest=_DIGEST,
     ),
     _SIGNATURE,
-    EquivocationRecord(
+    EquivocationProof(
         chain=_DIGEST,
-        first=say(_SIGNATURE, key(1)).envelope,
-        second=say(replace(_SIGNATURE, statement=bytes(32)), key(1)).envelope,
+        first=sign_message(_SIGNATURE, key(0)).envelope,
+        second=sign_message(replace(_SIGNATURE, statement=bytes(32)), key(0)).envelope,
     ),
 )
 

@@ -42,18 +42,18 @@ def ignore(stage: str, done: int, total: int) -> None:
 @pytest.mark.parametrize(
     ("blocks", "parts", "bounds"), [(30, 3, [10, 20, 30]), (30, 4, [7, 15, 22, 30]), (2, 1, [2]), (3, 3, [1, 2, 3])]
 )
-def test_blocks_are_split_evenly(blocks: int, parts: int, bounds: list[int]) -> None:
+def test_splits_blocks_evenly(blocks: int, parts: int, bounds: list[int]) -> None:
     spans = split_evenly(blocks, parts)
     assert [span.end for span in spans] == bounds
     assert [span.start for span in spans] == [0, *bounds[:-1]]
 
 
-def test_no_peer_is_left_without_a_block() -> None:
+def test_refuses_more_parts_than_blocks() -> None:
     with pytest.raises(ConfigError, match="1 to 2 peers, not 3"):
         split_evenly(2, 3)
 
 
-async def test_the_peers_know_the_first_and_hold_all_blocks_between_them(tmp_path: Path) -> None:
+async def test_peers_bootstrap_from_first_and_cover_all_blocks(tmp_path: Path) -> None:
     told: list[tuple[str, int, int]] = []
     async with local_swarm("tiny", 8, 2, tmp_path, lambda *stage: told.append(stage)) as peers:
         assert [peer.ready.peer_id for peer in peers] == list(PEERS)
@@ -71,7 +71,7 @@ async def test_the_peers_know_the_first_and_hold_all_blocks_between_them(tmp_pat
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, ZeroDivisionError])
-async def test_whatever_goes_wrong_no_peer_is_left_behind(error: type[BaseException], tmp_path: Path) -> None:
+async def test_stops_peers_on_any_error(error: type[BaseException], tmp_path: Path) -> None:
     peers: list[LocalPeer] = []
     with pytest.RaisesGroup(error):
         async with local_swarm("tiny", 8, 2, tmp_path, ignore) as peers:
@@ -85,7 +85,7 @@ class TestOneThatDies:
     def behaviour(self, behaviour: str, request: pytest.FixtureRequest) -> str:
         return str(request.param)
 
-    async def test_its_last_words_are_told_and_the_others_stopped(self, tmp_path: Path) -> None:
+    async def test_reports_log_and_stops_others(self, tmp_path: Path) -> None:
         peers: list[LocalPeer] = []
         with pytest.raises(DaemonDiedError, match="peer 2 of 2, blocks 4-8, ended with exit code 1") as caught:
             async with local_swarm("tiny", 8, 2, tmp_path, ignore) as peers:
@@ -100,7 +100,7 @@ class TestOneThatWillNotGo:
     def behaviour(self, behaviour: str) -> str:
         return "stubborn"
 
-    async def test_it_is_killed(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def test_kills_stubborn_peer(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(demo, "STOP_TIMEOUT_S", 0.1)
         async with local_swarm("tiny", 8, 2, tmp_path, ignore) as peers:
             pass
@@ -108,7 +108,7 @@ class TestOneThatWillNotGo:
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_stops_the_peers_too(number: signal.Signals, tmp_path: Path) -> None:
+def test_signal_stops_peers(number: signal.Signals, tmp_path: Path) -> None:
     program = f"""if True:
         import sys, trio
         from pathlib import Path

@@ -34,7 +34,7 @@ def open_umask() -> object:
 
 
 @pytest.mark.parametrize("exists", [False, True])
-async def test_nobody_else_may_read_what_a_node_keeps(tmp_path: Path, exists: bool) -> None:
+async def test_data_directory_is_private(tmp_path: Path, exists: bool) -> None:
     config = config_in(tmp_path)
     database = config.data_dir / "metaswarm.sqlite3"
     if exists:  # as an earlier version left it
@@ -53,25 +53,25 @@ async def test_nobody_else_may_read_what_a_node_keeps(tmp_path: Path, exists: bo
             assert mode(config.data_dir) == 0o700
 
 
-def test_a_folder_that_many_share_stays_as_it_is(tmp_path: Path) -> None:
+def test_leaves_mode_of_shared_folder(tmp_path: Path) -> None:
     tmp_path.chmod(0o1777)
     app._keep_private(tmp_path)
     assert mode(tmp_path) == 0o1777
 
 
 @pytest.mark.parametrize("memory_bytes", [99_999 << 40, total_memory() + 1, 1, 4096])
-def test_memory_that_is_not_there_or_holds_nothing_is_refused_in_one_line(tmp_path: Path, memory_bytes: int) -> None:
+def test_refuses_memory_limit_out_of_range(tmp_path: Path, memory_bytes: int) -> None:
     with pytest.raises(StartError, match=r"^--memory: ") as caught:
         app._check_memory(config_in(tmp_path, memory_bytes), CPU)
     assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("memory_bytes", [None, 1 << 20, total_memory()])
-def test_memory_that_is_there_is_taken(tmp_path: Path, memory_bytes: int | None) -> None:
+def test_accepts_memory_limit(tmp_path: Path, memory_bytes: int | None) -> None:
     app._check_memory(config_in(tmp_path, memory_bytes), CPU)
 
 
-def test_a_full_disk_is_one_line_when_node_json_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_full_disk_at_node_json_is_start_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device")
 
@@ -82,7 +82,7 @@ def test_a_full_disk_is_one_line_when_node_json_is_written(tmp_path: Path, monke
     assert not list(tmp_path.iterdir())
 
 
-def test_what_a_second_node_cannot_share_is_told_at_once_with_what_it_takes(tmp_path: Path) -> None:
+def test_lists_all_conflicts_with_free_options(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as listen, socket.create_server(("127.0.0.1", 0)) as api:
         port, api_port = listen.getsockname()[1], api.getsockname()[1]
         config = replace(
@@ -96,6 +96,6 @@ def test_what_a_second_node_cannot_share_is_told_at_once_with_what_it_takes(tmp_
     assert "\n" not in said
 
 
-def test_one_conflict_is_left_to_what_finds_it(tmp_path: Path) -> None:
+def test_single_conflict_is_left_to_its_own_check(tmp_path: Path) -> None:
     with app._own(config_in(tmp_path)):
         app._check_conflicts(replace(config_in(tmp_path), listen=("/ip4/127.0.0.1/tcp/0",), api_port=0))

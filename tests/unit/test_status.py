@@ -1,4 +1,4 @@
-"""What the status documents tell of peers: what was refused, failed, held, and who is barred."""
+"""Status documents of peers: refusals, failures, what they hold, and bans."""
 
 from dataclasses import replace
 from types import SimpleNamespace
@@ -34,34 +34,26 @@ def heartbeat(peer: PeerId) -> Heartbeat:
     )
 
 
-async def test_of_each_peer_it_is_told_what_was_refused_failed_and_is_held_and_why_it_is_barred() -> None:
+async def test_peers_shows_refusals_failures_held_bytes_and_bans() -> None:
     directory = Directory(own_peer=US, connected=lambda: [CONNECTED])
     for peer in (US, CONNECTED, HEARSAY):
-        directory.hear(heartbeat(peer), 0.0)
-    nothing = cast("Any", SimpleNamespace())
-    view = StatusView(
-        agent="",
-        serve=[],
-        network=cast(
-            "Any",
-            SimpleNamespace(peer_id=US, connected_peers=lambda: (CONNECTED,), addresses_of=lambda peer: ()),
-        ),
-        membership=cast("Any", SimpleNamespace(directory=directory, round_trip_s=lambda peer: None)),
-        coordinator=cast("Any", SimpleNamespace(peer_records=lambda: {CONNECTED: SHOWN})),
-        trials=nothing,
-        stages=cast(
-            "Any",
-            SimpleNamespace(peer_statistics=lambda: {CONNECTED: ASKED, GONE: replace(ASKED, sessions=0, bytes=0)}),
-        ),
-        library=cast("Any", SimpleNamespace(name_of=lambda model: "tiny")),
-        ledger=nothing,
-        history=nothing,
-        dissemination=cast("Any", SimpleNamespace(bans=lambda: {GONE: Ban(9.0, "garbage")})),
-        consensus=cast("Any", SimpleNamespace(bans=dict)),
-        chains=nothing,
-        chooser=nothing,
-        learner=nothing,
+        directory.update(heartbeat(peer), 0.0)
+    network = SimpleNamespace(peer_id=US, connected_peers=lambda: (CONNECTED,), addresses_of=lambda peer: ())
+    membership = SimpleNamespace(directory=directory, round_trip_s=lambda peer: None)
+    stages = SimpleNamespace(
+        peer_statistics=lambda: {CONNECTED: ASKED, GONE: replace(ASKED, sessions=0, bytes=0)},
     )
+    coordinator = SimpleNamespace(peer_records=lambda: {CONNECTED: SHOWN})
+    parts = SimpleNamespace(
+        network=SimpleNamespace(network=network),
+        swarm=SimpleNamespace(
+            membership=membership, replicator=SimpleNamespace(bans=lambda: {GONE: Ban(9.0, "garbage")})
+        ),
+        serving=SimpleNamespace(stages=stages, library=SimpleNamespace(name_of=lambda model: "tiny")),
+        client=SimpleNamespace(coordinator=coordinator),
+        consensus=SimpleNamespace(bans=dict),
+    )
+    view = StatusView(cast("Any", parts), [])
     peers = {each["peer_id"]: each for each in view.peers()}
     assert peers.keys() == {CONNECTED, HEARSAY, GONE}
     assert [peers[peer]["reached"] for peer in (CONNECTED, HEARSAY, GONE)] == [True, False, False]

@@ -1,9 +1,9 @@
-"""Rows of many sessions through a span at once: the Llama family, over KV memory in pages.
+"""Continuous batching for the Llama family: rows of many sessions through a span at once, with paged attention.
 
-Prompts' parts and decode rows of any sessions are laid one after another into one matrix, so that each weight is read
-once in a step however many sessions are in it. Only attention looks at the sessions one by one, in place in KV memory;
-what lies between one attention and the next is a segment, and the variants differ in who calculates those. (vLLM cuts
-its graphs at the same places, and for the same reason: all but attention is blind to whose row it is.)
+Prefill chunks and decode rows of any sessions are concatenated into one matrix, so that each weight is read once in a
+step for all of them. Only attention treats the sessions one by one, in place in KV memory; the operations between one
+attention and the next are a segment, and variants differ in the backend that calculates those. (vLLM splits its graphs
+at the same places.)
 """
 
 from collections.abc import Sequence
@@ -24,7 +24,7 @@ FAMILIES = frozenset({"llama", "mistral", "qwen2", "qwen3"})
 _WARM_ROWS = (1, 2, 8, 32)
 
 _MOST_GATHERED = 192
-"""Sessions are attended to together while none sees more than this: beyond, copying costs more than operations."""
+"""Positions up to which the attention of several sessions is gathered: beyond, the copy costs more than operations."""
 
 
 class RotaryTables(NamedTuple):
@@ -42,7 +42,7 @@ class QKV(NamedTuple):
 
 
 class Segments(Protocol):
-    """All of a span but its embedding and its attention. Rows are f32 (rows, hidden size)."""
+    """A span without its embedding and its attention. Rows are f32 (rows, hidden size)."""
 
     def qkv(self, number: int, hidden: torch.Tensor, rotary: RotaryTables) -> QKV:
         """Return the inputs of the attention of the first block that is run.
@@ -83,17 +83,16 @@ class _AttentionView:
     causal: bool
 
     def attend(self, queries: torch.Tensor, memory: BlockKvCache, scaling: float) -> torch.Tensor:
-        """Return the attention of the session's queries: (rows, heads * head size)."""
         queries = queries[self.span]
         rows, heads, size = queries.shape
         groups = memory.keys.shape[1]
         keys, values = (there[self.visible].transpose(0, 1).unsqueeze(0) for there in (memory.keys, memory.values))
         if rows == 1:
-            # It sees everything there is, so the heads of a group may pass for rows, and nothing is repeated for them.
+            # It attends to every position, so the heads of a group are passed as rows, and no key is repeated.
             grouped = queries.view(1, groups, heads // groups, size)
             attended = nn.functional.scaled_dot_product_attention(grouped, keys, values, scale=scaling)
             return attended.reshape(1, heads * size)
-        if queries.device.type != "cpu":  # no kernel for fp32 there shares keys: it would hold all scores at once
+        if queries.device.type != "cpu":  # no fp32 kernel there has grouped queries: it would materialise all scores
             keys, values = (each.repeat_interleave(heads // groups, dim=1) for each in (keys, values))
         attended = nn.functional.scaled_dot_product_attention(
             queries.transpose(0, 1).unsqueeze(0),
@@ -119,7 +118,6 @@ class _BatchedAttentionView:
     mask: torch.Tensor
 
     def attend(self, queries: torch.Tensor, memory: BlockKvCache, scaling: float) -> torch.Tensor:
-        """Return the attention of the sessions' queries, which are the first: (rows, heads * head size)."""
         rows, longest = len(self.mask), self.mask.shape[-1]
         _, heads, size = queries.shape
         groups = memory.keys.shape[1]
@@ -144,7 +142,7 @@ class _Plan:
 
 
 def refusal(span: LoadedSpan) -> str | None:
-    """Return why a span cannot be calculated here, if it cannot."""
+    """Return why a span is not supported here, if it is not."""
     config = span.model.config
     if config.model_type not in FAMILIES:
         return f"{config.model_type} models have no fast path"
@@ -178,7 +176,6 @@ class BatchedSpan:
 
     @torch.inference_mode()
     def _warm(self, kv: KvCache) -> None:
-        """Run every kind of product once."""
         pages = -(-max(_WARM_ROWS) // PAGE_POSITIONS)
         scratch = KvCache([block.resized(pages * PAGE_POSITIONS) for block in kv.blocks])
         for count in _WARM_ROWS:
@@ -209,7 +206,6 @@ class BatchedSpan:
         return [output for _, output in sorted(zip(order, outputs, strict=True), key=lambda pair: pair[0])]
 
     def _logits(self, hidden: torch.Tensor, slices: Sequence[Rows]) -> list[torch.Tensor]:
-        """Return the logits of the rows after which tokens are drawn."""
         counts = [part.draws for part in slices]
         if not any(counts):
             return [hidden.new_empty(0, self._vocabulary_size)] * len(slices)
@@ -270,12 +266,11 @@ class BatchedSpan:
         return _BatchedAttentionView(visible.flatten().to(self._device), mask.to(self._device))
 
     def _view(self, part: Rows, span: slice, end: int, window: int | None) -> _AttentionView:
-        """Return what the rows of one session attend to."""
         first = _first_visible(part, window)
         count, mask = len(part.rows), None
         causal = count > 1 and part.position == 0 and (window is None or end <= window)
         if count > 1 and not causal:
-            # Row r stands at position + r; it sees itself and what is before it, as far as the window reaches.
+            # Row r, at position + r, attends to itself and the positions before it within the window.
             distance = torch.arange(part.position, end).unsqueeze(1) - torch.arange(first, end)
             mask = (distance >= 0) if window is None else (distance >= 0) & (distance < window)
             mask = mask.to(self._device)
@@ -292,5 +287,4 @@ class BatchedSpan:
 
 
 def _first_visible(part: Rows, window: int | None) -> int:
-    """Return the first position that the first of a session's rows attends to."""
     return 0 if window is None else max(0, part.position - window + 1)

@@ -37,7 +37,7 @@ class SpanRunner(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class BackendContext:
-    """What backends build from. `name`: of model and blocks, for what is cached on disk."""
+    """What backends build from. `name`: of model and blocks, for the disk cache."""
 
     span: LoadedSpan
     name: str
@@ -61,7 +61,7 @@ class Backend(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class BackendSpec:
-    """What is known of a backend before its module is imported, which may take seconds and memory.
+    """A backend before its module is imported, which may take seconds and memory.
 
     `packings`: of each arithmetic; those with the same packing share their weights. `packed_bytes`: of an element of a
     matrix in each packing.

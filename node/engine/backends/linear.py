@@ -21,7 +21,7 @@ _FAST_BF16 = torch.backends.cpu.get_cpu_capability().startswith("AVX512")
 
 
 @dataclass(frozen=True, slots=True)
-class Packed:
+class PackedMatrix:
     """A matrix in one of the packings. `scale`: of int8, for each output, f32."""
 
     matrix: torch.Tensor
@@ -29,31 +29,31 @@ class Packed:
     bias: torch.Tensor | None
 
 
-def pack(packing: str, matrix: torch.Tensor, bias: torch.Tensor | None) -> Packed:
+def pack(packing: str, matrix: torch.Tensor, bias: torch.Tensor | None) -> PackedMatrix:
     """Return a matrix (outputs, inputs) packed as "fp32", "bf16" or "int8" (symmetric, a scale for each output)."""
     if packing == "fp32":
-        return Packed(matrix.t().contiguous(), None, bias)
+        return PackedMatrix(matrix.t().contiguous(), None, bias)
     if packing == "bf16":
-        return Packed(matrix.bfloat16(), None, bias)
+        return PackedMatrix(matrix.bfloat16(), None, bias)
     scale = matrix.abs().amax(1).clamp_min(1e-12) / 127
-    return Packed((matrix / scale.unsqueeze(1)).round_().to(torch.int8), scale, bias)
+    return PackedMatrix((matrix / scale.unsqueeze(1)).round_().to(torch.int8), scale, bias)
 
 
-Product = Callable[[torch.Tensor, Packed], torch.Tensor]
+Product = Callable[[torch.Tensor, PackedMatrix], torch.Tensor]
 """Rows f32 (rows, inputs) and a matrix to rows f32 (rows, outputs), without the bias."""
 
 
-def _fp32(rows: torch.Tensor, weights: Packed) -> torch.Tensor:
+def _fp32(rows: torch.Tensor, weights: PackedMatrix) -> torch.Tensor:
     return torch.mm(rows, weights.matrix)
 
 
-def _bf16(rows: torch.Tensor, weights: Packed) -> torch.Tensor:
+def _bf16(rows: torch.Tensor, weights: PackedMatrix) -> torch.Tensor:
     if len(rows) > _FEW_ROWS and rows.device.type == "cpu" and not _FAST_BF16:
         return torch.nn.functional.linear(rows, weights.matrix.float())
     return torch.nn.functional.linear(rows.bfloat16(), weights.matrix).float()
 
 
-def _int8(rows: torch.Tensor, weights: Packed) -> torch.Tensor:
+def _int8(rows: torch.Tensor, weights: PackedMatrix) -> torch.Tensor:
     assert weights.scale is not None
     if rows.device.type != "cpu":  # bf16 holds the weights as they are
         return torch.nn.functional.linear(rows.bfloat16(), weights.matrix.bfloat16()).float().mul_(weights.scale)
@@ -64,7 +64,7 @@ def _int8(rows: torch.Tensor, weights: Packed) -> torch.Tensor:
     return torch.nn.functional.linear(rows, weights.matrix.float()).mul_(weights.scale)
 
 
-def _w8a8(rows: torch.Tensor, weights: Packed) -> torch.Tensor:
+def _w8a8(rows: torch.Tensor, weights: PackedMatrix) -> torch.Tensor:
     assert weights.scale is not None
     scale = rows.abs().amax(1, keepdim=True).clamp_min_(1e-12).div_(127)
     quantised = (rows / scale).round_().to(torch.int8)
@@ -72,7 +72,6 @@ def _w8a8(rows: torch.Tensor, weights: Packed) -> torch.Tensor:
 
 
 def _int8_product(rows: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
-    """Return the product of int8 rows and an int8 matrix (outputs, inputs), f32."""
     count = len(rows)
     if rows.device.type != "cpu":
         if any(size % _CUBLAS_MULTIPLE for size in matrix.shape):
@@ -91,7 +90,7 @@ ARITHMETICS: Mapping[str, tuple[str, Product]] = {
 """The packing and the product of each arithmetic; those of int8 share their weights."""
 
 
-def multiply(product: Product, rows: torch.Tensor, weights: Packed) -> torch.Tensor:
+def multiply(product: Product, rows: torch.Tensor, weights: PackedMatrix) -> torch.Tensor:
     """Return rows times a matrix, with its bias."""
     result = product(rows, weights)
     return result if weights.bias is None else result.add_(weights.bias)

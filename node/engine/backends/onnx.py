@@ -1,9 +1,8 @@
 """Segments as ONNX graphs, which onnxruntime calculates, in fp32 or with int8 weights.
 
-A span is cut at its attention (see `node.engine.backends.batched`), because no operator of onnxruntime's attends over
-pages on a CPU: what it has (GroupQueryAttention) wants each session's keys in one piece and all sessions at the same
-stride, and would copy the KV memory of a ragged batch in each step. What is left, all the matrices, is what onnxruntime
-is good at.
+A span is cut at its attention (see `node.engine.backends.batched`), because onnxruntime has no paged attention on CPUs:
+GroupQueryAttention needs each session's keys contiguous and all sessions at the same stride, and would copy the KV
+memory of a ragged batch in each step. The rest, all the matrices, is what onnxruntime is good at.
 
 int8 is symmetric, with a scale for each 32 inputs of an output, and multiplied in int8: the operator (MatMulNBits,
 accuracy level 4) rounds the rows, too, in blocks of 32 with scales of their own, which costs next to no quality, unlike
@@ -52,7 +51,7 @@ class Backend:
 
     def start_threads(self) -> None:
         """Start the threads that all graphs of this process share, once."""
-        with suppress(Exception):  # they are there already: it says so in an exception that has no class of its own
+        with suppress(Exception):  # they have been started already, which raises a plain Exception
             onnxruntime.set_global_thread_pool_sizes(self._context.threads, 1)
 
     def build(self, arithmetic: str, kv: KvCache) -> BatchedSpan:
@@ -113,7 +112,7 @@ def open_graphs(span: LoadedSpan, name: str, arithmetic: str, cache: FolderCache
         except EngineError:
             if attempt:
                 raise
-            cache.drop(name)  # and once more: what lay there may have been cut short
+            cache.drop(name)  # and rebuild it: a file may be cut short
     raise AssertionError
 
 
@@ -126,7 +125,6 @@ def _session(path: Path) -> onnxruntime.InferenceSession:
 
 
 def _run(session: onnxruntime.InferenceSession, **rows: torch.Tensor) -> list[torch.Tensor]:
-    """Run a graph; return its outputs in order."""
     outputs = session.run(None, {name: values.numpy() for name, values in rows.items()})
     return [torch.from_numpy(output) for output in outputs]
 
@@ -143,12 +141,10 @@ class _Graph:
     initializers: list[TensorProto] = field(default_factory=list)
 
     def add(self, operator: str, inputs: Sequence[str], outputs: Sequence[str], **attributes: Any) -> str:
-        """Add a node; return the name of its first output."""
         self.nodes.append(helper.make_node(operator, inputs, outputs, **attributes))
         return outputs[0]
 
     def constant(self, name: str, values: Array) -> str:
-        """Write a constant; return its name."""
         start = -(-self.constants.tell() // _ALIGNMENT) * _ALIGNMENT
         self.constants.seek(start)
         self.constants.write(np.ascontiguousarray(values).data.cast("B"))
@@ -169,7 +165,6 @@ class _Graph:
         return name
 
     def multiply(self, rows: str, to: str, matrix: torch.Tensor, bias: torch.Tensor | None) -> str:
-        """Add a product with a matrix (outputs, inputs)."""
         product = to if bias is None else f"{to}.product"
         if self.int8:
             outputs, inputs = matrix.shape
@@ -181,7 +176,6 @@ class _Graph:
         return product if bias is None else self.add("Add", [product, self.constant(f"{to}.bias", bias.numpy())], [to])
 
     def norm(self, rows: str, to: str, weight: torch.Tensor, epsilon: float) -> str:
-        """Add a root mean square norm."""
         scale = self.constant(f"{to}.scale", weight.float().numpy())
         return self.add("SimplifiedLayerNormalization", [rows, scale], [to], axis=-1, epsilon=epsilon)
 

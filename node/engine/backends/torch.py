@@ -8,23 +8,21 @@ from torch import nn
 
 from node.engine.backends.batched import QKV, BatchedSpan, RotaryTables
 from node.engine.backends.interface import BackendContext
-from node.engine.backends.linear import ARITHMETICS, Packed, Product, multiply, pack
+from node.engine.backends.linear import ARITHMETICS, PackedMatrix, Product, multiply, pack
 from node.engine.kv_cache import KvCache
 from node.engine.loading import LoadedSpan
 
 
 @dataclass(frozen=True, slots=True)
 class _Block:
-    """The weights of one block."""
-
     norm: torch.Tensor
-    qkv: Packed
+    qkv: PackedMatrix
     head_norms: tuple[torch.Tensor, torch.Tensor] | None
     """Of queries and keys, where there are any."""
-    out: Packed
+    out: PackedMatrix
     mlp_norm: torch.Tensor
-    gate_up: Packed
-    down: Packed
+    gate_up: PackedMatrix
+    down: PackedMatrix
 
 
 @dataclass(slots=True)
@@ -33,7 +31,7 @@ class PackedSpan:
 
     blocks: list[_Block]
     norm: torch.Tensor | None
-    head: Packed | None
+    head: PackedMatrix | None
 
 
 class Backend:
@@ -128,7 +126,7 @@ class TorchSegments:
         rotated = torch.cat([one * cos - other * sin, other * cos + one * sin], dim=-1)
         return QKV(rotated, values)
 
-    def _multiply(self, rows: torch.Tensor, weights: Packed) -> torch.Tensor:
+    def _multiply(self, rows: torch.Tensor, weights: PackedMatrix) -> torch.Tensor:
         return multiply(self._product, rows, weights)
 
     def _norm(self, rows: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:

@@ -19,7 +19,7 @@ from node.engine.backends.interface import Rows
 from node.engine.interface import EngineError
 from node.engine.kv_cache import BlockKvCache, KvCache, RewindableCache, SlotMapping
 from node.engine.loading import LoadedSpan
-from node.engine.outer_modules import accepted_options, only
+from node.engine.outer_modules import accepted_options, select_options
 from node.util.text import one_line
 
 _TRIAL_ROWS = 2
@@ -97,10 +97,10 @@ class TransformersSpan:
         }
         self._entering = None if first else batch
         if last and draws:
-            output = self._model(**only(options, self._model_options))
+            output = self._model(**select_options(options, self._model_options))
             logits: torch.Tensor = output.logits[0, -draws:]
             return logits.float()
-        self._base(**only(options, self._base_options))
+        self._base(**select_options(options, self._base_options))
         if last:
             return torch.empty(0, self._span.vocabulary_size, device=rows.device)
         assert self._leaving is not None
@@ -132,7 +132,6 @@ class TransformersSpan:
         return (hidden, None) if self._gives_tuples else hidden
 
     def _leave(self, number: int, _block: nn.Module, _inputs: tuple[Any, ...], output: Any) -> None:
-        """Keep the output of the last block of the pass."""
         if number != self._running.stop - 1:
             return
         self._gives_tuples = isinstance(output, tuple)

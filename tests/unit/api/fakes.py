@@ -10,7 +10,7 @@ from typing import Any, cast
 import trio
 
 from node.api.application import make_app
-from node.api.interface import Explanation, ModelStatus, NodeStatus, PeerStatus, SelectionStatus
+from node.api.interface import Explanation, ModelDocument, NodeStatus, PeerStatus, SelectionStatus
 from node.api.server import serve
 from node.coordinator.observation import ServedJob
 from node.coordinator.submission import (
@@ -258,14 +258,14 @@ class FakeNode:
             ],
         }
 
-    async def explain(self, request: JobRequest, told: Mapping[str, Any]) -> Explanation:
+    async def explain(self, request: JobRequest, overrides: Mapping[str, Any]) -> Explanation:
         await trio.lowlevel.checkpoint()
-        self.explained.append((request, dict(told)))
+        self.explained.append((request, dict(overrides)))
         if self.submitter.refuse:
             raise self.submitter.refuse
         return {
             "model": MODEL,
-            "task": {"architecture": "llama", **told},
+            "task": {"architecture": "llama", **overrides},
             "route": [{"peer": PEERS[0], "start": 0, "end": 8}],
             "selection": SELECTION,
             "methods": [
@@ -317,7 +317,7 @@ class FakeNode:
             }
         ]
 
-    def models(self) -> list[ModelStatus]:
+    def models(self) -> list[ModelDocument]:
         return [
             {
                 "model": MODEL,

@@ -4,7 +4,7 @@ import pytest
 from tests.unit.api.fakes import MODEL, PEERS, FakeNode
 
 
-async def test_the_swarm_pages_tell_what_the_node_knows(node: FakeNode, client: httpx.AsyncClient) -> None:
+async def test_swarm_pages_return_documents(node: FakeNode, client: httpx.AsyncClient) -> None:
     assert (await client.get("/swarm/status")).json() == node.status_document()
     assert (await client.get("/swarm/peers")).json() == {"peers": node.peers()}
     models = (await client.get("/swarm/models")).json()["models"]
@@ -12,7 +12,7 @@ async def test_the_swarm_pages_tell_what_the_node_knows(node: FakeNode, client: 
     assert models[1]["uncovered"] == [[1, 3]]
 
 
-async def test_only_complete_models_are_offered(client: httpx.AsyncClient) -> None:
+async def test_lists_complete_models_only(client: httpx.AsyncClient) -> None:
     listing = (await client.get("/v1/models")).json()
     assert listing["object"] == "list"
     (model,) = listing["data"]
@@ -22,14 +22,14 @@ async def test_only_complete_models_are_offered(client: httpx.AsyncClient) -> No
     assert (await client.get("/v1/models/broken")).status_code == 404
 
 
-async def test_health_tells_a_load_balancer_when_the_node_leaves(node: FakeNode, client: httpx.AsyncClient) -> None:
+async def test_health_is_503_while_draining(node: FakeNode, client: httpx.AsyncClient) -> None:
     assert (await client.get("/health")).status_code == 200
     node.draining = True
     assert (await client.get("/health")).status_code == 503
 
 
 @pytest.mark.parametrize(("method", "path", "status"), [("GET", "/nowhere", 404), ("GET", "/v1/completions", 405)])
-async def test_wrong_pages_answer_in_the_shape_of_all_errors(
+async def test_unknown_path_and_method_use_error_shape(
     client: httpx.AsyncClient, method: str, path: str, status: int
 ) -> None:
     response = await client.request(method, path)
@@ -37,7 +37,7 @@ async def test_wrong_pages_answer_in_the_shape_of_all_errors(
     assert response.json()["error"].keys() == {"message", "type", "param", "code"}
 
 
-async def test_a_defect_is_an_error_of_the_usual_shape_and_tells_nothing(
+async def test_internal_error_reveals_nothing(
     node: FakeNode, client: httpx.AsyncClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail() -> None:

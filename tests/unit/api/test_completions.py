@@ -59,7 +59,7 @@ def events_of(response: httpx.Response) -> list[Any]:
     return [each if each == "[DONE]" else json.loads(each) for each in data]
 
 
-async def test_a_chat_is_answered_in_one_document(client: httpx.AsyncClient) -> None:
+async def test_chat_without_stream(client: httpx.AsyncClient) -> None:
     response = await client.post("/v1/chat/completions", json=chat_body())
     assert response.status_code == 200
     assert response.json() == {
@@ -80,7 +80,7 @@ async def test_a_chat_is_answered_in_one_document(client: httpx.AsyncClient) -> 
     }
 
 
-async def test_a_completion_is_answered_in_one_document(client: httpx.AsyncClient) -> None:
+async def test_completion_without_stream(client: httpx.AsyncClient) -> None:
     response = await client.post("/v1/completions", json=completion_body())
     assert response.json() == {
         "id": f"cmpl-{JOB}",
@@ -93,7 +93,7 @@ async def test_a_completion_is_answered_in_one_document(client: httpx.AsyncClien
     }
 
 
-async def test_a_chat_is_streamed(client: httpx.AsyncClient) -> None:
+async def test_streams_chat(client: httpx.AsyncClient) -> None:
     body = chat_body(stream=True, stream_options={"include_usage": True})
     *chunks, done = events_of(await client.post("/v1/chat/completions", json=body))
     assert done == "[DONE]"
@@ -107,7 +107,7 @@ async def test_a_chat_is_streamed(client: httpx.AsyncClient) -> None:
     assert (usage["choices"], usage["usage"], usage["metaswarm"]) == ([], USAGE, METASWARM)
 
 
-async def test_a_completion_is_streamed_and_its_last_chunk_tells_how(client: httpx.AsyncClient) -> None:
+async def test_streams_completion_with_metaswarm_in_last_chunk(client: httpx.AsyncClient) -> None:
     response = await client.post("/v1/completions", json=completion_body(stream=True))
     *chunks, done = events_of(response)
     assert done == "[DONE]"
@@ -117,7 +117,7 @@ async def test_a_completion_is_streamed_and_its_last_chunk_tells_how(client: htt
     assert not any("usage" in chunk for chunk in chunks)
 
 
-async def test_text_comes_while_the_job_runs(node: FakeNode) -> None:
+async def test_streams_text_while_job_runs(node: FakeNode) -> None:
     node.submitter.hang = True
     with trio.fail_after(5):
         async with serve_node(node) as url:
@@ -130,7 +130,7 @@ async def test_text_comes_while_the_job_runs(node: FakeNode) -> None:
 
 @pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions"])
 @pytest.mark.parametrize("stream", [True, False])
-async def test_a_client_that_goes_away_ends_its_job(node: FakeNode, path: str, stream: bool) -> None:
+async def test_disconnect_cancels_job(node: FakeNode, path: str, stream: bool) -> None:
     node.submitter.hang = True
     body = chat_body(stream=stream) if "chat" in path else completion_body(stream=stream)
     async with serve_node(node) as url:
@@ -141,7 +141,7 @@ async def test_a_client_that_goes_away_ends_its_job(node: FakeNode, path: str, s
             await node.submitter.left.wait()
 
 
-async def test_what_is_asked_for_reaches_the_job(node: FakeNode, client: httpx.AsyncClient) -> None:
+async def test_request_fields_reach_job(node: FakeNode, client: httpx.AsyncClient) -> None:
     fields = {
         "max_completion_tokens": 7,
         "temperature": 0.5,
@@ -175,7 +175,7 @@ REFUSALS = [
 
 @pytest.mark.parametrize(("code", "status", "kind", "retry_after"), REFUSALS)
 @pytest.mark.parametrize("stream", [True, False])
-async def test_a_job_that_cannot_be_done_is_a_status(
+async def test_job_error_maps_to_status(
     node: FakeNode,
     client: httpx.AsyncClient,
     code: JobErrorCode,
@@ -192,24 +192,20 @@ async def test_a_job_that_cannot_be_done_is_a_status(
     assert response.headers.get("retry-after") == retry_after
 
 
-async def test_a_job_says_itself_when_to_try_again(node: FakeNode, client: httpx.AsyncClient) -> None:
+async def test_retry_after_of_job_error(node: FakeNode, client: httpx.AsyncClient) -> None:
     node.submitter.refuse = JobError(JobErrorCode.FULL, "No.", retry_after_s=4.2)
     response = await client.post("/v1/completions", json=completion_body())
     assert response.headers["retry-after"] == "5"
 
 
-async def test_a_job_that_fails_before_its_first_token_is_a_status_also_when_streaming(
-    node: FakeNode, client: httpx.AsyncClient
-) -> None:
+async def test_error_before_first_token_is_status_when_streaming(node: FakeNode, client: httpx.AsyncClient) -> None:
     node.submitter.words = ()
     node.submitter.fail = JobError(JobErrorCode.FULL, "No room.")
     response = await client.post("/v1/chat/completions", json=chat_body(stream=True))
     assert response.status_code == 503
 
 
-async def test_a_job_that_fails_after_its_first_token_ends_the_stream_with_an_error(
-    node: FakeNode, client: httpx.AsyncClient
-) -> None:
+async def test_error_after_first_token_ends_stream(node: FakeNode, client: httpx.AsyncClient) -> None:
     node.submitter.fail = JobError(JobErrorCode.FAILED, "A stage is lost.")
     response = await client.post("/v1/chat/completions", json=chat_body(stream=True))
     *_, last = events_of(response)
@@ -217,9 +213,7 @@ async def test_a_job_that_fails_after_its_first_token_ends_the_stream_with_an_er
     assert last["error"]["code"] == "job_failed"
 
 
-async def test_a_job_that_fails_in_the_middle_is_a_status_without_a_stream(
-    node: FakeNode, client: httpx.AsyncClient
-) -> None:
+async def test_error_after_first_token_is_status_without_stream(node: FakeNode, client: httpx.AsyncClient) -> None:
     node.submitter.fail = JobError(JobErrorCode.FAILED, "A stage is lost.")
     response = await client.post("/v1/chat/completions", json=chat_body())
     assert (response.status_code, response.json()["error"]["message"]) == (502, "A stage is lost.")
@@ -246,7 +240,7 @@ async def run_asgi(node: FakeNode, body: dict[str, Any]) -> list[tuple[float, di
 
 
 @pytest.mark.parametrize("where", ["prompt", "text"])
-async def test_says_that_it_waits_while_nothing_comes(virtual_clock: MockClock, node: FakeNode, where: str) -> None:
+async def test_sends_keep_alive_while_idle(virtual_clock: MockClock, node: FakeNode, where: str) -> None:
     node.submitter.pauses = {0 if where == "prompt" else 2: 31.0}
     sent = await run_asgi(node, completion_body(stream=True))
     assert sent[0][1]["status"] == 200
@@ -259,9 +253,7 @@ async def test_says_that_it_waits_while_nothing_comes(virtual_clock: MockClock, 
     assert b"".join(body for _, body in bodies).endswith(b"data: [DONE]\n\n")
 
 
-async def test_an_error_after_a_comment_is_an_event_and_one_before_it_a_status(
-    virtual_clock: MockClock, node: FakeNode
-) -> None:
+async def test_error_is_status_before_keep_alive_and_event_after(virtual_clock: MockClock, node: FakeNode) -> None:
     node.submitter.words = ()
     node.submitter.fail = JobError(JobErrorCode.UNCOVERED, "Nobody serves it.", retry_after_s=2)
     node.submitter.pauses = {0: 7.0}
@@ -275,9 +267,7 @@ async def test_an_error_after_a_comment_is_an_event_and_one_before_it_a_status(
     assert caught.value.headers == {"Retry-After": "2"}
 
 
-async def test_a_job_that_is_refused_before_its_route_is_open_has_a_status(
-    virtual_clock: MockClock, node: FakeNode
-) -> None:
+async def test_refusal_before_route_opens_is_status(virtual_clock: MockClock, node: FakeNode) -> None:
     node.submitter.refuse = JobError(JobErrorCode.FULL, "No room.", retry_after_s=2)
     node.submitter.ponders_s = 8.0
     with pytest.raises(ApiError) as caught:
@@ -286,9 +276,7 @@ async def test_a_job_that_is_refused_before_its_route_is_open_has_a_status(
 
 
 @pytest.mark.parametrize("ponders_s", [6.0, 30.0])
-async def test_says_that_it_waits_also_where_a_route_opens_late(
-    virtual_clock: MockClock, node: FakeNode, ponders_s: float
-) -> None:
+async def test_sends_keep_alive_before_late_route(virtual_clock: MockClock, node: FakeNode, ponders_s: float) -> None:
     node.submitter.ponders_s, node.submitter.pauses = ponders_s, {0: 20.0}
     began_s = trio.current_time()
     moments = [began_s, *(at_s for at_s, _ in await run_asgi(node, completion_body(stream=True)))]

@@ -15,7 +15,7 @@ async def ask(node: FakeNode, task: dict[str, Any]) -> httpx.Response:
         return await client.post("/swarm/explain", json=task)
 
 
-async def test_a_task_is_asked_about_as_it_was_described() -> None:
+async def test_explain_passes_task_to_node() -> None:
     node = FakeNode()
     task = {"model": "tiny", "prompt_tokens": 300, "max_tokens": 7, "concurrency": 4, "quality": "near"}
     answer = await ask(node, {**task, "shared_prefix_share": 0.5})
@@ -42,7 +42,7 @@ async def test_a_task_is_asked_about_as_it_was_described() -> None:
         {"model": "tiny", "objective": "latency"},
     ],
 )
-async def test_what_makes_no_sense_is_refused_in_one_line(task: dict[str, Any]) -> None:
+async def test_explain_refuses_invalid_task(task: dict[str, Any]) -> None:
     node = FakeNode()
     answer = await ask(node, task)
     assert answer.status_code == 400
@@ -50,14 +50,14 @@ async def test_what_makes_no_sense_is_refused_in_one_line(task: dict[str, Any]) 
     assert not node.explained
 
 
-async def test_what_the_swarm_refuses_has_the_status_of_a_job_that_it_refuses() -> None:
+async def test_explain_error_has_status_of_job_error() -> None:
     refuse = JobError(JobErrorCode.UNCOVERED, "no peer serves blocks 3-4 of tiny", retry_after_s=2.0)
     answer = await ask(FakeNode(FakeSubmitter(refuse=refuse)), {"model": "tiny"})
     assert answer.status_code == 503
     assert answer.headers["Retry-After"] == "2"
 
 
-async def test_a_link_cannot_have_a_task_explained() -> None:
+async def test_explain_refuses_get() -> None:
     node = FakeNode()
     async with serve_node(node) as url, httpx.AsyncClient(base_url=url, trust_env=False) as client:
         assert (await client.get("/swarm/explain", params={"model": "tiny"})).status_code == 405

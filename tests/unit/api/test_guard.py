@@ -20,7 +20,7 @@ async def guarded_client(node: FakeNode) -> AsyncIterator[httpx.AsyncClient]:
 @pytest.mark.parametrize(
     "authorization", [None, "sesame", "Bearer", "Bearer wrong", "Basic sesame", "Bearer s\u00e9same"]
 )
-async def test_without_the_api_key_nothing_is_told(
+async def test_refuses_missing_or_wrong_api_key(
     node: FakeNode, guarded_client: httpx.AsyncClient, authorization: str | None
 ) -> None:
     headers = httpx.Headers([] if authorization is None else [(b"Authorization", authorization.encode())])
@@ -33,13 +33,13 @@ async def test_without_the_api_key_nothing_is_told(
     assert node.submitter.requests == []
 
 
-async def test_with_the_api_key_everything_is(guarded_client: httpx.AsyncClient) -> None:
+async def test_accepts_api_key(guarded_client: httpx.AsyncClient) -> None:
     headers = {"Authorization": "Bearer sesame", "Host": "swarm.example.org", "Origin": "https://chat.example.org"}
     assert (await guarded_client.get("/swarm/status", headers=headers)).status_code == 200
     assert (await guarded_client.get("/health")).status_code == 200
 
 
-async def test_a_large_request_without_the_key_does_not_hold_its_connection(guarded_client: httpx.AsyncClient) -> None:
+async def test_large_request_without_key_frees_connection(guarded_client: httpx.AsyncClient) -> None:
     with trio.fail_after(4):
         for _ in range(2):
             response = await guarded_client.post("/v1/completions", content=b"x" * (4 << 20))
@@ -55,7 +55,7 @@ async def test_a_large_request_without_the_key_does_not_hold_its_connection(guar
         {"Origin": "null"},
     ],
 )
-async def test_a_page_from_elsewhere_cannot_use_an_open_node(
+async def test_refuses_foreign_origin_and_host(
     node: FakeNode, client: httpx.AsyncClient, headers: dict[str, str]
 ) -> None:
     response = await client.post("/v1/chat/completions", json=chat_body(), headers=headers)
@@ -66,34 +66,28 @@ async def test_a_page_from_elsewhere_cannot_use_an_open_node(
 @pytest.mark.parametrize(
     "headers", [{"Host": "localhost:9000"}, {"Host": "[::1]:1"}, {"Origin": "http://localhost:3000"}]
 )
-async def test_this_machine_can_use_an_open_node_under_any_of_its_names(
-    client: httpx.AsyncClient, headers: dict[str, str]
-) -> None:
+async def test_accepts_every_loopback_host(client: httpx.AsyncClient, headers: dict[str, str]) -> None:
     assert (await client.get("/swarm/status", headers=headers)).status_code == 200
 
 
 @pytest.mark.parametrize("site", ["cross-site", "same-site"])
 @pytest.mark.parametrize("path", ["/swarm/status", "/swarm/peers", "/swarm/models", "/v1/models", "/nowhere"])
-async def test_a_page_from_elsewhere_cannot_read_by_an_image_or_a_script(
-    client: httpx.AsyncClient, site: str, path: str
-) -> None:
+async def test_refuses_cross_site_get(client: httpx.AsyncClient, site: str, path: str) -> None:
     response = await client.get(path, headers={"Sec-Fetch-Site": site, "Sec-Fetch-Mode": "no-cors"})
     assert (response.status_code, response.json()["error"]["code"]) == (403, "foreign_origin")
     assert "access-control-allow-origin" not in response.headers
 
 
 @pytest.mark.parametrize("headers", [{"Sec-Fetch-Site": "none"}, {"Sec-Fetch-Site": "same-origin"}, {}])
-async def test_an_address_typed_by_the_user_and_the_nodes_own_pages_are_answered(
-    client: httpx.AsyncClient, headers: dict[str, str]
-) -> None:
+async def test_accepts_direct_and_same_origin_requests(client: httpx.AsyncClient, headers: dict[str, str]) -> None:
     assert (await client.get("/swarm/status", headers=headers)).status_code == 200
 
 
-async def test_health_is_told_to_everybody(client: httpx.AsyncClient) -> None:
+async def test_health_is_public(client: httpx.AsyncClient) -> None:
     assert (await client.get("/health", headers={"Sec-Fetch-Site": "cross-site"})).status_code == 200
 
 
-async def test_a_form_of_a_page_cannot_submit_a_job(node: FakeNode, client: httpx.AsyncClient) -> None:
+async def test_refuses_form_post(node: FakeNode, client: httpx.AsyncClient) -> None:
     body = json.dumps(chat_body()).encode()
     for headers in ({"Sec-Fetch-Site": "same-origin"}, {"Origin": "http://localhost:3000"}):
         for kind in ("text/plain", "application/x-www-form-urlencoded", "multipart/form-data; boundary=x"):
@@ -122,7 +116,7 @@ ASKS = {"Access-Control-Request-Method": "POST", "Access-Control-Request-Headers
 
 @pytest.mark.parametrize("origin", LOCAL_ORIGINS)
 @pytest.mark.parametrize("api_key", [None, "sesame"])
-async def test_a_page_of_this_machine_may_ask_and_read_the_answer(origin: str, api_key: str | None) -> None:
+async def test_cors_allows_local_origin(origin: str, api_key: str | None) -> None:
     async with serve_node(FakeNode(), api_key) as url, httpx.AsyncClient(base_url=url) as client:
         for path in ("/v1/chat/completions", "/v1/models", "/swarm/explain"):
             response = await client.options(path, headers={"Origin": origin, **ASKS})
@@ -142,7 +136,7 @@ async def test_a_page_of_this_machine_may_ask_and_read_the_answer(origin: str, a
 
 @pytest.mark.parametrize("origin", FOREIGN_ORIGINS)
 @pytest.mark.parametrize("api_key", [None, "sesame"])
-async def test_a_page_from_elsewhere_is_not_told_that_it_may(origin: str, api_key: str | None) -> None:
+async def test_cors_omits_headers_for_foreign_origin(origin: str, api_key: str | None) -> None:
     async with serve_node(FakeNode(), api_key) as url, httpx.AsyncClient(base_url=url) as client:
         response = await client.options("/v1/chat/completions", headers={"Origin": origin, **ASKS})
         assert response.status_code == (401 if api_key else 403)
@@ -151,7 +145,7 @@ async def test_a_page_from_elsewhere_is_not_told_that_it_may(origin: str, api_ke
         assert "access-control-allow-origin" not in response.headers
 
 
-async def test_what_asks_like_a_browser_but_names_no_headers_is_answered(client: httpx.AsyncClient) -> None:
+async def test_preflight_without_headers(client: httpx.AsyncClient) -> None:
     asks = {"Origin": "http://localhost:1", "Access-Control-Request-Method": "GET"}
     for names in ("", "a b", "x" * 5000, "a,,b"):
         response = await client.options("/v1/models", headers={**asks, "Access-Control-Request-Headers": names})
@@ -159,7 +153,7 @@ async def test_what_asks_like_a_browser_but_names_no_headers_is_answered(client:
         assert "access-control-allow-headers" not in response.headers
 
 
-async def test_a_body_over_the_limit_is_refused_once_it_has_come(
+async def test_refuses_body_over_limit(
     node: FakeNode, client: httpx.AsyncClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(guard, "MAX_BODY_BYTES", 1000)
@@ -167,7 +161,7 @@ async def test_a_body_over_the_limit_is_refused_once_it_has_come(
     assert (response.status_code, response.json()["error"]["code"]) == (413, "request_too_large")
 
 
-async def test_a_body_without_end_does_not_hold_its_connection(node: FakeNode, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_endless_body_frees_connection(node: FakeNode, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(guard, "MAX_BODY_BYTES", 1000)
     monkeypatch.setattr(guard, "DISCARD_TIMEOUT_S", 0.1)
 
@@ -181,7 +175,7 @@ async def test_a_body_without_end_does_not_hold_its_connection(node: FakeNode, m
                 await send_for_ever(stream)
 
 
-async def test_a_body_that_does_not_come_is_given_up(virtual_clock: object) -> None:
+async def test_body_timeout(virtual_clock: object) -> None:
     sent: list[Message] = []
 
     async def receive() -> Message:

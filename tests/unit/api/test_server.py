@@ -13,7 +13,7 @@ from node.config import StartError
 from tests.unit.api.fakes import FakeNode, chat_body, send_request, serve_node
 
 
-async def test_a_taken_port_is_one_clear_line() -> None:
+async def test_taken_port_is_start_error() -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         with pytest.raises(StartError, match=f"port {port} on 127.0.0.1 is taken") as caught:
@@ -21,12 +21,12 @@ async def test_a_taken_port_is_one_clear_line() -> None:
         assert "\n" not in str(caught.value)
 
 
-async def test_an_address_of_another_machine_is_one_clear_line() -> None:
+async def test_foreign_address_is_start_error() -> None:
     with pytest.raises(StartError, match=r"cannot listen on 192\.0\.2\.1:0"):
         await serve(make_app(FakeNode(), None), "192.0.2.1", 0)
 
 
-async def test_told_to_stop_it_lets_an_answer_under_way_finish_and_returns() -> None:
+async def test_stop_waits_for_running_answer() -> None:
     node = FakeNode()
     stop = trio.Event()
     with trio.fail_after(GRACE_S):
@@ -43,7 +43,7 @@ async def test_told_to_stop_it_lets_an_answer_under_way_finish_and_returns() -> 
         await trio.open_tcp_stream("127.0.0.1", port)
 
 
-async def test_cancelling_ends_it_at_once_in_the_middle_of_an_answer() -> None:
+async def test_cancel_ends_running_answer() -> None:
     node = FakeNode()
     node.submitter.hang = True
     with trio.fail_after(5):
@@ -54,7 +54,7 @@ async def test_cancelling_ends_it_at_once_in_the_middle_of_an_answer() -> None:
 
 
 @pytest.mark.skipif(not hasattr(socket, "TCP_USER_TIMEOUT"), reason="the system has no TCP_USER_TIMEOUT (Linux has)")
-async def test_a_client_that_takes_nothing_of_its_answer_is_cut_off(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_disconnects_stalled_client(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(server, "STALL_TIMEOUT_S", 0.3)
     node = FakeNode()
     node.submitter.words = ("x" * (1 << 20),) * 64
@@ -65,14 +65,14 @@ async def test_a_client_that_takes_nothing_of_its_answer_is_cut_off(monkeypatch:
                 await node.submitter.left.wait()
 
 
-def test_the_url_of_an_api_is_one_that_this_machine_can_use() -> None:
+def test_url_of_unspecified_host_is_loopback() -> None:
     assert url_of("127.0.0.1", 8642) == "http://127.0.0.1:8642"
     assert url_of("0.0.0.0", 8642) == "http://127.0.0.1:8642"
     assert url_of("::", 8642) == "http://[::1]:8642"
     assert url_of("swarm.example.org", 80) == "http://swarm.example.org:80"
 
 
-async def test_clients_that_only_connect_leave_room_for_those_who_ask(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_evicts_silent_connection_at_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(server, "MAX_CONNECTIONS", 8)
     with trio.fail_after(20):
         async with serve_node(FakeNode()) as url:
@@ -84,7 +84,7 @@ async def test_clients_that_only_connect_leave_room_for_those_who_ask(monkeypatc
                 await stream.aclose()
 
 
-async def test_one_client_too_many_is_told_to_come_back(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_connection_over_limit_gets_503(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(server, "MAX_CONNECTIONS", 8)
     with trio.fail_after(20):
         async with serve_node(FakeNode()) as url:

@@ -10,7 +10,7 @@ from tests.unit.api.fakes import FakeNode
 from tests.unit.cli.conftest import ServeNode
 
 
-def test_the_grid_is_the_product_of_the_axes_given(serve: ServeNode, capsys: pytest.CaptureFixture[str]) -> None:
+def test_grid_is_product_of_axes(serve: ServeNode, capsys: pytest.CaptureFixture[str]) -> None:
     node = FakeNode()
     axes = ["--concurrency", "1", "--concurrency", "8", "--prompt-tokens", "16", "--prompt-tokens", "32"]
     assert run(["bench", "--api", serve(node), *axes, "--rounds", "2"]) == 0
@@ -24,7 +24,7 @@ def test_the_grid_is_the_product_of_the_axes_given(serve: ServeNode, capsys: pyt
     assert grid({}) == list(WORKLOADS)
 
 
-def test_a_bench_that_was_stopped_goes_on(serve: ServeNode, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_resumes_interrupted_bench(serve: ServeNode, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     node = FakeNode()
     kept = tmp_path / "bench.jsonl"
     command = ["bench", "--api", serve(node), "--method", "engine=fused", "--resume", str(kept), "--json"]
@@ -43,7 +43,7 @@ def test_a_bench_that_was_stopped_goes_on(serve: ServeNode, capsys: pytest.Captu
 @pytest.mark.parametrize(
     "text", ["notes of a year", '{"model": "tiny"}', '{"model": "tiny"}\n', "[1]\n", '{"cell": 1}\n']
 )
-def test_a_file_of_something_else_is_left_as_it_is(
+def test_refuses_foreign_resume_file(
     serve: ServeNode, capsys: pytest.CaptureFixture[str], tmp_path: Path, text: str
 ) -> None:
     file = tmp_path / "notes"
@@ -57,18 +57,18 @@ def test_a_file_of_something_else_is_left_as_it_is(
     assert not node.benched
 
 
-def test_what_cannot_be_measured_is_one_line(serve: ServeNode, capsys: pytest.CaptureFixture[str]) -> None:
+def test_measurement_error_is_one_line(serve: ServeNode, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["bench", "--api", serve(FakeNode()), "--method", "engine=steam"]) == 1
     assert "engine is one of eager" in capsys.readouterr().err
     assert run(["bench", "--concurrency", "1000"]) == 2
 
 
-def test_a_method_is_called_by_what_it_changes() -> None:
+def test_short_name_shows_changed_switches() -> None:
     assert short(method(engine="fused", prefix_cache="on").name) == "engine=fused|prefix_cache=on"
     assert short(BASELINE.name) == "baseline"
 
 
-def test_one_round_gives_a_speed_up_and_no_interval(serve: ServeNode, capsys: pytest.CaptureFixture[str]) -> None:
+def test_one_round_has_no_interval(serve: ServeNode, capsys: pytest.CaptureFixture[str]) -> None:
     command = ["bench", "--api", serve(FakeNode()), "--method", "engine=fused", "--concurrency", "1", "--rounds"]
     assert run([*command, "1"]) == 0
     single = capsys.readouterr().out

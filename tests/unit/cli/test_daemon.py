@@ -44,7 +44,7 @@ def fake_node(monkeypatch: pytest.MonkeyPatch) -> FakeNode:
     return fake
 
 
-def test_flags_make_the_configuration(fake_node: FakeNode, tmp_path: Path) -> None:
+def test_flags_set_configuration(fake_node: FakeNode, tmp_path: Path) -> None:
     flags = [
         "--data-dir",
         str(tmp_path),
@@ -72,7 +72,7 @@ def option(command: list[str], name: str) -> str:
     return command[command.index(name) + 1]
 
 
-def test_a_ready_node_tells_how_another_machine_joins(fake_node: FakeNode, capsys: pytest.CaptureFixture[str]) -> None:
+def test_prints_join_command_for_other_machine(fake_node: FakeNode, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["node", "--serve", f"{DEMO_MODEL}:0-4"]) == 0
     output = capsys.readouterr().out
     for fact in (PEER, LOOPBACK, ELSEWHERE, "http://127.0.0.1:8642", f"{DEMO_MODEL}:0-4"):
@@ -81,7 +81,7 @@ def test_a_ready_node_tells_how_another_machine_joins(fake_node: FakeNode, capsy
     assert output.endswith(end)
 
 
-def test_the_line_for_the_same_machine_starts_a_second_node_as_it_is_printed(
+def test_printed_join_command_starts_second_node(
     fake_node: FakeNode, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with socket.create_server(("127.0.0.1", 0)) as first, socket.create_server(("127.0.0.1", 0)) as first_api:
@@ -102,7 +102,7 @@ def test_the_line_for_the_same_machine_starts_a_second_node_as_it_is_printed(
         assert not {port, api_port} & {int(second.listen[0].split("/")[4]), second.api_port}
 
 
-def test_the_line_for_another_machine_names_models_as_others_know_them(tmp_path: Path) -> None:
+def test_join_command_names_models_by_id(tmp_path: Path) -> None:
     store = ModelStore(tmp_path)
     model = import_model(str(write_checkpoint(tmp_path / "mine")), store, name="mine").model_id
     config = NodeConfig(data_dir=tmp_path, cache_dir=tmp_path, serve=(ServeSpec("mine"),), epoch_s=60.0)
@@ -116,7 +116,7 @@ def test_the_line_for_another_machine_names_models_as_others_know_them(tmp_path:
 
 
 @pytest.mark.parametrize("from_environment", [False, True])
-def test_who_joins_a_private_swarm_needs_its_key(
+def test_join_command_includes_swarm_key(
     fake_node: FakeNode,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
@@ -135,9 +135,7 @@ def test_who_joins_a_private_swarm_needs_its_key(
     assert f"from another machine that has a copy of {key}" in output
 
 
-def test_a_node_that_only_its_machine_can_reach_says_so(
-    fake_node: FakeNode, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_prints_that_loopback_node_is_unreachable(fake_node: FakeNode, capsys: pytest.CaptureFixture[str]) -> None:
     fake_node.multiaddrs = (LOOPBACK,)
     assert run(["node"]) == 0
     output = capsys.readouterr().out
@@ -146,16 +144,14 @@ def test_a_node_that_only_its_machine_can_reach_says_so(
     assert best_address(()) is None
 
 
-def test_a_node_that_serves_nothing_says_what_is_missing(
-    fake_node: FakeNode, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_prints_that_nothing_is_served(fake_node: FakeNode, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["node"]) == 0
     output = capsys.readouterr().out
     assert "serves   no blocks; --serve MODEL serves some" in output
     assert all("--serve" in command for command in printed_commands(output))
 
 
-def test_json_is_one_line_the_content_of_node_json(fake_node: FakeNode, capsys: pytest.CaptureFixture[str]) -> None:
+def test_json_prints_node_json(fake_node: FakeNode, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["node", "--json"]) == 0
     (line,) = capsys.readouterr().out.splitlines()
     assert json.loads(line) == {
@@ -166,13 +162,13 @@ def test_json_is_one_line_the_content_of_node_json(fake_node: FakeNode, capsys: 
     }
 
 
-def test_a_node_that_cannot_start_is_one_line(fake_node: FakeNode, capsys: pytest.CaptureFixture[str]) -> None:
+def test_start_error_is_one_line(fake_node: FakeNode, capsys: pytest.CaptureFixture[str]) -> None:
     fake_node.error = StartError("port 4001 is taken")
     assert run(["node"]) == 1
     assert capsys.readouterr() == ("", "metaswarm: port 4001 is taken\n")
 
 
-def test_a_wrong_configuration_is_one_line_and_exit_code_2(
+def test_config_error_is_one_line_with_exit_code_2(
     fake_node: FakeNode, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "peers.yaml").write_text("peers:\n  - [\n")
@@ -183,7 +179,7 @@ def test_a_wrong_configuration_is_one_line_and_exit_code_2(
     assert fake_node.config is None
 
 
-def test_the_environment_is_heard(fake_node: FakeNode, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_reads_environment(fake_node: FakeNode, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("METASWARM_SERVE", "tiny:0-4,other")
     assert run(["node"]) == 0
     assert fake_node.config is not None

@@ -33,7 +33,7 @@ def stand_in(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("STAND_IN", "well")
 
 
-def test_the_answer_is_shown_with_its_way_and_its_time(capsys: pytest.CaptureFixture[str]) -> None:
+def test_prints_answer_route_and_timing(capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["demo", "--nodes", "2", "--prompt", "Hi there"]) == 0
     output = capsys.readouterr().out
     assert "> Hi there\nHello, wörld\n" in output
@@ -43,7 +43,7 @@ def test_the_answer_is_shown_with_its_way_and_its_time(capsys: pytest.CaptureFix
         assert fact in output
 
 
-def test_json_is_that_of_a_job_and_what_each_peer_did(capsys: pytest.CaptureFixture[str]) -> None:
+def test_json_has_job_and_stages(capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["demo", "--nodes", "2", "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
     assert (report["text"], report["finish_reason"]) == ("Hello, wörld", "stop")
@@ -55,9 +55,7 @@ def test_json_is_that_of_a_job_and_what_each_peer_did(capsys: pytest.CaptureFixt
     assert report["speedup"] == {"predicted": None, "actual": 1.0}  # both are the fake's one answer
 
 
-def test_the_last_words_of_a_peer_that_dies_are_shown(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_prints_log_of_dead_peer(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setenv("STAND_IN", "dies")
     assert run(["demo", "--nodes", "2"]) == 1
     errors = capsys.readouterr().err
@@ -65,12 +63,12 @@ def test_the_last_words_of_a_peer_that_dies_are_shown(
     assert errors.endswith("metaswarm: peer 2 of 2, blocks 4-8, ended with exit code 1\n")
 
 
-def test_more_peers_than_blocks_is_wrong_usage(capsys: pytest.CaptureFixture[str]) -> None:
+def test_refuses_more_peers_than_blocks(capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["demo", "--nodes", "9"]) == 2
     assert "1 to 8 peers, not 9" in capsys.readouterr().err
 
 
-def test_kept_peers_go_on_until_ctrl_c() -> None:
+def test_keep_runs_until_ctrl_c() -> None:
     command = [sys.executable, "-c", PREPARE, "demo", "--nodes", "2", "--keep"]
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
         assert process.stderr is not None

@@ -49,7 +49,7 @@ def test_prints_every_selector_and_measure_as_json(folder: Path, capsys: pytest.
     assert document["rows"][-1]["accuracy"] == 1.0
 
 
-def test_processes_find_what_one_finds(
+def test_parallel_fit_equals_serial_fit(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def evaluate() -> Any:
@@ -63,7 +63,7 @@ def test_processes_find_what_one_finds(
     assert evaluate() == alone
 
 
-def test_a_process_that_is_gone_is_told_in_one_line(
+def test_dead_process_is_one_line(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(compare, "MIN_ROWS_OF_PROCESSES", 0)
@@ -73,7 +73,7 @@ def test_a_process_that_is_gone_is_told_in_one_line(
     assert "use --sample with fewer contexts" in capsys.readouterr().err.splitlines()[-1]
 
 
-def test_each_text_is_read_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_encodes_each_text_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     read: list[str] = []
 
     def encode(texts: Sequence[str]) -> FloatArray:
@@ -103,7 +103,7 @@ def test_prints_a_table_and_draws_a_plot(folder: Path, tmp_path: Path, capsys: p
         (["--plot", "no/such/folder/plot.png"], "there is no folder"),
     ],
 )
-def test_what_cannot_be_done_is_said_in_one_line_before_any_work(
+def test_invalid_arguments_fail_early_in_one_line(
     folder: Path, arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run(["evaluate", str(folder), *arguments]) == 1
@@ -113,7 +113,7 @@ def test_what_cannot_be_done_is_said_in_one_line_before_any_work(
     assert printed.err.count("\n") == 1
 
 
-def test_one_method_in_all_contexts_is_a_sane_result(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_single_method_dataset(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write(tmp_path / "contexts.csv", ["cid", "l_isl"], [[i, i % 7] for i in range(12)])
     write(tmp_path / "observations.csv", ["cid", "method", "y"], [[i, "only", 1.0] for i in range(12)])
     assert run(["evaluate", str(tmp_path), "--json"]) == 0

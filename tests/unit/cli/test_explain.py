@@ -13,7 +13,7 @@ from tests.unit.api.fakes import FASTER, FakeNode, FakeSubmitter
 from tests.unit.cli.conftest import ServeNode
 
 
-def test_the_choice_is_shown_with_what_was_expected(serve: ServeNode, capsys: pytest.CaptureFixture[str]) -> None:
+def test_prints_choice_with_predictions(serve: ServeNode, capsys: pytest.CaptureFixture[str]) -> None:
     node = FakeNode()
     assert (
         run(["explain", "--api", serve(node), "--model", "tiny", "--prompt-tokens", "300", "--concurrency", "3"]) == 0
@@ -25,19 +25,19 @@ def test_the_choice_is_shown_with_what_was_expected(serve: ServeNode, capsys: py
     assert (len(request.prompt_tokens or ()), told["concurrency"]) == (300, 3)
 
 
-def test_json_is_the_document_of_the_api(serve: ServeNode, capsys: pytest.CaptureFixture[str]) -> None:
+def test_json_is_api_document(serve: ServeNode, capsys: pytest.CaptureFixture[str]) -> None:
     node = FakeNode()
     assert run(["explain", "--api", serve(node), "--quality", "near", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["agreed"] == FASTER
     assert node.explained[0][0].quality is QualityBound.NEAR
 
 
-def test_a_refusal_is_one_line(serve: ServeNode, capsys: pytest.CaptureFixture[str]) -> None:
+def test_refusal_is_one_line(serve: ServeNode, capsys: pytest.CaptureFixture[str]) -> None:
     refuse = JobError(JobErrorCode.UNCOVERED, "no peer serves blocks 3-4 of tiny", retry_after_s=2.0)
     assert run(["explain", "--api", serve(FakeNode(FakeSubmitter(refuse=refuse)))]) == 1
     assert "no peer serves blocks 3-4 of tiny" in capsys.readouterr().err
 
 
-def test_a_method_is_read_by_what_it_changes() -> None:
+def test_short_method_shows_changed_switches() -> None:
     assert short_method(BASELINE.name) == "baseline"
     assert short_method(method(engine="fused", prefix_cache="on").name) == "engine=fused prefix_cache=on"

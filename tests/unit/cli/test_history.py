@@ -54,14 +54,14 @@ def history(verb: str, data_dir: Path, *arguments: Any) -> int:
     return run(["history", verb, "--data-dir", str(data_dir), *map(str, arguments)])
 
 
-def test_export_prints_one_observation_a_line(data_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_export_prints_json_lines(data_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert history("export", data_dir) == 0
     rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert {row["id"]: row for row in rows} == {record.id.hex(): to_row(record) for record in RECORDS}
     assert rows[0]["method"]["name"] == "arithmetic=fp32|speculation=off"
 
 
-def test_the_environment_says_where_the_history_is(
+def test_data_dir_from_environment(
     data_dir: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("METASWARM_DATA_DIR", str(data_dir))
@@ -69,9 +69,7 @@ def test_the_environment_says_where_the_history_is(
     assert len(capsys.readouterr().out.splitlines()) == len(RECORDS)
 
 
-def test_what_is_exported_can_be_imported_elsewhere(
-    data_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_import_reads_export(data_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file, other = tmp_path / "history.jsonl", tmp_path / "other"
     assert history("export", data_dir, "--output", file, "--json") == 0
     assert json.loads(capsys.readouterr().out) == {"exported": len(RECORDS), "file": str(file)}
@@ -83,9 +81,7 @@ def test_what_is_exported_can_be_imported_elsewhere(
     assert capsys.readouterr().out == "read 8 observations: 0 new, 8 known already, 0 rejected\n"
 
 
-def test_bad_lines_are_named_and_the_good_ones_taken(
-    tmp_path: Path, dataset: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_import_rejects_bad_lines_only(tmp_path: Path, dataset: Path, capsys: pytest.CaptureFixture[str]) -> None:
     lines = dataset.read_text().splitlines()
     edited = json.loads(lines[1])
     edited["measurements"]["total_s"] /= 2
@@ -120,7 +116,7 @@ def test_bad_lines_are_named_and_the_good_ones_taken(
     assert held(tmp_path / "new") == {RECORDS[0].envelope, RECORDS[3].envelope}
 
 
-def test_a_sound_history_is_verified(data_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_verify_valid_history(data_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert history("verify", data_dir, "--json") == 0
     result = json.loads(capsys.readouterr().out)
     assert (result["observations"], result["countersigned"], result["faults"]) == (8, 8, [])
@@ -128,9 +124,7 @@ def test_a_sound_history_is_verified(data_dir: Path, capsys: pytest.CaptureFixtu
     assert result["digest"] in capsys.readouterr().out
 
 
-def test_what_was_changed_on_disk_is_found_and_dropped_on_request(
-    data_dir: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_verify_finds_and_repairs_tampered_rows(data_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
     connection = sqlite3.connect(data_dir / "metaswarm.sqlite3")
     other = RECORDS[5].envelope
     with connection:
@@ -150,7 +144,7 @@ def test_what_was_changed_on_disk_is_found_and_dropped_on_request(
     assert held(data_dir) == {record.envelope for record in RECORDS[2:]}
 
 
-def test_digests_that_do_not_fit_are_found(data_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_verify_finds_wrong_digests(data_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
     connection = sqlite3.connect(data_dir / "metaswarm.sqlite3")
     with connection:
         connection.execute("UPDATE buckets SET count = count + 1 WHERE bucket = ?", (RECORDS[0].bucket,))
@@ -159,14 +153,14 @@ def test_digests_that_do_not_fit_are_found(data_dir: Path, capsys: pytest.Captur
     assert "does not fit" in capsys.readouterr().err
 
 
-def test_a_directory_without_history_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_error_names_directory_without_history(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for verb in ("export", "verify"):
         assert history(verb, tmp_path / "nobody") == 1
         assert capsys.readouterr().err.startswith(f"metaswarm: there is no history in {tmp_path / 'nobody'}")
     assert not (tmp_path / "nobody").exists()
 
 
-def test_a_damaged_history_is_told_and_left_alone(data_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_leaves_damaged_database_alone(data_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = data_dir / "metaswarm.sqlite3"
     file.write_bytes(file.read_bytes()[:10_000])
     assert history("export", data_dir) == 1
@@ -174,7 +168,7 @@ def test_a_damaged_history_is_told_and_left_alone(data_dir: Path, capsys: pytest
     assert file.stat().st_size == 10_000
 
 
-def test_an_export_that_fails_leaves_no_half_file(data_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_failed_export_leaves_no_file(data_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
     output = data_dir / "missing" / "history.jsonl"
     assert history("export", data_dir, "--output", output) == 1
     assert "No such file" in capsys.readouterr().err

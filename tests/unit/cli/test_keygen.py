@@ -7,7 +7,7 @@ from node.cli import run
 from node.cli.options import read_config
 
 
-def test_the_key_is_one_that_a_node_takes_and_nobody_else_can_read(tmp_path: Path) -> None:
+def test_key_is_valid_and_private(tmp_path: Path) -> None:
     file = tmp_path / "swarm.key"
     assert run(["keygen", str(file)]) == 0
     assert file.stat().st_mode & 0o777 == 0o600
@@ -17,7 +17,7 @@ def test_the_key_is_one_that_a_node_takes_and_nobody_else_can_read(tmp_path: Pat
     assert len(key) == 64
 
 
-def test_no_two_keys_are_the_same_and_none_is_overwritten(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_keys_are_random_and_never_overwritten(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["keygen", str(tmp_path / "a"), "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == {"swarm_key": str(tmp_path / "a")}
     assert run(["keygen", str(tmp_path / "b")]) == 0

@@ -26,7 +26,7 @@ def log(level: str) -> list[str]:
     return result.stderr.splitlines()
 
 
-def test_ours_and_the_libraries_are_logged_in_one_form_on_stderr() -> None:
+def test_logs_own_and_library_events_in_one_format() -> None:
     told, broke, warned = log("info")
     assert 'level=info event="two words" peer=12D3 logger=node.somewhere' in told
     assert 'event="it broke"' in broke
@@ -36,5 +36,5 @@ def test_ours_and_the_libraries_are_logged_in_one_form_on_stderr() -> None:
 
 
 @pytest.mark.parametrize(("level", "lines"), [("debug", 4), ("warning", 2), ("error", 1)])
-def test_the_level_chooses(level: str, lines: int) -> None:
+def test_filters_by_level(level: str, lines: int) -> None:
     assert len(log(level)) == lines

@@ -11,7 +11,7 @@ from node.config import ConfigError, StartError
 from node.network.interface import NetworkError
 
 
-def test_help_names_every_verb_and_needs_none_of_the_heavy_libraries() -> None:
+def test_help_lists_verbs_without_heavy_imports() -> None:
     program = (
         "import sys; from node.cli import run; code = run(['--help']);"
         "print(code, sorted({'httpx', 'rich', 'trio', 'starlette', 'numpy', 'torch', 'libp2p'} & set(sys.modules)))"
@@ -29,13 +29,13 @@ def test_every_verb_has_help(verb: str, capsys: pytest.CaptureFixture[str]) -> N
 
 
 @pytest.mark.parametrize("verb", sorted({*VERBS} - {"history", "model"}))
-def test_every_verb_speaks_json(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_every_verb_has_json(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert run([verb, "--help"]) == 0
     assert "--json" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("arguments", [["nonsense"], ["status", "--nonsense"], ["submit"], ["node", "--threads", "x"]])
-def test_wrong_usage_is_one_line_and_exit_code_2(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+def test_usage_error_is_one_line_with_exit_code_2(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert run(arguments) == 2
     output = capsys.readouterr()
     assert output.out == ""
@@ -53,7 +53,7 @@ def test_wrong_usage_is_one_line_and_exit_code_2(arguments: list[str], capsys: p
         (ConfigError("It broke."), 2),
     ],
 )
-def test_a_fault_is_one_line(
+def test_known_error_is_one_line(
     error: Exception, code: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     raise_in_a_verb(error, monkeypatch)
@@ -62,12 +62,12 @@ def test_a_fault_is_one_line(
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), BaseExceptionGroup("", [KeyboardInterrupt()])])
-def test_an_interruption_is_exit_code_130(error: BaseException, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_interrupt_is_exit_code_130(error: BaseException, monkeypatch: pytest.MonkeyPatch) -> None:
     raise_in_a_verb(error, monkeypatch)
     assert run(["status"]) == 130
 
 
-def test_a_defect_is_not_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unexpected_exception_propagates(monkeypatch: pytest.MonkeyPatch) -> None:
     raise_in_a_verb(ZeroDivisionError(), monkeypatch)
     with pytest.raises(ZeroDivisionError):
         run(["status"])
@@ -81,7 +81,7 @@ def raise_in_a_verb(error: BaseException, monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(cli._Verbs, "get_command", lambda *_: verb)
 
 
-def test_a_misspelt_variable_stops_the_daemon_and_is_a_warning_elsewhere(
+def test_unknown_variable_is_error_for_node_and_warning_elsewhere(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("METASWARM_MEMROY", "1GiB")

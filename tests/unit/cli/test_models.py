@@ -28,9 +28,7 @@ def run_json(capsys: pytest.CaptureFixture[str], *arguments: str, code: int = 0)
     return json.loads(capsys.readouterr().out)
 
 
-def test_a_package_is_imported_listed_shown_verified_and_removed(
-    capsys: pytest.CaptureFixture[str], folder: str
-) -> None:
+def test_imports_lists_shows_verifies_and_removes_package(capsys: pytest.CaptureFixture[str], folder: str) -> None:
     imported = run_json(capsys, "import", folder, "--name", "mine")
     assert imported["name"] == "mine"
     assert (imported["blocks"], imported["blocks_present"], imported["complete"]) == (3, ["0-3"], True)
@@ -45,7 +43,7 @@ def test_a_package_is_imported_listed_shown_verified_and_removed(
     assert run_json(capsys, "list")["models"] == []
 
 
-def test_people_see_names_and_sizes(capsys: pytest.CaptureFixture[str], folder: str) -> None:
+def test_prints_names_and_sizes(capsys: pytest.CaptureFixture[str], folder: str) -> None:
     assert run(["model", "import", folder]) == 0
     captured = capsys.readouterr()
     assert "tiny: 3 blocks" in captured.out
@@ -60,9 +58,7 @@ def test_people_see_names_and_sizes(capsys: pytest.CaptureFixture[str], folder: 
         assert "tiny" in capsys.readouterr().out
 
 
-def test_a_damaged_block_fails_verification_and_is_named(
-    capsys: pytest.CaptureFixture[str], folder: str, cache: Path
-) -> None:
+def test_verify_names_damaged_block(capsys: pytest.CaptureFixture[str], folder: str, cache: Path) -> None:
     model_id = run_json(capsys, "import", folder)["id"]
     path = cache / "models" / model_id / "block-001.safetensors"
     path.write_bytes(b"x" * path.stat().st_size)
@@ -81,7 +77,7 @@ def test_a_damaged_block_fails_verification_and_is_named(
 @pytest.mark.parametrize(
     ("arguments", "code", "line"),
     [
-        (["import", "nonsense"], 1, "'nonsense' is no folder, no file, no hub repository id"),
+        (["import", "nonsense"], 1, "'nonsense' is not a folder, file, hub repository id"),
         (["import", "FOLDER", "--name", "Not A Name"], 1, "cannot be a model's name"),
         (["show", "nobody"], 1, "there is no model 'nobody'"),
         (["verify", "smollm2-135m-instruct"], 1, "is not in"),
@@ -91,7 +87,7 @@ def test_a_damaged_block_fails_verification_and_is_named(
         (["nonsense"], 2, "No such command"),
     ],
 )
-def test_what_goes_wrong_is_one_line_on_stderr(
+def test_error_is_one_line_on_stderr(
     capsys: pytest.CaptureFixture[str], folder: str, arguments: list[str], code: int, line: str
 ) -> None:
     assert run(["model", *(folder if argument == "FOLDER" else argument for argument in arguments)]) == code
@@ -103,6 +99,6 @@ def test_what_goes_wrong_is_one_line_on_stderr(
 
 
 @pytest.mark.parametrize("verb", ["import", "list", "show", "verify", "remove"])
-def test_every_verb_explains_itself(capsys: pytest.CaptureFixture[str], verb: str) -> None:
+def test_every_verb_has_help_text(capsys: pytest.CaptureFixture[str], verb: str) -> None:
     assert run(["model", verb, "--help"]) == 0
     assert "--json" in capsys.readouterr().out

@@ -52,25 +52,25 @@ def api(node: FakeNode, serve: ServeNode) -> list[str]:
     return ["--api", serve(node)]
 
 
-def test_the_text_is_streamed_to_stdout(api: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+def test_streams_text_to_stdout(api: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["submit", "Hi", *api]) == 0
     assert capsys.readouterr() == ("Hello, wörld\n", "")
 
 
 @pytest.mark.parametrize("chat", [[], ["--chat"]])
-def test_json_is_the_documented_document(api: list[str], chat: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+def test_json_document(api: list[str], chat: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["submit", "Hi", "--json", *chat, *api]) == 0
     assert json.loads(capsys.readouterr().out) == DOCUMENT
 
 
-def test_without_options_a_job_is_greedy_and_takes_the_only_complete_model(node: FakeNode, api: list[str]) -> None:
+def test_defaults_to_greedy_and_only_complete_model(node: FakeNode, api: list[str]) -> None:
     assert run(["submit", "Hi", *api]) == 0
     (job,) = node.submitter.requests
     assert (job.model, job.prompt, job.messages) == ("tiny", "Hi", None)
     assert (job.temperature, job.max_tokens, job.seed, job.stop) == (0.0, 256, None, ())
 
 
-def test_every_option_reaches_the_job(node: FakeNode, api: list[str]) -> None:
+def test_options_reach_job(node: FakeNode, api: list[str]) -> None:
     options = "--model other --chat --max-tokens 7 --temperature 0.5 --top-p 0.9 --seed 11 --stop A --stop B"
     more = "--quality near --method arithmetic=bf16 --ignore-eos"
     draws = (
@@ -88,7 +88,7 @@ def test_every_option_reaches_the_job(node: FakeNode, api: list[str]) -> None:
 
 
 @pytest.mark.parametrize("options", [["--budget", "1"], ["--objective", "latency"], ["--logit-bias", "the=1"]])
-def test_what_binds_nothing_is_not_taken(
+def test_refuses_removed_options(
     options: list[str], node: FakeNode, api: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run(["submit", "Hi", *options, *api]) == 2
@@ -96,12 +96,12 @@ def test_what_binds_nothing_is_not_taken(
     assert node.submitter.requests == []
 
 
-def test_a_negative_seed_is_a_seed(node: FakeNode, api: list[str]) -> None:
+def test_accepts_negative_seed(node: FakeNode, api: list[str]) -> None:
     assert run(["submit", "Hi", "--seed", "-1", *api]) == 0
     assert node.submitter.requests[0].seed == -1
 
 
-def test_token_ids_are_a_prompt_and_an_answer(
+def test_token_ids_as_prompt_and_output(
     node: FakeNode, api: list[str], capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     for text in ("3 1 4", "[3, 1, 4]"):
@@ -115,7 +115,7 @@ def test_token_ids_are_a_prompt_and_an_answer(
     assert not node.submitter.requests
 
 
-def test_a_dash_reads_the_prompt_from_stdin(node: FakeNode, api: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_dash_reads_stdin(node: FakeNode, api: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO("wörld\n".encode())))
     assert run(["submit", "-", *api]) == 0
     assert node.submitter.requests[0].prompt == "wörld\n"
@@ -128,7 +128,7 @@ def test_a_dash_reads_the_prompt_from_stdin(node: FakeNode, api: list[str], monk
         ([0, 1], "several models are complete; choose one with --model: tiny, broken"),
     ],
 )
-def test_where_the_model_is_not_clear_the_user_is_told(
+def test_ambiguous_or_missing_model_is_an_error(
     complete: list[int],
     says: str,
     node: FakeNode,
@@ -146,7 +146,7 @@ def test_where_the_model_is_not_clear_the_user_is_told(
 
 @pytest.mark.parametrize("moment", ["refuse", "fail"])
 @pytest.mark.parametrize("as_json", [[], ["--json"]])
-def test_a_job_that_cannot_be_done_is_one_line(
+def test_job_error_is_one_line(
     moment: str, as_json: list[str], node: FakeNode, api: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     setattr(node.submitter, moment, JobError(JobErrorCode.UNCOVERED, "no peer serves blocks 4-8 of tiny"))
@@ -156,14 +156,14 @@ def test_a_job_that_cannot_be_done_is_one_line(
     assert as_json == [] or output.out == ""
 
 
-def test_without_a_node_the_user_is_told_how_to_start_one(capsys: pytest.CaptureFixture[str]) -> None:
+def test_error_without_node_says_how_to_start_one(capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["submit", "Hi", "--api", "http://127.0.0.1:1"]) == 1
     (line,) = capsys.readouterr().err.splitlines()
     assert "http://127.0.0.1:1" in line
     assert "`metaswarm node`" in line
 
 
-def test_the_api_key_comes_from_the_environment(
+def test_api_key_from_environment(
     serve: ServeNode, node: FakeNode, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     api = ["--api", serve(node, "sesame")]
@@ -192,7 +192,7 @@ class TestBootstrap:
         return joined
 
     @pytest.mark.parametrize("model", [[], ["--model", "tiny"]])
-    def test_where_no_node_runs_an_ephemeral_peer_joins(
+    def test_starts_ephemeral_peer_without_node(
         self,
         model: list[str],
         joined: list[tuple[str, ...]],
@@ -205,7 +205,7 @@ class TestBootstrap:
         assert joined == [("peers.yaml",)]
 
     @pytest.mark.parametrize(("model", "code"), [([], 1), (["--model", "abababab"], 0)])
-    def test_a_model_that_nobody_here_named_is_used_once_it_is_named(
+    def test_unnamed_model_needs_its_id(
         self,
         model: list[str],
         code: int,
@@ -227,14 +227,14 @@ class TestBootstrap:
         assert run(["submit", "Hi", "--bootstrap", "peers.yaml", *model]) == code
         assert (f"name the one you trust with --model: {MODEL[:12]}" in capsys.readouterr().err) is (code == 1)
 
-    def test_where_one_runs_it_is_used(
+    def test_uses_running_node(
         self, joined: list[tuple[str, ...]], api: list[str], monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setenv("METASWARM_API", api[1])
         assert run(["submit", "Hi", "--bootstrap", "peers.yaml"]) == 0
         assert joined == []
 
-    def test_where_one_is_named_no_other_is_started(self, joined: list[tuple[str, ...]]) -> None:
+    def test_api_flag_prevents_ephemeral_peer(self, joined: list[tuple[str, ...]]) -> None:
         assert run(["submit", "Hi", "--bootstrap", "peers.yaml", "--api", "http://127.0.0.1:1"]) == 1
         assert joined == []
 
@@ -247,7 +247,7 @@ class TestFile:
     def documents(self, capsys: pytest.CaptureFixture[str]) -> list[Any]:
         return [json.loads(line) for line in capsys.readouterr().out.splitlines()]
 
-    def test_every_line_is_a_job_with_its_own_settings(
+    def test_lines_override_options(
         self, tmp_path: Path, node: FakeNode, api: list[str], capsys: pytest.CaptureFixture[str]
     ) -> None:
         lines = (
@@ -266,7 +266,7 @@ class TestFile:
             5,
         )
 
-    def test_a_job_that_fails_has_its_line_and_the_others_go_on(
+    def test_failed_job_does_not_stop_others(
         self, tmp_path: Path, api: list[str], capsys: pytest.CaptureFixture[str]
     ) -> None:
         file = self.write(tmp_path, '{"prompt": "a", "temperature": 9}', '{"prompt": "b"}')
@@ -278,7 +278,7 @@ class TestFile:
         assert output.err == "metaswarm: 1 of 2 jobs failed; their lines say why\n"
 
     @pytest.mark.parametrize("code", [JobErrorCode.FULL, JobErrorCode.MEASURING])
-    def test_a_job_waits_while_the_peers_are_full_or_its_method_is_measured(
+    def test_retries_while_peers_full_or_quality_measured(
         self,
         tmp_path: Path,
         node: FakeNode,
@@ -294,7 +294,7 @@ class TestFile:
         assert self.documents(capsys) == [DOCUMENT]
         assert len(node.submitter.requests) == 3
 
-    def test_it_does_not_wait_for_ever(
+    def test_retry_deadline(
         self,
         tmp_path: Path,
         node: FakeNode,
@@ -318,7 +318,7 @@ class TestFile:
             ('{"prompt": "a", "chats": 1}', "chats"),
         ],
     )
-    def test_a_wrong_line_is_named_before_anything_is_submitted(
+    def test_invalid_line_fails_before_any_job(
         self, tmp_path: Path, line: str, says: str, node: FakeNode, api: list[str], capsys: pytest.CaptureFixture[str]
     ) -> None:
         assert run(["submit", *self.write(tmp_path, '{"prompt": "a"}', line), *api]) == 2
@@ -328,7 +328,7 @@ class TestFile:
         assert node.submitter.requests == []
 
 
-def test_ctrl_c_cancels_the_job_and_exits_with_130(node: FakeNode, serve: ServeNode) -> None:
+def test_ctrl_c_cancels_job(node: FakeNode, serve: ServeNode) -> None:
     node.submitter.hang = True
     command = [sys.executable, "-m", "node", "submit", "Hi", "--api", serve(node)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:

@@ -1,4 +1,4 @@
-"""A keeper outlives damage to what it kept, and whoever floods it with the past."""
+"""A chain node survives damaged storage, a flood of old messages, and endless questions."""
 
 from collections.abc import Sequence
 
@@ -9,20 +9,23 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from node.consensus import message_log
 from node.consensus.chain_node import ChainNode
 from node.consensus.chain_sync import MAX_ROUNDS, ChainResponder
+from node.consensus.environment import ConsensusEnvironment, ConsensusRules
 from node.identity import Identity
 from node.replication.session import Throttle
-from node.testing.chain_store import MemoryStore
+from node.storage.chain_store import ChainStore
+from node.testing.chain_store import memory_chain_store
 from node.testing.memory_history import MemoryHistory
 from node.util.offload import run_inline
 from protocol.chains import PROTOCOL_ID, ChainConnection, GetStatements, Remaining
-from protocol.consensus import Said, SignatureRecord, StatementRecord, say
+from protocol.consensus import SignedMessage, sign_message
+from protocol.consensus_values import Cell, Signature, Statement
 from protocol.errors import RemoteProtocolError
 from protocol.identity import PeerId, peer_id_from_public_key
 from protocol.states import Role
-from selector.consensus.values import Cell
-from tests.support.agreement import AGENDA, CLOCK, GENESIS, HARDWARE
+from tests.support.agreement import CLOCK, GENESIS, HARDWARE, PLAN
 
 EPOCH = 1000
+OWN = Identity(b"7" * 32)
 
 
 class Meter:
@@ -35,90 +38,92 @@ class Meter:
         await trio.lowlevel.checkpoint()
 
 
-def keeper_of(store: MemoryStore) -> ChainNode:
-    def publish(said: Sequence[Said]) -> None:
-        del said
+def chain_node(store: ChainStore) -> ChainNode:
+    def publish(messages: Sequence[SignedMessage]) -> None:
+        del messages
 
-    return ChainNode(
-        identity=Identity(b"7" * 32),
-        genesis=GENESIS,
-        clock=CLOCK,
-        agenda=AGENDA,
+    environment = ConsensusEnvironment(
+        identity=OWN,
         store=store,
         history=MemoryHistory(),
-        meter=Meter(),
+        models=dict,
         hardware=lambda: HARDWARE,
-        participates=lambda: False,
-        publish=publish,
+        meter=lambda _: Meter(),
         wall_clock=lambda: CLOCK.starts_s(EPOCH),
         offload=run_inline,
     )
+    rules = ConsensusRules(swarm=b"swarm", plan=PLAN, clock=CLOCK)
+    return ChainNode(environment, rules, GENESIS, Meter(), participates=lambda: False, publish=publish)
 
 
 def key(number: int) -> Ed25519PrivateKey:
     return Ed25519PrivateKey.from_private_bytes(number.to_bytes(32, "big"))
 
 
-def founding(number: int, epoch: int) -> Said:
-    """Return a statement by which a stranger makes itself the only member."""
+def peer(number: int) -> PeerId:
+    return peer_id_from_public_key(key(number).public_key().public_bytes_raw())
+
+
+def founding(number: int, epoch: int) -> SignedMessage:
+    """Return a statement by which a stranger starts the chain as its only member."""
     digest = bytes(32)
-    own = peer_id_from_public_key(key(number).public_key().public_bytes_raw())
-    body = StatementRecord(
+    own = peer(number)
+    body = Statement(
         chain=GENESIS,
         epoch=epoch,
         parent=GENESIS,
+        proposer=own,
         commits=(),
-        joined=(PeerId(own),),
+        joined=(own,),
         left=(),
         expelled=(),
         set_digest=digest,
         table_digest=digest,
         state_digest=digest,
     )
-    return say(body, key(number))
+    return sign_message(body, key(number))
 
 
-async def test_a_damaged_record_of_our_own_does_not_end_the_node_but_nothing_is_signed_in_that_epoch() -> None:
-    store = MemoryStore()
-    vote = say(SignatureRecord(chain=GENESIS, epoch=EPOCH - 1, statement=bytes(32)), Identity(b"7" * 32).private_key)
-    await store.keep_records(GENESIS, [(b"vote", EPOCH - 1, vote.envelope), (b"damaged", EPOCH, b"\0")], 0)
-    keeper = keeper_of(store)
-    await keeper.load()
-    assert keeper.participant.voted_epoch == EPOCH
+async def test_abstains_this_epoch_after_losing_an_own_message() -> None:
+    store = memory_chain_store()
+    vote = sign_message(Signature(GENESIS, EPOCH - 1, OWN.peer_id, bytes(32)), OWN.private_key)
+    await store.save_messages(GENESIS, [(b"vote", EPOCH - 1, vote.envelope), (b"damaged", EPOCH, b"\0")], 0)
+    node = chain_node(store)
+    await node.load()
+    assert node.replica.participant.voted_epoch == EPOCH
 
 
-async def test_a_statement_may_find_its_quorum_after_a_flood_of_others(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_statement_reaches_its_quorum_after_a_flood_of_others(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(message_log, "MAX_EVIDENCE", 16)
-    keeper = keeper_of(MemoryStore())
+    node = chain_node(memory_chain_store())
     first = founding(1, 3)
-    keeper.hear([first])
-    await keeper.turn()
+    node.receive([first])
+    await node.turn()
     for number in range(2, 100):
-        unknown = SignatureRecord(chain=GENESIS, epoch=number, statement=number.to_bytes(32, "big"))
-        keeper.hear([founding(number, 3), say(unknown, key(number))])
-    await keeper.turn()
-    assert len(keeper.minutes.signatures) <= 2 * 16
-    keeper._forget(CLOCK.starts_s(EPOCH))
-    [statement] = [each for each, said in keeper.minutes.statements.items() if said == first]
-    keeper.hear([say(SignatureRecord(chain=GENESIS, epoch=3, statement=statement), key(1))])
-    await keeper.turn()
-    assert [each.id for each in await keeper.store.statements(GENESIS)] == [statement]
+        unknown = Signature(GENESIS, number, peer(number), number.to_bytes(32, "big"))
+        node.receive([founding(number, 3), sign_message(unknown, key(number))])
+    await node.turn()
+    assert len(node.replica.log.signatures) <= 2 * 16
+    node.prune(CLOCK.starts_s(EPOCH))
+    [statement] = [each for each, message in node.replica.log.statements.items() if message == first]
+    node.receive([sign_message(Signature(GENESIS, 3, peer(1), statement), key(1))])
+    await node.turn()
+    assert [each.id for each in await node.branch_after((), 64)] == [statement]
 
 
-async def test_who_is_not_in_the_committee_takes_no_room_of_those_who_are() -> None:
-    keeper = keeper_of(MemoryStore())
-    keeper.hear([founding(1, EPOCH)])
-    await keeper.turn()
-    [statement] = keeper.minutes.statements
-    signature = SignatureRecord(chain=GENESIS, epoch=EPOCH, statement=statement)
-    signed = [say(signature, key(number)) for number in (3, 2, 1)]
-    keeper.hear(signed)
-    await keeper.turn()
-    assert [*keeper.minutes.signatures[statement].values()] == signed[2:]
+async def test_signatures_outside_the_committee_are_dropped() -> None:
+    node = chain_node(memory_chain_store())
+    node.receive([founding(1, EPOCH)])
+    await node.turn()
+    [statement] = node.replica.log.statements
+    signed = [sign_message(Signature(GENESIS, EPOCH, peer(number), statement), key(number)) for number in (3, 2, 1)]
+    node.receive(signed)
+    await node.turn()
+    assert [*node.replica.log.signatures[statement].values()] == signed[2:]
 
 
 class Questioner:
-    """The stream of a peer that asks again whatever it was answered."""
+    """The stream of a peer that asks again after every answer."""
 
     peer, protocol = PeerId("questioner"), PROTOCOL_ID
 
@@ -145,7 +150,7 @@ class Questioner:
 
 
 async def test_session_with_endless_requests_is_a_violation() -> None:
-    chain = keeper_of(MemoryStore())
+    chain = chain_node(memory_chain_store())
     stream = Questioner()
     with pytest.raises(RemoteProtocolError, match="more than"):
         await ChainResponder(stream, Throttle(), lambda genesis: chain).run()

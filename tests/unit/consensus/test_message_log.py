@@ -1,9 +1,11 @@
-"""What is held of an epoch is bounded, and strangers cannot take the room of members."""
+"""The message log is bounded, and strangers cannot take the room of members."""
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from node.consensus.message_log import MAX_OF_OTHERS, MessageLog
-from protocol.consensus import CommitRecord, RevealRecord, Said, SignatureRecord, say
+from protocol.consensus import SignedMessage, equivocator_of, sign_message
+from protocol.consensus_values import Commit, Reveal, Signature
+from protocol.identity import PeerId, peer_id_from_public_key
 from protocol.limits import MAX_HAVE
 
 CHAIN = bytes(32)
@@ -13,53 +15,57 @@ def key(number: int) -> Ed25519PrivateKey:
     return Ed25519PrivateKey.from_private_bytes(number.to_bytes(32, "big"))
 
 
-def commit(number: int, epoch: int = 7, commitment: bytes = bytes(32)) -> Said:
-    body = CommitRecord(chain=CHAIN, epoch=epoch, parent=CHAIN, hardware="two cores", commitment=commitment)
-    return say(body, key(number + 1))
+def peer(number: int) -> PeerId:
+    return peer_id_from_public_key(key(number).public_key().public_bytes_raw())
 
 
-def test_however_many_strangers_speak_members_are_heard() -> None:
-    minutes = MessageLog()
-    bound = MAX_OF_OTHERS[CommitRecord]
+def commit(number: int, epoch: int = 7, commitment: bytes = bytes(32)) -> SignedMessage:
+    body = Commit(CHAIN, epoch, CHAIN, peer(number + 1), "two cores", commitment)
+    return sign_message(body, key(number + 1))
+
+
+def test_strangers_cannot_crowd_out_members() -> None:
+    log = MessageLog()
+    bound = MAX_OF_OTHERS[Commit]
     for number in range(bound + 20):
-        minutes.add(commit(number), 7, is_member=False)
-    assert len(minutes.recent()) == bound
+        log.add(commit(number), 7, is_member=False)
+    assert len(log.recent()) == bound
     stranger, member = commit(5000), commit(5001)
-    assert minutes.is_full(stranger, is_member=False)
-    assert not minutes.is_full(member, is_member=True)
-    minutes.add(member, 7, is_member=True)
-    assert member in minutes.recent().values()
+    assert log.is_full(stranger, is_member=False)
+    assert not log.is_full(member, is_member=True)
+    log.add(member, 7, is_member=True)
+    assert member in log.recent().values()
     assert bound + 1 < MAX_HAVE
 
 
-def test_the_same_records_have_the_same_digest_in_whatever_order_they_came() -> None:
+def test_digest_does_not_depend_on_the_order() -> None:
     one, other = MessageLog(), MessageLog()
-    said = [commit(number) for number in range(5)]
-    for each in said:
+    messages = [commit(number) for number in range(5)]
+    for each in messages:
         one.add(each, 7)
-    for each in reversed(said):
+    for each in reversed(messages):
         other.add(each, 7)
         other.add(each, 7)
     assert one.digest() == other.digest()
     assert MessageLog().digest() != one.digest()
 
 
-def test_who_says_two_things_is_found_out_and_other_epochs_are_not_held_against_it() -> None:
-    minutes = MessageLog()
-    assert minutes.add(commit(1), 7) is None
-    assert minutes.add(commit(1), 7) is None
-    assert minutes.add(commit(1, epoch=8), 7) is None
-    contradiction = minutes.add(commit(1, commitment=bytes([1]) * 32), 7)
-    assert contradiction is not None
-    assert contradiction.first == commit(1)
+def test_detects_equivocation_in_one_epoch_only() -> None:
+    log = MessageLog()
+    assert log.add(commit(1), 7) is None
+    assert log.add(commit(1), 7) is None
+    assert log.add(commit(1, epoch=8), 7) is None
+    equivocation = log.add(commit(1, commitment=bytes([1]) * 32), 7)
+    assert equivocation is not None
+    assert equivocator_of(equivocation) == peer(2)
 
 
-def test_epochs_that_are_over_are_forgotten_but_not_the_evidence_that_is_needed() -> None:
-    minutes = MessageLog()
-    signature = say(SignatureRecord(chain=CHAIN, epoch=7, statement=CHAIN), key(1))
-    reveal = say(RevealRecord(chain=CHAIN, epoch=7, nonce=bytes(32), readings=()), key(1))
-    for said in (signature, reveal, commit(0)):
-        minutes.add(said, 7)
-    minutes.prune(9, {CHAIN})
-    assert not minutes.recent()
-    assert minutes.signatures[CHAIN][signature.peer] == signature
+def test_prunes_past_epochs_but_not_needed_evidence() -> None:
+    log = MessageLog()
+    signature = sign_message(Signature(CHAIN, 7, peer(1), CHAIN), key(1))
+    reveal = sign_message(Reveal(CHAIN, 7, peer(1), bytes(32), ()), key(1))
+    for message in (signature, reveal, commit(0)):
+        log.add(message, 7)
+    log.prune(9, {CHAIN})
+    assert not log.recent()
+    assert log.signatures[CHAIN][signature.peer] == signature

@@ -20,7 +20,7 @@ from node.models.errors import ModelError
 from node.models.tokenizer_service import no_tokenizer
 from node.models.vocabulary import TokenKind, Vocabulary
 from node.stages.span import IDLE_LIMIT_S
-from node.swarm.membership import HEARTBEAT_INTERVAL_S
+from node.swarm.heartbeats import HEARTBEAT_INTERVAL_S
 from node.testing.fake_engine import expected_tokens, fake_span_info
 from protocol.identity import BlockRange, SessionId
 from protocol.messages import FinishReason, Sampling
@@ -299,7 +299,7 @@ async def test_a_draining_peer_finishes_what_it_has_and_takes_nothing_new(virtua
             with pytest.raises(JobError) as caught:
                 await peer.run(JobRequest(model="fake", prompt=PROMPT))
             assert caught.value.code is JobErrorCode.UNCOVERED
-            assert [presence.peer for presence in peer.membership.directory.departing()] == [leaving.id]
+            assert [entry.peer for entry in peer.membership.directory.draining()] == [leaving.id]
             assert [event async for event in events][-1].token_ids == right_tokens(30)  # type: ignore[union-attr]
         with trio.fail_after(1):
             await leaving.stages.wait_idle()

@@ -26,6 +26,7 @@ from node.network.host import Libp2pNetwork
 from node.storage.database import DATABASE_FILE, open_database
 from node.storage.history import HistoryStore
 from node.swarm.dht_records import RecordKinds
+from node.swarm.heartbeats import OwnServices
 from node.swarm.membership import Membership
 from protocol.announcements import ServedSpan
 from protocol.identity import BlockRange, ModelId
@@ -75,9 +76,8 @@ async def peer(
     membership = Membership(
         network=network,
         identity=identity,
-        agent=agent,
+        services=OwnServices(agent=agent, served_spans=lambda: served),
         bootstrap=(),
-        served_spans=lambda: served,
         records=RecordKinds(network),
         jitter=random.Random(number),
     )

@@ -23,7 +23,7 @@ def test_int8_is_as_near_as_its_blocks_allow(width: int) -> None:
     assert np.array_equal(decode_rows(join([tensor.cut(3, 5), tensor.cut(0, 3)])), np.roll(back, 2, axis=0))
 
 
-def test_int8_bears_rows_of_zeros_and_huge_elements() -> None:
+def test_int8_codec_handles_zeros_and_huge_elements() -> None:
     rows = np.zeros((2, 40), np.float32)
     rows[1, 3], rows[1, 35] = 8e6, 1e-30
     back = decode_rows(encode_rows(rows, "int8"))
@@ -38,7 +38,7 @@ def test_a_codec_that_is_not_known_is_refused() -> None:
 
 @pytest.mark.parametrize("codec", ["fp32", "bf16", "int8", "fp16"])
 @pytest.mark.parametrize("width", [1, 32, 33, 576])
-def test_what_is_no_number_is_found_wherever_it_stands(codec: str, width: int) -> None:
+def test_non_finite_hidden_states_are_detected_anywhere(codec: str, width: int) -> None:
     generator = np.random.default_rng(width)
     for attempt in range(20):
         rows = (generator.standard_normal((3, width)) * 10.0 ** generator.integers(-6, 4)).astype(np.float32)

@@ -51,7 +51,7 @@ def shards_of(package: Package, count: int) -> list[InProcess]:
         ("gpt_neox_japanese", {"embed_out", "final_layer_norm"}),
     ],
 )
-def test_modules_behind_the_last_block_are_found_whatever_their_names(model_type: str, head: set[str]) -> None:
+def test_modules_behind_the_last_block_are_found_by_tracing(model_type: str, head: set[str]) -> None:
     assert describe({"model_type": model_type}).names.head == head
 
 
@@ -93,13 +93,13 @@ def test_last_span_whose_file_lacks_the_final_norm_is_not_served(tmp_path: Path)
     ],
     ids=model_type,
 )
-def test_architecture_that_cannot_be_split_is_refused_by_its_config_alone(content: dict[str, Any], reason: str) -> None:
+def test_unsupported_architecture_is_refused_by_its_config(content: dict[str, Any], reason: str) -> None:
     with pytest.raises(EngineError, match=reason) as refusal:
         check_architecture(content)
     assert "Layer" not in str(refusal.value)
 
 
-def test_architecture_that_gives_something_else_when_it_is_cut_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_architecture_with_other_logits_when_cut_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     from transformers.models.starcoder2 import modeling_starcoder2
 
     # As if the blocks also looked at what only the first span has.
@@ -114,7 +114,7 @@ def test_architecture_that_gives_something_else_when_it_is_cut_is_refused(monkey
 
 
 @pytest.mark.parametrize("content", [LONGROPE, {"model_type": "xglm"}, {"model_type": "gemma3_text"}], ids=model_type)
-def test_architecture_that_can_be_split_passes_its_trial(content: dict[str, Any]) -> None:
+def test_supported_architecture_passes_its_check(content: dict[str, Any]) -> None:
     check_architecture(content)
 
 
@@ -176,11 +176,11 @@ def test_context_ends_where_rotary_frequencies_would_change(tmp_path: Path) -> N
     ],
     ids=range(8),
 )
-def test_positions_up_to_which_every_token_is_calculated_alike(config: dict[str, Any], positions: int | None) -> None:
+def test_context_up_to_which_kv_does_not_depend_on_length(config: dict[str, Any], positions: int | None) -> None:
     assert constant_positions(config) == positions
 
 
-def test_experts_of_hundreds_of_gigabytes_are_described_without_memory() -> None:
+def test_large_experts_are_described_without_memory() -> None:
     described = describe({"model_type": "deepseek_v3"})
     weights = list(described.model.parameters())
     assert sum(weight.numel() for weight in weights) > 500e9

@@ -45,7 +45,7 @@ def convert(source: Path, out_dir: Path) -> subprocess.Popen[str]:
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
-def test_a_gguf_file_becomes_the_same_folder_each_time(source: Path, tmp_path: Path) -> None:
+def test_gguf_conversion_is_deterministic(source: Path, tmp_path: Path) -> None:
     moved = tmp_path / "elsewhere.gguf"
     moved.write_bytes(source.read_bytes())
     folders = [tmp_path / "one", tmp_path / "two"]
@@ -74,7 +74,7 @@ def test_a_gguf_file_becomes_the_same_folder_each_time(source: Path, tmp_path: P
     ("content", "complaint"),
     [(None, "No such file"), (b"PK\x03\x04 a zip file", "is not a GGUF file"), (b"GGUF\x03\0\0\0", "cut short")],
 )
-def test_what_is_no_gguf_file_is_said_in_one_line(content: bytes | None, complaint: str, tmp_path: Path) -> None:
+def test_non_gguf_file_is_refused_in_one_line(content: bytes | None, complaint: str, tmp_path: Path) -> None:
     path = tmp_path / "model.gguf"
     if content is not None:
         path.write_bytes(content)
@@ -99,7 +99,7 @@ def config_of(folder: Path) -> Any:
     return json.loads((folder / "config.json").read_text())
 
 
-def test_all_parts_of_a_split_become_the_model_that_one_file_becomes(tmp_path: Path, out: Path) -> None:
+def test_split_gguf_gives_the_same_model_as_one_file(tmp_path: Path, out: Path) -> None:
     convert_gguf(write_gguf(tmp_path / "whole.gguf"), out)
     parts = write_split(tmp_path / "parts", count=3)
     convert_gguf(parts[1], tmp_path / "joined")
@@ -122,7 +122,7 @@ FAULTS: dict[str, tuple[str, Edit, str]] = {
     "a block too many": (
         "llama",
         lambda w: {**w, "blk.2.attn_norm.weight": EXTRA},
-        r"has tensors of block 2 .*no place",
+        r"has tensors of block 2 .*does not use",
     ),
     "another size": (
         "llama",
@@ -138,7 +138,7 @@ FAULTS: dict[str, tuple[str, Edit, str]] = {
 
 
 @pytest.mark.parametrize(("architecture", "edit", "line"), FAULTS.values(), ids=FAULTS)
-def test_a_file_whose_tensors_are_not_those_of_its_architecture_is_refused(
+def test_gguf_with_tensors_of_another_architecture_is_refused(
     tmp_path: Path, out: Path, architecture: str, edit: Edit, line: str
 ) -> None:
     path = write_gguf(tmp_path / "tiny.gguf", metadata(architecture), edit(tensors(architecture)))
@@ -172,7 +172,7 @@ SCALINGS: dict[str, tuple[str, dict[str, Any], dict[str, list[float]]]] = {
 
 
 @pytest.mark.parametrize(("architecture", "own", "factors"), SCALINGS.values(), ids=SCALINGS)
-def test_the_model_rotates_positions_as_the_file_says(
+def test_model_has_the_rope_frequencies_of_its_gguf(
     tmp_path: Path, out: Path, architecture: str, own: dict[str, Any], factors: dict[str, list[float]]
 ) -> None:
     weights = {**tensors(architecture), **{name: np.array(values, np.float32) for name, values in factors.items()}}
@@ -199,7 +199,7 @@ def test_gemma3_scales_its_global_layers_only(tmp_path: Path, out: Path) -> None
     assert said["sliding_attention"]["rope_theta"] == 10000.0
 
 
-def test_a_head_of_its_own_is_not_replaced_by_the_embedding(tmp_path: Path, out: Path) -> None:
+def test_untied_head_is_not_replaced_by_the_embedding(tmp_path: Path, out: Path) -> None:
     weights = tensors("falcon")
     convert_gguf(write_gguf(tmp_path / "tiny.gguf", metadata("falcon"), weights), out)
     assert config_of(out)["tie_word_embeddings"] is False

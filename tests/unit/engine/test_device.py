@@ -19,14 +19,14 @@ def answering(answer: str, code: int = 0) -> list[str]:
     return [sys.executable, "-c", f"import sys; sys.{stream}.write({answer!r}); sys.exit({code})"]
 
 
-async def test_without_a_driver_the_cpu_is_taken_and_torch_not_asked(tmp_path: Path) -> None:
+async def test_auto_device_without_driver_is_the_cpu_without_torch(tmp_path: Path) -> None:
     missing = str(tmp_path / "nvidia")
     found = await find_device("auto", command=["/no/such/program"], drivers=[missing])
     assert found.name == CPU
     assert 0 < found.free_bytes <= psutil.virtual_memory().total
 
 
-async def test_a_gpu_that_torch_sees_is_taken() -> None:
+async def test_auto_device_prefers_gpu() -> None:
     gpu = Device("cuda:1", 80 << 30, replace(H100, throughput=Throughput()))
     assert await find_device("auto", command=answering(json.dumps(gpu.to_json())), drivers=["/"]) == gpu
 
@@ -35,7 +35,7 @@ async def test_a_driver_without_a_device_leaves_the_cpu() -> None:
     assert (await find_device("auto", command=answering("driver too old", 1), drivers=["/"])).name == CPU
 
 
-async def test_a_device_that_was_asked_for_and_is_not_there_is_said() -> None:
+async def test_unavailable_requested_device_is_an_error() -> None:
     with pytest.raises(DeviceError, match="driver too old"):
         await find_device("cuda", command=answering("warning\ndriver too old\n", 1))
     with pytest.raises(DeviceError, match="malformed answer from the device probe"):

@@ -46,7 +46,7 @@ async def test_sampled_tokens_depend_on_the_seed_and_are_replayed() -> None:
     assert expected_tokens(INFO, PROMPT, 8, sampling) != expected_tokens(INFO, PROMPT, 8)
 
 
-async def test_going_back_gives_the_same_tokens_again() -> None:
+async def test_rewind_gives_the_same_tokens_again() -> None:
     three, tokens = engines(3), expected_tokens(INFO, PROMPT, 8)
     for engine in three:
         await start(engine, session(1), 30)
@@ -62,7 +62,7 @@ def test_every_row_counts(prompt: Sequence[int]) -> None:
     assert expected_tokens(INFO, prompt, 3) != expected_tokens(INFO, PROMPT, 3)
 
 
-async def test_a_row_of_another_session_or_a_skipped_span_changes_the_token() -> None:
+async def test_swapped_row_or_skipped_span_changes_the_token() -> None:
     three = engines(3)
     for engine in three:
         await start(engine, session(1), 30)
@@ -77,7 +77,7 @@ async def test_a_row_of_another_session_or_a_skipped_span_changes_the_token() ->
     assert skipped != right
 
 
-async def test_it_admits_as_the_real_engine_does() -> None:
+async def test_fake_engine_admits_like_the_real_one() -> None:
     engine = FakeEngine(fake_span_info(BlockRange(0, BLOCKS), block_count=BLOCKS, kv_positions=96, max_positions=100))
     for positions in (0, 101):
         with pytest.raises(EngineError, match="has 1 to 100 positions"):

@@ -42,7 +42,7 @@ def calculate(pages: KvAllocator, number: int, names: str, options: SessionOptio
     return cached
 
 
-def test_a_prompt_is_found_while_its_session_lives_and_after() -> None:
+def test_prefix_cache_hits_during_and_after_a_session() -> None:
     pages = KvAllocator(INFO)
     assert calculate(pages, 1, "ab") == 0
     assert calculate(pages, 2, "abc", extra=0) == 64
@@ -53,7 +53,7 @@ def test_a_prompt_is_found_while_its_session_lives_and_after() -> None:
     assert pages.hit_positions == 64
 
 
-def test_a_hit_is_of_the_same_coordinator_and_kv_key_and_without_a_gap() -> None:
+def test_prefix_cache_hit_needs_same_namespace_and_kv_key() -> None:
     pages = KvAllocator(INFO)
     calculate(pages, 1, "ab")
     pages.close(session(1))
@@ -72,7 +72,7 @@ def test_a_hit_is_of_the_same_coordinator_and_kv_key_and_without_a_gap() -> None
     }
 
 
-def test_pages_found_outlast_their_session_until_the_finder_begins() -> None:
+def test_pinned_pages_survive_until_begin() -> None:
     pages = KvAllocator(INFO)
     calculate(pages, 1, "abc")
     pages.close(session(1))
@@ -85,7 +85,7 @@ def test_pages_found_outlast_their_session_until_the_finder_begins() -> None:
     pages.open(session(3), PAGE_POSITIONS, None)
 
 
-def test_what_is_cached_never_keeps_a_session_out() -> None:
+def test_cached_pages_never_block_a_session() -> None:
     pages = KvAllocator(INFO)
     calculate(pages, 1, "abcde")
     pages.close(session(1))
@@ -93,7 +93,7 @@ def test_what_is_cached_never_keeps_a_session_out() -> None:
     assert pages.evicted_positions == 5 * PAGE_POSITIONS
 
 
-def test_the_longest_unused_goes_first_and_of_a_prompt_its_end() -> None:
+def test_prefix_cache_evicts_least_recently_used_and_prompt_ends_first() -> None:
     pages = KvAllocator(INFO)
     for number, names in ((1, "ab"), (2, "xy"), (3, "a")):
         calculate(pages, number, names, extra=0)
@@ -104,7 +104,7 @@ def test_the_longest_unused_goes_first_and_of_a_prompt_its_end() -> None:
     assert pages.open(session(6), PAGE_POSITIONS, prefix("xy")) == {OPTIONS.kv_key: 32}
 
 
-def test_what_is_calculated_again_or_failed_is_not_found() -> None:
+def test_recalculated_or_failed_pages_leave_the_prefix_cache() -> None:
     pages = KvAllocator(INFO)
     calculate(pages, 1, "ab")
     pages.rewind(session(1), 40)
@@ -116,13 +116,13 @@ def test_what_is_calculated_again_or_failed_is_not_found() -> None:
     assert pages.begin(session(3), OPTIONS).cached == 0
 
 
-def test_a_session_may_stay_out_of_the_cache() -> None:
+def test_session_can_opt_out_of_the_prefix_cache() -> None:
     pages = KvAllocator(INFO)
     calculate(pages, 1, "ab", SessionOptions(sampling=GREEDY, prefix_cache=False))
     assert pages.open(session(2), 64, prefix("ab")) == {}
 
 
-def test_random_orders_never_give_a_page_out_twice_nor_lose_one() -> None:
+def test_kv_allocator_never_double_allocates_or_leaks_pages() -> None:
     chance = random.Random(5)
     pages = KvAllocator(INFO)
     begun: dict[int, tuple[int, ...]] = {}
@@ -158,7 +158,7 @@ def test_random_orders_never_give_a_page_out_twice_nor_lose_one() -> None:
     pages.open(session(0), INFO.kv_positions, None)
 
 
-async def test_a_fake_session_goes_on_from_pages_of_an_earlier_one() -> None:
+async def test_fake_session_reuses_cached_pages() -> None:
     engine = FakeEngine(INFO)
     text = [number * 7 % 100 for number in range(70)]
     drawn = []
@@ -173,7 +173,7 @@ async def test_a_fake_session_goes_on_from_pages_of_an_earlier_one() -> None:
     assert (statistics.hit_positions, statistics.cached_positions, statistics.reserved_positions) == (64, 64, 0)
 
 
-async def test_drafts_are_drawn_up_to_the_first_wrong_one() -> None:
+async def test_speculative_decoding_stops_at_the_first_rejected_draft() -> None:
     engine = FakeEngine(INFO)
     text = [3, 1, 4, 1, 5]
     right = list(expected_tokens(INFO, text, 4))

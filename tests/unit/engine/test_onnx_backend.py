@@ -26,7 +26,7 @@ def engine_of(tiny: TinyModel, cache_dir: Path) -> InProcess:
     return InProcess(shard)
 
 
-async def test_graphs_are_kept_for_the_next_worker(
+async def test_onnx_graphs_are_cached_for_the_next_worker(
     make_tiny_model: MakeTinyModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tiny = make_tiny_model("llama")
@@ -36,7 +36,7 @@ async def test_graphs_are_kept_for_the_next_worker(
 
 
 @pytest.mark.parametrize("spoiled", ["2.onnx", "2.constants"])
-async def test_damaged_graphs_are_built_anew(spoiled: str, make_tiny_model: MakeTinyModel, tmp_path: Path) -> None:
+async def test_damaged_onnx_graphs_are_rebuilt(spoiled: str, make_tiny_model: MakeTinyModel, tmp_path: Path) -> None:
     tiny = make_tiny_model("llama")
     engine_of(tiny, tmp_path)
     cut_short(tmp_path, spoiled)
@@ -55,7 +55,7 @@ def fill(size: int) -> Callable[[Path], None]:
     return build
 
 
-def test_the_longest_unused_folder_goes_first(tmp_path: Path) -> None:
+def test_disk_cache_evicts_least_recently_used_folder(tmp_path: Path) -> None:
     cache = FolderCache(tmp_path, limit_bytes=250)
     for name in ("a", "b"):
         cache.folder(name, fill(100))
@@ -67,7 +67,7 @@ def test_the_longest_unused_folder_goes_first(tmp_path: Path) -> None:
     assert {path.name for path in tmp_path.iterdir()} == {"larger than all"}
 
 
-def test_what_was_being_built_when_its_process_was_killed_goes_and_what_is_being_built_stays(tmp_path: Path) -> None:
+def test_disk_cache_evicts_abandoned_builds_but_not_running_ones(tmp_path: Path) -> None:
     cache = FolderCache(tmp_path)
     for name in (".building-abandoned", ".building-now"):
         (tmp_path / name).mkdir()
@@ -77,7 +77,7 @@ def test_what_was_being_built_when_its_process_was_killed_goes_and_what_is_being
     assert {path.name for path in tmp_path.iterdir()} == {"a", ".building-now"}
 
 
-def test_what_cannot_be_built_leaves_nothing(tmp_path: Path) -> None:
+def test_failed_build_leaves_nothing_in_the_disk_cache(tmp_path: Path) -> None:
     def fail(folder: Path) -> None:
         fill(100)(folder)
         raise OSError("no room")

@@ -7,7 +7,7 @@ import torch
 
 from node.engine.engine_config import EngineOptions
 from node.engine.interface import PAGE_POSITIONS, KvCompatibilityKey, Variant
-from node.engine.quality import PARTS, cut, kv_key_of, measure_quality
+from node.engine.quality import PARTS, kv_key_of, measure_quality, split_into_parts
 from node.engine.shard import Shard
 from protocol.identity import BlockRange
 from tests.unit.engine.tiny_models import BLOCKS, VOCABULARY, TinyModel
@@ -23,11 +23,11 @@ def windows(length: int = 40) -> list[list[int]]:
     return torch.randint(0, VOCABULARY, (3, length), generator=generator).tolist()
 
 
-def test_what_is_exact_differs_in_nothing_and_what_is_not_is_told_apart(
+def test_quality_is_zero_for_exact_and_ordered_for_lossy_variants(
     make_tiny_model: Callable[[str], TinyModel],
 ) -> None:
     model = make_tiny_model("llama")
-    parts = [(blocks, model.source(blocks)) for blocks in cut([1] * BLOCKS)]
+    parts = [(blocks, model.source(blocks)) for blocks in split_into_parts([1] * BLOCKS)]
     assert len(parts) == min(PARTS, BLOCKS)
     found = measure_quality(
         parts, windows(), [EXACT, BF16, BF16_WIRE, KvCompatibilityKey(Variant("fused", "steam"), "fp32")]
@@ -65,7 +65,7 @@ def test_the_figures_are_those_of_the_whole_model_at_once(make_tiny_model: Calla
 
 
 def test_a_large_model_is_cut_into_more_parts() -> None:
-    assert [len(part) for part in cut([10] * 30)] == [7, 8, 7, 8]
-    assert [len(part) for part in cut([1 << 30] * 10)] == [2] * 5
-    assert [len(part) for part in cut([3 << 30] * 2)] == [1, 1]
+    assert [len(part) for part in split_into_parts([10] * 30)] == [7, 8, 7, 8]
+    assert [len(part) for part in split_into_parts([1 << 30] * 10)] == [2] * 5
+    assert [len(part) for part in split_into_parts([3 << 30] * 2)] == [1, 1]
     assert kv_key_of(str(BF16_WIRE)) == BF16_WIRE

@@ -18,7 +18,7 @@ from transformers.generation.logits_process import (
 )
 
 from node.engine.interface import EngineError
-from node.engine.sampling import TokenCounts, draw, draw_until_wrong, history_for, uniform
+from node.engine.sampling import TokenCounts, draw, draw_and_verify, history_for, uniform
 from protocol.messages import Sampling
 
 PROBABILITIES = np.array([0.02, 0.4, 0.08, 0.25, 0.05, 0.2])
@@ -82,7 +82,7 @@ def test_no_temperature_overflows(temperature: float) -> None:
     assert tokens == ({1} if temperature < 1 else {0, 1, 2})
 
 
-def test_logits_that_are_no_numbers_are_an_error() -> None:
+def test_non_finite_logits_are_an_error() -> None:
     for bad in (np.nan, np.inf):
         with pytest.raises(EngineError, match="not finite"):
             draw(np.array([0, bad, 1], dtype=np.float32), Sampling(max_tokens=1), 0)
@@ -160,7 +160,7 @@ def by_transformers(logits: npt.NDArray[np.float32], sampling: Sampling, tokens:
         },
     ],
 )
-def test_tokens_are_drawn_as_transformers_processors_say(way: dict[str, Any]) -> None:
+def test_sampling_equals_transformers_logits_processors(way: dict[str, Any]) -> None:
     for number in range(8):
         rng = np.random.default_rng(100 + number)
         tokens = rng.integers(0, 40, 24).tolist()
@@ -192,15 +192,15 @@ def test_where_only_stop_tokens_are_left_one_is_drawn() -> None:
     assert draw(logits, Sampling(max_tokens=1, stop_tokens=(1, 900), min_length=9), 9) == 1
 
 
-def test_each_token_of_a_step_bears_the_penalties_of_those_before_it() -> None:
+def test_penalties_apply_to_each_token_of_a_step() -> None:
     sampling = Sampling(max_tokens=1, presence_penalty=3.0, prompt_length=2)
     rows = np.tile(np.array([5, 4, 3, 2, -9], np.float32), (4, 1))
-    assert draw_until_wrong(rows, sampling, 2, (0, 1, 0), told(sampling, [0, 0])) == [0, 1, 2]
-    assert draw_until_wrong(rows, sampling, 2, (0, 1, 2), told(sampling, [0, 0])) == [0, 1, 2, 0]
-    assert draw_until_wrong(rows, sampling, 2, (3, 1, 2), told(sampling, [0, 0])) == [0]
+    assert draw_and_verify(rows, sampling, 2, (0, 1, 0), told(sampling, [0, 0])) == [0, 1, 2]
+    assert draw_and_verify(rows, sampling, 2, (0, 1, 2), told(sampling, [0, 0])) == [0, 1, 2, 0]
+    assert draw_and_verify(rows, sampling, 2, (3, 1, 2), told(sampling, [0, 0])) == [0]
 
 
-def test_what_was_drawn_and_taken_back_is_forgotten() -> None:
+def test_rewind_drops_drawn_tokens() -> None:
     sampling = Sampling(max_tokens=1, repetition_penalty=2.0, frequency_penalty=1.0, prompt_length=3)
     counts = told(sampling, [1, 2, 1])
     assert counts is not None

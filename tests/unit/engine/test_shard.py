@@ -38,7 +38,7 @@ def tokens_of(shard: InProcess, of: SessionId, position: int, tokens: Sequence[i
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3", "mistral"])
-async def test_going_back_gives_the_same_tokens_again(family: str, make_tiny_model: MakeTinyModel) -> None:
+async def test_rewind_gives_the_same_tokens_again(family: str, make_tiny_model: MakeTinyModel) -> None:
     tiny = make_tiny_model(family)
     engines = [shard_of(tiny, blocks) for blocks in spans(BLOCKS, 3)]
     for engine in engines:
@@ -53,7 +53,7 @@ async def test_going_back_gives_the_same_tokens_again(family: str, make_tiny_mod
         assert tokens_from_tensor(rows) == tiny.tokens[-1:]
 
 
-async def test_sessions_do_not_disturb_each_other(make_tiny_model: MakeTinyModel) -> None:
+async def test_sessions_are_isolated(make_tiny_model: MakeTinyModel) -> None:
     tiny = make_tiny_model("qwen2")
     shard = shard_of(tiny)
     prompts = [PROMPT, PROMPT[:5], PROMPT[3:]]
@@ -81,7 +81,7 @@ async def test_sessions_do_not_disturb_each_other(make_tiny_model: MakeTinyModel
     assert together == alone
 
 
-def test_a_part_of_a_prompt_draws_nothing(make_tiny_model: MakeTinyModel) -> None:
+def test_prefill_chunk_draws_no_token(make_tiny_model: MakeTinyModel) -> None:
     shard = shard_of(make_tiny_model("llama"))
     shard.open_now(session(1), 20)
     assert tokens_of(shard, session(1), 0, PROMPT[:4], draws=0) == []
@@ -120,9 +120,7 @@ async def test_greedy_text_with_penalties_is_that_of_generate(
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.5])
-async def test_guesses_and_going_back_leave_no_penalty_behind(
-    make_tiny_model: MakeTinyModel, temperature: float
-) -> None:
+async def test_rejected_drafts_and_rewinds_leave_no_penalty(make_tiny_model: MakeTinyModel, temperature: float) -> None:
     tiny = make_tiny_model("llama")
     engines = [shard_of(tiny, blocks) for blocks in spans(BLOCKS, 3)]
     sampling = Sampling(
@@ -217,7 +215,7 @@ def test_bad_rows_cost_their_session_alone(
 
 @pytest.mark.parametrize("variant", [REFERENCE, Variant("fused", "fp32")])
 @pytest.mark.parametrize("guilty", [{0}, {3}, {6}, {1, 5}, {0, 1, 2, 3, 4, 5}])
-def test_forward_pass_that_fails_costs_the_guilty_sessions_alone(
+def test_failed_forward_pass_costs_only_the_faulty_sessions(
     variant: Variant, guilty: set[int], make_tiny_model: MakeTinyModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shard = InProcess(Shard(make_tiny_model("llama").source(WHOLE), WHOLE, replace(OPTIONS, kv_positions=500)))
@@ -260,7 +258,7 @@ def test_forward_pass_that_fails_costs_the_guilty_sessions_alone(
         step_all(sorted(guilty)[:1])
 
 
-def test_outputs_that_are_no_numbers_fail_alone_and_are_the_engines_own_fault(make_tiny_model: MakeTinyModel) -> None:
+def test_non_finite_outputs_fail_their_session_as_engine_fault(make_tiny_model: MakeTinyModel) -> None:
     for blocks in (BlockRange(1, 3), BlockRange(3, 4)):
         shard = shard_of(make_tiny_model("llama"), blocks)
         rows = [
@@ -284,7 +282,7 @@ def test_hidden_states_of_another_model_are_refused(make_tiny_model: MakeTinyMod
         shard.step_now([SliceInput(session=session(1), position=0, tensor=rows, draws=0)])
 
 
-def test_not_a_number_is_an_error_and_not_a_token(make_tiny_model: MakeTinyModel) -> None:
+def test_nan_logits_draw_no_token(make_tiny_model: MakeTinyModel) -> None:
     shard = shard_of(make_tiny_model("llama"), BlockRange(3, 4))
     shard.open_now(session(1), 50)
     rows = Tensor(DType.FLOAT32, (1, 32), array("f", [float("nan")] * 32).tobytes())
@@ -301,15 +299,15 @@ def test_a_span_holds_its_own_weights_only(make_tiny_model: MakeTinyModel) -> No
     assert info.kv_bytes_per_position == 2 * 2 * 2 * 8 * 4  # blocks · keys and values · heads · head size · f32
 
 
-def test_memory_bounds_the_positions(make_tiny_model: MakeTinyModel) -> None:
+def test_memory_limit_bounds_kv_positions(make_tiny_model: MakeTinyModel) -> None:
     tiny = make_tiny_model("llama")
     blocks = BlockRange(1, 3)
     info = shard_of(tiny, blocks).info
     memory_bytes = info.weight_bytes + 140 * info.kv_bytes_per_position
     assert shard_of(tiny, blocks, EngineOptions(memory_bytes=memory_bytes, device=DEVICE)).info.kv_positions == 64
-    with pytest.raises(EngineError, match="bytes of memory are too few"):
+    with pytest.raises(EngineError, match="bytes of memory are not enough"):
         shard_of(tiny, blocks, EngineOptions(memory_bytes=info.weight_bytes, device=DEVICE))
-    with pytest.raises(EngineError, match=f"too few: the weights take {info.weight_bytes}$"):
+    with pytest.raises(EngineError, match=f"not enough: the weights take {info.weight_bytes}$"):
         shard_of(tiny, blocks, EngineOptions(memory_bytes=info.weight_bytes - 1, device=DEVICE))
 
 
@@ -320,7 +318,7 @@ def test_memory_bounds_the_positions(make_tiny_model: MakeTinyModel) -> None:
         (RuntimeError("CUDA error:\n no kernel image"), "cuda:7 failed: CUDA error: no kernel image"),
     ],
 )
-def test_what_a_gpu_says_is_one_line(
+def test_gpu_error_is_one_line(
     fault: Exception, says: str, make_tiny_model: MakeTinyModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(*_arguments: object) -> None:
@@ -338,7 +336,7 @@ CANNOT_BE_SERVED: dict[str, tuple[dict[str, Any], str]] = {
         {"model_type": "mamba", "hidden_size": 32, "num_hidden_layers": 2, "vocab_size": 97},
         r"Mamba \(mamba\) uses state-space \(Mamba\) layers, which cannot be split into spans here",
     ),
-    "t5": ({"model_type": "t5"}, r"T5 \(t5\) is an encoder with a decoder"),
+    "t5": ({"model_type": "t5"}, r"T5 \(t5\) is an encoder-decoder"),
     "quantised": ({"model_type": "llama", "quantization_config": {"quant_method": "fp8"}}, "import unquantised ones"),
     "odd sizes": ({"model_type": "gpt2", "n_embd": 33, "n_head": 4, "n_layer": 2}, "config is not valid"),
     "wrong types": ({"model_type": "llama", "hidden_size": "wide"}, "config is not valid"),
@@ -346,7 +344,7 @@ CANNOT_BE_SERVED: dict[str, tuple[dict[str, Any], str]] = {
 
 
 @pytest.mark.parametrize("case", CANNOT_BE_SERVED)
-def test_what_cannot_be_served_is_said_in_one_line(case: str) -> None:
+def test_unservable_model_is_refused_in_one_line(case: str) -> None:
     config, complaint = CANNOT_BE_SERVED[case]
     source = ShardSource(model=ModelId("0" * 64), config=config, block_files={0: Path("0"), 1: Path("1")})
     with pytest.raises(EngineError, match=complaint) as caught:

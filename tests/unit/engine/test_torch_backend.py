@@ -57,7 +57,7 @@ def pages_of(text: Sequence[int]) -> Prefix:
 
 @pytest.mark.parametrize("family", ["llama", "mistral", "qwen3"])
 @pytest.mark.parametrize("seed", range(3))
-async def test_drawn_mixtures_of_sessions_give_the_tokens_of_each_alone(
+async def test_continuous_batching_gives_the_tokens_of_each_session_alone(
     family: str, seed: int, make_tiny_model: MakeTinyModel
 ) -> None:
     chance = random.Random(seed)
@@ -109,7 +109,7 @@ async def test_drawn_mixtures_of_sessions_give_the_tokens_of_each_alone(
     assert all(engine.pages.reserved_positions == 0 for engine in engines)
 
 
-async def test_pages_in_pieces_are_read_as_well(make_tiny_model: MakeTinyModel) -> None:
+async def test_fragmented_pages_give_the_same_tokens(make_tiny_model: MakeTinyModel) -> None:
     tiny = make_tiny_model("llama")
     for variant in (REFERENCE, *EXACT):
         engine = engines_of(tiny, 1, *EXACT)[0]
@@ -122,7 +122,7 @@ async def test_pages_in_pieces_are_read_as_well(make_tiny_model: MakeTinyModel) 
         assert await decode([engine], text, 8, of=session(50), chunk=20, variant=variant) == alone
 
 
-async def test_drafts_leave_the_text_as_it_is(make_tiny_model: MakeTinyModel) -> None:
+async def test_speculative_decoding_does_not_change_the_text(make_tiny_model: MakeTinyModel) -> None:
     tiny = make_tiny_model("llama")
     engine = engines_of(tiny, 1, FUSED)[0]
     engine.open_now(session(1), 60, SessionOptions(sampling=GREEDY, variant=FUSED))
@@ -159,7 +159,7 @@ async def test_the_wire_may_round(make_tiny_model: MakeTinyModel) -> None:
     assert len(await decode(engines, PROMPT, 4, variant=FUSED, activations="bf16")) == 4
 
 
-def test_what_has_no_fast_path_or_no_memory_is_said(make_tiny_model: MakeTinyModel) -> None:
+def test_unavailable_variant_names_its_reason(make_tiny_model: MakeTinyModel) -> None:
     blocks = BlockRange(0, BLOCKS)
     with pytest.raises(EngineError, match="gemma3_text models have no fast path"):
         engines_of(make_tiny_model("gemma3"), 1, FUSED)

@@ -95,7 +95,7 @@ async def test_spans_in_processes_give_the_tokens_of_generate(family: str, make_
         assert 0 < statistics.compute_s < PATIENCE_S
 
 
-async def test_all_that_says_how_to_draw_reaches_the_worker(make_tiny_model: MakeTinyModel) -> None:
+async def test_all_sampling_options_reach_the_worker(make_tiny_model: MakeTinyModel) -> None:
     tiny = make_tiny_model("llama")
     sampling = Sampling(
         max_tokens=1,
@@ -118,7 +118,7 @@ async def test_all_that_says_how_to_draw_reaches_the_worker(make_tiny_model: Mak
         )
 
 
-async def test_overlapping_steps_are_taken_in_the_order_of_the_calls(make_tiny_model: MakeTinyModel) -> None:
+async def test_overlapping_steps_run_in_call_order(make_tiny_model: MakeTinyModel) -> None:
     tiny = make_tiny_model("llama")
     text = PROMPT + tiny.tokens
     drawn: dict[int, list[int]] = {}
@@ -138,7 +138,7 @@ async def test_overlapping_steps_are_taken_in_the_order_of_the_calls(make_tiny_m
         assert list(drawn) == list(range(0, 24, 4))
 
 
-async def test_a_cancelled_step_leaves_no_trace_in_other_answers(make_tiny_model: MakeTinyModel) -> None:
+async def test_cancelled_step_does_not_affect_other_answers(make_tiny_model: MakeTinyModel) -> None:
     tiny = make_tiny_model("llama")
     async with start_worker(tiny.source(WHOLE), WHOLE, OPTIONS) as engine:
         await start(engine, session(1), 60)
@@ -171,7 +171,7 @@ async def test_opening_and_closing_do_not_wait_for_a_computation(make_tiny_model
         assert await decode([engine], PROMPT, COUNT) == tiny.tokens
 
 
-async def test_slice_that_fails_costs_its_own_session_only(make_tiny_model: MakeTinyModel) -> None:
+async def test_failed_slice_costs_only_its_own_session(make_tiny_model: MakeTinyModel) -> None:
     tiny = make_tiny_model("llama")
     async with start_worker(tiny.source(WHOLE), WHOLE, OPTIONS) as engine:
         for number in (1, 2, 3):
@@ -193,7 +193,7 @@ async def test_slice_that_fails_costs_its_own_session_only(make_tiny_model: Make
         assert [tokens_from_tensor(output.tensor) for output in result.outputs] == [tiny.tokens[:1]] * 2
 
 
-async def test_a_killed_worker_is_an_error_of_its_calls(make_tiny_model: MakeTinyModel) -> None:
+async def test_killed_worker_fails_its_calls_with_engine_crashed(make_tiny_model: MakeTinyModel) -> None:
     tiny = make_tiny_model("llama")
     raised: list[str] = []
     async with start_worker(tiny.source(WHOLE), WHOLE, OPTIONS) as engine:
@@ -220,7 +220,7 @@ async def test_a_killed_worker_is_an_error_of_its_calls(make_tiny_model: MakeTin
         assert (statistics.sessions, statistics.reserved_positions, statistics.worker_pid) == (0, 0, None)
 
 
-async def test_a_span_that_cannot_be_loaded_is_said_in_one_line(make_tiny_model: MakeTinyModel, tmp_path: Path) -> None:
+async def test_span_load_failure_is_one_line(make_tiny_model: MakeTinyModel, tmp_path: Path) -> None:
     source = replace(make_tiny_model("llama").source(WHOLE), head_file=tmp_path / "gone")
     with pytest.raises(EngineError, match=r"^blocks 0-4 cannot be loaded: .*gone") as caught:
         async with start_worker(source, WHOLE, OPTIONS):
@@ -239,7 +239,7 @@ async def test_a_worker_imports_nothing_from_the_current_directory(
     assert not mark.exists()
 
 
-async def test_what_a_worker_died_of_is_told_in_its_own_words(
+async def test_worker_crash_reports_its_last_stderr_line(
     make_tiny_model: MakeTinyModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(worker_process, "python", lambda *_: python("-c", "raise ImportError('no torch here')"))
@@ -248,14 +248,14 @@ async def test_what_a_worker_died_of_is_told_in_its_own_words(
             pass
 
 
-async def test_a_start_that_hangs_has_an_end(make_tiny_model: MakeTinyModel) -> None:
+async def test_worker_start_times_out(make_tiny_model: MakeTinyModel) -> None:
     source = make_tiny_model("llama").source(WHOLE)
     with pytest.raises(EngineError, match=r"did not load within 0\.01 s"):
         async with start_worker(source, WHOLE, replace(OPTIONS, start_timeout_s=0.01)):
             pass
 
 
-async def test_a_spare_worker_serves_whoever_needs_one_first(make_tiny_model: MakeTinyModel) -> None:
+async def test_spare_worker_serves_the_first_engine(make_tiny_model: MakeTinyModel) -> None:
     source = make_tiny_model("llama").source(WHOLE)
     spare = SpareWorker(OPTIONS)
     async with trio.open_nursery() as nursery:
@@ -270,7 +270,7 @@ async def test_a_spare_worker_serves_whoever_needs_one_first(make_tiny_model: Ma
     assert workers_of_this_process() == set()
 
 
-async def test_a_spare_worker_that_nobody_needs_ends_with_its_node() -> None:
+async def test_unused_spare_worker_ends_with_its_node() -> None:
     async with trio.open_nursery() as nursery:
         await nursery.start(SpareWorker(OPTIONS).run)
         assert workers_of_this_process()
@@ -319,7 +319,7 @@ async def test_variants_are_built_beside_the_steps(make_tiny_model: MakeTinyMode
             await engine.prepare(wanting)
 
 
-async def test_a_later_session_takes_over_the_pages_of_an_earlier_one(make_tiny_model: MakeTinyModel) -> None:
+async def test_prefix_cache_reuses_pages_of_an_earlier_session(make_tiny_model: MakeTinyModel) -> None:
     tiny = make_tiny_model("llama")
     text = [*PROMPT, *tiny.tokens, *PROMPT]
     prefix = Prefix(namespace="me", hashes=b"one page of text")

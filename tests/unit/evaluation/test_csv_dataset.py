@@ -6,6 +6,7 @@ import pytest
 
 from node.evaluation.csv_dataset import read_folder
 from selector.dataset import DatasetError
+from tests.unit.selector.measurements import method_names
 
 CONTEXTS = "cid,model,hardware,budget,l_isl,vendor\nx,m,h,1,7,amd\ny,m,h2,1,,intel\n"
 OBSERVATIONS = "cid,method,y\nx,a|tp1,0.5\nx,b,1\ny,b,-2\n"
@@ -24,7 +25,7 @@ def test_reads_names_features_and_costs(tmp_path: Path) -> None:
     assert contexts.names["hardware"].tolist() == ["h", "h2"]
     assert contexts.columns == ("l_isl", "vendor=amd", "vendor=intel")
     np.testing.assert_array_equal(contexts.features, [[7, 1, 0], [np.nan, 0, 1]])
-    assert dataset.pairs.method_names().tolist() == ["a|tp1", "b", "b"]
+    assert method_names(dataset) == ["a|tp1", "b", "b"]
     assert dataset.cost.tolist() == [0.5, 1.0, -2.0]
     assert dataset.notes == ()
 

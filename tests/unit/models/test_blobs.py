@@ -14,7 +14,7 @@ from node.models.blobs import BlobServer, ModelFetcher
 from node.models.errors import ModelError
 from node.models.fetching import Blob, FetchError, fetch_blob
 from node.models.importer import import_model
-from node.models.providing import ANNOUNCED_AGAIN_S, keep_providing
+from node.models.providing import ANNOUNCED_AGAIN_S, provide_loop
 from node.models.store import ModelStore, Package
 from node.network.interface import Network, Stream, StreamClosed
 from node.testing.memory_hub import MemoryNetworkHub
@@ -107,9 +107,7 @@ async def fetch(client: Network, peers: list[PeerId], destination: Path) -> fetc
         return await fetch_blob(client, peers, Blob(SHA256, len(CONTENT), destination))
 
 
-async def test_a_file_crosses_whole_and_its_bytes_are_counted(
-    destination: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_fetch_gives_the_whole_file_and_counts_bytes(destination: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fetching, "RANGE_BYTES", 400_000)
     requests: list[BlobRequest] = []
     async with swarm(partial(serve, requests=requests)) as (client, peers):
@@ -121,7 +119,7 @@ async def test_a_file_crosses_whole_and_its_bytes_are_counted(
     assert list(destination.parent.iterdir()) == [destination]
 
 
-async def test_fetching_goes_on_where_it_was_broken_off(destination: Path) -> None:
+async def test_fetch_resumes_at_its_part_file(destination: Path) -> None:
     requests: list[BlobRequest] = []
     first, second = partial(serve, stop_after=600_000), partial(serve, requests=requests)
     async with swarm(first, second) as (client, peers):
@@ -135,7 +133,7 @@ async def test_fetching_goes_on_where_it_was_broken_off(destination: Path) -> No
     assert fetched.bytes_by_peer == {peers[1]: 900_000}
 
 
-async def test_the_next_peer_takes_over_from_one_that_breaks_off(destination: Path) -> None:
+async def test_fetch_fails_over_to_the_next_peer(destination: Path) -> None:
     async with swarm(partial(serve, stop_after=600_000), serve) as (client, peers):
         fetched = await fetch(client, peers, destination)
     assert is_whole(destination)
@@ -143,14 +141,14 @@ async def test_the_next_peer_takes_over_from_one_that_breaks_off(destination: Pa
     assert fetched.bad_peers == {}
 
 
-async def test_a_peer_with_wrong_bytes_is_found_out_and_the_next_one_asked(destination: Path) -> None:
+async def test_peer_with_wrong_bytes_is_blamed_and_the_next_one_asked(destination: Path) -> None:
     async with swarm(wrong, serve) as (client, peers):
         fetched = await fetch(client, peers, destination)
     assert is_whole(destination)
     assert list(fetched.bad_peers) == [peers[0]]
 
 
-async def test_of_several_sources_the_liar_is_found_out(destination: Path) -> None:
+async def test_corrupting_peer_is_identified_among_several_sources(destination: Path) -> None:
     liar = partial(serve, content=bytes(len(CONTENT)), stop_after=600_000)
     async with swarm(liar, serve) as (client, peers):
         fetched = await fetch(client, peers, destination)
@@ -158,7 +156,7 @@ async def test_of_several_sources_the_liar_is_found_out(destination: Path) -> No
     assert peers[1] not in fetched.bad_peers
 
 
-async def test_a_liar_that_hides_behind_others_does_not_keep_the_file_from_us(
+async def test_corrupting_peer_among_honest_ones_does_not_prevent_the_fetch(
     destination: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(fetching, "RANGE_BYTES", 600_000)
@@ -182,7 +180,7 @@ async def test_a_liar_that_hides_behind_others_does_not_keep_the_file_from_us(
     assert is_whole(destination)
 
 
-async def test_leftovers_that_are_wrong_are_thrown_away(destination: Path) -> None:
+async def test_corrupt_part_file_is_discarded(destination: Path) -> None:
     for leftover in (bytes(1000), bytes(len(CONTENT)), bytes(len(CONTENT) + 1)):
         part_of(destination).write_bytes(leftover)
         async with swarm(serve) as (client, peers):
@@ -192,7 +190,7 @@ async def test_leftovers_that_are_wrong_are_thrown_away(destination: Path) -> No
         delete(destination)
 
 
-async def test_wrong_bytes_from_everybody_leave_no_file(destination: Path) -> None:
+async def test_wrong_bytes_from_all_peers_leave_no_file(destination: Path) -> None:
     async with swarm(wrong, wrong) as (client, peers):
         with pytest.raises(FetchError, match=r"cannot fetch block-000\.safetensors from any of 2 peers"):
             await fetch(client, peers, destination)
@@ -231,7 +229,7 @@ LIARS: dict[str, Handler] = {
 
 
 @pytest.mark.parametrize("liar", LIARS.values(), ids=LIARS)
-async def test_a_liar_costs_a_try_and_no_more_disk_than_the_file(destination: Path, liar: Handler) -> None:
+async def test_oversized_answer_costs_one_try_and_bounded_disk(destination: Path, liar: Handler) -> None:
     async with swarm(liar) as (client, peers):
         with pytest.raises(FetchError):
             await fetch(client, peers, destination)
@@ -244,7 +242,7 @@ async def test_a_liar_costs_a_try_and_no_more_disk_than_the_file(destination: Pa
     assert peers[1] not in fetched.bad_peers
 
 
-async def test_a_peer_that_goes_silent_is_given_up(destination: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_silent_peer_times_out(destination: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fetching, "STALL_S", 0.05)
 
     async def silent(stream: Stream) -> None:
@@ -256,7 +254,7 @@ async def test_a_peer_that_goes_silent_is_given_up(destination: Path, monkeypatc
     assert fetched.bad_peers == {}
 
 
-async def test_a_peer_that_drips_is_given_up(destination: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_slow_peer_times_out(destination: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fetching, "RANGE_S", 0.2)
 
     async def drip(stream: Stream) -> None:
@@ -273,10 +271,10 @@ async def test_a_peer_that_drips_is_given_up(destination: Path, monkeypatch: pyt
     assert fetched.bytes_by_peer[peers[0]] < 100
 
 
-async def test_those_who_lack_the_file_are_passed_over_and_the_busy_asked_again(
+async def test_fetch_skips_peers_without_the_file_and_retries_busy_ones(
     destination: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(fetching, "BUSY_DELAYS_S", (0.01, 0.01))
+    monkeypatch.setattr(fetching, "BUSY_BACKOFF_S", (0.01, 0.01))
     asked = 0
 
     async def busy_at_first(stream: Stream) -> None:
@@ -300,7 +298,7 @@ async def test_without_peers_the_line_says_so(destination: Path) -> None:
             await fetch(client, [client.peer_id], destination)
 
 
-async def test_two_who_fetch_the_same_file_fetch_it_once(destination: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_concurrent_fetches_of_a_file_fetch_it_once(destination: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fetching, "_LOCK_POLL_S", 0.01)
     requests: list[BlobRequest] = []
     async with swarm(partial(serve, requests=requests)) as (client, peers), trio.open_nursery() as nursery:
@@ -333,9 +331,7 @@ def store(tmp_path: Path) -> ModelStore:
     return ModelStore(tmp_path / "client")
 
 
-async def test_an_empty_cache_gets_what_it_needs_from_peers(
-    package: Package, server: BlobServer, store: ModelStore
-) -> None:
+async def test_empty_cache_is_filled_from_peers(package: Package, server: BlobServer, store: ModelStore) -> None:
     async with swarm(server.handle, server.handle) as (client, peers):
         fetcher = ModelFetcher(client, store, nobody)
         with trio.fail_after(20):
@@ -359,7 +355,7 @@ async def test_an_empty_cache_gets_what_it_needs_from_peers(
     assert server.served_bytes == all_bytes
 
 
-async def test_what_is_there_is_not_fetched_again(package: Package, server: BlobServer, store: ModelStore) -> None:
+async def test_present_files_are_not_fetched_again(package: Package, server: BlobServer, store: ModelStore) -> None:
     async with swarm(server.handle) as (client, peers):
         fetcher = ModelFetcher(client, store, nobody)
         await fetcher.fetch_files(package.manifest, BlockRange(0, 3), peers)
@@ -381,7 +377,7 @@ async def test_a_forged_manifest_is_refused(package: Package, server: BlobServer
         assert peers[0] in fetcher.fetched.bad_peers
 
 
-async def test_one_file_that_nobody_has_fails_the_rest_in_one_line(
+async def test_file_without_source_fails_the_fetch_in_one_line(
     package: Package, server: BlobServer, store: ModelStore
 ) -> None:
     (package.path / "block-001.safetensors").unlink()
@@ -390,7 +386,7 @@ async def test_one_file_that_nobody_has_fails_the_rest_in_one_line(
             await ModelFetcher(client, store, nobody).fetch_files(package.manifest, BlockRange(0, 3), peers)
 
 
-async def test_a_file_that_its_models_peers_lack_comes_from_whoever_announced_it(
+async def test_missing_file_is_fetched_from_peers_that_announce_it(
     package: Package, server: BlobServer, store: ModelStore
 ) -> None:
     lacking = partial(serve, answer=BlobMissing())
@@ -407,7 +403,7 @@ async def test_a_file_that_its_models_peers_lack_comes_from_whoever_announced_it
     assert set(fetched.bytes_by_peer) == {peers[1]}
 
 
-async def test_weight_files_are_announced_once_and_again_before_they_are_forgotten(
+async def test_weight_files_are_reannounced_before_their_records_expire(
     package: Package, virtual_clock: MockClock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     virtual_clock.autojump_threshold = 0.05  # the files are looked at in a thread, which no virtual time waits for
@@ -415,7 +411,7 @@ async def test_weight_files_are_announced_once_and_again_before_they_are_forgott
     async with swarm(serve) as (client, _), trio.open_nursery() as nursery:
         announced: list[bytes] = []
         monkeypatch.setattr(client, "provide", note(announced))
-        nursery.start_soon(keep_providing, client, ModelStore(package.path.parents[1]))
+        nursery.start_soon(provide_loop, client, ModelStore(package.path.parents[1]))
         await trio.sleep(ANNOUNCED_AGAIN_S / 2)
         hashes = [bytes.fromhex(file.sha256) for file in package.manifest.weight_files]
         assert announced == list(dict.fromkeys(hashes))
@@ -444,7 +440,7 @@ async def ask(client: Network, peer: PeerId, request: BlobRequest) -> list[objec
     return events
 
 
-async def test_the_server_refuses_what_it_lacks_and_what_is_too_much(
+async def test_blob_server_refuses_missing_files_and_excess_transfers(
     package: Package, server: BlobServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async with swarm(server.handle) as (client, peers):
@@ -464,9 +460,7 @@ async def test_the_server_refuses_what_it_lacks_and_what_is_too_much(
     [b"\xff" * 100, encode_frame(FrameType.CHUNK, b"x"), encode_frame(FrameType.CONTROL, b"\x80")],
     ids=["noise", "a file that nobody asked for", "an empty request"],
 )
-async def test_garbage_costs_its_sender_the_stream_and_the_server_nothing(
-    package: Package, server: BlobServer, data: bytes
-) -> None:
+async def test_garbage_resets_only_its_own_stream(package: Package, server: BlobServer, data: bytes) -> None:
     async with swarm(server.handle) as (client, peers):
         stream = await client.open_stream(peers[0], PROTOCOL_ID)
         await stream.send_all(data)

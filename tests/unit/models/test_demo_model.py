@@ -54,7 +54,7 @@ def test_texts_become_the_tokens_that_transformers_makes_of_them(tokenizer: Toke
 
 
 @pytest.mark.parametrize("case", GOLDEN["chats"], ids=range(len(GOLDEN["chats"])))
-def test_conversations_become_the_tokens_that_transformers_makes_of_them(tokenizer: Tokenizer, case: Any) -> None:
+def test_chat_tokens_equal_those_of_transformers(tokenizer: Tokenizer, case: Any) -> None:
     text = tokenizer.render_chat_text(case["messages"])
     assert text == case["text"]
     assert tokenizer.encode(text, add_special_tokens=False) == case["ids"]

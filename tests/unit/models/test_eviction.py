@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from node.models.errors import ModelError
-from node.models.eviction import in_use, make_room
+from node.models.eviction import evict_for, in_use
 from node.models.files import part_of
 from node.models.importer import import_model
 from node.models.store import ModelStore, Package
@@ -37,47 +37,47 @@ def files(package: Package, *names: str) -> list[Path]:
     return [package.path / f"{name}.safetensors" for name in names]
 
 
-def test_what_was_not_used_for_longest_goes_first(store: ModelStore, package: Package) -> None:
+def test_eviction_is_least_recently_used_first(store: ModelStore, package: Package) -> None:
     block = package.manifest.blocks[2]
-    assert make_room(store, package, [block], 3 * block.size_bytes) == ()
-    assert list(make_room(store, package, [block], 2 * block.size_bytes)) == files(package, "block-001")
+    assert evict_for(store, package, [block], 3 * block.size_bytes) == ()
+    assert list(evict_for(store, package, [block], 2 * block.size_bytes)) == files(package, "block-001")
     assert package.has(package.manifest.blocks[0])
 
 
-def test_what_is_served_never_goes_and_what_is_wanted_neither(store: ModelStore, package: Package) -> None:
+def test_files_in_use_or_wanted_are_never_evicted(store: ModelStore, package: Package) -> None:
     _, second, last = package.manifest.blocks[:3]
     with in_use(package, [second]):
-        assert list(make_room(store, package, [last], 2 * last.size_bytes)) == files(package, "block-000")
+        assert list(evict_for(store, package, [last], 2 * last.size_bytes)) == files(package, "block-000")
         with pytest.raises(ModelError, match="raise --cache-limit, or serve fewer blocks"):
-            make_room(store, package, [last], last.size_bytes)
-    assert make_room(store, package, [second], second.size_bytes) == ()
+            evict_for(store, package, [last], last.size_bytes)
+    assert evict_for(store, package, [second], second.size_bytes) == ()
     assert package.has(second)
 
 
-def test_where_there_cannot_be_room_nothing_is_deleted_in_vain(store: ModelStore, package: Package) -> None:
+def test_eviction_deletes_nothing_if_room_is_impossible(store: ModelStore, package: Package) -> None:
     _, second, last = package.manifest.blocks[:3]
     with in_use(package, [second]), pytest.raises(ModelError, match="raise --cache-limit"):
-        make_room(store, package, [last], last.size_bytes)
+        evict_for(store, package, [last], last.size_bytes)
     assert all(path.exists() for path in files(package, "block-000", "block-001"))
 
 
-def test_a_file_that_is_used_again_is_young_again(store: ModelStore, package: Package) -> None:
+def test_use_of_a_file_updates_its_lru_order(store: ModelStore, package: Package) -> None:
     _, second, last = package.manifest.blocks[:3]
     with in_use(package, [second]):
         pass
-    assert list(make_room(store, package, [last], 2 * last.size_bytes)) == files(package, "block-000")
+    assert list(evict_for(store, package, [last], 2 * last.size_bytes)) == files(package, "block-000")
 
 
-def test_the_beginning_of_a_file_that_nobody_fetches_any_more_goes_too(store: ModelStore, package: Package) -> None:
+def test_abandoned_part_file_is_evicted(store: ModelStore, package: Package) -> None:
     block = package.manifest.blocks[2]
     beginning = part_of(package.path_of(package.manifest.embed))
     beginning.write_bytes(bytes(block.size_bytes))
     os.utime(beginning, (1, 1))
-    assert make_room(store, package, [block], 3 * block.size_bytes) == (beginning,)
+    assert evict_for(store, package, [block], 3 * block.size_bytes) == (beginning,)
 
 
-def test_what_the_user_imported_stays(tmp_path: Path) -> None:
+def test_imported_models_are_never_evicted(tmp_path: Path) -> None:
     store = ModelStore(tmp_path / "cache")
     imported = import_model(str(write_checkpoint(tmp_path / "tiny")), store)
-    assert make_room(store, imported, imported.manifest.weight_files, 0) == ()
+    assert evict_for(store, imported, imported.manifest.weight_files, 0) == ()
     assert not imported.missing()

@@ -83,7 +83,7 @@ def test_parts_that_lack_tensors_of_the_split_are_refused(tmp_path: Path) -> Non
         read_gguf(parts[0])
 
 
-def test_a_file_that_is_cut_short_says_how_short(tmp_path: Path) -> None:
+def test_truncated_gguf_names_both_sizes(tmp_path: Path) -> None:
     path = write_gguf(tmp_path / "tiny.gguf")
     whole = path.stat().st_size
     os.truncate(path, whole - 1000)
@@ -155,7 +155,7 @@ def test_tensors_that_do_not_fit_the_file_are_refused(
         read_gguf(path)
 
 
-def test_a_key_that_is_there_twice_is_refused(tmp_path: Path) -> None:
+def test_duplicate_gguf_key_is_refused(tmp_path: Path) -> None:
     keys = key_value(b"general.architecture", b"llama") + key_value(b"general.architecture", b"qwen2")
     (tmp_path / "model.gguf").write_bytes(b"GGUF" + struct.pack("<IQQ", 3, 0, 2) + keys)
     with pytest.raises(GgufError, match=r"has the key 'general.architecture' twice"):

@@ -69,7 +69,7 @@ def test_a_plain_llama_asks_for_its_shape(tmp_path: Path) -> None:
         ("starcoder2", "attention.clamp_kqv", 8.0),
     ],
 )
-def test_a_key_that_a_config_cannot_say_is_refused(tmp_path: Path, architecture: str, key: str, value: Any) -> None:
+def test_gguf_key_without_config_equivalent_is_refused(tmp_path: Path, architecture: str, key: str, value: Any) -> None:
     file = model(tmp_path, architecture, **{key.replace(".", "__"): value})
     with pytest.raises(GgufError, match=rf"tiny.gguf has {architecture}\.{key} = .*which is not supported here"):
         requirements(file)
@@ -156,7 +156,7 @@ def published_llama3(dimensions: int, base: float, factor: float, low: float, hi
         (8, 10000.0, 6.0, 1.0, 4.0, 2048),
     ],
 )
-def test_llama3_scaling_is_found_again_from_its_factors(
+def test_llama3_scaling_is_reconstructed_from_its_factors(
     tmp_path: Path, dimensions: int, base: float, factor: float, low: float, high: float, context: int
 ) -> None:
     factors = published_llama3(dimensions, base, factor, low, high, context)

@@ -53,7 +53,7 @@ def test_every_tensor_of_a_folder_ends_in_the_file_of_its_part(tmp_path: Path, s
         np.testing.assert_array_equal(found[name], tensor)
 
 
-def test_the_same_tensors_give_the_same_id_however_they_are_sharded_and_whoever_saved_them(tmp_path: Path) -> None:
+def test_model_id_does_not_depend_on_sharding_or_writer(tmp_path: Path) -> None:
     ids = set()
     for number, shards in enumerate((1, 2, 5)):
         config = {"transformers_version": f"4.{number}", "_name_or_path": f"/tmp/{number}"}
@@ -129,7 +129,7 @@ def truncate(path: Path) -> None:
 
 BROKEN: dict[str, tuple[Any, str]] = {
     "no config": (lambda f: (f / "config.json").unlink(), "no config.json: not the folder of a Hugging Face model"),
-    "config is no JSON": (lambda f: (f / "config.json").write_text("{"), "config.json is no JSON"),
+    "config is no JSON": (lambda f: (f / "config.json").write_text("{"), "config.json is not valid JSON"),
     "no layers": (lambda f: (f / "config.json").write_text('{"model_type": "x"}'), "how many layers"),
     "too many layers": (
         lambda f: (f / "config.json").write_text('{"model_type": "x", "num_hidden_layers": 99999}'),
@@ -144,8 +144,8 @@ BROKEN: dict[str, tuple[Any, str]] = {
         "quantised checkpoint",
     ),
     "cut short": (lambda f: truncate(f / "model.safetensors"), "damaged or cut short"),
-    "not safetensors": (lambda f: (f / "model.safetensors").write_bytes(b"\x80\x02}q\x00."), "no safetensors file"),
-    "garbage": (lambda f: (f / "model.safetensors").write_bytes(b"\xff" * 1000), "no safetensors file"),
+    "not safetensors": (lambda f: (f / "model.safetensors").write_bytes(b"\x80\x02}q\x00."), "not a safetensors file"),
+    "garbage": (lambda f: (f / "model.safetensors").write_bytes(b"\xff" * 1000), "not a safetensors file"),
     "pickle": (lambda f: (f / "model.safetensors").rename(f / "pytorch_model.bin"), "only as pickles"),
     "no weights": (lambda f: (f / "model.safetensors").unlink(), "no .*safetensors files"),
     "a shard missing": (
@@ -199,7 +199,7 @@ BROKEN: dict[str, tuple[Any, str]] = {
 
 
 @pytest.mark.parametrize(("damage", "line"), BROKEN.values(), ids=BROKEN)
-def test_a_broken_folder_is_refused_in_one_line_and_leaves_nothing(
+def test_broken_checkpoint_is_refused_in_one_line_and_leaves_nothing(
     tmp_path: Path, store: ModelStore, damage: Any, line: str
 ) -> None:
     folder = write_checkpoint(tmp_path / "model")
@@ -238,7 +238,7 @@ def test_a_full_disk_is_one_clear_line(tmp_path: Path, store: ModelStore, monkey
     assert files_in(store) == set()
 
 
-def test_raising_from_the_progress_callback_cancels_and_leaves_nothing(tmp_path: Path, store: ModelStore) -> None:
+def test_exception_from_progress_cancels_import_and_cleans_up(tmp_path: Path, store: ModelStore) -> None:
     class Cancelled(BaseException):
         pass
 
@@ -277,7 +277,7 @@ import_model(sys.argv[1], ModelStore(Path(sys.argv[2])), progress=die)
 """
 
 
-def test_a_killed_import_leaves_no_package_and_the_next_one_sweeps_up(tmp_path: Path, store: ModelStore) -> None:
+def test_killed_import_leaves_no_package_and_next_one_cleans_up(tmp_path: Path, store: ModelStore) -> None:
     folder = write_checkpoint(tmp_path / "model")
     crashed = subprocess.run([sys.executable, "-c", CRASH_IN_THE_MIDDLE, folder, store.cache_dir], check=False)
     assert crashed.returncode == -signal.SIGKILL
@@ -354,7 +354,7 @@ def test_a_hub_repository_is_downloaded_without_its_pickles(
     assert store.resolve("tiny") == package.model_id
 
 
-def test_nothing_but_the_config_is_downloaded_of_an_architecture_that_cannot_be_split(
+def test_unsupported_architecture_downloads_only_its_config(
     tmp_path: Path, store: ModelStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import huggingface_hub
@@ -385,7 +385,7 @@ def test_modules_go_where_the_architecture_runs_them(
     assert not package.manifest.tied
 
 
-def test_a_hub_repository_without_tokenizer_json_is_refused_before_anything_is_downloaded(
+def test_hub_repository_without_tokenizer_json_is_refused_before_download(
     tmp_path: Path, store: ModelStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import huggingface_hub
@@ -430,7 +430,7 @@ def test_a_gguf_file_goes_through_the_converter(
     assert package.model_id == import_model(str(checkpoint), store).model_id
     assert store.resolve("tiny.q4") == package.model_id
     (tmp_path / "model.bin").write_bytes(b"x")
-    with pytest.raises(ModelError, match="is no GGUF file"):
+    with pytest.raises(ModelError, match="is not a GGUF file"):
         import_model(str(tmp_path / "model.bin"), store)
 
 
@@ -455,7 +455,7 @@ def test_a_catalogue_import_that_gives_another_model_fails(
     assert store.list() == ()
 
 
-def test_a_second_import_of_the_catalogue_waits_and_then_finds_the_first_ones_work(
+def test_concurrent_catalogue_import_waits_for_the_first(
     tmp_path: Path, store: ModelStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     package = import_model(str(write_checkpoint(tmp_path / "model")), store)

@@ -15,7 +15,7 @@ from node.models.blobs import BlobServer
 from node.models.catalogue import CATALOGUE, CatalogueEntry
 from node.models.errors import ModelError
 from node.models.importer import import_model
-from node.models.library import LOOK_ROUND_S, Library
+from node.models.library import MANIFEST_POLL_S, Library
 from node.models.store import ModelStore, Package
 from node.testing.memory_hub import MemoryNetworkHub
 from node.testing.memory_links import LinkModel
@@ -67,18 +67,18 @@ async def joined(tmp_path: Path, theirs: Package) -> AsyncIterator[tuple[Library
         nursery.cancel_scope.cancel()
 
 
-async def test_a_model_that_only_peers_speak_of_is_not_fetched(
+async def test_unnamed_models_of_peers_are_not_fetched(
     tmp_path: Path, theirs: Package, virtual_clock: MockClock
 ) -> None:
     async with joined(tmp_path, theirs) as (found, store, _):
-        await trio.sleep(20 * LOOK_ROUND_S)
+        await trio.sleep(20 * MANIFEST_POLL_S)
         assert store.list() == ()
         assert not found.transfers().received_bytes
         assert not (tmp_path / "mine" / "models").exists()
 
 
 @pytest.mark.parametrize("by", ["local name", "catalogue"])
-async def test_the_manifest_of_a_named_model_is_fetched_when_a_peer_serves_it(
+async def test_manifest_of_named_model_is_fetched_from_serving_peer(
     by: str, tmp_path: Path, theirs: Package, virtual_clock: MockClock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if by == "local name":
@@ -89,13 +89,13 @@ async def test_the_manifest_of_a_named_model_is_fetched_when_a_peer_serves_it(
         monkeypatch.setattr(library, "CATALOGUE", {"ours": CatalogueEntry(**{**values, "model_id": theirs.model_id})})
     async with joined(tmp_path, theirs) as (_, store, _):
         while not store.list():
-            await trio.sleep(LOOK_ROUND_S)
+            await trio.sleep(MANIFEST_POLL_S)
         [package] = store.list()
         assert package.model_id == theirs.model_id
         assert set(package.missing()) == set(package.manifest.files), "only the manifest"
 
 
-async def test_a_model_that_a_job_names_is_opened_once_however_many_ask(tmp_path: Path, theirs: Package) -> None:
+async def test_concurrent_opens_of_a_model_load_it_once(tmp_path: Path, theirs: Package) -> None:
     async with joined(tmp_path, theirs) as (found, store, _):
         names: list[str] = []
 
@@ -113,7 +113,7 @@ async def test_a_model_that_a_job_names_is_opened_once_however_many_ask(tmp_path
         assert {file.name for file in store.get(theirs.model_id).missing()}.isdisjoint({"tokenizer.json"})
 
 
-async def test_what_cannot_be_opened_fails_all_who_ask(tmp_path: Path, theirs: Package) -> None:
+async def test_failed_open_fails_all_concurrent_callers(tmp_path: Path, theirs: Package) -> None:
     async with joined(tmp_path, theirs) as (found, _, swarm):
         swarm.models.clear()
         failed = 0

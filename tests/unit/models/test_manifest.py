@@ -136,7 +136,7 @@ def test_a_lying_manifest_is_refused(change: Callable[[Any], object]) -> None:
         b" " * (5 << 20),
     ],
 )
-def test_what_is_no_canonical_manifest_is_refused(data: bytes) -> None:
+def test_non_canonical_manifest_is_refused(data: bytes) -> None:
     with pytest.raises(ManifestError):
         parse_manifest(data)
 
@@ -153,7 +153,7 @@ def test_no_change_of_bytes_raises_anything_else_or_keeps_the_id(data: st.DataOb
     assert (parsed.model_id == manifest().model_id) == (changed == original)
 
 
-def test_what_says_nothing_about_the_model_leaves_its_config() -> None:
+def test_volatile_keys_are_removed_from_the_config() -> None:
     volatile: dict[str, Json] = {"transformers_version": "5.0", "_name_or_path": "/home/me", "auto_map": {}}
     config: dict[str, Json] = {
         "model_type": "x",

@@ -40,7 +40,7 @@ def test_a_model_that_only_peers_have_is_found_by_its_prefix(store: ModelStore) 
     assert store.resolve(remote) == remote
 
 
-def test_what_fits_several_models_is_refused(store: ModelStore, package: Package) -> None:
+def test_ambiguous_id_prefix_is_refused(store: ModelStore, package: Package) -> None:
     twin = ModelId(package.model_id[:10] + "0" * 54)
     with pytest.raises(AmbiguousModelError, match="give more digits"):
         store.resolve(package.model_id[:8], known=[twin])
@@ -48,7 +48,7 @@ def test_what_fits_several_models_is_refused(store: ModelStore, package: Package
 
 
 @pytest.mark.parametrize("text", ["", "tin", "nobody", "abcdef1", "0" * 63, "ABCDEF12", "../tiny"])
-def test_what_nobody_knows_is_refused_with_what_is_known(store: ModelStore, package: Package, text: str) -> None:
+def test_unknown_model_error_lists_known_names(store: ModelStore, package: Package, text: str) -> None:
     with pytest.raises(UnknownModelError, match="smollm2-135m-instruct, tiny"):
         store.resolve(text)
 
@@ -78,7 +78,7 @@ def test_a_damaged_names_file_is_one_clear_line(store: ModelStore, package: Pack
             store.resolve("tiny")
 
 
-def test_a_partial_package_knows_what_it_lacks(tmp_path: Path, package: Package) -> None:
+def test_partial_package_lists_missing_files(tmp_path: Path, package: Package) -> None:
     partial = ModelStore(tmp_path / "other").add_manifest(parse_manifest(package.manifest.data))
     middle = BlockRange(1, 2)
     assert [file.name for file in partial.missing(middle)] == ["block-001.safetensors"]
@@ -152,7 +152,7 @@ def test_the_cache_folder_comes_from_the_environment(tmp_path: Path, monkeypatch
     assert ModelStore().cache_dir == tmp_path / "elsewhere"
 
 
-def test_a_lock_is_held_by_one_at_a_time_and_waiting_can_be_given_up(tmp_path: Path) -> None:
+def test_lock_is_exclusive_and_waiting_can_be_cancelled(tmp_path: Path) -> None:
     class GivenUp(Exception):
         pass
 

@@ -38,7 +38,7 @@ def test_a_broken_tokenizer_is_one_clear_line(definition: str) -> None:
     assert "\n" not in str(error.value)
 
 
-def test_a_broken_template_spoils_no_plain_prompt() -> None:
+def test_broken_template_does_not_affect_plain_prompts() -> None:
     tokenizer = Tokenizer(byte_level(), {}, "{% for %}")
     assert tokenizer.decode(tokenizer.encode("fox")) == "fox"
     with pytest.raises(ValueError, match="chat template is broken"):

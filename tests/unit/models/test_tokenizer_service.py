@@ -5,7 +5,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from functools import partial
@@ -23,7 +22,6 @@ from node.models.streaming import StreamDecoder
 from node.models.tokenizer import load_tokenizer
 from node.models.tokenizer_service import (
     Limits,
-    ModelTokenizer,
     TokenizerBusyError,
     TokenizerService,
     TokenizerUnavailableError,
@@ -90,20 +88,18 @@ HOSTILE_TEMPLATES = {
 
 
 @pytest.mark.parametrize("source", HOSTILE_TEMPLATES.values(), ids=HOSTILE_TEMPLATES)
-async def test_a_hostile_template_costs_its_request_one_line(source: str, tmp_path: Path) -> None:
+async def test_hostile_chat_template_fails_only_its_own_request(source: str, tmp_path: Path) -> None:
     async with service() as tokenizers:
         tokenizer = await tokenizers.open(write_package(tmp_path, byte_level(), source))
-        began_s = time.monotonic()
-        with pytest.raises(ChatTemplateError) as caught:
+        with trio.fail_after(15), pytest.raises(ChatTemplateError) as caught:
             await tokenizer.render_chat(TURNS)
-        assert time.monotonic() - began_s < 15
         assert "\n" not in str(caught.value)
         assert str(caught.value).startswith("the model's chat template ")
         assert len(str(caught.value)) < 500
         assert await tokenizer.decode(await tokenizer.encode("fox")) == ["fox"]
 
 
-async def test_a_template_that_hangs_says_for_how_long(tmp_path: Path) -> None:
+async def test_template_timeout_names_its_limit(tmp_path: Path) -> None:
     async with service() as tokenizers:
         source = HOSTILE_TEMPLATES["endless loop"]
         tokenizer = await tokenizers.open(write_package(tmp_path, byte_level(), source))
@@ -153,22 +149,18 @@ HOSTILE_TOKENIZERS = {
 
 
 @pytest.mark.parametrize("kind", HOSTILE_TOKENIZERS)
-async def test_a_hostile_tokenizer_costs_its_request_one_line_and_other_models_nothing(
-    kind: str, tmp_path: Path
-) -> None:
+async def test_hostile_tokenizer_fails_only_its_own_request(kind: str, tmp_path: Path) -> None:
     change, vocabulary = HOSTILE_TOKENIZERS[kind]
     hostile = write_package(tmp_path / "hostile", changed(change, vocabulary()))
     async with service() as tokenizers:
         honest = await tokenizers.open(write_package(tmp_path / "honest", byte_level(), TEMPLATE))
-        began_s = time.monotonic()
 
         async def use() -> None:
             tokenizer = await tokenizers.open(hostile)
             await tokenizer.decode(await tokenizer.encode("x" * 40))
 
-        with pytest.raises(ModelError) as caught:
+        with trio.fail_after(15), pytest.raises(ModelError) as caught:
             await use()
-        assert time.monotonic() - began_s < 15
         assert "\n" not in str(caught.value)
         assert len(str(caught.value)) < 500
         assert await honest.decode(await honest.render_chat(TURNS)) == ["[user]fox"]
@@ -211,7 +203,7 @@ async def test_a_tokenizer_that_needs_more_memory_than_it_may_is_refused(tmp_pat
 
 
 @pytest.mark.parametrize("vocabulary", [byte_level, byte_fallback, metaspace])
-async def test_it_says_what_the_tokenizer_says_in_this_process(vocabulary: Callable[[], str], tmp_path: Path) -> None:
+async def test_tokenizer_process_equals_in_process_tokenizer(vocabulary: Callable[[], str], tmp_path: Path) -> None:
     package = write_package(tmp_path, vocabulary(), TEMPLATE)
     here = load_tokenizer(package)
     async with service() as tokenizers:
@@ -232,7 +224,7 @@ async def test_it_says_what_the_tokenizer_says_in_this_process(vocabulary: Calla
         assert "".join([*pieces, await decoder.finish()]) == here.decode(tokens)
 
 
-async def test_jobs_under_way_survive_a_template_that_hangs(tmp_path: Path) -> None:
+async def test_streams_survive_a_hanging_template(tmp_path: Path) -> None:
     """Text streams on over a process that is killed again and again, and comes out as if nothing had happened."""
     source = "{% if messages[0].content == 'hang' %}" + HOSTILE_TEMPLATES["endless loop"] + "{% endif %}" + TEMPLATE
     text = "The quick brown fox jumps over the lazy dog. 🎉 " * 3
@@ -263,7 +255,7 @@ async def test_jobs_under_way_survive_a_template_that_hangs(tmp_path: Path) -> N
         assert tokenizers.pids() != first
 
 
-async def test_a_request_whose_process_is_killed_is_made_again(tmp_path: Path) -> None:
+async def test_request_is_retried_after_its_process_is_killed(tmp_path: Path) -> None:
     async with service() as tokenizers:
         tokenizer = await tokenizers.open(write_package(tmp_path, byte_level()))
         tokens = await tokenizer.encode("fox")
@@ -272,7 +264,7 @@ async def test_a_request_whose_process_is_killed_is_made_again(tmp_path: Path) -
             assert await tokenizer.encode("fox") == tokens
 
 
-async def test_a_process_that_always_dies_fails_its_request_after_two(tmp_path: Path) -> None:
+async def test_request_fails_after_two_crashed_processes(tmp_path: Path) -> None:
     starts = tmp_path / "starts"
     program = f"import os; open({str(starts)!r}, 'a').write('x'); os.write(2, b'no memory'); os.abort()"
     async with service(command=[sys.executable, "-c", program]) as tokenizers:
@@ -281,7 +273,7 @@ async def test_a_process_that_always_dies_fails_its_request_after_two(tmp_path: 
     assert starts.read_text() == "xx"
 
 
-async def test_a_hung_model_does_not_hold_up_another(tmp_path: Path) -> None:
+async def test_hung_tokenizer_does_not_block_another_model(tmp_path: Path) -> None:
     hung = write_package(tmp_path / "hung", byte_level(), HOSTILE_TEMPLATES["endless loop"])
     async with service(limits=Limits(render_s=60)) as tokenizers, trio.open_nursery() as nursery:
         tokenizer = await tokenizers.open(hung)
@@ -291,7 +283,7 @@ async def test_a_hung_model_does_not_hold_up_another(tmp_path: Path) -> None:
         nursery.cancel_scope.cancel()  # passes at once
 
 
-async def test_processes_are_few_and_end_when_they_are_idle(tmp_path: Path) -> None:
+async def test_tokenizer_processes_are_bounded_and_end_when_idle(tmp_path: Path) -> None:
     async with service(max_processes=2) as tokenizers:
         opened = [
             await tokenizers.open(write_package(tmp_path / str(number), byte_level(), eos=number))
@@ -312,7 +304,7 @@ async def test_processes_are_few_and_end_when_they_are_idle(tmp_path: Path) -> N
         assert await opened[3].encode("fox")
 
 
-async def test_model_under_steady_load_starves_no_other(tmp_path: Path) -> None:
+async def test_steady_load_on_one_model_does_not_starve_another(tmp_path: Path) -> None:
     async with service(max_processes=1) as tokenizers, trio.open_nursery() as nursery:
         busy, other = [
             await tokenizers.open(write_package(tmp_path / str(number), byte_level(), eos=number))
@@ -330,7 +322,7 @@ async def test_model_under_steady_load_starves_no_other(tmp_path: Path) -> None:
         nursery.cancel_scope.cancel()
 
 
-async def test_process_that_cannot_be_started_is_this_nodes_failure(tmp_path: Path) -> None:
+async def test_unstartable_process_is_reported_as_unavailable(tmp_path: Path) -> None:
     async with service(command=("/nonexistent",)) as tokenizers:
         with pytest.raises(ModelError, match="cannot be started"):
             await tokenizers.open(write_package(tmp_path, byte_level()))
@@ -342,7 +334,7 @@ async def test_process_that_cannot_be_started_is_this_nodes_failure(tmp_path: Pa
             await tokenizer.encode("fox")
 
 
-async def test_too_many_requests_are_refused_and_those_whose_caller_left_are_not_made(
+async def test_request_queue_is_bounded_and_skips_cancelled_requests(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(tokenizer_service, "MAX_WAITING", 2)
@@ -372,7 +364,7 @@ async def test_a_model_without_tokenizer_takes_token_ids_only(tmp_path: Path) ->
         assert not tokenizers.pids()
 
 
-async def test_a_process_sees_nothing_of_the_environment_nor_of_the_current_directory(
+async def test_tokenizer_process_is_isolated_from_environment_and_directory(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("HF_TOKEN", "secret")
@@ -390,25 +382,16 @@ async def test_a_process_sees_nothing_of_the_environment_nor_of_the_current_dire
     assert not mark.exists()
 
 
-async def test_decoding_a_token_takes_no_time_that_matters(tmp_path: Path) -> None:
-    """A fraction of a millisecond on an idle machine; the bound is for one on which much else runs."""
+async def test_streaming_a_byte_level_vocabulary_needs_no_process(tmp_path: Path) -> None:
     async with service() as tokenizers:
-        for vocabulary, limit_s in ((byte_level, 0.001), (byte_fallback, 0.01)):
-            tokenizer = await tokenizers.open(write_package(tmp_path / vocabulary.__name__, vocabulary()))
-            tokens = await tokenizer.encode("The quick brown fox " * 50)
-            assert await fastest(tokenizer, tokens) < limit_s
-
-
-async def fastest(tokenizer: ModelTokenizer, tokens: tuple[int, ...]) -> float:
-    """Return the seconds that a token takes, in the best of a few rounds: other processes are none of our business."""
-    rounds = []
-    for _ in range(5):
-        decoder = StreamDecoder(tokenizer)
-        began_s = time.perf_counter()
-        for token in tokens:
-            await decoder.feed(token)
-        rounds.append((time.perf_counter() - began_s) / len(tokens))
-    return min(rounds)
+        tokenizer = await tokenizers.open(write_package(tmp_path, byte_level()))
+        text = "The quick brown fox " * 50
+        tokens = await tokenizer.encode(text)
+        with trio.CancelScope() as scope:
+            scope.cancel()  # asking the process would end here
+            decoder = StreamDecoder(tokenizer)
+            pieces = [await decoder.feed(token) for token in tokens]
+        assert "".join([*pieces, await decoder.finish()]) == text
 
 
 def test_the_daemon_does_not_even_import_what_interprets_models() -> None:

@@ -29,7 +29,7 @@ def asked() -> BlobInitiator:
     return initiator
 
 
-def test_a_file_is_fetched_range_by_range_over_one_stream() -> None:
+def test_fetches_a_file_in_ranges_over_one_stream() -> None:
     file = bytes(range(256)) * 10
     initiator, responder = BlobInitiator(), BlobResponder()
     fetched = bytearray()
@@ -55,7 +55,7 @@ def test_a_file_is_fetched_range_by_range_over_one_stream() -> None:
 @pytest.mark.parametrize(
     "answer", [BlobMissing(), BlobBusy(), BlobFound(size=10, length=0), BlobFound(size=5, length=0)]
 )
-def test_an_answer_without_bytes_ends_the_request(answer: BlobAnswer) -> None:
+def test_answer_without_payload_completes_the_request(answer: BlobAnswer) -> None:
     initiator, responder = BlobInitiator(), BlobResponder()
     responder.receive_data(initiator.request(REQUEST))
     assert initiator.receive_data(responder.answer(answer)) == [answer]
@@ -64,7 +64,7 @@ def test_an_answer_without_bytes_ends_the_request(answer: BlobAnswer) -> None:
 
 
 @pytest.mark.parametrize(("size", "available"), [(0, 0), (10, 0), (11, 1), (109, 99), (110, 100), (1 << 36, 100)])
-def test_a_range_is_cut_at_the_end_of_the_file(size: int, available: int) -> None:
+def test_range_is_truncated_at_the_end_of_the_file(size: int, available: int) -> None:
     assert REQUEST.available(size) == available
 
 
@@ -80,7 +80,7 @@ def test_a_range_is_cut_at_the_end_of_the_file(size: int, available: int) -> Non
         (SHA256, 0, MAX_BLOB_BYTES + 1),
     ],
 )
-def test_an_impossible_request_is_neither_made_nor_taken(sha256: str, offset: int, length: int) -> None:
+def test_rejects_requests_out_of_bounds_at_both_ends(sha256: str, offset: int, length: int) -> None:
     with pytest.raises(LocalProtocolError, match=r"get (sha256|offset|length) is"):
         BlobInitiator().request(BlobRequest(sha256=sha256, offset=offset, length=length))
     with pytest.raises(RemoteProtocolError):
@@ -100,7 +100,7 @@ def test_an_impossible_request_is_neither_made_nor_taken(sha256: str, offset: in
         {"type": "get", "sha256": SHA256, "offset": 0, "length": 1, "more": 1},
     ],
 )
-def test_what_is_no_request_costs_the_initiator(value: Value) -> None:
+def test_responder_rejects_malformed_requests(value: Value) -> None:
     with pytest.raises(RemoteProtocolError):
         BlobResponder().receive_data(control(value))
 
@@ -119,7 +119,7 @@ def test_what_is_no_request_costs_the_initiator(value: Value) -> None:
         {"type": "found", "size": MAX_BLOB_BYTES + 1, "length": 100},
     ],
 )
-def test_what_is_no_answer_to_the_request_costs_the_responder(value: Value) -> None:
+def test_initiator_rejects_malformed_answers(value: Value) -> None:
     initiator = asked()
     with pytest.raises(RemoteProtocolError):
         initiator.receive_data(control(value))
@@ -129,7 +129,7 @@ def test_what_is_no_answer_to_the_request_costs_the_responder(value: Value) -> N
         initiator.request(REQUEST)
 
 
-def test_nothing_comes_unasked() -> None:
+def test_rejects_unsolicited_frames() -> None:
     found = control({"type": "found", "size": 1000, "length": 100})
     with pytest.raises(RemoteProtocolError, match="unexpected CONTROL frame"):
         BlobInitiator().receive_data(found)
@@ -145,7 +145,7 @@ def test_nothing_comes_unasked() -> None:
         asked().receive_data(found + b"".join(encode_chunks(bytes(100)) + encode_chunks(b"x")))
 
 
-def test_a_stream_that_ends_too_early_is_a_fault() -> None:
+def test_rejects_truncated_streams() -> None:
     found = control({"type": "found", "size": 1000, "length": 100})
     for received in (b"", found, found + b"".join(encode_chunks(bytes(99))), found[:3]):
         initiator = asked()
@@ -159,7 +159,7 @@ def test_a_stream_that_ends_too_early_is_a_fault() -> None:
         responder.receive_data(b"")
 
 
-def test_a_responder_takes_one_request_at_a_time() -> None:
+def test_responder_accepts_one_request_at_a_time() -> None:
     responder = BlobResponder()
     get = BlobInitiator().request(REQUEST)
     with pytest.raises(RemoteProtocolError, match="awaits its answer"):
@@ -168,7 +168,7 @@ def test_a_responder_takes_one_request_at_a_time() -> None:
         responder.receive_data(get)
 
 
-def test_a_responder_keeps_to_what_it_was_asked_and_has_said() -> None:
+def test_responder_sends_only_the_announced_range() -> None:
     responder = BlobResponder()
     with pytest.raises(LocalProtocolError):
         responder.answer(BlobMissing())
@@ -187,7 +187,7 @@ def test_a_responder_keeps_to_what_it_was_asked_and_has_said() -> None:
         asked().request(REQUEST)
 
 
-def test_the_announcement_of_a_file_is_checked_where_it_is_made() -> None:
+def test_responder_refuses_to_announce_another_range() -> None:
     responder = BlobResponder()
     responder.receive_data(BlobInitiator().request(REQUEST))
     with pytest.raises(LocalProtocolError, match="2 bytes of 1 are not the requested range"):

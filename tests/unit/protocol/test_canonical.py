@@ -50,7 +50,7 @@ def nested(depth: int) -> Value:
         ({"b": 1, "a": 2, "aa": 3, "é": 4, "z": 5}, "85a16102a2616103a16201a17a05a2c3a904"),
     ],
 )
-def test_a_value_has_these_bytes_and_no_others(value: Value, expected: str) -> None:
+def test_canonical_msgpack_of_known_values(value: Value, expected: str) -> None:
     assert encode(value).hex() == expected
 
 
@@ -75,12 +75,12 @@ def test_a_value_has_these_bytes_and_no_others(value: Value, expected: str) -> N
         [[0] * (MAX_NODES // 4)] * 4,
     ],
 )
-def test_what_has_no_canonical_form_is_refused(value: Value) -> None:
+def test_rejects_values_without_canonical_form(value: Value) -> None:
     with pytest.raises(ValueError, match=r"."):
         encode(value)
 
 
-def test_the_limits_themselves_are_allowed() -> None:
+def test_accepts_values_at_the_limits() -> None:
     for value in (nested(MAX_DEPTH), [0] * MAX_ELEMENTS, {f"{key:04}": None for key in range(MAX_NODES // 2 - 1)}):
         assert decode_canonical(encode(value), max_bytes=LIMIT) == value
 
@@ -111,8 +111,8 @@ def test_the_limits_themselves_are_allowed() -> None:
         ("8101c0", "key is not text"),
         ("81c4016101", "key is not text"),
         ("819001", "key is not text"),
-        ("82a16101a16102", "comes twice"),
-        ("9282a16101a1610200", "comes twice"),
+        ("82a16101a16102", "appears twice"),
+        ("9282a16101a1610200", "appears twice"),
         ("91" * (MAX_DEPTH + 1) + "c0", "nested deeper"),
         ("81a161" * MAX_DEPTH + "90", "nested deeper"),
         ("dd00001001" + "c0" * 0x1001, "exceeds"),
@@ -121,7 +121,7 @@ def test_the_limits_themselves_are_allowed() -> None:
         ("94" + ("dc0800" + "c0" * 0x800) * 4, "more than"),
     ],
 )
-def test_bytes_that_are_no_value_cost_their_sender(data: str, complaint: str) -> None:
+def test_decoder_rejects_invalid_msgpack(data: str, complaint: str) -> None:
     with pytest.raises(RemoteProtocolError, match=complaint):
         decode(bytes.fromhex(data), max_bytes=LIMIT)
 
@@ -131,13 +131,13 @@ def test_bytes_that_are_no_value_cost_their_sender(data: str, complaint: str) ->
     ["cc01", "cd0080", "d001", "d0ff", "d3ffffffffffffffff", "d90161", "dc000100", "de0000", "ca3f800000",
      "82a16201a16102", "c5000161"],
 )  # fmt: skip
-def test_other_encodings_of_a_value_can_be_read_but_are_not_canonical(data: str) -> None:
+def test_decodes_but_does_not_accept_non_canonical_encodings_as_canonical(data: str) -> None:
     assert decode(bytes.fromhex(data), max_bytes=LIMIT) is not None
     with pytest.raises(RemoteProtocolError, match="not in canonical form"):
         decode_canonical(bytes.fromhex(data), max_bytes=LIMIT)
 
 
-def test_too_many_bytes_are_not_looked_at() -> None:
+def test_decoder_rejects_oversized_input() -> None:
     assert decode(b"\xa3abc", max_bytes=4) == "abc"
     with pytest.raises(RemoteProtocolError, match="exceeds 3"):
         decode(b"\xa3abc", max_bytes=3)
@@ -157,7 +157,7 @@ def test_too_many_bytes_are_not_looked_at() -> None:
         b"\xdf\xff\xff\xff\xff",
     ],
 )
-def test_no_bytes_make_the_decoder_take_much_memory(bomb: bytes) -> None:
+def test_decoder_memory_is_bounded_for_hostile_input(bomb: bytes) -> None:
     tracemalloc.start()
     try:
         with suppress(RemoteProtocolError):
@@ -173,12 +173,12 @@ def test_canonical_json_is_sorted_compact_utf8() -> None:
 
 
 @pytest.mark.parametrize("value", [math.nan, [math.inf], {"a": {1: 2}}, [{None: 1}], b"a", {"a": b""}, "\ud800"])
-def test_what_json_cannot_say_is_refused(value: Value) -> None:
+def test_rejects_values_without_json(value: Value) -> None:
     with pytest.raises(ValueError, match=r"."):
         canonical_json(value)
 
 
-def test_canonical_json_of_a_value_without_end_is_refused() -> None:
+def test_rejects_recursive_values_as_json() -> None:
     endless: list[Value] = []
     endless.append(endless)
     with pytest.raises(ValueError, match=r"."):

@@ -56,32 +56,32 @@ def forged(**fields: Value) -> bytes:
 
 
 @pytest.mark.parametrize("capabilities", [EPYC, BEST, None], ids=["cpu", "gpu", "withdrawn"])
-def test_what_a_peer_said_is_read_under_its_key(capabilities: Capabilities | None) -> None:
+def test_capability_record_round_trip_under_its_dht_key(capabilities: Capabilities | None) -> None:
     said = record(capabilities)
     assert unseal_from_dht(CapabilityRecord, capability_key(PEER), seal(said, KEY), NOW_S) == said
 
 
-def test_the_key_names_the_peer() -> None:
+def test_dht_key_contains_the_peer() -> None:
     assert capability_key(PEER) == f"/metaswarm/cap/{PEER}"
 
 
-def test_a_record_under_the_key_of_another_peer_is_refused() -> None:
+def test_rejects_record_under_dht_key_of_another_peer() -> None:
     with pytest.raises(RemoteProtocolError, match="under another key"):
         unseal_from_dht(CapabilityRecord, capability_key(peer_of(2)), seal(record(EPYC), KEY), NOW_S)
 
 
-def test_nobody_speaks_for_another_peer() -> None:
+def test_refuses_to_sign_for_another_peer() -> None:
     with pytest.raises(LocalProtocolError, match="the key is not that of"):
         seal(record(EPYC), key_of(2))
 
 
-def test_the_withdrawal_prevails_over_what_it_withdraws() -> None:
+def test_withdrawal_supersedes_the_earlier_record() -> None:
     said, withdrawn = seal(record(EPYC, sequence=5), KEY), seal(record(None, sequence=6), KEY)
     assert select([said, withdrawn]) == 1
     assert select([withdrawn, said]) == 0
 
 
-def test_the_largest_record_fits_into_its_limit() -> None:
+def test_largest_capability_record_fits_the_size_limit() -> None:
     neighbours = tuple(
         Neighbour(peer=peer_of(100 + n), round_trip_s=0.1, upload_bytes_per_s=1e6, download_bytes_per_s=1e6)
         for n in range(MAX_NEIGHBOURS)
@@ -131,17 +131,17 @@ IMPOSSIBLE = {
 
 
 @pytest.mark.parametrize(("path", "value"), IMPOSSIBLE.values(), ids=IMPOSSIBLE.keys())
-def test_what_is_impossible_is_refused(path: str, value: object) -> None:
+def test_rejects_capabilities_out_of_bounds(path: str, value: object) -> None:
     with pytest.raises(RemoteProtocolError):
         from_map(Capabilities, changed(path, value), "capabilities")
 
 
-def test_a_peer_that_is_its_own_neighbour_is_refused() -> None:
+def test_rejects_peer_as_its_own_neighbour() -> None:
     with pytest.raises(RemoteProtocolError, match="its own neighbour"):
         unseal(CapabilityRecord, forged(capabilities=changed("links.neighbours", [{"peer": PEER}])), NOW_S)
 
 
-def test_another_version_of_the_format_is_refused() -> None:
+def test_rejects_unknown_format_version() -> None:
     with pytest.raises(RemoteProtocolError, match="version"):
         unseal(CapabilityRecord, forged(version=2), NOW_S)
 
@@ -172,11 +172,11 @@ CLASSES: dict[str, tuple[Capabilities, str]] = {
 
 
 @pytest.mark.parametrize(("capabilities", "expected"), CLASSES.values(), ids=CLASSES.keys())
-def test_the_hardware_class_says_what_like_hardware_has_in_common(capabilities: Capabilities, expected: str) -> None:
+def test_hardware_class_of_known_machines(capabilities: Capabilities, expected: str) -> None:
     assert hardware_class(capabilities) == expected
 
 
-def test_the_hardware_class_does_not_hang_on_what_the_system_keeps_for_itself() -> None:
+def test_hardware_class_ignores_memory_reserved_by_the_system() -> None:
     classes = {
         hardware_class(replace(EPYC, memory=Memory(total_bytes=int(total * GIB), available_bytes=0)))
         for total in (23.1, 23.5, 24.0)

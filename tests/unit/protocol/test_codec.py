@@ -57,12 +57,12 @@ def fields_of(name: str) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("name", MESSAGES)
-def test_a_message_arrives_as_it_was_sent(name: str) -> None:
+def test_control_message_round_trip(name: str) -> None:
     assert fields_of(name)["type"] == name
     assert decode_control(encode_control(MESSAGES[name])) == MESSAGES[name]
 
 
-def test_what_is_optional_is_left_out() -> None:
+def test_optional_fields_are_omitted() -> None:
     middle = Open(
         session=SESSION,
         model=ModelId("0f" * 32),
@@ -80,7 +80,7 @@ def test_what_is_optional_is_left_out() -> None:
 
 
 @pytest.mark.parametrize("name", MESSAGES)
-def test_every_field_is_needed_and_no_other_is_taken(name: str) -> None:
+def test_rejects_missing_and_unknown_fields(name: str) -> None:
     fields = fields_of(name)
     optional = {"downstream", "feedback", "sampling", "continues", "peer", "countersignature", "statement"}
     for key in fields.keys() - optional:
@@ -92,7 +92,7 @@ def test_every_field_is_needed_and_no_other_is_taken(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", MESSAGES)
-def test_every_field_has_one_type(name: str) -> None:
+def test_rejects_fields_of_another_type(name: str) -> None:
     fields = fields_of(name)
     for key, right in fields.items():
         for wrong in (None, True, 1, 1.0, "~", b"~", [], {}, [1, 2], {"~": 1}):
@@ -175,7 +175,7 @@ OUT_OF_RANGE = [
 
 
 @pytest.mark.parametrize(("name", "key", "value"), OUT_OF_RANGE)
-def test_every_value_has_its_bounds(name: str, key: str, value: Any) -> None:
+def test_rejects_fields_out_of_bounds(name: str, key: str, value: Any) -> None:
     with pytest.raises(RemoteProtocolError):
         decode_control(encode({**fields_of(name), key: value}))
 
@@ -207,14 +207,14 @@ def test_every_value_has_its_bounds(name: str, key: str, value: Any) -> None:
         ("closed", "statistics", "more", 1),
     ],
 )
-def test_every_value_inside_has_its_bounds(name: str, outer: str, key: str, value: Any) -> None:
+def test_rejects_nested_fields_out_of_bounds(name: str, outer: str, key: str, value: Any) -> None:
     fields = fields_of(name)
     fields[outer][key] = value
     with pytest.raises(RemoteProtocolError):
         decode_control(encode(fields))
 
 
-def test_a_stage_draws_tokens_or_has_another_after_it() -> None:
+def test_open_has_either_sampling_or_downstream() -> None:
     fields = fields_of("open")
     del fields["sampling"]
     with pytest.raises(RemoteProtocolError, match="last stage"):
@@ -227,7 +227,7 @@ def test_a_stage_draws_tokens_or_has_another_after_it() -> None:
 @pytest.mark.parametrize(
     "body", [b"\xc0", b"\x90", b"\x80", b"\x81\xa4type\x01", b"\x81\xa4type\xa4step", b"\xc1", b""]
 )
-def test_what_is_no_message_is_refused(body: bytes) -> None:
+def test_rejects_malformed_control_frames(body: bytes) -> None:
     with pytest.raises(RemoteProtocolError):
         decode_control(body)
 
@@ -249,12 +249,12 @@ def test_what_is_no_message_is_refused(body: bytes) -> None:
         Opened(session=SESSION, load=LOAD, votes={}),
     ],
 )
-def test_we_do_not_say_what_we_would_not_take(message: ControlMessage) -> None:
+def test_encoder_applies_the_checks_of_the_decoder(message: ControlMessage) -> None:
     with pytest.raises(LocalProtocolError):
         encode_control(message)
 
 
-def test_a_failure_is_told_whatever_its_message() -> None:
+def test_failure_text_is_sanitised_and_truncated() -> None:
     said = Failed(
         session=SESSION, reason=FailureReason.ENGINE, message="Traceback:\n\x1b[31m" + "é\udcff" * MAX_TEXT_BYTES
     )
@@ -264,7 +264,7 @@ def test_a_failure_is_told_whatever_its_message() -> None:
     assert len(heard.message.encode()) <= MAX_TEXT_BYTES
 
 
-def test_whole_numbers_travel_as_floats_where_floats_belong() -> None:
+def test_integers_in_float_fields_are_encoded_as_floats() -> None:
     message = Opened(session=SESSION, load=Load(step_s=1), votes={"m": 2})
     assert decode_control(encode_control(message)) == message
 
@@ -301,17 +301,17 @@ def header_of(message: Step) -> dict[str, Any]:
         ),
     ],
 )
-def test_a_step_arrives_as_it_was_sent(message: Step) -> None:
+def test_step_header_round_trip(message: Step) -> None:
     header = decode_step_header(encode_step_header(message))
     assert header.payload_bytes == len(message.tensor.data)
     assert header.step(bytes(message.tensor.data)) == message
 
 
-def test_the_header_of_one_decode_step_is_small() -> None:
+def test_decode_step_header_is_small() -> None:
     assert len(encode_step_header(step(part(position=100_000), width=8192))) < 100
 
 
-def test_the_largest_header_fits() -> None:
+def test_largest_step_header_fits_a_control_frame() -> None:
     slices = [
         Slice(session=SessionId(JobId(f"{n:032x}"), 64), position=900_000, rows=70_000, draws=MAX_DRAFTS + 1,
               drafts=(MAX_VOCABULARY - 1,) * MAX_DRAFTS, finish_reason=FinishReason.LENGTH)
@@ -381,7 +381,7 @@ def duplicate(header: dict[str, Any]) -> None:
         with_field("more", 1),
     ],
 )
-def test_an_impossible_step_header_is_refused(change: Callable[[dict[str, Any]], None]) -> None:
+def test_rejects_invalid_step_headers(change: Callable[[dict[str, Any]], None]) -> None:
     header = header_of(step(part(1, 0, 2, 1), part(2, 0, 2, 1)))
     assert decode_step_header(encode(header)).payload_bytes == 64
     change(header)
@@ -389,7 +389,7 @@ def test_an_impossible_step_header_is_refused(change: Callable[[dict[str, Any]],
         decode_step_header(encode(header))
 
 
-def test_a_step_is_not_larger_than_allowed() -> None:
+def test_rejects_oversized_steps() -> None:
     rows = MAX_STEP_BYTES // (MAX_WIDTH * 4)
     assert encode_step_header(step(part(rows=rows), width=MAX_WIDTH))
     with pytest.raises(LocalProtocolError, match="at most"):
@@ -400,14 +400,14 @@ def test_a_step_is_not_larger_than_allowed() -> None:
         decode_step_header(encode(header))
 
 
-def test_a_step_has_no_more_slices_than_allowed() -> None:
+def test_rejects_too_many_slices() -> None:
     slices = [Slice(session=SessionId(JobId(f"{n:032x}"), 0), position=0, rows=1) for n in range(MAX_SLICES + 1)]
     with pytest.raises(LocalProtocolError, match="expected 0 to 256"):
         encode_step_header(step(*slices))
 
 
 @pytest.mark.parametrize("token", [-1, MAX_VOCABULARY, -(1 << 31), (1 << 31) - 1])
-def test_impossible_token_ids_are_refused(token: int) -> None:
+def test_rejects_token_ids_out_of_bounds(token: int) -> None:
     with pytest.raises(LocalProtocolError, match="token id"):
         encode_step_header(Step(slices=(part(rows=2),), tensor=tensor_from_tokens([0, token])))
     header = decode_step_header(encode_step_header(Step(slices=(part(rows=2),), tensor=tensor_from_tokens([0, 0]))))

@@ -57,7 +57,7 @@ def event(direction: Direction, message_type: type[Message]) -> str:
 
 
 @pytest.mark.parametrize("role", Role)
-def test_the_documented_states_of_the_connection_are_the_codes(role: Role) -> None:
+def test_documented_connection_states_match_the_code(role: Role) -> None:
     actual = [
         (str(state), event(direction, message_type), str(following))
         for (whose, state, message_type, direction), following in CONNECTION_TABLE.items()
@@ -67,7 +67,7 @@ def test_the_documented_states_of_the_connection_are_the_codes(role: Role) -> No
 
 
 @pytest.mark.parametrize("role", Role)
-def test_the_documented_states_of_a_session_are_the_codes(role: Role) -> None:
+def test_documented_session_states_match_the_code(role: Role) -> None:
     actual = [
         (str(state), event(direction, message_type), str(following.next), "quiet" if following.quiet else "")
         for (whose, state, message_type, direction), following in SESSION_TABLE.items()
@@ -81,15 +81,14 @@ def test_the_documented_states_of_a_session_are_the_codes(role: Role) -> None:
     [("One party speaks at a time:", chains.PROTOCOL), ("#### States of a session", sync.PROTOCOL)],
 )
 def test_documented_half_duplex_states_match_the_code(heading: str, protocol: HalfDuplexProtocol[Any, Any]) -> None:
-    names = {kind: name for name, kind in protocol.messages.items()}
     actual = [
-        (str(state), str(sender), names[kind], str(following))
+        (str(state), str(sender), protocol.messages.name_of(kind), str(following))
         for (state, kind), (sender, following) in protocol.table.items()
     ]
     assert documented_rows(heading) == actual
 
 
-def test_the_documented_limits_are_the_codes() -> None:
+def test_documented_limits_match_the_code() -> None:
     documented = {name.strip("`"): float(value) for name, value, _ in documented_rows("## Limits")}
     assert documented == {name: float(getattr(limits, name)) for name in documented}
     assert set(re.findall(r"`(MAX_[A-Z_0-9]+)`", DOCUMENT)) == set(documented)
@@ -106,7 +105,7 @@ def documented_fields(name: str) -> set[str]:
 
 
 @pytest.mark.parametrize("name", MESSAGES)
-def test_the_documented_fields_of_a_message_are_the_codes(name: str) -> None:
+def test_documented_fields_match_the_code(name: str) -> None:
     fields = decode(encode_control(MESSAGES[name]), max_bytes=limits.MAX_CONTROL_BYTES)
     assert isinstance(fields, dict)
     optional = {"open": {"downstream"}, "closed": {"countersignature"}}
@@ -193,7 +192,7 @@ EXAMPLES = {
 }
 
 
-def test_the_documented_examples_are_exactly_what_the_code_sends() -> None:
+def test_documented_examples_match_the_encoded_bytes() -> None:
     documented = dict(re.findall(r"```hex (\w+)\n([0-9a-f\n]+)```", DOCUMENT))
     assert {name: bytes.fromhex(text) for name, text in documented.items()} == EXAMPLES
     assert PEER in DOCUMENT

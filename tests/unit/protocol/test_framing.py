@@ -16,14 +16,14 @@ from protocol.framing import (
 from protocol.limits import MAX_CONTROL_BYTES, MAX_FRAME_BYTES
 
 
-def test_a_frame_is_a_length_a_type_and_a_body() -> None:
+def test_frame_consists_of_length_type_and_body() -> None:
     assert encode_frame(FrameType.CONTROL, b"ab", memoryview(b"c")).hex() == "0000000301616263"
     assert FrameReader().receive_data(bytes.fromhex("0000000301616263")) == [
         Frame(FrameType.CONTROL, memoryview(b"abc"))
     ]
 
 
-def test_frames_may_come_in_any_pieces() -> None:
+def test_reads_frames_from_any_fragmentation() -> None:
     data = encode_frame(FrameType.CONTROL, b"abc") + encode_frame(FrameType.CHUNK, b"defgh")
     reader = FrameReader()
     frames = []
@@ -54,14 +54,14 @@ def test_frames_may_come_in_any_pieces() -> None:
         "ffffffff03",
     ],
 )
-def test_an_illegal_prefix_is_refused_before_any_of_the_body_comes(prefix: str) -> None:
+def test_rejects_invalid_prefix_before_the_body_arrives(prefix: str) -> None:
     reader = FrameReader()
     assert reader.receive_data(bytes.fromhex(prefix)[:-1]) == []
     with pytest.raises(RemoteProtocolError, match=r"frame"):
         reader.receive_data(bytes.fromhex(prefix)[-1:])
 
 
-def test_bodies_as_long_as_allowed_are_taken_and_longer_ones_not_made() -> None:
+def test_bounds_the_frame_body() -> None:
     for frame_type, longest in (
         (FrameType.CONTROL, MAX_CONTROL_BYTES),
         (FrameType.STEP, MAX_FRAME_BYTES),
@@ -75,7 +75,7 @@ def test_bodies_as_long_as_allowed_are_taken_and_longer_ones_not_made() -> None:
         encode_frame(FrameType.CHUNK)
 
 
-def test_a_promised_body_takes_no_memory_until_it_comes() -> None:
+def test_announced_body_allocates_no_memory_before_it_arrives() -> None:
     readers = [FrameReader() for _ in range(100)]
     prefix = encode_frame(FrameType.CHUNK, bytes(MAX_FRAME_BYTES))[: PREFIX_BYTES + 1]
     tracemalloc.start()
@@ -86,7 +86,7 @@ def test_a_promised_body_takes_no_memory_until_it_comes() -> None:
     assert peak < 100_000
 
 
-def test_raw_bytes_are_cut_into_pieces_that_can_be_written_at_once() -> None:
+def test_chunks_fit_one_write_each() -> None:
     payload = bytes(range(256)) * (3 * 4096 + 1)
     pieces = encode_step(b"header", payload)
     assert all(len(piece) <= MAX_FRAME_BYTES for piece in pieces)
@@ -100,12 +100,12 @@ def test_raw_bytes_are_cut_into_pieces_that_can_be_written_at_once() -> None:
 
 
 @pytest.mark.parametrize("length", [0, 6, 100, 0xFFFFFFFF])
-def test_a_step_header_lies_within_its_frame(length: int) -> None:
+def test_rejects_step_header_beyond_its_frame(length: int) -> None:
     with pytest.raises(RemoteProtocolError, match="step header"):
         split_step(memoryview(length.to_bytes(4, "big") + b"abcde"))
 
 
-def test_a_step_header_is_no_longer_than_a_control_message() -> None:
+def test_bounds_the_step_header() -> None:
     body = (MAX_CONTROL_BYTES + 1).to_bytes(4, "big") + bytes(2 * MAX_CONTROL_BYTES)
     with pytest.raises(RemoteProtocolError, match="step header"):
         split_step(memoryview(body))

@@ -49,7 +49,7 @@ def digest(tree: SetTree, **changes: object) -> HistoryDigest:
 
 
 @pytest.mark.parametrize("bucket_count", [0, 1, 5, 100, 720])
-def test_a_digest_record_covers_everything_within_its_bound(bucket_count: int) -> None:
+def test_digest_record_covers_the_history_within_its_bound(bucket_count: int) -> None:
     tree = tree_of({BUCKET - number: 1 + number % 3 for number in range(bucket_count)})
     record = digest(tree)
     sealed = seal(record, key(1))
@@ -60,13 +60,13 @@ def test_a_digest_record_covers_everything_within_its_bound(bucket_count: int) -
     assert all(part == tree.summary(part.prefix) for part in record.parts)
 
 
-def test_the_newest_buckets_stand_alone() -> None:
+def test_newest_buckets_have_digests_of_their_own() -> None:
     tree = tree_of({BUCKET - number: 1 for number in range(720)})
     alone = {part.prefix for part in summarise(tree) if len(part.prefix) == 8}
     assert {f"{BUCKET - number:08x}" for number in range(24)} <= alone
 
 
-def test_a_newcomer_learns_how_much_it_lacks() -> None:
+def test_estimates_missing_observations_from_a_digest_record() -> None:
     theirs = tree_of({BUCKET: 100, BUCKET - 1: 50})
     record = digest(theirs)
     assert record.estimate_lacking(tree_of({})) == 150
@@ -74,7 +74,7 @@ def test_a_newcomer_learns_how_much_it_lacks() -> None:
     assert record.estimate_lacking(theirs) == 0
 
 
-def test_a_record_stands_only_under_its_peers_key() -> None:
+def test_rejects_digest_record_under_another_dht_key() -> None:
     sealed = seal(digest(tree_of({BUCKET: 1})), key(1))
     with pytest.raises(RemoteProtocolError, match="another key"):
         unseal_from_dht(HistoryDigest, history_key(peer(2)), sealed, NOW_S)
@@ -96,12 +96,12 @@ def test_a_record_stands_only_under_its_peers_key() -> None:
     ],
     ids=["overlap", "descend", "twice", "do not add up", "inside a bucket", "no digit", "short digest", "empty"],
 )
-def test_parts_that_make_no_sense_are_refused(parts: tuple[Summary, ...]) -> None:
+def test_rejects_invalid_digest_parts(parts: tuple[Summary, ...]) -> None:
     with pytest.raises(LocalProtocolError, match="history"):
         seal(digest(tree_of({}), count=2, parts=parts), key(1))
 
 
-def test_batches_take_what_fits_in_order() -> None:
+def test_batches_are_filled_in_order() -> None:
     envelopes = [bytes([number]) * 1000 for number in range(100)]
     waiting = deque(envelopes)
     taken: list[bytes] = []
@@ -129,12 +129,12 @@ def test_batches_take_what_fits_in_order() -> None:
     ],
     ids=lambda value: str(value)[:40],
 )
-def test_what_is_no_batch_is_refused(value: dict[str, list[bytes]]) -> None:
+def test_rejects_malformed_batches(value: dict[str, list[bytes]]) -> None:
     with pytest.raises(RemoteProtocolError):
         decode_batch(encode(value))
 
 
-def test_a_batch_that_is_too_large_is_neither_made_nor_taken() -> None:
+def test_rejects_oversized_batches_at_both_ends() -> None:
     envelopes = [bytes(MAX_RECORD_BYTES)] * 2
     with pytest.raises(LocalProtocolError):
         encode_batch(envelopes)

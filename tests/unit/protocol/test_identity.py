@@ -13,7 +13,7 @@ from protocol.limits import MAX_BLOCKS
 KEY = bytes(range(32))
 
 
-def test_a_peer_id_holds_its_key() -> None:
+def test_peer_id_contains_the_public_key() -> None:
     peer = peer_id_from_public_key(KEY)
     assert peer.startswith("12D3KooW")
     assert parse_peer_id(peer) == peer
@@ -21,7 +21,7 @@ def test_a_peer_id_holds_its_key() -> None:
 
 
 @pytest.mark.parametrize("length", [0, 31, 33])
-def test_only_ed25519_keys_have_peer_ids_here(length: int) -> None:
+def test_rejects_keys_other_than_ed25519(length: int) -> None:
     with pytest.raises(ValueError, match="32 bytes"):
         peer_id_from_public_key(bytes(length))
 
@@ -43,7 +43,7 @@ def test_only_ed25519_keys_have_peer_ids_here(length: int) -> None:
         peer_id_from_public_key(KEY) + " ",
     ],
 )
-def test_a_peer_has_one_name(text: str) -> None:
+def test_rejects_peer_ids_that_are_not_canonical(text: str) -> None:
     with pytest.raises(ValueError, match="peer id"):
         parse_peer_id(text)
 
@@ -55,7 +55,7 @@ def test_model_id_is_lower_case_hexadecimal() -> None:
             parse_model_id(unit * 32 + end)
 
 
-def test_a_range_of_blocks_is_not_empty_and_ends_exclusive() -> None:
+def test_block_range_is_non_empty_and_end_exclusive() -> None:
     blocks = parse_block_range("3-7")
     assert blocks == BlockRange(3, 7)
     assert str(blocks) == "3-7"
@@ -66,12 +66,12 @@ def test_a_range_of_blocks_is_not_empty_and_ends_exclusive() -> None:
 @pytest.mark.parametrize(
     "text", ["", "3", "3-", "-7", "3-3", "7-3", "a-b", "3-7 ", "0-1025", "3-7\n", "\u0663-\u0667", "00001-2"]
 )
-def test_what_is_no_range_of_blocks_is_refused(text: str) -> None:
+def test_rejects_malformed_block_ranges(text: str) -> None:
     with pytest.raises(ValueError, match="range of blocks"):
         parse_block_range(text)
 
 
-def test_a_model_has_no_more_blocks_than_allowed() -> None:
+def test_bounds_the_blocks_of_a_model() -> None:
     assert BlockRange(0, MAX_BLOCKS).end == MAX_BLOCKS
     with pytest.raises(ValueError, match="range of blocks"):
         BlockRange(0, MAX_BLOCKS + 1)

@@ -60,7 +60,7 @@ def resigned(observation_number: int = 0, **changes: Any) -> bytes:
     return sign(OBSERVATION_KIND, payload, key(0))
 
 
-def test_what_one_peer_signs_another_reads() -> None:
+def test_observation_round_trip() -> None:
     made = signed(7, observer=1, stages=(2, 3))
     taken = verify_observation(made.envelope, NOW_S)
     assert taken == made
@@ -69,19 +69,19 @@ def test_what_one_peer_signs_another_reads() -> None:
     assert read_observation(made.envelope) == made
 
 
-def test_content_decides_the_id_and_the_signature_does_not() -> None:
+def test_observation_id_depends_on_content_only() -> None:
     assert signed(1).id == signed(1).id
     assert signed(1).id != signed(2).id
     assert signed(1, observer=1).id != signed(1, observer=2).id
 
 
-def test_a_route_as_long_as_allowed_fits_into_a_record() -> None:
+def test_longest_route_fits_an_observation() -> None:
     made = signed(1, stages=range(MAX_STAGES))
     assert len(made.envelope) <= MAX_RECORD_BYTES
     assert verify_observation(made.envelope, NOW_S).observation.is_countersigned
 
 
-def test_nobody_signs_for_another() -> None:
+def test_rejects_observation_signed_by_another_peer() -> None:
     with pytest.raises(LocalProtocolError, match="is signed by"):
         sign_observation(observation(observer=1), key(2))
     stolen = sign(OBSERVATION_KIND, payload_of(signed(1, observer=1).envelope), key(2))
@@ -89,7 +89,7 @@ def test_nobody_signs_for_another() -> None:
         open_observation(stolen)
 
 
-def test_every_byte_of_an_envelope_counts() -> None:
+def test_rejects_observation_with_any_byte_changed() -> None:
     envelope = signed(1, stages=(1, 2)).envelope
     for position in range(len(envelope)):
         broken = bytearray(envelope)
@@ -102,7 +102,7 @@ def test_every_byte_of_an_envelope_counts() -> None:
 
 
 @pytest.mark.parametrize("what", ["job", "observer", "model", "method", "blocks", "hardware", "statistics"])
-def test_a_countersignature_holds_for_one_job_observer_model_method_and_its_figures(what: str) -> None:
+def test_countersignature_binds_job_observer_model_method_and_statistics(what: str) -> None:
     stage = observation().route[0]
     bound: dict[str, Any] = {
         "job": job(1),
@@ -123,7 +123,7 @@ def test_a_countersignature_holds_for_one_job_observer_model_method_and_its_figu
         check_countersignature(stage, **bound)
 
 
-def test_figures_invented_for_another_peer_are_found_out() -> None:
+def test_rejects_forged_statistics_of_another_peer() -> None:
     made = observation(1, stages=(1, 2))
     first = made.route[0]
     forged = replace(first, statistics=replace(first.statistics, compute_s=0.001))
@@ -131,7 +131,7 @@ def test_figures_invented_for_another_peer_are_found_out() -> None:
         sign_observation(replace(made, route=(forged, *made.route[1:])), key(0))
 
 
-def test_a_stage_without_countersignature_is_told_apart() -> None:
+def test_observation_without_countersignature_is_accepted_as_such() -> None:
     made = observation(1, stages=(1, 2))
     silent = replace(made.route[1], countersignature=None)
     taken = sign_observation(replace(made, route=(made.route[0], silent)), key(0))
@@ -139,13 +139,13 @@ def test_a_stage_without_countersignature_is_told_apart() -> None:
     assert signed(1).observation.is_countersigned, "the observer vouches for its own stage by signing the whole"
 
 
-def test_clocks_may_differ_but_not_much() -> None:
+def test_tolerates_clock_skew_within_bounds() -> None:
     verify_observation(signed(issued_at_s=NOW_S + MAX_CLOCK_SKEW_S).envelope, NOW_S)
     with pytest.raises(RemoteProtocolError, match="in the future"):
         verify_observation(signed(issued_at_s=NOW_S + MAX_CLOCK_SKEW_S + 1).envelope, NOW_S)
 
 
-def test_what_is_too_old_goes_by_whole_buckets() -> None:
+def test_observations_expire_by_whole_buckets() -> None:
     oldest_s = oldest_bucket(NOW_S) * BUCKET_S
     assert NOW_S - MAX_OBSERVATION_AGE_S - BUCKET_S < oldest_s <= NOW_S - MAX_OBSERVATION_AGE_S
     verify_observation(signed(issued_at_s=oldest_s).envelope, NOW_S)
@@ -195,7 +195,7 @@ def test_what_is_too_old_goes_by_whole_buckets() -> None:
         ({"route": "all"}, "route is not an array"),
     ],
 )
-def test_impossible_values_are_turned_down(changes: dict[str, Any], message: str) -> None:
+def test_rejects_impossible_observations(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(RemoteProtocolError, match=message):
         open_observation(resigned(**changes))
 
@@ -213,7 +213,7 @@ def test_impossible_values_are_turned_down(changes: dict[str, Any], message: str
         (SessionStatistics(compute_s=float("nan")), "finite"),
     ],
 )
-def test_impossible_figures_of_a_stage_are_turned_down(statistics: SessionStatistics, message: str) -> None:
+def test_rejects_impossible_stage_statistics(statistics: SessionStatistics, message: str) -> None:
     made = observation()
     stage = replace(made.route[0], statistics=statistics)
     with pytest.raises(LocalProtocolError, match=message):
@@ -231,14 +231,14 @@ def test_impossible_figures_of_a_stage_are_turned_down(statistics: SessionStatis
         ([(1, BLOCKS)], "do not cover"),
     ],
 )
-def test_a_job_goes_through_every_block_once(ranges: list[tuple[int, int]], message: str) -> None:
+def test_rejects_routes_that_do_not_cover_all_blocks_once(ranges: list[tuple[int, int]], message: str) -> None:
     made = observation()
     route = tuple(replace(made.route[0], blocks=BlockRange(*blocks)) for blocks in ranges)
     with pytest.raises(LocalProtocolError, match=message):
         sign_observation(replace(made, route=route), key(0))
 
 
-def test_a_benchmark_measures_the_blocks_its_peer_has() -> None:
+def test_benchmark_may_cover_part_of_the_blocks() -> None:
     made = observation()
     part = replace(
         made,
@@ -250,7 +250,7 @@ def test_a_benchmark_measures_the_blocks_its_peer_has() -> None:
     assert sign_observation(part, key(0)).observation == part
 
 
-def test_one_token_takes_no_time_per_further_token() -> None:
+def test_single_token_has_no_tpot() -> None:
     made = observation()
     single = replace(
         made,
@@ -262,18 +262,18 @@ def test_one_token_takes_no_time_per_further_token() -> None:
         sign_observation(replace(single, measurements=replace(single.measurements, tpot_s=0.1)), key(0))
 
 
-def test_a_method_is_named_by_its_sorted_switches() -> None:
+def test_method_name_is_its_sorted_switches() -> None:
     method = MethodInForce(switches={"speculation": "ngram-4", "arithmetic": "bf16"}, stage_policy={})
     assert method.name == "arithmetic=bf16|speculation=ngram-4"
 
 
-def test_a_record_of_another_kind_is_no_observation() -> None:
+def test_rejects_record_of_another_kind_as_observation() -> None:
     payload = payload_of(signed().envelope)
     with pytest.raises(RemoteProtocolError, match="was expected"):
         open_observation(sign("heartbeat", payload, key(0)))
 
 
-def test_what_is_not_canonical_is_turned_down() -> None:
+def test_rejects_non_canonical_observation() -> None:
     outer = decode(signed().envelope, max_bytes=MAX_RECORD_BYTES)
     assert isinstance(outer, dict)
     canonical: bytes = outer["payload"]
@@ -285,7 +285,7 @@ def test_what_is_not_canonical_is_turned_down() -> None:
         open_observation(encode(outer))
 
 
-def test_what_was_never_verified_is_not_read() -> None:
+def test_rejects_malformed_stored_observations() -> None:
     with pytest.raises(RemoteProtocolError):
         read_observation(b"")
     with pytest.raises(RemoteProtocolError):
@@ -335,13 +335,13 @@ EXAMPLE = sign_observation(
 DOCUMENT = (Path(__file__).parents[3] / "docs" / "protocol.md").read_text()
 
 
-def test_the_documented_example_is_exactly_what_the_code_signs() -> None:
+def test_documented_observation_matches_the_signed_bytes() -> None:
     (documented,) = re.findall(r"```observation\n([0-9a-f\n]+)```", DOCUMENT)
     assert bytes.fromhex(documented) == EXAMPLE.envelope
     assert EXAMPLE.id.hex() in DOCUMENT
 
 
-def test_every_limit_that_the_document_names_is_one_and_is_told() -> None:
+def test_limits_named_in_the_document_are_defined() -> None:
     section = DOCUMENT.split("\n### Observations\n")[1].split("\n## ")[0]
     assert f"`{OBSERVATIONS_TOPIC}`" in section
     for limit in re.findall(r"`(MAX_[A-Z_]+)`", section):

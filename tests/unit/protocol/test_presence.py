@@ -12,7 +12,7 @@ from protocol.presence import PresenceReader, encode_present
 
 
 @given(st.lists(st.binary(min_size=1, max_size=900), max_size=300), st.integers(1, 5000))
-def test_what_was_told_is_read_however_it_is_cut(envelopes: list[bytes], cut: int) -> None:
+def test_reads_presence_answer_from_any_fragmentation(envelopes: list[bytes], cut: int) -> None:
     data = b"".join(encode_present(envelopes))
     reader = PresenceReader()
     heard = [
@@ -22,22 +22,22 @@ def test_what_was_told_is_read_however_it_is_cut(envelopes: list[bytes], cut: in
     assert reader.receive_data(b"") == []
 
 
-def test_an_answer_that_is_cut_off_is_a_fault() -> None:
+def test_rejects_truncated_presence_answer() -> None:
     reader = PresenceReader()
     reader.receive_data(b"".join(encode_present([b"a", b"b"]))[:-1])
     with pytest.raises(RemoteProtocolError, match="inside a frame"):
         reader.receive_data(b"")
 
 
-def test_no_more_peers_are_taken_than_may_be_present() -> None:
+def test_bounds_the_heartbeats_of_an_answer() -> None:
     batch = encode_frame(FrameType.CONTROL, encode_batch([b"x"] * 100))
     reader = PresenceReader()
     for _ in range(MAX_PRESENT // 100):
         reader.receive_data(batch)
-    with pytest.raises(RemoteProtocolError, match="more than 10000 peers"):
+    with pytest.raises(RemoteProtocolError, match="more than 10000 heartbeats"):
         reader.receive_data(batch)
 
 
-def test_other_frames_are_refused() -> None:
+def test_rejects_other_frame_types() -> None:
     with pytest.raises(RemoteProtocolError, match="CHUNK"):
         PresenceReader().receive_data(encode_frame(FrameType.CHUNK, b"x"))

@@ -85,13 +85,13 @@ def payload_of(record: Record) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("record", [SPAN, HEARTBEAT, replace(SPAN, blocks=()), replace(HEARTBEAT, spans=())])
-def test_a_record_is_read_as_it_was_signed(record: Record) -> None:
+def test_record_round_trip(record: Record) -> None:
     envelope = seal(record, KEY)
     assert unseal(type(record), envelope, NOW_S) == record
     assert verify(envelope, record.kind, NOW_S).peer == PEER
 
 
-def test_the_largest_heartbeat_fits() -> None:
+def test_largest_heartbeat_fits_a_record() -> None:
     load = Load(sessions=MAX_INTEGER, queued_rows=MAX_INTEGER, free_positions=MAX_INTEGER, step_s=0.1)
     largest = replace(
         HEARTBEAT,
@@ -105,7 +105,7 @@ def test_the_largest_heartbeat_fits() -> None:
     assert unseal(Heartbeat, seal(largest, KEY), NOW_S) == largest
 
 
-def test_a_record_is_of_one_kind() -> None:
+def test_signature_covers_the_kind_of_record() -> None:
     with pytest.raises(RemoteProtocolError, match="a span record where a heartbeat record was expected"):
         unseal(Heartbeat, seal(SPAN, KEY), NOW_S)
     relabelled = forged("span", payload_of(SPAN), kind="heartbeat")
@@ -113,7 +113,7 @@ def test_a_record_is_of_one_kind() -> None:
         verify(relabelled, "heartbeat", NOW_S)
 
 
-def test_nobody_signs_for_another() -> None:
+def test_refuses_to_sign_for_another_peer() -> None:
     with pytest.raises(LocalProtocolError, match="not that of"):
         seal(SPAN, OTHER_KEY)
     theirs = OTHER_KEY.public_key().public_bytes_raw()
@@ -137,20 +137,20 @@ def test_nobody_signs_for_another() -> None:
         {"more": 1},
     ],
 )
-def test_a_damaged_envelope_is_refused(changes: dict[str, Any]) -> None:
+def test_rejects_damaged_envelopes(changes: dict[str, Any]) -> None:
     with pytest.raises(RemoteProtocolError):
         verify(forged("span", payload_of(SPAN), **changes), "span", NOW_S)
 
 
 @pytest.mark.parametrize("data", [b"", b"\xc0", b"\x80", b"\x84", bytes(MAX_RECORD_BYTES + 1)])
-def test_what_is_no_envelope_is_refused(data: bytes) -> None:
+def test_rejects_malformed_envelopes(data: bytes) -> None:
     with pytest.raises(RemoteProtocolError):
         verify(data, "span", NOW_S)
     with pytest.raises(RemoteProtocolError):
         select([data])
 
 
-def test_a_payload_has_one_form() -> None:
+def test_rejects_non_canonical_payload() -> None:
     payload = encode(payload_of(SPAN))
     longer = payload.replace(b"sequence\x07", b"sequence\xcc\x07")
     assert longer != payload
@@ -175,7 +175,7 @@ def test_a_payload_has_one_form() -> None:
         (0, MAX_INTEGER, False),
     ],
 )
-def test_a_record_holds_for_a_time(issued_at_s: int, expires_at_s: int, valid: bool) -> None:
+def test_record_is_valid_between_issue_and_expiry(issued_at_s: int, expires_at_s: int, valid: bool) -> None:
     envelope = forged("span", {**payload_of(SPAN), "issued_at_s": issued_at_s, "expires_at_s": expires_at_s})
     if valid:
         assert unseal(SpanRecord, envelope, NOW_S).expires_at_s == expires_at_s
@@ -184,7 +184,7 @@ def test_a_record_holds_for_a_time(issued_at_s: int, expires_at_s: int, valid: b
             unseal(SpanRecord, envelope, NOW_S)
 
 
-def test_what_others_signed_is_taken() -> None:
+def test_accepts_records_signed_by_other_implementations() -> None:
     """The ground of the test below: what it spoils is right."""
     for record in (SPAN, HEARTBEAT):
         assert unseal(type(record), forged(record.kind, payload_of(record)), NOW_S) == record
@@ -220,7 +220,7 @@ def test_what_others_signed_is_taken() -> None:
         (HEARTBEAT, "more", 1),
     ],
 )
-def test_a_signed_record_has_bounds_all_the_same(record: Record, key: str, value: Any) -> None:
+def test_rejects_signed_records_with_fields_out_of_bounds(record: Record, key: str, value: Any) -> None:
     with pytest.raises(RemoteProtocolError):
         unseal(type(record), forged(record.kind, {**payload_of(record), key: value}), NOW_S)
 
@@ -237,17 +237,17 @@ def test_a_signed_record_has_bounds_all_the_same(record: Record, key: str, value
         replace(HEARTBEAT, multiaddrs=("localhost",)),
     ],
 )
-def test_we_do_not_sign_what_nobody_would_take(record: Record) -> None:
+def test_refuses_to_sign_records_out_of_bounds(record: Record) -> None:
     with pytest.raises(LocalProtocolError):
         seal(record, KEY)
 
 
-def test_a_record_is_not_larger_than_allowed() -> None:
+def test_refuses_to_sign_oversized_records() -> None:
     with pytest.raises(LocalProtocolError, match="exceeds"):
         sign("span", {"x": bytes(MAX_RECORD_BYTES)}, KEY)
 
 
-def test_the_better_of_two_records_is_the_newer() -> None:
+def test_select_prefers_the_newest_record() -> None:
     low, high = seal(SPAN, KEY), seal(replace(SPAN, sequence=8, issued_at_s=NOW_S - 5), KEY)
     assert select([low, high]) == 1
     assert select([high, low]) == 0
@@ -261,7 +261,7 @@ def test_the_better_of_two_records_is_the_newer() -> None:
     assert select([low, low]) == 0
 
 
-def test_a_span_record_lies_under_the_key_of_its_peer_and_model() -> None:
+def test_span_record_is_bound_to_its_dht_key() -> None:
     key = span_key(MODEL, PEER)
     assert key == f"/metaswarm/span/{MODEL}/{PEER}"
     envelope = seal(SPAN, KEY)
@@ -271,7 +271,7 @@ def test_a_span_record_lies_under_the_key_of_its_peer_and_model() -> None:
             unseal_from_dht(SpanRecord, other, envelope, NOW_S)
 
 
-def test_provider_keys_are_hashes() -> None:
+def test_provider_keys_are_sha256() -> None:
     assert provider_key(MODEL) == hashlib.sha256(b"metaswarm/model/" + MODEL.encode()).digest()
     assert blob_provider_key(MODEL) == bytes.fromhex(MODEL)
     for text in ("", "5a", "z" * 64):

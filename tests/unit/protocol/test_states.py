@@ -118,7 +118,7 @@ IN_EVERY_CONNECTION_STATE = pytest.mark.parametrize(
 
 
 @IN_EVERY_SESSION_STATE
-def test_every_message_in_every_state_of_a_session(
+def test_session_table_for_every_message_and_state(
     role: Role, state: SessionState, message: Message, direction: Direction
 ) -> None:
     connection = in_session_state(role, state)
@@ -135,7 +135,7 @@ def test_every_message_in_every_state_of_a_session(
 
 
 @IN_EVERY_CONNECTION_STATE
-def test_every_message_in_every_state_of_the_connection(
+def test_connection_table_for_every_message_and_state(
     role: Role, state: ConnectionState, message: Message, direction: Direction
 ) -> None:
     connection = in_connection_state(role, state)
@@ -170,7 +170,7 @@ def _prepare(connection: JobConnection, message: Message) -> None:
         pass_on(connection, earlier)
 
 
-def test_no_entry_of_a_table_is_out_of_reach() -> None:
+def test_every_table_entry_is_reachable() -> None:
     sessions = {(role, state) for role, state, _, _ in SESSION_TABLE}
     assert sessions == set(itertools.product(Role, SessionState))
     connections = {(role, state) for role, state, _, _ in CONNECTION_TABLE}
@@ -179,7 +179,7 @@ def test_no_entry_of_a_table_is_out_of_reach() -> None:
     )
 
 
-def test_what_one_end_may_send_the_other_may_receive() -> None:
+def test_sent_messages_are_accepted_by_the_other_end() -> None:
     """In equal states; what crosses on its way is the business of the tests of the whole stream."""
     for (role, state, message_type, direction), transition in SESSION_TABLE.items():
         if direction is Direction.SENT and not transition.quiet:
@@ -189,14 +189,14 @@ def test_what_one_end_may_send_the_other_may_receive() -> None:
 
 
 @pytest.mark.parametrize("make", [lambda: hello(1), lambda: Hello(agent="other", window_bytes=64)])
-def test_the_connection_says_its_own_hello_only(make: Callable[[], Hello]) -> None:
+def test_refuses_to_send_another_hello(make: Callable[[], Hello]) -> None:
     connection = new_connection(Role.INITIATOR)
     with pytest.raises(LocalProtocolError, match="own"):
         connection.send(make())
     assert connection.send_hello() == [wire(hello())]
 
 
-def test_credit_and_failed_are_the_only_answers_without_an_open() -> None:
+def test_only_credit_and_failed_are_sent_without_an_open() -> None:
     answers = {
         message_type
         for role, state, message_type, direction in SESSION_TABLE

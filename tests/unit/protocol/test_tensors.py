@@ -3,7 +3,7 @@ import pytest
 from protocol.tensors import DType, Tensor, join, tensor_from_tokens, tokens_from_tensor
 
 
-def test_rows_are_cut_out_and_joined_again() -> None:
+def test_rows_are_split_and_joined() -> None:
     tensor = Tensor(DType.FLOAT16, (3, 2), bytes(range(12)))
     assert (tensor.rows, tensor.row_bytes) == (3, 4)
     assert tensor.cut(1, 2) == Tensor(DType.FLOAT16, (1, 2), bytes([4, 5, 6, 7]))
@@ -12,7 +12,7 @@ def test_rows_are_cut_out_and_joined_again() -> None:
     assert join([tensor]) is tensor
 
 
-def test_a_cut_is_a_view_and_no_copy() -> None:
+def test_split_is_a_view() -> None:
     data = bytearray(8)
     row = Tensor(DType.INT8, (2, 4), data).cut(1, 2)
     data[4] = 7
@@ -20,7 +20,7 @@ def test_a_cut_is_a_view_and_no_copy() -> None:
 
 
 @pytest.mark.parametrize(("start", "stop"), [(-1, 1), (2, 1), (0, 4)])
-def test_only_rows_that_exist_can_be_cut(start: int, stop: int) -> None:
+def test_rejects_rows_out_of_range(start: int, stop: int) -> None:
     with pytest.raises(ValueError, match="not inside"):
         Tensor(DType.INT8, (3,), b"abc").cut(start, stop)
 
@@ -29,19 +29,19 @@ def test_only_rows_that_exist_can_be_cut(start: int, stop: int) -> None:
     ("dtype", "shape", "size"),
     [(DType.FLOAT32, (2, 3), 23), (DType.INT8, (), 1), (DType.INT8, (-1, -1), 1), (DType.BFLOAT16, (1,), 1)],
 )
-def test_a_tensor_has_the_bytes_of_its_shape(dtype: DType, shape: tuple[int, ...], size: int) -> None:
+def test_rejects_tensor_of_wrong_size(dtype: DType, shape: tuple[int, ...], size: int) -> None:
     with pytest.raises(ValueError, match="bytes"):
         Tensor(dtype, shape, bytes(size))
 
 
-def test_tensors_of_different_kinds_are_not_joined() -> None:
+def test_rejects_joining_tensors_of_different_dtypes() -> None:
     row = Tensor(DType.INT8, (1, 2), b"ab")
     for other in (Tensor(DType.INT8, (1, 3), b"abc"), Tensor(DType.FLOAT16, (1, 2), b"abcd")):
         with pytest.raises(ValueError, match="joined"):
             join([row, other])
 
 
-def test_token_ids_travel_as_little_endian_i32() -> None:
+def test_token_ids_are_little_endian_i32() -> None:
     tokens = [0, 1, 258, 49151, (1 << 31) - 1]
     tensor = tensor_from_tokens(tokens)
     assert bytes(tensor.data[8:12]) == b"\x02\x01\0\0"
@@ -52,7 +52,7 @@ def test_token_ids_travel_as_little_endian_i32() -> None:
         tokens_from_tensor(Tensor(DType.INT32, (1, 1), bytes(4)))
 
 
-def test_a_row_of_block_int8_carries_a_scale_for_every_32_elements() -> None:
+def test_block_int8_row_has_a_scale_per_32_elements() -> None:
     tensor = Tensor(DType.BLOCK_INT8, (2, 40), bytes(range(88)))
     assert tensor.row_bytes == 40 + 2 * 2
     assert bytes(tensor.cut(1, 2).data) == bytes(range(44, 88))

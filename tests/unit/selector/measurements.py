@@ -36,6 +36,11 @@ def made_up(contexts: int = 60, per_context: int = 5, seed: int = 1, noise: floa
     return build_dataset(table, rows, name="made up")
 
 
+def method_names(dataset: Dataset) -> list[str]:
+    """Return the method of every row."""
+    return [dataset.pairs.methods[i] for i in dataset.pairs.method]
+
+
 def out_of_fold_scores(dataset: Dataset, folds: Sequence[Fold], make: Callable[[], Selector]) -> list[FloatArray]:
     """Return the scores of every fold's test rows by a selector fitted on its training rows."""
     return [make().fit_dataset(dataset.take(fold.train)).predict(dataset.pairs.take(fold.test)) for fold in folds]
@@ -48,7 +53,7 @@ def write_folder(folder: Path, dataset: Dataset) -> None:
         [cid, *(names[i] for names in pairs.contexts.names.values()), *pairs.contexts.features[i]]
         for i, cid in enumerate(pairs.contexts.ids)
     ])  # fmt: skip
-    rows = zip(pairs.context, pairs.method_names(), dataset.cost, strict=True)
+    rows = zip(pairs.context, method_names(dataset), dataset.cost, strict=True)
     write(folder / "observations.csv", ["cid", "method", "y"], [[f"c{i}", name, cost] for i, name, cost in rows])
 
 

@@ -1,8 +1,8 @@
-"""What is kept of a chain is there after the process has ended; a branch that stands takes the place of another."""
+"""Saved chains survive a restart, and a new canonical branch replaces the old one."""
 
 from pathlib import Path
 
-from node.storage.chain_store import ConsensusStore, StoredState, StoredStatement
+from node.storage.chain_store import ChainStore, StoredState, StoredStatement
 from node.storage.database import open_database
 from node.storage.history import HistoryStore
 from protocol.identity import PeerId
@@ -15,22 +15,22 @@ def statement(epoch: int, branch: int = 0) -> StoredStatement:
     return StoredStatement(epoch, bytes([branch, epoch]) * 16, b"statement %d" % epoch, (b"one", b"the other"))
 
 
-async def test_our_own_word_outlives_the_process_and_old_epochs_do_not_stay(tmp_path: Path) -> None:
+async def test_own_messages_survive_a_restart_and_old_epochs_are_pruned(tmp_path: Path) -> None:
     async with open_database(tmp_path / "history") as database:
-        store = ConsensusStore(database)
-        await store.keep_records(CHAIN, [(b"a", 4, b"A"), (b"p", -1, b"proof")], oldest_epoch=3)
-        await store.keep_records(CHAIN, [(b"b", 6, b"B"), (b"b", 6, b"B")], oldest_epoch=5)
-        await store.keep_records(OTHER, [(b"c", 6, b"C")], oldest_epoch=5)
+        store = ChainStore(database)
+        await store.save_messages(CHAIN, [(b"a", 4, b"A"), (b"p", -1, b"proof")], oldest_epoch=3)
+        await store.save_messages(CHAIN, [(b"b", 6, b"B"), (b"b", 6, b"B")], oldest_epoch=5)
+        await store.save_messages(OTHER, [(b"c", 6, b"C")], oldest_epoch=5)
     async with open_database(tmp_path / "history") as database:
-        assert await ConsensusStore(database).records(CHAIN) == [b"proof", b"B"]
+        assert await ChainStore(database).messages(CHAIN) == [b"proof", b"B"]
 
 
-async def test_the_branch_is_read_in_order_and_its_end_can_be_replaced(tmp_path: Path) -> None:
+async def test_canonical_branch_is_read_in_order_and_its_end_replaced(tmp_path: Path) -> None:
     async with open_database(tmp_path / "history") as database:
-        store = ConsensusStore(database)
-        await store.keep_standing(CHAIN, -1, [statement(1), statement(2), statement(5)], StoredState(b"s", b"state"))
+        store = ChainStore(database)
+        await store.save_branch(CHAIN, -1, [statement(1), statement(2), statement(5)], StoredState(b"s", b"state"))
         assert await store.statements(CHAIN, after_epoch=1, limit=1) == [statement(2)]
-        await store.keep_standing(CHAIN, 1, [statement(3, branch=1)], None)
+        await store.save_branch(CHAIN, 1, [statement(3, branch=1)], None)
         assert await store.statements(CHAIN) == [statement(1), statement(3, branch=1)]
         assert await store.statements(OTHER) == []
         assert await store.epoch_of(CHAIN, [statement(5).id, statement(1).id]) == 1
@@ -39,17 +39,17 @@ async def test_the_branch_is_read_in_order_and_its_end_can_be_replaced(tmp_path:
         assert await store.state(OTHER) is None
 
 
-async def test_every_observation_of_ours_is_named_once(tmp_path: Path) -> None:
+async def test_each_own_observation_is_committed_once(tmp_path: Path) -> None:
     async with open_database(tmp_path / "history") as database:
-        store, history = ConsensusStore(database), HistoryStore(database)
+        store, history = ChainStore(database), HistoryStore(database)
         ours = [signed(number) for number in range(5)]
         for each in ours:
             await history.add(each)
         observer = peer(0)
-        first = await store.unnamed(CHAIN, observer, limit=3)
+        first = await store.uncommitted(CHAIN, observer, limit=3)
         assert list(first.ids) == [each.id for each in ours[:3]]
-        assert await store.unnamed(CHAIN, observer, limit=3) == first
-        await store.name(CHAIN, first.number)
-        rest = await store.unnamed(CHAIN, observer, limit=3)
+        assert await store.uncommitted(CHAIN, observer, limit=3) == first
+        await store.mark_committed(CHAIN, first.number)
+        rest = await store.uncommitted(CHAIN, observer, limit=3)
         assert list(rest.ids) == [each.id for each in ours[3:]]
-        assert (await store.unnamed(CHAIN, PeerId("somebody else"), limit=3)).ids == ()
+        assert (await store.uncommitted(CHAIN, PeerId("somebody else"), limit=3)).ids == ()

@@ -5,39 +5,39 @@ from pathlib import Path
 import pytest
 
 from node.storage.database import open_database
-from node.storage.peers import PeerBook, RememberedPeer
+from node.storage.peers import KnownPeer, KnownPeerStore
 from protocol.limits import MAX_ADDRESSES
 from tests.support.observations import peer
 
 
-def met(number: int, last_seen_s: int, *ports: int) -> RememberedPeer:
-    return RememberedPeer(peer(number), tuple(f"/ip4/127.0.0.1/tcp/{port}" for port in ports), last_seen_s)
+def met(number: int, last_seen_s: int, *ports: int) -> KnownPeer:
+    return KnownPeer(peer(number), tuple(f"/ip4/127.0.0.1/tcp/{port}" for port in ports), last_seen_s)
 
 
 async def test_peers_are_recalled_after_a_restart_the_latest_first(tmp_path: Path) -> None:
     async with open_database(tmp_path / "db") as database:
-        await PeerBook(database).remember([met(1, 100, 4001), met(2, 300, 4002, 4003), met(3, 200)])
+        await KnownPeerStore(database).put([met(1, 100, 4001), met(2, 300, 4002, 4003), met(3, 200)])
     async with open_database(tmp_path / "db") as database:
-        book = PeerBook(database)
-        assert await book.recall() == (met(2, 300, 4002, 4003), met(3, 200), met(1, 100, 4001))
-        assert await book.recall(1) == (met(2, 300, 4002, 4003),)
+        store = KnownPeerStore(database)
+        assert await store.latest(64) == (met(2, 300, 4002, 4003), met(3, 200), met(1, 100, 4001))
+        assert await store.latest(1) == (met(2, 300, 4002, 4003),)
 
 
 async def test_newer_addresses_replace_older_ones_and_not_the_reverse(tmp_path: Path) -> None:
     async with open_database(tmp_path / "db") as database:
-        book = PeerBook(database)
-        await book.remember([met(1, 100, 4001)])
-        await book.remember([met(1, 200, 5001)])
-        await book.remember([met(1, 150, 4001)])
-        assert await book.recall() == (met(1, 200, 5001),)
-        await book.remember([])
+        store = KnownPeerStore(database)
+        await store.put([met(1, 100, 4001)])
+        await store.put([met(1, 200, 5001)])
+        await store.put([met(1, 150, 4001)])
+        assert await store.latest(64) == (met(1, 200, 5001),)
+        await store.put([])
 
 
-async def test_the_book_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("node.storage.peers.MAX_REMEMBERED", 3)
+async def test_the_store_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("node.storage.peers.MAX_KNOWN_PEERS", 3)
     async with open_database(tmp_path / "db") as database:
-        book = PeerBook(database)
-        await book.remember([met(n, 100 + n) for n in range(6)])
-        assert await book.recall() == (met(5, 105), met(4, 104), met(3, 103))
-        await book.remember([met(1, 200, *range(4000, 4000 + 2 * MAX_ADDRESSES))])
-        assert len((await book.recall(1))[0].multiaddrs) == MAX_ADDRESSES
+        store = KnownPeerStore(database)
+        await store.put([met(n, 100 + n) for n in range(6)])
+        assert await store.latest(64) == (met(5, 105), met(4, 104), met(3, 103))
+        await store.put([met(1, 200, *range(4000, 4000 + 2 * MAX_ADDRESSES))])
+        assert len((await store.latest(1))[0].multiaddrs) == MAX_ADDRESSES

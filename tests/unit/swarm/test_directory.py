@@ -1,4 +1,4 @@
-"""Who is alive, as far as a peer has heard: leaving, dying, coming back; and who is only said to be."""
+"""The directory of live peers: leaving, expiring, coming back; and bounds on peers that were never reached."""
 
 from dataclasses import replace
 
@@ -10,7 +10,7 @@ from node.swarm.directory import (
     MAX_PER_RANGE,
     MAX_UNREACHED,
     MAX_UNREACHED_PER_RANGE,
-    MAX_UNREACHED_PER_TELLER,
+    MAX_UNREACHED_PER_RELAY,
     Directory,
 )
 from protocol.announcements import Heartbeat, Placement, ServedSpan
@@ -23,7 +23,7 @@ MODEL = ModelId("ab" * 32)
 LONGEST_S = 300.0
 
 
-def stranger(number: int) -> PeerId:
+def other_peer(number: int) -> PeerId:
     return peer_id_from_public_key(number.to_bytes(32, "big"))
 
 
@@ -48,66 +48,66 @@ def heartbeat(
     )
 
 
-def test_who_says_goodbye_is_no_candidate_any_more_but_is_known_to_be_leaving() -> None:
+def test_leaving_peer_is_draining_and_no_longer_a_candidate() -> None:
     directory = Directory(own_peer=US)
-    assert directory.hear(heartbeat(1), 0.0, dialled=True)
+    assert directory.update(heartbeat(1), 0.0, dialled=True)
     assert directory.candidates(MODEL)
-    assert directory.hear(heartbeat(2, leaving=True), 1.0)
+    assert directory.update(heartbeat(2, leaving=True), 1.0)
     assert not directory.candidates(MODEL)
-    assert not directory.presences()
-    assert [presence.peer for presence in directory.departing()] == [PEER]
+    assert not directory.entries()
+    assert [entry.peer for entry in directory.draining()] == [PEER]
 
 
-def test_older_heartbeats_do_not_revive_who_left_and_newer_ones_do() -> None:
+def test_only_newer_heartbeats_revive_a_peer_that_left() -> None:
     directory = Directory(own_peer=US)
-    directory.hear(heartbeat(2, leaving=True), 0.0)
-    assert not directory.hear(heartbeat(1), 0.1)
-    assert not directory.presences()
-    assert directory.hear(heartbeat(3), 0.2)
-    assert directory.presences()
-    assert not directory.departing()
+    directory.update(heartbeat(2, leaving=True), 0.0)
+    assert not directory.update(heartbeat(1), 0.1)
+    assert not directory.entries()
+    assert directory.update(heartbeat(3), 0.2)
+    assert directory.entries()
+    assert not directory.draining()
 
 
-def test_who_is_not_heard_is_forgotten_also_while_it_leaves() -> None:
+def test_peer_with_overdue_heartbeats_expires_also_while_draining() -> None:
     directory = Directory(own_peer=US)
     other = peer_id_from_public_key(bytes([2] * 32))
-    directory.hear(heartbeat(1), 0.0)
-    directory.hear(heartbeat(1, peer=other, leaving=True), 0.0)
-    directory.hear(heartbeat(2, peer=other, leaving=True), 5.0)
+    directory.update(heartbeat(1), 0.0)
+    directory.update(heartbeat(1, peer=other, leaving=True), 0.0)
+    directory.update(heartbeat(2, peer=other, leaving=True), 5.0)
     life_s = LIFE_IN_INTERVALS * 2.0
     assert directory.expire(life_s, LONGEST_S) == ()
     assert directory.expire(life_s + 1, LONGEST_S) == (PEER,)
-    assert directory.departing()
+    assert directory.draining()
     assert directory.expire(life_s + 6, LONGEST_S) == ()
-    assert not directory.departing()
+    assert not directory.draining()
 
 
-def test_who_says_less_often_that_it_lives_is_forgotten_later() -> None:
+def test_expiry_follows_the_announced_interval() -> None:
     directory = Directory(own_peer=US)
-    directory.hear(heartbeat(1, interval_ms=60_000), 0.0)
+    directory.update(heartbeat(1, interval_ms=60_000), 0.0)
     assert directory.expire(LIFE_IN_INTERVALS * 60.0, LONGEST_S) == ()
-    directory.hear(heartbeat(2, interval_ms=1000), 240.0)
+    directory.update(heartbeat(2, interval_ms=1000), 240.0)
     assert directory.expire(240.0 + LIFE_IN_INTERVALS + 1, LONGEST_S) == (PEER,)
 
 
-def test_who_is_started_again_no_longer_means_to_serve_what_it_said_before() -> None:
+def test_restart_revokes_earlier_placement_announcements() -> None:
     directory = Directory(own_peer=US)
     for sequence, blocks in enumerate((BlockRange(0, 3), None)):
         clock_s = 1_800_000_000.0 + sequence
         statements = PlacementAnnouncements(lambda: None, lambda clock_s=clock_s: clock_s)  # type: ignore[misc]
         if blocks is not None:
             statements.publish(MODEL, Placement(model=MODEL, blocks=blocks, rate=1.0, movable=False))
-        said = statements.current()
-        said_in = replace(heartbeat(sequence), placements=said.placements, placed_at_ms=said.said_at_ms)
-        directory.hear(said_in, float(sequence), dialled=True)
+        announced = statements.current()
+        said_in = replace(heartbeat(sequence), placements=announced.placements, placed_at_ms=announced.since_ms)
+        directory.update(said_in, float(sequence), dialled=True)
         assert bool(directory.servers(MODEL, 1_800_000_060_000)) == (blocks is not None)
 
 
-def test_what_a_peer_says_it_serves_counts_once_it_was_reached() -> None:
+def test_announced_spans_count_once_the_peer_was_reached() -> None:
     connected: list[PeerId] = []
     directory = Directory(own_peer=US, connected=lambda: connected)
     placement = Placement(model=MODEL, blocks=BlockRange(0, 3), rate=1.0, movable=True)
-    directory.hear(replace(heartbeat(1), placements=(placement,), placed_at_ms=1), 0.0)
+    directory.update(replace(heartbeat(1), placements=(placement,), placed_at_ms=1), 0.0)
 
     def counts() -> list[bool]:
         return [bool(directory.candidates(MODEL)), bool(directory.models()), bool(directory.servers(MODEL, 2))]
@@ -117,62 +117,62 @@ def test_what_a_peer_says_it_serves_counts_once_it_was_reached() -> None:
     assert counts() == [True] * 3
     connected.clear()
     assert counts() == [False] * 3, "a connection that it opened says nothing once it is gone"
-    directory.was_dialled(PEER, True)
+    directory.on_dialled(PEER, True)
     assert counts() == [True] * 3
-    directory.hear(heartbeat(2), 1.0)
+    directory.update(heartbeat(2), 1.0)
     assert directory.candidates(MODEL)
-    directory.was_dialled(PEER, False)
+    directory.on_dialled(PEER, False)
     assert not directory.candidates(MODEL)
 
 
-def test_whoever_is_asked_who_is_here_can_plant_only_so_many_peers_that_nobody_reached() -> None:
+def test_number_of_unreached_peers_from_one_relay_is_bounded() -> None:
     directory = Directory(own_peer=US)
-    teller, other = stranger(1), stranger(2)
+    relay, other = other_peer(1), other_peer(2)
     for number in range(1890):
-        directory.hear(heartbeat(1, peer=stranger(number)), 0.0, teller=teller)
-    assert len(directory.presences()) == MAX_UNREACHED_PER_TELLER
-    assert directory.hear(heartbeat(1, peer=stranger(5000)), 0.0, teller=other), "others may tell of theirs"
-    directory.was_dialled(stranger(0), True)
-    assert directory.hear(heartbeat(1, peer=stranger(5001)), 0.0, teller=teller), "who was reached does not count"
+        directory.update(heartbeat(1, peer=other_peer(number)), 0.0, relay=relay)
+    assert len(directory.entries()) == MAX_UNREACHED_PER_RELAY
+    assert directory.update(heartbeat(1, peer=other_peer(5000)), 0.0, relay=other), "others may tell of theirs"
+    directory.on_dialled(other_peer(0), True)
+    assert directory.update(heartbeat(1, peer=other_peer(5001)), 0.0, relay=relay), "who was reached does not count"
 
 
-@pytest.mark.parametrize("address", ["/ip4/203.0.112.{0}/tcp/{1}", "/ip6/2a00:1:2:{0}::{1}/tcp/4001"])
-def test_one_public_range_is_full_of_unreached_peers_soon_and_of_reached_ones_later(address: str) -> None:
+@pytest.mark.parametrize("address", ["/ip4/203.0.112.{0}/tcp/{1}", "/ip6/2a00:1:2:0:{0}::{1}/tcp/4001"])
+def test_peers_per_public_range_are_bounded_and_unreached_ones_more_so(address: str) -> None:
     directory = Directory(own_peer=US)
 
     def hear(number: int, dialled: bool) -> bool:
         multiaddrs = (address.format(number % 250, 4001 + number),)
-        return directory.hear(heartbeat(1, peer=stranger(number), multiaddrs=multiaddrs), 0.0, dialled=dialled)
+        return directory.update(heartbeat(1, peer=other_peer(number), multiaddrs=multiaddrs), 0.0, dialled=dialled)
 
     assert sum(hear(number, dialled=False) for number in range(500)) == MAX_UNREACHED_PER_RANGE
     assert sum(hear(number, dialled=True) for number in range(1000, 2000)) == MAX_PER_RANGE - MAX_UNREACHED_PER_RANGE
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "192.168.1.7", "10.2.3.4"])
-def test_hundreds_of_peers_may_live_at_one_private_address(host: str) -> None:
+def test_private_address_is_not_bounded(host: str) -> None:
     directory = Directory(own_peer=US)
     for number in range(600):
-        heard = heartbeat(1, peer=stranger(number), multiaddrs=(f"/ip4/{host}/tcp/{4001 + number}",))
-        assert directory.hear(heard, 0.0)
-        directory.was_dialled(stranger(number), True)
+        heard = heartbeat(1, peer=other_peer(number), multiaddrs=(f"/ip4/{host}/tcp/{4001 + number}",))
+        assert directory.update(heard, 0.0)
+        directory.on_dialled(other_peer(number), True)
     assert len(directory.reached()) == 600
 
 
-def test_who_was_never_reached_makes_room_first_and_of_those_the_crowd() -> None:
+def test_unreached_peers_of_the_most_crowded_place_are_evicted_first() -> None:
     directory = Directory(own_peer=US)
-    directory.hear(heartbeat(1), 0.0, dialled=True)
-    lone = heartbeat(1, peer=stranger(9_999_999), multiaddrs=("/ip4/192.168.9.9/tcp/4001",))
-    directory.hear(lone, 0.0)
+    directory.update(heartbeat(1), 0.0, dialled=True)
+    lone = heartbeat(1, peer=other_peer(9_999_999), multiaddrs=("/ip4/192.168.9.9/tcp/4001",))
+    directory.update(lone, 0.0)
     for number in range(MAX_UNREACHED + 100):
-        crowd = heartbeat(1, peer=stranger(number), multiaddrs=(f"/ip4/10.0.0.1/tcp/{4001 + number}",))
-        directory.hear(crowd, 1.0)
+        crowd = heartbeat(1, peer=other_peer(number), multiaddrs=(f"/ip4/10.0.0.1/tcp/{4001 + number}",))
+        directory.update(crowd, 1.0)
     assert directory.get(PEER)
     assert directory.get(lone.peer)
     assert len(directory.unreached()) == MAX_UNREACHED
 
 
-def test_nobody_is_waited_for_as_long_as_it_says_where_that_is_absurd() -> None:
+def test_expiry_ignores_absurdly_long_announced_intervals() -> None:
     directory = Directory(own_peer=US)
-    directory.hear(heartbeat(1, interval_ms=300_000), 0.0)
+    directory.update(heartbeat(1, interval_ms=300_000), 0.0)
     assert directory.expire(LIFE_IN_INTERVALS * 10.0, 10.0) == ()
     assert directory.expire(LIFE_IN_INTERVALS * 10.0 + 1, 10.0) == (PEER,)

@@ -40,7 +40,7 @@ async def test_no_child_imports_from_the_current_directory() -> None:
 
 
 @pytest.mark.usefixtures("mark")
-async def test_children_of_children_import_nothing_from_the_current_directory() -> None:
+async def test_grandchild_imports_nothing_from_the_current_directory() -> None:
     inner = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {PROGRAM!r}], check=True)"
     assert await run(python("-c", inner), what="it", time_limit_s=30)
 

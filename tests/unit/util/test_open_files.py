@@ -16,7 +16,7 @@ from node.capabilities.inventory import Inventory
 from node.capabilities.traffic import TrafficMeter
 from node.network.addresses import expand_wildcard, parse_address
 from node.network.host import NetworkLimits
-from node.util.open_files import is_shortage, open_file_limit, outlasting_shortage, raise_open_file_limit
+from node.util.open_files import is_file_shortage, open_file_limit, raise_open_file_limit, retry_on_file_shortage
 
 OPEN_FILES = Path("/proc/self/fd")
 
@@ -54,7 +54,7 @@ def test_the_soft_limit_is_raised_as_far_as_it_may_be() -> None:
         assert open_file_limit() == max(128, expected)
 
 
-async def test_a_task_that_finds_no_file_is_run_again_and_another_fault_is_not_hidden(
+async def test_task_restarts_after_file_shortage_but_not_after_other_errors(
     virtual_clock: MockClock,
 ) -> None:
     faults: list[Exception] = [
@@ -66,15 +66,15 @@ async def test_a_task_that_finds_no_file_is_run_again_and_another_fault_is_not_h
         if faults:
             raise faults.pop()
 
-    await outlasting_shortage(task)
+    await retry_on_file_shortage(task)
     assert not faults
     faults.append(ExceptionGroup("nursery", [OSError(errno.EMFILE, "too many"), ValueError("a defect")]))
     with pytest.raises(ExceptionGroup):
-        await outlasting_shortage(task)
+        await retry_on_file_shortage(task)
     faults.append(OSError(errno.ENOSPC, "full"))
-    assert not is_shortage(faults[0])
+    assert not is_file_shortage(faults[0])
     with pytest.raises(OSError, match="full"):
-        await outlasting_shortage(task)
+        await retry_on_file_shortage(task)
 
 
 @pytest.mark.skipif(not OPEN_FILES.is_dir(), reason="files are counted in /proc")

@@ -18,7 +18,7 @@ print(Path({str(AUTOGROUP)!r}).read_text() if Path({str(AUTOGROUP)!r}).exists() 
 
 
 @pytest.mark.parametrize("own_session", [True, False])
-def test_who_yields_is_weighed_least_with_its_session_if_it_has_one_of_its_own(own_session: bool) -> None:
+def test_yielding_lowers_priority_of_process_and_own_session(own_session: bool) -> None:
     before = AUTOGROUP.read_text() if AUTOGROUP.exists() else ""
     done = subprocess.run(
         [sys.executable, "-c", PROGRAM], capture_output=True, check=True, start_new_session=own_session, text=True

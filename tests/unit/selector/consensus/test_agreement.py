@@ -1,15 +1,16 @@
-"""Peers that hear one another agree; those that lie, cheat or fall silent do not stop them."""
+"""Connected peers agree; liars, equivocators and silent members do not stop them."""
 
 from dataclasses import replace
 
 import pytest
 
-from selector.consensus.chain import Chain, InvalidStatement, quorum_of
+from protocol.consensus_values import Cell, Signature
+from protocol.identity import PeerId
+from selector.consensus.chain import Chain, InvalidStatement, quorum_size
 from selector.consensus.participant import Participant
-from selector.consensus.sortition import MAX_CELLS_PER_PEER, Agenda
+from selector.consensus.sortition import MAX_CELLS_PER_PEER, MeasurementPlan
 from selector.consensus.state import MAX_ABSENCES, State
-from selector.consensus.values import Cell, Signature
-from tests.support.agreement import AGENDA, CLOCK, GENESIS, HARDWARE, Peer, Swarm, swarm_of, truth
+from tests.support.agreement import CLOCK, GENESIS, HARDWARE, PLAN, Peer, Swarm, copy_entry, swarm_of, truth
 
 
 def state_of(peer: Peer) -> State:
@@ -19,7 +20,7 @@ def state_of(peer: Peer) -> State:
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 4, 12])
-def test_peers_agree_on_what_all_of_them_measure(count: int) -> None:
+def test_peers_agree_on_what_they_measure(count: int) -> None:
     swarm = swarm_of(count)
     for _ in range(8):
         swarm.play()
@@ -28,12 +29,12 @@ def test_peers_agree_on_what_all_of_them_measure(count: int) -> None:
     state = state_of(swarm.peers[-1])
     assert state.peers() == tuple(peer.name for peer in swarm.peers)
     assert {cell: entry.value for cell, entry in state.table.items()} == {
-        cell: truth(cell) for cell in AGENDA.cells([HARDWARE])
+        cell: truth(cell) for cell in PLAN.cells([HARDWARE])
     }
     assert all(entry.firm and entry.support == min(7, count) for entry in state.table.values())
 
 
-def test_a_second_peer_joins_one_that_was_alone_and_both_stand_by_one_chain() -> None:
+def test_chains_of_two_peers_merge_when_the_second_joins() -> None:
     swarm = swarm_of(2)
     first, second = swarm.peers
     swarm.play([[first]])
@@ -45,35 +46,33 @@ def test_a_second_peer_joins_one_that_was_alone_and_both_stand_by_one_chain() ->
     assert state_of(second).peers() == (first.name, second.name)
 
 
-def test_no_peer_measures_more_than_its_share_and_every_cell_is_measured() -> None:
+def test_sortition_limits_the_cells_of_each_peer() -> None:
     swarm = swarm_of(3)
     swarm.play()
     for peer in swarm.peers:
         assert len(peer.participant.assigned(CLOCK.starts_s(swarm.epoch))) == MAX_CELLS_PER_PEER
 
 
-def test_what_is_to_be_measured_is_drawn_once_in_an_epoch_however_often_it_is_asked(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_sortition_runs_once_in_an_epoch(monkeypatch: pytest.MonkeyPatch) -> None:
     swarm = swarm_of(3)
     swarm.play()
-    drawn: list[int] = []
-    draw = State.assignments
+    epochs: list[int] = []
+    assign = State.assignments
 
-    def counted(state: State, parent: bytes, epoch: int, agenda: Agenda) -> dict[Cell, tuple[str, ...]]:
-        drawn.append(epoch)
-        return draw(state, parent, epoch, agenda)
+    def counted(state: State, parent: bytes, epoch: int, plan: MeasurementPlan) -> dict[Cell, tuple[PeerId, ...]]:
+        epochs.append(epoch)
+        return assign(state, parent, epoch, plan)
 
     monkeypatch.setattr(State, "assignments", counted)
     participant = swarm.peers[0].participant
     now_s = CLOCK.starts_s(swarm.epoch)
     assert participant.assigned(now_s) == participant.assigned(now_s + 1)
-    assert drawn == [swarm.epoch]
+    assert epochs == [swarm.epoch]
     participant.assigned(CLOCK.starts_s(swarm.epoch + 1))
-    assert drawn == [swarm.epoch, swarm.epoch + 1]
+    assert epochs == [swarm.epoch, swarm.epoch + 1]
 
 
-def test_liars_lose_their_weight_and_then_the_cells_in_which_they_were_the_majority() -> None:
+def test_liars_lose_reputation_and_the_cells_where_they_were_the_majority() -> None:
     def lie(cell: Cell) -> int:
         return -3_000_000 if cell.method == "slow" else truth(cell)
 
@@ -89,7 +88,7 @@ def test_liars_lose_their_weight_and_then_the_cells_in_which_they_were_the_major
     assert all(entry.value == truth(cell) for cell, entry in state.table.items())
 
 
-def test_without_a_quorum_the_last_statement_stands() -> None:
+def test_without_a_quorum_the_head_stays() -> None:
     swarm = swarm_of(9)
     swarm.play()
     swarm.play()
@@ -101,7 +100,7 @@ def test_without_a_quorum_the_last_statement_stands() -> None:
     assert swarm.heads(swarm.peers[:7]) != before
 
 
-def test_a_partition_heals_to_the_chain_with_the_quorum() -> None:
+def test_partition_heals_to_the_branch_with_the_quorum() -> None:
     swarm = swarm_of(10)
     for _ in range(2):
         swarm.play()
@@ -111,11 +110,11 @@ def test_a_partition_heals_to_the_chain_with_the_quorum() -> None:
     assert most != few
     swarm.play()
     assert len(swarm.heads()) == 1
-    path = {link.id for link in swarm.peers[-1].participant.chain.standing()}
+    path = {entry.id for entry in swarm.peers[-1].participant.chain.canonical()}
     assert most <= path
 
 
-def test_a_chain_that_lapsed_is_founded_again_and_the_larger_half_wins() -> None:
+def test_stalled_chain_restarts_and_fork_choice_prefers_the_larger_half() -> None:
     swarm = swarm_of(10)
     for _ in range(2):
         swarm.play()
@@ -128,7 +127,7 @@ def test_a_chain_that_lapsed_is_founded_again_and_the_larger_half_wins() -> None
     swarm.play()
     swarm.play()
     assert len(swarm.heads()) == 1
-    assert larger <= {link.id for link in halves[1][0].participant.chain.standing()}
+    assert larger <= {entry.id for entry in halves[1][0].participant.chain.canonical()}
     assert state_of(halves[0][0]).peers() == tuple(peer.name for peer in swarm.peers)
 
 
@@ -142,7 +141,7 @@ def test_two_of_three_go_on_soon_after_the_third_has_gone() -> None:
     assert state_of(left[0]).peers() == tuple(peer.name for peer in left)
 
 
-def test_a_member_that_stays_silent_is_one_no_longer() -> None:
+def test_absent_member_is_removed() -> None:
     swarm = swarm_of(8)
     swarm.play()
     for _ in range(MAX_ABSENCES):
@@ -150,21 +149,21 @@ def test_a_member_that_stays_silent_is_one_no_longer() -> None:
     assert swarm.peers[7].name not in state_of(swarm.peers[0]).peers()
 
 
-def test_a_proven_equivocator_is_expelled_and_does_not_come_back() -> None:
+def test_proven_equivocator_is_expelled_for_good() -> None:
     swarm = swarm_of(6)
     swarm.play()
     cheat = swarm.peers[0]
     for peer in swarm.peers:
-        peer.participant.hear_offence(cheat.name)
+        peer.participant.equivocators.add(cheat.name)
     for _ in range(3):
         swarm.play()
     state = state_of(swarm.peers[1])
-    assert state.expelled == (cheat.name,)
+    assert state.banned == (cheat.name,)
     assert cheat.name not in state.peers()
     assert len(swarm.heads()) == 1
 
 
-def test_nobody_signs_two_statements_of_an_epoch() -> None:
+def test_no_peer_votes_twice_in_an_epoch() -> None:
     swarm = swarm_of(5)
     for _ in range(6):
         swarm.play()
@@ -172,94 +171,86 @@ def test_nobody_signs_two_statements_of_an_epoch() -> None:
     assert len(votes) == len(set(votes))
 
 
-def test_a_statement_that_does_not_follow_from_the_contributions_is_signed_by_nobody() -> None:
+def test_vote_refuses_a_statement_that_does_not_follow() -> None:
     swarm = swarm_of(4)
     swarm.play()
     now_s = CLOCK.starts_s(swarm.epoch) + 10
-    said = [swarm.contribution(peer, now_s) for peer in swarm.peers]
+    contributions = [swarm.contribution(peer, now_s) for peer in swarm.peers]
     for peer in swarm.peers:
-        for commit, reveal in said:
-            peer.participant.hear_commit(commit, now_s)
-            peer.participant.hear_reveal(reveal, now_s)
+        for commit, reveal in contributions:
+            peer.participant.on_commit(commit, now_s)
+            peer.participant.on_reveal(reveal, now_s)
             peer.participant.confirm(commit)
     late_s = CLOCK.proposes_s(swarm.epoch, 3) + 1
     right = next(s for peer in swarm.peers if (s := peer.participant.propose(late_s)))
     forged = replace(right, table_digest=bytes(32))
     voter = next(peer for peer in swarm.peers if peer.name != right.proposer).participant
     for statement in (forged, right):
-        voter.hear_signature(Signature(swarm.epoch, right.proposer, statement.id))
-    voter.hear_statement(forged)
+        voter.chain.add_signature(Signature(GENESIS, swarm.epoch, right.proposer, statement.id))
+    voter.chain.add(forged)
     assert voter.vote(late_s) is None
-    voter.hear_statement(right)
+    voter.chain.add(right)
     vote = voter.vote(late_s)
     assert vote is not None
     assert vote.statement == right.id
 
 
-def test_a_commit_that_came_when_others_had_revealed_does_not_count() -> None:
+def test_commit_after_the_reveal_phase_began_does_not_count() -> None:
     swarm = swarm_of(3)
     swarm.play()
     now_s = CLOCK.starts_s(swarm.epoch) + 10
-    said = [swarm.contribution(peer, now_s) for peer in swarm.peers]
+    contributions = [swarm.contribution(peer, now_s) for peer in swarm.peers]
     judge = swarm.peers[0].participant
-    for number, (commit, reveal) in enumerate(said):
-        judge.hear_commit(commit, now_s if number < 2 else CLOCK.reveals_begin_s(swarm.epoch) + 1)
+    for number, (commit, reveal) in enumerate(contributions):
+        judge.on_commit(commit, now_s if number < 2 else CLOCK.reveals_begin_s(swarm.epoch) + 1)
         judge.confirm(commit)
-        judge.hear_reveal(reveal, CLOCK.reveals_begin_s(swarm.epoch) + 2)
+        judge.on_reveal(reveal, CLOCK.reveals_begin_s(swarm.epoch) + 2)
     statement = judge.propose(CLOCK.proposes_s(swarm.epoch, 3))
     assert statement is not None
-    assert said[2].commit.id not in statement.commits
+    assert contributions[2].commit.id not in statement.commits
     assert len(statement.commits) == 2
 
 
-def test_what_names_observations_that_are_not_at_hand_does_not_count() -> None:
+def test_commit_with_unavailable_observations_does_not_count() -> None:
     swarm = swarm_of(2)
     now_s = CLOCK.starts_s(0) + 10
     mine, others = (swarm.contribution(peer, now_s) for peer in swarm.peers)
     judge = swarm.peers[0].participant
-    judge.hear_commit(others.commit, now_s)
-    judge.hear_reveal(others.reveal, now_s)
+    judge.on_commit(others.commit, now_s)
+    judge.on_reveal(others.reveal, now_s)
     assert judge.unconfirmed(now_s) == [others.commit]
     statement = judge.propose(CLOCK.proposes_s(0, 3))
     assert statement is not None
     assert statement.commits == (mine.commit.id,)
 
 
-def test_a_newcomer_verifies_the_chain_from_genesis_and_takes_the_state_from_anybody() -> None:
+def test_newcomer_verifies_the_chain_and_adopts_the_state_by_its_digest() -> None:
     swarm = swarm_of(4)
     for _ in range(4):
         swarm.play()
-    newcomer = Participant("newcomer", Chain(GENESIS), CLOCK, AGENDA)
-    for link in swarm.peers[0].participant.chain.standing():
-        assert link.statement is not None
-        newcomer.hear_statement(link.statement)
-        for signer in link.signatures:
-            newcomer.hear_signature(Signature(link.epoch, signer, link.id))
+    newcomer = Participant(PeerId("newcomer"), Chain(GENESIS), CLOCK, PLAN)
+    for entry in swarm.peers[0].participant.chain.canonical():
+        copy_entry(entry, newcomer.chain)
     assert {newcomer.chain.head.id} == swarm.heads()
     assert newcomer.state() is None
     state = state_of(swarm.peers[0])
-    forged = State(state.epoch, state.members, {}, state.expelled, state.set_digest)
-    assert not newcomer.learn_state(forged)
-    assert newcomer.learn_state(state)
+    forged = State(state.epoch, state.members, {}, state.banned, state.set_digest)
+    assert not newcomer.adopt_state(forged)
+    assert newcomer.adopt_state(state)
     assert newcomer.state() == state
 
 
-def test_a_statement_with_too_few_signatures_is_not_adopted() -> None:
+def test_statement_without_a_quorum_is_not_canonical() -> None:
     swarm = swarm_of(7)
     swarm.play()
     swarm.play()
-    links = swarm.peers[0].participant.chain.standing()
     newcomer = Chain(GENESIS)
-    for link in links:
-        assert link.statement is not None
-        newcomer.add(link.statement)
-        for signer in sorted(link.signatures)[: quorum_of(7) - 1]:
-            newcomer.sign(Signature(link.epoch, signer, link.id))
-        newcomer.sign(Signature(link.epoch, "a stranger", link.id))
+    for entry in swarm.peers[0].participant.chain.canonical():
+        copy_entry(entry, newcomer, [*sorted(entry.signers)[: quorum_size(7) - 1], PeerId("a stranger")])
     assert newcomer.head is newcomer.root
 
 
-def test_a_pinned_checkpoint_outweighs_any_number_of_signatures() -> None:
+def test_checkpoint_outweighs_signatures_in_the_fork_choice() -> None:
     few, many = swarm_of(2), Swarm(Peer(f"sybil-{number}") for number in range(9))
     few.play()
     many.play()
@@ -267,15 +258,12 @@ def test_a_pinned_checkpoint_outweighs_any_number_of_signatures() -> None:
     for pinned, heads in (((), many.heads()), ((checkpoint,), few.heads())):
         chain = Chain(GENESIS, pinned)
         for swarm in (few, many):
-            for link in swarm.peers[0].participant.chain.standing():
-                assert link.statement is not None
-                chain.add(link.statement)
-                for signer in link.signatures:
-                    chain.sign(Signature(link.epoch, signer, link.id))
+            for entry in swarm.peers[0].participant.chain.canonical():
+                copy_entry(entry, chain)
         assert {chain.head.id} == heads
 
 
-def test_members_at_the_fork_decide_and_not_those_that_one_branch_has_made() -> None:
+def test_fork_choice_counts_members_at_the_fork_before_newcomers() -> None:
     swarm = swarm_of(4)
     swarm.play()
     honest = swarm.peers[:3]
@@ -284,12 +272,12 @@ def test_members_at_the_fork_decide_and_not_those_that_one_branch_has_made() -> 
     for _ in range(16):
         swarm.play([honest, traitor])
     swarm.peers += sybils
-    standing = swarm.heads(honest)
+    canonical = swarm.heads(honest)
     swarm.play()
-    assert standing <= {link.id for link in traitor[0].participant.chain.standing()}
+    assert canonical <= {entry.id for entry in traitor[0].participant.chain.canonical()}
 
 
-def test_a_statement_out_of_place_is_refused() -> None:
+def test_statement_with_an_unknown_parent_or_foreign_chain_is_refused() -> None:
     swarm = swarm_of(2)
     swarm.play()
     swarm.play()

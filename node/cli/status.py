@@ -1,4 +1,4 @@
-"""`metaswarm status`, `peers` and `models`: what a node tells of itself and of its swarm."""
+"""`metaswarm status`, `peers` and `models`: the status pages of a node."""
 
 import shlex
 import sys
@@ -23,10 +23,10 @@ if TYPE_CHECKING:
 
     from node.api.interface import (
         ChainStatus,
-        Gap,
+        GapDocument,
         HistoryStatus,
         JobCounts,
-        ModelStatus,
+        ModelDocument,
         NodeStatus,
         PeerCounts,
         PeerStatus,
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 WATCH_INTERVAL_S: Final = 2.0
 
-_watch_option = click.option("--watch", is_flag=True, help="Show it again every two seconds, until Ctrl-C.")
+_watch_option = click.option("--watch", is_flag=True, help="Refresh every two seconds, until Ctrl-C.")
 
 
 @click.command()
@@ -44,7 +44,7 @@ _watch_option = click.option("--watch", is_flag=True, help="Show it again every 
 @_watch_option
 @json_option
 def status(api: str | None, watch: bool, as_json: bool) -> None:
-    """Show what a node is and does."""
+    """Show the status of a node."""
 
     async def ask(client: "ApiClient") -> Any:
         return await client.status()
@@ -57,7 +57,7 @@ def status(api: str | None, watch: bool, as_json: bool) -> None:
 @_watch_option
 @json_option
 def peers(api: str | None, watch: bool, as_json: bool) -> None:
-    """Show who is in the swarm and what they hold."""
+    """Show the peers of the swarm and what they serve."""
 
     async def ask(client: "ApiClient") -> Any:
         return {"peers": await client.peers()}
@@ -72,7 +72,7 @@ def peers(api: str | None, watch: bool, as_json: bool) -> None:
 def models(api: str | None, watch: bool, as_json: bool) -> None:
     """Show which models are complete, block by block.
 
-    A digit for each block tells how many peers serve it.
+    One digit for each block: the number of peers that serve it.
     """
 
     async def ask(client: "ApiClient") -> Any:
@@ -119,7 +119,7 @@ async def _watch(url: str, ask: Callable[["ApiClient"], Awaitable[Any]], show: C
 
 
 def render_status(status: "NodeStatus") -> "RenderableType":
-    """Return a node's status for people."""
+    """Render a node's status."""
     from rich.console import Group
     from rich.text import Text
 
@@ -138,7 +138,7 @@ def render_status(status: "NodeStatus") -> "RenderableType":
         "methods": _describe_selection(status["selection"]),
         "fetched": ", ".join(f"{format_bytes(count)} of model files from {peer}" for peer, count in received.items())
         or "no model files from peers",
-        "gave": f"{format_bytes(status['transfers']['served_bytes'])} of model files to peers",
+        "served": f"{format_bytes(status['transfers']['served_bytes'])} of model files to peers",
     }
     facts_and_gaps = [*facts.items(), *(("missing", _describe_gap(gap, status)) for gap in status["uncovered"])]
     summary = Text("\n".join(f"{name:<9} {printable(value)}" for name, value in facts_and_gaps))
@@ -165,13 +165,13 @@ def render_status(status: "NodeStatus") -> "RenderableType":
 def _describe_jobs(jobs: "JobCounts") -> str:
     trials = jobs["trials"]
     counts = [(jobs["running"], "running"), (jobs["done"], "done"), (jobs["failed"], "failed")]
-    counts += [(jobs["cancelled"], "cancelled"), (jobs["rejected"], "rejected as the client's mistake")]
+    counts += [(jobs["cancelled"], "cancelled"), (jobs["rejected"], "rejected as client errors")]
     text = ", ".join(f"{count} {kind}" for count, kind in counts)
     return f"{text}; trials: {trials['running']} running, {trials['done']} done, {trials['failed']} failed"
 
 
 def _describe_peers(peers: "PeerCounts") -> str:
-    text = f"{peers['reached']} reached of {peers['known']} heard of, {peers['banned']} banned"
+    text = f"{peers['reached']} of {peers['known']} known reached, {peers['banned']} banned"
     return (
         f"{text}; their sessions here: {peers['sessions_opened']} opened, {peers['sessions_refused']} refused, "
         f"{peers['sessions_failed']} failed, {peers['sessions_held']} held with {format_bytes(peers['held_bytes'])}"
@@ -179,37 +179,35 @@ def _describe_peers(peers: "PeerCounts") -> str:
 
 
 def _describe_idle(serve: list[str]) -> str:
-    """Return why a node serves no blocks now."""
+    """Return why a node serves no blocks."""
     from node.cli.daemon import SERVES_NOTHING
 
     return f"no blocks yet of {', '.join(serve)}: the log says what is missing" if serve else SERVES_NOTHING
 
 
-def _describe_gap(gap: "Gap", status: "NodeStatus") -> str:
-    """Return which blocks nobody serves, and the command with which a node would."""
+def _describe_gap(gap: "GapDocument", status: "NodeStatus") -> str:
+    """Return which blocks no peer serves, and the command that would."""
     from node.joining import best_address
 
     address = best_address(tuple(status["multiaddrs"]))
     command = ["metaswarm", "node", *(("--bootstrap", address) if address else ()), "--serve", gap["serve"]]
     needs = "" if gap["memory_bytes"] is None else f" with {format_bytes(gap['memory_bytes'])} of memory"
-    return f"{gap['serve']}, which nobody serves; a node{needs} would:\n          {shlex.join(command)}"
+    return f"{gap['serve']} is not served; to serve it on a node{needs}:\n          {shlex.join(command)}"
 
 
 def _describe_history(history: "HistoryStatus | None") -> str:
     if history is None:
         return "the database cannot be read"
     equal_s = history["last_equal_s"]
-    agrees = (
-        "no neighbour had the same yet" if equal_s is None else f"a neighbour's the same {format_duration(equal_s)} ago"
-    )
+    agrees = "not yet in sync" if equal_s is None else f"in sync with a neighbour {format_duration(equal_s)} ago"
     return f"{history['count']} observations, digest {history['digest'][:12]}, {agrees}"
 
 
 def _describe_chain(chain: "ChainStatus") -> str:
     name = chain["name"] or chain["model"][:12]
     if chain["epoch"] is None or chain["table_digest"] is None:
-        return f"{name}: nothing yet"
-    weight = "no member" if chain["weight"] is None else f"this node's word weighs {chain['weight']:.2f}"
+        return f"{name}: no statement yet"
+    weight = "not a member" if chain["weight"] is None else f"weight {chain['weight']:.2f}"
     return (
         f"{name}: epoch {chain['epoch']}, table {chain['table_digest'][:12]} with {chain['firm_cells']} of "
         f"{chain['cells']} cells firm, {chain['members']} members, {weight}"
@@ -220,18 +218,18 @@ def _describe_selection(selection: "SelectionStatus") -> str:
     basis = f"by a model of {selection['experiences']} observations" if selection["experiences"] else "by rule"
     return (
         f"chosen {basis}; {selection['trials']} trials took {format_duration(selection['trial_s'])}, "
-        f"{selection['explored_jobs']} of {selection['jobs']} jobs tried something"
+        f"{selection['explored_jobs']} of {selection['jobs']} jobs explored"
     )
 
 
 def render_peers(answer: dict[str, list["PeerStatus"]]) -> "RenderableType":
-    """Return the peers for people."""
+    """Render the peers."""
     from rich.text import Text
 
     peers = answer["peers"]
     if not peers:
-        return Text("no other peer is known")
-    table = new_table("peer", "address", "agent", "state", ">round trip", ">heard", "holds", "trouble")
+        return Text("no peers known")
+    table = new_table("peer", "address", "agent", "state", ">round trip", ">last seen", "serves", "problems")
     for peer in peers:
         state = "leaving" if peer["leaving"] else "connected" if peer["connected"] else "known"
         if not peer["reached"]:
@@ -246,14 +244,14 @@ def render_peers(answer: dict[str, list["PeerStatus"]]) -> "RenderableType":
                 "" if peer["rtt_s"] is None else f"{peer['rtt_s'] * 1000:.1f} ms",
                 "" if peer["last_seen_s"] is None else f"{format_duration(peer['last_seen_s'])} ago",
                 ", ".join(spans),
-                _describe_trouble(peer),
+                _describe_problems(peer),
             )
         )
     return table
 
 
-def _describe_trouble(peer: "PeerStatus") -> str:
-    """Return what was refused, failed and held: of its sessions here, and of our jobs there."""
+def _describe_problems(peer: "PeerStatus") -> str:
+    """Return refusals, failures and bans: of its sessions here, and of our jobs there."""
     parts: list[str] = []
     if ban := peer["banned"]:
         parts.append(f"banned for {format_duration(ban['left_s'])}: {ban['reason']}")
@@ -272,13 +270,13 @@ def _describe_trouble(peer: "PeerStatus") -> str:
     return "; ".join(parts)
 
 
-def render_models(answer: dict[str, list["ModelStatus"]]) -> "RenderableType":
-    """Return the models for people."""
+def render_models(answer: dict[str, list["ModelDocument"]]) -> "RenderableType":
+    """Render the models."""
     from rich.text import Text
 
     models = answer["models"]
     if not models:
-        return Text("no model is served: serve one with `metaswarm node --serve MODEL`")
+        return Text("no models known: serve one with `metaswarm node --serve MODEL`")
     table = new_table("model", "id", ">blocks", "peers for each block", "missing", "state")
     for model in models:
         table.add_row(
@@ -295,12 +293,12 @@ def render_models(answer: dict[str, list["ModelStatus"]]) -> "RenderableType":
 
 
 def coverage_bar(coverage: list[int]) -> str:
-    """Return one character for each block: `.` where nobody serves it, the number of peers, `+` from ten on."""
+    """Return one character for each block: the number of peers, `.` for none, `+` from ten on."""
     return "".join("." if count == 0 else str(count) if count < 10 else "+" for count in coverage)
 
 
 def short_address(addresses: list[str]) -> str:
-    """Return the first address as HOST:PORT where it has that form."""
+    """Return the first address, as HOST:PORT if possible."""
     if not addresses:
         return ""
     parts = addresses[0].split("/")

@@ -5,11 +5,11 @@ from pathlib import Path
 
 import pytest
 
-from node.api.interface import ModelStatus
+from node.api.interface import ModelDocument
 from node.cli import run
 from node.cli.client import find_api
 from node.cli.output import out
-from node.cli.swarm import _describe_trouble, coverage_bar, render_models, render_status
+from node.cli.status import _describe_problems, coverage_bar, render_models, render_status
 from node.config import NodeReady, default_data_dir
 from protocol.identity import peer_id_from_public_key
 from tests.unit.api.fakes import MODEL, PEERS, FakeNode
@@ -21,7 +21,7 @@ def api(serve: ServeNode) -> list[str]:
     return ["--api", serve(FakeNode())]
 
 
-def test_status_tells_what_a_node_is_and_does(api: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+def test_prints_status(api: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["status", *api]) == 0
     output = capsys.readouterr().out
     for fact in (
@@ -46,16 +46,16 @@ def test_status_tells_what_a_node_is_and_does(api: list[str], capsys: pytest.Cap
         assert fact in output
 
 
-def test_peers_tells_who_is_there_and_what_they_hold(api: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+def test_prints_peers_and_spans(api: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["peers", *api]) == 0
     output = capsys.readouterr().out
     for fact in (PEERS[1], "192.0.2.7:4001", "connected", "1.2 ms", "tiny:4-8"):
         assert fact in output
 
 
-def test_peers_tells_what_was_refused_failed_and_is_held() -> None:
+def test_prints_refusals_and_failures_of_peers() -> None:
     (peer,) = FakeNode().peers()
-    said = _describe_trouble(peer)
+    said = _describe_problems(peer)
     for fact in (
         "banned for 7.00 s: a bad signature",
         "2 sessions refused: full",
@@ -70,16 +70,14 @@ def test_peers_tells_what_was_refused_failed_and_is_held() -> None:
 
 
 @pytest.mark.parametrize(("serve", "words"), [([], "--serve MODEL serves some"), (["tiny"], "no blocks yet of tiny")])
-def test_status_of_a_node_that_serves_nothing_says_why(
-    serve: list[str], words: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_prints_why_nothing_is_served(serve: list[str], words: str, capsys: pytest.CaptureFixture[str]) -> None:
     status = FakeNode().status_document()
     status["spans"], status["serve"] = [], serve
     out().print(render_status(status))
     assert words in " ".join(capsys.readouterr().out.split())
 
 
-def test_models_tells_block_by_block_what_is_served(api: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+def test_prints_coverage_by_block(api: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["models", *api]) == 0
     tiny, broken = (line.split() for line in capsys.readouterr().out.splitlines() if "complete" in line)
     assert tiny == ["tiny", MODEL[:12], "8", "11112222", "complete"]
@@ -87,15 +85,15 @@ def test_models_tells_block_by_block_what_is_served(api: list[str], capsys: pyte
 
 
 @pytest.mark.parametrize("verb", ["status", "peers", "models"])
-def test_json_is_what_the_api_says(verb: str, api: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+def test_json_is_api_document(verb: str, api: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     node = FakeNode()
     assert run([verb, "--json", *api]) == 0
     expected = {"status": node.status_document(), "peers": {"peers": node.peers()}, "models": {"models": node.models()}}
     assert json.loads(capsys.readouterr().out) == json.loads(json.dumps(expected[verb]))
 
 
-def test_watch_says_it_again_and_again(api: list[str]) -> None:
-    command = [sys.executable, "-c", "import node.cli.swarm as s, node.cli as c; s.WATCH_INTERVAL_S = 0; c.main()"]
+def test_watch_repeats(api: list[str]) -> None:
+    command = [sys.executable, "-c", "import node.cli.status as s, node.cli as c; s.WATCH_INTERVAL_S = 0; c.main()"]
     command += ["status", "--watch", "--json", *api]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         assert process.stdout is not None
@@ -104,14 +102,14 @@ def test_watch_says_it_again_and_again(api: list[str]) -> None:
     assert json.loads(first) == json.loads(second)
 
 
-def test_what_is_no_node_is_named(serve: ServeNode, capsys: pytest.CaptureFixture[str]) -> None:
+def test_error_for_url_without_node(serve: ServeNode, capsys: pytest.CaptureFixture[str]) -> None:
     url = serve(FakeNode())
     assert run(["status", "--api", f"{url}/v1"]) == 1
     assert capsys.readouterr().err.startswith("metaswarm: ")
 
 
-def test_names_from_the_swarm_cannot_drive_the_terminal(api: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    model: ModelStatus = {
+def test_replaces_control_characters_in_names(api: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    model: ModelDocument = {
         "model": "ab" * 32,
         "name": "\x1b[2J[bold]x",
         "block_count": 12,
@@ -131,16 +129,16 @@ def test_names_from_the_swarm_cannot_drive_the_terminal(api: list[str], capsys: 
 class TestFindingTheNode:
     ready = NodeReady(peer_id=peer_id_from_public_key(bytes(32)), multiaddrs=(), api_url="http://127.0.0.1:4242", pid=1)
 
-    def test_it_is_the_one_that_is_named_before_all_others(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_flag_takes_precedence(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("METASWARM_API", "127.0.0.1:7")
         assert find_api("http://swarm.example.org/") == "http://swarm.example.org"
         assert find_api(None) == "http://127.0.0.1:7"
 
-    def test_an_address_that_a_daemon_listens_on_will_do(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_accepts_listen_address(self, monkeypatch: pytest.MonkeyPatch) -> None:
         assert find_api("0.0.0.0:8642") == "http://127.0.0.1:8642"
         assert find_api("[::]:8642") == "http://[::1]:8642"
 
-    def test_it_is_the_one_in_the_data_directory(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def test_reads_node_json(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         monkeypatch.setenv("METASWARM_DATA_DIR", str(tmp_path))
         assert find_api(None) == "http://127.0.0.1:8642"
         self.ready.write(tmp_path)
@@ -149,5 +147,5 @@ class TestFindingTheNode:
         assert default_data_dir() != tmp_path
 
     @pytest.mark.parametrize("text", ["127.0.0.1:0", "ftp://127.0.0.1", "http://", "http://[::1", "127.0.0.1:x"])
-    def test_what_is_no_url_is_wrong_usage(self, text: str) -> None:
+    def test_refuses_invalid_url(self, text: str) -> None:
         assert run(["status", "--api", text]) == 2

@@ -1,0 +1,385 @@
+"""Builds the parts of a node in the order of their dependencies, as small bundles that the status pages read, too."""
+
+import random
+import time
+from dataclasses import dataclass
+from functools import partial
+from importlib.metadata import version
+
+from node.capabilities.announcer import CapabilityAnnouncer
+from node.capabilities.inventory import Inventory
+from node.capabilities.traffic import TrafficMeter
+from node.config import APPLICATION, NodeConfig, StartError
+from node.consensus.environment import ConsensusEnvironment, ConsensusRules
+from node.consensus.followed_chains import FollowedChains
+from node.consensus.measurement_runner import MEASUREMENT_PLAN, MeasurementRunner
+from node.consensus.service import ConsensusService, swarm_name
+from node.coordinator.coordinator import Coordinator, SwarmView
+from node.coordinator.observation import software_name, software_versions
+from node.coordinator.quality_store import LocalQualityStore
+from node.coordinator.recorder import Recorder
+from node.coordinator.trial_runner import BenchmarkRunner
+from node.engine.client import start_engine
+from node.engine.device import Device
+from node.engine.engine_config import EngineOptions
+from node.engine.worker_process import SpareWorker
+from node.identity import Identity, IdentityError, load_or_create
+from node.models.files import Progress
+from node.models.library import Library
+from node.models.store import ModelStore
+from node.network.host import Libp2pNetwork, NetworkLimits
+from node.network.interface import Network
+from node.replication.observations import ObservationReplicator
+from node.selection.chooser import LearnedChooser, LearnedVoter
+from node.selection.learner import Learner
+from node.selection.prediction_cache import PredictionCache
+from node.stages.block_placement import PlacementAnnouncements
+from node.stages.scheduler import Batching
+from node.stages.span_supervisor import ServingOptions, SpanSupervisor
+from node.stages.stage_policy import PolicyController
+from node.stages.stage_server import StageServer
+from node.storage.adoption_store import AdoptionStore
+from node.storage.chain_store import ChainStore
+from node.storage.database import Database
+from node.storage.history import HistoryStore
+from node.storage.peers import KnownPeerStore
+from node.swarm.dht_records import RecordKinds
+from node.swarm.heartbeats import OwnServices
+from node.swarm.link_estimates import LinkEstimates
+from node.swarm.membership import Membership
+from node.util.open_files import open_file_limit
+from node.util.signal import Signal
+from protocol.capabilities import Links, fastest_bytes_per_s, hardware_class
+from protocol.identity import ModelId, PeerId
+from protocol.observations import bucket_of
+from selector.consensus.clock import EpochClock
+from selector.task_buckets import Viewpoint
+
+AGENT = f"{APPLICATION}/{version(APPLICATION)}"
+"""Program and version, as announced to other peers."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NetworkParts:
+    """The peer on the network, and what it stores."""
+
+    identity: Identity
+    network: Network
+    records: RecordKinds
+    jitter: random.Random
+    inventory: Inventory
+    traffic: TrafficMeter
+    history: HistoryStore
+    known_peers: KnownPeerStore
+
+    def own_hardware(self) -> str:
+        """Return the class of this machine's hardware; `unknown` until it was measured."""
+        capabilities = self.inventory.capabilities()
+        return "unknown" if capabilities is None else hardware_class(capabilities)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SelectionParts:
+    """What chooses methods: predictions learned from the history, and the swarm's agreements."""
+
+    chains: FollowedChains
+    predictions: PredictionCache
+    chooser: LearnedChooser
+    learner: Learner
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SwarmParts:
+    """This node's place in the swarm."""
+
+    membership: Membership
+    placements: PlacementAnnouncements
+    placements_changed: Signal
+    announcer: CapabilityAnnouncer
+    replicator: ObservationReplicator
+
+    async def announce_placements(self) -> None:
+        """Send a heartbeat soon after each change of the announced placements, until cancelled."""
+        while True:
+            await self.placements_changed.wait()
+            self.membership.announce()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServingParts:
+    """What serves spans to others."""
+
+    stages: StageServer
+    library: Library
+    spare_worker: SpareWorker
+    supervisor: SpanSupervisor
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ClientParts:
+    """What runs this node's own jobs."""
+
+    quality_store: LocalQualityStore
+    recorder: Recorder
+    coordinator: Coordinator
+    trials: BenchmarkRunner
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NodeParts:
+    """All parts of a node."""
+
+    network: NetworkParts
+    selection: SelectionParts
+    swarm: SwarmParts
+    serving: ServingParts
+    client: ClientParts
+    consensus: ConsensusService
+
+    def is_busy(self) -> bool:
+        """Return whether any job or session is running."""
+        return _is_busy(self.client.coordinator, self.serving.stages)
+
+
+def build_node(config: NodeConfig, database: Database, device: Device, progress: Progress) -> NodeParts:
+    """Build a node. Raises StartError."""
+    network = build_network(config, database, device)
+    selection = build_selection(config, network, database)
+    stages = StageServer(
+        network.network,
+        AGENT,
+        private_key=network.identity.private_key,
+        hardware=network.own_hardware,
+        voter=LearnedVoter(selection.predictions),
+        controller=partial(PolicyController, batching=Batching(config.batching)),
+        agreed=selection.chains.agreement,
+    )
+    swarm = build_swarm(config, network, stages)
+    serving = build_serving(config, network, swarm, stages, device, progress)
+    client = build_client(config, network, selection, swarm, serving)
+    consensus = build_consensus(config, database, network, selection, swarm, stages, client)
+    return NodeParts(
+        network=network, selection=selection, swarm=swarm, serving=serving, client=client, consensus=consensus
+    )
+
+
+def build_network(config: NodeConfig, database: Database, device: Device) -> NetworkParts:
+    """Build identity, network and stores. Raises StartError."""
+    traffic = TrafficMeter()
+    try:
+        identity = load_or_create(config.data_dir)
+        network = Libp2pNetwork(
+            identity.seed,
+            listen=config.listen,
+            swarm_key=config.swarm_key,
+            limits=NetworkLimits.within(open_file_limit()),
+            on_sent=traffic.sent,
+            on_received=traffic.received,
+        )
+    except (IdentityError, ValueError) as error:
+        raise StartError(str(error)) from None
+    return NetworkParts(
+        identity=identity,
+        network=network,
+        records=RecordKinds(network),
+        jitter=random.Random(identity.peer_id),
+        # Measured once for all nodes of this user: the figures are the machine's.
+        inventory=Inventory(
+            data_dir=config.cache_dir,
+            models_dir=config.cache_dir,
+            traffic=traffic,
+            threads=config.threads,
+            accelerator=device.accelerator,
+        ),
+        traffic=traffic,
+        history=HistoryStore(database),
+        known_peers=KnownPeerStore(database),
+    )
+
+
+def build_selection(config: NodeConfig, network: NetworkParts, database: Database) -> SelectionParts:
+    """Build chooser and learner."""
+    predictions, chains = PredictionCache(), FollowedChains()
+    software = software_name(software_versions())
+
+    async def count_observations() -> int:
+        return sum((await network.history.count_by_observer()).values())
+
+    def viewpoint() -> Viewpoint:
+        """Return by whom and where the history is weighed, with the trust that the swarm has agreed on."""
+        trust, default_trust = chains.trust()
+        return Viewpoint(
+            peer=network.identity.peer_id,
+            hardware=network.own_hardware(),
+            software=software,
+            hour=bucket_of(int(time.time())),
+            trust=trust,
+            default_trust=default_trust,
+        )
+
+    return SelectionParts(
+        chains=chains,
+        predictions=predictions,
+        chooser=LearnedChooser(
+            predictions, network.jitter, share=config.exploration, store=AdoptionStore(database, software)
+        ),
+        learner=Learner(database.path, predictions, count=count_observations, viewpoint=viewpoint),
+    )
+
+
+def build_swarm(config: NodeConfig, network: NetworkParts, stages: StageServer) -> SwarmParts:
+    """Build membership, announcements and the replication of observations."""
+    placements_changed = Signal()
+    placements = PlacementAnnouncements(placements_changed.set)
+    membership = Membership(
+        network=network.network,
+        identity=network.identity,
+        services=OwnServices(agent=AGENT, served_spans=stages.served_spans, placements=placements.current),
+        bootstrap=config.bootstrap,
+        records=network.records,
+        jitter=network.jitter,
+        on_round_trip=network.traffic.round_trip,
+    )
+    return SwarmParts(
+        membership=membership,
+        placements=placements,
+        placements_changed=placements_changed,
+        announcer=CapabilityAnnouncer(
+            network=network.network,
+            identity=network.identity,
+            records=network.records,
+            capabilities=network.inventory.capabilities,
+            peers=lambda: [entry.peer for entry in membership.directory.reached()],
+            jitter=network.jitter,
+        ),
+        replicator=ObservationReplicator(
+            network=network.network,
+            identity=network.identity,
+            history=network.history,
+            records=network.records,
+            jitter=network.jitter,
+        ),
+    )
+
+
+def build_serving(
+    config: NodeConfig,
+    network: NetworkParts,
+    swarm: SwarmParts,
+    stages: StageServer,
+    device: Device,
+    progress: Progress,
+) -> ServingParts:
+    """Build the model library and the supervisor of spans."""
+    library = Library(
+        ModelStore(config.cache_dir), network.network, swarm.membership, cache_limit_bytes=config.cache_limit_bytes
+    )
+    spare_worker = SpareWorker(EngineOptions(threads=config.threads))
+    options = ServingOptions(
+        specs=config.serve,
+        draft=config.draft,
+        memory_bytes=config.memory_bytes,
+        threads=config.threads,
+        device=device,
+        graphs_dir=config.cache_dir / "graphs",
+        use_catalogue=not config.no_catalogue,
+        progress=progress,
+    )
+    supervisor = SpanSupervisor(
+        options,
+        library=library,
+        membership=swarm.membership,
+        stages=stages,
+        placements=swarm.placements,
+        jitter=network.jitter,
+        start_engine=partial(start_engine, spare=spare_worker),
+    )
+    return ServingParts(stages=stages, library=library, spare_worker=spare_worker, supervisor=supervisor)
+
+
+def build_client(
+    config: NodeConfig, network: NetworkParts, selection: SelectionParts, swarm: SwarmParts, serving: ServingParts
+) -> ClientParts:
+    """Build the coordinator and what measures by its jobs."""
+    announcer, membership = swarm.announcer, swarm.membership
+
+    def hardware_of(peer: PeerId) -> str:
+        if peer == network.identity.peer_id:
+            return network.own_hardware()
+        capabilities = announcer.known(peer)
+        return "unknown" if capabilities is None else hardware_class(capabilities)
+
+    def bandwidth_of(peer: PeerId) -> float | None:
+        capabilities = announcer.known(peer)
+        return None if capabilities is None else fastest_bytes_per_s(capabilities)
+
+    def links_of(peer: PeerId) -> Links | None:
+        capabilities = announcer.known(peer)
+        return None if capabilities is None else capabilities.links
+
+    recorder = Recorder(network.identity, swarm.replicator)
+    quality_store = LocalQualityStore(serving.library, config.cache_dir)
+    view = SwarmView(
+        finder=membership,
+        links=LinkEstimates(network.identity.peer_id, membership.round_trip_s, links_of).between,
+        hardware=hardware_of,
+        bandwidth=bandwidth_of,
+        expected=membership.directory.expected,
+        agreed=selection.chains.agreement,
+    )
+    coordinator = Coordinator(
+        serving.library,
+        view,
+        serving.stages.link_pool,
+        network.jitter,
+        recorder,
+        quality_store=quality_store,
+        chooser=selection.chooser,
+    )
+    return ClientParts(
+        quality_store=quality_store,
+        recorder=recorder,
+        coordinator=coordinator,
+        trials=BenchmarkRunner(coordinator, recorder),
+    )
+
+
+def build_consensus(
+    config: NodeConfig,
+    database: Database,
+    network: NetworkParts,
+    selection: SelectionParts,
+    swarm: SwarmParts,
+    stages: StageServer,
+    client: ClientParts,
+) -> ConsensusService:
+    """Build this node's part in the consensus."""
+
+    def served_models() -> dict[ModelId, bool]:
+        """Return the models that live peers serve, and whether this node does and is not about to leave."""
+        served = {span.info.model for span in stages.spans()} if not stages.is_draining else set()
+        return {model: model in served for model in (*swarm.membership.directory.models(), *served)}
+
+    def meter(model: ModelId) -> MeasurementRunner:
+        is_busy = partial(_is_busy, client.coordinator, stages)
+        return MeasurementRunner(client.trials, client.recorder, model, is_busy, network.jitter)
+
+    environment = ConsensusEnvironment(
+        identity=network.identity,
+        store=ChainStore(database),
+        history=network.history,
+        models=served_models,
+        hardware=lambda: None if network.inventory.capabilities() is None else network.own_hardware(),
+        meter=meter,
+    )
+    rules = ConsensusRules(
+        swarm=swarm_name(config.swarm_key),
+        plan=MEASUREMENT_PLAN,
+        clock=EpochClock(config.epoch_s),
+        checkpoints=config.checkpoints,
+    )
+    return ConsensusService(network.network, selection.chains, environment, rules, network.jitter)
+
+
+def _is_busy(coordinator: Coordinator, stages: StageServer) -> bool:
+    return coordinator.statistics().running > 0 or any(span.sessions for span in stages.spans())

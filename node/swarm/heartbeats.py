@@ -1,0 +1,210 @@
+"""Heartbeats: publishes our own by gossip, and enters those of other peers in the directory."""
+
+import random
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import partial
+
+import structlog
+import trio
+
+from node.identity import Identity
+from node.network.interface import Network, NetworkError, PeerConnected
+from node.swarm.directory import LIFE_IN_INTERVALS, MAX_UNREACHED_PER_RELAY, AnnouncedPlacements, Directory
+from node.swarm.presence import PresenceServer, query_presence
+from node.util.signal import Signal
+from node.util.token_bucket import TokenBucket
+from protocol.announcements import HEARTBEAT_TOPIC, Heartbeat, ServedSpan
+from protocol.errors import LocalProtocolError, RemoteProtocolError, UntimelyError
+from protocol.identity import PeerId
+from protocol.limits import MAX_ADDRESSES, MAX_HEARTBEAT_INTERVAL_MS
+from protocol.presence import PROTOCOL_ID
+from protocol.records import seal, unseal
+
+HEARTBEAT_INTERVAL_S = 2.5
+"""Between a peer's heartbeats in a small swarm."""
+
+HEARTBEATS_PER_S = 4
+"""Of all peers together. Every peer verifies them all, at milliseconds each, so a large swarm has longer intervals."""
+
+NEW_PEERS_PER_S = 2 * HEARTBEATS_PER_S
+NEW_PEERS_BURST = 128
+"""New unconnected peers accepted by gossip alone: an honest swarm has no more, and rejected ones are heard again."""
+
+HEARTBEAT_LIFETIME_S = 60
+"""Shortest validity of a heartbeat by the wall clocks of other peers, which may differ from ours."""
+
+MAX_HEARTBEAT_LIFETIME_S = max(HEARTBEAT_LIFETIME_S, LIFE_IN_INTERVALS * MAX_HEARTBEAT_INTERVAL_MS // 1000)
+
+NEIGHBOURS_QUERIED = 3
+"""First neighbours that are sent a presence query; one alone may know as little as we do."""
+
+INTERVAL_SLACK = 4
+"""A peer may know more peers than we do, and so have longer intervals: by at most this factor."""
+
+LEAST_LONGEST_INTERVAL_S = 10.0
+"""Interval that every peer may announce, however small the swarm."""
+
+_logger = structlog.get_logger(__name__)
+
+
+def heartbeat_interval_s(peers: int) -> float:
+    """Return the heartbeat interval in a swarm of this size."""
+    return min(MAX_HEARTBEAT_INTERVAL_MS / 1000, max(HEARTBEAT_INTERVAL_S, peers / HEARTBEATS_PER_S))
+
+
+def no_placements() -> AnnouncedPlacements:
+    """Return the announcement of a node that announces no placements."""
+    return AnnouncedPlacements(0, ())
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OwnServices:
+    """What this node announces."""
+
+    agent: str
+    served_spans: Callable[[], tuple[ServedSpan, ...]]
+    placements: Callable[[], AnnouncedPlacements] = no_placements
+
+
+class Heartbeats:
+    """The heartbeats that this node publishes and receives."""
+
+    def __init__(
+        self,
+        network: Network,
+        identity: Identity,
+        directory: Directory,
+        services: OwnServices,
+        sequence: Iterator[int],
+        jitter: random.Random,
+        wall_clock: Callable[[], float],
+    ) -> None:
+        """Join the topic, and answer presence queries."""
+        self._network = network
+        self._identity = identity
+        self._directory = directory
+        self._services = services
+        self._sequence = sequence
+        self._jitter = jitter
+        self._wall_clock = wall_clock
+        self._new_peers = TokenBucket(NEW_PEERS_PER_S, NEW_PEERS_BURST, trio.current_time())
+        self._changed = Signal()
+        self._leaving = False
+        network.join_topic(HEARTBEAT_TOPIC, self.validate)
+        network.set_stream_handler(PROTOCOL_ID, PresenceServer(directory).handle)
+
+    def announce(self) -> None:
+        """Publish a heartbeat soon: what we serve has changed."""
+        self._changed.set()
+
+    def interval_ms(self) -> int:
+        """Return our heartbeat interval."""
+        return int(1000 * heartbeat_interval_s(len(self._directory.reached())))
+
+    async def run(self) -> None:
+        """Publish and expire until cancelled; the network must be running."""
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._heartbeat_loop)
+            nursery.start_soon(self._expiry_loop)
+            nursery.start_soon(self._query_first_neighbours)
+
+    async def leave(self) -> None:
+        """Announce the shutdown, so that others drop us at once instead of after missed heartbeats."""
+        self._leaving = True
+        with trio.CancelScope(deadline=trio.current_time() + 2, shield=True):
+            await self._publish()
+            # Gossip leaves at the network's own pace: the heartbeat must be out before the network closes.
+            await trio.sleep(0.1)
+
+    async def _heartbeat_loop(self) -> None:
+        while True:
+            await self._publish()
+            with trio.move_on_after(self.interval_ms() / 1000 * self._jitter.uniform(0.8, 1.2)):
+                await self._changed.wait()
+
+    async def _publish(self) -> None:
+        now_s = int(self._wall_clock())
+        interval_ms = self.interval_ms()
+        announced = no_placements() if self._leaving else self._services.placements()
+        heartbeat = Heartbeat(
+            peer=self._network.peer_id,
+            sequence=next(self._sequence),
+            issued_at_s=now_s,
+            expires_at_s=now_s + max(HEARTBEAT_LIFETIME_S, LIFE_IN_INTERVALS * interval_ms // 1000),
+            interval_ms=interval_ms,
+            multiaddrs=self._network.multiaddrs[:MAX_ADDRESSES],
+            agent=self._services.agent,
+            spans=self._services.served_spans(),
+            placements=announced.placements,
+            placed_at_ms=announced.since_ms,
+            leaving=self._leaving,
+        )
+        try:
+            envelope = seal(heartbeat, self._identity.private_key)
+            self._directory.update(heartbeat, trio.current_time(), envelope)
+            await self._network.publish(HEARTBEAT_TOPIC, envelope)
+        except (NetworkError, LocalProtocolError) as error:
+            _logger.debug("heartbeat not published", reason=str(error))
+
+    async def _expiry_loop(self) -> None:
+        while True:
+            longest_s = max(LEAST_LONGEST_INTERVAL_S, INTERVAL_SLACK * self.interval_ms() / 1000)
+            for peer in self._directory.expire(trio.current_time(), longest_s):
+                _logger.info("peer expired: heartbeats overdue", peer=peer)
+            await trio.sleep(1)
+
+    # Heartbeats of others
+
+    def validate(self, source: PeerId, data: bytes) -> bool:
+        """Enter a gossiped heartbeat, and return whether to forward it.
+
+        Nothing reads the topic itself: that would verify every heartbeat twice.
+        """
+        heartbeat = self._verify(data)
+        if heartbeat.peer != source:
+            return False
+        self._enter(heartbeat, data)
+        return heartbeat.peer == self._network.peer_id or self._directory.knows(heartbeat.peer)
+
+    def _verify(self, envelope: bytes) -> Heartbeat:
+        heartbeat = unseal(Heartbeat, envelope, self._wall_clock())
+        lifetime_s = heartbeat.expires_at_s - heartbeat.issued_at_s
+        if lifetime_s > MAX_HEARTBEAT_LIFETIME_S:
+            raise RemoteProtocolError(
+                f"heartbeat valid for {lifetime_s} s: expected at most {MAX_HEARTBEAT_LIFETIME_S}"
+            )
+        return heartbeat
+
+    def _enter(self, heartbeat: Heartbeat, envelope: bytes, relay: PeerId | None = None) -> None:
+        now_s, peer = trio.current_time(), heartbeat.peer
+        if peer == self._network.peer_id:
+            return
+        is_new = peer not in self._network.connected_peers() and not self._directory.knows(peer)
+        if relay is None and is_new and not self._new_peers.take(1, now_s):
+            return
+        if self._directory.update(heartbeat, now_s, envelope, relay=relay):
+            self._network.add_addresses(peer, heartbeat.multiaddrs)
+
+    def _on_relayed_heartbeat(self, relay: PeerId, envelope: bytes) -> bool:
+        """Enter a heartbeat from a presence answer; return whether to read on. Raises RemoteProtocolError."""
+        with suppress(UntimelyError):  # valid by the clock of the relay
+            self._enter(self._verify(envelope), envelope, relay)
+        return self._directory.relayed_by(relay) < MAX_UNREACHED_PER_RELAY
+
+    async def _query_first_neighbours(self) -> None:
+        """Send presence queries to the first few neighbours."""
+        queried = 0
+        async with self._network.events() as events:
+            async for event in events:
+                if queried < NEIGHBOURS_QUERIED and isinstance(event, PeerConnected):
+                    queried += 1
+                    try:
+                        await query_presence(self._network, event.peer, partial(self._on_relayed_heartbeat, event.peer))
+                    except (NetworkError, RemoteProtocolError) as error:
+                        _logger.debug("presence query failed", peer=event.peer, reason=str(error))
+                    if (relayed := self._directory.relayed_by(event.peer)) >= MAX_UNREACHED_PER_RELAY:
+                        _logger.warning(
+                            "presence answer cut off: too many unreached peers", peer=event.peer, count=relayed
+                        )

@@ -1,0 +1,125 @@
+"""docs/http-api.md against the code: endpoints, fields of requests and answers, error codes."""
+
+import re
+from pathlib import Path
+from typing import Any, is_typeddict
+
+import pytest
+from starlette.applications import Starlette
+from starlette.routing import Route
+
+from node.api import bench, interface, requests, tasks
+from node.api.application import make_app
+from node.api.bench import describe_trial
+from node.api.documents import describe_job
+from node.api.errors import ApiError
+from node.api.guard import Guard
+from node.coordinator.submission import JobError, JobErrorCode
+from node.coordinator.trial_runner import MethodTrial, Trial
+from selector.task import BASELINE
+from tests.unit.api.fakes import FakeNode, make_result
+
+ROOT = Path(__file__).parents[3]
+TEXT = (ROOT / "docs/http-api.md").read_text(encoding="utf-8")
+DOCUMENTS = {name: each for name, each in vars(interface).items() if is_typeddict(each)}
+
+
+def section(heading: str) -> str:
+    """Return the text below a heading, up to the next one of any level."""
+    match = re.search(rf"^#+ {re.escape(heading)}\n(.*?)(?=^#|\Z)", TEXT, re.MULTILINE | re.DOTALL)
+    assert match, heading
+    return match[1]
+
+
+def rows(heading: str) -> list[list[str]]:
+    """Return the cells of a section's tables, without their heads."""
+    lines = [line for line in section(heading).splitlines() if line.startswith("| `")]
+    return [[cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]] for line in lines]
+
+
+def names(text: str) -> list[str]:
+    return re.findall(r"`([a-z_]+)`", text)
+
+
+def first_column(heading: str) -> set[str]:
+    return {name for row in rows(heading) for name in names(row[0])}
+
+
+def test_lists_every_endpoint() -> None:
+    app = make_app(FakeNode(), None)
+    assert isinstance(app, Guard)
+    starlette = app._app
+    assert isinstance(starlette, Starlette)
+    served = set()
+    for route in starlette.routes:
+        assert isinstance(route, Route)
+        path = route.path.replace(":path", "")
+        served |= {f"{method} {path}" for method in route.methods or () if method != "HEAD"}
+    listed = set(re.findall(r"^\| `((?:GET|POST) [^`]+)`", TEXT, re.MULTILINE))
+    assert listed == served
+
+
+def test_lists_every_field_of_completions() -> None:
+    implemented = requests.IMPLEMENTED_FOR_CHAT | requests.IMPLEMENTED_FOR_COMPLETION
+    assert first_column("Implemented fields") == implemented
+    (options,) = (row[1] for row in rows("Implemented fields") if "`stream_options`" in row[0])
+    assert set(names(options)) == requests.STREAM_OPTIONS
+    assert first_column("Extensions") == requests.EXTENSIONS
+    assert set(names(section("Ignored fields"))) == requests.IGNORED | {"name"}
+
+
+def test_lists_every_neutral_field() -> None:
+    tables: dict[str, Any] = {
+        "both": requests.NEUTRAL,
+        "chat": {k: v for k, v in requests.NEUTRAL_FOR_CHAT.items() if k not in requests.NEUTRAL},
+        "completions": {k: v for k, v in requests.NEUTRAL_FOR_COMPLETION.items() if k not in requests.NEUTRAL},
+        "message": requests.NEUTRAL_IN_MESSAGE,
+    }
+    lines = [line.split("|") for line in section("Neutral fields").splitlines() if line.startswith("| ")][1:]
+    assert [cells[1].strip() for cells in lines] == list(tables)
+    for _, where, fields, _ in lines:
+        outside_values = re.sub(r"\([^)]*\)", "", fields)
+        assert set(names(outside_values)) == tables[where.strip()].keys()
+
+
+def test_lists_fields_of_explain_and_bench() -> None:
+    assert first_column("Explain") == tasks.TASK_FIELDS
+    table, answer = section("Bench").split("The answer has")
+    request = [[cell.strip() for cell in line.split("|")] for line in table.splitlines() if line.startswith("| `")]
+    assert {name for row in request for name in names(row[1])} == bench.BENCH_FIELDS
+    (workload,) = (row[2] for row in request if row[1] == "`workload`")
+    assert set(names(workload)) == bench.WORKLOAD_FIELDS
+    document = describe_trial(Trial(baseline=MethodTrial(method=BASELINE), methods=[], observations=1))
+    assert set(names(answer.split("\n\n")[0])) == document.keys()
+    listed = {name for line in answer.splitlines() if line.startswith("| `") for name in names(line.split("|")[1])}
+    assert listed == document["baseline"].keys()
+
+
+def test_lists_every_field_of_the_answer() -> None:
+    document = describe_job(make_result("text", (1,)))
+    listed = {row[0].strip("`"): set(names(row[1])) for row in rows("Answer")}
+    assert listed.keys() == document.keys()
+    assert listed["route"] >= document["route"][0].keys()
+    assert listed["consensus"] >= document["consensus"].keys() | document["consensus"]["votes"][0].keys()
+    for name in ("method", "timing"):
+        assert listed[name] >= document[name].keys()
+
+
+@pytest.mark.parametrize("name", DOCUMENTS)
+def test_lists_every_field_of_document(name: str) -> None:
+    assert [row[0].strip("`") for row in rows(f"`{name}`")] == list(DOCUMENTS[name].__annotations__)
+
+
+def test_lists_every_error_code_with_its_status() -> None:
+    listed = {row[0].strip("`"): int(row[1]) for row in rows("Errors")}
+    of_jobs = {code.value: ApiError.from_job_error(JobError(code, "")).status for code in JobErrorCode}
+    assert {code: status for code, status in listed.items() if code in of_jobs} == of_jobs
+    source = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "node/api").glob("*.py"))
+    of_api = set(re.findall(r'(?:code=|"code": )"(\w+)"', source))
+    assert listed.keys() == of_jobs.keys() | of_api
+
+
+@pytest.mark.parametrize("code", JobErrorCode)
+def test_error_503_says_when_to_retry(code: JobErrorCode) -> None:
+    error = ApiError.from_job_error(JobError(code, ""))
+    assert (error.status == 503) == (error.headers is not None and "Retry-After" in error.headers)
