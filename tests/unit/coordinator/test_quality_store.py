@@ -80,7 +80,7 @@ def request(quality: QualityBound, name: str = "auto") -> JobRequest:
     return JobRequest(model="fake", prompt="1", quality=quality, method=name)
 
 
-async def test_a_bound_admits_what_was_measured_to_keep_to_it(tmp_path: Path) -> None:
+async def test_quality_bound_admits_measured_methods_within_it(tmp_path: Path) -> None:
     figures = {INT8.kv_key: GOOD, W8A8.kv_key: FAIR, "fused/bf16/fp32": BAD}
     store = LocalQualityStore(Here(tmp_path), tmp_path, command=measuring(tmp_path, figures))
     async with running(store):
@@ -108,7 +108,7 @@ async def test_a_bound_admits_what_was_measured_to_keep_to_it(tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("library", ["torch", "onnxruntime"])
-async def test_a_model_is_measured_once_and_an_exact_job_asks_for_nothing(tmp_path: Path, library: str) -> None:
+async def test_model_is_measured_once_and_not_for_exact_jobs(tmp_path: Path, library: str) -> None:
     for _ in range(2):  # the second time after a restart
         store = LocalQualityStore(Here(tmp_path), tmp_path, command=measuring(tmp_path, {INT8.kv_key: GOOD}))
         async with running(store):
@@ -129,7 +129,7 @@ async def test_a_model_is_measured_once_and_an_exact_job_asks_for_nothing(tmp_pa
 
 
 @pytest.mark.parametrize("fault", ["crash", "nonsense", "too large"])
-async def test_what_cannot_be_measured_is_not_admitted(tmp_path: Path, fault: str) -> None:
+async def test_lossy_method_without_measurement_is_not_admitted(tmp_path: Path, fault: str) -> None:
     command = [sys.executable, "-c", "raise SystemExit('no')" if fault == "crash" else "print('[1]')"]
     store = LocalQualityStore(Here(tmp_path, 1 << 40 if fault == "too large" else 0), tmp_path, command=command)
     async with running(store):
