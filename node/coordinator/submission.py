@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Final, Protocol
 
 from protocol.identity import JobId, ModelId, PeerId
-from protocol.measurements import QualityBound, StageObservation
+from protocol.measurements import MethodInForce, QualityBound, StageObservation
 from protocol.messages import FinishReason
 
 AUTO: Final = "auto"
@@ -135,15 +135,6 @@ class Timing:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class MethodChoice:
-    """The acceleration method in force: the session's switches and the policy of the stages."""
-
-    name: str
-    switches: dict[str, str]
-    stage_policy: dict[str, str]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class Vote:
     """One stage's scores of the admitted methods: logarithms of cost, lower is better."""
 
@@ -220,7 +211,7 @@ class JobResult:
     usage: Usage
     timing: Timing
     route: tuple[StageObservation, ...]
-    method: MethodChoice
+    method: MethodInForce
     consensus: Consensus
     replays: int
     selection: Selection | None = None

@@ -12,7 +12,7 @@ from node.coordinator.observation import (
     software_versions,
     without_invalid_countersignatures,
 )
-from node.coordinator.submission import Consensus, JobResult, MethodChoice, Timing, Usage
+from node.coordinator.submission import Consensus, JobResult, Timing, Usage
 from node.models.manifest import FileEntry, Manifest
 from protocol.errors import LocalProtocolError
 from protocol.identity import BlockRange
@@ -46,7 +46,7 @@ RESULT = JobResult(
     usage=Usage(prompt_tokens=12, completion_tokens=3, cached_tokens=4),
     timing=Timing(ttft_s=0.5, tpot_s=0.25, total_s=1.0),
     route=(),
-    method=MethodChoice(name=METHOD.name, switches=dict(METHOD.switches), stage_policy=dict(METHOD.stage_policy)),
+    method=METHOD,
     consensus=Consensus(votes=(), agreed=METHOD.name, weighed=False, epoch=None, table_digest=None),
     replays=1,
 )

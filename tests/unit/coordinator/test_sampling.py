@@ -70,7 +70,7 @@ async def test_sampled_text_is_the_same_for_every_split(
 
 
 @pytest.mark.parametrize("way", WAYS)
-async def test_speculative_decoding_keeps_penalised_text(virtual_clock: MockClock, way: dict[str, Any]) -> None:
+async def test_speculative_decoding_keeps_sampled_text(virtual_clock: MockClock, way: dict[str, Any]) -> None:
     async with open_swarm() as swarm:
         draft = FakeEngine(fake_span_info(BlockRange(0, BLOCKS), block_count=BLOCKS), step_s=0.001)
         await swarm.join(THIRDS[0], draft=draft)
