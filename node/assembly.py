@@ -18,7 +18,7 @@ from node.coordinator.coordinator import Coordinator, SwarmView
 from node.coordinator.observation import software_name, software_versions
 from node.coordinator.quality_store import LocalQualityStore
 from node.coordinator.recorder import Recorder
-from node.coordinator.trial_runner import Trials
+from node.coordinator.trial_runner import BenchmarkRunner
 from node.engine.client import start_engine
 from node.engine.device import Device
 from node.engine.engine_config import EngineOptions
@@ -122,7 +122,7 @@ class ClientParts:
     quality_store: LocalQualityStore
     recorder: Recorder
     coordinator: Coordinator
-    trials: Trials
+    trials: BenchmarkRunner
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -340,7 +340,7 @@ def build_client(
         quality_store=quality_store,
         recorder=recorder,
         coordinator=coordinator,
-        trials=Trials(coordinator, recorder),
+        trials=BenchmarkRunner(coordinator, recorder),
     )
 
 
