@@ -1,10 +1,10 @@
-"""How the agreed table fares against colluding liars, and what agreeing costs a peer.
+"""Robustness of the agreed table against colluding liars, and the cost of an epoch for a peer.
 
     python -m benchmarks.consensus DATASET_DIR [--peers N] [--epochs N] [--json]
 
-Peers of the hardware in a folder of measurements measure what they are drawn for, through the selector's own epochs;
-liars tell the mirror image of the truth in the cells that decide, all the same one. Meta-models are trained on what
-comes of it, and choose in contexts that nobody measured. Beside it: the same numbers of readings, freely reported.
+Peers of the hardware in a folder of measurements measure their assigned cells, through the selector's own epochs;
+colluding liars report the mirror image of the truth in the cells that decide. Meta-models are trained on the result,
+and choose in contexts that were not measured. The baseline: the same numbers of readings, freely reported.
 """
 
 import json
@@ -105,7 +105,7 @@ class Cost:
     messages: int
     """Different gossip messages of one epoch, which every peer gets."""
     own_messages: float
-    """Of them, said by one peer, on average."""
+    """Of them, sent by one peer, on average."""
     payload_bytes: int
     """Of them all, once."""
     received_bytes: int
@@ -173,9 +173,9 @@ class Population:
         self.liars = {*self.rng.sample(sorted(self.hardware), round(liars * count))}
 
     def reads(self, peer: str, cell: Cell) -> float:
-        """Return what a peer says that it measured."""
-        told = self.world.lies.get(cell) if peer in self.liars else None
-        return (self.world.truth[cell] if told is None else told) + self.rng.gauss(0, NOISE)
+        """Return a peer's reading, true or not."""
+        lie = self.world.lies.get(cell) if peer in self.liars else None
+        return (self.world.truth[cell] if lie is None else lie) + self.rng.gauss(0, NOISE)
 
     def reports(self, each: int) -> list[tuple[PeerId, Cell, float]]:
         """Return what peers report who choose what to report: liars the cells that decide."""
@@ -193,7 +193,7 @@ class Population:
 
 
 def agree(population: Population, epochs: int) -> State:
-    """Return the state after so many epochs in which everybody is there and says what it says."""
+    """Return the state after some epochs to which every peer contributes."""
     plan = Measurable((), (), tuple(sorted(population.world.truth)))
     # Newcomers are taken in 64 an epoch; that they all are members is where this begins.
     members = tuple(Member(peer, kind) for peer, kind in sorted(population.hardware.items()))
@@ -232,13 +232,13 @@ def choose(world: World, rows: Sequence[tuple[Cell, float, float]]) -> tuple[flo
     method = np.array([world.methods[cell.method] for cell, _, _ in rows], dtype=np.intp)
     training = Pairs(world.pairs.contexts, world.pairs.methods, context, method)
     model = MetaModel().fit(training, np.array([row[1] for row in rows]), np.array([row[2] for row in rows]))
-    said = model.predict(world.test.pairs)
+    predicted = model.predict(world.test.pairs)
     of = world.test.pairs.context
     best = context_minima(world.test.cost, of, len(world.contexts))
-    order = np.lexsort((said, of))
-    rank = np.zeros(len(said), dtype=np.intp)
+    order = np.lexsort((predicted, of))
+    rank = np.zeros(len(predicted), dtype=np.intp)
     starts = np.flatnonzero(np.diff(of[order], prepend=-1))
-    rank[order] = np.arange(len(said)) - np.repeat(starts, np.diff(starts, append=len(said)))
+    rank[order] = np.arange(len(predicted)) - np.repeat(starts, np.diff(starts, append=len(predicted)))
     ratios = []
     for probes in (1, PROBES):
         tried = rank < probes
@@ -278,7 +278,7 @@ def _medians(reports: Sequence[tuple[PeerId, Cell, float]]) -> list[tuple[Cell, 
 
 
 def cost_of_epoch(peers: int) -> Cost:
-    """Return what an epoch costs a peer, from the records that would be said in it."""
+    """Return the cost of an epoch for a peer, from the messages of one epoch."""
     keys = [Ed25519PrivateKey.from_private_bytes(number.to_bytes(32, "big")) for number in range(1, peers + 1)]
     key_of: dict[PeerId, Ed25519PrivateKey] = {
         peer_id_from_public_key(key.public_key().public_bytes_raw()): key for key in keys
@@ -290,8 +290,8 @@ def cost_of_epoch(peers: int) -> Cost:
     beacon = beacon_of(GENESIS, 0)
     committee = select_committee(beacon, names)
     readings: dict[PeerId, list[Reading]] = {peer: [] for peer in committee}
-    for cell, drawn in state.assignments(GENESIS, 0, MEASUREMENT_PLAN).items():
-        for peer in drawn:
+    for cell, selected in state.assignments(GENESIS, 0, MEASUREMENT_PLAN).items():
+        for peer in selected:
             readings.setdefault(peer, []).append(Reading(cell, -500_000))
     batches: list[int] = []
     contributions = []
@@ -340,7 +340,7 @@ def _ids(peer: str, count: int) -> list[bytes]:
 @click.command()
 @click.argument("folder", type=click.Path(exists=True, file_okay=False, path_type=Path))
 @click.option("--peers", type=click.IntRange(20), default=120, show_default=True)
-@click.option("--epochs", type=click.IntRange(1), default=150, show_default=True, help="24 cells are drawn in each.")
+@click.option("--epochs", type=click.IntRange(1), default=150, show_default=True, help="24 cells are assigned in each.")
 @click.option("--train", type=click.IntRange(10), default=280, show_default=True, help="Contexts that are measured.")
 @click.option("--test", type=click.IntRange(10), default=600, show_default=True, help="Contexts to choose in.")
 @click.option("--liars", type=float, multiple=True, default=(0.0, 0.2, 0.3), show_default=True, help="Their share.")

@@ -153,11 +153,11 @@ class MessageTypes(Generic[_T]):
         return {"type": name, **value}
 
     def from_map(self, value: object) -> _T:
-        """Return the message in a decoded map. Raises RemoteProtocolError."""
-        name = value.get("type") if isinstance(value, dict) else None
-        if not isinstance(value, dict) or not isinstance(name, str) or name not in self._types:
+        """Return the message in a decoded map, whose `type` is taken out. Raises RemoteProtocolError."""
+        name = value.pop("type", None) if isinstance(value, dict) else None
+        if not isinstance(name, str) or name not in self._types:
             raise RemoteProtocolError(f"message type {str(name)[:80]!r} is unknown")
-        return from_map(self._types[name], {key: each for key, each in value.items() if key != "type"}, name)
+        return from_map(self._types[name], value, name)
 
 
 _REQUIRED: Final = object()

@@ -96,6 +96,8 @@ class Transition(NamedTuple):
 
 
 MessageType: TypeAlias = type[Message]
+_Following: TypeAlias = SessionState | Transition | None
+_Events: TypeAlias = Mapping[MessageType, _Following]
 
 _I, _R = Role.INITIATOR, Role.RESPONDER
 _SENT, _RECEIVED = Direction.SENT, Direction.RECEIVED
@@ -136,85 +138,64 @@ CONNECTION_TABLE: Final[_ConnectionTable] = {
     **_connection_rows(_R, _HELLO_RECEIVED, _RECEIVED, _SENT),
 }
 
-SESSION_TABLE: Final[Mapping[tuple[Role, SessionState, MessageType, Direction], Transition]] = {
-    (_I, _IDLE, Open, _SENT): Transition(_OPENING),
-    (_I, _IDLE, Step, _SENT): Transition(_FORWARDED),
-    # Answers to rows of a session that we have forgotten meanwhile, or that had already failed.
-    (_I, _IDLE, Credit, _RECEIVED): Transition(_IDLE, quiet=True),
-    (_I, _IDLE, Failed, _RECEIVED): Transition(_IDLE, quiet=True),
-    (_I, _OPENING, Opened, _RECEIVED): Transition(_OPEN),
-    (_I, _OPENING, Refused, _RECEIVED): Transition(_IDLE),
-    (_I, _OPENING, Close, _SENT): Transition(_CLOSING),
-    (_I, _OPEN, TokenHistory, _SENT): Transition(_OPEN),
-    (_I, _OPEN, Begin, _SENT): Transition(_BEGUN),
-    (_I, _OPEN, Failed, _RECEIVED): Transition(_FAILED),
-    (_I, _OPEN, Close, _SENT): Transition(_CLOSING),
-    (_I, _BEGUN, Step, _SENT): Transition(_BEGUN),
-    (_I, _BEGUN, Credit, _RECEIVED): Transition(_BEGUN),
-    (_I, _BEGUN, ProgressRequest, _SENT): Transition(_BEGUN),
-    (_I, _BEGUN, Progress, _RECEIVED): Transition(_BEGUN),
-    (_I, _BEGUN, Reroute, _RECEIVED): Transition(_BEGUN),
-    (_I, _BEGUN, Failed, _RECEIVED): Transition(_FAILED),
-    (_I, _BEGUN, Close, _SENT): Transition(_CLOSING),
+_Q: Final = None
+"""The message is quiet, and the state stays."""
+
+# Of each role and state: what follows the messages that it may send, and those that it may receive.
+_SESSIONS: Final[Mapping[tuple[Role, SessionState], tuple[_Events, _Events]]] = {
+    # Credit and Failed answer rows of a session that we have forgotten meanwhile, or that had already failed.
+    (_I, _IDLE): ({Open: _OPENING, Step: _FORWARDED}, {Credit: _Q, Failed: _Q}),
+    (_I, _OPENING): ({Close: _CLOSING}, {Opened: _OPEN, Refused: _IDLE}),
+    (_I, _OPEN): ({TokenHistory: _OPEN, Begin: _BEGUN, Close: _CLOSING}, {Failed: _FAILED}),
+    (_I, _BEGUN): (
+        {Step: _BEGUN, ProgressRequest: _BEGUN, Close: _CLOSING},
+        {Credit: _BEGUN, Progress: _BEGUN, Reroute: _BEGUN, Failed: _FAILED},
+    ),
     # Forwarded becomes idle by itself once everything sent has been credited.
-    (_I, _FORWARDED, Step, _SENT): Transition(_FORWARDED),
-    (_I, _FORWARDED, Credit, _RECEIVED): Transition(_FORWARDED),
-    (_I, _FORWARDED, Failed, _RECEIVED): Transition(_IDLE),
+    (_I, _FORWARDED): ({Step: _FORWARDED}, {Credit: _FORWARDED, Failed: _IDLE}),
     # Sent by the responder before our Close arrived; one of Refused, Failed and Closed comes, and is the last.
-    (_I, _CLOSING, Opened, _RECEIVED): Transition(_CLOSING, quiet=True),
-    (_I, _CLOSING, Credit, _RECEIVED): Transition(_CLOSING, quiet=True),
-    (_I, _CLOSING, Progress, _RECEIVED): Transition(_CLOSING, quiet=True),
-    (_I, _CLOSING, Reroute, _RECEIVED): Transition(_CLOSING, quiet=True),
-    (_I, _CLOSING, Refused, _RECEIVED): Transition(_IDLE),
-    (_I, _CLOSING, Failed, _RECEIVED): Transition(_IDLE),
-    (_I, _CLOSING, Closed, _RECEIVED): Transition(_IDLE),
-    (_I, _FAILED, Close, _SENT): Transition(_IDLE),
-    (_R, _IDLE, Open, _RECEIVED): Transition(_OPENING),
-    (_R, _IDLE, Step, _RECEIVED): Transition(_FORWARDED),
-    # The initiator had not yet seen our Refused.
-    (_R, _IDLE, Close, _RECEIVED): Transition(_IDLE, quiet=True),
-    # Rows were consumed, or found to be of an unknown session, after it was forgotten: there is no credit to settle.
-    (_R, _IDLE, Credit, _SENT): Transition(_IDLE, quiet=True),
-    (_R, _IDLE, Progress, _SENT): Transition(_IDLE, quiet=True),
-    (_R, _IDLE, Reroute, _SENT): Transition(_IDLE, quiet=True),
-    (_R, _IDLE, Failed, _SENT): Transition(_IDLE, quiet=True),
-    (_R, _OPENING, Opened, _SENT): Transition(_OPEN),
-    (_R, _OPENING, Refused, _SENT): Transition(_IDLE),
-    (_R, _OPENING, Close, _RECEIVED): Transition(_CLOSING),
+    (_I, _CLOSING): (
+        {},
+        {Opened: _Q, Credit: _Q, Progress: _Q, Reroute: _Q, Refused: _IDLE, Failed: _IDLE, Closed: _IDLE},
+    ),
+    (_I, _FAILED): ({Close: _IDLE}, {}),
+    # Rows were consumed, or found to be of an unknown session, after it was forgotten: there is no credit to settle. A
+    # Close comes from an initiator that has not yet received our Refused.
+    (_R, _IDLE): (
+        {Credit: _Q, Progress: _Q, Reroute: _Q, Failed: _Q},
+        {Open: _OPENING, Step: _FORWARDED, Close: _Q},
+    ),
     # Lost before it was admitted: the answer to the Open is still due, which is Refused.
-    (_R, _OPENING, Failed, _SENT): Transition(_OPENING, quiet=True),
-    (_R, _OPEN, TokenHistory, _RECEIVED): Transition(_OPEN),
-    (_R, _OPEN, Begin, _RECEIVED): Transition(_BEGUN),
-    (_R, _OPEN, Failed, _SENT): Transition(_FAILED),
-    (_R, _OPEN, Close, _RECEIVED): Transition(_CLOSING),
-    (_R, _BEGUN, Step, _RECEIVED): Transition(_BEGUN),
-    (_R, _BEGUN, Credit, _SENT): Transition(_BEGUN),
-    (_R, _BEGUN, ProgressRequest, _RECEIVED): Transition(_BEGUN),
-    (_R, _BEGUN, Progress, _SENT): Transition(_BEGUN),
-    (_R, _BEGUN, Reroute, _SENT): Transition(_BEGUN),
-    (_R, _BEGUN, Failed, _SENT): Transition(_FAILED),
-    (_R, _BEGUN, Close, _RECEIVED): Transition(_CLOSING),
-    (_R, _FORWARDED, Step, _RECEIVED): Transition(_FORWARDED),
-    (_R, _FORWARDED, Credit, _SENT): Transition(_FORWARDED),
-    (_R, _FORWARDED, Failed, _SENT): Transition(_IDLE),
-    # Rows that another task of the initiator sent late. They are delivered; no credit is due for them.
-    (_R, _CLOSING, Step, _RECEIVED): Transition(_CLOSING),
-    (_R, _CLOSING, Opened, _SENT): Transition(_CLOSING, quiet=True),
-    (_R, _CLOSING, Credit, _SENT): Transition(_CLOSING, quiet=True),
-    (_R, _CLOSING, Progress, _SENT): Transition(_CLOSING, quiet=True),
-    (_R, _CLOSING, Reroute, _SENT): Transition(_CLOSING, quiet=True),
-    (_R, _CLOSING, Refused, _SENT): Transition(_IDLE),
-    (_R, _CLOSING, Failed, _SENT): Transition(_IDLE),
-    (_R, _CLOSING, Closed, _SENT): Transition(_IDLE),
-    # TokenHistory, Begin, rows, ProgressRequest and a second Failed or Reroute cross our Failed; the Close that
+    (_R, _OPENING): ({Opened: _OPEN, Refused: _IDLE, Failed: _Q}, {Close: _CLOSING}),
+    (_R, _OPEN): ({Failed: _FAILED}, {TokenHistory: _OPEN, Begin: _BEGUN, Close: _CLOSING}),
+    (_R, _BEGUN): (
+        {Credit: _BEGUN, Progress: _BEGUN, Reroute: _BEGUN, Failed: _FAILED},
+        {Step: _BEGUN, ProgressRequest: _BEGUN, Close: _CLOSING},
+    ),
+    (_R, _FORWARDED): ({Credit: _FORWARDED, Failed: _IDLE}, {Step: _FORWARDED}),
+    # Rows that another task of the initiator sent late are delivered; no credit is due for them.
+    (_R, _CLOSING): (
+        {Opened: _Q, Credit: _Q, Progress: _Q, Reroute: _Q, Refused: _IDLE, Failed: _IDLE, Closed: _IDLE},
+        {Step: _CLOSING},
+    ),
+    # TokenHistory, Begin, rows, ProgressRequest and a second Failed or Reroute cross our Failed. The Close that
     # confirms it needs no answer.
-    (_R, _FAILED, TokenHistory, _RECEIVED): Transition(_FAILED, quiet=True),
-    (_R, _FAILED, Begin, _RECEIVED): Transition(_FAILED, quiet=True),
-    (_R, _FAILED, Step, _RECEIVED): Transition(_FAILED),
-    (_R, _FAILED, Credit, _SENT): Transition(_FAILED, quiet=True),
-    (_R, _FAILED, ProgressRequest, _RECEIVED): Transition(_FAILED, quiet=True),
-    (_R, _FAILED, Progress, _SENT): Transition(_FAILED, quiet=True),
-    (_R, _FAILED, Reroute, _SENT): Transition(_FAILED, quiet=True),
-    (_R, _FAILED, Failed, _SENT): Transition(_FAILED, quiet=True),
-    (_R, _FAILED, Close, _RECEIVED): Transition(_IDLE, quiet=True),
+    (_R, _FAILED): (
+        {Credit: _Q, Progress: _Q, Reroute: _Q, Failed: _Q},
+        {TokenHistory: _Q, Begin: _Q, Step: _FAILED, ProgressRequest: _Q, Close: Transition(_IDLE, quiet=True)},
+    ),
+}
+
+
+def _transition(state: SessionState, following: _Following) -> Transition:
+    if isinstance(following, Transition):
+        return following
+    return Transition(state, quiet=True) if following is None else Transition(following)
+
+
+SESSION_TABLE: Final[Mapping[tuple[Role, SessionState, MessageType, Direction], Transition]] = {
+    (role, state, message, direction): _transition(state, following)
+    for (role, state), events in _SESSIONS.items()
+    for direction, messages in zip(Direction, events, strict=True)
+    for message, following in messages.items()
 }

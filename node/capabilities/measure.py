@@ -7,22 +7,16 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final, Self
+from typing import Annotated, Final, Self
 
 import structlog
 
 from node.util.child_process import ChildError, python, run
 from protocol.canonical import Value
-from protocol.capabilities import (
-    MAX_ACCELERATORS,
-    MAX_BYTES_PER_S,
-    MIN_FIGURE,
-    Accelerator,
-    Throughput,
-)
+from protocol.capabilities import MAX_ACCELERATORS, Accelerator, BytesPerSecond, Throughput
 from protocol.errors import RemoteProtocolError
-from protocol.fields import Fields
-from protocol.schema import from_map, to_map
+from protocol.forms import Share
+from protocol.schema import Count, Form, from_map, to_map
 
 BENCHMARK: Final = python("-m", "node.engine.benchmark")
 
@@ -41,52 +35,33 @@ class MeasurementError(Exception):
     """The benchmark did not do its work. The message is one line."""
 
 
+def _gap(value: object, _what: str) -> str:
+    return str(value)[:MAX_GAP_CHARACTERS]
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Measurements:
     """What the benchmark found."""
 
     cpu: Throughput
-    cpu_share: float
-    """How much of the processor time that it wanted the benchmark got; with little, the CPU's figures are too low."""
-    accelerators: tuple[Accelerator, ...]
-    disk_read_bytes_per_s: float | None
-    gaps: tuple[str, ...] = ()
+    cpu_share: Share
+    """The benchmark's fraction of the processor time that it asked for; if low, the CPU's figures are too low."""
+    accelerators: Annotated[tuple[Accelerator, ...], Count(MAX_ACCELERATORS)]
+    disk_read_bytes_per_s: BytesPerSecond | None
+    gaps: Annotated[tuple[Annotated[str, Form(_gap)], ...], Count(MAX_GAPS)] = ()
     """What could not be measured, one line each."""
 
     def to_json(self) -> dict[str, Value]:
         """Return the document as the benchmark prints it."""
-        disk = self.disk_read_bytes_per_s
-        return {
-            "cpu": to_map(self.cpu),
-            "cpu_share": self.cpu_share,
-            "accelerators": [to_map(accelerator) for accelerator in self.accelerators],
-            **({} if disk is None else {"disk_read_bytes_per_s": disk}),
-            "gaps": list(self.gaps),
-        }
+        return to_map(self)
 
     @classmethod
     def parse(cls, document: bytes | str) -> Self:
         """Return the measurements in a document. Raises MeasurementError."""
         try:
-            fields = Fields(json.loads(document), "measurements")
-            measurements = cls(
-                cpu=from_map(Throughput, fields.take("cpu"), "cpu"),
-                cpu_share=fields.number("cpu_share", 0.0, 1.0),
-                accelerators=tuple(
-                    from_map(Accelerator, item, "accelerator")
-                    for item in fields.array("accelerators", MAX_ACCELERATORS)
-                ),
-                disk_read_bytes_per_s=(
-                    fields.number("disk_read_bytes_per_s", MIN_FIGURE, MAX_BYTES_PER_S)
-                    if "disk_read_bytes_per_s" in fields
-                    else None
-                ),
-                gaps=tuple(str(gap)[:MAX_GAP_CHARACTERS] for gap in fields.array("gaps", MAX_GAPS)),
-            )
-            fields.finish()
+            return from_map(cls, json.loads(document), "measurements")
         except (ValueError, RecursionError, RemoteProtocolError) as error:
             raise MeasurementError(f"the benchmark's answer makes no sense: {error}") from None
-        return measurements
 
 
 async def run_benchmark(

@@ -1,1 +1,1 @@
-"""The consensus in the daemon: epochs, gossip, what was missed, what is kept. It decides by selector.consensus."""
+"""The consensus in the daemon: turns of the epoch, gossip, anti-entropy, storage. `selector.consensus` decides."""

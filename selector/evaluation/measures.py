@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Final, Literal
 
 import numpy as np
+from sklearn.metrics import f1_score
 
 from selector.dataset import Dataset, DatasetError, FloatArray, IntArray
 from selector.effects import mean_regrets
@@ -118,10 +119,7 @@ class Outcomes:
 
 def macro_f1(truth: IntArray, predicted: IntArray) -> float:
     """Return the mean F1 score over every method that is best or chosen somewhere."""
-    count = int(max(truth.max(), predicted.max())) + 1
-    hit = np.bincount(truth[truth == predicted], minlength=count)
-    either = np.bincount(truth, minlength=count) + np.bincount(predicted, minlength=count)
-    return float(np.mean(2 * hit[either > 0] / either[either > 0]))
+    return float(f1_score(truth, predicted, average="macro", zero_division=0.0))
 
 
 def references(training: Dataset, default: str | None) -> tuple[FloatArray, FloatArray]:

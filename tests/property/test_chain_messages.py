@@ -68,7 +68,7 @@ def test_messages_survive_fragmentation(
 ) -> None:
     initiator, responder = ChainConnection(Role.INITIATOR), ChainConnection(Role.RESPONDER)
     replies: list[Message] = [*(StatePart(members=p.members, cells=p.cells) for p in state), StatePart(last=True)]
-    said: list[tuple[ChainConnection, ChainConnection, Message]] = [
+    exchange: list[tuple[ChainConnection, ChainConnection, Message]] = [
         (initiator, responder, ask),
         (responder, initiator, Records(envelopes=(b"x",), last=True)),
         (initiator, responder, have),
@@ -78,10 +78,10 @@ def test_messages_survive_fragmentation(
         (initiator, responder, ask),
         (responder, initiator, answer),
     ]
-    for speaker, hearer, message in said:
-        data = speaker.send(message)
-        heard = [m for start in range(0, len(data), size) for m in hearer.receive_data(data[start : start + size])]
-        assert heard == [message]
+    for sender, receiver, message in exchange:
+        data = sender.send(message)
+        pieces = [data[start : start + size] for start in range(0, len(data), size)]
+        assert [each for piece in pieces for each in receiver.receive_data(piece)] == [message]
 
 
 @given(st.lists(members, max_size=400), st.lists(cells, max_size=80), st.lists(peers, max_size=4))

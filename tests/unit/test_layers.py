@@ -25,6 +25,8 @@ def lint(folder: Path) -> subprocess.CompletedProcess[str]:
         ("node/stages/scheduler.py", "import node.coordinator.job", "Layers of the node"),
         ("node/network/interface.py", "import node.stages.scheduler", "Layers of the node"),
         ("protocol/limits.py", "import selector.task", "Layers of the whole"),
+        ("protocol/limits.py", "import protocol.codec", "protocol: the values"),
+        ("selector/task.py", "import protocol.canonical", "selector imports the value modules"),
         ("node/stages/span.py", "import libp2p", "Only node.network imports libp2p"),
         ("node/coordinator/job.py", "import torch", "Only node.engine imports torch"),
         ("node/app.py", "import node.testing.fake_engine", "no fake"),

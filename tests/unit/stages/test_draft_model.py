@@ -56,7 +56,7 @@ async def swarm_with(swarm: Swarm, draft: FakeEngine) -> Peer:
     return peer
 
 
-async def test_guesses_save_rounds_and_never_change_a_text(virtual_clock: MockClock) -> None:
+async def test_draft_tokens_save_rounds_without_changing_text(virtual_clock: MockClock) -> None:
     async with open_swarm() as swarm:
         peer = await swarm_with(swarm, draft_engine())
         plain = await peer.run(request(PROMPTS[0], 40, BASELINE))
@@ -67,7 +67,7 @@ async def test_guesses_save_rounds_and_never_change_a_text(virtual_clock: MockCl
         await all_free(swarm)
 
 
-async def test_it_guesses_for_many_at_a_time(virtual_clock: MockClock) -> None:
+async def test_draft_model_serves_concurrent_sessions(virtual_clock: MockClock) -> None:
     async with open_swarm() as swarm:
         peer = await swarm_with(swarm, draft_engine())
         results = await run_all(peer, [request(prompt, 24, GUESSED) for prompt in PROMPTS])
@@ -80,7 +80,7 @@ async def test_it_guesses_for_many_at_a_time(virtual_clock: MockClock) -> None:
         await all_free(swarm)
 
 
-async def test_nobody_waits_for_who_has_not_read_the_prompt(virtual_clock: MockClock) -> None:
+async def test_job_does_not_wait_while_draft_model_reads_prompt(virtual_clock: MockClock) -> None:
     draft = Mumbling(fake_span_info(BlockRange(0, BLOCKS), block_count=BLOCKS), step_s=0.001, row_s=1.0)
     async with open_swarm() as swarm:
         peer = await swarm_with(swarm, draft)
@@ -93,7 +93,7 @@ async def test_nobody_waits_for_who_has_not_read_the_prompt(virtual_clock: MockC
                 await trio.sleep(1)
 
 
-async def test_who_guesses_does_not_wait_for_others_to_read(virtual_clock: MockClock) -> None:
+async def test_drafting_does_not_wait_for_prefill_of_others(virtual_clock: MockClock) -> None:
     draft = Mumbling(fake_span_info(BlockRange(0, BLOCKS), block_count=BLOCKS), step_s=0.001, row_s=0.002)
     async with open_swarm() as swarm:
         peer = await swarm_with(swarm, draft)
@@ -108,7 +108,7 @@ async def test_who_guesses_does_not_wait_for_others_to_read(virtual_clock: MockC
         assert beside.timing.ttft_s < 5
 
 
-async def test_a_draft_model_that_hangs_is_not_waited_for(virtual_clock: MockClock) -> None:
+async def test_draft_timeout_when_draft_model_hangs(virtual_clock: MockClock) -> None:
     class Hanging(Mumbling):
         hangs = False
 
@@ -131,7 +131,7 @@ async def test_a_draft_model_that_hangs_is_not_waited_for(virtual_clock: MockClo
         assert trio.current_time() - hung_s < DRAFT_TIMEOUT_S + 3
 
 
-async def test_what_was_computed_for_a_guess_too_late_is_not_taken_for_the_text(virtual_clock: MockClock) -> None:
+async def test_late_draft_rows_are_not_taken_for_text(virtual_clock: MockClock) -> None:
     draft = Mumbling(draft_engine().info, step_s=0.3)
     async with open_swarm() as swarm:
         peer = await swarm_with(swarm, draft)
@@ -142,7 +142,7 @@ async def test_what_was_computed_for_a_guess_too_late_is_not_taken_for_the_text(
         await all_free(swarm)
 
 
-async def test_begin_and_hang_up_leaves_nothing_at_the_draft_model(virtual_clock: MockClock) -> None:
+async def test_cancelled_open_frees_draft_model_memory(virtual_clock: MockClock) -> None:
     engine = draft_engine()
     model = DraftModel(engine, REFERENCE)
     async with trio.open_nursery() as nursery:
@@ -163,7 +163,7 @@ async def cancel_at_next_step(scope: trio.CancelScope) -> None:
     scope.cancel()
 
 
-async def test_who_sends_rows_where_a_token_is_due_loses_nobody_elses_session(
+async def test_rows_while_drafts_are_pending_cost_only_their_session(
     virtual_clock: MockClock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A last stage that tells the first one two tokens at once, of which the second follows nothing."""
@@ -192,7 +192,7 @@ async def test_who_sends_rows_where_a_token_is_due_loses_nobody_elses_session(
         await all_free(swarm)
 
 
-async def test_what_is_cached_is_not_read_again(virtual_clock: MockClock) -> None:
+async def test_draft_model_uses_prefix_cache(virtual_clock: MockClock) -> None:
     draft = Mumbling(draft_engine().info, step_s=0.001, row_s=0.01)
     cached = method(speculation="draft-8", prefix_cache="on")
     async with open_swarm() as swarm:
@@ -205,7 +205,7 @@ async def test_what_is_cached_is_not_read_again(virtual_clock: MockClock) -> Non
 
 
 @pytest.mark.parametrize("token", [-1, 1000])
-def test_what_is_no_token_is_not_read(token: int) -> None:
+def test_draft_model_refuses_invalid_token(token: int) -> None:
     model = DraftModel(draft_engine(), REFERENCE)
     session = SessionId(JobId("00" * 16), 0)
     draft = Draft(session, model, held=0, positions=100, vocabulary_sizes=(1000, 1000))
@@ -216,7 +216,7 @@ def test_what_is_no_token_is_not_read(token: int) -> None:
     assert answers == [()]
 
 
-async def test_a_draft_model_without_room_costs_nothing_but_its_guesses(virtual_clock: MockClock) -> None:
+async def test_draft_model_without_kv_memory_costs_only_drafts(virtual_clock: MockClock) -> None:
     async with open_swarm() as swarm:
         peer = await swarm_with(swarm, draft_engine(kv_positions=16))
         result = await peer.run(request(PROMPTS[0], 24, GUESSED))
@@ -226,7 +226,7 @@ async def test_a_draft_model_without_room_costs_nothing_but_its_guesses(virtual_
 
 
 @pytest.mark.parametrize(("vocabulary_size", "some"), [(500, False), (4000, True)])
-async def test_tokens_that_only_one_of_the_models_has_cost_nothing_but_guesses(
+async def test_tokens_of_one_vocabulary_only_cost_only_drafts(
     virtual_clock: MockClock, vocabulary_size: int, some: bool
 ) -> None:
     class Wordy(FakeEngine):
@@ -252,7 +252,7 @@ async def test_tokens_that_only_one_of_the_models_has_cost_nothing_but_guesses(
         await all_free(swarm)
 
 
-async def test_jobs_go_on_when_the_draft_model_dies(virtual_clock: MockClock) -> None:
+async def test_jobs_go_on_when_draft_model_crashes(virtual_clock: MockClock) -> None:
     draft = draft_engine()
     async with open_swarm() as swarm:
         peer = await swarm_with(swarm, draft)
@@ -273,7 +273,7 @@ async def test_jobs_go_on_when_the_draft_model_dies(virtual_clock: MockClock) ->
         await all_free(swarm)
 
 
-async def test_where_there_is_no_draft_model_that_is_said(virtual_clock: MockClock) -> None:
+async def test_missing_draft_model_is_reported(virtual_clock: MockClock) -> None:
     async with open_swarm() as swarm:
         peer = await swarm_of_thirds(swarm)
         with pytest.raises(JobError, match=r"cannot be had .* no draft model \(--draft\)") as caught:
@@ -283,7 +283,7 @@ async def test_where_there_is_no_draft_model_that_is_said(virtual_clock: MockClo
 
 
 @pytest.mark.parametrize("latency_s", [0.001, 0.05])
-async def test_a_method_that_nobody_offers_is_no_default(virtual_clock: MockClock, latency_s: float) -> None:
+async def test_method_that_no_stage_offers_is_not_default(virtual_clock: MockClock, latency_s: float) -> None:
     chooser = LearnedChooser(PredictionCache(), random.Random(1), share=0.0)
     async with open_swarm(link=LinkModel(latency_s=latency_s)) as swarm:
         for span in THIRDS:
@@ -295,7 +295,7 @@ async def test_a_method_that_nobody_offers_is_no_default(virtual_clock: MockCloc
 
 
 @pytest.mark.parametrize("stage", [0, 1])
-async def test_who_takes_over_without_a_draft_model_goes_on_without_guesses(
+async def test_failover_to_stage_without_draft_model_goes_on_without_drafts(
     virtual_clock: MockClock, stage: int
 ) -> None:
     async with open_swarm() as swarm:

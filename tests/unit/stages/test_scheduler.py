@@ -54,7 +54,7 @@ def decoding(made: Scheduler[str], *sessions: int) -> None:
     made.next_batch(0)
 
 
-def test_one_at_a_time_goes_by_arrival() -> None:
+def test_unbatched_steps_go_by_arrival() -> None:
     made = scheduler(Batching.ONE, work(1, 300, at_s=1), work(2, at_s=0), work(1, 1, at_s=2, first=300))
     assert [numbers(made.next_batch(9)) for _ in range(4)] == [[2], [1], [1], []]
 
@@ -66,14 +66,14 @@ def test_rows_of_a_session_keep_their_order() -> None:
     assert [(each.part.position, each.rows) for each in second] == [(5, 5)]
 
 
-def test_those_who_decode_share_a_step() -> None:
+def test_continuous_batching_decodes_together() -> None:
     made = scheduler(Batching.CONTINUOUS, *(work(number) for number in range(8)))
     assert numbers(made.next_batch(0)) == list(range(8))
     assert made.next_batch(0) == []
     assert made.rows == 0
 
 
-def test_a_prompt_is_cut_to_what_those_who_decode_leave_of_the_budget() -> None:
+def test_chunked_prefill_fits_rest_of_row_budget() -> None:
     made = scheduler(Batching.CONTINUOUS)
     decoding(made, 1, 2, 3)
     made.add(work(9, 200))
@@ -97,18 +97,18 @@ def test_a_prompt_is_cut_to_what_those_who_decode_leave_of_the_budget() -> None:
     assert sum(each.payload_bytes for each in [*taken, rest]) == 800
 
 
-def test_a_prompt_alone_is_not_cut() -> None:
+def test_prefill_alone_is_not_chunked() -> None:
     made = scheduler(Batching.CONTINUOUS, work(1, 2000))
     assert [each.rows for each in made.next_batch(0)] == [2000]
 
 
-def test_short_prompts_are_computed_together_up_to_a_bound() -> None:
+def test_short_prefills_share_step_up_to_bound() -> None:
     made = scheduler(Batching.CONTINUOUS, *(work(number, 200) for number in range(9)))
     rows = sum(each.rows for each in made.next_batch(0))
     assert PREFILL_ROWS <= rows < PREFILL_ROWS + 200
 
 
-def test_a_newcomer_gets_on_however_many_decode() -> None:
+def test_prefill_is_not_starved_by_decoding() -> None:
     made = scheduler(Batching.CONTINUOUS, step_rows=64)
     decoding(made, *range(100))
     made.add(work(900, 500))
@@ -118,7 +118,7 @@ def test_a_newcomer_gets_on_however_many_decode() -> None:
     assert rows[session(900)] == MIN_PREFILL_ROWS
 
 
-def test_many_jobs_of_one_coordinator_do_not_keep_another_waiting() -> None:
+def test_prefill_is_fair_between_coordinators() -> None:
     made = scheduler(Batching.CONTINUOUS)
     decoding(made, 1)
     for number in range(10, 30):
@@ -130,7 +130,7 @@ def test_many_jobs_of_one_coordinator_do_not_keep_another_waiting() -> None:
     assert 99 in order[:4]
 
 
-def test_a_static_batch_takes_nobody_in_until_it_has_ended() -> None:
+def test_static_batch_admits_no_session_until_it_has_ended() -> None:
     made = scheduler(Batching.STATIC, work(1), work(2))
     assert numbers(made.next_batch(0)) == [1, 2]
     made.add(work(3, at_s=0.1))
@@ -143,7 +143,7 @@ def test_a_static_batch_takes_nobody_in_until_it_has_ended() -> None:
     assert numbers(made.next_batch(0.4)) == [3]
 
 
-def test_a_static_batch_that_is_stuck_elsewhere_does_not_hold_the_others_for_ever() -> None:
+def test_stuck_static_batch_times_out() -> None:
     made = scheduler(Batching.STATIC, work(1))
     made.next_batch(5)
     made.add(work(2, at_s=6))
@@ -151,7 +151,7 @@ def test_a_static_batch_that_is_stuck_elsewhere_does_not_hold_the_others_for_eve
     assert numbers(made.next_batch(5 + STATIC_PATIENCE_S)) == [2]
 
 
-def test_what_has_ended_is_forgotten() -> None:
+def test_removed_session_is_forgotten() -> None:
     made = scheduler(Batching.CONTINUOUS, work(1), work(2, 500))
     made.remove(session(1))
     made.remove(session(3))
@@ -190,7 +190,7 @@ def test_every_row_is_computed_once_and_in_order(
 # The policy
 
 
-def test_the_row_budget_follows_what_a_row_costs_and_not_too_fast() -> None:
+def test_row_budget_follows_row_cost_with_hysteresis() -> None:
     controller = PolicyController()
     slow_s = STALL_BOUND_S / 40  # 32 rows fit the bound, 64 do not
     assert controller.observe(100, 100 * slow_s, 0.0).step_rows == 128
@@ -205,7 +205,7 @@ def test_the_row_budget_follows_what_a_row_costs_and_not_too_fast() -> None:
 
 
 @pytest.mark.parametrize("batching", Batching)
-def test_what_the_operator_fixed_stays(batching: Batching) -> None:
+def test_policy_fixed_by_operator_stays(batching: Batching) -> None:
     controller = PolicyController(batching=batching, step_rows=256)
     for at_s in range(100):
         assert controller.observe(100, 100.0, at_s) == StagePolicy(batching, 256)

@@ -9,14 +9,14 @@ from trio.testing import MockClock
 from node.links.base_link import LinkBroken
 from protocol.tensors import tensor_from_tokens
 from tests.support.job_peers import open_swarm
-from tests.unit.stages.test_hostile_peers import a_slice, stranger_at
+from tests.support.raw_coordinator import a_slice, raw_coordinator_at
 
 
 async def test_session_lost_while_taking_over_another_frees_its_memory(virtual_clock: MockClock) -> None:
     """The coordinator leaves amid the step after which what the former session holds is its successor's."""
     async with open_swarm() as swarm:
         server = await swarm.join((0, 9), step_s=1.0, row_s=0.0)
-        coordinator = await stranger_at(swarm, server)
+        coordinator = await raw_coordinator_at(swarm, server)
         former = await coordinator.begin()
         tokens = tensor_from_tokens([1])
         await coordinator.send(a_slice(former, tokens), tokens)

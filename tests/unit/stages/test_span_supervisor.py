@@ -33,7 +33,7 @@ async def thirds_and_a_spare(swarm: Swarm) -> tuple[list[Peer], Peer]:
     return peers[:3], peers[3]
 
 
-async def test_a_hole_is_filled_by_one_that_can_be_spared_and_no_job_is_lost(virtual_clock: MockClock) -> None:
+async def test_uncovered_blocks_are_taken_by_spare_node_without_losing_job(virtual_clock: MockClock) -> None:
     async with open_swarm() as swarm:
         thirds, spare = await thirds_and_a_spare(swarm)
         coordinator = await swarm.join((0, 9), step_s=0.5)  # has all blocks, and is slow with them
@@ -58,7 +58,7 @@ async def test_a_hole_is_filled_by_one_that_can_be_spared_and_no_job_is_lost(vir
         assert [len(peer.engines) for peer in (*thirds[:2], spare)] == [1, 1, 2], "once it is filled, nobody moves"
 
 
-async def test_what_exact_methods_need_is_built_before_a_job_asks_for_it(virtual_clock: MockClock) -> None:
+async def test_exact_variants_are_built_in_advance(virtual_clock: MockClock) -> None:
     async with open_swarm() as swarm:
         peer = await swarm.join_where_needed(3)
         assert peer.engines[0].variants() == {REFERENCE}, "nobody waits for it"
@@ -66,7 +66,7 @@ async def test_what_exact_methods_need_is_built_before_a_job_asks_for_it(virtual
         assert peer.engines[0].variants() == {REFERENCE, Variant("fused", "fp32"), Variant("onnxruntime", "fp32")}
 
 
-async def test_what_is_retired_is_told_to_nobody_and_ends_its_sessions(virtual_clock: MockClock) -> None:
+async def test_withdrawn_span_is_not_announced_and_drains(virtual_clock: MockClock) -> None:
     async with open_swarm() as swarm:
         server, coordinator = await swarm.join((0, 9), step_s=0.1), await swarm.join()
         await swarm.settle()
@@ -97,7 +97,7 @@ async def test_what_is_retired_is_told_to_nobody_and_ends_its_sessions(virtual_c
         assert results == [right_tokens(300)]
 
 
-async def test_a_draft_model_comes_when_it_is_ready_and_again_when_it_died(virtual_clock: MockClock) -> None:
+async def test_draft_model_starts_in_background_and_restarts_after_crash(virtual_clock: MockClock) -> None:
     guessed = JobRequest(model="fake", prompt=PROMPT, max_tokens=40, method="speculation=draft-8")
     async with open_swarm() as swarm:
         peer = await swarm.join_where_needed(9, draft="numbers")
@@ -114,7 +114,7 @@ async def test_a_draft_model_comes_when_it_is_ready_and_again_when_it_died(virtu
             assert caught.value.retry_after_s
 
 
-async def test_a_draft_model_of_another_tokenizer_is_refused_at_the_start(virtual_clock: MockClock) -> None:
+async def test_draft_model_with_other_tokenizer_is_refused(virtual_clock: MockClock) -> None:
     with pytest.RaisesGroup(
         pytest.RaisesExc(StartError, match="cannot be used with fake: tokenizers differ"), flatten_subgroups=True
     ):
@@ -135,7 +135,7 @@ class FailsToMove(FakeLibrary):
         return await super().weights(manifest, blocks, **options)
 
 
-async def test_a_move_that_fails_leaves_what_was_served(virtual_clock: MockClock) -> None:
+async def test_failed_move_keeps_old_blocks(virtual_clock: MockClock) -> None:
     async with open_swarm() as swarm:
         library = FailsToMove()
         thirds = [await swarm.join_where_needed(3) for _ in range(3)]
@@ -158,7 +158,7 @@ class HalfPrecision(FakeLibrary):
         return replace(await super().manifest(text, **options), config={"dtype": "bfloat16"})
 
 
-async def test_a_node_takes_as_many_blocks_as_fit_once_they_are_loaded(virtual_clock: MockClock) -> None:
+async def test_node_takes_as_many_blocks_as_fit_when_loaded(virtual_clock: MockClock) -> None:
     async with open_swarm() as swarm:
         peer = await swarm.join_where_needed(6, HalfPrecision())  # of 8 files' room the ends take 4, and a block 2 each
         assert [len(span.blocks) for span in peer.stages.served_spans()] == [2]
