@@ -32,7 +32,7 @@ from benchmarks.common import demo_package, describe_machine, whole_model
 from benchmarks.learning import judge
 from benchmarks.link import LinkShape
 from benchmarks.wan import distant_daemons
-from node.cli.bench import WORKLOADS, Standing, describe, keep, read_kept, short, standings
+from node.cli.bench import WORKLOADS, MethodResult, describe, keep, ranked, read_kept, short
 from node.config import NodeReady
 from node.demo import split_evenly
 from node.evaluation.paired_stats import Speedup, speedup_of
@@ -176,9 +176,9 @@ def unlike(methods: Sequence[Method], workload: Workload, setting: Setting) -> l
     return [method.name for method in found.values() if method != BASELINE]
 
 
-def had(cell: Mapping[str, Any], bound: str) -> list[Standing]:
+def had(cell: Mapping[str, Any], bound: str) -> list[MethodResult]:
     """Return the methods within a bound that could be had, the fastest first."""
-    return [each for each in standings(cell) if each.speedup and (bound == "any" or parse_method(each.method).exact)]
+    return [each for each in ranked(cell) if each.speedup and (bound == "any" or parse_method(each.method).exact)]
 
 
 def finalists(heat: Mapping[str, Any]) -> list[str]:
@@ -187,13 +187,13 @@ def finalists(heat: Mapping[str, Any]) -> list[str]:
     return sorted(found - {BASELINE.name})
 
 
-def lead(cell: Mapping[str, Any], bound: str) -> tuple[Standing, Standing, Speedup]:
+def lead(cell: Mapping[str, Any], bound: str) -> tuple[MethodResult, MethodResult, Speedup]:
     """Return who is first within a bound, who is second, and by how much the first is ahead."""
     first, second, *_ = had(cell, bound)
     return first, second, _ahead(cell, first, second)
 
 
-def _ahead(cell: Mapping[str, Any], first: Standing, second: Standing) -> Speedup:
+def _ahead(cell: Mapping[str, Any], first: MethodResult, second: MethodResult) -> Speedup:
     counts = "latency" if cell["cell"]["workload"]["concurrency"] == 1 else "throughput"
     pairs = zip(*(each.figures["log_ratios"][counts] for each in (first, second)), strict=True)
     return speedup_of([one - other for one, other in pairs])

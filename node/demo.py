@@ -1,4 +1,4 @@
-"""A small swarm on this machine: real daemons, each in a process and a data directory of its own."""
+"""Starts and stops a swarm of daemons on this machine, each with a data directory of its own."""
 
 import os
 import signal
@@ -20,17 +20,17 @@ from node.util.child_process import Child, child_environment, python, start
 from protocol.identity import BlockRange
 
 COMMAND: Final = python("-m", "node", "node")
-"""A daemon with this very interpreter."""
+"""Runs a daemon with this interpreter."""
 START_TIMEOUT_S: Final = 180.0
 STOP_TIMEOUT_S: Final = 20.0
-"""How long a daemon may take to leave before it is killed."""
+"""Longest wait for a daemon to exit before it is killed."""
 LOG_LINES: Final = 15
-"""Of a dead daemon's log, the last lines that are shown."""
+"""Lines of a dead daemon's log that are shown."""
 MAX_READY_BYTES: Final = 64 << 10
 
 
 class DaemonDiedError(StartError):
-    """A daemon of the local swarm ended by itself; `log_lines` are its last words."""
+    """A daemon of the local swarm exited; `log_lines` are the last of its log."""
 
     def __init__(self, message: str, log_lines: list[str]) -> None:
         super().__init__(message)
@@ -47,7 +47,7 @@ class LocalPeer:
 
 
 def split_evenly(block_count: int, parts: int) -> list[BlockRange]:
-    """Return `parts` ranges that together are all blocks; none is more than one block longer than another."""
+    """Return `parts` ranges that cover all blocks, equal up to one block."""
     if not 1 <= parts <= block_count:
         raise ConfigError(f"a model of {block_count} blocks can be split over 1 to {block_count} peers, not {parts}")
     bounds = [block_count * part // parts for part in range(parts + 1)]
@@ -58,32 +58,34 @@ def split_evenly(block_count: int, parts: int) -> list[BlockRange]:
 async def local_swarm(
     model: str, block_count: int, peers: int, cache_dir: Path, progress: Callable[[str, int, int], None]
 ) -> AsyncIterator[list[LocalPeer]]:
-    """Run a swarm inside the block, begun once every daemon has loaded its blocks; leave nothing behind.
+    """Run a swarm inside the block, which begins once every daemon has loaded its blocks.
 
-    All start at the same time: the first one's address is settled beforehand, and the others dial it until it is
-    there. Raises DaemonDiedError when a daemon ends by itself, whenever that is; the block is cancelled then.
+    All start at the same time: the first one's address is chosen beforehand, and the others dial it until it answers.
+    When a daemon exits early, the block is cancelled and DaemonDiedError raised.
     """
     spans = split_evenly(block_count, peers)
-    # Each would take what a node takes that has the machine to itself.
+    # By default each would take the share of a node that has the machine to itself.
     memory_bytes = int(psutil.virtual_memory().available * MEMORY_SHARE) // peers
     causes: list[BaseException] = []
     daemons: list[_Daemon] = []
     with TemporaryDirectory(prefix="metaswarm-demo-", ignore_cleanup_errors=True) as folder:
         try:
             async with trio.open_nursery() as nursery:
-                await nursery.start(_heed_signals, causes, nursery.cancel_scope)
+                await nursery.start(_on_signals, causes, nursery.cancel_scope)
                 for daemon in _plan(Path(folder), model, spans):
                     daemons.append(daemon)
                     await daemon.start(cache_dir, max(1, (os.cpu_count() or 1) // peers), memory_bytes)
                     nursery.start_soon(_watch, daemon, causes, nursery.cancel_scope)
                 progress("start peers", 0, peers)
                 running: list[LocalPeer] = []
-                with trio.move_on_after(START_TIMEOUT_S) as patience:
+                with trio.move_on_after(START_TIMEOUT_S) as timeout:
                     for daemon in daemons:
                         running.append(await daemon.wait_ready())
                         progress("start peers", len(running), peers)
-                if patience.cancelled_caught:
-                    raise StartError(f"the peers were not ready within {START_TIMEOUT_S:.0f} seconds")
+                if timeout.cancelled_caught:
+                    raise StartError(
+                        f"the peers were not ready within {START_TIMEOUT_S:.0f} seconds; use fewer --nodes"
+                    )
                 yield running
                 nursery.cancel_scope.cancel()
         finally:
@@ -105,7 +107,7 @@ class _Daemon:
         self._arguments = arguments
 
     async def start(self, cache_dir: Path, threads: int, memory_bytes: int) -> None:
-        # What configures the user's own node is not for these.
+        # The settings of the user's own node do not apply here.
         inherited = {key: value for key, value in os.environ.items() if not key.startswith(ENVIRONMENT_PREFIX)}
         environment = child_environment({f"{ENVIRONMENT_PREFIX}CACHE_DIR": str(cache_dir)}, base=inherited)
         command = [*COMMAND, "--json", "--no-catalogue", "--no-mdns", "--data-dir", str(self._data_dir)]
@@ -115,13 +117,13 @@ class _Daemon:
             self.child = await start(command, what=self.name, environment=environment, stdout=True, log=log)
 
     async def wait_ready(self) -> LocalPeer:
-        """Return what the daemon says of itself in its only line of output; wait for ever if it ends before."""
+        """Return the peer once the daemon prints `node.json`; wait forever if it exits before."""
         assert self.child is not None
         output = bytearray()
         while b"\n" not in output and len(output) < MAX_READY_BYTES:
             chunk = await self.child.stdout.receive_some()
             if not chunk:
-                await trio.sleep_forever()  # whoever watches the process knows more
+                await trio.sleep_forever()  # `_watch` reports the exit
             output += chunk
         return LocalPeer(ready=NodeReady.parse(output.decode()), blocks=self.blocks, data_dir=self._data_dir)
 
@@ -152,13 +154,13 @@ def _free_port() -> int:
         return port
 
 
-async def _heed_signals(
+async def _on_signals(
     causes: list[BaseException],
     scope: trio.CancelScope,
     *,
     task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
 ) -> None:
-    """Let SIGTERM and SIGHUP end the swarm as Ctrl-C does, which would otherwise outlive us."""
+    """End the swarm on SIGTERM and SIGHUP, as on Ctrl-C; it would outlive this process otherwise."""
     with trio.open_signal_receiver(signal.SIGTERM, signal.SIGHUP) as signals:
         task_status.started()
         async for _ in signals:
@@ -169,13 +171,13 @@ async def _heed_signals(
 async def _watch(daemon: _Daemon, causes: list[BaseException], scope: trio.CancelScope) -> None:
     assert daemon.child is not None
     code = await daemon.child.process.wait()
-    message = f"{daemon.name}, blocks {daemon.blocks}, ended with exit code {code}"
+    message = f"{daemon.name}, blocks {daemon.blocks}, exited with code {code}"
     causes.append(DaemonDiedError(message, daemon.last_log_lines()))
     scope.cancel()
 
 
 async def _stop(daemons: list[_Daemon]) -> None:
-    """Ask the daemons to leave, wait for them, and kill those that stay."""
+    """Terminate the daemons, wait for them, and kill the rest."""
     children = [daemon.child for daemon in daemons if daemon.child is not None]
     for child in children:
         if child.process.poll() is None:

@@ -1,4 +1,4 @@
-"""How another node joins: the commands that are printed, and what a second node on this machine must not share."""
+"""Commands with which other nodes join, and conflicts with a node on the same machine."""
 
 import errno
 import os
@@ -18,18 +18,18 @@ PORTS_TRIED: Final = 200
 
 
 def best_address(multiaddrs: tuple[str, ...]) -> str | None:
-    """Return the multiaddr by which another machine most likely reaches a node; None if there is none."""
+    """Return the multiaddr that other machines can most likely dial; None without any."""
     return min(multiaddrs, key=is_loopback_address, default=None)
 
 
 def is_loopback_address(multiaddr: str) -> bool:
-    """Return whether a multiaddr names a host that only its own machine can dial."""
+    """Return whether only the same machine can dial a multiaddr."""
     parts = multiaddr.split("/")
     return len(parts) > 2 and is_loopback(parts[2])
 
 
 def join_here(config: NodeConfig, ready: NodeReady) -> list[str]:
-    """Return the command with which another node of this machine joins, with a data directory and free ports."""
+    """Return the command that joins from this machine, with a free data directory and free ports."""
     address = max(ready.multiaddrs, key=is_loopback_address)
     command = [_program(), "node", "--bootstrap", address]
     for model in config.serve or (DEMO_MODEL,):
@@ -43,7 +43,7 @@ def join_here(config: NodeConfig, ready: NodeReady) -> list[str]:
 
 
 def join_elsewhere(config: NodeConfig, ready: NodeReady) -> list[str] | None:
-    """Return the command with which a node of another machine joins; None where none can reach this one."""
+    """Return the command that joins from another machine; None if this node is not reachable."""
     address = best_address(ready.multiaddrs)
     if address is None or is_loopback_address(address):
         return None
@@ -56,7 +56,7 @@ def join_elsewhere(config: NodeConfig, ready: NodeReady) -> list[str] | None:
 
 
 def second_node(config: NodeConfig) -> list[str]:
-    """Return the options that a second node on this machine needs: a data directory and ports that are free."""
+    """Return options with a free data directory and free ports for a second node on this machine."""
     _, family, host, _, port = config.listen[0].split("/")
     taken = {int(address.split("/")[4]) for address in config.listen} | {config.api_port}
     listen = _free_port(host, int(port) or 4000, taken)
@@ -70,19 +70,19 @@ def second_node(config: NodeConfig) -> list[str]:
 
 
 def conflicts(config: NodeConfig) -> list[str]:
-    """Return which ports that the node is to listen on are taken, a line each."""
+    """Return a line for each port of the configuration that is in use."""
     wanted = [(parts[2], int(parts[4]), "--listen") for parts in (address.split("/") for address in config.listen)]
     wanted.append((config.api_host, config.api_port, "--api"))
     return [f"port {port} on {host} is taken ({flag})" for host, port, flag in wanted if port and _is_taken(host, port)]
 
 
 def _shared(config: NodeConfig) -> list[str]:
-    """Return the options that have to be the same at every peer."""
+    """Return the options that must be equal at all peers."""
     return [] if config.epoch_s == EPOCH_S else ["--epoch", f"{config.epoch_s:.0f}"]
 
 
 def _program() -> str:
-    """Return what starts this program from any folder: its name where the shell finds it, else its path."""
+    """Return the command that starts this program: its name if it is on PATH, else its path."""
     program = Path(sys.argv[0]).absolute()
     found = shutil.which("metaswarm")
     if found is None and program.name == "metaswarm" and os.access(program, os.X_OK):
@@ -95,7 +95,7 @@ def _is_same(found: str, program: Path) -> bool:
 
 
 def _name_for_others(name: str, cache_dir: Path) -> str:
-    """Return a model's name where everybody knows it by that, else its id: local names mean nothing elsewhere."""
+    """Return a catalogue name as it is, and the id for a local name."""
     if name in CATALOGUE:
         return name
     try:
@@ -110,7 +110,7 @@ def _free_data_dir(data_dir: Path) -> Path:
 
 
 def _free_port(host: str, after: int, taken: set[int]) -> int:
-    """Return a port above another that nobody listens on now; 0, which takes any, where none is found soon."""
+    """Return a free port above another; 0, for any, if none is found nearby."""
     above = (port for port in range(after + 1, min(after + PORTS_TRIED, 65536)) if port not in taken)
     return next((port for port in above if not _is_taken(host, port)), 0)
 

@@ -1,4 +1,4 @@
-"""The node as its API shows it: the answers of `/swarm/…`, put together from what the rooms know."""
+"""The documents of `/swarm/…`, from the parts of a node."""
 
 import time
 from collections.abc import Mapping, Sequence
@@ -51,11 +51,11 @@ class StatusView:
         self._started_s = time.monotonic()
 
     async def bench(self, spec: TrialSpec) -> Trial:
-        """Measure methods against the baseline; see `NodeView`."""
+        """Measure methods against the baseline; see NodeView."""
         return await self._parts.client.trials.run(spec)
 
     async def status(self) -> NodeStatus:
-        """Return what this node is and does."""
+        """Return the status of this node."""
         jobs = self.submitter.statistics()
         transfers, selection = self._library.transfers(), self._parts.selection
         return {
@@ -98,7 +98,7 @@ class StatusView:
         }
 
     def _gaps(self, model: ModelId) -> list[GapDocument]:
-        """Return which blocks of a model nobody serves, and what would serve them."""
+        """Return the blocks of a model that no peer serves, and how to serve them."""
         manifest = self._library.local_manifest(model)
         status = self._model(model)
         return [
@@ -168,24 +168,24 @@ class StatusView:
         now_s = trio.current_time()
         connected = set(self._network.connected_peers())
         directory = self._membership.directory
-        # Who left for good has closed its connections; until then it ends the work that it has.
+        # Draining peers end their work; once gone, they have closed their connections.
         leaving = {p.peer: p for p in directory.draining() if p.peer in connected}
-        heard = leaving | {p.peer: p for p in directory.entries() if p.peer != self._network.peer_id}
+        entries = leaving | {p.peer: p for p in directory.entries() if p.peer != self._network.peer_id}
         reached = {each.peer for each in directory.reached()} | connected
         bans, sessions, jobs = self._bans(), self._stages.peer_statistics(), self.submitter.peer_records()
         peers: list[PeerStatus] = []
-        for peer in sorted({*heard, *connected, *bans, *sessions, *jobs} - {self._network.peer_id}):
-            presence = heard.get(peer)
+        for peer in sorted({*entries, *connected, *bans, *sessions, *jobs} - {self._network.peer_id}):
+            entry = entries.get(peer)
             peers.append(
                 {
                     "peer_id": peer,
-                    "addresses": list(presence.multiaddrs if presence else self._network.addresses_of(peer)),
-                    "agent": presence.agent if presence else "",
+                    "addresses": list(entry.multiaddrs if entry else self._network.addresses_of(peer)),
+                    "agent": entry.agent if entry else "",
                     "connected": peer in connected,
                     "reached": peer in reached,
                     "leaving": peer in leaving,
                     "rtt_s": self._membership.round_trip_s(peer),
-                    "last_seen_s": round(now_s - presence.last_heard_s, 3) if presence else None,
+                    "last_seen_s": round(now_s - entry.last_heard_s, 3) if entry else None,
                     "spans": [
                         SpanSummary(
                             model=span.model,
@@ -193,7 +193,7 @@ class StatusView:
                             start=span.blocks.start,
                             end=span.blocks.end,
                         )
-                        for span in (presence.spans if presence else ())
+                        for span in (entry.spans if entry else ())
                     ],
                     "banned": bans.get(peer),
                     "sessions": _sessions(sessions[peer]) if peer in sessions else None,
@@ -203,19 +203,19 @@ class StatusView:
         return peers
 
     def models(self) -> list[ModelDocument]:
-        """Return the models that somebody serves or that are at hand here."""
+        """Return the models that peers serve or that are in the local cache."""
         served = self._membership.directory.models()
         return [self._model(model) for model in sorted({*served, *self._library.local_models()})]
 
     async def explain(self, request: JobRequest, overrides: Mapping[str, Any]) -> Explanation:
-        """Ask the stages what a job would be served with; see NodeView."""
+        """Collect the votes on a job; see NodeView."""
         considered = await self.submitter.consider(request, overrides)
         return explain(considered, self._parts.selection.chooser, self._parts.selection.learner.status)
 
     def _model(self, model: ModelId) -> ModelDocument:
         spans = [candidate.stage.blocks for candidate in self._membership.directory.candidates(model)]
         manifest = self._library.local_manifest(model)
-        # Where the manifest is not at hand yet, the blocks that are served are all that is known.
+        # Without the manifest only the served blocks are known.
         block_count = manifest.block_count if manifest else max((span.end for span in spans), default=0)
         coverage = [sum(block in span for span in spans) for block in range(block_count)]
         missing = uncovered(block_count, spans)

@@ -1,4 +1,4 @@
-"""The HTTP application: which page answers what."""
+"""The HTTP application: its routes and error handlers."""
 
 import time
 from typing import Any
@@ -21,7 +21,7 @@ from node.coordinator.submission import JobError
 
 
 def make_app(node: NodeView, api_key: str | None) -> ASGIApp:
-    """Return the ASGI application of a node. With an API key, every page but `/health` asks for it."""
+    """Return the ASGI application of a node. With an API key, every page but `/health` requires it."""
     created_s = int(time.time())
 
     def list_models() -> list[dict[str, Any]]:
@@ -102,5 +102,5 @@ async def _on_http_exception(request: Request, error: HTTPException) -> JSONResp
 
 
 async def _on_defect(_: Request, __: Exception) -> JSONResponse:
-    # The server logs the exception; what it says is not for strangers.
-    return ApiError(500, "the node made an error; its log tells more").response()
+    # The server logs the exception; clients must not see it.
+    return ApiError(500, "internal error: see the log of the node").response()

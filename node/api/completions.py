@@ -1,7 +1,6 @@
 """`POST /v1/chat/completions` and `POST /v1/completions`: a request becomes a job, its events the answer.
 
-The job lives exactly as long as somebody waits for it: when the client goes away, the `submit` block is left at once
-and the job is cancelled on every stage.
+When the client disconnects, the `submit` block is left at once and the job is cancelled on every stage.
 """
 
 import json
@@ -19,21 +18,21 @@ from node.api.requests import CompletionRequest
 from node.coordinator.submission import JobError, JobResult, JobStarted, Submitter, TextDelta
 
 UNACCEPTED_S: Final = 9.0
-"""How long the first comment waits for the job's route to open: until then an error may still be a status."""
+"""Longest wait of the first keep-alive for the job's route to open: until then an error can still be a status."""
 
 KEEP_ALIVE_S: Final = 5.0
-"""After so long without an event a stream carries a comment: proxies and clients give up on one that is silent."""
+"""Pause without an event after which a keep-alive comment is sent: proxies and clients time out on silence."""
 
 
 class CompletionEndpoint:
-    """An ASGI application that answers one kind of completion request."""
+    """The ASGI application of one kind of completion request."""
 
     def __init__(self, submitter: Submitter, parse: Callable[[bytes], CompletionRequest]) -> None:
         self._submitter = submitter
         self._parse = parse
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer one request. Raises ApiError before anything was sent."""
+        """Answer one request. Raises ApiError before the response starts."""
         request = self._parse(await Request(scope, receive).body())
         answer = self._stream if request.stream else self._answer_whole
         error: JobError | None = None
@@ -79,7 +78,7 @@ class CompletionEndpoint:
         return None
 
     async def _send_events(self, request: CompletionRequest, stream: "EventStream") -> None:
-        """Run the job and send its events. The first chunk waits for the first token: so long an error is a status."""
+        """Run the job and send its events. The first chunk waits for the first token; errors before it are a status."""
         async with self._submitter.submit(request.job) as events:
             stream.accepted.set()
             async for event in events:
@@ -98,7 +97,7 @@ class CompletionEndpoint:
 
 
 class EventStream:
-    """Server-sent events; the status line goes out with the first one, or with the first comment."""
+    """Server-sent events; the status line is sent with the first event or keep-alive."""
 
     def __init__(self, send: Send) -> None:
         self._send = send
@@ -107,10 +106,10 @@ class EventStream:
         self._keeping_alive = trio.CancelScope()
         self.started = False
         self.accepted = trio.Event()
-        """The job has a route, so that it is no longer refused."""
+        """Set once the job has a route."""
 
     async def keep_alive(self) -> None:
-        """Send a comment whenever nothing else was sent for a while, until `end_keep_alive`."""
+        """Send keep-alive comments while the stream is idle, until `end_keep_alive`."""
         with self._keeping_alive:
             await trio.sleep_until(self._sent_s + KEEP_ALIVE_S)
             with trio.move_on_at(self._sent_s + UNACCEPTED_S):
@@ -122,12 +121,12 @@ class EventStream:
                         await self._send_body(b": waiting\n\n")
 
     async def end_keep_alive(self) -> None:
-        """Send no further comment; whether the stream has started is certain from now on."""
+        """Stop keep-alives; `started` does not change from now on."""
         async with self._sending:
             self._keeping_alive.cancel()
 
     async def send(self, *events: dict[str, Any] | str) -> None:
-        """Send events, each a JSON document or a text."""
+        """Send events: JSON documents or texts."""
         lines = (event if isinstance(event, str) else json.dumps(event, ensure_ascii=False) for event in events)
         async with self._sending:
             await self._send_body("".join(f"data: {line}\n\n" for line in lines).encode())
@@ -150,7 +149,7 @@ class EventStream:
 
 
 async def cancel_on_disconnect(receive: Receive, cancel_scope: trio.CancelScope) -> None:
-    """Cancel the scope as soon as the client has gone away."""
+    """Cancel the scope when the client disconnects."""
     while (await receive())["type"] != "http.disconnect":
         pass
     cancel_scope.cancel()

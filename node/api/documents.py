@@ -1,4 +1,4 @@
-"""What a job's answer looks like in the OpenAI API: whole, or chunk by chunk. Values in, JSON documents out."""
+"""Answers of jobs as JSON documents of the OpenAI API: whole, or in chunks."""
 
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -7,7 +7,7 @@ from node.coordinator.submission import JobResult, JobStarted
 
 
 def describe_job(result: JobResult) -> dict[str, Any]:
-    """Return the field `metaswarm` of an answer: how the swarm did the job. Times in seconds."""
+    """Return the field `metaswarm` of an answer: how the swarm ran the job. Times in seconds."""
     return {
         "job_id": result.job_id,
         "route": [
@@ -20,23 +20,9 @@ def describe_job(result: JobResult) -> dict[str, Any]:
             }
             for stage in result.route
         ],
-        "method": {
-            "name": result.method.name,
-            "switches": result.method.switches,
-            "stage_policy": result.method.stage_policy,
-        },
-        "consensus": {
-            "votes": [{"peer": vote.peer, "scores": vote.scores} for vote in result.consensus.votes],
-            "agreed": result.consensus.agreed,
-            "epoch": result.consensus.epoch,
-            "table_digest": result.consensus.table_digest,
-            "weighed": result.consensus.weighed,
-        },
-        "timing": {
-            "ttft_s": result.timing.ttft_s,
-            "tpot_s": result.timing.tpot_s,
-            "total_s": result.timing.total_s,
-        },
+        "method": asdict(result.method),
+        "consensus": asdict(result.consensus),
+        "timing": asdict(result.timing),
         "selection": None if result.selection is None else asdict(result.selection),
         "replays": result.replays,
         "token_ids": list(result.token_ids),
@@ -57,7 +43,7 @@ def describe_usage(result: JobResult) -> dict[str, Any]:
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """The answer to one job that has started, as chat completion or as text completion."""
+    """The answer to a started job, as chat completion or text completion."""
 
     started: JobStarted
     chat: bool

@@ -23,11 +23,11 @@ _RETRY_AFTER_S = {
     JobErrorCode.MEASURING: 10.0,
     JobErrorCode.LEAVING: 10.0,
 }
-"""When to try again where the error itself does not say."""
+"""Default of Retry-After."""
 
 
 class ApiError(Exception):
-    """A request ends with this status and this one line. `param` names the field of the request that is wrong."""
+    """An error answer: status and one line. `param`: the field of the request at fault."""
 
     def __init__(
         self,
@@ -47,7 +47,7 @@ class ApiError(Exception):
 
     @classmethod
     def from_job_error(cls, error: JobError) -> "ApiError":
-        """Return what a job's error is to a client of the HTTP API."""
+        """Return the ApiError for a job's error."""
         status = _JOB_ERROR_STATUS[error.code]
         headers = None
         if status == 503:

@@ -1,4 +1,4 @@
-"""Why a method was chosen, what was expected of it, and how such choices turned out: the documents of the API."""
+"""Documents of method selection: state of learning, explanation of a choice, and past choices."""
 
 import math
 import statistics
@@ -20,11 +20,11 @@ from node.selection.chooser import LearnedChoice, LearnedChooser
 from node.selection.learner import ModelStatus
 
 RECENT: Final = 20
-"""Past choices that are told one by one."""
+"""Past choices that are listed."""
 
 
 def selection_status(chooser: LearnedChooser, model: ModelStatus | None) -> SelectionStatus:
-    """Return how a node learns."""
+    """Return the state of learning."""
     allowance, sample_count = chooser.allowance, chooser.predictions.sample_count
     return {
         "basis": "model" if sample_count else "rule",
@@ -42,7 +42,7 @@ def selection_status(chooser: LearnedChooser, model: ModelStatus | None) -> Sele
 
 
 def explain(considered: Considered, chooser: LearnedChooser, model: ModelStatus | None) -> Explanation:
-    """Return what a task would be served with, and why. The choice is one of this chooser."""
+    """Return which method a task would be served with, and why. The choice is of this chooser."""
     choice = considered.choice
     if not isinstance(choice, LearnedChoice):
         raise TypeError("a choice of another chooser")
@@ -75,7 +75,7 @@ def explain(considered: Considered, chooser: LearnedChooser, model: ModelStatus 
 
 
 def past_decisions(decisions: Collection[tuple[JobOutcome, Selection]]) -> PastDecisions:
-    """Return how choices turned out."""
+    """Return past choices and their outcome."""
     recent: list[PastDecision] = [
         {
             "job_id": outcome.job_id,

@@ -1,8 +1,8 @@
-"""In front of the HTTP application: who may ask, and how much. Whoever is turned away is still heard to the end.
+"""Access control in front of the HTTP application: API key, origin, content type, and size of bodies.
 
-hypercorn's reader hands on a request part by part and waits for the application to take each; for an application
-that answers without taking them all it would wait for ever, and the connection with it. So the whole body is read
-here, within bounds, before the application sees the request.
+hypercorn's reader passes a request on part by part and waits until the application takes each; if an application
+answers without taking them all, it blocks forever, and the connection with it. So the whole body is read here, within
+limits, before the application sees the request, and also before a refusal.
 """
 
 import hmac
@@ -21,10 +21,10 @@ from node.config import is_loopback
 MAX_BODY_BYTES: Final = 8 << 20
 BODY_TIMEOUT_S: Final = 30.0
 DISCARD_TIMEOUT_S: Final = 5.0
-"""How long an answer waits for the end of a body that nobody will read: most clients listen only after it."""
+"""Longest wait of a refusal for the end of the body: most clients read the answer only after sending it."""
 
 PUBLIC: Final = frozenset({"/health"})
-"""Pages that anybody may read, without a key and from any web page."""
+"""Public pages: no key, any origin."""
 
 _FOREIGN_SITES: Final = frozenset({"cross-site", "same-site"})
 _HEADER_NAMES: Final = re.compile(r"[A-Za-z0-9!#$%&'*+.^_`|~-]{1,64}( ?, ?[A-Za-z0-9!#$%&'*+.^_`|~-]{1,64}){0,63}")
@@ -32,11 +32,10 @@ _PREFLIGHT_AGE_S: Final = 600
 
 
 class Guard:
-    """An ASGI application that passes on to another what may pass.
+    """ASGI middleware that refuses requests without access.
 
-    A node without an API key trusts its own machine, but not every web page that is open in a browser there: such a
-    page's requests carry a foreign Origin, or a foreign Host where the page's own name was pointed to this machine, or
-    say that they come from another site.
+    A node without an API key trusts its own machine, but not the web pages open in a browser there: their requests
+    carry a foreign Origin, a foreign Host (DNS rebinding), or a foreign Sec-Fetch-Site.
     """
 
     def __init__(self, app: ASGIApp, api_key: str | None) -> None:
@@ -59,7 +58,7 @@ class Guard:
                 _check_form(scope["method"], scope["path"], headers)
             body = await _read_body(receive)
         except ApiError as error:
-            await _turn_away(error, scope, receive, send)
+            await _refuse(error, scope, receive, send)
         else:
             if preflight is not None:
                 await preflight(scope, receive, send)
@@ -74,21 +73,21 @@ class Guard:
             if scheme.lower() != "bearer" or not hmac.compare_digest(key.strip().encode(), self._api_key.encode()):
                 raise ApiError(
                     401,
-                    "this node asks for its API key: send the header `Authorization: Bearer KEY`",
+                    "API key missing or wrong: send the header `Authorization: Bearer KEY`",
                     code="invalid_api_key",
                     headers={"WWW-Authenticate": "Bearer"},
                 )
             return
         host, origin, site = (headers.get(name) for name in ("host", "origin", "sec-fetch-site"))
         if (host and not _is_local(f"//{host}")) or (origin and not _is_local(origin)):
-            raise ApiError(403, "a node without an API key answers its own machine only", code="foreign_origin")
+            raise ApiError(403, "a node without an API key serves its own machine only", code="foreign_origin")
         if not origin and site in _FOREIGN_SITES:
-            message = "a node without an API key answers no web page of another site; open this page by its address"
+            message = "a node without an API key serves no pages of other sites; open this page by its address"
             raise ApiError(403, message, code="foreign_origin")
 
 
 def _check_form(method: str, path: str, headers: Headers) -> None:
-    """Refuse what a browser sends for any page without asking first, as forms do; other clients may omit the type."""
+    """Refuse cross-site requests that need no preflight, such as forms; other clients may omit the content type."""
     is_strict = path.startswith("/swarm/") or "origin" in headers or "sec-fetch-site" in headers
     kind = headers.get("content-type", "").partition(";")[0].strip().lower()
     if method == "POST" and is_strict and kind != "application/json":
@@ -97,10 +96,7 @@ def _check_form(method: str, path: str, headers: Headers) -> None:
 
 
 def _preflight(method: str, headers: Headers) -> Response | None:
-    """Return the answer to a browser that asks whether a page of this machine may send a request.
-
-    It asks without the API key, which the request itself then has to have. Nothing is said to other pages here.
-    """
+    """Return the answer to a CORS preflight from a page of this machine, which carries no API key; else None."""
     origin, wanted = headers.get("origin"), headers.get("access-control-request-method")
     if method != "OPTIONS" or not origin or not wanted or not _is_local(origin):
         return None
@@ -116,7 +112,7 @@ def _preflight(method: str, headers: Headers) -> Response | None:
 
 
 def _readable_by(origin: str, send: Send) -> Send:
-    """Return a `send` whose answer a page of this origin may read."""
+    """Return a `send` that adds CORS headers for an origin."""
 
     async def send_with_headers(message: Message) -> None:
         if message["type"] == "http.response.start":
@@ -137,7 +133,7 @@ def _is_local(url: str) -> bool:
 
 
 async def _read_body(receive: Receive) -> bytes | None:
-    """Return the whole body; None if the client went away before its end."""
+    """Return the whole body; None if the client disconnected."""
     body = bytearray()
     with trio.move_on_after(BODY_TIMEOUT_S):
         while True:
@@ -153,7 +149,7 @@ async def _read_body(receive: Receive) -> bytes | None:
 
 
 def _replay(body: bytes, receive: Receive) -> Receive:
-    """Return a `receive` that gives the body in one message, then what comes after it."""
+    """Return a `receive` that yields the body in one message, then later messages."""
     messages: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
 
     async def receive_again() -> Message:
@@ -162,7 +158,7 @@ def _replay(body: bytes, receive: Receive) -> Receive:
     return receive_again
 
 
-async def _turn_away(error: ApiError, scope: Scope, receive: Receive, send: Send) -> None:
+async def _refuse(error: ApiError, scope: Scope, receive: Receive, send: Send) -> None:
     ended = trio.Event()
 
     async def discard() -> None:

@@ -1,4 +1,4 @@
-"""Serves the HTTP application on a TCP port: our own listener, which bounds the connections, and hypercorn's server."""
+"""HTTP server: a listener with a connection limit in front of hypercorn."""
 
 import errno
 import logging
@@ -19,24 +19,24 @@ from node.config import StartError, is_unspecified
 from node.util.open_files import open_file_limit
 
 GRACE_S: Final = 3.0
-"""How long answers under way may take to finish once the server was told to stop."""
+"""Longest time for running answers at shutdown."""
 STALL_TIMEOUT_S: Final = 30.0
-"""A client that takes none of its answer for this long is cut off."""
+"""A client that reads nothing of its answer for this long is disconnected."""
 BACKLOG: Final = 100
 
 MAX_CONNECTIONS: Final = 256
-"""At a time; fewer where the limit of open files is low. On top of that a newcomer is told to come back later."""
+"""Concurrent connections, fewer if the limit of open files is low; more get 503."""
 FILES_SHARE: Final = 8
-"""The API takes one of so many files that may be open."""
+"""Divisor of the limit of open files."""
 SILENT_TIMEOUT_S: Final = 5.0
-"""How long a client may take to say anything. One that has said nothing yet makes room for a newcomer at once."""
+"""Longest time until a client sends something; a silent one is evicted for a new one."""
 
 _BUSY: Final = (
     b"HTTP/1.1 503 Service Unavailable\r\nretry-after: 1\r\nconnection: close\r\ncontent-type: application/json\r\n"
     b"content-length: %d\r\n\r\n%s"
 )
 _BUSY_BODY: Final = (
-    b'{"error": {"message": "this node has as many API connections as it takes; try again", '
+    b'{"error": {"message": "all API connections are in use: try again", '
     b'"type": "server_error", "param": null, "code": "too_many_connections"}}'
 )
 
@@ -49,10 +49,9 @@ async def serve(
     stop: trio.Event | None = None,
     task_status: trio.TaskStatus[int] = trio.TASK_STATUS_IGNORED,
 ) -> None:
-    """Serve until `stop` is set: then no new connection is taken and answers under way get `GRACE_S` to finish.
+    """Serve until `stop` is set: then refuse connections and give running answers `GRACE_S` to finish.
 
-    Reports the port it listens on, which differs from `port` where that is 0. Cancelling ends everything at once.
-    Raises StartError, one line, where the address cannot be had.
+    Reports the port it listens on. Cancelling ends everything at once. Raises StartError.
     """
     listener = _bind(host, port)
     actual_port: int = listener.getsockname()[1]
@@ -69,11 +68,11 @@ async def serve(
         await TCPServer(wrapped, config, context, ConnectionState(LifespanState()), cast("Any", stream)).run()
 
     limit = max(4, min(MAX_CONNECTIONS, open_file_limit() // FILES_SHARE))
-    door = _Door(handle, limit)
+    limiter = _ConnectionLimit(handle, limit)
     async with trio.open_nursery() as connections:
         async with trio.open_nursery() as accepting:
             listeners = [trio.SocketListener(trio.socket.from_stdlib_socket(listener))]
-            accepting.start_soon(_accept, door, listeners, connections)
+            accepting.start_soon(_accept, limiter, listeners, connections)
             task_status.started(actual_port)
             await (trio.Event() if stop is None else stop).wait()
             accepting.cancel_scope.cancel()
@@ -81,35 +80,35 @@ async def serve(
         connections.cancel_scope.deadline = trio.current_time() + GRACE_S
 
 
-async def _accept(door: "_Door", listeners: list[trio.SocketListener], connections: trio.Nursery) -> None:
-    await trio.serve_listeners(door.enter, listeners, handler_nursery=connections)
+async def _accept(limiter: "_ConnectionLimit", listeners: list[trio.SocketListener], connections: trio.Nursery) -> None:
+    await trio.serve_listeners(limiter.serve, listeners, handler_nursery=connections)
 
 
-class _Door:
-    """Lets so many clients in at a time, of whom those who have said nothing yet make room for others."""
+class _ConnectionLimit:
+    """Limits concurrent clients; those that have sent nothing yet are evicted first."""
 
     def __init__(self, handle: Callable[[trio.SocketStream], Awaitable[None]], limit: int) -> None:
         self._handle = handle
         self._limit = limit
-        self._inside = 0
+        self._active = 0
         self._silent: dict[trio.CancelScope, None] = {}
 
-    async def enter(self, stream: trio.SocketStream) -> None:
-        """Serve a client, unless there are too many."""
-        if self._inside >= self._limit:
+    async def serve(self, stream: trio.SocketStream) -> None:
+        """Serve a client, or answer 503 at the limit."""
+        if self._active >= self._limit:
             if not self._silent:
-                await self._turn_away(stream)
+                await self._refuse(stream)
                 return
             (silent := next(iter(self._silent))).cancel()
             del self._silent[silent]
-        self._inside += 1
+        self._active += 1
         try:
-            if await self._speaks(stream):
+            if await self._has_sent_something(stream):
                 await self._handle(stream)
         finally:
-            self._inside -= 1
+            self._active -= 1
 
-    async def _speaks(self, stream: trio.SocketStream) -> bool:
+    async def _has_sent_something(self, stream: trio.SocketStream) -> bool:
         with trio.move_on_after(SILENT_TIMEOUT_S) as scope:
             self._silent[scope] = None
             try:
@@ -118,14 +117,14 @@ class _Door:
                 self._silent.pop(scope, None)
         return not scope.cancelled_caught
 
-    async def _turn_away(self, stream: trio.SocketStream) -> None:
+    async def _refuse(self, stream: trio.SocketStream) -> None:
         with suppress(trio.BrokenResourceError, trio.ClosedResourceError):
             with trio.move_on_after(1):
                 await stream.send_all(_BUSY % (len(_BUSY_BODY), _BUSY_BODY))
 
 
 def url_of(host: str, port: int) -> str:
-    """Return the URL at which this machine reaches an API that listens on host and port."""
+    """Return the URL of an API on host and port, for this machine."""
     if is_unspecified(host):
         host = "::1" if ":" in host else "127.0.0.1"
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
@@ -138,12 +137,11 @@ def _bind(host: str, port: int) -> socket.socket:
     except OSError as error:
         if error.errno == errno.EADDRINUSE:
             raise StartError(
-                f"the API's port {port} on {host} is taken: stop the program that has it, "
-                f"or choose another with --api HOST:PORT"
+                f"the API's port {port} on {host} is taken: stop the other program, or choose another --api HOST:PORT"
             ) from None
         raise StartError(f"the API cannot listen on {host}:{port}: {error.strerror}") from None
     listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    # hypercorn sends under a shield, so that nobody can cancel it; the kernel can. Accepted sockets inherit it.
+    # hypercorn shields its sends from cancellation; the kernel can end them. Accepted sockets inherit the option.
     if hasattr(socket, "TCP_USER_TIMEOUT"):
         listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(STALL_TIMEOUT_S * 1000))
     return listener

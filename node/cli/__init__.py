@@ -21,7 +21,7 @@ VERBS: Final[Mapping[str, tuple[str, str]]] = {
     "model": ("node.cli.models:model", "Import, list, show, verify and remove model packages."),
     "bench": ("node.cli.bench:bench", "Measure methods over a grid of workloads."),
     "history": ("node.cli.history:history_group", "Export, import and verify the history of observations."),
-    "doctor": ("node.cli.doctor:doctor", "Diagnose why a node cannot join or be reached, or a model is incomplete."),
+    "doctor": ("node.cli.doctor:doctor", "Diagnose a node that cannot join, be reached or serve."),
     "evaluate": ("node.cli.evaluate:evaluate", "Evaluate the meta-model and baselines on a dataset."),
     "keygen": ("node.cli.keygen:keygen", "Write the key of a private swarm."),
 }

@@ -1,4 +1,4 @@
-"""`metaswarm bench`: the portfolio over a grid of workloads, by real jobs of a running node."""
+"""`metaswarm bench`: measures the portfolio over a grid of workloads, by real jobs of a running node."""
 
 import itertools
 import json
@@ -14,6 +14,7 @@ from node.cli.output import (
     api_option,
     err,
     json_option,
+    model_option,
     new_table,
     out,
     print_json,
@@ -36,7 +37,7 @@ AXES: Final[Mapping[str, float]] = {
     "shared_prefix_share": 0.0,
     "repetitiveness": 0.0,
 }
-"""What a workload consists of, and what it is where only other axes are given."""
+"""The axes of a workload and their defaults."""
 
 WORKLOADS: Final[Sequence[Workload]] = tuple(
     dict(zip(AXES, values, strict=True))
@@ -51,15 +52,15 @@ WORKLOADS: Final[Sequence[Workload]] = tuple(
         (32, 32, 16, 0, 0),
     )
 )
-"""The grid where nothing is asked for: few workloads, unlike one another."""
+"""The default grid: few and different workloads."""
 
 LINE_BEGINS: Final = '{"cell": '
-"""How every line of a file begins in which measurements are kept."""
+"""Beginning of every line of a --resume file."""
 
 
 @dataclass(frozen=True, slots=True)
-class Standing:
-    """How a method fared under a workload, by what counts there. `speedup` None: it could not be had, for `error`."""
+class MethodResult:
+    """Speed-up of a method under a workload; None if it failed with `error`."""
 
     method: str
     speedup: "Speedup | None"
@@ -69,28 +70,32 @@ class Standing:
 
 def _axis(name: str, what: str, kind: "click.ParamType[Any]") -> Callable[[F], F]:
     return click.option(
-        f"--{name.replace('_', '-')}", name, type=kind, multiple=True, metavar="N", help=f"{what} Can be repeated."
+        f"--{name.replace('_', '-')}", name, type=kind, multiple=True, metavar="N", help=f"{what} Repeatable."
     )
 
 
 @click.command()
-@click.option("--model", metavar="MODEL", help="What to measure with (default: the model that is complete).")
+@model_option
 @api_option
-@_axis("concurrency", "Jobs at a time, 1 to 64.", click.IntRange(1, 64))
+@_axis("concurrency", "Concurrent jobs, 1 to 64.", click.IntRange(1, 64))
 @_axis("prompt_tokens", "Tokens of a prompt.", click.IntRange(1))
 @_axis("max_tokens", "Tokens of an answer.", click.IntRange(1))
-@_axis("shared_prefix_share", "Part of the prompts, 0 to 1, that all begin with.", click.FloatRange(0, 1))
-@_axis("repetitiveness", "Part of a prompt, 0 to 1, that is one phrase again and again.", click.FloatRange(0, 1))
-@click.option("--method", "methods", multiple=True, metavar="NAME", help="A method; repeatable (default: all).")
+@_axis("shared_prefix_share", "Fraction of the prompt shared by all, 0 to 1.", click.FloatRange(0, 1))
+@_axis("repetitiveness", "Fraction of the prompt that repeats a phrase, 0 to 1.", click.FloatRange(0, 1))
+@click.option(
+    "--method", "methods", multiple=True, metavar="NAME", help="Method to measure; repeatable [default: all]."
+)
 @click.option("--quality", type=click.Choice(["exact", "near", "any"]), default="exact", show_default=True)
-@click.option("--rounds", type=click.IntRange(1, 100), default=3, show_default=True, help="Runs of every method.")
+@click.option("--rounds", type=click.IntRange(1, 100), default=3, show_default=True, help="Runs of each method.")
 @click.option(
     "--resume",
     type=click.Path(dir_okay=False, path_type=Path),
     metavar="FILE",
-    help="Keep what is measured in FILE, and skip what is in it: a bench that was stopped goes on.",
+    help="Store measurements in FILE and skip those in it, to resume an interrupted bench.",
 )
-@click.option("--plot", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE", help="Draw it: PNG, SVG, PDF.")
+@click.option(
+    "--plot", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE", help="Plot as PNG, SVG or PDF."
+)
 @json_option
 def bench(
     model: str | None,
@@ -103,12 +108,11 @@ def bench(
     as_json: bool,
     **axes: tuple[float, ...],
 ) -> None:
-    """Measure the methods over a grid of workloads, and add what is seen to the history.
+    """Measure methods over a grid of workloads, and add the observations to the history.
 
-    In every round each method and the baseline do the same workload once, in a random order, by real jobs of the
-    running node and its swarm; what counts is a method's time over the baseline's within a round. The grid is the
-    product of the axes given, or a few workloads that differ where none is. Speed-ups are told with the interval that
-    holds them with 95 % confidence: of mean latency for single jobs, of the time for all of them otherwise.
+    In each round every method and the baseline run the same workload once, in random order, by real jobs of the swarm;
+    speed-ups are paired within a round. The grid is the product of the given axes, or a few different workloads.
+    Speed-ups (of mean latency for single jobs, else of the total time) have 95 % confidence intervals.
     """
     import trio
 
@@ -135,7 +139,7 @@ def bench(
 
 
 def grid(axes: Mapping[str, Sequence[float]]) -> list[Workload]:
-    """Return the workloads of a grid: the product of the axes that have values, or the usual few."""
+    """Return the product of the axes that have values, or the default grid."""
     if not any(axes.values()):
         return [dict(workload) for workload in WORKLOADS]
     values = [axes.get(name) or (plain,) for name, plain in AXES.items()]
@@ -145,7 +149,7 @@ def grid(axes: Mapping[str, Sequence[float]]) -> list[Workload]:
 async def _measure(
     url: str, model: str | None, cells: Sequence[dict[str, Any]], resume: Path | None
 ) -> list[dict[str, Any]]:
-    """Return each cell with its result; what is measured is in the file at once."""
+    """Return each cell with its result, written to the file at once."""
     from node.cli.client import open_client
 
     results: list[dict[str, Any]] = []
@@ -177,23 +181,23 @@ async def _measure(
 
 
 def read_kept(file: Path | None) -> list[dict[str, Any]]:
-    """Return the cells that a file holds with their results. Raises CommandError for a file of another kind."""
+    """Return the cells and results in a file. Raises CommandError for other files."""
     if file is None or not file.exists():
         return []
     try:
-        # A line that a kill has cut off is measured again.
+        # An incomplete last line is dropped and measured again.
         *lines, cut_off = file.read_text(encoding="utf-8").split("\n")
         kept = [json.loads(line) for line in lines if line]
     except (OSError, ValueError) as error:
-        raise CommandError(f"cannot go on from {file}: {error}") from None
+        raise CommandError(f"cannot resume from {file}: {error}") from None
     ours = all(isinstance(each, dict) and each.keys() == {"cell", "result"} for each in kept)
     if not ours or not cut_off.startswith(LINE_BEGINS[: len(cut_off)]):
-        raise CommandError(f"cannot go on from {file}: it holds something else than a bench; name another file")
+        raise CommandError(f"cannot resume from {file}: not written by `metaswarm bench`; choose another file")
     return kept
 
 
 def keep(file: Path | None, cell: Mapping[str, Any], result: Mapping[str, Any]) -> None:
-    """Add a cell and its result to a file. Raises CommandError."""
+    """Append a cell and its result to a file. Raises CommandError."""
     if file is None:
         return
     try:
@@ -201,22 +205,22 @@ def keep(file: Path | None, cell: Mapping[str, Any], result: Mapping[str, Any]) 
             end = opened.tell()
             if end:
                 opened.seek(end - 1)
-                if opened.read(1) != b"\n":  # what a kill has cut off
+                if opened.read(1) != b"\n":  # drop an incomplete line
                     opened.seek(0)
                     opened.truncate(opened.read().rfind(b"\n") + 1)
             opened.write(json.dumps({"cell": cell, "result": result}).encode() + b"\n")
     except OSError as error:
-        raise CommandError(f"cannot keep what was measured in {file}: {error.strerror}") from None
+        raise CommandError(f"cannot write {file}: {error.strerror}") from None
 
 
-def standings(cell: Mapping[str, Any]) -> list[Standing]:
-    """Return how the methods of a cell fared, the fastest first, those that could not be had last."""
+def ranked(cell: Mapping[str, Any]) -> list[MethodResult]:
+    """Return the results of a cell, the fastest first, failed ones last."""
     from node.evaluation.paired_stats import speedup_of
 
     counts = "latency" if cell["cell"]["workload"]["concurrency"] == 1 else "throughput"
     result = cell["result"]
     tried = [
-        Standing(
+        MethodResult(
             each["method"],
             speedup_of(each["log_ratios"][counts]) if each["log_ratios"][counts] else None,
             each["error"],
@@ -224,11 +228,11 @@ def standings(cell: Mapping[str, Any]) -> list[Standing]:
         )
         for each in (result["baseline"], *result["methods"])
     ]
-    return sorted(tried, key=lambda standing: -standing.speedup.mean if standing.speedup else 1.0)
+    return sorted(tried, key=lambda result: -result.speedup.mean if result.speedup else 1.0)
 
 
 def describe(workload: Mapping[str, float]) -> str:
-    """Return a workload for people."""
+    """Describe a workload in words."""
     jobs = int(workload["concurrency"])
     parts = [f"{jobs} job{'s' if jobs > 1 else ''}", f"{workload['prompt_tokens']:.0f} in"]
     parts.append(f"{workload['max_tokens']:.0f} out")
@@ -249,15 +253,15 @@ def short(name: str) -> str:
 
 
 def table(cell: Mapping[str, Any]) -> "Table":
-    """Return the methods of a cell, the fastest first."""
+    """Render the results of a cell."""
     shown = new_table("method", ">speed-up", ">95 %", ">TTFT s", ">TPOT ms", ">tokens/s", title=_title(cell))
-    for standing in standings(cell):
-        if standing.speedup is None:
-            shown.add_row(short(standing.method), "-", printable(standing.error or ""))
+    for result in ranked(cell):
+        if result.speedup is None:
+            shown.add_row(short(result.method), "-", printable(result.error or ""))
             continue
-        figures, speedup = standing.figures, standing.speedup
+        figures, speedup = result.figures, result.speedup
         shown.add_row(
-            short(standing.method),
+            short(result.method),
             f"{speedup.mean:.2f}",
             f"{speedup.low:.2f} to {speedup.high:.2f}" if speedup.is_bounded else "",
             f"{figures['ttft_s']:.2f}",
@@ -272,12 +276,12 @@ def _title(cell: Mapping[str, Any]) -> str:
 
 
 def draw(cells: Iterable[Mapping[str, Any]], path: Path) -> None:
-    """Draw the speed-ups of every cell, one panel each. Raises PlotError."""
+    """Plot the speed-ups, one panel for each cell. Raises PlotError."""
     from node.evaluation.plot import Panel, draw_panels
 
     panels = []
     for cell in cells:
-        had = [(short(each.method), each.speedup) for each in standings(cell) if each.speedup]
+        had = [(short(each.method), each.speedup) for each in ranked(cell) if each.speedup]
         panels.append(
             Panel(
                 title=describe(cell["cell"]["workload"]),

@@ -1,4 +1,4 @@
-"""`metaswarm demo`: three local peers, a third of the blocks each, answer a question."""
+"""`metaswarm demo`: runs a job on a swarm of local daemons, which `node.demo` starts."""
 
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -26,27 +26,26 @@ if TYPE_CHECKING:
 
 DEFAULT_PROMPT: Final = "What is the capital of France, and what is it known for?"
 COMPLETE_TIMEOUT_S: Final = 60.0
-"""How long the swarm may take, once its peers are ready, to know that the model is complete."""
+"""Longest wait for complete coverage once the peers are ready."""
 POLL_INTERVAL_S: Final = 0.1
 BUILD_TIMEOUT_S: Final = 30.0
-"""How long the demo waits for faster variants of the engine, which peers build in the background."""
-AGAIN: Final = 2
-AGAIN_TOKENS: Final = 12
-"""How often the job is run again by the baseline and by the method, and how many tokens then."""
+"""Longest wait for faster variants, which peers build in the background."""
+REPETITIONS: Final = 2
+REPETITION_TOKENS: Final = 12
+"""Repetitions by the baseline and by the method, and their tokens."""
 
 
 @click.command()
-@click.option("--nodes", type=click.IntRange(1), default=3, show_default=True, metavar="N", help="How many peers.")
-@click.option("--prompt", default=DEFAULT_PROMPT, show_default=True, metavar="P", help="A user's turn in a chat.")
+@click.option("--nodes", type=click.IntRange(1), default=3, show_default=True, metavar="N", help="Number of peers.")
+@click.option("--prompt", default=DEFAULT_PROMPT, show_default=True, metavar="P", help="Prompt, a chat message.")
 @click.option("--max-tokens", type=click.IntRange(1), default=128, show_default=True, metavar="N")
-@click.option("--keep", is_flag=True, help="Leave the peers running until Ctrl-C, to talk to them.")
+@click.option("--keep", is_flag=True, help="Keep the peers running until Ctrl-C.")
 @json_option
 def demo(nodes: int, prompt: str, max_tokens: int, keep: bool, as_json: bool) -> None:
-    """Start a small swarm on this machine and let it answer a question.
+    """Run a small swarm on this machine and ask it a question.
 
-    Imports the demo model if it is not there yet, starts N peers that hold an equal share of its blocks each, submits
-    the prompt to one of them, streams the text, and shows which way it went, how long it took, which method the peers
-    voted for, and how much faster that was expected to be, and is, than the baseline.
+    Imports the demo model if needed, starts N peers with an equal share of its blocks, submits the prompt to one of
+    them, streams the text, and prints route, timing, the method voted for, and its predicted and measured speed-up.
     """
     import trio
 
@@ -90,7 +89,7 @@ async def _run(swarm: tuple[str, int, int, Path], *, prompt: str, max_tokens: in
             }
             if not as_json:
                 click.secho(f"> {prompt}", bold=True)
-            completion = await client.complete(body, _say_nothing if as_json else _show_text)
+            completion = await client.complete(body, _ignore if as_json else _show_text)
             speedup = await _measure_speedup(client, body, completion)
             report = make_report(completion, peers, start_s) | {"speedup": speedup}
             if as_json:
@@ -98,7 +97,7 @@ async def _run(swarm: tuple[str, int, int, Path], *, prompt: str, max_tokens: in
             else:
                 _print_report(report)
             if keep:
-                _print_how_to_talk(peers)
+                _print_commands(peers)
                 await trio.sleep_forever()
 
 
@@ -114,11 +113,11 @@ async def _wait_until_complete(client: "ApiClient", model: str, block_count: int
                     if each["complete"]:
                         return
             await trio.sleep(POLL_INTERVAL_S)
-    raise CommandError(f"the peers did not find each other's blocks within {COMPLETE_TIMEOUT_S:.0f} seconds")
+    raise CommandError(f"the peers did not discover all blocks within {COMPLETE_TIMEOUT_S:.0f} seconds: see their logs")
 
 
 async def _wait_until_fast(client: "ApiClient", model: str, progress: ProgressCallback) -> None:
-    """Wait a bounded time until a method better than the baseline is built on all peers, as the swarm would choose."""
+    """Wait a bounded time until the swarm would choose another method than the baseline."""
     import trio
 
     from selector.task import BASELINE
@@ -135,7 +134,7 @@ async def _wait_until_fast(client: "ApiClient", model: str, progress: ProgressCa
 async def _measure_speedup(
     client: "ApiClient", body: dict[str, Any], completion: "Completion"
 ) -> dict[str, float | None]:
-    """Run the job again, shorter, by the baseline and by the method that was chosen, in turn; compare them."""
+    """Run a shorter job by the baseline and by the chosen method in turn; compare them."""
     import math
 
     from selector.task import BASELINE
@@ -145,14 +144,14 @@ async def _measure_speedup(
     predicted = selection["predicted_speedup"] if selection else None
     if chosen == BASELINE.name:
         return {"predicted": predicted, "actual": 1.0}
-    short = body | {"max_tokens": min(AGAIN_TOKENS, body["max_tokens"])}
+    short = body | {"max_tokens": min(REPETITION_TOKENS, body["max_tokens"])}
     took_s: dict[str, list[float]] = {BASELINE.name: [], chosen: []}
-    for number in range(AGAIN):
-        # Another question each time: the pages of one that was computed before may be cached.
+    for number in range(REPETITIONS):
+        # Another prompt each time, as the first one may be in the prefix cache.
         content = f"({number + 1}) {body['messages'][0]['content']}"
         asked = short | {"messages": [{"role": "user", "content": content}]}
         for name, of in took_s.items():
-            again = await client.complete(asked | {"metaswarm": {"method": name, "ignore_eos": True}}, _say_nothing)
+            again = await client.complete(asked | {"metaswarm": {"method": name, "ignore_eos": True}}, _ignore)
             of.append(again.metaswarm["timing"]["total_s"])
     ratios = [plain / fast for plain, fast in zip(took_s[BASELINE.name], took_s[chosen], strict=True)]
     return {"predicted": predicted, "actual": math.exp(sum(map(math.log, ratios)) / len(ratios))}
@@ -162,12 +161,12 @@ def _show_text(text: str) -> None:
     click.echo(printable(text), nl=False)
 
 
-def _say_nothing(text: str) -> None:
+def _ignore(text: str) -> None:
     del text
 
 
 def make_report(completion: "Completion", peers: Sequence["LocalPeer"], start_s: float) -> dict[str, Any]:
-    """Return the document of `metaswarm demo --json`: that of a job, and what each peer of the swarm did for it."""
+    """Return the document of `metaswarm demo --json`: that of the job, and its stages."""
     at = {peer.ready.peer_id: peer for peer in peers}
     stages = [
         {
@@ -205,17 +204,17 @@ def _print_report(report: dict[str, Any]) -> None:
     speedup = report["speedup"]
     if speedup["predicted"] is not None:
         facts["speed-up"] = (
-            f"{speedup['predicted']:.2f}x predicted over the baseline, {speedup['actual']:.2f}x when both ran in turn"
+            f"{speedup['predicted']:.2f}x predicted over the baseline, {speedup['actual']:.2f}x measured"
         )
     for name, value in facts.items():
         click.echo(f"{name:<9} {printable(value)}")
 
 
-def _print_how_to_talk(peers: Sequence["LocalPeer"]) -> None:
+def _print_commands(peers: Sequence["LocalPeer"]) -> None:
     ready = peers[0].ready
     lines = [
         "",
-        "The peers go on until Ctrl-C. Talk to them from another terminal:",
+        "The peers run until Ctrl-C. Use them from another terminal:",
         f'  metaswarm submit --chat "Tell me a joke." --api {ready.api_url}',
         f"  metaswarm models --watch --api {ready.api_url}",
         f"  metaswarm node --listen /ip4/127.0.0.1/tcp/0 --bootstrap {ready.multiaddrs[0]}",

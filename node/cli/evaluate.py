@@ -1,4 +1,4 @@
-"""`metaswarm evaluate DATASET_DIR`: how well the meta-model chooses, beside every baseline, on contexts not seen."""
+"""`metaswarm evaluate DATASET_DIR`: cross-validation of the meta-model and all baselines."""
 
 import os
 from pathlib import Path
@@ -25,7 +25,7 @@ MAX_PROCESSES = 8
     type=click.Choice(["random", "model", "hardware"]),
     default="random",
     show_default=True,
-    help="What is left out of the training: contexts drawn by lot, or every value of a column in turn.",
+    help="Held-out groups: random contexts, or each value of a column in turn.",
 )
 @click.option(
     "--probes",
@@ -33,16 +33,18 @@ MAX_PROCESSES = 8
     default=0,
     show_default=True,
     metavar="N",
-    help="Measure the N most promising methods, and take the best of them; the baselines get as many.",
+    help="Measure the N most promising methods and take the best; the baselines, too.",
 )
-@click.option("--default", metavar="METHOD", help="What speed-ups are told over (default: the most widely measured).")
-@click.option("--sample", type=click.IntRange(2), metavar="N", help="Use only N contexts, drawn by a seeded lot.")
-@click.option("--seed", type=click.IntRange(0, 2**31 - 1), default=0, show_default=True, help="Seed of every lot.")
+@click.option("--default", metavar="METHOD", help="Reference method for speed-ups [default: the most widely measured].")
+@click.option("--sample", type=click.IntRange(2), metavar="N", help="Use a random sample of N contexts.")
+@click.option(
+    "--seed", type=click.IntRange(0, 2**31 - 1), default=0, show_default=True, help="Seed of folds and sample."
+)
 @click.option(
     "--plot",
     type=click.Path(dir_okay=False, path_type=Path),
     metavar="FILE",
-    help="Draw the table, as PNG, SVG or PDF.",
+    help="Plot the table as PNG, SVG or PDF.",
 )
 @json_option
 def evaluate(
@@ -55,10 +57,9 @@ def evaluate(
     plot: Path | None,
     as_json: bool,
 ) -> None:
-    """Evaluate the meta-model and the baselines on the measurements in DATASET_DIR.
+    """Evaluate the meta-model and the baselines by cross-validation on DATASET_DIR.
 
-    The folder holds contexts.csv and observations.csv, gzipped or not: see docs/selection.md. Each context of the
-    test folds is chosen for by selectors that saw nothing of what was left out with it.
+    The folder contains contexts.csv and observations.csv, gzipped or not: see docs/selection.md.
     """
     from node.engine.sentence_encoder import find_sentence_encoder
     from node.evaluation.compare import MAX_ROWS, compare
@@ -78,7 +79,7 @@ def evaluate(
         if sample is None and len(dataset) > MAX_ROWS:
             sample = max(2, contexts * MAX_ROWS // len(dataset))
             err().print(
-                f"{len(dataset)} observations are many: {sample} of {contexts} contexts are drawn by lot; see --sample"
+                f"{len(dataset)} observations are too many: using {sample} of {contexts} contexts; see --sample"
             )
         if sample is not None:
             dataset = dataset.sample(sample, seed)

@@ -1,10 +1,19 @@
-"""`metaswarm explain`: what a task would be served with, why, and how such choices turned out."""
+"""`metaswarm explain`: which method a task would be served with, why, and how past choices turned out."""
 
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from node.cli.output import api_option, format_duration, json_option, new_table, out, print_json, printable
+from node.cli.output import (
+    api_option,
+    format_duration,
+    json_option,
+    model_option,
+    new_table,
+    out,
+    print_json,
+    printable,
+)
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -12,32 +21,36 @@ if TYPE_CHECKING:
     from node.api.interface import Explanation
 
 MAX_METHOD_COLUMNS = 12
-"""Methods that are shown to people; --json has all."""
+"""Methods in the table; --json has all."""
 
 
 @click.command()
-@click.option("--model", metavar="M", help="Name or id (8 digits or more); needless where one model is complete.")
+@model_option
 @api_option
 @click.option("--prompt-tokens", type=click.IntRange(1), default=64, show_default=True, metavar="N")
 @click.option("--max-tokens", type=click.IntRange(1), default=64, show_default=True, metavar="N")
 @click.option(
-    "--shared-prefix", type=click.FloatRange(0, 1), default=0.0, metavar="S", help="Part that other prompts begin with."
+    "--shared-prefix",
+    type=click.FloatRange(0, 1),
+    default=0.0,
+    metavar="S",
+    help="Fraction of a shared prefix.",
 )
 @click.option(
     "--repetitiveness",
     type=click.FloatRange(0, 1),
     default=0.0,
     metavar="R",
-    help="Part that repeats earlier text.",
+    help="Fraction that repeats earlier text.",
 )
-@click.option("--concurrency", type=click.IntRange(1), metavar="N", help="Jobs at a time; as it is now by default.")
+@click.option("--concurrency", type=click.IntRange(1), metavar="N", help="Concurrent jobs [default: as now].")
 @click.option("--quality", type=click.Choice(["exact", "near", "any"]), default="exact", show_default=True)
 @json_option
 def explain(as_json: bool, api: str | None, **task: Any) -> None:
-    """Show what a task would be served with, and why.
+    """Show which method a task would be served with, and why.
 
-    For every method that the task admits: the speed-up over the baseline that this node expects, the range in which it
-    lies in two of three cases, what the stages vote, and what trials found. Then how past choices turned out.
+    For every admitted method: predicted speed-up over the baseline with its standard deviation, votes of the stages,
+    and measured trials; then the outcome of past choices.
     """
     import trio
 
@@ -66,7 +79,7 @@ def explain(as_json: bool, api: str | None, **task: Any) -> None:
 
 
 def render_explanation(answer: "Explanation") -> "RenderableType":
-    """Return an explanation for people."""
+    """Render an explanation."""
     from rich.console import Group
     from rich.text import Text
 
@@ -88,11 +101,11 @@ def render_explanation(answer: "Explanation") -> "RenderableType":
     basis = (
         f"a model of {selection['experiences']} observations"
         if selection["basis"] == "model"
-        else "the hand-written rule: too little was observed yet"
+        else "the heuristic: too few observations yet"
     )
     error = past["typical_error"]
     facts = {
-        "goes by": basis,
+        "based on": basis,
         "tried": f"{selection['trials']} trials in {format_duration(selection['trial_s'])}, "
         f"{selection['explored_jobs']} of {selection['jobs']} jobs for {format_duration(selection['regret_s'])}",
         "past": "no jobs yet"
@@ -104,7 +117,7 @@ def render_explanation(answer: "Explanation") -> "RenderableType":
 
 
 def short_method(name: str) -> str:
-    """Return the switches of a method that differ from the baseline's; a choice is read by what it changes."""
+    """Return the switches of a method that differ from the baseline."""
     from selector.task import BASELINE, SWITCHES
 
     if name == BASELINE.name:

@@ -1,7 +1,4 @@
-"""`metaswarm history …`: the observations that this node holds, out of its file and into it.
-
-All of it works whether or not a node runs in the data directory.
-"""
+"""`metaswarm history …`: exports, imports and verifies the history, also while a node runs in the data directory."""
 
 import json
 import os
@@ -23,7 +20,7 @@ if TYPE_CHECKING:
     from protocol.observations import SignedObservation
 
 MAX_SHOWN: Final = 20
-"""Faults told one by one; the rest are only counted."""
+"""Faults that are listed; the rest are counted."""
 
 BATCH: Final = 500
 
@@ -35,7 +32,7 @@ _data_dir_option = click.option(
     type=click.Path(file_okay=False, path_type=Path),
     default=default_data_dir,
     metavar="DIR",
-    help="The node's data directory, instead of METASWARM_DATA_DIR or the user's own.",
+    help="Data directory of the node [default: METASWARM_DATA_DIR, or the user's].",
 )
 
 
@@ -50,7 +47,7 @@ def history_group() -> None:
     "--output",
     type=click.Path(dir_okay=False, path_type=Path),
     metavar="FILE",
-    help="File to write. Default: stdout.",
+    help="Output file [default: stdout].",
 )
 @json_option
 def export(data_dir: Path, output: Path | None, as_json: bool) -> None:
@@ -61,10 +58,10 @@ def export(data_dir: Path, output: Path | None, as_json: bool) -> None:
     """
     path = _existing(data_dir)
     if output is None:
-        with _faults_in_words():
+        with _as_command_errors():
             _export(path, lambda observations: _write_lines(sys.stdout, observations), lambda done, total: None)
         return
-    with _faults_in_words(), _written_whole(output) as temporary, progress_bars() as progress:
+    with _as_command_errors(), _atomic_write(output) as temporary, progress_bars() as progress:
         shown = _shown(progress, f"exporting to {output}")
         with temporary.open("w", encoding="utf-8") as lines:
             count = _export(path, lambda observations: _write_lines(lines, observations), shown)
@@ -81,16 +78,16 @@ def export(data_dir: Path, output: Path | None, as_json: bool) -> None:
 def import_(file: Path, data_dir: Path, as_json: bool) -> int:
     """Add the observations in FILE, as written by `metaswarm history export`.
 
-    Each is verified first. What is not right is named with its line and left out, and the exit code is 1.
+    Invalid lines are reported and skipped, and the exit code is 1.
     """
     from node.storage.database import DATABASE_FILE
 
-    with _faults_in_words(), progress_bars() as progress:
+    with _as_command_errors(), progress_bars() as progress:
         result = _import(data_dir / DATABASE_FILE, file, _shown(progress, f"importing {file}"))
     for number, reason in list(result.rejected.items())[:MAX_SHOWN]:
         print_error(f"{file}, line {number}: {reason}")
     if len(result.rejected) > MAX_SHOWN:
-        print_error(f"and {len(result.rejected) - MAX_SHOWN} more lines are not right")
+        print_error(f"and {len(result.rejected) - MAX_SHOWN} more invalid lines")
     if as_json:
         rejected = [{"line": number, "reason": reason} for number, reason in result.rejected.items()]
         print_json({"read": result.read, "new": result.new, "known": result.known, "rejected": rejected})
@@ -104,13 +101,13 @@ def import_(file: Path, data_dir: Path, as_json: bool) -> int:
 
 @history_group.command()
 @_data_dir_option
-@click.option("--repair", is_flag=True, help="Drop what is not right; the swarm gives back what it has of it.")
+@click.option("--repair", is_flag=True, help="Delete invalid records; they are re-synced from peers.")
 @json_option
 def verify(data_dir: Path, repair: bool, as_json: bool) -> int:
-    """Check every signature, every id and every digest of the history."""
+    """Verify all signatures, ids and digests of the history."""
     path = _existing(data_dir)
     began_s = time.monotonic()
-    with _faults_in_words(), progress_bars() as progress:
+    with _as_command_errors(), progress_bars() as progress:
         found, digest = _verify(path, repair, _shown(progress, "verifying"))
     faults = {content_id.hex(): reason for content_id, reason in found.faults.items()}
     for content_id, reason in list(faults.items())[:MAX_SHOWN]:
@@ -129,14 +126,14 @@ def verify(data_dir: Path, repair: bool, as_json: bool) -> int:
         took = format_duration(time.monotonic() - began_s)
         click.echo(
             f"verified {_observations(found.count)} in {took}: {found.countersigned} countersigned by every stage, "
-            f"{len(faults)} not right{' and dropped' if faults and repair else ''}; digest {digest.hex()}"
+            f"{len(faults)} invalid{' and deleted' if faults and repair else ''}; digest {digest.hex()}"
         )
     return 1 if faults and not repair else 0
 
 
 @dataclass(slots=True)
 class _Import:
-    """How an import went. `rejected`: line numbers, from 1, and what is wrong with them."""
+    """Counts of an import; `rejected`: faults by line number, from 1."""
 
     read: int = 0
     new: int = 0
@@ -206,7 +203,7 @@ def _verify(path: Path, repair: bool, progress: Progress) -> tuple["HistoryVerif
 
 
 def _verified(file: Path, result: _Import, progress: Progress) -> Iterator["SignedObservation"]:
-    """Yield the good observations of a dataset; count all of them, and note the bad ones."""
+    """Yield the valid observations of a dataset; count all, and note the faults of the others."""
     from node.storage.dataset import DatasetError, from_line
 
     size = file.stat().st_size
@@ -229,7 +226,7 @@ def _lines(file: Path, progress: Progress, size: int) -> Iterator[bytes]:
         while line := opened.readline(MAX_LINE_BYTES + 2):
             done += len(line)
             if len(line) > MAX_LINE_BYTES + 1:
-                # The rest of a line that is too long is skipped, without holding it.
+                # Skip the rest of an overlong line without buffering it.
                 while rest := opened.readline(MAX_LINE_BYTES):
                     done += len(rest)
                     if rest.endswith(b"\n"):
@@ -261,13 +258,13 @@ def _existing(data_dir: Path) -> Path:
 
     path = data_dir / DATABASE_FILE
     if not path.exists():
-        raise CommandError(f"there is no history in {data_dir}: name the data directory of a node with --data-dir")
+        raise CommandError(f"no history in {data_dir}: set --data-dir to the data directory of a node")
     return path
 
 
 @contextmanager
-def _written_whole(output: Path) -> Iterator[Path]:
-    """Give a temporary name beside a file to write to; it takes the file's place at the end, or goes."""
+def _atomic_write(output: Path) -> Iterator[Path]:
+    """Yield a temporary path that replaces the file at the end, or is deleted on errors."""
     temporary = output.with_name(f".{output.name}.{os.getpid()}")
     try:
         yield temporary
@@ -277,7 +274,7 @@ def _written_whole(output: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def _faults_in_words() -> Iterator[None]:
+def _as_command_errors() -> Iterator[None]:
     from node.storage.database import StorageError
     from node.storage.dataset import DatasetError
     from protocol.errors import RemoteProtocolError
@@ -287,7 +284,7 @@ def _faults_in_words() -> Iterator[None]:
     except (StorageError, DatasetError) as error:
         raise CommandError(str(error)) from None
     except RemoteProtocolError as error:
-        raise CommandError(f"the history holds what is no observation ({error}): `metaswarm history verify`") from None
+        raise CommandError(f"invalid record in the history ({error}): run `metaswarm history verify`") from None
     except BrokenPipeError:
         raise
     except OSError as error:

@@ -9,7 +9,7 @@ import structlog
 
 
 def configure_logging(level: str) -> None:
-    """Log from `level` on (debug, info, warning or error); the libraries' chatter from warnings on."""
+    """Log from `level` on (debug, info, warning or error); libraries from warnings on."""
     threshold = getattr(logging, level.upper())
     shared: list[structlog.typing.Processor] = [
         structlog.contextvars.merge_contextvars,
@@ -50,7 +50,7 @@ def configure_logging(level: str) -> None:
 
 
 class _SeldomWithoutTraceback(logging.Filter):
-    """Passes one record in so many seconds: a listener that can accept nobody says so ten times a second."""
+    """Passes one record per pause: a listener without free files logs ten times a second."""
 
     def __init__(self, pause_s: float) -> None:
         super().__init__()

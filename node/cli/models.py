@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 _cache_option = click.option(
     "--cache-dir",
     metavar="DIR",
-    help="Where packages are kept, instead of METASWARM_CACHE_DIR or the user's cache folder.",
+    help="Folder of packages [default: METASWARM_CACHE_DIR, or the user's cache folder].",
 )
 
 
@@ -38,11 +38,11 @@ def model() -> None:
 
 @model.command("import")
 @click.argument("source")
-@click.option("--name", help="What to call the model here; by default the name of its source.")
+@click.option("--name", help="Local name of the model [default: the name of its source].")
 @_cache_option
 @json_option
 def import_(source: str, name: str | None, cache_dir: str | None, as_json: bool) -> None:
-    """Make a package of SOURCE.
+    """Import SOURCE as a package.
 
     SOURCE is a name of the catalogue (see `metaswarm model list`), a folder with a Hugging Face checkpoint, a GGUF
     file, or a hub repository OWNER/NAME[@REVISION].
@@ -67,7 +67,7 @@ def import_(source: str, name: str | None, cache_dir: str | None, as_json: bool)
 @_cache_option
 @json_option
 def list_(cache_dir: str | None, as_json: bool) -> None:
-    """List the packages here, and what the catalogue offers besides."""
+    """List local packages, and models of the catalogue."""
     from node.models.catalogue import CATALOGUE
 
     store = _store(cache_dir)
@@ -99,7 +99,7 @@ def list_(cache_dir: str | None, as_json: bool) -> None:
 @_cache_option
 @json_option
 def show(which: str, cache_dir: str | None, as_json: bool) -> None:
-    """Show what a package is and which of its files are here."""
+    """Show the properties of a package and which of its files are local."""
     store = _store(cache_dir)
     package = store.get(store.resolve(which))
     manifest = package.manifest
@@ -134,9 +134,9 @@ def show(which: str, cache_dir: str | None, as_json: bool) -> None:
 @_cache_option
 @json_option
 def verify(which: str, cache_dir: str | None, as_json: bool) -> None:
-    """Hash every file of a package that is here, and say which are damaged.
+    """Check the hashes of a package's local files.
 
-    That some files are not here is no fault: a peer needs only those of the blocks that it serves.
+    Missing files are not an error: a peer needs only those of the blocks that it serves.
     """
     store = _store(cache_dir)
     model_id = store.resolve(which)
@@ -156,8 +156,8 @@ def verify(which: str, cache_dir: str | None, as_json: bool) -> None:
         cure = f"`metaswarm model remove {model_id[:12]}`, then import it again"
         raise CommandError(f"damaged: {', '.join(found.corrupt)}; {cure}")
     if not as_json:
-        missing = f", {len(found.missing)} not here" if found.missing else ""
-        out().print(f"{store.name_of(model_id)}: {len(found.checked)} files are sound{missing}")
+        missing = f", {len(found.missing)} missing" if found.missing else ""
+        out().print(f"{store.name_of(model_id)}: {len(found.checked)} files are valid{missing}")
 
 
 @model.command()
@@ -165,7 +165,7 @@ def verify(which: str, cache_dir: str | None, as_json: bool) -> None:
 @_cache_option
 @json_option
 def remove(which: str, cache_dir: str | None, as_json: bool) -> None:
-    """Delete a package. A node that serves from it at the moment is not disturbed."""
+    """Delete a package. Nodes that serve from it now are not disturbed."""
     store = _store(cache_dir)
     model_id = store.resolve(which)
     name = store.name_of(model_id)

@@ -43,6 +43,12 @@ api_option = click.option("--api", metavar="URL", help="URL of the node's API (d
 """The `--api` of every verb that talks to a running node."""
 
 
+model_option = click.option(
+    "--model", metavar="MODEL", help="Name or id (8 digits or more); optional if exactly one model is fully served."
+)
+"""The `--model` of every verb that runs jobs."""
+
+
 def print_error(message: str, file: IO[Any] | None = None) -> None:
     """Print `metaswarm: message` as one line on stderr."""
     click.echo(f"metaswarm: {printable(' '.join(message.split()))}", file=file, err=True)

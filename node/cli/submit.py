@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import click
 
-from node.cli.output import CommandError, api_option, format_duration, json_option, print_json, printable
+from node.cli.output import CommandError, api_option, format_duration, json_option, model_option, print_json, printable
 
 if TYPE_CHECKING:
     from node.api.interface import ModelDocument
@@ -43,9 +43,7 @@ _OPTIONAL_FIELDS: Final = _JOB_OPTIONS[_JOB_OPTIONS.index("min_tokens") :]
 
 @click.command()
 @click.argument("prompt", required=False)
-@click.option(
-    "--model", metavar="M", help="Name or id (8 digits or more); optional if exactly one model is fully served."
-)
+@model_option
 @api_option
 @click.option(
     "--token-ids", is_flag=True, help="PROMPT is token ids such as 1 2 3, e.g. for a model without tokenizer."

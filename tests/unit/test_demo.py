@@ -87,7 +87,7 @@ class TestOneThatDies:
 
     async def test_reports_log_and_stops_others(self, tmp_path: Path) -> None:
         peers: list[LocalPeer] = []
-        with pytest.raises(DaemonDiedError, match="peer 2 of 2, blocks 4-8, ended with exit code 1") as caught:
+        with pytest.raises(DaemonDiedError, match="peer 2 of 2, blocks 4-8, exited with code 1") as caught:
             async with local_swarm("tiny", 8, 2, tmp_path, ignore) as peers:
                 await trio.sleep_forever()
         assert caught.value.log_lines[0] == "all is well so far"

@@ -52,14 +52,14 @@ def test_refuses_foreign_resume_file(
     command = ["bench", "--api", serve(node), "--method", "engine=fused", "--concurrency", "1", "--resume", str(file)]
     assert run(command) == 1
     [line] = capsys.readouterr().err.splitlines()
-    assert "name another file" in line
+    assert "choose another file" in line
     assert file.read_text() == text
     assert not node.benched
 
 
 def test_measurement_error_is_one_line(serve: ServeNode, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["bench", "--api", serve(FakeNode()), "--method", "engine=steam"]) == 1
-    assert "engine is one of eager" in capsys.readouterr().err
+    assert "expected one of eager" in capsys.readouterr().err
     assert run(["bench", "--concurrency", "1000"]) == 2
 
 

@@ -60,7 +60,7 @@ def test_prints_log_of_dead_peer(monkeypatch: pytest.MonkeyPatch, capsys: pytest
     assert run(["demo", "--nodes", "2"]) == 1
     errors = capsys.readouterr().err
     assert "no more\ufffd of this\n" in errors
-    assert errors.endswith("metaswarm: peer 2 of 2, blocks 4-8, ended with exit code 1\n")
+    assert errors.endswith("metaswarm: peer 2 of 2, blocks 4-8, exited with code 1\n")
 
 
 def test_refuses_more_peers_than_blocks(capsys: pytest.CaptureFixture[str]) -> None:

@@ -156,7 +156,7 @@ def test_verify_finds_wrong_digests(data_dir: Path, capsys: pytest.CaptureFixtur
 def test_error_names_directory_without_history(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for verb in ("export", "verify"):
         assert history(verb, tmp_path / "nobody") == 1
-        assert capsys.readouterr().err.startswith(f"metaswarm: there is no history in {tmp_path / 'nobody'}")
+        assert capsys.readouterr().err.startswith(f"metaswarm: no history in {tmp_path / 'nobody'}")
     assert not (tmp_path / "nobody").exists()
 
 

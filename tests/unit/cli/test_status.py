@@ -33,14 +33,14 @@ def test_prints_status(api: list[str], capsys: pytest.CaptureFixture[str]) -> No
         "4.0 KiB of model files from",
         "2 done",
         "3 failed",
-        "5 rejected as the client's mistake",
+        "5 rejected as client errors",
         "trials: 0 running, 6 done, 7 failed",
-        "1 reached of 3 heard of, 1 banned",
+        "1 of 3 known reached, 1 banned",
         "9 opened, 2 refused, 1 failed, 1 held with 2.0 KiB",
         "4242",
         "7 observations",
         "5a5a5a5a5a5a,",
-        "broken:1-3, which nobody serves; a node with 3.0 MiB of memory would:",
+        "broken:1-3 is not served; to serve it on a node with 3.0 MiB of memory:",
         "--serve broken:1-3",
     ):
         assert fact in output

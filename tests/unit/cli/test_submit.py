@@ -225,7 +225,7 @@ class TestBootstrap:
         monkeypatch.setattr(submit, "DISCOVERY_TIMEOUT_S", 60 if model else 0)
         monkeypatch.setenv("METASWARM_API", "127.0.0.1:1")
         assert run(["submit", "Hi", "--bootstrap", "peers.yaml", *model]) == code
-        assert (f"name the one you trust with --model: {MODEL[:12]}" in capsys.readouterr().err) is (code == 1)
+        assert (f"choose one that you trust with --model: {MODEL[:12]}" in capsys.readouterr().err) is (code == 1)
 
     def test_uses_running_node(
         self, joined: list[tuple[str, ...]], api: list[str], monkeypatch: pytest.MonkeyPatch
@@ -275,7 +275,7 @@ class TestFile:
         refused, done = map(json.loads, output.out.splitlines())
         assert "temperature" in refused["error"]["message"]
         assert done == DOCUMENT
-        assert output.err == "metaswarm: 1 of 2 jobs failed; their lines say why\n"
+        assert output.err == "metaswarm: 1 of 2 jobs failed: see their lines\n"
 
     @pytest.mark.parametrize("code", [JobErrorCode.FULL, JobErrorCode.MEASURING])
     def test_retries_while_peers_full_or_quality_measured(
@@ -287,7 +287,7 @@ class TestFile:
         monkeypatch: pytest.MonkeyPatch,
         code: JobErrorCode,
     ) -> None:
-        monkeypatch.setattr("node.cli.submit.FULL_SPREAD", (0.0, 0.0))
+        monkeypatch.setattr("node.cli.submit.RETRY_JITTER", (0.0, 0.0))
         node.submitter.refuse = JobError(code, "not now", retry_after_s=2)
         node.submitter.refusals = 2
         assert run(["submit", *self.write(tmp_path, '{"prompt": "a"}'), *api]) == 0
@@ -302,8 +302,8 @@ class TestFile:
         capsys: pytest.CaptureFixture[str],
         monkeypatch: pytest.MonkeyPatch,
     ) -> None:
-        monkeypatch.setattr("node.cli.submit.FULL_TIMEOUT_S", 0.0)
-        monkeypatch.setattr("node.cli.submit.FULL_SPREAD", (0.0, 0.0))
+        monkeypatch.setattr("node.cli.submit.RETRY_TIMEOUT_S", 0.0)
+        monkeypatch.setattr("node.cli.submit.RETRY_JITTER", (0.0, 0.0))
         node.submitter.refuse = JobError(JobErrorCode.FULL, "no room now", retry_after_s=2)
         assert run(["submit", *self.write(tmp_path, '{"prompt": "a"}'), *api]) == 1
         [document] = self.documents(capsys)
@@ -312,7 +312,7 @@ class TestFile:
     @pytest.mark.parametrize(
         ("line", "says"),
         [
-            ("{", "no valid JSON"),
+            ("{", "not valid JSON"),
             ("[]", '"prompt"'),
             ('{"text": "a"}', '"prompt"'),
             ('{"prompt": "a", "chats": 1}', "chats"),
