@@ -295,7 +295,7 @@ class Span(EngineLoop):
         session = self.sessions.get(work.session)
         if session is None:
             return
-        if fault.by_rows and not session.info.is_first:  # token ids that the model itself drew are nobody's fault
+        if fault.by_rows and not session.info.is_first:  # token ids that the model itself drew are no fault
             self.reject(session, work.origin, fault.message)
         else:
             self.fail(session, FailureReason.ENGINE, fault.message)
@@ -328,5 +328,5 @@ class Span(EngineLoop):
 
 
 def pages_of(positions: int) -> int:
-    """Return how many pages of KV memory a session of so many positions takes."""
+    """Return how many pages of KV memory a number of positions takes."""
     return -(-positions // PAGE_POSITIONS)
