@@ -18,7 +18,7 @@ from node.coordinator.coordinator import Coordinator, SwarmView
 from node.coordinator.observation import software_name, software_versions
 from node.coordinator.quality_store import LocalQualityStore
 from node.coordinator.recorder import Recorder
-from node.coordinator.trial_runner import Trials
+from node.coordinator.trial_runner import BenchmarkRunner
 from node.engine.client import start_engine
 from node.engine.device import Device
 from node.engine.engine_config import EngineOptions
@@ -122,7 +122,7 @@ class ClientParts:
     quality_store: LocalQualityStore
     recorder: Recorder
     coordinator: Coordinator
-    trials: Trials
+    trials: BenchmarkRunner
 
 
 @dataclass(frozen=True, slots=True)
@@ -326,7 +326,7 @@ def build_client(
         quality_store=quality_store,
         chooser=selection.chooser,
     )
-    return ClientParts(quality_store, recorder, coordinator, Trials(coordinator, recorder))
+    return ClientParts(quality_store, recorder, coordinator, BenchmarkRunner(coordinator, recorder))
 
 
 def build_consensus(

@@ -16,7 +16,7 @@ from protocol import fields
 from protocol.errors import RemoteProtocolError
 from protocol.forms import Counter, Digest, Envelope, Hardware
 from protocol.identity import PeerId, peer_id_from_public_key, public_key_of
-from protocol.limits import MAX_CELL_REPLICAS, MAX_HARDWARE_BYTES, MAX_NAME_BYTES
+from protocol.limits import MAX_CELL_READINGS, MAX_HARDWARE_BYTES, MAX_NAME_BYTES
 from protocol.schema import LOCAL, Count, Form, Range, raw
 
 Plain: TypeAlias = "int | str | bytes | Sequence[Plain]"
@@ -72,7 +72,7 @@ def _load_reading(value: object, what: str) -> "Reading":
 
 def _load_measured(value: object, what: str) -> "tuple[Cell, CellReadings]":
     *cell, epoch, readings = fields.tuple_of(value, 5, what)
-    pairs = [fields.tuple_of(pair, 2, what) for pair in fields.array(readings, MAX_CELL_REPLICAS, f"{what} readings")]
+    pairs = [fields.tuple_of(pair, 2, what) for pair in fields.array(readings, MAX_CELL_READINGS, f"{what} readings")]
     return _load_cell(cell, what), CellReadings(
         fields.integer(epoch, 0, MAX_EPOCH, f"{what} epoch"),
         tuple(PeerReading(load_peer(key, what), _load_value(measured, what)) for key, measured in pairs),

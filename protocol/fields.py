@@ -161,17 +161,9 @@ class Fields:
         """Take an integer from `low` to `high`, both inclusive."""
         return integer(self.take(key), low, high, f"{self.what} {key}")
 
-    def number(self, key: str, low: float, high: float) -> float:
-        """Take a float from `low` to `high`, both inclusive."""
-        return number(self.take(key), low, high, f"{self.what} {key}")
-
     def name(self, key: str, max_bytes: int) -> str:
         """Take text that is not empty."""
         return name(self.take(key), max_bytes, f"{self.what} {key}")
-
-    def raw(self, key: str, length: int) -> bytes:
-        """Take exactly `length` bytes."""
-        return raw(self.take(key), length, f"{self.what} {key}")
 
     def array(self, key: str, max_count: int) -> list[object]:
         """Take an array of at most `max_count` elements."""

@@ -4,7 +4,6 @@ Gossip is fast and loses messages; anti-entropy (`protocol.sync`) repairs that. 
 history, so that a new peer knows which peers to sync with first.
 """
 
-import heapq
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -65,7 +64,7 @@ class HistoryDigest(DhtRecord):
         if sum(part.count for part in self.parts) != self.count:
             raise RemoteProtocolError("history parts do not add up to the count")
 
-    def estimate_lacking(self, tree: SetTree) -> int:
+    def estimate_missing(self, tree: SetTree) -> int:
         """Return a low estimate of the number of the peer's ids that a set lacks."""
         own = [(part, tree.summary(part.prefix)) for part in self.parts]
         return sum(max(1, part.count - mine.count) for part, mine in own if part != mine)
@@ -73,32 +72,19 @@ class HistoryDigest(DhtRecord):
 
 def summarise(tree: SetTree) -> tuple[Summary, ...]:
     """Return at most MAX_PARTS summaries that cover a set: one for each of the newest buckets, older ones merged."""
-    root = tree.summary("")
-    if not root.count:
-        return ()
-    # A heap by the newest prefix; prefixes of the same length or not, text compares them by time.
-    splittable = [_Newest(root)]
+    splittable = [tree.summary("")] if tree.summary("").count else []
     parts: list[Summary] = []
     while splittable:
-        part = heapq.heappop(splittable).part
+        # The newest: prefixes of the same length or not, text compares them by time.
+        part = max(splittable, key=lambda part: part.prefix)
+        splittable.remove(part)
         smaller = tree.parts(part.prefix)
         if len(parts) + len(splittable) + len(smaller) > MAX_PARTS:
             parts.append(part)
             continue
         for each in smaller:
-            if len(each.prefix) == BUCKET_DIGITS:
-                parts.append(each)
-            else:
-                heapq.heappush(splittable, _Newest(each))
+            (parts if len(each.prefix) == BUCKET_DIGITS else splittable).append(each)
     return tuple(sorted(parts, key=lambda part: part.prefix))
-
-
-@dataclass(frozen=True, slots=True)
-class _Newest:
-    part: Summary
-
-    def __lt__(self, other: "_Newest") -> bool:
-        return self.part.prefix > other.part.prefix
 
 
 def history_key(peer: PeerId) -> str:

@@ -88,4 +88,4 @@ MAX_HAVE: Final = 7000  # recent records in an inventory
 MAX_CHAIN_ITEMS: Final = 256  # envelopes in one message
 MAX_PART_MEMBERS: Final = 320  # members, or expelled peers, in one part of a state
 MAX_PART_CELLS: Final = 64  # cells in one part of a state
-MAX_CELL_REPLICAS: Final = 16  # readings of one cell
+MAX_CELL_READINGS: Final = 16  # readings of one cell

@@ -19,7 +19,7 @@ from protocol.limits import MAX_CLOCK_SKEW_S, MAX_OBSERVATION_AGE_S, MAX_RECORD_
 from protocol.measurements import Observation, StageObservation
 from protocol.records import open_envelope, payload_of, sign
 from protocol.schema import from_map, to_array, to_map
-from protocol.signatures import is_signed
+from protocol.signatures import is_valid_signature
 
 OBSERVATION_KIND: Final = "observation"
 """The kind in an observation's envelope."""
@@ -79,7 +79,7 @@ def check_countersignature(
 ) -> None:
     """Raise RemoteProtocolError unless the stage's peer signed these statistics for this job, observer and method."""
     message = _countersigned_bytes(stage, job, observer, model, method)
-    if not is_signed(message, stage.countersignature or b"", public_key_of(stage.peer)):
+    if not is_valid_signature(message, stage.countersignature or b"", public_key_of(stage.peer)):
         raise RemoteProtocolError(f"observation: the countersignature of {stage.peer} is invalid")
 
 

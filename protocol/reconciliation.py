@@ -1,9 +1,8 @@
-"""Two sets of ids compared by digests: the pure half of anti-entropy.
+"""Set reconciliation by a digest tree: the pure half of anti-entropy.
 
 A set is a tree over hexadecimal digits. The first eight digits of a key are the time bucket of an id, the other 64 the
-id itself, so that one kind of prefix names all there is to compare: ranges of buckets, one bucket, parts of a large
-bucket. Peers compare the digests of prefixes and go down only where they differ: the difference decides the cost, not
-the sets.
+id itself, so that prefixes cover ranges of buckets, one bucket, and parts of a large bucket alike. Peers compare the
+digests of prefixes and descend only where they differ: the cost grows with the difference, not with the sets.
 
 The digest of a prefix inside a bucket, or of a whole bucket, is the sha256 over its ids in ascending order. That of a
 shorter prefix is the sha256 over its buckets in ascending order, each as u32 big-endian and digest.
@@ -11,10 +10,11 @@ shorter prefix is the sha256 over its buckets in ascending order, each as u32 bi
 
 import hashlib
 from bisect import bisect_left
-from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Final, NamedTuple
+
+from cachetools import LRUCache
 
 from protocol.errors import RemoteProtocolError
 from protocol.fields import SHA256_BYTES, text
@@ -25,10 +25,10 @@ BUCKET_DIGITS: Final = 8
 KEY_DIGITS: Final = BUCKET_DIGITS + 2 * ID_BYTES
 
 LEAF_COUNT: Final = 48
-"""Up to so many ids are listed at once: another round of digests would cost as much."""
+"""Ids up to this number are listed at once: another round of digests would cost as much."""
 
 CACHE_BYTES: Final = 8 << 20
-"""Ids of buckets kept in memory beside their digests."""
+"""Bound on the ids cached in memory."""
 
 _ID_BITS: Final = 8 * ID_BYTES
 _DIGITS: Final = "0123456789abcdef"
@@ -36,7 +36,7 @@ _DIGIT_SET: Final = frozenset(_DIGITS)
 
 
 class Unloaded(Exception):
-    """The ids of some buckets are needed: `SetTree.load` them and ask again. Together they fit into a cache."""
+    """Ids of some buckets are missing: `SetTree.load` them and retry. Together they fit into the cache."""
 
     def __init__(self, buckets: tuple[int, ...]) -> None:
         super().__init__(f"{len(buckets)} buckets are not loaded")
@@ -53,7 +53,7 @@ class PackedIds:
 
     @classmethod
     def of(cls, ids: Iterable[bytes]) -> "PackedIds":
-        """Pack ids that come in any order."""
+        """Pack ids in any order."""
         return cls(b"".join(sorted(ids)))
 
     def __len__(self) -> int:
@@ -88,7 +88,7 @@ class PackedIds:
 
 @dataclass(frozen=True, slots=True)
 class BucketDigest:
-    """How many ids a bucket holds, and the sha256 over them in ascending order."""
+    """Number of the ids of a bucket, and the sha256 over them in ascending order."""
 
     count: int
     digest: bytes
@@ -96,7 +96,7 @@ class BucketDigest:
 
 @dataclass(frozen=True, slots=True)
 class Summary:
-    """How many ids of a set have a prefix, and their digest."""
+    """Number and digest of the ids with a prefix."""
 
     prefix: str
     count: int
@@ -104,17 +104,17 @@ class Summary:
 
 
 class Equal(NamedTuple):
-    """The answerer's set under the prefix is the same."""
+    """Both sets are equal under the prefix."""
 
 
 class Split(NamedTuple):
-    """Under the prefix the answerer's ids are those of these longer prefixes, in ascending order, and no others."""
+    """The answerer's ids under the prefix, summarised by longer prefixes in ascending order."""
 
     summaries: tuple[Summary, ...]
 
 
 class Listing(NamedTuple):
-    """Under the prefix the answerer's ids are these and no others, by bucket in ascending order."""
+    """The answerer's ids under the prefix, by bucket in ascending order."""
 
     buckets: tuple[tuple[int, PackedIds], ...]
 
@@ -123,7 +123,7 @@ Answer = Equal | Split | Listing
 
 
 class Gap(NamedTuple):
-    """Keys from `low` up to `end`, except those listed by bucket and id: a part that the other side lacks."""
+    """Keys from `low` up to `end`, except those listed by bucket and id, that the other side lacks."""
 
     low: int
     end: int
@@ -132,18 +132,18 @@ class Gap(NamedTuple):
 
 @dataclass(slots=True)
 class Difference:
-    """What an answer tells the asker."""
+    """What follows from an answer."""
 
     ask: list[Summary] = field(default_factory=list)
-    """Own summaries of the prefixes to ask about next."""
+    """Own summaries of the prefixes to query next."""
     listed: tuple[tuple[int, PackedIds], ...] = ()
-    """Buckets and ids that the other side has; `SetTree.lacking` says which we do not."""
+    """Buckets and ids of the other side; `SetTree.lacking` returns those that we lack."""
     surplus: list[Gap] = field(default_factory=list)
-    """Where to find the ids that we have and the other side lacks; some of these may be empty."""
+    """Key ranges of the ids that the other side lacks; some may be empty."""
 
 
 def digest_of(ids: Iterable[bytes]) -> BucketDigest:
-    """Return count and digest of a bucket's ids, given in any order."""
+    """Return the digest of a bucket's ids, in any order."""
     packed = PackedIds.of(ids)
     return BucketDigest(len(packed), packed.digest())
 
@@ -168,40 +168,21 @@ def bucket_prefix(bucket: int) -> str:
     return f"{bucket:0{BUCKET_DIGITS}x}"
 
 
-class IdCache:
-    """The ids of buckets that were asked about of late. Bounded, but for one bucket that is larger than the bound."""
+class IdCache(LRUCache[tuple[int, bytes], PackedIds]):
+    """The ids of buckets, by bucket and digest. Bounded in bytes; a bucket above the bound is cached alone."""
 
     def __init__(self, max_bytes: int = CACHE_BYTES) -> None:
-        self._max_bytes = max_bytes
-        self._bytes = 0
-        self._loaded: OrderedDict[tuple[int, bytes], PackedIds] = OrderedDict()
-
-    def put(self, bucket: int, digest: bytes, ids: PackedIds) -> None:
-        """Keep the ids that have this digest; the least recently used of the others make room."""
-        if (bucket, digest) in self._loaded:
-            return
-        self._loaded[bucket, digest] = ids
-        self._bytes += len(ids.packed)
-        while self._bytes > self._max_bytes and len(self._loaded) > 1:
-            _, evicted = self._loaded.popitem(last=False)
-            self._bytes -= len(evicted.packed)
-
-    def get(self, bucket: int, digest: bytes) -> PackedIds | None:
-        """Return the ids of a bucket with this digest, if they are here."""
-        if (bucket, digest) not in self._loaded:
-            return None
-        self._loaded.move_to_end((bucket, digest))
-        return self._loaded[bucket, digest]
+        super().__init__(max_bytes, getsizeof=lambda ids: min(len(ids.packed), max_bytes))
 
 
 class SetTree:
     """A snapshot of a set: the digests of its buckets, and a cache of the ids in them.
 
-    Whatever looks into a bucket raises `Unloaded` until the bucket's ids are in the cache.
+    Methods that need the ids of a bucket raise `Unloaded` until they are cached.
     """
 
     def __init__(self, buckets: Mapping[int, BucketDigest], cache: IdCache, *, first_bucket: int = 0) -> None:
-        """Take count and digest of every bucket; those before `first_bucket` are left out of every comparison."""
+        """`buckets`: digest of every bucket; those before `first_bucket` are left out of every comparison."""
         self.cache = cache
         self.buckets = {
             bucket: buckets[bucket]
@@ -217,13 +198,13 @@ class SetTree:
         return SetTree(self.buckets, self.cache, first_bucket=first_bucket)
 
     def load(self, bucket: int, ids: Iterable[bytes]) -> None:
-        """Take in the ids of a bucket. What has changed in it since the snapshot, changes in the snapshot too."""
+        """Cache the ids of a bucket, and update its digest in the snapshot to match them."""
         packed = PackedIds.of(ids)
         self.buckets[bucket] = BucketDigest(len(packed), packed.digest())
-        self.cache.put(bucket, self.buckets[bucket].digest, packed)
+        self.cache[bucket, self.buckets[bucket].digest] = packed
 
     def summary(self, prefix: str) -> Summary:
-        """Return what there is under a prefix."""
+        """Return the summary of a prefix."""
         if len(prefix) < BUCKET_DIGITS:
             count, hashed = 0, hashlib.sha256()
             for bucket in self._buckets_between(*key_range(prefix)):
@@ -239,23 +220,23 @@ class SetTree:
         return Summary(prefix, len(ids), ids.digest())
 
     def answer(self, query: Summary) -> Answer:
-        """Answer another peer that has said what it has under a prefix."""
+        """Return the answer to another peer's summary of a prefix."""
         own = self.summary(query.prefix)
         if own == query:
             return Equal()
-        # With at least half of ours unknown to the asker, a list costs no more than twice what it must learn anyway.
+        # If the asker lacks at least half of ours, a list costs at most twice what it has to receive anyway.
         if own.count <= LEAF_COUNT or 2 * query.count <= own.count <= MAX_LISTED:
             return Listing(tuple(self._ids_under(query.prefix)))
         parts = self.split(query.prefix)
         return Split(parts) if parts else Listing(())
 
     def parts(self, prefix: str) -> tuple[Summary, ...]:
-        """Return what there is under each prefix that is one digit longer, as far as there is anything."""
+        """Return the summaries of the prefixes one digit longer, without empty ones."""
         parts = (self.summary(prefix + digit) for digit in _DIGITS)
         return tuple(part for part in parts if part.count)
 
     def split(self, prefix: str) -> tuple[Summary, ...]:
-        """Return the parts of a prefix with at least two ids: of the longest common prefix, one digit longer each."""
+        """Return the parts of the longest common prefix of the ids under a prefix, of which there are at least two."""
         low, end = key_range(prefix)
         buckets = self._buckets_between(low, end)
         first, last = bucket_prefix(buckets[0]), bucket_prefix(buckets[-1])
@@ -266,7 +247,7 @@ class SetTree:
         return self.parts(stem)
 
     def difference(self, prefix: str, answer: Answer) -> Difference:
-        """Return what follows from another peer's answer about a prefix."""
+        """Return the difference that another peer's answer about a prefix shows."""
         low, end = key_range(prefix)
         found = Difference()
         match answer:
@@ -322,14 +303,14 @@ class SetTree:
     def _ids_of(self, bucket: int) -> PackedIds:
         if bucket not in self.buckets:
             return _NO_IDS
-        ids = self.cache.get(bucket, self.buckets[bucket].digest)
+        ids = self.cache.get((bucket, self.buckets[bucket].digest))
         if ids is None:
             raise Unloaded((bucket,))
         return ids
 
     def _require(self, buckets: list[int]) -> None:
-        """Raise Unloaded for all the buckets that are not here, so that they are loaded together."""
-        unloaded = tuple(b for b in buckets if self.cache.get(b, self.buckets[b].digest) is None)
+        """Raise Unloaded for all the buckets that are not cached, so that they are loaded together."""
+        unloaded = tuple(b for b in buckets if self.cache.get((b, self.buckets[b].digest)) is None)
         if unloaded:
             raise Unloaded(unloaded)
 

@@ -27,7 +27,7 @@ from protocol.limits import (
     MAX_RECORD_LIFETIME_S,
 )
 from protocol.schema import Form, from_map, raw, to_map
-from protocol.signatures import is_signed
+from protocol.signatures import is_valid_signature
 
 _R = TypeVar("_R", bound=Record)
 _D = TypeVar("_D", bound=DhtRecord)
@@ -108,7 +108,7 @@ def open_envelope(envelope: bytes, kind: str) -> Signed:
     found = _parse(envelope)
     if found.kind != kind:
         raise RemoteProtocolError(f"a {found.kind} record where a {kind} record was expected")
-    if not is_signed(_signed_bytes(kind, found.payload), found.signature, found.public_key):
+    if not is_valid_signature(_signed_bytes(kind, found.payload), found.signature, found.public_key):
         raise RemoteProtocolError(f"{kind} record: the signature is invalid")
     return Signed(found.payload, peer_id_from_public_key(found.public_key))
 

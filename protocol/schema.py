@@ -65,7 +65,7 @@ class Key(NamedTuple):
 
 
 class Mark(enum.Enum):
-    """What else an annotation may say of a field."""
+    """Properties of a field, beside its type and bounds."""
 
     ARRAY = "a dataclass travels as an array of its fields in order"
     NULLABLE = "None travels as nil"

@@ -10,7 +10,7 @@ from nacl.exceptions import CryptoError
 from protocol.limits import SIGNATURE_BYTES
 
 
-def is_signed(message: bytes, signature: bytes, public_key: bytes) -> bool:
+def is_valid_signature(message: bytes, signature: bytes, public_key: bytes) -> bool:
     """Return whether a signature (64 bytes) of a message is valid for a public key (32 bytes)."""
     if len(signature) != SIGNATURE_BYTES:
         return False

@@ -1,12 +1,12 @@
-"""Which blocks each node should serve, so that the block that is served least is served as well as can be.
+"""Block placement: which blocks each node should serve, to maximise the rate of the least served block.
 
-Nobody is in charge. A node that joins takes the stretch where the swarm is weakest. Later everybody computes, at the
-same time and from what all tell of themselves, the same plan of moves, and carries out its own part: so a hole is
-filled by those whose moves are in the plan, and not by everybody at once. Where views differ for a moment, a move that
-others have made needless meanwhile is dropped before it is begun; see `still_worthwhile`.
+There is no coordinator. A joining node takes the blocks where the swarm is weakest. Later all nodes compute the same
+plan of moves at the same time, from the same announcements, and each carries out its own part: so a hole is filled by
+the nodes in the plan and not by all at once. Where views differ for a moment, a move that has become needless is
+dropped before it begins; see `still_worthwhile`.
 
-The measure is a mean of the blocks' rates with a high negative power, which the lowest of them dominate; unlike the
-minimum itself it says of every single move whether it helps.
+The objective is a power mean of the blocks' rates with a high negative power, which the lowest rates dominate; unlike
+the minimum itself it tells for every single move whether it helps.
 """
 
 import random
@@ -23,25 +23,25 @@ CLEAR_GAIN: Final = 0.01
 """Blocks are moved only where the lowest rate of any block rises by more than this share."""
 
 MOVE_COST: Final = 0.1
-"""What it takes of the worth of a plan if everybody moves: loading blocks costs time and traffic."""
+"""Relative cost of a plan in which all nodes move: loading blocks takes time and traffic."""
 
 ROUND_S: Final = 30.0
 """Nodes plan whenever Unix time is a multiple of this."""
 
 CUT_S: Final = 5.0
-"""A plan is about what was said until so long before: by the time of planning all have heard it, and plan the same."""
+"""A plan uses the announcements until this long before: all nodes have received those, and plan the same."""
 
 SETTLE_S: Final = (3.0, 5.0)
-"""How long a node that said it would move waits for what others say, before it moves."""
+"""How long a node that announced a move waits for others' announcements before it moves."""
 
 POWERS: Final = (4.0, 10.0, 30.0)
-"""Of the mean, one after another: a low one fills the great holes, a high one the last of them."""
+"""Powers of the mean, applied in order: a low one fills large holes, a high one the last of them."""
 
 TRIALS: Final = 150
-"""Further tries for a better plan, for up to a hundred servers; fewer for more, each of which takes longer."""
+"""Further trials for a better plan, for up to a hundred servers; fewer for more, as each takes longer."""
 
 DISTURBED: Final = 8
-"""Servers put elsewhere before each further try: anywhere in one, over the block that is served least in the next."""
+"""Servers relocated before each trial: alternately anywhere and over the least served block."""
 
 _Rates: TypeAlias = NDArray[np.float64]
 _Starts: TypeAlias = NDArray[np.intp]
@@ -60,7 +60,7 @@ class Server:
 
 
 def block_rates(block_count: int, servers: Iterable[Server]) -> _Rates:
-    """Return the tokens a second that each block can take."""
+    """Return the tokens per second of each block."""
     rates = np.zeros(block_count)
     for server in servers:
         rates[_slice(server.stage.blocks)] += server.rate
@@ -68,10 +68,10 @@ def block_rates(block_count: int, servers: Iterable[Server]) -> _Rates:
 
 
 def choose_span(block_count: int, others: Iterable[Server], length: int, rate: float) -> BlockRange:
-    """Return the blocks that a node should serve that joins; it holds `length` of them, at `rate` tokens a second."""
+    """Return the blocks for a joining node that holds `length` of them, at `rate` tokens per second."""
     length = min(length, block_count)
     if length < 1:
-        raise ValueError("a node that holds no block serves nothing")
+        raise ValueError(f"a node needs room for at least one block, not {length}")
     scale = max(rate, 1e-9)
     rates = block_rates(block_count, others) / scale
     costs = _window_costs(rates[None, :], np.array([length]), np.array([rate / scale]), POWERS[-1])
@@ -80,10 +80,9 @@ def choose_span(block_count: int, others: Iterable[Server], length: int, rate: f
 
 
 def plan_moves(block_count: int, servers: Iterable[Server], rng: random.Random) -> Mapping[PeerId, BlockRange]:
-    """Return who should serve which other blocks, so that the least served block gains clearly; empty where none does.
+    """Return the moves by which the least served block gains clearly: the new blocks, by peer.
 
-    Everybody who knows of the same servers, and draws the same, plans the same. No move can be left out of the plan
-    without losing some of what it gains.
+    The plan is deterministic for the same servers and random numbers. Every move in it is needed for its gain.
     """
     servers = sorted(server for server in servers if server.stage.blocks.end <= block_count)
     swarm = _Swarm(block_count, servers)
@@ -137,14 +136,14 @@ def _slice(blocks: BlockRange) -> slice:
 
 
 def _costs(rates: _Rates, power: float) -> _Rates:
-    """Return what each block contributes; a block that nobody serves outweighs all others together."""
+    """Return each block's cost; an unserved block outweighs all others together."""
     return np.power(np.maximum(rates, 0) + 1e-3, -power)
 
 
 def _window_costs(rates: _Rates, lengths: _Starts, own: _Rates, power: float) -> _Rates:
-    """Return by how much each server would change the sum of costs at each start; infinite where it does not fit.
+    """Return each server's change of the sum of costs at each start; infinite where it does not fit.
 
-    `rates`: (servers, blocks), those of the others. Only differences within a row mean anything.
+    `rates`: (servers, blocks), those of the others. Only differences within a row are meaningful.
     """
     count, blocks = rates.shape
     change = _costs(rates + own[:, None], power) - _costs(rates, power)
@@ -156,7 +155,7 @@ def _window_costs(rates: _Rates, lengths: _Starts, own: _Rates, power: float) ->
 
 
 class _Swarm:
-    """The servers that can be moved, as arrays, and the rates of those that cannot."""
+    """The movable servers, as arrays, and the rates of the others."""
 
     def __init__(self, block_count: int, servers: Sequence[Server]) -> None:
         self.movable = [server for server in servers if server.movable]
@@ -168,16 +167,16 @@ class _Swarm:
         self._blocks = np.arange(block_count)
 
     def lowest(self, starts: _Starts) -> tuple[int, float]:
-        """Return how good an arrangement is: blocks served, then the lowest rate of those."""
+        """Return the quality of an arrangement: blocks served, then the lowest rate of those."""
         rates = self._rates(starts)
         return int((rates > 0).sum()), float(rates[rates > 0].min(initial=np.inf))
 
     def weakest(self, starts: _Starts) -> int:
-        """Return the block that is served least."""
+        """Return the least served block."""
         return int(self._rates(starts).argmin())
 
     def worth(self, starts: _Starts) -> tuple[int, float]:
-        """Return how good an arrangement is, less what the way to it costs."""
+        """Return the quality of an arrangement, less the cost of its moves."""
         served, lowest = self.lowest(starts)
         return served, lowest * (1 - MOVE_COST * float((starts != self.starts).mean()))
 
@@ -186,16 +185,16 @@ class _Swarm:
         return after[0] > before[0] or (after[0] == before[0] and after[1] > before[1] * (1 + CLEAR_GAIN))
 
     def descend(self, starts: _Starts, powers: Sequence[float]) -> tuple[_Starts, tuple[int, float]]:
-        """Make the best single move again and again while there is one; return the best arrangement on the way."""
+        """Make the best single move while there is one (hill climbing); return the best arrangement on the way."""
         starts = starts.copy()
         best, lowest = starts.copy(), self.lowest(starts)
-        everybody = np.arange(len(starts))
+        all_servers = np.arange(len(starts))
         for power in powers:
             for _ in range(3 * len(starts)):
                 rates = self._rates(starts)[None, :] - self._covers(starts) * self._own[:, None]
                 costs = _window_costs(rates, self.lengths, self._own, power)
                 targets = costs.argmin(axis=1)
-                gains = costs[everybody, starts] - costs[everybody, targets]
+                gains = costs[all_servers, starts] - costs[all_servers, targets]
                 mover = int(gains.argmax())
                 if gains[mover] <= 1e-9 * abs(costs[mover, starts[mover]]):
                     break
@@ -206,7 +205,7 @@ class _Swarm:
         return best, lowest
 
     def without_needless(self, starts: _Starts) -> _Starts:
-        """Return an arrangement without the moves that add next to nothing."""
+        """Return an arrangement without the moves that gain next to nothing."""
         served, lowest = self.lowest(starts)
         kept = starts.copy()
         for number in np.flatnonzero(kept != self.starts):
@@ -217,9 +216,9 @@ class _Swarm:
 
     def _rates(self, starts: _Starts) -> _Rates:
         rates: _Rates = self._own @ self._covers(starts) + self._fixed
-        # Of what was added up in another order a trace may be left where nobody serves.
+        # Rounding may leave a trace where no server is.
         return np.where(rates < 1e-9, 0.0, rates)
 
     def _covers(self, starts: _Starts) -> NDArray[np.bool_]:
-        """Return who serves what, (servers, blocks)."""
+        """Return which server covers which block, (servers, blocks)."""
         return (starts[:, None] <= self._blocks) & (self._blocks < (starts + self.lengths)[:, None])

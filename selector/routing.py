@@ -1,8 +1,8 @@
-"""Which stages a job passes: the chain of spans that is predicted to serve it soonest. Pure graph search.
+"""Route search: the chain of stages that is predicted to finish a job first. Pure dynamic programming.
 
-A token goes round: through every stage in order, and from the last one, which draws it, back to the first. So what a
-route costs depends on who follows whom, and its end on its beginning. Spans may overlap: a peer that can run a part of
-what it holds is entered and left at any block; of one that cannot, the whole span is a stage.
+A token travels in a circle: through every stage in order, and from the last one, which samples it, back to the first.
+So a route's cost depends on neighbours, and its end on its beginning. Spans may overlap: a divisible offer is entered
+and left at any block, an indivisible one is a stage as a whole.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -16,13 +16,13 @@ from numpy.typing import NDArray
 from protocol.identity import BlockRange, Stage
 
 MAX_OFFERS: Final = 64
-"""Offers that are compared with each other; of more, the quickest for every block are."""
+"""Offers that are compared; of more, the fastest for every block are kept."""
 
 TOKEN_BYTES: Final = 4
 
 
 class Link(NamedTuple):
-    """What lies between two peers, the time to handle a message included."""
+    """The link between two peers; the round trip includes message handling."""
 
     round_trip_s: float
     bytes_per_s: float
@@ -53,7 +53,7 @@ class Offer:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Demand:
-    """What a job needs of a route. `row_bytes`: a row of hidden states as it travels."""
+    """The size of a job. `row_bytes`: a row of hidden states on the wire."""
 
     block_count: int
     prompt_rows: int
@@ -86,10 +86,10 @@ class NoRouteError(Exception):
 
 
 def find_route(demand: Demand, offers: Iterable[Offer], links: Links) -> Route:
-    """Return the route that is predicted to be done first. Raises NoRouteError.
+    """Return the route that is predicted to finish first. Raises NoRouteError.
 
-    Peers without KV room for the job are left out, unless there is no route without them: then they may say so.
-    Of equal routes the one whose offers sort first is taken, so that the answer depends on nothing but the arguments.
+    Peers without free KV positions for the job are used only where there is no route without them: they may refuse.
+    Of equal routes the one whose offers sort first is taken, so that the result is deterministic.
     """
     fitting = [offer for offer in offers if offer.stage.blocks.end <= demand.block_count]
     for allowed in (_with_room(fitting, demand), fitting):
@@ -102,9 +102,9 @@ def find_route(demand: Demand, offers: Iterable[Offer], links: Links) -> Route:
 def find_replacement(
     demand: Demand, stages: Sequence[Stage], lost: int, offers: Iterable[Offer], links: Links
 ) -> tuple[Stage, ...]:
-    """Return what best takes the place of stage number `lost`, without its peer, while all others stay.
+    """Return the best replacement of stage number `lost`, without its peer, while all others stay.
 
-    It may be several stages. Raises NoRouteError where nobody can, with the blocks of the lost stage that are missing.
+    It may be several stages. Raises NoRouteError with the blocks of the lost stage that no other peer serves.
     """
     peer, blocks = stages[lost].peer, stages[lost].blocks
     rest = [offer for offer in offers if offer.stage.peer != peer]
@@ -131,24 +131,24 @@ def uncovered(block_count: int, spans: Iterable[BlockRange]) -> tuple[BlockRange
 
 
 def stage_cost_s(demand: Demand, offer: Offer, blocks: int) -> float:
-    """Return what a stage of so many blocks adds to a job: its steps and the prompt, over the trust in the peer."""
+    """Return the cost of a stage of some blocks for a job: its steps and the prompt, over the trust in the peer."""
     work_s = blocks * (demand.new_tokens * offer.block_s + demand.prompt_rows * offer.row_block_s)
     return (work_s + demand.new_tokens * offer.step_s) / offer.trust
 
 
 def hop_cost_s(demand: Demand, link: Link) -> float:
-    """Return what a job pays for passing hidden states from one stage to the next."""
+    """Return a job's cost of passing hidden states from one stage to the next."""
     rows = demand.prompt_rows + demand.new_tokens
     return (demand.new_tokens + 1) * link.round_trip_s / 2 + rows * demand.row_bytes / link.bytes_per_s
 
 
 def return_cost_s(demand: Demand, link: Link) -> float:
-    """Return what a job pays for the way of its tokens from the last stage to the first."""
+    """Return a job's cost of passing its tokens from the last stage to the first."""
     return demand.new_tokens * (link.round_trip_s / 2 + TOKEN_BYTES / link.bytes_per_s)
 
 
 def _order(offer: Offer) -> tuple[object, ...]:
-    """Return what offers are sorted by: peers may offer the same blocks twice, once without a word of its room."""
+    """Return the sort key of an offer: peers may offer the same blocks twice, once without free positions."""
     room = -1 if offer.free_positions is None else offer.free_positions
     costs_s = offer.block_s, offer.step_s, offer.row_block_s
     return offer.stage.blocks, offer.stage.peer, costs_s, offer.trust, room, offer.divisible
@@ -170,7 +170,7 @@ _Costs: TypeAlias = NDArray[np.float64]
 
 
 class _Search:
-    """Dynamic programming over blocks: what is left to pay after a block was run by an offer's peer."""
+    """Dynamic programming over blocks: the remaining cost after a block was run by an offer's peer."""
 
     def __init__(self, demand: Demand, within: BlockRange, offers: Sequence[Offer], links: Links) -> None:
         self._demand = demand
@@ -192,51 +192,51 @@ class _Search:
     def round_trip(self) -> Route | None:
         """Return the best route whose last stage feeds the first.
 
-        The way back depends on both, so each first stage is a search of its own; most are ruled out by what their
-        routes would cost at least, with the shortest way back that there is.
+        The way back depends on both, so each first stage is a search of its own; most are pruned by a lower bound of
+        their routes' cost, with the shortest way back of all.
         """
         if not self._covers.any(axis=1).all():
             return None
         back_s = self._costs_between(return_cost_s)
         firsts = self._entering_s()
-        least_s = firsts + self._to_go(back_s[:, np.isfinite(firsts)].min(axis=1, initial=np.inf))[0][0]
+        least_s = firsts + self._remaining(back_s[:, np.isfinite(firsts)].min(axis=1, initial=np.inf))[0][0]
         best: Route | None = None
         for first in np.argsort(least_s, kind="stable"):
             if not np.isfinite(least_s[first]) or (best is not None and least_s[first] >= best.cost_s):
                 break
-            left_s, following = self._to_go(back_s[:, first])
+            left_s, following = self._remaining(back_s[:, first])
             cost_s = float(firsts[first] + left_s[0][first])
             if np.isfinite(cost_s) and (best is None or cost_s < best.cost_s):
                 best = Route(self._walk(int(first), following), cost_s)
         return best
 
     def between(self, before: str, after: str, *, first: bool, last: bool) -> Route | None:
-        """Return the best way from one peer to another; `first` and `last` say that a token passes there, no row."""
+        """Return the best chain between two peers; `first`, `last`: a token passes there instead of rows."""
         if not self._covers.any(axis=1).all():
             return None
         to_first = return_cost_s if first else hop_cost_s
         from_last = return_cost_s if last else hop_cost_s
         peers = [offer.stage.peer for offer in self._offers]
         arriving_s = np.array([to_first(self._demand, self._links(before, peer)) for peer in peers])
-        left_s, following = self._to_go(np.array([from_last(self._demand, self._links(p, after)) for p in peers]))
+        left_s, following = self._remaining(np.array([from_last(self._demand, self._links(p, after)) for p in peers]))
         costs_s = self._entering_s() + arriving_s + left_s[0]
         best = int(costs_s.argmin())
         return Route(self._walk(best, following), float(costs_s[best])) if np.isfinite(costs_s[best]) else None
 
     def _costs_between(self, cost_s: Callable[[Demand, Link], float]) -> _Costs:
-        """Return what a link costs, from the peer of each offer (rows) to that of each other."""
+        """Return the link costs from the peer of each offer (rows) to that of each other."""
         peers = [offer.stage.peer for offer in self._offers]
         costs_s = [[cost_s(self._demand, self._links(a, b)) for b in peers] for a in peers]
         return np.array(costs_s, dtype=float).reshape(len(peers), len(peers))
 
     def _entering_s(self) -> _Costs:
-        """Return what it costs to enter the first block at each offer's peer and to run it."""
+        """Return the cost of entering the first block at each offer's peer and running it."""
         return np.where(self._enters[0], self._enter_s + self._run_s, np.inf)
 
-    def _to_go(self, leaving_s: _Costs) -> tuple[list[_Costs], list[NDArray[np.intp]]]:
-        """Return, for each block and each offer that has just run it, what is left to pay and who runs the next.
+    def _remaining(self, leaving_s: _Costs) -> tuple[list[_Costs], list[NDArray[np.intp]]]:
+        """Return, for each block and each offer that has just run it, the remaining cost and the next block's offer.
 
-        `leaving_s`: what is left after the last block.
+        `leaving_s`: the cost after the last block.
         """
         left_s = [np.where(self._leaves[-1], leaving_s, np.inf)]
         following: list[NDArray[np.intp]] = []
@@ -253,7 +253,7 @@ class _Search:
         return left_s[::-1], following[::-1]
 
     def _walk(self, offer: int, following: Sequence[NDArray[np.intp]]) -> tuple[Stage, ...]:
-        """Return the stages of the way that begins with an offer."""
+        """Return the stages of the chain that begins with an offer."""
         stages: list[Stage] = []
         start = self._within.start
         for block, choice in enumerate(following, start + 1):
@@ -264,7 +264,7 @@ class _Search:
 
 
 def _shortlist(demand: Demand, offers: Sequence[Offer]) -> Sequence[Offer]:
-    """Return at most MAX_OFFERS offers, in their order: for every block the quickest, then the next, and so on."""
+    """Return at most MAX_OFFERS offers, in their order: for every block the fastest, then the next, and so on."""
     if len(offers) <= MAX_OFFERS:
         return offers
     cost_s = [stage_cost_s(demand, offer, length := len(offer.stage.blocks)) / length for offer in offers]

@@ -1,1 +1,1 @@
-"""What this node is capable of: read from the system, measured, observed in traffic, and told to the swarm."""
+"""Capabilities of this node: probed, measured, observed in traffic, and announced to the swarm."""

@@ -1,18 +1,18 @@
-"""Tells the swarm what this node is capable of, and learns it of others.
+"""Announces this node's capabilities to the swarm, and collects those of other peers.
 
-The signed record stands in the DHT, where anybody finds it who knows a peer's id, and is gossiped, so that most never
-have to look. Who joined later looks up those that it meets.
+The signed record is stored in the DHT under the peer's id, and gossiped, so that most peers never have to look it up.
+A newcomer looks up the peers that it meets.
 """
 
 import dataclasses
 import random
 import time
-from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from typing import Final
 
 import structlog
 import trio
+from cachetools import LRUCache
 
 from node.identity import Identity
 from node.network.interface import Network, NetworkError
@@ -23,7 +23,6 @@ from protocol.capabilities import (
     Capabilities,
     CapabilityRecord,
     Links,
-    Memory,
     capability_key,
 )
 from protocol.errors import LocalProtocolError, RemoteProtocolError
@@ -34,28 +33,28 @@ RECORD_LIFETIME_S: Final = 1800
 RECORD_REFRESH_S: Final = 600
 
 RETRY_S: Final = 10.0
-"""Pause after the network did not take our record."""
+"""Pause after a put of our record failed."""
 
 GRADUAL_INTERVAL_S: Final = 300.0
-"""What changes all the time, as free memory and links do, is told at most so often."""
+"""Shortest interval between announcements of values that always change: free memory and links."""
 
 WITHDRAWAL_TIMEOUT_S: Final = 2.0
 
 MAX_KNOWN: Final = 1024
-"""Peers whose records are remembered; the one not heard of for longest makes room."""
+"""Peers whose records are cached; the least recently used one is evicted."""
 
 LOOKUPS: Final = 8
-"""Peers that are looked up at a time."""
+"""Concurrent lookups."""
 
 LOOKUP_TIMEOUT_S: Final = 10.0
 LOOKUP_AGAIN_S: Final = 60.0
-"""A peer that had no record is looked up again after this."""
+"""Pause before a peer without a record is looked up again."""
 
 _logger = structlog.get_logger(__name__)
 
 
 class CapabilityAnnouncer:
-    """Keeps this node's record current, and remembers those of others."""
+    """Keeps this node's record current, and caches those of other peers."""
 
     def __init__(
         self,
@@ -68,7 +67,7 @@ class CapabilityAnnouncer:
         jitter: random.Random,
         wall_clock: Callable[[], float] = time.time,
     ) -> None:
-        """`capabilities`: ours, None while nothing is known yet. `peers`: those whose records are worth looking up."""
+        """`capabilities`: ours, None until they are probed. `peers`: the peers to look up."""
         self._network = network
         self._identity = identity
         self._capabilities = capabilities
@@ -76,24 +75,24 @@ class CapabilityAnnouncer:
         self._jitter = jitter
         self._wall_clock = wall_clock
         self._sequence = 0
-        self._told: Capabilities | None = None
-        self._told_at_s = 0.0
-        self._told_anybody = False
+        self._announced: Capabilities | None = None
+        self._announced_at_s = 0.0
+        self._had_neighbours = False
         self._refresh_at_s = 0.0
         self._not_before_s = 0.0
         self._withdrawn = False
-        self._known: OrderedDict[PeerId, CapabilityRecord] = OrderedDict()
+        self._known: LRUCache[PeerId, CapabilityRecord] = LRUCache(MAX_KNOWN)
         self._looked_up_at_s: dict[PeerId, float] = {}
         records.register(CAPABILITY_KIND, self._validate_record)
         network.join_topic(CAPABILITY_TOPIC, self._validate_gossip)
 
     def known(self, peer: PeerId) -> Capabilities | None:
-        """Return what a peer, ourselves included, last said of itself as far as we heard; None once it has expired."""
+        """Return the last known capabilities of a peer, or of ourselves; None once the record expired."""
         record = self._known.get(peer)
         return record.capabilities if record is not None and record.expires_at_s > self._wall_clock() else None
 
     async def lookup(self, peer: PeerId) -> Capabilities | None:
-        """Ask the DHT what a peer says of itself; None where it says nothing, or has withdrawn what it said.
+        """Look up the capabilities of a peer in the DHT; None without a record, or with a withdrawn one.
 
         Raises NetworkError.
         """
@@ -101,29 +100,29 @@ class CapabilityAnnouncer:
         data = await self._network.get_record(key)
         if data is not None:
             try:
-                self._hear(unseal_from_dht(CapabilityRecord, key, data, self._wall_clock()))
+                self._store(unseal_from_dht(CapabilityRecord, key, data, self._wall_clock()))
             except RemoteProtocolError as error:
-                _logger.debug("capability record of no use", peer=peer, reason=str(error))
+                _logger.debug("invalid capability record", peer=peer, reason=str(error))
         return self.known(peer)
 
     async def run(self) -> None:
-        """Announce, refresh and learn until cancelled; the network must be running."""
+        """Announce, refresh and collect until cancelled; the network must be running."""
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(self._listen)
-            nursery.start_soon(self._keep_announced)
-            nursery.start_soon(self._keep_learning)
+            nursery.start_soon(self._receive_loop)
+            nursery.start_soon(self._announce_loop)
+            nursery.start_soon(self._lookup_loop)
 
     async def withdraw(self) -> None:
-        """Take back what we said, before the network closes: nobody should count on this node any more.
+        """Withdraw our record before the network closes.
 
-        What is just being said is overtaken as well: the withdrawal has the higher sequence number.
+        Overtakes an announcement that is still under way by its higher sequence number.
         """
         self._withdrawn = True
         if self._sequence:
             with trio.move_on_after(WITHDRAWAL_TIMEOUT_S, shield=True):
-                await self._say(None)
+                await self._announce(None)
 
-    # What others say
+    # Records of other peers
 
     def _validate_record(self, key: str, data: bytes) -> bool:
         unseal_from_dht(CapabilityRecord, key, data, self._wall_clock())
@@ -132,83 +131,80 @@ class CapabilityAnnouncer:
     def _validate_gossip(self, source: PeerId, data: bytes) -> bool:
         return unseal(CapabilityRecord, data, self._wall_clock()).peer == source
 
-    async def _listen(self) -> None:
+    async def _receive_loop(self) -> None:
         async with self._network.subscribe(CAPABILITY_TOPIC) as messages:
             async for message in messages:
                 try:
-                    self._hear(unseal(CapabilityRecord, message.data, self._wall_clock()))
+                    self._store(unseal(CapabilityRecord, message.data, self._wall_clock()))
                 except RemoteProtocolError:
-                    continue  # it was valid when the validator saw it, and has expired since
+                    continue  # expired since it was validated
 
-    def _hear(self, record: CapabilityRecord) -> None:
-        """Remember a verified record, unless a later one is known; a withdrawal too, or older ones would undo it."""
+    def _store(self, record: CapabilityRecord) -> None:
+        """Cache a verified record unless a newer one is known; a withdrawal, too, which older records must not undo."""
         known = self._known.get(record.peer)
         if known is None or record.sequence > known.sequence:
             self._known[record.peer] = record
-        self._known.move_to_end(record.peer)
-        if len(self._known) > MAX_KNOWN:
-            self._known.popitem(last=False)
 
-    async def _keep_learning(self) -> None:
-        """Look up the peers that we have heard nothing of: they said it before we came."""
+    async def _lookup_loop(self) -> None:
+        """Look up the peers whose records are unknown: they were gossiped before we joined."""
         while True:
             now_s = trio.current_time()
             peers = set(self._peers()) - {self._network.peer_id}
-            # Who is gone is forgotten here, so that this grows no larger than what `peers` says.
+            # Bounded by the number of `peers`: the others are dropped.
             tried = {peer: at_s for peer, at_s in self._looked_up_at_s.items() if peer in peers}
             unknown = [peer for peer in peers if self.known(peer) is None]
             due = sorted(peer for peer in unknown if now_s - tried.get(peer, -LOOKUP_AGAIN_S) >= LOOKUP_AGAIN_S)
             self._looked_up_at_s = tried | dict.fromkeys(due[:LOOKUPS], now_s)
             async with trio.open_nursery() as nursery:
                 for peer in due[:LOOKUPS]:
-                    nursery.start_soon(self._learn, peer)
+                    nursery.start_soon(self._look_up, peer)
             if len(due) <= LOOKUPS:
                 await trio.sleep(1)
 
-    async def _learn(self, peer: PeerId) -> None:
+    async def _look_up(self, peer: PeerId) -> None:
         try:
             with trio.move_on_after(LOOKUP_TIMEOUT_S):
                 await self.lookup(peer)
         except NetworkError as error:
-            _logger.debug("capabilities not looked up", peer=peer, reason=str(error))
+            _logger.debug("capability lookup failed", peer=peer, reason=str(error))
 
-    # What we say
+    # Our record
 
-    async def _keep_announced(self) -> None:
+    async def _announce_loop(self) -> None:
         while True:
             capabilities = self._capabilities()
             if capabilities is not None and not self._withdrawn and self._is_due(capabilities):
-                await self._say(capabilities)
+                await self._announce(capabilities)
             await trio.sleep(1)
 
     def _is_due(self, capabilities: Capabilities) -> bool:
         now_s = trio.current_time()
         if now_s < self._not_before_s:
             return False
-        if self._told is None or now_s >= self._refresh_at_s or _differ(self._told, capabilities):
+        if self._announced is None or now_s >= self._refresh_at_s or _differ(self._announced, capabilities):
             return True
-        # The first peers that we meet have not heard of us: a record put among nobody is with nobody.
-        if not self._told_anybody and self._network.connected_peers():
+        # A record that was put without any neighbour is stored nowhere else: put it again with the first ones.
+        if not self._had_neighbours and self._network.connected_peers():
             return True
-        return now_s - self._told_at_s >= GRADUAL_INTERVAL_S and _drifted(self._told, capabilities)
+        return now_s - self._announced_at_s >= GRADUAL_INTERVAL_S and _drifted(self._announced, capabilities)
 
-    async def _say(self, capabilities: Capabilities | None) -> None:
+    async def _announce(self, capabilities: Capabilities | None) -> None:
         now_s = trio.current_time()
-        told_anybody = bool(self._network.connected_peers())
+        had_neighbours = bool(self._network.connected_peers())
         try:
             await self._put(capabilities)
         except (NetworkError, LocalProtocolError) as error:
-            # Local: what the system says of this hardware has no place in a record. We serve all the same.
+            # LocalProtocolError: the probed values are invalid in a record. The node serves all the same.
             pause_s = RETRY_S if isinstance(error, NetworkError) else RECORD_REFRESH_S
             self._not_before_s = now_s + pause_s * self._jitter.uniform(0.8, 1.2)
             _logger.info("capabilities not announced", reason=str(error))
         else:
-            self._told, self._told_at_s, self._told_anybody = capabilities, now_s, told_anybody
+            self._announced, self._announced_at_s, self._had_neighbours = capabilities, now_s, had_neighbours
             self._refresh_at_s = now_s + RECORD_REFRESH_S * self._jitter.uniform(0.8, 1.0)
 
     async def _put(self, capabilities: Capabilities | None) -> None:
         wall_s = self._wall_clock()
-        # A restarted node continues above what it said before, without having to remember it.
+        # A restarted node continues above its earlier sequence numbers without having stored them.
         self._sequence = max(self._sequence + 1, int(wall_s * 1000))
         record = CapabilityRecord(
             peer=self._network.peer_id,
@@ -218,37 +214,34 @@ class CapabilityAnnouncer:
             capabilities=capabilities,
         )
         envelope = seal(record, self._identity.private_key)
-        self._hear(record)
+        self._store(record)
         await self._network.put_record(capability_key(record.peer), envelope)
         await self._network.publish(CAPABILITY_TOPIC, envelope)
 
 
-def _differ(told: Capabilities, now: Capabilities) -> bool:
-    """Return whether anything but what changes all the time is different."""
-    return told != dataclasses.replace(now, links=told.links, memory=_with_available(now, told.memory.available_bytes))
+def _differ(before: Capabilities, now: Capabilities) -> bool:
+    """Return whether anything differs but free memory and links."""
+    memory = dataclasses.replace(now.memory, available_bytes=before.memory.available_bytes)
+    return before != dataclasses.replace(now, links=before.links, memory=memory)
 
 
-def _with_available(capabilities: Capabilities, available_bytes: int) -> Memory:
-    return dataclasses.replace(capabilities.memory, available_bytes=available_bytes)
+def _drifted(before: Capabilities, now: Capabilities) -> bool:
+    """Return whether free memory or links changed enough for an announcement."""
+    freed = abs(before.memory.available_bytes - now.memory.available_bytes)
+    return freed > now.memory.total_bytes // 4 or _links_drifted(before.links, now.links)
 
 
-def _drifted(told: Capabilities, now: Capabilities) -> bool:
-    """Return whether what changes all the time has changed enough to be worth telling."""
-    freed = abs(told.memory.available_bytes - now.memory.available_bytes)
-    return freed > now.memory.total_bytes // 4 or _links_drifted(told.links, now.links)
-
-
-def _links_drifted(told: Links, now: Links) -> bool:
-    before = {neighbour.peer: neighbour for neighbour in told.neighbours}
+def _links_drifted(before: Links, now: Links) -> bool:
+    known = {neighbour.peer: neighbour for neighbour in before.neighbours}
     return (
-        before.keys() != {neighbour.peer for neighbour in now.neighbours}
-        or _apart(told.upload_bytes_per_s, now.upload_bytes_per_s)
-        or _apart(told.download_bytes_per_s, now.download_bytes_per_s)
-        or any(_apart(before[neighbour.peer].round_trip_s, neighbour.round_trip_s) for neighbour in now.neighbours)
+        known.keys() != {neighbour.peer for neighbour in now.neighbours}
+        or _apart(before.upload_bytes_per_s, now.upload_bytes_per_s)
+        or _apart(before.download_bytes_per_s, now.download_bytes_per_s)
+        or any(_apart(known[neighbour.peer].round_trip_s, neighbour.round_trip_s) for neighbour in now.neighbours)
     )
 
 
-def _apart(told: float | None, now: float | None) -> bool:
-    if told is None or now is None:
-        return told is not now
-    return max(told, now) > 1.5 * min(told, now)
+def _apart(before: float | None, now: float | None) -> bool:
+    if before is None or now is None:
+        return before is not now
+    return max(before, now) > 1.5 * min(before, now)

@@ -1,4 +1,4 @@
-"""Everything that is known of this node's own capabilities, kept current."""
+"""This node's own capabilities: probed facts, measured throughput, observed links."""
 
 import dataclasses
 from collections.abc import Awaitable, Callable
@@ -22,16 +22,16 @@ from node.capabilities.traffic import TrafficMeter
 from protocol.capabilities import Accelerator, Capabilities, Throughput
 
 GOOD_SHARE: Final = 0.75
-"""With less of the processor than this, a benchmark saw how busy the machine was and not what it is capable of."""
+"""A benchmark that got a smaller share of the processor measured the load of the machine, and is repeated."""
 
 REPEAT_AFTER_S: Final = (600.0, 1800.0, 7200.0)
-"""Pauses before a measurement that failed, or that a busy machine spoiled, is made again; then that must do."""
+"""Pauses before each repetition of a measurement that failed, or that a busy machine distorted."""
 
 STARTING_S: Final = 60.0
-"""So long a first measurement waits at most for the node to be started: both want the whole processor."""
+"""Longest wait of a first measurement for the start of the node: both need the whole processor."""
 
 OTHERS_TURN_S: Final = 5.0
-"""While another node measures this machine, ours looks so often whether it is done."""
+"""Poll interval while another node measures this machine."""
 
 Benchmark = Callable[[Path, int], Awaitable[Measurements]]
 
@@ -39,7 +39,7 @@ _logger = structlog.get_logger(__name__)
 
 
 class Inventory:
-    """Facts as soon as they are read, figures as soon as they are measured, and links as traffic shows them."""
+    """The capabilities as far as they are known: facts first, then measurements, and links from traffic."""
 
     def __init__(
         self,
@@ -54,8 +54,8 @@ class Inventory:
     ) -> None:
         """Measure with `threads` threads, or one for each physical core, and the disk in `models_dir`.
 
-        `data_dir`: where measurements are kept; the nodes of one machine may share it. `accelerator`: what engines
-        compute on, if not on the CPU; of all there are only that one is told of.
+        `data_dir`: stores the measurements; the nodes of one machine may share it. `accelerator`: the device of the
+        engines, if not the CPU; others are not announced.
         """
         self._data_dir = data_dir
         self._models_dir = models_dir
@@ -68,19 +68,19 @@ class Inventory:
         self._available_bytes = 0
 
     def capabilities(self) -> Capabilities | None:
-        """Return what is known now; None until the first facts are read."""
+        """Return the capabilities known so far; None until the facts are probed."""
         if self._facts is None:
             return None
-        with suppress(OSError):  # no file could be opened just now: what was read last stands
+        with suppress(OSError):  # out of file descriptors: the last value stands
             self._available_bytes = available_memory()
         available_bytes = min(self._available_bytes, self._facts.memory.total_bytes)
         memory = dataclasses.replace(self._facts.memory, available_bytes=available_bytes)
         return dataclasses.replace(self._facts, memory=memory, links=self._traffic.links())
 
     async def run(self, started: trio.Event | None = None) -> None:
-        """Read the facts, measure what was not measured on this hardware before, and return.
+        """Probe the facts, measure unless this hardware was measured before, and return.
 
-        `started`: set once the node is started, which a first measurement waits for.
+        `started`: set once the node is started; a first measurement waits for it.
         """
         facts = await trio.to_thread.run_sync(self._read_facts)
         self._facts = facts = dataclasses.replace(facts, accelerators=tuple(filter(None, [self._accelerator])))
@@ -92,7 +92,7 @@ class Inventory:
         elif started is not None:
             with trio.move_on_after(STARTING_S):
                 await started.wait()
-        # A node that starts has better things to do than to better figures that it has.
+        # A starting node does not repeat a measurement at once.
         for pause_s in REPEAT_AFTER_S if best is not None else (0.0, *REPEAT_AFTER_S):
             if best is not None and best.cpu_share >= GOOD_SHARE:
                 return
@@ -100,22 +100,22 @@ class Inventory:
             try:
                 measured = await self._measure(identifier, threads, best)
             except MeasurementError as error:
-                _logger.warning("this machine was not measured", reason=str(error))
+                _logger.warning("benchmark failed", reason=str(error))
                 continue
             if best is None or measured.cpu_share > best.cpu_share:
                 best = measured
                 self._facts = _with_measurements(facts, best)
 
     async def _measure(self, identifier: str, threads: int, best: Measurements | None) -> Measurements:
-        """Return new measurements, or better ones that another node on this machine has made since. Keep the best."""
+        """Return new measurements, or better ones that another node of this machine stored; store the best."""
         while True:
             with measuring_alone(self._data_dir) as alone:
                 if alone:
-                    kept = await trio.to_thread.run_sync(load_measurements, self._data_dir, identifier)
-                    if kept is not None and (best is None or kept.cpu_share > best.cpu_share):
-                        return kept
+                    stored = await trio.to_thread.run_sync(load_measurements, self._data_dir, identifier)
+                    if stored is not None and (best is None or stored.cpu_share > best.cpu_share):
+                        return stored
                     measured = await self._benchmark(self._models_dir, threads)
-                    _logger.info("measured this machine", cpu_share=round(measured.cpu_share, 2), gaps=measured.gaps)
+                    _logger.info("machine measured", cpu_share=round(measured.cpu_share, 2), gaps=measured.gaps)
                     if best is None or measured.cpu_share > best.cpu_share:
                         await trio.to_thread.run_sync(save_measurements, self._data_dir, identifier, measured)
                     return measured
@@ -123,7 +123,7 @@ class Inventory:
 
 
 def _with_measurements(facts: Capabilities, measured: Measurements) -> Capabilities:
-    """Return the facts with figures. Accelerators that this node does not compute on are not the swarm's business."""
+    """Return the facts with measurements, of those accelerators only that this node uses."""
     figures = {dataclasses.replace(each, throughput=Throughput()): each for each in measured.accelerators}
     return dataclasses.replace(
         facts,

@@ -1,4 +1,4 @@
-"""Has this machine measured by a process of its own, and remembers the figures across restarts."""
+"""Runs the benchmark of this machine in a child process, and caches the measurements across restarts."""
 
 import fcntl
 import json
@@ -21,7 +21,7 @@ from protocol.schema import Count, Form, from_map, to_map
 BENCHMARK: Final = python("-m", "node.engine.benchmark")
 
 TIME_LIMIT_S: Final = 60.0
-"""A benchmark takes some five seconds; a machine that swaps, or has many accelerators to wake, takes longer."""
+"""A benchmark takes five seconds; longer while swapping, or with many accelerators to initialise."""
 
 LOCK_FILE: Final = "measurements.lock"
 
@@ -32,7 +32,7 @@ _logger = structlog.get_logger(__name__)
 
 
 class MeasurementError(Exception):
-    """The benchmark did not do its work. The message is one line."""
+    """The benchmark failed. The message is one line."""
 
 
 def _gap(value: object, _what: str) -> str:
@@ -41,7 +41,7 @@ def _gap(value: object, _what: str) -> str:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Measurements:
-    """What the benchmark found."""
+    """Results of the benchmark."""
 
     cpu: Throughput
     cpu_share: Share
@@ -49,7 +49,7 @@ class Measurements:
     accelerators: Annotated[tuple[Accelerator, ...], Count(MAX_ACCELERATORS)]
     disk_read_bytes_per_s: BytesPerSecond | None
     gaps: Annotated[tuple[Annotated[str, Form(_gap)], ...], Count(MAX_GAPS)] = ()
-    """What could not be measured, one line each."""
+    """Measurements that failed, one line each."""
 
     def to_json(self) -> dict[str, Value]:
         """Return the document as the benchmark prints it."""
@@ -61,7 +61,7 @@ class Measurements:
         try:
             return from_map(cls, json.loads(document), "measurements")
         except (ValueError, RecursionError, RemoteProtocolError) as error:
-            raise MeasurementError(f"the benchmark's answer makes no sense: {error}") from None
+            raise MeasurementError(f"malformed benchmark result: {error}") from None
 
 
 async def run_benchmark(
@@ -69,8 +69,8 @@ async def run_benchmark(
 ) -> Measurements:
     """Measure this machine with `threads` threads, and the disk in `directory`.
 
-    Takes some five seconds, at idle priority in another process, which is killed when it takes longer than
-    `time_limit_s` or when this is cancelled. Raises MeasurementError.
+    Takes five seconds at idle priority in a child process, which is killed after `time_limit_s` and on cancellation.
+    Raises MeasurementError.
     """
     arguments = [*command, "--directory", str(directory), "--threads", str(threads)]
     try:
@@ -81,14 +81,14 @@ async def run_benchmark(
 
 @contextmanager
 def measuring_alone(directory: Path) -> Iterator[bool]:
-    """Yield whether no other node measures this machine now; none does until the end of the block then.
+    """Lock this machine against benchmarks of other nodes, which would distort ours; yield whether that succeeded.
 
-    Nodes that measure at the same time measure each other. `directory`: where they keep their measurements.
+    `directory`: where the nodes store their measurements.
     """
     try:
         lock = (directory / LOCK_FILE).open("w")
     except OSError:
-        yield True  # nothing can be kept here, and nobody to wait for
+        yield True  # nothing can be stored here, so no other node locks it
         return
     with lock:
         try:
@@ -100,18 +100,18 @@ def measuring_alone(directory: Path) -> Iterator[bool]:
 
 
 def load_measurements(directory: Path, fingerprint: str) -> Measurements | None:
-    """Return what was measured before on this very hardware and software; None where there is nothing of use."""
+    """Return the stored measurements of this hardware and software, if there are valid ones."""
     try:
-        kept = json.loads(_cache_file(directory, fingerprint).read_text(encoding="utf-8"))
-        if kept["fingerprint"] != fingerprint:
+        stored = json.loads(_cache_file(directory, fingerprint).read_text(encoding="utf-8"))
+        if stored["fingerprint"] != fingerprint:
             return None
-        return Measurements.parse(json.dumps(kept["measurements"]))
+        return Measurements.parse(json.dumps(stored["measurements"]))
     except (OSError, ValueError, TypeError, KeyError, MeasurementError):
         return None
 
 
 def save_measurements(directory: Path, fingerprint: str, measurements: Measurements) -> None:
-    """Remember measurements for the next start, whole or not at all. A disk that takes nothing costs just that."""
+    """Store measurements for the next start, atomically. An error of the disk is only logged."""
     path = _cache_file(directory, fingerprint)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     document = {"fingerprint": fingerprint, "measurements": measurements.to_json()}
@@ -119,11 +119,11 @@ def save_measurements(directory: Path, fingerprint: str, measurements: Measureme
         temporary.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
         temporary.replace(path)
     except OSError as error:
-        _logger.warning("measurements not kept: the next start measures again", reason=error.strerror)
+        _logger.warning("measurements not stored: the next start measures again", reason=error.strerror)
         with suppress(OSError):
             temporary.unlink()
 
 
 def _cache_file(directory: Path, fingerprint: str) -> Path:
-    # A file each: nodes on one machine may differ in their threads or in the accelerators that they are shown.
+    # One file each: nodes of one machine may differ in threads or visible accelerators.
     return directory / f"measurements-{fingerprint[:16]}.json"

@@ -1,7 +1,7 @@
-"""Reads what hardware and software this node runs on, as much of it as the node may use.
+"""Probes the hardware and software that this node may use.
 
-A container's limits count, not the host's size. Nothing is imported that is not here already: torch in the daemon would
-cost seconds and hundreds of megabytes. What cannot be read becomes a gap or a plain guess, never an error.
+The limits of a container count, not the size of the host. Nothing heavy is imported: torch in the daemon would cost
+seconds and hundreds of megabytes. A value that cannot be read is left out or estimated, never an error.
 """
 
 import hashlib
@@ -35,7 +35,7 @@ INSTRUCTION_SETS: Final = frozenset({
     "amx_int8", "amx_tile", "f16c", "fma", "sse4_2",
     "asimd", "asimddp", "asimdhp", "bf16", "i8mm", "sme", "sve", "sve2",
 })  # fmt: skip
-"""Those that decide how fast matrix products are, by the names of /proc/cpuinfo: x86, then ARM."""
+"""Instruction sets that determine the speed of matrix products, named as in /proc/cpuinfo: x86, then ARM."""
 
 _APPLE_FEATURES: Final = {
     "hw.optional.AdvSIMD": "asimd",
@@ -51,15 +51,15 @@ _SYSCTL_TIMEOUT_S: Final = 5.0
 
 
 def probe(root: Path = ROOT) -> Capabilities:
-    """Return the facts, without anything measured and without accelerators. Blocks: call it in a thread.
+    """Return the facts, without measurements and accelerators. Blocks: call it in a thread.
 
-    `root`: where /proc and /sys are found.
+    `root`: the folder that contains /proc and /sys.
     """
     return Capabilities(processor=_processor(root), memory=_memory(root), software=_software())
 
 
 def available_memory(root: Path = ROOT) -> int:
-    """Return the main memory, in bytes, that could be taken now."""
+    """Return the main memory, in bytes, that is available now."""
     memory = psutil.virtual_memory()
     limit = _memory_limit(root)
     if limit is None:
@@ -69,15 +69,15 @@ def available_memory(root: Path = ROOT) -> int:
 
 
 def total_memory(root: Path = ROOT) -> int:
-    """Return the main memory, in bytes, that this process could ever take."""
+    """Return the main memory, in bytes, that this process may ever use."""
     total, limit = psutil.virtual_memory().total, _memory_limit(root)
     return total if limit is None else min(total, limit)
 
 
 def fingerprint(facts: Capabilities, threads: int, root: Path = ROOT) -> str:
-    """Return a text that changes whenever measurements made before may no longer hold."""
+    """Return a hash that changes whenever earlier measurements may be outdated."""
     seen = to_map(facts)
-    # The total is not the same to the byte after every start.
+    # The total varies by some bytes between boots.
     seen["memory"] = round(facts.memory.total_bytes / 2**30)
     seen["graphics"] = sorted(_graphics(root))
     seen["selection"] = [os.environ.get(name) for name in _GPU_SELECTION]
@@ -137,7 +137,7 @@ def _usable_cores(root: Path) -> tuple[int, int]:
 
 
 def _processor_quota(root: Path) -> float | None:
-    """Return how many cores' time a control group, of version 2 or 1, grants; None without a limit."""
+    """Return the quota of a control group, of version 2 or 1, in cores; None without a limit."""
     quota, _, period = _read(root / "sys/fs/cgroup/cpu.max").partition(" ")
     if not quota:
         quota = _read(root / "sys/fs/cgroup/cpu/cpu.cfs_quota_us")
@@ -155,7 +155,7 @@ def _memory(root: Path) -> Memory:
 
 
 def _memory_limit(root: Path) -> int | None:
-    # Version 1 says "no limit" with a number near 2**63, which is no limit to a smaller machine either.
+    # Version 1 encodes "no limit" as a number near 2**63, which the caller's minimum ignores.
     return _first_integer(root, "sys/fs/cgroup/memory.max", "sys/fs/cgroup/memory/memory.limit_in_bytes")
 
 
@@ -177,7 +177,7 @@ def _version(distribution: str) -> str | None:
 
 
 def _graphics(root: Path) -> Iterator[str]:
-    """Name what drivers say of their devices: enough to see that one came or went."""
+    """Yield the devices that drivers list: enough to detect that one was added or removed."""
     for path in root.glob("proc/driver/nvidia/gpus/*/information"):
         yield from (line for line in _read(path).splitlines() if line.startswith("Model:"))
     for path in root.glob("sys/class/drm/card*/device/device"):
@@ -204,6 +204,6 @@ def _word(text: str) -> str:
 
 
 def _text(text: str, max_bytes: int) -> str:
-    """Return what of a text from the system may stand in a record."""
+    """Return a text from the system as it may stand in a record: printable and short enough."""
     clean = CONTROL_CHARACTERS.sub(" ", text).strip()
     return clean.encode("utf-8")[:max_bytes].decode("utf-8", "ignore") or "unknown"

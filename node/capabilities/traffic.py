@@ -1,8 +1,8 @@
-"""What real traffic shows of the links to other peers. Nothing is sent to find out."""
+"""Link rates and round trips, estimated passively from real traffic."""
 
 import math
 import statistics
-from collections import OrderedDict, deque
+from collections import deque
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -17,13 +17,13 @@ from protocol.capabilities import (
 from protocol.identity import PeerId
 
 MAX_PEERS: Final = 256
-"""Peers remembered; the one without traffic for longest makes room."""
+"""Peers whose links are stored; the one with the oldest traffic is evicted."""
 
 MIN_TRANSFER_BYTES: Final = 64 << 10
-"""A smaller transfer shows the latency of a link and not its rate."""
+"""Smaller transfers are ignored: they show the latency of a link, not its rate."""
 
 MEMORY_BYTES: Final = 256 << 20
-"""What was transferred longer ago than this much hardly counts in a rate any more."""
+"""Scale of the exponential decay: a transfer this many bytes ago weighs 1/e in a rate."""
 
 ROUND_TRIPS: Final = 15
 """Latest round trips of which the median is taken."""
@@ -31,7 +31,7 @@ ROUND_TRIPS: Final = 15
 
 @dataclass(slots=True)
 class _Rate:
-    """Bytes per second over the recent past: both sums fade alike, so that a large transfer counts for more."""
+    """Bytes per second, weighted by size and decayed: both sums decay alike."""
 
     byte_count: float = 0.0
     seconds: float = 0.0
@@ -54,31 +54,31 @@ class _Link:
 
 
 class TrafficMeter:
-    """Is told of transfers and round trips, and says what the links to the neighbours are like.
+    """Estimates the links to the neighbours from transfers and round trips.
 
-    The seconds of a transfer run until its last byte is known to have arrived at the far end: a send that returned has
-    only filled buffers. `node.network` tells of what it sees on its connections.
+    The seconds of a transfer run until its last byte is acknowledged: a send that returned has only filled buffers.
+    `node.network` reports the transfers on its connections.
     """
 
     def __init__(self) -> None:
-        self._links: OrderedDict[PeerId, _Link] = OrderedDict()
+        self._links: dict[PeerId, _Link] = {}
 
     def sent(self, peer: PeerId, byte_count: int, seconds: float) -> None:
-        """Note a transfer to a peer."""
+        """Record a transfer to a peer."""
         if byte_count >= MIN_TRANSFER_BYTES and seconds > 0:
             self._link(peer).sent.add(byte_count, seconds)
 
     def received(self, peer: PeerId, byte_count: int, seconds: float) -> None:
-        """Note a transfer from a peer."""
+        """Record a transfer from a peer."""
         if byte_count >= MIN_TRANSFER_BYTES and seconds > 0:
             self._link(peer).received.add(byte_count, seconds)
 
     def round_trip(self, peer: PeerId, seconds: float) -> None:
-        """Note the time from a question to its answer, both of them small."""
+        """Record the time from a small request to its small response."""
         self._link(peer).round_trips_s.append(min(max(seconds, MIN_FIGURE), MAX_ROUND_TRIP_S))
 
     def links(self) -> Links:
-        """Return the figures: of the neighbours with the latest traffic, and the best rates of all."""
+        """Return the estimates for the neighbours with the latest traffic, and the best rates of all."""
         neighbours = [_neighbour(peer, link) for peer, link in reversed(self._links.items())]
         return Links(
             upload_bytes_per_s=max((n.upload_bytes_per_s for n in neighbours if n.upload_bytes_per_s), default=None),
@@ -89,10 +89,9 @@ class TrafficMeter:
         )
 
     def _link(self, peer: PeerId) -> _Link:
-        link = self._links.setdefault(peer, _Link())
-        self._links.move_to_end(peer)
+        link = self._links[peer] = self._links.pop(peer, _Link())  # ordered by latest traffic
         if len(self._links) > MAX_PEERS:
-            self._links.popitem(last=False)
+            del self._links[next(iter(self._links))]
         return link
 
 

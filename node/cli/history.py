@@ -16,7 +16,7 @@ from node.cli.output import CommandError, format_duration, json_option, print_er
 from node.config import default_data_dir
 
 if TYPE_CHECKING:
-    from node.storage.verification import Verification
+    from node.storage.verification import HistoryVerification
     from protocol.observations import SignedObservation
 
 MAX_SHOWN: Final = 20
@@ -183,14 +183,14 @@ def _import(path: Path, file: Path, progress: Progress) -> _Import:
     return result
 
 
-def _verify(path: Path, repair: bool, progress: Progress) -> tuple["Verification", bytes]:
+def _verify(path: Path, repair: bool, progress: Progress) -> tuple["HistoryVerification", bytes]:
     import trio
 
     from node.storage.database import open_database
     from node.storage.history import HistoryStore
     from node.storage.verification import verify_history
 
-    async def run() -> tuple["Verification", bytes]:
+    async def run() -> tuple["HistoryVerification", bytes]:
         async with open_database(path, set_aside=False) as database:
             store = HistoryStore(database)
             total = sum((await store.count_by_observer()).values())

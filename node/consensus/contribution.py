@@ -69,8 +69,7 @@ class Contributor:
         if cell is None:
             return False
         log_ratio: float | None = None
-        now_s = self._environment.wall_clock()
-        with trio.move_on_after(deadline_s - now_s):
+        with trio.move_on_after(max(0.0, deadline_s - self._environment.wall_clock())):  # the lock may have taken long
             log_ratio = await self._meter.measure(cell)
         self._readings[epoch, cell] = None if log_ratio is None else _fixed_point(log_ratio)
         self.measured += log_ratio is not None

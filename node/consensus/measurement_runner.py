@@ -10,7 +10,7 @@ import trio
 
 from node.coordinator.recorder import Recorder
 from node.coordinator.submission import JobError
-from node.coordinator.trial_runner import Trials, TrialSpec, TrialWorkload
+from node.coordinator.trial_runner import BenchmarkRunner, TrialSpec, TrialWorkload
 from protocol.consensus_values import Cell
 from protocol.identity import ModelId
 from protocol.measurements import Objective, Observation, ObservationKind, QualityBound
@@ -59,7 +59,12 @@ class MeasurementRunner:
     """Measures by trials at this node, one cell at a time. Implements `node.consensus.environment.Meter`."""
 
     def __init__(
-        self, trials: Trials, recorder: Recorder, model: ModelId, is_busy: Callable[[], bool], rng: random.Random
+        self,
+        trials: BenchmarkRunner,
+        recorder: Recorder,
+        model: ModelId,
+        is_busy: Callable[[], bool],
+        rng: random.Random,
     ) -> None:
         """`is_busy`: returns whether this node has other jobs, which are not disturbed."""
         self._trials = trials

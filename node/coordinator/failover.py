@@ -23,6 +23,7 @@ from node.coordinator.session_request import SessionRequest, SessionRequests
 from node.coordinator.straggler_monitor import StragglerMonitor
 from node.coordinator.submission import JobError, JobErrorCode
 from node.links.link_pool import LinkPool
+from node.links.outbound_link import SessionLost
 from node.util.backoff import backoff_s
 from protocol.identity import BlockRange, ModelId, PeerId, SessionId, Stage
 from protocol.messages import Closed, FailureReason, RefusalReason
@@ -163,7 +164,7 @@ class ResilientRoute:
                 if self._failures_since_token > MAX_ATTEMPTS:
                     message = f"{self._failures_since_token} routes were lost in a row, the last at {lost}; try again"
                     raise JobError(JobErrorCode.FAILED, message) from None
-                self._remove_lost(route, lost)
+                self._remove_lost(route, lost.session)
                 await self.open()
             else:
                 self._failures_since_token = 0
@@ -219,7 +220,7 @@ class ResilientRoute:
             for refusal in rejected.refusals:
                 self._avoid(refusal)
         except RouteLost as lost:
-            self._remove_lost(route, lost)
+            self._remove_lost(route, lost.session)
         else:
             return True
         return False
@@ -248,7 +249,7 @@ class ResilientRoute:
         if refusal.reason is None:
             self._planner.failed(peer, dead=not refusal.lagged, lagged=refusal.lagged)
 
-    def _remove_lost(self, route: OpenRoute, lost: RouteLost) -> None:
+    def _remove_lost(self, route: OpenRoute, lost: SessionLost) -> None:
         """Avoid the peer that a stage blames if it is on the route, else the stage itself: outsiders are not blamed.
 
         Only a peer that we cannot reach ourselves counts as dead: a failed engine restarts, and of two peers that do

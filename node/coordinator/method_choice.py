@@ -1,6 +1,6 @@
-"""How a method is chosen: what a job admits, what it depends on, and who has a say.
+"""Method selection for a job: the methods that it admits, and the interfaces of the chooser and of the quality store.
 
-The coordinator lists the methods that the job admits, the most promising first; every stage votes; the tally decides.
+The coordinator orders the admitted methods by preference, every stage votes, and the tally decides.
 """
 
 import enum
@@ -25,51 +25,51 @@ from selector.task import (
 )
 
 MEASURING_RETRY_S = 10.0
-"""What a client is told to wait where the quality of a method is being measured."""
+"""When a client should retry a method whose quality is being measured."""
 
 
-class Asked(enum.Enum):
-    """What became of the wish to have a model measured."""
+class MeasurementState(enum.Enum):
+    """The state of a model's quality measurement."""
 
-    KNOWN = enum.auto()
-    """What can be known of it is known."""
-    UNDER_WAY = enum.auto()
-    """It is being measured, or soon will be."""
-    NEVER = enum.auto()
-    """Nobody here measures."""
+    DONE = enum.auto()
+    """Measured, or failed to be."""
+    PENDING = enum.auto()
+    """Queued or running."""
+    DISABLED = enum.auto()
+    """This node does not measure."""
 
 
 class QualityStore(Protocol):
-    """Knows what lossy methods do to a model's answers."""
+    """Knows the measured quality of lossy methods."""
 
-    def ask(self, model: KnownModel) -> Asked:
-        """Have a model measured unless it was, and return at once: what is not known yet is not waited for."""
+    def request(self, model: KnownModel) -> MeasurementState:
+        """Request the measurement of a model unless it was measured, without waiting for it."""
         ...
 
     def quality(self, model: ModelId, method: Method) -> MeasuredQuality | None:
-        """Return what was measured; None where nothing was."""
+        """Return the measured quality; None if it was not measured."""
         ...
 
 
 class NullQualityStore:
-    """Knows nothing, so that only exact methods are admitted."""
+    """Measures nothing, so that only exact methods are admitted."""
 
-    def ask(self, model: KnownModel) -> Asked:
-        """Return NEVER; see Ledger."""
+    def request(self, model: KnownModel) -> MeasurementState:
+        """Return DISABLED; see QualityStore."""
         del model
-        return Asked.NEVER
+        return MeasurementState.DISABLED
 
     def quality(self, model: ModelId, method: Method) -> MeasuredQuality | None:
-        """Return None; see Ledger."""
+        """Return None; see QualityStore."""
         del model, method
         return None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SelectionRequest:
-    """What is to be chosen: one of the methods that a job admits, for a task.
+    """A request to select one of the methods that a job admits.
 
-    `is_free`: whether the user left the choice to us, and no text has begun yet that must go on as it began.
+    `is_free`: whether the user left the method open, and no text has begun that must go on as it began.
     """
 
     model: ModelId
@@ -79,77 +79,77 @@ class SelectionRequest:
 
 
 class Choice(Protocol):
-    """The choice for one job in the making."""
+    """The selection of one job's method, before and after the vote."""
 
     @property
     def order(self) -> Sequence[Method]:
-        """The admitted methods with the most promising first; it decides between equal scores."""
+        """The admitted methods in order of preference, which breaks ties between equal scores."""
         ...
 
     def ballot(self, votes: Sequence[Mapping[str, float]], weights: Sequence[int] | None = None) -> Mapping[str, float]:
-        """Return the coordinator's own scores, once those of the stages are known, and what all votes weigh.
+        """Return the coordinator's own scores, given those of the stages and the weights of all votes.
 
-        What is left out is not accepted. Where all stages offer a method at all, one of those is accepted.
+        Methods that are left out are not accepted; of methods that all stages offer, at least one is accepted.
         """
         ...
 
 
 class Chooser(Protocol):
-    """The coordinator's side of the choice, which sees the prediction, the votes and what came of it."""
+    """The coordinator's side of the selection, which sees the prediction, the votes and the outcome."""
 
     async def choose(self, question: SelectionRequest) -> Choice:
-        """Return the choice, at once: what is not known yet is not waited for."""
+        """Return the choice, without waiting for predictions that are missing."""
         ...
 
     def served(self, choice: Choice, outcome: JobOutcome) -> Selection | None:
-        """Take note of what a job took, and return what the choice looked like; None where nothing was predicted."""
+        """Learn from a job's outcome; return an assessment of its selection, None where nothing was predicted."""
         ...
 
 
 @dataclass(frozen=True, slots=True)
 class HeuristicChoice:
-    """The hand-written rule's opinion: it accepts whatever the job admits."""
+    """A choice by the heuristic, which accepts all methods that the job admits."""
 
     context: TaskContext
     order: Sequence[Method]
 
     def ballot(self, votes: Sequence[Mapping[str, float]], weights: Sequence[int] | None = None) -> Mapping[str, float]:
-        """Return the rule's predictions; see Choice."""
+        """Return the heuristic's predictions; see Choice."""
         del votes, weights
         return {method.name: predicted_cost(self.context, method) for method in self.order}
 
 
 class HeuristicChooser:
-    """Prefers what the hand-written rule does, and learns nothing."""
+    """Chooses by the heuristic, and learns nothing."""
 
     async def choose(self, question: SelectionRequest) -> Choice:
-        """Return the methods by the rule's prediction; see Chooser."""
+        """Return the methods in the heuristic's order; see Chooser."""
         return HeuristicChoice(question.context, preference(question.context, question.admitted))
 
     def served(self, choice: Choice, outcome: JobOutcome) -> None:
-        """Take no note; see Chooser."""
+        """Ignore the outcome; see Chooser."""
         del choice, outcome
 
 
-def admitted_methods(request: JobRequest, model: KnownModel, ledger: QualityStore) -> list[Method]:
-    """Return the methods that a job may be served with: one where it names it, else all within its quality bound.
+def admitted_methods(request: JobRequest, model: KnownModel, store: QualityStore) -> list[Method]:
+    """Return the methods that a job may be served with: the one that it names, else all within its quality bound.
 
-    A model whose quality is not known yet is asked for; until then lossy methods are not admitted.
-    Raises JobError, with one line, for a method that there is not or that the bound does not admit.
+    The measurement of a model is requested where needed; until it is done lossy methods are not admitted.
+    Raises JobError for a method that does not exist or that the bound does not admit.
     """
     bound = request.quality
-    asked = Asked.NEVER if bound is QualityBound.EXACT else ledger.ask(model)
+    state = MeasurementState.DISABLED if bound is QualityBound.EXACT else store.request(model)
     if request.method == AUTO:
-        admitted = [each for each in PORTFOLIO.values() if admits(bound, each, ledger.quality(model.id, each))]
+        admitted = [each for each in PORTFOLIO.values() if admits(bound, each, store.quality(model.id, each))]
         return admitted[:MAX_VOTES]
     try:
         named = parse_method(request.method)
     except MethodError as error:
         raise JobError(JobErrorCode.INVALID, f"{error}; or use auto") from None
-    quality = ledger.quality(model.id, named)
+    quality = store.quality(model.id, named)
     if not admits(bound, named, quality):
-        if quality is None and asked is Asked.UNDER_WAY:
-            message = f"what {named.name} does to {model.name}'s answers is being measured; try again in a few minutes"
+        if quality is None and state is MeasurementState.PENDING:
+            message = f"the quality of {named.name} with {model.name} is being measured: try again in a few minutes"
             raise JobError(JobErrorCode.MEASURING, message, retry_after_s=MEASURING_RETRY_S)
         raise JobError(JobErrorCode.INVALID, _why_not(named, bound, quality))
     return [named]
@@ -157,11 +157,11 @@ def admitted_methods(request: JobRequest, model: KnownModel, ledger: QualityStor
 
 def _why_not(method: Method, bound: QualityBound, quality: MeasuredQuality | None) -> str:
     if quality is None and bound is not QualityBound.EXACT:
-        return f"{method.name} was not measured for this model, so its quality is unknown: choose another method"
+        return f"the quality of {method.name} with this model was not measured: use another method"
     wider = [each for each in QualityBound if admits(each, method, quality)]
     if wider:
-        return f"{method.name} is not exact: it needs --quality {wider[0]}"
+        return f"{method.name} is not exact: use --quality {wider[0]}"
     if quality is None:
-        return f"{method.name} is not exact: it needs --quality near or any"
+        return f"{method.name} is not exact: use --quality near or any"
     change = f"{quality.perplexity_change:+.1%}"
-    return f"{method.name} changes this model's perplexity by {change}: too much for any quality bound"
+    return f"{method.name} changes this model's perplexity by {change}, beyond any quality bound: use another method"

@@ -14,7 +14,6 @@ from protocol.identity import JobId, PeerId
 from protocol.limits import MAX_POSITIONS, MAX_VOCABULARY, MAX_WIDTH
 from protocol.measurements import (
     Measurements,
-    MethodInForce,
     ModelFacts,
     Observation,
     ObservationKind,
@@ -39,7 +38,7 @@ class ServedJob:
 def observation_of(served: ServedJob, observer: PeerId, issued_at_s: int) -> Observation:
     """Return the observation of a served job, unsigned."""
     result, model = served.result, model_facts(served.manifest)
-    usage, timing, method = result.usage, result.timing, result.method
+    usage, timing = result.usage, result.timing
     return Observation(
         observer=observer,
         job=served.job,
@@ -47,10 +46,9 @@ def observation_of(served: ServedJob, observer: PeerId, issued_at_s: int) -> Obs
         issued_at_s=issued_at_s,
         model=model,
         workload=served.context.to_workload(
-            completion_tokens=usage.completion_tokens,
-            cached_tokens=usage.cached_tokens,
+            completion_tokens=usage.completion_tokens, cached_tokens=usage.cached_tokens
         ),
-        method=MethodInForce(switches=method.switches, stage_policy=method.stage_policy),
+        method=result.method,
         measurements=Measurements(
             ttft_s=timing.ttft_s,
             tpot_s=timing.tpot_s,

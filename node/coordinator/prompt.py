@@ -1,4 +1,4 @@
-"""What a request asks for, as token ids and as sampling, within the limits of its model."""
+"""A request's prompt as token ids and its sampling, within the limits of the model."""
 
 import math
 import secrets
@@ -13,22 +13,19 @@ from protocol.limits import MAX_POSITIONS, MAX_STOP_TOKENS
 from protocol.messages import Sampling
 
 DEFAULT_MAX_TOKENS = 512
-"""New tokens of a job that names no limit, as far as the model's context allows."""
+"""Default of max_tokens, as far as the model's context allows."""
 
 BUSY_RETRY_S = 2.0
-"""What a client is told to wait where too many prompts wait for the model's tokenizer."""
+"""When a client should retry while too many prompts wait for the model's tokenizer."""
 
 
 async def prompt_tokens(request: JobRequest, model: KnownModel) -> tuple[int, ...]:
-    """Return the prompt as token ids; the request gives it as text, as a conversation, or as ids.
-
-    Raises JobError.
-    """
+    """Return the prompt as token ids, whether given as text, conversation or ids. Raises JobError."""
     given = [form for form in (request.prompt, request.prompt_tokens, request.messages) if form is not None]
     if len(given) != 1:
         raise JobError(JobErrorCode.INVALID, "give exactly one of prompt, prompt tokens and messages")
     if request.stop and model.tokenizer.is_absent:
-        raise JobError(JobErrorCode.INVALID, "the model has no tokenizer: its answer has no text that `stop` could end")
+        raise JobError(JobErrorCode.INVALID, "stop needs text, and the model has no tokenizer: use stop_token_ids")
     try:
         if request.messages is not None:
             turns = [{"role": message.role, "content": message.content} for message in request.messages]
@@ -44,14 +41,17 @@ async def prompt_tokens(request: JobRequest, model: KnownModel) -> tuple[int, ..
     except (ValueError, ModelError) as error:
         raise JobError(JobErrorCode.INVALID, str(error)) from None
     if not tokens:
-        raise JobError(JobErrorCode.INVALID, "the prompt is empty")
+        raise JobError(JobErrorCode.INVALID, "the prompt is empty: give at least one token")
     if not 0 <= min(tokens) <= max(tokens) < model.vocabulary_size:
-        raise JobError(JobErrorCode.INVALID, f"token ids of this model are 0 to {model.vocabulary_size - 1}")
+        raise JobError(
+            JobErrorCode.INVALID,
+            f"the prompt has token ids {min(tokens)} to {max(tokens)}: this model has 0 to {model.vocabulary_size - 1}",
+        )
     return tokens
 
 
 def sampling_of(request: JobRequest, model: KnownModel, prompt_length: int) -> Sampling:
-    """Return how to draw a request's tokens, within the model's limits. Raises JobError.
+    """Return a request's sampling, within the model's limits. Raises JobError.
 
     `max_tokens` is an upper bound: where the model's context holds fewer, the text ends with the context.
     """
@@ -59,14 +59,14 @@ def sampling_of(request: JobRequest, model: KnownModel, prompt_length: int) -> S
     if room < 1:
         raise JobError(
             JobErrorCode.CONTEXT_LENGTH,
-            f"the prompt has {prompt_length} tokens, but the model's context holds {model.max_positions}, "
-            "those of the answer included: shorten the prompt",
+            f"the prompt has {prompt_length} tokens, and the model's context holds {model.max_positions}, "
+            "answer included: shorten the prompt",
         )
     wanted = min(room, DEFAULT_MAX_TOKENS) if request.max_tokens is None else request.max_tokens
     if wanted < 1:
-        raise JobError(JobErrorCode.INVALID, "max_tokens must be at least 1", param="max_tokens")
+        raise JobError(JobErrorCode.INVALID, f"max_tokens is {wanted}: use at least 1", param="max_tokens")
     if not (math.isfinite(request.temperature) and 0 <= request.temperature <= 100 and 0 < request.top_p <= 1):
-        raise JobError(JobErrorCode.INVALID, "temperature must be at least 0, and top_p above 0 and at most 1")
+        raise JobError(JobErrorCode.INVALID, "temperature must be 0 to 100, and top_p above 0 and at most 1")
     _check_tokens("stop_token_ids", request.stop_token_ids, model)
     _check_tokens("logit_bias", (token for token, _ in request.logit_bias), model)
     own_stops = () if request.ignore_eos else model.tokenizer.stop_tokens
@@ -95,5 +95,5 @@ def sampling_of(request: JobRequest, model: KnownModel, prompt_length: int) -> S
 def _check_tokens(param: str, tokens: Iterable[int], model: KnownModel) -> None:
     for token in tokens:
         if not 0 <= token < model.vocabulary_size:
-            message = f"{param}: {token} is not a token of this model, which has 0 to {model.vocabulary_size - 1}"
+            message = f"{param}: {token} is not a token id of this model, which has 0 to {model.vocabulary_size - 1}"
             raise JobError(JobErrorCode.INVALID, message, param=param)

@@ -7,9 +7,9 @@ from node.coordinator.failover import ClosedRoute
 from node.coordinator.job import Job
 from node.coordinator.observation import ServedJob
 from node.coordinator.planner import RouteTiming
-from node.coordinator.submission import Consensus, JobResult, MethodChoice, Timing, Usage, Vote
+from node.coordinator.submission import Consensus, JobResult, Timing, Usage, Vote
 from protocol.identity import Stage
-from protocol.measurements import StageObservation
+from protocol.measurements import MethodInForce, StageObservation
 from protocol.messages import Closed, FinishReason, Opened
 
 MEASURED_ROUNDS = 3
@@ -52,9 +52,7 @@ def result_of(job: Job, done: ClosedRoute, text: str, finish: FinishReason) -> J
             total_s=output.last_token_s - job.began_s,
         ),
         route=tuple(map(_observed, route.stages, done.closed)),
-        method=MethodChoice(
-            name=method.name, switches=dict(method.switches), stage_policy=_stage_policy(route.answers)
-        ),
+        method=MethodInForce(switches=dict(method.switches), stage_policy=_stage_policy(route.answers)),
         consensus=Consensus(
             votes=votes,
             agreed=method.name,

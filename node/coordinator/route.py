@@ -4,6 +4,7 @@ import secrets
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import NamedTuple
 
 import trio
 
@@ -65,22 +66,16 @@ class RouteRejected(Exception):
 
 
 class RouteLost(Exception):
-    """A stage was lost; `blamed` is the peer at fault, as the `reporter` sees it."""
+    """A stage was lost."""
 
     def __init__(self, lost: SessionLost) -> None:
         super().__init__(f"{lost.blamed}: {lost.message}")
-        self.reporter = lost.reporter
-        self.blamed = lost.blamed
-        self.reason = lost.reason
-        self.message = lost.message
-        self.lagged = lost.lagged
+        self.session = lost
 
 
-@dataclass(frozen=True, slots=True)
-class SampledToken:
+class SampledToken(NamedTuple):
     """A token as it arrived from the last stage."""
 
-    position: int
     token: int
     finish_reason: FinishReason | None
 
@@ -153,9 +148,8 @@ class OpenRoute:
         self.first_token_s = self.first_token_s or self.last_token_s
         try:
             tokens = tokens_from_tensor(tensor)
-            for offset, token in enumerate(tokens, 1):
-                finish = part.finish_reason if offset == len(tokens) else None
-                self._tokens_in.send_nowait(SampledToken(part.position + offset - 1, token, finish))
+            for number, token in enumerate(tokens, 1):
+                self._tokens_in.send_nowait(SampledToken(token, part.finish_reason if number == len(tokens) else None))
             if self.detector is not None and tokens:
                 self.detector.token(part.position + len(tokens) - 1, self.last_token_s)
         except (ValueError, trio.WouldBlock):

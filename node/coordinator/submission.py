@@ -1,4 +1,4 @@
-"""A job as its submitter sees it: the request, the text as it comes, the result, and what can go wrong."""
+"""The interface for submitting jobs: request, events, result and errors."""
 
 import enum
 from collections.abc import AsyncIterator
@@ -7,45 +7,45 @@ from dataclasses import dataclass
 from typing import Final, Protocol
 
 from protocol.identity import JobId, ModelId, PeerId
-from protocol.measurements import QualityBound, StageObservation
+from protocol.measurements import MethodInForce, QualityBound, StageObservation
 from protocol.messages import FinishReason
 
 AUTO: Final = "auto"
-"""In place of a method: the swarm chooses."""
+"""In place of a method: the swarm selects one."""
 
 
 class JobErrorCode(enum.StrEnum):
-    """Why a job was not done. The HTTP API maps each to a status, the command line to its one line."""
+    """Why a job failed. The HTTP API maps each to a status, the command line to one line."""
 
     INVALID = "invalid_request"
-    """The request itself is wrong: 400."""
+    """The request is invalid: 400."""
     MODEL_NOT_FOUND = "model_not_found"
-    """Nobody in the swarm knows the model, or its name is ambiguous: 404."""
+    """The model is unknown in the swarm, or its name is ambiguous: 404."""
     CONTEXT_LENGTH = "context_length_exceeded"
-    """Prompt and output exceed what the model or the serving peers allow: 400."""
+    """Prompt and output exceed the limits of the model or of the serving peers: 400."""
     UNCOVERED = "blocks_not_served"
-    """No peer serves some of the model's blocks, which the message names: 503, worth a retry."""
+    """No peer serves some of the model's blocks, which the message names: 503, retry later."""
     FULL = "peers_full"
-    """The peers that serve the model have no room now: 503, worth a retry."""
+    """The peers that serve the model are full: 503, retry later."""
     MEASURING = "quality_being_measured"
-    """What the method does to the model's answers is being measured here: 503, worth a retry."""
+    """The method's quality with this model is being measured: 503, retry later."""
     FAILED = "job_failed"
     """A stage failed and could not be replaced: 502."""
     LEAVING = "node_leaving"
-    """This node is about to leave and takes no new jobs: 503."""
+    """This node is shutting down and takes no new jobs: 503."""
 
 
 CLIENT_MISTAKES = frozenset({JobErrorCode.INVALID, JobErrorCode.MODEL_NOT_FOUND, JobErrorCode.CONTEXT_LENGTH})
-"""What no peer can help with: such a job is rejected, it has not failed."""
+"""Codes of jobs that are rejected, which do not count as failed."""
 
 
 class JobError(Exception):
-    """A job cannot be done. The message is one line for the user: what is wrong and what to do."""
+    """A job cannot be done. The message is one line for the user: what failed, with which value, what to do."""
 
     def __init__(
         self, code: JobErrorCode, message: str, *, retry_after_s: float | None = None, param: str | None = None
     ) -> None:
-        """`param`: the field of the request that is wrong, where it is one."""
+        """`param`: the invalid field of the request, if any."""
         super().__init__(message)
         self.code = code
         self.message = message
@@ -63,12 +63,14 @@ class ChatMessage:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class JobRequest:
-    """What a user asks for. Exactly one of `prompt`, `prompt_tokens` and `messages` is given.
+    """A user's request. Exactly one of `prompt`, `prompt_tokens` and `messages` is given.
 
-    `model` is what the user typed: a prefix of an id, a catalogue name, a local name. `messages` are rendered by the
-    model's chat template. `max_tokens` None means as many as the model's context allows, up to the node's default; a
-    larger one than the context allows is cut. `seed` None means that the coordinator draws one, any other is taken
-    modulo 2**64. `method` is `auto`, or a method by its switches. How tokens are drawn: `node.engine.sampling`.
+    `model`: a prefix of an id, a catalogue name, or a local name. `messages`: rendered by the model's chat template.
+    `max_tokens`: None for the node's default; cut to the model's context. `min_tokens`: tokens before which no stop
+    token is sampled and no stop string applies. `top_k`: 0 keeps all. `logit_bias`: token ids, each once, and what is
+    added to their logits. `seed`: None for a random one; taken modulo 2**64. `stop_token_ids`: besides the model's own
+    end-of-text tokens. `ignore_eos`: do not end at the model's end-of-text tokens; for benchmarks. `method`: `auto`, or
+    a method by its switches. `background`: gives way to other jobs. Sampling: `node.engine.sampling`.
     """
 
     model: str
@@ -77,27 +79,21 @@ class JobRequest:
     messages: tuple[ChatMessage, ...] | None = None
     max_tokens: int | None = None
     min_tokens: int = 0
-    """No stop token is drawn before there are so many, and no stop string is looked for in their text."""
     temperature: float = 0.0
     top_p: float = 1.0
     top_k: int = 0
-    """0 keeps all."""
     min_p: float = 0.0
     repetition_penalty: float = 1.0
     frequency_penalty: float = 0.0
     presence_penalty: float = 0.0
     logit_bias: tuple[tuple[int, float], ...] = ()
-    """Token ids, each once, and what is added to their logits."""
     seed: int | None = None
     stop: tuple[str, ...] = ()
     stop_token_ids: tuple[int, ...] = ()
-    """Besides the model's own end-of-text tokens."""
     ignore_eos: bool = False
-    """Go on past the model's end-of-text tokens; for benchmarks and comparisons."""
     quality: QualityBound = QualityBound.EXACT
     method: str = AUTO
     background: bool = False
-    """Nobody waits for it: it makes way for the jobs of others."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -113,7 +109,7 @@ class JobStarted:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TextDelta:
-    """More text. `text` may be empty while a character is incomplete or a stop string might be under way."""
+    """More text. `text` may be empty while a character is incomplete or a stop string may have begun."""
 
     text: str
     token_ids: tuple[int, ...]
@@ -121,10 +117,7 @@ class TextDelta:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Usage:
-    """Tokens of the job.
-
-    `cached_tokens` of the prompt came from a prefix cache; `accepted_draft_tokens` of the text were guessed right.
-    """
+    """Token counts. `cached_tokens`: of the prompt, from a prefix cache. `accepted_draft_tokens`: of the completion."""
 
     prompt_tokens: int
     completion_tokens: int
@@ -134,7 +127,7 @@ class Usage:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Timing:
-    """Seconds as the coordinator saw them: time to first token, time per output token after it, total."""
+    """Seconds at the coordinator: time to first token, time per output token after it, total."""
 
     ttft_s: float
     tpot_s: float
@@ -142,17 +135,8 @@ class Timing:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class MethodChoice:
-    """The acceleration method in force: the session's switches and the policy of the stages."""
-
-    name: str
-    switches: dict[str, str]
-    stage_policy: dict[str, str]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class Vote:
-    """One stage's scores of the admitted methods: log cost, lower is better."""
+    """One stage's scores of the admitted methods: logarithms of cost, lower is better."""
 
     peer: PeerId
     scores: dict[str, float]
@@ -160,9 +144,9 @@ class Vote:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Consensus:
-    """What the stages voted and agreed; `epoch` and `table_digest` name the agreed history behind it, if any.
+    """The stages' votes and the method agreed on; `epoch` and `table_digest` name the agreed history, if any.
 
-    `weighed`: whether the votes counted by the reputation of who gave them, because all stages stand by that history.
+    `weighed`: whether the votes were weighted by reputation, because all stages follow that history.
     """
 
     votes: tuple[Vote, ...]
@@ -174,9 +158,9 @@ class Consensus:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PredictedCost:
-    """What a method was expected to cost this job, seconds, and over the baseline.
+    """A method's predicted cost for a job in seconds, and its speed-up over the baseline.
 
-    `deviation`: the standard deviation that the logarithm of the speed-up is expected to be off by.
+    `deviation`: the standard deviation of the logarithm of the speed-up.
     """
 
     cost_s: float
@@ -186,11 +170,11 @@ class PredictedCost:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Selection:
-    """How this node saw the choice of the method, for as many tokens as came.
+    """This node's assessment of a job's method selection, for the tokens that came.
 
     `basis`: `rule` or `model`. `experiences`: measurements that the model was trained on. `accepted`: the methods that
-    the votes were about to decide between; `explored`: whether that was one to try out. `regret_s`: what the method
-    was expected to cost more than the best one.
+    the votes decided between; `explored`: whether it was one to explore. `regret_s`: predicted cost over that of the
+    best method.
     """
 
     basis: str
@@ -205,7 +189,7 @@ class Selection:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class JobOutcome:
-    """What a job took in the end. `replays`: stages lost and replaced on the way."""
+    """The cost of a job. `replays`: stages that were lost and replaced."""
 
     job_id: JobId
     method: str
@@ -216,7 +200,7 @@ class JobOutcome:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class JobResult:
-    """The last event of a job that was done."""
+    """The last event of a completed job."""
 
     job_id: JobId
     model: ModelId
@@ -227,7 +211,7 @@ class JobResult:
     usage: Usage
     timing: Timing
     route: tuple[StageObservation, ...]
-    method: MethodChoice
+    method: MethodInForce
     consensus: Consensus
     replays: int
     selection: Selection | None = None

@@ -1,16 +1,16 @@
-"""Paired trials: methods measured against the baseline on the same route, in turn, by real jobs.
+"""Paired trials: methods measured against the baseline on the same route, alternately, by real jobs.
 
 Absolute times of different machines and hours cannot be compared, ratios can. So a trial runs rounds; in each round
-every method and the baseline do the same workload once, in an order drawn anew, and what counts is the logarithm of a
-method's cost over the baseline's within a round. `metaswarm bench`, probes before a method is adopted, and measurements
-that the swarm assigns are trials that differ in their kind.
+every method and the baseline do the same workload once, in random order, and the result is the logarithm of a method's
+cost over the baseline's within a round. `metaswarm bench`, trials before a method is adopted, and measurements that the
+swarm assigns are trials that differ in their kind.
 """
 
 import math
 import random
 import secrets
 import statistics
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Final
 
@@ -20,36 +20,37 @@ from node.coordinator.coordinator import Coordinator
 from node.coordinator.observation import ServedJob
 from node.coordinator.prompt import prompt_tokens
 from node.coordinator.recorder import Recorder
-from node.coordinator.submission import JobError, JobErrorCode, JobRequest, JobResult
+from node.coordinator.submission import JobError, JobErrorCode, JobRequest
 from node.models.sample import sample_text
+from protocol.identity import Stage
 from protocol.measurements import Measurements, Objective, Observation, ObservationKind, QualityBound
 from selector.task import BASELINE, Method
 
 READY_TIMEOUT_S: Final = 900.0
-"""How long a method may take to be ready, its quality measured and built on all stages, before it is not to be had."""
+"""How long a method may take to become ready (its quality measured, built on all stages) before it is unavailable."""
 
 RETRY_S: Final = 1.0
-"""Between two looks whether a method is ready, or the peers have room;"""
+"""Pause before another attempt while a method is not ready or the peers are full;"""
 
 BACKGROUND_RETRY_S: Final = 10.0
-"""and where nobody waits for what is measured, which makes way for jobs."""
+"""and for background measurements, which give way to jobs."""
 
-MAX_SPOILT: Final = 3
-"""Rounds that may be spoilt, by a route that changed or a stage that was lost, before the trial gives up."""
+MAX_INVALID: Final = 3
+"""Rounds that may be invalid, by a changed route or a lost stage, before the trial gives up."""
 
 WARM_UP_TOKENS: Final = 2
 PHRASE_TOKENS: Final = 24
 """Length of the phrase that a repetitive prompt repeats."""
 NONCE_TOKENS: Final = 12
-"""Tokens at the start of a prompt that no other run's begins with, so that no run finds another's pages."""
+"""Random tokens at the start of a prompt, so that no run finds another's pages in the prefix cache."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrialWorkload:
-    """What one run of a trial consists of: jobs that are submitted together.
+    """One run of a trial: jobs that are submitted together.
 
     `shared_prefix_share`: part of the prompt, 0 to 1, that all of them begin with. `repetitiveness`: part of the
-    prompt, 0 to 1, that is one phrase again and again, which the answer then goes on with.
+    prompt, 0 to 1, that repeats one phrase, which the answer then continues.
     """
 
     concurrency: int = 1
@@ -61,7 +62,7 @@ class TrialWorkload:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrialSpec:
-    """What is measured. `model`: as a user calls it. `quality`: the bound under which lossy methods are admitted."""
+    """A trial to run. `model`: as a user names it. `quality`: the bound under which lossy methods are admitted."""
 
     model: str
     methods: Sequence[Method]
@@ -74,7 +75,7 @@ class TrialSpec:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MethodTrial:
-    """How a method fared. `runs`: one for each round. `error`: why it could not be had; there are no runs then."""
+    """The runs of a method, one for each round. `error`: why it was unavailable; then there are no runs."""
 
     method: Method
     runs: Sequence["Run"] = ()
@@ -83,38 +84,38 @@ class MethodTrial:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Trial:
-    """What a trial found. `observations`: how many were added to the history."""
+    """The result of a trial. `observations`: how many were added to the history."""
 
     baseline: MethodTrial
     methods: Sequence[MethodTrial]
     observations: int
 
     def log_ratios(self, tried: MethodTrial, objective: Objective) -> list[float]:
-        """Return, for each round, the logarithm of a method's cost over the baseline's."""
+        """Return the logarithm of a method's cost over the baseline's, for each round."""
         pairs = zip(tried.runs, self.baseline.runs, strict=bool(tried.runs))
         return [math.log(run.cost_s(objective) / plain.cost_s(objective)) for run, plain in pairs]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Run:
-    """One method doing the workload once, by jobs that were submitted together."""
+    """One method doing the workload once, in jobs that were submitted together."""
 
     jobs: Sequence[ServedJob]
 
     @property
     def makespan_s(self) -> float:
-        """From the beginning to the last token of all."""
+        """Seconds from the start to the last token of all jobs."""
         return max(job.result.timing.total_s for job in self.jobs)
 
     def cost_s(self, objective: Objective) -> float:
-        """Return the jobs' mean time for latency, the time for all of them together for throughput."""
+        """Return the jobs' mean time for latency, their makespan for throughput."""
         if objective is Objective.THROUGHPUT:
             return self.makespan_s
         return statistics.fmean(job.result.timing.total_s for job in self.jobs)
 
     @property
     def tokens_per_s(self) -> float:
-        """Output tokens a second of all jobs together."""
+        """Output tokens per second of all jobs together."""
         return sum(job.result.usage.completion_tokens for job in self.jobs) / self.makespan_s
 
     @property
@@ -124,69 +125,54 @@ class Run:
 
     @property
     def tpot_s(self) -> float:
-        """The mean time for each token after it."""
+        """The mean time per output token after it."""
         return statistics.fmean(job.result.timing.tpot_s for job in self.jobs)
 
     @property
-    def route(self) -> frozenset[tuple[str, int, int]]:
-        """The stages that served, of all jobs."""
+    def route(self) -> frozenset[Stage]:
+        """The stages that served any of the jobs."""
         stages = (stage for job in self.jobs for stage in job.result.route)
-        return frozenset((stage.peer, stage.blocks.start, stage.blocks.end) for stage in stages)
+        return frozenset(Stage(stage.peer, stage.blocks) for stage in stages)
 
     @property
-    def spoilt(self) -> bool:
-        """Whether a stage was lost meanwhile, or the jobs took several routes, which may differ in speed."""
+    def is_invalid(self) -> bool:
+        """Whether a stage was lost, or the jobs took several routes, which may differ in speed."""
         replayed = any(job.result.replays for job in self.jobs)
         return replayed or len({tuple(stage.peer for stage in job.result.route) for job in self.jobs}) > 1
 
 
-@dataclass(frozen=True, slots=True)
-class _Source:
-    """What prompts are made of: the sample text's token ids, and the prefix where all runs have the same."""
-
-    text: Sequence[int]
-    common: Sequence[int] | None
-
-
-class Trials:
-    """Runs trials at a node by jobs of its coordinator. Those of several take turns run by run."""
+class BenchmarkRunner:
+    """Runs trials with jobs of this node's coordinator. Concurrent trials alternate run by run."""
 
     def __init__(self, coordinator: Coordinator, recorder: Recorder) -> None:
         self._coordinator = coordinator
         self._recorder = recorder
-        self._turn = trio.Lock()
+        self._lock = trio.Lock()
 
-    async def run(self, spec: TrialSpec, keep: Callable[[Observation], Awaitable[bool]] | None = None) -> Trial:
-        """Measure methods against the baseline and add what was seen to the history, or give it to `keep` instead.
+    async def run(self, spec: TrialSpec, record: Callable[[Observation], Awaitable[bool]] | None = None) -> Trial:
+        """Measure methods against the baseline and publish the observations, or pass them to `record` instead.
 
-        Takes rounds x (methods + 1) runs, and as many short ones before to build and warm what is needed. A method
-        that cannot be had is told with the reason. Raises JobError where the baseline itself cannot be had, or where
-        stages keep changing.
+        Takes rounds x (methods + 1) runs, and as many short ones before to build and warm what is needed. An
+        unavailable method is reported with the reason. Raises JobError where the baseline itself is unavailable, or
+        where stages keep changing.
         """
+        workload = spec.workload
         rng = random.Random(secrets.randbits(64) if spec.seed is None else spec.seed)
         model = await self._coordinator.model(spec.model)
-        if spec.workload.prompt_tokens + spec.workload.max_tokens > model.max_positions:
+        if workload.prompt_tokens + workload.max_tokens > model.max_positions:
             raise JobError(
                 JobErrorCode.CONTEXT_LENGTH,
-                f"{spec.workload.prompt_tokens} tokens of prompt and {spec.workload.max_tokens} new ones do not "
-                f"fit into the {model.max_positions} of the model's context",
+                f"{workload.prompt_tokens} tokens of prompt and {workload.max_tokens} new ones do not fit into the "
+                f"{model.max_positions} of the model's context: use fewer",
             )
         text = await prompt_tokens(JobRequest(model=spec.model, prompt=sample_text()), model)
-        # One job at a time has its prefix in common with those before it; the warm-up computes it.
-        alone = spec.workload.concurrency == 1
-        source = _Source(text, _piece(text, shared_tokens(spec.workload), rng) if alone else None)
+        # Jobs that run one at a time share their prefix with those before; the warm-up computes it.
+        common = _piece(text, shared_tokens(workload), rng) if workload.concurrency == 1 else None
+        runs = _TrialRuns(self._coordinator, self._lock, spec, text, common, rng)
         methods = {method.name: method for method in (BASELINE, *spec.methods)}
-        errors: dict[str, str] = {}
-        for method in methods.values():
-            try:
-                await self._warm_up(spec, method, source, rng)
-            except JobError as error:
-                if method == BASELINE:
-                    raise
-                errors[method.name] = error.message
-        able = [method for name, method in methods.items() if name not in errors]
-        rounds = await self._rounds(spec, able, source, rng)
-        observations = await self._record(spec, rounds, keep or self._recorder.publish)
+        errors = await runs.warm_up(methods.values())
+        rounds = await runs.rounds([method for name, method in methods.items() if name not in errors])
+        observations = await self._record(spec, rounds, record or self._recorder.publish)
 
         def tried(method: Method) -> MethodTrial:
             if method.name in errors:
@@ -196,100 +182,21 @@ class Trials:
         others = [tried(method) for method in methods.values() if method != BASELINE]
         return Trial(baseline=tried(BASELINE), methods=others, observations=observations)
 
-    async def _rounds(
-        self, spec: TrialSpec, methods: Sequence[Method], source: "_Source", rng: random.Random
-    ) -> list[dict[str, Run]]:
-        """Return for every round the run of each method, all of them over the same stages."""
-        rounds: list[dict[str, Run]] = []
-        spoilt = 0
-        while len(rounds) < spec.rounds:
-            runs: dict[str, Run] = {}
-            for method in rng.sample(methods, len(methods)):
-                runs[method.name] = await self._patient_run(spec, spec.workload, method, source, rng)
-            routes = {run.route for run in (*runs.values(), *(rounds[0].values() if rounds else ()))}
-            if len(routes) == 1 and not any(run.spoilt for run in runs.values()):
-                rounds.append(runs)
-                continue
-            spoilt += 1
-            if spoilt > MAX_SPOILT:
-                raise JobError(JobErrorCode.FAILED, "the stages of the route keep changing, so nothing can be compared")
-        return rounds
-
-    async def _warm_up(self, spec: TrialSpec, method: Method, source: "_Source", rng: random.Random) -> None:
-        """Wait until a method is ready on all stages, and let it do one short job."""
-        workload = replace(spec.workload, concurrency=1, max_tokens=min(WARM_UP_TOKENS, spec.workload.max_tokens))
-        await self._patient_run(spec, workload, method, source, rng)
-
-    async def _patient_run(
-        self, spec: TrialSpec, workload: TrialWorkload, method: Method, source: "_Source", rng: random.Random
-    ) -> Run:
-        """Run a method once it is ready and the peers have room: they build what they lack once they are asked."""
-        deadline_s = trio.current_time() + READY_TIMEOUT_S
-        pause_s = BACKGROUND_RETRY_S if spec.kind is ObservationKind.ASSIGNED else RETRY_S
-        while True:
-            try:
-                return await self._run(spec, workload, method, source, rng)
-            except JobError as error:
-                if error.retry_after_s is None or trio.current_time() > deadline_s:
-                    raise
-                await trio.sleep(pause_s * rng.uniform(0.5, 2))
-
-    async def _run(
-        self, spec: TrialSpec, workload: TrialWorkload, method: Method, source: "_Source", rng: random.Random
-    ) -> Run:
-        """Let a method do a workload once, with prompts that were never there before."""
-        done: list[ServedJob] = []
-        errors: list[JobError] = []
-
-        async def one(request: JobRequest) -> None:
-            try:
-                done.append(await self._job(request))
-            except JobError as error:
-                errors.append(error)
-                nursery.cancel_scope.cancel()
-
-        requests = [
-            JobRequest(
-                model=spec.model,
-                prompt_tokens=prompt,
-                max_tokens=workload.max_tokens,
-                ignore_eos=True,
-                quality=spec.quality,
-                method=method.name,
-                background=spec.kind is ObservationKind.ASSIGNED,
-            )
-            for prompt in make_prompts(source.text, workload, rng, source.common)
-        ]
-        async with self._turn, trio.open_nursery() as nursery:
-            for request in requests:
-                nursery.start_soon(one, request)
-        if errors:
-            raise errors[0]
-        return Run(jobs=done)
-
-    async def _job(self, request: JobRequest) -> ServedJob:
-        served: list[ServedJob] = []
-        async with self._coordinator.submit(request, served.append) as events:
-            async for event in events:
-                if isinstance(event, JobResult):
-                    return served[0]
-        raise AssertionError("a job ends with its result")
-
     async def _record(
-        self, spec: TrialSpec, rounds: Sequence[Mapping[str, Run]], keep: Callable[[Observation], Awaitable[bool]]
+        self, spec: TrialSpec, rounds: Sequence[Mapping[str, Run]], record: Callable[[Observation], Awaitable[bool]]
     ) -> int:
-        """Keep an observation for each run and objective; return how many there were."""
+        """Record an observation for each run and objective; return how many there were."""
         objectives = [Objective.LATENCY, *([Objective.THROUGHPUT] if spec.workload.concurrency > 1 else [])]
         count = 0
         for runs in rounds:
             for run in runs.values():
                 for objective in objectives:
                     ratio = math.log(run.cost_s(objective) / runs[BASELINE.name].cost_s(objective))
-                    count += await keep(self._observation(spec, run, objective, ratio))
+                    count += await record(self._observation(spec, run, objective, ratio))
         return count
 
     def _observation(self, spec: TrialSpec, run: Run, objective: Objective, log_ratio: float) -> Observation:
-        """Return what a run has shown: times are the jobs' means, the stages' figures those of a typical job."""
+        """Return the observation of a run: its times are the jobs' means, the stages' statistics a typical job's."""
         mean_s = run.cost_s(Objective.LATENCY)
         typical = min(run.jobs, key=lambda job: abs(job.result.timing.total_s - mean_s))
         served = self._recorder.observation(typical)
@@ -312,17 +219,104 @@ class Trials:
         )
 
 
+@dataclass(frozen=True, slots=True)
+class _TrialRuns:
+    """The runs of one trial. `text`: token ids that prompts are made of; `common`: the prefix of all runs, if any."""
+
+    coordinator: Coordinator
+    lock: trio.Lock
+    spec: TrialSpec
+    text: Sequence[int]
+    common: Sequence[int] | None
+    rng: random.Random
+
+    async def warm_up(self, methods: Iterable[Method]) -> dict[str, str]:
+        """Wait until each method is ready and run one short job; return why some are unavailable, by name."""
+        workload = self.spec.workload
+        short = replace(workload, concurrency=1, max_tokens=min(WARM_UP_TOKENS, workload.max_tokens))
+        errors: dict[str, str] = {}
+        for method in methods:
+            try:
+                await self._run_with_retry(short, method)
+            except JobError as error:
+                if method == BASELINE:
+                    raise
+                errors[method.name] = error.message
+        return errors
+
+    async def rounds(self, methods: Sequence[Method]) -> list[dict[str, Run]]:
+        """Return the run of each method for every round, all of them over the same stages."""
+        rounds: list[dict[str, Run]] = []
+        invalid = 0
+        while len(rounds) < self.spec.rounds:
+            runs: dict[str, Run] = {}
+            for method in self.rng.sample(methods, len(methods)):
+                runs[method.name] = await self._run_with_retry(self.spec.workload, method)
+            routes = {run.route for run in (*runs.values(), *(rounds[0].values() if rounds else ()))}
+            if len(routes) == 1 and not any(run.is_invalid for run in runs.values()):
+                rounds.append(runs)
+                continue
+            invalid += 1
+            if invalid > MAX_INVALID:
+                message = f"the stages of the route changed in {invalid} rounds, so that methods cannot be compared"
+                raise JobError(JobErrorCode.FAILED, f"{message}: try again later")
+        return rounds
+
+    async def _run_with_retry(self, workload: TrialWorkload, method: Method) -> Run:
+        """Run a method once it is ready and the peers have room: peers build a variant when it is asked for."""
+        deadline_s = trio.current_time() + READY_TIMEOUT_S
+        pause_s = BACKGROUND_RETRY_S if self.spec.kind is ObservationKind.ASSIGNED else RETRY_S
+        while True:
+            try:
+                return await self._run(workload, method)
+            except JobError as error:
+                if error.retry_after_s is None or trio.current_time() > deadline_s:
+                    raise
+                await trio.sleep(pause_s * self.rng.uniform(0.5, 2))
+
+    async def _run(self, workload: TrialWorkload, method: Method) -> Run:
+        """Have a method do a workload once, with new prompts."""
+        done: list[ServedJob] = []
+        errors: list[JobError] = []
+
+        async def run_job(prompt: tuple[int, ...]) -> None:
+            request = JobRequest(
+                model=self.spec.model,
+                prompt_tokens=prompt,
+                max_tokens=workload.max_tokens,
+                ignore_eos=True,
+                quality=self.spec.quality,
+                method=method.name,
+                background=self.spec.kind is ObservationKind.ASSIGNED,
+            )
+            try:
+                async with self.coordinator.submit(request, done.append) as events:
+                    async for _ in events:
+                        pass
+            except JobError as error:
+                errors.append(error)
+                nursery.cancel_scope.cancel()
+
+        prompts = make_prompts(self.text, workload, self.rng, self.common)
+        async with self.lock, trio.open_nursery() as nursery:
+            for prompt in prompts:
+                nursery.start_soon(run_job, prompt)
+        if errors:
+            raise errors[0]
+        return Run(jobs=done)
+
+
 def shared_tokens(workload: TrialWorkload) -> int:
-    """Return the length of the prefix that jobs have in common."""
+    """Return the length of the jobs' common prefix."""
     return round(workload.shared_prefix_share * workload.prompt_tokens)
 
 
 def make_prompts(
     text: Sequence[int], workload: TrialWorkload, rng: random.Random, common: Sequence[int] | None = None
 ) -> list[tuple[int, ...]]:
-    """Return the prompts of one run: pieces of real text, none of which any other run begins with.
+    """Return the prompts of one run: pieces of real text, each with a beginning of its own.
 
-    `text`: the sample text's token ids. `common`: the prefix, where it is that of other runs, too.
+    `text`: the sample text's token ids. `common`: the prefix, where other runs have the same.
     """
     common = _piece(text, shared_tokens(workload), rng) if common is None else common
     own = workload.prompt_tokens - len(common)
@@ -330,7 +324,7 @@ def make_prompts(
 
 
 def _own_part(text: Sequence[int], workload: TrialWorkload, count: int, rng: random.Random) -> list[int]:
-    """Return what of a prompt is one job's alone; its end is a phrase again and again, where that is asked for."""
+    """Return the part of a prompt that is one job's alone; its end repeats a phrase, as far as the workload says."""
     repeated = min(count, round(workload.repetitiveness * workload.prompt_tokens))
     phrase = _anywhere(text, PHRASE_TOKENS, rng)
     again = (phrase * (repeated // PHRASE_TOKENS + 1))[:repeated]
@@ -338,12 +332,12 @@ def _own_part(text: Sequence[int], workload: TrialWorkload, count: int, rng: ran
 
 
 def _piece(text: Sequence[int], count: int, rng: random.Random) -> list[int]:
-    """Return so much text from anywhere, begun with a few tokens drawn at random."""
+    """Return `count` tokens of text from a random place, begun with a random nonce."""
     nonce = [rng.choice(text) for _ in range(min(count, NONCE_TOKENS))]
     return [*nonce, *_anywhere(text, count - len(nonce), rng)]
 
 
 def _anywhere(text: Sequence[int], count: int, rng: random.Random) -> list[int]:
-    """Return so much text from anywhere; after its end it begins again."""
+    """Return `count` tokens of text from a random place, wrapping around at its end."""
     start = rng.randrange(len(text))
     return [text[(start + offset) % len(text)] for offset in range(count)]

@@ -125,7 +125,7 @@ class JobLink(ABC):
 
     async def _wait_for_room(self) -> None:
         while self._queue.is_full and not self.broken:
-            await self._queue.wait_for_change()
+            await self._queue.room.park()
 
     def _send_now(self, message: Message) -> None:
         """Encode a message now, so that the order of calls is the order on the wire."""
@@ -192,7 +192,7 @@ class JobLink(ABC):
         if not self.broken:
             self.broken = why
             self._greeted.set()
-            self._queue.wake()
+            self._queue.room.unpark_all()
             self._on_broken()
 
 

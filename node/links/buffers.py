@@ -72,7 +72,8 @@ class SendQueue:
         self._buffers = buffers
         self._pieces: deque[Piece] = deque()
         self._bytes = 0
-        self._room = trio.lowlevel.ParkingLot()
+        self.room = trio.lowlevel.ParkingLot()
+        """Where senders wait until something was sent, or the link is broken."""
 
     @property
     def is_full(self) -> bool:
@@ -84,10 +85,6 @@ class SendQueue:
         if not self._bytes:
             return True
         return not self.is_full and self._buffers.outgoing_bytes + payload_bytes <= OUTBOXES_BYTES
-
-    async def wait_for_change(self) -> None:
-        """Wait until something was sent, or the queue was closed."""
-        await self._room.park()
 
     def put(self, pieces: Iterable[Piece]) -> None:
         """Append the pieces of a frame, whether or not there is room."""
@@ -113,11 +110,7 @@ class SendQueue:
     def on_sent(self, count: int) -> None:
         """Release the bytes of what was taken, and wake senders."""
         self._count(-count)
-        self._room.unpark_all()
-
-    def wake(self) -> None:
-        """Wake senders, who see that the link is broken."""
-        self._room.unpark_all()
+        self.room.unpark_all()
 
     def clear(self) -> None:
         """Drop everything: the link is gone."""

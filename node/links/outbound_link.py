@@ -175,10 +175,8 @@ class OutboundLink(JobLink):
     async def send_step(self, step: Step) -> None:
         """Send a step as soon as there is room and credit for it."""
         while not self.try_send_step(step):
-            if self._queue.has_room(len(step.tensor.data)):
-                await self._credit.park()
-            else:
-                await self._queue.wait_for_change()
+            waits_for = self._credit if self._queue.has_room(len(step.tensor.data)) else self._queue.room
+            await waits_for.park()
 
     async def probe(self, timeout_s: float) -> None:
         """Ping the other side; break the link, at once and for all its sessions, if nothing arrives in time."""

@@ -130,10 +130,6 @@ class Library:
         """Return the traffic of the blob protocol so far."""
         return BlobTraffic(dict(self._fetcher.fetched.bytes_by_peer), self._server.served_bytes)
 
-    def tokenizer_pids(self) -> tuple[int, ...]:
-        """Return the ids of the tokenizers' processes."""
-        return self._tokenizers.pids()
-
     def local_models(self) -> tuple[ModelId, ...]:
         """Return the models of which at least the manifest is here."""
         return tuple(package.model_id for package in self._store.list())

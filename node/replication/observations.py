@@ -248,6 +248,6 @@ class ObservationReplicator:
             try:
                 if data := await self._network.get_record(history_key(peer)):
                     record = unseal_from_dht(HistoryDigest, history_key(peer), data, self._wall_clock())
-                    self._pull.prefer(peer, 1 + record.estimate_lacking(await self._replica.tree()))
+                    self._pull.prefer(peer, 1 + record.estimate_missing(await self._replica.tree()))
             except (NetworkError, RemoteProtocolError, StorageError) as error:
                 _logger.debug("history record not read", peer=peer, reason=str(error))

@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Final
 
-from node.coordinator.trial_runner import Run, Trials, TrialSpec, TrialWorkload
+from node.coordinator.trial_runner import BenchmarkRunner, Run, TrialSpec, TrialWorkload
 from node.selection.trial_scheduler import TrialRequest
 from protocol.measurements import ObservationKind, QualityBound
 
@@ -21,7 +21,7 @@ MAX_JOBS: Final = 8
 class AdoptionTrials:
     """Implements TrialRunner by jobs of this node's coordinator."""
 
-    def __init__(self, trials: Trials, *, rounds: int = ROUNDS) -> None:
+    def __init__(self, trials: BenchmarkRunner, *, rounds: int = ROUNDS) -> None:
         self._trials = trials
         self._rounds = rounds
 

@@ -5,7 +5,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Final
 
-from protocol.identity import PeerId
+import structlog
+
+from protocol.identity import PeerId, SessionId
 from protocol.messages import FailureReason, RefusalReason
 
 MAX_PEERS: Final = 256
@@ -21,6 +23,8 @@ LOGGED: Final = 10
 
 FORGIVEN_AFTER_S: Final = 60.0
 """One fault less counts after each such time without any."""
+
+_logger = structlog.get_logger(__name__)
 
 
 @dataclass(slots=True, kw_only=True)
@@ -59,7 +63,7 @@ def is_worth_logging(count: int) -> bool:
 
 
 class PeerRecords:
-    """Records by peer, of the most recent peers."""
+    """Records by peer, of the most recent peers; logs what it counts."""
 
     def __init__(self) -> None:
         self._records: OrderedDict[PeerId, _Record] = OrderedDict()
@@ -68,25 +72,28 @@ class PeerRecords:
         """Count a session that was opened."""
         self._of(peer).opened += 1
 
-    def refused(self, peer: PeerId, reason: RefusalReason) -> int:
-        """Count a session that was refused; return how many were, for this reason."""
+    def refused(self, peer: PeerId, reason: RefusalReason, *, session: SessionId, why: str) -> None:
+        """Count a session that was refused."""
         refused = self._of(peer).refused
         refused[reason] += 1
-        return refused[reason]
+        if is_worth_logging(count := refused[reason]):
+            _logger.info("session refused", peer=peer, session=str(session), reason=why, count=count)
 
-    def failed(self, peer: PeerId, reason: FailureReason) -> int:
-        """Count a session of a peer that failed, whatever was at fault; return how many did, for this reason."""
+    def failed(self, peer: PeerId, reason: FailureReason, *, session: SessionId, why: str) -> None:
+        """Count a session of a peer that failed, whatever was at fault."""
         failed = self._of(peer).failed
         failed[reason] += 1
-        return failed[reason]
+        if is_worth_logging(count := failed[reason]):
+            _logger.info("session failed", peer=peer, session=str(session), reason=reason, message=why, count=count)
 
-    def fault(self, peer: PeerId, now_s: float) -> int:
-        """Charge a peer with invalid rows, and return how often it was: its next Opens wait."""
+    def fault(self, peer: PeerId, now_s: float, **fields: str) -> None:
+        """Charge a peer with invalid rows: its next Opens wait. `fields`: for the log."""
         record = self._of(peer)
         record.faults += 1
         record.score = min(16.0, record.score_at(now_s) + 1)
         record.faulted_s = now_s
-        return record.faults
+        if is_worth_logging(record.faults):
+            _logger.warning("rows refused", charged=peer, count=record.faults, **fields)
 
     def penalty_s(self, peer: PeerId, now_s: float) -> float:
         """Return how long an Open of a peer is to wait."""

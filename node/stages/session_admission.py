@@ -1,18 +1,17 @@
 """Admission control: which sessions coordinators may open here, with which methods, and how one is opened."""
 
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
-import structlog
 import trio
 
 from node.engine.interface import DIVISIBLE_ENGINES, PAGE_POSITIONS, EngineError, EngineFull, SpanInfo, Variant
 from node.links.base_link import LinkBroken
 from node.links.inbound_link import InboundLink
 from node.links.link_pool import LinkPool
-from node.stages.draft_model import DraftModel
 from node.stages.fair_share import may_take
-from node.stages.peer_records import PeerRecords, is_worth_logging
+from node.stages.peer_records import PeerRecords
 from node.stages.session import StageSession
 from node.stages.span import Span, pages_of
 from node.stages.span_table import SpanTable
@@ -28,9 +27,14 @@ CONNECT_LIMIT_S = 8.0
 DESCRIPTION_BYTES = 32 << 20
 """Memory for the requests of all sessions, those that are being opened included: shared like KV memory."""
 
-_logger = structlog.get_logger(__name__)
 
-_Refusal = tuple[RefusalReason, str]
+class _Refusal(Exception):
+    """A session is not opened; `span`: whose load the answer reports."""
+
+    def __init__(self, reason: RefusalReason, why: str, span: Span | None = None) -> None:
+        super().__init__(why)
+        self.reason = reason
+        self.span = span
 
 
 class SessionAdmission:
@@ -57,33 +61,37 @@ class SessionAdmission:
 
         One that continues another has its memory already. A peer that was charged for invalid rows waits.
         """
-        size, peer, held = _description_bytes(message), link.peer, self._described_bytes()
-        answer: Opened | Refused
-        if not may_take(peer, size, own=self._link_pool.peer_id, pages=DESCRIPTION_BYTES, held=held):
-            why = (
-                f"no memory to describe another session: {held.get(peer, 0)} bytes are held for yours, the rest of "
-                f"{DESCRIPTION_BYTES} is held, or reserved, for others"
-            )
-            answer = _refusal(message, (RefusalReason.FULL, why), None)
-        else:
-            self._opening_bytes[peer] += size
-            try:
+        peer = link.peer
+        try:
+            with self._described(message, peer):
                 penalty_s = self._records.penalty_s(peer, trio.current_time())
                 if penalty_s and peer != self._link_pool.peer_id:
                     await trio.sleep(penalty_s)
-                answer = await self._admit(message, link)
-            finally:
-                self._opening_bytes[peer] -= size
-                if not self._opening_bytes[peer]:
-                    del self._opening_bytes[peer]
-        if isinstance(answer, Opened):
-            self._records.opened(peer)
-        else:
-            count = self._records.refused(peer, answer.reason)
-            if is_worth_logging(count):
-                session = str(message.session)
-                _logger.info("session refused", peer=peer, session=session, reason=answer.message, count=count)
-        return answer
+                opened = await self._admit(message, link)
+        except _Refusal as refusal:
+            self._records.refused(peer, refusal.reason, session=message.session, why=str(refusal))
+            load = refusal.span.load() if refusal.span else Load()
+            return Refused(session=message.session, reason=refusal.reason, message=str(refusal), load=load)
+        self._records.opened(peer)
+        return opened
+
+    @contextmanager
+    def _described(self, message: Open, peer: PeerId) -> Iterator[None]:
+        """Count the memory of a request while it is answered. Raises _Refusal where there is none."""
+        size, held = _description_bytes(message), self._described_bytes()
+        if not may_take(peer, size, own=self._link_pool.peer_id, pages=DESCRIPTION_BYTES, held=held):
+            raise _Refusal(
+                RefusalReason.FULL,
+                f"no memory to describe another session: {held.get(peer, 0)} bytes are held for yours, the rest of "
+                f"{DESCRIPTION_BYTES} is held, or reserved, for others",
+            )
+        self._opening_bytes[peer] += size
+        try:
+            yield
+        finally:
+            self._opening_bytes[peer] -= size
+            if not self._opening_bytes[peer]:
+                del self._opening_bytes[peer]
 
     def _described_bytes(self) -> Mapping[PeerId, int]:
         """Return the memory that the requests of each peer's sessions take."""
@@ -93,24 +101,29 @@ class SessionAdmission:
                 found[session.opened_by.peer] += session.description_bytes
         return found
 
-    async def _admit(self, message: Open, link: InboundLink) -> Opened | Refused:
+    async def _admit(self, message: Open, link: InboundLink) -> Opened:
         former: StageSession | None = None
         if (found := self._continued(message, link)) is not None:
             span, former = found
         else:
-            served = self._table.holding(message.model, message.blocks)
-            if objection := self._objection(message, link.peer):
-                return _refusal(message, objection, served)
-            if served is None:
-                why = f"blocks {message.blocks} are not served here"
-                return _refusal(message, (RefusalReason.NOT_SERVED, why), None)
-            span = served
+            span = self._span_for(message, link.peer)
         if fault := _request_fault(message, span.info.part(message.blocks)):
-            return _refusal(message, (RefusalReason.INVALID, fault), span)
-        offered, pending = _offered_methods(message, span, self._table.draft_models)
-        if not offered:
-            return _refusal(message, _why_no_method(pending), span)
-        return await self._open_on(span, message, link, former, offered)
+            raise _Refusal(RefusalReason.INVALID, fault, span)
+        return await self._open_on(span, message, link, former, _offered_methods(message, span, self._table))
+
+    def _span_for(self, message: Open, peer: PeerId) -> Span:
+        """Return the span for a new session. Raises _Refusal; a measurement yields to all other sessions."""
+        span = self._table.holding(message.model, message.blocks)
+        if self._table.is_draining:
+            raise _Refusal(RefusalReason.LEAVING, "this peer is about to leave", span)
+        sessions = list(self._table.sessions())
+        if message.background and any(not s.request.background or s.opened_by.peer != peer for s in sessions):
+            raise _Refusal(RefusalReason.FULL, "this peer serves others, who come before a measurement", span)
+        if sum(session.opened_by.peer == peer for session in sessions) >= MAX_SESSIONS:
+            raise _Refusal(RefusalReason.FULL, f"{MAX_SESSIONS} sessions of yours are open here, the maximum", span)
+        if span is None:
+            raise _Refusal(RefusalReason.NOT_SERVED, f"blocks {message.blocks} are not served here")
+        return span
 
     async def _open_on(
         self,
@@ -119,12 +132,12 @@ class SessionAdmission:
         link: InboundLink,
         former: StageSession | None,
         offered: Sequence[Method],
-    ) -> Opened | Refused:
+    ) -> Opened:
         session = StageSession(message, span, link, _description_bytes(message))
         try:
             self._link_pool.registry.add(message.session, session)
         except KeyError:
-            return _refusal(message, (RefusalReason.INVALID, "the session is open already"), span)
+            raise _Refusal(RefusalReason.INVALID, "the session is open already", span) from None
         span.add(session)
         try:
             await self._connect(session)
@@ -133,15 +146,15 @@ class SessionAdmission:
                 await session.reserve(span.engine)
             votes = await self._voter.vote(TaskContext.of(message.context), offered)
         except LinkBroken as broken:
-            refused = RefusalReason.UNREACHABLE, f"cannot reach {broken.peer}: {broken}"
+            refusal = _Refusal(RefusalReason.UNREACHABLE, f"cannot reach {broken.peer}: {broken}", span)
         except EngineFull as error:
             span.unmet_demand.add(link.peer, pages_of(message.positions))
-            refused = RefusalReason.FULL, str(error)
+            refusal = _Refusal(RefusalReason.FULL, str(error), span)
         except EngineError as error:
-            refused = RefusalReason.NOT_SERVED, str(error)
+            refusal = _Refusal(RefusalReason.NOT_SERVED, str(error), span)
         else:
             if session.is_ended:  # the coordinator left while the engine reserved memory
-                return _refusal(message, (RefusalReason.INVALID, "closed while it was opened"), span)
+                raise _Refusal(RefusalReason.INVALID, "closed while it was opened", span)
             # A session that continues one that has not begun has no more time than that one had.
             is_unbegun = former is not None and former.method is None
             opened_s = former.opened_s if former and is_unbegun else trio.current_time()
@@ -152,18 +165,7 @@ class SessionAdmission:
             if session.is_ended:  # by a coordinator that left meanwhile, perhaps before the memory was reserved
                 span.start_freeing(message.session)
         span.end(session)
-        return _refusal(message, refused, span)
-
-    def _objection(self, message: Open, peer: PeerId) -> _Refusal | None:
-        """Return why this node opens no new session for a peer now, if so: a measurement yields to all others."""
-        if self._table.is_draining:
-            return RefusalReason.LEAVING, "this peer is about to leave"
-        sessions = list(self._table.sessions())
-        if message.background and any(not s.request.background or s.opened_by.peer != peer for s in sessions):
-            return RefusalReason.FULL, "this peer serves others, who come before a measurement"
-        if sum(session.opened_by.peer == peer for session in sessions) >= MAX_SESSIONS:
-            return RefusalReason.FULL, f"{MAX_SESSIONS} sessions of yours are open here, which is the most"
-        return None
+        raise refusal
 
     def _check_share(self, span: Span, session: StageSession) -> None:
         """Raise EngineFull where the KV memory that a session needs is for others."""
@@ -204,11 +206,6 @@ class SessionAdmission:
             raise LinkBroken(peer, f"not reached within {CONNECT_LIMIT_S:.0f} s")
 
 
-def _refusal(message: Open, refused: _Refusal, span: Span | None) -> Refused:
-    reason, why = refused
-    return Refused(session=message.session, reason=reason, message=why, load=span.load() if span else Load())
-
-
 def _opened(session: StageSession, span: Span) -> Opened:
     return Opened(
         session=session.id,
@@ -243,12 +240,10 @@ def _request_fault(message: Open, info: SpanInfo) -> str | None:
     return None
 
 
-def _offered_methods(
-    message: Open, span: Span, draft_models: Mapping[ModelId, DraftModel | None]
-) -> tuple[list[Method], list[Method]]:
-    """Return the requested methods that the span can carry out now, and those that are being built for it."""
+def _offered_methods(message: Open, span: Span, table: SpanTable) -> list[Method]:
+    """Return the requested methods that the span can carry out now, and have others built. Raises _Refusal for none."""
     offered: list[Method] = []
-    pending: list[Method] = []
+    pending: list[Variant] = []
     is_divided = message.blocks != span.info.blocks
     ready = span.engine.variants()
     for name in message.methods:
@@ -260,18 +255,17 @@ def _offered_methods(
         if method.name != name or (is_divided and variant.engine not in DIVISIBLE_ENGINES):
             continue
         drafts_here = method.drafter == "draft" and message.blocks.start == 0
-        if drafts_here and message.model not in draft_models:
+        if drafts_here and message.model not in table.draft_models:
             continue
-        if variant in ready and not (drafts_here and draft_models[message.model] is None):
+        if variant in ready and not (drafts_here and table.draft_models[message.model] is None):
             offered.append(method)
         elif variant not in span.unavailable:
-            pending.append(method)
-    span.request_variants(dict.fromkeys(Variant(method.engine, method.arithmetic) for method in pending))
-    return offered, pending
-
-
-def _why_no_method(pending: Sequence[Method]) -> _Refusal:
+            pending.append(variant)
+    span.request_variants(dict.fromkeys(pending))
+    if offered:
+        return offered
     if pending:
-        return RefusalReason.NOT_READY, "no method that the job admits is ready here; what can be built is being built"
+        why = "no method that the job admits is ready here; what can be built is being built"
+        raise _Refusal(RefusalReason.NOT_READY, why, span)
     why = "no method that the job admits is available here: variants cannot be built, or no draft model (--draft)"
-    return RefusalReason.UNABLE, why
+    raise _Refusal(RefusalReason.UNABLE, why, span)

@@ -27,7 +27,7 @@ from node.links.link_pool import LinkPool
 from node.stages.engine_loop import EngineLoop
 from node.stages.fair_share import UnmetDemand
 from node.stages.outbox import Output, send_outputs
-from node.stages.peer_records import PeerRecords, is_worth_logging
+from node.stages.peer_records import PeerRecords
 from node.stages.replay_buffer import REPLAY_BYTES, ReplayMemory
 from node.stages.scheduler import Scheduler, Work
 from node.stages.session import StageSession
@@ -147,11 +147,7 @@ class Span(EngineLoop):
     def fail(self, session: StageSession, reason: FailureReason, message: str, blamed: PeerId | None = None) -> None:
         """Report to the coordinator that the session is lost here, and free it."""
         if not session.is_ended:
-            opener = session.opened_by.peer
-            count = self._records.failed(opener, reason)
-            if is_worth_logging(count):
-                name = str(session.id)
-                _logger.info("session failed", peer=opener, session=name, reason=reason, message=message, count=count)
+            self._records.failed(session.opened_by.peer, reason, session=session.id, why=message)
             session.opened_by.fail(session.id, reason, message, blamed)
             self.end(session)
 
@@ -163,11 +159,13 @@ class Span(EngineLoop):
         """
         if session.is_ended:
             return
-        opener = session.opened_by.peer
-        count = self._records.fault(sender.peer if by_sender else opener, trio.current_time())
-        if is_worth_logging(count):
-            name = str(session.id)
-            _logger.warning("rows refused", peer=sender.peer, session=name, opened_by=opener, reason=fault, count=count)
+        self._records.fault(
+            sender.peer if by_sender else session.opened_by.peer,
+            trio.current_time(),
+            session=str(session.id),
+            sender=sender.peer,
+            reason=fault,
+        )
         self.fail(session, FailureReason.ENGINE, f"cannot take rows of {sender.peer}: {fault}", sender.peer)
 
     def end(self, session: StageSession) -> None:

@@ -1,1 +1,1 @@
-"""What a node remembers: one SQLite file in its data directory, with the history and the peers it has met."""
+"""Storage: one SQLite file in the data directory, with history, known peers, chains and adoption trials."""

@@ -1,11 +1,11 @@
-"""The file: opened, checked, migrated, read by several threads and written by one at a time.
+"""The database file: opened, checked, migrated, read by several threads, and written by group commit.
 
-Whoever writes waits until the write is committed. While one transaction is on its way to the file, further writes
-gather, and the next transaction takes them all.
+A write returns once it is committed. While one transaction is being committed, further writes queue, and the next
+transaction contains them all.
 
-What a commit survives: WAL with `synchronous=NORMAL` loses nothing when the process is killed, at any instant. When the
-machine loses power it may lose the latest commits, those since the last checkpoint (about 4 MiB of changes), but the
-file stays whole; other peers have those observations, and give them back.
+Durability: WAL with `synchronous=NORMAL` loses nothing when the process is killed, at any instant. After a power
+failure the commits since the last checkpoint (about 4 MiB of changes) may be lost, but the file stays intact; other
+peers have the lost observations, and return them.
 """
 
 import os
@@ -27,7 +27,7 @@ from node.storage.schema import MIGRATIONS
 DATABASE_FILE: Final = "metaswarm.sqlite3"
 
 MAX_WAITING_WRITES: Final = 1024
-"""Writes that wait for their transaction; whoever comes after them waits for room."""
+"""Writes that wait for their transaction; later ones wait for a slot."""
 
 MAX_BATCH: Final = 256
 """Writes in one transaction."""
@@ -35,13 +35,13 @@ MAX_BATCH: Final = 256
 _HEADER_BYTES: Final = 100
 
 READERS: Final = 3
-"""Reads at a time."""
+"""Concurrent reads."""
 
 BUSY_TIMEOUT_S: Final = 10.0
-"""How long a write waits for that of another process."""
+"""Longest wait for a write of another process."""
 
 MAX_LOG_BYTES: Final = 64 << 20
-"""The write-ahead log is cut back to this after it has grown in one large transaction."""
+"""The write-ahead log is truncated to this after a large transaction."""
 
 _T = TypeVar("_T")
 
@@ -53,16 +53,16 @@ class StorageError(Exception):
 
 
 class StorageFull(StorageError):
-    """There is no space left: nothing was written. Later writes work again once there is."""
+    """The disk is full: nothing was written. Writes work again once there is space."""
 
 
 class StorageDamaged(StorageError):
-    """The file is no longer a sound database."""
+    """The file is damaged."""
 
 
 @dataclass(slots=True, eq=False)
 class _Write(Generic[_T]):
-    """A write on its way. Once it is `taken`, whoever holds the lock next finds its `error` or its `value`."""
+    """A queued write. Once it is `taken` into a batch, its `error` or `value` is set when the lock is released."""
 
     work: Callable[[sqlite3.Connection], _T]
     taken: bool = False
@@ -74,10 +74,10 @@ class Database:
     """An open database file. `open_database` makes one."""
 
     def __init__(self, path: Path, *, may_set_aside: bool) -> None:
-        """Open the file; blocks, and raises StorageError."""
+        """Open the file. Blocks; raises StorageError."""
         self.path = path
         self.set_aside: Path | None = None
-        """Where the damaged file lies that was found here; what it held has to come from the swarm again."""
+        """The new path of a damaged file that was found here; the swarm has to replace its contents."""
         self._room = trio.Semaphore(MAX_WAITING_WRITES)
         self._waiting: deque[_Write[Any]] = deque()
         self._writing = trio.Lock()
@@ -90,7 +90,7 @@ class Database:
             damage = find_damage(path)
             if damage:
                 if not may_set_aside:
-                    raise StorageDamaged(f"{path} is damaged ({damage}); a node that starts here sets it aside")
+                    raise StorageDamaged(f"{path} is damaged ({damage}): start a node here, which sets it aside")
                 self.set_aside = _set_aside(path)
                 _logger.warning("database damaged: set aside", path=str(self.set_aside), damage=damage)
             os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))  # SQLite gives its log the same mode
@@ -107,22 +107,22 @@ class Database:
             raise _translated(error, path) from None
 
     async def write(self, work: Callable[[sqlite3.Connection], _T]) -> _T:
-        """Run `work` in a transaction, in a thread; return its result once that is committed.
+        """Run `work` in a transaction, in a thread; return its result once it is committed.
 
-        `work` may be run again when a transaction that it shared with others fails. Raises StorageError, and then
-        nothing was written. If the caller is cancelled, it may have been.
+        `work` is run again when a transaction that it shared with others fails. Raises StorageError if nothing was
+        written. If the caller is cancelled, it may have been written.
         """
         async with self._room:
             write = _Write(work)
             self._waiting.append(write)
             try:
-                # Whoever gets here first commits for all who wait behind; they find their write done.
+                # The first writer commits for all that are queued; the others find their write done.
                 async with self._writing:
                     if not write.taken:
                         batch = [self._waiting.popleft() for _ in range(min(MAX_BATCH, len(self._waiting)))]
                         for taken in batch:
                             taken.taken = True
-                        with trio.CancelScope(shield=True):  # others wait for this batch, too
+                        with trio.CancelScope(shield=True):  # the batch contains the writes of others
                             await trio.to_thread.run_sync(self._commit, batch, limiter=self._committing)
             finally:
                 if not write.taken:
@@ -132,13 +132,13 @@ class Database:
         return cast("_T", write.value)
 
     async def read(self, work: Callable[[sqlite3.Connection], _T]) -> _T:
-        """Run `work` in a thread, on one state of the database; return its result. Raises StorageError."""
+        """Run `work` in a thread, on a snapshot of the database; return its result. Raises StorageError."""
         return await trio.to_thread.run_sync(self._read, work, limiter=self._reading)
 
     def close(self) -> None:
-        """Close the file; blocks. Nobody may be reading or writing."""
+        """Close the file. Blocks; there must be no reads or writes."""
         for connection in (*self._idle_readers, self._writer):
-            # Closing also moves the log into the file, which a full disk may forbid; the next opening does it then.
+            # Closing checkpoints the log, which a full disk prevents; the next opening does it then.
             with suppress(sqlite3.Error):
                 connection.close()
 
@@ -148,7 +148,7 @@ class Database:
             for write in batch:
                 write.value = write.work(self._writer)
             self._writer.execute("COMMIT")
-        except Exception as error:  # noqa: BLE001  # each write's fault is told to its caller, and to no other
+        except Exception as error:  # noqa: BLE001  # each write reports its own error to its caller
             if self._writer.in_transaction:
                 with suppress(sqlite3.Error):
                     self._writer.execute("ROLLBACK")
@@ -177,10 +177,10 @@ class Database:
 
 @asynccontextmanager
 async def open_database(path: Path, *, set_aside: bool = True) -> AsyncIterator[Database]:
-    """Open a database file, made now if there is none, for use inside the block.
+    """Open a database file inside the block; create a missing one.
 
-    `set_aside`: a damaged file is renamed and a new one made, which `Database.set_aside` tells; only for a node that
-    starts, never while another process may have the file open. Raises StorageError.
+    `set_aside`: rename a damaged file and create a new one, see `Database.set_aside`; only for a starting node, never
+    while another process may have the file open. Raises StorageError.
     """
     database = await trio.to_thread.run_sync(lambda: Database(path, may_set_aside=set_aside))
     try:
@@ -191,24 +191,24 @@ async def open_database(path: Path, *, set_aside: bool = True) -> AsyncIterator[
 
 
 def _connect(path: Path) -> sqlite3.Connection:
-    # Transactions are begun and ended by hand. Connections move between threads, and are used by one at a time.
+    # Transactions are explicit. A connection moves between threads, and is used by one at a time.
     return sqlite3.connect(path, timeout=BUSY_TIMEOUT_S, isolation_level=None, check_same_thread=False)
 
 
 def _keep_private(path: Path) -> None:
-    """Take from others what rights they have to a database that an earlier version made: it holds what was asked."""
+    """Revoke the access of other users, which earlier versions granted: the database contains prompts' metadata."""
     for file in (path, *path.parent.glob(f"{path.name}[-.]*")):
-        with suppress(FileNotFoundError, PermissionError):  # gone, or not ours: then it is not ours to say
+        with suppress(FileNotFoundError, PermissionError):  # gone, or owned by another user
             if stat.S_IMODE(file.stat().st_mode) & 0o077:
                 file.chmod(0o600)
 
 
 def find_damage(path: Path) -> str | None:
-    """Return what is wrong with an existing file, if anything is. Blocks, and raises StorageError."""
+    """Return the damage of an existing file, if any. Blocks; raises StorageError."""
     if not path.exists():
         return None
-    if cut := _is_cut(path):
-        return cut
+    if truncation := _find_truncation(path):
+        return truncation
     connection = _connect(path)
     try:
         (found,) = connection.execute("PRAGMA quick_check(1)").fetchone()
@@ -221,15 +221,15 @@ def find_damage(path: Path) -> str | None:
     return None if found == "ok" else " ".join(str(found).split())
 
 
-def _is_cut(path: Path) -> str | None:
-    """Say so where a file ends in the middle of a page, which SQLite itself takes for a page that ends in zeros."""
+def _find_truncation(path: Path) -> str | None:
+    """Return the damage of a file that ends within a page, which SQLite itself reads as a page padded with zeros."""
     log = path.with_name(path.name + "-wal")
     if log.exists() and log.stat().st_size:
-        return None  # a full disk may have cut short what the log will write again
+        return None  # truncated by a full disk: the log restores it
     size = path.stat().st_size
     with path.open("rb") as file:
         header = file.read(_HEADER_BYTES)
-    page_size = int.from_bytes(header[16:18], "big")  # 1 means 65536, which we never make
+    page_size = int.from_bytes(header[16:18], "big")  # 1 means 65536, which we never use
     return f"it ends in the middle of a page, after {size} bytes" if page_size > 1 and size % page_size else None
 
 
@@ -237,7 +237,7 @@ def _set_aside(path: Path) -> Path:
     """Rename a damaged file and return its new name."""
     stamp = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())
     kept = path.with_name(f"{path.name}.damaged-{stamp}-{os.getpid()}")
-    # The log first: one that is left beside a new database would be played into it.
+    # The log first: a log left beside a new database would be replayed into it.
     for suffix in ("-wal", "-shm", ""):
         with suppress(FileNotFoundError):
             path.with_name(path.name + suffix).rename(kept.with_name(kept.name + suffix))
@@ -245,14 +245,14 @@ def _set_aside(path: Path) -> Path:
 
 
 def _migrate(connection: sqlite3.Connection, path: Path) -> None:
-    """Take the steps that the file has not seen; each is taken whole or not at all."""
+    """Apply the missing migrations, each atomically."""
     version = _version(connection)
     if version > len(MIGRATIONS):
-        raise StorageError(f"{path} was made by a newer metaswarm (version {version}): upgrade this one")
+        raise StorageError(f"{path} has the format of a newer metaswarm (version {version}): upgrade this one")
     while version < len(MIGRATIONS):
         connection.execute("BEGIN IMMEDIATE")
         try:
-            version = _version(connection)  # another process may have been faster
+            version = _version(connection)  # another process may have migrated it
             for statement in MIGRATIONS[version] if version < len(MIGRATIONS) else ():
                 connection.execute(statement)
             version = min(version + 1, len(MIGRATIONS))
@@ -268,14 +268,14 @@ def _version(connection: sqlite3.Connection) -> int:
 
 
 def _translated(error: Exception, path: Path) -> StorageError:
-    """Return an error of SQLite or the file system in words for the user."""
+    """Return an error of SQLite or the file system as one for the user."""
     if isinstance(error, OSError):
         return StorageError(f"cannot use {path}: {error.strerror}")
     code = getattr(error, "sqlite_errorcode", 0) & 0xFF
     if code == sqlite3.SQLITE_FULL:
-        return StorageFull(f"no space left to write {path}: nothing was written; free some")
+        return StorageFull(f"no space left to write {path}: nothing was written; free some space")
     if code in {sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB}:
-        return StorageDamaged(f"{path} is damaged ({error}); restart the node, which sets it aside")
+        return StorageDamaged(f"{path} is damaged ({error}): restart the node, which sets it aside")
     if code in {sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED}:
         return StorageError(f"another process has been writing {path} for {BUSY_TIMEOUT_S:.0f} s: nothing was written")
     return StorageError(f"cannot use {path}: {error}")

@@ -1,4 +1,4 @@
-"""The history of observations on disk: a set of signed records by the hour of their issue."""
+"""The history on disk: a set of signed observations by the hour of issue."""
 
 import hashlib
 import sqlite3
@@ -15,10 +15,10 @@ from protocol.reconciliation import BucketDigest
 from selector.retention import HistoryBounds, Share, shares_to_drop
 
 PAGE: Final = 500
-"""Records that one read of an iteration holds in memory."""
+"""Records per read of an iteration."""
 
 GRACE_BUCKETS: Final = 1
-"""A bucket is closed so many buckets after its time: what was said in it has reached everybody by then."""
+"""A bucket is closed this many buckets after its hour: its observations have reached every peer by then."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,7 +28,7 @@ class _Known:
 
 
 class StoredObservation(NamedTuple):
-    """An observation as it lies on disk."""
+    """A row of the observations table."""
 
     id: ObservationId
     bucket: int
@@ -37,9 +37,9 @@ class StoredObservation(NamedTuple):
 
 
 class HistoryStore:
-    """The observations that this node holds. What `add_many` has returned from survives a kill of the process.
+    """The stored observations. Those that `add_many` returned survive a kill of the process.
 
-    Every method raises StorageError where the database fails it.
+    Every method may raise StorageError.
     """
 
     def __init__(self, database: Database, bounds: HistoryBounds | None = None) -> None:
@@ -48,26 +48,26 @@ class HistoryStore:
         self._digests: dict[int, _Known] = {}
 
     async def add(self, observation: SignedObservation) -> bool:
-        """Keep a verified observation; return whether it is new, once it is safe."""
+        """Store a verified observation; return whether it is new, once it is durable."""
         return bool(await self.add_many([observation]))
 
     async def add_many(self, observations: Sequence[SignedObservation]) -> tuple[SignedObservation, ...]:
-        """Keep verified observations; return those that are new, once they are safe.
+        """Store verified observations; return the new ones, once they are durable.
 
-        What would exceed the bounds on a flood is left out, or displaces others: see `HistoryBounds`.
+        Observations beyond the bounds on a flood are dropped, or displace others: see `HistoryBounds`.
         """
         if not observations:
             return ()
         return await self._database.write(lambda connection: _add(connection, observations, self._bounds))
 
     async def bucket_digests(self) -> dict[int, BucketDigest]:
-        """Return count and digest of every bucket that is not empty; computed again only where something changed."""
+        """Return count and digest of every bucket that is not empty; recomputed only for changed buckets."""
         known = self._digests
         self._digests = await self._database.read(lambda connection: _digests(connection, known))
         return {bucket: found.digest for bucket, found in self._digests.items()}
 
     async def digest(self) -> BucketDigest:
-        """Return how much there is, and one digest of it all: sha256 over every bucket, ascending, and its digest."""
+        """Return the total count, and one digest: the sha256 over every bucket, ascending, and its digest."""
         buckets = await self.bucket_digests()
         hashed = hashlib.sha256()
         for bucket in sorted(buckets):
@@ -79,11 +79,11 @@ class HistoryStore:
         return await self._database.read(lambda connection: tuple(_ids_in(connection, bucket)))
 
     async def get_many(self, ids: Sequence[bytes]) -> tuple[bytes, ...]:
-        """Return the envelopes of those of the ids that are here, in their order."""
+        """Return the envelopes of those of the ids that are stored, in their order."""
         return await self._database.read(lambda connection: tuple(_envelopes(connection, ids)))
 
     async def count_by_observer(self) -> dict[PeerId, int]:
-        """Return how many observations of each observer there are."""
+        """Return the number of observations by observer."""
         query = "SELECT observer, sum(count) FROM shares GROUP BY observer"
         return await self._database.read(lambda connection: dict(connection.execute(query).fetchall()))
 
@@ -95,7 +95,7 @@ class HistoryStore:
                     yield stored.envelope
 
     async def pages(self, *, first_bucket: int = 0) -> AsyncGenerator[list[StoredObservation], None]:
-        """Yield everything by bucket and id, some at a time. What is added meanwhile may or may not be among it."""
+        """Yield all observations by bucket and id, in pages. Those added meanwhile may or may not be included."""
         after = (first_bucket, b"")
         while True:
             page = await self._database.read(partial(_page, after=after))
@@ -106,13 +106,13 @@ class HistoryStore:
                 return
 
     async def discard(self, ids: Iterable[ObservationId]) -> None:
-        """Drop observations that were found to be faulty."""
+        """Delete observations that failed verification."""
         await self._database.write(partial(_delete, ids=tuple(ids)))
 
     async def retain(self, now_s: float) -> int:
-        """Drop what the bounds leave no room for, and what is too old; return how many observations went.
+        """Delete observations beyond the bounds or the age limit; return their number.
 
-        Cheap where there is nothing to do: call it every minute or so. `now_s`: Unix time.
+        Cheap when there is nothing to delete: call it every minute or so. `now_s`: Unix time.
         """
         first_bucket = oldest_bucket(now_s)
         open_bucket = bucket_of(int(now_s)) - GRACE_BUCKETS
@@ -121,7 +121,7 @@ class HistoryStore:
                 _shares(connection), first_bucket=first_bucket, open_bucket=open_bucket, bounds=self._bounds
             )
         )
-        # A transaction each: others need not wait until everything has gone.
+        # One transaction each, so that other writes need not wait for all of them.
         return sum([await self._database.write(partial(_drop, share=share)) for share in sorted(excess)])
 
 
@@ -140,7 +140,7 @@ def _add(
 
 
 def _trim(connection: sqlite3.Connection, touched: set[Share], bounds: HistoryBounds) -> list[ObservationId]:
-    """Delete the largest ids of shares and buckets that are over their bound at any time; return them."""
+    """Delete the largest ids of shares and buckets above their bound; return them."""
     gone: list[ObservationId] = []
     for bucket, observer in sorted(touched):
         count = "SELECT count FROM shares WHERE bucket = ? AND observer = ?"

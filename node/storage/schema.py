@@ -1,10 +1,10 @@
-"""The tables, as numbered steps. A step that was released is never changed: a later one changes what it made."""
+"""The tables, as numbered migrations. A released migration is never edited: a later one changes its tables."""
 
 from typing import Final
 
 MIGRATIONS: Final[tuple[tuple[str, ...], ...]] = (
     (
-        # `bucket` is the hour of issue. The index alone answers which ids a bucket has, in order, and whose they are.
+        # `bucket` is the hour of issue. The index covers queries for the ids of a bucket and their observers.
         """
         CREATE TABLE observations (
             number INTEGER PRIMARY KEY,
@@ -15,8 +15,8 @@ MIGRATIONS: Final[tuple[tuple[str, ...], ...]] = (
         )
         """,
         "CREATE INDEX observations_by_bucket ON observations (bucket, id, observer)",
-        # Triggers keep both of these right, whichever process writes. A bucket's revision grows with every change and
-        # its row stays when it is empty, so that a digest computed at one revision holds as long as that stands.
+        # Triggers maintain both tables, whichever process writes. A bucket's revision grows with every change, and its
+        # row stays when it is empty, so that a digest computed at one revision is valid as long as that is current.
         """
         CREATE TABLE buckets (
             bucket INTEGER PRIMARY KEY,
@@ -58,7 +58,7 @@ MIGRATIONS: Final[tuple[tuple[str, ...], ...]] = (
         "CREATE INDEX peers_by_last_seen ON peers (last_seen_s)",
     ),
     (
-        # What this node has said itself, so that it never says two things where one may be said; proofs against others.
+        # Records that this node signed, so that it never equivocates; and proofs of equivocation by others.
         """
         CREATE TABLE consensus_records (
             id BLOB PRIMARY KEY,
@@ -68,7 +68,7 @@ MIGRATIONS: Final[tuple[tuple[str, ...], ...]] = (
         ) WITHOUT ROWID
         """,
         "CREATE INDEX consensus_records_by_epoch ON consensus_records (chain, epoch)",
-        # The branch that stands, from the genesis on, for newcomers to verify. `signatures`: envelopes, see the code.
+        # The canonical branch from the genesis on, for newcomers to verify. `signatures`: envelopes, see the code.
         """
         CREATE TABLE consensus_statements (
             chain BLOB NOT NULL,
@@ -80,7 +80,7 @@ MIGRATIONS: Final[tuple[tuple[str, ...], ...]] = (
         )
         """,
         "CREATE INDEX consensus_statements_by_id ON consensus_statements (id)",
-        # The state after the last statement of that branch, and how far into the history our commits have named it.
+        # The state after the last statement of that branch, and the last observation that our commits named.
         """
         CREATE TABLE consensus_states (
             chain BLOB PRIMARY KEY,
@@ -91,7 +91,7 @@ MIGRATIONS: Final[tuple[tuple[str, ...], ...]] = (
         "CREATE TABLE consensus_named (chain BLOB PRIMARY KEY, number INTEGER NOT NULL)",
     ),
     (
-        # What this node's own trials said of methods, by kind of task; `software`: the versions that it was found with.
+        # Results of this node's adoption trials, by task bucket; `software`: the versions that were measured.
         """
         CREATE TABLE standings (
             kind TEXT NOT NULL,

@@ -1,4 +1,4 @@
-"""Is the history what it claims to be? Every signature, every id, every digest, looked at again."""
+"""Verifies the stored history: every signature, id and digest."""
 
 import hashlib
 import sqlite3
@@ -16,21 +16,23 @@ from protocol.reconciliation import BucketDigest
 
 
 @dataclass(slots=True)
-class Verification:
-    """What was found. `faults`: ids of what is not right, and why."""
+class HistoryVerification:
+    """The result. `faults`: reasons by the ids of invalid observations."""
 
     count: int = 0
     countersigned: int = 0
     faults: dict[ObservationId, str] = field(default_factory=dict)
 
 
-async def verify_history(database: Database, store: HistoryStore, progress: Callable[[int], None]) -> Verification:
-    """Look at everything in the history; `progress` is told how much was looked at.
+async def verify_history(
+    database: Database, store: HistoryStore, progress: Callable[[int], None]
+) -> HistoryVerification:
+    """Verify the whole history; `progress` is called with the number of verified observations.
 
-    Raises StorageDamaged where counts or digests do not fit what is there, and StorageError where it cannot be read.
+    Raises StorageDamaged if counts or digests do not match the rows, and StorageError if the database is unreadable.
     """
     await database.read(_check_file)
-    found = Verification()
+    found = HistoryVerification()
     before = await store.bucket_digests()
     seen: dict[int, tuple[int, hashlib._Hash]] = {}
     async with aclosing(store.pages()) as pages:
@@ -45,13 +47,13 @@ async def verify_history(database: Database, store: HistoryStore, progress: Call
     counted = {bucket: BucketDigest(count, hashed.digest()) for bucket, (count, hashed) in seen.items()}
     after = await store.bucket_digests()
     for bucket in before.keys() | counted.keys() | after.keys():
-        # A node that runs meanwhile may have added to a bucket: what changes while we look is not held against it.
+        # A running node may add to a bucket meanwhile: buckets that changed during the verification are skipped.
         if before.get(bucket) == after.get(bucket) != counted.get(bucket):
-            raise StorageDamaged(f"{database.path}: the digest of bucket {bucket} does not fit what is in it")
+            raise StorageDamaged(f"{database.path}: the digest of bucket {bucket} does not match its observations")
     return found
 
 
-def _check_page(page: list[StoredObservation], found: Verification) -> None:
+def _check_page(page: list[StoredObservation], found: HistoryVerification) -> None:
     for stored in page:
         try:
             signed = open_observation(stored.envelope)
@@ -59,7 +61,7 @@ def _check_page(page: list[StoredObservation], found: Verification) -> None:
             found.faults[stored.id] = str(error)
             continue
         if (signed.id, signed.bucket, signed.observation.observer) != (stored.id, stored.bucket, stored.observer):
-            found.faults[stored.id] = "is kept under another id, time or observer than it has"
+            found.faults[stored.id] = "is stored under another id, time or observer than it has"
         found.countersigned += signed.observation.is_countersigned
 
 

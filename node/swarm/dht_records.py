@@ -1,4 +1,4 @@
-"""The DHT records of this program: one namespace of the network, in it several kinds, each with its own validator."""
+"""The kinds of DHT records: one namespace of the network, with a validator for each kind."""
 
 from collections.abc import Sequence
 
@@ -8,10 +8,10 @@ from protocol.records import select
 
 
 class RecordKinds:
-    """What may stand under `/metaswarm/<kind>/…`.
+    """The kinds of records under `/metaswarm/<kind>/…`.
 
-    A network takes one validator for a namespace; kinds of records come from several rooms. Which of two records about
-    the same thing is the better is decided alike for all of them.
+    A network accepts one validator per namespace, while several packages define kinds of records. The better one of
+    two records under a key is selected in the same way for all kinds.
     """
 
     def __init__(self, network: Network) -> None:

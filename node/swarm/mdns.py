@@ -1,11 +1,10 @@
-"""Finds the swarm's peers on the local network, by multicast DNS, where nobody knows an address.
+"""Discovers the swarm's peers on the local network by multicast DNS.
 
-A node tells its addresses and looks for others that do, as the mDNS discovery of libp2p describes it: a DNS-SD service
-whose TXT record holds multiaddrs as `dnsaddr=…`. The service has a name of our own, so that strangers' nodes of other
-libp2p networks are not dialled, and in a private swarm that of its key. py-libp2p's own discovery blocks its caller,
-and takes in whatever anybody says without bound.
+Follows the mDNS discovery of libp2p: a DNS-SD service whose TXT record contains multiaddrs as `dnsaddr=…`. The service
+name is our own, so that nodes of other libp2p networks are not dialled, and in a private swarm derived from its key.
+py-libp2p's own discovery blocks its caller, and is unbounded.
 
-zeroconf does its work on a thread of its own; only names of services cross from there, through a bounded channel.
+zeroconf runs on a thread of its own; only service names cross from there, through a bounded channel.
 """
 
 import hashlib
@@ -23,25 +22,25 @@ from node.network.interface import Network, NetworkError
 from protocol.limits import MAX_ADDRESSES
 
 MAX_WAITING = 64
-"""Services that were seen and not looked at yet; what comes on top waits until it is seen again."""
+"""Seen services that are not resolved yet; further ones are dropped until they are seen again."""
 
 RESOLVE_TIMEOUT_MS = 3000
-"""How long a service may take to tell its addresses."""
+"""Timeout for the addresses of a service."""
 
 CLOSE_TIMEOUT_S = 2.0
-"""How long a goodbye may take."""
+"""Timeout for unregistering our service."""
 
 REFRESH_S = 60.0
-"""How often those seen are looked at again: a peer that was left or lost may be wanted again."""
+"""Interval at which known services are dialled again, if connections are few."""
 
 MAX_KNOWN = 256
-"""Services remembered. Whoever shares our network may invent as many as he likes."""
+"""Services remembered: hosts on the network may invent any number."""
 
 MAX_CONNECTIONS = 32
-"""With so many connections nobody else is dialled for being near."""
+"""With this many connections no local peers are dialled."""
 
 MAX_TXT_BYTES = 255
-"""Of one string in a TXT record (RFC 6763, section 6.1)."""
+"""Length of one string in a TXT record (RFC 6763, section 6.1)."""
 
 _logger = structlog.get_logger(__name__)
 
@@ -53,9 +52,9 @@ def service_type(swarm_key: str | None) -> str:
 
 
 async def find_neighbours(network: Network, swarm_key: str | None) -> None:
-    """Tell the local network of us, and dial whom it tells of, until cancelled; the network must be running.
+    """Register our service and dial the peers behind others, until cancelled; the network must be running.
 
-    Where multicast is not to be had nothing is found, and a line in the log says so.
+    Without multicast nothing is found, which is logged.
     """
     kind = service_type(swarm_key)
     own = _describe(network, kind)
@@ -68,7 +67,7 @@ async def find_neighbours(network: Network, swarm_key: str | None) -> None:
         name: str,
         state_change: ServiceStateChange,
     ) -> None:
-        """Hand a name over to our own thread; zeroconf calls by these very names."""
+        """Pass a name to our own thread. zeroconf prescribes the argument names."""
         if state_change is not ServiceStateChange.Removed and name != own.name:
             with suppress(trio.RunFinishedError):
                 token.run_sync_soon(_put, seen, name)
@@ -82,7 +81,7 @@ async def find_neighbours(network: Network, swarm_key: str | None) -> None:
     try:
         zeroconf = await trio.to_thread.run_sync(start)
     except (OSError, Error) as error:
-        _logger.warning("peers on the local network cannot be found", reason=str(error) or type(error).__name__)
+        _logger.warning("local discovery failed", reason=str(error) or type(error).__name__)
         return
     try:
         known: dict[str, None] = {}
@@ -95,27 +94,29 @@ async def find_neighbours(network: Network, swarm_key: str | None) -> None:
                 if len(known) > MAX_KNOWN:
                     del known[next(iter(known))]
                 if len(network.connected_peers()) < MAX_CONNECTIONS:
-                    await _meet(network, zeroconf, kind, name)
+                    await _connect(network, zeroconf, kind, name)
     finally:
         with trio.CancelScope(deadline=trio.current_time() + CLOSE_TIMEOUT_S, shield=True):
             await trio.to_thread.run_sync(zeroconf.close, abandon_on_cancel=True)
 
 
 def interfaces_of(multiaddrs: Iterable[str]) -> set[str]:
-    """Return the local addresses that we can be dialled at: there, and nowhere else, we tell of ourselves."""
+    """Return our local addresses, the only ones on which we register."""
     hosts = {parts[2] for parts in (address.split("/") for address in multiaddrs) if parts[1] in {"ip4", "ip6"}}
     return {host for host in hosts if not ip_address(host).is_link_local}
 
 
 def _describe(network: Network, kind: str) -> ServiceInfo:
-    """Return our service. Its name says nothing of us: the addresses do."""
+    """Return our service, under a random name."""
     name = secrets.token_hex(16)
-    told = [each for each in network.multiaddrs if len(f"dnsaddr={each}".encode()) <= MAX_TXT_BYTES][:MAX_ADDRESSES]
-    # A map has a key once: zeroconf cannot write several strings of one name, so the next ones are numbered, as in
-    # py-libp2p. Whoever reads takes every string that begins with dnsaddr.
-    properties = {f"dnsaddr{number or ''}": each for number, each in enumerate(told)}
-    port = int(told[0].split("/")[4]) if told else 0
-    addresses = [ip_address(host).packed for host in sorted(interfaces_of(told))]
+    announced = [each for each in network.multiaddrs if len(f"dnsaddr={each}".encode()) <= MAX_TXT_BYTES][
+        :MAX_ADDRESSES
+    ]
+    # zeroconf writes one string per key, so further ones are numbered, as in py-libp2p. Readers accept every string
+    # that begins with dnsaddr.
+    properties = {f"dnsaddr{number or ''}": each for number, each in enumerate(announced)}
+    port = int(announced[0].split("/")[4]) if announced else 0
+    addresses = [ip_address(host).packed for host in sorted(interfaces_of(announced))]
     return ServiceInfo(
         kind, f"{name}.{kind}", port=port, properties=properties, server=f"{name}.local.", addresses=addresses
     )
@@ -126,8 +127,8 @@ def _put(seen: trio.MemorySendChannel[str], name: str) -> None:
         seen.send_nowait(name)
 
 
-async def _meet(network: Network, zeroconf: Zeroconf, kind: str, name: str) -> None:
-    """Ask a service for its addresses, and dial them unless we are connected already."""
+async def _connect(network: Network, zeroconf: Zeroconf, kind: str, name: str) -> None:
+    """Resolve a service, and dial its addresses unless we are connected already."""
     found = await trio.to_thread.run_sync(partial(zeroconf.get_service_info, kind, name, timeout=RESOLVE_TIMEOUT_MS))
     if found is None:
         return
@@ -138,13 +139,13 @@ async def _meet(network: Network, zeroconf: Zeroconf, kind: str, name: str) -> N
         try:
             await network.connect(multiaddr)
         except NetworkError as error:
-            _logger.debug("peer on the local network not reached", multiaddr=multiaddr, reason=str(error))
+            _logger.debug("local peer not reached", multiaddr=multiaddr, reason=str(error))
         else:
-            _logger.info("peer found on the local network", peer=peer)
+            _logger.info("local peer discovered", peer=peer)
             return
 
 
 def addresses_in(properties: Mapping[bytes, bytes | None]) -> list[str]:
-    """Return the multiaddrs in a service's TXT record; what is none is left out."""
+    """Return the multiaddrs in a service's TXT record, without invalid ones."""
     texts = [value for key, value in properties.items() if key.startswith(b"dnsaddr") and value]
     return [text for value in texts[:MAX_ADDRESSES] if "/p2p/" in (text := value.decode("utf-8", errors="replace"))]

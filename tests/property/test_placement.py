@@ -23,7 +23,7 @@ def swarms(draw: st.DrawFn) -> tuple[int, list[Server]]:
 
 
 @given(swarms())
-def test_a_plan_moves_only_who_may_be_moved_and_never_makes_it_worse(swarm: tuple[int, list[Server]]) -> None:
+def test_plan_moves_only_movable_servers_and_never_lowers_the_minimum(swarm: tuple[int, list[Server]]) -> None:
     block_count, servers = swarm
     moves = plan_moves(block_count, servers, random.Random(0))
     assert moves == plan_moves(block_count, servers[::-1], random.Random(0))

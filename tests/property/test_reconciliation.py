@@ -103,14 +103,14 @@ def test_any_two_sets_learn_exactly_what_each_lacks(common: set[Key], left: set[
 
 @given(key_sets)
 @settings(deadline=None)
-def test_equal_sets_are_told_by_one_answer(keys: set[Key]) -> None:
+def test_equal_sets_take_one_answer(keys: set[Key]) -> None:
     initiator, responder = Peer(keys), Peer(set(keys))
     assert isinstance(responder.tree.answer(initiator.tree.summary("")), Equal)
 
 
 @given(key_sets, st.integers(0, 0xFFFFFFFF))
 @settings(deadline=None)
-def test_what_is_before_the_first_bucket_is_not_compared(keys: set[Key], first_bucket: int) -> None:
+def test_buckets_before_the_first_are_not_compared(keys: set[Key], first_bucket: int) -> None:
     newer = {key for key in keys if key[0] >= first_bucket}
     assert Peer(keys).tree.since(first_bucket).summary("") == Peer(newer).tree.summary("")
 
@@ -145,7 +145,7 @@ def test_a_newcomer_pays_little_more_than_the_ids() -> None:
     assert cost_bytes < 1.5 * 32 * len(keys)
 
 
-def test_a_bucket_that_changed_since_the_snapshot_is_seen_as_it_is() -> None:
+def test_bucket_changed_since_the_snapshot_is_current() -> None:
     old, new = content_id(1), content_id(2)
     tree = SetTree({7: digest_of([old])}, IdCache())
     prefix = bucket_prefix(7) + new.hex()[0]
@@ -156,15 +156,15 @@ def test_a_bucket_that_changed_since_the_snapshot_is_seen_as_it_is() -> None:
     assert tree.summary(bucket_prefix(7)).digest == digest_of([new]).digest
 
 
-def test_the_cache_is_bounded_and_keeps_what_is_in_use() -> None:
+def test_id_cache_is_bounded_and_evicts_the_least_recently_used() -> None:
     cache = IdCache(max_bytes=100 * 32)
     packs: Sequence[PackedIds] = [
         PackedIds.of(content_id(bucket * 100 + number) for number in range(30)) for bucket in range(5)
     ]
     for bucket, ids_of_bucket in enumerate(packs):
-        cache.put(bucket, ids_of_bucket.digest(), ids_of_bucket)
-        assert cache.get(0, packs[0].digest()) is packs[0]
-    held = [bucket for bucket, found in enumerate(packs) if cache.get(bucket, found.digest())]
+        cache[bucket, ids_of_bucket.digest()] = ids_of_bucket
+        assert cache.get((0, packs[0].digest())) is packs[0]
+    held = [bucket for bucket, found in enumerate(packs) if cache.get((bucket, found.digest()))]
     assert held == [0, 3, 4]
 
 

@@ -100,7 +100,7 @@ def one_of_each() -> list[Message]:
 
 
 @given(conversations(), st.integers(1, 4096))
-def test_what_one_end_says_the_other_hears_however_it_is_cut(said: list[tuple[Role, Message]], size: int) -> None:
+def test_sync_messages_survive_fragmentation(said: list[tuple[Role, Message]], size: int) -> None:
     ends = {role: SyncConnection(role) for role in Role}
     for speaker, message in said:
         listener = ends[Role.RESPONDER if speaker is Role.INITIATOR else Role.INITIATOR]
@@ -164,7 +164,7 @@ OPEN_STATES = [state for state in SyncState if state not in {SyncState.CLOSED, S
 @pytest.mark.parametrize("state", OPEN_STATES)
 @pytest.mark.parametrize("message", one_of_each(), ids=lambda message: type(message).__name__)
 @pytest.mark.parametrize("role", list(Role))
-def test_nobody_says_what_the_table_does_not_allow(state: SyncState, message: Message, role: Role) -> None:
+def test_sync_message_out_of_turn_is_refused(state: SyncState, message: Message, role: Role) -> None:
     transition = PROTOCOL.table.get((state, type(message)))
     other = Role.RESPONDER if role is Role.INITIATOR else Role.INITIATOR
     speaker = connection_in(state, role)
@@ -220,17 +220,17 @@ INSIDE = Summary("00000007ab", 3, bytes(32))
     ],
     ids=str,
 )
-def test_an_answer_that_is_not_about_the_question_is_refused(answer: Answer) -> None:
+def test_answer_outside_the_queried_prefix_is_refused(answer: Answer) -> None:
     with pytest.raises(RemoteProtocolError):
         answered(INSIDE, answer)
 
 
-def test_an_answer_about_the_question_is_taken() -> None:
+def test_answer_within_the_queried_prefix_is_accepted() -> None:
     answered(INSIDE, Listing(((7, PackedIds(ID)),)))
     answered(INSIDE, Split((Summary("00000007ab1", 1, bytes(32)), Summary("00000007abf", 2, bytes(32)))))
 
 
-def test_more_answers_or_envelopes_than_were_asked_for_are_refused() -> None:
+def test_more_answers_or_envelopes_than_requested_are_refused() -> None:
     initiator, responder = connection_in(SyncState.IDLE, Role.INITIATOR), connection_in(SyncState.IDLE, Role.RESPONDER)
     responder.receive_data(initiator.send(Get((ID,))))
     initiator.receive_data(responder.send(Items((b"one",), last=False)))
@@ -242,7 +242,7 @@ def test_more_answers_or_envelopes_than_were_asked_for_are_refused() -> None:
         initiator.receive_data(responder.send(Answers((Equal(), Equal()))))
 
 
-def test_what_is_too_large_is_neither_said_nor_taken() -> None:
+def test_oversized_messages_are_neither_sent_nor_accepted() -> None:
     with pytest.raises(LocalProtocolError):
         connection_in(SyncState.IDLE, Role.INITIATOR).send(Put((bytes(MAX_RECORD_BYTES),) * 5))
     responder = connection_in(SyncState.IDLE, Role.RESPONDER)

@@ -13,7 +13,7 @@ def assert_one_history(result: Result) -> None:
     assert result.lost_with_their_observer <= result.observations // 50
 
 
-def test_after_the_last_fault_all_peers_hold_the_same() -> None:
+def test_histories_converge_after_the_last_fault() -> None:
     result = play(
         Scenario(
             peers=60,
@@ -41,7 +41,7 @@ def test_the_same_seed_gives_the_same_trace() -> None:
     assert trace(seed=4) != first
 
 
-def test_clocks_that_differ_by_more_than_is_allowed_only_delay() -> None:
+def test_excessive_clock_skew_only_delays_convergence() -> None:
     """Up to 90 s apart, of which 60 s are allowed: what comes too early is taken in once its time has come."""
     result = play(
         Scenario(
@@ -62,7 +62,7 @@ def test_clocks_that_differ_by_more_than_is_allowed_only_delay() -> None:
 @pytest.mark.soak
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("peers", [300, 1000])
-def test_large_swarms_hold_the_same_too(peers: int) -> None:
+def test_histories_of_large_swarms_converge(peers: int) -> None:
     result = play(Scenario(peers=peers))
     assert_one_history(result)
     assert result.convergence_s < 90

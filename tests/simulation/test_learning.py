@@ -14,7 +14,7 @@ from trio.testing import MockClock
 
 from node.coordinator.recorder import Recorder
 from node.coordinator.submission import JobRequest, JobResult
-from node.coordinator.trial_runner import Trials
+from node.coordinator.trial_runner import BenchmarkRunner
 from node.engine.interface import Variant
 from node.identity import Identity
 from node.selection.adoption_trials import AdoptionTrials
@@ -103,7 +103,7 @@ async def serve(node: LearningNode, rounds: int) -> dict[str, list[JobResult]]:
         await swarm.settle()
         async with trio.open_nursery() as nursery:
             nursery.start_soon(node.predictions.run)
-            runner = AdoptionTrials(Trials(peer.coordinator, node.recorder))
+            runner = AdoptionTrials(BenchmarkRunner(peer.coordinator, node.recorder))
             nursery.start_soon(node.chooser.trials.run, runner, lambda: peer.coordinator.statistics().running > 0)
             for number in range(rounds):
                 for family, request in requests(number).items():

@@ -64,7 +64,7 @@ async def plant(swarm: Swarm, address: str) -> tuple[SimulatedPeer, list[PeerId]
     return victim, dialled
 
 
-def test_made_up_peers_serve_nothing_are_dialled_seldom_and_do_not_live_for_ever() -> None:
+def test_made_up_peers_never_count_are_rarely_dialled_and_expire() -> None:
     async def program() -> None:
         swarm = Swarm(seed=1, link=LinkModel(latency_s=0.01))
         async with swarm.running(1, bootstrap_count=1):
@@ -84,7 +84,7 @@ def test_made_up_peers_serve_nothing_are_dialled_seldom_and_do_not_live_for_ever
     virtual_time.run(program, seed=1)
 
 
-def test_an_honest_peer_is_reached_soon_though_made_up_ones_crowd_the_directory() -> None:
+def test_honest_peer_is_reached_soon_among_made_up_ones() -> None:
     async def program() -> None:
         swarm = Swarm(seed=2, link=LinkModel(latency_s=0.01))
         async with swarm.running(3, bootstrap_count=1):
@@ -98,7 +98,7 @@ def test_an_honest_peer_is_reached_soon_though_made_up_ones_crowd_the_directory(
     virtual_time.run(program, seed=2)
 
 
-def test_made_up_peers_that_are_gossiped_are_taken_in_at_the_pace_of_an_honest_swarm_and_so_handed_on() -> None:
+def test_gossiped_new_peers_are_rate_limited() -> None:
     async def program() -> None:
         swarm = Swarm(seed=4, link=LinkModel(latency_s=0.01))
         async with swarm.running(3, bootstrap_count=1):
@@ -125,7 +125,7 @@ def test_made_up_peers_that_are_gossiped_are_taken_in_at_the_pace_of_an_honest_s
         virtual_time.run(program, seed=4)
 
 
-def test_a_heartbeat_that_says_it_is_valid_for_days_is_refused() -> None:
+def test_heartbeat_with_excessive_validity_is_refused() -> None:
     async def program() -> None:
         swarm = Swarm(seed=3, link=LinkModel(latency_s=0.01))
         async with swarm.running(2, bootstrap_count=1):

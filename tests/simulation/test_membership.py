@@ -24,7 +24,7 @@ async def until_known(peer: SimulatedPeer, count: int, within_s: float) -> float
     return trio.current_time() - began_s
 
 
-def test_a_newcomer_soon_knows_who_is_here_and_who_was_killed_is_forgotten_though_heartbeats_are_rare() -> None:
+def test_presence_query_and_expiry_with_rare_heartbeats() -> None:
     async def program() -> None:
         swarm = Swarm(seed=1, link=LinkModel(latency_s=0.03, jitter_s=0.02, loss=0.1))
         async with swarm.running(PEERS):
@@ -40,5 +40,5 @@ def test_a_newcomer_soon_knows_who_is_here_and_who_was_killed_is_forgotten_thoug
 
 
 @pytest.mark.parametrize(("peers", "interval_s"), [(1, 2.5), (10, 2.5), (300, 75.0), (10_000, 300.0)])
-def test_the_more_peers_there_are_the_less_often_each_speaks(peers: int, interval_s: float) -> None:
+def test_heartbeat_interval_grows_with_the_swarm(peers: int, interval_s: float) -> None:
     assert heartbeat_interval_s(peers) == interval_s

@@ -20,7 +20,6 @@ from node.coordinator.submission import (
     JobRequest,
     JobResult,
     JobStarted,
-    MethodChoice,
     TextDelta,
     Timing,
     Usage,
@@ -28,7 +27,7 @@ from node.coordinator.submission import (
 )
 from node.coordinator.trial_runner import MethodTrial, Run, Trial, TrialSpec
 from protocol.identity import BlockRange, JobId, ModelId, peer_id_from_public_key
-from protocol.measurements import StageObservation
+from protocol.measurements import MethodInForce, StageObservation
 from protocol.messages import FinishReason, SessionStatistics
 from selector.task import BASELINE, method
 
@@ -77,9 +76,7 @@ def make_result(text: str, token_ids: tuple[int, ...]) -> JobResult:
                 statistics=SessionStatistics(compute_s=0.2, queue_s=0.02),
             ),
         ),
-        method=MethodChoice(
-            name="arithmetic=fp32", switches={"arithmetic": "fp32"}, stage_policy={"batching": "continuous"}
-        ),
+        method=MethodInForce(switches={"arithmetic": "fp32"}, stage_policy={"batching": "continuous"}),
         consensus=Consensus(
             votes=(Vote(peer=PEERS[0], scores={"arithmetic=fp32": -1.5}),),
             agreed="arithmetic=fp32",

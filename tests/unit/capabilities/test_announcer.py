@@ -112,7 +112,7 @@ def swarm() -> Swarm:
     return Swarm()
 
 
-async def test_what_a_peer_says_is_known_to_all_and_stands_in_the_dht(swarm: Swarm, virtual_clock: MockClock) -> None:
+async def test_announcement_reaches_all_peers_and_the_dht(swarm: Swarm, virtual_clock: MockClock) -> None:
     async with swarm.peer(BETTER) as alice, swarm.peer() as bob, swarm.peer(announcing=False) as carol:
         await bob.join(alice)
         await carol.join(bob)
@@ -127,9 +127,7 @@ async def test_what_a_peer_says_is_known_to_all_and_stands_in_the_dht(swarm: Swa
         assert carol.announcer.known(alice.id) == BETTER
 
 
-async def test_what_was_said_among_nobody_is_said_again_to_the_first_peer(
-    swarm: Swarm, virtual_clock: MockClock
-) -> None:
+async def test_announcement_without_neighbours_is_repeated_to_the_first(swarm: Swarm, virtual_clock: MockClock) -> None:
     async with swarm.peer(BETTER) as alice, swarm.peer(announcing=False) as bob:
         await trio.sleep(30)
         assert bob.stored(alice.id) is None
@@ -138,7 +136,7 @@ async def test_what_was_said_among_nobody_is_said_again_to_the_first_peer(
         assert bob.stored(alice.id) is not None
 
 
-async def test_a_newcomer_learns_of_those_that_it_meets(swarm: Swarm, virtual_clock: MockClock) -> None:
+async def test_newcomer_looks_up_the_peers_that_it_meets(swarm: Swarm, virtual_clock: MockClock) -> None:
     async with swarm.peer(BETTER) as alice, swarm.peer() as bob:
         await bob.join(alice)
         await trio.sleep(60)
@@ -151,7 +149,7 @@ async def test_a_newcomer_learns_of_those_that_it_meets(swarm: Swarm, virtual_cl
             assert carol.announcer.known(carol.id) is None
 
 
-async def test_a_peer_that_had_nothing_to_say_is_asked_again_later(swarm: Swarm, virtual_clock: MockClock) -> None:
+async def test_peer_without_a_record_is_looked_up_again(swarm: Swarm, virtual_clock: MockClock) -> None:
     async with swarm.peer(announcing=False) as alice, swarm.peer(capabilities=None) as bob:
         await bob.join(alice)
         bob.meets = [alice.id]
@@ -162,7 +160,7 @@ async def test_a_peer_that_had_nothing_to_say_is_asked_again_later(swarm: Swarm,
         assert bob.announcer.known(alice.id) == EPYC
 
 
-async def test_a_record_is_refreshed_long_before_it_expires(swarm: Swarm, virtual_clock: MockClock) -> None:
+async def test_record_is_refreshed_before_it_expires(swarm: Swarm, virtual_clock: MockClock) -> None:
     async with swarm.peer() as alice, swarm.peer() as bob:
         await bob.join(alice)
         await trio.sleep(5)
@@ -176,7 +174,7 @@ async def test_a_record_is_refreshed_long_before_it_expires(swarm: Swarm, virtua
         assert 100 * 60 / RECORD_REFRESH_S <= len(sequences) <= 2 * 100 * 60 / RECORD_REFRESH_S
 
 
-async def test_what_nobody_refreshes_expires(swarm: Swarm, virtual_clock: MockClock) -> None:
+async def test_record_without_refresh_expires(swarm: Swarm, virtual_clock: MockClock) -> None:
     async with swarm.peer() as bob:
         async with swarm.peer(BETTER, polite=False) as alice:
             await alice.join(bob)
@@ -187,7 +185,7 @@ async def test_what_nobody_refreshes_expires(swarm: Swarm, virtual_clock: MockCl
         assert await bob.announcer.lookup(alice.id) is None
 
 
-async def test_a_graceful_stop_takes_back_what_was_said(swarm: Swarm, virtual_clock: MockClock) -> None:
+async def test_graceful_stop_withdraws_the_record(swarm: Swarm, virtual_clock: MockClock) -> None:
     async with swarm.peer() as bob, swarm.peer(announcing=False) as carol:
         await carol.join(bob)
         async with swarm.peer(BETTER) as alice:
@@ -199,7 +197,7 @@ async def test_a_graceful_stop_takes_back_what_was_said(swarm: Swarm, virtual_cl
         assert await carol.announcer.lookup(alice.id) is None
 
 
-async def test_what_is_just_being_said_is_taken_back_too(swarm: Swarm, virtual_clock: MockClock) -> None:
+async def test_withdrawal_overtakes_a_pending_announcement(swarm: Swarm, virtual_clock: MockClock) -> None:
     async with swarm.peer() as bob, swarm.peer(capabilities=None, polite=False) as alice:
         await alice.join(bob)
         alice.capabilities = BETTER
@@ -213,7 +211,7 @@ async def test_what_is_just_being_said_is_taken_back_too(swarm: Swarm, virtual_c
         assert record.capabilities is None
 
 
-async def test_who_said_nothing_takes_nothing_back(swarm: Swarm, virtual_clock: MockClock) -> None:
+async def test_nothing_is_withdrawn_without_an_announcement(swarm: Swarm, virtual_clock: MockClock) -> None:
     async with swarm.peer() as bob:
         async with swarm.peer(capabilities=None) as alice:
             await alice.join(bob)
@@ -222,7 +220,7 @@ async def test_who_said_nothing_takes_nothing_back(swarm: Swarm, virtual_clock: 
         assert bob.stored(alice.id) is None
 
 
-async def test_a_peer_that_comes_back_is_believed_again(swarm: Swarm, virtual_clock: MockClock) -> None:
+async def test_returning_peer_replaces_its_withdrawal(swarm: Swarm, virtual_clock: MockClock) -> None:
     async with swarm.peer() as bob:
         async with swarm.peer(BETTER) as alice:
             await alice.join(bob)
@@ -239,7 +237,7 @@ async def test_a_peer_that_comes_back_is_believed_again(swarm: Swarm, virtual_cl
             nursery.cancel_scope.cancel()
 
 
-async def test_news_are_told_at_once(swarm: Swarm, virtual_clock: MockClock) -> None:
+async def test_changed_facts_are_announced_at_once(swarm: Swarm, virtual_clock: MockClock) -> None:
     async with swarm.peer(FACTS) as alice, swarm.peer() as bob:
         await bob.join(alice)
         await trio.sleep(5)
@@ -256,7 +254,7 @@ def moved(step: int) -> Capabilities:
     return replace(EPYC, memory=memory, links=Links(upload_bytes_per_s=10.0**step, neighbours=neighbours))
 
 
-async def test_what_changes_all_the_time_is_told_now_and_then(swarm: Swarm, virtual_clock: MockClock) -> None:
+async def test_gradual_changes_are_announced_at_intervals(swarm: Swarm, virtual_clock: MockClock) -> None:
     async with swarm.peer(moved(0)) as alice, swarm.peer() as bob:
         await bob.join(alice)
         await trio.sleep(5)
@@ -281,7 +279,7 @@ async def test_what_changes_all_the_time_is_told_now_and_then(swarm: Swarm, virt
     ],
     ids=["memory", "upload", "download", "neighbours", "round trip"],
 )
-async def test_what_has_clearly_changed_is_told_before_the_next_refresh(
+async def test_large_gradual_change_is_announced_before_the_refresh(
     swarm: Swarm, changed: Capabilities, virtual_clock: MockClock
 ) -> None:
     async with swarm.peer(EPYC) as alice, swarm.peer() as bob:
@@ -300,7 +298,7 @@ async def test_what_has_clearly_changed_is_told_before_the_next_refresh(
     ],
     ids=["memory", "upload"],
 )
-async def test_what_has_barely_changed_is_not_worth_telling(
+async def test_small_gradual_change_is_not_announced(
     swarm: Swarm, barely: Capabilities, virtual_clock: MockClock
 ) -> None:
     async with swarm.peer(EPYC) as alice, swarm.peer() as bob:
@@ -313,7 +311,7 @@ async def test_what_has_barely_changed_is_not_worth_telling(
         assert bob.stored(alice.id) == before
 
 
-async def test_nobody_speaks_for_another_peer(swarm: Swarm, virtual_clock: MockClock) -> None:
+async def test_record_signed_by_another_peer_is_rejected(swarm: Swarm, virtual_clock: MockClock) -> None:
     async with (
         swarm.peer(EPYC) as alice,
         swarm.peer(announcing=False) as mallory,
@@ -336,7 +334,7 @@ async def test_nobody_speaks_for_another_peer(swarm: Swarm, virtual_clock: MockC
         assert await bob.announcer.lookup(alice.id) == EPYC
 
 
-async def test_an_older_record_does_not_replace_a_newer_one(swarm: Swarm, virtual_clock: MockClock) -> None:
+async def test_older_record_does_not_replace_a_newer_one(swarm: Swarm, virtual_clock: MockClock) -> None:
     async with swarm.peer(EPYC) as alice, swarm.peer() as bob:
         await bob.join(alice)
         await trio.sleep(5)
@@ -347,7 +345,7 @@ async def test_an_older_record_does_not_replace_a_newer_one(swarm: Swarm, virtua
         assert bob.announcer.known(alice.id) == EPYC
 
 
-async def test_a_peer_whose_clock_is_far_ahead_is_not_believed(swarm: Swarm, virtual_clock: MockClock) -> None:
+async def test_record_from_the_future_is_rejected(swarm: Swarm, virtual_clock: MockClock) -> None:
     async with swarm.peer(EPYC) as alice, swarm.peer() as bob:
         alice.clock_ahead_s = 300
         await bob.join(alice)
@@ -356,7 +354,7 @@ async def test_a_peer_whose_clock_is_far_ahead_is_not_believed(swarm: Swarm, vir
         assert await bob.announcer.lookup(alice.id) is None
 
 
-async def test_a_network_that_does_not_take_the_record_is_asked_again_after_a_while(
+async def test_failed_put_is_retried_after_a_pause(
     swarm: Swarm, virtual_clock: MockClock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async with swarm.peer(capabilities=None) as alice, swarm.peer() as bob:
@@ -381,9 +379,7 @@ async def test_a_network_that_does_not_take_the_record_is_asked_again_after_a_wh
         assert 4 <= len(asked_at_s) <= 12
 
 
-async def test_hardware_that_no_record_can_describe_does_not_end_the_node(
-    swarm: Swarm, virtual_clock: MockClock
-) -> None:
+async def test_unrepresentable_hardware_does_not_stop_the_node(swarm: Swarm, virtual_clock: MockClock) -> None:
     strange = replace(EPYC, processor=replace(EPYC.processor, model="\x1b"))
     async with swarm.peer(strange) as alice, swarm.peer() as bob:
         await bob.join(alice)
@@ -392,7 +388,7 @@ async def test_hardware_that_no_record_can_describe_does_not_end_the_node(
         assert alice.announcer.known(alice.id) is None
 
 
-async def test_what_is_remembered_of_strangers_is_bounded(swarm: Swarm, virtual_clock: MockClock) -> None:
+async def test_cached_records_are_bounded(swarm: Swarm, virtual_clock: MockClock) -> None:
     async with swarm.peer(announcing=False) as alice:
         others = [Peer(swarm.hub, 1000 + number, EPYC) for number in range(MAX_KNOWN + 1)]
         for other in others:

@@ -81,7 +81,7 @@ def fp32(found: Inventory) -> float | None:
     return known(found).processor.throughput.fp32_flop_per_s
 
 
-async def test_facts_are_there_before_the_figures(tmp_path: Path, virtual_clock: MockClock) -> None:
+async def test_facts_precede_measurements(tmp_path: Path, virtual_clock: MockClock) -> None:
     found, benchmark = inventory(tmp_path, 0.9)
     assert found.capabilities() is None
     async with trio.open_nursery() as nursery:
@@ -95,7 +95,7 @@ async def test_facts_are_there_before_the_figures(tmp_path: Path, virtual_clock:
     assert benchmark.asked == [(tmp_path / "models", FACTS.processor.physical_cores)]
 
 
-async def test_of_the_accelerators_the_one_that_computes_is_told_of(tmp_path: Path, virtual_clock: MockClock) -> None:
+async def test_only_the_accelerator_in_use_is_announced(tmp_path: Path, virtual_clock: MockClock) -> None:
     plain = replace(H100, throughput=Throughput())
     found, benchmark = inventory(tmp_path, 0.9, accelerator=plain)
     async with trio.open_nursery() as nursery:
@@ -109,7 +109,7 @@ async def test_of_the_accelerators_the_one_that_computes_is_told_of(tmp_path: Pa
     assert known(found).accelerators == (strange,)
 
 
-async def test_a_node_is_started_before_its_machine_is_measured(tmp_path: Path, virtual_clock: MockClock) -> None:
+async def test_first_measurement_waits_for_the_start(tmp_path: Path, virtual_clock: MockClock) -> None:
     found, benchmark = inventory(tmp_path, 0.9)
     started = trio.Event()
     async with trio.open_nursery() as nursery:
@@ -120,7 +120,7 @@ async def test_a_node_is_started_before_its_machine_is_measured(tmp_path: Path, 
     assert len(benchmark.asked_at_s) == 1
 
 
-async def test_a_node_that_cannot_serve_is_measured_all_the_same(tmp_path: Path, virtual_clock: MockClock) -> None:
+async def test_measurement_starts_after_the_timeout_without_a_start(tmp_path: Path, virtual_clock: MockClock) -> None:
     found, _ = inventory(tmp_path, 0.9)
     await found.run(trio.Event())
     assert fp32(found) == 0.9e9
@@ -135,7 +135,7 @@ async def test_a_restart_does_not_measure_again(tmp_path: Path, virtual_clock: M
     assert replace(known(second), memory=FACTS.memory) == replace(known(first), memory=FACTS.memory)
 
 
-async def test_other_threads_are_measured_anew(tmp_path: Path, virtual_clock: MockClock) -> None:
+async def test_changed_thread_count_is_measured_again(tmp_path: Path, virtual_clock: MockClock) -> None:
     first, _ = inventory(tmp_path, 0.9)
     await first.run()
     second, benchmark = inventory(tmp_path, 0.8, threads=1)
@@ -143,7 +143,7 @@ async def test_other_threads_are_measured_anew(tmp_path: Path, virtual_clock: Mo
     assert benchmark.asked == [(tmp_path / "models", 1)]
 
 
-async def test_a_busy_machine_is_measured_again_until_it_is_quiet(tmp_path: Path, virtual_clock: MockClock) -> None:
+async def test_measurement_of_a_busy_machine_is_repeated(tmp_path: Path, virtual_clock: MockClock) -> None:
     found, benchmark = inventory(tmp_path, 0.3, 0.2, 0.9, 1.0)
     await found.run()
     assert benchmark.known_before == [None, pytest.approx(0.3e9), pytest.approx(0.3e9)], "the better of two stays"
@@ -153,13 +153,13 @@ async def test_a_busy_machine_is_measured_again_until_it_is_quiet(tmp_path: Path
     assert third - second >= REPEAT_AFTER_S[1]
 
 
-async def test_a_machine_that_is_always_busy_is_left_alone_in_the_end(tmp_path: Path, virtual_clock: MockClock) -> None:
+async def test_repetitions_on_a_busy_machine_are_bounded(tmp_path: Path, virtual_clock: MockClock) -> None:
     found, benchmark = inventory(tmp_path, *[0.3] * 10)
     await found.run()
     assert len(benchmark.asked) == 1 + len(REPEAT_AFTER_S)
 
 
-async def test_nodes_on_one_machine_measure_it_once(tmp_path: Path, virtual_clock: MockClock) -> None:
+async def test_nodes_of_one_machine_share_measurements(tmp_path: Path, virtual_clock: MockClock) -> None:
     nodes = [inventory(tmp_path, 0.9) for _ in range(3)]
     async with trio.open_nursery() as nursery:
         for found, _ in nodes:
@@ -168,9 +168,7 @@ async def test_nodes_on_one_machine_measure_it_once(tmp_path: Path, virtual_cloc
     assert [fp32(found) for found, _ in nodes] == [pytest.approx(0.9e9)] * 3
 
 
-async def test_a_node_that_dies_while_it_measures_leaves_it_to_the_next(
-    tmp_path: Path, virtual_clock: MockClock
-) -> None:
+async def test_benchmark_lock_of_a_dead_node_is_released(tmp_path: Path, virtual_clock: MockClock) -> None:
     (dying, started), (found, benchmark) = inventory(tmp_path, 0.9), inventory(tmp_path, 0.8)
     async with trio.open_nursery() as nursery:
         nursery.start_soon(dying.run)
@@ -181,7 +179,7 @@ async def test_a_node_that_dies_while_it_measures_leaves_it_to_the_next(
     assert fp32(found) == pytest.approx(0.8e9)
 
 
-async def test_better_figures_of_another_node_will_do(tmp_path: Path, virtual_clock: MockClock) -> None:
+async def test_better_measurements_of_another_node_are_used(tmp_path: Path, virtual_clock: MockClock) -> None:
     found, benchmark = inventory(tmp_path, 0.3)
     async with trio.open_nursery() as nursery:
         nursery.start_soon(found.run)
@@ -202,14 +200,14 @@ async def test_a_failed_measurement_is_a_gap(tmp_path: Path, virtual_clock: Mock
     assert len(benchmark.asked) == 1 + len(REPEAT_AFTER_S)
 
 
-async def test_a_measurement_that_failed_is_made_up_for_later(tmp_path: Path, virtual_clock: MockClock) -> None:
+async def test_failed_measurement_is_repeated(tmp_path: Path, virtual_clock: MockClock) -> None:
     found, benchmark = inventory(tmp_path, "it took too long", 0.9)
     await found.run()
     assert fp32(found) == pytest.approx(0.9e9)
     assert benchmark.asked_at_s[1] - benchmark.asked_at_s[0] >= REPEAT_AFTER_S[0]
 
 
-async def test_links_and_free_memory_are_as_of_now(tmp_path: Path, virtual_clock: MockClock) -> None:
+async def test_links_and_free_memory_are_current(tmp_path: Path, virtual_clock: MockClock) -> None:
     traffic = TrafficMeter()
     found = Inventory(
         data_dir=tmp_path,

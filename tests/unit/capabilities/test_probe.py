@@ -48,7 +48,7 @@ def write(root: Path, name: str, text: str) -> None:
     path.write_text(text)
 
 
-def test_this_machine_has_what_a_record_may_say() -> None:
+def test_probe_of_this_machine_yields_a_valid_record() -> None:
     facts = probe()
     assert from_map(Capabilities, to_map(facts), "capabilities") == facts
     assert facts.memory.total_bytes <= psutil.virtual_memory().total
@@ -74,7 +74,7 @@ def test_the_processor_is_recognised(tmp_path: Path, cpuinfo: str, model: str, s
 
 
 @pytest.mark.parametrize("cpuinfo", [None, "", "model name\t: \x1b[2J\n", "garbage", "\x00\xff" * 100])
-def test_a_system_that_says_nothing_of_use_is_no_error(tmp_path: Path, cpuinfo: str | None) -> None:
+def test_unreadable_system_files_are_not_an_error(tmp_path: Path, cpuinfo: str | None) -> None:
     if cpuinfo is not None:
         write(tmp_path, "proc/cpuinfo", cpuinfo)
     facts = probe(tmp_path)
@@ -114,7 +114,7 @@ def test_the_limits_of_a_container_count(tmp_path: Path, limits: dict[str, str])
     ],
     ids=["version 2", "version 1"],
 )
-def test_no_limit_is_no_limit(tmp_path: Path, limits: dict[str, str]) -> None:
+def test_container_without_limits_has_none(tmp_path: Path, limits: dict[str, str]) -> None:
     for name, text in limits.items():
         write(tmp_path, f"sys/fs/cgroup/{name}", text)
     facts, unlimited = probe(tmp_path), probe(tmp_path / "nowhere")

@@ -16,11 +16,11 @@ ALICE, BOB = peer_of(1), peer_of(2)
 MIB = 1 << 20
 
 
-def test_no_traffic_says_nothing() -> None:
+def test_without_traffic_there_are_no_estimates() -> None:
     assert TrafficMeter().links() == Links()
 
 
-def test_a_neighbour_is_described_by_what_passed() -> None:
+def test_link_estimates_follow_the_traffic() -> None:
     meter = TrafficMeter()
     meter.sent(ALICE, 10 * MIB, 2.0)
     meter.received(ALICE, 30 * MIB, 2.0)
@@ -40,21 +40,21 @@ def test_the_best_neighbour_shows_what_our_own_link_can_do() -> None:
     assert meter.links().download_bytes_per_s is None
 
 
-def test_one_slow_round_trip_does_not_make_a_slow_link() -> None:
+def test_round_trip_estimate_is_a_median() -> None:
     meter = TrafficMeter()
     for seconds in (0.01, 0.01, 5.0, 0.01, 0.01):
         meter.round_trip(ALICE, seconds)
     assert meter.links().neighbours[0].round_trip_s == 0.01
 
 
-def test_a_large_transfer_counts_for_more_than_a_small_one() -> None:
+def test_rates_are_weighted_by_transfer_size() -> None:
     meter = TrafficMeter()
     meter.received(ALICE, 100 * MIB, 10.0)
     meter.received(ALICE, MIB, 1.0)
     assert meter.links().download_bytes_per_s == pytest.approx(10 * MIB, rel=0.1)
 
 
-def test_a_link_that_has_changed_is_seen_to_have_changed() -> None:
+def test_rates_decay_to_the_recent_ones() -> None:
     meter = TrafficMeter()
     meter.received(ALICE, 100 * MIB, 1.0)
     for _ in range(20):
@@ -69,7 +69,7 @@ def test_small_transfers_show_no_rate() -> None:
     assert meter.links() == Links()
 
 
-def test_the_latest_neighbours_are_told_and_the_oldest_forgotten() -> None:
+def test_neighbours_are_bounded_and_ordered_by_latest_traffic() -> None:
     meter = TrafficMeter()
     for number in range(MAX_PEERS + 1):
         meter.round_trip(peer_of(number), 0.01)
@@ -92,7 +92,7 @@ def test_the_latest_neighbours_are_told_and_the_oldest_forgotten() -> None:
         max_size=20,
     )
 )
-def test_whatever_passed_can_be_said_in_a_record(events: list[tuple[str, int, float, float]]) -> None:
+def test_any_traffic_yields_a_valid_record(events: list[tuple[str, int, float, float]]) -> None:
     meter = TrafficMeter()
     for direction, byte_count, seconds, round_trip_s in events:
         getattr(meter, direction)(ALICE, byte_count, seconds)

@@ -150,7 +150,7 @@ def test_verify_finds_wrong_digests(data_dir: Path, capsys: pytest.CaptureFixtur
         connection.execute("UPDATE buckets SET count = count + 1 WHERE bucket = ?", (RECORDS[0].bucket,))
     connection.close()
     assert history("verify", data_dir) == 1
-    assert "does not fit" in capsys.readouterr().err
+    assert "does not match" in capsys.readouterr().err
 
 
 def test_error_names_directory_without_history(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

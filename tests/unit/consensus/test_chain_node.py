@@ -13,12 +13,13 @@ from node.consensus.environment import ConsensusEnvironment, ConsensusRules
 from node.identity import Identity
 from node.replication.session import Throttle
 from node.storage.chain_store import ChainStore
-from node.testing.chain_store import memory_chain_store
+from node.storage.database import StorageFull
+from node.testing.chain_store import MemoryDatabase, memory_chain_store
 from node.testing.memory_history import MemoryHistory
 from node.util.offload import run_inline
 from protocol.chains import PROTOCOL_ID, ChainConnection, GetStatements, Remaining
 from protocol.consensus import SignedMessage, sign_message
-from protocol.consensus_values import Cell, Signature, Statement
+from protocol.consensus_values import Cell, EquivocationProof, Signature, Statement
 from protocol.errors import RemoteProtocolError
 from protocol.identity import PeerId, peer_id_from_public_key
 from protocol.states import Role
@@ -38,9 +39,19 @@ class Meter:
         await trio.lowlevel.checkpoint()
 
 
-def chain_node(store: ChainStore) -> ChainNode:
+class FullStore(ChainStore):
+    """A store on a full disk."""
+
+    async def save_messages(self, chain: bytes, rows: Sequence[tuple[bytes, int, bytes]], oldest_epoch: int) -> None:
+        del chain, rows, oldest_epoch
+        await trio.lowlevel.checkpoint()
+        raise StorageFull("no space left")
+
+
+def chain_node(store: ChainStore, published: list[SignedMessage] | None = None) -> ChainNode:
     def publish(messages: Sequence[SignedMessage]) -> None:
-        del messages
+        if published is not None:
+            published.extend(messages)
 
     environment = ConsensusEnvironment(
         identity=OWN,
@@ -91,6 +102,18 @@ async def test_abstains_this_epoch_after_losing_an_own_message() -> None:
     node = chain_node(store)
     await node.load()
     assert node.replica.participant.voted_epoch == EPOCH
+
+
+@pytest.mark.parametrize("is_full", [False, True], ids=["saved", "disk full"])
+async def test_publishes_proof_of_equivocation_only_once_it_is_saved(*, is_full: bool) -> None:
+    published: list[SignedMessage] = []
+    node = chain_node(FullStore(MemoryDatabase()) if is_full else memory_chain_store(), published)
+    votes = [Signature(GENESIS, EPOCH, peer(1), bytes([number]) * 32) for number in range(2)]
+    node.receive(sign_message(vote, key(1)) for vote in votes)
+    await node.turn()
+    assert [message.body for message in published] == (
+        [] if is_full else [EquivocationProof(GENESIS, *(sign_message(vote, key(1)).envelope for vote in votes))]
+    )
 
 
 async def test_statement_reaches_its_quorum_after_a_flood_of_others(monkeypatch: pytest.MonkeyPatch) -> None:

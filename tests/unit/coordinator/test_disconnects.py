@@ -82,7 +82,7 @@ def test_two_thousand_early_disconnects_leave_nothing_behind(seed: int) -> None:
     run(program, seed=seed)
 
 
-def test_close_that_overtakes_its_open_in_the_same_packet_closes_the_session() -> None:
+def test_close_that_overtakes_its_open_closes_the_session() -> None:
     async def program() -> None:
         async with open_swarm() as swarm:
             stage, coordinator = await swarm.join((0, 9)), await swarm.join()
@@ -99,7 +99,7 @@ def test_close_that_overtakes_its_open_in_the_same_packet_closes_the_session() -
     run(program, seed=3)
 
 
-def test_close_is_said_though_the_link_is_full() -> None:
+def test_close_is_sent_though_the_link_is_full() -> None:
     async def program() -> None:
         async with open_swarm(link=LinkModel(latency_s=0.001, bandwidth=1e5)) as swarm:
             stage, coordinator = await swarm.join((0, 9)), await swarm.join()

@@ -42,7 +42,7 @@ async def swarm_without_spares(swarm: Swarm) -> Peer:
 
 
 @pytest.mark.parametrize("way", ["kill", "stop"])
-async def test_ends_within_seconds_once_nobody_is_known_who_could_take_over(virtual_clock: MockClock, way: str) -> None:
+async def test_fails_within_seconds_without_candidates_for_a_lost_stage(virtual_clock: MockClock, way: str) -> None:
     async with open_swarm() as swarm:
         peer = await swarm_without_spares(swarm)
         victim = swarm.peers[1]
@@ -61,7 +61,7 @@ async def test_ends_within_seconds_once_nobody_is_known_who_could_take_over(virt
                 await trio.sleep(0.01)
 
 
-async def test_goes_on_with_a_peer_that_comes_within_moments(virtual_clock: MockClock) -> None:
+async def test_replays_on_a_peer_that_joins_within_the_hopeless_limit(virtual_clock: MockClock) -> None:
     async with open_swarm() as swarm, trio.open_nursery() as nursery:
         peer = await swarm_without_spares(swarm)
 
@@ -75,7 +75,7 @@ async def test_goes_on_with_a_peer_that_comes_within_moments(virtual_clock: Mock
         assert waited_s < 9
 
 
-async def test_waits_for_a_live_peer_that_loads_the_blocks_again(virtual_clock: MockClock) -> None:
+async def test_waits_for_a_peer_that_announced_the_lost_blocks(virtual_clock: MockClock) -> None:
     async with open_swarm() as swarm, trio.open_nursery() as nursery:
         peer = await swarm_without_spares(swarm)
         victim = swarm.peers[1]

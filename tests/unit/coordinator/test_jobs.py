@@ -53,7 +53,7 @@ async def all_free(swarm: Swarm) -> None:
     assert all(len(peer.stages.link_pool.registry) == 0 for peer in swarm.peers)
 
 
-async def test_three_stages_say_what_one_would(virtual_clock: MockClock) -> None:
+async def test_three_stages_generate_the_same_text_as_one(virtual_clock: MockClock) -> None:
     async with open_swarm() as swarm:
         peer = await swarm_of_thirds(swarm)
         result = await peer.run(JobRequest(model="fake", prompt=PROMPT, max_tokens=20))
@@ -70,7 +70,9 @@ async def test_three_stages_say_what_one_would(virtual_clock: MockClock) -> None
 
 
 @pytest.mark.parametrize("spans", [((0, 9),), ((0, 4), (4, 9)), ((0, 1), (1, 2), (2, 8), (8, 9))])
-async def test_every_division_says_the_same(virtual_clock: MockClock, spans: tuple[tuple[int, int], ...]) -> None:
+async def test_every_split_into_stages_generates_the_same_text(
+    virtual_clock: MockClock, spans: tuple[tuple[int, int], ...]
+) -> None:
     async with open_swarm() as swarm:
         for span in spans:
             await swarm.join(span)
@@ -79,7 +81,7 @@ async def test_every_division_says_the_same(virtual_clock: MockClock, spans: tup
             assert (await peer.run(JobRequest(model="fake", prompt=PROMPT, max_tokens=9))).token_ids == right_tokens(9)
 
 
-async def test_spans_that_overlap_are_cut_where_it_is_best(virtual_clock: MockClock) -> None:
+async def test_overlapping_spans_are_split_at_the_best_block(virtual_clock: MockClock) -> None:
     async with open_swarm() as swarm:
         first = await swarm.join((0, 6), step_s=0.01)
         await swarm.join((3, 9), step_s=0.002)
@@ -102,7 +104,7 @@ async def test_one_peer_may_serve_several_stages_of_a_job(virtual_clock: MockClo
         await all_free(swarm)
 
 
-async def test_jobs_run_side_by_side(virtual_clock: MockClock) -> None:
+async def test_jobs_run_concurrently(virtual_clock: MockClock) -> None:
     async with open_swarm() as swarm:
         peer = await swarm_of_thirds(swarm)
         results: list[JobResult] = []
@@ -119,7 +121,7 @@ async def test_jobs_run_side_by_side(virtual_clock: MockClock) -> None:
         await all_free(swarm)
 
 
-async def test_events_come_in_order_and_as_tokens_do(virtual_clock: MockClock) -> None:
+async def test_events_are_ordered_and_streamed_with_the_tokens(virtual_clock: MockClock) -> None:
     async with open_swarm() as swarm:
         peer = await swarm_of_thirds(swarm)
         async with peer.coordinator.submit(JobRequest(model="fake", prompt=PROMPT, max_tokens=4)) as events:
@@ -143,7 +145,7 @@ async def test_a_stop_token_and_a_stop_string_end_a_job(virtual_clock: MockClock
         await all_free(swarm)
 
 
-async def test_a_tokenizer_that_fails_in_the_middle_of_a_job_ends_it_in_one_line(
+async def test_tokenizer_failure_during_a_job_is_a_one_line_error(
     virtual_clock: MockClock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async def fail(*sequences: object) -> list[str]:
@@ -160,7 +162,7 @@ async def test_a_tokenizer_that_fails_in_the_middle_of_a_job_ends_it_in_one_line
         await all_free(swarm)
 
 
-async def test_who_goes_away_leaves_nothing_behind(virtual_clock: MockClock) -> None:
+async def test_cancelled_job_frees_all_sessions(virtual_clock: MockClock) -> None:
     async with open_swarm() as swarm:
         peer = await swarm_of_thirds(swarm)
         async with peer.coordinator.submit(JobRequest(model="fake", prompt=PROMPT, max_tokens=500)) as events:
@@ -176,9 +178,7 @@ async def test_who_goes_away_leaves_nothing_behind(virtual_clock: MockClock) -> 
 
 @pytest.mark.parametrize("stage", [0, 1, 2])
 @pytest.mark.parametrize("way", ["kill", "stop", "crash"])
-async def test_a_lost_stage_is_replaced_and_the_text_is_the_same(
-    virtual_clock: MockClock, stage: int, way: str
-) -> None:
+async def test_replays_lost_stage_without_changing_text(virtual_clock: MockClock, stage: int, way: str) -> None:
     async with open_swarm() as swarm:
         for span in (*THIRDS, *THIRDS):
             await swarm.join(span)
@@ -217,7 +217,7 @@ async def test_a_lost_stage_is_replaced_and_the_text_is_the_same(
                     assert served[stage] != victim.id == before[stage]
 
 
-async def test_blocks_that_nobody_serves_are_named(virtual_clock: MockClock) -> None:
+async def test_error_names_blocks_that_are_not_served(virtual_clock: MockClock) -> None:
     async with open_swarm() as swarm:
         await swarm.join((0, 3))
         await swarm.join((6, 8))
@@ -228,7 +228,7 @@ async def test_blocks_that_nobody_serves_are_named(virtual_clock: MockClock) -> 
         assert caught.value.retry_after_s
 
 
-async def test_a_full_peer_says_so_and_serves_again_once_it_has_room(virtual_clock: MockClock) -> None:
+async def test_full_peer_refuses_and_serves_again_once_it_has_room(virtual_clock: MockClock) -> None:
     async with open_swarm() as swarm:
         for span in THIRDS:
             await swarm.join(span, kv_positions=100)
@@ -242,7 +242,7 @@ async def test_a_full_peer_says_so_and_serves_again_once_it_has_room(virtual_clo
         await all_free(swarm)
 
 
-async def test_a_measurement_makes_way_for_the_jobs_of_others(virtual_clock: MockClock) -> None:
+async def test_background_job_gives_way_to_other_jobs(virtual_clock: MockClock) -> None:
     measurement = JobRequest(model="fake", prompt=PROMPT, max_tokens=8, background=True)
     async with open_swarm() as swarm:
         peer = await swarm_of_thirds(swarm)
@@ -260,7 +260,7 @@ async def test_a_measurement_makes_way_for_the_jobs_of_others(virtual_clock: Moc
         await all_free(swarm)
 
 
-async def test_failures_mistakes_of_clients_and_trials_are_counted_apart(virtual_clock: MockClock) -> None:
+async def test_statistics_separate_failures_rejections_and_trials(virtual_clock: MockClock) -> None:
     async with open_swarm() as swarm:
         peer = await swarm_of_thirds(swarm)
         counts = peer.coordinator.statistics()
@@ -289,7 +289,7 @@ async def test_failures_mistakes_of_clients_and_trials_are_counted_apart(virtual
         assert (counts.running, counts.trials_running, counts.trials_done, counts.trials_failed) == (0, 0, 2, 1)
 
 
-async def test_a_draining_peer_finishes_what_it_has_and_takes_nothing_new(virtual_clock: MockClock) -> None:
+async def test_draining_peer_finishes_its_jobs_and_refuses_new_ones(virtual_clock: MockClock) -> None:
     async with open_swarm() as swarm:
         peer = await swarm_of_thirds(swarm)
         leaving = swarm.peers[1]
@@ -306,7 +306,7 @@ async def test_a_draining_peer_finishes_what_it_has_and_takes_nothing_new(virtua
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2])
-async def test_a_peer_that_leaves_hands_its_sessions_over(virtual_clock: MockClock, stage: int) -> None:
+async def test_leaving_peer_migrates_its_sessions(virtual_clock: MockClock, stage: int) -> None:
     async with open_swarm() as swarm:
         peer = await swarm_of_thirds(swarm)
         leaving = swarm.peers[stage]
@@ -333,7 +333,7 @@ async def test_a_peer_that_leaves_hands_its_sessions_over(virtual_clock: MockClo
         assert result.replays == 1
 
 
-async def test_a_peer_that_nobody_can_replace_serves_to_the_end(virtual_clock: MockClock) -> None:
+async def test_leaving_peer_without_replacement_serves_to_the_end(virtual_clock: MockClock) -> None:
     async with open_swarm() as swarm:
         peer = await swarm_of_thirds(swarm)
         await swarm.join(THIRDS[1], kv_positions=16)  # has no room
@@ -346,7 +346,7 @@ async def test_a_peer_that_nobody_can_replace_serves_to_the_end(virtual_clock: M
             assert [event async for event in events][-1].token_ids == right_tokens(40)  # type: ignore[union-attr]
 
 
-async def test_rows_of_a_stranger_do_not_enter_a_session(virtual_clock: MockClock) -> None:
+async def test_rows_of_an_outsider_do_not_enter_a_session(virtual_clock: MockClock) -> None:
     async with open_swarm() as swarm:
         peer = await swarm_of_thirds(swarm)
         stranger = await swarm.join()
@@ -374,7 +374,7 @@ async def test_a_stage_beyond_every_route_is_refused(virtual_clock: MockClock) -
         assert peer.held() == (0, 0)
 
 
-async def test_a_session_that_gets_no_rows_gives_its_memory_back(virtual_clock: MockClock) -> None:
+async def test_idle_session_is_evicted(virtual_clock: MockClock) -> None:
     async with open_swarm() as swarm:
         peer = await swarm.join((0, 9))
         hoarder = await swarm.join()
@@ -405,7 +405,7 @@ async def test_a_session_that_gets_no_rows_gives_its_memory_back(virtual_clock: 
         ({"method": "magic"}, JobErrorCode.INVALID),
     ],
 )
-async def test_a_request_that_makes_no_sense_is_told_why(
+async def test_invalid_request_names_the_reason(
     virtual_clock: MockClock, changes: dict[str, object], code: JobErrorCode
 ) -> None:
     async with open_swarm() as swarm:
@@ -416,7 +416,7 @@ async def test_a_request_that_makes_no_sense_is_told_why(
         assert "\n" not in caught.value.message
 
 
-async def test_a_model_without_tokenizer_takes_and_gives_token_ids(virtual_clock: MockClock) -> None:
+async def test_model_without_tokenizer_uses_token_ids(virtual_clock: MockClock) -> None:
     async with open_swarm() as swarm:
         peer = await swarm_of_thirds(swarm)
         library = peer.coordinator._models

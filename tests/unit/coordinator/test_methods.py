@@ -62,7 +62,7 @@ async def run_all(peer: Peer, requests: list[JobRequest]) -> list[JobResult]:
 
 
 @pytest.mark.parametrize("batching", Batching)
-async def test_every_exact_method_says_the_same_to_eight_at_a_time(
+async def test_every_exact_method_generates_the_same_text_for_eight_jobs(
     virtual_clock: MockClock, batching: Batching
 ) -> None:
     async with open_swarm(controller=lambda: PolicyController(batching=batching, step_rows=64)) as swarm:
@@ -80,7 +80,7 @@ async def test_every_exact_method_says_the_same_to_eight_at_a_time(
         await all_free(swarm)
 
 
-async def test_sampled_text_is_the_same_with_guesses(virtual_clock: MockClock) -> None:
+async def test_speculative_decoding_keeps_sampled_text(virtual_clock: MockClock) -> None:
     async with open_swarm() as swarm:
         peer = await swarm_of_thirds(swarm)
         for seed in range(6):
@@ -90,7 +90,7 @@ async def test_sampled_text_is_the_same_with_guesses(virtual_clock: MockClock) -
                 assert (await peer.run(asked)).token_ids == right(PROMPTS[4], 20, sampling)
 
 
-async def test_what_prompts_share_is_computed_once(virtual_clock: MockClock) -> None:
+async def test_shared_prefix_is_computed_once(virtual_clock: MockClock) -> None:
     cached = method(engine="fused", prefix_cache="on", prefill_chunk="64")
     async with open_swarm() as swarm:
         peer = await swarm_of_thirds(swarm)
@@ -106,7 +106,7 @@ async def test_what_prompts_share_is_computed_once(virtual_clock: MockClock) -> 
         await all_free(swarm)
 
 
-async def test_what_prompts_share_that_come_together_is_computed_once(virtual_clock: MockClock) -> None:
+async def test_concurrent_prompts_compute_a_shared_prefix_once(virtual_clock: MockClock) -> None:
     cached = method(prefix_cache="on")
     prompts = [(*range(200), number) for number in range(8)]
     async with open_swarm() as swarm:
@@ -117,7 +117,7 @@ async def test_what_prompts_share_that_come_together_is_computed_once(virtual_cl
         await all_free(swarm)
 
 
-async def test_nobody_waits_for_a_prompt_that_is_given_up_or_not_cached(virtual_clock: MockClock) -> None:
+async def test_prefix_claim_is_released_by_cancelled_and_uncached_jobs(virtual_clock: MockClock) -> None:
     cached = method(prefix_cache="on")
     first, second = ((*range(900, 300, -3), number) for number in range(2))
     third, fourth = ((*range(300, 900, 3), number) for number in range(2))
@@ -141,7 +141,7 @@ async def test_nobody_waits_for_a_prompt_that_is_given_up_or_not_cached(virtual_
             nursery.cancel_scope.cancel()
 
 
-async def test_the_choice_is_told_with_its_votes(virtual_clock: MockClock) -> None:
+async def test_result_reports_the_method_and_its_votes(virtual_clock: MockClock) -> None:
     async with open_swarm() as swarm:
         peer = await swarm_of_thirds(swarm)
         result = await peer.run(request(PROMPTS[0]))
@@ -151,7 +151,7 @@ async def test_the_choice_is_told_with_its_votes(virtual_clock: MockClock) -> No
         assert all(PORTFOLIO[name].exact for name in scores)
 
 
-async def test_only_what_every_stage_has_ready_is_chosen(virtual_clock: MockClock) -> None:
+async def test_chosen_method_is_ready_on_every_stage(virtual_clock: MockClock) -> None:
     async with open_swarm() as swarm:
         await swarm.join((0, 5), variants=FAKE_VARIANTS)
         await swarm.join((5, 9), variants=[REFERENCE])
@@ -164,7 +164,7 @@ async def test_only_what_every_stage_has_ready_is_chosen(virtual_clock: MockCloc
         assert (await peer.run(request(PROMPTS[0]))).method.switches["engine"] != "eager"
 
 
-async def test_a_method_that_is_not_ready_yet_is_said_to_be(virtual_clock: MockClock) -> None:
+async def test_error_for_a_method_that_is_not_ready_yet(virtual_clock: MockClock) -> None:
     async with open_swarm() as swarm:
         peer = await swarm.join((0, 9), variants=[])
         await swarm.settle()
@@ -176,13 +176,13 @@ async def test_a_method_that_is_not_ready_yet_is_said_to_be(virtual_clock: MockC
 @pytest.mark.parametrize(
     ("name", "quality", "complaint"),
     [
-        ("engine=fused|arithmetic=int8", QualityBound.EXACT, "needs --quality"),
+        ("engine=fused|arithmetic=int8", QualityBound.EXACT, "use --quality"),
         ("engine=fused|arithmetic=int8", QualityBound.ANY, "was not measured"),
         ("batching=static", QualityBound.EXACT, "policy of a stage"),
         ("fast", QualityBound.EXACT, "invalid method"),
     ],
 )
-async def test_a_method_that_a_job_may_not_have_is_an_error_of_one_line(
+async def test_inadmissible_method_is_a_one_line_error(
     virtual_clock: MockClock, name: str, quality: QualityBound, complaint: str
 ) -> None:
     async with open_swarm() as swarm:
@@ -224,7 +224,7 @@ class NoOpinion(HeuristicChooser):
         return Equal(question.context, question.admitted)
 
 
-async def test_votes_count_by_the_reputation_that_all_stages_agree_on(virtual_clock: MockClock) -> None:
+async def test_votes_are_weighted_by_agreed_reputation(virtual_clock: MockClock) -> None:
     first, second = method(engine="fused"), method(engine="onnxruntime")
     weights: dict[str, int] = {}
     agreed = Standing(weights)
@@ -244,7 +244,7 @@ async def test_votes_count_by_the_reputation_that_all_stages_agree_on(virtual_cl
 
 
 @pytest.mark.parametrize("lie", ["method", "ballot", "missing", "no own ballot", "weights"])
-async def test_a_stage_goes_along_with_nothing_but_what_the_votes_came_to(
+async def test_stage_refuses_a_method_that_the_votes_did_not_agree_on(
     virtual_clock: MockClock, monkeypatch: pytest.MonkeyPatch, lie: str
 ) -> None:
     honest = OutboundLink.begin
@@ -273,7 +273,7 @@ async def test_a_stage_goes_along_with_nothing_but_what_the_votes_came_to(
         await all_free(swarm)
 
 
-async def test_the_coordinator_accepts_what_it_will_and_the_stages_go_along(virtual_clock: MockClock) -> None:
+async def test_stages_follow_the_methods_that_the_coordinator_accepts(virtual_clock: MockClock) -> None:
     class Wary(HeuristicChoice):
         def ballot(
             self, votes: Sequence[Mapping[str, float]], weights: Sequence[int] | None = None
@@ -297,7 +297,7 @@ async def test_the_coordinator_accepts_what_it_will_and_the_stages_go_along(virt
         assert len(result.consensus.votes[0].scores) > 1
 
 
-async def test_a_thousand_jobs_a_third_of_them_cancelled_leave_nothing(virtual_clock: MockClock) -> None:
+async def test_thousand_jobs_a_third_cancelled_free_all_memory(virtual_clock: MockClock) -> None:
     rng = random.Random(7)
     async with open_swarm() as swarm:
         for span in THIRDS:

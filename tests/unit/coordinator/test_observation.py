@@ -12,7 +12,7 @@ from node.coordinator.observation import (
     software_versions,
     without_invalid_countersignatures,
 )
-from node.coordinator.submission import Consensus, JobResult, MethodChoice, Timing, Usage
+from node.coordinator.submission import Consensus, JobResult, Timing, Usage
 from node.models.manifest import FileEntry, Manifest
 from protocol.errors import LocalProtocolError
 from protocol.identity import BlockRange
@@ -46,7 +46,7 @@ RESULT = JobResult(
     usage=Usage(prompt_tokens=12, completion_tokens=3, cached_tokens=4),
     timing=Timing(ttft_s=0.5, tpot_s=0.25, total_s=1.0),
     route=(),
-    method=MethodChoice(name=METHOD.name, switches=dict(METHOD.switches), stage_policy=dict(METHOD.stage_policy)),
+    method=METHOD,
     consensus=Consensus(votes=(), agreed=METHOD.name, weighed=False, epoch=None, table_digest=None),
     replays=1,
 )
@@ -75,7 +75,7 @@ def observed(*route: StageObservation, result: JobResult = RESULT) -> Observatio
     return observation_of(served, peer(0), NOW_S)
 
 
-def test_a_served_job_gives_an_observation_that_others_take() -> None:
+def test_observation_of_a_served_job_is_accepted_by_peers() -> None:
     made = sign_observation(observed(stage(1, 0, 1), stage(2, 1, 2)), key(0))
     taken = verify_observation(made.envelope, NOW_S).observation
     assert taken.is_countersigned
@@ -89,7 +89,7 @@ def test_a_served_job_gives_an_observation_that_others_take() -> None:
     assert {"metaswarm", "python", "torch"} <= taken.software.keys()
 
 
-def test_a_stage_that_countersigns_falsely_does_not_spoil_the_rest() -> None:
+def test_invalid_countersignature_is_dropped() -> None:
     honest, other = stage(1, 0, 1), stage(2, 1, 2)
     liar = replace(other, statistics=replace(other.statistics, compute_s=0.1))
     with pytest.raises(LocalProtocolError):
@@ -100,13 +100,13 @@ def test_a_stage_that_countersigns_falsely_does_not_spoil_the_rest() -> None:
     assert not made.is_countersigned
 
 
-def test_a_job_that_took_no_time_is_not_told() -> None:
+def test_job_without_duration_cannot_be_signed() -> None:
     instant = replace(RESULT, timing=Timing(ttft_s=0.0, tpot_s=0.0, total_s=0.0))
     with pytest.raises(LocalProtocolError):
         sign_observation(observed(stage(1, 0, 2), result=instant), key(0))
 
 
-def test_facts_of_a_model_come_from_its_manifest() -> None:
+def test_model_facts_come_from_the_manifest() -> None:
     facts = model_facts(
         manifest(
             max_position_embeddings=512,
@@ -123,7 +123,7 @@ def test_facts_of_a_model_come_from_its_manifest() -> None:
     assert facts.weight_bytes == 1210
 
 
-def test_facts_that_a_model_does_not_tell_or_cannot_mean_are_left_out() -> None:
+def test_missing_and_invalid_model_facts_are_left_out() -> None:
     facts = model_facts(
         manifest(max_position_embeddings=10 * MAX_POSITIONS, num_attention_heads=-1, num_experts_per_tok=4)
     )

@@ -37,7 +37,7 @@ def links(sender: str, receiver: str) -> Link:
     return Link(0.002 if {sender, receiver} == {"a", "b"} else 0.04, 1e8 if receiver == "b" else 2e6)
 
 
-def test_latency_counts_around_a_route_and_width_from_its_first_stage_to_its_last() -> None:
+def test_latency_counts_around_the_route_and_bandwidth_along_it() -> None:
     planner = Planner(Nobody(), links, A)
     stages = [Stage(peer, BlockRange(3 * i, 3 * i + 3)) for i, peer in enumerate((A, B, C))]
     assert planner.round_s(stages) == pytest.approx((0.002 + 0.04 + 0.04) / 2)
@@ -88,7 +88,7 @@ def show(planner: Planner, peer: str, seconds: float) -> None:
     planner.measured(NEED, [Stage(PeerId(peer), BlockRange(0, 9))], [Load(sessions=1)], timing)
 
 
-async def test_takes_whom_it_measured_before_one_that_promises_more(virtual_clock: MockClock) -> None:
+async def test_prefers_measured_peer_to_promised_speed(virtual_clock: MockClock) -> None:
     planner = Planner(Served(honest=HONEST, liar=LIAR), near, A)
     assert await chosen(planner) == "honest", "also before anything was measured"
     show(planner, "honest", 0.05)
@@ -96,18 +96,18 @@ async def test_takes_whom_it_measured_before_one_that_promises_more(virtual_cloc
     assert not any([await chosen(planner) == "liar" for _ in range(20)]), "what nobody waits for tries nothing"
 
 
-async def test_takes_a_promise_where_nobody_else_is(virtual_clock: MockClock) -> None:
+async def test_uses_promised_speed_without_alternative(virtual_clock: MockClock) -> None:
     planner = Planner(Served(liar=LIAR), near, A)
     assert await chosen(planner) == "liar"
 
 
-async def test_spreads_its_own_jobs_before_any_heartbeat_tells_of_them(virtual_clock: MockClock) -> None:
+async def test_spreads_own_jobs_before_heartbeats_report_them(virtual_clock: MockClock) -> None:
     in_flight = Counter({PeerId("a"): 3})
     planner = Planner(Served(a=HONEST, b=HONEST), near, C, in_flight=lambda: in_flight)
     assert await chosen(planner) == "b"
 
 
-async def test_avoids_a_peer_that_lagged_while_another_is_there_and_remembers_it(virtual_clock: MockClock) -> None:
+async def test_avoids_lagging_peer_while_there_is_another(virtual_clock: MockClock) -> None:
     planner = Planner(Served(a=HONEST, b=HONEST), near, C)
     for _ in range(3):
         show(planner, "a", 0.02)
@@ -129,7 +129,7 @@ async def test_avoids_a_peer_that_lagged_while_another_is_there_and_remembers_it
     )
 
 
-async def test_looks_for_nobody_to_say_whether_a_route_is_known(virtual_clock: MockClock) -> None:
+async def test_knows_route_without_a_search(virtual_clock: MockClock) -> None:
     finder = Served(a=HONEST, b=HONEST)
     planner = Planner(finder, near, C)
     assert planner.knows_route(replace(NEED, without=[A]))
@@ -140,7 +140,7 @@ async def test_looks_for_nobody_to_say_whether_a_route_is_known(virtual_clock: M
     assert finder.searches == 0
 
 
-async def test_expects_what_was_measured_and_more_of_a_peer_that_serves_more(virtual_clock: MockClock) -> None:
+async def test_expected_time_follows_measurement_and_sessions(virtual_clock: MockClock) -> None:
     planner = Planner(Served(a=HONEST), near, C)
     stage = Stage(A, BlockRange(0, 9))
     show(planner, "a", 0.9)
@@ -151,7 +151,7 @@ async def test_expects_what_was_measured_and_more_of_a_peer_that_serves_more(vir
     assert planner.expected_s(NEED, stage, 100, Load()) > one_s
 
 
-async def test_an_unmeasured_peer_may_be_as_slow_with_a_prompt_as_it_says_within_bounds() -> None:
+async def test_unmeasured_peer_is_given_its_claimed_time_within_bounds() -> None:
     planner = Planner(Served(), near, C)
     timing = RouteTiming(round_s=0.002, prompt_s=0.02, prompt_rows=(900,), busy=(1.0,))
     planner.measured(NEED, [Stage(A, BlockRange(0, 9))], [Load(sessions=1)], timing)
@@ -161,7 +161,7 @@ async def test_an_unmeasured_peer_may_be_as_slow_with_a_prompt_as_it_says_within
     assert planner.expected_s(NEED, unmeasured, 1, Load(step_s=1e9)) < 10
 
 
-def test_rows_are_given_time_for_their_way_by_the_links_width_or_that_of_a_slow_home() -> None:
+def test_transfer_limit_follows_bandwidth_within_bounds() -> None:
     def way_s(bytes_per_s: float) -> float:
         planner = Planner(Nobody(), lambda a, b: Link(0.01, bytes_per_s), A)
         return planner.way_s(NEED, Stage(A, BlockRange(0, 4)), Stage(B, BlockRange(4, 9)), 2000)
@@ -171,7 +171,7 @@ def test_rows_are_given_time_for_their_way_by_the_links_width_or_that_of_a_slow_
     assert way_s(1.0) == pytest.approx(4.0), "what a peer says of its link is believed within bounds"
 
 
-async def test_a_lag_before_anything_was_measured_is_forgiven_once_the_peer_serves(virtual_clock: MockClock) -> None:
+async def test_lag_of_unmeasured_peer_is_forgiven_once_it_serves(virtual_clock: MockClock) -> None:
     planner = Planner(Served(a=HONEST), near, C)
     planner.failed(A, dead=False, lagged=True)
     assert planner.record(A).avoided_s == pytest.approx(LAG_BACKOFF_S[0])
@@ -181,7 +181,7 @@ async def test_a_lag_before_anything_was_measured_is_forgiven_once_the_peer_serv
 
 
 @pytest.mark.parametrize(("bytes_per_s", "seconds"), [(1.0, 4.2), (1e6, 2.1), (UNKNOWN_BYTES_PER_S, 0.04)])
-def test_a_step_of_other_sessions_holds_rows_up_on_a_narrow_link(bytes_per_s: float, seconds: float) -> None:
+def test_step_transfer_limit_on_a_narrow_link(bytes_per_s: float, seconds: float) -> None:
     planner = Planner(Nobody(), lambda a, b: Link(0.01, bytes_per_s), A)
     stages = Stage(A, BlockRange(0, 4)), Stage(B, BlockRange(4, 9))
     assert planner.step_way_s(*stages) == pytest.approx(seconds, rel=0.1)

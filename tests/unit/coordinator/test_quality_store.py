@@ -1,4 +1,4 @@
-"""The quality ledger: measured once, kept, and what a bound does not admit is not offered."""
+"""The quality store: measures once, keeps the figures, and bounds the methods that are offered."""
 
 import json
 import sys
@@ -11,7 +11,7 @@ from typing import Any, cast
 import pytest
 import trio
 
-from node.coordinator.method_choice import Asked, admitted_methods
+from node.coordinator.method_choice import MeasurementState, admitted_methods
 from node.coordinator.quality_store import KV_KEYS, LocalQualityStore
 from node.coordinator.submission import JobError, JobErrorCode, JobRequest
 from node.models.library import KnownModel
@@ -63,16 +63,16 @@ def measuring(tmp_path: Path, figures: dict[str, Any]) -> Sequence[str]:
 
 
 @asynccontextmanager
-async def running(ledger: LocalQualityStore) -> AsyncIterator[None]:
+async def running(store: LocalQualityStore) -> AsyncIterator[None]:
     async with trio.open_nursery() as nursery:
-        nursery.start_soon(ledger.run)
+        nursery.start_soon(store.run)
         yield
         nursery.cancel_scope.cancel()
 
 
-async def until_known(ledger: LocalQualityStore) -> None:
+async def until_known(store: LocalQualityStore) -> None:
     with trio.fail_after(60):
-        while ledger.ask(known_model()) is not Asked.KNOWN:
+        while store.request(known_model()) is not MeasurementState.DONE:
             await trio.sleep(0.01)
 
 
@@ -80,19 +80,19 @@ def request(quality: QualityBound, name: str = "auto") -> JobRequest:
     return JobRequest(model="fake", prompt="1", quality=quality, method=name)
 
 
-async def test_a_bound_admits_what_was_measured_to_keep_to_it(tmp_path: Path) -> None:
+async def test_quality_bound_admits_measured_methods_within_it(tmp_path: Path) -> None:
     figures = {INT8.kv_key: GOOD, W8A8.kv_key: FAIR, "fused/bf16/fp32": BAD}
-    ledger = LocalQualityStore(Here(tmp_path), tmp_path, command=measuring(tmp_path, figures))
-    async with running(ledger):
+    store = LocalQualityStore(Here(tmp_path), tmp_path, command=measuring(tmp_path, figures))
+    async with running(store):
         # The first job that would take a lossy method has it measured, and is told to come again.
-        with pytest.raises(JobError, match="is being measured; try again") as caught:
-            admitted_methods(request(QualityBound.NEAR, INT8.name), known_model(), ledger)
+        with pytest.raises(JobError, match="is being measured: try again") as caught:
+            admitted_methods(request(QualityBound.NEAR, INT8.name), known_model(), store)
         assert caught.value.retry_after_s
         assert caught.value.code is JobErrorCode.MEASURING, "the peers have room"
-        assert all(each.exact for each in admitted_methods(request(QualityBound.ANY), known_model(), ledger))
-        await until_known(ledger)
+        assert all(each.exact for each in admitted_methods(request(QualityBound.ANY), known_model(), store))
+        await until_known(store)
     admitted = {
-        quality: {each.arithmetic for each in admitted_methods(request(quality), known_model(), ledger)}
+        quality: {each.arithmetic for each in admitted_methods(request(quality), known_model(), store)}
         for quality in QualityBound
     }
     assert admitted == {
@@ -100,39 +100,39 @@ async def test_a_bound_admits_what_was_measured_to_keep_to_it(tmp_path: Path) ->
         QualityBound.NEAR: {"fp32", "int8"},
         QualityBound.ANY: {"fp32", "int8", "w8a8"},
     }
-    with pytest.raises(JobError, match="needs --quality any"):
-        admitted_methods(request(QualityBound.NEAR, W8A8.name), known_model(), ledger)
-    with pytest.raises(JobError, match=r"\+60.0%: too much"):
-        admitted_methods(request(QualityBound.ANY, "engine=fused|arithmetic=bf16"), known_model(), ledger)
+    with pytest.raises(JobError, match="use --quality any"):
+        admitted_methods(request(QualityBound.NEAR, W8A8.name), known_model(), store)
+    with pytest.raises(JobError, match=r"\+60.0%, beyond"):
+        admitted_methods(request(QualityBound.ANY, "engine=fused|arithmetic=bf16"), known_model(), store)
     assert len(KV_KEYS) == len(set(KV_KEYS)) > 4
 
 
 @pytest.mark.parametrize("library", ["torch", "onnxruntime"])
-async def test_a_model_is_measured_once_and_an_exact_job_asks_for_nothing(tmp_path: Path, library: str) -> None:
+async def test_model_is_measured_once_and_not_for_exact_jobs(tmp_path: Path, library: str) -> None:
     for _ in range(2):  # the second time after a restart
-        ledger = LocalQualityStore(Here(tmp_path), tmp_path, command=measuring(tmp_path, {INT8.kv_key: GOOD}))
-        async with running(ledger):
-            admitted_methods(request(QualityBound.EXACT), known_model(), ledger)
-            await until_known(ledger)
-        quality = ledger.quality(known_model().id, INT8)
+        store = LocalQualityStore(Here(tmp_path), tmp_path, command=measuring(tmp_path, {INT8.kv_key: GOOD}))
+        async with running(store):
+            admitted_methods(request(QualityBound.EXACT), known_model(), store)
+            await until_known(store)
+        quality = store.quality(known_model().id, INT8)
         assert quality is not None
         assert quality.mean_kl == 0.004
     assert (tmp_path / "calls").read_text() == "x"
     # What is damaged, or of other versions, is measured again.
     (kept,) = (tmp_path / "quality").iterdir()
     kept.write_text(kept.read_text().replace(f'"{library}": "', f'"{library}": "0.'))
-    ledger = LocalQualityStore(Here(tmp_path), tmp_path, command=measuring(tmp_path, {}))
-    async with running(ledger):
-        await until_known(ledger)
+    store = LocalQualityStore(Here(tmp_path), tmp_path, command=measuring(tmp_path, {}))
+    async with running(store):
+        await until_known(store)
     assert (tmp_path / "calls").read_text() == "xx"
-    assert ledger.quality(known_model().id, INT8) is None
+    assert store.quality(known_model().id, INT8) is None
 
 
 @pytest.mark.parametrize("fault", ["crash", "nonsense", "too large"])
-async def test_what_cannot_be_measured_is_not_admitted(tmp_path: Path, fault: str) -> None:
+async def test_lossy_method_without_measurement_is_not_admitted(tmp_path: Path, fault: str) -> None:
     command = [sys.executable, "-c", "raise SystemExit('no')" if fault == "crash" else "print('[1]')"]
-    ledger = LocalQualityStore(Here(tmp_path, 1 << 40 if fault == "too large" else 0), tmp_path, command=command)
-    async with running(ledger):
-        await until_known(ledger)
-    with pytest.raises(JobError, match="was not measured for this model"):
-        admitted_methods(request(QualityBound.ANY, INT8.name), known_model(), ledger)
+    store = LocalQualityStore(Here(tmp_path, 1 << 40 if fault == "too large" else 0), tmp_path, command=command)
+    async with running(store):
+        await until_known(store)
+    with pytest.raises(JobError, match="with this model was not measured"):
+        admitted_methods(request(QualityBound.ANY, INT8.name), known_model(), store)

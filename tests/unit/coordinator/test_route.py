@@ -16,7 +16,7 @@ from protocol.tensors import tensor_from_tokens
 PEER = PeerId("a")
 
 
-async def test_a_token_that_comes_after_the_job_was_given_up_is_dropped() -> None:
+async def test_token_after_a_stall_is_dropped() -> None:
     opening = SimpleNamespace(sampling=SimpleNamespace(max_tokens=4))
     route = OpenRoute([Stage(PEER, BlockRange(0, 9))], cast("Any", None), cast("Any", opening))
     link = cast("Any", Mock(peer=PEER))

@@ -55,13 +55,13 @@ def make_old(peer: Peer) -> None:
         del peer.network._handlers[protocol]  # type: ignore[attr-defined]
 
 
-def test_every_way_to_draw_says_something_else() -> None:
+def test_sampling_options_change_the_text() -> None:
     assert len({right(20, **way) for way in [*WAYS, {}]}) == len(WAYS) + 1
 
 
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("spans", [((0, 9),), THIRDS])
-async def test_every_division_draws_alike(
+async def test_sampled_text_is_the_same_for_every_split(
     virtual_clock: MockClock, way: dict[str, Any], spans: tuple[tuple[int, int], ...]
 ) -> None:
     async with open_swarm() as swarm:
@@ -70,7 +70,7 @@ async def test_every_division_draws_alike(
 
 
 @pytest.mark.parametrize("way", WAYS)
-async def test_guesses_change_nothing(virtual_clock: MockClock, way: dict[str, Any]) -> None:
+async def test_speculative_decoding_keeps_sampled_text(virtual_clock: MockClock, way: dict[str, Any]) -> None:
     async with open_swarm() as swarm:
         draft = FakeEngine(fake_span_info(BlockRange(0, BLOCKS), block_count=BLOCKS), step_s=0.001)
         await swarm.join(THIRDS[0], draft=draft)
@@ -80,7 +80,7 @@ async def test_guesses_change_nothing(virtual_clock: MockClock, way: dict[str, A
             assert (await peer.run(request(method=chosen.name, **way))).token_ids == right(20, **way), guessing
 
 
-async def test_a_prompt_of_several_messages_is_told_whole(virtual_clock: MockClock) -> None:
+async def test_long_token_history_is_sent_in_several_messages(virtual_clock: MockClock) -> None:
     prompt = tuple(number * 7 % VOCABULARY for number in range(MAX_HISTORY_TOKENS + 5))
     async with open_swarm() as swarm:
         for span in THIRDS:
@@ -97,7 +97,7 @@ async def test_a_prompt_of_several_messages_is_told_whole(virtual_clock: MockClo
 
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("stage", [0, 1, 2])
-async def test_a_lost_stage_changes_nothing(virtual_clock: MockClock, way: dict[str, Any], stage: int) -> None:
+async def test_replay_keeps_sampled_text(virtual_clock: MockClock, way: dict[str, Any], stage: int) -> None:
     async with open_swarm() as swarm:
         peer = await swarm_of(swarm, *THIRDS, *THIRDS)
         count = 0
@@ -115,7 +115,7 @@ async def test_a_lost_stage_changes_nothing(virtual_clock: MockClock, way: dict[
                     assert event.token_ids == right(30, **way)
 
 
-async def test_a_last_stage_of_an_older_version_is_passed_by_where_it_could_not_draw(virtual_clock: MockClock) -> None:
+async def test_older_peer_is_not_last_stage_of_a_job_with_new_sampling(virtual_clock: MockClock) -> None:
     async with open_swarm() as swarm:
         old = await swarm.join((0, 9), step_s=0.001)
         new = await swarm.join((7, 9), step_s=0.05)
@@ -131,7 +131,7 @@ async def test_a_last_stage_of_an_older_version_is_passed_by_where_it_could_not_
             assert result.route[0].peer == old.id, "it can serve any other stage"
 
 
-async def test_where_nobody_can_draw_as_asked_the_job_says_so(virtual_clock: MockClock) -> None:
+async def test_error_where_no_peer_supports_the_sampling(virtual_clock: MockClock) -> None:
     async with open_swarm() as swarm:
         for _ in range(7):
             make_old(await swarm.join((0, 9)))
@@ -147,7 +147,7 @@ async def test_where_nobody_can_draw_as_asked_the_job_says_so(virtual_clock: Moc
 
 
 @pytest.mark.parametrize("told", ["nothing", "too little", "too much", "of another model"])
-async def test_who_tells_a_wrong_history_harms_nobody_else(
+async def test_wrong_token_history_affects_only_its_own_job(
     virtual_clock: MockClock, monkeypatch: pytest.MonkeyPatch, told: str
 ) -> None:
     tell = OutboundLink.send_history
@@ -179,7 +179,7 @@ async def test_who_tells_a_wrong_history_harms_nobody_else(
         assert results[0].replays == 0
 
 
-async def test_no_stop_token_is_drawn_before_min_tokens(virtual_clock: MockClock) -> None:
+async def test_no_stop_token_is_sampled_before_min_tokens(virtual_clock: MockClock) -> None:
     tokens = right(20)
     async with open_swarm() as swarm:
         peer = await swarm_of(swarm, *THIRDS)

@@ -45,7 +45,7 @@ def test_blames_the_first_stage_that_has_its_input_and_has_not_computed_it() -> 
         assert suspects(watch, REPORTING_S + 0.1) == (hanging,)
 
 
-def test_a_stage_that_shows_nothing_is_judged_by_what_its_neighbours_show() -> None:
+def test_unreporting_stage_is_judged_by_its_neighbours() -> None:
     watch = decoding()
     watch.report(0, at(21), 1.0)
     watch.report(2, at(20), 1.0)
@@ -56,21 +56,21 @@ def test_a_stage_that_shows_nothing_is_judged_by_what_its_neighbours_show() -> N
     assert suspects(watch, REPORTING_S + 1.1) == (2,)
 
 
-def test_stages_that_all_show_nothing_cannot_be_told_apart() -> None:
+def test_unreporting_stages_are_all_suspects() -> None:
     assert suspects(decoding(), SILENT_S + 0.1) == (0, 1, 2)
     watch = decoding()
     watch.report(0, at(21), 1.0)
     assert suspects(watch, SILENT_S + 0.1) == (1, 2)
 
 
-def test_the_last_stage_is_blamed_for_a_token_that_everybody_says_was_drawn() -> None:
+def test_blames_last_stage_for_a_sampled_token_that_never_came() -> None:
     watch = decoding()
     for stage in range(3):
         watch.report(stage, at(21), 1.0)
     assert suspects(watch, SILENT_S + 0.1) == (2,)
 
 
-def test_names_the_stage_before_where_the_two_contradict_each_other() -> None:
+def test_names_the_earlier_stage_of_a_dispute() -> None:
     watch = decoding()
     watch.report(0, at(21), 1.0)
     watch.report(1, at(20), 1.0)
@@ -84,7 +84,7 @@ def test_names_the_stage_before_where_the_two_contradict_each_other() -> None:
     assert (lag.suspects, lag.earlier) == ((0,), 2), "the token came here, so the last stage has it"
 
 
-def test_a_prompt_that_the_first_stage_says_it_lacks_is_nobody_elses_fault() -> None:
+def test_blames_first_stage_that_denies_the_prompt() -> None:
     watch = a_watch(step_s=0.0)
     watch.wait(0.0)
     watch.report(0, at(0), 1.0)
@@ -93,7 +93,7 @@ def test_a_prompt_that_the_first_stage_says_it_lacks_is_nobody_elses_fault() -> 
     assert (lag.suspects, lag.earlier) == ((0,), None)
 
 
-def test_rising_positions_leave_a_stage_alone_but_not_for_ever() -> None:
+def test_progress_extends_the_limit_up_to_the_pace_limit() -> None:
     watch = a_watch(1, 1000, step_s=0.001)
     watch.wait(0.0)
     blamed_s = 0.0
@@ -104,14 +104,14 @@ def test_rising_positions_leave_a_stage_alone_but_not_for_ever() -> None:
     assert blamed_s == pytest.approx(PACE_LIMIT[1] * 1.0, abs=1)
 
 
-def test_positions_that_go_up_and_down_are_no_progress() -> None:
+def test_oscillating_reports_are_not_progress() -> None:
     watch = decoding(1)
     for quarter in range(40):
         watch.report(0, at(20, 21) if quarter % 2 else at(5, 6), quarter / 4)
     assert suspects(watch, 10.0) == (0,)
 
 
-def test_claims_beyond_what_was_sent_count_as_all_of_it() -> None:
+def test_claims_beyond_the_input_are_clamped() -> None:
     watch = decoding(2)
     watch.report(0, at(10**6), 1.0)
     assert suspects(watch, SILENT_S + 0.1) == (1,)
@@ -121,7 +121,7 @@ def test_claims_beyond_what_was_sent_count_as_all_of_it() -> None:
     assert suspects(watch, 3.0 + REPORTING_S + 0.1) == (0,), "what it claimed then is no progress now"
 
 
-def test_what_is_expected_stretches_the_limit_up_to_a_cap() -> None:
+def test_expected_time_extends_the_limit_up_to_a_cap() -> None:
     watch = a_watch(1, 100, step_s=0.1)
     watch.wait(0.0)
     assert suspects(watch, SILENT_LIMIT[1] * 10 - 0.1) == ()
@@ -132,14 +132,14 @@ def test_what_is_expected_stretches_the_limit_up_to_a_cap() -> None:
         assert suspects(watch, MOST_LIMIT_S + 0.1) == suspected
 
 
-def test_time_before_anybody_waits_is_held_against_nobody() -> None:
+def test_time_before_the_wait_does_not_count() -> None:
     watch = decoding()
     watch.wait(1000.0)
     assert suspects(watch, 1000.0 + SILENT_S - 0.1) == ()
     assert watch.still_s(1001.0) == pytest.approx(1.0)
 
 
-def test_a_token_that_is_not_late_costs_no_estimate() -> None:
+def test_punctual_token_needs_no_estimate() -> None:
     asked: list[int] = []
 
     def expected_s(stage: int, rows: int) -> float:
@@ -157,7 +157,7 @@ def test_a_token_that_is_not_late_costs_no_estimate() -> None:
     assert asked
 
 
-def test_a_stage_of_a_version_that_cannot_report_may_take_as_long_as_one_that_does() -> None:
+def test_older_stage_that_cannot_report_gets_the_reporting_limit() -> None:
     def silent(unreporting: tuple[int, ...]) -> StragglerDetector:
         watch = StragglerDetector([0, 0], 1000, lambda _, rows: rows * 0.6e-3, 0.0, unreporting=unreporting)
         watch.wait(0.0)
@@ -172,7 +172,7 @@ def test_a_stage_of_a_version_that_cannot_report_may_take_as_long_as_one_that_do
     assert suspects(short, REPORTING_S + 0.1) == (0, 1)
 
 
-def test_rows_that_the_stage_before_still_sends_are_not_held_against_the_next() -> None:
+def test_input_still_in_transit_does_not_count_against_a_stage() -> None:
     watch = a_watch(2, 100, step_s=0.0)
     watch.wait(0.0)
     watch.report(0, Progress(received=100, computed=100, sent=0), 0.0)
@@ -184,7 +184,7 @@ def test_rows_that_the_stage_before_still_sends_are_not_held_against_the_next() 
     assert suspects(watch, 5.0 + SILENT_S + 0.1) == (1,)
 
 
-def test_a_stage_behind_a_narrow_link_is_given_the_time_of_a_full_step() -> None:
+def test_stage_behind_a_narrow_link_gets_the_time_of_a_full_step() -> None:
     watch = StragglerDetector([0, 0], 20, lambda _, rows: STEP_S * rows, 0.0, floors_s=[0.0, 4.0])
     watch.token(20, 0.0)
     watch.wait(0.0)

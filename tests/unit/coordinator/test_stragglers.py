@@ -54,7 +54,7 @@ def trust_in(peer: Peer, hole: Hole) -> None:
 
 @pytest.mark.parametrize("protocols", [PROTOCOL_IDS[-1:], PROTOCOL_IDS[:1]])
 @pytest.mark.parametrize("prompt", [PROMPT, " ".join(["7"] * 400)])
-async def test_passes_a_silent_stage_within_seconds_and_avoids_it_afterwards(
+async def test_replaces_silent_straggler_within_seconds_and_avoids_it(
     virtual_clock: MockClock, protocols: tuple[str, ...], prompt: str
 ) -> None:
     async with holed_swarm(WHOLE, protocols=protocols) as (_, peer, hole):
@@ -76,7 +76,7 @@ async def test_passes_a_silent_stage_within_seconds_and_avoids_it_afterwards(
         assert len(hole.opened) == before
 
 
-async def test_replaces_a_silent_stage_between_others_and_no_other(virtual_clock: MockClock) -> None:
+async def test_replaces_only_the_silent_stage_between_others(virtual_clock: MockClock) -> None:
     async with holed_swarm(*THIRDS, blocks=(3, 6)) as (_, peer, hole):
         trust_in(peer, hole)
         began_s = trio.current_time()
@@ -88,7 +88,7 @@ async def test_replaces_a_silent_stage_between_others_and_no_other(virtual_clock
         assert lagged == [hole.id]
 
 
-async def test_passes_a_stage_that_never_answers_an_open(virtual_clock: MockClock) -> None:
+async def test_replaces_stage_that_never_answers_open(virtual_clock: MockClock) -> None:
     async with holed_swarm(WHOLE, opens=False) as (_, peer, hole):
         trust_in(peer, hole)
         began_s = trio.current_time()
@@ -98,7 +98,7 @@ async def test_passes_a_stage_that_never_answers_an_open(virtual_clock: MockCloc
         assert peer.coordinator.peer_record(hole.id).lagged == 1
 
 
-async def test_passes_a_stage_that_claims_progress_which_never_shows(virtual_clock: MockClock) -> None:
+async def test_replaces_stage_with_false_progress_reports(virtual_clock: MockClock) -> None:
     claims = Progress(session=NOWHERE, received=4000, computed=4000, sent=4000)
     async with holed_swarm(*THIRDS, *THIRDS, blocks=(3, 6), protocols=PROTOCOL_IDS, claims=claims) as (_, peer, hole):
         trust_in(peer, hole)
@@ -111,7 +111,7 @@ async def test_passes_a_stage_that_claims_progress_which_never_shows(virtual_clo
         assert peer.coordinator.peer_record(hole.id).lagged == 1
 
 
-async def test_waits_for_a_silent_stage_that_nobody_could_replace(
+async def test_waits_for_silent_stage_without_replacement(
     virtual_clock: MockClock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async with open_swarm() as swarm:
@@ -151,7 +151,7 @@ def pause_engine(monkeypatch: pytest.MonkeyPatch, peer: Peer, *, at_step: int, s
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2])
-async def test_replaces_the_stage_that_hangs_in_mid_job(
+async def test_replaces_stage_that_hangs_during_a_job(
     virtual_clock: MockClock, monkeypatch: pytest.MonkeyPatch, stage: int
 ) -> None:
     async with open_swarm() as swarm:
@@ -225,7 +225,7 @@ async def test_replaces_a_stage_that_takes_rows_and_forwards_nothing(
 
 
 @pytest.mark.parametrize(("chunk", "row_s"), [("none", 0.015), ("64", 0.03)])
-async def test_leaves_a_slow_stage_alone_that_goes_on(virtual_clock: MockClock, chunk: str, row_s: float) -> None:
+async def test_keeps_slow_stage_that_makes_progress(virtual_clock: MockClock, chunk: str, row_s: float) -> None:
     """A long prompt on processors much slower than can be guessed: in one step, or in chunks that show progress."""
     async with open_swarm() as swarm:
         for _ in range(2):
@@ -238,9 +238,7 @@ async def test_leaves_a_slow_stage_alone_that_goes_on(virtual_clock: MockClock, 
         assert result.replays == 0
 
 
-async def test_leaves_stages_alone_whose_rows_take_long_on_their_way(
-    virtual_clock: MockClock, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_keeps_stages_behind_slow_links(virtual_clock: MockClock, monkeypatch: pytest.MonkeyPatch) -> None:
     """A home's upstream, scaled down as the rows are: 1500 of 128 bytes, which take 4 s to each next stage."""
     for module in (planner, liveness):
         monkeypatch.setattr(module, "SLOWEST_BYTES_PER_S", 40e3)
@@ -256,7 +254,7 @@ async def test_leaves_stages_alone_whose_rows_take_long_on_their_way(
         assert result.replays == 0
 
 
-async def test_leaves_stages_alone_that_many_jobs_of_this_node_share(virtual_clock: MockClock) -> None:
+async def test_keeps_stages_shared_by_many_own_jobs(virtual_clock: MockClock) -> None:
     async with open_swarm() as swarm:
         for span in (WHOLE, WHOLE):
             await swarm.join(span, step_s=0.2)
@@ -273,7 +271,7 @@ async def test_leaves_stages_alone_that_many_jobs_of_this_node_share(virtual_clo
         assert [result.replays for result in results] == [0] * 24
 
 
-async def test_a_promised_speed_gets_one_job_in_ten_until_it_is_measured(virtual_clock: MockClock) -> None:
+async def test_promised_speed_is_explored_by_one_job_in_ten(virtual_clock: MockClock) -> None:
     async with holed_swarm(WHOLE, WHOLE, garbage=True) as (_, peer, hole):
         for number in range(30):
             await peer.run(REQUEST)
@@ -281,7 +279,7 @@ async def test_a_promised_speed_gets_one_job_in_ten_until_it_is_measured(virtual
         assert len(hole.opened) == 3, "and is tried, all the same"
 
 
-async def test_a_newcomer_that_is_faster_gets_the_jobs_once_it_has_shown_so(virtual_clock: MockClock) -> None:
+async def test_faster_newcomer_gets_the_jobs_once_measured(virtual_clock: MockClock) -> None:
     async with open_swarm() as swarm:
         await swarm.join(WHOLE, step_s=0.05)
         peer = await swarm.join()

@@ -10,7 +10,7 @@ from trio.testing import MockClock
 
 from node.coordinator.recorder import Recorder
 from node.coordinator.submission import JobError, JobRequest
-from node.coordinator.trial_runner import Trials, TrialSpec, TrialWorkload, make_prompts
+from node.coordinator.trial_runner import BenchmarkRunner, TrialSpec, TrialWorkload, make_prompts
 from node.engine.interface import REFERENCE
 from node.identity import Identity
 from protocol.measurements import Objective, ObservationKind, QualityBound
@@ -31,13 +31,13 @@ class Kept:
         self.observations.append(observation)
 
 
-async def trials_of(swarm: Swarm, **first: Any) -> tuple[Trials, Kept, Peer]:
+async def trials_of(swarm: Swarm, **first: Any) -> tuple[BenchmarkRunner, Kept, Peer]:
     await swarm.join((0, 5), **first)
     await swarm.join((5, 9))
     peer = await swarm.join()
     await swarm.settle()
     kept = Kept()
-    return Trials(peer.coordinator, Recorder(Identity(b"7" * 32), kept)), kept, peer
+    return BenchmarkRunner(peer.coordinator, Recorder(Identity(b"7" * 32), kept)), kept, peer
 
 
 def spec(**changes: Any) -> TrialSpec:
@@ -45,7 +45,7 @@ def spec(**changes: Any) -> TrialSpec:
     return TrialSpec(**{**fields, **changes})
 
 
-async def test_every_round_has_a_pair_and_leaves_observations_of_it(virtual_clock: MockClock) -> None:
+async def test_every_round_is_paired_and_recorded(virtual_clock: MockClock) -> None:
     async with open_swarm() as swarm:
         trials, kept, peer = await trials_of(swarm)
         trial = await trials.run(spec(workload=TrialWorkload(concurrency=4, prompt_tokens=64, max_tokens=8)))
@@ -69,7 +69,7 @@ async def test_every_round_has_a_pair_and_leaves_observations_of_it(virtual_cloc
         assert peer.held() == (0, 0)
 
 
-async def test_what_is_not_ready_is_built_before_the_clock_runs(virtual_clock: MockClock) -> None:
+async def test_variant_is_built_before_measuring(virtual_clock: MockClock) -> None:
     async with open_swarm() as swarm:
         trials, kept, _ = await trials_of(swarm, variants=[REFERENCE])
         trial = await trials.run(spec(rounds=1))
@@ -77,7 +77,7 @@ async def test_what_is_not_ready_is_built_before_the_clock_runs(virtual_clock: M
         assert len(kept.observations) == 2
 
 
-async def test_what_the_swarm_assigns_is_measured_once_nobody_else_is_served(virtual_clock: MockClock) -> None:
+async def test_assigned_trial_waits_until_peers_are_idle(virtual_clock: MockClock) -> None:
     async with open_swarm() as swarm:
         trials, kept, _ = await trials_of(swarm)
         other = await swarm.join()
@@ -93,7 +93,7 @@ async def test_what_the_swarm_assigns_is_measured_once_nobody_else_is_served(vir
         assert len(kept.observations) == 3 * 2
 
 
-async def test_a_method_that_cannot_be_had_does_not_spoil_the_others(virtual_clock: MockClock) -> None:
+async def test_unavailable_method_does_not_fail_the_trial(virtual_clock: MockClock) -> None:
     lossy = method(engine="fused", arithmetic="int8")
     async with open_swarm() as swarm:
         trials, _, _ = await trials_of(swarm)
@@ -104,7 +104,7 @@ async def test_a_method_that_cannot_be_had_does_not_spoil_the_others(virtual_clo
             await trials.run(spec(workload=TrialWorkload(prompt_tokens=5000)))
 
 
-def test_prompts_share_what_they_should_and_nothing_with_other_runs() -> None:
+def test_prompts_share_their_prefix_and_nothing_with_other_runs() -> None:
     text = list(range(1000))
     rng = random.Random(3)
     workload = TrialWorkload(concurrency=4, prompt_tokens=100, shared_prefix_share=0.9)

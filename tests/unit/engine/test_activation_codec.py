@@ -32,7 +32,7 @@ def test_int8_codec_handles_zeros_and_huge_elements() -> None:
 
 
 def test_a_codec_that_is_not_known_is_refused() -> None:
-    with pytest.raises(EngineError, match="no codec"):
+    with pytest.raises(EngineError, match="unknown wire codec"):
         encode_rows(np.zeros((1, 4), np.float32), "int3")
 
 

@@ -109,7 +109,7 @@ async def test_concurrent_opens_of_a_model_load_it_once(tmp_path: Path, theirs: 
                 for _ in range(5):
                     nursery.start_soon(ask)
         assert len(names) == 5
-        assert len(found.tokenizer_pids()) == 1
+        assert len(found._tokenizers.pids()) == 1
         assert {file.name for file in store.get(theirs.model_id).missing()}.isdisjoint({"tokenizer.json"})
 
 

@@ -69,9 +69,9 @@ def test_newest_buckets_have_digests_of_their_own() -> None:
 def test_estimates_missing_observations_from_a_digest_record() -> None:
     theirs = tree_of({BUCKET: 100, BUCKET - 1: 50})
     record = digest(theirs)
-    assert record.estimate_lacking(tree_of({})) == 150
-    assert record.estimate_lacking(tree_of({BUCKET: 100})) == 50
-    assert record.estimate_lacking(theirs) == 0
+    assert record.estimate_missing(tree_of({})) == 150
+    assert record.estimate_missing(tree_of({BUCKET: 100})) == 50
+    assert record.estimate_missing(theirs) == 0
 
 
 def test_rejects_digest_record_under_another_dht_key() -> None:

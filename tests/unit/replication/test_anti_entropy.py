@@ -35,7 +35,7 @@ numbers = st.sets(st.tuples(st.integers(0, 80), st.integers(0, 3)), max_size=60)
 
 @given(numbers, numbers, numbers)
 @settings(deadline=None, max_examples=40)
-def test_any_two_histories_become_equal(
+def test_anti_entropy_makes_any_two_histories_equal(
     common: set[tuple[int, int]], left: set[tuple[int, int]], right: set[tuple[int, int]]
 ) -> None:
     ours = Peer(made(*arguments) for arguments in common | left)
@@ -61,7 +61,7 @@ async def test_equal_histories_cost_one_message_each(virtual_clock: MockClock) -
     assert responder.outcome.bytes_sent < 100
 
 
-async def test_the_cost_is_that_of_the_difference(virtual_clock: MockClock) -> None:
+async def test_session_cost_follows_the_difference(virtual_clock: MockClock) -> None:
     costs_bytes = []
     for common in (60, 600):
         observations = [made(number) for number in range(common)]
@@ -72,7 +72,7 @@ async def test_the_cost_is_that_of_the_difference(virtual_clock: MockClock) -> N
     assert costs_bytes[1] < 2 * costs_bytes[0]
 
 
-async def test_a_newcomer_gets_everything_in_one_session(virtual_clock: MockClock) -> None:
+async def test_newcomer_fetches_whole_history_in_one_session(virtual_clock: MockClock) -> None:
     observations = [made(number, number % 5) for number in range(MAX_GET + 100)]
     newcomer = Peer()
     initiator, responder = await synchronise(newcomer, Peer(observations))
@@ -82,7 +82,7 @@ async def test_a_newcomer_gets_everything_in_one_session(virtual_clock: MockCloc
     assert responder.outcome.bytes_sent < 1.1 * payload_bytes
 
 
-async def test_a_session_hands_over_only_so_much_of_its_own_accord(virtual_clock: MockClock) -> None:
+async def test_envelopes_put_per_session_are_bounded(virtual_clock: MockClock) -> None:
     """Else all neighbours of a newcomer would send it everything at once."""
     owner, newcomer = Peer(made(number) for number in range(MAX_PUT_ENVELOPES + 50)), Peer()
     initiator, _ = await synchronise(owner, newcomer)
@@ -92,7 +92,7 @@ async def test_a_session_hands_over_only_so_much_of_its_own_accord(virtual_clock
     assert initiator.outcome.equal
 
 
-async def test_what_came_before_a_session_broke_is_kept(virtual_clock: MockClock) -> None:
+async def test_broken_session_keeps_received_records(virtual_clock: MockClock) -> None:
     owner, newcomer = Peer(made(number) for number in range(300)), Peer()
     await owner.history.add_many(owner.initial)
 
@@ -121,7 +121,7 @@ async def test_what_came_before_a_session_broke_is_kept(virtual_clock: MockClock
     assert initiator.outcome.received == 300 - kept
 
 
-async def test_what_another_session_is_fetching_is_not_fetched_twice(virtual_clock: MockClock) -> None:
+async def test_concurrent_sessions_do_not_fetch_the_same_ids(virtual_clock: MockClock) -> None:
     newcomer = Peer()
     newcomer.replica.requested.add(made(1).id)
     initiator, responder = await synchronise(newcomer, Peer([made(1), made(2)]))
@@ -129,7 +129,7 @@ async def test_what_another_session_is_fetching_is_not_fetched_twice(virtual_clo
     assert not initiator.outcome.equal
 
 
-async def test_what_is_before_its_time_is_left_for_later_and_nobodys_fault(virtual_clock: MockClock) -> None:
+async def test_early_observations_are_postponed_without_a_ban(virtual_clock: MockClock) -> None:
     early = Peer([made(1)], now_s=NOW_S)
     late = Peer(now_s=NOW_S - 90)
     initiator, _ = await synchronise(late, early)
@@ -139,7 +139,7 @@ async def test_what_is_before_its_time_is_left_for_later_and_nobodys_fault(virtu
     assert responder.outcome.sent == 0, "declined a moment ago, and asked for again"
 
 
-async def test_peers_compare_only_what_both_still_take_in(virtual_clock: MockClock) -> None:
+async def test_sessions_compare_only_buckets_within_both_age_limits(virtual_clock: MockClock) -> None:
     old = made(5, hours_ago=24 * 30)
     keeper, other = Peer([old, made(1)]), Peer([made(1)])
     initiator, _ = await synchronise(keeper, other)
@@ -158,7 +158,7 @@ def invented(number: int) -> bytes:
     return hashlib.sha256(f"invented {number}".encode()).digest()
 
 
-async def test_a_forged_observation_is_refused_and_not_kept(virtual_clock: MockClock) -> None:
+async def test_forged_observation_in_an_answer_is_rejected(virtual_clock: MockClock) -> None:
     forged = bytearray(made(1).envelope)
     forged[-1] ^= 1
 
@@ -175,7 +175,7 @@ async def test_a_forged_observation_is_refused_and_not_kept(virtual_clock: MockC
     assert peer.ids == set()
 
 
-async def test_an_observation_that_nobody_asked_for_is_refused(virtual_clock: MockClock) -> None:
+async def test_unrequested_observation_is_rejected(virtual_clock: MockClock) -> None:
     async def liar(talker: Talker) -> None:
         await talker.hear()
         await talker.say(Welcome(first_bucket=0, answer=listing(made(1).id)))
@@ -189,7 +189,7 @@ async def test_an_observation_that_nobody_asked_for_is_refused(virtual_clock: Mo
     assert peer.ids == set()
 
 
-async def test_ids_that_are_never_delivered_are_an_offence(virtual_clock: MockClock) -> None:
+async def test_listed_but_undelivered_ids_are_a_violation(virtual_clock: MockClock) -> None:
     async def liar(talker: Talker) -> None:
         await talker.hear()
         ids = [invented(number) for number in range(MAX_UNDELIVERED + 1)]
@@ -201,7 +201,7 @@ async def test_ids_that_are_never_delivered_are_an_offence(virtual_clock: MockCl
         await meet(Peer(), liar)
 
 
-async def test_endless_ranges_end(virtual_clock: MockClock) -> None:
+async def test_endless_splits_end_at_the_compare_bound(virtual_clock: MockClock) -> None:
     compares = 0
 
     async def liar(talker: Talker) -> None:
@@ -227,7 +227,7 @@ async def test_endless_ranges_end(virtual_clock: MockClock) -> None:
     assert peer.throttle.work == 0
 
 
-async def test_a_silent_responder_is_given_up(virtual_clock: MockClock) -> None:
+async def test_silent_responder_times_out(virtual_clock: MockClock) -> None:
     async def liar(talker: Talker) -> None:
         await talker.hear()
         await trio.sleep_forever()
@@ -238,7 +238,7 @@ async def test_a_silent_responder_is_given_up(virtual_clock: MockClock) -> None:
     assert trio.current_time() - started_s < SILENCE_S + 1
 
 
-async def test_a_responder_that_claims_to_lack_everything_gets_only_so_much(virtual_clock: MockClock) -> None:
+async def test_envelopes_put_to_a_lying_responder_are_bounded(virtual_clock: MockClock) -> None:
     given_away = 0
 
     async def liar(talker: Talker) -> None:
@@ -287,7 +287,7 @@ async def greet(talker: Talker) -> None:
     assert isinstance(await talker.hear(), Welcome)
 
 
-async def test_forged_observations_that_are_put_are_refused_and_not_kept(virtual_clock: MockClock) -> None:
+async def test_forged_observations_in_a_put_are_rejected(virtual_clock: MockClock) -> None:
     forged = bytearray(made(1).envelope)
     forged[-1] ^= 1
 
@@ -302,7 +302,7 @@ async def test_forged_observations_that_are_put_are_refused_and_not_kept(virtual
     assert peer.ids == set()
 
 
-async def test_asking_for_what_is_not_there_brings_nothing(virtual_clock: MockClock) -> None:
+async def test_request_for_unknown_ids_returns_nothing(virtual_clock: MockClock) -> None:
     async def liar(talker: Talker) -> None:
         await greet(talker)
         await talker.say(Get(tuple(sorted(invented(number) for number in range(MAX_GET)))))
@@ -312,7 +312,7 @@ async def test_asking_for_what_is_not_there_brings_nothing(virtual_clock: MockCl
     assert responder.outcome.sent == 0
 
 
-async def test_what_an_initiator_asks_for_is_charged_to_it(virtual_clock: MockClock) -> None:
+async def test_work_and_traffic_are_charged_to_the_initiator(virtual_clock: MockClock) -> None:
     observations = [made(number) for number in range(100)]
 
     async def liar(talker: Talker) -> None:
@@ -333,7 +333,7 @@ async def test_what_an_initiator_asks_for_is_charged_to_it(virtual_clock: MockCl
     assert peer.throttle.work > 10 * (10 * 4 + 64 * 0.1)
 
 
-async def test_answers_of_any_number_fit_into_a_message(virtual_clock: MockClock) -> None:
+async def test_answers_are_cut_to_the_size_of_a_message(virtual_clock: MockClock) -> None:
     observations = [made(number, number % 7) for number in range(400)]
     whole = Summary("", 0, DIGEST)
 

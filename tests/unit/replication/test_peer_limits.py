@@ -24,7 +24,7 @@ class NoJitter(random.Random):
         return (a + b) / 2
 
 
-def test_a_bucket_starts_full_refills_steadily_and_holds_no_more_than_its_burst() -> None:
+def test_token_bucket_starts_full_and_refills_up_to_its_burst() -> None:
     bucket = TokenBucket(rate=10, burst=20, now_s=0)
     assert bucket.take(20, now_s=0)
     assert not bucket.take(1, now_s=0)
@@ -34,7 +34,7 @@ def test_a_bucket_starts_full_refills_steadily_and_holds_no_more_than_its_burst(
     assert bucket.take(20, now_s=1000)
 
 
-def test_a_debt_says_how_long_it_takes_to_pay() -> None:
+def test_token_bucket_returns_time_until_debt_is_refilled() -> None:
     bucket = TokenBucket(rate=10, burst=20, now_s=0)
     assert bucket.spend(20, now_s=0) == 0
     assert bucket.spend(5, now_s=0) == pytest.approx(0.5)

@@ -10,7 +10,7 @@ from tests.support.observations import NOW_S, signed
 from tests.support.sync_sessions import made
 
 
-async def test_the_tree_shows_at_once_what_was_taken_in(virtual_clock: MockClock) -> None:
+async def test_tree_contains_stored_observations_at_once(virtual_clock: MockClock) -> None:
     replica = Replica(MemoryHistory(), lambda: NOW_S)
     assert (await replica.tree()).summary("").count == 0
     assert await replica.store([made(1), made(2)]) == 2
@@ -19,7 +19,7 @@ async def test_the_tree_shows_at_once_what_was_taken_in(virtual_clock: MockClock
     assert (await replica.tree()).summary("").count == 3
 
 
-async def test_the_tree_shows_soon_what_others_have_written(virtual_clock: MockClock) -> None:
+async def test_tree_contains_observations_of_other_writers_soon(virtual_clock: MockClock) -> None:
     history = MemoryHistory()
     replica = Replica(history, lambda: NOW_S)
     await replica.tree()
@@ -28,7 +28,7 @@ async def test_the_tree_shows_soon_what_others_have_written(virtual_clock: MockC
     assert (await replica.tree()).summary("").count == 1
 
 
-async def test_nobody_sees_an_empty_tree_while_the_first_is_read(virtual_clock: MockClock) -> None:
+async def test_concurrent_readers_wait_for_the_first_snapshot(virtual_clock: MockClock) -> None:
     class SlowHistory(MemoryHistory):
         async def bucket_digests(self):  # type: ignore[no-untyped-def]
             await trio.sleep(5)
@@ -48,7 +48,7 @@ async def test_nobody_sees_an_empty_tree_while_the_first_is_read(virtual_clock: 
     assert counts == [1, 1, 1]
 
 
-async def test_what_is_too_old_or_too_early_is_not_taken_in(virtual_clock: MockClock) -> None:
+async def test_too_old_and_too_early_observations_are_declined(virtual_clock: MockClock) -> None:
     history = MemoryHistory()
     replica = Replica(history, lambda: NOW_S)
     too_old = made(1, hours_ago=24 * 31)
@@ -61,7 +61,7 @@ async def test_what_is_too_old_or_too_early_is_not_taken_in(virtual_clock: MockC
     assert replica.wants(too_early.id)
 
 
-async def test_the_store_may_decline_and_is_not_offered_the_same_again_soon(virtual_clock: MockClock) -> None:
+async def test_ids_declined_by_the_store_are_not_requested_again_soon(virtual_clock: MockClock) -> None:
     class FullHistory(MemoryHistory):
         async def add_many(self, observations: object) -> list[SignedObservation]:
             del observations
@@ -74,7 +74,7 @@ async def test_the_store_may_decline_and_is_not_offered_the_same_again_soon(virt
     assert replica.wants(made(1).id)
 
 
-def test_an_envelope_is_verified_once_and_remembered_for_a_while() -> None:
+def test_envelope_is_verified_once_while_cached() -> None:
     verified: list[bytes] = []
 
     def verify(envelope: bytes) -> SignedObservation:
@@ -91,19 +91,19 @@ def test_an_envelope_is_verified_once_and_remembered_for_a_while() -> None:
     assert replica.verifier.cost(made(0).envelope) > 1
 
 
-def test_what_is_not_valid_is_never_remembered() -> None:
+def test_invalid_envelope_is_never_cached() -> None:
     replica = Replica(MemoryHistory(), lambda: NOW_S)
     for _ in range(2):
         with pytest.raises(RemoteProtocolError):
             replica.verify(made(1).envelope[:-1] + b"?")
 
 
-def test_only_buckets_that_every_clock_still_takes_in_are_compared() -> None:
+def test_first_compared_bucket_allows_for_clock_skew() -> None:
     replica = Replica(MemoryHistory(), lambda: NOW_S)
     assert replica.first_bucket() == oldest_bucket(NOW_S) + 1
 
 
-def test_countersigned_stages_cost_more() -> None:
+def test_countersignatures_raise_the_verification_cost() -> None:
     alone, with_stages = signed(1), signed(1, stages=[1, 2, 3, 4])
     assert verification_cost(with_stages.envelope) >= 5
     assert verification_cost(alone.envelope) < verification_cost(with_stages.envelope)

@@ -38,7 +38,7 @@ def test_one_stage_alone_is_measured_at_once() -> None:
     assert known.jobs("a", "m") == 1
 
 
-def test_a_stage_that_tells_no_time_is_found_out_over_several_routes() -> None:
+def test_stage_that_hides_its_time_is_measured_over_several_routes() -> None:
     """Three honest peers of 1 ms a block, and one that takes 20 and says it took none."""
     known = Measurements()
     true_s = {"a": 0.001, "b": 0.001, "c": 0.001, "liar": 0.02}
@@ -60,13 +60,13 @@ def test_an_estimate_follows_a_peer_that_becomes_slower() -> None:
 
 
 @pytest.mark.parametrize("seconds", [0.0, -1.0, float("nan"), float("inf")])
-def test_times_that_make_no_sense_measure_nothing(seconds: float) -> None:
+def test_invalid_times_are_ignored(seconds: float) -> None:
     known = Measurements()
     known.observe("m", [Share("a", 1)], seconds)
     assert known.jobs("a", "m") == 0
 
 
-def test_what_is_measured_is_bounded() -> None:
+def test_measurements_are_bounded() -> None:
     known = Measurements()
     for number in range(MAX_MEASURED + 10):
         known.observe("m", [Share(str(number), 1)], 1.0)
@@ -74,7 +74,7 @@ def test_what_is_measured_is_bounded() -> None:
     assert known.jobs("10", "m") == 1
 
 
-def test_a_told_speed_far_beyond_what_was_measured_is_a_promise_and_counts_as_no_better() -> None:
+def test_claimed_speed_far_beyond_measurements_is_a_promise() -> None:
     known = measured(a=0.002)
     claims = [Claim("a", 1e-9), Claim("liar", 1e-9), Claim("plain", 0.0019), Claim("slow", 0.01), Claim("mute", 0.0)]
     honest, liar, plain, slow, mute = judge(claims, known, "m", "own")
@@ -87,7 +87,7 @@ def test_a_told_speed_far_beyond_what_was_measured_is_a_promise_and_counts_as_no
     assert (slow.block_s, mute.block_s) == (0.01, UNKNOWN_BLOCK_S)
 
 
-def test_until_anything_is_measured_whoever_promises_most_does_not_set_the_reference() -> None:
+def test_highest_claim_does_not_set_the_reference() -> None:
     for told in ([0.0, 1e-9], [0.002, 1e-9], [0.002, 0.003, 1e-9]):
         *honest, liar = judge([Claim(str(n), s) for n, s in enumerate(told)], Measurements(), "m", "own")
         assert liar.is_promise
@@ -95,14 +95,14 @@ def test_until_anything_is_measured_whoever_promises_most_does_not_set_the_refer
         assert liar.block_s >= min(each.block_s for each in honest)
 
 
-def test_what_this_node_says_of_itself_is_the_measure() -> None:
+def test_own_claim_counts_as_measured() -> None:
     own, liar = judge([Claim("own", 0.004), Claim("liar", 1e-9)], Measurements(), "m", "own")
     assert (own.block_s, own.is_promise) == (0.004, False)
     assert liar.is_promise
     assert liar.block_s > own.block_s
 
 
-def test_a_measured_speed_counts_from_the_first_job_unless_it_is_extraordinary() -> None:
+def test_measured_speed_counts_from_the_first_job_if_plausible() -> None:
     known = measured(a=0.01)
     known.observe("m", [Share("faster", 1)], 0.003)
     known.observe("m", [Share("magic", 1)], 0.00001)
@@ -116,7 +116,7 @@ def test_a_measured_speed_counts_from_the_first_job_unless_it_is_extraordinary()
     assert (magic.is_promise, magic.block_s < 0.0001) == (False, True)
 
 
-def test_hardware_bounds_a_told_speed() -> None:
+def test_hardware_bounds_a_claimed_speed() -> None:
     least_s = least_block_s(64e6, 20e9)
     assert least_s == pytest.approx(1e-4)
     assert least_block_s(64e6, 1e30) == least_block_s(64e6, None) > 1e-7, "and what is said of it is bounded as well"
@@ -124,7 +124,7 @@ def test_hardware_bounds_a_told_speed() -> None:
     assert speed.promised_s == least_s
 
 
-def test_one_job_in_ten_tries_a_promise_and_the_same_ones_for_the_same_seed() -> None:
+def test_one_job_in_ten_explores_a_promise_deterministically() -> None:
     def tries(seed: int) -> list[str | None]:
         exploration = Exploration(random.Random(seed))
         result: list[str | None] = []
@@ -141,7 +141,7 @@ def test_one_job_in_ten_tries_a_promise_and_the_same_ones_for_the_same_seed() ->
     assert tried == tries(3)
 
 
-def test_jobs_that_could_try_no_promise_leave_no_claim_to_try_more_later() -> None:
+def test_jobs_without_promises_accrue_no_exploration() -> None:
     exploration = Exploration(random.Random(1))
     assert all(exploration.draw(()) is None for _ in range(1000))
     assert exploration.draw({"a"}) is None
@@ -158,7 +158,7 @@ def test_the_reference_follows_what_is_measured() -> None:
 
 
 @pytest.mark.parametrize("liars", [1, 2, 5])
-def test_until_anything_is_measured_many_that_promise_much_do_not_set_the_reference_either(liars: int) -> None:
+def test_many_high_claims_do_not_set_the_reference(liars: int) -> None:
     honest, *lying = judge([Claim("honest", 0.002), *(Claim(f"liar{n}", 1e-9) for n in range(liars))], *NOTHING)
     assert not honest.is_promise
     assert all(each.is_promise for each in lying)

@@ -3,7 +3,7 @@
 from selector.reliability import BACKOFF_S, HALF_LIFE_S, MAX_PEERS, Reliability
 
 
-def test_a_peer_that_failed_is_avoided_and_then_tried_again() -> None:
+def test_failed_peer_is_avoided_during_backoff() -> None:
     known = Reliability()
     assert known.trust("a", 0) == 1
     known.failed("a", 10)
@@ -13,7 +13,7 @@ def test_a_peer_that_failed_is_avoided_and_then_tried_again() -> None:
     assert known.trust("b", 10) == 1
 
 
-def test_each_failure_doubles_the_time_up_to_a_bound() -> None:
+def test_backoff_doubles_with_each_failure_up_to_a_bound() -> None:
     known = Reliability()
     for _ in range(20):
         known.failed("a", 0)
@@ -24,7 +24,7 @@ def test_each_failure_doubles_the_time_up_to_a_bound() -> None:
     assert known.avoided(100 + 1.9 * BACKOFF_S[0]) == {"b"}
 
 
-def test_time_and_good_work_make_good_what_was_bad() -> None:
+def test_time_and_completed_jobs_restore_trust() -> None:
     known = Reliability()
     known.failed("a", 0)
     known.failed("b", 0)
@@ -36,7 +36,7 @@ def test_time_and_good_work_make_good_what_was_bad() -> None:
     assert known.avoided(0.2) == {"a"}
 
 
-def test_what_is_remembered_is_bounded() -> None:
+def test_records_are_bounded() -> None:
     known = Reliability()
     for number in range(MAX_PEERS + 10):
         known.failed(str(number), 0)

@@ -42,13 +42,13 @@ def peers_of(stages: tuple[Stage, ...]) -> list[str]:
     return [stage.peer for stage in stages]
 
 
-def test_a_peer_with_the_whole_model_serves_alone_unless_it_is_much_slower() -> None:
+def test_peer_with_the_whole_model_serves_alone_unless_much_slower() -> None:
     parts = [offer(0, 6, "left", 0.001), offer(6, 12, "right", 0.001)]
     assert peers_of(find_route(DEMAND, [*parts, offer(0, 12, "whole", 0.001)], near).stages) == ["whole"]
     assert peers_of(find_route(DEMAND, [*parts, offer(0, 12, "whole", 0.01)], near).stages) == ["left", "right"]
 
 
-def test_what_a_token_saves_in_the_stages_it_must_not_lose_between_them() -> None:
+def test_link_latency_outweighs_faster_stages() -> None:
     offers = [offer(0, 6, "rome1", 0.001), offer(6, 12, "oslo1", 0.001), offer(6, 12, "rome2", 0.003)]
     assert peers_of(find_route(DEMAND, offers, near).stages) == ["rome1", "oslo1"]
     assert peers_of(find_route(DEMAND, offers, far_between_cities).stages) == ["rome1", "rome2"]
@@ -68,20 +68,20 @@ def test_overlapping_spans_are_cut_where_it_is_best() -> None:
     assert caught.value.missing == ()
 
 
-def test_a_peer_without_room_is_asked_only_if_nobody_else_is_left() -> None:
+def test_full_peer_is_used_only_without_alternative() -> None:
     full = offer(0, 12, "full", 0.001, free_positions=119)
     roomy = offer(0, 12, "roomy", 0.01, free_positions=120)
     assert peers_of(find_route(DEMAND, [full, roomy], near).stages) == ["roomy"]
     assert peers_of(find_route(DEMAND, [full], near).stages) == ["full"]
 
 
-def test_a_peer_that_is_busy_or_not_to_be_trusted_must_be_much_faster() -> None:
+def test_busy_or_unreliable_peer_must_be_much_faster() -> None:
     plain = offer(0, 12, "plain", 0.002)
     assert peers_of(find_route(DEMAND, [plain, offer(0, 12, "busy", 0.001, step_s=0.02)], near).stages) == ["plain"]
     assert peers_of(find_route(DEMAND, [plain, offer(0, 12, "shady", 0.001, trust=0.4)], near).stages) == ["plain"]
 
 
-def test_only_the_lost_stage_is_replaced_also_by_several_or_by_a_part_of_a_longer_span() -> None:
+def test_replacement_is_several_stages_or_part_of_a_longer_span() -> None:
     stages = (stage(0, 4, "a"), stage(4, 8, "b"), stage(8, 12, "c"))
     own = [offer(0, 4, "a", 0.001), offer(4, 8, "b", 0.001), offer(8, 12, "c", 0.001)]
     halves = [offer(4, 6, "d", 0.001), offer(6, 8, "e", 0.001)]
@@ -93,13 +93,13 @@ def test_only_the_lost_stage_is_replaced_also_by_several_or_by_a_part_of_a_longe
     assert caught.value.missing == (BlockRange(6, 8),)
 
 
-def test_a_large_swarm_is_searched_among_its_quickest_peers() -> None:
+def test_large_swarm_is_searched_among_its_fastest_peers() -> None:
     offers = [offer(3 * part, 3 * part + 3, f"{part}-{n:03}", 0.001 * (n + 1)) for part in range(4) for n in range(200)]
     assert len(offers) > MAX_OFFERS
     assert peers_of(find_route(DEMAND, offers, near).stages) == ["0-000", "1-000", "2-000", "3-000"]
 
 
-def test_blocks_that_nobody_covers_are_named() -> None:
+def test_uncovered_blocks_are_named() -> None:
     assert uncovered(12, [BlockRange(0, 3), BlockRange(2, 5), BlockRange(8, 9)]) == (
         BlockRange(5, 8),
         BlockRange(9, 12),

@@ -1,12 +1,13 @@
 """The portfolio, method names, the heuristic and the tally."""
 
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from protocol.measurements import QualityBound
+from protocol.identity import ModelId
+from protocol.measurements import ModelFacts, Objective, QualityBound, Workload
 from selector.consensus.reputation import NEWCOMER_WEIGHT
 from selector.heuristic import predicted_cost, preference
 from selector.task import (
@@ -157,3 +158,42 @@ def test_tally_is_independent_of_the_order_of_ballots(ballots: list[list[float]]
     shuffled = list(ballots)
     order.shuffle(shuffled)  # type: ignore[attr-defined]
     assert scores(["a", "b", "c"], ballots) == scores(["a", "b", "c"], shuffled)
+
+
+def test_context_has_every_feature_that_is_measured() -> None:
+    features = {field.name for field in fields(TaskContext)}
+    assert {field.name for field in fields(ModelFacts)} - features == {"model", "max_positions"}
+    assert {field.name for field in fields(Workload)} - features == {"completion_tokens", "cached_tokens"}
+
+
+def test_context_copies_features_to_and_from_an_observation() -> None:
+    context = TaskContext(
+        architecture="llama",
+        block_count=2,
+        hidden_size=64,
+        vocabulary_size=1000,
+        weight_bytes=1210,
+        head_count=8,
+        prompt_tokens=12,
+        max_tokens=3,
+        shared_prefix_share=0.25,
+        repetitiveness=0.5,
+        concurrency=4,
+        link_s=0.01,
+        objective="throughput",
+        quality="near",
+    )
+    model = ModelFacts(
+        model=ModelId("5a" * 32),
+        architecture="llama",
+        block_count=2,
+        hidden_size=64,
+        vocabulary_size=1000,
+        max_positions=512,
+        weight_bytes=1210,
+        head_count=8,
+    )
+    workload = context.to_workload(completion_tokens=3, cached_tokens=1)
+    assert (workload.objective, workload.quality) == (Objective.THROUGHPUT, QualityBound.NEAR)
+    assert TaskContext.from_parts(model, workload, max_tokens=3) == context
+    assert all(type(value) in {str, float} for value in TaskContext.from_parts(model, workload).values().values())

@@ -276,7 +276,7 @@ async def test_jobs_go_on_when_draft_model_crashes(virtual_clock: MockClock) -> 
 async def test_missing_draft_model_is_reported(virtual_clock: MockClock) -> None:
     async with open_swarm() as swarm:
         peer = await swarm_of_thirds(swarm)
-        with pytest.raises(JobError, match=r"cannot be had .* no draft model \(--draft\)") as caught:
+        with pytest.raises(JobError, match=r"is not available .* no draft model \(--draft\)") as caught:
             await peer.run(request(PROMPTS[0], 5, GUESSED))
         assert caught.value.code is JobErrorCode.INVALID
         assert caught.value.retry_after_s is None

@@ -29,7 +29,7 @@ async def filled(path: Path) -> None:
         await HistoryStore(database).add_many(RECORDS)
 
 
-async def test_a_new_file_is_made_with_its_folder(path: Path) -> None:
+async def test_new_database_is_created_with_its_folder(path: Path) -> None:
     async with open_database(path) as database:
         assert database.set_aside is None
         assert await HistoryStore(database).bucket_digests() == {}
@@ -71,7 +71,7 @@ def replace_by_text(path: Path) -> None:
         replace_by_text,
     ],
 )
-async def test_a_damaged_file_is_set_aside_and_a_new_one_works(path: Path, damage: Callable[[Path], None]) -> None:
+async def test_damaged_database_is_set_aside_and_replaced(path: Path, damage: Callable[[Path], None]) -> None:
     await filled(path)
     damage(path)
     broken = content(path)
@@ -97,7 +97,7 @@ def copy_crashed(path: Path, to: Path) -> None:
     replace_by_text(to)
 
 
-async def test_the_log_of_a_damaged_file_is_not_played_into_the_new_one(path: Path, tmp_path: Path) -> None:
+async def test_log_of_a_damaged_database_is_not_replayed_into_the_new_one(path: Path, tmp_path: Path) -> None:
     await filled(path)
     crashed = tmp_path / "crashed.sqlite3"
     async with open_database(path) as database:
@@ -110,7 +110,7 @@ async def test_the_log_of_a_damaged_file_is_not_played_into_the_new_one(path: Pa
         assert len(await HistoryStore(database).add_many(RECORDS)) == len(RECORDS)
 
 
-async def test_damage_found_later_is_an_error_and_the_next_start_cures_it(path: Path) -> None:
+async def test_damage_at_runtime_is_an_error_that_a_restart_repairs(path: Path) -> None:
     await filled(path)
     async with open_database(path) as database:
         overwrite_pages_inside(path)
@@ -131,7 +131,7 @@ async def limit_pages(database: Database, extra: int) -> None:
     await database.write(limit)
 
 
-async def test_a_full_disk_is_one_error_per_write_and_later_writes_work(path: Path) -> None:
+async def test_full_disk_fails_each_write_and_later_writes_work(path: Path) -> None:
     async with open_database(path) as database:
         store = HistoryStore(database)
         await store.add(RECORDS[0])
@@ -145,7 +145,7 @@ async def test_a_full_disk_is_one_error_per_write_and_later_writes_work(path: Pa
         assert len(await store.add_many(RECORDS)) == len(RECORDS) - 1
 
 
-async def test_a_file_of_a_newer_version_is_left_alone(path: Path) -> None:
+async def test_database_of_a_newer_version_is_not_touched(path: Path) -> None:
     await filled(path)
     with sqlite3.connect(path) as connection:
         connection.execute("PRAGMA user_version = 99")
@@ -156,9 +156,7 @@ async def test_a_file_of_a_newer_version_is_left_alone(path: Path) -> None:
     assert list(path.parent.glob("*damaged*")) == []
 
 
-async def test_migrations_bring_an_older_file_up_to_date_and_keep_its_content(
-    path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_migrations_keep_the_rows_of_an_older_database(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     await filled(path)
     step = ("CREATE TABLE later (value INTEGER)", "INSERT INTO later SELECT count(*) FROM observations")
     monkeypatch.setattr("node.storage.database.MIGRATIONS", (*schema.MIGRATIONS, step))
@@ -169,7 +167,7 @@ async def test_migrations_bring_an_older_file_up_to_date_and_keep_its_content(
             assert (await HistoryStore(database).digest()).count == len(RECORDS)
 
 
-async def test_a_step_that_fails_leaves_the_file_as_it_was(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_failed_migration_is_rolled_back(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     await filled(path)
     step = ("CREATE TABLE later (value INTEGER)", "INSERT INTO nowhere VALUES (1)")
     with monkeypatch.context() as patch:
@@ -183,7 +181,7 @@ async def test_a_step_that_fails_leaves_the_file_as_it_was(path: Path, monkeypat
         assert (await HistoryStore(database).digest()).count == len(RECORDS)
 
 
-async def test_another_process_that_writes_for_too_long_is_named(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_lock_timeout_names_the_other_process(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     await filled(path)
     monkeypatch.setattr("node.storage.database.BUSY_TIMEOUT_S", 0.0)
     async with open_database(path) as database:
@@ -196,7 +194,7 @@ async def test_another_process_that_writes_for_too_long_is_named(path: Path, mon
         assert await HistoryStore(database).add(signed(100))
 
 
-async def test_a_place_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
+async def test_unwritable_path_is_a_one_line_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(StorageError, match="cannot use") as caught:
         async with open_database(tmp_path / "file" / "metaswarm.sqlite3"):

@@ -31,7 +31,7 @@ async def envelopes_of(store: HistoryStore, first_bucket: int = 0) -> list[bytes
     return [envelope async for envelope in store.envelopes(first_bucket=first_bucket)]
 
 
-async def test_what_was_added_comes_back_also_after_opening_again(tmp_path: Path) -> None:
+async def test_added_observations_survive_reopening(tmp_path: Path) -> None:
     async with open_database(file(tmp_path)) as database:
         store = HistoryStore(database)
         assert await store.add_many(POOL) == tuple(POOL)
@@ -44,7 +44,7 @@ async def test_what_was_added_comes_back_also_after_opening_again(tmp_path: Path
         assert digest.count == len(POOL)
 
 
-async def test_what_is_known_is_not_new(tmp_path: Path) -> None:
+async def test_known_observation_is_not_new(tmp_path: Path) -> None:
     async with open_database(file(tmp_path)) as database:
         store = HistoryStore(database)
         assert await store.add(POOL[0])
@@ -56,7 +56,7 @@ async def test_what_is_known_is_not_new(tmp_path: Path) -> None:
         assert await store.digest() != digest
 
 
-async def test_digests_are_those_that_peers_compare(tmp_path: Path) -> None:
+async def test_digests_match_the_compared_tree(tmp_path: Path) -> None:
     async with open_database(file(tmp_path)) as database:
         store = HistoryStore(database)
         assert await store.bucket_digests() == {}
@@ -94,7 +94,7 @@ def test_digests_do_not_depend_on_order_or_repetition(
     trio.run(check)
 
 
-async def test_digests_follow_what_another_process_writes(tmp_path: Path) -> None:
+async def test_digests_follow_writes_of_another_process(tmp_path: Path) -> None:
     """`history import` writes into the file of a running node: here with a connection of its own."""
     async with open_database(file(tmp_path)) as database, open_database(file(tmp_path), set_aside=False) as other:
         store, importer = HistoryStore(database), HistoryStore(other)
@@ -104,7 +104,7 @@ async def test_digests_follow_what_another_process_writes(tmp_path: Path) -> Non
         assert await store.digest() == await importer.digest() != before
 
 
-async def test_writers_in_two_processes_lose_nothing(tmp_path: Path) -> None:
+async def test_concurrent_processes_lose_no_writes(tmp_path: Path) -> None:
     async with open_database(file(tmp_path)) as database, open_database(file(tmp_path), set_aside=False) as other:
         async with trio.open_nursery() as nursery:
             for number, each in enumerate(POOL):
@@ -112,7 +112,7 @@ async def test_writers_in_two_processes_lose_nothing(tmp_path: Path) -> None:
         assert (await HistoryStore(database).digest()).count == len(POOL)
 
 
-async def test_many_writers_share_transactions(tmp_path: Path) -> None:
+async def test_group_commit_shares_transactions(tmp_path: Path) -> None:
     commits = 0
 
     def count(statement: str) -> None:
@@ -129,7 +129,7 @@ async def test_many_writers_share_transactions(tmp_path: Path) -> None:
     assert commits < len(POOL) / 2
 
 
-async def test_one_writers_fault_is_not_the_others(tmp_path: Path) -> None:
+async def test_failed_write_does_not_affect_its_batch(tmp_path: Path) -> None:
     failed = []
 
     def spoil(connection: sqlite3.Connection) -> None:
@@ -173,7 +173,7 @@ class HeldWriter:
         self._let_go.set()
 
 
-async def test_a_writer_that_is_cancelled_while_it_waits_writes_nothing(tmp_path: Path) -> None:
+async def test_write_cancelled_in_the_queue_writes_nothing(tmp_path: Path) -> None:
     async with open_database(file(tmp_path)) as database, trio.open_nursery() as nursery:
         store, held = HistoryStore(database), HeldWriter(database)
         await nursery.start(held.hold)
@@ -186,7 +186,7 @@ async def test_a_writer_that_is_cancelled_while_it_waits_writes_nothing(tmp_path
         assert await store.get_many([POOL[0].id, POOL[1].id]) == (POOL[1].envelope,)
 
 
-async def test_a_writer_that_is_cancelled_when_its_turn_comes_keeps_nobody_from_writing(tmp_path: Path) -> None:
+async def test_write_cancelled_at_its_turn_does_not_block_others(tmp_path: Path) -> None:
     async with open_database(file(tmp_path)) as database, trio.open_nursery() as nursery:
         store, held, scope = HistoryStore(database), HeldWriter(database), trio.CancelScope()
 
@@ -224,7 +224,7 @@ async def test_envelopes_are_found_by_their_ids(tmp_path: Path) -> None:
         assert await store.get_many([]) == ()
 
 
-async def test_iteration_goes_by_time_and_page_by_page(tmp_path: Path) -> None:
+async def test_iteration_is_ordered_by_time_in_pages(tmp_path: Path) -> None:
     records = [signed(n, issued_at_s=NOW_S + (n % 3) * BUCKET_S) for n in range(PAGE + 10)]
     async with open_database(file(tmp_path)) as database:
         store = HistoryStore(database)
@@ -262,7 +262,7 @@ async def test_retention_drops_whole_closed_shares_and_peers_agree(tmp_path: Pat
         assert (await first.bucket_digests()).keys() == {bucket_of(NOW_S - h * hour) for h in (0, 3, 4)}
 
 
-async def test_a_flood_is_bounded_at_once_and_alike_everywhere(tmp_path: Path) -> None:
+async def test_flood_of_one_observer_is_bounded_deterministically(tmp_path: Path) -> None:
     flood = [signed(n, observer=1) for n in range(30)]
     honest = [signed(n, observer=2) for n in range(100, 104)]
     smallest = sorted(each.id for each in flood)[:8]
@@ -278,7 +278,7 @@ async def test_a_flood_is_bounded_at_once_and_alike_everywhere(tmp_path: Path) -
         assert await first.add_many(flood) == ()
 
 
-async def test_all_floods_together_are_bounded_too(tmp_path: Path) -> None:
+async def test_floods_together_are_bounded(tmp_path: Path) -> None:
     floods = [signed(n, observer=n) for n in range(30)]
     async with open_database(file(tmp_path)) as database:
         store = HistoryStore(database, HistoryBounds(per_bucket=8))

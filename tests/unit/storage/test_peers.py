@@ -14,7 +14,7 @@ def met(number: int, last_seen_s: int, *ports: int) -> KnownPeer:
     return KnownPeer(peer(number), tuple(f"/ip4/127.0.0.1/tcp/{port}" for port in ports), last_seen_s)
 
 
-async def test_peers_are_recalled_after_a_restart_the_latest_first(tmp_path: Path) -> None:
+async def test_known_peers_survive_a_restart_latest_first(tmp_path: Path) -> None:
     async with open_database(tmp_path / "db") as database:
         await KnownPeerStore(database).put([met(1, 100, 4001), met(2, 300, 4002, 4003), met(3, 200)])
     async with open_database(tmp_path / "db") as database:
@@ -33,7 +33,7 @@ async def test_newer_addresses_replace_older_ones_and_not_the_reverse(tmp_path: 
         await store.put([])
 
 
-async def test_the_store_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_known_peers_are_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("node.storage.peers.MAX_KNOWN_PEERS", 3)
     async with open_database(tmp_path / "db") as database:
         store = KnownPeerStore(database)

@@ -8,7 +8,7 @@ from node.testing.memory_hub import MemoryNetworkHub
 from tests.support.capabilities import peer_of
 
 
-async def test_each_kind_of_record_has_its_own_validator() -> None:
+async def test_each_record_kind_has_its_own_validator() -> None:
     network = MemoryNetworkHub(random.Random(0)).network(peer_of(1))
     seen: list[tuple[str, bytes]] = []
 
@@ -28,7 +28,7 @@ async def test_each_kind_of_record_has_its_own_validator() -> None:
     assert set(seen) == {("/metaswarm/taken/of/somebody", b"value")}
 
 
-def test_a_kind_is_registered_once() -> None:
+def test_registering_a_record_kind_twice_is_an_error() -> None:
     kinds = RecordKinds(MemoryNetworkHub(random.Random(0)).network(peer_of(1)))
     kinds.register("cap", lambda key, value: True)
     with pytest.raises(ValueError, match="registered already"):

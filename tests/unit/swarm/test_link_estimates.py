@@ -15,17 +15,17 @@ def estimates() -> LinkEstimates:
     return LinkEstimates(A, {B: 0.08, C: 0.09}.get, told.get)
 
 
-def test_our_own_pings_count_before_what_others_say() -> None:
+def test_own_pings_take_precedence_over_announced_round_trips() -> None:
     assert estimates().between(A, B).round_trip_s == 0.08 + HANDLING_S
     assert estimates().between(C, A).round_trip_s == 0.09 + HANDLING_S
 
 
-def test_two_others_are_as_near_as_either_says_and_as_fast_as_the_slower_end() -> None:
+def test_remote_link_uses_either_round_trip_and_the_slower_rate() -> None:
     assert estimates().between(B, C) == (0.004 + HANDLING_S, 5e5)
     assert estimates().between(C, B) == (0.006 + HANDLING_S, 2e6)
 
 
-def test_what_nobody_told_is_guessed() -> None:
+def test_unknown_links_get_default_estimates() -> None:
     assert estimates().between(B, D) == (0.08 + HANDLING_S, UNKNOWN_BYTES_PER_S)
     assert LinkEstimates(A, lambda _: None, lambda _: None).between(B, D) == (
         UNKNOWN_ROUND_TRIP_S + HANDLING_S,

@@ -5,7 +5,7 @@ from node.swarm.mdns import addresses_in, interfaces_of, service_type
 PEER = "12D3KooWM4xHiz2GDU4ebDMhPcxVNBm7kzyPWh7w4Y7b9rARdaL8"
 
 
-def test_a_private_swarm_has_a_service_of_its_own_with_a_legal_name() -> None:
+def test_private_swarm_has_its_own_valid_service_name() -> None:
     kinds = {service_type(None), service_type("a" * 64), service_type("b" * 64)}
     assert len(kinds) == 3
     for kind in kinds:
@@ -15,13 +15,13 @@ def test_a_private_swarm_has_a_service_of_its_own_with_a_legal_name() -> None:
         assert "aaaa" not in name
 
 
-def test_addresses_are_told_where_we_can_be_dialled_and_nowhere_else() -> None:
+def test_service_is_registered_on_dialable_interfaces_only() -> None:
     here = [f"/ip4/127.0.0.1/tcp/4001/p2p/{PEER}", f"/ip6/fe80::1/tcp/4001/p2p/{PEER}"]
     assert interfaces_of(here) == {"127.0.0.1"}
     assert interfaces_of([*here, f"/ip4/192.0.2.7/tcp/4001/p2p/{PEER}"]) == {"127.0.0.1", "192.0.2.7"}
 
 
-def test_of_a_strangers_record_only_addresses_of_peers_are_taken_and_not_too_many() -> None:
+def test_txt_record_yields_a_bounded_number_of_peer_addresses() -> None:
     address = f"/ip4/192.0.2.7/tcp/4001/p2p/{PEER}".encode()
     assert addresses_in({b"dnsaddr": address, b"dnsaddr1": None, b"other": address, b"dnsaddr2": b"\xff"}) == [
         address.decode()
