@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-DOCUMENTS = [
+DOCUMENTS = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *(ROOT / each / "README.md" for each in ("node/network", "benchmarks"))]
     *ROOT.glob("*.md"),
     *ROOT.glob("docs/*.md"),
     ROOT / "node/network/README.md",
