@@ -266,12 +266,10 @@ class Span(EngineLoop):
     async def _step(self, batch: Sequence[Work[InboundLink]]) -> None:
         now_s = trio.current_time()
         sessions = [self.sessions[work.session] for work in batch]
-        for work, session in zip(batch, sessions, strict=True):
-            session.state.counters.queue_s += now_s - work.arrived_s
         self._in_step = frozenset(work.session for work in batch)
         result: StepResult | None = None
         try:
-            inputs = [session.slice_input(work) for work, session in zip(batch, sessions, strict=True)]
+            inputs = [session.slice_input(work, now_s) for work, session in zip(batch, sessions, strict=True)]
             result = await self.engine.step(inputs)
             faults = result.faults
         except StepFailed as failed:
