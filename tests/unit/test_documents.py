@@ -6,12 +6,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-DOCUMENTS = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *(ROOT / each / "README.md" for each in ("node/network", "benchmarks"))]
-    *ROOT.glob("*.md"),
-    *ROOT.glob("docs/*.md"),
-    ROOT / "node/network/README.md",
-    ROOT / "benchmarks/README.md",
-]
+FOLDERS = (".", "docs", "node/network", "benchmarks")
+DOCUMENTS = [path for folder in FOLDERS for path in sorted((ROOT / folder).glob("*.md"))]
 IDS = [str(path.relative_to(ROOT)) for path in DOCUMENTS]
 
 PATH = re.compile(r"`((?:node|protocol|selector|tests|benchmarks|docs)/[\w/.-]+)`")
