@@ -193,15 +193,12 @@ class ConnectionObserver(Protocol):
 
     def fault(self, peer_id: ID, reason: str) -> None:
         """Report why a peer was disconnected."""
-        ...
 
     def sent(self, peer_id: ID, byte_count: int, seconds: float) -> None:
         """Report a burst sent to a peer and its duration."""
-        ...
 
     def received(self, peer_id: ID, byte_count: int, seconds: float) -> None:
         """Report a burst received from a peer and its duration."""
-        ...
 
 
 class YamuxMultistream(MuxerMultistream):

@@ -32,15 +32,12 @@ class StreamOwner(Protocol):
     @property
     def peer_id(self) -> PeerId:
         """Its own id."""
-        ...
 
     def transmit(self, packet: Packet) -> None:
         """Put a packet on its way."""
-        ...
 
     def forget_stream(self, stream: "MemoryStream") -> None:
         """Drop a stream that is over."""
-        ...
 
 
 class MemoryStream:
