@@ -25,7 +25,7 @@ import numpy as np
 import trio
 
 from benchmarks.common import demo_package, describe_machine, whole_model
-from node.cli.bench import short
+from node.cli.explain import short_method as short
 from node.models.catalogue import DEMO_MODEL
 from node.models.sample import sample_text
 from selector.heuristic import preference

@@ -31,7 +31,8 @@ from benchmarks.common import demo_package, describe_machine, whole_model
 from benchmarks.learning import judge
 from benchmarks.link import LinkShape
 from benchmarks.wan import distant_daemons
-from node.cli.bench import WORKLOADS, MethodResult, describe, keep, ranked, read_kept, short
+from node.cli.bench import WORKLOADS, MethodResult, describe, keep, ranked, read_kept
+from node.cli.explain import short_method as short
 from node.config import NodeReady
 from node.demo import split_evenly
 from node.evaluation.paired_stats import Speedup, speedup_of

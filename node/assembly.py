@@ -60,7 +60,7 @@ AGENT = f"{APPLICATION}/{version(APPLICATION)}"
 """Program and version, as announced to other peers."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True)
 class NetworkParts:
     """The peer on the network, and what it stores."""
 
@@ -79,7 +79,7 @@ class NetworkParts:
         return "unknown" if capabilities is None else hardware_class(capabilities)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True)
 class SelectionParts:
     """What chooses methods: predictions learned from the history, and the swarm's agreements."""
 
@@ -89,7 +89,7 @@ class SelectionParts:
     learner: Learner
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True)
 class SwarmParts:
     """This node's place in the swarm."""
 
@@ -106,7 +106,7 @@ class SwarmParts:
             self.membership.announce()
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True)
 class ServingParts:
     """What serves spans to others."""
 
@@ -116,7 +116,7 @@ class ServingParts:
     supervisor: SpanSupervisor
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True)
 class ClientParts:
     """What runs this node's own jobs."""
 
@@ -126,7 +126,7 @@ class ClientParts:
     trials: BenchmarkRunner
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True)
 class NodeParts:
     """All parts of a node."""
 
@@ -159,9 +159,7 @@ def build_node(config: NodeConfig, database: Database, device: Device, progress:
     serving = build_serving(config, network, swarm, stages, device, progress)
     client = build_client(config, network, selection, swarm, serving)
     consensus = build_consensus(config, database, network, selection, swarm, stages, client)
-    return NodeParts(
-        network=network, selection=selection, swarm=swarm, serving=serving, client=client, consensus=consensus
-    )
+    return NodeParts(network, selection, swarm, serving, client, consensus)
 
 
 def build_network(config: NodeConfig, database: Database, device: Device) -> NetworkParts:
@@ -218,14 +216,10 @@ def build_selection(config: NodeConfig, network: NetworkParts, database: Databas
             default_trust=default_trust,
         )
 
-    return SelectionParts(
-        chains=chains,
-        predictions=predictions,
-        chooser=LearnedChooser(
-            predictions, network.jitter, share=config.exploration, store=AdoptionStore(database, software)
-        ),
-        learner=Learner(database.path, predictions, count=count_observations, viewpoint=viewpoint),
-    )
+    store = AdoptionStore(database, software)
+    chooser = LearnedChooser(predictions, network.jitter, share=config.exploration, store=store)
+    learner = Learner(database.path, predictions, count=count_observations, viewpoint=viewpoint)
+    return SelectionParts(chains, predictions, chooser, learner)
 
 
 def build_swarm(config: NodeConfig, network: NetworkParts, stages: StageServer) -> SwarmParts:
@@ -241,26 +235,22 @@ def build_swarm(config: NodeConfig, network: NetworkParts, stages: StageServer) 
         jitter=network.jitter,
         on_round_trip=network.traffic.round_trip,
     )
-    return SwarmParts(
-        membership=membership,
-        placements=placements,
-        placements_changed=placements_changed,
-        announcer=CapabilityAnnouncer(
-            network=network.network,
-            identity=network.identity,
-            records=network.records,
-            capabilities=network.inventory.capabilities,
-            peers=lambda: [entry.peer for entry in membership.directory.reached()],
-            jitter=network.jitter,
-        ),
-        replicator=ObservationReplicator(
-            network=network.network,
-            identity=network.identity,
-            history=network.history,
-            records=network.records,
-            jitter=network.jitter,
-        ),
+    announcer = CapabilityAnnouncer(
+        network=network.network,
+        identity=network.identity,
+        records=network.records,
+        capabilities=network.inventory.capabilities,
+        peers=lambda: [entry.peer for entry in membership.directory.reached()],
+        jitter=network.jitter,
     )
+    replicator = ObservationReplicator(
+        network=network.network,
+        identity=network.identity,
+        history=network.history,
+        records=network.records,
+        jitter=network.jitter,
+    )
+    return SwarmParts(membership, placements, placements_changed, announcer, replicator)
 
 
 def build_serving(
@@ -295,7 +285,7 @@ def build_serving(
         jitter=network.jitter,
         start_engine=partial(start_engine, spare=spare_worker),
     )
-    return ServingParts(stages=stages, library=library, spare_worker=spare_worker, supervisor=supervisor)
+    return ServingParts(stages, library, spare_worker, supervisor)
 
 
 def build_client(
@@ -337,12 +327,7 @@ def build_client(
         quality_store=quality_store,
         chooser=selection.chooser,
     )
-    return ClientParts(
-        quality_store=quality_store,
-        recorder=recorder,
-        coordinator=coordinator,
-        trials=BenchmarkRunner(coordinator, recorder),
-    )
+    return ClientParts(quality_store, recorder, coordinator, BenchmarkRunner(coordinator, recorder))
 
 
 def build_consensus(

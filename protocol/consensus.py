@@ -13,10 +13,9 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from protocol.canonical import decode_canonical
 from protocol.consensus_values import Commit, EquivocationProof, Reveal, Signature, Statement
 from protocol.errors import LocalProtocolError, RemoteProtocolError
-from protocol.fields import Fields
 from protocol.identity import PeerId
-from protocol.limits import MAX_NAME_BYTES, MAX_RECORD_BYTES
-from protocol.records import open_envelope, sign
+from protocol.limits import MAX_RECORD_BYTES
+from protocol.records import kind_of, open_envelope, sign
 from protocol.schema import from_map, to_map
 
 CONSENSUS_TOPIC: Final = "metaswarm/1/consensus"
@@ -68,7 +67,7 @@ def sign_message(body: Body, private_key: Ed25519PrivateKey) -> SignedMessage:
 
 def verify_message(envelope: bytes) -> SignedMessage:
     """Return the message in an envelope. Raises RemoteProtocolError when form, bounds or signature are wrong."""
-    kind = Fields(decode_canonical(envelope, max_bytes=MAX_RECORD_BYTES), "record").name("kind", MAX_NAME_BYTES)
+    kind = kind_of(envelope)
     if kind not in KINDS:
         raise RemoteProtocolError(f"a {kind} record is not a consensus message")
     payload, peer = open_envelope(envelope, kind)

@@ -113,6 +113,11 @@ def open_envelope(envelope: bytes, kind: str) -> Signed:
     return Signed(found.payload, peer_id_from_public_key(found.public_key))
 
 
+def kind_of(envelope: bytes) -> str:
+    """Return the kind of record in an envelope, not verified. Raises RemoteProtocolError."""
+    return _parse(envelope).kind
+
+
 def payload_of(envelope: bytes) -> bytes:
     """Return the payload of an envelope that was verified before. Raises RemoteProtocolError."""
     return from_map(_Envelope, decode(envelope, max_bytes=MAX_RECORD_BYTES), "record").payload

@@ -29,7 +29,7 @@ from protocol.reconciliation import (
     key_range,
     parse_prefix,
 )
-from protocol.schema import Count, Form, MessageTypes, Range
+from protocol.schema import ARRAY, Count, Form, MessageTypes, Range, from_map
 from protocol.states import Role
 
 PROTOCOL_ID: Final = "/metaswarm/sync/1.0.0"
@@ -46,37 +46,40 @@ def _query(value: object, what: str) -> Summary:
     )
 
 
+def _bucket(value: object, what: str) -> tuple[int, PackedIds]:
+    bucket, ids = fields.tuple_of(value, 2, what)
+    listed = packed(ID_BYTES, MAX_LISTED, min_count=1, ascending=True).load(ids, "ids")
+    return fields.integer(bucket, 0, MAX_BUCKET, "bucket"), PackedIds(b"".join(listed))
+
+
+@dataclass(frozen=True, slots=True)
+class _Part:
+    digit: Annotated[str, Form(lambda value, what: parse_prefix(value, 1, 1, what))]
+    count: Annotated[int, Range(1, MAX_COUNT)]
+    digest: Digest
+
+
+@dataclass(frozen=True, slots=True)
+class _Split:
+    stem: Annotated[str, Form(lambda value, what: parse_prefix(value, 0, KEY_DIGITS - 1, what))]
+    parts: Annotated[tuple[Annotated[_Part, ARRAY], ...], Count(16, 1)]
+
+
+@dataclass(frozen=True, slots=True)
+class _Listing:
+    buckets: Annotated[tuple[Annotated[tuple[int, PackedIds], Form(_bucket)], ...], Count(MAX_LISTED)]
+
+
 def _answer(value: object, what: str) -> Answer:
     if value is None:
         return Equal()
-    taken = fields.Fields(value, what)
-    answer: Answer
-    if "buckets" in taken:
-        answer = Listing(tuple(_bucket(bucket) for bucket in taken.array("buckets", MAX_LISTED)))
-        if sum(len(ids) for _, ids in answer.buckets) > MAX_LISTED:
+    if isinstance(value, dict) and "buckets" in value:
+        buckets = from_map(_Listing, value, what).buckets
+        if sum(len(ids) for _, ids in buckets) > MAX_LISTED:
             raise RemoteProtocolError(f"more than {MAX_LISTED} ids are listed")
-    else:
-        stem = parse_prefix(taken.take("stem"), 0, KEY_DIGITS - 1, "stem")
-        answer = Split(tuple(_part(part, stem) for part in taken.array("parts", 16)))
-        if not answer.summaries:
-            raise RemoteProtocolError("a split into no parts")
-    taken.finish()
-    return answer
-
-
-def _part(value: object, stem: str) -> Summary:
-    digit, count, digest = fields.tuple_of(value, 3, "part")
-    return Summary(
-        stem + parse_prefix(digit, 1, 1, "part digit"),
-        fields.integer(count, 1, MAX_COUNT, "part count"),
-        fields.raw(digest, ID_BYTES, "part digest"),
-    )
-
-
-def _bucket(value: object) -> tuple[int, PackedIds]:
-    bucket, ids = fields.tuple_of(value, 2, "bucket")
-    listed = packed(ID_BYTES, MAX_LISTED, min_count=1, ascending=True).load(ids, "ids")
-    return fields.integer(bucket, 0, MAX_BUCKET, "bucket"), PackedIds(b"".join(listed))
+        return Listing(buckets)
+    split = from_map(_Split, value, what)
+    return Split(tuple(Summary(split.stem + part.digit, part.count, part.digest) for part in split.parts))
 
 
 def _answer_value(answer: Answer) -> Value:

@@ -7,12 +7,11 @@ kept when it is interrupted.
 from collections.abc import Awaitable, Callable
 from typing import Any, Final
 
-import trio
 from starlette.requests import Request
 from starlette.responses import JSONResponse
 from starlette.types import Receive, Scope, Send
 
-from node.api.completions import cancel_on_disconnect
+from node.api.completions import until_disconnect
 from node.api.errors import ApiError
 from node.api.requests import (
     Fields,
@@ -26,7 +25,6 @@ from node.api.requests import (
     parse_text,
     refuse,
 )
-from node.coordinator.submission import JobError
 from node.coordinator.trial_runner import MethodTrial, Run, Trial, TrialSpec, TrialWorkload
 from protocol.measurements import Objective, QualityBound
 from selector.task import BASELINE, PORTFOLIO, Method, MethodError
@@ -51,17 +49,11 @@ class BenchEndpoint:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request. Raises ApiError before the response starts."""
         spec = parse_spec(await Request(scope, receive).body())
-        error: JobError | None = None
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(cancel_on_disconnect, receive, nursery.cancel_scope)
-            try:
-                document = describe_trial(await self._measure(spec))
-                await JSONResponse(document)(scope, receive, send)
-            except JobError as caught:
-                error = caught
-            nursery.cancel_scope.cancel()
-        if error is not None:
-            raise ApiError.from_job_error(error)
+
+        async def answer() -> None:
+            await JSONResponse(describe_trial(await self._measure(spec)))(scope, receive, send)
+
+        await until_disconnect(receive, answer)
 
 
 def parse_spec(body: bytes) -> TrialSpec:

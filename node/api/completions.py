@@ -4,7 +4,8 @@ When the client disconnects, the `submit` block is left at once and the job is c
 """
 
 import json
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
+from functools import partial
 from typing import Any, Final
 
 import trio
@@ -35,32 +36,20 @@ class CompletionEndpoint:
         """Answer one request. Raises ApiError before the response starts."""
         request = self._parse(await Request(scope, receive).body())
         answer = self._stream if request.stream else self._answer_whole
-        error: JobError | None = None
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(cancel_on_disconnect, receive, nursery.cancel_scope)
-            error = await answer(request, scope, receive, send)
-            nursery.cancel_scope.cancel()
-        if error is not None:
-            raise ApiError.from_job_error(error)
+        await until_disconnect(receive, partial(answer, request, scope, receive, send))
 
-    async def _answer_whole(
-        self, request: CompletionRequest, scope: Scope, receive: Receive, send: Send
-    ) -> JobError | None:
+    async def _answer_whole(self, request: CompletionRequest, scope: Scope, receive: Receive, send: Send) -> None:
         document: dict[str, Any] = {}
-        try:
-            async with self._submitter.submit(request.job) as events:
-                async for event in events:
-                    match event:
-                        case JobStarted():
-                            answer = Answer(event, request.chat)
-                        case JobResult():
-                            document = answer.whole(event)
-        except JobError as error:
-            return error
+        async with self._submitter.submit(request.job) as events:
+            async for event in events:
+                match event:
+                    case JobStarted():
+                        answer = Answer(event, request.chat)
+                    case JobResult():
+                        document = answer.whole(event)
         await JSONResponse(document)(scope, receive, send)
-        return None
 
-    async def _stream(self, request: CompletionRequest, scope: Scope, receive: Receive, send: Send) -> JobError | None:
+    async def _stream(self, request: CompletionRequest, scope: Scope, receive: Receive, send: Send) -> None:
         del scope, receive
         stream = EventStream(send)
         error: JobError | None = None
@@ -72,10 +61,9 @@ class CompletionEndpoint:
                 error = caught
             await stream.end_keep_alive()
         if error is not None and not stream.started:
-            return error
+            raise error
         await stream.send(ApiError.from_job_error(error).document() if error else "[DONE]")
         await stream.close()
-        return None
 
     async def _send_events(self, request: CompletionRequest, stream: "EventStream") -> None:
         """Run the job and send its events. The first chunk waits for the first token; errors before it are a status."""
@@ -148,7 +136,21 @@ class EventStream:
         await self._send({"type": "http.response.body", "body": b"", "more_body": False})
 
 
-async def cancel_on_disconnect(receive: Receive, cancel_scope: trio.CancelScope) -> None:
+async def until_disconnect(receive: Receive, answer: Callable[[], Awaitable[None]]) -> None:
+    """Run `answer`, and cancel it when the client disconnects. Its JobError becomes an ApiError."""
+    error: JobError | None = None
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(_cancel_on_disconnect, receive, nursery.cancel_scope)
+        try:
+            await answer()
+        except JobError as caught:
+            error = caught  # raised outside the nursery, which would wrap it in a group
+        nursery.cancel_scope.cancel()
+    if error is not None:
+        raise ApiError.from_job_error(error)
+
+
+async def _cancel_on_disconnect(receive: Receive, cancel_scope: trio.CancelScope) -> None:
     """Cancel the scope when the client disconnects."""
     while (await receive())["type"] != "http.disconnect":
         pass

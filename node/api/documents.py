@@ -20,7 +20,11 @@ def describe_job(result: JobResult) -> dict[str, Any]:
             }
             for stage in result.route
         ],
-        "method": asdict(result.method),
+        "method": {
+            "name": result.method.name,
+            "switches": dict(result.method.switches),
+            "stage_policy": dict(result.method.stage_policy),
+        },
         "consensus": asdict(result.consensus),
         "timing": asdict(result.timing),
         "selection": None if result.selection is None else asdict(result.selection),

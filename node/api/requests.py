@@ -52,63 +52,36 @@ EXTENSIONS: Final = frozenset({"quality", "method", "ignore_eos"})
 STREAM_OPTIONS: Final = frozenset({"include_usage", "include_obfuscation"})
 
 # Fields and the values, besides null, at which they do nothing.
-NEUTRAL: Final[dict[str, tuple[Any, ...]]] = {
-    "n": (1,),
-    "logprobs": (False,),
-    "echo": (False,),
+NEUTRAL: Final[Mapping[str, tuple[Any, ...]]] = {
+    **dict.fromkeys(("n", "length_penalty", "typical_p"), (1,)),
+    **dict.fromkeys(("logprobs", "echo", "use_beam_search", "include_stop_str_in_output"), (False,)),
+    **dict.fromkeys(("return_token_ids", "return_tokens_as_token_ids"), (False,)),
+    **dict.fromkeys(("skip_special_tokens", "spaces_between_special_tokens"), (True,)),
+    **dict.fromkeys(("truncate_prompt_tokens", "prompt_logprobs", "allowed_token_ids"), ()),
+    **dict.fromkeys(("guided_json", "guided_regex", "guided_choice", "guided_grammar", "structured_outputs"), ()),
+    **dict.fromkeys(("bad_words", "logits_processors"), ([],)),
     "response_format": ({"type": "text"},),
-    "use_beam_search": (False,),
-    "length_penalty": (1,),
-    "typical_p": (1,),
-    "include_stop_str_in_output": (False,),
-    "skip_special_tokens": (True,),
-    "spaces_between_special_tokens": (True,),
-    "truncate_prompt_tokens": (),
-    "prompt_logprobs": (),
-    "allowed_token_ids": (),
-    "bad_words": ([],),
-    "logits_processors": ([],),
-    "guided_json": (),
-    "guided_regex": (),
-    "guided_choice": (),
-    "guided_grammar": (),
-    "structured_outputs": (),
-    "return_token_ids": (False,),
-    "return_tokens_as_token_ids": (False,),
     "priority": (0,),
 }
-NEUTRAL_FOR_CHAT: Final = NEUTRAL | {
+NEUTRAL_FOR_CHAT: Final[Mapping[str, tuple[Any, ...]]] = {
+    **NEUTRAL,
+    **dict.fromkeys(("tools", "functions", "documents"), ([],)),
+    **dict.fromkeys(("tool_choice", "function_call"), ("none", "auto")),
+    **dict.fromkeys(("audio", "prediction", "web_search_options", "reasoning_effort", "chat_template"), ()),
+    **dict.fromkeys(("continue_final_message", "add_special_tokens"), (False,)),
     "top_logprobs": (0,),
-    "tools": ([],),
-    "tool_choice": ("none", "auto"),
-    "functions": ([],),
-    "function_call": ("none", "auto"),
     "modalities": (["text"],),
-    "audio": (),
-    "prediction": (),
-    "web_search_options": (),
-    "reasoning_effort": (),
     "verbosity": ("medium",),
-    "chat_template": (),
     "chat_template_kwargs": ({},),
     "add_generation_prompt": (True,),
-    "continue_final_message": (False,),
-    "add_special_tokens": (False,),
-    "documents": ([],),
 }
-NEUTRAL_FOR_COMPLETION: Final = NEUTRAL | {
-    "best_of": (1,),
-    "suffix": ("",),
-    "add_special_tokens": (True,),
-}
+NEUTRAL_FOR_COMPLETION: Final[Mapping[str, tuple[Any, ...]]] = {
+    **NEUTRAL, "best_of": (1,), "suffix": ("",), "add_special_tokens": (True,)
+}  # fmt: skip
 NEUTRAL_IN_MESSAGE: Final[Mapping[str, tuple[Any, ...]]] = {
-    "tool_calls": ([],),
-    "function_call": (),
-    "audio": (),
-    "refusal": ("",),
-    "annotations": ([],),
-    "reasoning_content": ("",),
-    "reasoning": ("",),
+    **dict.fromkeys(("tool_calls", "annotations"), ([],)),
+    **dict.fromkeys(("function_call", "audio"), ()),
+    **dict.fromkeys(("refusal", "reasoning_content", "reasoning"), ("",)),
 }
 # Chat templates know the older name of the role that instructs the model.
 _ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}

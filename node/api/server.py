@@ -5,6 +5,7 @@ import logging
 import socket
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
+from functools import partial
 from typing import Any, Final, cast
 
 import hypercorn
@@ -72,16 +73,12 @@ async def serve(
     async with trio.open_nursery() as connections:
         async with trio.open_nursery() as accepting:
             listeners = [trio.SocketListener(trio.socket.from_stdlib_socket(listener))]
-            accepting.start_soon(_accept, limiter, listeners, connections)
+            accepting.start_soon(partial(trio.serve_listeners, limiter.serve, listeners, handler_nursery=connections))
             task_status.started(actual_port)
             await (trio.Event() if stop is None else stop).wait()
             accepting.cancel_scope.cancel()
         await context.terminated.set()
         connections.cancel_scope.deadline = trio.current_time() + GRACE_S
-
-
-async def _accept(limiter: "_ConnectionLimit", listeners: list[trio.SocketListener], connections: trio.Nursery) -> None:
-    await trio.serve_listeners(limiter.serve, listeners, handler_nursery=connections)
 
 
 class _ConnectionLimit:

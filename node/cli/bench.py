@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 import click
 
+from node.cli.explain import short_method
 from node.cli.output import (
     CommandError,
     api_option,
@@ -243,25 +244,16 @@ def describe(workload: Mapping[str, float]) -> str:
     return ", ".join(parts)
 
 
-def short(name: str) -> str:
-    """Return a method's name without what is the baseline's."""
-    from selector.task import BASELINE
-
-    plain = BASELINE.switches
-    pairs = (part.split("=") for part in name.split("|"))
-    return "|".join(f"{switch}={value}" for switch, value in pairs if plain.get(switch) != value) or "baseline"
-
-
 def table(cell: Mapping[str, Any]) -> "Table":
     """Render the results of a cell."""
     shown = new_table("method", ">speed-up", ">95 %", ">TTFT s", ">TPOT ms", ">tokens/s", title=_title(cell))
     for result in ranked(cell):
         if result.speedup is None:
-            shown.add_row(short(result.method), "-", printable(result.error or ""))
+            shown.add_row(short_method(result.method), "-", printable(result.error or ""))
             continue
         figures, speedup = result.figures, result.speedup
         shown.add_row(
-            short(result.method),
+            short_method(result.method),
             f"{speedup.mean:.2f}",
             f"{speedup.low:.2f} to {speedup.high:.2f}" if speedup.is_bounded else "",
             f"{figures['ttft_s']:.2f}",
@@ -281,7 +273,7 @@ def draw(cells: Iterable[Mapping[str, Any]], path: Path) -> None:
 
     panels = []
     for cell in cells:
-        had = [(short(each.method), each.speedup) for each in ranked(cell) if each.speedup]
+        had = [(short_method(each.method), each.speedup) for each in ranked(cell) if each.speedup]
         panels.append(
             Panel(
                 title=describe(cell["cell"]["workload"]),

@@ -7,17 +7,17 @@ remote peers, too: `parse_manifest` trusts nothing, and every file name is one o
 import hashlib
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from types import MappingProxyType
-from typing import Any, Final, TypeAlias
+from typing import Annotated, Any, Final, TypeAlias
 
 from node.models.errors import ManifestError
 from node.models.layout import EMBED_FILE, HEAD_FILE, block_file
+from protocol import fields
 from protocol.canonical import canonical_json
 from protocol.errors import RemoteProtocolError
-from protocol.fields import Fields, integer
+from protocol.forms import Name, TokenId
 from protocol.identity import BlockRange, ModelId
 from protocol.limits import (
     MAX_BLOB_BYTES,
@@ -28,6 +28,7 @@ from protocol.limits import (
     MAX_VOCABULARY,
     MAX_WIDTH,
 )
+from protocol.schema import Count, Form, Key, Nullable, Range, from_map, to_map
 
 Json: TypeAlias = "bool | int | float | str | list[Json] | dict[str, Json] | None"
 """A value as json.loads returns it."""
@@ -63,13 +64,65 @@ _LONG_ROPE_TYPES = frozenset({"longrope", "su"})
 _POSITIONS_KEYS = ("max_position_embeddings", "n_positions", "seq_length", "max_seq_len")
 
 
+def _format(value: object, _what: str) -> int:
+    if value != FORMAT or type(value) is not int:
+        raise RemoteProtocolError(f"format {str(value)[:20]} is unknown here; this is format {FORMAT}")
+    return value
+
+
+def _sha256(value: object, what: str) -> str:
+    if type(value) is not str or _SHA256.fullmatch(value) is None:
+        raise RemoteProtocolError(f"{what} is not valid: expected 64 hexadecimal digits")
+    return value
+
+
 @dataclass(frozen=True, slots=True)
 class FileEntry:
     """One file of a package. `sha256` is 64 lower-case hexadecimal digits and the file's name on the wire."""
 
-    name: str
-    size_bytes: int
-    sha256: str
+    name: Name
+    size_bytes: Annotated[int, Range(1, MAX_BLOB_BYTES), Key("size")]
+    sha256: Annotated[str, Form(_sha256)]
+
+    def check_name(self, *names: str) -> None:
+        """Raise RemoteProtocolError unless the file has one of these names, and at most the size for its name."""
+        if self.name not in names:
+            raise RemoteProtocolError(f"file name {self.name[:80]!r} where {' or '.join(names)} is expected")
+        fields.integer(self.size_bytes, 1, MAX_TOKENIZER_BYTES.get(self.name, MAX_BLOB_BYTES), "file size")
+
+
+@dataclass(frozen=True, slots=True)
+class _Generation:
+    bos_token_id: Nullable[TokenId]
+    eos_token_ids: Annotated[tuple[TokenId, ...], Count(MAX_STOP_TOKENS)]
+
+
+@dataclass(frozen=True, slots=True)
+class _Document:
+    """A manifest as JSON."""
+
+    format: Annotated[int, Form(_format)]
+    config: Annotated[Mapping[str, Json], Form(lambda value, _what: _config(value))]
+    generation: _Generation
+    tokenizer: Annotated[tuple[FileEntry, ...], Count(len(TOKENIZER_FILES))]
+    embed: FileEntry
+    head: FileEntry
+    blocks: Annotated[tuple[FileEntry, ...], Count(MAX_BLOCKS, 1)]
+
+    def check(self) -> None:
+        """Raise RemoteProtocolError for other files than a package has, and for a config of other blocks."""
+        for file in self.tokenizer:
+            file.check_name(*TOKENIZER_FILES)
+        names = [file.name for file in self.tokenizer]
+        if names != sorted(set(names)):
+            raise RemoteProtocolError("tokenizer files out of order")
+        self.embed.check_name(EMBED_FILE)
+        self.head.check_name(HEAD_FILE)
+        for block, file in enumerate(self.blocks):
+            file.check_name(block_file(block))
+        described = block_count_of(self.config)
+        if described != len(self.blocks):
+            raise RemoteProtocolError(f"config describes {described} blocks, not {len(self.blocks)}")
 
 
 @dataclass(frozen=True)
@@ -90,17 +143,9 @@ class Manifest:
     @cached_property
     def data(self) -> bytes:
         """The manifest's canonical bytes."""
-        return canonical_json(
-            {
-                "format": FORMAT,
-                "config": self.config,
-                "generation": {"bos_token_id": self.bos_token_id, "eos_token_ids": list(self.eos_token_ids)},
-                "tokenizer": [_entry_to_json(file) for file in self.tokenizer_files],
-                "embed": _entry_to_json(self.embed),
-                "head": _entry_to_json(self.head),
-                "blocks": [_entry_to_json(file) for file in self.blocks],
-            }
-        )
+        generation = _Generation(self.bos_token_id, self.eos_token_ids)
+        files = (self.tokenizer_files, self.embed, self.head, self.blocks)
+        return canonical_json(to_map(_Document(FORMAT, self.config, generation, *files)))
 
     @cached_property
     def model_id(self) -> ModelId:
@@ -246,41 +291,20 @@ def find_integer(config: Mapping[str, Json], keys: tuple[str, ...]) -> int | Non
     return None
 
 
-def _entry_to_json(file: FileEntry) -> dict[str, str | int]:
-    return {"name": file.name, "size": file.size_bytes, "sha256": file.sha256}
-
-
 def _manifest_from_json(value: Json) -> Manifest:
-    fields = Fields(value, "manifest")
-    if (form := fields.take("format")) != FORMAT or type(form) is not int:
-        raise ValueError(f"format {str(form)[:20]} is unknown here; this is format {FORMAT}")
-    generation = Fields(fields.take("generation"), "generation")
-    bos = generation.take("bos_token_id")
-    eos = generation.array("eos_token_ids", MAX_STOP_TOKENS)
-    generation.finish()
-    tokenizer = tuple(
-        _entry(item, TOKENIZER_FILES, MAX_TOKENIZER_BYTES) for item in fields.array("tokenizer", len(TOKENIZER_FILES))
+    document = from_map(_Document, value, "manifest")
+    return Manifest(
+        config=document.config,
+        bos_token_id=document.generation.bos_token_id,
+        eos_token_ids=document.generation.eos_token_ids,
+        tokenizer_files=document.tokenizer,
+        embed=document.embed,
+        head=document.head,
+        blocks=document.blocks,
     )
-    names = [file.name for file in tokenizer]
-    if names != sorted(set(names)):
-        raise ValueError("tokenizer files out of order")
-    blocks = fields.array("blocks", MAX_BLOCKS)
-    if not blocks:
-        raise ValueError("no blocks")
-    manifest = Manifest(
-        config=_config(fields.take("config"), len(blocks)),
-        bos_token_id=None if bos is None else integer(bos, 0, MAX_VOCABULARY - 1, "bos_token_id"),
-        eos_token_ids=tuple(integer(token, 0, MAX_VOCABULARY - 1, "eos_token_ids") for token in eos),
-        tokenizer_files=tokenizer,
-        embed=_entry(fields.take("embed"), (EMBED_FILE,)),
-        head=_entry(fields.take("head"), (HEAD_FILE,)),
-        blocks=tuple(_entry(item, (block_file(block),)) for block, item in enumerate(blocks)),
-    )
-    fields.finish()
-    return manifest
 
 
-def _config(value: Any, block_count: int) -> dict[str, Json]:
+def _config(value: Any) -> dict[str, Json]:
     if not isinstance(value, dict) or not value:
         raise ValueError("config is not an object")
     _check_config_value(value, _MAX_CONFIG_DEPTH)
@@ -289,8 +313,6 @@ def _config(value: Any, block_count: int) -> dict[str, Json]:
         raise ValueError("config lacks model_type")
     if type(value.get("tie_word_embeddings")) is not bool:
         raise ValueError("config lacks tie_word_embeddings")
-    if block_count_of(value) != block_count:
-        raise ValueError(f"config describes {block_count_of(value)} blocks, not {block_count}")
     for keys, limit in ((_HIDDEN_SIZE_KEYS, MAX_WIDTH), (("vocab_size",), MAX_VOCABULARY)):
         if not 0 < (find_integer(value, keys) or 1) <= limit:
             raise ValueError(f"{keys[0]} exceeds {limit}")
@@ -311,15 +333,3 @@ def _check_config_value(value: Json, depth: int) -> None:
             _check_config_value(item, depth - 1)
     elif isinstance(value, int) and abs(value) > _MAX_CONFIG_INTEGER:
         raise ValueError("config has an integer beyond 2^53")
-
-
-def _entry(value: object, names: Sequence[str], limits: Mapping[str, int] = MappingProxyType({})) -> FileEntry:
-    fields = Fields(value, "file")
-    name, sha256 = fields.name("name", MAX_NAME_BYTES), fields.name("sha256", MAX_NAME_BYTES)
-    if name not in names:
-        raise ValueError(f"file name {name[:80]!r} where {' or '.join(names)} is expected")
-    if _SHA256.fullmatch(sha256) is None:
-        raise ValueError(f"the sha256 of {name} is not valid")
-    size_bytes = fields.integer("size", 1, limits.get(name, MAX_BLOB_BYTES))
-    fields.finish()
-    return FileEntry(name, size_bytes, sha256)

@@ -1,4 +1,4 @@
-"""Rate limits, bans and backoff by peer: a peer's flood uses up its own allowances and nobody else's. No clock."""
+"""Rate limits, bans and backoff by peer: a flood exhausts only the allowances of its sender. No clock of its own."""
 
 import random
 from typing import NamedTuple

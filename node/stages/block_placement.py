@@ -198,5 +198,5 @@ class BlockPlacer:
 
 
 def unknown_rate(blocks: int) -> float:
-    """Return the default rate, in tokens a second, of so many blocks."""
+    """Return the default rate of a number of blocks, in tokens a second."""
     return 1 / (UNKNOWN_BLOCK_S * max(1, blocks))

@@ -2,7 +2,7 @@
 
 A part of the memory is reserved for the node's own jobs, and as much again for the next peer that asks. Beyond that, a
 peer may hold its max-min fair share: what peers with small demands do not need is divided among those with larger ones.
-While memory is plenty nobody is refused. A peer that comes while no other holds anything may take all but the node's
+No peer is refused while memory is plenty. A peer that comes while no other holds anything may take all but the node's
 own part in one session, so that jobs of that length are possible.
 """
 

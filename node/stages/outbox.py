@@ -23,7 +23,7 @@ from protocol.tensors import Tensor, join
 
 OUTGOING_ROWS: Final = 512
 OUTGOING_BYTES: Final = 2 << 20
-"""Outputs leave in steps of at most so many rows, or as many as take so many bytes if these are more."""
+"""Limit of the rows in one step of outputs: the larger of the two."""
 
 
 class StepLoop(Protocol):

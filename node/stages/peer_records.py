@@ -1,4 +1,4 @@
-"""Per-peer records: what each peer has requested of the stages here, for `status`, and who waits for its faults."""
+"""Per-peer records: what each peer has requested of the stages here, for `status`, and the backoff for its faults."""
 
 from collections import Counter, OrderedDict
 from collections.abc import Mapping

@@ -323,8 +323,9 @@ class StageSession:
 
     # Rows that are computed
 
-    def slice_input(self, work: Work[InboundLink]) -> SliceInput:
-        """Return rows for the engine, with the history that it has not got yet."""
+    def slice_input(self, work: Work[InboundLink], now_s: float) -> SliceInput:
+        """Return rows for the engine, with the history that it has not got yet, and count how long they waited."""
+        self.state.counters.queue_s += now_s - work.arrived_s
         history: Sequence[int] | None = None
         if work.part.draws:
             history, self._history = self._history, None

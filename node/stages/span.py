@@ -266,12 +266,10 @@ class Span(EngineLoop):
     async def _step(self, batch: Sequence[Work[InboundLink]]) -> None:
         now_s = trio.current_time()
         sessions = [self.sessions[work.session] for work in batch]
-        for work, session in zip(batch, sessions, strict=True):
-            session.state.counters.queue_s += now_s - work.arrived_s
         self._in_step = frozenset(work.session for work in batch)
         result: StepResult | None = None
         try:
-            inputs = [session.slice_input(work) for work, session in zip(batch, sessions, strict=True)]
+            inputs = [session.slice_input(work, now_s) for work, session in zip(batch, sessions, strict=True)]
             result = await self.engine.step(inputs)
             faults = result.faults
         except StepFailed as failed:
@@ -295,7 +293,7 @@ class Span(EngineLoop):
         session = self.sessions.get(work.session)
         if session is None:
             return
-        if fault.by_rows and not session.info.is_first:  # token ids that the model itself drew are nobody's fault
+        if fault.by_rows and not session.info.is_first:  # token ids that the model itself drew are no fault
             self.reject(session, work.origin, fault.message)
         else:
             self.fail(session, FailureReason.ENGINE, fault.message)
@@ -328,5 +326,5 @@ class Span(EngineLoop):
 
 
 def pages_of(positions: int) -> int:
-    """Return how many pages of KV memory a session of so many positions takes."""
+    """Return how many pages of KV memory a number of positions takes."""
     return -(-positions // PAGE_POSITIONS)

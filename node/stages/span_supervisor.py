@@ -54,7 +54,7 @@ _EXACT_VARIANTS = tuple(
 _HALF_PRECISION = ("bfloat16", "float16")
 
 DISCOVERY_ROUND_S = 0.1
-"""How often a new node checks whether it has heard of any server of the model."""
+"""How often a new node checks whether it knows any server of the model."""
 
 SETTLED_S = 1.0
 """This long after it has, it knows what there is to know."""

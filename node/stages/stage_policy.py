@@ -1,25 +1,25 @@
-"""The stage policy that fits the load: changes slowly, because every change disturbs the sessions there are."""
+"""Stage policy: fits the row budget of chunked prefill to the load, slowly, as every change disturbs the sessions."""
 
 from typing import Final
 
 from node.stages.scheduler import Batching, StagePolicy
 
 STALL_BOUND_S: Final = 0.25
-"""What a newcomer's prompt may add to the step of those who decode."""
+"""What a chunk of a new prompt may add to the step of decoding sessions."""
 
 HOLD_S: Final = 5.0
-"""How long another policy must have been the better one before it comes into force."""
+"""How long another policy must have been better before it takes effect."""
 
 STEP_ROWS: Final = (32, 64, 128, 256, 512)
 """Row budgets to choose from."""
 
 _SMOOTHING: Final = 0.2
 _MIN_ROWS: Final = 16
-"""Steps with fewer rows say little about what a row costs."""
+"""Steps with fewer rows show little of the cost of a row."""
 
 
 class PolicyController:
-    """Watches what rows cost and says which policy is in force; one that the operator fixed stays."""
+    """Measures the cost of rows and chooses the policy; one that the operator fixed stays."""
 
     def __init__(self, *, batching: Batching | None = None, step_rows: int | None = None) -> None:
         self._fixed_step_rows = step_rows
@@ -29,7 +29,7 @@ class PolicyController:
         self._better_since_s = 0.0
 
     def observe(self, rows: int, compute_s: float, now_s: float) -> StagePolicy:
-        """Take note of a step, and return the policy for the next."""
+        """Record a step, and return the policy for the next."""
         if rows >= _MIN_ROWS:
             row_s = compute_s / rows
             self._row_s = row_s if not self._row_s else self._row_s + _SMOOTHING * (row_s - self._row_s)
@@ -38,7 +38,7 @@ class PolicyController:
         return self.policy
 
     def _fitting(self) -> int:
-        """Return the largest budget that keeps to the bound."""
+        """Return the largest row budget within the stall bound."""
         return max((rows for rows in STEP_ROWS if rows * self._row_s <= STALL_BOUND_S), default=STEP_ROWS[0])
 
     def _settle(self, step_rows: int, now_s: float) -> None:

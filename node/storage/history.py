@@ -2,8 +2,7 @@
 
 import hashlib
 import sqlite3
-from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Sequence
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Final, NamedTuple
@@ -47,10 +46,6 @@ class HistoryStore:
         self._bounds = bounds or HistoryBounds()
         self._digests: dict[int, _Known] = {}
 
-    async def add(self, observation: SignedObservation) -> bool:
-        """Store a verified observation; return whether it is new, once it is durable."""
-        return bool(await self.add_many([observation]))
-
     async def add_many(self, observations: Sequence[SignedObservation]) -> tuple[SignedObservation, ...]:
         """Store verified observations; return the new ones, once they are durable.
 
@@ -87,16 +82,9 @@ class HistoryStore:
         query = "SELECT observer, sum(count) FROM shares GROUP BY observer"
         return await self._database.read(lambda connection: dict(connection.execute(query).fetchall()))
 
-    async def envelopes(self, *, first_bucket: int = 0) -> AsyncIterator[bytes]:
-        """Yield every envelope by time of issue, in bounded memory; see `pages`."""
-        async with aclosing(self.pages(first_bucket=first_bucket)) as pages:
-            async for page in pages:
-                for stored in page:
-                    yield stored.envelope
-
-    async def pages(self, *, first_bucket: int = 0) -> AsyncGenerator[list[StoredObservation], None]:
+    async def pages(self) -> AsyncGenerator[list[StoredObservation], None]:
         """Yield all observations by bucket and id, in pages. Those added meanwhile may or may not be included."""
-        after = (first_bucket, b"")
+        after = (0, b"")
         while True:
             page = await self._database.read(partial(_page, after=after))
             if page:

@@ -48,7 +48,7 @@ async def test_sigkill_loses_no_acknowledged_observation(tmp_path: Path, writers
             assert len(await HistoryStore(database).get_many(list(acknowledged))) == len(acknowledged)
     async with open_database(path) as database, open_database(tmp_path / "other") as other:
         store, fresh = HistoryStore(database), HistoryStore(other)
-        kept = [open_observation(envelope) async for envelope in store.envelopes()]
+        kept = [open_observation(stored.envelope) async for page in store.pages() for stored in page]
         await fresh.add_many(kept)
         assert await store.digest() == await fresh.digest(), "digests and counts fit what is there"
         assert {each.id for each in kept} >= acknowledged

@@ -1,4 +1,4 @@
-"""Peers over the in-memory network that promise and do not deliver: what they say is legal, they do nothing."""
+"""Peers over the in-memory network that promise and do not deliver: their messages are valid, they do nothing."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -42,8 +42,8 @@ PROMISE = Load(sessions=0, queued_rows=0, free_positions=100_000, step_s=1e-9)
 class Hole:
     """Opens and begins every session, answers pings, and never sends a token nor credit.
 
-    `protocols`: versions of the job stream that it speaks. `opens`: whether it answers an Open. `claims`: what it says
-    of its progress when it is asked; None for nothing. `garbage`: it sends made-up tokens at once instead of none.
+    `protocols`: versions of the job stream that it speaks. `opens`: whether it answers an Open. `claims`: its answer
+    to a progress request; None for none. `garbage`: it sends made-up tokens at once instead of none.
     """
 
     network: Network
@@ -110,13 +110,13 @@ class Hole:
         for part in step.slices:
             count = self.tokens[part.session] if part.draws else 0
             for number in range(count):
-                told = Slice(
+                drawn = Slice(
                     session=SessionId(part.session.job, part.session.stage + 1),
                     position=part.position + part.rows + number,
                     rows=1,
                     finish_reason=FinishReason.LENGTH if number == count - 1 else None,
                 )
-                await _send(stream, connection.send(Step(slices=(told,), tensor=tensor_from_tokens([7]))))
+                await _send(stream, connection.send(Step(slices=(drawn,), tensor=tensor_from_tokens([7]))))
         await trio.sleep_forever()
 
 
@@ -137,7 +137,7 @@ async def join_hole(
     load: Load = PROMISE,
     **ways: bool | Progress,
 ) -> Hole:
-    """Start a hole that serves blocks of the fake model, and wait until everybody has heard of it."""
+    """Start a hole that serves blocks of the fake model, and wait until every peer knows it."""
     identity = Identity(swarm.rng.randbytes(32))
     network = swarm.hub.network(identity.peer_id)
     membership = Membership(

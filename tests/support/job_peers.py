@@ -195,7 +195,7 @@ class Swarm:
     ) -> Peer:
         """Start a peer that serves spans of the fake model; the first peer of the swarm is its bootstrap peer.
 
-        `draft`: the engine of a whole model, which guesses for jobs whose first blocks are served here.
+        `draft`: the engine of a whole model, which drafts for jobs whose first blocks are served here.
         """
         identity = Identity(self.rng.randbytes(32))
         network = self.hub.network(identity.peer_id)
@@ -240,7 +240,7 @@ class Swarm:
         return peer
 
     async def join_where_needed(self, blocks: int, library: Any = None, *, draft: str | None = None) -> Peer:
-        """Start a peer that serves so many blocks of the fake model, of its own choice."""
+        """Start a peer that serves a number of blocks of the fake model, of its own choice."""
         peer = await self.join()
         shape = _Shape()
         memory_bytes = (blocks * shape.blocks[0].size_bytes + shape.embed.size_bytes + shape.head.size_bytes) / 0.75
@@ -312,11 +312,11 @@ class Swarm:
                 peer.membership.announce()
             if draft is not None:
                 peer.engines.append(draft)
-                await nursery.start(self._guess, peer, draft)
+                await nursery.start(self._run_draft_model, peer, draft)
             task_status.started()
             await trio.sleep_forever()
 
-    async def _guess(self, peer: Peer, engine: FakeEngine, *, task_status: trio.TaskStatus[None]) -> None:
+    async def _run_draft_model(self, peer: Peer, engine: FakeEngine, *, task_status: trio.TaskStatus[None]) -> None:
         try:
             await peer.stages.run_draft_model(engine, REFERENCE, [FAKE_MODEL], task_status=task_status)
         except* EngineCrashed:
@@ -337,7 +337,7 @@ class Swarm:
         peer.membership.announce()
 
     async def settle(self) -> None:
-        """Wait until every peer has heard of every other, and of what it serves."""
+        """Wait until every peer knows every other, and what it serves."""
         while not all(self._knows(peer, other) for peer in self.peers for other in self.peers):
             await trio.sleep(0.1)
 

@@ -87,32 +87,32 @@ async def synchronise(initiator: Peer, responder: Peer) -> tuple[SyncInitiator, 
     return session, responders[0]
 
 
-class Talker:
-    """One end of a sync stream that says whatever its test wants it to."""
+class ScriptedEnd:
+    """One end of a sync stream that sends what its test scripts."""
 
     def __init__(self, stream: Stream, role: Role) -> None:
         self.connection = SyncConnection(role)
         self._stream = stream
-        self._heard: list[Message] = []
+        self._received: list[Message] = []
 
-    async def say(self, message: Message) -> None:
+    async def send(self, message: Message) -> None:
         await self._stream.send_all(self.connection.send(message))
 
-    async def hear(self) -> Message | None:
-        while not self._heard:
+    async def receive(self) -> Message | None:
+        while not self._received:
             data = await self._stream.receive_some()
-            self._heard += self.connection.receive_data(data)
+            self._received += self.connection.receive_data(data)
             if not data:
                 return None
-        return self._heard.pop(0)
+        return self._received.pop(0)
 
 
-async def meet(initiator: Peer, liar: Callable[[Talker], Awaitable[None]]) -> SyncInitiator:
+async def meet(initiator: Peer, liar: Callable[[ScriptedEnd], Awaitable[None]]) -> SyncInitiator:
     """Run one session of ours with a responder that lies."""
     await initiator.history.add_many(initiator.initial)
 
     async def serve(stream: Stream) -> None:
-        await liar(Talker(stream, Role.RESPONDER))
+        await liar(ScriptedEnd(stream, Role.RESPONDER))
 
     async with stream_to(serve) as stream:
         session = SyncInitiator(stream, initiator.throttle, initiator.replica, random.Random(0))

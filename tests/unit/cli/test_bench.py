@@ -4,8 +4,8 @@ from pathlib import Path
 import pytest
 
 from node.cli import run
-from node.cli.bench import WORKLOADS, grid, short
-from selector.task import BASELINE, PORTFOLIO, method
+from node.cli.bench import WORKLOADS, grid
+from selector.task import BASELINE, PORTFOLIO
 from tests.unit.api.fakes import FakeNode
 from tests.unit.cli.conftest import ServeNode
 
@@ -61,11 +61,6 @@ def test_measurement_error_is_one_line(serve: ServeNode, capsys: pytest.CaptureF
     assert run(["bench", "--api", serve(FakeNode()), "--method", "engine=steam"]) == 1
     assert "expected one of eager" in capsys.readouterr().err
     assert run(["bench", "--concurrency", "1000"]) == 2
-
-
-def test_short_name_shows_changed_switches() -> None:
-    assert short(method(engine="fused", prefix_cache="on").name) == "engine=fused|prefix_cache=on"
-    assert short(BASELINE.name) == "baseline"
 
 
 def test_one_round_has_no_interval(serve: ServeNode, capsys: pytest.CaptureFixture[str]) -> None:

@@ -30,7 +30,7 @@ def fill(data_dir: Path, records: list[SignedObservation]) -> None:
 def held(data_dir: Path) -> set[bytes]:
     async def read() -> set[bytes]:
         async with open_database(data_dir / "metaswarm.sqlite3") as database:
-            return {envelope async for envelope in HistoryStore(database).envelopes()}
+            return {stored.envelope async for page in HistoryStore(database).pages() for stored in page}
 
     return trio.run(read)
 

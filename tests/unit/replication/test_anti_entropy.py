@@ -24,7 +24,7 @@ from protocol.reconciliation import BUCKET_DIGITS, Listing, PackedIds, Split, Su
 from protocol.states import Role
 from protocol.sync import Answers, Compare, Get, Greeting, Items, Put, Taken, Welcome
 from tests.support.observations import NOW_S
-from tests.support.sync_sessions import Peer, Talker, made, meet, stream_to, synchronise
+from tests.support.sync_sessions import Peer, ScriptedEnd, made, meet, stream_to, synchronise
 
 BUCKET = made(0).bucket
 DIGEST = bytes(32)
@@ -162,12 +162,12 @@ async def test_forged_observation_in_an_answer_is_rejected(virtual_clock: MockCl
     forged = bytearray(made(1).envelope)
     forged[-1] ^= 1
 
-    async def liar(talker: Talker) -> None:
-        await talker.hear()
-        await talker.say(Welcome(first_bucket=0, answer=listing(made(1).id)))
-        await talker.hear()
-        await talker.say(Items((bytes(forged),), last=True))
-        await talker.hear()
+    async def liar(end: ScriptedEnd) -> None:
+        await end.receive()
+        await end.send(Welcome(first_bucket=0, answer=listing(made(1).id)))
+        await end.receive()
+        await end.send(Items((bytes(forged),), last=True))
+        await end.receive()
 
     peer = Peer()
     with pytest.raises(RemoteProtocolError):
@@ -176,12 +176,12 @@ async def test_forged_observation_in_an_answer_is_rejected(virtual_clock: MockCl
 
 
 async def test_unrequested_observation_is_rejected(virtual_clock: MockClock) -> None:
-    async def liar(talker: Talker) -> None:
-        await talker.hear()
-        await talker.say(Welcome(first_bucket=0, answer=listing(made(1).id)))
-        await talker.hear()
-        await talker.say(Items((made(2).envelope,), last=True))
-        await talker.hear()
+    async def liar(end: ScriptedEnd) -> None:
+        await end.receive()
+        await end.send(Welcome(first_bucket=0, answer=listing(made(1).id)))
+        await end.receive()
+        await end.send(Items((made(2).envelope,), last=True))
+        await end.receive()
 
     peer = Peer()
     with pytest.raises(RemoteProtocolError, match="not requested"):
@@ -190,12 +190,12 @@ async def test_unrequested_observation_is_rejected(virtual_clock: MockClock) -> 
 
 
 async def test_listed_but_undelivered_ids_are_a_violation(virtual_clock: MockClock) -> None:
-    async def liar(talker: Talker) -> None:
-        await talker.hear()
+    async def liar(end: ScriptedEnd) -> None:
+        await end.receive()
         ids = [invented(number) for number in range(MAX_UNDELIVERED + 1)]
-        await talker.say(Welcome(first_bucket=0, answer=listing(*ids)))
-        while await talker.hear() is not None:
-            await talker.say(Items((), last=True))
+        await end.send(Welcome(first_bucket=0, answer=listing(*ids)))
+        while await end.receive() is not None:
+            await end.send(Items((), last=True))
 
     with pytest.raises(RemoteProtocolError, match="but not delivered"):
         await meet(Peer(), liar)
@@ -204,7 +204,7 @@ async def test_listed_but_undelivered_ids_are_a_violation(virtual_clock: MockClo
 async def test_endless_splits_end_at_the_compare_bound(virtual_clock: MockClock) -> None:
     compares = 0
 
-    async def liar(talker: Talker) -> None:
+    async def liar(end: ScriptedEnd) -> None:
         nonlocal compares
         draw = random.Random(0)
 
@@ -213,12 +213,12 @@ async def test_endless_splits_end_at_the_compare_bound(virtual_clock: MockClock)
             stem = prefix if len(prefix) < BUCKET_DIGITS + 60 else prefix[: BUCKET_DIGITS + 60]
             return Split(tuple(Summary(stem + digit, 1 << 20, draw.randbytes(32)) for digit in "0123456789abcdef"))
 
-        await talker.hear()
-        await talker.say(Welcome(first_bucket=0, answer=split("")))
-        while isinstance(message := await talker.hear(), Compare):
+        await end.receive()
+        await end.send(Welcome(first_bucket=0, answer=split("")))
+        while isinstance(message := await end.receive(), Compare):
             compares += 1
             answers = tuple(split(query.prefix) for query in message.queries[:40] if len(query.prefix) < 66)
-            await talker.say(Answers(answers or (Listing(()),)))
+            await end.send(Answers(answers or (Listing(()),)))
 
     peer = Peer(made(number) for number in range(20))
     initiator = await meet(peer, liar)
@@ -228,8 +228,8 @@ async def test_endless_splits_end_at_the_compare_bound(virtual_clock: MockClock)
 
 
 async def test_silent_responder_times_out(virtual_clock: MockClock) -> None:
-    async def liar(talker: Talker) -> None:
-        await talker.hear()
+    async def liar(end: ScriptedEnd) -> None:
+        await end.receive()
         await trio.sleep_forever()
 
     started_s = trio.current_time()
@@ -241,16 +241,16 @@ async def test_silent_responder_times_out(virtual_clock: MockClock) -> None:
 async def test_envelopes_put_to_a_lying_responder_are_bounded(virtual_clock: MockClock) -> None:
     given_away = 0
 
-    async def liar(talker: Talker) -> None:
+    async def liar(end: ScriptedEnd) -> None:
         nonlocal given_away
-        await talker.hear()
-        await talker.say(Welcome(first_bucket=0, answer=Listing(())))
-        while (message := await talker.hear()) is not None:
+        await end.receive()
+        await end.send(Welcome(first_bucket=0, answer=Listing(())))
+        while (message := await end.receive()) is not None:
             if isinstance(message, Put):
                 given_away += len(message.envelopes)
-                await talker.say(Taken(count=len(message.envelopes)))
+                await end.send(Taken(count=len(message.envelopes)))
             else:
-                await talker.say(Answers((Listing(()),)))
+                await end.send(Answers((Listing(()),)))
 
     initiator = await meet(Peer(made(number) for number in range(600)), liar)
     assert not initiator.outcome.equal
@@ -260,7 +260,7 @@ async def test_envelopes_put_to_a_lying_responder_are_bounded(virtual_clock: Moc
 # Initiators that lie
 
 
-async def serve_liar(peer: Peer, liar: Callable[[Talker], Awaitable[None]]) -> SyncResponder:
+async def serve_liar(peer: Peer, liar: Callable[[ScriptedEnd], Awaitable[None]]) -> SyncResponder:
     """Serve one session to an initiator that lies; raise what it is accused of."""
     await peer.history.add_many(peer.initial)
     responders: list[SyncResponder] = []
@@ -276,25 +276,25 @@ async def serve_liar(peer: Peer, liar: Callable[[Talker], Awaitable[None]]) -> S
 
     async with stream_to(serve) as stream:
         with suppress(StreamClosed):
-            await liar(Talker(stream, Role.INITIATOR))
+            await liar(ScriptedEnd(stream, Role.INITIATOR))
     if faults:
         raise faults[0]
     return responders[0]
 
 
-async def greet(talker: Talker) -> None:
-    await talker.say(GREETING)
-    assert isinstance(await talker.hear(), Welcome)
+async def greet(end: ScriptedEnd) -> None:
+    await end.send(GREETING)
+    assert isinstance(await end.receive(), Welcome)
 
 
 async def test_forged_observations_in_a_put_are_rejected(virtual_clock: MockClock) -> None:
     forged = bytearray(made(1).envelope)
     forged[-1] ^= 1
 
-    async def liar(talker: Talker) -> None:
-        await greet(talker)
-        await talker.say(Put((made(2).envelope, bytes(forged))))
-        await talker.hear()
+    async def liar(end: ScriptedEnd) -> None:
+        await greet(end)
+        await end.send(Put((made(2).envelope, bytes(forged))))
+        await end.receive()
 
     peer = Peer()
     with pytest.raises(RemoteProtocolError):
@@ -303,10 +303,10 @@ async def test_forged_observations_in_a_put_are_rejected(virtual_clock: MockCloc
 
 
 async def test_request_for_unknown_ids_returns_nothing(virtual_clock: MockClock) -> None:
-    async def liar(talker: Talker) -> None:
-        await greet(talker)
-        await talker.say(Get(tuple(sorted(invented(number) for number in range(MAX_GET)))))
-        assert await talker.hear() == Items((), last=True)
+    async def liar(end: ScriptedEnd) -> None:
+        await greet(end)
+        await end.send(Get(tuple(sorted(invented(number) for number in range(MAX_GET)))))
+        assert await end.receive() == Items((), last=True)
 
     responder = await serve_liar(Peer([made(1)]), liar)
     assert responder.outcome.sent == 0
@@ -315,16 +315,16 @@ async def test_request_for_unknown_ids_returns_nothing(virtual_clock: MockClock)
 async def test_work_and_traffic_are_charged_to_the_initiator(virtual_clock: MockClock) -> None:
     observations = [made(number) for number in range(100)]
 
-    async def liar(talker: Talker) -> None:
-        await greet(talker)
+    async def liar(end: ScriptedEnd) -> None:
+        await greet(end)
         for _ in range(10):
-            await talker.say(Get(tuple(sorted(observation.id for observation in observations))))
-            while isinstance(items := await talker.hear(), Items) and not items.last:
+            await end.send(Get(tuple(sorted(observation.id for observation in observations))))
+            while isinstance(items := await end.receive(), Items) and not items.last:
                 pass
-            await talker.say(Compare((Summary("", 1, DIGEST),) * 64))
-            await talker.hear()
-            await talker.say(Put(tuple(observation.envelope for observation in observations[:10])))
-            await talker.hear()
+            await end.send(Compare((Summary("", 1, DIGEST),) * 64))
+            await end.receive()
+            await end.send(Put(tuple(observation.envelope for observation in observations[:10])))
+            await end.receive()
 
     peer = Peer(observations)
     responder = await serve_liar(peer, liar)
@@ -337,10 +337,10 @@ async def test_answers_are_cut_to_the_size_of_a_message(virtual_clock: MockClock
     observations = [made(number, number % 7) for number in range(400)]
     whole = Summary("", 0, DIGEST)
 
-    async def liar(talker: Talker) -> None:
-        await greet(talker)
-        await talker.say(Compare((whole,) * 64))
-        heard = await talker.hear()
+    async def liar(end: ScriptedEnd) -> None:
+        await greet(end)
+        await end.send(Compare((whole,) * 64))
+        heard = await end.receive()
         assert isinstance(heard, Answers)
         assert 1 <= len(heard.answers) < 64
         assert all(isinstance(answer, Listing) for answer in heard.answers)

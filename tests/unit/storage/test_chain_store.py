@@ -44,7 +44,7 @@ async def test_each_own_observation_is_committed_once(tmp_path: Path) -> None:
         store, history = ChainStore(database), HistoryStore(database)
         ours = [signed(number) for number in range(5)]
         for each in ours:
-            await history.add(each)
+            await history.add_many([each])
         observer = peer(0)
         first = await store.uncommitted(CHAIN, observer, limit=3)
         assert list(first.ids) == [each.id for each in ours[:3]]

@@ -101,7 +101,7 @@ async def test_log_of_a_damaged_database_is_not_replayed_into_the_new_one(path: 
     await filled(path)
     crashed = tmp_path / "crashed.sqlite3"
     async with open_database(path) as database:
-        await HistoryStore(database).add(signed(100))
+        await HistoryStore(database).add_many([signed(100)])
         copy_crashed(path, crashed)
     async with open_database(crashed) as database:
         assert database.set_aside is not None
@@ -115,7 +115,7 @@ async def test_damage_at_runtime_is_an_error_that_a_restart_repairs(path: Path) 
     async with open_database(path) as database:
         overwrite_pages_inside(path)
         with pytest.raises(StorageDamaged, match="restart"):
-            async for _ in HistoryStore(database).envelopes():
+            async for _ in HistoryStore(database).pages():
                 pass
     async with open_database(path) as database:
         assert database.set_aside is not None
@@ -134,7 +134,7 @@ async def limit_pages(database: Database, extra: int) -> None:
 async def test_full_disk_fails_each_write_and_later_writes_work(path: Path) -> None:
     async with open_database(path) as database:
         store = HistoryStore(database)
-        await store.add(RECORDS[0])
+        await store.add_many([RECORDS[0]])
         await limit_pages(database, extra=2)
         for _ in range(3):
             with pytest.raises(StorageFull, match=r"no space left to write .*metaswarm\.sqlite3"):
@@ -188,10 +188,10 @@ async def test_lock_timeout_names_the_other_process(path: Path, monkeypatch: pyt
         other = sqlite3.connect(path, isolation_level=None)
         other.execute("BEGIN IMMEDIATE")
         with pytest.raises(StorageError, match="another process"):
-            await HistoryStore(database).add(signed(100))
+            await HistoryStore(database).add_many([signed(100)])
         other.execute("ROLLBACK")
         other.close()
-        assert await HistoryStore(database).add(signed(100))
+        assert await HistoryStore(database).add_many([signed(100)])
 
 
 async def test_unwritable_path_is_a_one_line_error(tmp_path: Path) -> None:
