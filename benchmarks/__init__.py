@@ -1,1 +1,1 @@
-"""Measurements, each one command: those whose figures the README tells, and others."""
+"""Benchmarks, each a command of its own: those cited in docs/performance.md, and others."""

@@ -1,9 +1,9 @@
-"""Runs the benchmarks one after another; above each table stands the command that gives it.
+"""Runs the benchmarks one after another; above each table stands the command that prints it.
 
     python -m benchmarks [--all | --list] [NAME …]
 
-Without arguments those that take minutes, with `--all` every one that needs no file of its own: that takes hours. A
-benchmark that fails does not keep the others from running.
+Without arguments it runs those that take minutes; with `--all` all that need no arguments, which takes hours. A
+benchmark that fails does not stop the others.
 """
 
 import argparse

@@ -1,9 +1,9 @@
-"""Every decoder-only architecture of the installed transformers: served exactly, or refused at import with the reason.
+"""Exactness of every decoder-only architecture of the installed transformers: served exactly, or refused at import.
 
-For each a tiny random model is made of its config class, tried out and imported as `metaswarm model import` does, and
-served by engines in this process: in one, two and three spans, three sessions of different lengths in each step, with
-prompts in chunks, by the reference and by the fast variants where there are any. Greedy tokens must be those of
-transformers' `generate`. Exits with 1 if any differ, or if anything fails once it has been imported.
+For each architecture a tiny random model is made from its config class, imported as `metaswarm model import` does, and
+served by engines in this process: in one, two and three spans, three sessions of different lengths in each step,
+chunked prefill, by the reference and the available fast variants. Greedy tokens must equal those of transformers'
+`generate`. Exits with 1 if any differ, or if anything fails after import.
 """
 
 import argparse

@@ -1,9 +1,9 @@
-"""What daemons that are killed again and again cost those who wait for texts.
+"""Job loss and recovery time while daemons are killed and restarted continually.
 
     python -m benchmarks.churn [--duration 300] [--every 10] [--json]
 
-Six daemons, two for each third of the demo model, and a coordinator that serves none. In turn one is killed and started
-again at once, on the data that it had, while three jobs run at a time, each of which has to end in the right text.
+Six daemons, two for each third of the demo model, and a coordinator that serves no blocks. The daemons are killed in
+turn and restarted at once on their data, while three jobs run concurrently. Each job must end with the right text.
 """
 
 import json

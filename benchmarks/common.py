@@ -1,4 +1,4 @@
-"""What the benchmarks share: the model they measure with, how times are summed up, and how busy the machine was."""
+"""Shared by the benchmarks: the demo model, summaries of samples, and the load of the machine."""
 
 import os
 import time

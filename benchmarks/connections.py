@@ -1,11 +1,11 @@
-"""Whether a thousand connections that somebody only holds open keep an honest peer out.
+"""Time for an honest peer to connect while one address holds a thousand idle connections.
 
     python -m benchmarks.connections [--connections N] [--json]
 
-A daemon without blocks; from one address, first so many TCP connections on which nothing is said, then so many whose
-handshake is finished and on which nothing is said, each with an identity of its own. Between, and while they stand, an
-honest peer dials the daemon again and again, from another address and from the same one. They come from a process of
-their own, at low priority: what they cost their owner is not what is measured.
+A daemon without blocks. One address opens N bare TCP connections, then N with a finished handshake, each under an
+identity of its own; none sends anything. Before, between and during these phases an honest peer dials the daemon
+repeatedly, from another address and from the same one. The idle connections belong to a separate process at low
+priority, so that its own CPU time does not distort the result.
 """
 
 import json

@@ -2,9 +2,9 @@
 
     python -m benchmarks.consensus DATASET_DIR [--peers N] [--epochs N] [--json]
 
-Peers of the hardware in a folder of measurements measure their assigned cells, through the selector's own epochs;
-colluding liars report the mirror image of the truth in the cells that decide. Meta-models are trained on the result,
-and choose in contexts that were not measured. The baseline: the same numbers of readings, freely reported.
+Simulated peers with the hardware of a dataset measure their assigned cells, through the selector's own epochs.
+Colluding liars report the mirror image of the truth in the decisive cells. Meta-models are trained on the agreed table
+and choose methods in contexts that were not measured. Baseline: the same number of readings, freely reported.
 """
 
 import json

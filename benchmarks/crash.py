@@ -1,11 +1,10 @@
-"""What `kill -9` costs a daemon in the middle of its work: nothing that it had acknowledged, and how soon it is back.
+"""Durability and restart time of a daemon that is killed with SIGKILL while it writes.
 
     python -m benchmarks.crash [--kills 20] [--history 10000] [--json]
 
-Real daemons on loopback. One serves the demo model; jobs of one token are submitted at another, several at a time,
-which is killed at a random moment and started again. Whoever has a job's answer was acknowledged its observation: they
-are counted in the SQLite file after each kill, before the daemon is started again. The file is opened there as the
-daemon opens it, with a history of the past in it, and that is timed.
+Real daemons on loopback. One serves the demo model; short jobs are submitted concurrently at another, which is killed
+at a random moment and restarted. A job that was answered has an acknowledged observation; these are counted in the
+SQLite file after each kill, before the restart. Opening that file, with an older history in it, is timed as well.
 """
 
 import json

@@ -1,4 +1,4 @@
-"""Real daemons on loopback, each in a process and a data directory of its own, and what lies in their histories."""
+"""Real daemons on loopback, each in its own process and data directory, and readers of their histories."""
 
 import os
 import signal

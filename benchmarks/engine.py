@@ -1,12 +1,12 @@
-"""Measures the engine alone, in one process: our variants beside other engines with the same model, taken in turn.
+"""Prefill and decode speed of the engine alone, beside other engines with the same model.
 
     python -m benchmarks.engine [--json] [--rounds N] [--tokens N] [--variant ENGINE/ARITHMETIC]... [--no-rivals]
                                 [--model MODEL_OR_DIR] [--device cpu|cuda]
 
-Prefill of 512 tokens, then decoding at batch 1 and 8. `bound`: how fast decoding at batch 1 could be if reading the
-weights, at the rate that this process reads memory, were all there is to it. `beside`: the best of ours over the best
-of the others, fp32 with fp32 and int8 with int8, whether activations are rounded, too, or not. Which others, and how to
-install them: `benchmarks/rivals.py`.
+Prefill of 512 tokens, then decoding at batch 1 and 8; the engines run in turn. `bound`: the decode rate at batch 1 if
+reading the weights at this process's memory bandwidth were the only cost. `beside`: our best variant over the best of
+the others at equal precision (fp32 or int8, with activations quantised or not). `benchmarks/rivals.py` lists the other
+engines and how to install them.
 """
 
 import argparse

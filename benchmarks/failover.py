@@ -1,10 +1,9 @@
-"""How long a reader waits when a stage is lost in the middle of a job: from the loss to the next token.
+"""Pause of a job's token stream when a stage is lost: from the loss to the next token.
 
     python -m benchmarks.failover [--rounds N] [--signal SIGKILL|SIGSTOP] [--context N] [--json]
 
-Three stages with a spare each, and a coordinator that serves none, are real daemons. A round loses each stage once, in
-as many jobs; then whoever was lost is started again. The pause runs from the signal to the next token, detection
-included.
+Real daemons: three stages with a spare each, and a coordinator that serves no blocks. A round loses each stage once,
+each in a job of its own, and then restarts it. The pause runs from the signal to the next token, detection included.
 """
 
 import json

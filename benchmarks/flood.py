@@ -1,12 +1,12 @@
-"""What a peer that floods a daemon for half a minute costs it, and the jobs of others.
+"""Memory and slowdown that a flooding peer causes in a daemon and in other peers' jobs.
 
     python -m benchmarks.flood [--seconds N] [--json]
 
-A daemon serves the whole demo model. One job after another is submitted to it: in peace, then beside a process that
-only takes as much of this machine's cores as the flooding peer will, and then while that peer does on every protocol at
-once whatever it can: gossip of garbage on all topics, as much as it can sign; garbage and well-formed nonsense on
-streams of the sync, job and blob protocols, opened as fast as they open; and requests for the largest block file whose
-answers it never reads. It comes back, as somebody new, whenever it is cut off.
+A daemon serves the whole demo model and runs one job after another: undisturbed; then beside a process that only uses
+as many cores as the flooding peer will; then under the flood. The flooding peer uses every protocol at once: as much
+signed garbage on all gossip topics as it can produce; garbage and well-formed nonsense on sync, job and blob streams;
+and requests for the largest block file whose answers it never reads. When it is disconnected it returns under a new
+identity.
 """
 
 import json

@@ -1,12 +1,12 @@
-"""What a bad day costs swarms of several sizes, and how that grows: bytes of each peer, and time to one history.
+"""Convergence time and traffic of the history under faults, by swarm size (simulated).
 
     python -m benchmarks.growth [--peers 30 --peers 100 --peers 300 --peers 1000] [--json]
 
-The node's own membership, gossip and anti-entropy over the in-memory network in virtual time: links of 30 to 70 ms
-that lose 30 % of all packets, a partition of 60 s, and all the while peers that join and leave, one each a second at
-300 peers and in proportion otherwise. Five observations a second are made in all. After the last fault it is counted
-how long it takes until every live peer holds the same. `--without-membership` leaves the heartbeats out, so that what
-the history alone costs is seen; without them a thousand peers take minutes and not an hour.
+The node's own membership, gossip and anti-entropy over the in-memory network in virtual time: links of 30 to 70 ms with
+30 % packet loss, a partition of 60 s, and churn (at 300 peers one joins and one leaves each second; in proportion
+otherwise). The whole swarm makes five observations a second. The convergence time runs from the last fault until all
+live peers hold the same history. `--without-membership` leaves out heartbeats, which isolates the cost of the history
+and makes a thousand peers take minutes instead of an hour.
 """
 
 import json

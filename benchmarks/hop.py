@@ -1,11 +1,11 @@
-"""What one more stage costs a decode step, over the engine's own time, and what that cost consists of.
+"""Overhead of one more stage in a decode step, beyond the engine's own time, and its parts.
 
     python -m benchmarks.hop [--rounds N] [--tokens N] [--json]
 
-Three swarms of real daemons on loopback hold the whole model in one, two and three stages. Jobs take turns between
-them, so that a noisy minute is noisy for all. The overhead of a token is its time minus what the stages' forward passes
-took; the cost of a hop is the slope of the overhead over the number of stages. The second stage brings two crossings of
-the network (its rows come, the token goes back), the third one more; so the two steps are shown apart, too.
+Three swarms of real daemons on loopback hold the whole model in one, two and three stages. Jobs alternate between
+them, so that load from elsewhere affects all alike. The overhead of a token is its time minus the stages' forward
+passes; the cost of a hop is the slope of the overhead over the number of stages. The second stage adds two network
+crossings (rows there, token back), the third one more, so both steps are shown separately, too.
 """
 
 import json

@@ -1,9 +1,9 @@
-"""How long it takes a node with an empty disk to serve a third of the demo model, its files coming from two peers.
+"""Time until a node with an empty disk serves a third of the demo model, fetched from two peers.
 
     python -m benchmarks.joining [--rounds N] [--json]
 
-Each peer serves a third and has every file. The newcomer is told nothing but their addresses and the model's name; it
-is timed from the start of its process until others hear that it serves, so that the model is complete.
+Each peer serves a third and holds all files. The newcomer knows only their addresses and the model's name. The time
+runs from the start of its process until the other peers see the model served completely.
 """
 
 import json

@@ -1,9 +1,10 @@
-"""Does the swarm learn? Three daemons with an empty history serve mixed jobs; then the last of them are served again.
+"""Cost of the methods that a swarm learns from an empty history, against the best in hindsight.
 
-Four families of jobs come in turn, two of them exact only, from one submitter, which has measured before what lossy
-methods do to the model's answers. Hindsight then looks for the best method of each family, and for the one that is best
-for all, by a few jobs of each family with each method that was in use. The last jobs are replayed in alternation: with
-the methods that the swarm chooses by now, with the hand-written rule's, and with those two.
+Three daemons serve mixed jobs of four families in turn, two of which demand exact outputs. The submitter has measured
+beforehand how lossy methods change the model's answers. Then the best method of each family and the best single method
+are determined in hindsight, by a few jobs of each family with each method that was used. Finally the last jobs are
+replayed in alternation: with the methods that the swarm now chooses, with those of the hand-written rule, and with
+those two.
 
 `python -m benchmarks.learning [--jobs 300] [--last N] [--replays 5] [--plot FILE.png] [--json]`
 """

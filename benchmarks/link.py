@@ -1,8 +1,7 @@
-"""A link with the distance and the width of a real one: a TCP relay in user space through which a pair of peers dials.
+"""A user-space TCP relay that emulates the latency, jitter, bandwidth and stalls of a real link.
 
-`python -m benchmarks.link 127.0.0.1:4001 --delay-ms 20` prints the port on which it listens; dial that instead. The
-kernel's netem is not available everywhere; this is. A lost packet shows to TCP's user as a stall, so that is how loss
-is played.
+`python -m benchmarks.link 127.0.0.1:4001 --delay-ms 20` prints the port on which it listens; dial that instead. It
+needs no privileges, unlike the kernel's netem. Packet loss is emulated as a stall, which is how users of TCP see it.
 """
 
 import argparse

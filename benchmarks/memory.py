@@ -1,12 +1,12 @@
-"""What a daemon weighs: idle, with 10 blocks, with all 30; and what the blocks add against their bytes on disk.
+"""Memory of a daemon: idle, with 10 blocks, with all 30; and what blocks add relative to their size on disk.
 
     python -m benchmarks.memory [--json]
 
-Proportional set sizes from /proc: pages that processes share are divided among them, save those of model files. A job
-is run before the figures are read, because mapped weights weigh nothing until they are used. A worker brings torch
-along, whatever it serves; so the blocks are weighed as the difference between a worker with all of them, with the
-embedding that a whole model needs, and a worker with the 10 in the middle. All the while one other daemon serves the
-rest of the blocks, so that every worker that is weighed shares torch's pages with as many others.
+Proportional set sizes from /proc: shared pages are divided among the processes that map them, except those of model
+files. A job runs before each reading, because mapped weights occupy memory only once they are used. Every worker loads
+torch, so the blocks' share is the difference between a worker with all blocks (and the embedding) and one with the 10
+in the middle. Another daemon serves the remaining blocks throughout, so that all measured workers share torch's pages
+with the same number of processes.
 """
 
 import json

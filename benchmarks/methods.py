@@ -1,16 +1,15 @@
-"""Which method wins under which workload, on one node and on three: a table of winners with their speed-ups.
+"""Fastest method under each workload, on one node and on three, with its speed-up.
 
     python -m benchmarks.methods [--peers 1|3 …] [--delay-ms N] [--bytes-per-s N] [--rounds N] [--workload N …]
                                  [--method NAME …] [--resume FILE] [--json]
 
-Real daemons, measured as `metaswarm bench` does: in every round each method and the baseline once, in an order drawn
-anew, nothing timed before everything is built. Several peers are as far apart as `--delay-ms` and `--bytes-per-s` say,
-each pair connected through a relay of `benchmarks.link`; then the first has the model itself, in int8, as a draft
-model. A workload is a heat and a final. In the heat the whole portfolio runs, less what can do nothing there: a cache
-where prompts have nothing in common, a chunk as long as the prompt, a wire codec on loopback, guesses where one token
-is wanted; such a method is the one without that switch. In the final the fastest of the heat run, those that keep
-the outputs exact and those of any quality. Only the final counts. A method wins by its lead over the second, from pairs
-within the rounds, beyond doubt where that is more than 15 % and its interval excludes a tie.
+Real daemons, measured as by `metaswarm bench`: in each round every method and the baseline run once, in random order,
+and nothing is timed before everything is built. Several peers are connected through relays of `benchmarks.link` with
+`--delay-ms` and `--bytes-per-s`; then the first one also has the model in int8 as a draft model. Each workload has a
+heat and a final. The heat runs the whole portfolio without methods that have no effect there: a prefix cache where
+prompts share nothing, a chunk as long as the prompt, a wire codec on loopback, speculation where one token is wanted.
+The final runs the fastest of the heat, among exact methods and among all. Only the final counts. A method wins if its
+lead over the second, from pairs within the rounds, is above 15 % and its interval excludes a tie.
 """
 
 import json

@@ -1,10 +1,10 @@
-"""What a million spoilt frames and records do: nothing but a RemoteProtocolError each, and no memory that stays.
+"""Fuzzing of every decoder of peers' input: only RemoteProtocolError may be raised, and memory must not grow.
 
     python -m benchmarks.mutations [--count 1000000] [--seed 1] [--json]
 
-Every decoder of what peers send takes its turn. Valid inputs are spoilt by flipped bits, cuts, insertions, splices,
-deep nesting and huge lengths; of signed records also the payload, signed anew, so that what lies behind the signature
-is reached. Any other exception ends the run and says from which bytes it came. No model and no daemon is needed.
+The decoders take turns. Valid inputs are mutated by bit flips, truncation, insertion, splicing, deep nesting and huge
+lengths; payloads of signed records also with a new signature, to reach the code behind the signature check. Any other
+exception ends the run and shows the input. Needs no model and no daemon.
 """
 
 import json

@@ -1,7 +1,7 @@
-"""The parts of a hop, each measured by itself on the very frame that crosses it: one row of hidden states.
+"""Parts of the cost of a hop, each measured alone on the actual frame: one row of hidden states.
 
-A process that has computed for a while, as a worker does, waits for a core where others want one, too. So the parts'
-fifth percentile tells what the code costs, and their median what the machine makes of it.
+A process that has computed for a while, as a worker does, waits for a core where others compete for it. So the fifth
+percentile shows the cost of the code, and the median what the machine adds.
 """
 
 import os

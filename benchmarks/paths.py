@@ -1,10 +1,10 @@
-"""What each way that an observation travels is worth: gossip alone, anti-entropy alone, and both.
+"""Delivery of observations by gossip alone, by anti-entropy alone, and by both: share, delay and traffic.
 
     python -m benchmarks.paths [--peers 8] [--rate 2 --rate 8] [--duration 20] [--json]
 
-Processes with the node's own network and dissemination, without engine and database, on loopback, each dialling others.
-They observe something at random times, all together so often a second, and note when they hear of what the others
-observed. A while after the last one it is counted what has arrived, and how long it took.
+Processes with the node's own network and dissemination, without engine and database, connected over loopback. They make
+observations at random times, `--rate` a second altogether, and record when each arrives. The results are read a while
+after the last observation.
 """
 
 import hashlib

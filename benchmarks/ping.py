@@ -1,10 +1,10 @@
-"""How soon a daemon answers a libp2p ping while its engine computes long prompts.
+"""Latency of libp2p pings to a daemon while its engine computes long prompts.
 
     python -m benchmarks.ping [--pings N] [--json]
 
-A daemon serves the whole demo model and is given prompts of 1,024 tokens, one after another; a peer in another process
-pings it all the while, and for comparison while it is idle. Each ping is timed twice: from the bytes sent to their
-echo, and with the stream that is opened for it.
+A daemon serves the whole demo model and computes prompts of 1,024 tokens, one after another, while a peer in another
+process pings it; for comparison also while it is idle. Each ping is timed twice: from the bytes sent to their echo, and
+including the opening of its stream.
 """
 
 import json

@@ -1,11 +1,11 @@
-"""How busy the stages of a route are while several sessions are in flight: none is to wait for another.
+"""CPU utilisation of the stages of a route with several sessions in flight, with and without batching.
 
     python -m benchmarks.pipeline [--tokens 64] [--method NAME] [--json]
 
-Three daemons with a third of the demo model's work and one thread each, and a coordinator that serves none; eight jobs
-at a time, all by one method, which every stage has built before. First each stage takes one session at a time, then it
-batches. A stage's share is the time that its engine calculates. What counts is the processor time of all daemons and
-their workers, of what there was on all cores but for what a virtual machine's host gave to others (stolen).
+Three daemons with one thread and a third of the demo model's work each, and a coordinator that serves no blocks; eight
+concurrent jobs, all by one method, which every stage has built before. First each stage runs one session at a time,
+then it batches. A stage's share is its engine's compute time. The target is on the CPU time of all daemons and workers
+relative to that of all cores, excluding time stolen by the host of a virtual machine.
 """
 
 import json

@@ -1,9 +1,9 @@
-"""How well nodes that decide by themselves what to serve share a model's blocks, in simulated swarms.
+"""Balance of block placement in simulated swarms whose nodes choose their blocks themselves.
 
     python -m benchmarks.placement [--seeds N] [--nodes N] [--json]
 
-A hundred unequal nodes join in random order, then a third of them leaves at once. The optimum is an upper bound: what
-the least served block could get if nodes could be divided.
+A hundred unequal nodes join in random order, then a third of them leaves at once. The optimum is an upper bound: the
+throughput of the least served block if nodes could be divided.
 """
 
 import json

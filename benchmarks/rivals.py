@@ -1,7 +1,7 @@
-"""Other engines with the same model, for comparison: those of them that are installed.
+"""Other engines with the same model, for comparison, as far as they are installed.
 
-`pip install ctranslate2 onnxruntime-genai onnx-ir` installs them; none is needed by the project. Their forms of the
-model are made once, beside the models in the user's cache, which takes a minute or two. llama.cpp is not among them:
+Install them with `pip install ctranslate2 onnxruntime-genai onnx-ir`; the project needs none of them. Their formats of
+the model are converted once, beside the models in the user's cache, which takes a minute or two. llama.cpp is left out:
 PyPI has no wheels of its binding, and it reads GGUF files, which packages are not.
 """
 

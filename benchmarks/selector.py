@@ -1,4 +1,4 @@
-"""What it costs to learn: a refresh with 10,000 observations in the worker, and the choice of a method.
+"""Cost of learning: refresh of the model from 10,000 observations, and latency of choosing a method.
 
 `python -m benchmarks.selector [--observations N] [--json]`
 """

@@ -1,11 +1,11 @@
-"""How soon what one daemon has seen is in the history of all, and how soon a late one has everything.
+"""Time until an observation of one daemon is in the history of all, and until a late daemon has caught up.
 
     python -m benchmarks.spread [--peers 10] [--jobs 200] [--history 10000] [--json]
 
 Real daemons on loopback, one of which serves the demo model. Jobs of one token are submitted at all of them in turn,
-with random pauses; each leaves an observation, which is looked for in the SQLite file of every daemon. Then a dataset
-is imported beside one running daemon (`metaswarm history import`), spreads to all, and one more daemon starts with an
-empty directory. In the end counts and digests of all files are compared.
+with random pauses; each makes an observation, which is looked for in the SQLite file of every daemon. Then a dataset is
+imported beside one running daemon (`metaswarm history import`) and spreads to all, and a new daemon starts with an
+empty directory. Finally counts and digests of all files are compared.
 """
 
 import json

@@ -1,10 +1,10 @@
-"""Replays a real workload trace at a scale that fits: arrival times, lengths and shared prefixes of real users.
+"""Replays a real workload trace, scaled down: arrival times, lengths and shared prefixes of real users.
 
     python -m benchmarks.trace FILE [--jobs N] [--scale S] [--speed X] [--peers P] [--method NAME] [--json]
 
 FILE is one of the Azure LLM inference traces (CSV) or the Mooncake conversation trace (JSON lines), gzipped or not.
-Lengths are divided by `--scale`, and what does not fit into the model's context then is cut; time runs `--speed` times
-as fast. Where the trace tells which prompts begin alike, the prompts do.
+Lengths are divided by `--scale` and truncated to the model's context; time runs `--speed` times as fast. Where the
+trace shows which prompts share a prefix, the replayed prompts share one, too.
 """
 
 import csv

@@ -1,10 +1,10 @@
-"""What links of real lengths cost: how soon and how fast tokens come, and how long a reader waits when a stage is lost.
+"""Throughput, time to first token and failover pause over links with the latency of a WAN.
 
     python -m benchmarks.wan [--delay-ms 1 --delay-ms 20 --delay-ms 80] [--tokens 48] [--rounds 3] [--json]
 
-A coordinator that serves nothing, a daemon for each third of the demo model and a spare for the middle one, on
-loopback; every pair of them is connected through a relay of `benchmarks.link`. A token goes once around the three
-stages. Then the middle stage is killed in the middle of a job; the pause is from the kill to the next token.
+On loopback: a coordinator that serves no blocks, a daemon for each third of the demo model and a spare for the middle
+one; each pair is connected through a relay of `benchmarks.link`. A token makes one round trip through the three stages.
+Then the middle stage is killed in the middle of a job; the pause runs from the kill to the next token.
 """
 
 import json

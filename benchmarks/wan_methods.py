@@ -1,10 +1,10 @@
-"""What methods that save round trips are worth where links are slow: real daemons behind relays.
+"""Speed-up of methods that save round trips on slow links: real daemons behind relays.
 
     python -m benchmarks.wan_methods [--delay-ms 20] [--rounds N] [--case NAME …] [--json]
 
-Three stages on loopback, each pair connected through `benchmarks.link`. Chunked prefill: the time to the first token of
-a prompt of 1,024. Speculation: tokens per second on repetitive text. Prefix caching: eight jobs that share 90 % of 400
-tokens, until the last is done, on links without delay. Method and baseline in turn, as `metaswarm bench` runs them.
+Three stages on loopback, each pair connected through `benchmarks.link`. Chunked prefill: time to first token of a
+prompt of 1,024. Speculative decoding: tokens per second on repetitive text. Prefix caching: eight jobs that share 90 %
+of 400 tokens, until the last is done, on links without delay. Method and baseline alternate, as in `metaswarm bench`.
 """
 
 import json

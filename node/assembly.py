@@ -27,8 +27,9 @@ from node.identity import Identity, IdentityError, load_or_create
 from node.models.files import Progress
 from node.models.library import Library
 from node.models.store import ModelStore
-from node.network.host import Libp2pNetwork, NetworkLimits
+from node.network.host import Libp2pNetwork
 from node.network.interface import Network
+from node.network.limits import NetworkLimits
 from node.replication.observations import ObservationReplicator
 from node.selection.chooser import LearnedChooser, LearnedVoter
 from node.selection.learner import Learner

@@ -278,24 +278,18 @@ class NodeView(Protocol):
     @property
     def submitter(self) -> Submitter:
         """The coordinator."""
-        ...
 
     async def bench(self, spec: TrialSpec) -> Trial:
         """Measure methods against the baseline, by real jobs. Raises JobError."""
-        ...
 
     async def status(self) -> NodeStatus:
         """Return the status of this node."""
-        ...
 
     def peers(self) -> list[PeerStatus]:
         """Return the known peers, without this one."""
-        ...
 
     def models(self) -> list[ModelDocument]:
         """Return the known models."""
-        ...
 
     async def explain(self, request: JobRequest, overrides: Mapping[str, Any]) -> Explanation:
         """Collect the stages' votes on a job without running it; `overrides` overrides its context. Raises JobError."""
-        ...

@@ -23,11 +23,9 @@ class Meter(Protocol):
 
     async def measure(self, cell: Cell) -> float | None:
         """Return the natural logarithm of the cell's cost over the baseline's; None if it cannot be measured now."""
-        ...
 
     async def revealed(self) -> None:
         """Publish the observations behind the readings, which are revealed now."""
-        ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -68,7 +68,6 @@ class Models(Protocol):
 
     async def open(self, text: str) -> KnownModel:
         """Return the model that the user means. Raises ModelError with one line for the user."""
-        ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -44,11 +44,9 @@ class QualityStore(Protocol):
 
     def request(self, model: KnownModel) -> MeasurementState:
         """Request the measurement of a model unless it was measured, without waiting for it."""
-        ...
 
     def quality(self, model: ModelId, method: Method) -> MeasuredQuality | None:
         """Return the measured quality; None if it was not measured."""
-        ...
 
 
 class NullQualityStore:
@@ -84,14 +82,12 @@ class Choice(Protocol):
     @property
     def order(self) -> Sequence[Method]:
         """The admitted methods in order of preference, which breaks ties between equal scores."""
-        ...
 
     def ballot(self, votes: Sequence[Mapping[str, float]], weights: Sequence[int] | None = None) -> Mapping[str, float]:
         """Return the coordinator's own scores, given those of the stages and the weights of all votes.
 
         Methods that are left out are not accepted; of methods that all stages offer, at least one is accepted.
         """
-        ...
 
 
 class Chooser(Protocol):
@@ -99,11 +95,9 @@ class Chooser(Protocol):
 
     async def choose(self, question: SelectionRequest) -> Choice:
         """Return the choice, without waiting for predictions that are missing."""
-        ...
 
     def served(self, choice: Choice, outcome: JobOutcome) -> Selection | None:
         """Learn from a job's outcome; return an assessment of its selection, None where nothing was predicted."""
-        ...
 
 
 @dataclass(frozen=True, slots=True)

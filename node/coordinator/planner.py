@@ -42,15 +42,12 @@ class Finder(Protocol):
 
     async def candidates(self, model: ModelId, block_count: int, *, without: Iterable[PeerId]) -> tuple[Candidate, ...]:
         """Return the live peers that serve spans of a model; queries the DHT where the known ones do not suffice."""
-        ...
 
     def known_candidates(self, model: ModelId, *, without: Iterable[PeerId]) -> tuple[Candidate, ...]:
         """Return the known live peers that serve spans of a model, without a search."""
-        ...
 
     def forget(self, peer: PeerId) -> None:
         """Treat a peer as dead until its next heartbeat."""
-        ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

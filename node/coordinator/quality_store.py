@@ -53,15 +53,12 @@ class Weights(Protocol):
 
     async def weights(self, manifest: Manifest, blocks: BlockRange, *, use_catalogue: bool) -> Package:
         """Return a package with the files of a span. Raises ModelError."""
-        ...
 
     def in_use(self, package: Package, blocks: BlockRange) -> AbstractContextManager[None]:
         """Keep the files of a span from being deleted, inside the block."""
-        ...
 
     def lacking_bytes(self, manifest: Manifest) -> int:
         """Return the size of a model's missing files."""
-        ...
 
 
 class QualityError(Exception):

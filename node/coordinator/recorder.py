@@ -21,7 +21,6 @@ class Publisher(Protocol):
 
     async def publish(self, observation: SignedObservation) -> None:
         """Return once the observation is stored here."""
-        ...
 
 
 class Recorder:

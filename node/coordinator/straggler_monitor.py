@@ -52,7 +52,6 @@ class ReplaceableCheck(Protocol):
 
     async def __call__(self, peers: Collection[PeerId], *, only_trusted: bool = True) -> bool:
         """Return whether others could take the places of peers on the job's route."""
-        ...
 
 
 class StragglerMonitor:

@@ -228,4 +228,3 @@ class Submitter(Protocol):
 
         Raises JobError on entering the block or while iterating.
         """
-        ...

@@ -88,15 +88,12 @@ class Swarm(Protocol):
 
     def served_models(self) -> tuple[ModelId, ...]:
         """Return the models that live peers serve."""
-        ...
 
     async def providers(self, model: ModelId) -> tuple[PeerId, ...]:
         """Return peers that serve a part of a model, and so have its manifest."""
-        ...
 
     async def holders(self, sha256: str) -> tuple[PeerId, ...]:
         """Return peers that announce a file, whatever they serve."""
-        ...
 
 
 class Library:

@@ -13,11 +13,9 @@ class Decoder(Protocol):
     @property
     def vocabulary(self) -> Vocabulary:
         """The bytes of tokens, known without asking the process."""
-        ...
 
     async def decode(self, *sequences: Sequence[int]) -> list[str]:
         """Return the text of each sequence, without special tokens. Raises ModelError."""
-        ...
 
 
 class StreamDecoder:

@@ -9,6 +9,7 @@ from itertools import chain
 from typing import Final
 
 import psutil
+from cachetools import FIFOCache
 from multiaddr import Multiaddr
 
 from node.network.interface import NetworkError
@@ -65,14 +66,8 @@ def expand_wildcard(address: TcpAddress) -> list[TcpAddress]:
     if address.host not in {"0.0.0.0", "::"}:  # noqa: S104  # compared with, not bound to
         return [address]
     version = 4 if address.kind == "ip4" else 6
-    found = []
-    for text in _interface_addresses():
-        try:
-            ip = ipaddress.ip_address(text)
-        except ValueError:
-            continue  # a hardware address, or one with a zone
-        if ip.version == version and not ip.is_link_local:
-            found.append(ip)
+    parsed = map(_parse_ip, _interface_addresses())  # None: a hardware address
+    found = [ip for ip in parsed if ip is not None and ip.version == version and not ip.is_link_local]
     found.sort(key=lambda ip: (ip.is_loopback, ip.packed))
     return [TcpAddress(address.kind, str(ip), address.port, address.peer) for ip in found]
 
@@ -91,15 +86,10 @@ def _interface_addresses() -> Iterable[str]:
 
 def origin(host: str) -> str:
     """Return the key by which connections are limited: an IPv4 address, an IPv6 /64."""
-    try:
-        ip = ipaddress.ip_address(host)
-    except ValueError:
-        return host
-    if isinstance(ip, ipaddress.IPv6Address):
-        if ip.ipv4_mapped is not None:
-            return str(ip.ipv4_mapped)
+    ip = _parse_ip(host)
+    if ip is not None and ip.version == 6:
         return str(ipaddress.ip_network((ip, 64), strict=False))
-    return str(ip)
+    return host if ip is None else str(ip)
 
 
 def address_range(host: str) -> str | None:
@@ -107,30 +97,32 @@ def address_range(host: str) -> str | None:
 
     None for names and for addresses that the internet does not route: whole swarms live within one private range.
     """
-    try:
-        ip = ipaddress.ip_address(host)
-    except ValueError:
-        return None
-    if isinstance(ip, ipaddress.IPv6Address) and ip.ipv4_mapped is not None:
-        ip = ip.ipv4_mapped
-    if not ip.is_global:
+    ip = _parse_ip(host)
+    if ip is None or not ip.is_global:
         return None
     return str(ipaddress.ip_network((ip, 24 if ip.version == 4 else 56), strict=False))
 
 
 def is_private(host: str) -> bool:
     """Return whether a host is an address that the internet does not route; False for names."""
+    ip = _parse_ip(host)
+    return ip is not None and not ip.is_global
+
+
+def _parse_ip(text: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
+    """Return an IP address, an IPv4-mapped one as IPv4; None for anything else."""
     try:
-        return not ipaddress.ip_address(host).is_global
+        ip = ipaddress.ip_address(text)
     except ValueError:
-        return False
+        return None
+    return getattr(ip, "ipv4_mapped", None) or ip
 
 
 class AddressBook:
     """Last known addresses of peers. Bounded: the peer updated longest ago is evicted first."""
 
     def __init__(self) -> None:
-        self._addresses: dict[PeerId, tuple[TcpAddress, ...]] = {}
+        self._addresses: FIFOCache[PeerId, tuple[TcpAddress, ...]] = FIFOCache(MAX_BOOK_PEERS)
 
     def add(self, peer: PeerId, multiaddrs: Iterable[str]) -> None:
         """Learn addresses, newest first. Those that are malformed or name another peer are dropped."""
@@ -142,11 +134,8 @@ class AddressBook:
                 continue
             if address.peer in {None, peer} and address.port != 0:
                 learned.append(TcpAddress(address.kind, address.host, address.port, peer))
-        known = self._addresses.pop(peer, ())
-        if merged := tuple(dict.fromkeys([*learned, *known]))[:MAX_ADDRESSES]:
+        if merged := tuple(dict.fromkeys([*learned, *self.of(peer)]))[:MAX_ADDRESSES]:
             self._addresses[peer] = merged
-        while len(self._addresses) > MAX_BOOK_PEERS:
-            del self._addresses[next(iter(self._addresses))]
 
     def of(self, peer: PeerId) -> tuple[TcpAddress, ...]:
         """Return the known addresses of a peer, the latest first."""

@@ -91,17 +91,14 @@ class InboundConnection(Protocol):
     @property
     def host(self) -> str | None:
         """The address of the peer; None for one that comes through a relay."""
-        ...
 
     @property
     def established_s(self) -> float:
         """When the handshake was finished."""
-        ...
 
     @property
     def last_data_s(self) -> float | None:
         """When the peer last sent data on a stream."""
-        ...
 
 
 H = TypeVar("H", bound=InboundConnection)

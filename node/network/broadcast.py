@@ -1,8 +1,8 @@
 """One writer, many readers, without backpressure: a reader that lags loses the oldest items."""
 
 from collections import deque
-from collections.abc import AsyncIterator, Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from typing import Generic, TypeVar
 
 import trio
@@ -47,8 +47,8 @@ class Broadcast(Generic[T]):
             reader.ended = True
             reader.arrived.unpark_all()
 
-    @contextmanager
-    def reader(self) -> Iterator[AsyncIterator[T]]:
+    @asynccontextmanager
+    async def reader(self) -> AsyncIterator[AsyncIterator[T]]:
         """Read the items put while the block lasts."""
         reader: _Reader[T] = _Reader(self._capacity)
         self._readers.append(reader)

@@ -125,7 +125,7 @@ class Dht:
         self._kad: KadDHT | None = None
         self._peer_arrived = Signal()
 
-    def register(self, namespace: str, validator: RecordValidator, selector: RecordSelector) -> None:
+    def register_record(self, namespace: str, validator: RecordValidator, selector: RecordSelector) -> None:
         """Accept records under /<namespace>/; before `start`."""
         if not 1 <= len(namespace) <= 16 or "/" in namespace:
             raise ValueError(f"{namespace!r} is not a valid namespace: expected 1 to 16 characters without a slash")
@@ -174,7 +174,7 @@ class Dht:
                 logger.debug("refreshing the routing table failed: %r", error)
             await trio.sleep(REFRESH_INTERVAL_S)
 
-    async def put(self, key: str, value: bytes) -> None:
+    async def put_record(self, key: str, value: bytes) -> None:
         """Store a record here and at the peers nearest to its key."""
         name = wire_key(key)
         data = wire_value(key, value)
@@ -190,25 +190,26 @@ class Dht:
             await _ask_all(peers, store)
             logger.debug("stored %s at %d of %d peers", key, accepted, len(peers))
 
+    def _records_of(self, key: str) -> _Records:
+        records = self._namespaces.get(_namespace_of(key))
+        if records is None:
+            raise NetworkError(f"no record namespace is registered for {key}")
+        return records
+
     def _store_locally(self, kad: KadDHT, name: str, data: bytes) -> None:
         """Store our own copy, unless we hold a better one."""
-        records = self._namespaces.get(_namespace_of(name))
-        if records is None:
-            raise NetworkError(f"no record namespace is registered for {name}")
+        records = self._records_of(name)
         records.validate(name, data)
         held = kad.value_store.get(name.encode())
         if held is not None and held.value != data and records.select(name, [held.value, data]) == 0:
             raise NetworkError("a newer record is stored already")
         kad.value_store.put(name.encode(), data)
 
-    async def get(self, key: str) -> bytes | None:
+    async def get_record(self, key: str) -> bytes | None:
         """Return the best record that we or the peers nearest to the key hold."""
         name = wire_key(key)
-        records = self._namespaces.get(_namespace_of(key))
-        if records is None:
-            raise NetworkError(f"no record namespace is registered for {key}")
+        records = self._records_of(key)
         found: list[bytes] = []
-
         async with self._operation(f"looking up {key}") as kad:
             if (held := kad.value_store.get(name.encode())) is not None:
                 found.append(held.value)
@@ -241,7 +242,7 @@ class Dht:
 
             await _ask_all(await self._nearest(kad, key), announce)
 
-    async def find_providers(self, key: bytes, limit: int) -> tuple[PeerId, ...]:
+    async def find_providers(self, key: bytes, limit: int = 20) -> tuple[PeerId, ...]:
         """Return peers that announced the content, without us and without duplicates."""
         found: dict[PeerId, None] = {}
 

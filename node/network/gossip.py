@@ -4,7 +4,7 @@ import logging
 import random
 from collections import defaultdict
 from collections.abc import AsyncIterator, Collection, Iterable
-from contextlib import asynccontextmanager
+from contextlib import AbstractAsyncContextManager
 from typing import Final
 
 import trio
@@ -283,7 +283,7 @@ class Gossip:
         self.scores = Scores(())
         self._pubsub: _GuardedPubsub | None = None
 
-    def join(self, topic: str, validator: GossipValidator) -> None:
+    def join_topic(self, topic: str, validator: GossipValidator) -> None:
         """Join a topic; before `start`."""
         self.topics[topic] = validator
         self.readers[topic] = Broadcast(READER_CAPACITY)
@@ -323,13 +323,11 @@ class Gossip:
             logger.debug("a gossip validator raised: %r", error)
             return False
 
-    @asynccontextmanager
-    async def subscribe(self, topic: str) -> AsyncIterator[AsyncIterator[GossipMessage]]:
+    def subscribe(self, topic: str) -> AbstractAsyncContextManager[AsyncIterator[GossipMessage]]:
         """Subscribe to a joined topic."""
         if topic not in self.readers:
             raise NetworkError(f"the topic {topic} was not joined")
-        with self.readers[topic].reader() as reader:
-            yield reader
+        return self.readers[topic].reader()
 
     async def publish(self, topic: str, data: bytes) -> None:
         """Gossip a message."""

@@ -3,13 +3,14 @@
 import logging
 import re
 from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
-from dataclasses import dataclass, field
+from contextlib import ExitStack, asynccontextmanager
+from functools import partial
+from itertools import chain
 from typing import Final
 
 import trio
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
-from libp2p.abc import INetConn, INetStream, INetwork, INotifee
+from libp2p.abc import INetConn, INetStream, INetwork, INotifee, ISecureConn
 from libp2p.crypto.ed25519 import create_new_key_pair
 from libp2p.custom_types import TProtocol
 from libp2p.host.ping import ID as PING_PROTOCOL
@@ -18,26 +19,24 @@ from libp2p.peer.peerstore import PeerStoreError
 from multiaddr import Multiaddr
 
 from node.network.addresses import AddressBook, expand_wildcard, parse_address, parse_peer_address
-from node.network.admission import MAX_HANDSHAKES, InboundLimits
 from node.network.broadcast import Broadcast
 from node.network.dht import Dht
 from node.network.gossip import Gossip
 from node.network.interface import (
-    GossipMessage,
-    GossipValidator,
     NetworkError,
     PeerConnected,
     PeerDisconnected,
-    RecordSelector,
-    RecordValidator,
     Stream,
     StreamHandler,
     TransferReport,
 )
-from node.network.streams import Libp2pStream, serve, wrap
+from node.network.limits import NetworkLimits
+from node.network.streams import Libp2pStream, serve
 from node.network.swarm import GuardedHost, GuardedSwarm, silence_library_log, start_service
 from node.network.transport import Tcp, bind, reason, secure_upgrader
-from node.network.yamux_stream import YamuxLimits, shielded
+from node.network.yamux import Yamux
+from node.network.yamux_stream import shielded
+from node.util.nursery import background_nursery
 from protocol.identity import PeerId, peer_id_from_public_key
 
 logger = logging.getLogger(__name__)
@@ -47,33 +46,6 @@ ADDRESS_LIFETIME_S: Final = 600
 PEERSTORE_SWEEP_S: Final = 60
 EVENT_CAPACITY: Final = 1024
 _SWARM_KEY = re.compile(r"[0-9a-f]{64}", re.IGNORECASE)
-
-
-@dataclass(frozen=True, slots=True)
-class NetworkLimits:
-    """Resources that peers may use, and how long they are waited for."""
-
-    dial_timeout_s: float = 5.0
-    request_timeout_s: float = 10.0
-    """For a ping, for the negotiation of a stream, and for every operation on the DHT."""
-    max_connections: int = 512
-    inbound: InboundLimits = field(default=InboundLimits(total=384, per_origin=128, per_range=96))
-    """Established inbound ones. The rest is for peers that we dial."""
-    handshakes: int = MAX_HANDSHAKES
-    """Unfinished inbound handshakes."""
-    streams: YamuxLimits = field(default_factory=YamuxLimits)
-
-    @classmethod
-    def within(cls, open_files: int) -> "NetworkLimits":
-        """Return limits with which connections use at most three eighths of the open-file limit."""
-        usual = cls()
-        connections = max(8, min(usual.max_connections, open_files // 4))
-        inbound = InboundLimits(
-            total=connections * 3 // 4, per_origin=max(2, connections // 4), per_range=max(2, connections * 3 // 16)
-        )
-        return cls(
-            max_connections=connections, inbound=inbound, handshakes=max(4, min(usual.handshakes, open_files // 8))
-        )
 
 
 class _Notifee(INotifee):
@@ -109,8 +81,8 @@ class Libp2pNetwork:
         announce: Sequence[str] = (),
         swarm_key: str | None = None,
         limits: NetworkLimits | None = None,
-        on_sent: TransferReport | None = None,
-        on_received: TransferReport | None = None,
+        on_sent: TransferReport = lambda peer, size, seconds: None,
+        on_received: TransferReport = lambda peer, size, seconds: None,
     ) -> None:
         """Describe a host; `running` starts it.
 
@@ -120,7 +92,7 @@ class Libp2pNetwork:
             announce: multiaddrs that others are told instead of those we listen on, for instance behind a NAT.
             swarm_key: 64 hexadecimal characters shared by the peers of a private swarm, which then speak to no others.
             limits: bounds on what peers may cost.
-            on_sent: hears of transfers to peers that filled the connection, as they happen.
+            on_sent: called with transfers to peers that filled the connection, as they happen.
             on_received: the same of transfers from peers.
 
         Raises:
@@ -131,7 +103,7 @@ class Libp2pNetwork:
         if swarm_key is not None and _SWARM_KEY.fullmatch(swarm_key) is None:
             raise ValueError("a swarm key has 64 hexadecimal characters")
         self._seed = seed
-        self._peer_id = peer_id_from_public_key(
+        self.peer_id = peer_id_from_public_key(
             Ed25519PrivateKey.from_private_bytes(seed).public_key().public_bytes_raw()
         )
         self._listen = [parse_address(text) for text in listen]
@@ -141,77 +113,66 @@ class Libp2pNetwork:
         self._on_sent = on_sent
         self._on_received = on_received
         self._book = AddressBook()
-        self._gossip = Gossip()
-        self._dht = Dht(self._limits.request_timeout_s, self.add_addresses)
         self._handlers: dict[str, StreamHandler] = {}
         self._events: Broadcast[PeerConnected | PeerDisconnected] = Broadcast(EVENT_CAPACITY)
         self._connected: dict[PeerId, None] = {}
         self._host: GuardedHost | None = None
         self._swarm: GuardedSwarm | None = None
-
-    @property
-    def peer_id(self) -> PeerId:
-        """Our own id."""
-        return self._peer_id
+        self._gossip = Gossip()
+        self._dht = Dht(self._limits.request_timeout_s, self._book.add)
+        # These implement their part of `Network` themselves.
+        self.add_addresses = self._book.add
+        self.events = self._events.reader
+        self.join_topic = self._gossip.join_topic
+        self.subscribe = self._gossip.subscribe
+        self.publish = self._gossip.publish
+        self.register_record = self._dht.register_record
+        self.put_record = self._dht.put_record
+        self.get_record = self._dht.get_record
+        self.provide = self._dht.provide
+        self.find_providers = self._dht.find_providers
 
     @property
     def multiaddrs(self) -> tuple[str, ...]:
         """Addresses, each ending in /p2p/<our id>, at which others may dial us; empty while not running."""
         if self._host is None:
             return ()
-        return tuple(f"{address}/p2p/{self._peer_id}" for address in self._advertised(self._host.get_transport_addrs()))
+        return tuple(f"{address}/p2p/{self.peer_id}" for address in self._advertised(self._host.get_transport_addrs()))
 
     def _advertised(self, listening: list[Multiaddr]) -> list[Multiaddr]:
-        if self._announce:
-            return [Multiaddr(address.endpoint) for address in self._announce]
-        expanded: dict[str, None] = {}
-        for multiaddr in listening:
-            for address in expand_wildcard(parse_address(str(multiaddr))):
-                expanded[address.endpoint] = None
-        return [Multiaddr(text) for text in expanded]
+        addresses = self._announce or chain.from_iterable(
+            expand_wildcard(parse_address(str(multiaddr))) for multiaddr in listening
+        )
+        return [Multiaddr(endpoint) for endpoint in dict.fromkeys(address.endpoint for address in addresses)]
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
         """Listen and serve inside the block; leave politely at its end."""
         silence_library_log()
         bound: dict[str, list[trio.SocketListener]] = {}
-        try:
+        with ExitStack() as cleanup:
+            cleanup.callback(self._stopped)
             for address in self._listen:
-                bound[str(Multiaddr(address.endpoint))] = await bind(address)
-            fault: Exception | None = None
-            async with trio.open_nursery() as nursery:
+                listeners = bound[str(Multiaddr(address.endpoint))] = await bind(address)
+                for listener in listeners:
+                    cleanup.callback(listener.socket.close)
+            async with background_nursery() as nursery:
                 await self._start(nursery, bound)
                 try:
                     yield
-                except Exception as error:  # noqa: BLE001  # raised again below, without the nursery's wrapping
-                    fault = error
                 finally:
                     await self._close_connections()
-                    nursery.cancel_scope.cancel()
-            if fault is not None:
-                raise fault
-        finally:
-            for listeners in bound.values():
-                for listener in listeners:
-                    listener.socket.close()
-            self._host = self._swarm = None
-            self._connected.clear()
-            self._gossip.stopped()
-            self._dht.stopped()
 
     async def _start(self, nursery: trio.Nursery, bound: dict[str, list[trio.SocketListener]]) -> None:
         addresses = [Multiaddr(text) for text in bound]
         key_pair = create_new_key_pair(self._seed)
-        tcp = Tcp(nursery, bound, self._limits.handshakes)
         swarm = GuardedSwarm(
             ID.from_pubkey(key_pair.public_key),
-            secure_upgrader(key_pair, self._limits.streams, self),
-            tcp,
+            secure_upgrader(key_pair, self._multiplex),
+            Tcp(nursery, bound, self._limits.handshakes),
+            book=self._book,
+            limits=self._limits,
             psk=self._swarm_key,
-            max_connections=self._limits.max_connections,
-            inbound=self._limits.inbound,
-            dial_timeout_s=self._limits.dial_timeout_s,
-            remember=self._remember,
         )
         swarm.peerstore.add_key_pair(swarm.self_id, key_pair)
         swarm.register_notifee(_Notifee(self._on_connected, self._on_disconnected))
@@ -236,24 +197,24 @@ class Libp2pNetwork:
                 for connection in self._swarm.get_connections():
                     nursery.start_soon(connection.muxed_conn.close)
 
-    def _remember(self, peer: ID, endpoints: list[str]) -> None:
-        self._book.add(PeerId(peer.to_base58()), endpoints)
+    def _stopped(self) -> None:
+        self._host = self._swarm = None
+        self._connected.clear()
+        self._gossip.stopped()
+        self._dht.stopped()
 
-    # What connections report
+    # Connections
 
-    def fault(self, peer_id: ID, reason: str) -> None:
-        """Log why a peer was disconnected."""
-        logger.warning("disconnected %s: %s", peer_id, reason)
-
-    def sent(self, peer_id: ID, byte_count: int, seconds: float) -> None:
-        """Report a transfer to a peer."""
-        if self._on_sent is not None:
-            self._on_sent(PeerId(peer_id.to_base58()), byte_count, seconds)
-
-    def received(self, peer_id: ID, byte_count: int, seconds: float) -> None:
-        """Report a transfer from a peer."""
-        if self._on_received is not None:
-            self._on_received(PeerId(peer_id.to_base58()), byte_count, seconds)
+    def _multiplex(self, conn: ISecureConn, peer_id: ID) -> Yamux:
+        peer = PeerId(peer_id.to_base58())
+        return Yamux(
+            conn,
+            peer_id,
+            self._limits.streams,
+            on_fault=partial(logger.warning, "disconnected %s: %s", peer),
+            on_sent=partial(self._on_sent, peer),
+            on_received=partial(self._on_received, peer),
+        )
 
     def _on_connected(self, peer_id: ID) -> None:
         peer = PeerId(peer_id.to_base58())
@@ -279,7 +240,7 @@ class Libp2pNetwork:
     async def connect(self, multiaddr: str) -> PeerId:
         """Dial an address that ends in /p2p/<id>; return the id. Raises NetworkError with the reason."""
         peer, address = parse_peer_address(multiaddr)
-        if peer == self._peer_id:
+        if peer == self.peer_id:
             raise NetworkError(f"{multiaddr} is this peer itself")
         self._book.add(peer, [address.endpoint])
         await self._dial(peer)
@@ -307,16 +268,13 @@ class Libp2pNetwork:
 
     async def open_stream(self, peer: PeerId, *protocols: str) -> Stream:
         """Open a stream to a peer, dialling known addresses if need be. Raises NetworkError."""
-        return await self._open(peer, *protocols)
-
-    async def _open(self, peer: PeerId, *protocols: str) -> Libp2pStream:
-        if peer == self._peer_id:
+        if peer == self.peer_id:
             raise NetworkError("a peer cannot open a stream to itself")
         await self._dial(peer)
         assert self._host is not None
         try:
             with trio.fail_after(self._limits.request_timeout_s):
-                return wrap(await self._host.new_stream(ID.from_base58(peer), [TProtocol(each) for each in protocols]))
+                return Libp2pStream(await self._host.new_stream(ID.from_base58(peer), list(map(TProtocol, protocols))))
         except Exception as error:
             what = f"cannot open a stream of {' or '.join(protocols)} to {peer}"
             raise NetworkError(f"{what}: {reason(error)}") from error
@@ -347,13 +305,9 @@ class Libp2pNetwork:
                 pass  # no identify yet, or addresses that cannot be dialled
         return tuple(found)
 
-    def add_addresses(self, peer: PeerId, multiaddrs: Sequence[str]) -> None:
-        """Learn addresses of a peer. Malformed ones are dropped."""
-        self._book.add(peer, multiaddrs)
-
     async def ping(self, peer: PeerId) -> float:
         """Return the round-trip time in seconds by the libp2p ping protocol. Raises NetworkError."""
-        stream = await self._open(peer, str(PING_PROTOCOL))
+        stream = await self.open_stream(peer, PING_PROTOCOL)
         try:
             with trio.fail_after(self._limits.request_timeout_s):
                 started = trio.current_time()
@@ -369,43 +323,3 @@ class Libp2pNetwork:
             raise NetworkError(f"{peer} did not answer a ping within {self._limits.request_timeout_s:g} s") from None
         finally:
             await stream.aclose()
-
-    @asynccontextmanager
-    async def events(self) -> AsyncIterator[AsyncIterator[PeerConnected | PeerDisconnected]]:
-        """Subscribe to connections coming and going. Bounded: a reader that lags loses the oldest."""
-        with self._events.reader() as reader:
-            yield reader
-
-    # Gossip and DHT
-
-    def join_topic(self, topic: str, validator: GossipValidator) -> None:
-        """Join a gossip topic from the start. Called before `running`."""
-        self._gossip.join(topic, validator)
-
-    def subscribe(self, topic: str) -> AbstractAsyncContextManager[AsyncIterator[GossipMessage]]:
-        """Subscribe to a joined topic. Bounded: a reader that lags loses the oldest."""
-        return self._gossip.subscribe(topic)
-
-    async def publish(self, topic: str, data: bytes) -> None:
-        """Gossip a message on a joined topic, best effort."""
-        await self._gossip.publish(topic, data)
-
-    def register_record(self, namespace: str, validator: RecordValidator, selector: RecordSelector) -> None:
-        """Accept DHT records under `/<namespace>/…`. Called before `running`."""
-        self._dht.register(namespace, validator, selector)
-
-    async def put_record(self, key: str, value: bytes) -> None:
-        """Store a record at the peers nearest to its key, and here."""
-        await self._dht.put(key, value)
-
-    async def get_record(self, key: str) -> bytes | None:
-        """Return the best record under the key that we or the peers nearest to it hold."""
-        return await self._dht.get(key)
-
-    async def provide(self, key: bytes) -> None:
-        """Announce that we provide the content with this key (a sha256)."""
-        await self._dht.provide(key)
-
-    async def find_providers(self, key: bytes, limit: int = 20) -> tuple[PeerId, ...]:
-        """Return peers (without duplicates, without us) that announced the key; their addresses are learned."""
-        return await self._dht.find_providers(key, limit)

@@ -11,17 +11,6 @@ from libp2p.peer.id import ID
 
 from node.network.addresses import parse_peer_address
 from node.network.transport import TcpStream, secure_upgrader
-from node.network.yamux_stream import YamuxLimits
-
-
-class _NullObserver:
-    """An observer that ignores everything."""
-
-    def fault(self, peer_id: ID, reason: str) -> None: ...
-
-    def sent(self, peer_id: ID, byte_count: int, seconds: float) -> None: ...
-
-    def received(self, peer_id: ID, byte_count: int, seconds: float) -> None: ...
 
 
 @asynccontextmanager
@@ -41,7 +30,7 @@ async def hold_idle_connection(
             stream = await trio.open_tcp_stream(address.host, address.port, local_address=source)
             serve: Callable[[], Awaitable[object]] = stream.receive_some
             if secured:
-                upgrader = secure_upgrader(create_new_key_pair(os.urandom(32)), YamuxLimits(), _NullObserver())
+                upgrader = secure_upgrader(create_new_key_pair(os.urandom(32)))
                 peer_id = ID.from_base58(peer)
                 raw = RawConnection(TcpStream(stream), initiator=True)
                 muxed = await upgrader.upgrade_connection(await upgrader.upgrade_security(raw, True, peer_id), peer_id)

@@ -28,28 +28,22 @@ class Stream(Protocol):
     @property
     def peer(self) -> PeerId:
         """The authenticated peer at the other end."""
-        ...
 
     @property
     def protocol(self) -> str:
         """The negotiated protocol id."""
-        ...
 
     async def receive_some(self, max_bytes: int = 65536) -> bytes:
         """Return between 1 and `max_bytes` bytes, or b"" at the end of the stream; raise StreamClosed when it broke."""
-        ...
 
     async def send_all(self, data: bytes | bytearray | memoryview) -> None:
         """Send everything, or raise StreamClosed. A peer that accepts nothing for too long is disconnected."""
-        ...
 
     async def aclose(self) -> None:
         """Close in both directions, within a bounded time, also under cancellation."""
-        ...
 
     async def reset(self) -> None:
         """Reset at once: the other side sees a broken stream."""
-        ...
 
 
 StreamHandler = Callable[[Stream], Awaitable[None]]
@@ -103,84 +97,64 @@ class Network(Protocol):
     @property
     def peer_id(self) -> PeerId:
         """Our own id."""
-        ...
 
     @property
     def multiaddrs(self) -> tuple[str, ...]:
         """Addresses, each ending in /p2p/<our id>, at which others may dial us."""
-        ...
 
     def running(self) -> AbstractAsyncContextManager[None]:
         """Listen and serve inside the block; close all connections at its end. Handlers and topics are set before."""
-        ...
 
     def set_stream_handler(self, protocol: str, handler: StreamHandler) -> None:
         """Serve inbound streams of the protocol."""
-        ...
 
     async def connect(self, multiaddr: str) -> PeerId:
         """Dial an address that ends in /p2p/<id>; return the id. Raises NetworkError with the reason."""
-        ...
 
     async def open_stream(self, peer: PeerId, *protocols: str) -> Stream:
         """Open a stream to a peer, dialling known addresses if need be. Raises NetworkError.
 
         `protocols`: ids, preferred first; the stream speaks the first one that the peer serves, its `protocol`.
         """
-        ...
 
     async def disconnect(self, peer: PeerId) -> None:
         """Close every connection to the peer."""
-        ...
 
     def connected_peers(self) -> tuple[PeerId, ...]:
         """Peers with a live connection now."""
-        ...
 
     def addresses_of(self, peer: PeerId) -> tuple[str, ...]:
         """Multiaddrs (each with /p2p/) at which the peer is known."""
-        ...
 
     def add_addresses(self, peer: PeerId, multiaddrs: Sequence[str]) -> None:
         """Learn addresses of a peer. Malformed ones are dropped."""
-        ...
 
     async def ping(self, peer: PeerId) -> float:
         """Return the round-trip time in seconds by the libp2p ping protocol. Raises NetworkError."""
-        ...
 
     def events(self) -> AbstractAsyncContextManager[AsyncIterator[PeerConnected | PeerDisconnected]]:
         """Subscribe to connections coming and going. Bounded: a reader that lags loses the oldest."""
-        ...
 
     def join_topic(self, topic: str, validator: GossipValidator) -> None:
         """Join a gossip topic from the start. Called before `running`."""
-        ...
 
     def subscribe(self, topic: str) -> AbstractAsyncContextManager[AsyncIterator[GossipMessage]]:
         """Subscribe to a joined topic. Bounded: a reader that lags loses the oldest."""
-        ...
 
     async def publish(self, topic: str, data: bytes) -> None:
         """Gossip a message on a joined topic, best effort."""
-        ...
 
     def register_record(self, namespace: str, validator: RecordValidator, selector: RecordSelector) -> None:
         """Accept DHT records under `/<namespace>/…`. Called before `running`."""
-        ...
 
     async def put_record(self, key: str, value: bytes) -> None:
         """Store a record at the peers nearest to its key, and here."""
-        ...
 
     async def get_record(self, key: str) -> bytes | None:
         """Return the best record under the key that we or the peers nearest to it hold."""
-        ...
 
     async def provide(self, key: bytes) -> None:
         """Announce that we provide the content with this key (a sha256)."""
-        ...
 
     async def find_providers(self, key: bytes, limit: int = 20) -> tuple[PeerId, ...]:
         """Return peers (without duplicates, without us) that announced the key; their addresses are learned."""
-        ...

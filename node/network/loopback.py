@@ -53,9 +53,7 @@ class LoopbackStream:
         self._incoming.close()
         await trio.lowlevel.checkpoint()
 
-    async def reset(self) -> None:
-        """Close in both directions."""
-        await self.aclose()
+    reset = aclose
 
 
 def loopback_pair(peer: PeerId, protocol: str) -> tuple[LoopbackStream, LoopbackStream]:

@@ -19,22 +19,14 @@ class Libp2pStream:
     and is kept only for the library's own accounts.
     """
 
-    def __init__(self, stream: INetStream, muxed: YamuxStream) -> None:
+    def __init__(self, stream: INetStream) -> None:
+        self.peer = PeerId(stream.muxed_conn.peer_id.to_base58())
+        self.protocol = str(stream.get_protocol())
         self._stream = stream
-        self._muxed = muxed
-        self._peer = PeerId(muxed.muxed_conn.peer_id.to_base58())
+        # All streams run over our multiplexer; the library's type does not know.
+        self._muxed = cast("YamuxStream", stream.muxed_stream)  # type: ignore[attr-defined]
         self._closed = False
         self._sending = False
-
-    @property
-    def peer(self) -> PeerId:
-        """The authenticated peer at the other end."""
-        return self._peer
-
-    @property
-    def protocol(self) -> str:
-        """The negotiated protocol id."""
-        return str(self._stream.get_protocol())
 
     async def receive_some(self, max_bytes: int = 65536) -> bytes:
         """Return between 1 and `max_bytes` bytes, or b"" at the end of the stream; raise StreamClosed when it broke."""
@@ -47,7 +39,7 @@ class Libp2pStream:
         except MuxedStreamEOF:
             return b""
         except MuxedStreamError as error:
-            raise StreamClosed(f"the stream from {self._peer} broke: {error}") from error
+            raise StreamClosed(f"the stream from {self.peer} broke: {error}") from error
 
     async def send_all(self, data: bytes | bytearray | memoryview) -> None:
         """Send everything, or raise StreamClosed. A peer that accepts nothing for too long is disconnected."""
@@ -57,7 +49,7 @@ class Libp2pStream:
         try:
             await self._muxed.write(data)
         except MuxedStreamError as error:
-            raise StreamClosed(f"the stream to {self._peer} broke: {error}") from error
+            raise StreamClosed(f"the stream to {self.peer} broke: {error}") from error
         finally:
             self._sending = False
 
@@ -87,13 +79,8 @@ def serve(handler: Callable[[Stream], Awaitable[None]]) -> Callable[[INetStream]
     """
 
     async def run(stream: INetStream) -> None:
-        ours = wrap(stream)
+        ours = Libp2pStream(stream)
         await handler(ours)
         await ours.aclose()
 
     return run
-
-
-def wrap(stream: INetStream) -> Libp2pStream:
-    """Return our stream for one of the library's, all of which run over our multiplexer."""
-    return Libp2pStream(stream, cast("YamuxStream", stream.muxed_stream))  # type: ignore[attr-defined]

@@ -5,11 +5,12 @@ Subclasses and wrappers, no patches. README.md in this folder lists each fault w
 
 import logging
 import os
-from collections.abc import Awaitable, Callable, Sequence
-from contextlib import suppress
+from collections.abc import Awaitable, Callable
+from functools import partial
 from typing import Any, Final
 
 import trio
+from cachetools import TTLCache
 from libp2p.abc import IMuxedConn, INetConn, INetStream
 from libp2p.host.basic_host import BasicHost
 from libp2p.host.defaults import get_default_protocols
@@ -29,12 +30,14 @@ from libp2p.tools.anyio_service.trio_manager import TrioManager
 from libp2p.transport.upgrader import TransportUpgrader
 from multiaddr import Multiaddr
 
-from node.network.addresses import TcpAddress, parse_address
-from node.network.admission import InboundLimits, NoRoom, choose_eviction
+from node.network.addresses import AddressBook, TcpAddress, parse_address
+from node.network.admission import NoRoom, choose_eviction
+from node.network.limits import NetworkLimits
 from node.network.peerstore import BoundedPeerStore
 from node.network.transport import UPGRADE_TIMEOUT_S, Tcp, reason
 from node.network.yamux import Yamux
 from node.network.yamux_stream import YamuxStream, shielded
+from protocol.identity import PeerId
 
 logger = logging.getLogger(__name__)
 
@@ -113,30 +116,27 @@ class GuardedManager(TrioManager):
         """Start a task in the nursery of the service."""
         if self._task_nursery is None or not self.is_running:
             return  # the service is ending
-        run = self._run_restarting if daemon else self._run_once if not _internal else _run_plainly
-        self._task_nursery.start_soon(run, async_fn, args, name=name or getattr(async_fn, "__qualname__", None))
+        guard = self._run_restarting if daemon else self._run_once
+        run = async_fn if _internal else partial(guard, async_fn)
+        self._task_nursery.start_soon(run, *args, name=name or getattr(async_fn, "__qualname__", None))
 
     def run_daemon_task(self, async_fn: AsyncFunction, *args: Any, name: str | None = None) -> None:
         """Start a task that should never return."""
         self.run_task(async_fn, *args, daemon=True, name=name)
 
-    async def _run_once(self, async_fn: AsyncFunction, args: Sequence[Any]) -> None:
+    async def _run_once(self, async_fn: AsyncFunction, *args: Any) -> None:
         try:
             await async_fn(*args)
         except Exception as error:  # what a peer sent made a task of the library fail
             logger.debug("%s: a task failed: %r", self._service, error, exc_info=True)
 
-    async def _run_restarting(self, async_fn: AsyncFunction, args: Sequence[Any]) -> None:
+    async def _run_restarting(self, async_fn: AsyncFunction, *args: Any) -> None:
         while not self.is_cancelled:
             try:
                 await async_fn(*args)
             except Exception as error:  # as above
                 logger.warning("%s: a task failed and is restarted: %r", self._service, error, exc_info=True)
             await trio.sleep(RESTART_DELAY_S)
-
-
-async def _run_plainly(async_fn: AsyncFunction, args: Sequence[Any]) -> None:
-    await async_fn(*args)
 
 
 async def start_service(nursery: trio.Nursery, service: Service) -> None:
@@ -172,25 +172,23 @@ class GuardedSwarm(Swarm):
         upgrader: TransportUpgrader,
         tcp: Tcp,
         *,
+        book: AddressBook,
+        limits: NetworkLimits,
         psk: str | None,
-        max_connections: int,
-        inbound: InboundLimits,
-        dial_timeout_s: float,
-        remember: Callable[[ID, list[str]], None],
     ) -> None:
         config = ConnectionConfig(
-            max_connections=max_connections,
+            max_connections=limits.max_connections,
             min_connections=0,
             # Eviction happens when a connection arrives: see `add_conn`.
-            low_watermark=max_connections,
-            high_watermark=max_connections,
+            low_watermark=limits.max_connections,
+            high_watermark=limits.max_connections,
             inbound_upgrade_timeout=UPGRADE_TIMEOUT_S,
             outbound_upgrade_timeout=UPGRADE_TIMEOUT_S,
         )
         super().__init__(peer_id, BoundedPeerStore(), upgrader, [tcp], connection_config=config, psk=psk)
-        self._inbound = inbound
-        self._dial_timeout_s = dial_timeout_s
-        self._remember = remember
+        self._book = book
+        self._inbound = limits.inbound
+        self._dial_timeout_s = limits.dial_timeout_s
         self._dials: dict[ID, _Dial] = {}
         self._dial_limiter = trio.CapacityLimiter(MAX_CONCURRENT_DIALS)
 
@@ -259,9 +257,11 @@ class GuardedSwarm(Swarm):
                 await self._dial_addresses(peer_id, dial)
             if not dial.failure:
                 self._negative_peer_cache.evict(str(peer_id))
-            elif self._dialable(peer_id):
+            elif addresses := self._dialable(peer_id):
                 self.block_redial(peer_id)
-                self._forget_addresses(peer_id)
+                # The library's lookups must not try them; our own address book keeps them.
+                self._book.add(PeerId(peer_id.to_base58()), map(str, addresses))
+                self.peerstore.clear_addrs(peer_id)
         finally:
             del self._dials[peer_id]
             dial.done.set()
@@ -273,39 +273,26 @@ class GuardedSwarm(Swarm):
             return
         dial.failure = f"{addresses[0]} did not answer within {self._dial_timeout_s:g} s"
         failures: list[str] = []
+
+        async def dial_one(address: Multiaddr, failed: trio.Event) -> None:
+            try:
+                await self._dial_addr_single_attempt(address, peer_id)
+            except Exception as error:  # noqa: BLE001  # a dozen types for a dial that failed
+                failures.append(f"{address}: {reason(error)}")
+                failed.set()
+            else:
+                dial.failure = ""
+                nursery.cancel_scope.cancel()
+
         with trio.move_on_after(self._dial_timeout_s):
             async with trio.open_nursery() as nursery:
                 for address in addresses:
                     failed = trio.Event()
-                    nursery.start_soon(self._dial_one, peer_id, address, dial, failures, failed, nursery.cancel_scope)
+                    nursery.start_soon(dial_one, address, failed)
                     with trio.move_on_after(DIAL_STAGGER_S if address is not addresses[-1] else 0):
                         await failed.wait()
         if dial.failure and len(failures) == len(addresses):
             dial.failure = "; ".join(failures)
-
-    async def _dial_one(
-        self,
-        peer_id: ID,
-        address: Multiaddr,
-        dial: _Dial,
-        failures: list[str],
-        failed: trio.Event,
-        scope: trio.CancelScope,
-    ) -> None:
-        try:
-            await self._dial_addr_single_attempt(address, peer_id)
-        except Exception as error:  # noqa: BLE001  # a dozen types for a dial that failed
-            failures.append(f"{address}: {reason(error)}")
-            failed.set()
-        else:
-            dial.failure = ""
-            scope.cancel()
-
-    def _forget_addresses(self, peer_id: ID) -> None:
-        """Remove the addresses of an unreachable peer from the library's lookups; our own address book keeps them."""
-        self._remember(peer_id, [str(address) for address in self._dialable(peer_id)])
-        with suppress(PeerStoreError):
-            self.peerstore.clear_addrs(peer_id)
 
     def _dialable(self, peer_id: ID) -> list[Multiaddr]:
         """Return the addresses to dial for a peer, loopback last: on another machine it means that machine."""
@@ -331,9 +318,8 @@ class GuardedHost(BasicHost):
         self, swarm: GuardedSwarm, nursery: trio.Nursery, advertised: Callable[[list[Multiaddr]], list[Multiaddr]]
     ) -> None:
         self._nursery = nursery
-        self._addresses: list[Multiaddr] | None = None
-        self._addresses_until = 0.0
-        self._addresses_of = 0
+        self._addresses: TTLCache[int, list[Multiaddr]] = TTLCache(1, ADDRESS_CACHE_S, trio.current_time)
+        """Our addresses, by the number of those that we listen on."""
         protocols = get_default_protocols(self)
         for protocol in (IDENTIFY_PROTOCOL, IDENTIFY_PUSH_PROTOCOL):
             protocols[protocol] = limit_requests(protocols[protocol])
@@ -344,13 +330,10 @@ class GuardedHost(BasicHost):
 
     def get_addrs(self) -> list[Multiaddr]:
         """Return the addresses we advertise. The library asks for them with every message that it sends."""
-        listening = self.get_transport_addrs()
-        now = trio.current_time()
-        if self._addresses is None or now >= self._addresses_until or len(listening) != self._addresses_of:
-            self._addresses = super().get_addrs()
-            self._addresses_until = now + ADDRESS_CACHE_S
-            self._addresses_of = len(listening)
-        return list(self._addresses)
+        listening = len(self.get_transport_addrs())
+        if (addresses := self._addresses.get(listening)) is None:
+            addresses = self._addresses[listening] = super().get_addrs()
+        return list(addresses)
 
     def _schedule_identify(self, peer_id: ID, *, reason: str) -> None:
         if peer_id == self.get_id() or peer_id in self._identify_inflight or self._has_cached_protocols(peer_id):

@@ -7,8 +7,8 @@ runs in a task outside of every nursery of ours; its default host also accepts p
 import logging
 import os
 import socket
-from functools import partial
-from typing import Final, Protocol
+from collections.abc import Callable
+from typing import Final
 
 import trio
 from libp2p.abc import IListener, IMuxedConn, IRawConnection, ISecureConn, ITransport
@@ -27,11 +27,12 @@ from libp2p.transport.upgrader import TransportUpgrader
 from multiaddr import Multiaddr
 
 from node.network.addresses import TcpAddress, parse_address
-from node.network.admission import MAX_HANDSHAKES, HandshakeLimiter
+from node.network.admission import HandshakeLimiter
 from node.network.interface import NetworkError
 from node.network.yamux import PROTOCOL_ID as YAMUX_PROTOCOL_ID
 from node.network.yamux import Yamux
-from node.network.yamux_stream import YamuxLimits, shielded
+from node.network.yamux_stream import shielded
+from node.util.text import one_line
 
 logger = logging.getLogger(__name__)
 
@@ -87,7 +88,7 @@ class TcpStream(ReadWriteCloser):
 
 
 class TcpListener(IListener):
-    """Serves sockets that `Tcp.bind` has opened, in the nursery of the host."""
+    """Serves sockets that `bind` has opened, in the nursery of the host."""
 
     def __init__(self, transport: "Tcp", handler: THandler) -> None:
         self._transport = transport
@@ -97,7 +98,7 @@ class TcpListener(IListener):
 
     async def listen(self, maddr: Multiaddr) -> None:
         """Serve the sockets bound for this address."""
-        listeners = self._transport.take_listeners(maddr)
+        listeners = self._transport.bound.pop(str(maddr))
         self._addresses = tuple(_address_of(listener.socket) for listener in listeners)
         self._transport.nursery.start_soon(self._run, listeners)
         await trio.lowlevel.checkpoint()
@@ -139,16 +140,11 @@ class TcpListener(IListener):
 class Tcp(ITransport):
     """Dials and listens."""
 
-    def __init__(
-        self, nursery: trio.Nursery, bound: dict[str, list[trio.SocketListener]], handshakes: int = MAX_HANDSHAKES
-    ) -> None:
+    def __init__(self, nursery: trio.Nursery, bound: dict[str, list[trio.SocketListener]], handshakes: int) -> None:
         self.nursery = nursery
         self.handshakes = HandshakeLimiter(handshakes)
-        self._bound = bound
-
-    def take_listeners(self, address: Multiaddr) -> list[trio.SocketListener]:
-        """Return the sockets bound for an address."""
-        return self._bound.pop(str(address))
+        self.bound = bound
+        """The listening sockets of each address."""
 
     async def dial(self, maddr: Multiaddr) -> IRawConnection:
         """Connect; raise OpenConnectionError with the reason."""
@@ -171,9 +167,7 @@ class Tcp(ITransport):
             return False
         return True
 
-    def can_listen(self, maddr: Multiaddr) -> bool:
-        """Return whether this is plain TCP."""
-        return self.can_dial(maddr)
+    can_listen = can_dial
 
     def protocols(self) -> list[str]:
         """Return the names of the protocols served."""
@@ -188,49 +182,24 @@ async def bind(address: TcpAddress) -> list[trio.SocketListener]:
         raise NetworkError(f"cannot listen on {address.endpoint}: {reason(error)}") from error
 
 
-class ConnectionObserver(Protocol):
-    """Observes all connections."""
-
-    def fault(self, peer_id: ID, reason: str) -> None:
-        """Report why a peer was disconnected."""
-        ...
-
-    def sent(self, peer_id: ID, byte_count: int, seconds: float) -> None:
-        """Report a burst sent to a peer and its duration."""
-        ...
-
-    def received(self, peer_id: ID, byte_count: int, seconds: float) -> None:
-        """Report a burst received from a peer and its duration."""
-        ...
-
-
 class YamuxMultistream(MuxerMultistream):
     """Negotiates yamux with our multiplexer: the library's class has its own built in."""
 
-    def __init__(self, limits: YamuxLimits, observer: ConnectionObserver) -> None:
+    def __init__(self, multiplex: Callable[[ISecureConn, ID], Yamux]) -> None:
         super().__init__({TProtocol(YAMUX_PROTOCOL_ID): Yamux})
-        self._limits = limits
-        self._observer = observer
+        self._multiplex = multiplex
 
     async def new_conn(self, conn: ISecureConn, peer_id: ID) -> IMuxedConn:
         """Return the multiplexed connection."""
         await self.select_transport(conn)
-        observer = self._observer
-        return Yamux(
-            conn,
-            peer_id,
-            self._limits,
-            on_fault=partial(observer.fault, peer_id),
-            on_sent=partial(observer.sent, peer_id),
-            on_received=partial(observer.received, peer_id),
-        )
+        return self._multiplex(conn, peer_id)
 
 
-def secure_upgrader(key_pair: KeyPair, limits: YamuxLimits, observer: ConnectionObserver) -> TransportUpgrader:
-    """Return the upgrader from TCP to streams: Noise, then yamux."""
+def secure_upgrader(key_pair: KeyPair, multiplex: Callable[[ISecureConn, ID], Yamux] = Yamux) -> TransportUpgrader:
+    """Return the upgrader from TCP to streams: Noise, then yamux, which `multiplex` makes."""
     noise = NoiseTransport(key_pair, noise_privkey=create_noise_key_pair().private_key)
     upgrader = TransportUpgrader({NOISE_PROTOCOL_ID: noise}, {TProtocol(YAMUX_PROTOCOL_ID): Yamux})
-    upgrader.muxer_multistream = YamuxMultistream(limits, observer)
+    upgrader.muxer_multistream = YamuxMultistream(multiplex)
     return upgrader
 
 
@@ -253,4 +222,4 @@ def reason(error: BaseException) -> str:
         return "timed out"
     if isinstance(error, OSError) and error.errno is not None and error.errno > 0:
         return os.strerror(error.errno).lower()
-    return " ".join(str(error).split())[:200] or type(error).__name__
+    return one_line(error, 200)

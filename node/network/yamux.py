@@ -18,11 +18,7 @@ import trio
 from libp2p.abc import ISecureConn
 from libp2p.connection_types import ConnectionType
 from libp2p.peer.id import ID
-from libp2p.stream_muxer.exceptions import (
-    MuxedConnUnavailable,
-    MuxedStreamError,
-    MuxedStreamReset,
-)
+from libp2p.stream_muxer.exceptions import MuxedConnUnavailable, MuxedStreamError, MuxedStreamReset
 from multiaddr import Multiaddr
 
 from node.network.throughput_meter import MIN_BURST_BYTES, Report, ThroughputMeter
@@ -382,19 +378,16 @@ class Yamux(StreamMultiplexer):
             return self._streams.get(stream_id)
         if stream_id in self._streams or stream_id == 0 or stream_id % 2 == self._next_id % 2:
             raise _PeerFaultError(f"it opened stream {stream_id} out of turn")
-        if self._theirs >= self.limits.max_streams:
-            self.queue_control(WINDOW_UPDATE, RST, stream_id, 0)
-            return None
-        stream = YamuxStream(self, stream_id, ours=False)
-        try:
-            self._arrivals.send_nowait(stream)
-        except (trio.WouldBlock, trio.BrokenResourceError):
-            self.queue_control(WINDOW_UPDATE, RST, stream_id, 0)
-            return None
-        self._streams[stream_id] = stream
-        self._theirs += 1
-        self.queue_control(WINDOW_UPDATE, ACK, stream_id, 0)
-        return stream
+        if self._theirs < self.limits.max_streams:
+            stream = YamuxStream(self, stream_id, ours=False)
+            with contextlib.suppress(trio.WouldBlock, trio.BrokenResourceError):
+                self._arrivals.send_nowait(stream)
+                self._streams[stream_id] = stream
+                self._theirs += 1
+                self.queue_control(WINDOW_UPDATE, ACK, stream_id, 0)
+                return stream
+        self.queue_control(WINDOW_UPDATE, RST, stream_id, 0)
+        return None
 
     def _admit(self, stream: YamuxStream | None, stream_id: int, size: int) -> None:
         """Charge a data frame to the window of its stream."""

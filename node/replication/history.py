@@ -12,16 +12,12 @@ class History(Protocol):
 
     async def add_many(self, observations: Sequence[SignedObservation]) -> Sequence[SignedObservation]:
         """Store verified observations; return the new ones, once they are durable."""
-        ...
 
     async def bucket_digests(self) -> Mapping[int, BucketDigest]:
         """Return the number of ids in each bucket that is not empty, and the sha256 over them, ascending."""
-        ...
 
     async def ids_in(self, bucket: int) -> Iterable[bytes]:
         """Return the ids of one bucket, in any order."""
-        ...
 
     async def get_many(self, ids: Sequence[bytes]) -> Sequence[bytes]:
         """Return the envelopes of those of the ids that are stored, in any order."""
-        ...

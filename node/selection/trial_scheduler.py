@@ -44,7 +44,6 @@ class TrialRunner(Protocol):
 
         Raises JobError.
         """
-        ...
 
 
 class TrialScheduler:

@@ -48,24 +48,19 @@ class SimulatedHost(Protocol):
     @property
     def peer_id(self) -> PeerId:
         """Its id."""
-        ...
 
     @property
     def alive(self) -> bool:
         """Whether it runs."""
-        ...
 
     def schedule(self, when: float, packet: Packet) -> None:
         """Deliver a packet at a time."""
-        ...
 
     def lose_connection(self, peer: PeerId) -> None:
         """Break the connection to a peer."""
-        ...
 
     def crash(self) -> None:
         """Break every connection, and stop."""
-        ...
 
 
 H = TypeVar("H", bound=SimulatedHost)

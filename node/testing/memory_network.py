@@ -2,9 +2,11 @@
 
 import hashlib
 import heapq
-from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+from collections import defaultdict
+from collections.abc import AsyncIterator
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Final
 
 import trio
@@ -24,6 +26,7 @@ from node.network.interface import (
 )
 from node.testing.memory_links import MemoryLinks
 from node.testing.memory_stream import MemoryStream, Packet
+from node.util.nursery import background_nursery
 from protocol.identity import PeerId
 from protocol.limits import MAX_RECORD_BYTES
 
@@ -55,28 +58,27 @@ class MemoryNetwork:
 
     def __init__(self, hub: "MemoryLinks[MemoryNetwork]", peer_id: PeerId, address: TcpAddress) -> None:
         self.hub = hub
+        self.peer_id = peer_id
         self.connections: dict[PeerId, _Connection] = {}
-        self._peer_id = peer_id
-        self._address = address
-        self._position = int.from_bytes(hashlib.sha256(peer_id.encode()).digest(), "big")
+        self.address = address
+        self.position = _position(peer_id.encode())
         self._book = hub.address_book or AddressBook()
         self._handlers: dict[str, StreamHandler] = {}
         self._topics: dict[str, _Topic] = {}
         self._namespaces: dict[str, tuple[RecordValidator, RecordSelector]] = {}
-        self._records: dict[str, bytes] = {}
-        self._providers: dict[bytes, dict[PeerId, None]] = {}
+        self.records: dict[str, bytes] = {}
+        """The records of the DHT that are stored here, by key."""
+        self.providers: defaultdict[bytes, dict[PeerId, None]] = defaultdict(dict)
         self._events: Broadcast[PeerConnected | PeerDisconnected] = Broadcast(CAPACITY)
         self._nursery: trio.Nursery | None = None
-
-    @property
-    def peer_id(self) -> PeerId:
-        """Our own id."""
-        return self._peer_id
+        # These implement their part of `Network` themselves.
+        self.add_addresses = self._book.add
+        self.events = self._events.reader
 
     @property
     def multiaddrs(self) -> tuple[str, ...]:
         """Our address in the simulation; none while not running."""
-        return (self._address.of(self._peer_id),) if self._nursery is not None else ()
+        return (self.address.of(self.peer_id),) if self._nursery is not None else ()
 
     @property
     def alive(self) -> bool:
@@ -86,19 +88,13 @@ class MemoryNetwork:
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
         """Run inside the block."""
-        fault: Exception | None = None
-        async with trio.open_nursery() as nursery:
+        async with background_nursery() as nursery:
             self._nursery = nursery
             nursery.start_soon(self.hub.carry)
             try:
                 yield
-            except Exception as error:  # noqa: BLE001  # raised again below, without the nursery's wrapping
-                fault = error
             finally:
                 self.crash()
-                nursery.cancel_scope.cancel()
-        if fault is not None:
-            raise fault
 
     def crash(self) -> None:
         """Crash: every connection breaks, what runs inside `running` is cancelled, further calls fail."""
@@ -123,10 +119,10 @@ class MemoryNetwork:
         """Wait as long as so many round trips take; return the peer, or raise NetworkError if it does not answer."""
         self._require_running()
         other = self.hub.networks.get(peer)
-        if self.hub.blocked(self._peer_id, peer):
+        if self.hub.blocked(self.peer_id, peer):
             await trio.sleep(timeout_s)
             raise NetworkError(f"{what}: no answer within {timeout_s:g} s")
-        delay = sum(self.hub.latency(self._peer_id, peer) for _ in range(round(2 * count)))
+        delay = sum(self.hub.latency(self.peer_id, peer) for _ in range(round(2 * count)))
         await trio.sleep(min(delay, timeout_s))
         self._require_running()
         if other is None or other is not self.hub.networks.get(peer) or not other.alive:
@@ -143,7 +139,7 @@ class MemoryNetwork:
         """Dial an address that ends in /p2p/<id>; return the id. Raises NetworkError with the reason."""
         peer, address = parse_peer_address(multiaddr)
         self._require_running()
-        if peer == self._peer_id:
+        if peer == self.peer_id:
             raise NetworkError(f"{multiaddr} is this peer itself")
         self._book.add(peer, [address.endpoint])
         await self._dial(peer)
@@ -156,7 +152,7 @@ class MemoryNetwork:
         failures = []
         for address in self._book.of(peer):
             network = self.hub.by_endpoint.get(address.endpoint)
-            what = f"{address.endpoint}"
+            what = address.endpoint
             if network is None:
                 failures.append(f"{what}: connection refused")
                 continue
@@ -199,8 +195,8 @@ class MemoryNetwork:
             stream.break_off(tell=False)
         self._events.put(PeerDisconnected(peer))
         other = self.hub.networks.get(peer)
-        if other is not None and peer != self._peer_id:
-            self.hub.send(Packet(self._peer_id, peer, lambda: other.lose_connection(self._peer_id, connection.number)))
+        if other is not None and peer != self.peer_id:
+            self.hub.send(Packet(self.peer_id, peer, lambda: other.lose_connection(self.peer_id, connection.number)))
 
     async def disconnect(self, peer: PeerId) -> None:
         """Close every connection to the peer."""
@@ -215,16 +211,6 @@ class MemoryNetwork:
     def addresses_of(self, peer: PeerId) -> tuple[str, ...]:
         """Multiaddrs (each with /p2p/) at which the peer is known."""
         return tuple(address.of(peer) for address in self._book.of(peer))
-
-    def add_addresses(self, peer: PeerId, multiaddrs: Sequence[str]) -> None:
-        """Learn addresses of a peer. Malformed ones are dropped."""
-        self._book.add(peer, multiaddrs)
-
-    @asynccontextmanager
-    async def events(self) -> AsyncIterator[AsyncIterator[PeerConnected | PeerDisconnected]]:
-        """Subscribe to connections coming and going. Bounded: a reader that lags loses the oldest."""
-        with self._events.reader() as reader:
-            yield reader
 
     async def ping(self, peer: PeerId) -> float:
         """Return the round-trip time in seconds. Raises NetworkError."""
@@ -241,7 +227,7 @@ class MemoryNetwork:
 
     async def open_stream(self, peer: PeerId, *protocols: str) -> Stream:
         """Open a stream to a peer, dialling known addresses if need be. Raises NetworkError."""
-        if peer == self._peer_id:
+        if peer == self.peer_id:
             raise NetworkError("a peer opens no streams to itself")
         await self._dial(peer)
         what = f"cannot open a stream of {' or '.join(protocols)} to {peer}"
@@ -249,7 +235,7 @@ class MemoryNetwork:
         if peer not in self.connections:
             raise NetworkError(f"{what}: the connection broke")
         for protocol in protocols:
-            ours, theirs = MemoryStream(self, peer, protocol), MemoryStream(other, self._peer_id, protocol)
+            ours, theirs = MemoryStream(self, peer, protocol), MemoryStream(other, self.peer_id, protocol)
             ours.other, theirs.other = theirs, ours
             if other.accept(theirs):
                 self.connections[peer].streams[ours] = None
@@ -293,11 +279,9 @@ class MemoryNetwork:
             raise NetworkError(f"the topic {name} was not joined")
         return self._topics[name]
 
-    @asynccontextmanager
-    async def subscribe(self, topic: str) -> AsyncIterator[AsyncIterator[GossipMessage]]:
+    def subscribe(self, topic: str) -> AbstractAsyncContextManager[AsyncIterator[GossipMessage]]:
         """Subscribe to a joined topic. Bounded: a reader that lags loses the oldest."""
-        with self._topic(topic).readers.reader() as reader:
-            yield reader
+        return self._topic(topic).readers.reader()
 
     async def publish(self, topic: str, data: bytes) -> None:
         """Gossip a message on a joined topic, best effort."""
@@ -306,9 +290,8 @@ class MemoryNetwork:
         if len(data) > MAX_MESSAGE_BYTES:
             raise NetworkError(f"a gossip message has at most {MAX_MESSAGE_BYTES} bytes, not {len(data)}")
         await trio.lowlevel.checkpoint()
-        self.receive_gossip(
-            topic, GossipMessage(self._peer_id, bytes(data)), next(self.hub.message_numbers), self._peer_id
-        )
+        message = GossipMessage(self.peer_id, bytes(data))
+        self.receive_gossip(topic, message, next(self.hub.message_numbers), self.peer_id)
 
     def receive_gossip(self, name: str, message: GossipMessage, number: int, forwarder: PeerId) -> None:
         """Take in a message for the first time, and forward it."""
@@ -323,20 +306,15 @@ class MemoryNetwork:
                 return
         except Exception:  # noqa: BLE001  # a validator that raises refuses
             return
-        if message.source != self._peer_id:
+        if message.source != self.peer_id:
             topic.readers.put(message)
         neighbours = [peer for peer in self.connections if peer not in {forwarder, message.source}]
         if len(neighbours) > GOSSIP_FANOUT:
             neighbours = self.hub.rng.sample(neighbours, GOSSIP_FANOUT)
         for peer in neighbours:
             if (other := self.hub.networks.get(peer)) is not None:
-                self._forward(other, name, message, number)
-
-    def _forward(self, other: "MemoryNetwork", name: str, message: GossipMessage, number: int) -> None:
-        def deliver() -> None:
-            other.receive_gossip(name, message, number, self._peer_id)
-
-        self.hub.send(Packet(self._peer_id, other.peer_id, deliver, len(message.data), droppable=True))
+                deliver = partial(other.receive_gossip, name, message, number, self.peer_id)
+                self.hub.send(Packet(self.peer_id, peer, deliver, len(message.data), droppable=True))
 
     # DHT: every record at the peers nearest to its key, found at once but after the time that a lookup takes
 
@@ -347,22 +325,18 @@ class MemoryNetwork:
     def _nearest(self, key: bytes) -> list["MemoryNetwork"]:
         if not self.connections:
             return []
-        target = int.from_bytes(hashlib.sha256(key).digest(), "big")
+        target = _position(key)
         reachable = [
             network
             for network in self.hub.networks.values()
-            if network is not self and network.alive and not self.hub.blocked(self._peer_id, network.peer_id)
+            if network is not self and network.alive and not self.hub.blocked(self.peer_id, network.peer_id)
         ]
-        return heapq.nsmallest(REPLICAS, reachable, key=lambda network: network.distance(target))
-
-    def distance(self, target: int) -> int:
-        """Return the XOR distance between a key's hash and our own."""
-        return self._position ^ target
+        return heapq.nsmallest(REPLICAS, reachable, key=lambda network: network.position ^ target)
 
     async def _look_up(self, key: bytes) -> list["MemoryNetwork"]:
         self._require_running()
         nearest = self._nearest(key)
-        slowest = max((self.hub.latency(self._peer_id, network.peer_id) for network in nearest), default=0.0)
+        slowest = max((self.hub.latency(self.peer_id, network.peer_id) for network in nearest), default=0.0)
         await trio.sleep(6 * slowest)
         self._require_running()
         return [network for network in nearest if network.alive]
@@ -374,7 +348,7 @@ class MemoryNetwork:
         if namespace is None:
             return False
         validator, selector = namespace
-        held = self._records.get(key)
+        held = self.records.get(key)
         try:
             if not validator(key, value):
                 return False
@@ -382,12 +356,8 @@ class MemoryNetwork:
                 return False
         except Exception:  # noqa: BLE001  # a validator that raises refuses
             return False
-        self._records[key] = value
+        self.records[key] = value
         return True
-
-    def stored_record(self, key: str) -> bytes | None:
-        """Return the record that is stored here."""
-        return self._records.get(key)
 
     async def put_record(self, key: str, value: bytes) -> None:
         """Store a record at the peers nearest to its key, and here."""
@@ -402,35 +372,27 @@ class MemoryNetwork:
     async def get_record(self, key: str) -> bytes | None:
         """Return the best record under the key that we or the peers nearest to it hold."""
         for network in await self._look_up(key.encode()):
-            if (value := network.stored_record(key)) is not None:
+            if (value := network.records.get(key)) is not None:
                 self.store_record(key, value)
-        return self._records.get(key)
+        return self.records.get(key)
 
     async def provide(self, key: bytes) -> None:
         """Announce that we provide the content with this key (a sha256)."""
         for network in [self, *await self._look_up(key)]:
-            network.store_provider(key, self._peer_id)
-
-    def store_provider(self, key: bytes, peer: PeerId) -> None:
-        """Remember a provider."""
-        self._providers.setdefault(key, {})[peer] = None
-
-    def providers(self, key: bytes) -> tuple[PeerId, ...]:
-        """Return the providers that are remembered here."""
-        return tuple(self._providers.get(key, ()))
+            network.providers[key][self.peer_id] = None
 
     async def find_providers(self, key: bytes, limit: int = 20) -> tuple[PeerId, ...]:
         """Return peers (without duplicates, without us) that announced the key; their addresses are learned."""
         found: dict[PeerId, None] = {}
         for network in [self, *await self._look_up(key)]:
-            found.update(dict.fromkeys(network.providers(key)))
-        found.pop(self._peer_id, None)
+            found.update(network.providers[key])
+        found.pop(self.peer_id, None)
         for peer in found:
             if (other := self.hub.networks.get(peer)) is not None:
-                self._book.add(peer, [other.endpoint])
+                self._book.add(peer, [other.address.endpoint])
         return tuple(found)[:limit]
 
-    @property
-    def endpoint(self) -> str:
-        """Our address without our id."""
-        return self._address.endpoint
+
+def _position(key: bytes) -> int:
+    """Return the place of a key in the DHT, where distances are XORs."""
+    return int.from_bytes(hashlib.sha256(key).digest(), "big")

@@ -32,15 +32,12 @@ class StreamOwner(Protocol):
     @property
     def peer_id(self) -> PeerId:
         """Its own id."""
-        ...
 
     def transmit(self, packet: Packet) -> None:
         """Put a packet on its way."""
-        ...
 
     def forget_stream(self, stream: "MemoryStream") -> None:
         """Drop a stream that is over."""
-        ...
 
 
 class MemoryStream:
@@ -49,25 +46,15 @@ class MemoryStream:
     other: "MemoryStream"
 
     def __init__(self, owner: StreamOwner, peer: PeerId, protocol: str) -> None:
+        self.peer = peer
+        self.protocol = protocol
         self._owner = owner
-        self._peer = peer
-        self._protocol = protocol
         self._window = WINDOW_BYTES
         self._arriving: deque[bytes | str] = deque()
         self._chunks: deque[bytes] = deque()
         self._readable = trio.lowlevel.ParkingLot()
         self._writable = trio.lowlevel.ParkingLot()
         self._finished = self._broken = self._send_closed = self._closed = self._sending = False
-
-    @property
-    def peer(self) -> PeerId:
-        """The peer at the other end."""
-        return self._peer
-
-    @property
-    def protocol(self) -> str:
-        """The negotiated protocol id."""
-        return self._protocol
 
     async def receive_some(self, max_bytes: int = 65536) -> bytes:
         """Return between 1 and `max_bytes` bytes, or b"" at the end of the stream; raise StreamClosed when it broke."""
@@ -80,7 +67,7 @@ class MemoryStream:
             if self._finished:
                 return b""
             if self._broken:
-                raise StreamClosed(f"the stream from {self._peer} broke")
+                raise StreamClosed(f"the stream from {self.peer} broke")
             await self._readable.park()
         chunk = self._chunks[0]
         if len(chunk) <= max_bytes:
@@ -125,15 +112,15 @@ class MemoryStream:
             while self._window == 0 and not self._broken and not self._send_closed:
                 await self._writable.park()
         if self._broken or self._send_closed:
-            raise StreamClosed(f"the stream to {self._peer} broke")
+            raise StreamClosed(f"the stream to {self.peer} broke")
         if self._window == 0:
             self.break_off(tell=True)
-            raise StreamClosed(f"the stream to {self._peer} broke: the peer accepted nothing for {WRITE_TIMEOUT_S:g} s")
+            raise StreamClosed(f"the stream to {self.peer} broke: the peer accepted nothing for {WRITE_TIMEOUT_S:g} s")
 
     def _transmit(self, item: bytes | str) -> None:
         self.other.expect(item)
         size = len(item) if isinstance(item, bytes) else 0
-        self._owner.transmit(Packet(self._owner.peer_id, self._peer, self.other.arrive, size))
+        self._owner.transmit(Packet(self._owner.peer_id, self.peer, self.other.arrive, size))
 
     def expect(self, item: bytes | str) -> None:
         """Note what is under way to this end; packets overtake each other, their contents do not."""

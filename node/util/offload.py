@@ -13,7 +13,6 @@ class Offload(Protocol):
 
     def __call__(self, work: Callable[[], _T], /) -> Awaitable[_T]:
         """Do it somewhere."""
-        ...
 
 
 async def run_in_thread(work: Callable[[], _T]) -> _T:

@@ -6,6 +6,7 @@ Any peer can make a node reach its limit. That may cost a connection or a sample
 import errno
 import resource
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from typing import Final
 
 import structlog
@@ -26,12 +27,9 @@ def raise_open_file_limit() -> int:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = ENOUGH_FILES if hard == resource.RLIM_INFINITY else min(hard, ENOUGH_FILES)
     if soft != resource.RLIM_INFINITY and soft < wanted:
-        try:
+        with suppress(OSError, ValueError):  # macOS has a lower limit of its own that it does not report
             resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
-        except (OSError, ValueError):
-            return soft  # macOS has a lower limit of its own that it does not tell
-        return wanted
-    return ENOUGH_FILES if soft == resource.RLIM_INFINITY else soft
+    return open_file_limit()
 
 
 def open_file_limit() -> int:

@@ -49,7 +49,6 @@ class Segments(Protocol):
 
         That is the span's first; others only where the variant's engine is among DIVISIBLE_ENGINES.
         """
-        ...
 
     def post_attention(
         self, number: int, hidden: torch.Tensor, attended: torch.Tensor, rotary: RotaryTables
@@ -59,11 +58,9 @@ class Segments(Protocol):
         `attended`: f32 (rows, heads * head size). Returns the block's output, and the inputs of the next block's
         attention, where there is one.
         """
-        ...
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Return the logits of rows that left a last span, (rows, vocabulary size)."""
-        ...
 
 
 class _Attention(NamedTuple):

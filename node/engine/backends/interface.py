@@ -32,7 +32,6 @@ class SpanRunner(Protocol):
         Returns for each hidden states f32 (rows, hidden size), behind the model's last block logits f32 (draws,
         vocabulary size).
         """
-        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,11 +51,9 @@ class Backend(Protocol):
 
     def start_threads(self) -> None:
         """Start the threads of the steps; from the thread that runs the steps, whose priority they inherit."""
-        ...
 
     def build(self, arithmetic: str, kv: KvCache) -> SpanRunner:
         """Build a variant and warm it. Raises EngineError."""
-        ...
 
 
 @dataclass(frozen=True, slots=True)

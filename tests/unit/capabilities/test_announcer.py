@@ -76,7 +76,7 @@ class Peer:
     def stored(self, peer: PeerId) -> CapabilityRecord | None:
         """Return the record of a peer that this one keeps for the DHT."""
         key = capability_key(peer)
-        data = self.network.stored_record(key)
+        data = self.network.records.get(key)
         return None if data is None else unseal_from_dht(CapabilityRecord, key, data, self.wall_clock())
 
     async def join(self, *others: "Peer") -> None:

@@ -302,7 +302,7 @@ def test_three_hundred_peers_hear_a_message_and_find_a_record() -> None:
             assert max(heard.values()) - published < 1
             await networks[7].put_record("/metaswarm/x", b"1")
             assert await networks[250].get_record("/metaswarm/x") == b"1"
-            holders = [network for network in networks if network.stored_record("/metaswarm/x") is not None]
+            holders = [network for network in networks if "/metaswarm/x" in network.records]
             assert 20 <= len(holders) <= 22
 
     trio.run(main, clock=trio.testing.MockClock(autojump_threshold=0))
@@ -318,8 +318,8 @@ def test_peers_nearest_to_a_key_keep_its_record() -> None:
             networks = await start(stack, hub, 60)
             await networks[0].put_record("/metaswarm/x", b"1")
             target = int.from_bytes(hashlib.sha256(b"/metaswarm/x").digest(), "big")
-            nearest = sorted(networks[1:], key=lambda network: network.distance(target))[:20]
-            holders = [network for network in networks[1:] if network.stored_record("/metaswarm/x")]
+            nearest = sorted(networks[1:], key=lambda network: network.position ^ target)[:20]
+            holders = [network for network in networks[1:] if "/metaswarm/x" in network.records]
             assert ids(holders) == ids(nearest)
 
     trio.run(main, clock=trio.testing.MockClock(autojump_threshold=0))

@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 import trio
 
-from node.network.host import Libp2pNetwork, NetworkLimits
+from node.network.host import Libp2pNetwork
 from node.network.interface import NetworkError, PeerConnected, PeerDisconnected, StreamClosed
+from node.network.limits import NetworkLimits
 from node.network.yamux_stream import YamuxLimits
 from protocol.identity import PeerId
 

@@ -15,7 +15,7 @@ from node.capabilities import probe
 from node.capabilities.inventory import Inventory
 from node.capabilities.traffic import TrafficMeter
 from node.network.addresses import expand_wildcard, parse_address
-from node.network.host import NetworkLimits
+from node.network.limits import NetworkLimits
 from node.util.open_files import is_file_shortage, open_file_limit, raise_open_file_limit, retry_on_file_shortage
 
 OPEN_FILES = Path("/proc/self/fd")
