@@ -12,13 +12,7 @@ from node.models.manifest import Manifest, find_integer
 from protocol.errors import RemoteProtocolError
 from protocol.identity import JobId, PeerId
 from protocol.limits import MAX_POSITIONS, MAX_VOCABULARY, MAX_WIDTH
-from protocol.measurements import (
-    Measurements,
-    ModelFacts,
-    Observation,
-    ObservationKind,
-    StageObservation,
-)
+from protocol.measurements import Measurements, ModelFacts, Observation, ObservationKind, StageObservation
 from protocol.observations import check_countersignature
 from selector.task import TaskContext
 

@@ -156,10 +156,7 @@ class StageSession:
         """Begin with a method: queue rows that arrived early, and replay outputs that the next stage lacks."""
         if self.info.is_first:
             self._tracker = DraftTracker(
-                start=message.start,
-                positions=self.request.positions,
-                draft_tokens=method.draft_tokens,
-                drafter=drafter,
+                start=message.start, positions=self.request.positions, draft_tokens=method.draft_tokens, drafter=drafter
             )
         self.method = self.state.method = method
         self._forward_from = message.onward

@@ -126,12 +126,7 @@ class SessionAdmission:
         return span
 
     async def _open_on(
-        self,
-        span: Span,
-        message: Open,
-        link: InboundLink,
-        former: StageSession | None,
-        offered: Sequence[Method],
+        self, span: Span, message: Open, link: InboundLink, former: StageSession | None, offered: Sequence[Method]
     ) -> Opened:
         session = StageSession(message, span, link, _description_bytes(message))
         try:
