@@ -22,9 +22,8 @@ from node.engine.kv_allocator import HIDDEN_DTYPES
 from node.links.base_link import LinkBroken
 from node.links.inbound_link import InboundLink
 from node.stages.outbox import Outbox, Output, StepLoop, max_rows
-from node.stages.replay_buffer import ReplayBuffer, ReplayMemory
+from node.stages.replay_buffer import ReplayBuffer, ReplayMemory, ResumableState
 from node.stages.scheduler import Work
-from node.stages.session_state import ResumableState
 from node.stages.speculation import Drafter, DraftTracker
 from node.stages.voting import Agreement
 from protocol.identity import PeerId, SessionId

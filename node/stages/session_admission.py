@@ -13,8 +13,7 @@ from node.links.link_pool import LinkPool
 from node.stages.fair_share import may_take
 from node.stages.peer_records import PeerRecords
 from node.stages.session import StageSession
-from node.stages.span import Span, pages_of
-from node.stages.span_table import SpanTable
+from node.stages.span import Span, SpanTable, pages_of
 from node.stages.voting import Agreement, Voter
 from protocol.identity import ModelId, PeerId, SessionId
 from protocol.limits import MAX_SESSIONS, MAX_STAGES, PREFIX_HASH_BYTES
