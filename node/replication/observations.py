@@ -17,7 +17,7 @@ import trio
 from node.identity import Identity
 from node.network.interface import Network, NetworkError, Stream
 from node.replication.anti_entropy import SyncInitiator, SyncResponder
-from node.replication.gossip import BatchPacer, GossipTopic
+from node.replication.gossip_topic import BatchPacer, GossipTopic
 from node.replication.history import History
 from node.replication.peer_limits import Ban, PeerAllowances, PeerLimits
 from node.replication.pull import PullLimits, PullService

@@ -7,7 +7,7 @@ from typing import TypeVar
 import trio
 from cachetools import LRUCache
 
-from node.replication.gossip import Verifier
+from node.replication.gossip_topic import Verifier
 from node.replication.history import History
 from protocol.limits import MAX_CLOCK_SKEW_S
 from protocol.observations import SignedObservation, oldest_bucket, verify_observation
