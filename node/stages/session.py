@@ -25,7 +25,7 @@ from node.stages.outbox import Outbox, Output, StepLoop, max_rows
 from node.stages.replay_buffer import ReplayBuffer, ReplayMemory, ResumableState
 from node.stages.scheduler import Work
 from node.stages.speculation import Drafter, DraftTracker
-from node.stages.voting import Agreement
+from node.stages.voter import Agreement
 from protocol.identity import PeerId, SessionId
 from protocol.messages import Begin, FailureReason, FinishReason, Open, Progress, Slice, Step
 from protocol.tensors import DType, Tensor, tensor_from_tokens, tokens_from_tensor

@@ -15,7 +15,7 @@ from node.engine.interface import REFERENCE, Variant
 from node.links.base_link import LinkBroken
 from node.links.outbound_link import OutboundLink
 from node.stages.scheduler import Batching, PolicyController
-from node.stages.voting import HeuristicVoter
+from node.stages.voter import HeuristicVoter
 from node.testing.fake_engine import FAKE_VARIANTS, FakeEngine, expected_tokens, fake_span_info
 from protocol.identity import BlockRange
 from protocol.measurements import QualityBound
