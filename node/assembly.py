@@ -306,7 +306,7 @@ def build_client(
         capabilities = announcer.known(peer)
         return None if capabilities is None else capabilities.links
 
-    recorder = Recorder(network.identity, swarm.replicator)
+    recorder = Recorder(network.identity, swarm.replicator.publish)
     quality_store = LocalQualityStore(serving.library, config.cache_dir)
     view = SwarmView(
         finder=membership,
@@ -317,7 +317,7 @@ def build_client(
         agreed=selection.chains.agreement,
     )
     coordinator = Coordinator(
-        serving.library,
+        serving.library.open,
         view,
         serving.stages.link_pool,
         network.jitter,

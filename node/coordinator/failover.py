@@ -280,7 +280,7 @@ class ResilientRoute:
             self._avoided[peer] = StageRefusal(peer, RefusalReason.LEAVING, "is about to leave")
         await self.open()
 
-    async def _is_replaceable(self, peers: Collection[PeerId], *, only_trusted: bool = True) -> bool:
+    async def _is_replaceable(self, peers: Collection[PeerId], only_trusted: bool) -> bool:
         """Return whether others could take the places of peers on the route; at intervals search for more peers."""
         route = self._open_route()
         need = self._need(peers, route if route.method else None)

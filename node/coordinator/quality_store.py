@@ -17,7 +17,6 @@ from typing import Any, Final, Protocol
 import structlog
 import trio
 
-from node.coordinator.method_choice import MeasurementState
 from node.models.errors import ModelError
 from node.models.files import write_atomically
 from node.models.library import KnownModel
@@ -84,17 +83,17 @@ class LocalQualityStore:
         """Return all figures of a model."""
         return self._figures.get(model, {})
 
-    def request(self, model: KnownModel) -> MeasurementState:
+    def request(self, model: KnownModel) -> bool:
         """Request a measurement; see QualityStore."""
         if model.id in self._figures:
-            return MeasurementState.DONE
+            return False
         if model.id not in self._requested:
             try:
                 self._queue_in.send_nowait(model)
             except trio.WouldBlock:
-                return MeasurementState.PENDING  # requested again by the next job
+                return True  # requested again by the next job
             self._requested.add(model.id)
-        return MeasurementState.PENDING
+        return True
 
     async def run(self) -> None:
         """Measure the requested models until cancelled."""

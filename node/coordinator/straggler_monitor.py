@@ -4,7 +4,7 @@ from collections import deque
 from collections.abc import Awaitable, Callable, Collection, Sequence
 from itertools import pairwise
 from statistics import median
-from typing import Protocol, TypeVar
+from typing import TypeVar
 
 import trio
 
@@ -58,17 +58,13 @@ LENIENCY = 1.5
 T = TypeVar("T")
 
 
-class ReplaceableCheck(Protocol):
-    """Tells whether stages could be replaced."""
-
-    async def __call__(self, peers: Collection[PeerId], *, only_trusted: bool = True) -> bool:
-        """Return whether others could take the places of peers on the job's route."""
-
-
 class StragglerMonitor:
     """Opens one job's routes, sends its prompt and waits for its tokens; gives up stages that delay it."""
 
-    def __init__(self, job: Job, planner: Planner, is_replaceable: ReplaceableCheck) -> None:
+    def __init__(
+        self, job: Job, planner: Planner, is_replaceable: Callable[[Collection[PeerId], bool], Awaitable[bool]]
+    ) -> None:
+        """`is_replaceable`: whether others, trusted ones only or any, could take the places of peers on the route."""
         self._job = job
         self._planner = planner
         self._is_replaceable = is_replaceable
@@ -84,7 +80,7 @@ class StragglerMonitor:
             while True:
                 await trio.sleep(limit_s)
                 late = route.opening_late()
-                if late and await self._is_replaceable(late):
+                if late and await self._is_replaceable(late, True):
                     for peer in late:
                         why = f"did not open the session within {limit_s:.1f} s"
                         route.give_up_opening(StageRefusal(peer, None, why, lagged=True))
@@ -101,7 +97,7 @@ class StragglerMonitor:
             limit_s = SEND_LIMIT_S
             while True:
                 await trio.sleep(limit_s)
-                if await self._is_replaceable({first}):
+                if await self._is_replaceable({first}, True):
                     route.lose(_lagging(first, f"did not take the prompt within {limit_s:.1f} s"))
                     return
                 limit_s *= 2
@@ -153,8 +149,7 @@ class StragglerMonitor:
             now_s = trio.current_time()
             if (lag := detector.find(now_s)) is not None:
                 peer, disputed, message = self._blamed(route, lag)
-                only_trusted = lag.waited_s < FORGIVING_FACTOR * lag.limit_s
-                if await self._is_replaceable({peer}, only_trusted=only_trusted):
+                if await self._is_replaceable({peer}, lag.waited_s < FORGIVING_FACTOR * lag.limit_s):
                     self._disputed |= disputed
                     route.lose(_lagging(peer, message))
                     return

@@ -29,7 +29,7 @@ from node.stages.engine_loop import EngineLoop
 from node.stages.fair_share import UnmetDemand
 from node.stages.outbox import Output, send_outputs
 from node.stages.peer_penalties import PeerPenalties
-from node.stages.replay_buffer import REPLAY_BYTES, ReplayMemory
+from node.stages.replay_buffer import ReplayMemory
 from node.stages.scheduler import PolicyController, Scheduler, Work
 from node.stages.session import StageSession
 from node.util.signal import Signal
@@ -70,9 +70,9 @@ class Span(EngineLoop):
         engine: Engine,
         link_pool: LinkPool,
         session_ended: trio.lowlevel.ParkingLot,
-        controller: PolicyController | None = None,
-        replay_bytes: int = REPLAY_BYTES,
-        records: PeerPenalties | None = None,
+        controller: PolicyController,
+        replay_bytes: int,
+        records: PeerPenalties,
     ) -> None:
         super().__init__(engine)
         self.sessions: dict[SessionId, StageSession] = {}
@@ -81,8 +81,8 @@ class Span(EngineLoop):
         self.unmet_demand = UnmetDemand()
         """KV pages that peers were refused."""
         self.replay_memory = ReplayMemory(replay_bytes)
-        self._records = records or PeerPenalties()
-        self._controller = controller or PolicyController()
+        self._records = records
+        self._controller = controller
         self.scheduler: Scheduler[InboundLink] = Scheduler(self._controller.policy)
         self._link_pool = link_pool
         self._session_added = Signal()

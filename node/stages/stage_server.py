@@ -22,7 +22,7 @@ from node.stages.session import StageSession
 from node.stages.session_admission import SessionAdmission
 from node.stages.span import Span, SpanTable
 from node.stages.speculation import Drafter, PromptLookup
-from node.stages.voter import Agreement, HeuristicVoter, Voter, tally_fault
+from node.stages.voter import Agreement, Voter, tally_fault
 from protocol.announcements import ServedSpan
 from protocol.identity import ModelId, PeerId, SessionId
 from protocol.measurements import StageObservation
@@ -54,9 +54,9 @@ class StageServer:
         *,
         private_key: Ed25519PrivateKey,
         hardware: Callable[[], str],
-        voter: Voter | None = None,
-        controller: Callable[[], PolicyController] = PolicyController,
-        agreed: Callable[[ModelId], Agreement | None] = lambda model: None,
+        voter: Voter,
+        controller: Callable[[], PolicyController],
+        agreed: Callable[[ModelId], Agreement | None],
     ) -> None:
         """`private_key` countersigns what jobs cost here, `hardware` names what they ran on.
 
@@ -66,9 +66,7 @@ class StageServer:
         self.link_pool = LinkPool(network, agent, self)
         self._table = SpanTable()
         self._records = PeerPenalties()
-        self._admission = SessionAdmission(
-            self._table, self.link_pool, self._records, voter or HeuristicVoter(), agreed
-        )
+        self._admission = SessionAdmission(self._table, self.link_pool, self._records, voter, agreed)
         self._controller = controller
         self._private_key = private_key
         self._hardware = hardware

@@ -14,7 +14,6 @@ from typing import Protocol
 
 from protocol.identity import PeerId
 from protocol.messages import Begin
-from selector.heuristic import predicted_cost
 from selector.task import Method, TaskContext
 from selector.voting import tally, weights_of
 
@@ -44,14 +43,6 @@ class Voter(Protocol):
 
     async def vote(self, context: TaskContext, methods: Sequence[Method]) -> Mapping[str, float]:
         """Return for every method given, by name, the natural logarithm of its expected cost."""
-
-
-class HeuristicVoter:
-    """Votes by the hand-written cost model: for a peer without a history."""
-
-    async def vote(self, context: TaskContext, methods: Sequence[Method]) -> Mapping[str, float]:
-        """Return the predictions of the cost model; see Voter."""
-        return {method.name: predicted_cost(context, method) for method in methods}
 
 
 def tally_fault(

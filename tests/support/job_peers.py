@@ -41,6 +41,7 @@ from protocol.messages import Open, Sampling, Slice, Step
 from protocol.tensors import tensor_from_tokens
 from selector.routing import Links
 from selector.task import BASELINE
+from tests.support.heuristic_selection import HeuristicChooser, HeuristicVoter, NullQualityStore
 
 BLOCKS = 9
 VOCABULARY = 1000
@@ -204,7 +205,7 @@ class Swarm:
             "test/1",
             private_key=identity.private_key,
             hardware=lambda: "test",
-            voter=voter,
+            voter=voter or HeuristicVoter(),
             controller=self._controller,
             agreed=lambda model: agreed,
         )
@@ -213,7 +214,7 @@ class Swarm:
         tokenizer = NumberTokenizer()
         links = self._links(network, membership)
         coordinator = Coordinator(
-            OneModel(tokenizer),
+            OneModel(tokenizer).open,
             SwarmView(
                 finder=membership,
                 links=links,
@@ -224,8 +225,8 @@ class Swarm:
             stages.link_pool,
             self.rng,
             recorder,
-            chooser=chooser,
-            quality_store=ledger,
+            chooser=chooser or HeuristicChooser(),
+            quality_store=ledger or NullQualityStore(),
         )
         peer = Peer(network, stages, membership, coordinator, tokenizer, placements)
         self.peers.append(peer)

@@ -9,18 +9,18 @@ import trio
 from trio.testing import MockClock
 
 from node.coordinator.coordinator import OWNER_LIMIT_S
-from node.coordinator.method_choice import Choice, HeuristicChoice, HeuristicChooser, SelectionRequest
+from node.coordinator.method_choice import Choice, SelectionRequest
 from node.coordinator.submission import JobError, JobErrorCode, JobRequest, JobResult
 from node.engine.interface import REFERENCE, Variant
 from node.links.base_link import LinkBroken
 from node.links.outbound_link import OutboundLink
 from node.stages.scheduler import Batching, PolicyController
-from node.stages.voter import HeuristicVoter
 from node.testing.fake_engine import FAKE_VARIANTS, FakeEngine, expected_tokens, fake_span_info
 from protocol.identity import BlockRange
 from protocol.measurements import QualityBound
 from protocol.messages import Begin, Sampling
 from selector.task import BASELINE, PORTFOLIO, Method, TaskContext, method
+from tests.support.heuristic_selection import HeuristicChoice, HeuristicChooser, HeuristicVoter
 from tests.support.job_peers import BLOCKS, Peer, open_swarm
 from tests.unit.coordinator.test_jobs import THIRDS, all_free, swarm_of_thirds
 
