@@ -244,11 +244,7 @@ class Planner:
 
         `loads`: each stage's report when it was opened, whose count of sessions is believed within bounds.
         """
-        own = self._in_flight()
-        sharing = [
-            max(1, own[stage.peer], min(load.sessions, own[stage.peer] + SHARING_BEYOND_OWN))
-            for stage, load in zip(stages, loads, strict=True)
-        ]
+        sharing = [self._sharing(stage.peer, load) for stage, load in zip(stages, loads, strict=True)]
         ones = (1,) * len(stages)
         prompt_links_s = self.round_s(stages) + self.transfer_s(stages, need.demand)
         for measured, took_s, links_s, rows in (
@@ -272,9 +268,12 @@ class Planner:
             known_s = self._rows.reference_s(need.model)
             slow_s = max(block_s, need.block_bytes / SLOW_BYTES_PER_S) if known_s is None else block_s
             row_s = max(known_s or 0.0, slow_s / PROMPT_ROWS_PER_STEP)
-        own = self._in_flight()[stage.peer]
-        times = max(1, own, min(load.sessions, own + SHARING_BEYOND_OWN))
-        return times * len(stage.blocks) * (block_s + max(0, rows - 1) * row_s)
+        return self._sharing(stage.peer, load) * len(stage.blocks) * (block_s + max(0, rows - 1) * row_s)
+
+    def _sharing(self, peer: PeerId, load: Load) -> int:
+        """Return how many sessions share a peer: our own, and as many of others' as it reports within bounds."""
+        own = self._in_flight()[peer]
+        return max(1, own, min(load.sessions, own + SHARING_BEYOND_OWN))
 
     def _prior_block_s(self, need: RouteNeed, stage: Stage, step_s: float) -> float:
         """Return a peer's seconds per block and token: measured, else the best peer's, or its own claim if slower."""

@@ -68,7 +68,8 @@ class StragglerMonitor:
         self._job = job
         self._planner = planner
         self._is_replaceable = is_replaceable
-        self._timeout = AdaptiveTimeout()
+        self._waits_s: deque[float] = deque(maxlen=16)
+        """Inter-token times, from which the timeout for the next token is learned."""
         self._disputed: set[PeerId] = set()
         """Peers that claim to have sent rows that never arrived at the next stage, which was replaced for it."""
 
@@ -126,6 +127,14 @@ class StragglerMonitor:
             leniency=LENIENCY**failures,
         )
 
+    @property
+    def _timeout_s(self) -> float:
+        """The wait after which the next token is late: a multiple of the median inter-token time."""
+        if not self._waits_s:
+            return FIRST_TIMEOUT_S
+        least_s, most_s = TIMEOUT_S
+        return min(most_s, max(least_s, TIMEOUT_FACTOR * median(self._waits_s)))
+
     async def token(self, route: OpenRoute) -> SampledToken:
         """Wait for the next token. Raises RouteLost where a stage is lost or lags, JobError for a stall."""
         detector, asked_s = route.detector, trio.current_time()
@@ -134,11 +143,11 @@ class StragglerMonitor:
         if not route.has_token:
             detector.wait(asked_s)
         token: SampledToken | None = None
-        with trio.move_on_after(self._timeout.seconds):
+        with trio.move_on_after(self._timeout_s):
             token = await route.next_token()
         if token is None:
             token = await _run_watched(lambda: self._watch(route, detector), route.next_token)
-        self._timeout.learn(trio.current_time() - asked_s)
+        self._waits_s.append(trio.current_time() - asked_s)
         return token
 
     async def _watch(self, route: OpenRoute, detector: StragglerDetector) -> None:
@@ -189,22 +198,3 @@ async def _run_watched(watch: Callable[[], Awaitable[None]], act: Callable[[], A
     if fault is not None:
         raise fault
     return result
-
-
-class AdaptiveTimeout:
-    """The wait after which a job's token is late: a multiple of the median inter-token time."""
-
-    def __init__(self) -> None:
-        self._waits_s: deque[float] = deque(maxlen=16)
-
-    @property
-    def seconds(self) -> float:
-        """The current timeout."""
-        if not self._waits_s:
-            return FIRST_TIMEOUT_S
-        least_s, most_s = TIMEOUT_S
-        return min(most_s, max(least_s, TIMEOUT_FACTOR * median(self._waits_s)))
-
-    def learn(self, wait_s: float) -> None:
-        """Record an inter-token time."""
-        self._waits_s.append(wait_s)

@@ -292,17 +292,15 @@ class OutboundLink(JobLink):
             case Progress():
                 if (reply := self._progress_replies.pop(message.session, None)) is not None:
                     reply.deliver(message)
-            case Reroute():
-                lost = SessionLost(
-                    self.peer, message.peer or self.peer, message.reason, message.message, resumable=True
-                )
-                for on_lost in tuple(self._watchers.get(message.session, {}).values()):
-                    on_lost(lost)
-            case Failed():
-                self._deliver(message)
-                lost = SessionLost(self.peer, message.peer or self.peer, message.reason, message.message)
+            case Reroute() | Failed():
+                watchers = self._watchers.get(message.session, {})
+                if isinstance(message, Failed):
+                    self._deliver(message)
+                    self._watchers.pop(message.session, None)
+                blamed, is_kept = message.peer or self.peer, isinstance(message, Reroute)
+                lost = SessionLost(self.peer, blamed, message.reason, message.message, resumable=is_kept)
                 # A copy: a watcher may end watches in turn, its own and those that others hold here.
-                for on_lost in tuple(self._watchers.pop(message.session, {}).values()):
+                for on_lost in tuple(watchers.values()):
                     on_lost(lost)
             case _:
                 raise AssertionError(f"the state tables let {message} through to an initiator")

@@ -260,33 +260,29 @@ class StageServer:
         return Progress(session=session, received=0, computed=0, sent=0)
 
     async def close(self, session: SessionId, link: InboundLink) -> Closed:
-        """Free a session that this link opened and return what it cost; an unknown one costs nothing."""
+        """Free a session that this link opened and return what it cost, signed, as its coordinator may publish it."""
         if (found := self._table.find(session, link)) is None:
             return Closed(session=session, statistics=SessionStatistics())
         span, closing = found
         await closing.admitted.wait()
         span.end(closing)
-        return self._countersigned(closing)
-
-    def _countersigned(self, session: StageSession) -> Closed:
-        """Return what a session cost here, signed for its coordinator, who may publish it."""
         observed = StageObservation(
             peer=self.link_pool.peer_id,
-            blocks=session.info.blocks,
+            blocks=closing.info.blocks,
             hardware=self._hardware(),
-            statistics=session.state.counters.statistics(),
+            statistics=closing.state.counters.statistics(),
         )
-        if session.method is not None:
+        if closing.method is not None:
             observed = countersign(
                 observed,
-                job=session.id.job,
-                observer=session.opened_by.peer,
-                model=session.info.model,
-                method=session.method.name,
+                job=session.job,
+                observer=closing.opened_by.peer,
+                model=closing.info.model,
+                method=closing.method.name,
                 private_key=self._private_key,
             )
         return Closed(
-            session=session.id,
+            session=session,
             statistics=observed.statistics,
             hardware=observed.hardware,
             countersignature=observed.countersignature,
