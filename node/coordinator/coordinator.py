@@ -7,14 +7,14 @@ import random
 import secrets
 import time
 from collections import Counter
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterable, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
 import trio
 
-from node.coordinator.failover import ResilientRoute, RouteServices, no_route
+from node.coordinator.failover import ResilientRoute, no_route
 from node.coordinator.job import Job
 from node.coordinator.method_choice import (
     Choice,
@@ -23,12 +23,12 @@ from node.coordinator.method_choice import (
     admitted_methods,
 )
 from node.coordinator.observation import Recorder, ServedJob
-from node.coordinator.planner import Finder, Planner
+from node.coordinator.planner import Planner, SwarmView
 from node.coordinator.prefix_sharing import RecentPrompts
 from node.coordinator.prompt import prompt_tokens, sampling_of
 from node.coordinator.result import result_of, served_of, timing_of
 from node.coordinator.route import OpenRoute, RouteRejected
-from node.coordinator.session_request import SessionRequests
+from node.coordinator.session_request import RouteServices, request_sessions
 from node.coordinator.submission import (
     CLIENT_MISTAKES,
     JobError,
@@ -45,11 +45,10 @@ from node.links.link_pool import LinkPool
 from node.models.errors import ModelError
 from node.models.library import KnownModel
 from node.models.streaming import StopFinder, StreamDecoder
-from node.stages.voter import Agreement
-from protocol.identity import BlockRange, JobId, ModelId, PeerId, Stage
+from protocol.identity import JobId, ModelId, PeerId, Stage
 from protocol.messages import FinishReason
 from selector.reliability import PeerRecord
-from selector.routing import Links, NoRouteError
+from selector.routing import NoRouteError
 from selector.task import TaskContext
 
 VOTE_LIMIT_S = 120.0
@@ -57,23 +56,6 @@ VOTE_LIMIT_S = 120.0
 
 OWNER_LIMIT_S = 30.0
 """How long a job waits at most for the owner of its prefix to compute it."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SwarmView:
-    """What the coordinator knows of the peers.
-
-    `links`: between any two peers. `hardware`: the class of a peer's hardware. `bandwidth`: the memory bandwidth that a
-    peer reports, bytes per second. `expected`: the blocks of a model that live peers serve or are loading. `agreed`:
-    the swarm's agreed statement about a model.
-    """
-
-    finder: Finder
-    links: Links
-    hardware: Callable[[PeerId], str] = lambda peer: "unknown"
-    bandwidth: Callable[[PeerId], float | None] = lambda peer: None
-    expected: Callable[[ModelId], Iterable[BlockRange]] = lambda model: ()
-    agreed: Callable[[ModelId], Agreement | None] = lambda model: None
 
 
 @dataclass(slots=True)
@@ -134,10 +116,10 @@ class Coordinator:
         )
         self._services = RouteServices(
             planner=self._planner,
+            swarm=swarm,
             link_pool=link_pool,
-            requests=SessionRequests(self._planner, self._chooser, swarm.hardware, swarm.agreed),
+            chooser=chooser,
             prompts=self._prompts,
-            expected=swarm.expected,
             jitter=jitter,
         )
         self._routes: dict[JobId, ResilientRoute] = {}
@@ -204,7 +186,7 @@ class Coordinator:
             planned = await self._planner.route(job.need())
         except NoRouteError as error:
             raise no_route(job, error, {}, {}) from None
-        session_request = await self._services.requests.for_route(job, planned)
+        session_request = await request_sessions(self._services, job, planned)
         route = OpenRoute(planned.stages, self._link_pool, session_request)
         try:
             with trio.fail_after(VOTE_LIMIT_S):

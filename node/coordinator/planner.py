@@ -13,6 +13,7 @@ import trio
 
 from node.links.outbound_link import SLOWEST_BYTES_PER_S
 from node.stages.outbox import OUTGOING_BYTES
+from node.stages.voter import Agreement
 from node.swarm.directory import Candidate
 from node.swarm.link_estimates import UNKNOWN_BYTES_PER_S
 from protocol.identity import BlockRange, ModelId, PeerId, Stage
@@ -48,6 +49,23 @@ class Finder(Protocol):
 
     def forget(self, peer: PeerId) -> None:
         """Treat a peer as dead until its next heartbeat."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SwarmView:
+    """What the coordinator knows of the peers.
+
+    `links`: between any two peers. `hardware`: the class of a peer's hardware. `bandwidth`: the memory bandwidth that a
+    peer reports, bytes per second. `expected`: the blocks of a model that live peers serve or are loading. `agreed`:
+    the swarm's agreed statement about a model.
+    """
+
+    finder: Finder
+    links: Links
+    hardware: Callable[[PeerId], str] = lambda peer: "unknown"
+    bandwidth: Callable[[PeerId], float | None] = lambda peer: None
+    expected: Callable[[ModelId], Iterable[BlockRange]] = lambda model: ()
+    agreed: Callable[[ModelId], Agreement | None] = lambda model: None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -307,7 +307,7 @@ class OpenRoute:
 
     async def close(self) -> tuple[Closed, ...]:
         """Close every stage, within a bounded time even under cancellation; return each one's statistics."""
-        self._link_pool.registry.remove(self._sink)
+        self._link_pool.receivers.pop(self._sink, None)
         for unwatch in self._unwatch:
             unwatch()
         for source in self._sources:
@@ -349,7 +349,7 @@ class OpenRoute:
                 refusals[stage] = StageRefusal(peer, None, str(broken))
                 self._refused.add(stage)
 
-        self._link_pool.registry.add(self._sink, self)
+        self._link_pool.receivers[self._sink] = self
         with self._opening:
             async with trio.open_nursery() as nursery:
                 for stage in range(len(self.stages)):

@@ -99,11 +99,6 @@ class Span(EngineLoop):
         """What the engine holds."""
         return self.engine.info
 
-    @property
-    def policy(self) -> dict[str, str]:
-        """The stage's own switches in force."""
-        return self.scheduler.policy.switches()
-
     def load(self) -> Load:
         """Return how busy the span is."""
         statistics = self.engine.statistics()
@@ -181,7 +176,7 @@ class Span(EngineLoop):
         session.end()
         self.scheduler.remove(session.id)
         self.sessions.pop(session.id, None)
-        self._link_pool.registry.remove(session.id)
+        self._link_pool.receivers.pop(session.id, None)
         self._session_ended.unpark_all()
 
     async def carry_on(self, former: StageSession, session: StageSession) -> bool:
@@ -215,18 +210,15 @@ class Span(EngineLoop):
                 await self._session_added.wait()
             await trio.sleep(EXPIRY_ROUND_S)
             now_s = trio.current_time()
-            largest = self._largest_holder() if self.unmet_demand else None
+            held = self.held_pages() if self.unmet_demand else Counter[PeerId]()
+            others = (peer for peer in held if peer != self._link_pool.peer_id)
+            largest = max(others, key=held.__getitem__, default=None)
             for session in tuple(self.sessions.values()):
                 limit_s = SHORT_IDLE_LIMIT_S if session.opened_by.peer == largest else IDLE_LIMIT_S
                 if session.method is None and session.admitted.is_set() and now_s - session.opened_s > BEGIN_LIMIT_S:
                     self.fail(session, FailureReason.EXPIRED, f"not begun {BEGIN_LIMIT_S:.0f} s after it was opened")
                 elif now_s - session.active_s > limit_s:
                     self.fail(session, FailureReason.EXPIRED, f"no rows arrived for {limit_s:.0f} s")
-
-    def _largest_holder(self) -> PeerId | None:
-        held = self.held_pages()
-        held.pop(self._link_pool.peer_id, None)
-        return max(held, key=lambda peer: held[peer], default=None)
 
     # Variants
 

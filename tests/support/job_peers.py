@@ -11,9 +11,10 @@ from typing import Any, cast
 import trio
 
 from node.config import ServeSpec
-from node.coordinator.coordinator import Coordinator, SwarmView
+from node.coordinator.coordinator import Coordinator
 from node.coordinator.method_choice import Chooser, QualityStore
 from node.coordinator.observation import Recorder
+from node.coordinator.planner import SwarmView
 from node.coordinator.submission import JobRequest, JobResult
 from node.engine.device import Device
 from node.engine.interface import REFERENCE, EngineCrashed, SpanInfo, Variant

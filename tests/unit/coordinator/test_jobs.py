@@ -51,7 +51,7 @@ async def all_free(swarm: Swarm) -> None:
     with trio.fail_after(1):
         while any(peer.held() != (0, 0) for peer in swarm.peers):
             await trio.sleep(0.01)
-    assert all(len(peer.stages.link_pool.registry) == 0 for peer in swarm.peers)
+    assert all(len(peer.stages.link_pool.receivers) == 0 for peer in swarm.peers)
 
 
 async def test_three_stages_generate_the_same_text_as_one(virtual_clock: MockClock) -> None:
