@@ -258,10 +258,7 @@ class Planner:
             self._reliability.served(peer, trio.current_time())
 
     def measured(self, need: RouteNeed, stages: Sequence[Stage], loads: Sequence[Load], timing: RouteTiming) -> None:
-        """Learn the speed of a route's stages from a job.
-
-        `loads`: each stage's report when it was opened, whose count of sessions is believed within bounds.
-        """
+        """Learn the speed of a route's stages from a job. `loads`: each stage's report when it was opened."""
         sharing = [self._sharing(stage.peer, load) for stage, load in zip(stages, loads, strict=True)]
         ones = (1,) * len(stages)
         prompt_links_s = self.round_s(stages) + self.transfer_s(stages, need.demand)
@@ -276,10 +273,7 @@ class Planner:
             measured.observe(need.model, shares, max(took_s / 10, took_s - links_s))
 
     def expected_s(self, need: RouteNeed, stage: Stage, rows: int, load: Load) -> float:
-        """Return the expected time of a stage for rows of a session; generous for an unmeasured one.
-
-        `load`: the stage's report, believed within bounds; this node's own jobs there count fully.
-        """
+        """Return the expected time of a stage, by its reported load, for rows; generous for an unmeasured one."""
         block_s = self._prior_block_s(need, stage, load.step_s)
         row_s = self._rows.seconds(stage.peer, need.model)
         if row_s is None:

@@ -232,10 +232,7 @@ class OpenRoute:
         return agreed is not None and all(answer and answer.statement == agreed.statement for answer in self.answers)
 
     def agree(self) -> tuple[Method, tuple[Ballot, ...]]:
-        """Return the method that the votes agree on, and the ballots: of the stages, then our own.
-
-        Raises RouteRejected where no method is ready everywhere.
-        """
+        """Return the method that the votes agree on, and all ballots, our own last. Raises RouteRejected for none."""
         votes = [answer.votes if answer else {} for answer in self.answers]
         peers = [*(stage.peer for stage in self.stages), self._link_pool.peer_id]
         agreed = self.request.agreed

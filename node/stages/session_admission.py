@@ -148,7 +148,16 @@ class SessionAdmission:
             is_unbegun = former is not None and former.method is None
             opened_s = former.opened_s if former and is_unbegun else trio.current_time()
             session.on_opened(dict(votes), self._agreed(message.model), opened_s)
-            return _opened(session, span)
+            return Opened(
+                session=session.id,
+                load=span.load(),
+                votes=session.votes,
+                cached={str(key): positions for key, positions in session.state.cached.items()},
+                policy=span.scheduler.policy.switches(),
+                held=session.state.computed,
+                kept_from=session.state.replay_from,
+                statement=session.agreement.statement if session.agreement else None,
+            )
         finally:
             session.admitted.set()
             if session.is_ended:  # by a coordinator that left meanwhile, perhaps before the memory was reserved
@@ -193,19 +202,6 @@ class SessionAdmission:
                 session.outbox.connect(receiver, link)
         if scope.cancelled_caught:
             raise LinkBroken(peer, f"not reached within {CONNECT_LIMIT_S:.0f} s")
-
-
-def _opened(session: StageSession, span: Span) -> Opened:
-    return Opened(
-        session=session.id,
-        load=span.load(),
-        votes=session.votes,
-        cached={str(key): positions for key, positions in session.state.cached.items()},
-        policy=span.scheduler.policy.switches(),
-        held=session.state.computed,
-        kept_from=session.state.replay_from,
-        statement=session.agreement.statement if session.agreement else None,
-    )
 
 
 def _description_bytes(message: Open) -> int:

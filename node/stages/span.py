@@ -180,10 +180,7 @@ class Span(EngineLoop):
         self._session_ended.unpark_all()
 
     async def carry_on(self, former: StageSession, session: StageSession) -> bool:
-        """Let a session take over what one of a former attempt holds, which ends by that; return whether it could.
-
-        It waits for the step that the former one may be in.
-        """
+        """End a session of a former attempt after the step it is in, and let another take it over if that succeeds."""
         self._continuing[former.id] = former
         self._remove(former)
         with trio.CancelScope(shield=True):  # for a step at most: else what the former one holds would leak

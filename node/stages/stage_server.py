@@ -92,10 +92,7 @@ class StageServer:
         )
 
     def peer_statistics(self) -> Mapping[PeerId, StagePeerStatistics]:
-        """Return what each peer has requested of the stages here, the outcomes, and what it holds now.
-
-        Bounded: of peers that hold nothing, the most recent.
-        """
+        """Return what each peer has requested of the stages here and holds now; bounded to recent peers."""
         found = dict(self._records.statistics())
         for session in self._table.sessions():
             peer = session.opened_by.peer
