@@ -175,6 +175,8 @@ class GuardedSwarm(Swarm):
         book: AddressBook,
         limits: NetworkLimits,
         psk: str | None,
+        on_connected: Callable[[ID], None],
+        on_disconnected: Callable[[ID], None],
     ) -> None:
         config = ConnectionConfig(
             max_connections=limits.max_connections,
@@ -187,6 +189,8 @@ class GuardedSwarm(Swarm):
         )
         super().__init__(peer_id, BoundedPeerStore(), upgrader, [tcp], connection_config=config, psk=psk)
         self._book = book
+        self._on_connected = on_connected
+        self._on_disconnected = on_disconnected
         self._inbound = limits.inbound
         self._dial_timeout_s = limits.dial_timeout_s
         self._dials: dict[ID, _Dial] = {}
@@ -218,6 +222,16 @@ class GuardedSwarm(Swarm):
             if victim is not None:
                 victim.abort()
         return await super().add_conn(muxed_conn, direction)
+
+    async def notify_connected(self, conn: INetConn) -> None:
+        """Report a new connection, to us first."""
+        self._on_connected(conn.muxed_conn.peer_id)
+        await super().notify_connected(conn)
+
+    async def notify_disconnected(self, conn: INetConn) -> None:
+        """Report the end of a connection, to us first."""
+        self._on_disconnected(conn.muxed_conn.peer_id)
+        await super().notify_disconnected(conn)
 
     def _select_connection(self, connections: list[INetConn], peer_id: ID) -> INetConn:
         """Choose the latest connection: an older one may be left over from a peer that has crashed and come back."""
