@@ -5,6 +5,7 @@ Subclasses and wrappers, no patches. README.md in this folder lists each fault w
 
 import logging
 import os
+from collections import Counter
 from collections.abc import Awaitable, Callable
 from functools import partial
 from typing import Any, Final
@@ -70,14 +71,14 @@ def isolate_errors(handler: StreamHandler) -> StreamHandler:
 
 def limit_requests(handler: StreamHandler) -> StreamHandler:
     """Wrap a handler of short requests with limits for each peer: duration and concurrency."""
-    busy: dict[ID, int] = {}
+    busy: Counter[ID] = Counter()
 
     async def limited(stream: INetStream) -> None:
         peer = stream.muxed_conn.peer_id
-        if busy.get(peer, 0) >= MAX_REQUESTS_PER_PEER:
+        if busy[peer] >= MAX_REQUESTS_PER_PEER:
             await reset(stream)
             return
-        busy[peer] = busy.get(peer, 0) + 1
+        busy[peer] += 1
         try:
             with trio.fail_after(REQUEST_TIMEOUT_S):
                 await handler(stream)
@@ -350,12 +351,10 @@ class GuardedHost(BasicHost):
         return list(addresses)
 
     def _schedule_identify(self, peer_id: ID, *, reason: str) -> None:
-        if peer_id == self.get_id() or peer_id in self._identify_inflight or self._has_cached_protocols(peer_id):
-            return
-        if not self._should_identify_peer(peer_id):
-            return
-        self._identify_inflight.add(peer_id)
-        self._nursery.start_soon(self._identify_quietly, peer_id, reason)
+        busy = peer_id in self._identify_inflight or self._has_cached_protocols(peer_id)
+        if peer_id != self.get_id() and not busy and self._should_identify_peer(peer_id):
+            self._identify_inflight.add(peer_id)
+            self._nursery.start_soon(self._identify_quietly, peer_id, reason)
 
     async def _identify_quietly(self, peer_id: ID, why: str) -> None:
         try:

@@ -1,4 +1,7 @@
-"""The network of one simulated peer; `memory_hub.py` makes and connects them."""
+"""The simulated network: `Network` in memory, for hundreds of peers in one process.
+
+Byte streams behave as the real ones do: windows of 256 KiB, the same errors, the same timeouts.
+"""
 
 import hashlib
 import heapq
@@ -378,6 +381,19 @@ class MemoryNetwork:
             if (other := self.hub.networks.get(peer)) is not None:
                 self._book.add(peer, [other.address.endpoint])
         return tuple(found)[:limit]
+
+
+class MemoryNetworkHub(MemoryLinks[MemoryNetwork]):
+    """Makes the networks of a simulation's peers and connects them; peers are killed, stopped and partitioned here."""
+
+    def network(self, peer_id: PeerId) -> MemoryNetwork:
+        """Make the network of a peer; again for one that was killed and comes back."""
+        number = len(self.by_endpoint) + 1
+        address = TcpAddress("ip4", f"10.{number >> 16 & 255}.{number >> 8 & 255}.{number & 255}", 4001, peer_id)
+        network = MemoryNetwork(self, peer_id, address)
+        self.networks[peer_id] = network
+        self.by_endpoint[address.endpoint] = network
+        return network
 
 
 def _position(key: bytes) -> int:

@@ -10,9 +10,8 @@ import trio
 import trio.testing
 
 from node.network.interface import Network, NetworkError, PeerConnected, PeerDisconnected, Stream, StreamClosed
-from node.testing.memory_hub import MemoryNetworkHub
 from node.testing.memory_links import LinkModel
-from node.testing.memory_network import MemoryNetwork
+from node.testing.memory_network import MemoryNetwork, MemoryNetworkHub
 from protocol.identity import PeerId, peer_id_from_public_key
 
 from .conftest import echo, limited, receive_exactly
