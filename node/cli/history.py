@@ -146,7 +146,7 @@ def _export(path: Path, write: Callable[[Sequence["SignedObservation"]], None], 
 
     from node.storage.database import open_database
     from node.storage.history import HistoryStore
-    from protocol.observations import read_observation
+    from protocol.observations import decode_verified_observation
 
     async def run() -> int:
         done = 0
@@ -155,7 +155,7 @@ def _export(path: Path, write: Callable[[Sequence["SignedObservation"]], None], 
             total = sum((await store.count_by_observer()).values())
             async with aclosing(store.pages()) as pages:
                 async for page in pages:
-                    write([read_observation(stored.envelope) for stored in page])
+                    write([decode_verified_observation(stored.envelope) for stored in page])
                     done += len(page)
                     progress(done, total)
         return done

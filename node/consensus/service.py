@@ -18,7 +18,7 @@ from node.consensus.chain_sync import ChainInitiator, ChainResponder
 from node.consensus.environment import ConsensusEnvironment, ConsensusRules
 from node.consensus.followed_chains import FollowedChains
 from node.network.interface import Network
-from node.replication.gossip import GossipTopic, Verifier
+from node.replication.gossip_topic import GossipTopic, Verifier
 from node.replication.peer_limits import Ban, PeerAllowances, PeerLimits
 from node.replication.pull import PullLimits, PullService
 from node.storage.database import StorageError

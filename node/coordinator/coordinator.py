@@ -49,7 +49,7 @@ from node.links.link_pool import LinkPool
 from node.models.errors import ModelError
 from node.models.library import KnownModel
 from node.models.streaming import StopFinder, StreamDecoder
-from node.stages.voting import Agreement
+from node.stages.voter import Agreement
 from protocol.identity import BlockRange, JobId, ModelId, PeerId, Stage
 from protocol.messages import FinishReason
 from selector.reliability import PeerRecord

@@ -20,9 +20,9 @@ from libp2p.tools.timed_cache.last_seen_cache import LastSeenCache
 
 from node.network.addresses import address_range
 from node.network.broadcast import Broadcast
+from node.network.guarded_host import GuardedHost, start_service
 from node.network.interface import GossipMessage, GossipValidator, NetworkError
 from node.network.scores import Scores
-from node.network.swarm import GuardedHost, start_service
 from node.network.yamux import Yamux
 from node.util.token_bucket import TokenBucket
 from protocol.errors import RemoteProtocolError, UntimelyError

@@ -22,6 +22,7 @@ from node.network.addresses import AddressBook, expand_wildcard, parse_address, 
 from node.network.broadcast import Broadcast
 from node.network.dht import Dht
 from node.network.gossip import Gossip
+from node.network.guarded_host import GuardedHost, GuardedSwarm, silence_library_log, start_service
 from node.network.interface import (
     NetworkError,
     PeerConnected,
@@ -32,7 +33,6 @@ from node.network.interface import (
 )
 from node.network.limits import NetworkLimits
 from node.network.streams import Libp2pStream, serve
-from node.network.swarm import GuardedHost, GuardedSwarm, silence_library_log, start_service
 from node.network.transport import Tcp, bind, reason, secure_upgrader
 from node.network.yamux import Yamux
 from node.network.yamux_stream import shielded

@@ -26,7 +26,7 @@ from node.stages.replay_buffer import ReplayBuffer, ReplayMemory
 from node.stages.scheduler import Work
 from node.stages.session_state import ResumableState
 from node.stages.speculation import Drafter, DraftTracker
-from node.stages.voting import Agreement
+from node.stages.voter import Agreement
 from protocol.identity import PeerId, SessionId
 from protocol.messages import Begin, FailureReason, FinishReason, Open, Progress, Slice, Step
 from protocol.tensors import DType, Tensor, tensor_from_tokens, tokens_from_tensor

@@ -11,11 +11,11 @@ from node.links.base_link import LinkBroken
 from node.links.inbound_link import InboundLink
 from node.links.link_pool import LinkPool
 from node.stages.fair_share import may_take
-from node.stages.peer_records import PeerRecords
+from node.stages.peer_penalties import PeerPenalties
 from node.stages.session import StageSession
 from node.stages.span import Span, pages_of
 from node.stages.span_table import SpanTable
-from node.stages.voting import Agreement, Voter
+from node.stages.voter import Agreement, Voter
 from protocol.identity import ModelId, PeerId, SessionId
 from protocol.limits import MAX_SESSIONS, MAX_STAGES, PREFIX_HASH_BYTES
 from protocol.messages import Load, Open, Opened, RefusalReason, Refused
@@ -44,7 +44,7 @@ class SessionAdmission:
         self,
         table: SpanTable,
         link_pool: LinkPool,
-        records: PeerRecords,
+        records: PeerPenalties,
         voter: Voter,
         agreed: Callable[[ModelId], Agreement | None],
     ) -> None:

@@ -27,7 +27,7 @@ from node.links.link_pool import LinkPool
 from node.stages.engine_loop import EngineLoop
 from node.stages.fair_share import UnmetDemand
 from node.stages.outbox import Output, send_outputs
-from node.stages.peer_records import PeerRecords
+from node.stages.peer_penalties import PeerPenalties
 from node.stages.replay_buffer import REPLAY_BYTES, ReplayMemory
 from node.stages.scheduler import Scheduler, Work
 from node.stages.session import StageSession
@@ -72,7 +72,7 @@ class Span(EngineLoop):
         session_ended: trio.lowlevel.ParkingLot,
         controller: PolicyController | None = None,
         replay_bytes: int = REPLAY_BYTES,
-        records: PeerRecords | None = None,
+        records: PeerPenalties | None = None,
     ) -> None:
         super().__init__(engine)
         self.sessions: dict[SessionId, StageSession] = {}
@@ -81,7 +81,7 @@ class Span(EngineLoop):
         self.unmet_demand = UnmetDemand()
         """KV pages that peers were refused."""
         self.replay_memory = ReplayMemory(replay_bytes)
-        self._records = records or PeerRecords()
+        self._records = records or PeerPenalties()
         self._controller = controller or PolicyController()
         self.scheduler: Scheduler[InboundLink] = Scheduler(self._controller.policy)
         self._link_pool = link_pool

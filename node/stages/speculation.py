@@ -118,7 +118,7 @@ class DraftTracker:
             raise ValueError("rows arrived where a token was to be drawn first")
         if position != len(self._tokens):
             raise ValueError(f"tokens from position {position} on do not follow the {len(self._tokens)} before")
-        self._verify_drafts(position, tokens)
+        self._count_accepted_drafts(position, tokens)
         self._tokens.extend(tokens)
         first = min(max(self._computed, position), len(self._tokens) - draws)
         self._computed = max(self._computed, len(self._tokens))
@@ -143,7 +143,7 @@ class DraftTracker:
         if self._drafter is not None:
             self._drafter.close()
 
-    def _verify_drafts(self, position: int, tokens: Sequence[int]) -> None:
+    def _count_accepted_drafts(self, position: int, tokens: Sequence[int]) -> None:
         """Count the drafts that were accepted: their rows are computed."""
         if self._drafts:
             accepted = matching_prefix(self._drafts, tokens)

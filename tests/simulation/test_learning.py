@@ -21,7 +21,7 @@ from node.selection.adoption_trials import AdoptionTrials
 from node.selection.chooser import LearnedChooser, LearnedVoter
 from node.selection.prediction_cache import PredictionCache
 from node.selection.training_worker import sample_of
-from node.stages.voting import Voter
+from node.stages.voter import Voter
 from protocol.measurements import Observation
 from protocol.observations import SignedObservation
 from selector.prediction import train

@@ -27,7 +27,7 @@ from node.stages.span import Span
 from node.stages.span_supervisor import ServingOptions, SpanSupervisor
 from node.stages.stage_policy import PolicyController
 from node.stages.stage_server import StageServer
-from node.stages.voting import Agreement, Voter
+from node.stages.voter import Agreement, Voter
 from node.swarm.dht_records import RecordKinds
 from node.swarm.heartbeats import OwnServices
 from node.swarm.link_estimates import LinkEstimates

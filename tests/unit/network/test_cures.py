@@ -17,13 +17,13 @@ from multiaddr import Multiaddr
 from node.network import dht, gossip
 from node.network.addresses import parse_address
 from node.network.admission import SILENT_S, InboundLimits
+from node.network.guarded_host import start_service
 from node.network.host import Libp2pNetwork
 from node.network.idle_peer import hold_idle_connection
 from node.network.interface import Network, NetworkError, PeerConnected, PeerDisconnected, Stream, StreamClosed
 from node.network.limits import NetworkLimits
 from node.network.peerstore import BoundedPeerStore
 from node.network.streams import Libp2pStream
-from node.network.swarm import start_service
 from node.network.yamux import Yamux
 from node.network.yamux_stream import YamuxLimits
 from protocol.identity import PeerId

@@ -28,7 +28,7 @@ from libp2p.records.validator import NamespacedValidator, Validator
 from libp2p.tools.anyio_service import background_trio_service
 from multiaddr import Multiaddr
 
-from node.network.swarm import start_service
+from node.network.guarded_host import start_service
 
 from .conftest import limited, until
 from .hosts import (

@@ -143,7 +143,7 @@ def blob_answer() -> bytes:
 
 def greeting_and_welcome() -> tuple[bytes, bytes]:
     """The history of one observation, the documented one, compared with an empty one."""
-    observation_id = bytes.fromhex(re.findall(r"its id is `(\w{64})`", DOCUMENT)[0])
+    observation_id = bytes.fromhex(re.findall(r"its\s+id\s+is\s+`(\w{64})`", DOCUMENT)[0])
     bucket = bucket_of(1_700_000_000)
     summary = SetTree({bucket: digest_of([observation_id])}, IdCache()).summary("")
     greeting = sync.Greeting(first_bucket=bucket, count=summary.count, digest=summary.digest)

@@ -40,9 +40,9 @@ _logger = structlog.get_logger(__name__)
 class Verifier(Generic[R]):
     """Verifies signed envelopes, each once while its record is among the most recent ones."""
 
-    def __init__(self, open_envelope: Callable[[bytes], R], size: int, cost: Callable[[bytes], float]) -> None:
-        """`open_envelope` raises RemoteProtocolError; `cost`: signatures that it verifies for an envelope."""
-        self._open_envelope = open_envelope
+    def __init__(self, verify_envelope: Callable[[bytes], R], size: int, cost: Callable[[bytes], float]) -> None:
+        """`verify_envelope` raises RemoteProtocolError; `cost`: signatures that it verifies for an envelope."""
+        self._open_envelope = verify_envelope
         self._cost = cost
         self._verified: LRUCache[bytes, R] = LRUCache(size)
 

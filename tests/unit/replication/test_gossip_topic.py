@@ -9,7 +9,7 @@ import trio
 from trio.testing import MockClock
 
 from node.network.interface import GossipValidator
-from node.replication.gossip import TOPIC_WINDOW_S, BatchPacer, GossipTopic, Verifier
+from node.replication.gossip_topic import TOPIC_WINDOW_S, BatchPacer, GossipTopic, Verifier
 from node.replication.peer_limits import PeerAllowances, PeerLimits
 from node.util.token_bucket import Allowance
 from protocol.errors import RemoteProtocolError
