@@ -2,7 +2,7 @@
 
 import logging
 import random
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import AsyncIterator, Collection, Iterable
 from contextlib import AbstractAsyncContextManager
 from typing import Final
@@ -78,13 +78,13 @@ class _GuardedPubsub(Pubsub):
         self.seen_messages = _SeenMessages()
         self._gossip = gossip
         self._buckets: dict[ID, TokenBucket] = {}
-        self._inbound: dict[ID, int] = {}
+        self._inbound: Counter[ID] = Counter()
         self._unverified: set[int] = set()
 
     async def stream_handler(self, stream: INetStream) -> None:
         """Read a peer's messages, for as long as its stream lasts."""
         peer = stream.muxed_conn.peer_id
-        self._inbound[peer] = self._inbound.get(peer, 0) + 1
+        self._inbound[peer] += 1
         try:
             await super().stream_handler(stream)
         finally:

@@ -18,9 +18,8 @@ from node.swarm.dht_records import RecordKinds
 from node.swarm.heartbeats import OwnServices
 from node.swarm.membership import Membership
 from node.testing.memory_history import MemoryHistory
-from node.testing.memory_hub import MemoryNetworkHub
 from node.testing.memory_links import LinkModel
-from node.testing.memory_network import MemoryNetwork
+from node.testing.memory_network import MemoryNetwork, MemoryNetworkHub
 from node.testing.memory_stream import Packet
 from protocol import records as signed_records
 from protocol.identity import JobId, PeerId

@@ -120,7 +120,7 @@ def is_fast(family: str, chosen: JobResult) -> bool:
     return switches["engine"] != "onnxruntime" and (family == "plain" or switches["prefix_cache"] == "on")
 
 
-async def test_finds_the_best_method_of_each_bucket_within_the_allowance(virtual_clock: MockClock) -> None:
+async def test_learns_best_method_of_each_bucket_within_allowance(virtual_clock: MockClock) -> None:
     node = LearningNode()
     results = await serve(node, 14)
     first = {family: found[0].method.name for family, found in results.items()}
@@ -182,7 +182,7 @@ async def test_false_history_and_votes_adopt_no_slow_method(
     assert node.chooser.allowance.trials < 20
 
 
-async def test_nothing_is_explored_without_an_allowance(virtual_clock: MockClock) -> None:
+async def test_explores_nothing_without_allowance(virtual_clock: MockClock) -> None:
     node = LearningNode()
     node.chooser = LearnedChooser(node.predictions, random.Random(1), share=0.0)
     results = await serve(node, 5)

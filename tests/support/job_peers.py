@@ -34,8 +34,8 @@ from node.swarm.heartbeats import OwnServices
 from node.swarm.link_estimates import LinkEstimates
 from node.swarm.membership import Membership
 from node.testing.fake_engine import FAKE_MODEL, FAKE_VARIANTS, FakeEngine, fake_span_info
-from node.testing.memory_hub import MemoryNetworkHub
 from node.testing.memory_links import LinkModel
+from node.testing.memory_network import MemoryNetworkHub
 from node.util.offload import run_inline
 from protocol.identity import BlockRange, JobId, ModelId, PeerId, SessionId
 from protocol.messages import Open, Sampling, Slice, Step

@@ -10,8 +10,8 @@ from node.replication.anti_entropy import SyncInitiator, SyncResponder
 from node.replication.replica import Replica
 from node.replication.session import Throttle
 from node.testing.memory_history import MemoryHistory
-from node.testing.memory_hub import MemoryNetworkHub
 from node.testing.memory_links import LinkModel
+from node.testing.memory_network import MemoryNetworkHub
 from protocol.observations import BUCKET_S, SignedObservation, verify_observation
 from protocol.states import Role
 from protocol.sync import PROTOCOL_ID, Message, SyncConnection

@@ -21,8 +21,8 @@ from node.identity import Identity
 from node.network.host import Libp2pNetwork
 from node.network.interface import NetworkError
 from node.swarm.dht_records import RecordKinds
-from node.testing.memory_hub import MemoryNetworkHub
 from node.testing.memory_links import LinkModel
+from node.testing.memory_network import MemoryNetworkHub
 from protocol.capabilities import (
     CAPABILITY_TOPIC,
     Capabilities,
