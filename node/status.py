@@ -27,7 +27,7 @@ from node.api.interface import (
 from node.assembly import AGENT, NodeParts
 from node.consensus.chain_node import ChainNode
 from node.coordinator.submission import JobRequest
-from node.stages.peer_records import StagePeerStatistics
+from node.stages.peer_penalties import StagePeerStatistics
 from node.stages.span import Span
 from node.stages.span_supervisor import WEIGHT_SHARE
 from node.storage.database import StorageError

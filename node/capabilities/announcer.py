@@ -20,7 +20,7 @@ from node.swarm.dht_records import RecordKinds
 from protocol.capabilities import CAPABILITY_KIND, CAPABILITY_TOPIC, Capabilities, CapabilityRecord, capability_key
 from protocol.errors import LocalProtocolError, RemoteProtocolError
 from protocol.identity import PeerId
-from protocol.records import seal, unseal, unseal_from_dht
+from protocol.records import seal, verify_dht_record, verify_record
 
 RECORD_LIFETIME_S: Final = 1800
 RECORD_REFRESH_S: Final = 600
@@ -93,7 +93,7 @@ class CapabilityAnnouncer:
         data = await self._network.get_record(key)
         if data is not None:
             try:
-                self._store(unseal_from_dht(CapabilityRecord, key, data, self._wall_clock()))
+                self._store(verify_dht_record(CapabilityRecord, key, data, self._wall_clock()))
             except RemoteProtocolError as error:
                 _logger.debug("invalid capability record", peer=peer, reason=str(error))
         return self.known(peer)
@@ -118,17 +118,17 @@ class CapabilityAnnouncer:
     # Records of other peers
 
     def _validate_record(self, key: str, data: bytes) -> bool:
-        unseal_from_dht(CapabilityRecord, key, data, self._wall_clock())
+        verify_dht_record(CapabilityRecord, key, data, self._wall_clock())
         return True
 
     def _validate_gossip(self, source: PeerId, data: bytes) -> bool:
-        return unseal(CapabilityRecord, data, self._wall_clock()).peer == source
+        return verify_record(CapabilityRecord, data, self._wall_clock()).peer == source
 
     async def _receive_loop(self) -> None:
         async with self._network.subscribe(CAPABILITY_TOPIC) as messages:
             async for message in messages:
                 try:
-                    self._store(unseal(CapabilityRecord, message.data, self._wall_clock()))
+                    self._store(verify_record(CapabilityRecord, message.data, self._wall_clock()))
                 except RemoteProtocolError:
                     continue  # expired since it was validated
 

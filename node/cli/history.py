@@ -137,7 +137,7 @@ def _export(path: Path, file: IO[str], progress: Progress) -> int:
     from node.storage.database import open_database
     from node.storage.dataset import to_row
     from node.storage.history import HistoryStore
-    from protocol.observations import read_observation
+    from protocol.observations import decode_verified_observation
 
     async def run() -> int:
         done = 0
@@ -147,7 +147,7 @@ def _export(path: Path, file: IO[str], progress: Progress) -> int:
             async with aclosing(store.pages()) as pages:
                 async for page in pages:
                     for stored in page:
-                        row = to_row(read_observation(stored.envelope))
+                        row = to_row(decode_verified_observation(stored.envelope))
                         file.write(json.dumps(row, ensure_ascii=False) + "\n")
                     done += len(page)
                     progress(done, total)

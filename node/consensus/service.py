@@ -18,7 +18,7 @@ from node.consensus.chain_sync import ChainInitiator, ChainResponder
 from node.consensus.environment import ConsensusEnvironment, ConsensusRules
 from node.consensus.followed_chains import FollowedChains
 from node.network.interface import Network
-from node.replication.gossip import GossipTopic, Verifier
+from node.replication.gossip_topic import GossipTopic, Verifier
 from node.replication.peer_limits import Ban, PeerAllowances, PeerLimits
 from node.replication.pull import PullLimits, PullService
 from node.storage.database import StorageError
@@ -37,7 +37,7 @@ MODELS_ROUND_S: Final = 1.0
 """Interval at which chains of new models are started."""
 
 VERIFIED_RECORDS: Final = 4096
-"""Records remembered as verified, so that a duplicate costs nothing."""
+"""Records remembered as verified, so that a duplicate is not verified again."""
 
 SHORTEST_PULL_INTERVAL_S: Final = 0.5
 

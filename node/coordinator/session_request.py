@@ -9,7 +9,7 @@ from node.coordinator.observation import model_facts
 from node.coordinator.planner import PlannedRoute, Planner
 from node.coordinator.submission import AUTO
 from node.stages.speculation import repetitiveness
-from node.stages.voting import Agreement
+from node.stages.voter import Agreement
 from protocol.identity import ModelId, PeerId
 from protocol.messages import Sampling
 from selector.task import Method, TaskContext

@@ -25,7 +25,7 @@ from protocol.announcements import HEARTBEAT_TOPIC, Heartbeat
 from protocol.errors import RemoteProtocolError
 from protocol.identity import BlockRange, ModelId, PeerId
 from protocol.limits import MAX_CLOCK_SKEW_S
-from protocol.records import issue_time, unseal
+from protocol.records import issue_time, verify_record
 from protocol.sync import PROTOCOL_ID as SYNC_PROTOCOL
 from selector.routing import uncovered
 
@@ -82,7 +82,7 @@ class _Observed:
         """Take in a heartbeat, whatever its time, and do not forward it."""
         try:
             issued_at_s = issue_time(data, Heartbeat.kind)
-            heartbeat = unseal(Heartbeat, data, issued_at_s)
+            heartbeat = verify_record(Heartbeat, data, issued_at_s)
         except RemoteProtocolError as error:
             self.malformed[source] = str(error)
             return False

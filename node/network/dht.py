@@ -21,8 +21,8 @@ from libp2p.peer.id import ID
 from libp2p.peer.peerinfo import PeerInfo
 from libp2p.records.validator import NamespacedValidator, Validator
 
+from node.network.guarded_host import GuardedHost, limit_requests, start_service
 from node.network.interface import NetworkError, RecordSelector, RecordValidator
-from node.network.swarm import GuardedHost, limit_requests, start_service
 from node.network.transport import reason
 from node.util.signal import Signal
 from protocol.identity import PeerId, parse_peer_id

@@ -15,15 +15,14 @@ from node.links.inbound_link import InboundLink
 from node.links.link_pool import LinkPool
 from node.network.interface import Network
 from node.stages.draft_model import DraftModel
-from node.stages.peer_records import PeerRecords, StagePeerStatistics
+from node.stages.peer_penalties import PeerPenalties, StagePeerStatistics
 from node.stages.replay_buffer import REPLAY_BYTES
+from node.stages.scheduler import PolicyController
 from node.stages.session import StageSession
 from node.stages.session_admission import SessionAdmission
-from node.stages.span import Span
-from node.stages.span_table import SpanTable
+from node.stages.span import Span, SpanTable
 from node.stages.speculation import Drafter, PromptLookup
-from node.stages.stage_policy import PolicyController
-from node.stages.voting import Agreement, HeuristicVoter, Voter, tally_fault
+from node.stages.voter import Agreement, HeuristicVoter, Voter, tally_fault
 from protocol.announcements import ServedSpan
 from protocol.identity import ModelId, PeerId, SessionId
 from protocol.measurements import StageObservation
@@ -66,7 +65,7 @@ class StageServer:
         """
         self.link_pool = LinkPool(network, agent, self)
         self._table = SpanTable()
-        self._records = PeerRecords()
+        self._records = PeerPenalties()
         self._admission = SessionAdmission(
             self._table, self.link_pool, self._records, voter or HeuristicVoter(), agreed
         )

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 from typing import Any, cast
 
 from node.replication.peer_limits import Ban
-from node.stages.peer_records import StagePeerStatistics
+from node.stages.peer_penalties import StagePeerStatistics
 from node.status import StatusView
 from node.swarm.directory import Directory
 from protocol.announcements import Heartbeat, ServedSpan
