@@ -21,7 +21,7 @@ from node.coordinator.quality_store import LocalQualityStore
 from node.coordinator.trial_runner import BenchmarkRunner
 from node.engine.client import start_engine
 from node.engine.device import Device
-from node.engine.engine_config import EngineOptions
+from node.engine.interface import EngineOptions
 from node.engine.worker_process import SpareWorker
 from node.identity import Identity, IdentityError, load_or_create
 from node.models.files import Progress
@@ -135,10 +135,6 @@ class NodeParts:
     serving: ServingParts
     client: ClientParts
     consensus: ConsensusService
-
-    def is_busy(self) -> bool:
-        """Return whether any job or session is running."""
-        return _is_busy(self.client.coordinator, self.serving.stages)
 
 
 def build_node(config: NodeConfig, database: Database, device: Device, progress: Progress) -> NodeParts:
@@ -346,8 +342,8 @@ def build_consensus(
         return {model: model in served for model in (*swarm.membership.directory.models(), *served)}
 
     def meter(model: ModelId) -> MeasurementRunner:
-        is_busy = partial(_is_busy, client.coordinator, stages)
-        return MeasurementRunner(client.trials, client.recorder, model, is_busy, network.jitter)
+        busy = partial(is_busy, client.coordinator, stages)
+        return MeasurementRunner(client.trials, client.recorder, model, busy, network.jitter)
 
     environment = ConsensusEnvironment(
         identity=network.identity,
@@ -366,5 +362,6 @@ def build_consensus(
     return ConsensusService(network.network, selection.chains, environment, rules, network.jitter)
 
 
-def _is_busy(coordinator: Coordinator, stages: StageServer) -> bool:
+def is_busy(coordinator: Coordinator, stages: StageServer) -> bool:
+    """Return whether any job or session is running."""
     return coordinator.statistics().running > 0 or any(span.sessions for span in stages.spans())

@@ -1,6 +1,7 @@
 """`metaswarm node`: the daemon."""
 
 import shlex
+from dataclasses import asdict
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
@@ -43,7 +44,7 @@ def _announce(config: "NodeConfig", as_json: bool, ready: "NodeReady") -> None:
     from node.joining import join_elsewhere, join_here
 
     if as_json:
-        print_json(ready.to_json())
+        print_json(asdict(ready))
         return
     lines = [
         f"peer     {ready.peer_id}",

@@ -97,6 +97,8 @@ def render_status(status: "NodeStatus") -> "RenderableType":
     from rich.console import Group
     from rich.text import Text
 
+    from node.cli.daemon import SERVES_NOTHING
+
     jobs, received = status["jobs"], status["transfers"]["received_bytes"]
     facts = {
         "peer": status["peer_id"],
@@ -117,7 +119,8 @@ def render_status(status: "NodeStatus") -> "RenderableType":
     facts_and_gaps = [*facts.items(), *(("missing", _describe_gap(gap, status)) for gap in status["uncovered"])]
     summary = Text("\n".join(f"{name:<9} {printable(value)}" for name, value in facts_and_gaps))
     if not status["spans"]:
-        return Group(summary, Text(f"serves    {_describe_idle(status['serve'])}"))
+        waiting = f"no blocks yet of {', '.join(status['serve'])}: the log says what is missing"
+        return Group(summary, Text(f"serves    {waiting if status['serve'] else SERVES_NOTHING}"))
     table = new_table("model", ">blocks", ">of", ">sessions", ">positions", ">weights", ">steps", ">compute", ">worker")
     for span in status["spans"]:
         table.add_row(
@@ -150,13 +153,6 @@ def _describe_peers(peers: "PeerCounts") -> str:
         f"{text}; their sessions here: {peers['sessions_opened']} opened, {peers['sessions_refused']} refused, "
         f"{peers['sessions_failed']} failed, {peers['sessions_held']} held with {format_bytes(peers['held_bytes'])}"
     )
-
-
-def _describe_idle(serve: list[str]) -> str:
-    """Return why a node serves no blocks."""
-    from node.cli.daemon import SERVES_NOTHING
-
-    return f"no blocks yet of {', '.join(serve)}: the log says what is missing" if serve else SERVES_NOTHING
 
 
 def _describe_gap(gap: "GapDocument", status: "NodeStatus") -> str:

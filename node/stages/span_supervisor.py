@@ -17,8 +17,7 @@ from node.config import MEMORY_SHARE, ServeSpec, StartError
 from node.engine.base import Engine
 from node.engine.client import start_engine
 from node.engine.device import CPU, Device, DeviceError, find_device
-from node.engine.engine_config import EngineOptions
-from node.engine.interface import REFERENCE, EngineCrashed, EngineError, Variant
+from node.engine.interface import REFERENCE, EngineCrashed, EngineError, EngineOptions, Variant
 from node.models.errors import ModelError
 from node.models.files import Progress, ignore_progress
 from node.models.library import Library
