@@ -21,10 +21,13 @@ async def test_background_tasks_are_cancelled_at_the_end_of_the_block() -> None:
 
 
 async def test_exception_of_the_block_is_not_grouped() -> None:
-    with pytest.raises(ValueError, match="bare"):
+    async def fail() -> None:
         async with background_nursery() as nursery:
             nursery.start_soon(trio.sleep_forever)
             raise ValueError("bare")
+
+    with pytest.raises(ValueError, match="bare"):
+        await fail()
 
 
 async def test_failing_background_task_cancels_the_block() -> None:
