@@ -69,10 +69,7 @@ class Node:
                     _logger.warning("this node serves no blocks; --serve MODEL serves some")
                 started.set()
                 yield NodeReady(
-                    peer_id=network.peer_id,
-                    multiaddrs=network.multiaddrs,
-                    api_url=self._view.api_url,
-                    pid=os.getpid(),
+                    peer_id=network.peer_id, multiaddrs=network.multiaddrs, api_url=self._view.api_url, pid=os.getpid()
                 )
                 nursery.cancel_scope.cancel()
             api_stop.set()
@@ -149,9 +146,7 @@ async def running_node(
 
 
 async def run_node(
-    config: NodeConfig,
-    on_ready: Callable[[NodeReady], None] | None = None,
-    progress: Progress = ignore_progress,
+    config: NodeConfig, on_ready: Callable[[NodeReady], None] | None = None, progress: Progress = ignore_progress
 ) -> None:
     """Run a node until SIGTERM or SIGINT: the first drains and leaves, a second leaves at once.
 

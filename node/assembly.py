@@ -15,9 +15,8 @@ from node.consensus.followed_chains import FollowedChains
 from node.consensus.measurement_runner import MEASUREMENT_PLAN, MeasurementRunner
 from node.consensus.service import ConsensusService, swarm_name
 from node.coordinator.coordinator import Coordinator, SwarmView
-from node.coordinator.observation import software_name, software_versions
+from node.coordinator.observation import Recorder, software_name, software_versions
 from node.coordinator.quality_store import LocalQualityStore
-from node.coordinator.recorder import Recorder
 from node.coordinator.trial_runner import BenchmarkRunner
 from node.engine.client import start_engine
 from node.engine.device import Device
@@ -35,9 +34,8 @@ from node.selection.chooser import LearnedChooser, LearnedVoter
 from node.selection.learner import Learner
 from node.selection.prediction_cache import PredictionCache
 from node.stages.block_placement import PlacementAnnouncements
-from node.stages.scheduler import Batching
+from node.stages.scheduler import Batching, PolicyController
 from node.stages.span_supervisor import ServingOptions, SpanSupervisor
-from node.stages.stage_policy import PolicyController
 from node.stages.stage_server import StageServer
 from node.storage.adoption_store import AdoptionStore
 from node.storage.chain_store import ChainStore

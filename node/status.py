@@ -79,11 +79,7 @@ class StatusView:
                 "failed": jobs.failed,
                 "cancelled": jobs.cancelled,
                 "rejected": jobs.rejected,
-                "trials": {
-                    "running": jobs.trials_running,
-                    "done": jobs.trials_done,
-                    "failed": jobs.trials_failed,
-                },
+                "trials": {"running": jobs.trials_running, "done": jobs.trials_done, "failed": jobs.trials_failed},
             },
             "history": await self._history_status(),
             "consensus": [

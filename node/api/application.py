@@ -79,12 +79,7 @@ def make_app(node: NodeView, api_key: str | None) -> ASGIApp:
 
 
 def _openai_model(model: ModelDocument, created_s: int) -> dict[str, Any]:
-    return {
-        "id": model["name"] or model["model"],
-        "object": "model",
-        "created": created_s,
-        "owned_by": "metaswarm",
-    }
+    return {"id": model["name"] or model["model"], "object": "model", "created": created_s, "owned_by": "metaswarm"}
 
 
 async def _on_api_error(_: Request, error: ApiError) -> JSONResponse:

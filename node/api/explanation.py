@@ -7,13 +7,7 @@ from typing import Final
 
 import trio
 
-from node.api.interface import (
-    ExplainedMethod,
-    Explanation,
-    PastDecision,
-    PastDecisions,
-    SelectionStatus,
-)
+from node.api.interface import ExplainedMethod, Explanation, PastDecision, PastDecisions, SelectionStatus
 from node.coordinator.coordinator import Considered
 from node.coordinator.submission import JobOutcome, Selection
 from node.selection.chooser import LearnedChoice, LearnedChooser

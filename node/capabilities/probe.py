@@ -18,13 +18,7 @@ import psutil
 
 from node.util.child_process import ChildError, run_blocking
 from protocol.canonical import canonical_json
-from protocol.capabilities import (
-    MAX_WORD_BYTES,
-    Capabilities,
-    Memory,
-    Processor,
-    Software,
-)
+from protocol.capabilities import MAX_WORD_BYTES, Capabilities, Memory, Processor, Software
 from protocol.fields import CONTROL_CHARACTERS
 from protocol.schema import to_map
 

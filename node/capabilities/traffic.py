@@ -6,14 +6,7 @@ from collections import deque
 from dataclasses import dataclass, field
 from typing import Final
 
-from protocol.capabilities import (
-    MAX_BYTES_PER_S,
-    MAX_NEIGHBOURS,
-    MAX_ROUND_TRIP_S,
-    MIN_FIGURE,
-    Links,
-    Neighbour,
-)
+from protocol.capabilities import MAX_BYTES_PER_S, MAX_NEIGHBOURS, MAX_ROUND_TRIP_S, MIN_FIGURE, Links, Neighbour
 from protocol.identity import PeerId
 
 MAX_PEERS: Final = 256

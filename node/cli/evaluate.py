@@ -41,10 +41,7 @@ MAX_PROCESSES = 8
     "--seed", type=click.IntRange(0, 2**31 - 1), default=0, show_default=True, help="Seed of folds and sample."
 )
 @click.option(
-    "--plot",
-    type=click.Path(dir_okay=False, path_type=Path),
-    metavar="FILE",
-    help="Plot the table as PNG, SVG or PDF.",
+    "--plot", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE", help="Plot the table as PNG, SVG or PDF."
 )
 @json_option
 def evaluate(

@@ -30,11 +30,7 @@ MAX_METHOD_COLUMNS = 12
 @click.option("--prompt-tokens", type=click.IntRange(1), default=64, show_default=True, metavar="N")
 @click.option("--max-tokens", type=click.IntRange(1), default=64, show_default=True, metavar="N")
 @click.option(
-    "--shared-prefix",
-    type=click.FloatRange(0, 1),
-    default=0.0,
-    metavar="S",
-    help="Fraction of a shared prefix.",
+    "--shared-prefix", type=click.FloatRange(0, 1), default=0.0, metavar="S", help="Fraction of a shared prefix."
 )
 @click.option(
     "--repetitiveness",

@@ -44,10 +44,7 @@ def history_group() -> None:
 @history_group.command()
 @_data_dir_option
 @click.option(
-    "--output",
-    type=click.Path(dir_okay=False, path_type=Path),
-    metavar="FILE",
-    help="Output file [default: stdout].",
+    "--output", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE", help="Output file [default: stdout]."
 )
 @json_option
 def export(data_dir: Path, output: Path | None, as_json: bool) -> None:

@@ -22,9 +22,7 @@ if TYPE_CHECKING:
     from node.models.store import ModelStore, Package
 
 _cache_option = click.option(
-    "--cache-dir",
-    metavar="DIR",
-    help="Folder of packages [default: METASWARM_CACHE_DIR, or the user's cache folder].",
+    "--cache-dir", metavar="DIR", help="Folder of packages [default: METASWARM_CACHE_DIR, or the user's cache folder]."
 )
 
 

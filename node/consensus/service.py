@@ -37,7 +37,7 @@ MODELS_ROUND_S: Final = 1.0
 """Interval at which chains of new models are started."""
 
 VERIFIED_RECORDS: Final = 4096
-"""Records remembered as verified, so that a duplicate costs nothing."""
+"""Records remembered as verified, so that a duplicate is not verified again."""
 
 SHORTEST_PULL_INTERVAL_S: Final = 0.5
 

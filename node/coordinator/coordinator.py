@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 import trio
 
-from node.coordinator.failover import ResilientRoute, RouteServices
+from node.coordinator.failover import ResilientRoute, RouteServices, no_route
 from node.coordinator.job import Job
 from node.coordinator.method_choice import (
     Choice,
@@ -24,14 +24,12 @@ from node.coordinator.method_choice import (
     QualityStore,
     admitted_methods,
 )
-from node.coordinator.observation import ServedJob
+from node.coordinator.observation import Recorder, ServedJob
 from node.coordinator.planner import Finder, Planner
 from node.coordinator.prefix_sharing import RecentPrompts
 from node.coordinator.prompt import prompt_tokens, sampling_of
-from node.coordinator.recorder import Recorder
 from node.coordinator.result import result_of, served_of, timing_of
 from node.coordinator.route import OpenRoute, RouteRejected
-from node.coordinator.route_errors import no_route
 from node.coordinator.session_request import SessionRequests
 from node.coordinator.submission import (
     CLIENT_MISTAKES,
@@ -218,7 +216,7 @@ class Coordinator:
         try:
             planned = await self._planner.route(job.need())
         except NoRouteError as error:
-            raise no_route(job, error) from None
+            raise no_route(job, error, {}, {}) from None
         session_request = await self._services.requests.for_route(job, planned)
         route = OpenRoute(planned.stages, self._link_pool, session_request)
         try:
@@ -227,7 +225,7 @@ class Coordinator:
                 method, ballots = route.agree()
         except RouteRejected as rejected:
             refusals = {refusal.peer: refusal for refusal in rejected.refusals}
-            raise no_route(job, NoRouteError(()), refusals) from None
+            raise no_route(job, NoRouteError(()), refusals, {}) from None
         except trio.TooSlowError:
             message = f"the stages did not vote within {VOTE_LIMIT_S:.0f} s: try again later"
             raise JobError(JobErrorCode.FAILED, message) from None

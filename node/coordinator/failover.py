@@ -6,7 +6,7 @@ with it; only what the lost stage had computed is computed again.
 """
 
 import random
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import count
 from typing import NamedTuple
@@ -18,9 +18,8 @@ from node.coordinator.job import Job
 from node.coordinator.planner import PlannedRoute, Planner, RouteNeed
 from node.coordinator.prefix_sharing import RecentPrompts
 from node.coordinator.route import OpenRoute, RouteLost, RouteRejected, SampledToken, StageRefusal
-from node.coordinator.route_errors import no_route
 from node.coordinator.session_request import SessionRequest, SessionRequests
-from node.coordinator.straggler_monitor import StragglerMonitor
+from node.coordinator.straggler_monitor import RETRY_AFTER_S, StragglerMonitor
 from node.coordinator.submission import JobError, JobErrorCode
 from node.links.link_pool import LinkPool
 from node.links.outbound_link import SessionLost
@@ -343,3 +342,36 @@ class _RouteSearch:
     candidates_seen_s: float
     is_logged: bool = False
     refusals: dict[PeerId, StageRefusal] = field(default_factory=dict)
+
+
+def no_route(
+    job: Job, error: NoRouteError, avoided: Mapping[PeerId, StageRefusal], outdated: Mapping[PeerId, StageRefusal]
+) -> JobError:
+    """Return the error for a job without a route: no peer serves its blocks, or none could take its stages.
+
+    `avoided`: why peers were not used. `outdated`: peers of older versions, which cannot be the last stage.
+    """
+    name, blocks = job.model.name, ", ".join(map(str, error.missing))
+    reasons = "; ".join(f"{refusal.peer}: {refusal.message}" for refusal in (avoided or outdated).values())
+    peers, methods = f"the peers that serve {name}", " or ".join(method.name for method in job.admitted)
+    kinds = {refusal.reason for refusal in avoided.values()}
+    code = JobErrorCode.UNCOVERED
+    if not avoided and outdated:
+        message = (
+            f"no peer that samples the tokens of {name} supports what the job asks for ({reasons}): "
+            "leave out top_k, min_p, penalties, logit_bias and min_tokens, or wait for a peer of a later version"
+        )
+    elif not avoided:
+        message = f"no peer serves blocks {blocks} of {name}: start a node with --serve"
+    elif RefusalReason.FULL in kinds:
+        code = JobErrorCode.FULL
+        message = f"{peers} have no room now ({reasons}): try again later"
+    elif RefusalReason.NOT_READY in kinds:
+        message = f"{methods} is not ready on {peers} ({reasons}): try again later"
+    elif kinds == {RefusalReason.UNABLE}:
+        message = f"{methods} is not available on {peers} ({reasons}): use another method"
+        return JobError(JobErrorCode.INVALID, message)
+    else:
+        missing = f"blocks {blocks}" if blocks else "some blocks"
+        message = f"no peer is left to serve {missing} of {name} ({reasons}): try again later"
+    return JobError(code, message, retry_after_s=RETRY_AFTER_S)

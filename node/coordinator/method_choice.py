@@ -14,15 +14,7 @@ from protocol.identity import ModelId
 from protocol.limits import MAX_VOTES
 from protocol.measurements import QualityBound
 from selector.heuristic import predicted_cost, preference
-from selector.task import (
-    PORTFOLIO,
-    MeasuredQuality,
-    Method,
-    MethodError,
-    TaskContext,
-    admits,
-    parse_method,
-)
+from selector.task import PORTFOLIO, MeasuredQuality, Method, MethodError, TaskContext, admits, parse_method
 
 MEASURING_RETRY_S = 10.0
 """When a client should retry a method whose quality is being measured."""

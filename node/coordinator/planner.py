@@ -11,7 +11,7 @@ from typing import NamedTuple, Protocol
 import structlog
 import trio
 
-from node.links.liveness import SLOWEST_BYTES_PER_S
+from node.links.outbound_link import SLOWEST_BYTES_PER_S
 from node.stages.outbox import OUTGOING_BYTES
 from node.swarm.directory import Candidate
 from node.swarm.link_estimates import UNKNOWN_BYTES_PER_S

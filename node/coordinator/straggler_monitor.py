@@ -1,7 +1,9 @@
 """Watches a job's route for stragglers: a stage that holds it up is replaced within seconds, where others can."""
 
+from collections import deque
 from collections.abc import Awaitable, Callable, Collection, Sequence
 from itertools import pairwise
+from statistics import median
 from typing import Protocol, TypeVar
 
 import trio
@@ -9,10 +11,8 @@ import trio
 from node.coordinator.job import Job
 from node.coordinator.planner import Planner
 from node.coordinator.route import OpenRoute, RouteLost, RouteRejected, SampledToken, StageRefusal
-from node.coordinator.route_errors import RETRY_AFTER_S
 from node.coordinator.straggler_detector import Lag, StragglerDetector
 from node.coordinator.submission import JobError, JobErrorCode
-from node.coordinator.token_timeout import AdaptiveTimeout
 from node.links.outbound_link import SessionLost
 from protocol.identity import PeerId
 from protocol.messages import FailureReason
@@ -28,6 +28,17 @@ STALL_LIMIT_S = 120.0
 
 STALL_FACTOR = 6.0
 """or this multiple of what is expected of it."""
+
+RETRY_AFTER_S = 2.0
+"""When a client should retry a job whose blocks are not served or whose peers are full."""
+
+FIRST_TIMEOUT_S = 1.0
+"""Wait for the first token: prefill takes its time, and asking for progress costs little."""
+
+TIMEOUT_S = (0.4, 1.0)
+"""Bounds for the other tokens: a stage does not gain time by slowing them down."""
+
+TIMEOUT_FACTOR = 6.0
 
 PROBE_TIMEOUT_S = 1.0
 """How long a stage may take to report its progress when a token is late;"""
@@ -183,3 +194,22 @@ async def _run_watched(watch: Callable[[], Awaitable[None]], act: Callable[[], A
     if fault is not None:
         raise fault
     return result
+
+
+class AdaptiveTimeout:
+    """The wait after which a job's token is late: a multiple of the median inter-token time."""
+
+    def __init__(self) -> None:
+        self._waits_s: deque[float] = deque(maxlen=16)
+
+    @property
+    def seconds(self) -> float:
+        """The current timeout."""
+        if not self._waits_s:
+            return FIRST_TIMEOUT_S
+        least_s, most_s = TIMEOUT_S
+        return min(most_s, max(least_s, TIMEOUT_FACTOR * median(self._waits_s)))
+
+    def learn(self, wait_s: float) -> None:
+        """Record an inter-token time."""
+        self._waits_s.append(wait_s)

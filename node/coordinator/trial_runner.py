@@ -17,9 +17,8 @@ from typing import Final
 import trio
 
 from node.coordinator.coordinator import Coordinator
-from node.coordinator.observation import ServedJob
+from node.coordinator.observation import Recorder, ServedJob
 from node.coordinator.prompt import prompt_tokens
-from node.coordinator.recorder import Recorder
 from node.coordinator.submission import JobError, JobErrorCode, JobRequest
 from node.models.sample import sample_text
 from protocol.identity import Stage

@@ -50,10 +50,7 @@ _BOOTSTRAP_FAULTS: Final[Mapping[PortState, tuple[Fault, str]]] = {
         Fault.BOOTSTRAP_DEAD,
         "no answer: the machine is down, has another address, or a firewall drops packets to the port",
     ),
-    PortState.SILENT: (
-        Fault.BOOTSTRAP_DEAD,
-        "accepts connections and sends nothing: the process is stopped or hangs",
-    ),
+    PortState.SILENT: (Fault.BOOTSTRAP_DEAD, "accepts connections and sends nothing: the process is stopped or hangs"),
     PortState.FOREIGN: (Fault.WRONG_PEER, "another program answers there, not a node"),
     PortState.PRIVATE: (Fault.WRONG_SWARM_KEY, "is in a private swarm: give its key with --swarm-key"),
     PortState.OPEN: (

@@ -20,16 +20,7 @@ from node.util.offload import Offload, run_in_thread
 from protocol.announcements import Placement
 from protocol.identity import BlockRange, ModelId, PeerId, Stage
 from selector.peer_speed import UNKNOWN_BLOCK_S
-from selector.placement import (
-    CUT_S,
-    ROUND_S,
-    SETTLE_S,
-    Server,
-    choose_span,
-    may_drop,
-    plan_moves,
-    still_worthwhile,
-)
+from selector.placement import CUT_S, ROUND_S, SETTLE_S, Server, choose_span, may_drop, plan_moves, still_worthwhile
 
 REVISED_RATIO = 2.0
 """A rate is announced anew only where it is off by this factor: moving for every change of load would never end."""

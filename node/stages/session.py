@@ -22,9 +22,8 @@ from node.engine.kv_allocator import HIDDEN_DTYPES
 from node.links.base_link import LinkBroken
 from node.links.inbound_link import InboundLink
 from node.stages.outbox import Outbox, Output, StepLoop, max_rows
-from node.stages.replay_buffer import ReplayBuffer, ReplayMemory
+from node.stages.replay_buffer import ReplayBuffer, ReplayMemory, ResumableState
 from node.stages.scheduler import Work
-from node.stages.session_state import ResumableState
 from node.stages.speculation import Drafter, DraftTracker
 from node.stages.voter import Agreement
 from protocol.identity import PeerId, SessionId
@@ -156,10 +155,7 @@ class StageSession:
         """Begin with a method: queue rows that arrived early, and replay outputs that the next stage lacks."""
         if self.info.is_first:
             self._tracker = DraftTracker(
-                start=message.start,
-                positions=self.request.positions,
-                draft_tokens=method.draft_tokens,
-                drafter=drafter,
+                start=message.start, positions=self.request.positions, draft_tokens=method.draft_tokens, drafter=drafter
             )
         self.method = self.state.method = method
         self._forward_from = message.onward

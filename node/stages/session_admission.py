@@ -13,8 +13,7 @@ from node.links.link_pool import LinkPool
 from node.stages.fair_share import may_take
 from node.stages.peer_penalties import PeerPenalties
 from node.stages.session import StageSession
-from node.stages.span import Span, pages_of
-from node.stages.span_table import SpanTable
+from node.stages.span import Span, SpanTable, pages_of
 from node.stages.voter import Agreement, Voter
 from protocol.identity import ModelId, PeerId, SessionId
 from protocol.limits import MAX_SESSIONS, MAX_STAGES, PREFIX_HASH_BYTES
@@ -126,12 +125,7 @@ class SessionAdmission:
         return span
 
     async def _open_on(
-        self,
-        span: Span,
-        message: Open,
-        link: InboundLink,
-        former: StageSession | None,
-        offered: Sequence[Method],
+        self, span: Span, message: Open, link: InboundLink, former: StageSession | None, offered: Sequence[Method]
     ) -> Opened:
         session = StageSession(message, span, link, _description_bytes(message))
         try:

@@ -6,7 +6,7 @@ that the coordinator is not on the path from one token to the next.
 """
 
 from collections import Counter, deque
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
 
 import structlog
 import trio
@@ -24,16 +24,16 @@ from node.engine.interface import (
 )
 from node.links.inbound_link import InboundLink
 from node.links.link_pool import LinkPool
+from node.stages.draft_model import DraftModel
 from node.stages.engine_loop import EngineLoop
 from node.stages.fair_share import UnmetDemand
 from node.stages.outbox import Output, send_outputs
 from node.stages.peer_penalties import PeerPenalties
 from node.stages.replay_buffer import REPLAY_BYTES, ReplayMemory
-from node.stages.scheduler import Scheduler, Work
+from node.stages.scheduler import PolicyController, Scheduler, Work
 from node.stages.session import StageSession
-from node.stages.stage_policy import PolicyController
 from node.util.signal import Signal
-from protocol.identity import PeerId, SessionId
+from protocol.identity import BlockRange, ModelId, PeerId, SessionId
 from protocol.messages import FailureReason, Load
 
 IDLE_LIMIT_S = 300.0
@@ -328,3 +328,39 @@ class Span(EngineLoop):
 def pages_of(positions: int) -> int:
     """Return how many pages of KV memory a number of positions takes."""
     return -(-positions // PAGE_POSITIONS)
+
+
+class SpanTable:
+    """What is served here."""
+
+    def __init__(self) -> None:
+        self.is_draining = False
+        """This node is about to leave: it admits no new sessions."""
+        self.spans: dict[tuple[ModelId, BlockRange], Span] = {}
+        self.draft_models: dict[ModelId, DraftModel | None] = {}
+        """By the model they draft for, whose first blocks are served here; None while one is being loaded."""
+        self.withdrawn: set[Span] = set()
+        """Spans that are about to go: they are not announced any more."""
+        self.closed: set[Span] = set()
+        """Of those, the ones that admit no new sessions any more."""
+
+    def sessions(self) -> Iterator[StageSession]:
+        """Yield the sessions of all spans."""
+        for span in self.spans.values():
+            yield from tuple(span.sessions.values())
+
+    def find(self, session: SessionId | None, link: InboundLink) -> tuple[Span, StageSession] | None:
+        """Return a session that was opened over this link, and its span."""
+        for span in self.spans.values():
+            if session is not None and (found := span.sessions.get(session)) and found.opened_by is link:
+                return span, found
+        return None
+
+    def holding(self, model: ModelId, blocks: BlockRange) -> Span | None:
+        """Return the smallest span that has all of these blocks, if it admits new sessions."""
+        holding = [
+            span
+            for key, span in self.spans.items()
+            if key[0] == model and span.info.blocks.holds(blocks) and span not in self.closed
+        ]
+        return min(holding, key=lambda span: len(span.info.blocks), default=None)

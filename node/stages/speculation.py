@@ -103,11 +103,7 @@ class DraftTracker:
         """The drafter was asked; no rows may arrive meanwhile, as nothing was drawn that they could follow."""
 
     def feed(
-        self,
-        position: int,
-        tokens: Sequence[int],
-        draws: int,
-        then: Callable[[int, list[int], Sequence[int]], None],
+        self, position: int, tokens: Sequence[int], draws: int, then: Callable[[int, list[int], Sequence[int]], None]
     ) -> None:
         """Take tokens, the first of which has `position`; call `then` with the rows to compute, at once or later.
 

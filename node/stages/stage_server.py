@@ -17,12 +17,11 @@ from node.network.interface import Network
 from node.stages.draft_model import DraftModel
 from node.stages.peer_penalties import PeerPenalties, StagePeerStatistics
 from node.stages.replay_buffer import REPLAY_BYTES
+from node.stages.scheduler import PolicyController
 from node.stages.session import StageSession
 from node.stages.session_admission import SessionAdmission
-from node.stages.span import Span
-from node.stages.span_table import SpanTable
+from node.stages.span import Span, SpanTable
 from node.stages.speculation import Drafter, PromptLookup
-from node.stages.stage_policy import PolicyController
 from node.stages.voter import Agreement, HeuristicVoter, Voter, tally_fault
 from protocol.announcements import ServedSpan
 from protocol.identity import ModelId, PeerId, SessionId

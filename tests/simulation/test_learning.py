@@ -12,7 +12,7 @@ import trio
 from threadpoolctl import threadpool_limits
 from trio.testing import MockClock
 
-from node.coordinator.recorder import Recorder
+from node.coordinator.observation import Recorder
 from node.coordinator.submission import JobRequest, JobResult
 from node.coordinator.trial_runner import BenchmarkRunner
 from node.engine.interface import Variant

@@ -13,7 +13,7 @@ import trio
 from node.config import ServeSpec
 from node.coordinator.coordinator import Coordinator, SwarmView
 from node.coordinator.method_choice import Chooser, QualityStore
-from node.coordinator.recorder import Recorder
+from node.coordinator.observation import Recorder
 from node.coordinator.submission import JobRequest, JobResult
 from node.engine.device import Device
 from node.engine.interface import REFERENCE, EngineCrashed, SpanInfo, Variant
@@ -23,9 +23,9 @@ from node.models.vocabulary import Vocabulary
 from node.network.addresses import AddressBook
 from node.network.interface import Network
 from node.stages.block_placement import PlacementAnnouncements
+from node.stages.scheduler import PolicyController
 from node.stages.span import Span
 from node.stages.span_supervisor import ServingOptions, SpanSupervisor
-from node.stages.stage_policy import PolicyController
 from node.stages.stage_server import StageServer
 from node.stages.voter import Agreement, Voter
 from node.swarm.dht_records import RecordKinds

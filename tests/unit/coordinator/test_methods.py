@@ -14,8 +14,7 @@ from node.coordinator.submission import JobError, JobErrorCode, JobRequest, JobR
 from node.engine.interface import REFERENCE, Variant
 from node.links.base_link import LinkBroken
 from node.links.outbound_link import OutboundLink
-from node.stages.scheduler import Batching
-from node.stages.stage_policy import PolicyController
+from node.stages.scheduler import Batching, PolicyController
 from node.stages.voter import HeuristicVoter
 from node.testing.fake_engine import FAKE_VARIANTS, FakeEngine, expected_tokens, fake_span_info
 from protocol.identity import BlockRange

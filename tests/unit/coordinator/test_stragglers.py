@@ -11,7 +11,7 @@ from trio.testing import MockClock
 from node.coordinator import planner
 from node.coordinator.submission import JobRequest, JobResult, JobStarted, TextDelta
 from node.engine.interface import SliceInput, StepResult
-from node.links import liveness
+from node.links import outbound_link
 from node.stages.outbox import Output, send_outputs
 from node.stages.span import Span
 from node.testing.memory_links import LinkModel
@@ -240,9 +240,9 @@ async def test_keeps_slow_stage_that_makes_progress(virtual_clock: MockClock, ch
 
 async def test_keeps_stages_behind_slow_links(virtual_clock: MockClock, monkeypatch: pytest.MonkeyPatch) -> None:
     """A home's upstream, scaled down as the rows are: 1500 of 128 bytes, which take 4 s to each next stage."""
-    for module in (planner, liveness):
+    for module in (planner, outbound_link):
         monkeypatch.setattr(module, "SLOWEST_BYTES_PER_S", 40e3)
-    monkeypatch.setattr(liveness, "UNACKED_BYTES", 16_000)
+    monkeypatch.setattr(outbound_link, "UNACKED_BYTES", 16_000)
     async with open_swarm(link=LinkModel(bandwidth=50e3)) as swarm:
         for span in (*THIRDS, *THIRDS):
             await swarm.join(span)

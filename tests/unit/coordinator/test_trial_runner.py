@@ -8,7 +8,7 @@ import pytest
 import trio
 from trio.testing import MockClock
 
-from node.coordinator.recorder import Recorder
+from node.coordinator.observation import Recorder
 from node.coordinator.submission import JobError, JobRequest
 from node.coordinator.trial_runner import BenchmarkRunner, TrialSpec, TrialWorkload, make_prompts
 from node.engine.interface import REFERENCE

@@ -84,7 +84,7 @@ def test_envelope_is_verified_once_while_cached() -> None:
     replica = Replica(MemoryHistory(), lambda: NOW_S, verify)
     assert replica.verifier.cost(made(0).envelope) > 1
     assert replica.verify(made(0).envelope) == replica.verify(made(0).envelope) == made(0)
-    assert replica.verifier.cost(made(0).envelope) == 0
+    assert replica.verifier.cost(made(0).envelope) < 1
     assert len(verified) == 1
     for number in range(1, VERIFIED_ENVELOPES + 1):
         replica.verify(made(number).envelope)
