@@ -12,7 +12,7 @@ from node.consensus.followed_chains import FollowedChains
 from node.consensus.service import ConsensusService
 from node.identity import Identity
 from node.replication.session import SessionOutcome
-from node.testing.memory_hub import MemoryNetworkHub
+from node.testing.memory_network import MemoryNetworkHub
 from node.util.signal import Signal
 from protocol.consensus import verify_message
 from protocol.identity import PeerId
