@@ -28,8 +28,15 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from node.engine.architecture import Reference, check_architecture, package_of, references_of, tiny_model
 from node.engine.backends.batched import FAMILIES
-from node.engine.engine_config import EngineOptions, source_from_package
-from node.engine.interface import REFERENCE, EngineError, SessionOptions, SliceInput, Variant
+from node.engine.interface import (
+    REFERENCE,
+    EngineError,
+    EngineOptions,
+    SessionOptions,
+    SliceInput,
+    Variant,
+    source_from_package,
+)
 from node.engine.kv_allocator import KvAllocator
 from node.engine.loading import describe
 from node.engine.shard import Shard

@@ -21,8 +21,7 @@ from typing import Any
 import torch
 
 from benchmarks.rivals import Generate, NotInstalledError, rivals
-from node.engine.engine_config import EngineOptions, source_from_package
-from node.engine.interface import EngineError, SessionOptions, SliceInput, Variant
+from node.engine.interface import EngineError, EngineOptions, SessionOptions, SliceInput, Variant, source_from_package
 from node.engine.kv_allocator import KvAllocator
 from node.engine.shard import Shard
 from node.engine.worker_process import physical_cores

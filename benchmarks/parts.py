@@ -18,8 +18,7 @@ from cryptography.hazmat.primitives.ciphers.aead import ChaCha20Poly1305
 from benchmarks.common import Spread, spread_of, times_ms
 from node.engine import worker_protocol
 from node.engine.client import start_engine
-from node.engine.engine_config import EngineOptions
-from node.engine.interface import SessionOptions, SliceInput
+from node.engine.interface import EngineOptions, SessionOptions, SliceInput
 from node.models.store import Package
 from node.network.host import Libp2pNetwork
 from node.network.interface import Stream

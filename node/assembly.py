@@ -14,13 +14,14 @@ from node.consensus.environment import ConsensusEnvironment, ConsensusRules
 from node.consensus.followed_chains import FollowedChains
 from node.consensus.measurement_runner import MEASUREMENT_PLAN, MeasurementRunner
 from node.consensus.service import ConsensusService, swarm_name
-from node.coordinator.coordinator import Coordinator, SwarmView
+from node.coordinator.coordinator import Coordinator
 from node.coordinator.observation import Recorder, software_name, software_versions
+from node.coordinator.planner import SwarmView
 from node.coordinator.quality_store import LocalQualityStore
 from node.coordinator.trial_runner import BenchmarkRunner
 from node.engine.client import start_engine
 from node.engine.device import Device
-from node.engine.engine_config import EngineOptions
+from node.engine.interface import EngineOptions
 from node.engine.worker_process import SpareWorker
 from node.identity import Identity, IdentityError, load_or_create
 from node.models.files import Progress
@@ -302,7 +303,7 @@ def build_client(
         capabilities = announcer.known(peer)
         return None if capabilities is None else capabilities.links
 
-    recorder = Recorder(network.identity, swarm.replicator)
+    recorder = Recorder(network.identity, swarm.replicator.publish)
     quality_store = LocalQualityStore(serving.library, config.cache_dir)
     view = SwarmView(
         finder=membership,
@@ -313,7 +314,7 @@ def build_client(
         agreed=selection.chains.agreement,
     )
     coordinator = Coordinator(
-        serving.library,
+        serving.library.open,
         view,
         serving.stages.link_pool,
         network.jitter,

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from node.doctor.report import Diagnosis, RunningNode
 
 
-@click.command(params=[option for option in NODE_OPTIONS if option.name != "log_level"], context_settings=SETTINGS)
+@click.command(params=[*NODE_OPTIONS], context_settings=SETTINGS)
 @json_option
 def doctor(as_json: bool, **options: Any) -> int:
     """Diagnose in one line why a node cannot start, join, be reached or serve, or why a model is incomplete.

@@ -156,10 +156,12 @@ class ConsensusService:
         interval_s = self._rules.clock.epoch_s / 20
         initiate = partial(ChainInitiator, chain=chain, verify=self._verifier.verify)
         while True:
-            if (peer := self._pull.choose_neighbour()) and (await self._pull.pull(peer, initiate)).more:
+            peer = self._pull.choose_neighbour()
+            if peer and (await self._pull.pull(peer, initiate)).more:
                 continue
-            with trio.move_on_after(self._jitter.uniform(0.8, 1.2) * interval_s):
-                await chain.needs_sync.wait()
+            if peer or not self._pull.pulling:  # else every neighbour is busy with our other chains: retry soon
+                with trio.move_on_after(self._jitter.uniform(0.8, 1.2) * interval_s):
+                    await chain.needs_sync.wait()
             await trio.sleep(min(SHORTEST_PULL_INTERVAL_S, interval_s / 4) * self._jitter.uniform(0.5, 1))
 
     async def _on_connected(self, peer: PeerId) -> None:

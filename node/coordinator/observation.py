@@ -2,11 +2,11 @@
 
 import platform
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
-from typing import Final, Protocol
+from typing import Final
 
 import structlog
 
@@ -125,22 +125,13 @@ def without_invalid_countersignatures(observation: Observation) -> Observation:
 _logger = structlog.get_logger(__name__)
 
 
-class Publisher(Protocol):
-    """Stores an observation and publishes it to the swarm; `node.replication.observations` is the real one."""
-
-    async def publish(self, observation: SignedObservation) -> None:
-        """Return once the observation is stored here."""
-
-
 class Recorder:
     """Makes an observation of every job that this node coordinated. A failure to record fails no job."""
 
-    def __init__(
-        self, identity: Identity, publisher: Publisher, *, wall_clock: Callable[[], float] = time.time
-    ) -> None:
+    def __init__(self, identity: Identity, publish: Callable[[SignedObservation], Awaitable[None]]) -> None:
+        """`publish`: stores an observation here and publishes it to the swarm."""
         self._identity = identity
-        self._publisher = publisher
-        self._wall_clock = wall_clock
+        self._publish = publish
 
     async def record(self, served: ServedJob) -> None:
         """Record a job that a user submitted."""
@@ -148,12 +139,12 @@ class Recorder:
 
     def observation(self, served: ServedJob) -> Observation:
         """Return the observation of a job, as a served job's."""
-        return observation_of(served, self._identity.peer_id, int(self._wall_clock()))
+        return observation_of(served, self._identity.peer_id, int(time.time()))
 
     async def publish(self, observation: Observation) -> bool:
         """Sign an observation, store it, and publish it to the swarm; return whether that succeeded."""
         try:
-            await self._publisher.publish(self._sign(observation))
+            await self._publish(self._sign(observation))
         except (LocalProtocolError, StorageError) as error:
             _logger.warning("observation not recorded", job=observation.job, reason=str(error))
             return False

@@ -24,17 +24,16 @@ from transformers.modeling_utils import PreTrainedModel
 
 from node.engine.backends.interface import Rows
 from node.engine.backends.transformers import TransformersSpan
-from node.engine.engine_config import source_from_package
-from node.engine.interface import PAGE_POSITIONS, EngineError
+from node.engine.interface import PAGE_POSITIONS, EngineError, source_from_package
 from node.engine.kv_cache import KvCache, SlotMapping
 from node.engine.loading import config_from, describe, load_span, name_of
-from node.engine.reporting import report
 from node.engine.shrink import shrink
 from node.models.errors import ModelError
 from node.models.files import ignore_progress
 from node.models.importer import build_package, read_checkpoint
 from node.models.layout import OuterNames
 from node.models.store import Package
+from node.util.child_process import report
 from node.util.text import one_line
 from protocol.identity import BlockRange
 

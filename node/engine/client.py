@@ -14,18 +14,20 @@ import trio
 
 from node.engine import worker_protocol
 from node.engine.base import Engine
-from node.engine.engine_config import EngineOptions, ShardSource, source_from_package
 from node.engine.interface import (
     EngineCrashed,
     EngineError,
+    EngineOptions,
     SessionNotOpen,
     SessionOptions,
+    ShardSource,
     SliceFault,
     SliceInput,
     SpanInfo,
     StepFailed,
     StepResult,
     Variant,
+    source_from_package,
 )
 from node.engine.kv_allocator import KvReservation
 from node.engine.worker_process import SpareWorker, WorkerExited, WorkerProcess, start_process

@@ -33,13 +33,11 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.utils.loading_report import LoadStateDictInfo
 
-from node.engine.engine_config import ShardSource
-from node.engine.interface import EngineError
+from node.engine.interface import EngineError, ShardSource
 from node.engine.kv_cache import attention_windows
 from node.engine.outer_modules import OuterModules, accepted_options, trace_outer_modules
-from node.models.layout import OuterNames, module_of
+from node.models.layout import OuterNames, describe_tensors, module_of
 from node.models.manifest import architecture_name, constant_positions
-from node.models.tensor_names import describe_tensors
 from node.util.text import one_line
 from protocol.identity import BlockRange
 

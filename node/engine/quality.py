@@ -17,8 +17,15 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from node.engine.engine_config import EngineOptions, ShardSource
-from node.engine.interface import PAGE_POSITIONS, REFERENCE, EngineError, KvCompatibilityKey, Variant
+from node.engine.interface import (
+    PAGE_POSITIONS,
+    REFERENCE,
+    EngineError,
+    EngineOptions,
+    KvCompatibilityKey,
+    ShardSource,
+    Variant,
+)
 from node.util.priority import yield_to_others
 from protocol.identity import BlockRange
 
@@ -142,7 +149,7 @@ def kv_key_of(name: str) -> KvCompatibilityKey:
 
 def main() -> int:
     """Measure the request on stdin, and print the result; return the exit code."""
-    from node.engine.engine_config import source_from_package
+    from node.engine.interface import source_from_package
     from node.models.manifest import MANIFEST_FILE, parse_manifest
     from node.models.store import Package
 

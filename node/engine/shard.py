@@ -13,15 +13,16 @@ from node.engine.backends.interface import BACKENDS, Backend, BackendContext, Ba
 from node.engine.backends.transformers import TransformersSpan
 from node.engine.device import CPU
 from node.engine.device_probe import free_bytes, is_lost, synchronize
-from node.engine.engine_config import EngineOptions, ShardSource
 from node.engine.interface import (
     DIVISIBLE_ENGINES,
     PAGE_POSITIONS,
     REFERENCE,
     BadRows,
     EngineError,
+    EngineOptions,
     SessionNotOpen,
     SessionOptions,
+    ShardSource,
     SliceFault,
     SliceInput,
     SliceOutput,

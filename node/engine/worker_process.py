@@ -7,8 +7,7 @@ from contextlib import suppress
 import psutil
 import trio
 
-from node.engine.engine_config import EngineOptions
-from node.engine.interface import EngineError
+from node.engine.interface import EngineError, EngineOptions
 from node.engine.worker_protocol import PREFIX, Buffer, Header, decode_header
 from node.util.child_process import Child, ChildError, child_environment, python, start
 

@@ -34,10 +34,11 @@ from typing import Any
 
 import msgpack
 
-from node.engine.engine_config import EngineOptions, ShardSource
 from node.engine.interface import (
     EngineError,
+    EngineOptions,
     SessionOptions,
+    ShardSource,
     SliceFault,
     SliceInput,
     SliceOutput,

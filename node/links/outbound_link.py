@@ -155,19 +155,13 @@ class OutboundLink(JobLink):
         return answer
 
     def send_history(self, session: SessionId, tokens: Sequence[int]) -> None:
-        """Send the tokens so far of a session that we opened and that is about to begin, at once.
-
-        Raises LinkBroken when the link is gone or the session already lost.
-        """
+        """Send the tokens so far of a session that we opened, before `begin`, at once. Raises LinkBroken; see there."""
         self._check_open(session)
         for start in range(0, len(tokens), MAX_HISTORY_TOKENS):
             self._send_now(TokenHistory(session=session, tokens=tuple(tokens[start : start + MAX_HISTORY_TOKENS])))
 
     def begin(self, message: Begin) -> None:
-        """Begin a session that we opened, at once: before any rows that are sent from now on, over whichever link.
-
-        Raises LinkBroken when the link is gone or the session already lost.
-        """
+        """Begin a session, at once: before any further rows, over any link. Raises LinkBroken where it is lost."""
         self._check_open(message.session)
         self._send_now(message)
 
@@ -251,10 +245,7 @@ class OutboundLink(JobLink):
             self._break(f"silent for {self.silence_s:.1f} s")
 
     async def request_progress(self, session: SessionId, timeout_s: float) -> Progress | None:
-        """Return the progress of a session that we opened and began; None when no answer arrives in time.
-
-        A peer of version 1.0 cannot be asked.
-        """
+        """Return the progress of a begun session; None without a timely answer, and from a peer of version 1.0."""
         is_begun = self._connection.session_state(session) is SessionState.BEGUN
         if self.broken or self._connection.minor < 1 or not is_begun:
             return None
@@ -292,17 +283,15 @@ class OutboundLink(JobLink):
             case Progress():
                 if (reply := self._progress_replies.pop(message.session, None)) is not None:
                     reply.deliver(message)
-            case Reroute():
-                lost = SessionLost(
-                    self.peer, message.peer or self.peer, message.reason, message.message, resumable=True
-                )
-                for on_lost in tuple(self._watchers.get(message.session, {}).values()):
-                    on_lost(lost)
-            case Failed():
-                self._deliver(message)
-                lost = SessionLost(self.peer, message.peer or self.peer, message.reason, message.message)
+            case Reroute() | Failed():
+                watchers = self._watchers.get(message.session, {})
+                if isinstance(message, Failed):
+                    self._deliver(message)
+                    self._watchers.pop(message.session, None)
+                blamed, is_kept = message.peer or self.peer, isinstance(message, Reroute)
+                lost = SessionLost(self.peer, blamed, message.reason, message.message, resumable=is_kept)
                 # A copy: a watcher may end watches in turn, its own and those that others hold here.
-                for on_lost in tuple(self._watchers.pop(message.session, {}).values()):
+                for on_lost in tuple(watchers.values()):
                     on_lost(lost)
             case _:
                 raise AssertionError(f"the state tables let {message} through to an initiator")

@@ -15,7 +15,7 @@ from node.models.manifest import FileEntry, Manifest, parse_manifest
 from node.models.store import ModelStore, Package
 from node.network.interface import Network, NetworkError, Stream
 from protocol.blobs import BlobBusy, BlobFound, BlobMissing, BlobRequest, BlobResponder
-from protocol.identity import BlockRange, ModelId, PeerId
+from protocol.identity import ModelId, PeerId
 
 MAX_TRANSFERS: Final = 32
 """Ranges that a server sends at a time; a request beyond them is answered `busy`."""
@@ -119,21 +119,14 @@ class ModelFetcher:
         data = await fetch_manifest_bytes(self._network, peers, model, self.fetched)
         return await trio.to_thread.run_sync(self._store.add_manifest, parse_manifest(data))
 
-    async def fetch_tokenizer(
-        self, manifest: Manifest, peers: Sequence[PeerId], progress: Progress = ignore_progress
-    ) -> Fetched:
-        """Fetch the tokenizer files that are missing. Raises FetchError and ModelError."""
-        return await self._fetch(manifest, manifest.tokenizer_files, peers, progress)
-
     async def fetch_files(
-        self, manifest: Manifest, blocks: BlockRange, peers: Sequence[PeerId], progress: Progress = ignore_progress
+        self,
+        manifest: Manifest,
+        files: Sequence[FileEntry],
+        peers: Sequence[PeerId],
+        progress: Progress = ignore_progress,
     ) -> Fetched:
-        """Fetch the weight files of a span that are missing, several at a time. Raises FetchError and ModelError."""
-        return await self._fetch(manifest, manifest.files_for(blocks), peers, progress)
-
-    async def _fetch(
-        self, manifest: Manifest, files: Sequence[FileEntry], peers: Sequence[PeerId], progress: Progress
-    ) -> Fetched:
+        """Fetch those of the files that are missing, several at a time. Raises FetchError and ModelError."""
         package = await trio.to_thread.run_sync(self._store.add_manifest, manifest)
         missing = [file for file in files if not package.has(file)]
         total, done = sum(file.size_bytes for file in missing), 0

@@ -17,10 +17,10 @@ from node.models.eviction import evict_for, in_use
 from node.models.files import Progress, ignore_progress
 from node.models.importer import import_model
 from node.models.manifest import Manifest
-from node.models.providing import provide_loop
 from node.models.store import ModelStore, Package, UnknownModelError
 from node.models.tokenizer_service import ModelTokenizer, TokenizerService
-from node.network.interface import Network
+from node.network.interface import Network, NetworkError
+from protocol.announcements import blob_provider_key
 from protocol.blobs import PROTOCOL_ID
 from protocol.identity import BlockRange, ModelId, PeerId
 from protocol.limits import MAX_POSITIONS, MAX_VOCABULARY, MAX_WIDTH
@@ -33,6 +33,18 @@ MANIFEST_POLL_S = 2.0
 
 RETRY_S = 30.0
 """Before a manifest that no peer gave is requested again."""
+
+ANNOUNCED_AGAIN_S = 12 * 3600.0
+"""The records of the DHT live for a day at least."""
+
+ANNOUNCE_PACE_S = 1.0
+"""Between two announcements, each of which asks many peers; servers of a model are found faster."""
+
+ANNOUNCE_ROUND_S = 10.0
+"""How often new files are looked for."""
+
+MAX_ANNOUNCED = 4096
+"""Files that one node announces."""
 
 _logger = structlog.get_logger(__name__)
 
@@ -192,7 +204,9 @@ class Library:
     async def _load(self, model: ModelId) -> KnownModel:
         package = await self._package(model)
         if any(not package.has(file) for file in package.manifest.tokenizer_files):
-            await self._fetcher.fetch_tokenizer(package.manifest, await self._swarm.providers(model))
+            await self._fetcher.fetch_files(
+                package.manifest, package.manifest.tokenizer_files, await self._swarm.providers(model)
+            )
         return KnownModel(model, self.name_of(model), package.manifest, await self._tokenizers.open(package))
 
     async def manifest(self, text: str, *, use_catalogue: bool, progress: Progress = ignore_progress) -> Manifest:
@@ -224,7 +238,7 @@ class Library:
         for path in await trio.to_thread.run_sync(evict_for, self._store, package, wanted, self._cache_limit_bytes):
             _logger.info("model file evicted from the cache", file=str(path))
         try:
-            await self._fetcher.fetch_files(manifest, blocks, await self._swarm.providers(model), progress)
+            await self._fetcher.fetch_files(manifest, wanted, await self._swarm.providers(model), progress)
         except ModelError:
             if not use_catalogue or self._catalogue_name(model) is None:
                 raise
@@ -253,3 +267,32 @@ class Library:
 
     def _catalogue_name(self, model: ModelId) -> str | None:
         return next((entry.name for entry in CATALOGUE.values() if entry.model_id == model), None)
+
+
+async def provide_loop(network: Network, store: ModelStore) -> None:
+    """Announce every weight file of the store in the DHT, again before it is forgotten, until cancelled.
+
+    So peers find them also at peers that do not serve the model. A record there outlives its peer by hours; a file from
+    it is verified by its hash.
+    """
+    announced_s: dict[str, float] = {}
+    while True:
+        present: tuple[str, ...] = ()
+        if network.connected_peers():
+            try:
+                present = await trio.to_thread.run_sync(store.weight_hashes)
+            except ModelError as error:
+                _logger.warning("files not announced", reason=str(error))
+        kept = frozenset(present)
+        announced_s = {sha256: when_s for sha256, when_s in announced_s.items() if sha256 in kept}
+        for sha256 in present[:MAX_ANNOUNCED]:
+            if announced_s.get(sha256, float("-inf")) + ANNOUNCED_AGAIN_S > trio.current_time():
+                continue
+            try:
+                await network.provide(blob_provider_key(sha256))
+            except NetworkError as error:
+                _logger.debug("file not announced", sha256=sha256, reason=str(error))
+                break
+            announced_s[sha256] = trio.current_time()
+            await trio.sleep(ANNOUNCE_PACE_S)
+        await trio.sleep(ANNOUNCE_ROUND_S)

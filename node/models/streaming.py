@@ -2,20 +2,9 @@
 
 import codecs
 from collections.abc import Sequence
-from typing import Protocol
 
-from node.models.vocabulary import TokenKind, Vocabulary
-
-
-class Decoder(Protocol):
-    """Turns tokens into text; `node.models.tokenizer_service` has the real one."""
-
-    @property
-    def vocabulary(self) -> Vocabulary:
-        """The bytes of tokens, known without asking the process."""
-
-    async def decode(self, *sequences: Sequence[int]) -> list[str]:
-        """Return the text of each sequence, without special tokens. Raises ModelError."""
+from node.models.tokenizer_service import ModelTokenizer
+from node.models.vocabulary import TokenKind
 
 
 class StreamDecoder:
@@ -26,9 +15,9 @@ class StreamDecoder:
     be replaced in between.
     """
 
-    def __init__(self, decoder: Decoder) -> None:
-        self._decoder = decoder
-        self._vocabulary = decoder.vocabulary
+    def __init__(self, tokenizer: ModelTokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._vocabulary = tokenizer.vocabulary
         # The library replaces invalid UTF-8 as this decoder does: one mark for each longest valid beginning.
         self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
         self._anchor: list[int] = []
@@ -55,7 +44,7 @@ class StreamDecoder:
         if not self._held:
             return ""
         last = self._held[-1:]
-        whole, last_text = await self._decoder.decode(self._anchor + self._held, last)
+        whole, last_text = await self._tokenizer.decode(self._anchor + self._held, last)
         text = whole[len(self._anchor_text) :]
         self._held = []
         if last_text or not self._anchor:

@@ -1,20 +1,25 @@
 """Text to tokens and back: the model's own tokenizer and chat template, in the process that calls.
 
-They are a stranger's files, and neither the tokenizers library nor jinja2 bounds their cost. So only `tokenizer_worker`
-uses this module, in a process with limits. It needs no part of transformers: a peer without weights submits jobs with a
-manifest and these files.
+They are a stranger's files: jinja2's sandbox isolates a template from Python, but neither it nor the tokenizers library
+bounds time and memory. So only `tokenizer_worker` uses this module, in a process with limits. It needs no part of
+transformers, whose results it gives: a peer without weights submits jobs with a manifest and these files.
 """
 
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
+import jinja2
 import tokenizers
+from jinja2 import nodes
+from jinja2.ext import Extension, loopcontrols
+from jinja2.parser import Parser
+from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from node.models.chat_template import ChatTemplate
 from node.models.errors import ChatTemplateError, ModelError
 from node.models.manifest import CHAT_TEMPLATE_FILE, TOKENIZER_CONFIG_FILE, TOKENIZER_FILE, Json
 from node.models.vocabulary import TokenKind, Vocabulary
@@ -23,6 +28,8 @@ from protocol.limits import MAX_STOP_TOKENS, MAX_VOCABULARY
 
 if TYPE_CHECKING:
     from node.models.store import Package
+
+MAX_PROMPT_CHARACTERS: Final = 8 << 20
 
 _SPECIAL_TOKENS: Final = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
@@ -198,3 +205,83 @@ def _library_errors(failure: str) -> Iterator[None]:
         if type(error).__name__ != "PanicException":
             raise
         raise TokenizerPanic(f"{failure}: {one_line(error)}") from error
+
+
+class ChatTemplate:
+    """A compiled chat template, rendered as transformers does."""
+
+    def __init__(self, source: str) -> None:
+        """Compile a template; raise ChatTemplateError when it is not valid."""
+        with _contained("is broken"):  # compiling folds constants, and so may take as long as rendering
+            self._template = _new_environment().from_string(source)
+
+    def render(self, messages: Sequence[Mapping[str, str]], special_tokens: Mapping[str, str]) -> str:
+        """Return the prompt of a conversation, ending where the assistant's answer begins.
+
+        `special_tokens` maps names such as `bos_token` to their text. Raises ChatTemplateError.
+        """
+        values = {
+            "tools": None,
+            "documents": None,
+            **special_tokens,
+            "messages": [dict(message) for message in messages],
+            "add_generation_prompt": True,
+        }
+        with _contained("fails on these messages"):
+            text = "".join(_limited(self._template.generate(values)))
+            text.encode()  # a template can spell half a surrogate pair, which no tokenizer takes
+            return text
+
+
+@contextmanager
+def _contained(failure: str) -> Iterator[None]:
+    try:
+        yield
+    except (ChatTemplateError, MemoryError):
+        raise
+    except Exception as error:  # a template can make Python raise anything that code without I/O can
+        raise ChatTemplateError(f"the model's chat template {failure}: {one_line(error)}") from error
+
+
+def _limited(pieces: Iterable[str]) -> Iterator[str]:
+    length = 0
+    for piece in pieces:
+        length += len(piece)
+        if length > MAX_PROMPT_CHARACTERS:
+            raise ChatTemplateError("the model's chat template makes too long a prompt")
+        yield piece
+
+
+class _Generation(Extension):
+    """`{% generation %}` marks the assistant's words for training. For a prompt it is just its content."""
+
+    tags = {"generation"}  # noqa: RUF012 - as jinja2 declares it
+
+    def parse(self, parser: Parser) -> list[nodes.Node]:
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
+def _new_environment() -> ImmutableSandboxedEnvironment:
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols, _Generation]
+    )
+    environment.filters["tojson"] = _tojson
+    environment.globals["raise_exception"] = _raise_exception
+    environment.globals["strftime_now"] = lambda layout: datetime.now().astimezone().strftime(layout)
+    return environment
+
+
+def _tojson(
+    value: object,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    # Unlike jinja2's own, transformers' filter escapes nothing for HTML.
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+
+def _raise_exception(message: str) -> None:
+    raise jinja2.TemplateError(message)

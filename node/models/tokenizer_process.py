@@ -1,13 +1,13 @@
 """A child process that interprets one model's tokenizer and chat template under limits; see `tokenizer_worker`."""
 
 import os
+import signal
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 import msgpack
 import trio
 
-from node.models.tokenizer_wire import OUT_OF_CPU, OUT_OF_TIME
 from node.util.child_process import Child, child_environment, python, start
 
 COMMAND: Final = python("-m", "node.models.tokenizer_worker")
@@ -81,7 +81,7 @@ class TokenizerProcess:
             except trio.BrokenResourceError:
                 pass
             reason = await self.child.exit_reason()
-            if self.child.process.returncode in {-OUT_OF_CPU, -OUT_OF_TIME}:
+            if self.child.process.returncode in {-signal.SIGPROF, -signal.SIGALRM}:  # of its timers
                 raise too_slow
             raise RequestFailed(f"{subject} failed: {reason}", may_retry=True)
         raise too_slow

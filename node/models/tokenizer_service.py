@@ -136,13 +136,8 @@ class TokenizerService:
             facts = await worker.ask("the model's tokenizer", {"do": "load"}, self.limits.load_s)
         except ModelError as error:
             raise ModelError(f"model {package.model_id[:12]}: {error}") from None
-        return ModelTokenizer(
-            worker,
-            self.limits,
-            Vocabulary.from_map(facts["vocabulary"]),
-            tuple(facts["stop_tokens"]),
-            has_chat_template=facts["has_chat_template"],
-        )
+        vocabulary = Vocabulary.from_map(facts["vocabulary"])
+        return ModelTokenizer(worker, self.limits, vocabulary, tuple(facts["stop_tokens"]), facts["has_chat_template"])
 
     def pids(self) -> tuple[int, ...]:
         """Return the ids of the running processes."""
@@ -185,26 +180,18 @@ class TokenizerService:
         self._room.release()
 
 
+@dataclass(frozen=True, slots=True)
 class ModelTokenizer:
     """A model's tokenizer, made by `TokenizerService.open`; without a worker, that of a model without tokenizer."""
 
-    def __init__(
-        self,
-        worker: "_Worker | None",
-        limits: Limits,
-        vocabulary: Vocabulary,
-        stop_tokens: tuple[int, ...],
-        *,
-        has_chat_template: bool,
-    ) -> None:
-        self._worker = worker
-        self._limits = limits
-        self.vocabulary = vocabulary
-        """The bytes of tokens, known without asking the process."""
-        self.stop_tokens = stop_tokens
-        """Token ids after which the model has nothing more to say."""
-        self.has_chat_template = has_chat_template
-        """Whether conversations can be rendered."""
+    _worker: "_Worker | None"
+    _limits: Limits
+    vocabulary: Vocabulary
+    """The bytes of tokens, known without asking the process."""
+    stop_tokens: tuple[int, ...]
+    """Token ids after which the model has nothing more to say."""
+    has_chat_template: bool
+    """Whether conversations can be rendered."""
 
     @property
     def is_absent(self) -> bool:
@@ -257,7 +244,7 @@ class ModelTokenizer:
 
 def no_tokenizer(eos_token_ids: tuple[int, ...] = ()) -> ModelTokenizer:
     """Return the tokenizer of a model without one: it refuses text."""
-    return ModelTokenizer(None, Limits(), NO_TOKENS, eos_token_ids, has_chat_template=False)
+    return ModelTokenizer(None, Limits(), NO_TOKENS, eos_token_ids, False)
 
 
 class _Worker:

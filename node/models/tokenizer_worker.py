@@ -20,7 +20,6 @@ import msgpack
 
 from node.models.errors import ChatTemplateError, ModelError
 from node.models.tokenizer import Tokenizer, TokenizerPanic, read_tokenizer
-from node.models.tokenizer_wire import OUT_OF_CPU, OUT_OF_TIME
 
 MAX_DECODED_CHARACTERS: Final = 1 << 20
 """Of one answer to `decode`: a decoder may make long texts of short tokens."""
@@ -38,7 +37,7 @@ def main() -> None:
         (resource.RLIMIT_NOFILE, _MAX_OPEN_FILES),
     ):
         resource.setrlimit(kind, (bound, bound))
-    for number in (OUT_OF_CPU, OUT_OF_TIME):
+    for number in (signal.SIGPROF, signal.SIGALRM):
         signal.signal(number, signal.SIG_DFL)
     tokenizer: Tokenizer | None = None
     for request in msgpack.Unpacker(requests, max_buffer_size=0):
@@ -47,7 +46,7 @@ def main() -> None:
                 if request["do"] == "load":
                     _limit_memory(request["load_bytes"])
                     tokenizer = read_tokenizer(Path(request["folder"]), request["files"], request["eos_token_ids"])
-                    answer = _facts(tokenizer, is_first=request["is_first"])
+                    answer = _facts(tokenizer) if request["is_first"] else {}
                     _limit_memory(_address_space() + request["work_bytes"])
                 else:
                     assert tokenizer is not None
@@ -68,9 +67,7 @@ def main() -> None:
     os._exit(0)
 
 
-def _facts(tokenizer: Tokenizer, *, is_first: bool) -> dict[str, Any]:
-    if not is_first:
-        return {}
+def _facts(tokenizer: Tokenizer) -> dict[str, Any]:
     return {
         "vocabulary": tokenizer.vocabulary().to_map(),
         "has_chat_template": tokenizer.has_chat_template,

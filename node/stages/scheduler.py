@@ -165,7 +165,12 @@ class Scheduler(Generic[L]):
             case Batching.CONTINUOUS:
                 chosen = self._continuous(heads)
         for work in chosen:
-            self._take(work)
+            queue = self._waiting[work.session]
+            queue.popleft()
+            if not queue:
+                del self._waiting[work.session]
+            if work.part.draws:
+                self._decoding.add(work.session)
         waiting = {queue[0].coordinator for queue in self._waiting.values()}
         self._served = {peer: rows for peer, rows in self._served.items() if peer in waiting}
         return chosen
@@ -230,14 +235,6 @@ class Scheduler(Generic[L]):
         queue[0] = after
         queue.appendleft(before)
         return before
-
-    def _take(self, work: Work[L]) -> None:
-        queue = self._waiting[work.session]
-        queue.popleft()
-        if not queue:
-            del self._waiting[work.session]
-        if work.part.draws:
-            self._decoding.add(work.session)
 
 
 class PolicyController:

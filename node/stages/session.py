@@ -169,7 +169,7 @@ class StageSession:
             rows = min(max_rows(4 * self.info.hidden_size), method.prefill_chunk or message.start)
             starts = range(message.onward, message.start, max(1, rows))
             ends = (*starts[1:], message.start)
-            self.outbox.replay(partial(self._replay_step, *piece) for piece in zip(starts, ends, strict=True))
+            self.outbox.queue_steps(*(partial(self._replay_step, *piece) for piece in zip(starts, ends, strict=True)))
 
     def end(self) -> None:
         """Let go of everything but the engine's memory: from now on rows of the session are unknown here."""

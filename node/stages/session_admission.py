@@ -101,11 +101,7 @@ class SessionAdmission:
         return found
 
     async def _admit(self, message: Open, link: InboundLink) -> Opened:
-        former: StageSession | None = None
-        if (found := self._continued(message, link)) is not None:
-            span, former = found
-        else:
-            span = self._span_for(message, link.peer)
+        span, former = self._continued(message, link) or (self._span_for(message, link.peer), None)
         if fault := _request_fault(message, span.info.part(message.blocks)):
             raise _Refusal(RefusalReason.INVALID, fault, span)
         return await self._open_on(span, message, link, former, _offered_methods(message, span, self._table))
@@ -128,10 +124,9 @@ class SessionAdmission:
         self, span: Span, message: Open, link: InboundLink, former: StageSession | None, offered: Sequence[Method]
     ) -> Opened:
         session = StageSession(message, span, link, _description_bytes(message))
-        try:
-            self._link_pool.registry.add(message.session, session)
-        except KeyError:
-            raise _Refusal(RefusalReason.INVALID, "the session is open already", span) from None
+        if message.session in self._link_pool.receivers:
+            raise _Refusal(RefusalReason.INVALID, "the session is open already", span)
+        self._link_pool.receivers[message.session] = session
         span.add(session)
         try:
             await self._connect(session)
@@ -153,7 +148,16 @@ class SessionAdmission:
             is_unbegun = former is not None and former.method is None
             opened_s = former.opened_s if former and is_unbegun else trio.current_time()
             session.on_opened(dict(votes), self._agreed(message.model), opened_s)
-            return _opened(session, span)
+            return Opened(
+                session=session.id,
+                load=span.load(),
+                votes=session.votes,
+                cached={str(key): positions for key, positions in session.state.cached.items()},
+                policy=span.scheduler.policy.switches(),
+                held=session.state.computed,
+                kept_from=session.state.replay_from,
+                statement=session.agreement.statement if session.agreement else None,
+            )
         finally:
             session.admitted.set()
             if session.is_ended:  # by a coordinator that left meanwhile, perhaps before the memory was reserved
@@ -198,19 +202,6 @@ class SessionAdmission:
                 session.outbox.connect(receiver, link)
         if scope.cancelled_caught:
             raise LinkBroken(peer, f"not reached within {CONNECT_LIMIT_S:.0f} s")
-
-
-def _opened(session: StageSession, span: Span) -> Opened:
-    return Opened(
-        session=session.id,
-        load=span.load(),
-        votes=session.votes,
-        cached={str(key): positions for key, positions in session.state.cached.items()},
-        policy=span.policy,
-        held=session.state.computed,
-        kept_from=session.state.replay_from,
-        statement=session.agreement.statement if session.agreement else None,
-    )
 
 
 def _description_bytes(message: Open) -> int:

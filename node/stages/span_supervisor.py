@@ -17,8 +17,7 @@ from node.config import MEMORY_SHARE, ServeSpec, StartError
 from node.engine.base import Engine
 from node.engine.client import start_engine
 from node.engine.device import CPU, Device, DeviceError, find_device
-from node.engine.engine_config import EngineOptions
-from node.engine.interface import REFERENCE, EngineCrashed, EngineError, Variant
+from node.engine.interface import REFERENCE, EngineCrashed, EngineError, EngineOptions, Variant
 from node.models.errors import ModelError
 from node.models.files import Progress, ignore_progress
 from node.models.library import Library
@@ -42,13 +41,8 @@ RETRY_S = (1.0, 30.0)
 WEIGHT_SHARE = 0.75
 """Of a span's memory, when the node chooses the blocks itself; the rest is for KV caches."""
 
-_EXACT_VARIANTS = tuple(
-    variant
-    for variant in dict.fromkeys(
-        Variant(method.engine, method.arithmetic) for method in PORTFOLIO.values() if method.exact
-    )
-    if variant != REFERENCE
-)
+_EXACT = dict.fromkeys(Variant(each.engine, each.arithmetic) for each in PORTFOLIO.values() if each.exact)
+_EXACT_VARIANTS = [variant for variant in _EXACT if variant != REFERENCE]
 """Built before any job requests them: a stage that replaces a lost one has to calculate as that one did."""
 
 _HALF_PRECISION = ("bfloat16", "float16")

@@ -44,11 +44,8 @@ class LinkModel:
 class SimulatedHost(Protocol):
     """The network of one simulated peer, as far as links concern it."""
 
+    peer_id: PeerId
     connections: dict[PeerId, Any]
-
-    @property
-    def peer_id(self) -> PeerId:
-        """Its id."""
 
     @property
     def alive(self) -> bool:
@@ -56,9 +53,6 @@ class SimulatedHost(Protocol):
 
     def lose_connection(self, peer: PeerId) -> None:
         """Break the connection to a peer."""
-
-    def crash(self) -> None:
-        """Break every connection, and stop."""
 
 
 H = TypeVar("H", bound=SimulatedHost)
@@ -111,10 +105,6 @@ class MemoryLinks(Generic[H]):
         """Unfreeze a peer."""
         self._stopped.pop(peer, None)
         self._reachability_changed()
-
-    def kill(self, peer: PeerId) -> None:
-        """Crash a peer: its own calls fail from now on, and the others see their connections to it break."""
-        self.networks[peer].crash()
 
     def blocked(self, a: PeerId, b: PeerId) -> bool:
         """Return whether nothing passes between two peers."""

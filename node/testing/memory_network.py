@@ -6,7 +6,7 @@ Byte streams behave as the real ones do: windows of 256 KiB, the same errors, th
 import hashlib
 import heapq
 from collections import defaultdict
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -74,7 +74,7 @@ class MemoryNetwork:
         self.providers: defaultdict[bytes, dict[PeerId, None]] = defaultdict(dict)
         self._events: Broadcast[PeerConnected | PeerDisconnected] = Broadcast(CAPACITY)
         self._nursery: trio.Nursery | None = None
-        self.transmit = hub.send
+        self.transmit: Callable[[Packet], None] = hub.send
         # These implement their part of `Network` themselves.
         self.add_addresses = self._book.add
         self.events = self._events.reader
@@ -394,6 +394,10 @@ class MemoryNetworkHub(MemoryLinks[MemoryNetwork]):
         self.networks[peer_id] = network
         self.by_endpoint[address.endpoint] = network
         return network
+
+    def kill(self, peer: PeerId) -> None:
+        """Crash a peer: its own calls fail from now on, and the others see their connections to it break."""
+        self.networks[peer].crash()
 
 
 def _position(key: bytes) -> int:

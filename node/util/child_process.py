@@ -5,6 +5,7 @@ its own children, keep a `torch.py` or a folder `node/` there from being importe
 of the error. Children of a node have a session of their own, so that Ctrl-C reaches only the node, which ends them.
 """
 
+import json
 import os
 import signal
 import subprocess
@@ -301,3 +302,9 @@ def _ended(what: str, code: int | None, stderr: bytes) -> ChildError:
 def _last_line(data: bytes) -> str:
     lines = [line.strip() for line in data.decode(errors="replace").splitlines()]
     return next((line for line in reversed(lines) if line and not line.startswith(_ADVICE)), "")[:MAX_LINE_CHARACTERS]
+
+
+def report(**line: object) -> None:
+    """Write a line of JSON to stdout, by which a child reports progress, results and errors."""
+    sys.stdout.write(json.dumps(line) + "\n")
+    sys.stdout.flush()

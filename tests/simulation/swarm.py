@@ -32,13 +32,13 @@ EPOCH_S = 1_750_000_000
 NEIGHBOURS = 8
 
 # Whether a signature is right does not depend on who looks at it. All peers live in one process, which looks once.
-_open_observation_once = lru_cache(maxsize=1 << 17)(verify_observation)
+_verify_once = lru_cache(maxsize=1 << 17)(verify_observation)
 
 
 @contextmanager
 def signatures_verified_once() -> Iterator[None]:
     """Inside the block no signature of a record, either, is verified twice."""
-    with patch.object(signed_records, "open_envelope", lru_cache(maxsize=1 << 12)(signed_records.verify_envelope)):
+    with patch.object(signed_records, "verify_envelope", lru_cache(maxsize=1 << 12)(signed_records.verify_envelope)):
         yield
 
 
@@ -208,7 +208,7 @@ class Swarm:
             jitter=jitter,
             wall_clock=wall_clock,
             limits=self._limits,
-            verify_envelope=_open_observation_once,
+            verify_envelope=_verify_once,
         )
         async with network.running(), trio.open_nursery() as nursery:
             task_status.started()

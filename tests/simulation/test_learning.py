@@ -48,7 +48,7 @@ class LearningNode:
         self.predictions = PredictionCache()
         self.chooser = LearnedChooser(self.predictions, random.Random(1), share=SHARE, allowance_s=ALLOWANCE_S)
         self.voter = voter or LearnedVoter(self.predictions)
-        self.recorder = Recorder(self.identity, self)
+        self.recorder = Recorder(self.identity, self.publish)
         self.observations: list[Observation] = []
         self._lies = lies
         self._trained = 0

@@ -68,7 +68,7 @@ async def test_replaces_silent_straggler_within_seconds_and_avoids_it(
         assert result.replays == 1
         if prompt == PROMPT:
             assert result.token_ids == right_tokens(20)
-        assert peer.coordinator.peer_record(hole.id).lagged == 1
+        assert peer.coordinator.peer_records()[hole.id].lagged == 1
         before = len(hole.opened)
         for _ in range(5):
             trust_in(peer, hole)
@@ -95,7 +95,7 @@ async def test_replaces_stage_that_never_answers_open(virtual_clock: MockClock) 
         assert (await peer.run(REQUEST)).token_ids == right_tokens(20)
         assert hole.opened
         assert trio.current_time() - began_s < BOUND_S
-        assert peer.coordinator.peer_record(hole.id).lagged == 1
+        assert peer.coordinator.peer_records()[hole.id].lagged == 1
 
 
 async def test_replaces_stage_with_false_progress_reports(virtual_clock: MockClock) -> None:
@@ -108,7 +108,7 @@ async def test_replaces_stage_with_false_progress_reports(virtual_clock: MockClo
         # The later of the two that contradict each other is replaced first, then the earlier: twice the bound.
         assert trio.current_time() - began_s < 2 * BOUND_S
         assert result.token_ids == right_tokens(20)
-        assert peer.coordinator.peer_record(hole.id).lagged == 1
+        assert peer.coordinator.peer_records()[hole.id].lagged == 1
 
 
 async def test_waits_for_silent_stage_without_replacement(

@@ -37,7 +37,7 @@ async def trials_of(swarm: Swarm, **first: Any) -> tuple[BenchmarkRunner, Kept, 
     peer = await swarm.join()
     await swarm.settle()
     kept = Kept()
-    return BenchmarkRunner(peer.coordinator, Recorder(Identity(b"7" * 32), kept)), kept, peer
+    return BenchmarkRunner(peer.coordinator, Recorder(Identity(b"7" * 32), kept.publish)), kept, peer
 
 
 def spec(**changes: Any) -> TrialSpec:

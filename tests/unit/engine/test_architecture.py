@@ -8,8 +8,7 @@ import torch
 from transformers import AutoConfig
 
 from node.engine.architecture import COUNT, PROMPTS, check_architecture, package_of, references_of, tiny_model
-from node.engine.engine_config import EngineOptions, source_from_package
-from node.engine.interface import EngineError, SliceInput
+from node.engine.interface import EngineError, EngineOptions, SliceInput, source_from_package
 from node.engine.loading import describe
 from node.engine.shard import Shard
 from node.engine.shrink import ORIGINAL_POSITIONS, shrink

@@ -7,8 +7,7 @@ from pathlib import Path
 import pytest
 
 from node.engine.backends import onnx
-from node.engine.engine_config import EngineOptions
-from node.engine.interface import Variant
+from node.engine.interface import EngineOptions, Variant
 from node.engine.shard import Shard
 from node.util.disk_cache import FolderCache
 from protocol.identity import BlockRange

@@ -4,8 +4,7 @@ from collections.abc import Callable
 
 import pytest
 
-from node.engine.engine_config import EngineOptions
-from node.engine.interface import REFERENCE, Variant
+from node.engine.interface import REFERENCE, EngineOptions, Variant
 from node.engine.shard import Shard
 from protocol.identity import BlockRange
 from tests.unit.engine.driving import DEVICE, InProcess, Part, decode, spans

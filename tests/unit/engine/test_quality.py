@@ -5,8 +5,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from node.engine.engine_config import EngineOptions
-from node.engine.interface import PAGE_POSITIONS, KvCompatibilityKey, Variant
+from node.engine.interface import PAGE_POSITIONS, EngineOptions, KvCompatibilityKey, Variant
 from node.engine.quality import PARTS, kv_key_of, measure_quality, split_into_parts
 from node.engine.shard import Shard
 from protocol.identity import BlockRange

@@ -14,8 +14,16 @@ from transformers import AutoModelForCausalLM
 
 import node.engine.shard
 from node.engine.backends.interface import Rows
-from node.engine.engine_config import EngineOptions, ShardSource
-from node.engine.interface import REFERENCE, EngineError, EngineFull, SliceInput, StepResult, Variant
+from node.engine.interface import (
+    REFERENCE,
+    EngineError,
+    EngineFull,
+    EngineOptions,
+    ShardSource,
+    SliceInput,
+    StepResult,
+    Variant,
+)
 from node.engine.shard import Shard, open_shard
 from protocol.identity import BlockRange, ModelId, SessionId
 from protocol.messages import Sampling

@@ -6,12 +6,12 @@ from collections.abc import Callable, Sequence
 
 import pytest
 
-from node.engine.engine_config import EngineOptions
 from node.engine.interface import (
     PAGE_HASH_BYTES,
     PAGE_POSITIONS,
     REFERENCE,
     EngineError,
+    EngineOptions,
     Prefix,
     SessionOptions,
     SliceInput,

@@ -17,12 +17,12 @@ import trio.testing
 
 from node.engine import worker_process
 from node.engine.client import WorkerEngine, start_worker
-from node.engine.engine_config import EngineOptions
 from node.engine.interface import (
     REFERENCE,
     EngineCrashed,
     EngineError,
     EngineFull,
+    EngineOptions,
     KvCompatibilityKey,
     Prefix,
     SessionOptions,

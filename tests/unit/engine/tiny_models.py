@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from node.engine.engine_config import ShardSource
+from node.engine.interface import ShardSource
 from node.models.layout import part_of
 from protocol.identity import BlockRange, ModelId
 

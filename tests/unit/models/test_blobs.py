@@ -9,12 +9,12 @@ import pytest
 import trio
 from trio.testing import MockClock
 
-from node.models import blobs, fetching, providing
+from node.models import blobs, fetching, library
 from node.models.blobs import BlobServer, ModelFetcher
 from node.models.errors import ModelError
 from node.models.fetching import Blob, FetchError, fetch_blob
 from node.models.importer import import_model
-from node.models.providing import ANNOUNCED_AGAIN_S, provide_loop
+from node.models.library import ANNOUNCED_AGAIN_S, provide_loop
 from node.models.store import ModelStore, Package
 from node.network.interface import Network, Stream, StreamClosed
 from node.testing.memory_links import LinkModel
@@ -337,11 +337,14 @@ async def test_empty_cache_is_filled_from_peers(package: Package, server: BlobSe
         with trio.fail_after(20):
             mine = await fetcher.fetch_manifest(package.model_id, peers)
             assert mine.manifest == package.manifest
-            await fetcher.fetch_tokenizer(mine.manifest, peers)
+            await fetcher.fetch_files(mine.manifest, mine.manifest.tokenizer_files, peers)
             assert next(file.name for file in mine.missing()) == "embed.safetensors"
             reports: list[tuple[int, int]] = []
             fetched = await fetcher.fetch_files(
-                mine.manifest, BlockRange(1, 3), peers, lambda stage, done, total: reports.append((done, total))
+                mine.manifest,
+                mine.manifest.files_for(BlockRange(1, 3)),
+                peers,
+                lambda stage, done, total: reports.append((done, total)),
             )
     verification = store.verify(package.model_id)
     assert verification.corrupt == ()
@@ -358,10 +361,10 @@ async def test_empty_cache_is_filled_from_peers(package: Package, server: BlobSe
 async def test_present_files_are_not_fetched_again(package: Package, server: BlobServer, store: ModelStore) -> None:
     async with swarm(server.handle) as (client, peers):
         fetcher = ModelFetcher(client, store, nobody)
-        await fetcher.fetch_files(package.manifest, BlockRange(0, 3), peers)
+        await fetcher.fetch_files(package.manifest, package.manifest.files_for(BlockRange(0, 3)), peers)
         served_bytes = server.served_bytes
         assert (await fetcher.fetch_manifest(package.model_id, [])).missing(BlockRange(0, 3)) == ()
-        fetched = await fetcher.fetch_files(package.manifest, BlockRange(0, 3), [])
+        fetched = await fetcher.fetch_files(package.manifest, package.manifest.files_for(BlockRange(0, 3)), [])
         assert fetched.bytes_by_peer == {}
         assert server.served_bytes == served_bytes
 
@@ -383,7 +386,9 @@ async def test_file_without_source_fails_the_fetch_in_one_line(
     (package.path / "block-001.safetensors").unlink()
     async with swarm(server.handle) as (client, peers):
         with pytest.raises(FetchError, match=r"cannot fetch block-001\.safetensors .*does not have the file"):
-            await ModelFetcher(client, store, nobody).fetch_files(package.manifest, BlockRange(0, 3), peers)
+            await ModelFetcher(client, store, nobody).fetch_files(
+                package.manifest, package.manifest.files_for(BlockRange(0, 3)), peers
+            )
 
 
 async def test_missing_file_is_fetched_from_peers_that_announce_it(
@@ -397,7 +402,9 @@ async def test_missing_file_is_fetched_from_peers_that_announce_it(
             asked.append(sha256)
             return peers
 
-        fetched = await ModelFetcher(client, store, holders).fetch_files(package.manifest, BlockRange(1, 2), peers[:1])
+        fetched = await ModelFetcher(client, store, holders).fetch_files(
+            package.manifest, package.manifest.files_for(BlockRange(1, 2)), peers[:1]
+        )
     assert store.verify(package.model_id, BlockRange(1, 2)).missing == ()
     assert asked == [package.manifest.blocks[1].sha256]
     assert set(fetched.bytes_by_peer) == {peers[1]}
@@ -407,7 +414,7 @@ async def test_weight_files_are_reannounced_before_their_records_expire(
     package: Package, virtual_clock: MockClock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     virtual_clock.autojump_threshold = 0.05  # the files are looked at in a thread, which no virtual time waits for
-    monkeypatch.setattr(providing, "ROUND_S", ANNOUNCED_AGAIN_S / 4)
+    monkeypatch.setattr(library, "ANNOUNCE_ROUND_S", ANNOUNCED_AGAIN_S / 4)
     async with swarm(serve) as (client, _), trio.open_nursery() as nursery:
         announced: list[bytes] = []
         monkeypatch.setattr(client, "provide", note(announced))

@@ -37,7 +37,8 @@ def now(work: Coroutine[Any, Any, str]) -> str:
 
 
 def streamed(tokenizer: Tokenizer, tokens: list[int]) -> list[str]:
-    decoder = StreamDecoder(InThisProcess(tokenizer))
+    here: Any = InThisProcess(tokenizer)
+    decoder = StreamDecoder(here)
     return [*(now(decoder.feed(token)) for token in tokens), now(decoder.finish())]
 
 
@@ -84,7 +85,7 @@ def test_streaming_decodes_a_constant_number_of_tokens_for_each(
 ) -> None:
     tokenizer = Tokenizer(vocabulary())
     tokens = tokenizer.encode(" word" * 10)[-10:] * 30
-    here = InThisProcess(tokenizer)
+    here: Any = InThisProcess(tokenizer)
     decoder = StreamDecoder(here)
     for token in tokens:
         now(decoder.feed(token))
