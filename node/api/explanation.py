@@ -109,12 +109,11 @@ def explain(considered: Considered, chooser: LearnedChooser, model: ModelStatus 
         "selection": selection_status(chooser, model),
         "methods": methods,
         "agreed": considered.agreed,
-        "past": past_decisions(chooser.decisions),
+        "past": _past_decisions(chooser.decisions),
     }
 
 
-def past_decisions(decisions: Collection[tuple[JobOutcome, Selection]]) -> PastDecisions:
-    """Return past choices and their outcome."""
+def _past_decisions(decisions: Collection[tuple[JobOutcome, Selection]]) -> PastDecisions:
     recent: list[PastDecision] = [
         {
             "job_id": outcome.job_id,
