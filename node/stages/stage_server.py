@@ -228,7 +228,7 @@ class StageServer:
                 fault = None if session.is_ended else _start_fault(session, message, method)
         except EngineError as error:
             fault = str(error)
-        if fault:
+        if fault is not None:  # an engine's error may have no text
             span.fail(session, FailureReason.ENGINE, fault)
             return
         drafter = await self._drafter(session, method)
