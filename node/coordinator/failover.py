@@ -28,6 +28,7 @@ from node.util.backoff import backoff_s
 from protocol.identity import BlockRange, ModelId, PeerId, SessionId, Stage
 from protocol.messages import Closed, FailureReason, RefusalReason
 from selector.routing import NoRouteError
+from selector.task import Method
 
 MAX_ATTEMPTS = 5
 """Routes tried for a new job; also routes that a running job may lose in a row without a token in between."""
@@ -87,8 +88,10 @@ class ResilientRoute:
         self._services = services
         self._monitor = StragglerMonitor(job, services.planner, self._is_replaceable)
         self._route: OpenRoute | None = None
-        self._begun: OpenRoute | None = None
-        """The first route that was begun: its method stays in force on all later ones."""
+        self._method: Method | None = None
+        """What the votes agreed on; kept on every later route, without speculation once a drafter was missing."""
+        self._request: SessionRequest | None = None
+        """Of the first route that was begun: it was made when the method was still open."""
         self._is_accepted = False
         """A route was open and had the prompt."""
         self._cached_tokens = 0
@@ -173,12 +176,12 @@ class ResilientRoute:
     async def finish(self) -> ClosedRoute:
         """Close the route of a job that is done."""
         route = self._open_route()
-        begun = self._begun or route
         closed = await route.close()
         self._route = None
         self.is_finished = True
         rounds = self._rounds + route.rounds
-        return ClosedRoute(route, begun.request, closed, rounds, self._replays, self._cached_tokens)
+        request = self._request or route.request
+        return ClosedRoute(route, request, closed, rounds, self._replays, self._cached_tokens)
 
     async def close(self) -> None:
         """Close all routes that are still open."""
@@ -209,8 +212,7 @@ class ResilientRoute:
 
     async def _try_route(self, planned: PlannedRoute) -> bool:
         """Open a route and send the tokens so far; return whether that succeeded. If not, peers to avoid are noted."""
-        method = self._begun.method if self._begun else None
-        request = await self._services.requests.for_route(self._job, planned, method)
+        request = await self._services.requests.for_route(self._job, planned, self._method)
         self._route = route = OpenRoute(planned.stages, self._services.link_pool, request, self._held)
         tokens = self._job.tokens
         try:
@@ -227,9 +229,9 @@ class ResilientRoute:
 
     async def _begin(self, route: OpenRoute, tokens: Sequence[int]) -> None:
         """Begin on all stages with the method that the votes agree on, and send the tokens."""
-        method = route.begin(tokens)
-        self._begun = self._begun or route
-        if not method.prefix_cache:
+        self._method = route.begin(tokens)
+        self._request = self._request or route.request
+        if not self._method.prefix_cache:
             self._services.prompts.release(self._job.claim)  # its pages will not be cached
         if not self._is_accepted:
             self._cached_tokens = min(*route.starts, len(self._job.prompt) - 1)
