@@ -1,6 +1,7 @@
 """A job whose stage is lost and has no other holder: it ends soon, unless somebody known could take the place."""
 
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import trio
@@ -108,23 +109,21 @@ async def test_job_that_lost_its_drafter_goes_on_without_speculation(virtual_clo
     def draft_engine() -> FakeEngine:
         return FakeEngine(fake_span_info(BlockRange(0, BLOCKS), block_count=BLOCKS), step_s=0.001)
 
-    async with open_swarm() as swarm:
+    async with open_swarm() as swarm, trio.open_nursery() as nursery:
         peer = await swarm.join()
-        first = await swarm.join(THIRDS[0], draft=draft_engine())
         for span in THIRDS[1:]:
             await swarm.join(span)
+        await swarm.join(THIRDS[0], draft=draft_engine())
         await swarm.settle()
         count = 0
         async with peer.coordinator.submit(asked) as events:
             async for event in events:
                 if isinstance(event, TextDelta):
                     count += 1
-                    if count in {10, 20}:  # first without a drafter, then with one
-                        draft = None if count == 10 else draft_engine()
-                        successor = await swarm.join(THIRDS[0], draft=draft)
-                        await trio.sleep(5)  # heartbeats announce it
-                        swarm.hub.kill(first.id)
-                        first = successor
+                    if count in {5, 15}:  # replaced first by a peer without a draft model, then by one with it
+                        swarm.hub.kill(swarm.peers[-1].id)
+                        draft = None if count == 5 else draft_engine()
+                        nursery.start_soon(partial(swarm.join, THIRDS[0], draft=draft))
                 if isinstance(event, JobResult):
                     assert (event.token_ids, event.replays) == (right_tokens(40), 2)
                     assert event.method.name == drafting.without_guesses.name
