@@ -137,14 +137,14 @@ class FakeEngine(Engine):
 
     def _share_run(self, slices: Sequence[SliceInput]) -> float:
         ran = [len(session.info.blocks) for rows in slices if (session := self._sessions.get(rows.session))]
-        return max(ran, default=0) / len(self._info.blocks)
+        return max(ran, default=0) / len(self.info.blocks)
 
     def crash(self, reason: str = "the worker process was killed") -> None:
         """Behave from now on like an engine whose worker process died."""
         self._crash(reason)
 
     def _begun(self, session: SessionId, options: SessionOptions, reservation: KvReservation) -> "_Session":
-        return _Session(self._info.part(options.blocks), options, self._memory, reservation)
+        return _Session(self.info.part(options.blocks), options, self._memory, reservation)
 
     def _slowness_of(self, session: SessionId) -> float:
         found = self._sessions.get(session)
@@ -158,15 +158,15 @@ class FakeEngine(Engine):
         self._pages.rewind(rows.session, rows.position)
         if session.info.is_first:
             tokens = tokens_from_tensor(rows.tensor)
-            if any(not 0 <= token < self._info.vocabulary_size for token in tokens):
-                raise BadRows(f"a token id is not below {self._info.vocabulary_size}")
-            hidden = session.run(rows.position, [_embed(self._info, token) for token in tokens])
+            if any(not 0 <= token < self.info.vocabulary_size for token in tokens):
+                raise BadRows(f"a token id is not below {self.info.vocabulary_size}")
+            hidden = session.run(rows.position, [_embed(self.info, token) for token in tokens])
         else:
             states = decode_rows(rows.tensor)
             hidden = session.run(rows.position, [row.tobytes() for row in states])
         self._pages.advance(rows.session, session.length)
         if not session.info.is_last:
-            states = np.frombuffer(b"".join(hidden), np.float32).reshape(-1, self._info.hidden_size)
+            states = np.frombuffer(b"".join(hidden), np.float32).reshape(-1, self.info.hidden_size)
             return encode_rows(states, session.activations)
         if session.history is not None and rows.history is not None:
             session.history.reset(rows.history)
