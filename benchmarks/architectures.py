@@ -26,7 +26,7 @@ os.environ |= {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "TRAN
 import torch
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from node.engine.architecture import Reference, check_architecture, package_of, references_of, tiny_model
+from node.engine.architecture import Reference, check_architecture, package_of, references_of, shrink, tiny_model
 from node.engine.backends.batched import FAMILIES
 from node.engine.interface import (
     REFERENCE,
@@ -40,7 +40,6 @@ from node.engine.interface import (
 from node.engine.kv_allocator import KvAllocator
 from node.engine.loading import describe
 from node.engine.shard import Shard
-from node.engine.shrink import shrink
 from node.models.store import Package
 from protocol.identity import BlockRange, JobId, SessionId
 from protocol.messages import Sampling

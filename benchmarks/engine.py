@@ -21,10 +21,10 @@ from typing import Any
 import torch
 
 from benchmarks.rivals import Generate, NotInstalledError, rivals
+from node.engine.client import physical_cores
 from node.engine.interface import EngineError, EngineOptions, SessionOptions, SliceInput, Variant, source_from_package
 from node.engine.kv_allocator import KvAllocator
 from node.engine.shard import Shard
-from node.engine.worker_process import physical_cores
 from node.models.catalogue import DEMO_MODEL
 from node.models.importer import import_model
 from node.models.store import ModelStore, Package

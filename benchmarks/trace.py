@@ -25,7 +25,7 @@ import trio
 
 from benchmarks.common import demo_package, describe_machine, spread_of, whole_model
 from node.models.catalogue import DEMO_MODEL
-from node.models.tokenizer import load_tokenizer
+from node.models.tokenizer import read_tokenizer
 
 MOONCAKE_BLOCK: Final = 512
 """Tokens of a prompt that one hash stands for."""
@@ -104,7 +104,8 @@ async def replay(
     from node.models.sample import sample_text
 
     package = demo_package()
-    text = load_tokenizer(package).encode(sample_text())
+    names = [file.name for file in package.manifest.tokenizer_files]
+    text = read_tokenizer(package.path, names, package.manifest.eos_token_ids).encode(sample_text())
     machine = describe_machine()
     answers: list[dict[str, Any]] = []
     refused: list[str] = []

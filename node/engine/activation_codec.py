@@ -1,6 +1,8 @@
 """Wire codecs of hidden states: fp32, bf16, and int8 in blocks with a scale. numpy only, for the fake engine."""
 
 from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -20,11 +22,9 @@ Rows = npt.NDArray[np.float32]
 
 def encode_rows(rows: Rows, activations: str) -> Tensor:
     """Encode hidden states with a session's codec. Raises EngineError for an unknown codec."""
-    try:
-        encode = _ENCODERS[activations]
-    except KeyError:
-        raise EngineError(f"unknown wire codec for activations: {activations!r}") from None
-    return encode(np.ascontiguousarray(rows, np.float32))
+    if activations not in _ENCODERS:
+        raise EngineError(f"unknown wire codec for activations: {activations!r}")
+    return _ENCODERS[activations](np.ascontiguousarray(rows, np.float32))
 
 
 def check_rows(rows: Rows) -> None:
@@ -97,12 +97,8 @@ def _decode_int8(tensor: Tensor) -> Rows:
     return elements * np.repeat(scales, BLOCK_ELEMENTS, axis=1)[:, :width]
 
 
-def _decode_fp32(tensor: Tensor) -> Rows:
-    return np.frombuffer(tensor.data, np.float32).reshape(tensor.shape).copy()
-
-
-def _decode_fp16(tensor: Tensor) -> Rows:
-    return np.frombuffer(tensor.data, np.float16).reshape(tensor.shape).astype(np.float32)
+def _decode_float(element: type[np.floating[Any]], tensor: Tensor) -> Rows:
+    return np.frombuffer(tensor.data, element).reshape(tensor.shape).astype(np.float32)
 
 
 def _decode_bf16(tensor: Tensor) -> Rows:
@@ -112,8 +108,8 @@ def _decode_bf16(tensor: Tensor) -> Rows:
 
 _ENCODERS: Mapping[str, Callable[[Rows], Tensor]] = {"fp32": _encode_fp32, "bf16": _encode_bf16, "int8": _encode_int8}
 _DECODERS: Mapping[DType, Callable[[Tensor], Rows]] = {
-    DType.FLOAT32: _decode_fp32,
-    DType.FLOAT16: _decode_fp16,
+    DType.FLOAT32: partial(_decode_float, np.float32),
+    DType.FLOAT16: partial(_decode_float, np.float16),
     DType.BFLOAT16: _decode_bf16,
     DType.BLOCK_INT8: _decode_int8,
 }

@@ -33,7 +33,8 @@ class Engine(ABC):
     """The sessions that have begun, with the subclass's state of each."""
 
     def __init__(self, info: SpanInfo, variants: Iterable[Variant]) -> None:
-        self._info = info
+        self.info = info
+        """The span."""
         self._variants = set(variants)
         self._building: dict[int, Variant] = {}
         self._pages = KvAllocator(info)
@@ -42,11 +43,6 @@ class Engine(ABC):
         self._reason = ""
         self._steps = 0
         self._compute_s = 0.0
-
-    @property
-    def info(self) -> SpanInfo:
-        """The span."""
-        return self._info
 
     def variants(self) -> frozenset[Variant]:
         """Return the variants that are ready: built and warmed at every shape."""
@@ -146,7 +142,7 @@ class Engine(ABC):
         self._crashed.set()
         self._sessions.clear()
         self._building.clear()
-        self._pages = KvAllocator(self._info)
+        self._pages = KvAllocator(self.info)
 
     def _raise_if_crashed(self) -> None:
         if self._crashed.is_set():

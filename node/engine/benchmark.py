@@ -39,7 +39,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--directory", type=Path, required=True, help="where the disk is measured")
     parser.add_argument("--threads", type=int, default=psutil.cpu_count(logical=False) or 1)
     options = parser.parse_args(arguments)
-    _idle_only()
+    yield_to_others()
+    if sys.platform == "linux":
+        with suppress(OSError, psutil.Error):  # a sandbox may forbid it
+            os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
+            psutil.Process().ionice(psutil.IOPRIO_CLASS_IDLE)
 
     # Importing torch is most of the work on a slow machine: not before the priority is low.
     from node.engine.throughput import measure_accelerators, measure_cpu
@@ -73,30 +77,18 @@ def measure_disk_read(directory: Path) -> float:
         while size < DISK_BYTES and time.perf_counter() - started < DISK_WRITE_S:
             size += os.pwrite(descriptor, piece, size)
             os.fsync(descriptor)  # each piece: one flush at the end may take any time
-        _bypass_cache(descriptor)
+        if sys.platform == "darwin":
+            fcntl.fcntl(descriptor, fcntl.F_NOCACHE, 1)
+        else:
+            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+            with suppress(OSError):  # a file system without direct access has let go of its cache as far as it can
+                fcntl.fcntl(descriptor, fcntl.F_SETFL, fcntl.fcntl(descriptor, fcntl.F_GETFL) | os.O_DIRECT)
 
         position = 0
         started = time.perf_counter()
         while position < size and time.perf_counter() - started < DISK_READ_S:
             position += os.preadv(descriptor, [piece], position)
         return position / (time.perf_counter() - started)
-
-
-def _bypass_cache(descriptor: int) -> None:
-    if sys.platform == "darwin":
-        fcntl.fcntl(descriptor, fcntl.F_NOCACHE, 1)
-    else:
-        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
-        with suppress(OSError):  # a file system without direct access has let go of its cache as far as it can
-            fcntl.fcntl(descriptor, fcntl.F_SETFL, fcntl.fcntl(descriptor, fcntl.F_GETFL) | os.O_DIRECT)
-
-
-def _idle_only() -> None:
-    yield_to_others()
-    if sys.platform == "linux":
-        with suppress(OSError, psutil.Error):  # a sandbox may forbid it
-            os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
-            psutil.Process().ionice(psutil.IOPRIO_CLASS_IDLE)
 
 
 if __name__ == "__main__":

@@ -5,11 +5,14 @@ The KV allocator runs on this side: opening, beginning and closing never wait fo
 """
 
 import itertools
+import os
+import socket
 from collections import deque
 from collections.abc import AsyncIterator, Sequence, Set
-from contextlib import asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
 from dataclasses import dataclass, field, replace
 
+import psutil
 import trio
 
 from node.engine import worker_protocol
@@ -30,24 +33,22 @@ from node.engine.interface import (
     source_from_package,
 )
 from node.engine.kv_allocator import KvReservation
-from node.engine.worker_process import SpareWorker, WorkerExited, WorkerProcess, start_process
 from node.models.store import Package
+from node.util.child_process import Child, ChildError, child_environment, python, start
 from node.util.signal import Signal
 from protocol.identity import BlockRange, SessionId
 
 
-@asynccontextmanager
-async def start_engine(
-    package: Package, blocks: BlockRange, options: EngineOptions | None = None, *, spare: SpareWorker | None = None
-) -> AsyncIterator["WorkerEngine"]:
+def start_engine(
+    package: Package, blocks: BlockRange, options: EngineOptions | None = None, *, spare: "SpareWorker | None" = None
+) -> AbstractAsyncContextManager["WorkerEngine"]:
     """Run an engine for a span of a model package whose files are present; see `start_worker`."""
-    async with start_worker(source_from_package(package, blocks), blocks, options, spare=spare) as engine:
-        yield engine
+    return start_worker(source_from_package(package, blocks), blocks, options, spare=spare)
 
 
 @asynccontextmanager
 async def start_worker(
-    source: ShardSource, blocks: BlockRange, options: EngineOptions | None = None, *, spare: SpareWorker | None = None
+    source: ShardSource, blocks: BlockRange, options: EngineOptions | None = None, *, spare: "SpareWorker | None" = None
 ) -> AsyncIterator["WorkerEngine"]:
     """Run a worker process with a span loaded, until the block is left; then it is killed: it has no state to save.
 
@@ -72,33 +73,25 @@ async def start_worker(
 
 
 async def _load(
-    process: WorkerProcess, source: ShardSource, blocks: BlockRange, options: EngineOptions
+    process: "WorkerProcess", source: ShardSource, blocks: BlockRange, options: EngineOptions
 ) -> tuple[SpanInfo, frozenset[Variant]]:
     """Have the worker load its span; its stderr is shown meanwhile."""
+    header: worker_protocol.Header | None = None
     async with trio.open_nursery() as nursery:
         nursery.start_soon(process.child.relay_stderr)
-        try:
-            return await _loaded(process, source, blocks, options)
-        except EngineError as error:
-            failure = error
-        finally:
-            nursery.cancel_scope.cancel()
-    raise failure
-
-
-async def _loaded(
-    process: WorkerProcess, source: ShardSource, blocks: BlockRange, options: EngineOptions
-) -> tuple[SpanInfo, frozenset[Variant]]:
-    with trio.move_on_after(options.start_timeout_s):
-        try:
-            await process.send(worker_protocol.encode_load(source, blocks, options))
-            header, _ = await process.receive()
-        except WorkerExited:
-            raise EngineCrashed(await process.exit_reason()) from None
-        if header["did"] == "failed":
-            raise EngineError(header["error"])
-        return worker_protocol.decode_loaded(header)
-    raise EngineError(f"{process.child.what} did not load within {options.start_timeout_s:g} s")
+        with trio.move_on_after(options.start_timeout_s) as loading:
+            with suppress(WorkerExited):
+                await process.send(worker_protocol.encode_load(source, blocks, options))
+                header, _ = await process.receive()
+            reason = "" if header is not None else await process.exit_reason()
+        nursery.cancel_scope.cancel()
+    if loading.cancelled_caught:
+        raise EngineError(f"{process.child.what} did not load within {options.start_timeout_s:g} s")
+    if header is None:
+        raise EngineCrashed(reason)
+    if header["did"] == "failed":
+        raise EngineError(header["error"])
+    return worker_protocol.decode_loaded(header)
 
 
 @dataclass(slots=True, eq=False)
@@ -129,7 +122,7 @@ class WorkerEngine(Engine):
 
     _sessions: dict[SessionId, _Frame]
 
-    def __init__(self, process: WorkerProcess, info: SpanInfo, variants: frozenset[Variant]) -> None:
+    def __init__(self, process: "WorkerProcess", info: SpanInfo, variants: frozenset[Variant]) -> None:
         super().__init__(info, variants)
         self._process = process
         # Bounded by the sessions that fit (an open or a close each) and by the callers that wait for a step.
@@ -264,3 +257,118 @@ class WorkerEngine(Engine):
 
     def _worker_pid(self) -> int | None:
         return None if self._crashed.is_set() else self._process.child.process.pid
+
+
+class WorkerExited(Exception):
+    """The worker closed its end of the socket."""
+
+
+class WorkerProcess:
+    """A worker process and the socket to it; one task may send while another receives."""
+
+    def __init__(self, sock: trio.socket.SocketType, child: Child) -> None:
+        self.child = child
+        self._socket = sock
+
+    async def send(self, buffers: list[worker_protocol.Buffer]) -> None:
+        """Send the buffers of a frame. Raises WorkerExited."""
+        try:
+            for buffer in buffers:
+                data = memoryview(buffer)
+                while data:
+                    data = data[await self._socket.send(data) :]
+        except OSError as error:
+            raise WorkerExited from error
+
+    async def receive(self) -> tuple[worker_protocol.Header, memoryview]:
+        """Return the next frame. Raises WorkerExited."""
+        header_bytes, payload_bytes = worker_protocol.PREFIX.unpack(
+            await self._receive_exactly(worker_protocol.PREFIX.size)
+        )
+        header = worker_protocol.decode_header(await self._receive_exactly(header_bytes))
+        return header, await self._receive_exactly(payload_bytes)
+
+    async def _receive_exactly(self, count: int) -> memoryview:
+        data = memoryview(bytearray(count))
+        received = 0
+        while received < count:
+            try:
+                size = await self._socket.recv_into(data[received:])
+            except OSError as error:
+                raise WorkerExited from error
+            if size == 0:
+                raise WorkerExited
+            received += size
+        return data
+
+    async def exit_reason(self) -> str:
+        """Return in one line why the worker exited."""
+        return str(await self.child.exit_reason())
+
+    async def kill(self) -> None:
+        """End the process, also under cancellation."""
+        await self.child.kill()
+        self._socket.close()
+
+
+class SpareWorker:
+    """A worker process that is started before the span is known: its imports take seconds."""
+
+    def __init__(self, options: EngineOptions) -> None:
+        self._options = options
+        self._taken = trio.Event()
+        self._process: WorkerProcess | None = None
+
+    async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        """Hold the process until it is taken, or cancelled; a failed start is left to the engine to report."""
+        with suppress(EngineError):
+            self._process = await start_process(self._options, "a worker")
+        task_status.started()
+        try:
+            await self._taken.wait()
+        finally:
+            if (process := self.take()) is not None:
+                await process.kill()
+
+    def take(self) -> WorkerProcess | None:
+        """Give the process away, if it is still there."""
+        process, self._process = self._process, None
+        self._taken.set()
+        return process
+
+
+async def start_process(options: EngineOptions, name: str) -> WorkerProcess:
+    """Start a worker process. Raises EngineError."""
+    threads = str(options.threads or physical_cores())
+    changes = {
+        "OMP_NUM_THREADS": threads,
+        "MKL_NUM_THREADS": threads,
+        # Threads that wait by spinning would take the cores from the node's event loop.
+        "OMP_WAIT_POLICY": "PASSIVE",
+        "GOMP_SPINCOUNT": "0",
+        "KMP_BLOCKTIME": "0",
+        "HF_HUB_OFFLINE": "1",
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+        "TRANSFORMERS_VERBOSITY": "error",
+    }
+    ours, theirs = socket.socketpair()
+    with theirs:
+        try:
+            child = await start(
+                python("-m", "node.engine.worker", str(theirs.fileno())),
+                what=name,
+                environment=child_environment(changes),
+                pass_fds=[theirs.fileno()],
+            )
+        except BaseException as error:
+            ours.close()
+            if isinstance(error, ChildError):
+                raise EngineError(str(error)) from error
+            raise
+    return WorkerProcess(trio.socket.from_stdlib_socket(ours), child)
+
+
+def physical_cores() -> int:
+    """Return how many physical cores this process may use."""
+    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return max(1, min(psutil.cpu_count(logical=False) or 1, allowed or 1))

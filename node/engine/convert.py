@@ -71,13 +71,6 @@ def _counted(items: Iterable[Item], **_options: object) -> Iterator[Item]:
         report(stage="dequantise", done=done, total=total)
 
 
-def _rewrite_json(path: Path) -> None:
-    """Drop what depends on the environment, and sort the keys."""
-    content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    kept = {key: value for key, value in content.items() if key not in _ENVIRONMENT_KEYS}
-    path.write_text(json.dumps(kept, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
 def convert_gguf(source: Path, out_dir: Path) -> None:
     """Write the model in `source` (any part of a GGUF model) into `out_dir`: float32 tensors, config, tokenizer files.
 
@@ -105,7 +98,9 @@ def convert_gguf(source: Path, out_dir: Path) -> None:
     model.save_pretrained(out_dir)
     for file_name in ("config.json", "generation_config.json", "tokenizer_config.json"):
         if (path := out_dir / file_name).exists():
-            _rewrite_json(path)
+            content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+            kept = {key: value for key, value in content.items() if key not in _ENVIRONMENT_KEYS}
+            path.write_text(json.dumps(kept, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
     report(stage="write", done=1, total=1)
 
 

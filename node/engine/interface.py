@@ -203,7 +203,7 @@ class SpanInfo:
         return self.blocks.end == self.block_count
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True)
 class SliceInput:
     """Rows of one session for one step.
 
@@ -235,8 +235,7 @@ class SliceOutput:
     tensor: Tensor
 
 
-@dataclass(frozen=True, slots=True)
-class SliceFault:
+class SliceFault(NamedTuple):
     """Why a slice failed; its session is closed. `by_rows`: the sender of the rows is at fault, not this engine."""
 
     session: SessionId

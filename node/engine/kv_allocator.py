@@ -140,11 +140,8 @@ class KvAllocator:
         self._touch(taken)
         holding.begun = True
         holding.kv_key = options.kv_key if options.prefix_cache else None
-        reservation = KvReservation(
-            positions=holding.positions,
-            pages=holding.pages,
-            copied=tuple(entry.page for entry in taken[: len(holding.pages)]),
-        )
+        copied = tuple(entry.page for entry in taken[: len(holding.pages)])
+        reservation = KvReservation(positions=holding.positions, pages=holding.pages, copied=copied)
         self.hit_positions += reservation.cached
         return reservation
 
@@ -175,11 +172,11 @@ class KvAllocator:
         for entry in holding.entries.values():
             entry.session = successor
 
-    def close(self, session: SessionId, *, keep: bool = True) -> bool:
-        """Free a session; return whether it was open. `keep`: whether its pages stay in the prefix cache."""
+    def close(self, session: SessionId, *, keep: bool = True) -> None:
+        """Free a session; an unknown one is ignored. `keep`: whether its pages stay in the prefix cache."""
         holding = self._sessions.pop(session, None)
         if holding is None:
-            return False
+            return
         _pin(holding.pinned, -1)
         if not keep:
             for entry in holding.entries.values():
@@ -190,7 +187,6 @@ class KvAllocator:
         # The end of a prompt is evicted before its start, without which it cannot be used.
         self._touch(holding.entries[number] for number in sorted(holding.entries))
         self._release(set(holding.pages) - {entry.page for entry in holding.entries.values()})
-        return True
 
     def _of(self, session: SessionId) -> _SessionPages:
         try:
@@ -200,13 +196,12 @@ class KvAllocator:
 
     def _find(self, prefix: Prefix | None) -> dict[KvCompatibilityKey, list[_Entry]]:
         """Return the cached pages from the start of a prompt up to the first gap, by KV key."""
-        found: dict[KvCompatibilityKey, list[_Entry]] = {}
-        for (namespace, kv_key), cached in self._index.items():
-            if prefix is not None and namespace == prefix.namespace:
-                entries = [cached[name] for name in takewhile(cached.__contains__, prefix)]
-                if entries:
-                    found[kv_key] = entries
-        return found
+        found = {
+            kv_key: [cached[name] for name in takewhile(cached.__contains__, prefix)]
+            for (namespace, kv_key), cached in self._index.items()
+            if prefix is not None and namespace == prefix.namespace
+        }
+        return {kv_key: entries for kv_key, entries in found.items() if entries}
 
     def _is_cached(self, entry: _Entry) -> bool:
         return self._index.get(entry.group, {}).get(entry.hash) is entry

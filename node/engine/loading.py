@@ -111,7 +111,11 @@ def load_span(
         raise EngineError(f"blocks {blocks} cannot be loaded: {error}") from error
     _check_buffers(model, report.missing_keys, described.names, blocks, block_count)
     _cut(model, path, described.outer, blocks, block_count)
-    _slice_config(config, blocks, block_count)
+    # The config that the forward pass reads describes the span's blocks alone.
+    for key, value in list(vars(config).items()):
+        if isinstance(value, list) and len(value) == block_count and re.search("layer|block|attention", key):
+            setattr(config, key, value[blocks.start : blocks.end])
+    config.num_hidden_layers = len(blocks)
     model.eval().to(device)
     span = model.get_submodule(path)
     assert isinstance(span, nn.ModuleList)
@@ -363,11 +367,3 @@ def _cut(model: PreTrainedModel, path: str, outer: OuterModules, blocks: BlockRa
             absent.add(owner)
         elif tensor.is_meta:
             raise EngineError(f"the model's files lack {weight}")
-
-
-def _slice_config(config: PreTrainedConfig, blocks: BlockRange, block_count: int) -> None:
-    """Make the config that the forward pass reads describe the span's blocks alone."""
-    for key, value in list(vars(config).items()):
-        if isinstance(value, list) and len(value) == block_count and re.search("layer|block|attention", key):
-            setattr(config, key, value[blocks.start : blocks.end])
-    config.num_hidden_layers = len(blocks)

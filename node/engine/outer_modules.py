@@ -6,8 +6,7 @@ return their input, and modules with weights give zeros of the right shape.
 """
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -68,8 +67,14 @@ class _Trace:
                 self._replaced[module] = partial(self._stand_in, name, module)
 
     def run(self, model: nn.Module, options: Mapping[str, Any]) -> OuterModules:
-        with _replaced_forwards(self._replaced), torch.inference_mode():
-            model(**options)
+        for module, forward in self._replaced.items():
+            module.forward = forward
+        try:
+            with torch.inference_mode():
+                model(**options)
+        finally:
+            for module in self._replaced:
+                del module.forward
         if self._passed < len(self._blocks):
             raise _NotAStackError(f"only {self._passed} of its {len(self._blocks)} blocks are run")
         between = sorted(name for name, sides in self._calls.items() if sides != {"before"} and sides != {"behind"})
@@ -92,11 +97,8 @@ class _Trace:
     def _stand_in(self, name: str, module: nn.Module, *inputs: Any, **options: Any) -> Any:
         side = "before" if not self._passed else "behind" if self._passed == len(self._blocks) else "between"
         self._calls.setdefault(name, set()).add(side)
-        first = (
-            inputs[0]
-            if inputs
-            else next((value for value in options.values() if isinstance(value, torch.Tensor)), None)
-        )
+        tensors = (value for value in options.values() if isinstance(value, torch.Tensor))
+        first = inputs[0] if inputs else next(tensors, None)
         match module:
             case nn.Embedding():
                 return torch.zeros(1, _ROWS, module.embedding_dim)
@@ -112,15 +114,12 @@ def trace_outer_modules(model: nn.Module, base: nn.Module, path: str) -> OuterMo
 
     Raises EngineError where the blocks are not a plain stack, or a module is used on both sides of them.
     """
-    names = accepted_options(model.forward, base.forward)
-    options = select_options(
-        {
-            "input_ids": torch.zeros(1, _ROWS, dtype=torch.long),
-            "position_ids": torch.arange(_ROWS).unsqueeze(0),
-            "use_cache": False,
-        },
-        names,
-    )
+    options = {
+        "input_ids": torch.zeros(1, _ROWS, dtype=torch.long),
+        "position_ids": torch.arange(_ROWS).unsqueeze(0),
+        "use_cache": False,
+    }
+    options = select_options(options, accepted_options(model.forward, base.forward))
     faults: list[_NotAStackError] = []
     for wrap in _WRAPPINGS:
         try:
@@ -142,14 +141,3 @@ def accepted_options(forward: Callable[..., Any], inner: Callable[..., Any] | No
 def select_options(options: Mapping[str, Any], names: frozenset[str]) -> dict[str, Any]:
     """Return the options that are among the names."""
     return {name: value for name, value in options.items() if name in names}
-
-
-@contextmanager
-def _replaced_forwards(replaced: Mapping[nn.Module, Callable[..., Any]]) -> Iterator[None]:
-    for module, forward in replaced.items():
-        module.forward = forward
-    try:
-        yield
-    finally:
-        for module in replaced:
-            del module.forward

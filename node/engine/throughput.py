@@ -59,12 +59,7 @@ def measure_cpu(threads: int, available_bytes: int, gaps: Gaps) -> Throughput:
         prepare = partial(_product, CPU_MATRIX, dtype, torch.device("cpu"))
         return 2 * CPU_MATRIX**3 * _summed_rate(_repeat_in_threads(threads, prepare))
 
-    return Throughput(
-        memory_read_bytes_per_s=_attempt("memory of the CPU", read, gaps),
-        fp32_flop_per_s=_attempt("fp32 on the CPU", partial(multiply, torch.float32), gaps),
-        bf16_flop_per_s=_attempt("bf16 on the CPU", partial(multiply, torch.bfloat16), gaps),
-        int8_op_per_s=_attempt("int8 on the CPU", partial(multiply, torch.int8), gaps),
-    )
+    return _throughput("the CPU", read, multiply, gaps)
 
 
 def measure_accelerators(gaps: Gaps) -> tuple[Accelerator, ...]:
@@ -91,11 +86,17 @@ def _measure_accelerator(name: str, device: torch.device, free: int, gaps: Gaps)
         source = torch.ones(size // 4, dtype=torch.float32, device=device)
         return source.nbytes * _summed_rate([_repeat(_completing(device, partial(torch.sum, source)))])
 
+    return _throughput(name, read, partial(_multiply_on, device, free), gaps)
+
+
+def _throughput(
+    name: str, read: Callable[[], float], multiply: Callable[[torch.dtype], float], gaps: Gaps
+) -> Throughput:
     return Throughput(
         memory_read_bytes_per_s=_attempt(f"memory of {name}", read, gaps),
-        fp32_flop_per_s=_attempt(f"fp32 on {name}", partial(_multiply_on, device, free, torch.float32), gaps),
-        bf16_flop_per_s=_attempt(f"bf16 on {name}", partial(_multiply_on, device, free, torch.bfloat16), gaps),
-        int8_op_per_s=_attempt(f"int8 on {name}", partial(_multiply_on, device, free, torch.int8), gaps),
+        fp32_flop_per_s=_attempt(f"fp32 on {name}", partial(multiply, torch.float32), gaps),
+        bf16_flop_per_s=_attempt(f"bf16 on {name}", partial(multiply, torch.bfloat16), gaps),
+        int8_op_per_s=_attempt(f"int8 on {name}", partial(multiply, torch.int8), gaps),
     )
 
 
@@ -106,7 +107,9 @@ def _multiply_on(device: torch.device, free: int, dtype: torch.dtype) -> float:
         raise MemoryError("not enough memory is free")
     for size in sizes:
         multiply = _completing(device, _product(size, dtype, device))
-        if _duration(multiply) > ACCELERATOR_OPERATION_S:
+        started = time.perf_counter()
+        multiply()
+        if time.perf_counter() - started > ACCELERATOR_OPERATION_S:
             break
     return 2 * size**3 * _summed_rate([_repeat(multiply)])
 
@@ -120,12 +123,6 @@ def _completing(device: torch.device, operation: Operation) -> Operation:
 
     complete()
     return complete
-
-
-def _duration(operation: Operation) -> float:
-    started = time.perf_counter()
-    operation()
-    return time.perf_counter() - started
 
 
 def _product(size: int, dtype: torch.dtype, device: torch.device) -> Operation:

@@ -1,4 +1,4 @@
-"""The worker process: `python -m node.engine.worker FD`, started by `worker_process.py`, which has the other end of FD.
+"""The worker process: `python -m node.engine.worker FD`, started by `client.py`, which has the other end of FD.
 
 It does one thing at a time, in order of the requests, except for variants, which it builds in a thread beside them. It
 has no state to save, and may be killed at any moment. It exits when the other end of its socket closes, also in the
@@ -12,6 +12,7 @@ import socket
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from io import BufferedReader
 from typing import TYPE_CHECKING, NoReturn
 
 from node.engine.interface import EngineError, Variant
@@ -48,7 +49,8 @@ def main() -> None:
 
     from node.engine.shard import open_shard
 
-    header, _ = _receive(connection)
+    frames = connection.makefile("rb")
+    header, _ = _receive(frames)
     source, blocks, options = decode_values(header)
     if options.threads is not None:
         torch.set_num_threads(options.threads)
@@ -62,7 +64,7 @@ def main() -> None:
     _send(connection, encode_loaded(shard.info, shard.variants()))
     builder = ThreadPoolExecutor(1, initializer=_yield_to_others)
     while True:
-        header, payload = _receive(connection)
+        header, payload = _receive(frames)
         match header["do"]:
             case "begin":
                 shard.begin(*decode_values(header))
@@ -119,22 +121,16 @@ def _exit_on_hang_up(descriptor: int) -> NoReturn:
     os._exit(0)
 
 
-def _receive(connection: socket.socket) -> tuple[Header, memoryview]:
-    prefix = _receive_exactly(connection, PREFIX.size)
-    header_bytes, payload_bytes = PREFIX.unpack(prefix)
-    header = decode_header(_receive_exactly(connection, header_bytes))
-    return header, _receive_exactly(connection, payload_bytes)
+def _receive(frames: BufferedReader) -> tuple[Header, memoryview]:
+    header_bytes, payload_bytes = PREFIX.unpack(_read(frames, PREFIX.size))
+    return decode_header(_read(frames, header_bytes)), _read(frames, payload_bytes)
 
 
-def _receive_exactly(connection: socket.socket, count: int) -> memoryview:
-    data = memoryview(bytearray(count))
-    received = 0
-    while received < count:
-        size = connection.recv_into(data[received:])
-        if size == 0:
-            sys.exit(0)
-        received += size
-    return data
+def _read(frames: BufferedReader, count: int) -> memoryview:
+    data = bytearray(count)
+    if frames.readinto(data) < count:
+        sys.exit(0)
+    return memoryview(data)
 
 
 def _send(connection: socket.socket, buffers: list[Buffer]) -> None:

@@ -118,18 +118,11 @@ def decode_session(value: Sequence[Any]) -> SessionId:
 
 def encode_step(call: int, slices: Sequence[SliceInput]) -> list[Buffer]:
     """Return the frame of a step."""
-    described = [
-        (
-            rows.session,
-            rows.position,
-            rows.draws,
-            rows.drafts,
-            None if rows.history is None else list(rows.history),
-            rows.tensor.dtype,
-            rows.tensor.shape,
-        )
-        for rows in slices
-    ]
+    described = []
+    for rows in slices:
+        history = None if rows.history is None else list(rows.history)
+        tensor = (rows.tensor.dtype, rows.tensor.shape)
+        described.append((rows.session, rows.position, rows.draws, rows.drafts, history, *tensor))
     return encode_frame({"do": "step", "call": call, "slices": described}, [rows.tensor for rows in slices])
 
 
@@ -138,14 +131,7 @@ def decode_step(header: Header, payload: memoryview) -> list[SliceInput]:
     described = header["slices"]
     tensors = split_payload(((dtype, shape) for *_, dtype, shape in described), payload)
     return [
-        SliceInput(
-            session=decode_session(session),
-            position=position,
-            tensor=tensor,
-            draws=draws,
-            drafts=tuple(drafts),
-            history=history,
-        )
+        SliceInput(decode_session(session), position, tensor, draws, tuple(drafts), history)
         for (session, position, draws, drafts, history, *_), tensor in zip(described, tensors, strict=True)
     ]
 
@@ -153,14 +139,8 @@ def decode_step(header: Header, payload: memoryview) -> list[SliceInput]:
 def encode_result(call: int, result: StepResult) -> list[Buffer]:
     """Return the frame of a step's result."""
     tensors = [output.tensor for output in result.outputs]
-    answer: Header = {
-        "did": "result",
-        "call": call,
-        "compute_s": result.compute_s,
-        "tensors": [(tensor.dtype, tensor.shape) for tensor in tensors],
-        "faults": _described(result.faults),
-    }
-    return encode_frame(answer, tensors)
+    answer: Header = {"did": "result", "call": call, "compute_s": result.compute_s, "faults": result.faults}
+    return encode_frame(answer | {"tensors": [(tensor.dtype, tensor.shape) for tensor in tensors]}, tensors)
 
 
 def decode_result(header: Header, payload: memoryview, order: Sequence[SessionId]) -> StepResult:
@@ -176,14 +156,10 @@ def decode_result(header: Header, payload: memoryview, order: Sequence[SessionId
 def encode_error(call: int, error: EngineError) -> list[Buffer]:
     """Return the frame of a step that failed."""
     faults = error.faults if isinstance(error, StepFailed) else ()
-    return encode_frame({"did": "error", "call": call, "error": str(error), "faults": _described(faults)})
+    return encode_frame({"did": "error", "call": call, "error": str(error), "faults": faults})
 
 
 def decode_faults(header: Header) -> tuple[SliceFault, ...]:
     """Return which slices of a step failed, and why."""
     found = header.get("faults", ())
     return tuple(SliceFault(decode_session(session), message, by_rows) for session, message, by_rows in found)
-
-
-def _described(faults: Iterable[SliceFault]) -> list[tuple[SessionId, str, bool]]:
-    return [(fault.session, fault.message, fault.by_rows) for fault in faults]

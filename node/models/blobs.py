@@ -66,20 +66,19 @@ class BlobServer:
         self._transfers[peer] += 1
         try:
             path = await trio.to_thread.run_sync(self._store.path_by_sha256, request.sha256, limiter=self._reads)
-            if path is None:
+            size = None if path is None else await trio.to_thread.run_sync(size_of, path, limiter=self._reads)
+            if path is None or size is None:
                 await stream.send_all(responder.answer(BlobMissing()))
             else:
-                await self._send(stream, responder, request, path)
+                await self._send(stream, responder, request, path, size)
         finally:
             self._transfers[peer] -= 1
             if not self._transfers[peer]:
                 del self._transfers[peer]
 
-    async def _send(self, stream: Stream, responder: BlobResponder, request: BlobRequest, path: Path) -> None:
-        size = await trio.to_thread.run_sync(size_of, path, limiter=self._reads)
-        if size is None:
-            await stream.send_all(responder.answer(BlobMissing()))
-            return
+    async def _send(
+        self, stream: Stream, responder: BlobResponder, request: BlobRequest, path: Path, size: int
+    ) -> None:
         left = request.available(size)
         await stream.send_all(responder.answer(BlobFound(size=size, length=left)))
         offset = request.offset

@@ -148,21 +148,23 @@ async def _open_part(destination: Path, size: int) -> AsyncIterator[_Part | None
             os.close(handle)
 
 
+@dataclass(slots=True)
 class _Fetch:
     """One file on its way into its part file."""
 
-    def __init__(
-        self, network: Network, sha256: str, part: _Part, on_bytes: Callable[[int], None], fetched: Fetched
-    ) -> None:
-        self._network = network
-        self._sha256 = sha256
-        self._part = part
-        self._on_bytes = on_bytes
-        # The sources of the part file; None stands for an earlier run's.
-        self._sources: set[PeerId | None] = {None} if part.have else set()
-        self._from_one_peer = False
-        self._fetched = fetched
-        on_bytes(part.have)
+    _network: Network
+    _sha256: str
+    _part: _Part
+    _on_bytes: Callable[[int], None]
+    _fetched: Fetched
+    _sources: set[PeerId | None] = field(default_factory=set)
+    """The sources of the part file; None stands for an earlier run's."""
+    _from_one_peer: bool = False
+
+    def __post_init__(self) -> None:
+        if self._part.have:
+            self._sources.add(None)
+        self._on_bytes(self._part.have)
 
     async def run(self, peers: list[PeerId]) -> None:
         """Ask the peers in turn until the whole file is there and right; raise FetchError when no peer is left."""
@@ -249,8 +251,7 @@ async def _fetch_manifest_from(network: Network, peer: PeerId, model: ModelId, f
     data = bytearray()
 
     async def store(piece: memoryview) -> None:
-        nonlocal data
-        data += piece
+        data.extend(piece)
 
     request = BlobRequest(sha256=model, offset=0, length=MAX_MANIFEST_BYTES)
     async with _blob_stream(network, peer) as stream:

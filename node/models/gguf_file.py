@@ -234,13 +234,13 @@ def _place(
     return tensors
 
 
+@dataclass(frozen=True, slots=True)
 class _Reader:
     """Reads the values of a header, never more than the file has."""
 
-    def __init__(self, file: BinaryIO, name: str, size: int) -> None:
-        self._file = file
-        self._name = name
-        self._size = size
+    _file: BinaryIO
+    _name: str
+    _size: int
 
     def number(self, layout: str) -> int:
         value = struct.unpack(layout, self._take(struct.calcsize(layout)))[0]

@@ -223,7 +223,9 @@ def requirements(model: GgufModel) -> tuple[Requirement, ...]:
         if isinstance(rule, Trivial) and value not in rule.values:
             raise model.unsupported(key)
         if isinstance(rule, str):
-            found.append(Requirement(rule, _scalar(model, key, value, rule), prefix + key))
+            scalar = model.integer(key) if isinstance(value, list) else value
+            is_off = rule == "sliding_window" and scalar == 0
+            found.append(Requirement(rule, None if is_off else scalar, prefix + key))
     if architecture.epsilon[0] not in stated:
         raise GgufError(f"{model.name} lacks the key {prefix}{architecture.epsilon[0]}")
     found += _head_requirements(model, architecture)
@@ -308,14 +310,6 @@ def _token_requirements(model: GgufModel) -> list[Requirement]:
         Requirement("pad_token_id", padding if type(padding) is int else None, "tokenizer.ggml.padding_token_id"),
         Requirement("eos_token_id", eos if len(eos) > 1 else eos[0] if eos else None, _EOS_KEYS[0]),
     ]
-
-
-def _scalar(model: GgufModel, key: str, value: Value | None, attribute: str) -> ConfigValue:
-    if isinstance(value, list):
-        value = model.integer(key)
-    if attribute == "sliding_window" and value == 0:
-        return None
-    return value
 
 
 def _floats(model: GgufModel) -> dict[str, tuple[float, ...]]:

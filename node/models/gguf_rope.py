@@ -7,7 +7,7 @@ factor.
 """
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -48,14 +48,8 @@ class Rope:
 
     def differs(self, frequencies: list[float], attention_factor: float) -> bool:
         """Return whether an embedding that was built is another one than this."""
-        return (
-            len(frequencies) != len(self.frequencies)
-            or not math.isclose(attention_factor, self.attention_factor, rel_tol=PRECISION)
-            or any(
-                not math.isclose(built, wanted, rel_tol=PRECISION)
-                for built, wanted in zip(frequencies, self.frequencies, strict=True)
-            )
-        )
+        is_same_factor = math.isclose(attention_factor, self.attention_factor, rel_tol=PRECISION)
+        return not is_same_factor or not _are_close(frequencies, self.frequencies)
 
 
 def read_rope(model: GgufModel, dimensions: int, tensors: Mapping[str, tuple[float, ...]]) -> Rope:
@@ -155,7 +149,7 @@ def _llama3(model: GgufModel, dimensions: int, base: float, factors: tuple[float
     context = _context(model, _LLAMA3_CONTEXT)
     for factor, low, high in _llama3_candidates(plain, factors, context):
         again = [_llama3_factor(frequency, factor, low, high, context) for frequency in plain]
-        if all(math.isclose(one, other, rel_tol=PRECISION) for one, other in zip(again, factors, strict=True)):
+        if _are_close(again, factors):
             parameters = {
                 "rope_type": "llama3",
                 "rope_theta": base,
@@ -218,3 +212,8 @@ def _llama3_factor(frequency: float, factor: float, low: float, high: float, con
 
 def _frequencies(dimensions: int, base: float) -> tuple[float, ...]:
     return tuple(base ** (-2 * number / dimensions) for number in range(dimensions // 2))
+
+
+def _are_close(built: Sequence[float], wanted: Sequence[float]) -> bool:
+    pairs = zip(built, wanted, strict=False)
+    return len(built) == len(wanted) and all(math.isclose(*pair, rel_tol=PRECISION) for pair in pairs)

@@ -9,6 +9,7 @@ import json
 import re
 import shutil
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -96,17 +97,14 @@ def import_model(
     if name is not None:
         check_name(name)  # before the work rather than after it
     if source in CATALOGUE:
-        package = _import_catalogued(source, store, progress)
-        suggestion = None
+        package, suggestion = _import_catalogued(source, store, progress), None
     else:
         package, suggestion = _import_uncatalogued(source, store, progress)
     if name is not None:
         store.set_name(name, package.model_id)
     elif suggestion is not None and suggestion not in store.names() and package.model_id not in store.names().values():
-        try:
+        with suppress(ModelError):  # not every file's name is a valid model name, and the user gave none
             store.set_name(suggestion, package.model_id)
-        except ModelError:  # not every file's name is a valid model name, and the user gave none
-            return package
     return package
 
 
@@ -329,11 +327,13 @@ def _check_shards(folder: Path, files: list[Path]) -> None:
 
 def _write_tokenizer(folder: Path, target: Path) -> tuple[FileEntry, ...]:
     """Copy the tokenizer, and write its config and chat template in their canonical form."""
+    config = _read_json(folder / TOKENIZER_CONFIG_FILE, optional=True)
     if not (folder / TOKENIZER_FILE).exists():
-        if (other := sources.other_tokenizer(folder) or _named_tokenizer(folder)) is not None:
+        named = config.get("tokenizer_class")
+        other = sources.other_tokenizer(folder) or (f"the class {named[:80]}" if isinstance(named, str) else None)
+        if other is not None:
             raise ModelError(sources.no_tokenizer_json(folder, other))
         return ()  # a model that is only ever given token ids
-    config = _read_json(folder / TOKENIZER_CONFIG_FILE, optional=True)
     special = _read_json(folder / "special_tokens_map.json", optional=True)
     template = _chat_template(folder, config.pop("chat_template", None))
     contents = {
@@ -349,11 +349,6 @@ def _write_tokenizer(folder: Path, target: Path) -> tuple[FileEntry, ...]:
         write_atomically(target / name, data)
         entries.append(FileEntry(name, len(data), hashlib.sha256(data).hexdigest()))
     return tuple(entries)
-
-
-def _named_tokenizer(folder: Path) -> str | None:
-    named = _read_json(folder / TOKENIZER_CONFIG_FILE, optional=True).get("tokenizer_class")
-    return f"the class {named[:80]}" if isinstance(named, str) else None
 
 
 def _chat_template(folder: Path, in_config: Json) -> str | None:

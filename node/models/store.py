@@ -6,18 +6,25 @@
 
 A file under its own name is whole: it was written elsewhere, verified, flushed and renamed. Other leftovers of a crash
 are deleted by the next import.
+
+Files fetched from peers are evicted, least recently used first, to stay within a limit. Imported models are never
+deleted: a package begun with a peer's manifest carries a mark. A process that serves or fetches a file holds a lock on
+it, so processes can share the cache.
 """
 
+import fcntl
 import json
 import os
 import re
 import shutil
 import tempfile
 import threading
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
+from typing import Final, NamedTuple
 
 from node.config import default_cache_dir
 from node.models.catalogue import CATALOGUE
@@ -28,7 +35,10 @@ from node.models.files import (
     flush_directory,
     ignore_progress,
     lock_file,
+    part_of,
     sha256_of,
+    size_of,
+    try_lock,
     write_atomically,
 )
 from node.models.manifest import MANIFEST_FILE, FileEntry, Manifest, parse_manifest
@@ -39,6 +49,7 @@ FETCHED_MARK = ".fetched"
 
 _ID_PREFIX = re.compile(r"[0-9a-f]{8,64}")
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
+GIBIBYTE: Final = 1 << 30
 
 
 class UnknownModelError(ModelError):
@@ -76,10 +87,7 @@ class Package:
 
     def has(self, file: FileEntry) -> bool:
         """Return whether a file is there. Its content was verified before it got its name."""
-        try:
-            return self.path_of(file).stat().st_size == file.size_bytes
-        except FileNotFoundError:
-            return False
+        return size_of(self.path_of(file)) == file.size_bytes
 
     def missing(self, blocks: BlockRange | None = None) -> tuple[FileEntry, ...]:
         """Return which weight files of a span, or which files of the whole package, are not there."""
@@ -115,10 +123,8 @@ class ModelStore:
         """Return every package whose manifest is sound, whole or in part, in the order of their ids."""
         packages = []
         for model in self._stored_ids():
-            try:
+            with suppress(ModelError):  # removed meanwhile, or damaged: `get` reports it
                 packages.append(self.get(model))
-            except ModelError:  # removed meanwhile, or damaged: `get` reports it
-                continue
         return tuple(packages)
 
     def get(self, model: ModelId) -> Package:
@@ -141,20 +147,14 @@ class ModelStore:
         if sha256 not in self._by_sha256:
             for model in self._stored_ids():
                 if model not in self._manifests:
-                    try:
+                    with suppress(ModelError):  # damaged
                         self._load(model)
-                    except ModelError:  # damaged
-                        continue
         return next((path for path in sorted(self._by_sha256.get(sha256, ())) if path.exists()), None)
 
     def weight_hashes(self) -> tuple[str, ...]:
         """Return the sha256 of every weight file that is here."""
-        found: dict[str, None] = {}
-        for package in self.list():
-            for file in package.manifest.weight_files:
-                if package.has(file):
-                    found[file.sha256] = None
-        return tuple(found)
+        found = (f.sha256 for package in self.list() for f in package.manifest.weight_files if package.has(f))
+        return tuple(dict.fromkeys(found))
 
     def resolve(self, text: str, known: Iterable[ModelId] = ()) -> ModelId:
         """Return the model that an id's prefix, a catalogue name or a local name means.
@@ -322,8 +322,7 @@ class ModelStore:
     def _load(self, model: ModelId) -> Manifest:
         path = self._models / model
         try:
-            data = (path / MANIFEST_FILE).read_bytes()
-            manifest = parse_manifest(data)
+            manifest = parse_manifest((path / MANIFEST_FILE).read_bytes())
         except (OSError, ModelError):
             manifest = None
         if manifest is None or manifest.model_id != model:
@@ -334,3 +333,80 @@ class ModelStore:
             for file in manifest.files:
                 self._by_sha256.setdefault(file.sha256, set()).add(path / file.name)
         return manifest
+
+
+class _Cached(NamedTuple):
+    """A weight file, or an incomplete one; sorts by its last use."""
+
+    used_s: float
+    path: Path
+    size_bytes: int
+
+
+def evict_for(
+    store: ModelStore, package: Package, wanted: Sequence[FileEntry], limit_bytes: int | None
+) -> tuple[Path, ...]:
+    """Delete the least recently used files, until the wanted ones fit within the limit; return what was deleted.
+
+    Raises ModelError where they cannot fit, before anything is deleted in vain.
+    """
+    if limit_bytes is None or not (package.path / FETCHED_MARK).exists():
+        return ()
+    kept = {package.path_of(file) for file in wanted} | {part_of(package.path_of(file)) for file in wanted}
+    needed = sum(file.size_bytes for file in wanted)
+    with disk_errors("cannot make room in the cache"):
+        others = sorted(cached for cached in _fetched_files(store) if cached.path not in kept)
+        taken = sum(cached.size_bytes for cached in others)
+        chosen: list[Path] = []
+        for cached in others:
+            if taken + needed <= limit_bytes:
+                break
+            if _is_unused(cached.path):
+                taken -= cached.size_bytes
+                chosen.append(cached.path)
+        if taken + needed > limit_bytes:
+            raise ModelError(
+                f"the cache is limited to {limit_bytes / GIBIBYTE:.2f} GiB, and {needed / GIBIBYTE:.2f} GiB are needed "
+                f"beside {taken / GIBIBYTE:.2f} GiB in use: raise --cache-limit, or serve fewer blocks"
+            )
+        # A file that has just come into use stays: the cache exceeds its limit a little.
+        return tuple(path for path in chosen if _is_unused(path, delete=True))
+
+
+@contextmanager
+def in_use(package: Package, files: Iterable[FileEntry]) -> Iterator[None]:
+    """Protect files from eviction inside the block, and mark them as used now."""
+    with ExitStack() as stack:
+        with disk_errors(f"cannot open the files of model {package.model_id[:12]}"):
+            for file in files:
+                path = package.path_of(file)
+                handle = os.open(path, os.O_RDONLY)
+                stack.callback(os.close, handle)
+                fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+                with suppress(PermissionError):  # another user's, or a read-only cache
+                    os.utime(path)
+        yield
+
+
+def _fetched_files(store: ModelStore) -> Iterator[_Cached]:
+    packages = (package for package in store.list() if (package.path / FETCHED_MARK).exists())
+    paths = (package.path_of(file) for package in packages for file in package.manifest.weight_files)
+    for path in chain.from_iterable((path, part_of(path)) for path in paths):
+        with suppress(FileNotFoundError):
+            status = path.stat()
+            yield _Cached(status.st_mtime, path, status.st_size)
+
+
+def _is_unused(path: Path, *, delete: bool = False) -> bool:
+    """Return whether a file is not locked; `delete` it then."""
+    try:
+        handle = os.open(path, os.O_RDONLY)
+    except FileNotFoundError:
+        return True
+    try:
+        is_unused = try_lock(handle)
+        if is_unused and delete:
+            path.unlink(missing_ok=True)
+    finally:
+        os.close(handle)
+    return is_unused

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
 import jinja2
 import tokenizers
@@ -25,9 +25,6 @@ from node.models.manifest import CHAT_TEMPLATE_FILE, TOKENIZER_CONFIG_FILE, TOKE
 from node.models.vocabulary import TokenKind, Vocabulary
 from node.util.text import one_line
 from protocol.limits import MAX_STOP_TOKENS, MAX_VOCABULARY
-
-if TYPE_CHECKING:
-    from node.models.store import Package
 
 MAX_PROMPT_CHARACTERS: Final = 8 << 20
 
@@ -120,16 +117,6 @@ class Tokenizer:
         return tuple(sorted({*eos_token_ids, *(token for token in found if token is not None)})[:MAX_STOP_TOKENS])
 
 
-def load_tokenizer(package: "Package") -> Tokenizer:
-    """Return the tokenizer of a package, which must have its tokenizer files. Raises ModelError."""
-    try:
-        return read_tokenizer(
-            package.path, [file.name for file in package.manifest.tokenizer_files], package.manifest.eos_token_ids
-        )
-    except ModelError as error:
-        raise ModelError(f"model {package.model_id[:12]}: {error}") from None
-
-
 def read_tokenizer(folder: Path, names: Sequence[str], eos_token_ids: Sequence[int]) -> Tokenizer:
     """Return the tokenizer in these files of a folder. Raises ModelError."""
     contents: dict[str, str] = {}
@@ -183,13 +170,9 @@ def _is_byte_level(definition: str) -> bool:
 
 
 def _special_tokens(config: Mapping[str, Json]) -> dict[str, str]:
-    tokens: dict[str, str] = {}
-    for role in _SPECIAL_TOKENS:
-        value = config.get(role)
-        text = value.get("content") if isinstance(value, dict) else value
-        if isinstance(text, str):
-            tokens[role] = text
-    return tokens
+    values = {role: config.get(role) for role in _SPECIAL_TOKENS}
+    texts = {role: value.get("content") if isinstance(value, dict) else value for role, value in values.items()}
+    return {role: text for role, text in texts.items() if isinstance(text, str)}
 
 
 @contextmanager
@@ -213,7 +196,13 @@ class ChatTemplate:
     def __init__(self, source: str) -> None:
         """Compile a template; raise ChatTemplateError when it is not valid."""
         with _contained("is broken"):  # compiling folds constants, and so may take as long as rendering
-            self._template = _new_environment().from_string(source)
+            environment = ImmutableSandboxedEnvironment(
+                trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols, _Generation]
+            )
+            environment.filters["tojson"] = _tojson
+            environment.globals["raise_exception"] = _raise_exception
+            environment.globals["strftime_now"] = lambda layout: datetime.now().astimezone().strftime(layout)
+            self._template = environment.from_string(source)
 
     def render(self, messages: Sequence[Mapping[str, str]], special_tokens: Mapping[str, str]) -> str:
         """Return the prompt of a conversation, ending where the assistant's answer begins.
@@ -260,16 +249,6 @@ class _Generation(Extension):
     def parse(self, parser: Parser) -> list[nodes.Node]:
         next(parser.stream)
         return parser.parse_statements(("name:endgeneration",), drop_needle=True)
-
-
-def _new_environment() -> ImmutableSandboxedEnvironment:
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols, _Generation]
-    )
-    environment.filters["tojson"] = _tojson
-    environment.globals["raise_exception"] = _raise_exception
-    environment.globals["strftime_now"] = lambda layout: datetime.now().astimezone().strftime(layout)
-    return environment
 
 
 def _tojson(

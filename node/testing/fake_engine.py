@@ -142,7 +142,7 @@ class FakeEngine(Engine):
         self._crash(reason)
 
     def _begun(self, session: SessionId, options: SessionOptions, reservation: KvReservation) -> "_Session":
-        return _Session(self._info.part(options.blocks), options, self._memory, reservation)
+        return _Session(self.info.part(options.blocks), options, self._memory, reservation)
 
     def _run(self, rows: SliceInput) -> Tensor:
         session = self._sessions.get(rows.session)
@@ -152,15 +152,15 @@ class FakeEngine(Engine):
         self._pages.rewind(rows.session, rows.position)
         if session.info.is_first:
             tokens = tokens_from_tensor(rows.tensor)
-            if any(not 0 <= token < self._info.vocabulary_size for token in tokens):
-                raise BadRows(f"a token id is not below {self._info.vocabulary_size}")
-            hidden = session.run(rows.position, [_embed(self._info, token) for token in tokens])
+            if any(not 0 <= token < self.info.vocabulary_size for token in tokens):
+                raise BadRows(f"a token id is not below {self.info.vocabulary_size}")
+            hidden = session.run(rows.position, [_embed(self.info, token) for token in tokens])
         else:
             states = decode_rows(rows.tensor)
             hidden = session.run(rows.position, [row.tobytes() for row in states])
         self._pages.advance(rows.session, session.length)
         if not session.info.is_last:
-            states = np.frombuffer(b"".join(hidden), np.float32).reshape(-1, self._info.hidden_size)
+            states = np.frombuffer(b"".join(hidden), np.float32).reshape(-1, self.info.hidden_size)
             return encode_rows(states, session.activations)
         if session.history is not None and rows.history is not None:
             session.history.reset(rows.history)

@@ -8,10 +8,10 @@ import pytest
 import trio
 
 from node.models.store import Package
-from node.models.tokenizer import load_tokenizer
 from selector.task import PORTFOLIO
 from tests.process.daemons import MODEL, Daemon, until
 from tests.process.test_parity import TEXT, generate, whole_model
+from tests.support.tokenizers import load_tokenizer
 
 StartSwarm = Callable[..., Awaitable[list[Daemon]]]
 

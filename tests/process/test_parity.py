@@ -11,8 +11,8 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from node.models.store import Package
-from node.models.tokenizer import load_tokenizer
 from tests.process.daemons import Daemon
+from tests.support.tokenizers import load_tokenizer
 
 NEW_TOKENS = 12
 TEXT = (

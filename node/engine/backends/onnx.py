@@ -13,6 +13,7 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO, Final
 
@@ -105,15 +106,12 @@ def open_graphs(span: LoadedSpan, name: str, arithmetic: str, cache: FolderCache
         with tempfile.TemporaryDirectory() as temporary:
             _write(span, Path(temporary), arithmetic)
             return OnnxSegments(Path(temporary), span)
-    for attempt in range(2):
-        folder = cache.folder(name, lambda folder: _write(span, folder, arithmetic))
-        try:
-            return OnnxSegments(folder, span)
-        except EngineError:
-            if attempt:
-                raise
-            cache.drop(name)  # and rebuild it: a file may be cut short
-    raise AssertionError
+    build = partial(_write, span, arithmetic=arithmetic)
+    try:
+        return OnnxSegments(cache.folder(name, build), span)
+    except EngineError:
+        cache.drop(name)  # and rebuild it: a file may be cut short
+        return OnnxSegments(cache.folder(name, build), span)
 
 
 def _session(path: Path) -> onnxruntime.InferenceSession:

@@ -1,6 +1,7 @@
 """Segments in torch: matrices that take the same rows are fused into one, and packed for the arithmetic in use."""
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -88,7 +89,7 @@ class TorchSegments:
 
     def __init__(self, span: LoadedSpan, packed: PackedSpan, product: Product) -> None:
         self._packed = packed
-        self._product = product
+        self._multiply = partial(multiply, product)
         config = span.model.config
         self._epsilon: float = config.rms_norm_eps
         self._counts = [config.num_attention_heads, config.num_key_value_heads, config.num_key_value_heads]
@@ -125,9 +126,6 @@ class TorchSegments:
         (cos, sin), (one, other) = (table.unsqueeze(1) for table in rotary), rotated.chunk(2, dim=-1)
         rotated = torch.cat([one * cos - other * sin, other * cos + one * sin], dim=-1)
         return QKV(rotated, values)
-
-    def _multiply(self, rows: torch.Tensor, weights: PackedMatrix) -> torch.Tensor:
-        return multiply(self._product, rows, weights)
 
     def _norm(self, rows: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         return nn.functional.rms_norm(rows, weight.shape, weight, self._epsilon)

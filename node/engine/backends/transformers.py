@@ -30,13 +30,10 @@ class TransformersSpan:
 
     def __init__(self, span: LoadedSpan) -> None:
         self._span = span
-        self._first = span.is_first
-        self._last = span.is_last
-        self._model = span.model
-        self._base = span.base
+        self._name = str(span.model.config.model_type)
         self._weight = next(span.blocks.parameters())
-        self._base_options = accepted_options(self._base.forward)
-        self._model_options = accepted_options(self._model.forward, self._base.forward)
+        self._base_options = accepted_options(span.base.forward)
+        self._model_options = accepted_options(span.model.forward, span.base.forward)
         self._entering: torch.Tensor | None = None
         self._leaving: torch.Tensor | None = None
         self._running = range(len(span.blocks))
@@ -54,8 +51,8 @@ class TransformersSpan:
         """
         slots = SlotMapping([0])
         cache = RewindableCache(self._span.windows, slots)
-        size = self._span.hidden_size
-        shape, dtype = ((_TRIAL_ROWS,), torch.long) if self._first else ((_TRIAL_ROWS, size), self._weight.dtype)
+        size, is_first = self._span.hidden_size, self._span.is_first
+        shape, dtype = ((_TRIAL_ROWS,), torch.long) if is_first else ((_TRIAL_ROWS, size), self._weight.dtype)
         rows = torch.zeros(shape, dtype=dtype, device=self._weight.device)
         try:
             output = self._forward(Rows(rows, slots, 0, 1), cache, range(len(self._span.blocks)))
@@ -63,7 +60,7 @@ class TransformersSpan:
             raise
         except Exception as error:  # an untested architecture may raise anything
             raise EngineError(f"{self._name} models cannot be served: {one_line(error, 200)}") from error
-        expected = (1, self._span.vocabulary_size) if self._last else (_TRIAL_ROWS, size)
+        expected = (1, self._span.vocabulary_size) if self._span.is_last else (_TRIAL_ROWS, size)
         if tuple(output.shape) != expected or output.is_meta or cache.length != _TRIAL_ROWS:
             raise EngineError(f"{self._name} models cannot be served: they are not a plain stack of blocks")
         return cache.memory
@@ -82,14 +79,14 @@ class TransformersSpan:
         """Run rows on top of what is cached before them."""
         self._running = blocks
         rows, position, draws = part.rows, part.position, part.draws
-        first = self._first and blocks.start == 0
-        last = self._last and blocks.stop == len(self._span.blocks)
+        first = self._span.is_first and blocks.start == 0
+        last = self._span.is_last and blocks.stop == len(self._span.blocks)
         cache.rewind(position)
         batch = rows.unsqueeze(0)
         # Where the model's first block is here but not run, its embedding runs for nothing, and so on anything.
         tokens = batch if first else torch.zeros(1, len(rows), dtype=torch.long, device=rows.device)
         options: dict[str, Any] = {
-            **({"input_ids": tokens} if self._first else {"inputs_embeds": batch}),
+            **({"input_ids": tokens} if self._span.is_first else {"inputs_embeds": batch}),
             "position_ids": torch.arange(position, position + len(rows), device=rows.device).unsqueeze(0),
             "past_key_values": cache,
             "use_cache": True,
@@ -97,19 +94,15 @@ class TransformersSpan:
         }
         self._entering = None if first else batch
         if last and draws:
-            output = self._model(**select_options(options, self._model_options))
+            output = self._span.model(**select_options(options, self._model_options))
             logits: torch.Tensor = output.logits[0, -draws:]
             return logits.float()
-        self._base(**select_options(options, self._base_options))
+        self._span.base(**select_options(options, self._base_options))
         if last:
             return torch.empty(0, self._span.vocabulary_size, device=rows.device)
         assert self._leaving is not None
         leaving, self._leaving = self._leaving[0], None
         return leaving
-
-    @property
-    def _name(self) -> str:
-        return str(self._model.config.model_type)
 
     def _enter(
         self, number: int, _block: nn.Module, inputs: tuple[Any, ...], options: dict[str, Any]

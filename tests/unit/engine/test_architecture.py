@@ -7,11 +7,19 @@ import pytest
 import torch
 from transformers import AutoConfig
 
-from node.engine.architecture import COUNT, PROMPTS, check_architecture, package_of, references_of, tiny_model
+from node.engine.architecture import (
+    COUNT,
+    ORIGINAL_POSITIONS,
+    PROMPTS,
+    check_architecture,
+    package_of,
+    references_of,
+    shrink,
+    tiny_model,
+)
 from node.engine.interface import EngineError, EngineOptions, SliceInput, source_from_package
 from node.engine.loading import describe
 from node.engine.shard import Shard
-from node.engine.shrink import ORIGINAL_POSITIONS, shrink
 from node.models.layout import BY_NAME
 from node.models.manifest import constant_positions
 from node.models.store import Package

@@ -15,8 +15,8 @@ import pytest
 import trio
 import trio.testing
 
-from node.engine import worker_process
-from node.engine.client import WorkerEngine, start_worker
+from node.engine import client
+from node.engine.client import SpareWorker, WorkerEngine, start_worker
 from node.engine.interface import (
     REFERENCE,
     EngineCrashed,
@@ -32,7 +32,6 @@ from node.engine.interface import (
     VariantNotReady,
 )
 from node.engine.shard import Shard
-from node.engine.worker_process import SpareWorker
 from node.util.child_process import python
 from protocol.identity import BlockRange
 from protocol.messages import Sampling
@@ -242,7 +241,7 @@ async def test_a_worker_imports_nothing_from_the_current_directory(
 async def test_worker_crash_reports_its_last_stderr_line(
     make_tiny_model: MakeTinyModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(worker_process, "python", lambda *_: python("-c", "raise ImportError('no torch here')"))
+    monkeypatch.setattr(client, "python", lambda *_: python("-c", "raise ImportError('no torch here')"))
     with pytest.raises(EngineCrashed, match=r"^the worker of blocks 0-4 exited with 1: ImportError: no torch here$"):
         async with start_worker(make_tiny_model("llama").source(WHOLE), WHOLE, OPTIONS):
             pass

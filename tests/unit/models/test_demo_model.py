@@ -13,8 +13,9 @@ import pytest
 from node.models.catalogue import CATALOGUE, DEMO_MODEL
 from node.models.importer import import_model
 from node.models.store import ModelStore, Package
-from node.models.tokenizer import Tokenizer, load_tokenizer
+from node.models.tokenizer import Tokenizer
 from protocol.identity import BlockRange
+from tests.support.tokenizers import load_tokenizer
 from tests.unit.models.test_streaming import streamed
 
 GOLDEN: Any = json.loads((Path(__file__).parent / "smollm2_tokens.json").read_text())

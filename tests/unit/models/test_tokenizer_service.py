@@ -19,7 +19,6 @@ import trio.testing
 from node.models import tokenizer_service
 from node.models.errors import ChatTemplateError, ModelError
 from node.models.streaming import StreamDecoder
-from node.models.tokenizer import load_tokenizer
 from node.models.tokenizer_service import (
     Limits,
     TokenizerBusyError,
@@ -27,6 +26,7 @@ from node.models.tokenizer_service import (
     TokenizerUnavailableError,
 )
 from tests.support import hostile_directory
+from tests.support.tokenizers import load_tokenizer
 from tests.unit.models.packages import write_package
 from tests.unit.models.vocabularies import byte_fallback, byte_level, metaspace
 
