@@ -63,7 +63,7 @@ async def request_sessions(
     context = _describe(services, job, planned)
     admitted = job.admitted
     if begun is not None:  # a replacement may lack the draft model; speculation never changes the text
-        admitted = [begun, begun.without_guesses] if begun.drafter == "draft" else [begun]
+        admitted = [begun, begun.without_speculation] if begun.drafter == "draft" else [begun]
     is_free = job.request.method == AUTO and begun is None
     selection = SelectionRequest(model=job.model.id, context=context, admitted=admitted, is_free=is_free)
     choice = await services.chooser.choose(selection)

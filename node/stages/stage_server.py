@@ -306,7 +306,7 @@ def _history_fault(session: StageSession, message: Begin) -> str | None:
 def _start_fault(session: StageSession, message: Begin, method: Method) -> str | None:
     """Return why a session cannot start where it is to, if it cannot."""
     state = session.state
-    if state.method is not None and state.method.without_guesses != method.without_guesses:
+    if state.method is not None and state.method.without_speculation != method.without_speculation:
         return f"what was calculated by {state.method.name} cannot be continued by another method"
     if message.start > state.computed:
         return f"{message.start} positions were to be held, {state.computed} are"

@@ -117,7 +117,7 @@ class FakeEngine(Engine):
         self._raise_if_crashed()
         async with self._turn:
             running = [session for rows in slices if (session := self._sessions.get(rows.session))]
-            share = max((len(session.info.blocks) for session in running), default=0) / len(self._info.blocks)
+            share = max((len(session.info.blocks) for session in running), default=0) / len(self.info.blocks)
             compute_s = self._step_s * share + self._row_s * sum(rows.tensor.rows for rows in slices)
             compute_s *= max((self._slowness.get(session.variant, 1.0) for session in running), default=1.0)
             with trio.move_on_after(compute_s):

@@ -126,4 +126,4 @@ async def test_job_that_lost_its_drafter_goes_on_without_speculation(virtual_clo
                         nursery.start_soon(partial(swarm.join, THIRDS[0], draft=draft))
                 if isinstance(event, JobResult):
                     assert (event.token_ids, event.replays) == (right_tokens(40), 2)
-                    assert event.method.name == drafting.without_guesses.name
+                    assert event.method.name == drafting.without_speculation.name
