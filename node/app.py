@@ -134,7 +134,7 @@ async def running_node(
     """Open the data directory's database and run a node on it inside the block."""
     async with open_database(config.data_dir / DATABASE_FILE) as database:
         if database.set_aside is not None:
-            _logger.warning("damaged history set aside; the swarm refills it", file=str(database.set_aside))
+            _logger.warning("corrupt history renamed; the swarm refills it", file=str(database.set_aside))
         try:
             # Also where nothing is served: the capabilities that are announced name the device.
             device = await find_device(config.device)

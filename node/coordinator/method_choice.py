@@ -58,7 +58,7 @@ class Choice(Protocol):
 class Chooser(Protocol):
     """The coordinator's side of the selection, which sees the prediction, the votes and the outcome."""
 
-    async def choose(self, question: SelectionRequest) -> Choice:
+    async def choose(self, request: SelectionRequest) -> Choice:
         """Return the choice, without waiting for predictions that are missing."""
 
     def served(self, choice: Choice, outcome: JobOutcome) -> Selection | None:

@@ -130,7 +130,7 @@ class DraftModel(EngineLoop):
         try:
             result = await self.engine.step(slices)
         except EngineError as error:
-            _logger.info("drafts lost", why=str(error))
+            _logger.info("draft session lost", why=str(error))
             self._on_step_done(slices, {})
         else:
             self._on_step_done(slices, {output.session: output.tensor for output in result.outputs})

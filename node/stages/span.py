@@ -189,7 +189,7 @@ class Span(EngineLoop):
             try:
                 await self.engine.rename(former.id, session.id)
             except EngineError as error:
-                _logger.info("session not carried on", session=former.id, why=str(error))
+                _logger.info("session not resumed", session=former.id, why=str(error))
                 former.state.replay.drop()
                 await self._free(former.id)
                 return False
