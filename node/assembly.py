@@ -364,4 +364,4 @@ def build_consensus(
 
 def is_busy(coordinator: Coordinator, stages: StageServer) -> bool:
     """Return whether any job or session is running."""
-    return coordinator.statistics().running > 0 or any(span.sessions for span in stages.spans())
+    return coordinator.statistics.running > 0 or any(span.sessions for span in stages.spans())

@@ -54,7 +54,7 @@ class StatusView:
 
     async def status(self) -> NodeStatus:
         """Return the status of this node."""
-        jobs = self.submitter.statistics()
+        jobs = self.submitter.statistics
         transfers, selection = self._library.transfers(), self._parts.selection
         return {
             "peer_id": self._network.peer_id,

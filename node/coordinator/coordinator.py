@@ -106,14 +106,7 @@ class Coordinator:
         self._chooser = chooser
         self._quality_store = quality_store
         self._prompts = RecentPrompts(secrets.token_bytes(16))
-        self._planner = Planner(
-            swarm.finder,
-            swarm.links,
-            link_pool.peer_id,
-            rng=jitter,
-            bandwidth=swarm.bandwidth,
-            in_flight=self._in_flight,
-        )
+        self._planner = Planner(swarm, link_pool.peer_id, rng=jitter, in_flight=self._in_flight)
         self._services = RouteServices(
             planner=self._planner,
             swarm=swarm,
@@ -123,13 +116,9 @@ class Coordinator:
             jitter=jitter,
         )
         self._routes: dict[JobId, ResilientRoute] = {}
-        self._statistics = CoordinatorStatistics()
+        self.statistics = CoordinatorStatistics()
         self._idle = trio.Event()
         self._idle.set()
-
-    def statistics(self) -> CoordinatorStatistics:
-        """Return the counts of this node's jobs."""
-        return self._statistics
 
     def peer_records(self) -> dict[PeerId, PeerRecord]:
         """Return the records of all remembered peers: jobs served, failed and lagged, and their speed."""
@@ -216,8 +205,8 @@ class Coordinator:
 
     def _count(self, **changes: int) -> None:
         for name, change in changes.items():
-            setattr(self._statistics, name, getattr(self._statistics, name) + change)
-        if self._statistics.running == 0:
+            setattr(self.statistics, name, getattr(self.statistics, name) + change)
+        if self.statistics.running == 0:
             self._idle.set()
         elif self._idle.is_set():
             self._idle = trio.Event()

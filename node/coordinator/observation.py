@@ -1,4 +1,4 @@
-"""The observation of a served job: its cost, with the context that the cost depends on."""
+"""The observation of a served job: its cost, with the context that the cost depends on; and the recorder of them."""
 
 import platform
 import time

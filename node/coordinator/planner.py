@@ -127,30 +127,24 @@ class Planner:
 
     def __init__(
         self,
-        finder: Finder,
-        links: Links,
+        swarm: SwarmView,
         own_peer: PeerId,
         *,
-        rng: random.Random | None = None,
-        bandwidth: Callable[[PeerId], float | None] = lambda peer: None,
-        in_flight: Callable[[], Counter[PeerId]] = Counter,
+        rng: random.Random,
+        in_flight: Callable[[], Counter[PeerId]],
     ) -> None:
-        """`rng` decides which promise is explored.
-
-        `bandwidth`: the memory bandwidth that a peer reports, bytes per second. `in_flight`: the number of this node's
-        jobs on each peer.
-        """
-        self._finder = finder
-        self._links = links
+        """`rng` decides which promise is explored. `in_flight`: the number of this node's jobs on each peer."""
+        self._finder = swarm.finder
+        self._links = swarm.links
+        self._bandwidth = swarm.bandwidth
         self._own_peer = own_peer
-        self._bandwidth = bandwidth
         self._in_flight = in_flight
         self._reliability = Reliability()
         self._blocks = Measurements()
         """Seconds of a block for one token,"""
         self._rows = Measurements()
         """and for one row of a prompt."""
-        self._exploration = Exploration(rng or random.Random(0))
+        self._exploration = Exploration(rng)
 
     async def route(self, need: RouteNeed, *, may_explore: bool = False, only_trusted: bool = False) -> PlannedRoute:
         """Return the best route. Raises NoRouteError.

@@ -165,6 +165,7 @@ class Dht:
         while True:
             await self._peer_arrived.wait()
             await trio.sleep(REFRESH_DEBOUNCE_S)
+            self._peer_arrived.clear()  # one refresh for all that arrived meanwhile
             if not kad.host.get_connected_peers():
                 continue  # gone already: a lookup would only dial it again
             try:

@@ -1,6 +1,7 @@
 """Replay buffer: outputs that a stage has sent, retained so that a replacement stage can be re-fed after a failover.
 
-And the plan of a failover: from which position each stage of the new route resumes.
+And the plan of a failover: from which position each stage of the new route resumes; and the state of a session that the
+one which continues it takes over.
 """
 
 from collections.abc import Mapping, Sequence

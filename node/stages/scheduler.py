@@ -1,4 +1,4 @@
-"""Scheduler: which of the queued rows go into the next step of an engine. Without a clock of its own.
+"""Scheduler and stage policy: which queued rows go into the next step of an engine. Without a clock of its own.
 
 Three disciplines. `one`: a step holds the rows of one session. `static` batching: the sessions that wait when a batch
 forms stay together until they have ended, and no other joins meanwhile. `continuous` batching: sessions join and leave

@@ -320,7 +320,7 @@ def pages_of(positions: int) -> int:
 
 
 class SpanTable:
-    """What is served here."""
+    """The spans that this node serves, their sessions, and the draft models beside them."""
 
     def __init__(self) -> None:
         self.is_draining = False

@@ -104,7 +104,7 @@ async def serve(node: LearningNode, rounds: int) -> dict[str, list[JobResult]]:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(node.predictions.run)
             runner = AdoptionTrials(BenchmarkRunner(peer.coordinator, node.recorder))
-            nursery.start_soon(node.chooser.trials.run, runner, lambda: peer.coordinator.statistics().running > 0)
+            nursery.start_soon(node.chooser.trials.run, runner, lambda: peer.coordinator.statistics.running > 0)
             for number in range(rounds):
                 for family, request in requests(number).items():
                     results[family].append(await peer.run(request))

@@ -43,7 +43,7 @@ def left_behind(swarm: Swarm) -> list[str]:
             "watchers": sum(len(link._watchers) for link in links),
             "replies": sum(len(link._replies) + len(link._progress_replies) for link in links),
             "sessions of links": sum(link._connection.session_count for link in links),
-            "jobs": peer.coordinator.statistics().running,
+            "jobs": peer.coordinator.statistics.running,
         }
         found += [f"peer {number}: {what}: {value}" for what, value in held.items() if value]
     return found

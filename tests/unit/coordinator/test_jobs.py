@@ -174,7 +174,7 @@ async def test_cancelled_job_frees_all_sessions(virtual_clock: MockClock) -> Non
         with trio.move_on_after(0.5):
             await peer.run(JobRequest(model="fake", prompt=PROMPT, max_tokens=500))
         await all_free(swarm)
-        assert peer.coordinator.statistics().cancelled == 2
+        assert peer.coordinator.statistics.cancelled == 2
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2])
@@ -254,7 +254,7 @@ async def test_background_job_gives_way_to_other_jobs(virtual_clock: MockClock) 
                 with pytest.raises(JobError, match="others, who come before a measurement") as caught:
                     await peer.run(measurement)
                 assert caught.value.retry_after_s
-        assert peer.coordinator.statistics().failed == 0
+        assert peer.coordinator.statistics.failed == 0
         async with peer.coordinator.submit(measurement):
             await peer.run(measurement)  # of one peer several at a time are one measurement
             await other.run(replace(measurement, background=False))  # nobody waits for it
@@ -264,7 +264,7 @@ async def test_background_job_gives_way_to_other_jobs(virtual_clock: MockClock) 
 async def test_statistics_separate_failures_rejections_and_trials(virtual_clock: MockClock) -> None:
     async with open_swarm() as swarm:
         peer = await swarm_of_thirds(swarm)
-        counts = peer.coordinator.statistics()
+        counts = peer.coordinator.statistics
         await peer.run(JobRequest(model="fake", prompt=PROMPT, max_tokens=2))
         for mistake in (
             JobRequest(model="fake", prompt=""),

@@ -322,4 +322,4 @@ async def test_thousand_jobs_a_third_cancelled_free_all_memory(virtual_clock: Mo
         assert done + cancelled == 1000
         assert cancelled > 100
         await all_free(swarm)
-        assert peer.coordinator.statistics().running == 0
+        assert peer.coordinator.statistics.running == 0
