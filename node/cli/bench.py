@@ -230,8 +230,8 @@ def ranked(cell: Mapping[str, Any]) -> list[MethodResult]:
 def describe(workload: Mapping[str, float]) -> str:
     """Describe a workload in words."""
     jobs = int(workload["concurrency"])
-    parts = [f"{jobs} job{'s' if jobs > 1 else ''}", f"{workload['prompt_tokens']:.0f} in"]
-    parts.append(f"{workload['max_tokens']:.0f} out")
+    parts = [f"{jobs} job{'s' if jobs > 1 else ''}"]
+    parts += [f"{workload['prompt_tokens']:.0f} in", f"{workload['max_tokens']:.0f} out"]
     if workload["shared_prefix_share"]:
         parts.append(f"{workload['shared_prefix_share']:.0%} shared")
     if workload["repetitiveness"]:

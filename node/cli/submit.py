@@ -150,10 +150,6 @@ def _parse_token_ids(text: str) -> list[int]:
     return [int(piece) for piece in pieces]
 
 
-def _is_prompt(value: object) -> bool:
-    return isinstance(value, str) or (isinstance(value, list) and all(type(token) is int for token in value))
-
-
 def _read_text(name: str) -> str:
     try:
         return (sys.stdin.buffer.read() if name == "-" else Path(name).read_bytes()).decode()
@@ -185,7 +181,9 @@ def read_jobs(path: Path, options: Mapping[str, Any]) -> list[dict[str, Any]]:
             job = json.loads(line)
         except ValueError as error:
             raise click.UsageError(f"{path}, line {number}: not valid JSON: {error}") from None
-        if not isinstance(job, dict) or not _is_prompt(job.get("prompt")):
+        prompt = job.get("prompt") if isinstance(job, dict) else None
+        is_token_ids = isinstance(prompt, list) and all(type(token) is int for token in prompt)
+        if not is_token_ids and not isinstance(prompt, str):
             raise click.UsageError(f'{path}, line {number}: expected an object with a "prompt", text or token ids')
         unknown = job.keys() - {"prompt", *_JOB_OPTIONS}
         if unknown:
