@@ -56,6 +56,11 @@ def export(data_dir: Path, output: Path | None, as_json: bool) -> None:
     `pandas.read_json(FILE, lines=True)` loads the file.
     """
     path = _existing(data_dir)
+    if output is not None and output.suffix == ".parquet":
+        raise click.UsageError(
+            f"{output} would hold JSON lines, not Parquet: write FILE.jsonl, and convert it with "
+            "pandas.read_json(FILE, lines=True).to_parquet(...)"
+        )
     if output is None:
         with _as_command_errors():
             _export(path, sys.stdout, lambda done, total: None)
