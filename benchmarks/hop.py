@@ -156,10 +156,7 @@ def report(result: Mapping[str, Any]) -> str:
     for name, title in PARTS.items():
         part = Spread(**result["parts_ms"][name])
         lines.append(f"  {title:<48} {part.p5:7.3f}  {part.median:7.3f}  {part.p99:7.3f}")
-    lines += [
-        "",
-        f"where no part has to wait for a core, they come to {result['undisturbed_ms']:.2f} ms",
-    ]
+    lines += ["", f"where no part has to wait for a core, they come to {result['undisturbed_ms']:.2f} ms"]
     return "\n".join(lines)
 
 

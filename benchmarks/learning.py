@@ -102,10 +102,7 @@ async def measure(jobs: int, last: int, replays: int) -> dict[str, Any]:
     names = list(FAMILIES)
     async with whole_model(package, 1) as ready, httpx.AsyncClient(base_url=ready.api_url, timeout=600) as client:
         await judge(client)  # kept in the cache folder; what else these peers have learned is gone with them
-    async with (
-        whole_model(package, 3) as ready,
-        httpx.AsyncClient(base_url=ready.api_url, timeout=600) as client,
-    ):
+    async with whole_model(package, 3) as ready, httpx.AsyncClient(base_url=ready.api_url, timeout=600) as client:
         learning: list[dict[str, Any]] = []
         for number in range(jobs):
             family = names[number % len(names)]

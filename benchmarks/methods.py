@@ -116,10 +116,7 @@ async def measure(
     kept = Kept(resume, read_kept(resume))
     finals: list[dict[str, Any]] = []
     for setting in settings:
-        async with (
-            running(setting) as first,
-            httpx.AsyncClient(base_url=first.api_url, timeout=None) as client,
-        ):
+        async with running(setting) as first, httpx.AsyncClient(base_url=first.api_url, timeout=None) as client:
             await judge(client)
             for workload in workloads:
                 of_one_text = workload["concurrency"] == 1 and workload["max_tokens"] >= LONG_ANSWER

@@ -12,13 +12,7 @@ from protocol import fields
 from protocol.errors import RemoteProtocolError
 from protocol.forms import Counter, Name
 from protocol.identity import BlockRange, ModelId, PeerId
-from protocol.limits import (
-    MAX_ADDRESSES,
-    MAX_HEARTBEAT_INTERVAL_MS,
-    MAX_NAME_BYTES,
-    MAX_RATE,
-    MAX_SPANS,
-)
+from protocol.limits import MAX_ADDRESSES, MAX_HEARTBEAT_INTERVAL_MS, MAX_NAME_BYTES, MAX_RATE, MAX_SPANS
 from protocol.messages import Load
 from protocol.schema import LOCAL, Count, Form, Range
 

@@ -21,13 +21,7 @@ from protocol.forms import Digest, Envelope
 from protocol.framing import FrameReader
 from protocol.half_duplex import MAX_PAYLOAD_BYTES, Busy, HalfDuplexConnection, HalfDuplexProtocol, Turn, packed
 from protocol.identity import PeerId, public_key_of
-from protocol.limits import (
-    MAX_CHAIN_ITEMS,
-    MAX_HAVE,
-    MAX_LOCATOR,
-    MAX_PART_CELLS,
-    MAX_PART_MEMBERS,
-)
+from protocol.limits import MAX_CHAIN_ITEMS, MAX_HAVE, MAX_LOCATOR, MAX_PART_CELLS, MAX_PART_MEMBERS
 from protocol.schema import Count, Form, MessageTypes
 from protocol.states import Role
 

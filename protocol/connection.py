@@ -16,28 +16,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Final, TypeAlias
 
-from protocol.codec import (
-    StepHeader,
-    decode_control,
-    decode_step_header,
-    encode_control,
-    encode_step_header,
-)
+from protocol.codec import StepHeader, decode_control, decode_step_header, encode_control, encode_step_header
 from protocol.errors import LocalProtocolError, ProtocolError, RemoteProtocolError
 from protocol.framing import Frame, FrameReader, FrameType, encode_frame, encode_step, split_step
 from protocol.identity import SessionId
 from protocol.limits import MAX_PINGS, MAX_SESSIONS
-from protocol.messages import (
-    LATEST_MINOR,
-    ControlMessage,
-    Credit,
-    Hello,
-    Message,
-    Ping,
-    Pong,
-    SessionMessage,
-    Step,
-)
+from protocol.messages import LATEST_MINOR, ControlMessage, Credit, Hello, Message, Ping, Pong, SessionMessage, Step
 from protocol.states import (
     CONNECTION_TABLE,
     SESSION_TABLE,

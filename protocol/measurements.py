@@ -59,10 +59,7 @@ def _switch(value: object, what: str) -> str:
 Size = Annotated[int, Range(1, MAX_VOCABULARY)]
 """A dimension of a model."""
 
-Switches = Annotated[
-    Mapping[Annotated[str, Form(_switch)], Annotated[str, Form(_switch)]],
-    Count(MAX_SWITCHES),
-]
+Switches = Annotated[Mapping[Annotated[str, Form(_switch)], Annotated[str, Form(_switch)]], Count(MAX_SWITCHES)]
 """Values by name, both of lower-case letters, digits and `_ . + -`."""
 
 _Version = Annotated[str, name(MAX_SWITCH_BYTES)]

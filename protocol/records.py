@@ -20,12 +20,7 @@ from protocol.errors import LocalProtocolError, RemoteProtocolError, UntimelyErr
 from protocol.fields import integer
 from protocol.forms import Name, Signature
 from protocol.identity import PeerId, peer_id_from_public_key
-from protocol.limits import (
-    MAX_CLOCK_SKEW_S,
-    MAX_INTEGER,
-    MAX_RECORD_BYTES,
-    MAX_RECORD_LIFETIME_S,
-)
+from protocol.limits import MAX_CLOCK_SKEW_S, MAX_INTEGER, MAX_RECORD_BYTES, MAX_RECORD_LIFETIME_S
 from protocol.schema import Form, from_map, raw, to_map
 from protocol.signatures import is_valid_signature
 

@@ -161,10 +161,7 @@ _SESSIONS: Final[Mapping[tuple[Role, SessionState], tuple[_Events, _Events]]] = 
     (_I, _FAILED): ({Close: _IDLE}, {}),
     # Rows were consumed, or found to be of an unknown session, after it was forgotten: there is no credit to settle. A
     # Close comes from an initiator that has not yet received our Refused.
-    (_R, _IDLE): (
-        {Credit: _Q, Progress: _Q, Reroute: _Q, Failed: _Q},
-        {Open: _OPENING, Step: _FORWARDED, Close: _Q},
-    ),
+    (_R, _IDLE): ({Credit: _Q, Progress: _Q, Reroute: _Q, Failed: _Q}, {Open: _OPENING, Step: _FORWARDED, Close: _Q}),
     # Lost before it was admitted: the answer to the Open is still due, which is Refused.
     (_R, _OPENING): ({Opened: _OPEN, Refused: _IDLE, Failed: _Q}, {Close: _CLOSING}),
     (_R, _OPEN): ({Failed: _FAILED}, {TokenHistory: _OPEN, Begin: _BEGUN, Close: _CLOSING}),

@@ -16,12 +16,7 @@ import trio
 
 from node.coordinator.failover import ResilientRoute, no_route
 from node.coordinator.job import Job
-from node.coordinator.method_choice import (
-    Choice,
-    Chooser,
-    QualityStore,
-    admitted_methods,
-)
+from node.coordinator.method_choice import Choice, Chooser, QualityStore, admitted_methods
 from node.coordinator.observation import Recorder, ServedJob
 from node.coordinator.planner import Planner, SwarmView
 from node.coordinator.prefix_sharing import RecentPrompts

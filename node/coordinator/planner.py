@@ -126,12 +126,7 @@ class Planner:
     """Finds routes for the jobs of this node."""
 
     def __init__(
-        self,
-        swarm: SwarmView,
-        own_peer: PeerId,
-        *,
-        rng: random.Random,
-        in_flight: Callable[[], Counter[PeerId]],
+        self, swarm: SwarmView, own_peer: PeerId, *, rng: random.Random, in_flight: Callable[[], Counter[PeerId]]
     ) -> None:
         """`rng` decides which promise is explored. `in_flight`: the number of this node's jobs on each peer."""
         self._finder = swarm.finder

@@ -224,11 +224,7 @@ class Router(GossipSub):
         return grafts, prunes
 
     def _get_in_topic_gossipsub_peers_from_minus(
-        self,
-        topic: str,
-        num_to_select: int,
-        minus: Iterable[ID],
-        backoff_check: bool = False,
+        self, topic: str, num_to_select: int, minus: Iterable[ID], backoff_check: bool = False
     ) -> list[ID]:
         """Choose peers for a mesh, or for IHAVE: the library asks here for both."""
         minus = set(minus)

@@ -23,14 +23,7 @@ from node.network.broadcast import Broadcast
 from node.network.dht import Dht
 from node.network.gossip import Gossip
 from node.network.guarded_host import GuardedHost, GuardedSwarm, silence_library_log, start_service
-from node.network.interface import (
-    NetworkError,
-    PeerConnected,
-    PeerDisconnected,
-    Stream,
-    StreamHandler,
-    TransferReport,
-)
+from node.network.interface import NetworkError, PeerConnected, PeerDisconnected, Stream, StreamHandler, TransferReport
 from node.network.limits import NetworkLimits
 from node.network.streams import Libp2pStream, serve
 from node.network.transport import Tcp, bind, reason, secure_upgrader

@@ -61,12 +61,7 @@ async def find_neighbours(network: Network, swarm_key: str | None) -> None:
     seen, names = trio.open_memory_channel[str](MAX_WAITING)
     token = trio.lowlevel.current_trio_token()
 
-    def notice(
-        zeroconf: Zeroconf,
-        service_type: str,
-        name: str,
-        state_change: ServiceStateChange,
-    ) -> None:
+    def notice(zeroconf: Zeroconf, service_type: str, name: str, state_change: ServiceStateChange) -> None:
         """Pass a name to our own thread. zeroconf prescribes the argument names."""
         if state_change is not ServiceStateChange.Removed and name != own.name:
             with suppress(trio.RunFinishedError):

@@ -27,9 +27,7 @@ class Evidence(NamedTuple):
 
 
 def evidence_of(
-    table: Mapping[Cell, AgreedCell],
-    reports: Iterable[tuple[PeerId, Cell, float]],
-    weights: Mapping[str, int],
+    table: Mapping[Cell, AgreedCell], reports: Iterable[tuple[PeerId, Cell, float]], weights: Mapping[str, int]
 ) -> list[Evidence]:
     """Return the evidence of the agreed table and of free reports (peer, cell, log ratio).
 

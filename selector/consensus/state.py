@@ -22,13 +22,7 @@ from protocol.consensus_values import (
 from protocol.forms import Digest
 from protocol.identity import PeerId
 from selector.consensus.reputation import updated, weight_of
-from selector.consensus.sortition import (
-    READINGS_PER_CELL,
-    MeasurementPlan,
-    assign_cells,
-    beacon_of,
-    select_committee,
-)
+from selector.consensus.sortition import READINGS_PER_CELL, MeasurementPlan, assign_cells, beacon_of, select_committee
 from selector.consensus.table import AgreedCell, agree_on, digest_of_table, needed_support, supports, table_of
 
 MAX_MEASURED: Final = 4096

@@ -26,9 +26,7 @@ def multicast_reaches_loopback() -> bool:
 
 
 @pytest.mark.skipif(not multicast_reaches_loopback(), reason="this machine's loopback interface carries no multicast")
-async def test_mdns_discovers_peers_of_same_swarm_key_only(
-    start_daemon: StartDaemon,
-) -> None:
+async def test_mdns_discovers_peers_of_same_swarm_key_only(start_daemon: StartDaemon) -> None:
     on = {"METASWARM_NO_MDNS": "0"}
     first = await start_daemon(environment=on)
     second = await start_daemon(environment=on)

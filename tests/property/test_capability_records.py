@@ -84,11 +84,7 @@ accelerators = st.builds(
 versions = st.none() | words(MAX_WORD_BYTES)
 peers: st.SearchStrategy[PeerId] = st.binary(min_size=32, max_size=32).map(peer_id_from_public_key)
 neighbours = st.builds(
-    Neighbour,
-    peer=peers,
-    round_trip_s=figures(MAX_ROUND_TRIP_S),
-    upload_bytes_per_s=rates,
-    download_bytes_per_s=rates,
+    Neighbour, peer=peers, round_trip_s=figures(MAX_ROUND_TRIP_S), upload_bytes_per_s=rates, download_bytes_per_s=rates
 )
 links = st.builds(
     Links,

@@ -44,12 +44,7 @@ RECORDS: st.SearchStrategy[Record] = st.one_of(
 
 EXAMPLES: list[Record] = [
     SpanRecord(
-        peer=PEER,
-        model=MODEL,
-        blocks=(BlockRange(0, 15),),
-        sequence=300,
-        issued_at_s=NOW_S,
-        expires_at_s=NOW_S + 600,
+        peer=PEER, model=MODEL, blocks=(BlockRange(0, 15),), sequence=300, issued_at_s=NOW_S, expires_at_s=NOW_S + 600
     ),
     Heartbeat(
         peer=PEER,

@@ -45,13 +45,7 @@ def test_excessive_clock_skew_only_delays_convergence() -> None:
     """Up to 90 s apart, of which 60 s are allowed: what comes too early is taken in once its time has come."""
     result = play(
         Scenario(
-            peers=12,
-            clock_skew_s=45,
-            faults_s=20,
-            partition_s=0,
-            joins_per_s=0,
-            leaves_per_s=0,
-            observations_per_s=2,
+            peers=12, clock_skew_s=45, faults_s=20, partition_s=0, joins_per_s=0, leaves_per_s=0, observations_per_s=2
         )
     )
     assert_one_history(result)

@@ -153,9 +153,7 @@ class LyingVoter:
         return {each.name: -20.0 if each.name == LIE else 5.0 for each in methods}
 
 
-async def test_false_history_and_votes_adopt_no_slow_method(
-    virtual_clock: MockClock,
-) -> None:
+async def test_false_history_and_votes_adopt_no_slow_method(virtual_clock: MockClock) -> None:
     context = TaskContext(architecture="fake", block_count=9, hidden_size=32, hardware="test")
     lies = [
         Sample(

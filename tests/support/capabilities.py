@@ -39,8 +39,7 @@ EPYC = Capabilities(
     software=Software(metaswarm="0.1.0", python="3.11.7", torch="2.13.0+cpu", transformers="5.23.0"),
     disk_read_bytes_per_s=1.2e9,
     links=Links(
-        upload_bytes_per_s=5e6,
-        neighbours=(Neighbour(peer=peer_of(77), round_trip_s=0.02, upload_bytes_per_s=5e6),),
+        upload_bytes_per_s=5e6, neighbours=(Neighbour(peer=peer_of(77), round_trip_s=0.02, upload_bytes_per_s=5e6),)
     ),
 )
 

@@ -144,8 +144,7 @@ async def join_hole(
         network=network,
         identity=identity,
         services=OwnServices(
-            agent="hole/1",
-            served_spans=lambda: (ServedSpan(model=FAKE_MODEL, blocks=BlockRange(*blocks), load=load),),
+            agent="hole/1", served_spans=lambda: (ServedSpan(model=FAKE_MODEL, blocks=BlockRange(*blocks), load=load),)
         ),
         bootstrap=swarm.peers[0].network.multiaddrs,
         records=RecordKinds(network),

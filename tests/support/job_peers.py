@@ -351,9 +351,7 @@ class Swarm:
 
 @asynccontextmanager
 async def open_swarm(
-    seed: int = 1,
-    link: LinkModel | None = None,
-    controller: Callable[[], PolicyController] = PolicyController,
+    seed: int = 1, link: LinkModel | None = None, controller: Callable[[], PolicyController] = PolicyController
 ) -> AsyncIterator[Swarm]:
     """Hold a swarm inside the block."""
     async with trio.open_nursery() as nursery:

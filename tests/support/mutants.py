@@ -39,16 +39,7 @@ from protocol.states import Role
 from protocol.sync import Answers, Compare, Get, Greeting, Items, Message, Put, SyncConnection, Taken, Welcome
 from tests.support.capabilities import EPYC
 from tests.support.observations import NOW_S, key, peer, signed
-from tests.unit.protocol.job_streams import (
-    MESSAGES,
-    failed,
-    hello,
-    new_connection,
-    open_message,
-    opened,
-    rows,
-    wire,
-)
+from tests.unit.protocol.job_streams import MESSAGES, failed, hello, new_connection, open_message, opened, rows, wire
 
 _MODEL: Final = ModelId("5a" * 32)
 _DIGEST: Final = bytes(range(32))

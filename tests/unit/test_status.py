@@ -40,9 +40,7 @@ async def test_peers_shows_refusals_failures_held_bytes_and_bans() -> None:
         directory.update(heartbeat(peer), 0.0)
     network = SimpleNamespace(peer_id=US, connected_peers=lambda: (CONNECTED,), addresses_of=lambda peer: ())
     membership = SimpleNamespace(directory=directory, round_trip_s=lambda peer: None)
-    stages = SimpleNamespace(
-        peer_statistics=lambda: {CONNECTED: ASKED, GONE: replace(ASKED, sessions=0, bytes=0)},
-    )
+    stages = SimpleNamespace(peer_statistics=lambda: {CONNECTED: ASKED, GONE: replace(ASKED, sessions=0, bytes=0)})
     coordinator = SimpleNamespace(peer_records=lambda: {CONNECTED: SHOWN})
     parts = SimpleNamespace(
         network=SimpleNamespace(network=network),

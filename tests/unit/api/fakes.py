@@ -220,13 +220,7 @@ class FakeNode:
                 "rejected": 5,
                 "trials": {"running": 0, "done": 6, "failed": 7},
             },
-            "history": {
-                "count": 7,
-                "digest": "5a" * 32,
-                "new_by_gossip": 4,
-                "new_by_sync": 2,
-                "last_equal_s": 3.0,
-            },
+            "history": {"count": 7, "digest": "5a" * 32, "new_by_gossip": 4, "new_by_sync": 2, "last_equal_s": 3.0},
             "consensus": [
                 {
                     "model": MODEL,

@@ -148,11 +148,7 @@ async def test_request_fields_reach_job(node: FakeNode, client: httpx.AsyncClien
         "top_p": 0.9,
         "seed": 11,
         "stop": ["END", "\n"],
-        "metaswarm": {
-            "quality": "near",
-            "method": "arithmetic=bf16",
-            "ignore_eos": True,
-        },
+        "metaswarm": {"quality": "near", "method": "arithmetic=bf16", "ignore_eos": True},
     }
     await client.post("/v1/chat/completions", json=chat_body(**fields))
     (job,) = node.submitter.requests

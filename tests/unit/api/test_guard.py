@@ -48,12 +48,7 @@ async def test_large_request_without_key_frees_connection(guarded_client: httpx.
 
 @pytest.mark.parametrize(
     "headers",
-    [
-        {"Host": "attacker.example"},
-        {"Host": "[::1"},
-        {"Origin": "https://attacker.example"},
-        {"Origin": "null"},
-    ],
+    [{"Host": "attacker.example"}, {"Host": "[::1"}, {"Origin": "https://attacker.example"}, {"Origin": "null"}],
 )
 async def test_refuses_foreign_origin_and_host(
     node: FakeNode, client: httpx.AsyncClient, headers: dict[str, str]

@@ -4,13 +4,7 @@ from typing import Any
 import pytest
 
 from node.api.errors import ApiError
-from node.api.requests import (
-    IGNORED,
-    MAX_SEED,
-    MIN_SEED,
-    parse_chat_request,
-    parse_completion_request,
-)
+from node.api.requests import IGNORED, MAX_SEED, MIN_SEED, parse_chat_request, parse_completion_request
 from node.coordinator.submission import ChatMessage
 from protocol.limits import MAX_LOGIT_BIASES, MAX_POSITIONS, MAX_STOP_TOKENS, MAX_VOCABULARY
 

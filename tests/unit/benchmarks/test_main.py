@@ -44,8 +44,4 @@ def test_list_names_all_benchmarks_and_runs_none(
     monkeypatch.setattr(benchmarks, "run", lambda names: pytest.fail("ran"))
     monkeypatch.setattr("sys.argv", ["benchmarks", "--list"])
     assert benchmarks.main() == 0
-    assert CITED.findall(capsys.readouterr().out) == [
-        *benchmarks.QUICK,
-        *benchmarks.LONG,
-        *benchmarks.WITH_ARGUMENTS,
-    ]
+    assert CITED.findall(capsys.readouterr().out) == [*benchmarks.QUICK, *benchmarks.LONG, *benchmarks.WITH_ARGUMENTS]

@@ -312,11 +312,7 @@ async def test_small_gradual_change_is_not_announced(
 
 
 async def test_record_signed_by_another_peer_is_rejected(swarm: Swarm, virtual_clock: MockClock) -> None:
-    async with (
-        swarm.peer(EPYC) as alice,
-        swarm.peer(announcing=False) as mallory,
-        swarm.peer() as bob,
-    ):
+    async with swarm.peer(EPYC) as alice, swarm.peer(announcing=False) as mallory, swarm.peer() as bob:
         await bob.join(alice, mallory)
         await trio.sleep(5)
         key = capability_key(alice.id)

@@ -7,16 +7,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from node.consensus.chain_replica import state_parts
 from protocol.chains import encode_state
 from protocol.consensus import Body, sign_message
-from protocol.consensus_values import (
-    Cell,
-    Commit,
-    EquivocationProof,
-    Reading,
-    Reveal,
-    Signature,
-    Statement,
-    genesis_of,
-)
+from protocol.consensus_values import Cell, Commit, EquivocationProof, Reading, Reveal, Signature, Statement, genesis_of
 from protocol.identity import PeerId, peer_id_from_public_key
 from selector.consensus.sortition import MeasurementPlan
 from selector.consensus.state import Contribution, State, conclude, initial_state

@@ -22,9 +22,7 @@ def windows(length: int = 40) -> list[list[int]]:
     return torch.randint(0, VOCABULARY, (3, length), generator=generator).tolist()
 
 
-def test_quality_is_zero_for_exact_and_ordered_for_lossy_variants(
-    make_tiny_model: Callable[[str], TinyModel],
-) -> None:
+def test_quality_is_zero_for_exact_and_ordered_for_lossy_variants(make_tiny_model: Callable[[str], TinyModel]) -> None:
     model = make_tiny_model("llama")
     parts = [(blocks, model.source(blocks)) for blocks in split_into_parts([1] * BLOCKS)]
     assert len(parts) == min(PARTS, BLOCKS)

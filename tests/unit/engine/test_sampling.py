@@ -50,11 +50,7 @@ def test_temperature_zero_takes_the_likeliest() -> None:
 # The bound is chi-square's 99.9 % quantile for five degrees of freedom; the seeds are fixed.
 @pytest.mark.parametrize(
     ("temperature", "expected"),
-    [
-        (1.0, PROBABILITIES),
-        (0.5, normalised(PROBABILITIES**2)),
-        (2.0, normalised(PROBABILITIES**0.5)),
-    ],
+    [(1.0, PROBABILITIES), (0.5, normalised(PROBABILITIES**2)), (2.0, normalised(PROBABILITIES**0.5))],
 )
 def test_tokens_are_as_frequent_as_they_are_likely(temperature: float, expected: Shares) -> None:
     assert chi_square(shares(Sampling(max_tokens=1, temperature=temperature, seed=1)), expected) < 20.5

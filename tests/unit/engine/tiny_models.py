@@ -96,12 +96,7 @@ FAMILIES: Mapping[str, dict[str, Any]] = {
         "residual_multiplier": 0.7,
     },
     "bloom": {"model_type": "bloom", **_SHAPE, "n_layer": BLOCKS, "n_head": 4},
-    "opt": {
-        "model_type": "opt",
-        **_SHAPE,
-        "ffn_dim": 48,
-        "word_embed_proj_dim": 16,
-    },
+    "opt": {"model_type": "opt", **_SHAPE, "ffn_dim": 48, "word_embed_proj_dim": 16},
     "gpt_bigcode": {"model_type": "gpt_bigcode", **_GPT2_SHAPE},
     "cohere": {"model_type": "cohere", **_SHAPE, "logit_scale": 0.5},
     "gemma": {"model_type": "gemma", **_SHAPE, "head_dim": 16},

@@ -156,9 +156,7 @@ async def test_concurrent_progress_requests_share_one_answer(virtual_clock: Mock
         nursery.cancel_scope.cancel()
 
 
-async def test_concurrent_probes_of_a_slow_peer_leave_the_link_alone(
-    virtual_clock: MockClock,
-) -> None:
+async def test_concurrent_probes_of_a_slow_peer_leave_the_link_alone(virtual_clock: MockClock) -> None:
     async with trio.open_nursery() as nursery:
         link, far, other = await running(nursery)
         for _ in range(20):

@@ -233,12 +233,7 @@ def test_longrope_of_phi3_is_kept(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("architecture", "own", "factors", "line"),
     [
-        (
-            "llama",
-            {"rope__scaling__type": "dynamic"},
-            {},
-            "rope.scaling.type = 'dynamic', a RoPE scaling",
-        ),
+        ("llama", {"rope__scaling__type": "dynamic"}, {}, "rope.scaling.type = 'dynamic', a RoPE scaling"),
         ("llama", {"rope__scaling__type": "longrope"}, {}, "rope.scaling.type = 'longrope', a RoPE scaling"),
         ("llama", {"rope__scaling__factor": -1.0}, {}, "rope.scaling.factor = -1.0, a RoPE scaling"),
         ("llama", {"rope__scaling__factor": math.nan}, {}, "rope.scaling.factor = nan, a RoPE scaling"),
@@ -255,12 +250,7 @@ def test_longrope_of_phi3_is_kept(tmp_path: Path) -> None:
         ("llama", {}, {"rope_freqs": [1.0, math.nan, 8.0, 8.0]}, "does not fit its 4 frequencies"),
         ("llama", {"rope__scaling__factor": 4.0}, {"rope_freqs": [1.0, 8.0, 8.0, 8.0]}, "by both rope_freqs.weight"),
         ("qwen2", {}, {"rope_freqs": [1.0, 8.0, 8.0, 8.0]}, "of this architecture, cannot be kept"),
-        (
-            "llama",
-            {},
-            {"rope_factors_long": [1.0] * 4, "rope_factors_short": [1.0] * 4},
-            "a RoPE scaling which",
-        ),
+        ("llama", {}, {"rope_factors_long": [1.0] * 4, "rope_factors_short": [1.0] * 4}, "a RoPE scaling which"),
         ("phi3", {}, {"rope_factors_long": [1.0] * 4}, "a RoPE scaling which"),
         ("gpt2", {}, {"rope_freqs": [1.0] * 4}, "rope_freqs.weight has no meaning for gpt2 models"),
     ],

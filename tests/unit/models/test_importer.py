@@ -139,10 +139,7 @@ BROKEN: dict[str, tuple[Any, str]] = {
         lambda f: (f / "config.json").write_text('{"model_type": "x", "num_hidden_layers": 3, "a": NaN}'),
         "cannot become a package",
     ),
-    "quantised": (
-        lambda f: (f / "config.json").write_text('{"quantization_config": {}}'),
-        "quantised checkpoint",
-    ),
+    "quantised": (lambda f: (f / "config.json").write_text('{"quantization_config": {}}'), "quantised checkpoint"),
     "cut short": (lambda f: truncate(f / "model.safetensors"), "damaged or cut short"),
     "not safetensors": (lambda f: (f / "model.safetensors").write_bytes(b"\x80\x02}q\x00."), "not a safetensors file"),
     "garbage": (lambda f: (f / "model.safetensors").write_bytes(b"\xff" * 1000), "not a safetensors file"),

@@ -56,9 +56,7 @@ ARCHITECTURES = {
         tied=True,
     ),
     "mixtral": Architecture(
-        LLAMA.embed,
-        LLAMA.head,
-        (*LLAMA_BLOCK, "model.layers.{}.block_sparse_moe.experts.7.w1.weight"),
+        LLAMA.embed, LLAMA.head, (*LLAMA_BLOCK, "model.layers.{}.block_sparse_moe.experts.7.w1.weight")
     ),
     "qwen3_moe": Architecture(
         LLAMA.embed, LLAMA.head, (*LLAMA_BLOCK, "model.layers.{}.mlp.experts.7.gate_proj.weight")

@@ -19,12 +19,7 @@ import trio.testing
 from node.models import tokenizer_service
 from node.models.errors import ChatTemplateError, ModelError
 from node.models.streaming import StreamDecoder
-from node.models.tokenizer_service import (
-    Limits,
-    TokenizerBusyError,
-    TokenizerService,
-    TokenizerUnavailableError,
-)
+from node.models.tokenizer_service import Limits, TokenizerBusyError, TokenizerService, TokenizerUnavailableError
 from tests.support import hostile_directory
 from tests.support.tokenizers import load_tokenizer
 from tests.unit.models.packages import write_package
@@ -175,12 +170,7 @@ HOSTILE_FILES = {
     ),
     "a regular expression that is none": changed(
         lambda values: values.update(
-            pre_tokenizer={
-                "type": "Split",
-                "pattern": {"Regex": "(((((((("},
-                "behavior": "Isolated",
-                "invert": False,
-            }
+            pre_tokenizer={"type": "Split", "pattern": {"Regex": "(((((((("}, "behavior": "Isolated", "invert": False}
         ),
         byte_level(),
     ),

@@ -264,12 +264,7 @@ async def test_library_loses_gossip_one_way_after_quick_reconnection() -> None:
         return False
 
     with limited(20):
-        async with (
-            library_host(1) as a,
-            library_pubsub(a) as one,
-            library_host(2) as b,
-            library_pubsub(b) as other,
-        ):
+        async with library_host(1) as a, library_pubsub(a) as one, library_host(2) as b, library_pubsub(b) as other:
             at_one, at_other = await one.subscribe(TOPIC), await other.subscribe(TOPIC)
             await join(b, address_of(a))
             while not (await heard(at_one, other) and await heard(at_other, one)):

@@ -64,12 +64,7 @@ def test_control_message_round_trip(name: str) -> None:
 
 def test_optional_fields_are_omitted() -> None:
     middle = Open(
-        session=SESSION,
-        model=ModelId("0f" * 32),
-        blocks=BlockRange(0, 1),
-        methods=("m",),
-        positions=1,
-        downstream=PEER,
+        session=SESSION, model=ModelId("0f" * 32), blocks=BlockRange(0, 1), methods=("m",), positions=1, downstream=PEER
     )
     fields = decode(encode_control(middle), max_bytes=MAX_CONTROL_BYTES)
     assert isinstance(fields, dict)

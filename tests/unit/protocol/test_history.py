@@ -5,14 +5,7 @@ import pytest
 
 from protocol.canonical import encode
 from protocol.errors import LocalProtocolError, RemoteProtocolError
-from protocol.history import (
-    HistoryDigest,
-    decode_batch,
-    encode_batch,
-    history_key,
-    summarise,
-    take_batch,
-)
+from protocol.history import HistoryDigest, decode_batch, encode_batch, history_key, summarise, take_batch
 from protocol.limits import MAX_BATCH_BYTES, MAX_BATCH_ENVELOPES, MAX_PARTS, MAX_RECORD_BYTES
 from protocol.reconciliation import IdCache, SetTree, Summary, digest_of
 from protocol.records import seal, verify_dht_record

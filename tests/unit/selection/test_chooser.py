@@ -20,13 +20,7 @@ FUSED, CHUNKED = method(engine="fused"), method(engine="fused", prefill_chunk="6
 REPEATED, NARROW = method(engine="fused", speculation="ngram-8"), method(engine="fused", activations="int8")
 CACHED = method(engine="fused", prefix_cache="on", speculation="ngram-8")
 CONTEXT = TaskContext(
-    architecture="fake",
-    block_count=9,
-    hidden_size=32,
-    hardware="test",
-    prompt_tokens=16,
-    max_tokens=16,
-    stage_count=2,
+    architecture="fake", block_count=9, hidden_size=32, hardware="test", prompt_tokens=16, max_tokens=16, stage_count=2
 )
 
 
@@ -52,8 +46,7 @@ async def test_only_the_simplest_of_equivalent_methods_gets_a_trial(
     choice = await chooser.choose(SelectionRequest(model=ModelId("ab" * 32), context=context, admitted=admitted))
     assert list(choice.ballot([])) == [FUSED.name]
     chooser.served(
-        choice,
-        JobOutcome(job_id=JobId("cd" * 16), method=FUSED.name, completion_tokens=16, total_s=1.0, replays=0),
+        choice, JobOutcome(job_id=JobId("cd" * 16), method=FUSED.name, completion_tokens=16, total_s=1.0, replays=0)
     )
     runner = RecordingRunner()
     with trio.move_on_after(60):

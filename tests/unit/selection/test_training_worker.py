@@ -12,9 +12,7 @@ from selector.task_buckets import Viewpoint
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux knows priorities of threads")
-def test_only_the_training_thread_has_the_lowest_priority(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_only_the_training_thread_has_the_lowest_priority(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[tuple[int, int]] = []
 
     def train(samples: object, viewpoint: object) -> None:

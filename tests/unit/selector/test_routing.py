@@ -6,16 +6,7 @@ from typing import Any
 import pytest
 
 from protocol.identity import BlockRange, PeerId, Stage
-from selector.routing import (
-    MAX_OFFERS,
-    Demand,
-    Link,
-    NoRouteError,
-    Offer,
-    find_replacement,
-    find_route,
-    uncovered,
-)
+from selector.routing import MAX_OFFERS, Demand, Link, NoRouteError, Offer, find_replacement, find_route, uncovered
 
 DEMAND = Demand(block_count=12, prompt_rows=20, new_tokens=100, row_bytes=2304)
 NEAR, FAR = Link(0.001, 1e9), Link(0.08, 1e7)

@@ -30,9 +30,7 @@ def with_hardware(dataset: Dataset) -> Dataset:
     contexts = dataset.pairs.contexts
     constants = np.tile(list(HARDWARE.values()), (len(contexts), 1))
     contexts = replace(
-        contexts,
-        columns=(*contexts.columns, *HARDWARE),
-        features=np.hstack([contexts.features, constants]),
+        contexts, columns=(*contexts.columns, *HARDWARE), features=np.hstack([contexts.features, constants])
     )
     return replace(dataset, pairs=replace(dataset.pairs, contexts=contexts))
 

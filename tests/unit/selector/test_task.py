@@ -142,9 +142,7 @@ def test_votes_count_by_weight() -> None:
     assert weights_of(["x", "y"], {"x": 5000}) == (5000, NEWCOMER_WEIGHT)
 
 
-@given(
-    st.lists(st.tuples(st.floats(-1e6, 1e6), st.integers(1, 5)), min_size=1, max_size=9),
-)
+@given(st.lists(st.tuples(st.floats(-1e6, 1e6), st.integers(1, 5)), min_size=1, max_size=9))
 def test_ballot_of_weight_n_counts_as_n_ballots(ballots: list[tuple[float, int]]) -> None:
     costs = [[cost] for cost, _ in ballots]
     weighed = scores(["a"], costs, [weight for _, weight in ballots])["a"]

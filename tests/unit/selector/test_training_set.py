@@ -128,11 +128,7 @@ def test_long_route_names_are_hashed() -> None:
 
 def test_old_or_foreign_samples_weigh_less() -> None:
     new = measured({FUSED.name: -1.0}, 20)
-    for other in (
-        {"hour": 100 - 24 * 60},
-        {"software": "0"},
-        {"context": replace(CONTEXT, hardware="gpu")},
-    ):
+    for other in ({"hour": 100 - 24 * 60}, {"software": "0"}, {"context": replace(CONTEXT, hardware="gpu")}):
         training = build_training_set([*new, *measured({FUSED.name: 1.0}, 20, **other)], VIEWPOINT)
         alone = build_training_set(new, VIEWPOINT)
         assert training is not None

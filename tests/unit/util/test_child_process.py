@@ -118,10 +118,7 @@ async def test_child_is_killed_on_timeout() -> None:
 
 
 async def test_missing_program_cannot_be_started() -> None:
-    for starting in (
-        run(["/nowhere"], what="it", time_limit_s=1),
-        start(["/nowhere"], what="it"),
-    ):
+    for starting in (run(["/nowhere"], what="it", time_limit_s=1), start(["/nowhere"], what="it")):
         with pytest.raises(ChildError, match=r"^it cannot be started: No such file or directory$"):
             await starting
     with pytest.raises(ChildError, match="it cannot be started"), running(["/nowhere"], what="it"):

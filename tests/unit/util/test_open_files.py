@@ -54,9 +54,7 @@ def test_soft_open_file_limit_is_raised_to_hard_limit() -> None:
         assert open_file_limit() == max(128, expected)
 
 
-async def test_task_restarts_after_file_shortage_but_not_after_other_errors(
-    virtual_clock: MockClock,
-) -> None:
+async def test_task_restarts_after_file_shortage_but_not_after_other_errors(virtual_clock: MockClock) -> None:
     faults: list[Exception] = [
         ExceptionGroup("nursery", [OSError(errno.EMFILE, "too many"), OSError(errno.ENFILE, "too many")]),
         OSError(errno.EMFILE, "too many"),
