@@ -1,5 +1,6 @@
 """The layers that ARCHITECTURE shows are those that `make lint` enforces."""
 
+import ast
 import shutil
 import subprocess
 import sys
@@ -30,6 +31,7 @@ def lint(folder: Path) -> subprocess.CompletedProcess[str]:
         ("node/stages/span.py", "import libp2p", "Only node.network imports libp2p"),
         ("node/coordinator/job.py", "import torch", "Only node.engine imports torch"),
         ("node/app.py", "import node.testing.fake_engine", "no fake"),
+        ("node/stages/scheduler.py", "import node.stages.span", "No import cycles"),
     ],
 )
 def test_lint_fails_when_an_import_breaks_a_contract(tmp_path: Path, module: str, line: str, contract: str) -> None:
@@ -51,3 +53,23 @@ def test_architecture_lists_every_layer() -> None:
     text = (ROOT / "ARCHITECTURE.md").read_text()
     missing = [room for room in rooms if f"`node/{room}/`" not in text and f"`node/{room}.py`" not in text]
     assert missing == ["__main__"]
+
+
+def sources() -> dict[str, ast.Module]:
+    files = [path for package in ("node", "protocol", "selector") for path in sorted((ROOT / package).rglob("*.py"))]
+    return {str(path.relative_to(ROOT)): ast.parse(path.read_text(encoding="utf-8")) for path in files}
+
+
+def test_modules_functions_and_constructors_stay_small() -> None:
+    large = []
+    for file, tree in sources().items():
+        if (lines := len((ROOT / file).read_text(encoding="utf-8").splitlines())) >= 450:
+            large.append(f"{file}: {lines} lines")
+        for each in ast.walk(tree):
+            if isinstance(each, ast.FunctionDef | ast.AsyncFunctionDef):
+                arguments = [*each.args.posonlyargs, *each.args.args, *each.args.kwonlyargs]
+                if each.end_lineno is None or each.end_lineno - each.lineno >= 59:
+                    large.append(f"{file}: {each.name} is too long")
+                if each.name == "__init__" and len(arguments) > 9:
+                    large.append(f"{file}:{each.lineno}: a constructor with {len(arguments) - 1} arguments")
+    assert large == []
