@@ -19,15 +19,15 @@ LONG = (
     *("engine", "methods", "learning", "placement", "paths", "architectures"),
 )
 WITH_ARGUMENTS = {"consensus": "DATASET_DIR", "trace": "FILE", "link": "HOST:PORT"}
-"""Those that somebody has to give something to."""
+"""Benchmarks that need arguments."""
 
 
 def main() -> int:
-    """Run what was asked for; return 1 if anything failed."""
+    """Run the benchmarks named on the command line; return 1 if any failed."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__.partition("\n")[0])
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join((*QUICK, *LONG))}")
     parser.add_argument("--all", action="store_true", help="run them all")
-    parser.add_argument("--list", action="store_true", help="say what each answers, and run none")
+    parser.add_argument("--list", action="store_true", help="list what each measures, and run none")
     options = parser.parse_args()
     if unknown := set(options.names) - {*QUICK, *LONG}:
         parser.error(f"unknown benchmark {min(unknown)!r}, or one that needs arguments; --list names them all")

@@ -199,7 +199,7 @@ def _serve(package: Package, references: Sequence[Reference]) -> Outcome:
 
 
 class _Engine:
-    """The engine of one span and who holds which of its pages."""
+    """The engine of one span, with its sessions and their pages."""
 
     def __init__(self, package: Package, blocks: BlockRange) -> None:
         options = EngineOptions(kv_positions=512, memory_bytes=1 << 30, threads=1)

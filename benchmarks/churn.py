@@ -31,7 +31,7 @@ BACK_TARGET_S = 15.0
 
 @dataclass
 class Tally:
-    """What happened."""
+    """Counts and times of one run."""
 
     kills: int = 0
     done: int = 0
@@ -47,14 +47,14 @@ class Tally:
 @click.option("--every", type=click.FloatRange(0.1), default=10.0, show_default=True, help="Seconds between kills.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
 def main(duration: float, every: float, as_json: bool) -> None:
-    """Measure what kills cost the jobs of others."""
+    """Measure job loss and recovery time under kills."""
     demo_package()
     result = trio.run(measure, duration, every)
     click.echo(json.dumps(result) if as_json else report(result))
 
 
 async def measure(duration_s: float, every_s: float) -> dict[str, Any]:
-    """Return what became of kills and jobs; times in seconds."""
+    """Return counts and times of kills and jobs; times in seconds."""
     tally = Tally()
     with TemporaryDirectory(prefix="metaswarm-churn-") as folder:
         async with running_daemon(Path(folder) / "coordinator") as coordinator, trio.open_nursery() as nursery:
@@ -109,7 +109,7 @@ class _Peer:
                 await daemon.process.wait()
 
     async def is_known(self) -> bool:
-        """Whether it serves, and the coordinator knows."""
+        """Whether it serves and the coordinator sees it."""
         return self.daemon is not None and self.daemon.ready.peer_id in await _serving(self._coordinator)
 
     async def kill(self, tally: Tally) -> None:
@@ -140,7 +140,7 @@ async def _kill(peers: list[_Peer], ends_s: float, every_s: float, tally: Tally)
 
 
 async def _complete(coordinator: Daemon, prompt: str) -> dict[str, Any]:
-    """Return what the API tells of a greedy job; raise HTTPError where it fails."""
+    """Return the API's response to a greedy job. Raises HTTPError."""
     body = {"model": DEMO_MODEL, "prompt": prompt, "max_tokens": TOKENS, "temperature": 0}
     async with httpx.AsyncClient(base_url=coordinator.ready.api_url, timeout=120) as client:
         answer = await client.post("/v1/completions", json={**body, "metaswarm": {"ignore_eos": True}})

@@ -24,7 +24,7 @@ def demo_package() -> Package:
 
 @asynccontextmanager
 async def whole_model(package: Package, peers: int) -> AsyncIterator[NodeReady]:
-    """Run a swarm that serves the whole model, in equal parts; give the first peer once it sees every block served."""
+    """Run a swarm that serves the whole model in equal parts; yield the first peer once it sees every block served."""
     block_count = package.manifest.block_count
     async with (
         local_swarm(DEMO_MODEL, block_count, peers, default_cache_dir(), lambda *_: None) as swarm,
@@ -42,13 +42,13 @@ async def _is_complete(client: httpx.AsyncClient) -> bool:
 
 
 def describe_machine() -> dict[str, float]:
-    """Return how many cores there are, and how many processes wanted one during the last minute."""
+    """Return the number of cores and the load average of the last minute."""
     return {"cores": os.cpu_count() or 1, "load_average": os.getloadavg()[0]}
 
 
 @dataclass(frozen=True, slots=True)
 class Spread:
-    """Where the values of a sample lie. `p5` is what a time comes to while nobody else wants the cores."""
+    """Percentiles of a sample. `p5` approximates a time on an otherwise idle machine."""
 
     p5: float
     median: float
@@ -57,7 +57,7 @@ class Spread:
 
 
 def spread_of(values: Sequence[float]) -> Spread:
-    """Return the spread of at least one value."""
+    """Return the percentiles of at least one value."""
     p5, median, p99 = (float(value) for value in np.percentile(values, (5, 50, 99)))
     return Spread(p5=p5, median=median, p99=p99, greatest=float(max(values)))
 
@@ -73,5 +73,5 @@ def times_ms(action: Callable[[], None], count: int) -> list[float]:
 
 
 def verdict(value: float, target: float) -> str:
-    """Return whether a figure that should be small is small enough."""
+    """Return whether a figure is within its upper limit."""
     return "met" if value <= target else "missed"

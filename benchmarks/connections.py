@@ -81,7 +81,7 @@ async def _line(stream: trio.abc.ReceiveStream) -> bytes:
 
 
 async def hold_many(connections: int, kind: str, source: str, multiaddr: str) -> None:
-    """Open connections and say when all have been opened; hold them, and open again those that were closed."""
+    """Open connections and print `ready` when all are open; hold them, and reopen those that are closed."""
     places = trio.CapacityLimiter(CONCURRENT_HANDSHAKES)
     opened = 0
 

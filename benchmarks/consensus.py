@@ -73,7 +73,7 @@ class Measurable(MeasurementPlan):
 
 @dataclass(frozen=True, slots=True)
 class World:
-    """What is true: training cells with their log ratios, and the contexts in which choices are judged."""
+    """Ground truth: training cells with their log ratios, and the contexts in which choices are judged."""
 
     pairs: Pairs
     """Of all contexts and methods."""
@@ -99,7 +99,7 @@ class Row:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Cost:
-    """What one epoch costs a peer, when all are members."""
+    """Cost of one epoch for a peer, when all are members."""
 
     peers: int
     messages: int
@@ -178,7 +178,7 @@ class Population:
         return (self.world.truth[cell] if lie is None else lie) + self.rng.gauss(0, NOISE)
 
     def reports(self, each: int) -> list[tuple[PeerId, Cell, float]]:
-        """Return what peers report who choose what to report: liars the cells that decide."""
+        """Return the reports of peers that choose their cells freely; liars choose the decisive ones."""
         own: dict[str, list[Cell]] = defaultdict(list)
         deciding: dict[str, list[Cell]] = defaultdict(list)
         for cell in self.world.truth:
@@ -195,7 +195,7 @@ class Population:
 def agree(population: Population, epochs: int) -> State:
     """Return the state after some epochs to which every peer contributes."""
     plan = Measurable((), (), tuple(sorted(population.world.truth)))
-    # Newcomers are taken in 64 an epoch; that they all are members is where this begins.
+    # 64 newcomers are admitted per epoch; this starts when all are members.
     members = tuple(Member(peer, kind) for peer, kind in sorted(population.hardware.items()))
     state = replace(initial_state(GENESIS), members=members)
     parent = GENESIS
@@ -249,7 +249,7 @@ def choose(world: World, rows: Sequence[tuple[Cell, float, float]]) -> tuple[flo
 
 
 def compare(world: World, peers: int, liars: float, epochs: int, seed: int) -> list[Row]:
-    """Return how the designs fare under one share of liars."""
+    """Return the results of all designs under one share of liars."""
     population = Population(world, peers, liars, seed)
     began_s = time.perf_counter()
     state = agree(population, epochs)
@@ -360,7 +360,7 @@ def main(
     seed: int,
     as_json: bool,
 ) -> None:
-    """Simulate the agreement of peers of whom some lie, and count what it costs."""
+    """Simulate agreement among peers some of which lie, and count its cost."""
     # More threads than idle cores make boosting many times slower: they wait for one another.
     with threadpool_limits(limits=1):
         _run(folder, peers, epochs, train, test, liars, scale, seed, as_json)

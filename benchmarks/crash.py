@@ -49,7 +49,7 @@ def main(kills: int, history: int, as_json: bool) -> None:
 
 
 async def measure(folder: Path, *, kills: int, history: int) -> dict[str, Any]:
-    """Return what was acknowledged, what was lost, and how long opening and starting took, in seconds."""
+    """Return the observations acknowledged and lost, and the times of opening and starting in seconds."""
     victim = folder / "victim"
     victim.mkdir(mode=0o700)
     if history:
@@ -114,14 +114,14 @@ async def answers_before_kill(daemon: Daemon, dice: random.Random) -> int:
 
 
 def count_own(database: Path, observer: str) -> int:
-    """Return how many observations of its own a daemon's file holds."""
+    """Return the number of its own observations in a daemon's file."""
     with sqlite3.connect(f"file:{database}?mode=ro", uri=True) as connection:
         (count,) = connection.execute("SELECT count(*) FROM observations WHERE observer = ?", (observer,)).fetchone()
     return int(count)
 
 
 async def time_to_open(database: Path) -> float:
-    """Return how long opening takes as the daemon does it, with what the killed one left behind."""
+    """Return the time to open, as the daemon does, what the killed one left behind."""
     began_s = time.perf_counter()
     async with open_database(database) as opened:
         took_s = time.perf_counter() - began_s
@@ -130,7 +130,7 @@ async def time_to_open(database: Path) -> float:
 
 
 def report(result: Mapping[str, Any]) -> str:
-    """Return the figures for people."""
+    """Return the figures as text."""
     opened, started = result["opened_s"], result["started_s"]
     return "\n".join(
         [

@@ -35,11 +35,11 @@ class Daemon:
 
     @property
     def database(self) -> Path:
-        """The file that its history is in."""
+        """The SQLite file of its history."""
         return self.data_dir / DATABASE_FILE
 
     async def get(self, path: str) -> Any:
-        """Return what a page of its API answers."""
+        """Return the API's response for a path."""
         async with httpx.AsyncClient(base_url=self.ready.api_url, timeout=60) as client:
             return (await client.get(path)).raise_for_status().json()
 
@@ -93,13 +93,13 @@ async def _stop(process: trio.Process) -> None:
 
 
 async def run_command(*arguments: str) -> str:
-    """Run a verb of `metaswarm` and return what it printed. Raises CalledProcessError where it fails."""
+    """Run a subcommand of `metaswarm` and return its output. Raises CalledProcessError."""
     done = await trio.run_process([*COMMAND, *arguments], capture_stdout=True)
     return done.stdout.decode()
 
 
 async def until(condition: Callable[[], Awaitable[bool]], timeout_s: float) -> float:
-    """Wait for something that other processes will make true; return how many seconds it took."""
+    """Wait until a condition that other processes bring about holds; return the seconds it took."""
     began_s = trio.current_time()
     with trio.fail_after(timeout_s):
         while not await condition():
@@ -108,7 +108,7 @@ async def until(condition: Callable[[], Awaitable[bool]], timeout_s: float) -> f
 
 
 class Tail:
-    """Reads what is added to a daemon's history, as any other process may."""
+    """Reads new observations in a daemon's history from another process."""
 
     def __init__(self, database: Path) -> None:
         self._connection = sqlite3.connect(f"file:{database}?mode=ro", uri=True)
@@ -123,7 +123,7 @@ class Tail:
         return [row[1] for row in rows]
 
     def count(self) -> int:
-        """Return how many observations there are."""
+        """Return the number of observations."""
         (count,) = self._connection.execute("SELECT coalesce(sum(count), 0) FROM buckets").fetchone()
         return int(count)
 

@@ -57,9 +57,11 @@ def main() -> None:
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--tokens", type=int, default=24, help="decoded in each round")
-    parser.add_argument("--variant", action="append", help="one to measure; by default those that pay here")
-    parser.add_argument("--model", default=DEMO_MODEL, help="another than the demo model, or a folder to import")
-    parser.add_argument("--device", default="cpu", help="what computes, by torch's name")
+    parser.add_argument(
+        "--variant", action="append", help="a variant to measure; by default those suited to the device"
+    )
+    parser.add_argument("--model", default=DEMO_MODEL, help="a model id, or a folder to import")
+    parser.add_argument("--device", default="cpu", help="torch device")
     parser.add_argument("--no-rivals", action="store_true", help="measure ours alone")
     options = parser.parse_args()
     if not QUIET.items() <= os.environ.items():  # OpenMP reads them when it is loaded, which it is by now
@@ -96,14 +98,14 @@ def main() -> None:
 
 
 def _usual_variants(device: torch.device) -> Sequence[str]:
-    """Return the variants that may pay on a device."""
+    """Return the variants that suit a device."""
     if device.type != "cpu":
         return GPU_VARIANTS
     return (*VARIANTS, *(AVX512_VARIANTS if torch.backends.cpu.get_cpu_capability().startswith("AVX512") else ()))
 
 
 def _medians(runs: dict[str, Callable[[], Measured]], rounds: int) -> dict[str, Measured]:
-    """Return the medians of what is measured, in turn so that whatever else the machine does is felt by all."""
+    """Return medians, measured in alternation so that other load on the machine affects all alike."""
     measured: dict[str, list[Measured]] = {name: [] for name in runs}
     for number in range(rounds + 1):
         for name, run in runs.items():

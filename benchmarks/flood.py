@@ -54,7 +54,7 @@ TARGET_RATIO = 2.0
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
 @click.option("--flood", type=(str, str), hidden=True, help="For the other process: multiaddr, sha256 of a file.")
 def main(seconds: int, as_json: bool, flood: tuple[str, str] | None) -> None:
-    """Measure what a flooding peer costs."""
+    """Measure the effect of a flooding peer."""
     if flood is not None:
         if not flood[0]:
             spin()
@@ -68,13 +68,13 @@ def main(seconds: int, as_json: bool, flood: tuple[str, str] | None) -> None:
 
 
 def spin() -> None:
-    """Take a core until we are killed: a flooding peer elsewhere would not take one of this machine's."""
+    """Use a core until killed: a remote flooding peer would use none of this machine's."""
     while True:
         pass
 
 
 async def flood_for_ever(multiaddr: str, sha256: str) -> None:
-    """Flood a daemon until we are killed; say every second how much was done."""
+    """Flood a daemon until killed; print counts every second."""
     done: dict[str, int] = {}
     while True:
         network = Libp2pNetwork(os.urandom(32), listen=["/ip4/127.0.0.1/tcp/0"])
@@ -88,7 +88,7 @@ async def flood_for_ever(multiaddr: str, sha256: str) -> None:
 
 
 async def attack(network: Network, target: PeerId, sha256: bytes, done: dict[str, int]) -> None:
-    """Do everything at once until the target cuts us off."""
+    """Flood all protocols concurrently until the target disconnects us."""
 
     async def repeat(name: str, action: Callable[[], Awaitable[None]]) -> None:
         while True:
@@ -202,7 +202,7 @@ async def measure(package: Package, seconds: int) -> dict[str, Any]:
 
 
 async def submit_for(daemon: NodeReady, seconds: float) -> list[float]:
-    """Submit one job after another for so long; return what each took."""
+    """Submit one job after another for a time; return their durations."""
     prompts = random.Random(0)
     times_s: list[float] = []
     end_s = time.monotonic() + seconds
@@ -218,14 +218,14 @@ async def submit_for(daemon: NodeReady, seconds: float) -> list[float]:
 
 
 async def watch(process: psutil.Process, peaks_mib: list[float]) -> None:
-    """Note the daemon's memory again and again."""
+    """Sample the daemon's memory repeatedly."""
     while True:
         peaks_mib.append(process.memory_info().rss / 2**20)
         await trio.sleep(SAMPLE_S)
 
 
 async def collect(stream: trio.abc.ReceiveStream, output: bytearray) -> None:
-    """Gather what a process says."""
+    """Collect the output of a process."""
     with suppress(trio.ClosedResourceError, trio.BrokenResourceError):
         async for data in stream:
             output += data

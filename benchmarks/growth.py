@@ -41,7 +41,7 @@ FIGURES = {
 @click.option("--without-membership", is_flag=True, help="Neighbours are chosen by the simulation; no heartbeats.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
 def main(sizes: Sequence[int], seed: int, without_membership: bool, as_json: bool) -> None:
-    """Measure how the cost of one history grows with the swarm."""
+    """Measure how the cost of convergence grows with the swarm."""
     structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.ERROR))
     runs = [measure(size, seed, with_membership=not without_membership) for size in sizes]
     exponents = {name: exponent(sizes, [run[name] for run in runs]) for name in FIGURES} if len(runs) > 1 else {}
@@ -50,7 +50,7 @@ def main(sizes: Sequence[int], seed: int, without_membership: bool, as_json: boo
 
 
 def measure(peers: int, seed: int, *, with_membership: bool) -> dict[str, Any]:
-    """Return what became of a swarm of this size. Raises TooSlowError where it does not come to one history."""
+    """Return the figures of a swarm of this size. Raises TooSlowError if it does not converge."""
     churn = peers / CHURN_SIZE
     scenario = Scenario(peers=peers, seed=seed, joins_per_s=churn, leaves_per_s=churn, with_membership=with_membership)
     began_s = time.perf_counter()

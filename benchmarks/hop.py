@@ -48,7 +48,7 @@ class Sample:
 
     @property
     def overhead_ms(self) -> float:
-        """What the forward passes do not account for."""
+        """Time of a token outside the forward passes."""
         return self.token_ms - self.engine_ms
 
 
@@ -86,7 +86,7 @@ async def measure(package: Package, rounds: int, tokens: int) -> dict[str, Any]:
 
 
 async def sample_jobs(package: Package, rounds: int, tokens: int) -> dict[int, list[Sample]]:
-    """Run jobs over one, two and three stages in turn; return what they cost."""
+    """Run jobs over one, two and three stages in turn; return their samples."""
     samples: dict[int, list[Sample]] = {stages: [] for stages in STAGES}
     async with AsyncExitStack() as swarms:
         urls = {}

@@ -26,7 +26,7 @@ TARGET_S = 15.0
 @click.option("--rounds", type=click.IntRange(1), default=5, show_default=True, help="Newcomers, one after another.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
 def main(rounds: int, as_json: bool) -> None:
-    """Measure how long it takes to join from nothing."""
+    """Measure the time to join from an empty disk."""
     result = trio.run(measure, rounds, demo_package())
     click.echo(json.dumps(result) if as_json else report(result))
 

@@ -87,7 +87,7 @@ async def serve(client: httpx.AsyncClient, family: str, number: int, method: str
 
 
 async def judge(client: httpx.AsyncClient) -> None:
-    """Have what lossy methods do to the model's answers measured, as a node does once in its idle minutes."""
+    """Measure the effect of lossy methods on the model's answers, as a node does once when idle."""
     await serve(client, next(family for family, shape in FAMILIES.items() if shape["quality"] == "any"), 0)
     with trio.move_on_after(JUDGE_LIMIT_S):
         while not any(model["quality"] for model in (await client.get("/swarm/models")).json()["models"]):
@@ -156,7 +156,7 @@ def _told(done: dict[str, Any]) -> dict[str, Any]:
 
 
 def _contenders(learning: Sequence[dict[str, Any]], rules: dict[str, str]) -> dict[str, set[str]]:
-    """Return the methods that hindsight looks at: of each family, and all exact ones for every family."""
+    """Return the candidates in hindsight: those of each family, and all exact ones for every family."""
     used: dict[str, list[str]] = defaultdict(list)
     for each in learning:
         used[each["family"]].append(each["method"])
@@ -171,7 +171,7 @@ def _contenders(learning: Sequence[dict[str, Any]], rules: dict[str, str]) -> di
 async def _hindsight(
     client: httpx.AsyncClient, contenders: dict[str, set[str]], jobs: int
 ) -> tuple[dict[str, str], str]:
-    """Return the best method of each family, and the one that is best for all, by jobs that nobody has served yet."""
+    """Return the best method of each family, and the best for all, by jobs that were not served before."""
     costs: dict[str, dict[str, float]] = defaultdict(lambda: defaultdict(float))
     rng = random.Random(2)
     for number in range(jobs, jobs + SCOUTS):
@@ -189,7 +189,7 @@ def _shuffled(names: Iterable[str], rng: random.Random) -> list[str]:
 
 
 async def _rule(client: httpx.AsyncClient, family: str) -> Method:
-    """Return what the hand-written rule would choose, from a job's own description."""
+    """Return the hand-written rule's choice for a job."""
     shape = FAMILIES[family]
     words = shape["prompt_words"] * shape.get("repeats", 1) + shape.get("common_words", 0)
     tokens = round(1.4 * words)
@@ -207,7 +207,7 @@ async def _rule(client: httpx.AsyncClient, family: str) -> Method:
 
 
 def _ratios(costs: dict[str, dict[int, list[float]]]) -> dict[str, dict[str, float]]:
-    """Return what the swarm's choices cost over each other way's."""
+    """Return the cost of the swarm's choices relative to each alternative."""
     mean = {way: [statistics.fmean(of) for of in by.values()] for way, by in costs.items()}
     return {way: _ratio(mean["swarm"], other) for way, other in mean.items() if way != "swarm"}
 
@@ -223,7 +223,7 @@ def _ratio(own: Sequence[float], other: Sequence[float]) -> dict[str, float]:
 
 
 def plot(found: dict[str, Any], path: Path) -> None:
-    """Draw what jobs of each family took, in the order in which they came."""
+    """Plot the durations of each family's jobs in order of arrival."""
     import matplotlib as mpl
 
     mpl.use("Agg")
@@ -242,7 +242,7 @@ def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--jobs", type=int, default=300)
-    parser.add_argument("--last", type=int, help="Jobs that are replayed; a third by default.")
+    parser.add_argument("--last", type=int, help="jobs that are replayed; default: a third")
     parser.add_argument("--replays", type=int, default=5)
     parser.add_argument("--plot", type=Path)
     parser.add_argument("--json", action="store_true")

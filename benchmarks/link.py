@@ -18,7 +18,7 @@ CHUNK_BYTES = 16 << 10
 
 @dataclass(frozen=True, slots=True)
 class LinkShape:
-    """What a link does to bytes, each way. `bytes_per_s` 0: as fast as they come; `stall_every_s`: on average."""
+    """Properties of a link, each way. `bytes_per_s` 0: unlimited; `stall_every_s`: on average."""
 
     delay_s: float = 0.0
     jitter_s: float = 0.0
@@ -29,7 +29,7 @@ class LinkShape:
 
 @asynccontextmanager
 async def shaped_link(host: str, port: int, shape: LinkShape, *, seed: int = 1) -> AsyncIterator[int]:
-    """Relay connections to an address inside the block; give the port on loopback that stands for it."""
+    """Relay connections to an address inside the block; yield the port on loopback to dial instead."""
     rng = random.Random(seed)
     async with trio.open_nursery() as nursery:
         serve = partial(_carry, host, port, shape, rng)
@@ -58,7 +58,7 @@ async def _take_in(
     shape: LinkShape,
     rng: random.Random,
 ) -> None:
-    """Stamp what comes with the time at which it is to arrive."""
+    """Stamp incoming chunks with their arrival time."""
     free_s = trio.current_time()  # when the link has sent what it was given so far
     next_stall_s = free_s + _until_stall_s(shape, rng)
     async with entrance:

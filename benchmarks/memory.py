@@ -36,7 +36,7 @@ MIB = 2**20
 @click.command()
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
 def main(as_json: bool) -> None:
-    """Weigh a daemon."""
+    """Measure the memory of a daemon."""
     result = trio.run(measure, demo_package())
     click.echo(json.dumps(result) if as_json else report(result))
 
@@ -70,7 +70,7 @@ async def measure(package: Package) -> dict[str, Any]:
 
 
 async def run_job_through(daemon: Daemon, neighbour: Daemon) -> None:
-    """Submit a job of a few tokens to the neighbour until one went through the daemon."""
+    """Submit short jobs to the neighbour until one went through the daemon."""
     body = {"model": DEMO_MODEL, "prompt": "Once", "max_tokens": 8, "metaswarm": {"ignore_eos": True}}
     async with httpx.AsyncClient(timeout=120) as client:
         with trio.fail_after(60):
@@ -83,7 +83,7 @@ async def run_job_through(daemon: Daemon, neighbour: Daemon) -> None:
 
 
 def weigh(daemon: Daemon, package: Package, blocks: BlockRange | None) -> dict[str, Any]:
-    """Return what a daemon and its worker weigh, and the files that they need on disk."""
+    """Return the memory of a daemon and its worker, and the size of their files."""
     pid = daemon.process.pid
     workers = [child.pid for child in psutil.Process(pid).children() if "node.engine.worker" in child.cmdline()]
     return {
@@ -97,7 +97,7 @@ def weigh(daemon: Daemon, package: Package, blocks: BlockRange | None) -> dict[s
 def proportional_set_size(pid: int) -> int:
     """Return a process's proportional set size in bytes, with the pages of model files counted whole.
 
-    Who else on this machine happens to map the same files should not make this process look lighter.
+    Other processes that map the same files must not make this process look smaller.
     """
     total_bytes = 0
     is_weights = False

@@ -55,7 +55,7 @@ Workload = Mapping[str, float]
 
 @dataclass(frozen=True, slots=True)
 class Setting:
-    """How many peers, and what is between each two of them."""
+    """The number of peers, and the links between them."""
 
     peers: int
     link: LinkShape
@@ -63,7 +63,7 @@ class Setting:
 
 @dataclass(frozen=True, slots=True)
 class Kept:
-    """The cells that were measured before, and the file for more."""
+    """Cells measured before, and the file to append to."""
 
     file: Path | None
     cells: Sequence[dict[str, Any]]
@@ -72,7 +72,7 @@ class Kept:
 @click.command()
 @click.option("--peers", type=click.IntRange(1, 8), multiple=True, default=(1, 3), show_default=True)
 @click.option("--delay-ms", type=click.FloatRange(0), default=0.0, show_default=True, help="Of each link, one way.")
-@click.option("--bytes-per-s", type=click.FloatRange(0), default=0.0, help="Width of each link; 0: no bound.")
+@click.option("--bytes-per-s", type=click.FloatRange(0), default=0.0, help="Bandwidth of each link; 0: unlimited.")
 @click.option("--rounds", type=click.IntRange(2), default=5, show_default=True, help="Of a final.")
 @click.option("--workload", "numbers", type=click.IntRange(0, len(WORKLOADS) - 1), multiple=True, help="Of the grid.")
 @click.option("--method", "methods", multiple=True, help="Of the portfolio (default: all).")
@@ -131,7 +131,7 @@ async def measure(
 
 @asynccontextmanager
 async def running(setting: Setting) -> AsyncIterator[NodeReady]:
-    """Run the peers inside the block, each with its part of the model; give the first."""
+    """Run the peers inside the block, each with its part of the model; yield the first."""
     package = demo_package()
     if setting.link == LinkShape():
         async with whole_model(package, setting.peers) as first:
@@ -148,7 +148,7 @@ async def running(setting: Setting) -> AsyncIterator[NodeReady]:
 async def run_cell(
     client: httpx.AsyncClient, kept: Kept, setting: Setting, workload: Workload, methods: Sequence[str], rounds: int
 ) -> dict[str, Any]:
-    """Return what methods took under a workload, measured now unless it was before."""
+    """Return the times of methods under a workload, measured unless a resumed file has them."""
     asked = {"model": DEMO_MODEL, "methods": methods, "quality": "any", "rounds": rounds, "workload": workload}
     cell = {**asdict(setting), **asked}
     for each in kept.cells:
@@ -162,7 +162,7 @@ async def run_cell(
 
 
 def unlike(methods: Sequence[Method], workload: Workload, setting: Setting) -> list[str]:
-    """Return the methods that do different things in a workload: of those that do the same, that with least to it."""
+    """Return the methods that differ in a workload: the simplest of each equivalent group."""
     task = TaskContext(
         prompt_tokens=int(workload["prompt_tokens"]),
         max_tokens=int(workload["max_tokens"]),
@@ -177,7 +177,7 @@ def unlike(methods: Sequence[Method], workload: Workload, setting: Setting) -> l
 
 
 def had(cell: Mapping[str, Any], bound: str) -> list[MethodResult]:
-    """Return the methods within a bound that could be had, the fastest first."""
+    """Return the available methods within a bound, the fastest first."""
     return [each for each in ranked(cell) if each.speedup and (bound == "any" or parse_method(each.method).exact)]
 
 
@@ -188,7 +188,7 @@ def finalists(heat: Mapping[str, Any]) -> list[str]:
 
 
 def lead(cell: Mapping[str, Any], bound: str) -> tuple[MethodResult, MethodResult, Speedup]:
-    """Return who is first within a bound, who is second, and by how much the first is ahead."""
+    """Return the first and the second within a bound, and the lead of the first."""
     first, second, *_ = had(cell, bound)
     return first, second, _ahead(cell, first, second)
 

@@ -37,7 +37,7 @@ def main(count: int, seed: int, as_json: bool) -> None:
 
 
 def measure(count: int, seed: int) -> dict[str, Any]:
-    """Return how many mutants each decoder took and refused, and by how much this process grew."""
+    """Return the mutants that each decoder accepted and refused, and the growth of this process."""
     dice = random.Random(seed)
     process = psutil.Process()
     everything = targets()
@@ -72,7 +72,7 @@ def measure(count: int, seed: int) -> dict[str, Any]:
 
 
 def report(result: Mapping[str, Any]) -> str:
-    """Return the figures for people."""
+    """Return the figures as text."""
     lines = [f"{'decoder':32}{'refused':>10}{'taken':>10}"]
     for name, counts in result["decoders"].items():
         lines.append(f"{name:32}{counts['refused']:>10,}{counts['taken']:>10,}")

@@ -59,7 +59,7 @@ async def measure_parts(package: Package, blocks: BlockRange, count: int) -> dic
 
 
 def _connected_pair() -> tuple[JobConnection, JobConnection]:
-    """Return the two ends of a job stream that have said hello."""
+    """Return the two ends of a job stream after the handshake."""
     sender = JobConnection(Role.INITIATOR, agent="benchmark", window_bytes=WINDOW_BYTES)
     receiver = JobConnection(Role.RESPONDER, agent="benchmark", window_bytes=WINDOW_BYTES)
     hello = Hello(agent="benchmark", window_bytes=WINDOW_BYTES)
@@ -69,7 +69,7 @@ def _connected_pair() -> tuple[JobConnection, JobConnection]:
 
 
 def _serialisation(sender: JobConnection, receiver: JobConnection) -> Callable[[], None]:
-    """Return what turns a step into bytes and back."""
+    """Return a function that serialises a step and parses it again."""
 
     def run() -> None:
         (message,) = receiver.receive_data(b"".join(sender.send(STEP)))
@@ -79,7 +79,7 @@ def _serialisation(sender: JobConnection, receiver: JobConnection) -> Callable[[
 
 
 def _crypto(frame: bytes) -> Callable[[], None]:
-    """Return what encrypts and decrypts a frame with the cipher of Noise."""
+    """Return a function that encrypts and decrypts a frame with the cipher of Noise."""
     cipher = ChaCha20Poly1305(ChaCha20Poly1305.generate_key())
     nonce = bytes(12)
 
@@ -90,7 +90,7 @@ def _crypto(frame: bytes) -> Callable[[], None]:
 
 
 def _worker_codec() -> Callable[[], None]:
-    """Return what takes a step's rows to a worker and back as bytes through a socket pair, all in this process."""
+    """Return a function that sends a step's rows through a socket pair and back, within this process."""
     near, far = socket.socketpair()
     rows = SliceInput(session=SESSION, position=100, tensor=ROW, draws=0)
 
@@ -107,7 +107,7 @@ def _worker_codec() -> Callable[[], None]:
 
 
 async def _worker_detours_ms(package: Package, blocks: BlockRange, count: int) -> list[float]:
-    """Return how much longer each decode step of a real worker took than its forward pass."""
+    """Return the time of each decode step of a real worker beyond its forward pass."""
     detours_ms = []
     async with start_engine(package, blocks, EngineOptions(threads=1, kv_positions=count)) as engine:
         await engine.open(SESSION, count)
@@ -121,7 +121,7 @@ async def _worker_detours_ms(package: Package, blocks: BlockRange, count: int) -
 
 
 async def _round_trips_ms(frame: bytes, count: int) -> list[float]:
-    """Return how long a frame took each time to another process over libp2p and back."""
+    """Return round-trip times of a frame to another process over libp2p."""
     round_trips_ms = []
     network = Libp2pNetwork(os.urandom(32), listen=LISTEN)
     async with _echo_process() as multiaddr, network.running():
@@ -139,7 +139,7 @@ async def _round_trips_ms(frame: bytes, count: int) -> list[float]:
 
 @asynccontextmanager
 async def _echo_process() -> AsyncIterator[str]:
-    """Run a libp2p host that echoes, in a process of its own; give its address."""
+    """Run a libp2p echo host in a process of its own; yield its address."""
     process = await trio.lowlevel.open_process([sys.executable, "-m", "benchmarks.parts"], stdout=subprocess.PIPE)
     assert process.stdout is not None
     try:

@@ -59,7 +59,7 @@ def main(context: click.Context, peers: int, rates: Sequence[float], duration_s:
 
 
 async def measure(path: str, peers: int, rate: float, duration_s: float) -> dict[str, Any]:
-    """Return what share of all observations arrived by one path, how soon, and what that cost."""
+    """Return the share, delay and traffic of observations that arrived by one path."""
     dice = random.Random(peers)
     async with AsyncExitStack() as stack:
         processes = [await stack.enter_async_context(peer_process(number, path)) for number in range(peers)]
@@ -125,21 +125,21 @@ def peer(number: int, path: str) -> None:
 
 
 class NotedHistory(MemoryHistory):
-    """Notes when it took something in."""
+    """Records the time at which each observation was stored."""
 
     def __init__(self) -> None:
         super().__init__()
         self.at_s: dict[str, float] = {}
 
     async def add_many(self, observations: Sequence[SignedObservation]) -> Sequence[SignedObservation]:
-        """Keep observations; return those that are new."""
+        """Store observations; return those that are new."""
         new = await super().add_many(observations)
         self.at_s |= {each.id.hex(): time.time() for each in new}
         return new
 
 
 async def take_part(number: int, path: str) -> dict[str, Any]:
-    """Do what the order on stdin says; return what was made and heard when, in Unix time."""
+    """Follow the order on stdin; return when observations were made and received, in Unix time."""
     identity = Identity(hashlib.sha256(f"peer {number}".encode()).digest())
     network = Libp2pNetwork(identity.seed, listen=("/ip4/127.0.0.1/tcp/0",))
     history = NotedHistory()

@@ -36,7 +36,7 @@ INTERVAL_S = 0.02
 @click.option("--pings", type=click.IntRange(100), default=400, show_default=True, help="Pings in each state.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
 def main(pings: int, as_json: bool) -> None:
-    """Measure how responsive a busy daemon is."""
+    """Measure the ping latency of a busy daemon."""
     result = trio.run(measure, demo_package(), pings)
     click.echo(json.dumps(result) if as_json else report(result))
 
@@ -64,7 +64,7 @@ async def measure(package: Package, pings: int) -> dict[str, Any]:
 
 
 async def ping_often(network: Network, target: PeerId, pings: int) -> dict[str, dict[str, float]]:
-    """Ping again and again; return the spread of the echo's times, and of those with the stream's opening."""
+    """Ping repeatedly; return the percentiles of the echo, and of echo plus opening the stream."""
     echo_ms, whole_ms = [], []
     for _ in range(pings):
         start_s = trio.current_time()
@@ -75,7 +75,7 @@ async def ping_often(network: Network, target: PeerId, pings: int) -> dict[str, 
 
 
 async def keep_prefilling(api_url: str, compute_s: list[float], *, task_status: trio.TaskStatus[None]) -> None:
-    """Submit one long prompt after another, no two alike, and note what each took; started once the first is done."""
+    """Submit distinct long prompts one after another and record their times; started once the first is done."""
     prompts = random.Random(0)
     async with httpx.AsyncClient(timeout=300) as client:
         while True:

@@ -34,9 +34,9 @@ BUSY_TARGET = 0.85
 
 @dataclass(frozen=True)
 class Use:
-    """What was used. Shares are of the time that the jobs took, on all cores there are.
+    """CPU time used. Shares are of the jobs' duration times all cores.
 
-    `busy`: what was neither idle nor stolen, of what was not stolen; `ours`: of the same, what daemons and workers had.
+    `busy`: neither idle nor stolen, as a share of the time not stolen; `ours`: daemons and workers, as a share of it.
     """
 
     batching: str
@@ -49,23 +49,23 @@ class Use:
 
 @click.command()
 @click.option("--tokens", type=click.IntRange(1), default=64, show_default=True, help="Tokens of each job.")
-@click.option("--method", default="engine=onnxruntime", show_default=True, help="What all jobs are served by.")
+@click.option("--method", default="engine=onnxruntime", show_default=True, help="Method of all jobs.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
 def main(tokens: int, method: str, as_json: bool) -> None:
-    """Measure how busy stages and cores are."""
+    """Measure the CPU utilisation of stages and cores."""
     demo_package()
     result = trio.run(measure, tokens, method)
     click.echo(json.dumps(result) if as_json else report(result))
 
 
 async def measure(tokens: int, method: str) -> dict[str, Any]:
-    """Return what was used, without and with batching."""
+    """Return the CPU time used, without and with batching."""
     machine = describe_machine()
     return {**machine, "uses": [asdict(await measure_batching(how, tokens, method)) for how in ("one", "continuous")]}
 
 
 async def measure_batching(batching: str, tokens: int, method: str) -> Use:
-    """Start a swarm that batches in one way, run the jobs twice, and return what was used the second time."""
+    """Start a swarm with one batching mode, run the jobs twice, and return the CPU time of the second run."""
     with TemporaryDirectory(prefix="metaswarm-pipeline-") as folder:
         async with running_daemon(Path(folder) / "coordinator") as coordinator, trio.open_nursery() as nursery:
             stages: list[Daemon] = []
@@ -107,7 +107,7 @@ async def measure_batching(batching: str, tokens: int, method: str) -> Use:
 
 
 async def _is_ready(coordinator: Daemon, method: str) -> bool:
-    """Whether all stages have the method; what is asked for and missing is built once a stage is idle."""
+    """Whether all stages have the method; a missing variant is built once a stage is idle."""
     answer = await _run_job(coordinator, 1, method, 0)
     if answer.status_code == httpx.codes.SERVICE_UNAVAILABLE:
         await trio.sleep(1)
@@ -133,7 +133,7 @@ async def _run_job(coordinator: Daemon, tokens: int, method: str, number: int) -
 
 
 async def _computed_s(stages: list[Daemon]) -> list[float]:
-    """Return how long each stage's engine has calculated."""
+    """Return the compute time of each stage's engine."""
     return [(await stage.get("/swarm/status"))["spans"][0]["compute_s"] for stage in stages]
 
 
@@ -145,7 +145,7 @@ def _cpu_s(daemons: list[Daemon]) -> float:
 
 
 def _unused_s(before: Any, after: Any) -> tuple[float, float]:
-    """Return for how long cores were idle, and were the host's for others, between two looks (Any: psutil's own)."""
+    """Return idle and stolen CPU time between two samples (Any: psutil's own)."""
     idle_s = sum(getattr(after, name, 0.0) - getattr(before, name, 0.0) for name in ("idle", "iowait"))
     return idle_s, getattr(after, "steal", 0.0) - getattr(before, "steal", 0.0)
 

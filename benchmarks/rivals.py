@@ -25,13 +25,13 @@ Generate = Callable[[list[list[int]], int], float]
 
 
 class NotInstalledError(Exception):
-    """A rival is not here. The message says which and why."""
+    """Another engine is not installed. The message says which and why."""
 
 
 def rivals(package: Package, threads: int, device: torch.device) -> Iterator[tuple[str, Generate | NotInstalledError]]:
-    """Give each rival's name (engine/arithmetic) with what generates, or with the reason why it does not.
+    """Yield each engine's name (engine/arithmetic) with its generate function, or the reason for its absence.
 
-    On a GPU only transformers is compared with.
+    On a GPU that is transformers only.
     """
     if device.type != "cpu":
         yield "transformers/fp32", _transformers(package, torch.float32, device)
@@ -130,7 +130,7 @@ def _genai(package: Package, threads: int, arithmetic: str) -> Generate:
 
 
 def _made(package: Package, name: str, make: Callable[[Path], None]) -> Path:
-    """Return a folder with a form of the model, made unless it is there."""
+    """Return a folder with a converted model, made if it is missing."""
     folder = default_cache_dir() / "benchmarks" / f"{package.model_id[:16]}-{name}"
     if not folder.exists():
         building = folder.with_name(f"{folder.name}.building")

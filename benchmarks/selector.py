@@ -160,7 +160,7 @@ async def measure(count: int) -> dict[str, Any]:
 
 
 async def _choices(predictions: PredictionCache) -> tuple[list[float], list[float]]:
-    """Return what choices took that needed a prediction, and what those took that did not; milliseconds."""
+    """Return the times of choices with and without a prediction, in milliseconds."""
     methods = list(PORTFOLIO.values())
 
     async def choose(task: TaskContext) -> float:

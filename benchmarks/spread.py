@@ -55,7 +55,7 @@ def main(peers: int, jobs: int, rate: float, history: int, as_json: bool) -> Non
 
 
 async def measure(folder: Path, *, peers: int, jobs: int, rate: float, history: int) -> dict[str, Any]:
-    """Return how long everything took, in seconds."""
+    """Return all times, in seconds."""
     dataset = folder / "history.jsonl"
     write_history(dataset, history)
     async with AsyncExitStack() as stack:
@@ -124,7 +124,7 @@ async def start_swarm(stack: AsyncExitStack, folder: Path, peers: int) -> list[D
 
 
 async def spread_jobs(daemons: Sequence[Daemon], jobs: int, rate: float) -> list[list[float]]:
-    """Submit jobs; return for each observation after how many seconds each daemon but the first to have it had it."""
+    """Submit jobs; return for each observation the seconds until each daemon but the first had it."""
     seen: dict[bytes, dict[int, float]] = {}
     async with watching(daemons) as tails, trio.open_nursery() as nursery:
         nursery.start_soon(submit_jobs, daemons, jobs, rate)
@@ -140,7 +140,7 @@ async def spread_jobs(daemons: Sequence[Daemon], jobs: int, rate: float) -> list
 
 
 def what_is_missing(seen: Mapping[bytes, Mapping[int, float]], jobs: int, peers: int) -> str:
-    """Say how many observations there are and which of them are not everywhere."""
+    """Return the number of observations and those that some daemon lacks."""
     lines = [f"{jobs} jobs left {len(seen)} observations"]
     for content_id, times in seen.items():
         if absent := sorted(set(range(peers)) - set(times)):
@@ -172,7 +172,7 @@ async def submit_job(client: httpx.AsyncClient, daemon: Daemon, slots: trio.Sema
 
 @asynccontextmanager
 async def watching(daemons: Sequence[Daemon]) -> AsyncIterator[list[Tail]]:
-    """Have the histories of daemons open inside the block."""
+    """Open the histories of daemons inside the block."""
     tails = [Tail(daemon.database) for daemon in daemons]
     try:
         yield tails
@@ -182,7 +182,7 @@ async def watching(daemons: Sequence[Daemon]) -> AsyncIterator[list[Tail]]:
 
 
 async def until_all_hold(daemons: Sequence[Daemon], count: int) -> float:
-    """Wait until every daemon holds so many observations; return how many seconds that took."""
+    """Wait until every daemon holds `count` observations; return the seconds it took."""
     async with watching(daemons) as tails:
 
         async def all_hold() -> bool:
@@ -192,7 +192,7 @@ async def until_all_hold(daemons: Sequence[Daemon], count: int) -> float:
 
 
 def report(result: Mapping[str, Any]) -> str:
-    """Return the figures for people."""
+    """Return the figures as text."""
     one, everybody = result["one_s"], result["all_s"]
     counts = sorted(set(result["counts"]))
     lines = [

@@ -36,7 +36,7 @@ MAX_NEW: Final = 128
 
 @dataclass(frozen=True, slots=True)
 class Arrival:
-    """One request of a trace. `pieces`: equal numbers stand for equal pieces of prompts; none where nothing is told."""
+    """One request of a trace. `pieces`: equal numbers stand for equal pieces of prompts; empty if unknown."""
 
     at_s: float
     prompt_tokens: int
@@ -59,7 +59,7 @@ def read_trace(file: TextIO, *, is_csv: bool) -> Iterator[Arrival]:
 
 
 def prompt_of(arrival: Arrival, number: int, text: Sequence[int], scale: float) -> list[int]:
-    """Return a prompt of as many tokens as the scale leaves, with the pieces that the trace names."""
+    """Return a prompt of the scaled length, with the pieces that the trace names."""
     count = max(1, min(MAX_PROMPT, round(arrival.prompt_tokens / scale)))
     length = max(1, round(MOONCAKE_BLOCK / scale)) if arrival.pieces else count
     pieces = arrival.pieces or (-1 - number,)

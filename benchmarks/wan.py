@@ -36,7 +36,7 @@ LOST_AFTER: Final = 12
 
 @dataclass(frozen=True, slots=True)
 class Distance:
-    """What one delay costs. `delay_ms`: one way."""
+    """Results for one delay. `delay_ms`: one way."""
 
     delay_ms: float
     tokens_per_s: float
@@ -47,7 +47,7 @@ class Distance:
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """What a reader saw of a job. `came_s`: when each token came, counted from the question."""
+    """A job as seen by its client. `came_s`: arrival of each token, counted from the request."""
 
     text: str
     came_s: list[float]
@@ -56,14 +56,14 @@ class Job:
 
     @property
     def pause_s(self) -> float:
-        """The longest wait for a token after the loss, counted from that."""
+        """The longest wait for a token after the loss, counted from the loss."""
         return max(later - max(earlier, self.lost_s) for earlier, later in pairwise(self.came_s) if later > self.lost_s)
 
 
 @click.command()
 @click.option("--delay-ms", "delays_ms", type=click.FloatRange(0), multiple=True, default=(1.0, 20.0, 80.0))
-@click.option("--jitter-ms", type=click.FloatRange(0), default=0.0, help="Added at random, up to so much.")
-@click.option("--bytes-per-s", type=click.FloatRange(0), default=0.0, help="Width of each link; 0: no bound.")
+@click.option("--jitter-ms", type=click.FloatRange(0), default=0.0, help="Random extra delay, up to this.")
+@click.option("--bytes-per-s", type=click.FloatRange(0), default=0.0, help="Bandwidth of each link; 0: unlimited.")
 @click.option("--tokens", type=click.IntRange(2 * LOST_AFTER), default=48, show_default=True, help="Of each job.")
 @click.option("--rounds", type=click.IntRange(1), default=3, show_default=True, help="Jobs without a loss.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
@@ -78,7 +78,7 @@ def main(
 
 
 async def measure(shapes: Sequence[LinkShape], tokens: int, rounds: int) -> dict[str, Any]:
-    """Return what each kind of link costs."""
+    """Return the results for each link."""
     machine = describe_machine()
     return {**machine, "distances": [asdict(await _measure(shape, tokens, rounds)) for shape in shapes]}
 
@@ -86,7 +86,7 @@ async def measure(shapes: Sequence[LinkShape], tokens: int, rounds: int) -> dict
 async def _measure(shape: LinkShape, tokens: int, rounds: int) -> Distance:
     flags = [(), *(("--serve", f"{DEMO_MODEL}:{span}", "--threads", "1") for span in SPANS)]
     async with distant_daemons(flags, shape) as (coordinator, *peers):
-        await run_job(coordinator, tokens)  # what is opened once, and whoever is measured first
+        await run_job(coordinator, tokens)  # warm-up
         undisturbed = [await run_job(coordinator, tokens) for _ in range(rounds)]
         disturbed = await run_job(coordinator, tokens, lose=(peers[1], peers[3]))
     speeds = [(tokens - 1) / (job.came_s[-1] - job.came_s[0]) for job in undisturbed]
@@ -100,7 +100,7 @@ async def _measure(shape: LinkShape, tokens: int, rounds: int) -> Distance:
 
 
 async def run_job(coordinator: Daemon, tokens: int, lose: Sequence[Daemon] = ()) -> Job:
-    """Run a greedy job; of `lose` whoever serves it is killed once some tokens have come."""
+    """Run a greedy job; the daemon of `lose` that serves it is killed after some tokens."""
     body = {"model": DEMO_MODEL, "prompt": PROMPT, "max_tokens": tokens, "temperature": 0, "stream": True}
     body["metaswarm"] = {"ignore_eos": True}
     began_s, lost_s = trio.current_time(), 0.0

@@ -31,7 +31,7 @@ STAGES: Final = ("0-10", "10-20", "20-30")
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """A method on a workload, and the speed-up that is wanted over another, which is the baseline if none is named."""
+    """A method on a workload, and its target speed-up over another method (default: the baseline)."""
 
     method: str
     workload: dict[str, float]
@@ -76,7 +76,7 @@ def main(delay_ms: float, rounds: int, names: Sequence[str], as_json: bool) -> N
 
 
 async def measure(delay_s: float, rounds: int, names: Sequence[str]) -> dict[str, Any]:
-    """Return the logarithms of each method's cost over that of the one it is compared with, round by round."""
+    """Return the log ratios of each method's cost to that of its comparison, round by round."""
     machine = describe_machine()
     found = []
     for delayed in (True, False):
@@ -111,7 +111,7 @@ async def _measure(first: Daemon, rounds: int, name: str) -> dict[str, Any]:
 
 @asynccontextmanager
 async def stages(delay_s: float) -> AsyncIterator[Daemon]:
-    """Run the stages inside the block, each dialling those before it through a relay; give the first."""
+    """Run the stages inside the block, each dialling those before it through a relay; yield the first."""
     flags = [("--serve", f"{DEMO_MODEL}:{span}", "--threads", "1") for span in STAGES]
     async with distant_daemons(flags, LinkShape(delay_s=delay_s)) as daemons:
         yield daemons[0]

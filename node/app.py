@@ -7,7 +7,7 @@ import signal
 import stat
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from contextlib import asynccontextmanager, contextmanager, suppress
+from contextlib import asynccontextmanager, contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -17,7 +17,7 @@ import trio
 from node.api.application import make_app
 from node.api.server import serve as serve_api
 from node.api.server import url_of
-from node.assembly import NodeParts, build_node
+from node.assembly import NodeParts, build_node, is_busy
 from node.capabilities.probe import total_memory
 from node.config import LOCK_FILE, MEMORY_SHARE, READY_FILE, NodeConfig, NodeReady, StartError
 from node.engine.device import Device, DeviceError, find_device
@@ -69,10 +69,7 @@ class Node:
                     _logger.warning("this node serves no blocks; --serve MODEL serves some")
                 started.set()
                 yield NodeReady(
-                    peer_id=network.peer_id,
-                    multiaddrs=network.multiaddrs,
-                    api_url=self._view.api_url,
-                    pid=os.getpid(),
+                    peer_id=network.peer_id, multiaddrs=network.multiaddrs, api_url=self._view.api_url, pid=os.getpid()
                 )
                 nursery.cancel_scope.cancel()
             api_stop.set()
@@ -81,6 +78,7 @@ class Node:
         """Return the tasks that run as long as the node."""
         config, parts = self._config, self._parts
         network, swarm, selection = parts.network, parts.swarm, parts.selection
+        busy = partial(is_busy, parts.client.coordinator, parts.serving.stages)
         tasks: list[tuple[Callable[..., Awaitable[None]], *tuple[object, ...]]] = [
             (swarm.membership.run,),
             (swarm.announce_placements,),
@@ -91,7 +89,7 @@ class Node:
             (parts.client.quality_store.run,),
             (parts.consensus.run,),
             (selection.learner.run,),
-            (selection.chooser.trials.run, AdoptionTrials(parts.client.trials), parts.is_busy),
+            (selection.chooser.trials.run, AdoptionTrials(parts.client.trials), busy),
             (_retention_loop, network.history),
             (maintain_known_peers, network.network, network.known_peers),
         ]
@@ -136,7 +134,7 @@ async def running_node(
     """Open the data directory's database and run a node on it inside the block."""
     async with open_database(config.data_dir / DATABASE_FILE) as database:
         if database.set_aside is not None:
-            _logger.warning("damaged history set aside; the swarm refills it", file=str(database.set_aside))
+            _logger.warning("corrupt history renamed; the swarm refills it", file=str(database.set_aside))
         try:
             # Also where nothing is served: the capabilities that are announced name the device.
             device = await find_device(config.device)
@@ -149,9 +147,7 @@ async def running_node(
 
 
 async def run_node(
-    config: NodeConfig,
-    on_ready: Callable[[NodeReady], None] | None = None,
-    progress: Progress = ignore_progress,
+    config: NodeConfig, on_ready: Callable[[NodeReady], None] | None = None, progress: Progress = ignore_progress
 ) -> None:
     """Run a node until SIGTERM or SIGINT: the first drains and leaves, a second leaves at once.
 
@@ -166,13 +162,17 @@ async def run_node(
                 asked = trio.Event()
                 is_ready = trio.Event()
                 await nursery.start(_on_signals, asked, is_ready, nursery.cancel_scope)
-                async with running_node(config, progress) as (node, ready), _announced(ready, config.data_dir):
-                    is_ready.set()
-                    if on_ready:
-                        on_ready(ready)
-                    await asked.wait()
-                    _logger.info("draining; a second signal exits at once")
-                    await node.drain()
+                async with running_node(config, progress) as (node, ready):
+                    ready.write(config.data_dir)
+                    try:
+                        is_ready.set()
+                        if on_ready:
+                            on_ready(ready)
+                        await asked.wait()
+                        _logger.info("draining; a second signal exits at once")
+                        await node.drain()
+                    finally:
+                        (config.data_dir / READY_FILE).unlink(missing_ok=True)
                 nursery.cancel_scope.cancel()
     except (StorageError, BaseExceptionGroup) as fault:
         for error in _leaves(fault):
@@ -195,17 +195,6 @@ async def _on_signals(
             if asked.is_set() or not is_ready.is_set():
                 scope.cancel()
             asked.set()
-
-
-@asynccontextmanager
-async def _announced(ready: NodeReady, data_dir: Path) -> AsyncIterator[None]:
-    """Keep `node.json` in the data directory inside the block."""
-    ready.write(data_dir)
-    try:
-        yield
-    finally:
-        with suppress(FileNotFoundError):
-            (data_dir / READY_FILE).unlink()
 
 
 def _leaves(error: BaseException) -> Iterator[BaseException]:

@@ -14,10 +14,10 @@ from node.consensus.environment import ConsensusEnvironment, ConsensusRules
 from node.consensus.followed_chains import FollowedChains
 from node.consensus.measurement_runner import MEASUREMENT_PLAN, MeasurementRunner
 from node.consensus.service import ConsensusService, swarm_name
-from node.coordinator.coordinator import Coordinator, SwarmView
-from node.coordinator.observation import software_name, software_versions
+from node.coordinator.coordinator import Coordinator
+from node.coordinator.observation import Recorder, software_name, software_versions
+from node.coordinator.planner import SwarmView
 from node.coordinator.quality_store import LocalQualityStore
-from node.coordinator.recorder import Recorder
 from node.coordinator.trial_runner import BenchmarkRunner
 from node.engine.client import SpareWorker, start_engine
 from node.engine.device import Device
@@ -34,9 +34,8 @@ from node.selection.chooser import LearnedChooser, LearnedVoter
 from node.selection.learner import Learner
 from node.selection.prediction_cache import PredictionCache
 from node.stages.block_placement import PlacementAnnouncements
-from node.stages.scheduler import Batching
+from node.stages.scheduler import Batching, PolicyController
 from node.stages.span_supervisor import ServingOptions, SpanSupervisor
-from node.stages.stage_policy import PolicyController
 from node.stages.stage_server import StageServer
 from node.storage.adoption_store import AdoptionStore
 from node.storage.chain_store import ChainStore
@@ -135,10 +134,6 @@ class NodeParts:
     serving: ServingParts
     client: ClientParts
     consensus: ConsensusService
-
-    def is_busy(self) -> bool:
-        """Return whether any job or session is running."""
-        return _is_busy(self.client.coordinator, self.serving.stages)
 
 
 def build_node(config: NodeConfig, database: Database, device: Device, progress: Progress) -> NodeParts:
@@ -307,7 +302,7 @@ def build_client(
         capabilities = announcer.known(peer)
         return None if capabilities is None else capabilities.links
 
-    recorder = Recorder(network.identity, swarm.replicator)
+    recorder = Recorder(network.identity, swarm.replicator.publish)
     quality_store = LocalQualityStore(serving.library, config.cache_dir)
     view = SwarmView(
         finder=membership,
@@ -318,7 +313,7 @@ def build_client(
         agreed=selection.chains.agreement,
     )
     coordinator = Coordinator(
-        serving.library,
+        serving.library.open,
         view,
         serving.stages.link_pool,
         network.jitter,
@@ -346,8 +341,8 @@ def build_consensus(
         return {model: model in served for model in (*swarm.membership.directory.models(), *served)}
 
     def meter(model: ModelId) -> MeasurementRunner:
-        is_busy = partial(_is_busy, client.coordinator, stages)
-        return MeasurementRunner(client.trials, client.recorder, model, is_busy, network.jitter)
+        busy = partial(is_busy, client.coordinator, stages)
+        return MeasurementRunner(client.trials, client.recorder, model, busy, network.jitter)
 
     environment = ConsensusEnvironment(
         identity=network.identity,
@@ -366,5 +361,6 @@ def build_consensus(
     return ConsensusService(network.network, selection.chains, environment, rules, network.jitter)
 
 
-def _is_busy(coordinator: Coordinator, stages: StageServer) -> bool:
-    return coordinator.statistics().running > 0 or any(span.sessions for span in stages.spans())
+def is_busy(coordinator: Coordinator, stages: StageServer) -> bool:
+    """Return whether any job or session is running."""
+    return coordinator.statistics.running > 0 or any(span.sessions for span in stages.spans())

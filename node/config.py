@@ -8,7 +8,7 @@ import json
 import os
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 import platformdirs
 
@@ -108,16 +108,12 @@ class NodeReady:
     api_url: str
     pid: int
 
-    def to_json(self) -> dict[str, Any]:
-        """Return the JSON document."""
-        return {**asdict(self), "multiaddrs": list(self.multiaddrs)}
-
     def write(self, data_dir: Path) -> None:
         """Write `node.json`, whole or not at all, for its owner only. Raises StartError."""
         temporary = data_dir / f".{READY_FILE}.{self.pid}"
         try:
             with os.fdopen(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
-                file.write(json.dumps(self.to_json(), indent=2) + "\n")
+                file.write(json.dumps(asdict(self), indent=2) + "\n")
             temporary.replace(data_dir / READY_FILE)
         except OSError as error:
             temporary.unlink(missing_ok=True)

@@ -103,7 +103,7 @@ class _Daemon:
         self.blocks = blocks
         self.child: Child | None = None
         self._data_dir = data_dir
-        self._log = data_dir / "log"
+        self.log = data_dir / "log"
         self._arguments = arguments
 
     async def start(self, cache_dir: Path, threads: int, memory_bytes: int) -> None:
@@ -113,7 +113,7 @@ class _Daemon:
         command = [*COMMAND, "--json", "--no-catalogue", "--no-mdns", "--data-dir", str(self._data_dir)]
         command += ["--device", "cpu"]  # each would take most of one GPU's memory
         command += ["--api", "127.0.0.1:0", "--threads", str(threads), "--memory", str(memory_bytes), *self._arguments]
-        with self._log.open("wb") as log:
+        with self.log.open("wb") as log:
             self.child = await start(command, what=self.name, environment=environment, stdout=True, log=log)
 
     async def wait_ready(self) -> LocalPeer:
@@ -126,9 +126,6 @@ class _Daemon:
                 await trio.sleep_forever()  # `_watch` reports the exit
             output += chunk
         return LocalPeer(ready=NodeReady.parse(output.decode()), blocks=self.blocks, data_dir=self._data_dir)
-
-    def last_log_lines(self) -> list[str]:
-        return self._log.read_text(encoding="utf-8", errors="replace").splitlines()[-LOG_LINES:]
 
 
 def _plan(folder: Path, model: str, spans: list[BlockRange]) -> list[_Daemon]:
@@ -172,7 +169,8 @@ async def _watch(daemon: _Daemon, causes: list[BaseException], scope: trio.Cance
     assert daemon.child is not None
     code = await daemon.child.process.wait()
     message = f"{daemon.name}, blocks {daemon.blocks}, exited with code {code}"
-    causes.append(DaemonDiedError(message, daemon.last_log_lines()))
+    log_lines = daemon.log.read_text(encoding="utf-8", errors="replace").splitlines()
+    causes.append(DaemonDiedError(message, log_lines[-LOG_LINES:]))
     scope.cancel()
 
 

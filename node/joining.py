@@ -87,11 +87,8 @@ def _program() -> str:
     found = shutil.which("metaswarm")
     if found is None and program.name == "metaswarm" and os.access(program, os.X_OK):
         return str(program)
-    return "metaswarm" if found is None or program.name != "metaswarm" or _is_same(found, program) else str(program)
-
-
-def _is_same(found: str, program: Path) -> bool:
-    return Path(found).resolve() == program.resolve()
+    is_found = found is None or program.name != "metaswarm" or Path(found).resolve() == program.resolve()
+    return "metaswarm" if is_found else str(program)
 
 
 def _name_for_others(name: str, cache_dir: Path) -> str:

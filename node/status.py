@@ -2,7 +2,8 @@
 
 import time
 from collections.abc import Mapping, Sequence
-from typing import Any
+from dataclasses import asdict, replace
+from typing import Any, cast
 
 import trio
 
@@ -13,6 +14,7 @@ from node.api.interface import (
     Explanation,
     GapDocument,
     HistoryStatus,
+    LineageQuality,
     ModelDocument,
     NodeStatus,
     PeerCounts,
@@ -25,8 +27,7 @@ from node.api.interface import (
 from node.assembly import AGENT, NodeParts
 from node.consensus.chain_node import ChainNode
 from node.coordinator.submission import JobRequest
-from node.coordinator.trial_runner import Trial, TrialSpec
-from node.stages.peer_records import StagePeerStatistics
+from node.stages.peer_penalties import StagePeerStatistics
 from node.stages.span import Span
 from node.stages.span_supervisor import WEIGHT_SHARE
 from node.storage.database import StorageError
@@ -42,6 +43,7 @@ class StatusView:
     def __init__(self, parts: NodeParts, serve: Sequence[str]) -> None:
         self.api_url = ""
         self.submitter = parts.client.coordinator
+        self.bench = parts.client.trials.run
         self._parts = parts
         self._serve = list(serve)
         self._network = parts.network.network
@@ -50,13 +52,9 @@ class StatusView:
         self._library = parts.serving.library
         self._started_s = time.monotonic()
 
-    async def bench(self, spec: TrialSpec) -> Trial:
-        """Measure methods against the baseline; see NodeView."""
-        return await self._parts.client.trials.run(spec)
-
     async def status(self) -> NodeStatus:
         """Return the status of this node."""
-        jobs = self.submitter.statistics()
+        jobs = self.submitter.statistics
         transfers, selection = self._library.transfers(), self._parts.selection
         return {
             "peer_id": self._network.peer_id,
@@ -79,11 +77,7 @@ class StatusView:
                 "failed": jobs.failed,
                 "cancelled": jobs.cancelled,
                 "rejected": jobs.rejected,
-                "trials": {
-                    "running": jobs.trials_running,
-                    "done": jobs.trials_done,
-                    "failed": jobs.trials_failed,
-                },
+                "trials": {"running": jobs.trials_running, "done": jobs.trials_done, "failed": jobs.trials_failed},
             },
             "history": await self._history_status(),
             "consensus": [
@@ -102,16 +96,16 @@ class StatusView:
         manifest = self._library.local_manifest(model)
         status = self._model(model)
         return [
-            GapDocument(
-                model=model,
-                name=status["name"],
-                start=start,
-                end=end,
-                memory_bytes=int(manifest.bytes_of(BlockRange(start, end)) / WEIGHT_SHARE) if manifest else None,
-                serve=f"{status['name']}:{start}-{end}",
-            )
-            for start, end in status["uncovered"]
+            {
+                **self._span_summary(model, blocks),
+                "memory_bytes": int(manifest.bytes_of(blocks) / WEIGHT_SHARE) if manifest else None,
+                "serve": f"{status['name']}:{blocks}",
+            }
+            for blocks in (BlockRange(*gap) for gap in status["uncovered"])
         ]
+
+    def _span_summary(self, model: ModelId, blocks: BlockRange) -> SpanSummary:
+        return {"model": model, "name": self._library.name_of(model), "start": blocks.start, "end": blocks.end}
 
     async def _history_status(self) -> HistoryStatus | None:
         try:
@@ -186,15 +180,7 @@ class StatusView:
                     "leaving": peer in leaving,
                     "rtt_s": self._membership.round_trip_s(peer),
                     "last_seen_s": round(now_s - entry.last_heard_s, 3) if entry else None,
-                    "spans": [
-                        SpanSummary(
-                            model=span.model,
-                            name=self._library.name_of(span.model),
-                            start=span.blocks.start,
-                            end=span.blocks.end,
-                        )
-                        for span in (entry.spans if entry else ())
-                    ],
+                    "spans": [self._span_summary(span.model, span.blocks) for span in (entry.spans if entry else ())],
                     "banned": bans.get(peer),
                     "sessions": _sessions(sessions[peer]) if peer in sessions else None,
                     "jobs": _jobs(jobs[peer]) if peer in jobs else None,
@@ -228,14 +214,8 @@ class StatusView:
             "complete": manifest is not None and not missing,
             "local": manifest is not None,
             "quality": {
-                kv_key: None
-                if each is None
-                else {
-                    "greedy_agreement": each.greedy_agreement,
-                    "mean_kl": each.mean_kl,
-                    "perplexity_change": each.perplexity_change,
-                }
-                for kv_key, each in self._parts.client.quality_store.figures(model).items()
+                kv_key: None if figures is None else cast("LineageQuality", asdict(figures))
+                for kv_key, figures in self._parts.client.quality_store.figures(model).items()
             },
         }
 
@@ -243,10 +223,7 @@ class StatusView:
         info = span.info
         statistics = span.engine.statistics()
         return {
-            "model": info.model,
-            "name": self._library.name_of(info.model),
-            "start": info.blocks.start,
-            "end": info.blocks.end,
+            **self._span_summary(info.model, info.blocks),
             "block_count": info.block_count,
             "sessions": len(span.sessions),
             "reserved_positions": statistics.reserved_positions,
@@ -271,11 +248,5 @@ def _sessions(asked: StagePeerStatistics) -> PeerSessions:
 
 
 def _jobs(shown: PeerRecord) -> PeerJobs:
-    return {
-        "served": shown.served,
-        "failed": shown.failed,
-        "lagged": shown.lagged,
-        "trust": round(shown.trust, 3),
-        "avoided_s": round(shown.avoided_s, 3),
-        "block_s": {str(model): seconds for model, seconds in shown.block_s.items()},
-    }
+    rounded = replace(shown, trust=round(shown.trust, 3), avoided_s=round(shown.avoided_s, 3))
+    return cast("PeerJobs", asdict(rounded))

@@ -15,7 +15,7 @@ from protocol.consensus_values import Commit, EquivocationProof, Reveal, Signatu
 from protocol.errors import LocalProtocolError, RemoteProtocolError
 from protocol.identity import PeerId
 from protocol.limits import MAX_RECORD_BYTES
-from protocol.records import kind_of, open_envelope, sign
+from protocol.records import kind_of, sign, verify_envelope
 from protocol.schema import from_map, to_map
 
 CONSENSUS_TOPIC: Final = "metaswarm/1/consensus"
@@ -70,7 +70,7 @@ def verify_message(envelope: bytes) -> SignedMessage:
     kind = kind_of(envelope)
     if kind not in KINDS:
         raise RemoteProtocolError(f"a {kind} record is not a consensus message")
-    payload, peer = open_envelope(envelope, kind)
+    payload, peer = verify_envelope(envelope, kind)
     signer = {_SIGNER_FIELDS[kind]: peer} if kind in _SIGNER_FIELDS else {}
     body = from_map(KINDS[kind], decode_canonical(payload, max_bytes=MAX_RECORD_BYTES), kind, **signer)
     if isinstance(body, EquivocationProof):

@@ -17,7 +17,7 @@ from protocol.errors import LocalProtocolError, RemoteProtocolError
 from protocol.identity import JobId, ModelId, PeerId, public_key_of
 from protocol.limits import MAX_CLOCK_SKEW_S, MAX_OBSERVATION_AGE_S, MAX_RECORD_BYTES
 from protocol.measurements import Observation, StageObservation
-from protocol.records import open_envelope, payload_of, sign
+from protocol.records import payload_of, sign, verify_envelope
 from protocol.schema import from_map, to_array, to_map
 from protocol.signatures import is_valid_signature
 
@@ -87,18 +87,18 @@ def sign_observation(observation: Observation, private_key: Ed25519PrivateKey) -
     """Return a signed observation. Raises LocalProtocolError for one that peers would reject."""
     envelope = sign(OBSERVATION_KIND, to_map(observation), private_key)
     try:
-        return open_observation(envelope)
+        return verify_observation(envelope)
     except RemoteProtocolError as error:
         raise LocalProtocolError(str(error)) from None
 
 
-def verify_observation(envelope: bytes, now_s: float) -> SignedObservation:
+def verify_fresh_observation(envelope: bytes, now_s: float) -> SignedObservation:
     """Return the observation in an envelope from a peer.
 
     `now_s`: Unix time by our clock. Raises RemoteProtocolError for an invalid form, version, signature or value, and
     for a time in the future or too far in the past.
     """
-    signed = open_observation(envelope)
+    signed = verify_observation(envelope)
     issued_at_s = signed.observation.issued_at_s
     if issued_at_s > now_s + MAX_CLOCK_SKEW_S:
         raise RemoteProtocolError(f"observation was issued {issued_at_s - now_s:.0f} s in the future")
@@ -107,9 +107,9 @@ def verify_observation(envelope: bytes, now_s: float) -> SignedObservation:
     return signed
 
 
-def open_observation(envelope: bytes) -> SignedObservation:
-    """Return the observation in an envelope like `verify_observation`, whenever it was issued."""
-    payload, signer = open_envelope(envelope, OBSERVATION_KIND)
+def verify_observation(envelope: bytes) -> SignedObservation:
+    """Return the observation in an envelope like `verify_fresh_observation`, whenever it was issued."""
+    payload, signer = verify_envelope(envelope, OBSERVATION_KIND)
     observation = from_map(Observation, decode_canonical(payload, max_bytes=MAX_RECORD_BYTES), OBSERVATION_KIND)
     if observation.observer != signer:
         raise RemoteProtocolError(f"observation of {observation.observer} is signed by {signer}")
@@ -125,7 +125,7 @@ def open_observation(envelope: bytes) -> SignedObservation:
     return SignedObservation(ObservationId(hashlib.sha256(payload).digest()), observation, envelope)
 
 
-def read_observation(envelope: bytes) -> SignedObservation:
+def decode_verified_observation(envelope: bytes) -> SignedObservation:
     """Return an observation that was verified before it was stored, without verifying its signatures again.
 
     Raises RemoteProtocolError for what cannot have been verified.

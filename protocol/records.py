@@ -94,13 +94,13 @@ def verify(envelope: bytes, kind: str, now_s: float) -> Verified:
     `kind`: the expected kind. `now_s`: Unix time by our clock. Raises RemoteProtocolError for an invalid form, kind,
     signature or time (expired, issued in the future, too long a lifetime).
     """
-    signed = open_envelope(envelope, kind)
+    signed = verify_envelope(envelope, kind)
     payload = _decode_payload(signed.payload, kind)
     _check_times(_read_header(payload, kind), kind, now_s)
     return Verified(payload, signed.peer)
 
 
-def open_envelope(envelope: bytes, kind: str) -> Signed:
+def verify_envelope(envelope: bytes, kind: str) -> Signed:
     """Return the signed bytes and the signer of an envelope of the expected kind; times are not checked.
 
     Raises RemoteProtocolError for an invalid form, kind or signature.
@@ -130,7 +130,7 @@ def seal(record: Record, private_key: Ed25519PrivateKey) -> bytes:
     """
     try:
         envelope = sign(record.kind, to_map(record), private_key)
-        same = unseal(type(record), envelope, record.issued_at_s) == record
+        same = verify_record(type(record), envelope, record.issued_at_s) == record
     except (RemoteProtocolError, ValueError) as error:
         raise LocalProtocolError(str(error)) from None
     if not same:
@@ -138,7 +138,7 @@ def seal(record: Record, private_key: Ed25519PrivateKey) -> bytes:
     return envelope
 
 
-def unseal(record_type: type[_R], envelope: bytes, now_s: float) -> _R:
+def verify_record(record_type: type[_R], envelope: bytes, now_s: float) -> _R:
     """Return the record of this type in a signed envelope.
 
     `now_s`: Unix time by our clock. Raises RemoteProtocolError for an invalid one.
@@ -147,9 +147,9 @@ def unseal(record_type: type[_R], envelope: bytes, now_s: float) -> _R:
     return from_map(record_type, payload, record_type.kind, peer=peer)
 
 
-def unseal_from_dht(record_type: type[_D], key: str, envelope: bytes, now_s: float) -> _D:
+def verify_dht_record(record_type: type[_D], key: str, envelope: bytes, now_s: float) -> _D:
     """Return the record found under a DHT key. Raises RemoteProtocolError, also where it belongs under another key."""
-    record = unseal(record_type, envelope, now_s)
+    record = verify_record(record_type, envelope, now_s)
     if record.key != key:
         raise RemoteProtocolError(f"{record.kind} record of {record.peer} was stored under another key: {key[:200]!r}")
     return record
@@ -160,7 +160,7 @@ def issue_time(envelope: bytes, kind: str) -> int:
 
     Only the signature is verified. Raises RemoteProtocolError.
     """
-    payload = _decode_payload(open_envelope(envelope, kind).payload, kind)
+    payload = _decode_payload(verify_envelope(envelope, kind).payload, kind)
     return _read_header(payload, kind).issued_at_s
 
 

@@ -110,7 +110,7 @@ class Method:
         return int(self.switches["speculation"].partition("-")[2] or 0)
 
     @property
-    def without_guesses(self) -> "Method":
+    def without_speculation(self) -> "Method":
         """The same method without speculative decoding, which changes when rows are computed, never their values."""
         return Method(MappingProxyType({**self.switches, "speculation": SWITCHES["speculation"].baseline}))
 

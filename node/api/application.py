@@ -13,10 +13,10 @@ from starlette.types import ASGIApp
 from node.api.bench import BenchEndpoint
 from node.api.completions import CompletionEndpoint
 from node.api.errors import ApiError
+from node.api.explanation import parse_task
 from node.api.guard import Guard
-from node.api.interface import ModelDocument, NodeView
+from node.api.interface import NodeView
 from node.api.requests import parse_chat_request, parse_completion_request
-from node.api.tasks import parse_task
 from node.coordinator.submission import JobError
 
 
@@ -25,7 +25,8 @@ def make_app(node: NodeView, api_key: str | None) -> ASGIApp:
     created_s = int(time.time())
 
     def list_models() -> list[dict[str, Any]]:
-        return [_openai_model(model, created_s) for model in node.models() if model["complete"]]
+        facts = {"object": "model", "created": created_s, "owned_by": "metaswarm"}
+        return [{"id": model["name"] or model["model"], **facts} for model in node.models() if model["complete"]]
 
     async def models(_: Request) -> JSONResponse:
         return JSONResponse({"object": "list", "data": list_models()})
@@ -76,15 +77,6 @@ def make_app(node: NodeView, api_key: str | None) -> ASGIApp:
         Exception: _on_defect,
     }
     return Guard(Starlette(routes=routes, exception_handlers=handlers), api_key)
-
-
-def _openai_model(model: ModelDocument, created_s: int) -> dict[str, Any]:
-    return {
-        "id": model["name"] or model["model"],
-        "object": "model",
-        "created": created_s,
-        "owned_by": "metaswarm",
-    }
 
 
 async def _on_api_error(_: Request, error: ApiError) -> JSONResponse:

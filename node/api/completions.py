@@ -139,8 +139,14 @@ class EventStream:
 async def until_disconnect(receive: Receive, answer: Callable[[], Awaitable[None]]) -> None:
     """Run `answer`, and cancel it when the client disconnects. Its JobError becomes an ApiError."""
     error: JobError | None = None
+
+    async def cancel_on_disconnect() -> None:
+        while (await receive())["type"] != "http.disconnect":
+            pass
+        nursery.cancel_scope.cancel()
+
     async with trio.open_nursery() as nursery:
-        nursery.start_soon(_cancel_on_disconnect, receive, nursery.cancel_scope)
+        nursery.start_soon(cancel_on_disconnect)
         try:
             await answer()
         except JobError as caught:
@@ -148,10 +154,3 @@ async def until_disconnect(receive: Receive, answer: Callable[[], Awaitable[None
         nursery.cancel_scope.cancel()
     if error is not None:
         raise ApiError.from_job_error(error)
-
-
-async def _cancel_on_disconnect(receive: Receive, cancel_scope: trio.CancelScope) -> None:
-    """Cancel the scope when the client disconnects."""
-    while (await receive())["type"] != "http.disconnect":
-        pass
-    cancel_scope.cancel()

@@ -8,23 +8,15 @@ from node.coordinator.submission import JobResult, JobStarted
 
 def describe_job(result: JobResult) -> dict[str, Any]:
     """Return the field `metaswarm` of an answer: how the swarm ran the job. Times in seconds."""
+    method = result.method
     return {
         "job_id": result.job_id,
         "route": [
-            {
-                "peer": stage.peer,
-                "start": stage.blocks.start,
-                "end": stage.blocks.end,
-                "compute_s": stage.statistics.compute_s,
-                "queue_s": stage.statistics.queue_s,
-            }
+            {"peer": stage.peer, "start": stage.blocks.start, "end": stage.blocks.end}
+            | {"compute_s": stage.statistics.compute_s, "queue_s": stage.statistics.queue_s}
             for stage in result.route
         ],
-        "method": {
-            "name": result.method.name,
-            "switches": dict(result.method.switches),
-            "stage_policy": dict(result.method.stage_policy),
-        },
+        "method": {"name": method.name, "switches": dict(method.switches), "stage_policy": dict(method.stage_policy)},
         "consensus": asdict(result.consensus),
         "timing": asdict(result.timing),
         "selection": None if result.selection is None else asdict(result.selection),

@@ -1,26 +1,65 @@
-"""Documents of method selection: state of learning, explanation of a choice, and past choices."""
+"""`POST /swarm/explain`: the task in a body, and documents of the choice, of the state of learning, and of the past."""
 
 import math
 import statistics
 from collections.abc import Collection
-from typing import Final
+from typing import Any, Final
 
 import trio
 
-from node.api.interface import (
-    ExplainedMethod,
-    Explanation,
-    PastDecision,
-    PastDecisions,
-    SelectionStatus,
+from node.api.interface import ExplainedMethod, Explanation, PastDecision, PastDecisions, SelectionStatus
+from node.api.requests import (
+    Fields,
+    count_between,
+    number_between,
+    parse_count,
+    parse_json,
+    parse_quality,
+    parse_text,
+    refuse,
 )
 from node.coordinator.coordinator import Considered
-from node.coordinator.submission import JobOutcome, Selection
+from node.coordinator.submission import JobOutcome, JobRequest, Selection
 from node.selection.chooser import LearnedChoice, LearnedChooser
 from node.selection.learner import ModelStatus
+from protocol.limits import MAX_PARALLEL_JOBS
+from protocol.measurements import QualityBound
 
 RECENT: Final = 20
 """Past choices that are listed."""
+
+DEFAULT_TOKENS: Final = 64
+"""Default length of prompt and text."""
+
+_TOKEN_IDS: Final = 256
+"""Distinct ids in the prompt, which is never computed."""
+
+TASK_FIELDS: Final = frozenset(
+    {"model", "prompt_tokens", "max_tokens", "shared_prefix_share", "repetitiveness", "concurrency", "quality"}
+)
+
+
+def parse_task(body: bytes) -> tuple[JobRequest, dict[str, Any]]:
+    """Return the job, and the fields of its context that are overridden. Raises ApiError."""
+    fields = Fields(parse_json(body))
+    fields.refuse_misspelt(TASK_FIELDS)
+    model = fields.get("model", parse_text)
+    if not model:
+        refuse("model", "is missing")
+    prompt_tokens = fields.get("prompt_tokens", parse_count) or DEFAULT_TOKENS
+    request = JobRequest(
+        model=model,
+        prompt_tokens=tuple(place % _TOKEN_IDS for place in range(prompt_tokens)),
+        max_tokens=fields.get("max_tokens", parse_count) or DEFAULT_TOKENS,
+        quality=fields.get("quality", parse_quality) or QualityBound.EXACT,
+    )
+    overrides: dict[str, Any] = {
+        name: fields.get(name, number_between(0, 1)) or 0.0 for name in ("shared_prefix_share", "repetitiveness")
+    }
+    concurrency = fields.get("concurrency", count_between(1, MAX_PARALLEL_JOBS))
+    if concurrency is not None:
+        overrides["concurrency"] = concurrency
+    return request, overrides
 
 
 def selection_status(chooser: LearnedChooser, model: ModelStatus | None) -> SelectionStatus:
@@ -70,12 +109,11 @@ def explain(considered: Considered, chooser: LearnedChooser, model: ModelStatus 
         "selection": selection_status(chooser, model),
         "methods": methods,
         "agreed": considered.agreed,
-        "past": past_decisions(chooser.decisions),
+        "past": _past_decisions(chooser.decisions),
     }
 
 
-def past_decisions(decisions: Collection[tuple[JobOutcome, Selection]]) -> PastDecisions:
-    """Return past choices and their outcome."""
+def _past_decisions(decisions: Collection[tuple[JobOutcome, Selection]]) -> PastDecisions:
     recent: list[PastDecision] = [
         {
             "job_id": outcome.job_id,

@@ -11,13 +11,18 @@ from node.coordinator.submission import JobRequest, Submitter
 from node.coordinator.trial_runner import Trial, TrialSpec
 
 
-class SpanDocument(TypedDict):
-    """A span that this node serves."""
+class SpanSummary(TypedDict):
+    """A span as its peer announces it."""
 
     model: str
     name: str
     start: int
     end: int
+
+
+class SpanDocument(SpanSummary):
+    """A span that this node serves."""
+
     block_count: int
     sessions: int
     reserved_positions: int
@@ -87,13 +92,9 @@ class ChainStatus(TypedDict):
     measured: int
 
 
-class GapDocument(TypedDict):
+class GapDocument(SpanSummary):
     """Blocks of a partly served model that no peer serves, and how to fill the gap."""
 
-    model: str
-    name: str
-    start: int
-    end: int
     memory_bytes: int | None
     serve: str
 
@@ -193,15 +194,6 @@ class NodeStatus(TypedDict):
     selection: SelectionStatus
     transfers: TransfersDocument
     uncovered: list[GapDocument]
-
-
-class SpanSummary(TypedDict):
-    """A span as its peer announces it."""
-
-    model: str
-    name: str
-    start: int
-    end: int
 
 
 class BanDocument(TypedDict):

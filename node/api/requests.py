@@ -110,10 +110,7 @@ def parse_chat_request(body: bytes) -> CompletionRequest:
         refuse("messages", "is missing")
     max_tokens = fields.get("max_tokens", _parse_limit)
     return _parse_common(
-        fields,
-        chat=True,
-        messages=messages,
-        max_tokens=fields.get("max_completion_tokens", _parse_limit) or max_tokens,
+        fields, chat=True, messages=messages, max_tokens=fields.get("max_completion_tokens", _parse_limit) or max_tokens
     )
 
 

@@ -17,17 +17,10 @@ from cachetools import LRUCache
 from node.identity import Identity
 from node.network.interface import Network, NetworkError
 from node.swarm.dht_records import RecordKinds
-from protocol.capabilities import (
-    CAPABILITY_KIND,
-    CAPABILITY_TOPIC,
-    Capabilities,
-    CapabilityRecord,
-    Links,
-    capability_key,
-)
+from protocol.capabilities import CAPABILITY_KIND, CAPABILITY_TOPIC, Capabilities, CapabilityRecord, capability_key
 from protocol.errors import LocalProtocolError, RemoteProtocolError
 from protocol.identity import PeerId
-from protocol.records import seal, unseal, unseal_from_dht
+from protocol.records import seal, verify_dht_record, verify_record
 
 RECORD_LIFETIME_S: Final = 1800
 RECORD_REFRESH_S: Final = 600
@@ -100,7 +93,7 @@ class CapabilityAnnouncer:
         data = await self._network.get_record(key)
         if data is not None:
             try:
-                self._store(unseal_from_dht(CapabilityRecord, key, data, self._wall_clock()))
+                self._store(verify_dht_record(CapabilityRecord, key, data, self._wall_clock()))
             except RemoteProtocolError as error:
                 _logger.debug("invalid capability record", peer=peer, reason=str(error))
         return self.known(peer)
@@ -125,17 +118,17 @@ class CapabilityAnnouncer:
     # Records of other peers
 
     def _validate_record(self, key: str, data: bytes) -> bool:
-        unseal_from_dht(CapabilityRecord, key, data, self._wall_clock())
+        verify_dht_record(CapabilityRecord, key, data, self._wall_clock())
         return True
 
     def _validate_gossip(self, source: PeerId, data: bytes) -> bool:
-        return unseal(CapabilityRecord, data, self._wall_clock()).peer == source
+        return verify_record(CapabilityRecord, data, self._wall_clock()).peer == source
 
     async def _receive_loop(self) -> None:
         async with self._network.subscribe(CAPABILITY_TOPIC) as messages:
             async for message in messages:
                 try:
-                    self._store(unseal(CapabilityRecord, message.data, self._wall_clock()))
+                    self._store(verify_record(CapabilityRecord, message.data, self._wall_clock()))
                 except RemoteProtocolError:
                     continue  # expired since it was validated
 
@@ -191,18 +184,6 @@ class CapabilityAnnouncer:
     async def _announce(self, capabilities: Capabilities | None) -> None:
         now_s = trio.current_time()
         had_neighbours = bool(self._network.connected_peers())
-        try:
-            await self._put(capabilities)
-        except (NetworkError, LocalProtocolError) as error:
-            # LocalProtocolError: the probed values are invalid in a record. The node serves all the same.
-            pause_s = RETRY_S if isinstance(error, NetworkError) else RECORD_REFRESH_S
-            self._not_before_s = now_s + pause_s * self._jitter.uniform(0.8, 1.2)
-            _logger.info("capabilities not announced", reason=str(error))
-        else:
-            self._announced, self._announced_at_s, self._had_neighbours = capabilities, now_s, had_neighbours
-            self._refresh_at_s = now_s + RECORD_REFRESH_S * self._jitter.uniform(0.8, 1.0)
-
-    async def _put(self, capabilities: Capabilities | None) -> None:
         wall_s = self._wall_clock()
         # A restarted node continues above its earlier sequence numbers without having stored them.
         self._sequence = max(self._sequence + 1, int(wall_s * 1000))
@@ -213,10 +194,19 @@ class CapabilityAnnouncer:
             expires_at_s=int(wall_s) + RECORD_LIFETIME_S,
             capabilities=capabilities,
         )
-        envelope = seal(record, self._identity.private_key)
-        self._store(record)
-        await self._network.put_record(capability_key(record.peer), envelope)
-        await self._network.publish(CAPABILITY_TOPIC, envelope)
+        try:
+            envelope = seal(record, self._identity.private_key)
+            self._store(record)
+            await self._network.put_record(capability_key(record.peer), envelope)
+            await self._network.publish(CAPABILITY_TOPIC, envelope)
+        except (NetworkError, LocalProtocolError) as error:
+            # LocalProtocolError: the probed values are invalid in a record. The node serves all the same.
+            pause_s = RETRY_S if isinstance(error, NetworkError) else RECORD_REFRESH_S
+            self._not_before_s = now_s + pause_s * self._jitter.uniform(0.8, 1.2)
+            _logger.info("capabilities not announced", reason=str(error))
+        else:
+            self._announced, self._announced_at_s, self._had_neighbours = capabilities, now_s, had_neighbours
+            self._refresh_at_s = now_s + RECORD_REFRESH_S * self._jitter.uniform(0.8, 1.0)
 
 
 def _differ(before: Capabilities, now: Capabilities) -> bool:
@@ -228,16 +218,14 @@ def _differ(before: Capabilities, now: Capabilities) -> bool:
 def _drifted(before: Capabilities, now: Capabilities) -> bool:
     """Return whether free memory or links changed enough for an announcement."""
     freed = abs(before.memory.available_bytes - now.memory.available_bytes)
-    return freed > now.memory.total_bytes // 4 or _links_drifted(before.links, now.links)
-
-
-def _links_drifted(before: Links, now: Links) -> bool:
-    known = {neighbour.peer: neighbour for neighbour in before.neighbours}
+    known = {neighbour.peer: neighbour for neighbour in before.links.neighbours}
+    neighbours = now.links.neighbours
     return (
-        known.keys() != {neighbour.peer for neighbour in now.neighbours}
-        or _apart(before.upload_bytes_per_s, now.upload_bytes_per_s)
-        or _apart(before.download_bytes_per_s, now.download_bytes_per_s)
-        or any(_apart(known[neighbour.peer].round_trip_s, neighbour.round_trip_s) for neighbour in now.neighbours)
+        freed > now.memory.total_bytes // 4
+        or known.keys() != {neighbour.peer for neighbour in neighbours}
+        or _apart(before.links.upload_bytes_per_s, now.links.upload_bytes_per_s)
+        or _apart(before.links.download_bytes_per_s, now.links.download_bytes_per_s)
+        or any(_apart(known[neighbour.peer].round_trip_s, neighbour.round_trip_s) for neighbour in neighbours)
     )
 
 

@@ -2,17 +2,16 @@
 
 import fcntl
 import json
-import os
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Final, Self
 
 import structlog
 
+from node.models.files import write_atomically
 from node.util.child_process import ChildError, python, run
-from protocol.canonical import Value
 from protocol.capabilities import MAX_ACCELERATORS, Accelerator, BytesPerSecond, Throughput
 from protocol.errors import RemoteProtocolError
 from protocol.forms import Share
@@ -50,10 +49,6 @@ class Measurements:
     disk_read_bytes_per_s: BytesPerSecond | None
     gaps: Annotated[tuple[Annotated[str, Form(_gap)], ...], Count(MAX_GAPS)] = ()
     """Measurements that failed, one line each."""
-
-    def to_json(self) -> dict[str, Value]:
-        """Return the document as the benchmark prints it."""
-        return to_map(self)
 
     @classmethod
     def parse(cls, document: bytes | str) -> Self:
@@ -112,16 +107,11 @@ def load_measurements(directory: Path, fingerprint: str) -> Measurements | None:
 
 def save_measurements(directory: Path, fingerprint: str, measurements: Measurements) -> None:
     """Store measurements for the next start, atomically. An error of the disk is only logged."""
-    path = _cache_file(directory, fingerprint)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    document = {"fingerprint": fingerprint, "measurements": measurements.to_json()}
+    document = {"fingerprint": fingerprint, "measurements": to_map(measurements)}
     try:
-        temporary.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
-        temporary.replace(path)
+        write_atomically(_cache_file(directory, fingerprint), (json.dumps(document, indent=2) + "\n").encode())
     except OSError as error:
         _logger.warning("measurements not stored: the next start measures again", reason=error.strerror)
-        with suppress(OSError):
-            temporary.unlink()
 
 
 def _cache_file(directory: Path, fingerprint: str) -> Path:

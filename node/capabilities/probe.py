@@ -18,13 +18,7 @@ import psutil
 
 from node.util.child_process import ChildError, run_blocking
 from protocol.canonical import canonical_json
-from protocol.capabilities import (
-    MAX_WORD_BYTES,
-    Capabilities,
-    Memory,
-    Processor,
-    Software,
-)
+from protocol.capabilities import MAX_WORD_BYTES, Capabilities, Memory, Processor, Software
 from protocol.fields import CONTROL_CHARACTERS
 from protocol.schema import to_map
 
@@ -55,7 +49,16 @@ def probe(root: Path = ROOT) -> Capabilities:
 
     `root`: the folder that contains /proc and /sys.
     """
-    return Capabilities(processor=_processor(root), memory=_memory(root), software=_software())
+    total_bytes = total_memory(root)
+    memory = Memory(total_bytes=total_bytes, available_bytes=min(total_bytes, available_memory(root)))
+    software = Software(
+        metaswarm=_version("metaswarm") or "unknown",
+        python=platform.python_version(),
+        torch=_version("torch"),
+        onnxruntime=_version("onnxruntime"),
+        transformers=_version("transformers"),
+    )
+    return Capabilities(processor=_processor(root), memory=memory, software=software)
 
 
 def available_memory(root: Path = ROOT) -> int:
@@ -87,12 +90,13 @@ def fingerprint(facts: Capabilities, threads: int, root: Path = ROOT) -> str:
 
 def _processor(root: Path) -> Processor:
     if sys.platform == "darwin":
-        model, flags = _apple_processor()
+        model = _sysctl("machdep.cpu.brand_string")
+        flags = {name for feature, name in _APPLE_FEATURES.items() if _sysctl(feature) == "1"}
     else:
         model, flags = _parse_cpuinfo(_read(root / "proc/cpuinfo"))
     physical_cores, logical_cores = _usable_cores(root)
     return Processor(
-        architecture=_word(platform.machine()),
+        architecture=_text(platform.machine()),
         model=_text(model or platform.processor() or platform.machine(), 256),
         physical_cores=physical_cores,
         logical_cores=logical_cores,
@@ -111,11 +115,6 @@ def _parse_cpuinfo(text: str) -> tuple[str, set[str]]:
         # On ARM the lower-case "model" is the board's; on x86 it is a number that comes with a model name.
         model = values.get("model") or values.get("hardware") or code
     return model, set((values.get("flags") or values.get("features") or "").split())
-
-
-def _apple_processor() -> tuple[str, set[str]]:
-    model = _sysctl("machdep.cpu.brand_string")
-    return model, {name for feature, name in _APPLE_FEATURES.items() if _sysctl(feature) == "1"}
 
 
 def _sysctl(name: str) -> str:
@@ -149,29 +148,14 @@ def _processor_quota(root: Path) -> float | None:
     return cores if cores > 0 else None
 
 
-def _memory(root: Path) -> Memory:
-    total = total_memory(root)
-    return Memory(total_bytes=total, available_bytes=min(total, available_memory(root)))
-
-
 def _memory_limit(root: Path) -> int | None:
     # Version 1 encodes "no limit" as a number near 2**63, which the caller's minimum ignores.
     return _first_integer(root, "sys/fs/cgroup/memory.max", "sys/fs/cgroup/memory/memory.limit_in_bytes")
 
 
-def _software() -> Software:
-    return Software(
-        metaswarm=_version("metaswarm") or "unknown",
-        python=platform.python_version(),
-        torch=_version("torch"),
-        onnxruntime=_version("onnxruntime"),
-        transformers=_version("transformers"),
-    )
-
-
 def _version(distribution: str) -> str | None:
     try:
-        return _word(metadata.version(distribution))
+        return _text(metadata.version(distribution))
     except metadata.PackageNotFoundError:
         return None
 
@@ -199,11 +183,7 @@ def _read(path: Path) -> str:
         return ""
 
 
-def _word(text: str) -> str:
-    return _text(text, MAX_WORD_BYTES)
-
-
-def _text(text: str, max_bytes: int) -> str:
+def _text(text: str, max_bytes: int = MAX_WORD_BYTES) -> str:
     """Return a text from the system as it may stand in a record: printable and short enough."""
     clean = CONTROL_CHARACTERS.sub(" ", text).strip()
     return clean.encode("utf-8")[:max_bytes].decode("utf-8", "ignore") or "unknown"

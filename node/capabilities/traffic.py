@@ -6,14 +6,7 @@ from collections import deque
 from dataclasses import dataclass, field
 from typing import Final
 
-from protocol.capabilities import (
-    MAX_BYTES_PER_S,
-    MAX_NEIGHBOURS,
-    MAX_ROUND_TRIP_S,
-    MIN_FIGURE,
-    Links,
-    Neighbour,
-)
+from protocol.capabilities import MAX_BYTES_PER_S, MAX_NEIGHBOURS, MAX_ROUND_TRIP_S, MIN_FIGURE, Links, Neighbour
 from protocol.identity import PeerId
 
 MAX_PEERS: Final = 256
@@ -79,12 +72,18 @@ class TrafficMeter:
 
     def links(self) -> Links:
         """Return the estimates for the neighbours with the latest traffic, and the best rates of all."""
-        neighbours = [_neighbour(peer, link) for peer, link in reversed(self._links.items())]
+        neighbours = [
+            Neighbour(
+                peer=peer,
+                round_trip_s=statistics.median(link.round_trips_s) if link.round_trips_s else None,
+                upload_bytes_per_s=link.sent.bytes_per_s,
+                download_bytes_per_s=link.received.bytes_per_s,
+            )
+            for peer, link in reversed(self._links.items())
+        ]
         return Links(
-            upload_bytes_per_s=max((n.upload_bytes_per_s for n in neighbours if n.upload_bytes_per_s), default=None),
-            download_bytes_per_s=max(
-                (n.download_bytes_per_s for n in neighbours if n.download_bytes_per_s), default=None
-            ),
+            upload_bytes_per_s=max(filter(None, (each.upload_bytes_per_s for each in neighbours)), default=None),
+            download_bytes_per_s=max(filter(None, (each.download_bytes_per_s for each in neighbours)), default=None),
             neighbours=tuple(neighbours[:MAX_NEIGHBOURS]),
         )
 
@@ -93,12 +92,3 @@ class TrafficMeter:
         if len(self._links) > MAX_PEERS:
             del self._links[next(iter(self._links))]
         return link
-
-
-def _neighbour(peer: PeerId, link: _Link) -> Neighbour:
-    return Neighbour(
-        peer=peer,
-        round_trip_s=statistics.median(link.round_trips_s) if link.round_trips_s else None,
-        upload_bytes_per_s=link.sent.bytes_per_s,
-        download_bytes_per_s=link.received.bytes_per_s,
-    )

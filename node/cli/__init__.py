@@ -81,7 +81,7 @@ def run(arguments: Sequence[str]) -> int:
     except (click.Abort, KeyboardInterrupt):
         return EXIT_INTERRUPTED
     except CommandError as error:
-        error.show()
+        print_error(error.message)
         return EXIT_FAILED
     except click.ClickException as error:
         verb = error.ctx.command_path if isinstance(error, click.UsageError) and error.ctx else "metaswarm"

@@ -220,23 +220,18 @@ def ranked(cell: Mapping[str, Any]) -> list[MethodResult]:
 
     counts = "latency" if cell["cell"]["workload"]["concurrency"] == 1 else "throughput"
     result = cell["result"]
-    tried = [
-        MethodResult(
-            each["method"],
-            speedup_of(each["log_ratios"][counts]) if each["log_ratios"][counts] else None,
-            each["error"],
-            each,
-        )
-        for each in (result["baseline"], *result["methods"])
-    ]
+    tried = []
+    for each in (result["baseline"], *result["methods"]):
+        log_ratios = each["log_ratios"][counts]
+        tried.append(MethodResult(each["method"], speedup_of(log_ratios) if log_ratios else None, each["error"], each))
     return sorted(tried, key=lambda result: -result.speedup.mean if result.speedup else 1.0)
 
 
 def describe(workload: Mapping[str, float]) -> str:
     """Describe a workload in words."""
     jobs = int(workload["concurrency"])
-    parts = [f"{jobs} job{'s' if jobs > 1 else ''}", f"{workload['prompt_tokens']:.0f} in"]
-    parts.append(f"{workload['max_tokens']:.0f} out")
+    parts = [f"{jobs} job{'s' if jobs > 1 else ''}"]
+    parts += [f"{workload['prompt_tokens']:.0f} in", f"{workload['max_tokens']:.0f} out"]
     if workload["shared_prefix_share"]:
         parts.append(f"{workload['shared_prefix_share']:.0%} shared")
     if workload["repetitiveness"]:
@@ -246,7 +241,8 @@ def describe(workload: Mapping[str, float]) -> str:
 
 def table(cell: Mapping[str, Any]) -> "Table":
     """Render the results of a cell."""
-    shown = new_table("method", ">speed-up", ">95 %", ">TTFT s", ">TPOT ms", ">tokens/s", title=_title(cell))
+    title = f"{describe(cell['cell']['workload'])} ({cell['result']['observations']} observations)"
+    shown = new_table("method", ">speed-up", ">95 %", ">TTFT s", ">TPOT ms", ">tokens/s", title=title)
     for result in ranked(cell):
         if result.speedup is None:
             shown.add_row(short_method(result.method), "-", printable(result.error or ""))
@@ -261,10 +257,6 @@ def table(cell: Mapping[str, Any]) -> "Table":
             f"{figures['tokens_per_s']:.1f}",
         )
     return shown
-
-
-def _title(cell: Mapping[str, Any]) -> str:
-    return f"{describe(cell['cell']['workload'])} ({cell['result']['observations']} observations)"
 
 
 def draw(cells: Iterable[Mapping[str, Any]], path: Path) -> None:

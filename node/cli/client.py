@@ -6,19 +6,20 @@ from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, cast
 from urllib.parse import urlsplit
 
 import click
 import httpx
 
-from node.api.interface import Explanation, ModelDocument, NodeStatus, PeerStatus
+from node.api.interface import Explanation, ModelDocument, NodeStatus
 from node.cli.output import CommandError
 from node.config import DEFAULT_API, ENVIRONMENT_PREFIX, NodeReady, default_data_dir, is_loopback, is_unspecified
 
 CONNECT_TIMEOUT_S: Final = 5.0
 REQUEST_TIMEOUT_S: Final = 10.0
-"""Of the status pages; completions have no timeout."""
+UNLIMITED: Final = httpx.Timeout(None, connect=CONNECT_TIMEOUT_S)
+"""Of completions and measurements."""
 
 
 def find_api(api: str | None) -> str:
@@ -122,35 +123,23 @@ class ApiClient:
 
     async def status(self) -> NodeStatus:
         """Return the node's status."""
-        status: NodeStatus = await self._get("/swarm/status")
-        return status
-
-    async def peers(self) -> list[PeerStatus]:
-        """Return the peers that the node knows."""
-        peers: list[PeerStatus] = (await self._get("/swarm/peers"))["peers"]
-        return peers
+        return cast("NodeStatus", await self.request("GET", "/swarm/status"))
 
     async def models(self) -> list[ModelDocument]:
         """Return the models that the node knows."""
-        models: list[ModelDocument] = (await self._get("/swarm/models"))["models"]
-        return models
+        return cast("list[ModelDocument]", (await self.request("GET", "/swarm/models"))["models"])
 
     async def explain(self, task: Mapping[str, str | int | float]) -> Explanation:
         """Return which method a task would be served with, and why."""
-        with _faults(self.url):
-            response = await self._http.post("/swarm/explain", json=dict(task))
-            await _raise_for_error(response, self.url)
-            explanation: Explanation = response.json()
-            return explanation
+        return cast("Explanation", await self.request("POST", "/swarm/explain", json=dict(task)))
 
-    async def complete(self, body: dict[str, Any], show: Callable[[str], None]) -> Completion:
+    async def complete(self, body: dict[str, Any], show: Callable[[str], None] = lambda text: None) -> Completion:
         """Submit a job, a chat if the body has messages; `show` gets the text as it is streamed."""
         path = "/v1/chat/completions" if "messages" in body else "/v1/completions"
         body = body | {"stream": True, "stream_options": {"include_usage": True}}
-        timeout = httpx.Timeout(None, connect=CONNECT_TIMEOUT_S)
         completion = Completion()
         with _faults(self.url):
-            async with self._http.stream("POST", path, json=body, timeout=timeout) as response:
+            async with self._http.stream("POST", path, json=body, timeout=UNLIMITED) as response:
                 await _raise_for_error(response, self.url)
                 async for line in response.aiter_lines():
                     data = line.removeprefix("data: ")
@@ -164,16 +153,12 @@ class ApiClient:
 
     async def bench(self, body: dict[str, Any]) -> dict[str, Any]:
         """Measure methods, without a timeout; return the document."""
-        timeout = httpx.Timeout(None, connect=CONNECT_TIMEOUT_S)
-        with _faults(self.url):
-            response = await self._http.post("/swarm/bench", json=body, timeout=timeout)
-            await _raise_for_error(response, self.url)
-            document: dict[str, Any] = response.json()
-            return document
+        return cast("dict[str, Any]", await self.request("POST", "/swarm/bench", json=body, timeout=UNLIMITED))
 
-    async def _get(self, path: str) -> Any:
+    async def request(self, method: str, path: str, **settings: Any) -> Any:
+        """Return the JSON document that a page answers."""
         with _faults(self.url):
-            response = await self._http.get(path)
+            response = await self._http.request(method, path, **settings)
             await _raise_for_error(response, self.url)
             return response.json()
 

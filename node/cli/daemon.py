@@ -1,13 +1,14 @@
 """`metaswarm node`: the daemon."""
 
 import shlex
+from dataclasses import asdict
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
 import click
 
 from node.cli.options import NODE_OPTIONS, SETTINGS, make_config, refuse_unknown_variables
-from node.cli.output import json_option, passing_progress_bars, print_json
+from node.cli.output import json_option, print_json, progress_bars
 
 if TYPE_CHECKING:
     from node.config import NodeConfig, NodeReady
@@ -35,18 +36,16 @@ def node(as_json: bool, **options: Any) -> None:
     from node.cli.logs import configure_logging
 
     configure_logging(config.log_level)
-    announce = _announce_as_json if as_json else partial(_announce, config)
-    with passing_progress_bars() as progress:
-        trio.run(run_node, config, announce, progress)
+    with progress_bars(transient=True) as progress:
+        trio.run(run_node, config, partial(_announce, config, as_json), progress)
 
 
-def _announce_as_json(ready: "NodeReady") -> None:
-    print_json(ready.to_json())
-
-
-def _announce(config: "NodeConfig", ready: "NodeReady") -> None:
+def _announce(config: "NodeConfig", as_json: bool, ready: "NodeReady") -> None:
     from node.joining import join_elsewhere, join_here
 
+    if as_json:
+        print_json(asdict(ready))
+        return
     lines = [
         f"peer     {ready.peer_id}",
         f"api      {ready.api_url}",

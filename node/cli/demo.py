@@ -81,15 +81,11 @@ async def _run(swarm: tuple[str, int, int, Path], *, prompt: str, max_tokens: in
             await _wait_until_fast(client, model, progress)
             bars.close()
             start_s = trio.current_time() - began_s
-            body = {
-                "model": model,
-                "messages": [{"role": "user", "content": prompt}],
-                "temperature": 0,
-                "max_tokens": max_tokens,
-            }
+            message = {"role": "user", "content": prompt}
+            body = {"model": model, "messages": [message], "temperature": 0, "max_tokens": max_tokens}
             if not as_json:
                 click.secho(f"> {prompt}", bold=True)
-            completion = await client.complete(body, _ignore if as_json else _show_text)
+            completion = await client.complete(body, *([] if as_json else [_show_text]))
             speedup = await _measure_speedup(client, body, completion)
             report = make_report(completion, peers, start_s) | {"speedup": speedup}
             if as_json:
@@ -151,7 +147,7 @@ async def _measure_speedup(
         content = f"({number + 1}) {body['messages'][0]['content']}"
         asked = short | {"messages": [{"role": "user", "content": content}]}
         for name, of in took_s.items():
-            again = await client.complete(asked | {"metaswarm": {"method": name, "ignore_eos": True}}, _ignore)
+            again = await client.complete(asked | {"metaswarm": {"method": name, "ignore_eos": True}})
             of.append(again.metaswarm["timing"]["total_s"])
     ratios = [plain / fast for plain, fast in zip(took_s[BASELINE.name], took_s[chosen], strict=True)]
     return {"predicted": predicted, "actual": math.exp(sum(map(math.log, ratios)) / len(ratios))}
@@ -161,25 +157,14 @@ def _show_text(text: str) -> None:
     click.echo(printable(text), nl=False)
 
 
-def _ignore(text: str) -> None:
-    del text
-
-
 def make_report(completion: "Completion", peers: Sequence["LocalPeer"], start_s: float) -> dict[str, Any]:
     """Return the document of `metaswarm demo --json`: that of the job, and its stages."""
-    at = {peer.ready.peer_id: peer for peer in peers}
-    stages = [
-        {
-            "peer": stage["peer"],
-            "start": stage["start"],
-            "end": stage["end"],
-            "multiaddr": next(iter(at[stage["peer"]].ready.multiaddrs), ""),
-            "api_url": at[stage["peer"]].ready.api_url,
-            "pid": at[stage["peer"]].ready.pid,
-            "compute_s": stage["compute_s"],
-        }
-        for stage in completion.metaswarm["route"]
-    ]
+    at = {peer.ready.peer_id: peer.ready for peer in peers}
+    stages = []
+    for stage in completion.metaswarm["route"]:
+        ready = at[stage["peer"]]
+        place = {"multiaddr": next(iter(ready.multiaddrs), ""), "api_url": ready.api_url, "pid": ready.pid}
+        stages.append({name: stage[name] for name in ("peer", "start", "end", "compute_s")} | place)
     return completion.document() | {"stages": stages, "start_s": start_s}
 
 
@@ -203,9 +188,8 @@ def _print_report(report: dict[str, Any]) -> None:
     }
     speedup = report["speedup"]
     if speedup["predicted"] is not None:
-        facts["speed-up"] = (
-            f"{speedup['predicted']:.2f}x predicted over the baseline, {speedup['actual']:.2f}x measured"
-        )
+        predicted = f"{speedup['predicted']:.2f}x predicted over the baseline"
+        facts["speed-up"] = f"{predicted}, {speedup['actual']:.2f}x measured"
     for name, value in facts.items():
         click.echo(f"{name:<9} {printable(value)}")
 

@@ -1,5 +1,6 @@
 """`metaswarm doctor`: why a node cannot join, cannot be reached, or a model is incomplete."""
 
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -12,7 +13,7 @@ if TYPE_CHECKING:
     from node.doctor.report import Diagnosis, RunningNode
 
 
-@click.command(params=[option for option in NODE_OPTIONS if option.name != "log_level"], context_settings=SETTINGS)
+@click.command(params=[*NODE_OPTIONS], context_settings=SETTINGS)
 @json_option
 def doctor(as_json: bool, **options: Any) -> int:
     """Diagnose in one line why a node cannot start, join, be reached or serve, or why a model is incomplete.
@@ -31,15 +32,13 @@ def doctor(as_json: bool, **options: Any) -> int:
     configure_logging("error")
     diagnosis = trio.run(_examine, config)
     if as_json:
-        print_json(to_document(diagnosis))
+        print_json({"healthy": diagnosis.healthy, **asdict(diagnosis)})
     else:
         out().print(printable(render(diagnosis)))
     return 0 if diagnosis.healthy else 1
 
 
 async def _examine(config: "NodeConfig") -> "Diagnosis":
-    from dataclasses import replace
-
     from node.doctor.diagnose import diagnose
 
     running = await _running_node(config)
@@ -79,10 +78,3 @@ def render(diagnosis: "Diagnosis") -> str:
             0, f"all is well: {state}; {peers} {'peer' if peers == 1 else 'peers'} seen; models complete: {models}"
         )
     return "\n".join(lines)
-
-
-def to_document(diagnosis: "Diagnosis") -> dict[str, Any]:
-    """Return the JSON document."""
-    from dataclasses import asdict
-
-    return {"healthy": diagnosis.healthy, **asdict(diagnosis)}

@@ -12,10 +12,16 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from node.evaluation.compare import Comparison
-    from selector.evaluation.measures import Group, Measures
+    from selector.evaluation.measures import Group
 
 MAX_PROCESSES = 8
 """Each takes some 300 MiB."""
+
+_COLUMNS = {
+    "accuracy": "accuracy", "within 5 %": "accuracy_within_5_percent", "speed-up": "mean_speedup",
+    "ratio to best": "ratio_to_virtual_best", "closed gap": "closed_gap", "F1": "f1",
+}  # fmt: skip
+"""Columns of the table and the measures in them."""
 
 
 @click.command()
@@ -41,10 +47,7 @@ MAX_PROCESSES = 8
     "--seed", type=click.IntRange(0, 2**31 - 1), default=0, show_default=True, help="Seed of folds and sample."
 )
 @click.option(
-    "--plot",
-    type=click.Path(dir_okay=False, path_type=Path),
-    metavar="FILE",
-    help="Plot the table as PNG, SVG or PDF.",
+    "--plot", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE", help="Plot the table as PNG, SVG or PDF."
 )
 @json_option
 def evaluate(
@@ -124,27 +127,11 @@ def _print_table(comparison: "Comparison") -> None:
 
 
 def _table(comparison: "Comparison", *, more_than_n: bool, title: str) -> "Table":
-    table = new_table(
-        "selector",
-        ">accuracy",
-        ">within 5 %",
-        ">speed-up",
-        ">ratio to best",
-        ">closed gap",
-        ">F1",
-        ">seconds",
-        title=title,
-    )
+    table = new_table("selector", *(f">{name}" for name in _COLUMNS), ">seconds", title=title)
     for row in comparison.rows:
-        of = row.more_than_n if more_than_n else row.measures
-        table.add_row(
-            row.selector, *_cells(of), f"{row.seconds:.1f}", style="bold" if row.selector == "metaswarm" else None
-        )
+        measures = row.more_than_n if more_than_n else row.measures
+        figures = [getattr(measures, attribute) for attribute in _COLUMNS.values()]
+        cells = ["-" if figure is None else f"{figure:.3f}" for figure in figures]
+        style = "bold" if row.selector == "metaswarm" else None
+        table.add_row(row.selector, *cells, f"{row.seconds:.1f}", style=style)
     return table
-
-
-def _cells(of: "Measures") -> list[str]:
-    figures = (
-        of.accuracy, of.accuracy_within_5_percent, of.mean_speedup, of.ratio_to_virtual_best, of.closed_gap, of.f1,
-    )  # fmt: skip
-    return ["-" if figure is None else f"{figure:.3f}" for figure in figures]

@@ -1,5 +1,6 @@
 """`metaswarm explain`: which method a task would be served with, why, and how past choices turned out."""
 
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -23,26 +24,16 @@ if TYPE_CHECKING:
 MAX_METHOD_COLUMNS = 12
 """Methods in the table; --json has all."""
 
+_share_option = partial(click.option, type=click.FloatRange(0, 1), default=0.0)
+
 
 @click.command()
 @model_option
 @api_option
 @click.option("--prompt-tokens", type=click.IntRange(1), default=64, show_default=True, metavar="N")
 @click.option("--max-tokens", type=click.IntRange(1), default=64, show_default=True, metavar="N")
-@click.option(
-    "--shared-prefix",
-    type=click.FloatRange(0, 1),
-    default=0.0,
-    metavar="S",
-    help="Fraction of a shared prefix.",
-)
-@click.option(
-    "--repetitiveness",
-    type=click.FloatRange(0, 1),
-    default=0.0,
-    metavar="R",
-    help="Fraction that repeats earlier text.",
-)
+@_share_option("--shared-prefix", "shared_prefix_share", metavar="S", help="Fraction of a shared prefix.")
+@_share_option("--repetitiveness", metavar="R", help="Fraction that repeats earlier text.")
 @click.option("--concurrency", type=click.IntRange(1), metavar="N", help="Concurrent jobs [default: as now].")
 @click.option("--quality", type=click.Choice(["exact", "near", "any"]), default="exact", show_default=True)
 @json_option
@@ -59,17 +50,8 @@ def explain(as_json: bool, api: str | None, **task: Any) -> None:
 
     async def ask() -> "Explanation":
         async with open_client(find_api(api)) as client:
-            query = {
-                "model": await choose_model(client, task["model"]),
-                "prompt_tokens": task["prompt_tokens"],
-                "max_tokens": task["max_tokens"],
-                "shared_prefix_share": task["shared_prefix"],
-                "repetitiveness": task["repetitiveness"],
-                "quality": task["quality"],
-            }
-            if task["concurrency"] is not None:
-                query["concurrency"] = task["concurrency"]
-            return await client.explain(query)
+            given = {name: value for name, value in task.items() if value is not None}
+            return await client.explain(given | {"model": await choose_model(client, task["model"])})
 
     answer = trio.run(ask)
     if as_json:
@@ -85,7 +67,6 @@ def render_explanation(answer: "Explanation") -> "RenderableType":
 
     table = new_table("method", ">speed-up", ">range", ">expected", ">tried", ">votes", "")
     for method in answer["methods"][:MAX_METHOD_COLUMNS]:
-        votes = [f"{cost:.2f}" for cost in method["votes"].values()]
         mark = "chosen" if method["name"] == answer["agreed"] else "accepted" if method["accepted"] else ""
         cells = (
             short_method(method["name"]),
@@ -93,7 +74,7 @@ def render_explanation(answer: "Explanation") -> "RenderableType":
             f"{method['speedup_low']:.2f}-{method['speedup_high']:.2f}",
             format_duration(method["predicted_s"]),
             "" if method["trial_speedup"] is None else f"{method['trial_speedup']:.2f}x",
-            " ".join(votes),
+            " ".join(f"{cost:.2f}" for cost in method["votes"].values()),
             mark,
         )
         table.add_row(*(Text(printable(cell), overflow="fold") for cell in cells))

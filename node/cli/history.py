@@ -4,9 +4,11 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import aclosing, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Final
 
@@ -44,10 +46,7 @@ def history_group() -> None:
 @history_group.command()
 @_data_dir_option
 @click.option(
-    "--output",
-    type=click.Path(dir_okay=False, path_type=Path),
-    metavar="FILE",
-    help="Output file [default: stdout].",
+    "--output", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE", help="Output file [default: stdout]."
 )
 @json_option
 def export(data_dir: Path, output: Path | None, as_json: bool) -> None:
@@ -57,14 +56,17 @@ def export(data_dir: Path, output: Path | None, as_json: bool) -> None:
     `pandas.read_json(FILE, lines=True)` loads the file.
     """
     path = _existing(data_dir)
+    if output is not None and output.suffix == ".parquet":
+        raise click.UsageError(
+            f"{output} would hold JSON lines, not Parquet: write FILE.jsonl, and convert it with "
+            "pandas.read_json(FILE, lines=True).to_parquet(...)"
+        )
     if output is None:
         with _as_command_errors():
-            _export(path, lambda observations: _write_lines(sys.stdout, observations), lambda done, total: None)
+            _export(path, sys.stdout, lambda done, total: None)
         return
-    with _as_command_errors(), _atomic_write(output) as temporary, progress_bars() as progress:
-        shown = _shown(progress, f"exporting to {output}")
-        with temporary.open("w", encoding="utf-8") as lines:
-            count = _export(path, lambda observations: _write_lines(lines, observations), shown)
+    with _as_command_errors(), _atomic_write(output) as lines, progress_bars() as progress:
+        count = _export(path, lines, partial(progress, f"exporting to {output}"))
     if as_json:
         print_json({"exported": count, "file": str(output.absolute())})
     else:
@@ -83,7 +85,7 @@ def import_(file: Path, data_dir: Path, as_json: bool) -> int:
     from node.storage.database import DATABASE_FILE
 
     with _as_command_errors(), progress_bars() as progress:
-        result = _import(data_dir / DATABASE_FILE, file, _shown(progress, f"importing {file}"))
+        result = _import(data_dir / DATABASE_FILE, file, partial(progress, f"importing {file}"))
     for number, reason in list(result.rejected.items())[:MAX_SHOWN]:
         print_error(f"{file}, line {number}: {reason}")
     if len(result.rejected) > MAX_SHOWN:
@@ -108,20 +110,13 @@ def verify(data_dir: Path, repair: bool, as_json: bool) -> int:
     path = _existing(data_dir)
     began_s = time.monotonic()
     with _as_command_errors(), progress_bars() as progress:
-        found, digest = _verify(path, repair, _shown(progress, "verifying"))
-    faults = {content_id.hex(): reason for content_id, reason in found.faults.items()}
-    for content_id, reason in list(faults.items())[:MAX_SHOWN]:
-        print_error(f"observation {content_id[:16]}…: {reason}")
+        found, digest = _verify(path, repair, partial(progress, "verifying"))
+    faults = [{"id": content_id.hex(), "reason": reason} for content_id, reason in found.faults.items()]
+    for fault in faults[:MAX_SHOWN]:
+        print_error(f"observation {fault['id'][:16]}…: {fault['reason']}")
     if as_json:
-        print_json(
-            {
-                "observations": found.count,
-                "countersigned": found.countersigned,
-                "digest": digest.hex(),
-                "faults": [{"id": content_id, "reason": reason} for content_id, reason in faults.items()],
-                "repaired": repair,
-            }
-        )
+        counts = {"observations": found.count, "countersigned": found.countersigned, "digest": digest.hex()}
+        print_json({**counts, "faults": faults, "repaired": repair})
     else:
         took = format_duration(time.monotonic() - began_s)
         click.echo(
@@ -141,12 +136,13 @@ class _Import:
     rejected: dict[int, str] = field(default_factory=dict)
 
 
-def _export(path: Path, write: Callable[[Sequence["SignedObservation"]], None], progress: Progress) -> int:
+def _export(path: Path, file: IO[str], progress: Progress) -> int:
     import trio
 
     from node.storage.database import open_database
+    from node.storage.dataset import to_row
     from node.storage.history import HistoryStore
-    from protocol.observations import read_observation
+    from protocol.observations import decode_verified_observation
 
     async def run() -> int:
         done = 0
@@ -155,7 +151,9 @@ def _export(path: Path, write: Callable[[Sequence["SignedObservation"]], None], 
             total = sum((await store.count_by_observer()).values())
             async with aclosing(store.pages()) as pages:
                 async for page in pages:
-                    write([read_observation(stored.envelope) for stored in page])
+                    for stored in page:
+                        row = to_row(decode_verified_observation(stored.envelope))
+                        file.write(json.dumps(row, ensure_ascii=False) + "\n")
                     done += len(page)
                     progress(done, total)
         return done
@@ -174,7 +172,8 @@ def _import(path: Path, file: Path, progress: Progress) -> _Import:
     async def run() -> None:
         async with open_database(path, set_aside=False) as database:
             store = HistoryStore(database)
-            for batch in _batches(_verified(file, result, progress)):
+            observations = _verified(file, result, progress)
+            while batch := list(islice(observations, BATCH)):
                 new = await store.add_many(batch)
                 result.new += len(new)
                 result.known += len(batch) - len(new)
@@ -235,24 +234,6 @@ def _lines(file: Path, progress: Progress, size: int) -> Iterator[bytes]:
             yield line
 
 
-def _batches(observations: Iterator["SignedObservation"]) -> Iterator[list["SignedObservation"]]:
-    batch: list[SignedObservation] = []
-    for observation in observations:
-        batch.append(observation)
-        if len(batch) == BATCH:
-            yield batch
-            batch = []
-    if batch:
-        yield batch
-
-
-def _write_lines(file: IO[str], observations: Sequence["SignedObservation"]) -> None:
-    from node.storage.dataset import to_row
-
-    for signed in observations:
-        file.write(json.dumps(to_row(signed), ensure_ascii=False) + "\n")
-
-
 def _existing(data_dir: Path) -> Path:
     from node.storage.database import DATABASE_FILE
 
@@ -263,11 +244,12 @@ def _existing(data_dir: Path) -> Path:
 
 
 @contextmanager
-def _atomic_write(output: Path) -> Iterator[Path]:
-    """Yield a temporary path that replaces the file at the end, or is deleted on errors."""
+def _atomic_write(output: Path) -> Iterator[IO[str]]:
+    """Yield a temporary file that replaces the output at the end, or is deleted on errors."""
     temporary = output.with_name(f".{output.name}.{os.getpid()}")
     try:
-        yield temporary
+        with temporary.open("w", encoding="utf-8") as file:
+            yield file
         temporary.replace(output)
     finally:
         temporary.unlink(missing_ok=True)
@@ -289,10 +271,6 @@ def _as_command_errors() -> Iterator[None]:
         raise
     except OSError as error:
         raise CommandError(f"cannot use {error.filename}: {error.strerror}") from None
-
-
-def _shown(progress: Callable[[str, int, int], None], stage: str) -> Progress:
-    return lambda done, total: progress(stage, done, total)
 
 
 def _observations(count: int) -> str:

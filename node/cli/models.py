@@ -22,9 +22,7 @@ if TYPE_CHECKING:
     from node.models.store import ModelStore, Package
 
 _cache_option = click.option(
-    "--cache-dir",
-    metavar="DIR",
-    help="Folder of packages [default: METASWARM_CACHE_DIR, or the user's cache folder].",
+    "--cache-dir", metavar="DIR", help="Folder of packages [default: METASWARM_CACHE_DIR, or the user's cache folder]."
 )
 
 
@@ -75,20 +73,15 @@ def list_(cache_dir: str | None, as_json: bool) -> None:
     here = {package.model_id for package in packages}
     offers = [entry for entry in CATALOGUE.values() if entry.model_id not in here]
     if as_json:
-        catalogue = [
-            {"name": entry.name, "id": entry.model_id, "title": entry.title, "licence": entry.licence}
-            for entry in offers
-        ]
+        catalogue = [{"name": e.name, "id": e.model_id, "title": e.title, "licence": e.licence} for e in offers]
         print_json({"models": [_summary(store, package) for package in packages], "catalogue": catalogue})
         return
     table = new_table("name", "id", "architecture", ">blocks here", ">size")
     for package in packages:
         manifest = package.manifest
         blocks = f"{len(_present_blocks(package))} of {manifest.block_count}"
-        size = format_bytes(manifest.size_bytes)
-        table.add_row(
-            store.name_of(package.model_id), package.model_id[:12], printable(manifest.model_type), blocks, size
-        )
+        kind, size = printable(manifest.model_type), format_bytes(manifest.size_bytes)
+        table.add_row(store.name_of(package.model_id), package.model_id[:12], kind, blocks, size)
     for entry in offers:
         table.add_row(entry.name, entry.model_id[:12], "", "not imported", "")
     out().print(table)
@@ -143,15 +136,8 @@ def verify(which: str, cache_dir: str | None, as_json: bool) -> None:
     with progress_bars() as progress:
         found = store.verify(model_id, progress=progress)
     if as_json:
-        print_json(
-            {
-                "id": model_id,
-                "ok": not found.corrupt,
-                "checked": len(found.checked),
-                "missing": found.missing,
-                "corrupt": found.corrupt,
-            }
-        )
+        files = {"checked": len(found.checked), "missing": found.missing, "corrupt": found.corrupt}
+        print_json({"id": model_id, "ok": not found.corrupt, **files})
     if found.corrupt:
         cure = f"`metaswarm model remove {model_id[:12]}`, then import it again"
         raise CommandError(f"damaged: {', '.join(found.corrupt)}; {cure}")

@@ -26,17 +26,21 @@ _SIZE_UNITS |= {f"{prefix}IB": 2 ** (10 * n) for n, prefix in enumerate("KMGT", 
 class Parsed(click.ParamType[Any]):
     """A text that a function turns into a value; its ValueError is the option's fault.
 
-    `is_path`: a relative path in the configuration file starts at that file's folder.
+    `is_path`: a relative path in the configuration file starts at that file's folder. `is_number`: the file may also
+    have a number.
     """
 
     name = "text"
 
-    def __init__(self, parse: Callable[[str], Any], *, is_path: bool = False) -> None:
+    def __init__(self, parse: Callable[[str], Any], *, is_path: bool = False, is_number: bool = False) -> None:
         self._parse = parse
         self.is_path = is_path
+        self.is_number = is_number
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         """Return the parsed value, or raise BadParameter."""
+        if not isinstance(value, str):
+            self.fail(f"expected a text, not {value!r}", param, ctx)
         if not value:
             self.fail("expected a value, not an empty text", param, ctx)
         try:
@@ -189,8 +193,8 @@ def shipped_bootstrap() -> list[str]:
 
 TEXT: Final = Parsed(str)
 PATH: Final = Parsed(_path, is_path=True)
-SIZE: Final = Parsed(_size)
-SHARE: Final = Parsed(_share)
+SIZE: Final = Parsed(_size, is_number=True)
+SHARE: Final = Parsed(_share, is_number=True)
 DEVICE: Final = Parsed(_device)
 DIGEST: Final = Parsed(_digest)
 HOST_AND_PORT: Final = Parsed(_host_and_port)

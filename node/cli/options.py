@@ -59,10 +59,14 @@ def _use_file(context: click.Context, option: click.Parameter, path: Path | None
     context.default_map = {name: _value_in_file(known[name], value, path.parent) for name, value in table.items()}
 
 
-def _value_in_file(option: click.Option, value: Any, folder: Path) -> str | list[str]:
-    values = [str(each) for each in (value if isinstance(value, list) and option.multiple else [value])]
-    if isinstance(option.type, types.Parsed) and option.type.is_path:
-        values = [str(folder / Path(text).expanduser()) if text else text for text in values]
+def _value_in_file(option: click.Option, value: Any, folder: Path) -> Any:
+    """Return a value of the file as click takes it; text options refuse what is not a text in the file."""
+    kind = option.type
+    values = value if isinstance(value, list) and option.multiple else [value]
+    if not isinstance(kind, types.Parsed) or kind.is_number:
+        values = [str(each) for each in values]
+    elif kind.is_path:
+        values = [str(folder / Path(each).expanduser()) if each and isinstance(each, str) else each for each in values]
     return values if option.multiple else values[0]
 
 
@@ -161,7 +165,6 @@ NODE_OPTIONS: Final[tuple[NodeOption, ...]] = (
 _FIELD_OF: Final[Mapping[str, str]] = {
     "memory": "memory_bytes",
     "cache_limit": "cache_limit_bytes",
-    "epoch": "epoch_s",
     "checkpoint": "checkpoints",
 }
 """Options whose field of NodeConfig has another name."""
@@ -174,6 +177,8 @@ def make_config(values: Mapping[str, Any]) -> NodeConfig:
     config["mdns"] = not given.pop("no_mdns", False)
     if api := given.pop("api", None):
         config["api_host"], config["api_port"] = api
+    if epoch := given.pop("epoch", None):
+        config["epoch_s"] = float(epoch)
     if swarm_key := given.pop("swarm_key", None):
         config["swarm_key"], config["swarm_key_file"] = swarm_key
     return NodeConfig(**config | {_FIELD_OF.get(name, name): value for name, value in given.items()})

@@ -4,19 +4,20 @@ rich is imported where it is used, to keep `metaswarm --help` fast.
 """
 
 import json
+import math
 import os
 import sys
 import unicodedata
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from threading import Lock
-from typing import IO, TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
 import click
 
 if TYPE_CHECKING:
     from rich.console import Console
-    from rich.progress import ProgressColumn, TaskID
+    from rich.progress import TaskID
     from rich.table import Table
 
 WIDTH_OF_A_FILE: Final = 200
@@ -28,10 +29,6 @@ ProgressCallback = Callable[[str, int, int], None]
 
 class CommandError(click.ClickException):
     """The verb failed, with exit code 1. The message is one line: what failed and what to do."""
-
-    def show(self, file: IO[Any] | None = None) -> None:
-        """Print the line."""
-        print_error(self.format_message(), file)
 
 
 json_option = click.option(
@@ -49,9 +46,9 @@ model_option = click.option(
 """The `--model` of every verb that runs jobs."""
 
 
-def print_error(message: str, file: IO[Any] | None = None) -> None:
+def print_error(message: str) -> None:
     """Print `metaswarm: message` as one line on stderr."""
-    click.echo(f"metaswarm: {printable(' '.join(message.split()))}", file=file, err=True)
+    click.echo(f"metaswarm: {printable(' '.join(message.split()))}", err=True)
 
 
 def print_json(value: object) -> None:
@@ -97,90 +94,50 @@ def new_table(*columns: str, title: str | None = None) -> "Table":
 
 
 @contextmanager
-def progress_bars() -> Iterator[ProgressCallback]:
-    """Show a progress bar for each stage on stderr; one line for each stage if stderr is not a terminal."""
-    if not sys.stderr.isatty():
-        yield _print_stages()
-        return
+def progress_bars(*, transient: bool = False) -> Iterator[ProgressCallback]:
+    """Show a progress bar for each stage on stderr; one line for each stage if stderr is not a terminal.
 
-    from rich.progress import Progress
-
-    with Progress(*_progress_columns(), console=err()) as progress:
-        tasks: dict[str, TaskID] = {}
-
-        def show(stage: str, done: int, total: int) -> None:
-            if stage not in tasks:
-                tasks[stage] = progress.add_task(printable(stage), total=total or None)
-            progress.update(tasks[stage], completed=done, total=total or None)
-
-        yield show
-
-
-def _progress_columns() -> tuple["ProgressColumn", ...]:
-    from rich.progress import BarColumn, SpinnerColumn, TaskProgressColumn, TextColumn, TimeRemainingColumn
+    `transient`, for a daemon: bars disappear when done, and only a terminal shows any.
+    """
+    from rich.progress import BarColumn, Progress, SpinnerColumn, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
     description = TextColumn("{task.description}", markup=False)
-    return SpinnerColumn(), description, BarColumn(), TaskProgressColumn(), TimeRemainingColumn()
-
-
-@contextmanager
-def passing_progress_bars() -> Iterator[ProgressCallback]:
-    """Show progress bars that disappear when done, for a daemon; none if stderr is not a terminal."""
-    from rich.progress import Progress
-
-    if not sys.stderr.isatty():
-        yield lambda _stage, _done, _total: None
-        return
-    lock = Lock()
-    shown = Progress(*_progress_columns(), console=err(), transient=True)
+    columns = (SpinnerColumn(), description, BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
+    is_terminal = sys.stderr.isatty()
+    progress = Progress(*columns, console=err(), transient=transient, disable=not is_terminal)
     tasks: dict[str, TaskID] = {}
+    lock = Lock()
 
     def show(stage: str, done: int, total: int) -> None:
         with lock:
             if stage not in tasks:
-                shown.start()
-                tasks[stage] = shown.add_task(printable(stage), total=total or None)
-            shown.update(tasks[stage], completed=done, total=total or None)
-            if done >= total > 0:
-                shown.remove_task(tasks.pop(stage))
+                progress.start()
+                tasks[stage] = progress.add_task(printable(stage), total=total or None)
+                if not is_terminal and not transient:
+                    click.echo(printable(stage), err=True)
+            progress.update(tasks[stage], completed=done, total=total or None)
+            if transient and done >= total > 0:
+                progress.remove_task(tasks.pop(stage))
             if not tasks:
-                shown.stop()
+                progress.stop()
 
     try:
         yield show
     finally:
-        shown.stop()
-
-
-def _print_stages() -> ProgressCallback:
-    seen: set[str] = set()
-
-    def show(stage: str, done: int, total: int) -> None:
-        del done, total
-        if stage not in seen:
-            seen.add(stage)
-            click.echo(printable(stage), err=True)
-
-    return show
+        progress.stop()
 
 
 def format_bytes(count: float) -> str:
     """Format a size in binary units: `1.5 GiB`."""
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if count < 1024:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1024
-    return f"{count:.1f} TiB"
+    if count < 1024:
+        return f"{count:.0f} B"
+    power = min(4, int(math.log2(count)) // 10)
+    return f"{count / 1024**power:.1f} {'BKMGT'[power]}iB"
 
 
 def format_duration(seconds: float) -> str:
     """Format a duration: `0.35 s`, `12 s`, `5 min`, `3.2 h`, `4 d`."""
-    if seconds < 10:
-        return f"{seconds:.2f} s"
-    if seconds < 120:
-        return f"{seconds:.0f} s"
-    if seconds < 7200:
-        return f"{seconds / 60:.0f} min"
-    if seconds < 172800:
-        return f"{seconds / 3600:.1f} h"
-    return f"{seconds / 86400:.0f} d"
+    scales = ((10, 1, ".2f", "s"), (120, 1, ".0f", "s"), (7200, 60, ".0f", "min"), (172800, 3600, ".1f", "h"))
+    below = (scale[1:] for scale in scales if seconds < scale[0])
+    size, form, unit = next(below, (86400, ".0f", "d"))
+    return f"{seconds / size:{form}} {unit}"

@@ -2,7 +2,7 @@
 
 import shlex
 import sys
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Final
 
 import click
@@ -32,96 +32,72 @@ if TYPE_CHECKING:
         PeerStatus,
         SelectionStatus,
     )
-    from node.cli.client import ApiClient
 
 WATCH_INTERVAL_S: Final = 2.0
 
-_watch_option = click.option("--watch", is_flag=True, help="Refresh every two seconds, until Ctrl-C.")
+_Verb = Callable[[str | None, bool, bool], None]
+
+
+def _page_options(verb: _Verb) -> _Verb:
+    """Add the options of a verb that shows a page."""
+    watch_option = click.option("--watch", is_flag=True, help="Refresh every two seconds, until Ctrl-C.")
+    return api_option(watch_option(json_option(verb)))
 
 
 @click.command()
-@api_option
-@_watch_option
-@json_option
+@_page_options
 def status(api: str | None, watch: bool, as_json: bool) -> None:
     """Show the status of a node."""
-
-    async def ask(client: "ApiClient") -> Any:
-        return await client.status()
-
-    _show(ask, render_status, api=api, watch=watch, as_json=as_json)
+    _show("/swarm/status", api, watch, print_json if as_json else _printer(render_status))
 
 
 @click.command()
-@api_option
-@_watch_option
-@json_option
+@_page_options
 def peers(api: str | None, watch: bool, as_json: bool) -> None:
     """Show the peers of the swarm and what they serve."""
-
-    async def ask(client: "ApiClient") -> Any:
-        return {"peers": await client.peers()}
-
-    _show(ask, render_peers, api=api, watch=watch, as_json=as_json)
+    _show("/swarm/peers", api, watch, print_json if as_json else _printer(render_peers))
 
 
 @click.command()
-@api_option
-@_watch_option
-@json_option
+@_page_options
 def models(api: str | None, watch: bool, as_json: bool) -> None:
     """Show which models are complete, block by block.
 
     One digit for each block: the number of peers that serve it.
     """
-
-    async def ask(client: "ApiClient") -> Any:
-        return {"models": await client.models()}
-
-    _show(ask, render_models, api=api, watch=watch, as_json=as_json)
+    _show("/swarm/models", api, watch, print_json if as_json else _printer(render_models))
 
 
-def _show(
-    ask: Callable[["ApiClient"], Awaitable[Any]],
-    render: Callable[[Any], "RenderableType"],
-    *,
-    api: str | None,
-    watch: bool,
-    as_json: bool,
-) -> None:
+def _printer(render: Callable[[Any], "RenderableType"]) -> Callable[[Any], None]:
+    return lambda document: out().print(render(document))
+
+
+def _show(path: str, api: str | None, watch: bool, show: Callable[[Any], None]) -> None:
+    """Show a page of the API; with `watch` again and again."""
     import trio
 
-    from node.cli.client import find_api
+    from node.cli.client import find_api, open_client
 
-    run = _watch if watch else _once
-    trio.run(run, find_api(api), ask, print_json if as_json else lambda answer: out().print(render(answer)))
+    async def run() -> None:
+        async with open_client(find_api(api)) as client:
+            while True:
+                document = await client.request("GET", path)
+                if watch and sys.stdout.isatty():
+                    click.clear()
+                show(document)
+                if not watch:
+                    return
+                await trio.sleep(WATCH_INTERVAL_S)
 
-
-async def _once(url: str, ask: Callable[["ApiClient"], Awaitable[Any]], show: Callable[[Any], None]) -> None:
-    from node.cli.client import open_client
-
-    async with open_client(url) as client:
-        show(await ask(client))
-
-
-async def _watch(url: str, ask: Callable[["ApiClient"], Awaitable[Any]], show: Callable[[Any], None]) -> None:
-    import trio
-
-    from node.cli.client import open_client
-
-    async with open_client(url) as client:
-        while True:
-            answer = await ask(client)
-            if sys.stdout.isatty():
-                click.clear()
-            show(answer)
-            await trio.sleep(WATCH_INTERVAL_S)
+    trio.run(run)
 
 
 def render_status(status: "NodeStatus") -> "RenderableType":
     """Render a node's status."""
     from rich.console import Group
     from rich.text import Text
+
+    from node.cli.daemon import SERVES_NOTHING
 
     jobs, received = status["jobs"], status["transfers"]["received_bytes"]
     facts = {
@@ -143,7 +119,8 @@ def render_status(status: "NodeStatus") -> "RenderableType":
     facts_and_gaps = [*facts.items(), *(("missing", _describe_gap(gap, status)) for gap in status["uncovered"])]
     summary = Text("\n".join(f"{name:<9} {printable(value)}" for name, value in facts_and_gaps))
     if not status["spans"]:
-        return Group(summary, Text(f"serves    {_describe_idle(status['serve'])}"))
+        waiting = f"no blocks yet of {', '.join(status['serve'])}: the log says what is missing"
+        return Group(summary, Text(f"serves    {waiting if status['serve'] else SERVES_NOTHING}"))
     table = new_table("model", ">blocks", ">of", ">sessions", ">positions", ">weights", ">steps", ">compute", ">worker")
     for span in status["spans"]:
         table.add_row(
@@ -176,13 +153,6 @@ def _describe_peers(peers: "PeerCounts") -> str:
         f"{text}; their sessions here: {peers['sessions_opened']} opened, {peers['sessions_refused']} refused, "
         f"{peers['sessions_failed']} failed, {peers['sessions_held']} held with {format_bytes(peers['held_bytes'])}"
     )
-
-
-def _describe_idle(serve: list[str]) -> str:
-    """Return why a node serves no blocks."""
-    from node.cli.daemon import SERVES_NOTHING
-
-    return f"no blocks yet of {', '.join(serve)}: the log says what is missing" if serve else SERVES_NOTHING
 
 
 def _describe_gap(gap: "GapDocument", status: "NodeStatus") -> str:

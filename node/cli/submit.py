@@ -150,10 +150,6 @@ def _parse_token_ids(text: str) -> list[int]:
     return [int(piece) for piece in pieces]
 
 
-def _is_prompt(value: object) -> bool:
-    return isinstance(value, str) or (isinstance(value, list) and all(type(token) is int for token in value))
-
-
 def _read_text(name: str) -> str:
     try:
         return (sys.stdin.buffer.read() if name == "-" else Path(name).read_bytes()).decode()
@@ -185,7 +181,9 @@ def read_jobs(path: Path, options: Mapping[str, Any]) -> list[dict[str, Any]]:
             job = json.loads(line)
         except ValueError as error:
             raise click.UsageError(f"{path}, line {number}: not valid JSON: {error}") from None
-        if not isinstance(job, dict) or not _is_prompt(job.get("prompt")):
+        prompt = job.get("prompt") if isinstance(job, dict) else None
+        is_token_ids = isinstance(prompt, list) and all(type(token) is int for token in prompt)
+        if not is_token_ids and not isinstance(prompt, str):
             raise click.UsageError(f'{path}, line {number}: expected an object with a "prompt", text or token ids')
         unknown = job.keys() - {"prompt", *_JOB_OPTIONS}
         if unknown:
@@ -258,14 +256,16 @@ async def choose_model(client: "ApiClient", wanted: str | None, timeout_s: float
     """Return the model to use; wait until a peer that has just joined discovers it."""
     import trio
 
-    models: list[ModelDocument] = []
     deadline_s = trio.current_time() + timeout_s
     while True:
         models = await client.models()
         complete = [model["name"] or model["model"] for model in models if model["complete"]]
         if wanted is None and len(complete) == 1:
             return complete[0]
-        if wanted is not None and any(_is_usable(model) and _is_called(model, wanted) for model in models):
+        usable = [model for model in models if _is_usable(model)]
+        if wanted is not None and any(
+            model["name"] == wanted or (len(wanted) >= 8 and model["model"].startswith(wanted)) for model in usable
+        ):
             return wanted
         if trio.current_time() >= deadline_s:
             break
@@ -274,11 +274,9 @@ async def choose_model(client: "ApiClient", wanted: str | None, timeout_s: float
         return wanted  # the node reports what is wrong with it
     if complete:
         raise CommandError(f"several models are complete; choose one with --model: {', '.join(complete)}")
-    unnamed = [model["model"][:12] for model in models if _is_usable(model)]
-    if unnamed:
-        raise CommandError(
-            f"models of unknown origin only; choose one that you trust with --model: {', '.join(unnamed)}"
-        )
+    if usable:
+        unnamed = ", ".join(model["model"][:12] for model in usable)
+        raise CommandError(f"models of unknown origin only; choose one that you trust with --model: {unnamed}")
     partly = "; incomplete: " + ", ".join(model["name"] or model["model"] for model in models) if models else ""
     raise CommandError(f"no model is complete in this swarm: serve one with `metaswarm node --serve MODEL`{partly}")
 
@@ -286,10 +284,6 @@ async def choose_model(client: "ApiClient", wanted: str | None, timeout_s: float
 def _is_usable(model: "ModelDocument") -> bool:
     """Return whether a model seems complete: its manifest is fetched only once the user names it."""
     return model["complete"] or (not model["local"] and bool(model["block_count"]) and not model["uncovered"])
-
-
-def _is_called(model: "ModelDocument", text: str) -> bool:
-    return model["name"] == text or (len(text) >= 8 and model["model"].startswith(text))
 
 
 async def _run_one(
@@ -306,29 +300,20 @@ async def _run_one(
 
     body = make_body(job, default_model)
     if as_json:
-        print_json((await client.complete(body, _ignore)).document())
+        print_json((await client.complete(body)).document())
         return
     try:
-        completion = await client.complete(body, show)
-        document = completion.document()
+        document = (await client.complete(body, show)).document()
         if document["token_ids"] and not document["text"] and isinstance(job["prompt"], list):
             show(" ".join(map(str, document["token_ids"])))
     finally:
         if line_is_open:
             click.echo()
     if sys.stderr.isatty():
-        click.secho(_summarise(completion), dim=True, err=True)
-
-
-def _ignore(text: str) -> None:
-    del text
-
-
-def _summarise(completion: "Completion") -> str:
-    document = completion.document()
-    tokens, peers = document["usage"]["completion_tokens"], len({stage["peer"] for stage in document["route"]})
-    ttft, tpot, total = (format_duration(document["timing"][name]) for name in ("ttft_s", "tpot_s", "total_s"))
-    return f"{tokens} tokens over {peers} peers: the first after {ttft}, then one every {tpot}, {total} in all"
+        tokens, peers = document["usage"]["completion_tokens"], len({stage["peer"] for stage in document["route"]})
+        ttft, tpot, total = (format_duration(document["timing"][name]) for name in ("ttft_s", "tpot_s", "total_s"))
+        summary = f"{tokens} tokens over {peers} peers: the first after {ttft}, then one every {tpot}, {total} in all"
+        click.secho(summary, dim=True, err=True)
 
 
 async def _run_many(client: "ApiClient", jobs: Sequence[Mapping[str, Any]], default_model: str) -> None:
@@ -370,7 +355,7 @@ async def _complete_with_retry(client: "ApiClient", body: dict[str, Any]) -> "Co
     deadline_s = trio.current_time() + RETRY_TIMEOUT_S
     while True:
         try:
-            return await client.complete(body, _ignore)
+            return await client.complete(body)
         except RefusedError as error:
             if error.code not in RETRIED_CODES or error.retry_after_s is None or trio.current_time() > deadline_s:
                 raise

@@ -5,7 +5,6 @@ that a node that is killed at any instant never equivocates.
 """
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 from typing import Final
 
 import structlog
@@ -15,14 +14,14 @@ from node.consensus.chain_recovery import ChainRecovery
 from node.consensus.chain_replica import ChainReplica, state_parts
 from node.consensus.contribution import Contributor
 from node.consensus.environment import ConsensusEnvironment, ConsensusRules, Meter
+from node.stages.voter import Agreement
 from node.storage.chain_store import StoredStatement
 from node.storage.database import StorageError
 from node.util.signal import Signal
 from protocol.chains import StatePart
 from protocol.consensus import SignedMessage
-from protocol.consensus_values import Cell, Commit, Reveal, Signature, Statement
+from protocol.consensus_values import Commit, Reveal, Signature, Statement
 from protocol.forms import Digest
-from selector.consensus.table import AgreedCell
 
 MAX_INBOX: Final = 4096
 """Messages that wait for the next turn; further ones are dropped, and fetched later."""
@@ -31,17 +30,6 @@ TURN_PAUSE_S: Final = 0.02
 """Between two turns, however much is received: what arrives meanwhile is applied together."""
 
 _logger = structlog.get_logger(__name__)
-
-
-@dataclass(frozen=True, slots=True)
-class Agreement:
-    """The agreed result of a chain's head. `weights`: of the members; `table`: the agreed cells."""
-
-    epoch: int
-    statement: Digest
-    table_digest: Digest
-    weights: dict[str, int]
-    table: dict[Cell, AgreedCell]
 
 
 class ChainNode:

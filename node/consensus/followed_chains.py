@@ -2,7 +2,8 @@
 
 from dataclasses import dataclass, field
 
-from node.consensus.chain_node import Agreement, ChainNode
+from node.consensus.chain_node import ChainNode
+from node.stages.voter import Agreement
 from protocol.identity import ModelId
 from selector.consensus.reputation import NEWCOMER_WEIGHT
 

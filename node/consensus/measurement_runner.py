@@ -8,7 +8,7 @@ from typing import Final
 import structlog
 import trio
 
-from node.coordinator.recorder import Recorder
+from node.coordinator.observation import Recorder
 from node.coordinator.submission import JobError
 from node.coordinator.trial_runner import BenchmarkRunner, TrialSpec, TrialWorkload
 from protocol.consensus_values import Cell

@@ -18,7 +18,7 @@ from node.consensus.chain_sync import ChainInitiator, ChainResponder
 from node.consensus.environment import ConsensusEnvironment, ConsensusRules
 from node.consensus.followed_chains import FollowedChains
 from node.network.interface import Network
-from node.replication.gossip import GossipTopic, Verifier
+from node.replication.gossip_topic import GossipTopic, Verifier
 from node.replication.peer_limits import Ban, PeerAllowances, PeerLimits
 from node.replication.pull import PullLimits, PullService
 from node.storage.database import StorageError
@@ -37,7 +37,7 @@ MODELS_ROUND_S: Final = 1.0
 """Interval at which chains of new models are started."""
 
 VERIFIED_RECORDS: Final = 4096
-"""Records remembered as verified, so that a duplicate costs nothing."""
+"""Records remembered as verified, so that a duplicate is not verified again."""
 
 SHORTEST_PULL_INTERVAL_S: Final = 0.5
 
@@ -156,10 +156,12 @@ class ConsensusService:
         interval_s = self._rules.clock.epoch_s / 20
         initiate = partial(ChainInitiator, chain=chain, verify=self._verifier.verify)
         while True:
-            if (peer := self._pull.choose_neighbour()) and (await self._pull.pull(peer, initiate)).more:
+            peer = self._pull.choose_neighbour()
+            if peer and (await self._pull.pull(peer, initiate)).more:
                 continue
-            with trio.move_on_after(self._jitter.uniform(0.8, 1.2) * interval_s):
-                await chain.needs_sync.wait()
+            if peer or not self._pull.pulling:  # else every neighbour is busy with our other chains: retry soon
+                with trio.move_on_after(self._jitter.uniform(0.8, 1.2) * interval_s):
+                    await chain.needs_sync.wait()
             await trio.sleep(min(SHORTEST_PULL_INTERVAL_S, interval_s / 4) * self._jitter.uniform(0.5, 1))
 
     async def _on_connected(self, peer: PeerId) -> None:

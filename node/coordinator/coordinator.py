@@ -7,32 +7,28 @@ import random
 import secrets
 import time
 from collections import Counter
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any
 
 import trio
 
-from node.coordinator.failover import ResilientRoute, RouteServices
+from node.coordinator.failover import ResilientRoute, no_route
 from node.coordinator.job import Job
 from node.coordinator.method_choice import (
     Choice,
     Chooser,
-    HeuristicChooser,
-    NullQualityStore,
     QualityStore,
     admitted_methods,
 )
-from node.coordinator.observation import ServedJob
-from node.coordinator.planner import Finder, Planner
+from node.coordinator.observation import Recorder, ServedJob
+from node.coordinator.planner import Planner, SwarmView
 from node.coordinator.prefix_sharing import RecentPrompts
 from node.coordinator.prompt import prompt_tokens, sampling_of
-from node.coordinator.recorder import Recorder
 from node.coordinator.result import result_of, served_of, timing_of
 from node.coordinator.route import OpenRoute, RouteRejected
-from node.coordinator.route_errors import no_route
-from node.coordinator.session_request import SessionRequests
+from node.coordinator.session_request import RouteServices, request_sessions
 from node.coordinator.submission import (
     CLIENT_MISTAKES,
     JobError,
@@ -49,11 +45,10 @@ from node.links.link_pool import LinkPool
 from node.models.errors import ModelError
 from node.models.library import KnownModel
 from node.models.streaming import StopFinder, StreamDecoder
-from node.stages.voting import Agreement
-from protocol.identity import BlockRange, JobId, ModelId, PeerId, Stage
+from protocol.identity import JobId, ModelId, PeerId, Stage
 from protocol.messages import FinishReason
 from selector.reliability import PeerRecord
-from selector.routing import Links, NoRouteError
+from selector.routing import NoRouteError
 from selector.task import TaskContext
 
 VOTE_LIMIT_S = 120.0
@@ -61,30 +56,6 @@ VOTE_LIMIT_S = 120.0
 
 OWNER_LIMIT_S = 30.0
 """How long a job waits at most for the owner of its prefix to compute it."""
-
-
-class Models(Protocol):
-    """Knows the models of the swarm; `node.models.library` is the real one."""
-
-    async def open(self, text: str) -> KnownModel:
-        """Return the model that the user means. Raises ModelError with one line for the user."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SwarmView:
-    """What the coordinator knows of the peers.
-
-    `links`: between any two peers. `hardware`: the class of a peer's hardware. `bandwidth`: the memory bandwidth that a
-    peer reports, bytes per second. `expected`: the blocks of a model that live peers serve or are loading. `agreed`:
-    the swarm's agreed statement about a model.
-    """
-
-    finder: Finder
-    links: Links
-    hardware: Callable[[PeerId], str] = lambda peer: "unknown"
-    bandwidth: Callable[[PeerId], float | None] = lambda peer: None
-    expected: Callable[[ModelId], Iterable[BlockRange]] = lambda model: ()
-    agreed: Callable[[ModelId], Agreement | None] = lambda model: None
 
 
 @dataclass(slots=True)
@@ -118,54 +89,39 @@ class Coordinator:
 
     def __init__(
         self,
-        models: Models,
+        open_model: Callable[[str], Awaitable[KnownModel]],
         swarm: SwarmView,
         link_pool: LinkPool,
         jitter: random.Random,
-        recorder: Recorder | None = None,
+        recorder: Recorder | None,
         *,
-        chooser: Chooser | None = None,
-        quality_store: QualityStore | None = None,
+        chooser: Chooser,
+        quality_store: QualityStore,
     ) -> None:
-        """`chooser`: this node's preference among methods; `quality_store`: measured quality of lossy ones."""
+        """`open_model`: returns the model that a user means, or raises ModelError with one line for the user."""
         self.draining = False
-        self._models = models
+        self._open_model = open_model
         self._link_pool = link_pool
         self._recorder = recorder
-        self._chooser = chooser or HeuristicChooser()
-        self._quality_store = quality_store or NullQualityStore()
+        self._chooser = chooser
+        self._quality_store = quality_store
         self._prompts = RecentPrompts(secrets.token_bytes(16))
-        self._planner = Planner(
-            swarm.finder,
-            swarm.links,
-            link_pool.peer_id,
-            rng=jitter,
-            bandwidth=swarm.bandwidth,
-            in_flight=self._in_flight,
-        )
+        self._planner = Planner(swarm, link_pool.peer_id, rng=jitter, in_flight=self._in_flight)
         self._services = RouteServices(
             planner=self._planner,
+            swarm=swarm,
             link_pool=link_pool,
-            requests=SessionRequests(self._planner, self._chooser, swarm.hardware, swarm.agreed),
+            chooser=chooser,
             prompts=self._prompts,
-            expected=swarm.expected,
             jitter=jitter,
         )
         self._routes: dict[JobId, ResilientRoute] = {}
-        self._statistics = CoordinatorStatistics()
+        self.statistics = CoordinatorStatistics()
         self._idle = trio.Event()
         self._idle.set()
 
-    def statistics(self) -> CoordinatorStatistics:
-        """Return the counts of this node's jobs."""
-        return self._statistics
-
-    def peer_record(self, peer: PeerId) -> PeerRecord:
-        """Return this node's record of a peer: jobs served, failed and lagged, its speed and its penalty."""
-        return self._planner.record(peer)
-
     def peer_records(self) -> dict[PeerId, PeerRecord]:
-        """Return the records of all remembered peers: a bounded number."""
+        """Return the records of all remembered peers: jobs served, failed and lagged, and their speed."""
         return self._planner.records()
 
     def _in_flight(self) -> Counter[PeerId]:
@@ -179,7 +135,7 @@ class Coordinator:
     async def model(self, text: str) -> KnownModel:
         """Return the model that a user means. Raises JobError."""
         try:
-            return await self._models.open(text)
+            return await self._open_model(text)
         except ModelError as error:
             raise JobError(JobErrorCode.MODEL_NOT_FOUND, str(error)) from None
 
@@ -218,8 +174,8 @@ class Coordinator:
         try:
             planned = await self._planner.route(job.need())
         except NoRouteError as error:
-            raise no_route(job, error) from None
-        session_request = await self._services.requests.for_route(job, planned)
+            raise no_route(job, error, {}, {}) from None
+        session_request = await request_sessions(self._services, job, planned)
         route = OpenRoute(planned.stages, self._link_pool, session_request)
         try:
             with trio.fail_after(VOTE_LIMIT_S):
@@ -227,7 +183,7 @@ class Coordinator:
                 method, ballots = route.agree()
         except RouteRejected as rejected:
             refusals = {refusal.peer: refusal for refusal in rejected.refusals}
-            raise no_route(job, NoRouteError(()), refusals) from None
+            raise no_route(job, NoRouteError(()), refusals, {}) from None
         except trio.TooSlowError:
             message = f"the stages did not vote within {VOTE_LIMIT_S:.0f} s: try again later"
             raise JobError(JobErrorCode.FAILED, message) from None
@@ -249,8 +205,8 @@ class Coordinator:
 
     def _count(self, **changes: int) -> None:
         for name, change in changes.items():
-            setattr(self._statistics, name, getattr(self._statistics, name) + change)
-        if self._statistics.running == 0:
+            setattr(self.statistics, name, getattr(self.statistics, name) + change)
+        if self.statistics.running == 0:
             self._idle.set()
         elif self._idle.is_set():
             self._idle = trio.Event()
@@ -284,19 +240,15 @@ class Coordinator:
         route = ResilientRoute(job, self._services)
         self._routes[job.id] = route
         try:
-            await self._await_prefix_owner(job)
+            if job.claim.owner is not None and any(method.prefix_cache for method in job.admitted):
+                with trio.move_on_after(OWNER_LIMIT_S):  # then most of the prompt is found in the prefix cache
+                    await job.claim.owner.released.wait()
             await route.open()
             yield route
         finally:
             del self._routes[job.id]
             self._prompts.release(job.claim)
             await route.close()
-
-    async def _await_prefix_owner(self, job: Job) -> None:
-        """Wait while another job computes most of this one's prompt, which is then found in the prefix cache."""
-        if job.claim.owner is not None and any(method.prefix_cache for method in job.admitted):
-            with trio.move_on_after(OWNER_LIMIT_S):
-                await job.claim.owner.released.wait()
 
     async def _events(self, job: Job, route: ResilientRoute) -> AsyncGenerator[JobEvent, None]:
         """Yield the job's events; after the last one the route is closed."""

@@ -5,8 +5,7 @@ deterministic and sampling is keyed by position, the text continues unchanged. S
 with it; only what the lost stage had computed is computed again.
 """
 
-import random
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import count
 from typing import NamedTuple
@@ -15,19 +14,17 @@ import structlog
 import trio
 
 from node.coordinator.job import Job
-from node.coordinator.planner import PlannedRoute, Planner, RouteNeed
-from node.coordinator.prefix_sharing import RecentPrompts
+from node.coordinator.planner import PlannedRoute, RouteNeed
 from node.coordinator.route import OpenRoute, RouteLost, RouteRejected, SampledToken, StageRefusal
-from node.coordinator.route_errors import no_route
-from node.coordinator.session_request import SessionRequest, SessionRequests
-from node.coordinator.straggler_monitor import StragglerMonitor
+from node.coordinator.session_request import RouteServices, SessionRequest, request_sessions
+from node.coordinator.straggler_monitor import RETRY_AFTER_S, StragglerMonitor
 from node.coordinator.submission import JobError, JobErrorCode
-from node.links.link_pool import LinkPool
 from node.links.outbound_link import SessionLost
 from node.util.backoff import backoff_s
-from protocol.identity import BlockRange, ModelId, PeerId, SessionId, Stage
+from protocol.identity import PeerId, SessionId, Stage
 from protocol.messages import Closed, FailureReason, RefusalReason
 from selector.routing import NoRouteError
+from selector.task import Method
 
 MAX_ATTEMPTS = 5
 """Routes tried for a new job; also routes that a running job may lose in a row without a token in between."""
@@ -49,18 +46,6 @@ SEARCH_S = 10.0, 2.0
 """Where no known peer could replace a stage, others are searched for: at this interval, for at most this long."""
 
 _logger = structlog.get_logger(__name__)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RouteServices:
-    """What every job's route is made with. `expected`: the blocks of a model that live peers serve or are loading."""
-
-    planner: Planner
-    link_pool: LinkPool
-    requests: SessionRequests
-    prompts: RecentPrompts
-    expected: Callable[[ModelId], Iterable[BlockRange]]
-    jitter: random.Random
 
 
 class ClosedRoute(NamedTuple):
@@ -87,8 +72,10 @@ class ResilientRoute:
         self._services = services
         self._monitor = StragglerMonitor(job, services.planner, self._is_replaceable)
         self._route: OpenRoute | None = None
-        self._begun: OpenRoute | None = None
-        """The first route that was begun: its method stays in force on all later ones."""
+        self._method: Method | None = None
+        """What the votes agreed on; kept on every later route, without speculation once a drafter was missing."""
+        self._request: SessionRequest | None = None
+        """Of the first route that was begun: it was made when the method was still open."""
         self._is_accepted = False
         """A route was open and had the prompt."""
         self._cached_tokens = 0
@@ -127,9 +114,11 @@ class ResilientRoute:
         for attempt in count():
             if attempt:
                 await trio.sleep(backoff_s(attempt, BACKOFF_S, self._services.jitter))
+            # Background jobs and trials, which compare methods on one route, do not explore peers.
+            may_explore = not (attempt or self._is_accepted or self._job.request.background or self._job.on_served)
             is_patient = self._is_accepted and trio.current_time() < search.began_s + RECOVERY_LIMIT_S
             try:
-                planned = await self._plan(may_explore=attempt == 0)
+                planned = await self._planner.route(self._need(), may_explore=may_explore)
             except NoRouteError as error:
                 search.refusals |= self._avoided
                 if not is_patient or self._is_hopeless(search, error):
@@ -173,12 +162,12 @@ class ResilientRoute:
     async def finish(self) -> ClosedRoute:
         """Close the route of a job that is done."""
         route = self._open_route()
-        begun = self._begun or route
         closed = await route.close()
         self._route = None
         self.is_finished = True
         rounds = self._rounds + route.rounds
-        return ClosedRoute(route, begun.request, closed, rounds, self._replays, self._cached_tokens)
+        request = self._request or route.request
+        return ClosedRoute(route, request, closed, rounds, self._replays, self._cached_tokens)
 
     async def close(self) -> None:
         """Close all routes that are still open."""
@@ -189,12 +178,6 @@ class ResilientRoute:
         if self._route is None:
             raise AssertionError("a running job has a route")
         return self._route
-
-    async def _plan(self, *, may_explore: bool) -> PlannedRoute:
-        job = self._job
-        # Background jobs and trials, which compare methods on one route, do not explore peers.
-        may_explore = may_explore and not (self._is_accepted or job.request.background or job.on_served)
-        return await self._planner.route(self._need(), may_explore=may_explore)
 
     def _need(self, leaving: Collection[PeerId] = (), begun: OpenRoute | None = None) -> RouteNeed:
         """Return what the job needs of the next route: without some peers, and like the route begun, or else before."""
@@ -209,13 +192,13 @@ class ResilientRoute:
 
     async def _try_route(self, planned: PlannedRoute) -> bool:
         """Open a route and send the tokens so far; return whether that succeeded. If not, peers to avoid are noted."""
-        method = self._begun.method if self._begun else None
-        request = await self._services.requests.for_route(self._job, planned, method)
+        request = await request_sessions(self._services, self._job, planned, self._method)
         self._route = route = OpenRoute(planned.stages, self._services.link_pool, request, self._held)
         tokens = self._job.tokens
         try:
             await self._monitor.open(route)
-            await self._begin(route, tokens)
+            self._begin(route, tokens)
+            await self._monitor.send_prompt(route, tokens)
         except RouteRejected as rejected:
             for refusal in rejected.refusals:
                 self._avoid(refusal)
@@ -225,16 +208,15 @@ class ResilientRoute:
             return True
         return False
 
-    async def _begin(self, route: OpenRoute, tokens: Sequence[int]) -> None:
-        """Begin on all stages with the method that the votes agree on, and send the tokens."""
-        method = route.begin(tokens)
-        self._begun = self._begun or route
-        if not method.prefix_cache:
+    def _begin(self, route: OpenRoute, tokens: Sequence[int]) -> None:
+        """Begin on all stages with the method that the votes agree on."""
+        self._method = route.begin(tokens)
+        self._request = self._request or route.request
+        if not self._method.prefix_cache:
             self._services.prompts.release(self._job.claim)  # its pages will not be cached
         if not self._is_accepted:
             self._cached_tokens = min(*route.starts, len(self._job.prompt) - 1)
         self._monitor.begin(route, self._failures_since_token)
-        await self._monitor.send_prompt(route, tokens)
 
     def _avoid(self, refusal: StageRefusal) -> None:
         """Keep the job away from a peer; an unreachable one counts as dead until its next heartbeat."""
@@ -281,7 +263,7 @@ class ResilientRoute:
             self._avoided[peer] = StageRefusal(peer, RefusalReason.LEAVING, "is about to leave")
         await self.open()
 
-    async def _is_replaceable(self, peers: Collection[PeerId], *, only_trusted: bool = True) -> bool:
+    async def _is_replaceable(self, peers: Collection[PeerId], only_trusted: bool) -> bool:
         """Return whether others could take the places of peers on the route; at intervals search for more peers."""
         route = self._open_route()
         need = self._need(peers, route if route.method else None)
@@ -308,7 +290,7 @@ class ResilientRoute:
             search.is_logged = True
             missing = ", ".join(map(str, error.missing))
             _logger.warning("no route left; waiting for a peer", job=job.id, model=job.model.name, blocks=missing)
-        if self._planner.could_serve(job.need(), self._services.expected(job.model.id)):
+        if self._planner.could_serve(job.need(), self._services.swarm.expected(job.model.id)):
             search.candidates_seen_s = now_s
             return False
         return now_s - search.candidates_seen_s >= HOPELESS_LIMIT_S
@@ -343,3 +325,36 @@ class _RouteSearch:
     candidates_seen_s: float
     is_logged: bool = False
     refusals: dict[PeerId, StageRefusal] = field(default_factory=dict)
+
+
+def no_route(
+    job: Job, error: NoRouteError, avoided: Mapping[PeerId, StageRefusal], outdated: Mapping[PeerId, StageRefusal]
+) -> JobError:
+    """Return the error for a job without a route: no peer serves its blocks, or none could take its stages.
+
+    `avoided`: why peers were not used. `outdated`: peers of older versions, which cannot be the last stage.
+    """
+    name, blocks = job.model.name, ", ".join(map(str, error.missing))
+    reasons = "; ".join(f"{refusal.peer}: {refusal.message}" for refusal in (avoided or outdated).values())
+    peers, methods = f"the peers that serve {name}", " or ".join(method.name for method in job.admitted)
+    kinds = {refusal.reason for refusal in avoided.values()}
+    code = JobErrorCode.UNCOVERED
+    if not avoided and outdated:
+        message = (
+            f"no peer that samples the tokens of {name} supports what the job asks for ({reasons}): "
+            "leave out top_k, min_p, penalties, logit_bias and min_tokens, or wait for a peer of a later version"
+        )
+    elif not avoided:
+        message = f"no peer serves blocks {blocks} of {name}: start a node with --serve"
+    elif RefusalReason.FULL in kinds:
+        code = JobErrorCode.FULL
+        message = f"{peers} have no room now ({reasons}): try again later"
+    elif RefusalReason.NOT_READY in kinds:
+        message = f"{methods} is not ready on {peers} ({reasons}): try again later"
+    elif kinds == {RefusalReason.UNABLE}:
+        message = f"{methods} is not available on {peers} ({reasons}): use another method"
+        return JobError(JobErrorCode.INVALID, message)
+    else:
+        missing = f"blocks {blocks}" if blocks else "some blocks"
+        message = f"no peer is left to serve {missing} of {name} ({reasons}): try again later"
+    return JobError(code, message, retry_after_s=RETRY_AFTER_S)

@@ -3,7 +3,6 @@
 The coordinator orders the admitted methods by preference, every stage votes, and the tally decides.
 """
 
-import enum
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -13,54 +12,20 @@ from node.models.library import KnownModel
 from protocol.identity import ModelId
 from protocol.limits import MAX_VOTES
 from protocol.measurements import QualityBound
-from selector.heuristic import predicted_cost, preference
-from selector.task import (
-    PORTFOLIO,
-    MeasuredQuality,
-    Method,
-    MethodError,
-    TaskContext,
-    admits,
-    parse_method,
-)
+from selector.task import PORTFOLIO, MeasuredQuality, Method, MethodError, TaskContext, admits, parse_method
 
 MEASURING_RETRY_S = 10.0
 """When a client should retry a method whose quality is being measured."""
 
 
-class MeasurementState(enum.Enum):
-    """The state of a model's quality measurement."""
-
-    DONE = enum.auto()
-    """Measured, or failed to be."""
-    PENDING = enum.auto()
-    """Queued or running."""
-    DISABLED = enum.auto()
-    """This node does not measure."""
-
-
 class QualityStore(Protocol):
     """Knows the measured quality of lossy methods."""
 
-    def request(self, model: KnownModel) -> MeasurementState:
-        """Request the measurement of a model unless it was measured, without waiting for it."""
+    def request(self, model: KnownModel) -> bool:
+        """Request the measurement of a model unless it was measured; return whether it is queued or running."""
 
     def quality(self, model: ModelId, method: Method) -> MeasuredQuality | None:
         """Return the measured quality; None if it was not measured."""
-
-
-class NullQualityStore:
-    """Measures nothing, so that only exact methods are admitted."""
-
-    def request(self, model: KnownModel) -> MeasurementState:
-        """Return DISABLED; see QualityStore."""
-        del model
-        return MeasurementState.DISABLED
-
-    def quality(self, model: ModelId, method: Method) -> MeasuredQuality | None:
-        """Return None; see QualityStore."""
-        del model, method
-        return None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -93,36 +58,11 @@ class Choice(Protocol):
 class Chooser(Protocol):
     """The coordinator's side of the selection, which sees the prediction, the votes and the outcome."""
 
-    async def choose(self, question: SelectionRequest) -> Choice:
+    async def choose(self, request: SelectionRequest) -> Choice:
         """Return the choice, without waiting for predictions that are missing."""
 
     def served(self, choice: Choice, outcome: JobOutcome) -> Selection | None:
         """Learn from a job's outcome; return an assessment of its selection, None where nothing was predicted."""
-
-
-@dataclass(frozen=True, slots=True)
-class HeuristicChoice:
-    """A choice by the heuristic, which accepts all methods that the job admits."""
-
-    context: TaskContext
-    order: Sequence[Method]
-
-    def ballot(self, votes: Sequence[Mapping[str, float]], weights: Sequence[int] | None = None) -> Mapping[str, float]:
-        """Return the heuristic's predictions; see Choice."""
-        del votes, weights
-        return {method.name: predicted_cost(self.context, method) for method in self.order}
-
-
-class HeuristicChooser:
-    """Chooses by the heuristic, and learns nothing."""
-
-    async def choose(self, question: SelectionRequest) -> Choice:
-        """Return the methods in the heuristic's order; see Chooser."""
-        return HeuristicChoice(question.context, preference(question.context, question.admitted))
-
-    def served(self, choice: Choice, outcome: JobOutcome) -> None:
-        """Ignore the outcome; see Chooser."""
-        del choice, outcome
 
 
 def admitted_methods(request: JobRequest, model: KnownModel, store: QualityStore) -> list[Method]:
@@ -132,7 +72,7 @@ def admitted_methods(request: JobRequest, model: KnownModel, store: QualityStore
     Raises JobError for a method that does not exist or that the bound does not admit.
     """
     bound = request.quality
-    state = MeasurementState.DISABLED if bound is QualityBound.EXACT else store.request(model)
+    is_pending = bound is not QualityBound.EXACT and store.request(model)
     if request.method == AUTO:
         admitted = [each for each in PORTFOLIO.values() if admits(bound, each, store.quality(model.id, each))]
         return admitted[:MAX_VOTES]
@@ -142,7 +82,7 @@ def admitted_methods(request: JobRequest, model: KnownModel, store: QualityStore
         raise JobError(JobErrorCode.INVALID, f"{error}; or use auto") from None
     quality = store.quality(model.id, named)
     if not admits(bound, named, quality):
-        if quality is None and state is MeasurementState.PENDING:
+        if quality is None and is_pending:
             message = f"the quality of {named.name} with {model.name} is being measured: try again in a few minutes"
             raise JobError(JobErrorCode.MEASURING, message, retry_after_s=MEASURING_RETRY_S)
         raise JobError(JobErrorCode.INVALID, _why_not(named, bound, quality))

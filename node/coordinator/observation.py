@@ -1,25 +1,24 @@
-"""The observation of a served job: its cost, with the context that the cost depends on."""
+"""The observation of a served job: its cost, with the context that the cost depends on; and the recorder of them."""
 
 import platform
-from collections.abc import Mapping
+import time
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from typing import Final
 
+import structlog
+
 from node.coordinator.submission import JobResult
+from node.identity import Identity
 from node.models.manifest import Manifest, find_integer
-from protocol.errors import RemoteProtocolError
+from node.storage.database import StorageError
+from protocol.errors import LocalProtocolError, RemoteProtocolError
 from protocol.identity import JobId, PeerId
 from protocol.limits import MAX_POSITIONS, MAX_VOCABULARY, MAX_WIDTH
-from protocol.measurements import (
-    Measurements,
-    ModelFacts,
-    Observation,
-    ObservationKind,
-    StageObservation,
-)
-from protocol.observations import check_countersignature
+from protocol.measurements import Measurements, ModelFacts, Observation, ObservationKind, StageObservation
+from protocol.observations import SignedObservation, check_countersignature, sign_observation
 from selector.task import TaskContext
 
 _SOFTWARE: Final = ("metaswarm", "torch", "transformers", "onnxruntime")
@@ -121,3 +120,39 @@ def without_invalid_countersignatures(observation: Observation) -> Observation:
         return stage
 
     return replace(observation, route=tuple(map(checked, observation.route)))
+
+
+_logger = structlog.get_logger(__name__)
+
+
+class Recorder:
+    """Makes an observation of every job that this node coordinated. A failure to record fails no job."""
+
+    def __init__(self, identity: Identity, publish: Callable[[SignedObservation], Awaitable[None]]) -> None:
+        """`publish`: stores an observation here and publishes it to the swarm."""
+        self._identity = identity
+        self._publish = publish
+
+    async def record(self, served: ServedJob) -> None:
+        """Record a job that a user submitted."""
+        await self.publish(self.observation(served))
+
+    def observation(self, served: ServedJob) -> Observation:
+        """Return the observation of a job, as a served job's."""
+        return observation_of(served, self._identity.peer_id, int(time.time()))
+
+    async def publish(self, observation: Observation) -> bool:
+        """Sign an observation, store it, and publish it to the swarm; return whether that succeeded."""
+        try:
+            await self._publish(self._sign(observation))
+        except (LocalProtocolError, StorageError) as error:
+            _logger.warning("observation not recorded", job=observation.job, reason=str(error))
+            return False
+        return True
+
+    def _sign(self, observation: Observation) -> SignedObservation:
+        key = self._identity.private_key
+        try:
+            return sign_observation(observation, key)
+        except LocalProtocolError:
+            return sign_observation(without_invalid_countersignatures(observation), key)

@@ -11,8 +11,9 @@ from typing import NamedTuple, Protocol
 import structlog
 import trio
 
-from node.links.liveness import SLOWEST_BYTES_PER_S
+from node.links.outbound_link import SLOWEST_BYTES_PER_S
 from node.stages.outbox import OUTGOING_BYTES
+from node.stages.voter import Agreement
 from node.swarm.directory import Candidate
 from node.swarm.link_estimates import UNKNOWN_BYTES_PER_S
 from protocol.identity import BlockRange, ModelId, PeerId, Stage
@@ -48,6 +49,23 @@ class Finder(Protocol):
 
     def forget(self, peer: PeerId) -> None:
         """Treat a peer as dead until its next heartbeat."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SwarmView:
+    """What the coordinator knows of the peers.
+
+    `links`: between any two peers. `hardware`: the class of a peer's hardware. `bandwidth`: the memory bandwidth that a
+    peer reports, bytes per second. `expected`: the blocks of a model that live peers serve or are loading. `agreed`:
+    the swarm's agreed statement about a model.
+    """
+
+    finder: Finder
+    links: Links
+    hardware: Callable[[PeerId], str] = lambda peer: "unknown"
+    bandwidth: Callable[[PeerId], float | None] = lambda peer: None
+    expected: Callable[[ModelId], Iterable[BlockRange]] = lambda model: ()
+    agreed: Callable[[ModelId], Agreement | None] = lambda model: None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -109,30 +127,24 @@ class Planner:
 
     def __init__(
         self,
-        finder: Finder,
-        links: Links,
+        swarm: SwarmView,
         own_peer: PeerId,
         *,
-        rng: random.Random | None = None,
-        bandwidth: Callable[[PeerId], float | None] = lambda peer: None,
-        in_flight: Callable[[], Counter[PeerId]] = Counter,
+        rng: random.Random,
+        in_flight: Callable[[], Counter[PeerId]],
     ) -> None:
-        """`rng` decides which promise is explored.
-
-        `bandwidth`: the memory bandwidth that a peer reports, bytes per second. `in_flight`: the number of this node's
-        jobs on each peer.
-        """
-        self._finder = finder
-        self._links = links
+        """`rng` decides which promise is explored. `in_flight`: the number of this node's jobs on each peer."""
+        self._finder = swarm.finder
+        self._links = swarm.links
+        self._bandwidth = swarm.bandwidth
         self._own_peer = own_peer
-        self._bandwidth = bandwidth
         self._in_flight = in_flight
         self._reliability = Reliability()
         self._blocks = Measurements()
         """Seconds of a block for one token,"""
         self._rows = Measurements()
         """and for one row of a prompt."""
-        self._exploration = Exploration(rng or random.Random(0))
+        self._exploration = Exploration(rng)
 
     async def route(self, need: RouteNeed, *, may_explore: bool = False, only_trusted: bool = False) -> PlannedRoute:
         """Return the best route. Raises NoRouteError.
@@ -240,15 +252,8 @@ class Planner:
             self._reliability.served(peer, trio.current_time())
 
     def measured(self, need: RouteNeed, stages: Sequence[Stage], loads: Sequence[Load], timing: RouteTiming) -> None:
-        """Learn the speed of a route's stages from a job.
-
-        `loads`: each stage's report when it was opened, whose count of sessions is believed within bounds.
-        """
-        own = self._in_flight()
-        sharing = [
-            max(1, own[stage.peer], min(load.sessions, own[stage.peer] + SHARING_BEYOND_OWN))
-            for stage, load in zip(stages, loads, strict=True)
-        ]
+        """Learn the speed of a route's stages from a job. `loads`: each stage's report when it was opened."""
+        sharing = [self._sharing(stage.peer, load) for stage, load in zip(stages, loads, strict=True)]
         ones = (1,) * len(stages)
         prompt_links_s = self.round_s(stages) + self.transfer_s(stages, need.demand)
         for measured, took_s, links_s, rows in (
@@ -262,19 +267,19 @@ class Planner:
             measured.observe(need.model, shares, max(took_s / 10, took_s - links_s))
 
     def expected_s(self, need: RouteNeed, stage: Stage, rows: int, load: Load) -> float:
-        """Return the expected time of a stage for rows of a session; generous for an unmeasured one.
-
-        `load`: the stage's report, believed within bounds; this node's own jobs there count fully.
-        """
+        """Return the expected time of a stage, by its reported load, for rows; generous for an unmeasured one."""
         block_s = self._prior_block_s(need, stage, load.step_s)
         row_s = self._rows.seconds(stage.peer, need.model)
         if row_s is None:
             known_s = self._rows.reference_s(need.model)
             slow_s = max(block_s, need.block_bytes / SLOW_BYTES_PER_S) if known_s is None else block_s
             row_s = max(known_s or 0.0, slow_s / PROMPT_ROWS_PER_STEP)
-        own = self._in_flight()[stage.peer]
-        times = max(1, own, min(load.sessions, own + SHARING_BEYOND_OWN))
-        return times * len(stage.blocks) * (block_s + max(0, rows - 1) * row_s)
+        return self._sharing(stage.peer, load) * len(stage.blocks) * (block_s + max(0, rows - 1) * row_s)
+
+    def _sharing(self, peer: PeerId, load: Load) -> int:
+        """Return how many sessions share a peer: our own, and as many of others' as it reports within bounds."""
+        own = self._in_flight()[peer]
+        return max(1, own, min(load.sessions, own + SHARING_BEYOND_OWN))
 
     def _prior_block_s(self, need: RouteNeed, stage: Stage, step_s: float) -> float:
         """Return a peer's seconds per block and token: measured, else the best peer's, or its own claim if slower."""

@@ -8,22 +8,19 @@ the software versions that they hold for.
 
 import json
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, suppress
+from contextlib import suppress
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Final, Protocol
+from typing import Any, Final
 
 import structlog
 import trio
 
-from node.coordinator.method_choice import MeasurementState
 from node.models.errors import ModelError
 from node.models.files import write_atomically
-from node.models.library import KnownModel
-from node.models.manifest import Manifest
+from node.models.library import KnownModel, Library
 from node.models.sample import sample_text
-from node.models.store import Package
 from node.util.child_process import ChildError, python, run
 from protocol.identity import BlockRange, ModelId
 from selector.task import PORTFOLIO, MeasuredQuality, Method
@@ -48,19 +45,6 @@ Figures = Mapping[str, MeasuredQuality | None]
 _logger = structlog.get_logger(__name__)
 
 
-class Weights(Protocol):
-    """Provides the files of models; `node.models.library` is the real one."""
-
-    async def weights(self, manifest: Manifest, blocks: BlockRange, *, use_catalogue: bool) -> Package:
-        """Return a package with the files of a span. Raises ModelError."""
-
-    def in_use(self, package: Package, blocks: BlockRange) -> AbstractContextManager[None]:
-        """Keep the files of a span from being deleted, inside the block."""
-
-    def lacking_bytes(self, manifest: Manifest) -> int:
-        """Return the size of a model's missing files."""
-
-
 class QualityError(Exception):
     """The quality of a model cannot be measured. The message is one line."""
 
@@ -68,8 +52,8 @@ class QualityError(Exception):
 class LocalQualityStore:
     """Implements `node.coordinator.method_choice.QualityStore`; `run` measures, one model at a time."""
 
-    def __init__(self, weights: Weights, cache_dir: Path, *, command: Sequence[str] = MEASURE) -> None:
-        self._weights = weights
+    def __init__(self, library: Library, cache_dir: Path, *, command: Sequence[str] = MEASURE) -> None:
+        self._library = library
         self._folder = cache_dir / "quality"
         self._command = command
         self._figures: dict[ModelId, Figures] = {}
@@ -84,17 +68,17 @@ class LocalQualityStore:
         """Return all figures of a model."""
         return self._figures.get(model, {})
 
-    def request(self, model: KnownModel) -> MeasurementState:
+    def request(self, model: KnownModel) -> bool:
         """Request a measurement; see QualityStore."""
         if model.id in self._figures:
-            return MeasurementState.DONE
+            return False
         if model.id not in self._requested:
             try:
                 self._queue_in.send_nowait(model)
             except trio.WouldBlock:
-                return MeasurementState.PENDING  # requested again by the next job
+                return True  # requested again by the next job
             self._requested.add(model.id)
-        return MeasurementState.PENDING
+        return True
 
     async def run(self) -> None:
         """Measure the requested models until cancelled."""
@@ -110,18 +94,18 @@ class LocalQualityStore:
             self._figures[model.id] = figures
 
     async def _measure(self, model: KnownModel) -> Figures:
-        lacking_bytes = self._weights.lacking_bytes(model.manifest)
+        lacking_bytes = self._library.lacking_bytes(model.manifest)
         if lacking_bytes > MAX_FETCHED_BYTES:
             raise QualityError(f"{lacking_bytes} bytes of the model are missing: import it to have it measured")
         whole = BlockRange(0, model.block_count)
-        package = await self._weights.weights(model.manifest, whole, use_catalogue=False)
+        package = await self._library.weights(model.manifest, whole, use_catalogue=False)
         text = await model.tokenizer.encode(sample_text())
         length = min(WINDOW_TOKENS, model.max_positions)
         windows = [text[start : start + length] for start in range(0, min(len(text), WINDOWS * length) - 1, length)]
         request = json.dumps({"windows": [window for window in windows if len(window) > 1], "lineages": KV_KEYS})
         _logger.info("measuring the quality of lossy methods", model=model.id)
         began_s = trio.current_time()
-        with self._weights.in_use(package, whole):
+        with self._library.in_use(package, whole):
             try:
                 done = await run(
                     [*self._command, str(package.path)],

@@ -8,9 +8,8 @@ from node.coordinator.job import Job
 from node.coordinator.observation import ServedJob
 from node.coordinator.planner import RouteTiming
 from node.coordinator.submission import Consensus, JobResult, Timing, Usage, Vote
-from protocol.identity import Stage
 from protocol.measurements import MethodInForce, StageObservation
-from protocol.messages import Closed, FinishReason, Opened
+from protocol.messages import FinishReason, Opened
 
 MEASURED_ROUNDS = 3
 """Rounds after the first from which on a route's speed is measured;"""
@@ -51,7 +50,16 @@ def result_of(job: Job, done: ClosedRoute, text: str, finish: FinishReason) -> J
             tpot_s=decode_s / (token_count - 1) if token_count > 1 else 0.0,
             total_s=output.last_token_s - job.began_s,
         ),
-        route=tuple(map(_observed, route.stages, done.closed)),
+        route=tuple(
+            StageObservation(
+                peer=stage.peer,
+                blocks=stage.blocks,
+                hardware=closed.hardware,
+                statistics=closed.statistics,
+                countersignature=closed.countersignature,
+            )
+            for stage, closed in zip(route.stages, done.closed, strict=True)
+        ),
         method=MethodInForce(switches=dict(method.switches), stage_policy=_stage_policy(route.answers)),
         consensus=Consensus(
             votes=votes,
@@ -83,16 +91,6 @@ def timing_of(done: ClosedRoute) -> RouteTiming:
         prompt_s=route.first_token_s - route.began_s if is_measured else 0.0,
         prompt_rows=route.begun_rows if is_measured else (),
         busy=tuple(min(1.0, (c.statistics.compute_s + c.statistics.queue_s) / total_s) for c in done.closed),
-    )
-
-
-def _observed(stage: Stage, closed: Closed) -> StageObservation:
-    return StageObservation(
-        peer=stage.peer,
-        blocks=stage.blocks,
-        hardware=closed.hardware,
-        statistics=closed.statistics,
-        countersignature=closed.countersignature,
     )
 
 

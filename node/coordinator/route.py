@@ -112,8 +112,9 @@ class OpenRoute:
         self._continued = dict(held or {})
         self._gone: set[int] = set()
         self._link_pool = link_pool
-        self._job = JobId(secrets.token_hex(16))
-        self._sink = SessionId(self._job, len(stages))
+        self.job = JobId(secrets.token_hex(16))
+        """The job id on the wire; a replay has another."""
+        self._sink = SessionId(self.job, len(stages))
         self._links: dict[int, OutboundLink] = {}
         self._unwatch: list[Callable[[], None]] = []
         self._sources: set[InboundLink] = set()
@@ -175,7 +176,7 @@ class OpenRoute:
     def held(self) -> dict[Stage, SessionId]:
         """Return the sessions that stages have opened and, as far as is known, still hold."""
         return {
-            stage: SessionId(self._job, number)
+            stage: SessionId(self.job, number)
             for number, stage in enumerate(self.stages)
             if self.answers[number] is not None and number not in self._gone
         }
@@ -202,7 +203,7 @@ class OpenRoute:
         last = len(self.stages) - 1
         try:
             for number, link in sorted(self._links.items()):
-                session = SessionId(self._job, number)
+                session = SessionId(self.job, number)
                 if number == last and self.request.sampling.needs_history:
                     link.send_history(session, tokens)
                 begin = Begin(
@@ -231,10 +232,7 @@ class OpenRoute:
         return agreed is not None and all(answer and answer.statement == agreed.statement for answer in self.answers)
 
     def agree(self) -> tuple[Method, tuple[Ballot, ...]]:
-        """Return the method that the votes agree on, and the ballots: of the stages, then our own.
-
-        Raises RouteRejected where no method is ready everywhere.
-        """
+        """Return the method that the votes agree on, and all ballots, our own last. Raises RouteRejected for none."""
         votes = [answer.votes if answer else {} for answer in self.answers]
         peers = [*(stage.peer for stage in self.stages), self._link_pool.peer_id]
         agreed = self.request.agreed
@@ -261,7 +259,7 @@ class OpenRoute:
         chunk_rows = max(1, min(MAX_STEP_BYTES // (4 * hidden_size), self.method.prefill_chunk or len(tokens)))
         begun = self.starts[0]
         starts = [*([0] if begun else []), *range(begun, len(tokens), chunk_rows)]
-        first = SessionId(self._job, 0)
+        first = SessionId(self.job, 0)
         try:
             with self._sending:
                 for start, end in zip(starts, [*starts[1:], len(tokens)], strict=True):
@@ -294,7 +292,7 @@ class OpenRoute:
         """Ask all stages for their progress; one whose link does not answer in time is lost."""
 
         async def ask(stage: int, link: OutboundLink) -> None:
-            answer = await link.request_progress(SessionId(self._job, stage), timeout_s)
+            answer = await link.request_progress(SessionId(self.job, stage), timeout_s)
             if answer is not None and self.detector is not None:
                 progress = Progress(answer.received, answer.computed, answer.sent)
                 self.detector.report(stage, progress, trio.current_time())
@@ -304,23 +302,18 @@ class OpenRoute:
                 nursery.start_soon(link.probe, timeout_s)
                 nursery.start_soon(ask, stage, link)
 
-    @property
-    def job(self) -> JobId:
-        """The job id on the wire; a replay has another."""
-        return self._job
-
     async def close(self) -> tuple[Closed, ...]:
         """Close every stage, within a bounded time even under cancellation; return each one's statistics."""
-        self._link_pool.registry.remove(self._sink)
+        self._link_pool.receivers.pop(self._sink, None)
         for unwatch in self._unwatch:
             unwatch()
         for source in self._sources:
             source.forget(self._sink)
-        sessions = [SessionId(self._job, stage) for stage in range(len(self.stages))]
+        sessions = [SessionId(self.job, stage) for stage in range(len(self.stages))]
         closed = [Closed(session=session, statistics=SessionStatistics()) for session in sessions]
 
         async def close_stage(stage: int) -> None:
-            closed[stage] = await self._links[stage].close(SessionId(self._job, stage))
+            closed[stage] = await self._links[stage].close(SessionId(self.job, stage))
 
         with trio.CancelScope(deadline=trio.current_time() + CLOSE_TIMEOUT_S, shield=True):
             async with trio.open_nursery() as nursery:
@@ -343,7 +336,7 @@ class OpenRoute:
                     self._refused.add(stage)
                     return
                 self._links[stage] = link
-                self._unwatch.append(link.watch(SessionId(self._job, stage), partial(self._stage_lost, stage)))
+                self._unwatch.append(link.watch(SessionId(self.job, stage), partial(self._stage_lost, stage)))
                 self.answers[stage] = await link.open(message)
             except SessionRefused as refused:
                 refusals[stage] = StageRefusal(peer, refused.reason, str(refused))
@@ -353,7 +346,7 @@ class OpenRoute:
                 refusals[stage] = StageRefusal(peer, None, str(broken))
                 self._refused.add(stage)
 
-        self._link_pool.registry.add(self._sink, self)
+        self._link_pool.receivers[self._sink] = self
         with self._opening:
             async with trio.open_nursery() as nursery:
                 for stage in range(len(self.stages)):
@@ -361,7 +354,13 @@ class OpenRoute:
         if self._late:
             raise RouteRejected([*self._late.values(), *(r for r in refusals.values() if r.reason)])
         if refusals:
-            raise RouteRejected([refusals[stage] for stage in sorted(refusals) if self._is_own(stage, refusals)])
+            # A stage whose next one cannot be reached refuses for that one, not for itself.
+            dead = {stage for stage, refusal in refusals.items() if refusal.reason is None}
+            cut_off = {stage for stage, refusal in refusals.items() if refusal.reason is RefusalReason.UNREACHABLE}
+            own = sorted(
+                stage for stage in refusals if stage not in cut_off or (stage + 1) % len(self.stages) not in dead
+            )
+            raise RouteRejected([refusals[stage] for stage in own])
 
     def opening_late(self) -> set[PeerId]:
         """Return the peers that delay the opening: of stages without an answer those that do not wait for another."""
@@ -377,18 +376,12 @@ class OpenRoute:
         self._late[refusal.peer] = refusal
         self._opening.cancel()
 
-    def _is_own(self, stage: int, refusals: Mapping[int, StageRefusal]) -> bool:
-        """Whether a refusal is the stage's own, and not for the next one that nobody reaches."""
-        following = refusals.get((stage + 1) % len(self.stages))
-        is_cut_off = refusals[stage].reason is RefusalReason.UNREACHABLE
-        return not (is_cut_off and following is not None and following.reason is None)
-
     def _open_message(self, stage: int) -> Open:
         request = self.request
         is_last = stage == len(self.stages) - 1
         before = self.stages[stage - 1].peer  # of the first stage: the last one, which feeds tokens back
         return Open(
-            session=SessionId(self._job, stage),
+            session=SessionId(self.job, stage),
             model=request.model,
             blocks=self.stages[stage].blocks,
             methods=tuple(request.methods),

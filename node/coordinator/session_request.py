@@ -1,16 +1,19 @@
 """What the coordinator asks of every stage of a route: the methods to vote on, the task, the sampling."""
 
-from collections.abc import Callable, Mapping
+import random
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from node.coordinator.job import Job
 from node.coordinator.method_choice import Choice, Chooser, SelectionRequest
 from node.coordinator.observation import model_facts
-from node.coordinator.planner import PlannedRoute, Planner
+from node.coordinator.planner import PlannedRoute, Planner, SwarmView
+from node.coordinator.prefix_sharing import RecentPrompts
 from node.coordinator.submission import AUTO
+from node.links.link_pool import LinkPool
 from node.stages.speculation import repetitiveness
-from node.stages.voting import Agreement
-from protocol.identity import ModelId, PeerId
+from node.stages.voter import Agreement
+from protocol.identity import ModelId
 from protocol.messages import Sampling
 from selector.task import Method, TaskContext
 
@@ -37,60 +40,60 @@ class SessionRequest:
     agreed: Agreement | None = None
 
 
-class SessionRequests:
-    """Makes the session requests of this node's jobs."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RouteServices:
+    """What every job's route is made with."""
 
-    def __init__(
-        self,
-        planner: Planner,
-        chooser: Chooser,
-        hardware: Callable[[PeerId], str],
-        agreed: Callable[[ModelId], Agreement | None],
-    ) -> None:
-        self._planner = planner
-        self._chooser = chooser
-        self._hardware = hardware
-        self._agreed = agreed
+    planner: Planner
+    swarm: SwarmView
+    link_pool: LinkPool
+    chooser: Chooser
+    prompts: RecentPrompts
+    jitter: random.Random
 
-    async def for_route(self, job: Job, planned: PlannedRoute, begun: Method | None = None) -> SessionRequest:
-        """Return the request for a planned route.
 
-        `begun`: the method with which the text began. It stays the same, also on the stages that replace lost ones,
-        since another arithmetic could continue with another text.
-        """
-        context = self._describe(job, planned)
-        admitted = job.admitted
-        if begun is not None:  # a replacement may lack the draft model; speculation never changes the text
-            admitted = [begun, begun.without_guesses] if begun.drafter == "draft" else [begun]
-        is_free = job.request.method == AUTO and begun is None
-        selection = SelectionRequest(model=job.model.id, context=context, admitted=admitted, is_free=is_free)
-        choice = await self._chooser.choose(selection)
-        uses_prefixes = any(method.prefix_cache for method in choice.order)
-        return SessionRequest(
-            model=job.model.id,
-            methods={method.name: method for method in choice.order},
-            choice=choice,
-            context=context,
-            positions=len(job.prompt) + job.sampling.max_tokens,
-            prefix=b"".join(job.claim.pages) if uses_prefixes else b"",
-            sampling=replace(job.sampling, max_tokens=job.tokens_left),
-            background=job.request.background,
-            agreed=self._agreed(job.model.id),
-        )
+async def request_sessions(
+    services: RouteServices, job: Job, planned: PlannedRoute, begun: Method | None = None
+) -> SessionRequest:
+    """Return the request for a planned route.
 
-    def _describe(self, job: Job, planned: PlannedRoute) -> TaskContext:
-        """Return the task context of a job on a route."""
-        context = TaskContext.from_parts(
-            model_facts(job.model.manifest),
-            prompt_tokens=len(job.prompt),
-            max_tokens=job.tokens_left,
-            shared_prefix_share=job.claim.shared_share,
-            repetitiveness=repetitiveness(job.prompt[-LOOKED_AT_TOKENS:]),
-            concurrency=1 + max((load.sessions for load in planned.loads), default=0),
-            stage_count=max(1, len(planned.stages)),
-            hardware="+".join(self._hardware(stage.peer) for stage in planned.stages) or "unknown",
-            link_s=self._planner.round_s(planned.stages),
-            transfer_s=self._planner.transfer_s(planned.stages, job.need().demand),
-            quality=job.request.quality.value,
-        )
-        return replace(context, **job.overrides)
+    `begun`: the method with which the text began. It stays the same, also on the stages that replace lost ones,
+    since another arithmetic could continue with another text.
+    """
+    context = _describe(services, job, planned)
+    admitted = job.admitted
+    if begun is not None:  # a replacement may lack the draft model; speculation never changes the text
+        admitted = [begun, begun.without_speculation] if begun.drafter == "draft" else [begun]
+    is_free = job.request.method == AUTO and begun is None
+    selection = SelectionRequest(model=job.model.id, context=context, admitted=admitted, is_free=is_free)
+    choice = await services.chooser.choose(selection)
+    uses_prefixes = any(method.prefix_cache for method in choice.order)
+    return SessionRequest(
+        model=job.model.id,
+        methods={method.name: method for method in choice.order},
+        choice=choice,
+        context=context,
+        positions=len(job.prompt) + job.sampling.max_tokens,
+        prefix=b"".join(job.claim.pages) if uses_prefixes else b"",
+        sampling=replace(job.sampling, max_tokens=job.tokens_left),
+        background=job.request.background,
+        agreed=services.swarm.agreed(job.model.id),
+    )
+
+
+def _describe(services: RouteServices, job: Job, planned: PlannedRoute) -> TaskContext:
+    """Return the task context of a job on a route."""
+    context = TaskContext.from_parts(
+        model_facts(job.model.manifest),
+        prompt_tokens=len(job.prompt),
+        max_tokens=job.tokens_left,
+        shared_prefix_share=job.claim.shared_share,
+        repetitiveness=repetitiveness(job.prompt[-LOOKED_AT_TOKENS:]),
+        concurrency=1 + max((load.sessions for load in planned.loads), default=0),
+        stage_count=max(1, len(planned.stages)),
+        hardware="+".join(services.swarm.hardware(stage.peer) for stage in planned.stages) or "unknown",
+        link_s=services.planner.round_s(planned.stages),
+        transfer_s=services.planner.transfer_s(planned.stages, job.need().demand),
+        quality=job.request.quality.value,
+    )
+    return replace(context, **job.overrides)

@@ -1,18 +1,18 @@
 """Watches a job's route for stragglers: a stage that holds it up is replaced within seconds, where others can."""
 
+from collections import deque
 from collections.abc import Awaitable, Callable, Collection, Sequence
 from itertools import pairwise
-from typing import Protocol, TypeVar
+from statistics import median
+from typing import TypeVar
 
 import trio
 
 from node.coordinator.job import Job
 from node.coordinator.planner import Planner
 from node.coordinator.route import OpenRoute, RouteLost, RouteRejected, SampledToken, StageRefusal
-from node.coordinator.route_errors import RETRY_AFTER_S
 from node.coordinator.straggler_detector import Lag, StragglerDetector
 from node.coordinator.submission import JobError, JobErrorCode
-from node.coordinator.token_timeout import AdaptiveTimeout
 from node.links.outbound_link import SessionLost
 from protocol.identity import PeerId
 from protocol.messages import FailureReason
@@ -28,6 +28,17 @@ STALL_LIMIT_S = 120.0
 
 STALL_FACTOR = 6.0
 """or this multiple of what is expected of it."""
+
+RETRY_AFTER_S = 2.0
+"""When a client should retry a job whose blocks are not served or whose peers are full."""
+
+FIRST_TIMEOUT_S = 1.0
+"""Wait for the first token: prefill takes its time, and asking for progress costs little."""
+
+TIMEOUT_S = (0.4, 1.0)
+"""Bounds for the other tokens: a stage does not gain time by slowing them down."""
+
+TIMEOUT_FACTOR = 6.0
 
 PROBE_TIMEOUT_S = 1.0
 """How long a stage may take to report its progress when a token is late;"""
@@ -47,21 +58,18 @@ LENIENCY = 1.5
 T = TypeVar("T")
 
 
-class ReplaceableCheck(Protocol):
-    """Tells whether stages could be replaced."""
-
-    async def __call__(self, peers: Collection[PeerId], *, only_trusted: bool = True) -> bool:
-        """Return whether others could take the places of peers on the job's route."""
-
-
 class StragglerMonitor:
     """Opens one job's routes, sends its prompt and waits for its tokens; gives up stages that delay it."""
 
-    def __init__(self, job: Job, planner: Planner, is_replaceable: ReplaceableCheck) -> None:
+    def __init__(
+        self, job: Job, planner: Planner, is_replaceable: Callable[[Collection[PeerId], bool], Awaitable[bool]]
+    ) -> None:
+        """`is_replaceable`: whether others, trusted ones only or any, could take the places of peers on the route."""
         self._job = job
         self._planner = planner
         self._is_replaceable = is_replaceable
-        self._timeout = AdaptiveTimeout()
+        self._waits_s: deque[float] = deque(maxlen=16)
+        """Inter-token times, from which the timeout for the next token is learned."""
         self._disputed: set[PeerId] = set()
         """Peers that claim to have sent rows that never arrived at the next stage, which was replaced for it."""
 
@@ -73,7 +81,7 @@ class StragglerMonitor:
             while True:
                 await trio.sleep(limit_s)
                 late = route.opening_late()
-                if late and await self._is_replaceable(late):
+                if late and await self._is_replaceable(late, True):
                     for peer in late:
                         why = f"did not open the session within {limit_s:.1f} s"
                         route.give_up_opening(StageRefusal(peer, None, why, lagged=True))
@@ -90,7 +98,7 @@ class StragglerMonitor:
             limit_s = SEND_LIMIT_S
             while True:
                 await trio.sleep(limit_s)
-                if await self._is_replaceable({first}):
+                if await self._is_replaceable({first}, True):
                     route.lose(_lagging(first, f"did not take the prompt within {limit_s:.1f} s"))
                     return
                 limit_s *= 2
@@ -119,6 +127,14 @@ class StragglerMonitor:
             leniency=LENIENCY**failures,
         )
 
+    @property
+    def _timeout_s(self) -> float:
+        """The wait after which the next token is late: a multiple of the median inter-token time."""
+        if not self._waits_s:
+            return FIRST_TIMEOUT_S
+        least_s, most_s = TIMEOUT_S
+        return min(most_s, max(least_s, TIMEOUT_FACTOR * median(self._waits_s)))
+
     async def token(self, route: OpenRoute) -> SampledToken:
         """Wait for the next token. Raises RouteLost where a stage is lost or lags, JobError for a stall."""
         detector, asked_s = route.detector, trio.current_time()
@@ -127,11 +143,11 @@ class StragglerMonitor:
         if not route.has_token:
             detector.wait(asked_s)
         token: SampledToken | None = None
-        with trio.move_on_after(self._timeout.seconds):
+        with trio.move_on_after(self._timeout_s):
             token = await route.next_token()
         if token is None:
             token = await _run_watched(lambda: self._watch(route, detector), route.next_token)
-        self._timeout.learn(trio.current_time() - asked_s)
+        self._waits_s.append(trio.current_time() - asked_s)
         return token
 
     async def _watch(self, route: OpenRoute, detector: StragglerDetector) -> None:
@@ -142,8 +158,7 @@ class StragglerMonitor:
             now_s = trio.current_time()
             if (lag := detector.find(now_s)) is not None:
                 peer, disputed, message = self._blamed(route, lag)
-                only_trusted = lag.waited_s < FORGIVING_FACTOR * lag.limit_s
-                if await self._is_replaceable({peer}, only_trusted=only_trusted):
+                if await self._is_replaceable({peer}, lag.waited_s < FORGIVING_FACTOR * lag.limit_s):
                     self._disputed |= disputed
                     route.lose(_lagging(peer, message))
                     return

@@ -158,10 +158,7 @@ class Consensus:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PredictedCost:
-    """A method's predicted cost for a job in seconds, and its speed-up over the baseline.
-
-    `deviation`: the standard deviation of the logarithm of the speed-up.
-    """
+    """A method's predicted cost and speed-up over the baseline; `deviation`: of the logarithm of the speed-up."""
 
     cost_s: float
     speedup: float

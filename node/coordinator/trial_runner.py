@@ -17,9 +17,8 @@ from typing import Final
 import trio
 
 from node.coordinator.coordinator import Coordinator
-from node.coordinator.observation import ServedJob
+from node.coordinator.observation import Recorder, ServedJob
 from node.coordinator.prompt import prompt_tokens
-from node.coordinator.recorder import Recorder
 from node.coordinator.submission import JobError, JobErrorCode, JobRequest
 from node.models.sample import sample_text
 from protocol.identity import Stage
@@ -314,21 +313,19 @@ def shared_tokens(workload: TrialWorkload) -> int:
 def make_prompts(
     text: Sequence[int], workload: TrialWorkload, rng: random.Random, common: Sequence[int] | None = None
 ) -> list[tuple[int, ...]]:
-    """Return the prompts of one run: pieces of real text, each with a beginning of its own.
+    """Return the prompts of one run: pieces of sample text, each with a beginning of its own behind the common prefix.
 
-    `text`: the sample text's token ids. `common`: the prefix, where other runs have the same.
+    The end of each repeats a phrase, as far as the workload says. `common`: where other runs have the same prefix.
     """
     common = _piece(text, shared_tokens(workload), rng) if common is None else common
     own = workload.prompt_tokens - len(common)
-    return [(*common, *_own_part(text, workload, own, rng)) for _ in range(workload.concurrency)]
-
-
-def _own_part(text: Sequence[int], workload: TrialWorkload, count: int, rng: random.Random) -> list[int]:
-    """Return the part of a prompt that is one job's alone; its end repeats a phrase, as far as the workload says."""
-    repeated = min(count, round(workload.repetitiveness * workload.prompt_tokens))
-    phrase = _anywhere(text, PHRASE_TOKENS, rng)
-    again = (phrase * (repeated // PHRASE_TOKENS + 1))[:repeated]
-    return [*_piece(text, count - repeated, rng), *again]
+    repeated = min(own, round(workload.repetitiveness * workload.prompt_tokens))
+    prompts: list[tuple[int, ...]] = []
+    for _ in range(workload.concurrency):
+        phrase = _anywhere(text, PHRASE_TOKENS, rng)
+        again = (phrase * (repeated // PHRASE_TOKENS + 1))[:repeated]
+        prompts.append((*common, *_piece(text, own - repeated, rng), *again))
+    return prompts
 
 
 def _piece(text: Sequence[int], count: int, rng: random.Random) -> list[int]:

@@ -106,10 +106,16 @@ def _check_models(config: NodeConfig, free_bytes: int, running: RunningNode | No
     for spec in config.serve:
         try:
             package = store.find(store.resolve(spec.model, known))
-            if package is not None:  # else the node fetches it when it starts
-                yield from _check_package(spec, store, package)
-                if package.model_id not in loaded:
-                    yield from _check_memory(spec, package, config, free_bytes)
+            if package is None:
+                continue  # the node fetches it when it starts
+            whole = BlockRange(0, package.manifest.block_count)
+            if spec.blocks is not None and spec.blocks.end > whole.end:
+                message = f"cannot serve {spec}: the model has blocks {whole}"
+                yield Finding(Fault.MISSING_BLOCK, Consequence.START, message)
+                continue
+            yield from _check_package(spec, store, package)
+            if package.model_id not in loaded:
+                yield from _check_memory(spec, package, config, free_bytes)
         except UnknownModelError as error:
             yield Finding(Fault.UNKNOWN_MODEL, Consequence.SERVE, str(error))
         except ModelError as error:
@@ -117,10 +123,6 @@ def _check_models(config: NodeConfig, free_bytes: int, running: RunningNode | No
 
 
 def _check_package(spec: ServeSpec, store: ModelStore, package: Package) -> Iterator[Finding]:
-    whole = BlockRange(0, package.manifest.block_count)
-    if spec.blocks is not None and spec.blocks.end > whole.end:
-        yield Finding(Fault.MISSING_BLOCK, Consequence.START, f"cannot serve {spec}: the model has blocks {whole}")
-        return
     # Where the node chooses its blocks itself, every file that is here may be among them.
     for name in store.verify(package.model_id, spec.blocks).corrupt:
         message = (

@@ -25,7 +25,7 @@ from protocol.announcements import HEARTBEAT_TOPIC, Heartbeat
 from protocol.errors import RemoteProtocolError
 from protocol.identity import BlockRange, ModelId, PeerId
 from protocol.limits import MAX_CLOCK_SKEW_S
-from protocol.records import issue_time, unseal
+from protocol.records import issue_time, verify_record
 from protocol.sync import PROTOCOL_ID as SYNC_PROTOCOL
 from selector.routing import uncovered
 
@@ -50,10 +50,7 @@ _BOOTSTRAP_FAULTS: Final[Mapping[PortState, tuple[Fault, str]]] = {
         Fault.BOOTSTRAP_DEAD,
         "no answer: the machine is down, has another address, or a firewall drops packets to the port",
     ),
-    PortState.SILENT: (
-        Fault.BOOTSTRAP_DEAD,
-        "accepts connections and sends nothing: the process is stopped or hangs",
-    ),
+    PortState.SILENT: (Fault.BOOTSTRAP_DEAD, "accepts connections and sends nothing: the process is stopped or hangs"),
     PortState.FOREIGN: (Fault.WRONG_PEER, "another program answers there, not a node"),
     PortState.PRIVATE: (Fault.WRONG_SWARM_KEY, "is in a private swarm: give its key with --swarm-key"),
     PortState.OPEN: (
@@ -70,8 +67,7 @@ class _Observed:
     directory: Directory
     skews_s: dict[PeerId, float] = field(default_factory=dict)
     """How far our clock is ahead of a peer's."""
-    agents: dict[PeerId, str] = field(default_factory=dict)
-    addresses: dict[PeerId, tuple[str, ...]] = field(default_factory=dict)
+    heartbeats: dict[PeerId, Heartbeat] = field(default_factory=dict)
     malformed: dict[PeerId, str] = field(default_factory=dict)
     """Faults in heartbeats, by the neighbour that sent them."""
     connected: set[PeerId] = field(default_factory=set)
@@ -85,13 +81,12 @@ class _Observed:
         """Take in a heartbeat, whatever its time, and do not forward it."""
         try:
             issued_at_s = issue_time(data, Heartbeat.kind)
-            heartbeat = unseal(Heartbeat, data, issued_at_s)
+            heartbeat = verify_record(Heartbeat, data, issued_at_s)
         except RemoteProtocolError as error:
             self.malformed[source] = str(error)
             return False
         self.skews_s[heartbeat.peer] = now_s - issued_at_s - 0.5  # the time is in whole seconds
-        self.agents[heartbeat.peer] = heartbeat.agent
-        self.addresses[heartbeat.peer] = heartbeat.multiaddrs
+        self.heartbeats[heartbeat.peer] = heartbeat
         self.directory.update(heartbeat, 0.0, dialled=True)  # coverage counts every peer, dialled or not
         self.first_heartbeat.set()
         return False
@@ -119,7 +114,7 @@ class SwarmChecks:
                 return findings
         usable, faults = await self._probe_bootstrap()
         seen = await self._observe([*usable, *self._own])
-        self.peers = tuple(sorted(seen.connected | seen.agents.keys()))
+        self.peers = tuple(sorted(seen.connected | seen.heartbeats.keys()))
         checks = (_check_clock(seen), _check_versions(seen), self._check_identity(seen), self._check_models(seen))
         return [*findings, *faults, *self._check_dials(usable, seen), *(each for check in checks for each in check)]
 
@@ -224,11 +219,12 @@ class SwarmChecks:
             return
         with suppress(IdentityError):
             peer = load_or_create(self._config.data_dir).peer_id
-            addresses = seen.addresses.get(peer)
-            if addresses is not None and set(addresses).isdisjoint(self._own):
+            other = seen.heartbeats.get(peer)
+            if other is not None and set(other.multiaddrs).isdisjoint(self._own):
+                where = ", ".join(other.multiaddrs) or "an unknown address"
                 message = (
-                    f"another node uses this node's identity {peer}, at {', '.join(addresses) or 'an unknown address'}:"
-                    f" {key} was copied; stop that node, or remove the file to get a new identity"
+                    f"another node uses this node's identity {peer}, at {where}: {key} was copied; "
+                    f"stop that node, or remove the file to get a new identity"
                 )
                 yield Finding(Fault.NAME_TAKEN, Consequence.JOIN, message)
 
@@ -294,14 +290,14 @@ def _check_clock(seen: _Observed) -> Iterator[Finding]:
 def _check_versions(seen: _Observed) -> Iterator[Finding]:
     """Check that peers speak our version of protocols and records."""
     apart = {**seen.malformed, **seen.other_protocols}
-    alone = seen.connected <= apart.keys() and not seen.agents
+    alone = seen.connected <= apart.keys() and not seen.heartbeats
     for peer, reason in apart.items():
         message = f"peer {peer} speaks another version of metaswarm, or none ({reason}): upgrade the older of the two"
         yield Finding(Fault.VERSION_APART, Consequence.JOIN, message, grave=alone)
     own_agent = f"{APPLICATION}/{version(APPLICATION)}"
-    for peer, agent in seen.agents.items():
-        if _release(agent) != _release(own_agent) and peer not in apart:
-            message = f"peer {peer} runs {agent}, this node {own_agent}"
+    for peer, heartbeat in seen.heartbeats.items():
+        if _release(heartbeat.agent) != _release(own_agent) and peer not in apart:
+            message = f"peer {peer} runs {heartbeat.agent}, this node {own_agent}"
             yield Finding(Fault.VERSION_APART, Consequence.JOIN, message, grave=False)
 
 

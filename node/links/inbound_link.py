@@ -1,6 +1,7 @@
 """The responder's end of a job link: others open sessions here and send rows."""
 
 from collections import defaultdict, deque
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Protocol
 
@@ -82,30 +83,6 @@ class SessionHandler(Protocol):
         """Free everything that was opened over the link."""
 
 
-class SessionRegistry:
-    """The sessions whose rows this node receives."""
-
-    def __init__(self) -> None:
-        self._receivers: dict[SessionId, RowReceiver] = {}
-
-    def __len__(self) -> int:
-        return len(self._receivers)
-
-    def add(self, session: SessionId, receiver: RowReceiver) -> None:
-        """Register the receiver of a session. Raises KeyError when there is one already."""
-        if session in self._receivers:
-            raise KeyError(session)
-        self._receivers[session] = receiver
-
-    def remove(self, session: SessionId) -> None:
-        """Receive no more rows of a session."""
-        self._receivers.pop(session, None)
-
-    def get(self, session: SessionId) -> RowReceiver | None:
-        """Return the receiver of a session, if there is one here."""
-        return self._receivers.get(session)
-
-
 class InboundLink(JobLink):
     """The responder's end."""
 
@@ -113,12 +90,12 @@ class InboundLink(JobLink):
         self,
         stream: Stream,
         agent: str,
-        registry: SessionRegistry,
+        receivers: Mapping[SessionId, RowReceiver],
         handler: SessionHandler,
         buffers: LinkBuffers | None = None,
     ) -> None:
         super().__init__(stream, Role.RESPONDER, agent, buffers, self._admit_step)
-        self._registry = registry
+        self._receivers = receivers
         self._handler = handler
         self._openings: dict[SessionId, trio.Event] = {}
         """Of sessions that await admission; set when that is decided."""
@@ -191,7 +168,7 @@ class InboundLink(JobLink):
         return [receiver is not None for receiver in receivers]
 
     def _receiver_of(self, part: Slice, header: StepHeader) -> RowReceiver | None:
-        receiver = self._registry.get(part.session)
+        receiver = self._receivers.get(part.session)
         if receiver is None or not receiver.permits(self.peer):
             self._reject_unknown(part.session)
             return None
@@ -205,7 +182,7 @@ class InboundLink(JobLink):
         for part, receiver in zip(step.slices, self._admitted.popleft(), strict=True):
             rows = step.tensor.cut(start, start + part.rows)
             start += part.rows
-            if self._registry.get(part.session) is not receiver:  # ended meanwhile; a new one has not admitted these
+            if self._receivers.get(part.session) is not receiver:  # ended meanwhile; a new one has not admitted these
                 self._reject_unknown(part.session)
                 continue
             if len(step.slices) > 1:  # a slice that waits is not to hold the memory of those that do not

@@ -9,12 +9,12 @@ import trio
 
 from node.links.base_link import LinkBroken
 from node.links.buffers import LinkBuffers
-from node.links.inbound_link import InboundLink, SessionHandler, SessionRegistry
+from node.links.inbound_link import InboundLink, RowReceiver, SessionHandler
 from node.links.outbound_link import OutboundLink
 from node.network.interface import Network, NetworkError, Stream
 from node.network.loopback import loopback_pair
 from protocol.connection import PROTOCOL_ID, PROTOCOL_IDS
-from protocol.identity import PeerId
+from protocol.identity import PeerId, SessionId
 
 MAX_LINKS = 4
 """Links of one peer to us at a time. One is enough; a peer whose link broke may make another before we see that."""
@@ -26,7 +26,8 @@ class LinkPool:
     """Opens a link to a peer on first use, reuses it, and accepts the links of others."""
 
     def __init__(self, network: Network, agent: str, handler: SessionHandler) -> None:
-        self.registry = SessionRegistry()
+        self.receivers: dict[SessionId, RowReceiver] = {}
+        """The receivers of the sessions whose rows this node takes."""
         self._network = network
         self._agent = agent
         self._handler = handler
@@ -117,7 +118,7 @@ class LinkPool:
             return
         self._inbound[peer] += 1
         try:
-            await InboundLink(stream, self._agent, self.registry, self._handler, self._buffers).run()
+            await InboundLink(stream, self._agent, self.receivers, self._handler, self._buffers).run()
         finally:
             self._inbound[peer] -= 1
             if not self._inbound[peer]:

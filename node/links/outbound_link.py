@@ -1,14 +1,17 @@
-"""The initiator's end of a job link: we open sessions and send rows under flow control."""
+"""The initiator's end of a job link: we open sessions and send rows under flow control.
 
+Pings tell a dead peer from one that is still receiving what was sent before.
+"""
+
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Generic, TypeVar
+from typing import Final, Generic, TypeVar
 
 import trio
 
 from node.links.base_link import ANSWER_TIMEOUT_S, PING_INTERVAL_S, SILENCE_LIMIT_S, JobLink, LinkBroken
 from node.links.buffers import LinkBuffers
-from node.links.liveness import PONG_LIMIT_S, PingTracker
 from node.network.interface import NetworkError, Stream
 from protocol.identity import PeerId, SessionId
 from protocol.limits import MAX_HISTORY_TOKENS
@@ -22,6 +25,7 @@ from protocol.messages import (
     Message,
     Open,
     Opened,
+    Ping,
     Pong,
     Progress,
     ProgressRequest,
@@ -32,6 +36,62 @@ from protocol.messages import (
     TokenHistory,
 )
 from protocol.states import Role, SessionState
+
+PONG_LIMIT_S: Final = 8.0
+"""A link on which a ping is unanswered for this long is broken, whatever else trickles in."""
+
+MAX_PENDING_PINGS: Final = 8
+"""Pings that await their pong; more are of no use."""
+
+UNACKED_BYTES: Final = 256 << 10
+"""After this much a ping is sent, whose pong confirms that it has arrived."""
+
+SLOWEST_BYTES_PER_S: Final = 500e3
+"""What has not arrived is still in flight at this rate, and a pong behind it: a home's upstream of 4 Mb/s."""
+
+
+class PingTracker:
+    """Pings that await their pong, and how much of what was sent the pongs have confirmed."""
+
+    def __init__(self) -> None:
+        self._count = 0
+        self._pending: deque[tuple[float, int]] = deque()
+        """When each ping was sent, and how much had been sent before it."""
+        self._pinged_bytes = 0
+        """What had been sent before the last ping,"""
+        self._acked_bytes = 0
+        """and before the last that was answered."""
+
+    @property
+    def is_pending(self) -> bool:
+        """Whether a pong is due."""
+        return bool(self._pending)
+
+    def is_due(self, sent_bytes: int) -> bool:
+        """Whether so much was sent since the last ping that another should follow."""
+        return sent_bytes - self._pinged_bytes > UNACKED_BYTES
+
+    def ping(self, sent_bytes: int, now_s: float) -> Ping | None:
+        """Return the next ping to send, unless enough are pending."""
+        if len(self._pending) >= MAX_PENDING_PINGS:
+            return None
+        self._count += 1
+        self._pending.append((now_s, sent_bytes))
+        self._pinged_bytes = sent_bytes
+        return Ping(nonce=self._count)
+
+    def on_pong(self) -> None:
+        """Take the answer to the oldest pending ping: they come in order."""
+        _, self._acked_bytes = self._pending.popleft()
+
+    def pending_s(self, now_s: float) -> float:
+        """Return for how long the oldest ping has been unanswered."""
+        return now_s - self._pending[0][0] if self._pending else 0.0
+
+    def in_flight_s(self, sent_bytes: int) -> float:
+        """Return how long what was sent may still be in flight: a ping behind it is answered no sooner."""
+        return max(0, sent_bytes - self._acked_bytes - UNACKED_BYTES) / SLOWEST_BYTES_PER_S
+
 
 T = TypeVar("T")
 
@@ -95,19 +155,13 @@ class OutboundLink(JobLink):
         return answer
 
     def send_history(self, session: SessionId, tokens: Sequence[int]) -> None:
-        """Send the tokens so far of a session that we opened and that is about to begin, at once.
-
-        Raises LinkBroken when the link is gone or the session already lost.
-        """
+        """Send the tokens so far of a session that we opened, before `begin`, at once. Raises LinkBroken; see there."""
         self._check_open(session)
         for start in range(0, len(tokens), MAX_HISTORY_TOKENS):
             self._send_now(TokenHistory(session=session, tokens=tuple(tokens[start : start + MAX_HISTORY_TOKENS])))
 
     def begin(self, message: Begin) -> None:
-        """Begin a session that we opened, at once: before any rows that are sent from now on, over whichever link.
-
-        Raises LinkBroken when the link is gone or the session already lost.
-        """
+        """Begin a session, at once: before any further rows, over any link. Raises LinkBroken where it is lost."""
         self._check_open(message.session)
         self._send_now(message)
 
@@ -191,10 +245,7 @@ class OutboundLink(JobLink):
             self._break(f"silent for {self.silence_s:.1f} s")
 
     async def request_progress(self, session: SessionId, timeout_s: float) -> Progress | None:
-        """Return the progress of a session that we opened and began; None when no answer arrives in time.
-
-        A peer of version 1.0 cannot be asked.
-        """
+        """Return the progress of a begun session; None without a timely answer, and from a peer of version 1.0."""
         is_begun = self._connection.session_state(session) is SessionState.BEGUN
         if self.broken or self._connection.minor < 1 or not is_begun:
             return None
@@ -232,17 +283,15 @@ class OutboundLink(JobLink):
             case Progress():
                 if (reply := self._progress_replies.pop(message.session, None)) is not None:
                     reply.deliver(message)
-            case Reroute():
-                lost = SessionLost(
-                    self.peer, message.peer or self.peer, message.reason, message.message, resumable=True
-                )
-                for on_lost in tuple(self._watchers.get(message.session, {}).values()):
-                    on_lost(lost)
-            case Failed():
-                self._deliver(message)
-                lost = SessionLost(self.peer, message.peer or self.peer, message.reason, message.message)
+            case Reroute() | Failed():
+                watchers = self._watchers.get(message.session, {})
+                if isinstance(message, Failed):
+                    self._deliver(message)
+                    self._watchers.pop(message.session, None)
+                blamed, is_kept = message.peer or self.peer, isinstance(message, Reroute)
+                lost = SessionLost(self.peer, blamed, message.reason, message.message, resumable=is_kept)
                 # A copy: a watcher may end watches in turn, its own and those that others hold here.
-                for on_lost in tuple(self._watchers.pop(message.session, {}).values()):
+                for on_lost in tuple(watchers.values()):
                     on_lost(lost)
             case _:
                 raise AssertionError(f"the state tables let {message} through to an initiator")

@@ -230,7 +230,7 @@ class _Fetch:
         self._sources = set()
 
     def _blame(self, peer: PeerId, reason: str) -> None:
-        _logger.warning("peer gave a bad file", peer=peer, sha256=self._sha256, reason=reason)
+        _logger.warning("invalid file received", peer=peer, sha256=self._sha256, reason=reason)
         self._fetched.blame(peer, reason)
 
 

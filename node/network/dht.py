@@ -21,8 +21,8 @@ from libp2p.peer.id import ID
 from libp2p.peer.peerinfo import PeerInfo
 from libp2p.records.validator import NamespacedValidator, Validator
 
+from node.network.guarded_host import GuardedHost, limit_requests, start_service
 from node.network.interface import NetworkError, RecordSelector, RecordValidator
-from node.network.swarm import GuardedHost, limit_requests, start_service
 from node.network.transport import reason
 from node.util.signal import Signal
 from protocol.identity import PeerId, parse_peer_id
@@ -165,6 +165,7 @@ class Dht:
         while True:
             await self._peer_arrived.wait()
             await trio.sleep(REFRESH_DEBOUNCE_S)
+            self._peer_arrived.clear()  # one refresh for all that arrived meanwhile
             if not kad.host.get_connected_peers():
                 continue  # gone already: a lookup would only dial it again
             try:

@@ -2,7 +2,7 @@
 
 import logging
 import random
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import AsyncIterator, Collection, Iterable
 from contextlib import AbstractAsyncContextManager
 from typing import Final
@@ -20,9 +20,9 @@ from libp2p.tools.timed_cache.last_seen_cache import LastSeenCache
 
 from node.network.addresses import address_range
 from node.network.broadcast import Broadcast
+from node.network.guarded_host import GuardedHost, start_service
 from node.network.interface import GossipMessage, GossipValidator, NetworkError
 from node.network.scores import Scores
-from node.network.swarm import GuardedHost, start_service
 from node.network.yamux import Yamux
 from node.util.token_bucket import TokenBucket
 from protocol.errors import RemoteProtocolError, UntimelyError
@@ -78,13 +78,13 @@ class _GuardedPubsub(Pubsub):
         self.seen_messages = _SeenMessages()
         self._gossip = gossip
         self._buckets: dict[ID, TokenBucket] = {}
-        self._inbound: dict[ID, int] = {}
+        self._inbound: Counter[ID] = Counter()
         self._unverified: set[int] = set()
 
     async def stream_handler(self, stream: INetStream) -> None:
         """Read a peer's messages, for as long as its stream lasts."""
         peer = stream.muxed_conn.peer_id
-        self._inbound[peer] = self._inbound.get(peer, 0) + 1
+        self._inbound[peer] += 1
         try:
             await super().stream_handler(stream)
         finally:

@@ -2,7 +2,7 @@
 
 import logging
 import re
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Sequence
 from contextlib import ExitStack, asynccontextmanager
 from functools import partial
 from itertools import chain
@@ -10,7 +10,7 @@ from typing import Final
 
 import trio
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
-from libp2p.abc import INetConn, INetStream, INetwork, INotifee, ISecureConn
+from libp2p.abc import ISecureConn
 from libp2p.crypto.ed25519 import create_new_key_pair
 from libp2p.custom_types import TProtocol
 from libp2p.host.ping import ID as PING_PROTOCOL
@@ -22,6 +22,7 @@ from node.network.addresses import AddressBook, expand_wildcard, parse_address, 
 from node.network.broadcast import Broadcast
 from node.network.dht import Dht
 from node.network.gossip import Gossip
+from node.network.guarded_host import GuardedHost, GuardedSwarm, silence_library_log, start_service
 from node.network.interface import (
     NetworkError,
     PeerConnected,
@@ -32,7 +33,6 @@ from node.network.interface import (
 )
 from node.network.limits import NetworkLimits
 from node.network.streams import Libp2pStream, serve
-from node.network.swarm import GuardedHost, GuardedSwarm, silence_library_log, start_service
 from node.network.transport import Tcp, bind, reason, secure_upgrader
 from node.network.yamux import Yamux
 from node.network.yamux_stream import shielded
@@ -46,28 +46,6 @@ ADDRESS_LIFETIME_S: Final = 600
 PEERSTORE_SWEEP_S: Final = 60
 EVENT_CAPACITY: Final = 1024
 _SWARM_KEY = re.compile(r"[0-9a-f]{64}", re.IGNORECASE)
-
-
-class _Notifee(INotifee):
-    """Reports connections; called by the library."""
-
-    def __init__(self, connected: Callable[[ID], None], disconnected: Callable[[ID], None]) -> None:
-        self._connected = connected
-        self._disconnected = disconnected
-
-    async def connected(self, network: INetwork, conn: INetConn) -> None:
-        self._connected(conn.muxed_conn.peer_id)
-
-    async def disconnected(self, network: INetwork, conn: INetConn) -> None:
-        self._disconnected(conn.muxed_conn.peer_id)
-
-    async def opened_stream(self, network: INetwork, stream: INetStream) -> None: ...
-
-    async def closed_stream(self, network: INetwork, stream: INetStream) -> None: ...
-
-    async def listen(self, network: INetwork, multiaddr: Multiaddr) -> None: ...
-
-    async def listen_close(self, network: INetwork, multiaddr: Multiaddr) -> None: ...
 
 
 class Libp2pNetwork:
@@ -173,9 +151,10 @@ class Libp2pNetwork:
             book=self._book,
             limits=self._limits,
             psk=self._swarm_key,
+            on_connected=self._on_connected,
+            on_disconnected=self._on_disconnected,
         )
         swarm.peerstore.add_key_pair(swarm.self_id, key_pair)
-        swarm.register_notifee(_Notifee(self._on_connected, self._on_disconnected))
         host = GuardedHost(swarm, nursery, self._advertised)
         for protocol, handler in self._handlers.items():
             host.set_stream_handler(TProtocol(protocol), serve(handler))

@@ -1,4 +1,4 @@
-"""The network as the rest of the node sees it: `host.py` is the real one, `node.testing.memory_hub` the simulated one.
+"""The network as the rest of the node sees it, for the real one (`host.py`) and the simulated one (`node.testing`).
 
 No type and no exception of the library, and no workaround for its faults, passes this interface.
 """

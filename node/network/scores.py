@@ -51,7 +51,6 @@ class Scores(PeerScorer):
 
     def score(self, peer: ID, topics: list[str]) -> float:
         """Return the score of a peer, the same for every topic."""
-        del topics
         return self.of(peer)
 
     def graylisted(self, peer: ID) -> bool:
@@ -60,12 +59,10 @@ class Scores(PeerScorer):
 
     def allow_publish(self, peer: ID, topics: list[str]) -> bool:
         """Return whether messages are exchanged with a peer."""
-        del topics
         return self.of(peer) >= self.params.publish_threshold
 
     def allow_gossip(self, peer: ID, topics: list[str]) -> bool:
         """Return whether a peer gets IHAVE."""
-        del topics
         return self.of(peer) >= self.params.gossip_threshold
 
     def on_invalid_message(self, peer: ID, topic: str) -> None:

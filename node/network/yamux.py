@@ -153,7 +153,7 @@ class Yamux(StreamMultiplexer):
         if not self.event_closed.is_set():
             with shielded(0.5):
                 self.queue_control(GO_AWAY, 0, 0, _NORMAL)
-                await self._flush_before_close()
+                await self._flush()
         self.abort()
         with shielded(0.5):
             await self._close_secured()
@@ -275,12 +275,13 @@ class Yamux(StreamMultiplexer):
         while not self.event_closed.is_set():
             if not self._control:
                 await self._control_pending.park()
-            async with self.write_lock:
-                if self._control:
-                    try:
-                        await self.write_frame(b"")
-                    except MuxedStreamError:
-                        return
+            await self._flush()
+
+    async def _flush(self) -> None:
+        async with self.write_lock:
+            if self._control:
+                with contextlib.suppress(MuxedStreamError):  # the connection is closed then
+                    await self.write_frame(b"")
 
     async def _keep_alive(self) -> None:
         while True:
@@ -304,15 +305,10 @@ class Yamux(StreamMultiplexer):
             self._on_fault(str(fault))
             self.queue_control(GO_AWAY, 0, 0, _PROTOCOL_ERROR)
             with trio.move_on_after(0.5):
-                await self._flush_before_close()
+                await self._flush()
         except Exception as error:  # noqa: BLE001  # the layers below raise a dozen types when they end
             logger.debug("connection to %s ended: %r", self.peer_id, error)
         self.abort()
-
-    async def _flush_before_close(self) -> None:
-        async with self.write_lock:
-            with contextlib.suppress(MuxedStreamError):
-                await self.write_frame(b"")
 
     async def _receive_frames(self) -> None:
         buffer = bytearray()

@@ -17,7 +17,7 @@ import trio
 from node.identity import Identity
 from node.network.interface import Network, NetworkError, Stream
 from node.replication.anti_entropy import SyncInitiator, SyncResponder
-from node.replication.gossip import BatchPacer, GossipTopic
+from node.replication.gossip_topic import BatchPacer, GossipTopic
 from node.replication.history import History
 from node.replication.peer_limits import Ban, PeerAllowances, PeerLimits
 from node.replication.pull import PullLimits, PullService
@@ -30,8 +30,8 @@ from node.util.token_bucket import Allowance
 from protocol.errors import RemoteProtocolError
 from protocol.history import HistoryDigest, history_key, summarise
 from protocol.identity import PeerId
-from protocol.observations import OBSERVATIONS_TOPIC, SignedObservation, open_observation
-from protocol.records import seal, unseal_from_dht
+from protocol.observations import OBSERVATIONS_TOPIC, SignedObservation, verify_observation
+from protocol.records import seal, verify_dht_record
 from protocol.sync import PROTOCOL_ID
 
 RECORD_LIFETIME_S = 1800
@@ -97,15 +97,15 @@ class ObservationReplicator:
         jitter: random.Random,
         wall_clock: Callable[[], float] = time.time,
         limits: ReplicationLimits | None = None,
-        open_envelope: Callable[[bytes], SignedObservation] = open_observation,
+        verify_envelope: Callable[[bytes], SignedObservation] = verify_observation,
     ) -> None:
-        """Join the topic and serve the protocol. `open_envelope` verifies; simulations cache its results."""
+        """Join the topic and serve the protocol. `verify_envelope` verifies; simulations cache its results."""
         self._network = network
         self._identity = identity
         self._jitter = jitter
         self._wall_clock = wall_clock
         self._limits = limits = limits or ReplicationLimits()
-        self._replica = Replica(history, wall_clock, open_envelope)
+        self._replica = Replica(history, wall_clock, verify_envelope)
         self._statistics = ReplicationStatistics()
         self._peer_limits = PeerLimits(limits.per_peer)
         self._gossip = GossipTopic(
@@ -214,7 +214,7 @@ class ObservationReplicator:
     # The digest record in the DHT
 
     def _validate_record(self, key: str, data: bytes) -> bool:
-        unseal_from_dht(HistoryDigest, key, data, self._wall_clock())
+        verify_dht_record(HistoryDigest, key, data, self._wall_clock())
         return True
 
     async def _record_loop(self) -> None:
@@ -247,7 +247,7 @@ class ObservationReplicator:
         with trio.move_on_after(RECORD_TIMEOUT_S):
             try:
                 if data := await self._network.get_record(history_key(peer)):
-                    record = unseal_from_dht(HistoryDigest, history_key(peer), data, self._wall_clock())
+                    record = verify_dht_record(HistoryDigest, history_key(peer), data, self._wall_clock())
                     self._pull.prefer(peer, 1 + record.estimate_missing(await self._replica.tree()))
             except (NetworkError, RemoteProtocolError, StorageError) as error:
                 _logger.debug("history record not read", peer=peer, reason=str(error))

@@ -4,7 +4,7 @@ import random
 from typing import NamedTuple
 
 import structlog
-from cachetools import LRUCache
+from cachetools import Cache, LRUCache
 
 from node.util.backoff import backoff_s
 from node.util.token_bucket import Allowance
@@ -108,6 +108,6 @@ class PeerLimits:
 
     def bans(self, now_s: float) -> dict[PeerId, Ban]:
         """Return the peers that are banned now."""
-        # Reading the cache counts as activity of every peer alike, which leaves the order of eviction nearly as it was.
-        banned = {peer: each for peer, each in self._peers.items() if each.is_banned(now_s)}
-        return {peer: Ban(each.banned_until_s - now_s, each.reason) for peer, each in banned.items()}
+        # Past LRUCache, for which a reading counts as activity of the peer.
+        known = ((peer, Cache.__getitem__(self._peers, peer)) for peer in self._peers)
+        return {peer: Ban(each.banned_until_s - now_s, each.reason) for peer, each in known if each.is_banned(now_s)}

@@ -7,10 +7,10 @@ from typing import TypeVar
 import trio
 from cachetools import LRUCache
 
-from node.replication.gossip import Verifier
+from node.replication.gossip_topic import Verifier
 from node.replication.history import History
 from protocol.limits import MAX_CLOCK_SKEW_S
-from protocol.observations import SignedObservation, oldest_bucket, open_observation
+from protocol.observations import SignedObservation, oldest_bucket, verify_observation
 from protocol.reconciliation import IdCache, SetTree, Unloaded
 
 SNAPSHOT_S = 1.0
@@ -38,11 +38,11 @@ class Replica:
         self,
         history: History,
         wall_clock: Callable[[], float],
-        open_envelope: Callable[[bytes], SignedObservation] = open_observation,
+        verify_envelope: Callable[[bytes], SignedObservation] = verify_observation,
     ) -> None:
         self.requested: set[bytes] = set()
         """Ids that a session is fetching now; others do not request them."""
-        self.verifier = Verifier(open_envelope, VERIFIED_ENVELOPES, verification_cost)
+        self.verifier = Verifier(verify_envelope, VERIFIED_ENVELOPES, verification_cost)
         self.verify = self.verifier.verify
         self._history = history
         self._wall_clock = wall_clock

@@ -126,13 +126,13 @@ class LearnedChooser:
         self._offered: set[str] = set()
         """Methods that some route has offered; no job explores others."""
 
-    async def choose(self, question: SelectionRequest) -> Choice:
+    async def choose(self, request: SelectionRequest) -> Choice:
         """Return the choice; see Chooser."""
-        context, admitted = question.context, question.admitted
+        context, admitted = request.context, request.admitted
         prediction = await self.predictions.predict(context, admitted)
         default, bucket = _default(context, admitted), task_bucket(context)
         choice = LearnedChoice(
-            request=question,
+            request=request,
             prediction=prediction,
             bucket=bucket,
             default=default,
@@ -140,7 +140,7 @@ class LearnedChooser:
             adoption=self.adoption,
             order=sorted(admitted, key=lambda method: (prediction.table[method.name].log_cost, method.name)),
         )
-        if question.is_free and self.allowance.may_explore:
+        if request.is_free and self.allowance.may_explore:
             choice.explored = self._method_to_explore(choice)
         return choice
 

@@ -23,7 +23,7 @@ from node.coordinator.observation import software_name
 from node.util.priority import LOWEST, set_session_nice
 from protocol.errors import RemoteProtocolError
 from protocol.measurements import Observation
-from protocol.observations import bucket_of, read_observation
+from protocol.observations import bucket_of, decode_verified_observation
 from selector.task import PORTFOLIO, TaskContext
 from selector.task_buckets import Viewpoint
 from selector.training_set import MAX_SAMPLES, Sample
@@ -89,7 +89,7 @@ def read_samples(database: Path) -> Iterator[Sample]:
     with closing(sqlite3.connect(f"file:{quote(str(database))}?mode=ro", uri=True)) as connection:
         for (envelope,) in connection.execute(query, (MAX_SAMPLES,)):
             try:
-                observation = read_observation(envelope).observation
+                observation = decode_verified_observation(envelope).observation
             except RemoteProtocolError:
                 continue
             if (sample := sample_of(observation)) is not None:

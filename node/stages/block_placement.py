@@ -20,16 +20,7 @@ from node.util.offload import Offload, run_in_thread
 from protocol.announcements import Placement
 from protocol.identity import BlockRange, ModelId, PeerId, Stage
 from selector.peer_speed import UNKNOWN_BLOCK_S
-from selector.placement import (
-    CUT_S,
-    ROUND_S,
-    SETTLE_S,
-    Server,
-    choose_span,
-    may_drop,
-    plan_moves,
-    still_worthwhile,
-)
+from selector.placement import CUT_S, ROUND_S, SETTLE_S, Server, choose_span, may_drop, plan_moves, still_worthwhile
 
 REVISED_RATIO = 2.0
 """A rate is announced anew only where it is off by this factor: moving for every change of load would never end."""
@@ -126,10 +117,12 @@ class BlockPlacer:
         `step_s`: the recent duration of a step through the blocks, 0 where unknown.
         """
         while True:
-            await self._next_round()
+            await trio.sleep(ROUND_S - self._placements.now_ms() / 1000 % ROUND_S)
             target = await self._planned_target(now)
             if target is None:
-                self._update_rate(now, step_s())
+                took_s = step_s()
+                if took_s and not 1 / REVISED_RATIO < self._rate(now) * took_s < REVISED_RATIO:
+                    self.publish(now, 1 / took_s)
                 continue
             self.publish(target)
             await trio.sleep(self._jitter.uniform(*SETTLE_S))
@@ -144,10 +137,6 @@ class BlockPlacer:
         while not may_drop(self._block_count, self._serving(), old, new):  # noqa: ASYNC110 - known by heartbeats
             await trio.sleep(DROP_ROUND_S)
 
-    async def _next_round(self) -> None:
-        now_s = self._placements.now_ms() / 1000
-        await trio.sleep(ROUND_S - now_s % ROUND_S)
-
     async def _planned_target(self, now: BlockRange) -> BlockRange | None:
         """Return where the plan of this round puts us, if it moves us and that did not fail lately."""
         round_s = ROUND_S * round(self._placements.now_ms() / 1000 / ROUND_S)
@@ -161,11 +150,6 @@ class BlockPlacer:
         if target is None or target == now or len(target) != len(now):
             return None  # or planned by what we announced before
         return None if target in self._failed_moves else target
-
-    def _update_rate(self, now: BlockRange, step_s: float) -> None:
-        """Announce another rate where the one announced is far off."""
-        if step_s and not 1 / REVISED_RATIO < self._rate(now) * step_s < REVISED_RATIO:
-            self.publish(now, 1 / step_s)
 
     def _rate(self, now: BlockRange) -> float:
         announced = self._placements.of(self._model)

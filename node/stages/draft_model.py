@@ -130,7 +130,7 @@ class DraftModel(EngineLoop):
         try:
             result = await self.engine.step(slices)
         except EngineError as error:
-            _logger.info("drafts lost", why=str(error))
+            _logger.info("draft session lost", why=str(error))
             self._on_step_done(slices, {})
         else:
             self._on_step_done(slices, {output.session: output.tensor for output in result.outputs})
@@ -214,10 +214,7 @@ class Draft:
             self._answer(self._drafted)
 
     def next_rows(self, most: int) -> SliceInput | None:
-        """Return what to compute next, at most so many rows; None if nothing.
-
-        The text's last token waits until a draft is wanted: it takes its row's logits.
-        """
+        """Return rows to compute next; None if none. The last token's waits until a draft, drawn from it, is wanted."""
         length = len(self._tokens) + len(self._drafted)
         start = min(self._held, length - 1) if self.is_pending else self._held
         end = min(length if self.is_pending else length - 1, start + most)

@@ -113,16 +113,13 @@ class Outbox:
         """Return the link that an output leaves by."""
         return self._links[output.part.session]
 
-    def replay(self, steps: Iterable[Callable[[], Step]]) -> None:
-        """Send retained outputs again. Each function raises ValueError when they are not retained any more."""
-        self._queue(*steps)
-
     def queue(self, output: Output) -> None:
         """Keep the order, and send when link and credit allow it; a copy, as a batch's outputs share memory."""
         tensor = replace(output.tensor, data=bytes(output.tensor.data))
-        self._queue(Step(slices=(output.part,), tensor=tensor))
+        self.queue_steps(Step(slices=(output.part,), tensor=tensor))
 
-    def _queue(self, *steps: Step | Callable[[], Step]) -> None:
+    def queue_steps(self, *steps: Step | Callable[[], Step]) -> None:
+        """Send steps in order; a function reads retained outputs, or raises ValueError where they are not any more."""
         was_busy = self.is_busy
         self._backlog.extend(steps)
         if self._backlog and not was_busy:

@@ -1,13 +1,17 @@
 """Replay buffer: outputs that a stage has sent, retained so that a replacement stage can be re-fed after a failover.
 
-And the plan of a failover: from which position each stage of the new route resumes.
+And the plan of a failover: from which position each stage of the new route resumes; and the state of a session that the
+one which continues it takes over.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from typing import Final
 
+from node.engine.interface import KvCompatibilityKey
+from protocol.messages import SessionStatistics
 from protocol.tensors import Tensor
+from selector.task import Method
 
 REPLAY_BYTES: Final = 512 << 20
 """Limit of the replay buffers of a span's sessions together: the rows of 200,000 positions of 640 elements."""
@@ -106,3 +110,40 @@ def plan_resume(stages: Sequence[ResumePoint], last: int) -> list[int]:
         starts.append(start)
         following = start
     return starts[::-1]
+
+
+@dataclass(slots=True)
+class SessionCounters:
+    """What a session has cost so far; see SessionStatistics."""
+
+    steps: int = 0
+    rows: int = 0
+    compute_s: float = 0.0
+    queue_s: float = 0.0
+    bytes_in: int = 0
+    bytes_out: int = 0
+
+    def statistics(self) -> SessionStatistics:
+        """Return the counts as they are now."""
+        return SessionStatistics(**asdict(self))
+
+
+@dataclass(slots=True)
+class ResumableState:
+    """What the engine and the replay buffer hold of a session.
+
+    `method`: how the engine calculates it. `computed`: positions that the engine holds. `reserved_positions`: KV memory
+    that is reserved, or about to be; more than a session asks for where it continues a larger one.
+    """
+
+    replay: ReplayBuffer
+    method: Method | None = None
+    cached: Mapping[KvCompatibilityKey, int] = field(default_factory=dict)
+    computed: int = 0
+    reserved_positions: int = 0
+    counters: SessionCounters = field(default_factory=SessionCounters)
+
+    @property
+    def replay_from(self) -> int:
+        """The outputs from there to `computed` can be replayed."""
+        return min(self.replay.start, self.computed) if self.replay.end >= self.computed else self.computed

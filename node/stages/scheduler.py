@@ -1,4 +1,4 @@
-"""Scheduler: which of the queued rows go into the next step of an engine. Without a clock of its own.
+"""Scheduler and stage policy: which queued rows go into the next step of an engine. Without a clock of its own.
 
 Three disciplines. `one`: a step holds the rows of one session. `static` batching: the sessions that wait when a batch
 forms stay together until they have ended, and no other joins meanwhile. `continuous` batching: sessions join and leave
@@ -26,6 +26,19 @@ PREFILL_ROWS: Final = 512
 
 STATIC_PATIENCE_S: Final = 1.0
 """How long a static batch waits for its own rows before another forms: its sessions may be stuck elsewhere."""
+
+STALL_BOUND_S: Final = 0.25
+"""What a chunk of a new prompt may add to the step of decoding sessions."""
+
+HOLD_S: Final = 5.0
+"""How long another policy must have been better before it takes effect."""
+
+STEP_ROWS: Final = (32, 64, 128, 256, 512)
+"""Row budgets to choose from."""
+
+_SMOOTHING: Final = 0.2
+_MIN_ROWS: Final = 16
+"""Steps with fewer rows show little of the cost of a row."""
 
 
 class Batching(enum.StrEnum):
@@ -152,7 +165,12 @@ class Scheduler(Generic[L]):
             case Batching.CONTINUOUS:
                 chosen = self._continuous(heads)
         for work in chosen:
-            self._take(work)
+            queue = self._waiting[work.session]
+            queue.popleft()
+            if not queue:
+                del self._waiting[work.session]
+            if work.part.draws:
+                self._decoding.add(work.session)
         waiting = {queue[0].coordinator for queue in self._waiting.values()}
         self._served = {peer: rows for peer, rows in self._served.items() if peer in waiting}
         return chosen
@@ -218,10 +236,32 @@ class Scheduler(Generic[L]):
         queue.appendleft(before)
         return before
 
-    def _take(self, work: Work[L]) -> None:
-        queue = self._waiting[work.session]
-        queue.popleft()
-        if not queue:
-            del self._waiting[work.session]
-        if work.part.draws:
-            self._decoding.add(work.session)
+
+class PolicyController:
+    """Fits the row budget to the measured cost of rows, slowly, as changes disturb sessions; a fixed one stays."""
+
+    def __init__(self, *, batching: Batching | None = None, step_rows: int | None = None) -> None:
+        self._fixed_step_rows = step_rows
+        self.policy = StagePolicy(batching or Batching.CONTINUOUS, step_rows or StagePolicy().step_rows)
+        self._row_s = 0.0
+        self._better: int | None = None
+        self._better_since_s = 0.0
+
+    def observe(self, rows: int, compute_s: float, now_s: float) -> StagePolicy:
+        """Record a step, and return the policy for the next."""
+        if rows >= _MIN_ROWS:
+            row_s = compute_s / rows
+            self._row_s = row_s if not self._row_s else self._row_s + _SMOOTHING * (row_s - self._row_s)
+        if self._row_s and self._fixed_step_rows is None:
+            fitting = max((rows for rows in STEP_ROWS if rows * self._row_s <= STALL_BOUND_S), default=STEP_ROWS[0])
+            self._settle(fitting, now_s)
+        return self.policy
+
+    def _settle(self, step_rows: int, now_s: float) -> None:
+        if step_rows == self.policy.step_rows:
+            self._better = None
+        elif step_rows != self._better:
+            self._better, self._better_since_s = step_rows, now_s
+        elif now_s - self._better_since_s >= HOLD_S:
+            self.policy = StagePolicy(self.policy.batching, step_rows)
+            self._better = None

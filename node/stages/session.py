@@ -22,11 +22,10 @@ from node.engine.kv_allocator import HIDDEN_DTYPES
 from node.links.base_link import LinkBroken
 from node.links.inbound_link import InboundLink
 from node.stages.outbox import Outbox, Output, StepLoop, max_rows
-from node.stages.replay_buffer import ReplayBuffer, ReplayMemory
+from node.stages.replay_buffer import ReplayBuffer, ReplayMemory, ResumableState
 from node.stages.scheduler import Work
-from node.stages.session_state import ResumableState
 from node.stages.speculation import Drafter, DraftTracker
-from node.stages.voting import Agreement
+from node.stages.voter import Agreement
 from protocol.identity import PeerId, SessionId
 from protocol.messages import Begin, FailureReason, FinishReason, Open, Progress, Slice, Step
 from protocol.tensors import DType, Tensor, tensor_from_tokens, tokens_from_tensor
@@ -156,10 +155,7 @@ class StageSession:
         """Begin with a method: queue rows that arrived early, and replay outputs that the next stage lacks."""
         if self.info.is_first:
             self._tracker = DraftTracker(
-                start=message.start,
-                positions=self.request.positions,
-                draft_tokens=method.draft_tokens,
-                drafter=drafter,
+                start=message.start, positions=self.request.positions, draft_tokens=method.draft_tokens, drafter=drafter
             )
         self.method = self.state.method = method
         self._forward_from = message.onward
@@ -173,7 +169,7 @@ class StageSession:
             rows = min(max_rows(4 * self.info.hidden_size), method.prefill_chunk or message.start)
             starts = range(message.onward, message.start, max(1, rows))
             ends = (*starts[1:], message.start)
-            self.outbox.replay(partial(self._replay_step, *piece) for piece in zip(starts, ends, strict=True))
+            self.outbox.queue_steps(*(partial(self._replay_step, *piece) for piece in zip(starts, ends, strict=True)))
 
     def end(self) -> None:
         """Let go of everything but the engine's memory: from now on rows of the session are unknown here."""

@@ -11,11 +11,10 @@ from node.links.base_link import LinkBroken
 from node.links.inbound_link import InboundLink
 from node.links.link_pool import LinkPool
 from node.stages.fair_share import may_take
-from node.stages.peer_records import PeerRecords
+from node.stages.peer_penalties import PeerPenalties
 from node.stages.session import StageSession
-from node.stages.span import Span, pages_of
-from node.stages.span_table import SpanTable
-from node.stages.voting import Agreement, Voter
+from node.stages.span import Span, SpanTable, pages_of
+from node.stages.voter import Agreement, Voter
 from protocol.identity import ModelId, PeerId, SessionId
 from protocol.limits import MAX_SESSIONS, MAX_STAGES, PREFIX_HASH_BYTES
 from protocol.messages import Load, Open, Opened, RefusalReason, Refused
@@ -44,7 +43,7 @@ class SessionAdmission:
         self,
         table: SpanTable,
         link_pool: LinkPool,
-        records: PeerRecords,
+        records: PeerPenalties,
         voter: Voter,
         agreed: Callable[[ModelId], Agreement | None],
     ) -> None:
@@ -102,11 +101,7 @@ class SessionAdmission:
         return found
 
     async def _admit(self, message: Open, link: InboundLink) -> Opened:
-        former: StageSession | None = None
-        if (found := self._continued(message, link)) is not None:
-            span, former = found
-        else:
-            span = self._span_for(message, link.peer)
+        span, former = self._continued(message, link) or (self._span_for(message, link.peer), None)
         if fault := _request_fault(message, span.info.part(message.blocks)):
             raise _Refusal(RefusalReason.INVALID, fault, span)
         return await self._open_on(span, message, link, former, _offered_methods(message, span, self._table))
@@ -126,18 +121,12 @@ class SessionAdmission:
         return span
 
     async def _open_on(
-        self,
-        span: Span,
-        message: Open,
-        link: InboundLink,
-        former: StageSession | None,
-        offered: Sequence[Method],
+        self, span: Span, message: Open, link: InboundLink, former: StageSession | None, offered: Sequence[Method]
     ) -> Opened:
         session = StageSession(message, span, link, _description_bytes(message))
-        try:
-            self._link_pool.registry.add(message.session, session)
-        except KeyError:
-            raise _Refusal(RefusalReason.INVALID, "the session is open already", span) from None
+        if message.session in self._link_pool.receivers:
+            raise _Refusal(RefusalReason.INVALID, "the session is open already", span)
+        self._link_pool.receivers[message.session] = session
         span.add(session)
         try:
             await self._connect(session)
@@ -159,7 +148,16 @@ class SessionAdmission:
             is_unbegun = former is not None and former.method is None
             opened_s = former.opened_s if former and is_unbegun else trio.current_time()
             session.on_opened(dict(votes), self._agreed(message.model), opened_s)
-            return _opened(session, span)
+            return Opened(
+                session=session.id,
+                load=span.load(),
+                votes=session.votes,
+                cached={str(key): positions for key, positions in session.state.cached.items()},
+                policy=span.scheduler.policy.switches(),
+                held=session.state.computed,
+                kept_from=session.state.replay_from,
+                statement=session.agreement.statement if session.agreement else None,
+            )
         finally:
             session.admitted.set()
             if session.is_ended:  # by a coordinator that left meanwhile, perhaps before the memory was reserved
@@ -204,19 +202,6 @@ class SessionAdmission:
                 session.outbox.connect(receiver, link)
         if scope.cancelled_caught:
             raise LinkBroken(peer, f"not reached within {CONNECT_LIMIT_S:.0f} s")
-
-
-def _opened(session: StageSession, span: Span) -> Opened:
-    return Opened(
-        session=session.id,
-        load=span.load(),
-        votes=session.votes,
-        cached={str(key): positions for key, positions in session.state.cached.items()},
-        policy=span.policy,
-        held=session.state.computed,
-        kept_from=session.state.replay_from,
-        statement=session.agreement.statement if session.agreement else None,
-    )
 
 
 def _description_bytes(message: Open) -> int:

@@ -6,7 +6,7 @@ that the coordinator is not on the path from one token to the next.
 """
 
 from collections import Counter, deque
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
 
 import structlog
 import trio
@@ -24,16 +24,16 @@ from node.engine.interface import (
 )
 from node.links.inbound_link import InboundLink
 from node.links.link_pool import LinkPool
+from node.stages.draft_model import DraftModel
 from node.stages.engine_loop import EngineLoop
 from node.stages.fair_share import UnmetDemand
 from node.stages.outbox import Output, send_outputs
-from node.stages.peer_records import PeerRecords
-from node.stages.replay_buffer import REPLAY_BYTES, ReplayMemory
-from node.stages.scheduler import Scheduler, Work
+from node.stages.peer_penalties import PeerPenalties
+from node.stages.replay_buffer import ReplayMemory
+from node.stages.scheduler import PolicyController, Scheduler, Work
 from node.stages.session import StageSession
-from node.stages.stage_policy import PolicyController
 from node.util.signal import Signal
-from protocol.identity import PeerId, SessionId
+from protocol.identity import BlockRange, ModelId, PeerId, SessionId
 from protocol.messages import FailureReason, Load
 
 IDLE_LIMIT_S = 300.0
@@ -70,9 +70,9 @@ class Span(EngineLoop):
         engine: Engine,
         link_pool: LinkPool,
         session_ended: trio.lowlevel.ParkingLot,
-        controller: PolicyController | None = None,
-        replay_bytes: int = REPLAY_BYTES,
-        records: PeerRecords | None = None,
+        controller: PolicyController,
+        replay_bytes: int,
+        records: PeerPenalties,
     ) -> None:
         super().__init__(engine)
         self.sessions: dict[SessionId, StageSession] = {}
@@ -81,8 +81,8 @@ class Span(EngineLoop):
         self.unmet_demand = UnmetDemand()
         """KV pages that peers were refused."""
         self.replay_memory = ReplayMemory(replay_bytes)
-        self._records = records or PeerRecords()
-        self._controller = controller or PolicyController()
+        self._records = records
+        self._controller = controller
         self.scheduler: Scheduler[InboundLink] = Scheduler(self._controller.policy)
         self._link_pool = link_pool
         self._session_added = Signal()
@@ -98,11 +98,6 @@ class Span(EngineLoop):
     def info(self) -> SpanInfo:
         """What the engine holds."""
         return self.engine.info
-
-    @property
-    def policy(self) -> dict[str, str]:
-        """The stage's own switches in force."""
-        return self.scheduler.policy.switches()
 
     def load(self) -> Load:
         """Return how busy the span is."""
@@ -181,14 +176,11 @@ class Span(EngineLoop):
         session.end()
         self.scheduler.remove(session.id)
         self.sessions.pop(session.id, None)
-        self._link_pool.registry.remove(session.id)
+        self._link_pool.receivers.pop(session.id, None)
         self._session_ended.unpark_all()
 
     async def carry_on(self, former: StageSession, session: StageSession) -> bool:
-        """Let a session take over what one of a former attempt holds, which ends by that; return whether it could.
-
-        It waits for the step that the former one may be in.
-        """
+        """End a session of a former attempt after the step it is in, and let another take it over if that succeeds."""
         self._continuing[former.id] = former
         self._remove(former)
         with trio.CancelScope(shield=True):  # for a step at most: else what the former one holds would leak
@@ -197,7 +189,7 @@ class Span(EngineLoop):
             try:
                 await self.engine.rename(former.id, session.id)
             except EngineError as error:
-                _logger.info("session not carried on", session=former.id, why=str(error))
+                _logger.info("session not resumed", session=former.id, why=str(error))
                 former.state.replay.drop()
                 await self._free(former.id)
                 return False
@@ -215,18 +207,15 @@ class Span(EngineLoop):
                 await self._session_added.wait()
             await trio.sleep(EXPIRY_ROUND_S)
             now_s = trio.current_time()
-            largest = self._largest_holder() if self.unmet_demand else None
+            held = self.held_pages() if self.unmet_demand else Counter[PeerId]()
+            others = (peer for peer in held if peer != self._link_pool.peer_id)
+            largest = max(others, key=held.__getitem__, default=None)
             for session in tuple(self.sessions.values()):
                 limit_s = SHORT_IDLE_LIMIT_S if session.opened_by.peer == largest else IDLE_LIMIT_S
                 if session.method is None and session.admitted.is_set() and now_s - session.opened_s > BEGIN_LIMIT_S:
                     self.fail(session, FailureReason.EXPIRED, f"not begun {BEGIN_LIMIT_S:.0f} s after it was opened")
                 elif now_s - session.active_s > limit_s:
                     self.fail(session, FailureReason.EXPIRED, f"no rows arrived for {limit_s:.0f} s")
-
-    def _largest_holder(self) -> PeerId | None:
-        held = self.held_pages()
-        held.pop(self._link_pool.peer_id, None)
-        return max(held, key=lambda peer: held[peer], default=None)
 
     # Variants
 
@@ -328,3 +317,39 @@ class Span(EngineLoop):
 def pages_of(positions: int) -> int:
     """Return how many pages of KV memory a number of positions takes."""
     return -(-positions // PAGE_POSITIONS)
+
+
+class SpanTable:
+    """The spans that this node serves, their sessions, and the draft models beside them."""
+
+    def __init__(self) -> None:
+        self.is_draining = False
+        """This node is about to leave: it admits no new sessions."""
+        self.spans: dict[tuple[ModelId, BlockRange], Span] = {}
+        self.draft_models: dict[ModelId, DraftModel | None] = {}
+        """By the model they draft for, whose first blocks are served here; None while one is being loaded."""
+        self.withdrawn: set[Span] = set()
+        """Spans that are about to go: they are not announced any more."""
+        self.closed: set[Span] = set()
+        """Of those, the ones that admit no new sessions any more."""
+
+    def sessions(self) -> Iterator[StageSession]:
+        """Yield the sessions of all spans."""
+        for span in self.spans.values():
+            yield from tuple(span.sessions.values())
+
+    def find(self, session: SessionId | None, link: InboundLink) -> tuple[Span, StageSession] | None:
+        """Return a session that was opened over this link, and its span."""
+        for span in self.spans.values():
+            if session is not None and (found := span.sessions.get(session)) and found.opened_by is link:
+                return span, found
+        return None
+
+    def holding(self, model: ModelId, blocks: BlockRange) -> Span | None:
+        """Return the smallest span that has all of these blocks, if it admits new sessions."""
+        holding = [
+            span
+            for key, span in self.spans.items()
+            if key[0] == model and span.info.blocks.holds(blocks) and span not in self.closed
+        ]
+        return min(holding, key=lambda span: len(span.info.blocks), default=None)

@@ -41,13 +41,8 @@ RETRY_S = (1.0, 30.0)
 WEIGHT_SHARE = 0.75
 """Of a span's memory, when the node chooses the blocks itself; the rest is for KV caches."""
 
-_EXACT_VARIANTS = tuple(
-    variant
-    for variant in dict.fromkeys(
-        Variant(method.engine, method.arithmetic) for method in PORTFOLIO.values() if method.exact
-    )
-    if variant != REFERENCE
-)
+_EXACT = dict.fromkeys(Variant(each.engine, each.arithmetic) for each in PORTFOLIO.values() if each.exact)
+_EXACT_VARIANTS = [variant for variant in _EXACT if variant != REFERENCE]
 """Built before any job requests them: a stage that replaces a lost one has to calculate as that one did."""
 
 _HALF_PRECISION = ("bfloat16", "float16")

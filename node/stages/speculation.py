@@ -103,11 +103,7 @@ class DraftTracker:
         """The drafter was asked; no rows may arrive meanwhile, as nothing was drawn that they could follow."""
 
     def feed(
-        self,
-        position: int,
-        tokens: Sequence[int],
-        draws: int,
-        then: Callable[[int, list[int], Sequence[int]], None],
+        self, position: int, tokens: Sequence[int], draws: int, then: Callable[[int, list[int], Sequence[int]], None]
     ) -> None:
         """Take tokens, the first of which has `position`; call `then` with the rows to compute, at once or later.
 
@@ -118,7 +114,11 @@ class DraftTracker:
             raise ValueError("rows arrived where a token was to be drawn first")
         if position != len(self._tokens):
             raise ValueError(f"tokens from position {position} on do not follow the {len(self._tokens)} before")
-        self._verify_drafts(position, tokens)
+        if self._drafts:  # the rows of those that were accepted are computed
+            accepted = matching_prefix(self._drafts, tokens)
+            self._computed = position + accepted
+            self._count = min(self._most, 2 * accepted + 1)
+            self._drafts = ()
         self._tokens.extend(tokens)
         first = min(max(self._computed, position), len(self._tokens) - draws)
         self._computed = max(self._computed, len(self._tokens))
@@ -142,11 +142,3 @@ class DraftTracker:
         """Free the drafter."""
         if self._drafter is not None:
             self._drafter.close()
-
-    def _verify_drafts(self, position: int, tokens: Sequence[int]) -> None:
-        """Count the drafts that were accepted: their rows are computed."""
-        if self._drafts:
-            accepted = matching_prefix(self._drafts, tokens)
-            self._computed = position + accepted
-            self._count = min(self._most, 2 * accepted + 1)
-            self._drafts = ()

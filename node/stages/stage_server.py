@@ -15,15 +15,14 @@ from node.links.inbound_link import InboundLink
 from node.links.link_pool import LinkPool
 from node.network.interface import Network
 from node.stages.draft_model import DraftModel
-from node.stages.peer_records import PeerRecords, StagePeerStatistics
+from node.stages.peer_penalties import PeerPenalties, StagePeerStatistics
 from node.stages.replay_buffer import REPLAY_BYTES
+from node.stages.scheduler import PolicyController
 from node.stages.session import StageSession
 from node.stages.session_admission import SessionAdmission
-from node.stages.span import Span
-from node.stages.span_table import SpanTable
+from node.stages.span import Span, SpanTable
 from node.stages.speculation import Drafter, PromptLookup
-from node.stages.stage_policy import PolicyController
-from node.stages.voting import Agreement, HeuristicVoter, Voter, tally_fault
+from node.stages.voter import Agreement, Voter, tally_fault
 from protocol.announcements import ServedSpan
 from protocol.identity import ModelId, PeerId, SessionId
 from protocol.measurements import StageObservation
@@ -55,9 +54,9 @@ class StageServer:
         *,
         private_key: Ed25519PrivateKey,
         hardware: Callable[[], str],
-        voter: Voter | None = None,
-        controller: Callable[[], PolicyController] = PolicyController,
-        agreed: Callable[[ModelId], Agreement | None] = lambda model: None,
+        voter: Voter,
+        controller: Callable[[], PolicyController],
+        agreed: Callable[[ModelId], Agreement | None],
     ) -> None:
         """`private_key` countersigns what jobs cost here, `hardware` names what they ran on.
 
@@ -66,10 +65,8 @@ class StageServer:
         """
         self.link_pool = LinkPool(network, agent, self)
         self._table = SpanTable()
-        self._records = PeerRecords()
-        self._admission = SessionAdmission(
-            self._table, self.link_pool, self._records, voter or HeuristicVoter(), agreed
-        )
+        self._records = PeerPenalties()
+        self._admission = SessionAdmission(self._table, self.link_pool, self._records, voter, agreed)
         self._controller = controller
         self._private_key = private_key
         self._hardware = hardware
@@ -95,10 +92,7 @@ class StageServer:
         )
 
     def peer_statistics(self) -> Mapping[PeerId, StagePeerStatistics]:
-        """Return what each peer has requested of the stages here, the outcomes, and what it holds now.
-
-        Bounded: of peers that hold nothing, the most recent.
-        """
+        """Return what each peer has requested of the stages here and holds now; bounded to recent peers."""
         found = dict(self._records.statistics())
         for session in self._table.sessions():
             peer = session.opened_by.peer
@@ -228,7 +222,7 @@ class StageServer:
                 fault = None if session.is_ended else _start_fault(session, message, method)
         except EngineError as error:
             fault = str(error)
-        if fault:
+        if fault is not None:  # an engine's error may have no text
             span.fail(session, FailureReason.ENGINE, fault)
             return
         drafter = await self._drafter(session, method)
@@ -263,33 +257,29 @@ class StageServer:
         return Progress(session=session, received=0, computed=0, sent=0)
 
     async def close(self, session: SessionId, link: InboundLink) -> Closed:
-        """Free a session that this link opened and return what it cost; an unknown one costs nothing."""
+        """Free a session that this link opened and return what it cost, signed, as its coordinator may publish it."""
         if (found := self._table.find(session, link)) is None:
             return Closed(session=session, statistics=SessionStatistics())
         span, closing = found
         await closing.admitted.wait()
         span.end(closing)
-        return self._countersigned(closing)
-
-    def _countersigned(self, session: StageSession) -> Closed:
-        """Return what a session cost here, signed for its coordinator, who may publish it."""
         observed = StageObservation(
             peer=self.link_pool.peer_id,
-            blocks=session.info.blocks,
+            blocks=closing.info.blocks,
             hardware=self._hardware(),
-            statistics=session.state.counters.statistics(),
+            statistics=closing.state.counters.statistics(),
         )
-        if session.method is not None:
+        if closing.method is not None:
             observed = countersign(
                 observed,
-                job=session.id.job,
-                observer=session.opened_by.peer,
-                model=session.info.model,
-                method=session.method.name,
+                job=session.job,
+                observer=closing.opened_by.peer,
+                model=closing.info.model,
+                method=closing.method.name,
                 private_key=self._private_key,
             )
         return Closed(
-            session=session.id,
+            session=session,
             statistics=observed.statistics,
             hardware=observed.hardware,
             countersignature=observed.countersignature,
@@ -316,7 +306,7 @@ def _history_fault(session: StageSession, message: Begin) -> str | None:
 def _start_fault(session: StageSession, message: Begin, method: Method) -> str | None:
     """Return why a session cannot start where it is to, if it cannot."""
     state = session.state
-    if state.method is not None and state.method.without_guesses != method.without_guesses:
+    if state.method is not None and state.method.without_speculation != method.without_speculation:
         return f"what was calculated by {state.method.name} cannot be continued by another method"
     if message.start > state.computed:
         return f"{message.start} positions were to be held, {state.computed} are"

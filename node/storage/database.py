@@ -92,7 +92,7 @@ class Database:
                 if not may_set_aside:
                     raise StorageDamaged(f"{path} is damaged ({damage}): start a node here, which sets it aside")
                 self.set_aside = _set_aside(path)
-                _logger.warning("database damaged: set aside", path=str(self.set_aside), damage=damage)
+                _logger.warning("corrupt database renamed", path=str(self.set_aside), damage=damage)
             os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))  # SQLite gives its log the same mode
             self._writer = _connect(path)
             try:

@@ -10,7 +10,7 @@ from typing import Any, Final
 
 from protocol.errors import RemoteProtocolError
 from protocol.limits import MAX_RECORD_BYTES
-from protocol.observations import SignedObservation, verify_observation
+from protocol.observations import SignedObservation, verify_fresh_observation
 from protocol.schema import to_map
 
 MAX_LINE_BYTES: Final = 8 * MAX_RECORD_BYTES
@@ -70,7 +70,7 @@ def from_line(line: bytes, now_s: float) -> SignedObservation:
     if not isinstance(record, str):
         raise DatasetError("the field 'record' with the signed record is missing")
     try:
-        signed = verify_observation(base64.b64decode(record, validate=True), now_s)
+        signed = verify_fresh_observation(base64.b64decode(record, validate=True), now_s)
     except (RemoteProtocolError, ValueError) as error:
         raise DatasetError(str(error)) from None
     expected = to_row(signed)

@@ -11,7 +11,7 @@ import trio
 from node.storage.database import Database, StorageDamaged
 from node.storage.history import HistoryStore, StoredObservation
 from protocol.errors import RemoteProtocolError
-from protocol.observations import ObservationId, open_observation
+from protocol.observations import ObservationId, verify_observation
 from protocol.reconciliation import BucketDigest
 
 
@@ -56,7 +56,7 @@ async def verify_history(
 def _check_page(page: list[StoredObservation], found: HistoryVerification) -> None:
     for stored in page:
         try:
-            signed = open_observation(stored.envelope)
+            signed = verify_observation(stored.envelope)
         except RemoteProtocolError as error:
             found.faults[stored.id] = str(error)
             continue

@@ -20,7 +20,7 @@ from protocol.errors import LocalProtocolError, RemoteProtocolError, UntimelyErr
 from protocol.identity import PeerId
 from protocol.limits import MAX_ADDRESSES, MAX_HEARTBEAT_INTERVAL_MS
 from protocol.presence import PROTOCOL_ID
-from protocol.records import seal, unseal
+from protocol.records import seal, verify_record
 
 HEARTBEAT_INTERVAL_S = 2.5
 """Between a peer's heartbeats in a small swarm."""
@@ -169,7 +169,7 @@ class Heartbeats:
         return heartbeat.peer == self._network.peer_id or self._directory.knows(heartbeat.peer)
 
     def _verify(self, envelope: bytes) -> Heartbeat:
-        heartbeat = unseal(Heartbeat, envelope, self._wall_clock())
+        heartbeat = verify_record(Heartbeat, envelope, self._wall_clock())
         lifetime_s = heartbeat.expires_at_s - heartbeat.issued_at_s
         if lifetime_s > MAX_HEARTBEAT_LIFETIME_S:
             raise RemoteProtocolError(

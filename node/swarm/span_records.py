@@ -15,7 +15,7 @@ from protocol.announcements import Heartbeat, ServedSpan, SpanRecord, provider_k
 from protocol.errors import LocalProtocolError, RemoteProtocolError
 from protocol.identity import BlockRange, ModelId, PeerId
 from protocol.messages import Load
-from protocol.records import seal, unseal_from_dht
+from protocol.records import seal, verify_dht_record
 
 RECORD_LIFETIME_S = 1800
 RECORD_REFRESH_S = 600
@@ -48,7 +48,7 @@ class SpanRecords:
         records.register(SpanRecord.kind, self._validate_record)
 
     def _validate_record(self, key: str, data: bytes) -> bool:
-        unseal_from_dht(SpanRecord, key, data, self._wall_clock())
+        verify_dht_record(SpanRecord, key, data, self._wall_clock())
         return True
 
     async def run(self) -> None:
@@ -125,7 +125,7 @@ class SpanRecords:
             data = await self._network.get_record(key)
             if data is None:
                 return
-            record = unseal_from_dht(SpanRecord, key, data, self._wall_clock())
+            record = verify_dht_record(SpanRecord, key, data, self._wall_clock())
             if not record.blocks:
                 return  # it serves nothing any more, and may be draining, which only its heartbeats tell
             await self._network.ping(peer)

@@ -116,8 +116,10 @@ class FakeEngine(Engine):
         """Hash the rows of each slice in order."""
         self._raise_if_crashed()
         async with self._turn:
-            compute_s = self._step_s * self._share_run(slices) + self._row_s * sum(rows.tensor.rows for rows in slices)
-            compute_s *= max((self._slowness_of(rows.session) for rows in slices), default=1.0)
+            running = [session for rows in slices if (session := self._sessions.get(rows.session))]
+            share = max((len(session.info.blocks) for session in running), default=0) / len(self.info.blocks)
+            compute_s = self._step_s * share + self._row_s * sum(rows.tensor.rows for rows in slices)
+            compute_s *= max((self._slowness.get(session.variant, 1.0) for session in running), default=1.0)
             with trio.move_on_after(compute_s):
                 await self._crashed.wait()
             self._raise_if_crashed()
@@ -135,20 +137,12 @@ class FakeEngine(Engine):
             self._compute_s += compute_s
             return StepResult(outputs=tuple(outputs), compute_s=compute_s, faults=tuple(faults))
 
-    def _share_run(self, slices: Sequence[SliceInput]) -> float:
-        ran = [len(session.info.blocks) for rows in slices if (session := self._sessions.get(rows.session))]
-        return max(ran, default=0) / len(self.info.blocks)
-
     def crash(self, reason: str = "the worker process was killed") -> None:
         """Behave from now on like an engine whose worker process died."""
         self._crash(reason)
 
     def _begun(self, session: SessionId, options: SessionOptions, reservation: KvReservation) -> "_Session":
         return _Session(self.info.part(options.blocks), options, self._memory, reservation)
-
-    def _slowness_of(self, session: SessionId) -> float:
-        found = self._sessions.get(session)
-        return self._slowness.get(found.variant, 1.0) if found else 1.0
 
     def _run(self, rows: SliceInput) -> Tensor:
         session = self._sessions.get(rows.session)

@@ -9,6 +9,7 @@ import math
 import random
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Final, Generic, Protocol, TypeVar
 
 import trio
@@ -43,24 +44,15 @@ class LinkModel:
 class SimulatedHost(Protocol):
     """The network of one simulated peer, as far as links concern it."""
 
+    peer_id: PeerId
     connections: dict[PeerId, Any]
-
-    @property
-    def peer_id(self) -> PeerId:
-        """Its id."""
 
     @property
     def alive(self) -> bool:
         """Whether it runs."""
 
-    def schedule(self, when: float, packet: Packet) -> None:
-        """Deliver a packet at a time."""
-
     def lose_connection(self, peer: PeerId) -> None:
         """Break the connection to a peer."""
-
-    def crash(self) -> None:
-        """Break every connection, and stop."""
 
 
 H = TypeVar("H", bound=SimulatedHost)
@@ -114,10 +106,6 @@ class MemoryLinks(Generic[H]):
         self._stopped.pop(peer, None)
         self._reachability_changed()
 
-    def kill(self, peer: PeerId) -> None:
-        """Crash a peer: its own calls fail from now on, and the others see their connections to it break."""
-        self.networks[peer].crash()
-
     def blocked(self, a: PeerId, b: PeerId) -> bool:
         """Return whether nothing passes between two peers."""
         return a in self._stopped or b in self._stopped or self._groups.get(a, 0) != self._groups.get(b, 0)
@@ -146,10 +134,10 @@ class MemoryLinks(Generic[H]):
         if resolution_s := self.link.resolution_s:
             when = math.ceil(when / resolution_s) * resolution_s
         receiver = self.networks.get(packet.receiver)
-        if receiver is not None:
-            receiver.schedule(when, packet)
+        if receiver is not None and receiver.alive:
+            self._schedule(when, receiver, packet)
 
-    def schedule(self, when: float, receiver: H, packet: Packet) -> None:
+    def _schedule(self, when: float, receiver: H, packet: Packet) -> None:
         """Deliver a packet to a network at a time, if that still runs then."""
         heapq.heappush(self._queue, (when, next(self._sequence), receiver, packet))
         if self._queue[0][3] is packet:
@@ -184,17 +172,14 @@ class MemoryLinks(Generic[H]):
                 if self.blocked(*pair):
                     still[pair] = self._blocked_since.get(pair, now)
                     if pair not in self._blocked_since:
-                        network.schedule(
-                            now + CONNECTION_TIMEOUT_S, Packet(pair[0], pair[0], self._timeout_check(pair, now))
-                        )
+                        timeout = partial(self._time_out, network, other, now)
+                        packet = Packet(network.peer_id, network.peer_id, timeout)
+                        self._schedule(now + CONNECTION_TIMEOUT_S, network, packet)
         self._blocked_since = still
         held, self._held = self._held, []
         for packet in held:
             self.send(packet)
 
-    def _timeout_check(self, pair: tuple[PeerId, PeerId], since: float) -> Callable[[], None]:
-        def check() -> None:
-            if self._blocked_since.get(pair) == since:
-                self.networks[pair[0]].lose_connection(pair[1])
-
-        return check
+    def _time_out(self, network: H, other: PeerId, since: float) -> None:
+        if self._blocked_since.get((network.peer_id, other)) == since:
+            network.lose_connection(other)

@@ -1,9 +1,12 @@
-"""The network of one simulated peer; `memory_hub.py` makes and connects them."""
+"""The simulated network: `Network` in memory, for hundreds of peers in one process.
+
+Byte streams behave as the real ones do: windows of 256 KiB, the same errors, the same timeouts.
+"""
 
 import hashlib
 import heapq
 from collections import defaultdict
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -71,6 +74,7 @@ class MemoryNetwork:
         self.providers: defaultdict[bytes, dict[PeerId, None]] = defaultdict(dict)
         self._events: Broadcast[PeerConnected | PeerDisconnected] = Broadcast(CAPACITY)
         self._nursery: trio.Nursery | None = None
+        self.transmit: Callable[[Packet], None] = hub.send
         # These implement their part of `Network` themselves.
         self.add_addresses = self._book.add
         self.events = self._events.reader
@@ -107,13 +111,6 @@ class MemoryNetwork:
         for peer in list(self.connections):
             self.lose_connection(peer)
         nursery.cancel_scope.cancel()
-
-    # Time
-
-    def schedule(self, when: float, packet: Packet) -> None:
-        """Have a packet arrive here at a time."""
-        if self._nursery is not None:
-            self.hub.schedule(when, self, packet)
 
     async def _round_trips(self, peer: PeerId, count: float, timeout_s: float, what: str) -> "MemoryNetwork":
         """Wait as long as so many round trips take; return the peer, or raise NetworkError if it does not answer."""
@@ -164,15 +161,12 @@ class MemoryNetwork:
             if other.peer_id != peer:
                 failures.append(f"{what}: another peer answered")
                 continue
-            self._join(other)
+            if peer not in self.connections:
+                number = next(self.hub.connection_numbers)
+                self.add_connection(other, number)
+                other.add_connection(self, number)
             return
         raise NetworkError(f"cannot reach {peer}: {'; '.join(failures) or 'no address of the peer is known'}")
-
-    def _join(self, other: "MemoryNetwork") -> None:
-        if other.peer_id not in self.connections:
-            number = next(self.hub.connection_numbers)
-            self.add_connection(other, number)
-            other.add_connection(self, number)
 
     def add_connection(self, other: "MemoryNetwork", number: int) -> None:
         """Note a new connection; its peer's address is learned, as identify would tell it."""
@@ -258,10 +252,6 @@ class MemoryNetwork:
             await stream.reset()
         else:
             await stream.aclose()
-
-    def transmit(self, packet: Packet) -> None:
-        """Put a packet of a stream on its way."""
-        self.hub.send(packet)
 
     def forget_stream(self, stream: MemoryStream) -> None:
         """Drop a stream that is over."""
@@ -391,6 +381,23 @@ class MemoryNetwork:
             if (other := self.hub.networks.get(peer)) is not None:
                 self._book.add(peer, [other.address.endpoint])
         return tuple(found)[:limit]
+
+
+class MemoryNetworkHub(MemoryLinks[MemoryNetwork]):
+    """Makes the networks of a simulation's peers and connects them; peers are killed, stopped and partitioned here."""
+
+    def network(self, peer_id: PeerId) -> MemoryNetwork:
+        """Make the network of a peer; again for one that was killed and comes back."""
+        number = len(self.by_endpoint) + 1
+        address = TcpAddress("ip4", f"10.{number >> 16 & 255}.{number >> 8 & 255}.{number & 255}", 4001, peer_id)
+        network = MemoryNetwork(self, peer_id, address)
+        self.networks[peer_id] = network
+        self.by_endpoint[address.endpoint] = network
+        return network
+
+    def kill(self, peer: PeerId) -> None:
+        """Crash a peer: its own calls fail from now on, and the others see their connections to it break."""
+        self.networks[peer].crash()
 
 
 def _position(key: bytes) -> int:

@@ -29,12 +29,9 @@ class Packet:
 class StreamOwner(Protocol):
     """The network whose end of a stream it is."""
 
-    @property
-    def peer_id(self) -> PeerId:
-        """Its own id."""
-
-    def transmit(self, packet: Packet) -> None:
-        """Put a packet on its way."""
+    peer_id: PeerId
+    transmit: Callable[[Packet], None]
+    """Puts a packet on its way."""
 
     def forget_stream(self, stream: "MemoryStream") -> None:
         """Drop a stream that is over."""

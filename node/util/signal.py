@@ -17,3 +17,7 @@ class Signal:
         """Wait until `set` was called since the last return from here."""
         await self._event.wait()
         self._event = trio.Event()
+
+    def clear(self) -> None:
+        """Forget a `set` that no task has waited for yet."""
+        self._event = trio.Event()

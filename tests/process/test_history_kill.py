@@ -12,7 +12,7 @@ import pytest
 
 from node.storage.database import open_database
 from node.storage.history import HistoryStore
-from protocol.observations import open_observation
+from protocol.observations import verify_observation
 
 KILLS = 20
 ROOT = Path(__file__).parents[2]
@@ -48,7 +48,7 @@ async def test_sigkill_loses_no_acknowledged_observation(tmp_path: Path, writers
             assert len(await HistoryStore(database).get_many(list(acknowledged))) == len(acknowledged)
     async with open_database(path) as database, open_database(tmp_path / "other") as other:
         store, fresh = HistoryStore(database), HistoryStore(other)
-        kept = [open_observation(stored.envelope) async for page in store.pages() for stored in page]
+        kept = [verify_observation(stored.envelope) async for page in store.pages() for stored in page]
         await fresh.add_many(kept)
         assert await store.digest() == await fresh.digest(), "digests and counts fit what is there"
         assert {each.id for each in kept} >= acknowledged

@@ -29,7 +29,7 @@ from protocol.capabilities import (
 from protocol.errors import RemoteProtocolError
 from protocol.identity import PeerId, peer_id_from_public_key
 from protocol.limits import MAX_NAME_BYTES
-from protocol.records import seal, unseal
+from protocol.records import seal, verify_record
 from protocol.schema import from_map, to_map
 from tests.support.capabilities import EPYC, key_of, peer_of
 
@@ -120,7 +120,7 @@ def test_record_round_trip(said: Capabilities | None) -> None:
     record = CapabilityRecord(
         peer=peer_of(1), sequence=1, issued_at_s=NOW_S, expires_at_s=NOW_S + 60, capabilities=said
     )
-    assert unseal(CapabilityRecord, seal(record, key_of(1)), NOW_S) == record
+    assert verify_record(CapabilityRecord, seal(record, key_of(1)), NOW_S) == record
 
 
 @settings(max_examples=50)

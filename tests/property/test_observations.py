@@ -26,9 +26,9 @@ from protocol.observations import (
     OBSERVATION_KIND,
     bucket_of,
     countersign,
-    open_observation,
-    read_observation,
+    decode_verified_observation,
     sign_observation,
+    verify_fresh_observation,
     verify_observation,
 )
 from protocol.records import sign
@@ -132,8 +132,8 @@ def observations(draw: st.DrawFn) -> tuple[Observation, int]:
 def test_observation_round_trip(drawn: tuple[Observation, int]) -> None:
     made, observer = drawn
     sent = sign_observation(made, key(observer))
-    assert verify_observation(sent.envelope, made.issued_at_s) == sent
-    assert read_observation(sent.envelope) == sent
+    assert verify_fresh_observation(sent.envelope, made.issued_at_s) == sent
+    assert decode_verified_observation(sent.envelope) == sent
     assert sent.observation == made
     assert sent.bucket == bucket_of(made.issued_at_s)
 
@@ -141,7 +141,7 @@ def test_observation_round_trip(drawn: tuple[Observation, int]) -> None:
 @settings(max_examples=300, deadline=None)
 @given(st.binary(max_size=300) | st.builds(lambda data: signed(1, stages=(1,)).envelope[:500] + data, st.binary()))
 def test_garbage_raises_only_remote_errors(data: bytes) -> None:
-    for reader in (open_observation, read_observation):
+    for reader in (verify_observation, decode_verified_observation):
         try:
             reader(data)
         except RemoteProtocolError:
@@ -178,7 +178,7 @@ def test_rejects_signed_nonsense(data: st.DataObject) -> None:
     except LocalProtocolError:
         return  # too deep, or text that is no UTF-8: nobody can send it
     try:
-        taken = open_observation(envelope)
+        taken = verify_observation(envelope)
     except RemoteProtocolError:
         return
     assert sign_observation(taken.observation, key(0)).envelope == envelope

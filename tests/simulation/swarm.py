@@ -18,13 +18,12 @@ from node.swarm.dht_records import RecordKinds
 from node.swarm.heartbeats import OwnServices
 from node.swarm.membership import Membership
 from node.testing.memory_history import MemoryHistory
-from node.testing.memory_hub import MemoryNetworkHub
 from node.testing.memory_links import LinkModel
-from node.testing.memory_network import MemoryNetwork
+from node.testing.memory_network import MemoryNetwork, MemoryNetworkHub
 from node.testing.memory_stream import Packet
 from protocol import records as signed_records
 from protocol.identity import JobId, PeerId
-from protocol.observations import SignedObservation, open_observation, sign_observation
+from protocol.observations import SignedObservation, sign_observation, verify_observation
 from tests.support.observations import observation
 
 EPOCH_S = 1_750_000_000
@@ -33,13 +32,13 @@ EPOCH_S = 1_750_000_000
 NEIGHBOURS = 8
 
 # Whether a signature is right does not depend on who looks at it. All peers live in one process, which looks once.
-_open_observation_once = lru_cache(maxsize=1 << 17)(open_observation)
+_verify_once = lru_cache(maxsize=1 << 17)(verify_observation)
 
 
 @contextmanager
 def signatures_verified_once() -> Iterator[None]:
     """Inside the block no signature of a record, either, is verified twice."""
-    with patch.object(signed_records, "open_envelope", lru_cache(maxsize=1 << 12)(signed_records.open_envelope)):
+    with patch.object(signed_records, "verify_envelope", lru_cache(maxsize=1 << 12)(signed_records.verify_envelope)):
         yield
 
 
@@ -209,7 +208,7 @@ class Swarm:
             jitter=jitter,
             wall_clock=wall_clock,
             limits=self._limits,
-            open_envelope=_open_observation_once,
+            verify_envelope=_verify_once,
         )
         async with network.running(), trio.open_nursery() as nursery:
             task_status.started()

@@ -13,7 +13,7 @@ def check(churn: Churn) -> None:
 
 
 @pytest.mark.parametrize("seed", range(8))
-def test_no_job_is_lost_while_a_peer_comes_and_another_goes_every_second(seed: int) -> None:
+def test_no_job_is_lost_under_churn_every_second(seed: int) -> None:
     check(Churn(seed=seed, duration_s=40))
 
 

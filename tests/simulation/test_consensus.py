@@ -9,18 +9,18 @@ from functools import lru_cache
 
 import trio
 
-from node.consensus.chain_node import Agreement, ChainNode
+from node.consensus.chain_node import ChainNode
 from node.consensus.environment import ConsensusEnvironment, ConsensusRules
 from node.consensus.followed_chains import FollowedChains
 from node.consensus.service import ConsensusService
 from node.identity import Identity
 from node.network.interface import NetworkError
+from node.stages.voter import Agreement
 from node.storage.chain_store import ChainStore
 from node.testing.chain_store import memory_chain_store
 from node.testing.memory_history import MemoryHistory
-from node.testing.memory_hub import MemoryNetworkHub
 from node.testing.memory_links import LinkModel
-from node.testing.memory_network import MemoryNetwork
+from node.testing.memory_network import MemoryNetwork, MemoryNetworkHub
 from node.util.offload import run_inline
 from protocol.consensus import SignedMessage, sign_message, verify_message
 from protocol.consensus_values import Cell, Commit, Signature

@@ -13,7 +13,7 @@ def assert_one_history(result: Result) -> None:
     assert result.lost_with_their_observer <= result.observations // 50
 
 
-def test_histories_converge_after_the_last_fault() -> None:
+def test_histories_converge_after_last_fault() -> None:
     result = play(
         Scenario(
             peers=60,
@@ -31,7 +31,7 @@ def test_histories_converge_after_the_last_fault() -> None:
     assert result.median_delay_s < 2
 
 
-def test_the_same_seed_gives_the_same_trace() -> None:
+def test_same_seed_gives_same_trace() -> None:
     def trace(seed: int) -> str:
         scenario = Scenario(peers=8, seed=seed, faults_s=20, partition_at_s=2, partition_s=10, observations_per_s=2)
         return play(scenario).trace

@@ -12,7 +12,7 @@ import trio
 from threadpoolctl import threadpool_limits
 from trio.testing import MockClock
 
-from node.coordinator.recorder import Recorder
+from node.coordinator.observation import Recorder
 from node.coordinator.submission import JobRequest, JobResult
 from node.coordinator.trial_runner import BenchmarkRunner
 from node.engine.interface import Variant
@@ -21,7 +21,7 @@ from node.selection.adoption_trials import AdoptionTrials
 from node.selection.chooser import LearnedChooser, LearnedVoter
 from node.selection.prediction_cache import PredictionCache
 from node.selection.training_worker import sample_of
-from node.stages.voting import Voter
+from node.stages.voter import Voter
 from protocol.measurements import Observation
 from protocol.observations import SignedObservation
 from selector.prediction import train
@@ -48,7 +48,7 @@ class LearningNode:
         self.predictions = PredictionCache()
         self.chooser = LearnedChooser(self.predictions, random.Random(1), share=SHARE, allowance_s=ALLOWANCE_S)
         self.voter = voter or LearnedVoter(self.predictions)
-        self.recorder = Recorder(self.identity, self)
+        self.recorder = Recorder(self.identity, self.publish)
         self.observations: list[Observation] = []
         self._lies = lies
         self._trained = 0
@@ -104,7 +104,7 @@ async def serve(node: LearningNode, rounds: int) -> dict[str, list[JobResult]]:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(node.predictions.run)
             runner = AdoptionTrials(BenchmarkRunner(peer.coordinator, node.recorder))
-            nursery.start_soon(node.chooser.trials.run, runner, lambda: peer.coordinator.statistics().running > 0)
+            nursery.start_soon(node.chooser.trials.run, runner, lambda: peer.coordinator.statistics.running > 0)
             for number in range(rounds):
                 for family, request in requests(number).items():
                     results[family].append(await peer.run(request))
@@ -120,7 +120,7 @@ def is_fast(family: str, chosen: JobResult) -> bool:
     return switches["engine"] != "onnxruntime" and (family == "plain" or switches["prefix_cache"] == "on")
 
 
-async def test_finds_the_best_method_of_each_bucket_within_the_allowance(virtual_clock: MockClock) -> None:
+async def test_learns_best_method_of_each_bucket_within_allowance(virtual_clock: MockClock) -> None:
     node = LearningNode()
     results = await serve(node, 14)
     first = {family: found[0].method.name for family, found in results.items()}
@@ -182,7 +182,7 @@ async def test_false_history_and_votes_adopt_no_slow_method(
     assert node.chooser.allowance.trials < 20
 
 
-async def test_nothing_is_explored_without_an_allowance(virtual_clock: MockClock) -> None:
+async def test_explores_nothing_without_allowance(virtual_clock: MockClock) -> None:
     node = LearningNode()
     node.chooser = LearnedChooser(node.predictions, random.Random(1), share=0.0)
     results = await serve(node, 5)

@@ -64,7 +64,7 @@ async def plant(swarm: Swarm, address: str) -> tuple[SimulatedPeer, list[PeerId]
     return victim, dialled
 
 
-def test_made_up_peers_never_count_are_rarely_dialled_and_expire() -> None:
+def test_made_up_peers_are_rarely_dialled_and_expire() -> None:
     async def program() -> None:
         swarm = Swarm(seed=1, link=LinkModel(latency_s=0.01))
         async with swarm.running(1, bootstrap_count=1):
@@ -84,7 +84,7 @@ def test_made_up_peers_never_count_are_rarely_dialled_and_expire() -> None:
     virtual_time.run(program, seed=1)
 
 
-def test_honest_peer_is_reached_soon_among_made_up_ones() -> None:
+def test_honest_peer_is_reached_among_made_up_ones() -> None:
     async def program() -> None:
         swarm = Swarm(seed=2, link=LinkModel(latency_s=0.01))
         async with swarm.running(3, bootstrap_count=1):

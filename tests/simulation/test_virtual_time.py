@@ -26,16 +26,16 @@ def order_of_waking(seed: int) -> list[int]:
     return woken
 
 
-def test_the_same_seed_gives_the_same_order() -> None:
+def test_same_seed_gives_same_order() -> None:
     orders = [order_of_waking(seed=7) for _ in range(5)]
     assert all(order == orders[0] for order in orders)
 
 
-def test_the_order_follows_the_seed() -> None:
+def test_task_order_depends_on_seed() -> None:
     assert order_of_waking(seed=7) != order_of_waking(seed=8)
 
 
-def test_an_hour_of_sleep_is_skipped() -> None:
+def test_hour_of_sleep_is_skipped() -> None:
     async def program() -> float:
         await trio.sleep(3600)
         return trio.current_time()

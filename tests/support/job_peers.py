@@ -11,9 +11,10 @@ from typing import Any, cast
 import trio
 
 from node.config import ServeSpec
-from node.coordinator.coordinator import Coordinator, SwarmView
+from node.coordinator.coordinator import Coordinator
 from node.coordinator.method_choice import Chooser, QualityStore
-from node.coordinator.recorder import Recorder
+from node.coordinator.observation import Recorder
+from node.coordinator.planner import SwarmView
 from node.coordinator.submission import JobRequest, JobResult
 from node.engine.device import Device
 from node.engine.interface import REFERENCE, EngineCrashed, SpanInfo, Variant
@@ -23,24 +24,25 @@ from node.models.vocabulary import Vocabulary
 from node.network.addresses import AddressBook
 from node.network.interface import Network
 from node.stages.block_placement import PlacementAnnouncements
+from node.stages.scheduler import PolicyController
 from node.stages.span import Span
 from node.stages.span_supervisor import ServingOptions, SpanSupervisor
-from node.stages.stage_policy import PolicyController
 from node.stages.stage_server import StageServer
-from node.stages.voting import Agreement, Voter
+from node.stages.voter import Agreement, Voter
 from node.swarm.dht_records import RecordKinds
 from node.swarm.heartbeats import OwnServices
 from node.swarm.link_estimates import LinkEstimates
 from node.swarm.membership import Membership
 from node.testing.fake_engine import FAKE_MODEL, FAKE_VARIANTS, FakeEngine, fake_span_info
-from node.testing.memory_hub import MemoryNetworkHub
 from node.testing.memory_links import LinkModel
+from node.testing.memory_network import MemoryNetworkHub
 from node.util.offload import run_inline
 from protocol.identity import BlockRange, JobId, ModelId, PeerId, SessionId
 from protocol.messages import Open, Sampling, Slice, Step
 from protocol.tensors import tensor_from_tokens
 from selector.routing import Links
 from selector.task import BASELINE
+from tests.support.heuristic_selection import HeuristicChooser, HeuristicVoter, NullQualityStore
 
 BLOCKS = 9
 VOCABULARY = 1000
@@ -204,7 +206,7 @@ class Swarm:
             "test/1",
             private_key=identity.private_key,
             hardware=lambda: "test",
-            voter=voter,
+            voter=voter or HeuristicVoter(),
             controller=self._controller,
             agreed=lambda model: agreed,
         )
@@ -213,7 +215,7 @@ class Swarm:
         tokenizer = NumberTokenizer()
         links = self._links(network, membership)
         coordinator = Coordinator(
-            OneModel(tokenizer),
+            OneModel(tokenizer).open,
             SwarmView(
                 finder=membership,
                 links=links,
@@ -224,8 +226,8 @@ class Swarm:
             stages.link_pool,
             self.rng,
             recorder,
-            chooser=chooser,
-            quality_store=ledger,
+            chooser=chooser or HeuristicChooser(),
+            quality_store=ledger or NullQualityStore(),
         )
         peer = Peer(network, stages, membership, coordinator, tokenizer, placements)
         self.peers.append(peer)

@@ -31,10 +31,10 @@ from protocol.half_duplex import Busy
 from protocol.history import HistoryDigest, decode_batch, encode_batch
 from protocol.identity import BlockRange, ModelId
 from protocol.messages import Load
-from protocol.observations import open_observation
+from protocol.observations import verify_observation
 from protocol.presence import PresenceReader, encode_present
 from protocol.reconciliation import Equal, Listing, PackedIds, Split, Summary
-from protocol.records import open_envelope, seal, unseal
+from protocol.records import seal, verify_envelope, verify_record
 from protocol.states import Role
 from protocol.sync import Answers, Compare, Get, Greeting, Items, Message, Put, SyncConnection, Taken, Welcome
 from tests.support.capabilities import EPYC
@@ -97,11 +97,13 @@ def targets() -> tuple[Target, ...]:
         *_chain_targets(),
         Target("presence", (b"".join(encode_present(_PRESENT)),), lambda data: PresenceReader().receive_data(data)),
         Target("batch of envelopes", (encode_batch([signed(1).envelope, signed(2).envelope]),), decode_batch),
-        *_signed_targets("observation", [signed(1).envelope, signed(2, stages=(3, 4, 5)).envelope], open_observation),
+        *_signed_targets("observation", [signed(1).envelope, signed(2, stages=(3, 4, 5)).envelope], verify_observation),
         *(
             each
             for record in _RECORDS
-            for each in _signed_targets(record.kind, [seal(record, key(0))], partial(unseal, type(record), now_s=NOW_S))
+            for each in _signed_targets(
+                record.kind, [seal(record, key(0))], partial(verify_record, type(record), now_s=NOW_S)
+            )
         ),
         *(
             each
@@ -331,7 +333,7 @@ _EPOCH: Final[tuple[Body, ...]] = (
 
 def _signed_targets(kind: str, envelopes: Sequence[bytes], decode: Callable[[bytes], object]) -> list[Target]:
     """An envelope spoilt by those who carry it, and a payload spoilt by whoever signs it."""
-    payloads = tuple(open_envelope(envelope, kind).payload for envelope in envelopes)
+    payloads = tuple(verify_envelope(envelope, kind).payload for envelope in envelopes)
     return [
         Target(kind, tuple(envelopes), decode),
         Target(f"{kind}, signed", payloads, lambda payload: decode(_sign(kind, payload))),

@@ -10,16 +10,16 @@ from node.replication.anti_entropy import SyncInitiator, SyncResponder
 from node.replication.replica import Replica
 from node.replication.session import Throttle
 from node.testing.memory_history import MemoryHistory
-from node.testing.memory_hub import MemoryNetworkHub
 from node.testing.memory_links import LinkModel
-from protocol.observations import BUCKET_S, SignedObservation, open_observation
+from node.testing.memory_network import MemoryNetworkHub
+from protocol.observations import BUCKET_S, SignedObservation, verify_observation
 from protocol.states import Role
 from protocol.sync import PROTOCOL_ID, Message, SyncConnection
 from tests.support.observations import NOW_S, peer, signed
 
 OURS, THEIRS = peer(1), peer(2)
 
-open_once = lru_cache(maxsize=4096)(open_observation)
+open_once = lru_cache(maxsize=4096)(verify_observation)
 """Verification, remembered: the tests look at the same few observations again and again."""
 
 

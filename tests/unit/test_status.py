@@ -5,7 +5,7 @@ from types import SimpleNamespace
 from typing import Any, cast
 
 from node.replication.peer_limits import Ban
-from node.stages.peer_records import StagePeerStatistics
+from node.stages.peer_penalties import StagePeerStatistics
 from node.status import StatusView
 from node.swarm.directory import Directory
 from protocol.announcements import Heartbeat, ServedSpan
@@ -50,7 +50,7 @@ async def test_peers_shows_refusals_failures_held_bytes_and_bans() -> None:
             membership=membership, replicator=SimpleNamespace(bans=lambda: {GONE: Ban(9.0, "garbage")})
         ),
         serving=SimpleNamespace(stages=stages, library=SimpleNamespace(name_of=lambda model: "tiny")),
-        client=SimpleNamespace(coordinator=coordinator),
+        client=SimpleNamespace(coordinator=coordinator, trials=SimpleNamespace(run=None)),
         consensus=SimpleNamespace(bans=dict),
     )
     view = StatusView(cast("Any", parts), [])

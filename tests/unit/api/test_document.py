@@ -8,7 +8,7 @@ import pytest
 from starlette.applications import Starlette
 from starlette.routing import Route
 
-from node.api import bench, interface, requests, tasks
+from node.api import bench, explanation, interface, requests
 from node.api.application import make_app
 from node.api.bench import describe_trial
 from node.api.documents import describe_job
@@ -83,7 +83,7 @@ def test_lists_every_neutral_field() -> None:
 
 
 def test_lists_fields_of_explain_and_bench() -> None:
-    assert first_column("Explain") == tasks.TASK_FIELDS
+    assert first_column("Explain") == explanation.TASK_FIELDS
     table, answer = section("Bench").split("The answer has")
     request = [[cell.strip() for cell in line.split("|")] for line in table.splitlines() if line.startswith("| `")]
     assert {name for row in request for name in names(row[1])} == bench.BENCH_FIELDS

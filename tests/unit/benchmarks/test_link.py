@@ -46,6 +46,6 @@ async def round_trip_s(stream: trio.SocketStream, data: bytes) -> float:
         (LinkShape(stall_every_s=1e-6, stall_s=0.05), 100, 0.1),
     ],
 )
-async def test_bytes_take_their_time_and_all_arrive(shape: LinkShape, size: int, least_s: float) -> None:
+async def test_shaped_link_delays_and_delivers_all_bytes(shape: LinkShape, size: int, least_s: float) -> None:
     async with echo_through(shape) as stream:
         assert await round_trip_s(stream, os.urandom(size)) >= least_s

@@ -16,7 +16,7 @@ def cited(file: str) -> set[str]:
     return set(CITED.findall((ROOT / file).read_text(encoding="utf-8")))
 
 
-def test_every_benchmark_that_is_cited_can_be_run_and_every_one_that_can_be_is_described() -> None:
+def test_cited_benchmarks_are_runnable_and_all_are_described() -> None:
     runnable = {*benchmarks.QUICK, *benchmarks.LONG}
     assert cited("README.md") <= runnable
     assert cited("benchmarks/README.md") == runnable | benchmarks.WITH_ARGUMENTS.keys()
@@ -24,7 +24,7 @@ def test_every_benchmark_that_is_cited_can_be_run_and_every_one_that_can_be_is_d
         assert (ROOT / "benchmarks" / f"{name}.py").is_file()
 
 
-def test_one_that_fails_does_not_keep_the_others_from_running(
+def test_failing_benchmark_does_not_stop_the_others(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def run(command: list[str], check: bool) -> subprocess.CompletedProcess[str]:
@@ -38,7 +38,9 @@ def test_one_that_fails_does_not_keep_the_others_from_running(
     assert output.endswith("failed: ping\n")
 
 
-def test_list_runs_nothing_and_names_all(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_list_names_all_benchmarks_and_runs_none(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setattr(benchmarks, "run", lambda names: pytest.fail("ran"))
     monkeypatch.setattr("sys.argv", ["benchmarks", "--list"])
     assert benchmarks.main() == 0

@@ -21,8 +21,8 @@ from node.identity import Identity
 from node.network.host import Libp2pNetwork
 from node.network.interface import NetworkError
 from node.swarm.dht_records import RecordKinds
-from node.testing.memory_hub import MemoryNetworkHub
 from node.testing.memory_links import LinkModel
+from node.testing.memory_network import MemoryNetworkHub
 from protocol.capabilities import (
     CAPABILITY_TOPIC,
     Capabilities,
@@ -33,7 +33,7 @@ from protocol.capabilities import (
     capability_key,
 )
 from protocol.identity import PeerId
-from protocol.records import seal, unseal_from_dht
+from protocol.records import seal, verify_dht_record
 from tests.support.capabilities import EPYC, GIB, H100, peer_of
 
 FACTS = replace(EPYC, processor=replace(EPYC.processor, throughput=Throughput()))
@@ -77,7 +77,7 @@ class Peer:
         """Return the record of a peer that this one keeps for the DHT."""
         key = capability_key(peer)
         data = self.network.records.get(key)
-        return None if data is None else unseal_from_dht(CapabilityRecord, key, data, self.wall_clock())
+        return None if data is None else verify_dht_record(CapabilityRecord, key, data, self.wall_clock())
 
     async def join(self, *others: "Peer") -> None:
         for other in others:

@@ -61,6 +61,11 @@ def test_export_prints_json_lines(data_dir: Path, capsys: pytest.CaptureFixture[
     assert rows[0]["method"]["name"] == "arithmetic=fp32|speculation=off"
 
 
+def test_export_refuses_a_parquet_file(data_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert history("export", data_dir, "--output", tmp_path / "x.parquet") == 2
+    assert "JSON lines, not Parquet" in capsys.readouterr().err
+
+
 def test_data_dir_from_environment(
     data_dir: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -91,3 +91,12 @@ def test_unknown_variable_is_error_for_node_and_warning_elsewhere(
         assert capsys.readouterr().err == f"metaswarm: {fault}; see `metaswarm {verb} --help`\n"
     assert run(["model", "list", "--json"]) == 0
     assert capsys.readouterr().err == f"metaswarm: warning: {fault}\n"
+
+
+@pytest.mark.parametrize("verb", ["node", "doctor"])
+def test_wrong_log_level_in_environment_is_usage_error(
+    verb: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("METASWARM_LOG_LEVEL", "loud")
+    assert run([verb]) == 2
+    assert "Invalid value for METASWARM_LOG_LEVEL" in capsys.readouterr().err

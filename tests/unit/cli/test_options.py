@@ -233,6 +233,20 @@ def test_wrong_value_is_one_line_that_names_option(option: str, value: str | lis
     assert says in fault({}, **{option: value})
 
 
+@pytest.mark.parametrize(
+    "line",
+    ["data_dir = 5", "cache_dir = true", "draft = ['x']", "api_key = 12345", "serve = [1]", "serve = 1979-05-27"],
+)
+def test_file_must_have_text_where_option_is_text(tmp_path: Path, line: str) -> None:
+    file = tmp_path / "node.toml"
+    file.write_text(line)
+    assert f"{line.split()[0]} in {file}: expected a text, not" in fault(config=str(file))
+
+
+def test_epoch_is_float_from_everywhere() -> None:
+    assert {type(load().epoch_s), type(load(epoch="600").epoch_s)} == {float}
+
+
 @pytest.mark.parametrize("content", ["", "ab" * 31, "zz" * 32, "ab" * 33])
 def test_refuses_malformed_swarm_key(tmp_path: Path, content: str) -> None:
     file = tmp_path / "swarm.key"

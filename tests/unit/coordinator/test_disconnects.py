@@ -39,11 +39,11 @@ def left_behind(swarm: Swarm) -> list[str]:
         links = list(link_pool._links.values())
         held: dict[str, object] = {
             "sessions and positions": peer.held() if peer.held() != (0, 0) else None,
-            "receivers": len(link_pool.registry),
+            "receivers": len(link_pool.receivers),
             "watchers": sum(len(link._watchers) for link in links),
             "replies": sum(len(link._replies) + len(link._progress_replies) for link in links),
             "sessions of links": sum(link._connection.session_count for link in links),
-            "jobs": peer.coordinator.statistics().running,
+            "jobs": peer.coordinator.statistics.running,
         }
         found += [f"peer {number}: {what}: {value}" for what, value in held.items() if value]
     return found

@@ -1,6 +1,7 @@
 """A job whose stage is lost and has no other holder: it ends soon, unless somebody known could take the place."""
 
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import trio
@@ -8,9 +9,11 @@ from structlog.testing import capture_logs
 from trio.testing import MockClock
 
 from node.coordinator.submission import JobError, JobErrorCode, JobRequest, JobResult, TextDelta
+from node.testing.fake_engine import FakeEngine, fake_span_info
 from protocol.announcements import Placement
 from protocol.identity import BlockRange
-from tests.support.job_peers import Peer, Swarm, open_swarm
+from selector.task import method
+from tests.support.job_peers import BLOCKS, Peer, Swarm, open_swarm
 from tests.unit.coordinator.test_jobs import PROMPT, THIRDS, right_tokens
 
 REQUEST = JobRequest(model="fake", prompt=PROMPT, max_tokens=40)
@@ -97,3 +100,30 @@ async def test_waits_for_a_peer_that_announced_the_lost_blocks(virtual_clock: Mo
         assert (result.token_ids, result.replays) == (right_tokens(40), 1)
         assert 30 < waited_s < 40
         nursery.cancel_scope.cancel()
+
+
+async def test_job_that_lost_its_drafter_goes_on_without_speculation(virtual_clock: MockClock) -> None:
+    drafting = method(engine="fused", speculation="draft-8")
+    asked = JobRequest(model="fake", prompt=PROMPT, max_tokens=40, method=drafting.name)
+
+    def draft_engine() -> FakeEngine:
+        return FakeEngine(fake_span_info(BlockRange(0, BLOCKS), block_count=BLOCKS), step_s=0.001)
+
+    async with open_swarm() as swarm, trio.open_nursery() as nursery:
+        peer = await swarm.join()
+        for span in THIRDS[1:]:
+            await swarm.join(span)
+        await swarm.join(THIRDS[0], draft=draft_engine())
+        await swarm.settle()
+        count = 0
+        async with peer.coordinator.submit(asked) as events:
+            async for event in events:
+                if isinstance(event, TextDelta):
+                    count += 1
+                    if count in {5, 15}:  # replaced first by a peer without a draft model, then by one with it
+                        swarm.hub.kill(swarm.peers[-1].id)
+                        draft = None if count == 5 else draft_engine()
+                        nursery.start_soon(partial(swarm.join, THIRDS[0], draft=draft))
+                if isinstance(event, JobResult):
+                    assert (event.token_ids, event.replays) == (right_tokens(40), 2)
+                    assert event.method.name == drafting.without_speculation.name

@@ -1,6 +1,7 @@
 """Jobs over several stages: what the submitter gets, and what the stages hold afterwards."""
 
 from dataclasses import replace
+from unittest.mock import AsyncMock
 
 import pytest
 import trio
@@ -24,7 +25,7 @@ from node.swarm.heartbeats import HEARTBEAT_INTERVAL_S
 from node.testing.fake_engine import expected_tokens, fake_span_info
 from protocol.identity import BlockRange, SessionId
 from protocol.messages import FinishReason, Sampling
-from tests.support.job_peers import BLOCKS, VOCABULARY, OneModel, Peer, Swarm, a_step, an_opening, open_swarm
+from tests.support.job_peers import BLOCKS, VOCABULARY, Peer, Swarm, a_step, an_opening, open_swarm
 
 PROMPT = "3 1 4 1 5 9 2 6"
 TOKENS = [3, 1, 4, 1, 5, 9, 2, 6]
@@ -50,7 +51,7 @@ async def all_free(swarm: Swarm) -> None:
     with trio.fail_after(1):
         while any(peer.held() != (0, 0) for peer in swarm.peers):
             await trio.sleep(0.01)
-    assert all(len(peer.stages.link_pool.registry) == 0 for peer in swarm.peers)
+    assert all(len(peer.stages.link_pool.receivers) == 0 for peer in swarm.peers)
 
 
 async def test_three_stages_generate_the_same_text_as_one(virtual_clock: MockClock) -> None:
@@ -173,7 +174,7 @@ async def test_cancelled_job_frees_all_sessions(virtual_clock: MockClock) -> Non
         with trio.move_on_after(0.5):
             await peer.run(JobRequest(model="fake", prompt=PROMPT, max_tokens=500))
         await all_free(swarm)
-        assert peer.coordinator.statistics().cancelled == 2
+        assert peer.coordinator.statistics.cancelled == 2
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2])
@@ -253,7 +254,7 @@ async def test_background_job_gives_way_to_other_jobs(virtual_clock: MockClock) 
                 with pytest.raises(JobError, match="others, who come before a measurement") as caught:
                     await peer.run(measurement)
                 assert caught.value.retry_after_s
-        assert peer.coordinator.statistics().failed == 0
+        assert peer.coordinator.statistics.failed == 0
         async with peer.coordinator.submit(measurement):
             await peer.run(measurement)  # of one peer several at a time are one measurement
             await other.run(replace(measurement, background=False))  # nobody waits for it
@@ -263,7 +264,7 @@ async def test_background_job_gives_way_to_other_jobs(virtual_clock: MockClock) 
 async def test_statistics_separate_failures_rejections_and_trials(virtual_clock: MockClock) -> None:
     async with open_swarm() as swarm:
         peer = await swarm_of_thirds(swarm)
-        counts = peer.coordinator.statistics()
+        counts = peer.coordinator.statistics
         await peer.run(JobRequest(model="fake", prompt=PROMPT, max_tokens=2))
         for mistake in (
             JobRequest(model="fake", prompt=""),
@@ -416,12 +417,13 @@ async def test_invalid_request_names_the_reason(
         assert "\n" not in caught.value.message
 
 
-async def test_model_without_tokenizer_uses_token_ids(virtual_clock: MockClock) -> None:
+async def test_model_without_tokenizer_uses_token_ids(
+    virtual_clock: MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
     async with open_swarm() as swarm:
         peer = await swarm_of_thirds(swarm)
-        library = peer.coordinator._models
-        assert isinstance(library, OneModel)
-        library.known = replace(library.known, tokenizer=no_tokenizer((VOCABULARY - 1,)))
+        known = replace(await peer.coordinator.model("fake"), tokenizer=no_tokenizer((VOCABULARY - 1,)))
+        monkeypatch.setattr(peer.coordinator, "_open_model", AsyncMock(return_value=known))
         result = await peer.run(JobRequest(model="fake", prompt_tokens=tuple(TOKENS), max_tokens=5))
         assert (result.token_ids, result.text) == (right_tokens(5), "")
         for request in (

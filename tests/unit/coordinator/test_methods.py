@@ -2,26 +2,27 @@
 
 import random
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import pytest
 import trio
 from trio.testing import MockClock
 
 from node.coordinator.coordinator import OWNER_LIMIT_S
-from node.coordinator.method_choice import Choice, HeuristicChoice, HeuristicChooser, SelectionRequest
+from node.coordinator.method_choice import Choice, SelectionRequest
 from node.coordinator.submission import JobError, JobErrorCode, JobRequest, JobResult
 from node.engine.interface import REFERENCE, Variant
 from node.links.base_link import LinkBroken
 from node.links.outbound_link import OutboundLink
-from node.stages.scheduler import Batching
-from node.stages.stage_policy import PolicyController
-from node.stages.voting import HeuristicVoter
+from node.stages.scheduler import Batching, PolicyController
+from node.stages.voter import Agreement
 from node.testing.fake_engine import FAKE_VARIANTS, FakeEngine, expected_tokens, fake_span_info
+from protocol.forms import Digest
 from protocol.identity import BlockRange
 from protocol.measurements import QualityBound
 from protocol.messages import Begin, Sampling
 from selector.task import BASELINE, PORTFOLIO, Method, TaskContext, method
+from tests.support.heuristic_selection import HeuristicChoice, HeuristicChooser, HeuristicVoter
 from tests.support.job_peers import BLOCKS, Peer, open_swarm
 from tests.unit.coordinator.test_jobs import THIRDS, all_free, swarm_of_thirds
 
@@ -193,14 +194,9 @@ async def test_inadmissible_method_is_a_one_line_error(
         assert "\n" not in caught.value.message
 
 
-@dataclass(frozen=True)
-class Standing:
+def standing(weights: dict[str, int], statement: bytes = bytes(32)) -> Agreement:
     """What a swarm may have agreed."""
-
-    weights: dict[str, int]
-    statement: bytes = bytes(32)
-    epoch: int = 3
-    table_digest: bytes = bytes(32)
+    return Agreement(3, Digest(statement), Digest(bytes(32)), weights, {})
 
 
 class Partial(HeuristicVoter):
@@ -227,8 +223,8 @@ class NoOpinion(HeuristicChooser):
 async def test_votes_are_weighted_by_agreed_reputation(virtual_clock: MockClock) -> None:
     first, second = method(engine="fused"), method(engine="onnxruntime")
     weights: dict[str, int] = {}
-    agreed = Standing(weights)
-    for standings, weighed in (([agreed, agreed], True), ([agreed, Standing({}, statement=b"1" * 32)], False)):
+    agreed = standing(weights)
+    for standings, weighed in (([agreed, agreed], True), ([agreed, standing({}, statement=b"1" * 32)], False)):
         async with open_swarm() as swarm:
             trusted = await swarm.join((0, 5), voter=Partial(first), agreed=standings[0])
             other = await swarm.join((5, 9), voter=Partial(second), agreed=standings[1])
@@ -326,4 +322,4 @@ async def test_thousand_jobs_a_third_cancelled_free_all_memory(virtual_clock: Mo
         assert done + cancelled == 1000
         assert cancelled > 100
         await all_free(swarm)
-        assert peer.coordinator.statistics().running == 0
+        assert peer.coordinator.statistics.running == 0

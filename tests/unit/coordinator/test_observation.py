@@ -19,7 +19,7 @@ from protocol.identity import BlockRange
 from protocol.limits import MAX_POSITIONS
 from protocol.measurements import Observation, StageObservation
 from protocol.messages import FinishReason, SessionStatistics
-from protocol.observations import countersign, sign_observation, verify_observation
+from protocol.observations import countersign, sign_observation, verify_fresh_observation
 from selector.task import TaskContext
 from tests.support.observations import METHOD, NOW_S, job, key, peer
 
@@ -77,7 +77,7 @@ def observed(*route: StageObservation, result: JobResult = RESULT) -> Observatio
 
 def test_observation_of_a_served_job_is_accepted_by_peers() -> None:
     made = sign_observation(observed(stage(1, 0, 1), stage(2, 1, 2)), key(0))
-    taken = verify_observation(made.envelope, NOW_S).observation
+    taken = verify_fresh_observation(made.envelope, NOW_S).observation
     assert taken.is_countersigned
     assert taken.job == job(2)
     assert (taken.workload.prompt_tokens, taken.workload.completion_tokens, taken.workload.cached_tokens) == (12, 3, 4)

@@ -1,20 +1,21 @@
 """Which peers a job goes to, by what is known of them, and what the links of a route add."""
 
+import random
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 
 import pytest
 import trio
 from trio.testing import MockClock
 
-from node.coordinator.planner import Planner, RouteNeed, RouteTiming
+from node.coordinator.planner import Finder, Planner, RouteNeed, RouteTiming, SwarmView
 from node.swarm.directory import Candidate
 from node.swarm.link_estimates import UNKNOWN_BYTES_PER_S
 from protocol.identity import BlockRange, ModelId, PeerId, Stage
 from protocol.messages import Load
 from selector.reliability import LAG_BACKOFF_S, PeerRecord
-from selector.routing import Demand, Link, NoRouteError
+from selector.routing import Demand, Link, Links, NoRouteError
 
 A, B, C = (PeerId(name) for name in "abc")
 DEMAND = Demand(block_count=9, prompt_rows=900, new_tokens=100, row_bytes=1000)
@@ -38,7 +39,7 @@ def links(sender: str, receiver: str) -> Link:
 
 
 def test_latency_counts_around_the_route_and_bandwidth_along_it() -> None:
-    planner = Planner(Nobody(), links, A)
+    planner = make_planner(Nobody(), links, A)
     stages = [Stage(peer, BlockRange(3 * i, 3 * i + 3)) for i, peer in enumerate((A, B, C))]
     assert planner.round_s(stages) == pytest.approx((0.002 + 0.04 + 0.04) / 2)
     assert planner.transfer_s(stages, DEMAND) == pytest.approx(1e6 / 1e8 + 1e6 / 2e6)
@@ -72,6 +73,12 @@ class Served:
         self.loads.pop(peer, None)
 
 
+def make_planner(
+    finder: Finder, links: Links, own_peer: PeerId, in_flight: Callable[[], Counter[PeerId]] = Counter
+) -> Planner:
+    return Planner(SwarmView(finder=finder, links=links), own_peer, rng=random.Random(0), in_flight=in_flight)
+
+
 NEED = RouteNeed(model=ModelId("ab" * 32), demand=DEMAND)
 WITHOUT_B = replace(NEED, without=[B])
 HONEST, LIAR = Load(step_s=0.02), Load(step_s=1e-9, free_positions=10**6)
@@ -89,7 +96,7 @@ def show(planner: Planner, peer: str, seconds: float) -> None:
 
 
 async def test_prefers_measured_peer_to_promised_speed(virtual_clock: MockClock) -> None:
-    planner = Planner(Served(honest=HONEST, liar=LIAR), near, A)
+    planner = make_planner(Served(honest=HONEST, liar=LIAR), near, A)
     assert await chosen(planner) == "honest", "also before anything was measured"
     show(planner, "honest", 0.05)
     assert [await chosen(planner, may_explore=True) for _ in range(20)].count(PeerId("liar")) == 2
@@ -97,18 +104,18 @@ async def test_prefers_measured_peer_to_promised_speed(virtual_clock: MockClock)
 
 
 async def test_uses_promised_speed_without_alternative(virtual_clock: MockClock) -> None:
-    planner = Planner(Served(liar=LIAR), near, A)
+    planner = make_planner(Served(liar=LIAR), near, A)
     assert await chosen(planner) == "liar"
 
 
 async def test_spreads_own_jobs_before_heartbeats_report_them(virtual_clock: MockClock) -> None:
     in_flight = Counter({PeerId("a"): 3})
-    planner = Planner(Served(a=HONEST, b=HONEST), near, C, in_flight=lambda: in_flight)
+    planner = make_planner(Served(a=HONEST, b=HONEST), near, C, in_flight=lambda: in_flight)
     assert await chosen(planner) == "b"
 
 
 async def test_avoids_lagging_peer_while_there_is_another(virtual_clock: MockClock) -> None:
-    planner = Planner(Served(a=HONEST, b=HONEST), near, C)
+    planner = make_planner(Served(a=HONEST, b=HONEST), near, C)
     for _ in range(3):
         show(planner, "a", 0.02)
     assert await chosen(planner) == "a"
@@ -131,7 +138,7 @@ async def test_avoids_lagging_peer_while_there_is_another(virtual_clock: MockClo
 
 async def test_knows_route_without_a_search(virtual_clock: MockClock) -> None:
     finder = Served(a=HONEST, b=HONEST)
-    planner = Planner(finder, near, C)
+    planner = make_planner(finder, near, C)
     assert planner.knows_route(replace(NEED, without=[A]))
     assert not planner.knows_route(replace(NEED, without=[A, B]))
     planner.failed(A, dead=False, lagged=True)
@@ -141,7 +148,7 @@ async def test_knows_route_without_a_search(virtual_clock: MockClock) -> None:
 
 
 async def test_expected_time_follows_measurement_and_sessions(virtual_clock: MockClock) -> None:
-    planner = Planner(Served(a=HONEST), near, C)
+    planner = make_planner(Served(a=HONEST), near, C)
     stage = Stage(A, BlockRange(0, 9))
     show(planner, "a", 0.9)
     one_s = planner.expected_s(NEED, stage, 1, Load())
@@ -152,7 +159,7 @@ async def test_expected_time_follows_measurement_and_sessions(virtual_clock: Moc
 
 
 async def test_unmeasured_peer_is_given_its_claimed_time_within_bounds() -> None:
-    planner = Planner(Served(), near, C)
+    planner = make_planner(Served(), near, C)
     timing = RouteTiming(round_s=0.002, prompt_s=0.02, prompt_rows=(900,), busy=(1.0,))
     planner.measured(NEED, [Stage(A, BlockRange(0, 9))], [Load(sessions=1)], timing)
     unmeasured = Stage(B, BlockRange(0, 9))
@@ -163,7 +170,7 @@ async def test_unmeasured_peer_is_given_its_claimed_time_within_bounds() -> None
 
 def test_transfer_limit_follows_bandwidth_within_bounds() -> None:
     def way_s(bytes_per_s: float) -> float:
-        planner = Planner(Nobody(), lambda a, b: Link(0.01, bytes_per_s), A)
+        planner = make_planner(Nobody(), lambda a, b: Link(0.01, bytes_per_s), A)
         return planner.way_s(NEED, Stage(A, BlockRange(0, 4)), Stage(B, BlockRange(4, 9)), 2000)
 
     assert way_s(1e8) == pytest.approx(0.02)
@@ -172,7 +179,7 @@ def test_transfer_limit_follows_bandwidth_within_bounds() -> None:
 
 
 async def test_lag_of_unmeasured_peer_is_forgiven_once_it_serves(virtual_clock: MockClock) -> None:
-    planner = Planner(Served(a=HONEST), near, C)
+    planner = make_planner(Served(a=HONEST), near, C)
     planner.failed(A, dead=False, lagged=True)
     assert planner.record(A).avoided_s == pytest.approx(LAG_BACKOFF_S[0])
     assert planner.record(A).trust > 0.6
@@ -182,6 +189,6 @@ async def test_lag_of_unmeasured_peer_is_forgiven_once_it_serves(virtual_clock: 
 
 @pytest.mark.parametrize(("bytes_per_s", "seconds"), [(1.0, 4.2), (1e6, 2.1), (UNKNOWN_BYTES_PER_S, 0.04)])
 def test_step_transfer_limit_on_a_narrow_link(bytes_per_s: float, seconds: float) -> None:
-    planner = Planner(Nobody(), lambda a, b: Link(0.01, bytes_per_s), A)
+    planner = make_planner(Nobody(), lambda a, b: Link(0.01, bytes_per_s), A)
     stages = Stage(A, BlockRange(0, 4)), Stage(B, BlockRange(4, 9))
     assert planner.step_way_s(*stages) == pytest.approx(seconds, rel=0.1)

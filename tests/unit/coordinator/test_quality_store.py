@@ -11,10 +11,10 @@ from typing import Any, cast
 import pytest
 import trio
 
-from node.coordinator.method_choice import MeasurementState, admitted_methods
+from node.coordinator.method_choice import admitted_methods
 from node.coordinator.quality_store import KV_KEYS, LocalQualityStore
 from node.coordinator.submission import JobError, JobErrorCode, JobRequest
-from node.models.library import KnownModel
+from node.models.library import KnownModel, Library
 from node.models.manifest import Manifest
 from node.models.store import Package
 from protocol.identity import BlockRange
@@ -47,6 +47,10 @@ class Here:
         return self.lacking
 
 
+def here(folder: Path, lacking_bytes: int = 0) -> Library:
+    return cast("Library", Here(folder, lacking_bytes))
+
+
 def known_model() -> KnownModel:
     return OneModel(NumberTokenizer()).known
 
@@ -72,7 +76,7 @@ async def running(store: LocalQualityStore) -> AsyncIterator[None]:
 
 async def until_known(store: LocalQualityStore) -> None:
     with trio.fail_after(60):
-        while store.request(known_model()) is not MeasurementState.DONE:
+        while store.request(known_model()):
             await trio.sleep(0.01)
 
 
@@ -82,7 +86,7 @@ def request(quality: QualityBound, name: str = "auto") -> JobRequest:
 
 async def test_quality_bound_admits_measured_methods_within_it(tmp_path: Path) -> None:
     figures = {INT8.kv_key: GOOD, W8A8.kv_key: FAIR, "fused/bf16/fp32": BAD}
-    store = LocalQualityStore(Here(tmp_path), tmp_path, command=measuring(tmp_path, figures))
+    store = LocalQualityStore(here(tmp_path), tmp_path, command=measuring(tmp_path, figures))
     async with running(store):
         # The first job that would take a lossy method has it measured, and is told to come again.
         with pytest.raises(JobError, match="is being measured: try again") as caught:
@@ -110,7 +114,7 @@ async def test_quality_bound_admits_measured_methods_within_it(tmp_path: Path) -
 @pytest.mark.parametrize("library", ["torch", "onnxruntime"])
 async def test_model_is_measured_once_and_not_for_exact_jobs(tmp_path: Path, library: str) -> None:
     for _ in range(2):  # the second time after a restart
-        store = LocalQualityStore(Here(tmp_path), tmp_path, command=measuring(tmp_path, {INT8.kv_key: GOOD}))
+        store = LocalQualityStore(here(tmp_path), tmp_path, command=measuring(tmp_path, {INT8.kv_key: GOOD}))
         async with running(store):
             admitted_methods(request(QualityBound.EXACT), known_model(), store)
             await until_known(store)
@@ -121,7 +125,7 @@ async def test_model_is_measured_once_and_not_for_exact_jobs(tmp_path: Path, lib
     # What is damaged, or of other versions, is measured again.
     (kept,) = (tmp_path / "quality").iterdir()
     kept.write_text(kept.read_text().replace(f'"{library}": "', f'"{library}": "0.'))
-    store = LocalQualityStore(Here(tmp_path), tmp_path, command=measuring(tmp_path, {}))
+    store = LocalQualityStore(here(tmp_path), tmp_path, command=measuring(tmp_path, {}))
     async with running(store):
         await until_known(store)
     assert (tmp_path / "calls").read_text() == "xx"
@@ -131,7 +135,7 @@ async def test_model_is_measured_once_and_not_for_exact_jobs(tmp_path: Path, lib
 @pytest.mark.parametrize("fault", ["crash", "nonsense", "too large"])
 async def test_lossy_method_without_measurement_is_not_admitted(tmp_path: Path, fault: str) -> None:
     command = [sys.executable, "-c", "raise SystemExit('no')" if fault == "crash" else "print('[1]')"]
-    store = LocalQualityStore(Here(tmp_path, 1 << 40 if fault == "too large" else 0), tmp_path, command=command)
+    store = LocalQualityStore(here(tmp_path, 1 << 40 if fault == "too large" else 0), tmp_path, command=command)
     async with running(store):
         await until_known(store)
     with pytest.raises(JobError, match="with this model was not measured"):

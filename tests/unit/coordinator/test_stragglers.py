@@ -11,7 +11,7 @@ from trio.testing import MockClock
 from node.coordinator import planner
 from node.coordinator.submission import JobRequest, JobResult, JobStarted, TextDelta
 from node.engine.interface import SliceInput, StepResult
-from node.links import liveness
+from node.links import outbound_link
 from node.stages.outbox import Output, send_outputs
 from node.stages.span import Span
 from node.testing.memory_links import LinkModel
@@ -68,7 +68,7 @@ async def test_replaces_silent_straggler_within_seconds_and_avoids_it(
         assert result.replays == 1
         if prompt == PROMPT:
             assert result.token_ids == right_tokens(20)
-        assert peer.coordinator.peer_record(hole.id).lagged == 1
+        assert peer.coordinator.peer_records()[hole.id].lagged == 1
         before = len(hole.opened)
         for _ in range(5):
             trust_in(peer, hole)
@@ -95,7 +95,7 @@ async def test_replaces_stage_that_never_answers_open(virtual_clock: MockClock) 
         assert (await peer.run(REQUEST)).token_ids == right_tokens(20)
         assert hole.opened
         assert trio.current_time() - began_s < BOUND_S
-        assert peer.coordinator.peer_record(hole.id).lagged == 1
+        assert peer.coordinator.peer_records()[hole.id].lagged == 1
 
 
 async def test_replaces_stage_with_false_progress_reports(virtual_clock: MockClock) -> None:
@@ -108,7 +108,7 @@ async def test_replaces_stage_with_false_progress_reports(virtual_clock: MockClo
         # The later of the two that contradict each other is replaced first, then the earlier: twice the bound.
         assert trio.current_time() - began_s < 2 * BOUND_S
         assert result.token_ids == right_tokens(20)
-        assert peer.coordinator.peer_record(hole.id).lagged == 1
+        assert peer.coordinator.peer_records()[hole.id].lagged == 1
 
 
 async def test_waits_for_silent_stage_without_replacement(
@@ -240,9 +240,9 @@ async def test_keeps_slow_stage_that_makes_progress(virtual_clock: MockClock, ch
 
 async def test_keeps_stages_behind_slow_links(virtual_clock: MockClock, monkeypatch: pytest.MonkeyPatch) -> None:
     """A home's upstream, scaled down as the rows are: 1500 of 128 bytes, which take 4 s to each next stage."""
-    for module in (planner, liveness):
+    for module in (planner, outbound_link):
         monkeypatch.setattr(module, "SLOWEST_BYTES_PER_S", 40e3)
-    monkeypatch.setattr(liveness, "UNACKED_BYTES", 16_000)
+    monkeypatch.setattr(outbound_link, "UNACKED_BYTES", 16_000)
     async with open_swarm(link=LinkModel(bandwidth=50e3)) as swarm:
         for span in (*THIRDS, *THIRDS):
             await swarm.join(span)

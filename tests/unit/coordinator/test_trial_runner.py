@@ -8,7 +8,7 @@ import pytest
 import trio
 from trio.testing import MockClock
 
-from node.coordinator.recorder import Recorder
+from node.coordinator.observation import Recorder
 from node.coordinator.submission import JobError, JobRequest
 from node.coordinator.trial_runner import BenchmarkRunner, TrialSpec, TrialWorkload, make_prompts
 from node.engine.interface import REFERENCE
@@ -37,7 +37,7 @@ async def trials_of(swarm: Swarm, **first: Any) -> tuple[BenchmarkRunner, Kept, 
     peer = await swarm.join()
     await swarm.settle()
     kept = Kept()
-    return BenchmarkRunner(peer.coordinator, Recorder(Identity(b"7" * 32), kept)), kept, peer
+    return BenchmarkRunner(peer.coordinator, Recorder(Identity(b"7" * 32), kept.publish)), kept, peer
 
 
 def spec(**changes: Any) -> TrialSpec:

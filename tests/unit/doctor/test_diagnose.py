@@ -170,6 +170,13 @@ async def test_no_memory(config: NodeConfig, tmp_path: Path) -> None:
     assert (await diagnose(replace(config, serve=(spec,), memory_bytes=needed))).healthy
 
 
+async def test_blocks_beyond_model_are_one_finding(config: NodeConfig, tmp_path: Path) -> None:
+    package = import_model(str(write_checkpoint(tmp_path / "checkpoint")), ModelStore(config.cache_dir))
+    spec = ServeSpec(package.model_id, BlockRange(0, package.manifest.block_count + 1))
+    found = await diagnose(replace(config, serve=(spec,), memory_bytes=1))
+    assert only(found) == (Fault.MISSING_BLOCK, Consequence.START)
+
+
 async def test_no_device(config: NodeConfig) -> None:
     found = await diagnose(replace(config, device="cuda:99"))
     assert only(found) == (Fault.NO_DEVICE, Consequence.START)

@@ -17,8 +17,8 @@ from node.models.importer import import_model
 from node.models.library import ANNOUNCED_AGAIN_S, provide_loop
 from node.models.store import ModelStore, Package
 from node.network.interface import Network, Stream, StreamClosed
-from node.testing.memory_hub import MemoryNetworkHub
 from node.testing.memory_links import LinkModel
+from node.testing.memory_network import MemoryNetworkHub
 from protocol.blobs import PROTOCOL_ID, BlobBusy, BlobFound, BlobInitiator, BlobMissing, BlobRequest, BlobResponder
 from protocol.framing import FrameType, encode_chunks, encode_frame
 from protocol.identity import BlockRange, PeerId, peer_id_from_public_key

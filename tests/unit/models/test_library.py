@@ -17,8 +17,8 @@ from node.models.errors import ModelError
 from node.models.importer import import_model
 from node.models.library import MANIFEST_POLL_S, Library
 from node.models.store import ModelStore, Package
-from node.testing.memory_hub import MemoryNetworkHub
 from node.testing.memory_links import LinkModel
+from node.testing.memory_network import MemoryNetworkHub
 from protocol.blobs import PROTOCOL_ID
 from protocol.identity import ModelId, PeerId, peer_id_from_public_key
 from tests.unit.models.checkpoints import write_checkpoint

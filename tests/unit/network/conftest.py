@@ -11,8 +11,8 @@ import trio.testing
 
 from node.network.host import Libp2pNetwork
 from node.network.interface import Network, Stream
-from node.testing.memory_hub import MemoryNetworkHub
 from node.testing.memory_links import LinkModel
+from node.testing.memory_network import MemoryNetworkHub
 from protocol.identity import PeerId, peer_id_from_public_key
 
 

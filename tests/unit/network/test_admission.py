@@ -53,7 +53,7 @@ def newcomer(host: str | None) -> Connection:
         ([Connection("10.0.0.1"), Connection("10.0.0.2"), Connection("10.0.0.3"), Connection("10.0.0.4")], "10.0.0.5"),
     ],
 )
-def test_who_finds_room_costs_nobody(held: list[Connection], host: str) -> None:
+def test_no_eviction_below_the_limits(held: list[Connection], host: str) -> None:
     assert choose_eviction(newcomer(host), held, LIMITS, NOW_S) is None
 
 
@@ -68,12 +68,12 @@ def test_who_finds_room_costs_nobody(held: list[Connection], host: str) -> None:
         ([Connection(None)] * 6, None),
     ],
 )
-def test_those_who_talk_keep_their_places(held: list[Connection], host: str) -> None:
+def test_active_connections_are_not_evicted(held: list[Connection], host: str) -> None:
     with pytest.raises(NoRoom):
         choose_eviction(newcomer(host), held, LIMITS, NOW_S)
 
 
-def test_the_longest_idle_of_the_narrowest_full_group_makes_room() -> None:
+def test_evicts_longest_idle_of_narrowest_full_group() -> None:
     older, elsewhere = idle("8.8.8.1", 20), idle("9.9.9.9", 1)
     held = [idle("8.8.8.1", 30), older, Connection("8.8.8.1"), elsewhere]
     assert choose_eviction(newcomer("8.8.8.1"), held, LIMITS, NOW_S) is older
@@ -83,7 +83,7 @@ def test_the_longest_idle_of_the_narrowest_full_group_makes_room() -> None:
     assert choose_eviction(newcomer("10.0.0.3"), everywhere, LIMITS, NOW_S) is elsewhere
 
 
-def test_who_never_said_anything_makes_room_sooner() -> None:
+def test_silent_connection_is_evicted_sooner() -> None:
     here = "8.8.8.1"
     just_come = silent(here, NOW_S - SILENT_S / 2)
     with pytest.raises(NoRoom):
@@ -95,7 +95,7 @@ def test_who_never_said_anything_makes_room_sooner() -> None:
         choose_eviction(newcomer(here), [pausing] * 3, LIMITS, NOW_S)
 
 
-async def test_who_connects_without_end_waits_and_nobody_else_does(virtual_clock: MockClock) -> None:
+async def test_handshake_rate_limit_delays_only_its_origin(virtual_clock: MockClock) -> None:
     handshakes = HandshakeLimiter()
     began_s = trio.current_time()
     for _ in range(HANDSHAKE_BURST):
@@ -109,7 +109,7 @@ async def test_who_connects_without_end_waits_and_nobody_else_does(virtual_clock
     assert trio.current_time() == late_s
 
 
-async def test_who_gives_up_waiting_takes_nobodys_turn(virtual_clock: MockClock) -> None:
+async def test_cancelled_handshake_wait_takes_no_turn(virtual_clock: MockClock) -> None:
     handshakes = HandshakeLimiter()
     for _ in range(HANDSHAKE_BURST + 1):
         await handshakes.wait_turn("8.8.8.1")
@@ -142,6 +142,6 @@ def test_only_public_addresses_have_a_range(host: str, expected: str | None) -> 
     assert address_range(host) == expected
 
 
-def test_an_origin_is_an_address_or_the_network_of_one_customer() -> None:
+def test_origin_is_ipv4_address_or_ipv6_prefix() -> None:
     assert origin("::ffff:10.0.0.1") == origin("10.0.0.1") == "10.0.0.1"
     assert origin("2600:1:2:3::1") == origin("2600:1:2:3::2") != origin("2600:1:2:4::1")

@@ -53,7 +53,7 @@ async def open_pair(bench_networks: Sequence[Network]) -> tuple[Stream, Stream]:
 # Streams
 
 
-async def test_bytes_come_back_in_order_and_the_end_is_seen(bench: Workbench) -> None:
+async def test_stream_echoes_bytes_in_order_until_eof(bench: Workbench) -> None:
     with limited():
         async with bench.running(2, serve_echo) as (server, client):
             stream = await client.open_stream(server.peer_id, ECHO)
@@ -65,7 +65,7 @@ async def test_bytes_come_back_in_order_and_the_end_is_seen(bench: Workbench) ->
             await stream.aclose()
 
 
-async def test_a_receive_returns_no_more_than_it_was_asked_for(bench: Workbench) -> None:
+async def test_receive_returns_at_most_max_bytes(bench: Workbench) -> None:
     with limited():
         async with bench.running(2) as networks:
             near, far = await open_pair(networks)
@@ -75,7 +75,7 @@ async def test_a_receive_returns_no_more_than_it_was_asked_for(bench: Workbench)
                 await far.receive_some(0)
 
 
-async def test_what_was_sent_before_the_close_arrives_before_the_end(bench: Workbench) -> None:
+async def test_data_sent_before_close_arrives_before_eof(bench: Workbench) -> None:
     payload = random.Random(1).randbytes(200_000)
     with limited():
         async with bench.running(2) as networks:
@@ -97,7 +97,7 @@ async def test_opens_stream_of_first_protocol_that_peer_serves(bench: Workbench)
                 await client.open_stream(server.peer_id, "/test/later", "/test/latest")
 
 
-async def test_what_was_sent_before_the_host_left_arrives(bench: Workbench) -> None:
+async def test_data_sent_before_host_stops_arrives(bench: Workbench) -> None:
     """The last words of a host that leaves politely are complete."""
     server = bench.network(1)
     inbox = Inbox()
@@ -114,7 +114,7 @@ async def test_what_was_sent_before_the_host_left_arrives(bench: Workbench) -> N
             assert await receive_all(far) == b"goodbye"
 
 
-async def test_many_streams_at_once_do_not_mix(bench: Workbench) -> None:
+async def test_concurrent_streams_do_not_mix(bench: Workbench) -> None:
     async def exchange(client: Network, server: PeerId, number: int) -> None:
         payload = random.Random(number).randbytes(20_000)
         stream = await client.open_stream(server, ECHO)
@@ -129,7 +129,7 @@ async def test_many_streams_at_once_do_not_mix(bench: Workbench) -> None:
                 nursery.start_soon(exchange, client, server.peer_id, number)
 
 
-async def test_a_large_transfer_is_exact_in_both_directions_at_once(bench: Workbench) -> None:
+async def test_large_transfer_is_exact_in_both_directions(bench: Workbench) -> None:
     size = 64 << 20 if bench.kind == "libp2p" else 8 << 20
     block = random.Random(2).randbytes(1 << 20)
 
@@ -156,7 +156,7 @@ async def test_a_large_transfer_is_exact_in_both_directions_at_once(bench: Workb
                     nursery.start_soon(check, stream)
 
 
-async def test_a_writer_waits_for_a_slow_reader(bench: Workbench) -> None:
+async def test_slow_reader_applies_backpressure(bench: Workbench) -> None:
     payload = random.Random(3).randbytes(4 << 20)
     sent = trio.Event()
 
@@ -176,7 +176,7 @@ async def test_a_writer_waits_for_a_slow_reader(bench: Workbench) -> None:
                 await sent.wait()
 
 
-async def test_a_cancelled_receive_loses_nothing(bench: Workbench) -> None:
+async def test_cancelled_receive_loses_no_bytes(bench: Workbench) -> None:
     payload = random.Random(4).randbytes(300_000)
     with limited():
         async with bench.running(2) as networks:
@@ -195,7 +195,7 @@ async def test_a_cancelled_receive_loses_nothing(bench: Workbench) -> None:
             assert received == payload
 
 
-async def test_a_send_cancelled_halfway_breaks_its_stream_and_no_other(bench: Workbench) -> None:
+async def test_cancelled_send_resets_only_its_stream(bench: Workbench) -> None:
     with limited():
         async with bench.running(2, serve_echo) as networks:
             server, client = networks
@@ -212,7 +212,7 @@ async def test_a_send_cancelled_halfway_breaks_its_stream_and_no_other(bench: Wo
             assert await receive_exactly(neighbour, 10) == b"still here"
 
 
-async def test_a_send_cancelled_before_it_began_leaves_the_stream_whole(bench: Workbench) -> None:
+async def test_send_cancelled_before_start_keeps_stream(bench: Workbench) -> None:
     with limited():
         async with bench.running(2) as networks:
             near, far = await open_pair(networks)
@@ -224,7 +224,7 @@ async def test_a_send_cancelled_before_it_began_leaves_the_stream_whole(bench: W
             assert await receive_exactly(far, 4) == b"once"
 
 
-async def test_two_senders_at_once_are_told_so(bench: Workbench) -> None:
+async def test_concurrent_sends_raise_busy(bench: Workbench) -> None:
     with limited():
         async with bench.running(2) as networks:
             near, _ = await open_pair(networks)
@@ -236,7 +236,7 @@ async def test_two_senders_at_once_are_told_so(bench: Workbench) -> None:
                 nursery.cancel_scope.cancel()
 
 
-async def test_a_reset_is_seen_as_a_broken_stream(bench: Workbench) -> None:
+async def test_reset_breaks_stream_at_other_end(bench: Workbench) -> None:
     with limited():
         async with bench.running(2) as networks:
             near, far = await open_pair(networks)
@@ -250,7 +250,7 @@ async def test_a_reset_is_seen_as_a_broken_stream(bench: Workbench) -> None:
                 await near.send_all(b"more")
 
 
-async def test_closing_ends_both_directions_and_may_be_repeated(bench: Workbench) -> None:
+async def test_close_ends_both_directions_and_is_idempotent(bench: Workbench) -> None:
     with limited():
         async with bench.running(2) as networks:
             near, far = await open_pair(networks)
@@ -264,7 +264,7 @@ async def test_closing_ends_both_directions_and_may_be_repeated(bench: Workbench
                 await send_for_ever(far)
 
 
-async def test_closing_works_under_cancellation(bench: Workbench) -> None:
+async def test_close_works_when_cancelled(bench: Workbench) -> None:
     with limited():
         async with bench.running(2) as networks:
             near, far = await open_pair(networks)
@@ -275,7 +275,7 @@ async def test_closing_works_under_cancellation(bench: Workbench) -> None:
             assert await receive_all(far) == b"bye"
 
 
-async def test_closing_wakes_a_waiting_reader_on_the_same_side(bench: Workbench) -> None:
+async def test_close_wakes_local_reader(bench: Workbench) -> None:
     with limited():
         async with bench.running(2) as networks:
             near, _ = await open_pair(networks)
@@ -290,7 +290,7 @@ async def test_closing_wakes_a_waiting_reader_on_the_same_side(bench: Workbench)
                 await near.aclose()
 
 
-async def test_a_handler_that_raises_breaks_its_stream_and_nothing_else(bench: Workbench) -> None:
+async def test_failing_handler_resets_only_its_stream(bench: Workbench) -> None:
     async def fail(stream: Stream) -> None:
         await stream.receive_some()
         raise RuntimeError("a defect of the handler")
@@ -310,7 +310,7 @@ async def test_a_handler_that_raises_breaks_its_stream_and_nothing_else(bench: W
             assert await receive_exactly(healthy, 5) == b"alive"
 
 
-async def test_an_exception_inside_the_running_block_comes_out_bare(bench: Workbench) -> None:
+async def test_exception_in_running_block_is_not_grouped(bench: Workbench) -> None:
     network = bench.network(1)
     with pytest.raises(KeyError):
         async with network.running():
@@ -320,7 +320,7 @@ async def test_an_exception_inside_the_running_block_comes_out_bare(bench: Workb
 # Connections
 
 
-async def test_dialling_tells_why_it_failed(bench: Workbench) -> None:
+async def test_dial_error_gives_the_reason(bench: Workbench) -> None:
     with limited(15):
         async with bench.running(2) as (server, client):
             stranger = bench.network(99)
@@ -341,7 +341,7 @@ async def test_dialling_tells_why_it_failed(bench: Workbench) -> None:
                 await client.connect(wrong)
 
 
-async def test_a_peer_that_could_not_be_reached_is_dialled_again_when_it_is_wanted(bench: Workbench) -> None:
+async def test_unreachable_peer_is_dialled_again_without_backoff(bench: Workbench) -> None:
     late = bench.network(99)
     async with late.running():
         address = late.multiaddrs[0]
@@ -358,7 +358,7 @@ async def test_a_peer_that_could_not_be_reached_is_dialled_again_when_it_is_want
                 assert await client.connect(late.multiaddrs[0]) == late.peer_id
 
 
-async def test_opening_a_stream_dials_known_addresses(bench: Workbench) -> None:
+async def test_open_stream_dials_known_addresses(bench: Workbench) -> None:
     server, client = bench.network(1), bench.network(2)
     serve_echo(server)
     with limited():
@@ -372,14 +372,14 @@ async def test_opening_a_stream_dials_known_addresses(bench: Workbench) -> None:
             assert client.connected_peers() == (server.peer_id,)
 
 
-async def test_a_protocol_that_is_not_served_is_refused(bench: Workbench) -> None:
+async def test_unserved_protocol_is_refused(bench: Workbench) -> None:
     with limited():
         async with bench.running(2) as (server, client):
             with pytest.raises(NetworkError, match="/test/unknown"):
                 await client.open_stream(server.peer_id, "/test/unknown")
 
 
-async def test_connections_are_announced_once_when_they_come_and_go(bench: Workbench) -> None:
+async def test_connection_events_are_reported_once(bench: Workbench) -> None:
     server, client = bench.network(1), bench.network(2)
     with limited():
         async with server.running(), client.running(), server.events() as events, client.events() as ours:
@@ -395,7 +395,7 @@ async def test_connections_are_announced_once_when_they_come_and_go(bench: Workb
             assert await anext(events) == PeerConnected(client.peer_id)
 
 
-async def test_disconnecting_breaks_the_streams_on_both_sides(bench: Workbench) -> None:
+async def test_disconnect_breaks_streams_on_both_sides(bench: Workbench) -> None:
     with limited():
         async with bench.running(2) as networks:
             near, far = await open_pair(networks)
@@ -405,7 +405,7 @@ async def test_disconnecting_breaks_the_streams_on_both_sides(bench: Workbench) 
                     await stream.receive_some()
 
 
-async def test_a_peer_that_leaves_breaks_its_streams_and_is_reported(bench: Workbench) -> None:
+async def test_stopped_peer_breaks_streams_and_is_reported(bench: Workbench) -> None:
     server, client = bench.network(1), bench.network(2)
     inbox = Inbox()
     server.set_stream_handler(OTHER, inbox)
@@ -421,7 +421,7 @@ async def test_a_peer_that_leaves_breaks_its_streams_and_is_reported(bench: Work
             assert await anext(events) == PeerDisconnected(client.peer_id)
 
 
-async def test_ping_measures_a_round_trip(bench: Workbench) -> None:
+async def test_ping_measures_round_trip(bench: Workbench) -> None:
     with limited():
         async with bench.running(2) as (server, client):
             assert 0 < await client.ping(server.peer_id) < 1
@@ -429,7 +429,7 @@ async def test_ping_measures_a_round_trip(bench: Workbench) -> None:
                 await client.ping(bench.peer_id(98))
 
 
-async def test_a_network_that_does_not_run_says_so(bench: Workbench) -> None:
+async def test_operations_fail_while_not_running(bench: Workbench) -> None:
     network = bench.network(1)
     network.join_topic(TOPIC, lambda peer, data: True)
     address = f"/ip4/127.0.0.1/tcp/4001/p2p/{bench.peer_id(2)}"
@@ -447,7 +447,7 @@ async def test_a_network_that_does_not_run_says_so(bench: Workbench) -> None:
         await refuses()
 
 
-async def test_readers_come_to_their_end_when_the_network_stops(bench: Workbench) -> None:
+async def test_subscriptions_end_when_network_stops(bench: Workbench) -> None:
     network = bench.network(1)
     network.join_topic(TOPIC, lambda peer, data: True)
     with limited():
@@ -479,14 +479,14 @@ async def hear(subscriber: Network, publisher: Network, data: bytes) -> GossipMe
                 return await anext(messages)
 
 
-async def test_gossip_reaches_peers_that_are_not_connected_to_its_publisher(bench: Workbench) -> None:
+async def test_gossip_reaches_peers_beyond_direct_neighbours(bench: Workbench) -> None:
     with limited(20):
         async with bench.running(3, gossiping) as (_, publisher, listener):
             message = await hear(listener, publisher, b"news")
             assert message == GossipMessage(publisher.peer_id, b"news")
 
 
-async def test_gossip_that_its_validator_refuses_is_not_delivered(bench: Workbench) -> None:
+async def test_gossip_refused_by_validator_is_not_delivered(bench: Workbench) -> None:
     with limited(20):
         async with bench.running(2, gossiping) as (listener, publisher):
             await hear(listener, publisher, b"warm up")
@@ -507,7 +507,7 @@ async def test_gossip_is_not_echoed_to_its_publisher(bench: Workbench) -> None:
             assert (await anext(own)).source == listener.peer_id
 
 
-async def test_gossip_goes_on_both_ways_after_a_reconnection(bench: Workbench) -> None:
+async def test_gossip_flows_both_ways_after_reconnection(bench: Workbench) -> None:
     with limited(30):
         async with bench.running(2, gossiping) as (one, other):
             await hear(one, other, b"before")
@@ -519,7 +519,7 @@ async def test_gossip_goes_on_both_ways_after_a_reconnection(bench: Workbench) -
                 await hear(other, one, b"after %d" % number)
 
 
-async def test_gossip_has_bounds(bench: Workbench) -> None:
+async def test_gossip_size_and_topic_are_checked(bench: Workbench) -> None:
     with limited():
         async with bench.running(1, gossiping) as (network,):
             with pytest.raises(NetworkError, match="65536"):
@@ -544,7 +544,7 @@ def keeping_records(network: Network) -> None:
 KEY = "/metaswarm/span/" + "0" * 64 + "/12D3KooWGs41cbzKXjX8pwMXi2ZqJRn52DUhSvRhF4FKx2Qwh7qV"
 
 
-async def test_a_record_is_found_by_others(bench: Workbench) -> None:
+async def test_dht_record_is_found_by_others(bench: Workbench) -> None:
     with limited():
         async with bench.running(3, keeping_records) as (_, writer, reader):
             assert await reader.get_record(KEY) is None
@@ -552,7 +552,7 @@ async def test_a_record_is_found_by_others(bench: Workbench) -> None:
             assert await reader.get_record(KEY) == b"1"
 
 
-async def test_the_network_is_asked_although_an_older_copy_lies_here(bench: Workbench) -> None:
+async def test_dht_lookup_prefers_newer_record_to_local_copy(bench: Workbench) -> None:
     with limited():
         async with bench.running(3, keeping_records) as (_, writer, reader):
             await writer.put_record(KEY, b"1")
@@ -561,7 +561,7 @@ async def test_the_network_is_asked_although_an_older_copy_lies_here(bench: Work
             assert await reader.get_record(KEY) == b"2"
 
 
-async def test_an_older_record_does_not_replace_a_newer_one(bench: Workbench) -> None:
+async def test_dht_older_record_does_not_replace_newer(bench: Workbench) -> None:
     with limited():
         async with bench.running(3, keeping_records) as (_, writer, reader):
             await writer.put_record(KEY, b"5")
@@ -580,14 +580,14 @@ async def test_an_older_record_does_not_replace_a_newer_one(bench: Workbench) ->
         pytest.param("no slashes", b"1", id="no key"),
     ],
 )
-async def test_an_invalid_record_is_refused(bench: Workbench, key: str, value: bytes) -> None:
+async def test_dht_invalid_record_is_refused(bench: Workbench, key: str, value: bytes) -> None:
     with limited():
         async with bench.running(2, keeping_records) as (_, writer):
             with pytest.raises(NetworkError):
                 await writer.put_record(key, value)
 
 
-async def test_providers_are_found_once_each_without_oneself_and_can_be_dialled(bench: Workbench) -> None:
+async def test_dht_providers_are_distinct_exclude_self_and_can_be_dialled(bench: Workbench) -> None:
     content = hashlib.sha256(b"content").digest()
     with limited():
         async with bench.running(4, serve_echo) as (_, first, second, seeker):
@@ -601,7 +601,7 @@ async def test_providers_are_found_once_each_without_oneself_and_can_be_dialled(
             assert await receive_exactly(stream, 7) == b"got you"
 
 
-async def test_one_peer_may_announce_many_contents(bench: Workbench) -> None:
+async def test_dht_peer_provides_many_contents(bench: Workbench) -> None:
     contents = [hashlib.sha256(bytes([number])).digest() for number in range(30)]
     with limited(30):
         async with bench.running(2) as (seeker, provider):

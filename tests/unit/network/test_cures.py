@@ -17,13 +17,13 @@ from multiaddr import Multiaddr
 from node.network import dht, gossip
 from node.network.addresses import parse_address
 from node.network.admission import SILENT_S, InboundLimits
+from node.network.guarded_host import start_service
 from node.network.host import Libp2pNetwork
 from node.network.idle_peer import hold_idle_connection
 from node.network.interface import Network, NetworkError, PeerConnected, PeerDisconnected, Stream, StreamClosed
 from node.network.limits import NetworkLimits
 from node.network.peerstore import BoundedPeerStore
 from node.network.streams import Libp2pStream
-from node.network.swarm import start_service
 from node.network.yamux import Yamux
 from node.network.yamux_stream import YamuxLimits
 from protocol.identity import PeerId
@@ -69,7 +69,7 @@ def _close_what_the_library_leaves_open() -> Iterator[None]:
         ECHO,
     ],
 )
-async def test_garbage_on_any_protocol_costs_its_stream_only(protocol: str) -> None:
+async def test_garbage_on_any_protocol_costs_only_its_stream(protocol: str) -> None:
     victim = our_host()
     with limited(20):
         async with victim.running():
@@ -78,7 +78,7 @@ async def test_garbage_on_any_protocol_costs_its_stream_only(protocol: str) -> N
             await assert_serves(victim)
 
 
-async def test_garbage_on_the_port_costs_its_connection_only() -> None:
+async def test_garbage_on_the_port_costs_only_its_connection() -> None:
     victim = our_host()
     with limited(20):
         async with victim.running():
@@ -90,7 +90,7 @@ async def test_garbage_on_the_port_costs_its_connection_only() -> None:
             await assert_serves(victim)
 
 
-async def test_a_failed_task_of_a_service_is_dropped() -> None:
+async def test_failed_task_does_not_end_its_service() -> None:
     service = FragileService()
     with limited():
         async with trio.open_nursery() as nursery:
@@ -101,7 +101,7 @@ async def test_a_failed_task_of_a_service_is_dropped() -> None:
             nursery.cancel_scope.cancel()
 
 
-async def test_nothing_of_the_library_outlives_the_host() -> None:
+async def test_no_library_task_outlives_the_host() -> None:
     before = trio.lowlevel.current_statistics().tasks_living
     with limited():
         first, second = our_host(1), our_host(2)
@@ -114,7 +114,7 @@ async def test_nothing_of_the_library_outlives_the_host() -> None:
 # Listening and being dialled
 
 
-async def test_a_taken_port_is_one_clear_error() -> None:
+async def test_taken_port_is_one_line_error() -> None:
     with limited():
         async with silent_port() as port:
             taken = Libp2pNetwork(bytes(32), listen=[f"/ip4/127.0.0.1/tcp/{port}"])
@@ -125,7 +125,7 @@ async def test_a_taken_port_is_one_clear_error() -> None:
                     pass
 
 
-async def test_listening_on_every_interface_names_them() -> None:
+async def test_wildcard_listen_address_is_expanded() -> None:
     network = Libp2pNetwork(bytes(32), listen=["/ip4/0.0.0.0/tcp/0"])
     with limited():
         async with network.running():
@@ -135,14 +135,14 @@ async def test_listening_on_every_interface_names_them() -> None:
             assert any(address.startswith("/ip4/127.0.0.1/") for address in network.multiaddrs)
 
 
-async def test_announced_addresses_replace_those_listened_on() -> None:
+async def test_announced_addresses_replace_listen_addresses() -> None:
     network = our_host(announce=["/dns4/node.example/tcp/4001"])
     with limited():
         async with network.running():
             assert network.multiaddrs == (f"/dns4/node.example/tcp/4001/p2p/{network.peer_id}",)
 
 
-async def test_any_number_of_peers_may_come_and_go() -> None:
+async def test_accepts_connections_after_hundreds_have_closed() -> None:
     host = our_host(limits=NetworkLimits(max_connections=4, inbound=InboundLimits(total=4, per_origin=4, per_range=4)))
     with limited(20):
         async with host.running():
@@ -150,7 +150,7 @@ async def test_any_number_of_peers_may_come_and_go() -> None:
                 await assert_serves(host, number)
 
 
-async def test_idle_connections_do_not_lock_out_an_honest_peer() -> None:
+async def test_idle_connections_do_not_lock_out_honest_peer() -> None:
     host = our_host()
     with limited(20):
         async with host.running():
@@ -164,7 +164,7 @@ async def test_idle_connections_do_not_lock_out_an_honest_peer() -> None:
                 await connection.aclose()
 
 
-async def test_connections_of_one_origin_are_limited_to_those_that_talk() -> None:
+async def test_connections_of_one_origin_are_limited_to_active_ones() -> None:
     host = our_host(limits=NetworkLimits(inbound=InboundLimits(total=9, per_origin=2, per_range=9)))
     visitors = [our_host(number) for number in range(2, 5)]
     with limited(20):
@@ -175,7 +175,7 @@ async def test_connections_of_one_origin_are_limited_to_those_that_talk() -> Non
                 await visitors[2].connect(host.multiaddrs[0])
 
 
-async def test_who_only_holds_connections_makes_room_for_who_comes_from_the_same_address() -> None:
+async def test_idle_connections_are_evicted_for_newcomer_of_same_origin() -> None:
     host = our_host(limits=NetworkLimits(inbound=InboundLimits(total=9, per_origin=3, per_range=9)))
     with limited(20):
         async with host.running(), AsyncExitStack() as stack:
@@ -186,7 +186,7 @@ async def test_who_only_holds_connections_makes_room_for_who_comes_from_the_same
             await until(lambda: any(event.is_set() for event in ended))
 
 
-async def test_a_connection_without_encryption_is_refused() -> None:
+async def test_unencrypted_connection_is_refused() -> None:
     host = our_host()
     with limited():
         async with host.running(), plaintext_host() as visitor:
@@ -197,7 +197,7 @@ async def test_a_connection_without_encryption_is_refused() -> None:
 # Dialling
 
 
-async def test_a_dial_takes_as_long_as_its_handshake() -> None:
+async def test_dial_adds_no_delay_to_its_handshake() -> None:
     host, dialler = our_host(1), our_host(2)
     with limited():
         async with host.running(), dialler.running():
@@ -218,7 +218,7 @@ async def test_simultaneous_dials_share_one_connection() -> None:
             assert len(host._swarm.get_connections()) == 1
 
 
-async def test_streams_go_over_the_latest_connection() -> None:
+async def test_streams_use_latest_connection() -> None:
     host, dialler = our_host(1), our_host(2)
     with limited():
         async with host.running(), dialler.running():
@@ -233,7 +233,7 @@ async def test_streams_go_over_the_latest_connection() -> None:
             assert stream._muxed.muxed_conn is latest.muxed_conn
 
 
-async def test_a_peer_is_there_until_its_last_connection_is_gone_and_gossip_goes_on() -> None:
+async def test_peer_stays_connected_until_last_connection_closes() -> None:
     host, dialler = our_host(1), our_host(2)
     with limited(20):
         async with host.running(), dialler.running(), dialler.events() as events:
@@ -257,7 +257,7 @@ async def test_a_peer_is_there_until_its_last_connection_is_gone_and_gossip_goes
             assert await anext(events) == PeerDisconnected(host.peer_id)
 
 
-async def test_a_cancelled_dial_does_not_take_the_others_down() -> None:
+async def test_cancelled_dial_does_not_cancel_shared_dial() -> None:
     host, dialler = our_host(1), our_host(2)
     with limited():
         async with host.running(), dialler.running(), trio.open_nursery() as nursery:
@@ -268,7 +268,7 @@ async def test_a_cancelled_dial_does_not_take_the_others_down() -> None:
             await dialler.connect(host.multiaddrs[0])
 
 
-async def test_a_peer_that_accepts_and_says_nothing_fails_the_dial_in_bounded_time() -> None:
+async def test_dial_of_silent_peer_times_out() -> None:
     dialler = our_host(limits=NetworkLimits(dial_timeout_s=0.3))
     with limited(3):
         async with dialler.running(), silent_port() as port:
@@ -276,7 +276,7 @@ async def test_a_peer_that_accepts_and_says_nothing_fails_the_dial_in_bounded_ti
                 await dialler.connect(f"/ip4/127.0.0.1/tcp/{port}/p2p/{our_host(2).peer_id}")
 
 
-async def test_who_says_nothing_is_told_nothing() -> None:
+async def test_no_handshake_is_sent_to_silent_client() -> None:
     host, other = our_host(1), our_host(2)
     with limited():
         async with host.running(), other.running():
@@ -289,7 +289,7 @@ async def test_who_says_nothing_is_told_nothing() -> None:
                 assert await silent.receive_some(1)
 
 
-async def test_a_swarm_key_keeps_strangers_out_in_bounded_time_and_lets_members_in() -> None:
+async def test_swarm_key_mismatch_times_out_and_members_connect() -> None:
     limits = NetworkLimits(dial_timeout_s=1)
     host = our_host(1, swarm_key="ab" * 32)
     member = our_host(2, swarm_key="AB" * 32)
@@ -304,12 +304,12 @@ async def test_a_swarm_key_keeps_strangers_out_in_bounded_time_and_lets_members_
 
 
 @pytest.mark.parametrize("key", ["", "ab" * 31, "xy" * 32])
-def test_a_malformed_swarm_key_is_one_clear_error(key: str) -> None:
+def test_malformed_swarm_key_is_one_line_error(key: str) -> None:
     with pytest.raises(ValueError, match="64 hexadecimal"):
         our_host(swarm_key=key)
 
 
-async def test_only_those_are_dialled_who_are_wanted() -> None:
+async def test_known_peers_are_not_dialled_unasked() -> None:
     known, host = our_host(1), our_host(2)
     with limited():
         async with known.running(), known.events() as events, host.running():
@@ -324,7 +324,7 @@ async def test_only_those_are_dialled_who_are_wanted() -> None:
 # The DHT
 
 
-async def test_an_old_copy_here_does_not_answer_for_the_network() -> None:
+async def test_dht_lookup_asks_network_despite_old_local_copy() -> None:
     writer, reader = our_host(1), our_host(2)
     for network in (writer, reader):
         network.register_record("new", lambda key, value: True, lambda key, values: values.index(max(values)))
@@ -338,7 +338,7 @@ async def test_an_old_copy_here_does_not_answer_for_the_network() -> None:
             assert await reader.get_record("/new/x") == b"2"
 
 
-async def test_the_routing_table_is_filled_after_connecting() -> None:
+async def test_dht_routing_table_is_filled_after_connecting() -> None:
     host, dialler = our_host(1), our_host(2)
     with limited():
         async with host.running(), dialler.running():
@@ -347,7 +347,7 @@ async def test_the_routing_table_is_filled_after_connecting() -> None:
             await until(lambda: all(table is not None and table.get_routing_table_size() for table in tables))
 
 
-async def test_thirty_announcements_in_a_row_are_all_kept() -> None:
+async def test_dht_keeps_thirty_announcements_in_a_row() -> None:
     keeper, provider = our_host(1), our_host(2)
     with limited(20):
         async with keeper.running(), provider.running():
@@ -359,7 +359,7 @@ async def test_thirty_announcements_in_a_row_are_all_kept() -> None:
             await until(lambda: len(kad.provider_store.providers) == 30)
 
 
-async def test_what_strangers_store_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_dht_storage_for_strangers_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("node.network.dht.MAX_STORED_RECORDS", 5)
     monkeypatch.setattr("node.network.dht.MAX_STORED_PROVIDER_KEYS", 5)
     keeper, stranger = our_host(1), our_host(2)
@@ -379,7 +379,7 @@ async def test_what_strangers_store_is_bounded(monkeypatch: pytest.MonkeyPatch) 
 # Gossip
 
 
-async def test_a_burst_of_gossip_arrives_whole() -> None:
+async def test_gossip_burst_arrives_completely() -> None:
     listener, publisher = our_host(1), our_host(2)
     with limited():
         async with listener.running(), publisher.running(), listener.subscribe(TOPIC) as messages:
@@ -395,7 +395,7 @@ async def test_a_burst_of_gossip_arrives_whole() -> None:
                 heard.add((await anext(messages)).data)
 
 
-async def test_a_peer_that_floods_gossip_is_throttled(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_gossip_flood_is_rate_limited(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("node.network.gossip.MAX_RATE_HZ", 5.0)
     validated: list[bytes] = []
 
@@ -418,7 +418,7 @@ async def test_a_peer_that_floods_gossip_is_throttled(monkeypatch: pytest.Monkey
 # Bounded ends
 
 
-async def test_leaving_takes_bounded_time_although_handlers_wait_for_ever() -> None:
+async def test_shutdown_is_bounded_despite_hanging_handlers() -> None:
     async def stay(stream: object) -> None:
         await trio.sleep_forever()
 
@@ -435,7 +435,7 @@ async def test_leaving_takes_bounded_time_although_handlers_wait_for_ever() -> N
                 await stream.receive_some()
 
 
-async def test_more_streams_than_allowed_is_a_clear_error() -> None:
+async def test_stream_limit_is_one_line_error() -> None:
     limits = NetworkLimits(streams=YamuxLimits(max_streams=8))
     host, visitor = our_host(1), our_host(2, limits=limits)
     with limited():
@@ -454,7 +454,7 @@ async def _open_for_ever(network: Network, peer: PeerId, keep: Callable[[Stream]
         keep(await network.open_stream(peer, ECHO))
 
 
-async def test_gossip_goes_on_both_ways_when_a_connection_breaks_and_another_takes_its_place() -> None:
+async def test_gossip_flows_both_ways_over_replacement_connection() -> None:
     one, other = our_host(1), our_host(2)
     with limited(20):
         async with one.running(), other.running():
@@ -473,7 +473,7 @@ async def test_gossip_goes_on_both_ways_when_a_connection_breaks_and_another_tak
                 await _hear(other, one)
 
 
-async def test_gossip_goes_on_both_ways_when_one_of_its_streams_breaks() -> None:
+async def test_gossip_flows_both_ways_after_one_stream_breaks() -> None:
     one, other = our_host(1), our_host(2)
     with limited(20):
         async with one.running(), other.running():
@@ -499,7 +499,7 @@ async def _hear(listener: Network, publisher: Network) -> None:
 # Memory
 
 
-def test_what_is_remembered_of_a_peer_is_bounded() -> None:
+def test_peer_store_is_bounded() -> None:
     store = BoundedPeerStore()
     peer = ID.from_pubkey(create_new_key_pair(bytes(32)).public_key)
     for first in (1, 1001, 2001):
@@ -512,7 +512,7 @@ def test_what_is_remembered_of_a_peer_is_bounded() -> None:
     assert len(store.get_protocols(peer)) == 256
 
 
-def test_a_signed_record_out_of_all_proportion_is_not_taken() -> None:
+def test_oversized_peer_record_is_refused() -> None:
     store = BoundedPeerStore()
     for count, taken in ((3, True), (10_000, False)):
         pair = create_new_key_pair(bytes(32))
@@ -521,7 +521,7 @@ def test_a_signed_record_out_of_all_proportion_is_not_taken() -> None:
         assert store.consume_peer_record(envelope, 60) is taken
 
 
-async def test_a_host_leaves_no_thread_behind() -> None:
+async def test_host_leaves_no_thread_behind() -> None:
     before = threading.active_count()
     with limited():
         async with our_host().running():
@@ -529,7 +529,7 @@ async def test_a_host_leaves_no_thread_behind() -> None:
         assert threading.active_count() <= before
 
 
-async def test_one_peer_cannot_occupy_the_dht() -> None:
+async def test_idle_streams_of_one_peer_do_not_block_dht() -> None:
     host, honest = our_host(1), our_host(2)
     with limited(20):
         async with host.running(), library_host(3) as greedy:
@@ -544,7 +544,7 @@ async def test_one_peer_cannot_occupy_the_dht() -> None:
             assert await host.get_record("/metaswarm/x") == b"1"
 
 
-async def test_a_peer_that_goes_on_flooding_is_disconnected(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_persistent_gossip_flood_is_disconnected(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("node.network.gossip.MAX_RATE_HZ", 5.0)
     monkeypatch.setattr("node.network.gossip.DISCONNECT_DEBT", 20)
     listener, publisher = our_host(1), our_host(2)
@@ -566,7 +566,7 @@ async def test_a_peer_that_goes_on_flooding_is_disconnected(monkeypatch: pytest.
                         await trio.lowlevel.checkpoint()
 
 
-def test_seen_messages_are_forgotten_in_time_and_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gossip_seen_cache_expires_and_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("node.network.gossip.MAX_SEEN", 3)
 
     async def main() -> None:
@@ -589,7 +589,7 @@ def test_seen_messages_are_forgotten_in_time_and_bounded(monkeypatch: pytest.Mon
 # Addresses
 
 
-async def test_a_dead_peer_is_forgotten_by_lookups_and_remembered_by_name() -> None:
+async def test_dead_peer_leaves_dht_lookups_but_stays_in_address_book() -> None:
     host, dead = our_host(1), our_host(2)
     async with dead.running():
         address = dead.multiaddrs[0]
@@ -605,7 +605,7 @@ async def test_a_dead_peer_is_forgotten_by_lookups_and_remembered_by_name() -> N
 
 
 @pytest.mark.parametrize("name", ["dns4", "dns"])
-async def test_a_name_is_resolved_when_it_is_dialled(name: str) -> None:
+async def test_dns_address_is_resolved_when_dialled(name: str) -> None:
     host, dialler = our_host(1), our_host(2)
     with limited():
         async with host.running(), dialler.running():
@@ -614,7 +614,7 @@ async def test_a_name_is_resolved_when_it_is_dialled(name: str) -> None:
             assert dialler.connected_peers() == (host.peer_id,)
 
 
-async def test_ipv6_is_spoken() -> None:
+async def test_ipv6_connects() -> None:
     host, dialler = Libp2pNetwork(bytes(32), listen=["/ip6/::1/tcp/0"]), our_host(2)
     with limited():
         async with host.running(), dialler.running():
@@ -625,6 +625,6 @@ async def test_ipv6_is_spoken() -> None:
 @pytest.mark.parametrize(
     "address", ["", "4001", "/ip4/1.2.3.4/udp/1", "/ip4/300.0.0.1/tcp/1", "/ip4/1.2.3.4/tcp/99999"]
 )
-def test_a_malformed_listen_address_is_one_clear_error(address: str) -> None:
+def test_malformed_listen_address_is_one_line_error(address: str) -> None:
     with pytest.raises(ValueError, match="multiaddr"):
         Libp2pNetwork(bytes(32), listen=[address])

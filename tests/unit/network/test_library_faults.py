@@ -28,7 +28,7 @@ from libp2p.records.validator import NamespacedValidator, Validator
 from libp2p.tools.anyio_service import background_trio_service
 from multiaddr import Multiaddr
 
-from node.network.swarm import start_service
+from node.network.guarded_host import start_service
 
 from .conftest import limited, until
 from .hosts import (
@@ -58,7 +58,7 @@ def _close_what_the_library_leaves_open() -> Iterator[None]:
     close_every_socket()
 
 
-async def test_library_dies_of_garbage_on_its_gossip_protocol() -> None:
+async def test_library_dies_of_garbage_on_gossip_protocol() -> None:
     async def scene() -> None:
         async with library_host(1) as victim, library_pubsub(victim), library_host(2) as stranger:
             await throw(stranger, address_of(victim), "/meshsub/1.1.0", GARBAGE)
@@ -68,7 +68,7 @@ async def test_library_dies_of_garbage_on_its_gossip_protocol() -> None:
         await scene()
 
 
-async def test_library_dies_of_a_handler_that_raises() -> None:
+async def test_library_dies_of_failing_handler() -> None:
     async def crash(stream: INetStream) -> None:
         raise Crashed
 
@@ -83,7 +83,7 @@ async def test_library_dies_of_a_handler_that_raises() -> None:
     assert caught.group_contains(Crashed)
 
 
-async def test_library_dies_of_a_gossip_validator_that_raises() -> None:
+async def test_library_dies_of_failing_gossip_validator() -> None:
     def crash(forwarder: object, message: object) -> bool:
         raise Crashed
 
@@ -102,14 +102,14 @@ async def test_library_dies_of_a_gossip_validator_that_raises() -> None:
     assert caught.group_contains(Crashed)
 
 
-async def test_library_ends_a_service_and_the_program_when_one_task_fails() -> None:
+async def test_library_ends_service_and_program_when_a_task_fails() -> None:
     with limited(), pytest.raises(BaseExceptionGroup) as caught:
         async with background_trio_service(FragileService()):
             await trio.sleep_forever()
     assert caught.group_contains(Crashed)
 
 
-async def test_library_listens_on_a_taken_port_without_a_word() -> None:
+async def test_library_shares_taken_port_silently() -> None:
     with limited():
         async with library_host(1) as first:
             port = address_of(first).split("/")[4]
@@ -118,7 +118,7 @@ async def test_library_listens_on_a_taken_port_without_a_word() -> None:
                 assert second.get_transport_addrs() == first.get_transport_addrs()
 
 
-async def test_library_is_deaf_after_so_many_connections_however_short() -> None:
+async def test_library_is_deaf_after_hundreds_of_short_connections() -> None:
     config = ConnectionConfig(max_connections=4, min_connections=0, low_watermark=0, high_watermark=4)
     host = new_host(create_new_key_pair(bytes(32)))
     swarm = host.get_network()
@@ -136,13 +136,13 @@ async def test_library_is_deaf_after_so_many_connections_however_short() -> None
                     await join(late, address_of(host))
 
 
-async def test_library_accepts_a_connection_without_encryption() -> None:
+async def test_library_accepts_unencrypted_connection() -> None:
     with limited():
         async with library_host(1) as host, plaintext_host() as visitor:
             await join(visitor, address_of(host))
 
 
-async def test_library_waits_a_quarter_of_a_second_after_each_dial() -> None:
+async def test_library_delays_every_dial_by_a_quarter_second() -> None:
     with limited():
         async with library_host(1) as host, library_host(2) as dialler:
             started = trio.current_time()
@@ -150,7 +150,7 @@ async def test_library_waits_a_quarter_of_a_second_after_each_dial() -> None:
             assert trio.current_time() - started >= 0.25
 
 
-async def test_library_refuses_to_dial_again_for_a_minute_after_a_failure() -> None:
+async def test_library_backoff_refuses_redial_for_a_minute() -> None:
     with limited():
         async with library_host(2) as dialler:
             async with silent_port() as port:
@@ -162,7 +162,7 @@ async def test_library_refuses_to_dial_again_for_a_minute_after_a_failure() -> N
                 await join(dialler, address)
 
 
-async def test_library_dials_whomever_it_has_heard_of() -> None:
+async def test_library_dials_every_known_peer() -> None:
     with limited(), trio.CancelScope() as scope:
         async with library_host(1) as known:
             host = new_host(create_new_key_pair(bytes(32)))
@@ -199,7 +199,7 @@ async def library_dhts(*hosts: IHost) -> AsyncIterator[list[KadDHT]]:
         nursery.cancel_scope.cancel()
 
 
-async def test_library_answers_a_lookup_from_its_own_old_copy() -> None:
+async def test_library_answers_dht_lookup_from_old_local_copy() -> None:
     with limited():
         async with library_host(1) as a, library_host(2) as b, library_dhts(a, b) as (first, second):
             await first.put_value("/metaswarm/x", b"1")
@@ -210,7 +210,7 @@ async def test_library_answers_a_lookup_from_its_own_old_copy() -> None:
             assert await second.get_value("/metaswarm/x") == b"1"
 
 
-async def test_library_refuses_lookups_for_long_keys() -> None:
+async def test_library_refuses_dht_lookups_of_long_keys() -> None:
     async with library_host(1) as a, library_host(2) as b, library_host(3) as c:
         with limited():
             async with library_dhts(a, b, c) as (first, second, _):
@@ -220,7 +220,7 @@ async def test_library_refuses_lookups_for_long_keys() -> None:
                 assert second.routing_table.size() >= 1
 
 
-async def test_library_drops_the_eleventh_announcement_in_silence() -> None:
+async def test_library_drops_eleventh_dht_announcement() -> None:
     with limited():
         async with library_host(1) as a, library_host(2) as b, library_dhts(a, b) as (keeper, provider):
             for number in range(12):
@@ -230,7 +230,7 @@ async def test_library_drops_the_eleventh_announcement_in_silence() -> None:
             assert kept == list(range(10))
 
 
-async def test_library_drops_gossip_beyond_ten_messages_a_second_in_silence() -> None:
+async def test_library_drops_gossip_beyond_ten_messages_a_second() -> None:
     with limited():
         async with (
             library_host(1) as a,
@@ -252,7 +252,7 @@ async def test_library_drops_gossip_beyond_ten_messages_a_second_in_silence() ->
             assert len(heard) < 50
 
 
-async def test_library_loses_gossip_one_way_for_good_after_a_quick_reconnection() -> None:
+async def test_library_loses_gossip_one_way_after_quick_reconnection() -> None:
     async def heard(listener: ISubscriptionAPI, publisher: Pubsub) -> bool:
         with trio.move_on_after(0.7):
             while True:
@@ -290,7 +290,7 @@ async def test_library_loses_gossip_one_way_for_good_after_a_quick_reconnection(
 # Memory
 
 
-async def test_library_remembers_any_number_of_addresses_and_protocols() -> None:
+async def test_library_peer_store_is_unbounded() -> None:
     store = PeerStore()
     peer = ID.from_pubkey(create_new_key_pair(bytes(32)).public_key)
     store.add_addrs(peer, [Multiaddr(f"/ip4/192.0.2.1/tcp/{port}") for port in range(1, 1001)], 60)
@@ -299,7 +299,7 @@ async def test_library_remembers_any_number_of_addresses_and_protocols() -> None
     assert len(store.get_protocols(peer)) == 1000
 
 
-async def test_library_leaves_a_thread_behind_for_every_host() -> None:
+async def test_library_leaves_a_thread_behind_per_host() -> None:
     before = threading.active_count()
     with limited():
         async with library_host(1) as host, library_pubsub(host) as pubsub:
@@ -308,7 +308,7 @@ async def test_library_leaves_a_thread_behind_for_every_host() -> None:
         pubsub.seen_messages.stop()
 
 
-async def test_library_lets_one_peer_occupy_its_dht() -> None:
+async def test_library_dht_is_blocked_by_idle_streams_of_one_peer() -> None:
     with limited():
         async with library_host(1) as a, library_host(2) as b, library_host(3) as c, library_dhts(a, b, c):
             # The library itself may still be asking when the last of them are opened: then these are refused, too.

@@ -10,9 +10,8 @@ import trio
 import trio.testing
 
 from node.network.interface import Network, NetworkError, PeerConnected, PeerDisconnected, Stream, StreamClosed
-from node.testing.memory_hub import MemoryNetworkHub
 from node.testing.memory_links import LinkModel
-from node.testing.memory_network import MemoryNetwork
+from node.testing.memory_network import MemoryNetwork, MemoryNetworkHub
 from protocol.identity import PeerId, peer_id_from_public_key
 
 from .conftest import echo, limited, receive_exactly
@@ -44,7 +43,7 @@ async def start(stack: AsyncExitStack, hub: MemoryNetworkHub, count: int) -> lis
     return networks
 
 
-async def test_a_round_trip_takes_twice_the_latency(virtual_clock: CLOCK) -> None:
+async def test_round_trip_takes_twice_the_latency(virtual_clock: CLOCK) -> None:
     hub = MemoryNetworkHub(random.Random(0), LinkModel(latency_s=0.1))
     async with AsyncExitStack() as stack:
         a, b = await start(stack, hub, 2)
@@ -56,7 +55,7 @@ async def test_a_round_trip_takes_twice_the_latency(virtual_clock: CLOCK) -> Non
         assert await a.ping(b.peer_id) == pytest.approx(0.2)
 
 
-async def test_latency_may_depend_on_the_pair(virtual_clock: CLOCK) -> None:
+async def test_latency_may_depend_on_pair(virtual_clock: CLOCK) -> None:
     def latency(sender: PeerId, receiver: PeerId) -> float:
         return 1.0 if peer(2) in {sender, receiver} else 0.01
 
@@ -67,7 +66,7 @@ async def test_latency_may_depend_on_the_pair(virtual_clock: CLOCK) -> None:
         assert await a.ping(c.peer_id) == pytest.approx(2.0)
 
 
-async def test_bandwidth_bounds_a_transfer(virtual_clock: CLOCK) -> None:
+async def test_bandwidth_bounds_transfer(virtual_clock: CLOCK) -> None:
     hub = MemoryNetworkHub(random.Random(0), LinkModel(latency_s=0.001, bandwidth=1e6))
     async with AsyncExitStack() as stack:
         a, b = await start(stack, hub, 2)
@@ -79,7 +78,7 @@ async def test_bandwidth_bounds_a_transfer(virtual_clock: CLOCK) -> None:
         assert 1 < trio.current_time() - before < 2
 
 
-async def test_jitter_and_loss_delay_a_stream_and_reorder_nothing(virtual_clock: CLOCK) -> None:
+async def test_jitter_and_loss_delay_stream_without_reordering(virtual_clock: CLOCK) -> None:
     payload = random.Random(1).randbytes(1_000_000)
     hub = MemoryNetworkHub(random.Random(0), LinkModel(latency_s=0.01, jitter_s=0.05, loss=0.2))
     async with AsyncExitStack() as stack:
@@ -90,7 +89,7 @@ async def test_jitter_and_loss_delay_a_stream_and_reorder_nothing(virtual_clock:
             assert await receive_exactly(stream, len(payload)) == payload
 
 
-async def test_a_partition_stalls_streams_and_healing_lets_them_go_on(virtual_clock: CLOCK) -> None:
+async def test_streams_stall_during_partition_and_resume_after(virtual_clock: CLOCK) -> None:
     hub = MemoryNetworkHub(random.Random(0))
     async with AsyncExitStack() as stack:
         a, b = await start(stack, hub, 2)
@@ -103,7 +102,7 @@ async def test_a_partition_stalls_streams_and_healing_lets_them_go_on(virtual_cl
         assert await receive_exactly(stream, 6) == b"across"
 
 
-async def test_a_long_partition_ends_connections_on_both_sides(virtual_clock: CLOCK) -> None:
+async def test_connections_time_out_in_long_partition(virtual_clock: CLOCK) -> None:
     hub = MemoryNetworkHub(random.Random(0))
     async with AsyncExitStack() as stack:
         a, b = await start(stack, hub, 2)
@@ -121,7 +120,7 @@ async def test_a_long_partition_ends_connections_on_both_sides(virtual_clock: CL
             assert await anext(ours) == PeerConnected(b.peer_id)
 
 
-async def test_gossip_and_lookups_stay_within_a_partition(virtual_clock: CLOCK) -> None:
+async def test_gossip_and_dht_stay_within_partition(virtual_clock: CLOCK) -> None:
     hub = MemoryNetworkHub(random.Random(0))
     async with AsyncExitStack() as stack:
         networks = await start(stack, hub, 6)
@@ -141,7 +140,7 @@ async def test_gossip_and_lookups_stay_within_a_partition(virtual_clock: CLOCK) 
             assert (await anext(heard_far)).data == b"all of us"
 
 
-async def test_a_stopped_peer_neither_hears_nor_is_heard_and_goes_on_when_resumed(virtual_clock: CLOCK) -> None:
+async def test_stopped_peer_is_isolated_until_resumed(virtual_clock: CLOCK) -> None:
     hub = MemoryNetworkHub(random.Random(0))
     async with AsyncExitStack() as stack:
         a, b = await start(stack, hub, 2)
@@ -154,7 +153,7 @@ async def test_a_stopped_peer_neither_hears_nor_is_heard_and_goes_on_when_resume
         assert await receive_exactly(stream, 5) == b"hello"
 
 
-async def test_killing_a_peer_ends_what_runs_inside_it_and_breaks_its_streams(virtual_clock: CLOCK) -> None:
+async def test_killed_peer_cancels_its_tasks_and_breaks_streams(virtual_clock: CLOCK) -> None:
     hub = MemoryNetworkHub(random.Random(0), LinkModel(latency_s=0.05))
     survivor, victim = prepare(hub.network(peer(1))), prepare(hub.network(peer(2)))
     ended: list[str] = []
@@ -197,7 +196,7 @@ async def _kill(
             await victim.ping(survivor.peer_id)
 
 
-async def test_a_killed_peer_may_come_back(virtual_clock: CLOCK) -> None:
+async def test_killed_peer_can_restart(virtual_clock: CLOCK) -> None:
     hub = MemoryNetworkHub(random.Random(0))
     async with AsyncExitStack() as stack:
         a, b = await start(stack, hub, 2)
@@ -210,7 +209,7 @@ async def test_a_killed_peer_may_come_back(virtual_clock: CLOCK) -> None:
             assert await receive_exactly(stream, 5) == b"again"
 
 
-async def test_what_a_peer_says_after_it_came_back_is_news(virtual_clock: CLOCK) -> None:
+async def test_gossip_of_restarted_peer_is_not_a_duplicate(virtual_clock: CLOCK) -> None:
     hub = MemoryNetworkHub(random.Random(0))
     async with AsyncExitStack() as stack:
         a, b = await start(stack, hub, 2)
@@ -226,7 +225,7 @@ async def test_what_a_peer_says_after_it_came_back_is_news(virtual_clock: CLOCK)
                     assert (await anext(messages)).data == b"after"
 
 
-async def test_a_reader_that_takes_nothing_is_cut_off(virtual_clock: CLOCK) -> None:
+async def test_write_timeout_when_reader_takes_nothing(virtual_clock: CLOCK) -> None:
     async def stay(stream: Stream) -> None:
         await trio.sleep_forever()
 
@@ -272,7 +271,7 @@ async def churn(trace: list[str], seed: int, count: int = 30) -> None:
         nursery.cancel_scope.cancel()
 
 
-def test_the_same_seed_gives_the_same_trace() -> None:
+def test_same_seed_gives_same_trace() -> None:
     def scenario(seed: int) -> Callable[[list[str]], Awaitable[None]]:
         return lambda trace: churn(trace, seed)
 
@@ -280,7 +279,7 @@ def test_the_same_seed_gives_the_same_trace() -> None:
     assert run_seeded(scenario(1)) != run_seeded(scenario(2))
 
 
-def test_three_hundred_peers_hear_a_message_and_find_a_record() -> None:
+def test_gossip_and_dht_reach_three_hundred_peers() -> None:
     async def main() -> None:
         hub = MemoryNetworkHub(random.Random(0), LinkModel(latency_s=0.02, jitter_s=0.02))
         heard: dict[PeerId, float] = {}
@@ -308,7 +307,7 @@ def test_three_hundred_peers_hear_a_message_and_find_a_record() -> None:
     trio.run(main, clock=trio.testing.MockClock(autojump_threshold=0))
 
 
-def test_peers_nearest_to_a_key_keep_its_record() -> None:
+def test_dht_record_is_stored_at_nearest_peers() -> None:
     def ids(networks: Sequence[MemoryNetwork]) -> set[PeerId]:
         return {network.peer_id for network in networks}
 

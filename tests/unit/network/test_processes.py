@@ -76,7 +76,7 @@ def client() -> Libp2pNetwork:
     return network
 
 
-async def test_a_killed_peer_is_noticed_at_once(server: Server) -> None:
+async def test_killed_peer_is_detected_at_once(server: Server) -> None:
     network = client()
     with limited():
         async with network.running(), network.events() as events:
@@ -92,7 +92,7 @@ async def test_a_killed_peer_is_noticed_at_once(server: Server) -> None:
                 assert await anext(events) == PeerDisconnected(server.peer)
 
 
-async def test_a_stopped_peer_is_given_up_in_bounded_time(server: Server) -> None:
+async def test_stopped_peer_hits_keepalive_timeout(server: Server) -> None:
     network = client()
     with limited():
         async with network.running(), network.events() as events:
@@ -109,7 +109,7 @@ async def test_a_stopped_peer_is_given_up_in_bounded_time(server: Server) -> Non
             assert trio.current_time() - started < 3
 
 
-async def test_a_writer_to_a_stopped_peer_is_released_in_bounded_time_while_others_are_served(server: Server) -> None:
+async def test_write_to_stopped_peer_times_out_while_others_are_served(server: Server) -> None:
     network, other = client(), Libp2pNetwork(bytes(31) + b"O", listen=["/ip4/127.0.0.1/tcp/0"])
     with limited():
         async with network.running(), other.running():
@@ -127,7 +127,7 @@ async def test_a_writer_to_a_stopped_peer_is_released_in_bounded_time_while_othe
                 assert await network.ping(other.peer_id) < 0.5
 
 
-async def test_a_peer_that_was_stopped_for_a_moment_is_kept(server: Server) -> None:
+async def test_briefly_stopped_peer_stays_connected(server: Server) -> None:
     network = Libp2pNetwork(bytes(31) + b"C", listen=["/ip4/127.0.0.1/tcp/0"])
     with limited():
         async with network.running():
@@ -139,7 +139,7 @@ async def test_a_peer_that_was_stopped_for_a_moment_is_kept(server: Server) -> N
             assert await receive_exactly(stream, 100_000) == bytes(100_000)
 
 
-async def test_garbage_draws_no_word_on_standard_output_or_error(server: Server) -> None:
+async def test_garbage_prints_nothing_to_stdout_or_stderr(server: Server) -> None:
     network = client()
     port = int(server.address.split("/")[4])
     with limited():

@@ -28,7 +28,7 @@ def wait(scores: Scores, seconds: int) -> None:
         scores.on_heartbeat()
 
 
-def test_a_few_invalid_messages_graylist_a_peer_for_a_while_and_in_every_topic() -> None:
+def test_invalid_messages_graylist_peer_temporarily_in_all_topics() -> None:
     scores = Scores([TOPIC, "another"])
     tell(scores, LIAR, 1)
     assert scores.allow_publish(LIAR, [TOPIC])
@@ -47,7 +47,7 @@ def test_a_few_invalid_messages_graylist_a_peer_for_a_while_and_in_every_topic()
     assert not scores.graylisted(LIAR)
 
 
-def test_coming_back_does_not_wash_a_bad_score_off() -> None:
+def test_reconnecting_does_not_reset_bad_score() -> None:
     scores = Scores([TOPIC])
     tell(scores, LIAR, 10)
     scores.remove_peer(LIAR)
@@ -58,7 +58,7 @@ def test_coming_back_does_not_wash_a_bad_score_off() -> None:
     assert LIAR not in scores.invalid_messages
 
 
-def test_deliveries_do_not_buy_faults() -> None:
+def test_deliveries_do_not_offset_invalid_messages() -> None:
     scores = Scores([TOPIC])
     for _ in range(1000):
         scores.on_first_delivery(LIAR, TOPIC)
@@ -66,7 +66,7 @@ def test_deliveries_do_not_buy_faults() -> None:
     assert not scores.allow_publish(LIAR, [TOPIC])
 
 
-def test_what_is_remembered_of_liars_is_bounded() -> None:
+def test_retained_bad_scores_are_bounded() -> None:
     scores = Scores([TOPIC])
     for number in range(MAX_RETAINED + 10):
         peer = ID(number.to_bytes(32, "big"))
@@ -75,7 +75,7 @@ def test_what_is_remembered_of_liars_is_bounded() -> None:
     assert len(scores.invalid_messages) == MAX_RETAINED
 
 
-async def test_a_peer_that_sends_invalid_messages_is_graylisted_and_an_honest_one_is_not() -> None:
+async def test_gossip_graylists_sender_of_invalid_messages_only() -> None:
     def validate(source: PeerId, data: bytes) -> bool:
         if data.startswith(b"forged"):
             raise RemoteProtocolError("a forged message")
@@ -121,7 +121,9 @@ def _router(network: Network) -> Router:
 
 
 @pytest.mark.parametrize(("shared", "expected"), [("8.8.8.0/24", MAX_MESH_PEERS_PER_RANGE), (None, 6)])
-def test_a_range_of_addresses_fills_no_mesh(shared: str | None, expected: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gossip_mesh_limits_peers_per_address_range(
+    shared: str | None, expected: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     peers = [ID(bytes([n] * 32)) for n in range(30)]
     router = Router(Scores([TOPIC]))
 

@@ -22,7 +22,7 @@ class Reports(list[tuple[int, float]]):
         return sum(size for size, _ in self) / sum(seconds for _, seconds in self)
 
 
-def test_a_burst_is_timed_from_its_first_arrival() -> None:
+def test_burst_is_timed_from_first_arrival() -> None:
     reports = Reports()
     clock = ThroughputMeter(reports)
     clock.begin(10.0)
@@ -34,7 +34,7 @@ def test_a_burst_is_timed_from_its_first_arrival() -> None:
     assert [seconds for _, seconds in reports] == pytest.approx([0.1, 0.06])
 
 
-def test_a_pause_of_the_sender_is_not_counted() -> None:
+def test_pause_of_sender_is_not_counted() -> None:
     reports = Reports()
     clock = ThroughputMeter(reports)
     for start_s in (0.0, 1.0, 2.0):
@@ -46,7 +46,7 @@ def test_a_pause_of_the_sender_is_not_counted() -> None:
     assert not reports
 
 
-async def test_both_ends_of_a_connection_measure_what_it_carries(virtual_clock: trio.testing.MockClock) -> None:
+async def test_both_ends_measure_throughput(virtual_clock: trio.testing.MockClock) -> None:
     left, right = connection_pair()
     rate = 10e6
     send = left.stream.send_stream.send_all
@@ -73,7 +73,7 @@ async def test_both_ends_of_a_connection_measure_what_it_carries(virtual_clock: 
         assert (len(sent), len(received)) == before
 
 
-async def test_hosts_tell_the_rates_of_real_traffic() -> None:
+async def test_hosts_report_throughput_of_real_traffic() -> None:
     meters = TrafficMeter(), TrafficMeter()
     host, dialler = (
         our_host(number, on_sent=meter.sent, on_received=meter.received)

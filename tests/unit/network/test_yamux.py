@@ -56,7 +56,7 @@ async def open_both(dialler: IMuxedConn, listener: IMuxedConn) -> tuple[IMuxedSt
 # A pausing reader
 
 
-async def test_library_resets_a_stream_whose_reader_pauses_for_five_seconds(virtual_clock: CLOCK) -> None:
+async def test_library_resets_stream_whose_reader_pauses_five_seconds(virtual_clock: CLOCK) -> None:
     left, right = map(librarys, connection_pair())
     async with started(left, right):
         near, _ = await open_both(left, right)
@@ -64,7 +64,7 @@ async def test_library_resets_a_stream_whose_reader_pauses_for_five_seconds(virt
             await near.write(bytes(8 * INITIAL_WINDOW_BYTES))
 
 
-async def test_a_reader_may_pause_for_as_long_as_the_write_timeout(virtual_clock: CLOCK) -> None:
+async def test_reader_may_pause_up_to_write_timeout(virtual_clock: CLOCK) -> None:
     payload = random.Random(1).randbytes(8 * INITIAL_WINDOW_BYTES)
     left, right = (ours(end, YamuxLimits(write_timeout_s=10)) for end in connection_pair())
     async with started(left, right), trio.open_nursery() as nursery:
@@ -74,7 +74,7 @@ async def test_a_reader_may_pause_for_as_long_as_the_write_timeout(virtual_clock
         assert await read_all(far, len(payload)) == payload
 
 
-async def test_a_peer_that_grants_no_window_loses_the_stream_and_nothing_else(virtual_clock: CLOCK) -> None:
+async def test_write_timeout_without_window_resets_only_the_stream(virtual_clock: CLOCK) -> None:
     left, right = map(ours, connection_pair())
     async with started(left, right):
         near, far = await open_both(left, right)
@@ -88,11 +88,11 @@ async def test_a_peer_that_grants_no_window_loses_the_stream_and_nothing_else(vi
 # Cancellation
 
 
-async def test_library_leaves_half_a_frame_on_the_connection_when_a_write_is_cancelled() -> None:
+async def test_library_leaves_half_a_frame_when_write_is_cancelled() -> None:
     assert await _frames_around_a_cancelled_write(librarys) != [b"cancelled", b"after"]
 
 
-async def test_a_cancelled_write_still_completes_its_frame() -> None:
+async def test_cancelled_write_completes_its_frame() -> None:
     assert await _frames_around_a_cancelled_write(ours) == [b"cancelled", b"after"]
 
 
@@ -125,11 +125,11 @@ async def _frames_around_a_cancelled_write(make: Callable[[PipeConnection], IMux
     return frames
 
 
-async def test_library_loses_bytes_when_a_read_is_cancelled() -> None:
+async def test_library_loses_bytes_when_read_is_cancelled() -> None:
     assert await _bytes_despite_cancelled_reads(*map(librarys, connection_pair())) < 50
 
 
-async def test_a_cancelled_read_loses_nothing() -> None:
+async def test_cancelled_read_loses_no_bytes() -> None:
     assert await _bytes_despite_cancelled_reads(*map(ours, connection_pair())) == 50
 
 
@@ -163,7 +163,7 @@ async def _bytes_despite_cancelled_reads(left: IMuxedConn, right: IMuxedConn) ->
 # Hostile peers
 
 
-async def test_library_lets_a_peer_ignore_the_window() -> None:
+async def test_library_lets_peer_exceed_the_window() -> None:
     near_end, far_end = connection_pair()
     muxer = librarys(near_end)
     async with started(muxer):
@@ -176,7 +176,7 @@ async def test_library_lets_a_peer_ignore_the_window() -> None:
         assert len(muxer.stream_buffers[2]) == 64 << 16
 
 
-async def test_a_peer_that_ignores_the_window_is_cut_off() -> None:
+async def test_exceeding_the_window_ends_the_connection() -> None:
     near_end, far_end = connection_pair()
     faults: list[str] = []
     muxer = ours(near_end, faults=faults)
@@ -195,7 +195,7 @@ async def test_a_peer_that_ignores_the_window_is_cut_off() -> None:
     assert faults == ["it sent more than the window of a stream allows"]
 
 
-async def test_library_hangs_at_the_257th_stream(virtual_clock: CLOCK) -> None:
+async def test_library_hangs_at_257th_stream(virtual_clock: CLOCK) -> None:
     left, right = map(librarys, connection_pair())
     async with started(left, right):
         async with trio.open_nursery() as nursery:
@@ -213,7 +213,7 @@ async def _accept_for_ever(muxer: IMuxedConn) -> None:
         await muxer.accept_stream()
 
 
-async def test_one_stream_too_many_is_an_error_until_another_is_closed() -> None:
+async def test_outbound_stream_limit_is_an_error_until_one_closes() -> None:
     left, _ = (ours(end, YamuxLimits(max_streams=3)) for end in connection_pair())
     async with started(left):
         streams = [await left.open_stream() for _ in range(3)]
@@ -223,7 +223,7 @@ async def test_one_stream_too_many_is_an_error_until_another_is_closed() -> None
         await left.open_stream()
 
 
-async def test_library_takes_any_number_of_streams_from_a_peer() -> None:
+async def test_library_has_no_inbound_stream_limit() -> None:
     near_end, far_end = connection_pair()
     muxer = librarys(near_end)
     async with started(muxer), trio.open_nursery() as nursery:
@@ -236,7 +236,7 @@ async def test_library_takes_any_number_of_streams_from_a_peer() -> None:
         nursery.cancel_scope.cancel()
 
 
-async def test_a_peer_may_open_only_so_many_streams() -> None:
+async def test_inbound_stream_limit_resets_excess_streams() -> None:
     near_end, far_end = connection_pair()
     muxer = ours(near_end, YamuxLimits(max_streams=3))
     with trio.fail_after(5):
@@ -253,7 +253,7 @@ async def test_a_peer_may_open_only_so_many_streams() -> None:
             assert (await raw.receive_kind(WINDOW_UPDATE, ACK))[2] == 10
 
 
-async def test_library_waits_for_ever_for_a_peer_that_reads_nothing(virtual_clock: CLOCK) -> None:
+async def test_library_write_never_times_out(virtual_clock: CLOCK) -> None:
     near_end, _ = connection_pair(lockstep=True)
     muxer = librarys(near_end)
     async with started(muxer):
@@ -263,7 +263,7 @@ async def test_library_waits_for_ever_for_a_peer_that_reads_nothing(virtual_cloc
         assert not muxer.is_closed
 
 
-async def test_a_peer_that_reads_nothing_loses_the_connection(virtual_clock: CLOCK) -> None:
+async def test_write_timeout_ends_connection_of_peer_that_reads_nothing(virtual_clock: CLOCK) -> None:
     near_end, _ = connection_pair(lockstep=True)
     faults: list[str] = []
     muxer = ours(near_end, YamuxLimits(write_timeout_s=10, keepalive_s=100), faults)
@@ -277,7 +277,7 @@ async def test_a_peer_that_reads_nothing_loses_the_connection(virtual_clock: CLO
     assert faults == ["it accepted nothing for 10 s"]
 
 
-async def test_library_never_notices_a_silent_peer(virtual_clock: CLOCK) -> None:
+async def test_library_never_detects_silent_peer(virtual_clock: CLOCK) -> None:
     near_end, _ = connection_pair()
     muxer = librarys(near_end)
     async with started(muxer):
@@ -285,7 +285,7 @@ async def test_library_never_notices_a_silent_peer(virtual_clock: CLOCK) -> None
         assert muxer.is_established
 
 
-async def test_a_silent_peer_is_cut_off_and_its_streams_end(virtual_clock: CLOCK) -> None:
+async def test_keepalive_timeout_ends_connection_of_silent_peer(virtual_clock: CLOCK) -> None:
     near_end, _ = connection_pair()
     faults: list[str] = []
     muxer = ours(near_end, YamuxLimits(keepalive_s=10), faults)
@@ -298,7 +298,7 @@ async def test_a_silent_peer_is_cut_off_and_its_streams_end(virtual_clock: CLOCK
     assert faults == ["it was silent for 10 s after a ping"]
 
 
-async def test_a_peer_that_answers_pings_is_kept(virtual_clock: CLOCK) -> None:
+async def test_keepalive_keeps_peer_that_answers_pings(virtual_clock: CLOCK) -> None:
     left, right = map(ours, connection_pair())
     async with started(left, right):
         await trio.sleep(3600)
@@ -306,7 +306,7 @@ async def test_a_peer_that_answers_pings_is_kept(virtual_clock: CLOCK) -> None:
         assert right.is_established
 
 
-async def test_a_peer_that_asks_and_does_not_read_the_answers_is_cut_off() -> None:
+async def test_ping_flood_without_reading_ends_connection() -> None:
     near_end, far_end = connection_pair(lockstep=True)
     faults: list[str] = []
     muxer = ours(near_end, faults=faults)
@@ -330,7 +330,7 @@ async def test_a_peer_that_asks_and_does_not_read_the_answers_is_cut_off() -> No
         pytest.param(b"GET / HTTP/1.1\r\n\r\n", id="HTTP"),
     ],
 )
-async def test_a_broken_rule_ends_the_connection(frame: bytes) -> None:
+async def test_protocol_violation_ends_connection(frame: bytes) -> None:
     near_end, far_end = connection_pair()
     faults: list[str] = []
     muxer = ours(near_end, faults=faults)
@@ -342,7 +342,7 @@ async def test_a_broken_rule_ends_the_connection(frame: bytes) -> None:
     assert len(faults) == 1
 
 
-async def test_a_stream_left_half_open_by_its_peer_is_given_up(virtual_clock: CLOCK) -> None:
+async def test_half_open_stream_is_reset_after_linger_timeout(virtual_clock: CLOCK) -> None:
     left, right = (ours(end, YamuxLimits(max_streams=1, linger_s=60)) for end in connection_pair())
     async with started(left, right):
         near, far = await open_both(left, right)
@@ -355,7 +355,7 @@ async def test_a_stream_left_half_open_by_its_peer_is_given_up(virtual_clock: CL
             await far.read()
 
 
-async def test_a_window_that_is_used_up_swiftly_grows_and_what_is_granted_stays_bounded() -> None:
+async def test_receive_window_grows_within_its_bound() -> None:
     near_end, far_end = connection_pair()
     muxer = ours(near_end, YamuxLimits(max_window_bytes=1 << 20, max_window_growth_bytes=1 << 20))
     with trio.fail_after(10):
@@ -381,7 +381,7 @@ async def test_a_window_that_is_used_up_swiftly_grows_and_what_is_granted_stays_
 
 @pytest.mark.parametrize("dialler", [ours, librarys])
 @pytest.mark.parametrize("listener", [ours, librarys])
-async def test_a_megabyte_there_and_back_and_the_end(dialler: type, listener: type) -> None:
+async def test_megabyte_round_trip_until_eof(dialler: type, listener: type) -> None:
     payload = random.Random(3).randbytes(1 << 20)
     left_end, right_end = connection_pair()
     left, right = dialler(left_end), listener(right_end)
@@ -409,7 +409,7 @@ async def test_a_megabyte_there_and_back_and_the_end(dialler: type, listener: ty
 @given(
     st.lists(st.binary(min_size=1, max_size=400), max_size=12), st.lists(st.integers(1, 50), min_size=1, max_size=20)
 )
-def test_the_bytes_of_a_stream_survive_any_fragmentation(writes: list[bytes], cuts: list[int]) -> None:
+def test_stream_survives_any_fragmentation(writes: list[bytes], cuts: list[int]) -> None:
     """Frames that arrive in pieces of any size give the same bytes and the same end."""
 
     async def main() -> None:

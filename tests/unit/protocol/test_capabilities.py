@@ -23,7 +23,7 @@ from protocol.capabilities import (
 )
 from protocol.errors import LocalProtocolError, RemoteProtocolError
 from protocol.limits import MAX_RECORD_BYTES, MAX_TEXT_BYTES
-from protocol.records import seal, select, sign, unseal, unseal_from_dht
+from protocol.records import seal, select, sign, verify_dht_record, verify_record
 from protocol.schema import from_map, to_map
 from tests.support.capabilities import EPYC, GIB, H100, key_of, peer_of
 
@@ -58,7 +58,7 @@ def forged(**fields: Value) -> bytes:
 @pytest.mark.parametrize("capabilities", [EPYC, BEST, None], ids=["cpu", "gpu", "withdrawn"])
 def test_capability_record_round_trip_under_its_dht_key(capabilities: Capabilities | None) -> None:
     said = record(capabilities)
-    assert unseal_from_dht(CapabilityRecord, capability_key(PEER), seal(said, KEY), NOW_S) == said
+    assert verify_dht_record(CapabilityRecord, capability_key(PEER), seal(said, KEY), NOW_S) == said
 
 
 def test_dht_key_contains_the_peer() -> None:
@@ -67,7 +67,7 @@ def test_dht_key_contains_the_peer() -> None:
 
 def test_rejects_record_under_dht_key_of_another_peer() -> None:
     with pytest.raises(RemoteProtocolError, match="under another key"):
-        unseal_from_dht(CapabilityRecord, capability_key(peer_of(2)), seal(record(EPYC), KEY), NOW_S)
+        verify_dht_record(CapabilityRecord, capability_key(peer_of(2)), seal(record(EPYC), KEY), NOW_S)
 
 
 def test_refuses_to_sign_for_another_peer() -> None:
@@ -138,12 +138,12 @@ def test_rejects_capabilities_out_of_bounds(path: str, value: object) -> None:
 
 def test_rejects_peer_as_its_own_neighbour() -> None:
     with pytest.raises(RemoteProtocolError, match="its own neighbour"):
-        unseal(CapabilityRecord, forged(capabilities=changed("links.neighbours", [{"peer": PEER}])), NOW_S)
+        verify_record(CapabilityRecord, forged(capabilities=changed("links.neighbours", [{"peer": PEER}])), NOW_S)
 
 
 def test_rejects_unknown_format_version() -> None:
     with pytest.raises(RemoteProtocolError, match="version"):
-        unseal(CapabilityRecord, forged(version=2), NOW_S)
+        verify_record(CapabilityRecord, forged(version=2), NOW_S)
 
 
 def with_model(model: str, *sets: str) -> Capabilities:

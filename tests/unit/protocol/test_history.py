@@ -15,7 +15,7 @@ from protocol.history import (
 )
 from protocol.limits import MAX_BATCH_BYTES, MAX_BATCH_ENVELOPES, MAX_PARTS, MAX_RECORD_BYTES
 from protocol.reconciliation import IdCache, SetTree, Summary, digest_of
-from protocol.records import seal, unseal_from_dht
+from protocol.records import seal, verify_dht_record
 from tests.support.observations import NOW_S, key, peer
 
 BUCKET = NOW_S // 3600
@@ -54,7 +54,7 @@ def test_digest_record_covers_the_history_within_its_bound(bucket_count: int) ->
     record = digest(tree)
     sealed = seal(record, key(1))
     assert len(sealed) <= MAX_RECORD_BYTES
-    assert unseal_from_dht(HistoryDigest, history_key(peer(1)), sealed, NOW_S) == record
+    assert verify_dht_record(HistoryDigest, history_key(peer(1)), sealed, NOW_S) == record
     assert len(record.parts) <= MAX_PARTS
     assert sum(part.count for part in record.parts) == tree.summary("").count
     assert all(part == tree.summary(part.prefix) for part in record.parts)
@@ -77,9 +77,9 @@ def test_estimates_missing_observations_from_a_digest_record() -> None:
 def test_rejects_digest_record_under_another_dht_key() -> None:
     sealed = seal(digest(tree_of({BUCKET: 1})), key(1))
     with pytest.raises(RemoteProtocolError, match="another key"):
-        unseal_from_dht(HistoryDigest, history_key(peer(2)), sealed, NOW_S)
+        verify_dht_record(HistoryDigest, history_key(peer(2)), sealed, NOW_S)
     with pytest.raises(RemoteProtocolError, match="expired"):
-        unseal_from_dht(HistoryDigest, history_key(peer(1)), sealed, NOW_S + 1800)
+        verify_dht_record(HistoryDigest, history_key(peer(1)), sealed, NOW_S + 1800)
 
 
 @pytest.mark.parametrize(

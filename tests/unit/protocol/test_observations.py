@@ -30,10 +30,10 @@ from protocol.observations import (
     bucket_of,
     check_countersignature,
     countersign,
+    decode_verified_observation,
     oldest_bucket,
-    open_observation,
-    read_observation,
     sign_observation,
+    verify_fresh_observation,
     verify_observation,
 )
 from protocol.records import sign
@@ -62,11 +62,11 @@ def resigned(observation_number: int = 0, **changes: Any) -> bytes:
 
 def test_observation_round_trip() -> None:
     made = signed(7, observer=1, stages=(2, 3))
-    taken = verify_observation(made.envelope, NOW_S)
+    taken = verify_fresh_observation(made.envelope, NOW_S)
     assert taken == made
     assert taken.observation == observation(7, observer=1, stages=(2, 3))
     assert taken.observation.is_countersigned
-    assert read_observation(made.envelope) == made
+    assert decode_verified_observation(made.envelope) == made
 
 
 def test_observation_id_depends_on_content_only() -> None:
@@ -78,7 +78,7 @@ def test_observation_id_depends_on_content_only() -> None:
 def test_longest_route_fits_an_observation() -> None:
     made = signed(1, stages=range(MAX_STAGES))
     assert len(made.envelope) <= MAX_RECORD_BYTES
-    assert verify_observation(made.envelope, NOW_S).observation.is_countersigned
+    assert verify_fresh_observation(made.envelope, NOW_S).observation.is_countersigned
 
 
 def test_rejects_observation_signed_by_another_peer() -> None:
@@ -86,7 +86,7 @@ def test_rejects_observation_signed_by_another_peer() -> None:
         sign_observation(observation(observer=1), key(2))
     stolen = sign(OBSERVATION_KIND, payload_of(signed(1, observer=1).envelope), key(2))
     with pytest.raises(RemoteProtocolError, match="is signed by"):
-        open_observation(stolen)
+        verify_observation(stolen)
 
 
 def test_rejects_observation_with_any_byte_changed() -> None:
@@ -95,10 +95,10 @@ def test_rejects_observation_with_any_byte_changed() -> None:
         broken = bytearray(envelope)
         broken[position] ^= 0x01
         with pytest.raises(RemoteProtocolError):
-            open_observation(bytes(broken))
+            verify_observation(bytes(broken))
     for length in range(len(envelope)):
         with pytest.raises(RemoteProtocolError):
-            open_observation(envelope[:length])
+            verify_observation(envelope[:length])
 
 
 @pytest.mark.parametrize("what", ["job", "observer", "model", "method", "blocks", "hardware", "statistics"])
@@ -140,18 +140,18 @@ def test_observation_without_countersignature_is_accepted_as_such() -> None:
 
 
 def test_tolerates_clock_skew_within_bounds() -> None:
-    verify_observation(signed(issued_at_s=NOW_S + MAX_CLOCK_SKEW_S).envelope, NOW_S)
+    verify_fresh_observation(signed(issued_at_s=NOW_S + MAX_CLOCK_SKEW_S).envelope, NOW_S)
     with pytest.raises(RemoteProtocolError, match="in the future"):
-        verify_observation(signed(issued_at_s=NOW_S + MAX_CLOCK_SKEW_S + 1).envelope, NOW_S)
+        verify_fresh_observation(signed(issued_at_s=NOW_S + MAX_CLOCK_SKEW_S + 1).envelope, NOW_S)
 
 
 def test_observations_expire_by_whole_buckets() -> None:
     oldest_s = oldest_bucket(NOW_S) * BUCKET_S
     assert NOW_S - MAX_OBSERVATION_AGE_S - BUCKET_S < oldest_s <= NOW_S - MAX_OBSERVATION_AGE_S
-    verify_observation(signed(issued_at_s=oldest_s).envelope, NOW_S)
+    verify_fresh_observation(signed(issued_at_s=oldest_s).envelope, NOW_S)
     with pytest.raises(RemoteProtocolError, match="too old"):
-        verify_observation(signed(issued_at_s=oldest_s - 1).envelope, NOW_S)
-    assert open_observation(signed(issued_at_s=oldest_s - 1).envelope).bucket == bucket_of(oldest_s) - 1
+        verify_fresh_observation(signed(issued_at_s=oldest_s - 1).envelope, NOW_S)
+    assert verify_observation(signed(issued_at_s=oldest_s - 1).envelope).bucket == bucket_of(oldest_s) - 1
 
 
 @pytest.mark.parametrize(
@@ -197,7 +197,7 @@ def test_observations_expire_by_whole_buckets() -> None:
 )
 def test_rejects_impossible_observations(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(RemoteProtocolError, match=message):
-        open_observation(resigned(**changes))
+        verify_observation(resigned(**changes))
 
 
 @pytest.mark.parametrize(
@@ -270,7 +270,7 @@ def test_method_name_is_its_sorted_switches() -> None:
 def test_rejects_record_of_another_kind_as_observation() -> None:
     payload = payload_of(signed().envelope)
     with pytest.raises(RemoteProtocolError, match="was expected"):
-        open_observation(sign("heartbeat", payload, key(0)))
+        verify_observation(sign("heartbeat", payload, key(0)))
 
 
 def test_rejects_non_canonical_observation() -> None:
@@ -282,16 +282,16 @@ def test_rejects_non_canonical_observation() -> None:
     outer["payload"] = b"\xde\x00\x0b" + canonical[1:]
     outer["signature"] = key(0).sign(b"metaswarm/1/observation\n" + outer["payload"])
     with pytest.raises(RemoteProtocolError, match="canonical"):
-        open_observation(encode(outer))
+        verify_observation(encode(outer))
 
 
 def test_rejects_malformed_stored_observations() -> None:
     with pytest.raises(RemoteProtocolError):
-        read_observation(b"")
+        decode_verified_observation(b"")
     with pytest.raises(RemoteProtocolError):
-        read_observation(encode({"payload": "text"}))
+        decode_verified_observation(encode({"payload": "text"}))
     with pytest.raises(RemoteProtocolError):
-        read_observation(encode({"payload": encode({"version": 1})}))
+        decode_verified_observation(encode({"payload": encode({"version": 1})}))
 
 
 EXAMPLE_KEY = Ed25519PrivateKey.from_private_bytes(bytes(range(32)))

@@ -28,7 +28,7 @@ from protocol.limits import (
     MAX_SPANS,
 )
 from protocol.messages import Load
-from protocol.records import seal, select, sign, unseal, unseal_from_dht, verify
+from protocol.records import seal, select, sign, verify, verify_dht_record, verify_record
 
 KEY = Ed25519PrivateKey.from_private_bytes(bytes(range(32)))
 PEER = peer_id_from_public_key(KEY.public_key().public_bytes_raw())
@@ -87,7 +87,7 @@ def payload_of(record: Record) -> dict[str, Any]:
 @pytest.mark.parametrize("record", [SPAN, HEARTBEAT, replace(SPAN, blocks=()), replace(HEARTBEAT, spans=())])
 def test_record_round_trip(record: Record) -> None:
     envelope = seal(record, KEY)
-    assert unseal(type(record), envelope, NOW_S) == record
+    assert verify_record(type(record), envelope, NOW_S) == record
     assert verify(envelope, record.kind, NOW_S).peer == PEER
 
 
@@ -102,12 +102,12 @@ def test_largest_heartbeat_fits_a_record() -> None:
         placements=(Placement(model=MODEL, blocks=BlockRange(1000, 1024), rate=0.1, movable=True),) * MAX_SPANS,
         placed_at_ms=MAX_INTEGER,
     )
-    assert unseal(Heartbeat, seal(largest, KEY), NOW_S) == largest
+    assert verify_record(Heartbeat, seal(largest, KEY), NOW_S) == largest
 
 
 def test_signature_covers_the_kind_of_record() -> None:
     with pytest.raises(RemoteProtocolError, match="a span record where a heartbeat record was expected"):
-        unseal(Heartbeat, seal(SPAN, KEY), NOW_S)
+        verify_record(Heartbeat, seal(SPAN, KEY), NOW_S)
     relabelled = forged("span", payload_of(SPAN), kind="heartbeat")
     with pytest.raises(RemoteProtocolError, match="signature is invalid"):
         verify(relabelled, "heartbeat", NOW_S)
@@ -178,17 +178,17 @@ def test_rejects_non_canonical_payload() -> None:
 def test_record_is_valid_between_issue_and_expiry(issued_at_s: int, expires_at_s: int, valid: bool) -> None:
     envelope = forged("span", {**payload_of(SPAN), "issued_at_s": issued_at_s, "expires_at_s": expires_at_s})
     if valid:
-        assert unseal(SpanRecord, envelope, NOW_S).expires_at_s == expires_at_s
+        assert verify_record(SpanRecord, envelope, NOW_S).expires_at_s == expires_at_s
     else:
         with pytest.raises(RemoteProtocolError, match=r"expired|future|lifetime"):
-            unseal(SpanRecord, envelope, NOW_S)
+            verify_record(SpanRecord, envelope, NOW_S)
 
 
 def test_accepts_records_signed_by_other_implementations() -> None:
     """The ground of the test below: what it spoils is right."""
     for record in (SPAN, HEARTBEAT):
-        assert unseal(type(record), forged(record.kind, payload_of(record)), NOW_S) == record
-    heartbeat = unseal(Heartbeat, forged("heartbeat", {**payload_of(HEARTBEAT), "spans": [SPAN_FIELDS]}), NOW_S)
+        assert verify_record(type(record), forged(record.kind, payload_of(record)), NOW_S) == record
+    heartbeat = verify_record(Heartbeat, forged("heartbeat", {**payload_of(HEARTBEAT), "spans": [SPAN_FIELDS]}), NOW_S)
     assert heartbeat.spans == (ServedSpan(model=ModelId("00" * 32), blocks=BlockRange(0, 1), load=Load()),)
 
 
@@ -222,7 +222,7 @@ def test_accepts_records_signed_by_other_implementations() -> None:
 )
 def test_rejects_signed_records_with_fields_out_of_bounds(record: Record, key: str, value: Any) -> None:
     with pytest.raises(RemoteProtocolError):
-        unseal(type(record), forged(record.kind, {**payload_of(record), key: value}), NOW_S)
+        verify_record(type(record), forged(record.kind, {**payload_of(record), key: value}), NOW_S)
 
 
 @pytest.mark.parametrize(
@@ -265,10 +265,10 @@ def test_span_record_is_bound_to_its_dht_key() -> None:
     key = span_key(MODEL, PEER)
     assert key == f"/metaswarm/span/{MODEL}/{PEER}"
     envelope = seal(SPAN, KEY)
-    assert unseal_from_dht(SpanRecord, key, envelope, NOW_S) == SPAN
+    assert verify_dht_record(SpanRecord, key, envelope, NOW_S) == SPAN
     for other in (span_key(MODEL, OTHER_PEER), span_key(ModelId("00" * 32), PEER), "", key + "/"):
         with pytest.raises(RemoteProtocolError, match="under another key"):
-            unseal_from_dht(SpanRecord, other, envelope, NOW_S)
+            verify_dht_record(SpanRecord, other, envelope, NOW_S)
 
 
 def test_provider_keys_are_sha256() -> None:

@@ -82,6 +82,17 @@ def test_number_of_remembered_peers_is_bounded_by_lru_eviction() -> None:
     assert limits.of(PeerId("first"), 0) is first, "the least recently active peer is evicted"
 
 
+def test_listing_bans_does_not_count_as_activity(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(peer_limits, "MAX_PEERS", 2)
+    limits = PeerLimits(ALLOWANCES)
+    limits.ban(PeerId("active"), 0, "a violation")
+    limits.of(PeerId("idle"), 0)
+    limits.of(PeerId("active"), 0)
+    limits.bans(0)
+    limits.of(PeerId("newcomer"), 0)
+    assert limits.of(PeerId("active"), 0).is_banned(0), "the idle peer is evicted, and the ban stands"
+
+
 def test_flood_exhausts_only_the_allowance_of_its_peer() -> None:
     limits = PeerLimits(ALLOWANCES)
     flooder, honest = limits.of(PeerId("flooder"), 0), limits.of(PeerId("honest"), 0)

@@ -14,8 +14,8 @@ from node.replication.observations import PEER_ALLOWANCES
 from node.replication.peer_limits import PeerLimits
 from node.replication.pull import BUSY_S, PullLimits, PullService
 from node.replication.session import Throttle
-from node.testing.memory_hub import MemoryNetworkHub
 from node.testing.memory_links import LinkModel
+from node.testing.memory_network import MemoryNetworkHub
 from protocol.errors import RemoteProtocolError
 from protocol.sync import PROTOCOL_ID
 from tests.support.sync_sessions import OURS, THEIRS, Peer, made

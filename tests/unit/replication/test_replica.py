@@ -5,7 +5,7 @@ from trio.testing import MockClock
 from node.replication.replica import DECLINED_S, SNAPSHOT_S, VERIFIED_ENVELOPES, Replica, verification_cost
 from node.testing.memory_history import MemoryHistory
 from protocol.errors import RemoteProtocolError
-from protocol.observations import SignedObservation, oldest_bucket, open_observation
+from protocol.observations import SignedObservation, oldest_bucket, verify_observation
 from tests.support.observations import NOW_S, signed
 from tests.support.sync_sessions import made
 
@@ -79,12 +79,12 @@ def test_envelope_is_verified_once_while_cached() -> None:
 
     def verify(envelope: bytes) -> SignedObservation:
         verified.append(envelope)
-        return open_observation(envelope)
+        return verify_observation(envelope)
 
     replica = Replica(MemoryHistory(), lambda: NOW_S, verify)
     assert replica.verifier.cost(made(0).envelope) > 1
     assert replica.verify(made(0).envelope) == replica.verify(made(0).envelope) == made(0)
-    assert replica.verifier.cost(made(0).envelope) == 0
+    assert replica.verifier.cost(made(0).envelope) < 1
     assert len(verified) == 1
     for number in range(1, VERIFIED_ENVELOPES + 1):
         replica.verify(made(number).envelope)

@@ -264,7 +264,7 @@ async def test_jobs_go_on_when_draft_model_crashes(virtual_clock: MockClock) -> 
                     if len(tokens) == 12:
                         draft.crash()
         assert tuple(tokens) == right(PROMPTS[0], 40)
-        assert peer.coordinator.statistics().done == 1
+        assert peer.coordinator.statistics.done == 1
         with pytest.raises(JobError, match="not ready") as caught:  # it will be back
             await peer.run(request(PROMPTS[0], 5, GUESSED))
         assert caught.value.retry_after_s
@@ -317,4 +317,4 @@ async def test_failover_to_stage_without_draft_model_goes_on_without_drafts(
                     assert event.token_ids == right(PROMPTS[0], 60) == tuple(tokens)
                     assert event.replays == 1
                     assert event.method.switches["speculation"] == ("draft-8" if stage else "off")
-        assert peer.coordinator.statistics().done == 1
+        assert peer.coordinator.statistics.done == 1

@@ -7,15 +7,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from node.stages.scheduler import (
+    HOLD_S,
     MIN_PREFILL_ROWS,
     PREFILL_ROWS,
+    STALL_BOUND_S,
     STATIC_PATIENCE_S,
     Batching,
+    PolicyController,
     Scheduler,
     StagePolicy,
     Work,
 )
-from node.stages.stage_policy import HOLD_S, STALL_BOUND_S, PolicyController
 from protocol.identity import JobId, PeerId, SessionId
 from protocol.limits import MAX_SLICES
 from protocol.messages import Slice

@@ -6,7 +6,10 @@ import pytest
 import trio
 from trio.testing import MockClock
 
+from node.engine.interface import EngineError, SessionOptions
 from node.links.base_link import LinkBroken
+from protocol.identity import SessionId
+from protocol.messages import FailureReason
 from protocol.tensors import tensor_from_tokens
 from tests.support.job_peers import open_swarm
 from tests.support.raw_coordinator import a_slice, raw_coordinator_at
@@ -34,4 +37,20 @@ async def test_session_lost_while_taking_over_another_frees_its_memory(virtual_c
             with pytest.raises(LinkBroken, match="left"):
                 await coordinator.open_with(successor)
         await trio.sleep(2)
+        assert server.held() == (0, 0)
+
+
+async def test_fails_session_that_engine_cannot_begin(
+    virtual_clock: MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def fail(session: SessionId, options: SessionOptions) -> int:
+        raise EngineError
+
+    async with open_swarm() as swarm:
+        server = await swarm.join((0, 9))
+        coordinator = await raw_coordinator_at(swarm, server)
+        monkeypatch.setattr(server.engines[0], "begin", fail)
+        await coordinator.begin()
+        assert (await coordinator.until_lost()).reason is FailureReason.ENGINE
+        await trio.sleep(1)
         assert server.held() == (0, 0)

@@ -4,7 +4,7 @@ import pytest
 
 from node.network.interface import NetworkError
 from node.swarm.dht_records import RecordKinds
-from node.testing.memory_hub import MemoryNetworkHub
+from node.testing.memory_network import MemoryNetworkHub
 from tests.support.capabilities import peer_of
 
 

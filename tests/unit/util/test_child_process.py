@@ -25,7 +25,7 @@ def mark(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 
 @pytest.mark.usefixtures("mark")
-async def test_no_child_imports_from_the_current_directory() -> None:
+async def test_child_does_not_import_from_current_directory() -> None:
     command = python("-c", PROGRAM)
     expected = str(ROOT / "node" / "__init__.py")
     assert (await run(command, what="it", time_limit_s=30)).decode().strip() == expected
@@ -40,14 +40,14 @@ async def test_no_child_imports_from_the_current_directory() -> None:
 
 
 @pytest.mark.usefixtures("mark")
-async def test_grandchild_imports_nothing_from_the_current_directory() -> None:
+async def test_grandchild_does_not_import_from_current_directory() -> None:
     inner = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {PROGRAM!r}], check=True)"
     assert await run(python("-c", inner), what="it", time_limit_s=30)
 
 
 @pytest.mark.usefixtures("mark")
 @pytest.mark.parametrize("flags", [["-P"], []])
-def test_the_command_line_works_in_a_hostile_directory(flags: list[str], mark: Path) -> None:
+def test_command_line_works_in_hostile_directory(flags: list[str], mark: Path) -> None:
     # Without -P a folder of the same name as the package is found first; nothing else there is.
     (mark.parent / "node" / "__init__.py").unlink()
     (mark.parent / "node").rmdir()
@@ -58,7 +58,7 @@ def test_the_command_line_works_in_a_hostile_directory(flags: list[str], mark: P
     assert (done.returncode, done.stderr) == (0, "")
 
 
-def test_the_environment_takes_no_surprises_along(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_child_environment_is_sanitised(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTHONSTARTUP", "/tmp/startup.py")
     monkeypatch.setenv("PYTHONINSPECT", "1")
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(["", "here", "/opt/modules"]))
@@ -79,7 +79,7 @@ def test_the_environment_takes_no_surprises_along(monkeypatch: pytest.MonkeyPatc
         ("import os, signal; os.write(2, b'old'); os.kill(os.getpid(), 9)", "the child was killed by SIGKILL"),
     ],
 )
-async def test_the_last_line_of_stderr_is_part_of_the_error(program: str, message: str) -> None:
+async def test_error_includes_last_line_of_stderr(program: str, message: str) -> None:
     command = python("-c", program)
     with pytest.raises(ChildError) as caught:
         await run(command, what="the child", time_limit_s=30)
@@ -96,7 +96,7 @@ async def test_the_last_line_of_stderr_is_part_of_the_error(program: str, messag
     await child.kill()
 
 
-async def test_what_a_child_says_on_stderr_is_shown_while_it_lives(capfd: pytest.CaptureFixture[str]) -> None:
+async def test_stderr_of_child_is_forwarded_live(capfd: pytest.CaptureFixture[str]) -> None:
     program = "import sys; print('printed', flush=True); print('warned', file=sys.stderr); sys.stdin.read()"
     child = await start(python("-c", program), what="it", stdin=True)
     async with trio.open_nursery() as nursery:
@@ -109,7 +109,7 @@ async def test_what_a_child_says_on_stderr_is_shown_while_it_lives(capfd: pytest
     assert capfd.readouterr().err.split() == ["printed", "warned"]
 
 
-async def test_a_child_that_takes_too_long_is_killed() -> None:
+async def test_child_is_killed_on_timeout() -> None:
     command = python("-c", "import time; time.sleep(600)")
     with pytest.raises(ChildError, match=r"^it took longer than 0\.2 s$"):
         await run(command, what="it", time_limit_s=0.2)
@@ -117,7 +117,7 @@ async def test_a_child_that_takes_too_long_is_killed() -> None:
         run_blocking(command, what="it", time_limit_s=0.2)
 
 
-async def test_what_is_not_there_cannot_be_started() -> None:
+async def test_missing_program_cannot_be_started() -> None:
     for starting in (
         run(["/nowhere"], what="it", time_limit_s=1),
         start(["/nowhere"], what="it"),

@@ -46,7 +46,7 @@ def no_file_left() -> Iterator[None]:
                 os.close(descriptor)
 
 
-def test_the_soft_limit_is_raised_as_far_as_it_may_be() -> None:
+def test_soft_open_file_limit_is_raised_to_hard_limit() -> None:
     before, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     expected = min(hard, 65_536) if hard != resource.RLIM_INFINITY else 65_536
     with soft_limit(min(before, 128)):
@@ -78,7 +78,7 @@ async def test_task_restarts_after_file_shortage_but_not_after_other_errors(
 
 
 @pytest.mark.skipif(not OPEN_FILES.is_dir(), reason="files are counted in /proc")
-async def test_what_was_read_last_stands_where_no_file_can_be_opened() -> None:
+async def test_last_reading_is_used_during_file_shortage() -> None:
     wildcard = parse_address("/ip4/0.0.0.0/tcp/4001")
     addresses = expand_wildcard(wildcard)
     inventory = Inventory(data_dir=os.devnull, models_dir=os.devnull, traffic=TrafficMeter())  # type: ignore[arg-type]
@@ -95,7 +95,7 @@ async def test_what_was_read_last_stands_where_no_file_can_be_opened() -> None:
 
 
 @pytest.mark.parametrize("open_files", [64, 256, 1024, 4096, 65_536])
-def test_the_connections_of_peers_leave_files_for_everything_else(open_files: int) -> None:
+def test_connection_limits_leave_open_files_for_the_rest(open_files: int) -> None:
     limits = NetworkLimits.within(open_files)
     assert limits.max_connections + limits.handshakes <= open_files / 2
     assert limits.inbound.per_range <= limits.inbound.per_origin <= limits.inbound.total < limits.max_connections

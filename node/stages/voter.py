@@ -10,33 +10,27 @@
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
+from protocol.consensus_values import Cell
+from protocol.forms import Digest
 from protocol.identity import PeerId
 from protocol.messages import Begin
-from selector.heuristic import predicted_cost
+from selector.consensus.table import AgreedCell
 from selector.task import Method, TaskContext
 from selector.voting import tally, weights_of
 
 
-class Agreement(Protocol):
-    """What the swarm has agreed about a model's methods; see `selector.consensus`."""
+@dataclass(frozen=True, slots=True)
+class Agreement:
+    """What a chain's head says of a model's methods. `weights`: of the members' ballots; `table`: the agreed cells."""
 
-    @property
-    def epoch(self) -> int:
-        """The epoch of the canonical statement."""
-
-    @property
-    def statement(self) -> bytes:
-        """The id of that statement."""
-
-    @property
-    def weights(self) -> Mapping[str, int]:
-        """The weight of each member's ballot."""
-
-    @property
-    def table_digest(self) -> bytes:
-        """The digest of the agreed table."""
+    epoch: int
+    statement: Digest
+    table_digest: Digest
+    weights: dict[str, int]
+    table: dict[Cell, AgreedCell]
 
 
 class Voter(Protocol):
@@ -44,14 +38,6 @@ class Voter(Protocol):
 
     async def vote(self, context: TaskContext, methods: Sequence[Method]) -> Mapping[str, float]:
         """Return for every method given, by name, the natural logarithm of its expected cost."""
-
-
-class HeuristicVoter:
-    """Votes by the hand-written cost model: for a peer without a history."""
-
-    async def vote(self, context: TaskContext, methods: Sequence[Method]) -> Mapping[str, float]:
-        """Return the predictions of the cost model; see Voter."""
-        return {method.name: predicted_cost(context, method) for method in methods}
 
 
 def tally_fault(

@@ -32,6 +32,11 @@ TOPIC_WINDOW_S: Final = 10.0
 MAX_WINDOW_BATCHES: Final = 1024
 """Received batches that are remembered to measure the load of a topic."""
 
+BATCH_COST: Final = 1.0
+KNOWN_COST: Final = 0.1
+"""Least work for a batch, and work for a record that was verified before, in signatures: every peer forwards a batch,
+and receives each of its records, also where they are repeated without end."""
+
 R = TypeVar("R")
 
 _logger = structlog.get_logger(__name__)
@@ -40,15 +45,15 @@ _logger = structlog.get_logger(__name__)
 class Verifier(Generic[R]):
     """Verifies signed envelopes, each once while its record is among the most recent ones."""
 
-    def __init__(self, open_envelope: Callable[[bytes], R], size: int, cost: Callable[[bytes], float]) -> None:
-        """`open_envelope` raises RemoteProtocolError; `cost`: signatures that it verifies for an envelope."""
-        self._open_envelope = open_envelope
+    def __init__(self, verify_envelope: Callable[[bytes], R], size: int, cost: Callable[[bytes], float]) -> None:
+        """`verify_envelope` raises RemoteProtocolError; `cost`: signatures that it verifies for an envelope."""
+        self._open_envelope = verify_envelope
         self._cost = cost
         self._verified: LRUCache[bytes, R] = LRUCache(size)
 
     def cost(self, envelope: bytes) -> float:
-        """Return the work that `verify` would take, in signatures: none for an envelope that was verified before."""
-        return 0.0 if hashlib.sha256(envelope).digest() in self._verified else self._cost(envelope)
+        """Return the work for an envelope, in signatures: little for one that was verified before."""
+        return KNOWN_COST if hashlib.sha256(envelope).digest() in self._verified else self._cost(envelope)
 
     def verify(self, envelope: bytes) -> R:
         """Return the record in an envelope. Raises RemoteProtocolError."""
@@ -169,7 +174,7 @@ class GossipTopic(Generic[R]):
             return False
         try:
             envelopes = decode_batch(data)
-            if not self._within_rate_limit(source, sum(map(self._verifier.cost, envelopes))):
+            if not self._within_rate_limit(source, max(BATCH_COST, sum(map(self._verifier.cost, envelopes)))):
                 return False
             records = [self._verifier.verify(envelope) for envelope in envelopes]
             accepted = [self._accepts(source, record) for record in records]

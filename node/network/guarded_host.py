@@ -5,6 +5,7 @@ Subclasses and wrappers, no patches. README.md in this folder lists each fault w
 
 import logging
 import os
+from collections import Counter
 from collections.abc import Awaitable, Callable
 from functools import partial
 from typing import Any, Final
@@ -70,14 +71,14 @@ def isolate_errors(handler: StreamHandler) -> StreamHandler:
 
 def limit_requests(handler: StreamHandler) -> StreamHandler:
     """Wrap a handler of short requests with limits for each peer: duration and concurrency."""
-    busy: dict[ID, int] = {}
+    busy: Counter[ID] = Counter()
 
     async def limited(stream: INetStream) -> None:
         peer = stream.muxed_conn.peer_id
-        if busy.get(peer, 0) >= MAX_REQUESTS_PER_PEER:
+        if busy[peer] >= MAX_REQUESTS_PER_PEER:
             await reset(stream)
             return
-        busy[peer] = busy.get(peer, 0) + 1
+        busy[peer] += 1
         try:
             with trio.fail_after(REQUEST_TIMEOUT_S):
                 await handler(stream)
@@ -175,6 +176,8 @@ class GuardedSwarm(Swarm):
         book: AddressBook,
         limits: NetworkLimits,
         psk: str | None,
+        on_connected: Callable[[ID], None],
+        on_disconnected: Callable[[ID], None],
     ) -> None:
         config = ConnectionConfig(
             max_connections=limits.max_connections,
@@ -187,6 +190,8 @@ class GuardedSwarm(Swarm):
         )
         super().__init__(peer_id, BoundedPeerStore(), upgrader, [tcp], connection_config=config, psk=psk)
         self._book = book
+        self._on_connected = on_connected
+        self._on_disconnected = on_disconnected
         self._inbound = limits.inbound
         self._dial_timeout_s = limits.dial_timeout_s
         self._dials: dict[ID, _Dial] = {}
@@ -218,6 +223,16 @@ class GuardedSwarm(Swarm):
             if victim is not None:
                 victim.abort()
         return await super().add_conn(muxed_conn, direction)
+
+    async def notify_connected(self, conn: INetConn) -> None:
+        """Report a new connection, to us first."""
+        self._on_connected(conn.muxed_conn.peer_id)
+        await super().notify_connected(conn)
+
+    async def notify_disconnected(self, conn: INetConn) -> None:
+        """Report the end of a connection, to us first."""
+        self._on_disconnected(conn.muxed_conn.peer_id)
+        await super().notify_disconnected(conn)
 
     def _select_connection(self, connections: list[INetConn], peer_id: ID) -> INetConn:
         """Choose the latest connection: an older one may be left over from a peer that has crashed and come back."""
@@ -336,12 +351,10 @@ class GuardedHost(BasicHost):
         return list(addresses)
 
     def _schedule_identify(self, peer_id: ID, *, reason: str) -> None:
-        if peer_id == self.get_id() or peer_id in self._identify_inflight or self._has_cached_protocols(peer_id):
-            return
-        if not self._should_identify_peer(peer_id):
-            return
-        self._identify_inflight.add(peer_id)
-        self._nursery.start_soon(self._identify_quietly, peer_id, reason)
+        busy = peer_id in self._identify_inflight or self._has_cached_protocols(peer_id)
+        if peer_id != self.get_id() and not busy and self._should_identify_peer(peer_id):
+            self._identify_inflight.add(peer_id)
+            self._nursery.start_soon(self._identify_quietly, peer_id, reason)
 
     async def _identify_quietly(self, peer_id: ID, why: str) -> None:
         try:

@@ -62,7 +62,7 @@ def is_worth_logging(count: int) -> bool:
     return count <= LOGGED or (count % LOGGED == 0 and set(str(count // LOGGED)[1:]) <= {"0"})
 
 
-class PeerRecords:
+class PeerPenalties:
     """Records by peer, of the most recent peers; logs what it counts."""
 
     def __init__(self) -> None:

@@ -1,0 +1,56 @@
+"""Method selection by the heuristic alone, for tests that need no learning: chooser, voter and quality store."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from node.coordinator.method_choice import Choice, SelectionRequest
+from node.coordinator.submission import JobOutcome
+from node.models.library import KnownModel
+from protocol.identity import ModelId
+from selector.heuristic import predicted_cost, preference
+from selector.task import MeasuredQuality, Method, TaskContext
+
+
+class NullQualityStore:
+    """Measures nothing, so that only exact methods are admitted."""
+
+    def request(self, model: KnownModel) -> bool:
+        del model
+        return False
+
+    def quality(self, model: ModelId, method: Method) -> MeasuredQuality | None:
+        del model, method
+        return None
+
+
+@dataclass(frozen=True, slots=True)
+class HeuristicChoice:
+    """A choice by the heuristic, which accepts all methods that the job admits."""
+
+    context: TaskContext
+    order: Sequence[Method]
+
+    def ballot(self, votes: Sequence[Mapping[str, float]], weights: Sequence[int] | None = None) -> Mapping[str, float]:
+        """Return the heuristic's predictions; see Choice."""
+        del votes, weights
+        return {method.name: predicted_cost(self.context, method) for method in self.order}
+
+
+class HeuristicChooser:
+    """Chooses by the heuristic, and learns nothing."""
+
+    async def choose(self, question: SelectionRequest) -> Choice:
+        """Return the methods in the heuristic's order; see Chooser."""
+        return HeuristicChoice(question.context, preference(question.context, question.admitted))
+
+    def served(self, choice: Choice, outcome: JobOutcome) -> None:
+        """Ignore the outcome; see Chooser."""
+        del choice, outcome
+
+
+class HeuristicVoter:
+    """Votes by the hand-written cost model: for a peer without a history."""
+
+    async def vote(self, context: TaskContext, methods: Sequence[Method]) -> Mapping[str, float]:
+        """Return the predictions of the cost model; see Voter."""
+        return {method.name: predicted_cost(context, method) for method in methods}
