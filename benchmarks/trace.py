@@ -25,7 +25,7 @@ import trio
 
 from benchmarks.common import demo_package, describe_machine, spread_of, whole_model
 from node.models.catalogue import DEMO_MODEL
-from node.models.tokenizer import read_tokenizer
+from node.models.tokenizer_worker import read_tokenizer
 
 MOONCAKE_BLOCK: Final = 512
 """Tokens of a prompt that one hash stands for."""

@@ -83,7 +83,7 @@ async def _load(
             with suppress(WorkerExited):
                 await process.send(worker_protocol.encode_load(source, blocks, options))
                 header, _ = await process.receive()
-            reason = "" if header is not None else await process.exit_reason()
+            reason = "" if header is not None else str(await process.child.exit_reason())
         nursery.cancel_scope.cancel()
     if loading.cancelled_caught:
         raise EngineError(f"{process.child.what} did not load within {options.start_timeout_s:g} s")
@@ -200,7 +200,7 @@ class WorkerEngine(Engine):
             while True:
                 self._answer(*await self._process.receive())
         except WorkerExited:
-            reason = await self._process.exit_reason()
+            reason = str(await self._process.child.exit_reason())
         self._crash(reason)
         for frame in self._outbox:
             frame.taken = True
@@ -300,10 +300,6 @@ class WorkerProcess:
                 raise WorkerExited
             received += size
         return data
-
-    async def exit_reason(self) -> str:
-        """Return in one line why the worker exited."""
-        return str(await self.child.exit_reason())
 
     async def kill(self) -> None:
         """End the process, also under cancellation."""

@@ -257,7 +257,6 @@ class _WithoutMemory(TorchFunctionMode):
     """
 
     _INITIALISERS = frozenset({"normal_", "uniform_", "zero_", "fill_", "erfinv_", "mul_", "add_", "clamp_"})
-
     _MAKERS = frozenset({torch.empty, torch.zeros, torch.ones, torch.rand, torch.randn})
     _LARGE_ELEMENTS = 1 << 24
 

@@ -29,9 +29,6 @@ from protocol.messages import Sampling
 Logits = npt.NDArray[np.float32]
 """Shape (vocabulary,)."""
 
-Rows = npt.NDArray[np.float32]
-"""Shape (rows, vocabulary)."""
-
 Scores = npt.NDArray[np.float64]
 """Logits after all that changes them; shape (vocabulary,)."""
 
@@ -111,7 +108,7 @@ def draw(logits: Logits, sampling: Sampling, position: int, history: TokenCounts
 
 
 def draw_and_verify(
-    rows: Rows, sampling: Sampling, position: int, drafts: Sequence[int], history: TokenCounts | None = None
+    rows: Iterable[Logits], sampling: Sampling, position: int, drafts: Sequence[int], history: TokenCounts | None = None
 ) -> list[int]:
     """Return the tokens drawn from rows of logits, the first of which takes absolute `position`.
 

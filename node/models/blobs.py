@@ -29,7 +29,6 @@ IDLE_S: Final = 60.0
 
 _PIECE_BYTES: Final = 512 << 10
 
-
 Holders = Callable[[str], Awaitable[Sequence[PeerId]]]
 """Looks up who has the file with a sha256."""
 

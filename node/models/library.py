@@ -144,10 +144,9 @@ class Library:
 
     def local_manifest(self, model: ModelId) -> Manifest | None:
         """Return a model's manifest if it is here."""
-        try:
+        with suppress(ModelError):
             return self._store.get(model).manifest
-        except ModelError:
-            return None
+        return None
 
     def name_of(self, model: ModelId) -> str:
         """Return what to call a model."""

@@ -137,10 +137,9 @@ class ModelStore:
 
     def find(self, model: ModelId) -> Package | None:
         """Return a package, or None when there is none. Raises ModelError when its manifest is damaged."""
-        try:
+        with suppress(UnknownModelError):
             return self.get(model)
-        except UnknownModelError:
-            return None
+        return None
 
     def path_by_sha256(self, sha256: str) -> Path | None:
         """Return the file with that content, a manifest included, if some package has it."""

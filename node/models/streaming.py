@@ -76,7 +76,8 @@ class StopFinder:
             _, index, self.found = min(ends)
             self._held = ""
             return text[:index]
-        keep = next((n for n in range(min(len(text), self._longest - 1), 0, -1) if self._may_begin(text[-n:])), 0)
+        lengths = range(min(len(text), self._longest - 1), 0, -1)
+        keep = next((n for n in lengths if any(stop.startswith(text[-n:]) for stop in self._stops)), 0)
         self._held = text[len(text) - keep :]
         return text[: len(text) - keep]
 
@@ -84,6 +85,3 @@ class StopFinder:
         """Return the text held back, at the end."""
         held, self._held = self._held, ""
         return held
-
-    def _may_begin(self, text: str) -> bool:
-        return any(stop.startswith(text) for stop in self._stops)

@@ -42,11 +42,6 @@ class TokenizerProcess:
         self.child = child
         self._answers = msgpack.Unpacker(max_buffer_size=MAX_ANSWER_BYTES)
 
-    @property
-    def pid(self) -> int:
-        """Its number."""
-        return self.child.process.pid
-
     @classmethod
     async def start(cls, command: Sequence[str]) -> "TokenizerProcess":
         """Start a process. Raises ChildError."""
@@ -85,7 +80,3 @@ class TokenizerProcess:
                 raise too_slow
             raise RequestFailed(f"{subject} failed: {reason}", may_retry=True)
         raise too_slow
-
-    async def kill(self) -> None:
-        """End it, also under cancellation."""
-        await self.child.kill()

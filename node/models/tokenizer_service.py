@@ -267,7 +267,7 @@ class _Worker:
 
     @property
     def pid(self) -> int | None:
-        return None if self._process is None else self._process.pid
+        return None if self._process is None else self._process.child.process.pid
 
     def retire(self) -> None:
         """End the process of an idle worker, soon; the next request starts another."""
@@ -377,7 +377,7 @@ class _Worker:
         process, self._process = self._process, None
         if process is not None:
             try:
-                await process.kill()
+                await process.child.kill()
             finally:
                 self._service.released(self)
 

@@ -1,30 +1,284 @@
-"""The process that interprets a model's tokenizer and chat template: `python -m node.models.tokenizer_worker`.
+"""Text to tokens and back, in the process that interprets a model's files: `python -m node.models.tokenizer_worker`.
 
-Started by `tokenizer_service`; requests on its stdin and answers on its stdout are maps of msgpack. The files are a
-stranger's, so the kernel bounds what they may cost: every request has a limit of processor time and one of time, at
-which the process is killed by a signal that says which; its address space is bounded; it can write no file. It has no
-state to save, and may be killed at any moment.
+They are a stranger's: jinja2's sandbox isolates a template from Python, but neither it nor the tokenizers library
+bounds time and memory. So the kernel bounds what they may cost: every request has a limit of processor time and one of
+time, at which the process is killed by a signal that says which; its address space is bounded; it can write no file. It
+has no state to save, and may be killed at any moment.
+
+Started by `tokenizer_service`; requests on its stdin and answers on its stdout are maps of msgpack. It needs no part of
+transformers, whose results it gives: a peer without weights submits jobs with a manifest and these files.
 """
 
+import json
 import os
+import re
 import resource
 import signal
 import sys
 from array import array
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from datetime import datetime
 from pathlib import Path
 from typing import Any, Final
 
+import jinja2
 import msgpack
+import tokenizers
+from jinja2 import nodes
+from jinja2.ext import Extension, loopcontrols
+from jinja2.parser import Parser
+from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from node.models.errors import ChatTemplateError, ModelError
-from node.models.tokenizer import Tokenizer, TokenizerPanic, read_tokenizer
+from node.models.manifest import CHAT_TEMPLATE_FILE, TOKENIZER_CONFIG_FILE, TOKENIZER_FILE, Json
+from node.models.vocabulary import TokenKind, Vocabulary
+from node.util.text import one_line
+from protocol.limits import MAX_STOP_TOKENS, MAX_VOCABULARY
 
+MAX_PROMPT_CHARACTERS: Final = 8 << 20
 MAX_DECODED_CHARACTERS: Final = 1 << 20
 """Of one answer to `decode`: a decoder may make long texts of short tokens."""
 
 _MAX_OPEN_FILES = 64
+
+
+_SPECIAL_TOKENS: Final = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+
+# Ends of turns in the usual chat formats: a model whose template writes one writes it, too, whatever its generation
+# config says.
+_ENDS_OF_TURN: Final = ("<|im_end|>", "<|eot_id|>", "<|end|>", "<end_of_turn>", "<|end_of_turn|>", "<|eom_id|>")
+
+_BYTE_TOKEN = re.compile(r"<0x[0-9A-Fa-f]{2}>")
+
+
+class TokenizerPanic(ModelError):
+    """The library's Rust code panicked: its state is undefined afterwards."""
+
+
+class Tokenizer:
+    """A model's tokenizer."""
+
+    def __init__(
+        self,
+        definition: str,
+        config: Mapping[str, Json] | None = None,
+        chat_template: str | None = None,
+        eos_token_ids: Sequence[int] = (),
+    ) -> None:
+        """Build it from tokenizer.json, tokenizer_config.json and the template; raise ModelError if they are broken."""
+        with _library_errors("the model's tokenizer is broken"):
+            self._tokenizer = tokenizers.Tokenizer.from_str(definition)
+            self._tokenizer.no_truncation()
+            self._tokenizer.no_padding()
+            added = self._tokenizer.get_added_tokens_decoder()
+            self._is_byte_level = _is_byte_level(definition)
+        self._special = frozenset(token for token, description in added.items() if description.special)
+        self.special_tokens = _special_tokens(config or {})
+        """Their texts by role: `bos_token`, `eos_token`, …"""
+        self._template_source = chat_template
+        self._chat_template: ChatTemplate | None = None
+        self.stop_tokens = self._find_stop_tokens(eos_token_ids, chat_template or "")
+        """Token ids after which the model has nothing more to say."""
+
+    @property
+    def has_chat_template(self) -> bool:
+        """Whether conversations can be rendered."""
+        return self._template_source is not None
+
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        """Return a text's token ids, with the tokens that the model wants around a text (such as BOS) by default."""
+        with _library_errors("the text cannot be tokenised"):
+            ids: list[int] = self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
+            return ids
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        """Return the text of tokens without special tokens. Ids that the vocabulary lacks have no text."""
+        with _library_errors("the tokens cannot be turned into text"):
+            text: str = self._tokenizer.decode(list(tokens), skip_special_tokens=True)
+            return text
+
+    def render_chat_text(self, messages: Sequence[Mapping[str, str]]) -> str:
+        """Return the prompt of a conversation, mappings with `role` and `content`, with special tokens as text.
+
+        Raises ChatTemplateError, a ValueError, where the model has no chat template or its template refuses.
+        """
+        if self._template_source is None:
+            raise ChatTemplateError("the model has no chat template: give it a plain prompt")
+        if self._chat_template is None:
+            # Compiled on demand, as compiling may take for ever: plain prompts do not need it.
+            self._chat_template = ChatTemplate(self._template_source)
+        return self._chat_template.render(messages, self.special_tokens)
+
+    def vocabulary(self) -> Vocabulary:
+        """Return the bytes or kinds of all tokens. Raises ModelError for tokens too large for the daemon."""
+        with _library_errors("the model's vocabulary cannot be read"):
+            tokens = self._tokenizer.get_vocab(with_added_tokens=True)
+        texts: list[str | None] = [None] * (
+            1 + max((token for token in tokens.values() if token < MAX_VOCABULARY), default=-1)
+        )
+        for text, token in tokens.items():
+            if token < MAX_VOCABULARY and token not in self._special:
+                texts[token] = text
+        if self._is_byte_level:
+            return Vocabulary.build(b"", (b"" if text is None else _bytes_of(text) for text in texts))
+        return Vocabulary.build(bytes(map(_kind_of, texts)), None)
+
+    def _find_stop_tokens(self, eos_token_ids: Sequence[int], chat_template: str) -> tuple[int, ...]:
+        texts = [text for text in _ENDS_OF_TURN if text in chat_template]
+        if "eos_token" in self.special_tokens:
+            texts.append(self.special_tokens["eos_token"])
+        found = (self._tokenizer.token_to_id(text) for text in texts)
+        return tuple(sorted({*eos_token_ids, *(token for token in found if token is not None)})[:MAX_STOP_TOKENS])
+
+
+def read_tokenizer(folder: Path, names: Sequence[str], eos_token_ids: Sequence[int]) -> Tokenizer:
+    """Return the tokenizer in these files of a folder. Raises ModelError."""
+    contents: dict[str, str] = {}
+    for name in names:
+        try:
+            contents[name] = (folder / name).read_text(encoding="utf-8")
+        except (OSError, ValueError) as error:
+            raise ModelError(f"{name} cannot be read: {error}") from None
+    if TOKENIZER_FILE not in contents:
+        raise ModelError("it has no tokenizer: it can only be given token ids")
+    try:
+        config: Json = json.loads(contents.get(TOKENIZER_CONFIG_FILE, "{}"))
+    except (ValueError, RecursionError) as error:
+        raise ModelError(f"{TOKENIZER_CONFIG_FILE} is broken: {error}") from None
+    return Tokenizer(
+        contents[TOKENIZER_FILE],
+        config if isinstance(config, dict) else {},
+        contents.get(CHAT_TEMPLATE_FILE),
+        eos_token_ids,
+    )
+
+
+def _kind_of(text: str | None) -> TokenKind:
+    if text is None:
+        return TokenKind.NO_TEXT
+    return TokenKind.BYTE if _BYTE_TOKEN.fullmatch(text) else TokenKind.TEXT
+
+
+def _bytes_of(text: str) -> bytes:
+    try:
+        return bytes(_BYTE_OF_CHARACTER[character] for character in text)
+    except KeyError:  # an added token, which stands for itself
+        return text.encode()
+
+
+def _byte_alphabet() -> dict[str, int]:
+    """Return GPT-2's alphabet: printable Latin-1 characters stand for their bytes, the next free ones for the rest."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(256 + number): byte for number, byte in enumerate(others)}
+
+
+_BYTE_OF_CHARACTER: Final = _byte_alphabet()
+
+
+def _is_byte_level(definition: str) -> bool:
+    decoder = json.loads(definition).get("decoder") or {}
+    if decoder.get("type") == "Sequence" and len(decoder.get("decoders", ())) == 1:
+        decoder = decoder["decoders"][0]
+    return bool(decoder.get("type") == "ByteLevel")
+
+
+def _special_tokens(config: Mapping[str, Json]) -> dict[str, str]:
+    values = {role: config.get(role) for role in _SPECIAL_TOKENS}
+    texts = {role: value.get("content") if isinstance(value, dict) else value for role, value in values.items()}
+    return {role: text for role, text in texts.items() if isinstance(text, str)}
+
+
+@contextmanager
+def _library_errors(failure: str) -> Iterator[None]:
+    try:
+        yield
+    except MemoryError:
+        raise
+    except Exception as error:  # the library raises plain Exception
+        raise ModelError(f"{failure}: {one_line(error)}") from error
+    except BaseException as error:
+        # A panic of the library's Rust code is not an Exception; here a broken file is at fault.
+        if type(error).__name__ != "PanicException":
+            raise
+        raise TokenizerPanic(f"{failure}: {one_line(error)}") from error
+
+
+class ChatTemplate:
+    """A compiled chat template, rendered as transformers does."""
+
+    def __init__(self, source: str) -> None:
+        """Compile a template; raise ChatTemplateError when it is not valid."""
+        with _contained("is broken"):  # compiling folds constants, and so may take as long as rendering
+            environment = ImmutableSandboxedEnvironment(
+                trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols, _Generation]
+            )
+            environment.filters["tojson"] = _tojson
+            environment.globals["raise_exception"] = _raise_exception
+            environment.globals["strftime_now"] = lambda layout: datetime.now().astimezone().strftime(layout)
+            self._template = environment.from_string(source)
+
+    def render(self, messages: Sequence[Mapping[str, str]], special_tokens: Mapping[str, str]) -> str:
+        """Return the prompt of a conversation, ending where the assistant's answer begins.
+
+        `special_tokens` maps names such as `bos_token` to their text. Raises ChatTemplateError.
+        """
+        values = {
+            "tools": None,
+            "documents": None,
+            **special_tokens,
+            "messages": [dict(message) for message in messages],
+            "add_generation_prompt": True,
+        }
+        with _contained("fails on these messages"):
+            text = "".join(_limited(self._template.generate(values)))
+            text.encode()  # a template can spell half a surrogate pair, which no tokenizer takes
+            return text
+
+
+@contextmanager
+def _contained(failure: str) -> Iterator[None]:
+    try:
+        yield
+    except (ChatTemplateError, MemoryError):
+        raise
+    except Exception as error:  # a template can make Python raise anything that code without I/O can
+        raise ChatTemplateError(f"the model's chat template {failure}: {one_line(error)}") from error
+
+
+def _limited(pieces: Iterable[str]) -> Iterator[str]:
+    length = 0
+    for piece in pieces:
+        length += len(piece)
+        if length > MAX_PROMPT_CHARACTERS:
+            raise ChatTemplateError("the model's chat template makes too long a prompt")
+        yield piece
+
+
+class _Generation(Extension):
+    """`{% generation %}` marks the assistant's words for training. For a prompt it is just its content."""
+
+    tags = {"generation"}  # noqa: RUF012 - as jinja2 declares it
+
+    def parse(self, parser: Parser) -> list[nodes.Node]:
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
+def _tojson(
+    value: object,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    # Unlike jinja2's own, transformers' filter escapes nothing for HTML.
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+
+def _raise_exception(message: str) -> None:
+    raise jinja2.TemplateError(message)
 
 
 def main() -> None:

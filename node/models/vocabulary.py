@@ -2,7 +2,7 @@
 
 from array import array
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from enum import IntEnum
 from typing import Any, Final, Self
 
@@ -60,12 +60,7 @@ class Vocabulary:
 
     def to_map(self) -> dict[str, Any]:
         """Return it as a map of plain values."""
-        return {
-            "is_byte_level": self.is_byte_level,
-            "kinds": self.kinds,
-            "pieces": self.pieces,
-            "ends": self.ends.tobytes(),
-        }
+        return {**asdict(self), "ends": self.ends.tobytes()}
 
     def kind_of(self, token: int) -> TokenKind:
         """Return the kind of a token."""

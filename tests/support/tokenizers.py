@@ -1,7 +1,7 @@
 """The tokenizer of a package, in this process."""
 
 from node.models.store import Package
-from node.models.tokenizer import Tokenizer, read_tokenizer
+from node.models.tokenizer_worker import Tokenizer, read_tokenizer
 
 
 def load_tokenizer(package: Package) -> Tokenizer:

@@ -13,7 +13,6 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO, Final
 
@@ -106,7 +105,10 @@ def open_graphs(span: LoadedSpan, name: str, arithmetic: str, cache: FolderCache
         with tempfile.TemporaryDirectory() as temporary:
             _write(span, Path(temporary), arithmetic)
             return OnnxSegments(Path(temporary), span)
-    build = partial(_write, span, arithmetic=arithmetic)
+
+    def build(folder: Path) -> None:
+        _write(span, folder, arithmetic)
+
     try:
         return OnnxSegments(cache.folder(name, build), span)
     except EngineError:

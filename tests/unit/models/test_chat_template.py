@@ -4,7 +4,7 @@ import pytest
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from node.models.errors import ChatTemplateError
-from node.models.tokenizer import ChatTemplate
+from node.models.tokenizer_worker import ChatTemplate
 
 TURNS = [
     {"role": "system", "content": "Be brief & <kind>."},

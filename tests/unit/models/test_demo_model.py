@@ -13,7 +13,7 @@ import pytest
 from node.models.catalogue import CATALOGUE, DEMO_MODEL
 from node.models.importer import import_model
 from node.models.store import ModelStore, Package
-from node.models.tokenizer import Tokenizer
+from node.models.tokenizer_worker import Tokenizer
 from protocol.identity import BlockRange
 from tests.support.tokenizers import load_tokenizer
 from tests.unit.models.test_streaming import streamed

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from node.models.streaming import StopFinder, StreamDecoder
-from node.models.tokenizer import Tokenizer
+from node.models.tokenizer_worker import Tokenizer
 from tests.unit.models.vocabularies import byte_fallback, byte_level, metaspace
 
 VOCABULARIES: list[Callable[[], str]] = [byte_level, byte_fallback, metaspace]

@@ -4,7 +4,7 @@ import pytest
 
 from node.models.errors import ModelError
 from node.models.manifest import Json
-from node.models.tokenizer import Tokenizer
+from node.models.tokenizer_worker import Tokenizer
 from tests.unit.models.vocabularies import byte_level
 
 
