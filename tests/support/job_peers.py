@@ -142,6 +142,7 @@ class Peer:
     coordinator: Coordinator
     tokenizer: NumberTokenizer
     placements: PlacementAnnouncements
+    models: OneModel
     engines: list[FakeEngine] = field(default_factory=list)
 
     @property
@@ -213,9 +214,10 @@ class Swarm:
         placements = PlacementAnnouncements(lambda: membership.announce(), wall_clock)
         membership = self._membership(identity, network, stages, placements)
         tokenizer = NumberTokenizer()
+        models = OneModel(tokenizer)
         links = self._links(network, membership)
         coordinator = Coordinator(
-            OneModel(tokenizer).open,
+            models.open,
             SwarmView(
                 finder=membership,
                 links=links,
@@ -229,7 +231,7 @@ class Swarm:
             chooser=chooser or HeuristicChooser(),
             quality_store=ledger or NullQualityStore(),
         )
-        peer = Peer(network, stages, membership, coordinator, tokenizer, placements)
+        peer = Peer(network, stages, membership, coordinator, tokenizer, placements, models)
         self.peers.append(peer)
         make_engine = partial(
             FakeEngine,

@@ -86,10 +86,8 @@ async def test_long_token_history_is_sent_in_several_messages(virtual_clock: Moc
         for span in THIRDS:
             await swarm.join(span, max_positions=MAX_HISTORY_TOKENS + 100)
         peer = await swarm.join()
-        peer.coordinator._models.known = replace(  # type: ignore[attr-defined]
-            peer.coordinator._models.known,  # type: ignore[attr-defined]
-            manifest=replace(peer.coordinator._models.known.manifest, max_positions=1 << 14),  # type: ignore[attr-defined]
-        )
+        known = peer.models.known
+        peer.models.known = replace(known, manifest=replace(known.manifest, max_positions=1 << 14))  # type: ignore[call-arg]
         await swarm.settle()
         result = await peer.run(request(4, prompt=prompt, repetition_penalty=1.5))
         assert result.token_ids == right(4, prompt=prompt, repetition_penalty=1.5)
