@@ -293,7 +293,8 @@ async def test_stages_follow_the_methods_that_the_coordinator_accepts(virtual_cl
         assert len(result.consensus.votes[0].scores) > 1
 
 
-async def test_thousand_jobs_a_third_cancelled_free_all_memory(virtual_clock: MockClock) -> None:
+@pytest.mark.parametrize("count", [200, pytest.param(1000, marks=pytest.mark.soak)])
+async def test_many_jobs_a_third_cancelled_free_all_memory(virtual_clock: MockClock, count: int) -> None:
     rng = random.Random(7)
     async with open_swarm() as swarm:
         for span in THIRDS:
@@ -317,9 +318,9 @@ async def test_thousand_jobs_a_third_cancelled_free_all_memory(virtual_clock: Mo
 
         room = trio.CapacityLimiter(16)
         async with trio.open_nursery() as nursery:
-            for number in range(1000):
+            for number in range(count):
                 nursery.start_soon(one, number, room)
-        assert done + cancelled == 1000
-        assert cancelled > 100
+        assert done + cancelled == count
+        assert cancelled > count / 10
         await all_free(swarm)
         assert peer.coordinator.statistics.running == 0
