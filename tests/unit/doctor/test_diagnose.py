@@ -16,6 +16,7 @@ import pytest
 import trio
 
 from node.config import LOCK_FILE, NodeConfig, ServeSpec
+from node.doctor import swarm_checks
 from node.doctor.diagnose import diagnose
 from node.doctor.report import Consequence, Diagnosis, Fault, RunningNode
 from node.identity import Identity, load_or_create
@@ -41,9 +42,10 @@ MODEL = ModelId("5a" * 32)
 
 
 @pytest.fixture(autouse=True)
-def short_probe_timeout(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Give up on silent ports sooner than on a real network."""
+def short_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Give up on silent ports sooner than on a real network, and wait for no heartbeats after the first."""
     monkeypatch.setattr(probe_port, "PROBE_TIMEOUT_S", 1.0)
+    monkeypatch.setattr(swarm_checks, "AFTER_FIRST_S", 0.0)
 
 
 @pytest.fixture
@@ -183,7 +185,8 @@ async def test_no_device(config: NodeConfig) -> None:
     assert "there is no cuda:99 device" in found.findings[0].message
 
 
-async def test_version_apart(config: NodeConfig) -> None:
+async def test_version_apart(config: NodeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(swarm_checks, "OBSERVE_S", 1.0)  # a heartbeat that never comes
     async with listener_of_another_version() as bootstrap:
         found = await diagnose(replace(config, bootstrap=(bootstrap,)))
     assert only(found) == (Fault.VERSION_APART, Consequence.JOIN)
