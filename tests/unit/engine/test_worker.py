@@ -84,7 +84,7 @@ def rows(number: int, position: int, tokens: list[int]) -> SliceInput:
     return SliceInput(session=session(number), position=position, tensor=tensor_from_tokens(tokens), draws=1)
 
 
-@pytest.mark.parametrize("family", ["mixtral", "gemma3"])
+@pytest.mark.parametrize("family", ["mixtral", pytest.param("gemma3", marks=pytest.mark.soak)])
 async def test_spans_in_processes_give_the_tokens_of_generate(family: str, make_tiny_model: MakeTinyModel) -> None:
     tiny = make_tiny_model(family)
     async with workers(tiny, 2) as engines:
@@ -94,8 +94,27 @@ async def test_spans_in_processes_give_the_tokens_of_generate(family: str, make_
         assert 0 < statistics.compute_s < PATIENCE_S
 
 
-async def test_all_sampling_options_reach_the_worker(make_tiny_model: MakeTinyModel) -> None:
+async def test_calls_of_one_worker(make_tiny_model: MakeTinyModel) -> None:
+    """One worker for all of them, which takes long to start: each begins without a session."""
     tiny = make_tiny_model("llama")
+    async with start_worker(tiny.source(WHOLE), WHOLE, OPTIONS) as engine:
+        for check in (
+            all_sampling_options_reach_the_worker,
+            overlapping_steps_run_in_call_order,
+            cancelled_step_does_not_affect_other_answers,
+            opening_and_closing_do_not_wait_for_a_computation,
+            failed_slice_costs_only_its_own_session,
+            prefix_cache_reuses_pages_of_an_earlier_session,
+        ):
+            await check(engine, tiny)
+            for number in (1, 2, 3):
+                await engine.close(session(number))
+            statistics = engine.statistics()
+            assert (statistics.sessions, statistics.reserved_positions) == (0, 0), check.__name__
+        await killed_worker_fails_its_calls_with_engine_crashed(engine, tiny)
+
+
+async def all_sampling_options_reach_the_worker(engine: WorkerEngine, tiny: TinyModel) -> None:
     sampling = Sampling(
         max_tokens=1,
         temperature=0.8,
@@ -111,112 +130,115 @@ async def test_all_sampling_options_reach_the_worker(make_tiny_model: MakeTinyMo
         prompt_length=len(PROMPT),
     )
     here = InProcess(Shard(tiny.source(WHOLE), WHOLE, OPTIONS))
-    async with workers(tiny, 1) as engines:
-        assert await decode(engines, PROMPT, COUNT, sampling=sampling) == await decode(
-            [here], PROMPT, COUNT, sampling=sampling
-        )
+    assert await decode([engine], PROMPT, COUNT, sampling=sampling) == await decode(
+        [here], PROMPT, COUNT, sampling=sampling
+    )
 
 
-async def test_overlapping_steps_run_in_call_order(make_tiny_model: MakeTinyModel) -> None:
-    tiny = make_tiny_model("llama")
+async def overlapping_steps_run_in_call_order(engine: WorkerEngine, tiny: TinyModel) -> None:
     text = PROMPT + tiny.tokens
     drawn: dict[int, list[int]] = {}
-    async with start_worker(tiny.source(WHOLE), WHOLE, OPTIONS) as engine:
-        await start(engine, session(1), 60)
+    await start(engine, session(1), 60)
 
-        async def take(position: int) -> None:
-            result = await engine.step([rows(1, position, text[position : position + 4])])
-            drawn[position] = tokens_from_tensor(result.outputs[0].tensor)
+    async def take(position: int) -> None:
+        result = await engine.step([rows(1, position, text[position : position + 4])])
+        drawn[position] = tokens_from_tensor(result.outputs[0].tensor)
 
-        async with stopped(engine), trio.open_nursery() as nursery:
-            for position in range(0, 24, 4):
-                nursery.start_soon(take, position)
-                await trio.testing.wait_all_tasks_blocked()
-            os.kill(engine.statistics().worker_pid or 0, signal.SIGCONT)
-        assert drawn == {position: [text[position + 4]] if position >= 8 else drawn[position] for position in drawn}
-        assert list(drawn) == list(range(0, 24, 4))
-
-
-async def test_cancelled_step_does_not_affect_other_answers(make_tiny_model: MakeTinyModel) -> None:
-    tiny = make_tiny_model("llama")
-    async with start_worker(tiny.source(WHOLE), WHOLE, OPTIONS) as engine:
-        await start(engine, session(1), 60)
-        await start(engine, session(2), 30)
-        async with stopped(engine):
-            # More bytes than fit into the socket: some calls are cancelled before they were sent, some after. None is
-            # legal, so that they cost no time.
-            with trio.move_on_after(0.2):
-                async with trio.open_nursery() as nursery:
-                    for _ in range(20):
-                        nursery.start_soon(engine.step, [rows(2, 0, [1] * 10_000)])
-        drawn = await step([engine], session(1), 0, PROMPT, 1)
-        assert tokens_from_tensor(drawn) == tiny.tokens[:1]
-
-
-async def test_opening_and_closing_do_not_wait_for_a_computation(make_tiny_model: MakeTinyModel) -> None:
-    tiny = make_tiny_model("llama")
-    async with start_worker(tiny.source(WHOLE), WHOLE, OPTIONS) as engine:
-        async with stopped(engine):
-            with trio.fail_after(PATIENCE_S):
-                await start(engine, session(1), 60)
-                with pytest.raises(EngineFull):
-                    await start(engine, session(2), 65)
-                await engine.close(session(1))
-                await engine.close(session(1))
-                for number in range(10_000):
-                    await start(engine, session(number), 100)
-                    await engine.close(session(number))
-        assert engine.statistics().reserved_positions == 0
-        assert await decode([engine], PROMPT, COUNT) == tiny.tokens
-
-
-async def test_failed_slice_costs_only_its_own_session(make_tiny_model: MakeTinyModel) -> None:
-    tiny = make_tiny_model("llama")
-    async with start_worker(tiny.source(WHOLE), WHOLE, OPTIONS) as engine:
-        for number in (1, 2, 3):
-            await start(engine, session(number), 30)
-        result = await engine.step([rows(1, 0, PROMPT), rows(2, 0, [97]), rows(4, 0, PROMPT)])
-        assert [tokens_from_tensor(output.tensor) for output in result.outputs] == [tiny.tokens[:1]]
-        faults = {fault.session: fault for fault in result.faults}
-        assert faults.keys() == {session(2), session(4)}
-        assert faults[session(2)].by_rows
-        assert "not open" in faults[session(4)].message
-        assert engine.statistics().reserved_positions == 64
-        with pytest.raises(StepFailed, match="not open"):
-            await engine.step([rows(2, 0, PROMPT)])
-        with pytest.raises(StepFailed, match="not below 97") as failed:
-            await engine.step([rows(3, 0, [97])])
-        assert failed.value.faults[0].by_rows
-        await start(engine, session(2), 30)
-        result = await engine.step([rows(1, 0, PROMPT), rows(2, 0, PROMPT)])
-        assert [tokens_from_tensor(output.tensor) for output in result.outputs] == [tiny.tokens[:1]] * 2
-
-
-async def test_killed_worker_fails_its_calls_with_engine_crashed(make_tiny_model: MakeTinyModel) -> None:
-    tiny = make_tiny_model("llama")
-    raised: list[str] = []
-    async with start_worker(tiny.source(WHOLE), WHOLE, OPTIONS) as engine:
-        await start(engine, session(1), 60)
-
-        async def take() -> None:
-            with pytest.raises(EngineCrashed) as caught:
-                await engine.step([rows(1, 0, PROMPT)])
-            raised.append(str(caught.value))
-
-        async with stopped(engine) as pid, trio.open_nursery() as nursery:
-            for _ in range(3):
-                nursery.start_soon(take)
+    async with stopped(engine), trio.open_nursery() as nursery:
+        for position in range(0, 24, 4):
+            nursery.start_soon(take, position)
             await trio.testing.wait_all_tasks_blocked()
-            os.kill(pid, signal.SIGKILL)
-            with trio.fail_after(PATIENCE_S):
-                reason = await engine.wait_crashed()
-        assert raised == [reason] * 3
-        assert reason == "the worker of blocks 0-4 was killed by SIGKILL"
-        with pytest.raises(EngineCrashed):
-            await start(engine, session(2), 1)
-        await engine.close(session(1))
-        statistics = engine.statistics()
-        assert (statistics.sessions, statistics.reserved_positions, statistics.worker_pid) == (0, 0, None)
+        os.kill(engine.statistics().worker_pid or 0, signal.SIGCONT)
+    assert drawn == {position: [text[position + 4]] if position >= 8 else drawn[position] for position in drawn}
+    assert list(drawn) == list(range(0, 24, 4))
+
+
+async def cancelled_step_does_not_affect_other_answers(engine: WorkerEngine, tiny: TinyModel) -> None:
+    await start(engine, session(1), 60)
+    await start(engine, session(2), 30)
+    async with stopped(engine):
+        # More bytes than fit into the socket: some calls are cancelled before they were sent, some after. None is
+        # legal, so that they cost no time.
+        with trio.move_on_after(0.2):
+            async with trio.open_nursery() as nursery:
+                for _ in range(20):
+                    nursery.start_soon(engine.step, [rows(2, 0, [1] * 10_000)])
+    drawn = await step([engine], session(1), 0, PROMPT, 1)
+    assert tokens_from_tensor(drawn) == tiny.tokens[:1]
+
+
+async def opening_and_closing_do_not_wait_for_a_computation(engine: WorkerEngine, tiny: TinyModel) -> None:
+    async with stopped(engine):
+        with trio.fail_after(PATIENCE_S):
+            await start(engine, session(1), 60)
+            with pytest.raises(EngineFull):
+                await start(engine, session(2), 65)
+            await engine.close(session(1))
+            await engine.close(session(1))
+            for number in range(10_000):
+                await start(engine, session(number), 100)
+                await engine.close(session(number))
+    assert engine.statistics().reserved_positions == 0
+    assert await decode([engine], PROMPT, COUNT) == tiny.tokens
+
+
+async def failed_slice_costs_only_its_own_session(engine: WorkerEngine, tiny: TinyModel) -> None:
+    for number in (1, 2, 3):
+        await start(engine, session(number), 30)
+    result = await engine.step([rows(1, 0, PROMPT), rows(2, 0, [97]), rows(4, 0, PROMPT)])
+    assert [tokens_from_tensor(output.tensor) for output in result.outputs] == [tiny.tokens[:1]]
+    faults = {fault.session: fault for fault in result.faults}
+    assert faults.keys() == {session(2), session(4)}
+    assert faults[session(2)].by_rows
+    assert "not open" in faults[session(4)].message
+    assert engine.statistics().reserved_positions == 64
+    with pytest.raises(StepFailed, match="not open"):
+        await engine.step([rows(2, 0, PROMPT)])
+    with pytest.raises(StepFailed, match="not below 97") as failed:
+        await engine.step([rows(3, 0, [97])])
+    assert failed.value.faults[0].by_rows
+    await start(engine, session(2), 30)
+    result = await engine.step([rows(1, 0, PROMPT), rows(2, 0, PROMPT)])
+    assert [tokens_from_tensor(output.tensor) for output in result.outputs] == [tiny.tokens[:1]] * 2
+
+
+async def prefix_cache_reuses_pages_of_an_earlier_session(engine: WorkerEngine, tiny: TinyModel) -> None:
+    text = [*PROMPT, *tiny.tokens, *PROMPT]
+    prefix = Prefix(namespace="me", hashes=b"one page of text")
+    drawn = []
+    for number, found in ((1, {}), (2, {KvCompatibilityKey(REFERENCE, "fp32"): 32})):
+        assert await engine.open(session(number), 48, prefix) == found
+        cached = await engine.begin(session(number), SessionOptions(sampling=GREEDY))
+        drawn.append(tokens_from_tensor(await step([engine], session(number), cached, text[cached:], 1)))
+        await engine.close(session(number))
+    statistics = engine.statistics()
+    assert (statistics.hit_positions, statistics.cached_positions, statistics.reserved_positions) == (32, 32, 0)
+    assert drawn[0] == drawn[1]
+
+
+async def killed_worker_fails_its_calls_with_engine_crashed(engine: WorkerEngine, tiny: TinyModel) -> None:
+    raised: list[str] = []
+    await start(engine, session(1), 60)
+
+    async def take() -> None:
+        with pytest.raises(EngineCrashed) as caught:
+            await engine.step([rows(1, 0, PROMPT)])
+        raised.append(str(caught.value))
+
+    async with stopped(engine) as pid, trio.open_nursery() as nursery:
+        for _ in range(3):
+            nursery.start_soon(take)
+        await trio.testing.wait_all_tasks_blocked()
+        os.kill(pid, signal.SIGKILL)
+        with trio.fail_after(PATIENCE_S):
+            reason = await engine.wait_crashed()
+    assert raised == [reason] * 3
+    assert reason == "the worker of blocks 0-4 was killed by SIGKILL"
+    with pytest.raises(EngineCrashed):
+        await start(engine, session(2), 1)
+    await engine.close(session(1))
+    statistics = engine.statistics()
+    assert (statistics.sessions, statistics.reserved_positions, statistics.worker_pid) == (0, 0, None)
 
 
 async def test_span_load_failure_is_one_line(make_tiny_model: MakeTinyModel, tmp_path: Path) -> None:
@@ -316,19 +338,3 @@ async def test_variants_are_built_beside_the_steps(make_tiny_model: MakeTinyMode
         assert has_one_entry(tmp_path), "the graphs are not kept"
         with pytest.raises(EngineError, match="no variant fused/fp4"):
             await engine.prepare(wanting)
-
-
-async def test_prefix_cache_reuses_pages_of_an_earlier_session(make_tiny_model: MakeTinyModel) -> None:
-    tiny = make_tiny_model("llama")
-    text = [*PROMPT, *tiny.tokens, *PROMPT]
-    prefix = Prefix(namespace="me", hashes=b"one page of text")
-    drawn = []
-    async with start_worker(tiny.source(WHOLE), WHOLE, OPTIONS) as engine:
-        for number, found in ((1, {}), (2, {KvCompatibilityKey(REFERENCE, "fp32"): 32})):
-            assert await engine.open(session(number), 48, prefix) == found
-            cached = await engine.begin(session(number), SessionOptions(sampling=GREEDY))
-            drawn.append(tokens_from_tensor(await step([engine], session(number), cached, text[cached:], 1)))
-            await engine.close(session(number))
-        statistics = engine.statistics()
-        assert (statistics.hit_positions, statistics.cached_positions, statistics.reserved_positions) == (32, 32, 0)
-    assert drawn[0] == drawn[1]
