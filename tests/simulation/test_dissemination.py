@@ -13,10 +13,11 @@ def assert_one_history(result: Result) -> None:
     assert result.lost_with_their_observer <= result.observations // 50
 
 
-def test_histories_converge_after_last_fault() -> None:
+@pytest.mark.parametrize("peers", [30, pytest.param(60, marks=pytest.mark.soak)])
+def test_histories_converge_after_last_fault(peers: int) -> None:
     result = play(
         Scenario(
-            peers=60,
+            peers=peers,
             faults_s=70,
             partition_at_s=5,
             partition_s=60,
