@@ -14,6 +14,9 @@ from node.util.offload import run_inline
 # Daemons of tests that run at the same time, and the user's own node, must not find each other.
 os.environ["METASWARM_NO_MDNS"] = "1"
 
+# Hundreds of processes that tests start would compile the whole package, each of them anew.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+
 # Started in the background by a shell, tests ignore Ctrl-C, and so would the programs that they start and interrupt.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
