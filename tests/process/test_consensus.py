@@ -27,10 +27,15 @@ async def record_agreements(daemon: Daemon, found: dict[int, str]) -> None:
 
 async def test_newcomer_adopts_the_agreed_table_and_jobs_name_it(start_daemon: StartDaemon) -> None:
     first = await start_daemon("--serve", f"{MODEL}:0-10", *FLAGS)
-    others = [
-        await start_daemon("--serve", f"{MODEL}:{blocks}", "--bootstrap", first.multiaddr, *FLAGS)
-        for blocks in ("10-20", "20-30")
-    ]
+    others: list[Daemon] = []
+
+    async def start_another(blocks: str) -> None:
+        flags = ("--serve", f"{MODEL}:{blocks}", "--bootstrap", first.multiaddr, *FLAGS)
+        others.append(await start_daemon(*flags))
+
+    async with trio.open_nursery() as nursery:
+        for blocks in ("10-20", "20-30"):
+            nursery.start_soon(start_another, blocks)
 
     async def have_agreed() -> bool:
         chains = [await chain(daemon) for daemon in (first, *others)]

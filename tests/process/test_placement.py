@@ -2,8 +2,10 @@
 
 from pathlib import Path
 
+import trio
+
 from node.models.store import Package
-from tests.process.daemons import MODEL, StartDaemon, is_complete, until
+from tests.process.daemons import MODEL, Daemon, StartDaemon, is_complete, until
 
 RECOVERY_S = 120.0
 """For failure detection, planning, settling and loading on a busy machine."""
@@ -16,10 +18,15 @@ async def test_spare_peer_moves_to_blocks_of_killed_peer(
     half_bytes = sum(file.size_bytes for file in manifest.blocks[:15])
     memory_bytes = int((half_bytes + manifest.embed.size_bytes + manifest.head.size_bytes) / 0.75) + (8 << 20)
     first = await start_daemon("--serve", f"{MODEL}:0-15", "--threads", "1")
-    second = await start_daemon("--serve", f"{MODEL}:15-30", "--threads", "1", "--bootstrap", first.multiaddr)
-    spare = await start_daemon(
-        "--serve", MODEL, "--memory", str(memory_bytes), "--threads", "1", "--bootstrap", first.multiaddr
-    )
+    joined: dict[str, Daemon] = {}
+
+    async def join(name: str, *flags: str) -> None:
+        joined[name] = await start_daemon(*flags, "--threads", "1", "--bootstrap", first.multiaddr)
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(join, "second", "--serve", f"{MODEL}:15-30")
+        nursery.start_soon(join, "spare", "--serve", MODEL, "--memory", str(memory_bytes))
+    second, spare = joined["second"], joined["spare"]
     await until(lambda: is_complete(first))
 
     async def blocks_of_spare() -> list[tuple[int, int]]:
