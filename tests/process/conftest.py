@@ -1,17 +1,16 @@
 """Fixtures of the tests with real daemons and the real model."""
 
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import AsyncExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
-import trio
 
 from node.models.importer import import_model
 from node.models.store import ModelStore, Package
-from tests.process.daemons import MODEL, Daemon, StartDaemon, is_complete, running_daemon, until
+from tests.process.daemons import MODEL, THIRDS, Daemon, StartDaemon, complete_swarm, running_daemon, swarm_in_thread
 
 
 @pytest.fixture
@@ -31,25 +30,15 @@ async def start_daemon(tmp_path: Path) -> AsyncIterator[StartDaemon]:
 
 @pytest.fixture
 async def start_swarm(start_daemon: StartDaemon, package: Package) -> Callable[..., Awaitable[list[Daemon]]]:
-    """Start one daemon per span, each with the first as its bootstrap peer, and wait until the model is complete.
+    """Start a swarm that lives as long as the test; see `complete_swarm`."""
+    return partial(complete_swarm, start_daemon)
 
-    `flags` are the first one's.
-    """
 
-    async def start(*spans: str, flags: Sequence[str] = ()) -> list[Daemon]:
-        daemons = [await start_daemon("--serve", f"{MODEL}:{spans[0]}", *flags)]
-        first = daemons[0]
-
-        async def start_another(span: str) -> None:
-            daemons.append(await start_daemon("--serve", f"{MODEL}:{span}", "--bootstrap", first.multiaddr))
-
-        async with trio.open_nursery() as nursery:
-            for span in spans[1:]:
-                nursery.start_soon(start_another, span)
-        await until(partial(is_complete, first))
-        return daemons
-
-    return start
+@pytest.fixture(scope="package")
+def thirds(package: Package, tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[Daemon]]:
+    """Three daemons with a third of the model each, of which the first has a draft model; for tests that end none."""
+    with swarm_in_thread(tmp_path_factory.mktemp("thirds"), *THIRDS, flags=("--draft", MODEL)) as daemons:
+        yield daemons
 
 
 @pytest.fixture(scope="session")

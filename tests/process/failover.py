@@ -13,9 +13,7 @@ from typing import Any
 import httpx
 import trio
 
-from tests.process.daemons import MODEL, Daemon, running_daemon, until
-
-THIRDS = ("0-10", "10-20", "20-30")
+from tests.process.daemons import MODEL, THIRDS, Daemon, running_daemon, until
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-import pytest
 import trio
 
 from node.models.store import Package
@@ -41,18 +40,17 @@ async def held(daemon: Daemon) -> int:
 
 
 async def test_peer_without_model_files_submits(
-    start_swarm: StartSwarm, start_daemon: StartDaemon, package: Package, tmp_path: Path
+    thirds: list[Daemon], start_daemon: StartDaemon, package: Package, tmp_path: Path
 ) -> None:
-    first, second = await start_swarm(*HALVES)
-    third = await start_daemon(
+    newcomer = await start_daemon(
         "--no-catalogue",
         "--bootstrap",
-        second.multiaddr,
+        thirds[1].multiaddr,
         environment={"METASWARM_CACHE_DIR": str(tmp_path / "empty cache")},
     )
-    await until(lambda: is_complete(third))
+    await until(lambda: is_complete(newcomer))
     code, stdout, _ = await metaswarm(
-        "submit", QUESTION, "--chat", "--model", MODEL, "--api", third.api_url, "--max-tokens", "16", "--json"
+        "submit", QUESTION, "--chat", "--model", MODEL, "--api", newcomer.api_url, "--max-tokens", "16", "--json"
     )
     assert code == 0
     answer = json.loads(stdout)
@@ -62,8 +60,9 @@ async def test_peer_without_model_files_submits(
     }
     assert "Paris" in answer["text"]
     assert answer["route"] == [
-        {"peer": first.peer_id, "start": 0, "end": 15},
-        {"peer": second.peer_id, "start": 15, "end": 30},
+        {"peer": thirds[0].peer_id, "start": 0, "end": 10},
+        {"peer": thirds[1].peer_id, "start": 10, "end": 20},
+        {"peer": thirds[2].peer_id, "start": 20, "end": 30},
     ]
     assert answer["usage"]["completion_tokens"] == len(answer["token_ids"])
     assert set(answer["usage"]) == {"prompt_tokens", "completion_tokens", "cached_tokens", "accepted_draft_tokens"}
@@ -72,10 +71,10 @@ async def test_peer_without_model_files_submits(
     assert set(answer["consensus"]) == {"votes", "agreed", "epoch", "table_digest", "weighed"}
     assert answer["replays"] == 0
 
-    received = (await third.get("/swarm/status"))["transfers"]["received_bytes"]
+    received = (await newcomer.get("/swarm/status"))["transfers"]["received_bytes"]
     tokenizer_bytes = sum(file.size_bytes for file in package.manifest.tokenizer_files)
     assert sum(received.values()) == tokenizer_bytes + len(package.manifest.data)
-    assert set(received) <= {first.peer_id, second.peer_id}
+    assert set(received) <= {daemon.peer_id for daemon in thirds}
     assert not list((tmp_path / "empty cache").rglob("*.safetensors"))
 
 
@@ -102,7 +101,7 @@ async def test_client_disconnect_cancels_job_on_every_stage(start_swarm: StartSw
 
 async def test_restarts_killed_worker_and_replays_its_job(start_daemon: StartDaemon) -> None:
     daemon = await start_daemon("--serve", MODEL)
-    job: dict[str, Any] = {"prompt": "Once", "max_tokens": 200, "metaswarm": {"ignore_eos": True}}
+    job: dict[str, Any] = {"prompt": "Once", "max_tokens": 60, "metaswarm": {"ignore_eos": True}}
     undisturbed = await daemon.complete(**job)
     span = (await daemon.get("/swarm/status"))["spans"][0]
     pid = span["worker_pid"]
@@ -211,33 +210,40 @@ async def test_drain_finishes_job_and_second_signal_exits_at_once(start_daemon: 
         assert await patient.process.wait() == 0
 
 
-@pytest.mark.parametrize(
-    ("arguments", "code", "words"),
-    [
-        (["--serve", "no-such-model"], 1, "no model 'no-such-model'"),
-        (["--serve", f"{MODEL}:20-40"], 1, "blocks 0-30"),
-        (["--serve", f"{MODEL}:9-3"], 2, "9-3"),
-        (["--listen", "/ip4/127.0.0.1/tcp/TAKEN"], 1, "address already in use"),
-        (["--api", "127.0.0.1:TAKEN"], 1, "TAKEN"),
-        (["--api", "0.0.0.0:0"], 2, "API key"),
-        (["--bootstrap", "BROKEN.yaml"], 2, "line 2"),
-        (["--config", "missing.toml"], 2, "missing.toml"),
-        (["--memory", "lots"], 2, "lots"),
-    ],
+USAGE_ERRORS: tuple[tuple[list[str], int, str], ...] = (
+    (["--serve", "no-such-model"], 1, "no model 'no-such-model'"),
+    (["--serve", f"{MODEL}:20-40"], 1, "blocks 0-30"),
+    (["--serve", f"{MODEL}:9-3"], 2, "9-3"),
+    (["--listen", "/ip4/127.0.0.1/tcp/TAKEN"], 1, "address already in use"),
+    (["--api", "127.0.0.1:TAKEN"], 1, "TAKEN"),
+    (["--api", "0.0.0.0:0"], 2, "API key"),
+    (["--bootstrap", "BROKEN.yaml"], 2, "line 2"),
+    (["--config", "missing.toml"], 2, "missing.toml"),
+    (["--memory", "lots"], 2, "lots"),
 )
-async def test_usage_error_is_one_line(arguments: list[str], code: int, words: str, tmp_path: Path) -> None:
+
+
+async def test_usage_error_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "BROKEN.yaml").write_text("peers:\n\t- tabs are not allowed\n")
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])
-        given = [a.replace("TAKEN", port).replace("BROKEN.yaml", str(tmp_path / "BROKEN.yaml")) for a in arguments]
-        base = ["--data-dir", str(tmp_path / "node"), "--api", "127.0.0.1:0", "--listen", "/ip4/127.0.0.1/tcp/0"]
-        exit_code, stdout, stderr = await metaswarm("node", *base, *given)
-    lines = [line for line in stderr.splitlines() if line.startswith(("metaswarm: ", "Error: "))]
-    assert exit_code == code, stderr
-    assert stdout == ""
-    assert len(lines) == 1, stderr
-    assert words.replace("TAKEN", port) in lines[0]
-    assert "Traceback" not in stderr
+
+        async def check(number: int, arguments: list[str], code: int, words: str) -> None:
+            given = [a.replace("TAKEN", port).replace("BROKEN.yaml", str(tmp_path / "BROKEN.yaml")) for a in arguments]
+            base = ["--data-dir", str(tmp_path / f"node-{number}"), "--api", "127.0.0.1:0"]
+            async with room:
+                exit_code, stdout, stderr = await metaswarm("node", *base, "--listen", "/ip4/127.0.0.1/tcp/0", *given)
+            lines = [line for line in stderr.splitlines() if line.startswith(("metaswarm: ", "Error: "))]
+            assert exit_code == code, (arguments, stderr)
+            assert stdout == "", arguments
+            assert len(lines) == 1, (arguments, stderr)
+            assert words.replace("TAKEN", port) in lines[0], arguments
+            assert "Traceback" not in stderr, arguments
+
+        room = trio.CapacityLimiter(3)
+        async with trio.open_nursery() as nursery:
+            for number, error in enumerate(USAGE_ERRORS):
+                nursery.start_soon(check, number, *error)
 
 
 async def test_refetches_damaged_block_file_before_serving(

@@ -1,6 +1,6 @@
 """Every exact method over real daemons gives the tokens of transformers, also for eight jobs at a time."""
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -8,8 +8,8 @@ import pytest
 import trio
 
 from node.models.store import Package
-from selector.task import PORTFOLIO
-from tests.process.daemons import MODEL, Daemon, until
+from selector.task import BASELINE, PORTFOLIO, Method
+from tests.process.daemons import MODEL, THIRDS, Daemon, until
 from tests.process.test_parity import TEXT, generate, whole_model
 from tests.support.tokenizers import load_tokenizer
 
@@ -31,6 +31,27 @@ PROMPTS = (
 EXACT = [name for name, method in PORTFOLIO.items() if method.exact]
 
 
+def test_every_switch_value_of_an_exact_method_is_tested() -> None:
+    """Also in what `make test` runs."""
+    assert len(EXACT) >= 10
+    tested = {item for name in combined_methods() for item in PORTFOLIO[name].switches.items()}
+    assert tested == {item for name in EXACT for item in PORTFOLIO[name].switches.items()}
+
+
+def combined_methods() -> list[str]:
+    """Of each engine with each way of speculating, the method with most of what is optional; and the reference."""
+    most: dict[tuple[str, str], str] = {}
+    for name in EXACT:
+        key = (PORTFOLIO[name].engine, PORTFOLIO[name].drafter)
+        most[key] = max(most.get(key, name), name, key=lambda each: _options(PORTFOLIO[each]))
+    return list(dict.fromkeys([BASELINE.name, *most.values()]))
+
+
+def _options(method: Method) -> int:
+    """How many switches differ from the reference."""
+    return sum(value != BASELINE.switches[switch] for switch, value in method.switches.items())
+
+
 @pytest.fixture(scope="module")
 def expected(package: Package) -> list[tuple[list[int], list[int]]]:
     """For each prompt its token ids, and the greedy continuation by the whole model."""
@@ -39,21 +60,25 @@ def expected(package: Package) -> list[tuple[list[int], list[int]]]:
     return [(prompt := tokenizer.encode(text), generate(model, prompt)) for text in PROMPTS]
 
 
-@pytest.mark.timeout(900)  # about thirty methods, each of which the stages first build and warm
-@pytest.mark.parametrize(
-    "spans",
-    [
-        pytest.param(("0-10", "10-20", "20-30"), id="3 stages"),
-        # The same path but for the stage in the middle.
-        pytest.param(("0-15", "15-30"), id="2 stages", marks=pytest.mark.soak),
-    ],
-)
+@pytest.mark.timeout(900)  # each of the engines is first built and warmed by every stage
 async def test_exact_methods_equal_transformers_alone_and_in_batches_of_eight(
+    thirds: list[Daemon], expected: list[tuple[list[int], list[int]]]
+) -> None:
+    await check_methods(thirds, expected, combined_methods())
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("spans", [("0-15", "15-30"), THIRDS], ids=["2 stages", "3 stages"])
+async def test_every_exact_method_equals_transformers(
     start_swarm: StartSwarm, expected: list[tuple[list[int], list[int]]], spans: tuple[str, ...]
 ) -> None:
-    daemons = await start_swarm(*spans, flags=("--draft", MODEL))
-    assert len(EXACT) >= 10
+    await check_methods(await start_swarm(*spans, flags=("--draft", MODEL)), expected, EXACT)
 
+
+async def check_methods(
+    daemons: list[Daemon], expected: list[tuple[list[int], list[int]]], methods: Sequence[str]
+) -> None:
     async def check(name: str, number: int, count: int) -> int:
         """Compare a job's text; return the number of accepted draft tokens."""
         prompt, tokens = expected[number]
@@ -61,10 +86,10 @@ async def test_exact_methods_equal_transformers_alone_and_in_batches_of_eight(
         told = answer["metaswarm"]
         assert told["token_ids"] == tokens[:count], name
         assert told["method"]["name"] == name
-        assert len(told["route"]) == len(spans)
+        assert len(told["route"]) == len(daemons)
         return int(answer["usage"]["completion_tokens_details"]["accepted_prediction_tokens"])
 
-    for name in EXACT:
+    for name in methods:
         # Alone first: builds the variant on every stage, and drafts come in time.
         for _ in range(TRIES):
             if await check(name, 1, ALONE_TOKENS) or "speculation=draft" not in name:

@@ -72,12 +72,17 @@ def test_prompts_are_short_and_long(expected: list[tuple[list[int], list[int]]])
     assert 600 <= max(lengths) <= 800
 
 
+async def test_greedy_tokens_equal_transformers_over_three_stages(
+    thirds: list[Daemon], expected: list[tuple[list[int], list[int]]]
+) -> None:
+    await check(thirds, expected)
+
+
 @pytest.mark.parametrize(
     "spans",
     [
         pytest.param(("0-30",), id="1 stage"),
-        pytest.param(("0-10", "10-20", "20-30"), id="3 stages"),
-        # No kind of stage that one and three have not: the whole model, its head, its middle, its tail.
+        # They have no kind of stage that one and three have not: the whole model, its head, its middle, its tail.
         pytest.param(("0-15", "15-30"), id="2 stages", marks=pytest.mark.soak),
         pytest.param(("0-7", "7-15", "15-22", "22-30"), id="4 stages", marks=pytest.mark.soak),
     ],
@@ -85,12 +90,15 @@ def test_prompts_are_short_and_long(expected: list[tuple[list[int], list[int]]])
 async def test_greedy_tokens_equal_transformers(
     start_swarm: StartSwarm, expected: list[tuple[list[int], list[int]]], spans: tuple[str, ...]
 ) -> None:
-    daemons = await start_swarm(*spans)
     # All prompts pass through three stages; where else the model is cut, only some of them, the longest among them.
-    for number, (prompt, tokens) in enumerate(expected if len(spans) == 3 else expected[::-3]):
-        # Every peer of the swarm takes its turn as the coordinator.
+    await check(await start_swarm(*spans), expected[::-3])
+
+
+async def check(daemons: list[Daemon], expected: list[tuple[list[int], list[int]]]) -> None:
+    """Submit prompts; every peer of the swarm takes its turn as the coordinator."""
+    for number, (prompt, tokens) in enumerate(expected):
         daemon = daemons[number % len(daemons)]
         answer = await daemon.complete(prompt=prompt, max_tokens=NEW_TOKENS, metaswarm={"ignore_eos": True})
         assert answer["metaswarm"]["token_ids"] == tokens
-        assert len(answer["metaswarm"]["route"]) == len(spans)
+        assert len(answer["metaswarm"]["route"]) == len(daemons)
         assert answer["usage"]["prompt_tokens"] == len(prompt)
