@@ -80,5 +80,5 @@ def folder_bytes(folder: Path) -> int:
     for parent, _, names in os.walk(folder):  # skips a folder that is gone when its turn comes
         for name in names:
             with suppress(FileNotFoundError):
-                total += os.stat(os.path.join(parent, name)).st_size
+                total += Path(parent, name).stat().st_size
     return total
