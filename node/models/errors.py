@@ -5,6 +5,10 @@ class ModelError(Exception):
     """A model cannot be imported, found or used. The message is one line: what is wrong and what to do."""
 
 
+class SourceError(ModelError):
+    """A server failed, or could not be reached, for too long. Trying again later may help."""
+
+
 class ManifestError(ModelError):
     """The bytes are not a valid manifest: their sender is at fault."""
 

@@ -18,6 +18,7 @@ import trio
 
 from node.models.errors import ModelError
 from node.models.files import disk_errors, flush_directory, part_of, sha256_of, size_of, try_lock
+from node.models.verification_record import FileStamp, VerificationRecord
 from node.network.interface import Network, NetworkError, Stream
 from protocol.blobs import PROTOCOL_ID, BlobBusy, BlobData, BlobInitiator, BlobMissing, BlobRequest
 from protocol.errors import RemoteProtocolError
@@ -121,6 +122,7 @@ class _Part:
     def put_in_place(self) -> None:
         os.fsync(self.handle)
         self.path.replace(self.destination)
+        VerificationRecord(self.destination.parent).add({self.destination.name: FileStamp.of(self.destination)})
         flush_directory(self.destination.parent)
 
 

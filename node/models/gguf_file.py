@@ -8,26 +8,33 @@ import math
 import re
 import struct
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, BinaryIO, Final
 
-from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
+from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFValueType
+
+from node.models.byte_source import ByteSource, open_sequential
 
 Value = bool | int | float | str | list[Any]
 """A metadata value; lists hold such values again."""
 
+ValueType = tuple[GGUFValueType, ...]
+"""A metadata value's type in the file; for an array, ARRAY and the type of its elements."""
+
 _MAGIC: Final = b"GGUF"
 _OLD_MAGICS: Final = frozenset({b"lmgg", b"tjgg", b"fmgg", b"algg"})
 _VERSIONS: Final = (2, 3)
-_ALIGNMENT: Final = 32
+DEFAULT_ALIGNMENT: Final = 32
 _MAX_DIMENSIONS: Final = 4
-_MAX_NESTING: Final = 2
-_SCALARS: Final = {
-    0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<?", 10: "<Q", 11: "<q", 12: "<d",
+SCALARS: Final[Mapping[GGUFValueType, str]] = {
+    GGUFValueType.UINT8: "<B", GGUFValueType.INT8: "<b", GGUFValueType.UINT16: "<H", GGUFValueType.INT16: "<h",
+    GGUFValueType.UINT32: "<I", GGUFValueType.INT32: "<i", GGUFValueType.FLOAT32: "<f", GGUFValueType.BOOL: "<?",
+    GGUFValueType.UINT64: "<Q", GGUFValueType.INT64: "<q", GGUFValueType.FLOAT64: "<d",
 }  # fmt: skip
-_STRING, _ARRAY = 8, 9
+"""How values of a type are packed."""
 _PART_NAME = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})(?P<suffix>\.gguf)", re.IGNORECASE)
 _MAX_PARTS: Final = 1000
 
@@ -38,7 +45,10 @@ class GgufError(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class GgufTensor:
-    """A tensor's place in its file. `shape` has the slowest dimension first, as in torch."""
+    """A tensor's place in its file. `shape` has the slowest dimension first, as in torch.
+
+    `source`: where the file's bytes are when the one at `path` has only its header.
+    """
 
     name: str
     shape: tuple[int, ...]
@@ -46,6 +56,7 @@ class GgufTensor:
     path: Path
     offset: int
     size_bytes: int
+    source: ByteSource | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +66,8 @@ class GgufModel:
     metadata: Mapping[str, Value]
     tensors: Mapping[str, GgufTensor]
     paths: tuple[Path, ...]
+    types: Mapping[str, ValueType]
+    """Of the metadata: llama.cpp refuses a value of the right size and another type."""
 
     @property
     def name(self) -> str:
@@ -103,17 +116,32 @@ def shorten(value: object) -> str:
     return text if len(text) <= 60 else f"{text[:60]}…"
 
 
-def read_gguf(path: Path) -> GgufModel:
-    """Return the model in a file and the other parts of its split. Raises GgufError and OSError."""
-    metadata, tensors = _read_header(path)
+def read_gguf(path: Path, sources: Mapping[Path, ByteSource] = MappingProxyType({})) -> GgufModel:
+    """Return the model in a file and the other parts of its split. Raises GgufError and OSError.
+
+    `sources`: where the bytes of files are that have only their headers here (see `copy_header`).
+    """
+    metadata, types, tensors = _read_header(path)
     count = _integer(metadata, "split.count", path)
     paths: tuple[Path, ...] = (path,)
     if count > 1:
         paths = _parts_beside(path, _integer(metadata, "split.no", path) + 1, count)
-        metadata, tensors = _join(paths)
+        metadata, types, tensors = _join(paths)
     if not isinstance(metadata.get("general.architecture"), str):
         raise GgufError(f"{paths[0].name} does not name its architecture (general.architecture): not a model")
-    return GgufModel(metadata, tensors, paths)
+    if sources:
+        tensors = {name: replace(tensor, source=sources[tensor.path]) for name, tensor in tensors.items()}
+    return GgufModel(metadata, tensors, paths, types)
+
+
+def copy_header(source: ByteSource, path: Path) -> None:
+    """Write the header of a file that is elsewhere into a new one of the same size, which has no other bytes.
+
+    Its size on the disk is that of the header. Raises GgufError, OSError, and ModelError for a fault of a server.
+    """
+    with path.open("wb") as copy, open_sequential(source, copy.write) as file:
+        _parse_header(path, file, source.size_bytes)
+        copy.truncate(source.size_bytes)
 
 
 def _parts_beside(path: Path, number: int, count: int) -> tuple[Path, ...]:
@@ -135,13 +163,17 @@ def _parts_beside(path: Path, number: int, count: int) -> tuple[Path, ...]:
     return tuple(paths)
 
 
-def _join(paths: tuple[Path, ...]) -> tuple[dict[str, Value], dict[str, GgufTensor]]:
+_Header = tuple[dict[str, Value], dict[str, ValueType], dict[str, GgufTensor]]
+
+
+def _join(paths: tuple[Path, ...]) -> _Header:
     """Return the metadata of the first part and the tensors of all; raise GgufError if they are not of one split."""
     metadata: dict[str, Value] = {}
+    types: dict[str, ValueType] = {}
     tensors: dict[str, GgufTensor] = {}
     for number, path in enumerate(paths):
-        of_part, more = _read_header(path)
-        metadata = metadata or of_part
+        of_part, types_of_part, more = _read_header(path)
+        metadata, types = metadata or of_part, types or types_of_part
         for key, wanted in (
             ("split.no", number),
             ("split.count", len(paths)),
@@ -159,7 +191,7 @@ def _join(paths: tuple[Path, ...]) -> tuple[dict[str, Value], dict[str, GgufTens
     total = metadata.get("split.tensors.count")
     if total is not None and total != len(tensors):
         raise GgufError(f"the parts of {paths[0].name} have {len(tensors)} tensors, not {total} (split.tensors.count)")
-    return metadata, tensors
+    return metadata, types, tensors
 
 
 def _integer(metadata: Mapping[str, Value], key: str, path: Path) -> int:
@@ -169,23 +201,27 @@ def _integer(metadata: Mapping[str, Value], key: str, path: Path) -> int:
     return value
 
 
-def _read_header(path: Path) -> tuple[dict[str, Value], dict[str, GgufTensor]]:
+def _read_header(path: Path) -> _Header:
     with path.open("rb") as file:
-        size = path.stat().st_size
-        _check_magic(path, file.read(8), size)
-        reader = _Reader(file, path.name, size)
-        tensor_count, key_count = reader.number("<Q"), reader.number("<Q")
-        metadata: dict[str, Value] = {}
-        for _ in range(reader.plausible(key_count, 12)):
-            key = reader.string()
-            if key in metadata:
-                raise GgufError(f"{path.name} is damaged: it has the key {key[:80]!r} twice")
-            metadata[key] = reader.value(reader.number("<I"))
-        infos = [reader.tensor_info() for _ in range(reader.plausible(tensor_count, 24))]
-        position = file.tell()
-    alignment = _integer(metadata, "general.alignment", path) or _ALIGNMENT
+        return _parse_header(path, file, path.stat().st_size)
+
+
+def _parse_header(path: Path, file: BinaryIO, size: int) -> _Header:
+    _check_magic(path, file.read(8), size)
+    reader = _Reader(file, path.name, size)
+    tensor_count, key_count = reader.number("<Q"), reader.number("<Q")
+    metadata: dict[str, Value] = {}
+    types: dict[str, ValueType] = {}
+    for _ in range(reader.plausible(key_count, 12)):
+        key = reader.string()
+        if key in metadata:
+            raise GgufError(f"{path.name} is damaged: it has the key {key[:80]!r} twice")
+        types[key], metadata[key] = reader.value()
+    infos = [reader.tensor_info() for _ in range(reader.plausible(tensor_count, 24))]
+    position = file.tell()
+    alignment = _integer(metadata, "general.alignment", path) or DEFAULT_ALIGNMENT
     start = position + -position % alignment
-    return metadata, _place(path, infos, start, alignment, size)
+    return metadata, types, _place(path, infos, start, alignment, size)
 
 
 def _check_magic(path: Path, beginning: bytes, size: int) -> None:
@@ -256,20 +292,32 @@ class _Reader:
     def string(self) -> str:
         return self._take(self.number("<Q")).decode("utf-8", errors="replace")
 
-    def value(self, kind: int, depth: int = 0) -> Value:
-        if kind == _STRING:
+    def value(self) -> tuple[ValueType, Value]:
+        """Return a value after its type."""
+        kind = self._type()
+        if kind is not GGUFValueType.ARRAY:
+            return (kind,), self._scalar(kind)
+        element, count = self._type(), self.number("<Q")
+        if element is GGUFValueType.ARRAY:
+            raise GgufError(f"{self._name} is damaged: its metadata have an array of arrays")
+        if element is GGUFValueType.STRING:
+            return (kind, element), [self.string() for _ in range(self.plausible(count, 8))]
+        layout = SCALARS[element]
+        data = self._take(self.plausible(count, struct.calcsize(layout)) * struct.calcsize(layout))
+        return (kind, element), [item for (item,) in struct.iter_unpack(layout, data)]
+
+    def _type(self) -> GGUFValueType:
+        number = self.number("<I")
+        try:
+            return GGUFValueType(number)
+        except ValueError:
+            raise GgufError(f"{self._name} is damaged: its metadata have a value of type {number}") from None
+
+    def _scalar(self, kind: GGUFValueType) -> Value:
+        if kind is GGUFValueType.STRING:
             return self.string()
-        if kind == _ARRAY and depth < _MAX_NESTING:
-            element, count = self.number("<I"), self.number("<Q")
-            if element in _SCALARS:
-                layout = _SCALARS[element]
-                data = self._take(self.plausible(count, struct.calcsize(layout)) * struct.calcsize(layout))
-                return [item for (item,) in struct.iter_unpack(layout, data)]
-            return [self.value(element, depth + 1) for _ in range(self.plausible(count, 8))]
-        if kind in _SCALARS:
-            value: bool | int | float = struct.unpack(_SCALARS[kind], self._take(struct.calcsize(_SCALARS[kind])))[0]
-            return value
-        raise GgufError(f"{self._name} is damaged: its metadata have a value of type {kind}")
+        value: bool | int | float = struct.unpack(SCALARS[kind], self._take(struct.calcsize(SCALARS[kind])))[0]
+        return value
 
     def tensor_info(self) -> tuple[str, tuple[int, ...], int, int]:
         name, dimensions = self.string(), self.number("<I")

@@ -196,6 +196,8 @@ _TOKENIZER_KEYS: Final = frozenset(
     {"tokenizer.chat_template", "tokenizer.chat_templates", "tokenizer.huggingface.json"}
 ) | {f"tokenizer.ggml.{key}" for key in _GGML_KEYS.split()}
 _TEMPLATE_PREFIX: Final = "tokenizer.chat_template."
+_BOS_KEY: Final = "tokenizer.ggml.bos_token_id"
+_PADDING_KEY: Final = "tokenizer.ggml.padding_token_id"
 _EOS_KEYS: Final = ("tokenizer.ggml.eos_token_id", "tokenizer.ggml.eot_token_id", "tokenizer.ggml.eom_token_id")
 
 # A sentencepiece vocabulary begins and ends its texts with these where the file does not say.
@@ -209,7 +211,7 @@ def requirements(model: GgufModel) -> tuple[Requirement, ...]:
     """
     architecture = _architecture_of(model)
     rules = {**_COMMON, **architecture.rules, architecture.epsilon[0]: architecture.epsilon[1]}
-    _check_other_namespaces(model)
+    check_namespaces(model)
     found: list[Requirement] = []
     prefix = f"{model.architecture}."
     known = {"attention.head_count_kv", "attention.key_length", "attention.value_length"}
@@ -269,7 +271,7 @@ def _architecture_of(model: GgufModel) -> _Architecture:
     return _ARCHITECTURES[name]
 
 
-def _check_other_namespaces(model: GgufModel) -> None:
+def check_namespaces(model: GgufModel) -> None:
     """Refuse files that are not a whole decoder, and unknown keys of the tokenizer."""
     kind = model.metadata.get("general.type", "model")
     if kind != "model":
@@ -294,21 +296,26 @@ def _head_requirements(model: GgufModel, architecture: _Architecture) -> list[Re
     return found
 
 
-def _token_requirements(model: GgufModel) -> list[Requirement]:
+def special_tokens(model: GgufModel) -> tuple[int | None, tuple[int, ...], int | None]:
+    """Return the tokens that begin, end and pad a text, as far as there are any. Raises GgufError."""
     is_sentencepiece = model.metadata.get("tokenizer.ggml.model") == "llama"
-    key = "tokenizer.ggml.bos_token_id"
-    bos = model.metadata.get(key, _SENTENCEPIECE_BOS if is_sentencepiece else None)
+    bos = model.metadata.get(_BOS_KEY, _SENTENCEPIECE_BOS if is_sentencepiece else None)
     ends = [model.metadata.get(name) for name in _EOS_KEYS]
     if ends[0] is None and is_sentencepiece:
         ends[0] = _SENTENCEPIECE_EOS
-    padding = model.metadata.get("tokenizer.ggml.padding_token_id")
+    padding = model.metadata.get(_PADDING_KEY)
     if not all(token is None or type(token) is int for token in (bos, padding, *ends)):
         raise GgufError(f"{model.name} is damaged: its special tokens are not token ids")
-    eos = list(dict.fromkeys(token for token in ends if type(token) is int))
+    eos = tuple(dict.fromkeys(token for token in ends if type(token) is int))
+    return bos if type(bos) is int else None, eos, padding if type(padding) is int else None
+
+
+def _token_requirements(model: GgufModel) -> list[Requirement]:
+    bos, eos, padding = special_tokens(model)
     return [
-        Requirement("bos_token_id", bos if type(bos) is int else None, key),
-        Requirement("pad_token_id", padding if type(padding) is int else None, "tokenizer.ggml.padding_token_id"),
-        Requirement("eos_token_id", eos if len(eos) > 1 else eos[0] if eos else None, _EOS_KEYS[0]),
+        Requirement("bos_token_id", bos, _BOS_KEY),
+        Requirement("pad_token_id", padding, _PADDING_KEY),
+        Requirement("eos_token_id", list(eos) if len(eos) > 1 else eos[0] if eos else None, _EOS_KEYS[0]),
     ]
 
 

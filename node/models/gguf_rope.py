@@ -13,8 +13,10 @@ from typing import Final
 
 from node.models.gguf_file import GgufError, GgufModel
 
-_FREQS, _LONG, _SHORT = "rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight"
-ROPE_TENSORS: Final = frozenset({_FREQS, _LONG, _SHORT})
+SHORT_FACTORS: Final = "rope_factors_short.weight"
+LONG_FACTORS: Final = "rope_factors_long.weight"
+_FREQS: Final = "rope_freqs.weight"
+ROPE_TENSORS: Final = frozenset({_FREQS, LONG_FACTORS, SHORT_FACTORS})
 """Tensors that the rotary embedding takes; no layer does."""
 
 _KEYS: Final = (
@@ -64,7 +66,7 @@ def read_rope(model: GgufModel, dimensions: int, tensors: Mapping[str, tuple[flo
     factor = model.number("rope.scaling.factor", 0.0) or model.number("rope.scale_linear", 0.0) or 1.0
     if kind == "none":
         factor = 1.0
-    if kind == "longrope" or _LONG in tensors or _SHORT in tensors:
+    if kind == "longrope" or LONG_FACTORS in tensors or SHORT_FACTORS in tensors:
         return _longrope(model, dimensions, base, factor, tensors)
     if kind not in {"none", "linear", "yarn"} or factor <= 0:
         raise model.unsupported("rope.scaling.type" if factor > 0 else "rope.scaling.factor")
@@ -126,20 +128,26 @@ def _longrope(
     model: GgufModel, dimensions: int, base: float, factor: float, tensors: Mapping[str, tuple[float, ...]]
 ) -> Rope:
     """Return LongRoPE with its factors for texts up to the original context length, which are built first."""
-    if model.architecture != "phi3" or not {_LONG, _SHORT} <= tensors.keys() or factor != 1.0 or _FREQS in tensors:
+    if (
+        model.architecture != "phi3"
+        or not {LONG_FACTORS, SHORT_FACTORS} <= tensors.keys()
+        or factor != 1.0
+        or _FREQS in tensors
+    ):
         raise model.unsupported("rope.scaling.type")
     context = _context(model)
     attention_factor = model.number("rope.scaling.attn_factor", 1.0)
     frequencies = tuple(
-        frequency / short for frequency, short in zip(_frequencies(dimensions, base), tensors[_SHORT], strict=True)
+        frequency / short
+        for frequency, short in zip(_frequencies(dimensions, base), tensors[SHORT_FACTORS], strict=True)
     )
     parameters = {
         "rope_type": "longrope",
         "rope_theta": base,
         "original_max_position_embeddings": context,
         "attention_factor": attention_factor,
-        "long_factor": list(tensors[_LONG]),
-        "short_factor": list(tensors[_SHORT]),
+        "long_factor": list(tensors[LONG_FACTORS]),
+        "short_factor": list(tensors[SHORT_FACTORS]),
     }
     return Rope(parameters, frequencies, attention_factor)
 

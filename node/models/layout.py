@@ -1,8 +1,9 @@
 """The file of a package that a tensor of a checkpoint belongs to, by its name.
 
 A package has one file per transformer block, so that a peer fetches and maps only what it serves, and two more: `embed`
-turns token ids into the first block's input, `head` the last block's output into logits. The few naming conventions of
-architectures are listed here and nowhere else.
+turns token ids into the first block's input, `head` the last block's output into logits. One of GGUF files has a
+further one, `common`, which every span needs (`gguf_layout` has the names of GGUF). The few naming conventions of
+architectures in transformers are listed here and nowhere else.
 """
 
 import re
@@ -15,8 +16,10 @@ from typing import Final, Literal
 Part = int | Literal["embed", "head"]
 """A block's number, or one of the two parts around the blocks."""
 
-EMBED_FILE: Final = "embed.safetensors"
-HEAD_FILE: Final = "head.safetensors"
+SAFETENSORS: Final = "safetensors"
+GGUF: Final = "gguf"
+FORMATS: Final = (SAFETENSORS, GGUF)
+"""What the weight files of a package are, and how their names end."""
 
 # A decoder's tensors may stand bare (GPT-2 and Bloom on their hub pages) or under any nesting of these modules.
 _DECODER = r"(?:(?:model|transformer|gpt_neox|gpt_neox_japanese|biogpt|decoder|language_model)\.)*"
@@ -149,9 +152,14 @@ def input_matrix(tensors: Iterable[str], names: OuterNames = BY_NAME) -> str | N
     return next(filter(names.is_input_matrix, sorted(tensors)), None)
 
 
-def block_file(block: int) -> str:
+def block_file(block: int, weights: str = SAFETENSORS) -> str:
     """Return the name of a block's file."""
-    return f"block-{block:03d}.safetensors"
+    return f"block-{block:03d}.{weights}"
+
+
+def part_file(part: Literal["common", "embed", "head"], weights: str = SAFETENSORS) -> str:
+    """Return the name of a file beside those of the blocks."""
+    return f"{part}.{weights}"
 
 
 def describe_tensors(names: Iterable[str]) -> str:

@@ -16,6 +16,8 @@ from node.models.errors import ModelError
 from node.models.files import Progress, ignore_progress
 from node.models.importer import import_model
 from node.models.manifest import Manifest
+from node.models.parts import WHOLE, Selection
+from node.models.source_index import source_of_model
 from node.models.store import ModelStore, Package, UnknownModelError, evict_for, in_use
 from node.models.tokenizer_service import ModelTokenizer, TokenizerService
 from node.network.interface import Network, NetworkError
@@ -213,20 +215,23 @@ class Library:
         try:
             return (await self._package(model)).manifest
         except ModelError:
-            if not use_catalogue or all(entry.model_id != model for entry in CATALOGUE.values()):
+            name = _catalogued_as(model)
+            if not use_catalogue or name is None:
                 raise
-        return (await self._import(model, progress)).manifest
+        return (await self._import(name, progress)).manifest
 
     async def weights(
         self, manifest: Manifest, blocks: BlockRange, *, use_catalogue: bool, progress: Progress = ignore_progress
     ) -> Package:
-        """Return a package with the verified files of a span; missing or damaged ones come from peers or the catalogue.
+        """Return a package with the verified files of a span.
 
-        Raises ModelError with one line for the user.
+        Missing or damaged ones come from peers, else from the model's source: the catalogue, or the hub repository that
+        it was imported from. Files that were verified before and have not changed since are not hashed again. Raises
+        ModelError with one line for the user.
         """
         model = manifest.model_id
         package = self._store.get(model)
-        found = await trio.to_thread.run_sync(partial(self._store.verify, model, blocks, progress))
+        found = await trio.to_thread.run_sync(partial(self._store.verify, model, blocks, progress, rehash=False))
         for name in found.corrupt:
             _logger.warning("damaged model file deleted, fetching it again", model=model, file=name)
             await trio.to_thread.run_sync(self._store.discard, model, name)
@@ -238,9 +243,11 @@ class Library:
         try:
             await self._fetcher.fetch_files(manifest, wanted, await self._swarm.providers(model), progress)
         except ModelError:
-            if not use_catalogue or all(entry.model_id != model for entry in CATALOGUE.values()):
+            source = self._source_of(model)
+            if not use_catalogue or source is None:
                 raise
-            return await self._import(model, progress)
+            selection = WHOLE if source in CATALOGUE else Selection(blocks=blocks, manifest=manifest)
+            return await self._import(source, progress, selection)
         return package
 
     def in_use(self, package: Package, blocks: BlockRange) -> AbstractContextManager[None]:
@@ -257,10 +264,20 @@ class Library:
         except UnknownModelError:
             return await self._fetcher.fetch_manifest(model, await self._swarm.providers(model))
 
-    async def _import(self, model: ModelId, progress: Progress) -> Package:
-        """Import a model of the catalogue."""
-        name = next(entry.name for entry in CATALOGUE.values() if entry.model_id == model)
-        return await trio.to_thread.run_sync(partial(import_model, name, self._store, progress=progress))
+    def _source_of(self, model: ModelId) -> str | None:
+        """Return what a model can be imported from: its catalogue name, or a commit of a hub repository."""
+        return _catalogued_as(model) or source_of_model(self._store.cache_dir, model)
+
+    async def _import(self, source: str, progress: Progress, wanted: Selection = WHOLE) -> Package:
+        def report(stage: str, done: int, total: int) -> None:
+            trio.from_thread.check_cancelled()
+            progress(stage, done, total)
+
+        return await trio.to_thread.run_sync(partial(import_model, source, self._store, wanted=wanted, progress=report))
+
+
+def _catalogued_as(model: ModelId) -> str | None:
+    return next((entry.name for entry in CATALOGUE.values() if entry.model_id == model), None)
 
 
 async def provide_loop(network: Network, store: ModelStore) -> None:

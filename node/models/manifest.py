@@ -13,7 +13,7 @@ from functools import cached_property
 from typing import Annotated, Any, Final, TypeAlias
 
 from node.models.errors import ManifestError
-from node.models.layout import EMBED_FILE, HEAD_FILE, block_file
+from node.models.layout import GGUF, SAFETENSORS, block_file, part_file
 from protocol import fields
 from protocol.canonical import canonical_json
 from protocol.errors import RemoteProtocolError
@@ -28,12 +28,15 @@ from protocol.limits import (
     MAX_VOCABULARY,
     MAX_WIDTH,
 )
-from protocol.schema import Count, Form, Key, Nullable, Range, from_map, to_map
+from protocol.schema import OMIT_DEFAULT, Count, Form, Key, Nullable, Range, from_map, to_map
+from selector.cuts import Cuts
 
 Json: TypeAlias = "bool | int | float | str | list[Json] | dict[str, Json] | None"
 """A value as json.loads returns it."""
 
-FORMAT: Final = 1
+_FORMATS: Final[Mapping[str, int | str]] = {SAFETENSORS: 1, GGUF: GGUF}
+"""How a manifest states its format: the first one by a number, which the ids of its packages depend on."""
+
 MANIFEST_FILE: Final = "manifest.json"
 TOKENIZER_FILE: Final = "tokenizer.json"
 TOKENIZER_CONFIG_FILE: Final = "tokenizer_config.json"
@@ -64,10 +67,12 @@ _LONG_ROPE_TYPES = frozenset({"longrope", "su"})
 _POSITIONS_KEYS = ("max_position_embeddings", "n_positions", "seq_length", "max_seq_len")
 
 
-def _format(value: object, _what: str) -> int:
-    if value != FORMAT or type(value) is not int:
-        raise RemoteProtocolError(f"format {str(value)[:20]} is unknown here; this is format {FORMAT}")
-    return value
+def _format(value: object, _what: str) -> str:
+    for name, stated in _FORMATS.items():
+        if value == stated and type(value) is type(stated):
+            return name
+    known = " and ".join(map(str, _FORMATS.values()))
+    raise RemoteProtocolError(f"format {str(value)[:20]} is unknown here; formats {known} are")
 
 
 def _sha256(value: object, what: str) -> str:
@@ -101,13 +106,15 @@ class _Generation:
 class _Document:
     """A manifest as JSON."""
 
-    format: Annotated[int, Form(_format)]
+    format: Annotated[str, Form(_format, _FORMATS.__getitem__)]
     config: Annotated[Mapping[str, Json], Form(lambda value, _what: _config(value))]
     generation: _Generation
     tokenizer: Annotated[tuple[FileEntry, ...], Count(len(TOKENIZER_FILES))]
     embed: FileEntry
     head: FileEntry
     blocks: Annotated[tuple[FileEntry, ...], Count(MAX_BLOCKS, 1)]
+    common: FileEntry | None = None
+    granularity: Annotated[int, Range(1, MAX_BLOCKS), OMIT_DEFAULT] = 1
 
     def check(self) -> None:
         """Raise RemoteProtocolError for other files than a package has, and for a config of other blocks."""
@@ -116,20 +123,30 @@ class _Document:
         names = [file.name for file in self.tokenizer]
         if names != sorted(set(names)):
             raise RemoteProtocolError("tokenizer files out of order")
-        self.embed.check_name(EMBED_FILE)
-        self.head.check_name(HEAD_FILE)
+        if (self.common is None) is (self.format == GGUF):
+            raise RemoteProtocolError(
+                f"a manifest of {self.format} files {'lacks' if self.common is None else 'has'} 'common'"
+            )
+        if self.common is not None:
+            self.common.check_name(part_file("common", self.format))
+        self.embed.check_name(part_file("embed", self.format))
+        self.head.check_name(part_file("head", self.format))
         for block, file in enumerate(self.blocks):
-            file.check_name(block_file(block))
+            file.check_name(block_file(block, self.format))
         described = block_count_of(self.config)
         if described != len(self.blocks):
             raise RemoteProtocolError(f"config describes {described} blocks, not {len(self.blocks)}")
+        if self.granularity > len(self.blocks):
+            raise RemoteProtocolError(f"granularity {self.granularity} exceeds the {len(self.blocks)} blocks")
 
 
 @dataclass(frozen=True)
 class Manifest:
     """A model's `config`, as in its config.json, the token ids that begin and end a text, and its files.
 
-    `config` always has `tie_word_embeddings`: whether the last stage takes its output matrix from `embed`.
+    `config` always has `tie_word_embeddings`: whether the last stage takes its output matrix from `embed`. It has the
+    names of transformers in either `format`, which is that of the weight files. `common`: in a package of GGUF files
+    the one that every span needs. The model may be cut into spans at multiples of `granularity` blocks only.
     """
 
     config: Mapping[str, Json]
@@ -139,13 +156,16 @@ class Manifest:
     embed: FileEntry
     head: FileEntry
     blocks: tuple[FileEntry, ...]
+    common: FileEntry | None = None
+    granularity: int = 1
+    format: str = SAFETENSORS
 
     @cached_property
     def data(self) -> bytes:
         """The manifest's canonical bytes."""
         generation = _Generation(self.bos_token_id, self.eos_token_ids)
-        files = (self.tokenizer_files, self.embed, self.head, self.blocks)
-        return canonical_json(to_map(_Document(FORMAT, self.config, generation, *files)))
+        files = (self.tokenizer_files, self.embed, self.head, self.blocks, self.common)
+        return canonical_json(to_map(_Document(self.format, self.config, generation, *files, self.granularity)))
 
     @cached_property
     def model_id(self) -> ModelId:
@@ -166,13 +186,18 @@ class Manifest:
         return len(self.blocks)
 
     @property
+    def cuts(self) -> Cuts:
+        """Where the model may be cut into spans."""
+        return Cuts(self.block_count, self.granularity)
+
+    @property
     def tied(self) -> bool:
         """Whether the matrix that embeds tokens is also the one that makes logits."""
         return self.config["tie_word_embeddings"] is True
 
     @property
     def model_type(self) -> str:
-        """The architecture's name in transformers."""
+        """The architecture's name in transformers, or in llama.cpp where transformers does not know it."""
         return str(self.config["model_type"])
 
     @property
@@ -193,12 +218,12 @@ class Manifest:
     @property
     def files(self) -> tuple[FileEntry, ...]:
         """Every file of the whole package except the manifest."""
-        return (*self.tokenizer_files, self.embed, *self.blocks, self.head)
+        return (*self.tokenizer_files, *self.weight_files)
 
     @property
     def weight_files(self) -> tuple[FileEntry, ...]:
         """The files with tensors."""
-        return (self.embed, *self.blocks, self.head)
+        return (*self._common, self.embed, *self.blocks, self.head)
 
     @property
     def size_bytes(self) -> int:
@@ -211,10 +236,15 @@ class Manifest:
             raise ManifestError(f"the model has blocks 0-{self.block_count}, not {blocks}")
         first, last = blocks.start == 0, blocks.end == self.block_count
         return (
+            *self._common,
             *((self.embed,) if first or (last and self.tied) else ()),
             *self.blocks[blocks.start : blocks.end],
             *((self.head,) if last else ()),
         )
+
+    @property
+    def _common(self) -> tuple[FileEntry, ...]:
+        return () if self.common is None else (self.common,)
 
     def bytes_of(self, blocks: BlockRange) -> int:
         """Return how many bytes of weights a peer needs to serve these blocks."""
@@ -235,6 +265,9 @@ def parse_manifest(data: bytes) -> Manifest:
             embed=document.embed,
             head=document.head,
             blocks=document.blocks,
+            common=document.common,
+            granularity=document.granularity,
+            format=document.format,
         )
         is_canonical = manifest.data == data
     except (ValueError, RecursionError, RemoteProtocolError) as error:

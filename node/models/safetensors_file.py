@@ -9,15 +9,18 @@ import json
 import math
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
-from typing import Final
+from typing import Final, NamedTuple
+
+from node.models.byte_source import ByteSource, Range, read, stream_ranges
 
 _LENGTH_BYTES: Final = 8
 _ALIGNMENT: Final = 8
 _MAX_HEADER_BYTES: Final = 100_000_000  # the format's own limit
-_COPY_BYTES: Final = 4 << 20
 _BITS: Final = {
     "BOOL": 8, "U8": 8, "I8": 8, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8,
     "U16": 16, "I16": 16, "F16": 16, "BF16": 16,
@@ -30,34 +33,33 @@ _BITS: Final = {
 class TensorSource:
     """Where a tensor's bytes lie: `size_bytes` from `offset` of a file."""
 
-    path: Path
+    file: ByteSource
     offset: int
     size_bytes: int
     dtype: str
     shape: tuple[int, ...]
 
 
-def read_header(path: Path) -> dict[str, TensorSource]:
+def read_header(file: ByteSource) -> dict[str, TensorSource]:
     """Return the tensors of a file by name; raise ValueError for a damaged or foreign file.
 
     Offsets and sizes are checked against each other, the shapes and the file, so that a copy cannot run astray.
     """
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(_LENGTH_BYTES), "little")
-        if size < _LENGTH_BYTES or length > min(size - _LENGTH_BYTES, _MAX_HEADER_BYTES):
-            raise ValueError("its header is longer than the file: cut short, or not a safetensors file")
-        try:
-            header = json.loads(file.read(length), object_pairs_hook=_unique)
-        except _TwiceError:
-            raise
-        except (ValueError, RecursionError):
-            raise ValueError("its header is not JSON: damaged, or not a safetensors file") from None
+    size = file.size_bytes
+    length = int.from_bytes(read(file, 0, min(size, _LENGTH_BYTES)), "little")
+    if size < _LENGTH_BYTES or length > min(size - _LENGTH_BYTES, _MAX_HEADER_BYTES):
+        raise ValueError("its header is longer than the file: cut short, or not a safetensors file")
+    try:
+        header = json.loads(read(file, _LENGTH_BYTES, length), object_pairs_hook=_unique)
+    except _TwiceError:
+        raise
+    except (ValueError, RecursionError):
+        raise ValueError("its header is not JSON: damaged, or not a safetensors file") from None
     if not isinstance(header, dict) or not header:
         raise ValueError("its header names no tensors")
     start = _LENGTH_BYTES + length
     header.pop("__metadata__", None)
-    return {str(name): _tensor(path, str(name), info, start, size) for name, info in header.items()}
+    return {str(name): _tensor(file, str(name), info, start) for name, info in header.items()}
 
 
 def merge_headers(headers: Iterable[Mapping[str, TensorSource]]) -> dict[str, TensorSource]:
@@ -66,38 +68,58 @@ def merge_headers(headers: Iterable[Mapping[str, TensorSource]]) -> dict[str, Te
     for header in headers:
         for name, tensor in header.items():
             if name in merged:
-                raise ValueError(f"tensor {name!r} is in {merged[name].path.name} and in {tensor.path.name}")
+                raise ValueError(f"tensor {name!r} is in {merged[name].file.name} and in {tensor.file.name}")
             merged[name] = tensor
     return merged
 
 
-def write_file(path: Path, tensors: Mapping[str, TensorSource], on_bytes: Callable[[int], None]) -> str:
-    """Write tensors, copied from wherever they lie, as one file flushed to the disk; return its sha256.
+class Written(NamedTuple):
+    """The size of a file, and the sha256 of its content."""
+
+    size_bytes: int
+    sha256: str
+
+
+def write_file(path: Path | None, tensors: Mapping[str, TensorSource], on_bytes: Callable[[int], None]) -> Written:
+    """Write tensors, copied from wherever they lie, as one file flushed to the disk; return its size and sha256.
 
     The order is by falling element size, then name, so that every tensor is aligned. `on_bytes` is called with the
-    size of each piece. Raises OSError, and ValueError when a source file is shorter than its header said.
+    size of each piece. Without a path the file is only hashed. Raises OSError, and ValueError when a source file is
+    shorter than its header said.
     """
-    names = sorted(tensors, key=lambda name: (-_BITS[tensors[name].dtype], name))
-    digest = hashlib.sha256()
-    with path.open("wb") as file:
+    names = _in_order(tensors)
+    digest, size = hashlib.sha256(), 0
+    with path.open("wb") if path else nullcontext() as file:
         header = _header({name: tensors[name] for name in names})
-        digest.update(header)
-        file.write(header)
-        for name in names:
-            for piece in _pieces(tensors[name]):
-                digest.update(piece)
+        ranges = (Range(tensor.file, tensor.offset, tensor.size_bytes) for tensor in map(tensors.__getitem__, names))
+        for piece in chain((header,), stream_ranges(ranges)):
+            digest.update(piece)
+            size += len(piece)
+            if file is not None:
                 file.write(piece)
-                on_bytes(len(piece))
-        file.flush()
-        os.fsync(file.fileno())
-    return digest.hexdigest()
+            on_bytes(len(piece))
+        if file is not None:
+            file.flush()
+            os.fsync(file.fileno())
+    return Written(size, digest.hexdigest())
+
+
+def size_of_file(tensors: Mapping[str, TensorSource]) -> int:
+    """Return the size of the file that `write_file` makes of tensors."""
+    header = _header({name: tensors[name] for name in _in_order(tensors)})
+    return len(header) + sum(tensor.size_bytes for tensor in tensors.values())
+
+
+def _in_order(tensors: Mapping[str, TensorSource]) -> list[str]:
+    return sorted(tensors, key=lambda name: (-_BITS[tensors[name].dtype], name))
 
 
 def same_bytes(first: TensorSource, second: TensorSource) -> bool:
     """Return whether two tensors are equal in type, shape and every byte."""
     if (first.dtype, first.shape) != (second.dtype, second.shape):
         return False
-    return all(one == other for one, other in zip(_pieces(first), _pieces(second), strict=True))
+    one, other = (it.file.stream(it.offset, it.size_bytes) for it in (first, second))
+    return all(piece == its_equal for piece, its_equal in zip(one, other, strict=True))
 
 
 class _TwiceError(ValueError):
@@ -112,7 +134,7 @@ def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
     return members
 
 
-def _tensor(path: Path, name: str, info: object, start: int, file_size: int) -> TensorSource:
+def _tensor(file: ByteSource, name: str, info: object, start: int) -> TensorSource:
     match info:
         case {"dtype": str(dtype), "shape": [*shape], "data_offsets": [begin, end]}:
             numbers = (*shape, begin, end)
@@ -120,9 +142,9 @@ def _tensor(path: Path, name: str, info: object, start: int, file_size: int) -> 
             dtype, shape, begin, end, numbers = "", [], 0, 0, ()
     if dtype not in _BITS or not all(type(number) is int and number >= 0 for number in numbers):
         raise ValueError(f"its header does not describe tensor {name[:80]!r} in a known way")
-    if end - begin != math.prod(shape) * _BITS[dtype] // 8 or start + end > file_size:
+    if end - begin != math.prod(shape) * _BITS[dtype] // 8 or start + end > file.size_bytes:
         raise ValueError(f"tensor {name[:80]!r} does not fit its shape or the file: damaged or cut short")
-    return TensorSource(path, start + begin, end - begin, dtype, tuple(shape))
+    return TensorSource(file, start + begin, end - begin, dtype, tuple(shape))
 
 
 def _header(tensors: Mapping[str, TensorSource]) -> bytes:
@@ -135,15 +157,3 @@ def _header(tensors: Mapping[str, TensorSource]) -> bytes:
     text = json.dumps(header, separators=(",", ":")).encode("ascii")
     text += b" " * (-len(text) % _ALIGNMENT)
     return len(text).to_bytes(_LENGTH_BYTES, "little") + text
-
-
-def _pieces(tensor: TensorSource) -> Iterator[bytes]:
-    with tensor.path.open("rb") as file:
-        file.seek(tensor.offset)
-        left = tensor.size_bytes
-        while left:
-            piece = file.read(min(left, _COPY_BYTES))
-            if not piece:
-                raise ValueError(f"{tensor.path.name} became shorter while it was read")
-            yield piece
-            left -= len(piece)

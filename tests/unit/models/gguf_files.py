@@ -154,3 +154,46 @@ def _add(writer: gguf.GGUFWriter, key: str, value: Any) -> None:
             writer.add_string(key, value)
         case _:
             writer.add_array(key, value)
+
+
+def write_large(path: Path, size_bytes: int) -> Path:
+    """Write a Llama of about this size in Q8_0, of random bytes, without holding it in memory."""
+    width = 2048
+    shapes = {
+        "attn_q": (width, width),
+        "attn_output": (width, width),
+        "attn_k": (width, width),
+        "attn_v": (width, width),
+    }
+    shapes |= {"ffn_gate": (3 * width, width), "ffn_up": (3 * width, width), "ffn_down": (width, 3 * width)}
+    block_bytes = sum(rows * columns for rows, columns in shapes.values()) // 32 * 34
+    blocks = max(1, size_bytes // block_bytes)
+    writer = gguf.GGUFWriter(path, "llama")
+    keys = {"embedding_length": width, "block_count": blocks, "feed_forward_length": 3 * width}
+    for key, value in metadata(
+        attention__head_count=16, attention__head_count_kv=16, rope__dimension_count=128
+    ).items():
+        if key != "general.architecture":
+            _add(writer, key, keys.get(key.removeprefix("llama."), value))
+    named = {"token_embd": (len(VOCABULARY), width)}
+    named |= {f"blk.{block}.{name}": shape for block in range(blocks) for name, shape in shapes.items()}
+    norms = ["output_norm", *(f"blk.{block}.{kind}_norm" for block in range(blocks) for kind in ("attn", "ffn"))]
+    kind = gguf.GGMLQuantizationType.Q8_0
+    for name in norms:
+        writer.add_tensor_info(f"{name}.weight", [width], np.dtype(np.float32), 4 * width)
+    for name, (rows, columns) in named.items():
+        row_bytes = columns // 32 * 34
+        info = ([rows, row_bytes], np.dtype(np.uint8), rows * row_bytes)
+        writer.add_tensor_info(f"{name}.weight", *info, raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    writer.close()
+    noise = np.random.default_rng(0).bytes(1 << 20)
+    with path.open("r+b") as file:
+        file.seek(0, 2)
+        file.write(bytes(-file.tell() % 32))
+        left = sum(4 * width for _ in norms) + sum(rows * columns // 32 * 34 for rows, columns in named.values())
+        while left:
+            left -= file.write(noise[: min(left, len(noise))])
+    return path

@@ -2,15 +2,16 @@
 
 import json
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
+from tokenizers import Tokenizer
 
 from node.cli import run
 from node.models import sources
+from node.models.gguf_file import read_gguf
 from tests.unit.models.checkpoints import write_checkpoint
-from tests.unit.models.gguf_files import metadata, tensors, write_gguf, write_split
+from tests.unit.models.gguf_files import VOCABULARY, metadata, tensors, without, write_gguf, write_split
 
 check_tensors = sources.check_tensors
 
@@ -27,13 +28,18 @@ def test_a_split_model_with_rope_scaling_keeps_it(tmp_path: Path, capsys: pytest
     parts = write_split(tmp_path / "parts", weights=weights)
     assert run(["model", "import", str(parts[1]), "--json"]) == 0
     package = json.loads(capsys.readouterr().out)
-    manifest: Any = json.loads((Path(package["path"]) / "manifest.json").read_bytes())
-    rope = manifest["config"]["rope_parameters"]
-    assert (rope["rope_type"], rope["factor"]) == ("llama3", 8.0)
-    assert package["blocks"] == 2
+    assert (package["format"], package["granularity"], package["blocks"]) == ("gguf", 1, 2)
+    tokenizer = Tokenizer.from_file(f"{package['path']}/tokenizer.json")
+    assert tokenizer.encode("ab").ids == [VOCABULARY.index("ab")]
+    common = read_gguf(Path(package["path"]) / "common.gguf")
+    assert common.tensors.keys() == {"rope_freqs.weight"}
+    assert run(["model", "show", package["id"][:8]]) == 0
+    shown = capsys.readouterr().out
+    assert "weights       gguf, mostly F32" in shown
+    assert "may be cut    anywhere" in shown
 
 
-@pytest.mark.parametrize("fault", ["a part", "blocks"])
+@pytest.mark.parametrize("fault", ["a part", "blocks", "a tensor of a block", "an unknown architecture"])
 def test_a_model_that_is_not_whole_leaves_no_package(
     tmp_path: Path, cache: Path, capsys: pytest.CaptureFixture[str], fault: str
 ) -> None:
@@ -41,12 +47,18 @@ def test_a_model_that_is_not_whole_leaves_no_package(
         first, second = write_split(tmp_path / "parts")
         second.unlink()
         line = "is part 1 of 2 (split.count = 2), and tiny-00002-of-00002.gguf is not beside it"
+    elif fault == "a tensor of a block":
+        first = write_gguf(tmp_path / "tiny.gguf", metadata(), without(tensors(), ["blk.1.ffn_up"]))
+        line = (
+            "cannot import tiny.gguf: llama.cpp cannot load the model: check_tensor_dims: tensor 'blk.1.ffn_up.weight'"
+        )
+    elif fault == "an unknown architecture":
+        first = write_gguf(tmp_path / "tiny.gguf", metadata("plamo9000"))
+        line = "cannot import tiny.gguf: llama.cpp cannot load the model: unknown model architecture: 'plamo9000'"
     else:
         weights = {name: it for name, it in tensors().items() if "blk.1" not in name and "output" not in name}
         first = write_gguf(tmp_path / "tiny.gguf", metadata(), weights)
-        line = (
-            "lacks tensors of blocks 0-1 (blk.0.attn_output.weight, …), output_norm.weight: it is not the whole model"
-        )
+        line = "tiny.gguf lacks tensors of block 1 (blk.1.*, …): it is not the whole model"
     assert run(["model", "import", str(first)]) == 1
     errors = capsys.readouterr().err
     assert line in errors

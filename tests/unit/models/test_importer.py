@@ -17,6 +17,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from node.models import importer, sources
+from node.models.byte_source import LocalFile
 from node.models.catalogue import CATALOGUE, CatalogueEntry
 from node.models.errors import ModelError
 from node.models.importer import import_model
@@ -25,6 +26,7 @@ from node.models.safetensors_file import read_header
 from node.models.store import ModelStore
 from protocol.identity import ModelId
 from tests.unit.models.checkpoints import llama_tensors, write_checkpoint
+from tests.unit.models.gguf_files import write_gguf
 
 
 @pytest.fixture
@@ -43,7 +45,7 @@ def test_every_tensor_of_a_folder_ends_in_the_file_of_its_part(tmp_path: Path, s
     for file in package.manifest.files:
         part = load_file(package.path_of(file))
         found |= part
-        for stored in read_header(package.path_of(file)).values():
+        for stored in read_header(LocalFile.of(package.path_of(file))).values():
             assert stored.offset % {"F32": 4, "F16": 2, "I8": 1}[stored.dtype] == 0
         if file.name == "block-001.safetensors":
             assert set(part) == {name for name in tensors if name.startswith("model.layers.1.")}
@@ -311,62 +313,6 @@ def test_a_model_is_named_after_its_source_unless_told_otherwise(tmp_path: Path,
         import_model(str(other), store, name="../escape")
 
 
-class FakeHub:
-    """Stands in for the hub's library: a folder of files instead of a server."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.downloaded: list[str] = []
-
-    def snapshot_download(self, repository: str, *, revision: str | None, allow_patterns: list[str], **_: Any) -> Any:
-        assert "*.bin" not in allow_patterns
-        return [
-            SimpleNamespace(filename=path.name, file_size=path.stat().st_size, commit_hash=f"commit-of-{revision}")
-            for path in sorted(self.folder.iterdir())
-            if any(path.match(pattern) for pattern in allow_patterns)
-        ]
-
-    def hf_hub_download(self, repository: str, filename: str, *, revision: str) -> str:
-        self.downloaded.append(f"{repository}@{revision}/{filename}")
-        return str(self.folder / filename)
-
-
-def test_a_hub_repository_is_downloaded_without_its_pickles(
-    tmp_path: Path, store: ModelStore, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    import huggingface_hub
-
-    hub = FakeHub(write_checkpoint(tmp_path / "model", shards=2))
-    (hub.folder / "pytorch_model.bin").write_bytes(b"pickle")
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", hub.snapshot_download)
-    monkeypatch.setattr(huggingface_hub, "hf_hub_download", hub.hf_hub_download)
-    reports: list[tuple[int, int]] = []
-    package = import_model(
-        "Somebody/Tiny@v1", store, progress=lambda stage, *n: reports.append(n) if "download" in stage else None
-    )
-    assert package.model_id == import_model(str(hub.folder), store).model_id
-    assert hub.downloaded[0] == "Somebody/Tiny@commit-of-v1/config.json"
-    assert not any("pytorch_model" in name for name in hub.downloaded)
-    assert reports[-1][0] == reports[-1][1] > 0
-    assert store.resolve("tiny") == package.model_id
-
-
-def test_unsupported_architecture_downloads_only_its_config(
-    tmp_path: Path, store: ModelStore, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    import huggingface_hub
-
-    config = {"model_type": "qwen3_next", "num_hidden_layers": 48, "num_attention_heads": 16}
-    hub = FakeHub(write_checkpoint(tmp_path / "model", config=config))
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", hub.snapshot_download)
-    monkeypatch.setattr(huggingface_hub, "hf_hub_download", hub.hf_hub_download)
-    with pytest.raises(ModelError, match="uses linear attention, which cannot be split into spans here") as error:
-        import_model("Somebody/Tiny", store)
-    assert "\n" not in str(error.value)
-    assert [name.rpartition("/")[2] for name in hub.downloaded] == ["config.json"]
-    assert store.list() == ()
-
-
 def test_modules_go_where_the_architecture_runs_them(
     tmp_path: Path, store: ModelStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -382,34 +328,6 @@ def test_modules_go_where_the_architecture_runs_them(
     assert not package.manifest.tied
 
 
-def test_hub_repository_without_tokenizer_json_is_refused_before_download(
-    tmp_path: Path, store: ModelStore, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    import huggingface_hub
-
-    hub = FakeHub(write_checkpoint(tmp_path / "model"))
-    (hub.folder / "tekken.json").write_text("{}")
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", hub.snapshot_download)
-    monkeypatch.setattr(huggingface_hub, "hf_hub_download", hub.hf_hub_download)
-    with pytest.raises(ModelError, match=r"somebody/tiny has its tokenizer only as tekken.json, and no tokenizer.json"):
-        import_model("somebody/tiny", store)
-    assert [name.rpartition("/")[2] for name in hub.downloaded] == ["config.json"]
-    (hub.folder / "tokenizer.json").write_text("{}")
-    import_model("somebody/tiny", store)
-    assert not any("tekken" in name for name in hub.downloaded)
-
-
-def test_what_the_hub_refuses_is_one_clear_line(store: ModelStore, monkeypatch: pytest.MonkeyPatch) -> None:
-    import huggingface_hub
-
-    def offline(*_args: object, **_options: object) -> NoReturn:
-        raise ConnectionError("no route\nto host")
-
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", offline)
-    with pytest.raises(ModelError, match="somebody/tiny cannot be downloaded from the hub: to host"):
-        import_model("somebody/tiny", store)
-
-
 def fake_conversion(monkeypatch: pytest.MonkeyPatch, checkpoint: Path) -> None:
     def convert(source: Path, folder: Path, progress: object) -> None:
         shutil.copytree(checkpoint, folder)
@@ -417,15 +335,33 @@ def fake_conversion(monkeypatch: pytest.MonkeyPatch, checkpoint: Path) -> None:
     monkeypatch.setattr(sources, "convert_gguf", convert)
 
 
-def test_a_gguf_file_goes_through_the_converter(
+def catalogue_of(monkeypatch: pytest.MonkeyPatch, source: Path, **values: Any) -> None:
+    """Make a catalogue of one model, whose GGUF file needs no download."""
+    entry = replace(CATALOGUE["smollm2-135m-instruct"], name="tiny", **values)
+    monkeypatch.setattr(importer, "CATALOGUE", {"tiny": entry})
+
+    def fetch(_entry: object, folder: Path, _progress: object) -> Path:
+        return Path(shutil.copy(source, folder / "model.gguf"))
+
+    monkeypatch.setattr(sources, "fetch_from_wheel", fetch)
+
+
+def test_a_catalogue_entry_says_whether_its_weights_are_dequantised(
     tmp_path: Path, store: ModelStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    checkpoint = write_checkpoint(tmp_path / "converted")
+    monkeypatch.setattr(sources, "find_granularity", lambda *_: 1)
+    monkeypatch.setattr(sources, "make_gguf_tokenizer", lambda _source, folder, _progress: folder.mkdir())
+    source, checkpoint = write_gguf(tmp_path / "Tiny.Q4.gguf"), write_checkpoint(tmp_path / "converted")
     fake_conversion(monkeypatch, checkpoint)
-    (tmp_path / "Tiny.Q4.gguf").write_bytes(b"GGUF")
-    package = import_model(str(tmp_path / "Tiny.Q4.gguf"), store)
-    assert package.model_id == import_model(str(checkpoint), store).model_id
-    assert store.resolve("tiny.q4") == package.model_id
+    for form, same in (("gguf", source), ("safetensors", checkpoint)):
+        expected = import_model(str(same), ModelStore(tmp_path / form))
+        catalogue_of(monkeypatch, source, format=form, model_id=expected.model_id)
+        package = import_model("tiny", store)
+        assert (package.model_id, package.manifest.format) == (expected.model_id, form)
+    assert ModelStore(tmp_path / "gguf").resolve("tiny.q4")
+
+
+def test_a_file_of_another_kind_is_refused(tmp_path: Path, store: ModelStore) -> None:
     (tmp_path / "model.bin").write_bytes(b"x")
     with pytest.raises(ModelError, match="is not a GGUF file"):
         import_model(str(tmp_path / "model.bin"), store)
@@ -441,14 +377,9 @@ def test_a_catalogue_import_that_gives_another_model_fails(
     tmp_path: Path, store: ModelStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fake_conversion(monkeypatch, write_checkpoint(tmp_path / "converted"))
-
-    def fetch(entry: object, folder: Path, progress: object) -> Path:
-        (folder / "model.gguf").write_bytes(b"GGUF")
-        return folder / "model.gguf"
-
-    monkeypatch.setattr(sources, "fetch_from_wheel", fetch)
+    catalogue_of(monkeypatch, write_gguf(tmp_path / "tiny.gguf"))
     with pytest.raises(ModelError, match=r"gave model [0-9a-f]{12} where the catalogue pins"):
-        import_model("smollm2-135m-instruct", store)
+        import_model("tiny", store)
     assert store.list() == ()
 
 

@@ -16,11 +16,13 @@ from node.models.catalogue import CATALOGUE, CatalogueEntry
 from node.models.errors import ModelError
 from node.models.importer import import_model
 from node.models.library import MANIFEST_POLL_S, Library
+from node.models.parts import Selection
 from node.models.store import ModelStore, Package
 from node.testing.memory_links import LinkModel
 from node.testing.memory_network import MemoryNetworkHub
 from protocol.blobs import PROTOCOL_ID
-from protocol.identity import ModelId, PeerId, peer_id_from_public_key
+from protocol.identity import BlockRange, ModelId, PeerId, peer_id_from_public_key
+from tests.support.hub_server import HubServer, status
 from tests.unit.models.checkpoints import write_checkpoint
 from tests.unit.models.vocabularies import byte_level
 
@@ -129,3 +131,36 @@ async def test_failed_open_fails_all_concurrent_callers(tmp_path: Path, theirs: 
                 for _ in range(3):
                     nursery.start_soon(ask)
         assert failed == 3
+
+
+def publish(hub: HubServer) -> str:
+    """Put the model that the peer serves into a hub, too; return the repository."""
+    folder = write_checkpoint(hub.folder / "Somebody" / "Tiny")
+    (folder / "tokenizer.json").write_text(byte_level())
+    return "Somebody/Tiny"
+
+
+async def test_blocks_that_no_peer_has_come_from_hub_of_the_import(
+    hub: HubServer, tmp_path: Path, theirs: Package
+) -> None:
+    mine = import_model(publish(hub), ModelStore(tmp_path / "mine"), wanted=Selection(blocks=BlockRange(0, 1)))
+    assert mine.model_id == theirs.model_id
+    async with joined(tmp_path, theirs) as (found, store, swarm):
+        swarm.models.clear()
+        with pytest.raises(ModelError, match="no peer is known to have it"):
+            await found.weights(mine.manifest, BlockRange(1, 2), use_catalogue=False)
+        package = await found.weights(mine.manifest, BlockRange(1, 2), use_catalogue=True)
+    assert package.missing(BlockRange(0, 2)) == ()
+    assert package.manifest.blocks[2] in package.missing()
+    assert store.verify(package.model_id).corrupt == ()
+
+
+async def test_download_from_busy_hub_is_cancelled_at_once(hub: HubServer, tmp_path: Path, theirs: Package) -> None:
+    mine = import_model(publish(hub), ModelStore(tmp_path / "mine"), wanted=Selection(blocks=BlockRange(0, 1)))
+    hub.cdn_faults += [status(503, Retry_After="60")] * 100
+    async with joined(tmp_path, theirs) as (found, _, swarm):
+        swarm.models.clear()
+        with trio.fail_after(30), trio.move_on_after(0.5) as cancelled:
+            await found.weights(mine.manifest, BlockRange(1, 3), use_catalogue=True)
+    assert cancelled.cancelled_caught
+    assert 0 < len(hub.cdn_faults) < 100

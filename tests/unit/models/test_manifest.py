@@ -1,6 +1,7 @@
 import hashlib
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,10 +12,23 @@ from node.models.errors import ManifestError
 from node.models.manifest import FileEntry, Json, Manifest, normalise_config, parse_manifest
 from protocol.canonical import canonical_json
 from protocol.identity import BlockRange
+from selector.cuts import Cuts
 
 
 def entry(name: str, size: int = 100) -> FileEntry:
     return FileEntry(name, size, hashlib.sha256(name.encode()).hexdigest())
+
+
+def gguf_manifest(*, blocks: int = 4, tied: bool = True, granularity: int = 2) -> Manifest:
+    return replace(
+        manifest(blocks=blocks, tied=tied),
+        format="gguf",
+        common=entry("common.gguf", 7),
+        embed=entry("embed.gguf", 1000),
+        head=entry("head.gguf", 10),
+        blocks=tuple(entry(f"block-{block:03d}.gguf", 100 + block) for block in range(blocks)),
+        granularity=granularity,
+    )
 
 
 def manifest(*, blocks: int = 4, tied: bool = True) -> Manifest:
@@ -37,8 +51,8 @@ def manifest(*, blocks: int = 4, tied: bool = True) -> Manifest:
     )
 
 
-def altered(change: Callable[[Any], object]) -> bytes:
-    value = json.loads(manifest().data)
+def altered(change: Callable[[Any], object], original: Manifest | None = None) -> bytes:
+    value = json.loads((original or manifest()).data)
     change(value)
     return canonical_json(value)
 
@@ -50,6 +64,57 @@ def test_a_manifest_survives_its_bytes_and_is_named_by_their_hash() -> None:
     assert parsed.model_id == hashlib.sha256(original.data).hexdigest()
     assert (parsed.block_count, parsed.tied, parsed.model_type) == (4, True, "llama")
     assert (parsed.hidden_size, parsed.vocabulary_size, parsed.max_positions) == (64, 1000, 512)
+
+
+def test_the_id_of_a_safetensors_package_is_what_it_always_was() -> None:
+    assert manifest().model_id == "a5085d016ee7bc512a4273c3df12b42cf54c6efe2055b8ffdfdc496f4ef70cb6"
+    assert b"granularity" not in manifest().data
+    assert b"common" not in manifest().data
+
+
+def test_a_manifest_of_gguf_files_survives_its_bytes_and_says_where_it_may_be_cut() -> None:
+    original = gguf_manifest()
+    parsed = parse_manifest(original.data)
+    assert parsed == original
+    assert (parsed.format, parsed.granularity, parsed.cuts) == ("gguf", 2, Cuts(4, 2))
+    assert json.loads(original.data)["format"] == "gguf"
+    assert "granularity" not in json.loads(gguf_manifest(granularity=1).data)
+
+
+@st.composite
+def manifests(draw: st.DrawFn) -> Manifest:
+    blocks = draw(st.integers(1, 6))
+    files = st.builds(
+        FileEntry, st.just(""), st.integers(1, 1 << 20), st.text("0123456789abcdef", min_size=64, max_size=64)
+    )
+    form = draw(st.sampled_from(("safetensors", "gguf")))
+
+    def named(name: str) -> FileEntry:
+        return replace(draw(files), name=f"{name}.{form}")
+
+    return replace(
+        manifest(blocks=blocks, tied=draw(st.booleans())),
+        format=form,
+        bos_token_id=draw(st.none() | st.integers(0, 1 << 20)),
+        eos_token_ids=tuple(draw(st.lists(st.integers(0, 1 << 20), max_size=3))),
+        tokenizer_files=(),
+        common=named("common") if form == "gguf" else None,
+        embed=named("embed"),
+        head=named("head"),
+        blocks=tuple(named(f"block-{block:03d}") for block in range(blocks)),
+        granularity=draw(st.integers(1, blocks)),
+    )
+
+
+@given(manifests(), st.data())
+def test_every_manifest_survives_its_bytes(original: Manifest, data: st.DataObject) -> None:
+    assert parse_manifest(original.data) == original
+    other = data.draw(manifests())
+    assert (other.model_id == original.model_id) == (other == original)
+    start = data.draw(st.integers(0, original.block_count - 1))
+    span = BlockRange(start, data.draw(st.integers(start + 1, original.block_count)))
+    assert (original.common in original.files_for(span)) == (original.format == "gguf")
+    assert set(original.files_for(span)) <= set(original.weight_files)
 
 
 @pytest.mark.parametrize(
@@ -115,8 +180,37 @@ HOSTILE: dict[str, Callable[[Any], object]] = {
 
 @pytest.mark.parametrize("change", HOSTILE.values(), ids=HOSTILE)
 def test_a_lying_manifest_is_refused(change: Callable[[Any], object]) -> None:
-    with pytest.raises(ManifestError):
-        parse_manifest(altered(change))
+    for original in (manifest(), gguf_manifest()):
+        with pytest.raises(ManifestError):
+            parse_manifest(altered(change, original))
+
+
+LYING_ABOUT_FORMAT: dict[str, tuple[Callable[[Any], object], str]] = {
+    "an unknown format": (lambda m: m.update(format="pickle"), "format pickle is unknown here; formats 1 and gguf are"),
+    "the first format by another name": (lambda m: m.update(format="safetensors"), "format safetensors is unknown"),
+    "no format": (lambda m: m.pop("format"), "lacks 'format'"),
+    "files of the other format": (lambda m: m.update(format=1), "of safetensors files has 'common'"),
+    "no common file": (lambda m: m.pop("common"), "of gguf files lacks 'common'"),
+    "another common file": (lambda m: m["common"].update(name="embed.gguf"), "where common.gguf is expected"),
+    "a block of the other format": (
+        lambda m: m["blocks"][0].update(name="block-000.safetensors"),
+        "where block-000.gguf is expected",
+    ),
+    "granularity of nothing": (lambda m: m.update(granularity=0), "granularity"),
+    "negative granularity": (lambda m: m.update(granularity=-2), "granularity"),
+    "granularity beyond the model": (lambda m: m.update(granularity=5), "granularity 5 exceeds the 4 blocks"),
+    "huge granularity": (lambda m: m.update(granularity=1 << 60), "granularity"),
+    "granularity that is no integer": (lambda m: m.update(granularity=2.0), "granularity"),
+    "a boolean for the granularity": (lambda m: m.update(granularity=True), "granularity"),
+    "granularity of one in words": (lambda m: m.update(granularity=1), "left out at this value"),
+}
+
+
+@pytest.mark.parametrize(("change", "line"), LYING_ABOUT_FORMAT.values(), ids=LYING_ABOUT_FORMAT)
+def test_a_manifest_that_lies_about_its_format_is_refused(change: Callable[[Any], object], line: str) -> None:
+    with pytest.raises(ManifestError, match=line) as error:
+        parse_manifest(altered(change, gguf_manifest()))
+    assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,81 @@
+"""What the child processes of an import find out about a GGUF file, or say why not."""
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tokenizers import Tokenizer
+
+from node.models import sources
+from node.models.errors import ModelError
+from node.models.files import ignore_progress
+from tests.unit.models.gguf_files import metadata, tensors, write_gguf
+
+Child = Callable[[str], None]
+
+
+@pytest.fixture
+def child(monkeypatch: pytest.MonkeyPatch) -> Child:
+    """Have a Python program run in the place of the next child."""
+
+    def replace(program: str) -> None:
+        monkeypatch.setattr(sources, "python", lambda *_arguments: (sys.executable, "-c", program))
+
+    return replace
+
+
+def test_the_granularity_is_what_the_trial_finds(tmp_path: Path, child: Child) -> None:
+    reports: list[tuple[str, int, int]] = []
+    child('print("llama.cpp says hello"); print(\'{"granularity": 6}\')')
+    assert sources.find_granularity(tmp_path / "x.gguf", lambda *report: reports.append(report)) == 6
+    assert reports == [("test the architecture", 0, 1), ("test the architecture", 1, 1)]
+
+
+@pytest.mark.parametrize(
+    ("program", "line"),
+    [
+        (
+            'print(\'{"error": "llama.cpp does not know the architecture plamo9000"}\'); raise SystemExit(1)',
+            "^cannot import x.gguf: llama.cpp does not know the architecture plamo9000$",
+        ),
+        ("print('no result')", "cannot import x.gguf: the test of its architecture gave no result"),
+        ('print(\'{"granularity": "six"}\')', "gave no result"),
+        ("import os, signal; os.kill(os.getpid(), signal.SIGSEGV)", "cannot import x.gguf: the test of its architect"),
+    ],
+)
+def test_a_model_that_llama_cpp_cannot_run_is_one_line(tmp_path: Path, child: Child, program: str, line: str) -> None:
+    child(program)
+    with pytest.raises(ModelError, match=line) as error:
+        sources.find_granularity(tmp_path / "x.gguf", ignore_progress)
+    assert "\n" not in str(error.value)
+
+
+def make_tokenizer(tmp_path: Path, keys: dict[str, Any]) -> Path:
+    folder = tmp_path / "tokenizer"
+    sources.make_gguf_tokenizer(write_gguf(tmp_path / "tiny.gguf", keys, tensors()), folder, ignore_progress)
+    return folder
+
+
+def test_the_tokenizer_is_made_without_the_weights(tmp_path: Path) -> None:
+    # No architecture that transformers knows, so that only the vocabulary can have been used.
+    keys = metadata("plamo9000") | {"tokenizer.chat_template": "{{ messages }}"}
+    folder = make_tokenizer(tmp_path, keys)
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    assert tokenizer.encode("<|im_end|>ab").ids == [2, 96]
+    assert json.loads((folder / "tokenizer_config.json").read_text()) == {
+        "bos_token": "<|im_start|>",
+        "eos_token": "<|im_end|>",
+    }
+    assert (folder / "chat_template.jinja").read_text() == "{{ messages }}"
+
+
+def test_a_file_without_vocabulary_gives_no_tokenizer(tmp_path: Path) -> None:
+    assert list(make_tokenizer(tmp_path, metadata(tokenizer=False)).iterdir()) == []
+
+
+def test_a_vocabulary_of_an_unsupported_kind_is_one_line(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match=r"^tiny.gguf has a tokenizer of type 'bert', which is not supported$"):
+        make_tokenizer(tmp_path, metadata() | {"tokenizer.ggml.model": "bert"})
