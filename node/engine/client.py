@@ -5,19 +5,18 @@ The KV allocator runs on this side: opening, beginning and closing never wait fo
 """
 
 import itertools
-import os
 import socket
 from collections import deque
 from collections.abc import AsyncIterator, Sequence, Set
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
 from dataclasses import dataclass, field, replace
 
-import psutil
 import trio
 
 from node.engine import worker_protocol
 from node.engine.base import Engine
 from node.engine.interface import (
+    REFERENCE,
     EngineCrashed,
     EngineError,
     EngineOptions,
@@ -33,10 +32,18 @@ from node.engine.interface import (
     source_from_package,
 )
 from node.engine.kv_allocator import KvReservation
+from node.models.layout import GGUF
 from node.models.store import Package
 from node.util.child_process import Child, ChildError, child_environment, python, start
+from node.util.processor import physical_cores
 from node.util.signal import Signal
 from protocol.identity import BlockRange, SessionId
+
+UNLOAD_AFTER_S = 30.0
+"""Without a session on it for so long, the reference is unloaded."""
+
+UNLOAD_ROUND_S = 5.0
+"""How often that is checked."""
 
 
 def start_engine(
@@ -58,7 +65,7 @@ async def start_worker(
     """
     options = options or EngineOptions()
     name = f"the worker of blocks {blocks}"
-    process = (spare.take() if spare is not None else None) or await start_process(options, name)
+    process = (spare.take(source.format) if spare is not None else None) or await start_process(options, name)
     process.child.what = name
     try:
         engine = WorkerEngine(process, *await _load(process, source, blocks, options))
@@ -66,6 +73,7 @@ async def start_worker(
             nursery.start_soon(process.child.relay_stderr)
             nursery.start_soon(engine.receive_loop)
             nursery.start_soon(engine.send_loop)
+            nursery.start_soon(engine.unload_loop)
             yield engine
             nursery.cancel_scope.cancel()
     finally:
@@ -115,9 +123,12 @@ class _Call:
 
 
 class WorkerEngine(Engine):
-    """An engine over a worker process. Made by `start_worker`, which runs its two tasks.
+    """An engine over a worker process. Made by `start_worker`, which runs its tasks.
 
     `_sessions` keeps the frame that began a session, which tells it from an earlier one with the same id.
+
+    The reference is available always, but in memory only while sessions want it: the first of them waits until it is
+    loaded, beside the steps of others.
     """
 
     _sessions: dict[SessionId, _Frame]
@@ -130,19 +141,48 @@ class WorkerEngine(Engine):
         self._outbox_filled = Signal()
         self._calls: dict[int, _Call] = {}
         self._numbers = itertools.count()
+        self._is_reference_loaded = False
+        self._on_reference: set[SessionId] = set()
+        self._reference_used_s = 0.0
+
+    async def begin(self, session: SessionId, options: SessionOptions) -> int:
+        """Begin a session as Engine describes it; one on the reference waits until that is loaded."""
+        if options.variant == REFERENCE and not self._is_reference_loaded:
+            try:
+                await self._prepare(REFERENCE)
+            except EngineError:
+                self._close(session, keep=False)
+                raise
+            self._reference_used_s = trio.current_time()
+            self._is_reference_loaded = True
+        return await super().begin(session, options)
+
+    async def unload_loop(self) -> None:
+        """Have the reference unloaded when nothing has used it for a while, and something else can serve."""
+        while True:
+            await trio.sleep(UNLOAD_ROUND_S)
+            if not self._is_reference_loaded or self._on_reference or self._variants == {REFERENCE}:
+                continue
+            if trio.current_time() - self._reference_used_s >= UNLOAD_AFTER_S:
+                self._is_reference_loaded = False
+                self._post(worker_protocol.encode_frame({"do": "unload"}))
 
     async def prepare(self, variant: Variant) -> None:
         """Have the worker build a variant. If the caller is cancelled, it is built all the same."""
         self._raise_if_crashed()
-        if variant in self._variants:
-            return
+        if variant not in self._variants:
+            await self._prepare(variant)
+
+    async def _prepare(self, variant: Variant) -> None:
+        self._raise_if_crashed()
         number = next(self._numbers)
         call = self._calls[number] = _Call()
         self._building[number] = variant
         self._post(worker_protocol.encode_frame({"do": "prepare", "call": number, "variant": variant}))
         await call.answered.wait()
-        if variant not in self._variants:
-            raise call.error or EngineCrashed(self._reason)
+        if call.error is not None:
+            raise call.error
+        self._raise_if_crashed()
 
     async def step(self, slices: Sequence[SliceInput]) -> StepResult:
         """Run one step in the worker. If the caller is cancelled, a step that is under way still runs."""
@@ -179,6 +219,9 @@ class WorkerEngine(Engine):
     async def rename(self, session: SessionId, successor: SessionId) -> None:
         """Carry a session on under another id, here and in the worker."""
         await super().rename(session, successor)
+        if session in self._on_reference:
+            self._on_reference.remove(session)
+            self._on_reference.add(successor)
         if successor in self._sessions:
             self._post(worker_protocol.encode_frame({"do": "rename", "session": session, "successor": successor}))
 
@@ -232,6 +275,7 @@ class WorkerEngine(Engine):
             if self._sessions.get(session) is not begun:
                 continue
             if session in failed:
+                self._leave_reference(session)
                 super()._close(session, keep=False)
             else:
                 self._pages.advance(session, call.ends[session])
@@ -243,10 +287,13 @@ class WorkerEngine(Engine):
         return frame
 
     def _begun(self, session: SessionId, options: SessionOptions, reservation: KvReservation) -> _Frame:
+        if options.variant == REFERENCE:
+            self._on_reference.add(session)
         return self._post(worker_protocol.encode_begin(session, options, reservation))
 
     def _close(self, session: SessionId, *, keep: bool) -> None:
         begun = self._sessions.get(session)
+        self._leave_reference(session)
         super()._close(session, keep=keep)
         if begun is None:  # the worker has no such session
             return
@@ -254,6 +301,11 @@ class WorkerEngine(Engine):
             self._post(worker_protocol.encode_frame({"do": "close", "session": session}))
         else:
             self._outbox.remove(begun)
+
+    def _leave_reference(self, session: SessionId) -> None:
+        if session in self._on_reference:
+            self._on_reference.remove(session)
+            self._reference_used_s = trio.current_time()
 
     def _worker_pid(self) -> int | None:
         return None if self._crashed.is_set() else self._process.child.process.pid
@@ -308,10 +360,14 @@ class WorkerProcess:
 
 
 class SpareWorker:
-    """A worker process that is started before the span is known: its imports take seconds."""
+    """A worker process that is started before the span is known, and imports torch once a span is to need it.
+
+    These imports take seconds; the node may take as long to fetch the span's files.
+    """
 
     def __init__(self, options: EngineOptions) -> None:
         self._options = options
+        self._expected = trio.Event()
         self._taken = trio.Event()
         self._process: WorkerProcess | None = None
 
@@ -321,15 +377,28 @@ class SpareWorker:
             self._process = await start_process(self._options, "a worker")
         task_status.started()
         try:
+            await self._expected.wait()
+            if self._process is not None:
+                with suppress(WorkerExited):
+                    await self._process.send(worker_protocol.encode_frame({"do": "import"}))
             await self._taken.wait()
         finally:
-            if (process := self.take()) is not None:
+            if (process := self._give()) is not None:
                 await process.kill()
 
-    def take(self) -> WorkerProcess | None:
-        """Give the process away, if it is still there."""
+    def expect(self, package_format: str) -> None:
+        """Have the process import what a span of this format will need; for one of GGUF files that is nothing."""
+        if package_format != GGUF:
+            self._expected.set()
+
+    def take(self, package_format: str) -> "WorkerProcess | None":
+        """Give the process away, if it is still there and holds nothing that a span of this format does not need."""
+        return None if package_format == GGUF and self._expected.is_set() else self._give()
+
+    def _give(self) -> "WorkerProcess | None":
         process, self._process = self._process, None
         self._taken.set()
+        self._expected.set()
         return process
 
 
@@ -362,9 +431,3 @@ async def start_process(options: EngineOptions, name: str) -> WorkerProcess:
                 raise EngineError(str(error)) from error
             raise
     return WorkerProcess(trio.socket.from_stdlib_socket(ours), child)
-
-
-def physical_cores() -> int:
-    """Return how many physical cores this process may use."""
-    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return max(1, min(psutil.cpu_count(logical=False) or 1, allowed or 1))

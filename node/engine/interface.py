@@ -14,6 +14,7 @@ from node.models.store import Package
 from protocol.identity import BlockRange, ModelId, SessionId
 from protocol.messages import Sampling
 from protocol.tensors import Tensor
+from selector.task import BASELINES, PackageFormat
 
 PAGE_POSITIONS: Final = 32
 """Positions of one page, the unit of KV allocation and of the prefix cache."""
@@ -60,8 +61,9 @@ class VariantNotReady(EngineError):
 class Variant(NamedTuple):
     """One way to calculate a span, with weights of its own: `engine/arithmetic`.
 
-    `engine`: "eager" (transformers' own layers, the reference), "fused" or "onnxruntime". `arithmetic`: "fp32", "bf16",
-    "int8" (weights; onnxruntime rounds activations, too, in blocks) or "w8a8" (activations, too, row by row).
+    `engine`: "eager" (transformers' own layers), "fused", "onnxruntime" or "llamacpp". `arithmetic`: "fp32", "bf16",
+    "int8" and "int4" (weights; onnxruntime rounds activations, too, in blocks), "w8a8" (activations, too, row by row)
+    or "native" (weights as published).
     """
 
     engine: str
@@ -72,10 +74,17 @@ class Variant(NamedTuple):
 
 
 REFERENCE: Final = Variant("eager", "fp32")
-"""Available on every span; exactness is measured against it."""
+"""The reference of safetensors packages: available on every span, and exactness is measured against it."""
+
+
+def reference_variant(package_format: str) -> Variant:
+    """Return the reference of a package format: what exact methods agree with, on one machine alone."""
+    baseline = BASELINES[PackageFormat(package_format)]
+    return Variant(baseline.engine, baseline.arithmetic)
+
 
 DIVISIBLE_ENGINES: Final = frozenset({"eager", "fused"})
-"""Engines that run any part of a span; the graph of others is the whole span."""
+"""Engines that run any part of a span; the graph of others, and the model of `llamacpp`, is the whole span."""
 
 
 class KvCompatibilityKey(NamedTuple):
@@ -96,7 +105,8 @@ class ShardSource:
     """The model's config and the files of one span.
 
     `config`: the content of config.json. `block_files`: by absolute block number, those of the span at least.
-    `embed_file`: for a first span, and for a last one with tied embeddings. `head_file`: for a last span.
+    `embed_file`: for a first span, and for a last one with tied embeddings. `head_file`: for a last span. `format`: of
+    the files, "safetensors" or "gguf"; `common_file`: of GGUF files, the metadata and tensors that every span needs.
     """
 
     model: ModelId
@@ -104,6 +114,8 @@ class ShardSource:
     block_files: Mapping[int, Path]
     embed_file: Path | None = None
     head_file: Path | None = None
+    format: str = "safetensors"
+    common_file: Path | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -135,9 +147,9 @@ class SessionOptions:
     are used, and this session's cached for others.
     """
 
+    variant: Variant
     blocks: BlockRange | None = None
     sampling: Sampling | None = None
-    variant: Variant = REFERENCE
     activations: str = "fp32"
     prefix_cache: bool = True
 
@@ -183,6 +195,8 @@ class SpanInfo:
     """Positions that all sessions together may reserve, in whole pages."""
     weight_bytes: int
     load_s: float
+    max_sequences: int | None = None
+    """Open sessions and closed ones with cached pages, together, where the engine limits them."""
 
     def part(self, blocks: BlockRange | None) -> "SpanInfo":
         """Return the info of a part of the span. Raises EngineError for blocks outside it."""
@@ -282,4 +296,6 @@ def source_from_package(package: Package, blocks: BlockRange) -> ShardSource:
         block_files={block: package.path_of(manifest.blocks[block]) for block in range(blocks.start, blocks.end)},
         embed_file=package.path_of(manifest.embed) if first or (last and manifest.tied) else None,
         head_file=package.path_of(manifest.head) if last else None,
+        format=manifest.format,
+        common_file=None if manifest.common is None else package.path_of(manifest.common),
     )

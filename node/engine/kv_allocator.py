@@ -10,6 +10,7 @@ contiguous. Pages without a session are evicted, least recently used first, when
 and begin the pages found are pinned by a reference count.
 """
 
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from itertools import islice, takewhile
@@ -44,6 +45,8 @@ class _Entry:
     group: _Group
     hash: bytes
     session: SessionId | None
+    origin: "_SessionPages"
+    """Of the session that calculated it, open or closed."""
     pins: int = 0
 
 
@@ -62,11 +65,15 @@ class _SessionPages:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class KvReservation:
-    """The pages of a session, in order. `copied`: cached pages that are copied to its first ones."""
+    """The pages of a session, in order. `copied`: cached pages that are copied to its first ones.
+
+    `dropped`: pages whose content was given up since the last session began, for engines that free it at once.
+    """
 
     positions: int
     pages: tuple[int, ...]
     copied: tuple[int, ...] = ()
+    dropped: tuple[int, ...] = ()
 
     @property
     def cached(self) -> int:
@@ -85,6 +92,9 @@ class KvAllocator:
         self._index: dict[_Group, dict[bytes, _Entry]] = {}
         # Cached pages without a session, least recently used first.
         self._idle: dict[_Entry, None] = {}
+        self._closed: Counter[_SessionPages] = Counter()
+        """Idle pages by the closed session that calculated them."""
+        self._dropped: set[int] = set()
         self.hit_positions = 0
         self.evicted_positions = 0
 
@@ -141,7 +151,9 @@ class KvAllocator:
         holding.begun = True
         holding.kv_key = options.kv_key if options.prefix_cache else None
         copied = tuple(entry.page for entry in taken[: len(holding.pages)])
-        reservation = KvReservation(positions=holding.positions, pages=holding.pages, copied=copied)
+        dropped = tuple(sorted(self._dropped))
+        self._dropped.clear()
+        reservation = KvReservation(positions=holding.positions, pages=holding.pages, copied=copied, dropped=dropped)
         self.hit_positions += reservation.cached
         return reservation
 
@@ -161,7 +173,7 @@ class KvAllocator:
         whole = min(length // PAGE_POSITIONS, len(holding.pages))
         for number, name in enumerate(islice(holding.prefix, whole)):
             if name not in cached:
-                cached[name] = holding.entries[number] = _Entry(holding.pages[number], group, name, session)
+                cached[name] = holding.entries[number] = _Entry(holding.pages[number], group, name, session, holding)
 
     def rename(self, session: SessionId, successor: SessionId) -> None:
         """Give a session another id. Raises EngineError where the one is not open, or the other is."""
@@ -184,6 +196,7 @@ class KvAllocator:
             holding.entries.clear()
         for entry in holding.entries.values():
             entry.session = None
+            self._closed[holding] += 1
         # The end of a prompt is evicted before its start, without which it cannot be used.
         self._touch(holding.entries[number] for number in sorted(holding.entries))
         self._release(set(holding.pages) - {entry.page for entry in holding.entries.values()})
@@ -214,6 +227,7 @@ class KvAllocator:
                 self._idle[entry] = None
 
     def _allocate(self, positions: int) -> tuple[int, ...]:
+        self._free_sequence()
         count = -(-positions // PAGE_POSITIONS)
         evictable = [entry for entry in self._idle if entry.pins == 0]
         if count > self._free_count + len(evictable):
@@ -234,8 +248,21 @@ class KvAllocator:
         self._free_count -= count
         return pages
 
+    def _free_sequence(self) -> None:
+        """Evict all pages of closed sessions, least recently used first, until there is a sequence for another one."""
+        limit = self._info.max_sequences
+        while limit is not None and len(self._sessions) + len(self._closed) >= limit:
+            pinned = {entry.origin for entry in self._idle if entry.pins}
+            origin = next((entry.origin for entry in self._idle if entry.origin not in pinned), None)
+            if origin is None:
+                raise EngineFull(f"this span serves {limit} sessions at once, and as many are open")
+            for entry in [entry for entry in self._idle if entry.origin is origin]:
+                self.evicted_positions += PAGE_POSITIONS
+                self._drop(entry)
+
     def _release(self, pages: Iterable[int]) -> None:
         for page in pages:
+            self._dropped.add(page)
             self._free[page] = 1
             self._free_count += 1
 
@@ -247,6 +274,9 @@ class KvAllocator:
             del self._index[entry.group]
         if entry.session is None:
             del self._idle[entry]
+            self._closed[entry.origin] -= 1
+            if not self._closed[entry.origin]:
+                del self._closed[entry.origin]
             self._release([entry.page])
 
 

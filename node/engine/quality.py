@@ -10,33 +10,34 @@ route; there are at least PARTS.
 """
 
 import json
+import math
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
 
 from node.engine.activation_codec import decode_rows, encode_rows
 from node.engine.interface import (
     PAGE_POSITIONS,
-    REFERENCE,
     EngineError,
     EngineOptions,
     KvCompatibilityKey,
     ShardSource,
     Variant,
+    reference_variant,
     source_from_package,
 )
+from node.engine.shards import AnyShard, open_shard
 from node.models.manifest import MANIFEST_FILE, parse_manifest
 from node.models.store import Package
 from node.util.priority import yield_to_others
 from protocol.identity import BlockRange
-
-if TYPE_CHECKING:
-    import torch
-
-    from node.engine.shard import Shard
+from selector.cuts import Cuts
 
 PARTS: Final = 4
 """As on a route of four stages: rows are quantised three times on their way."""
@@ -70,16 +71,12 @@ def measure_quality(
     `parts`: consecutive spans that are the whole model. `windows`: token ids, at least two in each, read
     independently. Raises EngineError where the model itself cannot be served.
     """
-    import torch
-
-    from node.engine.shard import Shard
-
     positions = -(-max(map(len, windows)) // PAGE_POSITIONS) * PAGE_POSITIONS
-    reference = KvCompatibilityKey(REFERENCE, _EXACT_WIRE)
-    texts = [torch.tensor(window) for window in windows]
-    rows: dict[KvCompatibilityKey, list[torch.Tensor]] = {kv_key: list(texts) for kv_key in (reference, *kv_keys)}
+    reference = KvCompatibilityKey(reference_variant(parts[0][1].format), _EXACT_WIRE)
+    texts = [np.array(window, np.int64) for window in windows]
+    rows: dict[KvCompatibilityKey, list[npt.NDArray[Any]]] = {kv_key: list(texts) for kv_key in (reference, *kv_keys)}
     for blocks, source in parts:
-        shard = Shard(source, blocks, EngineOptions(kv_positions=positions))
+        shard = open_shard(source, blocks, EngineOptions(kv_positions=positions))
         for kv_key in list(rows):
             try:
                 shard.prepare(kv_key.variant)
@@ -90,53 +87,57 @@ def measure_quality(
         if shard.info.is_last:
             return dict.fromkeys(kv_keys) | _compare(shard, rows, reference, texts)
         for kv_key, given in rows.items():
-            states = (shard.run_alone(kv_key.variant, window, draws=0).cpu().numpy() for window in given)
-            sent = [decode_rows(encode_rows(window, kv_key.activations)) for window in states]
-            rows[kv_key] = list(map(torch.from_numpy, sent))
+            states = (shard.run_alone(kv_key.variant, window, draws=0) for window in given)
+            rows[kv_key] = [decode_rows(encode_rows(window, kv_key.activations)) for window in states]
     raise EngineError("the parts are not the whole model")
 
 
 def _compare(
-    shard: "Shard",
-    rows: Mapping[KvCompatibilityKey, Sequence["torch.Tensor"]],
+    shard: AnyShard,
+    rows: Mapping[KvCompatibilityKey, Sequence[npt.NDArray[Any]]],
     reference: KvCompatibilityKey,
-    texts: Sequence["torch.Tensor"],
+    texts: Sequence[npt.NDArray[np.int64]],
 ) -> dict[KvCompatibilityKey, Quality | None]:
     """Run the last part, a window at a time, so that the distributions of one are in memory at once."""
-    import torch
-
-    sums = {kv_key: torch.zeros(3, dtype=torch.float64) for kv_key in rows}
+    sums = {kv_key: np.zeros(3) for kv_key in rows}
     count = 0
     for number, text in enumerate(texts):
 
-        def distribution(kv_key: KvCompatibilityKey, number: int = number) -> torch.Tensor:
+        def distribution(kv_key: KvCompatibilityKey, number: int = number) -> npt.NDArray[np.float32]:
             given = rows[kv_key][number]
-            logits = shard.run_alone(kv_key.variant, given, draws=len(given))
-            return torch.log_softmax(logits[:-1].float(), dim=-1)
+            return _log_softmax(shard.run_alone(kv_key.variant, given, draws=len(given))[:-1])
 
         following = text[1:, None]
         right = distribution(reference)
         count += len(following)
         for kv_key, sum_ in sums.items():
             other = right if kv_key == reference else distribution(kv_key)
-            sum_[0] += (other.argmax(dim=-1) == right.argmax(dim=-1)).sum()
-            sum_[1] += (right.exp() * (right - other)).sum(dtype=torch.float64)
-            sum_[2] -= other.gather(1, following).sum(dtype=torch.float64)
+            sum_ += (
+                (other.argmax(axis=-1) == right.argmax(axis=-1)).sum(),
+                (np.exp(right) * (right - other)).sum(dtype=np.float64),
+                -np.take_along_axis(other, following, axis=-1).sum(dtype=np.float64),
+            )
     means = {kv_key: (sum_ / count).tolist() for kv_key, sum_ in sums.items()}
     loss = means[reference][2]
     return {
-        kv_key: Quality(agreed, kl, float(torch.tensor(other - loss, dtype=torch.float64).expm1()))
+        kv_key: Quality(agreed, kl, math.expm1(other - loss))
         for kv_key, (agreed, kl, other) in means.items()
         if kv_key != reference
     }
 
 
-def split_into_parts(block_bytes: Sequence[int]) -> Iterator[BlockRange]:
-    """Yield the parts of a model with blocks of these sizes, as equal as can be."""
-    count = len(block_bytes)
-    parts = min(count, max(PARTS, -(-sum(block_bytes) // PART_BYTES)))
-    edges = [count * edge // parts for edge in range(parts + 1)]
-    yield from (BlockRange(start, end) for start, end in pairwise(edges))
+def _log_softmax(logits: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+    shifted: npt.NDArray[np.float32] = logits - logits.max(axis=-1, keepdims=True)
+    shifted -= np.log(np.exp(shifted).sum(axis=-1, keepdims=True, dtype=np.float64)).astype(np.float32)
+    return shifted
+
+
+def split_into_parts(block_bytes: Sequence[int], granularity: int = 1) -> Iterator[BlockRange]:
+    """Yield the parts of a model with blocks of these sizes, as equal as can be where it may be cut."""
+    cuts = Cuts(len(block_bytes), granularity)
+    parts = min(cuts.unit_count, max(PARTS, -(-sum(block_bytes) // PART_BYTES)))
+    edges = [cuts.unit_count * edge // parts for edge in range(parts + 1)]
+    yield from (cuts.blocks_of(BlockRange(start, end)) for start, end in pairwise(edges))
 
 
 def kv_key_of(name: str) -> KvCompatibilityKey:
@@ -153,7 +154,9 @@ def main() -> int:
     package = Package(parse_manifest((folder / MANIFEST_FILE).read_bytes()), folder)
     parts = [
         (blocks, source_from_package(package, blocks))
-        for blocks in split_into_parts([file.size_bytes for file in package.manifest.blocks])
+        for blocks in split_into_parts(
+            [file.size_bytes for file in package.manifest.blocks], package.manifest.granularity
+        )
     ]
     try:
         found = measure_quality(parts, asked["windows"], [kv_key_of(name) for name in asked["lineages"]])

@@ -1,8 +1,8 @@
 """The worker process: `python -m node.engine.worker FD`, started by `client.py`, which has the other end of FD.
 
-It does one thing at a time, in order of the requests, except for variants, which it builds in a thread beside them. It
-has no state to save, and may be killed at any moment. It exits when the other end of its socket closes, also in the
-middle of a forward pass.
+It does one thing at a time, in order of the requests, except for variants, which it builds in a thread beside them, and
+the reference, which it loads in another one, as a session waits for it. It has no state to save, and may be killed at
+any moment. It exits when the other end of its socket closes, also in the middle of a forward pass.
 """
 
 import gc
@@ -13,9 +13,10 @@ import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from io import BufferedReader
-from typing import TYPE_CHECKING, NoReturn
+from typing import NoReturn
 
-from node.engine.interface import EngineError, Variant
+from node.engine.interface import REFERENCE, EngineError, Variant
+from node.engine.shards import AnyShard, open_shard
 from node.engine.worker_protocol import (
     PREFIX,
     Buffer,
@@ -31,9 +32,6 @@ from node.engine.worker_protocol import (
 )
 from node.util.text import one_line
 
-if TYPE_CHECKING:
-    from node.engine.shard import Shard
-
 _sending = threading.Lock()
 """Steps and variants answer over the same socket."""
 
@@ -42,18 +40,13 @@ def main() -> None:
     """Serve the socket whose number is the first argument."""
     connection = socket.socket(fileno=int(sys.argv[1]))
     threading.Thread(target=_exit_on_hang_up, args=[connection.fileno()], daemon=True).start()
-    # Collecting garbage among three thousand modules would take a fifth of the time. And imports come before the span
-    # is known, as the node may take as long to find it and its files.
+    # Collecting garbage among three thousand modules would take a fifth of the time.
     gc.disable()
-    import torch
-
-    from node.engine.shard import open_shard
-
     frames = connection.makefile("rb")
     header, _ = _receive(frames)
+    if header["do"] == "import":  # before the span is known, as the node may take as long to find it and its files
+        header, _ = _receive(frames)
     source, blocks, options = decode_values(header)
-    if options.threads is not None:
-        torch.set_num_threads(options.threads)
     try:
         shard = open_shard(source, blocks, options)
     except EngineError as error:
@@ -63,6 +56,7 @@ def main() -> None:
     gc.enable()
     _send(connection, encode_loaded(shard.info, shard.variants()))
     builder = ThreadPoolExecutor(1, initializer=_yield_to_others)
+    loader = ThreadPoolExecutor(1, initializer=_take_one_core)
     while True:
         header, payload = _receive(frames)
         match header["do"]:
@@ -73,8 +67,11 @@ def main() -> None:
             case "close":
                 shard.close(decode_session(header["session"]))
             case "prepare":
-                shard.start_threads(Variant(*header["variant"]))
-                builder.submit(_prepare, shard, header, connection)
+                variant = Variant(*header["variant"])
+                shard.start_threads(variant)
+                (loader if variant == REFERENCE else builder).submit(_prepare, shard, header, connection)
+            case "unload":
+                shard.unload_reference()
             case "step":
                 try:
                     result = shard.step(decode_step(header, payload))
@@ -85,7 +82,7 @@ def main() -> None:
                 _send(connection, encode_result(header["call"], result))
 
 
-def _prepare(shard: "Shard", header: Header, connection: socket.socket) -> None:
+def _prepare(shard: AnyShard, header: Header, connection: socket.socket) -> None:
     try:
         shard.prepare(Variant(*header["variant"]))
     except Exception as error:  # noqa: BLE001  # the span is served without this variant
@@ -98,6 +95,8 @@ def _prepare(shard: "Shard", header: Header, connection: socket.socket) -> None:
 
 def _exit_if_lost(cause: BaseException | None) -> None:
     """Exit where a GPU has failed: lost to this process, perhaps not to the next one."""
+    if "torch" not in sys.modules:
+        return
     from node.engine.device_probe import is_lost
 
     if is_lost(cause):
@@ -109,6 +108,12 @@ def _yield_to_others() -> None:
     """Give this thread, and those that torch starts for it, the lowest priority."""
     if sys.platform == "linux":  # where each thread has a priority of its own
         os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
+    if "torch" in sys.modules:
+        _take_one_core()
+
+
+def _take_one_core() -> None:
+    """Have torch compute in this thread alone."""
     import torch
 
     torch.set_num_threads(1)

@@ -8,8 +8,10 @@ shapes.
 
 | from the node | header |
 |---|---|
+| import | what spans of safetensors files need, before one is known; at most once, and never answered |
 | load | values*: source, blocks, options |
-| prepare | call, variant; answered by `ready` when it is built |
+| prepare | call, variant; answered by `ready` when it is built, or the reference loaded |
+| unload | the reference, until it is prepared again; never answered |
 | begin | values*: session, options, reservation; never answered: the node has reserved the pages already |
 | rename | session, successor; never answered |
 | close | session; never answered |

@@ -4,6 +4,7 @@ import itertools
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import TYPE_CHECKING, cast
 
 from node.engine.base import Engine
 from node.engine.interface import (
@@ -17,10 +18,13 @@ from node.engine.interface import (
     Variant,
 )
 from node.engine.kv_allocator import KvAllocator
-from node.engine.shard import Shard
 from protocol.identity import BlockRange, JobId, SessionId
 from protocol.messages import Sampling
 from protocol.tensors import Tensor, tensor_from_tokens, tokens_from_tensor
+
+if TYPE_CHECKING:  # neither is loaded for tests of the other
+    from node.engine.llamacpp.shard import LlamaShard
+    from node.engine.shard import Shard
 
 DEVICE = os.environ.get("METASWARM_TEST_DEVICE", "cpu")
 """What the engines of these tests compute on: `make gpu` has them repeated on a GPU."""
@@ -41,9 +45,9 @@ def spans(block_count: int, count: int) -> list[BlockRange]:
 class InProcess:
     """Gives a Shard, which computes at once, the calls of an Engine, also without waiting."""
 
-    def __init__(self, shard: Shard) -> None:
+    def __init__(self, shard: "Shard | LlamaShard") -> None:
         self.info = shard.info
-        self.shard = shard
+        self.shard = cast("Shard", shard)  # both have the same calls
         self.pages = KvAllocator(shard.info)
 
     def open_now(self, session: SessionId, positions: int, options: SessionOptions | None = None) -> None:
@@ -51,7 +55,7 @@ class InProcess:
         self.begin_now(session, options or self.options(GREEDY))
 
     def options(self, sampling: Sampling) -> SessionOptions:
-        return SessionOptions(sampling=sampling if self.info.is_last else None)
+        return SessionOptions(variant=REFERENCE, sampling=sampling if self.info.is_last else None)
 
     def begin_now(self, session: SessionId, options: SessionOptions) -> int:
         placement = self.pages.begin(session, options)

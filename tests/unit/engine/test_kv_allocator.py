@@ -2,6 +2,7 @@
 
 import random
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 
@@ -24,7 +25,7 @@ from protocol.tensors import tensor_from_tokens, tokens_from_tensor
 from tests.unit.engine.driving import GREEDY, session
 
 INFO = fake_span_info(BlockRange(0, 4), block_count=4, kv_positions=8 * PAGE_POSITIONS)
-OPTIONS = SessionOptions(sampling=GREEDY)
+OPTIONS = SessionOptions(variant=REFERENCE, sampling=GREEDY)
 FUSED = SessionOptions(sampling=GREEDY, variant=Variant("fused", "fp32"))
 
 
@@ -64,7 +65,7 @@ def test_prefix_cache_hit_needs_same_namespace_and_kv_key() -> None:
     pages.open(session(4), 64, prefix("ab"))
     assert pages.begin(session(4), FUSED).copied == ()
     pages.close(session(4))
-    lossy = SessionOptions(sampling=GREEDY, activations="bf16")
+    lossy = SessionOptions(variant=REFERENCE, sampling=GREEDY, activations="bf16")
     assert calculate(pages, 5, "ab", lossy) == 0
     assert pages.open(session(6), 64, prefix("ab")) == {
         KvCompatibilityKey(REFERENCE, "fp32"): 64,
@@ -118,7 +119,7 @@ def test_recalculated_or_failed_pages_leave_the_prefix_cache() -> None:
 
 def test_session_can_opt_out_of_the_prefix_cache() -> None:
     pages = KvAllocator(INFO)
-    calculate(pages, 1, "ab", SessionOptions(sampling=GREEDY, prefix_cache=False))
+    calculate(pages, 1, "ab", SessionOptions(variant=REFERENCE, sampling=GREEDY, prefix_cache=False))
     assert pages.open(session(2), 64, prefix("ab")) == {}
 
 
@@ -192,3 +193,18 @@ async def test_speculative_decoding_stops_at_the_first_rejected_draft() -> None:
         await engine.step(
             [SliceInput(session=session(1), position=0, tensor=tensor_from_tokens(text), draws=1, drafts=(1,))]
         )
+
+
+def test_sessions_and_cached_prompts_together_keep_to_the_limit_of_sequences() -> None:
+    pages = KvAllocator(replace(INFO, max_sequences=2))
+    for number, name in enumerate("ab"):
+        calculate(pages, number, name, extra=0)
+    with pytest.raises(EngineFull, match="serves 2 sessions at once"):
+        pages.open(session(2), PAGE_POSITIONS, None)
+    for number in range(2):
+        pages.close(session(number))
+    pages.open(session(2), PAGE_POSITIONS, prefix("b"))  # evicts the other prompt, and keeps the one that it wants
+    reservation = pages.begin(session(2), OPTIONS)
+    assert reservation.cached == PAGE_POSITIONS
+    assert reservation.dropped == (0,)
+    assert pages.evicted_positions == PAGE_POSITIONS

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
 
@@ -49,8 +50,8 @@ def test_the_figures_are_those_of_the_whole_model_at_once(make_tiny_model: Calla
     shard.prepare(BF16.variant)
 
     def logits(variant: Variant) -> torch.Tensor:
-        rows = [shard.run_alone(variant, torch.tensor(text), draws=len(text))[:-1].clone() for text in texts]
-        return torch.log_softmax(torch.cat(rows).double(), dim=-1)
+        rows = [shard.run_alone(variant, np.array(text), draws=len(text))[:-1].copy() for text in texts]
+        return torch.log_softmax(torch.from_numpy(np.concatenate(rows)).double(), dim=-1)
 
     right, other = logits(Variant("eager", "fp32")), logits(BF16.variant)
     following = torch.tensor([token for text in texts for token in text[1:]])[:, None]
@@ -65,4 +66,5 @@ def test_a_large_model_is_cut_into_more_parts() -> None:
     assert [len(part) for part in split_into_parts([10] * 30)] == [7, 8, 7, 8]
     assert [len(part) for part in split_into_parts([1 << 30] * 10)] == [2] * 5
     assert [len(part) for part in split_into_parts([3 << 30] * 2)] == [1, 1]
+    assert [len(part) for part in split_into_parts([10] * 26, 6)] == [6, 6, 6, 8]
     assert kv_key_of(str(BF16_WIRE)) == BF16_WIRE

@@ -5,7 +5,7 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +15,7 @@ import pytest
 import trio
 import trio.testing
 
-from node.engine import client
+from node.engine import client, worker_protocol
 from node.engine.client import SpareWorker, WorkerEngine, start_worker
 from node.engine.interface import (
     REFERENCE,
@@ -32,10 +32,11 @@ from node.engine.interface import (
     VariantNotReady,
 )
 from node.engine.shard import Shard
+from node.engine.worker_protocol import Buffer, Header
 from node.util.child_process import python
 from protocol.identity import BlockRange
 from protocol.messages import Sampling
-from protocol.tensors import tensor_from_tokens, tokens_from_tensor
+from protocol.tensors import Tensor, tensor_from_tokens, tokens_from_tensor
 from tests.support import hostile_directory
 from tests.unit.engine.driving import DEVICE, GREEDY, InProcess, decode, session, spans, start, step
 from tests.unit.engine.tiny_models import BLOCKS, COUNT, PROMPT, TinyModel
@@ -208,7 +209,7 @@ async def prefix_cache_reuses_pages_of_an_earlier_session(engine: WorkerEngine, 
     drawn = []
     for number, found in ((1, {}), (2, {KvCompatibilityKey(REFERENCE, "fp32"): 32})):
         assert await engine.open(session(number), 48, prefix) == found
-        cached = await engine.begin(session(number), SessionOptions(sampling=GREEDY))
+        cached = await engine.begin(session(number), SessionOptions(variant=REFERENCE, sampling=GREEDY))
         drawn.append(tokens_from_tensor(await step([engine], session(number), cached, text[cached:], 1)))
         await engine.close(session(number))
     statistics = engine.statistics()
@@ -340,3 +341,37 @@ async def test_variants_are_built_beside_the_steps(make_tiny_model: MakeTinyMode
         assert has_one_entry(tmp_path), "the graphs are not kept"
         with pytest.raises(EngineError, match="no variant fused/fp4"):
             await engine.prepare(wanting)
+
+
+async def test_idle_reference_is_unloaded_and_loaded_again(
+    make_tiny_model: MakeTinyModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(client, "UNLOAD_AFTER_S", 0.0)
+    monkeypatch.setattr(client, "UNLOAD_ROUND_S", 0.01)
+    tiny, fused = make_tiny_model("llama"), Variant("fused", "fp32")
+    posted: list[str] = []
+    encode = worker_protocol.encode_frame
+
+    def note(header: Header, tensors: Sequence[Tensor] = ()) -> list[Buffer]:
+        posted.append(header["do"])
+        return encode(header, tensors)
+
+    monkeypatch.setattr(worker_protocol, "encode_frame", note)
+    async with start_worker(tiny.source(WHOLE), WHOLE, replace(OPTIONS, device="cpu")) as engine:
+        assert await decode([engine], PROMPT, COUNT) == tiny.tokens
+        assert "unload" not in posted, "nothing else can serve"
+        await engine.prepare(fused)
+        await start(engine, session(1), 40)
+        await trio.sleep(0.1)
+        assert "unload" not in posted, "a session is on it"
+        await engine.close(session(1))
+        for _ in range(2):
+            with trio.fail_after(10):
+                while posted[-1:] != ["unload"]:
+                    await trio.sleep(0.01)
+            assert engine.variants() == {REFERENCE, fused}
+            posted.clear()
+            assert await decode([engine], PROMPT, COUNT, variant=fused) == tiny.tokens
+            assert "prepare" not in posted
+            assert await decode([engine], PROMPT, COUNT) == tiny.tokens
+            assert "prepare" in posted

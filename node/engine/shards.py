@@ -1,0 +1,28 @@
+"""Opens the shard for a package's format, and imports no other engine: torch alone takes seconds and 200 MiB."""
+
+from typing import TYPE_CHECKING, TypeAlias
+
+from node.engine.interface import EngineOptions, ShardSource
+from node.models.layout import GGUF
+from protocol.identity import BlockRange
+
+if TYPE_CHECKING:
+    from node.engine.llamacpp.shard import LlamaShard
+    from node.engine.shard import Shard
+
+AnyShard: TypeAlias = "Shard | LlamaShard"
+
+
+def open_shard(source: ShardSource, blocks: BlockRange, options: EngineOptions) -> AnyShard:
+    """Return a span ready to serve. Raises EngineError where it cannot be."""
+    if source.format == GGUF:
+        from node.engine.llamacpp.shard import LlamaShard
+
+        return LlamaShard(source, blocks, options)
+    import torch
+
+    from node.engine.shard import open_torch_shard
+
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
+    return open_torch_shard(source, blocks, options)

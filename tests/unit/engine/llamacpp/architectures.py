@@ -1,0 +1,154 @@
+"""Tiny random models as GGUF files, with the metadata and tensors that llama.cpp's converter writes."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from gguf import GGMLQuantizationType, GGUFValueType
+
+from node.engine.llamacpp.tiny_model import random_weights
+from node.models.gguf_writer import GgufData, GgufValue, write_gguf
+
+HIDDEN, HEADS, KV_HEADS, HEAD_SIZE, INNER, VOCABULARY, EXPERTS, EXPERT_INNER = 64, 4, 2, 16, 96, 200, 8, 48
+ROWS, KV_ROWS = HEADS * HEAD_SIZE, KV_HEADS * HEAD_SIZE
+
+Shapes = dict[str, tuple[int, ...]]
+
+_ATTENTION: Shapes = {
+    "attn_norm.weight": (HIDDEN,),
+    "attn_q.weight": (ROWS, HIDDEN),
+    "attn_k.weight": (KV_ROWS, HIDDEN),
+    "attn_v.weight": (KV_ROWS, HIDDEN),
+    "attn_output.weight": (HIDDEN, ROWS),
+    "ffn_norm.weight": (HIDDEN,),
+}
+_DENSE: Shapes = {
+    "ffn_gate.weight": (INNER, HIDDEN),
+    "ffn_up.weight": (INNER, HIDDEN),
+    "ffn_down.weight": (HIDDEN, INNER),
+}
+_EXPERTS: Shapes = {
+    "ffn_gate_inp.weight": (EXPERTS, HIDDEN),
+    "ffn_gate_exps.weight": (EXPERTS, EXPERT_INNER, HIDDEN),
+    "ffn_up_exps.weight": (EXPERTS, EXPERT_INNER, HIDDEN),
+    "ffn_down_exps.weight": (EXPERTS, HIDDEN, EXPERT_INNER),
+}
+_BIASES: Shapes = {"attn_q.bias": (ROWS,), "attn_k.bias": (KV_ROWS,), "attn_v.bias": (KV_ROWS,)}
+_HEAD_NORMS: Shapes = {"attn_q_norm.weight": (HEAD_SIZE,), "attn_k_norm.weight": (HEAD_SIZE,)}
+_POST_NORMS: Shapes = {"post_attention_norm.weight": (HIDDEN,), "post_ffw_norm.weight": (HIDDEN,)}
+_EXPERT_KEYS = {"expert_count": EXPERTS, "expert_used_count": 2, "expert_feed_forward_length": EXPERT_INNER}
+_HEAD_KEYS = {"attention.key_length": HEAD_SIZE, "attention.value_length": HEAD_SIZE}
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """What a model has beside the sizes. `granularity`: at which blocks it may be cut."""
+
+    name: str
+    block: Shapes
+    keys: Mapping[str, Any] = field(default_factory=dict)
+    outer: Shapes = field(default_factory=dict)
+    blocks: int = 4
+    tied: bool = False
+    granularity: int = 1
+
+
+ARCHITECTURES = {
+    "llama3": Architecture(
+        "llama", {**_ATTENTION, **_DENSE}, {"rope.freq_base": 500000.0}, {"rope_freqs.weight": (HEAD_SIZE // 2,)}
+    ),
+    "mistral": Architecture("llama", {**_ATTENTION, **_DENSE}, _HEAD_KEYS),
+    "qwen2": Architecture("qwen2", {**_ATTENTION, **_BIASES, **_DENSE}, tied=True),
+    "qwen3": Architecture("qwen3", {**_ATTENTION, **_HEAD_NORMS, **_DENSE}, _HEAD_KEYS),
+    "qwen3moe": Architecture("qwen3moe", {**_ATTENTION, **_HEAD_NORMS, **_EXPERTS}, {**_HEAD_KEYS, **_EXPERT_KEYS}),
+    "gemma2": Architecture(
+        "gemma2",
+        {**_ATTENTION, **_POST_NORMS, **_DENSE},
+        {**_HEAD_KEYS, "attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0, "attention.sliding_window": 8},
+        tied=True,
+        granularity=4,  # llama.cpp scales what comes into a span as if it were an embedding: only whole
+    ),
+    "gemma3": Architecture(
+        "gemma3",
+        {**_ATTENTION, **_HEAD_NORMS, **_POST_NORMS, **_DENSE},
+        {**_HEAD_KEYS, "attention.sliding_window": 8, "rope.freq_base": 1000000.0},
+        blocks=18,
+        tied=True,
+        granularity=6,
+    ),
+    "phi3": Architecture(
+        "phi3",
+        {
+            "attn_norm.weight": (HIDDEN,),
+            "attn_qkv.weight": (ROWS + 2 * KV_ROWS, HIDDEN),
+            "attn_output.weight": (HIDDEN, ROWS),
+            "ffn_norm.weight": (HIDDEN,),
+            "ffn_up.weight": (2 * INNER, HIDDEN),
+            "ffn_down.weight": (HIDDEN, INNER),
+        },
+        {"rope.scaling.original_context_length": 512, "context_length": 1024},
+        {"rope_factors_long.weight": (HEAD_SIZE // 2,), "rope_factors_short.weight": (HEAD_SIZE // 2,)},
+    ),
+    "gpt-oss": Architecture(
+        "gpt-oss",
+        {
+            **{name: shape for name, shape in _ATTENTION.items() if name != "ffn_norm.weight"},
+            **_BIASES,
+            "attn_output.bias": (HIDDEN,),
+            "attn_sinks.weight": (HEADS,),
+            "post_attention_norm.weight": (HIDDEN,),
+            **_EXPERTS,
+            "ffn_gate_inp.bias": (EXPERTS,),
+            "ffn_gate_exps.bias": (EXPERTS, EXPERT_INNER),
+            "ffn_up_exps.bias": (EXPERTS, EXPERT_INNER),
+            "ffn_down_exps.bias": (EXPERTS, HIDDEN),
+        },
+        {**_HEAD_KEYS, **_EXPERT_KEYS, "attention.sliding_window": 8},
+        granularity=2,
+    ),
+}
+
+_COMMON: Mapping[str, Any] = {
+    "context_length": 256,
+    "embedding_length": HIDDEN,
+    "feed_forward_length": INNER,
+    "attention.head_count": HEADS,
+    "attention.head_count_kv": KV_HEADS,
+    "attention.layer_norm_rms_epsilon": 1e-5,
+    "rope.dimension_count": HEAD_SIZE,
+    "rope.freq_base": 10000.0,
+}
+
+
+def write_model(architecture: Architecture, path: Path) -> Path:
+    """Write a model's file."""
+    keys = {**_COMMON, **architecture.keys, "block_count": architecture.blocks, "vocab_size": VOCABULARY}
+    metadata = {f"{architecture.name}.{key}": typed(value) for key, value in keys.items()}
+    metadata |= {"general.architecture": typed(architecture.name), "tokenizer.ggml.model": typed("no_vocab")}
+    shapes = {"token_embd.weight": (VOCABULARY, HIDDEN), "output_norm.weight": (HIDDEN,), **architecture.outer}
+    if not architecture.tied:
+        shapes["output.weight"] = (VOCABULARY, HIDDEN)
+    for block in range(architecture.blocks):
+        shapes |= {f"blk.{block}.{name}": shape for name, shape in architecture.block.items()}
+    tensors = [
+        GgufData(name, shape, GGMLQuantizationType.F32, random_weights(name, shape).astype(np.float32).tobytes())
+        for name, shape in shapes.items()
+    ]
+    write_gguf(path, metadata, tensors)
+    return path
+
+
+def typed(value: Any) -> GgufValue:
+    """Return a value with the type that the converter gives it."""
+    match value:
+        case bool():
+            kind = (GGUFValueType.BOOL,)
+        case int():
+            kind = (GGUFValueType.UINT32,)
+        case float():
+            kind = (GGUFValueType.FLOAT32,)
+        case _:
+            kind = (GGUFValueType.STRING,)
+    return GgufValue(value, kind)

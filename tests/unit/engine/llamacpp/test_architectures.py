@@ -1,0 +1,48 @@
+"""Tiny random models of each architecture give the whole model's logits at every cut that their granularity admits."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from node.engine.interface import EngineOptions
+from node.engine.llamacpp.granularity import find_granularity
+from node.engine.llamacpp.shard import LLAMACPP
+from node.models.gguf_file import read_gguf
+from tests.unit.engine.driving import InProcess, decode
+from tests.unit.engine.llamacpp.architectures import ARCHITECTURES, VOCABULARY, write_model
+from tests.unit.engine.llamacpp.packages import write_package
+
+PROMPT = np.random.default_rng(0).integers(0, VOCABULARY, 30).tolist()
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+async def test_admissible_cuts_change_nothing(name: str, tmp_path: Path) -> None:
+    architecture = ARCHITECTURES[name]
+    files = write_package(write_model(architecture, tmp_path / "model.gguf"), tmp_path / "package")
+    alone = files.alone()
+    wanted, tokens = alone.logits(PROMPT, outputs=len(PROMPT)), alone.decode(PROMPT, 12)
+    assert len(set(tokens)) > 3, "a text that repeats itself proves little"
+    cuts = range(architecture.granularity, architecture.blocks, architecture.granularity)
+    for chosen in ([], list(cuts), *([cut] for cut in cuts)):
+        shards = files.shards(chosen)
+        rows = np.array(PROMPT, np.int32)
+        for shard in shards:
+            rows = shard.run_alone(LLAMACPP, rows, draws=len(PROMPT))
+        assert np.abs(rows - wanted).max() == 0.0
+        assert await decode([InProcess(shard) for shard in shards], PROMPT, 12, chunk=13, variant=LLAMACPP) == tokens
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_granularity_is_found_by_trying(name: str, tmp_path: Path) -> None:
+    model = read_gguf(write_model(ARCHITECTURES[name], tmp_path / "model.gguf"))
+    assert find_granularity(model, tmp_path) == ARCHITECTURES[name].granularity
+
+
+def test_rotary_factors_do_not_depend_on_the_memory_of_a_span(tmp_path: Path) -> None:
+    files = write_package(write_model(ARCHITECTURES["phi3"], tmp_path / "model.gguf"), tmp_path / "package")
+    rows = np.array(PROMPT, np.int32)
+    for options in (EngineOptions(threads=1, kv_positions=256), EngineOptions(threads=1, kv_positions=2048)):
+        [shard] = files.shards([], options)
+        logits = shard.run_alone(LLAMACPP, rows, draws=len(PROMPT))
+        assert np.abs(logits - files.alone().logits(PROMPT, outputs=len(PROMPT))).max() == 0.0
