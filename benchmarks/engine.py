@@ -21,13 +21,13 @@ from typing import Any
 import torch
 
 from benchmarks.rivals import Generate, NotInstalledError, rivals
-from node.engine.client import physical_cores
 from node.engine.interface import EngineError, EngineOptions, SessionOptions, SliceInput, Variant, source_from_package
 from node.engine.kv_allocator import KvAllocator
 from node.engine.shard import Shard
 from node.models.catalogue import DEMO_MODEL
 from node.models.importer import import_model
 from node.models.store import ModelStore, Package
+from node.util.processor import physical_cores
 from protocol.identity import BlockRange, JobId, SessionId
 from protocol.messages import Sampling
 from protocol.tensors import tensor_from_tokens, tokens_from_tensor
@@ -39,10 +39,11 @@ PRECISIONS = {"fp32": "fp32", "bf16": "bf16", "int8": "int8", "w8a8": "int8", "i
 """Of each arithmetic: others call it int8, too, when activations are rounded."""
 
 ELEMENT_BYTES = {"fp32": 4.0, "bf16": 2.0, "int8": 1.0, "w8a8": 1.0, "int4": 0.5}
+PUBLISHED_BYTES = {"bfloat16": 2, "float16": 2}
 READ_BYTES = {"cpu": 256 << 20, "cuda": 4 << 30}
 """What is read to see how fast a device reads: on a GPU so much that launching the operation does not count."""
 
-VARIANTS = ("eager/fp32", "fused/fp32", "onnxruntime/fp32", "fused/int8", "onnxruntime/int8")
+VARIANTS = ("eager/fp32", "fused/fp32", "onnxruntime/fp32", "fused/int8", "onnxruntime/int8", "onnxruntime/int4")
 AVX512_VARIANTS = ("fused/bf16", "fused/w8a8")
 GPU_VARIANTS = ("eager/fp32", "fused/fp32", "fused/bf16", "fused/int8")
 QUIET = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "0"}
@@ -82,8 +83,9 @@ def main() -> None:
             others[name] = _rival(rival, options.tokens)
     milliseconds = _medians(ours | others, options.rounds)
     read_bytes_per_s = _read_bytes_per_s(device)
+    elements = shard.info.weight_bytes / PUBLISHED_BYTES.get(str(package.manifest.config.get("dtype")), 4)
     for name, row in milliseconds.items():
-        row["bound_ms"] = shard.info.weight_bytes / 4 * ELEMENT_BYTES[name.partition("/")[2]] / read_bytes_per_s * 1e3
+        row["bound_ms"] = elements * ELEMENT_BYTES[name.partition("/")[2]] / read_bytes_per_s * 1e3
     report = {
         "load": os.getloadavg()[0],
         "read_bytes_per_s": read_bytes_per_s,

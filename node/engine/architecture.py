@@ -29,9 +29,10 @@ from node.engine.backends.transformers import TransformersSpan
 from node.engine.interface import PAGE_POSITIONS, EngineError, source_from_package
 from node.engine.kv_cache import KvCache, SlotMapping
 from node.engine.loading import config_from, describe, load_span, name_of
+from node.models.checkpoint import read_checkpoint
 from node.models.errors import ModelError
 from node.models.files import ignore_progress
-from node.models.importer import build_package, read_checkpoint
+from node.models.importer import build_package
 from node.models.layout import OuterNames
 from node.models.store import Package
 from node.util.child_process import report

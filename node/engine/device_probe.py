@@ -52,6 +52,14 @@ def synchronize(device: torch.device) -> None:
         torch.mps.synchronize()
 
 
+def empty_cache(device: torch.device) -> None:
+    """Give memory of a device back that torch keeps for later tensors."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    elif device.type == "mps":
+        torch.mps.empty_cache()
+
+
 def is_lost(cause: BaseException | None) -> bool:
     """Return whether an error means that a GPU has failed: lost to this process, perhaps not to the next one."""
     lost = getattr(torch, "AcceleratorError", None)  # since torch 2.8

@@ -23,7 +23,7 @@ class BlockKvCache:
     @property
     def bytes_per_position(self) -> int:
         """Bytes of one slot."""
-        return self.keys[0].nbytes + self.values[0].nbytes
+        return sum(tensor.shape[1:].numel() * tensor.element_size() for tensor in (self.keys, self.values))
 
     def resized(self, slots: int) -> "BlockKvCache":
         """Return empty memory of the same shapes."""

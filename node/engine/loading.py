@@ -11,23 +11,30 @@ modules and files differ: files of Mixtral and Qwen3-MoE hold three matrices for
 experts together, which `MergeModulelist` and `Concatenate` make of them. Copying tensors by name would leave the
 experts as they were initialised, silently. Here every weight that the span needs is present, or loading raises
 EngineError.
+
+Weights that need no conversion stay views of the mapped files: loading reads next to nothing, and what packs or runs
+them reads them. As published, the matrices of the blocks, of the embedding and of the head keep the two bytes of bf16
+and fp16; all else is f32.
 """
 
 import math
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate.big_modeling import init_empty_weights
-from safetensors import SafetensorError, safe_open
 from torch import nn
 from torch.overrides import TorchFunctionMode
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightConverter, WeightRenaming, convert_and_load_state_dict_in_model
+from transformers.core_model_loading import (
+    WeightConverter,
+    WeightRenaming,
+    convert_and_load_state_dict_in_model,
+    rename_source_key,
+)
 from transformers.modeling_utils import LoadStateDictConfig, PreTrainedModel, local_torch_dtype
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
@@ -35,6 +42,7 @@ from transformers.utils.loading_report import LoadStateDictInfo
 
 from node.engine.interface import EngineError, ShardSource
 from node.engine.kv_cache import attention_windows
+from node.engine.mapped_files import MappedFile
 from node.engine.outer_modules import OuterModules, accepted_options, trace_outer_modules
 from node.models.layout import OuterNames, describe_tensors, module_of
 from node.models.manifest import architecture_name, constant_positions
@@ -46,6 +54,12 @@ _NUMBERS = frozenset({"layer_idx", "layer_id"})
 
 _CPU = torch.device("cpu")
 
+NARROW_DTYPES = frozenset({torch.bfloat16, torch.float16})
+"""Floats of two bytes, whose every number f32 has, too."""
+
+_WIDENED_SHARE = 0.75
+"""Of the memory, that weights may take as f32; larger ones stay as published, and are widened at each use."""
+
 # Ignored in a config from elsewhere: code, kernels, devices.
 _FOREIGN_KEYS = frozenset({"auto_map", "attn_implementation", "experts_implementation", "fusion_config", "device_map"})
 
@@ -55,7 +69,8 @@ class LoadedSpan:
     """A model of transformers that consists of one span's blocks.
 
     `base`: the model without its head. `blocks`: the blocks themselves. `windows`: the sliding window of each, None
-    for full attention. `is_first`, `is_last`: whether it holds the model's first or last block.
+    for full attention. `is_first`, `is_last`: whether it holds the model's first or last block. `block_files`,
+    `outer_files`: that its weights are views of, of each block and of the modules around them.
     """
 
     model: PreTrainedModel
@@ -69,6 +84,28 @@ class LoadedSpan:
     vocabulary_size: int
     max_positions: int | None
     weight_bytes: int
+    block_files: tuple[MappedFile, ...]
+    outer_files: tuple[MappedFile, ...]
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights lie."""
+        return next(self.blocks.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type of the blocks' matrices."""
+        return next(weight.dtype for weight in self.blocks.parameters() if weight.dim() > 1)
+
+    @property
+    def element_count(self) -> int:
+        """How many numbers the weights are."""
+        return sum({weight.data_ptr(): weight.numel() for weight in self.model.parameters()}.values())
+
+    def drop_pages(self) -> None:
+        """Give the memory of the mapped files back; what is used after that is read again."""
+        for file in (*self.block_files, *self.outer_files):
+            file.drop_pages()
 
 
 class Absent(nn.Module):
@@ -88,27 +125,36 @@ class Absent(nn.Module):
 def load_span(
     source: ShardSource,
     blocks: BlockRange,
-    dtype: torch.dtype,
+    dtype: torch.dtype | None,
     device: torch.device = _CPU,
     limit_bytes: int | None = None,
 ) -> LoadedSpan:
     """Build the blocks of a span with weights mapped from their files, and from there copied to another device.
 
-    `limit_bytes`: their limit there. Raises EngineError if the span cannot be served.
+    `dtype`: of the weights in memory; None for the one they were published in, which is also taken where another takes
+    too much of `limit_bytes`. Raises EngineError if the span cannot be served.
     """
-    described = describe(source.config, dtype)
+    described = describe(source.config)
     config, model, path = described.config, described.model, described.path
     block_count = config.num_hidden_layers
     if blocks.end > block_count:
         raise EngineError(f"the model has blocks 0-{block_count}, not {blocks}")
     try:
-        weights = dict(_weights(source, blocks))
-        needed_bytes = sum(tensor.numel() for tensor in weights.values()) * dtype.itemsize
-        if limit_bytes is not None and needed_bytes > limit_bytes:
-            raise EngineError(f"{limit_bytes} bytes of memory are not enough: the weights take {needed_bytes}")
-        report = _load(model, weights, dtype)
-    except (OSError, SafetensorError) as error:
-        raise EngineError(f"blocks {blocks} cannot be loaded: {error}") from error
+        block_files, outer_files = _map_files(source, blocks)
+        weights = {
+            _name_in_decoder(name): tensor for file in (*outer_files, *block_files) for name, tensor in file.tensors()
+        }
+    except (OSError, ValueError) as error:
+        raise EngineError(f"blocks {blocks} cannot be loaded: {one_line(error)}") from error
+    elements = sum(tensor.numel() for tensor in weights.values())
+    if dtype is not None and limit_bytes is not None and elements * dtype.itemsize > limit_bytes * _WIDENED_SHARE:
+        dtype = None
+    needed_bytes = sum(tensor.nbytes for tensor in weights.values()) if dtype is None else elements * dtype.itemsize
+    if limit_bytes is not None and needed_bytes > limit_bytes:
+        raise EngineError(f"{limit_bytes} bytes of memory are not enough: the weights take {needed_bytes}")
+    if dtype is None:
+        _keep_dtypes(described, weights)
+    report = _load(model, weights)
     _check_buffers(model, report.missing_keys, described.names, blocks, block_count)
     _cut(model, path, described.outer, blocks, block_count)
     # The config that the forward pass reads describes the span's blocks alone.
@@ -131,6 +177,8 @@ def load_span(
         vocabulary_size=config.vocab_size,
         max_positions=constant_positions(config.to_dict()),
         weight_bytes=sum({p.data_ptr(): p.numel() * p.element_size() for p in model.parameters()}.values()),
+        block_files=block_files,
+        outer_files=outer_files,
     )
 
 
@@ -160,7 +208,7 @@ class DescribedModel:
         )
 
 
-def describe(content: Mapping[str, Any], dtype: torch.dtype = torch.float32) -> DescribedModel:
+def describe(content: Mapping[str, Any]) -> DescribedModel:
     """Return the model that the content of a config.json describes; raise EngineError if it cannot be split."""
     config = config_from(content)
     name = name_of(config)
@@ -172,7 +220,7 @@ def describe(content: Mapping[str, Any], dtype: torch.dtype = torch.float32) -> 
         raise
     except Exception as error:  # for some, transformers itself knows no cache
         raise EngineError(f"{name} keeps more than keys and values, so it cannot be split into spans here") from error
-    model = _describe(config, dtype)
+    model = _describe(config)
     path = _find_blocks(model, config, name)
     base = model.get_submodule(path.partition(".")[0])
     if "past_key_values" not in accepted_options(base.forward):
@@ -194,12 +242,12 @@ def check_weights(content: Mapping[str, Any], tensors: Mapping[str, tuple[torch.
 
     Raises EngineError for one that is missing, has another shape, or has no place in the model.
     """
-    model = _describe(config_from(content), torch.float32)
+    model = _describe(config_from(content))
     weights = {
         _name_in_decoder(name): torch.empty(shape, dtype=dtype, device="meta")
         for name, (dtype, shape) in tensors.items()
     }
-    report = _load(model, weights, torch.float32, "meta")
+    report = _load(model, weights, "meta")
     missing = set(report.missing_keys)
     for target, source in model.all_tied_weights_keys.items():
         if not {target, source} <= missing:  # one of the two names is enough
@@ -237,13 +285,13 @@ def _with_infinities(value: Any) -> Any:
     return [_with_infinities(part) for part in value] if isinstance(value, list) else value
 
 
-def _describe(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
+def _describe(config: PreTrainedConfig) -> PreTrainedModel:
     """Return the whole model without memory for its weights; buffers, such as rotary frequencies, are computed."""
     model_class: object = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
     if not isinstance(model_class, type) or not issubclass(model_class, PreTrainedModel):
         raise EngineError(f"{name_of(config)} cannot be served: transformers has no causal decoder for it")
     try:
-        with local_torch_dtype(dtype), init_empty_weights(include_buffers=False), _WithoutMemory():
+        with local_torch_dtype(torch.float32), init_empty_weights(include_buffers=False), _WithoutMemory():
             return model_class(config)
     except Exception as error:  # sizes that do not match show only here
         raise EngineError(f"the model's config is not valid: {one_line(error)}") from error
@@ -289,16 +337,34 @@ def _find_blocks(model: PreTrainedModel, config: PreTrainedConfig, name: str) ->
     return found[0]
 
 
-def _weights(source: ShardSource, blocks: BlockRange) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield the tensors of a span under their names in the checkpoint, as views of the mapped files."""
-    files: list[Path | None] = [source.block_files.get(block) for block in range(blocks.start, blocks.end)]
-    if None in files:
-        raise EngineError(f"the file of block {blocks.start + files.index(None)} is not given")
-    for file in (source.embed_file, *files, source.head_file):
-        if file is not None:
-            with safe_open(file, framework="pt") as tensors:
-                for name in tensors.keys():  # noqa: SIM118 - no mapping
-                    yield _name_in_decoder(name), tensors.get_tensor(name)
+def _map_files(source: ShardSource, blocks: BlockRange) -> tuple[tuple[MappedFile, ...], tuple[MappedFile, ...]]:
+    """Map the files of the blocks of a span, and of the modules around them. Raises OSError, ValueError."""
+    for block in range(blocks.start, blocks.end):
+        if block not in source.block_files:
+            raise EngineError(f"the file of block {block} is not given")
+    outer = [MappedFile(file) for file in (source.embed_file, source.head_file) if file is not None]
+    inner = [MappedFile(source.block_files[block]) for block in range(blocks.start, blocks.end)]
+    return tuple(inner), tuple(outer)
+
+
+def _keep_dtypes(described: DescribedModel, weights: Mapping[str, torch.Tensor]) -> None:
+    """Have the matrices of blocks, embedding and head loaded in the dtype of their files, if that is a narrow one."""
+    model = described.model
+    conversions = _conversions(model)
+    state = model.state_dict()
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    outer = {embedding if isinstance(embedding, nn.Embedding) else None, head if type(head) is nn.Linear else None}
+    renamings = [step for step in conversions if isinstance(step, WeightRenaming)]
+    converters = [step for step in conversions if isinstance(step, WeightConverter)]
+    for name, tensor in weights.items():
+        target, converter = rename_source_key(name, renamings, converters, model.base_model_prefix, state)
+        if converter is not None or target not in state or tensor.dtype not in NARROW_DTYPES or tensor.dim() < 2:
+            continue
+        owner, _, attribute = target.rpartition(".")
+        module = model.get_submodule(owner)
+        if attribute in module._parameters and (target.startswith(f"{described.path}.") or module in outer):  # noqa: SLF001
+            empty = torch.empty_like(state[target], dtype=tensor.dtype)
+            setattr(module, attribute, nn.Parameter(empty, requires_grad=False))
 
 
 def _name_in_decoder(name: str) -> str:
@@ -306,14 +372,16 @@ def _name_in_decoder(name: str) -> str:
     return name.replace("language_model.", "", 1)
 
 
-def _load(
-    model: PreTrainedModel, weights: dict[str, torch.Tensor], dtype: torch.dtype, device: str = "cpu"
-) -> LoadStateDictInfo:
-    """Put weights into the model; those that need no conversion stay views of their files. Return what is missing."""
-    conversions = [
-        step for step in get_model_conversion_mapping(model) if isinstance(step, WeightConverter | WeightRenaming)
-    ]
-    settings = LoadStateDictConfig(dtype=dtype, weight_mapping=conversions, device_map={"": device})
+def _conversions(model: PreTrainedModel) -> list[WeightConverter | WeightRenaming]:
+    return [step for step in get_model_conversion_mapping(model) if isinstance(step, WeightConverter | WeightRenaming)]
+
+
+def _load(model: PreTrainedModel, weights: dict[str, torch.Tensor], device: str = "cpu") -> LoadStateDictInfo:
+    """Put weights into the model; those that need no conversion stay views of their files. Return what is missing.
+
+    Each becomes of the dtype that the model has described for it.
+    """
+    settings = LoadStateDictConfig(dtype=torch.float32, weight_mapping=_conversions(model), device_map={"": device})
     report: LoadStateDictInfo
     report, _ = convert_and_load_state_dict_in_model(model, weights, settings, None)
     faults = [

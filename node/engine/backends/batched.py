@@ -6,6 +6,7 @@ attention and the next are a segment, and variants differ in the backend that ca
 at the same places.)
 """
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
@@ -13,7 +14,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import nn
 
-from node.engine.backends.interface import Rows
+from node.engine.backends.interface import BackendContext, Rows
 from node.engine.interface import PAGE_POSITIONS
 from node.engine.kv_cache import BlockKvCache, KvCache, SlotMapping
 from node.engine.loading import LoadedSpan
@@ -150,14 +151,25 @@ def refusal(span: LoadedSpan) -> str | None:
     return None
 
 
+def empty_kv_blocks(span: LoadedSpan, device: torch.device) -> list[BlockKvCache]:
+    """Return the KV memory of each block of a supported span, without slots."""
+    config = span.model.config
+    blocks: Any = span.blocks
+    shapes = [(0, config.num_key_value_heads, block.self_attn.head_dim) for block in blocks]
+    return [BlockKvCache(*(torch.empty(shape, device=device) for _ in range(2))) for shape in shapes]
+
+
 class BatchedSpan:
     """A span in one variant, warmed over memory in the shapes of `kv`; implements SpanRunner."""
 
-    def __init__(self, span: LoadedSpan, segments: Segments, kv: KvCache) -> None:
+    def __init__(self, context: BackendContext, segments: Segments, kv: KvCache) -> None:
         self._segments = segments
+        span = context.span
         base: Any = span.base
-        self._embedding = base.embed_tokens if span.is_first else None
-        self._rotary = base.rotary_emb
+        self._embedding = context.embedding
+        self._device = context.device
+        # A copy, as the reference's stays where that computes.
+        self._rotary = copy.deepcopy(base.rotary_emb).to(self._device)
         config = span.model.config
         self._hidden_size = span.hidden_size
         self._vocabulary_size = span.vocabulary_size
@@ -167,7 +179,6 @@ class BatchedSpan:
         self._blocks = [
             _Attention(block.self_attn.scaling, window) for block, window in zip(blocks, span.windows, strict=True)
         ]
-        self._device = next(span.blocks.parameters()).device
         self._tables = self._rotary_tables(PAGE_POSITIONS)
         self._warm(kv)
 
@@ -192,7 +203,7 @@ class BatchedSpan:
         hidden = torch.cat([part.rows for part in ordered])
         blocks = range(len(self._blocks)) if blocks is None else blocks
         if self._embedding is not None and blocks.start == 0:
-            hidden = self._embedding(hidden)
+            hidden = nn.functional.embedding(hidden, self._embedding).float()
         qkv: QKV | None = self._segments.qkv(blocks.start, hidden, plan.rotary)
         for number in blocks:
             assert qkv is not None

@@ -1,24 +1,28 @@
-"""The interface of backends. A new one is a module with a class `Backend`, and a line in BACKENDS."""
+"""The interface of backends. A new one is a module with a class `Backend`, and a line in BACKENDS.
+
+Free of torch, so that the daemon can plan memory by the same table.
+"""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
-from typing import Final, Protocol
+from typing import TYPE_CHECKING, Final, Protocol
 
-import torch
-
-from node.engine.backends.linear import ARITHMETICS
-from node.engine.kv_cache import KvCache, SlotMapping
-from node.engine.loading import LoadedSpan
 from node.util.disk_cache import FolderCache
+
+if TYPE_CHECKING:
+    import torch
+
+    from node.engine.kv_cache import KvCache, SlotMapping
+    from node.engine.loading import LoadedSpan
 
 
 @dataclass(frozen=True, slots=True)
 class Rows:
     """Rows of one session in a step. `rows`: token ids i64 (rows,), or hidden states f32 (rows, hidden size)."""
 
-    rows: torch.Tensor
-    slots: SlotMapping
+    rows: "torch.Tensor"
+    slots: "SlotMapping"
     position: int
     draws: int
 
@@ -26,7 +30,7 @@ class Rows:
 class SpanRunner(Protocol):
     """A span in one variant, ready to run."""
 
-    def run(self, slices: Sequence[Rows], kv: KvCache, blocks: range | None = None) -> Sequence[torch.Tensor]:
+    def run(self, slices: Sequence[Rows], kv: "KvCache", blocks: range | None = None) -> "Sequence[torch.Tensor]":
         """Run the rows of several sessions through some of the span's blocks (counted from its first) or all of them.
 
         Returns for each hidden states f32 (rows, hidden size), behind the model's last block logits f32 (draws,
@@ -36,9 +40,15 @@ class SpanRunner(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class BackendContext:
-    """What backends build from. `name`: of model and blocks, for the disk cache."""
+    """What backends build from.
 
-    span: LoadedSpan
+    `span`: the weights, mapped from their files. `device`: what computes. `embedding`: of a first span, on the device.
+    `name`: of model and blocks, for the disk cache.
+    """
+
+    span: "LoadedSpan"
+    device: "torch.device"
+    embedding: "torch.Tensor | None"
     name: str
     threads: int
     disk_cache: FolderCache | None
@@ -52,7 +62,7 @@ class Backend(Protocol):
     def start_threads(self) -> None:
         """Start the threads of the steps; from the thread that runs the steps, whose priority they inherit."""
 
-    def build(self, arithmetic: str, kv: KvCache) -> SpanRunner:
+    def build(self, arithmetic: str, kv: "KvCache") -> SpanRunner:
         """Build a variant and warm it. Raises EngineError."""
 
 
@@ -61,30 +71,37 @@ class BackendSpec:
     """A backend before its module is imported, which may take seconds and memory.
 
     `packings`: of each arithmetic; those with the same packing share their weights. `packed_bytes`: of an element of a
-    matrix in each packing.
+    matrix in each packing. `widens`: whether fp32 holds matrices as published, where those take fewer bytes.
     """
 
     module: str
     packings: Mapping[str, str]
     packed_bytes: Mapping[str, float]
     cpu_only: bool = False
+    widens: bool = False
 
     def open(self, context: BackendContext) -> Backend:
         """Import the backend, and open it on a span."""
         backend: type[Backend] = import_module(self.module).Backend
         return backend(context)
 
+    def element_bytes(self, packing: str, published_bytes: int) -> float:
+        """Return the bytes of an element in a packing, given those that it was published in."""
+        packed_bytes = self.packed_bytes[packing]
+        return min(packed_bytes, published_bytes) if self.widens and packing == "fp32" else packed_bytes
+
 
 BACKENDS: Final[Mapping[str, BackendSpec]] = {
     "fused": BackendSpec(
         "node.engine.backends.torch",
-        {arithmetic: packing for arithmetic, (packing, _) in ARITHMETICS.items()},
+        {"fp32": "fp32", "bf16": "bf16", "int8": "int8", "w8a8": "int8"},  # of `linear.ARITHMETICS`
         {"fp32": 4.0, "bf16": 2.0, "int8": 1.0},
+        widens=True,
     ),
     "onnxruntime": BackendSpec(
         "node.engine.backends.onnx",
-        {"fp32": "fp32", "int8": "int8"},
-        {"fp32": 4.0, "int8": 1.0 + 4 / 32},  # with a scale for each 32 elements
+        {"fp32": "fp32", "int8": "int8", "int4": "int4"},
+        {"fp32": 4.0, "int8": 1.0 + 4 / 32, "int4": 0.5 + 4 / 64},  # with a scale for each 32, or 64, elements
         cpu_only=True,
     ),
 }

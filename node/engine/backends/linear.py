@@ -5,10 +5,13 @@ Measured for the shapes of SmolLM2 on one core: for one or two rows of fp32 a ma
 and an order of magnitude slower than fp32 for hundreds, where unpacking the matrix pays.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
+
+from node.engine.loading import NARROW_DTYPES
+from node.engine.widened import multiply_widened
 
 _FEW_ROWS = 16
 """Up to here the product with int8 weights beats unpacking them."""
@@ -20,23 +23,63 @@ _FAST_BF16 = torch.backends.cpu.get_cpu_capability().startswith("AVX512")
 """Without it torch multiplies bf16 seven times as slowly as fp32 where rows are many."""
 
 
+_PIECE_ELEMENTS = 1 << 20
+
+
 @dataclass(frozen=True, slots=True)
 class PackedMatrix:
-    """A matrix in one of the packings. `scale`: of int8, for each output, f32."""
+    """A matrix in one of the packings.
 
-    matrix: torch.Tensor
+    `parts`: one, or several side by side. `transposed`: stored input by output. `scale`: of int8, for each output, f32.
+    """
+
+    parts: tuple[torch.Tensor, ...]
     scale: torch.Tensor | None
     bias: torch.Tensor | None
+    transposed: bool = False
+
+    @property
+    def matrix(self) -> torch.Tensor:
+        """The only part."""
+        (matrix,) = self.parts
+        return matrix
 
 
-def pack(packing: str, matrix: torch.Tensor, bias: torch.Tensor | None) -> PackedMatrix:
-    """Return a matrix (outputs, inputs) packed as "fp32", "bf16" or "int8" (symmetric, a scale for each output)."""
+def pack(
+    packing: str, matrices: Sequence[torch.Tensor], bias: torch.Tensor | None, device: torch.device
+) -> PackedMatrix:
+    """Return matrices (outputs, inputs) that take the same rows, packed as "fp32", "bf16" or "int8" on a device.
+
+    int8 is symmetric, with a scale for each output. Matrices that serve in the type that they were published in are
+    not copied on the CPU: their memory is that of the file, which all processes share.
+    """
+    bias = None if bias is None else bias.to(device)
+    narrow = {matrix.dtype for matrix in matrices} <= (NARROW_DTYPES if packing == "fp32" else {torch.bfloat16})
+    if narrow and packing != "int8":
+        parts = tuple(matrices) if device.type == "cpu" else (torch.cat([each.to(device) for each in matrices]),)
+        return PackedMatrix(parts, None, bias)
+    outputs, inputs = sum(map(len, matrices)), matrices[0].shape[1]
     if packing == "fp32":
-        return PackedMatrix(matrix.t().contiguous(), None, bias)
-    if packing == "bf16":
-        return PackedMatrix(matrix.bfloat16(), None, bias)
-    scale = matrix.abs().amax(1).clamp_min(1e-12) / 127
-    return PackedMatrix((matrix / scale.unsqueeze(1)).round_().to(torch.int8), scale, bias)
+        packed = torch.empty(inputs, outputs, device=device)
+    else:
+        packed = torch.empty(outputs, inputs, device=device, dtype=torch.bfloat16 if packing == "bf16" else torch.int8)
+    scale = torch.empty(outputs, device=device) if packing == "int8" else None
+    end = 0
+    for part in _pieces(matrices):
+        start, end = end, end + len(part)
+        if scale is None:
+            (packed.t() if packing == "fp32" else packed)[start:end].copy_(part)
+        else:
+            part = part.to(device).float()
+            scale[start:end] = part.abs().amax(1).clamp_min(1e-12) / 127
+            packed[start:end] = (part / scale[start:end].unsqueeze(1)).round_()
+    return PackedMatrix((packed,), scale, bias, transposed=packing == "fp32")
+
+
+def _pieces(matrices: Sequence[torch.Tensor]) -> Iterator[torch.Tensor]:
+    """Yield a few outputs after another, so that packing takes little memory beside the result."""
+    for matrix in matrices:
+        yield from matrix.split(max(1, _PIECE_ELEMENTS // matrix.shape[1]))
 
 
 Product = Callable[[torch.Tensor, PackedMatrix], torch.Tensor]
@@ -44,13 +87,19 @@ Product = Callable[[torch.Tensor, PackedMatrix], torch.Tensor]
 
 
 def _fp32(rows: torch.Tensor, weights: PackedMatrix) -> torch.Tensor:
-    return torch.mm(rows, weights.matrix)
+    if weights.transposed:
+        return torch.mm(rows, weights.matrix)
+    if rows.device.type != "cpu":
+        return torch.nn.functional.linear(rows, weights.matrix.float())
+    return multiply_widened(rows, weights.parts)
 
 
 def _bf16(rows: torch.Tensor, weights: PackedMatrix) -> torch.Tensor:
     if len(rows) > _FEW_ROWS and rows.device.type == "cpu" and not _FAST_BF16:
-        return torch.nn.functional.linear(rows, weights.matrix.float())
-    return torch.nn.functional.linear(rows.bfloat16(), weights.matrix).float()
+        return multiply_widened(rows, weights.parts)
+    narrow = rows.bfloat16()
+    products = [torch.nn.functional.linear(narrow, part).float() for part in weights.parts]
+    return products[0] if len(products) == 1 else torch.cat(products, dim=1)
 
 
 def _int8(rows: torch.Tensor, weights: PackedMatrix) -> torch.Tensor:
@@ -61,7 +110,7 @@ def _int8(rows: torch.Tensor, weights: PackedMatrix) -> torch.Tensor:
         # Its fast kernel takes bf16 only. The scales are applied after it, as they would lose by bf16.
         ones = torch.ones_like(weights.scale, dtype=torch.bfloat16)
         return torch._weight_int8pack_mm(rows.bfloat16(), weights.matrix, ones).float().mul_(weights.scale)  # noqa: SLF001
-    return torch.nn.functional.linear(rows, weights.matrix.float()).mul_(weights.scale)
+    return multiply_widened(rows, weights.parts).mul_(weights.scale)
 
 
 def _w8a8(rows: torch.Tensor, weights: PackedMatrix) -> torch.Tensor:

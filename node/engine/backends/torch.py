@@ -39,7 +39,7 @@ class Backend:
     """Implements the backend `fused`."""
 
     def __init__(self, context: BackendContext) -> None:
-        self._span = context.span
+        self._context = context
         self._packed: dict[str, PackedSpan] = {}
 
     def start_threads(self) -> None:
@@ -49,39 +49,57 @@ class Backend:
         """Pack the matrices, unless another arithmetic with the same packing has, and warm them."""
         packing, product = ARITHMETICS[arithmetic]
         if packing not in self._packed:
-            self._packed[packing] = pack_span(self._span, packing)
-        return BatchedSpan(self._span, TorchSegments(self._span, self._packed[packing], product), kv)
+            self._packed[packing] = pack_span(self._context, packing)
+        return BatchedSpan(self._context, TorchSegments(self._context.span, self._packed[packing], product), kv)
 
 
 @torch.inference_mode()
-def pack_span(span: LoadedSpan, packing: str) -> PackedSpan:
-    """Return the matrices of a span of the Llama family, fused and packed."""
-    blocks = [_pack_block(block, packing) for block in span.blocks]
+def pack_span(context: BackendContext, packing: str) -> PackedSpan:
+    """Return the matrices of a span of the Llama family, fused and packed, a block at a time from its file."""
+    span, device = context.span, context.device
+    blocks = []
+    for block, file in zip(span.blocks, span.block_files, strict=True):
+        blocks.append(_pack_block(block, packing, device))
+        file.drop_pages()
     if not span.is_last:
         return PackedSpan(blocks, None, None)
     head: Any = span.model.get_output_embeddings()
     base: Any = span.base
-    return PackedSpan(blocks, base.norm.weight, pack(packing, head.weight, getattr(head, "bias", None)))
+    packed, norm = pack(packing, [head.weight], joint_bias(head), device), _copied(base.norm, device)
+    for file in span.outer_files:
+        file.drop_pages()
+    return PackedSpan(blocks, norm, packed)
 
 
-def _pack_block(block: Any, packing: str) -> _Block:
+def _copied(norm: Any, device: torch.device) -> torch.Tensor:
+    """Return the weight of a norm: so little that its file need not stay in memory for it."""
+    weight: torch.Tensor = norm.weight
+    return weight.to(device, copy=True)
+
+
+def _pack_block(block: Any, packing: str, device: torch.device) -> _Block:
     """Return a block's weights (Any: modules of transformers, whose attributes have no types)."""
+
+    def packed(*linears: Any) -> PackedMatrix:
+        return pack(packing, [linear.weight for linear in linears], joint_bias(*linears), device)
+
     attention, mlp = block.self_attn, block.mlp
+    norms = (attention.q_norm, attention.k_norm) if hasattr(attention, "q_norm") else None
     return _Block(
-        norm=block.input_layernorm.weight,
-        qkv=pack(packing, *fuse(attention.q_proj, attention.k_proj, attention.v_proj)),
-        head_norms=(attention.q_norm.weight, attention.k_norm.weight) if hasattr(attention, "q_norm") else None,
-        out=pack(packing, *fuse(attention.o_proj)),
-        mlp_norm=block.post_attention_layernorm.weight,
-        gate_up=pack(packing, *fuse(mlp.gate_proj, mlp.up_proj)),
-        down=pack(packing, *fuse(mlp.down_proj)),
+        norm=_copied(block.input_layernorm, device),
+        qkv=packed(attention.q_proj, attention.k_proj, attention.v_proj),
+        head_norms=(_copied(norms[0], device), _copied(norms[1], device)) if norms else None,
+        out=packed(attention.o_proj),
+        mlp_norm=_copied(block.post_attention_layernorm, device),
+        gate_up=packed(mlp.gate_proj, mlp.up_proj),
+        down=packed(mlp.down_proj),
     )
 
 
-def fuse(*linears: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Return matrices (outputs, inputs) that take the same rows as one, and its bias."""
+def joint_bias(*linears: Any) -> torch.Tensor | None:
+    """Return the bias of matrices that take the same rows, side by side."""
     biases = [linear.bias for linear in linears]
-    return torch.cat([linear.weight for linear in linears]), None if biases[0] is None else torch.cat(biases)
+    return None if biases[0] is None else torch.cat(biases)
 
 
 class TorchSegments:

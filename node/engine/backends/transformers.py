@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from node.engine.backends.interface import Rows
+from node.engine.backends.narrow import NarrowWeights
 from node.engine.interface import EngineError
 from node.engine.kv_cache import BlockKvCache, KvCache, RewindableCache, SlotMapping
 from node.engine.loading import LoadedSpan
@@ -31,7 +32,8 @@ class TransformersSpan:
     def __init__(self, span: LoadedSpan) -> None:
         self._span = span
         self._name = str(span.model.config.model_type)
-        self._weight = next(span.blocks.parameters())
+        self._device = span.device
+        self._narrow = NarrowWeights(span)
         self._base_options = accepted_options(span.base.forward)
         self._model_options = accepted_options(span.model.forward, span.base.forward)
         self._entering: torch.Tensor | None = None
@@ -52,8 +54,8 @@ class TransformersSpan:
         slots = SlotMapping([0])
         cache = RewindableCache(self._span.windows, slots)
         size, is_first = self._span.hidden_size, self._span.is_first
-        shape, dtype = ((_TRIAL_ROWS,), torch.long) if is_first else ((_TRIAL_ROWS, size), self._weight.dtype)
-        rows = torch.zeros(shape, dtype=dtype, device=self._weight.device)
+        shape, dtype = ((_TRIAL_ROWS,), torch.long) if is_first else ((_TRIAL_ROWS, size), torch.float32)
+        rows = torch.zeros(shape, dtype=dtype, device=self._device)
         try:
             output = self._forward(Rows(rows, slots, 0, 1), cache, range(len(self._span.blocks)))
         except (EngineError, torch.OutOfMemoryError):
@@ -64,6 +66,10 @@ class TransformersSpan:
         if tuple(output.shape) != expected or output.is_meta or cache.length != _TRIAL_ROWS:
             raise EngineError(f"{self._name} models cannot be served: they are not a plain stack of blocks")
         return cache.memory
+
+    def release(self) -> None:
+        """Give back what the next pass can make again."""
+        self._narrow.release()
 
     @torch.inference_mode()
     def run(self, slices: Sequence[Rows], kv: KvCache, blocks: range | None = None) -> list[torch.Tensor]:
@@ -120,7 +126,8 @@ class TransformersSpan:
     def _pass(self, number: int, forward: Callable[..., Any], *inputs: Any, **options: Any) -> Any:
         """Run a block, or return its input if it takes no part."""
         if number in self._running:
-            return forward(*inputs, **options)
+            with self._narrow.widened(number):
+                return forward(*inputs, **options)
         hidden = inputs[0] if inputs else options["hidden_states"]
         return (hidden, None) if self._gives_tuples else hidden
 

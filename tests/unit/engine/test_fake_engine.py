@@ -6,7 +6,7 @@ import pytest
 import trio
 import trio.testing
 
-from node.engine.interface import EngineCrashed, EngineError, EngineFull, SessionOptions, SliceInput
+from node.engine.interface import REFERENCE, EngineCrashed, EngineError, EngineFull, SessionOptions, SliceInput
 from node.testing.fake_engine import FakeEngine, expected_tokens, fake_span_info
 from protocol.identity import BlockRange
 from protocol.messages import Sampling
@@ -84,7 +84,7 @@ async def test_fake_engine_admits_like_the_real_one() -> None:
             await start(engine, session(1), positions)
     await engine.open(session(1), 1)
     with pytest.raises(EngineError, match="needs sampling options"):
-        await engine.begin(session(1), SessionOptions())
+        await engine.begin(session(1), SessionOptions(variant=REFERENCE))
     await start(engine, session(1), 33)
     with pytest.raises(EngineFull, match="32 of 96 are free"):
         await start(engine, session(2), 33)

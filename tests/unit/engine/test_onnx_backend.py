@@ -5,23 +5,25 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
 from node.engine.backends import onnx
-from node.engine.interface import EngineOptions, Variant
+from node.engine.interface import EngineOptions, SessionOptions, SliceInput, Variant
 from node.engine.shard import Shard
 from node.util.disk_cache import FolderCache
 from protocol.identity import BlockRange
-from tests.unit.engine.driving import InProcess, decode
-from tests.unit.engine.tiny_models import BLOCKS, COUNT, PROMPT, TinyModel
+from protocol.tensors import tensor_from_tokens, tokens_from_tensor
+from tests.unit.engine.driving import GREEDY, InProcess, decode, session
+from tests.unit.engine.tiny_models import BLOCKS, COUNT, PROMPT, TinyModel, changed
 
 MakeTinyModel = Callable[[str], TinyModel]
-GRAPHS = Variant("onnxruntime", "fp32")
+GRAPHS, INT4 = Variant("onnxruntime", "fp32"), Variant("onnxruntime", "int4")
 WHOLE = BlockRange(0, BLOCKS)
 
 
-def engine_of(tiny: TinyModel, cache_dir: Path) -> InProcess:
+def engine_of(tiny: TinyModel, cache_dir: Path, variant: Variant = GRAPHS) -> InProcess:
     shard = Shard(tiny.source(WHOLE), WHOLE, EngineOptions(kv_positions=512, cache_dir=cache_dir))
-    shard.prepare(GRAPHS)
+    shard.prepare(variant)
     return InProcess(shard)
 
 
@@ -40,6 +42,28 @@ async def test_damaged_onnx_graphs_are_rebuilt(spoiled: str, make_tiny_model: Ma
     engine_of(tiny, tmp_path)
     cut_short(tmp_path, spoiled)
     assert await decode([engine_of(tiny, tmp_path)], PROMPT, COUNT, variant=GRAPHS) == tiny.tokens
+
+
+def on_grid(name: str, matrix: torch.Tensor) -> torch.Tensor:
+    """Return a matrix that four bits hold without a loss."""
+    if matrix.dim() < 2 or "embed" in name:
+        return matrix
+    elements, scales = map(torch.from_numpy, onnx.QUANTISATIONS["int4"].of(matrix))
+    whole = torch.stack([elements & 15, elements >> 4], dim=-1).flatten(2).float() - 8
+    return (whole * scales.unsqueeze(2)).flatten(1)[:, : matrix.shape[1]].contiguous()
+
+
+async def test_four_bits_give_the_tokens_of_weights_that_they_hold_exactly(
+    make_tiny_model: MakeTinyModel, tmp_path: Path
+) -> None:
+    tiny = changed(make_tiny_model("qwen3"), on_grid, tmp_path)
+    text = PROMPT + tiny.tokens
+    engine = engine_of(tiny, tmp_path / "graphs", INT4)
+    engine.open_now(session(1), 60, SessionOptions(sampling=GREEDY, variant=INT4))
+    rows = SliceInput(session=session(1), position=0, tensor=tensor_from_tokens(text[:-1]), draws=COUNT)
+    drawn = tokens_from_tensor(engine.step_now([rows]).outputs[0].tensor)
+    # Activations are rounded to int8, so that a close call may end otherwise.
+    assert sum(one == other for one, other in zip(drawn, tiny.tokens, strict=True)) >= COUNT - 2
 
 
 def cut_short(cache_dir: Path, name: str) -> None:

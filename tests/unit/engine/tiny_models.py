@@ -1,7 +1,8 @@
 """Tiny random models of each architecture, packed as model packages are, and what `generate` makes of a prompt."""
 
+import shutil
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -198,6 +199,21 @@ def tiny_model(family: str, folder: Path) -> TinyModel:
     for part, tensors in parts.items():
         save_file(tensors, folder / f"{part}.safetensors")
     return TinyModel({"model_type": model_type, **content}, folder, tokens)
+
+
+def narrowed(tiny: TinyModel, dtype: torch.dtype, folder: Path) -> TinyModel:
+    """Return a model as if it had been published in a narrow type, with the tokens that its rounded weights give."""
+    return changed(tiny, lambda _, tensor: tensor.to(dtype), folder)
+
+
+def changed(tiny: TinyModel, change: Callable[[str, torch.Tensor], torch.Tensor], folder: Path) -> TinyModel:
+    """Return a model with other weights, and the tokens that these give in fp32."""
+    for file in tiny.folder.glob("*.safetensors"):
+        tensors = {name: change(name, tensor) for name, tensor in load_file(file).items()}
+        save_file(tensors, folder / file.name, metadata={"format": "pt"})
+    shutil.copy(tiny.folder / "config.json", folder)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    return TinyModel(tiny.config, folder, _generate(model.eval()))
 
 
 def _generate(model: Any) -> list[int]:
