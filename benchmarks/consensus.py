@@ -22,7 +22,7 @@ import numpy as np
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from threadpoolctl import threadpool_limits
 
-from node.consensus.measurement_runner import MEASUREMENT_PLAN
+from node.consensus.measurement_runner import measurement_plan
 from node.evaluation.csv_dataset import read_folder
 from protocol.consensus import sign_message
 from protocol.consensus_values import (
@@ -290,7 +290,7 @@ def cost_of_epoch(peers: int) -> Cost:
     beacon = beacon_of(GENESIS, 0)
     committee = select_committee(beacon, names)
     readings: dict[PeerId, list[Reading]] = {peer: [] for peer in committee}
-    for cell, selected in state.assignments(GENESIS, 0, MEASUREMENT_PLAN).items():
+    for cell, selected in state.assignments(GENESIS, 0, measurement_plan("safetensors")).items():
         for peer in selected:
             readings.setdefault(peer, []).append(Reading(cell, -500_000))
     batches: list[int] = []
@@ -312,7 +312,7 @@ def cost_of_epoch(peers: int) -> Cost:
         proposer=committee[0],
         contributions=contributions,
         equivocators=(),
-        plan=MEASUREMENT_PLAN,
+        plan=measurement_plan("safetensors"),
     )
     conclude_s = time.perf_counter() - began_s
     signatures = [Signature(GENESIS, 0, peer, statement.id) for peer in committee]

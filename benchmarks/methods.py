@@ -37,7 +37,7 @@ from node.config import NodeReady
 from node.demo import split_evenly
 from node.evaluation.paired_stats import Speedup, speedup_of
 from node.models.catalogue import DEMO_MODEL
-from selector.task import BASELINE, PORTFOLIO, Method, MethodError, TaskContext, parse_method
+from selector.task import Method, MethodError, TaskContext, baseline_of, parse_method, portfolio
 from selector.task_buckets import effective_switches, simplest_first
 
 FINALISTS: Final = 4
@@ -94,7 +94,8 @@ def main(
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     workloads = [WORKLOADS[number] for number in numbers] or list(WORKLOADS)
     try:
-        tried = [parse_method(name) for name in methods] or list(PORTFOLIO.values())
+        package_format = demo_package().manifest.format
+        tried = [parse_method(name, package_format) for name in methods] or portfolio(package_format)
     except MethodError as error:
         raise click.BadParameter(str(error)) from None
     link = LinkShape(delay_s=delay_ms / 1000, bytes_per_s=bytes_per_s)
@@ -167,10 +168,11 @@ def unlike(methods: Sequence[Method], workload: Workload, setting: Setting) -> l
         stage_count=setting.peers,
         transfer_s=0.0 if setting.link == LinkShape() else math.inf,
     )
-    found: dict[frozenset[tuple[str, str]], Method] = {effective_switches(BASELINE, task): BASELINE}
+    baseline = methods[0].baseline
+    found: dict[frozenset[tuple[str, str]], Method] = {effective_switches(baseline, task): baseline}
     for method in simplest_first(methods):
         found.setdefault(effective_switches(method, task), method)
-    return [method.name for method in found.values() if method != BASELINE]
+    return [method.name for method in found.values() if method != baseline]
 
 
 def had(cell: Mapping[str, Any], bound: str) -> list[MethodResult]:
@@ -181,7 +183,7 @@ def had(cell: Mapping[str, Any], bound: str) -> list[MethodResult]:
 def finalists(heat: Mapping[str, Any]) -> list[str]:
     """Return the methods that were fastest in a heat, within either bound."""
     found = {each.method for bound in ("exact", "any") for each in had(heat, bound)[:FINALISTS]}
-    return sorted(found - {BASELINE.name})
+    return sorted(name for name in found if name != baseline_of(name).name)
 
 
 def lead(cell: Mapping[str, Any], bound: str) -> tuple[MethodResult, MethodResult, Speedup]:

@@ -36,7 +36,7 @@ from protocol.measurements import (
 from protocol.messages import SessionStatistics
 from protocol.observations import bucket_of, sign_observation
 from selector.heuristic import predicted_cost
-from selector.task import PORTFOLIO, TaskContext
+from selector.task import TaskContext, portfolio
 from selector.task_buckets import Viewpoint
 
 WARM_CHOICES = 1000
@@ -55,11 +55,12 @@ MODEL = ModelFacts(
 def observations(identity: Identity, count: int) -> list[Observation]:
     """Return observations of random tasks and methods, whose costs are the rule's with noise and a bias a method."""
     rng = random.Random(1)
-    bias = {name: rng.gauss(0, 0.3) for name in PORTFOLIO}
+    methods = portfolio("safetensors")
+    bias = {method.name: rng.gauss(0, 0.3) for method in methods}
     found: list[Observation] = []
     now_s = int(time.time())
     for _ in range(count):
-        method = rng.choice(list(PORTFOLIO.values()))
+        method = rng.choice(methods)
         task = _task(rng)
         total_s = 2.718 ** (predicted_cost(task, method) + bias[method.name] + rng.gauss(0, 0.1))
         tokens = task.max_tokens
@@ -161,7 +162,7 @@ async def measure(count: int) -> dict[str, Any]:
 
 async def _choices(predictions: PredictionCache) -> tuple[list[float], list[float]]:
     """Return the times of choices with and without a prediction, in milliseconds."""
-    methods = list(PORTFOLIO.values())
+    methods = portfolio("safetensors")
 
     async def choose(task: TaskContext) -> float:
         began_s = time.perf_counter()

@@ -24,7 +24,7 @@ from benchmarks.link import LinkShape
 from benchmarks.wan import distant_daemons
 from node.evaluation.paired_stats import Speedup, speedup_of
 from node.models.catalogue import DEMO_MODEL
-from selector.task import BASELINE, parse_method
+from selector.task import parse_method
 
 STAGES: Final = ("0-10", "10-20", "20-30")
 
@@ -38,7 +38,7 @@ class Case:
     objective: str
     target: float
     delayed: bool = True
-    over: str = BASELINE.name
+    over: str = "baseline"
 
 
 SHARED: Final = {"concurrency": 8, "prompt_tokens": 400, "max_tokens": 1, "shared_prefix_share": 0.9}
@@ -89,7 +89,8 @@ async def measure(delay_s: float, rounds: int, names: Sequence[str]) -> dict[str
 
 async def _measure(first: Daemon, rounds: int, name: str) -> dict[str, Any]:
     case = CASES[name]
-    methods = list(dict.fromkeys(parse_method(each).name for each in (case.method, case.over)))
+    package_format = demo_package().manifest.format
+    methods = list(dict.fromkeys(parse_method(each, package_format).name for each in (case.method, case.over)))
     body = {"model": DEMO_MODEL, "methods": methods, "workload": case.workload, "rounds": rounds}
     async with httpx.AsyncClient(base_url=first.ready.api_url, timeout=None) as client:
         answer = await client.post("/swarm/bench", json=body)

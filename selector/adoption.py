@@ -11,7 +11,7 @@ from typing import Final
 
 from cachetools import FIFOCache
 
-from selector.task import BASELINE
+from selector.task import baseline_of
 
 MARGIN: Final = 0.03
 """Natural logarithm of cost: smaller differences count as a tie."""
@@ -80,7 +80,7 @@ class Adoption:
         tied = {name for name, ratio in tried.items() if ratio <= tried.get(used, -MARGIN) + MARGIN} | {used}
         better = {name for name, ratio in tried.items() if ratio < 0}
         best = sorted(better & set(offered), key=lambda name: (tried[name], name))[:1]
-        for acceptable in (tied, best, {BASELINE.name}, admitted):
+        for acceptable in (tied, best, {baseline_of(default).name}, admitted):
             if usable := frozenset(acceptable) & frozenset(offered):
                 return usable
         return frozenset()
@@ -109,11 +109,12 @@ class Adoption:
         missing = {
             name for name, at_s in self._unavailable.get(bucket, {}).items() if now_s - at_s < UNAVAILABLE_RETRY_S
         }
-        known = {effect_of.get(used), effect_of.get(BASELINE.name), *(trial.effect for trial in recent.values())}
+        plain = baseline_of(default).name
+        known = {effect_of.get(used), effect_of.get(plain), *(trial.effect for trial in recent.values())}
         gains: dict[Hashable, float] = {}
         simplest: dict[Hashable, str] = {}
         for name in admitted:
-            if name in {used, BASELINE.name, *recent, *missing} or name not in expected or effect_of[name] in known:
+            if name in {used, plain, *recent, *missing} or name not in expected or effect_of[name] in known:
                 continue
             gain = expected[used] - expected[name] + OPTIMISM * deviations[name]
             if gain > MIN_EXPECTED_GAIN:
@@ -149,12 +150,13 @@ class Adoption:
         """
         effect_of = effects or {}
         trials = dict(self.trials(bucket))
-        trials[BASELINE.name] = TrialRecord(0.0, now_s, effect_of.get(BASELINE.name))
+        plain = baseline_of(used).name
+        trials[plain] = TrialRecord(0.0, now_s, effect_of.get(plain))
         rounds = log_ratios.get(used, [0.0] * max(map(len, log_ratios.values()), default=0))
         base = statistics.median(rounds) if rounds else 0.0
         if used in trials:
             shift = base - trials[used].log_ratio
-            for name in trials.keys() - log_ratios.keys() - {used, BASELINE.name}:
+            for name in trials.keys() - log_ratios.keys() - {used, plain}:
                 trials[name] = replace(trials[name], log_ratio=trials[name].log_ratio + shift)
         trials[used] = TrialRecord(base, now_s, effect_of.get(used))
         for name, ratios in log_ratios.items():
@@ -167,7 +169,7 @@ class Adoption:
                 ratio = max(ratio, base + 1e-6)
             trials[name] = TrialRecord(ratio, now_s, effect_of.get(name))
         self._trials[bucket] = trials
-        return self.in_use(bucket, {*log_ratios, used, BASELINE.name}, used)
+        return self.in_use(bucket, {*log_ratios, used, plain}, used)
 
 
 @dataclass(slots=True)

@@ -46,6 +46,8 @@ _SPEEDS: Final = {
     ("fused", "w8a8"): _Speed(0.75, (17.5, 31.0, 60.0)),
     ("onnxruntime", "fp32"): _Speed(1.4, (22.0, 36.0, 75.0)),
     ("onnxruntime", "int8"): _Speed(2.3, (10.6, 38.8, 100.0)),
+    ("onnxruntime", "int4"): _Speed(2.3, (7.5, 38.8, 100.0)),
+    ("llamacpp", "native"): _Speed(2.9, (8.2, 26.0, 94.0)),
 }
 _ACTIVATIONS: Final = {"fp32": 1.0, "bf16": 0.5, "int8": 0.27}
 

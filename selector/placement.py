@@ -10,6 +10,7 @@ the minimum itself it tells for every single move whether it helps.
 """
 
 import random
+from bisect import bisect_left
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final, TypeAlias
@@ -67,16 +68,27 @@ def block_rates(block_count: int, servers: Iterable[Server]) -> _Rates:
     return rates
 
 
-def choose_span(block_count: int, others: Iterable[Server], length: int, rate: float) -> BlockRange:
-    """Return the blocks for a joining node that holds `length` of them, at `rate` tokens per second."""
-    length = min(length, block_count)
-    if length < 1:
-        raise ValueError(f"a node needs room for at least one block, not {length}")
-    scale = max(rate, 1e-9)
-    rates = block_rates(block_count, others) / scale
-    costs = _window_costs(rates[None, :], np.array([length]), np.array([rate / scale]), POWERS[-1])
-    start = int(costs[0].argmin())
-    return BlockRange(start, start + length)
+def choose_span(block_count: int, others: Iterable[Server], longest: Sequence[int], block_rate: float) -> BlockRange:
+    """Return the blocks for a joining node, which passes `block_rate` tokens a second through one block.
+
+    `longest`: how many blocks it holds from each start on, fewer where the embedding or the head take room. Considered
+    are spans that begin or end where the coverage changes: one of the best does, and it leaves no remainder behind that
+    is too small to be worth a node.
+    """
+    if not any(longest):
+        raise ValueError("a node needs room for at least one block")
+    rates = block_rates(block_count, others)
+    edges = {0, block_count, *(np.flatnonzero(np.diff(rates)) + 1).tolist()}
+    reach = [min(start + length, block_count) for start, length in enumerate(longest)]  # never decreases
+    ends = edges | {reach[edge] for edge in edges if edge < block_count}
+    spans = [(bisect_left(reach, end), end) for end in sorted(ends)]
+    scale = max(block_rate / max(longest), 1e-9)
+
+    def cost(span: tuple[int, int]) -> float:
+        before, own = rates[slice(*span)], block_rate / (span[1] - span[0])
+        return float((_costs((before + own) / scale, POWERS[-1]) - _costs(before / scale, POWERS[-1])).sum())
+
+    return BlockRange(*min((span for span in spans if span[0] < span[1]), key=cost))
 
 
 def plan_moves(block_count: int, servers: Iterable[Server], rng: random.Random) -> Mapping[PeerId, BlockRange]:

@@ -53,12 +53,16 @@ class Offer:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Demand:
-    """The size of a job. `row_bytes`: a row of hidden states on the wire."""
+    """The size of a job, and of its model. `row_bytes`: a row of hidden states on the wire.
+
+    `granularity`: at multiples of how many blocks the model may be cut.
+    """
 
     block_count: int
     prompt_rows: int
     new_tokens: int
     row_bytes: int
+    granularity: int = 1
 
     @property
     def positions(self) -> int:
@@ -77,7 +81,8 @@ class Route:
 class NoRouteError(Exception):
     """No chain of offers covers all blocks. `missing`: the ranges that no offer covers.
 
-    It is empty where every block is served, but the edges of spans that are indivisible do not meet.
+    It is empty where every block is served, but the edges of spans that are indivisible do not meet, or spans meet
+    where the model may not be cut.
     """
 
     def __init__(self, missing: Sequence[BlockRange]) -> None:
@@ -183,8 +188,9 @@ class _Search:
         ends = np.array([offer.stage.blocks.end for offer in offers], dtype=int)
         whole = np.array([not offer.divisible for offer in offers], dtype=bool)
         blocks = np.arange(within.start, within.end)[:, None]
+        is_cut = blocks % demand.granularity == 0
         self._covers = (starts <= blocks) & (blocks < ends)
-        self._enters = self._covers & (~whole | (starts == blocks))
+        self._enters = self._covers & (~whole | (starts == blocks)) & is_cut
         self._leaves = self._covers & (~whole | (ends == blocks + 1))
         self._hop_s = self._costs_between(hop_cost_s)
         np.fill_diagonal(self._hop_s, np.inf)

@@ -5,13 +5,20 @@ change slowly, because a policy per job would split batches.
 """
 
 import enum
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
 from types import MappingProxyType
 from typing import Any, Final
 
 from protocol.measurements import ModelFacts, Objective, QualityBound, Workload
+
+
+class PackageFormat(enum.StrEnum):
+    """The form in which a model was published, which decides what can compute it."""
+
+    SAFETENSORS = "safetensors"
+    GGUF = "gguf"
 
 
 class Scope(enum.StrEnum):
@@ -25,7 +32,10 @@ class Scope(enum.StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Switch:
-    """One independent choice. The first setting is the baseline's; `lossy`: settings that may change greedy tokens."""
+    """One independent choice. `lossy`: settings that may change greedy tokens.
+
+    The first setting is the baseline's, except for engine and arithmetic, where it depends on the package format.
+    """
 
     scope: Scope
     settings: tuple[str, ...]
@@ -41,9 +51,11 @@ SWITCHES: Final[Mapping[str, Switch]] = MappingProxyType(
     {
         "activations": Switch(Scope.SESSION, ("fp32", "bf16", "int8"), lossy=frozenset({"bf16", "int8"})),
         "arithmetic": Switch(
-            Scope.SESSION, ("fp32", "bf16", "int8", "w8a8"), lossy=frozenset({"bf16", "int8", "w8a8"})
+            Scope.SESSION,
+            ("fp32", "bf16", "int8", "w8a8", "int4", "native"),
+            lossy=frozenset({"bf16", "int8", "w8a8", "int4"}),
         ),
-        "engine": Switch(Scope.SESSION, ("eager", "fused", "onnxruntime")),
+        "engine": Switch(Scope.SESSION, ("eager", "fused", "onnxruntime", "llamacpp")),
         "prefill_chunk": Switch(Scope.SESSION, ("none", "64", "128", "256")),
         "prefix_cache": Switch(Scope.SESSION, ("off", "on")),
         "speculation": Switch(Scope.SESSION, ("off", "ngram-4", "ngram-8", "draft-8")),
@@ -53,9 +65,21 @@ SWITCHES: Final[Mapping[str, Switch]] = MappingProxyType(
 )
 
 VARIANTS: Final[Mapping[str, tuple[str, ...]]] = MappingProxyType(
-    {"eager": ("fp32",), "fused": ("fp32", "bf16", "int8", "w8a8"), "onnxruntime": ("fp32", "int8")}
+    {
+        "eager": ("fp32",),
+        "fused": ("fp32", "bf16", "int8", "w8a8"),
+        "onnxruntime": ("fp32", "int8", "int4"),
+        "llamacpp": ("native",),
+    }
 )
-"""The arithmetics of each engine."""
+"""The arithmetics of each engine, its usual one first. `native`: the weights as they were published."""
+
+ENGINES: Final[Mapping[PackageFormat, tuple[str, ...]]] = MappingProxyType(
+    {PackageFormat.SAFETENSORS: ("eager", "fused", "onnxruntime"), PackageFormat.GGUF: ("llamacpp",)}
+)
+"""The engines of each package format, its reference first: what an exact method must agree with."""
+
+_FORMATS: Final = {engine: package_format for package_format, engines in ENGINES.items() for engine in engines}
 
 
 class MethodError(ValueError):
@@ -77,6 +101,16 @@ class Method:
     def engine(self) -> str:
         """The engine."""
         return self.switches["engine"]
+
+    @property
+    def package_format(self) -> PackageFormat:
+        """The package format that its engine computes."""
+        return _FORMATS[self.engine]
+
+    @property
+    def baseline(self) -> "Method":
+        """The baseline that it is compared with: that of its package format."""
+        return BASELINES[self.package_format]
 
     @property
     def arithmetic(self) -> str:
@@ -121,12 +155,15 @@ class Method:
 
     @property
     def exact(self) -> bool:
-        """Whether its greedy tokens equal those of fp32."""
+        """Whether its greedy tokens equal those of the package's reference on one machine alone."""
         return not any(value in SWITCHES[switch].lossy for switch, value in self.switches.items())
 
 
 def method(**switches: str) -> Method:
-    """Return the method with these switches and the baseline's settings for all others. Raises MethodError."""
+    """Return the method with these switches, the usual arithmetic of its engine, and the baseline's other settings.
+
+    Raises MethodError.
+    """
     chosen = {name: switch.baseline for name, switch in SWITCHES.items() if switch.scope is Scope.SESSION}
     for name, value in switches.items():
         if name not in SWITCHES:
@@ -136,23 +173,39 @@ def method(**switches: str) -> Method:
         if value not in SWITCHES[name].settings:
             raise MethodError(f"invalid {name} {value!r}: expected one of {', '.join(SWITCHES[name].settings)}")
         chosen[name] = value
-    if chosen["arithmetic"] not in VARIANTS[chosen["engine"]]:
-        arithmetics = ", ".join(VARIANTS[chosen["engine"]])
-        raise MethodError(f"engine={chosen['engine']} supports arithmetic {arithmetics}, not {chosen['arithmetic']}")
+    arithmetics = VARIANTS[chosen["engine"]]
+    if "arithmetic" not in switches:
+        chosen["arithmetic"] = arithmetics[0]
+    if chosen["arithmetic"] not in arithmetics:
+        raise MethodError(
+            f"engine={chosen['engine']} supports arithmetic {', '.join(arithmetics)}, not {chosen['arithmetic']}"
+        )
     return Method(MappingProxyType(chosen))
 
 
-BASELINE: Final = method()
-"""The reference method, exact by definition."""
+BASELINES: Final[Mapping[PackageFormat, Method]] = MappingProxyType(
+    {package_format: method(engine=engines[0]) for package_format, engines in ENGINES.items()}
+)
+"""The reference method of each package format, exact by definition."""
+
+BASELINE: Final = BASELINES[PackageFormat.SAFETENSORS]
 
 
-def parse_method(text: str) -> Method:
+def baseline_of(name: str) -> Method:
+    """Return the baseline that a method of this name is compared with, which may be unknown to this version."""
+    engines = (value for switch, _, value in (part.partition("=") for part in name.split("|")) if switch == "engine")
+    return BASELINES[_FORMATS.get(next(engines, BASELINE.engine), PackageFormat.SAFETENSORS)]
+
+
+def parse_method(text: str, package_format: str | None = None) -> Method:
     """Return the method of a user's text: `baseline`, or switches in any order over the baseline's settings.
 
+    `package_format`: of the model, whose baseline is meant and whose engines are possible; None for a canonical name.
     Raises MethodError.
     """
+    engine = ENGINES[PackageFormat(package_format)][0] if package_format else BASELINE.engine
     if text == "baseline":
-        return BASELINE
+        return method(engine=engine)
     switches: dict[str, str] = {}
     for part in text.split("|"):
         name, equals, value = part.strip().partition("=")
@@ -161,43 +214,82 @@ def parse_method(text: str) -> Method:
         if name in switches:
             raise MethodError(f"switch {name} is given twice")
         switches[name] = value
-    return method(**switches)
+    if package_format:
+        _check_format(switches, PackageFormat(package_format))
+    return method(**{"engine": engine, **switches})
 
 
-def _portfolio() -> Iterator[Method]:
+def _check_format(switches: Mapping[str, str], package_format: PackageFormat) -> None:
+    """Raise MethodError for an engine or arithmetic that exists, but not for a package format."""
+    engines = ENGINES[package_format]
+    possible = {"engine": set(engines), "arithmetic": {each for engine in engines for each in VARIANTS[engine]}}
+    for name, settings in possible.items():
+        value = switches.get(name)
+        if value in SWITCHES[name].settings and value not in settings:
+            variants = ", ".join(f"engine={engine}|arithmetic={'/'.join(VARIANTS[engine])}" for engine in engines)
+            raise MethodError(f"{name}={value} cannot serve this model, a {package_format} package: use {variants}")
+
+
+_DRAFTED: Final = (("fused", "fp32"), ("fused", "bf16"), ("onnxruntime", "fp32"), ("onnxruntime", "int8"),
+                   ("llamacpp", "native"))  # fmt: skip
+"""Engine and arithmetic of the methods with a draft model."""
+
+_NARROW: Final = (("fused", "bf16", "bf16"), ("onnxruntime", "fp32", "int8"), ("onnxruntime", "int8", "int8"),
+                  ("llamacpp", "native", "bf16"), ("llamacpp", "native", "int8"))  # fmt: skip
+"""Engine, arithmetic and wire codec of the methods with a narrower codec."""
+
+
+def _portfolio(package_format: PackageFormat) -> Iterator[Method]:
     """Yield the useful combinations: each variant plain, for long prompts, and for repetitive text.
 
     A method that another one matches under every workload would only cost trials. So there is one chunk size, one
-    number of draft tokens, and the prefix cache wherever a method is not the plain one.
+    number of draft tokens, and the prefix cache wherever a method is not the plain one; and no speculation with a
+    reference that others outrun.
     """
-    yield BASELINE
-    yield method(prefix_cache="on")
-    yield method(prefill_chunk="128")
-    yield method(prefill_chunk="128", prefix_cache="on")
-    for engine, arithmetics in VARIANTS.items():
-        for arithmetic in arithmetics if engine != BASELINE.engine else ():
-            yield method(engine=engine, arithmetic=arithmetic)
-            yield method(engine=engine, arithmetic=arithmetic, prefill_chunk="128", prefix_cache="on")
+    reference, *faster = ENGINES[package_format]
+    yield method(engine=reference)
+    yield method(engine=reference, prefix_cache="on")
+    yield method(engine=reference, prefill_chunk="128")
+    yield method(engine=reference, prefill_chunk="128", prefix_cache="on")
+    for engine in faster or [reference]:
+        for arithmetic in VARIANTS[engine]:
+            if engine != reference:
+                yield method(engine=engine, arithmetic=arithmetic)
+                yield method(engine=engine, arithmetic=arithmetic, prefill_chunk="128", prefix_cache="on")
             yield method(engine=engine, arithmetic=arithmetic, prefix_cache="on", speculation="ngram-8")
-    for engine, arithmetic in (("fused", "fp32"), ("fused", "bf16"), ("onnxruntime", "fp32"), ("onnxruntime", "int8")):
-        yield method(engine=engine, arithmetic=arithmetic, prefix_cache="on", speculation="draft-8")
-    for engine, arithmetic, activations in (
-        ("fused", "bf16", "bf16"),
-        ("onnxruntime", "fp32", "int8"),
-        ("onnxruntime", "int8", "int8"),
-    ):
-        yield method(
-            engine=engine, arithmetic=arithmetic, activations=activations, prefill_chunk="128", prefix_cache="on"
-        )
+    for engine, arithmetic in _DRAFTED:
+        if engine in ENGINES[package_format]:
+            yield method(engine=engine, arithmetic=arithmetic, prefix_cache="on", speculation="draft-8")
+    for engine, arithmetic, activations in _NARROW:
+        if engine in ENGINES[package_format]:
+            yield method(
+                engine=engine, arithmetic=arithmetic, activations=activations, prefill_chunk="128", prefix_cache="on"
+            )
 
 
-PORTFOLIO: Final[Mapping[str, Method]] = MappingProxyType({each.name: each for each in _portfolio()})
-"""The methods that are chosen from, by name: few enough to learn, diverse enough that one wins anywhere."""
+PORTFOLIOS: Final[Mapping[PackageFormat, Mapping[str, Method]]] = MappingProxyType(
+    {
+        package_format: MappingProxyType({each.name: each for each in _portfolio(package_format)})
+        for package_format in PackageFormat
+    }
+)
+"""The methods that are chosen from, by package format and name: few enough to learn, diverse enough that one wins
+anywhere."""
+
+PORTFOLIO: Final[Mapping[str, Method]] = MappingProxyType(
+    {name: each for portfolio in PORTFOLIOS.values() for name, each in portfolio.items()}
+)
+"""The methods of all package formats."""
+
+
+def portfolio(package_format: str) -> Sequence[Method]:
+    """Return the methods that a model of this package format may be served with."""
+    return tuple(PORTFOLIOS[PackageFormat(package_format)].values())
 
 
 @dataclass(frozen=True, slots=True)
 class MeasuredQuality:
-    """Effect of a lossy method on a model's output, relative to fp32.
+    """Effect of a lossy method on a model's output, relative to the reference of its package format.
 
     `perplexity_change`: relative, 0.01 is one per cent more. `mean_kl`: mean KL divergence in nats.
     `greedy_agreement`: share of positions with equal greedy tokens; no bound depends on it.
@@ -219,13 +311,17 @@ def admits(bound: QualityBound, candidate: Method, quality: MeasuredQuality | No
     return quality.perplexity_change <= 0.05
 
 
+UNKNOWN_WEIGHT_TYPE: Final = "unknown"
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TaskContext:
     """What the choice of a method depends on: names and numbers, known before a job begins.
 
     The coordinator describes it, and it travels to the stages, which vote about it. None: not known. A feature that is
-    measured, too, has the same name in `protocol.measurements`, from where it is copied by that name. `max_tokens`: new
-    tokens asked for. `shared_prefix_share`: part of the prompt, 0 to 1, that recent prompts began with, too.
+    measured, too, has the same name in `protocol.measurements`, from where it is copied by that name. `weight_type`:
+    what most of the model's weights are published in, as `bf16`, `f32`, `q4_1` or `q4_k`. `max_tokens`: new tokens
+    asked for. `shared_prefix_share`: part of the prompt, 0 to 1, that recent prompts began with, too.
     `repetitiveness`: part of the prompt's tokens, 0 to 1, that an n-gram lookup predicts. `concurrency`: most jobs on
     any stage of the route, this one included. `hardware`: the stages' hardware classes in order, joined by "+".
     `link_s`: time per token that the links' latency adds. `transfer_s`: time that their bandwidth adds to the whole
@@ -242,6 +338,7 @@ class TaskContext:
     kv_head_count: int | None = None
     expert_count: int | None = None
     active_expert_count: int | None = None
+    weight_type: str = UNKNOWN_WEIGHT_TYPE
     prompt_tokens: int = 1
     max_tokens: int = 1
     shared_prefix_share: float = 0.0

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Final
 
-from selector.task import BASELINE, Method, TaskContext
+from selector.task import Method, TaskContext
 
 SHORT_LINK_S: Final = 2**-6.5
 """Link time per token (11 ms) below which links count as local: three peers on one machine have 5 to 10 ms."""
@@ -82,7 +82,7 @@ def effective_switches(method: Method, context: TaskContext) -> frozenset[tuple[
     return frozenset(
         (switch, value)
         for switch, value in method.switches.items()
-        if switch not in idle and value != BASELINE.switches[switch]
+        if switch not in idle and value != method.baseline.switches[switch]
     )
 
 
@@ -90,7 +90,7 @@ def simplest_first(methods: Iterable[Method]) -> list[Method]:
     """Return the methods in order of simplicity: exact ones first, then by number of switches set."""
 
     def complexity(method: Method) -> int:
-        return sum(value != BASELINE.switches[switch] for switch, value in method.switches.items())
+        return sum(value != method.baseline.switches[switch] for switch, value in method.switches.items())
 
     return sorted(methods, key=lambda method: (not method.exact, complexity(method), method.name))
 

@@ -7,6 +7,7 @@ nothing about methods.
 
 import hashlib
 import math
+import re
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ import numpy as np
 from selector.dataset import Contexts, Dataset, FloatArray, Pairs
 from selector.effects import fit_effects
 from selector.heuristic import predicted_cost
-from selector.task import BASELINE, Method, MethodError, TaskContext, parse_method
+from selector.task import Method, MethodError, TaskContext, parse_method
 from selector.task_buckets import Viewpoint, canonicalise, task_bucket
 
 MAX_SAMPLES: Final = 20_000
@@ -104,6 +105,7 @@ def _features(context: TaskContext) -> dict[str, float]:
     new_rows = context.prompt_tokens * (1 - context.shared_prefix_share)
     return {
         "l_weight_bytes": log2(context.weight_bytes),
+        "l_weight_bits": log2(_weight_bits(context.weight_type)),
         "l_hidden": log2(context.hidden_size),
         "blocks": float(context.block_count),
         "l_vocabulary": log2(context.vocabulary_size),
@@ -120,6 +122,12 @@ def _features(context: TaskContext) -> dict[str, float]:
         "stages": float(context.stage_count),
         "l_link": math.log2(1e-4 + context.link_s),
     }
+
+
+def _weight_bits(weight_type: str) -> int | None:
+    """Return the bits of a weight, which come first in the name of its type: `bf16`, `q4_k`; None where unknown."""
+    found = re.search(r"\d+", weight_type)
+    return int(found[0][:3]) if found else None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -189,9 +197,9 @@ def _rows_of(sample: Sample, number: int, weight: float) -> list[_Row]:
     rows = [row(method, sample.log_cost, is_first=True)]
     if sample.log_ratio is None:
         return rows
-    if method.name == BASELINE.name:
+    if method == method.baseline:
         return []  # compared with itself
-    return [*rows, row(BASELINE, sample.log_cost - sample.log_ratio, is_first=False)]
+    return [*rows, row(method.baseline, sample.log_cost - sample.log_ratio, is_first=False)]
 
 
 def _weights(samples: Sequence[Sample], viewpoint: Viewpoint) -> list[float]:

@@ -12,7 +12,6 @@ from starlette.responses import JSONResponse
 from starlette.types import Receive, Scope, Send
 
 from node.api.completions import until_disconnect
-from node.api.errors import ApiError
 from node.api.requests import (
     Fields,
     count_between,
@@ -27,8 +26,6 @@ from node.api.requests import (
 )
 from node.coordinator.trial_runner import MethodTrial, Run, Trial, TrialSpec, TrialWorkload
 from protocol.measurements import Objective, QualityBound
-from selector.task import BASELINE, PORTFOLIO, Method, MethodError
-from selector.task import parse_method as method_of
 
 MAX_ROUNDS: Final = 100
 MAX_CONCURRENCY: Final = 64
@@ -57,7 +54,7 @@ class BenchEndpoint:
 
 
 def parse_spec(body: bytes) -> TrialSpec:
-    """Return the trial; `methods` defaults to the portfolio. Raises ApiError."""
+    """Return the trial. Raises ApiError."""
     fields = Fields(parse_json(body))
     fields.refuse_unless_known(BENCH_FIELDS)
     model = fields.get("model", parse_text)
@@ -68,7 +65,7 @@ def parse_spec(body: bytes) -> TrialSpec:
     plain = TrialWorkload()
     return TrialSpec(
         model=model,
-        methods=fields.get("methods", _parse_methods) or [each for each in PORTFOLIO.values() if each != BASELINE],
+        methods=fields.get("methods", _parse_methods) or (),
         workload=TrialWorkload(
             concurrency=workload.get("concurrency", count_between(1, MAX_CONCURRENCY)) or plain.concurrency,
             prompt_tokens=workload.get("prompt_tokens", parse_count) or plain.prompt_tokens,
@@ -106,10 +103,7 @@ def _describe(trial: Trial, tried: MethodTrial) -> dict[str, Any]:
     }
 
 
-def _parse_methods(param: str, value: Any) -> list[Method]:
+def _parse_methods(param: str, value: Any) -> list[str]:
     if not isinstance(value, list) or not 1 <= len(value) <= MAX_METHODS:
         refuse(param, f"must be a list of 1 to {MAX_METHODS} methods")
-    try:
-        return [method_of(parse_method(f"{param}[{index}]", each)) for index, each in enumerate(value)]
-    except MethodError as error:
-        raise ApiError(400, str(error), param=param) from None
+    return [parse_method(f"{param}[{index}]", each) for index, each in enumerate(value)]

@@ -30,9 +30,10 @@ class Meter(Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ConsensusRules:
-    """What peers must have in common to agree: those with other rules have chains of their own.
+    """What peers must have in common to agree about a model: those with other rules have chains of their own.
 
-    `checkpoints`: statements that pin a branch; the only rule that peers need not share.
+    `plan`: the cells that are measured, of the methods of the model's package format. `checkpoints`: statements that
+    pin a branch; the only rule that peers need not share.
     """
 
     swarm: bytes

@@ -15,7 +15,7 @@ from protocol.consensus_values import Cell
 from protocol.identity import ModelId
 from protocol.measurements import Objective, Observation, ObservationKind, QualityBound
 from selector.consensus.sortition import MeasurementPlan
-from selector.task import BASELINE, PORTFOLIO, parse_method
+from selector.task import PORTFOLIO, portfolio
 
 ROUNDS: Final = 2
 """Pairs of runs of one cell, of whose ratios the median is the reading. Seven peers measure the same cell."""
@@ -45,14 +45,15 @@ WORKLOADS: Final = {
 }
 """Few and different: a different method is best for each."""
 
-MEASUREMENT_PLAN: Final = MeasurementPlan(
-    tuple(sorted(WORKLOADS)),
-    tuple(sorted(each.name for each in PORTFOLIO.values() if each != BASELINE and each.drafter != "draft")),
-)
-"""The cells that the swarm measures: every method of the portfolio under every workload.
 
-Methods with a draft model are left out: their effect depends on that model and on the links to the peer that runs it.
-"""
+def measurement_plan(package_format: str) -> MeasurementPlan:
+    """Return the cells that the swarm measures of a model: every method of its portfolio under every workload.
+
+    Methods with a draft model are left out: their effect depends on that model and on the links to the peer that runs
+    it.
+    """
+    measured = (each for each in portfolio(package_format) if each != each.baseline and each.drafter != "draft")
+    return MeasurementPlan(tuple(sorted(WORKLOADS)), tuple(sorted(each.name for each in measured)))
 
 
 class MeasurementRunner:
@@ -84,7 +85,7 @@ class MeasurementRunner:
             await trio.sleep(IDLE_ROUND_S * self._rng.uniform(0.5, 2))
         spec = TrialSpec(
             model=self._model,
-            methods=[parse_method(cell.method)],
+            methods=[cell.method],
             workload=workload,
             rounds=ROUNDS,
             kind=ObservationKind.ASSIGNED,

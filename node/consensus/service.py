@@ -6,7 +6,7 @@ cost of what a peer sends is charged to its own rate limits, and a violation ban
 
 import hashlib
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Final
 
@@ -29,6 +29,7 @@ from protocol.consensus_values import EquivocationProof
 from protocol.errors import RemoteProtocolError
 from protocol.forms import Digest
 from protocol.identity import ModelId, PeerId
+from selector.consensus.clock import EpochClock
 
 MAX_CHAINS: Final = 8
 """Chains that a node follows at a time; those of the models that it serves come first."""
@@ -66,12 +67,18 @@ class ConsensusService:
         network: Network,
         chains: FollowedChains,
         environment: ConsensusEnvironment,
-        rules: ConsensusRules,
+        clock: EpochClock,
+        rules: Callable[[ModelId], ConsensusRules],
         jitter: random.Random,
     ) -> None:
-        """Join the topic and serve the protocol. `chains`: where the chains that are followed are added."""
+        """Join the topic and serve the protocol. `chains`: where the chains that are followed are added.
+
+        `clock`: of all chains. `rules`: returns those of a model, which change once its package format is known.
+        """
         self._environment = environment
+        self._clock = clock
         self._rules = rules
+        self._running: dict[ModelId, trio.CancelScope] = {}
         self._jitter = jitter
         self._chains = chains.nodes
         self._by_genesis: dict[Digest, ChainNode] = {}
@@ -100,36 +107,46 @@ class ConsensusService:
             nursery.start_soon(self._pull.watch_connections, self._on_connected)
             while True:
                 self._follow_new_models(nursery)
-                await trio.sleep(min(MODELS_ROUND_S, self._rules.clock.epoch_s / 20))
+                await trio.sleep(min(MODELS_ROUND_S, self._clock.epoch_s / 20))
 
     def _follow_new_models(self, nursery: trio.Nursery) -> None:
         environment, models = self._environment, self._environment.models()
         for model in sorted(models, key=lambda model: (not models[model], model)):
-            if model not in self._chains and len(self._chains) < MAX_CHAINS:
-                genesis = self._rules.genesis(model)
-                chain = ChainNode(
-                    environment,
-                    self._rules,
-                    genesis,
-                    environment.meter(model),
-                    participates=partial(self._serves, model),
-                    publish=self._publish,
-                )
-                self._chains[model] = self._by_genesis[genesis] = chain
-                nursery.start_soon(self._run_chain, chain)
+            former = self._chains.get(model)
+            if former is None and len(self._chains) >= MAX_CHAINS:
+                continue
+            rules = self._rules(model)
+            genesis = rules.genesis(model)
+            if former is not None:
+                if former.genesis == genesis:
+                    continue
+                self._running[model].cancel()
+                del self._by_genesis[former.genesis]
+            chain = ChainNode(
+                environment,
+                rules,
+                genesis,
+                environment.meter(model),
+                participates=partial(self._serves, model),
+                publish=self._publish,
+            )
+            self._chains[model] = self._by_genesis[genesis] = chain
+            self._running[model] = scope = trio.CancelScope()
+            nursery.start_soon(self._run_chain, chain, scope)
 
     def _serves(self, model: ModelId) -> bool:
         return self._environment.models().get(model, False)
 
-    async def _run_chain(self, chain: ChainNode) -> None:
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(self._pull_loop, chain)
-            while True:
-                try:
-                    await chain.run()
-                except StorageError as error:
-                    _logger.warning("chain could not be loaded, retrying", reason=str(error))
-                    await trio.sleep(self._rules.clock.epoch_s / 10)
+    async def _run_chain(self, chain: ChainNode, scope: trio.CancelScope) -> None:
+        with scope:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(self._pull_loop, chain)
+                while True:
+                    try:
+                        await chain.run()
+                    except StorageError as error:
+                        _logger.warning("chain could not be loaded, retrying", reason=str(error))
+                        await trio.sleep(self._clock.epoch_s / 10)
 
     # Gossip
 
@@ -140,7 +157,7 @@ class ConsensusService:
         """Return whether a record is forwarded: of a chain that is followed, of now, and its publisher's own."""
         if record.peer != source:
             raise RemoteProtocolError("a batch contains a record that another peer signed")
-        epoch = self._rules.clock.epoch_at(self._environment.wall_clock())
+        epoch = self._clock.epoch_at(self._environment.wall_clock())
         is_timely = isinstance(record.body, EquivocationProof) or abs(record.epoch - epoch) <= 1
         return is_timely and record.body.chain in self._by_genesis
 
@@ -153,7 +170,7 @@ class ConsensusService:
 
     async def _pull_loop(self, chain: ChainNode) -> None:
         """Fetch what is missing from a neighbour several times an epoch, and at once when something is known to be."""
-        interval_s = self._rules.clock.epoch_s / 20
+        interval_s = self._clock.epoch_s / 20
         initiate = partial(ChainInitiator, chain=chain, verify=self._verifier.verify)
         while True:
             peer = self._pull.choose_neighbour()

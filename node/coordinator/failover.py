@@ -345,7 +345,9 @@ def no_route(
             "leave out top_k, min_p, penalties, logit_bias and min_tokens, or wait for a peer of a later version"
         )
     elif not avoided:
-        message = f"no peer serves blocks {blocks} of {name}: start a node with --serve"
+        lacking = f"no peer serves blocks {blocks} of {name}"
+        unfit = f"the peers serve spans of {name} that do not fit together where it may be cut"
+        message = f"{lacking if blocks else unfit}: start a node with --serve"
     elif RefusalReason.FULL in kinds:
         code = JobErrorCode.FULL
         message = f"{peers} have no room now ({reasons}): try again later"

@@ -8,6 +8,7 @@ from node.coordinator.observation import ServedJob
 from node.coordinator.planner import RouteNeed
 from node.coordinator.prefix_sharing import PrefixClaim
 from node.coordinator.submission import JobRequest
+from node.engine.interface import DIVISIBLE_ENGINES
 from node.models.library import KnownModel
 from protocol.identity import JobId
 from protocol.messages import Sampling
@@ -67,9 +68,11 @@ class Job:
             prompt_rows=len(self.prompt) + len(self.output.tokens),
             new_tokens=self.tokens_left,
             row_bytes=4 * self.model.hidden_size,
+            granularity=self.model.manifest.granularity,
         )
         return RouteNeed(
             model=self.model.id,
             demand=demand,
             block_bytes=max((file.size_bytes for file in self.model.manifest.blocks), default=0),
+            divisible=any(method.engine in DIVISIBLE_ENGINES for method in self.admitted),
         )

@@ -12,7 +12,7 @@ from node.models.library import KnownModel
 from protocol.identity import ModelId
 from protocol.limits import MAX_VOTES
 from protocol.measurements import QualityBound
-from selector.task import PORTFOLIO, MeasuredQuality, Method, MethodError, TaskContext, admits, parse_method
+from selector.task import MeasuredQuality, Method, MethodError, TaskContext, admits, parse_method, portfolio
 
 MEASURING_RETRY_S = 10.0
 """When a client should retry a method whose quality is being measured."""
@@ -69,15 +69,15 @@ def admitted_methods(request: JobRequest, model: KnownModel, store: QualityStore
     """Return the methods that a job may be served with: the one that it names, else all within its quality bound.
 
     The measurement of a model is requested where needed; until it is done lossy methods are not admitted.
-    Raises JobError for a method that does not exist or that the bound does not admit.
+    Raises JobError for a method that does not exist for the model or that the bound does not admit.
     """
-    bound = request.quality
+    bound, package_format = request.quality, model.manifest.format
     is_pending = bound is not QualityBound.EXACT and store.request(model)
     if request.method == AUTO:
-        admitted = [each for each in PORTFOLIO.values() if admits(bound, each, store.quality(model.id, each))]
+        admitted = [each for each in portfolio(package_format) if admits(bound, each, store.quality(model.id, each))]
         return admitted[:MAX_VOTES]
     try:
-        named = parse_method(request.method)
+        named = parse_method(request.method, package_format)
     except MethodError as error:
         raise JobError(JobErrorCode.INVALID, f"{error}; or use auto") from None
     quality = store.quality(model.id, named)

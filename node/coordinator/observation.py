@@ -1,6 +1,7 @@
 """The observation of a served job: its cost, with the context that the cost depends on; and the recorder of them."""
 
 import platform
+import re
 import time
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, replace
@@ -17,11 +18,25 @@ from node.storage.database import StorageError
 from protocol.errors import LocalProtocolError, RemoteProtocolError
 from protocol.identity import JobId, PeerId
 from protocol.limits import MAX_POSITIONS, MAX_VOCABULARY, MAX_WIDTH
-from protocol.measurements import Measurements, ModelFacts, Observation, ObservationKind, StageObservation
+from protocol.measurements import (
+    Measurements,
+    MethodInForce,
+    ModelFacts,
+    Observation,
+    ObservationKind,
+    StageObservation,
+)
 from protocol.observations import SignedObservation, check_countersignature, sign_observation
-from selector.task import TaskContext
+from selector.task import UNKNOWN_WEIGHT_TYPE, TaskContext
 
-_SOFTWARE: Final = ("metaswarm", "torch", "transformers", "onnxruntime")
+_SOFTWARE: Final = ("metaswarm", "torch", "transformers", "onnxruntime", "xllamacpp")
+
+_WEIGHT_TYPES: Final = {"bfloat16": "bf16", "float16": "f16", "float32": "f32"}
+"""The names of transformers' number formats in safetensors and GGUF files."""
+
+_WEIGHT_TYPE: Final = re.compile(r"[a-z0-9_]{1,32}")
+WEIGHTS_SWITCH: Final = "weights"
+"""The name of the weight type in an observation, where it is with the stages' policy: it cannot be chosen per job."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,7 +62,7 @@ def observation_of(served: ServedJob, observer: PeerId, issued_at_s: int) -> Obs
         workload=served.context.to_workload(
             completion_tokens=usage.completion_tokens, cached_tokens=usage.cached_tokens
         ),
-        method=result.method,
+        method=_with_weight_type(result.method, weight_type(served.manifest)),
         measurements=Measurements(
             ttft_s=timing.ttft_s,
             tpot_s=timing.tpot_s,
@@ -62,7 +77,6 @@ def observation_of(served: ServedJob, observer: PeerId, issued_at_s: int) -> Obs
 
 def model_facts(manifest: Manifest) -> ModelFacts:
     """Return the model properties that affect speed."""
-    files = (manifest.embed, *manifest.blocks, manifest.head)
 
     def find(*keys: str) -> int | None:
         found = find_integer(manifest.config, keys)
@@ -77,13 +91,26 @@ def model_facts(manifest: Manifest) -> ModelFacts:
         hidden_size=manifest.hidden_size or MAX_WIDTH,
         vocabulary_size=manifest.vocabulary_size or MAX_VOCABULARY,
         max_positions=min(manifest.max_positions or MAX_POSITIONS, MAX_POSITIONS),
-        weight_bytes=sum(file.size_bytes for file in files),
+        weight_bytes=sum(file.size_bytes for file in manifest.weight_files),
         intermediate_size=find("intermediate_size", "ffn_dim", "n_inner"),
         head_count=find("num_attention_heads", "n_head", "num_heads"),
         kv_head_count=find("num_key_value_heads", "num_kv_heads"),
         expert_count=experts,
         active_expert_count=active if experts and active and active <= experts else None,
     )
+
+
+def weight_type(manifest: Manifest) -> str:
+    """Return what most of the weights are published in, as `bf16` or `q4_1`."""
+    stated = str(manifest.config.get("weight_type") or manifest.config.get("dtype") or UNKNOWN_WEIGHT_TYPE)
+    found = _WEIGHT_TYPES.get(stated, stated.lower())
+    return found if _WEIGHT_TYPE.fullmatch(found) else UNKNOWN_WEIGHT_TYPE
+
+
+def _with_weight_type(method: MethodInForce, weight_type: str) -> MethodInForce:
+    if weight_type == UNKNOWN_WEIGHT_TYPE:
+        return method
+    return replace(method, stage_policy={**method.stage_policy, WEIGHTS_SWITCH: weight_type})
 
 
 @cache

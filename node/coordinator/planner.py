@@ -74,12 +74,13 @@ class RouteNeed:
 
     `block_bytes`: the weights of one block, 0 where unknown. `not_last`: peers that may serve any stage but the last.
     `without`: peers to leave out. `like`, `held`: a previous route, and its stages that hold the session; those stay if
-    others can take the places of the rest.
+    others can take the places of the rest. `divisible`: whether a stage may run a part of its span.
     """
 
     model: ModelId
     demand: Demand
     block_bytes: float = 0.0
+    divisible: bool = True
     not_last: Collection[PeerId] = ()
     without: Collection[PeerId] = ()
     like: Sequence[Stage] = ()
@@ -333,10 +334,10 @@ class Planner:
             trust = self._reliability.trust(peer, now_s)
             sessions = max(candidate.load.sessions, in_flight[peer])
             row_s = self._rows.seconds(peer, need.model)
-            offers.cautious.append(_offer(candidate, speed, trust, sessions, row_s))
+            offers.cautious.append(replace(_offer(candidate, speed, trust, sessions, row_s), divisible=need.divisible))
             if speed.is_promise:
                 believed = _offer(candidate, speed._replace(block_s=speed.promised_s), trust, sessions, row_s)
-                offers.promised.setdefault(peer, []).append(believed)
+                offers.promised.setdefault(peer, []).append(replace(believed, divisible=need.divisible))
         return offers
 
 
@@ -347,7 +348,7 @@ def _without_last(need: RouteNeed, candidates: Iterable[Candidate]) -> Iterator[
         peer, blocks = candidate.stage.peer, candidate.stage.blocks
         if peer not in need.not_last or blocks.end <= last:
             yield candidate
-        elif blocks.start < last:
+        elif need.divisible and blocks.start < last:
             yield replace(candidate, stage=Stage(peer, BlockRange(blocks.start, last)))
 
 

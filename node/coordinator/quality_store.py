@@ -10,20 +10,20 @@ import json
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Final
 
 import structlog
 import trio
 
+from node.coordinator.observation import software_versions
 from node.models.errors import ModelError
 from node.models.files import write_atomically
 from node.models.library import KnownModel, Library
 from node.models.sample import sample_text
 from node.util.child_process import ChildError, python, run
 from protocol.identity import BlockRange, ModelId
-from selector.task import PORTFOLIO, MeasuredQuality, Method
+from selector.task import MeasuredQuality, Method, PackageFormat, portfolio
 
 MEASURE: Final = python("-m", "node.engine.quality")
 
@@ -36,13 +36,21 @@ MAX_FETCHED_BYTES: Final = 4 << 30
 
 TIME_LIMIT_S: Final = 1800.0
 
-KV_KEYS: Final = tuple(sorted({method.kv_key for method in PORTFOLIO.values() if not method.exact}))
-"""The measured variants: quality depends on no other switch."""
+_SOFTWARE: Final = {
+    PackageFormat.SAFETENSORS: ("torch", "transformers", "onnxruntime"),
+    PackageFormat.GGUF: ("xllamacpp",),
+}
+"""What computes the packages of each format, beside us."""
 
 Figures = Mapping[str, MeasuredQuality | None]
 """By KV key; None for what this model cannot be served with."""
 
 _logger = structlog.get_logger(__name__)
+
+
+def kv_keys(package_format: str) -> tuple[str, ...]:
+    """Return the measured KV keys: quality depends on no other switch."""
+    return tuple(sorted({method.kv_key for method in portfolio(package_format) if not method.exact}))
 
 
 class QualityError(Exception):
@@ -84,10 +92,10 @@ class LocalQualityStore:
         """Measure the requested models until cancelled."""
         async for model in self._queue:
             try:
-                figures = await trio.to_thread.run_sync(self._load, model.id)
+                figures = await trio.to_thread.run_sync(self._load, model)
                 if figures is None:
                     figures = await self._measure(model)
-                    await trio.to_thread.run_sync(self._save, model.id, figures)
+                    await trio.to_thread.run_sync(self._save, model, figures)
             except (QualityError, ModelError) as error:
                 _logger.warning("quality not measured: lossy methods are not used", model=model.id, reason=str(error))
                 figures = {}
@@ -102,7 +110,8 @@ class LocalQualityStore:
         text = await model.tokenizer.encode(sample_text())
         length = min(WINDOW_TOKENS, model.max_positions)
         windows = [text[start : start + length] for start in range(0, min(len(text), WINDOWS * length) - 1, length)]
-        request = json.dumps({"windows": [window for window in windows if len(window) > 1], "lineages": KV_KEYS})
+        long_enough = [window for window in windows if len(window) > 1]
+        request = json.dumps({"windows": long_enough, "lineages": kv_keys(model.manifest.format)})
         _logger.info("measuring the quality of lossy methods", model=model.id)
         began_s = trio.current_time()
         with self._library.in_use(package, whole):
@@ -119,24 +128,25 @@ class LocalQualityStore:
         _logger.info("quality measured", model=model.id, seconds=round(trio.current_time() - began_s, 1))
         return figures
 
-    def _load(self, model: ModelId) -> Figures | None:
+    def _load(self, model: KnownModel) -> Figures | None:
         """Return the saved figures, if they are complete and of this software."""
         try:
-            saved = json.loads((self._folder / f"{model}.json").read_bytes())
-            if saved["versions"] != _versions() or not set(KV_KEYS) <= saved["figures"].keys():
+            saved = json.loads((self._folder / f"{model.id}.json").read_bytes())
+            wanted = set(kv_keys(model.manifest.format))
+            if saved["versions"] != _versions(model.manifest.format) or not wanted <= saved["figures"].keys():
                 return None
             return _figures_in(json.dumps(saved["figures"]).encode())
         except (OSError, ValueError, TypeError, KeyError, QualityError):
             return None
 
-    def _save(self, model: ModelId, figures: Figures) -> None:
+    def _save(self, model: KnownModel, figures: Figures) -> None:
         document = {
-            "versions": _versions(),
+            "versions": _versions(model.manifest.format),
             "figures": {name: asdict(each) if each else None for name, each in figures.items()},
         }
         with suppress(OSError):  # it is measured again after the next start
             self._folder.mkdir(parents=True, exist_ok=True)
-            write_atomically(self._folder / f"{model}.json", json.dumps(document, indent=2).encode())
+            write_atomically(self._folder / f"{model.id}.json", json.dumps(document, indent=2).encode())
 
 
 def _figures_in(document: bytes) -> Figures:
@@ -147,6 +157,7 @@ def _figures_in(document: bytes) -> Figures:
         raise QualityError(f"the measured figures are invalid: {error}") from None
 
 
-def _versions() -> dict[str, str]:
+def _versions(package_format: str) -> dict[str, str]:
     """Return the versions of the software that computes."""
-    return {name: version(name) for name in ("metaswarm", "torch", "transformers", "onnxruntime")}
+    names = ("metaswarm", *_SOFTWARE[PackageFormat(package_format)])
+    return {name: software_versions().get(name, "") for name in names}

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 from node.coordinator.job import Job
 from node.coordinator.method_choice import Choice, Chooser, SelectionRequest
-from node.coordinator.observation import model_facts
+from node.coordinator.observation import model_facts, weight_type
 from node.coordinator.planner import PlannedRoute, Planner, SwarmView
 from node.coordinator.prefix_sharing import RecentPrompts
 from node.coordinator.submission import AUTO
@@ -85,6 +85,7 @@ def _describe(services: RouteServices, job: Job, planned: PlannedRoute) -> TaskC
     """Return the task context of a job on a route."""
     context = TaskContext.from_parts(
         model_facts(job.model.manifest),
+        weight_type=weight_type(job.model.manifest),
         prompt_tokens=len(job.prompt),
         max_tokens=job.tokens_left,
         shared_prefix_share=job.claim.shared_share,

@@ -23,7 +23,7 @@ from node.coordinator.submission import JobError, JobErrorCode, JobRequest
 from node.models.sample import sample_text
 from protocol.identity import Stage
 from protocol.measurements import Measurements, Objective, Observation, ObservationKind, QualityBound
-from selector.task import BASELINE, Method
+from selector.task import Method, MethodError, baseline_of, parse_method, portfolio
 
 READY_TIMEOUT_S: Final = 900.0
 """How long a method may take to become ready (its quality measured, built on all stages) before it is unavailable."""
@@ -61,10 +61,13 @@ class TrialWorkload:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrialSpec:
-    """A trial to run. `model`: as a user names it. `quality`: the bound under which lossy methods are admitted."""
+    """A trial to run. `quality`: the bound under which lossy methods are admitted.
+
+    `model`, `methods`: as a user names them; no methods: all that there are for the model.
+    """
 
     model: str
-    methods: Sequence[Method]
+    methods: Sequence[str]
     workload: TrialWorkload
     rounds: int = 3
     kind: ObservationKind = ObservationKind.BENCH
@@ -164,11 +167,11 @@ class BenchmarkRunner:
                 f"{workload.prompt_tokens} tokens of prompt and {workload.max_tokens} new ones do not fit into the "
                 f"{model.max_positions} of the model's context: use fewer",
             )
+        methods = _methods_of(spec, model.manifest.format)
         text = await prompt_tokens(JobRequest(model=spec.model, prompt=sample_text()), model)
         # Jobs that run one at a time share their prefix with those before; the warm-up computes it.
         common = _piece(text, shared_tokens(workload), rng) if workload.concurrency == 1 else None
         runs = _TrialRuns(self._coordinator, self._lock, spec, text, common, rng)
-        methods = {method.name: method for method in (BASELINE, *spec.methods)}
         errors = await runs.warm_up(methods.values())
         rounds = await runs.rounds([method for name, method in methods.items() if name not in errors])
         observations = await self._record(spec, rounds, record or self._recorder.publish)
@@ -178,8 +181,8 @@ class BenchmarkRunner:
                 return MethodTrial(method=method, error=errors[method.name])
             return MethodTrial(method=method, runs=[runs[method.name] for runs in rounds])
 
-        others = [tried(method) for method in methods.values() if method != BASELINE]
-        return Trial(baseline=tried(BASELINE), methods=others, observations=observations)
+        baseline, *others = map(tried, methods.values())
+        return Trial(baseline=baseline, methods=others, observations=observations)
 
     async def _record(
         self, spec: TrialSpec, rounds: Sequence[Mapping[str, Run]], record: Callable[[Observation], Awaitable[bool]]
@@ -188,9 +191,10 @@ class BenchmarkRunner:
         objectives = [Objective.LATENCY, *([Objective.THROUGHPUT] if spec.workload.concurrency > 1 else [])]
         count = 0
         for runs in rounds:
+            [plain] = (run for name, run in runs.items() if name == baseline_of(name).name)
             for run in runs.values():
                 for objective in objectives:
-                    ratio = math.log(run.cost_s(objective) / runs[BASELINE.name].cost_s(objective))
+                    ratio = math.log(run.cost_s(objective) / plain.cost_s(objective))
                     count += await record(self._observation(spec, run, objective, ratio))
         return count
 
@@ -238,7 +242,7 @@ class _TrialRuns:
             try:
                 await self._run_with_retry(short, method)
             except JobError as error:
-                if method == BASELINE:
+                if method == method.baseline:
                     raise
                 errors[method.name] = error.message
         return errors
@@ -303,6 +307,15 @@ class _TrialRuns:
         if errors:
             raise errors[0]
         return Run(jobs=done)
+
+
+def _methods_of(spec: TrialSpec, package_format: str) -> dict[str, Method]:
+    """Return the methods to measure by name, the baseline first. Raises JobError for one that is not valid."""
+    try:
+        methods = [parse_method(name, package_format) for name in spec.methods] or portfolio(package_format)
+    except MethodError as error:
+        raise JobError(JobErrorCode.INVALID, str(error)) from None
+    return {method.name: method for method in (methods[0].baseline, *methods)}
 
 
 def shared_tokens(workload: TrialWorkload) -> int:

@@ -34,7 +34,7 @@ class AdoptionTrials:
         trial = await self._trials.run(
             TrialSpec(
                 model=request.model,
-                methods=request.methods,
+                methods=[method.name for method in request.methods],
                 workload=TrialWorkload(
                     concurrency=min(MAX_JOBS, context.concurrency),
                     prompt_tokens=context.prompt_tokens,

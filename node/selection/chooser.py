@@ -22,7 +22,7 @@ from node.selection.trial_scheduler import TrialRequest, TrialScheduler, switche
 from node.storage.adoption_store import AdoptionStore
 from selector.adoption import MAX_LOSS, Adoption, ExplorationAllowance
 from selector.heuristic import predicted_cost, preference
-from selector.task import BASELINE, Method, TaskContext
+from selector.task import Method, TaskContext
 from selector.task_buckets import simplest_first, task_bucket
 from selector.voting import scores
 
@@ -98,7 +98,8 @@ class Calibration:
 
     @staticmethod
     def _key(context: TaskContext) -> tuple[object, ...]:
-        return context.architecture, context.hidden_size, context.block_count, context.hardware, context.stage_count
+        model = (context.architecture, context.hidden_size, context.block_count, context.weight_bytes)
+        return *model, context.hardware, context.stage_count
 
 
 class LearnedChooser:
@@ -197,7 +198,8 @@ class LearnedChooser:
     def _selection(self, choice: LearnedChoice, expected: Mapping[str, float], method: str) -> Selection:
         context = choice.request.context
         offset = self._calibration.of(context)
-        baseline = expected.get(BASELINE.name, predicted_cost(context, BASELINE))
+        plain = choice.order[0].baseline
+        baseline = expected.get(plain.name, predicted_cost(context, plain))
         predictions = {
             name: PredictedCost(
                 cost_s=math.exp(cost + offset),

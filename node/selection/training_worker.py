@@ -19,12 +19,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 from urllib.parse import quote
 
-from node.coordinator.observation import software_name
+from node.coordinator.observation import WEIGHTS_SWITCH, software_name
 from node.util.priority import LOWEST, set_session_nice
 from protocol.errors import RemoteProtocolError
 from protocol.measurements import Observation
 from protocol.observations import bucket_of, decode_verified_observation
-from selector.task import PORTFOLIO, TaskContext
+from selector.task import PORTFOLIO, UNKNOWN_WEIGHT_TYPE, TaskContext
 from selector.task_buckets import Viewpoint
 from selector.training_set import MAX_SAMPLES, Sample
 
@@ -105,6 +105,7 @@ def sample_of(observation: Observation) -> Sample | None:
     context = TaskContext.from_parts(
         model,
         workload,
+        weight_type=observation.method.stage_policy.get(WEIGHTS_SWITCH, UNKNOWN_WEIGHT_TYPE),
         max_tokens=workload.completion_tokens,
         stage_count=len(route),
         hardware="+".join(stage.hardware for stage in route),
@@ -115,7 +116,7 @@ def sample_of(observation: Observation) -> Sample | None:
         log_cost=math.log(measured.total_s),
         log_ratio=measured.log_ratio_to_baseline,
         observer=observation.observer,
-        route="/".join(f"{stage.peer}:{stage.blocks}" for stage in route),
+        route="/".join([model.model, *(f"{stage.peer}:{stage.blocks}" for stage in route)]),
         hour=bucket_of(observation.issued_at_s),
         software=software_name(observation.software),
         countersigned=observation.is_countersigned,

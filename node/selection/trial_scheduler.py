@@ -14,7 +14,7 @@ from node.storage.adoption_store import AdoptionStore
 from node.storage.database import StorageError
 from protocol.identity import ModelId
 from selector.adoption import Adoption, ExplorationAllowance, TrialRecord
-from selector.task import BASELINE, Method, TaskContext
+from selector.task import Method, TaskContext, baseline_of
 from selector.task_buckets import effective_switches
 
 IDLE_S: Final = 0.3
@@ -97,7 +97,7 @@ class TrialScheduler:
             self._allowance.trial_s += duration_s
         self._allowance.trials += 1
         now_s = trio.current_time()
-        missing = {method.name for method in request.methods} - {*log_ratios, BASELINE.name}
+        missing = {method.name for method in request.methods} - {*log_ratios, baseline_of(in_use).name}
         self._adoption.record_unavailable(bucket, missing, now_s)
         effects = switches_in_effect(request.context, request.methods)
         adopted = self._adoption.record_trial(bucket, in_use, log_ratios, now_s, effects)
@@ -152,5 +152,6 @@ async def _wait_until_idle(busy: Callable[[], bool]) -> None:
 
 
 def switches_in_effect(context: TaskContext, methods: Sequence[Method]) -> dict[str, Hashable]:
-    """Return the effective switches of the baseline and the methods by name."""
-    return {method.name: effective_switches(method, context) for method in (BASELINE, *methods)}
+    """Return the effective switches of the methods and their baseline by name."""
+    baselines = (method.baseline for method in methods)
+    return {method.name: effective_switches(method, context) for method in (*baselines, *methods)}

@@ -28,11 +28,13 @@ TIMES_S = st.sampled_from((0.0, 0.001, 0.004, 0.02, 0.1))
 
 @st.composite
 def demands(draw: st.DrawFn) -> Demand:
+    block_count = draw(st.integers(1, 5))
     return Demand(
-        block_count=draw(st.integers(1, 5)),
+        block_count=block_count,
         prompt_rows=draw(st.integers(0, 50)),
         new_tokens=draw(st.integers(1, 50)),
         row_bytes=draw(st.sampled_from((0, 2304, 65536))),
+        granularity=draw(st.integers(1, block_count)),
     )
 
 
@@ -68,7 +70,9 @@ def swarms(draw: st.DrawFn) -> tuple[Demand, list[Offer], Links]:
     return demand, draw(offers_for(demand)), draw(links_between())
 
 
-def every_chain(offers: Sequence[Offer], start: int, end: int) -> Iterator[tuple[tuple[Offer, Stage], ...]]:
+def every_chain(
+    demand: Demand, offers: Sequence[Offer], start: int, end: int
+) -> Iterator[tuple[tuple[Offer, Stage], ...]]:
     """Yield every way to cover the blocks, no offer twice in a row."""
     if start == end:
         yield ()
@@ -76,8 +80,10 @@ def every_chain(offers: Sequence[Offer], start: int, end: int) -> Iterator[tuple
     for offer in offers:
         for stop in range(start + 1, end + 1):
             blocks = BlockRange(start, stop)
+            if stop % demand.granularity and stop != demand.block_count:
+                continue
             if offer.stage.blocks == blocks or (offer.divisible and offer.stage.blocks.holds(blocks)):
-                for rest in every_chain(offers, stop, end):
+                for rest in every_chain(demand, offers, stop, end):
                     if not rest or rest[0][0] != offer:
                         yield ((offer, Stage(offer.stage.peer, blocks)), *rest)
 
@@ -99,12 +105,14 @@ def test_no_route_is_cheaper(swarm: tuple[Demand, list[Offer], Links]) -> None:
     for allowed in (roomy(demand, offers), offers):
         costs_s = [
             inner_cost_s(demand, chain, links) + return_cost_s(demand, links(chain[-1][1].peer, chain[0][1].peer))
-            for chain in every_chain(allowed, 0, demand.block_count)
+            for chain in every_chain(demand, allowed, 0, demand.block_count)
         ]
         if costs_s:
             route = find_route(demand, offers, links)
             assert route.cost_s == pytest.approx(min(costs_s))
-            possible = {tuple(stage for _, stage in chain) for chain in every_chain(allowed, 0, demand.block_count)}
+            possible = {
+                tuple(stage for _, stage in chain) for chain in every_chain(demand, allowed, 0, demand.block_count)
+            }
             assert route.stages in possible
             return
     with pytest.raises(NoRouteError) as caught:
@@ -139,7 +147,7 @@ def test_no_replacement_of_a_stage_is_cheaper(swarm: tuple[Demand, list[Offer], 
             tuple(stage for _, stage in chain): inner_cost_s(demand, chain, links)
             + to_first(demand, links(before, chain[0][1].peer))
             + from_last(demand, links(chain[-1][1].peer, after))
-            for chain in every_chain(allowed, blocks.start, blocks.end)
+            for chain in every_chain(demand, allowed, blocks.start, blocks.end)
         }
         if costs_s:
             found = find_replacement(demand, stages, lost, offers, links)

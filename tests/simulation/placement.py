@@ -205,7 +205,9 @@ class _Simulation:
         for when_s, server in self._said:
             self._hear(node, when_s, server)
         others = self._others(node, self._now_s + CLOCK_SKEW_S[1])
-        node.server = moved(node.server, choose_span(self._block_count, others, length, node.server.rate))
+        longest = [length] * self._block_count
+        blocks = choose_span(self._block_count, others, longest, node.server.rate * length)
+        node.server = moved(node.server, blocks)
         self._nodes[node.server.stage.peer] = node
         self._say(node)
         self._after(node.load_block_s * length, node, self._loaded)

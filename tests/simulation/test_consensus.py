@@ -136,7 +136,7 @@ class Swarm:
             verify=lambda envelope: self.verify(envelope),
         )
         rules = ConsensusRules(swarm=b"swarm", plan=PLAN, clock=EpochClock(EPOCH_S))
-        peer.consensus = ConsensusService(peer.network, peer.chains, environment, rules, jitter)
+        peer.consensus = ConsensusService(peer.network, peer.chains, environment, rules.clock, lambda _: rules, jitter)
         async with peer.network.running(), trio.open_nursery() as nursery:
             task_status.started()
             nursery.start_soon(self._keep_neighbours, peer, jitter)

@@ -25,7 +25,7 @@ from node.stages.voter import Voter
 from protocol.measurements import Observation
 from protocol.observations import SignedObservation
 from selector.prediction import train
-from selector.task import PORTFOLIO, Method, TaskContext, method
+from selector.task import PORTFOLIO, Method, TaskContext, method, portfolio
 from selector.task_buckets import Viewpoint
 from selector.training_set import Sample
 from tests.support.job_peers import open_swarm
@@ -35,7 +35,7 @@ STEP_S, ROW_S = 0.02, 0.001
 SHARE, ALLOWANCE_S = 0.1, 120.0
 PAUSE_S = 20.0
 """Between two jobs: long enough for a trial."""
-EXACT = [each for each in PORTFOLIO.values() if each.exact]
+EXACT = [each for each in portfolio("safetensors") if each.exact]
 COMMON = tuple(random.Random(3).choices(range(1000), k=320))
 LIE = method(engine="onnxruntime", prefix_cache="on", speculation="ngram-8").name
 

@@ -16,6 +16,7 @@ from node.coordinator.observation import ServedJob
 from node.coordinator.submission import (
     Consensus,
     JobError,
+    JobErrorCode,
     JobEvent,
     JobRequest,
     JobResult,
@@ -29,7 +30,7 @@ from node.coordinator.trial_runner import MethodTrial, Run, Trial, TrialSpec
 from protocol.identity import BlockRange, JobId, ModelId, peer_id_from_public_key
 from protocol.measurements import MethodInForce, StageObservation
 from protocol.messages import FinishReason, SessionStatistics
-from selector.task import BASELINE, method
+from selector.task import BASELINE, MethodError, method, parse_method, portfolio
 
 JOB = JobId("0123456789abcdef" * 2)
 MODEL = ModelId("ab" * 32)
@@ -162,13 +163,18 @@ class FakeNode:
             served = SimpleNamespace(result=result)
             return Run(jobs=[cast("ServedJob", served)])
 
+        try:
+            methods = [parse_method(name) for name in spec.methods] or portfolio("safetensors")
+        except MethodError as error:
+            raise JobError(JobErrorCode.INVALID, str(error)) from None
         plain = [run(1.0) for _ in range(spec.rounds)]
         faster = [run(0.5 + 0.05 * (number % 2)) for number in range(spec.rounds)]
         tried = [
             MethodTrial(method=each, error="not ready")
             if each.engine == "eager"
             else MethodTrial(method=each, runs=faster)
-            for each in spec.methods
+            for each in methods
+            if each != BASELINE
         ]
         return Trial(baseline=MethodTrial(method=BASELINE, runs=plain), methods=tried, observations=spec.rounds)
 

@@ -5,7 +5,6 @@ import pytest
 
 from node.cli import run
 from node.cli.bench import WORKLOADS, grid
-from selector.task import BASELINE, PORTFOLIO
 from tests.unit.api.fakes import FakeNode
 from tests.unit.cli.conftest import ServeNode
 
@@ -17,7 +16,7 @@ def test_grid_is_product_of_axes(serve: ServeNode, capsys: pytest.CaptureFixture
     assert [(spec.workload.concurrency, spec.workload.prompt_tokens) for spec in node.benched] == [
         (1, 16), (1, 32), (8, 16), (8, 32),
     ]  # fmt: skip
-    assert [each.name for each in node.benched[0].methods] == [name for name in PORTFOLIO if name != BASELINE.name]
+    assert not node.benched[0].methods, "all that there are for the model"
     shown = capsys.readouterr().out
     for fact in ("1 job, 16 in, 32 out", "engine=fused", "1.91", "not ready", "baseline"):
         assert fact in shown

@@ -40,7 +40,7 @@ def test_prints_status(api: list[str], capsys: pytest.CaptureFixture[str]) -> No
         "4242",
         "7 observations",
         "5a5a5a5a5a5a,",
-        "broken:1-3 is not served; to serve it on a node with 3.0 MiB of memory:",
+        "broken:1-3 is not served; to serve it on a node that can give it 3 MiB (--memory):",
         "--serve broken:1-3",
     ):
         assert fact in output

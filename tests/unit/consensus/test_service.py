@@ -7,15 +7,19 @@ from typing import Any, cast
 import trio
 from trio.testing import MockClock
 
-from node.consensus.environment import ConsensusRules
+from node.consensus.environment import ConsensusEnvironment, ConsensusRules
 from node.consensus.followed_chains import FollowedChains
+from node.consensus.measurement_runner import measurement_plan
 from node.consensus.service import ConsensusService
 from node.identity import Identity
 from node.replication.session import SessionOutcome
+from node.testing.chain_store import memory_chain_store
+from node.testing.memory_history import MemoryHistory
 from node.testing.memory_network import MemoryNetworkHub
+from node.util.offload import run_inline
 from node.util.signal import Signal
 from protocol.consensus import verify_message
-from protocol.identity import PeerId
+from protocol.identity import ModelId, PeerId
 from selector.consensus.clock import EpochClock
 from selector.consensus.sortition import MeasurementPlan
 
@@ -45,10 +49,46 @@ async def test_chain_waits_for_a_neighbour_that_is_busy_with_another_chain(autoj
     network = MemoryNetworkHub(random.Random(0)).network(Identity(bytes(32)).peer_id)
     rules = ConsensusRules(swarm=b"", plan=MeasurementPlan((), ()), clock=EpochClock(EPOCH_S))
     environment = SimpleNamespace(verify=verify_message)
-    service: Any = ConsensusService(network, FollowedChains(), cast("Any", environment), rules, random.Random(0))
+    service: Any = ConsensusService(
+        network, FollowedChains(), cast("Any", environment), rules.clock, lambda _: rules, random.Random(0)
+    )
     service._pull = OneNeighbour()
     with trio.move_on_after(EPOCH_S / 40):
         async with trio.open_nursery() as nursery:
             for _ in range(4):
                 nursery.start_soon(service._pull_loop, SimpleNamespace(needs_sync=Signal()))
     assert len(service._pull.began_s) == 4
+
+
+async def test_chain_follows_the_package_format_once_it_is_known(autojump_clock: MockClock) -> None:
+    identity, model, chains = Identity(bytes(32)), ModelId("ab" * 32), FollowedChains()
+    known_format = "safetensors"  # as long as the manifest is elsewhere
+
+    def rules(model: ModelId) -> ConsensusRules:
+        return ConsensusRules(swarm=b"", plan=measurement_plan(known_format), clock=EpochClock(EPOCH_S))
+
+    environment = ConsensusEnvironment(
+        identity=identity,
+        store=memory_chain_store(),
+        history=MemoryHistory(),
+        models=lambda: {model: False},
+        hardware=lambda: None,
+        meter=lambda _: cast("Any", None),
+        offload=run_inline,
+    )
+    network = MemoryNetworkHub(random.Random(0)).network(identity.peer_id)
+    service = ConsensusService(network, chains, environment, EpochClock(EPOCH_S), rules, random.Random(0))
+    async with network.running(), trio.open_nursery() as nursery:
+        nursery.start_soon(service.run)
+        await trio.sleep(3)
+        first = chains.nodes[model]
+        await trio.sleep(3)
+        assert chains.nodes[model] is first
+        known_format = "gguf"
+        await trio.sleep(3)
+        second = chains.nodes[model]
+        assert second.genesis == rules(model).genesis(model) != first.genesis
+        assert {each.partition("engine=")[2].partition("|")[0] for each in measurement_plan("gguf").methods} == {
+            "llamacpp"
+        }
+        nursery.cancel_scope.cancel()

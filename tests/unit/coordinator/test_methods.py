@@ -16,12 +16,12 @@ from node.links.base_link import LinkBroken
 from node.links.outbound_link import OutboundLink
 from node.stages.scheduler import Batching, PolicyController
 from node.stages.voter import Agreement
-from node.testing.fake_engine import FAKE_VARIANTS, FakeEngine, expected_tokens, fake_span_info
+from node.testing.fake_engine import FakeEngine, expected_tokens, fake_span_info
 from protocol.forms import Digest
 from protocol.identity import BlockRange
 from protocol.measurements import QualityBound
 from protocol.messages import Begin, Sampling
-from selector.task import BASELINE, PORTFOLIO, Method, TaskContext, method
+from selector.task import BASELINE, PORTFOLIO, Method, TaskContext, method, portfolio
 from tests.support.heuristic_selection import HeuristicChoice, HeuristicChooser, HeuristicVoter
 from tests.support.job_peers import BLOCKS, Peer, open_swarm
 from tests.unit.coordinator.test_jobs import THIRDS, all_free, swarm_of_thirds
@@ -37,7 +37,7 @@ PROMPTS = [
     (*SHARED[:64], *range(40)),
     (1,),
 ]
-EXACT = [each for each in PORTFOLIO.values() if each.exact]
+EXACT = [each for each in portfolio("safetensors") if each.exact]
 
 
 def right(prompt: tuple[int, ...], count: int, sampling: Sampling | None = None) -> tuple[int, ...]:
@@ -154,7 +154,7 @@ async def test_result_reports_the_method_and_its_votes(virtual_clock: MockClock)
 
 async def test_chosen_method_is_ready_on_every_stage(virtual_clock: MockClock) -> None:
     async with open_swarm() as swarm:
-        await swarm.join((0, 5), variants=FAKE_VARIANTS)
+        await swarm.join((0, 5))
         await swarm.join((5, 9), variants=[REFERENCE])
         peer = await swarm.join()
         await swarm.settle()

@@ -10,16 +10,19 @@ from node.coordinator.observation import (
     model_facts,
     observation_of,
     software_versions,
+    weight_type,
     without_invalid_countersignatures,
 )
 from node.coordinator.submission import Consensus, JobResult, Timing, Usage
 from node.models.manifest import FileEntry, Manifest
+from node.selection.training_worker import sample_of
 from protocol.errors import LocalProtocolError
 from protocol.identity import BlockRange
 from protocol.limits import MAX_POSITIONS
 from protocol.measurements import Observation, StageObservation
 from protocol.messages import FinishReason, SessionStatistics
 from protocol.observations import countersign, sign_observation, verify_fresh_observation
+from protocol.schema import to_map
 from selector.task import TaskContext
 from tests.support.observations import METHOD, NOW_S, job, key, peer
 
@@ -130,3 +133,35 @@ def test_missing_and_invalid_model_facts_are_left_out() -> None:
     assert facts.max_positions == MAX_POSITIONS
     assert (facts.head_count, facts.kv_head_count, facts.expert_count, facts.active_expert_count) == (None,) * 4
     assert model_facts(manifest(num_experts=2, num_experts_per_tok=4)).active_expert_count is None
+
+
+@pytest.mark.parametrize(
+    ("config", "name"),
+    [
+        ({"dtype": "bfloat16"}, "bf16"),
+        ({"dtype": "float32"}, "f32"),
+        ({"weight_type": "Q4_1"}, "q4_1"),
+        ({}, "unknown"),
+        ({"dtype": "a type|of=nobody"}, "unknown"),
+        ({"dtype": ["float32"]}, "unknown"),
+    ],
+)
+def test_weight_type_is_named_alike_for_both_package_formats(config: dict[str, Any], name: str) -> None:
+    assert weight_type(manifest(**config)) == name
+
+
+def test_weight_type_travels_where_peers_of_the_published_version_expect_any_name() -> None:
+    served = ServedJob(
+        result=replace(RESULT, route=(stage(1, 0, 2),), replays=0),
+        manifest=manifest(),
+        job=job(2),
+        context=TaskContext(prompt_tokens=12),
+    )
+    old = observation_of(served, peer(0), NOW_S)
+    new = observation_of(replace(served, manifest=manifest(dtype="bfloat16")), peer(0), NOW_S)
+    # Nothing is added to a published version: a field that peers do not know would be a fault.
+    assert to_map(new).keys() == to_map(old).keys()
+    assert to_map(new)["model"].keys() == to_map(old)["model"].keys()
+    assert new.method.name == old.method.name
+    found = [sample_of(each) for each in (old, new)]
+    assert [each.context.weight_type for each in found if each] == ["unknown", "bf16"]

@@ -12,7 +12,7 @@ import pytest
 import trio
 
 from node.coordinator.method_choice import admitted_methods
-from node.coordinator.quality_store import KV_KEYS, LocalQualityStore
+from node.coordinator.quality_store import LocalQualityStore, kv_keys
 from node.coordinator.submission import JobError, JobErrorCode, JobRequest
 from node.models.library import KnownModel, Library
 from node.models.manifest import Manifest
@@ -20,7 +20,7 @@ from node.models.store import Package
 from protocol.identity import BlockRange
 from protocol.measurements import QualityBound
 from selector.task import method
-from tests.support.job_peers import NumberTokenizer, OneModel
+from tests.support.job_peers import FakeModels, NumberTokenizer
 
 INT8 = method(engine="fused", arithmetic="int8")
 W8A8 = method(engine="fused", arithmetic="w8a8")
@@ -52,7 +52,7 @@ def here(folder: Path, lacking_bytes: int = 0) -> Library:
 
 
 def known_model() -> KnownModel:
-    return OneModel(NumberTokenizer()).known
+    return FakeModels(NumberTokenizer()).known
 
 
 def measuring(tmp_path: Path, figures: dict[str, Any]) -> Sequence[str]:
@@ -108,7 +108,7 @@ async def test_quality_bound_admits_measured_methods_within_it(tmp_path: Path) -
         admitted_methods(request(QualityBound.NEAR, W8A8.name), known_model(), store)
     with pytest.raises(JobError, match=r"\+60.0%, beyond"):
         admitted_methods(request(QualityBound.ANY, "engine=fused|arithmetic=bf16"), known_model(), store)
-    assert len(KV_KEYS) == len(set(KV_KEYS)) > 4
+    assert len(kv_keys("safetensors")) == len(set(kv_keys("safetensors"))) > 4
 
 
 @pytest.mark.parametrize("library", ["torch", "onnxruntime"])

@@ -64,7 +64,7 @@ async def test_replaces_silent_straggler_within_seconds_and_avoids_it(
         assert hole.begun, "the job went to the hole first"
         # One that cannot report may compute a long prompt: it gets the time for that.
         is_long_for_mute = protocols == PROTOCOL_IDS[-1:] and prompt != PROMPT
-        assert trio.current_time() - began_s < (2 * BOUND_S if is_long_for_mute else BOUND_S)
+        assert trio.current_time() - began_s < (3 * BOUND_S if is_long_for_mute else BOUND_S)
         assert result.replays == 1
         if prompt == PROMPT:
             assert result.token_ids == right_tokens(20)

@@ -41,7 +41,13 @@ async def trials_of(swarm: Swarm, **first: Any) -> tuple[BenchmarkRunner, Kept, 
 
 
 def spec(**changes: Any) -> TrialSpec:
-    fields: dict[str, Any] = {"model": "fake", "methods": [FUSED], "workload": TrialWorkload(), "rounds": 3, "seed": 1}
+    fields: dict[str, Any] = {
+        "model": "fake",
+        "methods": [FUSED.name],
+        "workload": TrialWorkload(),
+        "rounds": 3,
+        "seed": 1,
+    }
     return TrialSpec(**{**fields, **changes})
 
 
@@ -97,11 +103,13 @@ async def test_unavailable_method_does_not_fail_the_trial(virtual_clock: MockClo
     lossy = method(engine="fused", arithmetic="int8")
     async with open_swarm() as swarm:
         trials, _, _ = await trials_of(swarm)
-        trial = await trials.run(spec(methods=[lossy, FUSED], rounds=2, quality=QualityBound.NEAR))
+        trial = await trials.run(spec(methods=[lossy.name, FUSED.name], rounds=2, quality=QualityBound.NEAR))
         assert "not measured" in (trial.methods[0].error or "")
         assert len(trial.methods[1].runs) == 2
         with pytest.raises(JobError, match="do not fit"):
             await trials.run(spec(workload=TrialWorkload(prompt_tokens=5000)))
+        with pytest.raises(JobError, match="engine=llamacpp cannot serve"):
+            await trials.run(spec(methods=["engine=llamacpp"]))
 
 
 def test_prompts_share_their_prefix_and_nothing_with_other_runs() -> None:

@@ -3,7 +3,7 @@
 import pytest
 
 from selector.adoption import RETRY_S, UNAVAILABLE_RETRY_S, Adoption, ExplorationAllowance
-from selector.task import BASELINE
+from selector.task import BASELINE, parse_method
 
 PLAIN = BASELINE.name
 ALL = [PLAIN, "a", "b", "c"]
@@ -35,6 +35,17 @@ def test_candidate_is_adopted_if_better_by_a_margin_in_most_rounds(ratios: list[
     assert adoption.record_trial("bucket", "a", {"a": [-0.5] * 3, "b": ratios}, 0.0) == adopted
     assert adoption.in_use("bucket", ALL, "c") == adopted
     assert adoption.in_use("another bucket", ALL, "c") == "c"
+
+
+def test_methods_of_gguf_packages_are_tried_against_their_own_baseline() -> None:
+    adoption, plain = Adoption(), parse_method("baseline", "gguf").name
+    cached, chunked = (parse_method(text, "gguf").name for text in ("prefix_cache=on", "prefill_chunk=128"))
+    admitted = [plain, cached, chunked]
+    expected, sure = {plain: 0.0, cached: -0.5, chunked: -0.4}, dict.fromkeys(admitted, 0.01)
+    assert adoption.accepted("bucket", admitted, [plain, chunked], cached) == {plain}
+    assert adoption.candidates("bucket", admitted, plain, expected, sure, 0.0) == [cached, chunked]
+    assert adoption.record_trial("bucket", cached, {cached: [0.3] * 3}, 0.0) == plain
+    assert adoption.trials("bucket").keys() == {plain, cached}
 
 
 def test_method_in_use_is_one_that_the_job_admits() -> None:

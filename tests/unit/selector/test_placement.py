@@ -13,17 +13,29 @@ def server(peer: str, start: int, end: int, rate: float, *, movable: bool = True
 
 
 def test_joining_node_takes_unserved_blocks() -> None:
-    assert choose_span(12, [], 5, 10) == BlockRange(0, 5)
-    assert choose_span(12, [server("a", 0, 5, 10)], 4, 10).start >= 5
-    assert choose_span(12, [server("a", 0, 5, 10), server("b", 7, 12, 10)], 2, 10) == BlockRange(5, 7)
-    assert choose_span(12, [], 99, 10) == BlockRange(0, 12)
+    assert choose_span(12, [], [5] * 12, 50) == BlockRange(0, 5)
+    assert choose_span(12, [server("a", 0, 5, 10)], [4] * 12, 40).start >= 5
+    assert choose_span(12, [server("a", 0, 5, 10), server("b", 7, 12, 10)], [2] * 12, 20) == BlockRange(5, 7)
+    assert choose_span(12, [], [99] * 12, 100) == BlockRange(0, 12)
     with pytest.raises(ValueError, match="at least one block"):
-        choose_span(12, [], 0, 10)
+        choose_span(12, [], [0] * 12, 10)
+
+
+def test_joining_nodes_hold_fewer_blocks_with_embedding_or_head_and_leave_no_gap() -> None:
+    count, middle = 32, 11
+    longest = [9] + [min(middle, count - 1 - start) for start in range(1, count)]
+    longest[-8:] = range(8, 0, -1)  # 8 blocks with the head
+    servers: list[Server] = []
+    for peer in "abcd":
+        blocks = choose_span(count, servers, longest, 100)
+        assert len(blocks) <= longest[blocks.start]
+        servers.append(Server(Stage(PeerId(peer), blocks), 100 / len(blocks)))
+    assert [str(each.stage.blocks) for each in servers] == ["0-9", "9-20", "20-31", "24-32"]
 
 
 def test_weakest_blocks_are_weakest_by_throughput() -> None:
     slow = [server(f"slow{n}", 0, 6, 1) for n in range(3)]
-    assert choose_span(12, [*slow, server("fast", 6, 12, 100)], 6, 10) == BlockRange(0, 6)
+    assert choose_span(12, [*slow, server("fast", 6, 12, 100)], [6] * 12, 60) == BlockRange(0, 6)
 
 
 def test_hole_is_filled_with_the_fewest_moves() -> None:

@@ -72,6 +72,15 @@ def test_busy_or_unreliable_peer_must_be_much_faster() -> None:
     assert peers_of(find_route(DEMAND, [plain, offer(0, 12, "shady", 0.001, trust=0.4)], near).stages) == ["plain"]
 
 
+def test_spans_are_joined_only_where_the_model_may_be_cut() -> None:
+    demand = replace(DEMAND, granularity=4)
+    fast, slow = offer(0, 7, "fast", 0.001), offer(1, 12, "slow", 0.005)
+    assert find_route(demand, [fast, slow], near).stages == (stage(0, 4, "fast"), stage(4, 12, "slow"))
+    with pytest.raises(NoRouteError) as caught:
+        find_route(demand, [offer(0, 6, "left", 0.001), offer(6, 12, "right", 0.001)], near)
+    assert caught.value.missing == ()
+
+
 def test_replacement_is_several_stages_or_part_of_a_longer_span() -> None:
     stages = (stage(0, 4, "a"), stage(4, 8, "b"), stage(8, 12, "c"))
     own = [offer(0, 4, "a", 0.001), offer(4, 8, "b", 0.001), offer(8, 12, "c", 0.001)]

@@ -18,14 +18,17 @@ from selector.task import (
     MethodError,
     TaskContext,
     admits,
+    baseline_of,
     method,
     parse_method,
+    portfolio,
 )
 from selector.voting import scores, tally, weights_of
 
 
 def test_portfolio_names_parse_back() -> None:
-    assert 20 <= len(PORTFOLIO) <= 40
+    assert 20 <= len(portfolio("safetensors")) <= 40
+    assert set(PORTFOLIO) == {each.name for known in ("safetensors", "gguf") for each in portfolio(known)}
     for name, each in PORTFOLIO.items():
         assert parse_method(name) == each
         assert parse_method("|".join(reversed(name.split("|")))).name == name
@@ -49,6 +52,57 @@ def test_invalid_method_is_a_one_line_error(text: str, complaint: str) -> None:
     with pytest.raises(MethodError, match=complaint) as caught:
         parse_method(text)
     assert "\n" not in str(caught.value)
+
+
+def test_portfolio_of_gguf_packages_crosses_llamacpp_with_every_independent_switch() -> None:
+    offered = portfolio("gguf")
+    assert {(each.engine, each.arithmetic) for each in offered} == {("llamacpp", "native")}
+    assert not {each.engine for each in portfolio("safetensors")} & {"llamacpp"}
+    for switch in ("activations", "prefill_chunk", "prefix_cache", "speculation"):
+        assert len({each.switches[switch] for each in offered}) > 1, switch
+    assert offered[0] == offered[0].baseline == method(engine="llamacpp")
+    assert {each.activations for each in offered if each.exact} == {"fp32"}, "narrow wires are judged by their figures"
+    assert len({each.exact for each in offered}) == 2
+
+
+@pytest.mark.parametrize(
+    ("text", "name"),
+    [
+        ("baseline", "engine=llamacpp|arithmetic=native"),
+        ("prefix_cache=on", "engine=llamacpp|arithmetic=native|prefix_cache=on"),
+        ("engine=llamacpp|activations=int8", "engine=llamacpp|arithmetic=native|activations=int8"),
+        ("arithmetic=native", "engine=llamacpp|arithmetic=native"),
+    ],
+)
+def test_text_means_a_method_of_the_package_format(text: str, name: str) -> None:
+    assert parse_method(text, "gguf") == parse_method(name)
+
+
+@pytest.mark.parametrize(
+    ("package_format", "text", "complaint"),
+    [
+        ("gguf", "engine=fused", "engine=fused cannot serve .* gguf package: use engine=llamacpp|arithmetic=native$"),
+        ("gguf", "arithmetic=int8", "arithmetic=int8 cannot serve .* gguf package"),
+        ("gguf", "engine=llamacpp|arithmetic=fp32", "arithmetic=fp32 cannot serve"),
+        ("gguf", "engine=warp", "invalid engine 'warp'"),
+        ("safetensors", "engine=llamacpp", "safetensors package: use engine=eager.*engine=fused.*engine=onnxruntime"),
+        ("safetensors", "engine=llamacpp|arithmetic=native", "engine=llamacpp cannot serve"),
+        ("safetensors", "engine=fused|arithmetic=native", "arithmetic=native cannot serve"),
+        ("safetensors", "arithmetic=int8", "engine=eager supports arithmetic fp32, not int8"),
+    ],
+)
+def test_method_of_another_package_format_is_a_one_line_error(package_format: str, text: str, complaint: str) -> None:
+    with pytest.raises(MethodError, match=complaint) as caught:
+        parse_method(text, package_format)
+    assert "\n" not in str(caught.value)
+
+
+def test_baseline_is_that_of_the_package_format() -> None:
+    for package_format in ("safetensors", "gguf"):
+        baseline = parse_method("baseline", package_format)
+        assert {baseline_of(each.name).name for each in portfolio(package_format)} == {baseline.name}
+        assert {each.baseline.name for each in portfolio(package_format)} == {baseline.name}
+    assert baseline_of("engine=warp|arithmetic=fp64") == baseline_of("a method of another program") == BASELINE
 
 
 def test_method_properties() -> None:
@@ -91,7 +145,7 @@ def test_context_round_trips_through_plain_values() -> None:
 
 
 def test_heuristic_follows_the_workload() -> None:
-    exact = [each for each in PORTFOLIO.values() if each.exact]
+    exact = [each for each in portfolio("safetensors") if each.exact]
 
     def best(**facts: float) -> dict[str, str]:
         return dict(preference(TaskContext.of({**CONTEXT.values(), **facts}), exact)[0].switches)
@@ -101,6 +155,16 @@ def test_heuristic_follows_the_workload() -> None:
     assert best(repetitiveness=0.9, max_tokens=200.0)["speculation"].startswith("ngram")
     assert best(stage_count=3.0, prompt_tokens=1024.0, max_tokens=1.0)["prefill_chunk"] != "none"
     assert predicted_cost(CONTEXT, BASELINE) > predicted_cost(CONTEXT, method(engine="fused"))
+
+
+def test_heuristic_follows_the_workload_of_gguf_packages() -> None:
+    def best(**facts: float) -> dict[str, str]:
+        return dict(preference(TaskContext.of({**CONTEXT.values(), **facts}), portfolio("gguf"))[0].switches)
+
+    assert best()["engine"] == "llamacpp"
+    assert best(shared_prefix_share=0.9)["prefix_cache"] == "on"
+    assert best(repetitiveness=0.9, max_tokens=200.0)["speculation"].startswith("ngram")
+    assert best(stage_count=3.0, prompt_tokens=1024.0, max_tokens=1.0)["prefill_chunk"] != "none"
 
 
 def test_heuristic_narrows_the_wire_on_long_links_only() -> None:
@@ -161,6 +225,8 @@ def test_tally_is_independent_of_the_order_of_ballots(ballots: list[list[float]]
 def test_context_has_every_feature_that_is_measured() -> None:
     features = {field.name for field in fields(TaskContext)}
     assert {field.name for field in fields(ModelFacts)} - features == {"model", "max_positions"}
+    assert TaskContext.of({"prompt_tokens": 3.0}).weight_type == "unknown", "peers that do not know it leave it out"
+    assert TaskContext.of({"weight_type": 4.0}).weight_type == "unknown"
     assert {field.name for field in fields(Workload)} - features == {"completion_tokens", "cached_tokens"}
 
 

@@ -9,7 +9,7 @@ import pytest
 
 from selector.heuristic import MIN_SAMPLES, heuristic_table, predicted_cost
 from selector.prediction import train
-from selector.task import BASELINE, PORTFOLIO, TaskContext, method
+from selector.task import BASELINE, PORTFOLIO, TaskContext, baseline_of, method
 from selector.task_buckets import Viewpoint, canonicalise, task_bucket
 from selector.training_set import ContextColumns, Sample, build_training_set
 
@@ -58,7 +58,7 @@ def expected_ratio(samples: list[Sample], name: str, context: TaskContext = CONT
     predictor = train(samples, VIEWPOINT)
     assert predictor is not None
     table = predictor.table(context)
-    return table[name].log_cost - table[BASELINE.name].log_cost
+    return table[name].log_cost - table[baseline_of(name).name].log_cost
 
 
 def test_small_history_trains_no_model() -> None:
@@ -141,6 +141,27 @@ def test_unknown_methods_are_left_out() -> None:
     training = build_training_set([*measured({FUSED.name: -1.0}, 10), *unknown], VIEWPOINT)
     assert training is not None
     assert set(training.support) == {BASELINE.name, FUSED.name}
+
+
+def test_methods_of_gguf_packages_are_compared_with_their_own_baseline() -> None:
+    cached = method(engine="llamacpp", prefix_cache="on")
+    gguf = replace(CONTEXT, weight_bytes=98_000_000, weight_type="q4_1")
+    samples = [*measured({FUSED.name: -1.0}, 40), *measured({cached.name: -0.7}, 40, context=gguf)]
+    training = build_training_set(samples, VIEWPOINT)
+    assert training is not None
+    assert set(training.support) == {BASELINE.name, FUSED.name, cached.baseline.name, cached.name}
+    assert expected_ratio(samples, cached.name, gguf) == pytest.approx(-0.7, abs=0.25)
+    assert expected_ratio(samples, FUSED.name) == pytest.approx(-1.0, abs=0.25)
+
+
+def test_contexts_of_a_history_without_weight_types_are_still_learned_from() -> None:
+    contexts = [CONTEXT, replace(CONTEXT, weight_type="q4_k"), replace(CONTEXT, weight_type="bf16")]
+    table = ContextColumns.of(contexts).table(contexts)
+    bits = table.features[:, table.columns.index("l_weight_bits")]
+    assert math.isnan(bits[0])
+    assert bits[1:].tolist() == [2.0, 4.0]
+    old = measured({FUSED.name: -1.0}, 40)
+    assert expected_ratio(old, FUSED.name, contexts[2]) == pytest.approx(-1.0, abs=0.3)
 
 
 def test_similar_prompt_lengths_share_a_canonical_context() -> None:
