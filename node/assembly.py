@@ -12,7 +12,7 @@ from node.capabilities.traffic import TrafficMeter
 from node.config import APPLICATION, NodeConfig, StartError
 from node.consensus.environment import ConsensusEnvironment, ConsensusRules
 from node.consensus.followed_chains import FollowedChains
-from node.consensus.measurement_runner import MEASUREMENT_PLAN, MeasurementRunner
+from node.consensus.measurement_runner import MeasurementRunner, measurement_plan
 from node.consensus.service import ConsensusService, swarm_name
 from node.coordinator.coordinator import Coordinator
 from node.coordinator.observation import Recorder, software_name, software_versions
@@ -52,6 +52,7 @@ from protocol.capabilities import Links, fastest_bytes_per_s, hardware_class
 from protocol.identity import ModelId, PeerId
 from protocol.observations import bucket_of
 from selector.consensus.clock import EpochClock
+from selector.task import PackageFormat
 from selector.task_buckets import Viewpoint
 
 AGENT = f"{APPLICATION}/{version(APPLICATION)}"
@@ -152,7 +153,7 @@ def build_node(config: NodeConfig, database: Database, device: Device, progress:
     swarm = build_swarm(config, network, stages)
     serving = build_serving(config, network, swarm, stages, device, progress)
     client = build_client(config, network, selection, swarm, serving)
-    consensus = build_consensus(config, database, network, selection, swarm, stages, client)
+    consensus = build_consensus(config, database, network, selection, swarm, serving, client)
     return NodeParts(network, selection, swarm, serving, client, consensus)
 
 
@@ -269,6 +270,7 @@ def build_serving(
         graphs_dir=config.cache_dir / "graphs",
         use_catalogue=not config.no_catalogue,
         progress=progress,
+        expect_format=spare_worker.expect,
     )
     supervisor = SpanSupervisor(
         options,
@@ -330,10 +332,11 @@ def build_consensus(
     network: NetworkParts,
     selection: SelectionParts,
     swarm: SwarmParts,
-    stages: StageServer,
+    serving: ServingParts,
     client: ClientParts,
 ) -> ConsensusService:
     """Build this node's part in the consensus."""
+    stages, library = serving.stages, serving.library
 
     def served_models() -> dict[ModelId, bool]:
         """Return the models that live peers serve, and whether this node does and is not about to leave."""
@@ -352,13 +355,19 @@ def build_consensus(
         hardware=lambda: None if network.inventory.capabilities() is None else network.own_hardware(),
         meter=meter,
     )
-    rules = ConsensusRules(
-        swarm=swarm_name(config.swarm_key),
-        plan=MEASUREMENT_PLAN,
-        clock=EpochClock(config.epoch_s),
-        checkpoints=config.checkpoints,
-    )
-    return ConsensusService(network.network, selection.chains, environment, rules, network.jitter)
+    clock = EpochClock(config.epoch_s)
+
+    def rules(model: ModelId) -> ConsensusRules:
+        """Return the rules of a model's chain; without its manifest, those of a safetensors package."""
+        manifest = library.local_manifest(model)
+        return ConsensusRules(
+            swarm=swarm_name(config.swarm_key),
+            plan=measurement_plan(PackageFormat.SAFETENSORS if manifest is None else manifest.format),
+            clock=clock,
+            checkpoints=config.checkpoints,
+        )
+
+    return ConsensusService(network.network, selection.chains, environment, clock, rules, network.jitter)
 
 
 def is_busy(coordinator: Coordinator, stages: StageServer) -> bool:

@@ -27,9 +27,9 @@ from node.api.interface import (
 from node.assembly import AGENT, NodeParts
 from node.consensus.chain_node import ChainNode
 from node.coordinator.submission import JobRequest
+from node.stages.memory_admission import span_bytes_for
 from node.stages.peer_penalties import StagePeerStatistics
 from node.stages.span import Span
-from node.stages.span_supervisor import WEIGHT_SHARE
 from node.storage.database import StorageError
 from protocol.identity import BlockRange, ModelId, PeerId
 from selector.consensus.reputation import WEIGHT_SCALE
@@ -98,10 +98,11 @@ class StatusView:
         return [
             {
                 **self._span_summary(model, blocks),
-                "memory_bytes": int(manifest.bytes_of(blocks) / WEIGHT_SHARE) if manifest else None,
+                "memory_bytes": span_bytes_for(manifest, blocks) if manifest else None,
                 "serve": f"{status['name']}:{blocks}",
             }
-            for blocks in (BlockRange(*gap) for gap in status["uncovered"])
+            for gap in status["uncovered"]
+            for blocks in [BlockRange(*gap) if manifest is None else manifest.cuts.around(BlockRange(*gap))]
         ]
 
     def _span_summary(self, model: ModelId, blocks: BlockRange) -> SpanSummary:

@@ -116,12 +116,14 @@ async def _wait_until_fast(client: "ApiClient", model: str, progress: ProgressCa
     """Wait a bounded time until the swarm would choose another method than the baseline."""
     import trio
 
-    from selector.task import BASELINE
+    from selector.task import ENGINES, baseline_of
 
     progress("build faster variants", 0, 1)
     with trio.move_on_after(BUILD_TIMEOUT_S):
         while True:
-            if (await client.explain({"model": model}))["agreed"] != BASELINE.name:
+            agreed = (await client.explain({"model": model}))["agreed"]
+            baseline = baseline_of(agreed)
+            if agreed != baseline.name or len(ENGINES[baseline.package_format]) == 1:  # else one is being built
                 break
             await trio.sleep(1.0)
     progress("build faster variants", 1, 1)
@@ -133,15 +135,16 @@ async def _measure_speedup(
     """Run a shorter job by the baseline and by the chosen method in turn; compare them."""
     import math
 
-    from selector.task import BASELINE
+    from selector.task import baseline_of
 
     selection = completion.metaswarm["selection"]
     chosen = completion.metaswarm["method"]["name"]
     predicted = selection["predicted_speedup"] if selection else None
-    if chosen == BASELINE.name:
+    plain = baseline_of(chosen).name
+    if chosen == plain:
         return {"predicted": predicted, "actual": 1.0}
     short = body | {"max_tokens": min(REPETITION_TOKENS, body["max_tokens"])}
-    took_s: dict[str, list[float]] = {BASELINE.name: [], chosen: []}
+    took_s: dict[str, list[float]] = {plain: [], chosen: []}
     for number in range(REPETITIONS):
         # Another prompt each time, as the first one may be in the prefix cache.
         content = f"({number + 1}) {body['messages'][0]['content']}"
@@ -149,7 +152,7 @@ async def _measure_speedup(
         for name, of in took_s.items():
             again = await client.complete(asked | {"metaswarm": {"method": name, "ignore_eos": True}})
             of.append(again.metaswarm["timing"]["total_s"])
-    ratios = [plain / fast for plain, fast in zip(took_s[BASELINE.name], took_s[chosen], strict=True)]
+    ratios = [slow / fast for slow, fast in zip(took_s[plain], took_s[chosen], strict=True)]
     return {"predicted": predicted, "actual": math.exp(sum(map(math.log, ratios)) / len(ratios))}
 
 

@@ -99,10 +99,9 @@ def render_explanation(answer: "Explanation") -> "RenderableType":
 
 def short_method(name: str) -> str:
     """Return the switches of a method that differ from the baseline."""
-    from selector.task import BASELINE, SWITCHES
+    from selector.task import baseline_of
 
-    if name == BASELINE.name:
+    baseline = baseline_of(name)
+    if name == baseline.name:
         return "baseline"
-    parts = [part.partition("=") for part in name.split("|")]
-    changed = [f"{key}={value}" for key, _, value in parts if key not in SWITCHES or SWITCHES[key].baseline != value]
-    return " ".join(changed)
+    return " ".join(part for part in name.split("|") if part not in baseline.name.split("|"))

@@ -136,8 +136,8 @@ NODE_OPTIONS: Final[tuple[NodeOption, ...]] = (
     ),
     _option(
         *("--memory", types.SIZE, "BYTES"),
-        "Memory limit for weights, KV cache and replay buffers, e.g. 4GiB; on a GPU, device memory for weights and "
-        "KV cache.",
+        "Memory limit for weights, KV cache and replay buffers, e.g. 4GiB [default: 3/4 of what is free]; on a GPU, "
+        "device memory for weights and KV cache. `metaswarm status` says how much unserved blocks need.",
     ),
     NodeOption(["--no-mdns"], is_flag=True, help="Disable peer discovery on the local network."),
     NodeOption(["--no-catalogue"], is_flag=True, help="Fetch models from peers only, never from their source."),

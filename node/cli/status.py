@@ -161,7 +161,7 @@ def _describe_gap(gap: "GapDocument", status: "NodeStatus") -> str:
 
     address = best_address(tuple(status["multiaddrs"]))
     command = ["metaswarm", "node", *(("--bootstrap", address) if address else ()), "--serve", gap["serve"]]
-    needs = "" if gap["memory_bytes"] is None else f" with {format_bytes(gap['memory_bytes'])} of memory"
+    needs = "" if gap["memory_bytes"] is None else f" that can give it {gap['memory_bytes'] >> 20} MiB (--memory)"
     return f"{gap['serve']} is not served; to serve it on a node{needs}:\n          {shlex.join(command)}"
 
 

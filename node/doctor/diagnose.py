@@ -22,9 +22,9 @@ async def diagnose(
     """Return what is wrong. `running`: the node that answers at the data directory's API, if one does."""
     diagnosis = Diagnosis(running=running is not None)
     diagnosis.add(check_data_dir(config, running))
-    free_bytes, findings = await check_device(config)
+    device, findings = await check_device(config)
     diagnosis.add(findings)
-    diagnosis.add(await trio.to_thread.run_sync(check_files, config, free_bytes, running))
+    diagnosis.add(await trio.to_thread.run_sync(check_files, config, device, running))
     if running is None:
         diagnosis.add(await check_ports(config))
     swarm = SwarmChecks(config, running, wall_clock)

@@ -10,15 +10,16 @@ import psutil
 
 from node.config import LOCK_FILE, MEMORY_SHARE, NodeConfig, ServeSpec
 from node.doctor.report import Consequence, Fault, Finding, RunningNode
-from node.engine.device import DeviceError, find_device
+from node.engine.device import Device, DeviceError, cpu_device, find_device
 from node.identity import KEY_FILE, IdentityError, load_or_create
 from node.models.errors import ModelError
 from node.models.store import ModelStore, Package, UnknownModelError
 from node.network.addresses import TcpAddress, parse_address
 from node.network.interface import NetworkError
 from node.network.transport import bind
+from node.stages.memory_admission import shortage, smallest_span, span_bytes_for
 from node.storage.database import DATABASE_FILE, StorageError, find_damage
-from protocol.identity import BlockRange, ModelId
+from protocol.identity import ModelId
 
 MIN_FREE_BYTES: Final = 64 << 20
 
@@ -52,13 +53,13 @@ def _is_locked(path: Path) -> bool:
     return False
 
 
-async def check_device(config: NodeConfig) -> tuple[int, list[Finding]]:
-    """Return the free memory of the device that the node would use, and findings."""
+async def check_device(config: NodeConfig) -> tuple[Device, list[Finding]]:
+    """Return the device that the node would use, and findings."""
     try:
-        return (await find_device(config.device)).free_bytes, []
+        return await find_device(config.device), []
     except DeviceError as error:
         message = f"cannot compute on {config.device}: {error}; see --device"
-        return psutil.virtual_memory().available, [Finding(Fault.NO_DEVICE, Consequence.START, message)]
+        return cpu_device(), [Finding(Fault.NO_DEVICE, Consequence.START, message)]
 
 
 async def check_ports(config: NodeConfig) -> list[Finding]:
@@ -78,9 +79,9 @@ async def check_ports(config: NodeConfig) -> list[Finding]:
     return findings
 
 
-def check_files(config: NodeConfig, free_bytes: int, running: RunningNode | None) -> list[Finding]:
+def check_files(config: NodeConfig, device: Device, running: RunningNode | None) -> list[Finding]:
     """Check key, database and model files. Hashes what is to be served, which may take a while."""
-    return [*_check_own_files(config), *_check_models(config, free_bytes, running)]
+    return [*_check_own_files(config), *_check_models(config, device, running)]
 
 
 def _check_own_files(config: NodeConfig) -> Iterator[Finding]:
@@ -99,7 +100,7 @@ def _check_own_files(config: NodeConfig) -> Iterator[Finding]:
         yield Finding(Fault.CORRUPT_FILE, Consequence.SERVE, message)
 
 
-def _check_models(config: NodeConfig, free_bytes: int, running: RunningNode | None) -> Iterator[Finding]:
+def _check_models(config: NodeConfig, device: Device, running: RunningNode | None) -> Iterator[Finding]:
     store = ModelStore(config.cache_dir)
     known = [ModelId(model["model"]) for model in running.models] if running else []
     loaded = {span["model"] for span in running.status["spans"]} if running else set()
@@ -108,14 +109,13 @@ def _check_models(config: NodeConfig, free_bytes: int, running: RunningNode | No
             package = store.find(store.resolve(spec.model, known))
             if package is None:
                 continue  # the node fetches it when it starts
-            whole = BlockRange(0, package.manifest.block_count)
-            if spec.blocks is not None and spec.blocks.end > whole.end:
-                message = f"cannot serve {spec}: the model has blocks {whole}"
-                yield Finding(Fault.MISSING_BLOCK, Consequence.START, message)
+            fault = None if spec.blocks is None else package.manifest.cuts.fault(spec.blocks)
+            if fault is not None:
+                yield Finding(Fault.MISSING_BLOCK, Consequence.START, f"cannot serve {spec}: {fault}")
                 continue
             yield from _check_package(spec, store, package)
             if package.model_id not in loaded:
-                yield from _check_memory(spec, package, config, free_bytes)
+                yield from _check_memory(spec, package, config, device)
         except UnknownModelError as error:
             yield Finding(Fault.UNKNOWN_MODEL, Consequence.SERVE, str(error))
         except ModelError as error:
@@ -132,14 +132,13 @@ def _check_package(spec: ServeSpec, store: ModelStore, package: Package) -> Iter
         yield Finding(Fault.CORRUPT_FILE, Consequence.SERVE, message)
 
 
-def _check_memory(spec: ServeSpec, package: Package, config: NodeConfig, free_bytes: int) -> Iterator[Finding]:
-    blocks = spec.blocks or BlockRange(0, 1)
-    needed_bytes = package.manifest.bytes_of(blocks)
-    limit_bytes = config.memory_bytes or int(free_bytes * MEMORY_SHARE)
-    if needed_bytes > limit_bytes // len(config.serve):
-        where = "--memory allows" if config.memory_bytes else "are free"
-        message = (
-            f"blocks {blocks} of {spec.model} weigh {needed_bytes >> 20} MiB and {limit_bytes >> 20} MiB {where}"
-            f"{' for all spans' if len(config.serve) > 1 else ''}: serve fewer blocks, or raise --memory"
-        )
-        yield Finding(Fault.NO_MEMORY, Consequence.SERVE, message)
+def _check_memory(spec: ServeSpec, package: Package, config: NodeConfig, device: Device) -> Iterator[Finding]:
+    manifest, spans = package.manifest, len(set(config.serve)) + (config.draft is not None)
+    blocks = spec.blocks or smallest_span(manifest, device.name)
+    given = config.memory_bytes or int(device.free_bytes * MEMORY_SHARE)
+    if (why := shortage(manifest, blocks, given // spans, device.name)) is None:
+        return
+    needed = span_bytes_for(manifest, blocks, device.name) * spans >> 20
+    share = f" for its {spans} spans" if spans > 1 else ""
+    message = f"cannot serve {spec.model}:{blocks}: {why}; give the node --memory {needed}MiB{share}, or fewer blocks"
+    yield Finding(Fault.NO_MEMORY, Consequence.SERVE, message)

@@ -14,11 +14,13 @@ from node.config import APPLICATION, NodeConfig
 from node.doctor.report import Consequence, Fault, Finding, RunningNode
 from node.identity import KEY_FILE, IdentityError, load_or_create
 from node.models.errors import ModelError
+from node.models.manifest import Manifest
 from node.models.store import ModelStore
 from node.network.addresses import is_private, parse_peer_address
 from node.network.host import Libp2pNetwork
 from node.network.interface import NetworkError
 from node.network.probe_port import PortState, probe_port
+from node.stages.memory_admission import node_bytes_for
 from node.swarm.directory import Directory
 from node.swarm.heartbeats import HEARTBEAT_INTERVAL_S
 from protocol.announcements import HEARTBEAT_TOPIC, Heartbeat
@@ -230,30 +232,33 @@ class SwarmChecks:
 
     def _check_models(self, seen: _Observed) -> Iterator[Finding]:
         """Check that every block of the known models is served."""
-        incomplete: list[tuple[str, Sequence[BlockRange]]] = []
+        store = ModelStore(self._config.cache_dir)
+        incomplete: list[tuple[str, Manifest | None, Sequence[BlockRange]]] = []
         complete: list[str] = []
         if self._running is not None:
             for model in self._running.models:
                 name = model["name"] or model["model"][:12]
                 if model["uncovered"] and any(model["coverage"]):
-                    incomplete.append((name, [BlockRange(*gap) for gap in model["uncovered"]]))
+                    gaps = [BlockRange(*gap) for gap in model["uncovered"]]
+                    incomplete.append((name, _manifest_in(store, ModelId(model["model"])), gaps))
                 elif model["complete"]:
                     complete.append(name)
         else:
-            store = ModelStore(self._config.cache_dir)
             for model_id, spans in self._served_spans(store, seen).items():
-                package = store.find(model_id)
-                block_count = package.manifest.block_count if package else max(span.end for span in spans)
+                manifest = _manifest_in(store, model_id)
+                block_count = manifest.block_count if manifest else max(span.end for span in spans)
                 name = store.name_of(model_id) or model_id[:12]
                 if missing := uncovered(block_count, spans):
-                    incomplete.append((name, missing))
-                elif package is not None:
+                    incomplete.append((name, manifest, missing))
+                elif manifest is not None:
                     complete.append(name)
         self.complete_models = tuple(complete)
-        for name, ranges in incomplete:
+        for name, manifest, ranges in incomplete:
             missing_text = ", ".join(map(str, ranges))
-            serve = " ".join(f"--serve {name}:{blocks}" for blocks in ranges)
-            message = f"no peer serves blocks {missing_text} of {name}: start a node with {serve}"
+            options = [f"--serve {name}:{blocks}" for blocks in ranges]
+            if manifest is not None:
+                options.append(f"and --memory {node_bytes_for(manifest, ranges) >> 20}MiB or more")
+            message = f"no peer serves blocks {missing_text} of {name}: start a node with {' '.join(options)}"
             yield Finding(Fault.MISSING_BLOCK, Consequence.MODEL, message)
 
     def _served_spans(self, store: ModelStore, seen: _Observed) -> dict[ModelId, list[BlockRange]]:
@@ -267,6 +272,13 @@ class SwarmChecks:
                 if spec.blocks is not None and model in spans:
                     spans[model].append(spec.blocks)
         return spans
+
+
+def _manifest_in(store: ModelStore, model: ModelId) -> Manifest | None:
+    with suppress(ModelError):
+        if (package := store.find(model)) is not None:
+            return package.manifest
+    return None
 
 
 def _check_clock(seen: _Observed) -> Iterator[Finding]:

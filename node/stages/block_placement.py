@@ -7,7 +7,7 @@ waits for the announcements of others, and moves unless these have made the move
 
 import random
 import time
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import replace
 
 import structlog
@@ -19,6 +19,7 @@ from node.swarm.membership import Membership
 from node.util.offload import Offload, run_in_thread
 from protocol.announcements import Placement
 from protocol.identity import BlockRange, ModelId, PeerId, Stage
+from selector.cuts import Cuts
 from selector.peer_speed import UNKNOWN_BLOCK_S
 from selector.placement import CUT_S, ROUND_S, SETTLE_S, Server, choose_span, may_drop, plan_moves, still_worthwhile
 
@@ -72,12 +73,17 @@ class PlacementAnnouncements:
 
 
 class BlockPlacer:
-    """Chooses the blocks of one model that this node serves."""
+    """Chooses the blocks of one model that this node serves.
+
+    `cuts`: where the model may be cut; all planning is in its units. `longest`: how many of them fit into this node's
+    memory from each on, fewer where the embedding or the head is among them.
+    """
 
     def __init__(
         self,
         model: ModelId,
-        block_count: int,
+        cuts: Cuts,
+        longest: Sequence[int],
         *,
         own_peer: PeerId,
         membership: Membership,
@@ -86,7 +92,9 @@ class BlockPlacer:
         offload: Offload = run_in_thread,
     ) -> None:
         self._model = model
-        self._block_count = block_count
+        self._cuts = cuts
+        self._unit_count = cuts.unit_count
+        self._longest = longest
         self._own_peer = own_peer
         self._membership = membership
         self._placements = placements
@@ -95,10 +103,14 @@ class BlockPlacer:
         self._planned_for: tuple[Server, ...] = ()
         self._failed_moves: TTLCache[BlockRange, None] = TTLCache(256, FAILED_MOVE_S, timer=trio.current_time)
 
-    def choose(self, length: int) -> BlockRange:
-        """Return the least covered blocks, as many as this node holds."""
-        length = min(length, self._block_count)
-        return choose_span(self._block_count, self._others(), length, unknown_rate(length))
+    def choose(self) -> BlockRange:
+        """Return the least covered blocks, as many as this node holds, between places where the model may be cut.
+
+        Raises ValueError where it holds none.
+        """
+        rate = unknown_rate(self._cuts.granularity)
+        units = choose_span(self._unit_count, self._in_units(self._others()), self._longest, rate)
+        return self._cuts.blocks_of(units)
 
     def publish(self, blocks: BlockRange | None, rate: float | None = None) -> None:
         """Announce that these blocks will be served, or none any more, at the rate announced before or another."""
@@ -127,14 +139,20 @@ class BlockPlacer:
             self.publish(target)
             await trio.sleep(self._jitter.uniform(*SETTLE_S))
             here = Server(Stage(self._own_peer, now), self._rate(now))
-            if still_worthwhile(self._block_count, self._others(), here, target):
+            if self._still_worthwhile(here, target):
                 _logger.info("moving to other blocks", model=self._model, blocks=str(now), to=str(target))
                 return target
             self.publish(now)
 
+    def _still_worthwhile(self, here: Server, target: BlockRange) -> bool:
+        now, then = self._in_units([here]), self._cuts.units_of(target)
+        if not now or then is None:
+            return False
+        return still_worthwhile(self._unit_count, self._in_units(self._others()), now[0], then)
+
     async def wait_dispensable(self, old: BlockRange, new: BlockRange) -> None:
         """Wait until the old blocks may be dropped, as each of them is served by others or among the new ones."""
-        while not may_drop(self._block_count, self._serving(), old, new):  # noqa: ASYNC110 - known by heartbeats
+        while not may_drop(self._cuts.block_count, self._serving(), old, new):  # noqa: ASYNC110 - known by heartbeats
             await trio.sleep(DROP_ROUND_S)
 
     async def _planned_target(self, now: BlockRange) -> BlockRange | None:
@@ -144,12 +162,29 @@ class BlockPlacer:
         if known == self._planned_for:
             return None
         # The same seed everywhere, and so the same plan.
-        moves = await self._offload(lambda: plan_moves(self._block_count, known, random.Random(0)))
+        servers = self._in_units(known)
+        moves = await self._offload(lambda: plan_moves(self._unit_count, servers, random.Random(0)))
         self._planned_for = known
-        target = moves.get(self._own_peer)
-        if target is None or target == now or len(target) != len(now):
+        units, own = moves.get(self._own_peer), self._cuts.units_of(now)
+        if units is None or own is None or len(units) != len(own):
             return None  # or planned by what we announced before
+        fitting = self._fitting(units)
+        if fitting is None or fitting == own:
+            return None
+        target = self._cuts.blocks_of(fitting)
         return None if target in self._failed_moves else target
+
+    def _fitting(self, units: BlockRange) -> BlockRange | None:
+        """Return what fits of planned units: as many as now, but for the embedding or the head if they come with them.
+
+        These are wanted, so the units at the other end are left out.
+        """
+        if units.end < self._unit_count:
+            length = min(len(units), self._longest[units.start])
+            return BlockRange(units.start, units.start + length) if length else None
+        starts = range(units.start, units.end)
+        start = next((start for start in starts if start + self._longest[start] >= units.end), units.end)
+        return BlockRange(start, units.end) if start < units.end else None
 
     def _rate(self, now: BlockRange) -> float:
         announced = self._placements.of(self._model)
@@ -167,6 +202,11 @@ class BlockPlacer:
             if c.stage.peer not in announced
         ]
         return [server for server in (*servers, *silent) if server.stage.peer != self._own_peer]
+
+    def _in_units(self, servers: Iterable[Server]) -> list[Server]:
+        """Return servers with units of the model for its blocks, those that serve a whole one."""
+        found = ((server, self._cuts.units_of(server.stage.blocks)) for server in servers)
+        return [replace(each, stage=Stage(each.stage.peer, units)) for each, units in found if units is not None]
 
     def _serving(self) -> list[Server]:
         """Return the other servers with the blocks that they serve and will go on serving."""

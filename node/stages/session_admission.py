@@ -226,7 +226,10 @@ def _request_fault(message: Open, info: SpanInfo) -> str | None:
 
 
 def _offered_methods(message: Open, span: Span, table: SpanTable) -> list[Method]:
-    """Return the requested methods that the span can carry out now, and have others built. Raises _Refusal for none."""
+    """Return the requested methods that the span can carry out now, and have those built that the job prefers to them.
+
+    Raises _Refusal for none.
+    """
     offered: list[Method] = []
     pending: list[Variant] = []
     is_divided = message.blocks != span.info.blocks
@@ -244,7 +247,7 @@ def _offered_methods(message: Open, span: Span, table: SpanTable) -> list[Method
             continue
         if variant in ready and not (drafts_here and table.draft_models[message.model] is None):
             offered.append(method)
-        elif variant not in span.unavailable:
+        elif variant not in span.unavailable and not offered:  # what is ready is preferred to all that follow
             pending.append(variant)
     span.request_variants(dict.fromkeys(pending))
     if offered:

@@ -91,7 +91,7 @@ class Span(EngineLoop):
         self._stepped = trio.lowlevel.ParkingLot()
         self._continuing: dict[SessionId, StageSession] = {}
         """Sessions that have ended here, and whose successors wait for what they hold."""
-        self._requested_in, self._requested = trio.open_memory_channel[Variant](MAX_VARIANTS)
+        self._requested_in, self._requested = trio.open_memory_channel[Sequence[Variant]](MAX_VARIANTS)
         self._seen_variants: set[Variant] = set()
 
     @property
@@ -123,7 +123,11 @@ class Span(EngineLoop):
         for variant in variants:
             if variant not in self._seen_variants and len(self._seen_variants) < MAX_VARIANTS:
                 self._seen_variants.add(variant)
-                self._requested_in.send_nowait(variant)
+                self._requested_in.send_nowait([variant])
+
+    def request_first_of(self, variants: Sequence[Variant]) -> None:
+        """Have the first of the variants that is available here built; the others are built when they are requested."""
+        self._requested_in.send_nowait(variants)
 
     def _background_tasks(self) -> Sequence[Callable[[], Awaitable[None]]]:
         return self._expiry_loop, self._build_loop
@@ -220,16 +224,21 @@ class Span(EngineLoop):
     # Variants
 
     async def _build_loop(self) -> None:
-        async for variant in self._requested:
+        async for variants in self._requested:
             with trio.move_on_after(BUILD_PATIENCE_S):
                 await self._wait_idle()
-            try:
-                await self.engine.prepare(variant)
-            except EngineCrashed:
-                return  # raised by the task that waits for it
-            except EngineError as error:
-                self.unavailable.add(variant)
-                _logger.info("variant unavailable", variant=str(variant), span=str(self.info.blocks), why=str(error))
+            for variant in variants:
+                self._seen_variants.add(variant)
+                try:
+                    await self.engine.prepare(variant)
+                except EngineCrashed:
+                    return  # raised by the task that waits for it
+                except EngineError as error:
+                    self.unavailable.add(variant)
+                    why = str(error)
+                    _logger.info("variant unavailable", variant=str(variant), span=str(self.info.blocks), why=why)
+                else:
+                    break
 
     async def _wait_idle(self) -> None:
         """Wait until there has been no session for a moment."""

@@ -17,13 +17,14 @@ from node.config import MEMORY_SHARE, ServeSpec, StartError
 from node.engine.base import Engine
 from node.engine.client import start_engine
 from node.engine.device import CPU, Device, DeviceError, find_device
-from node.engine.interface import REFERENCE, EngineCrashed, EngineError, EngineOptions, Variant
+from node.engine.interface import EngineCrashed, EngineError, EngineOptions, Variant, reference_variant
 from node.models.errors import ModelError
 from node.models.files import Progress, ignore_progress
 from node.models.library import Library
 from node.models.manifest import Manifest
 from node.models.store import AmbiguousModelError, Package, UnknownModelError
 from node.stages.block_placement import BlockPlacer, PlacementAnnouncements, unknown_rate
+from node.stages.memory_admission import engine_bytes_of, longest_in, shortage, smallest_span, span_bytes_for
 from node.stages.replay_buffer import replay_bytes_of
 from node.stages.span import Span
 from node.stages.stage_server import StageServer
@@ -33,19 +34,19 @@ from node.util.backoff import backoff_s
 from node.util.offload import Offload, run_in_thread
 from protocol.announcements import Placement
 from protocol.identity import BlockRange, ModelId
-from selector.task import PORTFOLIO
+from selector.task import PackageFormat
 
 RETRY_S = (1.0, 30.0)
 """Backoff of a span that failed: the first and the longest pause."""
 
-WEIGHT_SHARE = 0.75
-"""Of a span's memory, when the node chooses the blocks itself; the rest is for KV caches."""
-
-_EXACT = dict.fromkeys(Variant(each.engine, each.arithmetic) for each in PORTFOLIO.values() if each.exact)
-_EXACT_VARIANTS = [variant for variant in _EXACT if variant != REFERENCE]
-"""Built before any job requests them: a stage that replaces a lost one has to calculate as that one did."""
-
 _HALF_PRECISION = ("bfloat16", "float16")
+
+EXACT_VARIANTS = (Variant("onnxruntime", "fp32"), Variant("fused", "fp32"))
+"""The fastest first. One is built before any job requests it, the same on all nodes that can: a stage that replaces a
+lost one has to calculate as that one did."""
+
+HALF_PRECISION_EXACT_VARIANTS = EXACT_VARIANTS[::-1]
+"""Of weights published in two bytes, which onnxruntime would hold in four."""
 
 DISCOVERY_ROUND_S = 0.1
 """How often a new node checks whether it knows any server of the model."""
@@ -54,7 +55,7 @@ SETTLED_S = 1.0
 """This long after it has, it knows what there is to know."""
 
 DRAFT_VARIANTS = (Variant("onnxruntime", "int8"), Variant("fused", "int8"))
-"""Of a draft model on a CPU, the fastest first: drafts need not be exact."""
+"""Of a draft model in a safetensors package on a CPU, the fastest first: drafts need not be exact."""
 
 GPU_DRAFT_VARIANTS = (Variant("fused", "bf16"),)
 
@@ -65,7 +66,10 @@ _logger = structlog.get_logger(__name__)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServingOptions:
-    """What to serve, and with which resources. `memory_bytes`: for all spans together; None: of what is free."""
+    """What to serve, and with which resources. `memory_bytes`: for all spans together; None: of what is free.
+
+    `expect_format`: called with the format of a package before its files are fetched.
+    """
 
     specs: Sequence[ServeSpec]
     device: Device
@@ -75,6 +79,7 @@ class ServingOptions:
     threads: int | None = None
     use_catalogue: bool = True
     progress: Progress = ignore_progress
+    expect_format: Callable[[str], None] = lambda _format: None
 
     @property
     def span_bytes(self) -> int:
@@ -167,7 +172,13 @@ class SpanSupervisor:
 
     @asynccontextmanager
     async def _engine(self, manifest: Manifest, blocks: BlockRange, memory_bytes: int) -> AsyncIterator[Engine]:
-        """Get the weights of blocks, and run an engine with them inside the block."""
+        """Get the weights of blocks, and run an engine with them inside the block.
+
+        Raises EngineError where they do not fit into memory, before they are fetched.
+        """
+        self._options.expect_format(manifest.format)
+        if (why := shortage(manifest, blocks, self._span_bytes, self._device)) is not None:
+            raise EngineError(why)
         package = await self._library.weights(
             manifest, blocks, use_catalogue=self._options.use_catalogue, progress=self._options.progress
         )
@@ -191,8 +202,8 @@ class SpanSupervisor:
             if spec.blocks is None:
                 await self._serve_where_needed(manifest, task_status)
                 return
-            if spec.blocks.end > manifest.block_count:
-                raise StartError(f"cannot serve {spec}: the model has blocks 0-{manifest.block_count}")
+            if (fault := manifest.cuts.fault(spec.blocks)) is not None:
+                raise StartError(f"cannot serve {spec}: {fault}")
             rate = unknown_rate(len(spec.blocks))
             placement = Placement(model=manifest.model_id, blocks=spec.blocks, rate=rate, movable=False)
             self._placements.publish(spec, placement)
@@ -211,13 +222,12 @@ class SpanSupervisor:
     ) -> None:
         """Serve a span until its scope is cancelled or its engine dies."""
         replay_bytes = replay_bytes_of(self._span_bytes)
-        # Replay buffers lie in main memory, whatever computes.
-        memory_bytes = self._span_bytes - (replay_bytes if self._device == CPU else 0)
+        memory_bytes = engine_bytes_of(self._span_bytes, self._device)
         with trio.CancelScope() as scope:
             try:
                 async with self._engine(manifest, blocks, memory_bytes) as engine, trio.open_nursery() as nursery:
                     span = await nursery.start(self._stages.serve, engine, replay_bytes)
-                    span.request_variants(_EXACT_VARIANTS)
+                    span.request_first_of(_exact_variants(manifest))
                     self._membership.announce()
                     load_s = round(engine.info.load_s, 2)
                     model = manifest.model_id
@@ -269,7 +279,8 @@ class SpanSupervisor:
         if model not in self._placers:
             self._placers[model] = BlockPlacer(
                 model,
-                manifest.block_count,
+                manifest.cuts,
+                longest_in(manifest, self._span_bytes, self._device),
                 own_peer=self._stages.link_pool.peer_id,
                 membership=self._membership,
                 placements=self._placements,
@@ -292,8 +303,7 @@ class SpanSupervisor:
 
     async def _memory_shortage(self, manifest: Manifest, blocks: BlockRange) -> str | None:
         """Return why blocks do not fit into memory beside the present ones, if they do not."""
-        weight_bytes = _loaded_bytes(manifest, sum(file.size_bytes for file in manifest.files_for(blocks)))
-        needed_bytes = int(weight_bytes / MEMORY_SHARE)
+        needed_bytes = span_bytes_for(manifest, blocks, self._device)
         if self._device != CPU:  # whose memory is allocated at once, all that may be needed
             needed_bytes = max(needed_bytes, self._span_bytes)
         try:
@@ -312,9 +322,12 @@ class SpanSupervisor:
                 while not self._membership.directory.candidates(manifest.model_id):  # noqa: ASYNC110 - no signal
                     await trio.sleep(DISCOVERY_ROUND_S)
                 await trio.sleep(SETTLED_S)
-        block_bytes = _loaded_bytes(manifest, max(file.size_bytes for file in manifest.blocks))
-        around_bytes = _loaded_bytes(manifest, manifest.embed.size_bytes + manifest.head.size_bytes)
-        return placer.choose(max(1, int((self._span_bytes * WEIGHT_SHARE - around_bytes) // block_bytes)))
+        try:
+            return placer.choose()
+        except ValueError:
+            name, smallest = self._library.name_of(manifest.model_id), smallest_span(manifest, self._device)
+            why = shortage(manifest, smallest, self._span_bytes, self._device)
+            raise StartError(f"cannot serve {name}, not even its blocks {smallest}: {why}") from None
 
     # The draft model
 
@@ -337,7 +350,7 @@ class SpanSupervisor:
         task_status.started()  # jobs need not wait for what only saves time
         try:
             async with self._engine(manifest, BlockRange(0, manifest.block_count), self._span_bytes) as engine:
-                variant = await self._fastest_variant(engine)
+                variant = await self._fastest_variant(engine, manifest.format)
                 async with trio.open_nursery() as nursery:
                     await nursery.start(self._stages.run_draft_model, engine, variant, models)
                     _logger.info("draft model served", model=manifest.model_id, variant=str(variant))
@@ -346,9 +359,10 @@ class SpanSupervisor:
         except EngineError as error:  # no reason to stop serving: it is retried, as after a crash
             raise EngineCrashed(f"cannot run draft model {name}: {error}") from None
 
-    async def _fastest_variant(self, engine: Engine) -> Variant:
+    async def _fastest_variant(self, engine: Engine, package_format: str) -> Variant:
         """Build the fastest variant that is available for a draft model, and return it."""
-        for variant in DRAFT_VARIANTS if self._device == CPU else GPU_DRAFT_VARIANTS:
+        variants = DRAFT_VARIANTS if self._device == CPU else GPU_DRAFT_VARIANTS
+        for variant in variants if package_format == PackageFormat.SAFETENSORS else ():
             try:
                 await engine.prepare(variant)
             except EngineCrashed:
@@ -357,12 +371,14 @@ class SpanSupervisor:
                 _logger.info("variant unavailable", variant=str(variant), why=str(error))
             else:
                 return variant
-        return REFERENCE
+        return reference_variant(package_format)
 
 
-def _loaded_bytes(manifest: Manifest, stored_bytes: int) -> int:
-    """Return what weights take in memory: they are loaded as f32, and may be stored in half the bytes."""
-    return stored_bytes * (2 if manifest.config.get("dtype") in _HALF_PRECISION else 1)
+def _exact_variants(manifest: Manifest) -> Sequence[Variant]:
+    """Return the exact variants of a package beside its reference, of which a node holds the first that fits."""
+    if manifest.format != PackageFormat.SAFETENSORS:
+        return ()
+    return HALF_PRECISION_EXACT_VARIANTS if manifest.config.get("dtype") in _HALF_PRECISION else EXACT_VARIANTS
 
 
 def _reasons(group: BaseExceptionGroup[Exception]) -> str:

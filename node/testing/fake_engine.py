@@ -35,22 +35,24 @@ from node.engine.sampling import history_for
 from protocol.identity import BlockRange, ModelId, SessionId
 from protocol.messages import Sampling
 from protocol.tensors import Tensor, tensor_from_tokens, tokens_from_tensor
+from selector.task import ENGINES, VARIANTS, PackageFormat
 
 FAKE_MODEL = ModelId(hashlib.sha256(b"metaswarm fake model").hexdigest())
 """The id of the imaginary model, unless another is given."""
 
-FAKE_VARIANTS = frozenset(
-    {
-        REFERENCE,
-        Variant("fused", "fp32"),
-        Variant("fused", "bf16"),
-        Variant("fused", "int8"),
-        Variant("fused", "w8a8"),
-        Variant("onnxruntime", "fp32"),
-        Variant("onnxruntime", "int8"),
-    }
-)
-"""All of them calculate the same, but none takes another's pages."""
+FAKE_GGUF_MODEL = ModelId(hashlib.sha256(b"metaswarm fake GGUF model").hexdigest())
+"""The id of an imaginary model whose package has GGUF files."""
+
+
+def fake_format(model: ModelId) -> PackageFormat:
+    """Return the package format of an imaginary model."""
+    return PackageFormat.GGUF if model == FAKE_GGUF_MODEL else PackageFormat.SAFETENSORS
+
+
+def fake_variants(model: ModelId) -> frozenset[Variant]:
+    """Return the variants of an imaginary model: all calculate the same, but none takes another's pages."""
+    engines = ENGINES[fake_format(model)]
+    return frozenset(Variant(engine, arithmetic) for engine in engines for arithmetic in VARIANTS[engine])
 
 
 def fake_span_info(
@@ -83,7 +85,8 @@ class FakeEngine(Engine):
 
     A step through the whole span takes `step_s` plus `row_s` for each of its rows, times the variant's `slowness`:
     virtual seconds under a MockClock. What its blocks know lies in pages, as the keys and values of a real engine do,
-    so that a page given out twice changes tokens, too.
+    so that a page given out twice changes tokens, too. The model with the id FAKE_GGUF_MODEL is a GGUF package, which
+    has one variant, any other is a safetensors package.
     """
 
     _sessions: "dict[SessionId, _Session]"
@@ -94,10 +97,12 @@ class FakeEngine(Engine):
         *,
         step_s: float = 0.0,
         row_s: float = 0.0,
-        variants: Iterable[Variant] = FAKE_VARIANTS,
+        variants: Iterable[Variant] | None = None,
         slowness: Mapping[Variant, float] | None = None,
     ) -> None:
-        super().__init__(info, variants)
+        """`variants`: those that are ready; None: all that there are."""
+        self._possible = fake_variants(info.model)
+        super().__init__(info, self._possible if variants is None else variants)
         self._slowness = slowness or {}
         self._step_s = step_s
         self._row_s = row_s
@@ -108,7 +113,7 @@ class FakeEngine(Engine):
         """Pretend to build a variant, which takes no time."""
         await trio.lowlevel.checkpoint()
         self._raise_if_crashed()
-        if variant not in FAKE_VARIANTS:
+        if variant not in self._possible:
             raise EngineError(f"there is no variant {variant}")
         self._variants.add(variant)
 
@@ -244,7 +249,7 @@ def expected_tokens(
     pages = tuple(range(-(-positions // PAGE_POSITIONS)))
     session = _Session(
         replace(info, blocks=BlockRange(0, info.block_count)),
-        SessionOptions(sampling=sampling),
+        SessionOptions(variant=REFERENCE, sampling=sampling),
         {},
         KvReservation(positions=positions, pages=pages),
     )
