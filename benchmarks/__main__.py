@@ -16,7 +16,18 @@ from pathlib import Path
 QUICK = ("hop", "ping", "memory", "connections", "flood", "spread")
 LONG = (
     *("crash", "mutations", "growth", "failover", "churn", "wan", "joining", "pipeline", "wan_methods", "selector"),
-    *("engine", "methods", "learning", "placement", "paths", "architectures"),
+    *(
+        "engine",
+        "methods",
+        "learning",
+        "placement",
+        "paths",
+        "architectures",
+        "resident",
+        "gguf_import",
+        "hub_import",
+        "llamacpp",
+    ),
 )
 WITH_ARGUMENTS = {"consensus": "DATASET_DIR", "trace": "FILE", "link": "HOST:PORT"}
 """Benchmarks that need arguments."""

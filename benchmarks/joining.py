@@ -17,6 +17,8 @@ import trio
 
 from benchmarks.common import demo_package, describe_machine, spread_of, verdict
 from node.models.store import Package
+from node.stages.memory_admission import span_bytes_for
+from protocol.identity import BlockRange
 from tests.process.daemons import MODEL, is_complete, running_daemon, until
 
 TARGET_S = 15.0
@@ -35,7 +37,7 @@ async def measure(rounds: int, package: Package) -> dict[str, Any]:
     """Return all figures; times are in seconds."""
     manifest = package.manifest
     third_bytes = sum(file.size_bytes for file in manifest.blocks[10:20])
-    memory_bytes = int((third_bytes + manifest.embed.size_bytes + manifest.head.size_bytes) / 0.75) + (8 << 20)
+    memory_bytes = span_bytes_for(manifest, BlockRange(10, 20))
     joins = []
     with TemporaryDirectory(prefix="metaswarm-joining-") as folder:
         async with (

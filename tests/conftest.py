@@ -35,6 +35,7 @@ SLOW = (
     "tests/unit/coordinator/test_trial_runner.py",
     "tests/unit/models/test_demo_model.py",
     "tests/unit/models/test_gguf_import.py",
+    "tests/unit/models/test_hub.py",
     "tests/unit/models/test_importer.py",
     "tests/unit/models/test_tokenizer_service.py",
     "tests/unit/network/",

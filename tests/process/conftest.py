@@ -1,6 +1,6 @@
 """Fixtures of the tests with real daemons and the real model."""
 
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack
 from functools import partial
 from pathlib import Path
@@ -10,7 +10,7 @@ import pytest
 
 from node.models.importer import import_model
 from node.models.store import ModelStore, Package
-from tests.process.daemons import MODEL, THIRDS, Daemon, StartDaemon, complete_swarm, running_daemon, swarm_in_thread
+from tests.process.daemons import MODEL, Daemon, StartDaemon, complete_swarm, running_daemon
 
 
 @pytest.fixture
@@ -32,13 +32,6 @@ async def start_daemon(tmp_path: Path) -> AsyncIterator[StartDaemon]:
 async def start_swarm(start_daemon: StartDaemon, package: Package) -> Callable[..., Awaitable[list[Daemon]]]:
     """Start a swarm that lives as long as the test; see `complete_swarm`."""
     return partial(complete_swarm, start_daemon)
-
-
-@pytest.fixture(scope="package")
-def thirds(package: Package, tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[Daemon]]:
-    """Three daemons with a third of the model each, of which the first has a draft model; for tests that end none."""
-    with swarm_in_thread(tmp_path_factory.mktemp("thirds"), *THIRDS, flags=("--draft", MODEL)) as daemons:
-        yield daemons
 
 
 @pytest.fixture(scope="session")

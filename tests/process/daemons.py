@@ -1,13 +1,11 @@
 """Runs real daemons on loopback, as child processes."""
 
-import itertools
 import json
 import resource
 import signal
 import subprocess
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from contextlib import AsyncExitStack, asynccontextmanager, contextmanager, nullcontext
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import asynccontextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -114,38 +112,6 @@ async def complete_swarm(start: StartDaemon, *spans: str, flags: Sequence[str] =
             nursery.start_soon(start_another, span)
     await until(partial(is_complete, first))
     return [daemons[span] for span in spans]
-
-
-@contextmanager
-def swarm_in_thread(folder: Path, *spans: str, flags: Sequence[str] = ()) -> Iterator[list[Daemon]]:
-    """Run a complete swarm for several tests, each of which has an event loop of its own; they must not end it."""
-    started: Future[tuple[list[Daemon], Callable[[], None]]] = Future()
-
-    async def run() -> None:
-        leave, token = trio.Event(), trio.lowlevel.current_trio_token()
-        async with AsyncExitStack() as stack:
-
-            async def start(*flags: str) -> Daemon:
-                numbered = folder / f"node-{next(numbers)}"
-                return await stack.enter_async_context(running_daemon(numbered, *flags))
-
-            daemons = await complete_swarm(start, *spans, flags=flags)
-            started.set_result((daemons, lambda: token.run_sync_soon(leave.set)))
-            await leave.wait()
-
-    numbers = itertools.count(1)
-    with ThreadPoolExecutor(1) as pool:
-        ended = pool.submit(trio.run, run)
-        either: tuple[Future[Any], ...] = (started, ended)
-        wait(either, return_when=FIRST_COMPLETED)
-        if not started.done():
-            ended.result()  # raises what went wrong
-        daemons, leave = started.result()
-        try:
-            yield daemons
-        finally:
-            leave()
-            ended.result()
 
 
 def limit_files(pid: int, limit_bytes: int | None) -> None:

@@ -40,12 +40,13 @@ async def held(daemon: Daemon) -> int:
 
 
 async def test_peer_without_model_files_submits(
-    thirds: list[Daemon], start_daemon: StartDaemon, package: Package, tmp_path: Path
+    start_swarm: StartSwarm, start_daemon: StartDaemon, package: Package, tmp_path: Path
 ) -> None:
+    first, second = await start_swarm(*HALVES)
     newcomer = await start_daemon(
         "--no-catalogue",
         "--bootstrap",
-        thirds[1].multiaddr,
+        second.multiaddr,
         environment={"METASWARM_CACHE_DIR": str(tmp_path / "empty cache")},
     )
     await until(lambda: is_complete(newcomer))
@@ -60,9 +61,8 @@ async def test_peer_without_model_files_submits(
     }
     assert "Paris" in answer["text"]
     assert answer["route"] == [
-        {"peer": thirds[0].peer_id, "start": 0, "end": 10},
-        {"peer": thirds[1].peer_id, "start": 10, "end": 20},
-        {"peer": thirds[2].peer_id, "start": 20, "end": 30},
+        {"peer": first.peer_id, "start": 0, "end": 15},
+        {"peer": second.peer_id, "start": 15, "end": 30},
     ]
     assert answer["usage"]["completion_tokens"] == len(answer["token_ids"])
     assert set(answer["usage"]) == {"prompt_tokens", "completion_tokens", "cached_tokens", "accepted_draft_tokens"}
@@ -74,7 +74,7 @@ async def test_peer_without_model_files_submits(
     received = (await newcomer.get("/swarm/status"))["transfers"]["received_bytes"]
     tokenizer_bytes = sum(file.size_bytes for file in package.manifest.tokenizer_files)
     assert sum(received.values()) == tokenizer_bytes + len(package.manifest.data)
-    assert set(received) <= {daemon.peer_id for daemon in thirds}
+    assert set(received) <= {first.peer_id, second.peer_id}
     assert not list((tmp_path / "empty cache").rglob("*.safetensors"))
 
 

@@ -5,6 +5,8 @@ from pathlib import Path
 import trio
 
 from node.models.store import Package
+from node.stages.memory_admission import span_bytes_for
+from protocol.identity import BlockRange
 from tests.process.daemons import MODEL, StartDaemon, is_complete, until
 
 JOIN_LIMIT_S = 60.0
@@ -32,7 +34,7 @@ async def test_node_with_empty_disk_fetches_blocks_from_peers_and_serves(
     manifest = package.manifest
     third = manifest.blocks[10:20]
     third_bytes = sum(file.size_bytes for file in third)
-    memory_bytes = int((third_bytes + manifest.embed.size_bytes + manifest.head.size_bytes) / 0.75) + (8 << 20)
+    memory_bytes = span_bytes_for(manifest, BlockRange(10, 20))
     # Both have every file on disk, whatever they serve, and give what they have. What a node serves it has checked
     # itself; damaged are files that one of them has and does not serve.
     damaged = cache_with(package, tmp_path / "damaged", blocks=(12, 17))

@@ -8,7 +8,7 @@ import pytest
 import trio
 
 from node.models.store import Package
-from selector.task import BASELINE, PORTFOLIO, Method
+from selector.task import BASELINE, PORTFOLIO, Method, portfolio
 from tests.process.daemons import MODEL, THIRDS, Daemon, until
 from tests.process.test_parity import TEXT, generate, whole_model
 from tests.support.tokenizers import load_tokenizer
@@ -28,7 +28,7 @@ PROMPTS = (
 )
 """Mixed lengths, from one token to about 130; half of them begin alike, and one repeats itself."""
 
-EXACT = [name for name, method in PORTFOLIO.items() if method.exact]
+EXACT = [method.name for method in portfolio("safetensors") if method.exact]
 
 
 def test_every_switch_value_of_an_exact_method_is_tested() -> None:
@@ -62,9 +62,9 @@ def expected(package: Package) -> list[tuple[list[int], list[int]]]:
 
 @pytest.mark.timeout(900)  # each of the engines is first built and warmed by every stage
 async def test_exact_methods_equal_transformers_alone_and_in_batches_of_eight(
-    thirds: list[Daemon], expected: list[tuple[list[int], list[int]]]
+    start_swarm: StartSwarm, expected: list[tuple[list[int], list[int]]]
 ) -> None:
-    await check_methods(thirds, expected, combined_methods())
+    await check_methods(await start_swarm(*THIRDS, flags=("--draft", MODEL)), expected, combined_methods())
 
 
 @pytest.mark.soak

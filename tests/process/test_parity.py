@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from node.models.store import Package
-from tests.process.daemons import Daemon
+from tests.process.daemons import THIRDS, Daemon
 from tests.support.tokenizers import load_tokenizer
 
 NEW_TOKENS = 12
@@ -73,9 +73,9 @@ def test_prompts_are_short_and_long(expected: list[tuple[list[int], list[int]]])
 
 
 async def test_greedy_tokens_equal_transformers_over_three_stages(
-    thirds: list[Daemon], expected: list[tuple[list[int], list[int]]]
+    start_swarm: StartSwarm, expected: list[tuple[list[int], list[int]]]
 ) -> None:
-    await check(thirds, expected)
+    await check(await start_swarm(*THIRDS), expected)
 
 
 @pytest.mark.parametrize(

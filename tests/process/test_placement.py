@@ -5,6 +5,8 @@ from pathlib import Path
 import trio
 
 from node.models.store import Package
+from node.stages.memory_admission import span_bytes_for
+from protocol.identity import BlockRange
 from tests.process.daemons import MODEL, Daemon, StartDaemon, is_complete, until
 
 RECOVERY_S = 120.0
@@ -15,8 +17,7 @@ async def test_spare_peer_moves_to_blocks_of_killed_peer(
     start_daemon: StartDaemon, package: Package, tmp_path: Path
 ) -> None:
     manifest = package.manifest
-    half_bytes = sum(file.size_bytes for file in manifest.blocks[:15])
-    memory_bytes = int((half_bytes + manifest.embed.size_bytes + manifest.head.size_bytes) / 0.75) + (8 << 20)
+    memory_bytes = max(span_bytes_for(manifest, half) for half in (BlockRange(0, 15), BlockRange(15, 30)))
     first = await start_daemon("--serve", f"{MODEL}:0-15", "--threads", "1")
     joined: dict[str, Daemon] = {}
 

@@ -17,13 +17,14 @@ from node.coordinator.observation import Recorder
 from node.coordinator.planner import SwarmView
 from node.coordinator.submission import JobRequest, JobResult
 from node.engine.device import Device
-from node.engine.interface import REFERENCE, EngineCrashed, SpanInfo, Variant
+from node.engine.interface import REFERENCE, EngineCrashed, SpanInfo, Variant, reference_variant
 from node.identity import Identity
 from node.models.library import KnownModel
 from node.models.vocabulary import Vocabulary
 from node.network.addresses import AddressBook
 from node.network.interface import Network
 from node.stages.block_placement import PlacementAnnouncements
+from node.stages.memory_admission import span_bytes_for
 from node.stages.scheduler import PolicyController
 from node.stages.span import Span
 from node.stages.span_supervisor import ServingOptions, SpanSupervisor
@@ -33,13 +34,14 @@ from node.swarm.dht_records import RecordKinds
 from node.swarm.heartbeats import OwnServices
 from node.swarm.link_estimates import LinkEstimates
 from node.swarm.membership import Membership
-from node.testing.fake_engine import FAKE_MODEL, FAKE_VARIANTS, FakeEngine, fake_span_info
+from node.testing.fake_engine import FAKE_GGUF_MODEL, FAKE_MODEL, FakeEngine, fake_format, fake_span_info
 from node.testing.memory_links import LinkModel
 from node.testing.memory_network import MemoryNetworkHub
 from node.util.offload import run_inline
 from protocol.identity import BlockRange, JobId, ModelId, PeerId, SessionId
 from protocol.messages import Open, Sampling, Slice, Step
 from protocol.tensors import tensor_from_tokens
+from selector.cuts import Cuts
 from selector.routing import Links
 from selector.task import BASELINE
 from tests.support.heuristic_selection import HeuristicChooser, HeuristicVoter, NullQualityStore
@@ -84,18 +86,33 @@ class _Shape:
     hidden_size: int = 32
     vocabulary_size: int = VOCABULARY
     max_positions: int = 4096
-    config: dict[str, Any] = field(default_factory=dict)
-    embed: _File = _File()
-    blocks: tuple[_File, ...] = (_File(),) * BLOCKS
+    config: dict[str, Any] = field(default_factory=lambda: {"hidden_size": 32, "num_attention_heads": 1})
+    format: str = "safetensors"
+    tied: bool = False
+    common: None = None
+    embed: _File = _File(4 * VOCABULARY * 32)
+    blocks: tuple[_File, ...] = (_File(8 << 20),) * BLOCKS
     head: _File = _File()
 
     tokenizer: str = "numbers"
+    granularity: int = 1
+
+    @property
+    def cuts(self) -> Cuts:
+        return Cuts(self.block_count, self.granularity)
+
+    @property
+    def weight_files(self) -> list[_File]:
+        return [self.embed, *self.blocks, self.head]
 
     def files_for(self, blocks: BlockRange) -> list[_File]:
         return [_File()] * len(blocks)
 
     def has_tokens_of(self, other: "_Shape") -> bool:
         return self.tokenizer == other.tokenizer
+
+
+_GGUF = _Shape(FAKE_GGUF_MODEL, config={"weight_type": "Q4_1"}, format="gguf", blocks=(_File(1024),) * BLOCKS)
 
 
 def wall_clock() -> float:
@@ -106,8 +123,10 @@ def wall_clock() -> float:
 class FakeLibrary:
     """Has every file of the fake model, which knows numbers, and of one that knows nothing else than letters."""
 
+    granularity = 1
+
     async def manifest(self, text: str, **options: object) -> Any:
-        return _Shape(tokenizer="letters" if text == "letters" else "numbers")
+        return _Shape(tokenizer="letters" if text == "letters" else "numbers", granularity=self.granularity)
 
     async def weights(self, manifest: object, blocks: BlockRange, **options: object) -> Any:
         await trio.sleep(1)
@@ -120,16 +139,16 @@ class FakeLibrary:
         return "fake"
 
 
-class OneModel:
-    """Knows the fake engine's model under any name."""
+class FakeModels:
+    """Knows the fake engine's GGUF model under the name "fake-gguf", and its other one under any other name."""
 
     def __init__(self, tokenizer: NumberTokenizer) -> None:
-        info = fake_span_info(BlockRange(0, BLOCKS), block_count=BLOCKS)
-        self.known = KnownModel(info.model, "fake", cast("Any", _Shape()), cast("Any", tokenizer))
+        self.known = KnownModel(FAKE_MODEL, "fake", cast("Any", _Shape()), cast("Any", tokenizer))
+        self.gguf = KnownModel(FAKE_GGUF_MODEL, "fake-gguf", cast("Any", _GGUF), cast("Any", tokenizer))
 
     async def open(self, text: str) -> KnownModel:
         await trio.lowlevel.checkpoint()
-        return self.known
+        return self.gguf if text in {self.gguf.name, self.gguf.id} else self.known
 
 
 @dataclass
@@ -142,7 +161,7 @@ class Peer:
     coordinator: Coordinator
     tokenizer: NumberTokenizer
     placements: PlacementAnnouncements
-    models: OneModel
+    models: FakeModels
     engines: list[FakeEngine] = field(default_factory=list)
 
     @property
@@ -185,7 +204,7 @@ class Swarm:
         self,
         *spans: tuple[int, int],
         step_s: float = 0.01,
-        variants: Iterable[Variant] = FAKE_VARIANTS,
+        variants: Iterable[Variant] | None = None,
         chooser: Chooser | None = None,
         voter: Voter | None = None,
         recorder: Recorder | None = None,
@@ -198,7 +217,8 @@ class Swarm:
     ) -> Peer:
         """Start a peer that serves spans of the fake model; the first peer of the swarm is its bootstrap peer.
 
-        `draft`: the engine of a whole model, which drafts for jobs whose first blocks are served here.
+        `variants`: of its engines when they start; None: all. `draft`: the engine of a whole model, which drafts for
+        jobs whose first blocks are served here. `shape`: of the model, see `fake_span_info`.
         """
         identity = Identity(self.rng.randbytes(32))
         network = self.hub.network(identity.peer_id)
@@ -214,7 +234,7 @@ class Swarm:
         placements = PlacementAnnouncements(lambda: membership.announce(), wall_clock)
         membership = self._membership(identity, network, stages, placements)
         tokenizer = NumberTokenizer()
-        models = OneModel(tokenizer)
+        models = FakeModels(tokenizer)
         links = self._links(network, membership)
         coordinator = Coordinator(
             models.open,
@@ -237,17 +257,20 @@ class Swarm:
             FakeEngine,
             step_s=step_s,
             row_s=step_s / 100 if row_s is None else row_s,
-            variants=tuple(variants),
+            variants=None if variants is None else tuple(variants),
             slowness=slowness,
         )
         await self._nursery.start(self._carry, peer, spans, make_engine, draft, shape)
         return peer
 
-    async def join_where_needed(self, blocks: int, library: Any = None, *, draft: str | None = None) -> Peer:
-        """Start a peer that serves a number of blocks of the fake model, of its own choice."""
+    async def join_where_needed(
+        self, length: int, library: Any = None, *, draft: str | None = None, blocks: BlockRange | None = None
+    ) -> Peer:
+        """Start a peer that serves a number of blocks of the fake model, of its own choice, or certain blocks."""
         peer = await self.join()
         shape = _Shape()
-        memory_bytes = (blocks * shape.blocks[0].size_bytes + shape.embed.size_bytes + shape.head.size_bytes) / 0.75
+        anywhere = [BlockRange(0, length), BlockRange(BLOCKS - length, BLOCKS)]
+        memory_bytes = max(span_bytes_for(cast("Any", shape), span) for span in anywhere)
 
         @asynccontextmanager
         async def start_engine(package: object, blocks: BlockRange, options: object) -> AsyncIterator[FakeEngine]:
@@ -258,8 +281,8 @@ class Swarm:
 
         serving = SpanSupervisor(
             ServingOptions(
-                specs=[ServeSpec("fake")],
-                memory_bytes=(int(memory_bytes) + 1) * (1 if draft is None else 2),
+                specs=[ServeSpec("fake", blocks)],
+                memory_bytes=memory_bytes * (1 if draft is None else 2),
                 draft=draft,
                 threads=1,
                 device=Device("cpu", 1 << 40),
@@ -321,8 +344,12 @@ class Swarm:
             await trio.sleep_forever()
 
     async def _run_draft_model(self, peer: Peer, engine: FakeEngine, *, task_status: trio.TaskStatus[None]) -> None:
+        package_format = fake_format(engine.info.model)
+        target = FAKE_GGUF_MODEL if package_format == "gguf" else FAKE_MODEL
         try:
-            await peer.stages.run_draft_model(engine, REFERENCE, [FAKE_MODEL], task_status=task_status)
+            await peer.stages.run_draft_model(
+                engine, reference_variant(package_format), [target], task_status=task_status
+            )
         except* EngineCrashed:
             peer.engines.remove(engine)
 

@@ -24,6 +24,7 @@ from node.models.importer import import_model
 from node.models.store import ModelStore
 from node.network import probe_port
 from node.network.host import Libp2pNetwork
+from node.stages.memory_admission import span_bytes_for
 from node.storage.database import DATABASE_FILE, open_database
 from node.storage.history import HistoryStore
 from node.swarm.dht_records import RecordKinds
@@ -166,9 +167,10 @@ async def test_missing_block(config: NodeConfig) -> None:
 async def test_no_memory(config: NodeConfig, tmp_path: Path) -> None:
     package = import_model(str(write_checkpoint(tmp_path / "checkpoint")), ModelStore(config.cache_dir))
     spec = ServeSpec(package.model_id, BlockRange(0, 2))
-    needed = package.manifest.bytes_of(BlockRange(0, 2))
-    found = await diagnose(replace(config, serve=(spec,), memory_bytes=needed - 1))
+    needed = span_bytes_for(package.manifest, BlockRange(0, 2))
+    found = await diagnose(replace(config, serve=(spec,), memory_bytes=needed // 16))
     assert only(found) == (Fault.NO_MEMORY, Consequence.SERVE)
+    assert f"give the node --memory {needed >> 20}MiB, or fewer blocks" in found.findings[0].message
     assert (await diagnose(replace(config, serve=(spec,), memory_bytes=needed))).healthy
 
 
