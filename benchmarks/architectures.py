@@ -39,7 +39,7 @@ from node.engine.interface import (
 )
 from node.engine.kv_allocator import KvAllocator
 from node.engine.loading import describe
-from node.engine.shard import Shard
+from node.engine.torch_shard import TorchShard
 from node.models.store import Package
 from protocol.identity import BlockRange, JobId, SessionId
 from protocol.messages import Sampling
@@ -121,7 +121,7 @@ def main() -> int:
     names = options.names or [*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, *VARIATIONS][part - 1 :: parts]
     counts: Counter[str] = Counter()
     began_s = time.monotonic()
-    _CONTEXT.set_forkserver_preload(["node.engine.architecture", "node.engine.shard"])
+    _CONTEXT.set_forkserver_preload(["node.engine.architecture", "node.engine.torch_shard"])
     with ThreadPoolExecutor(options.processes) as pool:
         for name, (outcome, reason, took_s) in zip(
             names, pool.map(partial(_apart, timeout_s=options.timeout_s), names), strict=True
@@ -203,7 +203,7 @@ class _Engine:
 
     def __init__(self, package: Package, blocks: BlockRange) -> None:
         options = EngineOptions(kv_positions=512, memory_bytes=1 << 30, threads=1)
-        self.shard = Shard(source_from_package(package, blocks), blocks, options)
+        self.shard = TorchShard(source_from_package(package, blocks), blocks, options)
         self.pages = KvAllocator(self.shard.info)
 
     def begin(self, session: SessionId, positions: int, variant: Variant) -> None:

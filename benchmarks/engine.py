@@ -23,7 +23,7 @@ import torch
 from benchmarks.rivals import Generate, NotInstalledError, rivals
 from node.engine.interface import EngineError, EngineOptions, SessionOptions, SliceInput, Variant, source_from_package
 from node.engine.kv_allocator import KvAllocator
-from node.engine.shard import Shard
+from node.engine.torch_shard import TorchShard
 from node.models.catalogue import DEMO_MODEL
 from node.models.importer import import_model
 from node.models.store import ModelStore, Package
@@ -155,12 +155,12 @@ def _show(report: dict[str, Any]) -> None:
         print(f"{name}: not measured: {why}")
 
 
-def _shard(package: Package, device: str) -> Shard:
+def _shard(package: Package, device: str) -> TorchShard:
     blocks = BlockRange(0, package.manifest.block_count)
-    return Shard(source_from_package(package, blocks), blocks, EngineOptions(kv_positions=8192, device=device))
+    return TorchShard(source_from_package(package, blocks), blocks, EngineOptions(kv_positions=8192, device=device))
 
 
-def _ours_all(shard: Shard, names: Iterable[str], count: int) -> dict[str, Callable[[], Measured]]:
+def _ours_all(shard: TorchShard, names: Iterable[str], count: int) -> dict[str, Callable[[], Measured]]:
     runs = {}
     for name in names:
         engine, _, arithmetic = name.partition("/")
@@ -173,7 +173,7 @@ def _ours_all(shard: Shard, names: Iterable[str], count: int) -> dict[str, Calla
     return runs
 
 
-def _ours(shard: Shard, variant: Variant, count: int) -> Callable[[], Measured]:
+def _ours(shard: TorchShard, variant: Variant, count: int) -> Callable[[], Measured]:
     pages = KvAllocator(shard.info)
     options = SessionOptions(sampling=Sampling(max_tokens=1), variant=variant)
 

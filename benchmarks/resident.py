@@ -25,7 +25,7 @@ from safetensors.torch import save_file
 from benchmarks.common import describe_machine
 from node.engine.interface import REFERENCE, EngineOptions, SessionOptions, ShardSource, SliceInput, Variant
 from node.engine.kv_allocator import KvAllocator
-from node.engine.shard import Shard
+from node.engine.torch_shard import TorchShard
 from protocol.identity import BlockRange, JobId, ModelId, SessionId
 from protocol.messages import Sampling
 from protocol.tensors import tensor_from_tokens, tokens_from_tensor
@@ -87,7 +87,7 @@ def weigh(source: ShardSource, layers: int, name: str, graphs: Path) -> dict[str
     """Return the memory of this process with a variant, and how long it took to load and to build."""
     variant = Variant(*name.split("/"))
     started_s = time.perf_counter()
-    shard = Shard(source, BlockRange(0, layers), EngineOptions(kv_positions=1024, cache_dir=graphs))
+    shard = TorchShard(source, BlockRange(0, layers), EngineOptions(kv_positions=1024, cache_dir=graphs))
     loaded_s = time.perf_counter()
     shard.prepare(variant)
     built_s = time.perf_counter()
@@ -105,7 +105,7 @@ def weigh(source: ShardSource, layers: int, name: str, graphs: Path) -> dict[str
     }
 
 
-def run_job(shard: Shard, variant: Variant) -> tuple[float, float]:
+def run_job(shard: TorchShard, variant: Variant) -> tuple[float, float]:
     """Run a short job; return seconds until its first token, and the median of the others."""
     pages = KvAllocator(shard.info)
     session = SessionId(JobId("0" * 32), 0)

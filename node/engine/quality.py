@@ -32,7 +32,8 @@ from node.engine.interface import (
     reference_variant,
     source_from_package,
 )
-from node.engine.shards import AnyShard, open_shard
+from node.engine.open_shard import open_shard
+from node.engine.shard import Shard
 from node.models.manifest import MANIFEST_FILE, parse_manifest
 from node.models.store import Package
 from node.util.priority import yield_to_others
@@ -93,7 +94,7 @@ def measure_quality(
 
 
 def _compare(
-    shard: AnyShard,
+    shard: Shard[Any],
     rows: Mapping[KvCompatibilityKey, Sequence[npt.NDArray[Any]]],
     reference: KvCompatibilityKey,
     texts: Sequence[npt.NDArray[np.int64]],

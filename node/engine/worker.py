@@ -13,10 +13,11 @@ import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from io import BufferedReader
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from node.engine.interface import REFERENCE, EngineError, Variant
-from node.engine.shards import AnyShard, open_shard
+from node.engine.open_shard import open_shard
+from node.engine.shard import Shard
 from node.engine.worker_protocol import (
     PREFIX,
     Buffer,
@@ -82,7 +83,7 @@ def main() -> None:
                 _send(connection, encode_result(header["call"], result))
 
 
-def _prepare(shard: AnyShard, header: Header, connection: socket.socket) -> None:
+def _prepare(shard: Shard[Any], header: Header, connection: socket.socket) -> None:
     try:
         shard.prepare(Variant(*header["variant"]))
     except Exception as error:  # noqa: BLE001  # the span is served without this variant

@@ -86,20 +86,20 @@ class SpanContext:
         self._loaded.states = self._states
         self._ends: dict[int, int] = {}
         """By sequence, the position after its last one."""
-        self._use(self._open(min(FIRST_POSITIONS, options.positions)))
+        positions = min(FIRST_POSITIONS, options.positions)
+        if (context := self._open(positions)) is None:
+            raise EngineError(f"llama.cpp has too little memory for {positions} positions of KV cache")
+        self._use(context, positions)
         takes_tokens = options.first and options.last
         self._batch = _BatchArrays(BATCH_ROWS, None if takes_tokens else self.hidden_size)
 
-    def _open(self, positions: int) -> int:
-        """Return a context with KV memory for `positions`. Raises EngineError."""
-        context: int | None = self._library.llama_init_from_model(self._model, self._parameters(positions))
-        if not context:
-            raise EngineError(f"llama.cpp has too little memory for {positions} positions of KV cache")
-        self._positions = positions
-        return context
+    def _open(self, positions: int) -> int | None:
+        """Return a context with KV memory for `positions`, or None where there is no memory for it."""
+        return self._library.llama_init_from_model(self._model, self._parameters(positions)) or None
 
-    def _use(self, context: int) -> None:
+    def _use(self, context: int, positions: int) -> None:
         self._loaded.context = self._context = context
+        self._positions = positions
         self._memory = self._library.llama_get_memory(context)
 
     def _parameters(self, positions: int) -> Any:
@@ -121,8 +121,12 @@ class SpanContext:
     def run(self, parts: Sequence[SequenceRows]) -> list[Floats]:
         """Return for each part the hidden states of its rows or, on a last span, logits after its trailing ones.
 
-        Raises PassFailed; what the parts have written into KV memory is dropped then.
+        Positions that a sequence holds from a part's on are dropped first (a rollback). Raises PassFailed; what the
+        parts have written into KV memory is dropped then.
         """
+        for part in parts:
+            if part.position < self._ends.get(part.sequence, 0):
+                self.truncate(part.sequence, part.position)
         if (embedding := self._options.embedding) is not None:
             parts = [replace(part, rows=embedding.rows(part.rows)) for part in parts]
         ends = self._ends | {part.sequence: part.position + len(part.rows) for part in parts}
@@ -180,26 +184,27 @@ class SpanContext:
         taken = self._states.taken
         states = taken[0] if len(taken) == 1 else np.concatenate(taken)
         if len(states) != count:
-            raise EngineError(f"llama.cpp computed {len(states)} rows of hidden states, not {count}")
+            raise PassFailed(f"llama.cpp computed {len(states)} rows of hidden states, not {count}")
         return states
 
     def _logits(self, row: int) -> Floats:
         pointer = self._library.llama_get_logits_ith(self._context, row)
         if not pointer:
-            raise EngineError("llama.cpp has no logits of a row that it was asked for")
+            raise PassFailed("llama.cpp has no logits of a row that it was asked for")
         return np.ctypeslib.as_array(pointer, (1, self.vocabulary_size)).copy()
 
     def _grow(self, positions: int) -> None:
-        """Move what the sequences hold into larger KV memory. Raises EngineError."""
+        """Move what the sequences hold into larger KV memory. Raises PassFailed; the former is in use then."""
         library, former = self._library, self._context
-        context = self._open(positions)
+        if (context := self._open(positions)) is None:
+            raise PassFailed(f"llama.cpp has too little memory for {positions} positions of KV cache")
         for sequence in self._ends:
             state = np.empty(library.llama_state_seq_get_size(former, sequence), np.uint8)
             library.llama_state_seq_get_data(former, state.ctypes.data, state.nbytes, sequence)
             if not library.llama_state_seq_set_data(context, state.ctypes.data, state.nbytes, sequence):
                 library.llama_free(context)
-                raise EngineError(f"llama.cpp could not move a session into KV memory of {positions} positions")
-        self._use(context)
+                raise PassFailed(f"llama.cpp could not move a session into KV memory of {positions} positions")
+        self._use(context, positions)
         library.llama_free(former)
 
     def truncate(self, sequence: int, position: int) -> None:

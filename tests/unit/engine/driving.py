@@ -4,7 +4,7 @@ import itertools
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, cast
+from typing import Any
 
 from node.engine.base import Engine
 from node.engine.interface import (
@@ -18,13 +18,10 @@ from node.engine.interface import (
     Variant,
 )
 from node.engine.kv_allocator import KvAllocator
+from node.engine.shard import Shard
 from protocol.identity import BlockRange, JobId, SessionId
 from protocol.messages import Sampling
 from protocol.tensors import Tensor, tensor_from_tokens, tokens_from_tensor
-
-if TYPE_CHECKING:  # neither is loaded for tests of the other
-    from node.engine.llamacpp.shard import LlamaShard
-    from node.engine.shard import Shard
 
 DEVICE = os.environ.get("METASWARM_TEST_DEVICE", "cpu")
 """What the engines of these tests compute on: `make gpu` has them repeated on a GPU."""
@@ -45,9 +42,9 @@ def spans(block_count: int, count: int) -> list[BlockRange]:
 class InProcess:
     """Gives a Shard, which computes at once, the calls of an Engine, also without waiting."""
 
-    def __init__(self, shard: "Shard | LlamaShard") -> None:
+    def __init__(self, shard: Shard[Any]) -> None:
         self.info = shard.info
-        self.shard = cast("Shard", shard)  # both have the same calls
+        self.shard = shard
         self.pages = KvAllocator(shard.info)
 
     def open_now(self, session: SessionId, positions: int, options: SessionOptions | None = None) -> None:

@@ -19,7 +19,7 @@ from node.engine.architecture import (
 )
 from node.engine.interface import EngineError, EngineOptions, SliceInput, source_from_package
 from node.engine.loading import describe
-from node.engine.shard import Shard
+from node.engine.torch_shard import TorchShard
 from node.models.layout import BY_NAME
 from node.models.manifest import constant_positions
 from node.models.store import Package
@@ -43,7 +43,7 @@ def model_type(content: object) -> str:
 
 def shards_of(package: Package, count: int) -> list[InProcess]:
     return [
-        InProcess(Shard(source_from_package(package, blocks), blocks, OPTIONS))
+        InProcess(TorchShard(source_from_package(package, blocks), blocks, OPTIONS))
         for blocks in spans(package.manifest.block_count, count)
     ]
 
@@ -79,7 +79,7 @@ def test_last_span_whose_file_lacks_the_final_norm_is_not_served(tmp_path: Path)
     count = package.manifest.block_count
     last = BlockRange(count - 1, count)
     with pytest.raises(EngineError, match=r"files lack model\.layer_norm"):
-        Shard(source_from_package(package, last), last, OPTIONS)
+        TorchShard(source_from_package(package, last), last, OPTIONS)
 
 
 @pytest.mark.parametrize(

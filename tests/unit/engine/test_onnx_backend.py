@@ -9,7 +9,7 @@ import torch
 
 from node.engine.backends import onnx
 from node.engine.interface import EngineOptions, SessionOptions, SliceInput, Variant
-from node.engine.shard import Shard
+from node.engine.torch_shard import TorchShard
 from node.util.disk_cache import FolderCache
 from protocol.identity import BlockRange
 from protocol.tensors import tensor_from_tokens, tokens_from_tensor
@@ -22,7 +22,7 @@ WHOLE = BlockRange(0, BLOCKS)
 
 
 def engine_of(tiny: TinyModel, cache_dir: Path, variant: Variant = GRAPHS) -> InProcess:
-    shard = Shard(tiny.source(WHOLE), WHOLE, EngineOptions(kv_positions=512, cache_dir=cache_dir))
+    shard = TorchShard(tiny.source(WHOLE), WHOLE, EngineOptions(kv_positions=512, cache_dir=cache_dir))
     shard.prepare(variant)
     return InProcess(shard)
 

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import pytest
 
 from node.engine.interface import REFERENCE, EngineOptions, Variant
-from node.engine.shard import Shard
+from node.engine.torch_shard import TorchShard
 from protocol.identity import BlockRange
 from tests.unit.engine.driving import DEVICE, InProcess, Part, decode, spans
 from tests.unit.engine.tiny_models import BLOCKS, COUNT, FAMILIES, PROMPT, TinyModel
@@ -20,7 +20,7 @@ async def test_spans_give_the_tokens_of_generate(family: str, make_tiny_model: C
     for count in range(1, BLOCKS + 1):
         for blocks in spans(BLOCKS, count):
             if blocks not in shards:
-                shards[blocks] = InProcess(Shard(tiny.source(blocks), blocks, OPTIONS))
+                shards[blocks] = InProcess(TorchShard(tiny.source(blocks), blocks, OPTIONS))
         engines = [shards[blocks] for blocks in spans(BLOCKS, count)]
         assert await decode(engines, PROMPT, COUNT) == tiny.tokens, f"{count} spans"
     # The cuts above are 1, 2, 3 and 4 spans; a prompt that arrives in parts must not matter either.
@@ -31,7 +31,7 @@ async def test_spans_give_the_tokens_of_generate(family: str, make_tiny_model: C
 async def test_spans_that_overlap_may_be_cut_anywhere(family: str, make_tiny_model: Callable[[str], TinyModel]) -> None:
     tiny = make_tiny_model(family)
     whole, front, back = (
-        InProcess(Shard(tiny.source(blocks), blocks, OPTIONS))
+        InProcess(TorchShard(tiny.source(blocks), blocks, OPTIONS))
         for blocks in (BlockRange(0, BLOCKS), BlockRange(0, 3), BlockRange(1, BLOCKS))
     )
     variants = [REFERENCE]

@@ -8,7 +8,7 @@ import torch
 
 from node.engine.interface import PAGE_POSITIONS, EngineOptions, KvCompatibilityKey, Variant
 from node.engine.quality import PARTS, kv_key_of, measure_quality, split_into_parts
-from node.engine.shard import Shard
+from node.engine.torch_shard import TorchShard
 from protocol.identity import BlockRange
 from tests.unit.engine.tiny_models import BLOCKS, VOCABULARY, TinyModel
 
@@ -46,7 +46,7 @@ def test_the_figures_are_those_of_the_whole_model_at_once(make_tiny_model: Calla
     model = make_tiny_model("llama")
     texts = windows()
     found = measure_quality([(WHOLE, model.source(WHOLE))], texts, [BF16])[BF16]
-    shard = Shard(model.source(WHOLE), WHOLE, EngineOptions(kv_positions=2 * PAGE_POSITIONS))
+    shard = TorchShard(model.source(WHOLE), WHOLE, EngineOptions(kv_positions=2 * PAGE_POSITIONS))
     shard.prepare(BF16.variant)
 
     def logits(variant: Variant) -> torch.Tensor:

@@ -9,7 +9,7 @@ import torch
 
 from node.engine.backends.transformers import TransformersSpan
 from node.engine.interface import REFERENCE, EngineOptions, Variant
-from node.engine.shard import Shard
+from node.engine.torch_shard import TorchShard
 from node.engine.widened import multiply_widened
 from protocol.identity import BlockRange
 from tests.unit.engine.driving import InProcess, decode, spans
@@ -22,7 +22,7 @@ FUSED, GRAPHS = Variant("fused", "fp32"), Variant("onnxruntime", "fp32")
 
 
 def engines_of(tiny: TinyModel, count: int, options: EngineOptions = OPTIONS) -> list[InProcess]:
-    return [InProcess(Shard(tiny.source(blocks), blocks, options)) for blocks in spans(BLOCKS, count)]
+    return [InProcess(TorchShard(tiny.source(blocks), blocks, options)) for blocks in spans(BLOCKS, count)]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -48,8 +48,10 @@ async def test_model_too_large_as_fp32_is_held_as_published(
     for count in (1, 3):
         engines = []
         for blocks in spans(BLOCKS, count):
-            widened_bytes = Shard(tiny.source(blocks), blocks, OPTIONS).info.weight_bytes
-            engines.append(InProcess(Shard(tiny.source(blocks), blocks, EngineOptions(memory_bytes=widened_bytes))))
+            widened_bytes = TorchShard(tiny.source(blocks), blocks, OPTIONS).info.weight_bytes
+            engines.append(
+                InProcess(TorchShard(tiny.source(blocks), blocks, EngineOptions(memory_bytes=widened_bytes)))
+            )
             assert engines[-1].info.weight_bytes < 0.7 * widened_bytes
         assert await decode(engines, PROMPT, COUNT) == tiny.tokens, f"{count} spans"
 
@@ -69,7 +71,7 @@ def test_widened_product_is_that_of_fp32(threads: int, rows: int) -> None:
     torch.testing.assert_close(product, given @ torch.cat(matrices).float().t(), rtol=1e-5, atol=1e-4)
 
 
-def held_bytes(before: set[int], shard: Shard) -> int:
+def held_bytes(before: set[int], shard: TorchShard) -> int:
     """Return the bytes of all tensors made since, but for KV memory and views of mapped files."""
     mapped = {weight.untyped_storage().data_ptr() for weight in shard._span.model.parameters() if weight.dim() > 1}
     cache = {part.untyped_storage().data_ptr() for block in shard._kv.blocks for part in (block.keys, block.values)}
@@ -98,7 +100,7 @@ def test_variant_is_held_once(
 ) -> None:
     tiny = narrowed(make_tiny_model("llama"), dtype, tmp_path)
     before = set(storages())
-    shard = Shard(tiny.source(WHOLE), WHOLE, OPTIONS)
+    shard = TorchShard(tiny.source(WHOLE), WHOLE, OPTIONS)
     elements = sum(weight.numel() for weight in shard._span.blocks.parameters() if weight.dim() > 1) + 97 * 32
     shard.prepare(variant)
     small = 24 << 10  # norms, scales and rotary tables

@@ -8,12 +8,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-import node.engine.shard
-from node.engine.backends.interface import Rows
+import node.engine.torch_shard
 from node.engine.interface import (
     REFERENCE,
     EngineError,
@@ -24,7 +25,9 @@ from node.engine.interface import (
     StepResult,
     Variant,
 )
-from node.engine.shard import Shard, open_torch_shard
+from node.engine.kv_cache import SlotMapping
+from node.engine.shard import SessionRows
+from node.engine.torch_shard import TorchShard, open_torch_shard
 from protocol.identity import BlockRange, ModelId, SessionId
 from protocol.messages import Sampling
 from protocol.tensors import DType, Tensor, tensor_from_tokens, tokens_from_tensor
@@ -37,7 +40,7 @@ OPTIONS = EngineOptions(kv_positions=100, device=DEVICE)
 
 
 def shard_of(tiny: TinyModel, blocks: BlockRange = WHOLE, options: EngineOptions = OPTIONS) -> InProcess:
-    return InProcess(Shard(tiny.source(blocks), blocks, options))
+    return InProcess(TorchShard(tiny.source(blocks), blocks, options))
 
 
 def tokens_of(shard: InProcess, of: SessionId, position: int, tokens: Sequence[int], draws: int) -> list[int]:
@@ -226,7 +229,7 @@ def test_bad_rows_cost_their_session_alone(
 def test_failed_forward_pass_costs_only_the_faulty_sessions(
     variant: Variant, guilty: set[int], make_tiny_model: MakeTinyModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    computing = Shard(make_tiny_model("llama").source(WHOLE), WHOLE, replace(OPTIONS, kv_positions=500))
+    computing = TorchShard(make_tiny_model("llama").source(WHOLE), WHOLE, replace(OPTIONS, kv_positions=500))
     shard = InProcess(computing)
     if variant != REFERENCE:
         computing.prepare(variant)
@@ -243,12 +246,14 @@ def test_failed_forward_pass_costs_only_the_faulty_sessions(
         shard.open_now(session(number), 40, options)
     alone = [tokens_from_tensor(step_all([number]).outputs[0].tensor) for number in range(7)]
     compute, passes = computing._compute, []
-    bad = {id(computing._sessions[session(number)].slots) for number in guilty}
+    bad = {id(computing._sessions[session(number)].kv) for number in guilty}
 
-    def fail(variant: Variant, blocks: BlockRange, parts: Sequence[Rows]) -> Sequence[torch.Tensor]:
+    def fail(
+        variant: Variant, blocks: BlockRange, parts: Sequence[SessionRows[SlotMapping]]
+    ) -> Sequence[npt.NDArray[np.float32]]:
         passes.append(len(parts))
         computed = compute(variant, blocks, parts)  # which has written keys and values, too
-        if bad & {id(part.slots) for part in parts}:
+        if bad & {id(part.kv) for part in parts}:
             raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
         return computed
 
@@ -335,7 +340,7 @@ def test_gpu_error_is_one_line(
     def fail(*_arguments: object) -> None:
         raise fault
 
-    monkeypatch.setattr(node.engine.shard, "load_span", fail)
+    monkeypatch.setattr(node.engine.torch_shard, "load_span", fail)
     with pytest.raises(EngineError, match=f"^{says}$"):
         open_torch_shard(make_tiny_model("llama").source(WHOLE), WHOLE, EngineOptions(device="cuda:7"))
 
@@ -359,7 +364,7 @@ def test_unservable_model_is_refused_in_one_line(case: str) -> None:
     config, complaint = CANNOT_BE_SERVED[case]
     source = ShardSource(model=ModelId("0" * 64), config=config, block_files={0: Path("0"), 1: Path("1")})
     with pytest.raises(EngineError, match=complaint) as caught:
-        Shard(source, BlockRange(0, 2), OPTIONS)
+        TorchShard(source, BlockRange(0, 2), OPTIONS)
     assert "\n" not in str(caught.value)
 
 
@@ -380,7 +385,7 @@ def test_files_that_lack_or_spoil_weights_are_refused(make_tiny_model: MakeTinyM
         (replace(sound, config=wide), "do not fit the model's config"),
     ):
         with pytest.raises(EngineError, match=complaint) as caught:
-            Shard(source, WHOLE, OPTIONS)
+            TorchShard(source, WHOLE, OPTIONS)
         assert "\n" not in str(caught.value)
 
 

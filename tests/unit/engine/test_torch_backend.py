@@ -17,7 +17,7 @@ from node.engine.interface import (
     SliceInput,
     Variant,
 )
-from node.engine.shard import Shard
+from node.engine.torch_shard import TorchShard
 from protocol.identity import BlockRange
 from protocol.tensors import tensor_from_tokens, tokens_from_tensor
 from tests.unit.engine.driving import DEVICE, GREEDY, InProcess, decode, session, spans
@@ -32,7 +32,7 @@ FAMILIES = ["llama", "llama, tied", "qwen2", "qwen2, sliding from block 2", "qwe
 
 
 def engines_of(tiny: TinyModel, count: int, *variants: Variant) -> list[InProcess]:
-    engines = [InProcess(Shard(tiny.source(blocks), blocks, OPTIONS)) for blocks in spans(BLOCKS, count)]
+    engines = [InProcess(TorchShard(tiny.source(blocks), blocks, OPTIONS)) for blocks in spans(BLOCKS, count)]
     for engine in engines:
         for variant in variants:
             engine.shard.prepare(variant)
@@ -168,9 +168,9 @@ def test_unavailable_variant_names_its_reason(make_tiny_model: MakeTinyModel) ->
         engines_of(tiny, 1, Variant("fused", "fp4"))
     with pytest.raises(EngineError, match="no variant onnxruntime/w8a8"):
         engines_of(tiny, 1, Variant("onnxruntime", "w8a8"))
-    info = Shard(tiny.source(blocks), blocks, OPTIONS).info
+    info = TorchShard(tiny.source(blocks), blocks, OPTIONS).info
     memory_bytes = info.weight_bytes + 80 * info.kv_bytes_per_position
-    shard = Shard(tiny.source(blocks), blocks, EngineOptions(memory_bytes=memory_bytes, device=DEVICE))
+    shard = TorchShard(tiny.source(blocks), blocks, EngineOptions(memory_bytes=memory_bytes, device=DEVICE))
     shard.prepare(FUSED)  # it takes what the published weights take, and those are not kept
     with pytest.raises(EngineError, match=r"fused/bf16 takes .* bytes of memory"):
         shard.prepare(Variant("fused", "bf16"))

@@ -31,7 +31,7 @@ from node.engine.interface import (
     Variant,
     VariantNotReady,
 )
-from node.engine.shard import Shard
+from node.engine.torch_shard import TorchShard
 from node.engine.worker_protocol import Buffer, Header
 from node.util.child_process import python
 from protocol.identity import BlockRange
@@ -130,7 +130,7 @@ async def all_sampling_options_reach_the_worker(engine: WorkerEngine, tiny: Tiny
         min_length=len(PROMPT) + 3,
         prompt_length=len(PROMPT),
     )
-    here = InProcess(Shard(tiny.source(WHOLE), WHOLE, OPTIONS))
+    here = InProcess(TorchShard(tiny.source(WHOLE), WHOLE, OPTIONS))
     assert await decode([engine], PROMPT, COUNT, sampling=sampling) == await decode(
         [here], PROMPT, COUNT, sampling=sampling
     )

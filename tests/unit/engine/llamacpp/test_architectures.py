@@ -8,6 +8,7 @@ import pytest
 from node.engine.interface import EngineOptions
 from node.engine.llamacpp.granularity import find_granularity
 from node.engine.llamacpp.shard import LLAMACPP
+from node.engine.shard import Array
 from node.models.gguf_file import read_gguf
 from tests.unit.engine.driving import InProcess, decode
 from tests.unit.engine.llamacpp.architectures import ARCHITECTURES, VOCABULARY, write_model
@@ -26,7 +27,7 @@ async def test_admissible_cuts_change_nothing(name: str, tmp_path: Path) -> None
     cuts = range(architecture.granularity, architecture.blocks, architecture.granularity)
     for chosen in ([], list(cuts), *([cut] for cut in cuts)):
         shards = files.shards(chosen)
-        rows = np.array(PROMPT, np.int32)
+        rows: Array = np.array(PROMPT)
         for shard in shards:
             rows = shard.run_alone(LLAMACPP, rows, draws=len(PROMPT))
         assert np.abs(rows - wanted).max() == 0.0

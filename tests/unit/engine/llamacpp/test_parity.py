@@ -10,6 +10,7 @@ from node.engine.interface import EngineOptions, Prefix, SessionOptions, SliceIn
 from node.engine.llamacpp import context
 from node.engine.llamacpp.context import SequenceRows
 from node.engine.llamacpp.shard import LLAMACPP
+from node.engine.shard import Array
 from protocol.identity import SessionId
 from protocol.messages import Sampling
 from protocol.tensors import Tensor, tensor_from_tokens, tokens_from_tensor
@@ -54,7 +55,7 @@ def test_rows_do_not_depend_on_the_rows_beside_them(smol: GgufFiles, smol_alone:
 
 def test_logits_are_those_of_the_whole_file_to_the_bit(smol: GgufFiles, smol_alone: Alone) -> None:
     shards = smol.shards([10, 20])
-    rows = np.array(PROMPT, np.int32)
+    rows: Array = np.array(PROMPT)
     for shard in shards:
         rows = shard.run_alone(LLAMACPP, rows, draws=len(PROMPT))
     assert np.abs(rows - smol_alone.logits(PROMPT, outputs=len(PROMPT))).max() == 0.0

@@ -10,7 +10,7 @@ import pytest
 
 from node.engine.interface import EngineError, EngineOptions, SessionOptions, SliceInput, StepFailed, VariantNotReady
 from node.engine.kv_allocator import KvReservation
-from node.engine.llamacpp import granularity, library
+from node.engine.llamacpp import context, granularity, library
 from node.engine.llamacpp.context import PassFailed, SequenceRows
 from node.engine.llamacpp.shard import LLAMACPP, LlamaShard
 from node.engine.memory_plan import GGUF_COSTS, ModelSizes, memory_plan
@@ -101,6 +101,22 @@ def test_rows_that_make_a_pass_fail_cost_their_session_alone(files: GgufFiles, m
     assert len(result.outputs) == 3
     with pytest.raises(StepFailed, match="is not open"):
         engine.step_now([driven(2, [1])])
+
+
+def test_kv_memory_that_cannot_grow_costs_only_who_needs_more(
+    files: GgufFiles, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(context, "FIRST_POSITIONS", 256)
+    engine = InProcess(LlamaShard(files.source(WHOLE), WHOLE, EngineOptions(threads=1, kv_positions=1024)))
+    for number in range(2):
+        engine.open_now(session(number), 256, SessionOptions(sampling=GREEDY, variant=LLAMACPP))
+    tokens = [1, 2, 3, 4] * 50
+    engine.step_now([driven(0, tokens)])
+    monkeypatch.setattr(library.load_library(), "llama_init_from_model", lambda *_: None)
+    result = engine.step_now([replace(driven(0, [1]), position=200), driven(1, tokens)])
+    assert [fault.session for fault in result.faults] == [session(1)]
+    assert "too little memory for 512 positions" in result.faults[0].message
+    assert [output.session for output in result.outputs] == [session(0)]
 
 
 def test_session_whose_cached_pages_are_gone_fails_alone(files: GgufFiles) -> None:

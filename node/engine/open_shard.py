@@ -1,19 +1,14 @@
 """Opens the shard for a package's format, and imports no other engine: torch alone takes seconds and 200 MiB."""
 
-from typing import TYPE_CHECKING, TypeAlias
+from typing import Any
 
 from node.engine.interface import EngineOptions, ShardSource
+from node.engine.shard import Shard
 from node.models.layout import GGUF
 from protocol.identity import BlockRange
 
-if TYPE_CHECKING:
-    from node.engine.llamacpp.shard import LlamaShard
-    from node.engine.shard import Shard
 
-AnyShard: TypeAlias = "Shard | LlamaShard"
-
-
-def open_shard(source: ShardSource, blocks: BlockRange, options: EngineOptions) -> AnyShard:
+def open_shard(source: ShardSource, blocks: BlockRange, options: EngineOptions) -> Shard[Any]:
     """Return a span ready to serve. Raises EngineError where it cannot be."""
     if source.format == GGUF:
         from node.engine.llamacpp.shard import LlamaShard
@@ -21,7 +16,7 @@ def open_shard(source: ShardSource, blocks: BlockRange, options: EngineOptions) 
         return LlamaShard(source, blocks, options)
     import torch
 
-    from node.engine.shard import open_torch_shard
+    from node.engine.torch_shard import open_torch_shard
 
     if options.threads is not None:
         torch.set_num_threads(options.threads)

@@ -1,0 +1,241 @@
+"""The engine of one span of one model and its sessions, in this process and thread."""
+
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from node.engine.backends.batched import FAMILIES, empty_kv_blocks, refusal
+from node.engine.backends.interface import BACKENDS, Backend, BackendContext, BackendSpec, Rows, SpanRunner
+from node.engine.device import CPU
+from node.engine.device_probe import free_bytes, is_lost, synchronize
+from node.engine.interface import PAGE_POSITIONS, REFERENCE, EngineError, EngineOptions, ShardSource, SpanInfo, Variant
+from node.engine.kv_allocator import KvReservation
+from node.engine.kv_cache import KvCache, SlotMapping
+from node.engine.loading import NARROW_DTYPES, LoadedSpan, config_from, load_span
+from node.engine.mapped_files import trim_heap
+from node.engine.memory_plan import PLANNED_POSITIONS
+from node.engine.reference import Reference
+from node.engine.shard import FREE_MEMORY_SHARE, SessionRows, Shard
+from node.util.disk_cache import FolderCache
+from node.util.text import one_line
+from protocol.identity import BlockRange
+from protocol.limits import MAX_POSITIONS
+
+_VARIANT_SHARE = 0.5
+"""Limit of more variants' weights, of the memory beside the published ones; the rest is KV memory."""
+
+
+class TorchShard(Shard[SlotMapping]):
+    """A span of a safetensors package.
+
+    Weights are mapped from their files; each variant packs its own from there. The reference is available, but not
+    loaded, unless nothing else can serve the architecture.
+    """
+
+    def __init__(self, source: ShardSource, blocks: BlockRange, options: EngineOptions) -> None:
+        super().__init__()
+        started_s = time.perf_counter()
+        self._device = torch.device(options.device)
+        is_packable = config_from(source.config).model_type in FAMILIES
+        dtype, place = (None, torch.device(CPU)) if is_packable else (torch.float32, self._device)
+        span = load_span(source, blocks, dtype, place, options.memory_bytes)
+        self._span = span
+        self._refusal = refusal(span)
+        self._reference = Reference(span, source, blocks, self._device)
+        kv_blocks = self._reference.load() if self._refusal else empty_kv_blocks(span, self._device)
+        kv_bytes_per_position = sum(block.bytes_per_position for block in kv_blocks)
+        memory_bytes = options.memory_bytes
+        if memory_bytes is None:
+            # Pages of mapped files count as free.
+            unloaded_bytes = 0 if self._device.type == CPU or self._refusal else span.weight_bytes
+            free = max(0, free_bytes(self._device) - unloaded_bytes)
+            memory_bytes = span.weight_bytes + int(free * FREE_MEMORY_SHARE)
+        position_bytes = kv_bytes_per_position + (4 * span.hidden_size if options.plan_rows else 0)
+        max_positions = min(span.max_positions or MAX_POSITIONS, MAX_POSITIONS)
+        most_packed_bytes = 0 if self._refusal else _packed_bytes(span, self._device)
+        kv_positions = _kv_positions(
+            options, memory_bytes, span.weight_bytes, most_packed_bytes, position_bytes, max_positions
+        )
+        self.info = SpanInfo(
+            model=source.model,
+            blocks=blocks,
+            block_count=span.block_count,
+            hidden_size=span.hidden_size,
+            vocabulary_size=span.vocabulary_size,
+            max_positions=max_positions,
+            kv_bytes_per_position=kv_bytes_per_position,
+            kv_positions=kv_positions,
+            weight_bytes=span.weight_bytes,
+            load_s=time.perf_counter() - started_s,
+        )
+        self._packed_bytes = memory_bytes - kv_positions * position_bytes
+        """Limit of all variants' weights."""
+        self._kv = KvCache([block.resized(kv_positions) for block in kv_blocks])
+        embedding: Any = span.model.get_input_embeddings()
+        self._context = BackendContext(
+            span,
+            self._device,
+            embedding.weight.to(self._device) if span.is_first and is_packable else None,
+            f"{source.model}-{blocks.start}-{blocks.end}",
+            torch.get_num_threads(),
+            None if options.cache_dir is None else FolderCache(options.cache_dir),
+        )
+        self._backends: dict[str, Backend] = {}
+        self._runners: dict[Variant, SpanRunner] = {}
+        """But for the reference."""
+        self._taken_bytes: dict[tuple[str, str], int] = {}
+        """By engine and packing: variants of the same share their weights."""
+
+    def variants(self) -> frozenset[Variant]:
+        """Return the variants that are available; all but the reference are loaded."""
+        return frozenset({REFERENCE, *self._runners})
+
+    def prepare(self, variant: Variant) -> None:
+        """Build a variant and warm it; may run beside `step` in a thread of its own, one at a time.
+
+        Raises EngineError where it is unavailable: no such variant, not for this architecture, or too little memory.
+        """
+        if variant == REFERENCE:
+            self._load_reference()
+            return
+        if variant in self._runners:
+            return
+        spec = BACKENDS.get(variant.engine)
+        packing = spec.packings.get(variant.arithmetic) if spec else None
+        if spec is None or packing is None:
+            raise EngineError(f"there is no variant {variant}")
+        if self._refusal:
+            raise EngineError(self._refusal)
+        if not self._runs_here(spec):
+            raise EngineError(f"{variant} calculates on the CPU, and this span lies on {self._device}")
+        needed = int(self._span.element_count * spec.element_bytes(packing, self._span.dtype.itemsize))
+        shared = (variant.engine, packing)
+        if shared not in self._taken_bytes:
+            self._check_memory(variant, needed)
+        self._runners[variant] = self._backend(variant.engine).build(variant.arithmetic, self._kv)
+        self._taken_bytes[shared] = needed
+        trim_heap()
+
+    def _check_memory(self, variant: Variant, needed: int) -> None:
+        free = self._packed_bytes - sum(self._taken_bytes.values())
+        if needed > free:
+            raise EngineError(f"{variant} takes {needed} bytes of memory, of which {max(0, free)} are left")
+
+    def _load_reference(self) -> SpanRunner:
+        runner = self._reference.runner
+        if runner is None:
+            self._check_memory(REFERENCE, self._reference.needed_bytes)
+            self._taken_bytes[REFERENCE] = self._reference.needed_bytes
+            self._reference.load()
+            runner = self._reference.runner
+        assert runner is not None
+        return runner
+
+    def unload_reference(self) -> None:
+        """Give the reference's memory back until a session wants it, unless nothing else can serve the span."""
+        if self._refusal is None:
+            # Matrices in two bytes serve as they lie in the file, whose pages stay then.
+            is_file_used = self._span.dtype in NARROW_DTYPES and any(each.engine == "fused" for each in self._runners)
+            self._reference.unload(keep_pages=is_file_used)
+            self._taken_bytes.pop(REFERENCE, None)
+            trim_heap()
+
+    def start_threads(self, variant: Variant) -> None:
+        """Start the threads that a variant's steps will need; see Backend."""
+        if variant.engine in BACKENDS and self._runs_here(BACKENDS[variant.engine]):
+            self._backend(variant.engine).start_threads()
+
+    def _runs_here(self, spec: BackendSpec) -> bool:
+        return self._device.type == "cpu" or not spec.cpu_only
+
+    def _backend(self, engine: str) -> Backend:
+        if engine not in self._backends:
+            self._backends[engine] = BACKENDS[engine].open(self._context)
+        return self._backends[engine]
+
+    def run_alone(self, variant: Variant, rows: npt.NDArray[Any], *, draws: int) -> npt.NDArray[np.float32]:
+        """Return hidden states of rows from position 0 on or, on a last span, logits after the last `draws` of them.
+
+        For quality measurements, without sessions: it writes into any pages. `rows`: token ids i64 (rows,) on a
+        first span, hidden states f32 (rows, hidden size) elsewhere.
+        """
+        slots = SlotMapping(range(-(-len(rows) // PAGE_POSITIONS)))
+        return self._compute(variant, self.info.blocks, [SessionRows(rows, slots, 0, draws)])[0]
+
+    def _reserve(self, reservation: KvReservation) -> SlotMapping:
+        self._kv.copy(reservation.copied, reservation.pages[: len(reservation.copied)])
+        return SlotMapping(reservation.pages)
+
+    def _release(self, kv: SlotMapping) -> None:
+        """Nothing to do: the allocator gives the pages to others, who write over them."""
+
+    def _parts(self, variant: Variant, numbers: Sequence[int]) -> Sequence[Sequence[int]]:
+        # The reference computes sessions one by one anyway.
+        return [[number] for number in numbers] if variant == REFERENCE else [numbers]
+
+    def _is_lost(self, error: Exception) -> bool:
+        return is_lost(error)
+
+    def _compute(
+        self, variant: Variant, blocks: BlockRange, parts: Sequence[SessionRows[SlotMapping]]
+    ) -> Sequence[npt.NDArray[np.float32]]:
+        run = range(blocks.start - self.info.blocks.start, blocks.end - self.info.blocks.start)
+        runner = self._load_reference() if variant == REFERENCE else self._runners[variant]
+        given = [Rows(torch.from_numpy(p.rows).to(self._device), p.kv, p.position, p.draws) for p in parts]
+        computed = runner.run(given, self._kv, run)
+        synchronize(self._device)  # it may still be running, and fail
+        return [output.float().cpu().numpy() for output in computed]
+
+
+def open_torch_shard(source: ShardSource, blocks: BlockRange, options: EngineOptions) -> TorchShard:
+    """Return a shard. Raises EngineError where it cannot be built, also for errors of a GPU and its driver."""
+    try:
+        return TorchShard(source, blocks, options)
+    except torch.OutOfMemoryError:
+        raise EngineError(f"{options.device} has too little memory left: see --memory") from None
+    except RuntimeError as error:
+        if options.device == CPU:
+            raise
+        raise EngineError(f"{options.device} failed: {one_line(error, 200)}") from None
+
+
+def _packed_bytes(span: LoadedSpan, device: torch.device) -> int:
+    """Return what all variants together take on a device."""
+    element_bytes = sum(
+        spec.element_bytes(packing, span.dtype.itemsize)
+        for spec in BACKENDS.values()
+        if device.type == CPU or not spec.cpu_only
+        for packing in spec.packed_bytes
+    )
+    return int(element_bytes * span.element_count)
+
+
+def _kv_positions(
+    options: EngineOptions,
+    memory_bytes: int,
+    weight_bytes: int,
+    packed_bytes: int,
+    position_bytes: int,
+    max_positions: int,
+) -> int:
+    """Return how many positions, in whole pages, fit beside the published weights and more variants'.
+
+    These have no room where the planned positions would not fit beside them.
+    """
+    page_bytes = max(1, position_bytes * PAGE_POSITIONS)
+    free_bytes = memory_bytes - weight_bytes
+    planned_pages = -(-min(PLANNED_POSITIONS, max_positions) // PAGE_POSITIONS)
+    pages = (free_bytes - max(0, min(int(free_bytes * _VARIANT_SHARE), packed_bytes))) // page_bytes
+    pages = max(pages, min(planned_pages, free_bytes // page_bytes))
+    if pages < 1:
+        raise EngineError(
+            f"{memory_bytes} bytes of memory are not enough: the weights take {weight_bytes}, "
+            f"and each page of {PAGE_POSITIONS} positions {page_bytes}"
+        )
+    if options.kv_positions is not None:
+        pages = min(pages, -(-options.kv_positions // PAGE_POSITIONS))
+    return pages * PAGE_POSITIONS
