@@ -24,6 +24,7 @@ from pathlib import Path
 
 import psutil
 
+from node.util.parent import end_with_parent
 from node.util.priority import yield_to_others
 from protocol.schema import to_map
 
@@ -40,6 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--threads", type=int, default=psutil.cpu_count(logical=False) or 1)
     options = parser.parse_args(arguments)
     yield_to_others()
+    end_with_parent()
     if sys.platform == "linux":
         with suppress(OSError, psutil.Error):  # a sandbox may forbid it
             os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))

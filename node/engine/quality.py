@@ -36,6 +36,7 @@ from node.engine.open_shard import open_shard
 from node.engine.shard import Shard
 from node.models.manifest import MANIFEST_FILE, parse_manifest
 from node.models.store import Package
+from node.util.parent import end_with_parent
 from node.util.priority import yield_to_others
 from protocol.identity import BlockRange
 from selector.cuts import Cuts
@@ -150,6 +151,7 @@ def kv_key_of(name: str) -> KvCompatibilityKey:
 def main() -> int:
     """Measure the request on stdin, and print the result; return the exit code."""
     yield_to_others()
+    end_with_parent()
     asked = json.load(sys.stdin)
     folder = Path(sys.argv[1])
     package = Package(parse_manifest((folder / MANIFEST_FILE).read_bytes()), folder)
