@@ -47,7 +47,7 @@ VARIANTS = ("eager/fp32", "fused/fp32", "onnxruntime/fp32", "fused/int8", "onnxr
 AVX512_VARIANTS = ("fused/bf16", "fused/w8a8")
 GPU_VARIANTS = ("eager/fp32", "fused/fp32", "fused/bf16", "fused/int8")
 QUIET = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "0"}
-"""What our workers run under, too: OpenMP's threads do not spin, which would slow whoever else computes."""
+"""The environment of our workers: OpenMP's threads do not spin, which would slow other processes."""
 
 Measured = dict[str, float]
 """Milliseconds of a prefill, and of a token at each batch."""

@@ -40,7 +40,7 @@ from protocol.tensors import tensor_from_tokens, tokens_from_tensor
 
 PREFILL, CONTEXT, BATCHES, POSITIONS = 512, 64, (1, 8), 2048
 QUIET = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "0"}
-"""What our workers run under, too: OpenMP's threads do not spin, which would slow whoever else computes."""
+"""The environment of our workers: OpenMP's threads do not spin, which would slow other processes."""
 
 Rows = tuple[int, int, Sequence[int]]
 """Of one text: its number, the position of its first token, and tokens."""

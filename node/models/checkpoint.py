@@ -149,7 +149,7 @@ def _refuse_quantised(where: str, tensors: Mapping[str, TensorSource]) -> None:
 
 
 def _is_tied(config: Mapping[str, Json], tensors: Mapping[str, TensorSource], names: OuterNames) -> bool:
-    """Return whether the embeddings are tied; raise ValueError when there is no output matrix.
+    """Return whether the embeddings are tied; raise ValueError where the output matrix is missing.
 
     Configs often leave it to their class's default. Then the tensors decide, as in transformers: an output matrix that
     is stored and differs from the embedding is used.

@@ -34,7 +34,7 @@ class GgufPart:
         return size_of_gguf(self.metadata, self.tensors)
 
     def write(self, path: Path | None, on_bytes: Callable[[int], None]) -> Written:
-        """Write the file, flushed to the disk, or only hash it where there is no path; return its size and sha256.
+        """Write the file, flushed to the disk, or only hash it if `path` is None; return size and sha256.
 
         `on_bytes` is called with the size of each piece of a tensor. Raises OSError.
         """

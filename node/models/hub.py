@@ -46,7 +46,7 @@ _NO_MODELS: Final = ("mmproj", "imatrix")
 _SHOWN: Final = 40
 _MAX_SMALL_FILE_BYTES: Final = 64 << 20
 _FIRST_TRIES: Final = 3
-"""When the hub is asked for the first time: it is told soon that there is no connection."""
+"""Of the first request to the hub: a missing connection is reported soon."""
 _LOOKUP_S: Final = 30.0
 
 

@@ -31,7 +31,7 @@ class Part(Protocol):
         """Return the size of the file."""
 
     def write(self, path: Path | None, on_bytes: Callable[[int], None]) -> Written:
-        """Write the file, flushed to the disk, or only hash it where there is no path.
+        """Write the file, flushed to the disk, or only hash it if `path` is None.
 
         `on_bytes` is called with the size of each piece. Raises OSError, and ValueError when a source is too short.
         """

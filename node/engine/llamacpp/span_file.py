@@ -1,8 +1,8 @@
 """The GGUF file of a span: its blocks as a smaller model of the same architecture, which llama.cpp runs as any other.
 
 The blocks are renumbered from 0, `block_count` is the span's, and metadata by block are cut alike. There is no
-tokenizer. What another span has (the head), and the embedding where it is no head, is replaced by zeros that are never
-read, as llama.cpp insists on their presence: holes in the file, which take neither disk nor memory.
+tokenizer. Tensors that another span computes with (the head, an embedding that is not the head, too) are replaced by
+zeros, because llama.cpp requires them: holes in the file, which are never read and take neither disk nor memory.
 """
 
 from collections.abc import Iterable, Iterator, Mapping

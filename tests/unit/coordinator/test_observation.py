@@ -142,7 +142,7 @@ def test_missing_and_invalid_model_facts_are_left_out() -> None:
         ({"dtype": "float32"}, "f32"),
         ({"weight_type": "Q4_1"}, "q4_1"),
         ({}, "unknown"),
-        ({"dtype": "a type|of=nobody"}, "unknown"),
+        ({"dtype": "a type|of=none"}, "unknown"),
         ({"dtype": ["float32"]}, "unknown"),
     ],
 )

@@ -77,7 +77,7 @@ async def serve(
                 return
 
 
-async def nobody(sha256: str) -> tuple[PeerId, ...]:
+async def no_providers(sha256: str) -> tuple[PeerId, ...]:
     """Find no further holders of a file."""
     return ()
 
@@ -337,7 +337,7 @@ def store(tmp_path: Path) -> ModelStore:
 
 async def test_empty_cache_is_filled_from_peers(package: Package, server: BlobServer, store: ModelStore) -> None:
     async with swarm(server.handle, server.handle) as (client, peers):
-        fetcher = ModelFetcher(client, store, nobody)
+        fetcher = ModelFetcher(client, store, no_providers)
         with trio.fail_after(20):
             mine = await fetcher.fetch_manifest(package.model_id, peers)
             assert mine.manifest == package.manifest
@@ -373,7 +373,7 @@ async def test_span_of_a_gguf_package_comes_with_its_common_file(
     package = import_model(str(write_gguf(tmp_path / "tiny.gguf")), ModelStore(tmp_path / "server"))
     server, last = BlobServer(ModelStore(tmp_path / "server")), BlockRange(1, 2)
     async with swarm(server.handle, server.handle) as (client, peers):
-        fetcher = ModelFetcher(client, store, nobody)
+        fetcher = ModelFetcher(client, store, no_providers)
         with trio.fail_after(20):
             mine = await fetcher.fetch_manifest(package.model_id, peers)
             await fetcher.fetch_files(mine.manifest, mine.missing(last), peers)
@@ -390,7 +390,7 @@ async def test_span_of_a_gguf_package_comes_with_its_common_file(
 
 async def test_present_files_are_not_fetched_again(package: Package, server: BlobServer, store: ModelStore) -> None:
     async with swarm(server.handle) as (client, peers):
-        fetcher = ModelFetcher(client, store, nobody)
+        fetcher = ModelFetcher(client, store, no_providers)
         await fetcher.fetch_files(package.manifest, package.manifest.files_for(BlockRange(0, 3)), peers)
         served_bytes = server.served_bytes
         assert (await fetcher.fetch_manifest(package.model_id, [])).missing(BlockRange(0, 3)) == ()
@@ -402,7 +402,7 @@ async def test_present_files_are_not_fetched_again(package: Package, server: Blo
 async def test_a_forged_manifest_is_refused(package: Package, server: BlobServer, store: ModelStore) -> None:
     forger = partial(serve, content=package.manifest.data.replace(b'"size":', b'"size":1'))
     async with swarm(forger, garbage, partial(serve, content=b""), server.handle) as (client, peers):
-        fetcher = ModelFetcher(client, store, nobody)
+        fetcher = ModelFetcher(client, store, no_providers)
         with pytest.raises(FetchError, match="no peer has the manifest"):
             await fetcher.fetch_manifest(package.model_id, peers[:3])
         assert store.list() == ()
@@ -416,7 +416,7 @@ async def test_file_without_source_fails_the_fetch_in_one_line(
     (package.path / "block-001.safetensors").unlink()
     async with swarm(server.handle) as (client, peers):
         with pytest.raises(FetchError, match=r"cannot fetch block-001\.safetensors .*does not have the file"):
-            await ModelFetcher(client, store, nobody).fetch_files(
+            await ModelFetcher(client, store, no_providers).fetch_files(
                 package.manifest, package.manifest.files_for(BlockRange(0, 3)), peers
             )
 

@@ -16,7 +16,7 @@ from protocol.identity import BlockRange
 from tests.unit.engine.driving import InProcess, decode
 from tests.unit.engine.llamacpp.packages import Alone, GgufFiles
 from tests.unit.models.gguf_files import tensors, write_gguf
-from tests.unit.models.test_blobs import nobody, swarm
+from tests.unit.models.test_blobs import no_providers, swarm
 
 PROMPT = [5, 40, 17, 88, 23, 61]
 
@@ -36,7 +36,7 @@ async def test_fetched_span_gives_the_tokens_of_the_whole_file(
     package = import_model(str(file), ModelStore(tmp_path / "server"))
     server, last = BlobServer(ModelStore(tmp_path / "server")), BlockRange(1, 2)
     async with swarm(server.handle) as (client, peers):
-        fetcher = ModelFetcher(client, ModelStore(tmp_path / "client"), nobody)
+        fetcher = ModelFetcher(client, ModelStore(tmp_path / "client"), no_providers)
         with trio.fail_after(20):
             fetched = await fetcher.fetch_manifest(package.model_id, peers)
             await fetcher.fetch_files(fetched.manifest, fetched.missing(last), peers)
