@@ -54,7 +54,7 @@ def model_tensors(blocks: int = 6, *, tied: bool = False) -> dict[str, np.ndarra
 def publish(
     hub: HubServer, tensors: Any = None, *, shards: int = 2, repository: str = REPOSITORY, **config: Any
 ) -> Path:
-    """Put a checkpoint into the hub, by default of 6 blocks, with files that no_providers wants beside it."""
+    """Put a checkpoint into the hub, by default of 6 blocks, and files beside it that no import reads."""
     tensors = model_tensors() if tensors is None else tensors
     config = {
         "num_hidden_layers": sum(".q_proj." in name for name in tensors),
