@@ -33,10 +33,10 @@ from node.models.gguf_config import read_config
 from node.models.gguf_file import GgufModel, read_gguf
 from node.models.gguf_package import arrange_package
 from node.models.layout import GGUF, block_file, part_file
-from node.testing.demo_model import demo_gguf
 from protocol.identity import BlockRange, JobId, ModelId, SessionId
 from protocol.messages import Sampling
 from protocol.tensors import tensor_from_tokens, tokens_from_tensor
+from tests.support.demo_model import demo_gguf
 
 PREFILL, CONTEXT, BATCHES, POSITIONS = 512, 64, (1, 8), 2048
 QUIET = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "0"}

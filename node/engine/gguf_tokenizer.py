@@ -49,15 +49,15 @@ def write_tokenizer(file: GgufModel, out_dir: Path) -> None:
 
     Raises GgufError for a vocabulary that would give other tokens than llama.cpp's.
     """
-    if not has_tokenizer(file):
+    if not _has_tokenizer(file):
         return
     try:
         backend, roles = _build(file)
-        correct(file, backend)
+        _correct(file, backend)
     except GgufError:
         raise
     except Exception as error:  # a damaged vocabulary makes tokenizers and transformers raise nearly anything
-        raise unreadable(file, error) from error
+        raise _unreadable(file, error) from error
     template = file.metadata.get("tokenizer.chat_template")
     out_dir.mkdir(parents=True, exist_ok=True)
     write_atomically(out_dir / TOKENIZER_FILE, backend.to_str(pretty=True).encode())
@@ -66,7 +66,7 @@ def write_tokenizer(file: GgufModel, out_dir: Path) -> None:
         write_atomically(out_dir / CHAT_TEMPLATE_FILE, template.encode())
 
 
-def has_tokenizer(file: GgufModel) -> bool:
+def _has_tokenizer(file: GgufModel) -> bool:
     """Return whether a file has a vocabulary. Raises GgufError for a kind of vocabulary that is not supported."""
     kind, pre = _kind(file)
     if kind in _NO_TOKENIZER:
@@ -84,7 +84,7 @@ def has_tokenizer(file: GgufModel) -> bool:
     return True
 
 
-def correct(file: GgufModel, backend: Any) -> None:
+def _correct(file: GgufModel, backend: Any) -> None:
     """Make transformers' tokenizer of a file split, begin and end texts as llama.cpp does. Raises GgufError.
 
     transformers knows how some pre-tokenizers split a text, takes GPT-2's way for all others, and leaves out some
@@ -104,12 +104,12 @@ def correct(file: GgufModel, backend: Any) -> None:
     _set_ends(file, backend, is_added=kind == "llama" or pre in _WHOLE_WORDS)
 
 
-def splits_as_qwen2(file: GgufModel) -> bool:
+def _splits_as_qwen2(file: GgufModel) -> bool:
     """Return whether texts are split as for Qwen2, where the name of the file's way does not say it."""
     return _kind(file)[1] in _AS_QWEN2
 
 
-def unreadable(file: GgufModel, error: Exception) -> GgufError:
+def _unreadable(file: GgufModel, error: Exception) -> GgufError:
     """Return the error for a vocabulary that a library cannot read."""
     return GgufError(f"the tokenizer of {file.name} cannot be read: {one_line(error)}")
 
@@ -128,7 +128,7 @@ def _build(file: GgufModel) -> tuple[Any, dict[str, str]]:
         for key, name in _VOCABULARY_KEYS.items()
         if f"tokenizer.ggml.{key}" in file.metadata
     }
-    if splits_as_qwen2(file):
+    if _splits_as_qwen2(file):
         stated["pre_tokenizer_type"] = "qwen2"
     # Gemma's vocabularies are alike, and transformers knows only some by their architecture's name.
     architecture = "gemma" if file.architecture.startswith("gemma") else file.architecture

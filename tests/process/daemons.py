@@ -96,16 +96,18 @@ async def running_daemon(
             await process.stdout.aclose()
 
 
-async def complete_swarm(start: StartDaemon, *spans: str, flags: Sequence[str] = ()) -> list[Daemon]:
+async def complete_swarm(
+    start: StartDaemon, *spans: str, flags: Sequence[str] = (), model: str = MODEL
+) -> list[Daemon]:
     """Start a daemon per span, each with the first as its bootstrap peer, and wait until it sees the whole model.
 
     `flags` are the first one's. Returns them in the order of the spans.
     """
-    first = await start("--serve", f"{MODEL}:{spans[0]}", *flags)
+    first = await start("--serve", f"{model}:{spans[0]}", *flags)
     daemons = {spans[0]: first}
 
     async def start_another(span: str) -> None:
-        daemons[span] = await start("--serve", f"{MODEL}:{span}", "--bootstrap", first.multiaddr)
+        daemons[span] = await start("--serve", f"{model}:{span}", "--bootstrap", first.multiaddr)
 
     async with trio.open_nursery() as nursery:
         for span in spans[1:]:

@@ -75,7 +75,7 @@ async def test_peer_without_model_files_submits(
     tokenizer_bytes = sum(file.size_bytes for file in package.manifest.tokenizer_files)
     assert sum(received.values()) == tokenizer_bytes + len(package.manifest.data)
     assert set(received) <= {first.peer_id, second.peer_id}
-    assert not list((tmp_path / "empty cache").rglob("*.safetensors"))
+    assert not list((tmp_path / "empty cache").rglob("block-*"))
 
 
 async def test_client_disconnect_cancels_job_on_every_stage(start_swarm: StartSwarm) -> None:
@@ -253,7 +253,7 @@ async def test_refetches_damaged_block_file_before_serving(
     cache.mkdir(parents=True)
     for file in package.path.iterdir():
         (cache / file.name).hardlink_to(file)
-    damaged = cache / "block-003.safetensors"
+    damaged = cache / package.manifest.blocks[3].name
     data = bytearray(damaged.read_bytes())
     data[-1] ^= 1
     damaged.unlink()
@@ -266,4 +266,4 @@ async def test_refetches_damaged_block_file_before_serving(
     )
     received = (await daemon.get("/swarm/status"))["transfers"]["received_bytes"]
     assert received == {healthy.peer_id: len(data)}
-    assert damaged.read_bytes() == (package.path / "block-003.safetensors").read_bytes()
+    assert damaged.read_bytes() == (package.path / damaged.name).read_bytes()

@@ -20,7 +20,7 @@ def cache_with(package: Package, folder: Path, blocks: tuple[int, ...]) -> Path:
     for file in package.path.iterdir():
         (target / file.name).hardlink_to(file)
     for block in blocks:
-        damaged = target / f"block-{block:03}.safetensors"
+        damaged = target / package.manifest.blocks[block].name
         data = bytearray(damaged.read_bytes())
         data[-1] ^= 1
         damaged.unlink()

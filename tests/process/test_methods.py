@@ -1,17 +1,19 @@
-"""Every exact method over real daemons gives the tokens of transformers, also for eight jobs at a time."""
+"""Every exact method over real daemons gives the tokens of the reference, also for eight jobs at a time."""
 
 from collections.abc import Awaitable, Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import pytest
 import trio
 
+from node.models.gguf_file import read_gguf
 from node.models.store import Package
 from selector.task import BASELINE, PORTFOLIO, Method, portfolio
 from tests.process.daemons import MODEL, THIRDS, Daemon, until
 from tests.process.test_parity import TEXT, generate, whole_model
+from tests.support.demo_model import DEQUANTISED, demo_gguf
 from tests.support.tokenizers import load_tokenizer
+from tests.unit.engine.llamacpp.packages import GgufFiles
 
 StartSwarm = Callable[..., Awaitable[list[Daemon]]]
 
@@ -53,10 +55,10 @@ def _options(method: Method) -> int:
 
 
 @pytest.fixture(scope="module")
-def expected(package: Package) -> list[tuple[list[int], list[int]]]:
-    """For each prompt its token ids, and the greedy continuation by the whole model."""
-    model = whole_model(Path(package.path), dict(package.manifest.config))
-    tokenizer = load_tokenizer(package)
+def expected(dequantised: Package) -> list[tuple[list[int], list[int]]]:
+    """For each prompt its token ids, and the greedy continuation by transformers."""
+    model = whole_model(dequantised.path, dict(dequantised.manifest.config))
+    tokenizer = load_tokenizer(dequantised)
     return [(prompt := tokenizer.encode(text), generate(model, prompt)) for text in PROMPTS]
 
 
@@ -64,7 +66,17 @@ def expected(package: Package) -> list[tuple[list[int], list[int]]]:
 async def test_exact_methods_equal_transformers_alone_and_in_batches_of_eight(
     start_swarm: StartSwarm, expected: list[tuple[list[int], list[int]]]
 ) -> None:
-    await check_methods(await start_swarm(*THIRDS, flags=("--draft", MODEL)), expected, combined_methods())
+    daemons = await start_swarm(*THIRDS, flags=("--draft", DEQUANTISED), model=DEQUANTISED)
+    await check_methods(daemons, expected, combined_methods(), DEQUANTISED)
+
+
+async def test_exact_methods_of_gguf_equal_llama_cpp_alone_and_in_batches_of_eight(
+    start_swarm: StartSwarm, package: Package
+) -> None:
+    tokenizer, alone = load_tokenizer(package), GgufFiles(read_gguf(demo_gguf()), package.path).alone()
+    expected = [(prompt := tokenizer.encode(text), alone.decode(prompt, ALONE_TOKENS)) for text in PROMPTS]
+    methods = [method.name for method in portfolio("gguf") if method.exact]
+    await check_methods(await start_swarm(*THIRDS, flags=("--draft", MODEL)), expected, methods, MODEL)
 
 
 @pytest.mark.soak
@@ -73,16 +85,17 @@ async def test_exact_methods_equal_transformers_alone_and_in_batches_of_eight(
 async def test_every_exact_method_equals_transformers(
     start_swarm: StartSwarm, expected: list[tuple[list[int], list[int]]], spans: tuple[str, ...]
 ) -> None:
-    await check_methods(await start_swarm(*spans, flags=("--draft", MODEL)), expected, EXACT)
+    daemons = await start_swarm(*spans, flags=("--draft", DEQUANTISED), model=DEQUANTISED)
+    await check_methods(daemons, expected, EXACT, DEQUANTISED)
 
 
 async def check_methods(
-    daemons: list[Daemon], expected: list[tuple[list[int], list[int]]], methods: Sequence[str]
+    daemons: list[Daemon], expected: list[tuple[list[int], list[int]]], methods: Sequence[str], model: str
 ) -> None:
     async def check(name: str, number: int, count: int) -> int:
         """Compare a job's text; return the number of accepted draft tokens."""
         prompt, tokens = expected[number]
-        answer = await _complete(daemons[0], name, prompt, count)
+        answer = await _complete(daemons[0], model, name, prompt, count)
         told = answer["metaswarm"]
         assert told["token_ids"] == tokens[:count], name
         assert told["method"]["name"] == name
@@ -101,13 +114,14 @@ async def check_methods(
                 nursery.start_soon(check, name, number, NEW_TOKENS)
 
 
-async def _complete(daemon: Daemon, method: str, prompt: list[int], max_tokens: int) -> dict[str, Any]:
+async def _complete(daemon: Daemon, model: str, method: str, prompt: list[int], max_tokens: int) -> dict[str, Any]:
     """Submit a job, with retries while a variant is being built or a peer is starved."""
     answer: dict[str, Any] = {}
 
     async def is_accepted() -> bool:
         nonlocal answer
-        body = {"prompt": prompt, "max_tokens": max_tokens, "metaswarm": {"ignore_eos": True, "method": method}}
+        options = {"ignore_eos": True, "method": method}
+        body = {"model": model, "prompt": prompt, "max_tokens": max_tokens, "metaswarm": options}
         answer = await daemon.complete(**body)
         return answer.get("error", {}).get("code") not in {"blocks_not_served", "peers_full"}
 

@@ -1,4 +1,7 @@
-"""A swarm of real daemons says, token for token, what transformers says."""
+"""A swarm of real daemons gives, token for token, what its package gives on one machine alone.
+
+For a safetensors package that is what transformers gives in fp32, for a GGUF package what llama.cpp gives.
+"""
 
 from collections.abc import Awaitable, Callable
 from pathlib import Path
@@ -6,13 +9,17 @@ from typing import Any
 
 import pytest
 import torch
+import trio
 from accelerate import init_empty_weights
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from node.models.gguf_file import read_gguf
 from node.models.store import Package
-from tests.process.daemons import THIRDS, Daemon
+from tests.process.daemons import MODEL, THIRDS, Daemon
+from tests.support.demo_model import DEQUANTISED, demo_gguf
 from tests.support.tokenizers import load_tokenizer
+from tests.unit.engine.llamacpp.packages import GgufFiles
 
 NEW_TOKENS = 12
 TEXT = (
@@ -35,10 +42,10 @@ StartSwarm = Callable[..., Awaitable[list[Daemon]]]
 
 
 @pytest.fixture(scope="module")
-def expected(package: Package) -> list[tuple[list[int], list[int]]]:
-    """For each prompt its token ids, and those that the whole model generates greedily after it."""
-    model = whole_model(package.path, dict(package.manifest.config))
-    tokenizer = load_tokenizer(package)
+def expected(dequantised: Package) -> list[tuple[list[int], list[int]]]:
+    """For each prompt its token ids, and those that transformers generates greedily after it."""
+    model = whole_model(dequantised.path, dict(dequantised.manifest.config))
+    tokenizer = load_tokenizer(dequantised)
     return [(prompt := tokenizer.encode(text), generate(model, prompt)) for text in PROMPTS]
 
 
@@ -75,7 +82,7 @@ def test_prompts_are_short_and_long(expected: list[tuple[list[int], list[int]]])
 async def test_greedy_tokens_equal_transformers_over_three_stages(
     start_swarm: StartSwarm, expected: list[tuple[list[int], list[int]]]
 ) -> None:
-    await check(await start_swarm(*THIRDS), expected)
+    await check(await start_swarm(*THIRDS, model=DEQUANTISED), expected, DEQUANTISED)
 
 
 @pytest.mark.parametrize(
@@ -91,14 +98,33 @@ async def test_greedy_tokens_equal_transformers(
     start_swarm: StartSwarm, expected: list[tuple[list[int], list[int]]], spans: tuple[str, ...]
 ) -> None:
     # All prompts pass through three stages; where else the model is cut, only some of them, the longest among them.
-    await check(await start_swarm(*spans), expected[::-3])
+    await check(await start_swarm(*spans, model=DEQUANTISED), expected[::-3], DEQUANTISED)
 
 
-async def check(daemons: list[Daemon], expected: list[tuple[list[int], list[int]]]) -> None:
+@pytest.fixture(scope="module")
+def expected_of_llama_cpp(package: Package) -> list[tuple[list[int], list[int]]]:
+    """For each prompt its token ids, and those that llama.cpp generates greedily after it, alone on the whole file."""
+    tokenizer, alone = load_tokenizer(package), GgufFiles(read_gguf(demo_gguf()), package.path).alone()
+    return [(prompt := tokenizer.encode(text), alone.decode(prompt, NEW_TOKENS)) for text in PROMPTS]
+
+
+@pytest.mark.parametrize("spans", [("0-30",), ("0-15", "15-30"), THIRDS], ids=["1 stage", "2 stages", "3 stages"])
+async def test_greedy_tokens_equal_llama_cpp_also_for_all_prompts_at_once(
+    start_swarm: StartSwarm, expected_of_llama_cpp: list[tuple[list[int], list[int]]], spans: tuple[str, ...]
+) -> None:
+    daemons = await start_swarm(*spans)
+    await check(daemons, expected_of_llama_cpp, MODEL)
+    async with trio.open_nursery() as nursery:
+        for each in expected_of_llama_cpp:
+            nursery.start_soon(check, daemons, [each], MODEL)
+
+
+async def check(daemons: list[Daemon], expected: list[tuple[list[int], list[int]]], model: str) -> None:
     """Submit prompts; every peer of the swarm takes its turn as the coordinator."""
     for number, (prompt, tokens) in enumerate(expected):
         daemon = daemons[number % len(daemons)]
-        answer = await daemon.complete(prompt=prompt, max_tokens=NEW_TOKENS, metaswarm={"ignore_eos": True})
+        options = {"max_tokens": NEW_TOKENS, "metaswarm": {"ignore_eos": True}}
+        answer = await daemon.complete(model=model, prompt=prompt, **options)
         assert answer["metaswarm"]["token_ids"] == tokens
         assert len(answer["metaswarm"]["route"]) == len(daemons)
         assert answer["usage"]["prompt_tokens"] == len(prompt)

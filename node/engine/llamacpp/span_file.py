@@ -16,7 +16,7 @@ from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFValueType
 
 from node.engine.interface import EngineError, ShardSource
 from node.models.gguf_file import GgufError, GgufModel, GgufTensor, read_gguf
-from node.models.gguf_rope import LONG_FACTORS, SHORT_FACTORS
+from node.models.gguf_layout import LONG_FACTORS, SHORT_FACTORS
 from node.models.gguf_writer import STRING, U32, AnyTensor, GgufValue, GgufZeros, assemble_gguf, typed_metadata
 from node.util.disk_cache import FolderCache
 from protocol.identity import BlockRange

