@@ -24,13 +24,13 @@ from benchmarks.rivals import Generate, NotInstalledError, rivals
 from node.engine.interface import EngineError, EngineOptions, SessionOptions, SliceInput, Variant, source_from_package
 from node.engine.kv_allocator import KvAllocator
 from node.engine.torch_shard import TorchShard
-from node.models.catalogue import DEMO_MODEL
 from node.models.importer import import_model
 from node.models.store import ModelStore, Package
 from node.util.processor import physical_cores
 from protocol.identity import BlockRange, JobId, SessionId
 from protocol.messages import Sampling
 from protocol.tensors import tensor_from_tokens, tokens_from_tensor
+from tests.support.demo_model import DEQUANTISED, dequantised_demo_model
 
 PREFILL = 512
 CONTEXT = 64
@@ -61,7 +61,7 @@ def main() -> None:
     parser.add_argument(
         "--variant", action="append", help="a variant to measure; by default those suited to the device"
     )
-    parser.add_argument("--model", default=DEMO_MODEL, help="a model id, or a folder to import")
+    parser.add_argument("--model", default=DEQUANTISED, help="a model id, or a folder to import")
     parser.add_argument("--device", default="cpu", help="torch device")
     parser.add_argument("--no-rivals", action="store_true", help="measure ours alone")
     options = parser.parse_args()
@@ -70,7 +70,8 @@ def main() -> None:
         os.execve(sys.executable, command, os.environ | QUIET)
     torch.set_num_threads(physical_cores())
     device = torch.device(options.device)
-    package = import_model(options.model, ModelStore())
+    is_demo = options.model == DEQUANTISED
+    package = dequantised_demo_model() if is_demo else import_model(options.model, ModelStore())
     shard = _shard(package, options.device)
     variants = options.variant or _usual_variants(device)
     ours = _ours_all(shard, variants, options.tokens)

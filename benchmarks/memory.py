@@ -3,10 +3,10 @@
     python -m benchmarks.memory [--json]
 
 Proportional set sizes from /proc: shared pages are divided among the processes that map them, except those of model
-files. A job runs before each reading, because mapped weights occupy memory only once they are used. Every worker loads
-torch, so the blocks' share is the difference between a worker with all blocks (and the embedding) and one with the 10
-in the middle. Another daemon serves the remaining blocks throughout, so that all measured workers share torch's pages
-with the same number of processes.
+files. A job runs before each reading, because mapped weights occupy memory only once they are used. The blocks' share
+is the difference between a worker with all blocks (and the embedding) and one with the 10 in the middle. Another daemon
+serves the remaining blocks throughout, so that all measured workers share libraries with the same number of
+processes.
 """
 
 import json
@@ -106,7 +106,7 @@ def proportional_set_size(pid: int) -> int:
         if field == ("Rss" if is_weights else "Pss"):
             total_bytes += int(value.split()[0]) * 1024
         elif "-" in field.split(" ")[0]:
-            is_weights = line.endswith(".safetensors")
+            is_weights = line.endswith((".safetensors", ".gguf"))
     return total_bytes
 
 
@@ -119,7 +119,7 @@ def report(result: Mapping[str, Any]) -> str:
     blocks = result["blocks"]
     lines += [
         "",
-        f"a worker without any blocks, mostly torch: {result['worker_fixed_mib']:.0f} MiB",
+        f"a worker without any blocks: {result['worker_fixed_mib']:.0f} MiB",
         f"20 blocks and the embedding add {blocks['added_mib']:.0f} MiB and are {blocks['files_mib']:.0f} MiB on disk",
         f"that is {blocks['excess']:+.1%}; target: within {result['target']:.0%}: {result['verdict']}",
     ]

@@ -49,7 +49,7 @@ class Use:
 
 @click.command()
 @click.option("--tokens", type=click.IntRange(1), default=64, show_default=True, help="Tokens of each job.")
-@click.option("--method", default="engine=onnxruntime", show_default=True, help="Method of all jobs.")
+@click.option("--method", default="engine=llamacpp", show_default=True, help="Method of all jobs.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
 def main(tokens: int, method: str, as_json: bool) -> None:
     """Measure the CPU utilisation of stages and cores."""

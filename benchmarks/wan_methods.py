@@ -31,34 +31,23 @@ STAGES: Final = ("0-10", "10-20", "20-30")
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """A method on a workload, and its target speed-up over another method (default: the baseline)."""
+    """A method on a workload, and its target speed-up over the baseline."""
 
     method: str
     workload: dict[str, float]
     objective: str
     target: float
     delayed: bool = True
-    over: str = "baseline"
 
 
 SHARED: Final = {"concurrency": 8, "prompt_tokens": 400, "max_tokens": 1, "shared_prefix_share": 0.9}
 
 CASES: Final = {
     "chunked prefill": Case("prefill_chunk=128", {"prompt_tokens": 1024, "max_tokens": 1}, "latency", 1.5),
-    "chunked prefill, onnxruntime": Case(
-        "engine=onnxruntime|prefill_chunk=128",
-        {"prompt_tokens": 1024, "max_tokens": 1},
-        "latency",
-        1.5,
-        over="engine=onnxruntime",
-    ),
     "speculation": Case(
         "speculation=ngram-4", {"prompt_tokens": 128, "max_tokens": 64, "repetitiveness": 0.9}, "latency", 2.0
     ),
     "prefix cache": Case("prefix_cache=on", SHARED, "throughput", 2.5, delayed=False),
-    "prefix cache, onnxruntime": Case(
-        "engine=onnxruntime|prefix_cache=on", SHARED, "throughput", 2.5, delayed=False, over="engine=onnxruntime"
-    ),
 }
 
 
@@ -90,7 +79,7 @@ async def measure(delay_s: float, rounds: int, names: Sequence[str]) -> dict[str
 async def _measure(first: Daemon, rounds: int, name: str) -> dict[str, Any]:
     case = CASES[name]
     package_format = demo_package().manifest.format
-    methods = list(dict.fromkeys(parse_method(each, package_format).name for each in (case.method, case.over)))
+    methods = list(dict.fromkeys(parse_method(each, package_format).name for each in (case.method, "baseline")))
     body = {"model": DEMO_MODEL, "methods": methods, "workload": case.workload, "rounds": rounds}
     async with httpx.AsyncClient(base_url=first.ready.api_url, timeout=None) as client:
         answer = await client.post("/swarm/bench", json=body)
