@@ -59,14 +59,13 @@ class ModelSizes:
     @classmethod
     def of_source(cls, source: ShardSource, cuts: Cuts) -> "ModelSizes":
         """Return the sizes of a span's files, for plans of it and parts of it. Raises OSError."""
-        common = getattr(source, "common_file", None)
         return cls(
             config=source.config,
             cuts=cuts,
             blocks={number: path.stat().st_size for number, path in source.block_files.items()},
             embed=source.embed_file.stat().st_size if source.embed_file else 0,
             head=source.head_file.stat().st_size if source.head_file else 0,
-            common=common.stat().st_size if common else 0,
+            common=source.common_file.stat().st_size if source.common_file else 0,
             tied=source.config.get("tie_word_embeddings") is True,
         )
 
