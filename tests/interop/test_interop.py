@@ -10,6 +10,7 @@ from typing import Any
 
 import trio
 
+from node.models.store import Package
 from protocol.sync import PROTOCOL_ID as SYNC
 from tests.process.daemons import Daemon, StartDaemon, until
 from tests.process.test_history import observations
@@ -60,14 +61,14 @@ async def js_peer(node_js: str, daemon: Daemon, model: str) -> AsyncIterator[JsP
 
 
 async def test_js_libp2p_is_a_peer_of_the_swarm(
-    node_js: str, start_swarm: Callable[..., Awaitable[list[Daemon]]], start_daemon: StartDaemon
+    node_js: str, package: Package, start_swarm: Callable[..., Awaitable[list[Daemon]]], start_daemon: StartDaemon
 ) -> None:
     [daemon] = await start_swarm("0-30")
     neighbour = await start_daemon("--bootstrap", daemon.multiaddr)
-    [model] = (await daemon.get("/swarm/models"))["models"]
+    model = package.model_id
     for _ in range(2):
         await daemon.complete(prompt="Once", max_tokens=1)
-    async with js_peer(node_js, daemon, model["model"]) as peer:
+    async with js_peer(node_js, daemon, model) as peer:
         own_id = (await peer.step("connected"))["peer_id"]
         assert SYNC in (await peer.step("identified"))["protocols"]
 
@@ -86,14 +87,14 @@ async def test_js_libp2p_is_a_peer_of_the_swarm(
         assert (await peer.step("greeted"))["agent"].startswith("metaswarm/")
         fetched = await peer.step("manifest")
         assert fetched["absent"]
-        assert hashlib.sha256(fetched["manifest"].encode()).hexdigest() == model["model"]
+        assert hashlib.sha256(fetched["manifest"].encode()).hexdigest() == model
 
         # What a job cost comes by gossip, countersigned by the stage.
         await peer.step("listening")
         await daemon.complete(prompt="Once upon", max_tokens=3, metaswarm={"ignore_eos": True})
         heard = await peer.step("observation")
         assert heard["observer"] == daemon.peer_id
-        assert heard["model"] == model["model"]
+        assert heard["model"] == model
         assert heard["workload"]["completion_tokens"] == 3
         assert heard["countersigned"]
         assert bytes.fromhex(heard["id"]) in observations(daemon)
