@@ -80,7 +80,7 @@ async def keep_prefilling(api_url: str, compute_s: list[float], *, task_status: 
     async with httpx.AsyncClient(timeout=300) as client:
         while True:
             prompt = prompts.choices(TOKEN_IDS, k=PROMPT_TOKENS)
-            body = {"model": DEMO_MODEL, "prompt": prompt, "max_tokens": 1, "temperature": 0}
+            body = {"model": DEMO_MODEL, "prompt": prompt, "max_tokens": 1, "temperature": 0, "metaswarm": {}}
             answer = (await client.post(f"{api_url}/v1/completions", json=body)).raise_for_status().json()
             compute_s.append(answer["metaswarm"]["route"][0]["compute_s"])
             if len(compute_s) == 1:

@@ -11,12 +11,13 @@ from starlette.routing import Route
 from starlette.types import ASGIApp
 
 from node.api.bench import BenchEndpoint
-from node.api.completions import CompletionEndpoint
+from node.api.endpoint import GenerationEndpoint
 from node.api.errors import ApiError
 from node.api.explanation import parse_task
 from node.api.guard import Guard
 from node.api.interface import NodeView
-from node.api.requests import parse_chat_request, parse_completion_request
+from node.api.openai.requests import parse_chat_request, parse_completion_request
+from node.api.request_id import RequestIds
 from node.coordinator.submission import JobError
 
 
@@ -56,8 +57,8 @@ def make_app(node: NodeView, api_key: str | None) -> ASGIApp:
     async def explain(request: Request) -> JSONResponse:
         return JSONResponse(await node.explain(*parse_task(await request.body())))
 
-    chat_completions = CompletionEndpoint(node.submitter, parse_chat_request)
-    completions = CompletionEndpoint(node.submitter, parse_completion_request)
+    chat_completions = GenerationEndpoint(node.submitter, parse_chat_request)
+    completions = GenerationEndpoint(node.submitter, parse_completion_request)
     routes = [
         Route("/v1/chat/completions", chat_completions, methods=["POST"]),
         Route("/v1/completions", completions, methods=["POST"]),
@@ -76,23 +77,23 @@ def make_app(node: NodeView, api_key: str | None) -> ASGIApp:
         HTTPException: _on_http_exception,
         Exception: _on_defect,
     }
-    return Guard(Starlette(routes=routes, exception_handlers=handlers), api_key)
+    return RequestIds(Guard(Starlette(routes=routes, exception_handlers=handlers), api_key))
 
 
-async def _on_api_error(_: Request, error: ApiError) -> JSONResponse:
-    return error.response()
+async def _on_api_error(request: Request, error: ApiError) -> JSONResponse:
+    return error.response(request.url.path)
 
 
-async def _on_job_error(_: Request, error: JobError) -> JSONResponse:
-    return ApiError.from_job_error(error).response()
+async def _on_job_error(request: Request, error: JobError) -> JSONResponse:
+    return ApiError.from_job_error(error).response(request.url.path)
 
 
 async def _on_http_exception(request: Request, error: HTTPException) -> JSONResponse:
     message = f"{request.method} {request.url.path}: {error.detail.lower()}"
     headers = dict(error.headers) if error.headers else None
-    return ApiError(error.status_code, message, headers=headers).response()
+    return ApiError(error.status_code, message, headers=headers).response(request.url.path)
 
 
-async def _on_defect(_: Request, __: Exception) -> JSONResponse:
+async def _on_defect(request: Request, _: Exception) -> JSONResponse:
     # The server logs the exception; clients must not see it.
-    return ApiError(500, "internal error: see the log of the node").response()
+    return ApiError(500, "internal error: see the log of the node").response(request.url.path)

@@ -11,8 +11,8 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse
 from starlette.types import Receive, Scope, Send
 
-from node.api.completions import until_disconnect
-from node.api.requests import (
+from node.api.endpoint import until_disconnect
+from node.api.fields import (
     Fields,
     count_between,
     number_between,

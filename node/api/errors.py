@@ -1,4 +1,8 @@
-"""Errors in the shape of the OpenAI API: `{"error": {"message", "type", "param", "code"}}`."""
+"""Errors, each in the shape of the protocol that was asked.
+
+The OpenAI API's is `{"error": {"message", "type", "param", "code"}}`, that of the Anthropic API `{"type": "error",
+"error": {"type", "message"}}`, and that of Ollama `{"error": "message"}`.
+"""
 
 import math
 from typing import Any
@@ -24,6 +28,17 @@ _RETRY_AFTER_S = {
     JobErrorCode.LEAVING: 10.0,
 }
 """Default of Retry-After."""
+
+
+_ANTHROPIC_TYPES = {
+    400: "invalid_request_error",
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    413: "request_too_large",
+    429: "rate_limit_error",
+    503: "overloaded_error",
+}
 
 
 class ApiError(Exception):
@@ -56,11 +71,16 @@ class ApiError(Exception):
         param = "model" if error.code is JobErrorCode.MODEL_NOT_FOUND else error.param
         return cls(status, error.message, param=param, code=error.code.value, headers=headers)
 
-    def document(self) -> dict[str, Any]:
-        """Return the JSON document."""
+    def document(self, path: str = "") -> dict[str, Any]:
+        """Return the JSON document, in the shape of the protocol that has this path."""
+        if path.startswith("/v1/messages"):
+            kind = _ANTHROPIC_TYPES.get(self.status, "api_error" if self.status >= 500 else "invalid_request_error")
+            return {"type": "error", "error": {"type": kind, "message": self.message}}
+        if path.startswith("/api/"):
+            return {"error": self.message}
         kind = "server_error" if self.status >= 500 else "invalid_request_error"
         return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
 
-    def response(self) -> JSONResponse:
+    def response(self, path: str) -> JSONResponse:
         """Return the whole answer."""
-        return JSONResponse(self.document(), self.status, headers=self.headers)
+        return JSONResponse(self.document(path), self.status, headers=self.headers)

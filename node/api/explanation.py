@@ -7,8 +7,7 @@ from typing import Any, Final
 
 import trio
 
-from node.api.interface import ExplainedMethod, Explanation, PastDecision, PastDecisions, SelectionStatus
-from node.api.requests import (
+from node.api.fields import (
     Fields,
     count_between,
     number_between,
@@ -18,6 +17,7 @@ from node.api.requests import (
     parse_text,
     refuse,
 )
+from node.api.interface import ExplainedMethod, Explanation, PastDecision, PastDecisions, SelectionStatus
 from node.coordinator.coordinator import Considered
 from node.coordinator.submission import JobOutcome, JobRequest, Selection
 from node.selection.chooser import LearnedChoice, LearnedChooser

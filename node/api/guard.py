@@ -23,6 +23,9 @@ BODY_TIMEOUT_S: Final = 30.0
 DISCARD_TIMEOUT_S: Final = 5.0
 """Longest wait of a refusal for the end of the body: most clients read the answer only after sending it."""
 
+EXPOSED_HEADERS: Final = "Retry-After, X-Request-Id"
+"""What scripts of a page may read of an answer."""
+
 PUBLIC: Final = frozenset({"/health"})
 """Public pages: no key, any origin."""
 
@@ -118,7 +121,7 @@ def _readable_by(origin: str, send: Send) -> Send:
         if message["type"] == "http.response.start":
             headers = MutableHeaders(scope=message)
             headers["Access-Control-Allow-Origin"] = origin
-            headers["Access-Control-Expose-Headers"] = "Retry-After"
+            headers["Access-Control-Expose-Headers"] = EXPOSED_HEADERS
             headers.add_vary_header("Origin")
         await send(message)
 
@@ -170,5 +173,5 @@ async def _refuse(error: ApiError, scope: Scope, receive: Receive, send: Send) -
         nursery.start_soon(discard)
         with trio.move_on_after(DISCARD_TIMEOUT_S):
             await ended.wait()
-        await error.response()(scope, receive, send)
+        await error.response(scope["path"])(scope, receive, send)
         nursery.cancel_scope.cancel()

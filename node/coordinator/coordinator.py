@@ -20,7 +20,7 @@ from node.coordinator.method_choice import Choice, Chooser, QualityStore, admitt
 from node.coordinator.observation import Recorder, ServedJob
 from node.coordinator.planner import Planner, SwarmView
 from node.coordinator.prefix_sharing import RecentPrompts
-from node.coordinator.prompt import prompt_tokens, sampling_of
+from node.coordinator.prompt import prompt_text, prompt_tokens, sampling_of
 from node.coordinator.result import result_of, served_of, timing_of
 from node.coordinator.route import OpenRoute, RouteRejected
 from node.coordinator.session_request import RouteServices, request_sessions
@@ -253,6 +253,7 @@ class Coordinator:
             model_name=job.model.name,
             prompt_tokens=len(job.prompt),
             created_s=int(time.time()),
+            echo=await prompt_text(job.request, job.model) if job.request.echo else "",
         )
         decoder = StreamDecoder(job.model.tokenizer)
         finder = StopFinder(job.request.stop)

@@ -50,6 +50,17 @@ async def prompt_tokens(request: JobRequest, model: KnownModel) -> tuple[int, ..
     return tokens
 
 
+async def prompt_text(request: JobRequest, model: KnownModel) -> str:
+    """Return the text of a prompt that was given as text or token ids; empty where the model has no text."""
+    if request.prompt_tokens is None or model.tokenizer.is_absent:
+        return request.prompt or ""
+    try:
+        (text,) = await model.tokenizer.decode(request.prompt_tokens)
+    except ModelError as error:
+        raise JobError(JobErrorCode.FAILED, str(error)) from None
+    return text
+
+
 def sampling_of(request: JobRequest, model: KnownModel, prompt_length: int) -> Sampling:
     """Return a request's sampling, within the model's limits. Raises JobError.
 

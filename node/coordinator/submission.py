@@ -70,7 +70,8 @@ class JobRequest:
     token is sampled and no stop string applies. `top_k`: 0 keeps all. `logit_bias`: token ids, each once, and what is
     added to their logits. `seed`: None for a random one; taken modulo 2**64. `stop_token_ids`: besides the model's own
     end-of-text tokens. `ignore_eos`: do not end at the model's end-of-text tokens; for benchmarks. `method`: `auto`, or
-    a method by its switches. `background`: gives way to other jobs. Sampling: `node.engine.sampling`.
+    a method by its switches. `background`: gives way to other jobs. `echo`: whether JobStarted has the prompt's text.
+    Sampling: `node.engine.sampling`.
     """
 
     model: str
@@ -94,17 +95,19 @@ class JobRequest:
     quality: QualityBound = QualityBound.EXACT
     method: str = AUTO
     background: bool = False
+    echo: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class JobStarted:
-    """The job was accepted: the first event. `created_s` is Unix time."""
+    """The job was accepted: the first event. `created_s` is Unix time. `echo`: the prompt's text, if requested."""
 
     job_id: JobId
     model: ModelId
     model_name: str
     prompt_tokens: int
     created_s: int
+    echo: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

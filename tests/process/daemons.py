@@ -40,7 +40,9 @@ class Daemon:
     async def complete(self, **body: Any) -> dict[str, Any]:
         """Return the whole answer of /v1/completions, greedy unless said otherwise."""
         async with httpx.AsyncClient(base_url=self.api_url, timeout=120) as client:
-            answer = await client.post("/v1/completions", json={"model": MODEL, "temperature": 0, **body})
+            answer = await client.post(
+                "/v1/completions", json={"model": MODEL, "temperature": 0, "metaswarm": {}, **body}
+            )
         result: dict[str, Any] = answer.json()
         return result
 

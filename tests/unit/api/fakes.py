@@ -109,7 +109,9 @@ class FakeSubmitter:
     requests: list[JobRequest] = field(default_factory=list)
     entered: trio.Event = field(default_factory=trio.Event)
     left: trio.Event = field(default_factory=trio.Event)
-    """The job's block was left."""
+    """A job's block was left."""
+    running: int = 0
+    """Jobs whose block is entered."""
 
     @asynccontextmanager
     async def submit(self, request: JobRequest) -> AsyncIterator[AsyncIterator[JobEvent]]:
@@ -119,13 +121,16 @@ class FakeSubmitter:
         if self.refuse and (self.refusals is None or len(self.requests) <= self.refusals):
             raise self.refuse
         try:
-            async with aclosing(self._events()) as events:
+            self.running += 1
+            async with aclosing(self._events(request)) as events:
                 yield events
         finally:
+            self.running -= 1
             self.left.set()
 
-    async def _events(self) -> AsyncGenerator[JobEvent, None]:
-        yield JobStarted(job_id=JOB, model=MODEL, model_name="tiny", prompt_tokens=5, created_s=1_700_000_000)
+    async def _events(self, request: JobRequest) -> AsyncGenerator[JobEvent, None]:
+        started = JobStarted(job_id=JOB, model=MODEL, model_name="tiny", prompt_tokens=5, created_s=1_700_000_000)
+        yield replace(started, echo=(request.prompt or "") if request.echo else "")
         for index, word in enumerate(self.words):
             await trio.sleep(self.pauses.get(index, 0))
             yield TextDelta(text=word, token_ids=(index,))

@@ -49,3 +49,12 @@ async def test_internal_error_reveals_nothing(
     assert "secret" not in response.text
     assert response.json()["error"]["type"] == "server_error"
     assert (await client.get("/swarm/peers", headers={"X-Peer": PEERS[0]})).status_code == 200
+
+
+async def test_answer_returns_request_id(node: FakeNode, client: httpx.AsyncClient) -> None:
+    for path in ("/v1/models", "/nowhere", "/health"):
+        assert (await client.get(path, headers={"X-Request-Id": "mine-1"})).headers["x-request-id"] == "mine-1"
+    drawn = {(await client.get("/v1/models")).headers["x-request-id"] for _ in range(2)}
+    assert len(drawn) == 2
+    forged = (await client.get("/v1/models", headers={"X-Request-Id": "a b" * 99})).headers["x-request-id"]
+    assert forged.startswith("req_")

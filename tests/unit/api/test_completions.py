@@ -5,11 +5,12 @@ from typing import Any
 import httpx
 import pytest
 import trio
+import trio.testing
 from trio.testing import MockClock
 
-from node.api.completions import CompletionEndpoint
+from node.api.endpoint import GenerationEndpoint
 from node.api.errors import ApiError
-from node.api.requests import parse_completion_request
+from node.api.openai.requests import parse_completion_request
 from node.coordinator.submission import ChatMessage, JobError, JobErrorCode
 from protocol.measurements import QualityBound
 from tests.unit.api.fakes import JOB, PEERS, FakeNode, chat_body, send_request, serve_node
@@ -60,7 +61,7 @@ def events_of(response: httpx.Response) -> list[Any]:
 
 
 async def test_chat_without_stream(client: httpx.AsyncClient) -> None:
-    response = await client.post("/v1/chat/completions", json=chat_body())
+    response = await client.post("/v1/chat/completions", json=chat_body(metaswarm={}))
     assert response.status_code == 200
     assert response.json() == {
         "id": f"chatcmpl-{JOB}",
@@ -81,7 +82,7 @@ async def test_chat_without_stream(client: httpx.AsyncClient) -> None:
 
 
 async def test_completion_without_stream(client: httpx.AsyncClient) -> None:
-    response = await client.post("/v1/completions", json=completion_body())
+    response = await client.post("/v1/completions", json=completion_body(metaswarm={}))
     assert response.json() == {
         "id": f"cmpl-{JOB}",
         "object": "text_completion",
@@ -94,7 +95,7 @@ async def test_completion_without_stream(client: httpx.AsyncClient) -> None:
 
 
 async def test_streams_chat(client: httpx.AsyncClient) -> None:
-    body = chat_body(stream=True, stream_options={"include_usage": True})
+    body = chat_body(stream=True, stream_options={"include_usage": True}, metaswarm={})
     *chunks, done = events_of(await client.post("/v1/chat/completions", json=body))
     assert done == "[DONE]"
     *texts, usage = chunks
@@ -108,13 +109,59 @@ async def test_streams_chat(client: httpx.AsyncClient) -> None:
 
 
 async def test_streams_completion_with_metaswarm_in_last_chunk(client: httpx.AsyncClient) -> None:
-    response = await client.post("/v1/completions", json=completion_body(stream=True))
+    response = await client.post("/v1/completions", json=completion_body(stream=True), headers={"X-Metaswarm": "1"})
     *chunks, done = events_of(response)
     assert done == "[DONE]"
     assert [chunk["choices"][0]["text"] for chunk in chunks] == ["Hello", ",", " wörld", ""]
     assert {chunk["object"] for chunk in chunks} == {"text_completion"}
     assert [chunk.get("metaswarm") for chunk in chunks] == [None] * 3 + [METASWARM]
     assert not any("usage" in chunk for chunk in chunks)
+
+
+@pytest.mark.parametrize("stream", [True, False])
+async def test_answer_has_metaswarm_only_on_request(client: httpx.AsyncClient, stream: bool) -> None:
+    for path, body in (("chat/completions", chat_body(stream=stream)), ("completions", completion_body(stream=stream))):
+        assert "metaswarm" not in (await client.post(f"/v1/{path}", json=body)).text
+        assert "metaswarm" not in (await client.post(f"/v1/{path}", json=body, headers={"X-Metaswarm": "0"})).text
+        assert "metaswarm" in (await client.post(f"/v1/{path}", json=body, headers={"X-Metaswarm": "true"})).text
+
+
+async def test_answers_several_prompts_and_choices(node: FakeNode, client: httpx.AsyncClient) -> None:
+    body = completion_body(prompt=["one: ", "two: "], n=2, echo=True, metaswarm={})
+    answer = (await client.post("/v1/completions", json=body)).json()
+    texts = [f"{prompt}Hello, wörld" for prompt in ("one: ", "one: ", "two: ", "two: ")]
+    assert [choice["text"] for choice in answer["choices"]] == texts
+    assert [choice["index"] for choice in answer["choices"]] == [0, 1, 2, 3]
+    assert [choice["metaswarm"] for choice in answer["choices"]] == [METASWARM] * 4
+    assert (answer["usage"]["prompt_tokens"], answer["usage"]["completion_tokens"]) == (10, 12)
+    response = await client.post("/v1/completions", json={**body, "stream": True})
+    *chunks, done = events_of(response)
+    assert done == "[DONE]"
+    streamed = dict.fromkeys(range(4), "")
+    for chunk in chunks:
+        (choice,) = chunk["choices"]
+        streamed[choice["index"]] += choice["text"]
+    assert list(streamed.values()) == texts
+    assert sum("metaswarm" in chunk["choices"][0] for chunk in chunks) == 4
+
+
+async def test_error_of_one_choice_ends_the_others(node: FakeNode, client: httpx.AsyncClient) -> None:
+    node.submitter.refuse = JobError(JobErrorCode.FULL, "No room.")
+    response = await client.post("/v1/chat/completions", json=chat_body(n=20))
+    assert (response.status_code, response.json()["error"]["code"]) == (503, "peers_full")
+    assert len(node.submitter.requests) <= 8
+
+
+async def test_disconnect_cancels_every_choice(node: FakeNode) -> None:
+    node.submitter.hang = True
+    async with serve_node(node) as url:
+        connection = await send_request(url, "/v1/chat/completions", json.dumps(chat_body(n=3)).encode())
+        while len(node.submitter.requests) < 3:
+            await trio.testing.wait_all_tasks_blocked(0.01)
+        await connection.aclose()
+        with trio.fail_after(1):
+            while node.submitter.running:
+                await trio.testing.wait_all_tasks_blocked(0.01)
 
 
 async def test_streams_text_while_job_runs(node: FakeNode) -> None:
@@ -231,7 +278,7 @@ async def run_asgi(node: FakeNode, body: dict[str, Any]) -> list[tuple[float, di
         sent.append((trio.current_time(), message))
 
     scope: dict[str, Any] = {"type": "http", "method": "POST", "headers": []}
-    await CompletionEndpoint(node.submitter, parse_completion_request)(scope, receive, send)
+    await GenerationEndpoint(node.submitter, parse_completion_request)(scope, receive, send)
     return sent
 
 

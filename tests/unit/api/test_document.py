@@ -8,12 +8,14 @@ import pytest
 from starlette.applications import Starlette
 from starlette.routing import Route
 
-from node.api import bench, explanation, interface, requests
+from node.api import bench, explanation, interface
 from node.api.application import make_app
 from node.api.bench import describe_trial
-from node.api.documents import describe_job
 from node.api.errors import ApiError
 from node.api.guard import Guard
+from node.api.job_document import describe_job
+from node.api.openai import requests
+from node.api.request_id import RequestIds
 from node.coordinator.submission import JobError, JobErrorCode
 from node.coordinator.trial_runner import MethodTrial, Trial
 from selector.task import BASELINE
@@ -47,8 +49,9 @@ def first_column(heading: str) -> set[str]:
 
 def test_lists_every_endpoint() -> None:
     app = make_app(FakeNode(), None)
-    assert isinstance(app, Guard)
-    starlette = app._app
+    assert isinstance(app, RequestIds)
+    assert isinstance(app.app, Guard)
+    starlette = app.app._app
     assert isinstance(starlette, Starlette)
     served = set()
     for route in starlette.routes:
@@ -114,7 +117,7 @@ def test_lists_every_error_code_with_its_status() -> None:
     listed = {row[0].strip("`"): int(row[1]) for row in rows("Errors")}
     of_jobs = {code.value: ApiError.from_job_error(JobError(code, "")).status for code in JobErrorCode}
     assert {code: status for code, status in listed.items() if code in of_jobs} == of_jobs
-    source = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "node/api").glob("*.py"))
+    source = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "node/api").rglob("*.py"))
     of_api = set(re.findall(r'(?:code=|"code": )"(\w+)"', source))
     assert listed.keys() == of_jobs.keys() | of_api
 

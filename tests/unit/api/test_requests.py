@@ -2,10 +2,13 @@ import json
 from typing import Any
 
 import pytest
+from starlette.datastructures import Headers
 
 from node.api.errors import ApiError
-from node.api.requests import IGNORED, MAX_SEED, MIN_SEED, parse_chat_request, parse_completion_request
-from node.coordinator.submission import ChatMessage
+from node.api.generation import MAX_CHOICES, Generation
+from node.api.openai import requests
+from node.api.openai.requests import IGNORED, MAX_SEED, MIN_SEED
+from node.coordinator.submission import ChatMessage, JobRequest
 from protocol.limits import MAX_LOGIT_BIASES, MAX_POSITIONS, MAX_STOP_TOKENS, MAX_VOCABULARY
 
 
@@ -17,14 +20,32 @@ def completion(**fields: Any) -> bytes:
     return json.dumps({"model": "tiny", "prompt": "Hi", **fields}).encode()
 
 
+def generation_of_chat(body: bytes) -> Generation:
+    return requests.parse_chat_request(body, Headers())[0]
+
+
+def generation_of_completion(body: bytes) -> Generation:
+    return requests.parse_completion_request(body, Headers())[0]
+
+
+def parse_chat_request(body: bytes) -> JobRequest:
+    (job,) = generation_of_chat(body).jobs
+    return job
+
+
+def parse_completion_request(body: bytes) -> JobRequest:
+    (job,) = generation_of_completion(body).jobs
+    return job
+
+
 def test_defaults_equal_openai() -> None:
-    job = parse_chat_request(chat()).job
+    job = parse_chat_request(chat())
     assert (job.temperature, job.top_p, job.seed, job.max_tokens, job.stop) == (1.0, 1.0, None, None, ())
-    assert parse_completion_request(completion()).job.max_tokens == 16
+    assert parse_completion_request(completion()).max_tokens == 16
 
 
 def test_temperature_zero_is_not_default() -> None:
-    assert parse_chat_request(chat(temperature=0)).job.temperature == 0.0
+    assert parse_chat_request(chat(temperature=0)).temperature == 0.0
 
 
 def test_null_equals_absent() -> None:
@@ -88,7 +109,6 @@ def test_unknown_field_suggests_closest_name(name: str, meant: str | None) -> No
         ("skip_special_tokens", False),
         ("include_stop_str_in_output", True),
         ("prompt_logprobs", 0),
-        ("echo", True),
         ("truncate_prompt_tokens", 5),
     ],
 )
@@ -106,6 +126,7 @@ def test_refuses_non_neutral_value(name: str, value: Any, chatting: bool) -> Non
         {"chat_template_kwargs": {"enable_thinking": False}},
         {"chat_template": "{{ messages }}"},
         {"reasoning_effort": "high"},
+        {"echo": True},
         {"add_generation_prompt": False},
         {"continue_final_message": True},
         {"documents": [{"text": "a"}]},
@@ -137,8 +158,7 @@ def test_sampling_fields_reach_job(chatting: bool) -> None:
         "stop_token_ids": [4, 2, 4],
         "ignore_eos": True,
     }
-    parsed = parse_chat_request(chat(**fields)) if chatting else parse_completion_request(completion(**fields))
-    job = parsed.job
+    job = parse_chat_request(chat(**fields)) if chatting else parse_completion_request(completion(**fields))
     assert (job.top_k, job.min_p, job.repetition_penalty) == (40, 0.05, 1.1)
     assert (job.frequency_penalty, job.presence_penalty) == (2.0, -2.0)
     assert job.logit_bias == ((3, -100.0), (20, 1.0))
@@ -147,18 +167,18 @@ def test_sampling_fields_reach_job(chatting: bool) -> None:
 
 def test_top_k_off_values() -> None:
     for value in (-1, 0, None):
-        assert parse_chat_request(chat(top_k=value)).job.top_k == 0
+        assert parse_chat_request(chat(top_k=value)).top_k == 0
 
 
 @pytest.mark.parametrize("seed", [MIN_SEED, -1, 0, MAX_SEED])
 def test_seed_is_signed_64_bit(seed: int) -> None:
-    assert parse_completion_request(completion(seed=seed)).job.seed == seed
+    assert parse_completion_request(completion(seed=seed)).seed == seed
 
 
 @pytest.mark.parametrize("name", ["max_tokens", "max_completion_tokens"])
 @pytest.mark.parametrize("value", [MAX_POSITIONS + 1, 2**31 - 1, 10**30])
 def test_caps_max_tokens(name: str, value: int) -> None:
-    assert parse_chat_request(chat(**{name: value})).job.max_tokens == MAX_POSITIONS
+    assert parse_chat_request(chat(**{name: value})).max_tokens == MAX_POSITIONS
 
 
 @pytest.mark.parametrize(
@@ -182,7 +202,8 @@ def test_accepts_neutral_values(fields: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("fields", "param"),
     [
-        ({"n": 2}, "n"),
+        ({"n": 0}, "n"),
+        ({"n": MAX_CHOICES + 1}, "n"),
         ({"n": True}, "n"),
         ({"presence_penalty": 2.5}, "presence_penalty"),
         ({"frequency_penalty": "1"}, "frequency_penalty"),
@@ -251,7 +272,7 @@ def test_error_names_wrong_field(fields: dict[str, Any], param: str) -> None:
 def test_joins_text_parts_and_maps_developer_role() -> None:
     parts = [{"type": "text", "text": "Good "}, {"type": "text", "text": "day"}]
     messages = [{"role": "developer", "content": "Be kind."}, {"role": "user", "content": parts, "name": "Ann"}]
-    job = parse_chat_request(chat(messages=messages)).job
+    job = parse_chat_request(chat(messages=messages))
     assert job.messages == (
         ChatMessage(role="system", content="Be kind."),
         ChatMessage(role="user", content="Good day"),
@@ -263,7 +284,7 @@ def test_joins_text_parts_and_maps_developer_role() -> None:
 )
 def test_assistant_content_may_be_null(turn: dict[str, Any]) -> None:
     messages = [{"role": "user", "content": "a"}, {"role": "assistant", **turn}, {"role": "user", "content": "b"}]
-    job = parse_chat_request(chat(messages=messages)).job
+    job = parse_chat_request(chat(messages=messages))
     assert job.messages is not None
     assert job.messages[1] == ChatMessage(role="assistant", content="")
 
@@ -273,15 +294,31 @@ def test_assistant_content_may_be_null(turn: dict[str, Any]) -> None:
     [("Hi", "Hi", None), (["Hi"], "Hi", None), ([1, 2], None, (1, 2)), ([[1, 2]], None, (1, 2))],
 )
 def test_prompt_is_text_or_token_ids(prompt: Any, text: str | None, tokens: tuple[int, ...] | None) -> None:
-    job = parse_completion_request(completion(prompt=prompt)).job
+    job = parse_completion_request(completion(prompt=prompt))
     assert (job.prompt, job.prompt_tokens) == (text, tokens)
 
 
-@pytest.mark.parametrize("prompt", [["a", "b"], [[1], [2]], [], [[]], [True], [-1], [MAX_VOCABULARY], [1, "a"], {}, 7])
+@pytest.mark.parametrize(
+    "prompt",
+    [["a", 2], [[1], []], ["a"] * (MAX_CHOICES + 1), [], [[]], [True], [-1], [MAX_VOCABULARY], [1, "a"], {}, 7],
+)
 def test_refuses_other_prompts(prompt: Any) -> None:
     with pytest.raises(ApiError) as caught:
         parse_completion_request(completion(prompt=prompt))
-    assert (caught.value.status, caught.value.param) == (400, "prompt")
+    assert caught.value.status == 400
+    assert caught.value.param in {"prompt", "prompt[1]"}
+
+
+def test_each_prompt_and_choice_is_a_job() -> None:
+    generation = generation_of_completion(completion(prompt=["a", "b"], n=2, seed=7, echo=True))
+    assert [(job.prompt, job.seed, job.echo) for job in generation.jobs] == [
+        ("a", 7, True), ("a", 8, True), ("b", 7, True), ("b", 8, True)
+    ]  # fmt: skip
+    assert generation.choices_per_prompt == 2
+    assert [job.seed for job in generation_of_chat(chat(n=2)).jobs] == [None, None]
+    with pytest.raises(ApiError) as caught:
+        generation_of_completion(completion(prompt=["a", "b"], n=MAX_CHOICES))
+    assert caught.value.param == "n"
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,178 @@
+"""What every protocol of the API is an adapter over: one kind of request, and one stream of events.
+
+An adapter turns a body into a `Generation` and events into its own answer. It knows nothing of jobs, and this module
+knows nothing of HTTP.
+"""
+
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import aclosing, asynccontextmanager
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Final
+
+import trio
+
+from node.coordinator.submission import JobError, JobEvent, JobRequest, JobResult, JobStarted, Submitter, TextDelta
+
+MAX_CHOICES: Final = 64
+"""Choices of one answer: prompts times `n`."""
+
+PARALLEL_CHOICES: Final = 8
+"""Jobs of one request that run at a time."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Generation:
+    """What a client asks for: a job for each choice of the answer, those of one prompt next to each other.
+
+    `details`: whether the answer tells how the swarm ran the jobs (the field `metaswarm`).
+    """
+
+    jobs: tuple[JobRequest, ...]
+    choices_per_prompt: int = 1
+    stream: bool = False
+    details: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class ChoiceStarted:
+    """The job of a choice was accepted: its first event."""
+
+    choice: int
+    job: JobStarted
+
+
+@dataclass(frozen=True, slots=True)
+class ChoiceText:
+    """More text of a choice."""
+
+    choice: int
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class ChoiceFinished:
+    """A choice is complete: its last event. `finish_reason` is one of the OpenAI API's."""
+
+    choice: int
+    result: JobResult
+    finish_reason: str
+
+
+GenerationEvent = ChoiceStarted | ChoiceText | ChoiceFinished
+
+
+@dataclass(slots=True)
+class Choice:
+    """What has come of one choice."""
+
+    index: int
+    started: JobStarted
+    text: str = ""
+    finish_reason: str = ""
+    result: JobResult | None = None
+
+    @property
+    def done(self) -> JobResult:
+        """The result of a complete choice."""
+        if self.result is None:
+            raise AssertionError("the choice is not complete")
+        return self.result
+
+
+@dataclass(slots=True)
+class Outcome:
+    """The choices of an answer, as far as they have come, by index."""
+
+    choices: dict[int, Choice] = field(default_factory=dict)
+
+    def take(self, event: GenerationEvent) -> Choice:
+        """Add an event; return its choice."""
+        match event:
+            case ChoiceStarted(choice=index, job=job):
+                self.choices[index] = Choice(index, job)
+            case ChoiceText(choice=index, text=text):
+                self.choices[index].text += text
+            case ChoiceFinished(choice=index, result=result, finish_reason=reason):
+                self.choices[index].result, self.choices[index].finish_reason = result, reason
+        return self.choices[event.choice]
+
+    def ordered(self) -> list[Choice]:
+        """Return the choices in the order of their indices."""
+        return [choice for _, choice in sorted(self.choices.items())]
+
+
+def several(job: JobRequest, count: int) -> tuple[JobRequest, ...]:
+    """Return the jobs of `count` choices of one prompt: a given seed makes a different one for each."""
+    if job.seed is None:
+        return (job,) * count
+    return tuple(replace(job, seed=job.seed + number) for number in range(count))
+
+
+@asynccontextmanager
+async def run_generation(
+    submitter: Submitter, generation: Generation
+) -> AsyncIterator[AsyncGenerator[GenerationEvent, None]]:
+    """Run the jobs inside the block, and give their events as they come. Leaving early cancels them on every stage.
+
+    Raises JobError on entering the block or while iterating; the other jobs are cancelled then.
+    """
+    if len(generation.jobs) == 1:
+        async with submitter.submit(generation.jobs[0]) as events, aclosing(_choice_events(0, events)) as ours:
+            yield ours
+        return
+    error: JobError | None = None
+    sender, receiver = trio.open_memory_channel[GenerationEvent | JobError](0)
+    limiter = trio.CapacityLimiter(PARALLEL_CHOICES)
+    async with trio.open_nursery() as nursery, receiver:
+        async with sender:
+            for index, job in enumerate(generation.jobs):
+                nursery.start_soon(partial(_run_choice, submitter, index, job, sender.clone(), limiter))
+        try:
+            async with aclosing(_merged(receiver)) as merged:
+                yield merged
+        except JobError as caught:
+            error = caught  # raised outside the nursery, which would wrap it in a group
+        nursery.cancel_scope.cancel()
+    if error is not None:
+        raise error
+
+
+async def _run_choice(
+    submitter: Submitter,
+    index: int,
+    job: JobRequest,
+    sender: "trio.MemorySendChannel[GenerationEvent | JobError]",
+    limiter: trio.CapacityLimiter,
+) -> None:
+    async with sender, limiter:
+        try:
+            async with submitter.submit(job) as events, aclosing(_choice_events(index, events)) as ours:
+                async for event in ours:
+                    await sender.send(event)
+        except JobError as error:
+            await sender.send(error)
+
+
+async def _merged(
+    receiver: "trio.MemoryReceiveChannel[GenerationEvent | JobError]",
+) -> AsyncGenerator[GenerationEvent, None]:
+    async for event in receiver:
+        if isinstance(event, JobError):
+            raise event
+        yield event
+
+
+async def _choice_events(index: int, events: AsyncIterator[JobEvent]) -> AsyncGenerator[GenerationEvent, None]:
+    """Yield the events of one job as those of a choice."""
+    async for event in events:
+        match event:
+            case JobStarted():
+                yield ChoiceStarted(index, event)
+                if event.echo:
+                    yield ChoiceText(index, event.echo)
+            case TextDelta(text=text):
+                if text:
+                    yield ChoiceText(index, text)
+            case JobResult():
+                yield ChoiceFinished(index, event, event.finish_reason.value)
