@@ -108,6 +108,8 @@ def minor_of(message: ControlMessage) -> int:
         return 1
     if isinstance(message, Open) and message.sampling is not None:
         sampling = message.sampling
+        if sampling.logprobs or sampling.json_schema:
+            return 2
         plain = Sampling(
             temperature=sampling.temperature,
             top_p=sampling.top_p,

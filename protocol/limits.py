@@ -37,6 +37,8 @@ MAX_LOGIT_BIASES: Final = 300  # tokens of one job with a logit bias
 MAX_LOGIT_BIAS: Final = 100.0  # added to a token's logit, either sign
 MAX_PENALTY: Final = 100.0  # presence and frequency penalty of either sign, repetition penalty from its inverse on
 MAX_TEMPERATURE: Final = 100.0
+MAX_LOGPROBS: Final = 21  # the log probability of a drawn token, and those of up to 20 likeliest tokens
+MAX_JSON_SCHEMA_BYTES: Final = 16 << 10  # a JSON Schema that the text of a job follows
 
 # Votes on the method of a job
 MAX_BALLOTS: Final = MAX_STAGES + 1  # ballots on one job: of every stage, and the coordinator's

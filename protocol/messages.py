@@ -34,8 +34,10 @@ from protocol.identity import BlockRange, ModelId, PeerId, SessionId
 from protocol.limits import (
     MAX_BALLOTS,
     MAX_CONTEXT,
+    MAX_JSON_SCHEMA_BYTES,
     MAX_LOGIT_BIAS,
     MAX_LOGIT_BIASES,
+    MAX_LOGPROBS,
     MAX_PENALTY,
     MAX_POSITIONS,
     MAX_STAGES,
@@ -47,10 +49,10 @@ from protocol.limits import (
     MAX_VOTES,
     MAX_WINDOW_BYTES,
 )
-from protocol.schema import ARRAY, OMIT_DEFAULT, Count, Range, name
+from protocol.schema import ARRAY, OMIT_DEFAULT, Count, Range, name, text
 from protocol.tensors import Tensor
 
-LATEST_MINOR: Final = 1
+LATEST_MINOR: Final = 2
 """The latest version of the job protocol is 1.LATEST_MINOR; "since version 1.1" marks additions to 1.0."""
 
 
@@ -119,9 +121,9 @@ class Hello:
 class Sampling:
     """How the last stage samples tokens; temperature 0 is greedy. Keyed by (seed, position): a replay draws the same.
 
-    All but the first five fields exist since version 1.1. The penalties are those of the OpenAI API (presence and
-    frequency, of the output) and of transformers (repetition, of prompt and output); they depend on the job's tokens,
-    see `TokenHistory`. `logit_bias`: pairs of a token id, ascending, and the term added to its logit.
+    All but the first five fields exist since version 1.1, the last two since 1.2. The penalties are those of the OpenAI
+    API (presence and frequency, of the output) and of transformers (repetition, of prompt and output); they depend on
+    the job's tokens, see `TokenHistory`. `logit_bias`: pairs of a token id, ascending, and the term added to its logit.
     """
 
     temperature: Annotated[float, Range(0.0, MAX_TEMPERATURE)] = 0.0
@@ -145,11 +147,20 @@ class Sampling:
     """Stop tokens are masked at positions below this one, prompt included: a replay needs no other value."""
     prompt_length: Annotated[int, Range(1, MAX_POSITIONS), OMIT_DEFAULT] = 0
     """Number of positions of the prompt."""
+    logprobs: Annotated[int, Range(1, MAX_LOGPROBS), OMIT_DEFAULT] = 0
+    """The coordinator gets the log probability of each token, and those of the likeliest `logprobs` - 1 tokens."""
+    json_schema: Annotated[str, text(MAX_JSON_SCHEMA_BYTES), OMIT_DEFAULT] = ""
+    """The output is JSON that follows this JSON Schema, itself JSON; empty for any output."""
+
+    @property
+    def has_penalties(self) -> bool:
+        """Whether a token's score depends on the tokens before it."""
+        return self.repetition_penalty != 1.0 or self.frequency_penalty != 0.0 or self.presence_penalty != 0.0
 
     @property
     def needs_history(self) -> bool:
         """Whether a draw depends on the tokens before it."""
-        return self.repetition_penalty != 1.0 or self.frequency_penalty != 0.0 or self.presence_penalty != 0.0
+        return self.has_penalties or bool(self.json_schema)
 
     def check(self) -> None:
         """Raise RemoteProtocolError where nothing could be sampled, or where biases are not in order."""

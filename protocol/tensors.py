@@ -6,9 +6,12 @@ rows into a batch are slicing of bytes.
 
 import enum
 import math
+import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, NamedTuple
+
+from protocol.limits import MAX_VOCABULARY
 
 
 class DType(enum.StrEnum):
@@ -92,3 +95,37 @@ def tokens_from_tensor(tensor: Tensor) -> list[int]:
     if tensor.dtype is not DType.INT32 or len(tensor.shape) != 1:
         raise ValueError(f"token ids are i32 with one dimension, not {tensor.dtype}{list(tensor.shape)}")
     return memoryview(tensor.data).cast("B").cast("i").tolist() if tensor.rows else []
+
+
+class TokenLogprobs(NamedTuple):
+    """A drawn token with the natural logarithm of its probability, and those of the likeliest tokens."""
+
+    token: int
+    logprob: float
+    likeliest: tuple[tuple[int, float], ...]
+
+
+def logprobs_from_tensor(tensor: Tensor) -> list[TokenLogprobs]:
+    """Return tokens with log probabilities, a row of f32 for each; raise ValueError for any other tensor.
+
+    A row has pairs of a token id and a logarithm: first the token drawn, then the likeliest.
+    """
+    if tensor.dtype is not DType.FLOAT32 or len(tensor.shape) != 2 or tensor.shape[1] % 2 or not tensor.shape[1]:
+        raise ValueError(f"log probabilities are f32 with pairs, not {tensor.dtype}{list(tensor.shape)}")
+    found = []
+    for row in struct.iter_unpack(f"<{tensor.shape[1]}f", tensor.data):
+        ids, logprobs = row[::2], row[1::2]
+        if not all(0 <= each < MAX_VOCABULARY and each == int(each) for each in ids):  # no NaN is
+            raise ValueError(f"a token id is not an integer from 0 to {MAX_VOCABULARY - 1}")
+        if not all(-math.inf < each <= 0 for each in logprobs):
+            raise ValueError("the logarithm of a probability is not finite or above 0")
+        (first, *others) = zip(map(int, ids), logprobs, strict=True)
+        found.append(TokenLogprobs(*first, tuple(others)))
+    return found
+
+
+def drawn_tokens(tensor: Tensor) -> list[int]:
+    """Return the tokens that a last stage has drawn, with or without log probabilities. Raises ValueError."""
+    if tensor.dtype is DType.FLOAT32:
+        return [each.token for each in logprobs_from_tensor(tensor)]
+    return tokens_from_tensor(tensor)

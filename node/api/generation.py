@@ -12,7 +12,16 @@ from typing import Final
 
 import trio
 
-from node.coordinator.submission import JobError, JobEvent, JobRequest, JobResult, JobStarted, Submitter, TextDelta
+from node.coordinator.submission import (
+    JobError,
+    JobEvent,
+    JobRequest,
+    JobResult,
+    JobStarted,
+    Submitter,
+    TextDelta,
+    TokenLogprob,
+)
 
 MAX_CHOICES: Final = 64
 """Choices of one answer: prompts times `n`."""
@@ -48,6 +57,8 @@ class ChoiceText:
 
     choice: int
     text: str
+    logprobs: tuple[TokenLogprob, ...] = ()
+    """Of the tokens that it comes from, where they are wanted; text may wait until it is certain."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +80,7 @@ class Choice:
     index: int
     started: JobStarted
     text: str = ""
+    logprobs: list[TokenLogprob] = field(default_factory=list)
     finish_reason: str = ""
     result: JobResult | None = None
 
@@ -91,8 +103,9 @@ class Outcome:
         match event:
             case ChoiceStarted(choice=index, job=job):
                 self.choices[index] = Choice(index, job)
-            case ChoiceText(choice=index, text=text):
+            case ChoiceText(choice=index, text=text, logprobs=logprobs):
                 self.choices[index].text += text
+                self.choices[index].logprobs += logprobs
             case ChoiceFinished(choice=index, result=result, finish_reason=reason):
                 self.choices[index].result, self.choices[index].finish_reason = result, reason
         return self.choices[event.choice]
@@ -171,8 +184,8 @@ async def _choice_events(index: int, events: AsyncIterator[JobEvent]) -> AsyncGe
                 yield ChoiceStarted(index, event)
                 if event.echo:
                     yield ChoiceText(index, event.echo)
-            case TextDelta(text=text):
-                if text:
-                    yield ChoiceText(index, text)
+            case TextDelta(text=text, logprobs=logprobs):
+                if text or logprobs:
+                    yield ChoiceText(index, text, logprobs)
             case JobResult():
                 yield ChoiceFinished(index, event, event.finish_reason.value)

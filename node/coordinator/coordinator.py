@@ -18,6 +18,7 @@ from node.coordinator.failover import ResilientRoute, no_route
 from node.coordinator.job import Job
 from node.coordinator.method_choice import Choice, Chooser, QualityStore, admitted_methods
 from node.coordinator.observation import Recorder, ServedJob
+from node.coordinator.output_text import OutputText
 from node.coordinator.planner import Planner, SwarmView
 from node.coordinator.prefix_sharing import RecentPrompts
 from node.coordinator.prompt import prompt_text, prompt_tokens, sampling_of
@@ -33,13 +34,11 @@ from node.coordinator.submission import (
     JobRequest,
     JobResult,
     JobStarted,
-    TextDelta,
     Vote,
 )
 from node.links.link_pool import LinkPool
 from node.models.errors import ModelError
 from node.models.library import KnownModel
-from node.models.streaming import StopFinder, StreamDecoder
 from protocol.identity import JobId, ModelId, PeerId, Stage
 from protocol.messages import FinishReason
 from selector.reliability import PeerRecord
@@ -255,32 +254,18 @@ class Coordinator:
             created_s=int(time.time()),
             echo=await prompt_text(job.request, job.model) if job.request.echo else "",
         )
-        decoder = StreamDecoder(job.model.tokenizer)
-        finder = StopFinder(job.request.stop)
-        text: list[str] = []
+        output = OutputText(job.request, job.model)
         finish: FinishReason | None = None
         while finish is None:
             sampled = await route.next_token()
             job.output.add(sampled.token, trio.current_time())
             self._prompts.release(job.claim)
-            count = len(job.output.tokens)
             finish = sampled.finish_reason
-            if finish is None and count >= job.sampling.max_tokens:
+            if finish is None and len(job.output.tokens) >= job.sampling.max_tokens:
                 finish = FinishReason.LENGTH  # the last stage should have reported it
-            try:
-                # A stop token is not part of the text, and stop strings count from min_tokens on.
-                piece = "" if finish is FinishReason.STOP else await decoder.feed(sampled.token)
-                if count > job.request.min_tokens:
-                    piece = finder.feed(piece)
-                if finder.found:
-                    finish = FinishReason.STOP
-                elif finish:
-                    piece += finder.feed(await decoder.finish()) + finder.finish()
-            except ModelError as error:
-                raise JobError(JobErrorCode.FAILED, str(error)) from None
-            text.append(piece)
-            yield TextDelta(text=piece, token_ids=(sampled.token,))
-        yield await self._finish(job, route, "".join(text), finish)
+            delta, finish = await output.add(sampled, finish)
+            yield delta
+        yield await self._finish(job, route, output.text, finish)
 
     async def _finish(self, job: Job, route: ResilientRoute, text: str, finish: FinishReason) -> JobResult:
         """Close the route, learn from the job, record it, and return its result."""

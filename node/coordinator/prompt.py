@@ -98,6 +98,8 @@ def sampling_of(request: JobRequest, model: KnownModel, prompt_length: int) -> S
         frequency_penalty=request.frequency_penalty,
         presence_penalty=request.presence_penalty,
         logit_bias=request.logit_bias,
+        logprobs=0 if request.top_logprobs is None else min(request.top_logprobs, model.vocabulary_size) + 1,
+        json_schema=request.json_schema,
         min_length=min(prompt_length + request.min_tokens, MAX_POSITIONS) if request.min_tokens else 0,
     )
     return replace(sampling, prompt_length=prompt_length) if sampling.needs_history else sampling

@@ -34,7 +34,7 @@ from protocol.messages import (
     Slice,
     Step,
 )
-from protocol.tensors import DType, Tensor, tensor_from_tokens, tokens_from_tensor
+from protocol.tensors import DType, Tensor, TokenLogprobs, drawn_tokens, logprobs_from_tensor, tensor_from_tokens
 from selector.task import Method
 from selector.voting import tally, weights_of
 
@@ -78,6 +78,7 @@ class SampledToken(NamedTuple):
 
     token: int
     finish_reason: FinishReason | None
+    logprobs: TokenLogprobs | None = None
 
 
 class OpenRoute:
@@ -134,7 +135,9 @@ class OpenRoute:
 
     def admit(self, part: Slice, dtype: DType, width: tuple[int, ...], link: InboundLink) -> bool:
         """Return whether a message has the form of the job's tokens; if not, its sender is lost."""
-        if dtype is DType.INT32 and part.rows <= self.request.sampling.max_tokens:
+        sampling = self.request.sampling
+        form = (DType.FLOAT32, (2 * sampling.logprobs,)) if sampling.logprobs else (DType.INT32, ())
+        if (dtype, width) == form and part.rows <= sampling.max_tokens:
             return True
         self.lose(SessionLost(link.peer, link.peer, FailureReason.ENGINE, "sent invalid tokens"))
         return False
@@ -148,9 +151,12 @@ class OpenRoute:
         self.last_token_s = trio.current_time()
         self.first_token_s = self.first_token_s or self.last_token_s
         try:
-            tokens = tokens_from_tensor(tensor)
+            has_logprobs = self.request.sampling.logprobs > 0
+            logprobs = logprobs_from_tensor(tensor) if has_logprobs else [None] * tensor.rows
+            tokens = drawn_tokens(tensor)
             for number, token in enumerate(tokens, 1):
-                self._tokens_in.send_nowait(SampledToken(token, part.finish_reason if number == len(tokens) else None))
+                finish = part.finish_reason if number == len(tokens) else None
+                self._tokens_in.send_nowait(SampledToken(token, finish, logprobs[number - 1]))
             if self.detector is not None and tokens:
                 self.detector.token(part.position + len(tokens) - 1, self.last_token_s)
         except (ValueError, trio.WouldBlock):

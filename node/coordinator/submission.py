@@ -71,6 +71,8 @@ class JobRequest:
     added to their logits. `seed`: None for a random one; taken modulo 2**64. `stop_token_ids`: besides the model's own
     end-of-text tokens. `ignore_eos`: do not end at the model's end-of-text tokens; for benchmarks. `method`: `auto`, or
     a method by its switches. `background`: gives way to other jobs. `echo`: whether JobStarted has the prompt's text.
+    `top_logprobs`: report the log probability of each token, and those of so many likeliest ones; None for neither.
+    `json_schema`: the text is JSON that follows this JSON Schema, itself JSON; empty for any text.
     Sampling: `node.engine.sampling`.
     """
 
@@ -96,6 +98,8 @@ class JobRequest:
     method: str = AUTO
     background: bool = False
     echo: bool = False
+    top_logprobs: int | None = None
+    json_schema: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -110,12 +114,23 @@ class JobStarted:
     echo: str = ""
 
 
+@dataclass(frozen=True, slots=True)
+class TokenLogprob:
+    """A token, its bytes, and the natural logarithm of its probability; for a drawn one also the likeliest tokens."""
+
+    token: int
+    text: bytes
+    logprob: float
+    likeliest: "tuple[TokenLogprob, ...]" = ()
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TextDelta:
     """More text. `text` may be empty while a character is incomplete or a stop string may have begun."""
 
     text: str
     token_ids: tuple[int, ...]
+    logprobs: tuple[TokenLogprob, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -19,6 +19,7 @@ The order of operations is vLLM's:
 from array import array
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from typing import Final
 
 import numpy as np
 import numpy.typing as npt
@@ -31,6 +32,10 @@ Logits = npt.NDArray[np.float32]
 
 Scores = npt.NDArray[np.float64]
 """Logits after all that changes them; shape (vocabulary,)."""
+
+
+LEAST_LOGPROB: Final = -9999.0
+"""Of a token that is as good as impossible, as in the OpenAI API."""
 
 
 class TokenCounts:
@@ -122,6 +127,29 @@ def draw_and_verify(
         if number < len(drafts) and tokens[-1] != drafts[number]:
             break
     return tokens
+
+
+def logprob_rows(rows: Iterable[Logits], tokens: Sequence[int], sampling: Sampling) -> npt.NDArray[np.float32]:
+    """Return a row for each token drawn: it, its log probability, and the likeliest tokens with theirs.
+
+    Probabilities are the model's own, before anything adjusts the logits; see docs/protocol.md, Log probabilities.
+    """
+    found = np.empty((len(tokens), 2 * sampling.logprobs), np.float32)
+    for row, logits, token in zip(found, rows, tokens, strict=False):
+        scores = logits.astype(np.float64)
+        scores -= scores.max()
+        logprobs = np.clip(scores - np.log(np.exp(scores).sum()), LEAST_LOGPROB, 0.0)
+        count = sampling.logprobs - 1
+        chosen = [token, *_largest(logprobs, count)] if count else [token]
+        row[::2], row[1::2] = chosen, logprobs[chosen]
+    return found
+
+
+def _largest(values: Scores, count: int) -> npt.NDArray[np.intp]:
+    """Return the indices of the largest values, the largest first, of equal ones those with the smallest index."""
+    count = min(count, len(values))
+    candidates = np.flatnonzero(values >= np.partition(values, len(values) - count)[len(values) - count])
+    return candidates[np.argsort(-values[candidates], kind="stable")][:count]
 
 
 def uniform(seed: int, position: int) -> float:

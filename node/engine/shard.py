@@ -30,10 +30,10 @@ from node.engine.interface import (
     VariantNotReady,
 )
 from node.engine.kv_allocator import KvReservation, check_slice
-from node.engine.sampling import TokenCounts, draw_and_verify, history_for
+from node.engine.sampling import TokenCounts, draw_and_verify, history_for, logprob_rows
 from node.util.text import one_line
 from protocol.identity import BlockRange, SessionId
-from protocol.tensors import Tensor, tensor_from_tokens, tokens_from_tensor
+from protocol.tensors import DType, Tensor, tensor_from_tokens, tokens_from_tensor
 
 FREE_MEMORY_SHARE: Final = 0.5
 """What a shard takes of the free memory, by default."""
@@ -263,4 +263,8 @@ def _output(rows: SliceInput, session: ShardSession[Any], output: Array) -> Tens
     history = session.history
     if history is not None and rows.history is not None:
         history.reset(rows.history)
-    return tensor_from_tokens(draw_and_verify(output, sampling, first_drawn, rows.drafts, history))
+    tokens = draw_and_verify(output, sampling, first_drawn, rows.drafts, history)
+    if sampling.logprobs:
+        drawn = logprob_rows(output, tokens, sampling)
+        return Tensor(DType.FLOAT32, drawn.shape, drawn.tobytes())
+    return tensor_from_tokens(tokens)

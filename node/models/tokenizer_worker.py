@@ -98,6 +98,20 @@ class Tokenizer:
             text: str = self._tokenizer.decode(list(tokens), skip_special_tokens=True)
             return text
 
+    def spell(self, token: int) -> bytes:
+        """Return the bytes of a token by itself, a special token by its name; none where there is no such token."""
+        with _library_errors("the tokens cannot be turned into text"):
+            text: str | None = self._tokenizer.id_to_token(token)
+        if text is None:
+            return b""
+        if token in self._special:
+            return text.encode(errors="replace")
+        if self._is_byte_level:
+            return _bytes_of(text)
+        if _BYTE_TOKEN.fullmatch(text):
+            return bytes([int(text[3:5], 16)])
+        return text.replace("\u2581", " ").encode(errors="replace")
+
     def render_chat_text(self, messages: Sequence[Mapping[str, str]]) -> str:
         """Return the prompt of a conversation, mappings with `role` and `content`, with special tokens as text.
 
@@ -345,6 +359,8 @@ def _answer(tokenizer: Tokenizer, request: dict[str, Any]) -> dict[str, Any]:
                     f"the model's tokenizer makes more than {MAX_DECODED_CHARACTERS} characters of a token"
                 )
             return {"texts": texts}
+        case "spell":
+            return {"texts": [tokenizer.spell(token) for token in array("I", request["tokens"])]}
         case unknown:
             raise AssertionError(f"{unknown} cannot be asked for")
 

@@ -28,7 +28,7 @@ from node.stages.speculation import Drafter, DraftTracker
 from node.stages.voter import Agreement
 from protocol.identity import PeerId, SessionId
 from protocol.messages import Begin, FailureReason, FinishReason, Open, Progress, Slice, Step
-from protocol.tensors import DType, Tensor, tensor_from_tokens, tokens_from_tensor
+from protocol.tensors import DType, Tensor, drawn_tokens, tensor_from_tokens, tokens_from_tensor
 from selector.task import Method
 
 CHECKED_AT_ONCE_BYTES = 2 << 20
@@ -358,13 +358,14 @@ class StageSession:
         if not part.draws:
             return []
         position = part.position + part.rows - part.draws + 1
-        tokens, finish = self.accept_tokens(tokens_from_tensor(output))
+        tokens, finish = self.accept_tokens(drawn_tokens(output))
         self.known_tokens = position + len(tokens)
-        tensor = tensor_from_tokens(tokens)
         drawn = Slice(session=following, position=position, rows=len(tokens), draws=0, finish_reason=finish)
+        reported = output.cut(0, len(tokens))  # with log probabilities, where the coordinator wants them
         if finish is not None:
-            return self._outputs((drawn, tensor))
-        return self._outputs((drawn, tensor), (replace(drawn, session=SessionId(job, 0), draws=1), tensor))
+            return self._outputs((drawn, reported))
+        fed_back = replace(drawn, session=SessionId(job, 0), draws=1)
+        return self._outputs((drawn, reported), (fed_back, tensor_from_tokens(tokens)))
 
     def _outputs(self, *rows: tuple[Slice, Tensor]) -> list[Output]:
         if self.outbox.is_closed:

@@ -208,8 +208,10 @@ def _description_bytes(message: Open) -> int:
     """Return about what a request takes while its session lives, beside a few KiB for the session itself."""
     names = sum(len(name) + 150 for name in message.methods)  # with their votes
     sampling = message.sampling
-    numbers = 200 * len(sampling.logit_bias) + 50 * len(sampling.stop_tokens) if sampling is not None else 0
-    return 8192 + names + numbers + len(message.prefix) + 400 * len(message.context)
+    values = 0
+    if sampling is not None:
+        values = 200 * len(sampling.logit_bias) + 50 * len(sampling.stop_tokens) + 2 * len(sampling.json_schema)
+    return 8192 + names + values + len(message.prefix) + 400 * len(message.context)
 
 
 def _request_fault(message: Open, info: SpanInfo) -> str | None:

@@ -34,7 +34,7 @@ from node.engine.kv_allocator import KvReservation, check_slice
 from node.engine.sampling import history_for
 from protocol.identity import BlockRange, ModelId, SessionId
 from protocol.messages import Sampling
-from protocol.tensors import Tensor, tensor_from_tokens, tokens_from_tensor
+from protocol.tensors import DType, Tensor, tensor_from_tokens, tokens_from_tensor
 from selector.task import ENGINES, VARIANTS, PackageFormat
 
 FAKE_MODEL = ModelId(hashlib.sha256(b"metaswarm fake model").hexdigest())
@@ -175,7 +175,7 @@ class FakeEngine(Engine):
             drawn.append(session.draw(rows.position + first_drawn + number + 1, row))
             if number < len(rows.drafts) and rows.drafts[number] != drawn[-1]:
                 break
-        return tensor_from_tokens(drawn)
+        return session.reported(drawn)
 
 
 _Memory = dict[tuple[int, int], bytes]
@@ -228,6 +228,8 @@ class _Session:
             noise += (sampling.top_k, sampling.min_p)
         if sampling.logit_bias:
             noise += sampling.logit_bias
+        if sampling.json_schema:
+            noise += (sampling.json_schema,)
         if history is not None:
             history.rewind(position)
             text = sorted(zip(*(each.tolist() for each in history.counts()), strict=True))
@@ -239,6 +241,20 @@ class _Session:
         if history is not None:
             history.append(token)
         return token
+
+    def reported(self, tokens: Sequence[int]) -> Tensor:
+        """Return tokens that were drawn, with what the options want beside them."""
+        count = 0 if self._sampling is None else self._sampling.logprobs
+        if not count:
+            return tensor_from_tokens(tokens)
+        rows = np.array([fake_logprobs(token, count) for token in tokens], np.float32)
+        return Tensor(DType.FLOAT32, rows.shape, rows.tobytes())
+
+
+def fake_logprobs(token: int, count: int) -> list[float]:
+    """Return a row of log probabilities: a token, the same again as the likeliest, and others that follow it."""
+    pairs = [(token, -0.5), *((token + number, -0.5 * (number + 1)) for number in range(count - 1))]
+    return [value for pair in pairs for value in pair]
 
 
 def expected_tokens(

@@ -7,6 +7,7 @@ from protocol.identity import BlockRange, JobId, ModelId, PeerId, SessionId, pee
 from protocol.limits import (
     MAX_INTEGER,
     MAX_LOGIT_BIAS,
+    MAX_LOGPROBS,
     MAX_NAME_BYTES,
     MAX_PENALTY,
     MAX_POSITIONS,
@@ -111,6 +112,8 @@ samplings = st.builds(
     ).map(lambda biases: tuple(sorted(biases.items()))),
     min_length=st.integers(0, MAX_POSITIONS),
     prompt_length=st.integers(0, MAX_POSITIONS),
+    logprobs=st.integers(0, MAX_LOGPROBS),
+    json_schema=st.sampled_from(["", "{}", '{"type": "object"}']),
 )
 _last_or_not = st.one_of(st.tuples(st.none(), samplings, st.none() | peers), st.tuples(peers, st.none(), st.none()))
 

@@ -66,6 +66,10 @@ class NumberTokenizer:
     async def render_chat(self, messages: Sequence[dict[str, str]]) -> tuple[int, ...]:
         return tuple([token for message in messages for token in await self.encode(message["content"])])
 
+    async def spell(self, tokens: Sequence[int]) -> list[bytes]:
+        await trio.lowlevel.checkpoint()
+        return [f"{token} ".encode() for token in tokens]
+
     async def decode(self, *sequences: Sequence[int]) -> list[str]:
         await trio.lowlevel.checkpoint()
         return ["".join(f"{token} " for token in tokens) for tokens in sequences]

@@ -1,13 +1,15 @@
 """Answers in the form of the OpenAI API's chat completions and completions: whole, or in chunks."""
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
 from node.api.errors import ApiError
 from node.api.generation import Choice, ChoiceFinished, ChoiceStarted, ChoiceText, Generation, GenerationEvent, Outcome
 from node.api.job_document import describe_job
-from node.coordinator.submission import JobResult, JobStarted
+from node.api.openai.logprobs import chat_logprobs, completion_logprobs
+from node.coordinator.submission import JobResult, JobStarted, TokenLogprob
 
 EVENT_STREAM: Final = "text/event-stream; charset=utf-8"
 
@@ -48,6 +50,8 @@ class CompletionWriter:
     media_type: str = EVENT_STREAM
     _first: JobStarted | None = field(default=None, init=False)
     """The job that names the answer."""
+    _offsets: dict[int, int] = field(default_factory=dict, init=False)
+    """Characters of each choice's tokens so far."""
 
     def whole(self, outcome: Outcome) -> dict[str, Any]:
         """Return the answer in one document."""
@@ -61,7 +65,8 @@ class CompletionWriter:
         return document | (self._details(choices[0].done) if len(choices) == 1 else {})
 
     def _whole_choice(self, choice: Choice) -> dict[str, Any]:
-        document: dict[str, Any] = {"index": choice.index, "logprobs": None, "finish_reason": choice.finish_reason}
+        document: dict[str, Any] = {"index": choice.index, "finish_reason": choice.finish_reason}
+        document["logprobs"] = self._logprobs(choice.index, choice.logprobs)
         if self.is_chat:
             document["message"] = {"role": "assistant", "content": choice.text, "refusal": None}
         else:
@@ -74,8 +79,8 @@ class CompletionWriter:
             case ChoiceStarted(choice=index, job=job):
                 self._first = self._first or job
                 return self._chunk(index, {"role": "assistant", "content": ""}) if self.is_chat else b""
-            case ChoiceText(choice=index, text=text):
-                return self._chunk(index, {"content": text} if self.is_chat else {"text": text})
+            case ChoiceText(choice=index, text=text, logprobs=logprobs):
+                return self._chunk(index, {"content": text} if self.is_chat else {"text": text}, logprobs=logprobs)
             case ChoiceFinished(choice=index, result=result, finish_reason=reason):
                 details = self._details(result)
                 choice, rest = ({}, details) if len(self.generation.jobs) == 1 else (details, {})
@@ -98,6 +103,15 @@ class CompletionWriter:
     def keep_alive(self) -> bytes:
         """Return a comment."""
         return b": waiting\n\n"
+
+    def _logprobs(self, index: int, tokens: Sequence[TokenLogprob]) -> dict[str, Any] | None:
+        if self.generation.jobs[index].top_logprobs is None:
+            return None
+        if self.is_chat:
+            return chat_logprobs(tokens)
+        described = completion_logprobs(tokens, self._offsets.get(index, 0))
+        self._offsets[index] = self._offsets.get(index, 0) + sum(map(len, described["tokens"]))
+        return described
 
     def _details(self, result: JobResult) -> dict[str, Any]:
         return {"metaswarm": describe_job(result)} if self.generation.details else {}
@@ -123,8 +137,10 @@ class CompletionWriter:
         finish_reason: str | None = None,
         choice_details: dict[str, Any] | None = None,
         details: dict[str, Any] | None = None,
+        logprobs: Sequence[TokenLogprob] = (),
     ) -> bytes:
-        choice: dict[str, Any] = {"index": index, "logprobs": None, "finish_reason": finish_reason}
+        choice: dict[str, Any] = {"index": index, "finish_reason": finish_reason}
+        choice["logprobs"] = self._logprobs(index, logprobs) if logprobs else None
         choice |= {"delta": piece} if self.is_chat else piece
         choice |= choice_details or {}
         return server_sent(self._envelope(self._chunk_kind) | {"choices": [choice]} | (details or {}))

@@ -26,6 +26,7 @@ from node.coordinator.submission import ChatMessage, JobRequest
 from protocol.limits import (
     MAX_LOGIT_BIAS,
     MAX_LOGIT_BIASES,
+    MAX_LOGPROBS,
     MAX_PENALTY,
     MAX_POSITIONS,
     MAX_STOP_TOKENS,
@@ -45,9 +46,9 @@ DEFAULT_COMPLETION_TOKENS: Final = 16
 IMPLEMENTED: Final = frozenset({
     "model", "stream", "stream_options", "max_tokens", "min_tokens", "temperature", "top_p", "top_k", "min_p",
     "repetition_penalty", "frequency_penalty", "presence_penalty", "logit_bias", "seed", "stop", "stop_token_ids",
-    "ignore_eos", "metaswarm", "n",
+    "ignore_eos", "metaswarm", "n", "logprobs",
 })  # fmt: skip
-IMPLEMENTED_FOR_CHAT: Final = IMPLEMENTED | {"messages", "max_completion_tokens"}
+IMPLEMENTED_FOR_CHAT: Final = IMPLEMENTED | {"messages", "max_completion_tokens", "top_logprobs"}
 IMPLEMENTED_FOR_COMPLETION: Final = IMPLEMENTED | {"prompt", "echo"}
 
 IGNORED: Final = frozenset({
@@ -64,7 +65,7 @@ STREAM_OPTIONS: Final = frozenset({"include_usage", "include_obfuscation"})
 # Fields and the values, besides null, at which they do nothing.
 NEUTRAL: Final[Mapping[str, tuple[Any, ...]]] = {
     **dict.fromkeys(("length_penalty", "typical_p"), (1,)),
-    **dict.fromkeys(("logprobs", "use_beam_search", "include_stop_str_in_output"), (False,)),
+    **dict.fromkeys(("use_beam_search", "include_stop_str_in_output"), (False,)),
     **dict.fromkeys(("return_token_ids", "return_tokens_as_token_ids"), (False,)),
     **dict.fromkeys(("skip_special_tokens", "spaces_between_special_tokens"), (True,)),
     **dict.fromkeys(("truncate_prompt_tokens", "prompt_logprobs", "allowed_token_ids"), ()),
@@ -79,7 +80,6 @@ NEUTRAL_FOR_CHAT: Final[Mapping[str, tuple[Any, ...]]] = {
     **dict.fromkeys(("tool_choice", "function_call"), ("none", "auto")),
     **dict.fromkeys(("audio", "prediction", "web_search_options", "reasoning_effort", "chat_template"), ()),
     **dict.fromkeys(("continue_final_message", "add_special_tokens", "echo"), (False,)),
-    "top_logprobs": (0,),
     "modalities": (["text"],),
     "verbosity": ("medium",),
     "chat_template_kwargs": ({},),
@@ -106,7 +106,11 @@ def parse_chat_request(body: bytes, headers: Headers) -> tuple[Generation, Answe
     if messages is None:
         refuse("messages", "is missing")
     max_tokens = fields.get("max_tokens", parse_limit)
-    job = replace(_parse_job(fields, fields.get("max_completion_tokens", parse_limit) or max_tokens), messages=messages)
+    job = replace(
+        _parse_job(fields, fields.get("max_completion_tokens", parse_limit) or max_tokens),
+        messages=messages,
+        top_logprobs=_parse_chat_logprobs(fields),
+    )
     return _parse_form(fields, headers, [job], is_chat=True)
 
 
@@ -119,12 +123,29 @@ def parse_completion_request(body: bytes, headers: Headers) -> tuple[Generation,
     if prompts is None:
         refuse("prompt", "is missing")
     job = _parse_job(fields, fields.get("max_tokens", parse_limit) or DEFAULT_COMPLETION_TOKENS)
-    job = replace(job, echo=fields.get("echo", parse_boolean) or False)
+    job = replace(job, echo=fields.get("echo", parse_boolean) or False, top_logprobs=_parse_logprobs(fields))
+    if job.echo and job.top_logprobs is not None:
+        refuse("logprobs", "cannot be combined with echo: the prompt's log probabilities are not available")
     jobs = [
         replace(job, prompt=prompt) if isinstance(prompt, str) else replace(job, prompt_tokens=prompt)
         for prompt in prompts
     ]
     return _parse_form(fields, headers, jobs, is_chat=False)
+
+
+def _parse_chat_logprobs(fields: Fields) -> int | None:
+    """Return how many likeliest tokens a chat wants to see; None for no log probabilities at all."""
+    count = fields.get("top_logprobs", count_between(0, MAX_LOGPROBS - 1))
+    if fields.get("logprobs", parse_boolean):
+        return count or 0
+    if count:
+        refuse("top_logprobs", "requires logprobs: true")
+    return None
+
+
+def _parse_logprobs(fields: Fields) -> int | None:
+    """Return the same for a completion, whose `logprobs` is a number."""
+    return fields.get("logprobs", lambda param, value: None if value is False else _parse_top(param, value))
 
 
 def _parse_form(
@@ -184,6 +205,9 @@ def _parse_job(fields: Fields, max_tokens: int | None) -> JobRequest:
         quality=extras.get("quality", parse_quality) or QualityBound.EXACT,
         method=extras.get("method", parse_method) or "auto",
     )
+
+
+_parse_top: Final = count_between(0, MAX_LOGPROBS - 1)
 
 
 def _parse_stop(param: str, value: Any) -> tuple[str, ...]:

@@ -23,6 +23,7 @@ from node.coordinator.submission import (
     JobStarted,
     TextDelta,
     Timing,
+    TokenLogprob,
     Usage,
     Vote,
 )
@@ -133,7 +134,11 @@ class FakeSubmitter:
         yield replace(started, echo=(request.prompt or "") if request.echo else "")
         for index, word in enumerate(self.words):
             await trio.sleep(self.pauses.get(index, 0))
-            yield TextDelta(text=word, token_ids=(index,))
+            logprobs: tuple[TokenLogprob, ...] = ()
+            if request.top_logprobs is not None:
+                likeliest = tuple(TokenLogprob(number, b"x", -0.5) for number in range(request.top_logprobs))
+                logprobs = (TokenLogprob(index, word.encode(), -0.25, likeliest),)
+            yield TextDelta(text=word, token_ids=(index,), logprobs=logprobs)
         await trio.sleep(self.pauses.get(len(self.words), 0))
         if self.hang:
             await trio.sleep_forever()

@@ -145,6 +145,34 @@ async def test_answers_several_prompts_and_choices(node: FakeNode, client: httpx
     assert sum("metaswarm" in chunk["choices"][0] for chunk in chunks) == 4
 
 
+async def test_chat_has_log_probabilities(client: httpx.AsyncClient) -> None:
+    body = chat_body(logprobs=True, top_logprobs=1)
+    likeliest = [{"token": "x", "logprob": -0.5, "bytes": [120]}]
+    expected = [
+        {"token": word, "logprob": -0.25, "bytes": list(word.encode()), "top_logprobs": likeliest}
+        for word in ("Hello", ",", " wörld")
+    ]
+    (choice,) = (await client.post("/v1/chat/completions", json=body)).json()["choices"]
+    assert choice["logprobs"] == {"content": expected, "refusal": None}
+    *chunks, _ = events_of(await client.post("/v1/chat/completions", json={**body, "stream": True}))
+    streamed = [chunk["choices"][0]["logprobs"] for chunk in chunks]
+    assert [each["content"] for each in streamed if each] == [[token] for token in expected]
+
+
+async def test_completion_has_log_probabilities(client: httpx.AsyncClient) -> None:
+    body = completion_body(logprobs=1)
+    (choice,) = (await client.post("/v1/completions", json=body)).json()["choices"]
+    assert choice["logprobs"] == {
+        "tokens": ["Hello", ",", " wörld"],
+        "token_logprobs": [-0.25] * 3,
+        "top_logprobs": [{"x": -0.5}] * 3,
+        "text_offset": [0, 5, 6],
+    }
+    *chunks, _ = events_of(await client.post("/v1/completions", json={**body, "stream": True}))
+    offsets = [chunk["choices"][0]["logprobs"]["text_offset"] for chunk in chunks[:-1]]
+    assert offsets == [[0], [5], [6]]
+
+
 async def test_error_of_one_choice_ends_the_others(node: FakeNode, client: httpx.AsyncClient) -> None:
     node.submitter.refuse = JobError(JobErrorCode.FULL, "No room.")
     response = await client.post("/v1/chat/completions", json=chat_body(n=20))

@@ -165,6 +165,19 @@ def test_sampling_fields_reach_job(chatting: bool) -> None:
     assert (job.min_tokens, job.max_tokens, job.stop_token_ids, job.ignore_eos) == (5, 9, (4, 2), True)
 
 
+def test_log_probabilities_reach_job() -> None:
+    assert parse_chat_request(chat(logprobs=True)).top_logprobs == 0
+    assert parse_chat_request(chat(logprobs=True, top_logprobs=20)).top_logprobs == 20
+    assert parse_chat_request(chat(logprobs=False, top_logprobs=0)).top_logprobs is None
+    assert parse_completion_request(completion(logprobs=5)).top_logprobs == 5
+    assert parse_completion_request(completion(logprobs=0)).top_logprobs == 0
+    assert parse_completion_request(completion(logprobs=False)).top_logprobs is None
+    for fields in ({"logprobs": 21}, {"logprobs": True}, {"logprobs": 1, "echo": True}):
+        with pytest.raises(ApiError) as caught:
+            parse_completion_request(completion(**fields))
+        assert caught.value.param == "logprobs"
+
+
 def test_top_k_off_values() -> None:
     for value in (-1, 0, None):
         assert parse_chat_request(chat(top_k=value)).top_k == 0
@@ -225,7 +238,9 @@ def test_accepts_neutral_values(fields: dict[str, Any]) -> None:
         ({"logit_bias": {"1": True}}, "logit_bias[1]"),
         ({"logit_bias": {str(token): 1 for token in range(MAX_LOGIT_BIASES + 1)}}, "logit_bias"),
         ({"ignore_eos": 1}, "ignore_eos"),
-        ({"logprobs": True}, "logprobs"),
+        ({"logprobs": 1}, "logprobs"),
+        ({"top_logprobs": 2}, "top_logprobs"),
+        ({"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
         ({"tools": [{"type": "function"}]}, "tools"),
         ({"response_format": {"type": "json_object"}}, "response_format"),
         ({"temperature": 2.1}, "temperature"),

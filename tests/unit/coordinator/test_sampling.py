@@ -8,7 +8,7 @@ import pytest
 import trio
 from trio.testing import MockClock
 
-from node.coordinator.submission import JobError, JobErrorCode, JobRequest, JobResult, TextDelta
+from node.coordinator.submission import JobError, JobErrorCode, JobRequest, JobResult, TextDelta, TokenLogprob
 from node.links.outbound_link import OutboundLink
 from node.testing.fake_engine import FakeEngine, expected_tokens, fake_span_info
 from protocol.connection import PROTOCOL_IDS
@@ -25,6 +25,7 @@ WAYS: list[dict[str, Any]] = [
     {"frequency_penalty": 0.5, "temperature": 1.0, "seed": 3},
     {"presence_penalty": -1.0, "temperature": 1.0, "seed": -1},
     {"logit_bias": ((3, 1.5), (9, -100.0))},
+    {"json_schema": '{"type": "object"}', "temperature": 1.0, "seed": 4},
     {"top_k": 4, "min_p": 0.1, "temperature": 0.7, "seed": 9, "repetition_penalty": 0.9},
 ]
 LATEST, *_, EARLIEST = PROTOCOL_IDS
@@ -111,6 +112,32 @@ async def test_replay_keeps_sampled_text(virtual_clock: MockClock, way: dict[str
                 if isinstance(event, JobResult):
                     assert event.replays == 1
                     assert event.token_ids == right(30, **way)
+
+
+@pytest.mark.parametrize("spans", [((0, 9),), THIRDS])
+@pytest.mark.parametrize("top", [0, 3])
+async def test_reports_log_probabilities_on_every_split_with_drafts_and_after_a_replay(
+    virtual_clock: MockClock, spans: tuple[tuple[int, int], ...], top: int
+) -> None:
+    async with open_swarm() as swarm:
+        peer = await swarm_of(swarm, *spans, *spans)
+        for name in ("auto", method(engine="fused", speculation="ngram-8").name):
+            logprobs: list[TokenLogprob] = []
+            tokens: list[int] = []
+            async with peer.coordinator.submit(request(30, top_logprobs=top, method=name)) as events:
+                async for event in events:
+                    if isinstance(event, TextDelta):
+                        logprobs += event.logprobs
+                        tokens += event.token_ids
+                        if len(tokens) == 10 and name == "auto":
+                            swarm.hub.kill(next(each for each in swarm.peers if each.held()[0]).id)
+            assert tuple(tokens) == right(30)
+            assert [(each.token, each.text, each.logprob) for each in logprobs] == [
+                (token, f"{token} ".encode(), -0.5) for token in tokens
+            ]
+            assert [[(each.token, each.logprob) for each in token.likeliest] for token in logprobs] == [
+                [(token + number, -0.5 * (number + 1)) for number in range(top)] for token in tokens
+            ]
 
 
 async def test_older_peer_is_not_last_stage_of_a_job_with_new_sampling(virtual_clock: MockClock) -> None:

@@ -164,6 +164,8 @@ MESSAGES: dict[str, ControlMessage] = {
             logit_bias=((7, -100.0), (9, 1.5)),
             min_length=12,
             prompt_length=10,
+            logprobs=6,
+            json_schema='{"type": "object"}',
         ),
         continues=SessionId(JobId("ff" * 16), 2),
         background=True,

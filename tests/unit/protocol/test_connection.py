@@ -475,6 +475,16 @@ LATER = [
 ]
 
 
+@pytest.mark.parametrize("protocol", PROTOCOL_IDS[1:])
+@pytest.mark.parametrize("sampling", [Sampling(max_tokens=10, logprobs=1), Sampling(max_tokens=10, json_schema="{}")])
+def test_earlier_versions_reject_additions_of_1_2(protocol: str, sampling: Sampling) -> None:
+    responder = JobConnection(Role.RESPONDER, agent="test", window_bytes=WINDOW, protocol=protocol)
+    responder.send_hello()
+    responder.receive_data(wire(hello()))
+    with pytest.raises(RemoteProtocolError, match="version 1"):
+        responder.receive_data(wire(replace(open_message(), sampling=sampling)))
+
+
 @pytest.mark.parametrize("message", LATER, ids=lambda message: type(message).__name__)
 @pytest.mark.parametrize("role", Role)
 def test_version_1_0_rejects_additions_of_1_1(role: Role, message: Message) -> None:

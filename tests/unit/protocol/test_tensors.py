@@ -1,6 +1,18 @@
+import math
+import struct
+
 import pytest
 
-from protocol.tensors import DType, Tensor, join, tensor_from_tokens, tokens_from_tensor
+from protocol.limits import MAX_VOCABULARY
+from protocol.tensors import (
+    DType,
+    Tensor,
+    drawn_tokens,
+    join,
+    logprobs_from_tensor,
+    tensor_from_tokens,
+    tokens_from_tensor,
+)
 
 
 def test_rows_are_split_and_joined() -> None:
@@ -58,3 +70,24 @@ def test_block_int8_row_has_a_scale_per_32_elements() -> None:
     assert bytes(tensor.cut(1, 2).data) == bytes(range(44, 88))
     with pytest.raises(ValueError, match="88 bytes"):
         Tensor(DType.BLOCK_INT8, (2, 40), bytes(80))
+
+
+def test_log_probabilities_travel_as_rows_of_pairs() -> None:
+    rows = ((7.0, -0.25, 3.0, -0.5), (float(MAX_VOCABULARY - 1), 0.0, 1.0, -9999.0))
+    tensor = Tensor(DType.FLOAT32, (2, 4), struct.pack("<8f", *rows[0], *rows[1]))
+    assert logprobs_from_tensor(tensor) == [(7, -0.25, ((3, -0.5),)), (MAX_VOCABULARY - 1, 0.0, ((1, -9999.0),))]
+    assert drawn_tokens(tensor) == [7, MAX_VOCABULARY - 1]
+    assert drawn_tokens(tensor_from_tokens([4, 2])) == [4, 2]
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        *((bad, -1.0) for bad in (1.5, -1.0, float(MAX_VOCABULARY), math.nan)),
+        *((1.0, bad) for bad in (math.nan, 0.5, -math.inf)),
+        (1.0, -1.0, 2.0),
+    ],
+)
+def test_refuses_rows_that_are_not_log_probabilities(row: tuple[float, ...]) -> None:
+    with pytest.raises(ValueError, match=r"token id|logarithm|pairs"):
+        logprobs_from_tensor(Tensor(DType.FLOAT32, (1, len(row)), struct.pack(f"<{len(row)}f", *row)))
