@@ -15,6 +15,9 @@ from protocol.measurements import QualityBound
 
 T = TypeVar("T")
 
+MAX_VALUE_DEPTH: Final = 64
+"""Nesting of tools, schemas and arguments."""
+
 
 class Fields:
     """A JSON object whose fields are validated; null equals absent, as in the OpenAI API."""
@@ -93,6 +96,17 @@ def parse_object(param: str, value: Any) -> dict[str, Any]:
     if not isinstance(value, dict):
         refuse(param, "must be an object")
     return value
+
+
+def check_depth(param: str, value: Any) -> None:
+    """Refuse a value that is nested more deeply than what reads it later can take."""
+    depth, level = 0, [value]
+    while level:
+        depth += 1
+        if depth > MAX_VALUE_DEPTH:
+            refuse(param, f"is nested more than {MAX_VALUE_DEPTH} levels deep")
+        inner = (each.values() if isinstance(each, dict) else each for each in level if isinstance(each, dict | list))
+        level = [value for values in inner for value in values]
 
 
 def parse_boolean(param: str, value: Any) -> bool:

@@ -4,7 +4,7 @@ An adapter turns a body into a `Generation` and events into its own answer. It k
 knows nothing of HTTP.
 """
 
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -12,6 +12,7 @@ from typing import Final
 
 import trio
 
+from node.api.output_parser import PLAIN_TEXT, OutputParser, Parsed, ParsedReasoning, ParsedText, ParserRules, ToolCall
 from node.coordinator.submission import (
     JobError,
     JobEvent,
@@ -22,6 +23,7 @@ from node.coordinator.submission import (
     TextDelta,
     TokenLogprob,
 )
+from protocol.messages import FinishReason
 
 MAX_CHOICES: Final = 64
 """Choices of one answer: prompts times `n`."""
@@ -34,13 +36,15 @@ PARALLEL_CHOICES: Final = 8
 class Generation:
     """What a client asks for: a job for each choice of the answer, those of one prompt next to each other.
 
-    `details`: whether the answer tells how the swarm ran the jobs (the field `metaswarm`).
+    `rules`: what is told apart in the text. `details`: whether the answer tells how the swarm ran the jobs (the field
+    `metaswarm`).
     """
 
     jobs: tuple[JobRequest, ...]
     choices_per_prompt: int = 1
     stream: bool = False
     details: bool = False
+    rules: ParserRules = PLAIN_TEXT
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +66,23 @@ class ChoiceText:
 
 
 @dataclass(frozen=True, slots=True)
+class ChoiceReasoning:
+    """More reasoning of a choice."""
+
+    choice: int
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class ChoiceToolCall:
+    """A tool call of a choice, complete. `number` counts the calls of the choice."""
+
+    choice: int
+    number: int
+    call: ToolCall
+
+
+@dataclass(frozen=True, slots=True)
 class ChoiceFinished:
     """A choice is complete: its last event. `finish_reason` is one of the OpenAI API's."""
 
@@ -70,7 +91,7 @@ class ChoiceFinished:
     finish_reason: str
 
 
-GenerationEvent = ChoiceStarted | ChoiceText | ChoiceFinished
+GenerationEvent = ChoiceStarted | ChoiceText | ChoiceReasoning | ChoiceToolCall | ChoiceFinished
 
 
 @dataclass(slots=True)
@@ -80,6 +101,8 @@ class Choice:
     index: int
     started: JobStarted
     text: str = ""
+    reasoning: str = ""
+    tool_calls: list[ToolCall] = field(default_factory=list)
     logprobs: list[TokenLogprob] = field(default_factory=list)
     finish_reason: str = ""
     result: JobResult | None = None
@@ -106,6 +129,10 @@ class Outcome:
             case ChoiceText(choice=index, text=text, logprobs=logprobs):
                 self.choices[index].text += text
                 self.choices[index].logprobs += logprobs
+            case ChoiceReasoning(choice=index, text=text):
+                self.choices[index].reasoning += text
+            case ChoiceToolCall(choice=index, call=call):
+                self.choices[index].tool_calls.append(call)
             case ChoiceFinished(choice=index, result=result, finish_reason=reason):
                 self.choices[index].result, self.choices[index].finish_reason = result, reason
         return self.choices[event.choice]
@@ -131,7 +158,10 @@ async def run_generation(
     Raises JobError on entering the block or while iterating; the other jobs are cancelled then.
     """
     if len(generation.jobs) == 1:
-        async with submitter.submit(generation.jobs[0]) as events, aclosing(_choice_events(0, events)) as ours:
+        async with (
+            submitter.submit(generation.jobs[0]) as events,
+            aclosing(_choice_events(0, generation, events)) as ours,
+        ):
             yield ours
         return
     error: JobError | None = None
@@ -139,8 +169,8 @@ async def run_generation(
     limiter = trio.CapacityLimiter(PARALLEL_CHOICES)
     async with trio.open_nursery() as nursery, receiver:
         async with sender:
-            for index, job in enumerate(generation.jobs):
-                nursery.start_soon(partial(_run_choice, submitter, index, job, sender.clone(), limiter))
+            for index in range(len(generation.jobs)):
+                nursery.start_soon(partial(_run_choice, submitter, index, generation, sender.clone(), limiter))
         try:
             async with aclosing(_merged(receiver)) as merged:
                 yield merged
@@ -154,13 +184,16 @@ async def run_generation(
 async def _run_choice(
     submitter: Submitter,
     index: int,
-    job: JobRequest,
+    generation: Generation,
     sender: "trio.MemorySendChannel[GenerationEvent | JobError]",
     limiter: trio.CapacityLimiter,
 ) -> None:
     async with sender, limiter:
         try:
-            async with submitter.submit(job) as events, aclosing(_choice_events(index, events)) as ours:
+            async with (
+                submitter.submit(generation.jobs[index]) as events,
+                aclosing(_choice_events(index, generation, events)) as ours,
+            ):
                 async for event in ours:
                     await sender.send(event)
         except JobError as error:
@@ -176,16 +209,56 @@ async def _merged(
         yield event
 
 
-async def _choice_events(index: int, events: AsyncIterator[JobEvent]) -> AsyncGenerator[GenerationEvent, None]:
+async def _choice_events(
+    index: int, generation: Generation, events: AsyncIterator[JobEvent]
+) -> AsyncGenerator[GenerationEvent, None]:
     """Yield the events of one job as those of a choice."""
+    reader = _ChoiceReader(index, generation)
     async for event in events:
+        for each in reader.read(event):
+            yield each
+
+
+class _ChoiceReader:
+    """Turns the events of one job into those of a choice."""
+
+    def __init__(self, index: int, generation: Generation) -> None:
+        self._index = index
+        self._rules = generation.rules
+        self._is_constrained = bool(generation.jobs[index].json_schema)
+        self._parser = OutputParser(self._rules, None)
+        self._calls = 0
+
+    def read(self, event: JobEvent) -> Iterator[GenerationEvent]:
+        """Yield the events that one of the job makes."""
         match event:
             case JobStarted():
-                yield ChoiceStarted(index, event)
+                self._parser = OutputParser(self._rules, event.chat_format, constrained=self._is_constrained)
+                yield ChoiceStarted(self._index, event)
                 if event.echo:
-                    yield ChoiceText(index, event.echo)
+                    yield ChoiceText(self._index, event.echo)
             case TextDelta(text=text, logprobs=logprobs):
-                if text or logprobs:
-                    yield ChoiceText(index, text, logprobs)
+                for parsed in self._parser.feed(text):
+                    if isinstance(parsed, ParsedText):
+                        yield ChoiceText(self._index, parsed.text, logprobs)
+                        logprobs = ()
+                    else:
+                        yield self._event(parsed)
+                if logprobs:
+                    yield ChoiceText(self._index, "", logprobs)
             case JobResult():
-                yield ChoiceFinished(index, event, event.finish_reason.value)
+                yield from map(self._event, self._parser.finish())
+                reason = event.finish_reason.value
+                if self._parser.has_calls and reason == FinishReason.STOP.value:
+                    reason = "tool_calls"
+                yield ChoiceFinished(self._index, event, reason)
+
+    def _event(self, parsed: Parsed) -> GenerationEvent:
+        match parsed:
+            case ParsedText(text=text):
+                return ChoiceText(self._index, text)
+            case ParsedReasoning(text=text):
+                return ChoiceReasoning(self._index, text)
+            case ToolCall():
+                self._calls += 1
+                return ChoiceToolCall(self._index, self._calls - 1, parsed)

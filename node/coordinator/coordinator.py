@@ -21,7 +21,7 @@ from node.coordinator.observation import Recorder, ServedJob
 from node.coordinator.output_text import OutputText
 from node.coordinator.planner import Planner, SwarmView
 from node.coordinator.prefix_sharing import RecentPrompts
-from node.coordinator.prompt import prompt_text, prompt_tokens, sampling_of
+from node.coordinator.prompt import prompt_text, read_prompt, sampling_of
 from node.coordinator.result import result_of, served_of, timing_of
 from node.coordinator.route import OpenRoute, RouteRejected
 from node.coordinator.session_request import RouteServices, request_sessions
@@ -214,15 +214,16 @@ class Coordinator:
         """Turn a request into a job: model, token ids and sampling, all within the model's limits. Raises JobError."""
         began_s = trio.current_time()
         model = await self.model(request.model)
-        prompt = await prompt_tokens(request, model)
+        prompt = await read_prompt(request, model)
         return Job(
             id=JobId(secrets.token_hex(16)),
             request=request,
             model=model,
-            prompt=prompt,
-            sampling=sampling_of(request, model, len(prompt)),
+            prompt=prompt.tokens,
+            chat_format=prompt.chat_format,
+            sampling=sampling_of(request, model, len(prompt.tokens)),
             admitted=admitted_methods(request, model, self._quality_store),
-            claim=self._prompts.record_prompt(prompt),
+            claim=self._prompts.record_prompt(prompt.tokens),
             began_s=began_s,
             overrides=overrides or {},
             on_served=on_served,
@@ -253,6 +254,7 @@ class Coordinator:
             prompt_tokens=len(job.prompt),
             created_s=int(time.time()),
             echo=await prompt_text(job.request, job.model) if job.request.echo else "",
+            chat_format=job.chat_format,
         )
         output = OutputText(job.request, job.model)
         finish: FinishReason | None = None

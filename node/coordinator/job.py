@@ -7,7 +7,7 @@ from typing import Any
 from node.coordinator.observation import ServedJob
 from node.coordinator.planner import RouteNeed
 from node.coordinator.prefix_sharing import PrefixClaim
-from node.coordinator.submission import JobRequest
+from node.coordinator.submission import ChatFormat, JobRequest
 from node.engine.interface import DIVISIBLE_ENGINES
 from node.models.library import KnownModel
 from protocol.identity import JobId
@@ -35,7 +35,8 @@ class JobOutput:
 class Job:
     """A prepared job.
 
-    `admitted`: the methods that it may be served with. `overrides`: context fields overridden by the caller.
+    `chat_format`: how the model writes, where the prompt is a conversation. `admitted`: the methods that it may be
+    served with. `overrides`: context fields overridden by the caller.
     `on_served`: receives the served job in place of the recorder.
     """
 
@@ -47,6 +48,7 @@ class Job:
     admitted: Sequence[Method]
     claim: PrefixClaim
     began_s: float
+    chat_format: ChatFormat | None = None
     overrides: Mapping[str, Any] = field(default_factory=dict)
     on_served: Callable[[ServedJob], None] | None = None
     output: JobOutput = field(default_factory=JobOutput)

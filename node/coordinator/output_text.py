@@ -17,7 +17,7 @@ class OutputText:
     def __init__(self, request: JobRequest, model: KnownModel) -> None:
         self._request = request
         self._tokenizer = model.tokenizer
-        self._decoder = StreamDecoder(model.tokenizer)
+        self._decoder = StreamDecoder(model.tokenizer, shows_marks=request.messages is not None)
         self._finder = StopFinder(request.stop)
         self._count = 0
         self._pieces: list[str] = []

@@ -2,10 +2,10 @@
 
 import math
 import secrets
-from collections.abc import Iterable
-from dataclasses import replace
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 
-from node.coordinator.submission import JobError, JobErrorCode, JobRequest
+from node.coordinator.submission import ChatFormat, ChatMessage, JobError, JobErrorCode, JobRequest, ToolFormat
 from node.models.errors import ModelError
 from node.models.library import KnownModel
 from node.models.tokenizer_service import TokenizerBusyError, TokenizerUnavailableError
@@ -19,17 +19,32 @@ BUSY_RETRY_S = 2.0
 """When a client should retry while too many prompts wait for the model's tokenizer."""
 
 
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """The tokens of a prompt, and of a conversation also how the model will write."""
+
+    tokens: tuple[int, ...]
+    chat_format: ChatFormat | None = None
+
+
 async def prompt_tokens(request: JobRequest, model: KnownModel) -> tuple[int, ...]:
-    """Return the prompt as token ids, whether given as text, conversation or ids. Raises JobError."""
+    """Return the prompt as token ids; see `read_prompt`. Raises JobError."""
+    return (await read_prompt(request, model)).tokens
+
+
+async def read_prompt(request: JobRequest, model: KnownModel) -> Prompt:
+    """Return the prompt, whether given as text, conversation or token ids. Raises JobError."""
     given = [form for form in (request.prompt, request.prompt_tokens, request.messages) if form is not None]
     if len(given) != 1:
         raise JobError(JobErrorCode.INVALID, "give exactly one of prompt, prompt tokens and messages")
     if request.stop and model.tokenizer.is_absent:
         raise JobError(JobErrorCode.INVALID, "stop needs text, and the model has no tokenizer: use stop_token_ids")
+    chat_format: ChatFormat | None = None
     try:
         if request.messages is not None:
-            turns = [{"role": message.role, "content": message.content} for message in request.messages]
-            tokens = await model.tokenizer.render_chat(turns)
+            text = await _conversation(request, request.messages, model)
+            chat_format = _chat_format(model, text)
+            tokens = await model.tokenizer.encode(text, add_special_tokens=False)
         elif request.prompt is not None:
             tokens = await model.tokenizer.encode(request.prompt)
         else:
@@ -47,7 +62,23 @@ async def prompt_tokens(request: JobRequest, model: KnownModel) -> tuple[int, ..
             JobErrorCode.INVALID,
             f"the prompt has token ids {min(tokens)} to {max(tokens)}: this model has 0 to {model.vocabulary_size - 1}",
         )
-    return tokens
+    return Prompt(tokens, chat_format)
+
+
+async def _conversation(request: JobRequest, messages: Sequence[ChatMessage], model: KnownModel) -> str:
+    """Return a conversation as text, by the model's chat template. Raises JobError, ModelError, ChatTemplateError."""
+    if request.tools and model.tokenizer.tool_format is None:
+        message = "the model's chat template knows no tools, or writes their calls in an unknown form"
+        raise JobError(JobErrorCode.INVALID, f"{message}: choose another model, or leave out tools", param="tools")
+    turns = [message.for_template() for message in messages]
+    return await model.tokenizer.render_chat_text(turns, request.tools, request.template_options)
+
+
+def _chat_format(model: KnownModel, text: str) -> ChatFormat:
+    tokenizer = model.tokenizer
+    tools = ToolFormat(tokenizer.tool_format) if tokenizer.tool_format else None
+    began = tokenizer.reasons and text.rstrip().endswith("<think>")
+    return ChatFormat(tools=tools, reasons=tokenizer.reasons, reasoning_began=began)
 
 
 async def prompt_text(request: JobRequest, model: KnownModel) -> str:

@@ -1,10 +1,10 @@
 """The interface for submitting jobs: request, events, result and errors."""
 
 import enum
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from contextlib import AbstractAsyncContextManager
-from dataclasses import dataclass
-from typing import Final, Protocol
+from dataclasses import dataclass, field
+from typing import Any, Final, Protocol
 
 from protocol.identity import JobId, ModelId, PeerId
 from protocol.measurements import MethodInForce, QualityBound, StageObservation
@@ -53,12 +53,62 @@ class JobError(Exception):
         self.param = param
 
 
+class ToolFormat(enum.StrEnum):
+    """How a model writes tool calls."""
+
+    HERMES = "hermes"
+    """`<tool_call>{"name": …, "arguments": …}</tool_call>`: Hermes, Qwen."""
+    LLAMA3 = "llama3"
+    """The whole text is `{"name": …, "parameters": …}`."""
+    MISTRAL = "mistral"
+    """`[TOOL_CALLS]` and a list of `{"name": …, "arguments": …}`, or `name{…}`."""
+    JSON = "json"
+    """The whole text is `{"name": …, "arguments": …}`, which a JSON Schema makes sure: no model's own."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ChatFormat:
+    """How a model writes tool calls and reasoning, by its chat template.
+
+    `tools`: None where it knows none. `reasons`: whether it writes reasoning in `<think>`. `reasoning_began`: whether
+    the prompt ends within it.
+    """
+
+    tools: ToolFormat | None = None
+    reasons: bool = False
+    reasoning_began: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MessageToolCall:
+    """A tool call in an earlier turn of the assistant."""
+
+    id: str
+    name: str
+    arguments: Mapping[str, Any]
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ChatMessage:
-    """One turn of a conversation."""
+    """One turn of a conversation. `tool_call_id` and `name`: of the tool call that a turn of role `tool` answers."""
 
     role: str
     content: str
+    tool_calls: tuple[MessageToolCall, ...] = ()
+    tool_call_id: str = ""
+    name: str = ""
+    reasoning: str = ""
+
+    def for_template(self) -> dict[str, Any]:
+        """Return the turn as chat templates take it."""
+        turn: dict[str, Any] = {"role": self.role, "content": self.content}
+        if self.tool_calls:
+            turn["tool_calls"] = [
+                {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": dict(call.arguments)}}
+                for call in self.tool_calls
+            ]
+        optional = {"tool_call_id": self.tool_call_id, "name": self.name, "reasoning_content": self.reasoning}
+        return turn | {name: value for name, value in optional.items() if value}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,6 +122,7 @@ class JobRequest:
     end-of-text tokens. `ignore_eos`: do not end at the model's end-of-text tokens; for benchmarks. `method`: `auto`, or
     a method by its switches. `background`: gives way to other jobs. `echo`: whether JobStarted has the prompt's text.
     `top_logprobs`: report the log probability of each token, and those of so many likeliest ones; None for neither.
+    `tools`: that the model may call, as the OpenAI API describes them. `template_options`: for the chat template.
     `json_schema`: the text is JSON that follows this JSON Schema, itself JSON; empty for any text.
     Sampling: `node.engine.sampling`.
     """
@@ -100,11 +151,16 @@ class JobRequest:
     echo: bool = False
     top_logprobs: int | None = None
     json_schema: str = ""
+    tools: tuple[Mapping[str, Any], ...] = ()
+    template_options: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class JobStarted:
-    """The job was accepted: the first event. `created_s` is Unix time. `echo`: the prompt's text, if requested."""
+    """The job was accepted: the first event. `created_s` is Unix time. `echo`: the prompt's text, if requested.
+
+    `chat_format`: of the model, where the prompt is a conversation.
+    """
 
     job_id: JobId
     model: ModelId
@@ -112,6 +168,7 @@ class JobStarted:
     prompt_tokens: int
     created_s: int
     echo: str = ""
+    chat_format: ChatFormat | None = None
 
 
 @dataclass(frozen=True, slots=True)

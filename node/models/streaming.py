@@ -15,7 +15,9 @@ class StreamDecoder:
     be replaced in between.
     """
 
-    def __init__(self, tokenizer: ModelTokenizer) -> None:
+    def __init__(self, tokenizer: ModelTokenizer, *, shows_marks: bool = False) -> None:
+        """`shows_marks`: special tokens that mark reasoning and tool calls are text, too."""
+        self._marks = tokenizer.marks if shows_marks else {}
         self._tokenizer = tokenizer
         self._vocabulary = tokenizer.vocabulary
         # The library replaces invalid UTF-8 as this decoder does: one mark for each longest valid beginning.
@@ -26,6 +28,10 @@ class StreamDecoder:
 
     async def feed(self, token: int) -> str:
         """Return the text that is certain with this token; may be empty. Raises ModelError."""
+        if token in self._marks:
+            rest = await self.finish()
+            self._utf8.reset()
+            return rest + self._marks[token]
         if self._vocabulary.is_byte_level:
             return self._utf8.decode(self._vocabulary.bytes_of(token))
         kind = self._vocabulary.kind_of(token)

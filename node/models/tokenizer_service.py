@@ -137,7 +137,16 @@ class TokenizerService:
         except ModelError as error:
             raise ModelError(f"model {package.model_id[:12]}: {error}") from None
         vocabulary = Vocabulary.from_map(facts["vocabulary"])
-        return ModelTokenizer(worker, self.limits, vocabulary, tuple(facts["stop_tokens"]), facts["has_chat_template"])
+        return ModelTokenizer(
+            worker,
+            self.limits,
+            vocabulary,
+            tuple(facts["stop_tokens"]),
+            facts["has_chat_template"],
+            facts["tool_format"],
+            facts["reasons"],
+            dict(facts["marks"]),
+        )
 
     def pids(self) -> tuple[int, ...]:
         """Return the ids of the running processes."""
@@ -192,6 +201,12 @@ class ModelTokenizer:
     """Token ids after which the model has nothing more to say."""
     has_chat_template: bool
     """Whether conversations can be rendered."""
+    tool_format: str | None = None
+    """How the model writes tool calls, by its chat template: `hermes`, `llama3` or `mistral`; None if it cannot."""
+    reasons: bool = False
+    """Whether the model writes reasoning in `<think>`."""
+    marks: Mapping[int, str] = field(default_factory=dict)
+    """Special tokens that mark reasoning and tool calls, which `decode` leaves out."""
 
     @property
     def is_absent(self) -> bool:
@@ -207,7 +222,7 @@ class ModelTokenizer:
         answer = await self._ask("the model's tokenizer", request, self._limits.encode_s)
         return tuple(array("I", answer["tokens"]))
 
-    async def render_chat(self, messages: Sequence[Mapping[str, str]]) -> tuple[int, ...]:
+    async def render_chat(self, messages: Sequence[Mapping[str, Any]]) -> tuple[int, ...]:
         """Return the prompt tokens of a conversation: mappings with `role` and `content`.
 
         Raises ChatTemplateError, a ValueError, where the model has no chat template or its template refuses or takes
@@ -215,16 +230,27 @@ class ModelTokenizer:
         """
         return await self.encode(await self.render_chat_text(messages), add_special_tokens=False)
 
-    async def render_chat_text(self, messages: Sequence[Mapping[str, str]]) -> str:
+    async def render_chat_text(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[Mapping[str, Any]] = (),
+        options: Mapping[str, Any] | None = None,
+    ) -> str:
         """Return the prompt of a conversation as text, special tokens included.
 
+        `tools`: descriptions as in the OpenAI API. `options`: further variables of the template.
         Raises ChatTemplateError and ModelError.
         """
         if self.is_absent:
             raise ModelError(NO_TOKENIZER)
         if not self.has_chat_template:
             raise ChatTemplateError("the model has no chat template: give it a plain prompt")
-        request = {"do": "render", "messages": [dict(message) for message in messages]}
+        request = {
+            "do": "render",
+            "messages": [dict(message) for message in messages],
+            "tools": [dict(tool) for tool in tools],
+            "options": dict(options or {}),
+        }
         text: str = (await self._ask("the model's chat template", request, self._limits.render_s))["text"]
         return text
 

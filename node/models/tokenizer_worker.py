@@ -49,6 +49,10 @@ _SPECIAL_TOKENS: Final = ("bos_token", "eos_token", "unk_token", "sep_token", "p
 # config says.
 _ENDS_OF_TURN: Final = ("<|im_end|>", "<|eot_id|>", "<|end|>", "<end_of_turn>", "<|end_of_turn|>", "<|eom_id|>")
 
+_MARKS: Final = frozenset({
+    "<think>", "</think>", "<tool_call>", "</tool_call>", "[TOOL_CALLS]", "[ARGS]", "<|python_tag|>"
+})  # fmt: skip
+
 _BYTE_TOKEN = re.compile(r"<0x[0-9A-Fa-f]{2}>")
 
 
@@ -78,6 +82,16 @@ class Tokenizer:
         """Their texts by role: `bos_token`, `eos_token`, …"""
         self._template_source = chat_template
         self._chat_template: ChatTemplate | None = None
+        self.tool_format = _tool_format(chat_template or "")
+        """How the model writes tool calls: `hermes`, `llama3`, `mistral`, or None."""
+        self.reasons = "<think>" in (chat_template or "")
+        """Whether the model writes reasoning."""
+        self.marks = {
+            token: description.content
+            for token, description in added.items()
+            if description.special and description.content in _MARKS
+        }
+        """Special tokens that mark reasoning and tool calls."""
         self.stop_tokens = self._find_stop_tokens(eos_token_ids, chat_template or "")
         """Token ids after which the model has nothing more to say."""
 
@@ -112,7 +126,12 @@ class Tokenizer:
             return bytes([int(text[3:5], 16)])
         return text.replace("\u2581", " ").encode(errors="replace")
 
-    def render_chat_text(self, messages: Sequence[Mapping[str, str]]) -> str:
+    def render_chat_text(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[Mapping[str, Any]] = (),
+        options: Mapping[str, Any] | None = None,
+    ) -> str:
         """Return the prompt of a conversation, mappings with `role` and `content`, with special tokens as text.
 
         Raises ChatTemplateError, a ValueError, where the model has no chat template or its template refuses.
@@ -122,7 +141,7 @@ class Tokenizer:
         if self._chat_template is None:
             # Compiled on demand, as compiling may take for ever: plain prompts do not need it.
             self._chat_template = ChatTemplate(self._template_source)
-        return self._chat_template.render(messages, self.special_tokens)
+        return self._chat_template.render(messages, self.special_tokens, tools, options)
 
     def vocabulary(self) -> Vocabulary:
         """Return the bytes or kinds of all tokens. Raises ModelError for tokens too large for the daemon."""
@@ -166,6 +185,17 @@ def read_tokenizer(folder: Path, names: Sequence[str], eos_token_ids: Sequence[i
         contents.get(CHAT_TEMPLATE_FILE),
         eos_token_ids,
     )
+
+
+def _tool_format(chat_template: str) -> str | None:
+    """Return how a model writes tool calls, by the marks in its chat template."""
+    if "tools" not in chat_template:
+        return None
+    if "[TOOL_CALLS]" in chat_template:
+        return "mistral"
+    if "<tool_call>" in chat_template:
+        return "hermes"
+    return "llama3" if "<|python_tag|>" in chat_template or '"parameters"' in chat_template else None
 
 
 def _kind_of(text: str | None) -> TokenKind:
@@ -233,13 +263,21 @@ class ChatTemplate:
             environment.globals["strftime_now"] = lambda layout: datetime.now().astimezone().strftime(layout)
             self._template = environment.from_string(source)
 
-    def render(self, messages: Sequence[Mapping[str, str]], special_tokens: Mapping[str, str]) -> str:
+    def render(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        special_tokens: Mapping[str, str],
+        tools: Sequence[Mapping[str, Any]] = (),
+        options: Mapping[str, Any] | None = None,
+    ) -> str:
         """Return the prompt of a conversation, ending where the assistant's answer begins.
 
-        `special_tokens` maps names such as `bos_token` to their text. Raises ChatTemplateError.
+        `special_tokens` maps names such as `bos_token` to their text. `options`: further variables. Raises
+        ChatTemplateError.
         """
         values = {
-            "tools": None,
+            **(options or {}),
+            "tools": [dict(tool) for tool in tools] or None,
             "documents": None,
             **special_tokens,
             "messages": [dict(message) for message in messages],
@@ -340,13 +378,16 @@ def _facts(tokenizer: Tokenizer) -> dict[str, Any]:
         "vocabulary": tokenizer.vocabulary().to_map(),
         "has_chat_template": tokenizer.has_chat_template,
         "stop_tokens": tokenizer.stop_tokens,
+        "tool_format": tokenizer.tool_format,
+        "reasons": tokenizer.reasons,
+        "marks": sorted(tokenizer.marks.items()),
     }
 
 
 def _answer(tokenizer: Tokenizer, request: dict[str, Any]) -> dict[str, Any]:
     match request["do"]:
         case "render":
-            return {"text": tokenizer.render_chat_text(request["messages"])}
+            return {"text": tokenizer.render_chat_text(request["messages"], request["tools"], request["options"])}
         case "encode":
             tokens = tokenizer.encode(request["text"], add_special_tokens=request["add_special_tokens"])
             if len(tokens) > request["max_tokens"]:

@@ -54,17 +54,21 @@ class NumberTokenizer:
     """Its text is numbers: token 7 reads "7 "; of other words it makes some number."""
 
     is_absent = False
+    tool_format: str | None = None
+    reasons = False
+    marks: dict[int, str] = {}  # noqa: RUF012 - as the real one has it
     stop_tokens: tuple[int, ...] = ()
 
     def __init__(self) -> None:
         self.vocabulary = Vocabulary.build(b"", (f"{token} ".encode() for token in range(VOCABULARY)))
 
-    async def encode(self, text: str) -> tuple[int, ...]:
+    async def encode(self, text: str, *, add_special_tokens: bool = True) -> tuple[int, ...]:
         await trio.lowlevel.checkpoint()
         return tuple((int(word) if word.isdecimal() else sum(word.encode())) % VOCABULARY for word in text.split())
 
-    async def render_chat(self, messages: Sequence[dict[str, str]]) -> tuple[int, ...]:
-        return tuple([token for message in messages for token in await self.encode(message["content"])])
+    async def render_chat_text(self, messages: Sequence[dict[str, Any]], tools: Sequence[Any], options: Any) -> str:
+        await trio.lowlevel.checkpoint()
+        return " ".join(message["content"] for message in messages)
 
     async def spell(self, tokens: Sequence[int]) -> list[bytes]:
         await trio.lowlevel.checkpoint()

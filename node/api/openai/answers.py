@@ -6,9 +6,20 @@ from dataclasses import dataclass, field
 from typing import Any, Final
 
 from node.api.errors import ApiError
-from node.api.generation import Choice, ChoiceFinished, ChoiceStarted, ChoiceText, Generation, GenerationEvent, Outcome
+from node.api.generation import (
+    Choice,
+    ChoiceFinished,
+    ChoiceReasoning,
+    ChoiceStarted,
+    ChoiceText,
+    ChoiceToolCall,
+    Generation,
+    GenerationEvent,
+    Outcome,
+)
 from node.api.job_document import describe_job
 from node.api.openai.logprobs import chat_logprobs, completion_logprobs
+from node.api.output_parser import ToolCall
 from node.coordinator.submission import JobResult, JobStarted, TokenLogprob
 
 EVENT_STREAM: Final = "text/event-stream; charset=utf-8"
@@ -29,6 +40,22 @@ def describe_usage(outcome: Outcome, generation: Generation) -> dict[str, Any]:
             "accepted_prediction_tokens": sum(result.usage.accepted_draft_tokens for result in results)
         },
     }
+
+
+def describe_call(call: ToolCall) -> dict[str, Any]:
+    """Return a tool call as the OpenAI API has it."""
+    return {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
+
+
+def _message(choice: Choice) -> dict[str, Any]:
+    """Return the message of a chat's choice; one that only calls tools has no content."""
+    content = choice.text or (None if choice.tool_calls else "")
+    message: dict[str, Any] = {"role": "assistant", "content": content, "refusal": None}
+    if choice.reasoning:
+        message["reasoning_content"] = choice.reasoning
+    if choice.tool_calls:
+        message["tool_calls"] = [describe_call(call) for call in choice.tool_calls]
+    return message
 
 
 def server_sent(*documents: dict[str, Any] | str) -> bytes:
@@ -68,7 +95,7 @@ class CompletionWriter:
         document: dict[str, Any] = {"index": choice.index, "finish_reason": choice.finish_reason}
         document["logprobs"] = self._logprobs(choice.index, choice.logprobs)
         if self.is_chat:
-            document["message"] = {"role": "assistant", "content": choice.text, "refusal": None}
+            document["message"] = _message(choice)
         else:
             document["text"] = choice.text
         return document | (self._details(choice.done) if len(self.generation.jobs) > 1 else {})
@@ -81,6 +108,10 @@ class CompletionWriter:
                 return self._chunk(index, {"role": "assistant", "content": ""}) if self.is_chat else b""
             case ChoiceText(choice=index, text=text, logprobs=logprobs):
                 return self._chunk(index, {"content": text} if self.is_chat else {"text": text}, logprobs=logprobs)
+            case ChoiceReasoning(choice=index, text=text):
+                return self._chunk(index, {"reasoning_content": text})
+            case ChoiceToolCall(choice=index, number=number, call=call):
+                return self._chunk(index, {"tool_calls": [{"index": number} | describe_call(call)]})
             case ChoiceFinished(choice=index, result=result, finish_reason=reason):
                 details = self._details(result)
                 choice, rest = ({}, details) if len(self.generation.jobs) == 1 else (details, {})

@@ -9,6 +9,7 @@ from starlette.datastructures import Headers
 from node.api.endpoint import AnswerWriter, wants_details
 from node.api.fields import (
     Fields,
+    check_depth,
     count_between,
     number_between,
     parse_boolean,
@@ -22,7 +23,9 @@ from node.api.fields import (
 )
 from node.api.generation import MAX_CHOICES, Generation, several
 from node.api.openai.answers import CompletionWriter
-from node.coordinator.submission import ChatMessage, JobRequest
+from node.api.openai.messages import parse_messages, parse_tools
+from node.api.output_parser import ParserRules
+from node.coordinator.submission import JobRequest
 from protocol.limits import (
     MAX_LOGIT_BIAS,
     MAX_LOGIT_BIASES,
@@ -34,7 +37,6 @@ from protocol.limits import (
 )
 from protocol.measurements import QualityBound
 
-MAX_MESSAGES: Final = 4096
 MAX_STOPS: Final = 4
 MAX_STOP_CHARACTERS: Final = 256
 MIN_SEED: Final = -(2**63)
@@ -48,14 +50,18 @@ IMPLEMENTED: Final = frozenset({
     "repetition_penalty", "frequency_penalty", "presence_penalty", "logit_bias", "seed", "stop", "stop_token_ids",
     "ignore_eos", "metaswarm", "n", "logprobs",
 })  # fmt: skip
-IMPLEMENTED_FOR_CHAT: Final = IMPLEMENTED | {"messages", "max_completion_tokens", "top_logprobs"}
+IMPLEMENTED_FOR_CHAT: Final = IMPLEMENTED | {
+    "messages", "max_completion_tokens", "top_logprobs", "tools", "tool_choice", "parallel_tool_calls",
+    "chat_template_kwargs", "reasoning_effort",
+}  # fmt: skip
 IMPLEMENTED_FOR_COMPLETION: Final = IMPLEMENTED | {"prompt", "echo"}
 
 IGNORED: Final = frozenset({
     "user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_retention",
-    "parallel_tool_calls",
 })  # fmt: skip
 """Fields that cannot change the answer, whatever their value."""
+
+REASONING_EFFORTS: Final = ("none", "minimal", "low", "medium", "high", "xhigh")
 
 EXTENSIONS: Final = frozenset({"quality", "method", "ignore_eos"})
 """Fields of `metaswarm`."""
@@ -76,25 +82,17 @@ NEUTRAL: Final[Mapping[str, tuple[Any, ...]]] = {
 }
 NEUTRAL_FOR_CHAT: Final[Mapping[str, tuple[Any, ...]]] = {
     **NEUTRAL,
-    **dict.fromkeys(("tools", "functions", "documents"), ([],)),
-    **dict.fromkeys(("tool_choice", "function_call"), ("none", "auto")),
-    **dict.fromkeys(("audio", "prediction", "web_search_options", "reasoning_effort", "chat_template"), ()),
+    **dict.fromkeys(("functions", "documents"), ([],)),
+    **dict.fromkeys(("function_call",), ("none", "auto")),
+    **dict.fromkeys(("audio", "prediction", "web_search_options", "chat_template"), ()),
     **dict.fromkeys(("continue_final_message", "add_special_tokens", "echo"), (False,)),
     "modalities": (["text"],),
     "verbosity": ("medium",),
-    "chat_template_kwargs": ({},),
     "add_generation_prompt": (True,),
 }
 NEUTRAL_FOR_COMPLETION: Final[Mapping[str, tuple[Any, ...]]] = {
     **NEUTRAL, "best_of": (1,), "suffix": ("",), "add_special_tokens": (True,)
 }  # fmt: skip
-NEUTRAL_IN_MESSAGE: Final[Mapping[str, tuple[Any, ...]]] = {
-    **dict.fromkeys(("tool_calls", "annotations"), ([],)),
-    **dict.fromkeys(("function_call", "audio"), ()),
-    **dict.fromkeys(("refusal", "reasoning_content", "reasoning"), ("",)),
-}
-# Chat templates know the older name of the role that instructs the model.
-_ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
 
 
 def parse_chat_request(body: bytes, headers: Headers) -> tuple[Generation, AnswerWriter]:
@@ -102,16 +100,20 @@ def parse_chat_request(body: bytes, headers: Headers) -> tuple[Generation, Answe
     fields = Fields(parse_json(body))
     fields.refuse_misspelt(IMPLEMENTED_FOR_CHAT | IGNORED | NEUTRAL_FOR_CHAT.keys())
     fields.refuse_unless_neutral(NEUTRAL_FOR_CHAT)
-    messages = fields.get("messages", _parse_messages)
+    messages = fields.get("messages", parse_messages)
     if messages is None:
         refuse("messages", "is missing")
+    choice = parse_tools(fields)
     max_tokens = fields.get("max_tokens", parse_limit)
     job = replace(
         _parse_job(fields, fields.get("max_completion_tokens", parse_limit) or max_tokens),
         messages=messages,
+        tools=choice.tools,
+        template_options=_template_options(fields),
+        json_schema=choice.schema,
         top_logprobs=_parse_chat_logprobs(fields),
     )
-    return _parse_form(fields, headers, [job], is_chat=True)
+    return _parse_form(fields, headers, [job], choice.rules)
 
 
 def parse_completion_request(body: bytes, headers: Headers) -> tuple[Generation, AnswerWriter]:
@@ -130,7 +132,19 @@ def parse_completion_request(body: bytes, headers: Headers) -> tuple[Generation,
         replace(job, prompt=prompt) if isinstance(prompt, str) else replace(job, prompt_tokens=prompt)
         for prompt in prompts
     ]
-    return _parse_form(fields, headers, jobs, is_chat=False)
+    return _parse_form(fields, headers, jobs)
+
+
+def _template_options(fields: Fields) -> dict[str, Any]:
+    """Return variables for the chat template."""
+    options = fields.get("chat_template_kwargs", parse_object) or {}
+    check_depth("chat_template_kwargs", options)
+    effort = fields.get("reasoning_effort", parse_text)
+    if effort is not None and effort not in REASONING_EFFORTS:
+        refuse("reasoning_effort", f"must be one of {', '.join(REASONING_EFFORTS)}")
+    if effort is None:
+        return options
+    return {"reasoning_effort": effort, "enable_thinking": effort != "none", **options}
 
 
 def _parse_chat_logprobs(fields: Fields) -> int | None:
@@ -149,9 +163,9 @@ def _parse_logprobs(fields: Fields) -> int | None:
 
 
 def _parse_form(
-    fields: Fields, headers: Headers, jobs: Sequence[JobRequest], *, is_chat: bool
+    fields: Fields, headers: Headers, jobs: Sequence[JobRequest], rules: ParserRules | None = None
 ) -> tuple[Generation, CompletionWriter]:
-    """Return the request of one job for each prompt, and what writes its answer."""
+    """Return the request of one job for each prompt, and what writes its answer. `rules`: of a chat."""
     stream = fields.get("stream", parse_boolean) or False
     stream_options = fields.get("stream_options", parse_object)
     if stream_options is not None and not stream:
@@ -165,10 +179,11 @@ def _parse_form(
         jobs=tuple(each for job in jobs for each in several(job, count)),
         choices_per_prompt=count,
         stream=stream,
+        rules=rules or ParserRules(),
         details=fields.get("metaswarm", parse_object) is not None or wants_details(headers),
     )
     include_usage = options.get("include_usage", parse_boolean) or False
-    return generation, CompletionWriter(generation, is_chat=is_chat, include_usage=include_usage)
+    return generation, CompletionWriter(generation, is_chat=rules is not None, include_usage=include_usage)
 
 
 def _parse_job(fields: Fields, max_tokens: int | None) -> JobRequest:
@@ -255,38 +270,3 @@ def _parse_prompt(param: str, value: Any) -> str | tuple[int, ...]:
     if any(type(token) is not int or not 0 <= token < MAX_VOCABULARY for token in value):
         refuse(param, f"token ids must be integers from 0 to {MAX_VOCABULARY - 1}")
     return tuple(value)
-
-
-def _parse_messages(param: str, value: Any) -> tuple[ChatMessage, ...]:
-    if not isinstance(value, list) or not 1 <= len(value) <= MAX_MESSAGES:
-        refuse(param, f"must be a list of 1 to {MAX_MESSAGES} messages")
-    return tuple(_parse_message(f"{param}[{index}]", each) for index, each in enumerate(value))
-
-
-def _parse_message(param: str, value: Any) -> ChatMessage:
-    fields = Fields(parse_object(param, value), f"{param}.")
-    role = fields.get("role", parse_text)
-    if role not in _ROLES:
-        refuse(f"{param}.role", f"must be one of {', '.join(_ROLES)}; tools are not supported")
-    fields.refuse_misspelt({"role", "content", "name", *NEUTRAL_IN_MESSAGE})
-    fields.refuse_unless_neutral(NEUTRAL_IN_MESSAGE)
-    content = fields.get("content", _parse_content)
-    if content is None and role == "assistant":  # a turn that only called a tool
-        content = ""
-    if content is None:
-        refuse(f"{param}.content", "is missing")
-    return ChatMessage(role=_ROLES[role], content=content)
-
-
-def _parse_content(param: str, value: Any) -> str:
-    if not isinstance(value, list):
-        return parse_text(param, value)
-    texts = []
-    for index, part in enumerate(value):
-        fields = Fields(parse_object(f"{param}[{index}]", part), f"{param}[{index}].")
-        fields.refuse_misspelt({"type", "text", "image_url", "input_audio", "file", "refusal", "cache_control"})
-        text = fields.get("text", parse_text)
-        if fields.get("type", parse_text) != "text" or text is None:
-            refuse(f"{param}[{index}]", "must be of type text: no other type is supported")
-        texts.append(text)
-    return "".join(texts)

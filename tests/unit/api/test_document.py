@@ -14,7 +14,7 @@ from node.api.bench import describe_trial
 from node.api.errors import ApiError
 from node.api.guard import Guard
 from node.api.job_document import describe_job
-from node.api.openai import requests
+from node.api.openai import messages, requests
 from node.api.request_id import RequestIds
 from node.coordinator.submission import JobError, JobErrorCode
 from node.coordinator.trial_runner import MethodTrial, Trial
@@ -68,7 +68,7 @@ def test_lists_every_field_of_completions() -> None:
     (options,) = (row[1] for row in rows("Implemented fields") if "`stream_options`" in row[0])
     assert set(names(options)) == requests.STREAM_OPTIONS
     assert first_column("Extensions") == requests.EXTENSIONS
-    assert set(names(section("Ignored fields"))) == requests.IGNORED | {"name"}
+    assert set(names(section("Ignored fields"))) == requests.IGNORED
 
 
 def test_lists_every_neutral_field() -> None:
@@ -76,7 +76,7 @@ def test_lists_every_neutral_field() -> None:
         "both": requests.NEUTRAL,
         "chat": {k: v for k, v in requests.NEUTRAL_FOR_CHAT.items() if k not in requests.NEUTRAL},
         "completions": {k: v for k, v in requests.NEUTRAL_FOR_COMPLETION.items() if k not in requests.NEUTRAL},
-        "message": requests.NEUTRAL_IN_MESSAGE,
+        "message": messages.NEUTRAL_IN_MESSAGE,
     }
     lines = [line.split("|") for line in section("Neutral fields").splitlines() if line.startswith("| ")][1:]
     assert [cells[1].strip() for cells in lines] == list(tables)

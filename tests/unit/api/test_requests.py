@@ -8,6 +8,7 @@ from node.api.errors import ApiError
 from node.api.generation import MAX_CHOICES, Generation
 from node.api.openai import requests
 from node.api.openai.requests import IGNORED, MAX_SEED, MIN_SEED
+from node.api.output_parser import ParserRules
 from node.coordinator.submission import ChatMessage, JobRequest
 from protocol.limits import MAX_LOGIT_BIASES, MAX_POSITIONS, MAX_STOP_TOKENS, MAX_VOCABULARY
 
@@ -18,6 +19,14 @@ def chat(**fields: Any) -> bytes:
 
 def completion(**fields: Any) -> bytes:
     return json.dumps({"model": "tiny", "prompt": "Hi", **fields}).encode()
+
+
+TOOL = {"type": "function", "function": {"name": "f", "description": "d", "parameters": {"type": "object"}}}
+CALL = {"id": "call_1", "type": "function", "function": {"name": "f", "arguments": '{"x": 1}'}}
+DEEP: dict[str, Any] = {}
+for _ in range(100):
+    DEEP = {"a": DEEP}
+NAMELESS = "messages[0].tool_calls[0].function.name"
 
 
 def generation_of_chat(body: bytes) -> Generation:
@@ -123,9 +132,7 @@ def test_refuses_non_neutral_value(name: str, value: Any, chatting: bool) -> Non
 @pytest.mark.parametrize(
     "fields",
     [
-        {"chat_template_kwargs": {"enable_thinking": False}},
         {"chat_template": "{{ messages }}"},
-        {"reasoning_effort": "high"},
         {"echo": True},
         {"add_generation_prompt": False},
         {"continue_final_message": True},
@@ -133,7 +140,7 @@ def test_refuses_non_neutral_value(name: str, value: Any, chatting: bool) -> Non
         {"verbosity": "low"},
         {"stream": True, "stream_options": {"continuous_usage_stats": True}},
         {"messages": [{"role": "assistant", "content": "a", "prefix": True}]},
-        {"messages": [{"role": "assistant", "content": "a", "reasoning_content": "b"}]},
+        {"messages": [{"role": "assistant", "content": "a", "audio": {"id": "b"}}]},
         {"messages": [{"role": "user", "content": [{"type": "text", "text": "a", "txt": "b"}]}]},
     ],
 )
@@ -176,6 +183,48 @@ def test_log_probabilities_reach_job() -> None:
         with pytest.raises(ApiError) as caught:
             parse_completion_request(completion(**fields))
         assert caught.value.param == "logprobs"
+
+
+def test_tools_reach_job() -> None:
+    generation = generation_of_chat(chat(tools=[TOOL], parallel_tool_calls=False))
+    (job,) = generation.jobs
+    assert (job.tools, job.json_schema) == ((TOOL,), "")
+    assert generation.rules == ParserRules(reasoning=True, tools=True, single=True)
+    generation = generation_of_chat(chat(tools=[TOOL], tool_choice="none"))
+    assert (generation.jobs[0].tools, generation.rules.tools) == ((), False)
+    named = {"type": "function", "function": {"name": "f"}}
+    for choice in ("required", named):
+        generation = generation_of_chat(chat(tools=[TOOL], tool_choice=choice))
+        assert generation.rules.forced
+        schema = json.loads(generation.jobs[0].json_schema)
+        assert schema["properties"] == {"name": {"const": "f"}, "arguments": {"type": "object"}}
+
+
+def test_tool_calls_of_earlier_turns_reach_template() -> None:
+    turns = [
+        {"role": "user", "content": "a"},
+        {"role": "assistant", "content": None, "tool_calls": [CALL], "reasoning_content": "hm"},
+        {"role": "tool", "tool_call_id": "call_1", "content": "2"},
+    ]
+    messages = parse_chat_request(chat(messages=turns, tools=[TOOL])).messages
+    assert messages is not None
+    function = {"name": "f", "arguments": {"x": 1}}
+    assert [message.for_template() for message in messages] == [
+        {"role": "user", "content": "a"},
+        {
+            "role": "assistant",
+            "content": "",
+            "tool_calls": [{"id": "call_1", "type": "function", "function": function}],
+            "reasoning_content": "hm",
+        },
+        {"role": "tool", "content": "2", "tool_call_id": "call_1"},
+    ]
+
+
+def test_template_options_reach_job() -> None:
+    assert parse_chat_request(chat(chat_template_kwargs={"a": 1})).template_options == {"a": 1}
+    options = parse_chat_request(chat(reasoning_effort="none")).template_options
+    assert options == {"reasoning_effort": "none", "enable_thinking": False}
 
 
 def test_top_k_off_values() -> None:
@@ -241,7 +290,15 @@ def test_accepts_neutral_values(fields: dict[str, Any]) -> None:
         ({"logprobs": 1}, "logprobs"),
         ({"top_logprobs": 2}, "top_logprobs"),
         ({"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
-        ({"tools": [{"type": "function"}]}, "tools"),
+        ({"tools": [{"type": "function"}]}, "tools[0].function.name"),
+        ({"tools": [{"type": "web_search"}]}, "tools[0].type"),
+        ({"tools": [{"type": "function", "function": {"name": "f", "parameters": DEEP}}]}, "tools"),
+        ({"tools": 7}, "tools"),
+        ({"tool_choice": "required"}, "tool_choice"),
+        ({"tools": [TOOL], "tool_choice": "sometimes"}, "tool_choice"),
+        ({"tools": [TOOL], "tool_choice": {"type": "function", "function": {"name": "g"}}}, "tool_choice"),
+        ({"reasoning_effort": "much"}, "reasoning_effort"),
+        ({"messages": [{"role": "user", "content": "a", "tool_calls": [CALL]}]}, "messages[0].tool_calls"),
         ({"response_format": {"type": "json_object"}}, "response_format"),
         ({"temperature": 2.1}, "temperature"),
         ({"temperature": "0"}, "temperature"),
@@ -263,10 +320,10 @@ def test_accepts_neutral_values(fields: dict[str, Any]) -> None:
         ({"messages": None}, "messages"),
         ({"messages": []}, "messages"),
         ({"messages": ["Hi"]}, "messages[0]"),
-        ({"messages": [{"role": "tool", "content": "Hi"}]}, "messages[0].role"),
+        ({"messages": [{"role": "function", "content": "Hi"}]}, "messages[0].role"),
         ({"messages": [{"role": "user"}]}, "messages[0].content"),
         ({"messages": [{"role": "system", "content": None}]}, "messages[0].content"),
-        ({"messages": [{"role": "assistant", "content": None, "tool_calls": [{}]}]}, "messages[0].tool_calls"),
+        ({"messages": [{"role": "assistant", "content": None, "tool_calls": [{}]}]}, NAMELESS),
         ({"messages": [{"role": "user", "content": "\ud800"}]}, "messages[0].content"),
         ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages[0].content[0]"),
         ({"metaswarm": {"speed": 1}}, "metaswarm.speed"),

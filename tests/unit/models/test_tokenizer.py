@@ -5,7 +5,7 @@ import pytest
 from node.models.errors import ModelError
 from node.models.manifest import Json
 from node.models.tokenizer_worker import Tokenizer
-from tests.unit.models.vocabularies import byte_level
+from tests.unit.models.vocabularies import byte_fallback, byte_level, metaspace
 
 
 def test_stop_tokens_are_what_manifest_config_and_template_say() -> None:
@@ -50,3 +50,45 @@ def test_a_token_that_is_too_long_is_refused() -> None:
     definition["added_tokens"][-1]["content"] = "x" * 5000
     with pytest.raises(ModelError, match=r"token \d+ of the model has 5000 bytes"):
         Tokenizer(json.dumps(definition)).vocabulary()
+
+
+@pytest.mark.parametrize(
+    ("template", "tool_format", "reasons"),
+    [
+        ("{{ messages }}", None, False),
+        ("{% if tools %}<tool_call>{% endif %}<think>", "hermes", True),
+        ("{% if tools %}[AVAILABLE_TOOLS]{% endif %}[TOOL_CALLS]", "mistral", False),
+        ("""{% if tools %}{"name": 1, "parameters": 2}{% endif %}""", "llama3", False),
+        ("{% if tools %}in another way{% endif %}", None, False),
+    ],
+)
+def test_template_tells_how_the_model_writes(template: str, tool_format: str | None, reasons: bool) -> None:
+    tokenizer = Tokenizer(byte_level(), {}, template)
+    assert (tokenizer.tool_format, tokenizer.reasons) == (tool_format, reasons)
+
+
+def test_template_gets_tools_and_options() -> None:
+    template = "{{ tools | tojson }} {{ enable_thinking }} {{ messages[0].tool_calls[0].function.arguments.x }}"
+    turns = [{"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "f", "arguments": {"x": 7}}}]}]
+    tokenizer = Tokenizer(byte_level(), {}, template)
+    tools = [{"type": "function", "function": {"name": "f"}}]
+    text = tokenizer.render_chat_text(turns, tools, {"enable_thinking": False, "messages": "forged"})
+    assert text == f"{json.dumps(tools)} False 7"
+    assert tokenizer.render_chat_text(turns).startswith("null")
+
+
+def test_special_tokens_that_mark_something_are_known() -> None:
+    definition = json.loads(byte_level())
+    definition["added_tokens"][-1] |= {"content": "[TOOL_CALLS]", "special": True}
+    token = definition["added_tokens"][-1]["id"]
+    assert Tokenizer(json.dumps(definition)).marks == {token: "[TOOL_CALLS]"}
+
+
+@pytest.mark.parametrize("definition", [byte_level(), byte_fallback(), metaspace()])
+def test_tokens_are_spelt_one_by_one(definition: str) -> None:
+    tokenizer = Tokenizer(definition)
+    tokens = tokenizer.encode("a fox ¶", add_special_tokens=False)
+    assert b"".join(map(tokenizer.spell, tokens)).decode().strip() == "a fox ¶"
+    assert tokenizer.spell(1 << 20) == b""
+    (special, *_) = (token for token in json.loads(definition)["added_tokens"] if token["special"])
+    assert tokenizer.spell(special["id"]) == special["content"].encode()
