@@ -15,6 +15,9 @@ from protocol.measurements import QualityBound
 
 T = TypeVar("T")
 
+MAX_STOPS: Final = 4
+MAX_STOP_CHARACTERS: Final = 256
+
 MAX_VALUE_DEPTH: Final = 64
 """Nesting of tools, schemas and arguments."""
 
@@ -30,6 +33,12 @@ class Fields:
         """Return a parsed field, or None if it is absent."""
         value = self._values.get(name)
         return None if value is None else parse(self._prefix + name, value)
+
+    def echo(self, defaults: Mapping[str, Any]) -> dict[str, Any]:
+        """Return fields as they are, or their defaults where they are absent; for answers that repeat them."""
+        return {
+            name: default if (value := self._values.get(name)) is None else value for name, default in defaults.items()
+        }
 
     def refuse_unless_neutral(self, neutral: Mapping[str, tuple[Any, ...]]) -> None:
         """Refuse fields with other than their neutral values."""
@@ -163,3 +172,14 @@ def parse_method(param: str, value: Any) -> str:
     if not 1 <= len(method.encode()) <= MAX_NAME_BYTES:
         refuse(param, f"must have 1 to {MAX_NAME_BYTES} bytes")
     return method
+
+
+def parse_stop(param: str, value: Any) -> tuple[str, ...]:
+    """Return texts that end the answer."""
+    values = [value] if isinstance(value, str) else value
+    if not isinstance(values, list) or len(values) > MAX_STOPS:
+        refuse(param, f"must be a string or a list of at most {MAX_STOPS} strings")
+    stops = tuple(parse_text(param, each) for each in values)
+    if any(not 1 <= len(stop) <= MAX_STOP_CHARACTERS for stop in stops):
+        refuse(param, f"strings must have 1 to {MAX_STOP_CHARACTERS} characters")
+    return stops

@@ -73,6 +73,8 @@ class Guard:
             return
         if self._api_key is not None:
             scheme, _, key = headers.get("authorization", "").partition(" ")
+            if "x-api-key" in headers:  # as clients of the Anthropic API send it
+                scheme, key = "bearer", headers["x-api-key"]
             if scheme.lower() != "bearer" or not hmac.compare_digest(key.strip().encode(), self._api_key.encode()):
                 raise ApiError(
                     401,

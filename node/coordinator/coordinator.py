@@ -267,7 +267,7 @@ class Coordinator:
                 finish = FinishReason.LENGTH  # the last stage should have reported it
             delta, finish = await output.add(sampled, finish)
             yield delta
-        yield await self._finish(job, route, output.text, finish)
+        yield replace(await self._finish(job, route, output.text, finish), stop_string=output.stop_string)
 
     async def _finish(self, job: Job, route: ResilientRoute, text: str, finish: FinishReason) -> JobResult:
         """Close the route, learn from the job, record it, and return its result."""

@@ -29,6 +29,11 @@ class OutputText:
         """The text so far."""
         return "".join(self._pieces)
 
+    @property
+    def stop_string(self) -> str | None:
+        """The stop string that ended it, if one did."""
+        return self._finder.found
+
     async def add(self, sampled: SampledToken, finish: FinishReason | None) -> tuple[TextDelta, FinishReason | None]:
         """Add a token; return what it adds to the text, and why the text ends with it, if so. Raises JobError.
 

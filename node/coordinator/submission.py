@@ -287,6 +287,8 @@ class JobResult:
     consensus: Consensus
     replays: int
     selection: Selection | None = None
+    stop_string: str | None = None
+    """The stop string that ended the text, if one did."""
 
 
 JobEvent = JobStarted | TextDelta | JobResult

@@ -1,7 +1,7 @@
 """Conversations and tools in the bodies of the OpenAI API."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -44,7 +44,11 @@ def parse_tools(fields: Fields) -> ToolChoice:
     """Return what a body says of tools."""
     tools = fields.get("tools", _parse_tools) or ()
     choice = fields.get("tool_choice", _parse_choice) or "auto"
-    parallel = fields.get("parallel_tool_calls", parse_boolean)
+    return choose_tools(tools, choice, single=fields.get("parallel_tool_calls", parse_boolean) is False)
+
+
+def choose_tools(tools: tuple[Mapping[str, Any], ...], choice: str, *, single: bool) -> ToolChoice:
+    """Return what `none`, `auto`, `required` or the name of a tool means. Raises ApiError."""
     if not tools:
         if choice not in {"auto", "none"}:
             refuse("tool_choice", "requires tools")
@@ -52,15 +56,15 @@ def parse_tools(fields: Fields) -> ToolChoice:
     if choice == "none":
         return ToolChoice()
     if choice == "auto":
-        return ToolChoice(tools, ParserRules(reasoning=True, tools=True, single=parallel is False))
+        return ToolChoice(tools, ParserRules(reasoning=True, tools=True, single=single))
     names = [tool["function"]["name"] for tool in tools]
     if choice != "required" and choice not in names:
         refuse("tool_choice", f"names {choice!r}, which is not among the tools")
     chosen = [tool for tool in tools if choice in {"required", tool["function"]["name"]}]
-    return ToolChoice(tools, ParserRules(tools=True, forced=True, single=True), _call_schema(chosen))
+    return ToolChoice(tools, ParserRules(tools=True, forced=True, single=True), call_schema(chosen))
 
 
-def _call_schema(tools: list[Mapping[str, Any]]) -> str:
+def call_schema(tools: Sequence[Mapping[str, Any]]) -> str:
     """Return the JSON Schema of a call of one of these tools."""
     calls = [
         {
@@ -127,7 +131,7 @@ def _parse_message(param: str, value: Any) -> ChatMessage:
         refuse(f"{param}.role", f"must be one of {', '.join(_ROLES)}")
     fields.refuse_misspelt({*MESSAGE_FIELDS, *NEUTRAL_IN_MESSAGE})
     fields.refuse_unless_neutral(NEUTRAL_IN_MESSAGE)
-    calls = fields.get("tool_calls", _parse_calls) or ()
+    calls = fields.get("tool_calls", parse_tool_calls) or ()
     if calls and role != "assistant":
         refuse(f"{param}.tool_calls", "belongs to the assistant's turns")
     content = fields.get("content", parse_content)
@@ -146,7 +150,8 @@ def _parse_message(param: str, value: Any) -> ChatMessage:
     )
 
 
-def _parse_calls(param: str, value: Any) -> tuple[MessageToolCall, ...]:
+def parse_tool_calls(param: str, value: Any) -> tuple[MessageToolCall, ...]:
+    """Return the tool calls of an earlier turn."""
     if not isinstance(value, list) or len(value) > MAX_TOOLS:
         refuse(param, f"must be a list of at most {MAX_TOOLS} tool calls")
     check_depth(param, value)

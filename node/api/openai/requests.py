@@ -18,6 +18,7 @@ from node.api.fields import (
     parse_method,
     parse_object,
     parse_quality,
+    parse_stop,
     parse_text,
     refuse,
 )
@@ -37,8 +38,6 @@ from protocol.limits import (
 )
 from protocol.measurements import QualityBound
 
-MAX_STOPS: Final = 4
-MAX_STOP_CHARACTERS: Final = 256
 MIN_SEED: Final = -(2**63)
 MAX_SEED: Final = 2**63 - 1
 DEFAULT_TEMPERATURE: Final = 1.0
@@ -214,7 +213,7 @@ def _parse_job(fields: Fields, max_tokens: int | None) -> JobRequest:
         presence_penalty=fields.get("presence_penalty", number_between(-2, 2)) or 0.0,
         logit_bias=fields.get("logit_bias", _parse_logit_bias) or (),
         seed=fields.get("seed", count_between(MIN_SEED, MAX_SEED)),
-        stop=fields.get("stop", _parse_stop) or (),
+        stop=fields.get("stop", parse_stop) or (),
         stop_token_ids=fields.get("stop_token_ids", _parse_stop_token_ids) or (),
         ignore_eos=fields.get("ignore_eos", parse_boolean) or extras.get("ignore_eos", parse_boolean) or False,
         quality=extras.get("quality", parse_quality) or QualityBound.EXACT,
@@ -223,16 +222,6 @@ def _parse_job(fields: Fields, max_tokens: int | None) -> JobRequest:
 
 
 _parse_top: Final = count_between(0, MAX_LOGPROBS - 1)
-
-
-def _parse_stop(param: str, value: Any) -> tuple[str, ...]:
-    values = [value] if isinstance(value, str) else value
-    if not isinstance(values, list) or len(values) > MAX_STOPS:
-        refuse(param, f"must be a string or a list of at most {MAX_STOPS} strings")
-    stops = tuple(parse_text(param, each) for each in values)
-    if any(not 1 <= len(stop) <= MAX_STOP_CHARACTERS for stop in stops):
-        refuse(param, f"strings must have 1 to {MAX_STOP_CHARACTERS} characters")
-    return stops
 
 
 def _parse_stop_token_ids(param: str, value: Any) -> tuple[int, ...]:

@@ -14,6 +14,7 @@ from node.api.interface import Explanation, ModelDocument, NodeStatus, PeerStatu
 from node.api.server import serve
 from node.coordinator.observation import ServedJob
 from node.coordinator.submission import (
+    ChatFormat,
     Consensus,
     JobError,
     JobErrorCode,
@@ -107,6 +108,8 @@ class FakeSubmitter:
     """Never end after the words."""
     pauses: dict[int, float] = field(default_factory=dict)
     """Seconds before a word, by its number, and before the end."""
+    chat_format: ChatFormat | None = None
+    """How the model writes tool calls and reasoning."""
     requests: list[JobRequest] = field(default_factory=list)
     entered: trio.Event = field(default_factory=trio.Event)
     left: trio.Event = field(default_factory=trio.Event)
@@ -131,6 +134,7 @@ class FakeSubmitter:
 
     async def _events(self, request: JobRequest) -> AsyncGenerator[JobEvent, None]:
         started = JobStarted(job_id=JOB, model=MODEL, model_name="tiny", prompt_tokens=5, created_s=1_700_000_000)
+        started = replace(started, chat_format=self.chat_format)
         yield replace(started, echo=(request.prompt or "") if request.echo else "")
         for index, word in enumerate(self.words):
             await trio.sleep(self.pauses.get(index, 0))

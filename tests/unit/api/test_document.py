@@ -9,12 +9,14 @@ from starlette.applications import Starlette
 from starlette.routing import Route
 
 from node.api import bench, explanation, interface
+from node.api.anthropic import requests as anthropic
 from node.api.application import make_app
 from node.api.bench import describe_trial
 from node.api.errors import ApiError
 from node.api.guard import Guard
 from node.api.job_document import describe_job
-from node.api.openai import messages, requests
+from node.api.ollama import requests as ollama
+from node.api.openai import messages, requests, responses
 from node.api.request_id import RequestIds
 from node.coordinator.submission import JobError, JobErrorCode
 from node.coordinator.trial_runner import MethodTrial, Trial
@@ -40,7 +42,7 @@ def rows(heading: str) -> list[list[str]]:
 
 
 def names(text: str) -> list[str]:
-    return re.findall(r"`([a-z_]+)`", text)
+    return re.findall(r"`([a-z_][a-z_0-9]*)`", text)
 
 
 def first_column(heading: str) -> set[str]:
@@ -83,6 +85,30 @@ def test_lists_every_neutral_field() -> None:
     for _, where, fields, _ in lines:
         outside_values = re.sub(r"\([^)]*\)", "", fields)
         assert set(names(outside_values)) == tables[where.strip()].keys()
+
+
+@pytest.mark.parametrize(
+    ("heading", "implemented", "others", "options"),
+    [
+        ("Responses", responses.IMPLEMENTED, responses.IGNORED | responses.NEUTRAL.keys(), set()),
+        ("Anthropic", anthropic.IMPLEMENTED, anthropic.IGNORED | anthropic.NEUTRAL.keys(), set()),
+        (
+            "Ollama",
+            ollama.CHAT_FIELDS | ollama.GENERATE_FIELDS,
+            ollama.IGNORED | ollama.NEUTRAL.keys() | ollama.IGNORED_OPTIONS | ollama.NEUTRAL_OPTIONS.keys(),
+            ollama.OPTIONS,
+        ),
+    ],
+)
+def test_lists_every_field_of_other_protocols(
+    heading: str, implemented: set[str], others: set[str], options: set[str]
+) -> None:
+    assert first_column(heading) == implemented
+    _, _, rest = section(heading).partition("Ignored: ")
+    assert set(names(rest.split("\n\n")[0].split(" Thinking ")[0])) == others
+    if options:
+        (listed,) = (row[1] for row in rows(heading) if row[0] == "`options`")
+        assert set(names(listed)) == options
 
 
 def test_lists_fields_of_explain_and_bench() -> None:

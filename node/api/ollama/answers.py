@@ -1,0 +1,133 @@
+"""Answers of Ollama's `/api/chat` and `/api/generate`: one JSON document, or one a line."""
+
+import json
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from typing import Any, Final
+
+from node.api.errors import ApiError
+from node.api.generation import (
+    Choice,
+    ChoiceFinished,
+    ChoiceReasoning,
+    ChoiceStarted,
+    ChoiceText,
+    ChoiceToolCall,
+    Generation,
+    GenerationEvent,
+    Outcome,
+)
+from node.api.job_document import describe_job
+from node.api.output_parser import ToolCall
+from node.coordinator.submission import JobResult, JobStarted, TokenLogprob
+
+JSON_LINES: Final = "application/x-ndjson"
+
+
+@dataclass(slots=True)
+class OllamaWriter:
+    """Writes one answer; implements `AnswerWriter`. Without a job it says that the model is loaded, as Ollama does."""
+
+    generation: Generation
+    model: str
+    is_chat: bool
+    media_type: str = JSON_LINES
+    _started: JobStarted | None = field(default=None, init=False)
+
+    def whole(self, outcome: Outcome) -> dict[str, Any]:
+        """Return the answer in one document."""
+        if not outcome.choices:
+            return self._piece("") | {"done": True, "done_reason": "load"}
+        choice = outcome.choices[0]
+        self._started = choice.started
+        document = self._piece(choice.text, choice.reasoning, *choice.tool_calls)
+        if choice.logprobs:
+            document["logprobs"] = [_describe_logprob(token) for token in choice.logprobs]
+        return document | self._end(choice)
+
+    def chunks(self, event: GenerationEvent) -> bytes:
+        """Return an event's line."""
+        match event:
+            case ChoiceStarted(job=job):
+                self._started = job
+            case ChoiceText(text=text, logprobs=logprobs):
+                described = {"logprobs": [_describe_logprob(token) for token in logprobs]} if logprobs else {}
+                return _line(self._piece(text) | {"done": False} | described)
+            case ChoiceReasoning(text=text):
+                return _line(self._piece("", text) | {"done": False})
+            case ChoiceToolCall(call=call):
+                return _line(self._piece("", "", call) | {"done": False})
+            case ChoiceFinished():
+                pass
+        return b""
+
+    def end(self, outcome: Outcome) -> bytes:
+        """Return the last line, which has the counts."""
+        if not outcome.choices:
+            return _line(self.whole(outcome))
+        return _line(self._piece("") | self._end(outcome.choices[0]))
+
+    def failure(self, error: ApiError) -> bytes:
+        """Return the error as the last line."""
+        return _line({"error": error.message})
+
+    def keep_alive(self) -> bytes:
+        """Return a line with an empty piece of text."""
+        return _line(self._piece("") | {"done": False})
+
+    def _piece(self, text: str, reasoning: str = "", *calls: ToolCall) -> dict[str, Any]:
+        created = datetime.fromtimestamp(self._started.created_s, UTC) if self._started else datetime.now(UTC)
+        document: dict[str, Any] = {"model": self.model, "created_at": created.isoformat().replace("+00:00", "Z")}
+        thinking = {"thinking": reasoning} if reasoning else {}
+        if not self.is_chat:
+            return document | {"response": text} | thinking
+        message: dict[str, Any] = {"role": "assistant", "content": text} | thinking
+        if calls:
+            message["tool_calls"] = [{"function": {"name": call.name, "arguments": _arguments(call)}} for call in calls]
+        return document | {"message": message}
+
+    def _end(self, choice: Choice) -> dict[str, Any]:
+        result = choice.done
+        document: dict[str, Any] = {
+            "done": True,
+            "done_reason": "length" if choice.finish_reason == "length" else "stop",
+            **_counts(result),
+        }
+        return document | ({"metaswarm": describe_job(result)} if self.generation.details else {})
+
+
+def _counts(result: JobResult) -> dict[str, Any]:
+    timing = result.timing
+    return {
+        "total_duration": _nanoseconds(timing.total_s),
+        "load_duration": 0,
+        "prompt_eval_count": result.usage.prompt_tokens,
+        "prompt_eval_duration": _nanoseconds(timing.ttft_s),
+        "eval_count": result.usage.completion_tokens,
+        "eval_duration": _nanoseconds(max(0.0, timing.total_s - timing.ttft_s)),
+    }
+
+
+def _nanoseconds(seconds: float) -> int:
+    return round(seconds * 1e9)
+
+
+def _arguments(call: ToolCall) -> Any:
+    """Return arguments as an object, as Ollama has them."""
+    try:
+        value = json.loads(call.arguments)
+    except ValueError:
+        value = None
+    return value if isinstance(value, dict) else {"arguments": call.arguments}
+
+
+def _describe_logprob(token: TokenLogprob) -> dict[str, Any]:
+    return _describe_token(token) | {"top_logprobs": [_describe_token(each) for each in token.likeliest]}
+
+
+def _describe_token(token: TokenLogprob) -> dict[str, Any]:
+    return {"token": token.text.decode(errors="replace"), "logprob": token.logprob, "bytes": list(token.text)}
+
+
+def _line(document: dict[str, Any]) -> bytes:
+    return (json.dumps(document, ensure_ascii=False) + "\n").encode()

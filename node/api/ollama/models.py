@@ -1,0 +1,68 @@
+"""What Ollama's endpoints tell of models: `/api/tags`, `/api/show`, `/api/version`."""
+
+from collections.abc import Iterable
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+from node.api.errors import ApiError
+from node.api.fields import Fields, parse_boolean, parse_json
+from node.api.interface import ModelDocument
+from node.api.ollama.requests import model_name
+
+
+def describe_tags(models: Iterable[ModelDocument], since_s: int) -> dict[str, Any]:
+    """Return the answer of `GET /api/tags`: the models that are complete in the swarm."""
+    return {"models": [_entry(model, since_s) for model in models if model["complete"]]}
+
+
+def describe_model(body: bytes, models: Iterable[ModelDocument], since_s: int) -> dict[str, Any]:
+    """Return the answer of `POST /api/show`. Raises ApiError."""
+    fields = Fields(parse_json(body))
+    fields.refuse_misspelt({"model", "verbose", "name"})
+    fields.get("verbose", parse_boolean)
+    name = model_name(fields)
+    for model in models:
+        if name == model["name"] or (len(name) >= 8 and model["model"].startswith(name)):
+            return {
+                "modelfile": "",
+                "parameters": "",
+                "template": "",
+                "modified_at": _entry(model, since_s)["modified_at"],
+                "details": _entry(model, since_s)["details"],
+                "model_info": {
+                    "general.basename": model["name"],
+                    "metaswarm.id": model["model"],
+                    "metaswarm.block_count": model["block_count"],
+                    "metaswarm.complete": model["complete"],
+                },
+                "capabilities": ["completion"],
+            }
+    raise ApiError(404, f"model {name!r} not found", param="model", code="model_not_found")
+
+
+def describe_version() -> dict[str, str]:
+    """Return the answer of `GET /api/version`."""
+    try:
+        return {"version": version("metaswarm")}
+    except PackageNotFoundError:
+        return {"version": "0"}
+
+
+def _entry(model: ModelDocument, since_s: int) -> dict[str, Any]:
+    name = model["name"] or model["model"]
+    return {
+        "name": name,
+        "model": name,
+        "modified_at": datetime.fromtimestamp(since_s, UTC).isoformat().replace("+00:00", "Z"),
+        "size": 0,
+        "digest": model["model"],
+        "details": {
+            "parent_model": "",
+            "format": "",
+            "family": "",
+            "families": [],
+            "parameter_size": "",
+            "quantization_level": "",
+        },
+    }

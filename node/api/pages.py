@@ -1,0 +1,90 @@
+"""What a node tells of itself, its peers and models: every endpoint but those that generate text."""
+
+import time
+from typing import Any
+
+from starlette.requests import Request
+from starlette.responses import JSONResponse
+from starlette.routing import Route
+
+from node.api.errors import ApiError
+from node.api.explanation import parse_task
+from node.api.interface import NodeView
+from node.api.ollama.models import describe_model, describe_tags, describe_version
+
+
+class Pages:
+    """The pages of one node."""
+
+    def __init__(self, node: NodeView) -> None:
+        self._node = node
+        self._created_s = int(time.time())
+
+    def routes(self) -> list[Route]:
+        """Return the routes of all pages."""
+        pages = {
+            "/v1/models": self.models,
+            "/v1/models/{model:path}": self.model,
+            "/api/tags": self.tags,
+            "/api/version": self.version,
+            "/health": self.health,
+            "/swarm/status": self.status,
+            "/swarm/peers": self.peers,
+            "/swarm/models": self.swarm_models,
+        }
+        return [
+            *(Route(path, page, methods=["GET"]) for path, page in pages.items()),
+            Route("/api/show", self.show, methods=["POST"]),
+            Route("/swarm/explain", self.explain, methods=["POST"]),
+        ]
+
+    def _list_models(self) -> list[dict[str, Any]]:
+        facts = {"object": "model", "created": self._created_s, "owned_by": "metaswarm"}
+        return [{"id": each["name"] or each["model"], **facts} for each in self._node.models() if each["complete"]]
+
+    async def models(self, _: Request) -> JSONResponse:
+        """List the complete models, as the OpenAI API does."""
+        return JSONResponse({"object": "list", "data": self._list_models()})
+
+    async def model(self, request: Request) -> JSONResponse:
+        """Describe one of them."""
+        name = request.path_params["model"]
+        for each in self._list_models():
+            if each["id"] == name:
+                return JSONResponse(each)
+        raise ApiError(404, f"no complete model {name!r} in the swarm", param="model", code="model_not_found")
+
+    async def tags(self, _: Request) -> JSONResponse:
+        """List the complete models, as Ollama does."""
+        return JSONResponse(describe_tags(self._node.models(), self._created_s))
+
+    async def show(self, request: Request) -> JSONResponse:
+        """Describe one of them."""
+        return JSONResponse(describe_model(await request.body(), self._node.models(), self._created_s))
+
+    async def version(self, _: Request) -> JSONResponse:
+        """Return the program's version, as Ollama does."""
+        return JSONResponse(describe_version())
+
+    async def health(self, _: Request) -> JSONResponse:
+        """Return whether the node serves."""
+        state = (await self._node.status())["state"]
+        if state == "serving":
+            return JSONResponse({"status": "ok"})
+        return JSONResponse({"status": state}, 503)
+
+    async def status(self, _: Request) -> JSONResponse:
+        """Return the status of the node."""
+        return JSONResponse(await self._node.status())
+
+    async def peers(self, _: Request) -> JSONResponse:
+        """List the known peers."""
+        return JSONResponse({"peers": self._node.peers()})
+
+    async def swarm_models(self, _: Request) -> JSONResponse:
+        """List the known models, block by block."""
+        return JSONResponse({"models": self._node.models()})
+
+    async def explain(self, request: Request) -> JSONResponse:
+        """Let the stages vote on a described task."""
+        return JSONResponse(await self._node.explain(*parse_task(await request.body())))
