@@ -40,6 +40,8 @@ async def read_prompt(request: JobRequest, model: KnownModel) -> Prompt:
     if request.stop and model.tokenizer.is_absent:
         raise JobError(JobErrorCode.INVALID, "stop needs text, and the model has no tokenizer: use stop_token_ids")
     chat_format: ChatFormat | None = None
+    if request.json_schema:
+        await _check_schema(request, model)
     try:
         if request.messages is not None:
             text = await _conversation(request, request.messages, model)
@@ -63,6 +65,21 @@ async def read_prompt(request: JobRequest, model: KnownModel) -> Prompt:
             f"the prompt has token ids {min(tokens)} to {max(tokens)}: this model has 0 to {model.vocabulary_size - 1}",
         )
     return Prompt(tokens, chat_format)
+
+
+async def _check_schema(request: JobRequest, model: KnownModel) -> None:
+    """Raise JobError where no text can follow the request's JSON Schema, or none would ever end."""
+    if request.ignore_eos or not (model.tokenizer.stop_tokens or request.stop_token_ids):
+        message = "a text that follows a JSON Schema ends with a stop token: the model has none, or ignore_eos is set"
+        raise JobError(JobErrorCode.INVALID, message)
+    try:
+        fault = await model.tokenizer.schema_fault(request.json_schema)
+    except TokenizerUnavailableError as error:
+        raise JobError(JobErrorCode.FULL, str(error), retry_after_s=BUSY_RETRY_S) from None
+    except ModelError as error:
+        fault = str(error)
+    if fault:
+        raise JobError(JobErrorCode.INVALID, f"the JSON Schema is not usable: {fault}", param="response_format")
 
 
 async def _conversation(request: JobRequest, messages: Sequence[ChatMessage], model: KnownModel) -> str:

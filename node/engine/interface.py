@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
+from node.models.manifest import TOKENIZER_FILE
 from node.models.store import Package
 from protocol.identity import BlockRange, ModelId, SessionId
 from protocol.messages import Sampling
@@ -107,6 +108,7 @@ class ShardSource:
     `config`: the content of config.json. `block_files`: by absolute block number, those of the span at least.
     `embed_file`: for a first span, and for a last one with tied embeddings. `head_file`: for a last span. `format`: of
     the files, "safetensors" or "gguf"; `common_file`: of GGUF files, the metadata and tensors that every span needs.
+    `tokenizer_file`: for a last span, where the model has one; it may not be there.
     """
 
     model: ModelId
@@ -116,6 +118,7 @@ class ShardSource:
     head_file: Path | None = None
     format: str = "safetensors"
     common_file: Path | None = None
+    tokenizer_file: Path | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -290,6 +293,7 @@ def source_from_package(package: Package, blocks: BlockRange) -> ShardSource:
     """Return where the files of a span lie in a model package."""
     manifest = package.manifest
     first, last = blocks.start == 0, blocks.end == manifest.block_count
+    tokenizer = manifest.tokenizer_files if last else ()
     return ShardSource(
         model=manifest.model_id,
         config=manifest.config,
@@ -298,4 +302,5 @@ def source_from_package(package: Package, blocks: BlockRange) -> ShardSource:
         head_file=package.path_of(manifest.head) if last else None,
         format=manifest.format,
         common_file=None if manifest.common is None else package.path_of(manifest.common),
+        tokenizer_file=next((package.path_of(file) for file in tokenizer if file.name == TOKENIZER_FILE), None),
     )

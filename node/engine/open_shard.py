@@ -10,6 +10,12 @@ from protocol.identity import BlockRange
 
 def open_shard(source: ShardSource, blocks: BlockRange, options: EngineOptions) -> Shard[Any]:
     """Return a span ready to serve. Raises EngineError where it cannot be."""
+    shard = _open_shard(source, blocks, options)
+    shard.tokenizer_file = source.tokenizer_file
+    return shard
+
+
+def _open_shard(source: ShardSource, blocks: BlockRange, options: EngineOptions) -> Shard[Any]:
     if source.format == GGUF:
         from node.engine.llamacpp.shard import LlamaShard
 

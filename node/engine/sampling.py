@@ -6,10 +6,10 @@ state that a replay on another peer would have to restore. Penalties depend on t
 
 The order of operations is vLLM's:
 
-1. stop tokens are masked while the text is shorter than `min_length` (transformers' `MinLengthLogitsProcessor`);
-2. `logit_bias` is added;
-3. `repetition_penalty`: logits of tokens of prompt and text are divided by it where positive, else multiplied;
-4. `frequency_penalty` times a token's count in the text, and `presence_penalty` where it is in it, are taken off;
+1. `logit_bias` is added;
+2. `repetition_penalty`: logits of tokens of prompt and text are divided by it where positive, else multiplied;
+3. `frequency_penalty` times a token's count in the text, and `presence_penalty` where it is in it, are taken off;
+4. tokens that a JSON Schema does not admit are masked, and stop tokens while the text is shorter than `min_length`;
 5. temperature 0 takes the likeliest token (greedy); else logits are divided by it;
 6. `min_p` keeps the tokens at least so many times as likely as the likeliest;
 7. `top_k` keeps the likeliest k, of equal ones those with the smallest ids;
@@ -19,7 +19,7 @@ The order of operations is vLLM's:
 from array import array
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from typing import Final
+from typing import Final, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -79,6 +79,10 @@ class TokenCounts:
                 if not counts[token]:
                     del counts[token]
 
+    def text(self) -> Sequence[int]:
+        """Return the tokens of the text."""
+        return self._tokens[self._prompt_length :]
+
     def seen(self) -> npt.NDArray[np.int64]:
         """Return the tokens that occur, each once."""
         return np.fromiter(self._seen, np.int64, len(self._seen))
@@ -94,8 +98,21 @@ def history_for(sampling: Sampling | None) -> TokenCounts | None:
     return TokenCounts(sampling.prompt_length) if sampling is not None and sampling.needs_history else None
 
 
-def draw(logits: Logits, sampling: Sampling, position: int, history: TokenCounts | None = None) -> int:
-    """Return the token that takes absolute `position`, and add it to the history.
+class TextConstraint(Protocol):
+    """What tokens a text admits; see `node.engine.constraint`."""
+
+    def allowed(self, text: Sequence[int]) -> tuple[npt.NDArray[np.bool_], bool]:
+        """Return which tokens may follow those of a text, and whether it may end there. Raises EngineError."""
+
+
+def draw(
+    logits: Logits,
+    sampling: Sampling,
+    position: int,
+    history: TokenCounts | None = None,
+    constraint: TextConstraint | None = None,
+) -> int:
+    """Return the token that takes absolute `position`, and add it to the history, which a constraint needs.
 
     Raises EngineError for logits that are not finite, and where the history does not reach up to the position.
     """
@@ -106,14 +123,24 @@ def draw(logits: Logits, sampling: Sampling, position: int, history: TokenCounts
         return best  # nothing adjusts the logits: decoding greedily must not pay for a copy of them
     if history is not None:
         history.rewind(position)
-    token = _choose(_adjusted(logits, sampling, position, history), sampling, position)
+    scores = _adjusted(logits, sampling, history)
+    if constraint is not None and history is not None:
+        scores = _constrained(scores, sampling, *constraint.allowed(history.text()))
+    if position < sampling.min_length:
+        scores = _without(scores, sampling.stop_tokens)
+    token = _choose(scores, sampling, position)
     if history is not None:
         history.append(token)
     return token
 
 
 def draw_and_verify(
-    rows: Iterable[Logits], sampling: Sampling, position: int, drafts: Sequence[int], history: TokenCounts | None = None
+    rows: Iterable[Logits],
+    sampling: Sampling,
+    position: int,
+    drafts: Sequence[int],
+    history: TokenCounts | None = None,
+    constraint: TextConstraint | None = None,
 ) -> list[int]:
     """Return the tokens drawn from rows of logits, the first of which takes absolute `position`.
 
@@ -123,9 +150,11 @@ def draw_and_verify(
     """
     tokens: list[int] = []
     for number, logits in enumerate(rows):
-        tokens.append(draw(logits, sampling, position + number, history))
+        tokens.append(draw(logits, sampling, position + number, history, constraint))
         if number < len(drafts) and tokens[-1] != drafts[number]:
             break
+        if constraint is not None and tokens[-1] in sampling.stop_tokens:
+            break  # nothing follows the end of a text
     return tokens
 
 
@@ -158,8 +187,8 @@ def uniform(seed: int, position: int) -> float:
     return float(np.random.Generator(bits).random())
 
 
-def _adjusted(logits: Logits, sampling: Sampling, position: int, history: TokenCounts | None) -> Scores:
-    """Return logits after bias and penalties, without stop tokens where the text must not end yet."""
+def _adjusted(logits: Logits, sampling: Sampling, history: TokenCounts | None) -> Scores:
+    """Return logits after bias and penalties."""
     scores = logits.astype(np.float64)
     for token, bias in sampling.logit_bias:
         if token < len(scores):
@@ -172,12 +201,24 @@ def _adjusted(logits: Logits, sampling: Sampling, position: int, history: TokenC
         if sampling.frequency_penalty or sampling.presence_penalty:
             tokens, counts = history.counts()
             scores[tokens] -= sampling.frequency_penalty * counts + sampling.presence_penalty
-    if position < sampling.min_length:
-        without = scores.copy()
-        without[[token for token in sampling.stop_tokens if token < len(scores)]] = -np.inf
-        if np.isfinite(without.max()):  # else there is nothing but stop tokens to draw
-            return without
     return scores
+
+
+def _without(scores: Scores, stop_tokens: Sequence[int]) -> Scores:
+    """Return scores without stop tokens, unless there is nothing else to draw."""
+    without = scores.copy()
+    without[[token for token in stop_tokens if token < len(scores)]] = -np.inf
+    return without if np.isfinite(without.max()) else scores
+
+
+def _constrained(scores: Scores, sampling: Sampling, allowed: npt.NDArray[np.bool_], may_end: bool) -> Scores:
+    """Return scores of the allowed tokens alone, stop tokens where the text may end. Raises EngineError for none."""
+    allowed = allowed[: len(scores)].copy()
+    allowed[[token for token in sampling.stop_tokens if token < len(scores)]] = may_end
+    constrained = np.where(allowed, scores, -np.inf)
+    if not np.isfinite(constrained.max()):
+        raise EngineError("no token can follow: the JSON Schema and the model's stop tokens leave none")
+    return constrained
 
 
 def _choose(scores: Scores, sampling: Sampling, position: int) -> int:

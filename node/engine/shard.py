@@ -7,6 +7,7 @@ from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from time import perf_counter
 from typing import Any, Final, Generic, TypeVar
 
@@ -14,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from node.engine.activation_codec import check_rows, decode_rows, encode_rows
+from node.engine.constraint import Constraint, ConstraintProcess
 from node.engine.interface import (
     DIVISIBLE_ENGINES,
     BadRows,
@@ -56,6 +58,8 @@ class ShardSession(Generic[KvT]):
     """Positions whose keys and values are in KV memory."""
     history: TokenCounts | None
     """Where draws depend on the tokens so far."""
+    constraint: Constraint | None = None
+    """Where the text follows a JSON Schema."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,6 +96,9 @@ class Shard(ABC, Generic[KvT]):
 
     def __init__(self) -> None:
         self._sessions: dict[SessionId, ShardSession[KvT]] = {}
+        self.tokenizer_file: Path | None = None
+        """For texts that follow a JSON Schema."""
+        self._constraints: ConstraintProcess | None = None
 
     @abstractmethod
     def variants(self) -> frozenset[Variant]:
@@ -158,7 +165,14 @@ class Shard(ABC, Generic[KvT]):
         except EngineError:
             return
         history = history_for(options.sampling)
-        self._sessions[session] = ShardSession(options, info, reservation.positions, kv, reservation.cached, history)
+        opened = ShardSession(options, info, reservation.positions, kv, reservation.cached, history)
+        if options.sampling is not None and options.sampling.json_schema:
+            try:
+                opened.constraint = self._constrain(options.sampling.json_schema)
+            except EngineError:
+                self._release(kv)
+                return
+        self._sessions[session] = opened
 
     def rename(self, session: SessionId, successor: SessionId) -> None:
         """Give a session another id; an unknown one is ignored."""
@@ -169,6 +183,14 @@ class Shard(ABC, Generic[KvT]):
         """Drop a session; an unknown one is ignored."""
         if (found := self._sessions.pop(session, None)) is not None:
             self._release(found.kv)
+            if found.constraint is not None:
+                found.constraint.close()
+
+    def _constrain(self, schema: str) -> Constraint:
+        """Return the constraint of a new text. Raises EngineError."""
+        if self._constraints is None:
+            self._constraints = ConstraintProcess(self.tokenizer_file, self.info.vocabulary_size)
+        return self._constraints.open(schema)
 
     def step(self, slices: Sequence[SliceInput]) -> StepResult:
         """Run the slices, those of a variant together. Sessions whose slices fail are closed; see Engine."""
@@ -263,7 +285,7 @@ def _output(rows: SliceInput, session: ShardSession[Any], output: Array) -> Tens
     history = session.history
     if history is not None and rows.history is not None:
         history.reset(rows.history)
-    tokens = draw_and_verify(output, sampling, first_drawn, rows.drafts, history)
+    tokens = draw_and_verify(output, sampling, first_drawn, rows.drafts, history, session.constraint)
     if sampling.logprobs:
         drawn = logprob_rows(output, tokens, sampling)
         return Tensor(DType.FLOAT32, drawn.shape, drawn.tobytes())

@@ -235,6 +235,8 @@ class Library:
         for name in found.corrupt:
             _logger.warning("damaged model file deleted, fetching it again", model=model, file=name)
             await trio.to_thread.run_sync(self._store.discard, model, name)
+        if blocks.end == manifest.block_count:
+            await self._fetch_tokenizer(package)
         if not found.missing and not found.corrupt:
             return package
         wanted = manifest.files_for(blocks)
@@ -249,6 +251,17 @@ class Library:
             selection = WHOLE if source in CATALOGUE else Selection(blocks=blocks, manifest=manifest)
             return await self._import(source, progress, selection)
         return package
+
+    async def _fetch_tokenizer(self, package: Package) -> None:
+        """Fetch the tokenizer, which texts that follow a JSON Schema need; the span can be served without it."""
+        manifest = package.manifest
+        if all(map(package.has, manifest.tokenizer_files)):
+            return
+        try:
+            providers = await self._swarm.providers(manifest.model_id)
+            await self._fetcher.fetch_files(manifest, manifest.tokenizer_files, providers)
+        except ModelError as error:
+            _logger.info("no tokenizer: texts cannot follow a JSON Schema", model=manifest.model_id, reason=str(error))
 
     def in_use(self, package: Package, blocks: BlockRange) -> AbstractContextManager[None]:
         """Protect the files of a span from eviction inside the block."""

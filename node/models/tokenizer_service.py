@@ -254,6 +254,12 @@ class ModelTokenizer:
         text: str = (await self._ask("the model's chat template", request, self._limits.render_s))["text"]
         return text
 
+    async def schema_fault(self, schema: str) -> str:
+        """Return why texts cannot follow a JSON Schema; empty if they can. Raises ModelError."""
+        request = {"do": "check_schema", "schema": schema}
+        fault: str = (await self._ask("the JSON Schema", request, self._limits.decode_s))["fault"]
+        return fault
+
     async def decode(self, *sequences: Sequence[int]) -> list[str]:
         """Return the texts of sequences of tokens, without special tokens. Raises ModelError."""
         request = {"do": "decode", "sequences": [array("I", tokens).tobytes() for tokens in sequences]}

@@ -402,6 +402,10 @@ def _answer(tokenizer: Tokenizer, request: dict[str, Any]) -> dict[str, Any]:
             return {"texts": texts}
         case "spell":
             return {"texts": [tokenizer.spell(token) for token in array("I", request["tokens"])]}
+        case "check_schema":
+            from node.models.json_schema import schema_fault  # a library that few requests need
+
+            return {"fault": schema_fault(request["schema"])}
         case unknown:
             raise AssertionError(f"{unknown} cannot be asked for")
 

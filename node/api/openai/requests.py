@@ -26,6 +26,7 @@ from node.api.generation import MAX_CHOICES, Generation, several
 from node.api.openai.answers import CompletionWriter
 from node.api.openai.messages import parse_messages, parse_tools
 from node.api.output_parser import ParserRules
+from node.api.schemas import ANY_OBJECT, schema_text
 from node.coordinator.submission import JobRequest
 from protocol.limits import (
     MAX_LOGIT_BIAS,
@@ -47,7 +48,7 @@ DEFAULT_COMPLETION_TOKENS: Final = 16
 IMPLEMENTED: Final = frozenset({
     "model", "stream", "stream_options", "max_tokens", "min_tokens", "temperature", "top_p", "top_k", "min_p",
     "repetition_penalty", "frequency_penalty", "presence_penalty", "logit_bias", "seed", "stop", "stop_token_ids",
-    "ignore_eos", "metaswarm", "n", "logprobs",
+    "ignore_eos", "metaswarm", "n", "logprobs", "response_format",
 })  # fmt: skip
 IMPLEMENTED_FOR_CHAT: Final = IMPLEMENTED | {
     "messages", "max_completion_tokens", "top_logprobs", "tools", "tool_choice", "parallel_tool_calls",
@@ -76,7 +77,6 @@ NEUTRAL: Final[Mapping[str, tuple[Any, ...]]] = {
     **dict.fromkeys(("truncate_prompt_tokens", "prompt_logprobs", "allowed_token_ids"), ()),
     **dict.fromkeys(("guided_json", "guided_regex", "guided_choice", "guided_grammar", "structured_outputs"), ()),
     **dict.fromkeys(("bad_words", "logits_processors"), ([],)),
-    "response_format": ({"type": "text"},),
     "priority": (0,),
 }
 NEUTRAL_FOR_CHAT: Final[Mapping[str, tuple[Any, ...]]] = {
@@ -109,7 +109,7 @@ def parse_chat_request(body: bytes, headers: Headers) -> tuple[Generation, Answe
         messages=messages,
         tools=choice.tools,
         template_options=_template_options(fields),
-        json_schema=choice.schema,
+        json_schema=choice.schema or fields.get("response_format", _parse_response_format) or "",
         top_logprobs=_parse_chat_logprobs(fields),
     )
     return _parse_form(fields, headers, [job], choice.rules)
@@ -124,7 +124,12 @@ def parse_completion_request(body: bytes, headers: Headers) -> tuple[Generation,
     if prompts is None:
         refuse("prompt", "is missing")
     job = _parse_job(fields, fields.get("max_tokens", parse_limit) or DEFAULT_COMPLETION_TOKENS)
-    job = replace(job, echo=fields.get("echo", parse_boolean) or False, top_logprobs=_parse_logprobs(fields))
+    job = replace(
+        job,
+        echo=fields.get("echo", parse_boolean) or False,
+        top_logprobs=_parse_logprobs(fields),
+        json_schema=fields.get("response_format", _parse_response_format) or "",
+    )
     if job.echo and job.top_logprobs is not None:
         refuse("logprobs", "cannot be combined with echo: the prompt's log probabilities are not available")
     jobs = [
@@ -144,6 +149,22 @@ def _template_options(fields: Fields) -> dict[str, Any]:
     if effort is None:
         return options
     return {"reasoning_effort": effort, "enable_thinking": effort != "none", **options}
+
+
+def _parse_response_format(param: str, value: Any) -> str:
+    """Return the JSON Schema that a format means; empty for any text."""
+    form = Fields(parse_object(param, value), f"{param}.")
+    form.refuse_unless_known({"type", "json_schema"})
+    match form.get("type", parse_text):
+        case "text":
+            return ""
+        case "json_object":
+            return ANY_OBJECT
+        case "json_schema":
+            inner = Fields(form.get("json_schema", parse_object) or {}, f"{param}.json_schema.")
+            inner.refuse_unless_known({"name", "description", "schema", "strict"})
+            return inner.get("schema", schema_text) or refuse(f"{param}.json_schema.schema", "is missing")
+    return refuse(f"{param}.type", "must be text, json_object or json_schema")
 
 
 def _parse_chat_logprobs(fields: Fields) -> int | None:

@@ -26,6 +26,7 @@ CALL = {"id": "call_1", "type": "function", "function": {"name": "f", "arguments
 DEEP: dict[str, Any] = {}
 for _ in range(100):
     DEEP = {"a": DEEP}
+SCHEMA = "response_format.json_schema.schema"
 NAMELESS = "messages[0].tool_calls[0].function.name"
 
 
@@ -108,7 +109,6 @@ def test_unknown_field_suggests_closest_name(name: str, meant: str | None) -> No
         ("guided_json", {"type": "object"}),
         ("guided_regex", "a+"),
         ("structured_outputs", {"choice": ["a"]}),
-        ("response_format", {"type": "json_schema"}),
         ("typical_p", 0.5),
         ("length_penalty", 0.5),
         ("use_beam_search", True),
@@ -221,6 +221,16 @@ def test_tool_calls_of_earlier_turns_reach_template() -> None:
     ]
 
 
+def test_response_format_reaches_job() -> None:
+    for value, schema in (
+        ({"type": "text"}, ""),
+        ({"type": "json_object"}, '{"type": "object"}'),
+        ({"type": "json_schema", "json_schema": {"name": "n", "strict": True, "schema": {"a": 1}}}, '{"a":1}'),
+    ):
+        assert parse_chat_request(chat(response_format=value)).json_schema == schema
+        assert parse_completion_request(completion(response_format=value)).json_schema == schema
+
+
 def test_template_options_reach_job() -> None:
     assert parse_chat_request(chat(chat_template_kwargs={"a": 1})).template_options == {"a": 1}
     options = parse_chat_request(chat(reasoning_effort="none")).template_options
@@ -299,7 +309,11 @@ def test_accepts_neutral_values(fields: dict[str, Any]) -> None:
         ({"tools": [TOOL], "tool_choice": {"type": "function", "function": {"name": "g"}}}, "tool_choice"),
         ({"reasoning_effort": "much"}, "reasoning_effort"),
         ({"messages": [{"role": "user", "content": "a", "tool_calls": [CALL]}]}, "messages[0].tool_calls"),
-        ({"response_format": {"type": "json_object"}}, "response_format"),
+        ({"response_format": {"type": "xml"}}, "response_format.type"),
+        ({"response_format": {"type": "json_schema"}}, "response_format.json_schema.schema"),
+        ({"response_format": {"type": "json_schema", "json_schema": {"schema": 7}}}, SCHEMA),
+        ({"response_format": {"type": "json_schema", "json_schema": {"schema": {"a": "x" * 20_000}}}}, SCHEMA),
+        ({"response_format": {"type": "json_schema", "json_schema": {"schema": DEEP}}}, SCHEMA),
         ({"temperature": 2.1}, "temperature"),
         ({"temperature": "0"}, "temperature"),
         ({"temperature": True}, "temperature"),

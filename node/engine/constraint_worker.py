@@ -1,0 +1,112 @@
+"""Which tokens a JSON Schema admits next, in a process with limits: `python -m node.engine.constraint_worker …`.
+
+A schema is a stranger's, and the library that interprets it walks the vocabulary for each token. Its own limits bound
+the steps of that; the kernel bounds time and memory besides, by killing this process, which has no state that could not
+be made again. Started by `constraint.py`; frames are a length and a map of msgpack.
+
+| request | answer |
+|---|---|
+| open: id, schema | none |
+| mask: id, keep, tokens | mask, a bit for each token, the lowest first, and ends; or error |
+| close: id | none |
+
+`keep`: so many of the tokens given so far stay. `ends`: whether the text is complete.
+"""
+
+import os
+import resource
+import signal
+import socket
+import sys
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, Final
+
+import llguidance
+import msgpack
+
+from node.engine.constraint import LENGTH
+from node.models.json_schema import make_matcher
+
+LOAD_CPU_S: Final = 30.0
+STEP_CPU_S: Final = 1.0
+"""Limit of processor time of one request. What schemas in use take is some milliseconds."""
+
+WORK_BYTES: Final = 512 << 20
+"""Address space beyond the loaded tokenizer."""
+
+
+class _Text:
+    """A text that follows a schema."""
+
+    def __init__(self, tokenizer: llguidance.LLTokenizer, schema: str) -> None:
+        self._matcher = make_matcher(tokenizer, schema)
+        self._length = 0
+        self._ends = tokenizer.eos_tokens
+
+    def mask(self, keep: int, tokens: list[int]) -> dict[str, Any]:
+        """Return what may come after the kept tokens and further ones. Raises ValueError."""
+        if keep < self._length:
+            self._matcher.rollback(self._length - keep)
+        consumed = self._matcher.try_consume_tokens(tokens) if tokens else 0
+        self._length = keep + consumed
+        mask = b"" if self._matcher.is_error() else self._matcher.compute_bitmask()
+        if self._matcher.is_error() or consumed < len(tokens):
+            raise ValueError(self._matcher.get_error() or "the tokens so far do not follow the schema")
+        admitted = bytearray(mask)
+        for token in self._ends:  # with which tokens a text ends is up to the job
+            admitted[token // 8] &= ~(1 << token % 8)
+        return {"mask": bytes(admitted), "ends": self._matcher.is_accepting()}
+
+
+def main() -> None:
+    """Serve a socket; arguments are its number, the tokenizer's file, and the size of the vocabulary."""
+    connection = socket.socket(fileno=int(sys.argv[1]))
+    for kind, bound in ((resource.RLIMIT_CORE, 0), (resource.RLIMIT_FSIZE, 0)):
+        resource.setrlimit(kind, (bound, bound))
+    signal.signal(signal.SIGPROF, signal.SIG_DFL)
+    signal.setitimer(signal.ITIMER_PROF, LOAD_CPU_S)
+    tokenizer = llguidance.LLTokenizer(sys.argv[2], n_vocab=int(sys.argv[3]))
+    _limit_memory()
+    texts: dict[int, _Text | str] = {}
+    frames = connection.makefile("rb")
+    while prefix := frames.read(LENGTH.size):
+        request = msgpack.unpackb(frames.read(*LENGTH.unpack(prefix)))
+        signal.setitimer(signal.ITIMER_PROF, STEP_CPU_S)
+        answer = _answer(tokenizer, texts, request)
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        if answer is not None:
+            data = msgpack.packb(answer)
+            connection.sendall(LENGTH.pack(len(data)) + data)
+    os._exit(0)
+
+
+def _answer(
+    tokenizer: llguidance.LLTokenizer, texts: dict[int, "_Text | str"], request: dict[str, Any]
+) -> dict[str, Any] | None:
+    key = request["id"]
+    match request["do"]:
+        case "open":
+            try:
+                texts[key] = _Text(tokenizer, request["schema"])
+            except ValueError as error:
+                texts[key] = str(error)
+            return None
+        case "close":
+            texts.pop(key, None)
+            return None
+    text = texts[key]
+    try:
+        return {"error": text} if isinstance(text, str) else text.mask(request["keep"], request["tokens"])
+    except ValueError as error:
+        return {"error": str(error)}
+
+
+def _limit_memory() -> None:
+    with suppress(ValueError, OSError):  # as on macOS, which has no such limit
+        size = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (size + WORK_BYTES, resource.RLIM_INFINITY))
+
+
+if __name__ == "__main__":
+    main()

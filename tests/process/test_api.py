@@ -1,0 +1,94 @@
+"""The protocols of the API, by their unmodified clients, against three real peers with a third of the model each."""
+
+import json
+from collections.abc import Callable
+from contextlib import closing
+from typing import Any, TypeVar
+
+import anthropic
+import httpx
+import ollama
+import openai
+import trio
+
+from tests.process.daemons import MODEL, THIRDS, Daemon, StartDaemon, complete_swarm
+
+T = TypeVar("T")
+SCHEMA = {
+    "type": "object",
+    "properties": {
+        "name": {"type": "string", "maxLength": 12},
+        "age": {"type": "integer", "minimum": 0, "maximum": 120},
+        "tags": {"type": "array", "items": {"enum": ["a", "b"]}, "maxItems": 3},
+    },
+    "required": ["name", "age", "tags"],
+    "additionalProperties": False,
+}
+USER: list[Any] = [{"role": "user", "content": "Describe a person."}]
+
+
+async def ask(work: Callable[[], T]) -> T:
+    """Run a client that blocks, in a thread."""
+    with trio.fail_after(60):
+        return await trio.to_thread.run_sync(work)
+
+
+async def test_clients_of_all_protocols(start_daemon: StartDaemon) -> None:
+    daemons = await complete_swarm(start_daemon, *THIRDS)
+    await check_openai(daemons[0])
+    await check_structured_texts(daemons[1])
+    with anthropic.Anthropic(base_url=daemons[2].api_url, api_key="unused") as claude:
+        create = claude.messages.create
+        message = await ask(lambda: create(model=MODEL, max_tokens=8, messages=USER, extra_body={"temperature": 0}))
+        assert (message.stop_reason, message.usage.output_tokens) == ("max_tokens", 8)
+    client = ollama.Client(host=daemons[1].api_url)
+    with closing(client._client):
+        options = {"num_predict": 8, "temperature": 0}
+        answer = await ask(lambda: client.chat(model=MODEL, messages=USER, options=options))
+        assert answer.message.content == "".join(getattr(block, "text", "") for block in message.content)
+        parts = await ask(lambda: list(client.generate(MODEL, "Once", raw=True, options=options, stream=True)))
+        assert parts[-1].eval_count == 8
+        assert [model.model for model in (await ask(client.list)).models] == [MODEL]
+
+
+async def check_openai(daemon: Daemon) -> None:
+    with openai.OpenAI(base_url=f"{daemon.api_url}/v1", api_key="unused") as client:
+        create = client.completions.create
+        job: dict[str, Any] = {"model": MODEL, "prompt": ["One two three", "Once upon a time"], "max_tokens": 6}
+        answer = await ask(lambda: create(**job, temperature=0, logprobs=2, n=2))
+        assert [choice.text for choice in answer.choices[::2]] == [choice.text for choice in answer.choices[1::2]]
+        for choice in answer.choices:
+            assert choice.logprobs is not None
+            assert "".join(choice.logprobs.tokens or ()) == choice.text
+            for token, logprob, likeliest in zip(
+                choice.logprobs.tokens or (), choice.logprobs.token_logprobs or (), choice.logprobs.top_logprobs or (),
+                strict=True,
+            ):  # fmt: skip
+                assert likeliest[token] == logprob == max(likeliest.values()), "greedy draws the likeliest"
+        seeded = [await ask(lambda: create(**job, temperature=1, seed=5, n=2)) for _ in range(2)]
+        assert [choice.text for choice in seeded[0].choices] == [choice.text for choice in seeded[1].choices]
+        response = await ask(lambda: client.responses.create(model=MODEL, input="Hi", max_output_tokens=5))
+        assert (response.status, response.usage and response.usage.output_tokens) == ("incomplete", 5)
+
+
+async def check_structured_texts(daemon: Daemon) -> None:
+    """Texts that follow a schema, also with drafts, are valid and the same again; a bad schema is the client's."""
+    body: dict[str, Any] = {"model": MODEL, "messages": USER, "max_tokens": 80, "temperature": 1.0}
+    body["response_format"] = {"type": "json_schema", "json_schema": {"name": "person", "schema": SCHEMA}}
+    async with httpx.AsyncClient(base_url=daemon.api_url, timeout=120) as client:
+        for seed in range(4):
+            texts = []
+            for method in ("auto", "speculation=ngram-8"):
+                extras = {"method": method}
+                answer = await client.post("/v1/chat/completions", json={**body, "seed": seed, "metaswarm": extras})
+                assert answer.status_code == 200, answer.text
+                (choice,) = answer.json()["choices"]
+                assert choice["finish_reason"] == "stop"
+                texts.append(choice["message"]["content"])
+            value = json.loads(texts[0])
+            assert value.keys() == {"name", "age", "tags"}
+            assert 0 <= value["age"] <= 120
+            assert texts[0] == texts[1]
+        body["response_format"] = {"type": "json_schema", "json_schema": {"schema": {"type": "nonsense"}}}
+        answer = await client.post("/v1/chat/completions", json=body)
+        assert (answer.status_code, answer.json()["error"]["param"]) == (400, "response_format")
