@@ -14,12 +14,13 @@ from pathlib import Path
 import structlog
 import trio
 
+from node.api.access import Access
 from node.api.application import make_app
 from node.api.server import serve as serve_api
 from node.api.server import url_of
 from node.assembly import NodeParts, build_node, is_busy
 from node.capabilities.probe import total_memory
-from node.config import LOCK_FILE, MEMORY_SHARE, READY_FILE, NodeConfig, NodeReady, StartError
+from node.config import LOCK_FILE, MEMORY_SHARE, READY_FILE, ApiKey, NodeConfig, NodeReady, StartError, hash_api_key
 from node.engine.device import Device, DeviceError, find_device
 from node.joining import conflicts, second_node
 from node.models.files import Progress, ignore_progress
@@ -44,6 +45,12 @@ RETENTION_INTERVAL_S = 60.0
 _logger = structlog.get_logger(__name__)
 
 
+def _access(config: NodeConfig) -> Access:
+    """Return who may use the HTTP API."""
+    own = () if config.api_key is None else (ApiKey(name="default", sha256=hash_api_key(config.api_key)),)
+    return Access(keys=(*own, *config.api_keys), cors_origins=config.cors_origins)
+
+
 class Node:
     """One peer: its parts, and the tree of their tasks."""
 
@@ -58,7 +65,7 @@ class Node:
         config, network = self._config, self._parts.network.network
         api_stop, started = trio.Event(), trio.Event()
         async with network.running(), trio.open_nursery() as api_nursery:
-            serve = partial(serve_api, make_app(self._view, config.api_key), config.api_host, config.api_port)
+            serve = partial(serve_api, make_app(self._view, _access(config)), config.api_host, config.api_port)
             port = await api_nursery.start(partial(serve, stop=api_stop))
             self._view.api_url = url_of(config.api_host, port)
             async with self._parts.serving.stages.link_pool.running(), trio.open_nursery() as nursery:

@@ -3,6 +3,7 @@
 `node.cli.options` reads them from a file, the environment and flags.
 """
 
+import hashlib
 import ipaddress
 import json
 import os
@@ -46,6 +47,22 @@ class ServeSpec:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ApiKey:
+    """A key of the HTTP API, by the SHA-256 of its text, and its limits; None for none."""
+
+    name: str
+    sha256: str
+    requests_per_minute: int | None = None
+    concurrency: int | None = None
+    """Answers under way at a time."""
+
+
+def hash_api_key(key: str) -> str:
+    """Return the hash of an API key, hexadecimal."""
+    return hashlib.sha256(key.encode(errors="replace")).hexdigest()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class NodeConfig:
     """The configuration of a node. Files that options name have been read; `bootstrap` is plain multiaddrs."""
 
@@ -56,6 +73,10 @@ class NodeConfig:
     api_port: int = 8642
     """0 lets the system choose a port."""
     api_key: str | None = field(default=None, repr=False)
+    api_keys: tuple[ApiKey, ...] = ()
+    """Further keys, each with limits of its own."""
+    cors_origins: tuple[str, ...] = ()
+    """Origins of web pages that may use the API, besides those of this machine; `*` for any."""
     bootstrap: tuple[str, ...] = ()
     serve: tuple[ServeSpec, ...] = ()
     draft: str | None = None
@@ -92,10 +113,10 @@ class NodeConfig:
                 f"the draft model {self.draft} would never be used: it runs beside a model's first blocks; "
                 "add --serve MODEL:0-N, or leave out --draft"
             )
-        if self.api_key is None and not is_loopback(self.api_host):
+        if self.api_key is None and not self.api_keys and not is_loopback(self.api_host):
             raise ConfigError(
                 f"the API at {self.api_host} is not loopback and needs an API key: "
-                f"set {ENVIRONMENT_PREFIX}API_KEY, or use --api {DEFAULT_API}"
+                f"set {ENVIRONMENT_PREFIX}API_KEY or --api-keys FILE, or use --api {DEFAULT_API}"
             )
 
 

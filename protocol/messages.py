@@ -146,21 +146,16 @@ class Sampling:
     min_length: Annotated[int, Range(1, MAX_POSITIONS), OMIT_DEFAULT] = 0
     """Stop tokens are masked at positions below this one, prompt included: a replay needs no other value."""
     prompt_length: Annotated[int, Range(1, MAX_POSITIONS), OMIT_DEFAULT] = 0
-    """Number of positions of the prompt."""
     logprobs: Annotated[int, Range(1, MAX_LOGPROBS), OMIT_DEFAULT] = 0
     """The coordinator gets the log probability of each token, and those of the likeliest `logprobs` - 1 tokens."""
     json_schema: Annotated[str, text(MAX_JSON_SCHEMA_BYTES), OMIT_DEFAULT] = ""
     """The output is JSON that follows this JSON Schema, itself JSON; empty for any output."""
 
     @property
-    def has_penalties(self) -> bool:
-        """Whether a token's score depends on the tokens before it."""
-        return self.repetition_penalty != 1.0 or self.frequency_penalty != 0.0 or self.presence_penalty != 0.0
-
-    @property
     def needs_history(self) -> bool:
         """Whether a draw depends on the tokens before it."""
-        return self.has_penalties or bool(self.json_schema)
+        penalties = (self.repetition_penalty - 1.0, self.frequency_penalty, self.presence_penalty)
+        return any(penalties) or bool(self.json_schema)
 
     def check(self) -> None:
         """Raise RemoteProtocolError where nothing could be sampled, or where biases are not in order."""

@@ -9,6 +9,7 @@ from starlette.responses import JSONResponse
 from starlette.routing import Route
 from starlette.types import ASGIApp
 
+from node.api.access import Access
 from node.api.anthropic.requests import parse_message_request
 from node.api.bench import BenchEndpoint
 from node.api.endpoint import GenerationEndpoint, Parse
@@ -23,8 +24,8 @@ from node.api.request_id import RequestIds
 from node.coordinator.submission import JobError
 
 
-def make_app(node: NodeView, api_key: str | None) -> ASGIApp:
-    """Return the ASGI application of a node. With an API key, every page but `/health` requires it."""
+def make_app(node: NodeView, access: Access) -> ASGIApp:
+    """Return the ASGI application of a node. With API keys, every page but `/health` requires one."""
     protocols: dict[str, Parse] = {
         "/v1/chat/completions": parse_chat_request,
         "/v1/completions": parse_completion_request,
@@ -47,7 +48,7 @@ def make_app(node: NodeView, api_key: str | None) -> ASGIApp:
         HTTPException: _on_http_exception,
         Exception: _on_defect,
     }
-    return RequestIds(Guard(Starlette(routes=routes, exception_handlers=handlers), api_key))
+    return RequestIds(Guard(Starlette(routes=routes, exception_handlers=handlers), access, frozenset(protocols)))
 
 
 async def _on_api_error(request: Request, error: ApiError) -> JSONResponse:

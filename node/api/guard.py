@@ -5,8 +5,8 @@ answers without taking them all, it blocks forever, and the connection with it. 
 limits, before the application sees the request, and also before a refusal.
 """
 
-import hmac
 import re
+from collections.abc import Mapping
 from typing import Final
 from urllib.parse import urlsplit
 
@@ -15,6 +15,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from node.api.access import Access, KeyRing, KeyUse
 from node.api.errors import ApiError
 from node.config import is_loopback
 
@@ -23,7 +24,9 @@ BODY_TIMEOUT_S: Final = 30.0
 DISCARD_TIMEOUT_S: Final = 5.0
 """Longest wait of a refusal for the end of the body: most clients read the answer only after sending it."""
 
-EXPOSED_HEADERS: Final = "Retry-After, X-Request-Id"
+EXPOSED_HEADERS: Final = (
+    "Retry-After, X-Request-Id, X-RateLimit-Limit-Requests, X-RateLimit-Remaining-Requests, X-RateLimit-Reset-Requests"
+)
 """What scripts of a page may read of an answer."""
 
 PUBLIC: Final = frozenset({"/health"})
@@ -41,9 +44,12 @@ class Guard:
     carry a foreign Origin, a foreign Host (DNS rebinding), or a foreign Sec-Fetch-Site.
     """
 
-    def __init__(self, app: ASGIApp, api_key: str | None) -> None:
+    def __init__(self, app: ASGIApp, access: Access, generating: frozenset[str]) -> None:
+        """`generating`: the paths that the limits of a key count."""
         self._app = app
-        self._api_key = api_key
+        self._keys = KeyRing(access.keys) if access.keys else None
+        self._origins = frozenset(access.cors_origins)
+        self._generating = generating
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request."""
@@ -52,43 +58,73 @@ class Guard:
             return
         headers = Headers(scope=scope)
         origin = headers.get("origin")
-        if origin and _is_local(origin):
-            send = _readable_by(origin, send)
-        preflight = _preflight(scope["method"], headers)
+        if origin and self._is_admitted(origin):
+            send = _with_headers(send, _cors_headers(origin))
+        preflight = self._preflight(scope["method"], headers)
+        use: KeyUse | None = None
         try:
-            if preflight is None:
-                self._check(scope["path"], headers)
-                _check_form(scope["method"], scope["path"], headers)
-            body = await _read_body(receive)
-        except ApiError as error:
-            await _refuse(error, scope, receive, send)
-        else:
+            try:
+                if preflight is None:
+                    found = self._check(scope["path"], headers)
+                    _check_form(scope["method"], scope["path"], headers)
+                    if found is not None and scope["path"] in self._generating and scope["method"] == "POST":
+                        send = _with_headers(send, found.begin())
+                        use = found
+                body = await _read_body(receive)
+            except ApiError as error:
+                await _refuse(error, scope, receive, send)
+                return
             if preflight is not None:
                 await preflight(scope, receive, send)
             elif body is not None:
                 await self._app(scope, _replay(body, receive), send)
+        finally:
+            if use is not None:
+                use.end()
 
-    def _check(self, path: str, headers: Headers) -> None:
+    def _is_admitted(self, origin: str) -> bool:
+        """Return whether pages of an origin may use the API."""
+        return _is_local(origin) or origin in self._origins or "*" in self._origins
+
+    def _check(self, path: str, headers: Headers) -> KeyUse | None:
+        """Return the use of the key that a request has, if keys are needed. Raises ApiError."""
         if path in PUBLIC:
-            return
-        if self._api_key is not None:
+            return None
+        if self._keys is not None:
             scheme, _, key = headers.get("authorization", "").partition(" ")
             if "x-api-key" in headers:  # as clients of the Anthropic API send it
                 scheme, key = "bearer", headers["x-api-key"]
-            if scheme.lower() != "bearer" or not hmac.compare_digest(key.strip().encode(), self._api_key.encode()):
+            use = self._keys.find(key.strip()) if scheme.lower() == "bearer" else None
+            if use is None:
                 raise ApiError(
                     401,
                     "API key missing or wrong: send the header `Authorization: Bearer KEY`",
                     code="invalid_api_key",
                     headers={"WWW-Authenticate": "Bearer"},
                 )
-            return
+            return use
         host, origin, site = (headers.get(name) for name in ("host", "origin", "sec-fetch-site"))
-        if (host and not _is_local(f"//{host}")) or (origin and not _is_local(origin)):
+        if (host and not _is_local(f"//{host}")) or (origin and not self._is_admitted(origin)):
             raise ApiError(403, "a node without an API key serves its own machine only", code="foreign_origin")
         if not origin and site in _FOREIGN_SITES:
             message = "a node without an API key serves no pages of other sites; open this page by its address"
             raise ApiError(403, message, code="foreign_origin")
+        return None
+
+    def _preflight(self, method: str, headers: Headers) -> Response | None:
+        """Return the answer to a CORS preflight from an admitted page, which carries no API key; else None."""
+        origin, wanted = headers.get("origin"), headers.get("access-control-request-method")
+        if method != "OPTIONS" or not origin or not wanted or not self._is_admitted(origin):
+            return None
+        allowed = {
+            "Access-Control-Allow-Origin": origin,
+            "Access-Control-Allow-Methods": "GET, POST, OPTIONS",
+            "Access-Control-Max-Age": str(_PREFLIGHT_AGE_S),
+        }
+        names = headers.get("access-control-request-headers", "")
+        if _HEADER_NAMES.fullmatch(names):
+            allowed["Access-Control-Allow-Headers"] = names
+        return Response(status_code=204, headers=allowed)
 
 
 def _check_form(method: str, path: str, headers: Headers) -> None:
@@ -100,31 +136,22 @@ def _check_form(method: str, path: str, headers: Headers) -> None:
         raise ApiError(415, message, code="unsupported_media_type")
 
 
-def _preflight(method: str, headers: Headers) -> Response | None:
-    """Return the answer to a CORS preflight from a page of this machine, which carries no API key; else None."""
-    origin, wanted = headers.get("origin"), headers.get("access-control-request-method")
-    if method != "OPTIONS" or not origin or not wanted or not _is_local(origin):
-        return None
-    allowed = {
-        "Access-Control-Allow-Origin": origin,
-        "Access-Control-Allow-Methods": "GET, POST, OPTIONS",
-        "Access-Control-Max-Age": str(_PREFLIGHT_AGE_S),
-    }
-    names = headers.get("access-control-request-headers", "")
-    if _HEADER_NAMES.fullmatch(names):
-        allowed["Access-Control-Allow-Headers"] = names
-    return Response(status_code=204, headers=allowed)
+def _cors_headers(origin: str) -> dict[str, str]:
+    """Return the headers with which a page may read the answer."""
+    return {"Access-Control-Allow-Origin": origin, "Access-Control-Expose-Headers": EXPOSED_HEADERS, "Vary": "Origin"}
 
 
-def _readable_by(origin: str, send: Send) -> Send:
-    """Return a `send` that adds CORS headers for an origin."""
+def _with_headers(send: Send, added: Mapping[str, str]) -> Send:
+    """Return a `send` that adds headers to the answer."""
 
     async def send_with_headers(message: Message) -> None:
         if message["type"] == "http.response.start":
             headers = MutableHeaders(scope=message)
-            headers["Access-Control-Allow-Origin"] = origin
-            headers["Access-Control-Expose-Headers"] = EXPOSED_HEADERS
-            headers.add_vary_header("Origin")
+            for name, value in added.items():
+                if name == "Vary":
+                    headers.add_vary_header(value)
+                else:
+                    headers[name] = value
         await send(message)
 
     return send_with_headers

@@ -21,5 +21,5 @@ async def ephemeral_peer(bootstrap: Sequence[str]) -> AsyncIterator[str]:
         flags.append(f"--log-level={os.environ.get(f'{ENVIRONMENT_PREFIX}LOG_LEVEL', 'warning')}")
         config = read_config(*flags, *(f"--bootstrap={each}" for each in bootstrap))
         configure_logging(config.log_level)
-        async with running_node(replace(config, serve=(), api_key=None, device=CPU)) as (_, ready):
+        async with running_node(replace(config, serve=(), api_key=None, api_keys=(), device=CPU)) as (_, ready):
             yield ready.api_url

@@ -6,10 +6,11 @@ from collections.abc import Callable, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any, Final
+from urllib.parse import urlsplit
 
 import click
 
-from node.config import ServeSpec
+from node.config import ApiKey, ServeSpec
 from node.network.addresses import parse_address
 from protocol.identity import parse_block_range, parse_peer_id
 
@@ -94,6 +95,39 @@ def _host_and_port(text: str) -> tuple[str, int]:
 def _api_key(text: str) -> str:
     if not text.isascii() or not text.isprintable() or " " in text:
         raise ValueError("expected visible ASCII characters without spaces")
+    return text
+
+
+def _api_keys(text: str) -> list[ApiKey]:
+    """Return the keys of a file: a line for each, `NAME SHA256 [requests_per_minute=N] [concurrency=N]`."""
+    path = Path(text).expanduser()
+    keys: list[ApiKey] = []
+    for number, line in enumerate(read_text(path).splitlines(), 1):
+        words = line.partition("#")[0].split()
+        if not words:
+            continue
+        name, digest, *limits = words if len(words) > 1 else (words[0], "")
+        if not _HEX_32_BYTES.fullmatch(digest):
+            raise ValueError(f"{path}, line {number}: expected NAME SHA256 [requests_per_minute=N] [concurrency=N]")
+        values: dict[str, int] = {}
+        for limit in limits:
+            option, _, value = limit.partition("=")
+            if option not in {"requests_per_minute", "concurrency"} or not re.fullmatch(r"[1-9][0-9]{0,8}", value):
+                raise ValueError(
+                    f"{path}, line {number}: expected requests_per_minute=N or concurrency=N, not {limit!r}"
+                )
+            values[option] = int(value)
+        keys.append(ApiKey(name=name, sha256=digest.lower(), **values))
+    if len({key.sha256 for key in keys}) < len(keys):
+        raise ValueError(f"{path}: two lines have the same key")
+    return keys
+
+
+def _cors_origin(text: str) -> str:
+    """Return the origin of web pages, or `*`."""
+    parts = urlsplit(text)
+    if text != "*" and (parts.scheme not in {"http", "https"} or not parts.netloc or parts.path or parts.query):
+        raise ValueError(f"expected an origin such as https://example.org, or *, not {text!r}")
     return text
 
 
@@ -199,6 +233,8 @@ DEVICE: Final = Parsed(_device)
 DIGEST: Final = Parsed(_digest)
 HOST_AND_PORT: Final = Parsed(_host_and_port)
 API_KEY: Final = Parsed(_api_key)
+API_KEYS: Final = Parsed(_api_keys, is_path=True)
+CORS_ORIGIN: Final = Parsed(_cors_origin)
 LISTEN_ADDRESS: Final = Parsed(_listen_address)
 SERVE_SPEC: Final = Parsed(_serve_spec)
 SWARM_KEY: Final = Parsed(_swarm_key, is_path=True)

@@ -111,6 +111,15 @@ NODE_OPTIONS: Final[tuple[NodeOption, ...]] = (
         "API key; required unless --api is loopback. Prefer METASWARM_API_KEY: flags show up in `ps`.",
     ),
     _option(
+        *("--api-keys", types.API_KEYS, "FILE"),
+        "Hashed API keys with limits, one a line, from `metaswarm keygen --api-key NAME FILE`.",
+    ),
+    _option(
+        *("--cors-origin", types.CORS_ORIGIN, "ORIGIN"),
+        "Origin of web pages that may use the API, besides those of this machine; * for any.",
+        multiple=True,
+    ),
+    _option(
         *("--bootstrap", types.BOOTSTRAP, "FILE_OR_MULTIADDR"),
         "Peers to dial first: a multiaddr with /p2p/PEER-ID, or a YAML file `peers: [...]`.",
         multiple=True,
@@ -166,6 +175,7 @@ _FIELD_OF: Final[Mapping[str, str]] = {
     "memory": "memory_bytes",
     "cache_limit": "cache_limit_bytes",
     "checkpoint": "checkpoints",
+    "cors_origin": "cors_origins",
 }
 """Options whose field of NodeConfig has another name."""
 
@@ -181,6 +191,8 @@ def make_config(values: Mapping[str, Any]) -> NodeConfig:
         config["epoch_s"] = float(epoch)
     if swarm_key := given.pop("swarm_key", None):
         config["swarm_key"], config["swarm_key_file"] = swarm_key
+    if api_keys := given.pop("api_keys", None):
+        config["api_keys"] = tuple(api_keys)
     return NodeConfig(**config | {_FIELD_OF.get(name, name): value for name, value in given.items()})
 
 

@@ -20,6 +20,11 @@ class TokenBucket:
         self._tokens -= amount
         return True
 
+    def level(self, now_s: float) -> float:
+        """Return how many tokens there are; fewer than none are a debt."""
+        self._fill(now_s)
+        return self._tokens
+
     def spend(self, amount: float, now_s: float) -> float:
         """Take tokens, as a debt if need be; return the seconds until the debt is refilled."""
         self._fill(now_s)

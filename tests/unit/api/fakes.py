@@ -9,9 +9,11 @@ from typing import Any, cast
 
 import trio
 
+from node.api.access import Access
 from node.api.application import make_app
 from node.api.interface import Explanation, ModelDocument, NodeStatus, PeerStatus, SelectionStatus
 from node.api.server import serve
+from node.config import ApiKey, hash_api_key
 from node.coordinator.observation import ServedJob
 from node.coordinator.submission import (
     ChatFormat,
@@ -356,10 +358,12 @@ class FakeNode:
 
 
 @asynccontextmanager
-async def serve_node(node: FakeNode, api_key: str | None = None) -> AsyncIterator[str]:
+async def serve_node(node: FakeNode, api_key: str | None = None, access: Access | None = None) -> AsyncIterator[str]:
     """Serve the node inside the block; give the URL."""
     async with trio.open_nursery() as nursery:
-        port: int = await nursery.start(partial(serve, make_app(node, api_key), "127.0.0.1", 0))
+        keys = () if api_key is None else (ApiKey(name="test", sha256=hash_api_key(api_key)),)
+        app = make_app(node, access or Access(keys=keys))
+        port: int = await nursery.start(partial(serve, app, "127.0.0.1", 0))
         yield f"http://127.0.0.1:{port}"
         nursery.cancel_scope.cancel()
 

@@ -9,6 +9,7 @@ from starlette.applications import Starlette
 from starlette.routing import Route
 
 from node.api import bench, explanation, interface
+from node.api.access import Access
 from node.api.anthropic import requests as anthropic
 from node.api.application import make_app
 from node.api.bench import describe_trial
@@ -50,7 +51,7 @@ def first_column(heading: str) -> set[str]:
 
 
 def test_lists_every_endpoint() -> None:
-    app = make_app(FakeNode(), None)
+    app = make_app(FakeNode(), Access())
     assert isinstance(app, RequestIds)
     assert isinstance(app.app, Guard)
     starlette = app.app._app

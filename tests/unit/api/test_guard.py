@@ -1,14 +1,19 @@
 import json
 from collections.abc import AsyncIterator
+from functools import partial
+from typing import Any
 
 import httpx
 import pytest
 import trio
+import trio.testing
 from starlette.types import Message
 
 from node.api import guard
+from node.api.access import Access
 from node.api.application import make_app
-from tests.unit.api.fakes import FakeNode, chat_body, send_request, serve_node
+from node.config import ApiKey, hash_api_key
+from tests.unit.api.fakes import FakeNode, FakeSubmitter, chat_body, send_request, serve_node
 
 
 @pytest.fixture
@@ -181,5 +186,68 @@ async def test_body_timeout(virtual_clock: object) -> None:
         sent.append(message)
 
     scope = {"type": "http", "method": "POST", "path": "/v1/completions", "headers": [], "query_string": b""}
-    await make_app(FakeNode(), None)(scope, receive, send)
+    await make_app(FakeNode(), Access())(scope, receive, send)
     assert sent[0]["status"] == 408
+
+
+KEYS = (
+    ApiKey(name="busy", sha256=hash_api_key("sesame"), requests_per_minute=2),
+    ApiKey(name="narrow", sha256=hash_api_key("saffron"), concurrency=1),
+    ApiKey(name="free", sha256=hash_api_key("cumin")),
+)
+
+
+def bearer(key: str) -> dict[str, str]:
+    return {"Authorization": f"Bearer {key}"}
+
+
+async def test_each_key_has_its_rate() -> None:
+    async with serve_node(FakeNode(), access=Access(keys=KEYS)) as url, httpx.AsyncClient(base_url=url) as client:
+        for left in (1, 0):
+            response = await client.post("/v1/chat/completions", json=chat_body(), headers=bearer("sesame"))
+            assert response.status_code == 200
+            assert response.headers["x-ratelimit-limit-requests"] == "2"
+            assert response.headers["x-ratelimit-remaining-requests"] == str(left)
+        refused = await client.post("/api/chat", json=chat_body(stream=False), headers={"X-Api-Key": "sesame"})
+        assert (refused.status_code, int(refused.headers["retry-after"])) == (429, 30)
+        assert "2 requests a minute" in refused.json()["error"]
+        for _ in range(4):
+            assert (await client.get("/v1/models", headers=bearer("sesame"))).status_code == 200
+            free = await client.post("/v1/chat/completions", json=chat_body(), headers=bearer("cumin"))
+            assert free.status_code == 200
+            assert "x-ratelimit-limit-requests" not in free.headers
+        assert (await client.get("/v1/models", headers=bearer("pepper"))).status_code == 401
+
+
+async def test_each_key_has_its_concurrency() -> None:
+    node = FakeNode(submitter=FakeSubmitter(hang=True))
+    async with serve_node(node, access=Access(keys=KEYS)) as url, httpx.AsyncClient(base_url=url) as client:
+        async with trio.open_nursery() as nursery:
+            body: dict[str, Any] = {"json": chat_body(), "headers": bearer("saffron")}
+            nursery.start_soon(partial(client.post, "/v1/chat/completions", **body))
+            await node.submitter.entered.wait()
+            refused = await client.post("/v1/chat/completions", **body)
+            assert (refused.status_code, refused.json()["error"]["code"]) == (429, "too_many_requests")
+            assert refused.headers["retry-after"] == "1"
+            nursery.cancel_scope.cancel()
+        node.submitter.hang = False
+        with trio.fail_after(5):
+            while (await client.post("/v1/chat/completions", **body)).status_code == 429:
+                await trio.testing.wait_all_tasks_blocked(0.01)
+
+
+@pytest.mark.parametrize("keys", [(), KEYS])
+async def test_pages_of_configured_origins_are_admitted(keys: tuple[ApiKey, ...]) -> None:
+    ours, foreign = "https://chat.example.org", "https://evil.example.org"
+    access = Access(keys=keys, cors_origins=(ours,))
+    asks = {"Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "authorization"}
+    async with serve_node(FakeNode(), access=access) as url, httpx.AsyncClient(base_url=url) as client:
+        preflight = await client.options("/v1/models", headers={"Origin": ours, **asks})
+        assert (preflight.status_code, preflight.headers["access-control-allow-origin"]) == (204, ours)
+        from_page = {"Origin": ours, "Sec-Fetch-Site": "cross-site", **bearer("cumin")}
+        answer = await client.get("/v1/models", headers=from_page)
+        assert (answer.status_code, answer.headers["access-control-allow-origin"]) == (200, ours)
+        assert "X-Request-Id" in answer.headers["access-control-expose-headers"]
+        refused = await client.get("/v1/models", headers={"Origin": foreign, **bearer("cumin")})
+        assert "access-control-allow-origin" not in refused.headers
+        assert refused.status_code == (200 if keys else 403)

@@ -7,6 +7,7 @@ import pytest
 import trio
 
 from node.api import server
+from node.api.access import Access
 from node.api.application import make_app
 from node.api.server import GRACE_S, serve, url_of
 from node.config import StartError
@@ -17,13 +18,13 @@ async def test_taken_port_is_start_error() -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         with pytest.raises(StartError, match=f"port {port} on 127.0.0.1 is taken") as caught:
-            await serve(make_app(FakeNode(), None), "127.0.0.1", port)
+            await serve(make_app(FakeNode(), Access()), "127.0.0.1", port)
         assert "\n" not in str(caught.value)
 
 
 async def test_foreign_address_is_start_error() -> None:
     with pytest.raises(StartError, match=r"cannot listen on 192\.0\.2\.1:0"):
-        await serve(make_app(FakeNode(), None), "192.0.2.1", 0)
+        await serve(make_app(FakeNode(), Access()), "192.0.2.1", 0)
 
 
 async def test_stop_waits_for_running_answer() -> None:
@@ -31,7 +32,7 @@ async def test_stop_waits_for_running_answer() -> None:
     stop = trio.Event()
     with trio.fail_after(GRACE_S):
         async with trio.open_nursery() as nursery:
-            start = partial(serve, make_app(node, None), "127.0.0.1", 0, stop=stop)
+            start = partial(serve, make_app(node, Access()), "127.0.0.1", 0, stop=stop)
             port: int = await nursery.start(start)
             url = f"http://127.0.0.1:{port}/v1/chat/completions"
             body = chat_body(stream=True)

@@ -7,7 +7,7 @@ import click
 import pytest
 
 from node.cli.options import NODE_OPTIONS, read_config, refuse_unknown_variables
-from node.config import ConfigError, NodeConfig, ServeSpec, default_cache_dir, default_data_dir
+from node.config import ApiKey, ConfigError, NodeConfig, ServeSpec, default_cache_dir, default_data_dir
 from protocol.identity import BlockRange, peer_id_from_public_key
 
 PEER = peer_id_from_public_key(bytes(32))
@@ -64,6 +64,8 @@ def test_precedence_is_flag_environment_file(tmp_path: Path) -> None:
 def test_reads_every_option_from_environment_and_from_file(tmp_path: Path) -> None:
     key = tmp_path / "swarm.key"
     key.write_text("AB" * 32 + "\n")
+    keys = tmp_path / "api.keys"
+    keys.write_text(f"# ours\none {'AB' * 32} requests_per_minute=60 concurrency=4\n\ntwo {'cd' * 32}  # no limits\n")
     environ = {
         "METASWARM_DATA_DIR": "/data",
         "METASWARM_CACHE_DIR": "/cache",
@@ -71,6 +73,8 @@ def test_reads_every_option_from_environment_and_from_file(tmp_path: Path) -> No
         "METASWARM_LISTEN": "/ip4/127.0.0.1/tcp/1, /ip6/::1/tcp/2",
         "METASWARM_API": "[::1]:0",
         "METASWARM_API_KEY": "sesame",
+        "METASWARM_API_KEYS": str(keys),
+        "METASWARM_CORS_ORIGIN": "https://example.org",
         "METASWARM_BOOTSTRAP": f"{ADDRESS},{OTHER_ADDRESS}",
         "METASWARM_SERVE": "tiny:0-4,other",
         "METASWARM_DRAFT": "small",
@@ -94,6 +98,11 @@ def test_reads_every_option_from_environment_and_from_file(tmp_path: Path) -> No
         api_host="::1",
         api_port=0,
         api_key="sesame",
+        api_keys=(
+            ApiKey(name="one", sha256="ab" * 32, requests_per_minute=60, concurrency=4),
+            ApiKey(name="two", sha256="cd" * 32),
+        ),
+        cors_origins=("https://example.org",),
         bootstrap=(ADDRESS, OTHER_ADDRESS),
         serve=(ServeSpec("tiny", BlockRange(0, 4)), ServeSpec("other")),
         draft="small",
@@ -120,6 +129,8 @@ def test_reads_every_option_from_environment_and_from_file(tmp_path: Path) -> No
         listen = ["/ip4/127.0.0.1/tcp/1", "/ip6/::1/tcp/2"]
         api = "[::1]:0"
         api_key = "sesame"
+        api_keys = "api.keys"
+        cors_origin = ["https://example.org"]
         bootstrap = ["{ADDRESS}", "{OTHER_ADDRESS}"]
         serve = ["tiny:0-4", "other"]
         draft = "small"
@@ -340,3 +351,24 @@ def test_ignores_foreign_empty_and_test_variables() -> None:
     ignored = {"METASWARMS": "1", "METASWARM": "1", "METASWARM_MEMROY": "", "METASWARM_REQUIRE_ALL": "1"}
     with mock.patch.dict(os.environ, ignored):
         refuse_unknown_variables()
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ("one", "line 2: expected NAME SHA256"),
+        ("one sesame", "line 2: expected NAME SHA256"),
+        (f"one {'ab' * 32} requests_per_minute=0", "not 'requests_per_minute=0'"),
+        (f"one {'ab' * 32} rate=5", "not 'rate=5'"),
+        (f"one {'ab' * 32}\ntwo {'AB' * 32}", "two lines have the same key"),
+    ],
+)
+def test_file_of_api_keys_names_faulty_line(tmp_path: Path, line: str, expected: str) -> None:
+    file = tmp_path / "api.keys"
+    file.write_text(f"# keys\n{line}\n")
+    assert expected in fault(api_keys=str(file))
+
+
+@pytest.mark.parametrize("origin", ["example.org", "ftp://example.org", "https://example.org/page"])
+def test_refuses_what_is_not_an_origin(origin: str) -> None:
+    assert "expected an origin" in fault(cors_origin=origin)

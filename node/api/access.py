@@ -1,0 +1,85 @@
+"""API keys: who asks, how often, and how many answers at a time.
+
+Only hashes of keys are held. A key has 256 random bits, so that a plain hash cannot be guessed.
+"""
+
+import hmac
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Final
+
+import trio
+
+from node.api.errors import ApiError
+from node.config import ApiKey, hash_api_key
+from node.util.token_bucket import TokenBucket
+
+BUSY_RETRY_S: Final = 1
+"""When a client should retry that has as many answers under way as its key admits."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Access:
+    """Who may use the API: without keys this machine alone. `cors_origins`: further origins of pages; `*` for any."""
+
+    keys: tuple[ApiKey, ...] = ()
+    cors_origins: tuple[str, ...] = ()
+
+
+@dataclass(slots=True)
+class KeyUse:
+    """What one key has used."""
+
+    key: ApiKey
+    bucket: TokenBucket | None
+    running: int = 0
+
+    def begin(self) -> dict[str, str]:
+        """Count a request that generates text; return the headers that tell what is left. Raises ApiError."""
+        concurrency, per_minute = self.key.concurrency, self.key.requests_per_minute
+        if concurrency is not None and self.running >= concurrency:
+            message = f"the API key {self.key.name!r} admits {concurrency} answers at a time: wait for one to end"
+            raise ApiError(429, message, code="too_many_requests", headers={"Retry-After": str(BUSY_RETRY_S)})
+        headers: dict[str, str] = {}
+        if self.bucket is not None and per_minute is not None:
+            now_s = trio.current_time()
+            admitted = self.bucket.take(1, now_s)
+            left = self.bucket.level(now_s)
+            headers = {
+                "X-RateLimit-Limit-Requests": str(per_minute),
+                "X-RateLimit-Remaining-Requests": str(math.floor(left)),
+                "X-RateLimit-Reset-Requests": f"{(per_minute - left) * 60 / per_minute:.0f}s",
+            }
+            if not admitted:
+                retry_s = math.ceil((1 - left) * 60 / per_minute)
+                message = f"the API key {self.key.name!r} admits {per_minute} requests a minute: retry in {retry_s} s"
+                headers["Retry-After"] = str(max(1, retry_s))
+                raise ApiError(429, message, code="rate_limit_exceeded", headers=headers)
+        self.running += 1
+        return headers
+
+    def end(self) -> None:
+        """Count the end of an answer."""
+        self.running -= 1
+
+
+class KeyRing:
+    """The keys of a node, and their use."""
+
+    def __init__(self, keys: Iterable[ApiKey]) -> None:
+        self._uses: dict[str, KeyUse] = {}
+        for key in keys:
+            self._uses[key.sha256] = KeyUse(key, None)
+
+    def find(self, presented: str) -> KeyUse | None:
+        """Return the use of a key; None if it is unknown. Takes as long for any."""
+        digest = hash_api_key(presented)
+        found: KeyUse | None = None
+        for known, use in self._uses.items():
+            if hmac.compare_digest(known, digest):
+                found = use
+        if found is not None and found.bucket is None and found.key.requests_per_minute is not None:
+            per_minute = found.key.requests_per_minute
+            found.bucket = TokenBucket(per_minute / 60, per_minute, trio.current_time())
+        return found
