@@ -70,6 +70,10 @@ class NumberTokenizer:
         await trio.lowlevel.checkpoint()
         return " ".join(message["content"] for message in messages)
 
+    async def schema_fault(self, schema: str) -> str:
+        await trio.lowlevel.checkpoint()
+        return ""
+
     async def spell(self, tokens: Sequence[int]) -> list[bytes]:
         await trio.lowlevel.checkpoint()
         return [f"{token} ".encode() for token in tokens]

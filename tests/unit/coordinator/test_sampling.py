@@ -39,6 +39,8 @@ def right(count: int, *, prompt: tuple[int, ...] = PROMPT, **way: Any) -> tuple[
 
 
 def request(count: int = 20, *, prompt: tuple[int, ...] = PROMPT, **more: Any) -> JobRequest:
+    if "json_schema" in more:  # its text must be able to end
+        more["stop_token_ids"] = (VOCABULARY - 1,)
     return JobRequest(model="fake", prompt_tokens=prompt, max_tokens=count, **more)
 
 
@@ -154,6 +156,16 @@ async def test_older_peer_is_not_last_stage_of_a_job_with_new_sampling(virtual_c
             assert result.token_ids == right(20, **drawn)
             assert result.route[-1].peer == new.id
             assert result.route[0].peer == old.id, "it can serve any other stage"
+
+
+async def test_text_of_a_schema_must_be_able_to_end(virtual_clock: MockClock) -> None:
+    async with open_swarm() as swarm:
+        peer = await swarm_of(swarm, (0, 9))
+        ways: tuple[dict[str, Any], ...] = ({"ignore_eos": True, "stop_token_ids": (9,)}, {})
+        for fields in ways:
+            with pytest.raises(JobError, match="ends with a stop token") as caught:
+                await peer.run(JobRequest(model="fake", prompt_tokens=PROMPT, json_schema="{}", **fields))
+            assert caught.value.code is JobErrorCode.INVALID
 
 
 async def test_error_where_no_peer_supports_the_sampling(virtual_clock: MockClock) -> None:
