@@ -113,6 +113,10 @@ class NodeConfig:
                 f"the draft model {self.draft} would never be used: it runs beside a model's first blocks; "
                 "add --serve MODEL:0-N, or leave out --draft"
             )
+        if self.api_key is None and not self.api_keys and "*" in self.cors_origins:
+            raise ConfigError(
+                "--cors-origin * opens the API to every web page: set an API key, too, or name the origins"
+            )
         if self.api_key is None and not self.api_keys and not is_loopback(self.api_host):
             raise ConfigError(
                 f"the API at {self.api_host} is not loopback and needs an API key: "

@@ -174,6 +174,14 @@ def parse_method(param: str, value: Any) -> str:
     return method
 
 
+def parse_top_p(param: str, value: Any) -> float:
+    """Return a share of the probability, which is not 0."""
+    share = number_between(0, 1)(param, value)
+    if share == 0:
+        refuse(param, "must be above 0 and at most 1")
+    return share
+
+
 def parse_stop(param: str, value: Any) -> tuple[str, ...]:
     """Return texts that end the answer."""
     values = [value] if isinstance(value, str) else value

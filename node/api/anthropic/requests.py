@@ -18,6 +18,7 @@ from node.api.fields import (
     parse_object,
     parse_stop,
     parse_text,
+    parse_top_p,
     refuse,
 )
 from node.api.generation import Generation
@@ -61,7 +62,7 @@ def parse_message_request(body: bytes, headers: Headers) -> tuple[Generation, An
         messages=turns,
         max_tokens=max_tokens,
         temperature=1.0 if temperature is None else temperature,
-        top_p=fields.get("top_p", number_between(0, 1)) or 1.0,
+        top_p=fields.get("top_p", parse_top_p) or 1.0,
         top_k=fields.get("top_k", count_between(0, MAX_SEED)) or 0,
         stop=fields.get("stop_sequences", parse_stop) or (),
         tools=choice.tools,

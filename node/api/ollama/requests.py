@@ -16,6 +16,7 @@ from node.api.fields import (
     parse_object,
     parse_stop,
     parse_text,
+    parse_top_p,
     refuse,
 )
 from node.api.generation import Generation
@@ -128,7 +129,7 @@ def _parse_job(fields: Fields) -> JobRequest:
         max_tokens=limit if limit is not None and limit > 0 else None,
         temperature=DEFAULT_TEMPERATURE if temperature is None else temperature,
         top_k=DEFAULT_TOP_K if top_k is None else max(0, top_k),
-        top_p=options.get("top_p", number_between(0, 1)) or DEFAULT_TOP_P,
+        top_p=options.get("top_p", parse_top_p) or DEFAULT_TOP_P,
         min_p=options.get("min_p", number_between(0, 1)) or 0.0,
         repetition_penalty=options.get("repeat_penalty", number_between(1 / MAX_PENALTY, MAX_PENALTY)) or 1.0,
         presence_penalty=options.get("presence_penalty", number_between(-2, 2)) or 0.0,

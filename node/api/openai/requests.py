@@ -20,6 +20,7 @@ from node.api.fields import (
     parse_quality,
     parse_stop,
     parse_text,
+    parse_top_p,
     refuse,
 )
 from node.api.generation import MAX_CHOICES, Generation, several
@@ -214,9 +215,6 @@ def _parse_job(fields: Fields, max_tokens: int | None) -> JobRequest:
     extras = Fields(fields.get("metaswarm", parse_object) or {}, "metaswarm.")
     extras.refuse_unless_known(EXTENSIONS)
     temperature = fields.get("temperature", number_between(0, 2))
-    top_p = fields.get("top_p", number_between(0, 1))
-    if top_p == 0:
-        refuse("top_p", "must be above 0 and at most 1")
     repetition_penalty = fields.get("repetition_penalty", number_between(1 / MAX_PENALTY, MAX_PENALTY))
     min_tokens = fields.get("min_tokens", count_between(0, MAX_POSITIONS)) or 0
     if max_tokens is not None and min_tokens > max_tokens:
@@ -226,7 +224,7 @@ def _parse_job(fields: Fields, max_tokens: int | None) -> JobRequest:
         max_tokens=max_tokens,
         min_tokens=min_tokens,
         temperature=DEFAULT_TEMPERATURE if temperature is None else temperature,
-        top_p=1.0 if top_p is None else top_p,
+        top_p=fields.get("top_p", parse_top_p) or 1.0,
         top_k=max(0, fields.get("top_k", count_between(-1, MAX_SEED)) or 0),
         min_p=fields.get("min_p", number_between(0, 1)) or 0.0,
         repetition_penalty=1.0 if repetition_penalty is None else repetition_penalty,

@@ -18,6 +18,7 @@ from node.api.fields import (
     parse_object,
     parse_quality,
     parse_text,
+    parse_top_p,
     refuse,
 )
 from node.api.generation import Generation
@@ -74,7 +75,7 @@ def parse_response_request(body: bytes, headers: Headers) -> tuple[Generation, A
         messages=turns,
         max_tokens=fields.get("max_output_tokens", parse_limit),
         temperature=1.0 if temperature is None else temperature,
-        top_p=fields.get("top_p", number_between(0, 1)) or 1.0,
+        top_p=fields.get("top_p", parse_top_p) or 1.0,
         ignore_eos=extras.get("ignore_eos", parse_boolean) or False,
         quality=extras.get("quality", parse_quality) or QualityBound.EXACT,
         method=extras.get("method", parse_method) or "auto",

@@ -372,3 +372,8 @@ def test_file_of_api_keys_names_faulty_line(tmp_path: Path, line: str, expected:
 @pytest.mark.parametrize("origin", ["example.org", "ftp://example.org", "https://example.org/page"])
 def test_refuses_what_is_not_an_origin(origin: str) -> None:
     assert "expected an origin" in fault(cors_origin=origin)
+
+
+def test_api_for_every_web_page_requires_a_key() -> None:
+    assert "opens the API to every web page" in fault(cors_origin="*")
+    assert load(cors_origin="*", api_key="sesame").cors_origins == ("*",)

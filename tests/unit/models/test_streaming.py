@@ -54,6 +54,18 @@ def test_streamed_text_is_the_text_of_the_whole(vocabulary: Callable[[], str], d
 
 
 @pytest.mark.parametrize("vocabulary", VOCABULARIES)
+def test_special_tokens_that_mark_something_are_text_on_request(vocabulary: Callable[[], str]) -> None:
+    tokenizer = Tokenizer(vocabulary())
+    here: Any = InThisProcess(tokenizer)
+    here.marks = {0: "[TOOL_CALLS]"}
+    words = tokenizer.encode("a fox", add_special_tokens=False)
+    for shows, expected in ((True, "a fox[TOOL_CALLS]a fox"), (False, "a foxa fox")):
+        decoder = StreamDecoder(here, shows_marks=shows)
+        text = "".join([*(now(decoder.feed(token)) for token in [*words, 0, *words]), now(decoder.finish())])
+        assert text.replace(" a", "a") == expected
+
+
+@pytest.mark.parametrize("vocabulary", VOCABULARIES)
 @given(text=st.text(max_size=60))
 def test_no_piece_of_a_sensible_text_has_half_a_character(vocabulary: Callable[[], str], text: str) -> None:
     tokenizer = Tokenizer(vocabulary())
