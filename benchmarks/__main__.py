@@ -27,6 +27,7 @@ LONG = (
         "gguf_import",
         "hub_import",
         "llamacpp",
+        "structured_texts",
     ),
 )
 WITH_ARGUMENTS = {"consensus": "DATASET_DIR", "trace": "FILE", "link": "HOST:PORT"}
