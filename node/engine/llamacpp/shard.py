@@ -18,7 +18,7 @@ from node.engine.shard import FREE_MEMORY_SHARE, Array, SessionRows, Shard
 from node.models.manifest import constant_positions
 from node.util.processor import physical_cores
 from protocol.identity import BlockRange
-from protocol.limits import MAX_POSITIONS
+from protocol.limits import MAX_POSITIONS, MAX_VOCABULARY
 from selector.cuts import Cuts
 
 LLAMACPP: Final = Variant("llamacpp", "native")
@@ -26,6 +26,12 @@ LLAMACPP: Final = Variant("llamacpp", "native")
 
 _SEQUENCES: Final = 256  # LLAMA_MAX_SEQ
 """Of open sessions, and of closed ones with cached pages."""
+
+
+def _vocabulary_size(source: ShardSource) -> int:
+    """Return the size of the vocabulary for a span without embedding and head: what drafts are compared with."""
+    stated = source.config.get("vocab_size")
+    return stated if isinstance(stated, int) else MAX_VOCABULARY
 
 
 class LlamaShard(Shard[int]):
@@ -59,7 +65,7 @@ class LlamaShard(Shard[int]):
             blocks=blocks,
             block_count=tensors.block_count,
             hidden_size=tensors.hidden_size,
-            vocabulary_size=tensors.vocabulary_size,
+            vocabulary_size=tensors.vocabulary_size if first or last else _vocabulary_size(source),
             max_positions=min(constant_positions(source.config) or MAX_POSITIONS, MAX_POSITIONS),
             kv_bytes_per_position=position_bytes,
             kv_positions=kv_positions,

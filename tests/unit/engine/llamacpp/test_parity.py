@@ -46,6 +46,11 @@ async def test_spans_give_the_tokens_of_the_whole_file(smol: GgufFiles, smol_alo
     assert await decode(engines(smol, cuts), PROMPT, 24, variant=LLAMACPP) == smol_alone.decode(PROMPT, 24)
 
 
+def test_every_span_knows_the_vocabulary(smol: GgufFiles) -> None:
+    """Drafts pass through all spans, and each refuses those that the model does not have."""
+    assert {shard.info.vocabulary_size for shard in smol.shards([10, 20])} == {smol.vocabulary_size}
+
+
 def test_rows_do_not_depend_on_the_rows_beside_them(smol: GgufFiles, smol_alone: Alone) -> None:
     [shard] = smol.shards([])
     rows = [SequenceRows(number, 0, np.array(text, np.int32), 1) for number, text in enumerate(PROMPTS)]
