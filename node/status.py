@@ -230,6 +230,7 @@ class StatusView:
             "reserved_positions": statistics.reserved_positions,
             "kv_positions": info.kv_positions,
             "weight_bytes": info.weight_bytes,
+            "engine": info.engine,
             "worker_pid": statistics.worker_pid,
             "steps": statistics.steps,
             "compute_s": statistics.compute_s,

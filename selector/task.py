@@ -35,11 +35,13 @@ class Switch:
     """One independent choice. `lossy`: settings that may change greedy tokens.
 
     The first setting is the baseline's, except for engine and arithmetic, where it depends on the package format.
+    `implied`: whether a method does not name the baseline's setting, so that names from before the switch stay valid.
     """
 
     scope: Scope
     settings: tuple[str, ...]
     lossy: frozenset[str] = frozenset()
+    implied: bool = False
 
     @property
     def baseline(self) -> str:
@@ -56,6 +58,7 @@ SWITCHES: Final[Mapping[str, Switch]] = MappingProxyType(
             lossy=frozenset({"bf16", "int8", "w8a8", "int4"}),
         ),
         "engine": Switch(Scope.SESSION, ("eager", "fused", "onnxruntime", "llamacpp")),
+        "kv": Switch(Scope.SESSION, ("auto", "q8_0"), lossy=frozenset({"q8_0"}), implied=True),
         "prefill_chunk": Switch(Scope.SESSION, ("none", "64", "128", "256")),
         "prefix_cache": Switch(Scope.SESSION, ("off", "on")),
         "speculation": Switch(Scope.SESSION, ("off", "ngram-4", "ngram-8", "draft-8")),
@@ -74,6 +77,11 @@ VARIANTS: Final[Mapping[str, tuple[str, ...]]] = MappingProxyType(
 )
 """The arithmetics of each engine, its usual one first. `native`: the weights as they were published."""
 
+KV_TYPES: Final[Mapping[str, tuple[str, ...]]] = MappingProxyType(
+    {"eager": ("auto",), "fused": ("auto",), "onnxruntime": ("auto",), "llamacpp": ("auto", "q8_0")}
+)
+"""The types of each engine's keys and values. `auto`: its own, f16 in llama.cpp; `q8_0`: ggml's 8.5 bits an element."""
+
 ENGINES: Final[Mapping[PackageFormat, tuple[str, ...]]] = MappingProxyType(
     {PackageFormat.SAFETENSORS: ("eager", "fused", "onnxruntime"), PackageFormat.GGUF: ("llamacpp",)}
 )
@@ -88,7 +96,7 @@ class MethodError(ValueError):
 
 @dataclass(frozen=True)
 class Method:
-    """A setting for every session switch."""
+    """A setting for every session switch, but for implied ones."""
 
     switches: Mapping[str, str]
 
@@ -123,6 +131,11 @@ class Method:
         return self.switches["activations"]
 
     @property
+    def kv(self) -> str:
+        """The type of keys and values."""
+        return self.switches.get("kv", SWITCHES["kv"].baseline)
+
+    @property
     def prefill_chunk(self) -> int | None:
         """Rows per chunk of a prompt; None for as many as fit."""
         value = self.switches["prefill_chunk"]
@@ -151,7 +164,8 @@ class Method:
     @property
     def kv_key(self) -> str:
         """What keys and values depend on besides the tokens: only sessions of one key may share them."""
-        return f"{self.engine}/{self.arithmetic}/{self.activations}"
+        kv = () if self.kv == SWITCHES["kv"].baseline else (self.kv,)
+        return "/".join((self.engine, self.arithmetic, *kv, self.activations))
 
     @property
     def exact(self) -> bool:
@@ -180,6 +194,11 @@ def method(**switches: str) -> Method:
         raise MethodError(
             f"engine={chosen['engine']} supports arithmetic {', '.join(arithmetics)}, not {chosen['arithmetic']}"
         )
+    if chosen["kv"] not in (kv_types := KV_TYPES[chosen["engine"]]):
+        raise MethodError(f"engine={chosen['engine']} supports kv {', '.join(kv_types)}, not {chosen['kv']}")
+    for name, switch in SWITCHES.items():
+        if switch.implied and chosen[name] == switch.baseline:
+            del chosen[name]
     return Method(MappingProxyType(chosen))
 
 
@@ -265,6 +284,10 @@ def _portfolio(package_format: PackageFormat) -> Iterator[Method]:
             yield method(
                 engine=engine, arithmetic=arithmetic, activations=activations, prefill_chunk="128", prefix_cache="on"
             )
+    for engine in ENGINES[package_format]:
+        for kv in KV_TYPES[engine][1:]:
+            yield method(engine=engine, kv=kv, prefix_cache="on")
+            yield method(engine=engine, kv=kv, prefill_chunk="128", prefix_cache="on")
 
 
 PORTFOLIOS: Final[Mapping[PackageFormat, Mapping[str, Method]]] = MappingProxyType(

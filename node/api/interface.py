@@ -28,6 +28,7 @@ class SpanDocument(SpanSummary):
     reserved_positions: int
     kv_positions: int
     weight_bytes: int
+    engine: str | None
     worker_pid: int | None
     steps: int
     compute_s: float

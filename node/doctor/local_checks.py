@@ -13,15 +13,20 @@ from node.doctor.report import Consequence, Fault, Finding, RunningNode
 from node.engine.device import Device, DeviceError, cpu_device, find_device
 from node.identity import KEY_FILE, IdentityError, load_or_create
 from node.models.errors import ModelError
+from node.models.layout import GGUF
 from node.models.store import ModelStore, Package, UnknownModelError
 from node.network.addresses import TcpAddress, parse_address
 from node.network.interface import NetworkError
 from node.network.transport import bind
 from node.stages.memory_admission import shortage, smallest_span, span_bytes_for
 from node.storage.database import DATABASE_FILE, StorageError, find_damage
+from node.util.child_process import ChildError, python, run
 from protocol.identity import ModelId
 
 MIN_FREE_BYTES: Final = 64 << 20
+
+LLAMACPP_BUILD: Final = python("-m", "node.engine.llamacpp.build")
+CHECK_TIME_LIMIT_S: Final = 30.0
 
 
 def check_data_dir(config: NodeConfig, running: RunningNode | None) -> Iterator[Finding]:
@@ -60,6 +65,31 @@ async def check_device(config: NodeConfig) -> tuple[Device, list[Finding]]:
     except DeviceError as error:
         message = f"cannot compute on {config.device}: {error}; see --device"
         return cpu_device(), [Finding(Fault.NO_DEVICE, Consequence.START, message)]
+
+
+async def check_llamacpp(config: NodeConfig) -> tuple[str | None, list[Finding]]:
+    """Return the build of llama.cpp that serves GGUF packages, None with a finding where it is unusable.
+
+    That is grave where the node serves a model that is, or may be, such a package.
+    """
+    try:
+        found = await run(LLAMACPP_BUILD, what="the check of llama.cpp", time_limit_s=CHECK_TIME_LIMIT_S)
+    except ChildError as error:
+        why = error.last_line or f"{error}: llama.cpp is damaged; `pip install --force-reinstall xllamacpp`"
+        return None, [Finding(Fault.NO_LLAMACPP, Consequence.SERVE, why, grave=_serves_gguf(config))]
+    return found.decode().strip(), []
+
+
+def _serves_gguf(config: NodeConfig) -> bool:
+    store = ModelStore(config.cache_dir)
+    for name in (*(spec.model for spec in config.serve), *filter(None, [config.draft])):
+        try:
+            package = store.find(store.resolve(name, []))
+        except ModelError:
+            package = None
+        if package is None or package.manifest.format == GGUF:
+            return True
+    return False
 
 
 async def check_ports(config: NodeConfig) -> list[Finding]:

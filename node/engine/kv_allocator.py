@@ -2,7 +2,8 @@
 
 Pure rules, shared by the real engine, where they run on the node's side of the worker's socket, and the fake one. A
 session reserves all the pages it may ever need when it opens, contiguous if possible, so that paged attention can read
-its keys and values in place.
+its keys and values in place. What narrower keys and values do not need is given back when it begins, as only then its
+variant is known.
 
 The whole pages of a prompt enter the prefix cache as soon as they are calculated. A session that finds its prompt
 there copies the pages into its own: a copy takes a hundredth of the time of calculating, and leaves its keys and values
@@ -10,6 +11,7 @@ contiguous. Pages without a session are evicted, least recently used first, when
 and begin the pages found are pinned by a reference count.
 """
 
+import math
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -32,6 +34,9 @@ from protocol.tensors import DType
 
 HIDDEN_DTYPES = frozenset({DType.FLOAT32, DType.FLOAT16, DType.BFLOAT16, DType.BLOCK_INT8})
 _FREE = b"\x01"
+
+_PAGE_UNITS = 1024
+"""KV memory is counted in these, so that pages of narrower keys and values take fewer than others."""
 
 _Group = tuple[str, KvCompatibilityKey]
 """The namespace and KV key of cached pages."""
@@ -86,8 +91,12 @@ class KvAllocator:
 
     def __init__(self, info: SpanInfo) -> None:
         self._info = info
-        self._free = bytearray(_FREE * (info.kv_positions // PAGE_POSITIONS))
-        self._free_count = len(self._free)
+        self._page_units = {kv: math.ceil(_PAGE_UNITS * share) for kv, share in info.kv_shares.items()}
+        self._units = info.kv_positions // PAGE_POSITIONS * _PAGE_UNITS
+        self._free_units = self._units
+        self._free = bytearray(_FREE * (self._units // min([_PAGE_UNITS, *self._page_units.values()])))
+        self._taken_units: dict[int, int] = {}
+        """By page that is not free."""
         self._sessions: dict[SessionId, _SessionPages] = {}
         self._index: dict[_Group, dict[bytes, _Entry]] = {}
         # Cached pages without a session, least recently used first.
@@ -107,12 +116,16 @@ class KvAllocator:
     @property
     def reserved_positions(self) -> int:
         """Positions of the pages that sessions hold."""
-        return (len(self._free) - self._free_count - len(self._idle)) * PAGE_POSITIONS
+        return _positions(self._units - self._free_units - self._idle_units)
 
     @property
     def cached_positions(self) -> int:
         """Positions of the cached pages that no session holds."""
-        return len(self._idle) * PAGE_POSITIONS
+        return _positions(self._idle_units)
+
+    @property
+    def _idle_units(self) -> int:
+        return sum(self._taken_units[entry.page] for entry in self._idle)
 
     def open(self, session: SessionId, positions: int, prefix: Prefix | None) -> Mapping[KvCompatibilityKey, int]:
         """Reserve pages, pin the cached ones, and return how many positions these are.
@@ -150,6 +163,10 @@ class KvAllocator:
         self._touch(taken)
         holding.begun = True
         holding.kv_key = options.kv_key if options.prefix_cache else None
+        page_units = self._page_units.get(options.variant.kv, _PAGE_UNITS)
+        for page in holding.pages:
+            self._free_units += self._taken_units[page] - page_units
+            self._taken_units[page] = page_units
         copied = tuple(entry.page for entry in taken[: len(holding.pages)])
         dropped = tuple(sorted(self._dropped))
         self._dropped.clear()
@@ -230,12 +247,14 @@ class KvAllocator:
         self._free_sequence()
         count = -(-positions // PAGE_POSITIONS)
         evictable = [entry for entry in self._idle if entry.pins == 0]
-        if count > self._free_count + len(evictable):
-            free = (self._free_count + len(evictable)) * PAGE_POSITIONS
+        needed = count * _PAGE_UNITS
+        free = self._free_units + sum(self._taken_units[entry.page] for entry in evictable)
+        if needed > free:
             raise EngineFull(
-                f"no KV memory for {positions} positions: {free} of {self._info.kv_positions} are free on this span"
+                f"no KV memory for {positions} positions: {_positions(free)} of {self._info.kv_positions} are free on "
+                f"this span"
             )
-        for entry in evictable[: max(0, count - self._free_count)]:
+        for entry in takewhile(lambda _: needed > self._free_units, evictable):
             self.evicted_positions += PAGE_POSITIONS
             self._drop(entry)
         start = self._free.find(_FREE * count)
@@ -245,7 +264,8 @@ class KvAllocator:
             pages = tuple(islice((page for page, free in enumerate(self._free) if free), count))
         for page in pages:
             self._free[page] = 0
-        self._free_count -= count
+            self._taken_units[page] = _PAGE_UNITS
+        self._free_units -= needed
         return pages
 
     def _free_sequence(self) -> None:
@@ -264,7 +284,7 @@ class KvAllocator:
         for page in pages:
             self._dropped.add(page)
             self._free[page] = 1
-            self._free_count += 1
+            self._free_units += self._taken_units.pop(page)
 
     def _drop(self, entry: _Entry) -> None:
         """Remove a page from the cache, and free it if no session holds it."""
@@ -278,6 +298,10 @@ class KvAllocator:
             if not self._closed[entry.origin]:
                 del self._closed[entry.origin]
             self._release([entry.page])
+
+
+def _positions(units: int) -> int:
+    return units * PAGE_POSITIONS // _PAGE_UNITS
 
 
 def _pin(found: Mapping[KvCompatibilityKey, Iterable[_Entry]], count: int) -> None:

@@ -12,7 +12,16 @@ from node.engine.backends.batched import FAMILIES, empty_kv_blocks, refusal
 from node.engine.backends.interface import BACKENDS, Backend, BackendContext, BackendSpec, Rows, SpanRunner
 from node.engine.device import CPU
 from node.engine.device_probe import free_bytes, is_lost, synchronize
-from node.engine.interface import PAGE_POSITIONS, REFERENCE, EngineError, EngineOptions, ShardSource, SpanInfo, Variant
+from node.engine.interface import (
+    AUTO,
+    PAGE_POSITIONS,
+    REFERENCE,
+    EngineError,
+    EngineOptions,
+    ShardSource,
+    SpanInfo,
+    Variant,
+)
 from node.engine.kv_allocator import KvReservation
 from node.engine.kv_cache import KvCache, SlotMapping
 from node.engine.loading import NARROW_DTYPES, LoadedSpan, config_from, load_span
@@ -87,7 +96,7 @@ class TorchShard(Shard[SlotMapping]):
         self._backends: dict[str, Backend] = {}
         self._runners: dict[Variant, SpanRunner] = {}
         """But for the reference."""
-        self._taken_bytes: dict[tuple[str, str], int] = {}
+        self._taken_bytes: dict[tuple[str, ...], int] = {}
         """By engine and packing: variants of the same share their weights."""
 
     def variants(self) -> frozenset[Variant]:
@@ -106,7 +115,7 @@ class TorchShard(Shard[SlotMapping]):
             return
         spec = BACKENDS.get(variant.engine)
         packing = spec.packings.get(variant.arithmetic) if spec else None
-        if spec is None or packing is None:
+        if spec is None or packing is None or variant.kv != AUTO:
             raise EngineError(f"there is no variant {variant}")
         if self._refusal:
             raise EngineError(self._refusal)
@@ -166,7 +175,7 @@ class TorchShard(Shard[SlotMapping]):
         slots = SlotMapping(range(-(-len(rows) // PAGE_POSITIONS)))
         return self._compute(variant, self.info.blocks, [SessionRows(rows, slots, 0, draws)])[0]
 
-    def _reserve(self, reservation: KvReservation) -> SlotMapping:
+    def _reserve(self, variant: Variant, reservation: KvReservation) -> SlotMapping:
         self._kv.copy(reservation.copied, reservation.pages[: len(reservation.copied)])
         return SlotMapping(reservation.pages)
 

@@ -6,7 +6,15 @@ from contextlib import contextmanager
 
 import trio
 
-from node.engine.interface import DIVISIBLE_ENGINES, PAGE_POSITIONS, EngineError, EngineFull, SpanInfo, Variant
+from node.engine.interface import (
+    DIVISIBLE_ENGINES,
+    PAGE_POSITIONS,
+    EngineError,
+    EngineFull,
+    SpanInfo,
+    Variant,
+    variant_of,
+)
 from node.links.base_link import LinkBroken
 from node.links.inbound_link import InboundLink
 from node.links.link_pool import LinkPool
@@ -239,7 +247,7 @@ def _offered_methods(message: Open, span: Span, table: SpanTable) -> list[Method
             method = parse_method(name)
         except MethodError:
             continue  # of another version
-        variant = Variant(method.engine, method.arithmetic)
+        variant = variant_of(method)
         if method.name != name or (is_divided and variant.engine not in DIVISIBLE_ENGINES):
             continue
         drafts_here = method.drafter == "draft" and message.blocks.start == 0

@@ -231,7 +231,8 @@ class SpanSupervisor:
                     self._membership.announce()
                     load_s = round(engine.info.load_s, 2)
                     model = manifest.model_id
-                    _logger.info("span served", model=model, blocks=str(blocks), device=self._device, load_s=load_s)
+                    computed_by = engine.info.engine or self._device
+                    _logger.info("span served", model=model, blocks=str(blocks), engine=computed_by, load_s=load_s)
                     task_status.started(_RunningSpan(span, scope))
             except EngineCrashed:
                 raise

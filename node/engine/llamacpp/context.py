@@ -1,4 +1,7 @@
-"""One span in llama.cpp: rows of many sequences in, hidden states or logits out."""
+"""One span in llama.cpp: rows of many sequences in, hidden states or logits out.
+
+A model has a context, with KV memory of its own, for each type of keys and values that is in use.
+"""
 
 import ctypes
 import weakref
@@ -10,9 +13,10 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
-from node.engine.interface import EngineError
+from node.engine.interface import AUTO, EngineError
 from node.engine.llamacpp.embedding import Embedding
-from node.engine.llamacpp.library import FLASH_ATTENTION_ON, LOAD_MAPPED, Batch, EvalCallback, Library
+from node.engine.llamacpp.kv_budget import KvBudget
+from node.engine.llamacpp.library import FLASH_ATTENTION_ON, KV_TYPES, LOAD_MAPPED, Batch, EvalCallback, Library
 
 Floats = npt.NDArray[np.float32]
 
@@ -45,9 +49,10 @@ class SequenceRows:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ContextOptions:
-    """What a span is loaded with; `positions` and `sequences` are the limits of all sessions together.
+    """How a span computes; `positions` and `sequences` are the limits of all sessions together.
 
-    `embedding`: of a first span that is not the last.
+    `embedding`: of a first span that is not the last. `kv`: the type of keys and values. `first_positions`: KV memory
+    has so many at first; None for FIRST_POSITIONS.
     """
 
     first: bool
@@ -57,48 +62,78 @@ class ContextOptions:
     positions: int
     sequences: int
     threads: int
+    kv: str = AUTO
+    first_positions: int | None = None
 
 
 class PassFailed(Exception):
     """llama.cpp could not compute the rows of a pass."""
 
 
-class SpanContext:
-    """A span that llama.cpp has loaded, and its KV memory. It has one thread of calls."""
+class SpanModel:
+    """A span that llama.cpp has loaded."""
 
-    def __init__(self, library: Library, path: Path, options: ContextOptions) -> None:
-        self._library = library
-        self._options = options
+    def __init__(self, library: Library, path: Path) -> None:
+        self.library = library
         parameters = library.llama_model_default_params()
         parameters.load_mode = LOAD_MAPPED
         library.take_error()
-        self._model = library.llama_model_load_from_file(str(path).encode(), parameters)
-        if not self._model:
+        self.handle = library.llama_model_load_from_file(str(path).encode(), parameters)
+        if not self.handle:
             reason = library.take_error().rpartition("error loading model: ")[2] or "it does not say why"
             raise EngineError(f"llama.cpp cannot load the model: {reason}")
-        self._loaded = _Loaded(self._model)
-        weakref.finalize(self, _free, library, self._loaded)
-        if library.llama_model_is_recurrent(self._model) or library.llama_model_is_hybrid(self._model):
+        weakref.finalize(self, library.llama_model_free, self.handle)
+        if library.llama_model_is_recurrent(self.handle) or library.llama_model_is_hybrid(self.handle):
             raise EngineError("the architecture keeps a recurrent state, which cannot be rolled back: not supported")
-        self.hidden_size: int = library.llama_model_n_embd(self._model)
-        self.vocabulary_size: int = library.llama_vocab_n_tokens(library.llama_model_get_vocab(self._model))
-        self._states = _LastStates(library, f"l_out-{options.block_count - 1}", self.hidden_size)
-        self._loaded.states = self._states
+        self.hidden_size: int = library.llama_model_n_embd(self.handle)
+        self.vocabulary_size: int = library.llama_vocab_n_tokens(library.llama_model_get_vocab(self.handle))
+
+
+class SpanContext:
+    """KV memory of a span, and the passes over it. It has one thread of calls.
+
+    `budget`: of memory that it shares with other contexts, in bytes, where a position takes `position_bytes`.
+    """
+
+    def __init__(
+        self, model: SpanModel, options: ContextOptions, budget: KvBudget | None = None, position_bytes: int = 1
+    ) -> None:
+        self._library = library = model.library
+        self._model = model
+        self._options = options
+        self.position_bytes = position_bytes
+        self._budget = budget or KvBudget(options.positions)
+        self._states = _LastStates(library, f"l_out-{options.block_count - 1}", model.hidden_size)
+        self._opened = _Opened(self._states)
+        weakref.finalize(self, _free, library, self._opened, model)
         self._ends: dict[int, int] = {}
         """By sequence, the position after its last one."""
-        positions = min(FIRST_POSITIONS, options.positions)
+        library.take_error()
+        positions = min(options.first_positions or FIRST_POSITIONS, options.positions)
         if (context := self._open(positions)) is None:
-            raise EngineError(f"llama.cpp has too little memory for {positions} positions of KV cache")
+            reason = library.take_error() or "too little memory"
+            raise EngineError(f"llama.cpp has no KV cache of type {options.kv} for {positions} positions: {reason}")
         self._use(context, positions)
         takes_tokens = options.first and options.last
-        self._batch = _BatchArrays(BATCH_ROWS, None if takes_tokens else self.hidden_size)
+        self._batch = _BatchArrays(BATCH_ROWS, None if takes_tokens else model.hidden_size)
+        self._budget.add(self)
+
+    @property
+    def positions(self) -> int:
+        """Positions of its KV memory."""
+        return self._positions
+
+    @property
+    def needed(self) -> int:
+        """Positions that its sequences hold; those that they share count for each."""
+        return sum(self._ends.values())
 
     def _open(self, positions: int) -> int | None:
         """Return a context with KV memory for `positions`, or None where there is no memory for it."""
-        return self._library.llama_init_from_model(self._model, self._parameters(positions)) or None
+        return self._library.llama_init_from_model(self._model.handle, self._parameters(positions)) or None
 
     def _use(self, context: int, positions: int) -> None:
-        self._loaded.context = self._context = context
+        self._opened.context = self._context = context
         self._positions = positions
         self._memory = self._library.llama_get_memory(context)
 
@@ -111,7 +146,9 @@ class SpanContext:
         parameters.n_outputs_max_per_seq = BATCH_ROWS
         parameters.n_threads = parameters.n_threads_batch = options.threads
         parameters.kv_unified = True  # any session may use any part of the memory
-        # Without it, attention depends on the number of rows, and holds weights over all positions of the memory.
+        parameters.type_k = parameters.type_v = KV_TYPES[options.kv]
+        # Without it, attention depends on the number of rows, holds weights over all positions of the memory, and takes
+        # no quantised values.
         parameters.flash_attn_type = FLASH_ATTENTION_ON
         parameters.swa_full = True  # else a rollback would reach behind the window
         if not options.last:
@@ -131,7 +168,7 @@ class SpanContext:
             parts = [replace(part, rows=embedding.rows(part.rows)) for part in parts]
         ends = self._ends | {part.sequence: part.position + len(part.rows) for part in parts}
         if (needed := sum(ends.values())) > self._positions < self._options.positions:
-            self._grow(min(max(needed, 2 * self._positions), self._options.positions))
+            self.resize(min(self._budget.positions_for(self, needed), self._options.positions))
         self._ends = ends
         outputs: list[list[Floats]] = [[] for _ in parts]
         try:
@@ -141,7 +178,7 @@ class SpanContext:
             for part in parts:
                 self.truncate(part.sequence, part.position)
             raise
-        width = self.vocabulary_size if self._options.last else self.hidden_size
+        width = self._model.vocabulary_size if self._options.last else self._model.hidden_size
         return [np.concatenate(each) if each else np.empty((0, width), np.float32) for each in outputs]
 
     def _batches(self, parts: Sequence[SequenceRows]) -> Sequence[Sequence[tuple[int, SequenceRows]]]:
@@ -191,10 +228,10 @@ class SpanContext:
         pointer = self._library.llama_get_logits_ith(self._context, row)
         if not pointer:
             raise PassFailed("llama.cpp has no logits of a row that it was asked for")
-        return np.ctypeslib.as_array(pointer, (1, self.vocabulary_size)).copy()
+        return np.ctypeslib.as_array(pointer, (1, self._model.vocabulary_size)).copy()
 
-    def _grow(self, positions: int) -> None:
-        """Move what the sequences hold into larger KV memory. Raises PassFailed; the former is in use then."""
+    def resize(self, positions: int) -> None:
+        """Move what the sequences hold into KV memory of another size. Raises PassFailed; the former is in use then."""
         library, former = self._library, self._context
         if (context := self._open(positions)) is None:
             raise PassFailed(f"llama.cpp has too little memory for {positions} positions of KV cache")
@@ -250,18 +287,17 @@ class _LastStates:
 
 
 @dataclass(slots=True)
-class _Loaded:
-    """What llama.cpp holds for a span, and the callback that must live as long."""
+class _Opened:
+    """The context in use, and the callback that must live as long."""
 
-    model: int
+    states: _LastStates
     context: int | None = None
-    states: _LastStates | None = None
 
 
-def _free(library: Library, loaded: _Loaded) -> None:
-    if loaded.context is not None:
-        library.llama_free(loaded.context)
-    library.llama_model_free(loaded.model)
+def _free(library: Library, opened: _Opened, _model: SpanModel) -> None:
+    """Free a context; its model must live until then."""
+    if opened.context is not None:
+        library.llama_free(opened.context)
 
 
 class _BatchArrays:

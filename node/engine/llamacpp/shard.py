@@ -1,35 +1,55 @@
 """The engine of one span of a GGUF package and its sessions, in this process and thread."""
 
 import time
-from collections.abc import Sequence
-from typing import Final
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Final, NamedTuple
 
 import psutil
 
-from node.engine.interface import PAGE_POSITIONS, EngineError, EngineOptions, ShardSource, SpanInfo, Variant
+from node.engine.interface import AUTO, PAGE_POSITIONS, EngineError, EngineOptions, ShardSource, SpanInfo, Variant
 from node.engine.kv_allocator import KvReservation
-from node.engine.llamacpp.context import FIRST_POSITIONS, ContextOptions, Floats, PassFailed, SequenceRows, SpanContext
+from node.engine.llamacpp.context import (
+    FIRST_POSITIONS,
+    ContextOptions,
+    Floats,
+    PassFailed,
+    SequenceRows,
+    SpanContext,
+    SpanModel,
+)
 from node.engine.llamacpp.embedding import Embedding
-from node.engine.llamacpp.library import load_library
+from node.engine.llamacpp.kv_budget import KvBudget
+from node.engine.llamacpp.library import KV_TYPES, load_library
 from node.engine.llamacpp.sequences import Sequences
 from node.engine.llamacpp.span_file import EMBEDDING, assembled_span, kv_bytes_per_position, tensors_of, weight_bytes
 from node.engine.memory_plan import GGUF_COSTS, ModelSizes, mebibytes, memory_plan
 from node.engine.shard import FREE_MEMORY_SHARE, Array, SessionRows, Shard
-from node.models.manifest import constant_positions
+from node.models.manifest import longest_text
 from node.util.processor import physical_cores
 from protocol.identity import BlockRange
 from protocol.limits import MAX_POSITIONS
 from selector.cuts import Cuts
 
 LLAMACPP: Final = Variant("llamacpp", "native")
-"""The one variant of a GGUF package, and so its reference: llama.cpp, with the weights as they were published."""
+"""The reference of a GGUF package: llama.cpp, with the weights as they were published, and keys and values in f16."""
+
+_NARROW_FIRST_POSITIONS: Final = 256
+"""Of KV memory that only some jobs use, if any."""
 
 _SEQUENCES: Final = 256  # LLAMA_MAX_SEQ
 """Of open sessions, and of closed ones with cached pages."""
 
 
-class LlamaShard(Shard[int]):
-    """A span of a GGUF package; where a session holds its keys and values is a sequence of llama.cpp's."""
+class _Held(NamedTuple):
+    """Where a session holds its keys and values: a sequence in the KV memory of its variant."""
+
+    sequences: Sequences
+    sequence: int
+
+
+class LlamaShard(Shard[_Held]):
+    """A span of a GGUF package; a variant is another type of keys and values, beside the same weights."""
 
     def __init__(self, source: ShardSource, blocks: BlockRange, options: EngineOptions) -> None:
         super().__init__()
@@ -37,12 +57,13 @@ class LlamaShard(Shard[int]):
         library = load_library()
         tensors = tensors_of(source)
         weights = weight_bytes(tensors, blocks)
-        position_bytes = kv_bytes_per_position(tensors, blocks)
+        kv_bytes = {kv: kv_bytes_per_position(tensors, blocks, kind) for kv, kind in KV_TYPES.items()}
+        position_bytes = kv_bytes[AUTO]
         plan = memory_plan(ModelSizes.of_source(source, Cuts(tensors.block_count)), blocks, GGUF_COSTS)
         kv_positions = _kv_positions(options, blocks, weights + plan.reserve_bytes, position_bytes, tensors.hidden_size)
         sequences = min(_SEQUENCES, kv_positions // PAGE_POSITIONS + 1)  # each but that of `run_alone` has a page
         first, last = blocks.start == 0, blocks.end == tensors.block_count
-        limits = ContextOptions(
+        self._context_options = ContextOptions(
             first=first,
             last=last,
             embedding=None if last or not first else Embedding(library, tensors.common, tensors.tensors[EMBEDDING]),
@@ -52,30 +73,45 @@ class LlamaShard(Shard[int]):
             threads=options.threads or physical_cores(),
         )
         with assembled_span(options.cache_dir, source, tensors, blocks) as path:
-            self._context = SpanContext(library, path, limits)
-        self._sequences = Sequences(self._context, sequences)
+            self._model = SpanModel(library, path)
+        self._kv_bytes = kv_bytes
+        self._budget = KvBudget(kv_positions * position_bytes)
+        self._kv = {LLAMACPP: self._open(self._context_options)}
         self.info = SpanInfo(
             model=source.model,
             blocks=blocks,
             block_count=tensors.block_count,
             hidden_size=tensors.hidden_size,
             vocabulary_size=tensors.vocabulary_size,
-            max_positions=min(constant_positions(source.config) or MAX_POSITIONS, MAX_POSITIONS),
+            max_positions=min(longest_text(source.config, source.format) or MAX_POSITIONS, MAX_POSITIONS),
             kv_bytes_per_position=position_bytes,
             kv_positions=kv_positions,
             weight_bytes=weights,
             load_s=time.perf_counter() - started_s,
+            kv_shares=_shares(kv_bytes, 4 * tensors.hidden_size if options.plan_rows else 0),
             max_sequences=sequences - 1,
+            engine=library.build(),
         )
 
+    def _open(self, options: ContextOptions) -> Sequences:
+        context = SpanContext(self._model, options, self._budget, self._kv_bytes[options.kv])
+        return Sequences(context, options.sequences)
+
     def variants(self) -> frozenset[Variant]:
-        """Return the variants that are ready: the only one."""
-        return frozenset({LLAMACPP})
+        """Return the variants that have KV memory."""
+        return frozenset(self._kv)
 
     def prepare(self, variant: Variant) -> None:
-        """Raise EngineError for any variant but the one that is there."""
-        if variant != LLAMACPP:
+        """Open KV memory of a variant's type. Raises EngineError where there is none."""
+        if variant in self._kv:
+            return
+        if variant._replace(kv=AUTO) != LLAMACPP or variant.kv not in KV_TYPES:
             raise EngineError(f"{variant} is not for GGUF packages, which llama.cpp computes as they were published")
+        options = self._context_options
+        positions = options.positions * self._kv_bytes[AUTO] // self._kv_bytes[variant.kv]
+        self._kv[variant] = self._open(
+            replace(options, kv=variant.kv, positions=positions, first_positions=_NARROW_FIRST_POSITIONS)
+        )
 
     def unload_reference(self) -> None:
         """Nothing to do: the reference is what serves."""
@@ -86,22 +122,33 @@ class LlamaShard(Shard[int]):
     def run_alone(self, variant: Variant, rows: Array, *, draws: int) -> Floats:
         """Return hidden states or logits as Shard describes it; not while sessions take up the KV memory."""
         self.prepare(variant)
-        sequence = self._sequences.take()
+        sequences = self._kv[variant]
+        sequence = sequences.take()
         try:
-            return self._context.run([SequenceRows(sequence, 0, rows, draws)])[0]
+            return sequences.context.run([SequenceRows(sequence, 0, rows, draws)])[0]
         except PassFailed as error:
             raise EngineError(str(error)) from None
         finally:
-            self._sequences.free(sequence)
+            sequences.free(sequence)
 
-    def _reserve(self, reservation: KvReservation) -> int:
-        return self._sequences.begin(reservation)
+    def _reserve(self, variant: Variant, reservation: KvReservation) -> _Held:
+        for each in tuple(self._kv.values()):
+            each.forget(reservation)
+        sequences = self._kv[variant]
+        return _Held(sequences, sequences.begin(reservation))
 
-    def _release(self, kv: int) -> None:
-        self._sequences.close(kv)
+    def _release(self, kv: _Held) -> None:
+        kv.sequences.close(kv.sequence)
 
-    def _compute(self, variant: Variant, blocks: BlockRange, parts: Sequence[SessionRows[int]]) -> Sequence[Floats]:
-        return self._context.run([SequenceRows(part.kv, part.position, part.rows, part.draws) for part in parts])
+    def _compute(self, variant: Variant, blocks: BlockRange, parts: Sequence[SessionRows[_Held]]) -> Sequence[Floats]:
+        rows = [SequenceRows(part.kv.sequence, part.position, part.rows, part.draws) for part in parts]
+        return self._kv[variant].context.run(rows)
+
+
+def _shares(kv_bytes: Mapping[str, int], row_bytes: int) -> dict[str, float]:
+    """Return what a position of each narrower type takes, relative to the usual one, with the rows queued for it."""
+    usual = kv_bytes[AUTO]
+    return {kv: (each + row_bytes) / (usual + row_bytes) for kv, each in kv_bytes.items() if each < usual}
 
 
 def _kv_positions(options: EngineOptions, blocks: BlockRange, taken: int, position_bytes: int, hidden_size: int) -> int:

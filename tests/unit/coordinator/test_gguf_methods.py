@@ -12,7 +12,7 @@ from node.coordinator.method_choice import admitted_methods
 from node.coordinator.observation import Recorder
 from node.coordinator.submission import JobError, JobErrorCode, JobRequest, JobResult
 from node.coordinator.trial_runner import BenchmarkRunner, TrialSpec, TrialWorkload
-from node.engine.interface import reference_variant
+from node.engine.interface import Variant, reference_variant
 from node.identity import Identity
 from node.selection.training_worker import sample_of
 from node.testing.fake_engine import FAKE_GGUF_MODEL, FAKE_MODEL, FakeEngine, expected_tokens, fake_span_info
@@ -182,4 +182,4 @@ async def test_trial_of_a_gguf_package_is_recorded_with_its_weight_type(virtual_
         assert sample is not None
         assert sample.context.weight_type == "q4_1"
         assert sample.log_ratio == 0 or sample.method != BASELINE.name
-    assert reference_variant("gguf") == (BASELINE.engine, BASELINE.arithmetic)
+    assert reference_variant("gguf") == Variant(BASELINE.engine, BASELINE.arithmetic)

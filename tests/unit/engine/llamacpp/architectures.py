@@ -110,6 +110,20 @@ ARCHITECTURES = {
     ),
 }
 
+WIDE_HEADS = Architecture(
+    "llama",
+    {
+        **_ATTENTION,
+        "attn_q.weight": (HEADS * 32, HIDDEN),
+        "attn_k.weight": (KV_HEADS * 32, HIDDEN),
+        "attn_v.weight": (KV_HEADS * 32, HIDDEN),
+        "attn_output.weight": (HIDDEN, HEADS * 32),
+        **_DENSE,
+    },
+    {"attention.key_length": 32, "attention.value_length": 32, "rope.dimension_count": 32, "context_length": 1024},
+)
+"""Heads of whole blocks of q8_0, which has 32 elements in each."""
+
 _COMMON: Mapping[str, Any] = {
     "context_length": 256,
     "embedding_length": HIDDEN,

@@ -49,7 +49,7 @@ async def test_spans_give_the_tokens_of_the_whole_file(smol: GgufFiles, smol_alo
 def test_rows_do_not_depend_on_the_rows_beside_them(smol: GgufFiles, smol_alone: Alone) -> None:
     [shard] = smol.shards([])
     rows = [SequenceRows(number, 0, np.array(text, np.int32), 1) for number, text in enumerate(PROMPTS)]
-    for text, logits in zip(PROMPTS, shard._context.run(rows), strict=True):
+    for text, logits in zip(PROMPTS, shard._kv[LLAMACPP].context.run(rows), strict=True):
         assert np.abs(logits - smol_alone.logits(text)).max() == 0.0
 
 

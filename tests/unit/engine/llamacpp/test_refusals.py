@@ -87,14 +87,15 @@ def test_rows_that_make_a_pass_fail_cost_their_session_alone(files: GgufFiles, m
     engine = InProcess(shard)
     for number in range(4):
         engine.open_now(session(number), 32, SessionOptions(sampling=GREEDY, variant=LLAMACPP))
-    run = shard._context.run
+    context = shard._kv[LLAMACPP].context
+    run = context.run
 
     def fails_on_seven(parts: list[SequenceRows]) -> Any:
         if any(7 in part.rows for part in parts):
             raise PassFailed("llama.cpp could not compute 3 rows (error 1)")
         return run(parts)
 
-    monkeypatch.setattr(shard._context, "run", fails_on_seven)
+    monkeypatch.setattr(context, "run", fails_on_seven)
     result = engine.step_now([driven(number, [1, 2, 7 if number == 2 else 3]) for number in range(4)])
     assert [fault.session for fault in result.faults] == [session(2)]
     assert not result.faults[0].by_rows
