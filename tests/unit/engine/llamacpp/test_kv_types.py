@@ -118,7 +118,7 @@ def test_memory_that_closed_sessions_took_goes_to_the_other_type(files: GgufFile
 
     begin(engine, 1, LLAMACPP, 900)
     prefill(engine, 1, TEXT)
-    assert f16.positions > 900
+    assert f16.positions >= 900
     engine.close_now(session(1), keep=False)
     begin(engine, 2, LLAMACPP, 128)
     prefill(engine, 2, TEXT[:100])
