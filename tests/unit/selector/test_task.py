@@ -167,6 +167,14 @@ def test_heuristic_follows_the_workload_of_gguf_packages() -> None:
     assert best(stage_count=3.0, prompt_tokens=1024.0, max_tokens=1.0)["prefill_chunk"] != "none"
 
 
+def test_heuristic_prefers_exact_keys_and_values() -> None:
+    plain, narrow = (
+        method(engine="llamacpp", prefix_cache="on"),
+        method(engine="llamacpp", kv="q8_0", prefix_cache="on"),
+    )
+    assert preference(CONTEXT, [narrow, plain])[0] == plain
+
+
 def test_heuristic_narrows_the_wire_on_long_links_only() -> None:
     plain, narrow = method(engine="fused"), method(engine="fused", activations="int8")
     near = replace(CONTEXT, stage_count=3, link_s=0.0005)
