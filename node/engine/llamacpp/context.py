@@ -82,8 +82,10 @@ class SpanContext:
             raise EngineError("the architecture keeps a recurrent state, which cannot be rolled back: not supported")
         self.hidden_size: int = library.llama_model_n_embd(self._model)
         self.vocabulary_size: int = library.llama_vocab_n_tokens(library.llama_model_get_vocab(self._model))
-        self._states = _LastStates(library, f"l_out-{options.block_count - 1}", self.hidden_size)
+        self._states = _BlockStates(library, self.hidden_size)
         self._loaded.states = self._states
+        self._is_watched = not options.last
+        """Whether the context asks for each tensor if it is wanted. A last span's does once a part of it has run."""
         self._ends: dict[int, int] = {}
         """By sequence, the position after its last one."""
         positions = min(FIRST_POSITIONS, options.positions)
@@ -114,16 +116,20 @@ class SpanContext:
         # Without it, attention depends on the number of rows, and holds weights over all positions of the memory.
         parameters.flash_attn_type = FLASH_ATTENTION_ON
         parameters.swa_full = True  # else a rollback would reach behind the window
-        if not options.last:
+        if self._is_watched:
             parameters.cb_eval = self._states.callback
         return parameters
 
-    def run(self, parts: Sequence[SequenceRows]) -> list[Floats]:
+    def run(self, parts: Sequence[SequenceRows], block_count: int | None = None) -> list[Floats]:
         """Return for each part the hidden states of its rows or, on a last span, logits after its trailing ones.
 
-        Positions that a sequence holds from a part's on are dropped first (a rollback). Raises PassFailed; what the
-        parts have written into KV memory is dropped then.
+        `block_count`: only so many of the span's blocks are run, and hidden states returned; a sequence always has the
+        same. Positions that a sequence holds from a part's on are dropped first (a rollback). Raises PassFailed; what
+        the parts have written into KV memory is dropped then.
         """
+        block_count = block_count or self._options.block_count
+        returns_states = not self._options.last or block_count < self._options.block_count
+        self._states.expect(block_count - 1 if returns_states else None)
         for part in parts:
             if part.position < self._ends.get(part.sequence, 0):
                 self.truncate(part.sequence, part.position)
@@ -131,17 +137,20 @@ class SpanContext:
             parts = [replace(part, rows=embedding.rows(part.rows)) for part in parts]
         ends = self._ends | {part.sequence: part.position + len(part.rows) for part in parts}
         if (needed := sum(ends.values())) > self._positions < self._options.positions:
-            self._grow(min(max(needed, 2 * self._positions), self._options.positions))
+            self._reopen(min(max(needed, 2 * self._positions), self._options.positions))
+        if returns_states and not self._is_watched:
+            self._is_watched = True
+            self._reopen(self._positions)
         self._ends = ends
         outputs: list[list[Floats]] = [[] for _ in parts]
         try:
             for pieces in self._batches(parts):
-                self._decode(pieces, outputs)
+                self._decode(pieces, outputs, returns_states)
         except PassFailed:
             for part in parts:
                 self.truncate(part.sequence, part.position)
             raise
-        width = self.vocabulary_size if self._options.last else self.hidden_size
+        width = self.hidden_size if returns_states else self.vocabulary_size
         return [np.concatenate(each) if each else np.empty((0, width), np.float32) for each in outputs]
 
     def _batches(self, parts: Sequence[SequenceRows]) -> Sequence[Sequence[tuple[int, SequenceRows]]]:
@@ -164,13 +173,15 @@ class SpanContext:
                 start = end
         return batches
 
-    def _decode(self, pieces: Sequence[tuple[int, SequenceRows]], outputs: list[list[Floats]]) -> None:
+    def _decode(
+        self, pieces: Sequence[tuple[int, SequenceRows]], outputs: list[list[Floats]], returns_states: bool
+    ) -> None:
         count = self._batch.fill([piece for _, piece in pieces], last=self._options.last)
         self._states.taken.clear()
         failed = self._library.llama_decode(self._context, self._batch.batch)
         if failed:
             raise PassFailed(f"llama.cpp could not compute {count} rows (error {failed})")
-        states = None if self._options.last else self._read_states(count)
+        states = self._read_states(count) if returns_states else None
         row = 0
         for number, piece in pieces:
             end = row + len(piece.rows)
@@ -193,8 +204,8 @@ class SpanContext:
             raise PassFailed("llama.cpp has no logits of a row that it was asked for")
         return np.ctypeslib.as_array(pointer, (1, self.vocabulary_size)).copy()
 
-    def _grow(self, positions: int) -> None:
-        """Move what the sequences hold into larger KV memory. Raises PassFailed; the former is in use then."""
+    def _reopen(self, positions: int) -> None:
+        """Move what the sequences hold into other KV memory. Raises PassFailed; the former is in use then."""
         library, former = self._library, self._context
         if (context := self._open(positions)) is None:
             raise PassFailed(f"llama.cpp has too little memory for {positions} positions of KV cache")
@@ -225,20 +236,24 @@ class SpanContext:
         self._ends[target] = max(end, self._ends.get(target, 0))
 
 
-class _LastStates:
-    """Takes the hidden states behind the span's last block as llama.cpp computes them."""
+class _BlockStates:
+    """Takes the hidden states behind a block as llama.cpp computes them."""
 
-    def __init__(self, library: Library, name: str, hidden_size: int) -> None:
+    def __init__(self, library: Library, hidden_size: int) -> None:
         self._library = library
-        self._name = name.encode()
+        self._name: bytes | None = None
         self._hidden_size = hidden_size
         self.taken: list[Floats] = []
         self.callback = EvalCallback(self._evaluated)
 
+    def expect(self, block: int | None) -> None:
+        """Take those behind a block of the span from now on; None for the whole graph, and none of them."""
+        self._name = None if block is None else f"l_out-{block}".encode()
+
     def _evaluated(self, tensor: int, ask: bool, _: object) -> bool:
-        """Take the tensor, and end the graph there: what follows is the head, which another span has."""
+        """Take the tensor, and end the graph there: what follows is of other spans."""
         library = self._library
-        if library.ggml_get_name(tensor) != self._name:
+        if self._name is None or library.ggml_get_name(tensor) != self._name:
             return not ask
         if ask:
             return True
@@ -255,7 +270,7 @@ class _Loaded:
 
     model: int
     context: int | None = None
-    states: _LastStates | None = None
+    states: _BlockStates | None = None
 
 
 def _free(library: Library, loaded: _Loaded) -> None:

@@ -101,7 +101,8 @@ class LlamaShard(Shard[int]):
         self._sequences.close(kv)
 
     def _compute(self, variant: Variant, blocks: BlockRange, parts: Sequence[SessionRows[int]]) -> Sequence[Floats]:
-        return self._context.run([SequenceRows(part.kv, part.position, part.rows, part.draws) for part in parts])
+        rows = [SequenceRows(part.kv, part.position, part.rows, part.draws) for part in parts]
+        return self._context.run(rows, len(blocks))
 
 
 def _kv_positions(options: EngineOptions, blocks: BlockRange, taken: int, position_bytes: int, hidden_size: int) -> int:
