@@ -29,13 +29,18 @@ from benchmarks.gguf_import import MIB, memory_of, watched_import
 from benchmarks.llamacpp import LlamaCpp
 from node.engine.llamacpp.library import load_library
 from node.models.store import ModelStore
+from node.stages.memory_admission import span_bytes_for
+from protocol.identity import BlockRange
 from tests.support.random_llama import LLAMA_8B, LlamaShape, write_llama
 
 NODES: Final = 4
 TARGET: Final = 0.85
 NAME: Final = "random-llama"
 TINY: Final = LlamaShape(blocks=32, hidden=256, inner=512, heads=8, kv_heads=2, vocabulary=2048)
-MEMORY: Final = {LLAMA_8B: "1700MiB", TINY: "8MiB"}
+MEMORY: Final = "1700MiB"
+TINY_SPAN: Final = BlockRange(0, 9)
+"""What fits into a daemon's memory of the tiny model."""
+
 APART_S: Final = 2.0
 """Between the starts of two daemons."""
 COMPLETE_WITHIN_S: Final = 900.0
@@ -64,12 +69,15 @@ def main(folder: str | None, rounds: int, tokens: int, threads: int, tiny: bool,
 async def _serve(
     folder: Path, source: Path, shape: LlamaShape, rounds: int, tokens: int, threads: int
 ) -> dict[str, Any]:
-    model = str(ModelStore(folder / "cache").resolve(NAME))
+    store = ModelStore(folder / "cache")
+    package = store.get(store.resolve(NAME))
+    model = str(package.model_id)
+    memory = MEMORY if shape == LLAMA_8B else str(span_bytes_for(package.manifest, TINY_SPAN))
     async with AsyncExitStack() as stack:
         holder = await stack.enter_async_context(
             running_daemon(folder / "holder", "--cache-dir", str(folder / "cache"), "--threads", str(threads))
         )
-        flags = ["--serve", model, "--memory", MEMORY[shape], "--threads", str(threads)]
+        flags = ["--serve", model, "--memory", memory, "--threads", str(threads)]
         flags += ["--bootstrap", holder.ready.multiaddrs[0]]
         began_s = time.perf_counter()
         daemons: list[Daemon] = []
@@ -98,13 +106,13 @@ async def _serve(
                 swarm_rates.append(job["tokens_per_s"])
                 alone_rates.append(rate)
         spans = [(await each.get("/swarm/status"))["spans"] for each in daemons]
-        memory = [memory_of(each.process.pid)[1] / MIB for each in daemons]
+        resident_mib = [memory_of(each.process.pid)[1] / MIB for each in daemons]
     return {
         "complete_s": complete_s,
         "first_job_s": first["total_s"],
         "spans": sorted([span["start"], span["end"]] for each in spans for span in each),
         "route": job["route"],
-        "memory_mib": memory,
+        "memory_mib": resident_mib,
         "swarm_tokens_per_s": statistics.median(swarm_rates),
         "alone_tokens_per_s": statistics.median(alone_rates),
         "ratios": [ours / theirs for ours, theirs in zip(swarm_rates, alone_rates, strict=True)],
@@ -144,18 +152,16 @@ def report(result: dict[str, Any]) -> str:
     imported, ratio = result["import"], statistics.median(result["ratios"])
     memory = ", ".join(f"{each:.0f}" for each in result["memory_mib"])
     ratios = ", ".join(f"{each:.2f}" for each in result["ratios"])
-    return "\n".join(
-        [
-            f"imported {imported['file_gb']:.2f} GB in {imported['took_s']:.1f} s, memory with all children at most "
-            f"{imported['memory_together_mib']:.0f} MiB, disk {imported['disk_over_file']:.3f} times the file; tried "
-            f"out by {', '.join(imported['tried'])}",
-            f"complete {result['complete_s']:.0f} s after the first start, with blocks {_listed(result['spans'])}; "
-            f"first job {result['first_job_s']:.1f} s",
-            f"route: blocks {_listed(result['route'])}; memory of the daemons {memory} MiB",
-            f"{result['swarm_tokens_per_s']:.2f} tokens/s, llama.cpp alone {result['alone_tokens_per_s']:.2f}: ratio "
-            f"{ratio:.2f} (aim: {TARGET}; of all rounds {ratios}); "
-            f"{'the same text' if result['same_text'] else 'OTHER TEXTS'}",
-        ]
+    text = "the same text" if result["same_text"] else "OTHER TEXTS"
+    return (
+        f"imported {imported['file_gb']:.2f} GB in {imported['took_s']:.1f} s, memory with all children at most "
+        f"{imported['memory_together_mib']:.0f} MiB, disk {imported['disk_over_file']:.3f} times the file; tried "
+        f"out by {', '.join(imported['tried'])}\n"
+        f"complete {result['complete_s']:.0f} s after the first start, with blocks {_listed(result['spans'])}; "
+        f"first job {result['first_job_s']:.1f} s\n"
+        f"route: blocks {_listed(result['route'])}; memory of the daemons {memory} MiB\n"
+        f"{result['swarm_tokens_per_s']:.2f} tokens/s, llama.cpp alone {result['alone_tokens_per_s']:.2f}: ratio "
+        f"{ratio:.2f} (aim: {TARGET}; of all rounds {ratios}); {text}"
     )
 
 
