@@ -11,7 +11,7 @@ from node.engine.llamacpp.shard import LLAMACPP
 from node.engine.shard import Array
 from node.models.gguf_file import read_gguf
 from protocol.identity import BlockRange
-from tests.unit.engine.driving import InProcess, Part, decode
+from tests.unit.engine.driving import AnyEngine, InProcess, Part, decode
 from tests.unit.engine.llamacpp.architectures import ARCHITECTURES, VOCABULARY, write_model
 from tests.unit.engine.llamacpp.packages import write_package
 
@@ -44,7 +44,7 @@ async def test_overlapping_spans_are_left_where_the_next_begins(name: str, tmp_p
     for cut in range(architecture.granularity, architecture.blocks, architecture.granularity):
         rest = InProcess(files.shards([cut])[1])
         for first in (whole, *(InProcess(files.shards([end])[0]) for end in range(cut + 1, architecture.blocks))):
-            route = [Part(first, BlockRange(0, cut)), rest]
+            route: list[AnyEngine] = [Part(first, BlockRange(0, cut)), rest]
             assert await decode(route, PROMPT, 12, chunk=13, variant=LLAMACPP) == tokens
 
 
