@@ -89,22 +89,22 @@ class SpanContext:
         self._ends: dict[int, int] = {}
         """By sequence, the position after its last one."""
         positions = min(FIRST_POSITIONS, options.positions)
-        if (context := self._open(positions)) is None:
+        if (context := self._open(positions, self._is_watched)) is None:
             raise EngineError(f"llama.cpp has too little memory for {positions} positions of KV cache")
         self._use(context, positions)
         takes_tokens = options.first and options.last
         self._batch = _BatchArrays(BATCH_ROWS, None if takes_tokens else self.hidden_size)
 
-    def _open(self, positions: int) -> int | None:
+    def _open(self, positions: int, is_watched: bool) -> int | None:
         """Return a context with KV memory for `positions`, or None where there is no memory for it."""
-        return self._library.llama_init_from_model(self._model, self._parameters(positions)) or None
+        return self._library.llama_init_from_model(self._model, self._parameters(positions, is_watched)) or None
 
     def _use(self, context: int, positions: int) -> None:
         self._loaded.context = self._context = context
         self._positions = positions
         self._memory = self._library.llama_get_memory(context)
 
-    def _parameters(self, positions: int) -> Any:
+    def _parameters(self, positions: int, is_watched: bool) -> Any:
         options = self._options
         parameters = self._library.llama_context_default_params()
         parameters.n_ctx = positions
@@ -116,7 +116,7 @@ class SpanContext:
         # Without it, attention depends on the number of rows, and holds weights over all positions of the memory.
         parameters.flash_attn_type = FLASH_ATTENTION_ON
         parameters.swa_full = True  # else a rollback would reach behind the window
-        if self._is_watched:
+        if is_watched:
             parameters.cb_eval = self._states.callback
         return parameters
 
@@ -137,10 +137,9 @@ class SpanContext:
             parts = [replace(part, rows=embedding.rows(part.rows)) for part in parts]
         ends = self._ends | {part.sequence: part.position + len(part.rows) for part in parts}
         if (needed := sum(ends.values())) > self._positions < self._options.positions:
-            self._reopen(min(max(needed, 2 * self._positions), self._options.positions))
+            self._reopen(min(max(needed, 2 * self._positions), self._options.positions), self._is_watched)
         if returns_states and not self._is_watched:
-            self._is_watched = True
-            self._reopen(self._positions)
+            self._reopen(self._positions, is_watched=True)
         self._ends = ends
         outputs: list[list[Floats]] = [[] for _ in parts]
         try:
@@ -204,10 +203,10 @@ class SpanContext:
             raise PassFailed("llama.cpp has no logits of a row that it was asked for")
         return np.ctypeslib.as_array(pointer, (1, self.vocabulary_size)).copy()
 
-    def _reopen(self, positions: int) -> None:
+    def _reopen(self, positions: int, is_watched: bool) -> None:
         """Move what the sequences hold into other KV memory. Raises PassFailed; the former is in use then."""
         library, former = self._library, self._context
-        if (context := self._open(positions)) is None:
+        if (context := self._open(positions, is_watched)) is None:
             raise PassFailed(f"llama.cpp has too little memory for {positions} positions of KV cache")
         for sequence in self._ends:
             state = np.empty(library.llama_state_seq_get_size(former, sequence), np.uint8)
@@ -216,6 +215,7 @@ class SpanContext:
                 library.llama_free(context)
                 raise PassFailed(f"llama.cpp could not move a session into KV memory of {positions} positions")
         self._use(context, positions)
+        self._is_watched = is_watched
         library.llama_free(former)
 
     def truncate(self, sequence: int, position: int) -> None:
