@@ -6,7 +6,8 @@ A GGUF file of the shape of Llama 3.1 8B with random weights (4.65 GB) is writte
 files and serves nothing; four others, with empty caches, are told the model and their memory only: they choose their
 blocks and fetch them from the first. As soon as the model is complete, jobs at that first daemon and llama.cpp alone on
 the file (its own loop, default parameters, threads that do not spin as ours) decode in turn. A job is in one stage at a
-time, so each daemon has as many threads as llama.cpp alone. DIR needs 20 GB, the machine about 16 GiB of memory. `--tiny`: the same with a tiny model.
+time, so each daemon has as many threads as llama.cpp alone. DIR needs 20 GB, the machine about 16 GiB of memory.
+`--tiny`: the same with a tiny model.
 """
 
 import json
