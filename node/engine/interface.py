@@ -14,6 +14,7 @@ from node.models.store import Package
 from protocol.identity import BlockRange, ModelId, SessionId
 from protocol.messages import Sampling
 from protocol.tensors import Tensor
+from selector.cuts import Parts
 from selector.task import BASELINES, Method, PackageFormat
 
 PAGE_POSITIONS: Final = 32
@@ -93,8 +94,12 @@ def reference_variant(package_format: str) -> Variant:
     return variant_of(BASELINES[PackageFormat(package_format)])
 
 
-DIVISIBLE_ENGINES: Final = frozenset({"eager", "fused"})
-"""Engines that run any part of a span; the graph of others, and the model of `llamacpp`, is the whole span."""
+_PARTS: Final = {"eager": Parts.ANY, "fused": Parts.ANY, "llamacpp": Parts.PREFIX}
+
+
+def parts_of(engine: str) -> Parts:
+    """Return which parts of its span an engine runs: the graph of `onnxruntime` is the whole span."""
+    return _PARTS.get(engine, Parts.WHOLE)
 
 
 class KvCompatibilityKey(NamedTuple):

@@ -15,7 +15,6 @@ import numpy.typing as npt
 
 from node.engine.activation_codec import check_rows, decode_rows, encode_rows
 from node.engine.interface import (
-    DIVISIBLE_ENGINES,
     BadRows,
     EngineError,
     SessionNotOpen,
@@ -28,6 +27,7 @@ from node.engine.interface import (
     StepResult,
     Variant,
     VariantNotReady,
+    parts_of,
 )
 from node.engine.kv_allocator import KvReservation, check_slice
 from node.engine.sampling import TokenCounts, draw_and_verify, history_for
@@ -151,8 +151,8 @@ class Shard(ABC, Generic[KvT]):
         if options.variant not in self.variants():
             raise VariantNotReady(f"the variant {options.variant} is not ready here")
         info = self.info.part(options.blocks)
-        if info is not self.info and options.variant.engine not in DIVISIBLE_ENGINES:
-            raise VariantNotReady(f"the variant {options.variant} runs the whole span or nothing")
+        if not parts_of(options.variant.engine).include(info.blocks, self.info.blocks):
+            raise VariantNotReady(f"the variant {options.variant} does not run blocks {info.blocks} of its span alone")
         try:
             kv = self._reserve(options.variant, reservation)
         except EngineError:

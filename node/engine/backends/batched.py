@@ -48,7 +48,7 @@ class Segments(Protocol):
     def qkv(self, number: int, hidden: torch.Tensor, rotary: RotaryTables) -> QKV:
         """Return the inputs of the attention of the first block that is run.
 
-        That is the span's first; others only where the variant's engine is among DIVISIBLE_ENGINES.
+        That is the span's first; others only where the variant's engine runs any part.
         """
 
     def post_attention(

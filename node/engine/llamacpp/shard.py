@@ -11,12 +11,14 @@ from node.engine.interface import AUTO, PAGE_POSITIONS, EngineError, EngineOptio
 from node.engine.kv_allocator import KvReservation
 from node.engine.llamacpp.context import (
     FIRST_POSITIONS,
+    OWN_SEQUENCES,
     ContextOptions,
     Floats,
     PassFailed,
     SequenceRows,
     SpanContext,
     SpanModel,
+    cells_for,
 )
 from node.engine.llamacpp.embedding import Embedding
 from node.engine.llamacpp.kv_budget import KvBudget
@@ -25,7 +27,7 @@ from node.engine.llamacpp.sequences import Sequences
 from node.engine.llamacpp.span_file import EMBEDDING, assembled_span, kv_bytes_per_position, tensors_of, weight_bytes
 from node.engine.memory_plan import GGUF_COSTS, ModelSizes, mebibytes, memory_plan
 from node.engine.shard import FREE_MEMORY_SHARE, Array, SessionRows, Shard
-from node.models.manifest import longest_text
+from node.models.manifest import find_integer, longest_text
 from node.util.processor import physical_cores
 from protocol.identity import BlockRange
 from protocol.limits import MAX_POSITIONS
@@ -37,7 +39,7 @@ LLAMACPP: Final = Variant("llamacpp", "native")
 _NARROW_FIRST_POSITIONS: Final = 256
 """Of KV memory that only some jobs use, if any."""
 
-_SEQUENCES: Final = 256  # LLAMA_MAX_SEQ
+_SEQUENCES: Final = 256 - OWN_SEQUENCES  # LLAMA_MAX_SEQ
 """Of open sessions, and of closed ones with cached pages."""
 
 
@@ -75,14 +77,14 @@ class LlamaShard(Shard[_Held]):
         with assembled_span(options.cache_dir, source, tensors, blocks) as path:
             self._model = SpanModel(library, path)
         self._kv_bytes = kv_bytes
-        self._budget = KvBudget(kv_positions * position_bytes)
+        self._budget = KvBudget(cells_for(kv_positions) * position_bytes)
         self._kv = {LLAMACPP: self._open(self._context_options)}
         self.info = SpanInfo(
             model=source.model,
             blocks=blocks,
             block_count=tensors.block_count,
             hidden_size=tensors.hidden_size,
-            vocabulary_size=tensors.vocabulary_size,
+            vocabulary_size=find_integer(source.config, ("vocab_size",)) or tensors.vocabulary_size,
             max_positions=min(longest_text(source.config, source.format) or MAX_POSITIONS, MAX_POSITIONS),
             kv_bytes_per_position=position_bytes,
             kv_positions=kv_positions,
@@ -142,7 +144,7 @@ class LlamaShard(Shard[_Held]):
 
     def _compute(self, variant: Variant, blocks: BlockRange, parts: Sequence[SessionRows[_Held]]) -> Sequence[Floats]:
         rows = [SequenceRows(part.kv.sequence, part.position, part.rows, part.draws) for part in parts]
-        return self._kv[variant].context.run(rows)
+        return self._kv[variant].context.run(rows, len(blocks))
 
 
 def _shares(kv_bytes: Mapping[str, int], row_bytes: int) -> dict[str, float]:
@@ -159,7 +161,9 @@ def _kv_positions(options: EngineOptions, blocks: BlockRange, taken: int, positi
     memory_bytes = options.memory_bytes
     if memory_bytes is None:
         memory_bytes = taken + int(psutil.virtual_memory().available * FREE_MEMORY_SHARE)
-    page_bytes = PAGE_POSITIONS * (position_bytes + (4 * hidden_size if options.plan_rows else 0))
+    page_bytes = cells_for(PAGE_POSITIONS) * position_bytes
+    if options.plan_rows:
+        page_bytes += PAGE_POSITIONS * 4 * hidden_size
     pages = (memory_bytes - taken) // page_bytes
     if pages < 1:
         raise EngineError(

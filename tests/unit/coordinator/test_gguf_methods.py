@@ -15,7 +15,7 @@ from node.coordinator.trial_runner import BenchmarkRunner, TrialSpec, TrialWorkl
 from node.engine.interface import Variant, reference_variant
 from node.identity import Identity
 from node.selection.training_worker import sample_of
-from node.testing.fake_engine import FAKE_GGUF_MODEL, FAKE_MODEL, FakeEngine, expected_tokens, fake_span_info
+from node.testing.fake_engine import FAKE_GGUF_MODEL, FakeEngine, expected_tokens, fake_span_info
 from protocol.identity import BlockRange, ModelId
 from protocol.measurements import QualityBound
 from protocol.observations import SignedObservation, verify_observation
@@ -101,21 +101,27 @@ async def test_lost_stage_of_a_gguf_package_is_replaced(virtual_clock: MockClock
         assert results[0].method.switches["engine"] == "llamacpp"
 
 
-async def test_route_of_a_gguf_package_takes_spans_whole(virtual_clock: MockClock) -> None:
+async def test_route_of_a_gguf_package_leaves_a_span_where_the_next_begins(virtual_clock: MockClock) -> None:
     async with open_swarm() as swarm:
-        for model in (FAKE_GGUF_MODEL, FAKE_MODEL):
-            for span in ((0, 6), (4, 9)):
-                await swarm.join(span, model=model)
+        for span in ((0, 6), (4, 9)):
+            await swarm.join(span, model=FAKE_GGUF_MODEL)
         peer = await swarm.join()
-        await swarm.settle()
-        assert (await peer.run(request(PROMPTS[0]))).token_ids == right(PROMPTS[0], 12)
-        with pytest.raises(JobError, match="spans of fake-gguf that do not fit together"):
-            await peer.run(gguf_request(PROMPTS[0]))
-        await swarm.join((6, 9), model=FAKE_GGUF_MODEL)
         await swarm.settle()
         result = await peer.run(gguf_request(PROMPTS[0]))
         assert result.token_ids == expected_tokens(GGUF, PROMPTS[0], 12)
-        assert [stage.blocks for stage in result.route] == [BlockRange(0, 6), BlockRange(6, 9)]
+        assert [stage.blocks for stage in result.route] == [BlockRange(0, 4), BlockRange(4, 9)]
+
+
+async def test_method_that_runs_whole_spans_has_no_route_through_overlapping_ones(virtual_clock: MockClock) -> None:
+    method = next(each for each in portfolio("safetensors") if each.engine == "onnxruntime")
+    async with open_swarm() as swarm:
+        for span in ((0, 6), (4, 9)):
+            await swarm.join(span)
+        peer = await swarm.join()
+        await swarm.settle()
+        assert (await peer.run(request(PROMPTS[0]))).token_ids == right(PROMPTS[0], 12)
+        with pytest.raises(JobError, match="spans of fake that do not meet"):
+            await peer.run(request(PROMPTS[0], chosen=method))
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,8 @@ from node.engine.llamacpp.granularity import find_granularity
 from node.engine.llamacpp.shard import LLAMACPP
 from node.engine.shard import Array
 from node.models.gguf_file import read_gguf
-from tests.unit.engine.driving import InProcess, decode
+from protocol.identity import BlockRange
+from tests.unit.engine.driving import AnyEngine, InProcess, Part, decode
 from tests.unit.engine.llamacpp.architectures import ARCHITECTURES, VOCABULARY, write_model
 from tests.unit.engine.llamacpp.packages import write_package
 
@@ -33,6 +34,19 @@ async def test_admissible_cuts_change_nothing(name: str, tmp_path: Path) -> None
             rows = shard.run_alone(LLAMACPP, rows, draws=len(PROMPT))
         assert np.abs(rows - wanted).max() == 0.0
         assert await decode([InProcess(shard) for shard in shards], PROMPT, 12, chunk=13, variant=LLAMACPP) == tokens
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+async def test_overlapping_spans_are_left_where_the_next_begins(name: str, tmp_path: Path) -> None:
+    architecture = ARCHITECTURES[name]
+    files = write_package(write_model(architecture, tmp_path / "model.gguf"), tmp_path / "package")
+    tokens = files.alone().decode(PROMPT, 12)
+    [whole] = map(InProcess, files.shards([]))
+    for cut in range(architecture.granularity, architecture.blocks, architecture.granularity):
+        rest = InProcess(files.shards([cut])[1])
+        for first in (whole, *(InProcess(files.shards([end])[0]) for end in range(cut + 1, architecture.blocks))):
+            route: list[AnyEngine] = [Part(first, BlockRange(0, cut)), rest]
+            assert await decode(route, PROMPT, 12, chunk=13, variant=LLAMACPP) == tokens
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)

@@ -139,10 +139,10 @@ def test_states_that_are_not_finite_are_the_senders_fault(files: GgufFiles) -> N
         engine.step_now([replace(driven(1, [1]), tensor=Tensor(DType.FLOAT32, states.shape, states.tobytes()))])
 
 
-def test_a_part_of_a_span_is_refused(files: GgufFiles) -> None:
+def test_a_part_that_begins_within_the_span_is_refused(files: GgufFiles) -> None:
     engine = InProcess(LlamaShard(files.source(WHOLE), WHOLE, EngineOptions(threads=1, kv_positions=256)))
-    with pytest.raises(VariantNotReady, match="runs the whole span or nothing"):
-        engine.open_now(session(1), 32, SessionOptions(variant=LLAMACPP, blocks=BlockRange(0, 2)))
+    with pytest.raises(VariantNotReady, match="does not run blocks 1-2 of its span alone"):
+        engine.open_now(session(1), 32, SessionOptions(variant=LLAMACPP, blocks=BlockRange(1, 2)))
 
 
 def test_library_of_another_layout_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
