@@ -79,7 +79,8 @@ async def test_exact_methods_of_gguf_equal_llama_cpp_alone_and_in_batches_of_eig
     await check_methods(await start_swarm(*THIRDS, flags=("--draft", MODEL)), expected, methods, MODEL)
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.soak  # the measurement runs at the lowest priority: minutes on a busy machine
+@pytest.mark.timeout(900)
 async def test_keys_and_values_in_q8_0_serve_near_jobs_once_measured_and_never_exact_ones(
     start_swarm: StartSwarm,
 ) -> None:
@@ -95,7 +96,7 @@ async def test_keys_and_values_in_q8_0_serve_near_jobs_once_measured_and_never_e
         answer = await daemon.complete(**body, metaswarm={"method": name, "quality": "near"})
         return answer.get("error", {}).get("code") not in {"quality_being_measured", "blocks_not_served", "peers_full"}
 
-    await until(is_served, timeout_s=250)
+    await until(is_served, timeout_s=800)
     assert answer["metaswarm"]["method"]["name"] == name
     [model] = [each for each in (await daemon.get("/swarm/models"))["models"] if each["quality"]]
     figures = model["quality"]["llamacpp/native/q8_0/fp32"]
