@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from gguf import GGMLQuantizationType
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -17,7 +18,7 @@ POSITIONS = 2048
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> SpanModel:
     path = tmp_path_factory.mktemp("llama") / "tiny.gguf"
-    write_model(ARCHITECTURES["llama3"], path)
+    write_model(ARCHITECTURES["llama3"], path, GGMLQuantizationType.Q8_0)
     return SpanModel(load_library(), path)
 
 
