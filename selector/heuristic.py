@@ -48,6 +48,7 @@ _SPEEDS: Final = {
     ("onnxruntime", "int8"): _Speed(2.3, (10.6, 38.8, 100.0)),
     ("onnxruntime", "int4"): _Speed(2.3, (7.5, 38.8, 100.0)),
     ("llamacpp", "native"): _Speed(2.9, (8.2, 26.0, 94.0)),
+    ("onnxruntime", "native"): _Speed(2.3, (9.0, 38.8, 100.0)),
 }
 _ACTIVATIONS: Final = {"fp32": 1.0, "bf16": 0.5, "int8": 0.27}
 

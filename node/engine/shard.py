@@ -121,7 +121,7 @@ class Shard(ABC, Generic[KvT]):
         """
 
     @abstractmethod
-    def _reserve(self, reservation: KvReservation) -> KvT:
+    def _reserve(self, variant: Variant, reservation: KvReservation) -> KvT:
         """Take over the pages of a new session. Raises EngineError where its cached ones are gone."""
 
     @abstractmethod
@@ -154,7 +154,7 @@ class Shard(ABC, Generic[KvT]):
         if info is not self.info and options.variant.engine not in DIVISIBLE_ENGINES:
             raise VariantNotReady(f"the variant {options.variant} runs the whole span or nothing")
         try:
-            kv = self._reserve(reservation)
+            kv = self._reserve(options.variant, reservation)
         except EngineError:
             return
         history = history_for(options.sampling)

@@ -16,11 +16,11 @@ from node.engine.interface import PAGE_POSITIONS, REFERENCE, EngineError, Engine
 from node.engine.kv_allocator import KvReservation
 from node.engine.kv_cache import KvCache, SlotMapping
 from node.engine.loading import NARROW_DTYPES, LoadedSpan, config_from, load_span
-from node.engine.mapped_files import trim_heap
 from node.engine.memory_plan import PLANNED_POSITIONS
 from node.engine.reference import Reference
 from node.engine.shard import FREE_MEMORY_SHARE, SessionRows, Shard
 from node.util.disk_cache import FolderCache
+from node.util.heap import trim_heap
 from node.util.text import one_line
 from protocol.identity import BlockRange
 from protocol.limits import MAX_POSITIONS
@@ -166,7 +166,7 @@ class TorchShard(Shard[SlotMapping]):
         slots = SlotMapping(range(-(-len(rows) // PAGE_POSITIONS)))
         return self._compute(variant, self.info.blocks, [SessionRows(rows, slots, 0, draws)])[0]
 
-    def _reserve(self, reservation: KvReservation) -> SlotMapping:
+    def _reserve(self, _variant: Variant, reservation: KvReservation) -> SlotMapping:
         self._kv.copy(reservation.copied, reservation.pages[: len(reservation.copied)])
         return SlotMapping(reservation.pages)
 

@@ -33,9 +33,7 @@ class Sequences:
 
     def begin(self, reservation: KvReservation) -> int:
         """Return a sequence that holds the copied pages. Raises EngineError where one of them is gone."""
-        stale = [page for page in reservation.pages if page in self._stretches]
-        for page in (*reservation.dropped, *stale):
-            self._forget(page)
+        self.give_up(reservation)
         sequence = self._take()
         try:
             runs = self._runs(reservation.copied)
@@ -47,6 +45,12 @@ class Sequences:
         self._pages[sequence] = set(reservation.pages)
         self._stretches |= {page: _Stretch(sequence, number) for number, page in enumerate(reservation.pages)}
         return sequence
+
+    def give_up(self, reservation: KvReservation) -> None:
+        """Drop what was kept of the pages that a session takes, whatever computes it, and of those given up since."""
+        stale = [page for page in reservation.pages if page in self._stretches]
+        for page in (*reservation.dropped, *stale):
+            self._forget(page)
 
     def close(self, sequence: int) -> None:
         """Keep the sequence of a closed session until the allocator gives its pages up."""

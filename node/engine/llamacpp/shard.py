@@ -1,35 +1,60 @@
-"""The engine of one span of a GGUF package and its sessions, in this process and thread."""
+"""The engine of one span of a GGUF package and its sessions, in this process and thread.
+
+llama.cpp computes it, and is the reference. Besides, onnxruntime can compute spans of the Llama family with the same
+quantised weights, for jobs that accept its rounding of activations; neither torch nor transformers is imported for it.
+"""
 
 import time
 from collections.abc import Sequence
-from typing import Final
+from dataclasses import dataclass
+from typing import Final, cast
 
 import psutil
 
+from node.engine.graphs.gguf_span import GraphModel, graph_model, write_graphs
+from node.engine.graphs.runner import GraphRows, GraphSpan, PageSlots
 from node.engine.interface import PAGE_POSITIONS, EngineError, EngineOptions, ShardSource, SpanInfo, Variant
 from node.engine.kv_allocator import KvReservation
 from node.engine.llamacpp.context import FIRST_POSITIONS, ContextOptions, Floats, PassFailed, SequenceRows, SpanContext
 from node.engine.llamacpp.embedding import Embedding
-from node.engine.llamacpp.library import load_library
+from node.engine.llamacpp.library import Library, load_library
 from node.engine.llamacpp.sequences import Sequences
-from node.engine.llamacpp.span_file import EMBEDDING, assembled_span, kv_bytes_per_position, tensors_of, weight_bytes
-from node.engine.memory_plan import GGUF_COSTS, ModelSizes, mebibytes, memory_plan
+from node.engine.llamacpp.span_file import (
+    EMBEDDING,
+    SpanTensors,
+    assembled_span,
+    kv_bytes_per_position,
+    tensors_of,
+    weight_bytes,
+)
+from node.engine.memory_plan import GGUF_COSTS, PLANNED_POSITIONS, ModelSizes, mebibytes, memory_plan
 from node.engine.shard import FREE_MEMORY_SHARE, Array, SessionRows, Shard
 from node.models.manifest import constant_positions
+from node.util.disk_cache import FolderCache
+from node.util.heap import trim_heap
 from node.util.processor import physical_cores
 from protocol.identity import BlockRange
 from protocol.limits import MAX_POSITIONS
 from selector.cuts import Cuts
 
 LLAMACPP: Final = Variant("llamacpp", "native")
-"""The one variant of a GGUF package, and so its reference: llama.cpp, with the weights as they were published."""
+"""The reference of a GGUF package: llama.cpp, with the weights as they were published."""
+
+GRAPHS: Final = Variant("onnxruntime", "native")
+"""The same weights in onnxruntime, built when a job names it."""
 
 _SEQUENCES: Final = 256  # LLAMA_MAX_SEQ
 """Of open sessions, and of closed ones with cached pages."""
 
+_GRAPHS_SHARE: Final = 0.5
+"""Of the memory beside llama.cpp's weights: graphs have room where they take no more of it."""
 
-class LlamaShard(Shard[int]):
-    """A span of a GGUF package; where a session holds its keys and values is a sequence of llama.cpp's."""
+Kv = int | PageSlots
+"""Where a session holds its keys and values: a sequence of llama.cpp's, or pages of the graphs' memory."""
+
+
+class LlamaShard(Shard[Kv]):
+    """A span of a GGUF package."""
 
     def __init__(self, source: ShardSource, blocks: BlockRange, options: EngineOptions) -> None:
         super().__init__()
@@ -39,7 +64,11 @@ class LlamaShard(Shard[int]):
         weights = weight_bytes(tensors, blocks)
         position_bytes = kv_bytes_per_position(tensors, blocks)
         plan = memory_plan(ModelSizes.of_source(source, Cuts(tensors.block_count)), blocks, GGUF_COSTS)
-        kv_positions = _kv_positions(options, blocks, weights + plan.reserve_bytes, position_bytes, tensors.hidden_size)
+        self._options = options
+        self._graphs = _Graphs.of(library, tensors, blocks)
+        kv_positions = _kv_positions(
+            options, blocks, weights + plan.reserve_bytes, position_bytes, tensors.hidden_size, self._graphs
+        )
         sequences = min(_SEQUENCES, kv_positions // PAGE_POSITIONS + 1)  # each but that of `run_alone` has a page
         first, last = blocks.start == 0, blocks.end == tensors.block_count
         limits = ContextOptions(
@@ -49,7 +78,7 @@ class LlamaShard(Shard[int]):
             block_count=len(blocks),
             positions=kv_positions,
             sequences=sequences,
-            threads=options.threads or physical_cores(),
+            threads=self._threads,
         )
         with assembled_span(options.cache_dir, source, tensors, blocks) as path:
             self._context = SpanContext(library, path, limits)
@@ -68,24 +97,37 @@ class LlamaShard(Shard[int]):
             max_sequences=sequences - 1,
         )
 
+    @property
+    def _threads(self) -> int:
+        return self._options.threads or physical_cores()
+
     def variants(self) -> frozenset[Variant]:
-        """Return the variants that are ready: the only one."""
-        return frozenset({LLAMACPP})
+        """Return the variants that are ready."""
+        return frozenset({LLAMACPP} if self._graphs.span is None else {LLAMACPP, GRAPHS})
 
     def prepare(self, variant: Variant) -> None:
-        """Raise EngineError for any variant but the one that is there."""
-        if variant != LLAMACPP:
-            raise EngineError(f"{variant} is not for GGUF packages, which llama.cpp computes as they were published")
+        """Build a variant; may run beside `step`. Raises EngineError where it is unavailable."""
+        if variant == GRAPHS:
+            self._graphs.build(self.info, self._options)
+        elif variant != LLAMACPP:
+            raise EngineError(f"{variant} is not for GGUF packages, whose weights serve as they were published")
 
     def unload_reference(self) -> None:
         """Nothing to do: the reference is what serves."""
 
     def start_threads(self, variant: Variant) -> None:
-        """Nothing to do: llama.cpp starts its threads with the first pass."""
+        """Start the threads of graphs; llama.cpp starts its own with the first pass."""
+        if variant == GRAPHS and self._graphs.refusal is None:
+            from node.engine.graphs.sessions import start_graph_threads
+
+            start_graph_threads(self._threads)
 
     def run_alone(self, variant: Variant, rows: Array, *, draws: int) -> Floats:
         """Return hidden states or logits as Shard describes it; not while sessions take up the KV memory."""
         self.prepare(variant)
+        if variant == GRAPHS:
+            pages = PageSlots(range(-(-len(rows) // PAGE_POSITIONS)))
+            return self._compute(variant, self.info.blocks, [SessionRows(rows, pages, 0, draws)])[0]
         sequence = self._sequences.take()
         try:
             return self._context.run([SequenceRows(sequence, 0, rows, draws)])[0]
@@ -94,31 +136,99 @@ class LlamaShard(Shard[int]):
         finally:
             self._sequences.free(sequence)
 
-    def _reserve(self, reservation: KvReservation) -> int:
-        return self._sequences.begin(reservation)
+    def _reserve(self, variant: Variant, reservation: KvReservation) -> Kv:
+        if variant == LLAMACPP:
+            return self._sequences.begin(reservation)
+        self._sequences.give_up(reservation)
+        assert self._graphs.span is not None
+        self._graphs.span.copy(reservation.copied, reservation.pages[: len(reservation.copied)])
+        return PageSlots(reservation.pages)
 
-    def _release(self, kv: int) -> None:
-        self._sequences.close(kv)
+    def _release(self, kv: Kv) -> None:
+        if isinstance(kv, int):  # the allocator gives pages to others, who write over them
+            self._sequences.close(kv)
 
-    def _compute(self, variant: Variant, blocks: BlockRange, parts: Sequence[SessionRows[int]]) -> Sequence[Floats]:
-        return self._context.run([SequenceRows(part.kv, part.position, part.rows, part.draws) for part in parts])
+    def _compute(self, variant: Variant, blocks: BlockRange, parts: Sequence[SessionRows[Kv]]) -> Sequence[Floats]:
+        if variant == GRAPHS:
+            assert self._graphs.span is not None
+            given = [GraphRows(p.rows, cast("PageSlots", p.kv), p.position, p.draws) for p in parts]
+            return self._graphs.span.run(given)
+        return self._context.run([SequenceRows(cast("int", p.kv), p.position, p.rows, p.draws) for p in parts])
 
 
-def _kv_positions(options: EngineOptions, blocks: BlockRange, taken: int, position_bytes: int, hidden_size: int) -> int:
+@dataclass
+class _Graphs:
+    """The graphs of a span: refused, possible, or built."""
+
+    library: Library
+    tensors: SpanTensors
+    model: GraphModel | None
+    refusal: str | None
+    span: GraphSpan | None = None
+
+    @classmethod
+    def of(cls, library: Library, tensors: SpanTensors, blocks: BlockRange) -> "_Graphs":
+        try:
+            return cls(library, tensors, graph_model(tensors, blocks), None)
+        except EngineError as error:
+            return cls(library, tensors, None, str(error))
+
+    def build(self, info: SpanInfo, options: EngineOptions) -> None:
+        """Write the graphs, unless the disk cache has them, open and warm them. Raises EngineError."""
+        if self.span is not None:
+            return
+        if self.model is None or self.refusal is not None:
+            raise EngineError(self.refusal or "")
+        from node.engine.graphs.sessions import FORMAT, open_graphs, start_graph_threads
+
+        model, blocks = self.model, info.blocks
+        start_graph_threads(options.threads or physical_cores())
+        try:
+            graphs = open_graphs(
+                f"{info.model}-{blocks.start}-{blocks.end}-native-{FORMAT}",
+                None if options.cache_dir is None else FolderCache(options.cache_dir),
+                lambda folder: write_graphs(model, folder),
+                len(blocks),
+                is_last=info.is_last,
+            )
+        except OSError as error:
+            raise EngineError(f"no graphs for {GRAPHS}: {error}") from error
+        embed = None
+        if info.is_first:
+            embed = Embedding(self.library, self.tensors.common, self.tensors.tensors[EMBEDDING]).rows
+        self.span = GraphSpan(model, graphs, info.kv_positions, embed)
+        trim_heap()
+
+
+def _kv_positions(
+    options: EngineOptions, blocks: BlockRange, taken: int, position_bytes: int, hidden_size: int, graphs: _Graphs
+) -> int:
     """Return how many positions, in whole pages, fit into the memory that weights and reserve leave.
 
-    A third of it is left for the moment when KV memory has doubled, and the former is not yet given back.
+    A third of it is left for the moment when KV memory has doubled, and the former is not yet given back. Graphs have
+    room where that leaves enough for the planned positions; otherwise they are refused.
     """
     memory_bytes = options.memory_bytes
     if memory_bytes is None:
         memory_bytes = taken + int(psutil.virtual_memory().available * FREE_MEMORY_SHARE)
+    free_bytes = memory_bytes - taken
     page_bytes = PAGE_POSITIONS * (position_bytes + (4 * hidden_size if options.plan_rows else 0))
-    pages = (memory_bytes - taken) // page_bytes
+    pages = free_bytes // page_bytes
     if pages < 1:
         raise EngineError(
             f"blocks {blocks} need {mebibytes(taken + page_bytes - memory_bytes)} of memory more than the "
             f"{mebibytes(memory_bytes)} given: weights and reserve take {mebibytes(taken)}"
         )
+    if (model := graphs.model) is not None:
+        joint_bytes = page_bytes + PAGE_POSITIONS * model.kv_bytes_per_position
+        pages_beside = (free_bytes - model.weight_bytes) // joint_bytes
+        if model.weight_bytes <= free_bytes * _GRAPHS_SHARE and pages_beside * PAGE_POSITIONS >= PLANNED_POSITIONS:
+            pages = pages_beside
+        else:
+            graphs.refusal = (
+                f"{GRAPHS} takes {mebibytes(model.weight_bytes + PLANNED_POSITIONS * model.kv_bytes_per_position)} of "
+                f"memory, too much beside llama.cpp of the {mebibytes(memory_bytes)} given"
+            )
     if pages * PAGE_POSITIONS > FIRST_POSITIONS:
         pages = max(FIRST_POSITIONS // PAGE_POSITIONS, pages * 2 // 3)
     if options.kv_positions is not None:

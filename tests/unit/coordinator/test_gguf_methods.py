@@ -124,7 +124,7 @@ async def test_route_of_a_gguf_package_takes_spans_whole(virtual_clock: MockCloc
         (
             "fake-gguf",
             "engine=fused|arithmetic=int8",
-            "a gguf package: use engine=llamacpp.arithmetic=native; or use auto",
+            "a gguf package: use engine=llamacpp.arithmetic=native, engine=onnxruntime.*; or use auto",
         ),
         ("fake-gguf", "activations=int8", "is not exact: use --quality near or any"),
         ("fake", "engine=llamacpp", "a safetensors package: use engine=eager.*; or use auto"),
