@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
@@ -27,6 +27,12 @@ from protocol.limits import MAX_POSITIONS
 
 _VARIANT_SHARE = 0.5
 """Limit of more variants' weights, of the memory beside the published ones; the rest is KV memory."""
+
+_SERVED_FROM_FILES: Final = {
+    Variant("fused", "fp32"): NARROW_DTYPES,
+    Variant("fused", "bf16"): frozenset({torch.bfloat16}),
+}
+"""Variants that compute with matrices as they lie in their files, in these types; others have packed their own."""
 
 
 class TorchShard(Shard[SlotMapping]):
@@ -138,8 +144,7 @@ class TorchShard(Shard[SlotMapping]):
     def unload_reference(self) -> None:
         """Give the reference's memory back until a session wants it, unless nothing else can serve the span."""
         if self._refusal is None:
-            # Matrices in two bytes serve as they lie in the file, whose pages stay then.
-            is_file_used = self._span.dtype in NARROW_DTYPES and any(each.engine == "fused" for each in self._runners)
+            is_file_used = any(self._span.dtype in _SERVED_FROM_FILES.get(each, ()) for each in self._runners)
             self._reference.unload(keep_pages=is_file_used)
             self._taken_bytes.pop(REFERENCE, None)
             trim_heap()

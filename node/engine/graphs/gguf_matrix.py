@@ -1,7 +1,9 @@
 """Matrices of GGUF files as graphs take them: the file's own numbers and scales, in another order.
 
 Nothing is rounded again: the elements are those that llama.cpp widens, to the bit. Types of 4 bits stay so; those of 5
-and 6 take a byte, as the operator knows no others.
+and 6 take a byte, as the operator knows no others. Where a file counts its numbers from 0, they are counted from the
+middle here, so that what the operator rounds has no mean, and the offsets are moved by as much: of Q4_K and Q5_K, whose
+offsets have more digits, in the precision of f32.
 """
 
 import mmap
@@ -31,11 +33,13 @@ def _half(column: Bytes) -> Floats:
 
 def _nibbles(column: Bytes, group: int) -> Bytes:
     """Return the low nibbles of each group of bytes, then its high ones."""
-    return ((column.reshape(len(column), -1, 1, group) >> _HALVES) & 15).reshape(len(column), -1)
+    halves: Bytes = (column.reshape(len(column), -1, 1, group) >> _HALVES) & np.uint8(15)
+    return halves.reshape(len(column), -1)
 
 
 def _fifth_bits(column: Bytes) -> Bytes:
-    return np.unpackbits(column, axis=1, bitorder="little") << 4
+    bits: Bytes = np.unpackbits(column, axis=1, bitorder="little") << np.uint8(4)
+    return bits
 
 
 def _whole(numbers: npt.NDArray[Any], scales: Floats, offsets: Floats | None = None) -> _Split:
@@ -47,7 +51,8 @@ def _q4_0(raw: Bytes) -> _Split:
 
 
 def _q4_1(raw: Bytes) -> _Split:
-    return _whole(_nibbles(raw[:, 4:], 16), _half(raw[:, :2]), _half(raw[:, 2:4]))
+    scales = _half(raw[:, :2])
+    return _whole(_nibbles(raw[:, 4:], 16), scales, _half(raw[:, 2:4]) + 8 * scales)
 
 
 def _q5_0(raw: Bytes) -> _Split:
@@ -57,28 +62,31 @@ def _q5_0(raw: Bytes) -> _Split:
 
 def _q5_1(raw: Bytes) -> _Split:
     numbers = _nibbles(raw[:, 8:], 16) | _fifth_bits(raw[:, 4:8])
-    return _whole(numbers, _half(raw[:, :2]), _half(raw[:, 2:4]))
+    scales = _half(raw[:, :2])
+    return _whole(numbers + np.uint8(_BYTE_CENTRE - 16), scales, _half(raw[:, 2:4]) + 16 * scales)
 
 
 def _q8_0(raw: Bytes) -> _Split:
     return _whole(raw[:, 2:] ^ np.uint8(_BYTE_CENTRE), _half(raw[:, :2]))
 
 
-def _k_scales(raw: Bytes) -> tuple[Floats, Floats]:
+def _k_scales(raw: Bytes, middle: int) -> tuple[Floats, Floats]:
     """Return scales and offsets of the 8 parts of a block, whose multiples of 6 bits lie in 12 bytes."""
     low, high, mixed = (raw[:, start : start + 4] for start in (4, 8, 12))
     scales = np.concatenate([low & 63, (mixed & 15) | (low >> 2 & 48)], axis=1)
     offsets = np.concatenate([high & 63, (mixed >> 4) | (high >> 2 & 48)], axis=1)
-    return _half(raw[:, :2]) * scales.astype(np.float32), -(_half(raw[:, 2:4]) * offsets.astype(np.float32))
+    widened = _half(raw[:, :2]) * scales.astype(np.float32)
+    return widened, middle * widened - _half(raw[:, 2:4]) * offsets.astype(np.float32)
 
 
 def _q4_k(raw: Bytes) -> _Split:
-    return _nibbles(raw[:, 16:], 32).reshape(len(raw), 8, 32), *_k_scales(raw)
+    return _nibbles(raw[:, 16:], 32).reshape(len(raw), 8, 32), *_k_scales(raw, 8)
 
 
 def _q5_k(raw: Bytes) -> _Split:
     high = (raw[:, 16:48, None] >> np.arange(8, dtype=np.uint8) & 1).transpose(0, 2, 1) << 4
-    return _nibbles(raw[:, 48:], 32).reshape(len(raw), 8, 32) | high, *_k_scales(raw)
+    numbers = (_nibbles(raw[:, 48:], 32).reshape(len(raw), 8, 32) | high) + np.uint8(_BYTE_CENTRE - 16)
+    return numbers, *_k_scales(raw, 16)
 
 
 def _q6_k(raw: Bytes) -> _Split:
@@ -91,12 +99,12 @@ def _q6_k(raw: Bytes) -> _Split:
 
 _SPLITS: Final[Mapping[GGMLQuantizationType, tuple[Quantisation, Callable[[Bytes], _Split]]]] = {
     _Type.Q4_0: (Quantisation(4, 32), _q4_0),
-    _Type.Q4_1: (Quantisation(4, 32, centred=False), _q4_1),
+    _Type.Q4_1: (Quantisation(4, 32, has_offsets=True), _q4_1),
     _Type.Q5_0: (Quantisation(8, 32), _q5_0),
-    _Type.Q5_1: (Quantisation(8, 32, centred=False), _q5_1),
+    _Type.Q5_1: (Quantisation(8, 32, has_offsets=True), _q5_1),
     _Type.Q8_0: (Quantisation(8, 32), _q8_0),
-    _Type.Q4_K: (Quantisation(4, 32, centred=False), _q4_k),
-    _Type.Q5_K: (Quantisation(8, 32, centred=False), _q5_k),
+    _Type.Q4_K: (Quantisation(4, 32, has_offsets=True), _q4_k),
+    _Type.Q5_K: (Quantisation(8, 32, has_offsets=True), _q5_k),
     _Type.Q6_K: (Quantisation(8, 16), _q6_k),
 }
 _PLAIN: Final = frozenset({_Type.F32, _Type.F16, _Type.BF16})

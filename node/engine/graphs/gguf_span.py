@@ -85,8 +85,8 @@ class GraphModel:
 
     @property
     def kv_bytes_per_position(self) -> int:
-        """Return what keys and values of a position take, in f32."""
-        return 4 * 2 * self.kv_heads * self.head_size * len(self.blocks)
+        """Return what keys and values of a position take, in bf16."""
+        return 2 * 2 * self.kv_heads * self.head_size * len(self.blocks)
 
     @property
     def norm(self) -> Floats:

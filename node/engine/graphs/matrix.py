@@ -1,7 +1,7 @@
 """Matrices as graphs take them: plain, or in blocks of a few bits with a scale each."""
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -14,13 +14,13 @@ Bytes = npt.NDArray[np.uint8]
 class Quantisation:
     """How the elements of a matrix are rounded: `block_inputs` of an output share a scale.
 
-    `centred`: an element is the scale times its distance from the middle number, 8 or 128. Otherwise it is the scale
-    times the number, plus the block's offset.
+    An element is the scale times the distance of its number from the middle one, 8 or 128; plus, if `has_offsets`, an
+    offset that the block shares, too.
     """
 
     bits: int
     block_inputs: int
-    centred: bool = True
+    has_offsets: bool = False
 
     def blocks_of(self, inputs: int) -> int:
         """Return the number of blocks of an output."""
@@ -28,13 +28,13 @@ class Quantisation:
 
     def element_bytes(self) -> float:
         """Return the bytes of an element, with its share of the scale and offset."""
-        return self.bits / 8 + (4 if self.centred else 8) / self.block_inputs
+        return self.bits / 8 + (8 if self.has_offsets else 4) / self.block_inputs
 
 
 class QuantisedRows(NamedTuple):
     """Some outputs of a matrix: numbers u8 (outputs, blocks, block_inputs), one in each byte; scales (outputs, blocks).
 
-    `offsets`: (outputs, blocks), unless the numbers are centred.
+    `offsets`: (outputs, blocks), if there are any.
     """
 
     numbers: Bytes
@@ -43,13 +43,10 @@ class QuantisedRows(NamedTuple):
 
     def widened(self, quantisation: Quantisation) -> Floats:
         """Return the elements, (outputs, blocks * block_inputs)."""
-        numbers = self.numbers.astype(np.float32)
-        if self.offsets is None:
-            numbers -= 1 << (quantisation.bits - 1)
-        elements = numbers * self.scales[..., None]
+        elements = (self.numbers.astype(np.float64) - (1 << (quantisation.bits - 1))) * self.scales[..., None]
         if self.offsets is not None:
             elements += self.offsets[..., None]
-        return elements.reshape(len(elements), -1)
+        return elements.astype(np.float32).reshape(len(elements), -1)
 
 
 class Matrix(Protocol):
@@ -94,6 +91,7 @@ class GraphBlock:
     down: Matrix
 
 
-def packed_nibbles(numbers: npt.NDArray[Any]) -> npt.NDArray[Any]:
+def packed_nibbles(numbers: Bytes) -> Bytes:
     """Return numbers of 4 bits (…, even count) two in a byte, the first one low."""
-    return numbers[..., 0::2] | numbers[..., 1::2] << 4
+    packed: Bytes = numbers[..., 0::2] | numbers[..., 1::2] << np.uint8(4)
+    return packed

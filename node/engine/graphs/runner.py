@@ -1,7 +1,8 @@
 """Runs the graphs of a span with numpy between them, without torch: continuous batching over paged KV memory.
 
 Rows of many sessions are concatenated into one matrix, so that each weight is read once in a step for all of them. Only
-attention treats the sessions one by one, in place in their pages where these are contiguous.
+attention treats the sessions one by one. Keys and values are kept in bf16, which loses less than the graphs' rounding
+of activations, and is widened by a shift.
 """
 
 import math
@@ -80,8 +81,8 @@ class GraphSpan:
 
     def _make_memory(self, positions: int) -> None:
         shape = (len(self._model.blocks), 2, positions, self._groups, self._model.head_size)
-        self._memory = np.empty(shape, np.float32)
-        """By block, keys and values of every slot."""
+        self._memory = np.empty(shape, np.uint16)
+        """By block, keys and values of every slot, the bits of bf16."""
 
     def copy(self, sources: Sequence[int], pages: Sequence[int]) -> None:
         """Copy whole pages."""
@@ -130,14 +131,15 @@ class GraphSpan:
         heads, groups, size = self._model.heads, self._groups, self._model.head_size
         split = rotated.reshape(-1, heads + groups, size)
         keys_memory, values_memory = self._memory[block]
-        keys_memory[slots] = split[:, heads:]
-        values_memory[slots] = values.reshape(-1, groups, size)
+        keys_memory[slots] = _narrowed(split[:, heads:])
+        values_memory[slots] = _narrowed(values).reshape(-1, groups, size)
         queries = split[:, :heads] * np.float32(self._scale)
         attended = np.empty_like(queries)
         start = 0
         for part in slices:
             index = part.slots.of(part.end)
-            keys, kept = keys_memory[index].transpose(1, 2, 0), values_memory[index].transpose(1, 0, 2)
+            keys, kept = _widened(keys_memory[index]), _widened(values_memory[index])
+            keys, kept = keys.transpose(1, 2, 0), kept.transpose(1, 0, 2)
             count = max(1, _SCORES // (heads * part.end))
             for first in range(0, len(part.rows), count):
                 last = min(len(part.rows), first + count)
@@ -146,6 +148,16 @@ class GraphSpan:
                 attended[start + first : start + last] = _attention(rows, keys[..., :seen], kept[:, :seen])
             start += len(part.rows)
         return attended.reshape(len(attended), heads * size)
+
+
+def _narrowed(values: Floats) -> npt.NDArray[np.uint16]:
+    """Return the bits of the nearest bf16, of two the even one."""
+    bits = np.ascontiguousarray(values).view(np.uint32)
+    return ((bits + np.uint32(0x7FFF) + (bits >> 16 & np.uint32(1))) >> 16).astype(np.uint16)
+
+
+def _widened(bits: npt.NDArray[np.uint16]) -> Floats:
+    return np.left_shift(bits, 16, dtype=np.uint32).view(np.float32)
 
 
 def _attention(queries: Floats, keys: Floats, values: Floats) -> Floats:

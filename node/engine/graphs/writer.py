@@ -5,8 +5,8 @@ session's keys contiguous and all sessions at the same stride, and would copy th
 step. The rest, all the matrices, is what onnxruntime is good at.
 
 Quantised matrices are multiplied in int8: the operator (MatMulNBits, accuracy level 4) rounds the rows, too, in blocks
-with scales of their own, which costs next to no quality, unlike one scale for a whole row. What is added to the scaled
-numbers of a block (`Quantisation.centred`) is a product of its own: of the sums of the rows' blocks and the offsets.
+with scales of their own, which costs next to no quality, unlike one scale for a whole row. Offsets of blocks are a
+product of their own, of the sums of the rows' blocks and the offsets, in which nothing is rounded.
 
 Graphs are written block by block, each matrix piece by piece, so that writing takes little memory.
 """
@@ -198,11 +198,10 @@ class _Graph:
                         offsets.append(piece.offsets)
         names = [rows, f"{to}.elements", self.constant(f"{to}.scales", np.concatenate(scales))]
         sizes = {"N": outputs, "K": inputs, "bits": how.bits, "block_size": how.block_inputs, "accuracy_level": 4}
-        if how.centred:
+        if not how.has_offsets:
             self.add("MatMulNBits", names, [product], domain=_CONTRIBUTED, **sizes)
             return
-        zeros = self.constant(f"{to}.zeros", np.zeros((outputs, -(-blocks * how.bits // 8)), np.uint8))
-        self.add("MatMulNBits", [*names, zeros], [f"{to}.scaled"], domain=_CONTRIBUTED, **sizes)
+        self.add("MatMulNBits", names, [f"{to}.scaled"], domain=_CONTRIBUTED, **sizes)
         by_block = self.constant(f"{to}.offsets", np.concatenate(offsets).T)
         added = self.add("MatMul", [self._block_sums(rows, blocks, how.block_inputs), by_block], [f"{to}.added"])
         self.add("Add", [f"{to}.scaled", added], [product])

@@ -6,32 +6,22 @@ quantised weights, for jobs that accept its rounding of activations; neither tor
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Final, cast
 
 import psutil
 
-from node.engine.graphs.gguf_span import GraphModel, graph_model, write_graphs
-from node.engine.graphs.runner import GraphRows, GraphSpan, PageSlots
+from node.engine.graphs.runner import GraphRows, PageSlots
 from node.engine.interface import PAGE_POSITIONS, EngineError, EngineOptions, ShardSource, SpanInfo, Variant
 from node.engine.kv_allocator import KvReservation
 from node.engine.llamacpp.context import FIRST_POSITIONS, ContextOptions, Floats, PassFailed, SequenceRows, SpanContext
 from node.engine.llamacpp.embedding import Embedding
-from node.engine.llamacpp.library import Library, load_library
+from node.engine.llamacpp.graph_variant import GRAPHS, GraphVariant
+from node.engine.llamacpp.library import load_library
 from node.engine.llamacpp.sequences import Sequences
-from node.engine.llamacpp.span_file import (
-    EMBEDDING,
-    SpanTensors,
-    assembled_span,
-    kv_bytes_per_position,
-    tensors_of,
-    weight_bytes,
-)
-from node.engine.memory_plan import GGUF_COSTS, PLANNED_POSITIONS, ModelSizes, mebibytes, memory_plan
+from node.engine.llamacpp.span_file import EMBEDDING, assembled_span, kv_bytes_per_position, tensors_of, weight_bytes
+from node.engine.memory_plan import GGUF_COSTS, ModelSizes, mebibytes, memory_plan
 from node.engine.shard import FREE_MEMORY_SHARE, Array, SessionRows, Shard
 from node.models.manifest import constant_positions
-from node.util.disk_cache import FolderCache
-from node.util.heap import trim_heap
 from node.util.processor import physical_cores
 from protocol.identity import BlockRange
 from protocol.limits import MAX_POSITIONS
@@ -40,14 +30,8 @@ from selector.cuts import Cuts
 LLAMACPP: Final = Variant("llamacpp", "native")
 """The reference of a GGUF package: llama.cpp, with the weights as they were published."""
 
-GRAPHS: Final = Variant("onnxruntime", "native")
-"""The same weights in onnxruntime, built when a job names it."""
-
 _SEQUENCES: Final = 256  # LLAMA_MAX_SEQ
 """Of open sessions, and of closed ones with cached pages."""
-
-_GRAPHS_SHARE: Final = 0.5
-"""Of the memory beside llama.cpp's weights: graphs have room where they take no more of it."""
 
 Kv = int | PageSlots
 """Where a session holds its keys and values: a sequence of llama.cpp's, or pages of the graphs' memory."""
@@ -65,7 +49,7 @@ class LlamaShard(Shard[Kv]):
         position_bytes = kv_bytes_per_position(tensors, blocks)
         plan = memory_plan(ModelSizes.of_source(source, Cuts(tensors.block_count)), blocks, GGUF_COSTS)
         self._options = options
-        self._graphs = _Graphs.of(library, tensors, blocks)
+        self._graphs = GraphVariant(library, tensors, blocks)
         kv_positions = _kv_positions(
             options, blocks, weights + plan.reserve_bytes, position_bytes, tensors.hidden_size, self._graphs
         )
@@ -78,7 +62,7 @@ class LlamaShard(Shard[Kv]):
             block_count=len(blocks),
             positions=kv_positions,
             sequences=sequences,
-            threads=self._threads,
+            threads=options.threads or physical_cores(),
         )
         with assembled_span(options.cache_dir, source, tensors, blocks) as path:
             self._context = SpanContext(library, path, limits)
@@ -97,13 +81,9 @@ class LlamaShard(Shard[Kv]):
             max_sequences=sequences - 1,
         )
 
-    @property
-    def _threads(self) -> int:
-        return self._options.threads or physical_cores()
-
     def variants(self) -> frozenset[Variant]:
         """Return the variants that are ready."""
-        return frozenset({LLAMACPP} if self._graphs.span is None else {LLAMACPP, GRAPHS})
+        return frozenset({LLAMACPP, GRAPHS} if self._graphs.is_built else {LLAMACPP})
 
     def prepare(self, variant: Variant) -> None:
         """Build a variant; may run beside `step`. Raises EngineError where it is unavailable."""
@@ -117,10 +97,8 @@ class LlamaShard(Shard[Kv]):
 
     def start_threads(self, variant: Variant) -> None:
         """Start the threads of graphs; llama.cpp starts its own with the first pass."""
-        if variant == GRAPHS and self._graphs.refusal is None:
-            from node.engine.graphs.sessions import start_graph_threads
-
-            start_graph_threads(self._threads)
+        if variant == GRAPHS:
+            self._graphs.start_threads(self._options)
 
     def run_alone(self, variant: Variant, rows: Array, *, draws: int) -> Floats:
         """Return hidden states or logits as Shard describes it; not while sessions take up the KV memory."""
@@ -140,7 +118,6 @@ class LlamaShard(Shard[Kv]):
         if variant == LLAMACPP:
             return self._sequences.begin(reservation)
         self._sequences.give_up(reservation)
-        assert self._graphs.span is not None
         self._graphs.span.copy(reservation.copied, reservation.pages[: len(reservation.copied)])
         return PageSlots(reservation.pages)
 
@@ -150,63 +127,17 @@ class LlamaShard(Shard[Kv]):
 
     def _compute(self, variant: Variant, blocks: BlockRange, parts: Sequence[SessionRows[Kv]]) -> Sequence[Floats]:
         if variant == GRAPHS:
-            assert self._graphs.span is not None
             given = [GraphRows(p.rows, cast("PageSlots", p.kv), p.position, p.draws) for p in parts]
             return self._graphs.span.run(given)
         return self._context.run([SequenceRows(cast("int", p.kv), p.position, p.rows, p.draws) for p in parts])
 
 
-@dataclass
-class _Graphs:
-    """The graphs of a span: refused, possible, or built."""
-
-    library: Library
-    tensors: SpanTensors
-    model: GraphModel | None
-    refusal: str | None
-    span: GraphSpan | None = None
-
-    @classmethod
-    def of(cls, library: Library, tensors: SpanTensors, blocks: BlockRange) -> "_Graphs":
-        try:
-            return cls(library, tensors, graph_model(tensors, blocks), None)
-        except EngineError as error:
-            return cls(library, tensors, None, str(error))
-
-    def build(self, info: SpanInfo, options: EngineOptions) -> None:
-        """Write the graphs, unless the disk cache has them, open and warm them. Raises EngineError."""
-        if self.span is not None:
-            return
-        if self.model is None or self.refusal is not None:
-            raise EngineError(self.refusal or "")
-        from node.engine.graphs.sessions import FORMAT, open_graphs, start_graph_threads
-
-        model, blocks = self.model, info.blocks
-        start_graph_threads(options.threads or physical_cores())
-        try:
-            graphs = open_graphs(
-                f"{info.model}-{blocks.start}-{blocks.end}-native-{FORMAT}",
-                None if options.cache_dir is None else FolderCache(options.cache_dir),
-                lambda folder: write_graphs(model, folder),
-                len(blocks),
-                is_last=info.is_last,
-            )
-        except OSError as error:
-            raise EngineError(f"no graphs for {GRAPHS}: {error}") from error
-        embed = None
-        if info.is_first:
-            embed = Embedding(self.library, self.tensors.common, self.tensors.tensors[EMBEDDING]).rows
-        self.span = GraphSpan(model, graphs, info.kv_positions, embed)
-        trim_heap()
-
-
 def _kv_positions(
-    options: EngineOptions, blocks: BlockRange, taken: int, position_bytes: int, hidden_size: int, graphs: _Graphs
+    options: EngineOptions, blocks: BlockRange, taken: int, position_bytes: int, hidden_size: int, graphs: GraphVariant
 ) -> int:
-    """Return how many positions, in whole pages, fit into the memory that weights and reserve leave.
+    """Return how many positions, in whole pages, fit into the memory that weights, reserve and graphs leave.
 
-    A third of it is left for the moment when KV memory has doubled, and the former is not yet given back. Graphs have
-    room where that leaves enough for the planned positions; otherwise they are refused.
+    A third of it is left for the moment when KV memory has doubled, and the former is not yet given back.
     """
     memory_bytes = options.memory_bytes
     if memory_bytes is None:
@@ -216,19 +147,10 @@ def _kv_positions(
     pages = free_bytes // page_bytes
     if pages < 1:
         raise EngineError(
-            f"blocks {blocks} need {mebibytes(taken + page_bytes - memory_bytes)} of memory more than the "
+            f"blocks {blocks} need {mebibytes(page_bytes - free_bytes)} of memory more than the "
             f"{mebibytes(memory_bytes)} given: weights and reserve take {mebibytes(taken)}"
         )
-    if (model := graphs.model) is not None:
-        joint_bytes = page_bytes + PAGE_POSITIONS * model.kv_bytes_per_position
-        pages_beside = (free_bytes - model.weight_bytes) // joint_bytes
-        if model.weight_bytes <= free_bytes * _GRAPHS_SHARE and pages_beside * PAGE_POSITIONS >= PLANNED_POSITIONS:
-            pages = pages_beside
-        else:
-            graphs.refusal = (
-                f"{GRAPHS} takes {mebibytes(model.weight_bytes + PLANNED_POSITIONS * model.kv_bytes_per_position)} of "
-                f"memory, too much beside llama.cpp of the {mebibytes(memory_bytes)} given"
-            )
+    pages = graphs.pages_beside(free_bytes, page_bytes) or pages
     if pages * PAGE_POSITIONS > FIRST_POSITIONS:
         pages = max(FIRST_POSITIONS // PAGE_POSITIONS, pages * 2 // 3)
     if options.kv_positions is not None:

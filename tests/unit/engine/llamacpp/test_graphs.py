@@ -12,8 +12,9 @@ from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 from node.engine.graphs import gguf_matrix
 from node.engine.graphs.gguf_matrix import GgufMatrix
 from node.engine.interface import EngineError, EngineOptions, KvCompatibilityKey, Prefix, SessionOptions, Variant
+from node.engine.llamacpp.graph_variant import GRAPHS
 from node.engine.llamacpp.library import load_library
-from node.engine.llamacpp.shard import GRAPHS, LLAMACPP, LlamaShard
+from node.engine.llamacpp.shard import LLAMACPP, LlamaShard
 from node.engine.quality import measure_quality
 from node.engine.shard import Array
 from node.models.gguf_file import GgufTensor, read_gguf
@@ -23,6 +24,7 @@ from tests.unit.engine.driving import GREEDY, InProcess, decode, session, start,
 from tests.unit.engine.llamacpp.architectures import ARCHITECTURES, VOCABULARY, write_model
 from tests.unit.engine.llamacpp.packages import GgufFiles, write_package
 from tests.unit.engine.llamacpp.test_parity import TEXT
+from tests.unit.engine.llamacpp.test_worker import mapped, two_spans
 
 Q4_0, Q4_1, Q8_0 = GGMLQuantizationType.Q4_0, GGMLQuantizationType.Q4_1, GGMLQuantizationType.Q8_0
 PROMPT = np.random.default_rng(0).integers(0, VOCABULARY, 30).tolist()
@@ -38,9 +40,11 @@ SCALES = {
 }
 """Where a block's numbers in f16 are."""
 
+OFFSETS_IN_F32 = {GGMLQuantizationType.Q4_K, GGMLQuantizationType.Q5_K}
+
 
 @pytest.mark.parametrize("kind", SCALES)
-def test_elements_are_those_that_llamacpp_widens_to_the_bit(kind: GGMLQuantizationType, tmp_path: Path) -> None:
+def test_elements_are_those_that_llamacpp_widens(kind: GGMLQuantizationType, tmp_path: Path) -> None:
     random = np.random.default_rng(kind)
     outputs, inputs = 12, 512
     block_inputs, block_bytes = GGML_QUANT_SIZES[kind]
@@ -55,7 +59,8 @@ def test_elements_are_those_that_llamacpp_widens_to_the_bit(kind: GGMLQuantizati
     wanted = np.empty((outputs, inputs), np.float32)
     load_library().widening(kind)(raw.ctypes.data, wanted.ctypes.data, wanted.size)
     pieces = [matrix.rows(start, start + 5 if start else 5).widened(matrix.quantisation) for start in (0, 5)]
-    assert (np.concatenate(pieces) == wanted[:10]).all()
+    difference = np.abs(np.concatenate(pieces) - wanted[:10]).max()
+    assert difference <= (np.abs(wanted).max() * 2**-24 if kind in OFFSETS_IN_F32 else 0)
 
 
 def quantised(name: str, folder: Path, kind: GGMLQuantizationType) -> tuple[GgufFiles, GgufFiles]:
@@ -146,6 +151,26 @@ async def test_rolled_back_rows_are_calculated_again(smol: GgufFiles) -> None:
     assert (await step([engine], session(1), 12, TEXT[12:20], 1)).data == first.data
 
 
+async def test_worker_builds_graphs_when_they_are_asked_for_and_without_torch(tmp_path: Path) -> None:
+    files, _ = quantised("qwen3", tmp_path, Q4_0)
+    async with two_spans(files) as engines:
+        assert not [path for path in mapped(engines[0]) if "onnx" in path]
+        for engine in engines:
+            await start(engine, session(1), 60, variant=LLAMACPP)
+        wanted = await step(engines, session(1), 0, PROMPT, 1)
+        for engine in engines:
+            await engine.prepare(GRAPHS)
+            paths = mapped(engine)
+            assert [path for path in paths if "onnxruntime" in path]
+            assert not [path for path in paths if "torch" in path]
+        shards = [InProcess(shard) for shard in files.shards([2])]
+        for shard in shards:
+            await shard.prepare(GRAPHS)
+        tokens = await decode(shards, PROMPT, 6, variant=GRAPHS)
+        assert await decode(engines, PROMPT, 6, of=session(2), variant=GRAPHS) == tokens
+        assert (await step(engines, session(1), 0, PROMPT, 1)).data == wanted.data
+
+
 @pytest.mark.parametrize(
     ("name", "reason"),
     [
@@ -172,13 +197,13 @@ def test_unknown_metadata_refuse_graphs(tmp_path: Path) -> None:
 def test_graphs_have_room_beside_llamacpp_or_are_refused(tmp_path: Path) -> None:
     files, _ = quantised("qwen3", tmp_path, Q4_0)
     positions = []
-    for memory_bytes, has_room in ((16 << 20, True), (4 << 20, False)):
+    for memory_bytes, has_room in ((16 << 20, True), (3 << 20, False)):
         [shard] = files.shards([], EngineOptions(threads=1, memory_bytes=memory_bytes))
         positions.append(shard.info.kv_positions)
         if has_room:
             shard.prepare(GRAPHS)
         else:
-            with pytest.raises(EngineError, match=r"onnxruntime/native takes \d+ MiB of memory, too much beside"):
+            with pytest.raises(EngineError, match=r"onnxruntime/native takes \d+ MiB of memory, too much of the"):
                 shard.prepare(GRAPHS)
     assert positions[0] > positions[1]
 
