@@ -1,7 +1,7 @@
-"""Keeps out of a worker what transformers imports and no forward pass uses: a hundred MiB of 320.
+"""Keeps out of a worker what transformers imports and no forward pass uses: over a hundred MiB of 320.
 
-That is torch's compiler with sympy, its tensors over several machines, and scipy, for losses. It has to be called in a
-process before transformers is imported, and changes nothing where that is too late.
+That is torch's compiler with sympy, its tensors over several machines, scipy, for losses, and accelerate. It has to be
+called in a process before transformers is imported, and changes nothing where that is too late.
 """
 
 import importlib
@@ -13,6 +13,9 @@ from types import ModuleType
 from typing import Any, Final
 
 _COMPILER: Final = "torch._dynamo"
+_UNUSED: Final = ("accelerate", "scipy")
+"""Packages that transformers imports where they are installed."""
+
 _DECORATORS: Final = ("allow_in_graph", "assume_constant_result", "disable")
 """Of functions, which only tell the compiler what to do with them."""
 
@@ -32,7 +35,7 @@ def import_lean() -> None:
     compiler.__spec__, compiler.__path__ = spec, list(spec.submodule_search_locations or ())
     sys.modules[_COMPILER] = compiler
     torch._dynamo = compiler  # noqa: SLF001
-    unused = [name for name in ("scipy",) if name not in sys.modules]
+    unused = [name for name in _UNUSED if name not in sys.modules]
     for name in unused:
         sys.modules[name] = None  # type: ignore[assignment]  # which makes it look as if it were not installed
     try:

@@ -19,12 +19,12 @@ and fp16; all else is f32.
 
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from accelerate.big_modeling import init_empty_weights
 from torch import nn
 from torch.overrides import TorchFunctionMode
 from transformers.configuration_utils import PreTrainedConfig
@@ -291,10 +291,27 @@ def _describe(config: PreTrainedConfig) -> PreTrainedModel:
     if not isinstance(model_class, type) or not issubclass(model_class, PreTrainedModel):
         raise EngineError(f"{name_of(config)} cannot be served: transformers has no causal decoder for it")
     try:
-        with local_torch_dtype(torch.float32), init_empty_weights(include_buffers=False), _WithoutMemory():
+        with local_torch_dtype(torch.float32), _empty_parameters(), _WithoutMemory():
             return model_class(config)
     except Exception as error:  # sizes that do not match show only here
         raise EngineError(f"the model's config is not valid: {one_line(error)}") from error
+
+
+@contextmanager
+def _empty_parameters() -> Iterator[None]:
+    """Have modules made in the block of code hold parameters without memory; buffers are computed."""
+    register = nn.Module.register_parameter
+
+    def register_empty(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+        if parameter is not None:
+            parameter = nn.Parameter(parameter.to("meta"), requires_grad=False)
+        register(module, name, parameter)
+
+    nn.Module.register_parameter = register_empty  # type: ignore[assignment, method-assign]
+    try:
+        yield
+    finally:
+        nn.Module.register_parameter = register  # type: ignore[assignment, method-assign]
 
 
 class _WithoutMemory(TorchFunctionMode):
@@ -363,7 +380,7 @@ def _keep_dtypes(described: DescribedModel, weights: Mapping[str, torch.Tensor])
         owner, _, attribute = target.rpartition(".")
         module = model.get_submodule(owner)
         if attribute in module._parameters and (target.startswith(f"{described.path}.") or module in outer):  # noqa: SLF001
-            empty = torch.empty_like(state[target], dtype=tensor.dtype)
+            empty = torch.empty(state[target].shape, dtype=tensor.dtype, device="meta")
             setattr(module, attribute, nn.Parameter(empty, requires_grad=False))
 
 

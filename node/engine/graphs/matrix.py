@@ -27,8 +27,8 @@ class Quantisation:
         return -(-inputs // self.block_inputs)
 
     def element_bytes(self) -> float:
-        """Return the bytes of an element, with its share of the scale and offset."""
-        return self.bits / 8 + (8 if self.has_offsets else 4) / self.block_inputs
+        """Return the bytes of an element in memory: of a scale onnxruntime keeps a copy and a multiple, each in f32."""
+        return self.bits / 8 + (16 if self.has_offsets else 12) / self.block_inputs
 
 
 class QuantisedRows(NamedTuple):
