@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 import numpy.typing as npt
 
-from node.engine.graphs.gguf_span import GraphModel
 from node.engine.interface import PAGE_POSITIONS
 
 if TYPE_CHECKING:  # it imports onnxruntime, which a worker needs only once a job names it
@@ -25,6 +24,23 @@ _SCORES: Final = 1 << 22
 """Elements of attention scores that are in memory at once: rows that would take more are taken in pieces."""
 
 _WARM_ROWS: Final = (1, 2, 8, 32)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AttentionShape:
+    """What lies between the graphs of a span.
+
+    `frequencies`: by which positions are multiplied, of each pair of elements that rotary embedding turns.
+    `vocabulary_size`: of a last span.
+    """
+
+    block_count: int
+    hidden_size: int
+    heads: int
+    kv_heads: int
+    head_size: int
+    frequencies: Floats
+    vocabulary_size: int | None
 
 
 class PageSlots:
@@ -60,28 +76,28 @@ class GraphSpan:
 
     def __init__(
         self,
-        model: GraphModel,
+        shape: AttentionShape,
         graphs: "SpanGraphs",
         positions: int,
         embed: Callable[[npt.NDArray[np.int32]], Floats] | None,
     ) -> None:
         """Warm the graphs. `embed`: returns the embeddings of tokens, on a first span."""
-        self._model = model
+        self._shape = shape
         self._graphs = graphs
         self._embed = embed
-        self._groups = model.kv_heads
-        self._scale = 1 / math.sqrt(model.head_size)
+        self._groups = shape.kv_heads
+        self._scale = 1 / math.sqrt(shape.head_size)
         self._table = (np.empty(0, np.float32), np.empty(0, np.float32))
         self._make_memory(PAGE_POSITIONS)
         for count in _WARM_ROWS:
-            width = () if embed else (model.tensors.hidden_size,)
+            width = () if embed else (shape.hidden_size,)
             rows = np.zeros((count, *width), np.int64 if embed else np.float32)
             self.run([GraphRows(rows, PageSlots([0]), 0, min(count, 2))])
         self._make_memory(positions)
 
     def _make_memory(self, positions: int) -> None:
-        shape = (len(self._model.blocks), 2, positions, self._groups, self._model.head_size)
-        self._memory = np.empty(shape, np.uint16)
+        sizes = (self._shape.block_count, 2, positions, self._groups, self._shape.head_size)
+        self._memory = np.empty(sizes, np.uint16)
         """By block, keys and values of every slot, the bits of bf16."""
 
     def copy(self, sources: Sequence[int], pages: Sequence[int]) -> None:
@@ -98,7 +114,7 @@ class GraphSpan:
         cos, sin = self._rotary(slices)
         slots = np.concatenate([part.slots.all[part.position : part.end] for part in slices])
         rotated, values = self._graphs.run(0, {"hidden": hidden, "cos": cos, "sin": sin})
-        for block in range(len(self._model.blocks)):
+        for block in range(self._shape.block_count):
             attended = self._attend(block, slices, slots, rotated, values)
             given = {"hidden": hidden, "attended": attended}
             if block + 2 == len(self._graphs):
@@ -106,10 +122,10 @@ class GraphSpan:
             else:
                 hidden, rotated, values = self._graphs.run(block + 1, {**given, "cos": cos, "sin": sin})
         edges = np.cumsum([len(part.rows) for part in slices])
-        if not self._model.is_last:
+        if self._shape.vocabulary_size is None:
             return np.split(hidden, edges[:-1])
         if not any(part.draws for part in slices):
-            return [np.empty((0, self._model.head.outputs), np.float32)] * len(slices)
+            return [np.empty((0, self._shape.vocabulary_size), np.float32)] * len(slices)
         drawn = [hidden[end - part.draws : end] for part, end in zip(slices, edges, strict=True)]
         logits = self._graphs.logits(np.concatenate(drawn))
         return np.split(logits, np.cumsum([part.draws for part in slices])[:-1])
@@ -119,7 +135,7 @@ class GraphSpan:
         end = max(part.end for part in slices)
         if end > len(self._table[0]):
             positions = np.arange(max(end, 2 * len(self._table[0]), PAGE_POSITIONS), dtype=np.float32)
-            angles = positions[:, None] * self._model.frequencies
+            angles = positions[:, None] * self._shape.frequencies
             self._table = np.cos(angles), np.sin(angles)
         rows = np.concatenate([np.arange(part.position, part.end) for part in slices])
         return self._table[0][rows], self._table[1][rows]
@@ -128,7 +144,7 @@ class GraphSpan:
         self, block: int, slices: Sequence[GraphRows], slots: npt.NDArray[np.int64], rotated: Floats, values: Floats
     ) -> Floats:
         """Write the rows' keys and values to the KV memory; return their attention: (rows, heads * size)."""
-        heads, groups, size = self._model.heads, self._groups, self._model.head_size
+        heads, groups, size = self._shape.heads, self._groups, self._shape.head_size
         split = rotated.reshape(-1, heads + groups, size)
         keys_memory, values_memory = self._memory[block]
         keys_memory[slots] = _narrowed(split[:, heads:])

@@ -2,10 +2,10 @@
 
 from typing import Final
 
-from node.engine.graphs.gguf_span import GraphModel, graph_model, write_graphs
 from node.engine.graphs.runner import GraphSpan
 from node.engine.interface import PAGE_POSITIONS, EngineError, EngineOptions, SpanInfo, Variant
 from node.engine.llamacpp.embedding import Embedding
+from node.engine.llamacpp.graph_model import GraphModel, graph_model, write_graphs
 from node.engine.llamacpp.library import Library
 from node.engine.llamacpp.span_file import EMBEDDING, SpanTensors
 from node.engine.memory_plan import PLANNED_POSITIONS, mebibytes
@@ -95,5 +95,5 @@ class GraphVariant:
         embed = None
         if info.is_first:
             embed = Embedding(self._library, self._tensors.common, self._tensors.tensors[EMBEDDING]).rows
-        self._span = GraphSpan(model, graphs, info.kv_positions, embed)
+        self._span = GraphSpan(model.attention, graphs, info.kv_positions, embed)
         trim_heap()

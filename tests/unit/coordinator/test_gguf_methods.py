@@ -2,6 +2,7 @@
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -160,6 +161,17 @@ def test_wire_codecs_of_a_gguf_package_are_admitted_by_their_figures() -> None:
     assert codecs(QualityBound.ANY) == {"fp32", "bf16", "int8"}
     with pytest.raises(JobError, match="use --quality any"):
         admitted_methods(JobRequest(model="", prompt="1", method=NARROW.name), model, store)
+
+
+def test_weights_of_two_bytes_are_not_held_in_four_unless_a_job_names_it() -> None:
+    known = FakeModels(NumberTokenizer()).known
+    shape = replace(known.manifest, config={**known.manifest.config, "dtype": "bfloat16"})
+    graphs = "engine=onnxruntime|arithmetic=fp32"
+    for manifest, is_offered in ((known.manifest, True), (shape, False)):
+        model = replace(known, manifest=manifest)
+        offered = admitted_methods(JobRequest(model="", prompt="1"), model, NullQualityStore())
+        assert any(each.kv_key.startswith("onnxruntime/fp32") for each in offered) == is_offered
+        assert admitted_methods(JobRequest(model="", prompt="1", method=graphs), model, NullQualityStore())
 
 
 async def test_trial_of_a_gguf_package_is_recorded_with_its_weight_type(virtual_clock: MockClock) -> None:

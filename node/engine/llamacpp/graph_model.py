@@ -15,6 +15,7 @@ from gguf.constants import GGMLQuantizationType
 
 from node.engine.graphs.gguf_matrix import GgufMatrix, graph_bytes, is_graph_type, is_quantised, plain_values
 from node.engine.graphs.matrix import Floats, GraphBlock
+from node.engine.graphs.runner import AttentionShape
 from node.engine.interface import EngineError
 from node.engine.llamacpp.span_file import EMBEDDING, OUTPUT, OUTPUT_NORM, SpanTensors, block_of
 from node.models.gguf_file import GgufError, GgufModel, GgufTensor
@@ -67,14 +68,22 @@ class GraphModel:
     """By which positions are multiplied, of each pair of elements that is turned: (head size / 2,)."""
 
     @property
-    def is_first(self) -> bool:
-        """Whether the span embeds token ids."""
-        return self.blocks.start == 0
-
-    @property
     def is_last(self) -> bool:
         """Whether the span ends with the head."""
         return self.blocks.end == self.tensors.block_count
+
+    @property
+    def attention(self) -> AttentionShape:
+        """What lies between the graphs."""
+        return AttentionShape(
+            block_count=len(self.blocks),
+            hidden_size=self.tensors.hidden_size,
+            heads=self.heads,
+            kv_heads=self.kv_heads,
+            head_size=self.head_size,
+            frequencies=self.frequencies,
+            vocabulary_size=self._head.shape[0] if self.is_last else None,
+        )
 
     @property
     def weight_bytes(self) -> int:
