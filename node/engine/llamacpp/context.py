@@ -13,6 +13,7 @@ import numpy.typing as npt
 from node.engine.interface import EngineError
 from node.engine.llamacpp.embedding import Embedding
 from node.engine.llamacpp.library import FLASH_ATTENTION_ON, LOAD_MAPPED, Batch, EvalCallback, Library
+from node.util.mapped_pages import drop_mapped_pages
 
 Floats = npt.NDArray[np.float32]
 
@@ -76,6 +77,9 @@ class SpanContext:
         if not self._model:
             reason = library.take_error().rpartition("error loading model: ")[2] or "it does not say why"
             raise EngineError(f"llama.cpp cannot load the model: {reason}")
+        drop_mapped_pages(
+            path.resolve()
+        )  # of some types llama.cpp has made a copy in another order, and reads only that
         self._loaded = _Loaded(self._model)
         weakref.finalize(self, _free, library, self._loaded)
         if library.llama_model_is_recurrent(self._model) or library.llama_model_is_hybrid(self._model):
