@@ -15,7 +15,7 @@ from node.consensus.followed_chains import FollowedChains
 from node.consensus.measurement_runner import MeasurementRunner, measurement_plan
 from node.consensus.service import ConsensusService, swarm_name
 from node.coordinator.coordinator import Coordinator
-from node.coordinator.observation import Recorder, software_name, software_versions
+from node.coordinator.observation import Recorder, software_name, software_versions, weight_type
 from node.coordinator.planner import SwarmView
 from node.coordinator.quality_store import LocalQualityStore
 from node.coordinator.trial_runner import BenchmarkRunner
@@ -360,9 +360,10 @@ def build_consensus(
     def rules(model: ModelId) -> ConsensusRules:
         """Return the rules of a model's chain; without its manifest, those of a safetensors package."""
         manifest = library.local_manifest(model)
+        known = (PackageFormat.SAFETENSORS,) if manifest is None else (manifest.format, weight_type(manifest))
         return ConsensusRules(
             swarm=swarm_name(config.swarm_key),
-            plan=measurement_plan(PackageFormat.SAFETENSORS if manifest is None else manifest.format),
+            plan=measurement_plan(*known),
             clock=clock,
             checkpoints=config.checkpoints,
         )

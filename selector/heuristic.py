@@ -2,8 +2,8 @@
 
 A peer without a history chooses by it, and it is a baseline that the learned selector must beat. The table was measured
 with a small Llama on two cores with AVX-512. The figures of onnxruntime's int8 follow from its ratios to fp32 measured
-with AVX2: 1.67 for a prompt, 0.48 and 1.08 for 1 and 8 sessions, 1.33 for 32 (products alone). Those of llamacpp are
-estimates. Only ratios matter.
+with AVX2: 1.67 for a prompt, 0.48 and 1.08 for 1 and 8 sessions, 1.33 for 32 (products alone); those of a GGUF package
+in onnxruntime from its ratios to llama.cpp, whose own are estimates. Only ratios matter.
 """
 
 import math
@@ -49,6 +49,7 @@ _SPEEDS: Final = {
     ("onnxruntime", "int8"): _Speed(2.3, (10.6, 38.8, 100.0)),
     ("onnxruntime", "int4"): _Speed(2.3, (7.5, 38.8, 100.0)),
     ("llamacpp", "native"): _Speed(2.9, (8.2, 26.0, 94.0)),
+    ("onnxruntime", "native"): _Speed(1.9, (13.0, 22.0, 75.0)),
 }
 _NARROW_KV: Final = 1.05
 """Time of a pass with narrower keys and values relative to the engine's own. An estimate: they are packed and unpacked

@@ -86,15 +86,25 @@ class KvReservation:
         return len(self.copied) * PAGE_POSITIONS
 
 
+def page_count(info: SpanInfo) -> int:
+    """Return how many pages there are, numbered from 0, if all sessions have the narrowest keys and values."""
+    units = info.kv_positions // PAGE_POSITIONS * _PAGE_UNITS
+    return units // min([_PAGE_UNITS, *_page_units(info).values()])
+
+
+def _page_units(info: SpanInfo) -> dict[str, int]:
+    return {kv: math.ceil(_PAGE_UNITS * share) for kv, share in info.kv_shares.items()}
+
+
 class KvAllocator:
     """The KV memory of one span, never overcommitted."""
 
     def __init__(self, info: SpanInfo) -> None:
         self._info = info
-        self._page_units = {kv: math.ceil(_PAGE_UNITS * share) for kv, share in info.kv_shares.items()}
+        self._page_units = _page_units(info)
         self._units = info.kv_positions // PAGE_POSITIONS * _PAGE_UNITS
         self._free_units = self._units
-        self._free = bytearray(_FREE * (self._units // min([_PAGE_UNITS, *self._page_units.values()])))
+        self._free = bytearray(_FREE * page_count(info))
         self._taken_units: dict[int, int] = {}
         """By page that is not free."""
         self._sessions: dict[SessionId, _SessionPages] = {}

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
@@ -25,17 +25,23 @@ from node.engine.interface import (
 from node.engine.kv_allocator import KvReservation
 from node.engine.kv_cache import KvCache, SlotMapping
 from node.engine.loading import NARROW_DTYPES, LoadedSpan, config_from, load_span
-from node.engine.mapped_files import trim_heap
 from node.engine.memory_plan import PLANNED_POSITIONS
 from node.engine.reference import Reference
 from node.engine.shard import FREE_MEMORY_SHARE, SessionRows, Shard
 from node.util.disk_cache import FolderCache
+from node.util.heap import trim_heap
 from node.util.text import one_line
 from protocol.identity import BlockRange
 from protocol.limits import MAX_POSITIONS
 
 _VARIANT_SHARE = 0.5
 """Limit of more variants' weights, of the memory beside the published ones; the rest is KV memory."""
+
+_SERVED_FROM_FILES: Final = {
+    Variant("fused", "fp32"): NARROW_DTYPES,
+    Variant("fused", "bf16"): frozenset({torch.bfloat16}),
+}
+"""Variants that compute with matrices as they lie in their files, in these types; others have packed their own."""
 
 
 class TorchShard(Shard[SlotMapping]):
@@ -147,8 +153,7 @@ class TorchShard(Shard[SlotMapping]):
     def unload_reference(self) -> None:
         """Give the reference's memory back until a session wants it, unless nothing else can serve the span."""
         if self._refusal is None:
-            # Matrices in two bytes serve as they lie in the file, whose pages stay then.
-            is_file_used = self._span.dtype in NARROW_DTYPES and any(each.engine == "fused" for each in self._runners)
+            is_file_used = any(self._span.dtype in _SERVED_FROM_FILES.get(each, ()) for each in self._runners)
             self._reference.unload(keep_pages=is_file_used)
             self._taken_bytes.pop(REFERENCE, None)
             trim_heap()
@@ -175,7 +180,7 @@ class TorchShard(Shard[SlotMapping]):
         slots = SlotMapping(range(-(-len(rows) // PAGE_POSITIONS)))
         return self._compute(variant, self.info.blocks, [SessionRows(rows, slots, 0, draws)])[0]
 
-    def _reserve(self, variant: Variant, reservation: KvReservation) -> SlotMapping:
+    def _reserve(self, _variant: Variant, reservation: KvReservation) -> SlotMapping:
         self._kv.copy(reservation.copied, reservation.pages[: len(reservation.copied)])
         return SlotMapping(reservation.pages)
 

@@ -45,7 +45,7 @@ EXACT_VARIANTS = (Variant("onnxruntime", "fp32"), Variant("fused", "fp32"))
 """The fastest first. One is built before any job requests it, the same on all nodes that can: a stage that replaces a
 lost one has to calculate as that one did."""
 
-HALF_PRECISION_EXACT_VARIANTS = EXACT_VARIANTS[::-1]
+HALF_PRECISION_EXACT_VARIANTS = (Variant("fused", "fp32"),)
 """Of weights published in two bytes, which onnxruntime would hold in four."""
 
 DISCOVERY_ROUND_S = 0.1

@@ -101,7 +101,7 @@ BACKENDS: Final[Mapping[str, BackendSpec]] = {
     "onnxruntime": BackendSpec(
         "node.engine.backends.onnx",
         {"fp32": "fp32", "int8": "int8", "int4": "int4"},
-        {"fp32": 4.0, "int8": 1.0 + 4 / 32, "int4": 0.5 + 4 / 64},  # with a scale for each 32, or 64, elements
+        {"fp32": 4.0, "int8": 1.0 + 12 / 32, "int4": 0.5 + 12 / 64},  # with three copies of a scale, see `Quantisation`
         cpu_only=True,
     ),
 }

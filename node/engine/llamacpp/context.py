@@ -20,6 +20,7 @@ from node.engine.llamacpp.embedding import Embedding
 from node.engine.llamacpp.kv_budget import KvBudget
 from node.engine.llamacpp.kv_cells import KvCells
 from node.engine.llamacpp.library import FLASH_ATTENTION_ON, KV_TYPES, LOAD_MAPPED, Batch, EvalCallback, Library
+from node.util.mapped_pages import drop_mapped_pages
 from node.util.text import one_line
 
 Floats = npt.NDArray[np.float32]
@@ -89,6 +90,8 @@ class SpanModel:
         if not self.handle:
             reason = library.take_error().rpartition("error loading model: ")[2] or "it does not say why"
             raise EngineError(f"llama.cpp cannot load the model: {reason}")
+        # Of some types llama.cpp has made a copy in another order, and reads only that.
+        drop_mapped_pages(path.resolve())
         weakref.finalize(self, library.llama_model_free, self.handle)
         if library.llama_model_is_recurrent(self.handle) or library.llama_model_is_hybrid(self.handle):
             raise EngineError("the architecture keeps a recurrent state, which cannot be rolled back: not supported")

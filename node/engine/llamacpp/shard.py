@@ -1,12 +1,17 @@
-"""The engine of one span of a GGUF package and its sessions, in this process and thread."""
+"""The engine of one span of a GGUF package and its sessions, in this process and thread.
+
+llama.cpp computes it, and is the reference. Besides, onnxruntime can compute spans of the Llama family with the same
+quantised weights, for jobs that accept its rounding of activations; neither torch nor transformers is imported for it.
+"""
 
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Final, NamedTuple
+from typing import Final, NamedTuple, cast
 
 import psutil
 
+from node.engine.graphs.runner import GraphRows, PageSlots
 from node.engine.interface import AUTO, PAGE_POSITIONS, EngineError, EngineOptions, ShardSource, SpanInfo, Variant
 from node.engine.kv_allocator import KvReservation
 from node.engine.llamacpp.context import (
@@ -21,6 +26,7 @@ from node.engine.llamacpp.context import (
     cells_for,
 )
 from node.engine.llamacpp.embedding import Embedding
+from node.engine.llamacpp.graph_variant import GRAPHS, GraphVariant
 from node.engine.llamacpp.kv_budget import KvBudget
 from node.engine.llamacpp.library import KV_TYPES, load_library
 from node.engine.llamacpp.sequences import Sequences
@@ -44,14 +50,18 @@ _SEQUENCES: Final = 256 - OWN_SEQUENCES  # LLAMA_MAX_SEQ
 
 
 class _Held(NamedTuple):
-    """Where a session holds its keys and values: a sequence in the KV memory of its variant."""
+    """A sequence in the KV memory of a variant of llama.cpp's."""
 
     sequences: Sequences
     sequence: int
 
 
-class LlamaShard(Shard[_Held]):
-    """A span of a GGUF package; a variant is another type of keys and values, beside the same weights."""
+Kv = _Held | PageSlots
+"""Where a session holds its keys and values: a sequence of llama.cpp's, or pages of the graphs' memory."""
+
+
+class LlamaShard(Shard[Kv]):
+    """A span of a GGUF package. Variants of llama.cpp are other types of keys and values, beside the same weights."""
 
     def __init__(self, source: ShardSource, blocks: BlockRange, options: EngineOptions) -> None:
         super().__init__()
@@ -62,7 +72,11 @@ class LlamaShard(Shard[_Held]):
         kv_bytes = {kv: kv_bytes_per_position(tensors, blocks, kind) for kv, kind in KV_TYPES.items()}
         position_bytes = kv_bytes[AUTO]
         plan = memory_plan(ModelSizes.of_source(source, Cuts(tensors.block_count)), blocks, GGUF_COSTS)
-        kv_positions = _kv_positions(options, blocks, weights + plan.reserve_bytes, position_bytes, tensors.hidden_size)
+        self._options = options
+        self._graphs = GraphVariant(library, tensors, blocks)
+        kv_positions = _kv_positions(
+            options, blocks, weights + plan.reserve_bytes, position_bytes, tensors.hidden_size, self._graphs
+        )
         sequences = min(_SEQUENCES, kv_positions // PAGE_POSITIONS + 1)  # each but that of `run_alone` has a page
         first, last = blocks.start == 0, blocks.end == tensors.block_count
         self._context_options = ContextOptions(
@@ -100,15 +114,18 @@ class LlamaShard(Shard[_Held]):
         return Sequences(context, options.sequences)
 
     def variants(self) -> frozenset[Variant]:
-        """Return the variants that have KV memory."""
-        return frozenset(self._kv)
+        """Return the variants that are ready."""
+        return frozenset({*self._kv, GRAPHS} if self._graphs.is_built else self._kv)
 
     def prepare(self, variant: Variant) -> None:
-        """Open KV memory of a variant's type. Raises EngineError where there is none."""
+        """Build a variant or open its KV memory; may run beside `step`. Raises EngineError where it is unavailable."""
+        if variant == GRAPHS:
+            self._graphs.build(self.info, self._options)
+            return
         if variant in self._kv:
             return
         if variant._replace(kv=AUTO) != LLAMACPP or variant.kv not in KV_TYPES:
-            raise EngineError(f"{variant} is not for GGUF packages, which llama.cpp computes as they were published")
+            raise EngineError(f"{variant} is not for GGUF packages, whose weights serve as they were published")
         options = self._context_options
         positions = options.positions * self._kv_bytes[AUTO] // self._kv_bytes[variant.kv]
         self._kv[variant] = self._open(
@@ -119,11 +136,16 @@ class LlamaShard(Shard[_Held]):
         """Nothing to do: the reference is what serves."""
 
     def start_threads(self, variant: Variant) -> None:
-        """Nothing to do: llama.cpp starts its threads with the first pass."""
+        """Start the threads of graphs; llama.cpp starts its own with the first pass."""
+        if variant == GRAPHS:
+            self._graphs.start_threads(self._options)
 
     def run_alone(self, variant: Variant, rows: Array, *, draws: int) -> Floats:
         """Return hidden states or logits as Shard describes it; not while sessions take up the KV memory."""
         self.prepare(variant)
+        if variant == GRAPHS:
+            pages = PageSlots(range(-(-len(rows) // PAGE_POSITIONS)))
+            return self._compute(variant, self.info.blocks, [SessionRows(rows, pages, 0, draws)])[0]
         sequences = self._kv[variant]
         sequence = sequences.take()
         try:
@@ -133,17 +155,24 @@ class LlamaShard(Shard[_Held]):
         finally:
             sequences.free(sequence)
 
-    def _reserve(self, variant: Variant, reservation: KvReservation) -> _Held:
+    def _reserve(self, variant: Variant, reservation: KvReservation) -> Kv:
         for each in tuple(self._kv.values()):
             each.forget(reservation)
+        if variant == GRAPHS:
+            self._graphs.span.copy(reservation.copied, reservation.pages[: len(reservation.copied)])
+            return PageSlots(reservation.pages)
         sequences = self._kv[variant]
         return _Held(sequences, sequences.begin(reservation))
 
-    def _release(self, kv: _Held) -> None:
-        kv.sequences.close(kv.sequence)
+    def _release(self, kv: Kv) -> None:
+        if isinstance(kv, _Held):  # the allocator gives pages to others, who write over them
+            kv.sequences.close(kv.sequence)
 
-    def _compute(self, variant: Variant, blocks: BlockRange, parts: Sequence[SessionRows[_Held]]) -> Sequence[Floats]:
-        rows = [SequenceRows(part.kv.sequence, part.position, part.rows, part.draws) for part in parts]
+    def _compute(self, variant: Variant, blocks: BlockRange, parts: Sequence[SessionRows[Kv]]) -> Sequence[Floats]:
+        if variant == GRAPHS:
+            given = [GraphRows(p.rows, cast("PageSlots", p.kv), p.position, p.draws) for p in parts]
+            return self._graphs.span.run(given)
+        rows = [SequenceRows(cast("_Held", p.kv).sequence, p.position, p.rows, p.draws) for p in parts]
         return self._kv[variant].context.run(rows, len(blocks))
 
 
@@ -153,23 +182,27 @@ def _shares(kv_bytes: Mapping[str, int], row_bytes: int) -> dict[str, float]:
     return {kv: (each + row_bytes) / (usual + row_bytes) for kv, each in kv_bytes.items() if each < usual}
 
 
-def _kv_positions(options: EngineOptions, blocks: BlockRange, taken: int, position_bytes: int, hidden_size: int) -> int:
-    """Return how many positions, in whole pages, fit into the memory that weights and reserve leave.
+def _kv_positions(
+    options: EngineOptions, blocks: BlockRange, taken: int, position_bytes: int, hidden_size: int, graphs: GraphVariant
+) -> int:
+    """Return how many positions, in whole pages, fit into the memory that weights, reserve and graphs leave.
 
     A third of it is left for the moment when KV memory has doubled, and the former is not yet given back.
     """
     memory_bytes = options.memory_bytes
     if memory_bytes is None:
         memory_bytes = taken + int(psutil.virtual_memory().available * FREE_MEMORY_SHARE)
+    free_bytes = memory_bytes - taken
     page_bytes = cells_for(PAGE_POSITIONS) * position_bytes
     if options.plan_rows:
         page_bytes += PAGE_POSITIONS * 4 * hidden_size
-    pages = (memory_bytes - taken) // page_bytes
+    pages = free_bytes // page_bytes
     if pages < 1:
         raise EngineError(
-            f"blocks {blocks} need {mebibytes(taken + page_bytes - memory_bytes)} of memory more than the "
+            f"blocks {blocks} need {mebibytes(page_bytes - free_bytes)} of memory more than the "
             f"{mebibytes(memory_bytes)} given: weights and reserve take {mebibytes(taken)}"
         )
+    pages = graphs.pages_beside(free_bytes, page_bytes) or pages
     if pages * PAGE_POSITIONS > FIRST_POSITIONS:
         pages = max(FIRST_POSITIONS // PAGE_POSITIONS, pages * 2 // 3)
     if options.kv_positions is not None:

@@ -2,6 +2,7 @@
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -130,7 +131,7 @@ async def test_method_that_runs_whole_spans_has_no_route_through_overlapping_one
         (
             "fake-gguf",
             "engine=fused|arithmetic=int8",
-            "a gguf package: use engine=llamacpp.arithmetic=native; or use auto",
+            "a gguf package: use engine=llamacpp.arithmetic=native, engine=onnxruntime.*; or use auto",
         ),
         ("fake-gguf", "activations=int8", "is not exact: use --quality near or any"),
         ("fake", "engine=llamacpp", "a safetensors package: use engine=eager.*; or use auto"),
@@ -166,6 +167,17 @@ def test_wire_codecs_of_a_gguf_package_are_admitted_by_their_figures() -> None:
     assert codecs(QualityBound.ANY) == {"fp32", "bf16", "int8"}
     with pytest.raises(JobError, match="use --quality any"):
         admitted_methods(JobRequest(model="", prompt="1", method=NARROW.name), model, store)
+
+
+def test_weights_of_two_bytes_are_not_held_in_four_unless_a_job_names_it() -> None:
+    known = FakeModels(NumberTokenizer()).known
+    shape = replace(known.manifest, config={**known.manifest.config, "dtype": "bfloat16"})
+    graphs = "engine=onnxruntime|arithmetic=fp32"
+    for manifest, is_offered in ((known.manifest, True), (shape, False)):
+        model = replace(known, manifest=manifest)
+        offered = admitted_methods(JobRequest(model="", prompt="1"), model, NullQualityStore())
+        assert any(each.kv_key.startswith("onnxruntime/fp32") for each in offered) == is_offered
+        assert admitted_methods(JobRequest(model="", prompt="1", method=graphs), model, NullQualityStore())
 
 
 async def test_trial_of_a_gguf_package_is_recorded_with_its_weight_type(virtual_clock: MockClock) -> None:

@@ -1,6 +1,7 @@
 """A text gives the same logits whatever else KV memory holds and has held, and with any number of threads."""
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 from gguf import GGMLQuantizationType
 from hypothesis import given
@@ -13,6 +14,8 @@ from node.engine.llamacpp.library import load_library
 from tests.unit.engine.llamacpp.architectures import ARCHITECTURES, VOCABULARY, write_model
 
 POSITIONS = 2048
+
+Tokens = npt.NDArray[np.int32]
 
 
 @pytest.fixture(scope="module")
@@ -30,13 +33,13 @@ def opened(model: SpanModel, *, threads: int = 1, positions: int = POSITIONS, se
     return SpanContext(model, options)
 
 
-def text(length: int, seed: int = 0) -> "np.typing.NDArray[np.int32]":
+def text(length: int, seed: int = 0) -> Tokens:
     return np.random.default_rng(seed).integers(0, VOCABULARY, length).astype(np.int32)
 
 
-def run(memory: SpanContext, sequence: int, tokens: "np.typing.NDArray[np.int32]", start: int, end: int) -> Floats:
+def run(memory: SpanContext, sequence: int, tokens: Tokens, start: int, end: int) -> Floats:
     """Take a part of a text; return the logits after its last token."""
-    return memory.run([SequenceRows(sequence, start, tokens[start:end], 1)])[0][-1]
+    return memory.run([SequenceRows(sequence, start, tokens[start:end], 1)])[0]
 
 
 @pytest.fixture(scope="module")
