@@ -6,7 +6,7 @@ from tests.simulation.mixed import MODELS, play
 
 
 @pytest.mark.parametrize(
-    ("seed", "peers"), [(1, 45), *(pytest.param(seed, 240, marks=pytest.mark.soak) for seed in range(2, 12))]
+    ("seed", "peers"), [(1, 60), *(pytest.param(seed, 240, marks=pytest.mark.soak) for seed in range(2, 12))]
 )
 def test_every_model_comes_to_be_complete_while_peers_come_and_go(seed: int, peers: int) -> None:
     outcome = play(seed, peers=peers)
