@@ -188,6 +188,7 @@ class SpanSupervisor:
             cache_dir=self._options.graphs_dir,
             device=self._device,
             plan_rows=self._device == CPU,
+            narrow_kv=self._device != CPU,
         )
         with self._library.in_use(package, blocks):
             async with self._start_engine(package, blocks, options) as engine:
