@@ -18,7 +18,7 @@ from tests.process.daemons import MODEL, Daemon, StartDaemon, is_complete, until
 StartSwarm = Callable[..., Awaitable[list[Daemon]]]
 
 HALVES = ("0-15", "15-30")
-QUESTION = "What is the capital of France?"
+QUESTION = "Name the capital of France."
 
 
 async def metaswarm(*arguments: str, environment: dict[str, str] | None = None) -> tuple[int, str, str]:

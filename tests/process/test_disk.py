@@ -31,7 +31,7 @@ async def test_fetch_reports_full_disk_and_retries(start_daemon: StartDaemon, pa
                 *("--serve", f"{MODEL}:2-3", "--threads", "1", "--no-catalogue", "--bootstrap", first.multiaddr),
                 data_dir=folder,
                 environment={"METASWARM_CACHE_DIR": str(cache)},
-                file_limit_bytes=4 << 20,  # less than a block, more than what else is written
+                file_limit_bytes=1 << 20,  # less than a block, more than what else is written
                 on_started=started.append,
             )
         )
