@@ -136,14 +136,14 @@ def _check_package(spec: ServeSpec, store: ModelStore, package: Package) -> Iter
 def _check_memory(
     spec: ServeSpec, package: Package, config: NodeConfig, devices: Sequence[Device]
 ) -> Iterator[Finding]:
-    manifest, spans = package.manifest, len(set(config.serve)) + (config.draft is not None)
+    manifest, specs, has_draft = package.manifest, list(dict.fromkeys(config.serve)), config.draft is not None
     memory_bytes = [config.memory_bytes or int(device.free_bytes * MEMORY_SHARE) for device in devices]
-    number = list(dict.fromkeys(config.serve)).index(spec)
-    shares = usable_shares(manifest, shares_of_spans(devices, memory_bytes, spans)[number])
+    shares_of_all = shares_of_spans(devices, memory_bytes, len(specs), draft=has_draft)
+    shares = usable_shares(manifest, shares_of_all[specs.index(spec)])
     if spec.blocks is None:
         shares = [max(shares, key=lambda share: share.memory_bytes)]
     parts = split_over(manifest, spec.blocks or smallest_span(manifest, shares[0].device), shares)
-    on_one = -(-spans // len(devices))
+    on_one = -(-(len(specs) + has_draft) // len(devices))
     for blocks, share in zip(parts, shares, strict=False):
         if (why := shortage(manifest, blocks, share.memory_bytes, share.device)) is None:
             continue

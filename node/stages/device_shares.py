@@ -21,20 +21,22 @@ class DeviceShare:
 
 
 def shares_of_spans(
-    devices: Sequence[Device], memory_bytes: Sequence[int], spans: int
+    devices: Sequence[Device], memory_bytes: Sequence[int], spans: int, *, draft: bool = False
 ) -> Sequence[Sequence[DeviceShare]]:
-    """Return the shares of each of a node's spans.
+    """Return the shares of each of a node's spans, and of its draft model behind them, which has one device.
 
     Where there are at least as many spans as devices, they are dealt out, and those on one device have equal shares of
     its memory. Where there are fewer, the devices are dealt out, and a span with several is split over them.
     """
-    if spans < len(devices):
+    count = spans + draft
+    if count < len(devices):
         whole = [DeviceShare(each.name, size) for each, size in zip(devices, memory_bytes, strict=True)]
-        return [tuple(whole[number::spans]) for number in range(spans)]
+        of_draft = [(whole.pop(),)] if draft else []
+        return [*(tuple(whole[number::spans]) for number in range(spans)), *of_draft]
     shares: list[Sequence[DeviceShare]] = []
-    for number in range(spans):
+    for number in range(count):
         place = number % len(devices)
-        on_it = len(range(place, spans, len(devices)))
+        on_it = len(range(place, count, len(devices)))
         shares.append((DeviceShare(devices[place].name, memory_bytes[place] // on_it),))
     return shares
 

@@ -89,7 +89,7 @@ class ServingOptions:
     def shares(self) -> Sequence[Shares]:
         """The devices of each span, and of the draft model behind them."""
         memory_bytes = [self.memory_bytes or int(each.free_bytes * MEMORY_SHARE) for each in self.devices]
-        return shares_of_spans(self.devices, memory_bytes, len(set(self.specs)) + (self.draft is not None))
+        return shares_of_spans(self.devices, memory_bytes, len(set(self.specs)), draft=self.draft is not None)
 
 
 @dataclass(frozen=True, slots=True)

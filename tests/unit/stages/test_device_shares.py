@@ -32,6 +32,13 @@ def test_spans_and_devices_are_dealt_out_to_each_other(spans: int, expected: lis
     assert [[f"{share.device} {share.memory_bytes}" for share in each] for each in shares] == expected
 
 
+def test_draft_model_has_one_device_of_its_own_where_there_are_enough() -> None:
+    shares = shares_of_spans(GPUS, [8, 16, 24], 1, draft=True)
+    assert [[share.device for share in each] for each in shares] == [["cuda:0", "cuda:1"], ["cuda:2"]]
+    shares = shares_of_spans(GPUS[:1], [8], 1, draft=True)
+    assert shares == [(DeviceShare("cuda:0", 4),), (DeviceShare("cuda:0", 4),)]
+
+
 async def test_parts_fill_devices_of_any_size_equally() -> None:
     manifest = await manifest_of()
     block_bytes = span_bytes_for(manifest, BlockRange(1, 2), "cuda:0")
