@@ -91,22 +91,19 @@ async def test_batches_of_any_size_are_padded_to_recorded_ones(make_tiny_model: 
     tiny, recorder = make_tiny_model("mistral"), Recorder()
     engine = recording(tiny, 1, recorder, replace(OPTIONS, kv_positions=2048))[0]
     chance = random.Random(1)
-    for number in range(32):  # and close every second one, so that pages are not contiguous
+    for number in range(64):  # and close every second one, so that pages are not contiguous
         await engine.open(session(1000 + number), PAGE_POSITIONS)
-    for number in range(0, 32, 2):
+    for number in range(0, 64, 2):
         await engine.close(session(1000 + number))
-    texts = [[chance.randrange(97) for _ in range(length)] for length in (3, 30, 31, 40, 70)]
-    alone = [await decode([engine], text, 6, of=session(100 + n), variant=FUSED) for n, text in enumerate(texts)]
-    reference = TorchShard(tiny.source(WHOLE), WHOLE, OPTIONS)
-    for text, tokens in zip(texts, alone, strict=True):
-        assert await decode([InProcess(reference)], text, 6) == tokens
+    texts = [[chance.randrange(97) for _ in range(length)] for length in (3, 30, 40)]
+    reference = InProcess(TorchShard(tiny.source(WHOLE), WHOLE, OPTIONS))
+    expected = [await decode([reference], text, 5) for text in texts]
     drawn: list[list[int]] = [[] for _ in texts]
     for number, text in enumerate(texts):
-        engine.open_now(session(number), len(text) + 6, SessionOptions(sampling=GREEDY, variant=FUSED))
+        engine.open_now(session(number), len(text) + 5, SessionOptions(sampling=GREEDY, variant=FUSED))
         rows = SliceInput(session=session(number), position=0, tensor=tensor_from_tokens(text), draws=1)
         drawn[number] += tokens_from_tensor(engine.step_now([rows]).outputs[0].tensor)
-    recorder.recorded = recorder.replays = 0
-    while waiting := [number for number, tokens in enumerate(drawn) if len(tokens) < 6]:
+    while waiting := [number for number, tokens in enumerate(drawn) if len(tokens) < 5]:
         chosen = chance.sample(waiting, chance.randrange(1, len(waiting) + 1))
         slices = [
             SliceInput(
@@ -119,8 +116,8 @@ async def test_batches_of_any_size_are_padded_to_recorded_ones(make_tiny_model: 
         ]
         for number, output in zip(chosen, engine.step_now(slices).outputs, strict=True):
             drawn[number] += tokens_from_tensor(output.tensor)
-    assert drawn == alone
-    assert 0 < recorder.recorded <= 9, "batches of 1, 2, 4 or 8 sessions, of 1, 2 or 4 pages"
+    assert drawn == expected
+    assert 1 < recorder.recorded <= 6, "1, 2 or 4 sessions of 1 or 2 pages"
 
 
 async def test_span_that_cannot_be_recorded_is_computed_step_by_step(
