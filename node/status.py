@@ -228,6 +228,7 @@ class StatusView:
             **self._span_summary(info.model, info.blocks),
             "block_count": info.block_count,
             "sessions": len(span.sessions),
+            "device": info.device,
             "reserved_positions": statistics.reserved_positions,
             "kv_positions": info.kv_positions,
             "weight_bytes": info.weight_bytes,

@@ -25,6 +25,7 @@ class SpanDocument(SpanSummary):
 
     block_count: int
     sessions: int
+    device: str
     reserved_positions: int
     kv_positions: int
     weight_bytes: int

@@ -18,7 +18,7 @@ from selector.cuts import Parts
 from selector.task import BASELINES, Method, PackageFormat
 
 PAGE_POSITIONS: Final = 32
-"""Positions of one page, the unit of KV allocation and of the prefix cache."""
+"""Positions of one page in f32, the unit of KV allocation and of the prefix cache; see SpanInfo.page_positions."""
 
 PAGE_HASH_BYTES: Final = 16
 """Bytes of the hash of a page of a prompt, which covers all pages before it."""
@@ -141,7 +141,7 @@ class EngineOptions:
     all sessions together, if fewer than the memory allows. `threads`: None takes one for each physical core.
     `start_timeout_s`: limit of loading. `cache_dir`: disk cache of built variants, if any. `device`: torch's name of
     the device that computes and holds weights and KV caches: "cpu", "cuda:0" (also ROCm), "mps". `plan_rows`: whether
-    `memory_bytes` includes the rows queued in the node: one for each position, as f32.
+    `memory_bytes` includes the rows queued in the node: one for each position, as f32. `narrow_kv`: see SpanInfo.
     """
 
     memory_bytes: int | None = None
@@ -151,6 +151,7 @@ class EngineOptions:
     cache_dir: Path | None = None
     device: str = "cpu"
     plan_rows: bool = False
+    narrow_kv: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -216,6 +217,15 @@ class SpanInfo:
     """Open sessions and closed ones with cached pages, together, where the engine limits them."""
     engine: str | None = None
     """The library that computes, its version and what it was built for, where that differs between machines."""
+    device: str = "cpu"
+    """What computes it, and holds its weights and KV memory."""
+    narrow_kv: bool = False
+    """Whether lossy variants in torch hold keys and values in bf16, and so twice as many positions in a page."""
+
+    def page_positions(self, variant: Variant) -> int:
+        """Return how many positions of a session in a variant a page of KV memory holds."""
+        is_narrow = self.narrow_kv and variant.engine == "fused" and variant.arithmetic != "fp32"
+        return 2 * PAGE_POSITIONS if is_narrow else PAGE_POSITIONS
 
     def part(self, blocks: BlockRange | None) -> "SpanInfo":
         """Return the info of a part of the span. Raises EngineError for blocks outside it."""

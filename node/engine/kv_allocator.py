@@ -13,7 +13,7 @@ and begin the pages found are pinned by a reference count.
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import islice, takewhile
 
@@ -61,6 +61,7 @@ class _SessionPages:
     pages: tuple[int, ...]
     prefix: Prefix | None
     pinned: Mapping[KvCompatibilityKey, list[_Entry]]
+    page_positions: int = PAGE_POSITIONS
     kv_key: KvCompatibilityKey | None = None
     """Once begun, if it uses the prefix cache."""
     begun: bool = False
@@ -72,18 +73,20 @@ class _SessionPages:
 class KvReservation:
     """The pages of a session, in order. `copied`: cached pages that are copied to its first ones.
 
-    `dropped`: pages whose content was given up since the last session began, for engines that free it at once.
+    `page_positions`: how many positions each holds. `dropped`: pages whose content was given up since the last session
+    began, for engines that free it at once.
     """
 
     positions: int
     pages: tuple[int, ...]
     copied: tuple[int, ...] = ()
     dropped: tuple[int, ...] = ()
+    page_positions: int = PAGE_POSITIONS
 
     @property
     def cached(self) -> int:
         """Positions cached from the start."""
-        return len(self.copied) * PAGE_POSITIONS
+        return len(self.copied) * self.page_positions
 
 
 def page_count(info: SpanInfo) -> int:
@@ -157,10 +160,13 @@ class KvAllocator:
             found = {}  # serving the session is worth more than the cache
             pages = self._allocate(positions)
         self._sessions[session] = _SessionPages(positions, pages, prefix, found)
-        return {kv_key: len(entries) * PAGE_POSITIONS for kv_key, entries in found.items()}
+        return {key: len(entries) * self._info.page_positions(key.variant) for key, entries in found.items()}
 
     def begin(self, session: SessionId, options: SessionOptions) -> KvReservation:
-        """Unpin the pages found, but for those with the chosen KV key, which the session copies at once."""
+        """Unpin the pages found, but for those with the chosen KV key, which the session copies at once.
+
+        Pages are given back where each holds more positions in the session's variant than was planned for.
+        """
         holding = self._of(session)
         if holding.begun:
             raise EngineError(f"session {session.job}/{session.stage} has begun already")
@@ -172,6 +178,10 @@ class KvAllocator:
         holding.pinned = {}
         self._touch(taken)
         holding.begun = True
+        size = holding.page_positions = self._info.page_positions(options.variant)
+        needed = -(-holding.positions // size)
+        self._release(holding.pages[needed:])
+        holding.pages = holding.pages[:needed]
         holding.kv_key = options.kv_key if options.prefix_cache else None
         page_units = self._page_units.get(options.variant.kv, _PAGE_UNITS)
         for page in holding.pages:
@@ -180,14 +190,16 @@ class KvAllocator:
         copied = tuple(entry.page for entry in taken[: len(holding.pages)])
         dropped = tuple(sorted(self._dropped))
         self._dropped.clear()
-        reservation = KvReservation(positions=holding.positions, pages=holding.pages, copied=copied, dropped=dropped)
+        reservation = KvReservation(
+            positions=holding.positions, pages=holding.pages, copied=copied, dropped=dropped, page_positions=size
+        )
         self.hit_positions += reservation.cached
         return reservation
 
     def rewind(self, session: SessionId, position: int) -> None:
         """Drop the session's cached pages that reach beyond `position`: they are about to be overwritten."""
         holding = self._of(session)
-        for number in [number for number in holding.entries if (number + 1) * PAGE_POSITIONS > position]:
+        for number in [number for number in holding.entries if (number + 1) * holding.page_positions > position]:
             self._drop(holding.entries.pop(number))
 
     def advance(self, session: SessionId, length: int) -> None:
@@ -197,8 +209,8 @@ class KvAllocator:
             return
         group = (holding.prefix.namespace, holding.kv_key)
         cached = self._index.setdefault(group, {})
-        whole = min(length // PAGE_POSITIONS, len(holding.pages))
-        for number, name in enumerate(islice(holding.prefix, whole)):
+        whole = min(length // holding.page_positions, len(holding.pages))
+        for number, name in enumerate(islice(self._names(holding.prefix, holding.kv_key), whole)):
             if name not in cached:
                 cached[name] = holding.entries[number] = _Entry(holding.pages[number], group, name, session, holding)
 
@@ -237,11 +249,16 @@ class KvAllocator:
     def _find(self, prefix: Prefix | None) -> dict[KvCompatibilityKey, list[_Entry]]:
         """Return the cached pages from the start of a prompt up to the first gap, by KV key."""
         found = {
-            kv_key: [cached[name] for name in takewhile(cached.__contains__, prefix)]
+            kv_key: [cached[name] for name in takewhile(cached.__contains__, self._names(prefix, kv_key))]
             for (namespace, kv_key), cached in self._index.items()
             if prefix is not None and namespace == prefix.namespace
         }
         return {kv_key: entries for kv_key, entries in found.items() if entries}
+
+    def _names(self, prefix: Prefix, kv_key: KvCompatibilityKey) -> Iterator[bytes]:
+        """Return the hashes of a prompt's pages with a KV key: of two in one, that of the second covers both."""
+        every = self._info.page_positions(kv_key.variant) // PAGE_POSITIONS
+        return islice(prefix, every - 1, None, every)
 
     def _is_cached(self, entry: _Entry) -> bool:
         return self._index.get(entry.group, {}).get(entry.hash) is entry

@@ -96,6 +96,11 @@ class LoadedSpan:
         return next(weight.dtype for weight in self.blocks.parameters() if weight.dim() > 1)
 
     @property
+    def is_bf16(self) -> bool:
+        """Whether every matrix is in bf16."""
+        return {weight.dtype for weight in self.model.parameters() if weight.dim() > 1} == {torch.bfloat16}
+
+    @property
     def element_count(self) -> int:
         """How many numbers the weights are."""
         return sum({weight.data_ptr(): weight.numel() for weight in self.model.parameters()}.values())

@@ -79,7 +79,7 @@ def measure_quality(
     texts = [np.array(window, np.int64) for window in windows]
     rows: dict[KvCompatibilityKey, list[npt.NDArray[Any]]] = {kv_key: list(texts) for kv_key in (reference, *kv_keys)}
     for blocks, source in parts:
-        shard = open_shard(source, blocks, EngineOptions(kv_positions=positions))
+        shard = open_shard(source, blocks, EngineOptions(kv_positions=positions, narrow_kv=True))
         for kv_key in list(rows):
             try:
                 shard.prepare(kv_key.variant)

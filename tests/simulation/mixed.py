@@ -265,7 +265,7 @@ class MixedSwarm(Swarm):
                 specs=[ServeSpec(member.model)],
                 memory_bytes=memory_bytes,
                 threads=1,
-                device=Device("cpu", 1 << 40),
+                devices=(Device("cpu", 1 << 40),),
                 graphs_dir=Path(),
                 use_catalogue=False,
             ),

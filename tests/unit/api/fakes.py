@@ -213,6 +213,7 @@ class FakeNode:
                     "reserved_positions": 64,
                     "kv_positions": 4096,
                     "engine": None,
+                    "device": "cpu",
                     "weight_bytes": 1 << 20,
                     "worker_pid": 4242,
                     "steps": 17,

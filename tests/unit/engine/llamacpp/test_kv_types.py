@@ -127,7 +127,7 @@ def test_memory_that_closed_sessions_took_goes_to_the_other_type(files: GgufFile
         prefill(engine, number, TEXT[:550])
         assert taken_bytes() <= budget_bytes
     assert q8_0.positions >= 1100
-    assert f16.positions < 500
+    assert f16.positions < 600
     again = engine.step_now([SliceInput(session(2), 100, tensor_from_tokens(TEXT[100:101]), 1)])
     assert not again.faults
 
