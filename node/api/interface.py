@@ -26,10 +26,10 @@ class SpanDocument(SpanSummary):
     block_count: int
     sessions: int
     device: str
+    engine: str | None
     reserved_positions: int
     kv_positions: int
     weight_bytes: int
-    engine: str | None
     worker_pid: int | None
     steps: int
     compute_s: float
