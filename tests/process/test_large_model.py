@@ -14,7 +14,7 @@ from tests.process.daemons import StartDaemon, is_complete, until
 from tests.support.random_llama import LlamaShape, write_llama
 from tests.unit.engine.llamacpp.packages import GgufFiles
 
-SHAPE = LlamaShape(blocks=12, hidden=256, inner=512, heads=8, kv_heads=2, vocabulary=512)
+SHAPE = LlamaShape(blocks=12, hidden=256, inner=512, heads=8, kv_heads=2, vocabulary=640)
 NODES = 3
 PROMPT = [2 + 7 * number % 90 for number in range(16)]
 TOKENS = 16
